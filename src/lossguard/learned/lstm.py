@@ -1,0 +1,133 @@
+"""The LSTM optimizer of Andrychowicz et al. (2016): one small LSTM, run on every coordinate alike.
+
+Letters: n coordinates, H hidden cells, p the scale of the input logarithm.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from .features import log_and_sign
+
+
+class LSTMLayer(NamedTuple):
+    """One LSTM layer in the layout of ``torch.nn.LSTM``: gates in the order i, f, g, o."""
+
+    weight_ih: Float[Array, "4H inputs"]
+    weight_hh: Float[Array, "4H H"]
+    bias_ih: Float[Array, " 4H"]
+    bias_hh: Float[Array, " 4H"]
+
+
+class LSTMWeights(NamedTuple):
+    """What meta-training learns: the layers, and the linear output to one number a coordinate."""
+
+    layers: tuple[LSTMLayer, ...]
+    linear_weight: Float[Array, "1 H"]
+    linear_bias: Float[Array, " 1"]
+
+
+class LSTMState(NamedTuple):
+    """The memory of each coordinate, zero at the start; coordinates come last."""
+
+    h: tuple[Float[Array, "H n"], ...]
+    c: tuple[Float[Array, "H n"], ...]
+
+
+def init_lstm_weights(key: PRNGKeyArray, *, hidden: int = 20, layers: int = 2) -> LSTMWeights:
+    """Fresh weights, as PyTorch draws them by default: uniform within 1 / sqrt(H).
+
+    >>> init_lstm_weights(jax.random.key(0)).layers[0].weight_ih.shape
+    (80, 2)
+    """
+    bound = hidden**-0.5
+
+    def uniform(key: PRNGKeyArray, *shape: int) -> Array:
+        return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+    *layer_keys, output_key = jax.random.split(key, layers + 1)
+    made = []
+    for number, layer_key in enumerate(layer_keys):
+        k = jax.random.split(layer_key, 4)
+        inputs = hidden if number else 2
+        made.append(
+            LSTMLayer(
+                weight_ih=uniform(k[0], 4 * hidden, inputs),
+                weight_hh=uniform(k[1], 4 * hidden, hidden),
+                bias_ih=uniform(k[2], 4 * hidden),
+                bias_hh=uniform(k[3], 4 * hidden),
+            )
+        )
+    k = jax.random.split(output_key)
+    return LSTMWeights(tuple(made), uniform(k[0], 1, hidden), uniform(k[1], 1))
+
+
+def lstm_optimizer(
+    weights: LSTMWeights, *, scale: float = 0.1, p: float = 10.0
+) -> optax.GradientTransformation:
+    """A learned optimizer as an optax transformation.
+
+    For each coordinate, with gradient g and memory m:
+
+        o, m <- LSTM(log_and_sign(g), m);   update = scale * (linear_weight o + linear_bias)
+
+    Args:
+        weights: what meta-training made; ``pretrained`` loads what the package ships.
+        scale: factor of the output. It belongs to the weights: use the one they were trained with.
+        p: scale of the input logarithm, likewise.
+
+    The computation is in float32, updates have the gradients' dtypes. The state takes 4 layers H
+    bytes a coordinate for h and as many for c: 320 bytes for the default of two layers of 20.
+
+    Source: Andrychowicz et al., "Learning to learn by gradient descent by gradient descent", 2016;
+    the paper's L2O (section 4).
+
+    >>> optimizer = lstm_optimizer(init_lstm_weights(jax.random.key(0)))
+    >>> params = {"w": jnp.ones((3, 2))}
+    >>> updates, state = optimizer.update(params, optimizer.init(params))
+    >>> updates["w"].shape
+    (3, 2)
+    """
+    hidden = weights.linear_weight.shape[1]
+
+    def init(params: PyTree) -> LSTMState:
+        n = sum(leaf.size for leaf in jax.tree.leaves(params))
+        zeros = tuple(jnp.zeros((hidden, n), jnp.float32) for _ in weights.layers)
+        return LSTMState(h=zeros, c=zeros)
+
+    def update(
+        updates: PyTree, state: LSTMState, params: PyTree | None = None
+    ) -> tuple[PyTree, LSTMState]:
+        del params
+        gradient, unravel = ravel_pytree(jax.tree.map(lambda g: g.astype(jnp.float32), updates))
+        x = log_and_sign(gradient, p)
+        h, c = [], []
+        for layer, h_layer, c_layer in zip(weights.layers, *state, strict=True):
+            x, memory = lstm_cell(layer, x, h_layer, c_layer)
+            h.append(x)
+            c.append(memory)
+        output = scale * (weights.linear_weight @ x + weights.linear_bias[:, None])[0]
+        cast = jax.tree.map(lambda u, g: u.astype(g.dtype), unravel(output), updates)
+        return cast, LSTMState(tuple(h), tuple(c))
+
+    return optax.GradientTransformation(init, update)
+
+
+def lstm_cell(
+    layer: LSTMLayer, x: Float[Array, "inputs n"], h: Float[Array, "H n"], c: Float[Array, "H n"]
+) -> tuple[Float[Array, "H n"], Float[Array, "H n"]]:
+    """One step of one layer for all coordinates at once.
+
+    With coordinates last the gates are rows, which makes the product and the four splits contiguous:
+    twice as fast on a CPU. One product for input, memory and bias is faster again when vmapped.
+    """
+    matrix = jnp.concatenate(
+        [layer.weight_ih, layer.weight_hh, (layer.bias_ih + layer.bias_hh)[:, None]], axis=1
+    )
+    i, f, g, o = jnp.split(matrix @ jnp.concatenate([x, h, jnp.ones_like(x[:1])]), 4)
+    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+    return jax.nn.sigmoid(o) * jnp.tanh(c), c

@@ -1,0 +1,68 @@
+"""Shuffling without a permutation: where minibatch number i lies is a pure function of (key, i).
+
+A keyed bijection of 0..n-1 is evaluated at the positions that are asked for, so that nothing is
+sorted or stored, and any minibatch can be drawn again. It is a Feistel network on pairs in
+Z_a x Z_b with a b >= n, each half added to modulo its radix, and values that fall outside 0..n-1 are
+encrypted again until they fall inside (Black and Rogaway, "Ciphers with arbitrary finite domains",
+CT-RSA 2002, methods 2 and 3). a b exceeds n by less than a, so that second rounds are rare.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PRNGKeyArray, UInt32
+
+ROUNDS = 8
+
+
+def minibatch_indices(
+    key: PRNGKeyArray, i: Int[Array, ""] | int, *, samples: int, batch_size: int
+) -> Int[Array, " batch"]:
+    """The indices of minibatch number i: epoch-wise shuffling without replacement.
+
+    An epoch has ``samples // batch_size`` minibatches, no two of which share an index; the few
+    samples that are left over differ from epoch to epoch.
+
+    >>> key = jax.random.key(0)
+    >>> epoch = [minibatch_indices(key, i, samples=10, batch_size=5) for i in (0, 1)]
+    >>> sorted(int(j) for batch in epoch for j in batch)
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    """
+    if not 1 <= batch_size <= samples:
+        raise ValueError(f"batch_size must be between 1 and samples = {samples}, got {batch_size}")
+    epoch, within = jnp.divmod(jnp.asarray(i, jnp.int32), samples // batch_size)
+    positions = within * batch_size + jnp.arange(batch_size)
+    return permuted(jax.random.fold_in(key, epoch), positions, samples)
+
+
+def permuted(key: PRNGKeyArray, positions: Int[Array, " m"], n: int) -> Int[Array, " m"]:
+    """The images of ``positions`` (each in 0..n-1) under the bijection of 0..n-1 that ``key`` names."""
+    a = math.isqrt(n - 1) + 1 if n > 1 else 1
+    b = -(-n // a)
+    round_keys = jax.random.bits(key, (ROUNDS,), jnp.uint32)
+
+    def encrypt(x: UInt32[Array, " m"]) -> UInt32[Array, " m"]:
+        left, right, radix, other = x % a, x // a, a, b
+        for round_key in round_keys:
+            left, right = right, (left + _hash(right ^ round_key)) % radix
+            radix, other = other, radix
+        return left + a * right  # ROUNDS is even: the halves are back in their places
+
+    def outside(x: UInt32[Array, " m"]) -> Array:
+        return jnp.any(x >= n)
+
+    def walk(x: UInt32[Array, " m"]) -> UInt32[Array, " m"]:
+        return jnp.where(x >= n, encrypt(x), x)
+
+    x = encrypt(positions.astype(jnp.uint32))
+    if a * b > n:
+        x = jax.lax.while_loop(outside, walk, x)
+    return x.astype(jnp.int32)
+
+
+def _hash(x: UInt32[Array, " m"]) -> UInt32[Array, " m"]:
+    """The 32-bit finalizer of MurmurHash3, in which every input bit flips every output bit."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

@@ -1,0 +1,115 @@
+"""What a classification data set is: two splits on the device, and how its inputs are scaled.
+
+The data is stored raw (images as uint8, a quarter of the memory of float32) and scaled where a
+minibatch of it is used. The paper doesn't state its scaling, which matters much, so that it is an
+argument of every loader:
+
+- "unit" maps the range of the pixels to [0, 1], "symmetric" maps it to [-1, 1];
+- "standardized" gives mean 0 and deviation 1 over the training split, per channel or coordinate;
+- "none" leaves points as they are.
+"""
+
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int32, Shaped
+
+
+class Split(eqx.Module):
+    """Examples and the class of each.
+
+    - `inputs`: uint8 [N, H, W, C] images, channels last, or float32 [N, d] points; not scaled.
+    - `labels`: int32 [N], in 0 .. classes - 1.
+    """
+
+    inputs: Shaped[Array, " n ..."]
+    labels: Int32[Array, " n"]
+
+
+class Dataset(eqx.Module):
+    """A classification data set on the device.
+
+    - `train`, `test`: the two splits.
+    - `offset`, `scale`: float32, broadcast against one input (a scalar, or one number per channel
+      or coordinate): what `normalize` subtracts, and then multiplies with.
+    - `note`: what a figure must say about the data where it differs from the original, as in
+      "JPEG q75".
+
+    >>> from lossguard.tasks.points import moons
+    >>> data = moons(samples=100, test_samples=20)
+    >>> data.train.inputs.shape, data.shape, data.classes
+    ((100, 2), (2,), 2)
+    """
+
+    train: Split
+    test: Split
+    offset: Float32[Array, "..."]
+    scale: Float32[Array, "..."]
+    name: str = eqx.field(static=True)
+    classes: int = eqx.field(static=True)
+    note: str = eqx.field(static=True, default="")
+
+    def normalize(self, inputs: Shaped[Array, "..."]) -> Float[Array, "..."]:
+        """Raw inputs of shape [..., *shape] as the model sees them: (inputs - offset) scale."""
+        return (inputs.astype(jnp.float32) - self.offset) * self.scale
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one input: (height, width, channels) or (coordinates,)."""
+        return self.train.inputs.shape[1:]
+
+
+PIXEL_SCALINGS = ("unit", "standardized", "symmetric")
+POINT_SCALINGS = ("none", "standardized")
+
+
+def make_dataset(
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    *,
+    scaling: str,
+    largest: int,
+    name: str,
+    classes: int,
+    note: str = "",
+) -> Dataset:
+    """A data set of (inputs, labels); `largest` is the largest value that a pixel can have."""
+    if scaling == "unit":
+        offset, scale = 0.0, 1 / largest
+    elif scaling == "symmetric":
+        offset, scale = largest / 2, 2 / largest
+    elif scaling == "standardized":
+        offset, scale = _standardization(train[0])
+    else:
+        offset, scale = 0.0, 1.0
+    return Dataset(
+        Split(jnp.asarray(train[0]), jnp.asarray(train[1], jnp.int32)),
+        Split(jnp.asarray(test[0]), jnp.asarray(test[1], jnp.int32)),
+        jnp.asarray(offset, jnp.float32),
+        jnp.asarray(scale, jnp.float32),
+        name=name,
+        classes=classes,
+        note=note,
+    )
+
+
+def _standardization(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean, and one over the deviation, along the last axis: float64 [C]."""
+    flat = inputs.reshape(-1, inputs.shape[-1])
+    mean = flat.mean(axis=0, dtype=np.float64)
+    square = np.einsum("nc,nc->c", flat, flat, dtype=np.float64) / len(flat)
+    return mean, 1 / np.sqrt(square - mean**2)
+
+
+def check_scaling(scaling: str, allowed: Sequence[str]) -> None:
+    """Raises `ValueError` for a scaling that isn't in `allowed`."""
+    if scaling not in allowed:
+        raise ValueError(f"scaling must be one of {', '.join(allowed)}, but is {scaling!r}.")
+
+
+def check_seed(seed: int) -> None:
+    """Raises `ValueError` for a seed that NumPy doesn't take."""
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, but is {seed}.")

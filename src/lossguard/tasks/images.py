@@ -1,0 +1,169 @@
+"""Classification of images: Digits, MNIST, Fashion-MNIST, CIFAR-10 and Tiny ImageNet."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .dataset import PIXEL_SCALINGS, Dataset, check_scaling, check_seed, make_dataset
+from .parquet import ImageSource, SplitSource, load_images
+
+
+def digits(*, test_samples: int = 360, seed: int = 0, scaling: str = "unit") -> Dataset:
+    """Scikit-learn's ``load_digits``: 1,797 grey images of 8 x 8 pixels with the values 0 to 16.
+
+    It has no test split of its own: `seed` draws `test_samples` of its images.
+
+    Raises `ValueError` for an argument out of range.
+    """
+    from sklearn.datasets import load_digits  # takes a second to import
+
+    check_scaling(scaling, PIXEL_SCALINGS)
+    bunch: Any = load_digits()
+    count = len(bunch.target)
+    if not 1 <= test_samples < count:
+        raise ValueError(f"test_samples must be in 1 .. {count - 1}, but is {test_samples}.")
+    check_seed(seed)
+    inputs, labels = bunch.images[..., None].astype(np.uint8), bunch.target
+    order = np.random.default_rng(seed).permutation(count)
+    test, train = order[:test_samples], order[test_samples:]
+    return make_dataset(
+        (inputs[train], labels[train]),
+        (inputs[test], labels[test]),
+        scaling=scaling,
+        largest=16,
+        name="digits",
+        classes=10,
+    )
+
+
+MNIST = ImageSource(
+    name="mnist",
+    repository="ylecun/mnist",
+    folder="mnist",
+    shape=(28, 28, 1),
+    classes=10,
+    train=SplitSource(
+        "train", 60_000, sha256="6a364e333ea1f8ab86e4d641d64a8cf8d8644433f54b0a78e32c2b9e143672d0"
+    ),
+    test=SplitSource(
+        "test", 10_000, sha256="45a60edfded3b2bb860a7fd195c83431011e7f04318268b4f2de30030af9444e"
+    ),
+)
+
+FASHION_MNIST = ImageSource(
+    name="fashion_mnist",
+    repository="zalando-datasets/fashion_mnist",
+    folder="fashion_mnist",
+    shape=(28, 28, 1),
+    classes=10,
+    train=SplitSource(
+        "train", 60_000, sha256="c7d8cfe8172756709eda8bbe8b201cb44f70785b4cd9974a82408b36cc1f72e4"
+    ),
+    test=SplitSource(
+        "test", 10_000, sha256="2589de149ea70a51076dfb7116c581fbd9b4c7b39b8e9c9f19ec089d65d659b8"
+    ),
+)
+
+CIFAR10 = ImageSource(
+    name="cifar10",
+    repository="uoft-cs/cifar10",
+    folder="plain_text",
+    shape=(32, 32, 3),
+    classes=10,
+    train=SplitSource("train", 50_000),
+    test=SplitSource("test", 10_000),
+)
+
+TINY_IMAGENET = ImageSource(
+    name="tiny_imagenet",
+    repository="zh-plus/tiny-imagenet",
+    folder="data",
+    shape=(64, 64, 3),
+    classes=200,
+    train=SplitSource("train", 100_000),
+    test=SplitSource("valid", 10_000),
+    encoding="JPEG",
+)
+
+TINY_IMAGENET50_32PX = ImageSource(
+    name="tiny_imagenet50_32px",
+    repository=None,
+    folder="",
+    shape=(32, 32, 3),
+    classes=50,
+    train=SplitSource("train", 25_000),
+    test=SplitSource("valid", 2_500),
+)
+
+
+def mnist(*, scaling: str = "unit") -> Dataset:
+    """MNIST: 60,000 + 10,000 handwritten digits, 28 x 28 x 1 pixels (LeCun and Cortes, 2010).
+
+    - `scaling`: "unit", "standardized" or "symmetric".
+
+    Raises `ValueError` for files that aren't MNIST, and `ConnectionError` where it is neither in
+    the folder that ``LOSSGUARD_DATA`` names nor to be had from the hub.
+    """
+    return _images(MNIST, scaling)
+
+
+def fashion_mnist(*, scaling: str = "unit") -> Dataset:
+    """Fashion-MNIST: 60,000 + 10,000 pieces of clothing, 28 x 28 x 1 pixels (Xiao et al., 2017).
+
+    Arguments and errors are those of `mnist`.
+    """
+    return _images(FASHION_MNIST, scaling)
+
+
+def cifar10(*, scaling: str = "unit") -> Dataset:
+    """CIFAR-10: 50,000 + 10,000 photographs, 32 x 32 x 3 pixels (Krizhevsky, 2009).
+
+    Arguments and errors are those of `mnist`. Where the local folder holds recompressed images,
+    `note` says so.
+    """
+    return _images(CIFAR10, scaling)
+
+
+def tiny_imagenet(*, classes: int = 200, seed: int = 0, scaling: str = "unit") -> Dataset:
+    """Tiny ImageNet: 500 + 50 photographs of each of 200 classes, 64 x 64 x 3 pixels.
+
+    - `classes`: in 2 .. 200. Below 200, `seed` draws which; they get the labels 0 .. classes - 1 in
+      their original order. The paper's TinyImagenet50 has 50, and doesn't name them.
+    - the test split is the original's validation split, whose labels are public.
+
+    The other arguments and the errors are those of `mnist`.
+    """
+    total = TINY_IMAGENET.classes
+    if not 2 <= classes <= total:
+        raise ValueError(f"classes must be in 2 .. {total}, but is {classes}.")
+    check_seed(seed)
+    if classes == total:
+        return _images(TINY_IMAGENET, scaling)
+    drawn = np.random.default_rng(seed).choice(total, classes, replace=False)
+    note = f"{classes} of {total} classes, seed {seed}"
+    return _images(TINY_IMAGENET, scaling, selected=sorted(drawn.tolist()), note=note)
+
+
+def tiny_imagenet50_32px(*, scaling: str = "unit") -> Dataset:
+    """A stand-in for the paper's TinyImagenet50: 50 of its classes, 32 x 32 x 3 pixels.
+
+    It comes from the local folder only. Arguments and errors are those of `mnist`.
+    """
+    return _images(TINY_IMAGENET50_32PX, scaling, note="50 classes, 32 x 32 pixels")
+
+
+def _images(
+    source: ImageSource, scaling: str, *, selected: Sequence[int] | None = None, note: str = ""
+) -> Dataset:
+    check_scaling(scaling, PIXEL_SCALINGS)
+    train, test, encoding = load_images(source, selected)
+    return make_dataset(
+        train,
+        test,
+        scaling=scaling,
+        largest=255,
+        name=source.name,
+        classes=source.classes if selected is None else len(selected),
+        note=", ".join(filter(None, (note, encoding))),
+    )

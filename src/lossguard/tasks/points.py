@@ -1,0 +1,134 @@
+"""Classification of points in the plane: Spirals, Circles and Moons."""
+
+from typing import Any
+
+import numpy as np
+
+from .dataset import POINT_SCALINGS, Dataset, check_scaling, check_seed, make_dataset
+
+
+def spirals(
+    *,
+    samples: int = 10_000,
+    test_samples: int = 2_000,
+    turns: float = 1.5,
+    noise: float = 0.02,
+    seed: int = 0,
+    scaling: str = "none",
+) -> Dataset:
+    """Two interleaved Archimedean spirals, one class each, within about [-1, 1]^2.
+
+    With u uniform on [0, 1], e standard normal in two dimensions and c the class, 0 or 1::
+
+        r = sqrt(u),  a = 2 pi turns r + pi c,  x = r (cos a, sin a) + noise e
+
+    so that the radius is proportional to the angle, and the root spreads the points evenly along
+    the arms, but for the innermost turn. The arms are 1 / (2 turns) apart. The classes are
+    balanced. The paper doesn't define its Spirals, and scikit-learn has none.
+
+    - `samples`, `test_samples`: points of the training and of the test split.
+    - `turns`: of each arm around the origin; `noise`: deviation of each coordinate.
+    - `scaling`: "none" or "standardized".
+
+    Raises `ValueError` for an argument out of range.
+
+    >>> data = spirals(samples=1_000, noise=0.0)
+    >>> bool(abs(data.train.inputs).max() <= 1), data.train.labels.sum().item()
+    (True, 500)
+    """
+    _check_points(samples, test_samples, noise, seed, scaling)
+    if not turns > 0:
+        raise ValueError(f"turns must be above 0, but is {turns}.")
+    rng = np.random.default_rng(seed)
+
+    def arms(count: int) -> tuple[np.ndarray, np.ndarray]:
+        label = np.arange(count) % 2
+        radius = np.sqrt(rng.uniform(size=count))
+        angle = 2 * np.pi * turns * radius + np.pi * label
+        arm = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+        return arm + noise * rng.standard_normal((count, 2)), label
+
+    return _points("spirals", arms(samples), arms(test_samples), scaling)
+
+
+def circles(
+    *,
+    samples: int = 10_000,
+    test_samples: int = 2_000,
+    noise: float = 0.05,
+    factor: float = 0.5,
+    seed: int = 0,
+    scaling: str = "none",
+) -> Dataset:
+    """Scikit-learn's ``make_circles``: a circle of radius 1 and one of radius `factor` inside it.
+
+    - `samples`, `test_samples`: points of the training and of the test split.
+    - `noise`: deviation of each coordinate; `factor`: in [0, 1).
+    - `scaling`: "none" or "standardized".
+
+    Raises `ValueError` for an argument out of range.
+    """
+    from sklearn.datasets import make_circles  # takes a second to import
+
+    _check_points(samples, test_samples, noise, seed, scaling)
+    if not 0 <= factor < 1:
+        raise ValueError(f"factor must be at least 0 and below 1, but is {factor}.")
+    train_seed, test_seed = _two_seeds(seed)
+    train = make_circles(samples, noise=noise, factor=factor, random_state=train_seed)
+    test = make_circles(test_samples, noise=noise, factor=factor, random_state=test_seed)
+    return _points("circles", train, test, scaling)
+
+
+def moons(
+    *,
+    samples: int = 10_000,
+    test_samples: int = 2_000,
+    noise: float = 0.1,
+    seed: int = 0,
+    scaling: str = "none",
+) -> Dataset:
+    """Scikit-learn's ``make_moons``: two interleaved half circles of radius 1.
+
+    - `samples`, `test_samples`: points of the training and of the test split.
+    - `noise`: deviation of each coordinate.
+    - `scaling`: "none" or "standardized".
+
+    Raises `ValueError` for an argument out of range.
+    """
+    from sklearn.datasets import make_moons  # takes a second to import
+
+    _check_points(samples, test_samples, noise, seed, scaling)
+    train_seed, test_seed = _two_seeds(seed)
+    train = make_moons(samples, noise=noise, random_state=train_seed)
+    test = make_moons(test_samples, noise=noise, random_state=test_seed)
+    return _points("moons", train, test, scaling)
+
+
+# scikit-learn's annotations are wider than what it returns.
+def _points(name: str, train: tuple[Any, Any], test: tuple[Any, Any], scaling: str) -> Dataset:
+    (train_points, train_labels), (test_points, test_labels) = train, test
+    return make_dataset(
+        (train_points.astype(np.float32), train_labels),
+        (test_points.astype(np.float32), test_labels),
+        scaling=scaling,
+        largest=1,
+        name=name,
+        classes=2,
+    )
+
+
+def _two_seeds(seed: int) -> tuple[int, int]:
+    """Independent seeds for the two splits."""
+    train, test = np.random.SeedSequence(seed).generate_state(2)
+    return int(train), int(test)
+
+
+def _check_points(samples: int, test_samples: int, noise: float, seed: int, scaling: str) -> None:
+    if samples < 2:
+        raise ValueError(f"samples must be at least 2, but is {samples}.")
+    if test_samples < 2:
+        raise ValueError(f"test_samples must be at least 2, but is {test_samples}.")
+    if not noise >= 0:
+        raise ValueError(f"noise must be at least 0, but is {noise}.")
+    check_seed(seed)
+    check_scaling(scaling, POINT_SCALINGS)

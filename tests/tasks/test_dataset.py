@@ -1,0 +1,69 @@
+"""The data set type: scaling is what it says, and it passes through JAX's transformations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lossguard.tasks.dataset import make_dataset
+
+
+def pixels(largest: int) -> np.ndarray:
+    images = np.random.default_rng(0).integers(0, largest + 1, (50, 4, 5, 3), dtype=np.uint8)
+    images[..., 1] //= 2
+    images[0, 0, 0], images[0, 0, 1] = 0, largest
+    return images
+
+
+def made(inputs: np.ndarray, scaling: str, largest: int = 255):
+    labels = np.arange(len(inputs)) % 2
+    return make_dataset(
+        (inputs, labels),
+        (inputs[:4], labels[:4]),
+        scaling=scaling,
+        largest=largest,
+        name="made",
+        classes=2,
+    )
+
+
+@pytest.mark.parametrize("largest", [16, 255])
+@pytest.mark.parametrize(("scaling", "low"), [("unit", 0.0), ("symmetric", -1.0)])
+def test_pixels_are_mapped_to_the_interval(scaling: str, low: float, largest: int) -> None:
+    inputs = pixels(largest)
+    data = made(inputs, scaling, largest)
+    scaled = data.normalize(data.train.inputs)
+    assert scaled.dtype == jnp.float32
+    np.testing.assert_allclose(scaled, low + (1 - low) * inputs / largest, atol=1e-6)
+
+
+def test_standardized_pixels_have_mean_0_and_deviation_1_per_channel() -> None:
+    inputs = pixels(255)
+    data = made(inputs, "standardized")
+    np.testing.assert_allclose(data.offset, inputs.mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(1 / data.scale, inputs.std((0, 1, 2)), rtol=1e-6)
+
+
+def test_standardization_is_that_of_the_training_split() -> None:
+    points = np.random.default_rng(0).normal(3, 2, (500, 2)).astype(np.float32)
+    data = made(points, "standardized")
+    scaled = data.normalize(data.train.inputs)
+    np.testing.assert_allclose(scaled.mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(scaled.std(0), 1, atol=1e-5)
+    np.testing.assert_allclose(data.normalize(data.test.inputs), scaled[:4])
+
+
+def test_none_changes_nothing() -> None:
+    points = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
+    data = made(points, "none")
+    np.testing.assert_array_equal(data.normalize(data.train.inputs), points)
+
+
+def test_it_is_stored_raw_and_normalized_inside_compiled_code() -> None:
+    data = made(pixels(255), "unit")
+    assert data.train.inputs.dtype == jnp.uint8 and data.train.labels.dtype == jnp.int32
+    assert data.shape == (4, 5, 3)
+    one_by_one = jax.jit(jax.vmap(data.normalize))(data.train.inputs)
+    passed_in = jax.jit(lambda data: data.normalize(data.train.inputs))(data)
+    np.testing.assert_allclose(one_by_one, data.normalize(data.train.inputs), rtol=1e-6)
+    np.testing.assert_allclose(passed_in, data.normalize(data.train.inputs), rtol=1e-6)

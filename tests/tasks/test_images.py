@@ -1,0 +1,179 @@
+"""The image data sets: the real ones where they are at hand, and made-up ones for the rest."""
+
+import io
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import polars as pl
+import pytest
+from PIL import Image
+
+from lossguard.tasks import images
+from lossguard.tasks.images import (
+    cifar10,
+    digits,
+    fashion_mnist,
+    mnist,
+    tiny_imagenet,
+    tiny_imagenet50_32px,
+)
+
+
+def needs(name: str) -> pytest.MarkDecorator:
+    folder = os.environ.get("LOSSGUARD_DATA")
+    absent = not folder or not (Path(folder) / name / "train.parquet").is_file()
+    return pytest.mark.skipif(absent, reason=f"LOSSGUARD_DATA names no folder with {name}")
+
+
+# Real
+
+
+@pytest.mark.parametrize(
+    ("load", "deviation"),
+    [
+        pytest.param(mnist, 0.3081, marks=needs("mnist"), id="mnist"),
+        pytest.param(fashion_mnist, 0.3530, marks=needs("fashion_mnist"), id="fashion_mnist"),
+    ],
+)
+def test_real_mnist_and_fashion_mnist(load, deviation: float) -> None:
+    data = load()
+    assert data.train.inputs.shape == (60_000, 28, 28, 1)
+    assert data.test.inputs.shape == (10_000, 28, 28, 1)
+    assert data.classes == 10 and data.shape == (28, 28, 1)
+    assert data.name == load.__name__ and data.note == ""
+    scaled = np.asarray(data.normalize(data.train.inputs))
+    assert scaled.min() == 0 and scaled.max() == pytest.approx(1)
+    assert scaled.std() == pytest.approx(deviation, abs=1e-4)
+
+
+@needs("cifar10")
+def test_real_cifar10() -> None:
+    data = cifar10(scaling="standardized")
+    assert data.train.inputs.shape == (50_000, 32, 32, 3)
+    assert data.test.inputs.shape == (10_000, 32, 32, 3)
+    assert data.note in ("", "JPEG q75")
+    # The mean and the deviation of the original, in pixel values; recompression moves them little.
+    np.testing.assert_allclose(data.offset, [125.3, 123.0, 113.9], atol=0.2)
+    np.testing.assert_allclose(1 / data.scale, [63.0, 62.1, 66.7], atol=0.6)
+
+
+@needs("tiny_imagenet50_32px")
+def test_real_stand_in_for_tiny_imagenet50() -> None:
+    data = tiny_imagenet50_32px()
+    assert data.train.inputs.shape == (25_000, 32, 32, 3)
+    assert data.test.inputs.shape == (2_500, 32, 32, 3)
+    assert data.classes == 50
+    assert data.note == "50 classes, 32 x 32 pixels, JPEG q75"
+
+
+# Digits
+
+
+def test_digits_splits_scikit_learns_images() -> None:
+    data = digits()
+    assert data.train.inputs.shape == (1437, 8, 8, 1) and data.test.inputs.shape == (360, 8, 8, 1)
+    assert data.train.inputs.dtype == jnp.uint8 and data.classes == 10
+    both = np.concatenate([data.train.inputs, data.test.inputs])
+    assert both.max() == 16 and both.sum(dtype=int) == 561718
+    assert data.normalize(data.train.inputs).max() == 1
+    assert digits(scaling="symmetric").normalize(data.train.inputs).min() == -1
+
+
+def test_digits_are_drawn_by_the_seed() -> None:
+    np.testing.assert_array_equal(digits(seed=1).test.labels, digits(seed=1).test.labels)
+    assert not np.array_equal(digits(seed=1).test.labels, digits(seed=2).test.labels)
+    assert digits(test_samples=100).train.labels.shape == (1697,)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"test_samples": 0}, "test_samples must be in 1 .. 1796, but is 0."),
+        ({"test_samples": 1797}, "test_samples must be in 1 .. 1796, but is 1797."),
+        ({"seed": -1}, "seed must be at least 0, but is -1."),
+        (
+            {"scaling": "none"},
+            "scaling must be one of unit, standardized, symmetric, but is 'none'.",
+        ),
+    ],
+)
+def test_digits_names_bad_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        digits(**options)
+    assert str(caught.value) == message
+
+
+# Made up
+
+
+@pytest.fixture
+def made_up(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A small data set in the place of a real one: two training images and a test image a class."""
+    source = getattr(images, request.param)
+    train = replace(source.train, examples=2 * source.classes, sha256=None)
+    test = replace(source.test, examples=source.classes, sha256=None)
+    small = replace(source, shape=(3, 3, source.shape[2]), train=train, test=test)
+    monkeypatch.setattr(images, request.param, small)
+    monkeypatch.setenv("LOSSGUARD_DATA", str(tmp_path))
+    (tmp_path / source.name).mkdir()
+    for split in (train, test):
+        labels = [index % source.classes for index in range(split.examples)]
+        structs = [{"bytes": flat_image(label), "path": None} for label in labels]
+        table = pl.DataFrame({"image": structs, "label": labels})
+        table.write_parquet(tmp_path / source.name / f"{split.stem}.parquet")
+    return source.name
+
+
+def flat_image(value: int) -> bytes:
+    """A grey image, each of whose pixels is its class."""
+    stream = io.BytesIO()
+    Image.new("L", (3, 3), value).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("made_up", "load", "note"),
+    [
+        ("MNIST", mnist, ""),
+        ("FASHION_MNIST", fashion_mnist, ""),
+        ("CIFAR10", cifar10, ""),
+        ("TINY_IMAGENET", tiny_imagenet, ""),
+        ("TINY_IMAGENET50_32PX", tiny_imagenet50_32px, "50 classes, 32 x 32 pixels"),
+    ],
+    indirect=["made_up"],
+)
+def test_every_loader_names_its_data_and_scales_it(made_up: str, load, note: str) -> None:
+    unit, symmetric = load(), load(scaling="symmetric")
+    assert unit.name == made_up and unit.note == note
+    assert unit.train.labels.shape == (2 * unit.classes,)
+    np.testing.assert_array_equal(unit.train.inputs[:, 0, 0, 0], unit.train.labels)
+    value = (unit.classes - 1) / 255
+    assert unit.normalize(unit.train.inputs).max() == pytest.approx(value)
+    assert symmetric.normalize(unit.train.inputs).max() == pytest.approx(2 * value - 1)
+    with pytest.raises(ValueError, match=r"^scaling must be one of unit, .*, but is 'none'\.$"):
+        load(scaling="none")
+
+
+@pytest.mark.parametrize("made_up", ["TINY_IMAGENET"], indirect=True)
+def test_tiny_imagenet_draws_classes_by_seed(made_up: str) -> None:
+    data, again, other = (tiny_imagenet(classes=50, seed=seed) for seed in (0, 0, 1))
+    assert data.classes == 50 and data.shape == (3, 3, 3)
+    assert data.note == "50 of 200 classes, seed 0"
+    # A pixel is the class's original number: one for each label, in increasing order.
+    originals = np.asarray(data.test.inputs[:, 0, 0, 0])[np.argsort(data.test.labels)]
+    assert len(originals) == 50 and (np.diff(originals.astype(int)) > 0).all()
+    np.testing.assert_array_equal(data.train.inputs[:, 0, 0, 0], originals[data.train.labels])
+    np.testing.assert_array_equal(data.train.inputs, again.train.inputs)
+    assert not np.array_equal(data.test.inputs, other.test.inputs)
+
+
+@pytest.mark.parametrize("classes", [1, 201])
+def test_tiny_imagenet_names_bad_arguments(classes: int) -> None:
+    with pytest.raises(ValueError, match=rf"^classes must be in 2 \.\. 200, but is {classes}\.$"):
+        tiny_imagenet(classes=classes)
+    with pytest.raises(ValueError, match=r"^seed must be at least 0, but is -1\.$"):
+        tiny_imagenet(classes=50, seed=-1)

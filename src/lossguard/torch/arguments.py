@@ -1,0 +1,64 @@
+"""What a guard accepts, and the sentences with which it refuses the rest."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from lossguard.torch.lane import POLICIES
+
+
+def shared_params(learned: Optimizer, fallback: Optimizer) -> list[Tensor]:
+    """The parameters of both optimizers, in the fallback's order."""
+    for name, optimizer in (("learned", learned), ("fallback", fallback)):
+        if not isinstance(optimizer, Optimizer):
+            raise ValueError(f"{name} must be a torch.optim.Optimizer, got {optimizer!r}")
+        if isinstance(optimizer, LBFGS):
+            raise ValueError(
+                f"{name} must be an optimizer that calls its closure once a step, got LBFGS"
+            )
+    if learned is fallback:
+        raise ValueError("learned must be another optimizer than fallback, got the same one")
+    params, others = _params(fallback), _params(learned)
+    if {id(p) for p in params} != {id(p) for p in others}:
+        raise ValueError(
+            f"learned must have the parameters of fallback, {len(params)} tensors, got "
+            f"{len(others)}, of which {len({id(p) for p in params} & {id(p) for p in others})} "
+            "are the same"
+        )
+    return params
+
+
+def _params(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def policies(loser: str | tuple[str, str]) -> tuple[str, str]:
+    """The policies of the learned optimizer and of the fallback."""
+    pair = (loser, loser) if isinstance(loser, str) else tuple(loser)
+    if len(pair) != 2 or not set(pair) <= set(POLICIES):
+        raise ValueError(f"loser must be one of {', '.join(POLICIES)}, or a pair, got {loser!r}")
+    return pair
+
+
+def check_count(name: str, count: int) -> None:
+    """Refuse a number of minibatches that isn't one."""
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
+
+
+def check_schedulers(
+    schedulers: Sequence[LRScheduler], learned: Optimizer, fallback: Optimizer
+) -> None:
+    """Refuse a scheduler that the guard can't step."""
+    for scheduler in schedulers:
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise ValueError(
+                "schedulers must step without a metric, got ReduceLROnPlateau (step it yourself)"
+            )
+        if scheduler.optimizer is not learned and scheduler.optimizer is not fallback:
+            raise ValueError(
+                "schedulers must be built on learned or fallback, got one on "
+                f"{type(scheduler.optimizer).__name__}"
+            )

@@ -1,0 +1,137 @@
+"""What a guard's ``state_dict`` holds: plain containers, numbers and tensors.
+
+state, param_groups    the fallback's, as for any optimizer
+learned                the learned optimizer's ``state_dict``
+guard                  all the rest:
+  nt, nc, phase, kept, gradients, history, random
+  x                    the kept iterate, parameters and buffers
+  lanes                per lane: copy, train, check, before, memory, scaler, own
+  schedulers           the ``state_dict`` of each
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.amp.grad_scaler import GradScaler
+
+from lossguard.torch.decision import Decision
+from lossguard.torch.inner import Inner, Memory, clone
+from lossguard.torch.lane import Lane
+
+if TYPE_CHECKING:
+    from lossguard.torch.guard import LossGuard
+
+
+def save(guard: LossGuard) -> dict[str, Any]:
+    """A copy of the guard's whole state."""
+    for pre_hook in guard._optimizer_state_dict_pre_hooks.values():
+        pre_hook(guard)
+    learned, fallback = (lane.inner for lane in guard._lanes[:2])
+    saved = {
+        **fallback.state_dict(),
+        "learned": learned.state_dict(),
+        "guard": {
+            "nt": guard.nt,
+            "nc": guard.nc,
+            "phase": guard._phase,
+            "kept": guard._kept,
+            "gradients": guard._gradients,
+            "history": [decision._asdict() for decision in guard.history],
+            "random": guard._randomness.state(),
+            "x": guard._weights.copy(),
+            "lanes": [_save_lane(lane, guard._phase) for lane in guard._lanes],
+            "schedulers": [clone(scheduler.state_dict()) for scheduler in guard.schedulers],
+        },
+    }
+    for post_hook in guard._optimizer_state_dict_post_hooks.values():
+        saved = post_hook(guard, saved) or saved
+    return saved
+
+
+def load(guard: LossGuard, saved: dict[str, Any]) -> None:
+    """Put a copy of ``saved`` into a guard that was built in the same way."""
+    saved = dict(saved)
+    for pre_hook in guard._optimizer_load_state_dict_pre_hooks.values():
+        saved = pre_hook(guard, saved) or saved
+    state = _checked(guard, saved)
+    learned, fallback = (lane.inner for lane in guard._lanes[:2])
+    fallback.load_state_dict({key: saved[key] for key in saved if key not in ("learned", "guard")})
+    learned.load_state_dict(saved["learned"])
+    for scheduler, its_state in zip(guard.schedulers, state["schedulers"], strict=True):
+        scheduler.load_state_dict(clone(its_state))
+    for lane, its_state in zip(guard._lanes, state["lanes"], strict=True):
+        _load_lane(lane, its_state)
+    guard._phase = state["phase"]
+    guard._kept = state["kept"]
+    guard._gradients = state["gradients"]
+    guard.history = [Decision(**clone(decision)) for decision in state["history"]]
+    _write(state["x"], guard._x)
+    guard._weights.read(guard._x)
+    guard._randomness.set(state["random"])
+    for post_hook in guard._optimizer_load_state_dict_post_hooks.values():
+        post_hook(guard)
+
+
+def _checked(guard: LossGuard, saved: dict[str, Any]) -> dict[str, Any]:
+    if "guard" not in saved:
+        raise ValueError(f"state_dict must be a LossGuard's, got one with the keys {list(saved)}")
+    state = saved["guard"]
+    if len(state["lanes"]) != len(guard._lanes):
+        raise ValueError(
+            f"state_dict must have {len(guard._lanes)} lanes, got {len(state['lanes'])} "
+            "(hedge must be as it was)"
+        )
+    if state["phase"] and (state["nt"], state["nc"]) != (guard.nt, guard.nc):
+        raise ValueError(
+            f"state_dict from within a cycle must have nt={guard.nt} and nc={guard.nc}, got "
+            f"nt={state['nt']} and nc={state['nc']}"
+        )
+    return state
+
+
+def _save_lane(lane: Lane, phase: int) -> dict[str, Any]:
+    starts_from_x = phase == 0 and not lane.own_path
+    return {
+        "copy": None if starts_from_x else clone(lane.copy),
+        "train": torch.stack(lane.train).clone() if phase and lane.train else None,
+        "check": torch.stack(lane.check).clone() if phase and lane.check else None,
+        "before": _save_memory(lane.inner, lane.before if phase else None),
+        "memory": _save_memory(lane.inner, lane.memory),
+        "scaler": None if lane.scaler is None else lane.scaler.state_dict(),
+        "own": sorted(lane.inner.own),
+    }
+
+
+def _load_lane(lane: Lane, saved: dict[str, Any]) -> None:
+    lane.inner.own |= set(saved["own"])
+    lane.train = [] if saved["train"] is None else list(clone(saved["train"]))
+    lane.check = [] if saved["check"] is None else list(clone(saved["check"]))
+    lane.before = _load_memory(lane.inner, saved["before"])
+    lane.memory = _load_memory(lane.inner, saved["memory"])
+    if saved["copy"] is not None:
+        _write(saved["copy"], lane.copy)
+    if isinstance(lane.scaler, GradScaler) and saved["scaler"]:
+        lane.scaler.load_state_dict(clone(saved["scaler"]))
+
+
+def _save_memory(inner: Inner, memory: Memory | None) -> dict[str, Any] | None:
+    return None if memory is None else inner.state_dict(memory)
+
+
+def _load_memory(inner: Inner, saved: dict[str, Any] | None) -> Memory | None:
+    """The memory in ``saved``, read by way of the optimizer, which then has its own back."""
+    if saved is None:
+        return None
+    current = inner.remember()
+    inner.load_state_dict(saved)
+    memory = inner.remember()
+    inner.exchange(current)
+    return memory
+
+
+def _write(source: list[torch.Tensor], target: list[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for value, tensor in zip(source, target, strict=True):
+            tensor.copy_(value)

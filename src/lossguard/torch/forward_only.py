@@ -1,0 +1,38 @@
+"""Runs an ordinary closure for its loss alone."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+T = TypeVar("T")
+
+
+class _NoBackward(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is Tensor.backward:
+            return None
+        return func(*args, **(kwargs or {}))
+
+
+def forward_only(closure: Callable[[], T]) -> T:
+    """The value of ``closure``, whose calls of ``backward`` do nothing.
+
+    >>> weight = torch.ones(3, requires_grad=True)
+    >>> def closure():
+    ...     loss = weight.sum()
+    ...     loss.backward()
+    ...     return loss
+    >>> forward_only(closure), weight.grad
+    (tensor(3.), None)
+    """
+    with torch.no_grad(), _NoBackward():
+        return closure()

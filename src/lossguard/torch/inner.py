@@ -1,0 +1,154 @@
+"""What an inner optimizer remembers of its own steps, told apart from its schedule.
+
+state    the optimizer's ``state``: momentum, moments, step counters, LSTM cells
+own      entries of a parameter group that the optimizer's own step changes (schedule-free's ``k``)
+shared   every other entry of a group (lr, betas, ...): the schedule. It is set from outside, so it
+         is never rolled back and every lane of the same optimizer sees the same.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+IDENTITY = ("params", "param_names")
+
+
+class Memory(NamedTuple):
+    """What an optimizer remembers.
+
+    Attributes:
+        state: the optimizer's ``state``, by parameter.
+        options: the entries of each parameter group, without its parameters.
+    """
+
+    state: dict[Any, Any]
+    options: list[dict[str, Any]]
+
+
+class Inner:
+    """An optimizer whose memory can be copied, put back and exchanged.
+
+    Attributes:
+        optimizer: the optimizer itself; the guard calls its ``step`` and nothing else of it.
+        own: names of the group entries that its step has been seen to change.
+        fresh: a copy of its memory at construction.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.own: set[str] = set()
+        self.fresh = self.remember()
+
+    def step(self, advance: Callable[[], object]) -> None:
+        """Call ``advance``, which steps the optimizer, and note which group entries it changed."""
+        before = self._options()
+        advance()
+        for old, new in zip(before, self._options(), strict=True):
+            self.own |= {key for key in new if not _same(old.get(key), new[key])}
+
+    def remember(self) -> Memory:
+        """A copy of the memory."""
+        return Memory(clone(dict(self.optimizer.state)), clone(self._options()))
+
+    def restore(self, memory: Memory) -> None:
+        """Put a copy of ``memory`` back; the schedule stays as it is."""
+        self.exchange(Memory(clone(memory.state), clone(memory.options)))
+
+    def exchange(self, memory: Memory) -> Memory:
+        """Put ``memory`` itself in place and return what was there; the schedule stays."""
+        state = self.optimizer.state
+        previous = Memory(dict(state), self._options())
+        state.clear()
+        state.update(memory.state)
+        for group, options in zip(self.optimizer.param_groups, memory.options, strict=False):
+            group.update({key: options[key] for key in self.own if key in options})
+        return previous
+
+    def is_finite(self) -> bool:
+        """Whether every number in the state, and in the group entries it owns, is finite."""
+        own = [[group.get(key) for key in self.own] for group in self.optimizer.param_groups]
+        return finite([*self.optimizer.state.values(), own])
+
+    def state_dict(self, memory: Memory | None = None) -> dict[str, Any]:
+        """A copy of the optimizer's ``state_dict``, with ``memory`` in place if one is given."""
+        if memory is None:
+            return clone(self.optimizer.state_dict())
+        current = self.exchange(memory)
+        saved = clone(self.optimizer.state_dict())
+        self.exchange(current)
+        return saved
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Load a copy of ``saved``, every tensor in the dtype in which it was saved.
+
+        ``Optimizer.load_state_dict`` casts floating state to the parameter's dtype, which would
+        round the float32 moments of a bfloat16 parameter.
+        """
+        saved = clone(saved)
+        self.optimizer.load_state_dict(saved)
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for index, state in saved["state"].items():
+            if isinstance(index, int) and params[index] in self.optimizer.state:
+                loaded = self.optimizer.state[params[index]]
+                self.optimizer.state[params[index]] = _uncast(state, loaded)
+
+    def _options(self) -> list[dict[str, Any]]:
+        return [
+            {key: value for key, value in group.items() if key not in IDENTITY}
+            for group in self.optimizer.param_groups
+        ]
+
+
+def clone(value: Any) -> Any:
+    """A copy of nested containers and of every tensor in them."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: clone(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(clone(item) for item in value)
+    return value if isinstance(value, (int, float, str, bool, type(None))) else copy.deepcopy(value)
+
+
+def finite(value: Any) -> bool:
+    """Whether every number in nested containers is finite.
+
+    A finite sum proves it in one pass over a tensor; only a sum that isn't is looked at closely,
+    since finite numbers can overflow in it.
+    """
+    if isinstance(value, Tensor):
+        if not (value.is_floating_point() or value.is_complex()):
+            return True
+        value = local(value)
+        return bool(value.sum().isfinite()) or bool(value.isfinite().all())
+    if isinstance(value, dict):
+        return all(finite(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return all(finite(item) for item in value)
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a distributed tensor, or the tensor itself."""
+    with torch.no_grad():
+        return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore
+
+
+def _same(old: Any, new: Any) -> bool:
+    if old is new:
+        return True
+    tensors = isinstance(old, Tensor) or isinstance(new, Tensor)
+    return not tensors and bool(old == new)
+
+
+def _uncast(saved: Any, loaded: Any) -> Any:
+    if isinstance(saved, Tensor) and isinstance(loaded, Tensor):
+        return saved.to(loaded.device)
+    if isinstance(saved, dict) and isinstance(loaded, dict):
+        return {key: _uncast(saved.get(key), value) for key, value in loaded.items()}
+    return loaded

@@ -1,0 +1,125 @@
+"""A lane: an optimizer, and where its next nt steps start from."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from lossguard.torch.facade import Closure
+from lossguard.torch.inner import Inner, Memory
+from lossguard.torch.weights import Copy
+
+POLICIES = ("keep", "rollback", "reset")
+
+
+class Lane:
+    """One of the branches that a loss guard compares.
+
+    Attributes:
+        name: ``learned``, ``fallback`` or ``hedge``, for error messages.
+        inner: its optimizer. The hedge shares the fallback's.
+        loser: what happens to its memory when another lane wins.
+        scaler: its gradient scaler, if gradients are scaled.
+        copy: its parameters and buffers while another lane is in the model.
+        own_path: whether it goes on from where it is, not from the kept iterate.
+        memory: if it shares an optimizer: what it remembers while it is not in the model.
+        before: the memory before the cycle, for ``rollback``.
+        train, check: its losses in this cycle, one per minibatch.
+    """
+
+    def __init__(
+        self, name: str, inner: Inner, loser: str, scaler: GradScaler | None, copy: Copy
+    ) -> None:
+        self.name = name
+        self.inner = inner
+        self.loser = loser
+        self.scaler = scaler
+        self.copy = copy
+        self.own_path = name == "hedge"
+        self.memory: Memory | None = inner.remember() if self.own_path else None
+        self.before: Memory | None = None
+        self.train: list[Tensor] = []
+        self.check: list[Tensor] = []
+
+    def begin(self) -> None:
+        """Start a cycle."""
+        self.train, self.check = [], []
+        self.before = self.inner.remember() if self.loser == "rollback" else None
+
+    def step(self, closure: Closure) -> Any:
+        """One optimizer step; return the first value of the closure."""
+        values: list[Any] = []
+
+        def evaluate() -> Any:
+            with torch.enable_grad():
+                values.append(closure())
+            return values[-1]
+
+        with self._remembering():
+            self.inner.step(self._advance(self.inner.optimizer, evaluate))
+        if not values:
+            raise ValueError(
+                f"{self.name} must be an optimizer whose step(closure) calls the closure, got "
+                f"{type(self.inner.optimizer).__name__} (LossStep adapts one with step(loss))"
+            )
+        self.train.append(scalar(values[0]))
+        return values[0]
+
+    def settle(self, *, won: bool, broken: bool) -> bool:
+        """Apply the policy of a loser; whether the memory, if ``broken``, had to be reset."""
+        if not won and self.loser == "rollback" and self.before is not None:
+            self.inner.restore(self.before)
+        elif not won and self.loser == "reset":
+            self.inner.restore(self.inner.fresh)
+        elif broken:
+            self.inner.restore(self.inner.fresh)
+            return True
+        return False
+
+    def grow(self) -> None:
+        """Make room for the parameter group that its optimizer has just got."""
+        if self.memory is None:
+            self.inner.fresh.options.append(self.inner.remember().options[-1])
+        else:
+            self.memory.options.append(self.inner.remember().options[-1])
+
+    def _advance(self, optimizer: Optimizer, evaluate: Closure) -> Callable[[], object]:
+        scaler = self.scaler
+        if scaler is None:
+            return lambda: optimizer.step(evaluate)
+
+        def scaled() -> None:
+            evaluate()
+            scaler.step(optimizer)
+            scaler.update()
+
+        return scaled
+
+    @contextmanager
+    def _remembering(self) -> Iterator[None]:
+        """Have a shared optimizer remember this lane's past inside, the other lane's outside."""
+        if self.memory is None:
+            yield
+            return
+        others = self.inner.exchange(self.memory)
+        try:
+            yield
+        finally:
+            self.memory = self.inner.exchange(others)
+
+
+def scalar(loss: Any) -> Tensor:
+    """The value of a closure as a detached tensor without dimensions."""
+    if not isinstance(loss, (Tensor, float, int)) or (
+        isinstance(loss, Tensor) and loss.numel() != 1
+    ):
+        raise ValueError(f"closure must return the loss, one number, got {_described(loss)}")
+    return torch.as_tensor(loss).detach().reshape(())
+
+
+def _described(value: Any) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)

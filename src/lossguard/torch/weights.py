@@ -1,0 +1,106 @@
+"""The parameters and buffers of a model, and the copies of them that the lanes own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lossguard.torch.inner import local
+
+Copy = list[Tensor]
+
+
+class Weights:
+    """The live tensors: parameters first, then the buffers of ``model``.
+
+    Values are copied, never the pointers to them: views that the model, its optimizers or a
+    compiled graph hold stay valid. Of a sharded parameter only this rank's shard is copied.
+
+    Args:
+        params: the parameters that the optimizers update.
+        model: the module whose buffers belong to a branch, if any.
+        device: where copies are kept; None is each tensor's own device.
+    """
+
+    def __init__(
+        self, params: list[Tensor], model: nn.Module | None, device: torch.device | None
+    ) -> None:
+        self.params = params
+        self.model = model
+        self.device = device
+
+    def copy(self) -> Copy:
+        """A copy of the live values."""
+        return [
+            t.clone() if self.device is None else t.to(self.device, copy=True) for t in self._live()
+        ]
+
+    def write(self, copy: Copy) -> None:
+        """Write the live values to ``copy``."""
+        with torch.no_grad():
+            torch._foreach_copy_(copy, self._live())  # pyright: ignore
+
+    def read(self, copy: Copy) -> None:
+        """Put the values of ``copy`` into the model."""
+        self._reshard()
+        torch.clear_autocast_cache()  # or autocast would go on with the casts of other weights
+        with torch.no_grad():
+            torch._foreach_copy_(self._live(), copy)  # pyright: ignore
+
+    def params_of(self, copy: Copy) -> Copy:
+        """The parameters in ``copy``, without the buffers."""
+        return copy[: len(self.params)]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Give every parameter its own storage back afterwards, with the value that it then has.
+
+        An optimizer may put another tensor into ``p.data``. One whose shape or type can't be a
+        parameter's value counts as not finite.
+        """
+        homes = [p.data for p in self.params]
+        try:
+            yield
+        finally:
+            for p, home in zip(self.params, homes, strict=True):
+                _bring_home(p, home)
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients, so that none leaks from one lane into another."""
+        for p in self.params:
+            p.grad = None
+
+    def _live(self) -> Copy:
+        buffers = [] if self.model is None else list(self.model.buffers())
+        return [local(tensor.detach()) for tensor in (*self.params, *buffers)]
+
+    def _reshard(self) -> None:
+        """Drop gathered parameters, which a forward without a backward leaves behind."""
+        for module in () if self.model is None else self.model.modules():
+            reshard: Any = getattr(module, "reshard", None)
+            if reshard is not None and hasattr(module, "unshard"):
+                reshard()
+
+
+def _bring_home(p: Tensor, home: Tensor) -> None:
+    value = p.data
+    if hasattr(value, "to_local") or _is_same_storage(value, home):
+        return
+    p.data = home
+    fits = value.shape == home.shape and value.layout == home.layout
+    if fits and torch.can_cast(value.dtype, home.dtype):
+        home.copy_(value)
+    else:
+        home.fill_(torch.nan)
+
+
+def _is_same_storage(value: Tensor, home: Tensor) -> bool:
+    return (
+        value.dtype == home.dtype
+        and value.shape == home.shape
+        and value.stride() == home.stride()
+        and value.layout == home.layout
+        and value.data_ptr() == home.data_ptr()
+    )

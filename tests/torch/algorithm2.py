@@ -1,0 +1,79 @@
+"""Algorithm 2 by the letter: a model and an optimizer of its own for every branch.
+
+It shares no code with the guard: nothing is swapped in and out of one model, so there is nothing
+that could leak from one branch into another.
+"""
+
+import copy
+import math
+
+import torch
+
+
+def algorithm2(
+    model, learned, fallback, batches, loss_fn, *, nt, nc, loser="keep", hedge=False, schedule=None
+):
+    """The kept model after each cycle, and each cycle's winner, check losses and training losses.
+
+    ``learned`` and ``fallback`` build an optimizer on parameters. ``schedule`` builds a scheduler,
+    stepped once per train minibatch, on the fallback of each branch.
+    """
+    x = copy.deepcopy(model)
+    branches = [copy.deepcopy(model) for _ in range(3 if hedge else 2)]
+    makers = [learned, fallback, fallback][: len(branches)]
+    optimizers = [make(b.parameters()) for make, b in zip(makers, branches, strict=True)]
+    fresh = [copy.deepcopy(o.state_dict()) for o in optimizers]
+    schedules = [schedule(o) for o in optimizers[1:]] if schedule else []
+    stream = iter(batches)
+    for _ in range(len(batches) // (nt + nc)):
+        for branch in branches[:2]:
+            branch.load_state_dict(x.state_dict())
+        before = [copy.deepcopy(o.state_dict()["state"]) for o in optimizers]
+        train = [[] for _ in branches]
+        for _ in range(nt):
+            batch = next(stream)
+            seed = int(torch.randint(1 << 30, ()))
+            for branch, optimizer, losses in zip(branches, optimizers, train, strict=True):
+                torch.manual_seed(seed)
+                optimizer.zero_grad()
+                loss = loss_fn(branch, batch)
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+            for scheduler in schedules:
+                scheduler.step()
+        checks = [[] for _ in branches]
+        trained = [copy.deepcopy(b.state_dict()) for b in branches]
+        for _ in range(nc):
+            batch = next(stream)
+            seed = int(torch.randint(1 << 30, ()))
+            for branch, losses in zip(branches, checks, strict=True):
+                torch.manual_seed(seed)
+                losses.append(loss_fn(branch, batch).item())
+        for branch, state in zip(branches, trained, strict=True):
+            branch.load_state_dict(state)
+        means = [sum(c) / nc for c in checks]
+        finite = [
+            math.isfinite(m) and all(p.isfinite().all() for p in b.parameters())
+            for m, b in zip(means, branches, strict=True)
+        ]
+        winner = winner_of(means, finite)
+        if winner >= 0:
+            x.load_state_dict(branches[winner].state_dict())
+        for lane in (0, 1):
+            state = optimizers[lane].state_dict()
+            groups = state["param_groups"]
+            if lane != winner and loser == "rollback":
+                optimizers[lane].load_state_dict({"state": before[lane], "param_groups": groups})
+            if lane != winner and loser == "reset":
+                optimizers[lane].load_state_dict({**fresh[lane], "param_groups": groups})
+        yield copy.deepcopy(x.state_dict()), winner, means, train[winner if winner >= 0 else 1]
+
+
+def winner_of(means, finite):
+    """The rule in words: the learned lane only if strictly best; the hedge wins its ties."""
+    candidates = [m for m, ok in zip(means, finite, strict=True) if ok]
+    if not candidates:
+        return -1
+    best = [i for i, m in enumerate(means) if finite[i] and m == min(candidates)]
+    return max(best)

@@ -1,0 +1,299 @@
+"""The guard takes Algorithm 2's decisions and keeps its iterates."""
+
+import copy
+import math
+
+import pytest
+import torch
+from algorithm2 import algorithm2
+from torch import nn
+from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import LambdaLR
+
+from lossguard.torch import LossGuard
+
+
+def spiral(n):
+    """Two interleaved arms."""
+    t = torch.rand(n, 1) * 9 + 0.5
+    label = torch.randint(0, 2, (n,))
+    angle = t + math.pi * label[:, None]
+    return torch.cat([t * angle.cos(), t * angle.sin()], 1) / 5, label
+
+
+def mlp(*extra):
+    return nn.Sequential(nn.Linear(2, 16), *extra, nn.Tanh(), nn.Linear(16, 2))
+
+
+def loss_fn(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def closure_for(guard, model, batch):
+    def closure():
+        guard.zero_grad()
+        loss = loss_fn(model, batch)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def assert_same_state(actual, expected):
+    assert actual.keys() == expected.keys()
+    for key in actual:
+        torch.testing.assert_close(actual[key], expected[key], rtol=0, atol=0, msg=key)
+
+
+# A learned optimizer that is sometimes better and sometimes worse than each fallback.
+PAIRS = {
+    "sgd": (lambda ps: SGD(ps, lr=3.0, momentum=0.5), lambda ps: SGD(ps, lr=0.3, momentum=0.9)),
+    "adam": (lambda ps: Adam(ps, lr=0.1), lambda ps: Adam(ps, lr=0.01)),
+    "mixed": (lambda ps: Adam(ps, lr=0.2), lambda ps: SGD(ps, lr=1.0)),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("loser", ["keep", "rollback", "reset"])
+@pytest.mark.parametrize("hedge", [False, True])
+def test_is_algorithm_2(pair, loser, hedge):
+    learned, fallback = PAIRS[pair]
+    nt, nc, cycles = 3, 2, 12
+    batches = [spiral(16) for _ in range((nt + nc) * cycles)]
+    model = mlp()
+
+    def schedule(optimizer):
+        return LambdaLR(optimizer, lambda t: 1 / (1 + t / 10))
+
+    expected = list(
+        algorithm2(
+            model, learned, fallback, batches, loss_fn,
+            nt=nt, nc=nc, loser=loser, hedge=hedge, schedule=schedule,
+        )
+    )  # fmt: skip
+    learned, fallback = learned(model.parameters()), fallback(model.parameters())
+    guard = LossGuard(
+        learned, fallback, nt=nt, nc=nc, loser=loser, hedge=hedge, schedulers=[schedule(fallback)]
+    )
+    for i, batch in enumerate(batches):
+        guard.step(closure_for(guard, model, batch))
+        if guard._phase == 0:
+            state, winner, means, losses = expected[i // (nt + nc)]
+            decision = guard.last_decision
+            assert decision.winner == winner
+            assert_same_state(model.state_dict(), state)
+            seen = [decision.learned_loss, decision.fallback_loss, decision.hedge_loss]
+            assert seen[: len(means)] == means
+            assert decision.losses == losses
+            assert decision.used_learned == [winner == 0] * nt
+    assert len(guard.history) == cycles
+    assert len({decision.winner for decision in guard.history}) > 1, "every lane should win some"
+
+
+def test_model_state_and_random_numbers_belong_to_a_branch():
+    model = mlp(nn.BatchNorm1d(16), nn.Dropout(0.2))
+    nt, nc = 3, 2
+    batches = [spiral(16) for _ in range((nt + nc) * 10)]
+    learned, fallback = PAIRS["mixed"]
+    torch.manual_seed(1)
+    expected = list(algorithm2(model, learned, fallback, batches, loss_fn, nt=nt, nc=nc))
+    guard = LossGuard(
+        learned(model.parameters()), fallback(model.parameters()), nt=nt, nc=nc, model=model
+    )
+    torch.manual_seed(1)
+    for i, batch in enumerate(batches):
+        seed = int(torch.randint(1 << 30, ()))
+        torch.manual_seed(seed)
+        guard.step(closure_for(guard, model, batch))
+        if guard._phase == 0:
+            state, winner, *_ = expected[i // (nt + nc)]
+            assert guard.last_decision.winner == winner
+            assert_same_state(model.state_dict(), state)
+    assert {decision.winner for decision in guard.history} == {0, 1}
+
+
+def test_a_learned_optimizer_that_never_wins_leaves_no_trace():
+    """The guarded run is the fallback's own run over the train minibatches, bit by bit."""
+    nt, nc = 4, 3
+    batches = [spiral(16) for _ in range((nt + nc) * 5)]
+    model = mlp(nn.BatchNorm1d(16))
+    alone = copy.deepcopy(model)
+    optimizer = Adam(alone.parameters(), lr=0.01)
+    for i, batch in enumerate(batches):
+        if i % (nt + nc) < nt:
+            optimizer.zero_grad()
+            loss_fn(alone, batch).backward()
+            optimizer.step()
+    fallback = Adam(model.parameters(), lr=0.01)
+    guard = LossGuard(
+        SGD(model.parameters(), lr=1e3, maximize=True), fallback, nt=nt, nc=nc, model=model
+    )
+    for batch in batches:
+        guard.step(closure_for(guard, model, batch))
+    assert all(decision.winner == 1 for decision in guard.history)
+    assert_same_state(model.state_dict(), alone.state_dict())
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        for key, value in fallback.state[p].items():
+            assert torch.equal(value, optimizer.state[q][key])
+
+
+def test_a_hedge_is_the_fallback_alone():
+    """Its path is the fallback's own run, whatever the other lanes do."""
+    nt, nc = 3, 2
+    batches = [spiral(16) for _ in range((nt + nc) * 8)]
+    model = mlp()
+    alone = copy.deepcopy(model)
+    optimizer = Adam(alone.parameters(), lr=0.01)
+    guard = LossGuard(
+        Adam(model.parameters(), lr=0.03),
+        Adam(model.parameters(), lr=0.01),
+        nt=nt,
+        nc=nc,
+        hedge=True,
+    )
+    for i, batch in enumerate(batches):
+        guard.step(closure_for(guard, model, batch))
+        if i % (nt + nc) < nt:
+            optimizer.zero_grad()
+            loss_fn(alone, batch).backward()
+            optimizer.step()
+    assert any(decision.winner == 0 for decision in guard.history)
+    for p, q in zip(guard._lanes[2].copy, alone.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def quadratic(w=4.0):
+    """F(w) = w^2 has the gradient 2 w: SGD multiplies w by 1 - 2 lr."""
+    weight = torch.tensor([w], requires_grad=True)
+
+    def closure():
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    return weight, closure
+
+
+def test_analytic_quadratic():
+    weight, closure = quadratic(4.0)
+    guard = LossGuard(SGD([weight], lr=0.25), SGD([weight], lr=0.1), nt=2, nc=1)
+    seen = [(guard.step(closure).item(), weight.item()) for _ in range(3)]
+    # The fallback's losses, before its steps, are returned before the first decision, y's after.
+    assert [w for _, w in seen] == pytest.approx([4.0, 4.0, 1.0])
+    assert [f for f, _ in seen] == pytest.approx([16.0, (0.8 * 4) ** 2, 1.0])
+    decision = guard.last_decision
+    assert decision.losses == pytest.approx([16.0, 4.0])
+    assert (decision.learned_loss, decision.fallback_loss) == pytest.approx((1.0, 0.64**2 * 16))
+    spent = (decision.steps, decision.gradients, decision.forwards, decision.learned_updates)
+    assert spent == (2, 4, 2, 2)
+
+
+def test_ties_go_to_the_fallback():
+    weight, closure = quadratic()
+    guard = LossGuard(SGD([weight], lr=0.1), SGD([weight], lr=0.1), nt=1, nc=1)
+    for _ in range(4):
+        guard.step(closure)
+    assert [decision.winner for decision in guard.history] == [1, 1]
+    hedged = LossGuard(SGD([weight], lr=0.1), SGD([weight], lr=0.1), nt=1, nc=1, hedge=True)
+    for _ in range(2):
+        hedged.step(closure)
+    assert hedged.last_decision.winner == 2
+
+
+@pytest.mark.parametrize(
+    ("learned_lr", "fallback_lr", "winner", "w"),
+    [(math.nan, 0.25, 1, 2.0), (0.25, math.nan, 0, 2.0), (math.inf, math.nan, -1, 4.0)],
+)
+def test_what_is_not_finite_cannot_win(learned_lr, fallback_lr, winner, w):
+    weight, closure = quadratic(4.0)
+    learned, fallback = SGD([weight], lr=1.0), SGD([weight], lr=1.0)
+    learned.param_groups[0]["lr"] = learned_lr
+    fallback.param_groups[0]["lr"] = fallback_lr
+    guard = LossGuard(learned, fallback, nt=1, nc=1)
+    for _ in range(2):
+        guard.step(closure)
+    decision = guard.last_decision
+    assert decision.winner == winner
+    assert decision.finite_learned == (winner == 0)
+    assert decision.finite_fallback == (winner == 1)
+    assert weight.item() == pytest.approx(w)
+
+
+class Poisoned(Adam):
+    """Adam whose momentum turns NaN at its second step, after the parameters have moved."""
+
+    steps = 0
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        self.steps += 1
+        if self.steps == 2:
+            for state in self.state.values():
+                state["exp_avg"].fill_(math.nan)
+        return loss
+
+
+@pytest.mark.parametrize("side", ["learned", "fallback"])
+def test_a_state_that_is_not_finite_is_reset(side):
+    weight, closure = quadratic(4.0)
+    poisoned, other = Poisoned([weight], lr=0.1), SGD([weight], lr=0.01)
+    pair = (poisoned, other) if side == "learned" else (other, poisoned)
+    guard = LossGuard(*pair, nt=2, nc=1)
+    for _ in range(3):
+        guard.step(closure)
+    decision = guard.last_decision
+    assert (decision.reset_learned, decision.reset_fallback) == (
+        side == "learned",
+        side == "fallback",
+    )
+    assert len(poisoned.state) == 0
+    for _ in range(3):
+        guard.step(closure)
+    assert not guard.last_decision.reset_learned and not guard.last_decision.reset_fallback
+    assert math.isfinite(poisoned.state[weight]["exp_avg"].item())
+
+
+def test_cycle_is_the_stream():
+    model = mlp(nn.Dropout(0.3))
+    twin = copy.deepcopy(model)
+    learned, fallback = PAIRS["adam"]
+    guard = LossGuard(learned(model.parameters()), fallback(model.parameters()), nt=3, nc=2)
+    other = LossGuard(learned(twin.parameters()), fallback(twin.parameters()), nt=3, nc=2)
+    for _ in range(6):
+        batches = [spiral(8) for _ in range(5)]
+        state = torch.get_rng_state()
+        for batch in batches:
+            guard.step(closure_for(guard, model, batch))
+        torch.set_rng_state(state)
+        decision = other.cycle(lambda b: loss_fn(twin, b), batches[:3], batches[3:])
+        assert repr(decision) == repr(guard.last_decision)  # repr, since NaN != NaN
+        assert_same_state(model.state_dict(), twin.state_dict())
+
+
+def test_the_callback_sees_every_decision():
+    weight, closure = quadratic()
+    seen = []
+    guard = LossGuard(
+        SGD([weight], lr=0.1), SGD([weight], lr=0.2), nt=1, nc=1, callback=seen.append
+    )
+    for _ in range(6):
+        guard.step(closure)
+    assert seen == guard.history and len(seen) == 3
+
+
+def test_an_exception_in_the_closure_leaves_the_kept_iterate():
+    weight, closure = quadratic(4.0)
+    guard = LossGuard(SGD([weight], lr=0.1), SGD([weight], lr=0.2), nt=2, nc=1)
+    guard.step(closure)
+
+    def broken():
+        if weight.item() == pytest.approx(0.6 * 4):  # z, after y has been stepped
+            raise KeyboardInterrupt
+        return closure()
+
+    with pytest.raises(KeyboardInterrupt):
+        guard.step(broken)
+    assert weight.item() == 4.0 and weight.grad is None
+    for _ in range(3):
+        guard.step(closure)
+    assert weight.item() == pytest.approx(0.36 * 4)

@@ -1,0 +1,39 @@
+"""Data sets, optimizees, and the two composed."""
+
+from .dataset import Dataset, Split
+from .datasets import (
+    DATASETS,
+    cifar10,
+    circles,
+    digits,
+    fashion_mnist,
+    load_dataset,
+    mnist,
+    moons,
+    spirals,
+    tiny_imagenet,
+    tiny_imagenet50_32px,
+)
+from .models import MLP, ConvNet, Model
+from .task import Objective, Task
+
+__all__ = [
+    "DATASETS",
+    "MLP",
+    "ConvNet",
+    "Dataset",
+    "Model",
+    "Objective",
+    "Split",
+    "Task",
+    "cifar10",
+    "circles",
+    "digits",
+    "fashion_mnist",
+    "load_dataset",
+    "mnist",
+    "moons",
+    "spirals",
+    "tiny_imagenet",
+    "tiny_imagenet50_32px",
+]

@@ -135,7 +135,11 @@ def convolve_patches(x: Array, weight: Array, stride: int) -> Array:
     height, width = ((n - kernel) // stride + 1 for n in x.shape[1:3])
     patches = jnp.concatenate(
         [
-            x[:, r : r + stride * (height - 1) + 1 : stride, c : c + stride * (width - 1) + 1 : stride]
+            x[
+                :,
+                r : r + stride * (height - 1) + 1 : stride,
+                c : c + stride * (width - 1) + 1 : stride,
+            ]
             for r in range(kernel)
             for c in range(kernel)
         ],

@@ -1,0 +1,74 @@
+"""Algorithm 1 as an optax transformation, for deterministic problems."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, PyTree
+
+from .lanes import all_finite, renew_if_unsound, select
+from .protocol import Params, with_extra_args
+
+
+class GuardedState(NamedTuple):
+    """The states of both optimizers, and which of them made the last update."""
+
+    learned: PyTree
+    fallback: PyTree
+    used_learned: Bool[Array, ""]
+
+
+def guarded(learned: Any, fallback: Any) -> optax.GradientTransformationExtraArgs:
+    """Whichever of two updates leads to the lower value: Algorithm 1.
+
+        y = x + learned(x);  z = x + fallback(x);   update = y - x if F(y) < F(z) else z - x
+
+    An update that leads to parameters or a value that aren't finite is not taken; if both do, the
+    update is zero. Any optax loop can use it: ``update(grads, state, params, value_fn=F)``, where
+    ``value_fn(params)`` is the deterministic objective. Other extra arguments go to both optimizers.
+
+    Raises:
+        ValueError: on update, if ``params`` or ``value_fn`` is missing.
+
+    Source: the paper's Algorithm 1.
+
+    >>> value_fn = lambda x: jnp.sum(x**2)
+    >>> optimizer = guarded(optax.sgd(0.5), optax.sgd(0.1))
+    >>> x = jnp.ones(2)
+    >>> updates, state = optimizer.update(2 * x, optimizer.init(x), x, value_fn=value_fn)
+    >>> optax.apply_updates(x, updates), bool(state.used_learned)
+    (Array([0., 0.], dtype=float32), True)
+    """
+    learned = with_extra_args("learned", learned)
+    fallback = with_extra_args("fallback", fallback)
+
+    def init(params: Params) -> GuardedState:
+        return GuardedState(learned.init(params), fallback.init(params), jnp.array(False))
+
+    def update(
+        updates: PyTree,
+        state: GuardedState,
+        params: Params | None = None,
+        *,
+        value_fn: Any = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, GuardedState]:
+        if params is None or value_fn is None:
+            missing = "params" if params is None else "value_fn"
+            raise ValueError(f"guarded(...).update needs {missing}, which was not given")
+        extra_args["value_fn"] = value_fn
+        to_y, learned_state = learned.update(updates, state.learned, params, **extra_args)
+        to_z, fallback_state = fallback.update(updates, state.fallback, params, **extra_args)
+        y, z = optax.apply_updates(params, to_y), optax.apply_updates(params, to_z)
+        value_y, value_z = value_fn(y), value_fn(z)
+
+        finite_y, finite_z = all_finite((y, value_y)), all_finite((z, value_z))
+        use_y = finite_y & ((value_y < value_z) | ~finite_z)
+        stay = optax.tree.zeros_like(to_z)
+        chosen = select(use_y, to_y, select(finite_z, to_z, stay))
+        x = optax.apply_updates(params, chosen)
+        learned_state, _ = renew_if_unsound(learned, x, learned_state)
+        fallback_state, _ = renew_if_unsound(fallback, x, fallback_state)
+        return chosen, GuardedState(learned_state, fallback_state, use_y)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,148 @@
+"""Lanes: an optimizer, and where its next nt steps start from. Guards compare them."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from .protocol import Objective, Params
+
+
+class Branch(NamedTuple):
+    """A lane under way: where it is and what its optimizer remembers."""
+
+    params: Params
+    state: PyTree
+
+
+def propose(
+    optimizer: optax.GradientTransformationExtraArgs,
+    branch: Branch,
+    objective: Objective,
+    i: Int[Array, ""],
+    loss: Float[Array, ""],
+    gradient: Params,
+) -> Branch:
+    """One optimizer step, given the loss and its gradient on minibatch number i.
+
+    Optimizers that want more than the gradient find it under optax's names: ``value``, ``grad``,
+    ``value_fn(params)`` and ``grad_fn(params, _)``, all on this minibatch.
+    """
+    updates, state = optimizer.update(
+        gradient,
+        branch.state,
+        branch.params,
+        value=loss,
+        grad=gradient,
+        value_fn=lambda params: objective(params, i),
+        grad_fn=lambda params, _: jax.grad(objective)(params, i),
+    )
+    # Some optimizers return a wider dtype than they began with, which a compiled loop can't carry.
+    state = jax.tree.map(lambda new, old: new.astype(old.dtype), state, branch.state)
+    return Branch(optax.apply_updates(branch.params, updates), state)
+
+
+def optimizer_step(
+    optimizer: optax.GradientTransformationExtraArgs,
+    branch: Branch,
+    objective: Objective,
+    i: Int[Array, ""],
+) -> tuple[Branch, Float[Array, ""]]:
+    """One optimizer step on minibatch number i, and the loss there before it."""
+    loss, gradient = jax.value_and_grad(objective)(branch.params, i)
+    return propose(optimizer, branch, objective, i, loss, gradient), loss
+
+
+def train(
+    optimizers: tuple[optax.GradientTransformationExtraArgs, ...],
+    branches: tuple[Branch, ...],
+    objective: Objective,
+    i: Int[Array, ""],
+    *,
+    nt: int,
+    dtype: jnp.dtype,
+) -> tuple[tuple[Branch, ...], Float[Array, "lanes nt"]]:
+    """nt steps of every lane, all on minibatches i .. i+nt-1, and their losses before each step.
+
+    The lanes of a step don't depend on each other: a compiler may run them side by side, and draws
+    the minibatch once.
+    """
+
+    def step(branches: tuple[Branch, ...], t: Array) -> tuple[tuple[Branch, ...], Array]:
+        stepped = [
+            optimizer_step(optimizer, branch, objective, i + t)
+            for optimizer, branch in zip(optimizers, branches, strict=True)
+        ]
+        losses = jnp.stack([loss.astype(dtype) for _, loss in stepped])
+        return tuple(branch for branch, _ in stepped), losses
+
+    branches, losses = jax.lax.scan(step, branches, jnp.arange(nt))
+    return branches, losses.T
+
+
+def check(
+    lanes: tuple[Params, ...],
+    objective: Objective,
+    i: Int[Array, ""],
+    *,
+    nc: int,
+    dtype: jnp.dtype,
+) -> Float[Array, "lanes nc"]:
+    """The losses of every lane on the check minibatches i .. i+nc-1."""
+
+    def losses(_: None, j: Array) -> tuple[None, Array]:
+        return None, jnp.stack([objective(params, i + j).astype(dtype) for params in lanes])
+
+    return jax.lax.scan(losses, None, jnp.arange(nc))[1].T
+
+
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether every floating-point number in a pytree is finite."""
+    return jnp.array(
+        [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree) if _is_float(leaf)]
+    ).all()
+
+
+def is_sound(state: PyTree, fresh: PyTree) -> Bool[Array, ""]:
+    """Whether an optimizer's state is finite, save for infinities that it starts with by design."""
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(fresh), strict=True)
+    return jnp.array(
+        [(jnp.isfinite(now) | (now == then)).all() for now, then in pairs if _is_float(now)]
+    ).all()
+
+
+def keep_schedules(state: PyTree, advanced: PyTree) -> PyTree:
+    """``state`` with the step counts of its learning-rate schedules taken from ``advanced``.
+
+    In Algorithm 2 the fallback's rate lambda depends on k alone, whoever won the cycles before.
+    """
+    schedule, injected = optax.ScaleByScheduleState, optax.schedules.InjectStatefulHyperparamsState
+
+    def keep(old: PyTree, new: PyTree) -> PyTree:
+        if isinstance(old, injected):
+            return new._replace(inner_state=keep_schedules(old.inner_state, new.inner_state))
+        return new if isinstance(old, schedule) else old
+
+    return jax.tree.map(
+        keep, state, advanced, is_leaf=lambda s: isinstance(s, (schedule, injected))
+    )
+
+
+def renew_if_unsound(
+    optimizer: optax.GradientTransformationExtraArgs, params: Params, state: PyTree
+) -> tuple[PyTree, Bool[Array, ""]]:
+    """The state, or a fresh one (with its schedules kept) if it is no longer finite; and whether."""
+    fresh = optimizer.init(params)
+    unsound = ~is_sound(state, fresh)
+    return select(unsound, keep_schedules(fresh, state), state), unsound
+
+
+def select(condition: Bool[Array, ""], yes: PyTree, no: PyTree) -> PyTree:
+    """``yes`` where the condition holds, else ``no``, leaf by leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def _is_float(leaf: Array) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)

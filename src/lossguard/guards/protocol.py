@@ -1,0 +1,118 @@
+"""What every guard is: two pure functions, the state between them, and what a step reports.
+
+Letters, here and in the guards: x the kept iterate, y the learned branch, z the fallback branch,
+k optimizer steps taken, nt steps a cycle, nc check minibatches, i the number of a minibatch.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+
+Params = PyTree[Shaped[Array, "..."]]
+Objective = Callable[[Any, Any], Array]
+"""``objective(params, i)``: the scalar loss on minibatch number i; a deterministic one ignores i."""
+
+
+class GuardState(NamedTuple):
+    """Where a guard stands between two cycles."""
+
+    params: Params
+    """x, the kept iterate."""
+    steps: Int[Array, ""]
+    """k, optimizer steps taken so far (int32)."""
+    minibatches: Int[Array, ""]
+    """The number of the next minibatch (int32): the data cursor."""
+    inner: PyTree
+    """What the guard itself keeps: optimizer states and the like."""
+
+
+class Decision(NamedTuple):
+    """What happened in one cycle. Losses are NaN, and flags true, where they do not apply."""
+
+    used_learned: Bool[Array, " nt"]
+    """Whether each kept optimizer step was the learned optimizer's."""
+    losses: Float[Array, " nt"]
+    """Training loss of the kept branch before each of its steps; NaN from ``steps`` on."""
+    steps: Int[Array, ""]
+    """Optimizer steps of this cycle: nt, unless windows adapt."""
+    learned_loss: Float[Array, ""]
+    """Mean loss of the learned branch over the check minibatches (of the best, if several)."""
+    fallback_loss: Float[Array, ""]
+    """Mean loss of the fallback branch over the check minibatches."""
+    finite_learned: Bool[Array, ""]
+    """Whether the learned branch had finite parameters and losses (any of them, if several)."""
+    finite_fallback: Bool[Array, ""]
+    """Whether the fallback branch had."""
+    reset_learned: Bool[Array, ""]
+    """Whether a learned optimizer's state was no longer finite and was made anew."""
+    reset_fallback: Bool[Array, ""]
+    """Whether a fallback optimizer's was."""
+    winner: Int[Array, ""]
+    """The lane that was kept, numbered as the guard lists them; -1 where x stayed."""
+    gradients: Int[Array, ""]
+    """Gradient evaluations spent."""
+    forwards: Int[Array, ""]
+    """Forward passes spent on check minibatches."""
+    learned_updates: Int[Array, ""]
+    """Updates computed by learned optimizers, kept or not."""
+
+
+class Guard(NamedTuple):
+    """``init(params) -> state`` and ``step(state, objective) -> (state, decision)``, both pure.
+
+    One step is one cycle; jit, vmap and scan work on it.
+    """
+
+    init: Callable[[Params], GuardState]
+    step: Callable[[GuardState, Objective], tuple[GuardState, Decision]]
+
+
+def as_arrays(params: Params) -> Params:
+    """The leaves as arrays whose types a loop can carry.
+
+    Raises:
+        ValueError: if a leaf is not floating-point.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            name = jax.tree_util.keystr(path) or "itself"
+            raise ValueError(
+                f"params must be floating-point arrays, but its leaf {name} is {dtype}"
+            )
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), params)
+
+
+def start(params: Params, inner: PyTree) -> GuardState:
+    """The state before the first cycle."""
+    return GuardState(params, jnp.int32(0), jnp.int32(0), inner)
+
+
+def check_count(name: str, value: int) -> None:
+    """Refuse counts below 1 in one sentence."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def with_extra_args(name: str, optimizer: Any) -> optax.GradientTransformationExtraArgs:
+    """The optimizer in the form that accepts ``value=`` and the like."""
+    if not (callable(getattr(optimizer, "init", None)) and hasattr(optimizer, "update")):
+        raise ValueError(f"{name} must be an optax GradientTransformation, got {optimizer!r}")
+    return optax.with_extra_args_support(optimizer)
+
+
+def loss_dtype(objective: Objective, params: Params, i: Int[Array, ""]) -> jnp.dtype:
+    """The dtype in which losses are kept and compared: the objective's, float32 at least.
+
+    Raises:
+        ValueError: if the objective does not return one floating-point number.
+    """
+    out = jax.eval_shape(objective, params, i)
+    shape, dtype = getattr(out, "shape", None), getattr(out, "dtype", None)
+    if shape != () or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"objective must return a scalar floating-point loss, got {out}")
+    return jnp.promote_types(dtype, jnp.float32)

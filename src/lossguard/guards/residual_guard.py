@@ -1,0 +1,241 @@
+"""The residual guard (GL2O, Safe-L2O): the paper's rival, from Heaton, Chen, Wang and Yin 2020.
+
+Letters: T the fallback's operator, S(x) = x - T(x) its residual, r the residual's norm at the
+learned proposal y, mu the bound that a tracking sequence makes of the residuals accepted so far.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, PyTree
+
+from .lanes import Branch, all_finite, propose, renew_if_unsound, select
+from .protocol import (
+    Decision,
+    Guard,
+    GuardState,
+    Objective,
+    Params,
+    as_arrays,
+    check_count,
+    loss_dtype,
+    start,
+    with_extra_args,
+)
+
+Residual = Literal["step", "gradient"]
+
+
+class Sequence(NamedTuple):
+    """A tracking sequence: ``init(mu_1) -> memory`` and ``update(memory, r) -> memory``.
+
+    The memory is an array whose bound mu is ``bound(memory)``; update is called on acceptance only.
+    """
+
+    init: Callable[[Array], PyTree]
+    update: Callable[[PyTree, Array], PyTree]
+    bound: Callable[[PyTree], Array]
+
+
+def geometric(theta: float) -> Sequence:
+    """GS(theta): mu <- theta mu. Source: Heaton et al. 2020, table 1.
+
+    Raises:
+        ValueError: if theta is not between 0 and 1.
+    """
+    _check_fraction("theta", theta)
+    return Sequence(lambda mu: mu, lambda mu, r: theta * mu, lambda mu: mu)
+
+
+def recent_term() -> Sequence:
+    """RT: mu <- r, the residual accepted last. Source: Heaton et al. 2020, table 1."""
+    return Sequence(lambda mu: mu, lambda mu, r: r, lambda mu: mu)
+
+
+def arithmetic_average() -> Sequence:
+    """AA: mu <- (r + m mu) / (m + 1), with m acceptances before. Source: Heaton et al. 2020, table 1."""
+
+    def update(memory: tuple[Array, Array], r: Array) -> tuple[Array, Array]:
+        mu, m = memory
+        return (r + m * mu) / (m + 1), m + 1
+
+    return Sequence(lambda mu: (mu, jnp.ones_like(mu)), update, lambda memory: memory[0])
+
+
+def ema(theta: float) -> Sequence:
+    """EMA(theta): mu <- theta r + (1 - theta) mu; theta weights the new residual.
+
+    The paper's setting is theta = 0.9; read as a decay it is ``ema(0.1)``.
+    Source: Heaton et al. 2020, table 1.
+
+    Raises:
+        ValueError: if theta is not between 0 and 1.
+    """
+    _check_fraction("theta", theta)
+    return Sequence(lambda mu: mu, lambda mu, r: theta * r + (1 - theta) * mu, lambda mu: mu)
+
+
+def recent_max(m: int = 30) -> Sequence:
+    """RM(m): mu <- the largest of the m residuals accepted last, mu_1 among them at first.
+
+    Source: Heaton et al. 2020, table 1; m = 30 is the paper's setting.
+
+    Raises:
+        ValueError: if m is below 1.
+    """
+    check_count("m", m)
+    return Sequence(
+        lambda mu: jnp.full(m, -jnp.inf, mu.dtype).at[-1].set(mu),
+        lambda recent, r: jnp.append(recent[1:], r),
+        lambda recent: recent.max(),
+    )
+
+
+class ResidualGuardState(NamedTuple):
+    """What the residual guard keeps beside x."""
+
+    learned: PyTree
+    fallback: PyTree
+    memory: PyTree
+    """Of the tracking sequence; NaN before the first step."""
+
+
+def residual_guard(
+    learned: Any,
+    fallback: Any,
+    *,
+    alpha: float = 0.99,
+    sequence: Sequence | None = None,
+    residual: Residual = "step",
+    nt: int = 10,
+) -> Guard:
+    """GL2O: keep the learned step where the fallback's next step from there would be small.
+
+        mu_1 = ||S(x_1)||
+        y = learned(x);  r = ||S(y)||;  ok = r <= alpha mu
+        x <- y if ok else T(x);   if ok: mu <- update(mu, r)
+
+    All of a step is on one minibatch; ||.|| is over all parameters. One step of the guard is nt such
+    optimizer steps. The test at y uses a copy of the fallback's state, which itself advances once a
+    step, from x, whatever was kept; the learned state runs on likewise. A proposal that is not
+    finite is rejected; if the fallback's step isn't finite either, x stays.
+
+    Args:
+        learned: the optimizer that is not trusted, an optax transformation.
+        fallback: the one that is, likewise.
+        alpha: 1 - delta, how much smaller than mu a residual has to be.
+        sequence: how mu follows the residuals accepted; ``ema(0.9)`` by default.
+        residual: "step", S(y) is the fallback's update (for SGD: the rate times the gradient), or
+            "gradient", the gradient without the rate.
+        nt: optimizer steps a cycle.
+
+    Cost a step: 2 gradients, the second after the learned update, which came after the first.
+
+    Raises:
+        ValueError: if nt is below 1, alpha is not between 0 and 1, or residual is neither of the two.
+
+    Source: Heaton et al., "Safeguarded learned convex optimization", 2020, arXiv 2003.01880; the
+    paper's GL2O and appendix E (alpha = 0.99, EMA with theta = 0.9).
+
+    >>> import optax
+    >>> guard = residual_guard(optax.sgd(0.2), optax.sgd(0.1))
+    >>> state, decision = guard.step(guard.init(jnp.ones(2)), lambda params, i: jnp.sum(params**2))
+    >>> bool(decision.used_learned.all()), int(decision.gradients)
+    (True, 20)
+    """
+    check_count("nt", nt)
+    _check_fraction("alpha", alpha)
+    if residual not in get_args(Residual):
+        raise ValueError(
+            f"residual must be one of {', '.join(get_args(Residual))}, got {residual!r}"
+        )
+    sequence = ema(0.9) if sequence is None else sequence
+    learned = with_extra_args("learned", learned)
+    fallback = with_extra_args("fallback", fallback)
+
+    def init(params: Params) -> GuardState:
+        params = as_arrays(params)
+        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+        memory = sequence.init(jnp.array(jnp.nan, dtype))
+        return start(
+            params, ResidualGuardState(learned.init(params), fallback.init(params), memory)
+        )
+
+    def optimizer_step(
+        x: Params, inner: ResidualGuardState, objective: Objective, i: Array
+    ) -> tuple[Params, ResidualGuardState, StepReport]:
+        loss, gradient = jax.value_and_grad(objective)(x, i)
+        at = Branch(x, inner.learned), Branch(x, inner.fallback)
+        y, learned_state = propose(learned, at[0], objective, i, loss, gradient)
+        z, fallback_state = propose(fallback, at[1], objective, i, loss, gradient)
+
+        loss_y, gradient_y = jax.value_and_grad(objective)(y, i)
+        if residual == "step":
+            at_y = Branch(y, inner.fallback)
+            after_y, _ = propose(fallback, at_y, objective, i, loss_y, gradient_y)
+            s_x, s_y = optax.tree.sub(x, z), optax.tree.sub(y, after_y)
+        else:
+            s_x, s_y = gradient, gradient_y
+        bound_type = jax.tree.leaves(inner.memory)[0].dtype
+        r = optax.tree.norm(s_y).astype(bound_type)
+        mu_1 = optax.tree.norm(s_x).astype(bound_type)
+
+        memory = select(i == 0, sequence.init(mu_1), inner.memory)
+        finite_y, finite_z = all_finite((y, r)), all_finite(z)
+        ok = finite_y & (r <= alpha * sequence.bound(memory))
+        memory = select(ok, sequence.update(memory, r), memory)
+
+        x = select(ok, y, select(finite_z, z, x))
+        learned_state, reset_learned = renew_if_unsound(learned, x, learned_state)
+        fallback_state, reset_fallback = renew_if_unsound(fallback, x, fallback_state)
+        inner = ResidualGuardState(learned_state, fallback_state, memory)
+        return x, inner, StepReport(ok, loss, finite_y, finite_z, reset_learned, reset_fallback)
+
+    def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
+        dtype = loss_dtype(objective, state.params, state.minibatches)
+
+        def body(carry: tuple, t: Array) -> tuple[tuple, StepReport]:
+            x, inner = carry
+            x, inner, report = optimizer_step(x, inner, objective, state.minibatches + t)
+            return (x, inner), report
+
+        (x, inner), report = jax.lax.scan(body, (state.params, state.inner), jnp.arange(nt))
+        nan = jnp.array(jnp.nan, dtype)
+        kept = jnp.where(report.ok[-1], 0, jnp.where(report.finite_fallback[-1], 1, -1))
+        decision = Decision(
+            used_learned=report.ok,
+            losses=report.loss.astype(dtype),
+            steps=jnp.int32(nt),
+            learned_loss=nan,
+            fallback_loss=nan,
+            finite_learned=report.finite_learned.all(),
+            finite_fallback=report.finite_fallback.all(),
+            reset_learned=report.reset_learned.any(),
+            reset_fallback=report.reset_fallback.any(),
+            winner=kept,
+            gradients=jnp.int32(2 * nt),
+            forwards=jnp.int32(0),
+            learned_updates=jnp.int32(nt),
+        )
+        return GuardState(x, state.steps + nt, state.minibatches + nt, inner), decision
+
+    return Guard(init, step)
+
+
+class StepReport(NamedTuple):
+    """What one optimizer step of the residual guard did."""
+
+    ok: Bool[Array, ""]
+    loss: Float[Array, ""]
+    finite_learned: Bool[Array, ""]
+    finite_fallback: Bool[Array, ""]
+    reset_learned: Bool[Array, ""]
+    reset_fallback: Bool[Array, ""]
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {value!r}")

@@ -1,0 +1,45 @@
+"""Host-fed minibatches as an objective."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Int, PyTree, Shaped
+
+from .protocol import Params
+
+
+class stacked(eqx.Module):
+    """``objective(params, i) = loss(params, batches[i - start])`` for minibatches stacked on axis 0.
+
+    For training loops whose minibatches come from the host: stack those of one cycle (nt + nc for a
+    loss guard), with ``start`` the number of the first, which is ``state.minibatches``. It is a
+    pytree, so that a compiled step takes new minibatches without recompiling.
+
+    Args:
+        loss: ``loss(params, batch) -> scalar``.
+        batches: a pytree of arrays that share the length of axis 0.
+        start: the number of the first minibatch.
+
+    Raises:
+        ValueError: if ``batches`` holds no arrays, or arrays of different lengths.
+
+    >>> import jax.numpy as jnp
+    >>> objective = stacked(lambda w, x: jnp.mean((x - w) ** 2), jnp.array([[1.0, 3.0], [5.0, 7.0]]))
+    >>> float(objective(jnp.array(6.0), 1))
+    1.0
+    """
+
+    loss: Callable[[Any, Any], Array] = eqx.field(static=True)
+    batches: PyTree[Shaped[Array, "count ..."]]
+    start: Int[Array, ""] | int = 0
+
+    def __check_init__(self) -> None:
+        lengths = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(self.batches)}
+        if len(lengths) != 1 or None in lengths:
+            found = sorted(map(str, lengths)) or "no arrays"
+            raise ValueError(f"batches must be arrays that share the length of axis 0, got {found}")
+
+    def __call__(self, params: Params, i: Int[Array, ""] | int) -> Array:
+        return self.loss(params, jax.tree.map(lambda leaf: leaf[i - self.start], self.batches))

@@ -1,0 +1,67 @@
+"""No guard: one optimizer under the protocol of the guards, for comparison with them."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from .lanes import Branch, all_finite, train
+from .protocol import (
+    Decision,
+    Guard,
+    GuardState,
+    Objective,
+    Params,
+    as_arrays,
+    check_count,
+    loss_dtype,
+    start,
+    with_extra_args,
+)
+
+
+def unguarded(optimizer: Any, *, nt: int = 10) -> Guard:
+    """One optimizer on its own; a step is nt of its steps, on minibatches i .. i+nt-1.
+
+    Nothing is checked: parameters may become infinite, which ``finite_learned`` reports.
+    ``used_learned`` is true throughout.
+
+    Raises:
+        ValueError: if nt is below 1.
+
+    >>> import optax
+    >>> guard = unguarded(optax.sgd(0.1))
+    >>> state, decision = guard.step(guard.init(jnp.ones(2)), lambda params, i: jnp.sum(params**2))
+    >>> int(state.steps), int(state.minibatches), float(decision.losses[0])
+    (10, 10, 2.0)
+    """
+    check_count("nt", nt)
+    optimizer = with_extra_args("optimizer", optimizer)
+
+    def init(params: Params) -> GuardState:
+        params = as_arrays(params)
+        return start(params, optimizer.init(params))
+
+    def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
+        i = state.minibatches
+        dtype = loss_dtype(objective, state.params, i)
+        branches = (Branch(state.params, state.inner),)
+        (branch,), losses = train((optimizer,), branches, objective, i, nt=nt, dtype=dtype)
+        nan = jnp.array(jnp.nan, dtype)
+        decision = Decision(
+            used_learned=jnp.ones(nt, bool),
+            losses=losses[0],
+            steps=jnp.int32(nt),
+            learned_loss=nan,
+            fallback_loss=nan,
+            finite_learned=all_finite((branch.params, losses)),
+            finite_fallback=jnp.array(True),
+            reset_learned=jnp.array(False),
+            reset_fallback=jnp.array(False),
+            winner=jnp.int32(0),
+            gradients=jnp.int32(nt),
+            forwards=jnp.int32(0),
+            learned_updates=jnp.int32(nt),
+        )
+        return GuardState(branch.params, state.steps + nt, i + nt, branch.state), decision
+
+    return Guard(init, step)

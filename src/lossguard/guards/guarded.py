@@ -25,7 +25,7 @@ def guarded(learned: Any, fallback: Any) -> optax.GradientTransformationExtraArg
 
     An update that leads to parameters or a value that aren't finite is not taken; if both do, the
     update is zero. Any optax loop can use it: ``update(grads, state, params, value_fn=F)``, where
-    ``value_fn(params)`` is the deterministic objective. Other extra arguments go to both optimizers.
+    ``value_fn(params)`` is the deterministic objective. Other extra arguments go to both.
 
     Raises:
         ValueError: on update, if ``params`` or ``value_fn`` is missing.
@@ -47,7 +47,7 @@ def guarded(learned: Any, fallback: Any) -> optax.GradientTransformationExtraArg
 
     def update(
         updates: PyTree,
-        state: GuardedState,
+        state: Any,
         params: Params | None = None,
         *,
         value_fn: Any = None,

@@ -34,18 +34,28 @@ def _params(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def policies(loser: str | tuple[str, str]) -> tuple[str, str]:
-    """The policies of the learned optimizer and of the fallback."""
-    pair = (loser, loser) if isinstance(loser, str) else tuple(loser)
-    if len(pair) != 2 or not set(pair) <= set(POLICIES):
-        raise ValueError(f"loser must be one of {', '.join(POLICIES)}, or a pair, got {loser!r}")
-    return pair
+def check_policy(loser: str) -> None:
+    """Refuse an unknown policy for the memory of a loser."""
+    if loser not in POLICIES:
+        raise ValueError(f"loser must be one of {', '.join(POLICIES)}, got {loser!r}")
 
 
 def check_count(name: str, count: int) -> None:
     """Refuse a number of minibatches that isn't one."""
-    if not isinstance(count, int) or count < 1:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Refuse what isn't in (0, 1]."""
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuse what isn't positive."""
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value!r}")
 
 
 def check_schedulers(

@@ -47,8 +47,8 @@ class LossGuard(Facade):
         nt: train minibatches per cycle.
         nc: check minibatches per cycle.
         loser: what the optimizer of a branch that lost remembers: ``keep`` (what it learned on that
-            branch), ``rollback`` (what it knew before the cycle) or ``reset`` (nothing); or a pair,
-            for learned and for fallback. Schedules advance whoever wins.
+            branch), ``rollback`` (what it knew before the cycle) or ``reset`` (what it knew when
+            the guard was built). Schedules advance whoever wins.
         hedge: whether a third lane runs the fallback on its own path, so that the result is never
             worse than the fallback alone by more than the check's error.
         model: the module whose buffers (BatchNorm's statistics) belong to a branch; needed with
@@ -88,7 +88,7 @@ class LossGuard(Facade):
         *,
         nt: int = 10,
         nc: int = 10,
-        loser: str | tuple[str, str] = "keep",
+        loser: str = "keep",
         hedge: bool = False,
         model: nn.Module | None = None,
         scaler: GradScaler | None = None,
@@ -98,7 +98,7 @@ class LossGuard(Facade):
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
         params = arguments.shared_params(learned, fallback)
-        policies = arguments.policies(loser)
+        arguments.check_policy(loser)
         arguments.check_count("nt", nt)
         arguments.check_count("nc", nc)
         arguments.check_schedulers(schedulers, learned, fallback)
@@ -120,7 +120,7 @@ class LossGuard(Facade):
         self._x = self._weights.copy()
         self._lanes = [
             Lane(name, inner, policy, clone(scaler), self._weights.copy())
-            for name, inner, policy in _lanes(Inner(learned), Inner(fallback), policies, hedge)
+            for name, inner, policy in _lanes(Inner(learned), Inner(fallback), loser, hedge)
         ]
         self._running = self._lanes[FALLBACK]
         self._kept = FALLBACK
@@ -352,7 +352,7 @@ def _mean(losses: list[Tensor]) -> float:
 
 
 def _lanes(
-    learned: Inner, fallback: Inner, loser: tuple[str, str], hedge: bool
+    learned: Inner, fallback: Inner, loser: str, hedge: bool
 ) -> list[tuple[str, Inner, str]]:
-    lanes = [("learned", learned, loser[LEARNED]), ("fallback", fallback, loser[FALLBACK])]
+    lanes = [("learned", learned, loser), ("fallback", fallback, loser)]
     return [*lanes, ("hedge", fallback, "keep")] if hedge else lanes

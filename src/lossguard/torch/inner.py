@@ -74,6 +74,17 @@ class Inner:
         own = [[group.get(key) for key in self.own] for group in self.optimizer.param_groups]
         return finite([*self.optimizer.state.values(), own])
 
+    def renew(self) -> bool:
+        """Reset the memory if it isn't finite; whether that was so."""
+        broken = not self.is_finite()
+        if broken:
+            self.restore(self.fresh)
+        return broken
+
+    def grow(self) -> None:
+        """Make room for the parameter group that the optimizer has just got."""
+        self.fresh.options.append(clone(self._options()[-1]))
+
     def state_dict(self, memory: Memory | None = None) -> dict[str, Any]:
         """A copy of the optimizer's ``state_dict``, with ``memory`` in place if one is given."""
         if memory is None:
@@ -140,10 +151,10 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def _same(old: Any, new: Any) -> bool:
-    if old is new:
-        return True
-    tensors = isinstance(old, Tensor) or isinstance(new, Tensor)
-    return not tensors and bool(old == new)
+    comparable = (int, float, str, tuple, type(None))  # not what holds tensors
+    return old is new or (
+        isinstance(old, comparable) and isinstance(new, comparable) and old == new
+    )
 
 
 def _uncast(saved: Any, loaded: Any) -> Any:

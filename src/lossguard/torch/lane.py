@@ -83,7 +83,7 @@ class Lane:
     def grow(self) -> None:
         """Make room for the parameter group that its optimizer has just got."""
         if self.memory is None:
-            self.inner.fresh.options.append(self.inner.remember().options[-1])
+            self.inner.grow()
         else:
             self.memory.options.append(self.inner.remember().options[-1])
 

@@ -133,7 +133,7 @@ def keep_schedules(state: PyTree, advanced: PyTree) -> PyTree:
 def renew_if_unsound(
     optimizer: optax.GradientTransformationExtraArgs, params: Params, state: PyTree
 ) -> tuple[PyTree, Bool[Array, ""]]:
-    """The state, or a fresh one (with its schedules kept) if it is no longer finite; and whether."""
+    """The state, or a fresh one (schedules kept) if it is no longer finite; and whether it was."""
     fresh = optimizer.init(params)
     unsound = ~is_sound(state, fresh)
     return select(unsound, keep_schedules(fresh, state), state), unsound

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 Params = PyTree[Shaped[Array, "..."]]
 Objective = Callable[[Any, Any], Array]
-"""``objective(params, i)``: the scalar loss on minibatch number i; a deterministic one ignores i."""
+"""``objective(params, i)``: the scalar loss on minibatch number i, which may be ignored."""
 
 
 class GuardState(NamedTuple):

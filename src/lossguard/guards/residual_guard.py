@@ -56,7 +56,10 @@ def recent_term() -> Sequence:
 
 
 def arithmetic_average() -> Sequence:
-    """AA: mu <- (r + m mu) / (m + 1), with m acceptances before. Source: Heaton et al. 2020, table 1."""
+    """AA: mu <- (r + m mu) / (m + 1), with m acceptances before.
+
+    Source: Heaton et al. 2020, table 1.
+    """
 
     def update(memory: tuple[Array, Array], r: Array) -> tuple[Array, Array]:
         mu, m = memory
@@ -118,8 +121,8 @@ def residual_guard(
         y = learned(x);  r = ||S(y)||;  ok = r <= alpha mu
         x <- y if ok else T(x);   if ok: mu <- update(mu, r)
 
-    All of a step is on one minibatch; ||.|| is over all parameters. One step of the guard is nt such
-    optimizer steps. The test at y uses a copy of the fallback's state, which itself advances once a
+    All of a step is on one minibatch; ||.|| is over all parameters. One step of the guard is nt of
+    these optimizer steps. The test at y uses a copy of the fallback's state, which itself advances once a
     step, from x, whatever was kept; the learned state runs on likewise. A proposal that is not
     finite is rejected; if the fallback's step isn't finite either, x stays.
 
@@ -135,7 +138,7 @@ def residual_guard(
     Cost a step: 2 gradients, the second after the learned update, which came after the first.
 
     Raises:
-        ValueError: if nt is below 1, alpha is not between 0 and 1, or residual is neither of the two.
+        ValueError: if nt is below 1, alpha not between 0 and 1, or residual neither of the two.
 
     Source: Heaton et al., "Safeguarded learned convex optimization", 2020, arXiv 2003.01880; the
     paper's GL2O and appendix E (alpha = 0.99, EMA with theta = 0.9).

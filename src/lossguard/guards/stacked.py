@@ -11,7 +11,7 @@ from .protocol import Params
 
 
 class stacked(eqx.Module):
-    """``objective(params, i) = loss(params, batches[i - start])`` for minibatches stacked on axis 0.
+    """``objective(params, i) = loss(params, batches[i - start])``: minibatches stacked on axis 0.
 
     For training loops whose minibatches come from the host: stack those of one cycle (nt + nc for a
     loss guard), with ``start`` the number of the first, which is ``state.minibatches``. It is a
@@ -26,7 +26,8 @@ class stacked(eqx.Module):
         ValueError: if ``batches`` holds no arrays, or arrays of different lengths.
 
     >>> import jax.numpy as jnp
-    >>> objective = stacked(lambda w, x: jnp.mean((x - w) ** 2), jnp.array([[1.0, 3.0], [5.0, 7.0]]))
+    >>> batches = jnp.array([[1.0, 3.0], [5.0, 7.0]])
+    >>> objective = stacked(lambda w, x: jnp.mean((x - w) ** 2), batches)
     >>> float(objective(jnp.array(6.0), 1))
     1.0
     """

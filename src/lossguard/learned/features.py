@@ -5,7 +5,7 @@ from jaxtyping import Array, Float
 
 
 def log_and_sign(gradient: Float[Array, " n"], p: float = 10.0) -> Float[Array, "2 n"]:
-    """The two inputs for each coordinate g of a gradient, which keep its magnitude apart from its sign:
+    """Two inputs for each coordinate g of a gradient, its magnitude apart from its sign:
 
         (log|g| / p, sign g)   where |g| >= exp(-p)
         (-1, exp(p) g)         elsewhere

@@ -3,7 +3,7 @@
 Letters: n coordinates, H hidden cells, p the scale of the input logarithm.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +100,7 @@ def lstm_optimizer(
         return LSTMState(h=zeros, c=zeros)
 
     def update(
-        updates: PyTree, state: LSTMState, params: PyTree | None = None
+        updates: PyTree, state: Any, params: PyTree | None = None
     ) -> tuple[PyTree, LSTMState]:
         del params
         gradient, unravel = ravel_pytree(jax.tree.map(lambda g: g.astype(jnp.float32), updates))
@@ -122,7 +122,7 @@ def lstm_cell(
 ) -> tuple[Float[Array, "H n"], Float[Array, "H n"]]:
     """One step of one layer for all coordinates at once.
 
-    With coordinates last the gates are rows, which makes the product and the four splits contiguous:
+    With coordinates last the gates are rows, which makes the product and the splits contiguous:
     twice as fast on a CPU. One product for input, memory and bias is faster again when vmapped.
     """
     matrix = jnp.concatenate(

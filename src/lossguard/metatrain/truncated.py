@@ -20,7 +20,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from ..learned.lstm import LSTMState, LSTMWeights
+from ..learned.lstm import LSTMWeights
 from ..tasks.task import Task
 
 MakeOptimizer = Callable[[LSTMWeights], optax.GradientTransformation]
@@ -30,7 +30,7 @@ class Optimizees(NamedTuple):
     """K optimizees, each on its way through a rollout."""
 
     params: PyTree[Float[Array, "K ..."]]
-    state: LSTMState
+    state: PyTree
     """The learned optimizer's memory of all coordinates of all optimizees."""
     key: PRNGKeyArray
     """[K]: shuffles the minibatches of each."""

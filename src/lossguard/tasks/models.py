@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 
 class Model(Protocol):
-    """What a task needs of a model: parameters from a key, and logits from parameters and inputs."""
+    """What a task needs of a model: parameters from a key, logits from parameters and inputs."""
 
     def init(self, shape: Sequence[int], classes: int, key: PRNGKeyArray) -> PyTree: ...
 

@@ -2,9 +2,9 @@
 
 A keyed bijection of 0..n-1 is evaluated at the positions that are asked for, so that nothing is
 sorted or stored, and any minibatch can be drawn again. It is a Feistel network on pairs in
-Z_a x Z_b with a b >= n, each half added to modulo its radix, and values that fall outside 0..n-1 are
-encrypted again until they fall inside (Black and Rogaway, "Ciphers with arbitrary finite domains",
-CT-RSA 2002, methods 2 and 3). a b exceeds n by less than a, so that second rounds are rare.
+Z_a x Z_b with a b >= n, each half added to modulo its radix, and values that fall outside 0..n-1
+are encrypted again until they fall inside (Black and Rogaway, "Ciphers with arbitrary finite
+domains", CT-RSA 2002, methods 2 and 3). a b exceeds n by less than a, so that second rounds are rare.
 """
 
 import math
@@ -37,7 +37,7 @@ def minibatch_indices(
 
 
 def permuted(key: PRNGKeyArray, positions: Int[Array, " m"], n: int) -> Int[Array, " m"]:
-    """The images of ``positions`` (each in 0..n-1) under the bijection of 0..n-1 that ``key`` names."""
+    """The images of ``positions`` under the bijection of 0..n-1 that ``key`` names."""
     a = math.isqrt(n - 1) + 1 if n > 1 else 1
     b = -(-n // a)
     round_keys = jax.random.bits(key, (ROUNDS,), jnp.uint32)

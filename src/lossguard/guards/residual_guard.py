@@ -122,9 +122,9 @@ def residual_guard(
         x <- y if ok else T(x);   if ok: mu <- update(mu, r)
 
     All of a step is on one minibatch; ||.|| is over all parameters. One step of the guard is nt of
-    these optimizer steps. The test at y uses a copy of the fallback's state, which itself advances once a
-    step, from x, whatever was kept; the learned state runs on likewise. A proposal that is not
-    finite is rejected; if the fallback's step isn't finite either, x stays.
+    these optimizer steps. The test at y uses a copy of the fallback's state, which itself advances
+    once a step, from x, whatever was kept; the learned state runs on likewise. A proposal that is
+    not finite is rejected; if the fallback's step isn't finite either, x stays.
 
     Args:
         learned: the optimizer that is not trusted, an optax transformation.

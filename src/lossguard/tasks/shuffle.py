@@ -4,7 +4,7 @@ A keyed bijection of 0..n-1 is evaluated at the positions that are asked for, so
 sorted or stored, and any minibatch can be drawn again. It is a Feistel network on pairs in
 Z_a x Z_b with a b >= n, each half added to modulo its radix, and values that fall outside 0..n-1
 are encrypted again until they fall inside (Black and Rogaway, "Ciphers with arbitrary finite
-domains", CT-RSA 2002, methods 2 and 3). a b exceeds n by less than a, so that second rounds are rare.
+domains", CT-RSA 2002, methods 2 and 3). a b exceeds n by less than a, so that this is rare.
 """
 
 import math

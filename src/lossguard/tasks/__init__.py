@@ -15,6 +15,7 @@ from .datasets import (
     tiny_imagenet50_32px,
 )
 from .models import MLP, ConvNet, Model
+from .synthetic import Noisy, Quadratic, RidgeLogistic, quadratic, ridge_logistic
 from .task import Objective, Task
 
 __all__ = [
@@ -23,7 +24,10 @@ __all__ = [
     "ConvNet",
     "Dataset",
     "Model",
+    "Noisy",
     "Objective",
+    "Quadratic",
+    "RidgeLogistic",
     "Split",
     "Task",
     "cifar10",
@@ -33,6 +37,8 @@ __all__ = [
     "load_dataset",
     "mnist",
     "moons",
+    "quadratic",
+    "ridge_logistic",
     "spirals",
     "tiny_imagenet",
     "tiny_imagenet50_32px",

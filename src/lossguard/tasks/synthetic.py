@@ -53,7 +53,7 @@ class RidgeLogistic(eqx.Module):
     mu: Float[Array, ""]
     """The factor of the ridge, which is the strong convexity."""
     L: Float[Array, ""]
-    """mu + 1/4 of the largest eigenvalue of mean_j a_j a_j^T: log(1 + exp) curves by at most 1/4."""
+    """mu + the largest eigenvalue of mean_j a_j a_j^T / 4: log(1 + exp) curves by at most 1/4."""
 
     def excess(self, params: Float[Array, " n"]) -> Float[Array, ""]:
         """E(w); within a few roundings of f, so that it may be below 0 by as much."""

@@ -14,6 +14,9 @@ from .guards.unguarded import unguarded as unguarded
 from .learned.lstm import LSTMWeights as LSTMWeights
 from .learned.lstm import init_lstm_weights as init_lstm_weights
 from .learned.lstm import lstm_optimizer as lstm_optimizer
+from .learned.pretrained import load_weights as load_weights
+from .learned.pretrained import pretrained as pretrained
+from .learned.pretrained import save_weights as save_weights
 from .rollout import rollout as rollout
 from .schedules import harmonic_decay as harmonic_decay
 from .schedules import paper_decay as paper_decay

@@ -1,0 +1,59 @@
+"""Checkpoints of long computations: atomic, the last two kept, a damaged one passed over aloud."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from jaxtyping import PyTree
+from rich.console import Console
+
+
+class Checkpoints:
+    """A folder of numbered checkpoints: a pytree of arrays, and a table, each.
+
+    Written by Orbax, which renames a finished folder into its place, so that a kill at any moment
+    leaves the last whole one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        import orbax.checkpoint as ocp  # seconds to import, and short runs need none of it
+
+        self._ocp = ocp
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=2, create=True, enable_async_checkpointing=False
+            ),
+        )
+
+    def save(self, step: int, state: PyTree, table: pl.DataFrame) -> None:
+        """Write checkpoint number ``step`` and drop the third last."""
+        standard = self._ocp.args.StandardSave
+        columns = {name: table[name].to_numpy() for name in table.columns}
+        self._manager.save(
+            step, args=self._ocp.args.Composite(state=standard(state), table=standard(columns))
+        )
+
+    def latest(self, template: PyTree) -> tuple[int, PyTree, pl.DataFrame] | None:
+        """The newest checkpoint that is whole: its number, its pytree and its table.
+
+        ``template`` gives the structure, shapes and dtypes. None if there is no checkpoint; those
+        that can't be read are named on stderr, and deleted if an older one was used.
+        """
+        restore = self._ocp.args.StandardRestore
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                found = self._manager.restore(
+                    step,
+                    args=self._ocp.args.Composite(state=restore(template), table=restore()),
+                )
+                table = pl.DataFrame({k: np.asarray(v) for k, v in found["table"].items()})
+            except Exception as error:  # whatever a damaged file makes the reader raise
+                reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+                Console(stderr=True).print(
+                    f"checkpoint {step} is damaged and was passed over: {reason}", style="yellow"
+                )
+                self._manager.delete(step)
+                continue
+            return step, found["state"], table
+        return None

@@ -1,0 +1,200 @@
+"""Meta-training: many meta-steps, validated, resumable; the best weights by validation are kept."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import polars as pl
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from ..checkpoints import Checkpoints
+from ..learned.lstm import LSTMWeights, init_lstm_weights, lstm_optimizer
+from ..learned.pretrained import save_weights
+from ..progress import Progress
+from ..records import CURVES, MANIFEST, manifest, open_folder, write_json, write_parquet
+from ..tasks.datasets import load_dataset
+from ..tasks.models import MLP, ConvNet
+from ..tasks.task import Task
+from .truncated import Optimizees, meta_gradient, restart_finished, start, unroll
+
+WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class MetaTraining:
+    """Everything that a meta-training run depends on."""
+
+    name: str
+    """What the learned optimizer is called."""
+    dataset: str = "mnist"
+    scaling: str = "unit"
+    """Of the inputs, as the data set's loader takes it."""
+    model: MLP | ConvNet = MLP()
+    batch_size: int = 128
+    optimizees: int = 2
+    """K, optimizees under way side by side."""
+    truncation: int = 50
+    """Optimizer steps of a piece, after which back-propagation is cut."""
+    shortest: int = 100
+    longest: int = 500
+    """Rollout lengths are drawn log-uniformly between the two, rounded up to whole pieces."""
+    meta_steps: int = 3000
+    rate: float = 3e-3
+    """Of Adam on the weights; decayed to zero by a cosine."""
+    clip: float = 1.0
+    """Largest norm of a meta-gradient."""
+    hidden: int = 20
+    layers: int = 2
+    scale: float = 0.1
+    p: float = 10.0
+    validate_every: int = 100
+    validation_steps: int = 300
+    """The weights kept are those with the lowest mean loss over so many steps."""
+    validation_optimizees: int = 4
+    seed: int = 0
+
+    def task(self) -> Task:
+        """The task that is trained on, loaded."""
+        return Task(load_dataset(self.dataset, scaling=self.scaling), self.model, self.batch_size)
+
+    def optimizer(self, weights: LSTMWeights) -> optax.GradientTransformation:
+        """The learned optimizer that these weights make."""
+        return lstm_optimizer(weights, scale=self.scale, p=self.p)
+
+
+class MetaState(NamedTuple):
+    """Where meta-training stands."""
+
+    weights: LSTMWeights
+    adam: PyTree
+    optimizees: Optimizees
+    best: LSTMWeights
+    best_validation: Float[Array, ""]
+
+
+def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Path:
+    """Meta-train a learned optimizer; returns the file of its weights.
+
+    Leaves ``config.json``, ``manifest.json``, ``curves.parquet`` (columns ``meta_step``,
+    ``meta_loss``, ``gradient_norm``, ``validation``: [validation_steps] mean losses a step) and
+    ``weights.safetensors`` in the folder. Stopped by Ctrl-C or killed, it goes on with ``resume``
+    from the last validation, with the same result as without the stop.
+
+    Raises:
+        ValueError: if the folder holds another run, or this one and ``resume`` is false.
+    """
+    open_folder(folder, asdict(config), resume=resume)
+    task = config.task()
+    start_key, train_key, validation_key = jax.random.split(jax.random.key(config.seed), 3)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    state, table, done = _start(config, task, start_key), None, 0
+    if (found := checkpoints.latest(state)) is not None:
+        done, state, table = found
+
+    with Progress(config.name, total=config.meta_steps, done=done, unit="meta-steps") as progress:
+        while done < config.meta_steps:
+            steps = min(config.validate_every, config.meta_steps - done)
+            state, losses, norms = _train(
+                config, task, state, jax.random.fold_in(train_key, done), steps
+            )
+            done += steps
+            validation = np.asarray(_validate(config, task, state.weights, validation_key))
+            state = _keep_best(state, jnp.float32(validation.mean()))
+            row = {
+                "meta_step": [done],
+                "meta_loss": [float(losses.mean())],
+                "gradient_norm": [float(norms.mean())],
+                "validation": validation[None],
+            }
+            rows = pl.DataFrame(row)
+            table = rows if table is None else pl.concat([table, rows], how="vertical_relaxed")
+            checkpoints.save(done, state, table)
+            best = float(state.best_validation)
+            progress.advance(steps, validation=float(validation.mean()), best=best)
+
+    assert table is not None
+    write_parquet(folder / CURVES, table)
+    made = manifest(seconds=progress.seconds, best_validation=float(state.best_validation))
+    provenance = {
+        "made": " ".join(made["command"]),
+        "commit": str(made["commit"]),
+        "time": made["time"],
+        "dataset": config.dataset,
+        "best_validation": f"{float(state.best_validation):.4f}",
+    }
+    save_weights(folder / WEIGHTS, state.best, p=config.p, scale=config.scale, made=provenance)
+    write_json(folder / MANIFEST, made)
+    return folder / WEIGHTS
+
+
+def _start(config: MetaTraining, task: Task, key: PRNGKeyArray) -> MetaState:
+    weights_key, first_key = jax.random.split(key)
+    weights = init_lstm_weights(weights_key, hidden=config.hidden, layers=config.layers)
+    return MetaState(
+        weights,
+        _meta_optimizer(config).init(weights),
+        _fresh(config, task, first_key),
+        weights,
+        jnp.float32(jnp.inf),
+    )
+
+
+def _meta_optimizer(config: MetaTraining) -> optax.GradientTransformation:
+    rate = optax.cosine_decay_schedule(config.rate, config.meta_steps)
+    return optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(rate))
+
+
+def _fresh(config: MetaTraining, task: Task, key: PRNGKeyArray) -> Optimizees:
+    """Optimizees at the start of rollouts of random lengths."""
+    length_key, key = jax.random.split(key)
+    bounds = jnp.log(config.shortest), jnp.log(config.longest)
+    log_length = jax.random.uniform(length_key, (config.optimizees,), jnp.float32, *bounds)
+    pieces = jnp.ceil(jnp.exp(log_length) / config.truncation - 1e-3).astype(jnp.int32)
+    weights = init_lstm_weights(key, hidden=config.hidden, layers=config.layers)
+    optimizer = config.optimizer(weights)  # for the shapes of its state, zero at the start
+    keys = jax.random.split(key, config.optimizees)
+    return start(task, optimizer, keys, pieces * config.truncation)
+
+
+@eqx.filter_jit
+def _train(
+    config: MetaTraining, task: Task, state: MetaState, key: PRNGKeyArray, steps: int
+) -> tuple[MetaState, Array, Array]:
+    """``steps`` meta-steps in one compiled loop: the state after them, losses, gradient norms."""
+    optimizer = _meta_optimizer(config)
+
+    def step(state: MetaState, key: PRNGKeyArray) -> tuple[MetaState, tuple[Array, Array]]:
+        losses, gradient, optimizees = meta_gradient(
+            config.optimizer, task, state.weights, state.optimizees, config.truncation
+        )
+        updates, adam = optimizer.update(gradient, state.adam, state.weights)
+        weights = optax.apply_updates(state.weights, updates)
+        optimizees = restart_finished(optimizees, _fresh(config, task, key))
+        state = state._replace(weights=weights, adam=adam, optimizees=optimizees)
+        return state, (losses.mean(), optax.tree.norm(gradient))
+
+    state, (losses, norms) = jax.lax.scan(step, state, jax.random.split(key, steps))
+    return state, losses, norms
+
+
+@eqx.filter_jit
+def _validate(
+    config: MetaTraining, task: Task, weights: LSTMWeights, key: PRNGKeyArray
+) -> Float[Array, " validation_steps"]:
+    """Mean training losses a step, on initializations and minibatches that training never draws."""
+    keys = jax.random.split(key, config.validation_optimizees)
+    optimizer = config.optimizer(weights)
+    optimizees = start(task, optimizer, keys, jnp.zeros(config.validation_optimizees, jnp.int32))
+    losses, _ = unroll(task, optimizer, optimizees, config.validation_steps)
+    return losses.mean(axis=1)
+
+
+def _keep_best(state: MetaState, validation: Float[Array, ""]) -> MetaState:
+    if validation < state.best_validation:
+        return state._replace(best=state.weights, best_validation=validation)
+    return state

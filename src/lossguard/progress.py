@@ -1,0 +1,68 @@
+"""Progress of long computations, on stderr: a bar on a terminal, a line now and then elsewhere."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+
+QUIET_SECONDS = 30.0
+
+
+class Progress:
+    """``with Progress("Adam", total=1000) as p: p.advance(10, loss=0.3)``.
+
+    ``seconds`` is the time since the start, without what an earlier run of the same spent.
+    """
+
+    def __init__(self, label: str, *, total: int, done: int = 0, unit: str = "steps") -> None:
+        self._console = Console(stderr=True)
+        self._label, self._total, self._done, self._unit = label, total, done, unit
+        self._bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(label, total=total, completed=done, figures="")
+
+    def __enter__(self) -> Self:
+        self._started = self._said = time.perf_counter()
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    def advance(self, count: int, **figures: float) -> None:
+        """So many more are done, and these are the current figures."""
+        self._done += count
+        text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        self._bar.update(self._task, completed=self._done, figures=text)
+        now = time.perf_counter()
+        if not self._console.is_terminal and now - self._said > QUIET_SECONDS:
+            self._said = now
+            self._console.print(
+                f"{self._label}: {self._done} of {self._total} {self._unit}  {text}", soft_wrap=True
+            )

@@ -63,17 +63,17 @@ def _recipe(
 
 def _override(config: Any, out: Path, arguments: Sequence[str], program: str) -> tuple[Where, Any]:
     """The config with the fields that the command line names replaced, and where to put the run."""
-    kind = type(config)
 
-    def both(
-        where: tyro.conf.OmitArgPrefixes[Where],
-        config: Annotated[kind, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands],
-    ) -> tuple[Where, Any]:
-        return where, config
+    @dataclass(frozen=True)
+    class Arguments:
+        where: tyro.conf.OmitArgPrefixes[Where]
+        config: Annotated[type(config), tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
 
-    return tyro.cli(
-        both,
-        default={"where": Where(out), "config": config},  # pyright: ignore
+    parsed = tyro.cli(
+        Arguments,
+        default=Arguments(Where(out), config),
         args=arguments,
         prog=f"lossguard {program}",
+        description="",
     )
+    return parsed.where, parsed.config

@@ -64,10 +64,12 @@ def _recipe(
 def _override(config: Any, out: Path, arguments: Sequence[str], program: str) -> tuple[Where, Any]:
     """The config with the fields that the command line names replaced, and where to put the run."""
 
+    kind = type(config)
+
     @dataclass(frozen=True)
     class Arguments:
         where: tyro.conf.OmitArgPrefixes[Where]
-        config: Annotated[type(config), tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
+        config: Annotated[kind, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
 
     parsed = tyro.cli(
         Arguments,

@@ -66,7 +66,9 @@ def algorithm2(
             if lane != winner and loser == "rollback":
                 optimizers[lane].load_state_dict({"state": before[lane], "param_groups": groups})
             if lane != winner and loser == "reset":
-                optimizers[lane].load_state_dict({**fresh[lane], "param_groups": groups})
+                optimizers[lane].load_state_dict(
+                    {**copy.deepcopy(fresh[lane]), "param_groups": groups}
+                )
         yield copy.deepcopy(x.state_dict()), winner, means, train[winner if winner >= 0 else 1]
 
 

@@ -6,44 +6,12 @@ import math
 import pytest
 import torch
 from algorithm2 import algorithm2
+from models import assert_same_state, closure_for, loss_fn, mlp, quadratic, spiral
 from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LambdaLR
 
 from lossguard.torch import LossGuard
-
-
-def spiral(n):
-    """Two interleaved arms."""
-    t = torch.rand(n, 1) * 9 + 0.5
-    label = torch.randint(0, 2, (n,))
-    angle = t + math.pi * label[:, None]
-    return torch.cat([t * angle.cos(), t * angle.sin()], 1) / 5, label
-
-
-def mlp(*extra):
-    return nn.Sequential(nn.Linear(2, 16), *extra, nn.Tanh(), nn.Linear(16, 2))
-
-
-def loss_fn(model, batch):
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-
-def closure_for(guard, model, batch):
-    def closure():
-        guard.zero_grad()
-        loss = loss_fn(model, batch)
-        loss.backward()
-        return loss
-
-    return closure
-
-
-def assert_same_state(actual, expected):
-    assert actual.keys() == expected.keys()
-    for key in actual:
-        torch.testing.assert_close(actual[key], expected[key], rtol=0, atol=0, msg=key)
-
 
 # A learned optimizer that is sometimes better and sometimes worse than each fallback.
 PAIRS = {
@@ -160,18 +128,6 @@ def test_a_hedge_is_the_fallback_alone():
     assert any(decision.winner == 0 for decision in guard.history)
     for p, q in zip(guard._lanes[2].copy, alone.parameters(), strict=True):
         assert torch.equal(p, q)
-
-
-def quadratic(w=4.0):
-    """F(w) = w^2 has the gradient 2 w: SGD multiplies w by 1 - 2 lr."""
-    weight = torch.tensor([w], requires_grad=True)
-
-    def closure():
-        loss = weight.square().sum()
-        loss.backward()
-        return loss
-
-    return weight, closure
 
 
 def test_analytic_quadratic():

@@ -221,6 +221,7 @@ class LossGuard(Facade):
         self.learned.add_param_group({"params": list(params)})
         before = len(self._weights.params)
         self._weights.params += params
+        self._weights.clear_gradients()  # theirs may be left from before
         news = self._weights.copy()[before : before + len(params)]
         for copy in (self._x, *(lane.copy for lane in self._lanes)):
             copy[before:before] = clone(news)

@@ -1,0 +1,242 @@
+"""The residual guard for PyTorch: GL2O (Safe-L2O), the loss guard's rival.
+
+T    the fallback's operator: one step of it
+S    its residual, S(x) = x - T(x); for SGD the learning rate times the gradient
+r    ||S(y)|| at the learned proposal y, over all parameters
+mu   the bound that a tracking sequence makes of the residuals accepted so far
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lossguard.torch import arguments
+from lossguard.torch.decision import FALLBACK, LEARNED, NOBODY, Decision
+from lossguard.torch.facade import Closure, Facade
+from lossguard.torch.inner import Inner, clone, finite
+from lossguard.torch.lane import scalar
+from lossguard.torch.randomness import Randomness
+from lossguard.torch.sequences import Sequence, Track, ema
+from lossguard.torch.weights import Copy, Weights
+
+RESIDUALS = ("step", "gradient")
+
+
+class ResidualGuard(Facade):
+    r"""Keeps the learned step where the fallback's next step from there would be small.
+
+        mu_1 = ||S(x_1)||
+        y = learned(x);  r = ||S(y)||;  ok = r <= alpha mu
+        x <- y if ok else T(x);   if ok: mu <- update(mu, r)
+
+    All of a step is on one minibatch, so ``step`` calls the closure twice: at x, and at y. The test
+    at y uses a copy of the fallback's state, which itself advances once a step, from x, whatever
+    was kept; the learned state runs on likewise. A proposal that isn't finite is rejected; if the
+    fallback's step isn't finite either, x stays.
+
+    Args:
+        learned: the optimizer that isn't trusted.
+        fallback: the optimizer that is, over the same parameters. Its parameter groups are the
+            guard's; a scheduler on it is stepped once per call.
+        alpha: 1 - delta, how much smaller than mu a residual has to be.
+        sequence: how mu follows the accepted residuals; ``ema(0.9)`` by default.
+        residual: ``step``, S as above, or ``gradient``, without the learning rate.
+        nt: optimizer steps that make up one entry of ``history``.
+        model: the module whose buffers go with the iterate.
+
+    Raises:
+        ValueError: if an argument isn't one of the above.
+
+    >>> w = torch.tensor([4.0], requires_grad=True)
+    >>> guard = ResidualGuard(torch.optim.SGD([w], lr=0.4), torch.optim.SGD([w], lr=0.1), nt=1)
+    >>> def closure():
+    ...     guard.zero_grad()
+    ...     loss = w.square().sum()
+    ...     loss.backward()
+    ...     return loss
+    >>> loss = guard.step(closure)
+    >>> guard.last_decision.used_learned, round(w.item(), 4)
+    ([True], 0.8)
+
+    Source: Heaton et al., "Safeguarded learned convex optimization", 2020; the setting of "A Simple
+    Guard for Learned Optimizers", appendix E: EMA, alpha = 0.99, theta = 0.9.
+    """
+
+    def __init__(
+        self,
+        learned: Optimizer,
+        fallback: Optimizer,
+        *,
+        alpha: float = 0.99,
+        sequence: Sequence | None = None,
+        residual: str = "step",
+        nt: int = 10,
+        model: nn.Module | None = None,
+    ) -> None:
+        params = arguments.shared_params(learned, fallback)
+        arguments.check_fraction("alpha", alpha)
+        arguments.check_count("nt", nt)
+        if residual not in RESIDUALS:
+            raise ValueError(f"residual must be one of {', '.join(RESIDUALS)}, got {residual!r}")
+        if any(hasattr(p, "to_local") for p in params):
+            raise ValueError("parameters must be whole tensors, got sharded ones")
+        super().__init__(fallback)
+        self.learned = learned
+        self.fallback = fallback
+        self.alpha = alpha
+        self.sequence = ema(0.9) if sequence is None else sequence
+        self.residual = residual
+        self.nt = nt
+        self.history: list[Decision] = []
+        self._weights = Weights(params, model, None)
+        self._randomness = Randomness({p.device for p in params})
+        self._learned = Inner(learned)
+        self._fallback = Inner(fallback)
+        self._track: Track | None = None
+        self._steps: list[dict[str, Any]] = []
+
+    @property
+    def last_decision(self) -> Decision | None:
+        """The decisions of the last nt whole steps."""
+        return self.history[-1] if self.history else None
+
+    def step(self, closure: Closure | None = None) -> Any:  # pyright: ignore
+        """Take one optimizer step.
+
+        Args:
+            closure: evaluates the minibatch's loss, calls ``backward`` and returns the loss.
+
+        Returns:
+            The loss at x, before the step.
+        """
+        if closure is None:
+            raise ValueError("closure must be a function that returns the loss, got None")
+        weights, start = self._weights, self._randomness.state()
+        loss = self._evaluate(closure)
+        after = self._randomness.state()
+        x = kept = weights.copy()
+        try:
+            y, z, mu_1, r = self._proposals(closure, x, loss, start)
+            finite_y = finite(weights.params_of(y)) and math.isfinite(r)
+            finite_z = finite(weights.params_of(z))
+            self._track = self.sequence.init(mu_1) if self._track is None else self._track
+            ok = finite_y and r <= self.alpha * self.sequence.bound(self._track)
+            kept = y if ok else z if finite_z else x
+        finally:
+            weights.clear_gradients()
+            weights.read(kept)
+            self._randomness.set(after)
+        if ok:
+            self._track = self.sequence.update(self._track, r)
+        self._record(ok, scalar(loss).item(), finite_y, finite_z)
+        return loss.detach() if isinstance(loss, Tensor) else loss
+
+    def _proposals(
+        self, closure: Closure, x: Copy, loss: Any, start: list[Tensor]
+    ) -> tuple[Copy, Copy, float, float]:
+        """y = learned(x), z = T(x), and the residuals ||S(x)|| and ||S(y)||."""
+        gradient, of_steps = self._gradient(), self.residual == "step"
+        before = self._fallback.remember() if of_steps else None
+        z = self._stepped(self._fallback, x, gradient, loss)
+        y = self._stepped(self._learned, x, gradient, loss)
+        self._weights.read(y)
+        self._randomness.set(start)
+        loss_y = self._evaluate(closure)
+        gradient_y = self._gradient()
+        if before is None:
+            return y, z, _norm(gradient), _norm(gradient_y)
+        advanced = self._fallback.exchange(before)
+        after_y = self._stepped(self._fallback, y, gradient_y, loss_y)
+        self._fallback.exchange(advanced)
+        return y, z, self._distance(x, z), self._distance(y, after_y)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of all that the rest of the run depends on, but for the parameters."""
+        return {
+            **self._fallback.state_dict(),
+            "learned": self._learned.state_dict(),
+            "guard": {
+                "track": clone(self._track),
+                "steps": clone(self._steps),
+                "own": [sorted(inner.own) for inner in (self._learned, self._fallback)],
+                "history": [decision._asdict() for decision in self.history],
+            },
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        saved = dict(state_dict)
+        guard, learned = saved.pop("guard"), saved.pop("learned")
+        self._fallback.load_state_dict(saved)
+        self._learned.load_state_dict(learned)
+        self._learned.own, self._fallback.own = (set(names) for names in guard["own"])
+        self._track = clone(guard["track"])
+        self._steps = clone(guard["steps"])
+        self.history = [Decision(**clone(decision)) for decision in guard["history"]]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters to both optimizers, with their own defaults in the learned one."""
+        self.fallback.add_param_group(param_group)
+        params = list(self.fallback.param_groups[-1]["params"])
+        self.learned.add_param_group({"params": params})
+        self._weights.params += params
+        self._learned.grow()
+        self._fallback.grow()
+
+    def _evaluate(self, closure: Closure) -> Any:
+        self._weights.clear_gradients()
+        with torch.enable_grad():
+            return closure()
+
+    def _gradient(self) -> list[Tensor | None]:
+        return [None if p.grad is None else p.grad.detach() for p in self._weights.params]
+
+    def _stepped(self, inner: Inner, start: Copy, gradient: list[Tensor | None], loss: Any) -> Copy:
+        """A copy of where one step from ``start`` leads; the model's buffers stay ``start``'s."""
+        self._weights.read(start)
+        for p, g in zip(self._weights.params, gradient, strict=True):
+            p.grad = None if g is None else g.clone()
+        with torch.no_grad(), self._weights.in_place():
+            inner.step(lambda: inner.optimizer.step(lambda: loss))
+        return self._weights.copy()
+
+    def _distance(self, a: Copy, b: Copy) -> float:
+        params = self._weights.params_of
+        return _norm([p - q for p, q in zip(params(a), params(b), strict=True)])
+
+    def _record(self, ok: bool, loss: float, finite_y: bool, finite_z: bool) -> None:
+        reset = [inner.renew() for inner in (self._learned, self._fallback)]
+        kept = LEARNED if ok else FALLBACK if finite_z else NOBODY
+        self._steps.append(
+            {"kept": kept, "loss": loss, "finite": [finite_y, finite_z], "reset": reset}
+        )
+        if len(self._steps) < self.nt:
+            return
+        steps, self._steps = self._steps, []
+        self.history.append(
+            Decision(
+                used_learned=[step["kept"] == LEARNED for step in steps],
+                losses=[step["loss"] for step in steps],
+                learned_loss=math.nan,
+                fallback_loss=math.nan,
+                hedge_loss=math.nan,
+                finite_learned=all(step["finite"][LEARNED] for step in steps),
+                finite_fallback=all(step["finite"][FALLBACK] for step in steps),
+                reset_learned=any(step["reset"][LEARNED] for step in steps),
+                reset_fallback=any(step["reset"][FALLBACK] for step in steps),
+                winner=steps[-1]["kept"],
+                steps=self.nt,
+                gradients=2 * self.nt,
+                forwards=0,
+                learned_updates=self.nt,
+            )
+        )
+
+
+def _norm(tensors: list[Tensor] | list[Tensor | None]) -> float:
+    """The Euclidean norm over all of them, in float64 across tensors."""
+    present = [t.coalesce().values() if t.is_sparse else t for t in tensors if t is not None]
+    return math.sqrt(sum(float(t.float().norm()) ** 2 for t in present))

@@ -1,0 +1,68 @@
+"""A small problem that the tests train on."""
+
+import math
+
+import torch
+from torch import nn
+
+
+def spiral(n=16):
+    """Two interleaved arms."""
+    t = torch.rand(n, 1) * 9 + 0.5
+    label = torch.randint(0, 2, (n,))
+    angle = t + math.pi * label[:, None]
+    return torch.cat([t * angle.cos(), t * angle.sin()], 1) / 5, label
+
+
+def mlp(*extra):
+    """Two inputs, 16 hidden units, two classes; ``extra`` comes before the nonlinearity."""
+    return nn.Sequential(nn.Linear(2, 16), *extra, nn.Tanh(), nn.Linear(16, 2))
+
+
+def loss_fn(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def closure_for(guard, model, batch):
+    """What a training loop passes to ``step``."""
+
+    def closure():
+        guard.zero_grad()
+        loss = loss_fn(model, batch)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def run(guard, model, batches):
+    return [guard.step(closure_for(guard, model, batch)) for batch in batches]
+
+
+def quadratic(w=4.0):
+    """F(w) = w^2 has the gradient 2 w: SGD multiplies w by 1 - 2 lr."""
+    weight = torch.tensor([w], requires_grad=True)
+
+    def closure():
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    return weight, closure
+
+
+def assert_same_state(actual, expected):
+    """Bit by bit, through nested containers."""
+    assert type(actual) is type(expected)
+    if isinstance(actual, dict):
+        assert actual.keys() == expected.keys()
+        for key in actual:
+            assert_same_state(actual[key], expected[key])
+    elif isinstance(actual, (list, tuple)):
+        assert len(actual) == len(expected)
+        for a, b in zip(actual, expected, strict=True):
+            assert_same_state(a, b)
+    elif isinstance(actual, torch.Tensor):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    else:
+        assert actual == expected or (actual != actual and expected != expected)

@@ -1,0 +1,401 @@
+"""LossGuard keeps the contract of ``torch.optim.Optimizer``."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from algorithm2 import algorithm2
+from models import assert_same_state, loss_fn, mlp, quadratic, run, spiral
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
+
+from lossguard.torch import LossGuard, LossStep
+
+NAMES = sorted(
+    name
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, Optimizer) and kind is not Optimizer
+)
+REFUSED = {"LBFGS"}
+SPARSE = {"SparseAdam"}
+
+
+def variants():
+    for name in NAMES:
+        if name not in REFUSED | SPARSE:
+            yield pytest.param(name, {}, id=name)
+    for name in ("SGD", "Adam", "AdamW", "Adagrad"):
+        yield pytest.param(name, {"foreach": True}, id=f"{name}-foreach")
+        yield pytest.param(name, {"fused": True}, id=f"{name}-fused")
+
+
+def matrices():
+    """A model whose parameters are all matrices, which is all that Muon takes."""
+    return nn.Sequential(nn.Linear(2, 16, bias=False), nn.Tanh(), nn.Linear(16, 2, bias=False))
+
+
+@pytest.mark.parametrize(("name", "options"), list(variants()))
+@pytest.mark.parametrize("side", ["learned", "fallback"])
+@pytest.mark.parametrize("loser", ["keep", "rollback", "reset"])
+def test_every_optimizer_on_either_side(name, options, side, loser):
+    def tested(params):
+        return getattr(torch.optim, name)(params, **options)
+
+    def other(params):
+        return SGD(params, lr=0.05)
+
+    learned, fallback = (tested, other) if side == "learned" else (other, tested)
+    batches = [spiral(16) for _ in range(20)]
+    model = matrices()
+    expected = list(
+        algorithm2(model, learned, fallback, batches, loss_fn, nt=3, nc=2, loser=loser, hedge=True)
+    )
+    guard = LossGuard(
+        learned(model.parameters()),
+        fallback(model.parameters()),
+        nt=3,
+        nc=2,
+        loser=loser,
+        hedge=True,
+    )
+    run(guard, model, batches)
+    assert [d.winner for d in guard.history] == [winner for _, winner, *_ in expected]
+    assert_same_state(model.state_dict(), expected[-1][0])
+
+
+def test_sparse_gradients():
+    def model():
+        return nn.Sequential(nn.Embedding(8, 4, sparse=True), nn.Flatten())
+
+    def sparse_loss(model, batch):
+        return model(batch).square().mean()
+
+    def learned(params):
+        return torch.optim.SparseAdam(list(params), lr=0.1)
+
+    def fallback(params):
+        return SGD(params, lr=0.5)
+
+    batches = [torch.randint(0, 8, (3,)) for _ in range(15)]
+    tested = model()
+    expected = list(algorithm2(tested, learned, fallback, batches, sparse_loss, nt=3, nc=2))
+    guard = LossGuard(learned(tested.parameters()), fallback(tested.parameters()), nt=3, nc=2)
+    for k in range(3):
+        part = batches[5 * k : 5 * k + 5]
+        guard.cycle(lambda batch: sparse_loss(tested, batch), part[:3], part[3:])
+    assert [d.winner for d in guard.history] == [winner for _, winner, *_ in expected]
+    assert_same_state(tested.state_dict(), expected[-1][0])
+
+
+def build(model, **options):
+    learned, fallback = AdamW(model.parameters(), lr=0.1), Adam(model.parameters(), lr=0.01)
+    return LossGuard(
+        learned,
+        fallback,
+        nt=3,
+        nc=2,
+        model=model,
+        schedulers=[
+            OneCycleLR(learned, max_lr=0.1, total_steps=100),
+            LambdaLR(fallback, lambda t: 1 / (1 + t / 10)),
+        ],
+        **options,
+    )
+
+
+def stochastic():
+    return mlp(nn.BatchNorm1d(16), nn.Dropout(0.2))
+
+
+@pytest.mark.parametrize("done", range(5, 11))
+@pytest.mark.parametrize("loser", ["keep", "rollback", "reset"])
+@pytest.mark.parametrize("hedge", [False, True])
+def test_resumes_bit_by_bit_at_any_point_of_a_cycle(done, loser, hedge):
+    batches = [spiral(16) for _ in range(25)]
+    model = stochastic()
+    twin = copy.deepcopy(model)
+    guard = build(model, loser=loser, hedge=hedge)
+    run(guard, model, batches[:done])
+
+    file = io.BytesIO()
+    torch.save(guard.state_dict(), file)
+    losses = run(guard, model, batches[done:])
+
+    file.seek(0)
+    resumed = build(twin, loser=loser, hedge=hedge)  # the guard alone brings the model back too
+    torch.randn(7)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert_same_state(run(resumed, twin, batches[done:]), losses)
+    assert_same_state(twin.state_dict(), model.state_dict())
+    assert_same_state(resumed.state_dict(), guard.state_dict())
+
+
+def test_a_state_dict_shares_nothing_with_the_guard():
+    model = stochastic()
+    guard = build(model, hedge=True, loser="rollback")
+    run(guard, model, [spiral() for _ in range(7)])
+    saved = guard.state_dict()
+    before = copy.deepcopy(saved)
+    batches = [spiral() for _ in range(6)]
+    run(guard, model, batches)
+    assert_same_state(saved, before)
+    guard.load_state_dict(saved)
+    run(guard, model, batches)
+    assert_same_state(saved, before)
+
+
+def test_loading_keeps_the_dtype_of_states():
+    model = mlp().bfloat16()
+    guard = LossGuard(
+        SGD(model.parameters(), lr=0.1), SGD(model.parameters(), lr=0.1, momentum=0.9), nt=1, nc=1
+    )
+    p = next(model.parameters())
+    guard.fallback.state[p]["momentum_buffer"] = torch.full(p.shape, 1 / 3)
+    guard.load_state_dict(guard.state_dict())
+    assert torch.equal(guard.fallback.state[p]["momentum_buffer"], torch.full(p.shape, 1 / 3))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("done", [5, 7])
+def test_copies_go_on_alike(copied, done):
+    def make(model):
+        return LossGuard(
+            Adam(model.parameters(), lr=0.1),
+            SGD(model.parameters(), lr=0.1, momentum=0.9),
+            nt=3,
+            nc=2,
+            model=model,
+            hedge=True,
+        )
+
+    batches = [spiral() for _ in range(20)]
+    model = stochastic()
+    guard = make(model)
+    run(guard, model, batches[:done])
+    twin_model, twin = copied((model, guard))
+    assert twin_model is not model and twin.param_groups[0]["params"][0] is twin_model[0].weight
+    state = torch.get_rng_state()
+    run(guard, model, batches[done:])
+    torch.set_rng_state(state)
+    run(twin, twin_model, batches[done:])
+    assert_same_state(twin_model.state_dict(), model.state_dict())
+    assert repr(twin.history) == repr(guard.history)
+
+
+def test_the_groups_are_the_fallbacks():
+    model = mlp()
+    guard = LossGuard(Adam(model.parameters()), SGD(model.parameters(), lr=0.1), nt=1, nc=1)
+    assert isinstance(guard, Optimizer)
+    assert guard.param_groups is guard.fallback.param_groups
+    assert guard.state is guard.fallback.state
+    scheduler = StepLR(guard, 1, gamma=0.5)
+    run(guard, model, [spiral()])
+    scheduler.step()
+    assert guard.fallback.param_groups[0]["lr"] == pytest.approx(0.05)
+    assert guard.learned.param_groups[0]["lr"] == pytest.approx(1e-3)
+
+
+def test_schedulers_of_the_guard_advance_by_nt():
+    weight, closure = quadratic()
+    learned, fallback = SGD([weight], lr=1.0), SGD([weight], lr=0.1)
+    seen = LambdaLR(fallback, lambda t: 1 / (t + 1))
+    guard = LossGuard(learned, fallback, nt=3, nc=2, schedulers=[seen], loser="reset")
+    for _ in range(10):
+        guard.step(closure)
+    assert seen.last_epoch == 6
+    assert fallback.param_groups[0]["lr"] == pytest.approx(0.1 / 7)
+
+
+def test_hooks_are_called():
+    model = mlp()
+    guard = LossGuard(Adam(model.parameters()), SGD(model.parameters()), nt=1, nc=1)
+    calls = []
+    guard.register_step_pre_hook(lambda *_: calls.append("pre"))
+    guard.register_step_post_hook(lambda *_: calls.append("post"))
+    guard.fallback.register_step_post_hook(lambda *_: calls.append("fallback"))
+    guard.learned.register_step_post_hook(lambda *_: calls.append("learned"))
+    guard.register_state_dict_pre_hook(lambda *_: calls.append("save"))
+    guard.register_state_dict_post_hook(lambda _, state: {**state, "mine": 1})
+    guard.register_load_state_dict_pre_hook(lambda _, state: calls.append(state.pop("mine")))
+    guard.register_load_state_dict_post_hook(lambda _: calls.append("loaded"))
+    run(guard, model, [spiral()])
+    guard.load_state_dict(guard.state_dict())
+    assert calls == ["pre", "learned", "fallback", "post", "save", 1, "loaded"]
+
+
+@pytest.mark.parametrize("hedge", [False, True])
+def test_groups_can_be_added_between_cycles(hedge):
+    first, second = nn.Linear(2, 8), nn.Linear(8, 2)
+    model = nn.Sequential(first, nn.BatchNorm1d(8), second)
+    guard = LossGuard(
+        Adam(first.parameters(), lr=0.1),
+        SGD(first.parameters(), lr=0.1, momentum=0.9),
+        nt=2,
+        nc=1,
+        model=model,
+        hedge=hedge,
+        loser="reset",
+    )
+    run(guard, model, [spiral() for _ in range(3)])
+    before = second.weight.detach().clone()
+    guard.add_param_group({"params": second.parameters(), "lr": 0.02})
+    assert [group["lr"] for group in guard.fallback.param_groups] == [0.1, 0.02]
+    assert [group["lr"] for group in guard.learned.param_groups] == [0.1, 0.1]
+    run(guard, model, [spiral() for _ in range(6)])
+    assert not torch.equal(second.weight, before)
+    with pytest.raises(ValueError) as error:
+        run(guard, model, [spiral()])
+        guard.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    assert str(error.value) == (
+        "param_group must be added between cycles, got one after 1 of 3 minibatches"
+    )
+
+
+def test_an_adapter_for_optimizers_that_want_the_loss():
+    class WantsLoss(SGD):
+        def step(self, loss):
+            assert isinstance(loss, torch.Tensor)
+            super().step()
+
+    def runs(learned):
+        model = copy.deepcopy(start)
+        guard = LossGuard(learned(model), Adam(model.parameters(), lr=0.01), nt=3, nc=2)
+        run(guard, model, batches)
+        return model.state_dict(), guard.history
+
+    start, batches = mlp(), [spiral() for _ in range(20)]
+    adapted, history = runs(lambda model: LossStep(WantsLoss(model.parameters(), lr=0.5)))
+    plain, expected = runs(lambda model: SGD(model.parameters(), lr=0.5))
+    assert_same_state(adapted, plain)
+    assert history == expected
+
+
+class IgnoresClosure(SGD):
+    def step(self, closure=None):
+        return super().step()
+
+
+def sgd(weight):
+    return SGD([weight], lr=0.1)
+
+
+REFUSALS = [
+    (lambda w: LossGuard(torch.optim.LBFGS([w]), sgd(w)),
+     "learned must be an optimizer that calls its closure once a step, got LBFGS"),
+    (lambda w: LossGuard(sgd(w), torch.optim.LBFGS([w])),
+     "fallback must be an optimizer that calls its closure once a step, got LBFGS"),
+    (lambda w: LossGuard("adam", sgd(w)),
+     "learned must be a torch.optim.Optimizer, got 'adam'"),
+    (lambda w: LossGuard(*[sgd(w)] * 2),
+     "learned must be another optimizer than fallback, got the same one"),
+    (lambda w: LossGuard(sgd(torch.ones(1, requires_grad=True)), sgd(w)),
+     "learned must have the parameters of fallback, 1 tensors, got 1, of which 0 are the same"),
+    (lambda w: LossGuard(sgd(w), sgd(w), nt=0),
+     "nt must be an integer of at least 1, got 0"),
+    (lambda w: LossGuard(sgd(w), sgd(w), nc=2.0),
+     "nc must be an integer of at least 1, got 2.0"),
+    (lambda w: LossGuard(sgd(w), sgd(w), loser="forget"),
+     "loser must be one of keep, rollback, reset, got 'forget'"),
+    (lambda w: LossGuard(sgd(w), sgd(w), offload="disk"),
+     "offload must be None or 'cpu', got 'disk'"),
+    (lambda w: LossGuard(sgd(w), sgd(w), schedulers=[StepLR(sgd(w), 1)]),
+     "schedulers must be built on learned or fallback, got one on SGD"),
+    (lambda w: LossGuard(f := sgd(w), sgd(w), schedulers=[ReduceLROnPlateau(f)]),
+     "schedulers must step without a metric, got ReduceLROnPlateau (step it yourself)"),
+    (lambda w: LossGuard(sgd(w), sgd(w)).step(),
+     "closure must be a function that returns the loss, got None"),
+    (lambda w: LossGuard(sgd(w), sgd(w)).step(lambda: None),
+     "closure must return the loss, one number, got None"),
+    (lambda w: LossGuard(sgd(w), sgd(w)).step(lambda: torch.ones(2)),
+     "closure must return the loss, one number, got a tensor of shape [2]"),
+    (lambda w: LossGuard(IgnoresClosure([w]), sgd(w)).step(lambda: 1.0),
+     "learned must be an optimizer whose step(closure) calls the closure, got IgnoresClosure "
+     "(LossStep adapts one with step(loss))"),
+    (lambda w: (w.sum().backward(), LossGuard(sgd(w), sgd(w)).step(lambda: 1.0)),
+     "gradients must be computed inside the closure, got some before the step (call zero_grad, "
+     "and accumulate inside the closure)"),
+    (lambda w: LossGuard(sgd(w), sgd(w)).cycle(lambda b: w.sum(), [1], [2]),
+     "train_batches must be 10 minibatches, got 1"),
+    (lambda w: LossGuard(sgd(w), sgd(w), nt=1, nc=2).cycle(lambda b: w.sum(), [1], [2]),
+     "check_batches must be 2 minibatches, got 1"),
+    (lambda w: LossGuard(sgd(w), sgd(w)).scaler,
+     "scaler must be given to LossGuard to scale losses, got None"),
+    (lambda w: LossGuard(sgd(w), sgd(w)).load_state_dict(sgd(w).state_dict()),
+     "state_dict must be a LossGuard's, got one with the keys ['state', 'param_groups']"),
+    (lambda w: LossGuard(sgd(w), sgd(w), hedge=True).load_state_dict(
+        LossGuard(sgd(w), sgd(w)).state_dict()),
+     "state_dict must have 3 lanes, got 2 (hedge must be as it was)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("refused", "message"), REFUSALS, ids=[m[:40] for _, m in REFUSALS])
+def test_errors(refused, message):
+    with pytest.raises(ValueError) as error:
+        refused(torch.ones(1, requires_grad=True))
+    assert str(error.value) == message
+
+
+def test_errors_within_a_cycle():
+    weight, closure = quadratic()
+    guard = LossGuard(sgd(weight), sgd(weight), nt=2, nc=1)
+    guard.step(closure)
+    with pytest.raises(ValueError) as error:
+        guard.cycle(lambda batch: weight.sum(), [1, 2], [3])
+    assert str(error.value) == (
+        "cycle must start where the last one ended, got one after 1 of 3 minibatches"
+    )
+    other = LossGuard(sgd(weight), sgd(weight), nt=4, nc=1)
+    with pytest.raises(ValueError) as error:
+        other.load_state_dict(guard.state_dict())
+    assert str(error.value) == (
+        "state_dict from within a cycle must have nt=4 and nc=1, got nt=2 and nc=1"
+    )
+
+
+def test_losses_may_be_numbers():
+    weight, _ = quadratic()
+    guard = LossGuard(sgd(weight), sgd(weight), nt=1, nc=1)
+
+    def closure():
+        loss = weight.square().sum()
+        loss.backward()
+        return loss.item()
+
+    assert guard.step(closure) == 16.0
+    assert isinstance(guard.step(closure), float)
+
+
+def test_jax_is_not_imported():
+    code = "import sys, lossguard.torch; sys.exit('jax' in sys.modules or 'optax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_history_is_a_table():
+    polars = pytest.importorskip("polars")
+    model = mlp()
+    guard = LossGuard(Adam(model.parameters()), SGD(model.parameters()), nt=3, nc=2)
+    run(guard, model, [spiral() for _ in range(15)])
+    table = polars.DataFrame(guard.history)
+    assert table.columns == list(guard.history[0]._fields)
+    assert table["winner"].to_list() == [d.winner for d in guard.history]
+    assert table["losses"].to_list() == [d.losses for d in guard.history]
+
+
+def test_closures_know_the_phase():
+    weight, closure = quadratic()
+    guard = LossGuard(sgd(weight), sgd(weight), nt=2, nc=1)
+    seen = []
+
+    def watching():
+        seen.append((guard.checking, torch.is_grad_enabled()))
+        return closure()
+
+    for _ in range(3):
+        guard.step(watching)
+    assert seen == [(False, True)] * 4 + [(True, False)] * 2
+    assert weight.grad is None

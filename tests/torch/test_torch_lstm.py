@@ -1,0 +1,157 @@
+"""The LSTM optimizer computes what torch.nn.LSTM and Linear do."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import StepLR
+
+from lossguard.torch import LSTMOptimizer
+from lossguard.torch import lstm as module
+from lossguard.torch.lstm import log_and_sign
+
+
+class Reference(nn.Module):
+    """The optimizer as a module, coordinates first."""
+
+    def __init__(self, layers=2):
+        super().__init__()
+        self.lstm = nn.LSTM(2, 20, layers)
+        self.linear = nn.Linear(20, 1)
+
+    def forward(self, gradient, state):
+        x = torch.stack(
+            [
+                torch.where(gradient.abs() >= math.exp(-10), gradient.abs().log() / 10, -1.0),
+                torch.where(
+                    gradient.abs() >= math.exp(-10), gradient.sign(), math.exp(10) * gradient
+                ),
+            ],
+            dim=-1,
+        )
+        output, state = self.lstm(x[None], state)
+        return self.linear(output)[0, :, 0], state
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_is_a_torch_lstm(layers):
+    reference = Reference(layers)
+    params = [torch.randn(4, 3), torch.randn(5)]
+    expected = [p.clone() for p in params]
+    states = [None, None]
+    for p in params:
+        p.requires_grad_()
+    optimizer = LSTMOptimizer(params, reference.state_dict(), scale=0.3)
+    for step in range(7):
+        for k, p in enumerate(params):
+            p.grad = torch.randn_like(p) * 10.0 ** (-2 * step)
+            update, states[k] = reference(p.grad.flatten(), states[k])
+            expected[k] += 0.3 * update.detach().reshape(p.shape)
+        optimizer.step()
+    for p, q in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.detach(), q, rtol=1e-5, atol=1e-6)
+
+
+def test_features_at_the_floor():
+    floor = math.exp(-2.0)
+    x = log_and_sign(torch.tensor([floor / 2, -floor / 2, 1.0, -math.e]), p=2.0)
+    expected = torch.tensor([[-1.0, -1.0, 0.0, 0.5], [0.5, -0.5, 1.0, -1.0]])
+    torch.testing.assert_close(x, expected)
+
+
+def test_copies_and_checkpoints_go_on_alike():
+    reference = Reference()
+    p = nn.Parameter(torch.randn(6))
+    optimizer = LSTMOptimizer([p], reference.state_dict())
+
+    def run(optimizer, steps):
+        (p,) = optimizer.param_groups[0]["params"]
+        for _ in range(steps):
+            p.grad = p.detach().clone()
+            optimizer.step()
+        return p.detach()
+
+    run(optimizer, 3)
+    twins = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
+    q = nn.Parameter(p.detach().clone())
+    twins.append(LSTMOptimizer([q], reference.state_dict()))
+    twins[-1].load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    expected = run(optimizer, 3)
+    for twin in twins:
+        assert torch.equal(run(twin, 3), expected)
+
+
+def test_schedulers_act_on_the_scale():
+    p = nn.Parameter(torch.zeros(1))
+    optimizer = LSTMOptimizer([p], Reference().state_dict(), scale=0.4)
+    scheduler = StepLR(optimizer, 1, gamma=0.5)
+    p.grad = torch.ones(1)
+    optimizer.step()
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.2)
+
+
+def test_parameters_of_any_shape_and_dtype():
+    weights = Reference().state_dict()
+    scalar, half = (
+        nn.Parameter(torch.tensor(1.0)),
+        nn.Parameter(torch.ones(2, dtype=torch.bfloat16)),
+    )
+    idle = nn.Parameter(torch.ones(2))
+    optimizer = LSTMOptimizer([scalar, half, idle], weights)
+    scalar.grad, half.grad = torch.tensor(1.0), torch.ones(2, dtype=torch.bfloat16)
+    optimizer.step()
+    assert scalar.shape == () and half.dtype == torch.bfloat16
+    assert optimizer.state[half]["h"].dtype == torch.float32
+    assert idle not in optimizer.state and torch.equal(idle.detach(), torch.ones(2))
+
+
+def test_pretrained_reads_a_shipped_file(tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    weights = {name: tensor.contiguous() for name, tensor in Reference().state_dict().items()}
+    folder = tmp_path / "learned" / "weights"
+    folder.mkdir(parents=True)
+    metadata = {"architecture": "lstm", "hidden": "20", "layers": "2", "p": "9.0", "scale": "0.05"}
+    save_file(weights, folder / "mine.safetensors", metadata)
+    monkeypatch.setattr(module.resources, "files", lambda package: tmp_path)
+    optimizer = LSTMOptimizer.pretrained([nn.Parameter(torch.ones(2))], "mine")
+    assert optimizer.param_groups[0]["lr"] == 0.05 and optimizer.param_groups[0]["p"] == 9.0
+    for name, tensor in weights.items():
+        assert torch.equal(optimizer.weights[name], tensor)
+    with pytest.raises(ValueError, match=r"^name must be one of mine, got 'other'$"):
+        LSTMOptimizer.pretrained([nn.Parameter(torch.ones(2))], "other")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scale": 0.0}, "scale must be positive, got 0.0"),
+        ({"p": -1.0}, "p must be positive, got -1.0"),
+        (
+            {"weights": {"linear.weight": torch.ones(1, 20)}},
+            "weights must hold lstm.weight_ih_l0, lstm.weight_hh_l0, lstm.bias_ih_l0, "
+            "lstm.bias_hh_l0, linear.weight, linear.bias, got none of ['lstm.weight_ih_l0', "
+            "'lstm.weight_hh_l0', 'lstm.bias_ih_l0', 'lstm.bias_hh_l0', 'linear.bias']",
+        ),
+    ],
+)
+def test_errors(arguments, message):
+    with pytest.raises(ValueError) as error:
+        LSTMOptimizer(
+            [nn.Parameter(torch.ones(2))], **{"weights": Reference().state_dict(), **arguments}
+        )
+    assert str(error.value) == message
+
+
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(4, 2, sparse=True)
+    optimizer = LSTMOptimizer(embedding.parameters(), Reference().state_dict())
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(
+        ValueError, match=r"^gradients must be dense for LSTMOptimizer, got a sparse"
+    ):
+        optimizer.step()

@@ -1,0 +1,175 @@
+"""GL2O keeps the steps that a scalar calculation says it should."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adam
+
+from lossguard.torch import (
+    ResidualGuard,
+    arithmetic_average,
+    ema,
+    geometric,
+    recent_max,
+    recent_term,
+)
+
+# Each rule as mu after residuals r_0 = mu_1, r_1, ..., from its definition.
+SEQUENCES = {
+    "geometric": (lambda: geometric(0.8), lambda rs: rs[0] * 0.8 ** (len(rs) - 1)),
+    "recent_term": (recent_term, lambda rs: rs[-1]),
+    "arithmetic_average": (arithmetic_average, lambda rs: sum(rs) / len(rs)),
+    "ema": (
+        lambda: ema(0.9),
+        lambda rs: (
+            sum(0.9 * r * 0.1**k for k, r in enumerate(reversed(rs[1:])))
+            + rs[0] * 0.1 ** (len(rs) - 1)
+        ),
+    ),
+    "recent_max": (lambda: recent_max(3), lambda rs: max(rs[-3:])),
+}
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_sequences_follow_their_definitions(name):
+    make, definition = SEQUENCES[name]
+    sequence = make()
+    residuals = [2.0, 1.5, 1.9, 0.5, 0.7, 0.1]
+    memory = sequence.init(residuals[0])
+    for k, r in enumerate(residuals[1:], start=2):
+        memory = sequence.update(memory, r)
+        assert sequence.bound(memory) == pytest.approx(definition(residuals[:k]))
+
+
+class Scripted(SGD):
+    """SGD whose learning rates are given one by one."""
+
+    def __init__(self, params, rates):
+        super().__init__(params, lr=1.0)
+        self.rates = iter(rates)
+
+    def step(self, closure=None):
+        self.param_groups[0]["lr"] = next(self.rates)
+        return super().step(closure)
+
+
+RATES = [0.3, 0.6, 1.1, -60.0, 0.4, -0.2, 0.9, 0.3, 2.0, 0.45]
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.parametrize("residual", ["step", "gradient"])
+@pytest.mark.parametrize("alpha", [0.99, 0.5])
+def test_quadratic(name, residual, alpha):
+    """F(w) = w^2 / 2 has S(w) = lr w; momentum makes it lr (w + m u), with u before the step."""
+    make, definition = SEQUENCES[name]
+    lr, momentum = 0.1, 0.9
+    w, u, residuals, kept = 3.0, 0.0, [], []
+    for rate in RATES:
+        y = w - rate * w
+        step = (lambda v: lr * (v + momentum * u)) if residual == "step" else (lambda v: v)  # noqa: B023
+        residuals = residuals or [abs(step(w))]
+        ok = abs(step(y)) <= alpha * definition(residuals)
+        residuals += [abs(step(y))] if ok else []
+        u = momentum * u + w
+        w = y if ok else w - lr * u
+        kept.append(ok)
+
+    weight = torch.tensor([3.0], requires_grad=True, dtype=torch.float64)
+    guard = ResidualGuard(
+        Scripted([weight], RATES),
+        SGD([weight], lr=lr, momentum=momentum),
+        alpha=alpha,
+        sequence=make(),
+        residual=residual,
+        nt=len(RATES),
+    )
+
+    def closure():
+        loss = weight.square().sum() / 2
+        loss.backward()
+        return loss
+
+    for _ in RATES:
+        guard.step(closure)
+    decision = guard.last_decision
+    assert decision.used_learned == kept
+    assert weight.item() == pytest.approx(w, rel=1e-5)
+    assert (decision.gradients, decision.forwards, decision.steps) == (20, 0, 10)
+    assert set(kept) == {True, False}
+
+
+def test_not_finite_proposals():
+    weight = torch.tensor([3.0], requires_grad=True)
+
+    def closure():
+        loss = weight.square().sum() / 2
+        loss.backward()
+        return loss
+
+    learned, fallback = SGD([weight], lr=1.0), SGD([weight], lr=0.1)
+    learned.param_groups[0]["lr"] = math.nan
+    guard = ResidualGuard(learned, fallback, nt=1)
+    guard.step(closure)
+    assert guard.last_decision.winner == 1 and not guard.last_decision.finite_learned
+    assert weight.item() == pytest.approx(2.7)
+    fallback.param_groups[0]["lr"] = math.inf
+    guard.step(closure)
+    assert guard.last_decision.winner == -1
+    assert weight.item() == pytest.approx(2.7)
+
+
+def test_resumes_and_leaves_buffers_and_gradients_alone():
+    model = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
+    batches = [torch.randn(16, 2) for _ in range(20)]
+
+    def run(model, guard, batches):
+        for batch in batches:
+
+            def closure(batch=batch):
+                guard.zero_grad()
+                loss = model(batch).square().mean()
+                loss.backward()
+                return loss
+
+            guard.step(closure)
+
+    def build(model):
+        return ResidualGuard(
+            Adam(model.parameters(), lr=0.02), Adam(model.parameters(), lr=0.01), model=model, nt=3
+        )
+
+    guard = build(model)
+    run(model, guard, batches[:10])
+    assert model[1].num_batches_tracked == 10
+    assert all(p.grad is None for p in model.parameters())
+    twin = copy.deepcopy(model)
+    resumed = build(twin)
+    resumed.load_state_dict(guard.state_dict())
+    random = torch.get_rng_state()
+    run(model, guard, batches[10:])
+    torch.set_rng_state(random)
+    run(twin, resumed, batches[10:])
+    assert repr(resumed.history) == repr(guard.history) and len(guard.history) == 6
+    for p, q in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"alpha": 0.0}, "alpha must be between 0 and 1, got 0.0"),
+        ({"residual": "loss"}, "residual must be one of step, gradient, got 'loss'"),
+        ({"nt": 0}, "nt must be an integer of at least 1, got 0"),
+    ],
+)
+def test_errors(arguments, message):
+    weight = torch.ones(1, requires_grad=True)
+    with pytest.raises(ValueError) as error:
+        ResidualGuard(SGD([weight], lr=1.0), SGD([weight], lr=1.0), **arguments)
+    assert str(error.value) == message
+    for make in (lambda: ema(1.5), lambda: geometric(0.0), lambda: recent_max(0)):
+        with pytest.raises(ValueError, match=r"^(theta|m) must be .*, got"):
+            make()

@@ -1,0 +1,207 @@
+"""Weights on disk: the round trip, what is shipped, and every way in which a file can be wrong."""
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from lossguard import init_lstm_weights, load_weights, lstm_optimizer, pretrained, save_weights
+from lossguard.learned.lstm import LSTMWeights
+from lossguard.learned.pretrained import pretrained_names, pretrained_path
+
+ABOUT = {"architecture": "lstm", "hidden": "20", "layers": "2", "p": "10.0", "scale": "0.1"}
+
+
+@pytest.fixture
+def saved(tmp_path: Path, weights: LSTMWeights) -> Path:
+    path = tmp_path / "mine.safetensors"
+    save_weights(path, weights, p=10, scale=0.1, made={"command": "lossguard metatrain x"})
+    return path
+
+
+def test_round_trip_is_exact(saved: Path, weights: LSTMWeights) -> None:
+    loaded = load_weights(saved)
+    assert jax.tree.structure(loaded.weights) == jax.tree.structure(weights)
+    for ours, theirs in zip(jax.tree.leaves(loaded.weights), jax.tree.leaves(weights), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+    assert loaded[1:] == (10.0, 0.1, {"command": "lossguard metatrain x"})
+
+
+def test_loaded_optimizer_uses_p_and_scale_of_the_file(tmp_path: Path) -> None:
+    weights = init_lstm_weights(jax.random.key(2), hidden=4, layers=1)
+    path = tmp_path / "small.safetensors"
+    save_weights(path, weights, p=7, scale=0.02, made={})
+    gradient = jnp.array([1e-4, -3.0])
+    ours, theirs = load_weights(path).transformation(), lstm_optimizer(weights, scale=0.02, p=7)
+    update, _ = ours.update(gradient, ours.init(gradient))
+    expected, _ = theirs.update(gradient, theirs.init(gradient))
+    np.testing.assert_array_equal(update, expected)
+
+
+def test_layout_is_fixed(saved: Path) -> None:
+    with safe_open(saved, framework="np") as file:
+        assert file.metadata() == {**ABOUT, "command": "lossguard metatrain x"}
+    assert {name: tensor.shape for name, tensor in load_file(saved).items()} == {
+        "lstm.weight_ih_l0": (80, 2),
+        "lstm.weight_hh_l0": (80, 20),
+        "lstm.bias_ih_l0": (80,),
+        "lstm.bias_hh_l0": (80,),
+        "lstm.weight_ih_l1": (80, 20),
+        "lstm.weight_hh_l1": (80, 20),
+        "lstm.bias_ih_l1": (80,),
+        "lstm.bias_hh_l1": (80,),
+        "linear.weight": (1, 20),
+        "linear.bias": (1,),
+    }
+
+
+def test_everything_shipped_loads_and_says_how_it_was_made() -> None:
+    for name in pretrained_names():
+        assert load_weights(pretrained_path(name)).made
+        optimizer = pretrained(name)
+        update, _ = optimizer.update(jnp.ones(3), optimizer.init(jnp.ones(3)))
+        assert jnp.isfinite(update).all()
+
+
+def test_wrong_name_lists_the_right_ones(monkeypatch: pytest.MonkeyPatch, saved: Path) -> None:
+    monkeypatch.setattr("lossguard.learned.pretrained._folder", lambda: saved.parent)
+    assert pretrained_names() == ["mine"]
+    with pytest.raises(ValueError, match=r"^name must be one of mine, got 'mime' \(did you mean"):
+        pretrained("mime")
+    with pytest.raises(ValueError, match=r"^name must be one of mine, got '../mine'"):
+        pretrained("../mine")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8, 9, 300, -1])
+def test_truncated_file_is_refused(saved: Path, kept: int) -> None:
+    saved.write_bytes(saved.read_bytes()[:kept])
+    refused(saved, "Error while deserializing header")
+
+
+def test_other_content_is_refused(saved: Path) -> None:
+    saved.write_bytes(b"PK\x03\x04 surely not a safetensors file")
+    refused(saved, "header too large")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"p": None}, "its metadata lack p"),
+        ({"hidden": None, "scale": None}, "its metadata lack hidden, scale"),
+        ({"architecture": "gru"}, "its architecture must be 'lstm', got 'gru'"),
+        ({"hidden": "many"}, "invalid literal"),
+        ({"hidden": "10"}, r"must be F32 \[1, 10\], got F32 \[1, 20\]"),
+        ({"layers": "0"}, "layers must be positive and finite, got 0"),
+        ({"layers": "1"}, "it holds lstm.bias_hh_l1, .* which an LSTM optimizer doesn't have"),
+        ({"layers": "3"}, "it lacks lstm.bias_hh_l2"),
+        ({"layers": "999999999999"}, "it lacks"),
+        ({"p": "-10"}, "p must be positive and finite, got -10.0"),
+        ({"scale": "nan"}, "scale must be positive and finite, got nan"),
+    ],
+)
+def test_wrong_metadata_are_refused(saved: Path, change: dict[str, Any], reason: str) -> None:
+    about = {name: value for name, value in {**ABOUT, **change}.items() if value is not None}
+    save_file(load_file(saved), saved, about)
+    refused(saved, reason)
+
+
+def test_missing_metadata_are_refused(saved: Path) -> None:
+    save_file(load_file(saved), saved)
+    refused(saved, "its metadata lack architecture, hidden, layers, p, scale")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "reason"),
+    [
+        ("linear.bias", None, "it lacks linear.bias"),
+        ("other", np.zeros(1, np.float32), "it holds other, which"),
+        ("linear.bias", np.zeros(2, np.float32), r"must be F32 \[1\], got F32 \[2\]"),
+        ("linear.bias", np.zeros(1, np.float16), r"must be F32 \[1\], got F16 \[1\]"),
+        ("linear.bias", np.full(1, np.nan, np.float32), "its tensor linear.bias is not finite"),
+        ("linear.bias", np.full(1, np.inf, np.float32), "its tensor linear.bias is not finite"),
+    ],
+)
+def test_wrong_tensors_are_refused(
+    saved: Path, name: str, tensor: np.ndarray | None, reason: str
+) -> None:
+    tensors = {**load_file(saved), name: tensor}
+    save_file({k: v for k, v in tensors.items() if v is not None}, saved, ABOUT)
+    refused(saved, reason)
+
+
+def names_in(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir()]
+
+
+def refused(path: Path, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason) as caught:
+        load_weights(path)
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["nothing.safetensors", "."])
+def test_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"^weights must be a file, but there is none at"):
+        load_weights(tmp_path / name)
+
+
+def test_saving_replaces_and_leaves_nothing_else(saved: Path) -> None:
+    save_weights(saved, init_lstm_weights(jax.random.key(9)), p=10, scale=0.5, made={})
+    assert load_weights(saved).scale == 0.5
+    assert names_in(saved.parent) == [saved.name]
+
+
+def test_full_disk_leaves_the_old_file(
+    saved: Path, weights: LSTMWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = saved.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="can't write the weights: No space left on device"):
+        save_weights(saved, weights, p=10, scale=0.1, made={})
+    assert saved.read_bytes() == before
+    assert names_in(saved.parent) == [saved.name]
+
+
+@pytest.mark.parametrize("place", ["nowhere/x.safetensors", "file/x.safetensors"])
+def test_unwritable_place_is_named(tmp_path: Path, weights: LSTMWeights, place: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"can't write the weights: .*x\.safetensors"):
+        save_weights(tmp_path / place, weights, p=10, scale=0.1, made={})
+    assert names_in(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"p": 0.0}, "^p must be positive and finite, got 0.0$"),
+        ({"scale": float("inf")}, "^scale must be positive and finite, got inf$"),
+        ({"made": {"p": "10"}}, "^made must map strings other than architecture, .* got 'p': '10'"),
+        ({"made": {"seed": 1}}, "got 'seed': 1$"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    tmp_path: Path, weights: LSTMWeights, arguments: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        save_weights(tmp_path / "x", weights, **{"p": 10.0, "scale": 0.1, "made": {}, **arguments})
+    assert not names_in(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, weights: LSTMWeights) -> None:
+    bad = weights._replace(linear_bias=jnp.array([jnp.nan]))
+    with pytest.raises(ValueError, match=r"^weights must be finite, but linear\.bias is not$"):
+        save_weights(tmp_path / "x", bad, p=10, scale=0.1, made={})
+    assert not names_in(tmp_path)

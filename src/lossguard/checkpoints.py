@@ -1,6 +1,9 @@
 """Checkpoints of long computations: atomic, the last two kept, a damaged one passed over aloud."""
 
+import shutil
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -16,22 +19,23 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path) -> None:
-        import orbax.checkpoint as ocp  # seconds to import, and short runs need none of it
+        self._folder = folder.absolute()
 
-        self._ocp = ocp
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=2, create=True, enable_async_checkpointing=False
-            ),
+    @cached_property
+    def _manager(self) -> Any:
+        ocp = _orbax()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2, create=True, enable_async_checkpointing=False
         )
+        return ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, step: int, state: PyTree, table: pl.DataFrame) -> None:
         """Write checkpoint number ``step`` and drop the third last."""
-        standard = self._ocp.args.StandardSave
+        args = _orbax().args
         columns = {name: table[name].to_numpy() for name in table.columns}
         self._manager.save(
-            step, args=self._ocp.args.Composite(state=standard(state), table=standard(columns))
+            step,
+            args=args.Composite(state=args.StandardSave(state), table=args.StandardSave(columns)),
         )
 
     def latest(self, template: PyTree) -> tuple[int, PyTree, pl.DataFrame] | None:
@@ -40,12 +44,16 @@ class Checkpoints:
         ``template`` gives the structure, shapes and dtypes. None if there is no checkpoint; those
         that can't be read are named on stderr, and deleted if an older one was used.
         """
-        restore = self._ocp.args.StandardRestore
+        if not self._folder.exists():
+            return None
+        args = _orbax().args
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 found = self._manager.restore(
                     step,
-                    args=self._ocp.args.Composite(state=restore(template), table=restore()),
+                    args=args.Composite(
+                        state=args.StandardRestore(template), table=args.StandardRestore()
+                    ),
                 )
                 table = pl.DataFrame({k: np.asarray(v) for k, v in found["table"].items()})
             except Exception as error:  # whatever a damaged file makes the reader raise
@@ -57,3 +65,13 @@ class Checkpoints:
                 continue
             return step, found["state"], table
         return None
+
+    def delete(self) -> None:
+        """Remove all of them, once the computation is done."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _orbax() -> Any:
+    import orbax.checkpoint  # takes seconds to import, and short runs need none of it
+
+    return orbax.checkpoint

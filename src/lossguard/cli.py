@@ -1,12 +1,41 @@
-"""The command line: ``lossguard metatrain RECIPE`` and the like."""
+"""The command line.
 
+lossguard demo                  the shipped learned optimizer on Spirals, in under a minute
+lossguard run RECIPE            an experiment of the paper, or path/to/module.py:recipe
+lossguard metatrain RECIPE      meta-train a learned optimizer
+lossguard plot DIR...           figures and tables from records alone
+lossguard list                  recipes, data sets, learned optimizers
+"""
+
+import difflib
+import importlib.util
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich.console import Console
+
+
+def main() -> None:
+    """The ``lossguard`` command: bad input is one sentence on stderr and exit status 2."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(__doc__.strip() + "\n\nlossguard COMMAND --help tells more.")
+        return
+    try:
+        if name not in COMMANDS:
+            raise ValueError(f"command must be {_one_of(COMMANDS, name)}")
+        COMMANDS[name](arguments)
+    except (ValueError, OSError) as error:
+        print(f"lossguard: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("lossguard: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 @dataclass(frozen=True)
@@ -19,52 +48,114 @@ class Where:
     """Go on from the last checkpoint."""
 
 
+def demo(arguments: Sequence[str]) -> None:
+    """Six methods on Spirals: a table and a figure."""
+    from .experiments.recipes import demo as recipe
+
+    out = Path(tempfile.mkdtemp(prefix="lossguard-demo-"))
+    _run(*_override(recipe(), out, arguments, "demo"))
+
+
+def run(arguments: Sequence[str]) -> None:
+    """One experiment of the paper, or of the user's own module."""
+    from .experiments.recipes import RECIPES
+
+    name, recipe = _recipe(arguments, RECIPES, "run")
+    _run(*_override(recipe, Path("runs") / name, arguments[1:], f"run {name}"))
+
+
 def metatrain(arguments: Sequence[str]) -> None:
     """Meta-train a learned optimizer."""
-    from .metatrain.loop import metatrain as run
+    from .metatrain import figure, loop
     from .metatrain.recipes import RECIPES
 
-    recipe, config = _recipe(arguments, RECIPES, "metatrain")
-    where, config = _override(config, Path("runs") / recipe, arguments[1:], f"metatrain {recipe}")
-    print(f"weights: {run(config, where.out, resume=where.resume)}")
+    name, recipe = _recipe(arguments, RECIPES, "metatrain")
+    where, config = _override(recipe, Path("runs") / name, arguments[1:], f"metatrain {name}")
+    weights = loop.metatrain(config, where.out, resume=where.resume)
+    print(f"weights: {weights}\nfigure: {figure.plot(where.out)}")
 
 
-COMMANDS: Mapping[str, Callable[[Sequence[str]], None]] = {"metatrain": metatrain}
-
-
-def main() -> None:
-    """The ``lossguard`` command: bad input is one sentence on stderr and exit status 2."""
-    name, *arguments = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
-        print("usage: lossguard COMMAND ...\n")
-        for command, function in COMMANDS.items():
-            print(f"  {command:<12}{(function.__doc__ or '').splitlines()[0]}")
+def plot(arguments: Sequence[str]) -> None:
+    """Figures and tables from the records of runs."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(
+            "usage: lossguard plot DIR...\n\nDraw figure.png and figure.svg into each run's folder."
+        )
         return
-    try:
-        if name not in COMMANDS:
-            raise ValueError(f"command must be one of {', '.join(COMMANDS)}, got {name!r}")
-        COMMANDS[name](arguments)
-    except (ValueError, OSError) as error:
-        print(f"lossguard: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("lossguard: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    for folder in arguments:
+        _show(Path(folder))
+
+
+def list_all(arguments: Sequence[str]) -> None:
+    """What there is to name."""
+    from .experiments.recipes import RECIPES as EXPERIMENTS
+    from .learned.pretrained import pretrained_names
+    from .metatrain.recipes import RECIPES as META
+    from .tasks.datasets import DATASETS
+
+    for title, entries in {
+        "experiments (lossguard run)": {n: _first_line(f) for n, f in EXPERIMENTS.items()},
+        "meta-training (lossguard metatrain)": {n: _first_line(f) for n, f in META.items()},
+        "data sets (--dataset)": {n: _first_line(f) for n, f in DATASETS.items()},
+        "learned optimizers (--learned)": dict.fromkeys(pretrained_names(), ""),
+    }.items():
+        print(title)
+        for name, line in entries.items():
+            print(f"  {name:<22}{line}".rstrip())
+
+
+COMMANDS: Mapping[str, Callable[[Sequence[str]], None]] = {
+    "demo": demo,
+    "run": run,
+    "metatrain": metatrain,
+    "plot": plot,
+    "list": list_all,
+}
+
+
+def _run(where: Where, experiment: Any) -> None:
+    from .experiments.run import run
+
+    _show(run(experiment, where.out, resume=where.resume))
+
+
+def _show(folder: Path) -> None:
+    from .experiments import figures
+
+    files = figures.plot(folder)
+    Console(width=None if sys.stdout.isatty() else 120).print(figures.summary(folder))
+    print(f"figure: {files[0]}\nrecords: {folder}")
 
 
 def _recipe(
     arguments: Sequence[str], recipes: Mapping[str, Callable[[], Any]], command: str
 ) -> tuple[str, Any]:
-    name = arguments[0] if arguments else None
+    """The recipe that the first argument names: one of ours, or ``path/to/module.py:function``."""
+    name = arguments[0] if arguments else ""
+    if ".py:" in name:
+        path, function = name.rsplit(":", 1)
+        return function, _load(Path(path), function)()
     if name not in recipes:
-        raise ValueError(f"{command} needs a recipe, one of {', '.join(recipes)}; got {name!r}")
+        known = _one_of(recipes, name)
+        raise ValueError(f"{command} needs a recipe, path/to/module.py:function or {known}")
     return name, recipes[name]()
+
+
+def _load(path: Path, function: str) -> Callable[[], Any]:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ValueError(f"recipe {path}:{function} can't be read: there is no such Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"recipe {path}:{function} can't be read: the file has no such function")
+    return getattr(module, function)
 
 
 def _override(config: Any, out: Path, arguments: Sequence[str], program: str) -> tuple[Where, Any]:
     """The config with the fields that the command line names replaced, and where to put the run."""
-
-    kind = type(config)
+    kind: Any = type(config)
 
     @dataclass(frozen=True)
     class Arguments:
@@ -79,3 +170,13 @@ def _override(config: Any, out: Path, arguments: Sequence[str], program: str) ->
         description="",
     )
     return parsed.where, parsed.config
+
+
+def _one_of(known: Mapping[str, Any], name: str) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"one of {', '.join(known)}; got {name!r}{hint}"
+
+
+def _first_line(function: Callable[..., Any]) -> str:
+    return (function.__doc__ or "").strip().splitlines()[0]

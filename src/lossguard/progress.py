@@ -1,7 +1,10 @@
 """Progress of long computations, on stderr: a bar on a terminal, a line now and then elsewhere."""
 
+import signal
 import time
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -66,3 +69,23 @@ class Progress:
             self._console.print(
                 f"{self._label}: {self._done} of {self._total} {self._unit}  {text}", soft_wrap=True
             )
+
+
+@contextmanager
+def stopping_at_interrupt() -> Iterator[Callable[[], bool]]:
+    """Inside, Ctrl-C only makes the function that it yields return true; a second one raises.
+
+    For loops that must not be torn apart in the middle of an iteration.
+    """
+    stopped = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield lambda: stopped
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -211,6 +211,7 @@ def write_parquet(path: Path, table: pl.DataFrame) -> None:
 
 
 def _write(path: Path, write: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
         write(part)

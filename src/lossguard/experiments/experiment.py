@@ -1,0 +1,106 @@
+"""What an experiment is: a task, a length, and the methods that it compares, by name."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import optax
+import tyro
+
+from ..guards.loss_guard import Loser, loss_guard
+from ..guards.protocol import Guard
+from ..guards.residual_guard import ema, residual_guard
+from ..guards.unguarded import unguarded
+from ..learned.pretrained import pretrained
+from ..schedules import paper_decay
+from ..tasks.datasets import load_dataset
+from ..tasks.models import MLP, ConvNet
+from ..tasks.task import Task
+
+
+def named_task(experiment: "Experiment") -> Task:
+    """The task that an experiment names: its data set by name, its model."""
+    dataset = load_dataset(experiment.dataset, scaling=experiment.scaling)
+    return Task(dataset, experiment.model, experiment.batch_size)
+
+
+def paper_methods(experiment: "Experiment") -> Mapping[str, Callable[[], Guard]]:
+    """The methods of the paper's figures, by the names in its legends, and our readings of them."""
+    e = experiment
+
+    def learned() -> optax.GradientTransformation:
+        return pretrained(e.learned)
+
+    def fallback() -> optax.GradientTransformation:
+        return optax.sgd(paper_decay(e.sgd_rate, e.guard_tau))
+
+    def adam() -> optax.GradientTransformation:
+        return optax.adam(e.adam_rate)
+
+    def guard(fallback: optax.GradientTransformation) -> Guard:
+        return loss_guard(learned(), fallback, nt=e.nt, nc=e.nc, loser=e.loser)
+
+    def rival(theta: float) -> Guard:
+        return residual_guard(learned(), fallback(), sequence=ema(theta), nt=e.nt)
+
+    return {
+        "SGDnm": lambda: unguarded(optax.sgd(paper_decay(e.sgd_rate, e.sgd_tau)), nt=e.nt),
+        "Adam": lambda: unguarded(adam(), nt=e.nt),
+        "L2O": lambda: unguarded(learned(), nt=e.nt),
+        "GL2O": lambda: rival(0.9),
+        "GL2O (theta as decay)": lambda: rival(0.1),
+        "LGL2O": lambda: guard(fallback()),
+        "LGL2O over Adam": lambda: guard(adam()),
+    }
+
+
+MakeMethods = Callable[["Experiment"], Mapping[str, Callable[[], Guard]]]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that the records of an experiment depend on; the defaults are the paper's."""
+
+    name: str
+    title: str = ""
+    """Of its figure."""
+    dataset: str = "spirals"
+    scaling: str = "none"
+    """Of the inputs, as the data set's loader takes it."""
+    model: MLP | ConvNet = MLP()
+    batch_size: int = 128
+    steps: int = 20_000
+    """Optimizer steps of each method, rounded up to whole cycles."""
+    seeds: int = 5
+    seed: int = 0
+    """The first seed."""
+    methods: tuple[str, ...] = ("SGDnm", "Adam", "L2O", "GL2O", "LGL2O")
+    learned: str = "lstm-mnist-mlp"
+    """The learned optimizer, as ``pretrained`` takes it."""
+    nt: int = 10
+    """Optimizer steps a cycle."""
+    nc: int = 10
+    """Check minibatches a cycle."""
+    loser: Loser = "keep"
+    """What becomes of the losing branch's optimizer state."""
+    sgd_rate: float = 3.0
+    sgd_tau: float = 50_000.0
+    """Time scale of SGDnm's decay, in steps."""
+    guard_tau: float = 50_000.0
+    """The same where SGDnm is a guard's fallback."""
+    adam_rate: float = 0.01
+    make_task: Annotated[Callable[["Experiment"], Task], tyro.conf.Suppress] = named_task
+    make_methods: Annotated[MakeMethods, tyro.conf.Suppress] = paper_methods
+    """Name to guard, for ``methods`` to choose from. Put your own optimizers in here."""
+
+    def guards(self) -> dict[str, Guard]:
+        """The guards of ``methods``, in their order.
+
+        Raises:
+            ValueError: if a method is none of those that ``make_methods`` makes.
+        """
+        known = self.make_methods(self)
+        for method in self.methods:
+            if method not in known:
+                raise ValueError(f"methods must be among {', '.join(known)}; got {method!r}")
+        return {method: known[method]() for method in self.methods}

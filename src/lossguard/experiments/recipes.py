@@ -1,0 +1,59 @@
+"""The paper's experiments, one function each; ``lossguard run NAME`` runs them.
+
+The settings are those of the paper's appendix E; lengths are those of its figures.
+"""
+
+from collections.abc import Callable, Mapping
+
+from .experiment import Experiment
+
+EARLY_AND_LATE = ("SGDnm", "Adam", "L2O", "GL2O", "LGL2O")
+
+
+def demo() -> Experiment:
+    """The shipped learned optimizer on Spirals, six methods, in under a minute."""
+    return Experiment(
+        name="demo",
+        title="Learned on MNIST + MLP, tested on Spirals + MLP",
+        methods=(*EARLY_AND_LATE, "LGL2O over Adam"),
+    )
+
+
+def fig03() -> Experiment:
+    """MNIST + MLP: in distribution, data and optimizee."""
+    return Experiment(
+        name="fig03",
+        title="Learned on MNIST + MLP, tested on MNIST + MLP",
+        dataset="mnist",
+        scaling="unit",
+        steps=200_000,
+        adam_rate=0.001,
+        methods=EARLY_AND_LATE,
+    )
+
+
+def fig04() -> Experiment:
+    """Circles + MLP: out of distribution, the data."""
+    return Experiment(
+        name="fig04",
+        title="Learned on MNIST + MLP, tested on Circles + MLP",
+        dataset="circles",
+        steps=1_000_000,
+        methods=EARLY_AND_LATE,
+    )
+
+
+def fig05() -> Experiment:
+    """Spirals + MLP: out of distribution, the data, with a plateau that SGD stays on."""
+    return Experiment(
+        name="fig05",
+        title="Learned on MNIST + MLP, tested on Spirals + MLP",
+        dataset="spirals",
+        steps=1_000_000,
+        methods=EARLY_AND_LATE,
+    )
+
+
+RECIPES: Mapping[str, Callable[[], Experiment]] = {
+    recipe.__name__: recipe for recipe in (demo, fig03, fig04, fig05)
+}

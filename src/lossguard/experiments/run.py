@@ -1,0 +1,117 @@
+"""Run an experiment: its methods one after another, its seeds side by side, its records on disk."""
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import polars as pl
+
+from .. import records
+from ..checkpoints import Checkpoints
+from ..guards.protocol import Guard
+from ..progress import Progress, stopping_at_interrupt
+from ..rollout import rollout
+from ..tasks.task import Objective, Task
+from .experiment import Experiment
+
+CHUNK = 100
+"""Cycles in one compiled loop: what Ctrl-C waits for, and what a progress bar moves by."""
+SAVE_SECONDS = 60.0
+"""Between two checkpoints."""
+
+
+def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
+    """Run every method of an experiment; returns the folder of its records.
+
+    Every seed draws its own initialization and order of minibatches, the same for all methods. A
+    run stopped by Ctrl-C or killed goes on with ``resume``, from the last checkpoint, and ends with
+    the same curves to the bit.
+
+    Raises:
+        ValueError: if the folder holds another run, or this one and ``resume`` is false, or the
+            experiment names a method or data set that does not exist.
+    """
+    guards = experiment.guards()
+    task = experiment.make_task(experiment)
+    records.open_folder(folder, as_config(experiment), resume=resume)
+    curves, seconds = [], {}
+    for method, guard in guards.items():
+        table, seconds[method] = _run_method(experiment, method, guard, task, folder)
+        curves.append(table)
+    records.write_parquet(folder / records.CURVES, pl.concat(curves))
+    made = records.manifest(data=task.dataset.note, seconds=seconds)
+    records.write_json(folder / records.MANIFEST, made)
+    return folder
+
+
+def as_config(value: Any) -> Any:
+    """A config as plain JSON; a function by its module and name."""
+    if is_dataclass(value):
+        kind = (
+            {"kind": type(value).__name__} if fields(value) and not hasattr(value, "name") else {}
+        )
+        return kind | {f.name: as_config(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {k: as_config(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [as_config(v) for v in value]
+    return f"{value.__module__}:{value.__qualname__}" if callable(value) else value
+
+
+def _run_method(
+    experiment: Experiment, method: str, guard: Guard, task: Task, folder: Path
+) -> tuple[pl.DataFrame, float]:
+    """One method's curves, and the seconds that it took after compilation."""
+    name = "".join(c if c.isalnum() else "_" for c in method)
+    finished = folder / "methods" / f"{name}.parquet"
+    if finished.exists():
+        table = records.read_parquet(finished)
+        return table.drop("seconds"), float(table["seconds"][0])
+
+    seeds = experiment.seed + np.arange(experiment.seeds)
+    init_keys, order_keys = jax.vmap(lambda s: jax.random.split(jax.random.key(s)), out_axes=1)(
+        jnp.asarray(seeds)
+    )
+    objective = Objective(task, order_keys)
+    axes = Objective(None, 0)  # pyright: ignore[reportArgumentType]
+    state = jax.jit(jax.vmap(lambda key: guard.init(task.init(key))))(init_keys)
+
+    cycles = -(-experiment.steps // experiment.nt)
+    done, seconds, chunks = 0, 0.0, []
+    checkpoints = Checkpoints(folder / "methods" / f"{name}.checkpoints")
+    if (found := checkpoints.latest((state, jnp.float32(0)))) is not None:
+        done, (state, spent), table = found
+        seconds, chunks = float(spent), [table]
+
+    with (
+        stopping_at_interrupt() as stopped,
+        Progress(method, total=experiment.steps, done=done * experiment.nt) as progress,
+    ):
+        saved = progress.seconds
+        while done < cycles:
+            count = min(CHUNK, cycles - done)
+            before = np.asarray(state.steps)
+            began = progress.seconds
+            state, decisions = rollout(guard, state, objective, cycles=count, axes=axes)
+            spent = records.totals(chunks[-1]) if chunks else None
+            chunks.append(records.thin(decisions, before, spent))
+            if done:  # the first chunk holds the compilation
+                seconds += progress.seconds - began
+            done += count
+            used = float(np.asarray(decisions.used_learned).mean())
+            loss = float(np.asarray(decisions.losses).mean())
+            progress.advance(count * experiment.nt, loss=loss, learned=used)
+            if (stopped() or progress.seconds - saved > SAVE_SECONDS) and done < cycles:
+                saved = progress.seconds
+                chunks = [pl.concat(chunks)]
+                checkpoints.save(done, (state, jnp.float32(seconds)), chunks[0])
+            if stopped():
+                raise KeyboardInterrupt
+    table = records.join(chunks, method)
+    records.write_parquet(finished, table.with_columns(seconds=pl.lit(seconds)))
+    checkpoints.delete()
+    return table, seconds

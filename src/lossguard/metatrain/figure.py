@@ -1,0 +1,40 @@
+"""The outer loop's convergence, from its records: the style of the paper's figures 2 and 11."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from ..records import read_run
+
+
+def plot(folder: Path) -> Path:
+    """Draw a meta-training run's figure into its folder; returns the file."""
+    config, _, curves = read_run(folder)
+    steps = curves["meta_step"].to_numpy()
+    validation = curves["validation"].to_numpy()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+
+    left.plot(steps, curves["meta_loss"], label="training, all of a rollout", linewidth=1)
+    for first in (0, 50, validation.shape[1] - 50):
+        window = validation[:, first : first + 50].mean(axis=1)
+        left.plot(
+            steps, window, label=f"validation, steps {first + 1} to {first + 50}", linewidth=1
+        )
+    left.set(xlabel="Meta-step", ylabel="Loss", yscale="log", title=config["name"])
+    left.legend(fontsize=8)
+
+    best = int(np.nanargmin(validation.mean(axis=1)))
+    for row, label in ((0, f"meta-step {steps[0]}"), (best, f"meta-step {steps[best]}, kept")):
+        right.plot(np.arange(1, validation.shape[1] + 1), validation[row], label=label, linewidth=1)
+    right.set(xlabel="Optimizer step", ylabel="Validation loss", xscale="log", yscale="log")
+    right.legend(fontsize=8)
+
+    file = folder / "figure.png"
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+    return file

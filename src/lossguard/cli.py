@@ -24,7 +24,7 @@ def main() -> None:
     """The ``lossguard`` command: bad input is one sentence on stderr and exit status 2."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print(__doc__.strip() + "\n\nlossguard COMMAND --help tells more.")
+        print((__doc__ or "").strip() + "\n\nlossguard COMMAND --help tells more.")
         return
     try:
         if name not in COMMANDS:
@@ -160,7 +160,7 @@ def _override(config: Any, out: Path, arguments: Sequence[str], program: str) ->
     @dataclass(frozen=True)
     class Arguments:
         where: tyro.conf.OmitArgPrefixes[Where]
-        config: Annotated[kind, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
+        config: Annotated[kind, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]  # pyright: ignore
 
     parsed = tyro.cli(
         Arguments,

@@ -51,9 +51,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
 def as_config(value: Any) -> Any:
     """A config as plain JSON; a function by its module and name."""
     if is_dataclass(value):
-        kind = (
-            {"kind": type(value).__name__} if fields(value) and not hasattr(value, "name") else {}
-        )
+        kind = {} if isinstance(value, Experiment) else {"kind": type(value).__name__}
         return kind | {f.name: as_config(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
         return {k: as_config(v) for k, v in value.items()}

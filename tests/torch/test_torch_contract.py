@@ -308,7 +308,8 @@ REFUSALS = [
     (lambda w: LossGuard(f := sgd(w), sgd(w), schedulers=[ReduceLROnPlateau(f)]),
      "schedulers must step without a metric, got ReduceLROnPlateau (step it yourself)"),
     (lambda w: LossGuard(sgd(w), sgd(w)).step(),
-     "closure must be a function that returns the loss, got None"),
+     "closure must be a function that returns the loss, got None (a GradScaler goes to "
+     "LossGuard as scaler)"),
     (lambda w: LossGuard(sgd(w), sgd(w)).step(lambda: None),
      "closure must return the loss, one number, got None"),
     (lambda w: LossGuard(sgd(w), sgd(w)).step(lambda: torch.ones(2)),

@@ -160,7 +160,10 @@ class LossGuard(Facade):
             The loss, of the lane that the last decision kept (the fallback before the first).
         """
         if closure is None:
-            raise ValueError("closure must be a function that returns the loss, got None")
+            raise ValueError(
+                "closure must be a function that returns the loss, got None (a GradScaler goes to "
+                "LossGuard as scaler)"
+            )
         if any(p.grad is not None for p in self._weights.params):
             raise ValueError(
                 "gradients must be computed inside the closure, got some before the step (call "

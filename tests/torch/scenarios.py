@@ -1,0 +1,130 @@
+"""What each rank of a distributed test does; it returns what the test compares."""
+
+import math
+import os
+
+import torch
+from models import loss_fn, mlp, run, spiral
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, Adam
+
+from lossguard.torch import LossGuard
+
+CYCLES, NT, NC, BATCH = 6, 3, 2, 24
+
+
+def build(params, **options):
+    params = list(params)
+    return LossGuard(
+        Adam(params, lr=0.1), SGD(params, lr=0.5, momentum=0.9), nt=NT, nc=NC, **options
+    )
+
+
+def data():
+    """The same minibatches on every rank."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return [spiral(BATCH) for _ in range(CYCLES * (NT + NC))]
+
+
+def shards(rank, size, sizes=None):
+    """This rank's part of each minibatch, ``sizes[rank]`` examples of it."""
+    sizes = sizes or [BATCH // size] * size
+    start = sum(sizes[:rank])
+    return [tuple(t[start : start + sizes[rank]] for t in batch) for batch in data()]
+
+
+def report(guard, model):
+    state = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in model.items()}
+    return {"history": [d._asdict() for d in guard.history], "model": state}
+
+
+def alone(_):
+    """One process, on the whole minibatches."""
+    model = mlp()
+    guard = build(model.parameters(), model=model)
+    run(guard, model, data())
+    return report(guard, model.state_dict())
+
+
+def ddp(rank, sizes=None):
+    model = DistributedDataParallel(mlp())
+    guard = build(model.parameters(), model=model)
+    run(guard, model, shards(rank, distributed.get_world_size(), sizes))
+    return report(guard, model.module.state_dict())
+
+
+def ddp_unequal(rank):
+    return ddp(rank, [16, 8])
+
+
+def ddp_nan(rank):
+    """Rank 1's loss of the learned branch is NaN in the second cycle, of both in the third."""
+    model = DistributedDataParallel(mlp())
+    guard = build(model.parameters())
+    for i, batch in enumerate(shards(rank, distributed.get_world_size())):
+        cycle, t = divmod(i, NT + NC)
+        calls = 0
+
+        def closure(batch=batch, cycle=cycle, t=t):
+            nonlocal calls
+            calls += 1
+            guard.zero_grad()
+            loss = loss_fn(model, batch)
+            loss.backward()
+            poisoned = rank == 1 and t >= NT and (cycle == 2 or (cycle == 1 and calls == 1))
+            return loss * math.nan if poisoned else loss
+
+        guard.step(closure)
+    return report(guard, model.module.state_dict())
+
+
+def ddp_killed(rank):
+    """Rank 1 dies in the second cycle, just before the decision."""
+    model = DistributedDataParallel(mlp())
+    guard = build(model.parameters())
+    batches = shards(rank, distributed.get_world_size())
+    run(guard, model, batches[: 2 * (NT + NC) - 1])
+    if rank == 1:
+        os._exit(9)
+    run(guard, model, batches[2 * (NT + NC) - 1 :])
+
+
+def two(rank):
+    """All that two ranks are asked, one after the other."""
+    asked = (ddp, ddp_unequal, ddp_nan, fsdp, fsdp_needs_the_model)
+    answers = {}
+    for scenario in asked:
+        torch.manual_seed(0)
+        answers[scenario.__name__] = scenario(rank)
+    return answers
+
+
+def fsdp(rank):
+    model = mlp()
+    fully_shard(model[0], reshard_after_forward=False)
+    fully_shard(model)  # the root, which holds the last layer, stays gathered after a forward
+    guard = build(model.parameters(), model=model)
+    run(guard, model, shards(rank, distributed.get_world_size()))
+    with CommDebugMode() as communication:
+        copy = guard._weights.copy()
+        guard._weights.write(copy)
+        guard._weights.read(copy)
+    return {
+        **report(guard, model.state_dict()),
+        "collectives": communication.get_total_counts(),
+        "shard": sum(t.numel() for t in copy),
+        "whole": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def fsdp_needs_the_model(rank):
+    model = mlp()
+    fully_shard(model)
+    try:
+        build(model.parameters())
+    except ValueError as error:
+        return str(error)

@@ -1,0 +1,37 @@
+"""Shapes and types in the package's signatures are checked at run time in every test."""
+
+from collections.abc import Iterator
+
+import hypothesis
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+# The numerical core: what is given arrays. The rest has no shapes to check.
+CHECKED = (
+    "lossguard.guards",
+    "lossguard.learned.features",
+    "lossguard.learned.lstm",
+    "lossguard.learned.reference",
+    "lossguard.metatrain.truncated",
+    "lossguard.rollout",
+    "lossguard.schedules",
+    "lossguard.tasks.dataset",
+    "lossguard.tasks.shuffle",
+    "lossguard.tasks.synthetic",
+)
+# An int where a float is asked for is right, as type checkers have it too.
+TYPECHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+
+install_import_hook(CHECKED, TYPECHECKER)
+
+# The first example of a property compiles, which takes its time. No example depends on chance.
+hypothesis.settings.register_profile("lossguard", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("lossguard")
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Double precision, for comparisons that are exact but for rounding."""
+    with jax.enable_x64(True):
+        yield

@@ -1,0 +1,125 @@
+"""Algorithm 2 and GL2O equal their NumPy re-implementation, step by step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_guards
+import optax
+import pytest
+
+import lossguard
+
+CYCLES = 30
+
+
+def decay(rate: float):
+    return lambda k: rate / (1 + 0.025 * k)
+
+
+# The same optimizers twice: in NumPy, and in optax.
+OPTIMIZERS = {
+    "sgd": lambda: (numpy_guards.Momentum(decay(0.4)), optax.sgd(decay(0.4))),
+    "momentum": lambda: (
+        numpy_guards.Momentum(decay(0.3), 0.9),
+        optax.sgd(decay(0.3), momentum=0.9),
+    ),
+    "adam": lambda: (numpy_guards.Adam(decay(0.3)), optax.adam(decay(0.3))),
+    "overshooting": lambda: (
+        numpy_guards.Momentum(lambda k: 1.9, 0.5),
+        optax.sgd(1.9, momentum=0.5),
+    ),
+}
+
+
+def play(guard: lossguard.Guard, problem: numpy_guards.Objective, cycles: int = CYCLES):
+    """What the guard does on the same problem, cycle by cycle."""
+    a, m, xi = jnp.asarray(problem.a), jnp.asarray(problem.m), jnp.asarray(problem.xi)
+
+    def objective(w, i):
+        return 0.5 * jnp.sum(a * (w - m) ** 2) + xi[i] @ w
+
+    step = jax.jit(lambda state: guard.step(state, objective))
+    state = guard.init(jnp.asarray(problem.start))
+    for _ in range(cycles):
+        state, decision = step(state)
+        yield state, decision
+
+
+def assert_equal(got, expected, names) -> None:
+    """Every cycle alike, and both decisions taken."""
+    decisions = []
+    for (state, decision), want in zip(got, expected, strict=True):
+        np.testing.assert_allclose(state.params, want["x"], rtol=1e-9, atol=1e-12)
+        for name in names:
+            np.testing.assert_allclose(getattr(decision, name), want[name], rtol=1e-9, atol=1e-12)
+        decisions += want["used_learned"]
+    assert set(decisions) == {True, False}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("nt", "nc"), [(3, 2), (1, 1)])
+@pytest.mark.parametrize("loser", ["keep", "rollback", "reset"])
+@pytest.mark.parametrize(
+    ("learned", "fallback"),
+    [("adam", "momentum"), ("momentum", "adam"), ("overshooting", "sgd")],
+)
+def test_loss_guard_is_algorithm_2(learned, fallback, loser, nt, nc) -> None:
+    problem = numpy_guards.Objective(seed=0, minibatches=CYCLES * (nt + nc))
+    (numpy_learned, optax_learned) = OPTIMIZERS[learned]()
+    (numpy_fallback, optax_fallback) = OPTIMIZERS[fallback]()
+    guard = lossguard.loss_guard(optax_learned, optax_fallback, nt=nt, nc=nc, loser=loser)
+    expected = numpy_guards.loss_guard(
+        problem, numpy_learned, numpy_fallback, nt=nt, nc=nc, loser=loser, cycles=CYCLES
+    )
+    names = ("used_learned", "losses", "learned_loss", "fallback_loss")
+    assert_equal(play(guard, problem), expected, names)
+
+
+SEQUENCES = {
+    "geometric": lossguard.geometric(0.98),
+    "recent_term": lossguard.recent_term(),
+    "arithmetic_average": lossguard.arithmetic_average(),
+    "ema": lossguard.ema(0.6),
+    "recent_max": lossguard.recent_max(4),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("residual", ["step", "gradient"])
+@pytest.mark.parametrize("sequence", SEQUENCES)
+@pytest.mark.parametrize(("learned", "fallback"), [("adam", "momentum"), ("momentum", "adam")])
+def test_residual_guard_is_gl2o(learned, fallback, sequence, residual) -> None:
+    nt = 4
+    problem = numpy_guards.Objective(seed=1, minibatches=CYCLES * nt)
+    (numpy_learned, optax_learned) = OPTIMIZERS[learned]()
+    (numpy_fallback, optax_fallback) = OPTIMIZERS[fallback]()
+    guard = lossguard.residual_guard(
+        optax_learned,
+        optax_fallback,
+        alpha=0.99,
+        sequence=SEQUENCES[sequence],
+        residual=residual,
+        nt=nt,
+    )
+    expected = numpy_guards.residual_guard(
+        problem,
+        numpy_learned,
+        numpy_fallback,
+        alpha=0.99,
+        sequence=sequence,
+        residual=residual,
+        nt=nt,
+        cycles=CYCLES,
+    )
+    assert_equal(play(guard, problem), expected, ("used_learned", "losses"))
+
+
+def test_residual_guard_by_default_is_the_papers_setting() -> None:
+    """EMA with theta = 0.9, alpha = 0.99."""
+    problem = numpy_guards.Objective(seed=2, minibatches=100)
+    by_default = lossguard.residual_guard(optax.adam(0.3), optax.sgd(0.3))
+    named = lossguard.residual_guard(
+        optax.adam(0.3), optax.sgd(0.3), alpha=0.99, sequence=lossguard.ema(0.9), nt=10
+    )
+    for one, other in zip(play(by_default, problem, 5), play(named, problem, 5), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, one, other)

@@ -1,0 +1,108 @@
+"""The examples run, and show what they say."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lossguard.torch import LossGuard
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+    monkeypatch.delenv("LOSSGUARD_DATA", raising=False)  # the digits load faster
+    return importlib.import_module
+
+
+def test_mnist_learns(example, capsys):
+    guard = example("torch_mnist").main(calls=200)
+    assert guard.history[-1].fallback_loss < 0.5
+    assert "kept learned" in capsys.readouterr().out
+
+
+def test_mnist_from_a_folder(example, tmp_path, monkeypatch):
+    polars = pytest.importorskip("polars")
+    import io
+
+    from PIL import Image
+
+    def png(level):
+        file = io.BytesIO()
+        Image.new("L", (28, 28), level).save(file, "PNG")
+        return {"bytes": file.getvalue(), "path": None}
+
+    (tmp_path / "mnist").mkdir()
+    table = polars.DataFrame({"image": [png(0), png(255)], "label": [3, 7]})
+    table.write_parquet(tmp_path / "mnist" / "test.parquet")
+    monkeypatch.setenv("LOSSGUARD_DATA", str(tmp_path))
+    pixels, labels = example("torch_data").images()
+    assert pixels.shape == (2, 1, 28, 28) and labels.tolist() == [3, 7]
+    assert pixels[0].max() == 0 and pixels[1].min() == 1
+
+
+def test_characters_do_not_spike(example):
+    main = example("torch_characters").main
+    guarded = main(calls=120)
+    unguarded = main(calls=20, guarded=False)
+    assert max(unguarded) > 10 * unguarded[0]
+    assert max(guarded) == guarded[0]
+    assert max(guarded[-10:]) < 3.0
+
+
+def test_amp(example):
+    guard = example("torch_amp").main(calls=60)
+    assert guard.history[-1].fallback_loss < 1.0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_accelerate(example):
+    pytest.importorskip("accelerate")
+    guard = example("torch_accelerate").main(calls=60)
+    assert len(guard.history) == 3 and guard.history[-1].fallback_loss < 1.0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("manual", [False, True])
+def test_lightning(example, manual):
+    pytest.importorskip("lightning")
+    guard = example("torch_lightning").main(calls=60, manual=manual)
+    assert isinstance(guard, LossGuard)
+    assert len(guard.history) == 3 and guard.history[-1].fallback_loss < 1.0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_resumes_within_a_cycle(example, tmp_path):
+    lightning = pytest.importorskip("lightning")
+    module = example("torch_lightning")
+    data = torch.randn(96, 1, 4, 4), torch.randint(0, 10, (96,))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), batch_size=8)
+
+    def trainer(steps):
+        return lightning.Trainer(
+            max_steps=steps,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+
+    lightning.seed_everything(0, verbose=False)
+    model = module.Classifier(16)
+    whole = trainer(30)
+    whole.fit(model, loader)
+
+    lightning.seed_everything(0, verbose=False)
+    first = trainer(24)
+    first.fit(module.Classifier(16), loader)
+    first.save_checkpoint(tmp_path / "guard.ckpt")
+    twin, second = module.Classifier(16), trainer(30)
+    second.fit(twin, loader, ckpt_path=tmp_path / "guard.ckpt", weights_only=True)
+    assert second.optimizers[0]._phase == whole.optimizers[0]._phase == 10
+    for key, value in model.state_dict().items():
+        assert torch.equal(twin.state_dict()[key], value)

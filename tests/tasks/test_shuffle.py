@@ -1,0 +1,126 @@
+"""Shuffling is a bijection, its epochs are disjoint and differ, and its draws look random."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import Array
+from scipy import stats
+
+from lossguard.tasks.shuffle import minibatch_indices, permuted
+
+KEY = jax.random.key(0)
+
+
+def permutation(key: Array, n: int) -> np.ndarray:
+    return np.asarray(jax.jit(permuted, static_argnums=2)(key, jnp.arange(n), n))
+
+
+def test_is_a_bijection_of_small_sets() -> None:
+    with jax.disable_jit():  # or a loop would be compiled for each
+        for n in [*range(1, 90), *range(90, 301, 7), 121, 128, 169, 225, 255, 256, 257, 289, 293]:
+            positions = jnp.arange(300) % n  # always the same shape, for the same reason
+            assert set(permuted(jax.random.key(n), positions, n).tolist()) == set(range(n))
+
+
+@pytest.mark.parametrize("n", [997, 1024, 4097, 7919, 10_000, 25_000, 50_000, 60_000, 104_729])
+def test_is_a_bijection(n: int) -> None:
+    np.testing.assert_array_equal(np.sort(permutation(jax.random.key(n), n)), np.arange(n))
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch_size"), [(10, 5), (10, 3), (7, 7), (1, 1), (1797, 128), (60_000, 128)]
+)
+def test_minibatches_of_an_epoch_are_disjoint(samples: int, batch_size: int) -> None:
+    per_epoch = samples // batch_size
+    draw = jax.jit(
+        jax.vmap(lambda i: minibatch_indices(KEY, i, samples=samples, batch_size=batch_size))
+    )
+    for epoch in (0, 1, 5):
+        rows = np.asarray(draw(epoch * per_epoch + jnp.arange(per_epoch))).ravel()
+        assert len(np.unique(rows)) == per_epoch * batch_size
+        assert rows.min() >= 0 and rows.max() < samples
+
+
+def test_epochs_and_keys_differ() -> None:
+    indices = jax.jit(lambda key, i: minibatch_indices(key, i, samples=1000, batch_size=100))
+
+    def draw(key: Array, i: int) -> tuple[int, ...]:
+        return tuple(indices(key, i).tolist())
+
+    draws = [draw(key, i) for key in (KEY, jax.random.key(1)) for i in (0, 1, 10, 20)]
+    assert len(set(draws)) == len(draws)
+    assert draw(KEY, 10) == draws[2]
+
+
+def test_what_an_epoch_leaves_out_changes() -> None:
+    draw = jax.vmap(lambda i: minibatch_indices(KEY, i, samples=10, batch_size=3))
+    epochs = np.asarray(draw(jnp.arange(36))).reshape(12, 9)
+    missing = [set(range(10)) - set(rows.tolist()) for rows in epochs]
+    assert all(len(rows) == 1 for rows in missing)
+    assert len(set().union(*missing)) > 4
+
+
+def test_equals_itself_under_jit_and_vmap() -> None:
+    def draw(key: Array, i: Array) -> Array:
+        return minibatch_indices(key, i, samples=1797, batch_size=16)
+
+    keys, numbers = jax.random.split(KEY, 2), jnp.array([0, 112])
+    with jax.disable_jit():
+        loop = np.stack([[draw(key, i) for i in numbers] for key in keys])
+    both = jax.vmap(jax.vmap(draw, (None, 0)), (0, None))
+    np.testing.assert_array_equal(jax.jit(both)(keys, numbers), loop)
+
+
+@pytest.mark.parametrize("n", [16, 23, 50])
+def test_every_position_takes_every_value_alike(n: int) -> None:
+    """Chi-square of the table position by value over 20,000 keys: (n - 1)^2 degrees of freedom.
+
+    Below n = 16 or so eight rounds of a Feistel network leave a trace, whatever the hash.
+    """
+    keys = jax.random.split(jax.random.key(n), 20_000)
+    draws = np.asarray(jax.vmap(lambda key: permuted(key, jnp.arange(n), n))(keys))
+    table = np.stack([np.bincount(column, minlength=n) for column in draws.T])
+    expected = len(keys) / n
+    assert in_bulk(((table - expected) ** 2 / expected).sum(), (n - 1) ** 2)
+
+
+@pytest.mark.parametrize("n", [16, 23, 50])
+def test_neighbours_take_every_pair_of_values_alike(n: int) -> None:
+    keys = jax.random.split(jax.random.key(n), 50_000)
+    a, b = np.asarray(jax.vmap(lambda key: permuted(key, jnp.arange(2), n))(keys)).T
+    table = np.bincount(a * n + b, minlength=n * n).reshape(n, n)
+    assert not table.diagonal().any()
+    table = table[~np.eye(n, dtype=bool)]
+    expected = len(keys) / len(table)
+    assert in_bulk(((table - expected) ** 2 / expected).sum(), len(table) - 1)
+
+
+def in_bulk(statistic: float, degrees: int) -> bool:
+    return 0.0005 < stats.chi2.cdf(statistic, degrees) < 0.9995
+
+
+@pytest.mark.parametrize("n", [10_007, 50_000, 60_000])
+def test_has_no_serial_correlation(n: int) -> None:
+    values = permutation(KEY, n).astype(float)
+    values = (values - values.mean()) / values.std()
+    root = np.sqrt(n)
+    lags = [1, 2, 3, 10, 128, round(root), round(root) + 1, n // 2]
+    correlations = np.array([np.mean(values[lag:] * values[:-lag]) for lag in lags])
+    assert np.abs(correlations * root).max() < 4
+
+
+def test_minibatches_are_spread_over_the_data() -> None:
+    """Deviation of the mean of the first 100 minibatches from n / 2, in standard errors."""
+    n, size = 60_000, 128
+    draw = jax.vmap(lambda i: minibatch_indices(KEY, i, samples=n, batch_size=size))
+    means = np.asarray(draw(jnp.arange(100))).mean(axis=1)
+    scores = (means - n / 2) / (n / np.sqrt(12 * size))
+    assert np.abs(scores).max() < 4.5
+    assert scores.std() == pytest.approx(1, abs=0.3)
+
+
+@pytest.mark.parametrize("batch_size", [0, 11])
+def test_wrong_batch_size_is_refused(batch_size: int) -> None:
+    with pytest.raises(ValueError, match=r"^batch_size must be between 1 and samples = 10, got"):
+        minibatch_indices(KEY, 0, samples=10, batch_size=batch_size)

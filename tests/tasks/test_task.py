@@ -1,0 +1,103 @@
+"""A task against NumPy: its loss, its minibatches, its evaluation."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import Array, PyTree
+
+from lossguard.tasks import MLP, Objective, Task, digits, spirals
+from lossguard.tasks.shuffle import minibatch_indices
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return Task(digits(), MLP((20,)), batch_size=32)
+
+
+@pytest.fixture(scope="module")
+def params(task: Task) -> PyTree:
+    return jax.tree.map(lambda leaf: 3 * leaf, task.init(jax.random.key(0)))
+
+
+def in_numpy(task: Task, params: PyTree, inputs: Array, labels: Array) -> tuple[float, float]:
+    """Mean loss and accuracy in float64."""
+    x = np.asarray(inputs, np.float64)
+    x = (x - np.asarray(task.dataset.offset, np.float64)) * np.asarray(task.dataset.scale)
+    x = x.reshape(len(x), -1)
+    first, last = ((np.asarray(layer.weight), np.asarray(layer.bias)) for layer in params)
+    hidden = 1 / (1 + np.exp(-(x @ first[0].T + first[1])))
+    logits = hidden @ last[0].T + last[1]
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    rows = np.arange(len(labels))
+    return -log_p[rows, labels].mean(), np.mean(logits.argmax(axis=1) == np.asarray(labels))
+
+
+def test_evaluate_equals_numpy(task: Task, params: PyTree) -> None:
+    evaluation = task.evaluate(params)
+    for name, split in (("train", task.dataset.train), ("test", task.dataset.test)):
+        loss, accuracy = in_numpy(task, params, split.inputs, split.labels)
+        assert float(evaluation[f"{name}_loss"]) == pytest.approx(loss, rel=1e-5)
+        assert float(evaluation[f"{name}_accuracy"]) == pytest.approx(accuracy, abs=1e-6)
+    assert set(evaluation) == {"train_loss", "train_accuracy", "test_loss", "test_accuracy"}
+
+
+def test_evaluate_takes_sizes_that_chunks_do_not_divide() -> None:
+    task = Task(spirals(samples=2_500, test_samples=999), MLP((5,)))
+    params = task.init(jax.random.key(0))
+    loss, accuracy = in_numpy(task, params, task.dataset.train.inputs, task.dataset.train.labels)
+    evaluation = task.evaluate(params)
+    assert float(evaluation["train_loss"]) == pytest.approx(loss, rel=1e-5)
+    assert float(evaluation["train_accuracy"]) == pytest.approx(accuracy, abs=1e-6)
+
+
+@pytest.mark.parametrize("i", [0, 1, 43, 44, 1_000_000])
+def test_objective_is_the_loss_on_minibatch_i(task: Task, params: PyTree, i: int) -> None:
+    key, train = jax.random.key(1), task.dataset.train
+    rows = minibatch_indices(key, i, samples=len(train.labels), batch_size=32)
+    expected, _ = in_numpy(task, params, train.inputs[rows], train.labels[rows])
+    assert float(task.objective(key)(params, i)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_epoch_of_minibatches_averages_to_the_whole() -> None:
+    task = Task(spirals(samples=1_024), MLP(), batch_size=128)
+    params = task.init(jax.random.key(0))
+    objective = task.objective(jax.random.key(2))
+    losses = jax.vmap(objective, (None, 0))(params, jnp.arange(8))
+    assert float(losses.mean()) == pytest.approx(float(task.evaluate(params)["train_loss"]), 1e-5)
+
+
+def test_keys_shuffle_differently_and_vmap(task: Task, params: PyTree) -> None:
+    keys = jax.random.split(jax.random.key(3), 4)
+    each = jnp.stack([task.objective(key)(params, 7) for key in keys])
+    assert len(np.unique(each)) == 4
+    many = Objective(task, keys)
+    axes = Objective(task=None, key=0)  # pyright: ignore
+    together = jax.vmap(lambda objective: objective(params, 7), in_axes=(axes,))(many)
+    np.testing.assert_allclose(together, each, rtol=1e-6)
+
+
+def test_objective_draws_the_same_inside_a_compiled_loop(task: Task, params: PyTree) -> None:
+    objective = task.objective(jax.random.key(4))
+    _, losses = jax.lax.scan(lambda c, i: (c, objective(params, i)), None, jnp.arange(50))
+    compiled = eqx.filter_jit(objective)
+    each = jnp.stack([compiled(params, i) for i in range(50)])
+    np.testing.assert_allclose(losses, each, rtol=1e-5)
+
+
+def test_gradient_descends(task: Task, params: PyTree) -> None:
+    objective = task.objective(jax.random.key(5))
+    loss, gradient = jax.value_and_grad(objective)(params, 0)
+    stepped = jax.tree.map(lambda p, g: p - 1e-3 * g, params, gradient)
+    slope = sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient))
+    assert float(loss - objective(stepped, 0)) == pytest.approx(1e-3 * float(slope), rel=0.1)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_init_is_a_pure_function_of_the_key(task: Task, seed: int) -> None:
+    a, b = (task.init(jax.random.key(k)) for k in (seed, seed))
+    other = task.init(jax.random.key(seed + 1))
+    for x, y, z in zip(*map(jax.tree.leaves, (a, b, other)), strict=True):
+        np.testing.assert_array_equal(x, y)
+        assert (x != z).all()

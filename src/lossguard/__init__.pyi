@@ -1,5 +1,10 @@
+from .guards.criteria import mean_criterion as mean_criterion
+from .guards.criteria import paired_criterion as paired_criterion
+from .guards.criteria import sequential_criterion as sequential_criterion
 from .guards.guarded import guarded as guarded
 from .guards.loss_guard import loss_guard as loss_guard
+from .guards.probing import always as always
+from .guards.probing import backoff as backoff
 from .guards.protocol import Decision as Decision
 from .guards.protocol import Guard as Guard
 from .guards.protocol import GuardState as GuardState
@@ -11,6 +16,8 @@ from .guards.residual_guard import recent_term as recent_term
 from .guards.residual_guard import residual_guard as residual_guard
 from .guards.stacked import stacked as stacked
 from .guards.unguarded import unguarded as unguarded
+from .guards.windows import adaptive as adaptive
+from .guards.windows import fixed as fixed
 from .learned.lstm import LSTMWeights as LSTMWeights
 from .learned.lstm import init_lstm_weights as init_lstm_weights
 from .learned.lstm import lstm_optimizer as lstm_optimizer

@@ -1,5 +1,6 @@
 """Lanes: an optimizer, and where its next nt steps start from. Guards compare them."""
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -56,46 +57,73 @@ def optimizer_step(
 
 
 def train(
-    optimizers: tuple[optax.GradientTransformationExtraArgs, ...],
-    branches: tuple[Branch, ...],
+    optimizers: Sequence[optax.GradientTransformationExtraArgs],
+    branches: Sequence[Branch],
     objective: Objective,
     i: Int[Array, ""],
     *,
-    nt: int,
+    steps: Int[Array, ""] | int,
+    most: int,
     dtype: jnp.dtype,
-) -> tuple[tuple[Branch, ...], Float[Array, "lanes nt"]]:
-    """nt steps of every lane, all on minibatches i .. i+nt-1, and their losses before each step.
+) -> tuple[tuple[Branch, ...], Float[Array, "lanes most"]]:
+    """``steps`` steps of every lane, all on minibatches i, i+1, ..., and their losses before each.
 
     The lanes of a step don't depend on each other: a compiler may run them side by side, and draws
-    the minibatch once.
+    the minibatch once. Losses are NaN from ``steps`` on.
     """
 
-    def step(branches: tuple[Branch, ...], t: Array) -> tuple[tuple[Branch, ...], Array]:
+    def step(t: Array, carry: tuple[tuple[Branch, ...], Array]) -> tuple[tuple[Branch, ...], Array]:
+        branches, losses = carry
         stepped = [
             optimizer_step(optimizer, branch, objective, i + t)
             for optimizer, branch in zip(optimizers, branches, strict=True)
         ]
-        losses = jnp.stack([loss.astype(dtype) for _, loss in stepped])
-        return tuple(branch for branch, _ in stepped), losses
+        now = jnp.stack([loss.astype(dtype) for _, loss in stepped])
+        return tuple(branch for branch, _ in stepped), losses.at[:, t].set(now)
 
-    branches, losses = jax.lax.scan(step, branches, jnp.arange(nt))
-    return branches, losses.T
+    losses = jnp.full((len(branches), most), jnp.nan, dtype)
+    return jax.lax.fori_loop(0, steps, step, (tuple(branches), losses))
 
 
 def check(
-    lanes: tuple[Params, ...],
+    lanes: Sequence[Params],
     objective: Objective,
     i: Int[Array, ""],
     *,
-    nc: int,
+    looks: Sequence[Int[Array, ""] | int],
+    most: int,
+    settled: Callable[[Float[Array, "lanes most"], Int[Array, ""]], Bool[Array, ""]],
     dtype: jnp.dtype,
-) -> Float[Array, "lanes nc"]:
-    """The losses of every lane on the check minibatches i .. i+nc-1."""
+) -> tuple[Float[Array, "lanes most"], Int[Array, ""]]:
+    """The losses of every lane on check minibatches i, i+1, ..., and how many of them were drawn.
 
-    def losses(_: None, j: Array) -> tuple[None, Array]:
-        return None, jnp.stack([objective(params, i + j).astype(dtype) for params in lanes])
+    ``looks`` are the numbers of minibatches after which ``settled`` is asked whether that is
+    enough; after the last it is.
+    """
 
-    return jax.lax.scan(losses, None, jnp.arange(nc))[1].T
+    def draw(j: Array, losses: Array) -> Array:
+        return losses.at[:, j].set(
+            jnp.stack([objective(params, i + j).astype(dtype) for params in lanes])
+        )
+
+    losses = jnp.zeros((len(lanes), most), dtype)
+    if len(looks) == 1:
+        return jax.lax.fori_loop(0, looks[0], draw, losses), jnp.asarray(looks[0], jnp.int32)
+
+    bounds = jnp.array([0, *looks], jnp.int32)
+
+    def undecided(carry: tuple[Array, Array, Array]) -> Array:
+        look, _, enough = carry
+        return (look < len(looks)) & ~enough
+
+    def look_again(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        look, losses, _ = carry
+        losses = jax.lax.fori_loop(bounds[look], bounds[look + 1], draw, losses)
+        return look + 1, losses, settled(losses, bounds[look + 1])
+
+    start = (jnp.int32(0), losses, jnp.array(False))
+    look, losses, _ = jax.lax.while_loop(undecided, look_again, start)
+    return losses, bounds[look]
 
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:

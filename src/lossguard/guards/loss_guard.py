@@ -1,16 +1,20 @@
 """The loss guard: Algorithm 2 of the paper (LGL2O), over lanes.
 
-The paper's guard is two lanes that both start from x: the learned optimizer's, which ends at y, and
-the fallback's, which ends at z.
+A lane is an optimizer, and where its next nt steps start from. The paper's guard has two, both of
+which start from x: y, the learned optimizer's, and z, the fallback's. More may compete: further
+learned optimizers from x, and s, the fallback on its own path, which no decision touches.
 """
 
 from typing import Any, Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from .criteria import Criterion, mean_criterion
 from .lanes import Branch, all_finite, check, keep_schedules, renew_if_unsound, select, train
+from .probing import Probing, ProbingState, always, init_probing
 from .protocol import (
     Decision,
     Guard,
@@ -23,20 +27,40 @@ from .protocol import (
     start,
     with_extra_args,
 )
+from .windows import Windows, fixed
 
 Loser = Literal["keep", "rollback", "reset"]
-LEARNED, FALLBACK, NEITHER = 0, 1, -1
+Hedge = Literal[False, True, "only"]
+NEITHER = -1
 
 
 class LossGuardState(NamedTuple):
-    """What the loss guard keeps beside x: the optimizer state of each lane."""
+    """What the loss guard keeps beside x."""
 
-    learned: PyTree
+    learned: tuple[PyTree, ...]
+    """Optimizer states of the learned lanes."""
     fallback: PyTree
+    """Optimizer state of lane z; None without z."""
+    own: Branch | None
+    """Lane s: the fallback's own path and its optimizer state; None unless hedged."""
+    on_own: Bool[Array, ""]
+    """Whether x lies on the fallback's own path, where z and s coincide."""
+    factor: Int[Array, ""]
+    """Of nt and nc, where windows adapt."""
+    probing: ProbingState
 
 
 def loss_guard(
-    learned: Any, fallback: Any, *, nt: int = 10, nc: int = 10, loser: Loser = "keep"
+    learned: Any,
+    fallback: Any,
+    *,
+    nt: int = 10,
+    nc: int = 10,
+    loser: Loser = "keep",
+    hedge: Hedge = False,
+    criterion: Criterion | None = None,
+    windows: Windows | None = None,
+    probing: Probing | None = None,
 ) -> Guard:
     """LGL2O: keep whichever of two optimizers is better on fresh minibatches after nt steps.
 
@@ -45,27 +69,42 @@ def loss_guard(
         y <- nt steps of learned;   z <- nt steps of fallback
         x <- y   if mean_j F(y, i+nt+j) < mean_j F(z, i+nt+j)   else z
 
-    A branch whose parameters or check losses are not finite can't win; if neither can, x stays. So
-    x is finite for ever if it begins so. An optimizer state that is no longer finite is made anew.
+    With ``hedge`` a third lane runs on the same minibatches, s <- nt steps of the fallback from s,
+    and x becomes the best of y, z and s: never worse than the fallback alone, up to the error of
+    the decision. While x lies on the fallback's own path, z is s and costs nothing.
+
+    A lane whose parameters or check losses are not finite can't win; if none can, x stays. So x is
+    finite for ever if it begins so. An optimizer state that is no longer finite is made anew, and a
+    lane s that is no longer finite begins again at x. Ties go to s, then z, then y.
 
     Args:
-        learned: the optimizer that is not trusted, an optax transformation.
-        fallback: the one that is, likewise.
+        learned: the optimizer that is not trusted, an optax transformation; or several, of which
+            the best competes.
+        fallback: the one that is trusted, likewise.
         nt: optimizer steps a cycle.
         nc: check minibatches a cycle.
-        loser: what becomes of the optimizer state of the branch that lost. "keep": it runs on from
-            its own nt steps; "rollback": as before the cycle; "reset": as at the start. The
+        loser: what becomes of the optimizer state of a branch from x that lost. "keep": it runs on
+            from its own nt steps; "rollback": as before the cycle; "reset": as at the start. The
             learning-rate schedule of the fallback advances by nt a cycle under each.
+        hedge: whether the fallback also runs on its own path; "only" leaves out z, which costs what
+            the paper's guard does.
+        criterion: when a learned lane is better than the best fallback lane; by default
+            ``mean_criterion()``, the paper's.
+        windows: how nt and nc change; by default not at all.
+        probing: how often the learned lanes run; by default always.
 
-    Memory: three copies of the parameters (x, y, z) and one of each optimizer's state, two under
-    "rollback". Cost a cycle: 2 nt gradients, nt learned updates, 2 nc forward passes.
+    ``decision.winner`` numbers the lanes: the learned ones from 0 in their order, then z, then s.
+
+    Memory: x, a copy of the parameters a lane, an optimizer state a lane (two under "rollback").
+    Cost a cycle with m learned lanes: (m + 1) nt gradients, m nt learned updates, (m + 1) nc
+    forward passes; one lane more where hedged and x is off the fallback's own path.
 
     Raises:
-        ValueError: if nt or nc is below 1, or loser is none of the three.
+        ValueError: if an argument is not among those allowed.
 
     Source: the paper's Algorithm 2; with nt = nc = 1 and a deterministic objective, Algorithm 1.
+    Hedging, criteria, windows and probing go beyond it.
 
-    >>> import jax, optax
     >>> guard = loss_guard(optax.sgd(3.0), optax.sgd(0.1))  # the first one diverges
     >>> state = guard.init(jnp.array([1.0, 2.0]))
     >>> state, decision = guard.step(state, lambda params, i: jnp.sum(params**2))
@@ -76,56 +115,228 @@ def loss_guard(
     check_count("nc", nc)
     if loser not in get_args(Loser):
         raise ValueError(f"loser must be one of {', '.join(get_args(Loser))}, got {loser!r}")
-    optimizers = (with_extra_args("learned", learned), with_extra_args("fallback", fallback))
+    if hedge not in get_args(Hedge):
+        raise ValueError(f"hedge must be False, True or 'only', got {hedge!r}")
+    several = [learned] if hasattr(learned, "update") else list(learned)
+    check_count("the number of learned optimizers", len(several))
+    candidates = tuple(with_extra_args("learned", one) for one in several)
+    trusted = with_extra_args("fallback", fallback)
+    criterion = mean_criterion() if criterion is None else criterion
+    windows = fixed() if windows is None else windows
+    probing = always() if probing is None else probing
+
+    m = len(candidates)
+    Z = m if hedge != "only" else None
+    S = m + (Z is not None) if hedge else None
+    optimizers = (*candidates, *(trusted for lane in (Z, S) if lane is not None))
 
     def init(params: Params) -> GuardState:
         params = as_arrays(params)
-        return start(params, LossGuardState(*(optimizer.init(params) for optimizer in optimizers)))
+        fresh = trusted.init(params)
+        inner = LossGuardState(
+            learned=tuple(one.init(params) for one in candidates),
+            fallback=None if Z is None else fresh,
+            own=None if S is None else Branch(params, fresh),
+            on_own=jnp.array(S is not None),
+            factor=jnp.int32(1),
+            probing=init_probing(),
+        )
+        return start(params, inner)
 
     def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
-        x, i = state.params, state.minibatches
+        def compete(state: GuardState) -> tuple[GuardState, Decision]:
+            return skip_z_on_s(state, lambda state, lanes: cycle(state, objective, lanes, m))
+
+        def follow(state: GuardState) -> tuple[GuardState, Decision]:
+            return skip_z_on_s(state, lambda state, lanes: cycle(state, objective, lanes, 0))
+
+        if not probing.ever_skips:
+            return compete(state)
+        return jax.lax.cond(state.inner.probing.left == 0, compete, follow, state)
+
+    def skip_z_on_s(state: GuardState, run: Any) -> tuple[GuardState, Decision]:
+        """Run the fallback's lanes, but not z where it is s."""
+        if Z is None or S is None:
+            return run(state, [S if Z is None else Z])
+        on_own = state.inner.on_own
+        return jax.lax.cond(on_own, lambda s: run(s, [S]), lambda s: run(s, [Z, S]), state)
+
+    def cycle(
+        state: GuardState, objective: Objective, trusted_lanes: list[int], learned_lanes: int
+    ) -> tuple[GuardState, Decision]:
+        """One cycle of some lanes. Without learned lanes nothing is checked: x follows z."""
+        x, i, inner = state.params, state.minibatches, state.inner
         dtype = loss_dtype(objective, x, i)
+        factor = inner.factor if windows.most > 1 else 1
+        steps, nt_most = nt * factor, nt * windows.most
+        looks = criterion.looks or (nc * factor,)
 
-        branches = tuple(Branch(x, lane) for lane in state.inner)  # lines 10 and 11
-        branches, losses = train(optimizers, branches, objective, i, nt=nt, dtype=dtype)  # 12 to 15
-        y, z = (branch.params for branch in branches)
-        checks = check((y, z), objective, i + nt, nc=nc, dtype=dtype)
-        learned_loss, fallback_loss = checks.mean(axis=1)
-
-        finite_learned = all_finite((y, learned_loss))
-        finite_fallback = all_finite((z, fallback_loss))
-        better = (learned_loss < fallback_loss) | ~finite_fallback  # line 16
-        learned_won = finite_learned & better
-        fallback_won = finite_fallback & ~learned_won
-        x = select(learned_won, y, select(fallback_won, z, x))  # lines 17 and 19
-
-        inner, reset = [], []
-        for optimizer, branch, before, won in zip(
-            optimizers, branches, state.inner, (learned_won, fallback_won), strict=True
-        ):
-            kept, was_reset = after_cycle(optimizer, x, before, branch.state, won, loser)
-            inner.append(kept)
-            reset.append(was_reset)
-
-        decision = Decision(
-            used_learned=jnp.full(nt, learned_won),
-            losses=jnp.where(learned_won, losses[LEARNED], losses[FALLBACK]),
-            steps=jnp.int32(nt),
-            learned_loss=learned_loss,
-            fallback_loss=fallback_loss,
-            finite_learned=finite_learned,
-            finite_fallback=finite_fallback,
-            reset_learned=reset[LEARNED],
-            reset_fallback=reset[FALLBACK],
-            winner=jnp.where(learned_won, LEARNED, jnp.where(fallback_won, FALLBACK, NEITHER)),
-            gradients=jnp.int32(2 * nt),
-            forwards=jnp.int32(2 * nc),
-            learned_updates=jnp.int32(nt),
+        before = branches_at(x, inner)  # lines 10 and 11
+        lanes = [*range(learned_lanes), *trusted_lanes]
+        trained, losses = train(  # lines 12 to 15
+            [optimizers[lane] for lane in lanes],
+            [before[lane] for lane in lanes],
+            objective,
+            i,
+            steps=steps,
+            most=nt_most,
+            dtype=dtype,
         )
-        state = GuardState(x, state.steps + nt, i + nt + nc, LossGuardState(*inner))  # line 21
-        return state, decision
+        after = {**dict(enumerate(before)), **dict(zip(lanes, trained, strict=True))}
+        sound = jnp.stack([all_finite(branch.params) for branch in trained])
+
+        if learned_lanes:  # line 16
+            checks, n = check(
+                [branch.params for branch in trained],
+                objective,
+                i + steps,
+                looks=looks,
+                most=max(criterion.looks or (nc * windows.most,)),
+                settled=lambda checks, n: judge(criterion, checks, n, sound, m).settled,
+                dtype=dtype,
+            )
+            verdict = judge(criterion, checks, n, sound, m)
+            best, factor = verdict.best_learned, inner.factor
+            factor = windows.update(factor, checks[best], checks[verdict.best_fallback], n)
+        else:
+            n = jnp.int32(0)
+            verdict, factor = follow_first(sound, losses.dtype), inner.factor
+
+        row = jnp.where(verdict.row < 0, verdict.best_fallback, verdict.row)
+        winner = jnp.where(verdict.row < 0, NEITHER, jnp.array(lanes, jnp.int32)[verdict.row])
+        for lane, branch in zip(lanes, trained, strict=True):  # lines 17 and 19
+            x = select(winner == lane, branch.params, x)
+        won_learned = (winner >= 0) & (winner < m)
+
+        kept, reset_learned = list(inner.learned), jnp.array(False)
+        for lane in range(learned_lanes):
+            kept[lane], reset = after_cycle(
+                optimizers[lane], x, inner.learned[lane], after[lane].state, winner == lane, loser
+            )
+            reset_learned |= reset
+        z_state, own, on_own, reset_fallback = inner.fallback, None, winner == S, jnp.array(False)
+        if Z is not None:
+            z_state, reset_fallback = after_cycle(
+                trusted,
+                x,
+                inner.fallback,
+                after[lanes[learned_lanes]].state,
+                (winner == Z) | (winner == S),
+                loser,
+            )
+        if S is not None:
+            s_sound = sound[lanes.index(S)]
+            s_state, reset = renew_if_unsound(trusted, after[S].params, after[S].state)
+            s_state = select(s_sound, s_state, keep_schedules(trusted.init(x), s_state))
+            own = Branch(select(s_sound, after[S].params, x), s_state)
+            on_own = (winner == S) | ~s_sound
+            reset_fallback |= reset | ~s_sound
+            if Z is not None:  # z goes on from s, wherever x is s
+                z_state = select(on_own, s_state, z_state)
+
+        probed = jnp.array(bool(learned_lanes))
+        t = jnp.arange(nt_most)
+        decision = Decision(
+            used_learned=won_learned & (t < steps),
+            losses=losses[row],
+            steps=jnp.int32(steps),
+            learned_loss=verdict.learned_loss,
+            fallback_loss=verdict.fallback_loss,
+            finite_learned=verdict.finite_learned,
+            finite_fallback=verdict.finite_fallback,
+            reset_learned=reset_learned,
+            reset_fallback=reset_fallback,
+            winner=winner.astype(jnp.int32),
+            gradients=jnp.int32(len(lanes) * steps),
+            forwards=jnp.int32(len(lanes) * n),
+            learned_updates=jnp.int32(learned_lanes * steps),
+        )
+        inner = LossGuardState(
+            tuple(kept),
+            z_state,
+            own,
+            on_own,
+            factor,
+            probing.update(inner.probing, probed, won_learned),
+        )
+        return GuardState(x, state.steps + steps, i + steps + n, inner), decision  # line 21
+
+    def branches_at(x: Params, inner: LossGuardState) -> tuple[Branch, ...]:
+        """Where each lane starts from, and with which optimizer state."""
+        learned_states = inner.learned
+        if probing.ever_skips and probing.start == "reset":
+            waited = inner.probing.wait > 0
+            learned_states = [
+                select(waited, one.init(x), old)
+                for one, old in zip(candidates, inner.learned, strict=True)
+            ]
+        branches = [Branch(x, lane_state) for lane_state in learned_states]
+        if Z is not None:
+            branches.append(Branch(x, inner.fallback))
+        if inner.own is not None:
+            branches.append(inner.own)
+        return tuple(branches)
 
     return Guard(init, step)
+
+
+class Verdict(NamedTuple):
+    """Which of the lanes that were checked is kept; lanes are rows, the m learned ones first."""
+
+    row: Int[Array, ""]
+    """The row that is kept, or -1."""
+    settled: Bool[Array, ""]
+    """Whether the criterion has decided about every learned lane."""
+    best_learned: Int[Array, ""]
+    best_fallback: Int[Array, ""]
+    learned_loss: Float[Array, ""]
+    fallback_loss: Float[Array, ""]
+    finite_learned: Bool[Array, ""]
+    finite_fallback: Bool[Array, ""]
+
+
+def judge(
+    criterion: Criterion,
+    checks: Float[Array, "lanes most"],
+    n: Int[Array, ""],
+    sound: Bool[Array, " lanes"],
+    m: int,
+) -> Verdict:
+    """Compare the lanes on n check minibatches: line 16 of Algorithm 2.
+
+    The fallback's lanes are compared by their means (s wins ties), and each learned lane with the
+    better of them by the criterion. Lanes that are not ``sound``, or whose losses are not finite,
+    can't win.
+    """
+    means = jnp.where(jnp.arange(checks.shape[1]) < n, checks, 0).sum(axis=1) / n
+    finite = sound & jnp.isfinite(means)
+    ranked = jnp.where(finite, means, jnp.inf)
+    best_fallback = len(means) - 1 - jnp.argmin(ranked[m:][::-1])  # s comes last
+
+    difference = checks[best_fallback] - checks[:m]
+    difference = jnp.where(finite[best_fallback], difference, 1)
+    difference = jnp.where(finite[:m, None], difference, -1)
+    better, settled = criterion.test(difference, n)
+    best_learned = jnp.argmin(ranked[:m])
+    best_better = jnp.argmin(jnp.where(better, ranked[:m], jnp.inf))
+    otherwise = jnp.where(finite[best_fallback], best_fallback, NEITHER)
+    return Verdict(
+        row=jnp.where(better.any(), best_better, otherwise),
+        settled=settled.all(),
+        best_learned=best_learned,
+        best_fallback=best_fallback,
+        learned_loss=means[best_learned],
+        fallback_loss=means[best_fallback],
+        finite_learned=finite[:m].any(),
+        finite_fallback=finite[best_fallback],
+    )
+
+
+def follow_first(sound: Bool[Array, " lanes"], dtype: jnp.dtype) -> Verdict:
+    """Keep the first lane, unchecked, if it is sound."""
+    nan, zero = jnp.array(jnp.nan, dtype), jnp.int32(0)
+    row = jnp.where(sound[0], 0, NEITHER)
+    return Verdict(row, jnp.array(True), zero, zero, nan, nan, jnp.array(True), sound[0])
 
 
 def after_cycle(

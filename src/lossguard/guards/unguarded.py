@@ -45,7 +45,9 @@ def unguarded(optimizer: Any, *, nt: int = 10) -> Guard:
         i = state.minibatches
         dtype = loss_dtype(objective, state.params, i)
         branches = (Branch(state.params, state.inner),)
-        (branch,), losses = train((optimizer,), branches, objective, i, nt=nt, dtype=dtype)
+        (branch,), losses = train(
+            (optimizer,), branches, objective, i, steps=nt, most=nt, dtype=dtype
+        )
         nan = jnp.array(jnp.nan, dtype)
         decision = Decision(
             used_learned=jnp.ones(nt, bool),

@@ -1,0 +1,55 @@
+"""How long a cycle is: nt and nc times a factor that may change from cycle to cycle."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class Windows(NamedTuple):
+    """``update(factor, learned, fallback, n)``: the factor of the next cycle, from 1 to ``most``.
+
+    ``learned`` and ``fallback`` are check losses, of which the first n count.
+    """
+
+    update: Callable[[Int[Array, ""], Array, Array, Int[Array, ""]], Int[Array, ""]]
+    most: int
+
+
+def fixed() -> Windows:
+    """nt and nc as they are: the paper's."""
+    return Windows(lambda factor, learned, fallback, n: factor, 1)
+
+
+def adaptive(*, most: int = 16, apart: float = 2.0) -> Windows:
+    """nt and nc grow together where the check losses can't tell the branches apart.
+
+    With means and standard deviations of the two branches' check losses:
+
+        |mean_y - mean_z| < sd_y + sd_z             twice as long, up to ``most`` times nt and nc
+        |mean_y - mean_z| > apart (sd_y + sd_z)     half as long, down to nt and nc
+
+    Source: the paper's proposal, section 4.2, which leaves the rates and "far apart" open.
+
+    Raises:
+        ValueError: if most is below 1, or apart below 1.
+    """
+    if most < 1 or apart < 1:
+        name, value = ("most", most) if most < 1 else ("apart", apart)
+        raise ValueError(f"{name} must be at least 1, got {value!r}")
+
+    def update(factor: Array, learned: Array, fallback: Array, n: Array) -> Array:
+        (mean_y, sd_y), (mean_z, sd_z) = _moments(learned, n), _moments(fallback, n)
+        gap, spread = jnp.abs(mean_y - mean_z), sd_y + sd_z
+        longer = jnp.where(gap < spread, jnp.minimum(2 * factor, most), factor)
+        return jnp.where(gap > apart * spread, jnp.maximum(factor // 2, 1), longer)
+
+    return Windows(update, most)
+
+
+def _moments(losses: Float[Array, " most"], n: Array) -> tuple[Array, Array]:
+    counts = jnp.arange(losses.shape[0]) < n
+    mean = jnp.where(counts, losses, 0).sum() / n
+    squares = jnp.where(counts, (losses - mean) ** 2, 0).sum()
+    return mean, jnp.sqrt(squares / jnp.maximum(n - 1, 1))

@@ -1,7 +1,7 @@
-"""Algorithm 2 and GL2O a second time, in float64 NumPy and plain loops: what the guards must equal.
+"""Algorithm 2 and GL2O again, in float64 NumPy and plain loops: what the guards must equal.
 
-Nothing here is shared with the package. An optimizer is an object with a learning-rate schedule that
-counts its steps, and a memory that the loser policies may rewind without rewinding the schedule.
+Nothing here is shared with the package. An optimizer is an object with a learning-rate schedule
+that counts its steps, and a memory that the loser policies may rewind without the schedule.
 """
 
 from collections.abc import Callable

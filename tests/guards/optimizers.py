@@ -1,0 +1,79 @@
+"""Optimizers that do the guards the worst that an optimizer can do."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+FAULTS = ("parameters", "losses", "state")
+
+
+class Count(NamedTuple):
+    count: Array
+    """Steps so far."""
+    memory: Array
+    """A number that later updates depend on."""
+
+
+def constant(update: float) -> optax.GradientTransformation:
+    """Adds the same number to every parameter, whatever the gradient."""
+
+    def step(updates, state, params=None):
+        return jax.tree.map(lambda g: jnp.full_like(g, update), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), step)
+
+
+def faulty(rate: float, *, at: Array | int, fault: Array | str, value: Array | float):
+    """SGD, but for one step: number ``at`` of those since its state was fresh.
+
+    Fault "parameters" adds ``value`` to them, "losses" leaps 1,000 away to where the loss may not
+    be finite, "state" makes the memory ``value``, which spoils all updates after.
+    """
+    number = FAULTS.index(fault) if isinstance(fault, str) else fault
+
+    def step(updates, state, params=None):
+        now = state.count == at
+        bad = jnp.where(number == 0, value, 1_000.0)
+        extra = jnp.where(now & (number < 2), bad, 0.0)
+        stepped = jax.tree.map(
+            lambda g: (-rate * g + extra + state.memory).astype(g.dtype), updates
+        )
+        memory = jnp.where(now & (number == 2), value, state.memory)
+        return stepped, Count(state.count + 1, memory)
+
+    return optax.GradientTransformation(lambda params: Count(jnp.int32(0), jnp.float32(0)), step)
+
+
+class Hostile(NamedTuple):
+    count: Array
+    key: Array
+
+
+HOSTILE = ("ascends", "wanders", "turns", "overflows", "dawdles")
+
+
+def hostile(which: Array | int, rate: Array | float = 0.5) -> optax.GradientTransformation:
+    """One of ``HOSTILE``; all of them in one, so that one compiled loop plays them all.
+
+    "ascends": up the gradient; "wanders": anywhere; "turns": descends at ``rate`` for 30 steps,
+    then leaps up; "overflows": ever farther, to infinity and NaN; "dawdles": lowers the loss a tiny
+    bit for ever.
+    """
+
+    def init(params: PyTree) -> Hostile:
+        return Hostile(jnp.int32(0), jax.random.key(0))
+
+    def step(updates, state, params=None):
+        def one(g: Array) -> Array:
+            noise = jax.random.normal(jax.random.fold_in(state.key, state.count), g.shape, g.dtype)
+            growth = 10.0 ** (20.0 * state.count)
+            turned = jnp.where(state.count < 30, -rate, 1e3)
+            choices = (0.1 * g, noise, turned * g, growth * (growth - g), -1e-9 * g)
+            return jnp.select([which == j for j in range(len(choices))], choices).astype(g.dtype)
+
+        return jax.tree.map(one, updates), Hostile(state.count + 1, state.key)
+
+    return optax.GradientTransformation(init, step)

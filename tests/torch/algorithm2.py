@@ -16,7 +16,8 @@ def algorithm2(
     """The kept model after each cycle, and each cycle's winner, check losses and training losses.
 
     ``learned`` and ``fallback`` build an optimizer on parameters. ``schedule`` builds a scheduler,
-    stepped once per train minibatch, on the fallback of each branch.
+    stepped once per train minibatch, on the fallback of each branch. With ``hedge`` the third
+    branch goes on from where it is, and z takes its optimizer's state over wherever x is there.
     """
     x = copy.deepcopy(model)
     branches = [copy.deepcopy(model) for _ in range(3 if hedge else 2)]
@@ -61,6 +62,8 @@ def algorithm2(
         if winner >= 0:
             x.load_state_dict(branches[winner].state_dict())
         for lane in (0, 1):
+            if lane == 1 and winner == 2:
+                continue
             state = optimizers[lane].state_dict()
             groups = state["param_groups"]
             if lane != winner and loser == "rollback":
@@ -69,6 +72,12 @@ def algorithm2(
                 optimizers[lane].load_state_dict(
                     {**copy.deepcopy(fresh[lane]), "param_groups": groups}
                 )
+        if hedge and (winner == 2 or not all(p.isfinite().all() for p in branches[2].parameters())):
+            if winner != 2:  # s begins again at x
+                branches[2].load_state_dict(x.state_dict())
+                groups = optimizers[2].state_dict()["param_groups"]
+                optimizers[2].load_state_dict({**copy.deepcopy(fresh[2]), "param_groups": groups})
+            optimizers[1].load_state_dict(copy.deepcopy(optimizers[2].state_dict()))
         yield copy.deepcopy(x.state_dict()), winner, means, train[winner if winner >= 0 else 1]
 
 

@@ -50,8 +50,7 @@ def test_is_algorithm_2(pair, loser, hedge):
             decision = guard.last_decision
             assert decision.winner == winner
             assert_same_state(model.state_dict(), state)
-            seen = [decision.learned_loss, decision.fallback_loss, decision.hedge_loss]
-            assert seen[: len(means)] == means
+            assert (decision.learned_loss, decision.fallback_loss) == (means[0], min(means[1:]))
             assert decision.losses == losses
             assert decision.used_learned == [winner == 0] * nt
     assert len(guard.history) == cycles
@@ -253,3 +252,32 @@ def test_an_exception_in_the_closure_leaves_the_kept_iterate():
     for _ in range(3):
         guard.step(closure)
     assert weight.item() == pytest.approx(0.36 * 4)
+
+
+def test_the_hedge_costs_nothing_on_its_own_path():
+    weight, closure = quadratic(4.0)
+    learned, fallback = SGD([weight], lr=0.2), SGD([weight], lr=0.1)
+    guard = LossGuard(learned, fallback, nt=2, nc=1, hedge=True)
+    spent = []
+    for learned_lr in (0.0, 0.2, 0.0):  # loses, wins, loses
+        learned.param_groups[0]["lr"] = learned_lr
+        for _ in range(3):
+            guard.step(closure)
+        spent.append((guard.last_decision.winner, guard.last_decision.gradients))
+    assert spent == [(2, 4), (0, 4), (1, 6)]
+    assert [decision.forwards for decision in guard.history] == [2, 2, 3]
+
+
+def test_a_hedge_that_is_not_finite_begins_again():
+    weight, closure = quadratic(4.0)
+    learned, fallback = SGD([weight], lr=0.25), SGD([weight], lr=0.1, momentum=0.9)
+    guard = LossGuard(learned, fallback, nt=1, nc=1, hedge=True)
+    fallback.param_groups[0]["lr"] = math.nan
+    for _ in range(2):
+        guard.step(closure)
+    assert (guard.last_decision.winner, guard.last_decision.reset_fallback) == (0, True)
+    fallback.param_groups[0]["lr"], learned.param_groups[0]["lr"] = 0.1, 0.0
+    for _ in range(2):
+        guard.step(closure)
+    assert guard.last_decision.winner == 2
+    assert weight.item() == pytest.approx(0.8 * 2.0)  # one step of the fallback from x = 2

@@ -3,7 +3,7 @@
 state, param_groups    the fallback's, as for any optimizer
 learned                the learned optimizer's ``state_dict``
 guard                  all the rest:
-  nt, nc, phase, kept, gradients, history, random
+  nt, nc, phase, kept, on_own_path, gradients, history, random
   x                    the kept iterate, parameters and buffers
   lanes                per lane: copy, train, check, before, memory, scaler, own
   schedulers           the ``state_dict`` of each
@@ -37,6 +37,7 @@ def save(guard: LossGuard) -> dict[str, Any]:
             "nc": guard.nc,
             "phase": guard._phase,
             "kept": guard._kept,
+            "on_own_path": guard._on_own_path,
             "gradients": guard._gradients,
             "history": [decision._asdict() for decision in guard.history],
             "random": guard._randomness.state(),
@@ -65,6 +66,7 @@ def load(guard: LossGuard, saved: dict[str, Any]) -> None:
         _load_lane(lane, its_state)
     guard._phase = state["phase"]
     guard._kept = state["kept"]
+    guard._on_own_path = state["on_own_path"]
     guard._gradients = state["gradients"]
     guard.history = [Decision(**clone(decision)) for decision in state["history"]]
     _write(state["x"], guard._x)

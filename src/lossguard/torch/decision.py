@@ -15,12 +15,11 @@ class Decision(NamedTuple):
         losses: nt training losses of the kept branch, each before its step; of the fallback's if x
             stayed.
         learned_loss: mean loss of y over the nc check minibatches (and over the ranks).
-        fallback_loss: the same of z.
-        hedge_loss: the same of the fallback on its own path, NaN without one.
+        fallback_loss: the same of z, or of the better of z and s.
         finite_learned: whether y and its check loss are finite.
-        finite_fallback: the same of z.
+        finite_fallback: the same of the fallback's.
         reset_learned: whether the learned optimizer's state was not finite and has been reset.
-        reset_fallback: the same of the fallback's.
+        reset_fallback: the same of the fallback's, or s began again at x.
         winner: 0 learned, 1 fallback, 2 the fallback on its own path, -1 none: x stayed.
         steps: optimizer steps by which the kept iterate moved on in this cycle, nt.
         gradients: gradients evaluated in this cycle, in all lanes.
@@ -32,7 +31,6 @@ class Decision(NamedTuple):
     losses: list[float]
     learned_loss: float
     fallback_loss: float
-    hedge_loss: float
     finite_learned: bool
     finite_fallback: bool
     reset_learned: bool

@@ -49,8 +49,10 @@ class LossGuard(Facade):
         loser: what the optimizer of a branch that lost remembers: ``keep`` (what it learned on that
             branch), ``rollback`` (what it knew before the cycle) or ``reset`` (what it knew when
             the guard was built). Schedules advance whoever wins.
-        hedge: whether a third lane runs the fallback on its own path, so that the result is never
-            worse than the fallback alone by more than the check's error.
+        hedge: whether a third lane, s, runs the fallback on its own path, so that x is never worse
+            than the fallback alone, up to the check's error. x becomes the best of y, z and s; ties
+            go to s, then z. While x lies on that path z is s and costs nothing. Should s not stay
+            finite, it begins again at x.
         model: the module whose buffers (BatchNorm's statistics) belong to a branch; needed with
             ``fully_shard``.
         scaler: a ``GradScaler`` for float16; each lane gets a copy. The closure then calls
@@ -123,7 +125,8 @@ class LossGuard(Facade):
             for name, inner, policy in _lanes(Inner(learned), Inner(fallback), loser, hedge)
         ]
         self._running = self._lanes[FALLBACK]
-        self._kept = FALLBACK
+        self._kept = OWN_PATH if hedge else FALLBACK
+        self._on_own_path = hedge  # whether x lies on the fallback's own path, where z is s
         self._phase = 0  # minibatches seen in this cycle
         self._gradients = 0
 
@@ -179,7 +182,7 @@ class LossGuard(Facade):
         self._phase += 1
         if self._phase == self.nt + self.nc:
             self._decide()
-        value = values[self._kept]
+        value = values.get(self._kept, values[max(values)])
         return value.detach() if isinstance(value, Tensor) else value
 
     def cycle(
@@ -248,23 +251,28 @@ class LossGuard(Facade):
     def _begin(self) -> None:
         self._gradients = 0
         self._weights.write(self._x)
-        for lane in self._lanes:
+        for number in self._active():
+            lane = self._lanes[number]
             lane.begin()
             if not lane.own_path:
                 self._weights.write(lane.copy)
 
-    def _in_every_lane(self, evaluate: Callable[[Lane], Any]) -> list[Any]:
+    def _active(self) -> list[int]:
+        """The numbers of the lanes that run in this cycle; where z is s, only s does."""
+        return [k for k in range(len(self._lanes)) if not (k == FALLBACK and self._on_own_path)]
+
+    def _in_every_lane(self, evaluate: Callable[[Lane], Any]) -> dict[int, Any]:
         """Run each lane in the model, with the same random numbers; then put x back."""
         weights, randomness = self._weights, self._randomness
         start = after = randomness.state()
-        values = []
+        values = {}
         try:
-            for lane in self._lanes:
-                self._running = lane
+            for number in self._active():
+                self._running = lane = self._lanes[number]
                 randomness.set(start)
                 weights.read(lane.copy)
-                values.append(evaluate(lane))
-                after = after if len(values) > 1 else randomness.state()
+                values[number] = evaluate(lane)
+                after = randomness.state() if number == LEARNED else after
         except BaseException:
             self._phase = 0  # the cycle is lost, x is not
             raise
@@ -298,44 +306,49 @@ class LossGuard(Facade):
         return loss
 
     def _decide(self) -> None:
-        lanes, branches = self._lanes, self._lanes[: FALLBACK + 1]
-        means, alarms = agree(
+        active = self._active()
+        lanes = [self._lanes[number] for number in active]
+        numbers, alarms = agree(
             [
                 *(_mean(lane.check) for lane in lanes),
                 *(v for lane in lanes for v in _all(lane.train)),
             ],
             [
                 *(not finite(self._weights.params_of(lane.copy)) for lane in lanes),
-                *(not lane.inner.is_finite() for lane in branches),
+                *(not lane.remembers_soundly() for lane in lanes),
             ],
             self.process_group,
             local(self._weights.params[0]).device,
         )
-        checks, trains = means[: len(lanes)], means[len(lanes) :]
+        checks, trains = numbers[: len(lanes)], numbers[len(lanes) :]
+        lost = dict(zip(active, alarms, strict=False))
+        broken = dict(zip(active, alarms[len(lanes) :], strict=True))
         sound = [
-            math.isfinite(loss) and not broken for loss, broken in zip(checks, alarms, strict=False)
+            math.isfinite(loss) and not lost[number]
+            for number, loss in zip(active, checks, strict=True)
         ]
-        winner = best(checks, sound)
+        row = best(checks, sound)
+        trusted = (
+            best(checks[1:], sound[1:]) % len(checks[1:]) + 1
+        )  # the last lane if none is sound
+        winner = NOBODY if row == NOBODY else active[row]
         if winner != NOBODY:
             self._kept = winner
-            self._weights.read(lanes[winner].copy)
-        reset = [
-            lane.settle(won=index == winner, broken=broken)
-            for index, (lane, broken) in enumerate(zip(branches, alarms[len(lanes) :], strict=True))
-        ]
-        shown = FALLBACK if winner == NOBODY else winner
+            self._weights.read(self._lanes[winner].copy)
+        reset_learned = self._lanes[LEARNED].settle(won=winner == LEARNED, broken=broken[LEARNED])
+        reset_fallback = self._settle_fallback(winner, lost, broken)
+        shown = trusted if row == NOBODY else row
         self._phase = 0
         self.history.append(
             Decision(
                 used_learned=[winner == LEARNED] * self.nt,
                 losses=trains[shown * self.nt : (shown + 1) * self.nt],
                 learned_loss=checks[LEARNED],
-                fallback_loss=checks[FALLBACK],
-                hedge_loss=checks[OWN_PATH] if len(lanes) > OWN_PATH else math.nan,
+                fallback_loss=checks[trusted],
                 finite_learned=sound[LEARNED],
-                finite_fallback=sound[FALLBACK],
-                reset_learned=reset[LEARNED],
-                reset_fallback=reset[FALLBACK],
+                finite_fallback=sound[trusted],
+                reset_learned=reset_learned,
+                reset_fallback=reset_fallback,
                 winner=winner,
                 steps=self.nt,
                 gradients=self._gradients,
@@ -345,6 +358,25 @@ class LossGuard(Facade):
         )
         if self.callback is not None:
             self.callback(self.history[-1])
+
+    def _settle_fallback(self, winner: int, lost: dict[int, bool], broken: dict[int, bool]) -> bool:
+        """Settle the lanes of the fallback; whether a memory or a path had to be made anew."""
+        z, won = self._lanes[FALLBACK], winner in (FALLBACK, OWN_PATH)
+        if OWN_PATH not in lost:
+            return z.settle(won=won, broken=broken[FALLBACK])
+        s = self._lanes[OWN_PATH]
+        if FALLBACK in lost:
+            reset = z.settle(won=won, broken=broken[FALLBACK])
+        else:
+            reset = z.settle_as(s, won=won, broken=broken[OWN_PATH])
+        if lost[OWN_PATH]:  # s begins again at x
+            self._weights.write(s.copy)
+        if lost[OWN_PATH] or broken[OWN_PATH]:
+            s.memory, reset = s.inner.fresh.copy(), True
+        self._on_own_path = winner == OWN_PATH or lost[OWN_PATH]
+        if self._on_own_path and s.memory is not None:  # z goes on from s, wherever x is s
+            z.inner.restore(s.memory)
+        return reset
 
 
 def _all(losses: list[Tensor]) -> list[float]:

@@ -29,6 +29,10 @@ class Memory(NamedTuple):
     state: dict[Any, Any]
     options: list[dict[str, Any]]
 
+    def copy(self) -> "Memory":
+        """A memory that shares nothing with this one."""
+        return Memory(clone(self.state), clone(self.options))
+
 
 class Inner:
     """An optimizer whose memory can be copied, put back and exchanged.
@@ -53,11 +57,11 @@ class Inner:
 
     def remember(self) -> Memory:
         """A copy of the memory."""
-        return Memory(clone(dict(self.optimizer.state)), clone(self._options()))
+        return Memory(dict(self.optimizer.state), self._options()).copy()
 
     def restore(self, memory: Memory) -> None:
         """Put a copy of ``memory`` back; the schedule stays as it is."""
-        self.exchange(Memory(clone(memory.state), clone(memory.options)))
+        self.exchange(memory.copy())
 
     def exchange(self, memory: Memory) -> Memory:
         """Put ``memory`` itself in place and return what was there; the schedule stays."""
@@ -69,10 +73,11 @@ class Inner:
             group.update({key: options[key] for key in self.own if key in options})
         return previous
 
-    def is_finite(self) -> bool:
-        """Whether every number in the state, and in the group entries it owns, is finite."""
-        own = [[group.get(key) for key in self.own] for group in self.optimizer.param_groups]
-        return finite([*self.optimizer.state.values(), own])
+    def is_finite(self, memory: Memory | None = None) -> bool:
+        """Whether every number in a memory (its own, if none is given) is finite."""
+        memory = Memory(self.optimizer.state, self._options()) if memory is None else memory
+        own = [[options.get(key) for key in self.own] for options in memory.options]
+        return finite([*memory.state.values(), own])
 
     def renew(self) -> bool:
         """Reset the memory if it isn't finite; whether that was so."""

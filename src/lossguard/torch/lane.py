@@ -80,6 +80,19 @@ class Lane:
             return True
         return False
 
+    def settle_as(self, other: "Lane", *, won: bool, broken: bool) -> bool:
+        """The same for a lane that didn't run, since ``other`` took its steps."""
+        if (won or self.loser == "keep") and other.memory is not None:
+            self.inner.restore(self.inner.fresh if broken else other.memory)
+            return broken
+        if self.loser == "reset":
+            self.inner.restore(self.inner.fresh)
+        return False
+
+    def remembers_soundly(self) -> bool:
+        """Whether its memory is finite."""
+        return self.inner.is_finite(self.memory)
+
     def grow(self) -> None:
         """Make room for the parameter group that its optimizer has just got."""
         if self.memory is None:

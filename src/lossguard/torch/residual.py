@@ -222,7 +222,6 @@ class ResidualGuard(Facade):
                 losses=[step["loss"] for step in steps],
                 learned_loss=math.nan,
                 fallback_loss=math.nan,
-                hedge_loss=math.nan,
                 finite_learned=all(step["finite"][LEARNED] for step in steps),
                 finite_fallback=all(step["finite"][FALLBACK] for step in steps),
                 reset_learned=any(step["reset"][LEARNED] for step in steps),

@@ -1,0 +1,203 @@
+"""The PyTorch guard follows the JAX one: same weights, same minibatches, same decisions."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lossguard.torch import LossGuard, LSTMOptimizer, ResidualGuard
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402
+import optax  # noqa: E402
+
+import lossguard  # noqa: E402
+
+NT, NC, CYCLES = 10, 10, 20
+COUNT = (NT + NC) * CYCLES
+
+
+def spirals():
+    """Two arms and a net of one hidden layer, as the paper has them."""
+    rng = np.random.default_rng(0)
+    u, labels = rng.uniform(size=(COUNT, 64)), rng.integers(0, 2, (COUNT, 64))
+    angle = 3 * np.pi * np.sqrt(u) + np.pi * labels
+    points = np.stack([np.sqrt(u) * np.cos(angle), np.sqrt(u) * np.sin(angle)], -1)
+    model = nn.Sequential(nn.Linear(2, 20), nn.Sigmoid(), nn.Linear(20, 2))
+
+    def logits(params, x):
+        w0, b0, w1, b1 = params
+        return jax.nn.sigmoid(x @ w0.T + b0) @ w1.T + b1
+
+    return model, logits, (points.astype(np.float32), labels)
+
+
+def images():
+    """Blurred noise of ten kinds in MNIST's shape, and the paper's convolutional net."""
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 10, (COUNT, 8))
+    kinds = rng.normal(size=(10, 1, 28, 28))
+    pixels = 0.3 * kinds[labels] + rng.normal(size=(COUNT, 8, 1, 28, 28))
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 5, 2), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10),
+    )  # fmt: skip
+
+    def logits(params, x):
+        *layers, w, b = params
+        for weight, bias in zip(layers[::2], layers[1::2], strict=True):
+            x = jax.lax.conv_general_dilated(x, weight, (2, 2), "VALID")
+            x = jax.nn.relu(x + bias[:, None, None])
+        return x.reshape(x.shape[0], -1) @ w.T + b
+
+    return model, logits, (pixels.astype(np.float32), labels)
+
+
+PROBLEMS = {"spirals-mlp": (spirals, 0.02, 0.5), "mnist-convnet": (images, 0.005, 0.05)}
+
+
+def sides(name):
+    """The problem, and the learned optimizer's weights and scale, in both frameworks."""
+    torch.manual_seed(0)
+    make, scale, lr = PROBLEMS[name]
+    model, logits, data = make()
+    weights = lossguard.init_lstm_weights(jax.random.key(3))
+    named = {
+        f"lstm.{kind}_l{k}": torch.tensor(np.asarray(getattr(layer, kind)))
+        for k, layer in enumerate(weights.layers)
+        for kind in layer._fields
+    }
+    named["linear.weight"] = torch.tensor(np.asarray(weights.linear_weight))
+    named["linear.bias"] = torch.tensor(np.asarray(weights.linear_bias))
+
+    def loss(params, batch):
+        scores = logits(params, batch[0])
+        return optax.softmax_cross_entropy_with_integer_labels(scores, batch[1]).mean()
+
+    start = tuple(jnp.asarray(p.detach().numpy().copy()) for p in model.parameters())
+    return model, start, loss, data, weights, named, scale, lr
+
+
+def run_jax(guard, start, loss, data, minibatches):
+    state = guard.init(start)
+    step = jax.jit(guard.step)
+    trajectory = []
+    for k in range(CYCLES):
+        part = slice(k * minibatches, (k + 1) * minibatches)
+        batches = tuple(jnp.asarray(column[part]) for column in data)
+        state, decision = step(state, lossguard.stacked(loss, batches, state.minibatches))
+        trajectory.append((state.params, decision))
+    return trajectory
+
+
+def run_torch(guard, model, data, minibatches):
+    for pixels, labels in zip(*map(torch.from_numpy, data), strict=True):
+
+        def closure(pixels=pixels, labels=labels):
+            guard.zero_grad()
+            loss = functional.cross_entropy(model(pixels), labels)
+            loss.backward()
+            return loss
+
+        guard.step(closure)
+        if len(guard.history) * minibatches > len(data[0]):
+            break
+        yield [p.detach().numpy() for p in model.parameters()]
+
+
+def assert_same_decision(ours, theirs, loose):
+    assert ours.winner == int(theirs.winner)
+    assert ours.used_learned == theirs.used_learned.tolist()
+    for field in ("steps", "gradients", "forwards", "learned_updates"):
+        assert getattr(ours, field) == int(getattr(theirs, field)), field
+    for field in ("finite_learned", "finite_fallback", "reset_learned", "reset_fallback"):
+        assert getattr(ours, field) == bool(getattr(theirs, field)), field
+    for field in ("losses", "learned_loss", "fallback_loss"):
+        np.testing.assert_allclose(getattr(ours, field), getattr(theirs, field), rtol=loose)
+
+
+def assert_same_params(ours, theirs):
+    """Within 1e-4, relative to the norm of each parameter tensor."""
+    for p, q in zip(ours, theirs, strict=True):
+        assert np.linalg.norm(p - np.asarray(q)) <= 1e-4 * np.linalg.norm(q)
+
+
+def paper_decay(t):
+    return 1 / (t / 50 + 1) ** 1.5
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize(
+    ("loser", "hedge"), [("keep", False), ("reset", False), ("rollback", True)]
+)
+def test_loss_guard(name, loser, hedge):
+    model, start, loss, data, weights, named, scale, lr = sides(name)
+    theirs = lossguard.loss_guard(
+        lossguard.lstm_optimizer(weights, scale=scale),
+        optax.sgd(lambda t: lr * paper_decay(t), momentum=0.9),
+        nt=NT,
+        nc=NC,
+        loser=loser,
+        hedge=hedge,
+    )
+    expected = run_jax(theirs, start, loss, data, NT + NC)
+
+    fallback = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    guard = LossGuard(
+        LSTMOptimizer(model.parameters(), named, scale=scale),
+        fallback,
+        nt=NT,
+        nc=NC,
+        loser=loser,
+        hedge=hedge,
+        schedulers=[torch.optim.lr_scheduler.LambdaLR(fallback, paper_decay)],
+    )
+    for k, params in enumerate(run_torch(guard, model, data, NT + NC), start=1):
+        if k % (NT + NC) == 0:
+            kept, decision = expected[k // (NT + NC) - 1]
+            assert_same_decision(guard.last_decision, decision, loose=2e-4)
+            assert_same_params(params, kept)
+    winners = {decision.winner for decision in guard.history}
+    assert len(guard.history) == CYCLES and 0 in winners and winners & {1, 2}
+
+
+@pytest.mark.parametrize("residual", ["step", "gradient"])
+def test_residual_guard(residual):
+    model, start, loss, data, weights, named, scale, lr = sides("spirals-mlp")
+    theirs = lossguard.residual_guard(
+        lossguard.lstm_optimizer(weights, scale=scale),
+        optax.sgd(lr, momentum=0.9),
+        residual=residual,
+        nt=NT,
+    )
+    expected = run_jax(theirs, start, loss, data, NT)
+    guard = ResidualGuard(
+        LSTMOptimizer(model.parameters(), named, scale=scale),
+        torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),
+        residual=residual,
+        nt=NT,
+    )
+    data = tuple(column[: NT * CYCLES] for column in data)
+    for k, params in enumerate(run_torch(guard, model, data, NT), start=1):
+        if k % NT == 0:
+            kept, decision = expected[k // NT - 1]
+            assert_same_decision(guard.last_decision, decision, loose=2e-4)
+            assert_same_params(params, kept)
+    used = {flag for decision in guard.history for flag in decision.used_learned}
+    assert used == {True, False}
+
+
+def test_the_shipped_optimizer_is_the_same():
+    params = {"w": np.linspace(-1, 1, 7, dtype=np.float32)}
+    theirs = lossguard.pretrained("lstm-mnist-mlp")
+    state, x = theirs.init(params), params
+    w = nn.Parameter(torch.tensor(params["w"]))
+    ours = LSTMOptimizer.pretrained([w], "lstm-mnist-mlp")
+    for _ in range(20):
+        updates, state = theirs.update(jax.tree.map(lambda v: 2 * v, x), state, x)
+        x = optax.apply_updates(x, updates)
+        w.grad = 2 * w.detach()
+        ours.step()
+    np.testing.assert_allclose(w.detach().numpy(), x["w"], rtol=1e-4, atol=1e-6)

@@ -88,8 +88,9 @@ def as_arrays(params: Params) -> Params:
 
 
 def start(params: Params, inner: PyTree) -> GuardState:
-    """The state before the first cycle."""
-    return GuardState(params, jnp.int32(0), jnp.int32(0), inner)
+    """The state before the first cycle, each leaf in a buffer of its own, which may be donated."""
+    inner = jax.tree.map(jnp.copy, inner)
+    return GuardState(jax.tree.map(jnp.copy, params), jnp.int32(0), jnp.int32(0), inner)
 
 
 def check_count(name: str, value: int) -> None:

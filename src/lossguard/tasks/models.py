@@ -130,20 +130,19 @@ def convolve_lax(x: Array, weight: Array, stride: int) -> Array:
 
 
 def convolve_patches(x: Array, weight: Array, stride: int) -> Array:
-    """The same as one matrix product: strided slices, one for each place in the kernel."""
+    """The same as one matrix product, over patches made of strided slices.
+
+    The slices are joined along the width and then along the height: 2 kernel slices instead of
+    kernel^2, and as many fewer additions in the gradient.
+    """
     outputs, inputs, kernel, _ = weight.shape
-    height, width = ((n - kernel) // stride + 1 for n in x.shape[1:3])
-    patches = jnp.concatenate(
-        [
-            x[
-                :,
-                r : r + stride * (height - 1) + 1 : stride,
-                c : c + stride * (width - 1) + 1 : stride,
-            ]
-            for r in range(kernel)
-            for c in range(kernel)
-        ],
-        axis=-1,
-    )
+    patches = x
+    for axis in (2, 1):
+        size = (x.shape[axis] - kernel) // stride + 1
+        slices = [
+            jax.lax.slice_in_dim(patches, k, k + stride * (size - 1) + 1, stride, axis)
+            for k in range(kernel)
+        ]
+        patches = jnp.concatenate(slices, axis=-1)
     matrix = weight.transpose(2, 3, 1, 0).reshape(kernel * kernel * inputs, outputs)
     return patches @ matrix

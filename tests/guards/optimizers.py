@@ -10,9 +10,9 @@ from jaxtyping import Array, PyTree
 FAULTS = ("parameters", "losses", "state")
 
 
-class Count(NamedTuple):
-    count: Array
-    """Steps so far."""
+class Faulty(NamedTuple):
+    clock: optax.ScaleByScheduleState
+    """Steps so far; a schedule's, so that it goes on whatever becomes of the state."""
     memory: Array
     """A number that later updates depend on."""
 
@@ -27,7 +27,7 @@ def constant(update: float) -> optax.GradientTransformation:
 
 
 def faulty(rate: float, *, at: Array | int, fault: Array | str, value: Array | float):
-    """SGD, but for one step: number ``at`` of those since its state was fresh.
+    """SGD, but for step number ``at``, which has a fault.
 
     Fault "parameters" adds ``value`` to them, "losses" leaps 1,000 away to where the loss may not
     be finite, "state" makes the memory ``value``, which spoils all updates after.
@@ -35,16 +35,19 @@ def faulty(rate: float, *, at: Array | int, fault: Array | str, value: Array | f
     number = FAULTS.index(fault) if isinstance(fault, str) else fault
 
     def step(updates, state, params=None):
-        now = state.count == at
+        now = state.clock.count == at
         bad = jnp.where(number == 0, value, 1_000.0)
         extra = jnp.where(now & (number < 2), bad, 0.0)
         stepped = jax.tree.map(
             lambda g: (-rate * g + extra + state.memory).astype(g.dtype), updates
         )
         memory = jnp.where(now & (number == 2), value, state.memory)
-        return stepped, Count(state.count + 1, memory)
+        return stepped, Faulty(optax.ScaleByScheduleState(state.clock.count + 1), memory)
 
-    return optax.GradientTransformation(lambda params: Count(jnp.int32(0), jnp.float32(0)), step)
+    def init(params: PyTree) -> Faulty:
+        return Faulty(optax.ScaleByScheduleState(jnp.int32(0)), jnp.float32(0))
+
+    return optax.GradientTransformation(init, step)
 
 
 class Hostile(NamedTuple):

@@ -124,7 +124,8 @@ def residual_guard(
     All of a step is on one minibatch; ||.|| is over all parameters. One step of the guard is nt of
     these optimizer steps. The test at y uses a copy of the fallback's state, which itself advances
     once a step, from x, whatever was kept; the learned state runs on likewise. A proposal that is
-    not finite is rejected; if the fallback's step isn't finite either, x stays.
+    not finite is rejected; if the fallback's step isn't finite either, x stays. Nothing is accepted
+    until ||S(x)|| was finite once: then it becomes mu_1.
 
     Args:
         learned: the optimizer that is not trusted, an optax transformation.
@@ -186,9 +187,13 @@ def residual_guard(
         r = optax.tree.norm(s_y).astype(bound_type)
         mu_1 = optax.tree.norm(s_x).astype(bound_type)
 
-        memory = select(i == 0, sequence.init(mu_1), inner.memory)
+        # mu_1 is that of the first step, or of the first whose residual is finite.
+        memory = select(
+            jnp.isfinite(sequence.bound(inner.memory)), inner.memory, sequence.init(mu_1)
+        )
+        mu = sequence.bound(memory)
         finite_y, finite_z = all_finite((y, r)), all_finite(z)
-        ok = finite_y & (r <= alpha * sequence.bound(memory))
+        ok = finite_y & jnp.isfinite(mu) & (r <= alpha * mu)
         memory = select(ok, sequence.update(memory, r), memory)
 
         x = select(ok, y, select(finite_z, z, x))

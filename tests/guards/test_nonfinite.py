@@ -1,0 +1,194 @@
+"""NaN and infinity at any step, on either side, in parameters, losses and optimizer states."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optimizers
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lossguard
+
+NT, NC, CYCLES = 2, 2, 10
+NEVER = 10_000
+START = jnp.array([3.0, -2.0, 0.5])
+
+GUARDS = {
+    "keep": lambda y, z: lossguard.loss_guard(y, z, nt=NT, nc=NC),
+    "rollback": lambda y, z: lossguard.loss_guard(y, z, nt=NT, nc=NC, loser="rollback"),
+    "reset": lambda y, z: lossguard.loss_guard(y, z, nt=NT, nc=NC, loser="reset"),
+    "residual": lambda y, z: lossguard.residual_guard(y, z, nt=NT),
+}
+
+values = st.sampled_from([np.nan, np.inf, -np.inf])
+steps = st.one_of(st.integers(0, NT * CYCLES - 1), st.just(NEVER))
+faults = st.tuples(steps, st.sampled_from(range(len(optimizers.FAULTS))), values)
+
+
+def excess(w: jax.Array) -> jax.Array:
+    return jnp.sum(w**2) / 2
+
+
+@cache
+def player(name: str):
+    """A compiled run with a fault of each optimizer, a bad minibatch, and a bad region."""
+
+    def play(learned_fault, fallback_fault, minibatch, minibatch_value, region_value):
+        def objective(w, i):
+            loss = excess(w) * jnp.where(i == minibatch, minibatch_value, 1.0)
+            return jnp.where(jnp.abs(w).max() > 100, region_value, loss)
+
+        def faulty(rate, fault):
+            return optimizers.faulty(rate, at=fault[0], fault=fault[1], value=fault[2])
+
+        guard = GUARDS[name](faulty(0.3, learned_fault), faulty(0.1, fallback_fault))
+
+        def step(state, _):
+            state, decision = guard.step(state, objective)
+            return state, (state, decision)
+
+        return jax.lax.scan(step, guard.init(START), length=CYCLES)[1]
+
+    return jax.jit(play)
+
+
+@pytest.mark.parametrize("name", GUARDS)
+@given(
+    learned_fault=faults,
+    fallback_fault=faults,
+    minibatch=st.one_of(st.integers(0, CYCLES * (NT + NC) - 1), st.just(NEVER)),
+    minibatch_value=values,
+    region_value=values,
+)
+def test_x_is_finite_for_ever(
+    name, learned_fault, fallback_fault, minibatch, minibatch_value, region_value
+) -> None:
+    states, decisions = player(name)(
+        learned_fault, fallback_fault, minibatch, minibatch_value, region_value
+    )
+    assert np.isfinite(states.params).all()
+    for leaf in jax.tree.leaves((states.inner.learned, states.inner.fallback)):
+        assert np.isfinite(leaf).all()  # the state to go on from is sound too
+
+    before = np.concatenate([START[None], states.params[:-1]])
+    changed = (before != states.params).any(axis=1)
+    used, winner = np.asarray(decisions.used_learned), np.asarray(decisions.winner)
+    learned, fallback = np.asarray(decisions.finite_learned), np.asarray(decisions.finite_fallback)
+    if name != "residual":
+        np.testing.assert_array_equal(winner == -1, ~learned & ~fallback)
+        np.testing.assert_array_equal(winner == 0, used.all(axis=1))
+        assert not changed[winner == -1].any()
+        assert learned[winner == 0].all()
+        assert fallback[winner == 1].all()
+        assert (np.diff([excess(w) for w in (START, *states.params)]) <= 0).all()
+
+    # Said so: an optimizer whose memory was spoilt, and is kept whoever wins, is made anew.
+    if name in ("keep", "residual"):
+        for fault, reset in (
+            (learned_fault, decisions.reset_learned),
+            (fallback_fault, decisions.reset_fallback),
+        ):
+            at, kind, _ = fault
+            if optimizers.FAULTS[kind] == "state" and at != NEVER:
+                assert reset[at // NT]
+            if optimizers.FAULTS[kind] != "state":
+                assert not reset.any()
+
+
+def play(name: str, learned_fault=(NEVER, 0, 0.0), fallback_fault=(NEVER, 0, 0.0), **bad):
+    bad = {"minibatch": NEVER, "minibatch_value": 1.0, "region_value": 0.0} | bad
+    return player(name)(learned_fault, fallback_fault, *bad.values())
+
+
+LOSS_GUARDS = ["keep", "rollback", "reset"]
+
+
+@pytest.mark.parametrize("name", LOSS_GUARDS)
+@pytest.mark.parametrize("fault", range(2))
+def test_a_bad_learned_branch_loses(name, fault) -> None:
+    """In cycle 2 (steps 4 and 5) the fallback is kept, though NaN compares with nothing."""
+    _, decisions = play(name, learned_fault=(5, fault, np.nan), region_value=np.nan)
+    np.testing.assert_array_equal(decisions.winner[:4], [0, 0, 1, 0])
+    np.testing.assert_array_equal(decisions.finite_learned[:4], [True, True, False, True])
+
+
+@pytest.mark.parametrize("name", LOSS_GUARDS)
+@pytest.mark.parametrize("region_value", [np.nan, -np.inf])
+def test_a_bad_fallback_branch_loses(name, region_value) -> None:
+    """Even to a learned branch that is worse than where it began, and to a loss of -inf."""
+    _, decisions = play(name, fallback_fault=(4, 1, 0.0), region_value=region_value)
+    assert decisions.winner[2] == 0
+    assert not decisions.finite_fallback[2]
+
+
+@pytest.mark.parametrize("name", LOSS_GUARDS)
+@pytest.mark.parametrize("minibatch", [4, 5, 6, 7])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_x_stays_if_neither_branch_is_finite(name, minibatch, value) -> None:
+    """Minibatches 4 and 5 are cycle 1's to train on, 6 and 7 to check."""
+    states, decisions = play(name, minibatch=minibatch, minibatch_value=value)
+    np.testing.assert_array_equal(decisions.winner[:3], [0, -1, 0])
+    np.testing.assert_array_equal(states.params[0], states.params[1])
+    assert not decisions.used_learned[1].any()
+    assert states.steps[1] == 2 * NT  # and time goes on
+    assert states.minibatches[1] == 2 * (NT + NC)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("minibatch", [0, 3])
+def test_the_residual_guard_gets_over_a_bad_minibatch(minibatch, value) -> None:
+    """The first among them, whose residual is no bound: the next that is finite becomes mu_1."""
+    states, decisions = play("residual", minibatch=minibatch, minibatch_value=value)
+    assert not decisions.used_learned.reshape(-1)[minibatch]
+    assert decisions.used_learned[3:].all()
+    hostile = lossguard.residual_guard(optimizers.constant(100.0), optax.sgd(0.1), nt=10)
+    _, decision = hostile.step(
+        hostile.init(START),
+        lambda w, i: excess(w) * jnp.where(i == minibatch, value, 1.0),
+    )
+    assert not decision.used_learned[minibatch:].any()
+    assert np.isfinite(states.params).all()
+
+
+def test_unguarded_says_what_is_not_finite() -> None:
+    guard = lossguard.unguarded(
+        optimizers.faulty(0.1, at=3, fault="parameters", value=np.nan), nt=2
+    )
+    state = guard.init(START)
+    finite = []
+    for _ in range(3):
+        state, decision = guard.step(state, lambda w, i: excess(w))
+        finite.append(bool(decision.finite_learned))
+    assert finite == [True, False, False]
+
+
+def test_states_that_begin_infinite_are_sound() -> None:
+    """Reduce-on-plateau begins with a best value of infinity."""
+    learned = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=2))
+    guard = lossguard.loss_guard(learned, optax.sgd(0.01), nt=2, nc=1)
+    state = guard.init(START)
+    for _ in range(3):
+        state, decision = guard.step(state, lambda w, i: excess(w))
+        assert not decision.reset_learned
+
+
+def test_a_state_that_is_made_anew_keeps_its_schedule() -> None:
+    """On F(w) = w a step of SGD is its rate: 8, 4, 2, 1, ... whatever became of the momentum."""
+    spoilt = optax.chain(
+        optimizers.faulty(-1.0, at=1, fault="state", value=np.nan),
+        optax.scale_by_learning_rate(lambda k: 8.0 * 2.0**-k),
+    )
+    guard = lossguard.loss_guard(spoilt, optimizers.constant(1.0), nt=1, nc=1)
+    state = guard.init(jnp.array(0.0))
+    moves, resets = [], []
+    for _ in range(4):
+        before = state.params
+        state, decision = guard.step(state, lambda w, i: w)
+        moves.append(float(before - state.params))
+        resets.append(bool(decision.reset_learned))
+    assert moves == [8.0, 4.0, 2.0, 1.0]
+    assert resets == [False, True, False, False]

@@ -4,6 +4,7 @@ Letters, here and in the guards: x the kept iterate, y the learned branch, z the
 k optimizer steps taken, nt steps a cycle, nc check minibatches, i the number of a minibatch.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -100,10 +101,28 @@ def check_count(name: str, value: int) -> None:
 
 
 def with_extra_args(name: str, optimizer: Any) -> optax.GradientTransformationExtraArgs:
-    """The optimizer in the form that accepts ``value=`` and the like."""
+    """The optimizer in the form that accepts ``value=`` and the like, and drops what it can't use.
+
+    ``grad_fn=`` goes to optimizers that name it, such as optax's opaque SAM, and to no others: the
+    line searches of optax refuse it.
+    """
     if not (callable(getattr(optimizer, "init", None)) and hasattr(optimizer, "update")):
         raise ValueError(f"{name} must be an optax GradientTransformation, got {optimizer!r}")
-    return optax.with_extra_args_support(optimizer)
+    inner = optax.with_extra_args_support(optimizer)
+    named = inspect.signature(inner.update).parameters
+    open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in named.values())
+
+    def update(
+        updates: PyTree, state: PyTree, params: Params | None = None, **extra_args: Any
+    ) -> tuple[PyTree, PyTree]:
+        usable = {
+            key: value
+            for key, value in extra_args.items()
+            if key in named or (open_ended and key != "grad_fn")
+        }
+        return inner.update(updates, state, params, **usable)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def loss_dtype(objective: Objective, params: Params, i: Int[Array, ""]) -> jnp.dtype:

@@ -7,6 +7,8 @@
 Nothing that looks whole is half written: each file is written beside its name and then renamed.
 """
 
+import contextlib
+import io
 import json
 import os
 import platform
@@ -32,11 +34,13 @@ def open_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False
     """Make the folder of a run and put its config there, or go on with the same run's.
 
     Raises:
-        ValueError: if the folder holds another run, or this one and ``resume`` is false.
+        ValueError: if the folder holds another run, or this one and ``resume`` is false, or its
+            config is damaged.
+        OSError: if it can't be made.
     """
     path = folder / CONFIG
     if path.exists():
-        if json.loads(path.read_text()) != json.loads(json.dumps(config)):
+        if _read_json(path) != json.loads(json.dumps(config)):
             raise ValueError(
                 f"folder must be empty or hold the same run, but {folder} holds another"
             )
@@ -45,7 +49,9 @@ def open_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False
                 f"folder {folder} holds this run already: add --resume to go on with it"
             )
         return
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder must be empty or hold the same run, but {folder} is a file")
+    if folder.exists() and any(entry != _part(path) for entry in folder.iterdir()):
         raise ValueError(
             f"folder must be empty or hold the same run, but {folder} holds other files"
         )
@@ -79,9 +85,9 @@ def thin(decisions: Decision, start: np.ndarray, spent: pl.DataFrame | None = No
         spent: the last chunk's totals, as :func:`totals` makes them.
 
     Returns:
-        One row for each seed and bin: ``seed``, ``step`` (the last that falls into the bin: every
-        step up to 1,000, then every tenth, and so on), ``count`` of steps, and sums over these.
-        Bins that two chunks share are joined by :func:`join`.
+        One row for each seed and bin: ``seed``, ``step`` (where the bin ends: every step up to
+        1,000, then every tenth, and so on), ``last`` (the last step taken in it), ``count`` of
+        steps, and sums over these. Bins that two chunks share are joined by :func:`join`.
     """
     d = jax.tree.map(np.asarray, decisions)
     seeds, cycles, nt = d.losses.shape
@@ -112,6 +118,7 @@ def thin(decisions: Decision, start: np.ndarray, spent: pl.DataFrame | None = No
             {
                 "seed": each_step(np.broadcast_to(np.arange(seeds)[:, None], (seeds, cycles))),
                 "step": -(-step // width) * width,
+                "last": step,
                 **sums,
                 **{name: total_by_step(name) for name in COUNTERS},
             }
@@ -120,7 +127,7 @@ def thin(decisions: Decision, start: np.ndarray, spent: pl.DataFrame | None = No
         .agg(
             pl.len().cast(pl.Int64).alias("count"),
             pl.col(list(sums)).sum(),
-            pl.col(list(COUNTERS)).max(),
+            pl.col("last", *COUNTERS).max(),
         )
     )
 
@@ -136,20 +143,21 @@ def totals(thinned: pl.DataFrame) -> pl.DataFrame:
 def join(chunks: list[pl.DataFrame], method: str) -> pl.DataFrame:
     """The curves of a method: the chunks' sums, joined and turned into means.
 
-    Columns: ``method``, ``seed``, ``step``, ``loss`` (mean training loss over the bin's steps),
-    ``used_learned`` (share of them), ``learned_loss`` and ``fallback_loss`` (mean check losses, NaN
-    for guards without), ``gradients``, ``forwards``, ``learned_updates`` (spent until the step).
+    Columns: ``method``, ``seed``, ``step`` (the last of a bin), ``loss`` (mean training loss over
+    the bin's steps), ``used_learned`` (share of them), ``learned_loss`` and ``fallback_loss`` (mean
+    check losses, NaN for guards without), ``gradients``, ``forwards``, ``learned_updates`` (spent
+    until the step).
     """
     means = ["loss", "used_learned", "learned_loss", "fallback_loss"]
     return (
         pl.concat(chunks)
         .group_by("seed", "step", maintain_order=True)
-        .agg(pl.col("count", *means).sum(), pl.col(list(COUNTERS)).max())
+        .agg(pl.col("count", *means).sum(), pl.col("last", *COUNTERS).max())
         .sort("seed", "step")
         .select(
             pl.lit(method).alias("method"),
             pl.col("seed").cast(pl.Int32),
-            pl.col("step"),
+            pl.col("last").alias("step"),
             (pl.col(means) / pl.col("count")).cast(pl.Float32),
             pl.col(list(COUNTERS)),
         )
@@ -159,7 +167,8 @@ def join(chunks: list[pl.DataFrame], method: str) -> pl.DataFrame:
 def mark_loss(curves: pl.DataFrame, k: int) -> pl.DataFrame:
     """Loss(m, k): the mean training loss over the steps in [0.9 k, k], by method and seed.
 
-    Bins are weighted by the steps that they hold; columns ``method``, ``seed``, ``loss``.
+    Bins are taken whole and weighted by the steps that they hold. Columns ``method``, ``seed``,
+    ``loss``.
     """
     return (
         curves.with_columns(
@@ -180,11 +189,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], pl.DataFrame
     for name in (CONFIG, MANIFEST, CURVES):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} holds no finished run: {name} is missing")
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        made = json.loads((folder / MANIFEST).read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder} holds a damaged config.json or manifest.json") from error
+    config, made = _read_json(folder / CONFIG), _read_json(folder / MANIFEST)
     return config, made, read_parquet(folder / CURVES)
 
 
@@ -196,29 +201,50 @@ def read_parquet(path: Path) -> pl.DataFrame:
     """
     try:
         return pl.read_parquet(path)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise ValueError(f"{path} is not a readable Parquet file: {error}") from error
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not a readable Parquet file: {reason}") from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """JSON, whole or not at all."""
-    _write(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n"))
+    _write(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def write_parquet(path: Path, table: pl.DataFrame) -> None:
     """A table, whole or not at all."""
-    _write(path, lambda part: table.write_parquet(part, compression="zstd", compression_level=9))
+    buffer = io.BytesIO()  # Polars reports a full disk as a damaged file
+    table.write_parquet(buffer, compression="zstd", compression_level=9)
+    _write(path, buffer.getvalue())
 
 
-def _write(path: Path, write: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+def _write(path: Path, content: bytes) -> None:
+    part = _part(path)
     try:
-        write(part)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
         part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(error.errno, f"can't write a record: {reason}", str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _part(path: Path) -> Path:
+    """What a file is called until it is whole."""
+    return path.with_name(f".{path.name}.part")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, but holds {type(content).__name__}")
+    return content
 
 
 def _commit() -> str | None:

@@ -41,8 +41,9 @@ class Checkpoints:
     def latest(self, template: PyTree) -> tuple[int, PyTree, pl.DataFrame] | None:
         """The newest checkpoint that is whole: its number, its pytree and its table.
 
-        ``template`` gives the structure, shapes and dtypes. None if there is no checkpoint; those
-        that can't be read are named on stderr, and deleted if an older one was used.
+        ``template`` gives the structure, shapes and dtypes; the table's columns come in any order.
+        None if there is no checkpoint; those that can't be read are named on stderr and deleted,
+        since the computation is about to write them anew.
         """
         if not self._folder.exists():
             return None

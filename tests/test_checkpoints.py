@@ -1,0 +1,147 @@
+"""Checkpoints: what is kept, what comes back, and what becomes of one that is damaged."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import polars as pl
+import pytest
+from jaxtyping import Array, PRNGKeyArray
+
+from lossguard.checkpoints import Checkpoints
+
+
+class State(NamedTuple):
+    """What a run carries: numbers of several types, keys, and empty places."""
+
+    params: dict[str, Array]
+    keys: PRNGKeyArray
+    step: Array
+    nothing: tuple[()] = ()
+
+
+def state(seed: int) -> State:
+    keys = jax.random.split(jax.random.key(seed), 3)
+    params = {
+        "half": jax.random.normal(keys[0], (4, 2), jnp.bfloat16),
+        "single": jnp.array([1 / 3, jnp.nan, jnp.inf]) * seed,
+        "flag": jnp.array([True, False]),
+    }
+    return State(params, keys, jnp.int32(seed))
+
+
+def table(rows: int) -> pl.DataFrame:
+    """Numbers that 32 bits can't hold, and a column of vectors."""
+    thirds = np.arange(1, rows + 1) / 3
+    return pl.DataFrame(
+        {
+            "step": 10**12 + np.arange(rows),
+            "loss": thirds,
+            "single": thirds.astype(np.float32),
+            "vector": np.outer(thirds, [1.0, 2.0, 3.0]),
+        }
+    )
+
+
+def same(found: tuple[int, State, pl.DataFrame] | None, step: int) -> None:
+    assert found is not None
+    assert found[0] == step
+    expected = state(step)
+    assert jax.tree.structure(found[1]) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    assert dict(found[2].schema) == dict(table(step).schema)  # the order is not kept
+    assert found[2].select(table(step).columns).equals(table(step))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder into which three were saved."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    for step in (5, 7, 20):
+        checkpoints.save(step, state(step), table(step))
+    return tmp_path / "checkpoints"
+
+
+def test_nothing_is_found_and_made_where_there_is_none(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path / "none").latest(state(0)) is None
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "empty").mkdir()
+    assert Checkpoints(tmp_path / "empty").latest(state(0)) is None
+
+
+def test_newest_comes_back_to_the_bit(saved: Path) -> None:
+    same(Checkpoints(saved).latest(state(0)), 20)
+
+
+def test_last_two_are_kept(saved: Path) -> None:
+    assert sorted(int(entry.name) for entry in saved.iterdir()) == [7, 20]
+
+
+def damage(checkpoint: Path) -> None:
+    """Cut every file of it in half."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_damaged_newest_is_passed_over_aloud(
+    saved: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    damage(saved / "20")
+    same(Checkpoints(saved).latest(state(0)), 7)
+    assert "checkpoint 20 is damaged and was passed over: " in capfd.readouterr().err
+
+
+def test_computation_goes_on_from_before_the_damage(saved: Path) -> None:
+    damage(saved / "20")
+    checkpoints = Checkpoints(saved)
+    same(checkpoints.latest(state(0)), 7)
+    checkpoints.save(20, state(20), table(20))
+    same(Checkpoints(saved).latest(state(0)), 20)
+
+
+@pytest.mark.parametrize("part", ["state", "table"])
+def test_checkpoint_without_a_part_is_damaged(
+    saved: Path, part: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for path in sorted((saved / "20" / part).rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    same(Checkpoints(saved).latest(state(0)), 7)
+    assert "checkpoint 20 is damaged" in capfd.readouterr().err
+
+
+def test_all_damaged_is_as_none(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    damage(saved / "7")
+    damage(saved / "20")
+    checkpoints = Checkpoints(saved)
+    assert checkpoints.latest(state(0)) is None
+    assert capfd.readouterr().err.count("is damaged and was passed over") == 2
+    checkpoints.save(5, state(5), table(5))  # and the computation starts again
+    same(Checkpoints(saved).latest(state(0)), 5)
+
+
+def test_half_written_one_is_no_checkpoint(saved: Path) -> None:
+    (saved / "30.orbax-checkpoint-tmp-0").mkdir()
+    (saved / "30.orbax-checkpoint-tmp-0" / "state").mkdir()
+    same(Checkpoints(saved).latest(state(0)), 20)
+
+
+def test_delete_removes_all(saved: Path) -> None:
+    checkpoints = Checkpoints(saved)
+    checkpoints.delete()
+    assert not saved.exists()
+    checkpoints.delete()
+    assert Checkpoints(saved).latest(state(0)) is None
+
+
+def test_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Checkpoints(Path("here")).save(1, state(1), table(1))
+    same(Checkpoints(tmp_path / "here").latest(state(0)), 1)

@@ -9,6 +9,7 @@ import tyro
 
 from ..guards.loss_guard import Loser, loss_guard
 from ..guards.protocol import Guard
+from ..guards.recommended import recommended
 from ..guards.residual_guard import ema, residual_guard
 from ..guards.unguarded import unguarded
 from ..learned.pretrained import pretrained
@@ -51,6 +52,8 @@ def paper_methods(experiment: "Experiment") -> Mapping[str, Callable[[], Guard]]
         "GL2O (theta as decay)": lambda: rival(0.1),
         "LGL2O": lambda: guard(fallback()),
         "LGL2O over Adam": lambda: guard(adam()),
+        "Recommended": lambda: recommended(learned(), fallback(), nt=e.nt, nc=e.nc),
+        "Recommended over Adam": lambda: recommended(learned(), adam(), nt=e.nt, nc=e.nc),
     }
 
 
@@ -75,6 +78,8 @@ class Experiment:
     seed: int = 0
     """The first seed."""
     methods: tuple[str, ...] = ("SGDnm", "Adam", "L2O", "GL2O", "LGL2O")
+    vectorize: bool = True
+    """Seeds side by side, or one after another: what guards skip is only saved in the latter."""
     learned: str = "lstm-mnist-mlp"
     """The learned optimizer, as ``pretrained`` takes it."""
     nt: int = 10

@@ -41,9 +41,9 @@ def plot(folder: Path, *, formats: Sequence[str] = ("png", "svg")) -> list[Path]
 def draw(curves: pl.DataFrame, title: str, *, note: str = "") -> Figure:
     """The figure of an experiment's curves, as ``records.join`` makes them."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     methods = curves["method"].unique(maintain_order=True).to_list()
-    for method, color in zip(methods, colors, strict=False):
+    colors = [f"C{number}" for number in range(len(methods))]  # from the eleventh on again
+    for method, color in zip(methods, colors, strict=True):
         steps, loss = by_seed(curves, method, "loss")
         loss = smooth(steps, loss)
         axes.plot(steps, loss.mean(axis=0), color=color, label=method, linewidth=1.3)

@@ -11,11 +11,11 @@ EARLY_AND_LATE = ("SGDnm", "Adam", "L2O", "GL2O", "LGL2O")
 
 
 def demo() -> Experiment:
-    """The shipped learned optimizer on Spirals, six methods, in under a minute."""
+    """The shipped learned optimizer on Spirals: the paper's methods, and ours."""
     return Experiment(
         name="demo",
         title="Learned on MNIST + MLP, tested on Spirals + MLP",
-        methods=(*EARLY_AND_LATE, "LGL2O over Adam"),
+        methods=(*EARLY_AND_LATE, "LGL2O over Adam", "Recommended"),
     )
 
 

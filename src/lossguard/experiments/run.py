@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import polars as pl
 
 from .. import records
 from ..checkpoints import Checkpoints
-from ..guards.protocol import Guard
+from ..guards.protocol import Decision, Guard, GuardState
 from ..progress import Progress, stopping_at_interrupt
 from ..rollout import rollout
 from ..tasks.task import Objective, Task
@@ -33,8 +34,11 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
 
     Raises:
         ValueError: if the folder holds another run, or this one and ``resume`` is false, or the
-            experiment names a method or data set that does not exist.
+            experiment names a method or data set that does not exist or has a count below 1.
     """
+    for name in ("steps", "seeds", "batch_size"):
+        if (count := getattr(experiment, name)) < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
     guards = experiment.guards()
     task = experiment.make_task(experiment)
     records.open_folder(folder, as_config(experiment), resume=resume)
@@ -63,8 +67,11 @@ def as_config(value: Any) -> Any:
 def _run_method(
     experiment: Experiment, method: str, guard: Guard, task: Task, folder: Path
 ) -> tuple[pl.DataFrame, float]:
-    """One method's curves, and the seconds that it took after compilation."""
-    name = "".join(c if c.isalnum() else "_" for c in method)
+    """One method's curves, and the seconds that it took.
+
+    Without compilation, if there is a chunk like one before it: the others took as long a cycle.
+    """
+    name = quote(method, safe=" ()")
     finished = folder / "methods" / f"{name}.parquet"
     if finished.exists():
         table = records.read_parquet(finished)
@@ -79,26 +86,32 @@ def _run_method(
     state = jax.jit(jax.vmap(lambda key: guard.init(task.init(key))))(init_keys)
 
     cycles = -(-experiment.steps // experiment.nt)
-    done, seconds, chunks = 0, 0.0, []
+    done, chunks = 0, []
+    seconds, timed = 0.0, 0  # of the chunks that nothing was compiled for: time, cycles
     checkpoints = Checkpoints(folder / "methods" / f"{name}.checkpoints")
-    if (found := checkpoints.latest((state, jnp.float32(0)))) is not None:
-        done, (state, spent), table = found
-        seconds, chunks = float(spent), [table]
+    if (found := checkpoints.latest((state, jnp.zeros(2)))) is not None:
+        done, (state, (seconds, timed)), table = found
+        seconds, timed, chunks = float(seconds), int(timed), [table]
 
     with (
         stopping_at_interrupt() as stopped,
         Progress(method, total=experiment.steps, done=done * experiment.nt) as progress,
     ):
         saved = progress.seconds
+        compiled = set()
         while done < cycles:
             count = min(CHUNK, cycles - done)
             before = np.asarray(state.steps)
             began = progress.seconds
-            state, decisions = rollout(guard, state, objective, cycles=count, axes=axes)
+            if experiment.vectorize:
+                state, decisions = rollout(guard, state, objective, cycles=count, axes=axes)
+            else:
+                state, decisions = _one_by_one(guard, state, objective, count)
             spent = records.totals(chunks[-1]) if chunks else None
             chunks.append(records.thin(decisions, before, spent))
-            if done:  # the first chunk holds the compilation
-                seconds += progress.seconds - began
+            if count in compiled:
+                seconds, timed = seconds + progress.seconds - began, timed + count
+            compiled.add(count)
             done += count
             used = float(np.asarray(decisions.used_learned).mean())
             loss = float(np.asarray(decisions.losses).mean())
@@ -106,10 +119,32 @@ def _run_method(
             if (stopped() or progress.seconds - saved > SAVE_SECONDS) and done < cycles:
                 saved = progress.seconds
                 chunks = [pl.concat(chunks)]
-                checkpoints.save(done, (state, jnp.float32(seconds)), chunks[0])
-            if stopped():
+                checkpoints.save(done, (state, jnp.array([seconds, timed])), chunks[0])
+            if stopped() and done < cycles:
                 raise KeyboardInterrupt
+        seconds = seconds * cycles / timed if timed else progress.seconds
     table = records.join(chunks, method)
     records.write_parquet(finished, table.with_columns(seconds=pl.lit(seconds)))
     checkpoints.delete()
+    if stopped():
+        raise KeyboardInterrupt
     return table, seconds
+
+
+def _one_by_one(
+    guard: Guard, state: GuardState, objective: Objective, cycles: int
+) -> tuple[GuardState, Decision]:
+    """The same as a rollout over all seeds, one seed after another."""
+    done = [
+        rollout(
+            guard,
+            jax.tree.map(lambda leaf, seed=seed: leaf[seed], state),
+            Objective(objective.task, objective.key[seed]),
+            cycles=cycles,
+        )
+        for seed in range(len(objective.key))
+    ]
+    states, decisions = zip(*done, strict=True)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), jax.tree.map(
+        lambda *leaves: np.stack(leaves), *decisions
+    )

@@ -25,6 +25,8 @@ class Criterion(NamedTuple):
     looks: tuple[int, ...] | None = None
     """Numbers of check minibatches after which the test is asked, until all lanes are settled;
     None: once, after nc."""
+    least: int = 1
+    """Check minibatches without which the test can't be asked."""
 
 
 def mean_criterion() -> Criterion:
@@ -50,7 +52,7 @@ def paired_criterion(*, confidence: float = 0.95) -> Criterion:
         ValueError: if confidence is not between 0.5 and 1.
     """
     _check_confidence(confidence)
-    return Criterion(lambda d, n: _t_test(d, n, (1 - confidence) / len(d)))
+    return Criterion(lambda d, n: _t_test(d, n, (1 - confidence) / len(d)), least=2)
 
 
 def sequential_criterion(*, confidence: float = 0.95, first: int = 5, most: int = 160) -> Criterion:

@@ -100,7 +100,7 @@ def loss_guard(
     forward passes; one lane more where hedged and x is off the fallback's own path.
 
     Raises:
-        ValueError: if an argument is not among those allowed.
+        ValueError: if an argument is not among those allowed, or nc too small for the criterion.
 
     Source: the paper's Algorithm 2; with nt = nc = 1 and a deterministic objective, Algorithm 1.
     Hedging, criteria, windows and probing go beyond it.
@@ -124,6 +124,8 @@ def loss_guard(
     criterion = mean_criterion() if criterion is None else criterion
     windows = fixed() if windows is None else windows
     probing = always() if probing is None else probing
+    if criterion.looks is None and nc < criterion.least:
+        raise ValueError(f"nc must be at least {criterion.least} for this criterion, got {nc}")
 
     m = len(candidates)
     Z = m if hedge != "only" else None

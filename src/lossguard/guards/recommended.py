@@ -30,8 +30,7 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, nc: int = 10) -> G
         learned,
         fallback,
         nt=nt,
-        loser="reset",
         hedge=True,
-        criterion=sequential_criterion(first=nc, most=16 * nc),
-        probing=backoff(start="reset"),
+        criterion=sequential_criterion(confidence=0.8, first=nc, most=4 * nc),
+        probing=backoff(patience=2, start="reset"),
     )

@@ -5,6 +5,11 @@ The settings are those of the paper's appendix E; lengths are those of its figur
 
 from collections.abc import Callable, Mapping
 
+import optax
+
+from ..guards.protocol import Guard
+from ..guards.unguarded import unguarded
+from ..learned.pretrained import pretrained
 from .experiment import Experiment
 
 EARLY_AND_LATE = ("SGDnm", "Adam", "L2O", "GL2O", "LGL2O")
@@ -54,6 +59,32 @@ def fig05() -> Experiment:
     )
 
 
+def first_steps() -> Experiment:
+    """MNIST + MLP: the shipped learned optimizer against grids of SGDnm and Adam, seeds unseen."""
+    return Experiment(
+        name="first_steps",
+        title="The first steps on MNIST + MLP",
+        dataset="mnist",
+        scaling="unit",
+        steps=1_000,
+        seed=1_000,
+        methods=tuple(first_steps_methods(Experiment("first_steps"))),
+        make_methods=first_steps_methods,
+    )
+
+
+def first_steps_methods(experiment: Experiment) -> Mapping[str, Callable[[], Guard]]:
+    """SGDnm and Adam at constant rates (Adam's are those of appendix E), and the learned one."""
+    nt = experiment.nt
+    sgd = {f"SGDnm {rate:g}": optax.sgd(rate) for rate in (0.1, 0.3, 1.0, 3.0)}
+    adam = {f"Adam {rate:g}": optax.adam(rate) for rate in (1e-4, 1e-3, 1e-2, 1e-1)}
+    made = {
+        name: lambda optimizer=optimizer: unguarded(optimizer, nt=nt)
+        for name, optimizer in (sgd | adam).items()
+    }
+    return made | {"L2O": lambda: unguarded(pretrained(experiment.learned), nt=nt)}
+
+
 RECIPES: Mapping[str, Callable[[], Experiment]] = {
-    recipe.__name__: recipe for recipe in (demo, fig03, fig04, fig05)
+    recipe.__name__: recipe for recipe in (demo, fig03, fig04, fig05, first_steps)
 }

@@ -211,6 +211,39 @@ def test_schedulers_of_the_guard_advance_by_nt():
     assert fallback.param_groups[0]["lr"] == pytest.approx(0.1 / 7)
 
 
+@pytest.mark.parametrize("tensor", [False, True])
+def test_every_lane_sees_the_same_rates(tensor):
+    """A cycle of z and s, off the fallback's own path, with rates that change at every step."""
+    seen = []
+
+    class Watched(SGD):
+        def step(self, closure=None):
+            seen.append(float(self.param_groups[0]["lr"]))
+            return super().step(closure)
+
+    weight, closure = quadratic()
+    lr = torch.tensor(0.1) if tensor else 0.1
+    fallback = Watched([weight], lr=lr, foreach=False)
+    guard = LossGuard(
+        SGD([weight], lr=0.3),
+        fallback,
+        nt=3,
+        nc=1,
+        hedge=True,
+        schedulers=[LambdaLR(fallback, lambda t: 0.5**t)],
+    )
+    for _ in range(2):
+        guard.cycle(lambda batch: weight.square().sum(), [1, 2, 3], [4])
+        assert guard.last_decision.winner == 0
+    rates = [0.1 * 0.5**t for t in range(7)]
+    assert seen == pytest.approx(rates[:3] + 2 * rates[3:6])
+    assert float(fallback.param_groups[0]["lr"]) == pytest.approx(rates[6])
+    seen.clear()
+    for _ in range(3):
+        guard.step(closure)
+    assert len(seen) == 6 and seen[::2] == seen[1::2]
+
+
 def test_hooks_are_called():
     model = mlp()
     guard = LossGuard(Adam(model.parameters()), SGD(model.parameters()), nt=1, nc=1)

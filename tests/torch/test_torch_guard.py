@@ -208,13 +208,19 @@ def test_a_state_that_is_not_finite_is_reset(side):
     assert math.isfinite(poisoned.state[weight]["exp_avg"].item())
 
 
-def test_cycle_is_the_stream():
-    model = mlp(nn.Dropout(0.3))
+@pytest.mark.parametrize("hedge", [False, True])
+def test_cycle_is_the_stream(hedge):
+    def build(model):
+        learned, fallback = (make(model.parameters()) for make in PAIRS["adam"])
+        schedulers = [LambdaLR(o, lambda t: 1 / (1 + t / 9)) for o in (learned, fallback)]
+        return LossGuard(
+            learned, fallback, nt=3, nc=2, hedge=hedge, model=model, schedulers=schedulers
+        )
+
+    model = mlp(nn.BatchNorm1d(16), nn.Dropout(0.3))
     twin = copy.deepcopy(model)
-    learned, fallback = PAIRS["adam"]
-    guard = LossGuard(learned(model.parameters()), fallback(model.parameters()), nt=3, nc=2)
-    other = LossGuard(learned(twin.parameters()), fallback(twin.parameters()), nt=3, nc=2)
-    for _ in range(6):
+    guard, other = build(model), build(twin)
+    for _ in range(8):
         batches = [spiral(8) for _ in range(5)]
         state = torch.get_rng_state()
         for batch in batches:

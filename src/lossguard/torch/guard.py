@@ -25,6 +25,7 @@ from lossguard.torch.forward_only import forward_only
 from lossguard.torch.inner import Inner, clone, finite, local
 from lossguard.torch.lane import Lane, scalar
 from lossguard.torch.randomness import Randomness
+from lossguard.torch.schedules import Schedules
 from lossguard.torch.weights import Weights
 
 
@@ -172,17 +173,8 @@ class LossGuard(Facade):
                 "gradients must be computed inside the closure, got some before the step (call "
                 "zero_grad, and accumulate inside the closure)"
             )
-        if self._phase == 0:
-            self._begin()
-        evaluate = self._check if self.checking else self._train
-        values = self._in_every_lane(lambda lane: evaluate(lane, closure))
-        if not self.checking:
-            for scheduler in self.schedulers:
-                scheduler.step()
-        self._phase += 1
-        if self._phase == self.nt + self.nc:
-            self._decide()
-        value = values.get(self._kept, values[max(values)])
+        values = self._run([closure])
+        value = values.get(self._kept, values[max(values)])[0]
         return value.detach() if isinstance(value, Tensor) else value
 
     def cycle(
@@ -191,7 +183,9 @@ class LossGuard(Facade):
         train_batches: Iterable[Any],
         check_batches: Iterable[Any],
     ) -> Decision:
-        """Take the minibatches of a whole cycle at once.
+        """Take the minibatches of a whole cycle at once, one lane after the other.
+
+        It does what ``step`` does on the same stream, and copies the parameters less often.
 
         Args:
             loss_fn: the loss of a minibatch; the guard calls ``backward``.
@@ -207,8 +201,9 @@ class LossGuard(Facade):
                 f"cycle must start where the last one ended, got one after {self._phase} of "
                 f"{self.nt + self.nc} minibatches"
             )
-        for batch in (*train, *check):
-            self.step(lambda batch=batch: self._backward(loss_fn(batch)))
+        self._run(
+            [lambda batch=batch: self._backward(loss_fn(batch)) for batch in (*train, *check)]
+        )
         return self.history[-1]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -248,54 +243,70 @@ class LossGuard(Facade):
     def __repr__(self) -> str:
         return f"LossGuard(learned={self.learned!r}, fallback={self.fallback!r})"
 
-    def _begin(self) -> None:
-        self._gradients = 0
-        self._weights.write(self._x)
-        for number in self._active():
-            lane = self._lanes[number]
-            lane.begin()
-            if not lane.own_path:
-                self._weights.write(lane.copy)
-
     def _active(self) -> list[int]:
         """The numbers of the lanes that run in this cycle; where z is s, only s does."""
         return [k for k in range(len(self._lanes)) if not (k == FALLBACK and self._on_own_path)]
 
-    def _in_every_lane(self, evaluate: Callable[[Lane], Any]) -> dict[int, Any]:
-        """Run each lane in the model, with the same random numbers; then put x back."""
-        weights, randomness = self._weights, self._randomness
-        start = after = randomness.state()
-        values = {}
+    def _run(self, closures: Sequence[Closure]) -> dict[int, list[Any]]:
+        """Run every lane over some minibatches, with the same random numbers; then x is back.
+
+        Returns:
+            The values of the closures, by the number of the lane.
+        """
+        weights, randomness, start = self._weights, self._randomness, self._phase
+        last = min(self.nt, start + len(closures)) - 1  # the run's last train minibatch
+        if start == 0:
+            self._begin()
+        schedules, values = Schedules(self.schedulers), {}
+        draws = [randomness.state()]  # before each minibatch, and after the last
         try:
             for number in self._active():
                 self._running = lane = self._lanes[number]
-                randomness.set(start)
-                weights.read(lane.copy)
-                values[number] = evaluate(lane)
-                after = randomness.state() if number == LEARNED else after
+                weights.read(lane.copy if start or lane.own_path else self._x)
+                values[number] = []
+                for k, closure in enumerate(closures):
+                    self._phase = start + k
+                    randomness.set(draws[k])
+                    values[number].append(self._evaluate(lane, closure, schedules, k))
+                    draws += [randomness.state()] if number == LEARNED else []
+                    if self._phase == last:
+                        weights.write(lane.copy)
         except BaseException:
             self._phase = 0  # the cycle is lost, x is not
             raise
         finally:
             weights.clear_gradients()
             weights.read(self._x)
-            randomness.set(after)
+            randomness.set(draws[-1])
+        self._phase = start + len(closures)
+        if self._phase == self.nt + self.nc:
+            self._decide()
         return values
 
-    def _train(self, lane: Lane, closure: Closure) -> Any:
+    def _begin(self) -> None:
+        self._gradients = 0
+        self._weights.write(self._x)
+        for number in self._active():
+            self._lanes[number].begin()
+
+    def _evaluate(self, lane: Lane, closure: Closure, schedules: Schedules, k: int) -> Any:
+        """One minibatch in the lane that is in the model."""
+        torch.clear_autocast_cache()  # or autocast would go on with casts of earlier weights
+        if self.checking:
+            value = forward_only(closure)
+            lane.check.append(scalar(value))
+            self._weights.read_buffers(lane.copy)  # a check leaves no trace
+            return value
+
         def evaluate() -> Any:
             self._weights.clear_gradients()
             self._gradients += 1
             return closure()
 
+        schedules.before(lane, lane.inner, k)
         with torch.no_grad(), self._weights.in_place():
             value = lane.step(evaluate)
-        self._weights.write(lane.copy)
-        return value
-
-    def _check(self, lane: Lane, closure: Closure) -> Any:
-        value = forward_only(closure)
-        lane.check.append(scalar(value))
+        schedules.after(lane, lane.inner, k)
         return value
 
     def _backward(self, loss: Tensor) -> Tensor:

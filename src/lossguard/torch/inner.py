@@ -73,6 +73,22 @@ class Inner:
             group.update({key: options[key] for key in self.own if key in options})
         return previous
 
+    def schedule(self) -> list[dict[str, Any]]:
+        """The entries of each group that are set from outside."""
+        return [
+            {key: clone(value) for key, value in options.items() if key not in self.own}
+            for options in self._options()
+        ]
+
+    def follow(self, schedule: list[dict[str, Any]]) -> None:
+        """Put a schedule in place; the memory stays as it is."""
+        for group, options in zip(self.optimizer.param_groups, schedule, strict=True):
+            for key in options.keys() - self.own:
+                if isinstance(group[key], Tensor):  # the optimizer may hold on to it
+                    group[key].copy_(options[key])
+                else:
+                    group[key] = options[key]
+
     def is_finite(self, memory: Memory | None = None) -> bool:
         """Whether every number in a memory (its own, if none is given) is finite."""
         memory = Memory(self.optimizer.state, self._options()) if memory is None else memory

@@ -45,9 +45,15 @@ class Weights:
     def read(self, copy: Copy) -> None:
         """Put the values of ``copy`` into the model."""
         self._reshard()
-        torch.clear_autocast_cache()  # or autocast would go on with the casts of other weights
         with torch.no_grad():
             torch._foreach_copy_(self._live(), copy)  # pyright: ignore
+
+    def read_buffers(self, copy: Copy) -> None:
+        """Put the buffers of ``copy`` into the model."""
+        count = len(self.params)
+        with torch.no_grad():
+            for buffer, value in zip(self._live()[count:], copy[count:], strict=True):
+                buffer.copy_(value)
 
     def params_of(self, copy: Copy) -> Copy:
         """The parameters in ``copy``, without the buffers."""

@@ -1,0 +1,186 @@
+"""What a guarded cycle costs, against its parts, and what memory it takes, against its formula.
+
+A cycle of the paper's guard is nt training steps of each optimizer and 2 nc forward passes. The
+ratio of a cycle's time to the sum of its parts is to stay below 1.05 if the guard is given a whole
+cycle; the stream copies the parameters more often. What is timed is processor time on one thread,
+in turns, and the median over the turns counts, so that other work on the machine disturbs little.
+The C library's allocator hands freed memory back to the system when a threshold is passed, which is
+a matter of luck and can cost 10% on either side; both sides do without.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+from torch.nn import functional  # noqa: E402
+from torch.optim import SGD, Adam  # noqa: E402
+
+from lossguard.torch import LossGuard  # noqa: E402
+
+NT = NC = 5
+TURNS = int(os.environ.get("LOSSGUARD_TURNS", "7"))
+
+
+def mlp():
+    """10 million parameters."""
+    return nn.Sequential(
+        nn.Linear(784, 2400), nn.ReLU(), nn.Linear(2400, 2400), nn.ReLU(), nn.Linear(2400, 1000)
+    ), (784,)
+
+
+def convnet():
+    """The paper's three layers, four times as wide, on CIFAR-10's shape."""
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 5, 2), nn.ReLU(), nn.Conv2d(32, 64, 3, 2), nn.ReLU(),
+        nn.Conv2d(64, 128, 3, 2), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10),
+    ), (3, 32, 32)  # fmt: skip
+
+
+MODELS = {"mlp": mlp, "convnet": convnet}
+
+
+@pytest.fixture(autouse=True)
+def _steady():
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        library.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def setting(name, batch=128):
+    torch.manual_seed(0)
+    model, shape = MODELS[name]()
+    data = [(torch.randn(batch, *shape), torch.randint(0, 10, (batch,))) for _ in range(NT + NC)]
+    model(data[0][0])
+    return model, data
+
+
+def train(model, optimizer, batches):
+    for x, labels in batches:
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+
+
+def forward(model, batches):
+    with torch.no_grad():
+        for x, labels in batches:
+            functional.cross_entropy(model(x), labels)
+
+
+def seconds(work):
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+@pytest.mark.parametrize("form", ["cycle", "stream"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_cycle_costs_its_parts(benchmark, name, form):
+    if benchmark.disabled:
+        pytest.skip("benchmarks are off")
+    model, data = setting(name)
+    learned, fallback = Adam(model.parameters(), lr=1e-4), SGD(model.parameters(), lr=1e-3)
+    guard = LossGuard(learned, fallback, nt=NT, nc=NC)
+
+    def guarded():
+        if form == "cycle":
+            guard.cycle(lambda b: functional.cross_entropy(model(b[0]), b[1]), data[:NT], data[NT:])
+            return
+        for x, labels in data:
+
+            def closure(x=x, labels=labels):
+                guard.zero_grad()
+                loss = functional.cross_entropy(model(x), labels)
+                loss.backward()
+                return loss
+
+            guard.step(closure)
+
+    twin, _ = setting(name)
+    alone = [Adam(twin.parameters(), lr=1e-4), SGD(twin.parameters(), lr=1e-3)]
+    times = {"guarded": [], "learned": [], "fallback": [], "forwards": []}
+
+    def turn():
+        times["guarded"].append(seconds(guarded))
+        times["learned"].append(seconds(lambda: train(twin, alone[0], data[:NT])))
+        times["fallback"].append(seconds(lambda: train(twin, alone[1], data[:NT])))
+        times["forwards"].append(seconds(lambda: forward(twin, data[NT:] * 2)))
+
+    turn()
+    for kind in times.values():
+        kind.clear()
+    benchmark.pedantic(turn, rounds=TURNS)
+    rows = list(zip(*times.values(), strict=True))
+    for label, parts in (
+        ("its parts", lambda row: sum(row[1:])),
+        ("learned alone", lambda row: row[1]),
+        ("fallback alone", lambda row: row[2]),
+    ):
+        benchmark.extra_info[label] = statistics.median(row[0] / parts(row) for row in rows)
+    print(f"\n{name}, {form}: {json.dumps(benchmark.extra_info)}")
+    assert benchmark.extra_info["its parts"] < (1.05 if form == "cycle" else 1.15)
+
+
+PEAK = """
+import ctypes, sys, torch
+from torch.optim import SGD
+from lossguard.torch import LossGuard
+
+def peak():
+    (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+torch.set_num_threads(1)
+ctypes.CDLL(None).mallopt(-3, 1 << 16)  # large tensors go back to the system when freed
+size, lanes = 8_000_000, int(sys.argv[1])
+params = [torch.randn(size // 8, requires_grad=True) for _ in range(8)]
+
+def closure():
+    loss = sum((p * p).sum() for p in params)
+    loss.backward()
+    return loss
+
+make = lambda: SGD(params, lr=1e-3, foreach=False)
+optimizer = make()
+for _ in range(2):
+    optimizer.zero_grad()
+    optimizer.step(closure)
+    optimizer.zero_grad()
+before = peak()
+guard = LossGuard(make(), make(), nt=1, nc=1, hedge=lanes == 3)
+for _ in range(6):
+    guard.step(closure)
+print((peak() - before) / (4 * size))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak as Linux gives it")
+@pytest.mark.parametrize("lanes", [2, 3])
+def test_memory_is_the_formula(benchmark, lanes):
+    """lanes + 2 copies of the parameters, of which one is the model: lanes + 1 more than before."""
+    if benchmark.disabled:
+        pytest.skip("benchmarks are off")
+
+    def measure():
+        command = [sys.executable, "-c", PEAK, str(lanes)]
+        return float(subprocess.run(command, capture_output=True, check=True).stdout)
+
+    copies = benchmark.pedantic(measure, rounds=1)
+    benchmark.extra_info["copies of the parameters"] = copies
+    print(f"\n{lanes} lanes: {copies:.2f} copies of the parameters beside the model")
+    assert lanes + 0.8 < copies < lanes + 1.3

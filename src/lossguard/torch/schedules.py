@@ -1,0 +1,38 @@
+"""Learning-rate schedules within a run of minibatches that lanes take one after the other."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.optim.lr_scheduler import LRScheduler
+
+from lossguard.torch.inner import Inner
+
+
+class Schedules:
+    """Steps each scheduler once per train minibatch, with the first lane that runs its optimizer.
+
+    A second lane of the same optimizer is shown the rates that the first one had.
+    """
+
+    def __init__(self, schedulers: Sequence[LRScheduler]) -> None:
+        self.schedulers = schedulers
+        self._seen: dict[int, list[list[dict[str, Any]]]] = {}
+        self._leaders: dict[int, object] = {}
+
+    def before(self, lane: object, inner: Inner, k: int) -> None:
+        """Before the optimizer's step on the run's train minibatch number k."""
+        if self._leaders.setdefault(id(inner), lane) is lane:
+            self._seen.setdefault(id(inner), [inner.schedule()])
+        else:
+            inner.follow(self._seen[id(inner)][k])
+
+    def after(self, lane: object, inner: Inner, k: int) -> None:
+        """After it."""
+        seen = self._seen[id(inner)]
+        if self._leaders[id(inner)] is not lane:
+            inner.follow(seen[k + 1])
+            return
+        for scheduler in self.schedulers:
+            if scheduler.optimizer is inner.optimizer:
+                scheduler.step()
+        seen.append(inner.schedule())

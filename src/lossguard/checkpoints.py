@@ -32,7 +32,8 @@ class Checkpoints:
     def save(self, step: int, state: PyTree, table: pl.DataFrame) -> None:
         """Write checkpoint number ``step`` and drop the third last."""
         args = _orbax().args
-        columns = {name: table[name].to_numpy() for name in table.columns}
+        # Orbax sorts names; the numbers in front keep the order of the columns.
+        columns = {f"{i:03} {name}": table[name].to_numpy() for i, name in enumerate(table.columns)}
         self._manager.save(
             step,
             args=args.Composite(state=args.StandardSave(state), table=args.StandardSave(columns)),
@@ -41,9 +42,8 @@ class Checkpoints:
     def latest(self, template: PyTree) -> tuple[int, PyTree, pl.DataFrame] | None:
         """The newest checkpoint that is whole: its number, its pytree and its table.
 
-        ``template`` gives the structure, shapes and dtypes; the table's columns come in any order.
-        None if there is no checkpoint; those that can't be read are named on stderr and deleted,
-        since the computation is about to write them anew.
+        ``template`` gives the structure, shapes and dtypes. None if there is no checkpoint; those
+        that can't be read are named on stderr and deleted: they are about to be written anew.
         """
         if not self._folder.exists():
             return None
@@ -56,7 +56,8 @@ class Checkpoints:
                         state=args.StandardRestore(template), table=args.StandardRestore()
                     ),
                 )
-                table = pl.DataFrame({k: np.asarray(v) for k, v in found["table"].items()})
+                columns = sorted(found["table"].items())
+                table = pl.DataFrame({k.partition(" ")[2]: np.asarray(v) for k, v in columns})
             except Exception as error:  # whatever a damaged file makes the reader raise
                 reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
                 Console(stderr=True).print(

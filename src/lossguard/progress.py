@@ -1,6 +1,7 @@
 """Progress of long computations, on stderr: a bar on a terminal, a line now and then elsewhere."""
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,8 +76,12 @@ class Progress:
 def stopping_at_interrupt() -> Iterator[Callable[[], bool]]:
     """Inside, Ctrl-C only makes the function that it yields return true; a second one raises.
 
-    For loops that must not be torn apart in the middle of an iteration.
+    For loops that must not be torn apart in the middle of an iteration. Ctrl-C goes to the main
+    thread: in any other this changes nothing.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
     stopped = False
 
     def stop(number: int, frame: FrameType | None) -> None:

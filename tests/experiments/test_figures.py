@@ -1,0 +1,165 @@
+"""Figures and tables say what the records say."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import polars as pl
+import pytest
+from rich.table import Table
+
+from lossguard import records
+from lossguard.experiments import figures
+
+STEPS = np.array([*range(1, 1001), *range(1010, 5001, 10)])
+
+
+def curves_of(methods: dict[str, float], steps: np.ndarray = STEPS, seeds: int = 2) -> pl.DataFrame:
+    """Losses (1 + seed) level / sqrt(step); the learned update is used every other step."""
+    return pl.concat(
+        pl.DataFrame(
+            {
+                "step": steps,
+                "loss": ((1 + seed) * level / np.sqrt(steps)).astype(np.float32),
+                "used_learned": (np.arange(len(steps)) % 2).astype(np.float32),
+                "gradients": 2.0 * steps,
+                "forwards": 1.0 * steps,
+                "learned_updates": 1.0 * steps,
+            }
+        ).select(
+            pl.lit(method).alias("method"), pl.lit(seed).cast(pl.Int32).alias("seed"), pl.all()
+        )
+        for method, level in methods.items()
+        for seed in range(seeds)
+    )
+
+
+def naive_smooth(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """One step at a time: the mean over the last tenth of the steps, bins weighted by width."""
+    result = np.array(values, np.float64)
+    widths = [int(step) - int(before) for step, before in zip(steps, [0, *steps], strict=False)]
+    for seed in range(len(values)):
+        for i, step in enumerate(steps):
+            window = [j for j in range(i + 1) if 10 * int(steps[j]) > 9 * int(step)]
+            if step >= 300:
+                total = sum(widths[j] * float(values[seed, j]) for j in window)
+                result[seed, i] = total / sum(widths[j] for j in window)
+    return result
+
+
+def test_smooth_is_a_moving_mean() -> None:
+    steps = STEPS[:1100]
+    values = np.random.default_rng(0).normal(size=(3, len(steps))).astype(np.float32)
+    smoothed = figures.smooth(steps, values)
+    np.testing.assert_allclose(smoothed, naive_smooth(steps, values), rtol=1e-6, atol=1e-9)
+    np.testing.assert_array_equal(smoothed[:, :299], values[:, :299])
+
+
+def test_smooth_of_wide_bins_takes_each_at_least() -> None:
+    steps = np.array([1, 2, 500, 1000, 3000])
+    values = np.array([[1.0, 2.0, 3.0, 4.0, 5.0]])
+    np.testing.assert_allclose(figures.smooth(steps, values), values)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_smooth_shows_where_a_loss_is_not_finite(bad: float) -> None:
+    """Gaps where the window meets one, and nothing spoiled behind it."""
+    steps, values = np.arange(1, 1001), np.ones((2, 1000))
+    values[1, 499] = bad
+    smoothed = figures.smooth(steps, values)
+    assert np.isfinite(smoothed[0]).all()
+    gaps = steps[~np.isfinite(smoothed[1])]
+    np.testing.assert_array_equal(gaps, np.arange(500, 556))  # 0.9 * 556 = 500.4
+    np.testing.assert_allclose(smoothed[1, 556:], 1)
+
+
+def test_draw_has_a_line_and_a_band_for_each_method() -> None:
+    curves = curves_of({"SGDnm": 1.0, "LGL2O": 2.0, "LGL2O over Adam": 3.0})
+    figure = figures.draw(curves, "Title", note="JPEG q75")
+    first, second = figure.axes
+    assert (first.get_xscale(), first.get_yscale()) == ("log", "log")
+    assert first.get_title() == "Title (JPEG q75)"
+    assert [line.get_label() for line in first.lines] == ["SGDnm", "LGL2O", "LGL2O over Adam"]
+    assert len(first.collections) == 3
+    for line, level in zip(first.lines, (1.0, 2.0, 3.0), strict=True):
+        x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+        np.testing.assert_array_equal(x, STEPS)
+        np.testing.assert_allclose(y[:299], 1.5 * level / np.sqrt(STEPS[:299]), rtol=1e-6)
+    assert second.get_ylabel().startswith("use_l2o") and len(second.lines) == 2
+    use = np.asarray(second.lines[0].get_ydata())
+    np.testing.assert_array_equal(use[:4], [0.5, 1.0, 0.5, 1.0])
+    np.testing.assert_allclose(use[400:], 0.75, atol=0.03)
+    for guarded, track in zip(first.lines[1:], second.lines, strict=True):
+        assert guarded.get_color() == track.get_color()
+    plt.close(figure)
+
+
+def test_draw_without_guards_has_one_axis() -> None:
+    figure = figures.draw(curves_of({"SGDnm": 1.0}, np.arange(1, 50)), "Title")
+    assert len(figure.axes) == 1
+    plt.close(figure)
+
+
+def test_draw_leaves_no_method_out() -> None:
+    methods = {f"LGL2O {number}": 1.0 + number for number in range(13)}
+    figure = figures.draw(curves_of(methods, np.arange(1, 20)), "Many")
+    assert [len(axes.lines) for axes in figure.axes] == [13, 13]
+    figure.canvas.draw()
+    plt.close(figure)
+
+
+def test_a_method_that_diverged_is_drawn() -> None:
+    curves = curves_of({"L2O": 1.0, "LGL2O": 1.0})
+    lost = (pl.col("method") == "L2O") & (pl.col("step") > 100)
+    curves = curves.with_columns(loss=pl.when(lost).then(float("nan")).otherwise("loss"))
+    figure = figures.draw(curves, "Title")
+    figure.canvas.draw()
+    plt.close(figure)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A finished run of two methods with known losses."""
+    methods = {"SGDnm": 1.0, "LGL2O": 4.0}
+    config = {"name": "known", "title": "", "methods": list(methods), "seeds": 2}
+    records.open_folder(tmp_path / "run", config)
+    records.write_parquet(tmp_path / "run" / records.CURVES, curves_of(methods))
+    made = {"data": "", "seconds": {"SGDnm": 1.0, "LGL2O": 30.0}}
+    records.write_json(tmp_path / "run" / records.MANIFEST, made)
+    return tmp_path / "run"
+
+
+def column(table: Table, header: str) -> list[str]:
+    return next(list(c.cells) for c in table.columns if c.header == header)
+
+
+def test_summary_says_what_the_records_say(folder: Path) -> None:
+    table = figures.summary(folder)
+    assert table.title == "known"
+    assert [c.header for c in table.columns] == [
+        "method",
+        "loss at 100",
+        "loss at 1,000",
+        "loss at 5,000",
+        "learned",
+        "seconds",
+        "us a step",
+        "gradients",
+    ]
+    assert column(table, "method") == ["SGDnm", "LGL2O"]
+    for k, steps in ((100, range(90, 101)), (1000, range(900, 1001))):
+        loss = np.mean([1.5 / np.sqrt(step) for step in steps])
+        assert column(table, f"loss at {k:,}") == [f"{loss:.4g}", f"{4 * loss:.4g}"]
+    assert column(table, "learned") == ["", "50%"]
+    assert column(table, "seconds") == ["1.0", "30.0"]
+    assert column(table, "us a step") == ["100", "3000"]
+    assert column(table, "gradients") == ["10,000", "10,000"]
+
+
+def test_plot_leaves_both_files(folder: Path) -> None:
+    before = plt.get_fignums()
+    files = figures.plot(folder)
+    assert [file.name for file in files] == ["figure.png", "figure.svg"]
+    assert files[0].read_bytes().startswith(b"\x89PNG")
+    assert files[1].read_bytes().endswith(b"</svg>\n")
+    assert plt.get_fignums() == before

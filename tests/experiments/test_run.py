@@ -1,0 +1,228 @@
+"""Experiments end to end: their records, and what survives Ctrl-C and kill."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import polars as pl
+import pytest
+import tiny
+
+from lossguard import cli, records, rollout
+from lossguard.experiments import run as running
+from lossguard.experiments.run import as_config, run
+from lossguard.tasks.models import ConvNet
+from lossguard.tasks.task import Objective
+
+MODULE = Path(tiny.__file__)
+STEPS = list(range(1, 61))
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "CHUNK", tiny.CHUNK)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "CHUNK", tiny.CHUNK)
+        return run(tiny.recipe(), tmp_path_factory.mktemp("whole") / "run")
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["lossguard", *map(str, arguments)])
+    cli.main()
+
+
+def test_records_of_a_run(whole: Path) -> None:
+    config, made, curves = records.read_run(whole)
+    assert config == as_config(tiny.recipe()) | {"methods": ["Signs", "L2O", "LGL2O"]}
+    assert config["make_methods"] == "tiny:make_methods"
+    assert config["model"] == {"kind": "MLP", "hidden": [20]}
+    assert list(made["seconds"]) == config["methods"] and min(made["seconds"].values()) > 0
+    assert curves["method"].unique(maintain_order=True).to_list() == config["methods"]
+    for _, rows in curves.group_by("method", "seed"):
+        assert rows["step"].to_list() == STEPS
+    per_method = curves.filter(pl.col("step") == 60).rows_by_key("method", named=True)
+    spent = {
+        method: {name: rows[0][name] for name in records.COUNTERS}
+        for method, rows in per_method.items()
+    }
+    assert spent == {
+        "Signs": {"gradients": 60, "forwards": 0, "learned_updates": 60},
+        "L2O": {"gradients": 60, "forwards": 0, "learned_updates": 60},
+        "LGL2O": {"gradients": 120, "forwards": 2 * 3 * 12, "learned_updates": 60},
+    }
+    guarded = curves.filter(pl.col("method") == "LGL2O")
+    assert guarded["learned_loss"].is_finite().all()
+    assert curves.filter(pl.col("method") == "Signs")["learned_loss"].is_nan().all()
+
+
+def test_curves_are_those_of_a_plain_rollout(whole: Path) -> None:
+    """Seed 1 of the run, on its own and in one piece."""
+    e = tiny.recipe()
+    init_key, order_key = jax.random.split(jax.random.key(1))
+    task, guard = e.make_task(e), e.guards()["LGL2O"]
+    state = guard.init(task.init(init_key))
+    _, decisions = rollout(guard, state, Objective(task, order_key), cycles=12)
+    _, _, curves = records.read_run(whole)
+    rows = curves.filter(pl.col("method") == "LGL2O", pl.col("seed") == 1)
+    np.testing.assert_allclose(rows["loss"], decisions.losses.ravel(), rtol=1e-4)
+    np.testing.assert_array_equal(rows["used_learned"], decisions.used_learned.ravel())
+    np.testing.assert_allclose(rows["learned_loss"][::5], decisions.learned_loss, rtol=1e-4)
+
+
+def test_all_methods_start_alike(whole: Path) -> None:
+    _, _, curves = records.read_run(whole)
+    first = curves.filter(pl.col("step") == 1).group_by("seed").agg(pl.col("loss").n_unique())
+    assert first["loss"].to_list() == [1, 1]
+    assert curves.filter(pl.col("step") == 1)["loss"].n_unique() == 2
+
+
+def same_curves(folder: Path, whole: Path) -> None:
+    found, expected = (records.read_run(f)[2] for f in (folder, whole))
+    assert found.schema == expected.schema
+    for column in expected.columns:
+        np.testing.assert_array_equal(found[column], expected[column])  # NaN equals NaN
+    left = sorted(entry.name for entry in (folder / "methods").iterdir())
+    assert left == ["L2O.parquet", "LGL2O.parquet", "Signs.parquet"]
+
+
+def test_a_killed_run_goes_on_to_the_same_curves(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("run", f"{MODULE}:killed", "--out", tmp_path / "run")
+    program = [sys.executable, "-c", "from lossguard.cli import main; main()", *arguments]
+    killed = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "run" / records.CURVES).exists()
+    checkpoints = tmp_path / "run" / "methods" / "L2O.checkpoints"
+    assert [entry.name for entry in checkpoints.iterdir()] == ["4"]
+
+    command(monkeypatch, "run", f"{MODULE}:recipe", "--out", tmp_path / "run", "--resume")
+    same_curves(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("chunk", [2, 3], ids=["in the middle", "at the end of a method"])
+def test_ctrl_c_leaves_what_was_done_and_goes_on(
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    chunk: int,
+) -> None:
+    arguments = ("run", f"{MODULE}:recipe", "--out", tmp_path / "run")
+    thin, calls = records.thin, []
+
+    def interrupted(*given: Any) -> pl.DataFrame:
+        calls.append(given)
+        if len(calls) == 3 + chunk:  # of the second method
+            os.kill(os.getpid(), signal.SIGINT)
+        return thin(*given)
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr(records, "thin", interrupted)
+        command(patch, *arguments)
+    assert caught.value.code == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    message = "lossguard: stopped; --resume goes on from the last checkpoint\n"
+    assert capfd.readouterr().err.endswith(message)
+    left = sorted(entry.name for entry in (tmp_path / "run" / "methods").iterdir())
+    assert (
+        left == (["L2O.checkpoints", "Signs.parquet"], ["L2O.parquet", "Signs.parquet"])[chunk - 2]
+    )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "thin", lambda *given: calls.append(given) or thin(*given))
+        command(patch, *arguments, "--resume")
+    same_curves(tmp_path / "run", whole)
+    assert len(calls) == 9  # no chunk was done twice
+
+
+def test_full_disk_is_told_and_the_run_goes_on_later(
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ("run", f"{MODULE}:recipe", "--out", tmp_path / "run")
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "can't write a record: No space left on device", str(path))
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        write = records._write
+        patch.setattr(
+            records, "_write", lambda p, c: (full if p.name == "L2O.parquet" else write)(p, c)
+        )
+        command(patch, *arguments)
+    assert caught.value.code == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert "No space left on device" in last and "L2O.parquet" in last
+    command(monkeypatch, *arguments, "--resume")
+    same_curves(tmp_path / "run", whole)
+
+
+def test_methods_with_like_names_are_kept_apart(tmp_path: Path) -> None:
+    e = dataclasses.replace(tiny.recipe(), steps=5, seeds=1, methods=("Signs+", "Signs-"))
+    _, _, curves = records.read_run(run(e, tmp_path / "run"))
+    plus, minus = (curves.filter(pl.col("method") == m)["loss"].to_numpy() for m in e.methods)
+    assert plus[0] == minus[0] and (plus[1:] != minus[1:]).all()
+
+
+def test_a_run_in_another_thread(tmp_path: Path) -> None:
+    e = dataclasses.replace(tiny.recipe(), steps=3, seeds=1, methods=("Signs",))
+    done: list[Path] = []
+    thread = threading.Thread(target=lambda: done.append(run(e, tmp_path / "run")))
+    thread.start()
+    thread.join()
+    assert records.read_run(done[0])[2]["step"].to_list() == [1, 2, 3, 4, 5]  # a whole cycle
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"steps": 0}, "^steps must be at least 1, got 0$"),
+        ({"seeds": 0}, "^seeds must be at least 1, got 0$"),
+        ({"batch_size": -1}, "^batch_size must be at least 1, got -1$"),
+        ({"nt": 0}, "^nt must be an integer of at least 1, got 0"),
+        ({"nc": 0}, "^nc must be an integer of at least 1, got 0"),
+        ({"methods": ("SGD",)}, "^methods must be among Signs, .*; got 'SGD'"),
+    ],
+)
+def test_bad_fields_leave_no_folder(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        run(dataclasses.replace(tiny.recipe(), **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_experiment_is_refused(whole: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds another$"):
+        run(dataclasses.replace(tiny.recipe(), nt=6), whole, resume=True)
+    with pytest.raises(ValueError, match="add --resume"):
+        run(tiny.recipe(), whole)
+
+
+def test_damaged_table_of_a_finished_method_is_named(whole: Path, tmp_path: Path) -> None:
+    records.open_folder(tmp_path / "run", as_config(tiny.recipe()))
+    (tmp_path / "run" / "methods").mkdir()
+    content = (whole / "methods" / "Signs.parquet").read_bytes()
+    (tmp_path / "run" / "methods" / "Signs.parquet").write_bytes(content[:-9])
+    with pytest.raises(ValueError, match=r"Signs\.parquet is not a readable Parquet file"):
+        run(tiny.recipe(), tmp_path / "run", resume=True)
+
+
+def test_config_is_plain_and_tells_models_apart() -> None:
+    config = as_config(dataclasses.replace(tiny.recipe(), model=ConvNet()))
+    assert config["model"]["kind"] == "ConvNet"
+    assert config["make_task"] == "tiny:make_task" and config["steps"] == 60

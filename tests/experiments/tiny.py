@@ -1,0 +1,74 @@
+"""A user's own recipe, with a task and an optimizer of its own, and small enough for tests."""
+
+import os
+import signal
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+import lossguard
+from lossguard.checkpoints import Checkpoints
+from lossguard.experiments import run
+from lossguard.experiments.experiment import Experiment
+from lossguard.tasks import MLP, moons
+
+CHUNK = 4
+"""Cycles: each method takes three chunks."""
+
+
+def recipe() -> Experiment:
+    """Three methods on 400 points."""
+    return Experiment(
+        name="tiny",
+        steps=60,
+        seeds=2,
+        nt=5,
+        nc=3,
+        batch_size=32,
+        methods=("Signs", "L2O", "LGL2O"),
+        make_task=make_task,
+        make_methods=make_methods,
+    )
+
+
+def killed() -> Experiment:
+    """The same, killed when the second method is about to write its second checkpoint."""
+    run.CHUNK, run.SAVE_SECONDS = CHUNK, 0.0
+    save, calls = Checkpoints.save, []
+
+    def save_or_die(self: Checkpoints, *arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(self, *arguments)
+
+    Checkpoints.save = save_or_die
+    return recipe()
+
+
+def number() -> int:
+    """No experiment."""
+    return 3
+
+
+def make_task(experiment: Experiment) -> lossguard.Task:
+    return lossguard.Task(moons(samples=400), MLP(hidden=(5,)), experiment.batch_size)
+
+
+def make_methods(experiment: Experiment) -> Mapping[str, Callable[[], lossguard.Guard]]:
+    e = experiment
+    signs = optax.chain(
+        optax.stateless(lambda updates, _: jax.tree.map(jax.numpy.sign, updates)),
+        optax.scale(-0.01),
+    )
+    weights = lossguard.init_lstm_weights(jax.random.key(0), hidden=4, layers=1)
+    learned = lossguard.lstm_optimizer(weights)
+    return {
+        "Signs": lambda: lossguard.unguarded(signs, nt=e.nt),
+        "Signs+": lambda: lossguard.unguarded(optax.sgd(0.1), nt=e.nt),
+        "Signs-": lambda: lossguard.unguarded(optax.sgd(0.2), nt=e.nt),
+        "L2O": lambda: lossguard.unguarded(learned, nt=e.nt),
+        "LGL2O": lambda: lossguard.loss_guard(learned, signs, nt=e.nt, nc=e.nc, loser=e.loser),
+    }

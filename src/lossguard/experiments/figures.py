@@ -57,7 +57,8 @@ def draw(curves: pl.DataFrame, title: str, *, note: str = "") -> Figure:
 
 
 def _draw_use(axes: Axes, curves: pl.DataFrame, methods: list[str], colors: list[str]) -> None:
-    guarded = [m for m in methods if m.startswith("LGL2O")]
+    checked = curves.filter(pl.col("forwards") > 0)["method"].unique().to_list()
+    guarded = [m for m in methods if m in checked]
     if not guarded:
         return
     second = axes.twinx()
@@ -117,7 +118,7 @@ def summary(folder: Path) -> Table:
     used = _means(curves.with_columns(used=_weighted("used_learned")), "used")
     for method in config["methods"]:
         seconds = made["seconds"][method]
-        guarded = "L2O" in method and method != "L2O"
+        guarded = spent["gradients"][method] > last  # the others take one gradient a step
         table.add_row(
             method,
             *(f"{losses[k][method]:.4g}" for k in marks),

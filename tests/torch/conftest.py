@@ -1,8 +1,7 @@
 """One thread and one seed for every PyTorch test."""
 
 import pytest
-
-torch = pytest.importorskip("torch")
+import torch
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """Lanes: an optimizer, and where its next nt steps start from. Guards compare them."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def propose(
         grad_fn=lambda params, _: jax.grad(objective)(params, i),
     )
     # Some optimizers return a wider dtype than they began with, which a compiled loop can't carry.
-    state = jax.tree.map(lambda new, old: new.astype(old.dtype), state, branch.state)
+    state = jax.tree.map(_as_before, state, branch.state)
     return Branch(optax.apply_updates(branch.params, updates), state)
 
 
@@ -72,7 +72,7 @@ def train(
     the minibatch once. Losses are NaN from ``steps`` on.
     """
 
-    def step(t: Array, carry: tuple[tuple[Branch, ...], Array]) -> tuple[tuple[Branch, ...], Array]:
+    def step(t: Any, carry: tuple[tuple[Branch, ...], Array]) -> tuple[tuple[Branch, ...], Array]:
         branches, losses = carry
         stepped = [
             optimizer_step(optimizer, branch, objective, i + t)
@@ -101,7 +101,7 @@ def check(
     enough; after the last it is.
     """
 
-    def draw(j: Array, losses: Array) -> Array:
+    def draw(j: Any, losses: Array) -> Array:
         return losses.at[:, j].set(
             jnp.stack([objective(params, i + j).astype(dtype) for params in lanes])
         )
@@ -170,6 +170,10 @@ def renew_if_unsound(
 def select(condition: Bool[Array, ""], yes: PyTree, no: PyTree) -> PyTree:
     """``yes`` where the condition holds, else ``no``, leaf by leaf."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def _as_before(new: Array, old: Array) -> Array:
+    return new if new.dtype == old.dtype else new.astype(old.dtype)
 
 
 def _is_float(leaf: Array) -> bool:

@@ -216,7 +216,7 @@ def loss_guard(
                 optimizers[lane], x, inner.learned[lane], after[lane].state, winner == lane, loser
             )
             reset_learned |= reset
-        z_state, own, on_own, reset_fallback = inner.fallback, None, winner == S, jnp.array(False)
+        z_state, own, on_own, reset_fallback = inner.fallback, None, inner.on_own, jnp.array(False)
         if Z is not None:
             z_state, reset_fallback = after_cycle(
                 trusted,

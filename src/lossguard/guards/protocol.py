@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
-Params = PyTree[Shaped[Array, "..."]]
+Params = PyTree[Shaped[ArrayLike, "..."]]
 Objective = Callable[[Any, Any], Array]
 """``objective(params, i)``: the scalar loss on minibatch number i, which may be ignored."""
 
@@ -89,9 +89,17 @@ def as_arrays(params: Params) -> Params:
 
 
 def start(params: Params, inner: PyTree) -> GuardState:
-    """The state before the first cycle, each leaf in a buffer of its own, which may be donated."""
-    inner = jax.tree.map(jnp.copy, inner)
-    return GuardState(jax.tree.map(jnp.copy, params), jnp.int32(0), jnp.int32(0), inner)
+    """The state before the first cycle, each leaf in a buffer of its own, which may be donated.
+
+    Leaves are of the types that a step returns: a weak type would compile the second cycle anew.
+    """
+
+    def own(leaf: Array) -> Array:
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jnp.copy(leaf) if is_key else jnp.array(leaf, leaf.dtype)
+
+    params, inner = jax.tree.map(own, (params, inner))
+    return GuardState(params, jnp.int32(0), jnp.int32(0), inner)
 
 
 def check_count(name: str, value: int) -> None:

@@ -205,7 +205,7 @@ def residual_guard(
     def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
         dtype = loss_dtype(objective, state.params, state.minibatches)
 
-        def body(carry: tuple, t: Array) -> tuple[tuple, StepReport]:
+        def body(carry: tuple, t: Any) -> tuple[tuple, StepReport]:
             x, inner = carry
             x, inner, report = optimizer_step(x, inner, objective, state.minibatches + t)
             return (x, inner), report

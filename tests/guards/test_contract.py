@@ -1,0 +1,261 @@
+"""The contract of every guard, with every kind of optax optimizer on either side.
+
+A step compiled and vmapped over seeds equals the same step run seed by seed and operation by
+operation; it compiles once; dtypes, structure and counters are kept.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jaxtyping import Array, Float
+
+import lossguard
+
+NT, NC = 2, 2
+R = 0.05
+OPTIMIZERS = {
+    "sgd": optax.sgd(R),
+    "nesterov": optax.sgd(R, momentum=0.9, nesterov=True),
+    "schedule": optax.sgd(lossguard.paper_decay(R, tau=10.0)),
+    "adam": optax.adam(R),
+    "adamw": optax.adamw(R),  # wants params
+    "lion": optax.lion(R),
+    "adabelief": optax.adabelief(R),
+    "rmsprop": optax.rmsprop(R),
+    "adafactor": optax.adafactor(R),
+    "add_noise": optax.chain(optax.add_noise(0.01, 0.5, jax.random.key(0)), optax.sgd(R)),
+    "polyak_sgd": optax.polyak_sgd(max_learning_rate=0.5),  # wants value
+    "lbfgs": optax.lbfgs(memory_size=2, linesearch=optax.scale_by_zoom_linesearch(3)),
+    "backtracking": optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5)),
+    "prodigy": optax.contrib.prodigy(),
+    "dadapt_adamw": optax.contrib.dadapt_adamw(),
+    "schedule_free": optax.contrib.schedule_free_sgd(R),
+    "reduce_on_plateau": optax.chain(
+        optax.sgd(R), optax.contrib.reduce_on_plateau(patience=1, factor=0.5)
+    ),
+    "sam": optax.contrib.sam(  # wants grad_fn, and nothing else
+        optax.sgd(R), optax.chain(optax.contrib.normalize(), optax.sgd(0.01)), opaque_mode=True
+    ),
+    "MultiSteps": optax.MultiSteps(optax.sgd(R), 2).gradient_transformation(),
+    "inject_hyperparams": optax.inject_hyperparams(optax.adam)(R),
+    "lstm": lossguard.lstm_optimizer(lossguard.init_lstm_weights(jax.random.key(0), hidden=4)),
+}
+NAMES = list(OPTIMIZERS)
+
+GUARDS = {
+    "keep": lambda y, z: lossguard.loss_guard(y, z, nt=NT, nc=NC),
+    "rollback": lambda y, z: lossguard.loss_guard(y, z, nt=NT, nc=NC, loser="rollback"),
+    "reset": lambda y, z: lossguard.loss_guard(y, z, nt=NT, nc=NC, loser="reset"),
+    "residual": lambda y, z: lossguard.residual_guard(y, z, nt=NT),
+    "unguarded": lambda y, z: lossguard.unguarded(y, nt=NT),
+}
+
+
+def make(guard: str, name: str) -> lossguard.Guard:
+    """The guard with an optimizer as the learned one, and the next of the list as the fallback.
+
+    So over all names each is on either side.
+    """
+    following = NAMES[(NAMES.index(name) + 1) % len(NAMES)]
+    return GUARDS[guard](OPTIMIZERS[name], OPTIMIZERS[following])
+
+
+class Layer(eqx.Module):
+    """Parameters as people keep them."""
+
+    weight: Float[Array, "n m"]
+    bias: Float[Array, ""]
+
+
+def start(dtypes=(jnp.float32, jnp.float32)) -> Layer:
+    weight = jnp.linspace(-1.0, 1.0, 6).reshape(3, 2)
+    return Layer(weight.astype(dtypes[0]), jnp.zeros((), dtypes[1]))
+
+
+class Objective(eqx.Module):
+    """Least squares on minibatches drawn from (key, i)."""
+
+    key: Array
+
+    def __call__(self, params, i):
+        x = jax.random.normal(jax.random.fold_in(self.key, i), (4, 3), params.weight.dtype)
+        return jnp.mean((jnp.tanh(x @ params.weight) + params.bias - x[:, :2]) ** 2)
+
+
+# The state of every optimizer goes through "reset" and "residual" in full.
+EVERY = [(guard, name) for guard in ("reset", "residual") for name in NAMES]
+SOME = [(guard, name) for guard in ("keep", "rollback", "unguarded") for name in ("adam", "sam")]
+
+
+@pytest.mark.parametrize(("guard", "name"), EVERY + SOME)
+def test_compiled_and_vmapped_equals_one_by_one(guard, name) -> None:
+    seeds, cycles, traces = 2, 2, []
+    guard = make(guard, name)
+    keys = jax.random.split(jax.random.key(1), seeds)
+
+    @jax.jit
+    @jax.vmap
+    def step(state, key):
+        traces.append(1)
+        return guard.step(state, Objective(key))
+
+    states = jax.vmap(lambda _: guard.init(start()))(keys)
+    fast = []
+    for _ in range(cycles):
+        states, decisions = step(states, keys)
+        fast.append((states, decisions))
+    assert len(traces) == 1  # the second cycle's state has the types of the first's
+
+    seed = seeds - 1
+    with jax.disable_jit():
+        state = guard.init(start())
+        for states, decisions in fast:
+            state, decision = guard.step(state, Objective(keys[seed]))
+            jax.tree.map(
+                lambda slow, fast: np.testing.assert_allclose(
+                    slow, fast[seed], rtol=1e-4, atol=1e-5
+                ),
+                comparable((state, decision)),
+                comparable((states, decisions)),
+            )
+
+
+def comparable(tree):
+    """Random keys as numbers."""
+    return jax.tree.map(
+        lambda leaf: (
+            jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        ),
+        tree,
+    )
+
+
+DTYPES = {
+    "float32": (jnp.float32, jnp.float32),
+    "bfloat16": (jnp.bfloat16, jnp.bfloat16),
+    "mixed": (jnp.bfloat16, jnp.float32),
+}
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("guard", GUARDS)
+def test_a_step_keeps_structure_shapes_and_dtypes(guard, name, dtypes) -> None:
+    guard = make(guard, name)
+    state = guard.init(start(DTYPES[dtypes]))
+    objective = Objective(jax.random.key(0))
+    after, decision = jax.eval_shape(lambda state: guard.step(state, objective), state)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    before = jax.eval_shape(lambda: state)
+    assert jax.tree.leaves(after) == jax.tree.leaves(before)
+    assert decision.losses.dtype == decision.learned_loss.dtype == jnp.float32
+    assert decision.losses.shape == decision.used_learned.shape == (NT,)
+
+
+@pytest.mark.parametrize("dtypes", ["bfloat16", "mixed"])
+@pytest.mark.parametrize("guard", GUARDS)
+def test_low_precision_runs(guard, dtypes) -> None:
+    guard = GUARDS[guard](OPTIMIZERS["adam"], OPTIMIZERS["nesterov"])
+    state = guard.init(start(DTYPES[dtypes]))
+    objective = Objective(jax.random.key(0))
+    step = jax.jit(lambda state: guard.step(state, objective))
+    losses = []
+    for _ in range(20):
+        state, decision = step(state)
+        losses.append(float(decision.losses.mean()))
+    assert np.isfinite(losses).all()
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
+PYTREES = {
+    "scalar": jnp.array(1.0),
+    "vector": jnp.ones(3),
+    "dict": {"a": jnp.ones(2), "b": {"c": jnp.array(2.0)}},
+    "tuple": (jnp.ones(1), [jnp.ones((2, 2)), None]),
+    "module": start(),
+    "numpy": np.ones(3, np.float32),
+    "float": 1.0,
+}
+
+
+@pytest.mark.parametrize("params", PYTREES.values(), ids=list(PYTREES))
+@pytest.mark.parametrize("guard", GUARDS)
+def test_parameters_are_any_pytree_of_floats(guard, params) -> None:
+    guard = GUARDS[guard](OPTIMIZERS["adam"], OPTIMIZERS["sgd"])
+
+    def objective(params, i):
+        return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+
+    state, _ = guard.step(guard.init(params), objective)
+    assert jax.tree.structure(state.params) == jax.tree.structure(params)
+    assert [jnp.shape(leaf) for leaf in jax.tree.leaves(state.params)] == [
+        jnp.shape(leaf) for leaf in jax.tree.leaves(params)
+    ]
+    assert objective(state.params, 0) < objective(params, 0)
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_counters(guard) -> None:
+    minibatches = NT + NC if guard in ("keep", "rollback", "reset") else NT
+    spent = {
+        "residual": (2 * NT, 0, NT),
+        "unguarded": (NT, 0, NT),
+    }.get(guard, (2 * NT, 2 * NC, NT))
+    guard = GUARDS[guard](OPTIMIZERS["adam"], OPTIMIZERS["sgd"])
+    state = guard.init(start())
+    assert (state.steps, state.minibatches) == (0, 0)
+    for cycle in (1, 2):
+        state, decision = guard.step(state, Objective(jax.random.key(0)))
+        assert (state.steps, state.minibatches) == (cycle * NT, cycle * minibatches)
+        assert (decision.gradients, decision.forwards, decision.learned_updates) == spent
+        assert decision.steps == NT
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unguarded_step_is_the_optax_loop(name) -> None:
+    """Whatever the optimizer wants to be given."""
+    if name in ("lbfgs", "backtracking", "polyak_sgd", "reduce_on_plateau", "sam"):
+        extra = {
+            "lbfgs": ("value", "grad", "value_fn"),
+            "backtracking": ("value", "grad", "value_fn"),
+            "polyak_sgd": ("value",),
+            "reduce_on_plateau": ("value",),
+            "sam": ("grad_fn",),
+        }[name]
+    else:
+        extra = ()
+    optimizer, objective = OPTIMIZERS[name], Objective(jax.random.key(0))
+    guard = lossguard.unguarded(optimizer, nt=3)
+    got, decision = jax.jit(lambda state: guard.step(state, objective))(guard.init(start()))
+
+    @jax.jit
+    def step(params, state, i):
+        value, grad = jax.value_and_grad(objective)(params, i)
+        args = {
+            "value": value,
+            "grad": grad,
+            "value_fn": lambda params: objective(params, i),
+            "grad_fn": lambda params, _: jax.grad(objective)(params, i),
+        }
+        updates, state = optimizer.update(grad, state, params, **{key: args[key] for key in extra})
+        return optax.apply_updates(params, updates), state, value
+
+    params = start()
+    state = optimizer.init(params)
+    for i in range(3):
+        params, state, value = step(params, state, i)
+        np.testing.assert_allclose(decision.losses[i], value, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got.params, params
+    )
+
+
+def test_steps_are_pure() -> None:
+    """A state can be used again: rolling back is to keep the old one."""
+    guard = GUARDS["keep"](OPTIMIZERS["add_noise"], OPTIMIZERS["adam"])
+    state, objective = guard.init(start()), Objective(jax.random.key(0))
+    for one, other in zip(guard.step(state, objective), guard.step(state, objective), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, comparable(one), comparable(other))

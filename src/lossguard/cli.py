@@ -31,7 +31,7 @@ def main() -> None:
             raise ValueError(f"command must be {_one_of(COMMANDS, name)}")
         COMMANDS[name](arguments)
     except (ValueError, OSError) as error:
-        print(f"lossguard: {error}", file=sys.stderr)
+        print(f"lossguard: {_sentence(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("lossguard: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
@@ -58,9 +58,13 @@ def demo(arguments: Sequence[str]) -> None:
 
 def run(arguments: Sequence[str]) -> None:
     """One experiment of the paper, or of the user's own module."""
+    from .experiments.experiment import Experiment
     from .experiments.recipes import RECIPES
 
-    name, recipe = _recipe(arguments, RECIPES, "run")
+    if _wants_help(arguments):
+        print(_usage("run", RECIPES))
+        return
+    name, recipe = _recipe(arguments, RECIPES, "run", Experiment)
     _run(*_override(recipe, Path("runs") / name, arguments[1:], f"run {name}"))
 
 
@@ -69,7 +73,10 @@ def metatrain(arguments: Sequence[str]) -> None:
     from .metatrain import figure, loop
     from .metatrain.recipes import RECIPES
 
-    name, recipe = _recipe(arguments, RECIPES, "metatrain")
+    if _wants_help(arguments):
+        print(_usage("metatrain", RECIPES))
+        return
+    name, recipe = _recipe(arguments, RECIPES, "metatrain", loop.MetaTraining)
     where, config = _override(recipe, Path("runs") / name, arguments[1:], f"metatrain {name}")
     weights = loop.metatrain(config, where.out, resume=where.resume)
     print(f"weights: {weights}\nfigure: {figure.plot(where.out)}")
@@ -77,17 +84,22 @@ def metatrain(arguments: Sequence[str]) -> None:
 
 def plot(arguments: Sequence[str]) -> None:
     """Figures and tables from the records of runs."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(
-            "usage: lossguard plot DIR...\n\nDraw figure.png and figure.svg into each run's folder."
-        )
+    if _wants_help(arguments):
+        print("usage: lossguard plot DIR...\n\nDraw a figure of each run into its folder.")
         return
+    if not arguments:
+        raise ValueError("plot needs the folder of a run, or several")
     for folder in arguments:
         _show(Path(folder))
 
 
 def list_all(arguments: Sequence[str]) -> None:
     """What there is to name."""
+    if _wants_help(arguments):
+        print("usage: lossguard list")
+        return
+    if arguments:
+        raise ValueError(f"list takes no arguments, got {' '.join(arguments)}")
     from .experiments.recipes import RECIPES as EXPERIMENTS
     from .learned.pretrained import pretrained_names
     from .metatrain.recipes import RECIPES as META
@@ -121,20 +133,31 @@ def _run(where: Where, experiment: Any) -> None:
 
 def _show(folder: Path) -> None:
     from .experiments import figures
+    from .metatrain import figure
+    from .records import read_run
 
+    if "meta_step" in read_run(folder)[2].columns:
+        print(f"figure: {figure.plot(folder)}\nrecords: {folder}")
+        return
     files = figures.plot(folder)
     Console(width=None if sys.stdout.isatty() else 120).print(figures.summary(folder))
     print(f"figure: {files[0]}\nrecords: {folder}")
 
 
 def _recipe(
-    arguments: Sequence[str], recipes: Mapping[str, Callable[[], Any]], command: str
+    arguments: Sequence[str], recipes: Mapping[str, Callable[[], Any]], command: str, kind: type
 ) -> tuple[str, Any]:
     """The recipe that the first argument names: one of ours, or ``path/to/module.py:function``."""
     name = arguments[0] if arguments else ""
     if ".py:" in name:
         path, function = name.rsplit(":", 1)
-        return function, _load(Path(path), function)()
+        config = _load(Path(path), function)()
+        if not isinstance(config, kind):
+            raise ValueError(
+                f"recipe {name} must return the {kind.__name__} that {command} takes, "
+                f"got {type(config).__name__}"
+            )
+        return function, config
     if name not in recipes:
         known = _one_of(recipes, name)
         raise ValueError(f"{command} needs a recipe, path/to/module.py:function or {known}")
@@ -147,7 +170,10 @@ def _load(path: Path, function: str) -> Callable[[], Any]:
         raise ValueError(f"recipe {path}:{function} can't be read: there is no such Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as error:
+        raise ValueError(f"recipe {path}:{function} can't be read: {error}") from error
     if not callable(getattr(module, function, None)):
         raise ValueError(f"recipe {path}:{function} can't be read: the file has no such function")
     return getattr(module, function)
@@ -170,6 +196,25 @@ def _override(config: Any, out: Path, arguments: Sequence[str], program: str) ->
         description="",
     )
     return parsed.where, parsed.config
+
+
+def _wants_help(arguments: Sequence[str]) -> bool:
+    return bool(arguments) and arguments[0] in ("-h", "--help")
+
+
+def _usage(command: str, recipes: Mapping[str, Callable[[], Any]]) -> str:
+    return (
+        f"usage: lossguard {command} RECIPE [OPTIONS]\n\n"
+        f"RECIPE is path/to/module.py:function or one of {', '.join(recipes)}.\n"
+        f"lossguard {command} RECIPE --help lists its options."
+    )
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong, on one line."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    return " ".join(str(error).split())
 
 
 def _one_of(known: Mapping[str, Any], name: str) -> str:

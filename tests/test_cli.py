@@ -1,0 +1,298 @@
+"""The command line as a user runs it: what it prints, what it leaves, how it refuses."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from lossguard import cli, records
+from lossguard.learned import pretrained
+
+TINY = str(Path(__file__).parent / "experiments" / "tiny.py")
+RUN = ("run", f"{TINY}:recipe", "--out", "out")
+
+Main = Callable[..., None]
+
+
+@pytest.fixture
+def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Main:
+    """Runs ``lossguard`` with arguments in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["lossguard", *arguments])
+        cli.main()
+
+    return run
+
+
+def refused(
+    main: Main, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], *parts: str
+) -> None:
+    """One sentence on stderr that names these parts, status 2, and nothing else."""
+    with pytest.raises(SystemExit) as caught:
+        main(*arguments)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("lossguard: ") and err.count("\n") == 1 and err.endswith("\n")
+    assert not out
+    for part in parts:
+        assert part in err
+
+
+def test_list(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    main("list")
+    out = capsys.readouterr().out
+    for name in ("demo", "fig05", "mnist-mlp", "spirals", "tiny_imagenet", "lstm-mnist-mlp"):
+        assert f"\n  {name} " in out or f"\n  {name}\n" in out
+
+
+@pytest.mark.parametrize("arguments", [(), ("-h",), ("--help",)])
+def test_help(main: Main, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
+    main(*arguments)
+    out = capsys.readouterr().out
+    assert all(f"lossguard {name} " in out for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["run", "metatrain", "plot", "list"])
+def test_help_of_a_command(main: Main, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    main(command, "--help")
+    assert capsys.readouterr().out.startswith(f"usage: lossguard {command}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fields"),
+    [
+        (("demo",), ("--steps", "--methods", "--out", "--resume", "--model.hidden")),
+        (("run", "fig03"), ("--dataset", "--sgd-rate", "--loser {keep,rollback,reset}")),
+        (("run", f"{TINY}:recipe"), ("--steps", "--nt", "--nc")),
+        (("metatrain", "mnist-mlp"), ("--meta-steps", "--truncation", "--validate-every")),
+    ],
+)
+def test_help_of_a_recipe(
+    main: Main,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    fields: tuple[str, ...],
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(*arguments, "--help")
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert all(field in out for field in fields)
+
+
+def test_run_with_overrides_then_plot(
+    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    main(*RUN, "--steps", "12", "--seeds", "1", "--methods", "Signs", "LGL2O", "--nc", "2")
+    out = capsys.readouterr().out
+    folder = tmp_path / "out"
+    config, made, curves = records.read_run(folder)
+    assert (config["steps"], config["seeds"], config["nc"]) == (12, 1, 2)
+    assert config["methods"] == ["Signs", "LGL2O"]
+    assert made["command"][:5] == ["lossguard", *RUN]
+    assert curves["step"].max() == 15  # three whole cycles
+    assert "figure: out/figure.png\nrecords: out\n" in out
+    assert "loss at 15" in out and "LGL2O" in out
+    drawn = (folder / "figure.png").read_bytes()
+
+    (folder / "figure.png").unlink()
+    main("plot", "out")
+    assert capsys.readouterr().out == out
+    assert (folder / "figure.png").read_bytes() == drawn
+
+    refused(main, capsys, RUN, "folder must be empty or hold the same run", "out holds another")
+    refused(main, capsys, (*RUN, "--resume"), "out holds another")
+    same = made["command"][1:]
+    refused(main, capsys, tuple(same), "out holds this run already: add --resume")
+    main(*same, "--resume")
+    assert capsys.readouterr().out == out
+
+
+def test_demo_in_short(main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    main("demo", "--steps", "10", "--seeds", "1", "--methods", "SGDnm", "--out", "here")
+    assert "Learned on MNIST + MLP, tested on Spirals + MLP" in capsys.readouterr().out
+    assert (tmp_path / "here" / "figure.svg").is_file()
+
+
+def test_plot_of_meta_training(
+    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "meta"
+    records.open_folder(folder, {"name": "mine"})
+    records.write_json(folder / records.MANIFEST, {})
+    table = {"meta_step": [1, 2], "meta_loss": [2.0, 1.0], "validation": np.ones((2, 60))}
+    records.write_parquet(folder / records.CURVES, pl.DataFrame(table))
+    main("plot", str(folder))
+    assert f"figure: {folder}/figure.png" in capsys.readouterr().out
+    assert (folder / "figure.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("rn",), ("command must be one of demo, run", "got 'rn' (did you mean run?)")),
+        (("list", "all"), ("list takes no arguments, got all",)),
+        (("plot",), ("plot needs the folder of a run",)),
+        (("plot", "nowhere"), ("nowhere holds no finished run: config.json is missing",)),
+        (("run",), ("path/to/module.py:function or one of demo, fig03",)),
+        (("run", "fig3"), ("got 'fig3' (did you mean fig03?)",)),
+        (("metatrain", "mnist"), ("one of mnist-mlp", "(did you mean mnist-mlp?)")),
+        (("run", "no.py:recipe"), ("recipe no.py:recipe can't be read", "no such Python file")),
+        (("run", ".py:"), ("can't be read",)),
+        (("run", f"{TINY}:recipes"), ("tiny.py:recipes can't be read", "no such function")),
+        (("run", f"{TINY}:CHUNK"), ("no such function",)),
+        (("run", f"{TINY}:number"), ("must return the Experiment that run takes, got int",)),
+        (("metatrain", f"{TINY}:recipe"), ("the MetaTraining that metatrain", "got Experiment")),
+        (("run", "fig05", "--dataset", "spiral"), ("but is 'spiral'", "(did you mean 'spirals'?)")),
+        (("run", "fig05", "--scaling", "unit"), ("scaling must be one of none, standardized",)),
+        (("run", "fig05", "--methods", "Adm"), ("methods must be among SGDnm", "got 'Adm'")),
+        (("run", "fig05", "--learned", "lstm"), ("must be one of lstm-mnist-mlp", "got 'lstm'")),
+        (("run", "fig05", "--nt", "0"), ("nt must be an integer of at least 1, got 0",)),
+        (("run", "fig05", "--nc", "-1"), ("nc must be an integer of at least 1, got -1",)),
+        (("run", "fig05", "--steps", "0"), ("steps must be at least 1, got 0",)),
+        (("run", "fig05", "--seeds", "0"), ("seeds must be at least 1, got 0",)),
+        (("run", "fig05", "--batch-size", "0"), ("batch_size must be at least 1, got 0",)),
+        (("metatrain", "mnist-mlp", "--dataset", "mnits"), ("(did you mean 'mnist'",)),
+        (("metatrain", "mnist-mlp", "--meta-steps", "0"), ("meta_steps must be at least 1",)),
+        (("metatrain", "mnist-mlp", "--validate-every", "0"), ("validate_every must be at",)),
+        (("metatrain", "mnist-mlp", "--longest", "50"), ("longest must be at least shortest",)),
+    ],
+    ids=lambda value: " ".join(value).replace(TINY, "tiny.py") if value[0].islower() else "",
+)
+def test_bad_input(
+    main: Main,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    parts: tuple[str, ...],
+) -> None:
+    refused(main, capsys, arguments, *parts)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "fig05", "--stesp", "3"),
+        ("run", "fig05", "--steps", "many"),
+        ("run", "fig05", "--loser", "kept"),
+        ("metatrain", "mnist-mlp", "surplus"),
+    ],
+)
+def test_bad_options(
+    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(*arguments)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert arguments[-1] in err and "Traceback" not in out + err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("def recipe(:", "invalid syntax"),
+        ("import no_such_package\n", "No module named 'no_such_package'"),
+        ("x = '\0'", "null bytes"),
+    ],
+)
+def test_unreadable_module(
+    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path, code: str, reason: str
+) -> None:
+    (tmp_path / "mine.py").write_text(code)
+    refused(main, capsys, ("run", "mine.py:recipe"), "mine.py:recipe can't be read", reason)
+
+
+def test_bug_in_a_users_module_shows_its_traceback(main: Main, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def recipe():\n    return {}['x']\n")
+    with pytest.raises(KeyError):
+        main("run", "mine.py:recipe")
+
+
+def test_damaged_weights(
+    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = tmp_path / "shipped" / "lstm-mnist-mlp.safetensors"
+    shipped.parent.mkdir()
+    shutil.copy(pretrained.pretrained_path("lstm-mnist-mlp"), shipped)
+    shipped.write_bytes(shipped.read_bytes()[:-100])
+    monkeypatch.setattr(pretrained, "_folder", lambda: shipped.parent)
+    refused(main, capsys, ("run", "fig05"), "weights must be a complete .safetensors file")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A folder that looks like a run's, with one row."""
+    records.open_folder(tmp_path / "run", {"name": "mine", "title": "", "methods": ["a"]})
+    records.write_json(tmp_path / "run" / records.MANIFEST, {"data": "", "seconds": {"a": 1}})
+    records.write_parquet(tmp_path / "run" / records.CURVES, pl.DataFrame({"step": [1]}))
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("name", ["config.json", "manifest.json", "curves.parquet"])
+def test_plot_of_damaged_records(
+    main: Main, capsys: pytest.CaptureFixture[str], finished: Path, name: str
+) -> None:
+    content = (finished / name).read_bytes()
+    (finished / name).write_bytes(content[: len(content) // 2])
+    refused(main, capsys, ("plot", "run"), f"run/{name} is not ")
+
+
+def test_folder_with_other_files(
+    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    refused(main, capsys, RUN, "out holds other files")
+    refused(main, capsys, (*RUN[:-1], "out/thesis.tex"), "out/thesis.tex is a file")
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_folder_that_cannot_be_made(
+    main: Main,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+) -> None:
+    def fail(path: Path, *_: Any, **__: Any) -> None:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    refused(main, capsys, RUN, f"lossguard: {os.strerror(code)}: out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_stopped(
+    main: Main, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(records, "open_folder", stop)
+    with pytest.raises(SystemExit) as caught:
+        main(*RUN)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.startswith("lossguard: stopped; --resume")
+
+
+def test_installed_command(tmp_path: Path) -> None:
+    program = Path(sys.executable).with_name("lossguard")
+    done = subprocess.run([program, "rum"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("lossguard: command must be one of ")
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1

@@ -20,11 +20,11 @@ def plot(folder: Path) -> Path:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
 
     left.plot(steps, curves["meta_loss"], label="training, all of a rollout", linewidth=1)
-    for first in (0, 50, validation.shape[1] - 50):
-        window = validation[:, first : first + 50].mean(axis=1)
-        left.plot(
-            steps, window, label=f"validation, steps {first + 1} to {first + 50}", linewidth=1
-        )
+    last = validation.shape[1]
+    for first in sorted({0, min(50, max(0, last - 50)), max(0, last - 50)}):
+        window = validation[:, first : first + 50]
+        label = f"validation, steps {first + 1} to {first + window.shape[1]}"
+        left.plot(steps, window.mean(axis=1), label=label, linewidth=1)
     left.set(xlabel="Meta-step", ylabel="Loss", yscale="log", title=config["name"])
     left.legend(fontsize=8)
 

@@ -23,6 +23,19 @@ from ..tasks.task import Task
 from .truncated import Optimizees, meta_gradient, restart_finished, start, unroll
 
 WEIGHTS = "weights.safetensors"
+COUNTS = (
+    "batch_size",
+    "optimizees",
+    "truncation",
+    "shortest",
+    "meta_steps",
+    "hidden",
+    "layers",
+    "validate_every",
+    "validation_steps",
+    "validation_optimizees",
+)
+"""What must be at least 1."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +99,13 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
     from the last validation, with the same result as without the stop.
 
     Raises:
-        ValueError: if the folder holds another run, or this one and ``resume`` is false.
+        ValueError: if the folder holds another run, or this one and ``resume`` is false, or the
+            config names a data set that does not exist or has a number out of range, or if every
+            validation diverged.
     """
-    open_folder(folder, asdict(config), resume=resume)
+    _check(config)
     task = config.task()
+    open_folder(folder, asdict(config), resume=resume)
     start_key, train_key, validation_key = jax.random.split(jax.random.key(config.seed), 3)
     checkpoints = Checkpoints(folder / "checkpoints")
     state, table, done = _start(config, task, start_key), None, 0
@@ -119,6 +135,8 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
 
     assert table is not None
     write_parquet(folder / CURVES, table)
+    if not np.isfinite(state.best_validation):
+        raise ValueError(f"no validation of {config.name} was finite: there are no weights to keep")
     made = manifest(seconds=progress.seconds, best_validation=float(state.best_validation))
     provenance = {
         "made": " ".join(made["command"]),
@@ -130,6 +148,16 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
     save_weights(folder / WEIGHTS, state.best, p=config.p, scale=config.scale, made=provenance)
     write_json(folder / MANIFEST, made)
     return folder / WEIGHTS
+
+
+def _check(config: MetaTraining) -> None:
+    for name in COUNTS:
+        if (count := getattr(config, name)) < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    if config.longest < config.shortest:
+        raise ValueError(
+            f"longest must be at least shortest, which is {config.shortest}, got {config.longest}"
+        )
 
 
 def _start(config: MetaTraining, task: Task, key: PRNGKeyArray) -> MetaState:

@@ -42,13 +42,13 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
     guards = experiment.guards()
     task = experiment.make_task(experiment)
     records.open_folder(folder, as_config(experiment), resume=resume)
+    made = records.manifest(data=task.dataset.note)  # now: a checkout may change while it runs
     curves, seconds = [], {}
     for method, guard in guards.items():
         table, seconds[method] = _run_method(experiment, method, guard, task, folder)
         curves.append(table)
     records.write_parquet(folder / records.CURVES, pl.concat(curves))
-    made = records.manifest(data=task.dataset.note, seconds=seconds)
-    records.write_json(folder / records.MANIFEST, made)
+    records.write_json(folder / records.MANIFEST, made | {"seconds": seconds})
     return folder
 
 

@@ -15,15 +15,18 @@ STEPS = np.array([*range(1, 1001), *range(1010, 5001, 10)])
 
 
 def curves_of(methods: dict[str, float], steps: np.ndarray = STEPS, seeds: int = 2) -> pl.DataFrame:
-    """Losses (1 + seed) level / sqrt(step); the learned update is used every other step."""
+    """Losses (1 + seed) level / sqrt(step); the learned update is used every other step.
+
+    What a method spends is that of a loss guard, but for SGDnm, which takes a gradient a step.
+    """
     return pl.concat(
         pl.DataFrame(
             {
                 "step": steps,
                 "loss": ((1 + seed) * level / np.sqrt(steps)).astype(np.float32),
                 "used_learned": (np.arange(len(steps)) % 2).astype(np.float32),
-                "gradients": 2.0 * steps,
-                "forwards": 1.0 * steps,
+                "gradients": (1.0 if method == "SGDnm" else 2.0) * steps,
+                "forwards": (0.0 if method == "SGDnm" else 1.0) * steps,
                 "learned_updates": 1.0 * steps,
             }
         ).select(

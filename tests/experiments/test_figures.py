@@ -156,7 +156,7 @@ def test_summary_says_what_the_records_say(folder: Path) -> None:
     assert column(table, "learned") == ["", "50%"]
     assert column(table, "seconds") == ["1.0", "30.0"]
     assert column(table, "us a step") == ["100", "3000"]
-    assert column(table, "gradients") == ["10,000", "10,000"]
+    assert column(table, "gradients") == ["5,000", "10,000"]
 
 
 def test_plot_leaves_both_files(folder: Path) -> None:

@@ -12,7 +12,7 @@ test: $(VENV)/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2
 
 bench: $(VENV)/tested
 	$(BIN)/pytest benchmarks --benchmark-enable --benchmark-only

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import polars as pl
 import pytest
-from jaxtyping import TypeCheckError
 
 from lossguard import cli, init_lstm_weights, load_weights, lstm_optimizer, records
 from lossguard.learned.lstm import LSTMWeights
@@ -38,13 +37,6 @@ TINY = MetaTraining(
 )
 
 
-end_to_end = pytest.mark.xfail(
-    raises=TypeCheckError,
-    strict=False,
-    reason="start annotates its K keys as one key, which the run-time check refuses",
-)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an uninterrupted run."""
@@ -56,7 +48,6 @@ def same(a: LSTMWeights, b: LSTMWeights) -> bool:
     return all(np.array_equal(x, y) for x, y in pairs)
 
 
-@end_to_end
 def test_records(whole: Path) -> None:
     config, made, curves = records.read_run(whole)
     assert config == {**asdict(TINY), "model": {"hidden": [5]}}
@@ -68,7 +59,6 @@ def test_records(whole: Path) -> None:
     assert made["best_validation"] == pytest.approx(means.min(), rel=1e-6)
 
 
-@end_to_end
 def test_weights_are_usable_and_say_how_they_were_made(whole: Path) -> None:
     found = load_weights(whole / loop.WEIGHTS)
     assert (found.p, found.scale) == (TINY.p, TINY.scale)
@@ -83,7 +73,6 @@ def test_weights_are_usable_and_say_how_they_were_made(whole: Path) -> None:
     assert not same(found.weights, init_lstm_weights(jax.random.key(0), hidden=4, layers=1))
 
 
-@end_to_end
 def test_kept_weights_have_the_validation_that_is_told(whole: Path) -> None:
     """An independent loop over the validation's optimizees."""
     _, made, _ = records.read_run(whole)
@@ -118,7 +107,6 @@ def answering(answers: list[float], seen: list[LSTMWeights]) -> Callable[..., An
     return validate
 
 
-@end_to_end
 @pytest.mark.parametrize(
     ("answers", "kept"),
     [((3, 1, 2), 1), ((1, 2, 3), 0), ((np.nan, np.inf, 5), 2), ((2, np.nan, 2), 0)],
@@ -134,7 +122,6 @@ def test_lowest_validation_is_kept(
     ]
 
 
-@end_to_end
 def test_no_weights_are_kept_if_all_diverged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,7 +131,6 @@ def test_no_weights_are_kept_if_all_diverged(
     assert not (tmp_path / "run" / loop.WEIGHTS).exists()
 
 
-@end_to_end
 @pytest.mark.parametrize("stopped", [1, 2, 3])
 def test_stopped_it_goes_on_to_the_same_weights(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int
@@ -168,7 +154,6 @@ def test_stopped_it_goes_on_to_the_same_weights(
     assert found.equals(expected) and found.schema == expected.schema
 
 
-@end_to_end
 def test_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,7 +197,6 @@ def test_bad_fields_leave_no_folder(tmp_path: Path, changes: dict[str, Any], rea
     assert not (tmp_path / "run").exists()
 
 
-@end_to_end
 def test_another_run_is_refused(whole: Path) -> None:
     with pytest.raises(ValueError, match=r"holds another$"):
         metatrain(dataclasses.replace(TINY, rate=0.1), whole, resume=True)

@@ -216,9 +216,6 @@ def test_restart_gets_rid_of_what_is_not_finite(setting: Setting) -> None:
         assert int(jnp.isfinite(memory).sum()) == finite
 
 
-@pytest.mark.xfail(
-    strict=False, reason="start annotates its K keys as one key, which the run-time check refuses"
-)
 def test_start_draws_every_optimizee_anew(setting: Setting) -> None:
     keys = jax.random.split(jax.random.key(1), K)
     optimizees = start(setting.task, lstm_optimizer(setting.weights), keys, jnp.full(K, 100))

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
 from ..learned.lstm import LSTMWeights
 from ..tasks.task import Task
@@ -32,7 +32,7 @@ class Optimizees(NamedTuple):
     params: PyTree[Float[Array, "K ..."]]
     state: PyTree
     """The learned optimizer's memory of all coordinates of all optimizees."""
-    key: PRNGKeyArray
+    key: Key[Array, " K"]
     """[K]: shuffles the minibatches of each."""
     step: Int[Array, " K"]
     """Optimizer steps taken, which is also the number of the next minibatch."""
@@ -43,7 +43,7 @@ class Optimizees(NamedTuple):
 def start(
     task: Task,
     optimizer: optax.GradientTransformation,
-    keys: PRNGKeyArray,
+    keys: Key[Array, " K"],
     length: Int[Array, " K"],
 ) -> Optimizees:
     """Fresh optimizees at the start of rollouts of ``length`` steps, one for each key."""

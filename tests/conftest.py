@@ -31,6 +31,13 @@ hypothesis.settings.load_profile("lossguard")
 
 
 @pytest.fixture
+def eager() -> Iterator[None]:
+    """Operation by operation: faster than to compile what runs once."""
+    with jax.disable_jit():
+        yield
+
+
+@pytest.fixture
 def x64() -> Iterator[None]:
     """Double precision, for comparisons that are exact but for rounding."""
     with jax.enable_x64(True):

@@ -85,12 +85,12 @@ class Objective(eqx.Module):
         return jnp.mean((jnp.tanh(x @ params.weight) + params.bias - x[:, :2]) ** 2)
 
 
-# The state of every optimizer goes through "reset" and "residual" in full.
-EVERY = [(guard, name) for guard in ("reset", "residual") for name in NAMES]
-SOME = [(guard, name) for guard in ("keep", "rollback", "unguarded") for name in ("adam", "sam")]
+# Every optimizer is on one side under the one guard, and on the other side under the other.
+RUN = [("reset", name) for name in NAMES[::2]] + [("residual", name) for name in NAMES[1::2]]
+RUN += [("keep", "adam"), ("rollback", "adam"), ("unguarded", "adam")]
 
 
-@pytest.mark.parametrize(("guard", "name"), EVERY + SOME)
+@pytest.mark.parametrize(("guard", "name"), RUN)
 def test_compiled_and_vmapped_equals_one_by_one(guard, name) -> None:
     seeds, cycles, traces = 2, 2, []
     guard = make(guard, name)
@@ -155,19 +155,19 @@ def test_a_step_keeps_structure_shapes_and_dtypes(guard, name, dtypes) -> None:
     assert decision.losses.shape == decision.used_learned.shape == (NT,)
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("dtypes", ["bfloat16", "mixed"])
 @pytest.mark.parametrize("guard", GUARDS)
 def test_low_precision_runs(guard, dtypes) -> None:
     guard = GUARDS[guard](OPTIMIZERS["adam"], OPTIMIZERS["nesterov"])
     state = guard.init(start(DTYPES[dtypes]))
     objective = Objective(jax.random.key(0))
-    step = jax.jit(lambda state: guard.step(state, objective))
     losses = []
-    for _ in range(20):
-        state, decision = step(state)
+    for _ in range(8):
+        state, decision = guard.step(state, objective)
         losses.append(float(decision.losses.mean()))
     assert np.isfinite(losses).all()
-    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
 
 
 PYTREES = {
@@ -181,6 +181,7 @@ PYTREES = {
 }
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("params", PYTREES.values(), ids=list(PYTREES))
 @pytest.mark.parametrize("guard", GUARDS)
 def test_parameters_are_any_pytree_of_floats(guard, params) -> None:
@@ -197,6 +198,7 @@ def test_parameters_are_any_pytree_of_floats(guard, params) -> None:
     assert objective(state.params, 0) < objective(params, 0)
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("guard", GUARDS)
 def test_counters(guard) -> None:
     minibatches = NT + NC if guard in ("keep", "rollback", "reset") else NT
@@ -214,24 +216,21 @@ def test_counters(guard) -> None:
         assert decision.steps == NT
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("name", NAMES)
 def test_an_unguarded_step_is_the_optax_loop(name) -> None:
     """Whatever the optimizer wants to be given."""
-    if name in ("lbfgs", "backtracking", "polyak_sgd", "reduce_on_plateau", "sam"):
-        extra = {
-            "lbfgs": ("value", "grad", "value_fn"),
-            "backtracking": ("value", "grad", "value_fn"),
-            "polyak_sgd": ("value",),
-            "reduce_on_plateau": ("value",),
-            "sam": ("grad_fn",),
-        }[name]
-    else:
-        extra = ()
+    extra = {
+        "lbfgs": ("value", "grad", "value_fn"),
+        "backtracking": ("value", "grad", "value_fn"),
+        "polyak_sgd": ("value",),
+        "reduce_on_plateau": ("value",),
+        "sam": ("grad_fn",),
+    }.get(name, ())
     optimizer, objective = OPTIMIZERS[name], Objective(jax.random.key(0))
     guard = lossguard.unguarded(optimizer, nt=3)
-    got, decision = jax.jit(lambda state: guard.step(state, objective))(guard.init(start()))
+    got, decision = guard.step(guard.init(start()), objective)
 
-    @jax.jit
     def step(params, state, i):
         value, grad = jax.value_and_grad(objective)(params, i)
         args = {
@@ -253,6 +252,7 @@ def test_an_unguarded_step_is_the_optax_loop(name) -> None:
     )
 
 
+@pytest.mark.usefixtures("eager")
 def test_steps_are_pure() -> None:
     """A state can be used again: rolling back is to keep the old one."""
     guard = GUARDS["keep"](OPTIMIZERS["add_noise"], OPTIMIZERS["adam"])

@@ -49,6 +49,7 @@ def test_schedules_advance_by_nt_a_cycle_whoever_wins(fallback, loser) -> None:
         np.testing.assert_allclose(before - state.params["w"], expected, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("loser", LOSERS)
 def test_ties_go_to_the_fallback(loser) -> None:
     guard = lossguard.loss_guard(optax.sgd(0.1), optax.sgd(0.1), nt=2, nc=2, loser=loser)
@@ -77,6 +78,7 @@ def numbers_in(total: float) -> list[int]:
     return [i for i in range(NUMBERS) if int(total) >> i & 1]
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize(("learned_rate", "fallback_rate"), [(1.0, 2.0), (2.0, 1.0)])
 def test_both_lanes_see_the_same_minibatches_and_every_minibatch_is_seen_once(
     learned_rate, fallback_rate
@@ -121,6 +123,7 @@ def test_a_cycle_is_a_function_of_the_state() -> None:
     assert not jnp.array_equal(one.params, other.params)
 
 
+@pytest.mark.usefixtures("eager")
 def test_what_a_cycle_costs() -> None:
     guard = lossguard.loss_guard(optax.adam(0.1), optax.sgd(0.1), nt=7, nc=3)
     _, decision = guard.step(guard.init(jnp.ones(2)), lambda w, i: jnp.sum(w**2))
@@ -128,6 +131,7 @@ def test_what_a_cycle_costs() -> None:
     assert (decision.gradients, decision.forwards, decision.learned_updates) == (14, 6, 7)
 
 
+@pytest.mark.usefixtures("eager")
 def test_the_learned_optimizer_may_be_bad_for_ever() -> None:
     """Then x is where the fallback alone would be."""
     guard = lossguard.loss_guard(optimizers.constant(5.0), optax.adam(0.1), nt=2, nc=1)

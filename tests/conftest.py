@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
@@ -28,6 +29,14 @@ install_import_hook(CHECKED, TYPECHECKER)
 # The first example of a property compiles, which takes its time. No example depends on chance.
 hypothesis.settings.register_profile("lossguard", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("lossguard")
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """As users have it: types are not checked at run time, and wrong ones reach our own checks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

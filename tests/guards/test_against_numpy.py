@@ -57,8 +57,10 @@ def assert_equal(got, expected, names) -> None:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("nt", "nc"), [(3, 2), (1, 1)])
-@pytest.mark.parametrize("loser", ["keep", "rollback", "reset"])
+@pytest.mark.parametrize(
+    ("loser", "nt", "nc"),
+    [("keep", 3, 2), ("rollback", 3, 2), ("reset", 3, 2), ("keep", 1, 1)],
+)
 @pytest.mark.parametrize(
     ("learned", "fallback"),
     [("adam", "momentum"), ("momentum", "adam"), ("overshooting", "sgd")],
@@ -85,9 +87,11 @@ SEQUENCES = {
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("residual", ["step", "gradient"])
 @pytest.mark.parametrize("sequence", SEQUENCES)
-@pytest.mark.parametrize(("learned", "fallback"), [("adam", "momentum"), ("momentum", "adam")])
+@pytest.mark.parametrize(
+    ("learned", "fallback", "residual"),
+    [("adam", "momentum", "step"), ("momentum", "adam", "step"), ("adam", "momentum", "gradient")],
+)
 def test_residual_guard_is_gl2o(learned, fallback, sequence, residual) -> None:
     nt = 4
     problem = numpy_guards.Objective(seed=1, minibatches=CYCLES * nt)

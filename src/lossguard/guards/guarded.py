@@ -25,7 +25,9 @@ def guarded(learned: Any, fallback: Any) -> optax.GradientTransformationExtraArg
 
     An update that leads to parameters or a value that aren't finite is not taken; if both do, the
     update is zero. Any optax loop can use it: ``update(grads, state, params, value_fn=F)``, where
-    ``value_fn(params)`` is the deterministic objective. Other extra arguments go to both.
+    ``value_fn(params)`` is the deterministic objective. Other extra arguments go to both. Don't
+    compute gradients by ``optax.value_and_grad_from_state``: a line search that lost remembers the
+    gradient of where it would have gone.
 
     Raises:
         ValueError: on update, if ``params`` or ``value_fn`` is missing.

@@ -1,0 +1,107 @@
+"""Bad input is one sentence that names the argument, its value and what is allowed."""
+
+import re
+
+import jax.numpy as jnp
+import optax
+import pytest
+
+import lossguard
+
+SGD = optax.sgd(0.1)
+ONES = jnp.ones(2)
+
+
+def step(objective):
+    guard = lossguard.loss_guard(SGD, SGD, nt=1, nc=1)
+    return guard.step(guard.init(ONES), objective)
+
+
+WRONG = {
+    "nt is 0": (
+        lambda: lossguard.loss_guard(SGD, SGD, nt=0),
+        "nt must be an integer of at least 1, got 0",
+    ),
+    "nc is negative": (
+        lambda: lossguard.loss_guard(SGD, SGD, nc=-3),
+        "nc must be an integer of at least 1, got -3",
+    ),
+    "nt is a fraction": (
+        lambda: lossguard.residual_guard(SGD, SGD, nt=2.5),  # type: ignore
+        "nt must be an integer of at least 1, got 2.5",
+    ),
+    "nt is a bool": (
+        lambda: lossguard.unguarded(SGD, nt=True),
+        "nt must be an integer of at least 1, got True",
+    ),
+    "loser": (
+        lambda: lossguard.loss_guard(SGD, SGD, loser="forget"),  # type: ignore
+        "loser must be one of keep, rollback, reset, got 'forget'",
+    ),
+    "residual": (
+        lambda: lossguard.residual_guard(SGD, SGD, residual="loss"),  # type: ignore
+        "residual must be one of step, gradient, got 'loss'",
+    ),
+    "alpha is 0": (
+        lambda: lossguard.residual_guard(SGD, SGD, alpha=0.0),
+        "alpha must be between 0 and 1, got 0.0",
+    ),
+    "alpha is above 1": (
+        lambda: lossguard.residual_guard(SGD, SGD, alpha=1.5),
+        "alpha must be between 0 and 1, got 1.5",
+    ),
+    "theta of ema": (lambda: lossguard.ema(1.5), "theta must be between 0 and 1, got 1.5"),
+    "theta of geometric": (
+        lambda: lossguard.geometric(-1.0),
+        "theta must be between 0 and 1, got -1.0",
+    ),
+    "m": (lambda: lossguard.recent_max(0), "m must be an integer of at least 1, got 0"),
+    "learned": (
+        lambda: lossguard.residual_guard(optax.sgd, SGD),
+        "learned must be an optax GradientTransformation, got <function sgd",
+    ),
+    "fallback": (
+        lambda: lossguard.loss_guard(SGD, None),
+        "fallback must be an optax GradientTransformation, got None",
+    ),
+    "optimizer": (
+        lambda: lossguard.unguarded(0.1),
+        "optimizer must be an optax GradientTransformation, got 0.1",
+    ),
+    "both of guarded": (
+        lambda: lossguard.guarded(SGD, "sgd"),
+        "fallback must be an optax GradientTransformation, got 'sgd'",
+    ),
+    "integer parameters": (
+        lambda: lossguard.unguarded(SGD).init({"w": ONES, "n": jnp.arange(3)}),
+        "params must be floating-point arrays, but its leaf ['n'] is int32",
+    ),
+    "an integer as parameters": (
+        lambda: lossguard.loss_guard(SGD, SGD).init(3),
+        "params must be floating-point arrays, but its leaf itself is int32",
+    ),
+    "complex parameters": (
+        lambda: lossguard.residual_guard(SGD, SGD).init((ONES, 1j * ONES)),
+        "params must be floating-point arrays, but its leaf [1] is complex64",
+    ),
+    "a loss per sample": (
+        lambda: step(lambda w, i: w**2),
+        "objective must return a scalar floating-point loss, got ShapeDtypeStruct(shape=(2,)",
+    ),
+    "a loss that is an integer": (
+        lambda: step(lambda w, i: jnp.argmax(w)),
+        "objective must return a scalar floating-point loss, got ShapeDtypeStruct(shape=(), "
+        "dtype=int32",
+    ),
+    "a loss and something else": (
+        lambda: step(lambda w, i: (jnp.sum(w), w)),
+        "objective must return a scalar floating-point loss, got (ShapeDtypeStruct",
+    ),
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("call", "message"), WRONG.values(), ids=list(WRONG))
+def test_bad_input(call, message) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()

@@ -1,0 +1,65 @@
+"""Host-fed minibatches as an objective."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lossguard
+
+
+def loss(w, batch):
+    x, y = batch
+    return jnp.mean((x @ w - y) ** 2)
+
+
+def batches(count: int, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((count, 8, 3)).astype(np.float32)
+    return jnp.asarray(x), jnp.asarray(x.sum(axis=2))
+
+
+def test_it_is_the_loss_on_minibatch_i() -> None:
+    x, y = batches(6)
+    objective = lossguard.stacked(loss, (x, y), start=10)
+    for i in range(10, 16):
+        assert objective(jnp.ones(3) / 2, i) == loss(jnp.ones(3) / 2, (x[i - 10], y[i - 10]))
+
+
+def test_a_loop_fed_from_the_host_is_the_loop_on_the_device() -> None:
+    """New minibatches every cycle don't compile anew."""
+    nt, nc, cycles = 3, 2, 4
+    guard = lossguard.loss_guard(optax.adam(0.1), optax.sgd(0.1), nt=nt, nc=nc)
+    x, y = batches(cycles * (nt + nc))
+    traces = []
+
+    @jax.jit
+    def step(state, objective):
+        traces.append(1)
+        return guard.step(state, objective)
+
+    state = guard.init(jnp.zeros(3))
+    for cycle in range(cycles):
+        rows = slice(cycle * (nt + nc), (cycle + 1) * (nt + nc))
+        state, _ = step(state, lossguard.stacked(loss, (x[rows], y[rows]), state.minibatches))
+    assert len(traces) == 1
+
+    whole, _ = lossguard.rollout(
+        guard, guard.init(jnp.zeros(3)), lossguard.stacked(loss, (x, y)), cycles=cycles
+    )
+    np.testing.assert_allclose(state.params, whole.params, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("stack", "message"),
+    [
+        ((jnp.ones((3, 2)), jnp.ones(4)), r"share the length of axis 0, got \['3', '4'\]"),
+        ((jnp.ones((3, 2)), jnp.array(1.0)), "share the length of axis 0, got .*None"),
+        ({}, "share the length of axis 0, got no arrays"),
+    ],
+)
+def test_minibatches_that_are_not_stacked(stack, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        lossguard.stacked(loss, stack)

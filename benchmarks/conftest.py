@@ -48,11 +48,11 @@ def torch_candidates(run: Run) -> dict[str, Run]:
 
 
 @pytest.fixture
-def report(request: pytest.FixtureRequest) -> Callable[..., None]:
+def report(benchmark) -> Callable[..., None]:
     """Store and print what was measured; ``run`` fills the table of pytest-benchmark."""
-    if not request.config.getoption("benchmark_enable"):
+    if benchmark.disabled:
+        benchmark(int)  # pytest-benchmark warns of a fixture that isn't used
         pytest.skip("benchmarks are off without --benchmark-enable")
-    benchmark = request.getfixturevalue("benchmark")
 
     def store(run: Run, target: str, **measured: object) -> None:
         cores, load = len(os.sched_getaffinity(0)), round(os.getloadavg()[0], 1)

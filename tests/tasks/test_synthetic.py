@@ -1,0 +1,73 @@
+"""The answers that are said to be known are right."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lossguard.tasks import Noisy, quadratic, ridge_logistic
+
+PROBLEMS = {
+    "quadratic": lambda: quadratic(jax.random.key(0), n=7, mu=0.01, L=3.0, distance=2.0),
+    "ridge": lambda: ridge_logistic(jax.random.key(1), n=4, samples=60, mu=0.05),
+    "ridge, separable": lambda: ridge_logistic(jax.random.key(2), n=3, mu=1e-3, flipped=0.0),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_minimum_and_the_curvature(name) -> None:
+    problem = PROBLEMS[name]()
+    w = problem.minimum
+    assert jnp.linalg.norm(jax.grad(problem)(w)) < 1e-12
+    assert problem.excess(w) == 0
+    for seed in range(5):
+        far = w + 3 * jax.random.normal(jax.random.key(seed), w.shape)
+        eigenvalues = jnp.linalg.eigvalsh(jax.hessian(problem)(far))
+        assert eigenvalues[0] >= problem.mu * (1 - 1e-9)
+        assert eigenvalues[-1] <= problem.L * (1 + 1e-9)
+        np.testing.assert_allclose(problem.excess(far), problem(far) - problem(w), rtol=1e-9)
+        # What the theorems rest on: mu/2 d^2 <= E <= L/2 d^2, and 2 mu E <= |grad f|^2 <= 2 L E.
+        distance, slope = jnp.sum((far - w) ** 2), jnp.sum(jax.grad(problem)(far) ** 2)
+        assert problem.mu / 2 * distance <= problem.excess(far) <= problem.L / 2 * distance
+        assert 2 * problem.mu * problem.excess(far) <= slope <= 2 * problem.L * problem.excess(far)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_quadratic_has_the_eigenvalues_and_the_distance_asked_for() -> None:
+    problem = quadratic(jax.random.key(3), n=5, mu=0.01, L=100.0, distance=4.0)
+    eigenvalues = jnp.linalg.eigvalsh(jax.hessian(problem)(jnp.zeros(5)))
+    np.testing.assert_allclose(eigenvalues, [0.01, 0.1, 1.0, 10.0, 100.0], rtol=1e-9)
+    np.testing.assert_allclose(jnp.linalg.norm(problem.minimum), 4.0, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["quadratic", "ridge"])
+def test_noise_is_unbiased_of_deviation_sigma_and_new_on_every_minibatch(name) -> None:
+    problem, sigma = PROBLEMS[name](), 0.7
+    noisy = Noisy(problem, jax.random.key(5), sigma)
+    w = jnp.ones_like(problem.minimum)
+    gradients = jax.vmap(jax.grad(noisy), (None, 0))(w, jnp.arange(20_000))
+    error = gradients - jax.grad(problem)(w)
+    np.testing.assert_allclose(error.mean(axis=0), 0, atol=4 * sigma / 20_000**0.5)
+    np.testing.assert_allclose(jnp.sum(error**2, axis=1).mean(), sigma**2, rtol=0.03)
+    consecutive = jnp.sum(error[1:] * error[:-1], axis=1).mean()
+    np.testing.assert_allclose(consecutive, 0, atol=0.02)
+    np.testing.assert_array_equal(jax.grad(noisy)(w, 7), jax.grad(noisy)(w, 7))
+    assert noisy.excess(w) == problem.excess(w)
+    assert (noisy.mu, noisy.L) == (problem.mu, problem.L)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: quadratic(jax.random.key(0), n=1), "n must be at least 2, but is 1"),
+        (lambda: quadratic(jax.random.key(0), mu=0.0), "mu must be above 0 and at most L = 1.0"),
+        (lambda: quadratic(jax.random.key(0), mu=2.0), "at most L = 1.0, but is 2.0"),
+        (lambda: ridge_logistic(jax.random.key(0), samples=0), "samples must be at least 1"),
+        (lambda: ridge_logistic(jax.random.key(0), mu=0.0), "mu must be above 0, but is 0.0"),
+        (lambda: ridge_logistic(jax.random.key(0), flipped=1.5), "between 0 and 1, but is 1.5"),
+    ],
+)
+def test_bad_input(call, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

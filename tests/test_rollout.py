@@ -1,0 +1,113 @@
+"""The one inner loop equals a Python loop, compiles once, and leaves no copies."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jaxtyping import Array
+
+import lossguard
+from lossguard.tasks import Noisy, quadratic
+
+CYCLES = 4
+GUARDS = {
+    "loss guard": lambda: lossguard.loss_guard(optax.adam(0.3), optax.sgd(0.3), nt=3, nc=2),
+    "residual guard": lambda: lossguard.residual_guard(optax.adam(0.3), optax.sgd(0.3), nt=3),
+    "unguarded": lambda: lossguard.unguarded(optax.adam(0.3), nt=3),
+}
+PROBLEM = quadratic(jax.random.key(0), n=4, distance=2.0)
+
+
+def noisy(seed: int) -> Noisy:
+    return Noisy(PROBLEM, jax.random.key(seed), 0.3)
+
+
+def assert_close(one, other) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one, other)
+
+
+def stack(trees):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+@pytest.mark.parametrize("name", GUARDS)
+def test_it_is_a_loop(name) -> None:
+    guard, objective = GUARDS[name](), noisy(0)
+    state, decisions = guard.init(jnp.zeros(4)), []
+    step = jax.jit(guard.step)
+    for _ in range(CYCLES):
+        state, decision = step(state, objective)
+        decisions.append(decision)
+    got = lossguard.rollout(guard, guard.init(jnp.zeros(4)), objective, cycles=CYCLES)
+    assert_close(got, (state, stack(decisions)))
+
+
+def test_it_goes_on_where_it_stopped() -> None:
+    """In chunks it is what it is in one piece, so that a run can be resumed from any state."""
+    guard, objective = GUARDS["loss guard"](), noisy(0)
+    whole, decisions = lossguard.rollout(guard, guard.init(jnp.zeros(4)), objective, cycles=6)
+    first, before = lossguard.rollout(guard, guard.init(jnp.zeros(4)), objective, cycles=2)
+    second, after = lossguard.rollout(guard, first, objective, cycles=4)
+    assert_close(second, whole)
+    assert_close(jax.tree.map(lambda a, b: jnp.concatenate([a, b]), before, after), decisions)
+
+
+@pytest.mark.parametrize("name", GUARDS)
+def test_seeds_side_by_side(name) -> None:
+    """Each with parameters and minibatches of its own, on the same problem."""
+    guard, seeds = GUARDS[name](), range(3)
+    starts = [jnp.full(4, float(seed)) for seed in seeds]
+    alone = [
+        lossguard.rollout(guard, guard.init(start), noisy(seed), cycles=CYCLES)
+        for seed, start in zip(seeds, starts, strict=True)
+    ]
+    objective = eqx.tree_at(
+        lambda objective: objective.key, noisy(0), stack([noisy(seed).key for seed in seeds])
+    )
+    axes = jax.tree.map(lambda _: None, objective)
+    axes = eqx.tree_at(lambda axes: axes.key, axes, 0, is_leaf=lambda leaf: leaf is None)
+    together = lossguard.rollout(
+        guard, jax.vmap(guard.init)(jnp.stack(starts)), objective, cycles=CYCLES, axes=axes
+    )
+    assert together[1].losses.shape == (3, CYCLES, 3)
+    assert_close(together, stack(alone))
+
+
+class Counted(eqx.Module):
+    """Says when it is traced."""
+
+    target: Array
+    say: Callable[[None], None] = eqx.field(static=True)
+
+    def __call__(self, params, i):
+        self.say(None)
+        return jnp.sum((params - self.target) ** 2)
+
+
+def test_new_data_of_the_same_shape_is_not_compiled_for() -> None:
+    guard = GUARDS["loss guard"]()
+    traces: list = []
+    state, _ = lossguard.rollout(
+        guard, guard.init(jnp.ones(4)), Counted(jnp.zeros(4), traces.append), cycles=2
+    )
+    once = len(traces)
+    state, _ = lossguard.rollout(guard, state, Counted(jnp.zeros(4), traces.append), cycles=2)
+    state, _ = lossguard.rollout(guard, state, Counted(jnp.full(4, 5.0), traces.append), cycles=2)
+    assert len(traces) == once
+    assert jnp.sum((state.params - 5) ** 2) < jnp.sum((state.params - 0) ** 2)
+
+
+def test_buffers_of_the_state_are_donated_and_no_others() -> None:
+    guard, objective = GUARDS["loss guard"](), noisy(0)
+    params = jnp.zeros(4)
+    state = guard.init(params)
+    after, _ = lossguard.rollout(guard, state, objective, cycles=1)
+    assert state.params.is_deleted()
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.inner.learned))
+    assert not params.is_deleted()
+    assert not objective.problem.minimum.is_deleted()
+    assert not after.params.is_deleted()

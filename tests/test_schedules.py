@@ -1,0 +1,67 @@
+"""The schedules are their formulas, and only one of them has the sums of Theorem 7."""
+
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lossguard
+
+positive = st.floats(1e-4, 1e4)
+
+
+@given(rate=positive, tau=positive, power=st.floats(0.1, 3.0), t=st.integers(0, 10**7))
+def test_paper_decay(rate, tau, power, t) -> None:
+    expected = rate / (t / tau + 1) ** power
+    schedule = lossguard.paper_decay(rate, tau, power=power)
+    np.testing.assert_allclose(schedule(t), expected, rtol=1e-4)
+    np.testing.assert_allclose(schedule(jnp.int32(t)), expected, rtol=1e-4)
+
+
+@given(rate=positive, offset=positive, t=st.integers(0, 10**7))
+def test_harmonic_decay(rate, offset, t) -> None:
+    schedule = lossguard.harmonic_decay(rate, offset)
+    np.testing.assert_allclose(schedule(t), rate * offset / (offset + t), rtol=1e-5)
+    np.testing.assert_allclose(schedule(jnp.int32(t)), rate * offset / (offset + t), rtol=1e-5)
+
+
+def test_which_sums_are_finite() -> None:
+    """The paper's rates sum to less than rate (1 + 2 tau), by the integral; harmonic ones go on for
+    ever, by rate * offset * log(2) at least whenever offset + t doubles; their squares don't."""
+    t = jnp.arange(1_000_000)
+    tau = 20.0
+    paper, harmonic = lossguard.paper_decay(1.0, tau)(t), lossguard.harmonic_decay(1.0, tau)(t)
+    assert paper.sum() < 1 + 2 * tau
+    doublings = [int(tau * 2**j - tau) for j in range(16)]
+    for first, last in pairwise(doublings):
+        assert harmonic[first:last].sum() > 0.99 * tau * np.log(2)
+    assert (harmonic**2).sum() < 1 + tau
+
+
+def test_they_are_optax_schedules() -> None:
+    optimizer = optax.sgd(lossguard.paper_decay(3.0, tau=1.0))
+    w = jnp.array(0.0)
+    state = optimizer.init(w)
+    for t in range(3):
+        update, state = jax.jit(optimizer.update)(jnp.array(1.0), state, w)
+        np.testing.assert_allclose(update, -3.0 / (t + 1) ** 1.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: lossguard.paper_decay(0.0), "rate must be positive, got 0.0"),
+        (lambda: lossguard.paper_decay(1.0, tau=-2.0), "tau must be positive, got -2.0"),
+        (lambda: lossguard.harmonic_decay(-1.0, 5.0), "rate must be positive, got -1.0"),
+        (lambda: lossguard.harmonic_decay(1.0, 0.0), "offset must be positive, got 0.0"),
+        (lambda: lossguard.paper_decay(float("nan")), "rate must be positive, got nan"),
+    ],
+)
+def test_bad_input(call, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -265,7 +265,7 @@ def test_spirals_steps(spirals_mlp: Task, report: Callable[..., None]) -> None:
 
 
 def test_spirals_lgl2o(spirals_mlp: Task, against_torch: Callable[..., None]) -> None:
-    cycles = 200  # with 20, starting the compiled loop is 40% of the time
+    cycles = 200  # so that starting the compiled loop counts little
     against_torch(
         guard_steps(spirals_mlp, cycles),
         torch_lgl2o(spirals_mlp, cycles),

@@ -96,7 +96,7 @@ def test_new_data_of_the_same_shape_is_not_compiled_for() -> None:
     )
     once = len(traces)
     state, _ = lossguard.rollout(guard, state, Counted(jnp.zeros(4), traces.append), cycles=2)
-    state, _ = lossguard.rollout(guard, state, Counted(jnp.full(4, 5.0), traces.append), cycles=2)
+    state, _ = lossguard.rollout(guard, state, Counted(5 * jnp.ones(4), traces.append), cycles=2)
     assert len(traces) == once
     assert jnp.sum((state.params - 5) ** 2) < jnp.sum((state.params - 0) ** 2)
 

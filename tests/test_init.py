@@ -10,7 +10,7 @@ import pytest
 import lossguard
 
 NAMED_IN_THE_STUB = [
-    name.asname
+    name.name
     for node in ast.parse(resources.files("lossguard").joinpath("__init__.pyi").read_text()).body
     if isinstance(node, ast.ImportFrom)
     for name in node.names
@@ -24,12 +24,12 @@ def test_every_public_name_is_there_and_documented(name) -> None:
 
 
 def test_the_list_is_the_stub() -> None:
-    assert sorted(lossguard.__all__) == sorted(NAMED_IN_THE_STUB)
+    assert sorted(dir(lossguard)) == sorted(NAMED_IN_THE_STUB)
 
 
 def test_a_name_that_is_not_there() -> None:
     with pytest.raises(AttributeError, match="no_such_guard"):
-        _ = lossguard.no_such_guard
+        getattr(lossguard, "no_such_guard")  # noqa: B009
 
 
 def test_importing_the_package_imports_no_framework() -> None:

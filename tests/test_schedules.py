@@ -35,7 +35,8 @@ def test_which_sums_are_finite() -> None:
     ever, by rate * offset * log(2) at least whenever offset + t doubles; their squares don't."""
     t = jnp.arange(1_000_000)
     tau = 20.0
-    paper, harmonic = lossguard.paper_decay(1.0, tau)(t), lossguard.harmonic_decay(1.0, tau)(t)
+    paper = np.asarray(lossguard.paper_decay(1.0, tau)(t))
+    harmonic = np.asarray(lossguard.harmonic_decay(1.0, tau)(t))
     assert paper.sum() < 1 + 2 * tau
     doublings = [int(tau * 2**j - tau) for j in range(16)]
     for first, last in pairwise(doublings):

@@ -51,7 +51,7 @@ def faulty(rate: float, *, at: Array | int, fault: Array | str, value: Array | f
 
 
 class Hostile(NamedTuple):
-    count: Array
+    steps: Array
     key: Array
 
 
@@ -71,12 +71,12 @@ def hostile(which: Array | int, rate: Array | float = 0.5) -> optax.GradientTran
 
     def step(updates, state, params=None):
         def one(g: Array) -> Array:
-            noise = jax.random.normal(jax.random.fold_in(state.key, state.count), g.shape, g.dtype)
-            growth = 10.0 ** (20.0 * state.count)
-            turned = jnp.where(state.count < 30, -rate, 1e3)
+            noise = jax.random.normal(jax.random.fold_in(state.key, state.steps), g.shape, g.dtype)
+            growth = 10.0 ** (20.0 * state.steps)
+            turned = jnp.where(state.steps < 30, -rate, 1e3)
             choices = (0.1 * g, noise, turned * g, growth * (growth - g), -1e-9 * g)
             return jnp.select([which == j for j in range(len(choices))], choices).astype(g.dtype)
 
-        return jax.tree.map(one, updates), Hostile(state.count + 1, state.key)
+        return jax.tree.map(one, updates), Hostile(state.steps + 1, state.key)
 
     return optax.GradientTransformation(init, step)

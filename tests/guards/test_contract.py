@@ -188,7 +188,7 @@ def test_parameters_are_any_pytree_of_floats(guard, params) -> None:
     guard = GUARDS[guard](OPTIMIZERS["adam"], OPTIMIZERS["sgd"])
 
     def objective(params, i):
-        return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+        return sum((jnp.sum(leaf**2) for leaf in jax.tree.leaves(params)), jnp.array(0.0))
 
     state, _ = guard.step(guard.init(params), objective)
     assert jax.tree.structure(state.params) == jax.tree.structure(params)

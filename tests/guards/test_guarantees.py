@@ -11,6 +11,7 @@ import optimizers
 import pytest
 
 import lossguard
+from lossguard.guards.guarded import GuardedState
 from lossguard.tasks import Noisy, quadratic, ridge_logistic
 
 STEPS = 150
@@ -28,6 +29,7 @@ def by_guarded(problem, learned, fallback, start):
         x, state = carry
         updates, state = optimizer.update(jax.grad(problem)(x), state, x, value_fn=problem)
         x = optax.apply_updates(x, updates)
+        assert isinstance(state, GuardedState)
         return (x, state), (problem.excess(x), state.used_learned)
 
     return jax.lax.scan(step, (start, optimizer.init(start)), length=STEPS)[1]

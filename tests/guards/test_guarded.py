@@ -84,7 +84,9 @@ def test_it_is_an_ordinary_transformation() -> None:
         optax.scale(0.5),
     )
     updates, _ = optimizer.update(START, optimizer.init(START), START, value_fn=f)
-    np.testing.assert_allclose(updates, -0.5 * START / jnp.linalg.norm(START), rtol=1e-6)
+    np.testing.assert_allclose(
+        jnp.asarray(updates), -0.5 * START / jnp.linalg.norm(START), rtol=1e-6
+    )
 
 
 @pytest.mark.usefixtures("eager")

@@ -36,7 +36,7 @@ def test_schedules_advance_by_nt_a_cycle_whoever_wins(fallback, loser) -> None:
     The learned optimizer goes far down in even cycles, and up in odd ones, by a schedule too.
     """
     nt, cycles = 3, 6
-    learned = optax.sgd(lambda k: jnp.where(k // nt % 2 == 0, 10.0, -10.0))
+    learned = optax.sgd(lambda k: jnp.where(jnp.asarray(k) // nt % 2 == 0, 10.0, -10.0))
     guard = lossguard.loss_guard(learned, SCHEDULED[fallback](), nt=nt, nc=1, loser=loser)
     state = guard.init({"w": jnp.array(0.0)})
     step = jax.jit(lambda state: guard.step(state, lambda params, i: params["w"]))

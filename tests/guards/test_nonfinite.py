@@ -184,7 +184,7 @@ def test_a_state_that_is_made_anew_keeps_its_schedule() -> None:
     """On F(w) = w a step of SGD is its rate: 8, 4, 2, 1, ... whatever became of the momentum."""
     spoilt = optax.chain(
         optimizers.faulty(-1.0, at=1, fault="state", value=np.nan),
-        optax.scale_by_learning_rate(lambda k: 8.0 * 2.0**-k),
+        optax.scale_by_learning_rate(lambda k: 8.0 * 0.5**k),
     )
     guard = lossguard.loss_guard(spoilt, optimizers.constant(1.0), nt=1, nc=1)
     state = guard.init(jnp.array(0.0))

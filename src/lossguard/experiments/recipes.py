@@ -21,6 +21,7 @@ def demo() -> Experiment:
         name="demo",
         title="Learned on MNIST + MLP, tested on Spirals + MLP",
         methods=(*EARLY_AND_LATE, "LGL2O over Adam", "Recommended"),
+        vectorize=False,
     )
 
 

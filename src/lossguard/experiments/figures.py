@@ -91,7 +91,6 @@ def smooth(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
     )
     first = np.minimum(first, np.arange(len(steps)))
     weights = np.concatenate([[0.0], np.cumsum(widths)])
-    result = np.empty_like(values, dtype=np.float64)
     finite = np.isfinite(values)
     sums = np.cumsum(np.where(finite, values, 0) * widths, axis=1)
     sums = np.concatenate([np.zeros((len(values), 1)), sums], axis=1)

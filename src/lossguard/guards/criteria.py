@@ -33,7 +33,7 @@ def mean_criterion() -> Criterion:
     """Better is a lower mean: mean(d) > 0. The paper's criterion (1)."""
 
     def test(d: Array, n: Array) -> tuple[Array, Array]:
-        mean, _ = _moments(d, n)
+        mean, _ = moments(d, n)
         return mean > 0, jnp.ones(len(d), bool)
 
     return Criterion(test)
@@ -83,7 +83,7 @@ def sequential_criterion(*, confidence: float = 0.95, first: int = 5, most: int 
 def _t_test(
     d: Float[Array, "m most"], n: Int[Array, ""], level: float
 ) -> tuple[Bool[Array, " m"], Bool[Array, " m"]]:
-    mean, deviation = _moments(d, n)
+    mean, deviation = moments(d, n)
     samples = np.arange(2, d.shape[1] + 1)
     quantiles = np.concatenate([[np.inf, np.inf], stats.t.ppf(1 - level, samples - 1)])
     bound = jnp.asarray(quantiles, d.dtype)[n] * deviation / jnp.sqrt(n)
@@ -91,7 +91,7 @@ def _t_test(
     return better, better | worse
 
 
-def _moments(
+def moments(
     d: Float[Array, "m most"], n: Int[Array, ""]
 ) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
     """Mean and standard deviation of the first n columns."""

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
+
+from .criteria import moments
 
 
 class Windows(NamedTuple):
@@ -40,16 +42,9 @@ def adaptive(*, most: int = 16, apart: float = 2.0) -> Windows:
         raise ValueError(f"{name} must be at least 1, got {value!r}")
 
     def update(factor: Array, learned: Array, fallback: Array, n: Array) -> Array:
-        (mean_y, sd_y), (mean_z, sd_z) = _moments(learned, n), _moments(fallback, n)
+        (mean_y, mean_z), (sd_y, sd_z) = moments(jnp.stack([learned, fallback]), n)
         gap, spread = jnp.abs(mean_y - mean_z), sd_y + sd_z
         longer = jnp.where(gap < spread, jnp.minimum(2 * factor, most), factor)
         return jnp.where(gap > apart * spread, jnp.maximum(factor // 2, 1), longer)
 
     return Windows(update, most)
-
-
-def _moments(losses: Float[Array, " most"], n: Array) -> tuple[Array, Array]:
-    counts = jnp.arange(losses.shape[0]) < n
-    mean = jnp.where(counts, losses, 0).sum() / n
-    squares = jnp.where(counts, (losses - mean) ** 2, 0).sum()
-    return mean, jnp.sqrt(squares / jnp.maximum(n - 1, 1))

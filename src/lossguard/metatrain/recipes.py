@@ -1,5 +1,6 @@
 """How the learned optimizers that the package ships were meta-trained."""
 
+from ..tasks.models import ConvNet
 from .loop import MetaTraining
 
 
@@ -8,4 +9,16 @@ def mnist_mlp() -> MetaTraining:
     return MetaTraining(name="lstm-mnist-mlp")
 
 
-RECIPES = {"mnist-mlp": mnist_mlp}
+def cifar10_conv() -> MetaTraining:
+    """``lstm-cifar10-conv``: CIFAR-10 and the ConvNet with three layers (paper, appendix D)."""
+    return MetaTraining(
+        name="lstm-cifar10-conv",
+        dataset="cifar10",
+        model=ConvNet(),
+        scale=0.01,
+        shortest=100,
+        longest=600,
+    )
+
+
+RECIPES = {"mnist-mlp": mnist_mlp, "cifar10-conv": cifar10_conv}

@@ -56,9 +56,13 @@ class MetaTraining:
     shortest: int = 100
     longest: int = 500
     """Rollout lengths are drawn log-uniformly between the two, rounded up to whole pieces."""
+    curriculum: int = 0
+    """Meta-steps over which the longest rollout grows from ``shortest``, geometrically."""
     meta_steps: int = 3000
     rate: float = 3e-3
     """Of Adam on the weights; decayed to zero by a cosine."""
+    b2: float = 0.999
+    """Of Adam; less forgets sooner the gradients of an exploding start."""
     clip: float = 1.0
     """Largest norm of a meta-gradient."""
     hidden: int = 20
@@ -116,7 +120,7 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
         while done < config.meta_steps:
             steps = min(config.validate_every, config.meta_steps - done)
             state, losses, norms = _train(
-                config, task, state, jax.random.fold_in(train_key, done), steps
+                config, task, state, jax.random.fold_in(train_key, done), jnp.int32(done), steps
             )
             done += steps
             validation = np.asarray(_validate(config, task, state.weights, validation_key))
@@ -166,7 +170,7 @@ def _start(config: MetaTraining, task: Task, key: PRNGKeyArray) -> MetaState:
     return MetaState(
         weights,
         _meta_optimizer(config).init(weights),
-        _fresh(config, task, first_key),
+        _fresh(config, task, first_key, 0),
         weights,
         jnp.float32(jnp.inf),
     )
@@ -174,13 +178,15 @@ def _start(config: MetaTraining, task: Task, key: PRNGKeyArray) -> MetaState:
 
 def _meta_optimizer(config: MetaTraining) -> optax.GradientTransformation:
     rate = optax.cosine_decay_schedule(config.rate, config.meta_steps)
-    return optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(rate))
+    return optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(rate, b2=config.b2))
 
 
-def _fresh(config: MetaTraining, task: Task, key: PRNGKeyArray) -> Optimizees:
-    """Optimizees at the start of rollouts of random lengths."""
+def _fresh(config: MetaTraining, task: Task, key: PRNGKeyArray, done: Array | int) -> Optimizees:
+    """Optimizees at the start of rollouts of random lengths, ``done`` meta-steps into training."""
     length_key, key = jax.random.split(key)
-    bounds = jnp.log(config.shortest), jnp.log(config.longest)
+    grown = jnp.minimum(1, (done + 1) / (config.curriculum + 1))
+    low, high = jnp.log(config.shortest), jnp.log(config.longest)
+    bounds = low, low + grown * (high - low)
     log_length = jax.random.uniform(length_key, (config.optimizees,), jnp.float32, *bounds)
     pieces = jnp.ceil(jnp.exp(log_length) / config.truncation - 1e-3).astype(jnp.int32)
     weights = init_lstm_weights(key, hidden=config.hidden, layers=config.layers)
@@ -191,22 +197,27 @@ def _fresh(config: MetaTraining, task: Task, key: PRNGKeyArray) -> Optimizees:
 
 @eqx.filter_jit
 def _train(
-    config: MetaTraining, task: Task, state: MetaState, key: PRNGKeyArray, steps: int
+    config: MetaTraining, task: Task, state: MetaState, key: PRNGKeyArray, done: Array, steps: int
 ) -> tuple[MetaState, Array, Array]:
     """``steps`` meta-steps in one compiled loop: the state after them, losses, gradient norms."""
     optimizer = _meta_optimizer(config)
 
-    def step(state: MetaState, key: PRNGKeyArray) -> tuple[MetaState, tuple[Array, Array]]:
+    def step(
+        state: MetaState, key_and_done: tuple[PRNGKeyArray, Array]
+    ) -> tuple[MetaState, tuple[Array, Array]]:
+        key, done = key_and_done
         losses, gradient, optimizees = meta_gradient(
             config.optimizer, task, state.weights, state.optimizees, config.truncation
         )
         updates, adam = optimizer.update(gradient, state.adam, state.weights)
         weights = optax.apply_updates(state.weights, updates)
-        optimizees = restart_finished(optimizees, _fresh(config, task, key))
+        optimizees = restart_finished(optimizees, _fresh(config, task, key, done))
         state = state._replace(weights=weights, adam=adam, optimizees=optimizees)
         return state, (losses.mean(), optax.tree.norm(gradient))
 
-    state, (losses, norms) = jax.lax.scan(step, state, jax.random.split(key, steps))
+    state, (losses, norms) = jax.lax.scan(
+        step, state, (jax.random.split(key, steps), done + jnp.arange(steps))
+    )
     return state, losses, norms
 
 

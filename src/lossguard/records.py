@@ -1,8 +1,9 @@
 """What a run leaves on disk: a folder that says what was run, on what, and what came of it.
 
-    config.json      everything to run it again
-    manifest.json    commit, versions, device, wall time
-    curves.parquet   what happened, thinned to three significant digits of the step
+    config.json          everything to run it again
+    manifest.json        commit, versions, device, wall time
+    curves.parquet       what happened, thinned to three significant digits of the step
+    evaluations.parquet  loss and accuracy on both whole splits, at steps 100, 200, 300, 500, ...
 
 Nothing that looks whole is half written: each file is written beside its name and then renamed.
 """
@@ -27,6 +28,7 @@ import polars as pl
 from .guards.protocol import Decision
 
 CONFIG, MANIFEST, CURVES = "config.json", "manifest.json", "curves.parquet"
+EVALUATIONS = "evaluations.parquet"
 PACKAGES = ("lossguard", "jax", "jaxlib", "optax", "equinox", "numpy", "polars")
 
 

@@ -73,12 +73,21 @@ def test_curves_are_those_of_a_plain_rollout(whole: Path) -> None:
     init_key, order_key = jax.random.split(jax.random.key(1))
     task, guard = e.make_task(e), e.guards()["LGL2O"]
     state = guard.init(task.init(init_key))
-    _, decisions = rollout(guard, state, Objective(task, order_key), cycles=12)
+    state, decisions = rollout(guard, state, Objective(task, order_key), cycles=12)
     _, _, curves = records.read_run(whole)
     rows = curves.filter(pl.col("method") == "LGL2O", pl.col("seed") == 1)
     np.testing.assert_allclose(rows["loss"], decisions.losses.ravel(), rtol=1e-4)
     np.testing.assert_array_equal(rows["used_learned"], decisions.used_learned.ravel())
     np.testing.assert_allclose(rows["learned_loss"][::5], decisions.learned_loss, rtol=1e-4)
+
+    evaluations = records.read_parquet(whole / records.EVALUATIONS)
+    assert evaluations.filter(pl.col("method") == "LGL2O")["step"].to_list() == [20, 20, 60, 60]
+    (last,) = evaluations.filter(method="LGL2O", seed=1, step=60).rows(named=True)
+    logits = task.model.apply(state.params, task.dataset.normalize(task.dataset.test.inputs))
+    labels = np.asarray(task.dataset.test.labels)
+    assert last["test_accuracy"] == pytest.approx((np.argmax(logits, 1) == labels).mean())
+    log_p = np.asarray(logits) - np.log(np.exp(logits).sum(1, keepdims=True))
+    assert last["test_loss"] == pytest.approx(-log_p[np.arange(len(labels)), labels].mean(), 1e-4)
 
 
 def test_all_methods_start_alike(whole: Path) -> None:
@@ -89,10 +98,11 @@ def test_all_methods_start_alike(whole: Path) -> None:
 
 
 def same_curves(folder: Path, whole: Path) -> None:
-    found, expected = (records.read_run(f)[2] for f in (folder, whole))
-    assert found.schema == expected.schema
-    for column in expected.columns:
-        np.testing.assert_array_equal(found[column], expected[column])  # NaN equals NaN
+    for name in (records.CURVES, records.EVALUATIONS):
+        found, expected = (records.read_parquet(f / name) for f in (folder, whole))
+        assert found.schema == expected.schema
+        for column in expected.columns:
+            np.testing.assert_array_equal(found[column], expected[column])  # NaN equals NaN
     left = sorted(entry.name for entry in (folder / "methods").iterdir())
     assert left == ["L2O.parquet", "LGL2O.parquet", "Signs.parquet"]
 

@@ -21,12 +21,18 @@ from .experiment import Experiment
 
 CHUNK = 100
 """Cycles in one compiled loop: what Ctrl-C waits for, and what a progress bar moves by."""
+FIRST_CHUNKS = 5
+"""The same for the first ``CHUNK`` cycles, so that early marks are at the ends of chunks."""
 SAVE_SECONDS = 60.0
 """Between two checkpoints."""
 
 
 def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
     """Run every method of an experiment; returns the folder of its records.
+
+    Beside the curves it leaves ``evaluations.parquet``: loss and accuracy of the iterate on the
+    whole of both splits, at steps 50, 100, 200, 300, 500, 1,000 and so on, and at the last one. So
+    methods are compared without the noise of minibatches.
 
     Every seed draws its own initialization and order of minibatches, the same for all methods. A
     run stopped by Ctrl-C or killed goes on with ``resume``, from the last checkpoint, and ends with
@@ -43,10 +49,12 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
     task = experiment.make_task(experiment)
     records.open_folder(folder, as_config(experiment), resume=resume)
     made = records.manifest(data=task.dataset.note)  # now: a checkout may change while it runs
-    curves, seconds = [], {}
+    curves, evaluations, seconds = [], [], {}
     for method, guard in guards.items():
-        table, seconds[method] = _run_method(experiment, method, guard, task, folder)
+        table, evaluated, seconds[method] = _run_method(experiment, method, guard, task, folder)
         curves.append(table)
+        evaluations.append(evaluated)
+    records.write_parquet(folder / records.EVALUATIONS, pl.concat(evaluations))
     records.write_parquet(folder / records.CURVES, pl.concat(curves))
     records.write_json(folder / records.MANIFEST, made | {"seconds": seconds})
     return folder
@@ -66,16 +74,17 @@ def as_config(value: Any) -> Any:
 
 def _run_method(
     experiment: Experiment, method: str, guard: Guard, task: Task, folder: Path
-) -> tuple[pl.DataFrame, float]:
-    """One method's curves, and the seconds that it took.
+) -> tuple[pl.DataFrame, pl.DataFrame, float]:
+    """One method's curves and evaluations, and the seconds that it took.
 
     Without compilation, if there is a chunk like one before it: the others took as long a cycle.
     """
     name = quote(method, safe=" ()")
     finished = folder / "methods" / f"{name}.parquet"
+    evaluated = folder / "evaluated" / f"{name}.parquet"
     if finished.exists():
-        table = records.read_parquet(finished)
-        return table.drop("seconds"), float(table["seconds"][0])
+        table, evaluations = records.read_parquet(finished), records.read_parquet(evaluated)
+        return table.drop("seconds"), evaluations, float(table["seconds"][0])
 
     seeds = experiment.seed + np.arange(experiment.seeds)
     init_keys, order_keys = jax.vmap(lambda s: jax.random.split(jax.random.key(s)), out_axes=1)(
@@ -86,12 +95,14 @@ def _run_method(
     state = jax.jit(jax.vmap(lambda key: guard.init(task.init(key))))(init_keys)
 
     cycles = -(-experiment.steps // experiment.nt)
-    done, chunks = 0, []
+    done, chunks, evaluations = 0, [], []
     seconds, timed = 0.0, 0  # of the chunks that nothing was compiled for: time, cycles
     checkpoints = Checkpoints(folder / "methods" / f"{name}.checkpoints")
     if (found := checkpoints.latest((state, jnp.zeros(2)))) is not None:
         done, (state, (seconds, timed)), table = found
         seconds, timed, chunks = float(seconds), int(timed), [table]
+        if evaluated.exists():
+            evaluations = [records.read_parquet(evaluated).filter(pl.col("cycle") <= done)]
 
     with (
         stopping_at_interrupt() as stopped,
@@ -100,7 +111,7 @@ def _run_method(
         saved = progress.seconds
         compiled = set()
         while done < cycles:
-            count = min(CHUNK, cycles - done)
+            count = min(CHUNK, cycles - done, FIRST_CHUNKS if done < CHUNK else CHUNK)
             before = np.asarray(state.steps)
             began = progress.seconds
             if experiment.vectorize:
@@ -116,6 +127,9 @@ def _run_method(
             used = float(np.asarray(decisions.used_learned).mean())
             loss = float(np.asarray(decisions.losses).mean())
             progress.advance(count * experiment.nt, loss=loss, learned=used)
+            if _is_mark(done * experiment.nt) or done == cycles:
+                evaluations.append(_evaluate(task, method, done, state))
+                records.write_parquet(evaluated, pl.concat(evaluations))
             if (stopped() or progress.seconds - saved > SAVE_SECONDS) and done < cycles:
                 saved = progress.seconds
                 chunks = [pl.concat(chunks)]
@@ -128,7 +142,23 @@ def _run_method(
     checkpoints.delete()
     if stopped():
         raise KeyboardInterrupt
-    return table, seconds
+    return table, pl.concat(evaluations), seconds
+
+
+def _is_mark(step: int) -> bool:
+    """Whether a step is 1, 2, 3 or 5 times a power of ten."""
+    return str(step).rstrip("0") in ("1", "2", "3", "5")
+
+
+def _evaluate(task: Task, method: str, cycle: int, state: GuardState) -> pl.DataFrame:
+    """Losses and accuracies on the whole of both splits, a row for each seed."""
+    steps = np.asarray(state.steps)
+    rows = []
+    for seed, step in enumerate(steps):
+        params = jax.tree.map(lambda leaf, seed=seed: leaf[seed], state.params)
+        values = {name: float(value) for name, value in task.evaluate(params).items()}
+        rows.append({"method": method, "seed": seed, "cycle": cycle, "step": int(step)} | values)
+    return pl.DataFrame(rows)
 
 
 def _one_by_one(

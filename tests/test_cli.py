@@ -51,7 +51,15 @@ def refused(
 def test_list(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
     main("list")
     out = capsys.readouterr().out
-    for name in ("demo", "fig05", "mnist-mlp", "spirals", "tiny_imagenet", "lstm-mnist-mlp"):
+    for name in (
+        "demo",
+        "fig05",
+        "table1",
+        "mnist-mlp",
+        "spirals",
+        "tiny_imagenet",
+        "lstm-mnist-mlp",
+    ):
         assert f"\n  {name} " in out or f"\n  {name}\n" in out
 
 
@@ -145,7 +153,7 @@ def test_plot_of_meta_training(
         (("plot",), ("plot needs the folder of a run",)),
         (("plot", "nowhere"), ("nowhere holds no finished run: config.json is missing",)),
         (("run",), ("path/to/module.py:function or one of demo, fig03",)),
-        (("run", "fig3"), ("got 'fig3' (did you mean fig03?)",)),
+        (("run", "fgi03"), ("got 'fgi03' (did you mean fig03?)",)),
         (("metatrain", "mnist"), ("one of mnist-mlp", "(did you mean mnist-mlp?)")),
         (("run", "no.py:recipe"), ("recipe no.py:recipe can't be read", "no such Python file")),
         (("run", ".py:"), ("can't be read",)),

@@ -2,6 +2,7 @@
 
 lossguard demo                  the shipped learned optimizer on Spirals, in under a minute
 lossguard run RECIPE            an experiment of the paper, or path/to/module.py:recipe
+lossguard sweep SET...          sets of recipes, or recipes, one after another or on a cluster
 lossguard metatrain RECIPE      meta-train a learned optimizer
 lossguard plot DIR...           figures and tables from records alone
 lossguard list                  recipes, data sets, learned optimizers
@@ -9,6 +10,7 @@ lossguard list                  recipes, data sets, learned optimizers
 
 import difflib
 import importlib.util
+import itertools
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +36,8 @@ def main() -> None:
         print(f"lossguard: {_sentence(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("lossguard: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        how = "the same command" if name == "sweep" else "--resume"
+        print(f"lossguard: stopped; {how} goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 
@@ -48,12 +51,22 @@ class Where:
     """Go on from the last checkpoint."""
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """Where a sweep leaves its folders and where it runs."""
+
+    out: Path = Path("runs")
+    """Folder of the folders of its runs. What is complete there is skipped, the rest resumed."""
+    ray: str | None = None
+    """Address of a Ray cluster to spread the runs over, or "auto" or "local"."""
+
+
 def demo(arguments: Sequence[str]) -> None:
     """Six methods on Spirals: a table and a figure."""
     from .experiments.recipes import demo as recipe
 
     out = Path(tempfile.mkdtemp(prefix="lossguard-demo-"))
-    _run(*_override(recipe(), out, arguments, "demo"))
+    _run(*_override(recipe(), Where(out), arguments, "demo"))
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -65,7 +78,40 @@ def run(arguments: Sequence[str]) -> None:
         print(_usage("run", RECIPES))
         return
     name, recipe = _recipe(arguments, RECIPES, "run", Experiment)
-    _run(*_override(recipe, Path("runs") / name, arguments[1:], f"run {name}"))
+    _run(*_override(recipe, Where(Path("runs") / name), arguments[1:], f"run {name}"))
+
+
+def sweep(arguments: Sequence[str]) -> None:
+    """Experiments one after another, or over a cluster: the options apply to each."""
+    from .experiments.experiment import Experiment
+    from .experiments.recipes import RECIPES, SETS
+    from .experiments.sweep import sweep
+
+    known = {**SETS, **RECIPES}
+    if _wants_help(arguments):
+        print(_usage("sweep", known))
+        return
+    names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+    options = arguments[len(names) :]
+    where, experiments = Sweep(), {}
+    for given in [recipe for name in names or [""] for recipe in SETS.get(name, (name,))]:
+        name, recipe = _recipe([given], known, "sweep", Experiment)
+        where, experiment = _override(recipe, where, options, f"sweep {name}")
+        if experiments.setdefault(name, experiment) != experiment:
+            raise ValueError(f"recipes must have different names, but two are called {name}")
+
+    failed = 0
+    for outcome in sweep(experiments, where.out, ray=where.ray):
+        if outcome.state == "complete":
+            _show(outcome.folder)
+        elif outcome.state == "skipped":
+            print(f"{outcome.name}: complete already\nrecords: {outcome.folder}")
+        else:
+            failed += 1
+            print(f"{outcome.name}: {outcome.reason}\nrecords: {outcome.folder}", file=sys.stderr)
+    if failed:
+        print(f"lossguard: {failed} of {len(experiments)} runs failed", file=sys.stderr)
+        sys.exit(1)
 
 
 def metatrain(arguments: Sequence[str]) -> None:
@@ -77,7 +123,8 @@ def metatrain(arguments: Sequence[str]) -> None:
         print(_usage("metatrain", RECIPES))
         return
     name, recipe = _recipe(arguments, RECIPES, "metatrain", loop.MetaTraining)
-    where, config = _override(recipe, Path("runs") / name, arguments[1:], f"metatrain {name}")
+    where = Where(Path("runs") / name)
+    where, config = _override(recipe, where, arguments[1:], f"metatrain {name}")
     weights = loop.metatrain(config, where.out, resume=where.resume)
     print(f"weights: {weights}\nfigure: {figure.plot(where.out)}")
 
@@ -101,12 +148,14 @@ def list_all(arguments: Sequence[str]) -> None:
     if arguments:
         raise ValueError(f"list takes no arguments, got {' '.join(arguments)}")
     from .experiments.recipes import RECIPES as EXPERIMENTS
+    from .experiments.recipes import SETS
     from .learned.pretrained import pretrained_names
     from .metatrain.recipes import RECIPES as META
     from .tasks.datasets import DATASETS
 
     for title, entries in {
-        "experiments (lossguard run)": {n: _first_line(f) for n, f in EXPERIMENTS.items()},
+        "experiments (lossguard run)": {n: f().title for n, f in EXPERIMENTS.items()},
+        "sets of experiments": {name: ", ".join(members) for name, members in SETS.items()},
         "meta-training (lossguard metatrain)": {n: _first_line(f) for n, f in META.items()},
         "data sets (--dataset)": {n: _first_line(f) for n, f in DATASETS.items()},
         "learned optimizers (--learned)": dict.fromkeys(pretrained_names(), ""),
@@ -119,6 +168,7 @@ def list_all(arguments: Sequence[str]) -> None:
 COMMANDS: Mapping[str, Callable[[Sequence[str]], None]] = {
     "demo": demo,
     "run": run,
+    "sweep": sweep,
     "metatrain": metatrain,
     "plot": plot,
     "list": list_all,
@@ -145,7 +195,7 @@ def _show(folder: Path) -> None:
 
 
 def _recipe(
-    arguments: Sequence[str], recipes: Mapping[str, Callable[[], Any]], command: str, kind: type
+    arguments: Sequence[str], recipes: Mapping[str, Any], command: str, kind: type
 ) -> tuple[str, Any]:
     """The recipe that the first argument names: one of ours, or ``path/to/module.py:function``."""
     name = arguments[0] if arguments else ""
@@ -168,29 +218,32 @@ def _load(path: Path, function: str) -> Callable[[], Any]:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise ValueError(f"recipe {path}:{function} can't be read: there is no such Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    module = sys.modules.get(path.stem)
     try:
-        spec.loader.exec_module(module)
+        if getattr(module, "__file__", None) != spec.origin:  # two recipes of a file share it
+            module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
     except (SyntaxError, ImportError) as error:
+        del sys.modules[path.stem]
         raise ValueError(f"recipe {path}:{function} can't be read: {error}") from error
     if not callable(getattr(module, function, None)):
         raise ValueError(f"recipe {path}:{function} can't be read: the file has no such function")
     return getattr(module, function)
 
 
-def _override(config: Any, out: Path, arguments: Sequence[str], program: str) -> tuple[Where, Any]:
-    """The config with the fields that the command line names replaced, and where to put the run."""
+def _override(config: Any, where: Any, arguments: Sequence[str], program: str) -> tuple[Any, Any]:
+    """Where to put a run, and its config, with the fields replaced that the command line names."""
+    place: Any = type(where)
     kind: Any = type(config)
 
     @dataclass(frozen=True)
     class Arguments:
-        where: tyro.conf.OmitArgPrefixes[Where]
+        where: tyro.conf.OmitArgPrefixes[place]  # pyright: ignore
         config: Annotated[kind, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]  # pyright: ignore
 
     parsed = tyro.cli(
         Arguments,
-        default=Arguments(Where(out), config),
+        default=Arguments(where, config),
         args=arguments,
         prog=f"lossguard {program}",
         description="",
@@ -202,7 +255,7 @@ def _wants_help(arguments: Sequence[str]) -> bool:
     return bool(arguments) and arguments[0] in ("-h", "--help")
 
 
-def _usage(command: str, recipes: Mapping[str, Callable[[], Any]]) -> str:
+def _usage(command: str, recipes: Mapping[str, Any]) -> str:
     return (
         f"usage: lossguard {command} RECIPE [OPTIONS]\n\n"
         f"RECIPE is path/to/module.py:function or one of {', '.join(recipes)}.\n"

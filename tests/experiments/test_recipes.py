@@ -1,0 +1,120 @@
+"""The paper's experiments: each builds and runs, with the settings of the paper's text."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from lossguard import records
+from lossguard.experiments import experiment as experiments
+from lossguard.experiments.recipes import RECIPES, SETS
+from lossguard.experiments.run import run
+from lossguard.learned.pretrained import pretrained_names
+from lossguard.tasks.models import MLP, ConvNet
+
+GENERATED = ("spirals", "circles", "moons")
+
+# Appendix E's table.
+TABLE = {
+    "mnist": {"MLP": (0.001, 50_000), "Conv": (0.01, 20_000)},
+    "circles": {"MLP": (0.01, 50_000)},
+    "spirals": {"MLP": (0.01, 50_000)},
+    "cifar10": {"Conv": (0.001, 20_000)},
+}
+# Tables 1 and 2: data set and optimizee.
+TABLES = {
+    "table1": {
+        ("mnist", "MLP"),
+        ("mnist", "Conv"),
+        ("spirals", "MLP"),
+        ("circles", "MLP"),
+        ("cifar10", "Conv"),
+        ("tiny_imagenet50_32px", "Conv"),
+    },
+    "table2": {
+        ("mnist", "MLP"),
+        ("mnist", "Conv"),
+        ("spirals", "MLP"),
+        ("circles", "MLP"),
+        ("cifar10", "Conv"),
+    },
+}
+
+
+def kind(model: MLP | ConvNet) -> str:
+    return "MLP" if isinstance(model, MLP) else "Conv"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded_once() -> Iterator[None]:
+    """Each data set is read once for all recipes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments, "load_dataset", cache(experiments.load_dataset))
+        yield
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_runs(name: str, tmp_path: Path) -> None:
+    """Two cycles of its last method, by its settings and on its data."""
+    e = RECIPES[name]()
+    here = e.dataset in GENERATED
+    if not here and not (Path(os.environ.get("LOSSGUARD_DATA", "")) / e.dataset).is_dir():
+        pytest.skip(f"LOSSGUARD_DATA names no folder with {e.dataset}")
+    assert e.name == name and e.learned in ("lstm-mnist-mlp", "lstm-cifar10-conv")
+    e = replace(e, learned=pretrained_names()[0])
+    assert list(e.guards()) == list(e.methods)
+    short = replace(e, methods=e.methods[-1:], steps=20, seeds=2)
+    config, made, curves = records.read_run(run(short, tmp_path / "run"))
+    assert config["name"] == name and tuple(made["seconds"]) == e.methods[-1:]
+    assert curves["step"].max() == 20 and curves["seed"].n_unique() == 2
+    assert curves["loss"].is_finite().all()
+    assert bool(made["data"]) == (e.dataset in ("cifar10", "tiny_imagenet50_32px"))
+
+
+@pytest.mark.parametrize("name", [*SETS["table1"], *SETS["table2"]])
+def test_settings_of_appendix_e(name: str) -> None:
+    e = RECIPES[name]()
+    conv = kind(e.model) == "Conv"
+    slow = 100 if name in ("fig13", "fig16") else 1  # footnote 5
+    assert e.sgd_rate == ((0.0001 if slow == 100 else 0.01) if conv else 3.0)
+    assert e.guard_tau == 50_000 * slow
+    if name == "fig08":  # section 4.5
+        assert e.sgd_tau == 50_000
+    else:
+        adam, tau = TABLE[e.dataset][kind(e.model)]
+        assert (e.adam_rate, e.sgd_tau) == (adam, tau * slow)
+    assert (e.nt, e.nc, e.batch_size, e.seeds, e.seed) == (10, 10, 128, 5, 0)
+    assert e.learned == ("lstm-mnist-mlp" if name in SETS["table1"] else "lstm-cifar10-conv")
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_tables(table: str) -> None:
+    recipes = [RECIPES[name]() for name in SETS[table]]
+    assert {(e.dataset, kind(e.model)) for e in recipes} == TABLES[table]
+    assert len(recipes) == len(TABLES[table])
+
+
+def test_sets_name_recipes() -> None:
+    assert all(name in RECIPES for names in SETS.values() for name in names)
+    figures = {f"fig{number:02}" for number in range(3, 17)} - {"fig11"}  # that of meta-training
+    assert figures <= set(RECIPES)
+
+
+def test_grids_are_whole() -> None:
+    """All values of appendix E, and the whole rectangle of figure 10."""
+    for name in SETS["grids"]:
+        e = RECIPES[name]()
+        assert e.steps == 300 and len(set(e.methods)) == 5 + 4
+        assert {m for m in e.methods if m.startswith("Adam")} == {
+            "Adam 0.0001",
+            "Adam 0.001",
+            "Adam 0.01",
+            "Adam 0.1",
+        }
+        taus = [int(m.split()[-1]) for m in e.methods if m.startswith("SGDnm")]
+        assert taus == [2_000, 5_000, 10_000, 20_000, 50_000]
+    assert len(set(RECIPES["fig10"]().methods)) == 5 * 5
+    assert "SGDnm 0.01 tau 50000" in RECIPES["fig10"]().methods

@@ -1,0 +1,133 @@
+"""Several experiments one after another, or spread over a Ray cluster; failures are recorded.
+
+Each goes into a folder of its own, named after its recipe. The same sweep again goes on where it
+stopped: what is complete is skipped, what is half done is resumed, what failed is tried again.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ..records import CURVES, MANIFEST, open_folder, write_json
+from .experiment import Experiment
+from .run import as_config, run
+
+FAILED = "failed.json"
+"""Why the last attempt failed; absent if it did not."""
+
+
+class Outcome(NamedTuple):
+    """What became of one experiment of a sweep."""
+
+    name: str
+    """Of its recipe."""
+    folder: Path
+    state: Literal["skipped", "complete", "failed"]
+    reason: str = ""
+    """Of a failure: one line."""
+
+
+def sweep(
+    experiments: Mapping[str, Experiment], out: Path, *, ray: str | None = None
+) -> Iterator[Outcome]:
+    """Run the experiments; yields what became of each as soon as it is known.
+
+    One that fails leaves ``failed.json`` (``reason``, ``traceback``) in its folder, and the others
+    go on.
+
+    Args:
+        experiments: by the names that their folders get.
+        out: the folder for these folders. All machines of a cluster must see it, and the modules
+            of recipes of the user's own, under the same paths.
+        ray: address of a Ray cluster as ``ray.init`` takes it ("auto", "local", "ray://..."); None
+            runs them here, one after another.
+
+    Raises:
+        ValueError: before anything is run, if a folder holds another run or other files, or if Ray
+            is asked for and not installed.
+    """
+    folders = {name: (out / name).absolute() for name in experiments}
+    for name, experiment in experiments.items():
+        open_folder(folders[name], as_config(experiment), resume=True)
+    spread = None if ray is None else _on_ray(ray)
+
+    left: dict[str, tuple[Experiment, Path]] = {}
+    for name, experiment in experiments.items():
+        if all((folders[name] / file).exists() for file in (CURVES, MANIFEST)):
+            yield Outcome(name, out / name, "skipped")
+        else:
+            left[name] = experiment, folders[name]
+    for name, reason in _one_after_another(left) if spread is None else spread(left):
+        yield Outcome(name, out / name, "failed" if reason else "complete", reason)
+
+
+Runs = Mapping[str, tuple[Experiment, Path]]
+Reasons = Iterator[tuple[str, str]]
+"""Name, and why it failed: empty if it did not."""
+
+
+def _one_after_another(runs: Runs) -> Reasons:
+    for name, (experiment, folder) in runs.items():
+        yield name, attempt(experiment, folder)
+
+
+def attempt(experiment: Experiment, folder: Path) -> str:
+    """Run or resume one experiment; returns why it failed, or nothing, and records that."""
+    (folder / FAILED).unlink(missing_ok=True)
+    try:
+        run(experiment, folder, resume=True)
+    except Exception as error:
+        return _failed(folder, error)
+    return ""
+
+
+def _failed(folder: Path, error: Exception) -> str:
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    lines = "".join(traceback.format_exception(error))
+    write_json(folder / FAILED, {"reason": reason, "traceback": lines})
+    return reason
+
+
+def _on_ray(address: str) -> Callable[[Runs], Reasons]:
+    """The same on a cluster, one task an experiment, in the order in which they end.
+
+    A task takes a GPU if the cluster has any. One whose machine is lost is resumed by Ray on
+    another.
+    """
+    try:
+        import ray  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError('ray needs a package: pip install "lossguard[ray]"') from error
+
+    def attempt_there(experiment: Experiment, folder: Path, command: list[str]) -> str:
+        sys.argv = command  # for the manifest
+        return attempt(experiment, folder)
+
+    def spread(runs: Runs) -> Reasons:
+        found = {"env_vars": {"PYTHONPATH": _modules(runs)}}
+        with ray.init(address=address, runtime_env=found, log_to_driver=False):
+            gpus = 1 if ray.cluster_resources().get("GPU") else 0
+            task = ray.remote(num_gpus=gpus)(attempt_there)
+            waiting: dict[Any, str] = {}
+            for name, (experiment, folder) in runs.items():
+                waiting[task.remote(experiment, folder, sys.argv)] = name
+            while waiting:
+                (done, *_), _ = ray.wait(list(waiting))
+                name = waiting.pop(done)
+                try:
+                    yield name, ray.get(done)
+                except ray.exceptions.RayError as error:  # its worker died, again and again
+                    yield name, _failed(runs[name][1], error)
+
+    return spread
+
+
+def _modules(runs: Runs) -> str:
+    """Where workers find the modules that recipes were read from by their paths."""
+    functions = [f for e, _ in runs.values() for f in (e.make_task, e.make_methods)]
+    files = {sys.modules[f.__module__].__file__ for f in functions if "." not in f.__module__}
+    folders = {str(Path(file).absolute().parent) for file in files if file}
+    return os.pathsep.join(sorted(folders | {os.environ.get("PYTHONPATH", "")}))

@@ -1,0 +1,231 @@
+"""Sweeps: what is skipped, resumed and recorded as failed; kill -9 for real; a cluster of two."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from lossguard import Task, cli, records
+from lossguard.experiments import Experiment, recipes
+from lossguard.experiments import run as running
+from lossguard.experiments import sweep as sweeping
+from lossguard.experiments.run import run
+from lossguard.experiments.sweep import Outcome, sweep
+
+MODULE = Path(tiny.__file__)
+FIRST = dataclasses.replace(tiny.recipe(), seeds=1, methods=("Signs",))
+SECOND = dataclasses.replace(FIRST, seed=7)
+
+
+def main(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["lossguard", *map(str, arguments)])
+    cli.main()
+
+
+def same_curves(folder: Path, expected: Path) -> None:
+    for name in (records.CURVES, records.EVALUATIONS):
+        found, right = (records.read_parquet(f / name) for f in (folder, expected))
+        assert found.schema == right.schema
+        for column in right.columns:
+            np.testing.assert_array_equal(found[column], right[column])  # NaN equals NaN
+
+
+def test_each_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, both = tmp_path / "runs", {"one": FIRST, "two": SECOND}
+    assert list(sweep({"one": FIRST}, out)) == [Outcome("one", out / "one", "complete")]
+    assert list(sweep(both, out)) == [
+        Outcome("one", out / "one", "skipped"),
+        Outcome("two", out / "two", "complete"),
+    ]
+    for name, experiment in both.items():
+        same_curves(out / name, run(experiment, tmp_path / "alone" / name))
+    assert not list(out.rglob(sweeping.FAILED))
+    monkeypatch.setattr(sweeping, "run", None)
+    assert [outcome.state for outcome in sweep(both, out)] == ["skipped", "skipped"]
+
+
+def test_a_failure_is_recorded_until_it_is_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(experiment: Experiment) -> Task:
+        raise KeyError("no\nsuch data")
+
+    broken.__module__, broken.__qualname__ = "tiny", "make_task"  # the same config
+    failing = {"bad": dataclasses.replace(FIRST, make_task=broken), "good": SECOND}
+    bad, good = sweep(failing, tmp_path)
+    assert (bad.state, good.state, good.reason) == ("failed", "complete", "")
+    assert bad.reason == r"KeyError: 'no\nsuch data'"
+    record = json.loads((tmp_path / "bad" / "failed.json").read_text())
+    assert record["reason"] == bad.reason
+    assert "in broken" in record["traceback"] and record["traceback"].startswith("Traceback")
+
+    assert [o.state for o in sweep({"bad": FIRST}, tmp_path)] == ["complete"]
+    assert not (tmp_path / "bad" / "failed.json").exists()
+
+
+def test_a_folder_of_another_run_stops_all_before_the_start(tmp_path: Path) -> None:
+    records.open_folder(tmp_path / "two", {"name": "another"})
+    with pytest.raises(ValueError, match=r"two holds another$"):
+        list(sweep({"one": FIRST, "two": SECOND}, tmp_path))
+    assert [entry.name for entry in (tmp_path / "one").iterdir()] == ["config.json"]
+
+
+def test_command_runs_sets_with_the_same_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = {"one": lambda: FIRST, "two": lambda: SECOND, "three": lambda: SECOND}
+    monkeypatch.setattr(recipes, "RECIPES", made)
+    monkeypatch.setattr(recipes, "SETS", {"both": ("one", "two")})
+    arguments = ("sweep", "both", "one", f"{MODULE}:recipe", "--out", tmp_path, "--steps", 10)
+    main(monkeypatch, *arguments, "--methods", "Signs")
+    out = capsys.readouterr().out
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["one", "recipe", "two"]
+    for name, seeds in (("one", 1), ("two", 1), ("recipe", 2)):
+        config, _, curves = records.read_run(tmp_path / name)
+        assert (config["steps"], config["methods"]) == (10, ["Signs"])
+        assert curves["step"].max() == 10 and curves["seed"].n_unique() == seeds
+        assert f"records: {tmp_path / name}\n" in out
+    main(monkeypatch, *arguments, "--methods", "Signs")
+    assert capsys.readouterr().out.count("complete already") == 3
+
+
+def test_command_tells_of_failures_by_its_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = dataclasses.replace(FIRST, methods=("SGD",))
+    monkeypatch.setattr(recipes, "RECIPES", {"wrong": lambda: wrong, "right": lambda: SECOND})
+    with pytest.raises(SystemExit) as caught:
+        main(monkeypatch, "sweep", "wrong", "right", "--out", tmp_path)
+    assert caught.value.code == 1
+    out, err = capsys.readouterr()
+    assert f"records: {tmp_path / 'right'}\n" in out
+    assert "wrong: ValueError: methods must be among Signs" in err
+    assert err.endswith("lossguard: 1 of 2 runs failed\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((), "sweep needs a recipe, path/to/module.py:function or one of table1"),
+        (("table3",), "got 'table3' (did you mean table"),
+        (("OURS", "THEIRS"), "recipes must have different names, but two are called recipe"),
+        (("OURS", "--ray", "local"), 'ray needs a package: pip install "lossguard[ray]"'),
+    ],
+)
+def test_bad_input(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    reason: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.chdir(tmp_path)
+    Path("theirs.py").write_text(
+        "from lossguard.experiments import Experiment\ndef recipe(): return Experiment('theirs')\n"
+    )
+    named = {"OURS": f"{MODULE}:recipe", "THEIRS": "theirs.py:recipe"}
+    with pytest.raises(SystemExit) as caught:
+        main(monkeypatch, "sweep", *(named.get(argument, argument) for argument in arguments))
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert reason in err and err.count("\n") == 1
+    assert [entry.name for entry in tmp_path.iterdir() if entry.suffix == ".parquet"] == []
+
+
+DYING = """
+import os, signal, sys
+
+sys.path.insert(0, {folder!r})
+import tiny
+from lossguard import records
+from lossguard.experiments import run
+
+def recipe():
+    run.CHUNK, run.SAVE_SECONDS = tiny.CHUNK, 0.0
+    write = records.write_parquet
+
+    def die(path, table):
+        if path.parent.name == "methods" and path.name == "L2O.parquet":
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, table)
+
+    records.write_parquet = die
+    return tiny.recipe()
+"""
+
+
+def test_a_killed_sweep_goes_on_from_the_last_checkpoint_that_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Killed at the end of the second method; the newer of its two checkpoints is then damaged."""
+    (tmp_path / "dying.py").write_text(DYING.format(folder=str(MODULE.parent)))
+    program = [sys.executable, "-c", "from lossguard.cli import main; main()", "sweep"]
+    arguments = (f"{tmp_path / 'dying.py'}:recipe", "--out", str(tmp_path / "runs"))
+    killed = subprocess.run([*program, *arguments], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    methods = tmp_path / "runs" / "recipe" / "methods"
+    checkpoints = {int(entry.name): entry for entry in (methods / "L2O.checkpoints").iterdir()}
+    assert sorted(checkpoints) == [tiny.CHUNK, 2 * tiny.CHUNK]
+    finished = (methods / "Signs.parquet").read_bytes()
+    for file in checkpoints[2 * tiny.CHUNK].rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+    monkeypatch.setattr(running, "CHUNK", tiny.CHUNK)
+    main(monkeypatch, "sweep", f"{MODULE}:recipe", "--out", tmp_path / "runs")
+    assert "checkpoint 8 is damaged and was passed over" in capfd.readouterr().err
+    assert (methods / "Signs.parquet").read_bytes() == finished
+    same_curves(tmp_path / "runs" / "recipe", run(tiny.recipe(), tmp_path / "whole"))
+
+
+MINE = """
+from dataclasses import replace
+
+import tiny
+
+def one():
+    return replace(tiny.recipe(), seeds=1)
+
+def two():
+    return tiny.recipe()
+
+def wrong():
+    return replace(tiny.recipe(), methods=("SGD",))
+"""
+
+
+@pytest.mark.filterwarnings("default")
+def test_two_workers_of_a_cluster_leave_the_same_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a module of the user's that isn't installed, and a run that fails."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    init = ray.init
+    monkeypatch.setattr(ray, "init", lambda **given: init(**given, num_cpus=2, num_gpus=0))
+    (tmp_path / "mine.py").write_text(MINE)
+    names = [f"{tmp_path / 'mine.py'}:{name}" for name in ("one", "wrong", "two")]
+    arguments = ["sweep", *names, "--steps", "40", "--out", str(tmp_path / "there")]
+    with pytest.raises(SystemExit) as caught:
+        main(monkeypatch, *arguments, "--ray", "local")
+    assert caught.value.code == 1
+    assert not ray.is_initialized()
+    assert "wrong: ValueError: methods must be among Signs" in capsys.readouterr().err
+    failure = json.loads((tmp_path / "there" / "wrong" / "failed.json").read_text())
+    assert "in guards" in failure["traceback"]
+
+    for name, seeds in (("one", 1), ("two", 2)):
+        alone = dataclasses.replace(tiny.recipe(), seeds=seeds, steps=40)
+        here = run(alone, tmp_path / "here" / name)
+        same_curves(tmp_path / "there" / name, here)
+        (config, made, _), (right, _, _) = map(records.read_run, (tmp_path / "there" / name, here))
+        assert config == right
+        assert made["command"] == ["lossguard", *arguments, "--ray", "local"]

@@ -5,6 +5,7 @@ lossguard run RECIPE            an experiment of the paper, or path/to/module.py
 lossguard sweep SET...          sets of recipes, or recipes, one after another or on a cluster
 lossguard metatrain RECIPE      meta-train a learned optimizer
 lossguard plot DIR...           figures and tables from records alone
+lossguard claims DIR...         the paper's claims, judged by records
 lossguard list                  recipes, data sets, learned optimizers
 """
 
@@ -140,6 +141,23 @@ def plot(arguments: Sequence[str]) -> None:
         _show(Path(folder))
 
 
+def claims(arguments: Sequence[str]) -> None:
+    """The paper's claims, judged by the records of runs."""
+    if _wants_help(arguments):
+        print("usage: lossguard claims DIR...\n\nJudge the paper's claims by these runs.")
+        return
+    if not arguments:
+        raise ValueError("claims needs the folder of a run, or several")
+    from rich.table import Table
+
+    from .experiments.claims import judge_claims
+
+    table = Table("claim", "figure", "says", "outcome", "measured", show_lines=True)
+    for verdict in judge_claims([Path(folder) for folder in arguments]):
+        table.add_row(verdict.id, verdict.figure, verdict.claim, verdict.outcome, verdict.measured)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
 def list_all(arguments: Sequence[str]) -> None:
     """What there is to name."""
     if _wants_help(arguments):
@@ -171,6 +189,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], None]] = {
     "sweep": sweep,
     "metatrain": metatrain,
     "plot": plot,
+    "claims": claims,
     "list": list_all,
 }
 

@@ -1,0 +1,99 @@
+"""The records that claims are judged by: which run speaks for a recipe, and its losses at marks.
+
+Letters: m a method, k an optimizer step, K the last one of a run.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import polars as pl
+
+from ..records import mark_loss, read_run
+from .recipes import RECIPES
+from .run import as_config
+
+FREE = ("title", "steps", "seeds", "seed", "methods", "vectorize")
+"""What a run may have otherwise than its recipe and still speak for it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of one of the paper's recipes."""
+
+    config: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    curves: pl.DataFrame
+    steps: int
+    """The length that the recipe asks for, in optimizer steps: the paper's."""
+    _losses: dict[int, dict[str, float]] = field(default_factory=dict, compare=False)
+
+    @property
+    def last(self) -> int:
+        """K."""
+        return int(self.curves["step"].max())  # pyright: ignore[reportArgumentType]
+
+    def losses(self, k: int) -> dict[str, float]:
+        """Loss(m, k) of each method: the mean over seeds; infinite where it is not finite.
+
+        A loss that is not finite is worse than any other, and no loss is as good as it.
+        """
+        if k not in self._losses:
+            means = mark_loss(self.curves, k).group_by("method").agg(pl.col("loss").mean())
+            self._losses[k] = {
+                method: float(loss) if np.isfinite(loss) else math.inf
+                for method, loss in means.iter_rows()
+            }
+        return self._losses[k]
+
+    def has(self, *methods: str) -> bool:
+        """Whether it ran these methods."""
+        return set(methods) <= set(self.config["methods"])
+
+
+class Evidence(NamedTuple):
+    """What the records of several folders hold."""
+
+    runs: Sequence[Run]
+    """Of the paper's recipes, with their settings but for ``FREE``."""
+    meta: Mapping[str, pl.DataFrame]
+    """Curves of meta-training, by the name of the learned optimizer; of several, the last given."""
+
+    def run(self, name: str, *methods: str) -> Run | None:
+        """The run that speaks for a recipe: it has these methods, and its seeds start at 0.
+
+        Of several it is the one with the most seeds, then the longest, then the last given.
+        """
+        fit = [
+            run
+            for run in self.runs
+            if run.config["name"] == name and run.config["seed"] == 0 and run.has(*methods)
+        ]
+        return max(reversed(fit), key=lambda run: (run.config["seeds"], run.last), default=None)
+
+
+def read_evidence(folders: Sequence[Path]) -> Evidence:
+    """The records in these folders; those of other experiments are passed over.
+
+    Raises:
+        ValueError: if a folder holds no finished run, or a file of it is damaged.
+    """
+    runs, meta = [], {}
+    for folder in folders:
+        config, manifest, curves = read_run(folder)
+        name = config.get("name", "")
+        if "meta_step" in curves.columns:
+            meta[name] = curves
+        elif name in RECIPES:
+            recipe = as_config(RECIPES[name]())
+            if all(config.get(k, v) == v for k, v in recipe.items() if k not in FREE):
+                runs.append(Run(config, manifest, curves, recipe["steps"]))
+    return Evidence(runs, meta)
+
+
+def marks(last: int) -> list[int]:
+    """The steps at which claims are checked: 100, 300, 1,000, 3,000, ... up to the last."""
+    return [k for power in range(2, 10) for k in (10**power, 3 * 10**power) if k <= last]

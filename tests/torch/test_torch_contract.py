@@ -14,7 +14,13 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
 
-from lossguard.torch import LossGuard, LossStep
+from lossguard.torch import (
+    LossGuard,
+    LossStep,
+    backoff,
+    paired_criterion,
+    sequential_criterion,
+)
 
 NAMES = sorted(
     name
@@ -285,7 +291,7 @@ def test_groups_can_be_added_between_cycles(hedge):
         run(guard, model, [spiral()])
         guard.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
     assert str(error.value) == (
-        "param_group must be added between cycles, got one after 1 of 3 minibatches"
+        "param_group must be added between cycles, got one after 1 minibatches of one"
     )
 
 
@@ -334,6 +340,30 @@ REFUSALS = [
      "nc must be an integer of at least 1, got 2.0"),
     (lambda w: LossGuard(sgd(w), sgd(w), loser="forget"),
      "loser must be one of keep, rollback, reset, got 'forget'"),
+    (lambda w: LossGuard([], sgd(w)),
+     "the number of learned optimizers must be an integer of at least 1, got 0"),
+    (lambda w: LossGuard([sgd(w), f := sgd(w)], f),
+     "learned must be another optimizer than fallback, got the same one"),
+    (lambda w: LossGuard([sgd(w)] * 2, sgd(w)),
+     "learned must be different optimizers, got one of them twice"),
+    (lambda w: LossGuard(sgd(w), sgd(w), hedge="all"),
+     "hedge must be False, True or 'only', got 'all'"),
+    (lambda w: LossGuard(sgd(w), sgd(w), criterion=paired_criterion(), nc=1),
+     "nc must be at least 2 for this criterion, got 1"),
+    (lambda w: paired_criterion(confidence=1),
+     "confidence must be at least 0.5 and below 1, got 1"),
+    (lambda w: sequential_criterion(confidence=0.4),
+     "confidence must be at least 0.5 and below 1, got 0.4"),
+    (lambda w: sequential_criterion(first=1),
+     "first must be between 2 and most = 160, got 1"),
+    (lambda w: sequential_criterion(first=9, most=8),
+     "first must be between 2 and most = 8, got 9"),
+    (lambda w: backoff(patience=0),
+     "patience must be an integer of at least 1, got 0"),
+    (lambda w: backoff(most=0.5),
+     "most must be an integer of at least 1, got 0.5"),
+    (lambda w: backoff(start="again"),
+     "start must be one of keep, reset, got 'again'"),
     (lambda w: LossGuard(sgd(w), sgd(w), offload="disk"),
      "offload must be None or 'cpu', got 'disk'"),
     (lambda w: LossGuard(sgd(w), sgd(w), schedulers=[StepLR(sgd(w), 1)]),
@@ -356,14 +386,14 @@ REFUSALS = [
     (lambda w: LossGuard(sgd(w), sgd(w)).cycle(lambda b: w.sum(), [1], [2]),
      "train_batches must be 10 minibatches, got 1"),
     (lambda w: LossGuard(sgd(w), sgd(w), nt=1, nc=2).cycle(lambda b: w.sum(), [1], [2]),
-     "check_batches must be 2 minibatches, got 1"),
+     "check_batches must be at least 2 minibatches, got 1"),
     (lambda w: LossGuard(sgd(w), sgd(w)).scaler,
      "scaler must be given to LossGuard to scale losses, got None"),
     (lambda w: LossGuard(sgd(w), sgd(w)).load_state_dict(sgd(w).state_dict()),
      "state_dict must be a LossGuard's, got one with the keys ['state', 'param_groups']"),
     (lambda w: LossGuard(sgd(w), sgd(w), hedge=True).load_state_dict(
         LossGuard(sgd(w), sgd(w)).state_dict()),
-     "state_dict must have 3 lanes, got 2 (hedge must be as it was)"),
+     "state_dict must have the lanes y, z, s, got y, z (learned and hedge must be as they were)"),
 ]  # fmt: skip
 
 
@@ -381,13 +411,13 @@ def test_errors_within_a_cycle():
     with pytest.raises(ValueError) as error:
         guard.cycle(lambda batch: weight.sum(), [1, 2], [3])
     assert str(error.value) == (
-        "cycle must start where the last one ended, got one after 1 of 3 minibatches"
+        "cycle must start where the last one ended, got one after 1 minibatches of it"
     )
     other = LossGuard(sgd(weight), sgd(weight), nt=4, nc=1)
     with pytest.raises(ValueError) as error:
         other.load_state_dict(guard.state_dict())
     assert str(error.value) == (
-        "state_dict from within a cycle must have nt=4 and nc=1, got nt=2 and nc=1"
+        "state_dict from within a cycle must have nt=4 and checks after [1], got nt=2 and [1]"
     )
 
 

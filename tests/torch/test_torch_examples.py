@@ -103,6 +103,6 @@ def test_lightning_resumes_within_a_cycle(example, tmp_path):
     first.save_checkpoint(tmp_path / "guard.ckpt")
     twin, second = module.Classifier(16), trainer(30)
     second.fit(twin, loader, ckpt_path=tmp_path / "guard.ckpt", weights_only=True)
-    assert second.optimizers[0]._phase == whole.optimizers[0]._phase == 10
+    assert second.optimizers[0]._cycle.phase == whole.optimizers[0]._cycle.phase == 10
     for key, value in model.state_dict().items():
         assert torch.equal(twin.state_dict()[key], value)

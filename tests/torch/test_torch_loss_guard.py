@@ -45,7 +45,7 @@ def test_is_algorithm_2(pair, loser, hedge):
     )
     for i, batch in enumerate(batches):
         guard.step(closure_for(guard, model, batch))
-        if guard._phase == 0:
+        if guard._cycle.phase == 0:
             state, winner, means, losses = expected[i // (nt + nc)]
             decision = guard.last_decision
             assert decision.winner == winner
@@ -72,7 +72,7 @@ def test_model_state_and_random_numbers_belong_to_a_branch():
         seed = int(torch.randint(1 << 30, ()))
         torch.manual_seed(seed)
         guard.step(closure_for(guard, model, batch))
-        if guard._phase == 0:
+        if guard._cycle.phase == 0:
             state, winner, *_ = expected[i // (nt + nc)]
             assert guard.last_decision.winner == winner
             assert_same_state(model.state_dict(), state)
@@ -125,7 +125,7 @@ def test_a_hedge_is_the_fallback_alone():
             loss_fn(alone, batch).backward()
             optimizer.step()
     assert any(decision.winner == 0 for decision in guard.history)
-    for p, q in zip(guard._lanes[2].copy, alone.parameters(), strict=True):
+    for p, q in zip(guard._lanes.all[2].copy, alone.parameters(), strict=True):
         assert torch.equal(p, q)
 
 

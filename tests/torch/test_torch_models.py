@@ -237,10 +237,10 @@ def test_every_branch_has_a_gradient_scaler_of_its_own():
     decision = guard.last_decision
     assert decision.learned_loss == pytest.approx((4 + 8e8) ** 2)  # two of three steps were skipped
     assert weight.item() == pytest.approx(4 * 0.8**3)
-    assert [lane.scaler.get_scale() for lane in guard._lanes] == [2.0**98, 2.0**100]
+    assert [lane.scaler.get_scale() for lane in guard._lanes.all] == [2.0**98, 2.0**100]
     resumed = build()
     resumed.load_state_dict(guard.state_dict())
-    assert [lane.scaler.get_scale() for lane in resumed._lanes] == [2.0**98, 2.0**100]
+    assert [lane.scaler.get_scale() for lane in resumed._lanes.all] == [2.0**98, 2.0**100]
 
 
 def test_cycle_scales_losses_too():

@@ -3,10 +3,18 @@
 >>> from lossguard.torch import LossGuard
 """
 
+from lossguard.torch.criteria import Criterion as Criterion
+from lossguard.torch.criteria import mean_criterion as mean_criterion
+from lossguard.torch.criteria import paired_criterion as paired_criterion
+from lossguard.torch.criteria import sequential_criterion as sequential_criterion
 from lossguard.torch.decision import Decision as Decision
 from lossguard.torch.facade import LossStep as LossStep
 from lossguard.torch.guard import LossGuard as LossGuard
 from lossguard.torch.lstm import LSTMOptimizer as LSTMOptimizer
+from lossguard.torch.probing import Probing as Probing
+from lossguard.torch.probing import always as always
+from lossguard.torch.probing import backoff as backoff
+from lossguard.torch.recommended import recommended as recommended
 from lossguard.torch.residual import ResidualGuard as ResidualGuard
 from lossguard.torch.sequences import Sequence as Sequence
 from lossguard.torch.sequences import arithmetic_average as arithmetic_average
@@ -16,15 +24,23 @@ from lossguard.torch.sequences import recent_max as recent_max
 from lossguard.torch.sequences import recent_term as recent_term
 
 __all__ = [
+    "Criterion",
     "Decision",
     "LSTMOptimizer",
     "LossGuard",
     "LossStep",
+    "Probing",
     "ResidualGuard",
     "Sequence",
+    "always",
     "arithmetic_average",
+    "backoff",
     "ema",
     "geometric",
+    "mean_criterion",
+    "paired_criterion",
     "recent_max",
     "recent_term",
+    "recommended",
+    "sequential_criterion",
 ]

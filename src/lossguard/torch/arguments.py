@@ -9,24 +9,29 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from lossguard.torch.lane import POLICIES
 
 
-def shared_params(learned: Optimizer, fallback: Optimizer) -> list[Tensor]:
-    """The parameters of both optimizers, in the fallback's order."""
-    for name, optimizer in (("learned", learned), ("fallback", fallback)):
+def shared_params(learned: Sequence[Optimizer], fallback: Optimizer) -> list[Tensor]:
+    """The parameters of all optimizers, in the fallback's order."""
+    check_count("the number of learned optimizers", len(learned))
+    for name, optimizer in (*(("learned", one) for one in learned), ("fallback", fallback)):
         if not isinstance(optimizer, Optimizer):
             raise ValueError(f"{name} must be a torch.optim.Optimizer, got {optimizer!r}")
         if isinstance(optimizer, LBFGS):
             raise ValueError(
                 f"{name} must be an optimizer that calls its closure once a step, got LBFGS"
             )
-    if learned is fallback:
+    if any(one is fallback for one in learned):
         raise ValueError("learned must be another optimizer than fallback, got the same one")
-    params, others = _params(fallback), _params(learned)
-    if {id(p) for p in params} != {id(p) for p in others}:
-        raise ValueError(
-            f"learned must have the parameters of fallback, {len(params)} tensors, got "
-            f"{len(others)}, of which {len({id(p) for p in params} & {id(p) for p in others})} "
-            "are the same"
-        )
+    if len({id(one) for one in learned}) < len(learned):
+        raise ValueError("learned must be different optimizers, got one of them twice")
+    params = _params(fallback)
+    for one in learned:
+        others = _params(one)
+        if {id(p) for p in params} != {id(p) for p in others}:
+            raise ValueError(
+                f"learned must have the parameters of fallback, {len(params)} tensors, got "
+                f"{len(others)}, of which {len({id(p) for p in params} & {id(p) for p in others})} "
+                "are the same"
+            )
     return params
 
 
@@ -38,6 +43,37 @@ def check_policy(loser: str) -> None:
     """Refuse an unknown policy for the memory of a loser."""
     if loser not in POLICIES:
         raise ValueError(f"loser must be one of {', '.join(POLICIES)}, got {loser!r}")
+
+
+def check_hedge(hedge: object) -> None:
+    """Refuse an unknown hedge."""
+    if hedge not in (False, True, "only"):
+        raise ValueError(f"hedge must be False, True or 'only', got {hedge!r}")
+
+
+def check_offload(offload: object) -> None:
+    """Refuse to keep copies elsewhere."""
+    if offload not in (None, "cpu"):
+        raise ValueError(f"offload must be None or 'cpu', got {offload!r}")
+
+
+def check_model(model: object, params: Sequence[Tensor]) -> None:
+    """Refuse sharded parameters without the module that gathers them."""
+    if model is None and any(hasattr(p, "to_local") for p in params):
+        raise ValueError("model must be the sharded module if parameters are sharded, got None")
+
+
+def check_nc(nc: int, least: int) -> None:
+    """Refuse too few check minibatches for a criterion that looks once."""
+    check_count("nc", nc)
+    if nc < least:
+        raise ValueError(f"nc must be at least {least} for this criterion, got {nc}")
+
+
+def check_confidence(confidence: float) -> None:
+    """Refuse what is no confidence."""
+    if not 0.5 <= confidence < 1:
+        raise ValueError(f"confidence must be at least 0.5 and below 1, got {confidence!r}")
 
 
 def check_count(name: str, count: int) -> None:
@@ -58,16 +94,14 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be positive, got {value!r}")
 
 
-def check_schedulers(
-    schedulers: Sequence[LRScheduler], learned: Optimizer, fallback: Optimizer
-) -> None:
+def check_schedulers(schedulers: Sequence[LRScheduler], optimizers: Sequence[Optimizer]) -> None:
     """Refuse a scheduler that the guard can't step."""
     for scheduler in schedulers:
         if isinstance(scheduler, ReduceLROnPlateau):
             raise ValueError(
                 "schedulers must step without a metric, got ReduceLROnPlateau (step it yourself)"
             )
-        if scheduler.optimizer is not learned and scheduler.optimizer is not fallback:
+        if not any(scheduler.optimizer is optimizer for optimizer in optimizers):
             raise ValueError(
                 "schedulers must be built on learned or fallback, got one on "
                 f"{type(scheduler.optimizer).__name__}"

@@ -1,10 +1,12 @@
 """What a guard's ``state_dict`` holds: plain containers, numbers and tensors.
 
 state, param_groups    the fallback's, as for any optimizer
-learned                the learned optimizer's ``state_dict``
+learned                the ``state_dict`` of each learned optimizer
 guard                  all the rest:
-  nt, nc, phase, kept, on_own_path, gradients, history, random
+  nt, looks            with which a cycle under way goes on
+  phase, gradients, kept, on_own, probes, history, random
   x                    the kept iterate, parameters and buffers
+  names                y, z or s, for each lane
   lanes                per lane: copy, train, check, before, memory, scaler, own
   schedulers           the ``state_dict`` of each
 """
@@ -19,6 +21,7 @@ from torch.amp.grad_scaler import GradScaler
 from lossguard.torch.decision import Decision
 from lossguard.torch.inner import Inner, Memory, clone
 from lossguard.torch.lane import Lane
+from lossguard.torch.probing import ProbingState
 
 if TYPE_CHECKING:
     from lossguard.torch.guard import LossGuard
@@ -28,21 +31,23 @@ def save(guard: LossGuard) -> dict[str, Any]:
     """A copy of the guard's whole state."""
     for pre_hook in guard._optimizer_state_dict_pre_hooks.values():
         pre_hook(guard)
-    learned, fallback = (lane.inner for lane in guard._lanes[:2])
+    lanes, cycle = guard._lanes, guard._cycle
     saved = {
-        **fallback.state_dict(),
-        "learned": learned.state_dict(),
+        **lanes.fallback.state_dict(),
+        "learned": [inner.state_dict() for inner in lanes.learned],
         "guard": {
             "nt": guard.nt,
-            "nc": guard.nc,
-            "phase": guard._phase,
+            "looks": list(guard._looks),
+            "phase": cycle.phase,
+            "gradients": cycle.gradients,
             "kept": guard._kept,
-            "on_own_path": guard._on_own_path,
-            "gradients": guard._gradients,
+            "on_own": lanes.on_own,
+            "probes": list(guard._probes),
             "history": [decision._asdict() for decision in guard.history],
-            "random": guard._randomness.state(),
+            "random": cycle.randomness.state(),
             "x": guard._weights.copy(),
-            "lanes": [_save_lane(lane, guard._phase) for lane in guard._lanes],
+            "names": lanes.names,
+            "lanes": [_save_lane(lane, cycle.phase) for lane in lanes.all],
             "schedulers": [clone(scheduler.state_dict()) for scheduler in guard.schedulers],
         },
     }
@@ -57,21 +62,24 @@ def load(guard: LossGuard, saved: dict[str, Any]) -> None:
     for pre_hook in guard._optimizer_load_state_dict_pre_hooks.values():
         saved = pre_hook(guard, saved) or saved
     state = _checked(guard, saved)
-    learned, fallback = (lane.inner for lane in guard._lanes[:2])
-    fallback.load_state_dict({key: saved[key] for key in saved if key not in ("learned", "guard")})
-    learned.load_state_dict(saved["learned"])
+    lanes, cycle = guard._lanes, guard._cycle
+    fallback = {key: value for key, value in saved.items() if key not in ("learned", "guard")}
+    lanes.fallback.load_state_dict(fallback)
+    for inner, its_state in zip(lanes.learned, saved["learned"], strict=True):
+        inner.load_state_dict(its_state)
     for scheduler, its_state in zip(guard.schedulers, state["schedulers"], strict=True):
         scheduler.load_state_dict(clone(its_state))
-    for lane, its_state in zip(guard._lanes, state["lanes"], strict=True):
+    for lane, its_state in zip(lanes.all, state["lanes"], strict=True):
         _load_lane(lane, its_state)
-    guard._phase = state["phase"]
+    cycle.phase = state["phase"]
+    cycle.gradients = state["gradients"]
+    lanes.on_own = state["on_own"]
     guard._kept = state["kept"]
-    guard._on_own_path = state["on_own_path"]
-    guard._gradients = state["gradients"]
+    guard._probes = ProbingState(*state["probes"])
     guard.history = [Decision(**clone(decision)) for decision in state["history"]]
-    _write(state["x"], guard._x)
-    guard._weights.read(guard._x)
-    guard._randomness.set(state["random"])
+    guard._weights.read(state["x"])
+    cycle.placing.begin()
+    cycle.randomness.set(state["random"])
     for post_hook in guard._optimizer_load_state_dict_post_hooks.values():
         post_hook(guard)
 
@@ -80,15 +88,17 @@ def _checked(guard: LossGuard, saved: dict[str, Any]) -> dict[str, Any]:
     if "guard" not in saved:
         raise ValueError(f"state_dict must be a LossGuard's, got one with the keys {list(saved)}")
     state = saved["guard"]
-    if len(state["lanes"]) != len(guard._lanes):
+    names = guard._lanes.names
+    if state["names"] != names:
         raise ValueError(
-            f"state_dict must have {len(guard._lanes)} lanes, got {len(state['lanes'])} "
-            "(hedge must be as it was)"
+            f"state_dict must have the lanes {', '.join(names)}, got {', '.join(state['names'])} "
+            "(learned and hedge must be as they were)"
         )
-    if state["phase"] and (state["nt"], state["nc"]) != (guard.nt, guard.nc):
+    looks = list(guard._looks)
+    if state["phase"] and (state["nt"], state["looks"]) != (guard.nt, looks):
         raise ValueError(
-            f"state_dict from within a cycle must have nt={guard.nt} and nc={guard.nc}, got "
-            f"nt={state['nt']} and nc={state['nc']}"
+            f"state_dict from within a cycle must have nt={guard.nt} and checks after {looks}, got "
+            f"nt={state['nt']} and {state['looks']}"
         )
     return state
 

@@ -1,9 +1,51 @@
 """Numbers on which every rank agrees, so that every rank takes the same decision."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
+
+from lossguard.torch.inner import finite, local
+from lossguard.torch.lane import Lane
+from lossguard.torch.weights import Weights
+
+
+class Outcome(NamedTuple):
+    """What a cycle has shown of the lanes that ran, in their order.
+
+    Attributes:
+        checks: check losses, means over the ranks.
+        trains: training losses, likewise.
+        sound: whether parameters are finite, on every rank.
+        broken: whether the optimizer's memory isn't finite, on any rank.
+    """
+
+    checks: list[list[float]]
+    trains: list[list[float]]
+    sound: list[bool]
+    broken: list[bool]
+
+
+def outcome(
+    lanes: Sequence[Lane], weights: Weights, group: distributed.ProcessGroup | None
+) -> Outcome:
+    """What the ranks of ``group`` agree on about some lanes."""
+    rows = [_numbers(lane.check) for lane in lanes] + [_numbers(lane.train) for lane in lanes]
+    numbers, alarms = agree(
+        [number for row in rows for number in row],
+        [
+            *(not finite(weights.params_of(lane.copy)) for lane in lanes),
+            *(not lane.remembers_soundly() for lane in lanes),
+        ],
+        group,
+        local(weights.params[0]).device,
+    )
+    agreed = iter(numbers)
+    rows = [[next(agreed) for _ in row] for row in rows]
+    count = len(lanes)
+    sound = [not alarm for alarm in alarms[:count]]
+    return Outcome(rows[:count], rows[count:], sound, alarms[count:])
 
 
 def agree(
@@ -28,3 +70,7 @@ def agree(
     totals = packed.tolist()
     size = distributed.get_world_size(group)
     return [t / size for t in totals[: len(means)]], [t > 0 for t in totals[len(means) :]]
+
+
+def _numbers(losses: list[Tensor]) -> list[float]:
+    return torch.stack(losses).tolist() if losses else []

@@ -20,27 +20,36 @@ class Lane:
     """One of the branches that a loss guard compares.
 
     Attributes:
-        name: ``learned``, ``fallback`` or ``hedge``, for error messages.
-        inner: its optimizer. The hedge shares the fallback's.
+        name: ``learned`` or ``fallback``, for error messages.
+        inner: its optimizer. z and s share the fallback.
         loser: what happens to its memory when another lane wins.
         scaler: its gradient scaler, if gradients are scaled.
         copy: its parameters and buffers while another lane is in the model.
         own_path: whether it goes on from where it is, not from the kept iterate.
-        memory: if it shares an optimizer: what it remembers while it is not in the model.
+        memory: if it has to make way for another lane of its optimizer: what it remembers while it
+            is not in the model.
         before: the memory before the cycle, for ``rollback``.
         train, check: its losses in this cycle, one per minibatch.
     """
 
     def __init__(
-        self, name: str, inner: Inner, loser: str, scaler: GradScaler | None, copy: Copy
+        self,
+        name: str,
+        inner: Inner,
+        loser: str,
+        scaler: GradScaler | None,
+        copy: Copy,
+        *,
+        own_path: bool = False,
+        makes_way: bool = False,
     ) -> None:
         self.name = name
         self.inner = inner
         self.loser = loser
         self.scaler = scaler
         self.copy = copy
-        self.own_path = name == "hedge"
-        self.memory: Memory | None = inner.remember() if self.own_path else None
+        self.own_path = own_path
+        self.memory: Memory | None = inner.remember() if makes_way else None
         self.before: Memory | None = None
         self.train: list[Tensor] = []
         self.check: list[Tensor] = []
@@ -50,8 +59,12 @@ class Lane:
         self.train, self.check = [], []
         self.before = self.inner.remember() if self.loser == "rollback" else None
 
-    def step(self, closure: Closure) -> Any:
-        """One optimizer step; return the first value of the closure."""
+    def step(self, closure: Closure, *, last: bool) -> Any:
+        """One optimizer step, the cycle's ``last`` or not; return the first value of the closure.
+
+        An optimizer with ``train()`` and ``eval()``, as schedule-free ones have, is in its training
+        mode during a cycle's steps only. So checks, and x, are at the iterate that it evaluates.
+        """
         values: list[Any] = []
 
         def evaluate() -> Any:
@@ -60,7 +73,7 @@ class Lane:
             return values[-1]
 
         with self._remembering():
-            self.inner.step(self._advance(self.inner.optimizer, evaluate))
+            self.inner.step(self._advance(self.inner.optimizer, evaluate, last))
         if not values:
             raise ValueError(
                 f"{self.name} must be an optimizer whose step(closure) calls the closure, got "
@@ -93,6 +106,18 @@ class Lane:
         """Whether its memory is finite."""
         return self.inner.is_finite(self.memory)
 
+    def forget(self) -> None:
+        """Have it remember what the optimizer knew when the guard was built."""
+        if self.memory is None:
+            self.inner.restore(self.inner.fresh)
+        else:
+            self.memory = self.inner.fresh.copy()
+
+    def hand_over(self) -> None:
+        """Let the other lane of its optimizer remember what this one does."""
+        if self.memory is not None:
+            self.inner.restore(self.memory)
+
     def grow(self) -> None:
         """Make room for the parameter group that its optimizer has just got."""
         if self.memory is None:
@@ -100,17 +125,20 @@ class Lane:
         else:
             self.memory.options.append(self.inner.remember().options[-1])
 
-    def _advance(self, optimizer: Optimizer, evaluate: Closure) -> Callable[[], object]:
-        scaler = self.scaler
-        if scaler is None:
-            return lambda: optimizer.step(evaluate)
+    def _advance(self, optimizer: Optimizer, evaluate: Closure, last: bool) -> Callable[[], object]:
+        def advance() -> None:
+            if not self.train:
+                _set_mode(optimizer, "train")
+            if self.scaler is None:
+                optimizer.step(evaluate)
+            else:
+                evaluate()
+                self.scaler.step(optimizer)
+                self.scaler.update()
+            if last:
+                _set_mode(optimizer, "eval")
 
-        def scaled() -> None:
-            evaluate()
-            scaler.step(optimizer)
-            scaler.update()
-
-        return scaled
+        return advance
 
     @contextmanager
     def _remembering(self) -> Iterator[None]:
@@ -132,6 +160,12 @@ def scalar(loss: Any) -> Tensor:
     ):
         raise ValueError(f"closure must return the loss, one number, got {_described(loss)}")
     return torch.as_tensor(loss).detach().reshape(())
+
+
+def _set_mode(optimizer: Optimizer, mode: str) -> None:
+    switch = getattr(optimizer, mode, None)
+    if callable(switch):
+        switch()
 
 
 def _described(value: Any) -> str:

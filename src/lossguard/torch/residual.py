@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lossguard.torch import arguments
-from lossguard.torch.decision import FALLBACK, LEARNED, NOBODY, Decision
+from lossguard.torch.decision import NOBODY, Decision
 from lossguard.torch.facade import Closure, Facade
 from lossguard.torch.inner import Inner, clone, finite
 from lossguard.torch.lane import scalar
@@ -22,6 +22,7 @@ from lossguard.torch.randomness import Randomness
 from lossguard.torch.sequences import Sequence, Track, ema
 from lossguard.torch.weights import Copy, Weights
 
+LEARNED, FALLBACK = 0, 1
 RESIDUALS = ("step", "gradient")
 
 
@@ -76,7 +77,7 @@ class ResidualGuard(Facade):
         nt: int = 10,
         model: nn.Module | None = None,
     ) -> None:
-        params = arguments.shared_params(learned, fallback)
+        params = arguments.shared_params([learned], fallback)
         arguments.check_fraction("alpha", alpha)
         arguments.check_count("nt", nt)
         if residual not in RESIDUALS:

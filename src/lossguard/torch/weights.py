@@ -15,8 +15,7 @@ Copy = list[Tensor]
 class Weights:
     """The live tensors: parameters first, then the buffers of ``model``.
 
-    Values are copied, never the pointers to them: views that the model, its optimizers or a
-    compiled graph hold stay valid. Of a sharded parameter only this rank's shard is copied.
+    Of a sharded parameter only this rank's shard is copied.
 
     Args:
         params: the parameters that the optimizers update.
@@ -33,31 +32,36 @@ class Weights:
 
     def copy(self) -> Copy:
         """A copy of the live values."""
-        return [
-            t.clone() if self.device is None else t.to(self.device, copy=True) for t in self._live()
-        ]
+        return [self._copied(tensor) for tensor in self._live()]
+
+    def copy_buffers(self) -> Copy:
+        """A copy of the live buffers."""
+        return [self._copied(buffer) for buffer in self._buffers()]
 
     def write(self, copy: Copy) -> None:
         """Write the live values to ``copy``."""
-        with torch.no_grad():
-            torch._foreach_copy_(copy, self._live())  # pyright: ignore
+        _transfer(copy, self._live())
 
     def read(self, copy: Copy) -> None:
         """Put the values of ``copy`` into the model."""
         self._reshard()
-        with torch.no_grad():
-            torch._foreach_copy_(self._live(), copy)  # pyright: ignore
+        _transfer(self._live(), copy)
+
+    def write_buffers(self, copy: Copy) -> None:
+        """Write the live buffers to ``copy``, which has them alone."""
+        _transfer(copy, self._buffers())
 
     def read_buffers(self, copy: Copy) -> None:
-        """Put the buffers of ``copy`` into the model."""
-        count = len(self.params)
-        with torch.no_grad():
-            for buffer, value in zip(self._live()[count:], copy[count:], strict=True):
-                buffer.copy_(value)
+        """Put the buffers of ``copy``, which has them alone, into the model."""
+        _transfer(self._buffers(), copy)
 
     def params_of(self, copy: Copy) -> Copy:
         """The parameters in ``copy``, without the buffers."""
         return copy[: len(self.params)]
+
+    def buffers_of(self, copy: Copy) -> Copy:
+        """The buffers in ``copy``, without the parameters."""
+        return copy[len(self.params) :]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -79,8 +83,14 @@ class Weights:
             p.grad = None
 
     def _live(self) -> Copy:
-        buffers = [] if self.model is None else list(self.model.buffers())
-        return [local(tensor.detach()) for tensor in (*self.params, *buffers)]
+        return [*(local(p.detach()) for p in self.params), *self._buffers()]
+
+    def _buffers(self) -> Copy:
+        buffers = () if self.model is None else self.model.buffers()
+        return [local(buffer.detach()) for buffer in buffers]
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        return tensor.clone() if self.device is None else tensor.to(self.device, copy=True)
 
     def _reshard(self) -> None:
         """Drop gathered parameters, which a forward without a backward leaves behind."""
@@ -88,6 +98,12 @@ class Weights:
             reshard: Any = getattr(module, "reshard", None)
             if reshard is not None and hasattr(module, "unshard"):
                 reshard()
+
+
+def _transfer(targets: Copy, values: Copy) -> None:
+    if targets:
+        with torch.no_grad():
+            torch._foreach_copy_(targets, values)  # pyright: ignore
 
 
 def _bring_home(p: Tensor, home: Tensor) -> None:

@@ -1,0 +1,91 @@
+"""When is a learned lane better? Rules over paired differences of check losses.
+
+A criterion sees d[j] = (fallback's loss - learned lane's loss) on check minibatch j, which is the
+same for both, so that what they share of its noise cancels. m learned lanes are tested at once.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import stdtrit
+
+from lossguard.torch.arguments import check_confidence
+
+Differences = NDArray[np.float64]
+Answers = tuple[NDArray[np.bool_], NDArray[np.bool_]]
+
+
+class Criterion(NamedTuple):
+    """A rule for keeping a learned lane.
+
+    Attributes:
+        test: from d [m, n], which learned lanes are better, and which are settled either way.
+        looks: numbers of check minibatches after which the test is asked, until all lanes are
+            settled; None: once, after nc.
+        least: check minibatches without which the test can't be asked.
+    """
+
+    test: Callable[[Differences], Answers]
+    looks: tuple[int, ...] | None = None
+    least: int = 1
+
+
+def mean_criterion() -> Criterion:
+    """Better is a lower mean: mean(d) > 0. The paper's criterion (1).
+
+    >>> mean_criterion().test(np.array([[1.0, -3.0], [1.0, 0.0]]))[0].tolist()
+    [False, True]
+    """
+    return Criterion(_mean_test)
+
+
+def paired_criterion(*, confidence: float = 0.95) -> Criterion:
+    """Better is a lower mean at a stated confidence: Student's one-sided paired t-test.
+
+        mean(d) > t(1 - a; n - 1) sd(d) / sqrt(n),   a = (1 - confidence) / m
+
+    Of two equal lanes the learned one is kept at most at the rate 1 - confidence, if the
+    differences are normal; with m learned lanes that holds for all together (Bonferroni).
+
+    Raises:
+        ValueError: if confidence is not between 0.5 and 1.
+    """
+    check_confidence(confidence)
+    return Criterion(partial(_t_test, level=1 - confidence), least=2)
+
+
+def sequential_criterion(*, confidence: float = 0.95, first: int = 5, most: int = 160) -> Criterion:
+    """The paired test, asked after ``first`` check minibatches, then twice as many, and so on.
+
+    It stops as soon as every learned lane is better, or worse, at the confidence; what is not
+    settled by ``most`` counts as not better. Each of the k looks is a t-test at level
+    (1 - confidence) / (k m), so that the rate over all looks is at most 1 - confidence.
+
+    Raises:
+        ValueError: if confidence is not between 0.5 and 1, first is below 2, or most below first.
+
+    >>> sequential_criterion(first=5, most=30).looks
+    (5, 10, 20, 30)
+    """
+    check_confidence(confidence)
+    if not 2 <= first <= most:
+        raise ValueError(f"first must be between 2 and most = {most}, got {first}")
+    looks = [first]
+    while looks[-1] < most:
+        looks.append(min(2 * looks[-1], most))
+    return Criterion(partial(_t_test, level=(1 - confidence) / len(looks)), tuple(looks), least=2)
+
+
+def _mean_test(d: Differences) -> Answers:
+    return d.mean(axis=1) > 0, np.ones(len(d), bool)
+
+
+def _t_test(d: Differences, level: float) -> Answers:
+    m, n = d.shape
+    mean, deviation = d.mean(axis=1), d.std(axis=1, ddof=1)
+    bound = stdtrit(n - 1, 1 - level / m) * deviation / np.sqrt(n)  # Student's t quantile
+    better, worse = mean > bound, -mean > bound
+    return better, better | worse

@@ -1,0 +1,122 @@
+"""Takes the lanes through the minibatches of a cycle: lines 10 to 15 of Algorithm 2."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from lossguard.torch.facade import Closure
+from lossguard.torch.forward_only import forward_only
+from lossguard.torch.lane import Lane, scalar
+from lossguard.torch.lanes import Lanes
+from lossguard.torch.placing import placing
+from lossguard.torch.randomness import Randomness
+from lossguard.torch.schedules import Schedules
+from lossguard.torch.weights import Weights
+
+
+class Cycle:
+    """The cycle that a guard is in.
+
+    Attributes:
+        phase: minibatches seen in this cycle; the first nt of them train.
+        gradients: gradients evaluated in this cycle.
+        running: the lane in the model, or the last one that was.
+    """
+
+    def __init__(
+        self, lanes: Lanes, weights: Weights, schedulers: Sequence[LRScheduler], nt: int
+    ) -> None:
+        self.lanes = lanes
+        self.weights = weights
+        self.schedulers = schedulers
+        self.nt = nt
+        self.phase = 0
+        self.gradients = 0
+        self.running = lanes.all[-1]
+        self.randomness = Randomness({p.device for p in weights.params})
+        self.placing = placing(weights)
+
+    @property
+    def checking(self) -> bool:
+        """Whether the next minibatch is a check minibatch."""
+        return self.phase >= self.nt
+
+    def run(self, closures: Sequence[Closure], active: Sequence[int]) -> dict[int, list[Any]]:
+        """Run lanes over some minibatches, with the same random numbers; then x is back.
+
+        Args:
+            closures: one per minibatch.
+            active: numbers of the lanes that run in this cycle.
+
+        Returns:
+            The values of the closures, by the number of the lane.
+        """
+        start, values = self.phase, {}
+        if start == 0:
+            self._begin(active)
+        schedules = Schedules(self.schedulers)
+        draws = [self.randomness.state()]  # before each minibatch, and after the last
+        try:
+            for number in active:
+                self.running = lane = self.lanes.all[number]
+                self.placing.enter(lane.copy)
+                values[number] = []
+                for k, closure in enumerate(closures):
+                    self.phase = start + k
+                    self.randomness.set(draws[k])
+                    values[number].append(self._evaluate(lane, closure, schedules, k))
+                    draws += [self.randomness.state()] if number == active[0] else []
+                    if self.phase == min(self.nt, start + len(closures)) - 1:
+                        self.placing.save(lane.copy)  # after the last step that trains
+        except BaseException:
+            self.phase = 0  # the cycle is lost, x is not
+            raise
+        finally:
+            self.weights.clear_gradients()
+            self.placing.leave()
+            self.randomness.set(draws[-1])
+        self.phase = start + len(closures)
+        return values
+
+    def grow(self, params: list[Tensor]) -> None:
+        """Make room for parameters that the optimizers have just got."""
+        weights = self.weights
+        before = len(weights.params)
+        weights.params += params
+        weights.clear_gradients()  # theirs may be left from before
+        for lane in self.lanes.all:
+            lane.copy[before:before] = weights.copy()[before : before + len(params)]
+            lane.grow()
+        self.placing = placing(weights)
+
+    def _begin(self, active: Sequence[int]) -> None:
+        self.gradients = 0
+        self.placing.begin()
+        for number in active:
+            lane = self.lanes.all[number]
+            lane.begin()
+            if not lane.own_path:
+                self.weights.write(lane.copy)
+
+    def _evaluate(self, lane: Lane, closure: Closure, schedules: Schedules, k: int) -> Any:
+        """One minibatch in the lane that is in the model."""
+        torch.clear_autocast_cache()  # or autocast would go on with casts of earlier weights
+        if self.checking:
+            value = forward_only(closure)
+            lane.check.append(scalar(value))
+            self.weights.read_buffers(self.weights.buffers_of(lane.copy))  # a check leaves no trace
+            return value
+
+        def evaluate() -> Any:
+            self.weights.clear_gradients()
+            self.gradients += 1
+            return closure()
+
+        schedules.before(lane, lane.inner, k)
+        with torch.no_grad(), self.weights.in_place():
+            value = lane.step(evaluate, last=self.phase == self.nt - 1)
+        schedules.after(lane, lane.inner, k)
+        return value

@@ -1,0 +1,117 @@
+"""The lanes of a loss guard: which of them run in a cycle, and what they remember after it.
+
+y    the learned lanes, numbered from 0 in their order
+z    the fallback from x; not with ``hedge="only"``
+s    the fallback on its own path; only if hedged
+"""
+
+from collections.abc import Sequence
+
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from lossguard.torch.inner import Inner, clone
+from lossguard.torch.lane import Lane
+from lossguard.torch.weights import Copy, Weights
+
+
+class Lanes:
+    """All lanes, by their numbers.
+
+    Attributes:
+        all: the learned lanes, z, s.
+        m: how many are learned.
+        z, s: the numbers of these two, if there are such lanes.
+        on_own: whether x lies on the fallback's own path, where z is s.
+    """
+
+    def __init__(
+        self,
+        learned: Sequence[Optimizer],
+        fallback: Optimizer,
+        *,
+        loser: str,
+        hedge: bool | str,
+        scaler: GradScaler | None,
+        weights: Weights,
+    ) -> None:
+        trusted = Inner(fallback)
+        self.m = len(learned)
+        self.z = None if hedge == "only" else self.m
+        self.s = self.m + (self.z is not None) if hedge else None
+        self.on_own = bool(hedge)
+
+        def common() -> tuple[GradScaler | None, Copy]:
+            return clone(scaler), weights.copy()
+
+        self.all = [Lane("learned", Inner(one), loser, *common()) for one in learned]
+        if self.z is not None:
+            self.all.append(Lane("fallback", trusted, loser, *common()))
+        if self.s is not None:
+            shared = self.z is not None
+            self.all.append(
+                Lane("fallback", trusted, "keep", *common(), own_path=True, makes_way=shared)
+            )
+
+    @property
+    def learned(self) -> list[Inner]:
+        """The learned optimizers."""
+        return [lane.inner for lane in self.all[: self.m]]
+
+    @property
+    def fallback(self) -> Inner:
+        """The fallback."""
+        return self.all[-1].inner
+
+    @property
+    def names(self) -> list[str]:
+        """The letter of each lane."""
+        letters = {self.z: "z", self.s: "s"}
+        return [letters.get(number, "y") for number in range(len(self.all))]
+
+    def active(self, *, probe: bool) -> list[int]:
+        """The numbers of the lanes that run in a cycle; the learned ones only in a ``probe``."""
+        z_is_s = self.s is not None and self.on_own
+        trusted = [k for k in (self.z, self.s) if k is not None and not (k == self.z and z_is_s)]
+        return [*(range(self.m) if probe else ()), *trusted]
+
+    def settle(
+        self, winner: int, sound: dict[int, bool], broken: dict[int, bool], x: Weights
+    ) -> tuple[bool, bool]:
+        """Settle what the lanes that ran remember, after x has become the winner's.
+
+        Args:
+            winner: number of the lane that was kept, or -1.
+            sound: whether the parameters of each lane that ran are finite.
+            broken: whether its optimizer's memory isn't.
+            x: the model, which holds x.
+
+        Returns:
+            Whether a learned lane's memory, and whether one of the fallback's, or s itself, had to
+            be made anew.
+        """
+        learned = [
+            self.all[k].settle(won=k == winner, broken=broken[k]) for k in broken if k < self.m
+        ]
+        fallback = []
+        if self.z is not None:
+            fallback.append(self._settle_z(self.all[self.z], winner in (self.z, self.s), broken))
+        if self.s is not None:
+            fallback.append(self._settle_s(self.all[self.s], sound[self.s], broken[self.s], x))
+            self.on_own = winner == self.s or not sound[self.s]
+            if self.on_own:  # z goes on from s, wherever x is s
+                self.all[self.s].hand_over()
+        return any(learned), any(fallback)
+
+    def _settle_z(self, z: Lane, won: bool, broken: dict[int, bool]) -> bool:
+        if self.z in broken:
+            return z.settle(won=won, broken=broken[self.z])
+        assert self.s is not None
+        return z.settle_as(self.all[self.s], won=won, broken=broken[self.s])
+
+    def _settle_s(self, s: Lane, sound: bool, broken: bool, x: Weights) -> bool:
+        if not sound:  # it begins again at x
+            x.write(s.copy)
+        if broken or not sound:
+            s.forget()
+        return broken or not sound

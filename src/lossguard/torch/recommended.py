@@ -1,0 +1,48 @@
+"""The guard that we would use: the loss guard with what did best in our experiments."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+
+from lossguard.torch.criteria import sequential_criterion
+from lossguard.torch.guard import LossGuard
+from lossguard.torch.probing import backoff
+
+
+def recommended(
+    learned: Optimizer | Sequence[Optimizer],
+    fallback: Optimizer,
+    *,
+    nt: int = 10,
+    nc: int = 10,
+    **options: Any,
+) -> LossGuard:
+    """A hedged loss guard that decides under noise and backs off while the learned lanes lose.
+
+    Args:
+        learned: the optimizer that is not trusted, or several, as ``LossGuard`` takes them.
+        fallback: the one that is.
+        nt: train minibatches per cycle.
+        nc: check minibatches of a first look, which is doubled until the case is clear.
+        options: ``model``, ``scaler``, ``schedulers``, ``offload``, ``process_group`` and
+            ``callback``, as in ``LossGuard``.
+
+    Raises:
+        ValueError: as ``LossGuard``.
+
+    >>> import torch
+    >>> w = torch.tensor([4.0], requires_grad=True)
+    >>> guard = recommended(torch.optim.SGD([w], lr=3.0), torch.optim.SGD([w], lr=0.1))
+    >>> guard.cycle(lambda batch: w.square().sum(), range(10), range(40)).winner  # s, lane 2
+    2
+    """
+    return LossGuard(
+        learned,
+        fallback,
+        nt=nt,
+        hedge=True,
+        criterion=sequential_criterion(confidence=0.8, first=nc, most=4 * nc),
+        probing=backoff(patience=2, start="reset"),
+        **options,
+    )

@@ -6,6 +6,7 @@ lossguard sweep SET...          sets of recipes, or recipes, one after another o
 lossguard metatrain RECIPE      meta-train a learned optimizer
 lossguard plot DIR...           figures and tables from records alone
 lossguard claims DIR...         the paper's claims, judged by records
+lossguard report DIR...         one page of claims, interactive figures and tables
 lossguard list                  recipes, data sets, learned optimizers
 """
 
@@ -60,6 +61,16 @@ class Sweep:
     """Folder of the folders of its runs. What is complete there is skipped, the rest resumed."""
     ray: str | None = None
     """Address of a Ray cluster to spread the runs over, or "auto" or "local"."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a page is about and where it goes."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Folders of runs, or folders that hold such folders."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
+    """The page."""
 
 
 def demo(arguments: Sequence[str]) -> None:
@@ -158,6 +169,16 @@ def claims(arguments: Sequence[str]) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
+def report(arguments: Sequence[str]) -> None:
+    """One page from the records of runs: claims, interactive figures and tables."""
+    parsed = tyro.cli(Report, args=arguments, prog="lossguard report", description="")
+    if not parsed.folders:
+        raise ValueError("report needs the folder of a run, or several")
+    from .experiments.report import report
+
+    print(f"report: {report(parsed.folders, parsed.out)}")
+
+
 def list_all(arguments: Sequence[str]) -> None:
     """What there is to name."""
     if _wants_help(arguments):
@@ -190,6 +211,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], None]] = {
     "metatrain": metatrain,
     "plot": plot,
     "claims": claims,
+    "report": report,
     "list": list_all,
 }
 

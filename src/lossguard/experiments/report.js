@@ -1,0 +1,153 @@
+"use strict";
+// Draws each figure from the JSON behind it, again whenever a switch beside it changes.
+
+const COLORS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd",
+                "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"];
+const DASHES = ["solid", "dash", "dashdot", "longdash"];
+const AXES = {
+  step: "Optimizer step",
+  gradients: "Gradient evaluations of one seed",
+  seconds: "Seconds of one seed (mean over seeds, in proportion to the step)",
+};
+
+function decode(text) {
+  return new Float32Array(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
+}
+
+function over(rows, combine) {
+  return rows[0].map((_, i) => combine(rows.map((row) => row[i])));
+}
+
+const mean = (values) => values.reduce((a, b) => a + b) / values.length;
+
+function decodeMethod(method, number) {
+  const many = (rows) => rows && rows.map(decode);
+  const step = decode(method.step);
+  const flat = typeof method.gradients === "number";
+  return {
+    name: method.name,
+    color: COLORS[number % COLORS.length],
+    dash: DASHES[Math.floor(number / COLORS.length) % DASHES.length],
+    loss: many(method.loss),
+    use: many(method.use),
+    x: {
+      step: method.loss.map(() => step),
+      gradients: flat ? method.loss.map(() => step.map((k) => k * method.gradients)) : many(method.gradients),
+      seconds: method.loss.map(() => step.map((k) => k * method.seconds)),
+    },
+  };
+}
+
+function line(method, x, y, more) {
+  const style = { color: method.color, dash: method.dash, width: 1.5 };
+  return { x, y, name: method.name, mode: "lines", line: style, ...more };
+}
+
+// From the highest loss along the curve and back along the lowest, where both can be drawn.
+function band(method, x, rows) {
+  const low = over(rows, (values) => Math.min(...values));
+  const high = over(rows, (values) => Math.max(...values));
+  const drawn = [...x.keys()].filter((i) => low[i] > 0 && isFinite(high[i]));
+  const back = [...drawn].reverse();
+  return {
+    x: [...drawn.map((i) => x[i]), ...back.map((i) => x[i])],
+    y: [...drawn.map((i) => high[i]), ...back.map((i) => low[i])],
+    name: method.name, mode: "lines", line: { width: 0 }, fill: "toself",
+    fillcolor: method.color + "33", hoverinfo: "skip",
+  };
+}
+
+function tracesOf(method, { x, seeds, apart }) {
+  const chosen = (rows) => seeds.map((seed) => rows[seed]);
+  const xs = chosen(method.x[x]);
+  const traces = [];
+  if (apart) {
+    seeds.forEach((seed, i) => {
+      traces.push(line(method, xs[i], method.loss[seed], { meta: seed, opacity: 0.8 }));
+    });
+  } else {
+    traces.push(band(method, over(xs, mean), chosen(method.loss)));
+    traces.push(line(method, over(xs, mean), over(chosen(method.loss), mean)));
+  }
+  if (method.use) {
+    traces.push(line(method, over(xs, mean), over(chosen(method.use), mean), { yaxis: "y2" }));
+  }
+  return traces;
+}
+
+function layout(more) {
+  const front = getComputedStyle(document.body).color;
+  const axes = Object.fromEntries(Object.entries(more).filter(([name]) => name.includes("axis")));
+  for (const name in axes) {
+    axes[name] = {
+      gridcolor: "rgba(128,128,128,0.25)", zeroline: false, automargin: true, exponentformat: "power",
+      ...axes[name],
+    };
+  }
+  return {
+    margin: { l: 60, r: 10, t: 32, b: 45 }, font: { color: front, family: "inherit" },
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "closest",
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: "rgba(128,128,128,0.8)", activecolor: front },
+    showlegend: false, ...more, ...axes,
+  };
+}
+
+// Buttons by name: Plotly's own choice includes one that sends the data away.
+const CONFIG = {
+  responsive: true, displaylogo: false, displayModeBar: true,
+  modeBarButtons: [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
+};
+
+function draw(plot, traces, more) {
+  Plotly.react(plot, traces, layout(more), CONFIG);
+}
+
+// A run of several methods: the form before the plot says what is shown.
+function curves(plot, data) {
+  const form = plot.previousElementSibling;
+  const methods = data.methods.map(decodeMethod);
+  form.querySelectorAll(".line").forEach((sample, i) => {
+    sample.style.borderTopColor = methods[i].color;
+    sample.style.borderTopStyle = methods[i].dash === "solid" ? "solid" : "dashed";
+  });
+  const show = () => {
+    const chosen = new FormData(form);
+    const state = {
+      x: chosen.get("x"), seeds: chosen.getAll("seed").map(Number), apart: chosen.has("apart"),
+    };
+    const shown = state.seeds.length ? chosen.getAll("method").map((i) => methods[i]) : [];
+    const track = methods.some((method) => method.use);
+    draw(plot, shown.flatMap((method) => tracesOf(method, state)), {
+      uirevision: "kept",
+      xaxis: {
+        type: "log", title: { text: AXES[state.x] }, uirevision: state.x, anchor: track ? "y2" : "y",
+      },
+      yaxis: { type: "log", title: { text: "Training loss" }, domain: [track ? 0.25 : 0, 1] },
+      yaxis2: {
+        title: { text: "use_l2o", standoff: 12 }, domain: [0, 0.2], range: [0.45, 1.05],
+        tickvals: [0.5, 1], ticktext: ["fallback", "learned"], fixedrange: true, visible: track,
+      },
+    });
+  };
+  form.addEventListener("change", show);
+  return show;
+}
+
+// A few lines with a legend: meta-training.
+function lines(plot, data) {
+  const traces = data.lines.map(({ name, x, y }, i) =>
+    line({ name, color: COLORS[i], dash: "solid" }, decode(x), decode(y)));
+  return () => draw(plot, traces, {
+    showlegend: true, legend: { orientation: "h", y: -0.2, yanchor: "top" },
+    xaxis: { type: data.log_x ? "log" : "linear", title: { text: data.x } },
+    yaxis: { type: "log", title: { text: data.y } },
+  });
+}
+
+const shows = [...document.querySelectorAll(".plot")].map((plot) => {
+  const data = JSON.parse(plot.nextElementSibling.textContent);
+  return data.methods ? curves(plot, data) : lines(plot, data);
+});
+const showAll = () => shows.forEach((show) => show());
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showAll);
+showAll();

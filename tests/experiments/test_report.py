@@ -1,0 +1,370 @@
+"""The page says what the records say, and works in a browser."""
+
+import base64
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from plotly.offline import get_plotlyjs
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
+
+from lossguard import cli, records
+from lossguard.experiments import figures
+from lossguard.experiments import report as reporting
+from lossguard.experiments.claims import Verdict
+from lossguard.experiments.report import report
+
+STEPS = np.array([*range(1, 1001), *range(1010, 5001, 10)])
+SPEND = {"SGDnm": 1.0, "LGL2O": 2.0, "Backoff": 2.0}
+TITLE = 'Spirals & <script>document.title = "run"</script>'
+VERDICTS = [
+    Verdict("C3a", "3", "L2O is fast & stable", "Loss(L2O, k) < Loss(SGDnm, k)", "holds", "1 < 2"),
+    Verdict("C3b", "3", "L2O stops", "Loss(L2O, K) > Loss(SGDnm, K)", "fails", "1 > 2"),
+    Verdict("C6", "6", "both diverge", "as said", "not run", "no run of fig06"),
+]
+
+
+def curves_of(
+    methods: Sequence[str], steps: np.ndarray = STEPS, seeds: int = 2, lost: int = 3000
+) -> pl.DataFrame:
+    """Losses (1 + seed) / sqrt(step); the second seed of Backoff is lost from a step on.
+
+    Guards take two gradients a step, Backoff two up to step 1000 and then one.
+    """
+    tables = []
+    for method in methods:
+        for seed in range(seeds):
+            loss, gradients = (1 + seed) / np.sqrt(steps), SPEND[method.split()[0]] * steps
+            if method == "Backoff":
+                gradients = np.where(steps <= 1000, 2 * steps, 1000 + steps)
+                loss = np.where((steps >= lost) & (seed == 1), np.nan, loss)
+            columns = {
+                "loss": loss.astype(np.float32),
+                "used_learned": (steps % 2).astype(np.float32),
+                "gradients": gradients.astype(float),
+                "forwards": (SPEND[method.split()[0]] - 1) * steps,
+                "learned_updates": 1.0 * steps,
+            }
+            tables.append(
+                pl.DataFrame({"step": steps, **columns}).select(
+                    pl.lit(method).alias("method"),
+                    pl.lit(seed).cast(pl.Int32).alias("seed"),
+                    pl.all(),
+                )
+            )
+    return pl.concat(tables)
+
+
+def write(folder: Path, config: dict[str, Any], curves: pl.DataFrame, **made: Any) -> Path:
+    records.open_folder(folder, config)
+    records.write_parquet(folder / records.CURVES, curves)
+    made = {
+        "time": "2026-01-02T03:04:05Z",
+        "command": ["lossguard", "run", "--methods", "LGL2O over Adam"],
+        "commit": "0123abc",
+        "python": "3.11.7",
+        "versions": {"jax": "0.7"},
+        "device": "cpu (2 cores)",
+        "platform": "Linux",
+    } | made
+    records.write_json(folder / records.MANIFEST, made)
+    return folder
+
+
+def write_run(folder: Path, curves: pl.DataFrame) -> Path:
+    methods = curves["method"].unique(maintain_order=True).to_list()
+    config = {"name": "known", "title": TITLE, "methods": methods}
+    config |= {"seeds": curves["seed"].n_unique(), "seed": 7}
+    seconds = dict.fromkeys(methods, 10.0)
+    return write(folder, config, curves, data="CIFAR-10 as JPEG q75", seconds=seconds)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a folder with a run, a meta-training and two that are not finished."""
+    folder = tmp_path_factory.mktemp("report") / "runs"
+    write_run(folder / "a_run", curves_of(list(SPEND)))
+    evaluated = {"method": ["SGDnm"] * 3, "seed": [0, 0, 1], "cycle": [1, 2, 2], "step": [1, 9, 9]}
+    scores = {"test_accuracy": [0.1, 0.5, 0.75]}
+    records.write_parquet(folder / "a_run" / records.EVALUATIONS, pl.DataFrame(evaluated | scores))
+    validation = np.outer([2.0, 1.0, 3.0], np.linspace(2, 1, 60))
+    meta = {"meta_step": [5, 10, 15], "meta_loss": [3.0, np.inf, 1.0], "validation": validation}
+    write(folder / "b_meta", {"name": "mine"}, pl.DataFrame(meta), seconds=3.0, best_validation=1.5)
+    records.open_folder(folder / "c_half", {"name": "half"})
+    records.open_folder(folder / "d_failed", {"name": "failed"})
+    records.write_json(folder / "d_failed" / "failed.json", {"reason": "OSError: no < data"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reporting, "judge_claims", lambda folders: VERDICTS[: 1 + len(folders)])
+        return report([folder], folder.parent / "pages" / "report.html")
+
+
+def data_of(page: Path) -> list[dict[str, Any]]:
+    found = re.findall(r'<script type="application/json">(.*?)</script>', page.read_text(), re.S)
+    return [json.loads(text) for text in found]
+
+
+def decode(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), "<f4")
+
+
+def test_page_holds_what_the_figure_draws(page: Path) -> None:
+    data, curves = data_of(page)[0], curves_of(list(SPEND))
+    assert data["seeds"] == [7, 8]
+    assert [method["name"] for method in data["methods"]] == list(SPEND)
+    for method in data["methods"]:
+        steps = decode(method["step"])
+        assert set(range(1, 300)) | {5000} <= set(steps) <= set(STEPS)
+        assert np.diff(np.log10(steps[300:])).max() < 0.02  # 100 a decade
+        assert len(steps) < 300 + 100 * np.log10(5000 / 300) + 2
+        kept = np.searchsorted(STEPS, steps)
+        for name, column in (("loss", "loss"), ("use", "used_learned")):
+            if method[name] is None:
+                assert method["name"] == "SGDnm"
+                continue
+            _, values = figures.by_seed(curves, method["name"], column)
+            values = values if name == "loss" else 0.5 + 0.5 * values
+            drawn = figures.smooth(STEPS, values)[:, kept]
+            np.testing.assert_allclose([decode(row) for row in method[name]], drawn, rtol=1e-6)
+        assert method["seconds"] == 10.0 / 2 / 5000
+    one, two, varying = (method["gradients"] for method in data["methods"])
+    assert (one, two) == (1, 2)
+    assert all(decode(row)[-1] == 6000 for row in varying)
+
+
+def test_page_tells_how_a_run_was_made(page: Path) -> None:
+    text = page.read_text()
+    for part in (
+        "a_run · data: CIFAR-10 as JPEG q75",
+        "Spirals &amp; &lt;script&gt;",
+        "<dd>lossguard run --methods &#39;LGL2O over Adam&#39;</dd>",
+        "<dd>0123abc</dd>",
+        "<dd>cpu (2 cores), Linux</dd>",
+        "<dd>Python 3.11.7, jax 0.7</dd>",
+        "&#34;name&#34;: &#34;known&#34;",
+        "<th>loss at 5,000</th>",
+        '<tr><th scope="row">SGDnm</th><td>0.625</td></tr>',
+        "<li>c_half</li>",
+        "<li>d_failed: OSError: no &lt; data</li>",
+    ):
+        assert part in text
+
+
+def test_twenty_long_runs_stay_below_15_megabytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporting, "judge_claims", lambda folders: VERDICTS)
+    steps = np.unique([i * 10**e for e in range(5) for i in range(100, 1001)] + [*range(1, 100)])
+    assert steps[-1] == 10**7
+    methods = [f"SGDnm {i}" for i in range(3)] + [f"LGL2O {i}" for i in range(4)] + ["Backoff"]
+    folder = write_run(tmp_path / "run", curves_of(methods, steps, seeds=5, lost=10**8))
+    size = report([folder], tmp_path / "report.html").stat().st_size
+    libraries = len(get_plotlyjs().encode())
+    assert libraries + 20 * (size - libraries) < 15e6
+
+
+def test_command(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the real claims, of which none is about these runs but the theorems'."""
+    folder = page.parent.parent / "runs" / "a_run"
+    monkeypatch.setattr(
+        sys, "argv", ["lossguard", "report", str(folder), "-o", str(tmp_path / "r")]
+    )
+    cli.main()
+    assert capsys.readouterr().out == f"report: {tmp_path / 'r'}\n"
+    assert len(data_of(tmp_path / "r")) == 1
+    assert '<th scope="row">C3a</th>' in (tmp_path / "r").read_text()
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ((), "report needs the folder of a run, or several"),
+        (("nowhere",), "nowhere holds no finished run: config.json is missing"),
+        (("half",), "half holds no finished run: manifest.json is missing"),
+        ((".",), "no run in . is finished"),
+    ],
+)
+def test_bad_input(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    names: tuple[str, ...],
+    reason: str,
+) -> None:
+    records.open_folder(tmp_path / "half", {"name": "half"})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lossguard", "report", *names])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"lossguard: {reason}\n"
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not browser or not driver:
+        pytest.skip("chromium or chromedriver is not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chrome = webdriver.Chrome(options=options, service=Service(driver))
+    yield chrome
+    chrome.quit()
+
+
+@pytest.fixture
+def opened(chromium: webdriver.Chrome, page: Path) -> webdriver.Chrome:
+    chromium.set_window_size(1280, 900)
+    chromium.get(page.as_uri())
+    return chromium
+
+
+def plots(browser: webdriver.Chrome) -> list[WebElement]:
+    return browser.find_elements(By.CLASS_NAME, "plot")
+
+
+def traces(browser: webdriver.Chrome) -> list[dict[str, Any]]:
+    """Those of the run's figure, without the bands."""
+    found: list[dict[str, Any]] = browser.execute_script(
+        """return arguments[0].data.map((t) => ({
+             name: t.name, x: Array.from(t.x), y: Array.from(t.y), track: t.yaxis === "y2",
+             band: t.fill === "toself"}))""",
+        plots(browser)[0],
+    )
+    return found
+
+
+def losses(browser: webdriver.Chrome) -> list[dict[str, Any]]:
+    return [trace for trace in traces(browser) if not trace["band"] and not trace["track"]]
+
+
+def switch(browser: webdriver.Chrome, name: str, value: str = "on") -> None:
+    selector = f".switches input[name={name}]" + (f"[value='{value}']" if value != "on" else "")
+    browser.find_element(By.CSS_SELECTOR, selector).click()
+
+
+def axis(browser: webdriver.Chrome, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = browser.execute_script(
+        "const {type, range, title} = arguments[0]._fullLayout[arguments[1]];"
+        "return {type, range, title: title.text}",
+        plots(browser)[0],
+        name,
+    )
+    return found
+
+
+def test_opens_without_errors_or_network_and_draws_every_figure(opened: webdriver.Chrome) -> None:
+    assert opened.get_log("browser") == []
+    assert opened.execute_script("return performance.getEntriesByType('resource')") == []
+    assert opened.title == "lossguard: claims and runs"
+    assert [
+        len(plot.find_elements(By.CSS_SELECTOR, ".scatterlayer .trace")) for plot in plots(opened)
+    ] == [3 * 2 + 2, 2, 2]
+    buttons = opened.execute_script(
+        "return [...arguments[0].querySelectorAll('.modebar-btn')].map((b) => b.dataset.title)",
+        plots(opened)[0],
+    )
+    assert len(buttons) == 6 and not any("hare" in title for title in buttons)
+
+
+def test_claims_are_told_in_words(opened: webdriver.Chrome) -> None:
+    rows = opened.find_elements(By.CSS_SELECTOR, ".claims tbody tr")
+    assert [row.find_element(By.CLASS_NAME, "outcome").text for row in rows] == [
+        "holds",
+        "fails",
+        "not run",
+    ]
+    assert "1 hold, 1 fail, 1 not run." in opened.find_element(By.ID, "claims").text
+    assert "L2O is fast & stable" in rows[0].text
+    colors = {
+        row.find_element(By.CLASS_NAME, "outcome").value_of_css_property("color") for row in rows
+    }
+    assert len(colors) == 3
+
+
+def test_lines_are_means_over_seeds(opened: webdriver.Chrome) -> None:
+    assert (axis(opened, "xaxis")["type"], axis(opened, "yaxis")["type"]) == ("log", "log")
+    assert [trace["name"] for trace in losses(opened)] == list(SPEND)
+    first, *_ = losses(opened)
+    steps = np.array(first["x"])
+    np.testing.assert_allclose(first["y"][:299], 1.5 / np.sqrt(steps[:299]), rtol=1e-6)
+    band = next(trace for trace in traces(opened) if trace["band"])
+    np.testing.assert_allclose(band["y"][:299], 2 / np.sqrt(steps[:299]), rtol=1e-6)
+    np.testing.assert_allclose(band["y"][:-300:-1], 1 / np.sqrt(steps[:299]), rtol=1e-6)
+    tracks = [trace for trace in traces(opened) if trace["track"]]
+    assert [trace["name"] for trace in tracks] == ["LGL2O", "Backoff"]
+    assert tracks[0]["y"][:4] == [1.0, 0.5, 1.0, 0.5] and tracks[0]["x"] == first["x"]
+
+
+def test_what_is_lost_leaves_a_gap(opened: webdriver.Chrome) -> None:
+    backoff = losses(opened)[2]
+    lost = [value is None or not np.isfinite(value) for value in backoff["y"]]
+    assert lost == [step >= 3000 for step in backoff["x"]]
+    switch(opened, "seed", "1")
+    assert np.isfinite(losses(opened)[2]["y"]).all()
+
+
+def test_horizontal_axis_is_switched(opened: webdriver.Chrome) -> None:
+    switch(opened, "x", "gradients")
+    assert axis(opened, "xaxis")["title"].startswith("Gradient evaluations")
+    assert [trace["x"][-1] for trace in losses(opened)] == [5000, 10000, 6000]
+    assert {trace["x"][-1] for trace in traces(opened) if trace["track"]} == {10000, 6000}
+    switch(opened, "x", "seconds")
+    assert axis(opened, "xaxis")["title"].startswith("Seconds of one seed (mean over seeds")
+    assert [trace["x"][-1] for trace in losses(opened)] == pytest.approx([5.0] * 3)
+    switch(opened, "x", "step")
+    assert [trace["x"][-1] for trace in losses(opened)] == [5000] * 3
+
+
+def test_methods_are_switched_and_the_zoom_stays(opened: webdriver.Chrome) -> None:
+    zoom = "Plotly.relayout(arguments[0], {'xaxis.range': [1, 2], 'yaxis.range': [-1, 0]})"
+    opened.execute_script(zoom, plots(opened)[0])
+    switch(opened, "method", "1")
+    assert {trace["name"] for trace in traces(opened)} == {"SGDnm", "Backoff"}
+    assert (axis(opened, "xaxis")["range"], axis(opened, "yaxis")["range"]) == ([1, 2], [-1, 0])
+    switch(opened, "method", "1")
+    assert [trace["name"] for trace in losses(opened)] == list(SPEND)
+    switch(opened, "x", "gradients")  # another axis has another range
+    assert axis(opened, "xaxis")["range"][1] == pytest.approx(4, abs=0.5)
+
+
+def test_seeds_are_switched(opened: webdriver.Chrome) -> None:
+    switch(opened, "apart")
+    assert [trace["name"] for trace in losses(opened)] == [m for m in SPEND for _ in range(2)]
+    ratio = np.array(losses(opened)[1]["y"]) / np.array(losses(opened)[0]["y"])
+    np.testing.assert_allclose(ratio, 2, rtol=1e-6)
+    switch(opened, "apart")
+    switch(opened, "seed", "0")
+    first, *_ = losses(opened)
+    np.testing.assert_allclose(first["y"][:299], 2 / np.sqrt(first["x"][:299]), rtol=1e-6)
+    switch(opened, "seed", "1")
+    assert traces(opened) == []
+    assert opened.get_log("browser") == []
+
+
+@pytest.mark.parametrize("width", [375, 1600])
+def test_fits_into_the_window(opened: webdriver.Chrome, width: int) -> None:
+    device = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", device)
+    opened.refresh()
+    sizes = opened.execute_script(
+        "return [document.documentElement.scrollWidth, innerWidth,"
+        " ...[...document.querySelectorAll('.plot')].map((p) => p.getBoundingClientRect().right)]"
+    )
+    opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert sizes[1] == width and max(sizes) == width

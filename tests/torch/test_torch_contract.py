@@ -98,10 +98,10 @@ def test_sparse_gradients():
     assert_same_state(tested.state_dict(), expected[-1][0])
 
 
-def build(model, **options):
+def build(model, *, several=False, **options):
     learned, fallback = AdamW(model.parameters(), lr=0.1), Adam(model.parameters(), lr=0.01)
     return LossGuard(
-        learned,
+        [learned, SGD(model.parameters(), lr=1.0)] if several else learned,
         fallback,
         nt=3,
         nc=2,
@@ -118,14 +118,25 @@ def stochastic():
     return mlp(nn.BatchNorm1d(16), nn.Dropout(0.2))
 
 
-@pytest.mark.parametrize("done", range(5, 11))
-@pytest.mark.parametrize("loser", ["keep", "rollback", "reset"])
-@pytest.mark.parametrize("hedge", [False, True])
-def test_resumes_bit_by_bit_at_any_point_of_a_cycle(done, loser, hedge):
-    batches = [spiral(16) for _ in range(25)]
+SEQUENTIAL = sequential_criterion(confidence=0.7, first=2, most=6)
+OPTIONS = [
+    *({"loser": loser, "hedge": True} for loser in ("keep", "rollback", "reset")),
+    *({"loser": loser, "hedge": False} for loser in ("keep", "rollback", "reset")),
+    {"hedge": "only", "criterion": paired_criterion(confidence=0.7)},
+    {"hedge": True, "criterion": SEQUENTIAL, "several": True},
+    {"probing": backoff(patience=1, most=2, start="reset"), "loser": "rollback"},
+    {"probing": backoff(patience=1, most=1), "hedge": True, "several": True},
+    {"probing": backoff(patience=1, most=1), "hedge": "only", "criterion": SEQUENTIAL},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("done", range(5, 13))
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options)))
+def test_resumes_bit_by_bit_at_any_point_of_a_cycle(done, options):
+    batches = [spiral(16) for _ in range(30)]
     model = stochastic()
     twin = copy.deepcopy(model)
-    guard = build(model, loser=loser, hedge=hedge)
+    guard = build(model, **options)
     run(guard, model, batches[:done])
 
     file = io.BytesIO()
@@ -133,7 +144,7 @@ def test_resumes_bit_by_bit_at_any_point_of_a_cycle(done, loser, hedge):
     losses = run(guard, model, batches[done:])
 
     file.seek(0)
-    resumed = build(twin, loser=loser, hedge=hedge)  # the guard alone brings the model back too
+    resumed = build(twin, **options)  # the guard alone brings the model back too
     torch.randn(7)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     assert_same_state(run(resumed, twin, batches[done:]), losses)
@@ -177,6 +188,8 @@ def test_copies_go_on_alike(copied, done):
             nc=2,
             model=model,
             hedge=True,
+            criterion=paired_criterion(),
+            probing=backoff(patience=1),
         )
 
     batches = [spiral() for _ in range(20)]
@@ -267,7 +280,7 @@ def test_hooks_are_called():
     assert calls == ["pre", "learned", "fallback", "post", "save", 1, "loaded"]
 
 
-@pytest.mark.parametrize("hedge", [False, True])
+@pytest.mark.parametrize("hedge", [False, True, "only"])
 def test_groups_can_be_added_between_cycles(hedge):
     first, second = nn.Linear(2, 8), nn.Linear(8, 2)
     model = nn.Sequential(first, nn.BatchNorm1d(8), second)

@@ -6,17 +6,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lossguard.torch import LossGuard, LSTMOptimizer, ResidualGuard
+import lossguard.torch
+from lossguard.torch import LSTMOptimizer, ResidualGuard
 
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
 import optax  # noqa: E402
 
-import lossguard  # noqa: E402
-
 NT, NC, CYCLES = 10, 10, 20
-COUNT = (NT + NC) * CYCLES
+COUNT = (NT + 2 * NC) * CYCLES  # a sequential criterion may ask for twice as many
 
 
 def spirals():
@@ -55,7 +54,7 @@ def images():
     return model, logits, (pixels.astype(np.float32), labels)
 
 
-PROBLEMS = {"spirals-mlp": (spirals, 0.02, 0.5), "mnist-convnet": (images, 0.005, 0.05)}
+PROBLEMS = {"spirals-mlp": (spirals, 0.02, 0.5), "mnist-convnet": (images, 0.002, 0.02)}
 
 
 def sides(name):
@@ -80,31 +79,43 @@ def sides(name):
     return model, start, loss, data, weights, named, scale, lr
 
 
-def run_jax(guard, start, loss, data, minibatches):
+def run_jax(guard, start, loss, data):
+    """The kept parameters and the decision after each cycle."""
     state = guard.init(start)
-    step = jax.jit(guard.step)
-    trajectory = []
-    for k in range(CYCLES):
-        part = slice(k * minibatches, (k + 1) * minibatches)
-        batches = tuple(jnp.asarray(column[part]) for column in data)
-        state, decision = step(state, lossguard.stacked(loss, batches, state.minibatches))
-        trajectory.append((state.params, decision))
-    return trajectory
+    objective = lossguard.stacked(loss, tuple(jnp.asarray(column) for column in data))
+    step = jax.jit(lambda state: guard.step(state, objective))
+    for _ in range(CYCLES):
+        state, decision = step(state)
+        yield state.params, decision
+    assert state.minibatches <= len(data[0])
 
 
-def run_torch(guard, model, data, minibatches):
-    for pixels, labels in zip(*map(torch.from_numpy, data), strict=True):
+def run_torch(guard, model, data):
+    """The same."""
+    for inputs, labels in zip(*map(torch.from_numpy, data), strict=True):
 
-        def closure(pixels=pixels, labels=labels):
+        def closure(inputs=inputs, labels=labels):
             guard.zero_grad()
-            loss = functional.cross_entropy(model(pixels), labels)
+            loss = functional.cross_entropy(model(inputs), labels)
             loss.backward()
             return loss
 
+        before = len(guard.history)
         guard.step(closure)
-        if len(guard.history) * minibatches > len(data[0]):
+        if len(guard.history) > before:
+            yield [p.detach().numpy() for p in model.parameters()], guard.last_decision
+        if len(guard.history) == CYCLES:
             break
-        yield [p.detach().numpy() for p in model.parameters()]
+
+
+def assert_same_trajectory(ours, theirs):
+    """Twenty cycles, decided alike; the winners."""
+    winners = set()
+    for (params, decision), (kept, expected) in zip(ours, theirs, strict=True):
+        assert_same_decision(decision, expected, loose=2e-4)
+        assert_same_params(params, kept)
+        winners.add(decision.winner)
+    return winners
 
 
 def assert_same_decision(ours, theirs, loose):
@@ -128,39 +139,76 @@ def paper_decay(t):
     return 1 / (t / 50 + 1) ** 1.5
 
 
+def both(name, build, *, several=False):
+    """Run the guards that ``build`` makes of a library and two optimizers of it."""
+    model, start, loss, data, weights, named, scale, lr = sides(name)
+    params = list(model.parameters())
+    fallback = torch.optim.SGD(params, lr=lr, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.LambdaLR(fallback, paper_decay)
+    ours = [LSTMOptimizer(params, named, scale=scale), torch.optim.SGD(params, lr=4 * lr)]
+    theirs = [lossguard.lstm_optimizer(weights, scale=scale), optax.sgd(4 * lr)]
+    guard = build(lossguard.torch, ours if several else ours[0], fallback, schedulers=[schedule])
+    expected = build(
+        lossguard,
+        theirs if several else theirs[0],
+        optax.sgd(lambda t: lr * paper_decay(t), momentum=0.9),
+    )
+    return assert_same_trajectory(
+        run_torch(guard, model, data), run_jax(expected, start, loss, data)
+    )
+
+
+def loss_guard(library, *optimizers, **options):
+    make = library.LossGuard if library is lossguard.torch else library.loss_guard
+    return make(*optimizers, nt=NT, nc=NC, **options)
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize(
-    ("loser", "hedge"), [("keep", False), ("reset", False), ("rollback", True)]
+    ("loser", "hedge"), [("keep", False), ("reset", False), ("rollback", True), ("keep", "only")]
 )
 def test_loss_guard(name, loser, hedge):
-    model, start, loss, data, weights, named, scale, lr = sides(name)
-    theirs = lossguard.loss_guard(
-        lossguard.lstm_optimizer(weights, scale=scale),
-        optax.sgd(lambda t: lr * paper_decay(t), momentum=0.9),
-        nt=NT,
-        nc=NC,
-        loser=loser,
-        hedge=hedge,
-    )
-    expected = run_jax(theirs, start, loss, data, NT + NC)
+    def build(library, *optimizers, **options):
+        return loss_guard(library, *optimizers, loser=loser, hedge=hedge, **options)
 
-    fallback = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-    guard = LossGuard(
-        LSTMOptimizer(model.parameters(), named, scale=scale),
-        fallback,
-        nt=NT,
-        nc=NC,
-        loser=loser,
-        hedge=hedge,
-        schedulers=[torch.optim.lr_scheduler.LambdaLR(fallback, paper_decay)],
-    )
-    for k, params in enumerate(run_torch(guard, model, data, NT + NC), start=1):
-        if k % (NT + NC) == 0:
-            kept, decision = expected[k // (NT + NC) - 1]
-            assert_same_decision(guard.last_decision, decision, loose=2e-4)
-            assert_same_params(params, kept)
-    winners = {decision.winner for decision in guard.history}
-    assert len(guard.history) == CYCLES and 0 in winners and winners & {1, 2}
+    winners = both(name, build)
+    assert 0 in winners and winners & {1, 2}
+
+
+BEYOND = {
+    "paired": lambda lib: {"criterion": lib.paired_criterion(confidence=0.9)},
+    "sequential": lambda lib: {
+        "criterion": lib.sequential_criterion(confidence=0.8, first=3, most=20), "hedge": "only",
+    },
+    "backoff": lambda lib: {"probing": lib.backoff(patience=1, most=4)},
+    "backoff-hedge": lambda lib: {
+        "probing": lib.backoff(patience=1, most=2, start="reset"), "hedge": True,
+    },
+    "backoff-only": lambda lib: {
+        "probing": lib.backoff(patience=1, most=2), "hedge": "only", "loser": "rollback",
+        "criterion": lib.sequential_criterion(first=4, most=16),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("name", BEYOND)
+def test_beyond_the_paper(name, several):
+    def build(library, *optimizers, **options):
+        return loss_guard(library, *optimizers, **BEYOND[name](library), **options)
+
+    winners = both("spirals-mlp", build, several=several)
+    assert len(winners) >= 2
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_recommended(name):
+    """The same settings, and so the same decisions."""
+
+    def build(library, *optimizers, **options):
+        return library.recommended(*optimizers, nt=NT, nc=5, **options)
+
+    assert len(both(name, build, several=True)) >= 2
 
 
 @pytest.mark.parametrize("residual", ["step", "gradient"])
@@ -172,19 +220,13 @@ def test_residual_guard(residual):
         residual=residual,
         nt=NT,
     )
-    expected = run_jax(theirs, start, loss, data, NT)
     guard = ResidualGuard(
         LSTMOptimizer(model.parameters(), named, scale=scale),
         torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),
         residual=residual,
         nt=NT,
     )
-    data = tuple(column[: NT * CYCLES] for column in data)
-    for k, params in enumerate(run_torch(guard, model, data, NT), start=1):
-        if k % NT == 0:
-            kept, decision = expected[k // NT - 1]
-            assert_same_decision(guard.last_decision, decision, loose=2e-4)
-            assert_same_params(params, kept)
+    assert_same_trajectory(run_torch(guard, model, data), run_jax(theirs, start, loss, data))
     used = {flag for decision in guard.history for flag in decision.used_learned}
     assert used == {True, False}
 

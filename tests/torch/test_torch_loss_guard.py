@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 from algorithm2 import algorithm2
-from models import assert_same_state, closure_for, loss_fn, mlp, quadratic, spiral
+from models import assert_same_state, closure_for, loss_fn, mlp, quadratic, run, spiral
 from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LambdaLR
 
-from lossguard.torch import LossGuard
+from lossguard.torch import LossGuard, backoff, sequential_criterion
+from lossguard.torch.placing import ByPointer, ByValue
 
 # A learned optimizer that is sometimes better and sometimes worse than each fallback.
 PAIRS = {
@@ -208,27 +209,149 @@ def test_a_state_that_is_not_finite_is_reset(side):
     assert math.isfinite(poisoned.state[weight]["exp_avg"].item())
 
 
-@pytest.mark.parametrize("hedge", [False, True])
-def test_cycle_is_the_stream(hedge):
+OPTIONS = {
+    "paper": {},
+    "hedged": {"hedge": True},
+    "sequential": {"criterion": sequential_criterion(confidence=0.8, first=2, most=7)},
+    "backoff": {"hedge": "only", "probing": backoff(patience=1, most=1)},
+    "by value": {"hedge": True, "offload": "cpu"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_cycle_is_the_stream(name):
     def build(model):
         learned, fallback = (make(model.parameters()) for make in PAIRS["adam"])
         schedulers = [LambdaLR(o, lambda t: 1 / (1 + t / 9)) for o in (learned, fallback)]
         return LossGuard(
-            learned, fallback, nt=3, nc=2, hedge=hedge, model=model, schedulers=schedulers
+            learned, fallback, nt=3, nc=2, model=model, schedulers=schedulers, **OPTIONS[name]
         )
 
     model = mlp(nn.BatchNorm1d(16), nn.Dropout(0.3))
     twin = copy.deepcopy(model)
     guard, other = build(model), build(twin)
-    for _ in range(8):
-        batches = [spiral(8) for _ in range(5)]
-        state = torch.get_rng_state()
-        for batch in batches:
-            guard.step(closure_for(guard, model, batch))
+    taken = set()
+    for cycle in range(8):
+        batches = [spiral(8) for _ in range(10)]
+        state, rest = torch.get_rng_state(), iter(batches)
+        while len(guard.history) == cycle:
+            guard.step(closure_for(guard, model, next(rest)))
         torch.set_rng_state(state)
-        decision = other.cycle(lambda b: loss_fn(twin, b), batches[:3], batches[3:])
+        check = iter(batches[3:])
+        decision = other.cycle(lambda b: loss_fn(twin, b), batches[:3], check)
         assert repr(decision) == repr(guard.last_decision)  # repr, since NaN != NaN
         assert_same_state(model.state_dict(), twin.state_dict())
+        assert len(list(check)) == len(list(rest))  # both took the same minibatches
+        taken.add(decision.forwards)
+    assert len(taken) > 1 or name in ("paper", "by value")
+
+
+@pytest.mark.parametrize("hedge", [False, True])
+def test_by_pointer_is_by_value(hedge):
+    batches = [spiral(8) for _ in range(25)]
+    model = mlp(nn.BatchNorm1d(16))
+    twin = copy.deepcopy(model)
+    guards = []
+    for m, offload in ((model, None), (twin, "cpu")):
+        learned, fallback = (make(m.parameters()) for make in PAIRS["mixed"])
+        guards.append(
+            LossGuard(learned, fallback, nt=3, nc=2, hedge=hedge, model=m, offload=offload)
+        )
+        run(guards[-1], m, batches)
+    assert [type(guard._cycle.placing) for guard in guards] == [ByPointer, ByValue]
+    assert_same_state(model.state_dict(), twin.state_dict())
+    assert guards[0].history == guards[1].history
+
+
+def test_parameters_that_share_a_storage_stay_there():
+    """The second half of one buffer is a view of it, which others may hold."""
+    flat = torch.tensor([9.0, 4.0])
+    weight = flat[1:].requires_grad_()
+    guard = LossGuard(SGD([weight], lr=0.25), SGD([weight], lr=0.1), nt=1, nc=1)
+
+    def closure():
+        loss = flat.detach()[1] ** 2 + 0 * weight.square().sum()  # what the buffer holds
+        (weight.square().sum()).backward()
+        return loss
+
+    for _ in range(2):
+        guard.step(closure)
+    assert guard.last_decision.learned_loss == pytest.approx(2.0**2)
+    assert flat.tolist() == [9.0, 2.0]
+
+
+def test_the_best_of_several_candidates():
+    """SGD multiplies w by 1 - 2 lr: the candidates go to 3.2, 1.6 and 0, the fallback to 2.4."""
+    weight, closure = quadratic(4.0)
+    candidates = [SGD([weight], lr=lr) for lr in (0.1, 0.3, 0.5)]
+    guard = LossGuard(candidates, SGD([weight], lr=0.2), nt=1, nc=1, hedge=True)
+    for _ in range(2):
+        guard.step(closure)
+    decision = guard.last_decision
+    assert (decision.winner, weight.item()) == (2, pytest.approx(0.0))
+    assert (decision.learned_loss, decision.fallback_loss) == pytest.approx((0.0, 2.4**2))
+    assert (decision.gradients, decision.forwards, decision.learned_updates) == (4, 4, 3)
+    for _ in range(2):  # at the minimum all tie, and s, which isn't there, loses
+        guard.step(closure)
+    assert guard.last_decision.winner == 3
+
+
+def test_backing_off_spends_nothing_on_the_learned_lane():
+    weight, closure = quadratic(4.0)
+    guard = LossGuard(
+        SGD([weight], lr=1.5), SGD([weight], lr=0.25), nt=1, nc=2,
+        probing=backoff(patience=2, most=2),
+    )  # fmt: skip
+    calls, seen = 0, []
+
+    def counted():
+        nonlocal calls
+        calls += 1
+        return closure()
+
+    while len(guard.history) < 9:
+        before = len(guard.history)
+        guard.step(counted)
+        if len(guard.history) > before:
+            seen.append(calls)
+            calls = 0
+    assert seen == [6, 6, 1, 6, 1, 1, 6, 1, 1]  # 2 lanes of 3 minibatches, or one gradient
+    assert weight.item() == pytest.approx(4.0 * 0.5**9)
+    decision = guard.last_decision
+    assert (decision.winner, decision.forwards, decision.learned_updates) == (1, 0, 0)
+    assert math.isnan(decision.learned_loss) and math.isnan(decision.fallback_loss)
+
+
+@pytest.mark.parametrize(("start", "expected"), [("keep", 3), ("reset", 1)])
+def test_what_a_probe_starts_from(start, expected):
+    weight, closure = quadratic(4.0)
+    learned = Adam([weight], lr=10.0)
+    guard = LossGuard(
+        learned, SGD([weight], lr=0.25), nt=1, nc=1, probing=backoff(patience=2, start=start)
+    )
+    for _ in range(2 + 2 + 1 + 2):  # two probes, a wait of one cycle, a probe
+        guard.step(closure)
+    assert [decision.learned_updates for decision in guard.history] == [1, 1, 0, 1]
+    assert learned.state[weight]["step"].item() == expected
+
+
+def test_a_sequential_criterion_looks_until_it_is_settled():
+    """Differences of 0 aren't settled before the last look; constant ones are at the first."""
+    weight, closure = quadratic(4.0)
+    learned, fallback = SGD([weight], lr=0.1), SGD([weight], lr=0.1)
+    criterion = sequential_criterion(first=2, most=7)
+    guard = LossGuard(learned, fallback, nt=1, nc=1, criterion=criterion)
+    for lr, checks, winner in ((0.1, 7, 1), (0.2, 2, 0), (0.0, 2, 1)):
+        learned.param_groups[0]["lr"] = lr
+        for _ in range(1 + checks):
+            guard.step(closure)
+        assert (guard.last_decision.winner, guard.last_decision.forwards) == (winner, 2 * checks)
+    assert len(guard.history) == 3
+    learned.param_groups[0]["lr"] = 0.1
+    with pytest.raises(ValueError) as error:
+        guard.cycle(lambda batch: weight.square().sum(), [0], range(5))
+    assert str(error.value) == "check_batches must be at least 7 minibatches, got 5"
+    assert guard.cycle(lambda batch: weight.square().sum(), [0], range(7)).winner == 1
 
 
 def test_the_callback_sees_every_decision():

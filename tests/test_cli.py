@@ -14,6 +14,8 @@ import polars as pl
 import pytest
 
 from lossguard import cli, records
+from lossguard.experiments import theorems
+from lossguard.experiments.findings import Finding
 from lossguard.learned import pretrained
 
 TINY = str(Path(__file__).parent / "experiments" / "tiny.py")
@@ -70,7 +72,7 @@ def test_help(main: Main, capsys: pytest.CaptureFixture[str], arguments: tuple[s
     assert all(f"lossguard {name} " in out for name in cli.COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["run", "metatrain", "plot", "list"])
+@pytest.mark.parametrize("command", ["run", "metatrain", "plot", "claims", "list"])
 def test_help_of_a_command(main: Main, capsys: pytest.CaptureFixture[str], command: str) -> None:
     main(command, "--help")
     assert capsys.readouterr().out.startswith(f"usage: lossguard {command}")
@@ -152,6 +154,8 @@ def test_plot_of_meta_training(
         (("list", "all"), ("list takes no arguments, got all",)),
         (("plot",), ("plot needs the folder of a run",)),
         (("plot", "nowhere"), ("nowhere holds no finished run: config.json is missing",)),
+        (("claims",), ("claims needs the folder of a run",)),
+        (("claims", "nowhere"), ("nowhere holds no finished run: config.json is missing",)),
         (("run",), ("path/to/module.py:function or one of demo, fig03",)),
         (("run", "fgi03"), ("got 'fgi03' (did you mean fig03?)",)),
         (("metatrain", "mnist"), ("one of mnist-mlp", "(did you mean mnist-mlp?)")),
@@ -239,6 +243,18 @@ def test_damaged_weights(
     monkeypatch.setattr(pretrained, "_folder", lambda: shipped.parent)
     refused(main, capsys, ("run", "fig05"), "weights must be a complete .safetensors file")
     assert not (tmp_path / "runs").exists()
+
+
+def test_claims(
+    main: Main, capsys: pytest.CaptureFixture[str], finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("theorem_5", "theorem_7"):  # they take seconds
+        monkeypatch.setattr(theorems, name, lambda: Finding(False, "as if it failed"))
+    before = sorted(finished.iterdir())
+    main("claims", "run")
+    out = capsys.readouterr().out
+    assert "C3c" in out and "not run" in out and "C14" in out and "as if it failed" in out
+    assert sorted(finished.iterdir()) == before
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def tracks(run: Run, method: str, other: str) -> Finding:
 
     def distance(k: int) -> float:
         ours, theirs = run.losses(k)[method], run.losses(k)[other]
-        return divided(abs(ours - theirs), theirs) if math.isfinite(ours) else math.inf
+        return divided(abs(ours - theirs), theirs)
 
     what = f"the distance of {method} from {other}, relative to it,"
     return at_marks(run, every_mark(run), distance, lambda d: d <= 0.05, what)

@@ -1,6 +1,5 @@
 """A task against NumPy: its loss, its minibatches, its evaluation."""
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,9 +80,16 @@ def test_keys_shuffle_differently_and_vmap(task: Task, params: PyTree) -> None:
 def test_objective_draws_the_same_inside_a_compiled_loop(task: Task, params: PyTree) -> None:
     objective = task.objective(jax.random.key(4))
     _, losses = jax.lax.scan(lambda c, i: (c, objective(params, i)), None, jnp.arange(50))
-    compiled = eqx.filter_jit(objective)
+    compiled = jax.jit(objective)
     each = jnp.stack([compiled(params, i) for i in range(50)])
     np.testing.assert_allclose(losses, each, rtol=1e-5)
+
+
+def test_two_objectives_compile_apart(task: Task, params: PyTree) -> None:
+    one, other = (task.objective(jax.random.key(k)) for k in (6, 7))
+    for objective in (one, other, task.objective(jax.random.key(6))):
+        np.testing.assert_allclose(jax.jit(objective)(params, 3), objective(params, 3), rtol=1e-5)
+    assert one != other and len({one, other}) == 2
 
 
 def test_gradient_descends(task: Task, params: PyTree) -> None:

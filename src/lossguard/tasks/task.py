@@ -70,11 +70,15 @@ class Task(eqx.Module):
 class Objective(eqx.Module):
     """``objective(params, i)``: a task's loss on minibatch number i of the order that a key names.
 
-    A pytree, so that many of them (one key each) are vmapped over; see :func:`along_seeds`.
+    A pytree, so that many of them (one key each) are vmapped over. Two of them are equal only if
+    they are the same object, like plain functions, so that ``jax.jit`` takes one as it is.
     """
 
     task: Task
     key: PRNGKeyArray
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
 
     def __call__(self, params: PyTree, i: Int[Array, ""] | int) -> Float[Array, ""]:
         train = self.task.dataset.train

@@ -13,10 +13,11 @@ lossguard list                  recipes, data sets, learned optimizers
 import difflib
 import importlib.util
 import itertools
+import secrets
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,7 +78,7 @@ def demo(arguments: Sequence[str]) -> None:
     """Six methods on Spirals: a table and a figure."""
     from .experiments.recipes import demo as recipe
 
-    out = Path(tempfile.mkdtemp(prefix="lossguard-demo-"))
+    out = Path(tempfile.gettempdir(), f"lossguard-demo-{secrets.token_hex(4)}")
     _run(*_override(recipe(), Where(out), arguments, "demo"))
 
 
@@ -274,17 +275,12 @@ def _load(path: Path, function: str) -> Callable[[], Any]:
 
 def _override(config: Any, where: Any, arguments: Sequence[str], program: str) -> tuple[Any, Any]:
     """Where to put a run, and its config, with the fields replaced that the command line names."""
-    place: Any = type(where)
-    kind: Any = type(config)
-
-    @dataclass(frozen=True)
-    class Arguments:
-        where: tyro.conf.OmitArgPrefixes[place]  # pyright: ignore
-        config: Annotated[kind, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]  # pyright: ignore
-
+    place = tyro.conf.OmitArgPrefixes[type(where)]
+    kind = Annotated[type(config), tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
+    both = make_dataclass("Arguments", [("where", place), ("config", kind)], frozen=True)
     parsed = tyro.cli(
-        Arguments,
-        default=Arguments(where, config),
+        both,
+        default=both(where, config),
         args=arguments,
         prog=f"lossguard {program}",
         description="",

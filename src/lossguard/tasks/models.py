@@ -2,7 +2,7 @@
 
 A model is a frozen dataclass of plain values. ``init`` makes its parameters, a tuple of Equinox
 layers (whose default initialization is PyTorch's: uniform within 1 / sqrt(fan-in)), and ``apply``
-maps a batch of inputs to logits.
+maps a batch of inputs to logits. Its docstring is also its help on the command line.
 """
 
 from collections.abc import Sequence
@@ -29,13 +29,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class MLP:
-    """Fully connected layers with sigmoids between them (paper, section 4).
-
-    >>> model = MLP(hidden=(20,))
-    >>> params = model.init((28, 28, 1), 10, jax.random.key(0))
-    >>> model.apply(params, jnp.zeros((128, 28, 28, 1))).shape
-    (128, 10)
-    """
+    """Fully connected layers with sigmoids between them (paper, section 4)."""
 
     hidden: tuple[int, ...] = (20,)
     """Units of each hidden layer."""
@@ -52,6 +46,13 @@ class MLP:
     def apply(
         self, params: tuple[eqx.nn.Linear, ...], inputs: Float[Array, "batch ..."]
     ) -> Float[Array, "batch classes"]:
+        """The logits of a batch.
+
+        >>> model = MLP(hidden=(20,))
+        >>> params = model.init((28, 28, 1), 10, jax.random.key(0))
+        >>> model.apply(params, jnp.zeros((128, 28, 28, 1))).shape
+        (128, 10)
+        """
         x = inputs.reshape(inputs.shape[0], -1)
         for layer in params[:-1]:
             x = jax.nn.sigmoid(jax.vmap(layer)(x))
@@ -64,11 +65,6 @@ class ConvNet:
 
     The defaults are the paper's three-layer net; its five-layer one is
     ``ConvNet((8, 16, 32, 32, 64), (3, 3, 3, 3, 1), (2, 2, 2, 1, 1))``.
-
-    >>> model = ConvNet()
-    >>> params = model.init((32, 32, 3), 10, jax.random.key(0))
-    >>> model.apply(params, jnp.zeros((128, 32, 32, 3))).shape
-    (128, 10)
     """
 
     channels: tuple[int, ...] = (8, 16, 32)
@@ -97,6 +93,13 @@ class ConvNet:
         params: tuple[eqx.nn.Conv2d | eqx.nn.Linear, ...],
         inputs: Float[Array, "batch height width channels"],
     ) -> Float[Array, "batch classes"]:
+        """The logits of a batch.
+
+        >>> model = ConvNet()
+        >>> params = model.init((32, 32, 3), 10, jax.random.key(0))
+        >>> model.apply(params, jnp.zeros((128, 32, 32, 3))).shape
+        (128, 10)
+        """
         x = inputs
         for layer in params[:-1]:
             assert isinstance(layer, eqx.nn.Conv2d) and layer.bias is not None

@@ -98,6 +98,7 @@ def test_help_of_a_recipe(
     assert caught.value.code == 0
     out = capsys.readouterr().out
     assert all(field in out for field in fields)
+    assert ">>>" not in out and "pyright" not in out  # from docstrings and comments
 
 
 def test_run_with_overrides_then_plot(
@@ -126,6 +127,15 @@ def test_run_with_overrides_then_plot(
     refused(main, capsys, tuple(same), "out holds this run already: add --resume")
     main(*same, "--resume")
     assert capsys.readouterr().out == out
+
+
+def test_help_of_the_demo_makes_no_folder(
+    main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(SystemExit):
+        main("demo", "--help")
+    assert not list(tmp_path.iterdir())
 
 
 def test_demo_in_short(main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

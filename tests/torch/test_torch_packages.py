@@ -1,0 +1,116 @@
+"""Optimizers of other packages, as they are, on either side."""
+
+import copy
+import io
+
+import pytest
+import torch
+from algorithm2 import algorithm2
+from models import assert_same_state, loss_fn, mlp, run, spiral
+from torch import nn
+from torch.optim import SGD
+
+from lossguard.torch import LossGuard
+
+NT, NC, CYCLES = 3, 2, 5
+
+
+def still(params):
+    """An optimizer that never moves."""
+    return SGD(params, lr=0.0)
+
+
+def schedule_free(name):
+    package = pytest.importorskip("schedulefree")
+    lr = 0.2 if name.startswith("SGD") else 0.01
+    return lambda params: getattr(package, name)(params, lr=lr)
+
+
+SCHEDULE_FREE = ["SGDScheduleFree", "AdamWScheduleFree"]
+
+
+@pytest.mark.parametrize("name", SCHEDULE_FREE)
+@pytest.mark.parametrize("side", ["learned", "fallback"])
+@pytest.mark.parametrize("loser", ["keep", "rollback", "reset"])
+@pytest.mark.parametrize("hedge", [False, True, "only"])
+def test_schedule_free_alone_is_schedule_free_guarded(name, side, loser, hedge):
+    """If it wins every cycle: x is its averaged iterate, at which it is checked."""
+    make = schedule_free(name)
+    model = mlp()
+    alone = copy.deepcopy(model)
+    optimizer = make(alone.parameters())
+    makers = (make, still) if side == "learned" else (still, make)
+    learned, fallback = (one(model.parameters()) for one in makers)
+    guard = LossGuard(learned, fallback, nt=NT, nc=NC, loser=loser, hedge=hedge)
+    batches = [spiral(16)] * (NT + NC)  # the same one, on which every cycle is progress
+    for _ in range(CYCLES):
+        run(guard, model, batches)
+        optimizer.train()
+        for batch in batches[:NT]:
+            optimizer.zero_grad()
+            loss_fn(alone, batch).backward()
+            optimizer.step()
+        optimizer.eval()
+        decision = guard.last_decision
+        assert (decision.winner == 0) == (side == "learned")
+        for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(p, q)
+        checked = decision.learned_loss if side == "learned" else decision.fallback_loss
+        assert checked == pytest.approx(loss_fn(alone, batches[0]).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("done", [6, 7, 9])
+def test_schedule_free_resumes_bit_by_bit(done):
+    make = schedule_free("AdamWScheduleFree")
+
+    def build(model):
+        learned, fallback = make(model.parameters()), make(model.parameters())
+        learned.param_groups[0]["lr"] = 0.05
+        return LossGuard(learned, fallback, nt=NT, nc=NC, hedge=True, loser="reset")
+
+    batches = [spiral(16) for _ in range(30)]
+    model = mlp()
+    twin = copy.deepcopy(model)
+    guard, resumed = build(model), build(twin)
+    run(guard, model, batches[:done])
+    file = io.BytesIO()
+    torch.save(guard.state_dict(), file)
+    losses = run(guard, model, batches[done:])
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert_same_state(run(resumed, twin, batches[done:]), losses)
+    assert_same_state(twin.state_dict(), model.state_dict())
+    assert 0 in {decision.winner for decision in guard.history}
+
+
+FROM_PYTORCH_OPTIMIZER = {
+    "Lion": {"lr": 0.01},
+    "Adan": {"lr": 0.05},
+    "AdaBelief": {"lr": 0.05},
+    "Prodigy": {},
+    "SOAP": {"lr": 0.05},
+    "Shampoo": {"lr": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", FROM_PYTORCH_OPTIMIZER)
+@pytest.mark.parametrize("side", ["learned", "fallback"])
+@pytest.mark.parametrize("loser", ["keep", "reset"])
+def test_pytorch_optimizer(name, side, loser):
+    package = pytest.importorskip("pytorch_optimizer")
+
+    def tested(params):
+        return getattr(package, name)(list(params), **FROM_PYTORCH_OPTIMIZER[name])
+
+    makers = (tested, still) if side == "learned" else (still, tested)
+    model = nn.Sequential(nn.Linear(2, 16, bias=False), nn.Tanh(), nn.Linear(16, 2, bias=False))
+    batches = [spiral(16)] * (CYCLES * (NT + NC))
+    expected = list(
+        algorithm2(model, *makers, batches, loss_fn, nt=NT, nc=NC, loser=loser, hedge=True)
+    )
+    learned, fallback = (make(model.parameters()) for make in makers)
+    guard = LossGuard(learned, fallback, nt=NT, nc=NC, loser=loser, hedge=True)
+    run(guard, model, batches)
+    assert [d.winner for d in guard.history] == [winner for _, winner, *_ in expected]
+    assert (0 if side == "learned" else 2) in {decision.winner for decision in guard.history}
+    assert_same_state(model.state_dict(), expected[-1][0])

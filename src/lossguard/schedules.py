@@ -6,6 +6,8 @@ Both are optax schedules: functions of the number of optimizer steps taken, from
 import jax.numpy as jnp
 import optax
 
+from .guards.protocol import check_positive
+
 
 def paper_decay(rate: float, tau: float = 50_000.0, *, power: float = 1.5) -> optax.Schedule:
     """lr(t) = rate / (t / tau + 1)^power, the schedule of all the paper's experiments.
@@ -19,7 +21,7 @@ def paper_decay(rate: float, tau: float = 50_000.0, *, power: float = 1.5) -> op
         power: 1.5 in the paper.
 
     Raises:
-        ValueError: if rate or tau is not positive.
+        ValueError: if rate or tau is not positive and finite.
 
     Source: the paper's appendix E.
 
@@ -27,7 +29,7 @@ def paper_decay(rate: float, tau: float = 50_000.0, *, power: float = 1.5) -> op
     >>> float(schedule(0)), round(float(schedule(150_000)), 4)
     (3.0, 0.375)
     """
-    _check_positive(rate=rate, tau=tau)
+    check_positive(rate=rate, tau=tau)
     return lambda t: rate / (jnp.asarray(t) / tau + 1) ** power
 
 
@@ -41,16 +43,10 @@ def harmonic_decay(rate: float, offset: float) -> optax.Schedule:
         offset: the step i0 at which it has halved.
 
     Raises:
-        ValueError: if rate or offset is not positive.
+        ValueError: if rate or offset is not positive and finite.
 
     >>> float(harmonic_decay(0.5, offset=100)(100))
     0.25
     """
-    _check_positive(rate=rate, offset=offset)
+    check_positive(rate=rate, offset=offset)
     return lambda t: rate / (1 + jnp.asarray(t) / offset)
-
-
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value!r}")

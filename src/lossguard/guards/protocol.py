@@ -5,6 +5,7 @@ k optimizer steps taken, nt steps a cycle, nc check minibatches, i the number of
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -106,6 +107,13 @@ def check_count(name: str, value: int) -> None:
     """Refuse counts below 1 in one sentence."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def check_positive(**values: float) -> None:
+    """Refuse numbers that are not positive and finite in one sentence."""
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value!r}")
 
 
 def with_extra_args(name: str, optimizer: Any) -> optax.GradientTransformationExtraArgs:

@@ -12,7 +12,6 @@ and how the weights were made, under whatever names.
 
 import contextlib
 import difflib
-import math
 import os
 from importlib import resources
 from pathlib import Path
@@ -24,6 +23,7 @@ import optax
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from ..guards.protocol import check_positive
 from .lstm import LSTMLayer, LSTMWeights, lstm_optimizer
 
 SUFFIX = ".safetensors"
@@ -158,7 +158,7 @@ def save_weights(
     for name, tensor in tensors.items():
         if not np.isfinite(tensor).all():
             raise ValueError(f"weights must be finite, but {name} is not")
-    _check_positive(p=p, scale=scale)
+    check_positive(p=p, scale=scale)
     for name, value in made.items():
         if name in NEEDED or not isinstance(name, str) or not isinstance(value, str):
             raise ValueError(
@@ -215,7 +215,7 @@ def _read_metadata(about: dict[str, str]) -> tuple[int, int, float, float]:
         raise ValueError(f"its architecture must be 'lstm', got {about['architecture']!r}")
     hidden, layers = int(about["hidden"]), int(about["layers"])
     p, scale = float(about["p"]), float(about["scale"])
-    _check_positive(hidden=hidden, layers=layers, p=p, scale=scale)
+    check_positive(hidden=hidden, layers=layers, p=p, scale=scale)
     return hidden, layers, p, scale
 
 
@@ -237,12 +237,6 @@ def _check_tensors(file: Any, hidden: int, layers: int) -> None:
             raise ValueError(
                 f"its tensor {name} must be F32 {shape}, got {view.get_dtype()} {view.get_shape()}"
             )
-
-
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value!r}")
 
 
 def _write_whole(path: Path, content: bytes) -> None:

@@ -1,11 +1,11 @@
 """What a guarded cycle costs, against its parts, and what memory it takes, against its formula.
 
 A cycle of the paper's guard is nt training steps of each optimizer and 2 nc forward passes. The
-ratio of a cycle's time to the sum of its parts is to stay below 1.05 if the guard is given a whole
-cycle; the stream copies the parameters more often. What is timed is processor time on one thread,
-in turns, and the median over the turns counts, so that other work on the machine disturbs little.
-The C library's allocator hands freed memory back to the system when a threshold is passed, which is
-a matter of luck and can cost 10% on either side; both sides do without.
+ratio of a cycle's time to the sum of its parts is to stay below 1.05. What is timed is processor
+time on one thread, in turns, and the median over the turns counts, so that other work on the
+machine disturbs little. The C library's allocator hands freed memory back to the system when a
+threshold is passed, which is a matter of luck and can cost 10% on either side; both sides do
+without.
 """
 
 import contextlib
@@ -133,7 +133,7 @@ def test_a_cycle_costs_its_parts(benchmark, name, form):
     ):
         benchmark.extra_info[label] = statistics.median(row[0] / parts(row) for row in rows)
     print(f"\n{name}, {form}: {json.dumps(benchmark.extra_info)}")
-    assert benchmark.extra_info["its parts"] < (1.05 if form == "cycle" else 1.15)
+    assert benchmark.extra_info["its parts"] < 1.05
 
 
 PEAK = """
@@ -147,7 +147,7 @@ def peak():
 
 torch.set_num_threads(1)
 ctypes.CDLL(None).mallopt(-3, 1 << 16)  # large tensors go back to the system when freed
-size, lanes = 8_000_000, int(sys.argv[1])
+size, lanes, offload = 8_000_000, int(sys.argv[1]), "cpu" if sys.argv[2] == "value" else None
 params = [torch.randn(size // 8, requires_grad=True) for _ in range(8)]
 
 def closure():
@@ -162,7 +162,7 @@ for _ in range(2):
     optimizer.step(closure)
     optimizer.zero_grad()
 before = peak()
-guard = LossGuard(make(), make(), nt=1, nc=1, hedge=lanes == 3)
+guard = LossGuard(make(), make(), nt=1, nc=1, hedge=lanes == 3, offload=offload)
 for _ in range(6):
     guard.step(closure)
 print((peak() - before) / (4 * size))
@@ -171,16 +171,18 @@ print((peak() - before) / (4 * size))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak as Linux gives it")
 @pytest.mark.parametrize("lanes", [2, 3])
-def test_memory_is_the_formula(benchmark, lanes):
-    """lanes + 2 copies of the parameters, of which one is the model: lanes + 1 more than before."""
+@pytest.mark.parametrize("how", ["pointer", "value"])
+def test_memory_is_the_formula(benchmark, lanes, how):
+    """A copy of the parameters per lane beside the model, and one of x where values are copied."""
     if benchmark.disabled:
         pytest.skip("benchmarks are off")
 
     def measure():
-        command = [sys.executable, "-c", PEAK, str(lanes)]
+        command = [sys.executable, "-c", PEAK, str(lanes), how]
         return float(subprocess.run(command, capture_output=True, check=True).stdout)
 
     copies = benchmark.pedantic(measure, rounds=1)
     benchmark.extra_info["copies of the parameters"] = copies
-    print(f"\n{lanes} lanes: {copies:.2f} copies of the parameters beside the model")
-    assert lanes + 0.8 < copies < lanes + 1.3
+    print(f"\n{lanes} lanes, by {how}: {copies:.2f} copies of the parameters beside the model")
+    expected = lanes + (how == "value")
+    assert expected - 0.2 < copies < expected + 0.3

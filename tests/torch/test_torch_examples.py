@@ -106,3 +106,26 @@ def test_lightning_resumes_within_a_cycle(example, tmp_path):
     assert second.optimizers[0]._cycle.phase == whole.optimizers[0]._cycle.phase == 10
     for key, value in model.state_dict().items():
         assert torch.equal(twin.state_dict()[key], value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_must_not_accumulate_for_the_guard(example):
+    lightning = pytest.importorskip("lightning")
+    module = example("torch_lightning")
+    data = torch.randn(16, 1, 4, 4), torch.randint(0, 10, (16,))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), batch_size=4)
+    trainer = lightning.Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        accumulate_grad_batches=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with pytest.raises(ValueError) as error:
+        trainer.fit(module.Classifier(16), loader)
+    assert str(error.value) == (
+        "gradients must be computed inside the closure, got some before the step (call zero_grad, "
+        "and accumulate inside the closure)"
+    )

@@ -8,7 +8,8 @@ import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
-# The numerical core: what is given arrays. The rest has no shapes to check.
+# The numerical core: what is given arrays. The rest has no shapes to check, save for tasks.task:
+# vmap's axes are an Objective that holds None and 0.
 CHECKED = (
     "lossguard.guards",
     "lossguard.learned.features",
@@ -18,6 +19,7 @@ CHECKED = (
     "lossguard.rollout",
     "lossguard.schedules",
     "lossguard.tasks.dataset",
+    "lossguard.tasks.models",
     "lossguard.tasks.shuffle",
     "lossguard.tasks.synthetic",
 )

@@ -71,7 +71,7 @@ def test_equals_torch(model: Model, shape: tuple[int, ...]) -> None:
     (logits * torch.from_numpy(weights)).sum().backward()
 
     def loss(params: Any) -> tuple[Array, Array]:
-        ours = model.apply(params, x)
+        ours = model.apply(params, jnp.asarray(x))
         return jnp.sum(ours * weights), ours
 
     gradient, ours = jax.jit(jax.grad(loss, has_aux=True))(params)

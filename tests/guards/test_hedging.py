@@ -13,22 +13,26 @@ import numpy_guards
 import optax
 import optimizers
 import pytest
+from scipy import stats
 
 import lossguard
+from lossguard.guards.verdict import judge
 from lossguard.tasks import Noisy, quadratic, ridge_logistic
 
 NT, NC, CYCLES = 3, 2, 30
 S = {True: 2, "only": 1}
 """The number of lane s beside one learned lane."""
+EVIDENCE = lossguard.paired_criterion(confidence=0.6)
 
 
 def by_numpy(problem, learned, fallback, *, hedge, loser: str, cycles: int):
     """The docstring of ``loss_guard``, in plain loops; z always runs, also where it is s."""
     z_lane, s_lane = fallback, deepcopy(fallback)
+    confidence = 0.6 if hedge is EVIDENCE else 0.5  # at 0.5 the t-test compares means
     x = s = problem.start
     i = 0
     for _ in range(cycles):
-        trusted = [(z_lane, x)] if hedge is True else []
+        trusted = [(z_lane, x)] if hedge != "only" else []
         lanes = [*((one, x) for one in learned), *trusted, (s_lane, s)]
         before = [deepcopy(optimizer.memory) for optimizer, _ in lanes]
         ends, losses, checks = [], [], []
@@ -38,10 +42,13 @@ def by_numpy(problem, learned, fallback, *, hedge, loser: str, cycles: int):
                 losses[-1].append(problem.loss(w, i + t))
                 w = optimizer.step(w, problem.gradient(w, i + t))
             ends.append(w)
-            checks.append(np.mean([problem.loss(w, i + NT + j) for j in range(NC)]))
+            checks.append(np.array([problem.loss(w, i + NT + j) for j in range(NC)]))
         m = len(learned)
-        ranking = [len(lanes) - 1, *range(len(lanes) - 2, m - 1, -1), *range(m)]  # s, z, y
-        winner = min(ranking, key=lambda lane: checks[lane])  # the first of equals
+        winner = min([m, *range(m)], key=lambda lane: checks[lane].mean())  # the first of equals
+        if hedge != "only":
+            d = checks[winner] - checks[-1]
+            p = stats.ttest_1samp(d, 0, alternative="greater").pvalue if d.any() else 0
+            winner = m + 1 if p < 1 - confidence else winner
         x, s = ends[winner], ends[-1]
         i += NT + NC
         for lane, (optimizer, _) in enumerate(lanes[:-1]):
@@ -57,8 +64,8 @@ def by_numpy(problem, learned, fallback, *, hedge, loser: str, cycles: int):
             "s": s,
             "winner": winner,
             "losses": losses[winner],
-            "learned_loss": min(checks[:m]),
-            "fallback_loss": min(checks[m:]),
+            "learned_loss": min(check.mean() for check in checks[:m]),
+            "fallback_loss": min(check.mean() for check in checks[m:]),
         }
 
 
@@ -90,6 +97,8 @@ OPTIMIZERS = {
         (["adam"], "momentum", True, "keep"),
         (["adam"], "momentum", True, "rollback"),
         (["momentum"], "adam", True, "reset"),
+        (["adam"], "momentum", EVIDENCE, "keep"),
+        (["momentum"], "adam", EVIDENCE, "reset"),
         (["adam"], "momentum", "only", "keep"),
         (["momentum"], "adam", "only", "rollback"),
         (["ascent", "adam", "sgd"], "momentum", True, "keep"),
@@ -108,7 +117,7 @@ def test_a_run_is_numpys(learned, fallback, hedge, loser) -> None:
     step = jax.jit(lambda state: guard.step(state, objective))
     state, winners, on_own = guard.init(jnp.asarray(problem.start)), [], True
     m = len(learned)
-    last = m + (hedge is True)
+    last = m + (hedge != "only")
     expected = by_numpy(
         problem, numpy_learned, numpy_fallback, hedge=hedge, loser=loser, cycles=CYCLES
     )
@@ -121,7 +130,7 @@ def test_a_run_is_numpys(learned, fallback, hedge, loser) -> None:
             np.testing.assert_allclose(getattr(decision, name), want[name], rtol=1e-9)
         assert (decision.used_learned == (want["winner"] < m)).all()
         # z is skipped where it would be s.
-        lanes = m + (2 if hedge is True and not on_own else 1)
+        lanes = m + (2 if hedge != "only" and not on_own else 1)
         assert decision.gradients == lanes * NT
         assert decision.forwards == lanes * NC
         assert decision.learned_updates == m * NT
@@ -353,6 +362,24 @@ def test_s_begins_again_at_x(loser) -> None:
         assert decision.gradients == (2 if cycle in (0, 2) else 3) * NT
 
 
+def test_going_back_takes_evidence() -> None:
+    """One hard minibatch makes the mean of y higher than that of s, but is no evidence."""
+    y = np.full(10, 0.003)
+    s, z = np.full(10, 0.02), np.full(10, 0.3)
+    y[4] = 0.2
+    paired, mean = lossguard.paired_criterion(confidence=0.95), lossguard.mean_criterion()
+
+    def kept(back, y: np.ndarray) -> int:
+        checks = jnp.asarray(np.stack([y, z, s]), jnp.float32)
+        return int(judge(mean, back, checks, jnp.int32(10), jnp.ones(3, bool), 1).row)
+
+    assert y.mean() > s.mean()
+    assert (kept(mean, y), kept(paired, y)) == (2, 0)
+    y = np.linspace(0.02, 0.04, 10)
+    assert (kept(mean, y), kept(paired, y)) == (2, 2)
+    assert (kept(mean, s), kept(paired, s)) == (2, 2)  # a tie
+
+
 @cache
 def hedged(several: bool, hedge):
     learned = optax.adam(0.4)
@@ -404,7 +431,7 @@ def test_a_hostile_candidate_changes_nothing(hedge) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"hedge": "always"}, "hedge must be False, True or 'only', got 'always'"),
+        ({"hedge": "always"}, "hedge must be False, True, 'only' or a criterion, got 'always'"),
         (
             {"learned": []},
             "the number of learned optimizers must be an integer of at least 1, got 0",

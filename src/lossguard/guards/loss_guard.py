@@ -31,7 +31,7 @@ from .verdict import NEITHER, follow_first, judge
 from .windows import Windows, fixed
 
 Loser = Literal["keep", "rollback", "reset"]
-Hedge = Literal[False, True, "only"]
+Hedge = Literal["only"] | bool | Criterion
 
 
 class LossGuardState(NamedTuple):
@@ -70,12 +70,12 @@ def loss_guard(
         x <- y   if mean_j F(y, i+nt+j) < mean_j F(z, i+nt+j)   else z
 
     With ``hedge`` a third lane runs on the same minibatches, s <- nt steps of the fallback from s,
-    and x becomes the best of y, z and s: never worse than the fallback alone, up to the error of
+    and x becomes s where that is better: never worse than the fallback alone, up to the error of
     the decision. While x lies on the fallback's own path, z is s and costs nothing.
 
     A lane whose parameters or check losses are not finite can't win; if none can, x stays. So x is
     finite for ever if it begins so. An optimizer state that is no longer finite is made anew, and a
-    lane s that is no longer finite begins again at x. Ties go to s, then z, then y.
+    lane s that is no longer finite begins again at x. Ties go to s, then z.
 
     Args:
         learned: the optimizer that is not trusted, an optax transformation; or several, of which
@@ -86,9 +86,10 @@ def loss_guard(
         loser: what becomes of the optimizer state of a branch from x that lost. "keep": it runs on
             from its own nt steps; "rollback": as before the cycle; "reset": as at the start. The
             learning-rate schedule of the fallback advances by nt a cycle under each.
-        hedge: whether the fallback also runs on its own path; "only" leaves out z, which costs what
-            the paper's guard does.
-        criterion: when a learned lane is better than the best fallback lane; by default
+        hedge: whether the fallback also runs on its own path. A criterion says when x goes back to
+            it, which forfeits what was gained: ``paired_criterion()`` asks for evidence, True is
+            ``mean_criterion()``. "only" leaves out z, which costs what the paper's guard does.
+        criterion: when a learned lane is better than the fallback's from x; by default
             ``mean_criterion()``, the paper's.
         windows: how nt and nc change; by default not at all.
         probing: how often the learned lanes run; by default always.
@@ -115,17 +116,20 @@ def loss_guard(
     check_count("nc", nc)
     if loser not in get_args(Loser):
         raise ValueError(f"loser must be one of {', '.join(get_args(Loser))}, got {loser!r}")
-    if hedge not in get_args(Hedge):
-        raise ValueError(f"hedge must be False, True or 'only', got {hedge!r}")
+    if hedge not in (False, True, "only") and not isinstance(hedge, Criterion):
+        raise ValueError(f"hedge must be False, True, 'only' or a criterion, got {hedge!r}")
     several = [learned] if hasattr(learned, "update") else list(learned)
     check_count("the number of learned optimizers", len(several))
     candidates = tuple(with_extra_args("learned", one) for one in several)
     trusted = with_extra_args("fallback", fallback)
     criterion = mean_criterion() if criterion is None else criterion
+    back = hedge if isinstance(hedge, Criterion) else mean_criterion()
     windows = fixed() if windows is None else windows
     probing = always() if probing is None else probing
-    if criterion.looks is None and nc < criterion.least:
-        raise ValueError(f"nc must be at least {criterion.least} for this criterion, got {nc}")
+    looks = criterion.looks or back.looks
+    least = max(criterion.least, back.least)
+    if looks is None and nc < least:
+        raise ValueError(f"nc must be at least {least} for this criterion, got {nc}")
 
     m = len(candidates)
     Z = m if hedge != "only" else None
@@ -171,7 +175,6 @@ def loss_guard(
         dtype = loss_dtype(objective, x, i)
         factor = inner.factor if windows.most > 1 else 1
         steps, nt_most = nt * factor, nt * windows.most
-        looks = criterion.looks or (nc * factor,)
 
         before = branches_at(x, inner)  # lines 10 and 11
         lanes = [*range(learned_lanes), *trusted_lanes]
@@ -192,12 +195,12 @@ def loss_guard(
                 [branch.params for branch in trained],
                 objective,
                 i + steps,
-                looks=looks,
-                most=max(criterion.looks or (nc * windows.most,)),
-                settled=lambda checks, n: judge(criterion, checks, n, sound, m).settled,
+                looks=looks or (nc * factor,),
+                most=max(looks or (nc * windows.most,)),
+                settled=lambda checks, n: judge(criterion, back, checks, n, sound, m).settled,
                 dtype=dtype,
             )
-            verdict = judge(criterion, checks, n, sound, m)
+            verdict = judge(criterion, back, checks, n, sound, m)
             best, factor = verdict.best_learned, inner.factor
             factor = windows.update(factor, checks[best], checks[verdict.best_fallback], n)
         else:

@@ -27,6 +27,7 @@ class Verdict(NamedTuple):
 
 def judge(
     criterion: Criterion,
+    back: Criterion,
     checks: Float[Array, "lanes most"],
     n: Int[Array, ""],
     sound: Bool[Array, " lanes"],
@@ -34,24 +35,32 @@ def judge(
 ) -> Verdict:
     """Compare the lanes on n check minibatches: line 16 of Algorithm 2.
 
-    The fallback's lanes are compared by their means (s wins ties), and each learned lane with the
-    better of them by the criterion. Lanes that are not ``sound``, or whose losses are not finite,
-    can't win.
+    Row m is the fallback's: a learned lane is kept if ``criterion`` says that it is better. Row
+    m + 1, if there is one, is the fallback on its own path: it is kept if ``back`` says that it is
+    better than what the others came to, or if it is the same. Lanes that are not ``sound``, or
+    whose losses are not finite, can't win.
     """
     means = jnp.where(jnp.arange(checks.shape[1]) < n, checks, 0).sum(axis=1) / n
     finite = sound & jnp.isfinite(means)
     ranked = jnp.where(finite, means, jnp.inf)
-    best_fallback = len(means) - 1 - jnp.argmin(ranked[m:][::-1])  # s comes last
 
-    difference = checks[best_fallback] - checks[:m]
-    difference = jnp.where(finite[best_fallback], difference, 1)
-    difference = jnp.where(finite[:m, None], difference, -1)
-    better, settled = criterion.test(difference, n)
+    def gains(rows: slice, over: Int[Array, ""] | int) -> Float[Array, "rows most"]:
+        """By how much some rows are lower than another one; -1 or 1 where one is not finite."""
+        d = jnp.where(finite[over], checks[over] - checks[rows], 1)
+        return jnp.where(finite[rows, None], d, -1)
+
+    better, settled = criterion.test(gains(slice(m), m), n)
     best_learned = jnp.argmin(ranked[:m])
-    best_better = jnp.argmin(jnp.where(better, ranked[:m], jnp.inf))
-    otherwise = jnp.where(finite[best_fallback], best_fallback, NEITHER)
+    row = jnp.where(better.any(), jnp.argmin(jnp.where(better, ranked[:m], jnp.inf)), m)
+    best_fallback = jnp.int32(m)
+    if len(checks) > m + 1:
+        gain = gains(slice(m + 1, None), row)
+        goes_back, sure = back.test(gain, n)
+        row = jnp.where(goes_back[0] | (gain == 0).all(), m + 1, row)
+        settled = jnp.concatenate([settled, sure])
+        best_fallback += ranked[m + 1] <= ranked[m]
     return Verdict(
-        row=jnp.where(better.any(), best_better, otherwise),
+        row=jnp.where(finite[row], row, NEITHER),
         settled=settled.all(),
         best_learned=best_learned,
         best_fallback=best_fallback,

@@ -2,20 +2,23 @@
 
 from typing import Any
 
-from .criteria import sequential_criterion
+from .criteria import paired_criterion
 from .loss_guard import loss_guard
 from .probing import backoff
 from .protocol import Guard
 
 
 def recommended(learned: Any, fallback: Any, *, nt: int = 10, nc: int = 10) -> Guard:
-    """A hedged loss guard that decides under noise and backs off while the learned lanes lose.
+    """A hedged loss guard that keeps its gains under noise and backs off where there are none.
+
+    x goes back to the fallback's own path on evidence only, a learned lane that lost begins anew,
+    and after 30 losses running it is probed ever less often.
 
     Args:
         learned: the optimizer that is not trusted, or several, as ``loss_guard`` takes them.
         fallback: the one that is.
         nt: optimizer steps a cycle.
-        nc: check minibatches of a first look, which is doubled until the case is clear.
+        nc: check minibatches a cycle, at least 2.
 
     Raises:
         ValueError: as ``loss_guard``.
@@ -30,7 +33,8 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, nc: int = 10) -> G
         learned,
         fallback,
         nt=nt,
-        hedge=True,
-        criterion=sequential_criterion(confidence=0.8, first=nc, most=4 * nc),
-        probing=backoff(patience=2, start="reset"),
+        nc=nc,
+        hedge=paired_criterion(confidence=0.95),
+        loser="reset",
+        probing=backoff(patience=30, most=256, start="reset"),
     )

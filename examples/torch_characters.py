@@ -97,6 +97,8 @@ def main(
         print(f"the high rate won {won} of {len(guard.history)} cycles")
     for k in range(0, len(losses), 50):
         print(f"step {k:4d}   loss {max(losses[k : k + 50]):.3f} at most until step {k + 49}")
+    spike = max(losses) / losses[0]
+    print(f"the highest loss was {spike:.1f} times the first: {'a' if spike > 2 else 'no'} spike")
     return losses
 
 

@@ -6,20 +6,19 @@ import os
 import torch
 from models import loss_fn, mlp, run, spiral
 from torch import distributed
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed import fsdp as sharding
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam
 
-from lossguard.torch import LossGuard
+from lossguard.torch import LossGuard, backoff, sequential_criterion
 
 CYCLES, NT, NC, BATCH = 6, 3, 2, 24
 
 
-def build(params, **options):
+def build(params, lr=0.1, **options):
     params = list(params)
     return LossGuard(
-        Adam(params, lr=0.1), SGD(params, lr=0.5, momentum=0.9), nt=NT, nc=NC, **options
+        Adam(params, lr=lr), SGD(params, lr=0.5, momentum=0.9), nt=NT, nc=NC, **options
     )
 
 
@@ -54,6 +53,20 @@ def ddp(rank, sizes=None):
     model = DistributedDataParallel(mlp())
     guard = build(model.parameters(), model=model)
     run(guard, model, shards(rank, distributed.get_world_size(), sizes))
+    return report(guard, model.module.state_dict())
+
+
+def ddp_beyond_the_paper(rank):
+    """Ranks look again, and back off, together."""
+    model = DistributedDataParallel(mlp())
+    guard = build(
+        model.parameters(),
+        lr=1e-3,
+        hedge=True,
+        criterion=sequential_criterion(confidence=0.8, first=2, most=8),
+        probing=backoff(patience=1, most=1),
+    )
+    run(guard, model, shards(rank, distributed.get_world_size()))
     return report(guard, model.module.state_dict())
 
 
@@ -95,7 +108,7 @@ def ddp_killed(rank):
 
 def two(rank):
     """All that two ranks are asked, one after the other."""
-    asked = (ddp, ddp_unequal, ddp_nan, fsdp, fsdp_needs_the_model)
+    asked = (ddp, ddp_beyond_the_paper, ddp_unequal, ddp_nan, fsdp, fsdp_needs_the_model)
     answers = {}
     for scenario in asked:
         torch.manual_seed(0)
@@ -104,9 +117,13 @@ def two(rank):
 
 
 def fsdp(rank):
+    from torch.distributed.tensor.debug import CommDebugMode
+
     model = mlp()
-    fully_shard(model[0], reshard_after_forward=False)
-    fully_shard(model)  # the root, which holds the last layer, stays gathered after a forward
+    sharding.fully_shard(model[0], reshard_after_forward=False)
+    sharding.fully_shard(
+        model
+    )  # the root, which holds the last layer, stays gathered after a forward
     guard = build(model.parameters(), model=model)
     run(guard, model, shards(rank, distributed.get_world_size()))
     with CommDebugMode() as communication:
@@ -123,7 +140,7 @@ def fsdp(rank):
 
 def fsdp_needs_the_model(rank):
     model = mlp()
-    fully_shard(model)
+    sharding.fully_shard(model)
     try:
         build(model.parameters())
     except ValueError as error:

@@ -9,7 +9,8 @@ from ranks import spawn
 from scenarios import CYCLES, alone
 
 pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="PyTorch was built without distributed"
+    not hasattr(torch.distributed, "fsdp") or not hasattr(torch.distributed.fsdp, "fully_shard"),
+    reason="fully_shard needs PyTorch 2.6, built with distributed",
 )
 
 
@@ -56,6 +57,13 @@ def test_equal_shards_on_two_ranks(single, two):
 
 def test_equal_shards_on_four_ranks(single, tmp_path):
     assert_is_one_process(results("ddp", 4, tmp_path), single)
+
+
+def test_ranks_look_again_and_back_off_together(two):
+    ranks = two["ddp_beyond_the_paper"]
+    assert_ranks_agree(ranks)
+    history = ranks[0]["history"]
+    assert {d["forwards"] > 0 for d in history} == {True, False}
 
 
 def test_unequal_shards(two):

@@ -45,10 +45,12 @@ def test_mnist_from_a_folder(example, tmp_path, monkeypatch):
     assert pixels[0].max() == 0 and pixels[1].min() == 1
 
 
-def test_characters_do_not_spike(example):
+def test_characters_do_not_spike(example, capsys):
     main = example("torch_characters").main
     guarded = main(calls=120)
+    assert capsys.readouterr().out.endswith("no spike\n")
     unguarded = main(calls=20, guarded=False)
+    assert capsys.readouterr().out.endswith("a spike\n")
     assert max(unguarded) > 10 * unguarded[0]
     assert max(guarded) == guarded[0]
     assert max(guarded[-10:]) < 3.0

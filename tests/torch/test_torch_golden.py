@@ -180,6 +180,7 @@ BEYOND = {
     "sequential": lambda lib: {
         "criterion": lib.sequential_criterion(confidence=0.8, first=3, most=20), "hedge": "only",
     },
+    "evidence": lambda lib: {"hedge": lib.paired_criterion(confidence=0.9)},
     "backoff": lambda lib: {"probing": lib.backoff(patience=1, most=4)},
     "backoff-hedge": lambda lib: {
         "probing": lib.backoff(patience=1, most=2, start="reset"), "hedge": True,

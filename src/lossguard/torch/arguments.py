@@ -45,12 +45,6 @@ def check_policy(loser: str) -> None:
         raise ValueError(f"loser must be one of {', '.join(POLICIES)}, got {loser!r}")
 
 
-def check_hedge(hedge: object) -> None:
-    """Refuse an unknown hedge."""
-    if hedge not in (False, True, "only"):
-        raise ValueError(f"hedge must be False, True or 'only', got {hedge!r}")
-
-
 def check_offload(offload: object) -> None:
     """Refuse to keep copies elsewhere."""
     if offload not in (None, "cpu"):

@@ -52,11 +52,12 @@ class LossGuard(Facade):
             branch), ``rollback`` (what it knew before the cycle) or ``reset`` (what it knew when
             the guard was built). Schedules advance whoever wins.
         hedge: whether a further lane, s, runs the fallback on its own path, so that x is never
-            worse than the fallback alone, up to the check's error. x becomes the best of y, z and
-            s; ties go to s, then z. While x lies on that path z is s and costs nothing. Should s
-            not stay finite, it begins again at x. ``"only"`` leaves out z.
-        criterion: when a learned lane is better than the best fallback lane; by default
-            ``mean_criterion()``, the paper's.
+            worse than the fallback alone, up to the check's error. While x lies on that path z is s
+            and costs nothing. Should s not stay finite, it begins again at x. A criterion says when
+            x goes back to s, which forfeits what was gained: ``paired_criterion()`` asks for
+            evidence, True is ``mean_criterion()``. ``"only"`` leaves out z.
+        criterion: when a learned lane is better than the fallback's from x; by default
+            ``mean_criterion()``, the paper's. Ties go to s, then z.
         probing: how often the learned lanes run; by default always.
         model: the module whose buffers (BatchNorm's statistics) belong to a branch; needed with
             ``fully_shard``.
@@ -96,7 +97,7 @@ class LossGuard(Facade):
         nt: int = 10,
         nc: int = 10,
         loser: str = "keep",
-        hedge: Literal[False, True, "only"] = False,
+        hedge: Literal["only"] | bool | Criterion = False,
         criterion: Criterion | None = None,
         probing: Probing | None = None,
         model: nn.Module | None = None,
@@ -110,9 +111,12 @@ class LossGuard(Facade):
         criterion = mean_criterion() if criterion is None else criterion
         params = arguments.shared_params(several, fallback)
         arguments.check_policy(loser)
-        arguments.check_hedge(hedge)
+        if hedge not in (False, True, "only") and not isinstance(hedge, Criterion):
+            raise ValueError(f"hedge must be False, True, 'only' or a criterion, got {hedge!r}")
         arguments.check_count("nt", nt)
-        arguments.check_nc(nc, criterion.least if criterion.looks is None else 1)
+        back = hedge if isinstance(hedge, Criterion) else mean_criterion()
+        looks = criterion.looks or back.looks
+        arguments.check_nc(nc, max(criterion.least, back.least) if looks is None else 1)
         arguments.check_schedulers(schedulers, [*several, fallback])
         arguments.check_offload(offload)
         arguments.check_model(model, params)
@@ -132,7 +136,8 @@ class LossGuard(Facade):
             several, fallback, loser=loser, hedge=hedge, scaler=scaler, weights=self._weights
         )
         self._cycle = Cycle(self._lanes, self._weights, self.schedulers, nt)
-        self._looks = criterion.looks or (nc,)
+        self._back = back
+        self._looks = looks or (nc,)
         self._probes = ProbingState()
         self._kept = len(self._lanes.all) - 1
 
@@ -279,7 +284,9 @@ class LossGuard(Facade):
         )
         m, n = self._lanes.m if self._probe else 0, len(seen.checks[0])
         verdict = (
-            judge(self.criterion, seen.checks, seen.sound, m) if m else follow_first(seen.sound)
+            judge(self.criterion, self._back, seen.checks, seen.sound, m)
+            if m
+            else follow_first(seen.sound)
         )
         if not verdict.settled and n < self._looks[-1]:
             return

@@ -31,7 +31,7 @@ class Lanes:
         fallback: Optimizer,
         *,
         loser: str,
-        hedge: bool | str,
+        hedge: object,
         scaler: GradScaler | None,
         weights: Weights,
     ) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lossguard.torch.criteria import Criterion
+from lossguard.torch.criteria import Criterion, Differences
 from lossguard.torch.decision import NOBODY
 
 
@@ -33,48 +33,63 @@ class Verdict(NamedTuple):
 
 
 def judge(
-    criterion: Criterion, checks: Sequence[Sequence[float]], sound: Sequence[bool], m: int
+    criterion: Criterion,
+    back: Criterion,
+    checks: Sequence[Sequence[float]],
+    sound: Sequence[bool],
+    m: int,
 ) -> Verdict:
     """Compare the lanes on n check minibatches.
 
-    The fallback's lanes are compared by their means (s wins ties), and each learned lane with the
-    better of them by the criterion. Lanes that aren't ``sound``, or whose losses aren't finite,
-    can't win.
+    Row m is the fallback's: a learned lane is kept if ``criterion`` says that it is better. Row
+    m + 1, if there is one, is the fallback on its own path: it is kept if ``back`` says that it is
+    better than what the others came to, or if it is the same. Lanes that aren't ``sound``, or whose
+    losses aren't finite, can't win.
 
     Args:
         criterion: when a learned lane is better.
+        back: when x goes back to the fallback's own path.
         checks: check losses [lanes, n].
         sound: whether each lane's parameters are finite.
         m: how many lanes are learned.
 
     >>> from lossguard.torch import mean_criterion
-    >>> judge(mean_criterion(), [[1.0], [2.0]], [True, True], 1).row
-    0
-    >>> judge(mean_criterion(), [[2.0], [2.0]], [True, True], 1).row
-    1
-    >>> judge(mean_criterion(), [[1.0], [math.nan]], [False, True], 1).row
-    -1
+    >>> def row(checks, sound):
+    ...     return judge(mean_criterion(), mean_criterion(), checks, sound, 1).row
+    >>> row([[1.0], [2.0]], [True, True]), row([[2.0], [2.0]], [True, True])
+    (0, 1)
+    >>> row([[1.0], [math.nan]], [False, True]), row([[1.0], [2.0], [1.0]], [True, True, True])
+    (-1, 2)
     """
     means = [sum(losses) / len(losses) for losses in checks]
     finite = [ok and math.isfinite(mean) for ok, mean in zip(sound, means, strict=True)]
     ranked = [mean if ok else math.inf for ok, mean in zip(finite, means, strict=True)]
-    best_fallback = min(reversed(range(m, len(means))), key=ranked.__getitem__)  # s comes last
-    best_learned = min(range(m), key=ranked.__getitem__)
 
-    d = np.empty((m, len(checks[0])))
-    for lane in range(m):
-        if not finite[lane]:
-            d[lane] = -1
-        elif not finite[best_fallback]:
-            d[lane] = 1
-        else:
-            d[lane] = np.subtract(checks[best_fallback], checks[lane])
-    better, settled = criterion.test(d)
-    won = [lane for lane in range(m) if better[lane]]
-    otherwise = best_fallback if finite[best_fallback] else NOBODY
+    def gains(rows: Sequence[int], over: int) -> Differences:
+        """By how much some rows are lower than another one; -1 or 1 where one is not finite."""
+        n = len(checks[over])
+        return np.array(
+            [
+                np.subtract(checks[over], checks[row])
+                if finite[row] and finite[over]
+                else np.full(n, 1.0 if finite[row] else -1.0)
+                for row in rows
+            ]
+        )
+
+    better, settled = criterion.test(gains(range(m), m))
+    row = min((lane for lane in range(m) if better[lane]), key=ranked.__getitem__, default=m)
+    sure, best_fallback = bool(settled.all()), m
+    if len(checks) > m + 1:
+        gain = gains([m + 1], row)
+        goes_back, settled = back.test(gain)
+        row = m + 1 if goes_back[0] or not gain.any() else row
+        sure = sure and bool(settled.all())
+        best_fallback = m + (ranked[m + 1] <= ranked[m])
+    best_learned = min(range(m), key=ranked.__getitem__)
     return Verdict(
-        row=min(won, key=ranked.__getitem__) if won else otherwise,
-        settled=bool(settled.all()),
+        row=row if finite[row] else NOBODY,
+        settled=sure,
         best_fallback=best_fallback,
         learned_loss=means[best_learned],
         fallback_loss=means[best_fallback],

@@ -84,8 +84,8 @@ def demo(arguments: Sequence[str]) -> None:
 
 def run(arguments: Sequence[str]) -> None:
     """One experiment of the paper, or of the user's own module."""
+    from .experiments.beyond import RECIPES
     from .experiments.experiment import Experiment
-    from .experiments.recipes import RECIPES
 
     if _wants_help(arguments):
         print(_usage("run", RECIPES))
@@ -96,8 +96,9 @@ def run(arguments: Sequence[str]) -> None:
 
 def sweep(arguments: Sequence[str]) -> None:
     """Experiments one after another, or over a cluster: the options apply to each."""
+    from .experiments.beyond import RECIPES
     from .experiments.experiment import Experiment
-    from .experiments.recipes import RECIPES, SETS
+    from .experiments.recipes import SETS
     from .experiments.sweep import sweep
 
     known = {**SETS, **RECIPES}
@@ -187,7 +188,7 @@ def list_all(arguments: Sequence[str]) -> None:
         return
     if arguments:
         raise ValueError(f"list takes no arguments, got {' '.join(arguments)}")
-    from .experiments.recipes import RECIPES as EXPERIMENTS
+    from .experiments.beyond import RECIPES as EXPERIMENTS
     from .experiments.recipes import SETS
     from .learned.pretrained import pretrained_names
     from .metatrain.recipes import RECIPES as META

@@ -13,7 +13,8 @@ import pytest
 
 from lossguard import records
 from lossguard.experiments import experiment as experiments
-from lossguard.experiments.recipes import RECIPES, SETS
+from lossguard.experiments.beyond import RECIPES
+from lossguard.experiments.recipes import SETS
 from lossguard.experiments.run import run
 from lossguard.learned.pretrained import pretrained_names
 from lossguard.tasks.datasets import Dataset, load_dataset

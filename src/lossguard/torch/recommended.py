@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lossguard.torch.criteria import sequential_criterion
+from lossguard.torch.criteria import paired_criterion
 from lossguard.torch.guard import LossGuard
 from lossguard.torch.probing import backoff
 
@@ -34,15 +34,16 @@ def recommended(
     >>> import torch
     >>> w = torch.tensor([4.0], requires_grad=True)
     >>> guard = recommended(torch.optim.SGD([w], lr=3.0), torch.optim.SGD([w], lr=0.1))
-    >>> guard.cycle(lambda batch: w.square().sum(), range(10), range(40)).winner  # s, lane 2
+    >>> guard.cycle(lambda batch: w.square().sum(), range(10), range(10)).winner  # s, lane 2
     2
     """
     return LossGuard(
         learned,
         fallback,
         nt=nt,
-        hedge=True,
-        criterion=sequential_criterion(confidence=0.8, first=nc, most=4 * nc),
-        probing=backoff(patience=2, start="reset"),
+        nc=nc,
+        hedge=paired_criterion(confidence=0.95),
+        loser="reset",
+        probing=backoff(patience=30, most=256, start="reset"),
         **options,
     )

@@ -178,7 +178,7 @@ def test_plot_of_meta_training(
         (("run", "fig05", "--dataset", "spiral"), ("but is 'spiral'", "(did you mean 'spirals'?)")),
         (("run", "fig05", "--scaling", "unit"), ("scaling must be one of none, standardized",)),
         (("run", "fig05", "--methods", "Adm"), ("methods must be among SGDnm", "got 'Adm'")),
-        (("run", "fig05", "--learned", "lstm"), ("must be one of lstm-mnist-mlp", "got 'lstm'")),
+        (("run", "fig05", "--learned", "lstm"), ("must be one of lstm-cifar10-conv, lstm-mnist-mlp", "got 'lstm'")),
         (("run", "fig05", "--nt", "0"), ("nt must be an integer of at least 1, got 0",)),
         (("run", "fig05", "--nc", "-1"), ("nc must be an integer of at least 1, got -1",)),
         (("run", "fig05", "--steps", "0"), ("steps must be at least 1, got 0",)),

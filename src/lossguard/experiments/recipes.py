@@ -36,7 +36,7 @@ def fig03() -> Experiment:
         dataset="mnist",
         scaling="unit",
         steps=200_000,
-        adam_rate=0.001,
+        adam_rate=0.01,
         methods=PAPER,
     )
 
@@ -48,6 +48,7 @@ def fig04() -> Experiment:
         title="Learned on MNIST + MLP, tested on Circles + MLP",
         dataset="circles",
         steps=1_000_000,
+        adam_rate=0.1,
         methods=PAPER,
     )
 
@@ -59,6 +60,7 @@ def fig05() -> Experiment:
         title="Learned on MNIST + MLP, tested on Spirals + MLP",
         dataset="spirals",
         steps=1_000_000,
+        adam_rate=0.1,
         methods=PAPER,
     )
 

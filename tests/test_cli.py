@@ -178,7 +178,10 @@ def test_plot_of_meta_training(
         (("run", "fig05", "--dataset", "spiral"), ("but is 'spiral'", "(did you mean 'spirals'?)")),
         (("run", "fig05", "--scaling", "unit"), ("scaling must be one of none, standardized",)),
         (("run", "fig05", "--methods", "Adm"), ("methods must be among SGDnm", "got 'Adm'")),
-        (("run", "fig05", "--learned", "lstm"), ("must be one of lstm-cifar10-conv, lstm-mnist-mlp", "got 'lstm'")),
+        (
+            ("run", "fig05", "--learned", "lstm"),
+            ("must be one of lstm-cifar10-conv, lstm-mnist-mlp", "got 'lstm'"),
+        ),
         (("run", "fig05", "--nt", "0"), ("nt must be an integer of at least 1, got 0",)),
         (("run", "fig05", "--nc", "-1"), ("nc must be an integer of at least 1, got -1",)),
         (("run", "fig05", "--steps", "0"), ("steps must be at least 1, got 0",)),
@@ -265,6 +268,26 @@ def test_claims(
     out = capsys.readouterr().out
     assert "C3c" in out and "not run" in out and "C14" in out and "as if it failed" in out
     assert sorted(finished.iterdir()) == before
+
+
+@pytest.mark.parametrize("command", ["plot", "claims"])
+def test_folder_of_runs(
+    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
+) -> None:
+    """Stands for the finished runs in it; the others are named."""
+    for name in ("a", "b"):
+        main(*RUN[:-1], f"runs/{name}", "--steps", "1", "--seeds", "1", "--methods", "Signs")
+    drawn = [tmp_path / "runs" / name / "figure.png" for name in ("a", "b")]
+    for file in drawn:
+        file.unlink()
+    records.open_folder(tmp_path / "runs" / "half", {})
+    records.open_folder(tmp_path / "runs" / "lost", {})
+    records.write_json(tmp_path / "runs" / "lost" / "failed.json", {"reason": "no luck"})
+    capsys.readouterr()
+    main(command, "runs")
+    assert [file.exists() for file in drawn] == [command == "plot"] * 2
+    err = capsys.readouterr().err
+    assert err == "runs/half is not finished\nruns/lost is not finished: no luck\n"
 
 
 @pytest.fixture

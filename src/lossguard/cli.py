@@ -10,19 +10,19 @@ lossguard report DIR...         one page of claims, interactive figures and tabl
 lossguard list                  recipes, data sets, learned optimizers
 """
 
-import difflib
-import importlib.util
 import itertools
 import secrets
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+
+from .arguments import find_recipe, one_of, override, usage
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
         return
     try:
         if name not in COMMANDS:
-            raise ValueError(f"command must be {_one_of(COMMANDS, name)}")
+            raise ValueError(f"command must be {one_of(COMMANDS, name)}")
         COMMANDS[name](arguments)
     except (ValueError, OSError) as error:
         print(f"lossguard: {_sentence(error)}", file=sys.stderr)
@@ -75,11 +75,11 @@ class Report:
 
 
 def demo(arguments: Sequence[str]) -> None:
-    """Six methods on Spirals: a table and a figure."""
+    """The paper's methods and ours on Spirals: a table and a figure."""
     from .experiments.recipes import demo as recipe
 
     out = Path(tempfile.gettempdir(), f"lossguard-demo-{secrets.token_hex(4)}")
-    _run(*_override(recipe(), Where(out), arguments, "demo"))
+    _run(*override(recipe(), Where(out), arguments, "demo"))
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -88,10 +88,10 @@ def run(arguments: Sequence[str]) -> None:
     from .experiments.experiment import Experiment
 
     if _wants_help(arguments):
-        print(_usage("run", RECIPES))
+        print(usage("run", RECIPES))
         return
-    name, recipe = _recipe(arguments, RECIPES, "run", Experiment)
-    _run(*_override(recipe, Where(Path("runs") / name), arguments[1:], f"run {name}"))
+    name, recipe = find_recipe(arguments, RECIPES, "run", Experiment)
+    _run(*override(recipe, Where(Path("runs") / name), arguments[1:], f"run {name}"))
 
 
 def sweep(arguments: Sequence[str]) -> None:
@@ -103,14 +103,14 @@ def sweep(arguments: Sequence[str]) -> None:
 
     known = {**SETS, **RECIPES}
     if _wants_help(arguments):
-        print(_usage("sweep", known))
+        print(usage("sweep", known))
         return
     names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     options = arguments[len(names) :]
     where, experiments = Sweep(), {}
     for given in [recipe for name in names or [""] for recipe in SETS.get(name, (name,))]:
-        name, recipe = _recipe([given], known, "sweep", Experiment)
-        where, experiment = _override(recipe, where, options, f"sweep {name}")
+        name, recipe = find_recipe([given], known, "sweep", Experiment)
+        where, experiment = override(recipe, where, options, f"sweep {name}")
         if experiments.setdefault(name, experiment) != experiment:
             raise ValueError(f"recipes must have different names, but two are called {name}")
 
@@ -134,11 +134,11 @@ def metatrain(arguments: Sequence[str]) -> None:
     from .metatrain.recipes import RECIPES
 
     if _wants_help(arguments):
-        print(_usage("metatrain", RECIPES))
+        print(usage("metatrain", RECIPES))
         return
-    name, recipe = _recipe(arguments, RECIPES, "metatrain", loop.MetaTraining)
+    name, recipe = find_recipe(arguments, RECIPES, "metatrain", loop.MetaTraining)
     where = Where(Path("runs") / name)
-    where, config = _override(recipe, where, arguments[1:], f"metatrain {name}")
+    where, config = override(recipe, where, arguments[1:], f"metatrain {name}")
     weights = loop.metatrain(config, where.out, resume=where.resume)
     print(f"weights: {weights}\nfigure: {figure.plot(where.out)}")
 
@@ -146,27 +146,24 @@ def metatrain(arguments: Sequence[str]) -> None:
 def plot(arguments: Sequence[str]) -> None:
     """Figures and tables from the records of runs."""
     if _wants_help(arguments):
-        print("usage: lossguard plot DIR...\n\nDraw a figure of each run into its folder.")
+        print(f"usage: lossguard plot DIR...\n\nDraw a figure of each run into its folder.\n{DIR}")
         return
-    if not arguments:
-        raise ValueError("plot needs the folder of a run, or several")
-    for folder in arguments:
-        _show(Path(folder))
+    for folder in _finished(arguments, "plot"):
+        _show(folder)
 
 
 def claims(arguments: Sequence[str]) -> None:
     """The paper's claims, judged by the records of runs."""
     if _wants_help(arguments):
-        print("usage: lossguard claims DIR...\n\nJudge the paper's claims by these runs.")
+        print(f"usage: lossguard claims DIR...\n\nJudge the paper's claims by these runs.\n{DIR}")
         return
-    if not arguments:
-        raise ValueError("claims needs the folder of a run, or several")
+    folders = _finished(arguments, "claims")
     from rich.table import Table
 
     from .experiments.claims import judge_claims
 
     table = Table("claim", "figure", "says", "outcome", "measured", show_lines=True)
-    for verdict in judge_claims([Path(folder) for folder in arguments]):
+    for verdict in judge_claims(folders):
         table.add_row(verdict.id, verdict.figure, verdict.claim, verdict.outcome, verdict.measured)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
@@ -218,6 +215,21 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], None]] = {
 }
 
 
+DIR = "DIR is the folder of a run, or a folder that holds such folders."
+
+
+def _finished(arguments: Sequence[str], command: str) -> list[Path]:
+    """The finished runs in these folders; the others are named on stderr."""
+    from .experiments.folders import find_runs
+
+    if not arguments:
+        raise ValueError(f"{command} needs the folder of a run, or several")
+    finished, others = find_runs([Path(folder) for folder in arguments])
+    for folder, reason in others.items():
+        print(f"{folder} is not finished{reason and f': {reason}'}", file=sys.stderr)
+    return finished
+
+
 def _run(where: Where, experiment: Any) -> None:
     from .experiments.run import run
 
@@ -237,68 +249,8 @@ def _show(folder: Path) -> None:
     print(f"figure: {files[0]}\nrecords: {folder}")
 
 
-def _recipe(
-    arguments: Sequence[str], recipes: Mapping[str, Any], command: str, kind: type
-) -> tuple[str, Any]:
-    """The recipe that the first argument names: one of ours, or ``path/to/module.py:function``."""
-    name = arguments[0] if arguments else ""
-    if ".py:" in name:
-        path, function = name.rsplit(":", 1)
-        config = _load(Path(path), function)()
-        if not isinstance(config, kind):
-            raise ValueError(
-                f"recipe {name} must return the {kind.__name__} that {command} takes, "
-                f"got {type(config).__name__}"
-            )
-        return function, config
-    if name not in recipes:
-        known = _one_of(recipes, name)
-        raise ValueError(f"{command} needs a recipe, path/to/module.py:function or {known}")
-    return name, recipes[name]()
-
-
-def _load(path: Path, function: str) -> Callable[[], Any]:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise ValueError(f"recipe {path}:{function} can't be read: there is no such Python file")
-    module = sys.modules.get(path.stem)
-    try:
-        if getattr(module, "__file__", None) != spec.origin:  # two recipes of a file share it
-            module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-    except (SyntaxError, ImportError) as error:
-        del sys.modules[path.stem]
-        raise ValueError(f"recipe {path}:{function} can't be read: {error}") from error
-    if not callable(getattr(module, function, None)):
-        raise ValueError(f"recipe {path}:{function} can't be read: the file has no such function")
-    return getattr(module, function)
-
-
-def _override(config: Any, where: Any, arguments: Sequence[str], program: str) -> tuple[Any, Any]:
-    """Where to put a run, and its config, with the fields replaced that the command line names."""
-    place = tyro.conf.OmitArgPrefixes[type(where)]
-    kind = Annotated[type(config), tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
-    both = make_dataclass("Arguments", [("where", place), ("config", kind)], frozen=True)
-    parsed = tyro.cli(
-        both,
-        default=both(where, config),
-        args=arguments,
-        prog=f"lossguard {program}",
-        description="",
-    )
-    return parsed.where, parsed.config
-
-
 def _wants_help(arguments: Sequence[str]) -> bool:
     return bool(arguments) and arguments[0] in ("-h", "--help")
-
-
-def _usage(command: str, recipes: Mapping[str, Any]) -> str:
-    return (
-        f"usage: lossguard {command} RECIPE [OPTIONS]\n\n"
-        f"RECIPE is path/to/module.py:function or one of {', '.join(recipes)}.\n"
-        f"lossguard {command} RECIPE --help lists its options."
-    )
 
 
 def _sentence(error: Exception) -> str:
@@ -308,11 +260,5 @@ def _sentence(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _one_of(known: Mapping[str, Any], name: str) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    return f"one of {', '.join(known)}; got {name!r}{hint}"
-
-
 def _first_line(function: Callable[..., Any]) -> str:
-    return (function.__doc__ or "").strip().splitlines()[0]
+    return (function.__doc__ or "").strip().splitlines()[0].replace("`", "")

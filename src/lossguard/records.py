@@ -11,6 +11,7 @@ Nothing that looks whole is half written: each file is written beside its name a
 import contextlib
 import io
 import json
+import math
 import os
 import platform
 import subprocess
@@ -169,16 +170,25 @@ def join(chunks: list[pl.DataFrame], method: str) -> pl.DataFrame:
 def mark_loss(curves: pl.DataFrame, k: int) -> pl.DataFrame:
     """Loss(m, k): the mean training loss over the steps in [0.9 k, k], by method and seed.
 
-    Bins are taken whole and weighted by the steps that they hold. Columns ``method``, ``seed``,
-    ``loss``.
+    Bins are taken whole. Columns ``method``, ``seed``, ``loss``.
     """
+    return step_mean(curves, "loss", first=0.9 * k - 1e-9, last=k)
+
+
+def step_mean(
+    curves: pl.DataFrame, column: str, *, first: float = 0, last: float = math.inf
+) -> pl.DataFrame:
+    """The mean of a column over the steps from ``first`` to ``last``, by method and seed.
+
+    Bins are weighted by the steps that they hold. Columns ``method``, ``seed``, and the one named.
+    """
+    both = ("method", "seed")
+    width = pl.col("step") - pl.col("step").shift(1, fill_value=0).over(both)
     return (
-        curves.with_columns(
-            width=pl.col("step") - pl.col("step").shift(1, fill_value=0).over("method", "seed")
-        )
-        .filter((pl.col("step") > 0.9 * k - 1e-9) & (pl.col("step") <= k))
-        .group_by("method", "seed", maintain_order=True)
-        .agg(loss=(pl.col("loss") * pl.col("width")).sum() / pl.col("width").sum())
+        curves.with_columns(width=width)
+        .filter(pl.col("step").is_between(first, last))
+        .group_by(both, maintain_order=True)
+        .agg((pl.col(column) * pl.col("width")).sum() / pl.col("width").sum())
     )
 
 

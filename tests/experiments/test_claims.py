@@ -94,7 +94,7 @@ OTHERS_DIVERGE: dict[str, Curve] = {
 NINE: dict[str, Curve] = {
     "LGL2O over SGDnm 3": 1.0,
     "LGL2O over SGD 3": 1.0,
-    "LGL2O over Adam 0.01": 0.9,
+    "LGL2O over Adam 0.1": 0.9,
 }
 GRID: dict[str, Curve] = dict.fromkeys(RECIPES["fig10"]().methods, 1.06)
 
@@ -165,7 +165,7 @@ CASES: dict[str, tuple[str, dict[str, Curve], Sequence[dict[str, Curve]]]] = {
         OTHERS_DIVERGE | {"LGL2O": 1.04, "GL2O": {1: 1.0, 100: math.nan}},
         [{"GL2O": {1: 1.0, 300: 1e30}}, {"LGL2O": 1.06}, {"L2O": 1.0}],
     ),
-    "C9": ("fig09", NINE, [{"LGL2O over Adam 0.01": 1.1}, {"LGL2O over Adam 0.01": math.nan}]),
+    "C9": ("fig09", NINE, [{"LGL2O over Adam 0.1": 1.1}, {"LGL2O over Adam 0.1": math.nan}]),
     "C10": (
         "fig10",
         GRID | {"SGDnm 0.01 tau 50000": 1.0, "SGDnm 1 tau 2000": math.nan},

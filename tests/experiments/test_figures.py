@@ -104,10 +104,16 @@ def test_draw_without_guards_has_one_axis() -> None:
 
 
 def test_draw_leaves_no_method_out() -> None:
-    methods = {f"LGL2O {number}": 1.0 + number for number in range(13)}
+    """Nor are two drawn alike, nor does the legend leave the figure or lie on the curves."""
+    methods = {f"LGL2O over Adam {number}": 1.0 + number for number in range(35)}
     figure = figures.draw(curves_of(methods, np.arange(1, 20)), "Many")
-    assert [len(axes.lines) for axes in figure.axes] == [13, 13]
+    assert [len(axes.lines) for axes in figure.axes] == [35, 35]
+    assert len({(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}) == 35
     figure.canvas.draw()
+    legend = figure.legends[0].get_window_extent()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(methods)
+    assert legend.y0 > 0 and legend.x1 <= figure.bbox.x1
+    assert legend.x0 > figure.axes[0].get_window_extent().x1
     plt.close(figure)
 
 
@@ -127,7 +133,7 @@ def folder(tmp_path: Path) -> Path:
     config = {"name": "known", "title": "", "methods": list(methods), "seeds": 2}
     records.open_folder(tmp_path / "run", config)
     records.write_parquet(tmp_path / "run" / records.CURVES, curves_of(methods))
-    made = {"data": "", "seconds": {"SGDnm": 1.0, "LGL2O": 30.0}}
+    made = {"data": "", "seconds": {"SGDnm": 0.01234, "LGL2O": 30.0}}
     records.write_json(tmp_path / "run" / records.MANIFEST, made)
     return tmp_path / "run"
 
@@ -154,8 +160,8 @@ def test_summary_says_what_the_records_say(folder: Path) -> None:
         loss = np.mean([1.5 / np.sqrt(step) for step in steps])
         assert column(table, f"loss at {k:,}") == [f"{loss:.4g}", f"{4 * loss:.4g}"]
     assert column(table, "learned") == ["", "50%"]
-    assert column(table, "seconds") == ["1.0", "30.0"]
-    assert column(table, "us a step") == ["100", "3000"]
+    assert column(table, "seconds") == ["0.0123", "30"]
+    assert column(table, "us a step") == ["1", "3000"]
     assert column(table, "gradients") == ["5,000", "10,000"]
 
 

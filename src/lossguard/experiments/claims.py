@@ -79,7 +79,7 @@ def _c2(evidence: Evidence) -> Finding:
 
 
 def _c9(evidence: Evidence) -> Finding:
-    """At Adam's rate of appendix E."""
+    """At the rate that Adam has alone, in figure 5."""
     e = RECIPES["fig09"]()
     methods = (f"LGL2O over Adam {e.adam_rate:g}", f"LGL2O over SGDnm {e.sgd_rate:g}")
 

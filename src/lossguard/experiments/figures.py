@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from ..records import COUNTERS, mark_loss, read_run
+from ..records import COUNTERS, mark_loss, read_run, step_mean
 
 SMOOTHED_FROM = 300
 """Step from which the paper's figures are smoothed (caption of figure 3)."""
@@ -26,8 +26,8 @@ WINDOW = 0.1
 def plot(folder: Path, *, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
     """Draw a run's figure into its folder; returns the files.
 
-    In the paper's style: log axes, a mean line and a min-max band for each method, and on a second
-    axis whether the loss guard used the learned update (1) or the fallback's (0.5).
+    In the paper's style: log axes, a mean line and a min-max band for each method, and below, on
+    axes of their own, whether loss guards used the learned update (1) or the fallback's (0.5).
     """
     config, made, curves = read_run(folder)
     figure = draw(curves, config["title"] or config["name"], note=made["data"])
@@ -40,35 +40,51 @@ def plot(folder: Path, *, formats: Sequence[str] = ("png", "svg")) -> list[Path]
 
 def draw(curves: pl.DataFrame, title: str, *, note: str = "") -> Figure:
     """The figure of an experiment's curves, as ``records.join`` makes them."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     methods = curves["method"].unique(maintain_order=True).to_list()
-    colors = [f"C{number}" for number in range(len(methods))]  # from the eleventh on again
-    for method, color in zip(methods, colors, strict=True):
-        steps, loss = by_seed(curves, method, "loss")
-        loss = smooth(steps, loss)
-        axes.plot(steps, loss.mean(axis=0), color=color, label=method, linewidth=1.3)
-        axes.fill_between(steps, loss.min(axis=0), loss.max(axis=0), color=color, alpha=0.2, lw=0)
-    axes.set(xscale="log", yscale="log", xlabel="Optimizer step", ylabel="Loss")
-    axes.set_title(title + (f" ({note})" if note else ""), fontsize=10)
-    axes.grid(which="major", alpha=0.3)
-    _draw_use(axes, curves, methods, colors)
-    axes.legend(fontsize=8, loc="lower left")
-    return figure
-
-
-def _draw_use(axes: Axes, curves: pl.DataFrame, methods: list[str], colors: list[str]) -> None:
-    checked = curves.filter(pl.col("forwards") > 0)["method"].unique().to_list()
-    guarded = [m for m in methods if m in checked]
-    if not guarded:
-        return
-    second = axes.twinx()
+    checked = curves.filter(pl.col("forwards") > 0)["method"].unique()
+    guarded = [method for method in methods if method in checked]
+    styles = {
+        method: {"color": f"C{number % 10}", "linestyle": DASHES[number // 10 % len(DASHES)]}
+        for number, method in enumerate(methods)
+    }
+    figure, panels = plt.subplots(
+        2 if guarded else 1,
+        figsize=(9, 5.5),
+        layout="constrained",
+        sharex=True,
+        squeeze=False,
+        height_ratios=[5, 1] if guarded else [1],
+    )
+    top, bottom = panels[0, 0], panels[-1, 0]
+    for method, style in styles.items():
+        _draw_loss(top, curves, method, style)
+    top.set(xscale="log", yscale="log", ylabel="Training loss")
+    top.set_title(title + (f" ({note})" if note else ""), fontsize=10)
     for method in guarded:
         steps, used = by_seed(curves, method, "used_learned")
         use_l2o = smooth(steps, 0.5 + 0.5 * used).mean(axis=0)
-        second.plot(steps, use_l2o, ":", color=colors[methods.index(method)], linewidth=1)
-    second.set(ylim=(0.45, 1.55), yticks=[0.5, 1.0], ylabel="use_l2o (dotted)")
-    axes.set_zorder(second.get_zorder() + 1)
-    axes.patch.set_visible(False)
+        bottom.plot(steps, use_l2o, **styles[method], linewidth=1)
+    if guarded:
+        bottom.set(ylim=(0.45, 1.05), ylabel="use_l2o")
+        bottom.set_yticks([0.5, 1.0], ["fallback", "learned"])
+    bottom.set_xlabel("Optimizer step")
+    for axes in panels[:, 0]:
+        axes.grid(which="major", alpha=0.3)
+    columns = -(-len(methods) // 30)
+    figure.legend(fontsize=8, loc="outside right upper", frameon=False, ncols=columns)
+    return figure
+
+
+DASHES = ("-", "--", "-.", ":")
+"""Of the first ten methods, the next ten, and so on: there are ten colors."""
+
+
+def _draw_loss(axes: Axes, curves: pl.DataFrame, method: str, style: dict[str, Any]) -> None:
+    steps, loss = by_seed(curves, method, "loss")
+    loss = smooth(steps, loss)
+    low, high = loss.min(axis=0), loss.max(axis=0)
+    axes.plot(steps, loss.mean(axis=0), **style, label=method, linewidth=1.3)
+    axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def by_seed(curves: pl.DataFrame, method: str, column: str) -> tuple[np.ndarray, np.ndarray]:
@@ -114,7 +130,7 @@ def summary(folder: Path) -> Table:
     losses = {k: _means(mark_loss(curves, k), "loss") for k in marks}
     final = curves.filter(pl.col("step") == pl.col("step").max().over("method"))
     spent = {name: _means(final, name) for name in COUNTERS}
-    used = _means(curves.with_columns(used=_weighted("used_learned")), "used")
+    used = _means(step_mean(curves, "used_learned"), "used_learned")
     for method in config["methods"]:
         seconds = made["seconds"][method]
         guarded = spent["gradients"][method] > last  # the others take one gradient a step
@@ -122,18 +138,11 @@ def summary(folder: Path) -> Table:
             method,
             *(f"{losses[k][method]:.4g}" for k in marks),
             f"{used[method]:.0%}" if guarded else "",
-            f"{seconds:.1f}",
+            f"{seconds:.3g}" if seconds < 10 else f"{seconds:,.0f}",
             f"{1e6 * seconds / last / config['seeds']:.0f}",
             f"{spent['gradients'][method]:,.0f}",
         )
     return table
-
-
-def _weighted(column: str) -> pl.Expr:
-    """The mean over all steps of a method and seed, whose bins differ in width."""
-    width = pl.col("step") - pl.col("step").shift(1, fill_value=0).over("method", "seed")
-    both = ("method", "seed")
-    return (pl.col(column) * width).sum().over(both) / width.sum().over(both)
 
 
 def _means(table: pl.DataFrame, column: str) -> dict[str, Any]:

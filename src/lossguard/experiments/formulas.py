@@ -12,6 +12,7 @@ import polars as pl
 
 from .evidence import Evidence, Run, marks
 from .findings import (
+    OVER,
     Finding,
     as_good_as_its_parts,
     at,
@@ -84,8 +85,7 @@ def stays_on_the_plateau(run: Run) -> Finding:
 def better_than_both(run: Run) -> Finding:
     """C5b."""
     late = [k for k in every_mark(run) if k > 50_000]
-    what = "LGL2O over the better of its parts"
-    return at_marks(run, late, lambda k: over_parts(run.losses(k)), lambda r: r < 0.9, what)
+    return at_marks(run, late, lambda k: over_parts(run.losses(k)), lambda r: r < 0.9, OVER)
 
 
 def others_diverge(run: Run) -> Finding:

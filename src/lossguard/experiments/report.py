@@ -17,10 +17,10 @@ import numpy as np
 import polars as pl
 from plotly.offline import get_plotlyjs
 
-from ..records import CONFIG, EVALUATIONS, MANIFEST, read_parquet, read_run
+from ..records import EVALUATIONS, read_parquet, read_run
 from .claims import judge_claims
 from .figures import SMOOTHED_FROM, by_seed, smooth, summary
-from .sweep import FAILED
+from .folders import find_runs
 
 POINTS_A_DECADE = 100
 """Of each line, from the step on from which lines are smoothed; every step before it."""
@@ -32,7 +32,7 @@ def report(folders: Sequence[Path], file: Path) -> Path:
     Raises:
         ValueError: if a folder holds no finished run, or a file of it is damaged.
     """
-    finished, others = _find_runs(folders)
+    finished, others = find_runs(folders)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -43,7 +43,7 @@ def report(folders: Sequence[Path], file: Path) -> Path:
     page = environment.get_template("report.html").render(
         claims=judge_claims(finished),
         runs=[_section(folder) for folder in finished],
-        others=others,
+        others={folder.name: reason for folder, reason in others.items()},
         smoothed_from=SMOOTHED_FROM,
         style=_beside("report.css"),
         script=_beside("report.js"),
@@ -56,26 +56,6 @@ def report(folders: Sequence[Path], file: Path) -> Path:
 
 def _beside(name: str) -> str:
     return (Path(__file__).parent / name).read_text()
-
-
-def _find_runs(folders: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
-    """Finished runs, each named or in a named folder of runs; and why others there are left out."""
-    finished, others = [], {}
-    for folder in folders:
-        inside = [] if (folder / CONFIG).exists() else sorted(folder.glob(f"*/{CONFIG}"))
-        if not inside:
-            read_run(folder)  # says what is missing
-            finished.append(folder)
-        for config in inside:
-            if (config.parent / MANIFEST).exists():
-                finished.append(config.parent)
-            else:
-                failed = config.parent / FAILED
-                reason = json.loads(failed.read_text())["reason"] if failed.exists() else ""
-                others[config.parent.name] = reason
-    if not finished:
-        raise ValueError(f"no run in {', '.join(map(str, folders))} is finished")
-    return finished, others
 
 
 def _section(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,77 @@
+"""What a command line names: a recipe, by name or from a Python file, and fields to override."""
+
+import difflib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import make_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+
+def find_recipe(
+    arguments: Sequence[str], recipes: Mapping[str, Any], command: str, kind: type
+) -> tuple[str, Any]:
+    """The recipe that the first argument names: one of ours, or ``path/to/module.py:function``."""
+    name = arguments[0] if arguments else ""
+    if ".py:" in name:
+        path, function = name.rsplit(":", 1)
+        config = _load(Path(path), function)()
+        if not isinstance(config, kind):
+            raise ValueError(
+                f"recipe {name} must return the {kind.__name__} that {command} takes, "
+                f"got {type(config).__name__}"
+            )
+        return function, config
+    if name not in recipes:
+        known = one_of(recipes, name)
+        raise ValueError(f"{command} needs a recipe, path/to/module.py:function or {known}")
+    return name, recipes[name]()
+
+
+def override(config: Any, where: Any, arguments: Sequence[str], program: str) -> tuple[Any, Any]:
+    """Where to put a run, and its config, with the fields replaced that the command line names."""
+    place = tyro.conf.OmitArgPrefixes[type(where)]
+    kind = Annotated[type(config), tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
+    both = make_dataclass("Arguments", [("where", place), ("config", kind)], frozen=True)
+    parsed = tyro.cli(
+        both,
+        default=both(where, config),
+        args=arguments,
+        prog=f"lossguard {program}",
+        description="",
+    )
+    return parsed.where, parsed.config
+
+
+def usage(command: str, recipes: Mapping[str, Any]) -> str:
+    return (
+        f"usage: lossguard {command} RECIPE [OPTIONS]\n\n"
+        f"RECIPE is path/to/module.py:function or one of {', '.join(recipes)}.\n"
+        f"lossguard {command} RECIPE --help lists its options."
+    )
+
+
+def one_of(known: Mapping[str, Any], name: str) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"one of {', '.join(known)}; got {name!r}{hint}"
+
+
+def _load(path: Path, function: str) -> Callable[[], Any]:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ValueError(f"recipe {path}:{function} can't be read: there is no such Python file")
+    module = sys.modules.get(path.stem)
+    try:
+        if getattr(module, "__file__", None) != spec.origin:  # two recipes of a file share it
+            module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as error:
+        del sys.modules[path.stem]
+        raise ValueError(f"recipe {path}:{function} can't be read: {error}") from error
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"recipe {path}:{function} can't be read: the file has no such function")
+    return getattr(module, function)

@@ -19,7 +19,7 @@ from .recipes import RECIPES as PAPERS
 from .recipes import fig03, fig04, fig05
 
 EVIDENCE = paired_criterion(confidence=0.95)
-PATIENT = backoff(patience=30, most=256, start="reset")
+PATIENT = backoff(patience=30, most=512, start="reset")
 ABLATION = {
     "the paper's": {},
     "loser rollback": {"loser": "rollback"},
@@ -38,7 +38,7 @@ ABLATION = {
     "recommended, patience 10": {
         "hedge": EVIDENCE,
         "loser": "reset",
-        "probing": backoff(patience=10, most=256, start="reset"),
+        "probing": backoff(patience=10, most=512, start="reset"),
     },
 }
 """Options of ``loss_guard`` by the names that their records have."""

@@ -36,5 +36,5 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, nc: int = 10) -> G
         nc=nc,
         hedge=paired_criterion(confidence=0.95),
         loser="reset",
-        probing=backoff(patience=30, most=256, start="reset"),
+        probing=backoff(patience=30, most=512, start="reset"),
     )

@@ -44,6 +44,6 @@ def recommended(
         nc=nc,
         hedge=paired_criterion(confidence=0.95),
         loser="reset",
-        probing=backoff(patience=30, most=256, start="reset"),
+        probing=backoff(patience=30, most=512, start="reset"),
         **options,
     )

@@ -25,7 +25,7 @@ def plot(folder: Path) -> Path:
         window = validation[:, first : first + 50]
         label = f"validation, steps {first + 1} to {first + window.shape[1]}"
         left.plot(steps, window.mean(axis=1), label=label, linewidth=1)
-    left.set(xlabel="Meta-step", ylabel="Loss", yscale="log", title=config["name"])
+    left.set(xlabel="Meta-step", ylabel="Loss", yscale="log")
     left.legend(fontsize=8)
 
     best = int(np.nanargmin(validation.mean(axis=1)))
@@ -33,6 +33,7 @@ def plot(folder: Path) -> Path:
         right.plot(np.arange(1, validation.shape[1] + 1), validation[row], label=label, linewidth=1)
     right.set(xlabel="Optimizer step", ylabel="Validation loss", xscale="log", yscale="log")
     right.legend(fontsize=8)
+    figure.suptitle(config["name"], fontsize=10)
 
     file = folder / "figure.png"
     figure.savefig(file, dpi=150)

@@ -46,15 +46,17 @@ def override(config: Any, where: Any, arguments: Sequence[str], program: str) ->
     return parsed.where, parsed.config
 
 
-def usage(command: str, recipes: Mapping[str, Any]) -> str:
+def usage(command: str, recipes: Mapping[str, Any], *, several: bool = False) -> str:
+    """How to use a command that takes a recipe, or several."""
     return (
-        f"usage: lossguard {command} RECIPE [OPTIONS]\n\n"
+        f"usage: lossguard {command} RECIPE{'...' if several else ''} [OPTIONS]\n\n"
         f"RECIPE is path/to/module.py:function or one of {', '.join(recipes)}.\n"
         f"lossguard {command} RECIPE --help lists its options."
     )
 
 
 def one_of(known: Mapping[str, Any], name: str) -> str:
+    """What may be named, for a message: all of it, what was given, and the nearest."""
     near = difflib.get_close_matches(name, known, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return f"one of {', '.join(known)}; got {name!r}{hint}"

@@ -103,7 +103,7 @@ def sweep(arguments: Sequence[str]) -> None:
 
     known = {**SETS, **RECIPES}
     if _wants_help(arguments):
-        print(usage("sweep", known))
+        print(usage("sweep", known, several=True))
         return
     names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     options = arguments[len(names) :]

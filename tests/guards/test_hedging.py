@@ -103,6 +103,7 @@ OPTIMIZERS = {
         (["momentum"], "adam", "only", "rollback"),
         (["ascent", "adam", "sgd"], "momentum", True, "keep"),
         (["ascent", "adam", "sgd"], "momentum", True, "reset"),
+        (["ascent", "adam", "sgd"], "momentum", EVIDENCE, "keep"),
     ],
 )
 def test_a_run_is_numpys(learned, fallback, hedge, loser) -> None:
@@ -396,6 +397,52 @@ def test_going_back_takes_evidence() -> None:
     assert (kept(mean, s), kept(paired, s)) == (2, 2)  # a tie
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("m", [1, 3])
+def test_going_back_looks_until_it_is_settled(m) -> None:
+    """hedge=sequential_criterion(): SciPy's t-test says where it stops, and who won.
+
+    In the first cycle y leaps, unopposed, from the origin to where the loss is lower by 0.4 + xi_i.
+    In the second all lanes stand still: s at the origin, and x with z where y is, for a tie. Of
+    vmapped seeds each draws as many check minibatches as it needs.
+    """
+    seeds, confidence = 200, 0.9
+    back = lossguard.sequential_criterion(confidence=confidence, first=4, most=32)
+
+    def leap(updates, state, params=None):
+        return jnp.where(state == 0, jnp.array([-0.4, 1.0]), 0.0), state + 1
+
+    once = optax.GradientTransformation(lambda params: jnp.int32(0), leap)
+    learned = [optax.sgd(0.0)] * (m - 1) + [once]
+    guard = lossguard.loss_guard(learned, optax.sgd(0.0), nt=1, hedge=back)
+
+    def run(key):
+        xi = jax.random.normal(key, (40,)) * (jnp.arange(40) > 4)  # 1 + 4 minibatches without noise
+
+        def objective(w, i):
+            return w[0] + w[1] * xi[i]
+
+        first, one = guard.step(guard.init(jnp.zeros(2)), objective)
+        second, other = guard.step(first, objective)
+        return xi, one, other, second.minibatches - first.minibatches - 1
+
+    xi, first, second, drawn = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), seeds))
+    assert (first.winner == m - 1).all()
+    assert (first.forwards == (m + 1) * 4).all()
+    level = (1 - confidence) / len(back.looks)
+    for seed in range(seeds):
+        for n in back.looks:
+            gain = np.asarray(xi[seed, 6 : 6 + n]) - 0.4
+            p = stats.ttest_1samp(gain, 0, alternative="greater").pvalue
+            if min(p, 1 - p) < level:
+                break
+        assert drawn[seed] == n
+        assert second.forwards[seed] == (m + 2) * n
+        assert second.winner[seed] == (m + 1 if p < level else m)
+    assert set(np.asarray(drawn)) == {4, 8, 16, 32}
+    assert set(np.asarray(second.winner)) == {m, m + 1}
+
+
 @cache
 def hedged(several: bool, hedge):
     learned = optax.adam(0.4)
@@ -410,7 +457,7 @@ def hedged(several: bool, hedge):
     return step(guard.init(jnp.asarray(problem.start, jnp.float32)))
 
 
-@pytest.mark.parametrize("hedge", [False, True])
+@pytest.mark.parametrize("hedge", [False, True, EVIDENCE])
 def test_a_list_of_one_is_the_one(hedge) -> None:
     jax.tree.map(np.testing.assert_array_equal, hedged(True, hedge), hedged(False, hedge))
 

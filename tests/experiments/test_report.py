@@ -145,6 +145,7 @@ def test_page_tells_how_a_run_was_made(page: Path) -> None:
     text = page.read_text()
     for part in (
         "a_run · data: CIFAR-10 as JPEG q75",
+        "<h2>Meta-training of mine</h2>",
         "Spirals &amp; &lt;script&gt;",
         "<dd>lossguard run --methods &#39;LGL2O over Adam&#39;</dd>",
         "<dd>0123abc</dd>",

@@ -61,10 +61,10 @@ def _beside(name: str) -> str:
 def _section(folder: Path) -> dict[str, Any]:
     """What the page says about one run."""
     config, made, curves = read_run(folder)
-    meta = "meta_step" in curves.columns
+    meta, name = "meta_step" in curves.columns, config["name"]
     return {
         "folder": folder.name,
-        "title": config.get("title") or config["name"],
+        "title": f"Meta-training of {name}" if meta else config["title"] or name,
         "note": made.get("data", ""),
         "panels": _meta_panels(curves) if meta else None,
         "curves": None if meta else _curves(config, made, curves),

@@ -11,12 +11,15 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import polars as pl
 import pytest
 import tiny
 
+import lossguard
 from lossguard import cli, records, rollout
 from lossguard.experiments import run as running
+from lossguard.experiments.experiment import Experiment
 from lossguard.experiments.run import as_config, run
 from lossguard.tasks.models import ConvNet
 from lossguard.tasks.task import Objective
@@ -236,3 +239,21 @@ def test_config_is_plain_and_tells_models_apart() -> None:
     config = as_config(dataclasses.replace(tiny.recipe(), model=ConvNet()))
     assert config["model"]["kind"] == "ConvNet"
     assert config["make_task"] == "tiny:make_task" and config["steps"] == 60
+
+
+def test_adaptive_windows_end_at_the_step_of_the_others(tmp_path: Path) -> None:
+    """Although their cycles get longer."""
+
+    def methods(e: Experiment) -> dict[str, Any]:
+        sgd = optax.sgd(0.1)
+        windows = lossguard.adaptive(most=4)
+        return {"Adaptive": lambda: lossguard.loss_guard(sgd, sgd, nt=e.nt, windows=windows)}
+
+    e = dataclasses.replace(tiny.recipe(), methods=("Adaptive",), make_methods=methods)
+    folder = run(e, tmp_path / "run")
+    _, _, curves = records.read_run(folder)
+    for _, rows in curves.group_by("seed"):
+        assert rows["step"].to_list() == STEPS
+    evaluations = records.read_parquet(folder / records.EVALUATIONS)
+    assert evaluations["step"].max() > 60  # the last cycle ends there
+    assert (curves["gradients"].max(), curves["forwards"].max()) > (120, 0)

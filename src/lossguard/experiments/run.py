@@ -80,10 +80,10 @@ def _run_method(
     Without compilation, if there is a chunk like one before it: the others took as long a cycle.
     """
     name = quote(method, safe=" ()")
-    finished = folder / "methods" / f"{name}.parquet"
+    written = folder / "methods" / f"{name}.parquet"
     evaluated = folder / "evaluated" / f"{name}.parquet"
-    if finished.exists():
-        table, evaluations = records.read_parquet(finished), records.read_parquet(evaluated)
+    if written.exists():
+        table, evaluations = records.read_parquet(written), records.read_parquet(evaluated)
         return table.drop("seconds"), evaluations, float(table["seconds"][0])
 
     seeds = experiment.seed + np.arange(experiment.seeds)
@@ -94,7 +94,7 @@ def _run_method(
     axes = Objective(None, 0)  # pyright: ignore[reportArgumentType]
     state = jax.jit(jax.vmap(lambda key: guard.init(task.init(key))))(init_keys)
 
-    cycles = -(-experiment.steps // experiment.nt)
+    steps = -(-experiment.steps // experiment.nt) * experiment.nt
     done, chunks, evaluations = 0, [], []
     seconds, timed = 0.0, 0  # of the chunks that nothing was compiled for: time, cycles
     checkpoints = Checkpoints(folder / "methods" / f"{name}.checkpoints")
@@ -106,12 +106,12 @@ def _run_method(
 
     with (
         stopping_at_interrupt() as stopped,
-        Progress(method, total=experiment.steps, done=done * experiment.nt) as progress,
+        Progress(method, total=experiment.steps, done=_taken(state)) as progress,
     ):
         saved = progress.seconds
         compiled = set()
-        while done < cycles:
-            count = min(CHUNK, cycles - done, FIRST_CHUNKS if done < CHUNK else CHUNK)
+        while (left := steps - _taken(state)) > 0:
+            count = min(FIRST_CHUNKS if done < CHUNK else CHUNK, CHUNK, -(-left // experiment.nt))
             before = np.asarray(state.steps)
             began = progress.seconds
             if experiment.vectorize:
@@ -126,23 +126,29 @@ def _run_method(
             done += count
             used = float(np.asarray(decisions.used_learned).mean())
             loss = float(np.asarray(decisions.losses).mean())
-            progress.advance(count * experiment.nt, loss=loss, learned=used)
-            if _is_mark(done * experiment.nt) or done == cycles:
+            progress.advance(left - steps + _taken(state), loss=loss, learned=used)
+            finished = _taken(state) >= steps
+            if _is_mark(done * experiment.nt) or finished:
                 evaluations.append(_evaluate(task, method, done, state))
                 records.write_parquet(evaluated, pl.concat(evaluations))
-            if (stopped() or progress.seconds - saved > SAVE_SECONDS) and done < cycles:
+            if (stopped() or progress.seconds - saved > SAVE_SECONDS) and not finished:
                 saved = progress.seconds
                 chunks = [pl.concat(chunks)]
                 checkpoints.save(done, (state, jnp.array([seconds, timed])), chunks[0])
-            if stopped() and done < cycles:
+            if stopped() and not finished:
                 raise KeyboardInterrupt
-        seconds = seconds * cycles / timed if timed else progress.seconds
-    table = records.join(chunks, method)
-    records.write_parquet(finished, table.with_columns(seconds=pl.lit(seconds)))
+        seconds = seconds * done / timed if timed else progress.seconds
+    table = records.join(chunks, method).filter(pl.col("step") <= steps)  # windows may adapt
+    records.write_parquet(written, table.with_columns(seconds=pl.lit(seconds)))
     checkpoints.delete()
     if stopped():
         raise KeyboardInterrupt
     return table, pl.concat(evaluations), seconds
+
+
+def _taken(state: GuardState) -> int:
+    """The optimizer steps that every seed has taken at least."""
+    return int(np.asarray(state.steps).min())
 
 
 def _is_mark(step: int) -> bool:

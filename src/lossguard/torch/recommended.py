@@ -24,7 +24,7 @@ def recommended(
         learned: the optimizer that is not trusted, or several, as ``LossGuard`` takes them.
         fallback: the one that is.
         nt: train minibatches per cycle.
-        nc: check minibatches of a first look, which is doubled until the case is clear.
+        nc: check minibatches per cycle, at least 2.
         options: ``model``, ``scaler``, ``schedulers``, ``offload``, ``process_group`` and
             ``callback``, as in ``LossGuard``.
 

@@ -12,7 +12,9 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, nc: int = 10) -> G
     """A hedged loss guard that keeps its gains under noise and backs off where there are none.
 
     x goes back to the fallback's own path on evidence only, a learned lane that lost begins anew,
-    and after 30 losses running it is probed ever less often.
+    and after 30 losses running it is probed ever less often. Where a few hard examples make up the
+    loss, evidence may never come, and x stay behind: ``loss_guard(hedge=True)`` goes back by means
+    (docs/results.md has a case).
 
     Args:
         learned: the optimizer that is not trusted, or several, as ``loss_guard`` takes them.

@@ -3,7 +3,7 @@
     config.json          everything to run it again
     manifest.json        commit, versions, device, wall time
     curves.parquet       what happened, thinned to three significant digits of the step
-    evaluations.parquet  loss and accuracy on both whole splits, at steps 100, 200, 300, 500, ...
+    evaluations.parquet  loss and accuracy on both whole splits, at steps 50, 100, 200, ...
 
 Nothing that looks whole is half written: each file is written beside its name and then renamed.
 """

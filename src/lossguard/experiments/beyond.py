@@ -13,8 +13,7 @@ from ..guards.protocol import Guard
 from ..guards.recommended import recommended
 from ..guards.windows import adaptive
 from ..learned.pretrained import pretrained
-from ..schedules import paper_decay
-from .experiment import Experiment, paper_methods
+from .experiment import Experiment, MakeMethods, paper_methods, sgd_fallback
 from .recipes import RECIPES as PAPERS
 from .recipes import fig03, fig04, fig05
 
@@ -34,7 +33,6 @@ ABLATION = {
     "adaptive": {"windows": adaptive()},
     "evidence, reset, paired": {"hedge": EVIDENCE, "loser": "reset", "criterion": EVIDENCE},
     "evidence, backoff": {"hedge": EVIDENCE, "probing": PATIENT},
-    "recommended": {"hedge": EVIDENCE, "loser": "reset", "probing": PATIENT},
     "recommended, patience 10": {
         "hedge": EVIDENCE,
         "loser": "reset",
@@ -46,28 +44,14 @@ ABLATION = {
 
 def ablation(task: str) -> Experiment:
     """The loss guard's options, on one of ``TASKS``."""
-    e = TASKS[task]()
-    return replace(
-        e,
-        name=f"ablation-{task}",
-        title=f"Options of the guard on {e.title.partition('tested on ')[2]}",
-        steps=5_000 if task == "mnist" else 50_000,
-        methods=("SGDnm", *ABLATION),
-        make_methods=ablation_methods,
-    )
+    methods = ("SGDnm", *ABLATION, "Recommended")
+    return _on(task, "ablation", "Options of the guard", methods, ablation_methods)
 
 
 def candidates(task: str) -> Experiment:
     """Three candidates at once, and each of them alone, on one of ``TASKS``."""
-    e = TASKS[task]()
-    return replace(
-        e,
-        name=f"candidates-{task}",
-        title=f"Several candidates on {e.title.partition('tested on ')[2]}",
-        steps=5_000 if task == "mnist" else 50_000,
-        methods=("SGDnm", *(f"{name} guarded" for name in (*CANDIDATES, "All three"))),
-        make_methods=candidates_methods,
-    )
+    methods = ("SGDnm", *(f"{name} guarded" for name in (*CANDIDATES, "All three")))
+    return _on(task, "candidates", "Several candidates", methods, candidates_methods)
 
 
 def fashion() -> Experiment:
@@ -77,16 +61,15 @@ def fashion() -> Experiment:
 
 
 def ablation_methods(experiment: Experiment) -> Mapping[str, Callable[[], Guard]]:
-    """SGDnm, and a guard for each of ``ABLATION``."""
+    """SGDnm, a guard for each of ``ABLATION``, and the recommended one."""
     e = experiment
 
     def make(options: Mapping[str, object]) -> Guard:
-        fallback = optax.sgd(paper_decay(e.sgd_rate, e.guard_tau))
         given = {"nt": e.nt, "nc": e.nc, "loser": e.loser, **options}
-        return loss_guard(pretrained(e.learned), fallback, **given)  # pyright: ignore
+        return loss_guard(pretrained(e.learned), sgd_fallback(e), **given)  # pyright: ignore
 
     guards = {name: partial(make, options) for name, options in ABLATION.items()}
-    return {"SGDnm": paper_methods(e)["SGDnm"], **guards}
+    return {**guards, **{name: paper_methods(e)[name] for name in ("SGDnm", "Recommended")}}
 
 
 CANDIDATES: Mapping[str, Callable[[Experiment], optax.GradientTransformation]] = {
@@ -101,12 +84,26 @@ def candidates_methods(experiment: Experiment) -> Mapping[str, Callable[[], Guar
     e = experiment
 
     def make(names: tuple[str, ...]) -> Guard:
-        fallback = optax.sgd(paper_decay(e.sgd_rate, e.guard_tau))
-        return recommended([CANDIDATES[name](e) for name in names], fallback, nt=e.nt, nc=e.nc)
+        several = [CANDIDATES[name](e) for name in names]
+        return recommended(several, sgd_fallback(e), nt=e.nt, nc=e.nc)
 
     guards = {f"{name} guarded": partial(make, (name,)) for name in CANDIDATES}
     guards["All three guarded"] = partial(make, tuple(CANDIDATES))
     return {"SGDnm": paper_methods(e)["SGDnm"], **guards}
+
+
+def _on(
+    task: str, name: str, title: str, methods: tuple[str, ...], make_methods: MakeMethods
+) -> Experiment:
+    e = TASKS[task]()
+    return replace(
+        e,
+        name=f"{name}-{task}",
+        title=f"{title} on {e.title.partition('tested on ')[2]}",
+        steps=5_000 if task == "mnist" else 50_000,
+        methods=methods,
+        make_methods=make_methods,
+    )
 
 
 TASKS: Mapping[str, Callable[[], Experiment]] = {"mnist": fig03, "circles": fig04, "spirals": fig05}

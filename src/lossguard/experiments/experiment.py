@@ -25,15 +25,17 @@ def named_task(experiment: "Experiment") -> Task:
     return Task(dataset, experiment.model, experiment.batch_size)
 
 
+def sgd_fallback(experiment: "Experiment") -> optax.GradientTransformation:
+    """SGDnm as the guards have it: its decay may be another than that of SGDnm alone."""
+    return optax.sgd(paper_decay(experiment.sgd_rate, experiment.guard_tau))
+
+
 def paper_methods(experiment: "Experiment") -> Mapping[str, Callable[[], Guard]]:
     """The methods of the paper's figures, by the names in its legends, and our readings of them."""
     e = experiment
 
     def learned() -> optax.GradientTransformation:
         return pretrained(e.learned)
-
-    def fallback() -> optax.GradientTransformation:
-        return optax.sgd(paper_decay(e.sgd_rate, e.guard_tau))
 
     def adam() -> optax.GradientTransformation:
         return optax.adam(e.adam_rate)
@@ -42,7 +44,7 @@ def paper_methods(experiment: "Experiment") -> Mapping[str, Callable[[], Guard]]
         return loss_guard(learned(), fallback, nt=e.nt, nc=e.nc, loser=e.loser)
 
     def rival(theta: float) -> Guard:
-        return residual_guard(learned(), fallback(), sequence=ema(theta), nt=e.nt)
+        return residual_guard(learned(), sgd_fallback(e), sequence=ema(theta), nt=e.nt)
 
     return {
         "SGDnm": lambda: unguarded(optax.sgd(paper_decay(e.sgd_rate, e.sgd_tau)), nt=e.nt),
@@ -50,9 +52,9 @@ def paper_methods(experiment: "Experiment") -> Mapping[str, Callable[[], Guard]]
         "L2O": lambda: unguarded(learned(), nt=e.nt),
         "GL2O": lambda: rival(0.9),
         "GL2O (theta as decay)": lambda: rival(0.1),
-        "LGL2O": lambda: guard(fallback()),
+        "LGL2O": lambda: guard(sgd_fallback(e)),
         "LGL2O over Adam": lambda: guard(adam()),
-        "Recommended": lambda: recommended(learned(), fallback(), nt=e.nt, nc=e.nc),
+        "Recommended": lambda: recommended(learned(), sgd_fallback(e), nt=e.nt, nc=e.nc),
         "Recommended over Adam": lambda: recommended(learned(), adam(), nt=e.nt, nc=e.nc),
     }
 

@@ -16,6 +16,7 @@ from .guards.residual_guard import recent_max as recent_max
 from .guards.residual_guard import recent_term as recent_term
 from .guards.residual_guard import residual_guard as residual_guard
 from .guards.stacked import stacked as stacked
+from .guards.track_record import track_record as track_record
 from .guards.unguarded import unguarded as unguarded
 from .guards.windows import adaptive as adaptive
 from .guards.windows import fixed as fixed

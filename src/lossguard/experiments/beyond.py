@@ -11,13 +11,15 @@ from ..guards.loss_guard import loss_guard
 from ..guards.probing import backoff
 from ..guards.protocol import Guard
 from ..guards.recommended import recommended
+from ..guards.track_record import track_record
 from ..guards.windows import adaptive
 from ..learned.pretrained import pretrained
 from .experiment import Experiment, MakeMethods, paper_methods, sgd_fallback
 from .recipes import RECIPES as PAPERS
 from .recipes import fig03, fig04, fig05
 
-EVIDENCE = paired_criterion(confidence=0.95)
+RECORD = track_record(decay=0.9)
+PAIRED = paired_criterion(confidence=0.95)
 PATIENT = backoff(patience=30, most=512, start="reset")
 ABLATION = {
     "the paper's": {},
@@ -26,15 +28,15 @@ ABLATION = {
     "hedge": {"hedge": True},
     "hedge only": {"hedge": "only"},
     "hedge, reset": {"hedge": True, "loser": "reset"},
-    "evidence": {"hedge": EVIDENCE},
-    "evidence, reset": {"hedge": EVIDENCE, "loser": "reset"},
-    "paired": {"criterion": EVIDENCE},
+    "record": {"hedge": RECORD},
+    "record, reset": {"hedge": RECORD, "loser": "reset"},
+    "paired": {"criterion": PAIRED},
     "sequential": {"criterion": sequential_criterion()},
     "adaptive": {"windows": adaptive()},
-    "evidence, reset, paired": {"hedge": EVIDENCE, "loser": "reset", "criterion": EVIDENCE},
-    "evidence, backoff": {"hedge": EVIDENCE, "probing": PATIENT},
+    "record, reset, paired": {"hedge": RECORD, "loser": "reset", "criterion": PAIRED},
+    "record, backoff": {"hedge": RECORD, "probing": PATIENT},
     "recommended, patience 10": {
-        "hedge": EVIDENCE,
+        "hedge": RECORD,
         "loser": "reset",
         "probing": backoff(patience=10, most=512, start="reset"),
     },

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .criteria import Criterion, mean_criterion
 from .lanes import Branch, all_finite, check, keep_schedules, renew_if_unsound, select, train
@@ -27,11 +27,12 @@ from .protocol import (
     start,
     with_extra_args,
 )
+from .track_record import TrackRecord
 from .verdict import NEITHER, follow_first, judge
 from .windows import Windows, fixed
 
 Loser = Literal["keep", "rollback", "reset"]
-Hedge = Literal["only"] | bool | Criterion
+Hedge = Literal["only"] | bool | TrackRecord
 
 
 class LossGuardState(NamedTuple):
@@ -45,6 +46,8 @@ class LossGuardState(NamedTuple):
     """Lane s: the fallback's own path and its optimizer state; None unless hedged."""
     on_own: Bool[Array, ""]
     """Whether x lies on the fallback's own path, where z and s coincide."""
+    excess: Float[Array, ""]
+    """What x's training losses sum up to above those of s, where a track record is kept."""
     factor: Int[Array, ""]
     """Of nt and nc, where windows adapt."""
     probing: ProbingState
@@ -71,7 +74,11 @@ def loss_guard(
 
     With ``hedge`` a third lane runs on the same minibatches, s <- nt steps of the fallback from s,
     and x becomes s where that is better: never worse than the fallback alone, up to the error of
-    the decision. While x lies on the fallback's own path, z is s and costs nothing.
+    the decision. While x lies on the fallback's own path, z is s and costs nothing. By a track
+    record:
+
+        D <- decay D + sum_t [F(kept branch, i+t) - F(s, i+t)]     before each of the nt steps
+        x <- s, D <- 0   if D > 0
 
     A lane whose parameters or check losses are not finite can't win; if none can, x stays. So x is
     finite for ever if it begins so. An optimizer state that is no longer finite is made anew, and a
@@ -86,9 +93,10 @@ def loss_guard(
         loser: what becomes of the optimizer state of a branch from x that lost. "keep": it runs on
             from its own nt steps; "rollback": as before the cycle; "reset": as at the start. The
             learning-rate schedule of the fallback advances by nt a cycle under each.
-        hedge: whether the fallback also runs on its own path. A criterion says when x goes back to
-            it, which forfeits what was gained: ``paired_criterion()`` asks for evidence, True is
-            ``mean_criterion()``. "only" leaves out z, which costs what the paper's guard does.
+        hedge: whether the fallback also runs on its own path. True: x goes back to it where its
+            check mean is no higher, which forfeits what was gained; ``track_record()``: where x's
+            training losses have been higher for a while. "only" is True without z, which costs
+            what the paper's guard does.
         criterion: when a learned lane is better than the fallback's from x; by default
             ``mean_criterion()``, the paper's.
         windows: how nt and nc change; by default not at all.
@@ -98,7 +106,8 @@ def loss_guard(
 
     Memory: x, a copy of the parameters a lane, an optimizer state a lane (two under "rollback").
     Cost a cycle with m learned lanes: (m + 1) nt gradients, m nt learned updates, (m + 1) nc
-    forward passes; one lane more where hedged and x is off the fallback's own path.
+    forward passes; one lane more where hedged and x is off the fallback's own path (gradients only,
+    by a track record).
 
     Raises:
         ValueError: if an argument is not among those allowed, or nc too small for the criterion.
@@ -116,20 +125,19 @@ def loss_guard(
     check_count("nc", nc)
     if loser not in get_args(Loser):
         raise ValueError(f"loser must be one of {', '.join(get_args(Loser))}, got {loser!r}")
-    if hedge not in (False, True, "only") and not isinstance(hedge, Criterion):
-        raise ValueError(f"hedge must be False, True, 'only' or a criterion, got {hedge!r}")
+    if hedge not in (False, True, "only") and not isinstance(hedge, TrackRecord):
+        raise ValueError(f"hedge must be False, True, 'only' or track_record(), got {hedge!r}")
     several = [learned] if hasattr(learned, "update") else list(learned)
     check_count("the number of learned optimizers", len(several))
     candidates = tuple(with_extra_args("learned", one) for one in several)
     trusted = with_extra_args("fallback", fallback)
     criterion = mean_criterion() if criterion is None else criterion
-    back = hedge if isinstance(hedge, Criterion) else mean_criterion()
+    record = hedge if isinstance(hedge, TrackRecord) else None
     windows = fixed() if windows is None else windows
     probing = always() if probing is None else probing
-    looks = criterion.looks or back.looks
-    least = max(criterion.least, back.least)
-    if looks is None and nc < least:
-        raise ValueError(f"nc must be at least {least} for this criterion, got {nc}")
+    looks = criterion.looks
+    if looks is None and nc < criterion.least:
+        raise ValueError(f"nc must be at least {criterion.least} for this criterion, got {nc}")
 
     m = len(candidates)
     Z = m if hedge != "only" else None
@@ -144,6 +152,7 @@ def loss_guard(
             fallback=None if Z is None else fresh,
             own=None if S is None else Branch(params, fresh),
             on_own=jnp.array(S is not None),
+            excess=jnp.zeros((), jnp.result_type(jnp.float32, *jax.tree.leaves(params))),
             factor=jnp.int32(1),
             probing=init_probing(),
         )
@@ -190,22 +199,30 @@ def loss_guard(
         after = {**dict(enumerate(before)), **dict(zip(lanes, trained, strict=True))}
         sound = jnp.stack([all_finite(branch.params) for branch in trained])
 
+        # By a track record, s is judged by its training losses, and takes no check minibatches.
+        rivals = len(lanes) - (record is not None and len(trusted_lanes) == 2)
         if learned_lanes:  # line 16
             checks, n = check(
-                [branch.params for branch in trained],
+                [branch.params for branch in trained[:rivals]],
                 objective,
                 i + steps,
                 looks=looks or (nc * factor,),
                 most=max(looks or (nc * windows.most,)),
-                settled=lambda checks, n: judge(criterion, back, checks, n, sound, m).settled,
+                settled=lambda checks, n: judge(criterion, checks, n, sound[:rivals], m).settled,
                 dtype=dtype,
             )
-            verdict = judge(criterion, back, checks, n, sound, m)
+            verdict = judge(criterion, checks, n, sound[:rivals], m)
             best, factor = verdict.best_learned, inner.factor
             factor = windows.update(factor, checks[best], checks[verdict.best_fallback], n)
         else:
             n = jnp.int32(0)
             verdict, factor = follow_first(sound, losses.dtype), inner.factor
+        excess = inner.excess
+        if record is not None:
+            own_row = len(lanes) - 1
+            excess, back = record.update(excess, losses[verdict.row], losses[own_row], steps)
+            back = sound[own_row] & (back | (verdict.row < 0))
+            verdict = verdict._replace(row=jnp.where(back, own_row, verdict.row))
 
         row = jnp.where(verdict.row < 0, verdict.best_fallback, verdict.row)
         winner = jnp.where(verdict.row < 0, NEITHER, jnp.array(lanes, jnp.int32)[verdict.row])
@@ -253,7 +270,7 @@ def loss_guard(
             reset_fallback=reset_fallback,
             winner=winner.astype(jnp.int32),
             gradients=jnp.int32(len(lanes) * steps),
-            forwards=jnp.int32(len(lanes) * n),
+            forwards=jnp.int32(rivals * n),
             learned_updates=jnp.int32(learned_lanes * steps),
         )
         inner = LossGuardState(
@@ -261,6 +278,7 @@ def loss_guard(
             z_state,
             own,
             on_own,
+            jnp.where(on_own, 0, excess),
             factor,
             probing.update(inner.probing, probed, won_learned),
         )

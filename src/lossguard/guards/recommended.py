@@ -2,25 +2,23 @@
 
 from typing import Any
 
-from .criteria import paired_criterion
 from .loss_guard import loss_guard
 from .probing import backoff
 from .protocol import Guard
+from .track_record import track_record
 
 
 def recommended(learned: Any, fallback: Any, *, nt: int = 10, nc: int = 10) -> Guard:
     """A hedged loss guard that keeps its gains under noise and backs off where there are none.
 
-    x goes back to the fallback's own path on evidence only, a learned lane that lost begins anew,
-    and after 30 losses running it is probed ever less often. Where a few hard examples make up the
-    loss, evidence may never come, and x stay behind: ``loss_guard(hedge=True)`` goes back by means
-    (docs/results.md has a case).
+    x goes back to the fallback's own path where its training losses have been higher for a while, a
+    learned lane that lost begins anew, and after 30 losses running it is probed ever less often.
 
     Args:
         learned: the optimizer that is not trusted, or several, as ``loss_guard`` takes them.
         fallback: the one that is.
         nt: optimizer steps a cycle.
-        nc: check minibatches a cycle, at least 2.
+        nc: check minibatches a cycle, at least 1.
 
     Raises:
         ValueError: as ``loss_guard``.
@@ -36,7 +34,7 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, nc: int = 10) -> G
         fallback,
         nt=nt,
         nc=nc,
-        hedge=paired_criterion(confidence=0.95),
+        hedge=track_record(decay=0.9),
         loser="reset",
         probing=backoff(patience=30, most=512, start="reset"),
     )

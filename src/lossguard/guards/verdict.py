@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .criteria import Criterion
+from .criteria import Criterion, moments
 
 NEITHER = -1
 
@@ -27,7 +27,6 @@ class Verdict(NamedTuple):
 
 def judge(
     criterion: Criterion,
-    back: Criterion,
     checks: Float[Array, "lanes most"],
     n: Int[Array, ""],
     sound: Bool[Array, " lanes"],
@@ -36,9 +35,9 @@ def judge(
     """Compare the lanes on n check minibatches: line 16 of Algorithm 2.
 
     Row m is the fallback's: a learned lane is kept if ``criterion`` says that it is better. Row
-    m + 1, if there is one, is the fallback on its own path: it is kept if ``back`` says that it is
-    better than what the others came to, or if it is the same. Lanes that are not ``sound``, or
-    whose losses are not finite, can't win.
+    m + 1, if there is one, is the fallback on its own path: it is kept if its mean is no higher
+    than that of what the others came to. Lanes that are not ``sound``, or whose losses are not
+    finite, can't win.
     """
     means = jnp.where(jnp.arange(checks.shape[1]) < n, checks, 0).sum(axis=1) / n
     finite = sound & jnp.isfinite(means)
@@ -54,10 +53,8 @@ def judge(
     row = jnp.where(better.any(), jnp.argmin(jnp.where(better, ranked[:m], jnp.inf)), m)
     best_fallback = jnp.int32(m)
     if len(checks) > m + 1:
-        gain = gains(slice(m + 1, None), row)
-        goes_back, sure = back.test(gain, n)
-        row = jnp.where(goes_back[0] | (gain == 0).all(), m + 1, row)
-        settled = jnp.concatenate([settled, sure])
+        gain, _ = moments(gains(slice(m + 1, None), row), n)
+        row = jnp.where(gain[0] >= 0, m + 1, row)
         best_fallback += ranked[m + 1] <= ranked[m]
     return Verdict(
         row=jnp.where(finite[row], row, NEITHER),

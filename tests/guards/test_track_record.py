@@ -1,0 +1,226 @@
+"""Going back to the fallback's own path by a record of training losses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optimizers
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lossguard
+from lossguard.guards.track_record import TrackRecord, track_record
+from lossguard.tasks import Noisy, quadratic
+
+NT, NC, CYCLES = 4, 3, 80
+
+
+def valleys(w: jax.Array, i: jax.Array | int = 0) -> jax.Array:
+    """Not convex, and without noise."""
+    return jnp.sum(w**2 / 20 + 1 - jnp.cos(3 * w))
+
+
+PROBLEMS = {
+    "noise": lambda: Noisy(
+        quadratic(jax.random.key(0), n=6, mu=0.05, L=2.0, distance=3.0), jax.random.key(1), 2.0
+    ),
+    "valleys": lambda: valleys,
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("problem", ["noise", "valleys"])
+@pytest.mark.parametrize(
+    ("trusted", "options"),
+    [
+        (optax.sgd(0.05), {}),
+        (optax.adam(0.1), {"loser": "reset", "probing": lossguard.backoff(patience=3, most=8)}),
+        (optax.sgd(0.05, momentum=0.5), {"windows": lossguard.adaptive(most=2)}),
+    ],
+    ids=["sgd", "adam, backoff", "momentum, adaptive"],
+)
+def test_the_curve_is_never_above_the_fallbacks(problem, trusted, options) -> None:
+    """theory.md, section 5: losses reported so far sum up to no more than those of s.
+
+    In every run and at every cycle, whatever the learned optimizer, the noise and the landscape.
+    """
+    f = PROBLEMS[problem]()
+    alone = lossguard.unguarded(trusted, nt=NT)
+
+    def one(which):
+        guard = lossguard.loss_guard(
+            optimizers.hostile(which, 0.15),
+            trusted,
+            nt=NT,
+            nc=NC,
+            hedge=track_record(decay=0.8),
+            **options,
+        )
+
+        def step(states, _):
+            state, single = states
+            i = state.minibatches
+            state, decision = guard.step(state, f)
+            half, first = alone.step(single._replace(minibatches=i), f)
+            full, second = alone.step(half, f)
+            longer = decision.steps > NT  # windows are nt or twice that
+            single = jax.tree.map(lambda a, b: jnp.where(longer, a, b), full, half)
+            own = first.losses.sum() + jnp.where(longer, second.losses.sum(), 0)
+            apart = jnp.abs(state.inner.own.params - single.params).max()
+            above = jnp.nansum(decision.losses) - own
+            return (state, single), (above, state.inner.excess, state.inner.on_own, apart)
+
+        start = 2.0 + 0.1 * jnp.arange(6.0)
+        return jax.lax.scan(step, (guard.init(start), alone.init(start)), length=CYCLES)[1]
+
+    above, excess, on_own, apart = map(
+        np.asarray, jax.jit(jax.vmap(one))(jnp.arange(len(optimizers.HOSTILE)))
+    )
+    assert (apart < 1e-9).all()  # s is the fallback alone
+    assert (np.cumsum(above, axis=1) <= 1e-9).all()
+    assert (excess <= 0).all()
+    assert (excess[on_own] == 0).all()
+    turns = optimizers.HOSTILE.index("turns")
+    assert np.cumsum(above, axis=1)[turns].min() < -0.1  # there was something to gain
+    assert not on_own[turns].all()
+    if problem == "noise":
+        assert (~on_own[:, :-1] & on_own[:, 1:]).any()  # x went back
+
+
+@given(
+    decay=st.floats(0.0, 0.99),
+    gaps=st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=40),
+)
+def test_the_sum_is_numpys(decay, gaps) -> None:
+    """D_k = sum_l decay^(k - l) gap_l, whichever way the gaps are split into two curves."""
+    record, excess = TrackRecord(decay), jnp.float32(0)
+    for k, gap in enumerate(gaps):
+        kept = jnp.array([gap, 1.0, np.nan])
+        excess, back = record.update(excess, kept, jnp.array([0.5, 0.5, np.nan]), 2)
+        want = sum(decay ** (k - j) * np.float64(one) for j, one in enumerate(gaps[: k + 1]))
+        size = sum(decay ** (k - j) * abs(one) for j, one in enumerate(gaps[: k + 1]))
+        np.testing.assert_allclose(excess, want, atol=1e-5 * (size + 1))
+        assert bool(back) == bool(excess > 0)
+
+
+def test_a_lead_is_forgotten() -> None:
+    """A lead of 1, and then 0.001 worse in each cycle: back after as many cycles as it says."""
+    decay, lead, gap = 0.9, 1.0, 1e-3
+    record, excess = TrackRecord(decay), jnp.float32(-lead)
+    for cycle in range(1, 200):  # noqa: B007
+        excess, back = record.update(excess, jnp.array([gap]), jnp.array([0.0]), 1)
+        if back:
+            break
+    # decay^k lead < gap (1 - decay^k) / (1 - decay)
+    assert cycle == np.ceil(np.log(1 + lead * (1 - decay) / gap) / np.log(1 / decay))
+
+
+@pytest.mark.parametrize(
+    ("kept", "own", "back"),
+    [
+        (1.0, 2.0, False),
+        (2.0, 1.0, True),
+        (1.0, 1.0, False),
+        (np.inf, 1.0, True),
+        (np.nan, 1.0, True),
+        (1.0, np.inf, False),
+        (1.0, np.nan, False),
+        (np.nan, np.nan, False),
+    ],
+)
+def test_what_is_not_finite(kept, own, back) -> None:
+    excess, goes = TrackRecord(0.5).update(jnp.float32(0), jnp.array([kept]), jnp.array([own]), 1)
+    assert bool(goes) == back
+    assert goes or excess <= 0
+
+
+def once(to: list[float]) -> optax.GradientTransformation:
+    """Leaps to a point in its first step, and stays where it is from then on."""
+
+    def update(updates, state, params=None):
+        return jnp.where(state == 0, jnp.array(to) - params, 0.0), state + 1
+
+    return optax.GradientTransformation(lambda params: jnp.int32(0), update)
+
+
+def slope(w: jax.Array, i: jax.Array | int) -> jax.Array:
+    """Falls along v for ever where u = 0, and is flat where u = 1."""
+    return jnp.where(w[0] > 0.5, -5.0, -w[1])
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("patience", [None, 2])
+def test_x_goes_back_while_the_learned_lane_waits(patience) -> None:
+    """x leaps to -5 and stays there; s falls by 0.4 a cycle, and costs no check minibatches."""
+    guard = lossguard.loss_guard(
+        once([1.0, 0.0]),
+        optax.sgd(0.1),
+        nt=4,
+        nc=3,
+        hedge=track_record(decay=0.5),
+        probing=None if patience is None else lossguard.backoff(patience=patience, most=64),
+    )
+    step = jax.jit(lambda state: guard.step(state, slope))
+    state, excess = guard.init(jnp.zeros(2)), 0.0
+    for cycle in range(60):
+        before = state
+        state, decision = step(state)
+        probed = patience is None or int(before.inner.probing.left) == 0
+        lanes = (2 if probed else 1) + (not before.inner.on_own)
+        assert decision.gradients == 4 * lanes
+        assert decision.forwards == 3 * 2 * probed
+        own = [-0.1 * (4 * cycle + t) for t in range(4)]
+        kept = own if before.inner.on_own else [-5.0] * 4
+        if cycle == 0:
+            kept = [0.0, -5.0, -5.0, -5.0]
+        excess = 0.5 * excess + sum(kept) - sum(own)
+        if cycle == 0:
+            assert decision.winner == 0
+        if excess > 0:
+            assert decision.winner == 2
+            np.testing.assert_array_equal(state.params, state.inner.own.params)
+            break
+        np.testing.assert_allclose(state.inner.excess, excess, rtol=1e-5)
+    assert 10 < cycle < 50
+    if patience is not None:
+        assert not probed
+
+
+def test_leaving_takes_the_training_losses_too() -> None:
+    """A lane that climbs over a hill wins the check, but was worse on the way: F = 0, 10, -5."""
+
+    def hill(w, i):
+        return jnp.where(w < 0.5, 0.0, jnp.where(w < 1.5, 10.0, -5.0))
+
+    for hedge, winner in ((True, 0), (track_record(), 2)):
+        guard = lossguard.loss_guard(stride(), optax.sgd(0.0), nt=2, nc=1, hedge=hedge)
+        _, decision = guard.step(guard.init(jnp.array(0.0)), hill)
+        assert (decision.learned_loss, decision.fallback_loss) == (-5, 0)
+        assert decision.winner == winner
+
+
+def stride() -> optax.GradientTransformation:
+    """w + 1."""
+    return optax.GradientTransformation(
+        lambda params: optax.EmptyState(), lambda updates, state, params=None: (1.0, state)
+    )
+
+
+def test_memory_and_types() -> None:
+    """The excess has the losses' type, and a second cycle compiles nothing."""
+    guard = lossguard.loss_guard(
+        optax.sgd(0.1), optax.sgd(0.1), nt=2, nc=1, hedge=track_record(decay=0.9)
+    )
+    step = jax.jit(lambda state: guard.step(state, lambda w, i: jnp.sum(w**2)))
+    state = guard.init(jnp.ones(2))
+    for _ in range(3):
+        state, _ = step(state)
+    assert step._cache_size() == 1
+    assert state.inner.excess.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.1, float("nan"), 2])
+def test_errors(decay) -> None:
+    with pytest.raises(ValueError, match="decay must be at least 0 and below 1, got"):
+        track_record(decay=decay)

@@ -238,13 +238,16 @@ def _run(where: Where, experiment: Any) -> None:
 
 def _show(folder: Path) -> None:
     from .experiments import figures
+    from .experiments.claims import judge_run
     from .metatrain import figure
-    from .records import read_run
+    from .records import VERDICTS, read_run, write_json
 
     if "meta_step" in read_run(folder)[2].columns:
         print(f"figure: {figure.plot(folder)}\nrecords: {folder}")
         return
     files = figures.plot(folder)
+    if verdicts := judge_run(folder):
+        write_json(folder / VERDICTS, {verdict.id: verdict._asdict() for verdict in verdicts})
     Console(width=None if sys.stdout.isatty() else 120).print(figures.summary(folder))
     print(f"figure: {files[0]}\nrecords: {folder}")
 

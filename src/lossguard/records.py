@@ -29,7 +29,7 @@ import polars as pl
 from .guards.protocol import Decision
 
 CONFIG, MANIFEST, CURVES = "config.json", "manifest.json", "curves.parquet"
-EVALUATIONS = "evaluations.parquet"
+EVALUATIONS, VERDICTS = "evaluations.parquet", "verdicts.json"
 PACKAGES = ("lossguard", "jax", "jaxlib", "optax", "equinox", "numpy", "polars")
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from lossguard import records
 from lossguard.experiments import theorems
-from lossguard.experiments.claims import CLAIMS, Verdict, judge_claims
+from lossguard.experiments.claims import CLAIMS, Verdict, judge_claims, judge_run
 from lossguard.experiments.findings import Finding
 from lossguard.experiments.recipes import RECIPES, SETS
 from lossguard.experiments.run import as_config
@@ -401,3 +401,12 @@ def test_damaged_records_are_named(tmp_path: Path, damage: Callable[[Path], Any]
     damage(run / records.CURVES)
     with pytest.raises(ValueError, match=r"curves\.parquet"):
         judge_claims([run])
+
+
+def test_what_one_run_says(tmp_path: Path) -> None:
+    """The claims about it, as all of them are judged, and no others."""
+    spirals = write(tmp_path / "spirals", "fig05", THREE)
+    verdicts = judge_run(spirals)
+    assert [one.id for one in verdicts] == ["C5a", "C5b", "C15"]
+    assert verdicts == [judged(one.id, spirals) for one in verdicts]
+    assert judge_run(write(tmp_path / "demo", "demo", THREE)) == []

@@ -172,3 +172,14 @@ def test_plot_leaves_both_files(folder: Path) -> None:
     assert files[0].read_bytes().startswith(b"\x89PNG")
     assert files[1].read_bytes().endswith(b"</svg>\n")
     assert plt.get_fignums() == before
+
+
+def test_few_points_are_drawn() -> None:
+    """At most ``DRAWN``, the first and the last among them, everywhere on a logarithmic axis."""
+    steps = np.concatenate([np.arange(1, 10_000), np.arange(10_000, 1_000_001, 100)])
+    drawn = steps[figures._thin(steps)]
+    assert len(drawn) <= figures.DRAWN
+    assert (drawn[0], drawn[-1]) == (1, 1_000_000)
+    assert (np.diff(np.log(drawn[20:])) < 0.05).all()
+    few = np.array([10, 20, 30])
+    assert figures._thin(few).tolist() == [0, 1, 2]

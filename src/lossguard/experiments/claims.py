@@ -46,11 +46,26 @@ def judge_claims(folders: Sequence[Path]) -> list[Verdict]:
         ValueError: if a folder holds no finished run, or a file of it is damaged.
     """
     evidence = read_evidence(folders)
-    verdicts = []
-    for id, figure, claim, formula, judge in CLAIMS:
-        holds, measured = judge(evidence)
-        verdicts.append(Verdict(id, figure, claim, formula, OUTCOMES[holds], measured))
-    return verdicts
+    return [_judge(claim, evidence) for claim in CLAIMS]
+
+
+def judge_run(folder: Path) -> list[Verdict]:
+    """The claims that one run has something to say about, judged by it alone.
+
+    Raises:
+        ValueError: as ``judge_claims``.
+    """
+    evidence, nothing = read_evidence([folder]), read_evidence([])
+    about_runs = [claim for claim in CLAIMS if claim[-1] is not _c14]
+    unasked = [_judge(claim, nothing) for claim in about_runs]
+    asked = [_judge(claim, evidence) for claim in about_runs]
+    return [verdict for verdict in asked if verdict not in unasked]
+
+
+def _judge(claim: tuple[str, str, str, str, "Judge"], evidence: Evidence) -> Verdict:
+    *said, judge = claim
+    holds, measured = judge(evidence)
+    return Verdict(*said, OUTCOMES[holds], measured)
 
 
 OUTCOMES: dict[bool | None, Outcome] = {True: "holds", False: "fails", None: "not run"}

@@ -21,6 +21,8 @@ SMOOTHED_FROM = 300
 """Step from which the paper's figures are smoothed (caption of figure 3)."""
 WINDOW = 0.1
 """Width of the moving window, as a share of the step."""
+DRAWN = 500
+"""Points of a curve that are drawn at most."""
 
 
 def plot(folder: Path, *, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
@@ -63,7 +65,8 @@ def draw(curves: pl.DataFrame, title: str, *, note: str = "") -> Figure:
     for method in guarded:
         steps, used = by_seed(curves, method, "used_learned")
         use_l2o = smooth(steps, 0.5 + 0.5 * used).mean(axis=0)
-        bottom.plot(steps, use_l2o, **styles[method], linewidth=1)
+        shown = _thin(steps)
+        bottom.plot(steps[shown], use_l2o[shown], **styles[method], linewidth=1)
     if guarded:
         bottom.set(ylim=(0.45, 1.05), ylabel="use_l2o")
         bottom.set_yticks([0.5, 1.0], ["fallback", "learned"])
@@ -81,10 +84,17 @@ DASHES = ("-", "--", "-.", ":")
 
 def _draw_loss(axes: Axes, curves: pl.DataFrame, method: str, style: dict[str, Any]) -> None:
     steps, loss = by_seed(curves, method, "loss")
-    loss = smooth(steps, loss)
+    shown = _thin(steps)
+    steps, loss = steps[shown], smooth(steps, loss)[:, shown]
     low, high = loss.min(axis=0), loss.max(axis=0)
     axes.plot(steps, loss.mean(axis=0), **style, label=method, linewidth=1.3)
     axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _thin(steps: np.ndarray) -> np.ndarray:
+    """Which points to draw: few enough for a small SVG, evenly on a logarithmic axis."""
+    at = np.geomspace(steps[0], steps[-1], DRAWN)
+    return np.unique(np.searchsorted(steps, at).clip(max=len(steps) - 1))
 
 
 def by_seed(curves: pl.DataFrame, method: str, column: str) -> tuple[np.ndarray, np.ndarray]:

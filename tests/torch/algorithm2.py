@@ -11,13 +11,15 @@ import torch
 
 
 def algorithm2(
-    model, learned, fallback, batches, loss_fn, *, nt, nc, loser="keep", hedge=False, schedule=None
-):
-    """The kept model after each cycle, and each cycle's winner, check losses and training losses.
+    model, learned, fallback, batches, loss_fn, *, nt, nc, loser="keep", hedge=False, decay=None,
+    schedule=None,
+):  # fmt: skip
+    """The kept model after each cycle, its winner, check losses, training losses, and excess.
 
     ``learned`` and ``fallback`` build an optimizer on parameters. ``schedule`` builds a scheduler,
     stepped once per train minibatch, on the fallback of each branch. With ``hedge`` the third
-    branch goes on from where it is, and z takes its optimizer's state over wherever x is there.
+    branch goes on from where it is, and z takes its optimizer's state over wherever x is there. By
+    ``decay`` x goes back there on a track record, whose sum over the past is the excess.
     """
     x = copy.deepcopy(model)
     branches = [copy.deepcopy(model) for _ in range(3 if hedge else 2)]
@@ -26,6 +28,7 @@ def algorithm2(
     fresh = [copy.deepcopy(o.state_dict()) for o in optimizers]
     schedules = [schedule(o) for o in optimizers[1:]] if schedule else []
     stream = iter(batches)
+    on_own, excess = True, 0.0
     for _ in range(len(batches) // (nt + nc)):
         for branch in branches[:2]:
             branch.load_state_dict(x.state_dict())
@@ -59,6 +62,15 @@ def algorithm2(
             for m, b in zip(means, branches, strict=True)
         ]
         winner = winner_of(means, finite)
+        if decay is not None:
+            winner = winner_of(means[:2], finite[:2])
+            if on_own and winner == 1:  # z and s are the same there
+                winner = 2
+            excess = decay * excess + (sum(train[winner]) - sum(train[2]))
+            if excess > 0:
+                winner = 2
+            on_own = winner == 2
+            excess = 0.0 if on_own else excess
         if winner >= 0:
             x.load_state_dict(branches[winner].state_dict())
         for lane in (0, 1):
@@ -78,7 +90,8 @@ def algorithm2(
                 groups = optimizers[2].state_dict()["param_groups"]
                 optimizers[2].load_state_dict({**copy.deepcopy(fresh[2]), "param_groups": groups})
             optimizers[1].load_state_dict(copy.deepcopy(optimizers[2].state_dict()))
-        yield copy.deepcopy(x.state_dict()), winner, means, train[winner if winner >= 0 else 1]
+        kept = train[winner if winner >= 0 else 1]
+        yield copy.deepcopy(x.state_dict()), winner, means, kept, excess
 
 
 def winner_of(means, finite):

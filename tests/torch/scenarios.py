@@ -10,7 +10,7 @@ from torch.distributed import fsdp as sharding
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam
 
-from lossguard.torch import LossGuard, backoff, sequential_criterion
+from lossguard.torch import LossGuard, backoff, sequential_criterion, track_record
 
 CYCLES, NT, NC, BATCH = 6, 3, 2, 24
 
@@ -70,6 +70,28 @@ def ddp_beyond_the_paper(rank):
     return report(guard, model.module.state_dict())
 
 
+def by_track_record(model):
+    """x leaves the fallback's own path and goes back, by losses of which a rank sees a part."""
+    return LossGuard(
+        Adam(model.parameters(), lr=0.05), Adam(model.parameters(), lr=0.01), nt=NT, nc=NC,
+        hedge=track_record(decay=0.5),
+    )  # fmt: skip
+
+
+def alone_by_track_record(_):
+    model = mlp()
+    guard = by_track_record(model)
+    run(guard, model, data())
+    return report(guard, model.state_dict())
+
+
+def ddp_by_track_record(rank):
+    model = DistributedDataParallel(mlp())
+    guard = by_track_record(model)
+    run(guard, model, shards(rank, distributed.get_world_size()))
+    return report(guard, model.module.state_dict())
+
+
 def ddp_unequal(rank):
     return ddp(rank, [16, 8])
 
@@ -108,7 +130,10 @@ def ddp_killed(rank):
 
 def two(rank):
     """All that two ranks are asked, one after the other."""
-    asked = (ddp, ddp_beyond_the_paper, ddp_unequal, ddp_nan, fsdp, fsdp_needs_the_model)
+    asked = (
+        ddp, ddp_beyond_the_paper, ddp_by_track_record, ddp_unequal, ddp_nan,
+        fsdp, fsdp_needs_the_model,
+    )  # fmt: skip
     answers = {}
     for scenario in asked:
         torch.manual_seed(0)

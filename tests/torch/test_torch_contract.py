@@ -20,6 +20,7 @@ from lossguard.torch import (
     backoff,
     paired_criterion,
     sequential_criterion,
+    track_record,
 )
 
 NAMES = sorted(
@@ -123,7 +124,7 @@ OPTIONS = [
     *({"loser": loser, "hedge": True} for loser in ("keep", "rollback", "reset")),
     *({"loser": loser, "hedge": False} for loser in ("keep", "rollback", "reset")),
     {"hedge": "only", "criterion": paired_criterion(confidence=0.7)},
-    {"hedge": paired_criterion(confidence=0.7), "criterion": SEQUENTIAL, "several": True},
+    {"hedge": track_record(decay=0.5), "criterion": SEQUENTIAL, "several": True},
     {"probing": backoff(patience=1, most=2, start="reset"), "loser": "rollback"},
     {"probing": backoff(patience=1, most=1), "hedge": True, "several": True},
     {"probing": backoff(patience=1, most=1), "hedge": "only", "criterion": SEQUENTIAL},
@@ -360,7 +361,9 @@ REFUSALS = [
     (lambda w: LossGuard([sgd(w)] * 2, sgd(w)),
      "learned must be different optimizers, got one of them twice"),
     (lambda w: LossGuard(sgd(w), sgd(w), hedge="all"),
-     "hedge must be False, True, 'only' or a criterion, got 'all'"),
+     "hedge must be False, True, 'only' or track_record(), got 'all'"),
+    (lambda w: track_record(decay=1),
+     "decay must be at least 0 and below 1, got 1"),
     (lambda w: LossGuard(sgd(w), sgd(w), criterion=paired_criterion(), nc=1),
      "nc must be at least 2 for this criterion, got 1"),
     (lambda w: paired_criterion(confidence=1),

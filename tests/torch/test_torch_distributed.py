@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import assert_same_state
 from ranks import spawn
-from scenarios import CYCLES, alone
+from scenarios import CYCLES, alone, alone_by_track_record
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.distributed, "fsdp") or not hasattr(torch.distributed.fsdp, "fully_shard"),
@@ -43,10 +43,10 @@ def assert_ranks_agree(ranks):
         assert_same_state(other["history"], ranks[0]["history"])
 
 
-def assert_is_one_process(ranks, single):
+def assert_is_one_process(ranks, single, lanes=(0, 1)):
     assert_ranks_agree(ranks)
     assert winners(ranks[0]) == winners(single)
-    assert set(winners(single)) == {0, 1}
+    assert set(winners(single)) == set(lanes)
     for key, value in single["model"].items():
         torch.testing.assert_close(ranks[0]["model"][key], value, rtol=1e-3, atol=1e-4)
 
@@ -64,6 +64,13 @@ def test_ranks_look_again_and_back_off_together(two):
     assert_ranks_agree(ranks)
     history = ranks[0]["history"]
     assert {d["forwards"] > 0 for d in history} == {True, False}
+
+
+def test_ranks_keep_one_track_record(two):
+    torch.manual_seed(0)
+    single = alone_by_track_record(0)
+    assert_is_one_process(two["ddp_by_track_record"], single, lanes=(0, 1, 2))
+    assert winners(single)[-2:] == [0, 2]  # the check was for 0, or for z
 
 
 def test_unequal_shards(two):

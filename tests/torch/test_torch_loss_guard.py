@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LambdaLR
 
-from lossguard.torch import LossGuard, backoff, sequential_criterion
+from lossguard.torch import LossGuard, backoff, sequential_criterion, track_record
 from lossguard.torch.placing import ByPointer, ByValue
 
 # A learned optimizer that is sometimes better and sometimes worse than each fallback.
@@ -47,7 +47,7 @@ def test_is_algorithm_2(pair, loser, hedge):
     for i, batch in enumerate(batches):
         guard.step(closure_for(guard, model, batch))
         if guard._cycle.phase == 0:
-            state, winner, means, losses = expected[i // (nt + nc)]
+            state, winner, means, losses, _ = expected[i // (nt + nc)]
             decision = guard.last_decision
             assert decision.winner == winner
             assert_same_state(model.state_dict(), state)
@@ -215,7 +215,11 @@ OPTIONS = {
     "sequential": {"criterion": sequential_criterion(confidence=0.8, first=2, most=7)},
     "backoff": {"hedge": "only", "probing": backoff(patience=1, most=1)},
     "by value": {"hedge": True, "offload": "cpu"},
-}
+    "record": {
+        "hedge": track_record(decay=0.5), "probing": backoff(patience=2, most=1, start="reset"),
+        "criterion": sequential_criterion(confidence=0.7, first=2, most=7),
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -34,19 +34,16 @@ loss = st.sampled_from([0.5, 1.0, 1.25, 2.0, 3.0, math.inf, math.nan])
     m=st.integers(1, 2),
     trusted=st.integers(1, 2),
     name=st.sampled_from([*CRITERIA]),
-    back=st.sampled_from([*CRITERIA]),
 )
-def test_the_verdict(data, m, trusted, name, back):
+def test_the_verdict(data, m, trusted, name):
     lanes = m + trusted
     checks = data.draw(
         st.lists(st.lists(loss, min_size=3, max_size=3), min_size=lanes, max_size=lanes)
     )
     sound = data.draw(st.lists(st.booleans(), min_size=lanes, max_size=lanes))
-    verdict = judge(CRITERIA[name](ours), CRITERIA[back](ours), checks, sound, m)
+    verdict = judge(CRITERIA[name](ours), checks, sound, m)
     padded = jnp.pad(jnp.array(checks), ((0, 0), (0, 7)))
-    expected = jax_verdict.judge(
-        CRITERIA[name](theirs), CRITERIA[back](theirs), padded, jnp.int32(3), jnp.array(sound), m
-    )
+    expected = jax_verdict.judge(CRITERIA[name](theirs), padded, jnp.int32(3), jnp.array(sound), m)
     for field, value in verdict._asdict().items():
         np.testing.assert_allclose(value, getattr(expected, field), rtol=1e-6, err_msg=field)
     assert CRITERIA[name](ours).looks == CRITERIA[name](theirs).looks

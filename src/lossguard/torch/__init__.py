@@ -22,6 +22,8 @@ from lossguard.torch.sequences import ema as ema
 from lossguard.torch.sequences import geometric as geometric
 from lossguard.torch.sequences import recent_max as recent_max
 from lossguard.torch.sequences import recent_term as recent_term
+from lossguard.torch.track_record import TrackRecord as TrackRecord
+from lossguard.torch.track_record import track_record as track_record
 
 __all__ = [
     "Criterion",
@@ -32,6 +34,7 @@ __all__ = [
     "Probing",
     "ResidualGuard",
     "Sequence",
+    "TrackRecord",
     "always",
     "arithmetic_average",
     "backoff",
@@ -43,4 +46,5 @@ __all__ = [
     "recent_term",
     "recommended",
     "sequential_criterion",
+    "track_record",
 ]

@@ -4,7 +4,7 @@ state, param_groups    the fallback's, as for any optimizer
 learned                the ``state_dict`` of each learned optimizer
 guard                  all the rest:
   nt, looks            with which a cycle under way goes on
-  phase, gradients, kept, on_own, probes, history, random
+  phase, gradients, kept, on_own, excess, probes, history, random
   x                    the kept iterate, parameters and buffers
   names                y, z or s, for each lane
   lanes                per lane: copy, train, check, before, memory, scaler, own
@@ -42,6 +42,7 @@ def save(guard: LossGuard) -> dict[str, Any]:
             "gradients": cycle.gradients,
             "kept": guard._kept,
             "on_own": lanes.on_own,
+            "excess": lanes.excess,
             "probes": list(guard._probes),
             "history": [decision._asdict() for decision in guard.history],
             "random": cycle.randomness.state(),
@@ -73,7 +74,7 @@ def load(guard: LossGuard, saved: dict[str, Any]) -> None:
         _load_lane(lane, its_state)
     cycle.phase = state["phase"]
     cycle.gradients = state["gradients"]
-    lanes.on_own = state["on_own"]
+    lanes.on_own, lanes.excess = state["on_own"], state["excess"]
     guard._kept = state["kept"]
     guard._probes = ProbingState(*state["probes"])
     guard.history = [Decision(**clone(decision)) for decision in state["history"]]

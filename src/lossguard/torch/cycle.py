@@ -52,19 +52,21 @@ class Cycle:
             active: numbers of the lanes that run in this cycle.
 
         Returns:
-            The values of the closures, by the number of the lane.
+            The values of the closures, by the number of the lane, if it took any.
         """
         start, values = self.phase, {}
+        checked, trains = self.lanes.checked(active), closures[: max(self.nt - start, 0)]
+        taken = {number: closures if number in checked else trains for number in active}
         if start == 0:
             self._begin(active)
         schedules = Schedules(self.schedulers)
         draws = [self.randomness.state()]  # before each minibatch, and after the last
         try:
-            for number in active:
+            for number in (k for k in active if taken[k]):
                 self.running = lane = self.lanes.all[number]
                 self.placing.enter(lane.copy)
                 values[number] = []
-                for k, closure in enumerate(closures):
+                for k, closure in enumerate(taken[number]):
                     self.phase = start + k
                     self.randomness.set(draws[k])
                     values[number].append(self._evaluate(lane, closure, schedules, k))

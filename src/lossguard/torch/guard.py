@@ -25,6 +25,7 @@ from lossguard.torch.decision import NOBODY, Decision
 from lossguard.torch.facade import Closure, Facade
 from lossguard.torch.lanes import Lanes
 from lossguard.torch.probing import Probing, ProbingState, always
+from lossguard.torch.track_record import TrackRecord
 from lossguard.torch.verdict import follow_first, judge
 from lossguard.torch.weights import Weights
 
@@ -53,9 +54,9 @@ class LossGuard(Facade):
             the guard was built). Schedules advance whoever wins.
         hedge: whether a further lane, s, runs the fallback on its own path, so that x is never
             worse than the fallback alone, up to the check's error. While x lies on that path z is s
-            and costs nothing. Should s not stay finite, it begins again at x. A criterion says when
-            x goes back to s, which forfeits what was gained: ``paired_criterion()`` asks for
-            evidence, True is ``mean_criterion()``. ``"only"`` leaves out z.
+            and costs nothing. Should s not stay finite, it begins again at x. True: x goes back to
+            s where its check mean is no higher, which forfeits what was gained; ``track_record()``:
+            where x's training losses have been higher for a while. ``"only"`` is True without z.
         criterion: when a learned lane is better than the fallback's from x; by default
             ``mean_criterion()``, the paper's. Ties go to s, then z.
         probing: how often the learned lanes run; by default always.
@@ -97,7 +98,7 @@ class LossGuard(Facade):
         nt: int = 10,
         nc: int = 10,
         loser: str = "keep",
-        hedge: Literal["only"] | bool | Criterion = False,
+        hedge: Literal["only"] | bool | TrackRecord = False,
         criterion: Criterion | None = None,
         probing: Probing | None = None,
         model: nn.Module | None = None,
@@ -111,12 +112,10 @@ class LossGuard(Facade):
         criterion = mean_criterion() if criterion is None else criterion
         params = arguments.shared_params(several, fallback)
         arguments.check_policy(loser)
-        if hedge not in (False, True, "only") and not isinstance(hedge, Criterion):
-            raise ValueError(f"hedge must be False, True, 'only' or a criterion, got {hedge!r}")
+        if hedge not in (False, True, "only") and not isinstance(hedge, TrackRecord):
+            raise ValueError(f"hedge must be False, True, 'only' or track_record(), got {hedge!r}")
         arguments.check_count("nt", nt)
-        back = hedge if isinstance(hedge, Criterion) else mean_criterion()
-        looks = criterion.looks or back.looks
-        arguments.check_nc(nc, max(criterion.least, back.least) if looks is None else 1)
+        arguments.check_nc(nc, criterion.least if criterion.looks is None else 1)
         arguments.check_schedulers(schedulers, [*several, fallback])
         arguments.check_offload(offload)
         arguments.check_model(model, params)
@@ -136,8 +135,7 @@ class LossGuard(Facade):
             several, fallback, loser=loser, hedge=hedge, scaler=scaler, weights=self._weights
         )
         self._cycle = Cycle(self._lanes, self._weights, self.schedulers, nt)
-        self._back = back
-        self._looks = looks or (nc,)
+        self._looks = criterion.looks or (nc,)
         self._probes = ProbingState()
         self._kept = len(self._lanes.all) - 1
 
@@ -283,14 +281,16 @@ class LossGuard(Facade):
             [self._lanes.all[lane] for lane in active], self._weights, self.process_group
         )
         m, n = self._lanes.m if self._probe else 0, len(seen.checks[0])
+        rivals = len(self._lanes.checked(active))
         verdict = (
-            judge(self.criterion, self._back, seen.checks, seen.sound, m)
+            judge(self.criterion, seen.checks[:rivals], seen.sound[:rivals], m)
             if m
             else follow_first(seen.sound)
         )
         if not verdict.settled and n < self._looks[-1]:
             return
-        winner = NOBODY if verdict.row == NOBODY else active[verdict.row]
+        row = self._lanes.follow_record(verdict.row, seen.trains, seen.sound)
+        winner = NOBODY if row == NOBODY else active[row]
         if winner != NOBODY:
             self._kept = winner
             self._weights.read(self._lanes.all[winner].copy)
@@ -306,7 +306,7 @@ class LossGuard(Facade):
         self.history.append(
             Decision(
                 used_learned=[won] * self.nt,
-                losses=seen.trains[verdict.best_fallback if winner == NOBODY else verdict.row],
+                losses=seen.trains[verdict.best_fallback if row == NOBODY else row],
                 learned_loss=verdict.learned_loss,
                 fallback_loss=verdict.fallback_loss,
                 finite_learned=verdict.finite_learned,
@@ -316,7 +316,7 @@ class LossGuard(Facade):
                 winner=winner,
                 steps=self.nt,
                 gradients=self._cycle.gradients,
-                forwards=n * len(active),
+                forwards=n * rivals,
                 learned_updates=m * self.nt,
             )
         )

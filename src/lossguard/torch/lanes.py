@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from lossguard.torch.decision import NOBODY
 from lossguard.torch.inner import Inner, clone
 from lossguard.torch.lane import Lane
+from lossguard.torch.track_record import TrackRecord
 from lossguard.torch.weights import Copy, Weights
 
 
@@ -23,6 +25,8 @@ class Lanes:
         m: how many are learned.
         z, s: the numbers of these two, if there are such lanes.
         on_own: whether x lies on the fallback's own path, where z is s.
+        record: the rule by which x goes back there, if it isn't the check's.
+        excess: what x's training losses sum up to above those of s, where a record is kept.
     """
 
     def __init__(
@@ -40,6 +44,8 @@ class Lanes:
         self.z = None if hedge == "only" else self.m
         self.s = self.m + (self.z is not None) if hedge else None
         self.on_own = bool(hedge)
+        self.record = hedge if isinstance(hedge, TrackRecord) else None
+        self.excess = 0.0
 
         def common() -> tuple[GradScaler | None, Copy]:
             return clone(scaler), weights.copy()
@@ -75,6 +81,27 @@ class Lanes:
         trusted = [k for k in (self.z, self.s) if k is not None and not (k == self.z and z_is_s)]
         return [*(range(self.m) if probe else ()), *trusted]
 
+    def checked(self, active: Sequence[int]) -> list[int]:
+        """Those of the active lanes that take check minibatches: not s, if a record judges it."""
+        judged = self.record is not None and not self.on_own
+        return [k for k in active if not (judged and k == self.s)]
+
+    def follow_record(
+        self, row: int, trains: Sequence[Sequence[float]], sound: Sequence[bool]
+    ) -> int:
+        """The row that is kept if the check, or none, is for ``row``; s is the last.
+
+        Args:
+            row: a lane that ran, or -1.
+            trains: training losses [lanes, nt].
+            sound: whether parameters are finite.
+        """
+        if self.record is None:
+            return row
+        own = len(trains) - 1
+        self.excess, back = self.record.update(self.excess, trains[row], trains[own])
+        return own if sound[own] and (back or row == NOBODY) else row
+
     def settle(
         self, winner: int, sound: dict[int, bool], broken: dict[int, bool], x: Weights
     ) -> tuple[bool, bool]:
@@ -101,6 +128,7 @@ class Lanes:
             self.on_own = winner == self.s or not sound[self.s]
             if self.on_own:  # z goes on from s, wherever x is s
                 self.all[self.s].hand_over()
+                self.excess = 0.0
         return any(learned), any(fallback)
 
     def _settle_z(self, z: Lane, won: bool, broken: dict[int, bool]) -> bool:

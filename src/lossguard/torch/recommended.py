@@ -5,9 +5,9 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lossguard.torch.criteria import paired_criterion
 from lossguard.torch.guard import LossGuard
 from lossguard.torch.probing import backoff
+from lossguard.torch.track_record import track_record
 
 
 def recommended(
@@ -18,13 +18,16 @@ def recommended(
     nc: int = 10,
     **options: Any,
 ) -> LossGuard:
-    """A hedged loss guard that decides under noise and backs off while the learned lanes lose.
+    """A hedged loss guard that keeps its gains under noise and backs off where there are none.
+
+    x goes back to the fallback's own path where its training losses have been higher for a while, a
+    learned lane that lost begins anew, and after 30 losses running it is probed ever less often.
 
     Args:
         learned: the optimizer that is not trusted, or several, as ``LossGuard`` takes them.
         fallback: the one that is.
         nt: train minibatches per cycle.
-        nc: check minibatches per cycle, at least 2.
+        nc: check minibatches per cycle, at least 1.
         options: ``model``, ``scaler``, ``schedulers``, ``offload``, ``process_group`` and
             ``callback``, as in ``LossGuard``.
 
@@ -42,7 +45,7 @@ def recommended(
         fallback,
         nt=nt,
         nc=nc,
-        hedge=paired_criterion(confidence=0.95),
+        hedge=track_record(decay=0.9),
         loser="reset",
         probing=backoff(patience=30, most=512, start="reset"),
         **options,

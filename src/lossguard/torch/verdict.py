@@ -34,7 +34,6 @@ class Verdict(NamedTuple):
 
 def judge(
     criterion: Criterion,
-    back: Criterion,
     checks: Sequence[Sequence[float]],
     sound: Sequence[bool],
     m: int,
@@ -42,20 +41,19 @@ def judge(
     """Compare the lanes on n check minibatches.
 
     Row m is the fallback's: a learned lane is kept if ``criterion`` says that it is better. Row
-    m + 1, if there is one, is the fallback on its own path: it is kept if ``back`` says that it is
-    better than what the others came to, or if it is the same. Lanes that aren't ``sound``, or whose
-    losses aren't finite, can't win.
+    m + 1, if there is one, is the fallback on its own path: it is kept if its mean is no higher
+    than that of what the others came to. Lanes that aren't ``sound``, or whose losses aren't
+    finite, can't win.
 
     Args:
         criterion: when a learned lane is better.
-        back: when x goes back to the fallback's own path.
         checks: check losses [lanes, n].
         sound: whether each lane's parameters are finite.
         m: how many lanes are learned.
 
     >>> from lossguard.torch import mean_criterion
     >>> def row(checks, sound):
-    ...     return judge(mean_criterion(), mean_criterion(), checks, sound, 1).row
+    ...     return judge(mean_criterion(), checks, sound, 1).row
     >>> row([[1.0], [2.0]], [True, True]), row([[2.0], [2.0]], [True, True])
     (0, 1)
     >>> row([[1.0], [math.nan]], [False, True]), row([[1.0], [2.0], [1.0]], [True, True, True])
@@ -79,17 +77,14 @@ def judge(
 
     better, settled = criterion.test(gains(range(m), m))
     row = min((lane for lane in range(m) if better[lane]), key=ranked.__getitem__, default=m)
-    sure, best_fallback = bool(settled.all()), m
+    best_fallback = m
     if len(checks) > m + 1:
-        gain = gains([m + 1], row)
-        goes_back, settled = back.test(gain)
-        row = m + 1 if goes_back[0] or not gain.any() else row
-        sure = sure and bool(settled.all())
+        row = m + 1 if gains([m + 1], row).mean() >= 0 else row
         best_fallback = m + (ranked[m + 1] <= ranked[m])
     best_learned = min(range(m), key=ranked.__getitem__)
     return Verdict(
         row=row if finite[row] else NOBODY,
-        settled=sure,
+        settled=bool(settled.all()),
         best_fallback=best_fallback,
         learned_loss=means[best_learned],
         fallback_loss=means[best_fallback],

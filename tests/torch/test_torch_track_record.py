@@ -1,0 +1,200 @@
+"""x goes back to the fallback's own path when its training losses have been higher for a while."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from algorithm2 import algorithm2
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import assert_same_state, closure_for, loss_fn, mlp, spiral
+from torch.optim import SGD, Adam
+
+from lossguard.torch import LossGuard, backoff, track_record
+
+loss = st.sampled_from([-3.0, -0.25, 0.5, 1.0, 2.0, math.inf, math.nan])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    excess=st.sampled_from([-2.0, -0.5, 0.0]),
+    kept=st.lists(loss, min_size=3, max_size=3),
+    own=st.lists(loss, min_size=3, max_size=3),
+)
+def test_the_rule_is_jaxs(excess, kept, own):
+    theirs = pytest.importorskip("lossguard.guards.track_record")
+    jnp = pytest.importorskip("jax.numpy")
+    now, back = track_record(decay=0.5).update(excess, kept, own)
+    expected, goes_back = theirs.track_record(decay=0.5).update(
+        jnp.array(excess), jnp.array([*kept, math.nan]), jnp.array([*own, math.nan]), 3
+    )
+    assert back == bool(goes_back)
+    assert now == expected or (back and math.isnan(now) and math.isnan(expected))
+
+
+@pytest.mark.parametrize("loser", ["keep", "rollback", "reset"])
+def test_is_its_definition(loser):
+    """The reference trains s to its own path in a model of its own, and sums up what it lost."""
+    nt, nc, decay = 3, 2, 0.5
+    batches = [spiral(16) for _ in range((nt + nc) * 12)]
+    model = mlp()
+    expected = list(
+        algorithm2(
+            model, lambda ps: Adam(ps, lr=0.05), lambda ps: Adam(ps, lr=0.02), batches, loss_fn,
+            nt=nt, nc=nc, loser=loser, hedge=True, decay=decay,
+        )
+    )  # fmt: skip
+    learned, fallback = Adam(model.parameters(), lr=0.05), Adam(model.parameters(), lr=0.02)
+    guard = LossGuard(learned, fallback, nt=nt, nc=nc, loser=loser, hedge=track_record(decay=decay))
+    for i, batch in enumerate(batches):
+        guard.step(closure_for(guard, model, batch))
+        if guard._cycle.phase == 0:
+            state, winner, means, losses, excess = expected[i // (nt + nc)]
+            decision = guard.last_decision
+            assert (decision.winner, decision.losses) == (winner, losses)
+            assert (decision.learned_loss, decision.fallback_loss) == tuple(means[:2])
+            assert guard._lanes.excess == excess and excess <= 0
+            assert_same_state(model.state_dict(), state)
+    winners = [decision.winner for decision in guard.history]
+    assert set(winners) == {0, 1, 2} and (1, 2) in pairwise(winners)
+
+
+class Line:
+    """F(w, i) = a_i w: SGD at the rate r takes w to w - r a_i, whatever w is.
+
+    The learned optimizer's rate is 2 in the first cycle, then 0; the fallback's is 1. nt = nc = 1,
+    and a check minibatch has the sign of the one before it, so rate 2 wins and rate 0 loses. After
+    two cycles with a = 1 the fallback alone is at -2, and x, thanks to the first step, at -3. The
+    record's decay is 1/2, so D is 0 and then -1.
+    """
+
+    def __init__(self, **options):
+        self.w = torch.zeros(1, requires_grad=True)
+        self.learned = SGD([self.w], lr=2.0)
+        self.guard = LossGuard(
+            self.learned, SGD([self.w], lr=1.0), nt=1, nc=1, hedge=track_record(decay=0.5),
+            **options,
+        )  # fmt: skip
+        self.calls = 0
+
+    def lead(self):
+        """The first two cycles."""
+        self.cycle(1.0)
+        self.learned.param_groups[0]["lr"] = 0.0
+        self.cycle(1.0)
+        assert [decision.winner for decision in self.guard.history] == [0, 1]
+        assert (self.w.item(), self.excess) == (-3.0, -1.0)
+        return self
+
+    def step(self, a, poison=None):
+        def closure():
+            self.calls += 1
+            value = a * self.w.sum()
+            value.backward()
+            return value if poison is None else poison(self.guard.checking, self.w, value)
+
+        return self.guard.step(closure)
+
+    def cycle(self, a, poison=None):
+        self.calls, before = 0, len(self.guard.history)
+        self.step(a, poison)
+        if len(self.guard.history) == before:
+            self.step(math.copysign(1.0, a), poison)
+        return self.guard.last_decision
+
+    @property
+    def excess(self):
+        return self.guard._lanes.excess
+
+
+def test_an_excursion():
+    """One bad cycle isn't enough, two are, and s takes no check minibatches away from x."""
+    line, seen = Line(), []
+    line.cycle(1.0)
+    spent = [line.calls]
+    line.learned.param_groups[0]["lr"] = 0.0
+    for a in (1.0, -0.25, -0.25, 1.0):
+        line.cycle(a)
+        seen.append((line.guard.last_decision.winner, line.excess, line.w.item()))
+        spent.append(line.calls)
+    # D: -1, then -1/2 + 1/4 (-3 + 2), then -1/8 + 1/4 > 0
+    assert seen == [(1, -1.0, -3.0), (1, -0.25, -2.75), (2, 0.0, -1.5), (2, 0.0, -2.5)]
+    assert spent == [4, 5, 5, 5, 4]
+    history = line.guard.history
+    assert [decision.gradients for decision in history] == [2, 3, 3, 3, 2]
+    assert [decision.forwards for decision in history] == [2] * 5
+    assert [decision.losses for decision in history] == [[0.0], [-2.0], [0.75], [0.4375], [-1.5]]
+    assert history[3].fallback_loss == 2.5  # z's, on which the check had decided
+
+
+@pytest.mark.parametrize(("a", "expected"), [(-1.0, (2, 0.0, -1.0)), (-0.25, (1, -0.25, -2.75))])
+def test_it_goes_back_in_a_cycle_without_learned_lanes(a, expected):
+    line = Line(probing=backoff(patience=1, most=1)).lead()
+    decision = line.cycle(a)
+    assert (decision.winner, line.excess, line.w.item()) == expected
+    spent = (line.calls, decision.gradients, decision.forwards, decision.learned_updates)
+    assert spent == (2, 2, 0, 0)
+
+
+@pytest.mark.parametrize("done", [0, 1])
+def test_resumes_in_the_middle_of_an_excursion(done):
+    """Without D = -1 x would go back in the first of these cycles."""
+    line, resumed = Line().lead(), Line()
+    if done:
+        line.step(-0.25)
+    resumed.guard.load_state_dict(line.guard.state_dict())
+    assert resumed.excess == -1.0
+    for one in (line, resumed):
+        if done:
+            one.step(-1.0)
+        for _ in range(2 - done):
+            one.cycle(-0.25)
+        assert [decision.winner for decision in one.guard.history] == [0, 1, 1, 2]
+    assert_same_state(resumed.guard.state_dict(), line.guard.state_dict())
+
+
+BAD = [math.nan, math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_kept_branch_whose_losses_are_not_finite_goes_back(bad):
+    line = Line().lead()
+    decision = line.cycle(
+        1.0, lambda checking, w, value: bad if w.item() == -3.0 and not checking else value
+    )
+    assert (decision.winner, line.excess, line.w.item()) == (2, 0.0, -3.0)
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("both", [False, True])
+def test_x_stays_where_the_losses_of_s_are_not_finite(bad, both):
+    line = Line().lead()
+    where = (-2.0, -3.0) if both else (-2.0,)
+    decision = line.cycle(
+        -1.0, lambda checking, w, value: bad if w.item() in where and not checking else value
+    )
+    assert (decision.winner, line.excess, line.w.item()) == (1, -0.5, -2.0)
+
+
+def test_x_goes_to_s_where_nothing_else_can_win():
+    line = Line().lead()
+    decision = line.cycle(1.0, lambda checking, w, value: math.nan if checking else value)
+    assert (decision.winner, line.excess, line.w.item()) == (2, 0.0, -3.0)
+    assert (decision.finite_learned, decision.finite_fallback) == (False, False)
+
+
+def test_an_s_that_is_not_finite_begins_again():
+    """Even where x's branch has done badly: then D begins again too."""
+    line = Line().lead()
+
+    def poison(checking, w, value):
+        if w.item() == -2.0 and not checking:
+            w.grad.fill_(math.nan)
+        return value
+
+    decision = line.cycle(-1.0, poison)
+    assert (decision.winner, decision.reset_fallback) == (1, True)
+    assert (line.excess, line.w.item()) == (0.0, -2.0)
+    assert line.cycle(1.0).winner == 2 and line.calls == 4  # z is s again
+    assert line.w.item() == -3.0

@@ -101,6 +101,27 @@ def test_new_data_of_the_same_shape_is_not_compiled_for() -> None:
     assert jnp.sum((state.params - 5) ** 2) < jnp.sum((state.params - 0) ** 2)
 
 
+def test_fewer_cycles_are_not_compiled_for() -> None:
+    guard, traces = GUARDS["loss guard"](), []
+    objective, start = Counted(jnp.zeros(4), traces.append), jnp.ones(4)
+    state, decisions = lossguard.rollout(guard, guard.init(start), objective, cycles=5, most=5)
+    once = len(traces)
+    first, before = lossguard.rollout(guard, guard.init(start), objective, cycles=2, most=5)
+    second, after = lossguard.rollout(guard, first, objective, cycles=3, most=5)
+    assert len(traces) == once
+    assert before.losses.shape == (2, 3)
+    jax.tree.map(np.testing.assert_array_equal, second, state)
+    joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), before, after)
+    jax.tree.map(np.testing.assert_array_equal, joined, decisions)
+
+
+@pytest.mark.parametrize("cycles", [0, 6])
+def test_errors(cycles) -> None:
+    guard = GUARDS["unguarded"]()
+    with pytest.raises(ValueError, match=f"cycles must be at least 1 and at most 5, got {cycles}"):
+        lossguard.rollout(guard, guard.init(jnp.ones(4)), noisy(0), cycles=cycles, most=5)
+
+
 def test_buffers_of_the_state_are_donated_and_no_others() -> None:
     guard, objective = GUARDS["loss guard"](), noisy(0)
     params = jnp.zeros(4)

@@ -4,16 +4,26 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 
 from .guards.protocol import Decision, Guard, GuardState, Objective
 
 
 @eqx.filter_jit(donate="all-except-first")
-def _donating(static: tuple, state: GuardState) -> tuple[GuardState, Decision]:
-    guard, objective, cycles, axes = static
+def _donating(held: tuple, state: GuardState) -> tuple[GuardState, Decision]:
+    guard, objective, cycles, most, axes = held
 
     def rollout_one(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
-        return jax.lax.scan(lambda s, _: guard.step(s, objective), state, length=cycles)
+        step = jax.jit(lambda state: guard.step(state, objective))  # traced once for both uses
+        _, shapes = jax.eval_shape(step, state)
+        none = jax.tree.map(lambda leaf: jnp.zeros((most, *leaf.shape), leaf.dtype), shapes)
+
+        def body(cycle: Any, carry: tuple[GuardState, Decision]) -> tuple[GuardState, Decision]:
+            state, decision = step(carry[0])
+            put = jax.tree.map(lambda out, leaf: out.at[cycle].set(leaf), carry[1], decision)
+            return state, put
+
+        return jax.lax.fori_loop(0, cycles, body, (state, none))
 
     if axes is None:
         return rollout_one(state, objective)
@@ -21,7 +31,13 @@ def _donating(static: tuple, state: GuardState) -> tuple[GuardState, Decision]:
 
 
 def rollout(
-    guard: Guard, state: GuardState, objective: Objective, *, cycles: int, axes: Any = None
+    guard: Guard,
+    state: GuardState,
+    objective: Objective,
+    *,
+    cycles: int,
+    most: int | None = None,
+    axes: Any = None,
 ) -> tuple[GuardState, Decision]:
     """``cycles`` steps of a guard in one compiled loop; nothing leaves the device inside.
 
@@ -31,6 +47,8 @@ def rollout(
         objective: ``objective(params, i)``. If it is a pytree, its arrays are arguments of the
             compiled code, which serves other data of the same shapes too.
         cycles: how many steps of the guard, each a cycle.
+        most: compile for up to so many cycles, so that calls with fewer use the same code; by
+            default for ``cycles``.
         axes: for several seeds at once, the objective's axes as ``jax.vmap`` takes them (such as
             ``Objective(task=None, key=0)``); ``state`` then has a leading axis everywhere.
 
@@ -45,4 +63,10 @@ def rollout(
     >>> int(state.steps), decisions.losses.shape
     (30, (3, 10))
     """
-    return _donating((guard, objective, cycles, axes), state)
+    most = cycles if most is None else most
+    if not 1 <= cycles <= most:
+        raise ValueError(f"cycles must be at least 1 and at most {most}, got {cycles}")
+    state, decisions = _donating((guard, objective, jnp.int32(cycles), most, axes), state)
+    place = 0 if axes is None else 1
+    cut = tuple([slice(None)] * place + [slice(cycles)])
+    return state, jax.tree.map(lambda leaf: leaf[cut], decisions) if cycles < most else decisions

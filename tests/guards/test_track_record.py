@@ -124,6 +124,7 @@ def test_a_lead_is_forgotten() -> None:
         (1.0, 1.0, False),
         (np.inf, 1.0, True),
         (np.nan, 1.0, True),
+        (-np.inf, 1.0, True),
         (1.0, np.inf, False),
         (1.0, np.nan, False),
         (np.nan, np.nan, False),

@@ -77,7 +77,7 @@ def _run_method(
 ) -> tuple[pl.DataFrame, pl.DataFrame, float]:
     """One method's curves and evaluations, and the seconds that it took.
 
-    Without compilation, if there is a chunk like one before it: the others took as long a cycle.
+    Without compilation, if there is more than one chunk: the first took as long a cycle.
     """
     name = quote(method, safe=" ()")
     written = folder / "methods" / f"{name}.parquet"
@@ -96,7 +96,7 @@ def _run_method(
 
     steps = -(-experiment.steps // experiment.nt) * experiment.nt
     done, chunks, evaluations = 0, [], []
-    seconds, timed = 0.0, 0  # of the chunks that nothing was compiled for: time, cycles
+    seconds, timed = 0.0, 0  # of all chunks but the first, which compiles: time, cycles
     checkpoints = Checkpoints(folder / "methods" / f"{name}.checkpoints")
     if (found := checkpoints.latest((state, jnp.zeros(2)))) is not None:
         done, (state, (seconds, timed)), table = found
@@ -108,21 +108,22 @@ def _run_method(
         stopping_at_interrupt() as stopped,
         Progress(method, total=experiment.steps, done=_taken(state)) as progress,
     ):
-        saved = progress.seconds
-        compiled = set()
+        saved, compiled = progress.seconds, False
         while (left := steps - _taken(state)) > 0:
             count = min(FIRST_CHUNKS if done < CHUNK else CHUNK, CHUNK, -(-left // experiment.nt))
             before = np.asarray(state.steps)
             began = progress.seconds
             if experiment.vectorize:
-                state, decisions = rollout(guard, state, objective, cycles=count, axes=axes)
+                state, decisions = rollout(
+                    guard, state, objective, cycles=count, most=CHUNK, axes=axes
+                )
             else:
                 state, decisions = _one_by_one(guard, state, objective, count)
             spent = records.totals(chunks[-1]) if chunks else None
             chunks.append(records.thin(decisions, before, spent))
-            if count in compiled:
+            if compiled:
                 seconds, timed = seconds + progress.seconds - began, timed + count
-            compiled.add(count)
+            compiled = True
             done += count
             used = float(np.asarray(decisions.used_learned).mean())
             loss = float(np.asarray(decisions.losses).mean())
@@ -177,6 +178,7 @@ def _one_by_one(
             jax.tree.map(lambda leaf, seed=seed: leaf[seed], state),
             Objective(objective.task, objective.key[seed]),
             cycles=cycles,
+            most=CHUNK,
         )
         for seed in range(len(objective.key))
     ]

@@ -80,9 +80,10 @@ def loss_guard(
         D <- decay D + sum_t [F(kept branch, i+t) - F(s, i+t)]     before each of the nt steps
         x <- s, D <- 0   if D > 0
 
-    A lane whose parameters or check losses are not finite can't win; if none can, x stays. So x is
-    finite for ever if it begins so. An optimizer state that is no longer finite is made anew, and a
-    lane s that is no longer finite begins again at x. Ties go to s, then z.
+    A lane whose parameters or check losses are not finite can't win; if none can, x stays. Where a
+    track record spares s the check, its training losses count instead. So x is finite for ever if
+    it begins so. An optimizer state that is no longer finite is made anew, and a lane s that is no
+    longer finite begins again at x. Ties go to s, then z.
 
     Args:
         learned: the optimizer that is not trusted, an optax transformation; or several, of which
@@ -220,8 +221,9 @@ def loss_guard(
         excess = inner.excess
         if record is not None:
             own_row = len(lanes) - 1
-            excess, back = record.update(excess, losses[verdict.row], losses[own_row], steps)
-            back = sound[own_row] & (back | (verdict.row < 0))
+            kept = jnp.where(verdict.row < 0, jnp.nan, losses[verdict.row])
+            excess, back = record.update(excess, kept, losses[own_row], steps)
+            back &= sound[own_row] if rivals < len(lanes) else verdict.finite_fallback
             verdict = verdict._replace(row=jnp.where(back, own_row, verdict.row))
 
         row = jnp.where(verdict.row < 0, verdict.best_fallback, verdict.row)

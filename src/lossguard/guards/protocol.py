@@ -44,7 +44,8 @@ class Decision(NamedTuple):
     learned_loss: Float[Array, ""]
     """Mean loss of the learned branch over the check minibatches (of the best, if several)."""
     fallback_loss: Float[Array, ""]
-    """Mean loss of the fallback branch over the check minibatches."""
+    """Mean loss of the fallback branch over the check minibatches (of the better one of those that
+    were checked, if two)."""
     finite_learned: Bool[Array, ""]
     """Whether the learned branch had finite parameters and losses (any of them, if several)."""
     finite_fallback: Bool[Array, ""]

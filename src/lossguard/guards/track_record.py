@@ -33,7 +33,7 @@ class TrackRecord(NamedTuple):
         kept, own = (jnp.where(counts, losses, 0).sum() for losses in (kept, own))
         known = jnp.isfinite(own)
         now = self.decay * excess + jnp.where(known, kept - own, 0).astype(excess.dtype)
-        return now, known & ~(now <= 0)
+        return now, known & ~((now <= 0) & jnp.isfinite(now))
 
 
 def track_record(*, decay: float = 0.9) -> TrackRecord:
@@ -50,7 +50,6 @@ def track_record(*, decay: float = 0.9) -> TrackRecord:
     Raises:
         ValueError: if decay is not at least 0 and below 1.
 
-    >>> from lossguard import loss_guard
     >>> import optax
     >>> from lossguard import loss_guard
     >>> guard = loss_guard(optax.sgd(3.0), optax.sgd(0.1), hedge=track_record(decay=0.9))

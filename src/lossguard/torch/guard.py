@@ -289,7 +289,8 @@ class LossGuard(Facade):
         )
         if not verdict.settled and n < self._looks[-1]:
             return
-        row = self._lanes.follow_record(verdict.row, seen.trains, seen.sound)
+        fit = seen.sound[-1] if rivals < len(active) else verdict.finite_fallback
+        row = self._lanes.follow_record(verdict.row, seen.trains, fit)
         winner = NOBODY if row == NOBODY else active[row]
         if winner != NOBODY:
             self._kept = winner

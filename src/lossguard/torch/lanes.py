@@ -5,6 +5,7 @@ z    the fallback from x; not with ``hedge="only"``
 s    the fallback on its own path; only if hedged
 """
 
+import math
 from collections.abc import Sequence
 
 from torch.amp.grad_scaler import GradScaler
@@ -86,21 +87,19 @@ class Lanes:
         judged = self.record is not None and not self.on_own
         return [k for k in active if not (judged and k == self.s)]
 
-    def follow_record(
-        self, row: int, trains: Sequence[Sequence[float]], sound: Sequence[bool]
-    ) -> int:
+    def follow_record(self, row: int, trains: Sequence[Sequence[float]], fit: bool) -> int:
         """The row that is kept if the check, or none, is for ``row``; s is the last.
 
         Args:
             row: a lane that ran, or -1.
             trains: training losses [lanes, nt].
-            sound: whether parameters are finite.
+            fit: whether s is finite, its check losses too where it took them.
         """
         if self.record is None:
             return row
-        own = len(trains) - 1
-        self.excess, back = self.record.update(self.excess, trains[row], trains[own])
-        return own if sound[own] and (back or row == NOBODY) else row
+        kept = [math.nan] if row == NOBODY else trains[row]
+        self.excess, back = self.record.update(self.excess, kept, trains[-1])
+        return len(trains) - 1 if back and fit else row
 
     def settle(
         self, winner: int, sound: dict[int, bool], broken: dict[int, bool], x: Weights

@@ -26,7 +26,7 @@ def by_numpy(problem, learned, fallback, *, hedge, loser: str, cycles: int):
     """The docstring of ``loss_guard``, in plain loops; z always runs, also where it is s."""
     z_lane, s_lane = fallback, deepcopy(fallback)
     x = s = problem.start
-    i, excess = 0, 0.0
+    i, excess, worst = 0, 0.0, 0.0
     for _ in range(cycles):
         trusted = [(z_lane, x)] if hedge != "only" else []
         lanes = [*((one, x) for one in learned), *trusted, (s_lane, s)]
@@ -44,9 +44,12 @@ def by_numpy(problem, learned, fallback, *, hedge, loser: str, cycles: int):
         if hedge is RECORD:
             if winner == m and x is s:
                 winner = m + 1
-            excess = 0.6 * excess + sum(losses[winner]) - sum(losses[-1])
-            winner = m + 1 if excess > 0 else winner
-            excess = 0.0 if winner == m + 1 else excess
+            d = sum(losses[winner]) - sum(losses[-1])
+            excess, worst = 0.6 * excess + d, max(0.6 * worst, d)
+            if excess > (0 if x is s else worst):
+                winner = m + 1
+            if winner == m + 1:
+                excess = worst = 0.0
         else:
             winner = min([len(lanes) - 1, winner], key=lambda lane: checks[lane].mean())
         x, s = ends[winner], ends[-1]

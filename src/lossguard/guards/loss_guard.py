@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
 from .criteria import Criterion, mean_criterion
 from .lanes import Branch, all_finite, check, keep_schedules, renew_if_unsound, select, train
@@ -27,7 +27,7 @@ from .protocol import (
     start,
     with_extra_args,
 )
-from .track_record import TrackRecord
+from .track_record import Excess, TrackRecord
 from .verdict import NEITHER, follow_first, judge
 from .windows import Windows, fixed
 
@@ -46,8 +46,8 @@ class LossGuardState(NamedTuple):
     """Lane s: the fallback's own path and its optimizer state; None unless hedged."""
     on_own: Bool[Array, ""]
     """Whether x lies on the fallback's own path, where z and s coincide."""
-    excess: Float[Array, ""]
-    """What x's training losses sum up to above those of s, where a track record is kept."""
+    excess: Excess
+    """Of x's training losses over those of s, where a track record is kept."""
     factor: Int[Array, ""]
     """Of nt and nc, where windows adapt."""
     probing: ProbingState
@@ -77,8 +77,9 @@ def loss_guard(
     the decision. While x lies on the fallback's own path, z is s and costs nothing. By a track
     record:
 
-        D <- decay D + sum_t [F(kept branch, i+t) - F(s, i+t)]     before each of the nt steps
-        x <- s, D <- 0   if D > 0
+        d <- sum_t [F(kept branch, i+t) - F(s, i+t)]     before each of the nt steps
+        D <- decay D + d;  W <- max(decay W, d)
+        x <- s, D <- 0, W <- 0   if D > W
 
     A lane whose parameters or check losses are not finite can't win; if none can, x stays. Where a
     track record spares s the check, its training losses count instead. So x is finite for ever if
@@ -148,12 +149,13 @@ def loss_guard(
     def init(params: Params) -> GuardState:
         params = as_arrays(params)
         fresh = trusted.init(params)
+        zero = jnp.zeros((), jnp.result_type(jnp.float32, *jax.tree.leaves(params)))
         inner = LossGuardState(
             learned=tuple(one.init(params) for one in candidates),
             fallback=None if Z is None else fresh,
             own=None if S is None else Branch(params, fresh),
             on_own=jnp.array(S is not None),
-            excess=jnp.zeros((), jnp.result_type(jnp.float32, *jax.tree.leaves(params))),
+            excess=Excess(zero, zero),
             factor=jnp.int32(1),
             probing=init_probing(),
         )
@@ -222,7 +224,7 @@ def loss_guard(
         if record is not None:
             own_row = len(lanes) - 1
             kept = jnp.where(verdict.row < 0, jnp.nan, losses[verdict.row])
-            excess, back = record.update(excess, kept, losses[own_row], steps)
+            excess, back = record.update(excess, kept, losses[own_row], steps, inner.on_own)
             back &= sound[own_row] if rivals < len(lanes) else verdict.finite_fallback
             verdict = verdict._replace(row=jnp.where(back, own_row, verdict.row))
 
@@ -280,7 +282,7 @@ def loss_guard(
             z_state,
             own,
             on_own,
-            jnp.where(on_own, 0, excess),
+            Excess(*(jnp.where(on_own, 0, value) for value in excess)),
             factor,
             probing.update(inner.probing, probed, won_learned),
         )

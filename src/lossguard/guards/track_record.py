@@ -11,19 +11,29 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
+class Excess(NamedTuple):
+    """By how much x's training losses were higher than those of s since it left that path."""
+
+    total: Float[Array, ""]
+    """D, of all cycles, the past forgotten by and by."""
+    worst: Float[Array, ""]
+    """W, the largest of its terms, at least 0."""
+
+
 class TrackRecord(NamedTuple):
-    """How x's training losses have compared with those of s, the fallback on its own path."""
+    """How x's training losses are compared with those of s, the fallback on its own path."""
 
     decay: float
 
     def update(
         self,
-        excess: Float[Array, ""],
+        excess: Excess,
         kept: Float[Array, " most"],
         own: Float[Array, " most"],
         steps: Int[Array, ""] | int,
-    ) -> tuple[Float[Array, ""], Bool[Array, ""]]:
-        """The excess after a cycle, and whether x goes back to s.
+        on_own: Bool[Array, ""],
+    ) -> tuple[Excess, Bool[Array, ""]]:
+        """The excess after a cycle, and whether x goes back to s, or does not leave it.
 
         ``kept`` and ``own`` are the losses of the branch that x would follow and of s, of which the
         first ``steps`` count. A branch whose losses are not finite is worse than one with finite
@@ -32,20 +42,24 @@ class TrackRecord(NamedTuple):
         counts = jnp.arange(len(own)) < steps
         kept, own = (jnp.where(counts, losses, 0).sum() for losses in (kept, own))
         known = jnp.isfinite(own)
-        now = self.decay * excess + jnp.where(known, kept - own, 0).astype(excess.dtype)
-        return now, known & ~((now <= 0) & jnp.isfinite(now))
+        d = jnp.where(known, kept - own, 0).astype(excess.total.dtype)
+        total = self.decay * excess.total + d
+        worst = jnp.maximum(self.decay * excess.worst, d)
+        fine = (total <= jnp.where(on_own, 0, worst)) & jnp.isfinite(total)
+        return Excess(total, worst), known & ~fine
 
 
 def track_record(*, decay: float = 0.9) -> TrackRecord:
     """Go back where x's training losses of late sum up to more than the fallback's alone.
 
-        D <- decay D + sum_t [F(x's branch, i+t) - F(s, i+t)],    over the nt steps of a cycle
-        x <- s, D <- 0   if D > 0
+        d <- sum_t [F(x's branch, i+t) - F(s, i+t)],    over the nt steps of a cycle
+        D <- decay D + d;  W <- max(decay W, d)
+        x <- s, D <- 0, W <- 0   if D > W
 
-    So D remembers about 1 / (1 - decay) cycles. While x is off the fallback's own path D <= 0: of
-    late, its training losses were no higher than the fallback's alone, on the very minibatches. A
-    learned lane leaves that path if the check and the cycle's training losses speak for it. Where a
-    few hard examples make up the loss, a cycle's minibatches alone can't tell; a record can.
+    So D remembers about 1 / (1 - decay) cycles, and s must be ahead even without the cycle that was
+    the worst for x: going back forfeits what was gained, and is never done for one bad cycle. A
+    learned lane leaves the fallback's own path if the check speaks for it and d <= 0. Where a few
+    hard examples make up the loss, a cycle's minibatches alone can't tell; a record can.
 
     Raises:
         ValueError: if decay is not at least 0 and below 1.

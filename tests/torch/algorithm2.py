@@ -19,7 +19,7 @@ def algorithm2(
     ``learned`` and ``fallback`` build an optimizer on parameters. ``schedule`` builds a scheduler,
     stepped once per train minibatch, on the fallback of each branch. With ``hedge`` the third
     branch goes on from where it is, and z takes its optimizer's state over wherever x is there. By
-    ``decay`` x goes back there on a track record, whose sum over the past is the excess.
+    ``decay`` x goes back there on a track record, whose sum and worst term are the excess.
     """
     x = copy.deepcopy(model)
     branches = [copy.deepcopy(model) for _ in range(3 if hedge else 2)]
@@ -28,7 +28,7 @@ def algorithm2(
     fresh = [copy.deepcopy(o.state_dict()) for o in optimizers]
     schedules = [schedule(o) for o in optimizers[1:]] if schedule else []
     stream = iter(batches)
-    on_own, excess = True, 0.0
+    on_own, excess, worst = True, 0.0, 0.0
     for _ in range(len(batches) // (nt + nc)):
         for branch in branches[:2]:
             branch.load_state_dict(x.state_dict())
@@ -66,11 +66,13 @@ def algorithm2(
             winner = winner_of(means[:2], finite[:2])
             if on_own and winner == 1:  # z and s are the same there
                 winner = 2
-            excess = decay * excess + (sum(train[winner]) - sum(train[2]))
-            if excess > 0:
+            d = sum(train[winner]) - sum(train[2])
+            excess, worst = decay * excess + d, max(decay * worst, d)
+            if excess > (0 if on_own else worst):
                 winner = 2
             on_own = winner == 2
-            excess = 0.0 if on_own else excess
+            if on_own:
+                excess = worst = 0.0
         if winner >= 0:
             x.load_state_dict(branches[winner].state_dict())
         for lane in (0, 1):
@@ -91,7 +93,7 @@ def algorithm2(
                 optimizers[2].load_state_dict({**copy.deepcopy(fresh[2]), "param_groups": groups})
             optimizers[1].load_state_dict(copy.deepcopy(optimizers[2].state_dict()))
         kept = train[winner if winner >= 0 else 1]
-        yield copy.deepcopy(x.state_dict()), winner, means, kept, excess
+        yield copy.deepcopy(x.state_dict()), winner, means, kept, (excess, worst)
 
 
 def winner_of(means, finite):

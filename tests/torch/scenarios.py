@@ -73,7 +73,7 @@ def ddp_beyond_the_paper(rank):
 def by_track_record(model):
     """x leaves the fallback's own path and goes back, by losses of which a rank sees a part."""
     return LossGuard(
-        Adam(model.parameters(), lr=0.05), Adam(model.parameters(), lr=0.01), nt=NT, nc=NC,
+        Adam(model.parameters(), lr=0.02), Adam(model.parameters(), lr=0.05), nt=NT, nc=NC,
         hedge=track_record(decay=0.5),
     )  # fmt: skip
 

@@ -22,6 +22,7 @@ from lossguard.torch.decision import Decision
 from lossguard.torch.inner import Inner, Memory, clone
 from lossguard.torch.lane import Lane
 from lossguard.torch.probing import ProbingState
+from lossguard.torch.track_record import Excess
 
 if TYPE_CHECKING:
     from lossguard.torch.guard import LossGuard
@@ -42,7 +43,7 @@ def save(guard: LossGuard) -> dict[str, Any]:
             "gradients": cycle.gradients,
             "kept": guard._kept,
             "on_own": lanes.on_own,
-            "excess": lanes.excess,
+            "excess": list(lanes.excess),
             "probes": list(guard._probes),
             "history": [decision._asdict() for decision in guard.history],
             "random": cycle.randomness.state(),
@@ -74,7 +75,7 @@ def load(guard: LossGuard, saved: dict[str, Any]) -> None:
         _load_lane(lane, its_state)
     cycle.phase = state["phase"]
     cycle.gradients = state["gradients"]
-    lanes.on_own, lanes.excess = state["on_own"], state["excess"]
+    lanes.on_own, lanes.excess = state["on_own"], Excess(*state["excess"])
     guard._kept = state["kept"]
     guard._probes = ProbingState(*state["probes"])
     guard.history = [Decision(**clone(decision)) for decision in state["history"]]

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lossguard.torch.decision import NOBODY
 from lossguard.torch.inner import Inner, clone
 from lossguard.torch.lane import Lane
-from lossguard.torch.track_record import TrackRecord
+from lossguard.torch.track_record import Excess, TrackRecord
 from lossguard.torch.weights import Copy, Weights
 
 
@@ -27,7 +27,7 @@ class Lanes:
         z, s: the numbers of these two, if there are such lanes.
         on_own: whether x lies on the fallback's own path, where z is s.
         record: the rule by which x goes back there, if it isn't the check's.
-        excess: what x's training losses sum up to above those of s, where a record is kept.
+        excess: of x's training losses over those of s, where a record is kept.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Lanes:
         self.s = self.m + (self.z is not None) if hedge else None
         self.on_own = bool(hedge)
         self.record = hedge if isinstance(hedge, TrackRecord) else None
-        self.excess = 0.0
+        self.excess = Excess()
 
         def common() -> tuple[GradScaler | None, Copy]:
             return clone(scaler), weights.copy()
@@ -98,7 +98,7 @@ class Lanes:
         if self.record is None:
             return row
         kept = [math.nan] if row == NOBODY else trains[row]
-        self.excess, back = self.record.update(self.excess, kept, trains[-1])
+        self.excess, back = self.record.update(self.excess, kept, trains[-1], self.on_own)
         return len(trains) - 1 if back and fit else row
 
     def settle(
@@ -127,7 +127,7 @@ class Lanes:
             self.on_own = winner == self.s or not sound[self.s]
             if self.on_own:  # z goes on from s, wherever x is s
                 self.all[self.s].hand_over()
-                self.excess = 0.0
+                self.excess = Excess()
         return any(learned), any(fallback)
 
     def _settle_z(self, z: Lane, won: bool, broken: dict[int, bool]) -> bool:

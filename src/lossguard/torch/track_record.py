@@ -10,8 +10,20 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 
+class Excess(NamedTuple):
+    """By how much x's training losses were higher than those of s since it left that path.
+
+    Attributes:
+        total: D, of all cycles, the past forgotten by and by.
+        worst: W, the largest of its terms, at least 0.
+    """
+
+    total: float = 0.0
+    worst: float = 0.0
+
+
 class TrackRecord(NamedTuple):
-    """How x's training losses have compared with those of s, the fallback on its own path.
+    """How x's training losses are compared with those of s, the fallback on its own path.
 
     Attributes:
         decay: by how much the past fades in a cycle.
@@ -20,37 +32,40 @@ class TrackRecord(NamedTuple):
     decay: float
 
     def update(
-        self, excess: float, kept: Sequence[float], own: Sequence[float]
-    ) -> tuple[float, bool]:
-        """The excess D after a cycle, and whether x goes back to s.
+        self, excess: Excess, kept: Sequence[float], own: Sequence[float], on_own: bool
+    ) -> tuple[Excess, bool]:
+        """The excess after a cycle, and whether x goes back to s, or doesn't leave it.
 
         A branch whose losses aren't finite is worse than one with finite ones.
 
         Args:
-            excess: D before the cycle.
+            excess: before the cycle.
             kept: the nt losses of the branch that x would follow.
             own: those of s.
+            on_own: whether x lies on the path of s.
 
-        >>> track_record(decay=0.5).update(-4.0, [2.0, 3.0], [1.0, 2.5])
-        (-0.5, False)
+        >>> track_record(decay=0.5).update(Excess(1.0, 2.0), [2.0, 3.0], [1.0, 2.5], False)
+        (Excess(total=2.0, worst=1.5), True)
         """
-        now, total = self.decay * excess, sum(own)
-        if not math.isfinite(total):
-            return now, False
-        now += sum(kept) - total
-        return now, not -math.inf < now <= 0
+        known = math.isfinite(sum(own))
+        d = sum(kept) - sum(own) if known else 0.0
+        total = self.decay * excess.total + d
+        worst = max(d, self.decay * excess.worst)
+        fine = math.isfinite(total) and total <= (0 if on_own else worst)
+        return Excess(total, worst), known and not fine
 
 
 def track_record(*, decay: float = 0.9) -> TrackRecord:
     """Go back where x's training losses of late sum up to more than the fallback's alone.
 
-        D <- decay D + sum_t [F(x's branch, i+t) - F(s, i+t)],    over the nt steps of a cycle
-        x <- s, D <- 0   if D > 0
+        d <- sum_t [F(x's branch, i+t) - F(s, i+t)],    over the nt steps of a cycle
+        D <- decay D + d;  W <- max(decay W, d)
+        x <- s, D <- 0, W <- 0   if D > W
 
-    So D remembers about 1 / (1 - decay) cycles. While x is off the fallback's own path D <= 0: of
-    late, its training losses were no higher than the fallback's alone, on the very minibatches. A
-    learned lane leaves that path if the check and the cycle's training losses speak for it. Where a
-    few hard examples make up the loss, a cycle's minibatches alone can't tell; a record can.
+    So D remembers about 1 / (1 - decay) cycles, and s must be ahead even without the cycle that was
+    the worst for x: going back forfeits what was gained, and is never done for one bad cycle. A
+    learned lane leaves the fallback's own path if the check speaks for it and d <= 0. Where a few
+    hard examples make up the loss, a cycle's minibatches alone can't tell; a record can.
 
     Raises:
         ValueError: if decay is not at least 0 and below 1.

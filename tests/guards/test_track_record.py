@@ -253,7 +253,7 @@ def test_memory_and_types() -> None:
     assert state.inner.excess.total.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("decay", [1.0, -0.1, float("nan"), 2])
+@pytest.mark.parametrize("decay", [1.0, 0.0, -0.1, float("nan"), 2])
 def test_errors(decay) -> None:
-    with pytest.raises(ValueError, match="decay must be at least 0 and below 1, got"):
+    with pytest.raises(ValueError, match="decay must be above 0 and below 1, got"):
         track_record(decay=decay)

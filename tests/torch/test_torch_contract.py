@@ -363,7 +363,7 @@ REFUSALS = [
     (lambda w: LossGuard(sgd(w), sgd(w), hedge="all"),
      "hedge must be False, True, 'only' or track_record(), got 'all'"),
     (lambda w: track_record(decay=1),
-     "decay must be at least 0 and below 1, got 1"),
+     "decay must be above 0 and below 1, got 1"),
     (lambda w: LossGuard(sgd(w), sgd(w), criterion=paired_criterion(), nc=1),
      "nc must be at least 2 for this criterion, got 1"),
     (lambda w: paired_criterion(confidence=1),

@@ -62,12 +62,12 @@ def track_record(*, decay: float = 0.9) -> TrackRecord:
     hard examples make up the loss, a cycle's minibatches alone can't tell; a record can.
 
     Raises:
-        ValueError: if decay is not at least 0 and below 1.
+        ValueError: if decay is not above 0 and below 1.
 
     >>> import optax
     >>> from lossguard import loss_guard
     >>> guard = loss_guard(optax.sgd(3.0), optax.sgd(0.1), hedge=track_record(decay=0.9))
     """
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay must be at least 0 and below 1, got {decay!r}")
+    if not 0 < decay < 1:
+        raise ValueError(f"decay must be above 0 and below 1, got {decay!r}")
     return TrackRecord(decay)

@@ -68,7 +68,7 @@ def track_record(*, decay: float = 0.9) -> TrackRecord:
     hard examples make up the loss, a cycle's minibatches alone can't tell; a record can.
 
     Raises:
-        ValueError: if decay is not at least 0 and below 1.
+        ValueError: if decay is not above 0 and below 1.
 
     >>> from lossguard.torch import LossGuard
     >>> import torch
@@ -76,6 +76,6 @@ def track_record(*, decay: float = 0.9) -> TrackRecord:
     >>> learned, fallback = torch.optim.SGD([w], lr=3.0), torch.optim.SGD([w], lr=0.1)
     >>> guard = LossGuard(learned, fallback, hedge=track_record(decay=0.9))
     """
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay must be at least 0 and below 1, got {decay!r}")
+    if not 0 < decay < 1:
+        raise ValueError(f"decay must be above 0 and below 1, got {decay!r}")
     return TrackRecord(decay)

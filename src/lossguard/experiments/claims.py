@@ -63,9 +63,9 @@ def judge_run(folder: Path) -> list[Verdict]:
 
 
 def _judge(claim: tuple[str, str, str, str, "Judge"], evidence: Evidence) -> Verdict:
-    *said, judge = claim
+    id, figure, says, formula, judge = claim
     holds, measured = judge(evidence)
-    return Verdict(*said, OUTCOMES[holds], measured)
+    return Verdict(id, figure, says, formula, OUTCOMES[holds], measured)
 
 
 OUTCOMES: dict[bool | None, Outcome] = {True: "holds", False: "fails", None: "not run"}

@@ -20,7 +20,7 @@ from .recipes import fig03, fig04, fig05
 
 RECORD = track_record(decay=0.9)
 PAIRED = paired_criterion(confidence=0.95)
-PATIENT = backoff(patience=30, most=512, start="reset")
+PATIENT = backoff(patience=100, most=512, start="reset")
 ABLATION = {
     "the paper's": {},
     "loser rollback": {"loser": "rollback"},

@@ -12,7 +12,7 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, nc: int = 10) -> G
     """A hedged loss guard that keeps its gains under noise and backs off where there are none.
 
     x goes back to the fallback's own path where its training losses have been higher for a while, a
-    learned lane that lost begins anew, and after 30 losses running it is probed ever less often.
+    learned lane that lost begins anew, and after 100 losses running it is probed ever less often.
 
     Args:
         learned: the optimizer that is not trusted, or several, as ``loss_guard`` takes them.
@@ -36,5 +36,5 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, nc: int = 10) -> G
         nc=nc,
         hedge=track_record(decay=0.9),
         loser="reset",
-        probing=backoff(patience=30, most=512, start="reset"),
+        probing=backoff(patience=100, most=512, start="reset"),
     )

@@ -6,14 +6,11 @@ import numpy as np
 import numpy_guards
 import optax
 import pytest
+from problems import decay, objective_of
 
 import lossguard
 
 CYCLES = 30
-
-
-def decay(rate: float):
-    return lambda k: rate / (1 + 0.025 * k)
 
 
 # The same optimizers twice: in NumPy, and in optax.
@@ -33,10 +30,7 @@ OPTIMIZERS = {
 
 def play(guard: lossguard.Guard, problem: numpy_guards.Objective, cycles: int = CYCLES):
     """What the guard does on the same problem, cycle by cycle."""
-    a, m, xi = jnp.asarray(problem.a), jnp.asarray(problem.m), jnp.asarray(problem.xi)
-
-    def objective(w, i):
-        return 0.5 * jnp.sum(a * (w - m) ** 2) + xi[i] @ w
+    objective = objective_of(problem)
 
     step = jax.jit(lambda state: guard.step(state, objective))
     state = guard.init(jnp.asarray(problem.start))

@@ -9,19 +9,11 @@ import numpy_guards
 import optax
 import optimizers
 import pytest
+from problems import decay, objective_of
 
 import lossguard
 
 NT, NC, CYCLES = 3, 2, 30
-
-
-def objective_of(problem: numpy_guards.Objective):
-    a, m, xi = jnp.asarray(problem.a), jnp.asarray(problem.m), jnp.asarray(problem.xi)
-    return lambda w, i: 0.5 * jnp.sum(a * (w - m) ** 2) + xi[i] @ w
-
-
-def decay(rate: float):
-    return lambda k: rate / (1 + 0.025 * k)
 
 
 @cache

@@ -12,6 +12,7 @@ import numpy_guards
 import optax
 import optimizers
 import pytest
+from problems import decay, objective_of
 
 import lossguard
 from lossguard.tasks import Noisy, quadratic, ridge_logistic
@@ -71,15 +72,6 @@ def by_numpy(problem, learned, fallback, *, hedge, loser: str, cycles: int):
             "learned_loss": min(check.mean() for check in checks[:m]),
             "fallback_loss": min(check.mean() for check in checks[rivals]),
         }
-
-
-def objective_of(problem: numpy_guards.Objective):
-    a, m, xi = jnp.asarray(problem.a), jnp.asarray(problem.m), jnp.asarray(problem.xi)
-    return lambda w, i: 0.5 * jnp.sum(a * (w - m) ** 2) + xi[i] @ w
-
-
-def decay(rate: float):
-    return lambda k: rate / (1 + 0.025 * k)
 
 
 # The same optimizers twice: in NumPy, and in optax.

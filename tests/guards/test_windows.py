@@ -6,6 +6,7 @@ import numpy as np
 import numpy_guards
 import optax
 import pytest
+from problems import objective_of
 
 import lossguard
 
@@ -120,16 +121,11 @@ def by_numpy(problem: numpy_guards.Objective):
         factor = next_factor(factor, *checks, MOST, 2.0)
 
 
-def objective_of(xi: jax.Array, problem: numpy_guards.Objective):
-    a, m = jnp.asarray(problem.a), jnp.asarray(problem.m)
-    return lambda w, i: 0.5 * jnp.sum(a * (w - m) ** 2) + xi[i] @ w
-
-
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_run_is_numpys_and_compiled_once(seed) -> None:
     problem = numpy_guards.Objective(seed, minibatches(), n=4, noise=1.0)
-    objective = objective_of(jnp.asarray(problem.xi), problem)
+    objective = objective_of(problem)
     adapting = guard()
     step = jax.jit(lambda state: adapting.step(state, objective))
     state = adapting.init(jnp.asarray(10 * problem.start))
@@ -170,7 +166,7 @@ def test_vmap_is_a_loop() -> None:
     adapting = guard()
 
     def run(start, xi):
-        objective = objective_of(xi, problem)
+        objective = objective_of(problem, xi)
         return jax.lax.scan(
             lambda state, _: adapting.step(state, objective), adapting.init(start), length=CYCLES
         )
@@ -191,7 +187,7 @@ def test_vmap_is_a_loop() -> None:
 
 def test_fixed_windows_are_the_default() -> None:
     problem = numpy_guards.Objective(0, minibatches(), n=4, noise=1.0)
-    objective = objective_of(jnp.asarray(problem.xi, jnp.float32), problem)
+    objective = objective_of(problem, jnp.asarray(problem.xi, jnp.float32))
     default = lossguard.loss_guard(
         optax.sgd(learned_rate), optax.sgd(FALLBACK, momentum=0.5), nt=NT, nc=NC
     )

@@ -223,8 +223,8 @@ def loss_guard(
         excess = inner.excess
         if record is not None:
             own_row = len(lanes) - 1
-            kept = jnp.where(verdict.row < 0, jnp.nan, losses[verdict.row])
-            excess, back = record.update(excess, kept, losses[own_row], steps, inner.on_own)
+            followed = jnp.where(verdict.row < 0, jnp.nan, losses[verdict.row])
+            excess, back = record.update(excess, followed, losses[own_row], steps, inner.on_own)
             back &= sound[own_row] if rivals < len(lanes) else verdict.finite_fallback
             verdict = verdict._replace(row=jnp.where(back, own_row, verdict.row))
 

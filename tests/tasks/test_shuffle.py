@@ -13,14 +13,14 @@ KEY = jax.random.key(0)
 
 
 def permutation(key: Array, n: int) -> np.ndarray:
-    return np.asarray(jax.jit(permuted, static_argnums=2)(key, jnp.arange(n), n))
+    return np.asarray(jax.jit(permuted, static_argnums=3)(key, 0, jnp.arange(n), n))
 
 
 def test_is_a_bijection_of_small_sets() -> None:
     with jax.disable_jit():  # or a loop would be compiled for each
         for n in [*range(1, 90), *range(90, 301, 7), 121, 128, 169, 225, 255, 256, 257, 289, 293]:
             positions = jnp.arange(300) % n  # always the same shape, for the same reason
-            assert set(permuted(jax.random.key(n), positions, n).tolist()) == set(range(n))
+            assert set(permuted(jax.random.key(n), 0, positions, n).tolist()) == set(range(n))
 
 
 @pytest.mark.parametrize("n", [997, 1024, 4097, 7919, 10_000, 25_000, 50_000, 60_000, 104_729])
@@ -72,28 +72,50 @@ def test_equals_itself_under_jit_and_vmap() -> None:
     np.testing.assert_array_equal(jax.jit(both)(keys, numbers), loop)
 
 
+@pytest.mark.parametrize("over", ["keys", "epochs"])
 @pytest.mark.parametrize("n", [16, 23, 50])
-def test_every_position_takes_every_value_alike(n: int) -> None:
-    """Chi-square of the table position by value over 20,000 keys: (n - 1)^2 degrees of freedom.
+def test_every_position_takes_every_value_alike(n: int, over: str) -> None:
+    """Chi-square of the table position by value over 20,000 draws: (n - 1)^2 degrees of freedom.
 
     Below n = 16 or so eight rounds of a Feistel network leave a trace, whatever the hash.
     """
-    keys = jax.random.split(jax.random.key(n), 20_000)
-    draws = np.asarray(jax.vmap(lambda key: permuted(key, jnp.arange(n), n))(keys))
+    draws = many(over, 20_000, n, n)
     table = np.stack([np.bincount(column, minlength=n) for column in draws.T])
-    expected = len(keys) / n
+    expected = len(draws) / n
     assert in_bulk(((table - expected) ** 2 / expected).sum(), (n - 1) ** 2)
 
 
+@pytest.mark.parametrize("over", ["keys", "epochs"])
 @pytest.mark.parametrize("n", [16, 23, 50])
-def test_neighbours_take_every_pair_of_values_alike(n: int) -> None:
-    keys = jax.random.split(jax.random.key(n), 50_000)
-    a, b = np.asarray(jax.vmap(lambda key: permuted(key, jnp.arange(2), n))(keys)).T
-    table = np.bincount(a * n + b, minlength=n * n).reshape(n, n)
+def test_neighbours_take_every_pair_of_values_alike(n: int, over: str) -> None:
+    draws = many(over, 50_000, 2, n)
+    table = np.bincount(draws @ [n, 1], minlength=n * n).reshape(n, n)
     assert not table.diagonal().any()
     table = table[~np.eye(n, dtype=bool)]
-    expected = len(keys) / len(table)
+    expected = len(draws) / len(table)
     assert in_bulk(((table - expected) ** 2 / expected).sum(), len(table) - 1)
+
+
+@pytest.mark.parametrize("n", [16, 23, 50])
+def test_neighbouring_epochs_are_independent(n: int) -> None:
+    """Chi-square of the table: what position 0 takes in an epoch, by what it takes in the next."""
+    first = many("epochs", 50_000, 1, n)[:, 0].reshape(-1, 2)
+    table = np.bincount(first @ [n, 1], minlength=n * n)
+    expected = len(first) / len(table)
+    assert in_bulk(((table - expected) ** 2 / expected).sum(), len(table) - 1)
+
+
+def many(over: str, draws: int, positions: int, n: int) -> np.ndarray:
+    """What the first positions take under many keys, numbered as users number them, or epochs."""
+    numbers = jnp.arange(draws)
+    keys = jax.vmap(jax.random.key)(numbers)
+
+    def draw(key: Array, epoch: Array) -> Array:
+        return permuted(key, epoch, jnp.arange(positions), n)
+
+    if over == "keys":
+        return np.asarray(jax.vmap(draw, (0, None))(keys, 0))
+    return np.asarray(jax.vmap(draw, (None, 0))(jax.random.key(n), numbers))
 
 
 def in_bulk(statistic: float, degrees: int) -> bool:

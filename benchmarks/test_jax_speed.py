@@ -199,7 +199,7 @@ def spirals_mlp() -> Task:
 
 
 def test_lstm_step(against_torch: Callable[..., None]) -> None:
-    n, steps = 15_910, 10
+    n, steps = 15_910, 100
     gradients = np.random.default_rng(0).normal(0, 0.01, (steps, n)).astype(np.float32)
     optimizer = lstm_optimizer(WEIGHTS)
 

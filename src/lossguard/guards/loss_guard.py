@@ -199,7 +199,6 @@ def loss_guard(
             most=nt_most,
             dtype=dtype,
         )
-        after = {**dict(enumerate(before)), **dict(zip(lanes, trained, strict=True))}
         sound = jnp.stack([all_finite(branch.params) for branch in trained])
 
         # By a track record, s is judged by its training losses, and takes no check minibatches.
@@ -228,42 +227,21 @@ def loss_guard(
             back &= sound[own_row] if rivals < len(lanes) else verdict.finite_fallback
             verdict = verdict._replace(row=jnp.where(back, own_row, verdict.row))
 
-        row = jnp.where(verdict.row < 0, verdict.best_fallback, verdict.row)
         winner = jnp.where(verdict.row < 0, NEITHER, jnp.array(lanes, jnp.int32)[verdict.row])
         for lane, branch in zip(lanes, trained, strict=True):  # lines 17 and 19
             x = select(winner == lane, branch.params, x)
         won_learned = (winner >= 0) & (winner < m)
 
-        kept, reset_learned = list(inner.learned), jnp.array(False)
-        for lane in range(learned_lanes):
-            kept[lane], reset = after_cycle(
-                optimizers[lane], x, inner.learned[lane], after[lane].state, winner == lane, loser
-            )
-            reset_learned |= reset
-        z_state, own, on_own, reset_fallback = inner.fallback, None, inner.on_own, jnp.array(False)
-        if Z is not None:
-            z_state, reset_fallback = after_cycle(
-                trusted,
-                x,
-                inner.fallback,
-                after[lanes[learned_lanes]].state,
-                (winner == Z) | (winner == S),
-                loser,
-            )
-        if S is not None:
-            s_sound = sound[lanes.index(S)]
-            s_state, reset = renew_if_unsound(trusted, after[S].params, after[S].state)
-            s_state = select(s_sound, s_state, keep_schedules(trusted.init(x), s_state))
-            own = Branch(select(s_sound, after[S].params, x), s_state)
-            on_own = (winner == S) | ~s_sound
-            reset_fallback |= reset | ~s_sound
-            if Z is not None:  # z goes on from s, wherever x is s
-                z_state = select(on_own, s_state, z_state)
-
+        inner, reset_learned, reset_fallback = remember(inner, x, lanes, trained, sound, winner)
         probed = jnp.array(bool(learned_lanes))
-        t = jnp.arange(nt_most)
+        inner = inner._replace(
+            excess=Excess(*(jnp.where(inner.on_own, 0, value) for value in excess)),
+            factor=factor,
+            probing=probing.update(inner.probing, probed, won_learned),
+        )
+        row = jnp.where(verdict.row < 0, verdict.best_fallback, verdict.row)
         decision = Decision(
-            used_learned=won_learned & (t < steps),
+            used_learned=won_learned & (jnp.arange(nt_most) < steps),
             losses=losses[row],
             steps=jnp.int32(steps),
             learned_loss=verdict.learned_loss,
@@ -277,16 +255,44 @@ def loss_guard(
             forwards=jnp.int32(rivals * n),
             learned_updates=jnp.int32(learned_lanes * steps),
         )
-        inner = LossGuardState(
-            tuple(kept),
-            z_state,
-            own,
-            on_own,
-            Excess(*(jnp.where(on_own, 0, value) for value in excess)),
-            factor,
-            probing.update(inner.probing, probed, won_learned),
-        )
         return GuardState(x, state.steps + steps, i + steps + n, inner), decision  # line 21
+
+    def remember(
+        inner: LossGuardState,
+        x: Params,
+        lanes: list[int],
+        trained: tuple[Branch, ...],
+        sound: Bool[Array, " lanes"],
+        winner: Int[Array, ""],
+    ) -> tuple[LossGuardState, Bool[Array, ""], Bool[Array, ""]]:
+        """What the optimizers remember of a cycle, and whether a state of either side was unsound.
+
+        The learned lanes among ``lanes`` come first, and s, if hedged, last.
+        """
+        learned, reset_learned = list(inner.learned), jnp.array(False)
+        ran = [lane for lane in lanes if lane < m]
+        for lane in ran:
+            learned[lane], reset = after_cycle(
+                optimizers[lane], x, learned[lane], trained[lane].state, winner == lane, loser
+            )
+            reset_learned |= reset
+        inner, reset_fallback = inner._replace(learned=tuple(learned)), jnp.array(False)
+        if Z is not None:
+            won = (winner == Z) | (winner == S)
+            z_state, reset_fallback = after_cycle(
+                trusted, x, inner.fallback, trained[len(ran)].state, won, loser
+            )
+            inner = inner._replace(fallback=z_state)
+        if S is not None:
+            s_state, reset = renew_if_unsound(trusted, *trained[-1])
+            s_state = select(sound[-1], s_state, keep_schedules(trusted.init(x), s_state))
+            own = Branch(select(sound[-1], trained[-1].params, x), s_state)
+            on_own = (winner == S) | ~sound[-1]
+            reset_fallback |= reset | ~sound[-1]
+            inner = inner._replace(own=own, on_own=on_own)
+            if Z is not None:  # z goes on from s, wherever x is s
+                inner = inner._replace(fallback=select(on_own, s_state, inner.fallback))
+        return inner, reset_learned, reset_fallback
 
     def branches_at(x: Params, inner: LossGuardState) -> tuple[Branch, ...]:
         """Where each lane starts from, and with which optimizer state."""

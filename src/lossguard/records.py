@@ -11,7 +11,6 @@ Nothing that looks whole is half written: each file is written beside its name a
 import contextlib
 import io
 import json
-import math
 import os
 import platform
 import subprocess
@@ -23,10 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import polars as pl
-
-from .guards.protocol import Decision
 
 CONFIG, MANIFEST, CURVES = "config.json", "manifest.json", "curves.parquet"
 EVALUATIONS, VERDICTS = "evaluations.parquet", "verdicts.json"
@@ -77,119 +73,6 @@ def manifest(**more: Any) -> dict[str, Any]:
         "platform": platform.platform(),
         **more,
     }
-
-
-def thin(decisions: Decision, start: np.ndarray, spent: pl.DataFrame | None = None) -> pl.DataFrame:
-    """A chunk of decisions, summed over bins of three significant digits of the step.
-
-    Args:
-        decisions: with axes [seeds, cycles], as a rollout over several seeds returns them.
-        start: [seeds], optimizer steps taken before the chunk.
-        spent: the last chunk's totals, as :func:`totals` makes them.
-
-    Returns:
-        One row for each seed and bin: ``seed``, ``step`` (where the bin ends: every step up to
-        1,000, then every tenth, and so on), ``last`` (the last step taken in it), ``count`` of
-        steps, and sums over these. Bins that two chunks share are joined by :func:`join`.
-    """
-    d = jax.tree.map(np.asarray, decisions)
-    seeds, cycles, nt = d.losses.shape
-    within = np.arange(nt)
-    taken = within < d.steps[..., None]
-    first = start[:, None] + np.cumsum(d.steps, axis=1) - d.steps
-    share = (within + 1) / np.maximum(d.steps, 1)[..., None]
-
-    def each_step(per_cycle: np.ndarray) -> np.ndarray:
-        return np.broadcast_to(per_cycle[..., None], d.losses.shape)[taken]
-
-    def total_by_step(name: str) -> np.ndarray:
-        per_cycle = getattr(d, name).astype(np.float64)
-        before = np.zeros((seeds, 1)) if spent is None else spent[name].to_numpy()[:, None]
-        until = before + np.cumsum(per_cycle, axis=1) - per_cycle
-        return (until[..., None] + share * per_cycle[..., None])[taken]
-
-    step = (first[..., None] + within + 1)[taken]
-    width = 10 ** np.maximum(0, np.floor(np.log10(step)).astype(np.int64) - 2)
-    sums = {
-        "loss": d.losses[taken].astype(np.float64),
-        "used_learned": d.used_learned[taken].astype(np.float64),
-        "learned_loss": each_step(d.learned_loss).astype(np.float64),
-        "fallback_loss": each_step(d.fallback_loss).astype(np.float64),
-    }
-    return (
-        pl.DataFrame(
-            {
-                "seed": each_step(np.broadcast_to(np.arange(seeds)[:, None], (seeds, cycles))),
-                "step": -(-step // width) * width,
-                "last": step,
-                **sums,
-                **{name: total_by_step(name) for name in COUNTERS},
-            }
-        )
-        .group_by("seed", "step", maintain_order=True)
-        .agg(
-            pl.len().cast(pl.Int64).alias("count"),
-            pl.col(list(sums)).sum(),
-            pl.col("last", *COUNTERS).max(),
-        )
-    )
-
-
-COUNTERS = ("gradients", "forwards", "learned_updates")
-
-
-def totals(thinned: pl.DataFrame) -> pl.DataFrame:
-    """What each seed has spent by the end of a thinned chunk."""
-    return thinned.group_by("seed", maintain_order=True).agg(pl.col(list(COUNTERS)).max())
-
-
-def join(chunks: list[pl.DataFrame], method: str) -> pl.DataFrame:
-    """The curves of a method: the chunks' sums, joined and turned into means.
-
-    Columns: ``method``, ``seed``, ``step`` (the last of a bin), ``loss`` (mean training loss over
-    the bin's steps), ``used_learned`` (share of them), ``learned_loss`` and ``fallback_loss`` (mean
-    check losses, NaN for guards without), ``gradients``, ``forwards``, ``learned_updates`` (spent
-    until the step).
-    """
-    means = ["loss", "used_learned", "learned_loss", "fallback_loss"]
-    return (
-        pl.concat(chunks)
-        .group_by("seed", "step", maintain_order=True)
-        .agg(pl.col("count", *means).sum(), pl.col("last", *COUNTERS).max())
-        .sort("seed", "step")
-        .select(
-            pl.lit(method).alias("method"),
-            pl.col("seed").cast(pl.Int32),
-            pl.col("last").alias("step"),
-            (pl.col(means) / pl.col("count")).cast(pl.Float32),
-            pl.col(list(COUNTERS)),
-        )
-    )
-
-
-def mark_loss(curves: pl.DataFrame, k: int) -> pl.DataFrame:
-    """Loss(m, k): the mean training loss over the steps in [0.9 k, k], by method and seed.
-
-    Bins are taken whole. Columns ``method``, ``seed``, ``loss``.
-    """
-    return step_mean(curves, "loss", first=0.9 * k - 1e-9, last=k)
-
-
-def step_mean(
-    curves: pl.DataFrame, column: str, *, first: float = 0, last: float = math.inf
-) -> pl.DataFrame:
-    """The mean of a column over the steps from ``first`` to ``last``, by method and seed.
-
-    Bins are weighted by the steps that they hold. Columns ``method``, ``seed``, and the one named.
-    """
-    both = ("method", "seed")
-    width = pl.col("step") - pl.col("step").shift(1, fill_value=0).over(both)
-    return (
-        curves.with_columns(width=width)
-        .filter(pl.col("step").is_between(first, last))
-        .group_by(both, maintain_order=True)
-        .agg((pl.col(column) * pl.col("width")).sum() / pl.col("width").sum())
-    )
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], pl.DataFrame]:

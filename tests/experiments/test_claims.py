@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 
 from lossguard import records
+from lossguard.curves import COUNTERS
 from lossguard.experiments import theorems
 from lossguard.experiments.claims import CLAIMS, Verdict, judge_claims, judge_run
 from lossguard.experiments.findings import Finding
@@ -66,10 +67,7 @@ def write(
                     pl.lit(seed).alias("seed"),
                     "step",
                     "loss",
-                    *(
-                        (counters.get(name, 0.0) * pl.col("step")).alias(name)
-                        for name in records.COUNTERS
-                    ),
+                    *((counters.get(name, 0.0) * pl.col("step")).alias(name) for name in COUNTERS),
                 )
             )
     records.open_folder(folder, as_config(replace(e, steps=last)))

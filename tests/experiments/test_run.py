@@ -17,7 +17,8 @@ import pytest
 import tiny
 
 import lossguard
-from lossguard import cli, records, rollout
+from lossguard import cli, curves, records, rollout
+from lossguard.curves import COUNTERS
 from lossguard.experiments import run as running
 from lossguard.experiments.experiment import Experiment
 from lossguard.experiments.run import as_config, run
@@ -57,8 +58,7 @@ def test_records_of_a_run(whole: Path) -> None:
         assert rows["step"].to_list() == STEPS
     per_method = curves.filter(pl.col("step") == 60).rows_by_key("method", named=True)
     spent = {
-        method: {name: rows[0][name] for name in records.COUNTERS}
-        for method, rows in per_method.items()
+        method: {name: rows[0][name] for name in COUNTERS} for method, rows in per_method.items()
     }
     assert spent == {
         "Signs": {"gradients": 60, "forwards": 0, "learned_updates": 60},
@@ -134,7 +134,7 @@ def test_ctrl_c_leaves_what_was_done_and_goes_on(
     chunk: int,
 ) -> None:
     arguments = ("run", f"{MODULE}:recipe", "--out", tmp_path / "run")
-    thin, calls = records.thin, []
+    thin, calls = curves.thin, []
 
     def interrupted(*given: Any) -> pl.DataFrame:
         calls.append(given)
@@ -144,7 +144,7 @@ def test_ctrl_c_leaves_what_was_done_and_goes_on(
 
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
-        patch.setattr(records, "thin", interrupted)
+        patch.setattr(curves, "thin", interrupted)
         command(patch, *arguments)
     assert caught.value.code == 130
     assert signal.getsignal(signal.SIGINT) is before
@@ -156,7 +156,7 @@ def test_ctrl_c_leaves_what_was_done_and_goes_on(
     )
 
     with monkeypatch.context() as patch:
-        patch.setattr(records, "thin", lambda *given: calls.append(given) or thin(*given))
+        patch.setattr(curves, "thin", lambda *given: calls.append(given) or thin(*given))
         command(patch, *arguments, "--resume")
     same_curves(tmp_path / "run", whole)
     assert len(calls) == 9  # no chunk was done twice

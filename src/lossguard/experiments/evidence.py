@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 
-from ..records import mark_loss, read_run
+from ..curves import mark_loss
+from ..records import read_run
 from .recipes import RECIPES
 from .run import as_config
 

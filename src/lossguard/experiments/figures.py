@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from ..records import COUNTERS, mark_loss, read_run, step_mean
+from ..curves import COUNTERS, mark_loss, step_mean
+from ..records import read_run
 
 SMOOTHED_FROM = 300
 """Step from which the paper's figures are smoothed (caption of figure 3)."""
@@ -41,7 +42,7 @@ def plot(folder: Path, *, formats: Sequence[str] = ("png", "svg")) -> list[Path]
 
 
 def draw(curves: pl.DataFrame, title: str, *, note: str = "") -> Figure:
-    """The figure of an experiment's curves, as ``records.join`` makes them."""
+    """The figure of an experiment's curves, as ``curves.join`` makes them."""
     methods = curves["method"].unique(maintain_order=True).to_list()
     checked = curves.filter(pl.col("forwards") > 0)["method"].unique()
     guarded = [method for method in methods if method in checked]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import polars as pl
 
-from .. import records
+from .. import curves, records
 from ..checkpoints import Checkpoints
 from ..guards.protocol import Decision, Guard, GuardState
 from ..progress import Progress, stopping_at_interrupt
@@ -49,13 +49,14 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
     task = experiment.make_task(experiment)
     records.open_folder(folder, as_config(experiment), resume=resume)
     made = records.manifest(data=task.dataset.note)  # now: a checkout may change while it runs
-    curves, evaluations, seconds = [], [], {}
+    tables, evaluations, seconds = [], [], {}
     for method, guard in guards.items():
-        table, evaluated, seconds[method] = _run_method(experiment, method, guard, task, folder)
-        curves.append(table)
+        under_way = _MethodRun(experiment, method, guard, task, folder)
+        table, evaluated, seconds[method] = under_way.records()
+        tables.append(table)
         evaluations.append(evaluated)
     records.write_parquet(folder / records.EVALUATIONS, pl.concat(evaluations))
-    records.write_parquet(folder / records.CURVES, pl.concat(curves))
+    records.write_parquet(folder / records.CURVES, pl.concat(tables))
     records.write_json(folder / records.MANIFEST, made | {"seconds": seconds})
     return folder
 
@@ -72,84 +73,123 @@ def as_config(value: Any) -> Any:
     return f"{value.__module__}:{value.__qualname__}" if callable(value) else value
 
 
-def _run_method(
-    experiment: Experiment, method: str, guard: Guard, task: Task, folder: Path
-) -> tuple[pl.DataFrame, pl.DataFrame, float]:
-    """One method's curves and evaluations, and the seconds that it took.
+class _MethodRun:
+    """A method of an experiment under way: where its seeds are, and its records so far."""
 
-    Without compilation, if there is more than one chunk: the first took as long a cycle.
-    """
-    name = quote(method, safe=" ()")
-    written = folder / "methods" / f"{name}.parquet"
-    evaluated = folder / "evaluated" / f"{name}.parquet"
-    if written.exists():
-        table, evaluations = records.read_parquet(written), records.read_parquet(evaluated)
+    def __init__(
+        self, experiment: Experiment, method: str, guard: Guard, task: Task, folder: Path
+    ) -> None:
+        self._experiment, self._method, self._guard, self._task = experiment, method, guard, task
+        name = quote(method, safe=" ()")
+        self._written = folder / "methods" / f"{name}.parquet"
+        self._evaluated = folder / "evaluated" / f"{name}.parquet"
+        self._checkpoints = Checkpoints(folder / "methods" / f"{name}.checkpoints")
+
+    def records(self) -> tuple[pl.DataFrame, pl.DataFrame, float]:
+        """Its curves and evaluations, and the seconds that it took; run first, unless it has been.
+
+        Seconds are without compilation, if there is more than one chunk: the first took as long a
+        cycle.
+        """
+        if not self._written.exists():
+            self._start()
+            self._run()
+        table = records.read_parquet(self._written)
+        evaluations = records.read_parquet(self._evaluated)
         return table.drop("seconds"), evaluations, float(table["seconds"][0])
 
-    seeds = experiment.seed + np.arange(experiment.seeds)
-    init_keys, order_keys = jax.vmap(lambda s: jax.random.split(jax.random.key(s)), out_axes=1)(
-        jnp.asarray(seeds)
-    )
-    objective = Objective(task, order_keys)
-    axes = Objective(None, 0)  # pyright: ignore[reportArgumentType]
-    state = jax.jit(jax.vmap(lambda key: guard.init(task.init(key))))(init_keys)
+    def _start(self) -> None:
+        """At the start, or at the last checkpoint."""
+        seeds = self._experiment.seed + np.arange(self._experiment.seeds)
+        init_keys, order_keys = jax.vmap(
+            lambda seed: jax.random.split(jax.random.key(seed)), out_axes=1
+        )(jnp.asarray(seeds))
+        self._objective = Objective(self._task, order_keys)
+        self._state = jax.jit(jax.vmap(lambda key: self._guard.init(self._task.init(key))))(
+            init_keys
+        )
+        self._cycles, self._chunks, self._evaluations = 0, [], []
+        self._seconds, self._timed = 0.0, 0  # of all chunks but the first, which compiles
+        if (found := self._checkpoints.latest((self._state, jnp.zeros(2)))) is None:
+            return
+        self._cycles, (self._state, (seconds, timed)), table = found
+        self._seconds, self._timed, self._chunks = float(seconds), int(timed), [table]
+        if self._evaluated.exists():
+            evaluations = records.read_parquet(self._evaluated)
+            self._evaluations = [evaluations.filter(pl.col("cycle") <= self._cycles)]
 
-    steps = -(-experiment.steps // experiment.nt) * experiment.nt
-    done, chunks, evaluations = 0, [], []
-    seconds, timed = 0.0, 0  # of all chunks but the first, which compiles: time, cycles
-    checkpoints = Checkpoints(folder / "methods" / f"{name}.checkpoints")
-    if (found := checkpoints.latest((state, jnp.zeros(2)))) is not None:
-        done, (state, (seconds, timed)), table = found
-        seconds, timed, chunks = float(seconds), int(timed), [table]
-        if evaluated.exists():
-            evaluations = [records.read_parquet(evaluated).filter(pl.col("cycle") <= done)]
+    @property
+    def _taken(self) -> int:
+        """The optimizer steps that every seed has taken at least."""
+        return int(np.asarray(self._state.steps).min())
 
-    with (
-        stopping_at_interrupt() as stopped,
-        Progress(method, total=experiment.steps, done=_taken(state)) as progress,
-    ):
-        saved, compiled = progress.seconds, False
-        while (left := steps - _taken(state)) > 0:
-            count = min(FIRST_CHUNKS if done < CHUNK else CHUNK, CHUNK, -(-left // experiment.nt))
-            before = np.asarray(state.steps)
-            began = progress.seconds
-            if experiment.vectorize:
-                state, decisions = rollout(
-                    guard, state, objective, cycles=count, most=CHUNK, axes=axes
+    def _run(self) -> None:
+        """To the end, or until Ctrl-C."""
+        nt = self._experiment.nt
+        steps = -(-self._experiment.steps // nt) * nt
+        with (
+            stopping_at_interrupt() as stopped,
+            Progress(self._method, total=self._experiment.steps, done=self._taken) as progress,
+        ):
+            saved, compiled = progress.seconds, False
+            while (taken := self._taken) < steps:
+                most = min(FIRST_CHUNKS, CHUNK) if self._cycles < CHUNK else CHUNK
+                cycles = min(most, -(-(steps - taken) // nt))
+                began = progress.seconds
+                decisions = self._advance(cycles)
+                if compiled:
+                    self._seconds += progress.seconds - began
+                    self._timed += cycles
+                compiled = True
+                progress.advance(
+                    self._taken - taken,
+                    loss=float(np.asarray(decisions.losses).mean()),
+                    learned=float(np.asarray(decisions.used_learned).mean()),
                 )
-            else:
-                state, decisions = _one_by_one(guard, state, objective, count)
-            spent = records.totals(chunks[-1]) if chunks else None
-            chunks.append(records.thin(decisions, before, spent))
-            if compiled:
-                seconds, timed = seconds + progress.seconds - began, timed + count
-            compiled = True
-            done += count
-            used = float(np.asarray(decisions.used_learned).mean())
-            loss = float(np.asarray(decisions.losses).mean())
-            progress.advance(left - steps + _taken(state), loss=loss, learned=used)
-            finished = _taken(state) >= steps
-            if _is_mark(done * experiment.nt) or finished:
-                evaluations.append(_evaluate(task, method, done, state))
-                records.write_parquet(evaluated, pl.concat(evaluations))
-            if (stopped() or progress.seconds - saved > SAVE_SECONDS) and not finished:
-                saved = progress.seconds
-                chunks = [pl.concat(chunks)]
-                checkpoints.save(done, (state, jnp.array([seconds, timed])), chunks[0])
-            if stopped() and not finished:
-                raise KeyboardInterrupt
-        seconds = seconds * done / timed if timed else progress.seconds
-    table = records.join(chunks, method).filter(pl.col("step") <= steps)  # windows may adapt
-    records.write_parquet(written, table.with_columns(seconds=pl.lit(seconds)))
-    checkpoints.delete()
-    if stopped():
-        raise KeyboardInterrupt
-    return table, pl.concat(evaluations), seconds
+                finished = self._taken >= steps
+                if _is_mark(self._cycles * nt) or finished:
+                    self._evaluate()
+                if (stopped() or progress.seconds - saved > SAVE_SECONDS) and not finished:
+                    saved = progress.seconds
+                    self._save()
+                if stopped() and not finished:
+                    raise KeyboardInterrupt
+            if not self._timed:
+                self._seconds, self._timed = progress.seconds, self._cycles
+        table = curves.join(self._chunks, self._method)
+        table = table.filter(pl.col("step") <= steps)  # where windows adapt, a cycle may pass it
+        seconds = self._seconds * self._cycles / self._timed
+        records.write_parquet(self._written, table.with_columns(seconds=pl.lit(seconds)))
+        self._checkpoints.delete()
+        if stopped():
+            raise KeyboardInterrupt
 
+    def _advance(self, cycles: int) -> Decision:
+        """So many cycles of every seed."""
+        before = np.asarray(self._state.steps)
+        rollouts = _side_by_side if self._experiment.vectorize else _one_by_one
+        self._state, decisions = rollouts(self._guard, self._state, self._objective, cycles)
+        spent = curves.totals(self._chunks[-1]) if self._chunks else None
+        self._chunks.append(curves.thin(decisions, before, spent))
+        self._cycles += cycles
+        return decisions
 
-def _taken(state: GuardState) -> int:
-    """The optimizer steps that every seed has taken at least."""
-    return int(np.asarray(state.steps).min())
+    def _evaluate(self) -> None:
+        """Losses and accuracies on the whole of both splits, a row for each seed."""
+        rows = []
+        for seed, step in enumerate(np.asarray(self._state.steps)):
+            params = jax.tree.map(lambda leaf, seed=seed: leaf[seed], self._state.params)
+            values = {name: float(value) for name, value in self._task.evaluate(params).items()}
+            place = {"method": self._method, "seed": seed, "cycle": self._cycles, "step": int(step)}
+            rows.append(place | values)
+        self._evaluations.append(pl.DataFrame(rows))
+        records.write_parquet(self._evaluated, pl.concat(self._evaluations))
+
+    def _save(self) -> None:
+        """A checkpoint."""
+        self._chunks = [pl.concat(self._chunks)]
+        times = jnp.array([self._seconds, self._timed])
+        self._checkpoints.save(self._cycles, (self._state, times), self._chunks[0])
 
 
 def _is_mark(step: int) -> bool:
@@ -157,21 +197,18 @@ def _is_mark(step: int) -> bool:
     return str(step).rstrip("0") in ("1", "2", "3", "5")
 
 
-def _evaluate(task: Task, method: str, cycle: int, state: GuardState) -> pl.DataFrame:
-    """Losses and accuracies on the whole of both splits, a row for each seed."""
-    steps = np.asarray(state.steps)
-    rows = []
-    for seed, step in enumerate(steps):
-        params = jax.tree.map(lambda leaf, seed=seed: leaf[seed], state.params)
-        values = {name: float(value) for name, value in task.evaluate(params).items()}
-        rows.append({"method": method, "seed": seed, "cycle": cycle, "step": int(step)} | values)
-    return pl.DataFrame(rows)
+def _side_by_side(
+    guard: Guard, state: GuardState, objective: Objective, cycles: int
+) -> tuple[GuardState, Decision]:
+    """A rollout over all seeds at once."""
+    axes = Objective(None, 0)  # pyright: ignore[reportArgumentType]
+    return rollout(guard, state, objective, cycles=cycles, most=CHUNK, axes=axes)
 
 
 def _one_by_one(
     guard: Guard, state: GuardState, objective: Objective, cycles: int
 ) -> tuple[GuardState, Decision]:
-    """The same as a rollout over all seeds, one seed after another."""
+    """The same, one seed after another."""
     done = [
         rollout(
             guard,

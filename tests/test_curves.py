@@ -1,0 +1,181 @@
+"""Curves against a NumPy reference."""
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from lossguard import records
+from lossguard.curves import COUNTERS, join, mark_loss, thin, totals
+from lossguard.guards.protocol import Decision
+
+MEANS = ("loss", "used_learned", "learned_loss", "fallback_loss")
+
+
+def made_up(steps: np.ndarray, nt: int, seed: int = 0) -> Decision:
+    """Decisions [seeds, cycles, nt] of cycles with so many steps, drawn at random."""
+    rng = np.random.default_rng(seed)
+    losses = rng.normal(size=(*steps.shape, nt)).astype(np.float32)
+    losses[np.arange(nt) >= steps[..., None]] = np.nan
+    flags = np.ones(steps.shape, bool)
+    return Decision(
+        used_learned=rng.random((*steps.shape, nt)) < 0.5,
+        losses=losses,
+        steps=steps.astype(np.int32),
+        learned_loss=rng.normal(size=steps.shape).astype(np.float32),
+        fallback_loss=rng.normal(size=steps.shape).astype(np.float32),
+        finite_learned=flags,
+        finite_fallback=flags,
+        reset_learned=~flags,
+        reset_fallback=~flags,
+        winner=np.zeros(steps.shape, np.int32),
+        gradients=(2 * steps).astype(np.int32),
+        forwards=rng.integers(0, 9, steps.shape).astype(np.int32),
+        learned_updates=steps.astype(np.int32),
+    )
+
+
+def in_chunks(decisions: Decision, sizes: list[int]) -> list[pl.DataFrame]:
+    """Thinned as a run thins them, a chunk of so many cycles at a time."""
+    chunks, first = [], 0
+    for size in sizes:
+        part = Decision(*(leaf[:, first : first + size] for leaf in decisions))
+        before = np.asarray(decisions.steps)[:, :first].sum(axis=1)
+        spent = totals(chunks[-1]) if chunks else None
+        chunks.append(thin(part, before, spent))
+        first += size
+    assert first == decisions.steps.shape[1]
+    return chunks
+
+
+def end_of_bin(step: int) -> int:
+    """Three significant digits, rounded up."""
+    width = 10 ** max(0, len(str(step)) - 3)
+    return math.ceil(step / width) * width
+
+
+def reference(decisions: Decision) -> list[dict[str, Any]]:
+    """The curves, one step at a time."""
+    rows = []
+    for seed in range(decisions.steps.shape[0]):
+        bins, step, spent = defaultdict(list), 0, dict.fromkeys(COUNTERS, 0)
+        for cycle in range(decisions.steps.shape[1]):
+            taken = int(decisions.steps[seed, cycle])
+            for t in range(taken):
+                step += 1
+                share = (t + 1) / taken
+                counters = {
+                    name: before + share * float(getattr(decisions, name)[seed, cycle])
+                    for name, before in spent.items()
+                }
+                values = {
+                    "loss": decisions.losses[seed, cycle, t],
+                    "used_learned": decisions.used_learned[seed, cycle, t],
+                    "learned_loss": decisions.learned_loss[seed, cycle],
+                    "fallback_loss": decisions.fallback_loss[seed, cycle],
+                }
+                bins[end_of_bin(step)].append({**values, **counters, "step": step})
+            for name in spent:
+                spent[name] += int(getattr(decisions, name)[seed, cycle])
+        for entries in bins.values():
+            means = {k: np.mean([e[k] for e in entries], dtype=np.float64) for k in MEANS}
+            last = {k: entries[-1][k] for k in ("step", *COUNTERS)}
+            rows.append({"seed": seed, **means, **last})
+    return rows
+
+
+FIXED = np.full((3, 130), 10)
+ADAPTIVE = np.random.default_rng(1).choice([1, 10, 20, 40], (3, 70))
+
+
+@pytest.mark.parametrize(("steps", "nt"), [(FIXED, 10), (ADAPTIVE, 40)])
+@pytest.mark.parametrize("sizes", [[], [1, 33, 7]])
+def test_curves_are_those_of_a_loop(steps: np.ndarray, nt: int, sizes: list[int]) -> None:
+    decisions = made_up(steps, nt)
+    sizes = [*sizes, steps.shape[1] - sum(sizes)]
+    curves = join(in_chunks(decisions, sizes), "LGL2O")
+    expected = pl.DataFrame(reference(decisions))
+    assert curves["method"].unique().to_list() == ["LGL2O"]
+    for name in ("seed", "step"):
+        np.testing.assert_array_equal(curves[name], expected[name])
+    for name in MEANS:
+        np.testing.assert_allclose(curves[name], expected[name], rtol=1e-5, atol=1e-6)
+    for name in COUNTERS:
+        np.testing.assert_allclose(curves[name], expected[name], rtol=1e-12)
+
+
+def test_chunks_that_cut_a_bin_are_joined_by_checkpointed_parts_too() -> None:
+    decisions = made_up(FIXED, 10)
+    first, second, third = in_chunks(decisions, [101, 8, 21])
+    whole = join([first, second, third], "m")
+    assert join([pl.concat([first, second]), third], "m").equals(whole)
+
+
+@pytest.mark.parametrize(
+    ("last", "step"),
+    [
+        (1, 1),
+        (999, 999),
+        (1_000, 1_000),
+        (1_001, 1_010),
+        (9_999, 10_000),
+        (10_000, 10_000),
+        (99_999, 100_000),
+        (1_000_000, 1_000_000),
+        (1_000_001, 1_010_000),
+        (10**9, 10**9),
+    ],
+)
+def test_bins_hold_three_significant_digits(last: int, step: int) -> None:
+    chunk = thin(made_up(np.array([[1]]), 1), np.array([last - 1]))
+    assert chunk["step"].item() == step == end_of_bin(last)
+
+
+def test_last_bin_ends_where_the_run_does() -> None:
+    curves = join(in_chunks(made_up(np.full((2, 123), 10), 10), [123]), "m")
+    assert curves["step"].unique().sort()[-2:].to_list() == [1220, 1230]
+    curves = join(in_chunks(made_up(np.full((2, 175), 7), 7), [100, 75]), "m")
+    assert curves["step"].unique().sort()[-2:].to_list() == [1220, 1225]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_losses_that_are_not_finite_are_kept(bad: float, tmp_path: Path) -> None:
+    decisions = made_up(np.full((2, 120), 10), 10)
+    np.asarray(decisions.losses)[0, 3, 4] = bad  # step 35, a bin of its own
+    np.asarray(decisions.losses)[0, 110, 4] = bad  # step 1,105, in the bin 1,110
+    records.write_parquet(tmp_path / "t", join(in_chunks(decisions, [120]), "m"))
+    curves = records.read_parquet(tmp_path / "t").filter(pl.col("seed") == 0)
+    spoiled = curves.filter(~pl.col("loss").is_finite())
+    assert spoiled["step"].to_list() == [35, 1110]
+    np.testing.assert_array_equal(spoiled["loss"], [bad, bad])
+
+
+def test_mark_loss_against_a_hand_made_answer() -> None:
+    steps = [1, 2, 9, 10, 20, 25]
+    losses = [9.0, 9.0, 1.0, 3.0, 5.0, 8.0]
+    curves = pl.concat(
+        pl.DataFrame({"method": m, "seed": s, "step": steps, "loss": [add + x for x in losses]})
+        for m, s, add in (("a", 0, 0.0), ("a", 1, 10.0), ("b", 0, 20.0))
+    )
+    # Step 9 stands for 3 .. 9, step 20 for 11 .. 20, step 25 for 21 .. 25.
+    for k, expected in ((10, (7 * 1 + 3) / 8), (25, 8.0), (2, 9.0), (22, 5.0)):
+        marks = mark_loss(curves, k)
+        assert marks.columns == ["method", "seed", "loss"]
+        assert marks.rows() == [
+            ("a", 0, pytest.approx(expected)),
+            ("a", 1, pytest.approx(10 + expected)),
+            ("b", 0, pytest.approx(20 + expected)),
+        ]
+
+
+def test_mark_loss_averages_the_steps_that_were_taken() -> None:
+    decisions = made_up(np.full((2, 251), 5), 5)
+    curves = join(in_chunks(decisions, [251]), "m")
+    losses = np.asarray(decisions.losses, np.float64).reshape(2, -1)
+    for k, first in ((100, 90), (1000, 900), (1255, 1121)):  # the bin 1,130 is taken whole
+        marks = mark_loss(curves, k)["loss"].to_numpy()
+        np.testing.assert_allclose(marks, losses[:, first - 1 : k].mean(axis=1), atol=1e-6)

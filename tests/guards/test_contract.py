@@ -51,6 +51,9 @@ GUARDS = {
     "reset": lambda y, z: lossguard.loss_guard(y, z, nt=NT, nc=NC, loser="reset"),
     "residual": lambda y, z: lossguard.residual_guard(y, z, nt=NT),
     "unguarded": lambda y, z: lossguard.unguarded(y, nt=NT),
+    "best of": lambda y, z: lossguard.best_of(
+        [lossguard.loss_guard(y, z, nt=NT, nc=NC), lossguard.unguarded(z, nt=NT)]
+    ),
 }
 
 
@@ -87,7 +90,7 @@ class Objective(eqx.Module):
 
 # Every optimizer is on one side under the one guard, and on the other side under the other.
 RUN = [("reset", name) for name in NAMES[::2]] + [("residual", name) for name in NAMES[1::2]]
-RUN += [("keep", "adam"), ("rollback", "adam"), ("unguarded", "adam")]
+RUN += [("keep", "adam"), ("rollback", "adam"), ("unguarded", "adam"), ("best of", "adam")]
 
 
 @pytest.mark.parametrize(("guard", "name"), RUN)
@@ -201,10 +204,11 @@ def test_parameters_are_any_pytree_of_floats(guard, params) -> None:
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("guard", GUARDS)
 def test_counters(guard) -> None:
-    minibatches = NT + NC if guard in ("keep", "rollback", "reset") else NT
+    minibatches = NT if guard in ("residual", "unguarded") else NT + NC
     spent = {
         "residual": (2 * NT, 0, NT),
         "unguarded": (NT, 0, NT),
+        "best of": (3 * NT, 2 * NC, 2 * NT),
     }.get(guard, (2 * NT, 2 * NC, NT))
     guard = GUARDS[guard](OPTIMIZERS["adam"], OPTIMIZERS["sgd"])
     state = guard.init(start())

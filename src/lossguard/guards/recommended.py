@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .best_of import best_of
 from .loss_guard import loss_guard
 from .probing import backoff
 from .protocol import Guard
@@ -13,9 +14,10 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, nc: int = 10) -> G
 
     x goes back to the fallback's own path where its training losses have been higher for a while, a
     learned lane that lost begins anew, and after 100 losses running it is probed ever less often.
+    Several learned optimizers have such a guard each, side by side, and the best is followed.
 
     Args:
-        learned: the optimizer that is not trusted, or several, as ``loss_guard`` takes them.
+        learned: the optimizer that is not trusted, or several.
         fallback: the one that is.
         nt: optimizer steps a cycle.
         nc: check minibatches a cycle, at least 1.
@@ -29,6 +31,8 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, nc: int = 10) -> G
     >>> int(decision.winner)  # the fallback, on its own path
     2
     """
+    if not hasattr(learned, "update"):
+        return best_of([recommended(one, fallback, nt=nt, nc=nc) for one in learned])
     return loss_guard(
         learned,
         fallback,

@@ -68,6 +68,11 @@ def track_record(*, decay: float = 0.9) -> TrackRecord:
     >>> from lossguard import loss_guard
     >>> guard = loss_guard(optax.sgd(3.0), optax.sgd(0.1), hedge=track_record(decay=0.9))
     """
+    check_decay(decay)
+    return TrackRecord(decay)
+
+
+def check_decay(decay: float) -> None:
+    """Refuse what forgets nothing, or all, in one sentence."""
     if not 0 < decay < 1:
         raise ValueError(f"decay must be above 0 and below 1, got {decay!r}")
-    return TrackRecord(decay)

@@ -1,0 +1,103 @@
+"""Guards side by side, of which the best is followed: a guard of guards."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .protocol import Decision, Guard, GuardState, Objective, Params, as_arrays, start
+from .track_record import check_decay
+
+
+class BestOfState(NamedTuple):
+    """What the guards are at, each on its own path."""
+
+    members: tuple[GuardState, ...]
+    records: Float[Array, " members"]
+    """D of each."""
+
+
+def best_of(guards: Sequence[Guard], *, decay: float = 0.9) -> Guard:
+    """Run several guards, each on its own path, and follow the one whose losses of late are lowest.
+
+    On the same minibatches, for each guard j:
+
+        d[j] <- mean_t F(kept branch of j, i+t)     before each of its steps of this cycle
+        D[j] <- decay D[j] + d[j]
+        x <- x[j] of the lowest D[j]
+
+    Ten steps' check can't tell which of several optimizers is better in the long run; paths that
+    none of the others disturbs can. In every run, for any guards and at any time, the sum of the
+    reported losses, the past forgotten by and by, is at most that of each of them (``be the
+    leader'': Kalai and Vempala, 2005):
+
+        sum_c decay^(C-c) d[followed in c](c)  <=  min_j sum_c decay^(C-c) d[j](c)
+
+    Args:
+        guards: any guards whose cycles have the same nt. The first is followed where all are level.
+        decay: D remembers about 1 / (1 - decay) cycles.
+
+    ``decision.winner`` numbers the guards; ``gradients``, ``forwards`` and ``learned_updates`` are
+    the sums over them, the rest is of the one that is followed. A guard one of whose losses was not
+    finite is never followed again, unless that is true of all.
+
+    Memory and cost: those of the guards together.
+
+    Raises:
+        ValueError: if there are no guards, or decay is not above 0 and below 1; in the first step,
+            if their cycles differ.
+
+    >>> import optax
+    >>> from lossguard import recommended
+    >>> candidates = [optax.sgd(3.0), optax.adam(0.5)]
+    >>> guard = best_of([recommended(one, optax.sgd(0.1)) for one in candidates])
+    >>> state, decision = guard.step(guard.init(jnp.ones(2)), lambda params, i: jnp.sum(params**2))
+    >>> int(state.steps), int(decision.gradients)
+    (10, 40)
+    """
+    members = tuple(guards)
+    if not members:
+        raise ValueError("guards must be at least one guard, got none")
+    check_decay(decay)
+
+    def init(params: Params) -> GuardState:
+        params = as_arrays(params)
+        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+        states = tuple(guard.init(params) for guard in members)
+        return start(params, BestOfState(states, jnp.zeros(len(members), dtype)))
+
+    def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
+        i = state.minibatches  # of all: they are compared on the same ones
+        before = (at._replace(minibatches=i) for at in state.inner.members)
+        stepped = [guard.step(at, objective) for guard, at in zip(members, before, strict=True)]
+        states, decisions = zip(*stepped, strict=True)
+        windows = {len(decision.losses) for decision in decisions}
+        if len(windows) > 1:
+            raise ValueError(f"guards must have the same nt, got {sorted(windows)}")
+
+        now = jnp.stack([mean_loss(decision) for decision in decisions])
+        records = decay * state.inner.records + now.astype(state.inner.records.dtype)
+        records = jnp.where(jnp.isfinite(records), records, jnp.inf)
+        best = jnp.argmin(records)
+        x, steps, decision = jax.tree.map(
+            lambda *leaves: jnp.stack(leaves)[best],
+            *((at.params, at.steps, d) for at, d in zip(states, decisions, strict=True)),
+        )
+        decision = decision._replace(
+            winner=best.astype(jnp.int32),
+            gradients=sum(d.gradients for d in decisions),
+            forwards=sum(d.forwards for d in decisions),
+            learned_updates=sum(d.learned_updates for d in decisions),
+        )
+        minibatches = jnp.stack([at.minibatches for at in states]).max()
+        return GuardState(x, steps, minibatches, BestOfState(states, records)), decision
+
+    return Guard(init, step)
+
+
+def mean_loss(decision: Decision) -> Float[Array, ""]:
+    """The mean training loss of a cycle's kept branch."""
+    counts = jnp.arange(len(decision.losses)) < decision.steps
+    return jnp.where(counts, decision.losses, 0).sum() / decision.steps

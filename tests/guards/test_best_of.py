@@ -1,0 +1,156 @@
+"""A guard of guards: which one it follows, and that it is never behind the best of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_guards
+import optax
+import optimizers
+import pytest
+from problems import decay, objective_of
+
+import lossguard
+
+NT, NC, CYCLES = 3, 2, 60
+DECAY = 0.7
+
+
+def play(guard, objective, start, cycles=CYCLES):
+    """Where x is after each cycle, and the decisions."""
+
+    def step(state, _):
+        state, decision = guard.step(state, objective)
+        return state, (state.params, state.minibatches, decision)
+
+    return jax.jit(lambda state: jax.lax.scan(step, state, length=cycles)[1])(guard.init(start))
+
+
+def problem_and_objective():
+    problem = numpy_guards.Objective(seed=4, minibatches=CYCLES * (NT + NC))
+    return jnp.asarray(problem.start), objective_of(problem)
+
+
+def unguarded(optimizer):
+    return lossguard.unguarded(optimizer, nt=NT)
+
+
+@pytest.mark.usefixtures("x64")
+def test_it_follows_the_lowest_record() -> None:
+    """Against each optimizer run alone, and the rule in NumPy."""
+    start, objective = problem_and_objective()
+    members = [optax.sgd(0.02, momentum=0.95), optax.sgd(decay(0.1)), optax.sign_sgd(0.3)]
+    guards = [unguarded(one) for one in members]
+    alone = [play(guard, objective, start) for guard in guards]
+    x, minibatches, decisions = play(lossguard.best_of(guards, decay=DECAY), objective, start)
+
+    losses = np.stack([np.asarray(d.losses).mean(axis=1) for _, _, d in alone])
+    records, followed = np.zeros(len(guards)), []
+    for cycle in range(CYCLES):
+        records = DECAY * records + losses[:, cycle]
+        followed.append(int(np.argmin(records)))
+    assert set(followed) == {0, 1, 2}
+    np.testing.assert_array_equal(decisions.winner, followed)
+    np.testing.assert_array_equal(minibatches, NT * np.arange(1, CYCLES + 1))
+    for cycle, one in enumerate(followed):
+        np.testing.assert_allclose(x[cycle], alone[one][0][cycle], rtol=1e-12)
+        np.testing.assert_allclose(decisions.losses[cycle], alone[one][2].losses[cycle], rtol=1e-12)
+    assert (decisions.gradients == len(guards) * NT).all()
+
+
+def test_the_curve_is_not_above_the_best_guards() -> None:
+    """Discounted sums of the reported losses, at every cycle, beside hostile optimizers too."""
+    problem = numpy_guards.Objective(seed=4, minibatches=2 * CYCLES * (NT + NC))
+    start = jnp.asarray(problem.start, jnp.float32)
+    noise = jax.random.normal(jax.random.key(0), (5, *problem.xi.shape))
+    hostile = [optimizers.hostile(j) for j in range(len(optimizers.HOSTILE))]
+    fallback = optax.sgd(0.1)
+    guards = [unguarded(one) for one in (fallback, optax.adam(0.3), *hostile)]
+    guards += [lossguard.recommended(hostile[2], fallback, nt=NT, nc=NC)]
+    guard = lossguard.best_of(guards, decay=DECAY)
+
+    def run(xi):
+        objective = objective_of(problem, xi)
+
+        def step(carry, _):
+            state, sums, kept = carry
+            after, decision = guard.step(state, objective)
+            # The members, once more: each from its own state, on the minibatches of the cycle.
+            before = (at._replace(minibatches=state.minibatches) for at in state.inner.members)
+            again = [g.step(at, objective)[1] for g, at in zip(guards, before, strict=True)]
+            sums = DECAY * sums + jnp.stack([d.losses.mean() for d in again])
+            kept = DECAY * kept + decision.losses.mean()
+            return (after, sums, kept), (sums, kept, after.params, decision.winner)
+
+        carry = (guard.init(start), jnp.zeros(len(guards)), jnp.float32(0))
+        return jax.lax.scan(step, carry, length=2 * CYCLES)[1]
+
+    sums, kept, x, winner = map(np.asarray, jax.jit(jax.vmap(run))(noise))
+    best = np.where(np.isfinite(sums), sums, np.inf).min(axis=-1)
+    assert (kept <= best + 1e-5 * np.abs(best) + 1e-5).all()
+    assert np.isfinite(x).all() and not np.isfinite(sums).all()
+    assert len(set(winner.ravel().tolist())) > 2
+
+
+def test_members_share_minibatches() -> None:
+    """One guard checks, the other doesn't: both go on after the check."""
+    start, objective = problem_and_objective()
+    guards = [lossguard.loss_guard(optax.adam(0.1), optax.sgd(0.1), nt=NT, nc=NC)]
+    guards += [unguarded(optax.sgd(0.1))]
+    _, minibatches, decisions = play(lossguard.best_of(guards), objective, start, 5)
+    np.testing.assert_array_equal(minibatches, (NT + NC) * np.arange(1, 6))
+    assert (decisions.gradients == 3 * NT).all() and (decisions.forwards == 2 * NC).all()
+    assert (decisions.learned_updates == 2 * NT).all()
+
+
+def test_a_list_of_one_is_the_one() -> None:
+    start, objective = problem_and_objective()
+    one = lossguard.recommended(optax.adam(0.4), optax.sgd(0.1), nt=NT, nc=NC)
+    (x, _, alone), (same, _, both) = (
+        play(guard, objective, start) for guard in (one, lossguard.best_of([one]))
+    )
+    np.testing.assert_allclose(same, x, rtol=1e-6)
+    np.testing.assert_array_equal(both.used_learned, alone.used_learned)
+    np.testing.assert_array_equal(both.gradients, alone.gradients)
+
+
+def test_what_was_not_finite_is_not_followed() -> None:
+    """Not even where it comes back, and is lower."""
+
+    def objective(w, i):
+        return jnp.where((w < -1) & (i == 2 * NT), jnp.nan, w)
+
+    guards = [unguarded(optimizers.constant(-1.0)), unguarded(optimizers.constant(-0.01))]
+    _, _, decisions = play(lossguard.best_of(guards), objective, jnp.float32(0), 10)
+    np.testing.assert_array_equal(decisions.winner, [0, 0] + 8 * [1])
+
+
+@pytest.mark.usefixtures("eager")
+def test_several_recommended_are_side_by_side() -> None:
+    start, objective = problem_and_objective()
+    candidates, fallback = [optax.sgd(0.4), optax.sign_sgd(0.1)], optax.sgd(0.1)
+    alone = [lossguard.recommended(one, fallback, nt=NT, nc=NC) for one in candidates]
+    guards = [lossguard.best_of(alone), lossguard.recommended(candidates, fallback, nt=NT, nc=NC)]
+    expected, found = (guard.step(guard.init(start), objective) for guard in guards)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_it_may_be_nested_and_vmapped() -> None:
+    start, objective = problem_and_objective()
+    inner = lossguard.best_of([unguarded(optax.adam(0.4)), unguarded(optax.sgd(0.1))])
+    guard = lossguard.best_of([inner, unguarded(optax.sign_sgd(0.1))])
+    starts = jnp.stack([start, 2 * start])
+    states, _ = jax.vmap(lambda x: lossguard.rollout(guard, guard.init(x), objective, cycles=20))(
+        starts
+    )
+    for one, x in zip(states.params, starts, strict=True):
+        np.testing.assert_allclose(one, play(guard, objective, x, 20)[0][-1], rtol=1e-5)
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match=r"^guards must be at least one guard, got none$"):
+        lossguard.best_of([])
+    with pytest.raises(ValueError, match=r"^decay must be above 0 and below 1, got 1.0$"):
+        lossguard.best_of([unguarded(optax.sgd(0.1))], decay=1.0)
+    guard = lossguard.best_of([lossguard.unguarded(optax.sgd(0.1), nt=nt) for nt in (2, 3)])
+    with pytest.raises(ValueError, match=r"^guards must have the same nt, got \[2, 3\]$"):
+        guard.step(guard.init(jnp.ones(2)), lambda w, i: w.sum())

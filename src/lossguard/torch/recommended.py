@@ -24,7 +24,8 @@ def recommended(
     learned lane that lost begins anew, and after 100 losses running it is probed ever less often.
 
     Args:
-        learned: the optimizer that is not trusted, or several, as ``LossGuard`` takes them.
+        learned: the optimizer that is not trusted, or several, which compete in every cycle, as in
+            ``LossGuard`` (in JAX each has a guard and a path of its own).
         fallback: the one that is.
         nt: train minibatches per cycle.
         nc: check minibatches per cycle, at least 1.

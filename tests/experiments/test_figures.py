@@ -109,6 +109,7 @@ def test_draw_leaves_no_method_out() -> None:
     methods = {f"LGL2O over Adam {number}": 1.0 + number for number in range(35)}
     figure = figures.draw(curves_of(methods, np.arange(1, 20)), "Many")
     assert [len(axes.lines) for axes in figure.axes] == [35, 35]
+    assert not figure.axes[0].collections  # so many bands would hide the lines
     assert len({(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}) == 35
     figure.canvas.draw()
     legend = figure.legends[0].get_window_extent()

@@ -42,12 +42,19 @@ def plot(folder: Path, *, formats: Sequence[str] = ("png", "svg")) -> list[Path]
 
 
 def draw(curves: pl.DataFrame, title: str, *, note: str = "") -> Figure:
-    """The figure of an experiment's curves, as ``curves.join`` makes them."""
+    """The figure of an experiment's curves, as ``curves.join`` makes them.
+
+    Lines are means over the seeds, bands reach from the least to the largest of them; of more than
+    ten methods there are lines only.
+    """
     methods = curves["method"].unique(maintain_order=True).to_list()
     checked = curves.filter(pl.col("forwards") > 0)["method"].unique()
     guarded = [method for method in methods if method in checked]
     styles = {
-        method: {"color": f"C{number % 10}", "linestyle": DASHES[number // 10 % len(DASHES)]}
+        method: {
+            "color": f"C{number % COLORS}",
+            "linestyle": DASHES[number // COLORS % len(DASHES)],
+        }
         for number, method in enumerate(methods)
     }
     figure, panels = plt.subplots(
@@ -60,7 +67,7 @@ def draw(curves: pl.DataFrame, title: str, *, note: str = "") -> Figure:
     )
     top, bottom = panels[0, 0], panels[-1, 0]
     for method, style in styles.items():
-        _draw_loss(top, curves, method, style)
+        _draw_loss(top, curves, method, style, band=len(methods) <= COLORS)
     top.set(xscale="log", yscale="log", ylabel="Training loss")
     top.set_title(title + (f" ({note})" if note else ""), fontsize=10)
     for method in guarded:
@@ -79,17 +86,21 @@ def draw(curves: pl.DataFrame, title: str, *, note: str = "") -> Figure:
     return figure
 
 
+COLORS = 10
 DASHES = ("-", "--", "-.", ":")
 """Of the first ten methods, the next ten, and so on: there are ten colors."""
 
 
-def _draw_loss(axes: Axes, curves: pl.DataFrame, method: str, style: dict[str, Any]) -> None:
+def _draw_loss(
+    axes: Axes, curves: pl.DataFrame, method: str, style: dict[str, Any], *, band: bool
+) -> None:
     steps, loss = by_seed(curves, method, "loss")
     shown = _thin(steps)
     steps, loss = steps[shown], smooth(steps, loss)[:, shown]
-    low, high = loss.min(axis=0), loss.max(axis=0)
     axes.plot(steps, loss.mean(axis=0), **style, label=method, linewidth=1.3)
-    axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    if band:
+        low, high = loss.min(axis=0), loss.max(axis=0)
+        axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def _thin(steps: np.ndarray) -> np.ndarray:

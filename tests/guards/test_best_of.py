@@ -151,6 +151,8 @@ def test_errors() -> None:
         lossguard.best_of([])
     with pytest.raises(ValueError, match=r"^decay must be above 0 and below 1, got 1.0$"):
         lossguard.best_of([unguarded(optax.sgd(0.1))], decay=1.0)
+    with pytest.raises(ValueError, match=r"^the number of learned optimizers must be an integer"):
+        lossguard.recommended([], optax.sgd(0.1))
     guard = lossguard.best_of([lossguard.unguarded(optax.sgd(0.1), nt=nt) for nt in (2, 3)])
     with pytest.raises(ValueError, match=r"^guards must have the same nt, got \[2, 3\]$"):
         guard.step(guard.init(jnp.ones(2)), lambda w, i: w.sum())

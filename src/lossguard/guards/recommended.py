@@ -5,7 +5,7 @@ from typing import Any
 from .best_of import best_of
 from .loss_guard import loss_guard
 from .probing import backoff
-from .protocol import Guard
+from .protocol import Guard, check_count
 from .track_record import track_record
 
 
@@ -32,7 +32,9 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, nc: int = 10) -> G
     2
     """
     if not hasattr(learned, "update"):
-        return best_of([recommended(one, fallback, nt=nt, nc=nc) for one in learned])
+        several = list(learned)
+        check_count("the number of learned optimizers", len(several))
+        return best_of([recommended(one, fallback, nt=nt, nc=nc) for one in several])
     return loss_guard(
         learned,
         fallback,

@@ -17,7 +17,7 @@ from lossguard import cli, init_lstm_weights, load_weights, lstm_optimizer, reco
 from lossguard.learned.lstm import LSTMWeights
 from lossguard.metatrain import figure, loop
 from lossguard.metatrain.loop import MetaTraining, metatrain
-from lossguard.tasks import MLP
+from lossguard.tasks import MLP, Dataset, Task, load_dataset
 
 TINY = MetaTraining(
     name="tiny",
@@ -50,13 +50,34 @@ def same(a: LSTMWeights, b: LSTMWeights) -> bool:
 
 def test_records(whole: Path) -> None:
     config, made, curves = records.read_run(whole)
-    assert config == {**asdict(TINY), "model": {"hidden": [5]}}
+    assert config == {**asdict(TINY), "model": {"hidden": [5]}, "others": []}
     assert curves["meta_step"].to_list() == [2, 4, 6]
     assert curves["validation"].to_numpy().shape == (3, 8)
     numbers = curves.select("meta_loss", "gradient_norm").to_numpy()
     assert np.isfinite(numbers).all() and (numbers > 0).all()
     means = curves["validation"].to_numpy().mean(axis=1)
     assert made["best_validation"] == pytest.approx(means.min(), rel=1e-6)
+
+
+def first_losses(dataset: Dataset) -> np.floating:
+    """The mean loss of the validation's optimizees before their first step."""
+    task = Task(dataset, TINY.model, TINY.batch_size)
+    _, _, validation_key = jax.random.split(jax.random.key(TINY.seed), 3)
+    losses = []
+    for key in jax.random.split(validation_key, TINY.validation_optimizees):
+        init_key, order_key = jax.random.split(key)
+        losses.append(task.objective(order_key)(task.init(init_key), 0))
+    return np.mean(losses)
+
+
+def test_other_data_is_validated_on_and_changes_nothing(whole: Path, tmp_path: Path) -> None:
+    file = metatrain(dataclasses.replace(TINY, others=("moons",)), tmp_path / "run")
+    curves = records.read_run(file.parent)[2]
+    moons = curves["validation_moons"].to_numpy()
+    assert moons.shape == (3, 8) and np.isfinite(moons).all()
+    np.testing.assert_allclose(moons[:, 0], first_losses(load_dataset("moons")), rtol=1e-5)
+    assert same(load_weights(file).weights, load_weights(whole / loop.WEIGHTS).weights)
+    assert records.read_run(whole)[2].equals(curves.drop("validation_moons"))
 
 
 def test_weights_are_usable_and_say_how_they_were_made(whole: Path) -> None:
@@ -178,6 +199,7 @@ def test_figure_of_any_length(tmp_path: Path, steps: int) -> None:
     validation = 1 + np.random.default_rng(0).random((4, steps))
     validation[2] = np.nan
     columns = {"meta_step": [1, 2, 3, 4], "meta_loss": [1.0] * 4, "validation": validation}
+    columns |= {"validation_moons": validation}
     records.write_parquet(tmp_path / "run" / records.CURVES, pl.DataFrame(columns))
     assert figure.plot(tmp_path / "run").is_file()
 

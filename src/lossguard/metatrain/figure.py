@@ -11,13 +11,22 @@ import numpy as np
 
 from ..records import read_run
 
+OTHERS_STEPS = 100
+"""After so many steps the losses on other data sets are compared: a rollout of the paper's."""
+
 
 def plot(folder: Path) -> Path:
-    """Draw a meta-training run's figure into its folder; returns the file."""
+    """Draw a meta-training run's figure into its folder; returns the file.
+
+    Where other data sets were validated on, as in figure 2, a third panel shows them.
+    """
     config, _, curves = read_run(folder)
     steps = curves["meta_step"].to_numpy()
     validation = curves["validation"].to_numpy()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    others = [name for name in curves.columns if name.startswith("validation_")]
+    panels = 3 if others else 2
+    figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 4), layout="constrained")
+    left, right = axes[:2]
 
     left.plot(steps, curves["meta_loss"], label="training, all of a rollout", linewidth=1)
     last = validation.shape[1]
@@ -33,6 +42,15 @@ def plot(folder: Path) -> Path:
         right.plot(np.arange(1, validation.shape[1] + 1), validation[row], label=label, linewidth=1)
     right.set(xlabel="Optimizer step", ylabel="Validation loss", xscale="log", yscale="log")
     right.legend(fontsize=8)
+
+    for name in others:
+        losses = curves[name].to_numpy()[:, :OTHERS_STEPS]
+        over_initial = losses[:, -10:].mean(axis=1) / losses[:, 0]
+        axes[2].plot(steps, over_initial, label=name.removeprefix("validation_"), linewidth=1)
+    if others:
+        what = f"Validation loss up to step {OTHERS_STEPS}, over the initial one"
+        axes[2].set(xlabel="Meta-step", ylabel=what)
+        axes[2].legend(fontsize=8)
     figure.suptitle(config["name"], fontsize=10)
 
     file = folder / "figure.png"

@@ -73,11 +73,17 @@ class MetaTraining:
     validation_steps: int = 300
     """The weights kept are those with the lowest mean loss over so many steps."""
     validation_optimizees: int = 4
+    others: tuple[str, ...] = ()
+    """Other data sets that are validated on as well, as in figure 2; they don't choose weights."""
     seed: int = 0
 
     def task(self) -> Task:
         """The task that is trained on, loaded."""
         return Task(load_dataset(self.dataset, scaling=self.scaling), self.model, self.batch_size)
+
+    def other_tasks(self) -> dict[str, Task]:
+        """The same model on ``others``, scaled as their loaders do by default."""
+        return {name: Task(load_dataset(name), self.model, self.batch_size) for name in self.others}
 
     def optimizer(self, weights: LSTMWeights) -> optax.GradientTransformation:
         """The learned optimizer that these weights make."""
@@ -98,9 +104,10 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
     """Meta-train a learned optimizer; returns the file of its weights.
 
     Leaves ``config.json``, ``manifest.json``, ``curves.parquet`` (columns ``meta_step``,
-    ``meta_loss``, ``gradient_norm``, ``validation``: [validation_steps] mean losses a step) and
-    ``weights.safetensors`` in the folder. Stopped by Ctrl-C or killed, it goes on with ``resume``
-    from the last validation, with the same result as without the stop.
+    ``meta_loss``, ``gradient_norm``, ``validation``: [validation_steps] mean losses a step, and
+    ``validation_NAME`` on each of ``others``) and ``weights.safetensors`` in the folder. Stopped by
+    Ctrl-C or killed, it goes on with ``resume`` from the last validation, with the same result as
+    without the stop.
 
     Raises:
         ValueError: if the folder holds another run, or this one and ``resume`` is false, or the
@@ -108,7 +115,7 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
             validation diverged.
     """
     _check(config)
-    task = config.task()
+    task, others = config.task(), config.other_tasks()
     open_folder(folder, asdict(config), resume=resume)
     start_key, train_key, validation_key = jax.random.split(jax.random.key(config.seed), 3)
     checkpoints = Checkpoints(folder / "checkpoints")
@@ -130,6 +137,11 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
                 "meta_loss": [float(losses.mean())],
                 "gradient_norm": [float(norms.mean())],
                 "validation": validation[None],
+            } | {
+                f"validation_{name}": np.asarray(
+                    _validate(config, other, state.weights, validation_key)
+                )[None]
+                for name, other in others.items()
             }
             rows = pl.DataFrame(row)
             table = rows if table is None else pl.concat([table, rows], how="vertical_relaxed")

@@ -282,7 +282,7 @@ def test_a_million_lgl2o_steps_on_spirals(spirals_mlp: Task, report: Callable[..
 
 
 def test_convnet_gradient_step(against_torch: Callable[..., None]) -> None:
-    steps = 10
+    steps = 50
     task = random_task((32, 32, 3), ConvNet())
     minibatch = TorchMinibatches(task)
     sequence: list[Any] = []

@@ -8,6 +8,7 @@ import optimizers
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 import lossguard
 from lossguard.guards.track_record import Excess, TrackRecord, track_record
@@ -257,3 +258,18 @@ def test_memory_and_types() -> None:
 def test_errors(decay) -> None:
     with pytest.raises(ValueError, match="decay must be above 0 and below 1, got"):
         track_record(decay=decay)
+
+
+def test_a_record_is_worth_19_cycles() -> None:
+    """P(D > 0) = N(-(g / s) sqrt((1 + rho) / (1 - rho))) where d are normal: 19 cycles at 0.9."""
+    rho, g, cycles = 0.9, 0.3, 200_000
+    d = np.random.default_rng(0).normal(-g, 1, cycles).astype(np.float32)
+    record, on_own = TrackRecord(rho), jnp.array(False)
+
+    def step(excess, d):
+        excess, _ = record.update(excess, d[None], jnp.zeros(1), 1, on_own)
+        return excess, excess.total > 0
+
+    ahead = jax.jit(lambda d: jax.lax.scan(step, NONE, d)[1])(d).mean()
+    assert (1 + rho) / (1 - rho) == pytest.approx(19)
+    assert float(ahead) == pytest.approx(stats.norm.sf(g * 19**0.5), abs=0.006)

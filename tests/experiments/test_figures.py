@@ -156,6 +156,8 @@ def test_summary_says_what_the_records_say(folder: Path) -> None:
         "seconds",
         "us a step",
         "gradients",
+        "forwards",
+        "learned updates",
     ]
     assert column(table, "method") == ["SGDnm", "LGL2O"]
     for k, steps in ((100, range(90, 101)), (1000, range(900, 1001))):

@@ -147,7 +147,7 @@ def summary(folder: Path) -> Table:
     table.add_column("method")
     for k in marks:
         table.add_column(f"loss at {k:,}", justify="right")
-    for name in ("learned", "seconds", "us a step", "gradients"):
+    for name in ("learned", "seconds", "us a step", *(name.replace("_", " ") for name in COUNTERS)):
         table.add_column(name, justify="right")
     losses = {k: _means(mark_loss(curves, k), "loss") for k in marks}
     final = curves.filter(pl.col("step") == pl.col("step").max().over("method"))
@@ -162,7 +162,7 @@ def summary(folder: Path) -> Table:
             f"{used[method]:.0%}" if guarded else "",
             f"{seconds:.3g}" if seconds < 10 else f"{seconds:,.0f}",
             f"{1e6 * seconds / last / config['seeds']:.0f}",
-            f"{spent['gradients'][method]:,.0f}",
+            *(f"{spent[name][method]:,.0f}" for name in COUNTERS),
         )
     return table
 

@@ -27,6 +27,17 @@ def test_it_is_the_loss_on_minibatch_i() -> None:
         assert objective(jnp.ones(3) / 2, i) == loss(jnp.ones(3) / 2, (x[i - 10], y[i - 10]))
 
 
+@pytest.mark.parametrize("i", [9, 12])
+def test_beyond_the_stack_the_loss_is_nan(i) -> None:
+    """Where JAX would take the nearest minibatch there is, and a check would see it twice."""
+    objective = lossguard.stacked(loss, batches(2), start=10)
+    assert jnp.isnan(objective(jnp.ones(3), i)) and jnp.isfinite(objective(jnp.ones(3), 11))
+    guard = lossguard.loss_guard(optax.sgd(0.1), optax.sgd(0.1), nt=1, nc=2)
+    state = guard.init(jnp.ones(3))._replace(minibatches=jnp.int32(10))
+    after, decision = guard.step(state, objective)
+    assert decision.winner == -1 and jnp.array_equal(after.params, state.params)
+
+
 def test_a_loop_fed_from_the_host_is_the_loop_on_the_device() -> None:
     """New minibatches every cycle don't compile anew."""
     nt, nc, cycles = 3, 2, 4

@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree, Shaped
 
 from .protocol import Params
@@ -15,7 +16,8 @@ class stacked(eqx.Module):
 
     For training loops whose minibatches come from the host: stack those of one cycle (nt + nc for a
     loss guard), with ``start`` the number of the first, which is ``state.minibatches``. It is a
-    pytree, so that a compiled step takes new minibatches without recompiling.
+    pytree, so that a compiled step takes new minibatches without recompiling. On a minibatch that
+    is not in the stack the loss is NaN: a guard that asks for more than there are keeps x.
 
     Args:
         loss: ``loss(params, batch) -> scalar``.
@@ -43,4 +45,7 @@ class stacked(eqx.Module):
             raise ValueError(f"batches must be arrays that share the length of axis 0, got {found}")
 
     def __call__(self, params: Params, i: Int[Array, ""] | int) -> Array:
-        return self.loss(params, jax.tree.map(lambda leaf: leaf[i - self.start], self.batches))
+        row = i - self.start
+        loss = self.loss(params, jax.tree.map(lambda leaf: leaf[row], self.batches))
+        count = len(jax.tree.leaves(self.batches)[0])
+        return jnp.where((row >= 0) & (row < count), loss, jnp.nan)

@@ -72,6 +72,13 @@ def test_errors(arguments, message) -> None:
     assert str(error.value) == message
 
 
+def test_one_check_has_no_deviation_to_adapt_by() -> None:
+    one = optax.sgd(1.0)
+    with pytest.raises(ValueError, match=r"^nc must be at least 2 where windows adapt, got 1$"):
+        lossguard.loss_guard(one, one, nc=1, windows=lossguard.adaptive())
+    lossguard.loss_guard(one, one, nc=1, windows=lossguard.adaptive(most=1))
+
+
 # Far from the minimum the faster optimizer is clearly ahead; near it noise decides, until after 150
 # steps the learned one diverges.
 MOST = 5

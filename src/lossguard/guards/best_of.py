@@ -36,7 +36,8 @@ def best_of(guards: Sequence[Guard], *, decay: float = 0.9) -> Guard:
         sum_c decay^(C-c) d[followed in c](c)  <=  min_j sum_c decay^(C-c) d[j](c)
 
     Args:
-        guards: any guards whose cycles have the same nt. The first is followed where all are level.
+        guards: any guards whose cycles all have the same nt, so none whose windows adapt.
+            The first is followed where all are level.
         decay: D remembers about 1 / (1 - decay) cycles.
 
     ``decision.winner`` numbers the guards; ``gradients``, ``forwards`` and ``learned_updates`` are

@@ -141,6 +141,9 @@ def loss_guard(
     if looks is None and nc < criterion.least:
         raise ValueError(f"nc must be at least {criterion.least} for this criterion, got {nc}")
 
+    if windows.most > 1 and nc < 2:
+        raise ValueError(f"nc must be at least 2 where windows adapt, got {nc}")
+
     m = len(candidates)
     Z = m if hedge != "only" else None
     S = m + (Z is not None) if hedge else None

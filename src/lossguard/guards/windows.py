@@ -32,6 +32,9 @@ def adaptive(*, most: int = 16, apart: float = 2.0) -> Windows:
         |mean_y - mean_z| < sd_y + sd_z             twice as long, up to ``most`` times nt and nc
         |mean_y - mean_z| > apart (sd_y + sd_z)     half as long, down to nt and nc
 
+    It takes nc of at least 2, since one loss has no deviation. Where the criterion is sequential,
+    nc is its own matter, and nt alone grows.
+
     Source: the paper's proposal, section 4.2, which leaves the rates and "far apart" open.
 
     Raises:

@@ -374,6 +374,8 @@ REFUSALS = [
      "first must be between 2 and most = 160, got 1"),
     (lambda w: sequential_criterion(first=9, most=8),
      "first must be between 2 and most = 8, got 9"),
+    (lambda w: sequential_criterion(undecided="learned"),
+     "undecided must be one of fallback, mean, got 'learned'"),
     (lambda w: backoff(patience=0),
      "patience must be an integer of at least 1, got 0"),
     (lambda w: backoff(most=0.5),

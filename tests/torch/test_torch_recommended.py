@@ -2,6 +2,7 @@
 
 import importlib
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,6 +35,15 @@ def settings(monkeypatch, module, guard, optimizers, **options):
 def answers(value):
     ours = isinstance(value, Probing)
     number = (lambda x: x) if ours else jnp.array
+    if hasattr(value, "looks"):
+        d = np.random.default_rng(0).normal(0.2, 1, (50, max(value.looks or (10,))))
+        judged = []
+        for n in value.looks or (10,):
+            of_jax = (
+                (d[:, :n],) if "torch" in type(value).__module__ else (jnp.array(d), jnp.int32(n))
+            )
+            judged += [np.asarray(answer).tolist() for answer in value.test(*of_jax)]
+        return value.looks, judged
     if hasattr(value, "start"):
         state, waits = ProbingState() if ours else init_probing(), []
         for cycle in range(900):
@@ -44,7 +54,7 @@ def answers(value):
     return value
 
 
-@pytest.mark.parametrize("options", [{}, {"nt": 7, "nc": 12}])
+@pytest.mark.parametrize("options", [{"most": 10}, {"nt": 7, "nc": 6, "most": 40}])
 def test_the_settings(monkeypatch, options):
     w = [torch.ones(1, requires_grad=True)]
     ours = [torch.optim.SGD(w, lr=lr) for lr in (0.2, 0.1)]
@@ -52,6 +62,16 @@ def test_the_settings(monkeypatch, options):
     ours = settings(monkeypatch, "lossguard.torch.recommended", "LossGuard", ours, **options)
     theirs = settings(monkeypatch, "lossguard.guards.recommended", "loss_guard", theirs, **options)
     assert ours == theirs
+
+
+def test_a_stream_takes_nc_check_minibatches_unless_told_otherwise(monkeypatch):
+    w = [torch.ones(1, requires_grad=True)]
+    made = [torch.optim.SGD(w, lr=0.1) for _ in range(2)]
+    of_torch = settings(monkeypatch, "lossguard.torch.recommended", "LossGuard", made, nc=10)
+    made = [optax.sgd(0.1)] * 2
+    of_jax = settings(monkeypatch, "lossguard.guards.recommended", "loss_guard", made, nc=10)
+    assert of_torch["criterion"][0] is None
+    assert of_jax["criterion"][0] == (10, 20, 40, 80, 160)
 
 
 def test_it_takes_the_guards_options():

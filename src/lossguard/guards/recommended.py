@@ -1,26 +1,34 @@
 """The guard that we would use: the loss guard with what did best in our experiments."""
 
+from functools import partial
 from typing import Any
 
 from .best_of import best_of
+from .criteria import mean_criterion, sequential_criterion
 from .loss_guard import loss_guard
 from .probing import backoff
 from .protocol import Guard, check_count
 from .track_record import track_record
 
 
-def recommended(learned: Any, fallback: Any, *, nt: int = 10, nc: int = 10) -> Guard:
+def recommended(
+    learned: Any, fallback: Any, *, nt: int = 10, nc: int = 10, most: int | None = None
+) -> Guard:
     """A hedged loss guard that keeps its gains under noise and backs off where there are none.
 
     x goes back to the fallback's own path where its training losses have been higher for a while, a
     learned lane that lost begins anew, and after 100 losses running it is probed ever less often.
+    What nc check minibatches don't settle is looked at further, so that late a cycle that gains a
+    little on most examples, and spoils one, is not kept.
     Several learned optimizers have such a guard each, side by side, and the best is followed.
 
     Args:
         learned: the optimizer that is not trusted, or several.
         fallback: the one that is.
         nt: optimizer steps a cycle.
-        nc: check minibatches a cycle, at least 1.
+        nc: check minibatches a cycle that is clear.
+        most: those of one that is not; by default 16 nc. With nc itself all cycles take as many,
+            which suits minibatches that come from the host (``stacked``).
 
     Raises:
         ValueError: as ``loss_guard``.
@@ -34,12 +42,16 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, nc: int = 10) -> G
     if not hasattr(learned, "update"):
         several = list(learned)
         check_count("the number of learned optimizers", len(several))
-        return best_of([recommended(one, fallback, nt=nt, nc=nc) for one in several])
+        return best_of([recommended(one, fallback, nt=nt, nc=nc, most=most) for one in several])
+    check_count("nc", nc)
+    most = 16 * nc if most is None else most
+    curtailed = partial(sequential_criterion, confidence=0.6, undecided="mean")
     return loss_guard(
         learned,
         fallback,
         nt=nt,
         nc=nc,
+        criterion=mean_criterion() if most == nc else curtailed(first=nc, most=most),
         hedge=track_record(decay=0.9),
         loser="reset",
         probing=backoff(patience=100, most=512, start="reset"),

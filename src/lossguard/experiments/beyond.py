@@ -21,24 +21,32 @@ from .recipes import fig03, fig04, fig05
 
 RECORD = track_record(decay=0.9)
 PAIRED = paired_criterion(confidence=0.95)
-PATIENT = backoff(patience=100, most=512, start="reset")
+CURTAILED = sequential_criterion(confidence=0.6, first=10, most=160, undecided="mean")
 ABLATION = {
     "the paper's": {},
     "loser rollback": {"loser": "rollback"},
     "loser reset": {"loser": "reset"},
     "hedge": {"hedge": True},
     "hedge only": {"hedge": "only"},
+    "hedge, rollback": {"hedge": True, "loser": "rollback"},
     "hedge, reset": {"hedge": True, "loser": "reset"},
     "record": {"hedge": RECORD},
+    "record, rollback": {"hedge": RECORD, "loser": "rollback"},
     "record, reset": {"hedge": RECORD, "loser": "reset"},
     "paired": {"criterion": PAIRED},
     "sequential": {"criterion": sequential_criterion()},
+    "curtailed": {"criterion": CURTAILED},
     "adaptive": {"windows": adaptive()},
     "record, reset, paired": {"hedge": RECORD, "loser": "reset", "criterion": PAIRED},
-    "record, backoff": {"hedge": RECORD, "probing": PATIENT},
+    "recommended, nc 10 at most": {
+        "hedge": RECORD,
+        "loser": "reset",
+        "probing": backoff(patience=100, most=512, start="reset"),
+    },
     "recommended, patience 10": {
         "hedge": RECORD,
         "loser": "reset",
+        "criterion": CURTAILED,
         "probing": backoff(patience=10, most=512, start="reset"),
     },
 }

@@ -2,7 +2,9 @@
 
 import re
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -15,6 +17,11 @@ ONES = jnp.ones(2)
 def step(objective):
     guard = lossguard.loss_guard(SGD, SGD, nt=1, nc=1)
     return guard.step(guard.init(ONES), objective)
+
+
+def guarded_update(value_fn):
+    optimizer = lossguard.guarded(SGD, SGD)
+    return optimizer.update(ONES, optimizer.init(ONES), ONES, value_fn=value_fn)
 
 
 WRONG = {
@@ -84,6 +91,30 @@ WRONG = {
         lambda: lossguard.residual_guard(SGD, SGD).init((ONES, 1j * ONES)),
         "params must be floating-point arrays, but its leaf [1] is complex64",
     ),
+    "a layer as parameters": (
+        lambda: lossguard.loss_guard(SGD, SGD).init({"w": ONES, "activation": "relu"}),
+        "params must be floating-point arrays, but its leaf ['activation'] is 'relu'",
+    ),
+    "a number as learned": (
+        lambda: lossguard.loss_guard(3, SGD),
+        "learned must be an optax GradientTransformation, got 3",
+    ),
+    "a value per sample": (
+        lambda: guarded_update(lambda w: w**2),
+        "value_fn must return a scalar floating-point loss, got [",
+    ),
+    "a value and something else": (
+        lambda: guarded_update(lambda w: (jnp.sum(w), w)),
+        "value_fn must return a scalar floating-point loss, got (",
+    ),
+    "no cells": (
+        lambda: lossguard.init_lstm_weights(jax.random.key(0), hidden=0),
+        "hidden must be an integer of at least 1, got 0",
+    ),
+    "no layers": (
+        lambda: lossguard.init_lstm_weights(jax.random.key(0), layers=0),
+        "layers must be an integer of at least 1, got 0",
+    ),
     "a loss per sample": (
         lambda: step(lambda w, i: w**2),
         "objective must return a scalar floating-point loss, got ShapeDtypeStruct(shape=(2,)",
@@ -105,3 +136,9 @@ WRONG = {
 def test_bad_input(call, message) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_numpys_integers_are_counts() -> None:
+    guard = lossguard.unguarded(SGD, nt=np.int64(3))  # type: ignore
+    assert guard.step(guard.init(ONES), lambda w, i: jnp.sum(w))[0].steps == 3

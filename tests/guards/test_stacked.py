@@ -20,8 +20,9 @@ def batches(count: int, seed: int = 0):
     return jnp.asarray(x), jnp.asarray(x.sum(axis=2))
 
 
-def test_it_is_the_loss_on_minibatch_i() -> None:
-    x, y = batches(6)
+@pytest.mark.parametrize("kind", [jnp.asarray, np.asarray])
+def test_it_is_the_loss_on_minibatch_i(kind) -> None:
+    x, y = map(kind, batches(6))
     objective = lossguard.stacked(loss, (x, y), start=10)
     for i in range(10, 16):
         assert objective(jnp.ones(3) / 2, i) == loss(jnp.ones(3) / 2, (x[i - 10], y[i - 10]))

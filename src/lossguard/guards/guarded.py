@@ -7,7 +7,7 @@ import optax
 from jaxtyping import Array, Bool, PyTree
 
 from .lanes import all_finite, renew_if_unsound, select
-from .protocol import Params, with_extra_args
+from .protocol import Params, as_arrays, check_loss, with_extra_args
 
 
 class GuardedState(NamedTuple):
@@ -30,7 +30,8 @@ def guarded(learned: Any, fallback: Any) -> optax.GradientTransformationExtraArg
     gradient of where it would have gone.
 
     Raises:
-        ValueError: on update, if ``params`` or ``value_fn`` is missing.
+        ValueError: on update, if ``params`` or ``value_fn`` is missing, or ``value_fn`` returns
+            anything but one floating-point number.
 
     Source: the paper's Algorithm 1.
 
@@ -45,6 +46,7 @@ def guarded(learned: Any, fallback: Any) -> optax.GradientTransformationExtraArg
     fallback = with_extra_args("fallback", fallback)
 
     def init(params: Params) -> GuardedState:
+        params = as_arrays(params)
         return GuardedState(learned.init(params), fallback.init(params), jnp.array(False))
 
     def update(
@@ -63,6 +65,7 @@ def guarded(learned: Any, fallback: Any) -> optax.GradientTransformationExtraArg
         to_z, fallback_state = fallback.update(updates, state.fallback, params, **extra_args)
         y, z = optax.apply_updates(params, to_y), optax.apply_updates(params, to_z)
         value_y, value_z = value_fn(y), value_fn(z)
+        check_loss("value_fn", value_y)
 
         finite_y, finite_z = all_finite((y, value_y)), all_finite((z, value_z))
         use_y = finite_y & ((value_y < value_z) | ~finite_z)

@@ -78,7 +78,7 @@ def train(
             optimizer_step(optimizer, branch, objective, i + t)
             for optimizer, branch in zip(optimizers, branches, strict=True)
         ]
-        now = jnp.stack([loss.astype(dtype) for _, loss in stepped])
+        now = jnp.stack([jnp.asarray(loss, dtype) for _, loss in stepped])
         return tuple(branch for branch, _ in stepped), losses.at[:, t].set(now)
 
     losses = jnp.full((len(branches), most), jnp.nan, dtype)
@@ -103,7 +103,7 @@ def check(
 
     def draw(j: Any, losses: Array) -> Array:
         return losses.at[:, j].set(
-            jnp.stack([objective(params, i + j).astype(dtype) for params in lanes])
+            jnp.stack([jnp.asarray(objective(params, i + j), dtype) for params in lanes])
         )
 
     losses = jnp.zeros((len(lanes), most), dtype)

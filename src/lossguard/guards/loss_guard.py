@@ -22,6 +22,7 @@ from .protocol import (
     Objective,
     Params,
     as_arrays,
+    as_list,
     check_count,
     loss_dtype,
     start,
@@ -129,7 +130,7 @@ def loss_guard(
         raise ValueError(f"loser must be one of {', '.join(get_args(Loser))}, got {loser!r}")
     if hedge not in (False, True, "only") and not isinstance(hedge, TrackRecord):
         raise ValueError(f"hedge must be False, True, 'only' or track_record(), got {hedge!r}")
-    several = [learned] if hasattr(learned, "update") else list(learned)
+    several = as_list(learned)
     check_count("the number of learned optimizers", len(several))
     candidates = tuple(with_extra_args("learned", one) for one in several)
     trusted = with_extra_args("fallback", fallback)

@@ -7,10 +7,12 @@ k optimizer steps taken, nt steps a cycle, nc check minibatches, i the number of
 import inspect
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
@@ -81,8 +83,9 @@ def as_arrays(params: Params) -> Params:
         ValueError: if a leaf is not floating-point.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
+        is_number = isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int | complex)
+        dtype = jnp.result_type(leaf) if is_number else repr(leaf)
+        if not (is_number and jnp.issubdtype(dtype, jnp.floating)):
             name = jax.tree_util.keystr(path) or "itself"
             raise ValueError(
                 f"params must be floating-point arrays, but its leaf {name} is {dtype}"
@@ -106,7 +109,7 @@ def start(params: Params, inner: PyTree) -> GuardState:
 
 def check_count(name: str, value: int) -> None:
     """Refuse counts below 1 in one sentence."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
@@ -115,6 +118,12 @@ def check_positive(**values: float) -> None:
     for name, value in values.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {value!r}")
+
+
+def as_list(learned: Any) -> list[Any]:
+    """Several optimizers as they are, one as a list (an optimizer is a tuple too)."""
+    several = isinstance(learned, list | tuple) and not hasattr(learned, "update")
+    return list(learned) if several else [learned]
 
 
 def with_extra_args(name: str, optimizer: Any) -> optax.GradientTransformationExtraArgs:
@@ -149,7 +158,12 @@ def loss_dtype(objective: Objective, params: Params, i: Int[Array, ""]) -> jnp.d
         ValueError: if the objective does not return one floating-point number.
     """
     out = jax.eval_shape(objective, params, i)
-    shape, dtype = getattr(out, "shape", None), getattr(out, "dtype", None)
+    check_loss("objective", out)
+    return jnp.promote_types(out.dtype, jnp.float32)
+
+
+def check_loss(name: str, loss: Any) -> None:
+    """Refuse what is not one floating-point number, or the shape of one, in one sentence."""
+    shape, dtype = getattr(loss, "shape", None), getattr(loss, "dtype", None)
     if shape != () or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"objective must return a scalar floating-point loss, got {out}")
-    return jnp.promote_types(dtype, jnp.float32)
+        raise ValueError(f"{name} must return a scalar floating-point loss, got {loss}")

@@ -39,10 +39,9 @@ def recommended(
     >>> int(decision.winner)  # the fallback, on its own path
     2
     """
-    if not hasattr(learned, "update"):
-        several = list(learned)
-        check_count("the number of learned optimizers", len(several))
-        return best_of([recommended(one, fallback, nt=nt, nc=nc, most=most) for one in several])
+    if isinstance(learned, list | tuple) and not hasattr(learned, "update"):
+        check_count("the number of learned optimizers", len(learned))
+        return best_of([recommended(one, fallback, nt=nt, nc=nc, most=most) for one in learned])
     check_count("nc", nc)
     most = 16 * nc if most is None else most
     curtailed = partial(sequential_criterion, confidence=0.6, undecided="mean")

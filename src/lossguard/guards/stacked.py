@@ -6,7 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree, Shaped
+from jaxtyping import Array, ArrayLike, Int, PyTree, Shaped
 
 from .protocol import Params
 
@@ -35,7 +35,7 @@ class stacked(eqx.Module):
     """
 
     loss: Callable[[Any, Any], Array] = eqx.field(static=True)
-    batches: PyTree[Shaped[Array, "count ..."]]
+    batches: PyTree[Shaped[ArrayLike, "count ..."]]
     start: Int[Array, ""] | int = 0
 
     def __check_init__(self) -> None:
@@ -46,6 +46,6 @@ class stacked(eqx.Module):
 
     def __call__(self, params: Params, i: Int[Array, ""] | int) -> Array:
         row = i - self.start
-        loss = self.loss(params, jax.tree.map(lambda leaf: leaf[row], self.batches))
+        loss = self.loss(params, jax.tree.map(lambda leaf: jnp.asarray(leaf)[row], self.batches))
         count = len(jax.tree.leaves(self.batches)[0])
         return jnp.where((row >= 0) & (row < count), loss, jnp.nan)

@@ -11,6 +11,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from ..guards.protocol import check_count
 from .features import log_and_sign
 
 
@@ -44,6 +45,8 @@ def init_lstm_weights(key: PRNGKeyArray, *, hidden: int = 20, layers: int = 2) -
     >>> init_lstm_weights(jax.random.key(0)).layers[0].weight_ih.shape
     (80, 2)
     """
+    check_count("hidden", hidden)
+    check_count("layers", layers)
     bound = hidden**-0.5
 
     def uniform(key: PRNGKeyArray, *shape: int) -> Array:

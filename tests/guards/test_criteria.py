@@ -259,6 +259,12 @@ def test_a_curtailed_check_is_the_long_one(gap) -> None:
     assert (n < 80).mean() >= 0.02
     kept = stats.norm.sf(-gap * 80**0.5)
     assert abs((long == 0).mean() - kept) < error(kept) + 1e-3
+    if gap < 0:
+        tests = CURTAILED.looks[:-1]
+        damage = sum(dearest(PAIRED, n, level=0.2 / len(tests)) / n**0.5 for n in tests)
+        rate = (short == 0).mean()
+        assert rate <= 0.2 + kept + error(rate)
+        assert -gap * rate <= damage + 0.17 / 80**0.5
 
 
 @pytest.mark.parametrize("gap", [20.0, -20.0])
@@ -300,9 +306,9 @@ def test_lanes_that_are_not_finite_are_settled_at_once(criterion, value) -> None
         assert decision.forwards == 2 * first
 
 
-def dearest(criterion: Criterion, n: int) -> float:
+def dearest(criterion: Criterion, n: int, *, level: float = 1 - CONFIDENCE) -> float:
     """max_u u P(kept), where a lane is worse by u s / sqrt(n), and differences are normal."""
-    t = stats.t.ppf(CONFIDENCE, n - 1)
+    t = stats.t.ppf(1 - level, n - 1)
 
     def cost(u: float) -> float:
         return -u * (stats.norm.sf(u) if criterion is MEAN else stats.nct.sf(t, n - 1, -u))

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .criteria import Criterion, mean_criterion
 from .lanes import Branch, all_finite, check, keep_schedules, renew_if_unsound, select, train
@@ -29,7 +29,7 @@ from .protocol import (
     with_extra_args,
 )
 from .track_record import Excess, TrackRecord
-from .verdict import NEITHER, follow_first, judge
+from .verdict import NEITHER, Verdict, follow_first, judge
 from .windows import Windows, fixed
 
 Loser = Literal["keep", "rollback", "reset"]
@@ -208,30 +208,12 @@ def loss_guard(
         # By a track record, s is judged by its training losses, and takes no check minibatches.
         rivals = len(lanes) - (record is not None and len(trusted_lanes) == 2)
         if learned_lanes:  # line 16
-            checks, n = check(
-                [branch.params for branch in trained[:rivals]],
-                objective,
-                i + steps,
-                looks=looks or (nc * factor,),
-                most=max(looks or (nc * windows.most,)),
-                settled=lambda checks, n: judge(criterion, checks, n, sound[:rivals], m).settled,
-                dtype=dtype,
-            )
-            verdict = judge(criterion, checks, n, sound[:rivals], m)
-            best, factor = verdict.best_learned, inner.factor
-            factor = windows.update(factor, checks[best], checks[verdict.best_fallback], n)
+            checked = [branch.params for branch in trained[:rivals]]
+            verdict, n, factor = compare(checked, sound[:rivals], objective, i + steps, inner)
         else:
-            n = jnp.int32(0)
-            verdict, factor = follow_first(sound, losses.dtype), inner.factor
-        excess = inner.excess
-        if record is not None:
-            own_row = len(lanes) - 1
-            followed = jnp.where(verdict.row < 0, jnp.nan, losses[verdict.row])
-            excess, back = record.update(excess, followed, losses[own_row], steps, inner.on_own)
-            back &= sound[own_row] if rivals < len(lanes) else verdict.finite_fallback
-            verdict = verdict._replace(row=jnp.where(back, own_row, verdict.row))
-
-        winner = jnp.where(verdict.row < 0, NEITHER, jnp.array(lanes, jnp.int32)[verdict.row])
+            n, factor, verdict = jnp.int32(0), inner.factor, follow_first(sound, losses.dtype)
+        excess, row = back_to_own(inner, verdict, losses, sound, steps, rivals)
+        winner = jnp.where(row < 0, NEITHER, jnp.array(lanes, jnp.int32)[row])
         for lane, branch in zip(lanes, trained, strict=True):  # lines 17 and 19
             x = select(winner == lane, branch.params, x)
         won_learned = (winner >= 0) & (winner < m)
@@ -243,10 +225,9 @@ def loss_guard(
             factor=factor,
             probing=probing.update(inner.probing, probed, won_learned),
         )
-        row = jnp.where(verdict.row < 0, verdict.best_fallback, verdict.row)
         decision = Decision(
             used_learned=won_learned & (jnp.arange(nt_most) < steps),
-            losses=losses[row],
+            losses=losses[jnp.where(row < 0, verdict.best_fallback, row)],
             steps=jnp.int32(steps),
             learned_loss=verdict.learned_loss,
             fallback_loss=verdict.fallback_loss,
@@ -260,6 +241,45 @@ def loss_guard(
             learned_updates=jnp.int32(learned_lanes * steps),
         )
         return GuardState(x, state.steps + steps, i + steps + n, inner), decision  # line 21
+
+    def compare(
+        checked: list[Params],
+        sound: Bool[Array, " checked"],
+        objective: Objective,
+        i: Int[Array, ""],
+        inner: LossGuardState,
+    ) -> tuple[Verdict, Int[Array, ""], Int[Array, ""]]:
+        """Line 16: what the check says of the lanes, its minibatches, and the windows' factor."""
+        factor = inner.factor if windows.most > 1 else 1
+        checks, n = check(
+            checked,
+            objective,
+            i,
+            looks=looks or (nc * factor,),
+            most=max(looks or (nc * windows.most,)),
+            settled=lambda checks, n: judge(criterion, checks, n, sound, m).settled,
+            dtype=loss_dtype(objective, checked[0], i),
+        )
+        verdict = judge(criterion, checks, n, sound, m)
+        learned, fallback = checks[verdict.best_learned], checks[verdict.best_fallback]
+        return verdict, n, windows.update(inner.factor, learned, fallback, n)
+
+    def back_to_own(
+        inner: LossGuardState,
+        verdict: Verdict,
+        losses: Float[Array, "lanes most"],
+        sound: Bool[Array, " lanes"],
+        steps: Int[Array, ""] | int,
+        rivals: int,
+    ) -> tuple[Excess, Int[Array, ""]]:
+        """The row that is kept once the track record, if any, has been asked; and the record."""
+        if record is None:
+            return inner.excess, verdict.row
+        own = len(losses) - 1
+        followed = jnp.where(verdict.row < 0, jnp.nan, losses[verdict.row])
+        excess, back = record.update(inner.excess, followed, losses[own], steps, inner.on_own)
+        back &= sound[own] if rivals < len(losses) else verdict.finite_fallback
+        return excess, jnp.where(back, own, verdict.row)
 
     def remember(
         inner: LossGuardState,

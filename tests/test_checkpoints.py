@@ -1,5 +1,6 @@
 """Checkpoints: what is kept, what comes back, and what becomes of one that is damaged."""
 
+import resource
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,8 +96,51 @@ def test_damaged_newest_is_passed_over_aloud(
     saved: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     damage(saved / "20")
+    before = {path.name: path.read_bytes() for path in (saved / "20").iterdir() if path.is_file()}
     same(Checkpoints(saved).latest(state(0)), 7)
-    assert "checkpoint 20 is damaged and was passed over: " in capfd.readouterr().err
+    aside = saved / "20.damaged"
+    err = capfd.readouterr().err
+    assert err.startswith(f"checkpoint 20 is damaged and was passed over, it is now {aside}: ")
+    assert err.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in aside.iterdir() if path.is_file()} == before
+    assert sorted(entry.name for entry in saved.iterdir()) == ["20.damaged", "7"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        state(0)._replace(step=jnp.zeros(2, jnp.int32)),
+        state(0)._replace(params={"half": jnp.zeros((4, 2), jnp.bfloat16)}),
+        (state(0), jnp.float32(0)),
+    ],
+    ids=["shape", "leaves", "structure"],
+)
+def test_checkpoint_of_another_structure_is_refused_and_left(
+    saved: Path, other: object, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"^checkpoint must have the structure .*, but .*/20 has others: [^\n]*$"
+    ):
+        Checkpoints(saved).latest(other)
+    assert not capfd.readouterr().err
+    same(Checkpoints(saved).latest(state(0)), 20)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # C++ print them
+def test_full_disk_is_told_in_a_sentence(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+    try:
+        with pytest.raises(OSError, match="can't write a checkpoint: File too large") as caught:
+            Checkpoints(saved).save(30, state(30), table(30))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.filename == str(saved)
+    assert not capfd.readouterr().err
+    checkpoints = Checkpoints(saved)
+    same(checkpoints.latest(state(0)), 20)
+    checkpoints.save(30, state(30), table(30))  # the disk has room again
+    same(Checkpoints(saved).latest(state(0)), 30)
 
 
 def test_computation_goes_on_from_before_the_damage(saved: Path) -> None:

@@ -1,10 +1,17 @@
 """Checkpoints of long computations: atomic, the last two kept, a damaged one passed over aloud."""
 
+import contextlib
+import errno
+import io
+import logging
 import shutil
+import time
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import polars as pl
 from jaxtyping import PyTree
@@ -27,46 +34,80 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=2, create=True, enable_async_checkpointing=False
         )
-        return ocp.CheckpointManager(self._folder, options=options)
+        handlers = {name: ocp.StandardCheckpointHandler() for name in ("state", "table")}
+        return ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def save(self, step: int, state: PyTree, table: pl.DataFrame) -> None:
-        """Write checkpoint number ``step`` and drop the third last."""
+        """Write checkpoint number ``step`` and drop the third last.
+
+        Raises:
+            OSError: if it can't be written, for example on a full disk; the others are left.
+        """
         args = _orbax().args
         # Orbax sorts names; the numbers in front keep the order of the columns.
         columns = {f"{i:03} {name}": table[name].to_numpy() for i, name in enumerate(table.columns)}
-        self._manager.save(
-            step,
-            args=args.Composite(state=args.StandardSave(state), table=args.StandardSave(columns)),
-        )
+        parts = args.Composite(state=args.StandardSave(state), table=args.StandardSave(columns))
+        with _quietly():
+            try:
+                self._manager.save(step, args=parts)
+            except Exception as error:  # of its threads, of C++, or an OSError without a path
+                time.sleep(1)  # its threads print for a moment more
+                number = getattr(error, "errno", None) or errno.EIO
+                reason = getattr(error, "strerror", None) or _last_part(str(error))
+                message = f"can't write a checkpoint: {reason}"
+                raise OSError(number, message, str(self._folder)) from error
 
     def latest(self, template: PyTree) -> tuple[int, PyTree, pl.DataFrame] | None:
         """The newest checkpoint that is whole: its number, its pytree and its table.
 
         ``template`` gives the structure, shapes and dtypes. None if there is no checkpoint; those
-        that can't be read are named on stderr and deleted: they are about to be written anew.
+        that can't be read are named on stderr and renamed: they are about to be written anew.
+
+        Raises:
+            ValueError: if the newest one that is whole has another structure or other shapes.
         """
         if not self._folder.exists():
             return None
-        args = _orbax().args
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        shapes = _shapes(template)
+        with _quietly():
+            steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
             try:
-                found = self._manager.restore(
-                    step,
-                    args=args.Composite(
-                        state=args.StandardRestore(template), table=args.StandardRestore()
-                    ),
-                )
-                columns = sorted(found["table"].items())
-                table = pl.DataFrame({k.partition(" ")[2]: np.asarray(v) for k, v in columns})
+                with _quietly():
+                    fits = _shapes(self._manager.item_metadata(step)["state"].tree) == shapes
+                    found = self._read(step, template) if fits else None
             except Exception as error:  # whatever a damaged file makes the reader raise
-                reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-                Console(stderr=True).print(
-                    f"checkpoint {step} is damaged and was passed over: {reason}", style="yellow"
-                )
-                self._manager.delete(step)
+                self._set_aside(step, error)
                 continue
-            return step, found["state"], table
+            if found is None:
+                raise ValueError(
+                    "checkpoint must have the structure and shapes of what goes on from it, "
+                    f"but {self._folder / str(step)} has others: another version wrote it"
+                )
+            return step, *found
         return None
+
+    def _read(self, step: int, template: PyTree) -> tuple[PyTree, pl.DataFrame]:
+        args = _orbax().args
+        wanted = args.Composite(state=args.StandardRestore(template), table=args.StandardRestore())
+        found = self._manager.restore(step, args=wanted)
+        columns = sorted(found["table"].items())
+        table = pl.DataFrame({k.partition(" ")[2]: np.asarray(v) for k, v in columns})
+        return found["state"], table
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        """Out of the way of the one that will be written anew, but not lost."""
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        damaged = self._folder / f"{step}.damaged"
+        shutil.rmtree(damaged, ignore_errors=True)  # the same one, damaged once before
+        (self._folder / str(step)).rename(damaged)
+        with _quietly():
+            self._manager.reload()
+        Console(stderr=True).print(
+            f"checkpoint {step} is damaged and was passed over, it is now {damaged}: {reason}",
+            style="yellow",
+            soft_wrap=True,
+        )
 
     def delete(self) -> None:
         """Remove all of them, once the computation is done."""
@@ -76,4 +117,31 @@ class Checkpoints:
 def _orbax() -> Any:
     import orbax.checkpoint  # takes seconds to import, and short runs need none of it
 
+    # Its threads log an error in hundreds of lines, some after it has been raised.
+    logging.getLogger("absl").addFilter(_is_not_of_orbax)
     return orbax.checkpoint
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    """The shape of each leaf, or of what a leaf's metadata tell, by its path."""
+
+    def plain(leaf: Any) -> Any:
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jax.random.key_data(leaf) if is_key else leaf  # as it is written
+
+    leaves = _orbax().tree.to_flat_dict(jax.tree.map(plain, tree), sep="/")
+    return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+
+
+def _last_part(message: str) -> str:
+    """Of C++'s ``CODE: what failed: where it failed: reason [more]``, the reason."""
+    return message.rpartition(": ")[2].partition(" [")[0]
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
+
+
+def _quietly() -> contextlib.AbstractContextManager[Any]:
+    """For what its C++ prints of errors, which is no logging."""
+    return contextlib.redirect_stderr(io.StringIO())

@@ -342,6 +342,16 @@ def test_folder_that_cannot_be_made(
     assert not list(tmp_path.iterdir())
 
 
+def test_error_of_the_system_without_a_path(
+    main: Main, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(records, "open_folder", full)
+    refused(main, capsys, RUN, "lossguard: No space left on device\n")
+
+
 def test_stopped(
     main: Main, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -258,8 +258,8 @@ def _wants_help(arguments: Sequence[str]) -> bool:
 
 def _sentence(error: Exception) -> str:
     """What went wrong, on one line."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.strerror}: {error.filename}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
     return " ".join(str(error).split())
 
 

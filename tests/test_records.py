@@ -45,6 +45,24 @@ def test_same_run_is_gone_on_with_when_asked(finished: Path) -> None:
         records.open_folder(finished, CONFIG)
 
 
+def test_manifest_has_the_commit_of_every_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records.open_folder(tmp_path, CONFIG)
+    for commit in "abc":
+        monkeypatch.setattr(records, "_commit", lambda commit=commit: commit)
+        made = records.start(tmp_path, data=commit)
+        records.open_folder(tmp_path, CONFIG, resume=True)
+        assert not records.is_finished(tmp_path)
+    records.write_parquet(tmp_path / records.CURVES, pl.DataFrame({"step": [1]}))
+    records.finish(tmp_path, made | {"seconds": 1})
+    assert records.is_finished(tmp_path)
+    assert not (tmp_path / records.STARTED).exists()
+    _, found, _ = records.read_run(tmp_path)
+    assert (found["commit"], found["data"], found["seconds"]) == ("a", "a", 1)
+    assert [part["commit"] for part in found["resumed"]] == ["b", "c"]
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_folder_of_another_run_is_refused(finished: Path, resume: bool) -> None:
     before = (finished / records.CONFIG).read_bytes()

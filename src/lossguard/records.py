@@ -1,7 +1,8 @@
 """What a run leaves on disk: a folder that says what was run, on what, and what came of it.
 
     config.json          everything to run it again
-    manifest.json        commit, versions, device, wall time
+    started.json         until it is finished: the manifest so far
+    manifest.json        commit, versions, device, wall time, and each time that it was resumed
     curves.parquet       what happened, thinned to three significant digits of the step
     evaluations.parquet  loss and accuracy on both whole splits, at steps 50, 100, 200, ...
 
@@ -25,6 +26,7 @@ import jax
 import polars as pl
 
 CONFIG, MANIFEST, CURVES = "config.json", "manifest.json", "curves.parquet"
+STARTED = "started.json"
 EVALUATIONS, VERDICTS = "evaluations.parquet", "verdicts.json"
 PACKAGES = ("lossguard", "jax", "jaxlib", "optax", "equinox", "numpy", "polars")
 
@@ -56,6 +58,32 @@ def open_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, config)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a folder holds the records of a whole run: the manifest is written last."""
+    return all((folder / name).is_file() for name in (CURVES, MANIFEST))
+
+
+def start(folder: Path, **more: Any) -> dict[str, Any]:
+    """The manifest of a run that starts here and now, when its code is that of the commit.
+
+    Of one that goes on it is the first one's, and ``resumed`` has the ``time`` and ``commit`` of
+    each part but the first.
+    """
+    made = manifest(**more)
+    if (folder / STARTED).exists():
+        first = _read_json(folder / STARTED)
+        part = {name: made[name] for name in ("time", "commit")}
+        made = first | {"resumed": [*first.get("resumed", ()), part]}
+    write_json(folder / STARTED, made)
+    return made
+
+
+def finish(folder: Path, made: Mapping[str, Any]) -> None:
+    """Write the manifest, once all else is written."""
+    write_json(folder / MANIFEST, made)
+    (folder / STARTED).unlink(missing_ok=True)
 
 
 def manifest(**more: Any) -> dict[str, Any]:

@@ -123,6 +123,14 @@ def test_a_killed_run_goes_on_to_the_same_curves(
 
     command(monkeypatch, "run", f"{MODULE}:recipe", "--out", tmp_path / "run", "--resume")
     same_curves(tmp_path / "run", whole)
+    _, made, _ = records.read_run(tmp_path / "run")
+    assert made["command"] == ["lossguard", *map(str, arguments)] and len(made["resumed"]) == 1
+
+
+def test_a_finished_run_is_left_as_it_is(whole: Path) -> None:
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    assert run(tiny.recipe(), whole, resume=True) == whole
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("chunk", [2, 3], ids=["in the middle", "at the end of a method"])

@@ -1,6 +1,7 @@
 """Meta-training end to end, on few and small steps."""
 
 import dataclasses
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -164,15 +165,29 @@ def test_stopped_it_goes_on_to_the_same_weights(
             raise KeyboardInterrupt
         return validate(*arguments)
 
+    monkeypatch.setattr(loop.Progress, "seconds", 10.0)  # of each part
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop, "_validate", stop)
         metatrain(TINY, tmp_path / "run")
+    started = json.loads((tmp_path / "run" / records.STARTED).read_text())
     with pytest.raises(ValueError, match="add --resume"):
         metatrain(TINY, tmp_path / "run")
     file = metatrain(TINY, tmp_path / "run", resume=True)
     assert same(load_weights(file).weights, load_weights(whole / loop.WEIGHTS).weights)
     found, expected = (records.read_run(folder)[2] for folder in (file.parent, whole))
     assert found.equals(expected) and found.schema == expected.schema
+
+    _, made, _ = records.read_run(file.parent)
+    assert made["seconds"] == (10 if stopped == 1 else 20)
+    assert made == {**made, **started} and [*made["resumed"][0]] == ["time", "commit"]
+    assert load_weights(file).made["time"] == started["time"]
+    assert not (file.parent / records.STARTED).exists()
+
+
+def test_finished_it_is_left_as_it_is(whole: Path) -> None:
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    assert metatrain(TINY, whole, resume=True) == whole / loop.WEIGHTS
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
 
 
 def test_command_line(

@@ -36,7 +36,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
 
     Every seed draws its own initialization and order of minibatches, the same for all methods. A
     run stopped by Ctrl-C or killed goes on with ``resume``, from the last checkpoint, and ends with
-    the same curves to the bit.
+    the same curves to the bit; of one that is finished nothing is written again.
 
     Raises:
         ValueError: if the folder holds another run, or this one and ``resume`` is false, or the
@@ -48,7 +48,9 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
     guards = experiment.guards()
     task = experiment.make_task(experiment)
     records.open_folder(folder, as_config(experiment), resume=resume)
-    made = records.manifest(data=task.dataset.note)  # now: a checkout may change while it runs
+    if records.is_finished(folder):
+        return folder
+    made = records.start(folder, data=task.dataset.note)
     tables, evaluations, seconds = [], [], {}
     for method, guard in guards.items():
         under_way = _MethodRun(experiment, method, guard, task, folder)
@@ -57,7 +59,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
         evaluations.append(evaluated)
     records.write_parquet(folder / records.EVALUATIONS, pl.concat(evaluations))
     records.write_parquet(folder / records.CURVES, pl.concat(tables))
-    records.write_json(folder / records.MANIFEST, made | {"seconds": seconds})
+    records.finish(folder, made | {"seconds": seconds})
     return folder
 
 

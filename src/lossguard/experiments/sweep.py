@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ..records import CURVES, MANIFEST, open_folder, write_json
+from ..records import is_finished, open_folder, write_json
 from .experiment import Experiment
 from .run import as_config, run
 
@@ -56,7 +56,7 @@ def sweep(
 
     left: dict[str, tuple[Experiment, Path]] = {}
     for name, experiment in experiments.items():
-        if all((folders[name] / file).exists() for file in (CURVES, MANIFEST)):
+        if is_finished(folders[name]):
             yield Outcome(name, out / name, "skipped")
         else:
             left[name] = experiment, folders[name]

@@ -12,11 +12,11 @@ import optax
 import polars as pl
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from .. import records
 from ..checkpoints import Checkpoints
 from ..learned.lstm import LSTMWeights, init_lstm_weights, lstm_optimizer
 from ..learned.pretrained import save_weights
 from ..progress import Progress
-from ..records import CURVES, MANIFEST, manifest, open_folder, write_json, write_parquet
 from ..tasks.datasets import load_dataset
 from ..tasks.models import MLP, ConvNet
 from ..tasks.task import Task
@@ -107,7 +107,7 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
     ``meta_loss``, ``gradient_norm``, ``validation``: [validation_steps] mean losses a step, and
     ``validation_NAME`` on each of ``others``) and ``weights.safetensors`` in the folder. Stopped by
     Ctrl-C or killed, it goes on with ``resume`` from the last validation, with the same result as
-    without the stop.
+    without the stop; of one that is finished nothing is written again.
 
     Raises:
         ValueError: if the folder holds another run, or this one and ``resume`` is false, or the
@@ -116,12 +116,16 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
     """
     _check(config)
     task, others = config.task(), config.other_tasks()
-    open_folder(folder, asdict(config), resume=resume)
+    records.open_folder(folder, asdict(config), resume=resume)
+    if records.is_finished(folder):
+        return folder / WEIGHTS
+    made = records.start(folder)
     start_key, train_key, validation_key = jax.random.split(jax.random.key(config.seed), 3)
     checkpoints = Checkpoints(folder / "checkpoints")
-    state, table, done = _start(config, task, start_key), None, 0
-    if (found := checkpoints.latest(state)) is not None:
-        done, state, table = found
+    state, table, done, before = _start(config, task, start_key), None, 0, jnp.float32(0)
+    if (found := checkpoints.latest((state, before))) is not None:
+        done, (state, before), table = found
+    seconds = before
 
     with Progress(config.name, total=config.meta_steps, done=done, unit="meta-steps") as progress:
         while done < config.meta_steps:
@@ -145,15 +149,16 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
             }
             rows = pl.DataFrame(row)
             table = rows if table is None else pl.concat([table, rows], how="vertical_relaxed")
-            checkpoints.save(done, state, table)
+            seconds = before + progress.seconds
+            checkpoints.save(done, (state, seconds), table)
             best = float(state.best_validation)
             progress.advance(steps, validation=float(validation.mean()), best=best)
 
     assert table is not None
-    write_parquet(folder / CURVES, table)
+    records.write_parquet(folder / records.CURVES, table)
     if not np.isfinite(state.best_validation):
         raise ValueError(f"no validation of {config.name} was finite: there are no weights to keep")
-    made = manifest(seconds=progress.seconds, best_validation=float(state.best_validation))
+    made |= {"seconds": float(seconds), "best_validation": float(state.best_validation)}
     provenance = {
         "made": " ".join(made["command"]),
         "commit": str(made["commit"]),
@@ -162,7 +167,7 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
         "best_validation": f"{float(state.best_validation):.4f}",
     }
     save_weights(folder / WEIGHTS, state.best, p=config.p, scale=config.scale, made=provenance)
-    write_json(folder / MANIFEST, made)
+    records.finish(folder, made)
     return folder / WEIGHTS
 
 

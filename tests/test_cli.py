@@ -185,7 +185,15 @@ def test_plot_of_meta_training(
         (("metatrain", f"{TINY}:recipe"), ("the MetaTraining that metatrain", "got Experiment")),
         (("run", "fig05", "--dataset", "spiral"), ("but is 'spiral'", "(did you mean 'spirals'?)")),
         (("run", "fig05", "--scaling", "unit"), ("scaling must be one of none, standardized",)),
-        (("run", "fig05", "--methods", "Adm"), ("methods must be among SGDnm", "got 'Adm'")),
+        (("run", "fig5"), ("got 'fig5' (did you mean fig05?)",)),
+        (
+            ("run", "fig05", "--methods", "SGDnm", "Adm"),
+            ("methods must each be one of SGDnm", "got 'Adm' (did you mean Adam?)"),
+        ),
+        (("run", "fig05", "--methods", "sgdnm"), ("got 'sgdnm' (did you mean SGDnm?)",)),
+        (("run", "fig09", "--methods", "LGL2O over adam .01"), ("mean LGL2O over Adam 0.01?)",)),
+        (("run", "fig05", "--methods"), ("methods must be one or more, each once, got none",)),
+        (("run", "fig05", "--methods", "Adam", "Adam"), ("each once, got Adam Adam",)),
         (
             ("run", "fig05", "--learned", "lstm"),
             ("must be one of lstm-cifar10-conv, lstm-mnist-mlp", "got 'lstm'"),

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import make_dataclass
@@ -57,9 +58,15 @@ def usage(command: str, recipes: Mapping[str, Any], *, several: bool = False) ->
 
 def one_of(known: Mapping[str, Any], name: str) -> str:
     """What may be named, for a message: all of it, what was given, and the nearest."""
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
+    plain = {_plain(one): one for one in known}
+    near = difflib.get_close_matches(_plain(name), plain, n=1)
+    hint = f" (did you mean {plain[near[0]]}?)" if near else ""
     return f"one of {', '.join(known)}; got {name!r}{hint}"
+
+
+def _plain(name: str) -> str:
+    """What ``SGDnm`` and ``sgdnm`` have in common, and ``fig05`` and ``fig5``."""
+    return re.sub(r"(?<![\d.])0+(?=\d)", "", name.lower())
 
 
 def _load(path: Path, function: str) -> Callable[[], Any]:

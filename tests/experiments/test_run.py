@@ -218,7 +218,7 @@ def test_a_run_in_another_thread(tmp_path: Path) -> None:
         ({"batch_size": -1}, "^batch_size must be at least 1, got -1$"),
         ({"nt": 0}, "^nt must be an integer of at least 1, got 0"),
         ({"nc": 0}, "^nc must be an integer of at least 1, got 0"),
-        ({"methods": ("SGD",)}, "^methods must be among Signs, .*; got 'SGD'"),
+        ({"methods": ("SGD",)}, "^methods must each be one of Signs, .*; got 'SGD'"),
     ],
 )
 def test_bad_fields_leave_no_folder(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:

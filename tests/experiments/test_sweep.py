@@ -106,7 +106,7 @@ def test_command_tells_of_failures_by_its_status(
     assert caught.value.code == 1
     out, err = capsys.readouterr()
     assert f"records: {tmp_path / 'right'}\n" in out
-    assert "wrong: ValueError: methods must be among Signs" in err
+    assert "wrong: ValueError: methods must each be one of Signs" in err
     assert err.endswith("lossguard: 1 of 2 runs failed\n")
 
 
@@ -218,7 +218,7 @@ def test_two_workers_of_a_cluster_leave_the_same_records(
         main(monkeypatch, *arguments, "--ray", "local")
     assert caught.value.code == 1
     assert not ray.is_initialized()
-    assert "wrong: ValueError: methods must be among Signs" in capsys.readouterr().err
+    assert "wrong: ValueError: methods must each be one of Signs" in capsys.readouterr().err
     failure = json.loads((tmp_path / "there" / "wrong" / "failed.json").read_text())
     assert "in guards" in failure["traceback"]
 

@@ -104,10 +104,15 @@ class Experiment:
         """The guards of ``methods``, in their order.
 
         Raises:
-            ValueError: if a method is none of those that ``make_methods`` makes.
+            ValueError: if there is no method, one twice, or one that ``make_methods`` doesn't make.
         """
+        from ..arguments import one_of
+
         known = self.make_methods(self)
         for method in self.methods:
             if method not in known:
-                raise ValueError(f"methods must be among {', '.join(known)}; got {method!r}")
+                raise ValueError(f"methods must each be {one_of(known, method)}")
+        if not self.methods or len({*self.methods}) < len(self.methods):
+            given = " ".join(self.methods) or "none"
+            raise ValueError(f"methods must be one or more, each once, got {given}")
         return {method: known[method]() for method in self.methods}

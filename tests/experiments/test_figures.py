@@ -17,7 +17,8 @@ STEPS = np.array([*range(1, 1001), *range(1010, 5001, 10)])
 def curves_of(methods: dict[str, float], steps: np.ndarray = STEPS, seeds: int = 2) -> pl.DataFrame:
     """Losses (1 + seed) level / sqrt(step); the learned update is used every other step.
 
-    What a method spends is that of a loss guard, but for SGDnm, which takes a gradient a step.
+    What a method spends is that of a loss guard, but for SGDnm, which takes a gradient a step, and
+    GL2O, which takes two and checks nothing.
     """
     return pl.concat(
         pl.DataFrame(
@@ -26,7 +27,7 @@ def curves_of(methods: dict[str, float], steps: np.ndarray = STEPS, seeds: int =
                 "loss": ((1 + seed) * level / np.sqrt(steps)).astype(np.float32),
                 "used_learned": (np.arange(len(steps)) % 2).astype(np.float32),
                 "gradients": (1.0 if method == "SGDnm" else 2.0) * steps,
-                "forwards": (0.0 if method == "SGDnm" else 1.0) * steps,
+                "forwards": (0.0 if method in ("SGDnm", "GL2O") else 1.0) * steps,
                 "learned_updates": 1.0 * steps,
             }
         ).select(
@@ -95,6 +96,16 @@ def test_draw_has_a_line_and_a_band_for_each_method() -> None:
     np.testing.assert_allclose(use[x >= 400], 0.75, atol=0.03)
     for guarded, track in zip(first.lines[1:], second.lines, strict=True):
         assert guarded.get_color() == track.get_color()
+    plt.close(figure)
+
+
+def test_a_residual_guard_is_a_guard() -> None:
+    """It decides without a forward pass."""
+    curves = curves_of({"GL2O": 1.0, "SGDnm": 1.0})
+    assert figures.guards(curves) == ["GL2O"]
+    figure = figures.draw(curves, "Title")
+    losses, track = figure.axes
+    assert [line.get_color() for line in track.lines] == [losses.lines[0].get_color()]
     plt.close(figure)
 
 

@@ -48,8 +48,7 @@ def draw(curves: pl.DataFrame, title: str, *, note: str = "") -> Figure:
     ten methods there are lines only.
     """
     methods = curves["method"].unique(maintain_order=True).to_list()
-    checked = curves.filter(pl.col("forwards") > 0)["method"].unique()
-    guarded = [method for method in methods if method in checked]
+    guarded = guards(curves)
     styles = {
         method: {
             "color": f"C{number % COLORS}",
@@ -84,6 +83,13 @@ def draw(curves: pl.DataFrame, title: str, *, note: str = "") -> Figure:
     columns = -(-len(methods) // 30)
     figure.legend(fontsize=8, loc="outside right upper", frameon=False, ncols=columns)
     return figure
+
+
+def guards(curves: pl.DataFrame) -> list[str]:
+    """The methods that spend more than a gradient a step, on a second update or a check."""
+    last = curves.filter(pl.col("step") == pl.col("step").max().over("method"))
+    spent = last.filter(pl.col("gradients") + pl.col("forwards") > pl.col("step"))
+    return spent["method"].unique(maintain_order=True).to_list()
 
 
 COLORS = 10
@@ -152,14 +158,14 @@ def summary(folder: Path) -> Table:
     losses = {k: _means(mark_loss(curves, k), "loss") for k in marks}
     final = curves.filter(pl.col("step") == pl.col("step").max().over("method"))
     spent = {name: _means(final, name) for name in COUNTERS}
+    guarded = guards(curves)
     used = _means(step_mean(curves, "used_learned"), "used_learned")
     for method in config["methods"]:
         seconds = made["seconds"][method]
-        guarded = spent["gradients"][method] > last  # the others take one gradient a step
         table.add_row(
             method,
             *(f"{losses[k][method]:.4g}" for k in marks),
-            f"{used[method]:.0%}" if guarded else "",
+            f"{used[method]:.0%}" if method in guarded else "",
             f"{seconds:.3g}" if seconds < 10 else f"{seconds:,.0f}",
             f"{1e6 * seconds / last / config['seeds']:.0f}",
             *(f"{spent[name][method]:,.0f}" for name in COUNTERS),

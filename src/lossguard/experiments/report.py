@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 
 from ..records import EVALUATIONS, read_parquet, read_run
 from .claims import judge_claims
-from .figures import SMOOTHED_FROM, by_seed, smooth, summary
+from .figures import SMOOTHED_FROM, by_seed, guards, smooth, summary
 from .folders import find_runs
 
 POINTS_A_DECADE = 100
@@ -82,6 +82,7 @@ def _curves(config: dict[str, Any], made: dict[str, Any], curves: pl.DataFrame) 
     same a step, ``seconds`` a step of one seed, their mean.
     """
     methods, kept, recorded = [], 0, 0
+    guarded = guards(curves)
     for name in config["methods"]:
         steps, loss = by_seed(curves, name, "loss")
         _, used = by_seed(curves, name, "used_learned")
@@ -89,14 +90,13 @@ def _curves(config: dict[str, Any], made: dict[str, Any], curves: pl.DataFrame) 
         keep = _thin(steps)
         kept, recorded = max(kept, len(keep)), max(recorded, len(steps))
         rate = float(gradients[0, 0] / steps[0])
-        guarded = bool((gradients[:, -1] > steps[-1]).any())
         methods.append(
             {
                 "name": name,
                 "step": _base64(steps[keep]),
                 "loss": [_base64(row[keep]) for row in smooth(steps, loss)],
                 "use": [_base64(row[keep]) for row in smooth(steps, 0.5 + 0.5 * used)]
-                if guarded
+                if name in guarded
                 else None,
                 "gradients": rate
                 if (gradients == rate * steps).all()

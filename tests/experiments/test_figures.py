@@ -125,8 +125,21 @@ def test_draw_leaves_no_method_out() -> None:
     figure.canvas.draw()
     legend = figure.legends[0].get_window_extent()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(methods)
-    assert legend.y0 > 0 and legend.x1 <= figure.bbox.x1
-    assert legend.x0 > figure.axes[0].get_window_extent().x1
+    assert legend.y0 > 0 and legend.x0 >= 0 and legend.x1 <= figure.bbox.x1
+    assert legend.y1 < figure.axes[-1].xaxis.label.get_window_extent().y0
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("methods", [["L2O"], [f"SGDnm 0.0001 tau {i}0000" for i in range(25)]])
+def test_title_and_legend_keep_clear(methods: list[str]) -> None:
+    curves = curves_of(dict.fromkeys(methods, 1.0), np.arange(1, 20), seeds=1)
+    title = "Learned on MNIST + MLP, tested on TinyImagenet50 + ConvNet"
+    figure = figures.draw(curves, title, note="50 classes, 32 x 32 pixels, JPEG q75")
+    figure.canvas.draw()
+    title, legend = figure.axes[0].title.get_window_extent(), figure.legends[0].get_window_extent()
+    assert title.x0 >= 0 and title.x1 <= figure.bbox.x1 and title.y1 <= figure.bbox.y1
+    assert not title.overlaps(legend)
+    assert figure.axes[0].get_window_extent().height > 0.6 * 5.5 * figure.dpi
     plt.close(figure)
 
 

@@ -56,9 +56,10 @@ def draw(curves: pl.DataFrame, title: str, *, note: str = "") -> Figure:
         }
         for number, method in enumerate(methods)
     }
+    columns = max(1, LEGEND_WIDTH // (LEGEND_SAMPLE + max(map(len, methods))))
     figure, panels = plt.subplots(
         2 if guarded else 1,
-        figsize=(9, 5.5),
+        figsize=(9, 5.5 + LEGEND_LINE * -(-len(methods) // columns)),
         layout="constrained",
         sharex=True,
         squeeze=False,
@@ -80,8 +81,7 @@ def draw(curves: pl.DataFrame, title: str, *, note: str = "") -> Figure:
     bottom.set_xlabel("Optimizer step")
     for axes in panels[:, 0]:
         axes.grid(which="major", alpha=0.3)
-    columns = -(-len(methods) // 30)
-    figure.legend(fontsize=8, loc="outside right upper", frameon=False, ncols=columns)
+    figure.legend(fontsize=8, loc="outside lower center", frameon=False, ncols=columns)
     return figure
 
 
@@ -92,6 +92,10 @@ def guards(curves: pl.DataFrame) -> list[str]:
     return spent["method"].unique(maintain_order=True).to_list()
 
 
+LEGEND_WIDTH, LEGEND_SAMPLE = 120, 8
+"""In letters: room for a line of the legend, and what a method needs beside its name."""
+LEGEND_LINE = 0.17
+"""Height in inches."""
 COLORS = 10
 DASHES = ("-", "--", "-.", ":")
 """Of the first ten methods, the next ten, and so on: there are ten colors."""

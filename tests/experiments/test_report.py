@@ -23,6 +23,7 @@ from lossguard.experiments import figures
 from lossguard.experiments import report as reporting
 from lossguard.experiments.claims import Verdict
 from lossguard.experiments.report import report
+from lossguard.metatrain import figure
 
 STEPS = np.array([*range(1, 1001), *range(1010, 5001, 10)])
 SPEND = {"SGDnm": 1.0, "LGL2O": 2.0, "Backoff": 2.0}
@@ -89,6 +90,15 @@ def write_run(folder: Path, curves: pl.DataFrame) -> Path:
     return write(folder, config, curves, data="CIFAR-10 as JPEG q75", seconds=seconds)
 
 
+def write_meta(folder: Path, name: str) -> Path:
+    """The weights of its second check are kept, which halve the loss on Moons."""
+    validation = np.outer([2.0, 1.0, 3.0], np.linspace(2, 1, 60))
+    columns = {"meta_step": [5, 10, 15], "meta_loss": [3.0, np.inf, 1.0], "validation": validation}
+    moons = np.where(np.arange(60) < 50, 1, [[0.9], [0.5], [2.0]])
+    curves = pl.DataFrame(columns | {"validation_moons": moons})
+    return write(folder, {"name": name}, curves, seconds=3.0, best_validation=1.5)
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a folder with a run, a meta-training and two that are not finished."""
@@ -97,9 +107,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     evaluated = {"method": ["SGDnm"] * 3, "seed": [0, 0, 1], "cycle": [1, 2, 2], "step": [1, 9, 9]}
     scores = {"test_accuracy": [0.1, 0.5, 0.75]}
     records.write_parquet(folder / "a_run" / records.EVALUATIONS, pl.DataFrame(evaluated | scores))
-    validation = np.outer([2.0, 1.0, 3.0], np.linspace(2, 1, 60))
-    meta = {"meta_step": [5, 10, 15], "meta_loss": [3.0, np.inf, 1.0], "validation": validation}
-    write(folder / "b_meta", {"name": "mine"}, pl.DataFrame(meta), seconds=3.0, best_validation=1.5)
+    write_meta(folder / "b_meta", "mine")
     records.open_folder(folder / "c_half", {"name": "half"})
     records.open_folder(folder / "d_failed", {"name": "failed"})
     records.write_json(folder / "d_failed" / "failed.json", {"reason": "OSError: no < data"})
@@ -158,6 +166,22 @@ def test_page_tells_how_a_run_was_made(page: Path) -> None:
         "<li>d_failed: OSError: no &lt; data</li>",
     ):
         assert part in text
+
+
+def test_page_holds_what_a_meta_training_validated_on(page: Path) -> None:
+    panel = data_of(page)[-1]
+    assert panel["y"] == "Validation loss up to step 100, over the initial one"
+    (line,) = panel["lines"]
+    assert line["name"] == "moons"
+    np.testing.assert_allclose(decode(line["x"]), [5, 10, 15])
+    np.testing.assert_allclose(decode(line["y"]), [0.9, 0.5, 2.0], rtol=1e-6)
+
+
+def test_figure_of_a_meta_training_is_left_as_png_and_svg(tmp_path: Path) -> None:
+    file = figure.plot(write_meta(tmp_path / "run", "mine"))
+    assert file == tmp_path / "run" / "figure.png"
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "run" / "figure.svg").read_bytes().endswith(b"</svg>\n")
 
 
 def test_twenty_long_runs_stay_below_15_megabytes(
@@ -275,7 +299,7 @@ def test_opens_without_errors_or_network_and_draws_every_figure(opened: webdrive
     assert opened.title == "lossguard: claims and runs"
     assert [
         len(plot.find_elements(By.CSS_SELECTOR, ".scatterlayer .trace")) for plot in plots(opened)
-    ] == [3 * 2 + 2, 2, 2]
+    ] == [3 * 2 + 2, 2, 2, 1]
     buttons = opened.execute_script(
         "return [...arguments[0].querySelectorAll('.modebar-btn')].map((b) => b.dataset.title)",
         plots(opened)[0],

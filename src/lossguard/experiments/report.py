@@ -17,6 +17,7 @@ import numpy as np
 import polars as pl
 from plotly.offline import get_plotlyjs
 
+from ..metatrain.figure import OTHERS, on_others
 from ..records import EVALUATIONS, read_parquet, read_run
 from .claims import judge_claims
 from .figures import SMOOTHED_FROM, by_seed, guards, smooth, summary
@@ -120,7 +121,7 @@ def _base64(values: np.ndarray) -> str:
 
 
 def _meta_panels(curves: pl.DataFrame) -> list[dict[str, Any]]:
-    """The outer loop's losses, and the optimizee's at first and with the weights that were kept."""
+    """The outer loop's losses, the optimizee's at first and with the weights kept, other data."""
     steps, validation = curves["meta_step"].to_numpy(), curves["validation"].to_numpy()
     means = validation.mean(axis=1)
     best = int(np.nanargmin(means))
@@ -133,10 +134,13 @@ def _meta_panels(curves: pl.DataFrame) -> list[dict[str, Any]]:
         f"meta-step {steps[0]:,}": (inner, validation[0]),
         f"meta-step {steps[best]:,}, kept": (inner, validation[best]),
     }
-    return [
+    panels = [
         {"x": "Meta-step", "y": "Loss", "log_x": False, "lines": _lines(outer)},
         {"x": "Optimizer step", "y": "Validation loss", "log_x": True, "lines": _lines(rollouts)},
     ]
+    if others := {name: (steps, loss) for name, loss in on_others(curves).items()}:
+        panels.append({"x": "Meta-step", "y": OTHERS, "log_x": False, "lines": _lines(others)})
+    return panels
 
 
 def _lines(lines: dict[str, tuple[np.ndarray, np.ndarray]]) -> list[dict[str, Any]]:

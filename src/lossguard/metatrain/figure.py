@@ -8,22 +8,24 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+import polars as pl
 
 from ..records import read_run
 
 OTHERS_STEPS = 100
 """After so many steps the losses on other data sets are compared: a rollout of the paper's."""
+OTHERS = f"Validation loss up to step {OTHERS_STEPS}, over the initial one"
 
 
 def plot(folder: Path) -> Path:
-    """Draw a meta-training run's figure into its folder; returns the file.
+    """Draw a meta-training run's figure into its folder, as PNG and SVG; returns the PNG.
 
     Where other data sets were validated on, as in figure 2, a third panel shows them.
     """
     config, _, curves = read_run(folder)
     steps = curves["meta_step"].to_numpy()
     validation = curves["validation"].to_numpy()
-    others = [name for name in curves.columns if name.startswith("validation_")]
+    others = on_others(curves)
     panels = 3 if others else 2
     figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 4), layout="constrained")
     left, right = axes[:2]
@@ -43,17 +45,25 @@ def plot(folder: Path) -> Path:
     right.set(xlabel="Optimizer step", ylabel="Validation loss", xscale="log", yscale="log")
     right.legend(fontsize=8)
 
-    for name in others:
-        losses = curves[name].to_numpy()[:, :OTHERS_STEPS]
-        over_initial = losses[:, -10:].mean(axis=1) / losses[:, 0]
-        axes[2].plot(steps, over_initial, label=name.removeprefix("validation_"), linewidth=1)
+    for name, over_initial in others.items():
+        axes[2].plot(steps, over_initial, label=name, linewidth=1)
     if others:
-        what = f"Validation loss up to step {OTHERS_STEPS}, over the initial one"
-        axes[2].set(xlabel="Meta-step", ylabel=what)
+        axes[2].set(xlabel="Meta-step", ylabel=OTHERS)
         axes[2].legend(fontsize=8)
     figure.suptitle(config["name"], fontsize=10)
 
-    file = folder / "figure.png"
-    figure.savefig(file, dpi=150)
+    files = [folder / "figure.png", folder / "figure.svg"]
+    for file in files:
+        figure.savefig(file, dpi=150)
     plt.close(figure)
-    return file
+    return files[0]
+
+
+def on_others(curves: pl.DataFrame) -> dict[str, np.ndarray]:
+    """``OTHERS`` at each meta-step, by the name of the other data set."""
+    losses = {
+        name.removeprefix("validation_"): curves[name].to_numpy()[:, :OTHERS_STEPS]
+        for name in curves.columns
+        if name.startswith("validation_")
+    }
+    return {name: loss[:, -10:].mean(axis=1) / loss[:, 0] for name, loss in losses.items()}

@@ -1,5 +1,6 @@
 """Figures and tables say what the records say."""
 
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -200,6 +201,8 @@ def test_plot_leaves_both_files(folder: Path) -> None:
     assert files[0].read_bytes().startswith(b"\x89PNG")
     assert files[1].read_bytes().endswith(b"</svg>\n")
     assert plt.get_fignums() == before
+    labels = set(re.findall(r"<!-- \$\\mathdefault{(.*?)}\$ -->", files[1].read_text()))
+    assert {"0.1", "1", "10", "100", "1000"} <= labels and not any("^" in text for text in labels)
 
 
 def test_few_points_are_drawn() -> None:

@@ -307,6 +307,20 @@ def test_opens_without_errors_or_network_and_draws_every_figure(opened: webdrive
     assert len(buttons) == 6 and not any("hare" in title for title in buttons)
 
 
+def labels(browser: webdriver.Chrome, name: str) -> list[str]:
+    ticks = plots(browser)[0].find_elements(By.CSS_SELECTOR, f".{name}tick text")
+    return [str(tick.get_attribute("textContent")) for tick in ticks]
+
+
+def test_labels_are_plain_numbers(opened: webdriver.Chrome) -> None:
+    assert {"1", "10", "100", "1000"} <= set(labels(opened, "x"))
+    assert {"0.1", "1"} <= set(labels(opened, "y"))
+    zoom = "Plotly.relayout(arguments[0], {'xaxis.range': [3.1, 3.2], 'yaxis.range': [-2.5, -2.4]})"
+    opened.execute_script(zoom, plots(opened)[0])
+    assert {"1,300", "1,400", "1,500"} <= set(labels(opened, "x"))
+    assert {"0.0035"} <= set(labels(opened, "y"))
+
+
 def test_claims_are_told_in_words(opened: webdriver.Chrome) -> None:
     rows = opened.find_elements(By.CSS_SELECTOR, ".claims tbody tr")
     assert [row.find_element(By.CLASS_NAME, "outcome").text for row in rows] == [

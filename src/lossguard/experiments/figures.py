@@ -35,8 +35,9 @@ def plot(folder: Path, *, formats: Sequence[str] = ("png", "svg")) -> list[Path]
     config, made, curves = read_run(folder)
     figure = draw(curves, config["title"] or config["name"], note=made["data"])
     files = [folder / f"figure.{ending}" for ending in formats]
-    for file in files:
-        figure.savefig(file, dpi=150)
+    with plt.rc_context({"axes.formatter.min_exponent": 4}):  # 0.001 to 1000 are plain numbers
+        for file in files:
+            figure.savefig(file, dpi=150)
     plt.close(figure)
     return files
 

@@ -9,6 +9,11 @@ const AXES = {
   gradients: "Gradient evaluations of one seed",
   seconds: "Seconds of one seed (mean over seeds, in proportion to the step)",
 };
+// From 0.001 to 1000 what Plotly calls a power of ten is a plain number.
+const PLAIN = {
+  "10<sup>−3</sup>": "0.001", "10<sup>−2</sup>": "0.01", "10<sup>−1</sup>": "0.1",
+  "10<sup>2</sup>": "100", "10<sup>3</sup>": "1000",
+};
 
 function decode(text) {
   return new Float32Array(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
@@ -79,8 +84,11 @@ function layout(more) {
   const front = getComputedStyle(document.body).color;
   const axes = Object.fromEntries(Object.entries(more).filter(([name]) => name.includes("axis")));
   for (const name in axes) {
+    const format = name.startsWith("x") ? ",.7~g" : ".4~g";
     axes[name] = {
       gridcolor: "rgba(128,128,128,0.25)", zeroline: false, automargin: true, exponentformat: "power",
+      labelalias: PLAIN, hoverformat: format,
+      tickformatstops: [{ dtickrange: [null, "D0"], value: format }],  // within a power of ten
       ...axes[name],
     };
   }

@@ -53,8 +53,9 @@ def plot(folder: Path) -> Path:
     figure.suptitle(config["name"], fontsize=10)
 
     files = [folder / "figure.png", folder / "figure.svg"]
-    for file in files:
-        figure.savefig(file, dpi=150)
+    with plt.rc_context({"axes.formatter.min_exponent": 4}):  # 0.001 to 1000 are plain numbers
+        for file in files:
+            figure.savefig(file, dpi=150)
     plt.close(figure)
     return files[0]
 

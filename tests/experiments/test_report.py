@@ -82,12 +82,12 @@ def write(folder: Path, config: dict[str, Any], curves: pl.DataFrame, **made: An
     return folder
 
 
-def write_run(folder: Path, curves: pl.DataFrame) -> Path:
+def write_run(folder: Path, curves: pl.DataFrame, name: str = "fig03", **made: Any) -> Path:
     methods = curves["method"].unique(maintain_order=True).to_list()
-    config = {"name": "known", "title": TITLE, "methods": methods}
+    config = {"name": name, "title": TITLE, "methods": methods}
     config |= {"seeds": curves["seed"].n_unique(), "seed": 7}
     seconds = dict.fromkeys(methods, 10.0)
-    return write(folder, config, curves, data="CIFAR-10 as JPEG q75", seconds=seconds)
+    return write(folder, config, curves, data="CIFAR-10 as JPEG q75", seconds=seconds, **made)
 
 
 def write_meta(folder: Path, name: str) -> Path:
@@ -154,12 +154,12 @@ def test_page_tells_how_a_run_was_made(page: Path) -> None:
     for part in (
         "a_run · data: CIFAR-10 as JPEG q75",
         "<h2>Meta-training of mine</h2>",
-        "Spirals &amp; &lt;script&gt;",
+        "<h2>fig03: Spirals &amp; &lt;script&gt;",
         "<dd>lossguard run --methods &#39;LGL2O over Adam&#39;</dd>",
         "<dd>0123abc</dd>",
         "<dd>cpu (2 cores), Linux</dd>",
         "<dd>Python 3.11.7, jax 0.7</dd>",
-        "&#34;name&#34;: &#34;known&#34;",
+        "&#34;name&#34;: &#34;fig03&#34;",
         "<th>loss at 5,000</th>",
         '<tr><th scope="row">SGDnm</th><td>0.625</td></tr>',
         "<li>c_half</li>",
@@ -182,6 +182,40 @@ def test_figure_of_a_meta_training_is_left_as_png_and_svg(tmp_path: Path) -> Non
     assert file == tmp_path / "run" / "figure.png"
     assert file.read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "run" / "figure.svg").read_bytes().endswith(b"</svg>\n")
+
+
+def test_runs_are_in_order_and_say_that_there_is_a_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporting, "judge_claims", lambda folders: VERDICTS)
+    curves = curves_of(["SGDnm"], np.arange(1, 20))
+    for folder, name, time in (
+        ("a", "fig10", "2026-01-02"),
+        ("b", "ablation", "2026-01-02"),
+        ("c", "fig03", "2026-01-02"),
+        ("d", "fig03", "2026-01-04"),
+        ("e", "fig03", "2026-01-03"),
+        ("f", "fig02-moons", "2026-01-02"),
+    ):
+        write_run(tmp_path / folder, curves, name, time=time)
+    write_meta(tmp_path / "g", "lstm-cifar10-conv")
+    text = report([tmp_path], tmp_path / "report.html").read_text()
+    titles = re.findall(r'<section class="run" id="run-(\d)">\n<h2>(.*?)(?:: .*)?</h2>', text)
+    assert titles == [
+        ("1", "fig02-moons"),
+        ("2", "fig03"),
+        ("3", "fig03"),
+        ("4", "fig03"),
+        ("5", "fig10"),
+        ("6", "Meta-training of lstm-cifar10-conv"),  # figure 11
+        ("7", "ablation"),
+    ]
+    listed = re.findall(r'<a href="#run-\d">.*</a> <span class="folder">(.*)</span>', text)
+    later = ' · <a href="#run-2">there is a later run</a>'
+    assert listed == ["f", "d", "e" + later, "c" + later, "a", "g", "b"]
+    assert text.count(later) == 4  # below the titles too
+    assert '<td data-label="Figure"><a href="#run-2">3</a></td>' in text
+    assert '<td data-label="Figure">6</td>' in text
 
 
 def test_twenty_long_runs_stay_below_15_megabytes(

@@ -7,6 +7,7 @@ gathered here; how it looks is in ``report.html`` and ``report.css``, what its s
 
 import base64
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ def report(folders: Sequence[Path], file: Path) -> Path:
         ValueError: if a folder holds no finished run, or a file of it is damaged.
     """
     finished, others = find_runs(folders)
+    runs = _in_order([_section(folder) for folder in finished])
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -43,7 +45,8 @@ def report(folders: Sequence[Path], file: Path) -> Path:
     )
     page = environment.get_template("report.html").render(
         claims=judge_claims(finished),
-        runs=[_section(folder) for folder in finished],
+        figures={_figure(run["name"]): run["id"] for run in reversed(runs)},
+        runs=runs,
         others={folder.name: reason for folder, reason in others.items()},
         smoothed_from=SMOOTHED_FROM,
         style=_beside("report.css"),
@@ -59,13 +62,40 @@ def _beside(name: str) -> str:
     return (Path(__file__).parent / name).read_text()
 
 
+def _in_order(sections: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The paper's figures, then others by name; of one name the latest first, the others say so.
+
+    ``id`` is where a section is on the page, ``later`` where the latest of its name is.
+    """
+
+    def place(section: dict[str, Any]) -> tuple[float, str]:
+        return float(_figure(section["name"]) or "inf"), section["name"]
+
+    sections = sorted(sections, key=lambda section: section["time"], reverse=True)
+    sections, latest = sorted(sections, key=place), {}
+    for number, section in enumerate(sections, 1):
+        section["id"] = f"run-{number}"
+        later = latest.setdefault(section["name"], section["id"])
+        section["later"] = None if later == section["id"] else later
+    return sections
+
+
+def _figure(name: str) -> str | None:
+    """The number of the paper's figure that a run of this name is about."""
+    found = re.match(r"fig0*(\d+)", name)
+    return found[1] if found else {"Meta-training of lstm-cifar10-conv": "11"}.get(name)
+
+
 def _section(folder: Path) -> dict[str, Any]:
     """What the page says about one run."""
     config, made, curves = read_run(folder)
-    meta, name = "meta_step" in curves.columns, config["name"]
+    meta = "meta_step" in curves.columns
+    name = f"Meta-training of {config['name']}" if meta else config["name"]
     return {
         "folder": folder.name,
-        "title": f"Meta-training of {name}" if meta else config["title"] or name,
+        "name": name,
+        "title": name if meta or not config["title"] else f"{name}: {config['title']}",
+        "time": made["time"],
         "note": made.get("data", ""),
         "panels": _meta_panels(curves) if meta else None,
         "curves": None if meta else _curves(config, made, curves),

@@ -17,6 +17,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.wait import WebDriverWait
 
 from lossguard import cli, records
 from lossguard.experiments import figures
@@ -286,15 +287,39 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chr
     chrome.quit()
 
 
+def opening(browser: webdriver.Chrome, page: Path) -> webdriver.Chrome:
+    """At its first figure."""
+    browser.set_window_size(1280, 900)
+    load(browser, page)
+    scroll_to(browser, plots(browser)[0])
+    return browser
+
+
+def load(browser: webdriver.Chrome, page: Path) -> None:
+    """Whole: ``get`` returns before the page is there, now and then, and finds the one before."""
+    browser.get("about:blank")
+    browser.get(page.as_uri())
+    whole = "return document.readyState === 'complete' && location.protocol === 'file:'"
+    WebDriverWait(browser, 30).until(lambda _: browser.execute_script(whole))
+
+
 @pytest.fixture
 def opened(chromium: webdriver.Chrome, page: Path) -> webdriver.Chrome:
-    chromium.set_window_size(1280, 900)
-    chromium.get(page.as_uri())
-    return chromium
+    return opening(chromium, page)
 
 
 def plots(browser: webdriver.Chrome) -> list[WebElement]:
     return browser.find_elements(By.CLASS_NAME, "plot")
+
+
+def is_drawn(plot: WebElement) -> bool:
+    return bool(plot.find_elements(By.CSS_SELECTOR, ".scatterlayer .trace"))
+
+
+def scroll_to(browser: webdriver.Chrome, plot: WebElement) -> None:
+    """A figure is drawn when it comes near the view."""
+    browser.execute_script("arguments[0].scrollIntoView()", plot)
+    WebDriverWait(browser, 30).until(lambda _: is_drawn(plot))
 
 
 def traces(browser: webdriver.Chrome) -> list[dict[str, Any]]:
@@ -328,6 +353,8 @@ def axis(browser: webdriver.Chrome, name: str) -> dict[str, Any]:
 
 
 def test_opens_without_errors_or_network_and_draws_every_figure(opened: webdriver.Chrome) -> None:
+    for plot in plots(opened):
+        scroll_to(opened, plot)
     assert opened.get_log("browser") == []
     assert opened.execute_script("return performance.getEntriesByType('resource')") == []
     assert opened.title == "lossguard: claims and runs"
@@ -339,6 +366,41 @@ def test_opens_without_errors_or_network_and_draws_every_figure(opened: webdrive
         plots(opened)[0],
     )
     assert len(buttons) == 6 and not any("hare" in title for title in buttons)
+
+
+@pytest.fixture
+def low_window(chromium: webdriver.Chrome, page: Path) -> Iterator[webdriver.Chrome]:
+    """The figures are far below what is seen of it."""
+    device = {"width": 1280, "height": 200, "deviceScaleFactor": 1, "mobile": False}
+    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", device)
+    load(chromium, page)
+    yield chromium
+    chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_only_what_comes_near_the_view_is_drawn(low_window: webdriver.Chrome) -> None:
+    first, *_, last = plots(low_window)
+    assert not is_drawn(first) and not is_drawn(last)
+    scroll_to(low_window, last)
+    assert not is_drawn(first)
+
+
+def test_all_is_drawn_for_the_printer(low_window: webdriver.Chrome) -> None:
+    low_window.execute_cdp_cmd("Page.printToPDF", {})
+    assert all(is_drawn(plot) for plot in plots(low_window))
+
+
+def test_figures_follow_the_color_scheme(opened: webdriver.Chrome) -> None:
+    def front(scheme: str) -> str:
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        body = opened.find_element(By.TAG_NAME, "body").value_of_css_property("color")
+        color = "return getComputedStyle(document.body).color == arguments[0].layout.font.color"
+        WebDriverWait(opened, 30).until(lambda _: opened.execute_script(color, plots(opened)[0]))
+        return body
+
+    assert front("dark") != front("light")
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
 def labels(browser: webdriver.Chrome, name: str) -> list[str]:
@@ -431,10 +493,12 @@ def test_seeds_are_switched(opened: webdriver.Chrome) -> None:
 
 
 @pytest.mark.parametrize("width", [375, 1600])
-def test_fits_into_the_window(opened: webdriver.Chrome, width: int) -> None:
+def test_fits_into_the_window(opened: webdriver.Chrome, page: Path, width: int) -> None:
     device = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
     opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", device)
-    opened.refresh()
+    load(opened, page)
+    for plot in plots(opened):
+        scroll_to(opened, plot)
     sizes = opened.execute_script(
         "return [document.documentElement.scrollWidth, innerWidth,"
         " ...[...document.querySelectorAll('.plot')].map((p) => p.getBoundingClientRect().right)]"

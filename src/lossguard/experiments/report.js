@@ -1,5 +1,6 @@
 "use strict";
-// Draws each figure from the JSON behind it, again whenever a switch beside it changes.
+// Draws each figure from the JSON behind it when it comes near the view, and again whenever a switch
+// beside it changes.
 
 const COLORS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd",
                 "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"];
@@ -152,10 +153,23 @@ function lines(plot, data) {
   });
 }
 
-const shows = [...document.querySelectorAll(".plot")].map((plot) => {
-  const data = JSON.parse(plot.nextElementSibling.textContent);
-  return data.methods ? curves(plot, data) : lines(plot, data);
-});
-const showAll = () => shows.forEach((show) => show());
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showAll);
-showAll();
+const shows = new Map();  // of the plots that have come near the view
+
+function start(plot) {
+  if (!shows.has(plot)) {
+    const data = JSON.parse(plot.nextElementSibling.textContent);
+    shows.set(plot, data.methods ? curves(plot, data) : lines(plot, data));
+    shows.get(plot)();
+  }
+}
+
+const near = new IntersectionObserver((entries) => {
+  entries.filter((entry) => entry.isIntersecting).forEach(({ target }) => {
+    near.unobserve(target);
+    start(target);
+  });
+}, { rootMargin: "100% 0%" });
+const plots = document.querySelectorAll(".plot");
+plots.forEach((plot) => near.observe(plot));
+addEventListener("beforeprint", () => plots.forEach(start));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => shows.forEach((show) => show()));

@@ -308,6 +308,19 @@ def opened(chromium: webdriver.Chrome, page: Path) -> webdriver.Chrome:
     return opening(chromium, page)
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run of twelve methods, of which the first diverges after 100 steps."""
+    folder = tmp_path_factory.mktemp("many")
+    curves = curves_of([f"LGL2O {number}" for number in range(12)], np.arange(1, 1001))
+    lost = (pl.col("method") == "LGL2O 0") & (pl.col("step") > 100)
+    loss = pl.when(lost).then(pl.lit(1e9, pl.Float32)).otherwise("loss")
+    run = write_run(folder / "run", curves.with_columns(loss=loss))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reporting, "judge_claims", lambda folders: VERDICTS)
+        return report([run], folder / "report.html")
+
+
 def plots(browser: webdriver.Chrome) -> list[WebElement]:
     return browser.find_elements(By.CLASS_NAME, "plot")
 
@@ -417,6 +430,49 @@ def test_labels_are_plain_numbers(opened: webdriver.Chrome) -> None:
     assert {"0.0035"} <= set(labels(opened, "y"))
 
 
+def test_of_many_methods_there_are_lines_only(chromium: webdriver.Chrome, many: Path) -> None:
+    """Their samples are dashed as they are."""
+    browser = opening(chromium, many)
+    assert len(losses(browser)) == 12 and not any(trace["band"] for trace in traces(browser))
+    style = "return arguments[0].data.map((t) => [t.line.color, t.line.dash])"
+    drawn = browser.execute_script(style, plots(browser)[0])
+    style = """return [...document.querySelectorAll(".line")].map((sample) => {
+      const {stroke, strokeDasharray} = getComputedStyle(sample);
+      return [stroke, strokeDasharray.replaceAll(" ", "")]})"""
+    samples = browser.execute_script(style)
+    numbers = [[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color, _ in drawn]
+    assert [stroke for stroke, _ in samples] == [
+        "rgb({}, {}, {})".format(*number)
+        for number in numbers[::2]  # each is in the track too
+    ]
+    assert [dash for _, dash in samples] == [dash for _, dash in drawn[::2]]
+    assert len({tuple(sample) for sample in samples}) == 12
+    for number in (1, 2):
+        switch(browser, "method", str(number))
+    assert sum(trace["band"] for trace in traces(browser)) == 10
+
+
+def test_all_methods_are_switched_at_once(chromium: webdriver.Chrome, many: Path) -> None:
+    browser = opening(chromium, many)
+    none, all_ = (browser.find_element(By.CSS_SELECTOR, f"[value={v}]") for v in ("none", "all"))
+    none.click()
+    assert traces(browser) == [] and hint(browser) == "Choose a method above"
+    switch(browser, "method", "3")
+    assert [trace["name"] for trace in losses(browser)] == ["LGL2O 3"] and hint(browser) == ""
+    all_.click()
+    assert len(losses(browser)) == 12
+    assert browser.get_log("browser") == []
+
+
+def test_few_methods_have_no_buttons(opened: webdriver.Chrome) -> None:
+    assert opened.find_elements(By.CSS_SELECTOR, ".switches button") == []
+
+
+def hint(browser: webdriver.Chrome) -> str:
+    found = plots(browser)[0].find_elements(By.CSS_SELECTOR, ".annotation-text")
+    return " ".join(element.text for element in found)
+
+
 def test_claims_are_told_in_words(opened: webdriver.Chrome) -> None:
     rows = opened.find_elements(By.CSS_SELECTOR, ".claims tbody tr")
     assert [row.find_element(By.CLASS_NAME, "outcome").text for row in rows] == [
@@ -488,7 +544,7 @@ def test_seeds_are_switched(opened: webdriver.Chrome) -> None:
     first, *_ = losses(opened)
     np.testing.assert_allclose(first["y"][:299], 2 / np.sqrt(first["x"][:299]), rtol=1e-6)
     switch(opened, "seed", "1")
-    assert traces(opened) == []
+    assert traces(opened) == [] and hint(opened) == "Choose a seed above"
     assert opened.get_log("browser") == []
 
 

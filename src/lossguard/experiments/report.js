@@ -4,7 +4,7 @@
 
 const COLORS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd",
                 "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"];
-const DASHES = ["solid", "dash", "dashdot", "longdash"];
+const DASHES = ["none", "9px,4px", "9px,3px,2px,3px", "2px,3px"];
 const AXES = {
   step: "Optimizer step",
   gradients: "Gradient evaluations of one seed",
@@ -15,6 +15,8 @@ const PLAIN = {
   "10<sup>−3</sup>": "0.001", "10<sup>−2</sup>": "0.01", "10<sup>−1</sup>": "0.1",
   "10<sup>2</sup>": "100", "10<sup>3</sup>": "1000",
 };
+const color = (number) => COLORS[number % COLORS.length];
+const dash = (number) => DASHES[Math.floor(number / COLORS.length) % DASHES.length];
 
 function decode(text) {
   return new Float32Array(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
@@ -32,8 +34,8 @@ function decodeMethod(method, number) {
   const flat = typeof method.gradients === "number";
   return {
     name: method.name,
-    color: COLORS[number % COLORS.length],
-    dash: DASHES[Math.floor(number / COLORS.length) % DASHES.length],
+    color: color(number),
+    dash: dash(number),
     loss: many(method.loss),
     use: many(method.use),
     x: {
@@ -63,7 +65,7 @@ function band(method, x, rows) {
   };
 }
 
-function tracesOf(method, { x, seeds, apart }) {
+function tracesOf(method, { x, seeds, apart, bands }) {
   const chosen = (rows) => seeds.map((seed) => rows[seed]);
   const xs = chosen(method.x[x]);
   const traces = [];
@@ -72,7 +74,7 @@ function tracesOf(method, { x, seeds, apart }) {
       traces.push(line(method, xs[i], method.loss[seed], { meta: seed, opacity: 0.8 }));
     });
   } else {
-    traces.push(band(method, over(xs, mean), chosen(method.loss)));
+    if (bands) traces.push(band(method, over(xs, mean), chosen(method.loss)));
     traces.push(line(method, over(xs, mean), over(chosen(method.loss), mean)));
   }
   if (method.use) {
@@ -115,19 +117,20 @@ function draw(plot, traces, more) {
 function curves(plot, data) {
   const form = plot.previousElementSibling;
   const methods = data.methods.map(decodeMethod);
-  form.querySelectorAll(".line").forEach((sample, i) => {
-    sample.style.borderTopColor = methods[i].color;
-    sample.style.borderTopStyle = methods[i].dash === "solid" ? "solid" : "dashed";
-  });
   const show = () => {
     const chosen = new FormData(form);
     const state = {
       x: chosen.get("x"), seeds: chosen.getAll("seed").map(Number), apart: chosen.has("apart"),
+      bands: chosen.getAll("method").length <= COLORS.length,
     };
     const shown = state.seeds.length ? chosen.getAll("method").map((i) => methods[i]) : [];
+    const nothing = {
+      text: `Choose a ${state.seeds.length ? "method" : "seed"} above`, showarrow: false,
+      xref: "paper", yref: "paper", x: 0.5, y: 0.6, font: { size: 18 },
+    };
     const track = methods.some((method) => method.use);
     draw(plot, shown.flatMap((method) => tracesOf(method, state)), {
-      uirevision: "kept",
+      uirevision: "kept", annotations: shown.length ? [] : [nothing],
       xaxis: {
         type: "log", title: { text: AXES[state.x] }, uirevision: state.x, anchor: track ? "y2" : "y",
       },
@@ -145,13 +148,24 @@ function curves(plot, data) {
 // A few lines with a legend: meta-training.
 function lines(plot, data) {
   const traces = data.lines.map(({ name, x, y }, i) =>
-    line({ name, color: COLORS[i], dash: "solid" }, decode(x), decode(y)));
+    line({ name, color: color(i), dash: dash(i) }, decode(x), decode(y)));
   return () => draw(plot, traces, {
     showlegend: true, legend: { orientation: "h", y: -0.2, yanchor: "top" },
     xaxis: { type: data.log_x ? "log" : "linear", title: { text: data.x } },
     yaxis: { type: "log", title: { text: data.y } },
   });
 }
+
+document.querySelectorAll(".switches").forEach((form) => {
+  form.querySelectorAll(".line").forEach((sample, i) => {
+    sample.style.stroke = color(i);
+    sample.style.strokeDasharray = dash(i);
+  });
+  form.querySelectorAll("button").forEach((button) => button.addEventListener("click", () => {
+    form.querySelectorAll("[name=method]").forEach((box) => { box.checked = button.value === "all"; });
+    form.dispatchEvent(new Event("change"));
+  }));
+});
 
 const shows = new Map();  // of the plots that have come near the view
 

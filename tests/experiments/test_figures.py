@@ -144,6 +144,30 @@ def test_title_and_legend_keep_clear(methods: list[str]) -> None:
     plt.close(figure)
 
 
+@pytest.mark.parametrize(("factor", "cut"), [(1e9, True), (2.0, False)])
+def test_what_diverges_leaves_at_the_top(factor: float, cut: bool) -> None:
+    """It would flatten the others: ten times the highest loss of the first step is enough."""
+    curves = curves_of({"L2O": 1.0, "LGL2O": 2.0})
+    lost = (pl.col("method") == "L2O") & (pl.col("step") > 100)
+    loss = pl.when(lost).then(pl.col("loss") * factor).otherwise("loss")
+    figure = figures.draw(curves.with_columns(loss), "Title")
+    losses = figure.axes[0]
+    lowest, highest = losses.get_ylim()
+    assert ("leave at the top" in losses.get_ylabel()) == cut
+    if cut:
+        assert highest == pytest.approx(10 * 2 * 2.0)
+        assert 0.5 < lowest * np.sqrt(STEPS[-1]) / 2 < 1  # the margin is that of what is shown
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("first", [np.nan, np.inf])
+def test_nothing_leaves_where_no_first_loss_is_finite(first: float) -> None:
+    curves = curves_of({"L2O": 1.0}).with_columns(
+        loss=pl.when(pl.col("step") == 1).then(first).otherwise("loss")
+    )
+    assert figures.ceiling(curves, [np.array([np.nan, 1e9])]) is None
+
+
 def test_a_method_that_diverged_is_drawn() -> None:
     curves = curves_of({"L2O": 1.0, "LGL2O": 1.0})
     lost = (pl.col("method") == "L2O") & (pl.col("step") > 100)

@@ -473,6 +473,26 @@ def hint(browser: webdriver.Chrome) -> str:
     return " ".join(element.text for element in found)
 
 
+def test_what_diverges_leaves_at_the_top(chromium: webdriver.Chrome, many: Path) -> None:
+    """At ten times the highest loss of the first step, 2; the rest is a zoom away."""
+    browser = opening(chromium, many)
+    assert "Lines leave at the top, above 20: zoom out" in browser.find_element(
+        By.CLASS_NAME, "run"
+    ).text.replace("\n", " ")
+    lowest, highest = axis(browser, "yaxis")["range"]
+    assert highest == pytest.approx(np.log10(20))
+    assert -0.2 < lowest - np.log10(1.5 / np.sqrt(1000)) < 0
+    (out,) = (
+        button
+        for button in plots(browser)[0].find_elements(By.CLASS_NAME, "modebar-btn")
+        if button.get_attribute("data-title") == "Zoom out"
+    )
+    browser.execute_script("arguments[0].dispatchEvent(new Event('click'))", out)
+    WebDriverWait(browser, 30).until(lambda _: axis(browser, "yaxis")["range"][1] > highest + 0.5)
+    switch(opening(chromium, many), "method", "0")
+    assert axis(browser, "yaxis")["range"][1] < 0.5
+
+
 def test_claims_are_told_in_words(opened: webdriver.Chrome) -> None:
     rows = opened.find_elements(By.CSS_SELECTOR, ".claims tbody tr")
     assert [row.find_element(By.CLASS_NAME, "outcome").text for row in rows] == [

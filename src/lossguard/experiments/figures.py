@@ -24,6 +24,8 @@ WINDOW = 0.1
 """Width of the moving window, as a share of the step."""
 DRAWN = 500
 """Points of a curve that are drawn at most."""
+CEILING = 10
+"""The loss axis ends at so many times the highest loss of the first step, if lines go beyond."""
 
 
 def plot(folder: Path, *, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
@@ -46,7 +48,8 @@ def draw(curves: pl.DataFrame, title: str, *, note: str = "") -> Figure:
     """The figure of an experiment's curves, as ``curves.join`` makes them.
 
     Lines are means over the seeds, bands reach from the least to the largest of them; of more than
-    ten methods there are lines only.
+    ten methods there are lines only. Where a line goes beyond the ``ceiling`` the axis ends there,
+    and says so: a method that diverges would flatten the others.
     """
     methods = curves["method"].unique(maintain_order=True).to_list()
     guarded = guards(curves)
@@ -70,6 +73,10 @@ def draw(curves: pl.DataFrame, title: str, *, note: str = "") -> Figure:
     for method, style in styles.items():
         _draw_loss(top, curves, method, style, band=len(methods) <= COLORS)
     top.set(xscale="log", yscale="log", ylabel="Training loss")
+    if highest := ceiling(curves, [np.asarray(line.get_ydata()) for line in top.lines]):
+        lowest = top.dataLim.minposy
+        top.set_ylim(lowest * (lowest / highest) ** 0.05, highest)
+        top.set_ylabel("Training loss (lines leave at the top)")
     top.set_title(title + (f" ({note})" if note else ""), fontsize=10)
     for method in guarded:
         steps, used = by_seed(curves, method, "used_learned")
@@ -91,6 +98,14 @@ def guards(curves: pl.DataFrame) -> list[str]:
     last = curves.filter(pl.col("step") == pl.col("step").max().over("method"))
     spent = last.filter(pl.col("gradients") + pl.col("forwards") > pl.col("step"))
     return spent["method"].unique(maintain_order=True).to_list()
+
+
+def ceiling(curves: pl.DataFrame, lines: Sequence[np.ndarray]) -> float | None:
+    """``CEILING`` times the highest loss of the first step, if one of these lines goes beyond."""
+    first = curves.filter(pl.col("step") == pl.col("step").min())["loss"].to_numpy()
+    drawn = np.concatenate(lines)
+    limit = CEILING * float(first.max(initial=0, where=np.isfinite(first)))
+    return limit if 0 < limit < drawn.max(initial=0, where=np.isfinite(drawn)) else None
 
 
 LEGEND_WIDTH, LEGEND_SAMPLE = 120, 8

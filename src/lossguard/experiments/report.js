@@ -83,6 +83,14 @@ function tracesOf(method, { x, seeds, apart, bands }) {
   return traces;
 }
 
+// Of the loss axis at first, if lines leave at the top: without it, the margin below is in proportion
+// to what they span.
+function limits(traces, ceiling) {
+  const losses = traces.filter((trace) => !trace.yaxis).flatMap((trace) => [...trace.y]);
+  const low = losses.reduce((least, loss) => (loss > 0 && loss < least ? loss : least), ceiling);
+  return { clipmin: low * (low / ceiling) ** 0.05, clipmax: ceiling };
+}
+
 function layout(more) {
   const front = getComputedStyle(document.body).color;
   const axes = Object.fromEntries(Object.entries(more).filter(([name]) => name.includes("axis")));
@@ -129,12 +137,16 @@ function curves(plot, data) {
       xref: "paper", yref: "paper", x: 0.5, y: 0.6, font: { size: 18 },
     };
     const track = methods.some((method) => method.use);
-    draw(plot, shown.flatMap((method) => tracesOf(method, state)), {
+    const traces = shown.flatMap((method) => tracesOf(method, state));
+    draw(plot, traces, {
       uirevision: "kept", annotations: shown.length ? [] : [nothing],
       xaxis: {
         type: "log", title: { text: AXES[state.x] }, uirevision: state.x, anchor: track ? "y2" : "y",
       },
-      yaxis: { type: "log", title: { text: "Training loss" }, domain: [track ? 0.25 : 0, 1] },
+      yaxis: {
+        type: "log", title: { text: "Training loss" }, domain: [track ? 0.25 : 0, 1],
+        autorangeoptions: data.ceiling ? limits(traces, data.ceiling) : {},
+      },
       yaxis2: {
         title: { text: "use_l2o", standoff: 12 }, domain: [0, 0.2], range: [0.45, 1.05],
         tickvals: [0.5, 1], ticktext: ["fallback", "learned"], fixedrange: true, visible: track,

@@ -21,7 +21,7 @@ from plotly.offline import get_plotlyjs
 from ..metatrain.figure import OTHERS, on_others
 from ..records import EVALUATIONS, read_parquet, read_run
 from .claims import judge_claims
-from .figures import SMOOTHED_FROM, by_seed, guards, smooth, summary
+from .figures import SMOOTHED_FROM, by_seed, ceiling, guards, smooth, summary
 from .folders import find_runs
 
 POINTS_A_DECADE = 100
@@ -110,9 +110,10 @@ def _curves(config: dict[str, Any], made: dict[str, Any], curves: pl.DataFrame) 
 
     ``step`` [m], ``loss`` [seeds, m] smoothed as in the figure, ``use`` [seeds, m] likewise, for
     guards only, ``gradients`` [seeds, m] spent until the step, or one number if it is always the
-    same a step, ``seconds`` a step of one seed, their mean.
+    same a step, ``seconds`` a step of one seed, their mean. ``ceiling`` is where the axis ends at
+    first, if lines leave at the top.
     """
-    methods, kept, recorded = [], 0, 0
+    methods, means, kept, recorded = [], [], 0, 0
     guarded = guards(curves)
     for name in config["methods"]:
         steps, loss = by_seed(curves, name, "loss")
@@ -121,11 +122,13 @@ def _curves(config: dict[str, Any], made: dict[str, Any], curves: pl.DataFrame) 
         keep = _thin(steps)
         kept, recorded = max(kept, len(keep)), max(recorded, len(steps))
         rate = float(gradients[0, 0] / steps[0])
+        smoothed = smooth(steps, loss)[:, keep]
+        means.append(smoothed.mean(axis=0))
         methods.append(
             {
                 "name": name,
                 "step": _base64(steps[keep]),
-                "loss": [_base64(row[keep]) for row in smooth(steps, loss)],
+                "loss": [_base64(row) for row in smoothed],
                 "use": [_base64(row[keep]) for row in smooth(steps, 0.5 + 0.5 * used)]
                 if name in guarded
                 else None,
@@ -136,7 +139,13 @@ def _curves(config: dict[str, Any], made: dict[str, Any], curves: pl.DataFrame) 
             }
         )
     seeds = (config["seed"] + np.arange(config["seeds"])).tolist()
-    return {"methods": methods, "seeds": seeds, "kept": kept, "recorded": recorded}
+    return {
+        "methods": methods,
+        "seeds": seeds,
+        "ceiling": ceiling(curves, means),
+        "kept": kept,
+        "recorded": recorded,
+    }
 
 
 def _thin(steps: np.ndarray) -> np.ndarray:

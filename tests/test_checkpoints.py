@@ -177,6 +177,12 @@ def test_half_written_one_is_no_checkpoint(saved: Path) -> None:
     same(Checkpoints(saved).latest(state(0)), 20)
 
 
+def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
+    reason = r"can't write a checkpoint: Cannot save .*zero size.*here'$"
+    with pytest.raises(OSError, match=reason):
+        Checkpoints(tmp_path / "here").save(1, (jnp.zeros((0, 2)),), table(1))
+
+
 def test_delete_removes_all(saved: Path) -> None:
     checkpoints = Checkpoints(saved)
     checkpoints.delete()

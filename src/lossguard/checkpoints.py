@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import logging
+import re
 import shutil
 import time
 from functools import cached_property
@@ -53,8 +54,7 @@ class Checkpoints:
             except Exception as error:  # of its threads, of C++, or an OSError without a path
                 time.sleep(1)  # its threads print for a moment more
                 number = getattr(error, "errno", None) or errno.EIO
-                reason = getattr(error, "strerror", None) or _last_part(str(error))
-                message = f"can't write a checkpoint: {reason}"
+                message = f"can't write a checkpoint: {_reason(error)}"
                 raise OSError(number, message, str(self._folder)) from error
 
     def latest(self, template: PyTree) -> tuple[int, PyTree, pl.DataFrame] | None:
@@ -97,7 +97,7 @@ class Checkpoints:
 
     def _set_aside(self, step: int, error: Exception) -> None:
         """Out of the way of the one that will be written anew, but not lost."""
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = _reason(error)[:200] or type(error).__name__
         damaged = self._folder / f"{step}.damaged"
         shutil.rmtree(damaged, ignore_errors=True)  # the same one, damaged once before
         (self._folder / str(step)).rename(damaged)
@@ -133,9 +133,11 @@ def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
 
 
-def _last_part(message: str) -> str:
-    """Of C++'s ``CODE: what failed: where it failed: reason [more]``, the reason."""
-    return message.rpartition(": ")[2].partition(" [")[0]
+def _reason(error: Exception) -> str:
+    """On one line; of C++'s only what the system said: ``...: File too large [os_error_...``."""
+    text = getattr(error, "strerror", None) or " ".join(str(error).split())
+    said = re.search(r"([^:]*) \[os_error_code", text)
+    return said[1].strip() if said else text
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:

@@ -216,6 +216,7 @@ def test_a_run_in_another_thread(tmp_path: Path) -> None:
         ({"steps": 0}, "^steps must be at least 1, got 0$"),
         ({"seeds": 0}, "^seeds must be at least 1, got 0$"),
         ({"batch_size": -1}, "^batch_size must be at least 1, got -1$"),
+        ({"batch_size": 401}, "^batch_size must be between 1 and samples = [0-9]*, got 401"),
         ({"nt": 0}, "^nt must be an integer of at least 1, got 0"),
         ({"nc": 0}, "^nc must be an integer of at least 1, got 0"),
         ({"methods": ("SGD",)}, "^methods must each be one of Signs, .*; got 'SGD'"),
@@ -224,6 +225,20 @@ def test_a_run_in_another_thread(tmp_path: Path) -> None:
 def test_bad_fields_leave_no_folder(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         run(dataclasses.replace(tiny.recipe(), **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_method_that_fails_in_its_first_step_leaves_no_folder(tmp_path: Path) -> None:
+    def methods(e: Experiment) -> dict[str, Any]:
+        broken = optax.stateless(lambda updates, _: updates["no such leaf"])
+        return {
+            "SGD": lambda: lossguard.unguarded(optax.sgd(0.1)),
+            "broken": lambda: lossguard.unguarded(broken),
+        }
+
+    e = dataclasses.replace(tiny.recipe(), methods=("SGD", "broken"), make_methods=methods)
+    with pytest.raises(TypeError):
+        run(e, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

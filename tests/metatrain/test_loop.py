@@ -224,6 +224,7 @@ def test_figure_of_any_length(tmp_path: Path, steps: int) -> None:
     [
         *(({name: 0}, f"^{name} must be at least 1, got 0$") for name in loop.COUNTS),
         ({"shortest": 13}, "^longest must be at least shortest, which is 13, got 12$"),
+        ({"batch_size": 2000}, "^batch_size must be between 1 and samples = 1[0-9]*, got 2000"),
         ({"dataset": "digit"}, "did you mean 'digits'"),
         ({"scaling": "none"}, "^scaling must be one of "),
     ],

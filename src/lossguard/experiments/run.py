@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import polars as pl
+from jaxtyping import PRNGKeyArray
 
 from .. import curves, records
 from ..checkpoints import Checkpoints
@@ -40,13 +41,15 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
 
     Raises:
         ValueError: if the folder holds another run, or this one and ``resume`` is false, or the
-            experiment names a method or data set that does not exist or has a count below 1.
+            experiment names a method or data set that does not exist or has a number out of range.
     """
     for name in ("steps", "seeds", "batch_size"):
         if (count := getattr(experiment, name)) < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
     guards = experiment.guards()
     task = experiment.make_task(experiment)
+    for guard in guards.values():
+        _trace_cycle(guard, task)
     records.open_folder(folder, as_config(experiment), resume=resume)
     if records.is_finished(folder):
         return folder
@@ -73,6 +76,15 @@ def as_config(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [as_config(v) for v in value]
     return f"{value.__module__}:{value.__qualname__}" if callable(value) else value
+
+
+def _trace_cycle(guard: Guard, task: Task) -> None:
+    """Nothing is computed, but whatever refuses its arguments does so before there is a folder."""
+
+    def cycle(key: PRNGKeyArray) -> tuple[GuardState, Decision]:
+        return guard.step(guard.init(task.init(key)), Objective(task, key))
+
+    jax.eval_shape(cycle, jax.random.key(0))
 
 
 class _MethodRun:

@@ -116,6 +116,8 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
     """
     _check(config)
     task, others = config.task(), config.other_tasks()
+    for each in (task, *others.values()):
+        _trace_loss(each)
     records.open_folder(folder, asdict(config), resume=resume)
     if records.is_finished(folder):
         return folder / WEIGHTS
@@ -179,6 +181,11 @@ def _check(config: MetaTraining) -> None:
         raise ValueError(
             f"longest must be at least shortest, which is {config.shortest}, got {config.longest}"
         )
+
+
+def _trace_loss(task: Task) -> None:
+    """Nothing is computed, but whatever refuses its arguments does so before there is a folder."""
+    jax.eval_shape(lambda key: task.objective(key)(task.init(key), 0), jax.random.key(0))
 
 
 def _start(config: MetaTraining, task: Task, key: PRNGKeyArray) -> MetaState:

@@ -83,12 +83,19 @@ def write(folder: Path, config: dict[str, Any], curves: pl.DataFrame, **made: An
     return folder
 
 
-def write_run(folder: Path, curves: pl.DataFrame, name: str = "fig03", **made: Any) -> Path:
+def write_run(
+    folder: Path,
+    curves: pl.DataFrame,
+    *,
+    name: str = "fig03",
+    time: str = "2026-01-02T03:04:05Z",
+    **settings: Any,
+) -> Path:
     methods = curves["method"].unique(maintain_order=True).to_list()
     config = {"name": name, "title": TITLE, "methods": methods}
-    config |= {"seeds": curves["seed"].n_unique(), "seed": 7}
-    seconds = dict.fromkeys(methods, 10.0)
-    return write(folder, config, curves, data="CIFAR-10 as JPEG q75", seconds=seconds, **made)
+    config |= {"seeds": curves["seed"].n_unique(), "seed": 7, **settings}
+    made = {"data": "CIFAR-10 as JPEG q75", "seconds": dict.fromkeys(methods, 10.0), "time": time}
+    return write(folder, config, curves, **made)
 
 
 def write_meta(folder: Path, name: str) -> Path:
@@ -198,8 +205,10 @@ def test_runs_are_in_order_and_say_that_there_is_a_later_one(
         ("e", "fig03", "2026-01-03"),
         ("f", "fig02-moons", "2026-01-02"),
     ):
-        write_run(tmp_path / folder, curves, name, time=time)
+        write_run(tmp_path / folder, curves, name=name, time=time)
     write_meta(tmp_path / "g", "lstm-cifar10-conv")
+    for folder, time in (("h", "2026-01-05"), ("i", "2026-01-01")):
+        write_run(tmp_path / folder, curves, time=time, scaling="symmetric")  # not the recipe's
     text = report([tmp_path], tmp_path / "report.html").read_text()
     titles = re.findall(r'<section class="run" id="run-(\d)">\n<h2>(.*?)(?:: .*)?</h2>', text)
     assert titles == [
@@ -207,15 +216,17 @@ def test_runs_are_in_order_and_say_that_there_is_a_later_one(
         ("2", "fig03"),
         ("3", "fig03"),
         ("4", "fig03"),
-        ("5", "fig10"),
-        ("6", "Meta-training of lstm-cifar10-conv"),  # figure 11
-        ("7", "ablation"),
+        ("5", "fig03"),
+        ("6", "fig03"),
+        ("7", "fig10"),
+        ("8", "Meta-training of lstm-cifar10-conv"),  # figure 11
+        ("9", "ablation"),
     ]
     listed = re.findall(r'<a href="#run-\d">.*</a> <span class="folder">(.*)</span>', text)
-    later = ' · <a href="#run-2">there is a later run</a>'
-    assert listed == ["f", "d", "e" + later, "c" + later, "a", "g", "b"]
-    assert text.count(later) == 4  # below the titles too
-    assert '<td data-label="Figure"><a href="#run-2">3</a></td>' in text
+    later = ' · <a href="#run-3">there is a later run</a>'
+    assert listed == ["f", "h", "d", *(name + later for name in "eci"), "a", "g", "b"]
+    assert text.count(later) == 6  # below the titles too
+    assert '<td data-label="Figure"><a href="#run-3">3</a></td>' in text
     assert '<td data-label="Figure">6</td>' in text
 
 

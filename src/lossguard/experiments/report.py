@@ -20,9 +20,12 @@ from plotly.offline import get_plotlyjs
 
 from ..metatrain.figure import OTHERS, on_others
 from ..records import EVALUATIONS, read_parquet, read_run
+from .beyond import RECIPES
 from .claims import judge_claims
+from .evidence import FREE
 from .figures import SMOOTHED_FROM, by_seed, ceiling, guards, smooth, summary
 from .folders import find_runs
+from .run import as_config
 
 POINTS_A_DECADE = 100
 """Of each line, from the step on from which lines are smoothed; every step before it."""
@@ -45,7 +48,7 @@ def report(folders: Sequence[Path], file: Path) -> Path:
     )
     page = environment.get_template("report.html").render(
         claims=judge_claims(finished),
-        figures={_figure(run["name"]): run["id"] for run in reversed(runs)},
+        figures={_figure(run["name"]): run["id"] for run in reversed(runs) if run["by_recipe"]},
         runs=runs,
         others={folder.name: reason for folder, reason in others.items()},
         smoothed_from=SMOOTHED_FROM,
@@ -65,7 +68,8 @@ def _beside(name: str) -> str:
 def _in_order(sections: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The paper's figures, then others by name; of one name the latest first, the others say so.
 
-    ``id`` is where a section is on the page, ``later`` where the latest of its name is.
+    ``id`` is where a section is on the page, ``later`` where the latest by its recipe is. A run
+    with other settings takes no other's place.
     """
 
     def place(section: dict[str, Any]) -> tuple[float, str]:
@@ -75,8 +79,9 @@ def _in_order(sections: list[dict[str, Any]]) -> list[dict[str, Any]]:
     sections, latest = sorted(sections, key=place), {}
     for number, section in enumerate(sections, 1):
         section["id"] = f"run-{number}"
-        later = latest.setdefault(section["name"], section["id"])
-        section["later"] = None if later == section["id"] else later
+        section["later"] = latest.get(section["name"])
+        if section["by_recipe"]:
+            latest.setdefault(section["name"], section["id"])
     return sections
 
 
@@ -84,6 +89,12 @@ def _figure(name: str) -> str | None:
     """The number of the paper's figure that a run of this name is about."""
     found = re.match(r"fig0*(\d+)", name)
     return found[1] if found else {"Meta-training of lstm-cifar10-conv": "11"}.get(name)
+
+
+def _by_recipe(config: dict[str, Any]) -> bool:
+    """Whether a run has the settings of its recipe, if it is one of ours, but for ``FREE``."""
+    settings = as_config(RECIPES[config["name"]]()) if config["name"] in RECIPES else {}
+    return all(config.get(k, v) == v for k, v in settings.items() if k not in FREE)
 
 
 def _section(folder: Path) -> dict[str, Any]:
@@ -96,6 +107,7 @@ def _section(folder: Path) -> dict[str, Any]:
         "name": name,
         "title": name if meta or not config["title"] else f"{name}: {config['title']}",
         "time": made["time"],
+        "by_recipe": _by_recipe(config),
         "note": made.get("data", ""),
         "panels": _meta_panels(curves) if meta else None,
         "curves": None if meta else _curves(config, made, curves),

@@ -41,7 +41,7 @@ ABLATION = {
     "recommended, nc 10 at most": {
         "hedge": RECORD,
         "loser": "reset",
-        "probing": backoff(patience=100, most=512, start="reset"),
+        "probing": backoff(patience=200, most=512, start="reset"),
     },
     "recommended, patience 10": {
         "hedge": RECORD,

@@ -24,7 +24,7 @@ def recommended(
     """A hedged loss guard that keeps its gains under noise and backs off where there are none.
 
     x goes back to the fallback's own path where its training losses have been higher for a while, a
-    learned lane that lost begins anew, and after 100 losses running it is probed ever less often.
+    learned lane that lost begins anew, and after 200 losses running it is probed ever less often.
 
     Args:
         learned: the optimizer that is not trusted, or several, which compete in every cycle, as in
@@ -56,6 +56,6 @@ def recommended(
         criterion=mean_criterion() if most in (None, nc) else curtailed(first=nc, most=most),
         hedge=track_record(decay=0.9),
         loser="reset",
-        probing=backoff(patience=100, most=512, start="reset"),
+        probing=backoff(patience=200, most=512, start="reset"),
         **options,
     )

@@ -213,12 +213,18 @@ def test_a_run_in_another_thread(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"steps": 0}, "^steps must be at least 1, got 0$"),
-        ({"seeds": 0}, "^seeds must be at least 1, got 0$"),
-        ({"batch_size": -1}, "^batch_size must be at least 1, got -1$"),
+        *(
+            ({name: 0, "methods": ("Signs",)}, f"^{name} must be an integer of at least 1, got 0$")
+            for name in ("steps", "seeds", "batch_size", "nt", "nc")
+        ),
+        *(
+            ({name: value}, f"^{name} must be positive and finite, got {value}$")
+            for name in ("adam_rate", "sgd_rate", "sgd_tau", "guard_tau")
+            for value in (0.0, np.nan)
+        ),
+        ({"seed": -1}, r"^seed must be such that all are in 0 to 2\^32 - 1, got -1 to 0$"),
+        ({"seed": 2**32 - 1}, r"^seed must be .*, got 4294967295 to 4294967296$"),
         ({"batch_size": 401}, "^batch_size must be between 1 and samples = [0-9]*, got 401"),
-        ({"nt": 0}, "^nt must be an integer of at least 1, got 0"),
-        ({"nc": 0}, "^nc must be an integer of at least 1, got 0"),
         ({"methods": ("SGD",)}, "^methods must each be one of Signs, .*; got 'SGD'"),
     ],
 )

@@ -14,7 +14,7 @@ from jaxtyping import PRNGKeyArray
 
 from .. import curves, records
 from ..checkpoints import Checkpoints
-from ..guards.protocol import Decision, Guard, GuardState
+from ..guards.protocol import Decision, Guard, GuardState, check_count, check_positive
 from ..progress import Progress, stopping_at_interrupt
 from ..rollout import rollout
 from ..tasks.task import Objective, Task
@@ -43,9 +43,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
         ValueError: if the folder holds another run, or this one and ``resume`` is false, or the
             experiment names a method or data set that does not exist or has a number out of range.
     """
-    for name in ("steps", "seeds", "batch_size"):
-        if (count := getattr(experiment, name)) < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+    _check(experiment)
     guards = experiment.guards()
     task = experiment.make_task(experiment)
     for guard in guards.values():
@@ -76,6 +74,17 @@ def as_config(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [as_config(v) for v in value]
     return f"{value.__module__}:{value.__qualname__}" if callable(value) else value
+
+
+def _check(experiment: Experiment) -> None:
+    """Its numbers, also those that none of its methods uses."""
+    for name in ("steps", "seeds", "batch_size", "nt", "nc"):
+        check_count(name, getattr(experiment, name))
+    for name in ("sgd_rate", "sgd_tau", "guard_tau", "adam_rate"):
+        check_positive(**{name: getattr(experiment, name)})
+    first, last = experiment.seed, experiment.seed + experiment.seeds - 1
+    if not 0 <= first <= last < 2**32:  # others would be taken modulo 2^32
+        raise ValueError(f"seed must be such that all are in 0 to 2^32 - 1, got {first} to {last}")
 
 
 def _trace_cycle(guard: Guard, task: Task) -> None:

@@ -222,7 +222,16 @@ def test_figure_of_any_length(tmp_path: Path, steps: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        *(({name: 0}, f"^{name} must be at least 1, got 0$") for name in loop.COUNTS),
+        *(({name: 0}, f"^{name} must be an integer of at least 1, got 0$") for name in loop.COUNTS),
+        *(
+            ({name: value}, f"^{name} must be positive and finite, got {value}$")
+            for name in ("rate", "clip", "scale", "p")
+            for value in (0.0, np.inf)
+        ),
+        ({"b2": 1.0}, "^b2 must be at least 0 and below 1, got 1.0$"),
+        ({"b2": -0.1}, "^b2 must be at least 0 and below 1, got -0.1$"),
+        ({"curriculum": -1}, "^curriculum must be at least 0, got -1$"),
+        ({"seed": 2**32}, r"^seed must be in 0 to 2\^32 - 1, got 4294967296$"),
         ({"shortest": 13}, "^longest must be at least shortest, which is 13, got 12$"),
         ({"batch_size": 2000}, "^batch_size must be between 1 and samples = 1[0-9]*, got 2000"),
         ({"dataset": "digit"}, "did you mean 'digits'"),

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .. import records
 from ..checkpoints import Checkpoints
+from ..guards.protocol import check_count, check_positive
 from ..learned.lstm import LSTMWeights, init_lstm_weights, lstm_optimizer
 from ..learned.pretrained import save_weights
 from ..progress import Progress
@@ -175,8 +176,15 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
 
 def _check(config: MetaTraining) -> None:
     for name in COUNTS:
-        if (count := getattr(config, name)) < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+        check_count(name, getattr(config, name))
+    for name in ("rate", "clip", "scale", "p"):
+        check_positive(**{name: getattr(config, name)})
+    if not 0 <= config.b2 < 1:
+        raise ValueError(f"b2 must be at least 0 and below 1, got {config.b2}")
+    if config.curriculum < 0:
+        raise ValueError(f"curriculum must be at least 0, got {config.curriculum}")
+    if not 0 <= config.seed < 2**32:  # others would be taken modulo 2^32
+        raise ValueError(f"seed must be in 0 to 2^32 - 1, got {config.seed}")
     if config.longest < config.shortest:
         raise ValueError(
             f"longest must be at least shortest, which is {config.shortest}, got {config.longest}"

@@ -203,6 +203,8 @@ def test_plot_of_meta_training(
         (("run", "fig05", "--steps", "0"), ("steps must be an integer of at least 1, got 0",)),
         (("run", "fig05", "--seeds", "0"), ("seeds must be an integer of at least 1, got 0",)),
         (("run", "fig05", "--batch-size", "0"), ("batch_size must be an integer of at least 1",)),
+        (("run", "fig05", "--model.hidden", "-1"), ("hidden must be at least 1 each, got (-1,)",)),
+        (("run", "fig05", "--batch-size", "20000"), ("between 1 and samples = 10000, got 20000",)),
         (("metatrain", "mnist-mlp", "--dataset", "mnits"), ("(did you mean 'mnist'",)),
         (("metatrain", "mnist-mlp", "--meta-steps", "0"), ("meta_steps must be an integer of",)),
         (("metatrain", "mnist-mlp", "--validate-every", "0"), ("validate_every must be an",)),

@@ -108,6 +108,23 @@ def test_counts_its_parameters(model: Model, shape: tuple[int, ...], parameters:
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
 
 
+@pytest.mark.parametrize(
+    ("model", "shape", "reason"),
+    [
+        (MLP((5, 0)), (2,), r"hidden must be at least 1 each, got \(5, 0\)"),
+        (MLP((-1,)), (2,), r"hidden must be at least 1 each, got \(-1,\)"),
+        (ConvNet((8,), (3,), (0,)), (8, 8, 1), r"strides must be at least 1 each, got \(0,\)"),
+        (ConvNet((8,), (-3,), (1,)), (8, 8, 1), r"kernels must be at least 1 each, got \(-3,\)"),
+        (ConvNet((0,), (3,), (1,)), (8, 8, 1), r"channels must be at least 1 each, got \(0,\)"),
+        (ConvNet((8,)), (8, 8, 1), "channels, kernels and strides must be equally many, got .*"),
+        (ConvNet(), (2,), r"inputs .* must be \[height, width, channels\], got \(2,\)"),
+    ],
+)
+def test_bad_fields_are_refused(model: Model, shape: tuple[int, ...], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"^{reason}$"):
+        model.init(shape, 10, jax.random.key(0))
+
+
 def test_too_small_inputs_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^inputs of shape \(8, 8, 1\) are too small for ConvNet"):
         ConvNet().init((8, 8, 1), 10, jax.random.key(0))

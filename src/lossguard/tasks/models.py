@@ -37,6 +37,7 @@ class MLP:
     def init(
         self, shape: Sequence[int], classes: int, key: PRNGKeyArray
     ) -> tuple[eqx.nn.Linear, ...]:
+        _check_counts(hidden=self.hidden)
         sizes = (int(np.prod(shape)), *self.hidden, classes)
         keys = jax.random.split(key, len(sizes) - 1)
         return tuple(
@@ -74,6 +75,11 @@ class ConvNet:
     def init(
         self, shape: Sequence[int], classes: int, key: PRNGKeyArray
     ) -> tuple[eqx.nn.Conv2d | eqx.nn.Linear, ...]:
+        if len(shape) != 3:
+            raise ValueError(f"inputs of a ConvNet must be [height, width, channels], got {shape}")
+        if not len(self.channels) == len(self.kernels) == len(self.strides):
+            raise ValueError(f"channels, kernels and strides must be equally many, got {self}")
+        _check_counts(channels=self.channels, kernels=self.kernels, strides=self.strides)
         height, width, channels = shape
         keys = jax.random.split(key, len(self.channels) + 1)
         layers: list[eqx.nn.Conv2d | eqx.nn.Linear] = []
@@ -105,6 +111,12 @@ class ConvNet:
             assert isinstance(layer, eqx.nn.Conv2d) and layer.bias is not None
             x = jax.nn.relu(convolve(x, layer.weight, layer.stride[0]) + layer.bias[:, 0, 0])
         return jax.vmap(params[-1])(x.reshape(x.shape[0], -1))
+
+
+def _check_counts(**counts: tuple[int, ...]) -> None:
+    for name, values in counts.items():
+        if any(value < 1 for value in values):
+            raise ValueError(f"{name} must be at least 1 each, got {values}")
 
 
 def convolve(

@@ -76,8 +76,9 @@ class Progress:
 def stopping_at_interrupt() -> Iterator[Callable[[], bool]]:
     """Inside, Ctrl-C only makes the function that it yields return true; a second one raises.
 
-    For loops that must not be torn apart in the middle of an iteration. Ctrl-C goes to the main
-    thread: in any other this changes nothing.
+    For loops that must not be torn apart in the middle of an iteration, and for JAX, which loses
+    one that comes in the middle of Python's collection of garbage. Ctrl-C goes to the main thread:
+    in any other this changes nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

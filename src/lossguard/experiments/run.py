@@ -1,6 +1,6 @@
 """Run an experiment: its methods one after another, its seeds side by side, its records on disk."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -46,21 +46,22 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
     _check(experiment)
     guards = experiment.guards()
     task = experiment.make_task(experiment)
-    for guard in guards.values():
-        _trace_cycle(guard, task)
-    records.open_folder(folder, as_config(experiment), resume=resume)
-    if records.is_finished(folder):
-        return folder
-    made = records.start(folder, data=task.dataset.note)
-    tables, evaluations, seconds = [], [], {}
-    for method, guard in guards.items():
-        under_way = _MethodRun(experiment, method, guard, task, folder)
-        table, evaluated, seconds[method] = under_way.records()
-        tables.append(table)
-        evaluations.append(evaluated)
-    records.write_parquet(folder / records.EVALUATIONS, pl.concat(evaluations))
-    records.write_parquet(folder / records.CURVES, pl.concat(tables))
-    records.finish(folder, made | {"seconds": seconds})
+    with stopping_at_interrupt() as stopped:
+        for guard in guards.values():
+            _trace_cycle(guard, task)
+        records.open_folder(folder, as_config(experiment), resume=resume)
+        if records.is_finished(folder):
+            return folder
+        made = records.start(folder, data=task.dataset.note)
+        tables, evaluations, seconds = [], [], {}
+        for method, guard in guards.items():
+            under_way = _MethodRun(experiment, method, guard, task, folder, stopped)
+            table, evaluated, seconds[method] = under_way.records()
+            tables.append(table)
+            evaluations.append(evaluated)
+        records.write_parquet(folder / records.EVALUATIONS, pl.concat(evaluations))
+        records.write_parquet(folder / records.CURVES, pl.concat(tables))
+        records.finish(folder, made | {"seconds": seconds})
     return folder
 
 
@@ -100,9 +101,16 @@ class _MethodRun:
     """A method of an experiment under way: where its seeds are, and its records so far."""
 
     def __init__(
-        self, experiment: Experiment, method: str, guard: Guard, task: Task, folder: Path
+        self,
+        experiment: Experiment,
+        method: str,
+        guard: Guard,
+        task: Task,
+        folder: Path,
+        stopped: Callable[[], bool],
     ) -> None:
         self._experiment, self._method, self._guard, self._task = experiment, method, guard, task
+        self._stopped = stopped
         name = quote(method, safe=" ()")
         self._written = folder / "methods" / f"{name}.parquet"
         self._evaluated = folder / "evaluated" / f"{name}.parquet"
@@ -116,6 +124,8 @@ class _MethodRun:
         """
         if not self._written.exists():
             self._start()
+            if self._stopped():
+                raise KeyboardInterrupt
             self._run()
         table = records.read_parquet(self._written)
         evaluations = records.read_parquet(self._evaluated)
@@ -150,10 +160,8 @@ class _MethodRun:
         """To the end, or until Ctrl-C."""
         nt = self._experiment.nt
         steps = -(-self._experiment.steps // nt) * nt
-        with (
-            stopping_at_interrupt() as stopped,
-            Progress(self._method, total=self._experiment.steps, done=self._taken) as progress,
-        ):
+        total = self._experiment.steps
+        with Progress(self._method, total=total, done=self._taken) as progress:
             saved, compiled = progress.seconds, False
             while (taken := self._taken) < steps:
                 most = min(FIRST_CHUNKS, CHUNK) if self._cycles < CHUNK else CHUNK
@@ -172,10 +180,10 @@ class _MethodRun:
                 finished = self._taken >= steps
                 if _is_mark(self._cycles * nt) or finished:
                     self._evaluate()
-                if (stopped() or progress.seconds - saved > SAVE_SECONDS) and not finished:
+                if (self._stopped() or progress.seconds - saved > SAVE_SECONDS) and not finished:
                     saved = progress.seconds
                     self._save()
-                if stopped() and not finished:
+                if self._stopped() and not finished:
                     raise KeyboardInterrupt
             if not self._timed:
                 self._seconds, self._timed = progress.seconds, self._cycles
@@ -184,7 +192,7 @@ class _MethodRun:
         seconds = self._seconds * self._cycles / self._timed
         records.write_parquet(self._written, table.with_columns(seconds=pl.lit(seconds)))
         self._checkpoints.delete()
-        if stopped():
+        if self._stopped():
             raise KeyboardInterrupt
 
     def _advance(self, cycles: int) -> Decision:

@@ -15,9 +15,10 @@ import polars as pl
 import pytest
 
 from lossguard import cli, records
-from lossguard.experiments import theorems
+from lossguard.experiments import folders, run, sweep, theorems
 from lossguard.experiments.findings import Finding
 from lossguard.learned import pretrained
+from lossguard.metatrain import loop
 
 TINY = str(Path(__file__).parent / "experiments" / "tiny.py")
 RUN = ("run", f"{TINY}:recipe", "--out", "out")
@@ -362,17 +363,42 @@ def test_error_of_the_system_without_a_path(
     refused(main, capsys, RUN, "lossguard: No space left on device\n")
 
 
-def test_stopped(
-    main: Main, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("arguments", "goes_on"),
+    [
+        (RUN, (*RUN, "--resume")),
+        (("run", "fig05"), ("run", "fig05", "--out", "runs/fig05", "--resume")),
+        (("demo",), ("demo", "--out", "/tmp/lossguard-demo-aa", "--resume")),
+        (
+            ("metatrain", "mnist-mlp", "--resume"),
+            ("metatrain", "mnist-mlp", "--resume", "--out", "runs/mnist-mlp"),
+        ),
+        (("sweep", "fig05", "fig09"), ("sweep", "fig05", "fig09")),
+        (("plot", "runs"), None),
+    ],
+)
+def test_stopped_it_tells_the_command_that_goes_on(
+    main: Main,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    goes_on: tuple[str, ...] | None,
 ) -> None:
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(records, "open_folder", stop)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(run, "run", stop)
+    monkeypatch.setattr(sweep, "sweep", stop)
+    monkeypatch.setattr(loop, "metatrain", stop)
+    monkeypatch.setattr(folders, "find_runs", stop)
+    monkeypatch.setattr("tempfile.tempdir", "/tmp")
+    monkeypatch.setattr("secrets.token_hex", lambda _: "aa")
     with pytest.raises(SystemExit) as caught:
-        main(*RUN)
+        main(*arguments)
     assert caught.value.code == 130
-    assert capsys.readouterr().err.startswith("lossguard: stopped; --resume")
+    command = goes_on and f"; to go on from the last checkpoint: lossguard {' '.join(goes_on)}"
+    assert capsys.readouterr().err == f"lossguard: stopped{command or ''}\n"
 
 
 def test_installed_command(tmp_path: Path) -> None:

@@ -11,10 +11,13 @@ lossguard list                  recipes, data sets, learned optimizers
 """
 
 import itertools
+import os
 import secrets
+import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,10 +41,11 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"lossguard: {_sentence(error)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        how = "the same command" if name == "sweep" else "--resume"
-        print(f"lossguard: stopped; {how} goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        how = f"; to go on from the last checkpoint: {stop}" if stop.args else ""
+        sys.stdout.flush()
+        print(f"lossguard: stopped{how}", file=sys.stderr, flush=True)
+        os._exit(130)  # torn out of a compilation, JAX may crash where the interpreter ends
 
 
 @dataclass(frozen=True)
@@ -115,14 +119,16 @@ def sweep(arguments: Sequence[str]) -> None:
             raise ValueError(f"recipes must have different names, but two are called {name}")
 
     failed = 0
-    for outcome in sweep(experiments, where.out, ray=where.ray):
-        if outcome.state == "complete":
-            _show(outcome.folder)
-        elif outcome.state == "skipped":
-            print(f"{outcome.name}: complete already\nrecords: {outcome.folder}")
-        else:
-            failed += 1
-            print(f"{outcome.name}: {outcome.reason}\nrecords: {outcome.folder}", file=sys.stderr)
+    with _resumable():
+        for outcome in sweep(experiments, where.out, ray=where.ray):
+            if outcome.state == "complete":
+                _show(outcome.folder)
+            elif outcome.state == "skipped":
+                print(f"{outcome.name}: complete already\nrecords: {outcome.folder}")
+            else:
+                failed += 1
+                told = f"{outcome.name}: {outcome.reason}\nrecords: {outcome.folder}"
+                print(told, file=sys.stderr)
     if failed:
         print(f"lossguard: {failed} of {len(experiments)} runs failed", file=sys.stderr)
         sys.exit(1)
@@ -139,7 +145,8 @@ def metatrain(arguments: Sequence[str]) -> None:
     name, recipe = find_recipe(arguments, RECIPES, "metatrain", loop.MetaTraining)
     where = Where(Path("runs") / name)
     where, config = override(recipe, where, arguments[1:], f"metatrain {name}")
-    weights = loop.metatrain(config, where.out, resume=where.resume)
+    with _resumable(where):
+        weights = loop.metatrain(config, where.out, resume=where.resume)
     print(f"weights: {weights}\nfigure: {figure.plot(where.out)}")
 
 
@@ -233,7 +240,23 @@ def _finished(arguments: Sequence[str], command: str) -> list[Path]:
 def _run(where: Where, experiment: Any) -> None:
     from .experiments.run import run
 
-    _show(run(experiment, where.out, resume=where.resume))
+    with _resumable(where):
+        run(experiment, where.out, resume=where.resume)
+    _show(where.out)
+
+
+@contextmanager
+def _resumable(where: Where | None = None) -> Iterator[None]:
+    """Ctrl-C inside comes out with the command that goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        given, more = sys.argv[1:], []
+        if where and not any(argument.startswith("--out") for argument in given):
+            more += ["--out", str(where.out)]
+        if where and not where.resume:
+            more += ["--resume"]
+        raise KeyboardInterrupt(shlex.join(["lossguard", *given, *more])) from None
 
 
 def _show(folder: Path) -> None:

@@ -153,10 +153,12 @@ def test_ctrl_c_leaves_what_was_done_and_goes_on(
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
         patch.setattr(curves, "thin", interrupted)
+        patch.setattr(os, "_exit", sys.exit)
         command(patch, *arguments)
     assert caught.value.code == 130
     assert signal.getsignal(signal.SIGINT) is before
-    message = "lossguard: stopped; --resume goes on from the last checkpoint\n"
+    goes_on = f"lossguard run {MODULE}:recipe --out {tmp_path}/run --resume\n"
+    message = f"lossguard: stopped; to go on from the last checkpoint: {goes_on}"
     assert capfd.readouterr().err.endswith(message)
     left = sorted(entry.name for entry in (tmp_path / "run" / "methods").iterdir())
     assert (

@@ -312,9 +312,11 @@ def test_folder_of_runs(
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
     """A folder that looks like a run's, with one row."""
-    records.open_folder(tmp_path / "run", {"name": "mine", "title": "", "methods": ["a"]})
+    config = {"name": "mine", "title": "", "methods": ["a"], "seeds": 1}
+    records.open_folder(tmp_path / "run", config)
     records.write_json(tmp_path / "run" / records.MANIFEST, {"data": "", "seconds": {"a": 1}})
-    records.write_parquet(tmp_path / "run" / records.CURVES, pl.DataFrame({"step": [1]}))
+    row = {name: [1] for name in records.EXPERIMENT[records.CURVES]}
+    records.write_parquet(tmp_path / "run" / records.CURVES, pl.DataFrame(row))
     return tmp_path / "run"
 
 
@@ -325,6 +327,13 @@ def test_plot_of_damaged_records(
     content = (finished / name).read_bytes()
     (finished / name).write_bytes(content[: len(content) // 2])
     refused(main, capsys, ("plot", "run"), f"run/{name} is not ")
+
+
+def test_plot_of_something_else(
+    main: Main, capsys: pytest.CaptureFixture[str], finished: Path
+) -> None:
+    (finished / "config.json").write_text("{}")
+    refused(main, capsys, ("plot", "run"), "run/config.json is not of a run: it lacks name")
 
 
 def test_folder_with_other_files(

@@ -12,7 +12,8 @@ import pytest
 
 from lossguard import records
 
-CONFIG = {"name": "mine", "hidden": (20, 20), "rate": 0.1, "note": "naïve"}
+CONFIG = {"name": "mine", "title": "naïve", "methods": ("a", "b"), "seeds": 1, "rate": 0.1}
+TABLE = pl.DataFrame({name: [1, 2] for name in records.EXPERIMENT[records.CURVES]})
 
 
 @pytest.fixture
@@ -20,15 +21,15 @@ def finished(tmp_path: Path) -> Path:
     """The folder of a finished run."""
     folder = tmp_path / "run"
     records.open_folder(folder, CONFIG)
-    records.write_parquet(folder / records.CURVES, pl.DataFrame({"step": [1, 2]}))
-    records.write_json(folder / records.MANIFEST, records.manifest(seconds=1.5))
+    records.write_parquet(folder / records.CURVES, TABLE)
+    records.write_json(folder / records.MANIFEST, records.manifest(seconds=1.5, data=""))
     return folder
 
 
 def test_round_trip(finished: Path) -> None:
     config, made, curves = records.read_run(finished)
-    assert config == {**CONFIG, "hidden": [20, 20]}
-    assert curves.equals(pl.DataFrame({"step": [1, 2]}))
+    assert config == {**CONFIG, "methods": ["a", "b"]}
+    assert curves.equals(TABLE)
     assert made["seconds"] == 1.5 and made["command"][0] == "lossguard"
     assert set(made["versions"]) >= {"jax", "optax", "lossguard"}
     assert made["commit"] is None or len(made["commit"].removesuffix("-dirty")) == 40
@@ -54,7 +55,7 @@ def test_manifest_has_the_commit_of_every_part(
         made = records.start(tmp_path, data=commit)
         records.open_folder(tmp_path, CONFIG, resume=True)
         assert not records.is_finished(tmp_path)
-    records.write_parquet(tmp_path / records.CURVES, pl.DataFrame({"step": [1]}))
+    records.write_parquet(tmp_path / records.CURVES, TABLE)
     records.finish(tmp_path, made | {"seconds": 1})
     assert records.is_finished(tmp_path)
     assert not (tmp_path / records.STARTED).exists()
@@ -105,6 +106,23 @@ def test_damaged_file_is_named(finished: Path, name: str, content: bytes) -> Non
     if name == records.CONFIG:
         with pytest.raises(ValueError, match=r"config\.json (is not|must hold)"):
             records.open_folder(finished, CONFIG, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("config.json", "name, title, methods, seeds"),
+        ("manifest.json", "data, seconds"),
+        ("curves.parquet", "method, seed, step, loss, gradients, forwards, .*"),
+    ],
+)
+def test_whole_file_of_something_else_is_named(finished: Path, name: str, missing: str) -> None:
+    if name == records.CURVES:
+        records.write_parquet(finished / name, pl.DataFrame({"passengers": [1]}))
+    else:
+        records.write_json(finished / name, {})
+    with pytest.raises(ValueError, match=rf"run/{name} is not of a run: it lacks {missing}$"):
+        records.read_run(finished)
 
 
 def test_truncated_parquet_is_refused_wherever_it_ends(tmp_path: Path) -> None:

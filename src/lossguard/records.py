@@ -17,7 +17,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,22 @@ from typing import Any
 import jax
 import polars as pl
 
+from .curves import COUNTERS
+
 CONFIG, MANIFEST, CURVES = "config.json", "manifest.json", "curves.parquet"
 STARTED = "started.json"
 EVALUATIONS, VERDICTS = "evaluations.parquet", "verdicts.json"
+EXPERIMENT: Mapping[str, Sequence[str]] = {
+    CONFIG: ("name", "title", "methods", "seeds"),
+    MANIFEST: ("data", "seconds"),
+    CURVES: ("method", "seed", "step", "loss", *COUNTERS),
+}
+META_TRAINING: Mapping[str, Sequence[str]] = {
+    CONFIG: ("name",),
+    MANIFEST: (),
+    CURVES: ("meta_step", "meta_loss", "validation"),
+}
+"""What figures, tables and claims need of the records of either."""
 PACKAGES = ("lossguard", "jax", "jaxlib", "optax", "equinox", "numpy", "polars")
 
 
@@ -107,13 +120,19 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], pl.DataFrame
     """Config, manifest and curves of a finished run.
 
     Raises:
-        ValueError: if the folder holds no finished run, or a file of it is damaged.
+        ValueError: if the folder holds no finished run, or a file of it is damaged or lacks what
+            figures and tables need.
     """
     for name in (CONFIG, MANIFEST, CURVES):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} holds no finished run: {name} is missing")
     config, made = _read_json(folder / CONFIG), _read_json(folder / MANIFEST)
-    return config, made, read_parquet(folder / CURVES)
+    curves = read_parquet(folder / CURVES)
+    needed = META_TRAINING if "meta_step" in curves.columns else EXPERIMENT
+    for name, found in {CONFIG: config, MANIFEST: made, CURVES: curves.columns}.items():
+        if missing := [field for field in needed[name] if field not in found]:
+            raise ValueError(f"{folder / name} is not of a run: it lacks {', '.join(missing)}")
+    return config, made, curves
 
 
 def read_parquet(path: Path) -> pl.DataFrame:

@@ -15,6 +15,7 @@ import polars as pl
 import pytest
 
 from lossguard import cli, records
+from lossguard.arguments import find_recipe
 from lossguard.experiments import folders, run, sweep, theorems
 from lossguard.experiments.findings import Finding
 from lossguard.learned import pretrained
@@ -257,6 +258,29 @@ def test_unreadable_module(
 ) -> None:
     (tmp_path / "mine.py").write_text(code)
     refused(main, capsys, ("run", "mine.py:recipe"), "mine.py:recipe can't be read", reason)
+
+
+@pytest.mark.parametrize("name", ["json", "sys"])
+def test_module_named_like_another_leaves_that_alone(tmp_path: Path, name: str) -> None:
+    path = tmp_path / f"{name}.py"
+    path.write_text("def recipe():\n    return 'mine'\n")
+    before = sys.modules[name]
+    for _ in range(2):  # the second time it is there already
+        assert find_recipe([f"{path}:recipe"], {}, "run", str) == ("recipe", "mine")
+    assert sys.modules[name] is before
+    del sys.modules[f"{name}_"]
+
+
+def test_modules_of_one_name_are_kept_apart(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "twin.py").write_text(f"def recipe():\n    return {folder!r}\n")
+    found = [
+        find_recipe([f"{tmp_path / f / 'twin.py'}:recipe"], {}, "run", str)
+        for f in ("a", "b", "b/../a")
+    ]
+    assert [recipe for _, recipe in found] == ["a", "b", "a"]
+    del sys.modules["twin"], sys.modules["twin_"]
 
 
 def test_bug_in_a_users_module_shows_its_traceback(main: Main, tmp_path: Path) -> None:

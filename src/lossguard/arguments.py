@@ -70,17 +70,26 @@ def _plain(name: str) -> str:
 
 
 def _load(path: Path, function: str) -> Callable[[], Any]:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = path.stem
+    while _file(name) not in (None, path.resolve()):
+        name += "_"  # the name is another module's, for example Python's json
+    spec = importlib.util.spec_from_file_location(name, path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise ValueError(f"recipe {path}:{function} can't be read: there is no such Python file")
-    module = sys.modules.get(path.stem)
     try:
-        if getattr(module, "__file__", None) != spec.origin:  # two recipes of a file share it
-            module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
+        if name not in sys.modules:  # two recipes of a file share it
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
     except (SyntaxError, ImportError) as error:
-        del sys.modules[path.stem]
+        del sys.modules[name]
         raise ValueError(f"recipe {path}:{function} can't be read: {error}") from error
-    if not callable(getattr(module, function, None)):
+    if not callable(getattr(sys.modules[name], function, None)):
         raise ValueError(f"recipe {path}:{function} can't be read: the file has no such function")
-    return getattr(module, function)
+    return getattr(sys.modules[name], function)
+
+
+def _file(module: str) -> Path | None:
+    """The file of a loaded module; None if there is no such module."""
+    if module not in sys.modules:
+        return None
+    return Path(getattr(sys.modules[module], "__file__", None) or "built in").resolve()

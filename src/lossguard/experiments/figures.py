@@ -169,8 +169,8 @@ def summary(folder: Path) -> Table:
     config, made, curves = read_run(folder)
     last = int(curves["step"].max())  # pyright: ignore[reportArgumentType]
     marks = [k for k in (100, 1_000, 10_000, 100_000, 1_000_000) if k < last] + [last]
-    table = Table(title=config["title"] or config["name"])
-    table.add_column("method")
+    table = Table(title=config["title"] or config["name"], padding=0)
+    table.add_column("method", no_wrap=True)
     for k in marks:
         table.add_column(f"loss at {k:,}", justify="right")
     for name in ("learned", "seconds", "us a step", *(name.replace("_", " ") for name in COUNTERS)):

@@ -21,8 +21,8 @@ from .protocol import (
     GuardState,
     Objective,
     Params,
+    are_several,
     as_arrays,
-    as_list,
     check_count,
     loss_dtype,
     start,
@@ -130,7 +130,7 @@ def loss_guard(
         raise ValueError(f"loser must be one of {', '.join(get_args(Loser))}, got {loser!r}")
     if hedge not in (False, True, "only") and not isinstance(hedge, TrackRecord):
         raise ValueError(f"hedge must be False, True, 'only' or track_record(), got {hedge!r}")
-    several = as_list(learned)
+    several = list(learned) if are_several(learned) else [learned]
     check_count("the number of learned optimizers", len(several))
     candidates = tuple(with_extra_args("learned", one) for one in several)
     trusted = with_extra_args("fallback", fallback)

@@ -120,10 +120,9 @@ def check_positive(**values: float) -> None:
             raise ValueError(f"{name} must be positive and finite, got {value!r}")
 
 
-def as_list(learned: Any) -> list[Any]:
-    """Several optimizers as they are, one as a list (an optimizer is a tuple too)."""
-    several = isinstance(learned, list | tuple) and not hasattr(learned, "update")
-    return list(learned) if several else [learned]
+def are_several(learned: Any) -> bool:
+    """Whether these are optimizers, and not one, which is a tuple too."""
+    return isinstance(learned, list | tuple) and not hasattr(learned, "update")
 
 
 def with_extra_args(name: str, optimizer: Any) -> optax.GradientTransformationExtraArgs:

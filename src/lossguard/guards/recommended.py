@@ -7,7 +7,7 @@ from .best_of import best_of
 from .criteria import mean_criterion, sequential_criterion
 from .loss_guard import loss_guard
 from .probing import backoff
-from .protocol import Guard, check_count
+from .protocol import Guard, are_several, check_count
 from .track_record import track_record
 
 
@@ -39,7 +39,7 @@ def recommended(
     >>> int(decision.winner)  # the fallback, on its own path
     2
     """
-    if isinstance(learned, list | tuple) and not hasattr(learned, "update"):
+    if are_several(learned):
         check_count("the number of learned optimizers", len(learned))
         return best_of([recommended(one, fallback, nt=nt, nc=nc, most=most) for one in learned])
     check_count("nc", nc)

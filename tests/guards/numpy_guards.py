@@ -70,9 +70,11 @@ class Adam:
         return w
 
 
-def loss_guard(objective, learned, fallback, *, nt: int, nc: int, loser: str, cycles: int):
+def loss_guard(
+    objective, learned, fallback, *, nt: int, nc: int, loser: str, checks: str, cycles: int
+):
     """Algorithm 2: yields after every cycle what a guard has to report."""
-    x, i = objective.start, 0
+    x, i, checked = objective.start, 0, 0
     for _ in range(cycles):
         y, z, losses_y, losses_z = x, x, [], []
         before = deepcopy(learned.memory), deepcopy(fallback.memory)
@@ -81,12 +83,16 @@ def loss_guard(objective, learned, fallback, *, nt: int, nc: int, loser: str, cy
             losses_z.append(objective.loss(z, i + t))
             y = learned.step(y, objective.gradient(y, i + t))
             z = fallback.step(z, objective.gradient(z, i + t))
-        check = range(i + nt, i + nt + nc)
+        if checks == "next":
+            check = range(i + nt, i + nt + nc)
+            i += nt + nc
+        else:
+            check = range(-checked - 1, -checked - nc - 1, -1)
+            i, checked = i + nt, checked + nc
         learned_loss = np.mean([objective.loss(y, j) for j in check])
         fallback_loss = np.mean([objective.loss(z, j) for j in check])
         won = learned_loss < fallback_loss
         x = y if won else z
-        i += nt + nc
         lost, memory = (fallback, before[1]) if won else (learned, before[0])
         if loser == "rollback":
             lost.memory = memory

@@ -52,20 +52,27 @@ def assert_equal(got, expected, names) -> None:
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    ("loser", "nt", "nc"),
-    [("keep", 3, 2), ("rollback", 3, 2), ("reset", 3, 2), ("keep", 1, 1)],
+    ("loser", "checks", "nt", "nc"),
+    [
+        ("keep", "next", 3, 2),
+        ("rollback", "next", 3, 2),
+        ("reset", "next", 3, 2),
+        ("keep", "next", 1, 1),
+        ("keep", "apart", 3, 2),
+    ],
 )
 @pytest.mark.parametrize(
     ("learned", "fallback"),
     [("adam", "momentum"), ("momentum", "adam"), ("overshooting", "sgd")],
 )
-def test_loss_guard_is_algorithm_2(learned, fallback, loser, nt, nc) -> None:
+def test_loss_guard_is_algorithm_2(learned, fallback, loser, checks, nt, nc) -> None:
     problem = numpy_guards.Objective(seed=0, minibatches=CYCLES * (nt + nc))
     (numpy_learned, optax_learned) = OPTIMIZERS[learned]()
     (numpy_fallback, optax_fallback) = OPTIMIZERS[fallback]()
-    guard = lossguard.loss_guard(optax_learned, optax_fallback, nt=nt, nc=nc, loser=loser)
+    options = {"nt": nt, "nc": nc, "loser": loser, "checks": checks}
+    guard = lossguard.loss_guard(optax_learned, optax_fallback, **options)
     expected = numpy_guards.loss_guard(
-        problem, numpy_learned, numpy_fallback, nt=nt, nc=nc, loser=loser, cycles=CYCLES
+        problem, numpy_learned, numpy_fallback, **options, cycles=CYCLES
     )
     names = ("used_learned", "losses", "learned_loss", "fallback_loss")
     assert_equal(play(guard, problem), expected, names)

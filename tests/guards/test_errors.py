@@ -45,6 +45,10 @@ WRONG = {
         lambda: lossguard.loss_guard(SGD, SGD, loser="forget"),  # type: ignore
         "loser must be one of keep, rollback, reset, got 'forget'",
     ),
+    "checks": (
+        lambda: lossguard.loss_guard(SGD, SGD, checks="others"),  # type: ignore
+        "checks must be one of next, apart, got 'others'",
+    ),
     "residual": (
         lambda: lossguard.residual_guard(SGD, SGD, residual="loss"),  # type: ignore
         "residual must be one of step, gradient, got 'loss'",

@@ -177,20 +177,29 @@ def test_skipping_z_changes_nothing(loser) -> None:
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("hedge", [True, "only"])
-def test_lane_s_is_the_fallback_alone(hedge) -> None:
-    """On the same training minibatches; the guard's cursor passes over check minibatches too."""
+@pytest.mark.parametrize("checks", ["next", "apart"])
+def test_lane_s_is_the_fallback_alone(hedge, checks) -> None:
+    """On the same training minibatches; the guard's cursor may pass over check minibatches."""
     problem = numpy_guards.Objective(seed=4, minibatches=CYCLES * (NT + NC))
     objective, start = objective_of(problem), jnp.asarray(problem.start)
     fallback = optax.adam(decay(0.2))
     guard = lossguard.loss_guard(
-        optax.sgd(0.5, momentum=0.8), fallback, nt=NT, nc=NC, hedge=hedge, loser="reset"
+        optax.sgd(0.5, momentum=0.8),
+        fallback,
+        nt=NT,
+        nc=NC,
+        hedge=hedge,
+        loser="reset",
+        checks=checks,
     )
     alone = lossguard.unguarded(fallback, nt=NT)
     step = jax.jit(lambda state: guard.step(state, objective))
     step_alone = jax.jit(lambda state: alone.step(state, objective))
     state, single, winners = guard.init(start), alone.init(start), set()
     for _ in range(CYCLES):
-        single, _ = step_alone(single._replace(minibatches=state.minibatches))
+        if checks == "next":
+            single = single._replace(minibatches=state.minibatches)
+        single, _ = step_alone(single)
         state, decision = step(state)
         np.testing.assert_allclose(state.inner.own.params, single.params, rtol=1e-12)
         jax.tree.map(

@@ -90,12 +90,13 @@ def check(
     objective: Objective,
     i: Int[Array, ""],
     *,
+    stride: int,
     looks: Sequence[Int[Array, ""] | int],
     most: int,
     settled: Callable[[Float[Array, "lanes most"], Int[Array, ""]], Bool[Array, ""]],
     dtype: jnp.dtype,
 ) -> tuple[Float[Array, "lanes most"], Int[Array, ""]]:
-    """The losses of every lane on check minibatches i, i+1, ..., and how many of them were drawn.
+    """The losses of every lane on minibatches i, i+stride, ..., and how many of them were drawn.
 
     ``looks`` are the numbers of minibatches after which ``settled`` is asked whether that is
     enough; after the last it is.
@@ -103,7 +104,7 @@ def check(
 
     def draw(j: Any, losses: Array) -> Array:
         return losses.at[:, j].set(
-            jnp.stack([jnp.asarray(objective(params, i + j), dtype) for params in lanes])
+            jnp.stack([jnp.asarray(objective(params, i + stride * j), dtype) for params in lanes])
         )
 
     losses = jnp.zeros((len(lanes), most), dtype)

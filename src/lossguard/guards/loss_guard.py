@@ -34,6 +34,7 @@ from .windows import Windows, fixed
 
 Loser = Literal["keep", "rollback", "reset"]
 Hedge = Literal["only"] | bool | TrackRecord
+Checks = Literal["next", "apart"]
 
 
 class LossGuardState(NamedTuple):
@@ -51,6 +52,8 @@ class LossGuardState(NamedTuple):
     """Of x's training losses over those of s, where a track record is kept."""
     factor: Int[Array, ""]
     """Of nt and nc, where windows adapt."""
+    checked: Int[Array, ""]
+    """Check minibatches drawn so far, where they are numbered apart."""
     probing: ProbingState
 
 
@@ -65,6 +68,7 @@ def loss_guard(
     criterion: Criterion | None = None,
     windows: Windows | None = None,
     probing: Probing | None = None,
+    checks: Checks = "next",
 ) -> Guard:
     """LGL2O: keep whichever of two optimizers is better on fresh minibatches after nt steps.
 
@@ -104,6 +108,9 @@ def loss_guard(
             ``mean_criterion()``, the paper's.
         windows: how nt and nc change; by default not at all.
         probing: how often the learned lanes run; by default always.
+        checks: which minibatches are checked on. "next": those that follow the cycle's training
+            ones, so that they are not trained on; "apart": numbers -1, -2, ..., so that training
+            takes 0, 1, 2, ... as without a guard, and lane s is just what the fallback alone does.
 
     ``decision.winner`` numbers the lanes: the learned ones from 0 in their order, then z, then s.
 
@@ -128,6 +135,8 @@ def loss_guard(
     check_count("nc", nc)
     if loser not in get_args(Loser):
         raise ValueError(f"loser must be one of {', '.join(get_args(Loser))}, got {loser!r}")
+    if checks not in get_args(Checks):
+        raise ValueError(f"checks must be one of {', '.join(get_args(Checks))}, got {checks!r}")
     if hedge not in (False, True, "only") and not isinstance(hedge, TrackRecord):
         raise ValueError(f"hedge must be False, True, 'only' or track_record(), got {hedge!r}")
     several = list(learned) if are_several(learned) else [learned]
@@ -161,6 +170,7 @@ def loss_guard(
             on_own=jnp.array(S is not None),
             excess=Excess(zero, zero),
             factor=jnp.int32(1),
+            checked=jnp.int32(0),
             probing=init_probing(),
         )
         return start(params, inner)
@@ -209,7 +219,8 @@ def loss_guard(
         rivals = len(lanes) - (record is not None and len(trusted_lanes) == 2)
         if learned_lanes:  # line 16
             checked = [branch.params for branch in trained[:rivals]]
-            verdict, n, factor = compare(checked, sound[:rivals], objective, i + steps, inner)
+            first = i + steps if checks == "next" else -1 - inner.checked
+            verdict, n, factor = compare(checked, sound[:rivals], objective, first, inner)
         else:
             n, factor, verdict = jnp.int32(0), inner.factor, follow_first(sound, losses.dtype)
         excess, row = back_to_own(inner, verdict, losses, sound, steps, rivals)
@@ -223,6 +234,7 @@ def loss_guard(
         inner = inner._replace(
             excess=Excess(*(jnp.where(inner.on_own, 0, value) for value in excess)),
             factor=factor,
+            checked=inner.checked + (n if checks == "apart" else 0),
             probing=probing.update(inner.probing, probed, won_learned),
         )
         decision = Decision(
@@ -240,7 +252,8 @@ def loss_guard(
             forwards=jnp.int32(rivals * n),
             learned_updates=jnp.int32(learned_lanes * steps),
         )
-        return GuardState(x, state.steps + steps, i + steps + n, inner), decision  # line 21
+        i += steps + (n if checks == "next" else 0)  # line 21
+        return GuardState(x, state.steps + steps, i, inner), decision
 
     def compare(
         checked: list[Params],
@@ -251,17 +264,18 @@ def loss_guard(
     ) -> tuple[Verdict, Int[Array, ""], Int[Array, ""]]:
         """Line 16: what the check says of the lanes, its minibatches, and the windows' factor."""
         factor = inner.factor if windows.most > 1 else 1
-        checks, n = check(
+        losses, n = check(
             checked,
             objective,
             i,
+            stride=1 if checks == "next" else -1,
             looks=looks or (nc * factor,),
             most=max(looks or (nc * windows.most,)),
-            settled=lambda checks, n: judge(criterion, checks, n, sound, m).settled,
+            settled=lambda losses, n: judge(criterion, losses, n, sound, m).settled,
             dtype=loss_dtype(objective, checked[0], i),
         )
-        verdict = judge(criterion, checks, n, sound, m)
-        learned, fallback = checks[verdict.best_learned], checks[verdict.best_fallback]
+        verdict = judge(criterion, losses, n, sound, m)
+        learned, fallback = losses[verdict.best_learned], losses[verdict.best_fallback]
         return verdict, n, windows.update(inner.factor, learned, fallback, n)
 
     def back_to_own(

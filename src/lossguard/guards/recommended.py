@@ -27,8 +27,9 @@ def recommended(
         fallback: the one that is.
         nt: optimizer steps a cycle.
         nc: check minibatches a cycle that is clear.
-        most: those of one that is not; by default 16 nc. With nc itself all cycles take as many,
-            which suits minibatches that come from the host (``stacked``).
+        most: those of one that is not; by default 16 nc, numbered apart (``loss_guard``'s
+            ``checks``). With nc itself all cycles take as many, which follow those of training:
+            that suits minibatches that come from the host (``stacked``).
 
     Raises:
         ValueError: as ``loss_guard``.
@@ -54,4 +55,5 @@ def recommended(
         hedge=track_record(decay=0.9),
         loser="reset",
         probing=backoff(patience=200, most=512, start="reset"),
+        checks="next" if most == nc else "apart",
     )

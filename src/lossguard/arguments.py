@@ -13,9 +13,16 @@ import tyro
 
 
 def find_recipe(
-    arguments: Sequence[str], recipes: Mapping[str, Any], command: str, kind: type
+    arguments: Sequence[str],
+    recipes: Mapping[str, Any],
+    command: str,
+    kind: type,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> tuple[str, Any]:
-    """The recipe that the first argument names: one of ours, or ``path/to/module.py:function``."""
+    """The recipe that the first argument names: one of ours, or ``path/to/module.py:function``.
+
+    ``elsewhere`` are names that another command runs, and that command.
+    """
     name = arguments[0] if arguments else ""
     if ".py:" in name:
         path, function = name.rsplit(":", 1)
@@ -26,6 +33,8 @@ def find_recipe(
                 f"got {type(config).__name__}"
             )
         return function, config
+    if name not in recipes and elsewhere and name in elsewhere:
+        raise ValueError(f"{name} is run by lossguard {elsewhere[name]}")
     if name not in recipes:
         known = one_of(recipes, name)
         raise ValueError(f"{command} needs a recipe, path/to/module.py:function or {known}")

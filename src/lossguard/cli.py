@@ -90,11 +90,12 @@ def run(arguments: Sequence[str]) -> None:
     """One experiment of the paper, or of the user's own module."""
     from .experiments.beyond import RECIPES
     from .experiments.experiment import Experiment
+    from .experiments.recipes import ELSEWHERE
 
     if _wants_help(arguments):
         print(usage("run", RECIPES))
         return
-    name, recipe = find_recipe(arguments, RECIPES, "run", Experiment)
+    name, recipe = find_recipe(arguments, RECIPES, "run", Experiment, ELSEWHERE)
     _run(*override(recipe, Where(Path("runs") / name), arguments[1:], f"run {name}"))
 
 
@@ -102,7 +103,7 @@ def sweep(arguments: Sequence[str]) -> None:
     """Experiments one after another, or over a cluster: the options apply to each."""
     from .experiments.beyond import RECIPES
     from .experiments.experiment import Experiment
-    from .experiments.recipes import SETS
+    from .experiments.recipes import ELSEWHERE, SETS
     from .experiments.sweep import sweep
 
     known = {**SETS, **RECIPES}
@@ -113,7 +114,7 @@ def sweep(arguments: Sequence[str]) -> None:
     options = arguments[len(names) :]
     where, experiments = Sweep(), {}
     for given in [recipe for name in names or [""] for recipe in SETS.get(name, (name,))]:
-        name, recipe = find_recipe([given], known, "sweep", Experiment)
+        name, recipe = find_recipe([given], known, "sweep", Experiment, ELSEWHERE)
         where, experiment = override(recipe, where, options, f"sweep {name}")
         if experiments.setdefault(name, experiment) != experiment:
             raise ValueError(f"recipes must have different names, but two are called {name}")

@@ -246,3 +246,8 @@ SETS: Mapping[str, tuple[str, ...]] = {
     "grids": tuple(f"grid-{task}" for task in GRIDS),
 }
 """Recipes that belong together: the experiments of tables 1 and 2, figure 2, appendix E's grids."""
+ELSEWHERE: Mapping[str, str] = {name: f"sweep {name}" for name in SETS} | {
+    "fig02": "sweep fig02, and its outer loop by lossguard metatrain mnist-mlp",
+    "fig11": "metatrain cifar10-conv",
+}
+"""Names of figures, tables and sets that are not one experiment, and the command that runs them."""

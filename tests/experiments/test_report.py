@@ -95,6 +95,7 @@ def write_run(
     config = {"name": name, "title": TITLE, "methods": methods}
     config |= {"seeds": curves["seed"].n_unique(), "seed": 7, **settings}
     made = {"data": "CIFAR-10 as JPEG q75", "seconds": dict.fromkeys(methods, 10.0), "time": time}
+    made |= {"resumed": [{"time": "2026-01-03", "commit": "4567def"}]}
     return write(folder, config, curves, **made)
 
 
@@ -165,6 +166,7 @@ def test_page_tells_how_a_run_was_made(page: Path) -> None:
         "<h2>fig03: Spirals &amp; &lt;script&gt;",
         "<dd>lossguard run --methods &#39;LGL2O over Adam&#39;</dd>",
         "<dd>0123abc</dd>",
+        "<dt>Resumed</dt><dd>2026-01-03 (commit 4567def)</dd>",
         "<dd>cpu (2 cores), Linux</dd>",
         "<dd>Python 3.11.7, jax 0.7</dd>",
         "&#34;name&#34;: &#34;fig03&#34;",

@@ -228,10 +228,15 @@ def _evaluations(folder: Path) -> list[tuple[str, list[str], Rows]]:
 
 def _provenance(made: dict[str, Any]) -> dict[str, str]:
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    later = ", ".join(
+        f"{part['time']} (commit {part['commit']})" for part in made.get("resumed", ())
+    )
     return {
         "Made": made["time"],
         "Command": shlex.join(made["command"]),
         "Commit": made["commit"] or "unknown",
         "Device": f"{made['device']}, {made['platform']}",
         "Versions": f"Python {made['python']}, {versions}",
-    } | ({"Data": made["data"]} if made.get("data") else {})
+        "Resumed": later,
+        "Data": made.get("data", ""),
+    }

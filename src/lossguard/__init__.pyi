@@ -1,4 +1,5 @@
 from .guards.best_of import best_of as best_of
+from .guards.criteria import curtailed_criterion as curtailed_criterion
 from .guards.criteria import mean_criterion as mean_criterion
 from .guards.criteria import paired_criterion as paired_criterion
 from .guards.criteria import sequential_criterion as sequential_criterion

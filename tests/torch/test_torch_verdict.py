@@ -24,7 +24,7 @@ CRITERIA = {
     "mean": lambda lib: lib.mean_criterion(),
     "paired": lambda lib: lib.paired_criterion(confidence=0.8),
     "sequential": lambda lib: lib.sequential_criterion(confidence=0.9, first=3, most=10),
-    "curtailed": lambda lib: lib.sequential_criterion(first=2, most=3, undecided="mean"),
+    "curtailed": lambda lib: lib.curtailed_criterion(first=2, most=3),
 }
 loss = st.sampled_from([0.5, 1.0, 1.25, 2.0, 3.0, math.inf, math.nan])
 

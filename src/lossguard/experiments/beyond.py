@@ -7,11 +7,11 @@ from functools import partial
 import optax
 
 from ..guards.best_of import best_of
-from ..guards.criteria import paired_criterion, sequential_criterion
+from ..guards.criteria import curtailed_criterion, paired_criterion, sequential_criterion
 from ..guards.loss_guard import loss_guard
 from ..guards.probing import backoff
 from ..guards.protocol import Guard
-from ..guards.recommended import recommended
+from ..guards.recommended import recommended, settings
 from ..guards.track_record import track_record
 from ..guards.windows import adaptive
 from ..learned.pretrained import pretrained
@@ -21,8 +21,8 @@ from .recipes import fig03, fig04, fig05
 
 RECORD = track_record(decay=0.9)
 PAIRED = paired_criterion(confidence=0.95)
-CURTAILED = sequential_criterion(confidence=0.6, first=10, most=160, undecided="mean")
-ABLATION = {
+RECOMMENDED = settings(nc=10, most=80)
+ABLATION: Mapping[str, Mapping[str, object]] = {
     "the paper's": {},
     "loser rollback": {"loser": "rollback"},
     "loser reset": {"loser": "reset"},
@@ -35,20 +35,14 @@ ABLATION = {
     "record, reset": {"hedge": RECORD, "loser": "reset"},
     "paired": {"criterion": PAIRED},
     "sequential": {"criterion": sequential_criterion()},
-    "curtailed": {"criterion": CURTAILED},
+    "curtailed": {"criterion": curtailed_criterion()},
     "adaptive": {"windows": adaptive()},
     "record, reset, paired": {"hedge": RECORD, "loser": "reset", "criterion": PAIRED},
-    "recommended, nc 10 at most": {
-        "hedge": RECORD,
-        "loser": "reset",
-        "probing": backoff(patience=200, most=512, start="reset"),
-    },
-    "recommended, patience 10": {
-        "hedge": RECORD,
-        "loser": "reset",
-        "criterion": CURTAILED,
-        "probing": backoff(patience=10, most=512, start="reset"),
-    },
+    "recommended, nc 10 at most": RECOMMENDED | {"criterion": None},
+    "recommended, decay 0.9": RECOMMENDED | {"hedge": RECORD},
+    "recommended, checks next": RECOMMENDED | {"checks": "next"},
+    "recommended, patience 10": RECOMMENDED
+    | {"probing": backoff(patience=10, most=512, start="reset")},
 }
 """Options of ``loss_guard`` by the names that their records have."""
 

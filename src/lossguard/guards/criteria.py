@@ -5,14 +5,12 @@ same for both, so that what they share of its noise cancels. m learned lanes are
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from scipy import stats
-
-Undecided = Literal["fallback", "mean"]
 
 
 class Criterion(NamedTuple):
@@ -57,19 +55,14 @@ def paired_criterion(*, confidence: float = 0.95) -> Criterion:
     return Criterion(lambda d, n: _t_test(d, n, (1 - confidence) / len(d)), least=2)
 
 
-def sequential_criterion(
-    *,
-    confidence: float = 0.95,
-    first: int = 5,
-    most: int = 160,
-    undecided: Undecided = "fallback",
-) -> Criterion:
+def sequential_criterion(*, confidence: float = 0.95, first: int = 5, most: int = 160) -> Criterion:
     """The paired test, asked after ``first`` check minibatches, then twice as many, and so on.
 
     It stops as soon as every learned lane is better, or worse, at the confidence, so that clear
     cases cost less than nc and close ones are settled. Each of the k looks is a t-test at level
     (1 - confidence) / (k m): by the union bound the rate over all looks is at most 1 - confidence.
     This is alpha spending in equal parts (Lan and DeMets, Biometrika 1983); doubling keeps k small.
+    What the last look doesn't settle is the fallback's.
 
     A gap g with standard deviation s of the differences is settled at about the first look with
     n >= (t s / g)^2, t the quantile of that look.
@@ -78,36 +71,55 @@ def sequential_criterion(
         confidence: of the looks together.
         first: check minibatches before the first look.
         most: those before the last.
-        undecided: what is kept where the last look doesn't settle it: "fallback", so that a
-            learned lane is kept on evidence only; or "mean", the lower mean of all ``most``. Then
-            the last look is no test (k is one less), and the rule is ``mean_criterion`` with nc =
-            ``most``, cut short where the outcome is clear (stochastic curtailment: Lan, Simon and
-            Halperin, Sequential Analysis 1982).
 
     Raises:
-        ValueError: if confidence is not between 0.5 and 1, first is below 2, most below first, or
-            undecided neither of the two.
+        ValueError: if confidence is not between 0.5 and 1, first is below 2, or most below first.
     """
     _check_confidence(confidence)
-    if not 2 <= first <= most:
-        raise ValueError(f"first must be between 2 and most = {most}, got {first}")
-    if undecided not in get_args(Undecided):
-        raise ValueError(
-            f"undecided must be one of {', '.join(get_args(Undecided))}, got {undecided!r}"
-        )
-    looks = [first]
-    while looks[-1] < most:
-        looks.append(min(2 * looks[-1], most))
-    tests = len(looks) - (undecided == "mean")
-    share = (1 - confidence) / max(tests, 1)
+    looks = _doubling(first, most)
+    share = (1 - confidence) / len(looks)
+    return Criterion(lambda d, n: _t_test(d, n, share / len(d)), looks)
+
+
+def curtailed_criterion(*, confidence: float = 0.7, first: int = 10, most: int = 80) -> Criterion:
+    """A lower mean of ``most`` check minibatches, given up early where it is clearly not lower.
+
+    After ``first`` minibatches, then twice as many, and so on, it stops if every learned lane is
+    worse by the paired test, at level (1 - confidence) / (k m) at each of the k looks before the
+    last. So a learned lane is kept by the mean of ``most`` alone, as by ``mean_criterion`` with nc
+    = ``most``, and few minibatches are spent on one that loses. One that isn't worse is given up
+    early at most at the rate 1 - confidence, which costs a gain and does no harm.
+
+    Source: stochastic curtailment for futility (Lan, Simon and Halperin, Sequential Analysis 1982).
+
+    Args:
+        confidence: of the looks together.
+        first: check minibatches before the first look.
+        most: those by which a learned lane is kept.
+
+    Raises:
+        ValueError: as ``sequential_criterion``.
+    """
+    _check_confidence(confidence)
+    looks = _doubling(first, most)
+    share = (1 - confidence) / max(len(looks) - 1, 1)
 
     def test(d: Array, n: Array) -> tuple[Array, Array]:
         better, settled = _t_test(d, n, share / len(d))
-        if undecided == "mean":
-            better = jnp.where(n < most, better, moments(d, n)[0] > 0)
-        return better, settled
+        last = n >= most
+        return last & (moments(d, n)[0] > 0), last | (settled & ~better)
 
-    return Criterion(test, tuple(looks))
+    return Criterion(test, looks)
+
+
+def _doubling(first: int, most: int) -> tuple[int, ...]:
+    """first, 2 first, 4 first, ..., most."""
+    if not 2 <= first <= most:
+        raise ValueError(f"first must be between 2 and most = {most}, got {first}")
+    looks = [first]
+    while looks[-1] < most:
+        looks.append(min(2 * looks[-1], most))
+    return tuple(looks)
 
 
 def _t_test(

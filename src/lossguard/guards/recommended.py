@@ -1,10 +1,9 @@
 """The guard that we would use: the loss guard with what did best in our experiments."""
 
-from functools import partial
 from typing import Any
 
 from .best_of import best_of
-from .criteria import mean_criterion, sequential_criterion
+from .criteria import curtailed_criterion, mean_criterion
 from .loss_guard import loss_guard
 from .probing import backoff
 from .protocol import Guard, are_several, check_count
@@ -18,16 +17,16 @@ def recommended(
 
     x goes back to the fallback's own path where its training losses have been higher for a while, a
     learned lane that lost begins anew, and after 200 losses running it is probed ever less often.
-    What nc check minibatches don't settle is looked at further, so that late a cycle that gains a
-    little on most examples, and spoils one, is not kept.
+    A cycle of it is kept by 8 nc check minibatches, and given up after nc where these are clear, so
+    that late one that gains a little on most examples, and spoils a few, is not kept.
     Several learned optimizers have such a guard each, side by side, and the best is followed.
 
     Args:
         learned: the optimizer that is not trusted, or several.
         fallback: the one that is.
         nt: optimizer steps a cycle.
-        nc: check minibatches a cycle that is clear.
-        most: those of one that is not; by default 16 nc, numbered apart (``loss_guard``'s
+        nc: check minibatches of a cycle that clearly loses.
+        most: those of one that is kept; by default 8 nc, numbered apart (``loss_guard``'s
             ``checks``). With nc itself all cycles take as many, which follow those of training:
             that suits minibatches that come from the host (``stacked``).
 
@@ -44,16 +43,17 @@ def recommended(
         check_count("the number of learned optimizers", len(learned))
         return best_of([recommended(one, fallback, nt=nt, nc=nc, most=most) for one in learned])
     check_count("nc", nc)
-    most = 16 * nc if most is None else most
-    curtailed = partial(sequential_criterion, confidence=0.6, undecided="mean")
     return loss_guard(
-        learned,
-        fallback,
-        nt=nt,
-        nc=nc,
-        criterion=mean_criterion() if most == nc else curtailed(first=nc, most=most),
-        hedge=track_record(decay=0.9),
-        loser="reset",
-        probing=backoff(patience=200, most=512, start="reset"),
-        checks="next" if most == nc else "apart",
+        learned, fallback, nt=nt, nc=nc, **settings(nc, 8 * nc if most is None else most)
     )
+
+
+def settings(nc: int, most: int) -> dict[str, Any]:
+    """The options of ``loss_guard`` that ``recommended`` sets."""
+    return {
+        "criterion": mean_criterion() if most == nc else curtailed_criterion(first=nc, most=most),
+        "hedge": track_record(decay=0.7),
+        "loser": "reset",
+        "probing": backoff(patience=200, most=512, start="reset"),
+        "checks": "next" if most == nc else "apart",
+    }

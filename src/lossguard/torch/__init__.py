@@ -4,6 +4,7 @@
 """
 
 from lossguard.torch.criteria import Criterion as Criterion
+from lossguard.torch.criteria import curtailed_criterion as curtailed_criterion
 from lossguard.torch.criteria import mean_criterion as mean_criterion
 from lossguard.torch.criteria import paired_criterion as paired_criterion
 from lossguard.torch.criteria import sequential_criterion as sequential_criterion
@@ -38,6 +39,7 @@ __all__ = [
     "always",
     "arithmetic_average",
     "backoff",
+    "curtailed_criterion",
     "ema",
     "geometric",
     "mean_criterion",

@@ -57,46 +57,68 @@ def paired_criterion(*, confidence: float = 0.95) -> Criterion:
     return Criterion(partial(_t_test, level=1 - confidence), least=2)
 
 
-def sequential_criterion(
-    *, confidence: float = 0.95, first: int = 5, most: int = 160, undecided: str = "fallback"
-) -> Criterion:
+def sequential_criterion(*, confidence: float = 0.95, first: int = 5, most: int = 160) -> Criterion:
     """The paired test, asked after ``first`` check minibatches, then twice as many, and so on.
 
     It stops as soon as every learned lane is better, or worse, at the confidence. Each of the k
     looks is a t-test at level (1 - confidence) / (k m), so that the rate over all looks is at most
-    1 - confidence.
+    1 - confidence. What the last look doesn't settle is the fallback's.
 
     Args:
         confidence: of the looks together.
         first: check minibatches before the first look.
         most: those before the last.
-        undecided: what is kept where the last look doesn't settle it: ``fallback``, or ``mean``,
-            the lower mean of all; then the last look is no test, and k is one less.
 
     Raises:
-        ValueError: if confidence is not between 0.5 and 1, first is below 2, most below first, or
-            undecided neither of the two.
+        ValueError: if confidence is not between 0.5 and 1, first is below 2, or most below first.
 
     >>> sequential_criterion(first=5, most=30).looks
     (5, 10, 20, 30)
     """
     check_confidence(confidence)
+    looks = _doubling(first, most)
+    return Criterion(partial(_t_test, level=(1 - confidence) / len(looks)), looks, least=2)
+
+
+def curtailed_criterion(*, confidence: float = 0.7, first: int = 10, most: int = 80) -> Criterion:
+    """A lower mean of ``most`` check minibatches, given up early where it is clearly not lower.
+
+    After ``first`` minibatches, then twice as many, and so on, it stops if every learned lane is
+    worse by the paired test, at level (1 - confidence) / (k m) at each of the k looks before the
+    last. So a learned lane is kept by the mean of ``most`` alone, and few minibatches are spent on
+    one that loses.
+
+    Args:
+        confidence: of the looks together.
+        first: check minibatches before the first look.
+        most: those by which a learned lane is kept.
+
+    Raises:
+        ValueError: as ``sequential_criterion``.
+
+    >>> curtailed_criterion(first=5, most=30).looks
+    (5, 10, 20, 30)
+    """
+    check_confidence(confidence)
+    looks = _doubling(first, most)
+    level = (1 - confidence) / max(len(looks) - 1, 1)
+
+    def test(d: Differences) -> Answers:
+        if d.shape[1] == most:
+            return _mean_test(d)
+        better, settled = _t_test(d, level)
+        return np.zeros(len(d), bool), settled & ~better
+
+    return Criterion(test, looks, least=2)
+
+
+def _doubling(first: int, most: int) -> tuple[int, ...]:
     if not 2 <= first <= most:
         raise ValueError(f"first must be between 2 and most = {most}, got {first}")
-    if undecided not in ("fallback", "mean"):
-        raise ValueError(f"undecided must be one of fallback, mean, got {undecided!r}")
     looks = [first]
     while looks[-1] < most:
         looks.append(min(2 * looks[-1], most))
-    tests = len(looks) - (undecided == "mean")
-    level = (1 - confidence) / max(tests, 1)
-
-    def test(d: Differences) -> Answers:
-        better, settled = _t_test(d, level)
-        by_mean = undecided == "mean" and d.shape[1] == most
-        return (d.mean(axis=1) > 0 if by_mean else better), settled
-
-    return Criterion(test, tuple(looks), least=2)
+    return tuple(looks)
 
 
 def _mean_test(d: Differences) -> Answers:

@@ -1,12 +1,11 @@
 """The guard that we would use: the loss guard with what did best in our experiments."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from torch.optim import Optimizer
 
-from lossguard.torch.criteria import mean_criterion, sequential_criterion
+from lossguard.torch.criteria import curtailed_criterion, mean_criterion
 from lossguard.torch.guard import LossGuard
 from lossguard.torch.probing import backoff
 from lossguard.torch.track_record import track_record
@@ -31,9 +30,9 @@ def recommended(
             ``LossGuard`` (in JAX each has a guard and a path of its own).
         fallback: the one that is.
         nt: train minibatches per cycle.
-        nc: check minibatches per cycle that is clear.
-        most: those of one that isn't; by default nc as well, since those of a stream are lost for
-            training. (In JAX it is 16 nc: with so many, runs that go on for hundreds of epochs keep
+        nc: check minibatches of a cycle that clearly loses.
+        most: those of one that is kept; by default nc as well, since those of a stream are lost for
+            training. (In JAX it is 8 nc: with so many, runs that go on for hundreds of epochs keep
             what they have won.)
         options: ``model``, ``scaler``, ``schedulers``, ``offload``, ``process_group`` and
             ``callback``, as in ``LossGuard``.
@@ -47,14 +46,14 @@ def recommended(
     >>> guard.cycle(lambda batch: w.square().sum(), range(10), range(10)).winner  # s, lane 2
     2
     """
-    curtailed = partial(sequential_criterion, confidence=0.6, undecided="mean")
+    look_further = most not in (None, nc)
     return LossGuard(
         learned,
         fallback,
         nt=nt,
         nc=nc,
-        criterion=mean_criterion() if most in (None, nc) else curtailed(first=nc, most=most),
-        hedge=track_record(decay=0.9),
+        criterion=curtailed_criterion(first=nc, most=most) if look_further else mean_criterion(),
+        hedge=track_record(decay=0.7),
         loser="reset",
         probing=backoff(patience=200, most=512, start="reset"),
         **options,

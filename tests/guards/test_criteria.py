@@ -278,7 +278,9 @@ def test_a_curtailed_check_is_the_long_one(gap) -> None:
         assert (n < 80).mean() <= 0.2 + error(0.2)
     else:
         assert -gap * (short == 0).mean() <= 0.17 / 80**0.5
-        assert (n < 80).mean() > 0.3
+    # The first look's share is known exactly: a t-test at the level of four looks.
+    share = stats.nct.cdf(stats.t.ppf(0.05, 4), 4, gap * 5**0.5)
+    assert abs((n == 5).mean() - share) < error(share) + 1e-3
 
 
 @pytest.mark.parametrize("gap", [20.0, -20.0])

@@ -7,6 +7,7 @@ from typing import Annotated
 import optax
 import tyro
 
+from ..arguments import one_of
 from ..guards.loss_guard import Loser, loss_guard
 from ..guards.protocol import Guard
 from ..guards.recommended import recommended
@@ -106,8 +107,6 @@ class Experiment:
         Raises:
             ValueError: if there is no method, one twice, or one that ``make_methods`` doesn't make.
         """
-        from ..arguments import one_of
-
         known = self.make_methods(self)
         for method in self.methods:
             if method not in known:

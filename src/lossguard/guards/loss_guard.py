@@ -199,8 +199,7 @@ def loss_guard(
         """One cycle of some lanes. Without learned lanes nothing is checked: x follows z."""
         x, i, inner = state.params, state.minibatches, state.inner
         dtype = loss_dtype(objective, x, i)
-        factor = inner.factor if windows.most > 1 else 1
-        steps, nt_most = nt * factor, nt * windows.most
+        steps, nt_most = nt * factor_of(inner), nt * windows.most
 
         before = branches_at(x, inner)  # lines 10 and 11
         lanes = [*range(learned_lanes), *trusted_lanes]
@@ -263,13 +262,12 @@ def loss_guard(
         inner: LossGuardState,
     ) -> tuple[Verdict, Int[Array, ""], Int[Array, ""]]:
         """Line 16: what the check says of the lanes, its minibatches, and the windows' factor."""
-        factor = inner.factor if windows.most > 1 else 1
         losses, n = check(
             checked,
             objective,
             i,
             stride=1 if checks == "next" else -1,
-            looks=looks or (nc * factor,),
+            looks=looks or (nc * factor_of(inner),),
             most=max(looks or (nc * windows.most,)),
             settled=lambda losses, n: judge(criterion, losses, n, sound, m).settled,
             dtype=loss_dtype(objective, checked[0], i),
@@ -277,6 +275,10 @@ def loss_guard(
         verdict = judge(criterion, losses, n, sound, m)
         learned, fallback = losses[verdict.best_learned], losses[verdict.best_fallback]
         return verdict, n, windows.update(inner.factor, learned, fallback, n)
+
+    def factor_of(inner: LossGuardState) -> Int[Array, ""] | int:
+        """Of nt and nc; a plain number where windows don't adapt: loops have fixed lengths."""
+        return inner.factor if windows.most > 1 else 1
 
     def back_to_own(
         inner: LossGuardState,

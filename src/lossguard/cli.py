@@ -271,7 +271,10 @@ def _show(folder: Path) -> None:
         return
     files = figures.plot(folder)
     if verdicts := judge_run(folder):
-        write_json(folder / VERDICTS, {verdict.id: verdict._asdict() for verdict in verdicts})
+        told = {
+            one.id: {k: v for k, v in one._asdict().items() if k != "folder"} for one in verdicts
+        }
+        write_json(folder / VERDICTS, told)
     Console(width=None if sys.stdout.isatty() else 120).print(figures.summary(folder))
     print(f"figure: {files[0]}\nrecords: {folder}")
 

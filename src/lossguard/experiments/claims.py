@@ -35,6 +35,8 @@ class Verdict(NamedTuple):
     outcome: Outcome
     measured: str
     """A sentence with the numbers."""
+    folder: Path | None
+    """Of the run that says so, if it is one."""
 
 
 def judge_claims(folders: Sequence[Path]) -> list[Verdict]:
@@ -64,8 +66,8 @@ def judge_run(folder: Path) -> list[Verdict]:
 
 def _judge(claim: tuple[str, str, str, str, "Judge"], evidence: Evidence) -> Verdict:
     id, figure, says, formula, judge = claim
-    holds, measured = judge(evidence)
-    return Verdict(id, figure, says, formula, OUTCOMES[holds], measured)
+    holds, measured, folder = judge(evidence)
+    return Verdict(id, figure, says, formula, OUTCOMES[holds], measured, folder)
 
 
 OUTCOMES: dict[bool | None, Outcome] = {True: "holds", False: "fails", None: "not run"}
@@ -80,7 +82,7 @@ def _on(recipe: str, methods: Sequence[str], formula: Callable[[Run], Finding]) 
         run = evidence.run(recipe, *methods)
         if run is None:
             return Finding(None, f"no run of {recipe} has its settings and the methods compared")
-        return formula(run)
+        return formula(run)._replace(folder=run.folder)
 
     return judge
 
@@ -121,7 +123,7 @@ def _c13(evidence: Evidence) -> Finding:
     for name in SETS["table1"]:
         run = evidence.run(name, "LGL2O", "GL2O")
         if run is not None:
-            return formulas.costs(run)
+            return formulas.costs(run)._replace(folder=run.folder)
     return Finding(None, "no run of table 1 with LGL2O and GL2O")
 
 

@@ -25,6 +25,7 @@ FREE = ("title", "steps", "seeds", "seed", "methods", "vectorize")
 class Run:
     """A run of one of the paper's recipes."""
 
+    folder: Path
     config: Mapping[str, Any]
     manifest: Mapping[str, Any]
     curves: pl.DataFrame
@@ -91,7 +92,7 @@ def read_evidence(folders: Sequence[Path]) -> Evidence:
         elif name in RECIPES:
             recipe = as_config(RECIPES[name]())
             if all(config.get(k, v) == v for k, v in recipe.items() if k not in FREE):
-                runs.append(Run(config, manifest, curves, recipe["steps"]))
+                runs.append(Run(folder, config, manifest, curves, recipe["steps"]))
     return Evidence(runs, meta)
 
 

@@ -5,6 +5,7 @@ Letters: m a method, k an optimizer step, K the last one of a run.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from .evidence import Run, marks
@@ -19,6 +20,8 @@ class Finding(NamedTuple):
     holds: bool | None
     """None if it was not run."""
     measured: str
+    folder: Path | None = None
+    """Of the run that says so, if it is one."""
 
 
 def both(*findings: Finding) -> Finding:

@@ -30,8 +30,8 @@ from .findings import (
 
 def works_where_the_mlp_suffices(runs: Sequence[Run]) -> Finding:
     """C2, on the runs of figure 2 in the order of ``recipes.FIRST``."""
-    holds, measured = both(*map(_first_steps, runs))
-    return Finding(holds, f"Loss(L2O, 100) over the initial loss: {measured}")
+    found = both(*map(_first_steps, runs))
+    return Finding(found.holds, f"Loss(L2O, 100) over the initial loss: {found.measured}")
 
 
 def _first_steps(run: Run) -> Finding:
@@ -143,8 +143,8 @@ def as_good_until_nc_is_too_few(run: Run) -> Finding:
     late = next((k for k in later if over_least(run, "LGL2O", k) > 2), None)
     if late is None:
         return always_as_good(run)
-    holds, measured = as_good_as_its_parts(run, [k for k in marks(run.last) if k < late])
-    return Finding(holds, f"{measured}; LGL2O diverges from step {late:,} on")
+    found = as_good_as_its_parts(run, [k for k in marks(run.last) if k < late])
+    return Finding(found.holds, f"{found.measured}; LGL2O diverges from step {late:,} on")
 
 
 def costs(run: Run) -> Finding:
@@ -176,7 +176,7 @@ def stable_for_a_million_steps(evidence: Evidence) -> Finding:
 
 def _stable(run: Run) -> Finding:
     all_marks = marks(run.last)
-    holds, measured = at_marks(
+    found = at_marks(
         run,
         all_marks,
         lambda k: over_least(run, "LGL2O", k),
@@ -184,4 +184,4 @@ def _stable(run: Run) -> Finding:
         f"on {run.config['name']} LGL2O over its least so far",
     )
     theirs = max(over_least(run, "L2O", k) for k in all_marks)
-    return Finding(holds, f"{measured}, L2O over its own {theirs:.3g}")
+    return Finding(found.holds, f"{found.measured}, L2O over its own {theirs:.3g}")

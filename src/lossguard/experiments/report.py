@@ -49,6 +49,7 @@ def report(folders: Sequence[Path], file: Path) -> Path:
     page = environment.get_template("report.html").render(
         claims=judge_claims(finished),
         figures={_figure(run["name"]): run["id"] for run in reversed(runs) if run["by_recipe"]},
+        ids={run["path"]: run["id"] for run in runs},
         runs=runs,
         others={folder.name: reason for folder, reason in others.items()},
         smoothed_from=SMOOTHED_FROM,
@@ -103,6 +104,7 @@ def _section(folder: Path) -> dict[str, Any]:
     meta = "meta_step" in curves.columns
     name = f"Meta-training of {config['name']}" if meta else config["name"]
     return {
+        "path": folder,
         "folder": folder.name,
         "name": name,
         "title": name if meta or not config["title"] else f"{name}: {config['title']}",

@@ -75,3 +75,13 @@ def test_a_loop_fed_from_the_host_is_the_loop_on_the_device() -> None:
 def test_minibatches_that_are_not_stacked(stack, message) -> None:
     with pytest.raises(ValueError, match=message):
         lossguard.stacked(loss, stack)
+
+
+def test_a_stack_has_no_minibatches_apart() -> None:
+    """All of them would be NaN, so that x would never move."""
+    objective = lossguard.stacked(loss, batches(90))
+    guard = lossguard.recommended(optax.sgd(0.1), optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"checks must be 'next' for stacked .*\(..., most=nc\)"):
+        guard.step(guard.init(jnp.ones(3)), objective)
+    guard = lossguard.recommended(optax.sgd(0.1), optax.sgd(0.1), most=10)
+    assert guard.step(guard.init(jnp.ones(3)), objective)[1].winner >= 0

@@ -28,6 +28,7 @@ from .protocol import (
     start,
     with_extra_args,
 )
+from .stacked import stacked
 from .track_record import Excess, TrackRecord
 from .verdict import NEITHER, Verdict, follow_first, judge
 from .windows import Windows, fixed
@@ -120,7 +121,8 @@ def loss_guard(
     by a track record).
 
     Raises:
-        ValueError: if an argument is not among those allowed, or nc too small for the criterion.
+        ValueError: if an argument is not among those allowed, or nc too small for the criterion; in
+            a step, if check minibatches are apart and the objective is ``stacked``.
 
     Source: the paper's Algorithm 2; with nt = nc = 1 and a deterministic objective, Algorithm 1.
     Hedging, criteria, windows and probing go beyond it.
@@ -176,6 +178,12 @@ def loss_guard(
         return start(params, inner)
 
     def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
+        if checks == "apart" and isinstance(objective, stacked):
+            raise ValueError(
+                "checks must be 'next' for stacked minibatches, got 'apart': "
+                "recommended(..., most=nc) is so"
+            )
+
         def compete(state: GuardState) -> tuple[GuardState, Decision]:
             return skip_z_on_s(state, lambda state, lanes: cycle(state, objective, lanes, m))
 

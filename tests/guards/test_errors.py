@@ -45,6 +45,14 @@ WRONG = {
         lambda: lossguard.loss_guard(SGD, SGD, loser="forget"),  # type: ignore
         "loser must be one of keep, rollback, reset, got 'forget'",
     ),
+    "nc of recommended": (
+        lambda: lossguard.recommended(SGD, SGD, nc=1),
+        "nc must be between 2 and most = 8, or most itself, got 1",
+    ),
+    "most of recommended": (
+        lambda: lossguard.recommended(SGD, SGD, most=9),
+        "nc must be between 2 and most = 9, or most itself, got 10",
+    ),
     "checks": (
         lambda: lossguard.loss_guard(SGD, SGD, checks="others"),  # type: ignore
         "checks must be one of next, apart, got 'others'",

@@ -84,3 +84,11 @@ def test_it_takes_the_guards_options():
     assert isinstance(guard, LossGuard)
     guard.cycle(lambda batch: w.square().sum(), [0], [1])
     assert [decision.winner for decision in seen] == [0]
+
+
+@pytest.mark.parametrize(("nc", "most"), [(1, 8), (10, 9)])
+def test_too_few_check_minibatches(nc, most):
+    w = [torch.ones(1, requires_grad=True)]
+    made = [torch.optim.SGD(w, lr=0.1) for _ in range(2)]
+    with pytest.raises(ValueError, match=f"^nc must be between 2 and most = {most}, .* got {nc}$"):
+        recommended(*made, nc=nc, most=most)

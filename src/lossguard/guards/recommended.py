@@ -31,7 +31,7 @@ def recommended(
             that suits minibatches that come from the host (``stacked``).
 
     Raises:
-        ValueError: as ``loss_guard``.
+        ValueError: as ``loss_guard``; or if nc is 1 and most is not, or most is below nc.
 
     >>> import jax.numpy as jnp, optax
     >>> guard = recommended(optax.sgd(3.0), optax.sgd(0.1))
@@ -50,6 +50,8 @@ def recommended(
 
 def settings(nc: int, most: int) -> dict[str, Any]:
     """The options of ``loss_guard`` that ``recommended`` sets."""
+    if most != nc and not 2 <= nc < most:
+        raise ValueError(f"nc must be between 2 and most = {most}, or most itself, got {nc}")
     return {
         "criterion": mean_criterion() if most == nc else curtailed_criterion(first=nc, most=most),
         "hedge": track_record(decay=0.7),

@@ -38,7 +38,7 @@ def recommended(
             ``callback``, as in ``LossGuard``.
 
     Raises:
-        ValueError: as ``LossGuard``.
+        ValueError: as ``LossGuard``; or if nc is 1 and most is not, or most is below nc.
 
     >>> import torch
     >>> w = torch.tensor([4.0], requires_grad=True)
@@ -46,13 +46,15 @@ def recommended(
     >>> guard.cycle(lambda batch: w.square().sum(), range(10), range(10)).winner  # s, lane 2
     2
     """
-    look_further = most not in (None, nc)
+    most = nc if most is None else most
+    if most != nc and not 2 <= nc < most:
+        raise ValueError(f"nc must be between 2 and most = {most}, or most itself, got {nc}")
     return LossGuard(
         learned,
         fallback,
         nt=nt,
         nc=nc,
-        criterion=curtailed_criterion(first=nc, most=most) if look_further else mean_criterion(),
+        criterion=mean_criterion() if most == nc else curtailed_criterion(first=nc, most=most),
         hedge=track_record(decay=0.7),
         loser="reset",
         probing=backoff(patience=200, most=512, start="reset"),

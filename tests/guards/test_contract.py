@@ -47,8 +47,8 @@ NAMES = list(OPTIMIZERS)
 
 GUARDS = {
     "keep": lambda y, z: lossguard.loss_guard(y, z, nt=NT, nc=NC),
-    "rollback": lambda y, z: lossguard.loss_guard(y, z, nt=NT, nc=NC, loser="rollback"),
     "reset": lambda y, z: lossguard.loss_guard(y, z, nt=NT, nc=NC, loser="reset"),
+    "recommended": lambda y, z: lossguard.recommended(y, z, nt=NT, nc=NC),
     "residual": lambda y, z: lossguard.residual_guard(y, z, nt=NT),
     "unguarded": lambda y, z: lossguard.unguarded(y, nt=NT),
     "best of": lambda y, z: lossguard.best_of(
@@ -90,7 +90,7 @@ class Objective(eqx.Module):
 
 # Every optimizer is on one side under the one guard, and on the other side under the other.
 RUN = [("reset", name) for name in NAMES[::2]] + [("residual", name) for name in NAMES[1::2]]
-RUN += [("keep", "adam"), ("rollback", "adam"), ("unguarded", "adam"), ("best of", "adam")]
+RUN += [("keep", "adam"), ("recommended", "adam"), ("unguarded", "adam"), ("best of", "adam")]
 
 
 @pytest.mark.parametrize(("guard", "name"), RUN)
@@ -204,18 +204,23 @@ def test_parameters_are_any_pytree_of_floats(guard, params) -> None:
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("guard", GUARDS)
 def test_counters(guard) -> None:
-    minibatches = NT if guard in ("residual", "unguarded") else NT + NC
+    """What the recommended guard spends on its check depends on what it sees."""
+    minibatches = NT if guard in ("recommended", "residual", "unguarded") else NT + NC
     spent = {
         "residual": (2 * NT, 0, NT),
         "unguarded": (NT, 0, NT),
         "best of": (3 * NT, 2 * NC, 2 * NT),
     }.get(guard, (2 * NT, 2 * NC, NT))
-    guard = GUARDS[guard](OPTIMIZERS["adam"], OPTIMIZERS["sgd"])
-    state = guard.init(start())
+    made = GUARDS[guard](OPTIMIZERS["adam"], OPTIMIZERS["sgd"])
+    state = made.init(start())
     assert (state.steps, state.minibatches) == (0, 0)
     for cycle in (1, 2):
-        state, decision = guard.step(state, Objective(jax.random.key(0)))
+        state, decision = made.step(state, Objective(jax.random.key(0)))
         assert (state.steps, state.minibatches) == (cycle * NT, cycle * minibatches)
+        if guard == "recommended":
+            assert decision.forwards in (2 * NC, 4 * NC, 8 * NC, 16 * NC)
+            assert decision.gradients in (2 * NT, 3 * NT)  # x on the fallback's own path, or off it
+            decision = decision._replace(gradients=2 * NT, forwards=2 * NC)
         assert (decision.gradients, decision.forwards, decision.learned_updates) == spent
         assert decision.steps == NT
 

@@ -20,14 +20,14 @@ from lossguard.tasks import Noisy, quadratic, ridge_logistic
 NT, NC, CYCLES = 3, 2, 30
 S = {True: 2, "only": 1}
 """The number of lane s beside one learned lane."""
-RECORD = lossguard.track_record(decay=0.6)
+RECORD = lossguard.track_record(decay=0.6, share=0.5)
 
 
 def by_numpy(problem, learned, fallback, *, hedge, loser: str, cycles: int):
     """The docstring of ``loss_guard``, in plain loops; z always runs, also where it is s."""
     z_lane, s_lane = fallback, deepcopy(fallback)
     x = s = problem.start
-    i, excess, worst = 0, 0.0, 0.0
+    i, a, excess, worst = 0, 0, 0.0, 0.0
     for _ in range(cycles):
         trusted = [(z_lane, x)] if hedge != "only" else []
         lanes = [*((one, x) for one in learned), *trusted, (s_lane, s)]
@@ -46,11 +46,13 @@ def by_numpy(problem, learned, fallback, *, hedge, loser: str, cycles: int):
             if winner == m and x is s:
                 winner = m + 1
             d = sum(losses[winner]) - sum(losses[-1])
-            excess, worst = 0.6 * excess + d, max(0.6 * worst, d)
+            a += 1
+            rho = max(0.6, 1 - 1 / max(0.5 * a, 1))
+            excess, worst = rho * excess + d, max(rho * worst, d)
             if excess > (0 if x is s else worst):
                 winner = m + 1
             if winner == m + 1:
-                excess = worst = 0.0
+                a, excess, worst = 0, 0.0, 0.0
         else:
             winner = min([len(lanes) - 1, winner], key=lambda lane: checks[lane].mean())
         x, s = ends[winner], ends[-1]

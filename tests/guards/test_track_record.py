@@ -14,10 +14,10 @@ import lossguard
 from lossguard.guards.track_record import Excess, TrackRecord, track_record
 from lossguard.tasks import Noisy, quadratic
 
-NT, NC, CYCLES, DECAY = 4, 3, 80, 0.8
+NT, NC, CYCLES, DECAY, SHARE = 4, 3, 80, 0.8, 0.3
 
 
-NONE = Excess(jnp.float32(0), jnp.float32(0))
+NONE = Excess(jnp.float32(0), jnp.float32(0), jnp.int32(0))
 
 
 def valleys(w: jax.Array, i: jax.Array | int = 0) -> jax.Array:
@@ -58,7 +58,7 @@ def test_the_curve_is_not_above_the_fallbacks(problem, trusted, options) -> None
             trusted,
             nt=NT,
             nc=NC,
-            hedge=track_record(decay=DECAY),
+            hedge=track_record(decay=DECAY, share=SHARE),
             **options,
         )
 
@@ -79,17 +79,19 @@ def test_the_curve_is_not_above_the_fallbacks(problem, trusted, options) -> None
         start = 2.0 + 0.1 * jnp.arange(6.0)
         return jax.lax.scan(step, (guard.init(start), alone.init(start)), length=CYCLES)[1]
 
-    above, total, worst, on_own, apart = map(
+    above, total, worst, a, on_own, apart = map(
         np.asarray, jax.jit(jax.vmap(one))(jnp.arange(len(optimizers.HOSTILE)))
     )
     assert (apart < 1e-9).all()  # s is the fallback alone
     assert (total <= worst).all()
     assert (total[on_own] == 0).all()
     assert (worst[on_own] == 0).all()
-    before = np.roll(worst, 1, axis=1)
+    before, a = (np.roll(of, 1, axis=1) for of in (worst, a + 1))
     before[:, 0] = 0
     returns = on_own & (before > 0)
-    forgiven = np.cumsum((1 - DECAY) * before + DECAY * returns * before, axis=1) + worst
+    rho = np.maximum(DECAY, 1 - 1 / np.maximum(SHARE * a, 1))
+    assert (rho[:, 1:] > DECAY).any()
+    forgiven = np.cumsum((1 - rho) * before + rho * returns * before, axis=1) + worst
     assert (np.cumsum(above, axis=1) <= forgiven + 1e-9).all()
     turns = optimizers.HOSTILE.index("turns")
     assert np.cumsum(above, axis=1)[turns].min() < -0.1  # there was something to gain
@@ -100,16 +102,18 @@ def test_the_curve_is_not_above_the_fallbacks(problem, trusted, options) -> None
 
 @given(
     decay=st.floats(0.0, 0.99),
+    share=st.floats(0.0, 0.99),
     gaps=st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=40),
     on_own=st.booleans(),
 )
-def test_the_rule_is_numpys(decay, gaps, on_own) -> None:
+def test_the_rule_is_numpys(decay, share, gaps, on_own) -> None:
     """D is a weighted sum, W its largest term, whichever way gaps are split into two curves."""
-    record, excess = TrackRecord(decay), NONE
+    record, excess, terms = TrackRecord(decay, share), NONE, np.zeros(0)
     for k, gap in enumerate(gaps):
         kept, own = jnp.array([gap, 1.0, np.nan]), jnp.array([0.5, 0.5, np.nan])
         excess, back = record.update(excess, kept, own, 2, jnp.array(on_own))
-        terms = [decay ** (k - j) * np.float64(one) for j, one in enumerate(gaps[: k + 1])]
+        memory = max(1 / (1 - decay), share * (k + 1))  # in cycles
+        terms = np.append((1 - 1 / memory) * terms, gap)
         error = 1e-5 * (np.abs(terms).sum() + 1)
         np.testing.assert_allclose(excess.total, sum(terms), atol=error)
         np.testing.assert_allclose(excess.worst, max([0, *terms]), atol=error)
@@ -117,7 +121,7 @@ def test_the_rule_is_numpys(decay, gaps, on_own) -> None:
 
 
 def cycles_until_back(gaps) -> int | None:
-    record, excess = TrackRecord(0.9), NONE
+    record, excess = TrackRecord(0.9, 0.0), NONE
     for cycle, gap in enumerate(gaps, 1):
         args = excess, jnp.array([gap]), jnp.array([0.0]), 1, jnp.array(False)
         excess, back = record.update(*args)
@@ -134,6 +138,42 @@ def test_a_lead_is_forgotten() -> None:
     lead, gap = 1.0, 1e-3
     expected = np.ceil(np.log(1 / 0.9 + lead * 0.1 / gap / 0.9) / np.log(1 / 0.9))
     assert cycles_until_back([-lead] + [gap] * 200) == 1 + expected
+
+
+@pytest.mark.parametrize(("ahead", "gap"), [(500, 0.5), (2_000, 3.0), (2_000, 0.1)])
+def test_a_long_lead_takes_long_to_forget(ahead, gap) -> None:
+    """theory.md, section 5: ahead by 1 a cycle for A cycles, then behind by g a cycle.
+
+    D = (1 - 10/a) D - 1 has the solution D = -a / 11. The memory is A / 10 then, and a little
+    more while it lasts.
+    """
+    record, share = TrackRecord(0.7, 0.1), 0.1
+    gaps = jnp.array([-1.0] * ahead + [gap] * ahead)
+
+    def step(excess, gap):
+        excess, back = record.update(excess, gap[None], jnp.zeros(1), 1, jnp.array(False))
+        return excess, (excess.total, back)
+
+    totals, back = jax.lax.scan(step, NONE, gaps)[1]
+    assert totals[ahead - 1] == pytest.approx(-ahead / 11, rel=1e-2)
+    lasted = int(jnp.argmax(back)) + 1 - ahead
+    expected = share * ahead * np.log(1 + 10 / 11 / gap)
+    assert expected <= lasted <= (1 + expected / ahead) * expected + 2
+
+
+def test_a_few_bad_cycles_cost_no_long_lead() -> None:
+    """Two are enough to go back early, or without a share."""
+
+    def goes_back(share: float, ahead: int) -> bool:
+        record, excess = TrackRecord(0.7, share), NONE
+        for gap in [-1.0] * ahead + [3.0, 3.0]:
+            args = excess, jnp.array([gap]), jnp.zeros(1), 1, jnp.array(False)
+            excess, back = record.update(*args)
+        return bool(back)
+
+    assert goes_back(share=0.1, ahead=20)
+    assert goes_back(share=0.0, ahead=200)
+    assert not goes_back(share=0.1, ahead=200)
 
 
 def test_one_bad_cycle_is_forgiven() -> None:
@@ -160,11 +200,11 @@ def test_one_bad_cycle_is_forgiven() -> None:
 )
 def test_what_is_not_finite(kept, own, back) -> None:
     args = jnp.array([kept]), jnp.array([own]), 1
-    for excess in (NONE, Excess(jnp.float32(-9), jnp.float32(0.5))):
-        _, goes = TrackRecord(0.5).update(excess, *args, jnp.array(True))
+    for excess in (NONE, Excess(jnp.float32(-9), jnp.float32(0.5), jnp.int32(3))):
+        _, goes = TrackRecord(0.5, 0.1).update(excess, *args, jnp.array(True))
         if excess is NONE or not np.isfinite(kept):
             assert bool(goes) == back
-        _, goes = TrackRecord(0.5).update(excess, *args, jnp.array(False))
+        _, goes = TrackRecord(0.5, 0.1).update(excess, *args, jnp.array(False))
         assert bool(goes) == (back and not np.isfinite(kept))  # one cycle alone is not enough
 
 
@@ -191,7 +231,7 @@ def test_x_goes_back_while_the_learned_lane_waits(patience) -> None:
         optax.sgd(0.1),
         nt=4,
         nc=3,
-        hedge=track_record(decay=0.5),
+        hedge=track_record(decay=0.5, share=0),
         probing=None if patience is None else lossguard.backoff(patience=patience, most=64),
     )
     step = jax.jit(lambda state: guard.step(state, slope))
@@ -215,7 +255,7 @@ def test_x_goes_back_while_the_learned_lane_waits(patience) -> None:
             assert decision.winner == 2
             np.testing.assert_array_equal(state.params, state.inner.own.params)
             break
-        np.testing.assert_allclose(state.inner.excess, (excess, worst), rtol=1e-5)
+        np.testing.assert_allclose(state.inner.excess, (excess, worst, cycle + 1), rtol=1e-5)
     assert 10 < cycle < 50
     if patience is not None:
         assert not probed
@@ -258,13 +298,16 @@ def test_memory_and_types() -> None:
 def test_errors(decay) -> None:
     with pytest.raises(ValueError, match="decay must be above 0 and below 1, got"):
         track_record(decay=decay)
+    if decay != 0:
+        with pytest.raises(ValueError, match="share must be at least 0 and below 1, got"):
+            track_record(share=decay)
 
 
 def test_a_record_is_worth_19_cycles() -> None:
     """P(D > 0) = N(-(g / s) sqrt((1 + rho) / (1 - rho))) where d are normal: 19 cycles at 0.9."""
     rho, g, cycles = 0.9, 0.3, 200_000
     d = np.random.default_rng(0).normal(-g, 1, cycles).astype(np.float32)
-    record, on_own = TrackRecord(rho), jnp.array(False)
+    record, on_own = TrackRecord(rho, 0.0), jnp.array(False)
 
     def step(excess, d):
         excess, _ = record.update(excess, d[None], jnp.zeros(1), 1, on_own)

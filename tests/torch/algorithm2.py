@@ -12,14 +12,15 @@ import torch
 
 def algorithm2(
     model, learned, fallback, batches, loss_fn, *, nt, nc, loser="keep", hedge=False, decay=None,
-    schedule=None,
+    share=0.0, schedule=None,
 ):  # fmt: skip
     """The kept model after each cycle, its winner, check losses, training losses, and excess.
 
     ``learned`` and ``fallback`` build an optimizer on parameters. ``schedule`` builds a scheduler,
     stepped once per train minibatch, on the fallback of each branch. With ``hedge`` the third
     branch goes on from where it is, and z takes its optimizer's state over wherever x is there. By
-    ``decay`` x goes back there on a track record, whose sum and worst term are the excess.
+    ``decay`` x goes back there on a track record, whose sum, worst term and cycles are the
+    excess.
     """
     x = copy.deepcopy(model)
     branches = [copy.deepcopy(model) for _ in range(3 if hedge else 2)]
@@ -28,7 +29,7 @@ def algorithm2(
     fresh = [copy.deepcopy(o.state_dict()) for o in optimizers]
     schedules = [schedule(o) for o in optimizers[1:]] if schedule else []
     stream = iter(batches)
-    on_own, excess, worst = True, 0.0, 0.0
+    on_own, excess, worst, cycles = True, 0.0, 0.0, 0
     for _ in range(len(batches) // (nt + nc)):
         for branch in branches[:2]:
             branch.load_state_dict(x.state_dict())
@@ -67,12 +68,14 @@ def algorithm2(
             if on_own and winner == 1:  # z and s are the same there
                 winner = 2
             d = sum(train[winner]) - sum(train[2])
-            excess, worst = decay * excess + d, max(decay * worst, d)
+            cycles += 1
+            rho = max(decay, 1 - 1 / max(share * cycles, 1))
+            excess, worst = rho * excess + d, max(rho * worst, d)
             if excess > (0 if on_own else worst):
                 winner = 2
             on_own = winner == 2
             if on_own:
-                excess = worst = 0.0
+                excess, worst, cycles = 0.0, 0.0, 0
         if winner >= 0:
             x.load_state_dict(branches[winner].state_dict())
         for lane in (0, 1):
@@ -93,7 +96,7 @@ def algorithm2(
                 optimizers[2].load_state_dict({**copy.deepcopy(fresh[2]), "param_groups": groups})
             optimizers[1].load_state_dict(copy.deepcopy(optimizers[2].state_dict()))
         kept = train[winner if winner >= 0 else 1]
-        yield copy.deepcopy(x.state_dict()), winner, means, kept, (excess, worst)
+        yield copy.deepcopy(x.state_dict()), winner, means, kept, (excess, worst, cycles)
 
 
 def winner_of(means, finite):

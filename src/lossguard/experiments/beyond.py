@@ -19,7 +19,7 @@ from .experiment import Experiment, MakeMethods, paper_methods, sgd_fallback
 from .recipes import RECIPES as PAPERS
 from .recipes import fig03, fig04, fig05
 
-RECORD = track_record(decay=0.9)
+RECORD = track_record(decay=0.9, share=0)
 PAIRED = paired_criterion(confidence=0.95)
 RECOMMENDED = settings(nc=10, most=80)
 ABLATION: Mapping[str, Mapping[str, object]] = {
@@ -40,6 +40,7 @@ ABLATION: Mapping[str, Mapping[str, object]] = {
     "record, reset, paired": {"hedge": RECORD, "loser": "reset", "criterion": PAIRED},
     "recommended, nc 10 at most": RECOMMENDED | {"criterion": None},
     "recommended, decay 0.9": RECOMMENDED | {"hedge": RECORD},
+    "recommended, share 0": RECOMMENDED | {"hedge": track_record(decay=0.7, share=0)},
     "recommended, checks next": RECOMMENDED | {"checks": "next"},
     "recommended, patience 10": RECOMMENDED
     | {"probing": backoff(patience=10, most=512, start="reset")},

@@ -170,7 +170,7 @@ def loss_guard(
             fallback=None if Z is None else fresh,
             own=None if S is None else Branch(params, fresh),
             on_own=jnp.array(S is not None),
-            excess=Excess(zero, zero),
+            excess=Excess(zero, zero, jnp.int32(0)),
             factor=jnp.int32(1),
             checked=jnp.int32(0),
             probing=init_probing(),

@@ -18,12 +18,15 @@ class Excess(NamedTuple):
     """D, of all cycles, the past forgotten by and by."""
     worst: Float[Array, ""]
     """W, the largest of its terms, at least 0."""
+    cycles: Int[Array, ""]
+    """a, since x left."""
 
 
 class TrackRecord(NamedTuple):
     """How x's training losses are compared with those of s, the fallback on its own path."""
 
     decay: float
+    share: float
 
     def update(
         self,
@@ -43,33 +46,41 @@ class TrackRecord(NamedTuple):
         kept, own = (jnp.where(counts, losses, 0).sum() for losses in (kept, own))
         known = jnp.isfinite(own)
         d = jnp.where(known, kept - own, 0).astype(excess.total.dtype)
-        total = self.decay * excess.total + d
-        worst = jnp.maximum(self.decay * excess.worst, d)
+        a = excess.cycles + 1
+        decay = jnp.maximum(self.decay, 1 - 1 / jnp.maximum(self.share * a, 1)).astype(d.dtype)
+        total = decay * excess.total + d
+        worst = jnp.maximum(decay * excess.worst, d)
         fine = (total <= jnp.where(on_own, 0, worst)) & jnp.isfinite(total)
-        return Excess(total, worst), known & ~fine
+        return Excess(total, worst, a), known & ~fine
 
 
-def track_record(*, decay: float = 0.9) -> TrackRecord:
+def track_record(*, decay: float = 0.9, share: float = 0.1) -> TrackRecord:
     """Go back where x's training losses of late sum up to more than the fallback's alone.
 
-        d <- sum_t [F(x's branch, i+t) - F(s, i+t)],    over the nt steps of a cycle
-        D <- decay D + d;  W <- max(decay W, d)
-        x <- s, D <- 0, W <- 0   if D > W
+    In cycle a since x left the path of s:
 
-    So D remembers about 1 / (1 - decay) cycles, and s must be ahead even without the cycle that was
-    the worst for x: going back forfeits what was gained, and is never done for one bad cycle. A
+        rho <- max(decay, 1 - 1 / (share a))
+        d <- sum_t [F(x's branch, i+t) - F(s, i+t)],    over the nt steps of a cycle
+        D <- rho D + d;  W <- max(rho W, d)
+        x <- s, D <- 0, W <- 0, a <- 0   if D > W
+
+    So D remembers about 1 / (1 - decay) cycles, and in time the last ``share`` of those since x
+    left: going back forfeits what was gained, and a long lead is not given up for a few cycles. It
+    is never given up for one, as s must be ahead even without the cycle that was the worst for x. A
     learned lane leaves the fallback's own path if the check speaks for it and d <= 0. Where a few
     hard examples make up the loss, a cycle's minibatches alone can't tell; a record can.
 
     Raises:
-        ValueError: if decay is not above 0 and below 1.
+        ValueError: if decay is not above 0 and below 1, or share not at least 0 and below 1.
 
     >>> import optax
     >>> from lossguard import loss_guard
     >>> guard = loss_guard(optax.sgd(3.0), optax.sgd(0.1), hedge=track_record(decay=0.9))
     """
     check_decay(decay)
-    return TrackRecord(decay)
+    if not 0 <= share < 1:
+        raise ValueError(f"share must be at least 0 and below 1, got {share!r}")
+    return TrackRecord(decay, share)
 
 
 def check_decay(decay: float) -> None:

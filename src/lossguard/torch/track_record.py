@@ -16,20 +16,24 @@ class Excess(NamedTuple):
     Attributes:
         total: D, of all cycles, the past forgotten by and by.
         worst: W, the largest of its terms, at least 0.
+        cycles: a, since x left.
     """
 
     total: float = 0.0
     worst: float = 0.0
+    cycles: int = 0
 
 
 class TrackRecord(NamedTuple):
     """How x's training losses are compared with those of s, the fallback on its own path.
 
     Attributes:
-        decay: by how much the past fades in a cycle.
+        decay: by how much the past fades in a cycle, at first.
+        share: of the cycles since x left that are remembered in time.
     """
 
     decay: float
+    share: float
 
     def update(
         self, excess: Excess, kept: Sequence[float], own: Sequence[float], on_own: bool
@@ -45,30 +49,36 @@ class TrackRecord(NamedTuple):
             on_own: whether x lies on the path of s.
 
         >>> track_record(decay=0.5).update(Excess(1.0, 2.0), [2.0, 3.0], [1.0, 2.5], False)
-        (Excess(total=2.0, worst=1.5), True)
+        (Excess(total=2.0, worst=1.5, cycles=1), True)
         """
         known = math.isfinite(sum(own))
         d = sum(kept) - sum(own) if known else 0.0
-        total = self.decay * excess.total + d
-        worst = max(d, self.decay * excess.worst)
+        a = excess.cycles + 1
+        decay = max(self.decay, 1 - 1 / max(self.share * a, 1))
+        total = decay * excess.total + d
+        worst = max(d, decay * excess.worst)
         fine = math.isfinite(total) and total <= (0 if on_own else worst)
-        return Excess(total, worst), known and not fine
+        return Excess(total, worst, a), known and not fine
 
 
-def track_record(*, decay: float = 0.9) -> TrackRecord:
+def track_record(*, decay: float = 0.9, share: float = 0.1) -> TrackRecord:
     """Go back where x's training losses of late sum up to more than the fallback's alone.
 
-        d <- sum_t [F(x's branch, i+t) - F(s, i+t)],    over the nt steps of a cycle
-        D <- decay D + d;  W <- max(decay W, d)
-        x <- s, D <- 0, W <- 0   if D > W
+    In cycle a since x left the path of s:
 
-    So D remembers about 1 / (1 - decay) cycles, and s must be ahead even without the cycle that was
-    the worst for x: going back forfeits what was gained, and is never done for one bad cycle. A
+        rho <- max(decay, 1 - 1 / (share a))
+        d <- sum_t [F(x's branch, i+t) - F(s, i+t)],    over the nt steps of a cycle
+        D <- rho D + d;  W <- max(rho W, d)
+        x <- s, D <- 0, W <- 0, a <- 0   if D > W
+
+    So D remembers about 1 / (1 - decay) cycles, and in time the last ``share`` of those since x
+    left: going back forfeits what was gained, and a long lead is not given up for a few cycles. It
+    is never given up for one, as s must be ahead even without the cycle that was the worst for x. A
     learned lane leaves the fallback's own path if the check speaks for it and d <= 0. Where a few
     hard examples make up the loss, a cycle's minibatches alone can't tell; a record can.
 
     Raises:
-        ValueError: if decay is not above 0 and below 1.
+        ValueError: if decay is not above 0 and below 1, or share not at least 0 and below 1.
 
     >>> from lossguard.torch import LossGuard
     >>> import torch
@@ -78,4 +88,6 @@ def track_record(*, decay: float = 0.9) -> TrackRecord:
     """
     if not 0 < decay < 1:
         raise ValueError(f"decay must be above 0 and below 1, got {decay!r}")
-    return TrackRecord(decay)
+    if not 0 <= share < 1:
+        raise ValueError(f"share must be at least 0 and below 1, got {share!r}")
+    return TrackRecord(decay, share)

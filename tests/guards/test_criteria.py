@@ -134,8 +134,8 @@ ERRORS = [
     ),
     (
         lossguard.curtailed_criterion,
-        {"first": 90},
-        "first must be between 2 and most = 80, got 90",
+        {"first": 170},
+        "first must be between 2 and most = 160, got 170",
     ),
 ]
 

@@ -47,7 +47,7 @@ WRONG = {
     ),
     "nc of recommended": (
         lambda: lossguard.recommended(SGD, SGD, nc=1),
-        "nc must be between 2 and most = 8, or most itself, got 1",
+        "nc must be between 2 and most = 16, or most itself, got 1",
     ),
     "most of recommended": (
         lambda: lossguard.recommended(SGD, SGD, most=9),

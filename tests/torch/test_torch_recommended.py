@@ -73,7 +73,7 @@ def test_a_stream_takes_nc_check_minibatches_unless_told_otherwise(monkeypatch):
     made = [optax.sgd(0.1)] * 2
     of_jax = settings(monkeypatch, "lossguard.guards.recommended", "loss_guard", made, nc=10)
     assert of_torch["criterion"][0] is None
-    assert of_jax["criterion"][0] == (10, 20, 40, 80)
+    assert of_jax["criterion"][0] == (10, 20, 40, 80, 160)
 
 
 def test_it_takes_the_guards_options():

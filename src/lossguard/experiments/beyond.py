@@ -21,7 +21,7 @@ from .recipes import fig03, fig04, fig05
 
 RECORD = track_record(decay=0.9, share=0)
 PAIRED = paired_criterion(confidence=0.95)
-RECOMMENDED = settings(nc=10, most=80)
+RECOMMENDED = settings(nc=10, most=160)
 ABLATION: Mapping[str, Mapping[str, object]] = {
     "the paper's": {},
     "loser rollback": {"loser": "rollback"},
@@ -39,6 +39,7 @@ ABLATION: Mapping[str, Mapping[str, object]] = {
     "adaptive": {"windows": adaptive()},
     "record, reset, paired": {"hedge": RECORD, "loser": "reset", "criterion": PAIRED},
     "recommended, nc 10 at most": RECOMMENDED | {"criterion": None},
+    "recommended, nc 80 at most": RECOMMENDED | {"criterion": curtailed_criterion(most=80)},
     "recommended, decay 0.9": RECOMMENDED | {"hedge": RECORD},
     "recommended, share 0": RECOMMENDED | {"hedge": track_record(decay=0.7, share=0)},
     "recommended, checks next": RECOMMENDED | {"checks": "next"},

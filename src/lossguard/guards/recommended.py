@@ -17,8 +17,8 @@ def recommended(
 
     x goes back to the fallback's own path where its training losses have been higher for a while, a
     learned lane that lost begins anew, and after 200 losses running it is probed ever less often.
-    A cycle of it is kept by 8 nc check minibatches, and given up after nc where these are clear, so
-    that late one that gains a little on most examples, and spoils a few, is not kept.
+    A cycle of it is kept by 16 nc check minibatches, and given up after nc where these are clear:
+    late, one that gains a little on most examples, and spoils a few, is not kept.
     Several learned optimizers have such a guard each, side by side, and the best is followed.
 
     Args:
@@ -26,7 +26,7 @@ def recommended(
         fallback: the one that is.
         nt: optimizer steps a cycle.
         nc: check minibatches of a cycle that clearly loses.
-        most: those of one that is kept; by default 8 nc, numbered apart (``loss_guard``'s
+        most: those of one that is kept; by default 16 nc, numbered apart (``loss_guard``'s
             ``checks``). With nc itself all cycles take as many, which follow those of training:
             that suits minibatches that come from the host (``stacked``).
 
@@ -44,7 +44,7 @@ def recommended(
         return best_of([recommended(one, fallback, nt=nt, nc=nc, most=most) for one in learned])
     check_count("nc", nc)
     return loss_guard(
-        learned, fallback, nt=nt, nc=nc, **settings(nc, 8 * nc if most is None else most)
+        learned, fallback, nt=nt, nc=nc, **settings(nc, 16 * nc if most is None else most)
     )
 
 

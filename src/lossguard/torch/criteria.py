@@ -80,7 +80,7 @@ def sequential_criterion(*, confidence: float = 0.95, first: int = 5, most: int 
     return Criterion(partial(_t_test, level=(1 - confidence) / len(looks)), looks, least=2)
 
 
-def curtailed_criterion(*, confidence: float = 0.7, first: int = 10, most: int = 80) -> Criterion:
+def curtailed_criterion(*, confidence: float = 0.7, first: int = 10, most: int = 160) -> Criterion:
     """A lower mean of ``most`` check minibatches, given up early where it is clearly not lower.
 
     After ``first`` minibatches, then twice as many, and so on, it stops if every learned lane is

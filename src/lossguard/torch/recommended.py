@@ -32,7 +32,7 @@ def recommended(
         nt: train minibatches per cycle.
         nc: check minibatches of a cycle that clearly loses.
         most: those of one that is kept; by default nc as well, since those of a stream are lost for
-            training. (In JAX it is 8 nc: with so many, runs that go on for hundreds of epochs keep
+            training. (In JAX it is 16 nc: with so many, runs that go on for hundreds of epochs keep
             what they have won.)
         options: ``model``, ``scaler``, ``schedulers``, ``offload``, ``process_group`` and
             ``callback``, as in ``LossGuard``.

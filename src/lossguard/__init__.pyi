@@ -10,6 +10,7 @@ from .guards.probing import backoff as backoff
 from .guards.protocol import Decision as Decision
 from .guards.protocol import Guard as Guard
 from .guards.protocol import GuardState as GuardState
+from .guards.ratchet import ratchet as ratchet
 from .guards.recommended import recommended as recommended
 from .guards.residual_guard import arithmetic_average as arithmetic_average
 from .guards.residual_guard import ema as ema

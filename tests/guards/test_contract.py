@@ -47,7 +47,9 @@ NAMES = list(OPTIMIZERS)
 
 GUARDS = {
     "keep": lambda y, z: lossguard.loss_guard(y, z, nt=NT, nc=NC),
-    "reset": lambda y, z: lossguard.loss_guard(y, z, nt=NT, nc=NC, loser="reset"),
+    "reset, ratchet": lambda y, z: lossguard.loss_guard(
+        y, z, nt=NT, nc=NC, loser="reset", ratchet=lossguard.ratchet(cycles=1, tolerance=0.0)
+    ),
     "recommended": lambda y, z: lossguard.recommended(y, z, nt=NT, nc=NC),
     "residual": lambda y, z: lossguard.residual_guard(y, z, nt=NT),
     "unguarded": lambda y, z: lossguard.unguarded(y, nt=NT),

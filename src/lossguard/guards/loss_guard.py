@@ -28,6 +28,7 @@ from .protocol import (
     start,
     with_extra_args,
 )
+from .ratchet import Ratchet, RatchetState
 from .stacked import stacked
 from .track_record import Excess, TrackRecord
 from .verdict import NEITHER, Verdict, follow_first, judge
@@ -56,6 +57,8 @@ class LossGuardState(NamedTuple):
     checked: Int[Array, ""]
     """Check minibatches drawn so far, where they are numbered apart."""
     probing: ProbingState
+    ratchet: RatchetState | None
+    """Of x against its best, where one holds."""
 
 
 def loss_guard(
@@ -69,6 +72,7 @@ def loss_guard(
     criterion: Criterion | None = None,
     windows: Windows | None = None,
     probing: Probing | None = None,
+    ratchet: Ratchet | None = None,
     checks: Checks = "next",
 ) -> Guard:
     """LGL2O: keep whichever of two optimizers is better on fresh minibatches after nt steps.
@@ -86,6 +90,9 @@ def loss_guard(
         d <- sum_t [F(kept branch, i+t) - F(s, i+t)]     before each of the nt steps
         D <- decay D + d;  W <- max(decay W, d)
         x <- s, D <- 0, W <- 0   if D > W
+
+    With a ``ratchet`` x also goes back to the best that it has been, every 100 cycles or so, if its
+    losses since are higher than the best x's on the same minibatches would have been.
 
     A lane whose parameters or check losses are not finite can't win; if none can, x stays. Where a
     track record spares s the check, its training losses count instead. So x is finite for ever if
@@ -109,16 +116,20 @@ def loss_guard(
             ``mean_criterion()``, the paper's.
         windows: how nt and nc change; by default not at all.
         probing: how often the learned lanes run; by default always.
+        ratchet: when x goes back to its best; by default never. The learned optimizers begin anew
+            there.
         checks: which minibatches are checked on. "next": those that follow the cycle's training
             ones, so that they are not trained on; "apart": numbers -1, -2, ..., so that training
             takes 0, 1, 2, ... as without a guard, and lane s is just what the fallback alone does.
 
     ``decision.winner`` numbers the lanes: the learned ones from 0 in their order, then z, then s.
+    It is -1 where x went back to its best.
 
-    Memory: x, a copy of the parameters a lane, an optimizer state a lane (two under "rollback").
+    Memory: x, a copy of the parameters a lane, an optimizer state a lane (two under "rollback");
+    with a ratchet one copy of the parameters and of the fallback's state.
     Cost a cycle with m learned lanes: (m + 1) nt gradients, m nt learned updates, (m + 1) nc
     forward passes; one lane more where hedged and x is off the fallback's own path (gradients only,
-    by a track record).
+    by a track record). With a ratchet nt forward passes, where x is off that path.
 
     Raises:
         ValueError: if an argument is not among those allowed, or nc too small for the criterion; in
@@ -174,6 +185,11 @@ def loss_guard(
             factor=jnp.int32(1),
             checked=jnp.int32(0),
             probing=init_probing(),
+            ratchet=None
+            if ratchet is None
+            else RatchetState(
+                Branch(params, None if Z is None else fresh), jnp.int32(0), zero, zero
+            ),
         )
         return start(params, inner)
 
@@ -236,6 +252,7 @@ def loss_guard(
             x = select(winner == lane, branch.params, x)
         won_learned = (winner >= 0) & (winner < m)
 
+        was_on_own = inner.on_own
         inner, reset_learned, reset_fallback = remember(inner, x, lanes, trained, sound, winner)
         probed = jnp.array(bool(learned_lanes))
         inner = inner._replace(
@@ -244,9 +261,13 @@ def loss_guard(
             checked=inner.checked + (n if checks == "apart" else 0),
             probing=probing.update(inner.probing, probed, won_learned),
         )
+        reported = losses[jnp.where(row < 0, verdict.best_fallback, row)]
+        undone, held = jnp.array(False), jnp.int32(0)
+        if ratchet is not None:
+            x, inner, undone, held = hold(x, inner, reported, objective, i, steps, was_on_own)
         decision = Decision(
-            used_learned=won_learned & (jnp.arange(nt_most) < steps),
-            losses=losses[jnp.where(row < 0, verdict.best_fallback, row)],
+            used_learned=won_learned & ~undone & (jnp.arange(nt_most) < steps),
+            losses=reported,
             steps=jnp.int32(steps),
             learned_loss=verdict.learned_loss,
             fallback_loss=verdict.fallback_loss,
@@ -254,9 +275,9 @@ def loss_guard(
             finite_fallback=verdict.finite_fallback,
             reset_learned=reset_learned,
             reset_fallback=reset_fallback,
-            winner=winner.astype(jnp.int32),
+            winner=jnp.where(undone, NEITHER, winner).astype(jnp.int32),
             gradients=jnp.int32(len(lanes) * steps),
-            forwards=jnp.int32(rivals * n),
+            forwards=jnp.int32(rivals * n + held),
             learned_updates=jnp.int32(learned_lanes * steps),
         )
         i += steps + (n if checks == "next" else 0)  # line 21
@@ -304,6 +325,45 @@ def loss_guard(
         excess, back = record.update(inner.excess, followed, losses[own], steps, inner.on_own)
         back &= sound[own] if rivals < len(losses) else verdict.finite_fallback
         return excess, jnp.where(back, own, verdict.row)
+
+    def hold(
+        x: Params,
+        inner: LossGuardState,
+        reported: Float[Array, " most"],
+        objective: Objective,
+        i: Int[Array, ""],
+        steps: Int[Array, ""] | int,
+        was_on_own: Bool[Array, ""],
+    ) -> tuple[Params, LossGuardState, Bool[Array, ""], Int[Array, ""]]:
+        """x and the states after the ratchet, whether x went back, and forward passes of b."""
+        assert ratchet is not None and inner.ratchet is not None
+        best, cycles, kept, held = inner.ratchet
+        counted = jnp.where(was_on_own, 0, steps)
+
+        def add(t: Any, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+            kept, held = sums
+            return kept + reported[t].astype(kept.dtype), held + objective(
+                best.params, i + t
+            ).astype(held.dtype)
+
+        kept, held = jax.lax.fori_loop(0, counted, add, (kept, held))
+        seen = RatchetState(best, cycles + 1, kept, held)
+        own = was_on_own | inner.on_own  # where b is x
+        better, back = ratchet.compare(seen)
+        back &= ~own
+        x = select(back, best.params, x)
+        z_state = select(back, keep_schedules(best.state, inner.fallback), inner.fallback)
+        learned = tuple(
+            select(back, keep_schedules(one.init(x), state), state)
+            for one, state in zip(candidates, inner.learned, strict=True)
+        )
+        over = own | (seen.cycles >= ratchet.cycles)
+        state = RatchetState(
+            select(own | better, Branch(x, z_state), best),
+            *(jnp.where(over, 0, value) for value in seen[1:]),
+        )
+        inner = inner._replace(learned=learned, fallback=z_state, ratchet=state)
+        return x, inner, back, counted
 
     def remember(
         inner: LossGuardState,

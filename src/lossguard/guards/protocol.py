@@ -57,7 +57,7 @@ class Decision(NamedTuple):
     reset_fallback: Bool[Array, ""]
     """Whether a fallback optimizer's was."""
     winner: Int[Array, ""]
-    """The lane that was kept, numbered as the guard lists them; -1 where x stayed."""
+    """The lane that was kept, numbered as the guard lists them; -1 where x stayed, or went back."""
     gradients: Int[Array, ""]
     """Gradient evaluations spent."""
     forwards: Int[Array, ""]

@@ -7,6 +7,7 @@ from .criteria import curtailed_criterion, mean_criterion
 from .loss_guard import loss_guard
 from .probing import backoff
 from .protocol import Guard, are_several, check_count
+from .ratchet import ratchet
 from .track_record import track_record
 
 
@@ -57,5 +58,6 @@ def settings(nc: int, most: int) -> dict[str, Any]:
         "hedge": track_record(decay=0.7),
         "loser": "reset",
         "probing": backoff(patience=200, most=512, start="reset"),
+        "ratchet": ratchet(),
         "checks": "next" if most == nc else "apart",
     }

@@ -1,0 +1,67 @@
+"""When does x go back to its best? A rule over training losses, at longer intervals than a cycle.
+
+A check can't see what each of many cycles spoils a little, late in a run, where a few hard examples
+make up the loss. Over a hundred cycles' training losses it shows.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from .lanes import Branch
+from .protocol import check_count
+
+
+class RatchetState(NamedTuple):
+    """b, and how x has done against it."""
+
+    best: Branch
+    """b, the best x so far, and the state of lane z there."""
+    cycles: Int[Array, ""]
+    """Since they were last compared."""
+    kept: Float[Array, ""]
+    """X, the sum of x's training losses since."""
+    held: Float[Array, ""]
+    """B, that of b on the same minibatches."""
+
+
+class Ratchet(NamedTuple):
+    """How x is compared with its best."""
+
+    cycles: int
+    tolerance: float
+
+    def compare(self, state: RatchetState) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
+        """Whether x is the new best, and whether it goes back to the old one."""
+        due = state.cycles >= self.cycles
+        known = jnp.isfinite(state.held)
+        bound = state.held + self.tolerance * jnp.abs(state.held)
+        better = ~known | (state.kept <= state.held)
+        return due & better, due & known & ~(state.kept <= bound)
+
+
+def ratchet(*, cycles: int = 100, tolerance: float = 0.1) -> Ratchet:
+    """Go back to the best x where the losses since are higher than its own would have been.
+
+    Every ``cycles`` cycles, with b the best x so far:
+
+        X <- sum F(x's branch, i+t);  B <- sum F(b, i+t)    over all their steps
+        b <- x   if X <= B;     x <- b   if X > B + tolerance |B|
+
+    b's losses are on the same minibatches, before each step, so that the two are compared without
+    the noise that they share. b is x where this is on the fallback's own path.
+
+    Raises:
+        ValueError: if cycles is not an integer of at least 1, or tolerance is not at least 0 and
+            finite.
+
+    >>> import optax
+    >>> from lossguard import loss_guard
+    >>> guard = loss_guard(optax.sgd(3.0), optax.sgd(0.1), ratchet=ratchet(cycles=100))
+    """
+    check_count("cycles", cycles)
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance must be at least 0 and finite, got {tolerance!r}")
+    return Ratchet(cycles, tolerance)

@@ -1,0 +1,182 @@
+"""Going back to the best x when the losses since are higher than its own would have been."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optimizers
+import pytest
+
+import lossguard
+from lossguard.guards.lanes import Branch
+from lossguard.guards.ratchet import Ratchet, RatchetState, ratchet
+from lossguard.tasks import Noisy, quadratic
+
+NT, NC, CYCLES, EVERY, TOLERANCE = 3, 2, 60, 4, 0.05
+
+
+def noisy() -> Noisy:
+    return Noisy(
+        quadratic(jax.random.key(0), n=6, mu=0.05, L=2.0, distance=3.0), jax.random.key(1), 2.0
+    )
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"loser": "reset", "checks": "apart"},
+        {"hedge": True},
+        {"hedge": "only"},
+        {"hedge": lossguard.track_record(decay=0.95), "probing": lossguard.backoff(patience=2)},
+    ],
+    ids=["paper's", "reset, apart", "hedged", "only", "record, backoff"],
+)
+def test_the_rule_in_plain_loops(options) -> None:
+    """The guard without a ratchet, one cycle at a time, and x put back from outside."""
+    f, learned = noisy(), optimizers.hostile(1, 0.05)  # wanders
+    trusted = optax.sgd(lossguard.paper_decay(0.2, tau=100.0), momentum=0.5)
+    plain = lossguard.loss_guard(learned, trusted, nt=NT, nc=NC, **options)
+    rule = ratchet(cycles=EVERY, tolerance=TOLERANCE)
+    held = lossguard.loss_guard(learned, trusted, nt=NT, nc=NC, ratchet=rule, **options)
+    step, plain_step = (jax.jit(lambda s, g=g: g.step(s, f)) for g in (held, plain))
+    state, expected = held.init(jnp.full(6, 2.0)), plain.init(jnp.full(6, 2.0))
+    best, sums, cycles, returns = (expected.params, expected.inner.fallback), np.zeros(2), 0, 0
+    off_path = 0
+    for _ in range(CYCLES):
+        i, was_on_own = expected.minibatches, bool(expected.inner.on_own)
+        expected, decision = plain_step(expected)
+        cycles += 1
+        if not was_on_own:
+            own = [f(best[0], i + t) for t in range(NT)]
+            sums += [float(decision.losses.sum()), float(sum(own))]
+        spent = 0 if was_on_own else NT
+        goes_back = False
+        on_path = was_on_own or bool(expected.inner.on_own)
+        if cycles == EVERY and not on_path and sums[0] > sums[1] + TOLERANCE * abs(sums[1]):
+            goes_back, returns = True, returns + 1
+            z_state = best[1]
+            if z_state is not None:  # its schedule has gone on
+                count = expected.inner.fallback[1].count
+                z_state = (z_state[0], z_state[1]._replace(count=count))
+            fresh = learned.init(best[0])
+            expected = expected._replace(
+                params=best[0],
+                inner=expected.inner._replace(learned=(fresh,), fallback=z_state),
+            )
+        if on_path or (cycles == EVERY and sums[0] <= sums[1]):
+            best = (expected.params, expected.inner.fallback)
+        if on_path or cycles == EVERY:
+            cycles, sums = 0, np.zeros(2)
+
+        state, told = step(state)
+        np.testing.assert_allclose(state.params, expected.params, rtol=1e-9, atol=1e-12)
+        assert told.winner == (-1 if goes_back else decision.winner)
+        assert told.forwards == decision.forwards + spent
+        assert not (goes_back and told.used_learned.any())
+        np.testing.assert_allclose(told.losses, decision.losses, rtol=1e-9)
+        off_path += not was_on_own
+    assert off_path
+    assert returns or "hedge" in options  # where x is seldom off the fallback's path for so long
+
+
+def sums(kept: float, held: float, cycles: int = 100) -> RatchetState:
+    branch = Branch(jnp.zeros(1), ())
+    return RatchetState(branch, jnp.int32(cycles), jnp.float32(kept), jnp.float32(held))
+
+
+@pytest.mark.parametrize(
+    ("kept", "held", "better", "back"),
+    [
+        (1.0, 1.0, True, False),
+        (1.05, 1.0, False, False),
+        (1.2, 1.0, False, True),
+        (0.5, 1.0, True, False),
+        (-1.05, -1.0, True, False),
+        (-0.95, -1.0, False, False),
+        (-0.8, -1.0, False, True),
+        (np.nan, 1.0, False, True),
+        (np.inf, 1.0, False, True),
+        (1.0, np.nan, True, False),
+        (1.0, np.inf, True, False),
+        (np.nan, np.nan, True, False),
+    ],
+)
+def test_the_comparison(kept, held, better, back) -> None:
+    rule = Ratchet(cycles=100, tolerance=0.1)
+    assert tuple(map(bool, rule.compare(sums(kept, held)))) == (better, back)
+    assert tuple(map(bool, rule.compare(sums(kept, held, cycles=99)))) == (False, False)
+
+
+def climb(rate: float) -> optax.GradientTransformation:
+    """Up by ``rate`` a step."""
+    return optimizers.constant(rate)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.5])
+def test_a_slow_rise_that_no_check_sees(tolerance) -> None:
+    """Checks are for climbing, training losses are w: without the ratchet x rises for ever."""
+
+    def objective(w, i):
+        return jnp.where(i < 0, -w[0], w[0])  # check minibatches are numbered below 0
+
+    options = {"nt": 2, "nc": 1, "checks": "apart"}
+    guards = [
+        lossguard.loss_guard(climb(0.01), optax.sgd(0.0), **options),
+        lossguard.loss_guard(
+            climb(0.01), optax.sgd(0.0), ratchet=ratchet(cycles=5, tolerance=tolerance), **options
+        ),
+    ]
+    ends = []
+    for guard in guards:
+        state = guard.init(jnp.ones(1))
+        state, decisions = jax.jit(
+            lambda s, g=guard: jax.lax.scan(lambda s, _: g.step(s, objective), s, length=500)
+        )(state)
+        ends.append(float(state.params[0]))
+        highest = float(decisions.losses.max())
+    assert ends[0] == pytest.approx(1 + 500 * 2 * 0.01, rel=1e-4)
+    # At most above by the tolerance on the mean of five cycles, and by what those five rise.
+    assert ends[1] <= highest <= 1 + tolerance + 5 * 2 * 0.01 + 1e-4
+    assert highest > 1 + tolerance
+
+
+def test_it_leaves_the_fallbacks_own_path_alone() -> None:
+    """On it x is s, whatever its losses do, and b takes no forward passes."""
+    trusted = optax.sgd(-0.1)  # ascends
+    guard = lossguard.loss_guard(
+        optax.sgd(-1.0), trusted, nt=2, nc=1, hedge="only", ratchet=ratchet(cycles=1)
+    )
+    alone = lossguard.unguarded(trusted, nt=2)
+    state, single = guard.init(jnp.ones(2)), alone.init(jnp.ones(2))
+    for _ in range(5):
+        state, decision = guard.step(state, lambda w, i: jnp.sum(w**2))
+        single, _ = alone.step(single, lambda w, i: jnp.sum(w**2))
+        np.testing.assert_array_equal(state.params, single.params)
+        np.testing.assert_array_equal(state.inner.ratchet.best.params, single.params)
+        assert (decision.winner, decision.forwards) == (1, 2)
+
+
+def test_a_second_cycle_compiles_nothing() -> None:
+    guard = lossguard.loss_guard(
+        optax.adam(0.1), optax.adam(0.1), nt=2, nc=1, ratchet=ratchet(cycles=2)
+    )
+    step = jax.jit(lambda state: guard.step(state, lambda w, i: jnp.sum(w**2)))
+    state = guard.init(jnp.ones(2))
+    for _ in range(4):
+        state, _ = step(state)
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"cycles": 0}, "cycles must be an integer of at least 1, got 0"),
+        ({"tolerance": -0.1}, "tolerance must be at least 0 and finite, got -0.1"),
+        ({"tolerance": float("nan")}, "tolerance must be at least 0 and finite, got nan"),
+    ],
+)
+def test_errors(arguments, message) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        ratchet(**arguments)

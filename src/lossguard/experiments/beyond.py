@@ -41,6 +41,7 @@ ABLATION: Mapping[str, Mapping[str, object]] = {
     "recommended, nc 10 at most": RECOMMENDED | {"criterion": None},
     "recommended, nc 80 at most": RECOMMENDED | {"criterion": curtailed_criterion(most=80)},
     "recommended, decay 0.9": RECOMMENDED | {"hedge": RECORD},
+    "recommended, no ratchet": RECOMMENDED | {"ratchet": None},
     "recommended, share 0": RECOMMENDED | {"hedge": track_record(decay=0.7, share=0)},
     "recommended, checks next": RECOMMENDED | {"checks": "next"},
     "recommended, patience 10": RECOMMENDED

@@ -19,7 +19,8 @@ def recommended(
     x goes back to the fallback's own path where its training losses have been higher for a while, a
     learned lane that lost begins anew, and after 200 losses running it is probed ever less often.
     A cycle of it is kept by 16 nc check minibatches, and given up after nc where these are clear:
-    late, one that gains a little on most examples, and spoils a few, is not kept.
+    late, one that gains a little on most examples, and spoils a few, is not kept. What checks don't
+    see shows in a hundred cycles' training losses: then x goes back to its best.
     Several learned optimizers have such a guard each, side by side, and the best is followed.
 
     Args:

@@ -19,6 +19,8 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 import optax  # noqa: E402
 
+from lossguard.guards.recommended import settings  # noqa: E402
+
 NT, NC, CYCLES = 10, 10, 20
 COUNT = (NT + 2 * NC) * CYCLES  # a sequential criterion may ask for twice as many
 
@@ -245,7 +247,10 @@ def test_recommended(most, run):
     """On Spirals, where both win; on the ConvNet a learned lane that begins anew never does."""
 
     def build(library, *optimizers, **options):
-        return library.recommended(*optimizers, nt=NT, nc=NC, most=most, **options)
+        if library is lossguard.torch:
+            return library.recommended(*optimizers, nt=NT, nc=NC, most=most, **options)
+        given = settings(NC, most) | {"ratchet": None} | options  # there is none in PyTorch
+        return library.loss_guard(*optimizers, nt=NT, nc=NC, **given)
 
     assert len({*both("spirals-mlp", build, run=run)}) >= 2
 

@@ -9,7 +9,7 @@ import pytest
 
 import lossguard
 from lossguard.guards.lanes import Branch
-from lossguard.guards.ratchet import Ratchet, RatchetState, ratchet
+from lossguard.guards.ratchet import Ratchet, RatchetState, init_ratchet, ratchet
 from lossguard.tasks import Noisy, quadratic
 
 NT, NC, CYCLES, EVERY, TOLERANCE = 3, 2, 60, 4, 0.05
@@ -83,7 +83,8 @@ def test_the_rule_in_plain_loops(options) -> None:
 
 def sums(kept: float, held: float, cycles: int = 100) -> RatchetState:
     branch = Branch(jnp.zeros(1), ())
-    return RatchetState(branch, jnp.int32(cycles), jnp.float32(kept), jnp.float32(held))
+    start = init_ratchet(branch, jnp.float32(0.0))
+    return start._replace(cycles=cycles, kept=jnp.float32(kept), held=jnp.float32(held))
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from .protocol import (
     start,
     with_extra_args,
 )
-from .ratchet import Ratchet, RatchetState
+from .ratchet import Ratchet, RatchetState, init_ratchet
 from .stacked import stacked
 from .track_record import Excess, TrackRecord
 from .verdict import NEITHER, Verdict, follow_first, judge
@@ -187,9 +187,7 @@ def loss_guard(
             probing=init_probing(),
             ratchet=None
             if ratchet is None
-            else RatchetState(
-                Branch(params, None if Z is None else fresh), jnp.int32(0), zero, zero
-            ),
+            else init_ratchet(Branch(params, None if Z is None else fresh), zero),
         )
         return start(params, inner)
 
@@ -263,8 +261,13 @@ def loss_guard(
         )
         reported = losses[jnp.where(row < 0, verdict.best_fallback, row)]
         undone, held = jnp.array(False), jnp.int32(0)
-        if ratchet is not None:
-            x, inner, undone, held = hold(x, inner, reported, objective, i, steps, was_on_own)
+        if inner.ratchet is not None and ratchet is not None:
+            ratcheted = inner.ratchet._replace(anew=inner.ratchet.anew & (not learned_lanes))
+            own, z = (was_on_own, inner.on_own), Branch(x, inner.fallback)
+            ratcheted, (x, z_state), undone, held = ratchet.update(
+                ratcheted, z, reported, objective, i, steps, own
+            )
+            inner = inner._replace(fallback=z_state, ratchet=ratcheted)
         decision = Decision(
             used_learned=won_learned & ~undone & (jnp.arange(nt_most) < steps),
             losses=reported,
@@ -326,45 +329,6 @@ def loss_guard(
         back &= sound[own] if rivals < len(losses) else verdict.finite_fallback
         return excess, jnp.where(back, own, verdict.row)
 
-    def hold(
-        x: Params,
-        inner: LossGuardState,
-        reported: Float[Array, " most"],
-        objective: Objective,
-        i: Int[Array, ""],
-        steps: Int[Array, ""] | int,
-        was_on_own: Bool[Array, ""],
-    ) -> tuple[Params, LossGuardState, Bool[Array, ""], Int[Array, ""]]:
-        """x and the states after the ratchet, whether x went back, and forward passes of b."""
-        assert ratchet is not None and inner.ratchet is not None
-        best, cycles, kept, held = inner.ratchet
-        counted = jnp.where(was_on_own, 0, steps)
-
-        def add(t: Any, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-            kept, held = sums
-            return kept + reported[t].astype(kept.dtype), held + objective(
-                best.params, i + t
-            ).astype(held.dtype)
-
-        kept, held = jax.lax.fori_loop(0, counted, add, (kept, held))
-        seen = RatchetState(best, cycles + 1, kept, held)
-        own = was_on_own | inner.on_own  # where b is x
-        better, back = ratchet.compare(seen)
-        back &= ~own
-        x = select(back, best.params, x)
-        z_state = select(back, keep_schedules(best.state, inner.fallback), inner.fallback)
-        learned = tuple(
-            select(back, keep_schedules(one.init(x), state), state)
-            for one, state in zip(candidates, inner.learned, strict=True)
-        )
-        over = own | (seen.cycles >= ratchet.cycles)
-        state = RatchetState(
-            select(own | better, Branch(x, z_state), best),
-            *(jnp.where(over, 0, value) for value in seen[1:]),
-        )
-        inner = inner._replace(learned=learned, fallback=z_state, ratchet=state)
-        return x, inner, back, counted
-
     def remember(
         inner: LossGuardState,
         x: Params,
@@ -405,10 +369,11 @@ def loss_guard(
     def branches_at(x: Params, inner: LossGuardState) -> tuple[Branch, ...]:
         """Where each lane starts from, and with which optimizer state."""
         learned_states = inner.learned
-        if probing.ever_skips and probing.start == "reset":
-            waited = inner.probing.wait > 0
+        if probing.start == "reset" or inner.ratchet is not None:
+            anew = (inner.probing.wait > 0) & (probing.start == "reset")
+            anew = anew if inner.ratchet is None else anew | inner.ratchet.anew
             learned_states = [
-                select(waited, one.init(x), old)
+                select(anew, keep_schedules(one.init(x), old), old)
                 for one, old in zip(candidates, inner.learned, strict=True)
             ]
         branches = [Branch(x, lane_state) for lane_state in learned_states]

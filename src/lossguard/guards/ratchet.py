@@ -5,13 +5,14 @@ make up the loss. Over a hundred cycles' training losses it shows.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .lanes import Branch
-from .protocol import check_count
+from .lanes import Branch, keep_schedules, select
+from .protocol import Objective, check_count
 
 
 class RatchetState(NamedTuple):
@@ -25,6 +26,13 @@ class RatchetState(NamedTuple):
     """X, the sum of x's training losses since."""
     held: Float[Array, ""]
     """B, that of b on the same minibatches."""
+    anew: Bool[Array, ""]
+    """Whether x went back, and the learned optimizers are to begin anew when they run next."""
+
+
+def init_ratchet(start: Branch, zero: Float[Array, ""]) -> RatchetState:
+    """The state before the first cycle. ``zero`` has the dtype of the sums."""
+    return RatchetState(start, jnp.int32(0), zero, zero, jnp.array(False))
 
 
 class Ratchet(NamedTuple):
@@ -40,6 +48,44 @@ class Ratchet(NamedTuple):
         bound = state.held + self.tolerance * jnp.abs(state.held)
         better = ~known | (state.kept <= state.held)
         return due & better, due & known & ~(state.kept <= bound)
+
+    def update(
+        self,
+        state: RatchetState,
+        x: Branch,
+        losses: Float[Array, " most"],
+        objective: Objective,
+        i: Int[Array, ""],
+        steps: Int[Array, ""] | int,
+        own: tuple[Bool[Array, ""], Bool[Array, ""]],
+    ) -> tuple[RatchetState, Branch, Bool[Array, ""], Int[Array, ""]]:
+        """After a cycle: x and lane z's state, whether x went back, and forward passes of b.
+
+        Args:
+            state: before it.
+            x: after it, with lane z's state.
+            losses: of the kept branch, before each step.
+            objective: whose ``steps`` minibatches from i on were trained on.
+            own: whether x was on the fallback's own path before the cycle, and whether it is now.
+        """
+        counted = jnp.where(own[0], 0, steps)
+
+        def add(t: Any, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+            kept, held = sums
+            now = objective(state.best.params, i + t)
+            return kept + losses[t].astype(kept.dtype), held + now.astype(held.dtype)
+
+        kept, held = jax.lax.fori_loop(0, counted, add, (state.kept, state.held))
+        seen = state._replace(cycles=state.cycles + 1, kept=kept, held=held)
+        better, back = self.compare(seen)
+        with_x = own[0] | own[1]  # b goes with x on the fallback's own path
+        back &= ~with_x
+        best = Branch(state.best.params, keep_schedules(state.best.state, x.state))
+        x = select(back, best, x)
+        best = select(with_x | better, x, state.best)
+        over = with_x | (seen.cycles >= self.cycles)
+        cycles, kept, held = (jnp.where(over, 0, n) for n in (seen.cycles, kept, held))
+        return RatchetState(best, cycles, kept, held, state.anew | back), x, back, counted
 
 
 def ratchet(*, cycles: int = 100, tolerance: float = 0.1) -> Ratchet:

@@ -12,7 +12,7 @@ import torch
 
 def algorithm2(
     model, learned, fallback, batches, loss_fn, *, nt, nc, loser="keep", hedge=False, decay=None,
-    share=0.0, schedule=None,
+    share=0.0, schedule=None, hold=None,
 ):  # fmt: skip
     """The kept model after each cycle, its winner, check losses, training losses, and excess.
 
@@ -20,7 +20,8 @@ def algorithm2(
     stepped once per train minibatch, on the fallback of each branch. With ``hedge`` the third
     branch goes on from where it is, and z takes its optimizer's state over wherever x is there. By
     ``decay`` x goes back there on a track record, whose sum, worst term and cycles are the
-    excess.
+    excess. By ``hold``, cycles and a tolerance, x goes back to the best that it has been, as a
+    ratchet has it; the winner is then -1.
     """
     x = copy.deepcopy(model)
     branches = [copy.deepcopy(model) for _ in range(3 if hedge else 2)]
@@ -30,9 +31,15 @@ def algorithm2(
     schedules = [schedule(o) for o in optimizers[1:]] if schedule else []
     stream = iter(batches)
     on_own, excess, worst, cycles = True, 0.0, 0.0, 0
+    best, anew, sums, since = copy.deepcopy((x, optimizers[1].state_dict())), False, [0.0, 0.0], 0
+    at_own = hedge
     for _ in range(len(batches) // (nt + nc)):
         for branch in branches[:2]:
             branch.load_state_dict(x.state_dict())
+        if anew:
+            groups = optimizers[0].state_dict()["param_groups"]
+            optimizers[0].load_state_dict({**copy.deepcopy(fresh[0]), "param_groups": groups})
+        anew, held, was_own = False, [], at_own
         before = [copy.deepcopy(o.state_dict()["state"]) for o in optimizers]
         train = [[] for _ in branches]
         for _ in range(nt):
@@ -45,6 +52,9 @@ def algorithm2(
                 loss.backward()
                 optimizer.step()
                 losses.append(loss.item())
+            if hold and not was_own:
+                torch.manual_seed(seed)
+                held.append(loss_fn(copy.deepcopy(best[0]), batch).item())
             for scheduler in schedules:
                 scheduler.step()
         checks = [[] for _ in branches]
@@ -96,6 +106,20 @@ def algorithm2(
                 optimizers[2].load_state_dict({**copy.deepcopy(fresh[2]), "param_groups": groups})
             optimizers[1].load_state_dict(copy.deepcopy(optimizers[2].state_dict()))
         kept = train[winner if winner >= 0 else 1]
+        at_own = bool(hedge) and winner == 2
+        if hold:
+            since += 1
+            sums = [sums[0] + (0 if was_own else sum(kept)), sums[1] + sum(held)]
+            due, own = since == hold[0], was_own or at_own
+            if due and not own and sums[0] > sums[1] + hold[1] * abs(sums[1]):
+                x.load_state_dict(best[0].state_dict())
+                groups = optimizers[1].state_dict()["param_groups"]
+                optimizers[1].load_state_dict({**copy.deepcopy(best[1]), "param_groups": groups})
+                winner, anew = -1, True
+            elif own or (due and sums[0] <= sums[1]):
+                best = copy.deepcopy((x, optimizers[1].state_dict()))
+            if due or own:
+                sums, since = [0.0, 0.0], 0
         yield copy.deepcopy(x.state_dict()), winner, means, kept, (excess, worst, cycles)
 
 

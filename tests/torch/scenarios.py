@@ -10,7 +10,7 @@ from torch.distributed import fsdp as sharding
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam
 
-from lossguard.torch import LossGuard, backoff, sequential_criterion, track_record
+from lossguard.torch import LossGuard, backoff, ratchet, sequential_criterion, track_record
 
 CYCLES, NT, NC, BATCH = 6, 3, 2, 24
 
@@ -92,6 +92,29 @@ def ddp_by_track_record(rank):
     return report(guard, model.module.state_dict())
 
 
+def by_ratchet(model):
+    """x goes back to its best, by losses of which a rank sees a part."""
+    params = list(model.parameters())
+    rule = ratchet(cycles=1, tolerance=0.0)
+    return LossGuard(
+        Adam(params, lr=0.02), Adam(params, lr=0.3), nt=NT, nc=1, model=model, ratchet=rule
+    )
+
+
+def alone_by_ratchet(_):
+    model = mlp()
+    guard = by_ratchet(model)
+    run(guard, model, data())
+    return report(guard, model.state_dict())
+
+
+def ddp_by_ratchet(rank):
+    model = DistributedDataParallel(mlp())
+    guard = by_ratchet(model)
+    run(guard, model, shards(rank, distributed.get_world_size()))
+    return report(guard, model.module.state_dict())
+
+
 def ddp_unequal(rank):
     return ddp(rank, [16, 8])
 
@@ -131,8 +154,8 @@ def ddp_killed(rank):
 def two(rank):
     """All that two ranks are asked, one after the other."""
     asked = (
-        ddp, ddp_beyond_the_paper, ddp_by_track_record, ddp_unequal, ddp_nan,
-        fsdp, fsdp_needs_the_model,
+        ddp, ddp_beyond_the_paper, ddp_by_track_record, ddp_by_ratchet, ddp_unequal,
+        ddp_nan, fsdp, fsdp_needs_the_model,
     )  # fmt: skip
     answers = {}
     for scenario in asked:

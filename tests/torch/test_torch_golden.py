@@ -218,6 +218,11 @@ BEYOND = {
         "probing": lib.backoff(patience=1, most=2, start="reset"),
         "criterion": lib.sequential_criterion(confidence=0.5, first=2, most=4),
     },
+    "ratchet": lambda lib: {"ratchet": lib.ratchet(cycles=2, tolerance=0.0), **MISLEAD},
+    "ratchet-record": lambda lib: {
+        "hedge": lib.track_record(decay=0.9), "loser": "reset",
+        "ratchet": lib.ratchet(cycles=1, tolerance=0.0), **MISLEAD,
+    },
     "backoff": lambda lib: {"probing": lib.backoff(patience=1, most=4)},
     "backoff-hedge": lambda lib: {
         "probing": lib.backoff(patience=1, most=2, start="reset"), "hedge": True,
@@ -249,8 +254,7 @@ def test_recommended(most, run):
     def build(library, *optimizers, **options):
         if library is lossguard.torch:
             return library.recommended(*optimizers, nt=NT, nc=NC, most=most, **options)
-        given = settings(NC, most) | {"ratchet": None} | options  # there is none in PyTorch
-        return library.loss_guard(*optimizers, nt=NT, nc=NC, **given)
+        return library.loss_guard(*optimizers, nt=NT, nc=NC, **settings(NC, most), **options)
 
     assert len({*both("spirals-mlp", build, run=run)}) >= 2
 

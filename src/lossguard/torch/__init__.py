@@ -15,6 +15,8 @@ from lossguard.torch.lstm import LSTMOptimizer as LSTMOptimizer
 from lossguard.torch.probing import Probing as Probing
 from lossguard.torch.probing import always as always
 from lossguard.torch.probing import backoff as backoff
+from lossguard.torch.ratchet import Ratchet as Ratchet
+from lossguard.torch.ratchet import ratchet as ratchet
 from lossguard.torch.recommended import recommended as recommended
 from lossguard.torch.residual import ResidualGuard as ResidualGuard
 from lossguard.torch.sequences import Sequence as Sequence
@@ -33,6 +35,7 @@ __all__ = [
     "LossGuard",
     "LossStep",
     "Probing",
+    "Ratchet",
     "ResidualGuard",
     "Sequence",
     "TrackRecord",
@@ -44,6 +47,7 @@ __all__ = [
     "geometric",
     "mean_criterion",
     "paired_criterion",
+    "ratchet",
     "recent_max",
     "recent_term",
     "recommended",

@@ -8,6 +8,7 @@ guard                  all the rest:
   x                    the kept iterate, parameters and buffers
   names                y, z or s, for each lane
   lanes                per lane: copy, train, check, before, memory, scaler, own
+  best                 of a ratchet: copy, memory, losses, cycles, kept, held, anew
   schedulers           the ``state_dict`` of each
 """
 
@@ -22,10 +23,14 @@ from lossguard.torch.decision import Decision
 from lossguard.torch.inner import Inner, Memory, clone
 from lossguard.torch.lane import Lane
 from lossguard.torch.probing import ProbingState
+from lossguard.torch.ratchet import Best
 from lossguard.torch.track_record import Excess
 
 if TYPE_CHECKING:
     from lossguard.torch.guard import LossGuard
+
+NUMBERS = ("cycles", "kept", "held", "anew")
+"""Of a ratchet's best."""
 
 
 def save(guard: LossGuard) -> dict[str, Any]:
@@ -50,6 +55,7 @@ def save(guard: LossGuard) -> dict[str, Any]:
             "x": guard._weights.copy(),
             "names": lanes.names,
             "lanes": [_save_lane(lane, cycle.phase) for lane in lanes.all],
+            "best": None if lanes.best is None else _save_best(lanes.best, lanes.fallback),
             "schedulers": [clone(scheduler.state_dict()) for scheduler in guard.schedulers],
         },
     }
@@ -73,6 +79,8 @@ def load(guard: LossGuard, saved: dict[str, Any]) -> None:
         scheduler.load_state_dict(clone(its_state))
     for lane, its_state in zip(lanes.all, state["lanes"], strict=True):
         _load_lane(lane, its_state)
+    if lanes.best is not None:
+        _load_best(lanes.best, lanes.fallback, state["best"])
     cycle.phase = state["phase"]
     cycle.gradients = state["gradients"]
     lanes.on_own, lanes.excess = state["on_own"], Excess(*state["excess"])
@@ -95,6 +103,13 @@ def _checked(guard: LossGuard, saved: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"state_dict must have the lanes {', '.join(names)}, got {', '.join(state['names'])} "
             "(learned and hedge must be as they were)"
+        )
+    with_ratchet = {True: "with a ratchet", False: "without a ratchet"}
+    ours, theirs = guard._lanes.best is not None, state["best"] is not None
+    if ours != theirs:
+        raise ValueError(
+            f"state_dict must be of a guard {with_ratchet[ours]}, got one of a guard "
+            f"{with_ratchet[theirs]}"
         )
     looks = list(guard._looks)
     if state["phase"] and (state["nt"], state["looks"]) != (guard.nt, looks):
@@ -128,6 +143,23 @@ def _load_lane(lane: Lane, saved: dict[str, Any]) -> None:
         _write(saved["copy"], lane.copy)
     if isinstance(lane.scaler, GradScaler) and saved["scaler"]:
         lane.scaler.load_state_dict(clone(saved["scaler"]))
+
+
+def _save_best(best: Best, fallback: Inner) -> dict[str, Any]:
+    return {
+        "copy": clone(best.copy),
+        "memory": _save_memory(fallback, best.memory),
+        "losses": clone(best.losses),
+        **{name: getattr(best, name) for name in NUMBERS},
+    }
+
+
+def _load_best(best: Best, fallback: Inner, saved: dict[str, Any]) -> None:
+    _write(saved["copy"], best.copy)
+    best.memory = _load_memory(fallback, saved["memory"])
+    best.losses = clone(saved["losses"])
+    for name in NUMBERS:
+        setattr(best, name, saved[name])
 
 
 def _save_memory(inner: Inner, memory: Memory | None) -> dict[str, Any] | None:

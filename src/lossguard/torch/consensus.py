@@ -17,21 +17,27 @@ class Outcome(NamedTuple):
     Attributes:
         checks: check losses, means over the ranks.
         trains: training losses, likewise.
+        held: training losses of b, likewise, where a ratchet asks for them.
         sound: whether parameters are finite, on every rank.
         broken: whether the optimizer's memory isn't finite, on any rank.
     """
 
     checks: list[list[float]]
     trains: list[list[float]]
+    held: list[float]
     sound: list[bool]
     broken: list[bool]
 
 
 def outcome(
-    lanes: Sequence[Lane], weights: Weights, group: distributed.ProcessGroup | None
+    lanes: Sequence[Lane],
+    held: list[Tensor],
+    weights: Weights,
+    group: distributed.ProcessGroup | None,
 ) -> Outcome:
-    """What the ranks of ``group`` agree on about some lanes."""
-    rows = [_numbers(lane.check) for lane in lanes] + [_numbers(lane.train) for lane in lanes]
+    """What the ranks of ``group`` agree on about some lanes, and about the losses of b."""
+    losses = [*(lane.check for lane in lanes), *(lane.train for lane in lanes), held]
+    rows = [_numbers(row) for row in losses]
     numbers, alarms = agree(
         [number for row in rows for number in row],
         [
@@ -45,7 +51,7 @@ def outcome(
     rows = [[next(agreed) for _ in row] for row in rows]
     count = len(lanes)
     sound = [not alarm for alarm in alarms[:count]]
-    return Outcome(rows[:count], rows[count:], sound, alarms[count:])
+    return Outcome(rows[:count], rows[count:-1], rows[-1], sound, alarms[count:])
 
 
 def agree(

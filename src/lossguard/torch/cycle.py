@@ -14,7 +14,7 @@ from lossguard.torch.lanes import Lanes
 from lossguard.torch.placing import placing
 from lossguard.torch.randomness import Randomness
 from lossguard.torch.schedules import Schedules
-from lossguard.torch.weights import Weights
+from lossguard.torch.weights import Copy, Weights
 
 
 class Cycle:
@@ -24,6 +24,7 @@ class Cycle:
         phase: minibatches seen in this cycle; the first nt of them train.
         gradients: gradients evaluated in this cycle.
         running: the lane in the model, or the last one that was.
+        holding: whether b is in the model, for the ratchet.
     """
 
     def __init__(
@@ -36,13 +37,14 @@ class Cycle:
         self.phase = 0
         self.gradients = 0
         self.running = lanes.all[-1]
+        self.holding = False
         self.randomness = Randomness({p.device for p in weights.params})
         self.placing = placing(weights)
 
     @property
     def checking(self) -> bool:
-        """Whether the next minibatch is a check minibatch."""
-        return self.phase >= self.nt
+        """Whether only the loss of the next minibatch is evaluated."""
+        return self.holding or self.phase >= self.nt
 
     def run(self, closures: Sequence[Closure], active: Sequence[int]) -> dict[int, list[Any]]:
         """Run lanes over some minibatches, with the same random numbers; then x is back.
@@ -73,10 +75,12 @@ class Cycle:
                     draws += [self.randomness.state()] if number == active[0] else []
                     if self.phase == min(self.nt, start + len(closures)) - 1:
                         self.placing.save(lane.copy)  # after the last step that trains
+            self._hold(trains, draws)
         except BaseException:
             self.phase = 0  # the cycle is lost, x is not
             raise
         finally:
+            self.holding = False
             self.weights.clear_gradients()
             self.placing.leave()
             self.randomness.set(draws[-1])
@@ -89,14 +93,20 @@ class Cycle:
         before = len(weights.params)
         weights.params += params
         weights.clear_gradients()  # theirs may be left from before
+        best = self.lanes.best
+        for holder in (*self.lanes.all, *([] if best is None else [best])):
+            holder.copy[before:before] = weights.copy()[before : before + len(params)]
         for lane in self.lanes.all:
-            lane.copy[before:before] = weights.copy()[before : before + len(params)]
             lane.grow()
+        if best is not None and best.memory is not None:
+            best.memory.options.append(self.lanes.fallback.remember().options[-1])
         self.placing = placing(weights)
 
     def _begin(self, active: Sequence[int]) -> None:
         self.gradients = 0
         self.placing.begin()
+        if self.lanes.best is not None:
+            self.lanes.best.losses = []
         for number in active:
             lane = self.lanes.all[number]
             lane.begin()
@@ -107,9 +117,8 @@ class Cycle:
         """One minibatch in the lane that is in the model."""
         torch.clear_autocast_cache()  # or autocast would go on with casts of earlier weights
         if self.checking:
-            value = forward_only(closure)
+            value = self._check(closure, lane.copy)
             lane.check.append(scalar(value))
-            self.weights.read_buffers(self.weights.buffers_of(lane.copy))  # a check leaves no trace
             return value
 
         def evaluate() -> Any:
@@ -122,3 +131,21 @@ class Cycle:
             value = lane.step(evaluate, last=self.phase == self.nt - 1)
         schedules.after(lane, lane.inner, k)
         return value
+
+    def _check(self, closure: Closure, copy: Copy) -> Any:
+        """The closure's value at what is in the model, whose ``copy`` it leaves as it was."""
+        value = forward_only(closure)
+        self.weights.read_buffers(self.weights.buffers_of(copy))
+        return value
+
+    def _hold(self, closures: Sequence[Closure], draws: Sequence[Any]) -> None:
+        """The losses of b, with the same random numbers, if the ratchet asks for them."""
+        best = self.lanes.best
+        if best is None or self.lanes.on_own or not closures:
+            return
+        self.holding = True
+        self.placing.enter(best.copy)
+        for k, closure in enumerate(closures):
+            self.randomness.set(draws[k])
+            torch.clear_autocast_cache()
+            best.losses.append(scalar(self._check(closure, best.copy)))

@@ -20,7 +20,7 @@ class Decision(NamedTuple):
         reset_learned: whether a learned optimizer's state was not finite and has been reset.
         reset_fallback: the same of the fallback's, or s began again at x.
         winner: the lane that was kept: the learned ones from 0 in their order, then z, then s; -1
-            none: x stayed.
+            none: x stayed, or went back to its best.
         steps: optimizer steps by which the kept iterate moved on in this cycle, nt.
         gradients: gradients evaluated in this cycle, in all lanes.
         forwards: losses evaluated without a gradient in this cycle, in all lanes.

@@ -25,6 +25,7 @@ from lossguard.torch.decision import NOBODY, Decision
 from lossguard.torch.facade import Closure, Facade
 from lossguard.torch.lanes import Lanes
 from lossguard.torch.probing import Probing, ProbingState, always
+from lossguard.torch.ratchet import Ratchet
 from lossguard.torch.track_record import TrackRecord
 from lossguard.torch.verdict import follow_first, judge
 from lossguard.torch.weights import Weights
@@ -60,6 +61,8 @@ class LossGuard(Facade):
         criterion: when a learned lane is better than the fallback's from x; by default
             ``mean_criterion()``, the paper's. Ties go to s, then z.
         probing: how often the learned lanes run; by default always.
+        ratchet: when x goes back to its best; by default never. The learned optimizers begin anew
+            there.
         model: the module whose buffers (BatchNorm's statistics) belong to a branch; needed with
             ``fully_shard``.
         scaler: a ``GradScaler`` for float16; each lane gets a copy. The closure then calls
@@ -101,6 +104,7 @@ class LossGuard(Facade):
         hedge: Literal["only"] | bool | TrackRecord = False,
         criterion: Criterion | None = None,
         probing: Probing | None = None,
+        ratchet: Ratchet | None = None,
         model: nn.Module | None = None,
         scaler: GradScaler | None = None,
         schedulers: Sequence[LRScheduler] = (),
@@ -132,7 +136,13 @@ class LossGuard(Facade):
         self.history: list[Decision] = []
         self._weights = Weights(params, model, torch.device("cpu") if offload else None)
         self._lanes = Lanes(
-            several, fallback, loser=loser, hedge=hedge, scaler=scaler, weights=self._weights
+            several,
+            fallback,
+            loser=loser,
+            hedge=hedge,
+            ratchet=ratchet,
+            scaler=scaler,
+            weights=self._weights,
         )
         self._cycle = Cycle(self._lanes, self._weights, self.schedulers, nt)
         self._looks = criterion.looks or (nc,)
@@ -146,7 +156,7 @@ class LossGuard(Facade):
 
     @property
     def checking(self) -> bool:
-        """Whether the next minibatch is a check minibatch: only its loss is evaluated."""
+        """Whether only the loss of the next minibatch is evaluated: a check, or the ratchet's."""
         return self._cycle.checking
 
     @property
@@ -259,8 +269,9 @@ class LossGuard(Facade):
     def _run(self, closures: Sequence[Closure]) -> dict[int, list[Any]]:
         """Run every lane over some minibatches, and decide if those were enough."""
         cycle, active = self._cycle, self._lanes.active(probe=self._probe)
-        waited = self._probes.wait > 0
-        if cycle.phase == 0 and self._probe and waited and self.probing.start == "reset":
+        anew = self._probes.wait > 0 and self.probing.start == "reset"
+        anew = anew or (self._lanes.best is not None and self._lanes.best.anew)
+        if cycle.phase == 0 and self._probe and anew:
             for lane in self._lanes.all[: self._lanes.m]:
                 lane.forget()
         values = cycle.run(closures, active)
@@ -277,8 +288,12 @@ class LossGuard(Facade):
 
     def _decide(self, active: list[int]) -> None:
         """Lines 16 to 21 of Algorithm 2; unless the criterion wants to look again."""
+        best = self._lanes.best
         seen = outcome(
-            [self._lanes.all[lane] for lane in active], self._weights, self.process_group
+            [self._lanes.all[lane] for lane in active],
+            [] if best is None else best.losses,
+            self._weights,
+            self.process_group,
         )
         m, n = self._lanes.m if self._probe else 0, len(seen.checks[0])
         rivals = len(self._lanes.checked(active))
@@ -291,7 +306,7 @@ class LossGuard(Facade):
             return
         fit = seen.sound[-1] if rivals < len(active) else verdict.finite_fallback
         row = self._lanes.follow_record(verdict.row, seen.trains, fit)
-        winner = NOBODY if row == NOBODY else active[row]
+        winner, was_own = NOBODY if row == NOBODY else active[row], self._lanes.on_own
         if winner != NOBODY:
             self._kept = winner
             self._weights.read(self._lanes.all[winner].copy)
@@ -301,23 +316,27 @@ class LossGuard(Facade):
             dict(zip(active, seen.broken, strict=True)),
             self._weights,
         )
+        losses = seen.trains[verdict.best_fallback if row == NOBODY else row]
+        if best is not None and self._probe:
+            best.anew = False
+        undone = self._lanes.hold(losses, seen.held, was_own, self._weights)
         won = 0 <= winner < self._lanes.m
         self._probes = self.probing.update(self._probes, self._probe, won)
         self._cycle.phase = 0
         self.history.append(
             Decision(
-                used_learned=[won] * self.nt,
-                losses=seen.trains[verdict.best_fallback if row == NOBODY else row],
+                used_learned=[won and not undone] * self.nt,
+                losses=losses,
                 learned_loss=verdict.learned_loss,
                 fallback_loss=verdict.fallback_loss,
                 finite_learned=verdict.finite_learned,
                 finite_fallback=verdict.finite_fallback,
                 reset_learned=reset_learned,
                 reset_fallback=reset_fallback,
-                winner=winner,
+                winner=NOBODY if undone else winner,
                 steps=self.nt,
                 gradients=self._cycle.gradients,
-                forwards=n * rivals,
+                forwards=n * rivals + len(seen.held),
                 learned_updates=m * self.nt,
             )
         )

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lossguard.torch.decision import NOBODY
 from lossguard.torch.inner import Inner, clone
 from lossguard.torch.lane import Lane
+from lossguard.torch.ratchet import Best, Ratchet
 from lossguard.torch.track_record import Excess, TrackRecord
 from lossguard.torch.weights import Copy, Weights
 
@@ -28,6 +29,7 @@ class Lanes:
         on_own: whether x lies on the fallback's own path, where z is s.
         record: the rule by which x goes back there, if it isn't the check's.
         excess: of x's training losses over those of s, where a record is kept.
+        best: b, where a ratchet holds x to it.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Lanes:
         *,
         loser: str,
         hedge: object,
+        ratchet: Ratchet | None,
         scaler: GradScaler | None,
         weights: Weights,
     ) -> None:
@@ -59,6 +62,8 @@ class Lanes:
             self.all.append(
                 Lane("fallback", trusted, "keep", *common(), own_path=True, makes_way=shared)
             )
+        memory = None if self.z is None else trusted.remember()
+        self.best = None if ratchet is None else Best(ratchet, weights.copy(), memory)
 
     @property
     def learned(self) -> list[Inner]:
@@ -129,6 +134,30 @@ class Lanes:
                 self.all[self.s].hand_over()
                 self.excess = Excess()
         return any(learned), any(fallback)
+
+    def hold(self, kept: Sequence[float], held: Sequence[float], was_own: bool, x: Weights) -> bool:
+        """Ask the ratchet, once lanes are settled; whether x, in the model, went back to b.
+
+        Args:
+            kept: training losses of the branch that was kept.
+            held: those of b.
+            was_own: whether x was on the fallback's own path before the cycle.
+            x: the model.
+        """
+        best = self.best
+        if best is None:
+            return False
+        take, back = best.update(kept, held, was_own, self.on_own)
+        z = None if self.z is None else self.all[self.z].inner
+        if take:
+            x.write(best.copy)
+            best.memory = None if z is None else z.remember()
+        if back:
+            x.read(best.copy)
+            best.anew = True
+            if z is not None and best.memory is not None:
+                z.restore(best.memory)
+        return back
 
     def _settle_z(self, z: Lane, won: bool, broken: dict[int, bool]) -> bool:
         if self.z in broken:

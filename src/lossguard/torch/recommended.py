@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from lossguard.torch.criteria import curtailed_criterion, mean_criterion
 from lossguard.torch.guard import LossGuard
 from lossguard.torch.probing import backoff
+from lossguard.torch.ratchet import ratchet
 from lossguard.torch.track_record import track_record
 
 
@@ -24,6 +25,7 @@ def recommended(
 
     x goes back to the fallback's own path where its training losses have been higher for a while, a
     learned lane that lost begins anew, and after 200 losses running it is probed ever less often.
+    Where a hundred cycles' training losses are higher than those of the best x, it goes back there.
 
     Args:
         learned: the optimizer that is not trusted, or several, which compete in every cycle, as in
@@ -58,5 +60,6 @@ def recommended(
         hedge=track_record(decay=0.7),
         loser="reset",
         probing=backoff(patience=200, most=512, start="reset"),
+        ratchet=ratchet(),
         **options,
     )

@@ -8,6 +8,7 @@ import copy
 import math
 
 import torch
+from models import assert_same_state, closure_for
 
 
 def algorithm2(
@@ -121,6 +122,22 @@ def algorithm2(
             if due or own:
                 sums, since = [0.0, 0.0], 0
         yield copy.deepcopy(x.state_dict()), winner, means, kept, (excess, worst, cycles)
+
+
+def follow(guard, model, batches, expected):
+    """Run a guard on the reference's minibatches: after each cycle its winner, losses and x are so.
+
+    Yields its decision, and the reference's check losses and excess.
+    """
+    expected = iter(expected)
+    for batch in batches:
+        guard.step(closure_for(guard, model, batch))
+        if guard._cycle.phase == 0:
+            state, winner, means, losses, excess = next(expected)
+            decision = guard.last_decision
+            assert (decision.winner, decision.losses) == (winner, losses)
+            assert_same_state(model.state_dict(), state)
+            yield decision, means, excess
 
 
 def winner_of(means, finite):

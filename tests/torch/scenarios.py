@@ -41,33 +41,43 @@ def report(guard, model):
     return {"history": [d._asdict() for d in guard.history], "model": state}
 
 
-def alone(_):
-    """One process, on the whole minibatches."""
+def alone(make):
+    """One process, on the whole minibatches, with the guard that ``make`` makes of a model."""
     model = mlp()
-    guard = build(model.parameters(), model=model)
+    guard = make(model)
     run(guard, model, data())
     return report(guard, model.state_dict())
 
 
-def ddp(rank, sizes=None):
+def together(make, rank, sizes=None):
+    """The same on every rank, each on its part of the minibatches."""
     model = DistributedDataParallel(mlp())
-    guard = build(model.parameters(), model=model)
+    guard = make(model)
     run(guard, model, shards(rank, distributed.get_world_size(), sizes))
     return report(guard, model.module.state_dict())
 
 
-def ddp_beyond_the_paper(rank):
-    """Ranks look again, and back off, together."""
-    model = DistributedDataParallel(mlp())
-    guard = build(
+def by_loss_guard(model):
+    return build(model.parameters(), model=model)
+
+
+def ddp(rank, sizes=None):
+    return together(by_loss_guard, rank, sizes)
+
+
+def beyond_the_paper(model):
+    return build(
         model.parameters(),
         lr=1e-3,
         hedge=True,
         criterion=sequential_criterion(confidence=0.8, first=2, most=8),
         probing=backoff(patience=1, most=1),
     )
-    run(guard, model, shards(rank, distributed.get_world_size()))
-    return report(guard, model.module.state_dict())
+
+
+def ddp_beyond_the_paper(rank):
+    """Ranks look again, and back off, together."""
+    return together(beyond_the_paper, rank)
 
 
 def by_track_record(model):
@@ -78,18 +88,8 @@ def by_track_record(model):
     )  # fmt: skip
 
 
-def alone_by_track_record(_):
-    model = mlp()
-    guard = by_track_record(model)
-    run(guard, model, data())
-    return report(guard, model.state_dict())
-
-
 def ddp_by_track_record(rank):
-    model = DistributedDataParallel(mlp())
-    guard = by_track_record(model)
-    run(guard, model, shards(rank, distributed.get_world_size()))
-    return report(guard, model.module.state_dict())
+    return together(by_track_record, rank)
 
 
 def by_ratchet(model):
@@ -101,18 +101,8 @@ def by_ratchet(model):
     )
 
 
-def alone_by_ratchet(_):
-    model = mlp()
-    guard = by_ratchet(model)
-    run(guard, model, data())
-    return report(guard, model.state_dict())
-
-
 def ddp_by_ratchet(rank):
-    model = DistributedDataParallel(mlp())
-    guard = by_ratchet(model)
-    run(guard, model, shards(rank, distributed.get_world_size()))
-    return report(guard, model.module.state_dict())
+    return together(by_ratchet, rank)
 
 
 def ddp_unequal(rank):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import assert_same_state
 from ranks import spawn
-from scenarios import CYCLES, alone, alone_by_ratchet, alone_by_track_record
+from scenarios import CYCLES, alone, by_loss_guard, by_ratchet, by_track_record
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.distributed, "fsdp") or not hasattr(torch.distributed.fsdp, "fully_shard"),
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 def single():
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    return alone(0)
+    return alone(by_loss_guard)
 
 
 def results(scenario, size, folder):
@@ -68,14 +68,14 @@ def test_ranks_look_again_and_back_off_together(two):
 
 def test_ranks_keep_one_track_record(two):
     torch.manual_seed(0)
-    single = alone_by_track_record(0)
+    single = alone(by_track_record)
     assert_is_one_process(two["ddp_by_track_record"], single, lanes=(0, 1, 2))
     assert winners(single)[-2:] == [1, 2]  # the check was for 0, or for z
 
 
 def test_ranks_go_back_to_one_best(two):
     torch.manual_seed(0)
-    assert_is_one_process(two["ddp_by_ratchet"], alone_by_ratchet(0), lanes=(-1, 0))
+    assert_is_one_process(two["ddp_by_ratchet"], alone(by_ratchet), lanes=(-1, 0))
 
 
 def test_unequal_shards(two):

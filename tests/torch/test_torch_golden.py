@@ -19,8 +19,6 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 import optax  # noqa: E402
 
-from lossguard.guards.recommended import settings  # noqa: E402
-
 NT, NC, CYCLES = 10, 10, 20
 COUNT = (NT + 2 * NC) * CYCLES  # a sequential criterion may ask for twice as many
 
@@ -252,9 +250,7 @@ def test_recommended(most, run):
     """On Spirals, where both win; on the ConvNet a learned lane that begins anew never does."""
 
     def build(library, *optimizers, **options):
-        if library is lossguard.torch:
-            return library.recommended(*optimizers, nt=NT, nc=NC, most=most, **options)
-        return library.loss_guard(*optimizers, nt=NT, nc=NC, **settings(NC, most), **options)
+        return library.recommended(*optimizers, nt=NT, nc=NC, most=most, **options)
 
     assert len({*both("spirals-mlp", build, run=run)}) >= 2
 

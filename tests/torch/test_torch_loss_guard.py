@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from algorithm2 import algorithm2
+from algorithm2 import algorithm2, follow
 from models import assert_same_state, closure_for, loss_fn, mlp, quadratic, run, spiral
 from torch import nn
 from torch.optim import SGD, Adam
@@ -44,16 +44,9 @@ def test_is_algorithm_2(pair, loser, hedge):
     guard = LossGuard(
         learned, fallback, nt=nt, nc=nc, loser=loser, hedge=hedge, schedulers=[schedule(fallback)]
     )
-    for i, batch in enumerate(batches):
-        guard.step(closure_for(guard, model, batch))
-        if guard._cycle.phase == 0:
-            state, winner, means, losses, _ = expected[i // (nt + nc)]
-            decision = guard.last_decision
-            assert decision.winner == winner
-            assert_same_state(model.state_dict(), state)
-            assert (decision.learned_loss, decision.fallback_loss) == (means[0], min(means[1:]))
-            assert decision.losses == losses
-            assert decision.used_learned == [winner == 0] * nt
+    for decision, means, _ in follow(guard, model, batches, expected):
+        assert (decision.learned_loss, decision.fallback_loss) == (means[0], min(means[1:]))
+        assert decision.used_learned == [decision.winner == 0] * nt
     assert len(guard.history) == cycles
     assert len({decision.winner for decision in guard.history}) > 1, "every lane should win some"
 

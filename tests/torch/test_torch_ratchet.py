@@ -5,8 +5,8 @@ from itertools import product
 
 import pytest
 import torch
-from algorithm2 import algorithm2
-from models import assert_same_state, closure_for, loss_fn, mlp, run, spiral
+from algorithm2 import algorithm2, follow
+from models import assert_same_state, loss_fn, mlp, run, spiral
 from torch import nn
 from torch.optim import SGD, Adam
 
@@ -47,14 +47,8 @@ def test_is_its_definition(loser, hedge):
         hedge=track_record(decay=0.5, share=0) if hedge else False,
         ratchet=ratchet(cycles=2, tolerance=0.01),
     )  # fmt: skip
-    for i, batch in enumerate(batches):
-        guard.step(closure_for(guard, model, batch))
-        if guard._cycle.phase == 0:
-            state, winner, _, losses, _ = expected[i // (NT + NC)]
-            decision = guard.last_decision
-            assert (decision.winner, decision.losses) == (winner, losses)
-            assert_same_state(model.state_dict(), state)
-    assert -1 in [decision.winner for decision in guard.history]
+    winners = [decision.winner for decision, *_ in follow(guard, model, batches, expected)]
+    assert -1 in winners and len(winners) == 30
 
 
 def climber(cycles, tolerance, **options):

@@ -5,10 +5,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from algorithm2 import algorithm2
+from algorithm2 import algorithm2, follow
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import assert_same_state, closure_for, loss_fn, mlp, spiral
+from models import assert_same_state, loss_fn, mlp, spiral
 from torch.optim import SGD, Adam
 
 from lossguard.torch import LossGuard, backoff, track_record
@@ -57,15 +57,9 @@ def test_is_its_definition(loser):
     learned, fallback = Adam(model.parameters(), lr=0.05), Adam(model.parameters(), lr=0.01)
     record = track_record(decay=decay, share=share)
     guard = LossGuard(learned, fallback, nt=nt, nc=nc, loser=loser, hedge=record)
-    for i, batch in enumerate(batches):
-        guard.step(closure_for(guard, model, batch))
-        if guard._cycle.phase == 0:
-            state, winner, means, losses, excess = expected[i // (nt + nc)]
-            decision = guard.last_decision
-            assert (decision.winner, decision.losses) == (winner, losses)
-            assert (decision.learned_loss, decision.fallback_loss) == tuple(means[:2])
-            assert guard._lanes.excess == excess
-            assert_same_state(model.state_dict(), state)
+    for decision, means, excess in follow(guard, model, batches, expected):
+        assert (decision.learned_loss, decision.fallback_loss) == tuple(means[:2])
+        assert guard._lanes.excess == excess
     winners = [decision.winner for decision in guard.history]
     assert set(winners) == {0, 1, 2} and (1, 2) in pairwise(winners)
 

@@ -1,14 +1,22 @@
-"""What one test of this folder compiled, the others and the processes that they start reuse."""
+"""What several test files of this folder use."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
+import polars as pl
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from pages import SPEND, VERDICTS, curves_of, write_meta, write_run
+
+from lossguard import records
+from lossguard.experiments import report as reporting
+from lossguard.experiments.report import report
 
 
 @pytest.fixture(scope="package", autouse=True)
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What one test compiled, the others and the processes that they start reuse."""
     options = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -23,3 +31,20 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="package")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a folder with a run, a meta-training and two that are not finished."""
+    folder = tmp_path_factory.mktemp("report") / "runs"
+    write_run(folder / "a_run", curves_of(list(SPEND)))
+    evaluated = {"method": ["SGDnm"] * 3, "seed": [0, 0, 1], "cycle": [1, 2, 2], "step": [1, 9, 9]}
+    scores = {"test_accuracy": [0.1, 0.5, 0.75]}
+    records.write_parquet(folder / "a_run" / records.EVALUATIONS, pl.DataFrame(evaluated | scores))
+    write_meta(folder / "b_meta", "mine")
+    records.open_folder(folder / "c_half", {"name": "half"})
+    records.open_folder(folder / "d_failed", {"name": "failed"})
+    records.write_json(folder / "d_failed" / "failed.json", {"reason": "OSError: no < data"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reporting, "judge_claims", lambda folders: VERDICTS[: 1 + len(folders)])
+        return report([folder], folder.parent / "pages" / "report.html")

@@ -1,0 +1,94 @@
+"""Made-up runs, whose numbers are known, for the report's page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from lossguard import records
+from lossguard.experiments.claims import Verdict
+
+STEPS = np.array([*range(1, 1001), *range(1010, 5001, 10)])
+SPEND = {"SGDnm": 1.0, "LGL2O": 2.0, "Backoff": 2.0}
+TITLE = 'Spirals & <script>document.title = "run"</script>'
+VERDICTS = [
+    Verdict(
+        "C3a", "3", "L2O is fast & stable", "Loss(L2O, k) < Loss(SGDnm, k)", "holds", "1 < 2", None
+    ),
+    Verdict("C3b", "3", "L2O stops", "Loss(L2O, K) > Loss(SGDnm, K)", "fails", "1 > 2", None),
+    Verdict("C6", "6", "both diverge", "as said", "not run", "no run of fig06", None),
+]
+
+
+def curves_of(
+    methods: Sequence[str], steps: np.ndarray = STEPS, seeds: int = 2, lost: int = 3000
+) -> pl.DataFrame:
+    """Losses (1 + seed) / sqrt(step); the second seed of Backoff is lost from a step on.
+
+    Guards take two gradients a step, Backoff two up to step 1000 and then one.
+    """
+    tables = []
+    for method in methods:
+        for seed in range(seeds):
+            loss, gradients = (1 + seed) / np.sqrt(steps), SPEND[method.split()[0]] * steps
+            if method == "Backoff":
+                gradients = np.where(steps <= 1000, 2 * steps, 1000 + steps)
+                loss = np.where((steps >= lost) & (seed == 1), np.nan, loss)
+            columns = {
+                "loss": loss.astype(np.float32),
+                "used_learned": (steps % 2).astype(np.float32),
+                "gradients": gradients.astype(float),
+                "forwards": (SPEND[method.split()[0]] - 1) * steps,
+                "learned_updates": 1.0 * steps,
+            }
+            tables.append(
+                pl.DataFrame({"step": steps, **columns}).select(
+                    pl.lit(method).alias("method"),
+                    pl.lit(seed).cast(pl.Int32).alias("seed"),
+                    pl.all(),
+                )
+            )
+    return pl.concat(tables)
+
+
+def write(folder: Path, config: dict[str, Any], curves: pl.DataFrame, **made: Any) -> Path:
+    records.open_folder(folder, config)
+    records.write_parquet(folder / records.CURVES, curves)
+    made = {
+        "time": "2026-01-02T03:04:05Z",
+        "command": ["lossguard", "run", "--methods", "LGL2O over Adam"],
+        "commit": "0123abc",
+        "python": "3.11.7",
+        "versions": {"jax": "0.7"},
+        "device": "cpu (2 cores)",
+        "platform": "Linux",
+    } | made
+    records.write_json(folder / records.MANIFEST, made)
+    return folder
+
+
+def write_run(
+    folder: Path,
+    curves: pl.DataFrame,
+    *,
+    name: str = "fig03",
+    time: str = "2026-01-02T03:04:05Z",
+    **settings: Any,
+) -> Path:
+    methods = curves["method"].unique(maintain_order=True).to_list()
+    config = {"name": name, "title": TITLE, "methods": methods}
+    config |= {"seeds": curves["seed"].n_unique(), "seed": 7, **settings}
+    made = {"data": "CIFAR-10 as JPEG q75", "seconds": dict.fromkeys(methods, 10.0), "time": time}
+    made |= {"resumed": [{"time": "2026-01-03", "commit": "4567def"}]}
+    return write(folder, config, curves, **made)
+
+
+def write_meta(folder: Path, name: str) -> Path:
+    """The weights of its second check are kept, which halve the loss on Moons."""
+    validation = np.outer([2.0, 1.0, 3.0], np.linspace(2, 1, 60))
+    columns = {"meta_step": [5, 10, 15], "meta_loss": [3.0, np.inf, 1.0], "validation": validation}
+    moons = np.where(np.arange(60) < 50, 1, [[0.9], [0.5], [2.0]])
+    curves = pl.DataFrame(columns | {"validation_moons": moons})
+    return write(folder, {"name": name}, curves, seconds=3.0, best_validation=1.5)

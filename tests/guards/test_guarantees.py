@@ -207,8 +207,8 @@ def test_wrong_decisions_add_up_to_a_floor(criterion, exact) -> None:
             return jnp.where(exact & (i % (1 + nc) == 0), problem(w), noisy(w, i))
 
         def step(state, _):
-            y, _ = branch.step(state._replace(inner=state.inner.learned[0]), objective)
-            z, _ = trusted.step(state._replace(inner=state.inner.fallback), objective)
+            y, _ = branch.step(state._replace(inner=state.inner.lanes.learned[0]), objective)
+            z, _ = trusted.step(state._replace(inner=state.inner.lanes.fallback), objective)
             tau = sigma / len(start) ** 0.5 * jnp.linalg.norm(y.params - z.params)
             state, _ = guard.step(state, objective)
             return state, (problem.excess(state.params), tau)

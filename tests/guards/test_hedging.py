@@ -124,7 +124,7 @@ def test_a_run_is_numpys(learned, fallback, hedge, loser) -> None:
         state, decision = step(state)
         assert decision.winner == want["winner"]
         np.testing.assert_allclose(state.params, want["x"], rtol=1e-9, atol=1e-12)
-        np.testing.assert_allclose(state.inner.own.params, want["s"], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(state.inner.lanes.own.params, want["s"], rtol=1e-9, atol=1e-12)
         for name in ("losses", "learned_loss", "fallback_loss"):
             np.testing.assert_allclose(getattr(decision, name), want[name], rtol=1e-9)
         assert (decision.used_learned == (want["winner"] < m)).all()
@@ -135,7 +135,7 @@ def test_a_run_is_numpys(learned, fallback, hedge, loser) -> None:
         assert decision.learned_updates == m * NT
         assert state.minibatches == (cycle + 1) * (NT + NC)
         on_own = want["winner"] == last
-        assert state.inner.on_own == on_own
+        assert state.inner.lanes.on_own == on_own
         winners.append(want["winner"])
     hostile = {learned.index("ascent")} if "ascent" in learned else set()
     assert set(winners) | hostile == set(range(last + 1))
@@ -159,9 +159,10 @@ def test_skipping_z_changes_nothing(loser) -> None:
     def run(skip: bool):
         def step(state, _):
             inner = state.inner
-            on_own = inner.on_own if skip else jnp.array(False)
+            on_own = inner.lanes.on_own if skip else jnp.array(False)
             state, decision = guard.step(
-                state._replace(inner=inner._replace(on_own=on_own)), objective
+                state._replace(inner=inner._replace(lanes=inner.lanes._replace(on_own=on_own))),
+                objective,
             )
             return state, (state, decision)
 
@@ -203,15 +204,15 @@ def test_lane_s_is_the_fallback_alone(hedge, checks) -> None:
             single = single._replace(minibatches=state.minibatches)
         single, _ = step_alone(single)
         state, decision = step(state)
-        np.testing.assert_allclose(state.inner.own.params, single.params, rtol=1e-12)
+        np.testing.assert_allclose(state.inner.lanes.own.params, single.params, rtol=1e-12)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12),
-            state.inner.own.state,
+            state.inner.lanes.own.state,
             single.inner,
         )
         winners.add(int(decision.winner))
         if decision.winner == S[hedge]:
-            np.testing.assert_array_equal(state.params, state.inner.own.params)
+            np.testing.assert_array_equal(state.params, state.inner.lanes.own.params)
     assert winners == set(range(S[hedge] + 1))
 
 
@@ -327,14 +328,14 @@ def test_one_more_error_does_not_add_to_the_last(hedge) -> None:
         objective = Noisy(problem, key, sigma)
 
         def step(state, _):
-            y, _ = branch.step(state._replace(inner=state.inner.learned[0]), objective)
+            y, _ = branch.step(state._replace(inner=state.inner.lanes.learned[0]), objective)
             z = (
                 y
                 if hedge == "only"
                 else trusted.step(state._replace(inner=fallback.init(start)), objective)[0]
             )
             state, decision = guard.step(state, objective)
-            s = state.inner.own.params
+            s = state.inner.lanes.own.params
             apart = jnp.linalg.norm(y.params - s)
             apart += 0 if hedge == "only" else jnp.linalg.norm(z.params - s)
             tau = sigma / 6**0.5 * apart
@@ -364,14 +365,14 @@ def test_s_begins_again_at_x(loser) -> None:
     for cycle in range(4):
         state, decision = step(state)
         assert decision.winner == 0
-        own, schedule = state.inner.own, state.inner.own.state[1]
+        own, schedule = state.inner.lanes.own, state.inner.lanes.own.state[1]
         if cycle == 1:  # step number 5 is its last
             np.testing.assert_array_equal(own.params, state.params)
-            jax.tree.map(np.testing.assert_array_equal, own.state, state.inner.fallback)
+            jax.tree.map(np.testing.assert_array_equal, own.state, state.inner.lanes.fallback)
         else:
             assert (own.params != state.params).any()
         assert schedule.count == (cycle + 1) * NT
-        assert state.inner.on_own == (cycle == 1)
+        assert state.inner.lanes.on_own == (cycle == 1)
         assert decision.reset_fallback == (cycle == 1)
         assert np.isfinite(own.params).all()
         # z coincides with s while nothing was lost, and again after s began again

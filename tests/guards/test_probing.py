@@ -181,7 +181,7 @@ def test_what_a_probe_starts_from(start, loser) -> None:
     states, decisions = play(guard, lambda w, i: w @ w, jnp.ones(2), 20)
     probes = np.flatnonzero(is_probe(decisions))
     assert probes.tolist() == [0, 1, 2, 4, 7, 12, 17]
-    counts = np.asarray(states.inner.learned[0])
+    counts = np.asarray(states.inner.lanes.learned[0])
     ran = {"keep": np.arange(1, 8) * NT, "reset": np.array([1, 2, 3, 1, 1, 1, 1]) * NT}[start]
     np.testing.assert_array_equal(counts[probes], ran if loser == "keep" else 0)
     waiting = np.setdiff1d(np.arange(20), probes)
@@ -266,7 +266,7 @@ def test_theorem_5_with_backoff(hedge, start) -> None:
 
         def step(state, _):
             state, decision = guard.step(state, problem)
-            own = problem.excess(state.inner.own.params) if hedge else jnp.inf
+            own = problem.excess(state.inner.lanes.own.params) if hedge else jnp.inf
             return state, (state.params, problem.excess(state.params), own, decision)
 
         return jax.lax.scan(step, guard.init(x), length=cycles)[1]
@@ -313,7 +313,10 @@ def test_what_backoff_weakens() -> None:
         probing=lossguard.backoff(patience=1, most=8),
     )
     states, decisions = play(guard, valley, jnp.array([-1.0]), 40)
-    x, s = (np.array([valley(w, 0) for w in ws]) for ws in (states.params, states.inner.own.params))
+    x, s = (
+        np.array([valley(w, 0) for w in ws])
+        for ws in (states.params, states.inner.lanes.own.params)
+    )
     probes = is_probe(decisions)
     assert decisions.winner[0] == 0
     assert (x <= s)[probes].all()

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, PyTree
 
-from .lanes import all_finite, renew_if_unsound, select
 from .protocol import Params, as_arrays, check_loss, with_extra_args
+from .soundness import all_finite, renew_if_unsound, select
 
 
 class GuardedState(NamedTuple):

@@ -5,15 +5,16 @@ which start from x: y, the learned optimizer's, and z, the fallback's. More may 
 learned optimizers from x, and s, the fallback on its own path, which no decision touches.
 """
 
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
+from .branch import Branch, check, train
 from .criteria import Criterion, mean_criterion
-from .lanes import Branch, all_finite, check, keep_schedules, renew_if_unsound, select, train
+from .lanes import Lanes, LanesState, Loser
 from .probing import Probing, ProbingState, always, init_probing
 from .protocol import (
     Decision,
@@ -29,12 +30,12 @@ from .protocol import (
     with_extra_args,
 )
 from .ratchet import Ratchet, RatchetState, init_ratchet
+from .soundness import all_finite, select
 from .stacked import stacked
 from .track_record import Excess, TrackRecord
 from .verdict import NEITHER, Verdict, follow_first, judge
 from .windows import Windows, fixed
 
-Loser = Literal["keep", "rollback", "reset"]
 Hedge = Literal["only"] | bool | TrackRecord
 Checks = Literal["next", "apart"]
 
@@ -42,14 +43,7 @@ Checks = Literal["next", "apart"]
 class LossGuardState(NamedTuple):
     """What the loss guard keeps beside x."""
 
-    learned: tuple[PyTree, ...]
-    """Optimizer states of the learned lanes."""
-    fallback: PyTree
-    """Optimizer state of lane z; None without z."""
-    own: Branch | None
-    """Lane s: the fallback's own path and its optimizer state; None unless hedged."""
-    on_own: Bool[Array, ""]
-    """Whether x lies on the fallback's own path, where z and s coincide."""
+    lanes: LanesState
     excess: Excess
     """Of x's training losses over those of s, where a track record is kept."""
     factor: Int[Array, ""]
@@ -88,11 +82,11 @@ def loss_guard(
     record:
 
         d <- sum_t [F(kept branch, i+t) - F(s, i+t)]     before each of the nt steps
-        D <- decay D + d;  W <- max(decay W, d)
+        D <- rho D + d;  W <- max(rho W, d)     rho = max(decay, 1 - 1 / (share a)) in cycle a
         x <- s, D <- 0, W <- 0   if D > W
 
     With a ``ratchet`` x also goes back to the best that it has been, every 100 cycles or so, if its
-    losses since are higher than the best x's on the same minibatches would have been.
+    losses since are higher by a tenth than the best x's on the same minibatches would have been.
 
     A lane whose parameters or check losses are not finite can't win; if none can, x stays. Where a
     track record spares s the check, its training losses count instead. So x is finite for ever if
@@ -104,7 +98,7 @@ def loss_guard(
             the best competes.
         fallback: the one that is trusted, likewise.
         nt: optimizer steps a cycle.
-        nc: check minibatches a cycle.
+        nc: check minibatches a cycle; sequential criteria have their own numbers.
         loser: what becomes of the optimizer state of a branch from x that lost. "keep": it runs on
             from its own nt steps; "rollback": as before the cycle; "reset": as at the start. The
             learning-rate schedule of the fallback advances by nt a cycle under each.
@@ -136,8 +130,9 @@ def loss_guard(
             a step, if check minibatches are apart and the objective is ``stacked``.
 
     Source: the paper's Algorithm 2; with nt = nc = 1 and a deterministic objective, Algorithm 1.
-    Hedging, criteria, windows and probing go beyond it.
+    Several candidates and all options but nt, nc and loser go beyond it.
 
+    >>> import optax
     >>> guard = loss_guard(optax.sgd(3.0), optax.sgd(0.1))  # the first one diverges
     >>> state = guard.init(jnp.array([1.0, 2.0]))
     >>> state, decision = guard.step(state, lambda params, i: jnp.sum(params**2))
@@ -154,8 +149,14 @@ def loss_guard(
         raise ValueError(f"hedge must be False, True, 'only' or track_record(), got {hedge!r}")
     several = list(learned) if are_several(learned) else [learned]
     check_count("the number of learned optimizers", len(several))
-    candidates = tuple(with_extra_args("learned", one) for one in several)
-    trusted = with_extra_args("fallback", fallback)
+    lanes = Lanes(
+        learned=tuple(with_extra_args("learned", one) for one in several),
+        trusted=with_extra_args("fallback", fallback),
+        loser=loser,
+        has_z=hedge != "only",
+        has_s=bool(hedge),
+    )
+    m = lanes.m
     criterion = mean_criterion() if criterion is None else criterion
     record = hedge if isinstance(hedge, TrackRecord) else None
     windows = fixed() if windows is None else windows
@@ -167,27 +168,19 @@ def loss_guard(
     if windows.most > 1 and nc < 2:
         raise ValueError(f"nc must be at least 2 where windows adapt, got {nc}")
 
-    m = len(candidates)
-    Z = m if hedge != "only" else None
-    S = m + (Z is not None) if hedge else None
-    optimizers = (*candidates, *(trusted for lane in (Z, S) if lane is not None))
-
     def init(params: Params) -> GuardState:
         params = as_arrays(params)
-        fresh = trusted.init(params)
         zero = jnp.zeros((), jnp.result_type(jnp.float32, *jax.tree.leaves(params)))
+        at_start = lanes.init(params)
         inner = LossGuardState(
-            learned=tuple(one.init(params) for one in candidates),
-            fallback=None if Z is None else fresh,
-            own=None if S is None else Branch(params, fresh),
-            on_own=jnp.array(S is not None),
+            lanes=at_start,
             excess=Excess(zero, zero, jnp.int32(0)),
             factor=jnp.int32(1),
             checked=jnp.int32(0),
             probing=init_probing(),
             ratchet=None
             if ratchet is None
-            else init_ratchet(Branch(params, None if Z is None else fresh), zero),
+            else init_ratchet(Branch(params, at_start.fallback), zero),
         )
         return start(params, inner)
 
@@ -198,36 +191,36 @@ def loss_guard(
                 "recommended(..., most=nc) is so"
             )
 
-        def compete(state: GuardState) -> tuple[GuardState, Decision]:
-            return skip_z_on_s(state, lambda state, lanes: cycle(state, objective, lanes, m))
-
-        def follow(state: GuardState) -> tuple[GuardState, Decision]:
-            return skip_z_on_s(state, lambda state, lanes: cycle(state, objective, lanes, 0))
+        def run(probe: bool, state: GuardState) -> tuple[GuardState, Decision]:
+            """A cycle with the fallback's lanes, but not z where it is s."""
+            of = partial(cycle, objective, probe)
+            if len(lanes.fallbacks) < 2:
+                return of(lanes.fallbacks, state)
+            on_own = state.inner.lanes.on_own
+            one, both = partial(of, lanes.fallbacks[1:]), partial(of, lanes.fallbacks)
+            return jax.lax.cond(on_own, one, both, state)
 
         if not probing.ever_skips:
-            return compete(state)
-        return jax.lax.cond(state.inner.probing.left == 0, compete, follow, state)
-
-    def skip_z_on_s(state: GuardState, run: Any) -> tuple[GuardState, Decision]:
-        """Run the fallback's lanes, but not z where it is s."""
-        if Z is None or S is None:
-            return run(state, [S if Z is None else Z])
-        on_own = state.inner.on_own
-        return jax.lax.cond(on_own, lambda s: run(s, [S]), lambda s: run(s, [Z, S]), state)
+            return run(True, state)
+        now = state.inner.probing.left == 0
+        return jax.lax.cond(now, partial(run, True), partial(run, False), state)
 
     def cycle(
-        state: GuardState, objective: Objective, trusted_lanes: list[int], learned_lanes: int
+        objective: Objective, probe: bool, fallbacks: tuple[int, ...], state: GuardState
     ) -> tuple[GuardState, Decision]:
-        """One cycle of some lanes. Without learned lanes nothing is checked: x follows z."""
+        """One cycle of these lanes of the fallback's and, in a ``probe``, of the learned ones.
+
+        Without a probe nothing is checked: x follows z.
+        """
         x, i, inner = state.params, state.minibatches, state.inner
         dtype = loss_dtype(objective, x, i)
         steps, nt_most = nt * factor_of(inner), nt * windows.most
 
-        before = branches_at(x, inner)  # lines 10 and 11
-        lanes = [*range(learned_lanes), *trusted_lanes]
+        ran = [*(range(m) if probe else ()), *fallbacks]
+        before = lanes.branches(x, inner.lanes, begin_anew(inner))  # lines 10 and 11
         trained, losses = train(  # lines 12 to 15
-            [optimizers[lane] for lane in lanes],
-            [before[lane] for lane in lanes],
+            [lanes.optimizer(lane) for lane in ran],
+            [before[lane] for lane in ran],
             objective,
             i,
             steps=steps,
@@ -237,39 +230,42 @@ def loss_guard(
         sound = jnp.stack([all_finite(branch.params) for branch in trained])
 
         # By a track record, s is judged by its training losses, and takes no check minibatches.
-        rivals = len(lanes) - (record is not None and len(trusted_lanes) == 2)
-        if learned_lanes:  # line 16
+        rivals = len(ran) - (record is not None and len(fallbacks) == 2)
+        if probe:  # line 16
             checked = [branch.params for branch in trained[:rivals]]
             first = i + steps if checks == "next" else -1 - inner.checked
             verdict, n, factor = compare(checked, sound[:rivals], objective, first, inner)
         else:
             n, factor, verdict = jnp.int32(0), inner.factor, follow_first(sound, losses.dtype)
         excess, row = back_to_own(inner, verdict, losses, sound, steps, rivals)
-        winner = jnp.where(row < 0, NEITHER, jnp.array(lanes, jnp.int32)[row])
-        for lane, branch in zip(lanes, trained, strict=True):  # lines 17 and 19
+        winner = jnp.where(row < 0, NEITHER, jnp.array(ran, jnp.int32)[row])
+        for lane, branch in zip(ran, trained, strict=True):  # lines 17 and 19
             x = select(winner == lane, branch.params, x)
-        won_learned = (winner >= 0) & (winner < m)
 
-        was_on_own = inner.on_own
-        inner, reset_learned, reset_fallback = remember(inner, x, lanes, trained, sound, winner)
-        probed = jnp.array(bool(learned_lanes))
-        inner = inner._replace(
-            excess=Excess(*(jnp.where(inner.on_own, 0, value) for value in excess)),
+        won = (winner >= 0) & (winner < m)
+        reported = losses[jnp.where(row < 0, verdict.best_fallback, row)]
+        settled, reset_learned, reset_fallback = lanes.settle(
+            inner.lanes, x, ran, trained, sound, winner
+        )
+        excess = Excess(*(jnp.where(settled.on_own, 0, value) for value in excess))
+        best, undone, held = inner.ratchet, jnp.array(False), jnp.int32(0)
+        if best is not None and ratchet is not None:
+            best = best._replace(anew=best.anew & (not probe))
+            own = (inner.lanes.on_own, settled.on_own)
+            best, (x, z_state), undone, held = ratchet.update(
+                best, Branch(x, settled.fallback), reported, objective, i, steps, own
+            )
+            settled = settled._replace(fallback=z_state)
+        inner = LossGuardState(
+            lanes=settled,
+            excess=excess,
             factor=factor,
             checked=inner.checked + (n if checks == "apart" else 0),
-            probing=probing.update(inner.probing, probed, won_learned),
+            probing=probing.update(inner.probing, jnp.array(probe), won),
+            ratchet=best,
         )
-        reported = losses[jnp.where(row < 0, verdict.best_fallback, row)]
-        undone, held = jnp.array(False), jnp.int32(0)
-        if inner.ratchet is not None and ratchet is not None:
-            ratcheted = inner.ratchet._replace(anew=inner.ratchet.anew & (not learned_lanes))
-            own, z = (was_on_own, inner.on_own), Branch(x, inner.fallback)
-            ratcheted, (x, z_state), undone, held = ratchet.update(
-                ratcheted, z, reported, objective, i, steps, own
-            )
-            inner = inner._replace(fallback=z_state, ratchet=ratcheted)
         decision = Decision(
-            used_learned=won_learned & ~undone & (jnp.arange(nt_most) < steps),
+            used_learned=won & ~undone & (jnp.arange(nt_most) < steps),
             losses=reported,
             steps=jnp.int32(steps),
             learned_loss=verdict.learned_loss,
@@ -279,9 +275,9 @@ def loss_guard(
             reset_learned=reset_learned,
             reset_fallback=reset_fallback,
             winner=jnp.where(undone, NEITHER, winner).astype(jnp.int32),
-            gradients=jnp.int32(len(lanes) * steps),
+            gradients=jnp.int32(len(ran) * steps),
             forwards=jnp.int32(rivals * n + held),
-            learned_updates=jnp.int32(learned_lanes * steps),
+            learned_updates=jnp.int32((m if probe else 0) * steps),
         )
         i += steps + (n if checks == "next" else 0)  # line 21
         return GuardState(x, state.steps + steps, i, inner), decision
@@ -325,82 +321,15 @@ def loss_guard(
             return inner.excess, verdict.row
         own = len(losses) - 1
         followed = jnp.where(verdict.row < 0, jnp.nan, losses[verdict.row])
-        excess, back = record.update(inner.excess, followed, losses[own], steps, inner.on_own)
+        excess, back = record.update(inner.excess, followed, losses[own], steps, inner.lanes.on_own)
         back &= sound[own] if rivals < len(losses) else verdict.finite_fallback
         return excess, jnp.where(back, own, verdict.row)
 
-    def remember(
-        inner: LossGuardState,
-        x: Params,
-        lanes: list[int],
-        trained: tuple[Branch, ...],
-        sound: Bool[Array, " lanes"],
-        winner: Int[Array, ""],
-    ) -> tuple[LossGuardState, Bool[Array, ""], Bool[Array, ""]]:
-        """What the optimizers remember of a cycle, and whether a state of either side was unsound.
-
-        The learned lanes among ``lanes`` come first, and s, if hedged, last.
-        """
-        learned, reset_learned = list(inner.learned), jnp.array(False)
-        ran = [lane for lane in lanes if lane < m]
-        for lane in ran:
-            learned[lane], reset = after_cycle(
-                optimizers[lane], x, learned[lane], trained[lane].state, winner == lane, loser
-            )
-            reset_learned |= reset
-        inner, reset_fallback = inner._replace(learned=tuple(learned)), jnp.array(False)
-        if Z is not None:
-            won = (winner == Z) | (winner == S)
-            z_state, reset_fallback = after_cycle(
-                trusted, x, inner.fallback, trained[len(ran)].state, won, loser
-            )
-            inner = inner._replace(fallback=z_state)
-        if S is not None:
-            s_state, reset = renew_if_unsound(trusted, *trained[-1])
-            s_state = select(sound[-1], s_state, keep_schedules(trusted.init(x), s_state))
-            own = Branch(select(sound[-1], trained[-1].params, x), s_state)
-            on_own = (winner == S) | ~sound[-1]
-            reset_fallback |= reset | ~sound[-1]
-            inner = inner._replace(own=own, on_own=on_own)
-            if Z is not None:  # z goes on from s, wherever x is s
-                inner = inner._replace(fallback=select(on_own, s_state, inner.fallback))
-        return inner, reset_learned, reset_fallback
-
-    def branches_at(x: Params, inner: LossGuardState) -> tuple[Branch, ...]:
-        """Where each lane starts from, and with which optimizer state."""
-        learned_states = inner.learned
-        if probing.start == "reset" or inner.ratchet is not None:
-            anew = (inner.probing.wait > 0) & (probing.start == "reset")
-            anew = anew if inner.ratchet is None else anew | inner.ratchet.anew
-            learned_states = [
-                select(anew, keep_schedules(one.init(x), old), old)
-                for one, old in zip(candidates, inner.learned, strict=True)
-            ]
-        branches = [Branch(x, lane_state) for lane_state in learned_states]
-        if Z is not None:
-            branches.append(Branch(x, inner.fallback))
-        if inner.own is not None:
-            branches.append(inner.own)
-        return tuple(branches)
+    def begin_anew(inner: LossGuardState) -> Bool[Array, ""] | None:
+        """Whether the learned lanes do; None where they never do."""
+        probed = inner.probing.wait > 0 if probing.start == "reset" else None
+        if inner.ratchet is None:
+            return probed
+        return inner.ratchet.anew if probed is None else inner.ratchet.anew | probed
 
     return Guard(init, step)
-
-
-def after_cycle(
-    optimizer: optax.GradientTransformationExtraArgs,
-    x: Params,
-    before: PyTree,
-    after: PyTree,
-    won: Bool[Array, ""],
-    loser: Loser,
-) -> tuple[PyTree, Bool[Array, ""]]:
-    """The state with which a lane's optimizer enters the next cycle, and whether it was unsound.
-
-    Whatever becomes of the state, its learning-rate schedules have advanced.
-    """
-    if loser == "keep":
-        kept = after
-    else:
-        lost = before if loser == "rollback" else optimizer.init(x)
-        kept = select(won, after, keep_schedules(lost, after))
-    return renew_if_unsound(optimizer, x, kept)

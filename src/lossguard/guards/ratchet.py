@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .lanes import Branch, keep_schedules, select
+from .branch import Branch
 from .protocol import Objective, check_count
+from .soundness import keep_schedules, select
 
 
 class RatchetState(NamedTuple):

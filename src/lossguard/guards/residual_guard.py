@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .lanes import Branch, all_finite, propose, renew_if_unsound, select
+from .branch import Branch, propose
 from .protocol import (
     Decision,
     Guard,
@@ -25,6 +25,7 @@ from .protocol import (
     start,
     with_extra_args,
 )
+from .soundness import all_finite, renew_if_unsound, select
 
 Residual = Literal["step", "gradient"]
 

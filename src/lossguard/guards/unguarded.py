@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .lanes import Branch, all_finite, train
+from .branch import Branch, train
 from .protocol import (
     Decision,
     Guard,
@@ -17,6 +17,7 @@ from .protocol import (
     start,
     with_extra_args,
 )
+from .soundness import all_finite
 
 
 def unguarded(optimizer: Any, *, nt: int = 10) -> Guard:

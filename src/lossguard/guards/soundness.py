@@ -1,0 +1,58 @@
+"""Which parameters and optimizer states are finite, and what replaces a state that isn't."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, PyTree
+
+from .protocol import Params
+
+
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether every floating-point number in a pytree is finite."""
+    return jnp.array(
+        [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree) if _is_float(leaf)]
+    ).all()
+
+
+def is_sound(state: PyTree, fresh: PyTree) -> Bool[Array, ""]:
+    """Whether an optimizer's state is finite, save for infinities that it starts with by design."""
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(fresh), strict=True)
+    return jnp.array(
+        [(jnp.isfinite(now) | (now == then)).all() for now, then in pairs if _is_float(now)]
+    ).all()
+
+
+def keep_schedules(state: PyTree, advanced: PyTree) -> PyTree:
+    """``state`` with the step counts of its learning-rate schedules taken from ``advanced``.
+
+    In Algorithm 2 the fallback's rate lambda depends on k alone, whoever won the cycles before.
+    """
+    schedule, injected = optax.ScaleByScheduleState, optax.schedules.InjectStatefulHyperparamsState
+
+    def keep(old: PyTree, new: PyTree) -> PyTree:
+        if isinstance(old, injected):
+            return new._replace(inner_state=keep_schedules(old.inner_state, new.inner_state))
+        return new if isinstance(old, schedule) else old
+
+    return jax.tree.map(
+        keep, state, advanced, is_leaf=lambda s: isinstance(s, (schedule, injected))
+    )
+
+
+def renew_if_unsound(
+    optimizer: optax.GradientTransformationExtraArgs, params: Params, state: PyTree
+) -> tuple[PyTree, Bool[Array, ""]]:
+    """The state, or a fresh one (schedules kept) if it is no longer finite; and whether it was."""
+    fresh = optimizer.init(params)
+    unsound = ~is_sound(state, fresh)
+    return select(unsound, keep_schedules(fresh, state), state), unsound
+
+
+def select(condition: Bool[Array, ""], yes: PyTree, no: PyTree) -> PyTree:
+    """``yes`` where the condition holds, else ``no``, leaf by leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def _is_float(leaf: Array) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)

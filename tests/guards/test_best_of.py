@@ -124,6 +124,15 @@ def test_what_was_not_finite_is_not_followed() -> None:
     np.testing.assert_array_equal(decisions.winner, [0, 0] + 8 * [1])
 
 
+def test_a_minibatch_that_is_lost_on_all_does_not_count() -> None:
+    def objective(w, i):
+        return jnp.where(i == 2 * NT, jnp.nan, w)
+
+    guards = [unguarded(optimizers.constant(-0.01)), unguarded(optimizers.constant(-1.0))]
+    _, _, decisions = play(lossguard.best_of(guards), objective, jnp.float32(0), 10)
+    assert (decisions.winner[-5:] == 1).all()
+
+
 @pytest.mark.usefixtures("eager")
 def test_several_recommended_are_side_by_side() -> None:
     start, objective = problem_and_objective()

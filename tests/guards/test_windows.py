@@ -77,6 +77,8 @@ def test_one_check_has_no_deviation_to_adapt_by() -> None:
     with pytest.raises(ValueError, match=r"^nc must be at least 2 where windows adapt, got 1$"):
         lossguard.loss_guard(one, one, nc=1, windows=lossguard.adaptive())
     lossguard.loss_guard(one, one, nc=1, windows=lossguard.adaptive(most=1))
+    more = lossguard.sequential_criterion()  # which has its own
+    lossguard.loss_guard(one, one, nc=1, windows=lossguard.adaptive(), criterion=more)
 
 
 # Far from the minimum the faster optimizer is clearly ahead; near it noise decides, until after 150

@@ -77,6 +77,15 @@ def test_a_rise_that_no_check_sees():
     assert [decision.losses for decision in guard.history] == 2 * [[0.0], [1.0], [2.0]]
 
 
+def test_what_does_not_count():
+    """A minibatch on which b's loss is not finite, and a cycle in which x stayed."""
+    _, guard, _ = climber(3, 0.5)
+    best = guard._lanes.best
+    best.update([1.0, 5.0, math.inf], [2.0, math.nan, math.inf], False, False)
+    best.update([], [1.0, 1.0, 1.0], False, False)
+    assert (best.kept, best.held, best.cycles) == (1.0, 2.0, 2)
+
+
 def test_the_learned_optimizer_begins_anew_when_it_runs_next():
     w = torch.zeros(1, requires_grad=True)
     learned = SGD([w], lr=1.0, momentum=0.5, maximize=True)

@@ -213,11 +213,17 @@ def test_x_stays_where_the_losses_of_s_are_not_finite(bad, both):
     assert (decision.winner, line.excess, line.w.item()) == (1, (-0.5, 0.0), -2.0)
 
 
-def test_x_goes_to_s_where_nothing_else_can_win():
-    line = Line().lead()
-    decision = line.cycle(1.0, lambda checking, w, value: math.nan if checking else value)
-    assert (decision.winner, line.excess, line.w.item()) == (2, (0.0, 0.0), -3.0)
-    assert (decision.finite_learned, decision.finite_fallback) == (False, False)
+def test_where_the_check_is_lost_on_all_the_lead_counts():
+    """x stays at -3, compared by the training losses of z, till s at -5 has made up for it."""
+    line, seen = Line().lead(), []
+    for _ in range(4):
+        decision = line.cycle(1.0, lambda checking, w, value: math.nan if checking else value)
+        assert (decision.finite_learned, decision.finite_fallback) == (False, False)
+        seen.append((decision.winner, line.excess, line.w.item()))
+    assert seen == [
+        (-1, (-1.5, 0.0), -3.0), (-1, (-0.75, 0.0), -3.0), (-1, (0.625, 1.0), -3.0),
+        (2, (0.0, 0.0), -6.0),
+    ]  # fmt: skip
 
 
 def test_an_s_that_is_not_finite_begins_again():

@@ -36,19 +36,20 @@ def best_of(guards: Sequence[Guard], *, decay: float = 0.9) -> Guard:
         sum_c decay^(C-c) d[followed in c](c)  <=  min_j sum_c decay^(C-c) d[j](c)
 
     Args:
-        guards: any guards whose cycles all have the same nt, so none whose windows adapt.
-            The first is followed where all are level.
+        guards: any guards whose longest cycles have the same nt. Those whose windows adapt are
+            compared cycle by cycle, however long. The first is followed where all are level.
         decay: D remembers about 1 / (1 - decay) cycles.
 
     ``decision.winner`` numbers the guards; ``gradients``, ``forwards`` and ``learned_updates`` are
     the sums over them, the rest is of the one that is followed. A guard one of whose losses was not
-    finite is never followed again, unless that is true of all.
+    finite is never followed again, unless that is true of all; cycles in which no guard's losses
+    are finite don't count.
 
     Memory and cost: those of the guards together.
 
     Raises:
         ValueError: if there are no guards, or decay is not above 0 and below 1; in the first step,
-            if their cycles differ.
+            if their longest cycles differ.
 
     >>> import optax
     >>> from lossguard import recommended
@@ -79,6 +80,7 @@ def best_of(guards: Sequence[Guard], *, decay: float = 0.9) -> Guard:
             raise ValueError(f"guards must have the same nt, got {sorted(windows)}")
 
         now = jnp.stack([mean_loss(decision) for decision in decisions])
+        now = jnp.where(jnp.isfinite(now).any(), now, 0)  # a minibatch that is lost on all
         records = decay * state.inner.records + now.astype(state.inner.records.dtype)
         records = jnp.where(jnp.isfinite(records), records, jnp.inf)
         best = jnp.argmin(records)

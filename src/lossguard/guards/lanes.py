@@ -89,6 +89,7 @@ class Lanes:
         state: LanesState,
         x: Params,
         ran: Sequence[int],
+        before: Sequence[Branch],
         trained: Sequence[Branch],
         sound: Bool[Array, " ran"],
         winner: Int[Array, ""],
@@ -99,7 +100,8 @@ class Lanes:
             state: before it.
             x: after it.
             ran: numbers of the lanes that ran: learned ones first and s, if there is one, last.
-            trained: these lanes.
+            before: where each lane started from.
+            trained: the lanes that ran.
             sound: whether their parameters are finite.
             winner: number of the lane that was kept, or -1.
         """
@@ -107,13 +109,13 @@ class Lanes:
         probed = [lane for lane in ran if lane < self.m]
         for lane in probed:
             learned[lane], reset = self._after_cycle(
-                lane, x, learned[lane], trained[lane].state, winner == lane
+                lane, x, before[lane].state, trained[lane].state, winner == lane
             )
             reset_learned |= reset
         state, reset_fallback = state._replace(learned=tuple(learned)), jnp.array(False)
         if self.has_z:
             z_state, reset_fallback = self._after_cycle(
-                self.m, x, state.fallback, trained[len(probed)].state, winner >= self.m
+                self.m, x, before[self.m].state, trained[len(probed)].state, winner >= self.m
             )
             state = state._replace(fallback=z_state)
         if self.has_s:

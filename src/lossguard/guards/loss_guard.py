@@ -165,7 +165,7 @@ def loss_guard(
     if looks is None and nc < criterion.least:
         raise ValueError(f"nc must be at least {criterion.least} for this criterion, got {nc}")
 
-    if windows.most > 1 and nc < 2:
+    if windows.most > 1 and looks is None and nc < 2:
         raise ValueError(f"nc must be at least 2 where windows adapt, got {nc}")
 
     def init(params: Params) -> GuardState:
@@ -245,15 +245,22 @@ def loss_guard(
         won = (winner >= 0) & (winner < m)
         reported = losses[jnp.where(row < 0, verdict.best_fallback, row)]
         settled, reset_learned, reset_fallback = lanes.settle(
-            inner.lanes, x, ran, trained, sound, winner
+            inner.lanes, x, ran, before, trained, sound, winner
         )
         excess = Excess(*(jnp.where(settled.on_own, 0, value) for value in excess))
         best, undone, held = inner.ratchet, jnp.array(False), jnp.int32(0)
         if best is not None and ratchet is not None:
             best = best._replace(anew=best.anew & (not probe))
-            own = (inner.lanes.on_own, settled.on_own)
             best, (x, z_state), undone, held = ratchet.update(
-                best, Branch(x, settled.fallback), reported, objective, i, steps, own
+                best,
+                Branch(x, settled.fallback),
+                reported,
+                objective,
+                i,
+                steps,
+                was_own=inner.lanes.on_own,
+                is_own=settled.on_own,
+                stayed=row < 0,
             )
             settled = settled._replace(fallback=z_state)
         inner = LossGuardState(
@@ -320,7 +327,9 @@ def loss_guard(
         if record is None:
             return inner.excess, verdict.row
         own = len(losses) - 1
-        followed = jnp.where(verdict.row < 0, jnp.nan, losses[verdict.row])
+        # Where the check is lost on all, x may stay for the minibatches' fault: z speaks for it.
+        row = jnp.where(verdict.row < 0, verdict.best_fallback, verdict.row)
+        followed = jnp.where(sound[row], losses[row], jnp.nan)
         excess, back = record.update(inner.excess, followed, losses[own], steps, inner.lanes.on_own)
         back &= sound[own] if rivals < len(losses) else verdict.finite_fallback
         return excess, jnp.where(back, own, verdict.row)

@@ -45,10 +45,8 @@ class Ratchet(NamedTuple):
     def compare(self, state: RatchetState) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
         """Whether x is the new best, and whether it goes back to the old one."""
         due = state.cycles >= self.cycles
-        known = jnp.isfinite(state.held)
         bound = state.held + self.tolerance * jnp.abs(state.held)
-        better = ~known | (state.kept <= state.held)
-        return due & better, due & known & ~(state.kept <= bound)
+        return due & (state.kept <= state.held), due & ~(state.kept <= bound)
 
     def update(
         self,
@@ -58,7 +56,10 @@ class Ratchet(NamedTuple):
         objective: Objective,
         i: Int[Array, ""],
         steps: Int[Array, ""] | int,
-        own: tuple[Bool[Array, ""], Bool[Array, ""]],
+        *,
+        was_own: Bool[Array, ""],
+        is_own: Bool[Array, ""],
+        stayed: Bool[Array, ""],
     ) -> tuple[RatchetState, Branch, Bool[Array, ""], Int[Array, ""]]:
         """After a cycle: x and lane z's state, whether x went back, and forward passes of b.
 
@@ -67,19 +68,25 @@ class Ratchet(NamedTuple):
             x: after it, with lane z's state.
             losses: of the kept branch, before each step.
             objective: whose ``steps`` minibatches from i on were trained on.
-            own: whether x was on the fallback's own path before the cycle, and whether it is now.
+            was_own: whether x was on the fallback's own path before the cycle.
+            is_own: whether it is now.
+            stayed: whether no branch was kept, so that nothing is known of x.
         """
-        counted = jnp.where(own[0], 0, steps)
+        counted = jnp.where(was_own, 0, steps)
 
         def add(t: Any, sums: tuple[Array, Array]) -> tuple[Array, Array]:
             kept, held = sums
-            now = objective(state.best.params, i + t)
-            return kept + losses[t].astype(kept.dtype), held + now.astype(held.dtype)
+            now = objective(state.best.params, i + t).astype(held.dtype)
+            known = jnp.isfinite(now) & ~stayed
+            return (
+                kept + jnp.where(known, losses[t].astype(kept.dtype), 0),
+                held + jnp.where(known, now, 0),
+            )
 
         kept, held = jax.lax.fori_loop(0, counted, add, (state.kept, state.held))
         seen = state._replace(cycles=state.cycles + 1, kept=kept, held=held)
         better, back = self.compare(seen)
-        with_x = own[0] | own[1]  # b goes with x on the fallback's own path
+        with_x = was_own | is_own  # b goes with x on the fallback's own path
         back &= ~with_x
         best = Branch(state.best.params, keep_schedules(state.best.state, x.state))
         x = select(back, best, x)
@@ -94,7 +101,7 @@ def ratchet(*, cycles: int = 100, tolerance: float = 0.1) -> Ratchet:
 
     Every ``cycles`` cycles, with b the best x so far:
 
-        X <- sum F(x's branch, i+t);  B <- sum F(b, i+t)    over all their steps
+        X <- sum F(x's branch, i+t);  B <- sum F(b, i+t)    over all steps with a finite F(b, i+t)
         b <- x   if X <= B;     x <- b   if X > B + tolerance |B|
 
     b's losses are on the same minibatches, before each step, so that the two are compared without

@@ -305,7 +305,7 @@ class LossGuard(Facade):
         if not verdict.settled and n < self._looks[-1]:
             return
         fit = seen.sound[-1] if rivals < len(active) else verdict.finite_fallback
-        row = self._lanes.follow_record(verdict.row, seen.trains, fit)
+        row = self._lanes.follow_record(verdict, seen.trains, seen.sound, fit)
         winner, was_own = NOBODY if row == NOBODY else active[row], self._lanes.on_own
         if winner != NOBODY:
             self._kept = winner
@@ -319,7 +319,8 @@ class LossGuard(Facade):
         losses = seen.trains[verdict.best_fallback if row == NOBODY else row]
         if best is not None and self._probe:
             best.anew = False
-        undone = self._lanes.hold(losses, seen.held, was_own, self._weights)
+        kept = [] if row == NOBODY else losses
+        undone = self._lanes.hold(kept, seen.held, was_own, self._weights)
         won = 0 <= winner < self._lanes.m
         self._probes = self.probing.update(self._probes, self._probe, won)
         self._cycle.phase = 0

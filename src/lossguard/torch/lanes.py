@@ -16,6 +16,7 @@ from lossguard.torch.inner import Inner, clone
 from lossguard.torch.lane import Lane
 from lossguard.torch.ratchet import Best, Ratchet
 from lossguard.torch.track_record import Excess, TrackRecord
+from lossguard.torch.verdict import Verdict
 from lossguard.torch.weights import Copy, Weights
 
 
@@ -92,19 +93,24 @@ class Lanes:
         judged = self.record is not None and not self.on_own
         return [k for k in active if not (judged and k == self.s)]
 
-    def follow_record(self, row: int, trains: Sequence[Sequence[float]], fit: bool) -> int:
-        """The row that is kept if the check, or none, is for ``row``; s is the last.
+    def follow_record(
+        self, verdict: Verdict, trains: Sequence[Sequence[float]], sound: Sequence[bool], fit: bool
+    ) -> int:
+        """The row that is kept, by the record if there is one, else by the verdict; s is the last.
 
         Args:
-            row: a lane that ran, or -1.
+            verdict: of the check, or without one.
             trains: training losses [lanes, nt].
+            sound: whether the lanes' parameters are finite.
             fit: whether s is finite, its check losses too where it took them.
         """
         if self.record is None:
-            return row
-        kept = [math.nan] if row == NOBODY else trains[row]
+            return verdict.row
+        # Where the check is lost on all, x may stay for the minibatches' fault: z speaks for it.
+        row = verdict.best_fallback if verdict.row == NOBODY else verdict.row
+        kept = trains[row] if sound[row] else [math.nan]
         self.excess, back = self.record.update(self.excess, kept, trains[-1], self.on_own)
-        return len(trains) - 1 if back and fit else row
+        return len(trains) - 1 if back and fit else verdict.row
 
     def settle(
         self, winner: int, sound: dict[int, bool], broken: dict[int, bool], x: Weights
@@ -139,7 +145,7 @@ class Lanes:
         """Ask the ratchet, once lanes are settled; whether x, in the model, went back to b.
 
         Args:
-            kept: training losses of the branch that was kept.
+            kept: training losses of the branch that was kept; none where x stayed.
             held: those of b.
             was_own: whether x was on the fallback's own path before the cycle.
             x: the model.

@@ -37,9 +37,8 @@ class Ratchet(NamedTuple):
         >>> ratchet().compare(kept=1.2, held=1.0, cycles=100)
         (False, True)
         """
-        due, known = cycles >= self.cycles, math.isfinite(held)
-        bound = held + self.tolerance * abs(held)
-        return due and not (known and not kept <= held), due and known and not kept <= bound
+        due, bound = cycles >= self.cycles, held + self.tolerance * abs(held)
+        return due and kept <= held, due and not kept <= bound
 
 
 class Best:
@@ -68,14 +67,16 @@ class Best:
         """After a cycle: whether b is to be x, and whether x goes back to b.
 
         Args:
-            kept: training losses of the branch that was kept.
+            kept: training losses of the branch that was kept; none where x stayed.
             held: those of b; none where x was on the fallback's own path.
             was_own: whether it was there before the cycle.
             is_own: whether it is now.
         """
         self.cycles += 1
-        if not was_own:
-            self.kept, self.held = self.kept + sum(kept), self.held + sum(held)
+        if kept and not was_own:
+            known = [pair for pair in zip(kept, held, strict=True) if math.isfinite(pair[1])]
+            self.kept += sum(x for x, _ in known)
+            self.held += sum(b for _, b in known)
         better, back = self.rule.compare(self.kept, self.held, self.cycles)
         own = was_own or is_own
         if own or self.cycles >= self.rule.cycles:
@@ -88,7 +89,7 @@ def ratchet(*, cycles: int = 100, tolerance: float = 0.1) -> Ratchet:
 
     Every ``cycles`` cycles, with b the best x so far:
 
-        X <- sum F(x's branch, i+t);  B <- sum F(b, i+t)    over all their steps
+        X <- sum F(x's branch, i+t);  B <- sum F(b, i+t)    over all steps with a finite F(b, i+t)
         b <- x   if X <= B;     x <- b   if X > B + tolerance |B|
 
     b's losses are on the same minibatches, before each step, so that the two are compared without

@@ -33,8 +33,8 @@ def test_beyond_the_stack_the_loss_is_nan(i) -> None:
     """Where JAX would take the nearest minibatch there is, and a check would see it twice."""
     objective = lossguard.stacked(loss, batches(2), start=10)
     assert jnp.isnan(objective(jnp.ones(3), i)) and jnp.isfinite(objective(jnp.ones(3), 11))
-    guard = lossguard.loss_guard(optax.sgd(0.1), optax.sgd(0.1), nt=1, nc=2)
-    state = guard.init(jnp.ones(3))._replace(minibatches=jnp.int32(10))
+    guard = lossguard.loss_guard(optax.sgd(0.1), optax.sgd(0.1), nt=1, nc=1)
+    state = guard.init(jnp.ones(3))._replace(minibatches=jnp.int32(11))
     after, decision = guard.step(state, objective)
     assert decision.winner == -1 and jnp.array_equal(after.params, state.params)
 
@@ -58,7 +58,7 @@ def test_a_loop_fed_from_the_host_is_the_loop_on_the_device() -> None:
     assert len(traces) == 1
 
     whole, _ = lossguard.rollout(
-        guard, guard.init(jnp.zeros(3)), lossguard.stacked(loss, (x, y)), cycles=cycles
+        guard, guard.init(jnp.zeros(3)), lossguard.stacked(loss, (x, y), 0), cycles=cycles
     )
     np.testing.assert_allclose(state.params, whole.params, rtol=1e-6)
 
@@ -74,14 +74,21 @@ def test_a_loop_fed_from_the_host_is_the_loop_on_the_device() -> None:
 )
 def test_minibatches_that_are_not_stacked(stack, message) -> None:
     with pytest.raises(ValueError, match=message):
-        lossguard.stacked(loss, stack)
+        lossguard.stacked(loss, stack, 0)
 
 
 def test_a_stack_has_no_minibatches_apart() -> None:
     """All of them would be NaN, so that x would never move."""
-    objective = lossguard.stacked(loss, batches(90))
+    objective = lossguard.stacked(loss, batches(90), 0)
     guard = lossguard.recommended(optax.sgd(0.1), optax.sgd(0.1))
     with pytest.raises(ValueError, match=r"checks must be 'next' for stacked .*\(..., most=nc\)"):
         guard.step(guard.init(jnp.ones(3)), objective)
     guard = lossguard.recommended(optax.sgd(0.1), optax.sgd(0.1), most=10)
     assert guard.step(guard.init(jnp.ones(3)), objective)[1].winner >= 0
+
+
+def test_a_stack_that_is_shorter_than_a_cycle() -> None:
+    guard = lossguard.loss_guard(optax.sgd(0.1), optax.sgd(0.1), nt=3, nc=2)
+    message = r"^stacked minibatches must be at least 5, which a cycle may take, got 4$"
+    with pytest.raises(ValueError, match=message):
+        guard.step(guard.init(jnp.ones(3)), lossguard.stacked(loss, batches(4), 0))

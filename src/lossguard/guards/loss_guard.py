@@ -127,7 +127,7 @@ def loss_guard(
 
     Raises:
         ValueError: if an argument is not among those allowed, or nc too small for the criterion; in
-            a step, if check minibatches are apart and the objective is ``stacked``.
+            a step, if the objective is ``stacked`` and check minibatches are apart, or too few.
 
     Source: the paper's Algorithm 2; with nt = nc = 1 and a deterministic objective, Algorithm 1.
     Several candidates and all options but nt, nc and loser go beyond it.
@@ -185,11 +185,18 @@ def loss_guard(
         return start(params, inner)
 
     def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
-        if checks == "apart" and isinstance(objective, stacked):
-            raise ValueError(
-                "checks must be 'next' for stacked minibatches, got 'apart': "
-                "recommended(..., most=nc) is so"
-            )
+        if isinstance(objective, stacked):
+            if checks == "apart":
+                raise ValueError(
+                    "checks must be 'next' for stacked minibatches, got 'apart': "
+                    "recommended(..., most=nc) is so"
+                )
+            needed = nt * windows.most + max(looks or (nc * windows.most,))
+            if objective.count < needed:
+                raise ValueError(
+                    f"stacked minibatches must be at least {needed}, which a cycle may take, got "
+                    f"{objective.count}"
+                )
 
         def run(probe: bool, state: GuardState) -> tuple[GuardState, Decision]:
             """A cycle with the fallback's lanes, but not z where it is s."""

@@ -40,7 +40,8 @@ class Decision(NamedTuple):
     used_learned: Bool[Array, " nt"]
     """Whether each kept optimizer step was the learned optimizer's."""
     losses: Float[Array, " nt"]
-    """Training loss of the kept branch before each of its steps; NaN from ``steps`` on."""
+    """Training loss before each step of the kept branch (the fallback's where x stayed); NaN from
+    ``steps`` on."""
     steps: Int[Array, ""]
     """Optimizer steps of this cycle: nt, unless windows adapt."""
     learned_loss: Float[Array, ""]
@@ -61,7 +62,7 @@ class Decision(NamedTuple):
     gradients: Int[Array, ""]
     """Gradient evaluations spent."""
     forwards: Int[Array, ""]
-    """Forward passes spent on check minibatches."""
+    """Forward passes spent on check minibatches, and by a ratchet on training ones."""
     learned_updates: Int[Array, ""]
     """Updates computed by learned optimizers, kept or not."""
 

@@ -25,18 +25,19 @@ class stacked(eqx.Module):
         start: the number of the first minibatch.
 
     Raises:
-        ValueError: if ``batches`` holds no arrays, or arrays of different lengths.
+        ValueError: if ``batches`` holds no arrays, or arrays of different lengths; in the step of a
+            loss guard, if they are fewer than a cycle may take.
 
     >>> import jax.numpy as jnp
     >>> batches = jnp.array([[1.0, 3.0], [5.0, 7.0]])
-    >>> objective = stacked(lambda w, x: jnp.mean((x - w) ** 2), batches)
-    >>> float(objective(jnp.array(6.0), 1))
+    >>> objective = stacked(lambda w, x: jnp.mean((x - w) ** 2), batches, start=20)
+    >>> float(objective(jnp.array(6.0), 21))
     1.0
     """
 
     loss: Callable[[Any, Any], Array] = eqx.field(static=True)
     batches: PyTree[Shaped[ArrayLike, "count ..."]]
-    start: Int[Array, ""] | int = 0
+    start: Int[Array, ""] | int
 
     def __check_init__(self) -> None:
         lengths = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(self.batches)}
@@ -44,8 +45,12 @@ class stacked(eqx.Module):
             found = sorted(map(str, lengths)) or "no arrays"
             raise ValueError(f"batches must be arrays that share the length of axis 0, got {found}")
 
+    @property
+    def count(self) -> int:
+        """How many minibatches there are."""
+        return len(jax.tree.leaves(self.batches)[0])
+
     def __call__(self, params: Params, i: Int[Array, ""] | int) -> Array:
         row = i - self.start
         loss = self.loss(params, jax.tree.map(lambda leaf: jnp.asarray(leaf)[row], self.batches))
-        count = len(jax.tree.leaves(self.batches)[0])
-        return jnp.where((row >= 0) & (row < count), loss, jnp.nan)
+        return jnp.where((row >= 0) & (row < self.count), loss, jnp.nan)

@@ -1,10 +1,11 @@
-"""LossGuard keeps the contract of ``torch.optim.Optimizer``."""
+"""The guards keep the contract of ``torch.optim.Optimizer``."""
 
 import copy
 import io
 import pickle
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -17,9 +18,17 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, St
 from lossguard.torch import (
     LossGuard,
     LossStep,
+    ResidualGuard,
+    arithmetic_average,
     backoff,
     curtailed_criterion,
+    ema,
+    geometric,
+    mean_criterion,
     paired_criterion,
+    ratchet,
+    recent_max,
+    recent_term,
     sequential_criterion,
     track_record,
 )
@@ -179,21 +188,47 @@ def test_loading_keeps_the_dtype_of_states():
     assert torch.equal(guard.fallback.state[p]["momentum_buffer"], torch.full(p.shape, 1 / 3))
 
 
+def of_loss_guard(model, criterion):
+    return LossGuard(
+        Adam(model.parameters(), lr=0.1),
+        SGD(model.parameters(), lr=0.1, momentum=0.9),
+        nt=3,
+        nc=2,
+        model=model,
+        hedge=True,
+        criterion=criterion(),
+        probing=backoff(patience=1),
+        ratchet=ratchet(cycles=1),
+    )
+
+
+def of_residual_guard(model, sequence):
+    return ResidualGuard(
+        Adam(model.parameters(), lr=0.1),
+        SGD(model.parameters(), lr=0.1, momentum=0.9),
+        nt=3,
+        model=model,
+        sequence=sequence(),
+    )
+
+
+COPIED = {
+    "mean": partial(of_loss_guard, criterion=mean_criterion),
+    "paired": partial(of_loss_guard, criterion=paired_criterion),
+    "sequential": partial(of_loss_guard, criterion=partial(sequential_criterion, first=2, most=4)),
+    "curtailed": partial(of_loss_guard, criterion=partial(curtailed_criterion, first=2, most=4)),
+    "geometric": partial(of_residual_guard, sequence=partial(geometric, 0.9)),
+    "recent_term": partial(of_residual_guard, sequence=recent_term),
+    "arithmetic_average": partial(of_residual_guard, sequence=arithmetic_average),
+    "ema": partial(of_residual_guard, sequence=partial(ema, 0.9)),
+    "recent_max": partial(of_residual_guard, sequence=recent_max),
+}
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 @pytest.mark.parametrize("done", [5, 7])
-def test_copies_go_on_alike(copied, done):
-    def make(model):
-        return LossGuard(
-            Adam(model.parameters(), lr=0.1),
-            SGD(model.parameters(), lr=0.1, momentum=0.9),
-            nt=3,
-            nc=2,
-            model=model,
-            hedge=True,
-            criterion=paired_criterion(),
-            probing=backoff(patience=1),
-        )
-
+@pytest.mark.parametrize("make", COPIED.values(), ids=list(COPIED))
+def test_copies_go_on_alike(make, copied, done):
     batches = [spiral() for _ in range(20)]
     model = stochastic()
     guard = make(model)
@@ -205,7 +240,7 @@ def test_copies_go_on_alike(copied, done):
     torch.set_rng_state(state)
     run(twin, twin_model, batches[done:])
     assert_same_state(twin_model.state_dict(), model.state_dict())
-    assert repr(twin.history) == repr(guard.history)
+    assert repr(twin.history) == repr(guard.history) and len(guard.history) > 1
 
 
 def test_the_groups_are_the_fallbacks():

@@ -77,7 +77,7 @@ def sequential_criterion(*, confidence: float = 0.95, first: int = 5, most: int 
     """
     check_confidence(confidence)
     looks = _doubling(first, most)
-    return Criterion(partial(_t_test, level=(1 - confidence) / len(looks)), looks, least=2)
+    return Criterion(partial(_t_test, level=(1 - confidence) / len(looks)), looks)
 
 
 def curtailed_criterion(*, confidence: float = 0.7, first: int = 10, most: int = 160) -> Criterion:
@@ -102,14 +102,7 @@ def curtailed_criterion(*, confidence: float = 0.7, first: int = 10, most: int =
     check_confidence(confidence)
     looks = _doubling(first, most)
     level = (1 - confidence) / max(len(looks) - 1, 1)
-
-    def test(d: Differences) -> Answers:
-        if d.shape[1] == most:
-            return _mean_test(d)
-        better, settled = _t_test(d, level)
-        return np.zeros(len(d), bool), settled & ~better
-
-    return Criterion(test, looks, least=2)
+    return Criterion(partial(_curtailed_test, level=level, most=most), looks)
 
 
 def _doubling(first: int, most: int) -> tuple[int, ...]:
@@ -123,6 +116,13 @@ def _doubling(first: int, most: int) -> tuple[int, ...]:
 
 def _mean_test(d: Differences) -> Answers:
     return d.mean(axis=1) > 0, np.ones(len(d), bool)
+
+
+def _curtailed_test(d: Differences, level: float, most: int) -> Answers:
+    if d.shape[1] == most:
+        return _mean_test(d)
+    better, settled = _t_test(d, level)
+    return np.zeros(len(d), bool), settled & ~better
 
 
 def _t_test(d: Differences, level: float) -> Answers:

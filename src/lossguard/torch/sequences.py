@@ -4,6 +4,7 @@ Source: Heaton et al., "Safeguarded learned convex optimization", 2020, table 1.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from lossguard.torch.arguments import check_count, check_fraction
@@ -28,26 +29,33 @@ class Sequence(NamedTuple):
 def geometric(theta: float) -> Sequence:
     """GS(theta): mu <- theta mu.
 
+    Raises:
+        ValueError: if theta is not between 0 and 1.
+
     >>> geometric(0.5).update([1.0], 7.0)
     [0.5]
     """
     check_fraction("theta", theta)
-    return Sequence(lambda mu: [mu], lambda mu, r: [theta * mu[0]], _first)
+    return Sequence(_alone, partial(_geometric, theta=theta), _first)
 
 
 def recent_term() -> Sequence:
-    """RT: mu <- r."""
-    return Sequence(lambda mu: [mu], lambda mu, r: [r], _first)
+    """RT: mu <- r.
+
+    >>> recent_term().update([1.0], 7.0)
+    [7.0]
+    """
+    return Sequence(_alone, _recent_term, _first)
 
 
 def arithmetic_average() -> Sequence:
-    """AA: mu <- (r + m mu) / (m + 1), with m residuals so far, mu_1 among them."""
+    """AA: mu <- (r + m mu) / (m + 1), with m residuals so far, mu_1 among them.
 
-    def update(memory: Track, r: float) -> Track:
-        mu, m = memory
-        return [(r + m * mu) / (m + 1), m + 1]
-
-    return Sequence(lambda mu: [mu, 1.0], update, _first)
+    >>> average = arithmetic_average()
+    >>> average.bound(average.update(average.init(1.0), 3.0))
+    2.0
+    """
+    return Sequence(_counted, _arithmetic_average, _first)
 
 
 def ema(theta: float) -> Sequence:
@@ -55,18 +63,58 @@ def ema(theta: float) -> Sequence:
 
     The paper's setting is theta = 0.9; read as a decay it is ``ema(0.1)``.
 
+    Raises:
+        ValueError: if theta is not between 0 and 1.
+
     >>> ema(0.75).update([1.0], 3.0)
     [2.5]
     """
     check_fraction("theta", theta)
-    return Sequence(lambda mu: [mu], lambda mu, r: [theta * r + (1 - theta) * mu[0]], _first)
+    return Sequence(_alone, partial(_ema, theta=theta), _first)
 
 
 def recent_max(m: int = 30) -> Sequence:
-    """RM(m): mu <- the largest of the last m accepted residuals, mu_1 among them at first."""
+    """RM(m): mu <- the largest of the last m accepted residuals, mu_1 among them at first.
+
+    Raises:
+        ValueError: if m is below 1.
+
+    >>> largest = recent_max(2)
+    >>> largest.bound(largest.update([5.0, 1.0], 3.0))
+    3.0
+    """
     check_count("m", m)
-    return Sequence(lambda mu: [mu], lambda recent, r: [*recent, r][-m:], max)
+    return Sequence(_alone, partial(_recent, m=m), max)
+
+
+def _alone(mu: float) -> Track:
+    return [mu]
+
+
+def _counted(mu: float) -> Track:
+    return [mu, 1.0]
 
 
 def _first(memory: Track) -> float:
     return memory[0]
+
+
+def _geometric(memory: Track, r: float, theta: float) -> Track:
+    return [theta * memory[0]]
+
+
+def _recent_term(memory: Track, r: float) -> Track:
+    return [r]
+
+
+def _arithmetic_average(memory: Track, r: float) -> Track:
+    mu, m = memory
+    return [(r + m * mu) / (m + 1), m + 1]
+
+
+def _ema(memory: Track, r: float, theta: float) -> Track:
+    return [theta * r + (1 - theta) * memory[0]]
+
+
+def _recent(memory: Track, r: float, m: int) -> Track:
+    return [*memory, r][-m:]

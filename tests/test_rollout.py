@@ -115,11 +115,21 @@ def test_fewer_cycles_are_not_compiled_for() -> None:
     jax.tree.map(np.testing.assert_array_equal, joined, decisions)
 
 
-@pytest.mark.parametrize("cycles", [0, 6])
-def test_errors(cycles) -> None:
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"cycles": 0, "most": 5}, "cycles must be an integer of at least 1, got 0"),
+        ({"cycles": 6, "most": 5}, "cycles must be at most 5, got 6"),
+        ({"cycles": 2.5}, "cycles must be an integer of at least 1, got 2.5"),
+        ({"cycles": 2, "most": 2.5}, "most must be an integer of at least 1, got 2.5"),
+    ],
+)
+def test_errors(arguments, message) -> None:
     guard = GUARDS["unguarded"]()
-    with pytest.raises(ValueError, match=f"cycles must be at least 1 and at most 5, got {cycles}"):
-        lossguard.rollout(guard, guard.init(jnp.ones(4)), noisy(0), cycles=cycles, most=5)
+    with pytest.raises(ValueError) as error:
+        lossguard.rollout(guard, guard.init(jnp.ones(4)), noisy(0), **arguments)
+    assert str(error.value) == message
 
 
 def test_buffers_of_the_state_are_donated_and_no_others() -> None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .guards.protocol import Decision, Guard, GuardState, Objective
+from .validation import check_count
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -56,6 +57,9 @@ def rollout(
         The state after them, and their decisions stacked on an axis of length ``cycles`` (after the
         axis of the seeds, if any).
 
+    Raises:
+        ValueError: if cycles or most is not an integer of at least 1, or cycles is above most.
+
     >>> import jax.numpy as jnp, lossguard, optax
     >>> guard = lossguard.unguarded(optax.sgd(0.1))
     >>> state = guard.init(jnp.ones(2))
@@ -64,8 +68,10 @@ def rollout(
     (30, (3, 10))
     """
     most = cycles if most is None else most
-    if not 1 <= cycles <= most:
-        raise ValueError(f"cycles must be at least 1 and at most {most}, got {cycles}")
+    check_count("cycles", cycles)
+    check_count("most", most)
+    if cycles > most:
+        raise ValueError(f"cycles must be at most {most}, got {cycles}")
     state, decisions = _donating((guard, objective, jnp.int32(cycles), most, axes), state)
     place = 0 if axes is None else 1
     cut = tuple([slice(None)] * place + [slice(cycles)])

@@ -6,7 +6,7 @@ Both are optax schedules: functions of the number of optimizer steps taken, from
 import jax.numpy as jnp
 import optax
 
-from .guards.protocol import check_positive
+from .validation import check_positive
 
 
 def paper_decay(rate: float, tau: float = 50_000.0, *, power: float = 1.5) -> optax.Schedule:

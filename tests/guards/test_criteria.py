@@ -114,6 +114,11 @@ def test_one_difference_shows_nothing_of_its_deviation() -> None:
 
 ERRORS = [
     *(
+        (make, {name: 2.5}, f"{name} must be an integer of at least 1, got 2.5")
+        for make in (lossguard.sequential_criterion, lossguard.curtailed_criterion)
+        for name in ("first", "most")
+    ),
+    *(
         (make, {"confidence": value}, f"confidence must be at least 0.5 and below 1, got {value}")
         for make in (
             lossguard.paired_criterion,

@@ -53,6 +53,30 @@ WRONG = {
         lambda: lossguard.recommended(SGD, SGD, most=9),
         "nc must be between 2 and most = 9, or most itself, got 10",
     ),
+    "most of recommended is a fraction": (
+        lambda: lossguard.recommended(SGD, SGD, most=40.5),  # type: ignore
+        "most must be an integer of at least 1, got 40.5",
+    ),
+    "criterion is not called": (
+        lambda: lossguard.loss_guard(SGD, SGD, criterion=lossguard.mean_criterion),  # type: ignore
+        "criterion must be a Criterion such as mean_criterion(), got <function mean_criterion at",
+    ),
+    "windows are not called": (
+        lambda: lossguard.loss_guard(SGD, SGD, windows=lossguard.adaptive),  # type: ignore
+        "windows must be a Windows such as adaptive(), got <function adaptive at",
+    ),
+    "probing is not called": (
+        lambda: lossguard.loss_guard(SGD, SGD, probing=lossguard.backoff),  # type: ignore
+        "probing must be a Probing such as backoff(), got <function backoff at",
+    ),
+    "ratchet is not called": (
+        lambda: lossguard.loss_guard(SGD, SGD, ratchet=lossguard.ratchet),  # type: ignore
+        "ratchet must be a Ratchet such as ratchet(), got <function ratchet at",
+    ),
+    "sequence is not called": (
+        lambda: lossguard.residual_guard(SGD, SGD, sequence=lossguard.ema),  # type: ignore
+        "sequence must be a Sequence such as ema(0.9), got <function ema at",
+    ),
     "checks": (
         lambda: lossguard.loss_guard(SGD, SGD, checks="others"),  # type: ignore
         "checks must be one of next, apart, got 'others'",

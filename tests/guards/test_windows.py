@@ -59,11 +59,14 @@ def test_lanes_that_coincide_change_nothing() -> None:
     assert lossguard.adaptive().update(jnp.int32(4), losses, losses, jnp.int32(3)) == 4
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"most": 0}, "most must be at least 1, got 0"),
+        ({"most": 0}, "most must be an integer of at least 1, got 0"),
+        ({"most": 2.5}, "most must be an integer of at least 1, got 2.5"),
         ({"apart": 0.5}, "apart must be at least 1, got 0.5"),
+        ({"apart": float("nan")}, "apart must be at least 1, got nan"),
     ],
 )
 def test_errors(arguments, message) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from algorithm2 import algorithm2
@@ -29,6 +30,7 @@ from lossguard.torch import (
     ratchet,
     recent_max,
     recent_term,
+    recommended,
     sequential_criterion,
     track_record,
 )
@@ -406,6 +408,12 @@ REFUSALS = [
      "confidence must be at least 0.5 and below 1, got 1"),
     (lambda w: sequential_criterion(confidence=0.4),
      "confidence must be at least 0.5 and below 1, got 0.4"),
+    (lambda w: sequential_criterion(first=2.5),
+     "first must be an integer of at least 1, got 2.5"),
+    (lambda w: curtailed_criterion(most=40.5),
+     "most must be an integer of at least 1, got 40.5"),
+    (lambda w: recommended(sgd(w), sgd(w), most=40.5),
+     "most must be an integer of at least 1, got 40.5"),
     (lambda w: sequential_criterion(first=1),
      "first must be between 2 and most = 160, got 1"),
     (lambda w: sequential_criterion(first=9, most=8),
@@ -418,6 +426,12 @@ REFUSALS = [
      "most must be an integer of at least 1, got 0.5"),
     (lambda w: backoff(start="again"),
      "start must be one of keep, reset, got 'again'"),
+    (lambda w: LossGuard(sgd(w), sgd(w), criterion=mean_criterion),
+     f"criterion must be a Criterion such as mean_criterion(), got {mean_criterion!r}"),
+    (lambda w: LossGuard(sgd(w), sgd(w), probing=backoff),
+     f"probing must be a Probing such as backoff(), got {backoff!r}"),
+    (lambda w: LossGuard(sgd(w), sgd(w), ratchet=ratchet),
+     f"ratchet must be a Ratchet such as ratchet(), got {ratchet!r}"),
     (lambda w: LossGuard(sgd(w), sgd(w), offload="disk"),
      "offload must be None or 'cpu', got 'disk'"),
     (lambda w: LossGuard(sgd(w), sgd(w), schedulers=[StepLR(sgd(w), 1)]),
@@ -456,6 +470,24 @@ def test_errors(refused, message):
     with pytest.raises(ValueError) as error:
         refused(torch.ones(1, requires_grad=True))
     assert str(error.value) == message
+
+
+def test_numpys_integers_are_counts():
+    """And a state_dict holds plain numbers none the less."""
+    two = np.int64(2)
+    model = mlp()
+    learned, fallback = Adam(model.parameters(), lr=3.0), SGD(model.parameters(), lr=0.1)
+    criterion, probing = sequential_criterion(first=two, most=two), backoff(patience=1, most=two)
+    guard = LossGuard(learned, fallback, nt=two, nc=two, criterion=criterion, probing=probing)
+    run(guard, model, [spiral() for _ in range(12)])
+    assert max(guard.state_dict()["guard"]["probes"]) == 2
+    others = ResidualGuard(learned, fallback, nt=two)
+    run(others, model, [spiral() for _ in range(3)])
+    for saved in (guard.state_dict(), others.state_dict()):
+        file = io.BytesIO()
+        torch.save(saved, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
 
 
 def test_errors_within_a_cycle():

@@ -129,8 +129,9 @@ def test_pretrained_reads_a_shipped_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"scale": 0.0}, "scale must be positive, got 0.0"),
-        ({"p": -1.0}, "p must be positive, got -1.0"),
+        ({"scale": 0.0}, "scale must be positive and finite, got 0.0"),
+        ({"scale": math.inf}, "scale must be positive and finite, got inf"),
+        ({"p": -1.0}, "p must be positive and finite, got -1.0"),
         (
             {"weights": {"linear.weight": torch.ones(1, 20)}},
             "weights must hold lstm.weight_ih_l0, lstm.weight_hh_l0, lstm.bias_ih_l0, "

@@ -14,10 +14,11 @@ from jaxtyping import PRNGKeyArray
 
 from .. import curves, records
 from ..checkpoints import Checkpoints
-from ..guards.protocol import Decision, Guard, GuardState, check_count, check_positive
+from ..guards.protocol import Decision, Guard, GuardState
 from ..progress import Progress, stopping_at_interrupt
 from ..rollout import rollout
 from ..tasks.task import Objective, Task
+from ..validation import check_count, check_positive
 from .experiment import Experiment
 
 CHUNK = 100

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ..validation import check_decay
 from .protocol import Decision, Guard, GuardState, Objective, Params, as_arrays, start
-from .track_record import check_decay
 
 
 class BestOfState(NamedTuple):

@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from scipy import stats
 
+from ..validation import check_confidence, check_looks
+
 
 class Criterion(NamedTuple):
     """``test(d, n)`` says which learned lanes are better, and which are settled either way.
@@ -51,7 +53,7 @@ def paired_criterion(*, confidence: float = 0.95) -> Criterion:
     Raises:
         ValueError: if confidence is not between 0.5 and 1.
     """
-    _check_confidence(confidence)
+    check_confidence(confidence)
     return Criterion(lambda d, n: _t_test(d, n, (1 - confidence) / len(d)), least=2)
 
 
@@ -75,7 +77,7 @@ def sequential_criterion(*, confidence: float = 0.95, first: int = 5, most: int 
     Raises:
         ValueError: if confidence is not between 0.5 and 1, first is below 2, or most below first.
     """
-    _check_confidence(confidence)
+    check_confidence(confidence)
     looks = _doubling(first, most)
     share = (1 - confidence) / len(looks)
     return Criterion(lambda d, n: _t_test(d, n, share / len(d)), looks)
@@ -100,7 +102,7 @@ def curtailed_criterion(*, confidence: float = 0.7, first: int = 10, most: int =
     Raises:
         ValueError: as ``sequential_criterion``.
     """
-    _check_confidence(confidence)
+    check_confidence(confidence)
     looks = _doubling(first, most)
     share = (1 - confidence) / max(len(looks) - 1, 1)
 
@@ -114,8 +116,7 @@ def curtailed_criterion(*, confidence: float = 0.7, first: int = 10, most: int =
 
 def _doubling(first: int, most: int) -> tuple[int, ...]:
     """first, 2 first, 4 first, ..., most."""
-    if not 2 <= first <= most:
-        raise ValueError(f"first must be between 2 and most = {most}, got {first}")
+    check_looks(first, most)
     looks = [first]
     while looks[-1] < most:
         looks.append(min(2 * looks[-1], most))
@@ -141,8 +142,3 @@ def moments(
     mean = jnp.where(counts, d, 0).sum(axis=1) / n
     squares = jnp.where(counts, (d - mean[:, None]) ** 2, 0).sum(axis=1)
     return mean, jnp.sqrt(squares / jnp.maximum(n - 1, 1))
-
-
-def _check_confidence(confidence: float) -> None:
-    if not 0.5 <= confidence < 1:
-        raise ValueError(f"confidence must be at least 0.5 and below 1, got {confidence!r}")

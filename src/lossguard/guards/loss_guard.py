@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ..validation import check_choice, check_count, check_kind
 from .branch import Branch, check, train
 from .criteria import Criterion, mean_criterion
 from .lanes import Lanes, LanesState, Loser
@@ -24,7 +25,6 @@ from .protocol import (
     Params,
     are_several,
     as_arrays,
-    check_count,
     loss_dtype,
     start,
     with_extra_args,
@@ -141,10 +141,8 @@ def loss_guard(
     """
     check_count("nt", nt)
     check_count("nc", nc)
-    if loser not in get_args(Loser):
-        raise ValueError(f"loser must be one of {', '.join(get_args(Loser))}, got {loser!r}")
-    if checks not in get_args(Checks):
-        raise ValueError(f"checks must be one of {', '.join(get_args(Checks))}, got {checks!r}")
+    check_choice("loser", loser, get_args(Loser))
+    check_choice("checks", checks, get_args(Checks))
     if hedge not in (False, True, "only") and not isinstance(hedge, TrackRecord):
         raise ValueError(f"hedge must be False, True, 'only' or track_record(), got {hedge!r}")
     several = list(learned) if are_several(learned) else [learned]
@@ -161,6 +159,11 @@ def loss_guard(
     record = hedge if isinstance(hedge, TrackRecord) else None
     windows = fixed() if windows is None else windows
     probing = always() if probing is None else probing
+    check_kind("criterion", criterion, Criterion, "mean_criterion()")
+    check_kind("windows", windows, Windows, "adaptive()")
+    check_kind("probing", probing, Probing, "backoff()")
+    if ratchet is not None:
+        check_kind("ratchet", ratchet, Ratchet, "ratchet()")
     looks = criterion.looks
     if looks is None and nc < criterion.least:
         raise ValueError(f"nc must be at least {criterion.least} for this criterion, got {nc}")

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from .protocol import check_count
+from ..validation import check_choice, check_count
 
 Start = Literal["keep", "reset"]
 
@@ -58,8 +58,7 @@ def backoff(*, patience: int = 10, most: int = 128, start: Start = "keep") -> Pr
     """
     check_count("patience", patience)
     check_count("most", most)
-    if start not in get_args(Start):
-        raise ValueError(f"start must be one of {', '.join(get_args(Start))}, got {start!r}")
+    check_choice("start", start, get_args(Start))
 
     def update(state: ProbingState, probed: Bool[Array, ""], won: Bool[Array, ""]) -> ProbingState:
         lost = jnp.where(won, 0, state.lost + 1)

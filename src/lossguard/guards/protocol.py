@@ -5,9 +5,7 @@ k optimizer steps taken, nt steps a cycle, nc check minibatches, i the number of
 """
 
 import inspect
-import math
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -106,19 +104,6 @@ def start(params: Params, inner: PyTree) -> GuardState:
 
     params, inner = jax.tree.map(own, (params, inner))
     return GuardState(params, jnp.int32(0), jnp.int32(0), inner)
-
-
-def check_count(name: str, value: int) -> None:
-    """Refuse counts below 1 in one sentence."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-
-
-def check_positive(**values: float) -> None:
-    """Refuse numbers that are not positive and finite in one sentence."""
-    for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value!r}")
 
 
 def are_several(learned: Any) -> bool:

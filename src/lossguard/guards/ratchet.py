@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ..validation import check_count
 from .branch import Branch
-from .protocol import Objective, check_count
+from .protocol import Objective
 from .soundness import keep_schedules, select
 
 

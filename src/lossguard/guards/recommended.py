@@ -2,11 +2,12 @@
 
 from typing import Any
 
+from ..validation import check_count, check_most
 from .best_of import best_of
 from .criteria import curtailed_criterion, mean_criterion
 from .loss_guard import loss_guard
 from .probing import backoff
-from .protocol import Guard, are_several, check_count
+from .protocol import Guard, are_several
 from .ratchet import ratchet
 from .track_record import track_record
 
@@ -33,7 +34,7 @@ def recommended(
             that suits minibatches that come from the host (``stacked``).
 
     Raises:
-        ValueError: as ``loss_guard``; or if nc is 1 and most is not, or most is below nc.
+        ValueError: as ``loss_guard``; or if most is no integer, below nc, or not 1 where nc is.
 
     >>> import jax.numpy as jnp, optax
     >>> guard = recommended(optax.sgd(3.0), optax.sgd(0.1))
@@ -52,8 +53,7 @@ def recommended(
 
 def settings(nc: int, most: int) -> dict[str, Any]:
     """The options of ``loss_guard`` that ``recommended`` sets."""
-    if most != nc and not 2 <= nc < most:
-        raise ValueError(f"nc must be between 2 and most = {most}, or most itself, got {nc}")
+    check_most(nc, most)
     return {
         "criterion": mean_criterion() if most == nc else curtailed_criterion(first=nc, most=most),
         "hedge": track_record(decay=0.7),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
+from ..validation import check_choice, check_count, check_fraction, check_kind
 from .branch import Branch, propose
 from .protocol import (
     Decision,
@@ -20,12 +21,12 @@ from .protocol import (
     Objective,
     Params,
     as_arrays,
-    check_count,
     loss_dtype,
     start,
     with_extra_args,
 )
 from .soundness import all_finite, renew_if_unsound, select
+from .verdict import NEITHER
 
 Residual = Literal["step", "gradient"]
 
@@ -47,7 +48,7 @@ def geometric(theta: float) -> Sequence:
     Raises:
         ValueError: if theta is not between 0 and 1.
     """
-    _check_fraction("theta", theta)
+    check_fraction("theta", theta)
     return Sequence(lambda mu: mu, lambda mu, r: theta * mu, lambda mu: mu)
 
 
@@ -78,7 +79,7 @@ def ema(theta: float) -> Sequence:
     Raises:
         ValueError: if theta is not between 0 and 1.
     """
-    _check_fraction("theta", theta)
+    check_fraction("theta", theta)
     return Sequence(lambda mu: mu, lambda mu, r: theta * r + (1 - theta) * mu, lambda mu: mu)
 
 
@@ -152,12 +153,10 @@ def residual_guard(
     (True, 20)
     """
     check_count("nt", nt)
-    _check_fraction("alpha", alpha)
-    if residual not in get_args(Residual):
-        raise ValueError(
-            f"residual must be one of {', '.join(get_args(Residual))}, got {residual!r}"
-        )
+    check_fraction("alpha", alpha)
+    check_choice("residual", residual, get_args(Residual))
     sequence = ema(0.9) if sequence is None else sequence
+    check_kind("sequence", sequence, Sequence, "ema(0.9)")
     learned = with_extra_args("learned", learned)
     fallback = with_extra_args("fallback", fallback)
 
@@ -213,7 +212,7 @@ def residual_guard(
 
         (x, inner), report = jax.lax.scan(body, (state.params, state.inner), jnp.arange(nt))
         nan = jnp.array(jnp.nan, dtype)
-        kept = jnp.where(report.ok[-1], 0, jnp.where(report.finite_fallback[-1], 1, -1))
+        kept = jnp.where(report.ok[-1], 0, jnp.where(report.finite_fallback[-1], 1, NEITHER))
         decision = Decision(
             used_learned=report.ok,
             losses=report.loss.astype(dtype),
@@ -243,8 +242,3 @@ class StepReport(NamedTuple):
     finite_fallback: Bool[Array, ""]
     reset_learned: Bool[Array, ""]
     reset_fallback: Bool[Array, ""]
-
-
-def _check_fraction(name: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise ValueError(f"{name} must be between 0 and 1, got {value!r}")

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ..validation import check_decay
+
 
 class Excess(NamedTuple):
     """By how much x's training losses were higher than those of s since it left that path."""
@@ -81,9 +83,3 @@ def track_record(*, decay: float = 0.9, share: float = 0.1) -> TrackRecord:
     if not 0 <= share < 1:
         raise ValueError(f"share must be at least 0 and below 1, got {share!r}")
     return TrackRecord(decay, share)
-
-
-def check_decay(decay: float) -> None:
-    """Refuse what forgets nothing, or all, in one sentence."""
-    if not 0 < decay < 1:
-        raise ValueError(f"decay must be above 0 and below 1, got {decay!r}")

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from ..validation import check_count
 from .branch import Branch, train
 from .protocol import (
     Decision,
@@ -12,7 +13,6 @@ from .protocol import (
     Objective,
     Params,
     as_arrays,
-    check_count,
     loss_dtype,
     start,
     with_extra_args,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from ..validation import check_count
 from .criteria import moments
 
 
@@ -38,11 +39,11 @@ def adaptive(*, most: int = 16, apart: float = 2.0) -> Windows:
     Source: the paper's proposal, section 4.2, which leaves the rates and "far apart" open.
 
     Raises:
-        ValueError: if most is below 1, or apart below 1.
+        ValueError: if most is not an integer of at least 1, or apart not at least 1.
     """
-    if most < 1 or apart < 1:
-        name, value = ("most", most) if most < 1 else ("apart", apart)
-        raise ValueError(f"{name} must be at least 1, got {value!r}")
+    check_count("most", most)
+    if not apart >= 1:
+        raise ValueError(f"apart must be at least 1, got {apart!r}")
 
     def update(factor: Array, learned: Array, fallback: Array, n: Array) -> Array:
         (mean_y, mean_z), (sd_y, sd_z) = moments(jnp.stack([learned, fallback]), n)

@@ -11,7 +11,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ..guards.protocol import check_count
+from ..validation import check_count
 from .features import log_and_sign
 
 

@@ -23,7 +23,7 @@ import optax
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ..guards.protocol import check_positive
+from ..validation import check_positive
 from .lstm import LSTMLayer, LSTMWeights, lstm_optimizer
 
 SUFFIX = ".safetensors"

@@ -14,13 +14,13 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .. import records
 from ..checkpoints import Checkpoints
-from ..guards.protocol import check_count, check_positive
 from ..learned.lstm import LSTMWeights, init_lstm_weights, lstm_optimizer
 from ..learned.pretrained import save_weights
 from ..progress import Progress
 from ..tasks.datasets import load_dataset
 from ..tasks.models import MLP, ConvNet
 from ..tasks.task import Task
+from ..validation import check_count, check_positive
 from .truncated import Optimizees, meta_gradient, restart_finished, start, unroll
 
 WEIGHTS = "weights.safetensors"

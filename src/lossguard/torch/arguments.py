@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lossguard.torch.lane import POLICIES
+from lossguard.validation import check_count
 
 
 def shared_params(learned: Sequence[Optimizer], fallback: Optimizer) -> list[Tensor]:
@@ -39,12 +39,6 @@ def _params(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def check_policy(loser: str) -> None:
-    """Refuse an unknown policy for the memory of a loser."""
-    if loser not in POLICIES:
-        raise ValueError(f"loser must be one of {', '.join(POLICIES)}, got {loser!r}")
-
-
 def check_offload(offload: object) -> None:
     """Refuse to keep copies elsewhere."""
     if offload not in (None, "cpu"):
@@ -62,30 +56,6 @@ def check_nc(nc: int, least: int) -> None:
     check_count("nc", nc)
     if nc < least:
         raise ValueError(f"nc must be at least {least} for this criterion, got {nc}")
-
-
-def check_confidence(confidence: float) -> None:
-    """Refuse what is no confidence."""
-    if not 0.5 <= confidence < 1:
-        raise ValueError(f"confidence must be at least 0.5 and below 1, got {confidence!r}")
-
-
-def check_count(name: str, count: int) -> None:
-    """Refuse a number of minibatches that isn't one."""
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
-
-
-def check_fraction(name: str, value: float) -> None:
-    """Refuse what isn't in (0, 1]."""
-    if not 0 < value <= 1:
-        raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
-
-
-def check_positive(name: str, value: float) -> None:
-    """Refuse what isn't positive."""
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value!r}")
 
 
 def check_schedulers(schedulers: Sequence[LRScheduler], optimizers: Sequence[Optimizer]) -> None:

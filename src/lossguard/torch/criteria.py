@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from lossguard.torch.arguments import check_confidence
+from lossguard.validation import check_confidence, check_looks
 
 Differences = NDArray[np.float64]
 Answers = tuple[NDArray[np.bool_], NDArray[np.bool_]]
@@ -106,11 +106,10 @@ def curtailed_criterion(*, confidence: float = 0.7, first: int = 10, most: int =
 
 
 def _doubling(first: int, most: int) -> tuple[int, ...]:
-    if not 2 <= first <= most:
-        raise ValueError(f"first must be between 2 and most = {most}, got {first}")
-    looks = [first]
+    check_looks(first, most)
+    looks = [int(first)]  # a state_dict holds them, and plain numbers only
     while looks[-1] < most:
-        looks.append(min(2 * looks[-1], most))
+        looks.append(min(2 * looks[-1], int(most)))
     return tuple(looks)
 
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-NOBODY = -1
+NEITHER = -1
 
 
 class Decision(NamedTuple):

@@ -9,7 +9,7 @@ nc   check minibatches per cycle: each is one loss in every lane
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, distributed, nn
@@ -21,14 +21,16 @@ from lossguard.torch import arguments, checkpoint
 from lossguard.torch.consensus import outcome
 from lossguard.torch.criteria import Criterion, mean_criterion
 from lossguard.torch.cycle import Cycle
-from lossguard.torch.decision import NOBODY, Decision
+from lossguard.torch.decision import NEITHER, Decision
 from lossguard.torch.facade import Closure, Facade
+from lossguard.torch.lane import Loser
 from lossguard.torch.lanes import Lanes
 from lossguard.torch.probing import Probing, ProbingState, always
 from lossguard.torch.ratchet import Ratchet
 from lossguard.torch.track_record import TrackRecord
 from lossguard.torch.verdict import follow_first, judge
 from lossguard.torch.weights import Weights
+from lossguard.validation import check_choice, check_count, check_kind
 
 
 class LossGuard(Facade):
@@ -100,7 +102,7 @@ class LossGuard(Facade):
         *,
         nt: int = 10,
         nc: int = 10,
-        loser: str = "keep",
+        loser: Loser = "keep",
         hedge: Literal["only"] | bool | TrackRecord = False,
         criterion: Criterion | None = None,
         probing: Probing | None = None,
@@ -108,17 +110,22 @@ class LossGuard(Facade):
         model: nn.Module | None = None,
         scaler: GradScaler | None = None,
         schedulers: Sequence[LRScheduler] = (),
-        offload: str | None = None,
+        offload: Literal["cpu"] | None = None,
         process_group: distributed.ProcessGroup | None = None,
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
         several: list[Any] = list(learned) if isinstance(learned, (list, tuple)) else [learned]
         criterion = mean_criterion() if criterion is None else criterion
+        probing = always() if probing is None else probing
         params = arguments.shared_params(several, fallback)
-        arguments.check_policy(loser)
+        check_choice("loser", loser, get_args(Loser))
         if hedge not in (False, True, "only") and not isinstance(hedge, TrackRecord):
             raise ValueError(f"hedge must be False, True, 'only' or track_record(), got {hedge!r}")
-        arguments.check_count("nt", nt)
+        check_kind("criterion", criterion, Criterion, "mean_criterion()")
+        check_kind("probing", probing, Probing, "backoff()")
+        if ratchet is not None:
+            check_kind("ratchet", ratchet, Ratchet, "ratchet()")
+        check_count("nt", nt)
         arguments.check_nc(nc, criterion.least if criterion.looks is None else 1)
         arguments.check_schedulers(schedulers, [*several, fallback])
         arguments.check_offload(offload)
@@ -126,10 +133,10 @@ class LossGuard(Facade):
         super().__init__(fallback)
         self.learned = learned
         self.fallback = fallback
-        self.nt = nt
-        self.nc = nc
+        self.nt = nt = int(nt)  # a state_dict holds plain numbers only
+        self.nc = nc = int(nc)
         self.criterion = criterion
-        self.probing = always() if probing is None else probing
+        self.probing = probing
         self.schedulers = list(schedulers)
         self.process_group = process_group
         self.callback = callback
@@ -306,8 +313,8 @@ class LossGuard(Facade):
             return
         fit = seen.sound[-1] if rivals < len(active) else verdict.finite_fallback
         row = self._lanes.follow_record(verdict, seen.trains, seen.sound, fit)
-        winner, was_own = NOBODY if row == NOBODY else active[row], self._lanes.on_own
-        if winner != NOBODY:
+        winner, was_own = NEITHER if row == NEITHER else active[row], self._lanes.on_own
+        if winner != NEITHER:
             self._kept = winner
             self._weights.read(self._lanes.all[winner].copy)
         reset_learned, reset_fallback = self._lanes.settle(
@@ -316,10 +323,10 @@ class LossGuard(Facade):
             dict(zip(active, seen.broken, strict=True)),
             self._weights,
         )
-        losses = seen.trains[verdict.best_fallback if row == NOBODY else row]
+        losses = seen.trains[verdict.best_fallback if row == NEITHER else row]
         if best is not None and self._probe:
             best.anew = False
-        kept = [] if row == NOBODY else losses
+        kept = [] if row == NEITHER else losses
         undone = self._lanes.hold(kept, seen.held, was_own, self._weights)
         won = 0 <= winner < self._lanes.m
         self._probes = self.probing.update(self._probes, self._probe, won)
@@ -334,7 +341,7 @@ class LossGuard(Facade):
                 finite_fallback=verdict.finite_fallback,
                 reset_learned=reset_learned,
                 reset_fallback=reset_fallback,
-                winner=NOBODY if undone else winner,
+                winner=NEITHER if undone else winner,
                 steps=self.nt,
                 gradients=self._cycle.gradients,
                 forwards=n * rivals + len(seen.held),

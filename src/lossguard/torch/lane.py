@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from lossguard.torch.facade import Closure
 from lossguard.torch.inner import Inner, Memory
 from lossguard.torch.weights import Copy
 
-POLICIES = ("keep", "rollback", "reset")
+Loser = Literal["keep", "rollback", "reset"]
 
 
 class Lane:
@@ -36,7 +36,7 @@ class Lane:
         self,
         name: str,
         inner: Inner,
-        loser: str,
+        loser: Loser,
         scaler: GradScaler | None,
         copy: Copy,
         *,

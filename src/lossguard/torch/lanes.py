@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from lossguard.torch.decision import NOBODY
+from lossguard.torch.decision import NEITHER
 from lossguard.torch.inner import Inner, clone
-from lossguard.torch.lane import Lane
+from lossguard.torch.lane import Lane, Loser
 from lossguard.torch.ratchet import Best, Ratchet
 from lossguard.torch.track_record import Excess, TrackRecord
 from lossguard.torch.verdict import Verdict
@@ -38,7 +38,7 @@ class Lanes:
         learned: Sequence[Optimizer],
         fallback: Optimizer,
         *,
-        loser: str,
+        loser: Loser,
         hedge: object,
         ratchet: Ratchet | None,
         scaler: GradScaler | None,
@@ -107,7 +107,7 @@ class Lanes:
         if self.record is None:
             return verdict.row
         # Where the check is lost on all, x may stay for the minibatches' fault: z speaks for it.
-        row = verdict.best_fallback if verdict.row == NOBODY else verdict.row
+        row = verdict.best_fallback if verdict.row == NEITHER else verdict.row
         kept = trains[row] if sound[row] else [math.nan]
         self.excess, back = self.record.update(self.excess, kept, trains[-1], self.on_own)
         return len(trains) - 1 if back and fit else verdict.row

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lossguard.torch.arguments import check_positive
+from lossguard.validation import check_positive
 
 
 class LSTMOptimizer(Optimizer):
@@ -39,7 +39,7 @@ class LSTMOptimizer(Optimizer):
         p: scale of the input logarithm, which belongs to the weights too.
 
     Raises:
-        ValueError: if a tensor of the weights is missing, or scale or p isn't positive.
+        ValueError: if a tensor of the weights is missing, or scale or p isn't positive and finite.
 
     >>> cells = {f"lstm.{kind}_l0": torch.zeros(4, *shape) for kind, shape in
     ...          {"weight_ih": [2], "weight_hh": [1], "bias_ih": [], "bias_hh": []}.items()}
@@ -62,8 +62,7 @@ class LSTMOptimizer(Optimizer):
         scale: float = 0.1,
         p: float = 10.0,
     ) -> None:
-        check_positive("scale", scale)
-        check_positive("p", p)
+        check_positive(scale=scale, p=p)
         self.weights = {name: tensor.detach().float() for name, tensor in weights.items()}
         self.layers = sum(name.startswith("lstm.weight_ih_l") for name in weights)
         needed = [*(n for k in range(max(self.layers, 1)) for n in _names(k)), *OUTPUT]

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
-from lossguard.torch.arguments import check_count
+from lossguard.validation import check_choice, check_count
 
-STARTS = ("keep", "reset")
+Start = Literal["keep", "reset"]
 
 
 class ProbingState(NamedTuple):
@@ -33,7 +33,7 @@ class Probing(NamedTuple):
     """
 
     update: Callable[[ProbingState, bool, bool], ProbingState]
-    start: str
+    start: Start
 
 
 def always() -> Probing:
@@ -41,7 +41,7 @@ def always() -> Probing:
     return Probing(_always, "keep")
 
 
-def backoff(*, patience: int = 10, most: int = 128, start: str = "keep") -> Probing:
+def backoff(*, patience: int = 10, most: int = 128, start: Start = "keep") -> Probing:
     """After ``patience`` losses running, wait 1, 2, 4, ... up to ``most`` cycles between probes.
 
     Between probes only the fallback runs, and no check minibatches are spent. A win brings the
@@ -64,10 +64,8 @@ def backoff(*, patience: int = 10, most: int = 128, start: str = "keep") -> Prob
     """
     check_count("patience", patience)
     check_count("most", most)
-    if start not in STARTS:
-        raise ValueError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
-
-    return Probing(partial(_back_off, patience=patience, most=most), start)
+    check_choice("start", start, get_args(Start))
+    return Probing(partial(_back_off, patience=patience, most=int(most)), start)
 
 
 def _always(state: ProbingState, probed: bool, won: bool) -> ProbingState:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lossguard.torch.arguments import check_count
 from lossguard.torch.inner import Memory
 from lossguard.torch.weights import Copy
+from lossguard.validation import check_count
 
 
 class Ratchet(NamedTuple):

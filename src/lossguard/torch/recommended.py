@@ -10,6 +10,7 @@ from lossguard.torch.guard import LossGuard
 from lossguard.torch.probing import backoff
 from lossguard.torch.ratchet import ratchet
 from lossguard.torch.track_record import track_record
+from lossguard.validation import check_most
 
 
 def recommended(
@@ -40,7 +41,7 @@ def recommended(
             ``callback``, as in ``LossGuard``.
 
     Raises:
-        ValueError: as ``LossGuard``; or if nc is 1 and most is not, or most is below nc.
+        ValueError: as ``LossGuard``; or if most is no integer, below nc, or not 1 where nc is.
 
     >>> import torch
     >>> w = torch.tensor([4.0], requires_grad=True)
@@ -49,8 +50,7 @@ def recommended(
     2
     """
     most = nc if most is None else most
-    if most != nc and not 2 <= nc < most:
-        raise ValueError(f"nc must be between 2 and most = {most}, or most itself, got {nc}")
+    check_most(nc, most)
     return LossGuard(
         learned,
         fallback,

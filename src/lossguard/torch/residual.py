@@ -7,23 +7,24 @@ mu   the bound that a tracking sequence makes of the residuals accepted so far
 """
 
 import math
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lossguard.torch import arguments
-from lossguard.torch.decision import NOBODY, Decision
+from lossguard.torch.decision import NEITHER, Decision
 from lossguard.torch.facade import Closure, Facade
 from lossguard.torch.inner import Inner, clone, finite
 from lossguard.torch.lane import scalar
 from lossguard.torch.randomness import Randomness
 from lossguard.torch.sequences import Sequence, Track, ema
 from lossguard.torch.weights import Copy, Weights
+from lossguard.validation import check_choice, check_count, check_fraction, check_kind
 
 LEARNED, FALLBACK = 0, 1
-RESIDUALS = ("step", "gradient")
+Residual = Literal["step", "gradient"]
 
 
 class ResidualGuard(Facade):
@@ -73,24 +74,25 @@ class ResidualGuard(Facade):
         *,
         alpha: float = 0.99,
         sequence: Sequence | None = None,
-        residual: str = "step",
+        residual: Residual = "step",
         nt: int = 10,
         model: nn.Module | None = None,
     ) -> None:
         params = arguments.shared_params([learned], fallback)
-        arguments.check_fraction("alpha", alpha)
-        arguments.check_count("nt", nt)
-        if residual not in RESIDUALS:
-            raise ValueError(f"residual must be one of {', '.join(RESIDUALS)}, got {residual!r}")
+        sequence = ema(0.9) if sequence is None else sequence
+        check_fraction("alpha", alpha)
+        check_count("nt", nt)
+        check_choice("residual", residual, get_args(Residual))
+        check_kind("sequence", sequence, Sequence, "ema(0.9)")
         if any(hasattr(p, "to_local") for p in params):
             raise ValueError("parameters must be whole tensors, got sharded ones")
         super().__init__(fallback)
         self.learned = learned
         self.fallback = fallback
         self.alpha = alpha
-        self.sequence = ema(0.9) if sequence is None else sequence
+        self.sequence = sequence
         self.residual = residual
-        self.nt = nt
+        self.nt = int(nt)  # a state_dict holds plain numbers only
         self.history: list[Decision] = []
         self._weights = Weights(params, model, None)
         self._randomness = Randomness({p.device for p in params})
@@ -210,7 +212,7 @@ class ResidualGuard(Facade):
 
     def _record(self, ok: bool, loss: float, finite_y: bool, finite_z: bool) -> None:
         reset = [inner.renew() for inner in (self._learned, self._fallback)]
-        kept = LEARNED if ok else FALLBACK if finite_z else NOBODY
+        kept = LEARNED if ok else FALLBACK if finite_z else NEITHER
         self._steps.append(
             {"kept": kept, "loss": loss, "finite": [finite_y, finite_z], "reset": reset}
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from lossguard.torch.arguments import check_count, check_fraction
+from lossguard.validation import check_count, check_fraction
 
 Track = list[float]
 

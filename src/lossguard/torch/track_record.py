@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from lossguard.validation import check_decay
+
 
 class Excess(NamedTuple):
     """By how much x's training losses were higher than those of s since it left that path.
@@ -86,8 +88,7 @@ def track_record(*, decay: float = 0.9, share: float = 0.1) -> TrackRecord:
     >>> learned, fallback = torch.optim.SGD([w], lr=3.0), torch.optim.SGD([w], lr=0.1)
     >>> guard = LossGuard(learned, fallback, hedge=track_record(decay=0.9))
     """
-    if not 0 < decay < 1:
-        raise ValueError(f"decay must be above 0 and below 1, got {decay!r}")
+    check_decay(decay)
     if not 0 <= share < 1:
         raise ValueError(f"share must be at least 0 and below 1, got {share!r}")
     return TrackRecord(decay, share)

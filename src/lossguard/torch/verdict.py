@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lossguard.torch.criteria import Criterion, Differences
-from lossguard.torch.decision import NOBODY
+from lossguard.torch.decision import NEITHER
 
 
 class Verdict(NamedTuple):
@@ -83,7 +83,7 @@ def judge(
         best_fallback = m + (ranked[m + 1] <= ranked[m])
     best_learned = min(range(m), key=ranked.__getitem__)
     return Verdict(
-        row=row if finite[row] else NOBODY,
+        row=row if finite[row] else NEITHER,
         settled=bool(settled.all()),
         best_fallback=best_fallback,
         learned_loss=means[best_learned],
@@ -95,5 +95,5 @@ def judge(
 
 def follow_first(sound: Sequence[bool]) -> Verdict:
     """Keep the first lane, unchecked, if it is sound."""
-    row = 0 if sound[0] else NOBODY
+    row = 0 if sound[0] else NEITHER
     return Verdict(row, True, 0, math.nan, math.nan, True, sound[0])

@@ -1,0 +1,67 @@
+"""What arguments may be, and the sentences that refuse the rest: in JAX and PyTorch the same.
+
+Imports neither, as who uses the one may not have the other.
+"""
+
+import math
+from numbers import Integral
+from typing import Any
+
+
+def check_count(name: str, value: int) -> None:
+    """Refuse what is not an integer of at least 1."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def check_positive(**values: float) -> None:
+    """Refuse numbers that are not positive and finite."""
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value!r}")
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Refuse what is not in (0, 1]."""
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
+
+
+def check_confidence(confidence: float) -> None:
+    """Refuse what is no confidence."""
+    if not 0.5 <= confidence < 1:
+        raise ValueError(f"confidence must be at least 0.5 and below 1, got {confidence!r}")
+
+
+def check_looks(first: int, most: int) -> None:
+    """Refuse numbers of check minibatches of which a t-test can't be asked first, or last."""
+    check_count("first", first)
+    check_count("most", most)
+    if not 2 <= first <= most:
+        raise ValueError(f"first must be between 2 and most = {most}, got {first}")
+
+
+def check_most(nc: int, most: int) -> None:
+    """Refuse what ``recommended`` can't make a criterion of."""
+    check_count("nc", nc)
+    check_count("most", most)
+    if most != nc and not 2 <= nc < most:
+        raise ValueError(f"nc must be between 2 and most = {most}, or most itself, got {nc}")
+
+
+def check_decay(decay: float) -> None:
+    """Refuse what forgets nothing, or all."""
+    if not 0 < decay < 1:
+        raise ValueError(f"decay must be above 0 and below 1, got {decay!r}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuse what is not one of a few words."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_kind(name: str, value: Any, kind: type, example: str) -> None:
+    """Refuse what is not of a kind, such as a function that makes one and was not called."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be a {kind.__name__} such as {example}, got {value!r}")

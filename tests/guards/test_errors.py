@@ -75,7 +75,7 @@ WRONG = {
     ),
     "sequence is not called": (
         lambda: lossguard.residual_guard(SGD, SGD, sequence=lossguard.ema),  # type: ignore
-        "sequence must be a Sequence such as ema(0.9), got <function ema at",
+        "sequence must be a TrackingSequence such as ema(0.9), got <function ema at",
     ),
     "checks": (
         lambda: lossguard.loss_guard(SGD, SGD, checks="others"),  # type: ignore

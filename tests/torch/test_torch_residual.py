@@ -163,7 +163,7 @@ def test_resumes_and_leaves_buffers_and_gradients_alone():
         ({"alpha": 0.0}, "alpha must be between 0 and 1, got 0.0"),
         ({"residual": "loss"}, "residual must be one of step, gradient, got 'loss'"),
         ({"nt": 0}, "nt must be an integer of at least 1, got 0"),
-        ({"sequence": ema}, f"sequence must be a Sequence such as ema(0.9), got {ema!r}"),
+        ({"sequence": ema}, f"sequence must be a TrackingSequence such as ema(0.9), got {ema!r}"),
     ],
 )
 def test_errors(arguments, message):

@@ -11,7 +11,8 @@ from ..arguments import one_of
 from ..guards.loss_guard import Loser, loss_guard
 from ..guards.protocol import Guard
 from ..guards.recommended import recommended
-from ..guards.residual_guard import ema, residual_guard
+from ..guards.residual_guard import residual_guard
+from ..guards.sequences import ema
 from ..guards.unguarded import unguarded
 from ..learned.pretrained import pretrained
 from ..schedules import paper_decay

@@ -4,7 +4,6 @@ Letters: T the fallback's operator, S(x) = x - T(x) its residual, r the residual
 learned proposal y, mu the bound that a tracking sequence makes of the residuals accepted so far.
 """
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -25,78 +24,11 @@ from .protocol import (
     start,
     with_extra_args,
 )
+from .sequences import TrackingSequence, ema
 from .soundness import all_finite, renew_if_unsound, select
 from .verdict import NEITHER
 
 Residual = Literal["step", "gradient"]
-
-
-class Sequence(NamedTuple):
-    """A tracking sequence: ``init(mu_1) -> memory`` and ``update(memory, r) -> memory``.
-
-    The memory is an array whose bound mu is ``bound(memory)``; update is called on acceptance only.
-    """
-
-    init: Callable[[Array], PyTree]
-    update: Callable[[PyTree, Array], PyTree]
-    bound: Callable[[PyTree], Array]
-
-
-def geometric(theta: float) -> Sequence:
-    """GS(theta): mu <- theta mu. Source: Heaton et al. 2020, table 1.
-
-    Raises:
-        ValueError: if theta is not between 0 and 1.
-    """
-    check_fraction("theta", theta)
-    return Sequence(lambda mu: mu, lambda mu, r: theta * mu, lambda mu: mu)
-
-
-def recent_term() -> Sequence:
-    """RT: mu <- r, the residual accepted last. Source: Heaton et al. 2020, table 1."""
-    return Sequence(lambda mu: mu, lambda mu, r: r, lambda mu: mu)
-
-
-def arithmetic_average() -> Sequence:
-    """AA: mu <- (r + m mu) / (m + 1), with m acceptances before.
-
-    Source: Heaton et al. 2020, table 1.
-    """
-
-    def update(memory: tuple[Array, Array], r: Array) -> tuple[Array, Array]:
-        mu, m = memory
-        return (r + m * mu) / (m + 1), m + 1
-
-    return Sequence(lambda mu: (mu, jnp.ones_like(mu)), update, lambda memory: memory[0])
-
-
-def ema(theta: float) -> Sequence:
-    """EMA(theta): mu <- theta r + (1 - theta) mu; theta weights the new residual.
-
-    The paper's setting is theta = 0.9; read as a decay it is ``ema(0.1)``.
-    Source: Heaton et al. 2020, table 1.
-
-    Raises:
-        ValueError: if theta is not between 0 and 1.
-    """
-    check_fraction("theta", theta)
-    return Sequence(lambda mu: mu, lambda mu, r: theta * r + (1 - theta) * mu, lambda mu: mu)
-
-
-def recent_max(m: int = 30) -> Sequence:
-    """RM(m): mu <- the largest of the m residuals accepted last, mu_1 among them at first.
-
-    Source: Heaton et al. 2020, table 1; m = 30 is the paper's setting.
-
-    Raises:
-        ValueError: if m is below 1.
-    """
-    check_count("m", m)
-    return Sequence(
-        lambda mu: jnp.full(m, -jnp.inf, mu.dtype).at[-1].set(mu),
-        lambda recent, r: jnp.append(recent[1:], r),
-        lambda recent: recent.max(),
-    )
 
 
 class ResidualGuardState(NamedTuple):
@@ -113,7 +45,7 @@ def residual_guard(
     fallback: Any,
     *,
     alpha: float = 0.99,
-    sequence: Sequence | None = None,
+    sequence: TrackingSequence | None = None,
     residual: Residual = "step",
     nt: int = 10,
 ) -> Guard:
@@ -156,7 +88,7 @@ def residual_guard(
     check_fraction("alpha", alpha)
     check_choice("residual", residual, get_args(Residual))
     sequence = ema(0.9) if sequence is None else sequence
-    check_kind("sequence", sequence, Sequence, "ema(0.9)")
+    check_kind("sequence", sequence, TrackingSequence, "ema(0.9)")
     learned = with_extra_args("learned", learned)
     fallback = with_extra_args("fallback", fallback)
 

@@ -19,7 +19,7 @@ from lossguard.torch.ratchet import Ratchet as Ratchet
 from lossguard.torch.ratchet import ratchet as ratchet
 from lossguard.torch.recommended import recommended as recommended
 from lossguard.torch.residual import ResidualGuard as ResidualGuard
-from lossguard.torch.sequences import Sequence as Sequence
+from lossguard.torch.sequences import TrackingSequence as TrackingSequence
 from lossguard.torch.sequences import arithmetic_average as arithmetic_average
 from lossguard.torch.sequences import ema as ema
 from lossguard.torch.sequences import geometric as geometric
@@ -37,8 +37,8 @@ __all__ = [
     "Probing",
     "Ratchet",
     "ResidualGuard",
-    "Sequence",
     "TrackRecord",
+    "TrackingSequence",
     "always",
     "arithmetic_average",
     "backoff",

@@ -19,7 +19,7 @@ from lossguard.torch.facade import Closure, Facade
 from lossguard.torch.inner import Inner, clone, finite
 from lossguard.torch.lane import scalar
 from lossguard.torch.randomness import Randomness
-from lossguard.torch.sequences import Sequence, Track, ema
+from lossguard.torch.sequences import Track, TrackingSequence, ema
 from lossguard.torch.weights import Copy, Weights
 from lossguard.validation import check_choice, check_count, check_fraction, check_kind
 
@@ -73,7 +73,7 @@ class ResidualGuard(Facade):
         fallback: Optimizer,
         *,
         alpha: float = 0.99,
-        sequence: Sequence | None = None,
+        sequence: TrackingSequence | None = None,
         residual: Residual = "step",
         nt: int = 10,
         model: nn.Module | None = None,
@@ -83,7 +83,7 @@ class ResidualGuard(Facade):
         check_fraction("alpha", alpha)
         check_count("nt", nt)
         check_choice("residual", residual, get_args(Residual))
-        check_kind("sequence", sequence, Sequence, "ema(0.9)")
+        check_kind("sequence", sequence, TrackingSequence, "ema(0.9)")
         if any(hasattr(p, "to_local") for p in params):
             raise ValueError("parameters must be whole tensors, got sharded ones")
         super().__init__(fallback)

@@ -12,7 +12,7 @@ from lossguard.validation import check_count, check_fraction
 Track = list[float]
 
 
-class Sequence(NamedTuple):
+class TrackingSequence(NamedTuple):
     """The rule for mu; its memory is a list of numbers, so that a ``state_dict`` holds it.
 
     Attributes:
@@ -26,7 +26,7 @@ class Sequence(NamedTuple):
     bound: Callable[[Track], float]
 
 
-def geometric(theta: float) -> Sequence:
+def geometric(theta: float) -> TrackingSequence:
     """GS(theta): mu <- theta mu.
 
     Raises:
@@ -36,29 +36,29 @@ def geometric(theta: float) -> Sequence:
     [0.5]
     """
     check_fraction("theta", theta)
-    return Sequence(_alone, partial(_geometric, theta=theta), _first)
+    return TrackingSequence(_alone, partial(_geometric, theta=theta), _first)
 
 
-def recent_term() -> Sequence:
+def recent_term() -> TrackingSequence:
     """RT: mu <- r.
 
     >>> recent_term().update([1.0], 7.0)
     [7.0]
     """
-    return Sequence(_alone, _recent_term, _first)
+    return TrackingSequence(_alone, _recent_term, _first)
 
 
-def arithmetic_average() -> Sequence:
+def arithmetic_average() -> TrackingSequence:
     """AA: mu <- (r + m mu) / (m + 1), with m residuals so far, mu_1 among them.
 
     >>> average = arithmetic_average()
     >>> average.bound(average.update(average.init(1.0), 3.0))
     2.0
     """
-    return Sequence(_counted, _arithmetic_average, _first)
+    return TrackingSequence(_counted, _arithmetic_average, _first)
 
 
-def ema(theta: float) -> Sequence:
+def ema(theta: float) -> TrackingSequence:
     """EMA(theta): mu <- theta r + (1 - theta) mu; theta weights the new residual.
 
     The paper's setting is theta = 0.9; read as a decay it is ``ema(0.1)``.
@@ -70,10 +70,10 @@ def ema(theta: float) -> Sequence:
     [2.5]
     """
     check_fraction("theta", theta)
-    return Sequence(_alone, partial(_ema, theta=theta), _first)
+    return TrackingSequence(_alone, partial(_ema, theta=theta), _first)
 
 
-def recent_max(m: int = 30) -> Sequence:
+def recent_max(m: int = 30) -> TrackingSequence:
     """RM(m): mu <- the largest of the last m accepted residuals, mu_1 among them at first.
 
     Raises:
@@ -84,7 +84,7 @@ def recent_max(m: int = 30) -> Sequence:
     3.0
     """
     check_count("m", m)
-    return Sequence(_alone, partial(_recent, m=m), max)
+    return TrackingSequence(_alone, partial(_recent, m=m), max)
 
 
 def _alone(mu: float) -> Track:

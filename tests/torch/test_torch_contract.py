@@ -459,6 +459,10 @@ REFUSALS = [
      "scaler must be given to LossGuard to scale losses, got None"),
     (lambda w: LossGuard(sgd(w), sgd(w)).load_state_dict(sgd(w).state_dict()),
      "state_dict must be a LossGuard's, got one with the keys ['state', 'param_groups']"),
+    (lambda w: LossGuard(sgd(w), sgd(w)).load_state_dict(
+        ResidualGuard(sgd(w), sgd(w)).state_dict()),
+     "state_dict must be a LossGuard's, got one with the keys ['track', 'steps', 'own', "
+     "'history']"),
     (lambda w: LossGuard(sgd(w), sgd(w), hedge=True).load_state_dict(
         LossGuard(sgd(w), sgd(w)).state_dict()),
      "state_dict must have the lanes y, z, s, got y, z (learned and hedge must be as they were)"),

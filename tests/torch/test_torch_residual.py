@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+from models import quadratic
 from torch import nn
 from torch.optim import SGD, Adam
 
 from lossguard.torch import (
+    LossGuard,
     ResidualGuard,
     arithmetic_average,
     ema,
@@ -174,3 +176,32 @@ def test_errors(arguments, message):
     for make in (lambda: ema(1.5), lambda: geometric(0.0), lambda: recent_max(0)):
         with pytest.raises(ValueError, match=r"^(theta|m) must be .*, got"):
             make()
+
+
+def test_errors_of_a_step():
+    weight, closure = quadratic()
+    guard = ResidualGuard(SGD([weight], lr=0.4), SGD([weight], lr=0.1))
+    with pytest.raises(ValueError, match=r"^closure must be a function .* loss, got None$"):
+        guard.step()
+    closure()
+    with pytest.raises(ValueError, match=r"^gradients must be computed inside .*, got some before"):
+        guard.step(closure)
+    weight.grad = None
+    added = torch.ones(1, requires_grad=True)
+    added.sum().backward()
+    guard.add_param_group({"params": [added]})  # its gradient is nobody's
+    guard.step(closure)
+    assert guard.learned.param_groups[1]["params"] == guard.fallback.param_groups[1]["params"]
+
+
+def test_errors_of_a_state_dict():
+    weight, _ = quadratic()
+    learned, fallback = SGD([weight], lr=0.4), SGD([weight], lr=0.1)
+    guard = ResidualGuard(learned, fallback)
+    for foreign in (fallback.state_dict(), LossGuard(learned, fallback).state_dict()):
+        keys = list(foreign.get("guard", foreign))
+        with pytest.raises(ValueError) as error:
+            guard.load_state_dict(foreign)
+        assert str(error.value) == (
+            f"state_dict must be a ResidualGuard's, got one with the keys {keys}"
+        )

@@ -95,9 +95,7 @@ def load(guard: LossGuard, saved: dict[str, Any]) -> None:
 
 
 def _checked(guard: LossGuard, saved: dict[str, Any]) -> dict[str, Any]:
-    if "guard" not in saved:
-        raise ValueError(f"state_dict must be a LossGuard's, got one with the keys {list(saved)}")
-    state = saved["guard"]
+    state = guard._check_saved(saved, "names")
     names = guard._lanes.names
     if state["names"] != names:
         raise ValueError(

@@ -18,11 +18,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lossguard.torch import arguments, checkpoint
+from lossguard.torch.base import Guard
 from lossguard.torch.consensus import outcome
 from lossguard.torch.criteria import Criterion, mean_criterion
 from lossguard.torch.cycle import Cycle
 from lossguard.torch.decision import NEITHER, Decision
-from lossguard.torch.facade import Closure, Facade
+from lossguard.torch.facade import Closure
 from lossguard.torch.lane import Loser
 from lossguard.torch.lanes import Lanes
 from lossguard.torch.probing import Probing, ProbingState, always
@@ -33,7 +34,7 @@ from lossguard.torch.weights import Weights
 from lossguard.validation import check_choice, check_count, check_kind
 
 
-class LossGuard(Facade):
+class LossGuard(Guard):
     r"""Uses a learned optimizer where it beats a fallback on minibatches that neither has seen.
 
     A cycle takes nt + nc minibatches, numbered i, i+1, ...:
@@ -130,9 +131,8 @@ class LossGuard(Facade):
         arguments.check_schedulers(schedulers, [*several, fallback])
         arguments.check_offload(offload)
         arguments.check_model(model, params)
-        super().__init__(fallback)
-        self.learned = learned
-        self.fallback = fallback
+        weights = Weights(params, model, torch.device("cpu") if offload else None)
+        super().__init__(learned, fallback, weights)
         self.nt = nt = int(nt)  # a state_dict holds plain numbers only
         self.nc = nc = int(nc)
         self.criterion = criterion
@@ -140,8 +140,6 @@ class LossGuard(Facade):
         self.schedulers = list(schedulers)
         self.process_group = process_group
         self.callback = callback
-        self.history: list[Decision] = []
-        self._weights = Weights(params, model, torch.device("cpu") if offload else None)
         self._lanes = Lanes(
             several,
             fallback,
@@ -149,17 +147,12 @@ class LossGuard(Facade):
             hedge=hedge,
             ratchet=ratchet,
             scaler=scaler,
-            weights=self._weights,
+            weights=weights,
         )
-        self._cycle = Cycle(self._lanes, self._weights, self.schedulers, nt)
+        self._cycle = Cycle(self._lanes, weights, self.schedulers, nt)
         self._looks = criterion.looks or (nc,)
         self._probes = ProbingState()
         self._kept = len(self._lanes.all) - 1
-
-    @property
-    def last_decision(self) -> Decision | None:
-        """The decision of the last whole cycle."""
-        return self.history[-1] if self.history else None
 
     @property
     def checking(self) -> bool:
@@ -188,16 +181,7 @@ class LossGuard(Facade):
         Returns:
             The loss, of the lane that the last decision kept (the fallback before the first).
         """
-        if closure is None:
-            raise ValueError(
-                "closure must be a function that returns the loss, got None (a GradScaler goes to "
-                "LossGuard as scaler)"
-            )
-        if any(p.grad is not None for p in self._weights.params):
-            raise ValueError(
-                "gradients must be computed inside the closure, got some before the step (call "
-                "zero_grad, and accumulate inside the closure)"
-            )
+        closure = self._check_step(closure, " (a GradScaler goes to LossGuard as scaler)")
         values = self._run([closure])
         value = values.get(self._kept, values[max(values)])[0]
         return value.detach() if isinstance(value, Tensor) else value
@@ -248,11 +232,8 @@ class LossGuard(Facade):
                 "param_group must be added between cycles, got one after "
                 f"{self._cycle.phase} minibatches of one"
             )
-        self.fallback.add_param_group(param_group)
-        params = self.fallback.param_groups[-1]["params"]
-        for inner in self._lanes.learned:
-            inner.optimizer.add_param_group({"params": list(params)})
-        self._cycle.grow(params)
+        learned = [inner.optimizer for inner in self._lanes.learned]
+        self._cycle.grow(self._add_group(param_group, learned))
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of all that the rest of the run depends on, at any point of a cycle.

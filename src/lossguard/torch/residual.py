@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lossguard.torch import arguments
+from lossguard.torch.base import Guard
 from lossguard.torch.decision import NEITHER, Decision
-from lossguard.torch.facade import Closure, Facade
+from lossguard.torch.facade import Closure
 from lossguard.torch.inner import Inner, clone, finite
 from lossguard.torch.lane import scalar
 from lossguard.torch.randomness import Randomness
@@ -27,7 +28,7 @@ LEARNED, FALLBACK = 0, 1
 Residual = Literal["step", "gradient"]
 
 
-class ResidualGuard(Facade):
+class ResidualGuard(Guard):
     r"""Keeps the learned step where the fallback's next step from there would be small.
 
         mu_1 = ||S(x_1)||
@@ -86,37 +87,28 @@ class ResidualGuard(Facade):
         check_kind("sequence", sequence, TrackingSequence, "ema(0.9)")
         if any(hasattr(p, "to_local") for p in params):
             raise ValueError("parameters must be whole tensors, got sharded ones")
-        super().__init__(fallback)
-        self.learned = learned
-        self.fallback = fallback
+        super().__init__(learned, fallback, Weights(params, model, None))
         self.alpha = alpha
         self.sequence = sequence
         self.residual = residual
         self.nt = int(nt)  # a state_dict holds plain numbers only
-        self.history: list[Decision] = []
-        self._weights = Weights(params, model, None)
         self._randomness = Randomness({p.device for p in params})
         self._learned = Inner(learned)
         self._fallback = Inner(fallback)
         self._track: Track | None = None
         self._steps: list[dict[str, Any]] = []
 
-    @property
-    def last_decision(self) -> Decision | None:
-        """The decisions of the last nt whole steps."""
-        return self.history[-1] if self.history else None
-
     def step(self, closure: Closure | None = None) -> Any:  # pyright: ignore
         """Take one optimizer step.
 
         Args:
-            closure: evaluates the minibatch's loss, calls ``backward`` and returns the loss.
+            closure: evaluates the minibatch's loss, calls ``backward`` and returns the loss. It is
+                called twice; the guard clears the gradients before.
 
         Returns:
             The loss at x, before the step.
         """
-        if closure is None:
-            raise ValueError("closure must be a function that returns the loss, got None")
+        closure = self._check_step(closure)
         weights, start = self._weights, self._randomness.state()
         loss = self._evaluate(closure)
         after = self._randomness.state()
@@ -171,10 +163,10 @@ class ResidualGuard(Facade):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state."""
-        saved = dict(state_dict)
-        guard, learned = saved.pop("guard"), saved.pop("learned")
-        self._fallback.load_state_dict(saved)
-        self._learned.load_state_dict(learned)
+        guard = self._check_saved(state_dict, "track")
+        fallback = {k: v for k, v in state_dict.items() if k not in ("learned", "guard")}
+        self._fallback.load_state_dict(fallback)
+        self._learned.load_state_dict(state_dict["learned"])
         self._learned.own, self._fallback.own = (set(names) for names in guard["own"])
         self._track = clone(guard["track"])
         self._steps = clone(guard["steps"])
@@ -182,10 +174,8 @@ class ResidualGuard(Facade):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to both optimizers, with their own defaults in the learned one."""
-        self.fallback.add_param_group(param_group)
-        params = list(self.fallback.param_groups[-1]["params"])
-        self.learned.add_param_group({"params": params})
-        self._weights.params += params
+        self._weights.params += self._add_group(param_group, [self._learned.optimizer])
+        self._weights.clear_gradients()  # theirs may be left from before
         self._learned.grow()
         self._fallback.grow()
 

@@ -32,7 +32,12 @@ class Criterion(NamedTuple):
 
 
 def mean_criterion() -> Criterion:
-    """Better is a lower mean: mean(d) > 0. The paper's criterion (1)."""
+    """Better is a lower mean: mean(d) > 0. The paper's criterion (1).
+
+    >>> better, _ = mean_criterion().test(jnp.array([[1.0, -3.0], [1.0, 0.0]]), jnp.int32(2))
+    >>> better.tolist()
+    [False, True]
+    """
 
     def test(d: Array, n: Array) -> tuple[Array, Array]:
         mean, _ = moments(d, n)
@@ -52,6 +57,10 @@ def paired_criterion(*, confidence: float = 0.95) -> Criterion:
 
     Raises:
         ValueError: if confidence is not between 0.5 and 1.
+
+    >>> d = jnp.array([[2.0, 3.0, 2.5], [2.0, -3.0, 5.0]])
+    >>> paired_criterion().test(d, jnp.int32(3))[0].tolist()  # both means are above 0
+    [True, False]
     """
     check_confidence(confidence)
     return Criterion(lambda d, n: _t_test(d, n, (1 - confidence) / len(d)), least=2)
@@ -75,7 +84,11 @@ def sequential_criterion(*, confidence: float = 0.95, first: int = 5, most: int 
         most: those before the last.
 
     Raises:
-        ValueError: if confidence is not between 0.5 and 1, first is below 2, or most below first.
+        ValueError: if confidence is not between 0.5 and 1, first is below 2, most below first, or
+            either no integer.
+
+    >>> sequential_criterion(first=5, most=30).looks
+    (5, 10, 20, 30)
     """
     check_confidence(confidence)
     looks = _doubling(first, most)
@@ -101,6 +114,9 @@ def curtailed_criterion(*, confidence: float = 0.7, first: int = 10, most: int =
 
     Raises:
         ValueError: as ``sequential_criterion``.
+
+    >>> curtailed_criterion(first=5, most=30).looks
+    (5, 10, 20, 30)
     """
     check_confidence(confidence)
     looks = _doubling(first, most)

@@ -37,7 +37,11 @@ def init_probing() -> ProbingState:
 
 
 def always() -> Probing:
-    """Learned lanes run in every cycle: the paper's guard."""
+    """Learned lanes run in every cycle: the paper's guard.
+
+    >>> always().ever_skips
+    False
+    """
     return Probing(lambda state, probed, won: state, False, "keep")
 
 
@@ -55,6 +59,12 @@ def backoff(*, patience: int = 10, most: int = 128, start: Start = "keep") -> Pr
 
     Raises:
         ValueError: if patience or most is below 1, or start is neither of the two.
+
+    >>> rule, state = backoff(patience=2), init_probing()
+    >>> for probed in (True, True, False, True):
+    ...     state = rule.update(state, jnp.array(probed), jnp.array(False))
+    >>> int(state.lost), int(state.wait), int(state.left)
+    (3, 2, 2)
     """
     check_count("patience", patience)
     check_count("most", most)

@@ -108,6 +108,10 @@ def ratchet(*, cycles: int = 100, tolerance: float = 0.1) -> Ratchet:
     b's losses are on the same minibatches, before each step, so that the two are compared without
     the noise that they share. b is x where this is on the fallback's own path.
 
+    Args:
+        cycles: between two comparisons.
+        tolerance: by how much x's losses may be higher, relative to those of its best.
+
     Raises:
         ValueError: if cycles is not an integer of at least 1, or tolerance is not at least 0 and
             finite.

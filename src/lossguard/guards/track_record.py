@@ -72,6 +72,10 @@ def track_record(*, decay: float = 0.9, share: float = 0.1) -> TrackRecord:
     learned lane leaves the fallback's own path if the check speaks for it and d <= 0. Where a few
     hard examples make up the loss, a cycle's minibatches alone can't tell; a record can.
 
+    Args:
+        decay: the least that rho may be.
+        share: of the cycles since x left the path of s, which D remembers in time; 0: rho is decay.
+
     Raises:
         ValueError: if decay is not above 0 and below 1, or share not at least 0 and below 1.
 

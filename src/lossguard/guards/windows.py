@@ -21,7 +21,11 @@ class Windows(NamedTuple):
 
 
 def fixed() -> Windows:
-    """nt and nc as they are: the paper's."""
+    """nt and nc as they are: the paper's.
+
+    >>> fixed().most
+    1
+    """
     return Windows(lambda factor, learned, fallback, n: factor, 1)
 
 
@@ -36,10 +40,21 @@ def adaptive(*, most: int = 16, apart: float = 2.0) -> Windows:
     It takes nc of at least 2, since one loss has no deviation. Where the criterion is sequential,
     nc is its own matter, and nt alone grows.
 
-    Source: the paper's proposal, section 4.2, which leaves the rates and "far apart" open.
+    Args:
+        most: the largest factor of nt and nc.
+        apart: the gap from which cycles get shorter, in sums of the two deviations.
 
     Raises:
         ValueError: if most is not an integer of at least 1, or apart not at least 1.
+
+    Source: the paper's proposal, section 4.2, which leaves the rates and "far apart" open.
+
+    >>> near, far = jnp.array([1.0, 2.0]), jnp.array([9.0, 9.5])
+    >>> factor, update = jnp.int32(4), adaptive().update
+    >>> int(update(factor, near, near + 0.1, jnp.int32(2)))
+    8
+    >>> int(update(factor, near, far, jnp.int32(2)))
+    2
     """
     check_count("most", most)
     if not apart >= 1:

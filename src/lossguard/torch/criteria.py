@@ -52,6 +52,10 @@ def paired_criterion(*, confidence: float = 0.95) -> Criterion:
 
     Raises:
         ValueError: if confidence is not between 0.5 and 1.
+
+    >>> d = np.array([[2.0, 3.0, 2.5], [2.0, -3.0, 5.0]])
+    >>> paired_criterion().test(d)[0].tolist()  # both means are above 0
+    [True, False]
     """
     check_confidence(confidence)
     return Criterion(partial(_t_test, level=1 - confidence), least=2)
@@ -70,7 +74,8 @@ def sequential_criterion(*, confidence: float = 0.95, first: int = 5, most: int 
         most: those before the last.
 
     Raises:
-        ValueError: if confidence is not between 0.5 and 1, first is below 2, or most below first.
+        ValueError: if confidence is not between 0.5 and 1, first is below 2, most below first, or
+            either no integer.
 
     >>> sequential_criterion(first=5, most=30).looks
     (5, 10, 20, 30)

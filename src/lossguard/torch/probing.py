@@ -37,7 +37,11 @@ class Probing(NamedTuple):
 
 
 def always() -> Probing:
-    """Learned lanes run in every cycle: the paper's guard."""
+    """Learned lanes run in every cycle: the paper's guard.
+
+    >>> always().update(ProbingState(), True, False).left
+    0
+    """
     return Probing(_always, "keep")
 
 

@@ -97,6 +97,10 @@ def ratchet(*, cycles: int = 100, tolerance: float = 0.1) -> Ratchet:
     the closure is called once more per train minibatch, for the loss alone (``guard.checking`` is
     true).
 
+    Args:
+        cycles: between two comparisons.
+        tolerance: by how much x's losses may be higher, relative to those of its best.
+
     Raises:
         ValueError: if cycles is not an integer of at least 1, or tolerance is not at least 0 and
             finite.

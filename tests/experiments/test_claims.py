@@ -1,5 +1,6 @@
 """Each claim's formula on made-up curves for which the answer is known."""
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,9 @@ from lossguard import records
 from lossguard.curves import COUNTERS
 from lossguard.experiments import theorems
 from lossguard.experiments.claims import CLAIMS, Verdict, judge_claims, judge_run
+from lossguard.experiments.evidence import FUNCTIONS
 from lossguard.experiments.findings import Finding
+from lossguard.experiments.folders import find_runs
 from lossguard.experiments.recipes import RECIPES, SETS
 from lossguard.experiments.run import as_config
 
@@ -355,6 +358,20 @@ def test_which_run_speaks(
     assert judged("C3d", *folders).outcome == outcome
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_may_be_moved_since_the_run_but_not_be_anothers(
+    tmp_path: Path, name: str
+) -> None:
+    run = write(tmp_path / "run", "fig03", GOOD)
+    config = json.loads((run / records.CONFIG).read_text())
+    for function, outcome in (
+        ("lossguard.experiments.elsewhere:renamed", "holds"),
+        ("mine:paper_methods", "not run"),
+    ):
+        records.write_json(run / records.CONFIG, config | {name: function})
+        assert judged("C3d", run).outcome == outcome
+
+
 def test_a_run_without_the_methods_does_not_speak(tmp_path: Path) -> None:
     more = write(tmp_path / "more", "fig03", {"Adam": 1.0}, each_seed=(1.0, 1.0, 1.0))
     run = write(tmp_path / "run", "fig03", GOOD)
@@ -408,3 +425,18 @@ def test_what_one_run_says(tmp_path: Path) -> None:
     assert [one.id for one in verdicts] == ["C5a", "C5b", "C15"]
     assert verdicts == [judged(one.id, spirals) for one in verdicts]
     assert judge_run(write(tmp_path / "demo", "demo", THREE)) == []
+
+
+RESULTS = Path(__file__).parents[2] / "results"
+
+
+@pytest.mark.skipif(not RESULTS.is_dir(), reason="there are no records here")
+def test_committed_records_are_judged_as_when_they_were_made() -> None:
+    """So that no change of the code silently takes a record's voice."""
+    found, committed = {}, {}
+    for folder in find_runs([RESULTS])[0]:
+        file = folder / records.VERDICTS
+        told = json.loads(file.read_text()) if file.exists() else {}
+        committed[folder.name] = {claim: verdict["outcome"] for claim, verdict in told.items()}
+        found[folder.name] = {one.id: one.outcome for one in judge_run(folder)}
+    assert found == committed

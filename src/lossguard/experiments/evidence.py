@@ -14,11 +14,14 @@ import polars as pl
 
 from ..curves import mark_loss
 from ..records import read_run
+from .experiment import Experiment
 from .recipes import RECIPES
 from .run import as_config
 
 FREE = ("title", "steps", "seeds", "seed", "methods", "vectorize")
 """What a run may have otherwise than its recipe and still speak for it."""
+FUNCTIONS = ("make_task", "make_methods")
+"""Of these only whether they are ours: they may have been moved or renamed since the run."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,24 @@ def read_evidence(folders: Sequence[Path]) -> Evidence:
         if "meta_step" in curves.columns:
             meta[name] = curves
         elif name in RECIPES:
-            recipe = as_config(RECIPES[name]())
-            if all(config.get(k, v) == v for k, v in recipe.items() if k not in FREE):
-                runs.append(Run(folder, config, manifest, curves, recipe["steps"]))
+            recipe = RECIPES[name]()
+            if has_settings(config, recipe):
+                runs.append(Run(folder, config, manifest, curves, recipe.steps))
     return Evidence(runs, meta)
+
+
+def has_settings(config: Mapping[str, Any], recipe: Experiment) -> bool:
+    """Whether a run has the settings of a recipe, but for ``FREE``."""
+
+    def plain(name: str, value: Any) -> Any:
+        ours = name in FUNCTIONS and str(value).startswith("lossguard.")
+        return "lossguard" if ours else value
+
+    return all(
+        plain(name, config.get(name, value)) == plain(name, value)
+        for name, value in as_config(recipe).items()
+        if name not in FREE
+    )
 
 
 def marks(last: int) -> list[int]:

@@ -22,10 +22,9 @@ from ..metatrain.figure import OTHERS, on_others
 from ..records import EVALUATIONS, read_parquet, read_run
 from .beyond import RECIPES
 from .claims import judge_claims
-from .evidence import FREE
+from .evidence import has_settings
 from .figures import SMOOTHED_FROM, by_seed, ceiling, guards, smooth, summary
 from .folders import find_runs
-from .run import as_config
 
 POINTS_A_DECADE = 100
 """Of each line, from the step on from which lines are smoothed; every step before it."""
@@ -93,9 +92,9 @@ def _figure(name: str) -> str | None:
 
 
 def _by_recipe(config: dict[str, Any]) -> bool:
-    """Whether a run has the settings of its recipe, if it is one of ours, but for ``FREE``."""
-    settings = as_config(RECIPES[config["name"]]()) if config["name"] in RECIPES else {}
-    return all(config.get(k, v) == v for k, v in settings.items() if k not in FREE)
+    """Whether a run has the settings of its recipe, if it is one of ours."""
+    name = config["name"]
+    return name not in RECIPES or has_settings(config, RECIPES[name]())
 
 
 def _section(folder: Path) -> dict[str, Any]:

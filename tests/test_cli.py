@@ -158,13 +158,15 @@ def test_plot_of_meta_training(
     main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "meta"
-    records.open_folder(folder, {"name": "mine"})
+    records.open_folder(folder, {"name": "lstm-cifar10-conv"})
     records.write_json(folder / records.MANIFEST, {})
-    table = {"meta_step": [1, 2], "meta_loss": [2.0, 1.0], "validation": np.ones((2, 60))}
+    table = {"meta_step": [1, 2], "meta_loss": [2.0, 0.5], "validation": np.ones((2, 60))}
     records.write_parquet(folder / records.CURVES, pl.DataFrame(table))
     main("plot", str(folder))
     assert f"figure: {folder}/figure.png" in capsys.readouterr().out
     assert (folder / "figure.png").is_file()
+    (verdict,) = json.loads((folder / records.VERDICTS).read_text()).values()
+    assert (verdict["id"], verdict["outcome"]) == ("C11", "holds")
 
 
 @pytest.mark.parametrize(

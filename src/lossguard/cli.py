@@ -137,7 +137,7 @@ def sweep(arguments: Sequence[str]) -> None:
 
 def metatrain(arguments: Sequence[str]) -> None:
     """Meta-train a learned optimizer."""
-    from .metatrain import figure, loop
+    from .metatrain import loop
     from .metatrain.recipes import RECIPES
 
     if _wants_help(arguments):
@@ -148,7 +148,8 @@ def metatrain(arguments: Sequence[str]) -> None:
     where, config = override(recipe, where, arguments[1:], f"metatrain {name}")
     with _resumable(where):
         weights = loop.metatrain(config, where.out, resume=where.resume)
-    print(f"weights: {weights}\nfigure: {figure.plot(where.out)}")
+    print(f"weights: {weights}")
+    _show(where.out)
 
 
 def plot(arguments: Sequence[str]) -> None:
@@ -261,22 +262,22 @@ def _resumable(where: Where | None = None) -> Iterator[None]:
 
 
 def _show(folder: Path) -> None:
+    """A finished run's figure, its table, and the verdicts on claims about it."""
     from .experiments import figures
     from .experiments.claims import judge_run
     from .metatrain import figure
     from .records import VERDICTS, read_run, write_json
 
-    if "meta_step" in read_run(folder)[2].columns:
-        print(f"figure: {figure.plot(folder)}\nrecords: {folder}")
-        return
-    files = figures.plot(folder)
-    if verdicts := judge_run(folder):
+    record = read_run(folder)
+    drawn = (figure if record.is_meta else figures).plot(folder, record)
+    if verdicts := judge_run(folder, record):
         told = {
             one.id: {k: v for k, v in one._asdict().items() if k != "folder"} for one in verdicts
         }
         write_json(folder / VERDICTS, told)
-    Console(width=None if sys.stdout.isatty() else 120).print(figures.summary(folder))
-    print(f"figure: {files[0]}\nrecords: {folder}")
+    if not record.is_meta:
+        Console(width=None if sys.stdout.isatty() else 120).print(figures.summary(record))
+    print(f"figure: {drawn}\nrecords: {folder}")
 
 
 def _wants_help(arguments: Sequence[str]) -> bool:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import polars as pl
@@ -116,8 +116,21 @@ def manifest(**more: Any) -> dict[str, Any]:
     }
 
 
-def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], pl.DataFrame]:
-    """Config, manifest and curves of a finished run.
+class Record(NamedTuple):
+    """What a finished run left."""
+
+    config: dict[str, Any]
+    manifest: dict[str, Any]
+    curves: pl.DataFrame
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether it is of a meta-training."""
+        return "meta_step" in self.curves.columns
+
+
+def read_run(folder: Path) -> Record:
+    """The record of a finished run.
 
     Raises:
         ValueError: if the folder holds no finished run, or a file of it is damaged or lacks what
@@ -127,12 +140,12 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], pl.DataFrame
         if not (folder / name).is_file():
             raise ValueError(f"{folder} holds no finished run: {name} is missing")
     config, made = _read_json(folder / CONFIG), _read_json(folder / MANIFEST)
-    curves = read_parquet(folder / CURVES)
-    needed = META_TRAINING if "meta_step" in curves.columns else EXPERIMENT
-    for name, found in {CONFIG: config, MANIFEST: made, CURVES: curves.columns}.items():
+    record = Record(config, made, read_parquet(folder / CURVES))
+    needed = META_TRAINING if record.is_meta else EXPERIMENT
+    for name, found in {CONFIG: config, MANIFEST: made, CURVES: record.curves.columns}.items():
         if missing := [field for field in needed[name] if field not in found]:
             raise ValueError(f"{folder / name} is not of a run: it lacks {', '.join(missing)}")
-    return config, made, curves
+    return record
 
 
 def read_parquet(path: Path) -> pl.DataFrame:

@@ -421,10 +421,11 @@ def test_damaged_records_are_named(tmp_path: Path, damage: Callable[[Path], Any]
 def test_what_one_run_says(tmp_path: Path) -> None:
     """The claims about it, as all of them are judged, and no others."""
     spirals = write(tmp_path / "spirals", "fig05", THREE)
-    verdicts = judge_run(spirals)
+    verdicts = judge_run(spirals, records.read_run(spirals))
     assert [one.id for one in verdicts] == ["C5a", "C5b", "C15"]
     assert verdicts == [judged(one.id, spirals) for one in verdicts]
-    assert judge_run(write(tmp_path / "demo", "demo", THREE)) == []
+    demo = write(tmp_path / "demo", "demo", THREE)
+    assert judge_run(demo, records.read_run(demo)) == []
 
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -438,5 +439,7 @@ def test_committed_records_are_judged_as_when_they_were_made() -> None:
         file = folder / records.VERDICTS
         told = json.loads(file.read_text()) if file.exists() else {}
         committed[folder.name] = {claim: verdict["outcome"] for claim, verdict in told.items()}
-        found[folder.name] = {one.id: one.outcome for one in judge_run(folder)}
+        found[folder.name] = {
+            one.id: one.outcome for one in judge_run(folder, records.read_run(folder))
+        }
     assert found == committed

@@ -194,7 +194,7 @@ def column(table: Table, header: str) -> list[str]:
 
 
 def test_summary_says_what_the_records_say(folder: Path) -> None:
-    table = figures.summary(folder)
+    table = figures.summary(records.read_run(folder))
     assert table.title == "known"
     assert [c.header for c in table.columns] == [
         "method",
@@ -220,8 +220,9 @@ def test_summary_says_what_the_records_say(folder: Path) -> None:
 
 def test_plot_leaves_both_files(folder: Path) -> None:
     before = plt.get_fignums()
-    files = figures.plot(folder)
-    assert [file.name for file in files] == ["figure.png", "figure.svg"]
+    file = figures.plot(folder, records.read_run(folder))
+    files = [file, folder / "figure.svg"]
+    assert file == folder / "figure.png"
     assert files[0].read_bytes().startswith(b"\x89PNG")
     assert files[1].read_bytes().endswith(b"</svg>\n")
     assert plt.get_fignums() == before

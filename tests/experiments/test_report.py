@@ -82,7 +82,8 @@ def test_page_holds_what_a_meta_training_validated_on(page: Path) -> None:
 
 
 def test_figure_of_a_meta_training_is_left_as_png_and_svg(tmp_path: Path) -> None:
-    file = figure.plot(write_meta(tmp_path / "run", "mine"))
+    folder = write_meta(tmp_path / "run", "mine")
+    file = figure.plot(folder, records.read_run(folder))
     assert file == tmp_path / "run" / "figure.png"
     assert file.read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "run" / "figure.svg").read_bytes().endswith(b"</svg>\n")

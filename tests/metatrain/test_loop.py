@@ -202,7 +202,7 @@ def test_command_line(
     monkeypatch.setattr(sys, "argv", ["lossguard", "metatrain", "mine.py:recipe", "--out", "out"])
     cli.main()
     out = capsys.readouterr().out
-    assert out == ("weights: out/weights.safetensors\nfigure: out/figure.png\n")
+    assert out == "weights: out/weights.safetensors\nfigure: out/figure.png\nrecords: out\n"
     assert load_weights("out/weights.safetensors").made["made"] == " ".join(sys.argv)
     assert Path("out/figure.png").read_bytes().startswith(b"\x89PNG")
 
@@ -216,7 +216,7 @@ def test_figure_of_any_length(tmp_path: Path, steps: int) -> None:
     columns = {"meta_step": [1, 2, 3, 4], "meta_loss": [1.0] * 4, "validation": validation}
     columns |= {"validation_moons": validation}
     records.write_parquet(tmp_path / "run" / records.CURVES, pl.DataFrame(columns))
-    assert figure.plot(tmp_path / "run").is_file()
+    assert figure.plot(tmp_path / "run", records.read_run(tmp_path / "run")).is_file()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from ..guards.recommended import recommended, settings
 from ..guards.track_record import track_record
 from ..guards.windows import adaptive
 from ..learned.pretrained import pretrained
-from .experiment import Experiment, MakeMethods, paper_methods, sgd_fallback
+from .experiment import Experiment, MakeMethods, Methods, paper_methods, sgd_fallback
 from .recipes import RECIPES as PAPERS
 from .recipes import fig03, fig04, fig05
 
@@ -68,7 +68,7 @@ def fashion() -> Experiment:
     return replace(fig03(), name="fashion", title=title, dataset="fashion_mnist")
 
 
-def ablation_methods(experiment: Experiment) -> Mapping[str, Callable[[], Guard]]:
+def ablation_methods(experiment: Experiment) -> Methods:
     """SGDnm, a guard for each of ``ABLATION``, the recommended one, and the best of two.
 
     Of the two, one hedges by means and keeps its states: ahead early, on MNIST, and at full cost.
@@ -91,7 +91,7 @@ CANDIDATES: Mapping[str, Callable[[Experiment], optax.GradientTransformation]] =
 }
 
 
-def candidates_methods(experiment: Experiment) -> Mapping[str, Callable[[], Guard]]:
+def candidates_methods(experiment: Experiment) -> Methods:
     """SGDnm, and the recommended guard over it with each candidate and with all of them."""
     e = experiment
 

@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from ..records import Record, read_run
 from . import formulas, theorems
-from .evidence import Evidence, Run, read_evidence
+from .evidence import Evidence, Run, gather
 from .findings import Finding, both
 from .recipes import RECIPES, SETS
 
@@ -47,17 +48,13 @@ def judge_claims(folders: Sequence[Path]) -> list[Verdict]:
     Raises:
         ValueError: if a folder holds no finished run, or a file of it is damaged.
     """
-    evidence = read_evidence(folders)
+    evidence = gather({folder: read_run(folder) for folder in folders})
     return [_judge(claim, evidence) for claim in CLAIMS]
 
 
-def judge_run(folder: Path) -> list[Verdict]:
-    """The claims that one run has something to say about, judged by it alone.
-
-    Raises:
-        ValueError: as ``judge_claims``.
-    """
-    evidence, nothing = read_evidence([folder]), read_evidence([])
+def judge_run(folder: Path, record: Record) -> list[Verdict]:
+    """The claims that one run has something to say about, judged by its record alone."""
+    evidence, nothing = gather({folder: record}), gather({})
     about_runs = [claim for claim in CLAIMS if claim[-1] is not _c14]
     unasked = [_judge(claim, nothing) for claim in about_runs]
     asked = [_judge(claim, evidence) for claim in about_runs]

@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from ..curves import mark_loss
-from ..records import read_run
+from ..records import Record
 from .experiment import Experiment
 from .recipes import RECIPES
 from .run import as_config
@@ -80,17 +80,13 @@ class Evidence(NamedTuple):
         return max(reversed(fit), key=lambda run: (run.config["seeds"], run.last), default=None)
 
 
-def read_evidence(folders: Sequence[Path]) -> Evidence:
-    """The records in these folders; those of other experiments are passed over.
-
-    Raises:
-        ValueError: if a folder holds no finished run, or a file of it is damaged.
-    """
+def gather(records: Mapping[Path, Record]) -> Evidence:
+    """What the records of these folders say; those of other experiments are passed over."""
     runs, meta = [], {}
-    for folder in folders:
-        config, manifest, curves = read_run(folder)
-        name = config.get("name", "")
-        if "meta_step" in curves.columns:
+    for folder, record in records.items():
+        config, manifest, curves = record
+        name = config["name"]
+        if record.is_meta:
             meta[name] = curves
         elif name in RECIPES:
             recipe = RECIPES[name]()

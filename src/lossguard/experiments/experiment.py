@@ -32,7 +32,11 @@ def sgd_fallback(experiment: "Experiment") -> optax.GradientTransformation:
     return optax.sgd(paper_decay(experiment.sgd_rate, experiment.guard_tau))
 
 
-def paper_methods(experiment: "Experiment") -> Mapping[str, Callable[[], Guard]]:
+Methods = Mapping[str, Callable[[], Guard]]
+"""Guards by the names that their records give them."""
+
+
+def paper_methods(experiment: "Experiment") -> Methods:
     """The methods of the paper's figures, by the names in its legends, and our readings of them."""
     e = experiment
 
@@ -61,7 +65,7 @@ def paper_methods(experiment: "Experiment") -> Mapping[str, Callable[[], Guard]]
     }
 
 
-MakeMethods = Callable[["Experiment"], Mapping[str, Callable[[], Guard]]]
+MakeMethods = Callable[["Experiment"], Methods]
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
@@ -16,7 +12,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from ..curves import COUNTERS, mark_loss, step_mean
-from ..records import read_run
+from ..drawing import save
+from ..records import Record
 
 SMOOTHED_FROM = 300
 """Step from which the paper's figures are smoothed (caption of figure 3)."""
@@ -28,20 +25,14 @@ CEILING = 10
 """The loss axis ends at so many times the highest loss of the first step, if lines go beyond."""
 
 
-def plot(folder: Path, *, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
-    """Draw a run's figure into its folder; returns the files.
+def plot(folder: Path, record: Record) -> Path:
+    """Draw a run's figure into its folder, as PNG and SVG; returns the PNG.
 
     In the paper's style: log axes, a mean line and a min-max band for each method, and below, on
     axes of their own, whether loss guards used the learned update (1) or the fallback's (0.5).
     """
-    config, made, curves = read_run(folder)
-    figure = draw(curves, config["title"] or config["name"], note=made["data"])
-    files = [folder / f"figure.{ending}" for ending in formats]
-    with plt.rc_context({"axes.formatter.min_exponent": 4}):  # 0.001 to 1000 are plain numbers
-        for file in files:
-            figure.savefig(file, dpi=150)
-    plt.close(figure)
-    return files
+    config, made, curves = record
+    return save(draw(curves, config["title"] or config["name"], note=made["data"]), folder)
 
 
 def draw(curves: pl.DataFrame, title: str, *, note: str = "") -> Figure:
@@ -164,9 +155,9 @@ def smooth(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
     return np.where(spoiled[:, last] > spoiled[:, first], np.nan, result)
 
 
-def summary(folder: Path) -> Table:
+def summary(record: Record) -> Table:
     """Losses at the marks, the share of learned updates, and what each method spent."""
-    config, made, curves = read_run(folder)
+    config, made, curves = record
     last = int(curves["step"].max())  # pyright: ignore[reportArgumentType]
     marks = [k for k in (100, 1_000, 10_000, 100_000, 1_000_000) if k < last] + [last]
     table = Table(title=config["title"] or config["name"], padding=0)

@@ -3,18 +3,15 @@
 Each function is an experiment's ``make_methods``: guards by the names that its records give them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import optax
 
 from ..guards.loss_guard import loss_guard
-from ..guards.protocol import Guard
 from ..guards.unguarded import unguarded
 from ..learned.pretrained import pretrained
 from ..schedules import paper_decay
-from .experiment import Experiment
-
-Methods = Mapping[str, Callable[[], Guard]]
+from .experiment import Experiment, Methods
 
 TAUS = (2_000, 5_000, 10_000, 20_000, 50_000)
 """Time scales of SGDnm's decay in appendix E's grid, in steps."""
@@ -59,8 +56,9 @@ def rate_and_decay(experiment: Experiment) -> Methods:
 def first_steps(experiment: Experiment) -> Methods:
     """SGDnm at constant rates, Adam at those of appendix E, and the learned optimizer."""
     sgd = {f"SGDnm {rate:g}": optax.sgd(rate) for rate in (0.1, 0.3, 1.0, 3.0)}
-    return _alone(sgd | _adam(), experiment.nt) | {
-        "L2O": lambda: unguarded(pretrained(experiment.learned), nt=experiment.nt)
+    return {
+        **_alone(sgd | _adam(), experiment.nt),
+        "L2O": lambda: unguarded(pretrained(experiment.learned), nt=experiment.nt),
     }
 
 
@@ -68,9 +66,7 @@ def _adam() -> dict[str, optax.GradientTransformation]:
     return {f"Adam {rate:g}": optax.adam(rate) for rate in ADAM_RATES}
 
 
-def _alone(
-    optimizers: Mapping[str, optax.GradientTransformation], nt: int
-) -> dict[str, Callable[[], Guard]]:
+def _alone(optimizers: Mapping[str, optax.GradientTransformation], nt: int) -> Methods:
     return {
         name: lambda optimizer=optimizer: unguarded(optimizer, nt=nt)
         for name, optimizer in optimizers.items()

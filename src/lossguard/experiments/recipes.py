@@ -8,10 +8,11 @@ the records of ``lossguard metatrain mnist-mlp`` and ``lossguard metatrain cifar
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from ..tasks.models import ConvNet
 from . import methods
-from .experiment import Experiment
+from .experiment import Experiment, MakeMethods
 
 PAPER = ("SGDnm", "Adam", "L2O", "GL2O", "GL2O (theta as decay)", "LGL2O")
 """What each of the paper's figures compares, and both readings of GL2O's theta."""
@@ -113,27 +114,23 @@ def fig08() -> Experiment:
 
 def fig09() -> Experiment:
     """Spirals + MLP with other fallbacks: SGD with momentum, and Adam."""
-    e = fig05()
-    return replace(
-        e,
+    return _all_of(
+        methods.fallbacks,
+        fig05(),
         name="fig09",
         title="Learned on MNIST + MLP, tested on Spirals + MLP: LGL2O over other fallbacks",
         steps=120_000,
-        methods=tuple(methods.fallbacks(e)),
-        make_methods=methods.fallbacks,
     )
 
 
 def fig10() -> Experiment:
     """TinyImagenet50 + the deeper ConvNet: the grid of SGDnm's rate and decay."""
-    e = fig08()
-    return replace(
-        e,
+    return _all_of(
+        methods.rate_and_decay,
+        fig08(),
         name="fig10",
         title="Rate and decay of SGDnm on TinyImagenet50 + ConvNet",
         steps=1_000,
-        methods=tuple(methods.rate_and_decay(e)),
-        make_methods=methods.rate_and_decay,
     )
 
 
@@ -177,26 +174,30 @@ def fig02(dataset: str) -> Experiment:
 def grid(task: str) -> Experiment:
     """Appendix E's grids on one of ``GRIDS``, over 300 steps."""
     e = GRIDS[task]()
-    return replace(
+    return _all_of(
+        methods.appendix_e,
         e,
         name=f"grid-{task}",
         title=f"Grids of appendix E on {e.title.partition('tested on ')[2]}",
         steps=300,
-        methods=tuple(methods.appendix_e(e)),
-        make_methods=methods.appendix_e,
     )
 
 
 def first_steps() -> Experiment:
     """MNIST + MLP: the shipped learned optimizer against grids of SGDnm and Adam, seeds unseen."""
-    e = replace(fig03(), name="first_steps", title="The first steps on MNIST + MLP")
-    return replace(
-        e,
+    return _all_of(
+        methods.first_steps,
+        fig03(),
+        name="first_steps",
+        title="The first steps on MNIST + MLP",
         steps=1_000,
         seed=1_000,
-        methods=tuple(methods.first_steps(e)),
-        make_methods=methods.first_steps,
     )
+
+
+def _all_of(make_methods: MakeMethods, e: Experiment, **changes: Any) -> Experiment:
+    """Every method that a function makes."""
+    return replace(e, methods=tuple(make_methods(e)), make_methods=make_methods, **changes)
 
 
 def _learned_on_cifar10(e: Experiment) -> Experiment:

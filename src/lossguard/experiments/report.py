@@ -19,7 +19,7 @@ import polars as pl
 from plotly.offline import get_plotlyjs
 
 from ..metatrain.figure import OTHERS, on_others
-from ..records import EVALUATIONS, read_parquet, read_run
+from ..records import EVALUATIONS, Record, read_parquet, read_run
 from .beyond import RECIPES
 from .claims import judge_claims
 from .evidence import has_settings
@@ -99,8 +99,9 @@ def _by_recipe(config: dict[str, Any]) -> bool:
 
 def _section(folder: Path) -> dict[str, Any]:
     """What the page says about one run."""
-    config, made, curves = read_run(folder)
-    meta = "meta_step" in curves.columns
+    record = read_run(folder)
+    config, made, curves = record
+    meta = record.is_meta
     name = f"Meta-training of {config['name']}" if meta else config["name"]
     return {
         "path": folder,
@@ -112,7 +113,7 @@ def _section(folder: Path) -> dict[str, Any]:
         "note": made.get("data", ""),
         "panels": _meta_panels(curves) if meta else None,
         "curves": None if meta else _curves(config, made, curves),
-        "tables": [] if meta else [_summary(folder), *_evaluations(folder)],
+        "tables": [] if meta else [_summary(record), *_evaluations(folder)],
         "provenance": _provenance(made),
         "config": json.dumps(config, indent=2),
     }
@@ -205,9 +206,9 @@ def _lines(lines: dict[str, tuple[np.ndarray, np.ndarray]]) -> list[dict[str, An
 Rows = list[list[str]]
 
 
-def _summary(folder: Path) -> tuple[str, list[str], Rows]:
+def _summary(record: Record) -> tuple[str, list[str], Rows]:
     """The table of ``lossguard plot``: caption, headers, rows."""
-    table = summary(folder)
+    table = summary(record)
     columns = [list(column.cells) for column in table.columns]
     rows = [[str(cell) for cell in row] for row in zip(*columns, strict=True)]
     caption = "Training loss, mean over seeds and over the last tenth of the steps up to a mark"

@@ -2,27 +2,24 @@
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 
-from ..records import read_run
+from ..drawing import save
+from ..records import Record
 
 OTHERS_STEPS = 100
 """After so many steps the losses on other data sets are compared: a rollout of the paper's."""
 OTHERS = f"Validation loss up to step {OTHERS_STEPS}, over the initial one"
 
 
-def plot(folder: Path) -> Path:
+def plot(folder: Path, record: Record) -> Path:
     """Draw a meta-training run's figure into its folder, as PNG and SVG; returns the PNG.
 
     Where other data sets were validated on, as in figure 2, a third panel shows them.
     """
-    config, _, curves = read_run(folder)
+    config, _, curves = record
     steps = curves["meta_step"].to_numpy()
     validation = curves["validation"].to_numpy()
     others = on_others(curves)
@@ -52,12 +49,7 @@ def plot(folder: Path) -> Path:
         axes[2].legend(fontsize=8)
     figure.suptitle(config["name"], fontsize=10)
 
-    files = [folder / "figure.png", folder / "figure.svg"]
-    with plt.rc_context({"axes.formatter.min_exponent": 4}):  # 0.001 to 1000 are plain numbers
-        for file in files:
-            figure.savefig(file, dpi=150)
-    plt.close(figure)
-    return files[0]
+    return save(figure, folder)
 
 
 def on_others(curves: pl.DataFrame) -> dict[str, np.ndarray]:

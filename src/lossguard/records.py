@@ -9,7 +9,6 @@
 Nothing that looks whole is half written: each file is written beside its name and then renamed.
 """
 
-import contextlib
 import io
 import json
 import os
@@ -26,6 +25,7 @@ import jax
 import polars as pl
 
 from .curves import COUNTERS
+from .files import part_of, write_whole
 
 CONFIG, MANIFEST, CURVES = "config.json", "manifest.json", "curves.parquet"
 STARTED = "started.json"
@@ -65,7 +65,7 @@ def open_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False
         return
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder must be empty or hold the same run, but {folder} is a file")
-    if folder.exists() and any(entry != _part(path) for entry in folder.iterdir()):
+    if folder.exists() and any(entry != part_of(path) for entry in folder.iterdir()):
         raise ValueError(
             f"folder must be empty or hold the same run, but {folder} holds other files"
         )
@@ -174,22 +174,7 @@ def write_parquet(path: Path, table: pl.DataFrame) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    part = _part(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        part.replace(path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(error.errno, f"can't write a record: {reason}", str(path)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def _part(path: Path) -> Path:
-    """What a file is called until it is whole."""
-    return path.with_name(f".{path.name}.part")
+    write_whole(path, content, "a record", make_folder=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

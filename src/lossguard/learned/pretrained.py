@@ -10,7 +10,6 @@ Metadata, all strings: ``architecture`` = "lstm", ``hidden`` = H, ``layers`` = K
 and how the weights were made, under whatever names.
 """
 
-import contextlib
 import difflib
 import os
 from importlib import resources
@@ -23,6 +22,7 @@ import optax
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from ..files import write_whole
 from ..validation import check_positive
 from .lstm import LSTMLayer, LSTMWeights, lstm_optimizer
 
@@ -172,7 +172,7 @@ def save_weights(
         "p": repr(float(p)),
         "scale": repr(float(scale)),
     }
-    _write_whole(path, save(tensors, {**about, **made}))
+    write_whole(path, save(tensors, {**about, **made}), "the weights")
 
 
 def _folder() -> Path:
@@ -237,20 +237,3 @@ def _check_tensors(file: Any, hidden: int, layers: int) -> None:
             raise ValueError(
                 f"its tensor {name} must be F32 {shape}, got {view.get_dtype()} {view.get_shape()}"
             )
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write beside the target, then rename: nobody ever sees half a file."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(error.errno, f"can't write the weights: {reason}", str(path)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)

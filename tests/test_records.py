@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,27 @@ def test_round_trip(finished: Path) -> None:
         "curves.parquet",
         "manifest.json",
     ]
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        ("processor\t: 0\nmodel name\t: AMD EPYC 9V74\nflags\t: fpu\n", "AMD EPYC 9V74"),
+        ("processor\t: 0\nBogoMIPS\t: 50\n", "aarch64"),
+        (None, "aarch64"),
+    ],
+)
+def test_manifest_names_the_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None, name: str
+) -> None:
+    """The same code rounds otherwise on one of another kind."""
+    if content is not None:
+        (tmp_path / "cpuinfo").write_text(content)
+    monkeypatch.setattr(records, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("platform.processor", lambda: "aarch64")
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("jax.devices", lambda: [SimpleNamespace(platform="cpu")])
+    assert records.manifest()["device"] == f"{name} (2 cores)"
 
 
 def test_same_run_is_gone_on_with_when_asked(finished: Path) -> None:

@@ -9,6 +9,7 @@
 Nothing that looks whole is half written: each file is written beside its name and then renamed.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -41,6 +42,7 @@ META_TRAINING: Mapping[str, Sequence[str]] = {
     CURVES: ("meta_step", "meta_loss", "validation"),
 }
 """What figures, tables and claims need of the records of either."""
+CPUINFO = Path("/proc/cpuinfo")
 PACKAGES = ("lossguard", "jax", "jaxlib", "optax", "equinox", "numpy", "polars")
 
 
@@ -108,9 +110,7 @@ def manifest(**more: Any) -> dict[str, Any]:
         "commit": _commit(),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
-        "device": device.device_kind
-        if device.platform != "cpu"
-        else f"cpu ({os.cpu_count()} cores)",
+        "device": device.device_kind if device.platform != "cpu" else _processor(),
         "platform": platform.platform(),
         **more,
     }
@@ -185,6 +185,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, but holds {type(content).__name__}")
     return content
+
+
+def _processor() -> str:
+    """Its model, since another rounds otherwise, and how many cores it has."""
+    with contextlib.suppress(OSError):  # only Linux has it
+        for line in CPUINFO.read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()} ({os.cpu_count()} cores)"
+    return f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
 
 
 def _commit() -> str | None:

@@ -12,7 +12,7 @@ from lossguard.torch import LossGuard
 
 
 def main(calls: int = 600, seed: int = 0) -> LossGuard:
-    """Train, print every tenth decision, and return the guard.
+    """Train, print every fifth decision, and return the guard.
 
     Args:
         calls: minibatches of the stream; half of them train.

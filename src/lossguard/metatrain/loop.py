@@ -123,45 +123,11 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
     if records.is_finished(folder):
         return folder / WEIGHTS
     made = records.start(folder)
-    start_key, train_key, validation_key = jax.random.split(jax.random.key(config.seed), 3)
-    checkpoints = Checkpoints(folder / "checkpoints")
-    state, table, done, before = _start(config, task, start_key), None, 0, jnp.float32(0)
-    if (found := checkpoints.latest((state, before))) is not None:
-        done, (state, before), table = found
-    seconds = before
-
-    with Progress(config.name, total=config.meta_steps, done=done, unit="meta-steps") as progress:
-        while done < config.meta_steps:
-            steps = min(config.validate_every, config.meta_steps - done)
-            state, losses, norms = _train(
-                config, task, state, jax.random.fold_in(train_key, done), jnp.int32(done), steps
-            )
-            done += steps
-            validation = np.asarray(_validate(config, task, state.weights, validation_key))
-            state = _keep_best(state, jnp.float32(validation.mean()))
-            row = {
-                "meta_step": [done],
-                "meta_loss": [float(losses.mean())],
-                "gradient_norm": [float(norms.mean())],
-                "validation": validation[None],
-            } | {
-                f"validation_{name}": np.asarray(
-                    _validate(config, other, state.weights, validation_key)
-                )[None]
-                for name, other in others.items()
-            }
-            rows = pl.DataFrame(row)
-            table = rows if table is None else pl.concat([table, rows], how="vertical_relaxed")
-            seconds = before + progress.seconds
-            checkpoints.save(done, (state, seconds), table)
-            best = float(state.best_validation)
-            progress.advance(steps, validation=float(validation.mean()), best=best)
-
-    assert table is not None
+    state, table, seconds = _train_to_the_end(config, task, others, folder)
     records.write_parquet(folder / records.CURVES, table)
     if not np.isfinite(state.best_validation):
         raise ValueError(f"no validation of {config.name} was finite: there are no weights to keep")
-    made |= {"seconds": float(seconds), "best_validation": float(state.best_validation)}
+    made |= {"seconds": seconds, "best_validation": float(state.best_validation)}
     provenance = {
         "made": " ".join(made["command"]),
         "commit": str(made["commit"]),
@@ -196,13 +162,54 @@ def _trace_loss(task: Task) -> None:
     jax.eval_shape(lambda key: task.objective(key)(task.init(key), 0), jax.random.key(0))
 
 
+def _train_to_the_end(
+    config: MetaTraining, task: Task, others: dict[str, Task], folder: Path
+) -> tuple[MetaState, pl.DataFrame, float]:
+    """All meta-steps from the last checkpoint on: the state after them, the curves, the seconds."""
+    start_key, train_key, validation_key = jax.random.split(jax.random.key(config.seed), 3)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    state, table, done, before = _start(config, task, start_key), None, 0, jnp.float32(0)
+    if (found := checkpoints.latest((state, before))) is not None:
+        done, (state, before), table = found
+    seconds = before
+
+    with Progress(config.name, total=config.meta_steps, done=done, unit="meta-steps") as progress:
+        while done < config.meta_steps:
+            steps = min(config.validate_every, config.meta_steps - done)
+            state, losses, norms = _train(
+                config, task, state, jax.random.fold_in(train_key, done), jnp.int32(done), steps
+            )
+            done += steps
+            validation = np.asarray(_validate(config, task, state.weights, validation_key))
+            state = _keep_best(state, jnp.float32(validation.mean()))
+            row = {
+                "meta_step": [done],
+                "meta_loss": [float(losses.mean())],
+                "gradient_norm": [float(norms.mean())],
+                "validation": validation[None],
+            } | {
+                f"validation_{name}": np.asarray(
+                    _validate(config, other, state.weights, validation_key)
+                )[None]
+                for name, other in others.items()
+            }
+            rows = pl.DataFrame(row)
+            table = rows if table is None else pl.concat([table, rows], how="vertical_relaxed")
+            seconds = before + progress.seconds
+            checkpoints.save(done, (state, seconds), table)
+            best = float(state.best_validation)
+            progress.advance(steps, validation=float(validation.mean()), best=best)
+    assert table is not None
+    return state, table, float(seconds)
+
+
 def _start(config: MetaTraining, task: Task, key: PRNGKeyArray) -> MetaState:
     weights_key, first_key = jax.random.split(key)
     weights = init_lstm_weights(weights_key, hidden=config.hidden, layers=config.layers)
     return MetaState(
         weights,
         _meta_optimizer(config).init(weights),
-        _fresh(config, task, first_key, 0),
+        _fresh(config, task, config.optimizer(weights), first_key, 0),
         weights,
         jnp.float32(jnp.inf),
     )
@@ -213,7 +220,13 @@ def _meta_optimizer(config: MetaTraining) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(rate, b2=config.b2))
 
 
-def _fresh(config: MetaTraining, task: Task, key: PRNGKeyArray, done: Array | int) -> Optimizees:
+def _fresh(
+    config: MetaTraining,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    key: PRNGKeyArray,
+    done: Array | int,
+) -> Optimizees:
     """Optimizees at the start of rollouts of random lengths, ``done`` meta-steps into training."""
     length_key, key = jax.random.split(key)
     grown = jnp.minimum(1, (done + 1) / (config.curriculum + 1))
@@ -221,8 +234,6 @@ def _fresh(config: MetaTraining, task: Task, key: PRNGKeyArray, done: Array | in
     bounds = low, low + grown * (high - low)
     log_length = jax.random.uniform(length_key, (config.optimizees,), jnp.float32, *bounds)
     pieces = jnp.ceil(jnp.exp(log_length) / config.truncation - 1e-3).astype(jnp.int32)
-    weights = init_lstm_weights(key, hidden=config.hidden, layers=config.layers)
-    optimizer = config.optimizer(weights)  # for the shapes of its state, zero at the start
     keys = jax.random.split(key, config.optimizees)
     return start(task, optimizer, keys, pieces * config.truncation)
 
@@ -232,7 +243,7 @@ def _train(
     config: MetaTraining, task: Task, state: MetaState, key: PRNGKeyArray, done: Array, steps: int
 ) -> tuple[MetaState, Array, Array]:
     """``steps`` meta-steps in one compiled loop: the state after them, losses, gradient norms."""
-    optimizer = _meta_optimizer(config)
+    meta_optimizer = _meta_optimizer(config)
 
     def step(
         state: MetaState, key_and_done: tuple[PRNGKeyArray, Array]
@@ -241,9 +252,10 @@ def _train(
         losses, gradient, optimizees = meta_gradient(
             config.optimizer, task, state.weights, state.optimizees, config.truncation
         )
-        updates, adam = optimizer.update(gradient, state.adam, state.weights)
+        updates, adam = meta_optimizer.update(gradient, state.adam, state.weights)
         weights = optax.apply_updates(state.weights, updates)
-        optimizees = restart_finished(optimizees, _fresh(config, task, key, done))
+        fresh = _fresh(config, task, config.optimizer(state.weights), key, done)
+        optimizees = restart_finished(optimizees, fresh)
         state = state._replace(weights=weights, adam=adam, optimizees=optimizees)
         return state, (losses.mean(), optax.tree.norm(gradient))
 

@@ -15,7 +15,7 @@ import polars as pl
 import pytest
 
 from lossguard import cli, records
-from lossguard.arguments import find_recipe
+from lossguard.command_line import find_recipe
 from lossguard.experiments import folders, run, sweep, theorems
 from lossguard.experiments.findings import Finding
 from lossguard.learned import pretrained
@@ -190,7 +190,7 @@ def test_plot_of_meta_training(
         (("run", f"{TINY}:CHUNK"), ("no such function",)),
         (("run", f"{TINY}:number"), ("must return the Experiment that run takes, got int",)),
         (("metatrain", f"{TINY}:recipe"), ("the MetaTraining that metatrain", "got Experiment")),
-        (("run", "fig05", "--dataset", "spiral"), ("but is 'spiral'", "(did you mean 'spirals'?)")),
+        (("run", "fig05", "--dataset", "spiral"), ("got 'spiral'", "(did you mean spirals?)")),
         (("run", "fig05", "--scaling", "unit"), ("scaling must be one of none, standardized",)),
         (("run", "fig5"), ("got 'fig5' (did you mean fig05?)",)),
         (
@@ -212,7 +212,7 @@ def test_plot_of_meta_training(
         (("run", "fig05", "--batch-size", "0"), ("batch_size must be an integer of at least 1",)),
         (("run", "fig05", "--model.hidden", "-1"), ("hidden must be at least 1 each, got (-1,)",)),
         (("run", "fig05", "--batch-size", "20000"), ("between 1 and samples = 10000, got 20000",)),
-        (("metatrain", "mnist-mlp", "--dataset", "mnits"), ("(did you mean 'mnist'",)),
+        (("metatrain", "mnist-mlp", "--dataset", "mnits"), ("(did you mean mnist?",)),
         (("metatrain", "mnist-mlp", "--meta-steps", "0"), ("meta_steps must be an integer of",)),
         (("metatrain", "mnist-mlp", "--validate-every", "0"), ("validate_every must be an",)),
         (("metatrain", "mnist-mlp", "--longest", "50"), ("longest must be at least shortest",)),

@@ -1,104 +1,22 @@
-"""What a command line names: a recipe, by name or from a Python file, and fields to override."""
+"""What a name may be, for those who mistype it."""
 
 import difflib
-import importlib.util
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import make_dataclass
-from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from collections.abc import Iterable
 
 
-def find_recipe(
-    arguments: Sequence[str],
-    recipes: Mapping[str, Any],
-    command: str,
-    kind: type,
-    elsewhere: Mapping[str, str] | None = None,
-) -> tuple[str, Any]:
-    """The recipe that the first argument names: one of ours, or ``path/to/module.py:function``.
+def one_of(known: Iterable[str], name: str) -> str:
+    """What may be named, for a message: all of it, what was given, and the nearest.
 
-    ``elsewhere`` are names that another command runs, and that command.
+    >>> one_of(("fig04", "fig05"), "fig5")
+    "one of fig04, fig05, got 'fig5' (did you mean fig05?)"
     """
-    name = arguments[0] if arguments else ""
-    if ".py:" in name:
-        path, function = name.rsplit(":", 1)
-        config = _load(Path(path), function)()
-        if not isinstance(config, kind):
-            raise ValueError(
-                f"recipe {name} must return the {kind.__name__} that {command} takes, "
-                f"got {type(config).__name__}"
-            )
-        return function, config
-    if name not in recipes and elsewhere and name in elsewhere:
-        raise ValueError(f"{name} is run by lossguard {elsewhere[name]}")
-    if name not in recipes:
-        known = one_of(recipes, name)
-        raise ValueError(f"{command} needs a recipe, path/to/module.py:function or {known}")
-    return name, recipes[name]()
-
-
-def override(config: Any, where: Any, arguments: Sequence[str], program: str) -> tuple[Any, Any]:
-    """Where to put a run, and its config, with the fields replaced that the command line names."""
-    place = tyro.conf.OmitArgPrefixes[type(where)]
-    kind = Annotated[type(config), tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
-    both = make_dataclass("Arguments", [("where", place), ("config", kind)], frozen=True)
-    parsed = tyro.cli(
-        both,
-        default=both(where, config),
-        args=arguments,
-        prog=f"lossguard {program}",
-        description="",
-    )
-    return parsed.where, parsed.config
-
-
-def usage(command: str, recipes: Mapping[str, Any], *, several: bool = False) -> str:
-    """How to use a command that takes a recipe, or several."""
-    return (
-        f"usage: lossguard {command} RECIPE{'...' if several else ''} [OPTIONS]\n\n"
-        f"RECIPE is path/to/module.py:function or one of {', '.join(recipes)}.\n"
-        f"lossguard {command} RECIPE --help lists its options."
-    )
-
-
-def one_of(known: Mapping[str, Any], name: str) -> str:
-    """What may be named, for a message: all of it, what was given, and the nearest."""
     plain = {_plain(one): one for one in known}
     near = difflib.get_close_matches(_plain(name), plain, n=1)
     hint = f" (did you mean {plain[near[0]]}?)" if near else ""
-    return f"one of {', '.join(known)}; got {name!r}{hint}"
+    return f"one of {', '.join(plain.values())}, got {name!r}{hint}"
 
 
 def _plain(name: str) -> str:
     """What ``SGDnm`` and ``sgdnm`` have in common, and ``fig05`` and ``fig5``."""
     return re.sub(r"(?<![\d.])0+(?=\d)", "", name.lower())
-
-
-def _load(path: Path, function: str) -> Callable[[], Any]:
-    name = path.stem
-    while _file(name) not in (None, path.resolve()):
-        name += "_"  # the name is another module's, for example Python's json
-    spec = importlib.util.spec_from_file_location(name, path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise ValueError(f"recipe {path}:{function} can't be read: there is no such Python file")
-    try:
-        if name not in sys.modules:  # two recipes of a file share it
-            sys.modules[name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(sys.modules[name])
-    except (SyntaxError, ImportError) as error:
-        del sys.modules[name]
-        raise ValueError(f"recipe {path}:{function} can't be read: {error}") from error
-    if not callable(getattr(sys.modules[name], function, None)):
-        raise ValueError(f"recipe {path}:{function} can't be read: the file has no such function")
-    return getattr(sys.modules[name], function)
-
-
-def _file(module: str) -> Path | None:
-    """The file of a loaded module; None if there is no such module."""
-    if module not in sys.modules:
-        return None
-    return Path(getattr(sys.modules[module], "__file__", None) or "built in").resolve()

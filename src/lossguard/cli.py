@@ -25,7 +25,8 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from .arguments import find_recipe, one_of, override, usage
+from .arguments import one_of
+from .command_line import find_recipe, override, usage
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ def rollout(
         most: compile for up to so many cycles, so that calls with fewer use the same code; by
             default for ``cycles``.
         axes: for several seeds at once, the objective's axes as ``jax.vmap`` takes them (such as
-            ``Objective(task=None, key=0)``); ``state`` then has a leading axis everywhere.
+            ``TaskObjective(task=None, key=0)``); ``state`` then has a leading axis everywhere.
 
     Returns:
         The state after them, and their decisions stacked on an axis of length ``cycles`` (after the

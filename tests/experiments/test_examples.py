@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from lossguard.arguments import find_recipe
+from lossguard.command_line import find_recipe
 from lossguard.experiments import Experiment
 
 FILE = Path(__file__).parents[2] / "examples" / "convnet_readings.py"

@@ -23,7 +23,7 @@ from lossguard.experiments import run as running
 from lossguard.experiments.experiment import Experiment
 from lossguard.experiments.run import as_config, run
 from lossguard.tasks.models import ConvNet
-from lossguard.tasks.task import Objective
+from lossguard.tasks.task import TaskObjective
 
 MODULE = Path(tiny.__file__)
 STEPS = list(range(1, 61))
@@ -76,7 +76,7 @@ def test_curves_are_those_of_a_plain_rollout(whole: Path) -> None:
     init_key, order_key = jax.random.split(jax.random.key(1))
     task, guard = e.make_task(e), e.guards()["LGL2O"]
     state = guard.init(task.init(init_key))
-    state, decisions = rollout(guard, state, Objective(task, order_key), cycles=12)
+    state, decisions = rollout(guard, state, TaskObjective(task, order_key), cycles=12)
     _, _, curves = records.read_run(whole)
     rows = curves.filter(pl.col("method") == "LGL2O", pl.col("seed") == 1)
     np.testing.assert_allclose(rows["loss"], decisions.losses.ravel(), rtol=1e-4)

@@ -234,7 +234,7 @@ def test_figure_of_any_length(tmp_path: Path, steps: int) -> None:
         ({"seed": 2**32}, r"^seed must be in 0 to 2\^32 - 1, got 4294967296$"),
         ({"shortest": 13}, "^longest must be at least shortest, which is 13, got 12$"),
         ({"batch_size": 2000}, "^batch_size must be between 1 and samples = 1[0-9]*, got 2000"),
-        ({"dataset": "digit"}, "did you mean 'digits'"),
+        ({"dataset": "digit"}, "did you mean digits"),
         ({"scaling": "none"}, "^scaling must be one of "),
     ],
 )

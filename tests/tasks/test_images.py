@@ -92,12 +92,12 @@ def test_digits_are_drawn_by_the_seed() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"test_samples": 0}, "test_samples must be in 1 .. 1796, but is 0."),
-        ({"test_samples": 1797}, "test_samples must be in 1 .. 1796, but is 1797."),
-        ({"seed": -1}, "seed must be at least 0, but is -1."),
+        ({"test_samples": 0}, "test_samples must be in 1 .. 1796, got 0"),
+        ({"test_samples": 1797}, "test_samples must be in 1 .. 1796, got 1797"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
         (
             {"scaling": "none"},
-            "scaling must be one of unit, standardized, symmetric, but is 'none'.",
+            "scaling must be one of unit, standardized, symmetric, got 'none'",
         ),
     ],
 )
@@ -154,7 +154,7 @@ def test_every_loader_names_its_data_and_scales_it(made_up: str, load, note: str
     value = (unit.classes - 1) / 255
     assert unit.normalize(unit.train.inputs).max() == pytest.approx(value)
     assert symmetric.normalize(unit.train.inputs).max() == pytest.approx(2 * value - 1)
-    with pytest.raises(ValueError, match=r"^scaling must be one of unit, .*, but is 'none'\.$"):
+    with pytest.raises(ValueError, match=r"^scaling must be one of unit, .*, got 'none'$"):
         load(scaling="none")
 
 
@@ -173,7 +173,7 @@ def test_tiny_imagenet_draws_classes_by_seed(made_up: str) -> None:
 
 @pytest.mark.parametrize("classes", [1, 201])
 def test_tiny_imagenet_names_bad_arguments(classes: int) -> None:
-    with pytest.raises(ValueError, match=rf"^classes must be in 2 \.\. 200, but is {classes}\.$"):
+    with pytest.raises(ValueError, match=rf"^classes must be in 2 \.\. 200, got {classes}$"):
         tiny_imagenet(classes=classes)
-    with pytest.raises(ValueError, match=r"^seed must be at least 0, but is -1\.$"):
+    with pytest.raises(ValueError, match=r"^seed must be at least 0, got -1$"):
         tiny_imagenet(classes=50, seed=-1)

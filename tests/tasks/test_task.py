@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jaxtyping import Array, PyTree
 
-from lossguard.tasks import MLP, Objective, Task, digits, spirals
+from lossguard.tasks import MLP, Task, TaskObjective, digits, spirals
 from lossguard.tasks.shuffle import minibatch_indices
 
 
@@ -71,8 +71,8 @@ def test_keys_shuffle_differently_and_vmap(task: Task, params: PyTree) -> None:
     keys = jax.random.split(jax.random.key(3), 4)
     each = jnp.stack([task.objective(key)(params, 7) for key in keys])
     assert len(np.unique(each)) == 4
-    many = Objective(task, keys)
-    axes = Objective(task=None, key=0)  # pyright: ignore
+    many = TaskObjective(task, keys)
+    axes = TaskObjective(task=None, key=0)  # pyright: ignore
     together = jax.vmap(lambda objective: objective(params, 7), in_axes=(axes,))(many)
     np.testing.assert_allclose(together, each, rtol=1e-6)
 

@@ -17,7 +17,7 @@ from ..checkpoints import Checkpoints
 from ..guards.protocol import Decision, Guard, GuardState
 from ..progress import Progress, stopping_at_interrupt
 from ..rollout import rollout
-from ..tasks.task import Objective, Task
+from ..tasks.task import Task, TaskObjective
 from ..validation import check_count, check_positive
 from .experiment import Experiment
 
@@ -93,7 +93,7 @@ def _trace_cycle(guard: Guard, task: Task) -> None:
     """Nothing is computed, but whatever refuses its arguments does so before there is a folder."""
 
     def cycle(key: PRNGKeyArray) -> tuple[GuardState, Decision]:
-        return guard.step(guard.init(task.init(key)), Objective(task, key))
+        return guard.step(guard.init(task.init(key)), TaskObjective(task, key))
 
     jax.eval_shape(cycle, jax.random.key(0))
 
@@ -138,7 +138,7 @@ class _MethodRun:
         init_keys, order_keys = jax.vmap(
             lambda seed: jax.random.split(jax.random.key(seed)), out_axes=1
         )(jnp.asarray(seeds))
-        self._objective = Objective(self._task, order_keys)
+        self._objective = TaskObjective(self._task, order_keys)
         self._state = jax.jit(jax.vmap(lambda key: self._guard.init(self._task.init(key))))(
             init_keys
         )
@@ -230,22 +230,22 @@ def _is_mark(step: int) -> bool:
 
 
 def _side_by_side(
-    guard: Guard, state: GuardState, objective: Objective, cycles: int
+    guard: Guard, state: GuardState, objective: TaskObjective, cycles: int
 ) -> tuple[GuardState, Decision]:
     """A rollout over all seeds at once."""
-    axes = Objective(None, 0)  # pyright: ignore[reportArgumentType]
+    axes = TaskObjective(None, 0)  # pyright: ignore[reportArgumentType]
     return rollout(guard, state, objective, cycles=cycles, most=CHUNK, axes=axes)
 
 
 def _one_by_one(
-    guard: Guard, state: GuardState, objective: Objective, cycles: int
+    guard: Guard, state: GuardState, objective: TaskObjective, cycles: int
 ) -> tuple[GuardState, Decision]:
     """The same, one seed after another."""
     done = [
         rollout(
             guard,
             jax.tree.map(lambda leaf, seed=seed: leaf[seed], state),
-            Objective(objective.task, objective.key[seed]),
+            TaskObjective(objective.task, objective.key[seed]),
             cycles=cycles,
             most=CHUNK,
         )

@@ -10,7 +10,6 @@ Metadata, all strings: ``architecture`` = "lstm", ``hidden`` = H, ``layers`` = K
 and how the weights were made, under whatever names.
 """
 
-import difflib
 import os
 from importlib import resources
 from pathlib import Path
@@ -22,6 +21,7 @@ import optax
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from ..arguments import one_of
 from ..files import write_whole
 from ..validation import check_positive
 from .lstm import LSTMLayer, LSTMWeights, lstm_optimizer
@@ -84,9 +84,7 @@ def pretrained_path(name: str) -> Path:
     """
     names = pretrained_names()
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"name must be one of {', '.join(names) or '(none)'}, got {name!r}{hint}")
+        raise ValueError(f"name must be {one_of(names, name)}")
     return _folder() / (name + SUFFIX)
 
 

@@ -16,7 +16,7 @@ from .datasets import (
 )
 from .models import MLP, ConvNet, Model
 from .synthetic import Noisy, Quadratic, RidgeLogistic, quadratic, ridge_logistic
-from .task import Objective, Task
+from .task import Task, TaskObjective
 
 __all__ = [
     "DATASETS",
@@ -25,11 +25,11 @@ __all__ = [
     "Dataset",
     "Model",
     "Noisy",
-    "Objective",
     "Quadratic",
     "RidgeLogistic",
     "Split",
     "Task",
+    "TaskObjective",
     "cifar10",
     "circles",
     "digits",

@@ -18,24 +18,16 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 
 class Split(eqx.Module):
-    """Examples and the class of each.
-
-    - `inputs`: uint8 [N, H, W, C] images, channels last, or float32 [N, d] points; not scaled.
-    - `labels`: int32 [N], in 0 .. classes - 1.
-    """
+    """Examples and the class of each."""
 
     inputs: Shaped[Array, " n ..."]
+    """uint8 [N, H, W, C] images, channels last, or float32 [N, d] points; not scaled."""
     labels: Int32[Array, " n"]
+    """[N], in 0 .. classes - 1."""
 
 
 class Dataset(eqx.Module):
     """A classification data set on the device.
-
-    - `train`, `test`: the two splits.
-    - `offset`, `scale`: float32, broadcast against one input (a scalar, or one number per channel
-      or coordinate): what `normalize` subtracts, and then multiplies with.
-    - `note`: what a figure must say about the data where it differs from the original, as in
-      "JPEG q75".
 
     >>> from lossguard.tasks.points import moons
     >>> data = moons(samples=100, test_samples=20)
@@ -46,10 +38,13 @@ class Dataset(eqx.Module):
     train: Split
     test: Split
     offset: Float32[Array, "..."]
+    """What ``normalize`` subtracts: a scalar, or one number per channel or coordinate."""
     scale: Float32[Array, "..."]
+    """What it multiplies with then."""
     name: str = eqx.field(static=True)
     classes: int = eqx.field(static=True)
     note: str = eqx.field(static=True, default="")
+    """What a figure must say about the data where it isn't the original, as in "JPEG q75"."""
 
     def normalize(self, inputs: Shaped[Array, "..."]) -> Float[Array, "..."]:
         """Raw inputs of shape [..., *shape] as the model sees them: (inputs - offset) scale."""
@@ -75,7 +70,7 @@ def make_dataset(
     classes: int,
     note: str = "",
 ) -> Dataset:
-    """A data set of (inputs, labels); `largest` is the largest value that a pixel can have."""
+    """A data set of (inputs, labels); ``largest`` is the largest value that a pixel can have."""
     if scaling == "unit":
         offset, scale = 0.0, 1 / largest
     elif scaling == "symmetric":
@@ -104,12 +99,12 @@ def _standardization(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_scaling(scaling: str, allowed: Sequence[str]) -> None:
-    """Raises `ValueError` for a scaling that isn't in `allowed`."""
+    """Refuse a scaling that isn't allowed."""
     if scaling not in allowed:
-        raise ValueError(f"scaling must be one of {', '.join(allowed)}, but is {scaling!r}.")
+        raise ValueError(f"scaling must be one of {', '.join(allowed)}, got {scaling!r}")
 
 
 def check_seed(seed: int) -> None:
-    """Raises `ValueError` for a seed that NumPy doesn't take."""
+    """Refuse a seed that NumPy doesn't take."""
     if seed < 0:
-        raise ValueError(f"seed must be at least 0, but is {seed}.")
+        raise ValueError(f"seed must be at least 0, got {seed}")

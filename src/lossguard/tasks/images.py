@@ -12,9 +12,10 @@ from .parquet import ImageSource, SplitSource, load_images
 def digits(*, test_samples: int = 360, seed: int = 0, scaling: str = "unit") -> Dataset:
     """Scikit-learn's ``load_digits``: 1,797 grey images of 8 x 8 pixels with the values 0 to 16.
 
-    It has no test split of its own: `seed` draws `test_samples` of its images.
+    It has no test split of its own: ``seed`` draws ``test_samples`` of its images.
 
-    Raises `ValueError` for an argument out of range.
+    Raises:
+        ValueError: if an argument is out of range.
     """
     from sklearn.datasets import load_digits  # takes a second to import
 
@@ -22,7 +23,7 @@ def digits(*, test_samples: int = 360, seed: int = 0, scaling: str = "unit") -> 
     bunch: Any = load_digits()
     count = len(bunch.target)
     if not 1 <= test_samples < count:
-        raise ValueError(f"test_samples must be in 1 .. {count - 1}, but is {test_samples}.")
+        raise ValueError(f"test_samples must be in 1 .. {count - 1}, got {test_samples}")
     check_seed(seed)
     inputs, labels = bunch.images[..., None].astype(np.uint8), bunch.target
     order = np.random.default_rng(seed).permutation(count)
@@ -100,10 +101,13 @@ TINY_IMAGENET50_32PX = ImageSource(
 def mnist(*, scaling: str = "unit") -> Dataset:
     """MNIST: 60,000 + 10,000 handwritten digits, 28 x 28 x 1 pixels (LeCun and Cortes, 2010).
 
-    - `scaling`: "unit", "standardized" or "symmetric".
+    Args:
+        scaling: "unit", "standardized" or "symmetric".
 
-    Raises `ValueError` for files that aren't MNIST, and `ConnectionError` where it is neither in
-    the folder that ``LOSSGUARD_DATA`` names nor to be had from the hub.
+    Raises:
+        ValueError: if an argument is out of range, or the files aren't MNIST.
+        ConnectionError: if it is neither in the folder that ``LOSSGUARD_DATA`` names nor to be had
+            from the hub.
     """
     return _images(MNIST, scaling)
 
@@ -111,7 +115,7 @@ def mnist(*, scaling: str = "unit") -> Dataset:
 def fashion_mnist(*, scaling: str = "unit") -> Dataset:
     """Fashion-MNIST: 60,000 + 10,000 pieces of clothing, 28 x 28 x 1 pixels (Xiao et al., 2017).
 
-    Arguments and errors are those of `mnist`.
+    Arguments and errors are those of ``mnist``.
     """
     return _images(FASHION_MNIST, scaling)
 
@@ -119,8 +123,8 @@ def fashion_mnist(*, scaling: str = "unit") -> Dataset:
 def cifar10(*, scaling: str = "unit") -> Dataset:
     """CIFAR-10: 50,000 + 10,000 photographs, 32 x 32 x 3 pixels (Krizhevsky, 2009).
 
-    Arguments and errors are those of `mnist`. Where the local folder holds recompressed images,
-    `note` says so.
+    Arguments and errors are those of ``mnist``. Where the local folder holds recompressed images,
+    ``note`` says so.
     """
     return _images(CIFAR10, scaling)
 
@@ -128,15 +132,18 @@ def cifar10(*, scaling: str = "unit") -> Dataset:
 def tiny_imagenet(*, classes: int = 200, seed: int = 0, scaling: str = "unit") -> Dataset:
     """Tiny ImageNet: 500 + 50 photographs of each of 200 classes, 64 x 64 x 3 pixels.
 
-    - `classes`: in 2 .. 200. Below 200, `seed` draws which; they get the labels 0 .. classes - 1 in
-      their original order. The paper's TinyImagenet50 has 50, and doesn't name them.
-    - the test split is the original's validation split, whose labels are public.
+    The test split is the original's validation split, whose labels are public. Errors are those of
+    ``mnist``.
 
-    The other arguments and the errors are those of `mnist`.
+    Args:
+        classes: in 2 .. 200. Below 200, ``seed`` draws which; they get the labels 0 .. classes - 1
+            in their original order. The paper's TinyImagenet50 has 50, and doesn't name them.
+        seed: of the classes that are drawn.
+        scaling: as ``mnist`` takes it.
     """
     total = TINY_IMAGENET.classes
     if not 2 <= classes <= total:
-        raise ValueError(f"classes must be in 2 .. {total}, but is {classes}.")
+        raise ValueError(f"classes must be in 2 .. {total}, got {classes}")
     check_seed(seed)
     if classes == total:
         return _images(TINY_IMAGENET, scaling)
@@ -148,7 +155,7 @@ def tiny_imagenet(*, classes: int = 200, seed: int = 0, scaling: str = "unit") -
 def tiny_imagenet50_32px(*, scaling: str = "unit") -> Dataset:
     """A stand-in for the paper's TinyImagenet50: 50 of its classes, 32 x 32 x 3 pixels.
 
-    It comes from the local folder only. Arguments and errors are those of `mnist`.
+    It comes from the local folder only. Arguments and errors are those of ``mnist``.
     """
     return _images(TINY_IMAGENET50_32PX, scaling, note="50 classes, 32 x 32 pixels")
 

@@ -26,38 +26,34 @@ VARIABLE = "LOSSGUARD_DATA"
 
 @dataclass(frozen=True)
 class SplitSource:
-    """What one split must hold.
-
-    - `stem`: its file is ``<stem>.parquet``, or the hub's ``<stem>-00000-of-00001.parquet``.
-    - `examples`: number of images; the same number of every class unless a digest is given.
-    - `sha256`: of the bytes of the decoded images and of the labels (little-endian int32), for data
-      sets that are distributed without loss.
-    """
+    """What one split must hold."""
 
     stem: str
+    """Its file is ``<stem>.parquet``, or the hub's ``<stem>-00000-of-00001.parquet``."""
     examples: int
+    """Number of images; the same number of every class unless a digest is given."""
     sha256: str | None = None
+    """Of the bytes of the decoded images and of the labels (little-endian int32), for data sets
+    that are distributed without loss."""
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Where an image data set comes from, and what must arrive.
-
-    - `name`: the folder under ``LOSSGUARD_DATA``.
-    - `repository`, `folder`: the data set's repository on the hub, and the folder in it; None where
-      the hub doesn't have it.
-    - `shape`: (height, width, channels) in pixels.
-    - `encoding`: of the original images, "PNG" or "JPEG".
-    """
+    """Where an image data set comes from, and what must arrive."""
 
     name: str
+    """The folder under ``LOSSGUARD_DATA``."""
     repository: str | None
+    """On the hub; None where the hub doesn't have it."""
     folder: str
+    """In the repository."""
     shape: tuple[int, int, int]
+    """(height, width, channels) in pixels."""
     classes: int
     train: SplitSource
     test: SplitSource
     encoding: str = "PNG"
+    """Of the original images, "PNG" or "JPEG"."""
 
 
 class Images(NamedTuple):
@@ -76,13 +72,16 @@ class LoadedImages(NamedTuple):
 
 
 def load_images(source: ImageSource, selected: Sequence[int] | None = None) -> LoadedImages:
-    """Both splits of `source`, verified.
+    """Both splits of a source, verified.
 
-    Only the classes in `selected` are decoded and kept (all by default); the class selected[j] gets
-    the label j.
+    Args:
+        source: where from.
+        selected: the classes that are decoded and kept, all by default; selected[j] gets the label
+            j.
 
-    Raises `ValueError` for content that isn't the data set's, and `ConnectionError` where the data
-    set is neither in the local folder nor to be had from the hub.
+    Raises:
+        ValueError: if the content isn't the data set's.
+        ConnectionError: if the data set is neither in the local folder nor to be had from the hub.
     """
     folder = _find(source)
     train, note = _load_split(folder, source, source.train, selected)
@@ -95,7 +94,7 @@ def _load_split(
 ) -> tuple[Images, str]:
     files = _files(folder, split.stem)
     if not files:
-        raise ValueError(f"{folder} holds {source.train.stem}.parquet but no {split.stem}.parquet.")
+        raise ValueError(f"{folder} holds {source.train.stem}.parquet but no {split.stem}.parquet")
     where = str(files[0]) if len(files) == 1 else f"{files[0]} and its other shards"
     tables = [_read(file) for file in files]
     encoded = [image for images, _ in tables for image in images]
@@ -110,7 +109,7 @@ def _load_split(
     if split.sha256 is not None and selected is None and digest(images) != split.sha256:
         raise ValueError(
             f"{where} doesn't hold the {split.stem} split of {source.name}: its images and labels "
-            f"have the SHA-256 {digest(images)}, not {split.sha256}."
+            f"have the SHA-256 {digest(images)}, not {split.sha256}"
         )
     return images, _encoding_note(encoded[0], source)
 
@@ -127,14 +126,14 @@ def _find(source: ImageSource) -> Path:
     local = os.environ.get(VARIABLE)
     if local:
         if not Path(local).is_dir():
-            raise ValueError(f"{VARIABLE} is {local!r}, but must name an existing folder.")
+            raise ValueError(f"{VARIABLE} must name an existing folder, got {local!r}")
         folder = Path(local) / source.name
         if _files(folder, source.train.stem):
             return folder
     if source.repository is None:
         raise ValueError(
             f"{source.name} isn't on the hub and must be in the folder {source.name}/ of the one "
-            f"that {VARIABLE} names, now {local!r}."
+            f"that {VARIABLE} names, now {local!r}"
         )
     return _download(source, source.repository)
 
@@ -157,7 +156,7 @@ def _download(source: ImageSource, repository: str) -> Path:
     raise ConnectionError(
         f"{source.name} couldn't be fetched from the hub's {repository} ({missing}): connect to "
         f"the internet, or set {VARIABLE} to a folder that holds {source.name}/{stems[0]}.parquet "
-        f"and {source.name}/{stems[1]}.parquet."
+        f"and {source.name}/{stems[1]}.parquet"
     )
 
 
@@ -171,12 +170,11 @@ def _read(file: Path) -> tuple[list[bytes], Int64[np.ndarray, " n"]]:
     try:
         table = pl.read_parquet(file)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
-        raise ValueError(f"{file} can't be read as Parquet ({_first_line(error)}).") from error
+        raise ValueError(f"{file} can't be read as Parquet ({_first_line(error)})") from error
     column = next((name for name in ("image", "img") if name in table.columns), None)
     if column is None or "label" not in table.columns:
         raise ValueError(
-            f"{file} must have a column 'label' and a column 'image' or 'img', but its columns are "
-            f"{table.columns}."
+            f"{file} must have a column 'label' and a column 'image' or 'img', got {table.columns}"
         )
     images, labels = table[column], table["label"]
     if (
@@ -184,14 +182,14 @@ def _read(file: Path) -> tuple[list[bytes], Int64[np.ndarray, " n"]]:
         or images.dtype.to_schema().get("bytes") != pl.Binary
     ):
         raise ValueError(
-            f"{file} must have structs with binary 'bytes' in its column {column!r}, not "
-            f"{images.dtype}."
+            f"{file} must have structs with binary 'bytes' in its column {column!r}, got "
+            f"{images.dtype}"
         )
     if not labels.dtype.is_integer():
-        raise ValueError(f"{file} must have integers in its column 'label', not {labels.dtype}.")
+        raise ValueError(f"{file} must have integers in its column 'label', got {labels.dtype}")
     encoded = images.struct.field("bytes")
     if encoded.null_count() or labels.null_count():
-        raise ValueError(f"{file} has rows without an image or without a label.")
+        raise ValueError(f"{file} has rows without an image or without a label")
     return encoded.to_list(), labels.to_numpy().astype(np.int64)
 
 
@@ -201,19 +199,19 @@ def _check_labels(
     if len(labels) != split.examples:
         raise ValueError(
             f"{where} has {len(labels)} images, but the {split.stem} split of {source.name} has "
-            f"{split.examples}."
+            f"{split.examples}"
         )
     if labels.min() < 0 or labels.max() >= source.classes:
         raise ValueError(
             f"{where} has labels from {labels.min()} to {labels.max()}, but those of {source.name} "
-            f"go from 0 to {source.classes - 1}."
+            f"go from 0 to {source.classes - 1}"
         )
     counts = np.bincount(labels, minlength=source.classes)
     each = split.examples // source.classes
     if split.sha256 is None and (counts != each).any():
         raise ValueError(
             f"{where} has {counts.min()} to {counts.max()} images of a class, but the "
-            f"{split.stem} split of {source.name} has {each} of every class."
+            f"{split.stem} split of {source.name} has {each} of every class"
         )
 
 
@@ -239,12 +237,12 @@ def _decode(encoded: list[bytes], source: ImageSource, where: str) -> UInt8[np.n
         # What a damaged file raises depends on its format and on where the damage is.
         except Exception as error:
             raise ValueError(
-                f"{where} has a broken image in row {index} of those read ({_first_line(error)})."
+                f"{where} has a broken image in row {index} of those read ({_first_line(error)})"
             ) from error
         if decoded.shape[:2] != (height, width):
             raise ValueError(
                 f"{where} has an image of {decoded.shape[1]} x {decoded.shape[0]} pixels, but "
-                f"those of {source.name} have {width} x {height}."
+                f"those of {source.name} have {width} x {height}"
             )
         pixels[index] = decoded.reshape(source.shape)
     return pixels

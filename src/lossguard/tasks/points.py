@@ -26,11 +26,16 @@ def spirals(
     the arms, but for the innermost turn. The arms are 1 / (2 turns) apart. The classes are
     balanced. The paper doesn't define its Spirals, and scikit-learn has none.
 
-    - `samples`, `test_samples`: points of the training and of the test split.
-    - `turns`: of each arm around the origin; `noise`: deviation of each coordinate.
-    - `scaling`: "none" or "standardized".
+    Args:
+        samples: points of the training split.
+        test_samples: points of the test split.
+        turns: of each arm around the origin.
+        noise: deviation of each coordinate.
+        seed: of all draws.
+        scaling: "none" or "standardized".
 
-    Raises `ValueError` for an argument out of range.
+    Raises:
+        ValueError: if an argument is out of range.
 
     >>> data = spirals(samples=1_000, noise=0.0)
     >>> bool(abs(data.train.inputs).max() <= 1), data.train.labels.sum().item()
@@ -38,7 +43,7 @@ def spirals(
     """
     _check_points(samples, test_samples, noise, seed, scaling)
     if not turns > 0:
-        raise ValueError(f"turns must be above 0, but is {turns}.")
+        raise ValueError(f"turns must be above 0, got {turns}")
     rng = np.random.default_rng(seed)
 
     def arms(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -60,19 +65,24 @@ def circles(
     seed: int = 0,
     scaling: str = "none",
 ) -> Dataset:
-    """Scikit-learn's ``make_circles``: a circle of radius 1 and one of radius `factor` inside it.
+    """Scikit-learn's ``make_circles``: a circle of radius 1 and one of radius ``factor`` inside it.
 
-    - `samples`, `test_samples`: points of the training and of the test split.
-    - `noise`: deviation of each coordinate; `factor`: in [0, 1).
-    - `scaling`: "none" or "standardized".
+    Args:
+        samples: points of the training split.
+        test_samples: points of the test split.
+        noise: deviation of each coordinate.
+        factor: in [0, 1).
+        seed: of all draws.
+        scaling: "none" or "standardized".
 
-    Raises `ValueError` for an argument out of range.
+    Raises:
+        ValueError: if an argument is out of range.
     """
     from sklearn.datasets import make_circles  # takes a second to import
 
     _check_points(samples, test_samples, noise, seed, scaling)
     if not 0 <= factor < 1:
-        raise ValueError(f"factor must be at least 0 and below 1, but is {factor}.")
+        raise ValueError(f"factor must be at least 0 and below 1, got {factor}")
     train_seed, test_seed = _two_seeds(seed)
     train = make_circles(samples, noise=noise, factor=factor, random_state=train_seed)
     test = make_circles(test_samples, noise=noise, factor=factor, random_state=test_seed)
@@ -89,11 +99,15 @@ def moons(
 ) -> Dataset:
     """Scikit-learn's ``make_moons``: two interleaved half circles of radius 1.
 
-    - `samples`, `test_samples`: points of the training and of the test split.
-    - `noise`: deviation of each coordinate.
-    - `scaling`: "none" or "standardized".
+    Args:
+        samples: points of the training split.
+        test_samples: points of the test split.
+        noise: deviation of each coordinate.
+        seed: of all draws.
+        scaling: "none" or "standardized".
 
-    Raises `ValueError` for an argument out of range.
+    Raises:
+        ValueError: if an argument is out of range.
     """
     from sklearn.datasets import make_moons  # takes a second to import
 
@@ -125,10 +139,10 @@ def _two_seeds(seed: int) -> tuple[int, int]:
 
 def _check_points(samples: int, test_samples: int, noise: float, seed: int, scaling: str) -> None:
     if samples < 2:
-        raise ValueError(f"samples must be at least 2, but is {samples}.")
+        raise ValueError(f"samples must be at least 2, got {samples}")
     if test_samples < 2:
-        raise ValueError(f"test_samples must be at least 2, but is {test_samples}.")
+        raise ValueError(f"test_samples must be at least 2, got {test_samples}")
     if not noise >= 0:
-        raise ValueError(f"noise must be at least 0, but is {noise}.")
+        raise ValueError(f"noise must be at least 0, got {noise}")
     check_seed(seed)
     check_scaling(scaling, POINT_SCALINGS)

@@ -210,4 +210,4 @@ def _newton(a: np.ndarray, b: np.ndarray, mu: float) -> np.ndarray:
 
 def _check(holds: bool, name: str, value: float, allowed: str) -> None:
     if not holds:
-        raise ValueError(f"{name} must be {allowed}, but is {value}.")
+        raise ValueError(f"{name} must be {allowed}, got {value}")

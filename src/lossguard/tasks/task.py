@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from .datasets import Dataset, Split
+from .dataset import Dataset, Split
 from .models import Model
 from .shuffle import minibatch_indices
 
@@ -30,9 +30,9 @@ class Task(eqx.Module):
         """Parameters, drawn as PyTorch draws them by default."""
         return self.model.init(self.dataset.shape, self.dataset.classes, key)
 
-    def objective(self, key: PRNGKeyArray) -> "Objective":
+    def objective(self, key: PRNGKeyArray) -> "TaskObjective":
         """The loss as a function of parameters and the number of a minibatch; the key shuffles."""
-        return Objective(self, key)
+        return TaskObjective(self, key)
 
     def loss(
         self,
@@ -67,7 +67,7 @@ class Task(eqx.Module):
         return {"loss": loss.mean(), "accuracy": correct.mean()}
 
 
-class Objective(eqx.Module):
+class TaskObjective(eqx.Module):
     """``objective(params, i)``: a task's loss on minibatch number i of the order that a key names.
 
     A pytree, so that many of them (one key each) are vmapped over. Two of them are equal only if

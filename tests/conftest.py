@@ -8,18 +8,21 @@ import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
-# The numerical core: what is given arrays. The rest has no shapes to check, save for tasks.task:
-# vmap's axes are an Objective that holds None and 0.
+# What is given arrays. The rest has no shapes to check, save for tasks.task: vmap's axes are a
+# TaskObjective that holds None and 0.
 CHECKED = (
+    "lossguard.experiments.theorems",
     "lossguard.guards",
     "lossguard.learned.features",
     "lossguard.learned.lstm",
     "lossguard.learned.reference",
+    "lossguard.metatrain.loop",
     "lossguard.metatrain.truncated",
     "lossguard.rollout",
     "lossguard.schedules",
     "lossguard.tasks.dataset",
     "lossguard.tasks.models",
+    "lossguard.tasks.parquet",
     "lossguard.tasks.shuffle",
     "lossguard.tasks.synthetic",
 )

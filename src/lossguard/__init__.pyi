@@ -41,4 +41,5 @@ from .learned.pretrained import save_weights as save_weights
 from .rollout import rollout as rollout
 from .schedules import harmonic_decay as harmonic_decay
 from .schedules import paper_decay as paper_decay
+from .tasks.shuffle import minibatch_indices as minibatch_indices
 from .tasks.task import Task as Task

@@ -80,7 +80,7 @@ class Report:
 
 
 def demo(arguments: Sequence[str]) -> None:
-    """The paper's methods and ours on Spirals: a table and a figure."""
+    """The paper's methods and ours on Circles: a table and a figure."""
     from .experiments.recipes import demo as recipe
 
     out = Path(tempfile.gettempdir(), f"lossguard-demo-{secrets.token_hex(4)}")

@@ -1,0 +1,47 @@
+"""The code in the documentation runs as it stands."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(name: str) -> list[str]:
+    """The Python code of a page, block by block."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.M | re.S)
+
+
+def test_jax_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the top down in one namespace; what is trained fits the data."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    data, cycles, host, models, seeds, saving = blocks("docs/jax.md")
+    for block in (data, cycles, host):
+        exec(block, names)
+        misfit = names["x"] @ names["state"].params - names["t"]
+        assert jnp.mean(misfit**2) < 0.01
+    exec(models, names)
+    misfit = jax.vmap(names["model"])(names["x"]) - names["t"]
+    assert jnp.mean(misfit**2) < 0.9 * jnp.mean(names["t"] ** 2)
+    trained = names["state"]
+    exec(seeds, names)
+    assert names["states"].params.shape == (5, 3)
+    exec(saving, names)
+    assert names["state"] is not trained
+    jax.tree.map(np.testing.assert_array_equal, names["state"], trained)
+
+
+def test_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    """The loop in JAX; the recipe of one's own is a module."""
+    loop, recipe = (block for block in blocks("README.md") if "lossguard.torch" not in block)
+    exec(loop, {})
+    assert capsys.readouterr().out.strip().endswith(("learned", "fallback"))
+    names: dict[str, Any] = {}
+    exec(recipe, names)
+    assert list(names["my_recipe"]().guards()) == ["mine", "guarded"]

@@ -37,6 +37,7 @@ ABLATION: Mapping[str, Mapping[str, object]] = {
     "sequential": {"criterion": sequential_criterion()},
     "curtailed": {"criterion": curtailed_criterion()},
     "adaptive": {"windows": adaptive()},
+    "hedge, adaptive": {"hedge": True, "windows": adaptive()},
     "record, reset, paired": {"hedge": RECORD, "loser": "reset", "criterion": PAIRED},
     "recommended, nc 10 at most": RECOMMENDED | {"criterion": None},
     "recommended, nc 80 at most": RECOMMENDED | {"criterion": curtailed_criterion(most=80)},
@@ -44,8 +45,11 @@ ABLATION: Mapping[str, Mapping[str, object]] = {
     "recommended, no ratchet": RECOMMENDED | {"ratchet": None},
     "recommended, share 0": RECOMMENDED | {"hedge": track_record(decay=0.7, share=0)},
     "recommended, checks next": RECOMMENDED | {"checks": "next"},
+    "recommended, always": RECOMMENDED | {"probing": None},
     "recommended, patience 10": RECOMMENDED
     | {"probing": backoff(patience=10, most=512, start="reset")},
+    "recommended, patience 10, keep": RECOMMENDED
+    | {"probing": backoff(patience=10, most=512, start="keep")},
 }
 """Options of ``loss_guard`` by the names that their records have."""
 

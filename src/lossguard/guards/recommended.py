@@ -13,12 +13,18 @@ from .track_record import track_record
 
 
 def recommended(
-    learned: Any, fallback: Any, *, nt: int = 10, nc: int = 10, most: int | None = None
+    learned: Any,
+    fallback: Any,
+    *,
+    nt: int = 10,
+    nc: int = 10,
+    most: int | None = None,
+    patience: int = 200,
 ) -> Guard:
     """A hedged loss guard that keeps its gains under noise and backs off where there are none.
 
     x goes back to the fallback's own path where its training losses have been higher for a while, a
-    learned lane that lost begins anew, and after 200 losses running it is probed ever less often.
+    learned lane that lost begins anew, and after many losses running it is probed ever less often.
     A cycle of it is kept by 16 nc check minibatches, and given up after nc where these are clear:
     late, one that gains a little on most examples, and spoils a few, is not kept. What checks don't
     see shows in a hundred cycles' training losses: then x goes back to its best.
@@ -32,6 +38,8 @@ def recommended(
         most: those of one that is kept; by default 16 nc, numbered apart (``loss_guard``'s
             ``checks``). With nc itself all cycles take as many, which follow those of training:
             that suits minibatches that come from the host (``stacked``).
+        patience: losses running after which the learned lane is probed less often. A few dozen do
+            for short runs; where it wins late, they cost some of that.
 
     Raises:
         ValueError: as ``loss_guard``; or if most is no integer, below nc, or not 1 where nc is.
@@ -44,21 +52,21 @@ def recommended(
     """
     if are_several(learned):
         check_count("the number of learned optimizers", len(learned))
-        return best_of([recommended(one, fallback, nt=nt, nc=nc, most=most) for one in learned])
+        options = {"nt": nt, "nc": nc, "most": most, "patience": patience}
+        return best_of([recommended(one, fallback, **options) for one in learned])
     check_count("nc", nc)
-    return loss_guard(
-        learned, fallback, nt=nt, nc=nc, **settings(nc, 16 * nc if most is None else most)
-    )
+    options = settings(nc, 16 * nc if most is None else most, patience)
+    return loss_guard(learned, fallback, nt=nt, nc=nc, **options)
 
 
-def settings(nc: int, most: int) -> dict[str, Any]:
+def settings(nc: int, most: int, patience: int = 200) -> dict[str, Any]:
     """The options of ``loss_guard`` that ``recommended`` sets."""
     check_most(nc, most)
     return {
         "criterion": mean_criterion() if most == nc else curtailed_criterion(first=nc, most=most),
         "hedge": track_record(decay=0.7),
         "loser": "reset",
-        "probing": backoff(patience=200, most=512, start="reset"),
+        "probing": backoff(patience=patience, most=512, start="reset"),
         "ratchet": ratchet(),
         "checks": "next" if most == nc else "apart",
     }

@@ -1,0 +1,35 @@
+"""The recommended guard is a loss guard with certain options."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lossguard
+from lossguard.guards.recommended import settings
+
+
+def test_it_gives_up_after_its_patience() -> None:
+    """The learned optimizer loses each cycle, and x is the fallback's: one lane where not probed."""
+    hopeless, fallback = optax.sgd(-1.0), optax.sgd(0.1)
+    guard = lossguard.recommended(hopeless, fallback, nt=2, nc=2, patience=3)
+    _, decisions = lossguard.rollout(
+        guard, guard.init(jnp.ones(2)), lambda w, i: jnp.sum(w**2), cycles=12
+    )
+    probed = np.asarray(decisions.learned_updates) > 0
+    np.testing.assert_array_equal(np.flatnonzero(probed), [0, 1, 2, 4, 7])
+    np.testing.assert_array_equal(decisions.gradients, np.where(probed, 4, 2))
+
+
+def test_patience_goes_to_every_candidate() -> None:
+    guard = lossguard.recommended([optax.sgd(-1.0), optax.sgd(-2.0)], optax.sgd(0.1), patience=1)
+    step = jax.jit(lambda state: guard.step(state, lambda w, i: jnp.sum(w**2)))
+    state, first = step(guard.init(jnp.ones(2)))
+    _, second = step(state)
+    assert (first.learned_updates, second.learned_updates) == (20, 0)
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match=r"^patience must be an integer of at least 1, got 0$"):
+        settings(nc=10, most=10, patience=0)

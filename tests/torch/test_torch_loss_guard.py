@@ -394,6 +394,22 @@ def test_the_hedge_costs_nothing_on_its_own_path():
     assert [decision.forwards for decision in guard.history] == [2, 2, 3]
 
 
+@pytest.mark.parametrize("hedge", [True, "only", track_record()])
+def test_a_hedge_on_its_own_path_follows_what_is_loaded(hedge):
+    """Weights loaded after the guard was built, and x after an error in the closure."""
+    weight, closure = quadratic(4.0)
+    guard = LossGuard(SGD([weight], lr=0.0), SGD([weight], lr=0.25), nt=2, nc=1, hedge=hedge)
+    for start in (8.0, 16.0):
+        with torch.no_grad():
+            weight.fill_(start)
+        guard.step(closure)
+        with pytest.raises(KeyError):
+            guard.step(lambda: {}["loss"])
+        for _ in range(3):
+            guard.step(closure)
+        assert weight.item() == start / 4
+
+
 def test_a_hedge_that_is_not_finite_begins_again():
     weight, closure = quadratic(4.0)
     learned, fallback = SGD([weight], lr=0.25), SGD([weight], lr=0.1, momentum=0.9)

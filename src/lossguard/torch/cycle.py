@@ -110,7 +110,7 @@ class Cycle:
         for number in active:
             lane = self.lanes.all[number]
             lane.begin()
-            if not lane.own_path:
+            if not lane.own_path or self.lanes.on_own:  # where x may have been set from outside
                 self.weights.write(lane.copy)
 
     def _evaluate(self, lane: Lane, closure: Closure, schedules: Schedules, k: int) -> Any:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from lossguard.torch.closures import Watch, scalar
 from lossguard.torch.facade import Closure
 from lossguard.torch.forward_only import forward_only
-from lossguard.torch.lane import Lane, scalar
+from lossguard.torch.lane import Lane
 from lossguard.torch.lanes import Lanes
 from lossguard.torch.placing import placing
 from lossguard.torch.randomness import Randomness
@@ -25,6 +26,7 @@ class Cycle:
         gradients: gradients evaluated in this cycle.
         running: the lane in the model, or the last one that was.
         holding: whether b is in the model, for the ratchet.
+        watch: over what closures do.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Cycle:
         self.gradients = 0
         self.running = lanes.all[-1]
         self.holding = False
+        self.watch = Watch(weights)
         self.randomness = Randomness({p.device for p in weights.params})
         self.placing = placing(weights)
 
@@ -122,9 +125,8 @@ class Cycle:
             return value
 
         def evaluate() -> Any:
-            self.weights.clear_gradients()
             self.gradients += 1
-            return closure()
+            return self.watch.call(closure)
 
         schedules.before(lane, lane.inner, k)
         with torch.no_grad(), self.weights.in_place():

@@ -9,6 +9,12 @@ from torch.overrides import TorchFunctionMode
 
 T = TypeVar("T")
 
+NOTE = (
+    "lossguard: the guard only checks here (guard.checking is true), so the closure runs without "
+    "gradients: leave out what reads p.grad, and put `with torch.enable_grad():` inside it around "
+    "what torch.autograd.grad or retain_grad needs"
+)
+
 
 class _NoBackward(TorchFunctionMode):
     def __torch_function__(
@@ -35,4 +41,8 @@ def forward_only(closure: Callable[[], T]) -> T:
     (tensor(3.), None)
     """
     with torch.no_grad(), _NoBackward():
-        return closure()
+        try:
+            return closure()
+        except Exception as error:
+            error.add_note(NOTE)
+            raise

@@ -8,7 +8,7 @@ nc   check minibatches per cycle: each is one loss in every lane
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
+from itertools import compress, islice
 from typing import Any, Literal, get_args
 
 import torch
@@ -66,8 +66,8 @@ class LossGuard(Guard):
         probing: how often the learned lanes run; by default always.
         ratchet: when x goes back to its best; by default never. The learned optimizers begin anew
             there.
-        model: the module whose buffers (BatchNorm's statistics) belong to a branch; needed with
-            ``fully_shard``.
+        model: the module whose buffers (BatchNorm's statistics) belong to a branch; needed where
+            training changes buffers, and with ``fully_shard``.
         scaler: a ``GradScaler`` for float16; each lane gets a copy. The closure then calls
             ``guard.scaler.scale(loss).backward()``.
         schedulers: learning-rate schedulers on ``learned`` or ``fallback``, which the guard steps
@@ -283,6 +283,7 @@ class LossGuard(Guard):
             self._weights,
             self.process_group,
         )
+        firsts = [row[0] for row in compress(seen.trains, self._lanes.at_x(active))]
         m, n = self._lanes.m if self._probe else 0, len(seen.checks[0])
         rivals = len(self._lanes.checked(active))
         verdict = (
@@ -329,5 +330,6 @@ class LossGuard(Guard):
                 learned_updates=m * self.nt,
             )
         )
+        self._cycle.watch.compare(firsts)
         if self.callback is not None:
             self.callback(self.history[-1])

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from lossguard.torch.closures import check_scaled, scalar
 from lossguard.torch.facade import Closure
 from lossguard.torch.inner import Inner, Memory
 from lossguard.torch.weights import Copy
@@ -82,6 +83,11 @@ class Lane:
         self.train.append(scalar(values[0]))
         return values[0]
 
+    @property
+    def switches(self) -> bool:
+        """Whether its optimizer trains at another iterate than the one that it evaluates."""
+        return callable(getattr(self.inner.optimizer, "train", None))
+
     def settle(self, *, won: bool, broken: bool) -> bool:
         """Apply the policy of a loser; whether the memory, if ``broken``, had to be reset."""
         if not won and self.loser == "rollback" and self.before is not None:
@@ -133,6 +139,7 @@ class Lane:
                 optimizer.step(evaluate)
             else:
                 evaluate()
+                check_scaled(self.scaler, optimizer)
                 self.scaler.step(optimizer)
                 self.scaler.update()
             if last:
@@ -153,20 +160,7 @@ class Lane:
             self.memory = self.inner.exchange(others)
 
 
-def scalar(loss: Any) -> Tensor:
-    """The value of a closure as a detached tensor without dimensions."""
-    if not isinstance(loss, (Tensor, float, int)) or (
-        isinstance(loss, Tensor) and loss.numel() != 1
-    ):
-        raise ValueError(f"closure must return the loss, one number, got {_described(loss)}")
-    return torch.as_tensor(loss).detach().reshape(())
-
-
 def _set_mode(optimizer: Optimizer, mode: str) -> None:
     switch = getattr(optimizer, mode, None)
     if callable(switch):
         switch()
-
-
-def _described(value: Any) -> str:
-    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)

@@ -93,6 +93,11 @@ class Lanes:
         judged = self.record is not None and not self.on_own
         return [k for k in active if not (judged and k == self.s)]
 
+    def at_x(self, active: Sequence[int]) -> list[bool]:
+        """Whether each of the active lanes trains from x on."""
+        lanes = [self.all[k] for k in active]
+        return [(self.on_own or not lane.own_path) and not lane.switches for lane in lanes]
+
     def follow_record(
         self, verdict: Verdict, trains: Sequence[Sequence[float]], sound: Sequence[bool], fit: bool
     ) -> int:

@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 
 from lossguard.torch import arguments
 from lossguard.torch.base import Guard
+from lossguard.torch.closures import Watch, scalar
 from lossguard.torch.decision import NEITHER, Decision
 from lossguard.torch.facade import Closure
 from lossguard.torch.inner import Inner, clone, finite
-from lossguard.torch.lane import scalar
 from lossguard.torch.randomness import Randomness
 from lossguard.torch.sequences import Track, TrackingSequence, ema
 from lossguard.torch.weights import Copy, Weights
@@ -92,6 +92,7 @@ class ResidualGuard(Guard):
         self.sequence = sequence
         self.residual = residual
         self.nt = int(nt)  # a state_dict holds plain numbers only
+        self._watch = Watch(self._weights)
         self._randomness = Randomness({p.device for p in params})
         self._learned = Inner(learned)
         self._fallback = Inner(fallback)
@@ -180,9 +181,8 @@ class ResidualGuard(Guard):
         self._fallback.grow()
 
     def _evaluate(self, closure: Closure) -> Any:
-        self._weights.clear_gradients()
         with torch.enable_grad():
-            return closure()
+            return self._watch.call(closure)
 
     def _gradient(self) -> list[Tensor | None]:
         return [None if p.grad is None else p.grad.detach() for p in self._weights.params]

@@ -1,0 +1,104 @@
+"""What a closure must return and do, and what a guard says of one that doesn't."""
+
+import gc
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from lossguard.torch.weights import Weights
+
+SAME = 1e-2
+"""The part of a loss by which rounding may change it."""
+
+
+class Watch:
+    """Looks for mistakes that would train nothing, or compare lanes wrongly, without an error.
+
+    Attributes:
+        weights: the live tensors.
+        first: whether buffers that no branch owns are still to be looked at, in the first call.
+        warned: whether a warning was given, which happens once.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self.first = weights.model is None
+        self.warned = False
+
+    def call(self, closure: Any) -> Any:
+        """The value of a closure that trains; refuse one that leaves no gradients."""
+        self.weights.clear_gradients()
+        buffers = _buffers_beside(self.weights.params) if self.first else []
+        before = [buffer.clone() for buffer in buffers]
+        value = closure()
+        # A closure may leave the backward pass out where the loss isn't finite.
+        if all(p.grad is None for p in self.weights.params) and math.isfinite(scalar(value)):
+            raise ValueError("closure must call backward, got no gradients from it")
+        if not all(map(torch.equal, buffers, before)):
+            raise ValueError(
+                "model must be given where modules have buffers that training changes, such as "
+                "BatchNorm's: got None"
+            )
+        self.first = False
+        return value
+
+    def compare(self, losses: Sequence[float]) -> None:
+        """Warn once if lanes have different losses on one minibatch at the same parameters."""
+        low, high = min(losses, default=0.0), max(losses, default=0.0)
+        if not self.warned and high - low > SAME * max(abs(low), abs(high)):
+            self.warned = True
+            warnings.warn(
+                f"closure gave different losses at the same parameters ({high:.4g} and {low:.4g}): "
+                "draw the minibatch, and all random numbers but PyTorch's, outside it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def scalar(loss: Any) -> Tensor:
+    """The value of a closure as a detached tensor without dimensions."""
+    if not isinstance(loss, (Tensor, float, int)) or (
+        isinstance(loss, Tensor) and loss.numel() != 1
+    ):
+        raise ValueError(f"closure must return the loss, one number, got {described(loss)}")
+    return torch.as_tensor(loss).detach().reshape(())
+
+
+def described(value: Any) -> str:
+    """What an error message says that it got."""
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def check_scaled(scaler: GradScaler, optimizer: Optimizer) -> None:
+    """Refuse gradients that the lane's scaler hasn't scaled, or has unscaled for another lane's."""
+    if not scaler.is_enabled():
+        return
+    others = scaler._per_optimizer_states.keys() - {id(optimizer)}
+    if scaler._scale is None or others:
+        raise ValueError(
+            "closure must scale by guard.scaler.scale(loss) and unscale by guard.unscale_(), got "
+            + ("gradients unscaled for another optimizer" if others else "gradients not so scaled")
+        )
+
+
+def _buffers_beside(params: Sequence[Tensor]) -> list[Tensor]:
+    """The buffers of every module that has one of the parameters itself.
+
+    They are looked up among all objects, since a hook on modules would make torch.compile warn and
+    compile anew.
+    """
+    ours = {id(p) for p in params}
+    modules = [vars(one) for one in gc.get_objects() if issubclass(type(one), nn.Module)]
+    return [
+        buffer
+        for module in modules
+        if any(id(p) in ours for p in module.get("_parameters", {}).values())
+        for buffer in module["_buffers"].values()
+        if type(buffer) is Tensor
+    ]

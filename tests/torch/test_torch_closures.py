@@ -1,0 +1,218 @@
+"""What a closure does wrong is said, not trained on; what it may do is let alone."""
+
+import pytest
+import torch
+from models import closure_for, loss_fn, mlp, quadratic, run, spiral
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import SGD, Adam
+
+from lossguard.torch import LossGuard, LossStep, ResidualGuard, recommended
+
+schedulefree = pytest.importorskip("schedulefree")
+
+
+def build(net, make=LossGuard, **options):
+    learned, fallback = SGD(net.parameters(), lr=0.3), SGD(net.parameters(), lr=0.1)
+    options |= {"nt": 2} if make is ResidualGuard else {"nt": 2, "nc": 2}
+    return make(learned, fallback, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (LossGuard, {}),
+        (LossGuard, {"scaler": GradScaler("cpu")}),
+        (recommended, {}),
+        (ResidualGuard, {}),
+    ],
+)
+def test_a_closure_without_backward(make, options):
+    model = mlp()
+    guard, batch = build(model, make, **options), spiral()
+    with pytest.raises(ValueError, match=r"^closure must call backward, got no gradients from it$"):
+        guard.step(lambda: loss_fn(model, batch))
+    run(build(model, make), model, [batch] * 4)
+
+
+def test_a_closure_may_leave_backward_out_where_the_loss_is_not_finite():
+    weight, _ = quadratic()
+    learned, fallback = SGD([weight], lr=1e30), SGD([weight], lr=0.1)
+    guard = LossGuard(learned, fallback, nt=3, nc=1)
+
+    def closure():
+        loss = weight.square().sum()
+        if loss.isfinite():
+            loss.backward()
+        return loss
+
+    for _ in range(4):
+        guard.step(closure)
+    assert guard.last_decision.winner == 1
+
+
+def test_optimizers_that_call_the_closure_several_times_or_want_the_loss():
+    class Twice(SGD):
+        def step(self, closure):
+            closure()
+            return super().step(closure)
+
+    class WantsLoss(SGD):
+        def step(self, loss):
+            super().step()
+
+    model = mlp()
+    model[0].requires_grad_(False)  # and some parameters are frozen
+    learned = [Twice(model.parameters(), lr=0.1), LossStep(WantsLoss(model.parameters(), lr=0.1))]
+    guard = LossGuard(learned, SGD(model.parameters(), lr=0.1), nt=2, nc=2)
+    run(guard, model, [spiral() for _ in range(8)])
+    assert len(guard.history) == 2
+
+
+UNOWNED = (
+    "model must be given where modules have buffers that training changes, such as BatchNorm's: "
+    "got None"
+)
+
+
+@pytest.mark.parametrize("make", [LossGuard, recommended, ResidualGuard])
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+def test_buffers_that_training_changes_need_the_model(make, backend):
+    model = mlp(nn.BatchNorm1d(16))
+    called = model if backend is None else torch.compile(model, backend=backend)
+    with pytest.raises(ValueError) as error:
+        run(build(model, make), called, [spiral()])
+    assert str(error.value) == UNOWNED
+
+
+def test_buffers_that_it_does_not_change_do_not():
+    model = mlp(nn.BatchNorm1d(16))
+    model[0].register_buffer("mask", torch.tensor([True, False]))
+    run(build(model, model=model), model, [spiral() for _ in range(4)])
+    run(build(model.eval()), model, [spiral() for _ in range(4)])
+    model = mlp(nn.BatchNorm1d(16, track_running_stats=False), nn.LayerNorm(16))
+    run(build(model), model, [spiral() for _ in range(4)])
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_looking_for_buffers_compiles_nothing_anew(backend):
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    model = mlp(nn.BatchNorm1d(16, track_running_stats=False))
+    run(build(model), torch.compile(model, backend=counter), [spiral() for _ in range(8)])
+    assert counter.frame_count == 2  # with gradients, and without
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (LossGuard, {}),
+        (LossGuard, {"hedge": True}),
+        (LossGuard, {"hedge": "only"}),
+        (recommended, {}),
+    ],
+)
+def test_a_closure_that_draws_its_own_minibatch(make, options):
+    model = mlp()
+    guard, losses = build(model, make, **options), iter(range(1, 100))
+
+    def closure():
+        guard.zero_grad()
+        loss = loss_fn(model, batch) * 0 + next(losses)
+        loss.backward()
+        return loss
+
+    batch = spiral()
+    for _ in range(3):
+        guard.step(closure)
+    with pytest.raises(RuntimeWarning) as warning:  # an error here; the decision is made before
+        guard.step(closure)
+    assert str(warning.value) == (
+        "closure gave different losses at the same parameters (2 and 1): draw the minibatch, and "
+        "all random numbers but PyTorch's, outside it"
+    )
+    for _ in range(8):  # once
+        guard.step(closure)
+    assert len(guard.history) == 3
+
+
+def test_lanes_elsewhere_may_have_other_losses():
+    """Of an s off x, of a ratchet, and of optimizers that train at another iterate."""
+    model = mlp(nn.Dropout(0.5))
+    guard = build(model, recommended)
+    run(guard, model, [spiral() for _ in range(400)])
+    assert not all(decision.winner == 2 for decision in guard.history)
+    learned = schedulefree.SGDScheduleFree(model.parameters(), lr=3.0)
+    guard = LossGuard(learned, Adam(model.parameters(), lr=0.1), nt=2, nc=2)
+    run(guard, model, [spiral() for _ in range(40)])
+    assert len(guard.history) == 10
+
+
+def test_errors_in_a_check_tell_of_it():
+    model, batch = mlp(), spiral()
+    guard = build(model)
+
+    def closure():
+        loss = closure_for(guard, model, batch)()
+        assert sum(p.grad.norm() for p in model.parameters()) > 0
+        return loss
+
+    guard.step(closure)
+    guard.step(closure)
+    with pytest.raises(AttributeError) as error:
+        guard.step(closure)
+    assert error.value.__notes__[0].startswith("lossguard: the guard only checks here")
+
+
+def test_gradient_penalties():
+    model = mlp()
+    guard = build(model)
+
+    def closure(batch):
+        guard.zero_grad()
+        with torch.enable_grad():
+            x = batch[0].clone().requires_grad_()
+            h = model(x)
+            h.retain_grad()
+            (slope,) = torch.autograd.grad(h.sum(), x, create_graph=True)
+            loss = nn.functional.cross_entropy(h, batch[1]) + slope.square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(8):
+        batch = spiral()
+        guard.step(lambda batch=batch: closure(batch))
+    assert len(guard.history) == 2
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("misuse", ["plain", "another", "unscale_"])
+def test_gradients_that_the_guards_scaler_has_not_scaled(misuse):
+    model, batch, scaler = mlp(), spiral(), GradScaler("cpu", init_scale=4.0)
+    guard = build(model, scaler=scaler)
+
+    def closure():
+        guard.zero_grad()
+        loss = loss_fn(model, batch)
+        if misuse == "plain":
+            loss.backward()
+        elif misuse == "another":
+            scaler.scale(loss).backward()
+        else:
+            guard.scaler.scale(loss).backward()
+            guard.scaler.unscale_(guard.learned)
+        return loss
+
+    what = "unscaled for another optimizer" if misuse == "unscale_" else "not so scaled"
+    with pytest.raises(ValueError) as error:
+        guard.step(closure)
+    assert str(error.value) == (
+        "closure must scale by guard.scaler.scale(loss) and unscale by guard.unscale_(), got "
+        f"gradients {what}"
+    )
+
+
+def test_scalers_that_are_off():
+    model = mlp()
+    guard = build(model, scaler=GradScaler("cpu", enabled=False))
+    run(guard, model, [spiral() for _ in range(4)])
+    assert len(guard.history) == 1

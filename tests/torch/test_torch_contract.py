@@ -371,6 +371,9 @@ class IgnoresClosure(SGD):
         return super().step()
 
 
+ONE = torch.ones(1, requires_grad=True)
+
+
 def sgd(weight):
     return SGD([weight], lr=0.1)
 
@@ -438,6 +441,22 @@ REFUSALS = [
      "schedulers must be built on learned or fallback, got one on SGD"),
     (lambda w: LossGuard(f := sgd(w), sgd(w), schedulers=[ReduceLROnPlateau(f)]),
      "schedulers must step without a metric, got ReduceLROnPlateau (step it yourself)"),
+    (lambda w: LossGuard(f := sgd(w), sgd(w), schedulers=StepLR(f, 1)),
+     "schedulers must be a list, got StepLR"),
+    (lambda w: LossGuard(sgd(w), sgd(w), model=nn.Linear(1, 1)),
+     "model must be an nn.Module that holds parameters of the optimizers, got one without"),
+    (lambda w: ResidualGuard(sgd(w), sgd(w), model=nn.Linear(1, 1)),
+     "model must be an nn.Module that holds parameters of the optimizers, got one without"),
+    (lambda w: LossGuard(sgd(w), sgd(w), model=[w]),
+     f"model must be an nn.Module that holds parameters of the optimizers, got {[ONE]!r}"),
+    (lambda w: recommended(sgd(w), sgd(w), hedge=True),
+     "recommended sets hedge itself: use LossGuard to choose"),
+    (lambda w: recommended(sgd(w), sgd(w), patience=0),
+     "patience must be an integer of at least 1, got 0"),
+    (lambda w: LossGuard(sgd(w), sgd(w)).step(w.sum()),
+     "closure must be a function that returns the loss, got a tensor of shape []"),
+    (lambda w: LossStep(sgd(w)).step(w.sum()),
+     "closure must be a function that returns the loss, got a tensor of shape []"),
     (lambda w: LossGuard(sgd(w), sgd(w)).step(),
      "closure must be a function that returns the loss, got None (a GradScaler goes to "
      "LossGuard as scaler)"),
@@ -452,9 +471,13 @@ REFUSALS = [
      "gradients must be computed inside the closure, got some before the step (call zero_grad, "
      "and accumulate inside the closure)"),
     (lambda w: LossGuard(sgd(w), sgd(w)).cycle(lambda b: w.sum(), [1], [2]),
-     "train_batches must be 10 minibatches, got 1"),
+     "train_batches must be 10 minibatches, got 1 "
+     "(itertools.chain.from_iterable(itertools.repeat(loader)) doesn't end)"),
+    (lambda w: LossGuard(sgd(w), sgd(w), nt=1).cycle(lambda b: w.sum(), [1, 2], [3]),
+     "train_batches must be 1 minibatches, got 2"),
     (lambda w: LossGuard(sgd(w), sgd(w), nt=1, nc=2).cycle(lambda b: w.sum(), [1], [2]),
-     "check_batches must be at least 2 minibatches, got 1"),
+     "check_batches must be at least 2 minibatches, got 1 "
+     "(itertools.chain.from_iterable(itertools.repeat(loader)) doesn't end)"),
     (lambda w: LossGuard(sgd(w), sgd(w)).scaler,
      "scaler must be given to LossGuard to scale losses, got None"),
     (lambda w: LossGuard(sgd(w), sgd(w)).load_state_dict(sgd(w).state_dict()),

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lossguard.validation import check_count
+
+ENDLESS = " (itertools.chain.from_iterable(itertools.repeat(loader)) doesn't end)"
 
 
 def shared_params(learned: Sequence[Optimizer], fallback: Optimizer) -> list[Tensor]:
@@ -46,9 +48,17 @@ def check_offload(offload: object) -> None:
 
 
 def check_model(model: object, params: Sequence[Tensor]) -> None:
-    """Refuse sharded parameters without the module that gathers them."""
-    if model is None and any(hasattr(p, "to_local") for p in params):
-        raise ValueError("model must be the sharded module if parameters are sharded, got None")
+    """Refuse what isn't the parameters' module, and sharded ones without what gathers them."""
+    if model is None:
+        if any(hasattr(p, "to_local") for p in params):
+            raise ValueError("model must be the sharded module if parameters are sharded, got None")
+        return
+    ours = {id(p) for p in params}
+    if not isinstance(model, nn.Module) or ours.isdisjoint(map(id, model.parameters())):
+        raise ValueError(
+            "model must be an nn.Module that holds parameters of the optimizers, got "
+            f"{'one without' if isinstance(model, nn.Module) else repr(model)}"
+        )
 
 
 def check_nc(nc: int, least: int) -> None:
@@ -60,6 +70,8 @@ def check_nc(nc: int, least: int) -> None:
 
 def check_schedulers(schedulers: Sequence[LRScheduler], optimizers: Sequence[Optimizer]) -> None:
     """Refuse a scheduler that the guard can't step."""
+    if not isinstance(schedulers, Sequence):
+        raise ValueError(f"schedulers must be a list, got {type(schedulers).__name__}")
     for scheduler in schedulers:
         if isinstance(scheduler, ReduceLROnPlateau):
             raise ValueError(

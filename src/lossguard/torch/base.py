@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lossguard.torch.closures import described
 from lossguard.torch.decision import Decision
 from lossguard.torch.facade import Closure, Facade
 from lossguard.torch.weights import Weights
@@ -35,9 +36,12 @@ class Guard(Facade):
         return self.history[-1] if self.history else None
 
     def _check_step(self, closure: Closure | None, hint: str = "") -> Closure:
-        """The closure of a step; refuse none, and gradients that it has not computed."""
-        if closure is None:
-            raise ValueError(f"closure must be a function that returns the loss, got None{hint}")
+        """The closure of a step; refuse others, and gradients that it has not computed."""
+        if not callable(closure):
+            raise ValueError(
+                "closure must be a function that returns the loss, got "
+                f"{described(closure)}{hint if closure is None else ''}"
+            )
         if any(p.grad is not None for p in self._weights.params):
             raise ValueError(
                 "gradients must be computed inside the closure, got some before the step (call "

@@ -6,6 +6,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lossguard.torch.closures import described
+
 Closure = Callable[[], Any]
 
 
@@ -84,8 +86,10 @@ class LossStep(Facade):
         super().__init__(optimizer)
 
     def step(self, closure: Closure | None = None) -> Tensor:  # pyright: ignore
-        if closure is None:
-            raise ValueError("closure must be a function that returns the loss, got None")
+        if not callable(closure):
+            raise ValueError(
+                f"closure must be a function that returns the loss, got {described(closure)}"
+            )
         loss = closure()
         step: Callable[[Any], object] = self._inside.step
         step(loss)

@@ -202,7 +202,8 @@ class LossGuard(Guard):
         """
         train, check = list(train_batches), iter(check_batches)
         if len(train) != self.nt:
-            raise ValueError(f"train_batches must be {self.nt} minibatches, got {len(train)}")
+            hint = arguments.ENDLESS if len(train) < self.nt else ""
+            raise ValueError(f"train_batches must be {self.nt} minibatches, got {len(train)}{hint}")
         if self._cycle.phase:
             raise ValueError(
                 "cycle must start where the last one ended, got one after "
@@ -214,7 +215,10 @@ class LossGuard(Guard):
             drawn += len(batches)
             if drawn < look:
                 self._cycle.phase = 0
-                raise ValueError(f"check_batches must be at least {look} minibatches, got {drawn}")
+                raise ValueError(
+                    f"check_batches must be at least {look} minibatches, got {drawn}"
+                    f"{arguments.ENDLESS}"
+                )
             self._run([lambda b=b: self._backward(loss_fn(b)) for b in (*train, *batches)])
             if self._cycle.phase == 0:
                 break

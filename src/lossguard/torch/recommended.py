@@ -20,12 +20,13 @@ def recommended(
     nt: int = 10,
     nc: int = 10,
     most: int | None = None,
+    patience: int = 200,
     **options: Any,
 ) -> LossGuard:
     """A hedged loss guard that keeps its gains under noise and backs off where there are none.
 
     x goes back to the fallback's own path where its training losses have been higher for a while, a
-    learned lane that lost begins anew, and after 200 losses running it is probed ever less often.
+    learned lane that lost begins anew, and after many losses running it is probed ever less often.
     Where a hundred cycles' training losses are higher than those of the best x, it goes back there.
 
     Args:
@@ -37,11 +38,14 @@ def recommended(
         most: those of one that is kept; by default nc as well, since those of a stream are lost for
             training. (In JAX it is 16 nc: with so many, runs that go on for hundreds of epochs keep
             what they have won.)
+        patience: lost cycles running after which the learned lanes pause, for longer and longer;
+            200 are 4,000 calls of ``step`` at nt = nc = 10, so take fewer in a short run.
         options: ``model``, ``scaler``, ``schedulers``, ``offload``, ``process_group`` and
             ``callback``, as in ``LossGuard``.
 
     Raises:
-        ValueError: as ``LossGuard``; or if most is no integer, below nc, or not 1 where nc is.
+        ValueError: as ``LossGuard``; or if most is no integer, below nc, or not 1 where nc is; or
+            an option is one that ``recommended`` sets.
 
     >>> import torch
     >>> w = torch.tensor([4.0], requires_grad=True)
@@ -51,6 +55,9 @@ def recommended(
     """
     most = nc if most is None else most
     check_most(nc, most)
+    for name in ("criterion", "hedge", "loser", "probing", "ratchet"):
+        if name in options:
+            raise ValueError(f"recommended sets {name} itself: use LossGuard to choose")
     return LossGuard(
         learned,
         fallback,
@@ -59,7 +66,7 @@ def recommended(
         criterion=mean_criterion() if most == nc else curtailed_criterion(first=nc, most=most),
         hedge=track_record(decay=0.7),
         loser="reset",
-        probing=backoff(patience=200, most=512, start="reset"),
+        probing=backoff(patience=patience, most=512, start="reset"),
         ratchet=ratchet(),
         **options,
     )

@@ -87,6 +87,7 @@ class ResidualGuard(Guard):
         check_kind("sequence", sequence, TrackingSequence, "ema(0.9)")
         if any(hasattr(p, "to_local") for p in params):
             raise ValueError("parameters must be whole tensors, got sharded ones")
+        arguments.check_model(model, params)
         super().__init__(learned, fallback, Weights(params, model, None))
         self.alpha = alpha
         self.sequence = sequence

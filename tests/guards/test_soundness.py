@@ -1,0 +1,109 @@
+"""What counts as finite, and what replaces a state that isn't."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lossguard.guards.soundness import all_finite, is_sound, keep_schedules, renew_if_unsound
+
+NAN, INF = np.nan, np.inf
+pytestmark = pytest.mark.usefixtures("eager")
+
+
+@pytest.mark.parametrize(
+    ("tree", "finite"),
+    [
+        ({}, True),
+        ({"w": jnp.ones(2), "n": jnp.int32(3), "key": jax.random.key(0)}, True),
+        ((jnp.ones(2), [jnp.array([0.0, NAN])]), False),
+        (jnp.array(INF), False),
+        (jnp.array(-INF), False),
+        ({"w": jnp.ones(2), "b": jnp.array(NAN, jnp.bfloat16)}, False),
+    ],
+)
+def test_all_finite(tree, finite) -> None:
+    assert bool(all_finite(tree)) == finite
+
+
+@pytest.mark.parametrize(
+    ("now", "fresh", "sound"),
+    [
+        (1.0, 0.0, True),
+        (INF, INF, True),
+        (2.0, INF, True),
+        (INF, 0.0, False),
+        (-INF, INF, False),
+        (NAN, INF, False),
+        (NAN, NAN, False),
+    ],
+)
+def test_infinities_are_sound_where_a_state_begins_with_them(now, fresh, sound) -> None:
+    def state(value):
+        return jnp.array([0.0, value]), jnp.int32(7)
+
+    assert bool(is_sound(state(now), state(fresh))) == sound
+
+
+def rate(k):
+    return 8.0 / (1 + k)
+
+
+SCHEDULED = {
+    "momentum": optax.sgd(rate, momentum=0.9),
+    "adam": optax.adam(rate),
+    "masked": optax.masked(optax.adam(rate), {"w": True}),
+    "injected": optax.inject_hyperparams(optax.adam)(learning_rate=rate),
+    "schedule in injected": optax.inject_hyperparams(
+        lambda scale: optax.chain(optax.sgd(rate, momentum=0.9), optax.scale(scale))
+    )(scale=2.0),
+}
+PARAMS = {"w": jnp.array([1.0, -2.0])}
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_schedules_are_those_of_the_one_and_memory_is_that_of_the_other(name) -> None:
+    """After three steps up, the next one is a first step at the rate of the fourth; or reversed."""
+    optimizer = SCHEDULED[name]
+    up, down = ({"w": jnp.full(2, sign)} for sign in (1.0, -1.0))
+    fresh = later = optimizer.init(PARAMS)
+    for _ in range(3):
+        _, later = optimizer.update(up, later, PARAMS)
+
+    def next_step(state):
+        return optimizer.update(down, state, PARAMS)[0]["w"]
+
+    assert jnp.abs(next_step(later) / rate(3) - next_step(fresh) / rate(0)).min() > 0.1
+    for state, advanced, ratio in ((fresh, later, rate(3) / rate(0)), (later, fresh, 4.0)):
+        kept = keep_schedules(state, advanced)
+        np.testing.assert_allclose(next_step(kept), ratio * next_step(state), rtol=1e-5)
+        assert jax.tree.structure(kept) == jax.tree.structure(state)
+
+
+def remembers_start() -> optax.GradientTransformation:
+    """Its state holds the parameters that it began with."""
+    return optax.GradientTransformation(lambda params: params, lambda g, state, params=None: (g, 0))
+
+
+@pytest.mark.parametrize("bad", [None, NAN, INF])
+def test_an_unsound_state_begins_anew_at_the_parameters_but_for_its_schedule(bad) -> None:
+    optimizer = optax.with_extra_args_support(
+        optax.chain(remembers_start(), optax.trace(0.9), optax.scale_by_schedule(rate))
+    )
+    start, trace, schedule = optimizer.init({"w": jnp.zeros(2)})
+    ones = {"w": jnp.ones(2)}
+    state = (start, trace._replace(trace=ones), schedule._replace(count=jnp.int32(5)))
+    spoilt = state if bad is None else (state[0], trace._replace(trace={"w": ones["w"] * bad}))
+    renewed, unsound = renew_if_unsound(optimizer, PARAMS, (*spoilt[:2], state[2]))
+    assert bool(unsound) == (bad is not None)
+    expected = state if bad is None else (PARAMS, trace, state[2])
+    jax.tree.map(np.testing.assert_array_equal, renewed, expected)
+
+
+def test_a_state_with_infinities_by_design_is_left_alone() -> None:
+    optimizer = optax.with_extra_args_support(optax.contrib.reduce_on_plateau(patience=2))
+    state = optimizer.init(PARAMS)
+    assert np.isinf(state.best_value)
+    renewed, unsound = renew_if_unsound(optimizer, PARAMS, state._replace(scale=jnp.float32(0.5)))
+    assert not unsound and renewed.scale == 0.5

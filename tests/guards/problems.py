@@ -1,8 +1,10 @@
-"""The problem of numpy_guards as a JAX objective, and the schedule of both sides."""
+"""Problems that several of the guards' tests share: one of them numpy_guards', as JAX has it."""
 
 import jax
 import jax.numpy as jnp
 import numpy_guards
+
+from lossguard.tasks import quadratic, ridge_logistic
 
 
 def objective_of(problem: numpy_guards.Objective, xi: jax.Array | None = None):
@@ -13,4 +15,17 @@ def objective_of(problem: numpy_guards.Objective, xi: jax.Array | None = None):
 
 
 def decay(rate: float):
+    """The schedule of both sides."""
     return lambda k: rate / (1 + 0.025 * k)
+
+
+CONVEX = {
+    "quadratic": lambda: quadratic(jax.random.key(0), n=6, mu=0.05, L=2.0, distance=3.0),
+    "ridge": lambda: ridge_logistic(jax.random.key(0), n=4, samples=50, mu=0.1),
+}
+"""Their minimum is known. Made where they are used, in that test's precision."""
+
+
+def valleys(w: jax.Array, i: jax.Array | int = 0) -> jax.Array:
+    """Not convex, and without noise."""
+    return jnp.sum(w**2 / 20 + 1 - jnp.cos(3 * w))

@@ -8,21 +8,12 @@ import optax
 import optimizers
 import pytest
 from problems import decay, objective_of
+from runs import play
 
 import lossguard
 
 NT, NC, CYCLES = 3, 2, 60
 DECAY = 0.7
-
-
-def play(guard, objective, start, cycles=CYCLES):
-    """Where x is after each cycle, and the decisions."""
-
-    def step(state, _):
-        state, decision = guard.step(state, objective)
-        return state, (state.params, state.minibatches, decision)
-
-    return jax.jit(lambda state: jax.lax.scan(step, state, length=cycles)[1])(guard.init(start))
 
 
 def problem_and_objective():
@@ -40,20 +31,22 @@ def test_it_follows_the_lowest_record() -> None:
     start, objective = problem_and_objective()
     members = [optax.sgd(0.02, momentum=0.95), optax.sgd(decay(0.1)), optax.sign_sgd(0.3)]
     guards = [unguarded(one) for one in members]
-    alone = [play(guard, objective, start) for guard in guards]
-    x, minibatches, decisions = play(lossguard.best_of(guards, decay=DECAY), objective, start)
+    alone = [play(guard, objective, start, CYCLES) for guard in guards]
+    best = lossguard.best_of(guards, decay=DECAY)
+    states, decisions = play(best, objective, start, CYCLES)
 
-    losses = np.stack([np.asarray(d.losses).mean(axis=1) for _, _, d in alone])
+    losses = np.stack([np.asarray(d.losses).mean(axis=1) for _, d in alone])
     records, followed = np.zeros(len(guards)), []
     for cycle in range(CYCLES):
         records = DECAY * records + losses[:, cycle]
         followed.append(int(np.argmin(records)))
     assert set(followed) == {0, 1, 2}
     np.testing.assert_array_equal(decisions.winner, followed)
-    np.testing.assert_array_equal(minibatches, NT * np.arange(1, CYCLES + 1))
+    np.testing.assert_array_equal(states.minibatches, NT * np.arange(1, CYCLES + 1))
     for cycle, one in enumerate(followed):
-        np.testing.assert_allclose(x[cycle], alone[one][0][cycle], rtol=1e-12)
-        np.testing.assert_allclose(decisions.losses[cycle], alone[one][2].losses[cycle], rtol=1e-12)
+        single, told = alone[one]
+        np.testing.assert_allclose(states.params[cycle], single.params[cycle], rtol=1e-12)
+        np.testing.assert_allclose(decisions.losses[cycle], told.losses[cycle], rtol=1e-12)
     assert (decisions.gradients == len(guards) * NT).all()
 
 
@@ -96,8 +89,8 @@ def test_members_share_minibatches() -> None:
     start, objective = problem_and_objective()
     guards = [lossguard.loss_guard(optax.adam(0.1), optax.sgd(0.1), nt=NT, nc=NC)]
     guards += [unguarded(optax.sgd(0.1))]
-    _, minibatches, decisions = play(lossguard.best_of(guards), objective, start, 5)
-    np.testing.assert_array_equal(minibatches, (NT + NC) * np.arange(1, 6))
+    states, decisions = play(lossguard.best_of(guards), objective, start, 5)
+    np.testing.assert_array_equal(states.minibatches, (NT + NC) * np.arange(1, 6))
     assert (decisions.gradients == 3 * NT).all() and (decisions.forwards == 2 * NC).all()
     assert (decisions.learned_updates == 2 * NT).all()
 
@@ -105,10 +98,10 @@ def test_members_share_minibatches() -> None:
 def test_a_list_of_one_is_the_one() -> None:
     start, objective = problem_and_objective()
     one = lossguard.recommended(optax.adam(0.4), optax.sgd(0.1), nt=NT, nc=NC)
-    (x, _, alone), (same, _, both) = (
-        play(guard, objective, start) for guard in (one, lossguard.best_of([one]))
+    (state, alone), (same, both) = (
+        play(guard, objective, start, CYCLES) for guard in (one, lossguard.best_of([one]))
     )
-    np.testing.assert_allclose(same, x, rtol=1e-6)
+    np.testing.assert_allclose(same.params, state.params, rtol=1e-6)
     np.testing.assert_array_equal(both.used_learned, alone.used_learned)
     np.testing.assert_array_equal(both.gradients, alone.gradients)
 
@@ -120,7 +113,7 @@ def test_what_was_not_finite_is_not_followed() -> None:
         return jnp.where((w < -1) & (i == 2 * NT), jnp.nan, w)
 
     guards = [unguarded(optimizers.constant(-1.0)), unguarded(optimizers.constant(-0.01))]
-    _, _, decisions = play(lossguard.best_of(guards), objective, jnp.float32(0), 10)
+    _, decisions = play(lossguard.best_of(guards), objective, jnp.float32(0), 10)
     np.testing.assert_array_equal(decisions.winner, [0, 0] + 8 * [1])
 
 
@@ -129,7 +122,7 @@ def test_a_minibatch_that_is_lost_on_all_does_not_count() -> None:
         return jnp.where(i == 2 * NT, jnp.nan, w)
 
     guards = [unguarded(optimizers.constant(-0.01)), unguarded(optimizers.constant(-1.0))]
-    _, _, decisions = play(lossguard.best_of(guards), objective, jnp.float32(0), 10)
+    _, decisions = play(lossguard.best_of(guards), objective, jnp.float32(0), 10)
     assert (decisions.winner[-5:] == 1).all()
 
 
@@ -152,7 +145,7 @@ def test_it_may_be_nested_and_vmapped() -> None:
         starts
     )
     for one, x in zip(states.params, starts, strict=True):
-        np.testing.assert_allclose(one, play(guard, objective, x, 20)[0][-1], rtol=1e-5)
+        np.testing.assert_allclose(one, play(guard, objective, x, 20)[0].params[-1], rtol=1e-5)
 
 
 def test_errors() -> None:

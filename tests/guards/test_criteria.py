@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from scipy import optimize, stats
+from damage import CONFIDENCE, MEAN, PAIRED, dearest
+from scipy import stats
 
 import lossguard
 from lossguard.guards.criteria import Criterion
 
 RUNS = 4000
-CONFIDENCE = 0.95
 
 
 def samples(m: int = 3, most: int = 12, seed: int = 0) -> np.ndarray:
@@ -182,8 +182,6 @@ def simulator(criterion: Criterion, m: int, nc: int):
     return simulate
 
 
-MEAN = lossguard.mean_criterion()
-PAIRED = lossguard.paired_criterion(confidence=CONFIDENCE)
 SEQUENTIAL = lossguard.sequential_criterion(confidence=CONFIDENCE, first=5, most=80)
 
 
@@ -202,7 +200,7 @@ def test_equal_lanes_paired() -> None:
     winner, n = simulate(PAIRED, 0.0)
     assert abs((winner == 0).mean() - 0.05) < error(0.05)
     assert (n == 10).all()
-    winner, _ = simulate(lossguard.mean_criterion(), 0.0)
+    winner, _ = simulate(MEAN, 0.0)
     assert abs((winner == 0).mean() - 0.5) < error(0.5)
 
 
@@ -225,7 +223,7 @@ def test_three_equal_candidates(criterion) -> None:
     winner, _ = simulate(criterion, 0.0, 0.0, 0.0)
     rate = 0.05 / (len(criterion.looks) if criterion.looks else 1)
     assert 0.4 * rate <= (winner < 3).mean() <= rate + error(rate)
-    winner, _ = simulate(lossguard.mean_criterion(), 0.0, 0.0, 0.0)
+    winner, _ = simulate(MEAN, 0.0, 0.0, 0.0)
     assert (winner < 3).mean() > 0.8
 
 
@@ -325,16 +323,6 @@ def test_lanes_that_are_not_finite_are_settled_at_once(criterion, value) -> None
         _, decision = step(guard.init(jnp.zeros(2)))
         assert decision.winner == winner
         assert decision.forwards == 2 * first
-
-
-def dearest(criterion: Criterion, n: int) -> float:
-    """max_u u P(kept), where a lane is worse by u s / sqrt(n), and differences are normal."""
-    t = stats.t.ppf(CONFIDENCE, n - 1)
-
-    def cost(u: float) -> float:
-        return -u * (stats.norm.sf(u) if criterion is MEAN else stats.nct.sf(t, n - 1, -u))
-
-    return -optimize.minimize_scalar(cost, bounds=(0.01, 5), method="bounded").fun
 
 
 @pytest.mark.parametrize("n", [5, 10, 40])

@@ -11,18 +11,14 @@ import numpy as np
 import optax
 import optimizers
 import pytest
-from scipy import optimize, stats
+from damage import MEAN, PAIRED, dearest
+from problems import CONVEX
 
 import lossguard
-from lossguard.guards.criteria import Criterion
 from lossguard.guards.guarded import GuardedState
-from lossguard.tasks import Noisy, quadratic, ridge_logistic
+from lossguard.tasks import Noisy, quadratic
 
 STEPS = 150
-PROBLEMS = {
-    "quadratic": lambda: quadratic(jax.random.key(0), n=6, mu=0.05, L=2.0, distance=3.0),
-    "ridge": lambda: ridge_logistic(jax.random.key(0), n=4, samples=50, mu=0.1),
-}
 
 
 def by_guarded(problem, learned, fallback, start):
@@ -52,7 +48,7 @@ def by_loss_guard(problem, learned, fallback, start):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("play", [by_guarded, by_loss_guard])
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", CONVEX)
 def test_theorem_5(name, play) -> None:
     """E_k <= (1 - (2 mu a / L)(1 - a / 2))^k E_0.
 
@@ -60,7 +56,7 @@ def test_theorem_5(name, play) -> None:
     Polyak-Lojasiewicz inequality has ||grad f||^2 >= 2 mu E. The paper's text divides by 2 mu
     instead.
     """
-    problem = PROBLEMS[name]()
+    problem = CONVEX[name]()
     start = jnp.zeros_like(problem.minimum) + 2.0
     a = jnp.array([0.3, 1.0, 1.7])
 
@@ -102,7 +98,7 @@ def test_theorem_7(name, nt, hedge) -> None:
 
         (1 - 2 / m) C / m + 2 L s^2 / (mu m)^2 <= (m - 2) C / m^2 + C / m^2 <= C / (m + 1).
     """
-    problem = PROBLEMS[name]()
+    problem = CONVEX[name]()
     k0 = 2 * float(problem.L / problem.mu)
     rate = lossguard.harmonic_decay(1 / float(problem.L), offset=k0)
     cycles, excess = noisy_run(problem, rate, nt=nt, hedge=hedge)
@@ -164,20 +160,6 @@ def noisy_run(problem, rate, *, nt: int, hedge: bool):
     assert 0 < used.mean() < 1
     assert jnp.isfinite(excess).all()
     return cycles, excess
-
-
-def dearest(criterion: Criterion, nc: int) -> float:
-    """max_u u P(y kept), where y is worse by u tau / sqrt(nc), and differences are normal."""
-
-    def cost(u: float) -> float:
-        return u * (stats.norm.sf(u) if criterion is MEAN else stats.nct.sf(t, nc - 1, -u))
-
-    t = stats.t.ppf(0.95, nc - 1)
-    return -optimize.minimize_scalar(lambda u: -cost(u), bounds=(0.01, 5), method="bounded").fun
-
-
-MEAN = lossguard.mean_criterion()
-PAIRED = lossguard.paired_criterion(confidence=0.95)
 
 
 @pytest.mark.usefixtures("x64")
@@ -304,7 +286,7 @@ def test_a_whole_run_at_a_stated_confidence() -> None:
 @pytest.mark.usefixtures("x64")
 def test_without_a_guard_they_are_hostile() -> None:
     """What the guarantees are worth: each of these optimizers ends farther than SGD alone."""
-    problem = PROBLEMS["quadratic"]()
+    problem = CONVEX["quadratic"]()
     start = jnp.zeros_like(problem.minimum) + 2.0
 
     def alone(optimizer):
@@ -319,7 +301,7 @@ def test_without_a_guard_they_are_hostile() -> None:
 
 def test_the_variance_is_sigma_squared() -> None:
     """The noise that Theorem 7 is tested with, at another dimension than the doctest's."""
-    problem = Noisy(PROBLEMS["ridge"](), jax.random.key(2), sigma=0.5)
+    problem = Noisy(CONVEX["ridge"](), jax.random.key(2), sigma=0.5)
     w = jnp.ones(4)
     gradients = jax.vmap(jax.grad(problem), (None, 0))(w, jnp.arange(20_000))
     error = gradients - jax.grad(problem.problem)(w)

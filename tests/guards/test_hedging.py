@@ -12,10 +12,11 @@ import numpy_guards
 import optax
 import optimizers
 import pytest
-from problems import decay, objective_of
+from problems import CONVEX, decay, objective_of, valleys
+from runs import play
 
 import lossguard
-from lossguard.tasks import Noisy, quadratic, ridge_logistic
+from lossguard.tasks import Noisy
 
 NT, NC, CYCLES = 3, 2, 30
 S = {True: 2, "only": 1}
@@ -156,20 +157,14 @@ def test_skipping_z_changes_nothing(loser) -> None:
         loser=loser,
     )
 
-    def run(skip: bool):
-        def step(state, _):
-            inner = state.inner
-            on_own = inner.lanes.on_own if skip else jnp.array(False)
-            state, decision = guard.step(
-                state._replace(inner=inner._replace(lanes=inner.lanes._replace(on_own=on_own))),
-                objective,
-            )
-            return state, (state, decision)
+    def with_z(state, objective):
+        lanes = state.inner.lanes._replace(on_own=jnp.array(False))
+        return guard.step(state._replace(inner=state.inner._replace(lanes=lanes)), objective)
 
-        start = guard.init(jnp.asarray(problem.start))
-        return jax.jit(lambda start: jax.lax.scan(step, start, length=CYCLES)[1])(start)
-
-    (skipping, one), (computing, other) = run(True), run(False)
+    (skipping, one), (computing, other) = (
+        play(guard._replace(step=step), objective, jnp.asarray(problem.start), CYCLES)
+        for step in (guard.step, with_z)
+    )
     jax.tree.map(np.testing.assert_array_equal, skipping, computing)
     for name in ("winner", "losses", "learned_loss", "fallback_loss", "used_learned"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
@@ -256,38 +251,26 @@ def test_it_is_not_myopic(hedge) -> None:
         assert s[-1] < 0.1
 
 
-PROBLEMS = {
-    "quadratic": lambda: quadratic(jax.random.key(0), n=6, mu=0.05, L=2.0, distance=3.0),
-    "ridge": lambda: ridge_logistic(jax.random.key(0), n=4, samples=50, mu=0.1),
-    "nonconvex": lambda: nonconvex,
-}
-
-
-def nonconvex(w: jax.Array, i: jax.Array | int = 0) -> jax.Array:
-    """Many valleys."""
-    return jnp.sum(w**2 / 20 + 1 - jnp.cos(3 * w))
-
-
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("hedge", "problem", "fallback"),
     [
         (True, "quadratic", "sgd"),
         ("only", "ridge", "adam"),
-        (True, "nonconvex", "adam"),
-        ("only", "nonconvex", "sgd"),
+        (True, "valleys", "adam"),
+        ("only", "valleys", "sgd"),
     ],
 )
 def test_never_worse_than_the_fallback_alone(hedge, problem, fallback) -> None:
     """In every cycle where checks are exact, convex or not, whatever the learned optimizer does."""
-    f = PROBLEMS[problem]()
+    f = valleys if problem == "valleys" else CONVEX[problem]()
     start = 2.0 + 0.1 * jnp.arange(4.0 if problem == "ridge" else 6.0)
     trusted = optax.sgd(0.05) if fallback == "sgd" else optax.adam(0.1)
     alone = lossguard.unguarded(trusted, nt=NT)
 
     def one(which):
         guard = lossguard.loss_guard(
-            optimizers.hostile(which, 0.15 if problem == "nonconvex" else 0.4),
+            optimizers.hostile(which, 0.15 if problem == "valleys" else 0.4),
             trusted,
             nt=NT,
             nc=1,
@@ -317,7 +300,7 @@ def test_one_more_error_does_not_add_to_the_last(hedge) -> None:
     tau is the deviation of F(lane, j) - F(s, j), summed over y and z. s knows nothing of wrong
     decisions, so that only the last one counts; test_criteria has the constant.
     """
-    problem, sigma, seeds, cycles = PROBLEMS["quadratic"](), 2.0, 300, 60
+    problem, sigma, seeds, cycles = CONVEX["quadratic"](), 2.0, 300, 60
     learned = optimizers.hostile(1)  # wanders
     fallback = optax.sgd(0.1)
     guard = lossguard.loss_guard(learned, fallback, nt=1, nc=4, hedge=hedge)

@@ -8,10 +8,11 @@ import numpy as np
 import optax
 import optimizers
 import pytest
+from problems import CONVEX
+from runs import play, side_by_side
 
 import lossguard
 from lossguard.guards.probing import init_probing
-from lossguard.tasks import quadratic
 
 NT, NC = 2, 3
 
@@ -19,16 +20,6 @@ NT, NC = 2, 3
 def is_probe(decisions) -> np.ndarray:
     """In which cycles learned lanes ran."""
     return np.asarray(decisions.learned_updates) > 0
-
-
-def play(guard, objective, start, cycles: int):
-    """The states after every cycle, and the decisions."""
-
-    def step(state, _):
-        state, decision = guard.step(state, objective)
-        return state, (state, decision)
-
-    return jax.jit(lambda start: jax.lax.scan(step, guard.init(start), length=cycles)[1])(start)
 
 
 def waits(patience: int, most: int, wins: dict[int, bool], cycles: int) -> list[int]:
@@ -227,18 +218,10 @@ def test_vmap_is_a_loop(hedge) -> None:
 
     starts = jnp.array([0.1, 1.0, 3.0, 10.0])[:, None] * jnp.array([0.6, 0.8])
     keys = jax.random.split(jax.random.key(0), 4)
-    together, alone = jax.jit(jax.vmap(run))(starts, keys), jax.jit(run)
-    for seed in range(4):
-        jax.tree.map(
-            lambda one, all_of_them, seed=seed: np.testing.assert_allclose(
-                all_of_them[seed], one, rtol=1e-9, atol=1e-12
-            ),
-            alone(starts[seed], keys[seed]),
-            together,
-        )
-    probes = is_probe(together[1])
+    states, decisions = side_by_side(run, starts, keys)
+    probes = is_probe(decisions)
     assert (probes.any(axis=0) & ~probes.all(axis=0)).any()
-    assert len(np.unique(together[0].minibatches)) > 1
+    assert len(np.unique(states.minibatches)) > 1
 
 
 @pytest.mark.usefixtures("x64")
@@ -250,7 +233,7 @@ def test_theorem_5_with_backoff(hedge, start) -> None:
     is one for the fallback's own path, which starts from the same point. Hedged x is never above
     that path, in the cycles of probes at least, and with "only" in all.
     """
-    problem = quadratic(jax.random.key(0), n=6, mu=0.05, L=2.0, distance=3.0)
+    problem = CONVEX["quadratic"]()
     x = jnp.zeros_like(problem.minimum) + 2.0
     a, cycles = 0.5, 60
 

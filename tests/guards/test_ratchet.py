@@ -6,19 +6,19 @@ import numpy as np
 import optax
 import optimizers
 import pytest
+from problems import CONVEX
+from runs import play
 
 import lossguard
 from lossguard.guards.branch import Branch
 from lossguard.guards.ratchet import Ratchet, RatchetState, init_ratchet, ratchet
-from lossguard.tasks import Noisy, quadratic
+from lossguard.tasks import Noisy
 
 NT, NC, CYCLES, EVERY, TOLERANCE = 3, 2, 60, 4, 0.05
 
 
 def noisy() -> Noisy:
-    return Noisy(
-        quadratic(jax.random.key(0), n=6, mu=0.05, L=2.0, distance=3.0), jax.random.key(1), 2.0
-    )
+    return Noisy(CONVEX["quadratic"](), jax.random.key(1), 2.0)
 
 
 @pytest.mark.usefixtures("x64")
@@ -129,11 +129,8 @@ def test_a_slow_rise_that_no_check_sees(tolerance) -> None:
     ]
     ends = []
     for guard in guards:
-        state = guard.init(jnp.ones(1))
-        state, decisions = jax.jit(
-            lambda s, g=guard: jax.lax.scan(lambda s, _: g.step(s, objective), s, length=500)
-        )(state)
-        ends.append(float(state.params[0]))
+        states, decisions = play(guard, objective, jnp.ones(1), 500)
+        ends.append(float(states.params[-1, 0]))
         highest = float(decisions.losses.max())
     assert ends[0] == pytest.approx(1 + 500 * 2 * 0.01, rel=1e-4)
     # At most above by the tolerance on the mean of five cycles, and by what those five rise.
@@ -151,11 +148,8 @@ def test_minibatches_that_are_lost_do_not_count(lost) -> None:
     guard = lossguard.loss_guard(
         climb(0.01), optax.sgd(0.0), nt=2, nc=1, checks="apart", ratchet=ratchet(cycles=5)
     )
-    state = guard.init(jnp.ones(1))
-    state, _ = jax.jit(lambda s: jax.lax.scan(lambda s, _: guard.step(s, objective), s, length=99))(
-        state
-    )
-    assert state.params[0] < 1.3
+    states, _ = play(guard, objective, jnp.ones(1), 99)
+    assert states.params[-1, 0] < 1.3
 
 
 def test_a_cycle_in_which_x_stayed_says_nothing_of_it() -> None:

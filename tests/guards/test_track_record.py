@@ -8,29 +8,15 @@ import optimizers
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import CONVEX, valleys
 from scipy import stats
 
 import lossguard
 from lossguard.guards.track_record import Excess, TrackRecord, track_record
-from lossguard.tasks import Noisy, quadratic
+from lossguard.tasks import Noisy
 
 NT, NC, CYCLES, DECAY, SHARE = 4, 3, 80, 0.8, 0.3
-
-
 NONE = Excess(jnp.float32(0), jnp.float32(0), jnp.int32(0))
-
-
-def valleys(w: jax.Array, i: jax.Array | int = 0) -> jax.Array:
-    """Not convex, and without noise."""
-    return jnp.sum(w**2 / 20 + 1 - jnp.cos(3 * w))
-
-
-PROBLEMS = {
-    "noise": lambda: Noisy(
-        quadratic(jax.random.key(0), n=6, mu=0.05, L=2.0, distance=3.0), jax.random.key(1), 2.0
-    ),
-    "valleys": lambda: valleys,
-}
 
 
 @pytest.mark.usefixtures("x64")
@@ -49,7 +35,8 @@ def test_the_curve_is_not_above_the_fallbacks(problem, trusted, options) -> None
 
     In every run and at every cycle, whatever the learned optimizer, the noise and the landscape.
     """
-    f = PROBLEMS[problem]()
+    noise = problem == "noise"
+    f = Noisy(CONVEX["quadratic"](), jax.random.key(1), 2.0) if noise else valleys
     alone = lossguard.unguarded(trusted, nt=NT)
 
     def one(which):
@@ -96,7 +83,7 @@ def test_the_curve_is_not_above_the_fallbacks(problem, trusted, options) -> None
     turns = optimizers.HOSTILE.index("turns")
     assert np.cumsum(above, axis=1)[turns].min() < -0.1  # there was something to gain
     assert not on_own[turns].all()
-    if problem == "noise":
+    if noise:
         assert (~on_own[:, :-1] & on_own[:, 1:]).any()  # x went back
 
 

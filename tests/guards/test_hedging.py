@@ -362,6 +362,7 @@ def test_s_begins_again_at_x(loser) -> None:
         assert decision.gradients == (2 if cycle in (0, 2) else 3) * NT
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -374,7 +375,7 @@ def test_s_begins_again_at_x(loser) -> None:
 )
 def test_errors(arguments, message) -> None:
     with pytest.raises(ValueError) as error:
-        lossguard.loss_guard.__wrapped__(
+        lossguard.loss_guard(
             **({"learned": optax.sgd(1.0), "fallback": optax.sgd(1.0)} | arguments)
         )
     assert str(error.value) == message

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 import lossguard
 
-NT, NC = 2, 2
+NT, NC = 2, 3
 R = 0.05
 OPTIMIZERS = {
     "sgd": optax.sgd(R),

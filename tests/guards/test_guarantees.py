@@ -297,13 +297,3 @@ def test_without_a_guard_they_are_hostile() -> None:
     sgd = alone(optax.sgd(1 / problem.L))
     for which, name in enumerate(optimizers.HOSTILE):
         assert not alone(optimizers.hostile(which)) <= 2 * sgd, name
-
-
-def test_the_variance_is_sigma_squared() -> None:
-    """The noise that Theorem 7 is tested with, at another dimension than the doctest's."""
-    problem = Noisy(CONVEX["ridge"](), jax.random.key(2), sigma=0.5)
-    w = jnp.ones(4)
-    gradients = jax.vmap(jax.grad(problem), (None, 0))(w, jnp.arange(20_000))
-    error = gradients - jax.grad(problem.problem)(w)
-    np.testing.assert_allclose(error.mean(axis=0), 0, atol=0.01)
-    np.testing.assert_allclose(jnp.sum(error**2, axis=1).mean(), 0.25, rtol=0.02)

@@ -109,28 +109,6 @@ def test_both_lanes_see_the_same_minibatches_and_every_minibatch_is_seen_once(
         np.testing.assert_array_equal(decision.losses - seen, [kept if cycle else 0, kept, kept])
 
 
-def test_a_cycle_is_a_function_of_the_state() -> None:
-    """Run again from the same state it does the same, minibatches included."""
-    guard = lossguard.loss_guard(optax.adam(0.5), optax.sgd(0.5), nt=2, nc=1)
-
-    def objective(w, i):
-        return jnp.sum((w - jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (3,))) ** 2)
-
-    step = jax.jit(lambda state: guard.step(state, objective))
-    state, _ = step(guard.init(jnp.ones(3)))
-    jax.tree.map(np.testing.assert_array_equal, step(state), step(state))
-    (one, _), (other, _) = step(state), step(state._replace(minibatches=state.minibatches + 1))
-    assert not jnp.array_equal(one.params, other.params)
-
-
-@pytest.mark.usefixtures("eager")
-def test_what_a_cycle_costs() -> None:
-    guard = lossguard.loss_guard(optax.adam(0.1), optax.sgd(0.1), nt=7, nc=3)
-    _, decision = guard.step(guard.init(jnp.ones(2)), lambda w, i: jnp.sum(w**2))
-    assert decision.steps == 7
-    assert (decision.gradients, decision.forwards, decision.learned_updates) == (14, 6, 7)
-
-
 @pytest.mark.usefixtures("eager")
 def test_the_learned_optimizer_may_be_bad_for_ever() -> None:
     """Then x is where the fallback alone would be."""

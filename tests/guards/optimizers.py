@@ -58,12 +58,14 @@ class Hostile(NamedTuple):
 HOSTILE = ("ascends", "wanders", "turns", "overflows", "dawdles")
 
 
-def hostile(which: Array | int, rate: Array | float = 0.5) -> optax.GradientTransformation:
+def hostile(
+    which: Array | int, rate: Array | float = 0.5, turn: int = 100
+) -> optax.GradientTransformation:
     """One of ``HOSTILE``; all of them in one, so that one compiled loop plays them all.
 
-    "ascends": up the gradient; "wanders": anywhere; "turns": descends at ``rate`` for 100 steps,
-    then leaps up; "overflows": ever farther, to infinity and NaN; "dawdles": lowers the loss a tiny
-    bit for ever.
+    "ascends": up the gradient; "wanders": anywhere; "turns": descends at ``rate`` for ``turn``
+    steps, then leaps up; "overflows": ever farther, to infinity and NaN; "dawdles": lowers the loss
+    a tiny bit for ever.
     """
 
     def init(params: PyTree) -> Hostile:
@@ -73,7 +75,7 @@ def hostile(which: Array | int, rate: Array | float = 0.5) -> optax.GradientTran
         def one(g: Array) -> Array:
             noise = jax.random.normal(jax.random.fold_in(state.key, state.steps), g.shape, g.dtype)
             growth = 10.0 ** (20.0 * state.steps)
-            turned = jnp.where(state.steps < 100, -rate, 1e3)
+            turned = jnp.where(state.steps < turn, -rate, 1e3)
             choices = (0.1 * g, noise, turned * g, growth * (growth - g), -1e-9 * g)
             return jnp.select([which == j for j in range(len(choices))], choices).astype(g.dtype)
 

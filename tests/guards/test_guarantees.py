@@ -133,9 +133,10 @@ def far(problem):
 def noisy_run(problem, rate, *, nt: int, hedge: bool):
     """How many cycles of nt steps make some 400, and E at the end of each [hostile, seeds, cycles].
 
-    Gradients have the variance SIGMA^2, checks are exact.
+    Gradients have the variance SIGMA^2, checks are exact. "turns" does so after 100 cycles.
     """
-    seeds, cycles = 100, 400 // nt
+    seeds, well_behaved = 100, 100
+    cycles = max(400 // nt, well_behaved + 10)
 
     def one(which, key):
         noisy = Noisy(problem, key, SIGMA)
@@ -143,9 +144,8 @@ def noisy_run(problem, rate, *, nt: int, hedge: bool):
         def objective(w, i):  # a cycle trains on nt minibatches, and checks on one
             return jnp.where(i % (nt + 1) < nt, noisy(w, i), problem(w))
 
-        guard = lossguard.loss_guard(
-            optimizers.hostile(which, 1 / problem.L), optax.sgd(rate), nt=nt, nc=1, hedge=hedge
-        )
+        learned = optimizers.hostile(which, 1 / problem.L, turn=nt * well_behaved)
+        guard = lossguard.loss_guard(learned, optax.sgd(rate), nt=nt, nc=1, hedge=hedge)
 
         def step(state, _):
             state, decision = guard.step(state, objective)
@@ -157,7 +157,8 @@ def noisy_run(problem, rate, *, nt: int, hedge: bool):
     excess, used = jax.jit(jax.vmap(over_keys, in_axes=(0, None)))(
         jnp.arange(len(optimizers.HOSTILE)), jax.random.split(jax.random.key(1), seeds)
     )
-    assert 0 < used.mean() < 1
+    before, after = np.split(used[optimizers.HOSTILE.index("turns")], [well_behaved], axis=1)
+    assert 0 < before.mean() < 1 and not after.any()
     assert jnp.isfinite(excess).all()
     return cycles, excess
 

@@ -128,3 +128,8 @@ def test_residual_guard_by_default_is_the_papers_setting() -> None:
     )
     for one, other in zip(play(by_default, problem, 5), play(named, problem, 5), strict=True):
         jax.tree.map(np.testing.assert_array_equal, one, other)
+    # A first step that shrinks the residual by 1.5 % is small enough, one by 0.5 % is not.
+    for rate, accepted in ((0.015, True), (0.005, False)):
+        guard = lossguard.residual_guard(optax.sgd(rate), optax.sgd(0.3), nt=1)
+        _, decision = guard.step(guard.init(jnp.ones(2)), lambda w, i: w @ w / 2)
+        assert bool(decision.used_learned.all()) == accepted

@@ -11,7 +11,7 @@ from lossguard.guards.recommended import settings
 
 
 def test_it_gives_up_after_its_patience() -> None:
-    """The learned optimizer loses every cycle: x is the fallback's, and one lane where not probed."""
+    """The learned optimizer loses every cycle: x is the fallback's, and z is s."""
     hopeless, fallback = optax.sgd(-1.0), optax.sgd(0.1)
     guard = lossguard.recommended(hopeless, fallback, nt=2, nc=2, patience=3)
     _, decisions = lossguard.rollout(

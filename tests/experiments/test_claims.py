@@ -338,8 +338,11 @@ BAD: dict[str, Curve] = GOOD | {"L2O": 1.0}
 @pytest.mark.parametrize(
     ("first", "second", "outcome"),
     [
-        ({}, {"each_seed": (1.0, 1.0, 1.0), "last": 300}, "fails"),  # more seeds
+        ({}, {"each_seed": (1.0, 1.0, 1.0)}, "fails"),  # more seeds
         ({}, {"each_seed": (1.0,)}, "holds"),
+        ({"last": 3_000}, {"each_seed": (1.0, 1.0, 1.0), "last": 300}, "fails"),
+        ({}, {"each_seed": (1.0, 1.0, 1.0), "last": 10_000}, "holds"),  # but not of full length
+        ({"last": 10_000}, {"each_seed": (1.0,)}, "fails"),
         ({"last": 3_000}, {"last": 10_000}, "fails"),  # longer
         ({}, {"last": 10_000}, "holds"),
         ({}, {}, "fails"),  # the last given
@@ -379,6 +382,19 @@ def test_a_run_without_the_methods_does_not_speak(tmp_path: Path) -> None:
     assert judged("C3d", more).measured == (
         "no run of fig03 has its settings and the methods compared"
     )
+
+
+def test_one_run_speaks_for_all_claims_about_a_figure(tmp_path: Path) -> None:
+    """If one has all methods at full length, and whatever shorter or smaller ones there are."""
+    full = write(tmp_path / "full", "fig05", THREE)
+    fewer = {name: THREE[name] for name in ("SGDnm", "LGL2O")}
+    more_seeds = (1.0, 1.0, 1.0)
+    others = [
+        write(tmp_path / "fewer", "fig05", fewer, each_seed=more_seeds),
+        write(tmp_path / "short", "fig05", FIVE, each_seed=more_seeds, last=SHORT),
+    ]
+    for folders in ([full, *others], [*others, full]):
+        assert {judged(claim, *folders).folder for claim in ("C5a", "C5b")} == {full}
 
 
 def test_a_million_steps_of_one_seed_count(tmp_path: Path) -> None:

@@ -7,8 +7,7 @@ another within 5 %, and diverges if Loss(m, K) > 2 min_k Loss(m, k) or it is not
 What is not finite is worse than anything, its like included. A claim about every mark fails with
 the first mark that does, and holds only if the run is as long as its recipe, the paper's length; a
 claim about K is not run before. A run speaks for a recipe if its settings are the recipe's but for
-length, seeds and methods, and its seeds start at 0; of several, the one with the most seeds does,
-then the longest.
+length, seeds and methods, and its seeds start at 0; ``Evidence.run`` says which one of several.
 """
 
 from collections.abc import Callable, Sequence

@@ -32,8 +32,8 @@ class Run:
     config: Mapping[str, Any]
     manifest: Mapping[str, Any]
     curves: pl.DataFrame
-    steps: int
-    """The length that the recipe asks for, in optimizer steps: the paper's."""
+    recipe: Experiment
+    """Its length in optimizer steps and its methods are the paper's."""
     _losses: dict[int, dict[str, float]] = field(default_factory=dict, compare=False)
 
     @property
@@ -54,9 +54,21 @@ class Run:
             }
         return self._losses[k]
 
+    @property
+    def steps(self) -> int:
+        """The length that the recipe asks for, in optimizer steps."""
+        return self.recipe.steps
+
     def has(self, *methods: str) -> bool:
         """Whether it ran these methods."""
         return set(methods) <= set(self.config["methods"])
+
+    @property
+    def at_full_length(self) -> int:
+        """How many of the recipe's methods it took to the recipe's length."""
+        if self.last < self.steps:
+            return 0
+        return len({*self.recipe.methods} & {*self.config["methods"]})
 
 
 class Evidence(NamedTuple):
@@ -70,14 +82,20 @@ class Evidence(NamedTuple):
     def run(self, name: str, *methods: str) -> Run | None:
         """The run that speaks for a recipe: it has these methods, and its seeds start at 0.
 
-        Of several it is the one with the most seeds, then the longest, then the last given.
+        Of several it is the one that took the most of the recipe's methods to the recipe's length,
+        then the one with the most seeds, then the longest, then the last given. So one that has
+        them all at that length speaks for every claim about the recipe.
         """
         fit = [
             run
             for run in self.runs
             if run.config["name"] == name and run.config["seed"] == 0 and run.has(*methods)
         ]
-        return max(reversed(fit), key=lambda run: (run.config["seeds"], run.last), default=None)
+        return max(
+            reversed(fit),
+            key=lambda run: (run.at_full_length, run.config["seeds"], run.last),
+            default=None,
+        )
 
 
 def gather(records: Mapping[Path, Record]) -> Evidence:
@@ -91,7 +109,7 @@ def gather(records: Mapping[Path, Record]) -> Evidence:
         elif name in RECIPES:
             recipe = RECIPES[name]()
             if has_settings(config, recipe):
-                runs.append(Run(folder, config, manifest, curves, recipe.steps))
+                runs.append(Run(folder, config, manifest, curves, recipe))
     return Evidence(runs, meta)
 
 

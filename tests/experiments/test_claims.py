@@ -242,6 +242,12 @@ def test_divergence_is_told_with_its_numbers(claim: str, tmp_path: Path) -> None
     assert told[claim] in measured
 
 
+@pytest.mark.parametrize(("ours", "outcome"), [(0.0, "holds"), (1e-30, "fails")])
+def test_what_is_zero_tracks_what_is_zero(tmp_path: Path, ours: float, outcome: str) -> None:
+    curves = OTHERS_DIVERGE | {"SGDnm": {1: 1.0, 300: 0.0}, "LGL2O": {1: 1.0, 300: ours}}
+    assert judged("C6", write(tmp_path / "run", "fig06", curves)).outcome == outcome
+
+
 FIRST: dict[str, float] = dict.fromkeys(SETS["fig02"], 0.59) | {
     "fig02-spirals": 0.61,
     "fig02-cifar10": 0.61,

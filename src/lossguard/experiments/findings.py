@@ -88,8 +88,8 @@ def tracks(run: Run, method: str, other: str) -> Finding:
     """Within 5 % at every mark."""
 
     def distance(k: int) -> float:
-        ours, theirs = run.losses(k)[method], run.losses(k)[other]
-        return divided(abs(ours - theirs), theirs)
+        losses = run.losses(k)
+        return abs(divided(losses[method], losses[other]) - 1)
 
     what = f"the distance of {method} from {other}, relative to it,"
     return at_marks(run, every_mark(run), distance, lambda d: d <= 0.05, what)

@@ -344,7 +344,7 @@ def finished(tmp_path: Path) -> Path:
     config = {"name": "mine", "title": "", "methods": ["a"], "seeds": 1}
     records.open_folder(tmp_path / "run", config)
     records.write_json(tmp_path / "run" / records.MANIFEST, {"data": "", "seconds": {"a": 1}})
-    row = {name: [1] for name in records.EXPERIMENT[records.CURVES]}
+    row = {name: [1] for name in records.EXPERIMENT[records.CURVES]} | {"method": ["a"]}
     records.write_parquet(tmp_path / "run" / records.CURVES, pl.DataFrame(row))
     return tmp_path / "run"
 

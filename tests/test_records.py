@@ -14,7 +14,10 @@ import pytest
 from lossguard import records
 
 CONFIG = {"name": "mine", "title": "naïve", "methods": ("a", "b"), "seeds": 1, "rate": 0.1}
-TABLE = pl.DataFrame({name: [1, 2] for name in records.EXPERIMENT[records.CURVES]})
+TABLE = pl.DataFrame(
+    {name: [1, 2] for name in records.EXPERIMENT[records.CURVES]} | {"method": ["a", "b"]}
+)
+SECONDS = {"a": 1.5, "b": 2.5}
 
 
 @pytest.fixture
@@ -23,7 +26,7 @@ def finished(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     records.open_folder(folder, CONFIG)
     records.write_parquet(folder / records.CURVES, TABLE)
-    records.write_json(folder / records.MANIFEST, records.manifest(seconds=1.5, data=""))
+    records.write_json(folder / records.MANIFEST, records.manifest(seconds=SECONDS, data=""))
     return folder
 
 
@@ -31,7 +34,7 @@ def test_round_trip(finished: Path) -> None:
     config, made, curves = records.read_run(finished)
     assert config == {**CONFIG, "methods": ["a", "b"]}
     assert curves.equals(TABLE)
-    assert made["seconds"] == 1.5 and made["command"][0] == "lossguard"
+    assert made["seconds"] == SECONDS and made["command"][0] == "lossguard"
     assert set(made["versions"]) >= {"jax", "optax", "lossguard"}
     assert made["commit"] is None or len(made["commit"].removesuffix("-dirty")) == 40
     assert sorted(entry.name for entry in finished.iterdir()) == [
@@ -78,11 +81,11 @@ def test_manifest_has_the_commit_of_every_part(
         records.open_folder(tmp_path, CONFIG, resume=True)
         assert not records.is_finished(tmp_path)
     records.write_parquet(tmp_path / records.CURVES, TABLE)
-    records.finish(tmp_path, made | {"seconds": 1})
+    records.finish(tmp_path, made | {"seconds": SECONDS})
     assert records.is_finished(tmp_path)
     assert not (tmp_path / records.STARTED).exists()
     _, found, _ = records.read_run(tmp_path)
-    assert (found["commit"], found["data"], found["seconds"]) == ("a", "a", 1)
+    assert (found["commit"], found["data"], found["seconds"]) == ("a", "a", SECONDS)
     assert [part["commit"] for part in found["resumed"]] == ["b", "c"]
 
 
@@ -135,7 +138,7 @@ def test_damaged_file_is_named(finished: Path, name: str, content: bytes) -> Non
     [
         ("config.json", "name, title, methods, seeds"),
         ("manifest.json", "data, seconds"),
-        ("curves.parquet", "method, seed, step, loss, gradients, forwards, .*"),
+        ("curves.parquet", "method, seed, step, loss, used_learned, gradients, .*"),
     ],
 )
 def test_whole_file_of_something_else_is_named(finished: Path, name: str, missing: str) -> None:
@@ -145,6 +148,40 @@ def test_whole_file_of_something_else_is_named(finished: Path, name: str, missin
         records.write_json(finished / name, {})
     with pytest.raises(ValueError, match=rf"run/{name} is not of a run: it lacks {missing}$"):
         records.read_run(finished)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "lack"),
+    [
+        ("curves.parquet", TABLE.clear(), "rows"),
+        ("curves.parquet", TABLE.cast({"loss": pl.String}), "numbers in column loss"),
+        ("curves.parquet", TABLE[:1], "the methods b"),
+        ("manifest.json", {"data": "", "seconds": {"b": 1.0}}, "the methods a"),
+        ("config.json", CONFIG | {"methods": ["a", "b", "c", "d"]}, "the methods c, d"),
+    ],
+)
+def test_records_that_do_not_fit_are_named(
+    finished: Path, name: str, content: Any, lack: str
+) -> None:
+    """A method in the config that no curve has is missed in the curves."""
+    if isinstance(content, pl.DataFrame):
+        records.write_parquet(finished / name, content)
+    else:
+        records.write_json(finished / name, content)
+    file = name.replace("config.json", "curves.parquet")
+    with pytest.raises(ValueError, match=rf"run/{file} is not of this run: it lacks {lack}$"):
+        records.read_run(finished)
+
+
+@pytest.mark.parametrize("lost", ["meta_loss", "rows"])
+def test_records_of_a_meta_training_that_do_not_fit_are_named(tmp_path: Path, lost: str) -> None:
+    curves = pl.DataFrame({"meta_step": [1], "meta_loss": [0.5], "validation": np.ones((1, 3))})
+    curves = curves.clear() if lost == "rows" else curves.cast({"meta_loss": pl.String})
+    records.open_folder(tmp_path / "run", {"name": "mine"})
+    records.write_json(tmp_path / "run" / records.MANIFEST, {})
+    records.write_parquet(tmp_path / "run" / records.CURVES, curves)
+    with pytest.raises(ValueError, match=rf"parquet is not of this run: it lacks .*{lost}$"):
+        records.read_run(tmp_path / "run")
 
 
 def test_truncated_parquet_is_refused_wherever_it_ends(tmp_path: Path) -> None:

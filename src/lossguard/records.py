@@ -34,7 +34,7 @@ EVALUATIONS, VERDICTS = "evaluations.parquet", "verdicts.json"
 EXPERIMENT: Mapping[str, Sequence[str]] = {
     CONFIG: ("name", "title", "methods", "seeds"),
     MANIFEST: ("data", "seconds"),
-    CURVES: ("method", "seed", "step", "loss", *COUNTERS),
+    CURVES: ("method", "seed", "step", "loss", "used_learned", *COUNTERS),
 }
 META_TRAINING: Mapping[str, Sequence[str]] = {
     CONFIG: ("name",),
@@ -145,7 +145,25 @@ def read_run(folder: Path) -> Record:
     for name, found in {CONFIG: config, MANIFEST: made, CURVES: record.curves.columns}.items():
         if missing := [field for field in needed[name] if field not in found]:
             raise ValueError(f"{folder / name} is not of a run: it lacks {', '.join(missing)}")
+    name, lack = _lack(record, needed[CURVES])
+    if lack:
+        raise ValueError(f"{folder / name} is not of this run: it lacks {lack}")
     return record
+
+
+def _lack(record: Record, columns: Sequence[str]) -> tuple[str, str]:
+    """A file of a record, and what it has no values of although all fields are there, or ""."""
+    config, made, curves = record
+    if curves.is_empty():
+        return CURVES, "rows"
+    for name in columns:
+        if name != "method" and curves[name].to_numpy().dtype.kind not in "iuf":
+            return CURVES, f"numbers in column {name}"
+    if not record.is_meta:
+        for name, found in {CURVES: {*curves["method"]}, MANIFEST: made["seconds"]}.items():
+            if missing := [method for method in config["methods"] if method not in found]:
+                return name, f"the methods {', '.join(missing)}"
+    return "", ""
 
 
 def read_parquet(path: Path) -> pl.DataFrame:

@@ -70,6 +70,7 @@ def write(
                     pl.lit(seed).alias("seed"),
                     "step",
                     "loss",
+                    pl.lit(0.0).alias("used_learned"),
                     *((counters.get(name, 0.0) * pl.col("step")).alias(name) for name in COUNTERS),
                 )
             )

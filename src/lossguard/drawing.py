@@ -7,7 +7,16 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+
+def log_losses(axes: Axes) -> None:
+    """A logarithmic axis for the lines drawn, if one of them has a point that it can show."""
+    drawn = [np.asarray(line.get_ydata(), float) for line in axes.lines]
+    if any((np.isfinite(values) & (values > 0)).any() for values in drawn):
+        axes.set_yscale("log")
 
 
 def save(figure: Figure, folder: Path) -> Path:

@@ -80,12 +80,14 @@ def test_smooth_shows_where_a_loss_is_not_finite(bad: float) -> None:
 
 def test_draw_has_a_line_and_a_band_for_each_method() -> None:
     curves = curves_of({"SGDnm": 1.0, "LGL2O": 2.0, "LGL2O over Adam": 3.0})
-    figure = figures.draw(curves, "Title", note="JPEG q75")
+    figure = figures.draw(curves, "Title (JPEG q75)")
     first, second = figure.axes
     assert (first.get_xscale(), first.get_yscale()) == ("log", "log")
     assert first.get_title() == "Title (JPEG q75)"
     assert [line.get_label() for line in first.lines] == ["SGDnm", "LGL2O", "LGL2O over Adam"]
     assert len(first.collections) == 3
+    widths = [line.get_linewidth() for line in first.lines]
+    assert widths[0] > widths[1] > widths[2]  # where they coincide, the first is seen
     for line, level in zip(first.lines, (1.0, 2.0, 3.0), strict=True):
         x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
         assert set(x) <= set(STEPS) and (x[0], x[-1]) == (1, STEPS[-1])
@@ -116,12 +118,20 @@ def test_draw_without_guards_has_one_axis() -> None:
     plt.close(figure)
 
 
+@pytest.mark.parametrize(("methods", "bands"), [(5, 5), (6, 0)])
+def test_bands_of_many_methods_are_left_out(methods: int, bands: int) -> None:
+    """They would hide each other."""
+    named = {f"LGL2O over Adam {number}": 1.0 for number in range(methods)}
+    figure = figures.draw(curves_of(named, np.arange(1, 20)), "Title")
+    assert len(figure.axes[0].collections) == bands
+    plt.close(figure)
+
+
 def test_draw_leaves_no_method_out() -> None:
     """Nor are two drawn alike, nor does the legend leave the figure or lie on the curves."""
     methods = {f"LGL2O over Adam {number}": 1.0 + number for number in range(35)}
     figure = figures.draw(curves_of(methods, np.arange(1, 20)), "Many")
     assert [len(axes.lines) for axes in figure.axes] == [35, 35]
-    assert not figure.axes[0].collections  # so many bands would hide the lines
     assert len({(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}) == 35
     figure.canvas.draw()
     legend = figure.legends[0].get_window_extent()
@@ -135,7 +145,7 @@ def test_draw_leaves_no_method_out() -> None:
 def test_title_and_legend_keep_clear(methods: list[str]) -> None:
     curves = curves_of(dict.fromkeys(methods, 1.0), np.arange(1, 20), seeds=1)
     title = "Learned on MNIST + MLP, tested on TinyImagenet50 + ConvNet"
-    figure = figures.draw(curves, title, note="50 classes, 32 x 32 pixels, JPEG q75")
+    figure = figures.draw(curves, f"{title} (50 classes, 32 x 32 pixels, JPEG q75)")
     figure.canvas.draw()
     title, legend = figure.axes[0].title.get_window_extent(), figure.legends[0].get_window_extent()
     assert title.x0 >= 0 and title.x1 <= figure.bbox.x1 and title.y1 <= figure.bbox.y1
@@ -153,11 +163,68 @@ def test_what_diverges_leaves_at_the_top(factor: float, cut: bool) -> None:
     figure = figures.draw(curves.with_columns(loss), "Title")
     losses = figure.axes[0]
     lowest, highest = losses.get_ylim()
-    assert ("leave at the top" in losses.get_ylabel()) == cut
+    assert losses.get_ylabel() == "Training loss" + " (lines leave at the top)" * cut
     if cut:
         assert highest == pytest.approx(10 * 2 * 2.0)
         assert 0.5 < lowest * np.sqrt(STEPS[-1]) / 2 < 1  # the margin is that of what is shown
     plt.close(figure)
+
+
+@pytest.mark.parametrize(("factor", "ends"), [(1e9, "the top and the bottom"), (1, "the bottom")])
+def test_what_is_zero_leaves_at_the_bottom(factor: float, ends: str) -> None:
+    """A mean of few losses that are not 0, beside it, would set the axis."""
+    curves = curves_of({"L2O": 1.0, "Adam": 1.0})
+    step, is_adam = pl.col("step"), pl.col("method") == "Adam"
+    lost = pl.when(~is_adam & (step > 100)).then(pl.col("loss") * factor).otherwise("loss")
+    curves = curves.with_columns(lost)
+    zero = pl.when(is_adam & (step > 200)).then(pl.when(step < 220).then(1e-13).otherwise(0.0))
+    figure = figures.draw(curves.with_columns(loss=zero.otherwise("loss")), "Title")
+    losses = figure.axes[0]
+    assert losses.get_ylabel() == f"Training loss (lines leave at {ends})"
+    lowest, highest = losses.get_ylim()
+    assert lowest == pytest.approx(1e-8 * 2)
+    assert highest == pytest.approx(20) if factor > 1 else 2 < highest < 20
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf, 0.0])
+@pytest.mark.filterwarnings("error")
+def test_what_a_logarithmic_axis_cannot_show_is_drawn(folder: Path, loss: float) -> None:
+    config, made, curves = records.read_run(folder)
+    curves = curves.with_columns(loss=pl.lit(loss, pl.Float32))
+    assert figures.plot(folder, records.Record(config, made, curves)).is_file()
+
+
+GRID = {f"SGDnm {rate} tau {tau}": rate * tau for rate in (0.1, 1, 10) for tau in (2, 5)}
+
+
+def test_a_grid_is_drawn_as_a_map(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the losses at the end; a single one that is not finite leaves its cell empty."""
+    curves = curves_of(GRID).with_columns(
+        loss=pl.when(pl.col("method") == "SGDnm 10 tau 5").then(np.nan).otherwise("loss")
+    )
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, folder: drawn.append(figure) or folder)
+    config, made, _ = records.read_run(folder)
+    config |= {"methods": list(GRID)}
+    figures.plot(folder, records.Record(config, made | {"data": "JPEG q75"}, curves))
+    axes, bar = drawn[0].axes
+    assert axes.get_title() == "known (JPEG q75)" and bar.get_ylabel().endswith("at step 5,000")
+    (image,) = axes.images
+    loss = 1.5 * np.mean(1 / np.sqrt(np.arange(4500, 5001, 10)))
+    expected = loss * np.outer([0.1, 1, 10], [2, 5])
+    found = np.ma.asarray(image.get_array())
+    assert found.mask.sum() == 1 and found.mask[2, 1]
+    np.testing.assert_allclose(found.compressed(), expected.ravel()[:-1], rtol=1e-3)
+    cells = [text.get_text() for text in axes.texts]
+    assert cells[0] == f"{expected[0, 0]:#.4g}" and cells[-1] == "nan"
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["0.1", "1", "10"]
+    plt.close(drawn[0])
+
+
+@pytest.mark.parametrize("methods", [list(GRID)[1:], list(GRID)[:2], [*GRID, "Adam"], ["L2O"]])
+def test_what_is_no_whole_grid_is_drawn_as_lines(methods: list[str]) -> None:
+    assert figures.grid_of(methods) is None
 
 
 @pytest.mark.parametrize("first", [np.nan, np.inf])

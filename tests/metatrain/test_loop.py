@@ -234,6 +234,14 @@ def test_figure_of_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
     np.testing.assert_allclose(others, [moons[:, :100][:, -10:].mean(axis=1) / moons[:, 0]])
 
 
+def test_figure_where_all_is_lost(tmp_path: Path) -> None:
+    records.open_folder(tmp_path / "run", {"name": "mine"})
+    records.write_json(tmp_path / "run" / records.MANIFEST, {})
+    columns = {"meta_step": [1, 2], "meta_loss": [1.0, 1.0], "validation": np.full((2, 60), np.nan)}
+    records.write_parquet(tmp_path / "run" / records.CURVES, pl.DataFrame(columns))
+    assert figure.plot(tmp_path / "run", records.read_run(tmp_path / "run")).is_file()
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

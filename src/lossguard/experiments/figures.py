@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from ..curves import COUNTERS, mark_loss, step_mean
-from ..drawing import save
+from ..drawing import log_losses, save
 from ..records import Record
+from .grid import draw_grid, grid_of
 
 SMOOTHED_FROM = 300
 """Step from which the paper's figures are smoothed (caption of figure 3)."""
@@ -23,24 +24,30 @@ DRAWN = 500
 """Points of a curve that are drawn at most."""
 CEILING = 10
 """The loss axis ends at so many times the highest loss of the first step, if lines go beyond."""
+FLOOR = 1e-8
+"""And begins at so many times it, if lines reach 0: below, single precision rounds to 0 or not."""
 
 
 def plot(folder: Path, record: Record) -> Path:
     """Draw a run's figure into its folder, as PNG and SVG; returns the PNG.
 
     In the paper's style: log axes, a mean line and a min-max band for each method, and below, on
-    axes of their own, whether loss guards used the learned update (1) or the fallback's (0.5).
+    axes of their own, whether loss guards used the learned update (1) or the fallback's (0.5). Of
+    a grid of two settings it is a map of the losses at the end.
     """
     config, made, curves = record
-    return save(draw(curves, config["title"] or config["name"], note=made["data"]), folder)
+    title = (config["title"] or config["name"]) + (f" ({made['data']})" if made["data"] else "")
+    grid = grid_of(config["methods"])
+    return save(draw_grid(grid, curves, title) if grid else draw(curves, title), folder)
 
 
-def draw(curves: pl.DataFrame, title: str, *, note: str = "") -> Figure:
+def draw(curves: pl.DataFrame, title: str) -> Figure:
     """The figure of an experiment's curves, as ``curves.join`` makes them.
 
-    Lines are means over the seeds, bands reach from the least to the largest of them; of more than
-    ten methods there are lines only. Where a line goes beyond the ``ceiling`` the axis ends there,
-    and says so: a method that diverges would flatten the others.
+    Lines are means over the seeds, each thinner than the one before, which it may lie on; bands
+    reach from the least to the largest of them, if there are at most ``BANDS`` methods. Where a
+    line goes beyond the ``ceiling`` or below the ``floor`` the axis ends there, and says so: what
+    diverges, or is exactly 0, would flatten the others.
     """
     methods = curves["method"].unique(maintain_order=True).to_list()
     guarded = guards(curves)
@@ -51,6 +58,7 @@ def draw(curves: pl.DataFrame, title: str, *, note: str = "") -> Figure:
         }
         for number, method in enumerate(methods)
     }
+    widths = np.linspace(*WIDTHS, len(methods))
     columns = max(1, LEGEND_WIDTH // (LEGEND_SAMPLE + max(map(len, methods))))
     figure, panels = plt.subplots(
         2 if guarded else 1,
@@ -61,14 +69,19 @@ def draw(curves: pl.DataFrame, title: str, *, note: str = "") -> Figure:
         height_ratios=[5, 1] if guarded else [1],
     )
     top, bottom = panels[0, 0], panels[-1, 0]
-    for method, style in styles.items():
-        _draw_loss(top, curves, method, style, band=len(methods) <= COLORS)
-    top.set(xscale="log", yscale="log", ylabel="Training loss")
-    if highest := ceiling(curves, [np.asarray(line.get_ydata()) for line in top.lines]):
-        lowest = top.dataLim.minposy
-        top.set_ylim(lowest * (lowest / highest) ** 0.05, highest)
-        top.set_ylabel("Training loss (lines leave at the top)")
-    top.set_title(title + (f" ({note})" if note else ""), fontsize=10)
+    for (method, style), width in zip(styles.items(), widths, strict=True):
+        _draw_loss(top, curves, method, style | {"linewidth": width}, band=len(methods) <= BANDS)
+    top.set(xscale="log", ylabel="Training loss")
+    log_losses(top)
+    drawn = [np.asarray(line.get_ydata()) for line in top.lines]
+    low, high = floor(curves, drawn), ceiling(curves, drawn)
+    if low or high:
+        lowest, highest = low or top.dataLim.minposy, high or top.dataLim.y1
+        margin = (highest / lowest) ** 0.05
+        top.set_ylim(lowest if low else lowest / margin, highest if high else highest * margin)
+        ends = [f"the {end}" for end, limit in {"top": high, "bottom": low}.items() if limit]
+        top.set_ylabel(f"Training loss (lines leave at {' and '.join(ends)})")
+    top.set_title(title, fontsize=10)
     for method in guarded:
         steps, used = by_seed(curves, method, "used_learned")
         use_l2o = smooth(steps, 0.5 + 0.5 * used).mean(axis=0)
@@ -93,12 +106,27 @@ def guards(curves: pl.DataFrame) -> list[str]:
 
 def ceiling(curves: pl.DataFrame, lines: Sequence[np.ndarray]) -> float | None:
     """``CEILING`` times the highest loss of the first step, if one of these lines goes beyond."""
-    first = curves.filter(pl.col("step") == pl.col("step").min())["loss"].to_numpy()
     drawn = np.concatenate(lines)
-    limit = CEILING * float(first.max(initial=0, where=np.isfinite(first)))
+    limit = CEILING * _first(curves)
     return limit if 0 < limit < drawn.max(initial=0, where=np.isfinite(drawn)) else None
 
 
+def floor(curves: pl.DataFrame, lines: Sequence[np.ndarray]) -> float | None:
+    """``FLOOR`` times the highest loss of the first step, if one of these lines reaches 0."""
+    limit = FLOOR * _first(curves)
+    return limit if limit > 0 and (np.concatenate(lines) <= 0).any() else None
+
+
+def _first(curves: pl.DataFrame) -> float:
+    """The highest finite loss of the first step, 0 if there is none."""
+    first = curves.filter(pl.col("step") == pl.col("step").min())["loss"].to_numpy()
+    return float(first.max(initial=0, where=np.isfinite(first)))
+
+
+BANDS = 5
+"""Of more methods the bands would hide each other."""
+WIDTHS = 3.0, 0.9
+"""Of the first line and the last, in points: what lies on another leaves it visible."""
 LEGEND_WIDTH, LEGEND_SAMPLE = 120, 8
 """In letters: room for a line of the legend, and what a method needs beside its name."""
 LEGEND_LINE = 0.17
@@ -114,7 +142,7 @@ def _draw_loss(
     steps, loss = by_seed(curves, method, "loss")
     shown = _thin(steps)
     steps, loss = steps[shown], smooth(steps, loss)[:, shown]
-    axes.plot(steps, loss.mean(axis=0), **style, label=method, linewidth=1.3)
+    axes.plot(steps, loss.mean(axis=0), **style, label=method)
     if band:
         low, high = loss.min(axis=0), loss.max(axis=0)
         axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 
-from ..drawing import save
+from ..drawing import log_losses, save
 from ..records import Record
 
 OTHERS_STEPS = 100
@@ -33,14 +33,16 @@ def plot(folder: Path, record: Record) -> Path:
         window = validation[:, first : first + 50]
         label = f"validation, steps {first + 1} to {first + window.shape[1]}"
         left.plot(steps, window.mean(axis=1), label=label, linewidth=1)
-    left.set(xlabel="Meta-step", ylabel="Loss", yscale="log")
+    left.set(xlabel="Meta-step", ylabel="Loss")
     left.legend(fontsize=8)
 
-    best = int(np.nanargmin(validation.mean(axis=1)))
+    best = kept(validation)
     for row, label in ((0, f"meta-step {steps[0]}"), (best, f"meta-step {steps[best]}, kept")):
         right.plot(np.arange(1, validation.shape[1] + 1), validation[row], label=label, linewidth=1)
-    right.set(xlabel="Optimizer step", ylabel="Validation loss", xscale="log", yscale="log")
+    right.set(xlabel="Optimizer step", ylabel="Validation loss", xscale="log")
     right.legend(fontsize=8)
+    for panel in (left, right):
+        log_losses(panel)
 
     for name, over_initial in others.items():
         axes[2].plot(steps, over_initial, label=name, linewidth=1)
@@ -50,6 +52,12 @@ def plot(folder: Path, record: Record) -> Path:
     figure.suptitle(config["name"], fontsize=10)
 
     return save(figure, folder)
+
+
+def kept(validation: np.ndarray) -> int:
+    """The check whose weights are kept: that of the least mean loss, the first if there is none."""
+    means = validation.mean(axis=1)
+    return int(np.argmin(np.where(np.isnan(means), np.inf, means)))
 
 
 def on_others(curves: pl.DataFrame) -> dict[str, np.ndarray]:

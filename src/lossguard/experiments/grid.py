@@ -1,0 +1,55 @@
+"""A grid of two settings, such as figure 10's, as a map of its losses."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import polars as pl
+from matplotlib.figure import Figure
+
+from ..curves import mark_loss
+
+
+class Grid(NamedTuple):
+    """Methods named "SGDnm RATE tau TAU", of each rate with each time scale."""
+
+    name: str
+    rates: list[str]
+    taus: list[str]
+
+    def losses(self, curves: pl.DataFrame) -> tuple[int, np.ndarray]:
+        """The last step, and Loss there [rates, taus], the mean over seeds."""
+        last = int(curves["step"].max())  # pyright: ignore[reportArgumentType]
+        means = mark_loss(curves, last).group_by("method").agg(pl.col("loss").mean())
+        loss = dict(means.iter_rows())
+        rows = [[loss[f"{self.name} {rate} tau {tau}"] for tau in self.taus] for rate in self.rates]
+        return last, np.array(rows, float)
+
+
+def grid_of(methods: Sequence[str]) -> Grid | None:
+    """The grid that these methods are, if they are a whole one."""
+    found = [re.fullmatch(r"(.+) (\S+) tau (\S+)", method) for method in methods]
+    parts = [match.groups() for match in found if match]
+    names, rates, taus = ([*dict.fromkeys(part[i] for part in parts)] for i in range(3))
+    whole = len(names) == 1 and min(len(rates), len(taus)) > 1
+    one = Grid(names[0], rates, taus) if whole else None
+    return one if one and len(rates) * len(taus) == len(parts) == len(methods) else None
+
+
+def draw_grid(grid: Grid, curves: pl.DataFrame, title: str) -> Figure:
+    """A map of the losses at the last step, with the numbers."""
+    last, losses = grid.losses(curves)
+    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    image = axes.imshow(np.ma.masked_invalid(losses), cmap="Blues", aspect="auto")
+    middle = np.mean(image.get_clim())
+    for (row, column), loss in np.ndenumerate(losses):
+        color = "white" if loss > middle else "black"
+        axes.text(column, row, f"{loss:#.4g}", ha="center", va="center", color=color)
+    axes.set_xticks(range(len(grid.taus)), grid.taus)
+    axes.set_yticks(range(len(grid.rates)), grid.rates)
+    axes.set(xlabel="Time scale of the decay, in steps", ylabel=f"Rate of {grid.name}")
+    axes.set_title(title, fontsize=10)
+    figure.colorbar(image, label=f"Training loss at step {last:,}")
+    return figure

@@ -171,9 +171,10 @@ def claims(arguments: Sequence[str]) -> None:
     from rich.table import Table
 
     from .experiments.claims import judge_claims
+    from .experiments.folders import read_runs
 
     table = Table("claim", "figure", "says", "outcome", "measured", show_lines=True)
-    for verdict in judge_claims(folders):
+    for verdict in judge_claims(read_runs(folders)):
         table.add_row(verdict.id, verdict.figure, verdict.claim, verdict.outcome, verdict.measured)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 

@@ -23,10 +23,13 @@ QUIET_SECONDS = 30.0
 class Progress:
     """``with Progress("Adam", total=1000) as p: p.advance(10, loss=0.3)``.
 
-    ``seconds`` is the time since the start, without what an earlier run of the same spent.
+    ``first`` is said at the start, before anything is done. ``seconds`` is the time since then,
+    without what an earlier run of the same spent.
     """
 
-    def __init__(self, label: str, *, total: int, done: int = 0, unit: str = "steps") -> None:
+    def __init__(
+        self, label: str, *, total: int, done: int = 0, unit: str = "steps", first: str = ""
+    ) -> None:
         self._console = Console(stderr=True)
         self._label, self._total, self._done, self._unit = label, total, done, unit
         self._bar = RichProgress(
@@ -40,11 +43,14 @@ class Progress:
             transient=True,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task(label, total=total, completed=done, figures="")
+        self._task = self._bar.add_task(label, total=total, completed=done, figures=first)
+        self._first = first
 
     def __enter__(self) -> Self:
         self._started = self._said = time.perf_counter()
         self._bar.start()
+        if self._first and not self._console.is_terminal:
+            self._console.print(f"{self._label}: {self._first}", soft_wrap=True, markup=False)
         return self
 
     def __exit__(

@@ -18,7 +18,7 @@ from lossguard.experiments import theorems
 from lossguard.experiments.claims import CLAIMS, Verdict, judge_claims, judge_run
 from lossguard.experiments.evidence import FUNCTIONS
 from lossguard.experiments.findings import Finding
-from lossguard.experiments.folders import find_runs
+from lossguard.experiments.folders import find_runs, read_runs
 from lossguard.experiments.recipes import RECIPES, SETS
 from lossguard.experiments.run import as_config
 
@@ -82,7 +82,7 @@ def write(
 
 
 def judged(claim: str, *folders: Path) -> Verdict:
-    (verdict,) = (v for v in judge_claims(folders) if v.id == claim)
+    (verdict,) = (v for v in judge_claims(read_runs(folders)) if v.id == claim)
     return verdict
 
 
@@ -331,7 +331,7 @@ def test_theorems(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_claim_once_and_in_order() -> None:
-    verdicts = judge_claims([])
+    verdicts = judge_claims({})
     ids = "C2 C3a C3b C3c C3d C4 C5a C5b C6 C7 C8 C9 C10 C11 C12a C12b C12c C12d C12e C13 C14 C15"
     assert [verdict.id for verdict in verdicts] == ids.split()
     assert [verdict[:4] for verdict in verdicts] == [claim[:4] for claim in CLAIMS]
@@ -412,7 +412,10 @@ def test_a_million_steps_of_one_seed_count(tmp_path: Path) -> None:
     assert judged("C15", long, short).outcome == "holds"
     assert judged("C15", short).outcome == "not run"
     other = write(tmp_path / "other", "fig04", curves | unstable)
-    assert judged("C15", long, other).outcome == "fails"
+    both = judged("C15", long, other)
+    assert both.outcome == "fails"
+    assert both.measured.startswith("in long LGL2O over its least so far is ")
+    assert "; in other LGL2O" in both.measured
 
 
 def spoil(curves: pl.DataFrame) -> pl.DataFrame:
@@ -438,7 +441,7 @@ def test_damaged_records_are_named(tmp_path: Path, damage: Callable[[Path], Any]
     run = write(tmp_path / "run", "fig03", GOOD)
     damage(run / records.CURVES)
     with pytest.raises(ValueError, match=r"curves\.parquet"):
-        judge_claims([run])
+        judge_claims(read_runs([run]))
 
 
 def test_what_one_run_says(tmp_path: Path) -> None:

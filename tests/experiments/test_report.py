@@ -55,8 +55,9 @@ def test_page_holds_what_the_figure_draws(page: Path) -> None:
 def test_page_tells_how_a_run_was_made(page: Path) -> None:
     text = page.read_text()
     for part in (
-        "a_run · data: CIFAR-10 as JPEG q75",
-        "<h2>Meta-training of mine</h2>",
+        ', 5,000 steps, 2 seeds <span class="folder">a_run</span></h2>\n',
+        '<p class="small about">data: CIFAR-10 as JPEG q75</p>',
+        '<h2>Meta-training of mine, 15 meta-steps <span class="folder">b_meta</span></h2>',
         "<h2>fig03: Spirals &amp; &lt;script&gt;",
         "<dd>lossguard run --methods &#39;LGL2O over Adam&#39;</dd>",
         "<dd>0123abc</dd>",
@@ -89,11 +90,10 @@ def test_figure_of_a_meta_training_is_left_as_png_and_svg(tmp_path: Path) -> Non
     assert (tmp_path / "run" / "figure.svg").read_bytes().endswith(b"</svg>\n")
 
 
-def test_runs_are_in_order_and_say_that_there_is_a_later_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    judged = VERDICTS[0]._replace(id="C3c", folder=tmp_path / "c")
-    monkeypatch.setattr(reporting, "judge_claims", lambda folders: [*VERDICTS, judged])
+def test_runs_are_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a figure first the run that speaks for it, then the latest."""
+    judged = VERDICTS[0]._replace(id="C3c", folder=tmp_path / "c", measured="in c, not in c_2")
+    monkeypatch.setattr(reporting, "judge_claims", lambda records: [*VERDICTS, judged])
     curves = curves_of(["SGDnm"], np.arange(1, 20))
     for folder, name, time in (
         ("a", "fig10", "2026-01-02"),
@@ -105,34 +105,72 @@ def test_runs_are_in_order_and_say_that_there_is_a_later_one(
     ):
         write_run(tmp_path / folder, curves, name=name, time=time)
     write_meta(tmp_path / "g", "lstm-cifar10-conv")
-    for folder, time in (("h", "2026-01-05"), ("i", "2026-01-01")):
-        write_run(tmp_path / folder, curves, time=time, scaling="symmetric")  # not the recipe's
+    write_meta(tmp_path / "h", "lstm-mnist-mlp")
     text = report([tmp_path], tmp_path / "report.html").read_text()
-    titles = re.findall(r'<section class="run" id="run-(\d)">\n<h2>(.*?)(?:: .*)?</h2>', text)
-    assert titles == [
-        ("1", "fig02-moons"),
-        ("2", "fig03"),
-        ("3", "fig03"),
-        ("4", "fig03"),
-        ("5", "fig03"),
-        ("6", "fig03"),
-        ("7", "fig10"),
-        ("8", "Meta-training of lstm-cifar10-conv"),  # figure 11
-        ("9", "ablation"),
+    found = re.findall(r'id="run-(\d)">\n<h2>(.*?)(?:: .*)? <span class="folder">(.)<', text)
+    assert found == [
+        ("1", "fig02", "h"),
+        ("2", "fig02-moons", "f"),
+        ("3", "fig03", "c"),
+        ("4", "fig03", "d"),
+        ("5", "fig03", "e"),
+        ("6", "fig10", "a"),
+        ("7", "fig11", "g"),
+        ("8", "ablation", "b"),
     ]
-    listed = re.findall(r'<a href="#run-\d">.*</a> <span class="folder">(.*)</span>', text)
-    later = ' · <a href="#run-3">there is a later run</a>'
-    assert listed == ["f", "h", "d", *(name + later for name in "eci"), "a", "g", "b"]
-    assert text.count(later) == 6  # below the titles too
+    assert "<h2>fig11: Meta-training of lstm-cifar10-conv, 15 meta-steps <" in text
     links = re.findall(r'<td data-label="Figure">(.*)</td>', text)
-    # To the run that was judged, else to the latest.
-    assert links == [*2 * ['<a href="#run-3">3</a>'], "6", '<a href="#run-5">3</a>']
+    # To the run that was judged, else to the first.
+    assert links == [*2 * ['<a href="#run-3">3</a>'], "6", '<a href="#run-3">3</a>']
+    assert 'data-label="Measured">in <a href="#run-3">c</a>, not in c_2</td>' in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "supersedes"),
+    [
+        ({}, True),
+        ({"methods": ["SGDnm", "LGL2O", "Backoff"], "seeds": 3, "steps": 30}, True),
+        ({"time": "2026-01-01"}, False),
+        ({"methods": ["SGDnm"]}, False),
+        ({"seeds": 1}, False),
+        ({"seed": 8}, False),  # others
+        ({"steps": 19}, False),
+        ({"scaling": "symmetric"}, False),  # not the recipe's
+        ({"name": "fig04"}, False),
+    ],
+)
+def test_a_later_run_with_all_of_it_supersedes_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], supersedes: bool
+) -> None:
+    monkeypatch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
+    for name, given in {"old": {}, "new": {"time": "2026-01-03"} | changes}.items():
+        made = {"methods": ["SGDnm", "LGL2O"], "seeds": 2, "steps": 20} | given
+        steps = np.arange(1, 1 + made.pop("steps"))
+        curves = curves_of(made.pop("methods"), steps, made.pop("seeds"))
+        write_run(tmp_path / name, curves, **made)
+    text = report([tmp_path], tmp_path / "report.html").read_text()
+    id_of = {name: id for id, name in re.findall(r'id="(run-\d)">\n.*folder">(...)</span>', text)}
+    link = f'<a href="#{id_of["new"]}">there is a later run</a>'
+    assert text.count(link) == 2 * supersedes
+    if supersedes:  # in the list and below the title
+        assert f'<span class="folder">old · {link}</span>' in text
+        assert f'<p class="small about">data: CIFAR-10 as JPEG q75 · {link}</p>' in text
+
+
+def test_a_grid_is_a_table_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
+    methods = [f"SGDnm {rate} tau {tau}" for rate in (0.1, 1) for tau in (2, 5)]
+    write_run(tmp_path / "run", curves_of(methods, np.arange(1, 11)), name="fig10")
+    text = report([tmp_path], tmp_path / "report.html").read_text()
+    assert "<th>rate</th><th>tau 2</th><th>tau 5</th>" in text
+    loss = f"{1.5 * np.mean(np.arange(9, 11) ** -0.5):#.4g}"
+    assert f'<tr><th scope="row">0.1</th><td>{loss}</td><td>{loss}</td></tr>' in text
 
 
 def test_twenty_long_runs_stay_below_15_megabytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reporting, "judge_claims", lambda folders: VERDICTS)
+    monkeypatch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
     steps = np.unique([i * 10**e for e in range(5) for i in range(100, 1001)] + [*range(1, 100)])
     assert steps[-1] == 10**7
     methods = [f"SGDnm {i}" for i in range(3)] + [f"LGL2O {i}" for i in range(4)] + ["Backoff"]

@@ -65,7 +65,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loss = pl.when(lost).then(pl.lit(1e9, pl.Float32)).otherwise("loss")
     run = write_run(folder / "run", curves.with_columns(loss=loss))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reporting, "judge_claims", lambda folders: VERDICTS)
+        patch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
         return report([run], folder / "report.html")
 
 
@@ -195,9 +195,22 @@ def test_of_many_methods_there_are_lines_only(chromium: webdriver.Chrome, many: 
     ]
     assert [dash for _, dash in samples] == [dash for _, dash in drawn[::2]]
     assert len({tuple(sample) for sample in samples}) == 12
-    for number in (1, 2):
+    for number in range(6):
         switch(browser, "method", str(number))
-    assert sum(trace["band"] for trace in traces(browser)) == 10
+    assert not any(trace["band"] for trace in traces(browser))
+    switch(browser, "method", "6")
+    assert sum(trace["band"] for trace in traces(browser)) == 5
+
+
+def test_each_line_is_thinner_than_the_one_before(chromium: webdriver.Chrome, many: Path) -> None:
+    """So that both are seen where they coincide, as these do; the samples are as thick."""
+    browser = opening(chromium, many)
+    style = "return arguments[0].data.filter((t) => !t.yaxis).map((t) => t.line.width)"
+    widths = browser.execute_script(style, plots(browser)[0])
+    assert widths[0] == 3 and widths[-1] == 1 and (np.diff(widths) < 0).all()
+    style = "return [...document.querySelectorAll('.line')].map((one) => one.style.strokeWidth)"
+    samples = [float(width) for width in browser.execute_script(style)]
+    np.testing.assert_allclose(samples, widths, rtol=1e-4)
 
 
 def test_all_methods_are_switched_at_once(chromium: webdriver.Chrome, many: Path) -> None:
@@ -239,6 +252,29 @@ def test_what_diverges_leaves_at_the_top(chromium: webdriver.Chrome, many: Path)
     WebDriverWait(browser, 30).until(lambda _: axis(browser, "yaxis")["range"][1] > highest + 0.5)
     switch(opening(chromium, many), "method", "0")
     assert axis(browser, "yaxis")["range"][1] < 0.5
+
+
+def test_what_is_zero_leaves_at_the_bottom(chromium: webdriver.Chrome, tmp_path: Path) -> None:
+    curves = curves_of(["SGDnm", "LGL2O"], np.arange(1, 1001))
+    step = pl.col("step")
+    small = pl.when(step > 110).then(0.0).otherwise(1e-13)
+    zero = pl.when(pl.col("method") == "LGL2O", step > 100).then(small)
+    run = write_run(tmp_path / "run", curves.with_columns(loss=zero.otherwise("loss")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
+        browser = opening(chromium, report([run], tmp_path / "report.html"))
+    told = browser.find_element(By.CLASS_NAME, "run").text.replace("\n", " ")
+    assert "Lines leave at the bottom, below 2e-08, where the loss is 0" in told
+    assert axis(browser, "yaxis")["range"][0] == pytest.approx(np.log10(2e-8), abs=0.6)
+
+
+def test_titles_of_axes_are_whole(opened: webdriver.Chrome) -> None:
+    """Also a long one, beside a plot of little height."""
+    plot = plots(opened)[-1]
+    scroll_to(opened, plot)
+    title = plot.find_element(By.CLASS_NAME, "ytitle").rect
+    assert title["y"] >= plot.rect["y"]
+    assert title["y"] + title["height"] <= plot.rect["y"] + plot.rect["height"]
 
 
 def test_claims_are_told_in_words(opened: webdriver.Chrome) -> None:
@@ -298,8 +334,10 @@ def test_methods_are_switched_and_the_zoom_stays(opened: webdriver.Chrome) -> No
     assert (axis(opened, "xaxis")["range"], axis(opened, "yaxis")["range"]) == ([1, 2], [-1, 0])
     switch(opened, "method", "1")
     assert [trace["name"] for trace in losses(opened)] == list(SPEND)
-    switch(opened, "x", "gradients")  # another axis has another range
+    switch(opened, "x", "gradients")  # another axis has another range, in which all is seen
     assert axis(opened, "xaxis")["range"][1] == pytest.approx(4, abs=0.5)
+    lowest, highest = axis(opened, "yaxis")["range"]
+    assert lowest < np.log10(1 / np.sqrt(5000)) and highest > np.log10(2)
 
 
 def test_seeds_are_switched(opened: webdriver.Chrome) -> None:

@@ -10,11 +10,12 @@ claim about K is not run before. A run speaks for a recipe if its settings are t
 length, seeds and methods, and its seeds start at 0; ``Evidence.run`` says which one of several.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ..records import Record, read_run
+from ..progress import Progress
+from ..records import Record
 from . import formulas, theorems
 from .evidence import Evidence, Run, gather
 from .findings import Finding, both
@@ -39,16 +40,17 @@ class Verdict(NamedTuple):
     """Of the run that says so, if it is one."""
 
 
-def judge_claims(folders: Sequence[Path]) -> list[Verdict]:
-    """Every claim once, in the paper's order, judged by the records in these folders.
+def judge_claims(records: Mapping[Path, Record]) -> list[Verdict]:
+    """Every claim once, in the paper's order, judged by the records of these folders.
 
-    Folders of other experiments are passed over.
-
-    Raises:
-        ValueError: if a folder holds no finished run, or a file of it is damaged.
+    Those of other experiments are passed over.
     """
-    evidence = gather({folder: read_run(folder) for folder in folders})
-    return [_judge(claim, evidence) for claim in CLAIMS]
+    evidence, verdicts, slow = gather(records), [], "C14 is computed, not read"
+    with Progress("judging", total=len(CLAIMS), unit="claims", first=slow) as progress:
+        for claim in CLAIMS:
+            verdicts.append(_judge(claim, evidence))
+            progress.advance(1)
+    return verdicts
 
 
 def judge_run(folder: Path, record: Record) -> list[Verdict]:

@@ -4,7 +4,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..records import CONFIG, MANIFEST, read_run
+from ..progress import Progress
+from ..records import CONFIG, MANIFEST, Record, read_run
 from .sweep import FAILED
 
 
@@ -34,3 +35,17 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Path], dict[Path, str]]:
     if not finished:
         raise ValueError(f"no run in {', '.join(map(str, folders))} is finished")
     return finished, others
+
+
+def read_runs(folders: Sequence[Path]) -> dict[Path, Record]:
+    """The records of finished runs, by their folders.
+
+    Raises:
+        ValueError: if a folder holds no finished run, or a file of it is damaged.
+    """
+    found, total = {}, len(folders)
+    with Progress("reading", total=total, unit="runs", first=f"{total} runs") as progress:
+        for folder in folders:
+            found[folder] = read_run(folder)
+            progress.advance(1)
+    return found

@@ -181,7 +181,7 @@ def _stable(run: Run) -> Finding:
         all_marks,
         lambda k: over_least(run, "LGL2O", k),
         lambda rise: rise <= 2,
-        f"on {run.config['name']} LGL2O over its least so far",
+        f"in {run.folder.name} LGL2O over its least so far",
     )
     theirs = max(over_least(run, "L2O", k) for k in all_marks)
     return Finding(found.holds, f"{found.measured}, L2O over its own {theirs:.3g}")

@@ -15,7 +15,10 @@ const PLAIN = {
   "10<sup>−3</sup>": "0.001", "10<sup>−2</sup>": "0.01", "10<sup>−1</sup>": "0.1",
   "10<sup>2</sup>": "100", "10<sup>3</sup>": "1000",
 };
+const BANDS = 5;  // of more methods they would hide each other
 const color = (number) => COLORS[number % COLORS.length];
+// Each line is thinner than the one before, which it may lie on.
+const width = (number, all) => 3 - 2 * number / Math.max(all - 1, 1);
 const dash = (number) => DASHES[Math.floor(number / COLORS.length) % DASHES.length];
 
 function decode(text) {
@@ -28,7 +31,7 @@ function over(rows, combine) {
 
 const mean = (values) => values.reduce((a, b) => a + b) / values.length;
 
-function decodeMethod(method, number) {
+function decodeMethod(method, number, { length }) {
   const many = (rows) => rows && rows.map(decode);
   const step = decode(method.step);
   const flat = typeof method.gradients === "number";
@@ -36,6 +39,7 @@ function decodeMethod(method, number) {
     name: method.name,
     color: color(number),
     dash: dash(number),
+    width: width(number, length),
     loss: many(method.loss),
     use: many(method.use),
     x: {
@@ -47,7 +51,7 @@ function decodeMethod(method, number) {
 }
 
 function line(method, x, y, more) {
-  const style = { color: method.color, dash: method.dash, width: 1.5 };
+  const style = { color: method.color, dash: method.dash, width: method.width ?? 1.5 };
   return { x, y, name: method.name, mode: "lines", line: style, ...more };
 }
 
@@ -78,17 +82,20 @@ function tracesOf(method, { x, seeds, apart, bands }) {
     traces.push(line(method, over(xs, mean), over(chosen(method.loss), mean)));
   }
   if (method.use) {
-    traces.push(line(method, over(xs, mean), over(chosen(method.use), mean), { yaxis: "y2" }));
+    traces.push(line(method, over(xs, mean), over(chosen(method.use), mean), {
+      yaxis: "y2", line: { color: method.color, dash: method.dash, width: 1.5 },
+    }));
   }
   return traces;
 }
 
-// Of the loss axis at first, if lines leave at the top: without it, the margin below is in proportion
-// to what they span.
-function limits(traces, ceiling) {
+// Of the loss axis at first, if lines leave at the top or the bottom: without it, the margin below is
+// in proportion to what they span.
+function limits(traces, { ceiling, floor }) {
+  if (!ceiling) return floor ? { clipmin: floor } : {};
   const losses = traces.filter((trace) => !trace.yaxis).flatMap((trace) => [...trace.y]);
   const low = losses.reduce((least, loss) => (loss > 0 && loss < least ? loss : least), ceiling);
-  return { clipmin: low * (low / ceiling) ** 0.05, clipmax: ceiling };
+  return { clipmin: floor ?? low * (low / ceiling) ** 0.05, clipmax: ceiling };
 }
 
 function layout(more) {
@@ -129,7 +136,7 @@ function curves(plot, data) {
     const chosen = new FormData(form);
     const state = {
       x: chosen.get("x"), seeds: chosen.getAll("seed").map(Number), apart: chosen.has("apart"),
-      bands: chosen.getAll("method").length <= COLORS.length,
+      bands: chosen.getAll("method").length <= BANDS,
     };
     const shown = state.seeds.length ? chosen.getAll("method").map((i) => methods[i]) : [];
     const nothing = {
@@ -145,7 +152,7 @@ function curves(plot, data) {
       },
       yaxis: {
         type: "log", title: { text: "Training loss" }, domain: [track ? 0.25 : 0, 1],
-        autorangeoptions: data.ceiling ? limits(traces, data.ceiling) : {},
+        autorangeoptions: limits(traces, data), uirevision: state.x,
       },
       yaxis2: {
         title: { text: "use_l2o", standoff: 12 }, domain: [0, 0.2], range: [0.45, 1.05],
@@ -164,13 +171,14 @@ function lines(plot, data) {
   return () => draw(plot, traces, {
     showlegend: true, legend: { orientation: "h", y: -0.2, yanchor: "top" },
     xaxis: { type: data.log_x ? "log" : "linear", title: { text: data.x } },
-    yaxis: { type: "log", title: { text: data.y } },
+    yaxis: { type: "log", title: { text: data.y.replace(", ", ",<br>") } },  // or it is cut off
   });
 }
 
 document.querySelectorAll(".switches").forEach((form) => {
-  form.querySelectorAll(".line").forEach((sample, i) => {
+  form.querySelectorAll(".line").forEach((sample, i, all) => {
     sample.style.stroke = color(i);
+    sample.style.strokeWidth = width(i, all.length);
     sample.style.strokeDasharray = dash(i);
   });
   form.querySelectorAll("button").forEach((button) => button.addEventListener("click", () => {

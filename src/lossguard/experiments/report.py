@@ -16,15 +16,17 @@ from typing import Any
 import jinja2
 import numpy as np
 import polars as pl
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
-from ..metatrain.figure import OTHERS, on_others
-from ..records import EVALUATIONS, Record, read_parquet, read_run
+from ..metatrain.figure import OTHERS, kept, on_others
+from ..records import EVALUATIONS, Record, read_parquet
 from .beyond import RECIPES
 from .claims import judge_claims
 from .evidence import has_settings
-from .figures import SMOOTHED_FROM, by_seed, ceiling, guards, smooth, summary
-from .folders import find_runs
+from .figures import SMOOTHED_FROM, by_seed, ceiling, floor, guards, smooth, summary
+from .folders import find_runs, read_runs
+from .grid import grid_of
 
 POINTS_A_DECADE = 100
 """Of each line, from the step on from which lines are smoothed; every step before it."""
@@ -37,7 +39,11 @@ def report(folders: Sequence[Path], file: Path) -> Path:
         ValueError: if a folder holds no finished run, or a file of it is damaged.
     """
     finished, others = find_runs(folders)
-    runs = _in_order([_section(folder) for folder in finished])
+    records = read_runs(finished)
+    claims = judge_claims(records)
+    sections = [_section(folder, record) for folder, record in records.items()]
+    runs = _in_order(sections, {claim.folder for claim in claims})
+    ids = {run["path"]: run["id"] for run in runs}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -46,9 +52,9 @@ def report(folders: Sequence[Path], file: Path) -> Path:
         lstrip_blocks=True,
     )
     page = environment.get_template("report.html").render(
-        claims=judge_claims(finished),
-        figures={_figure(run["name"]): run["id"] for run in reversed(runs) if run["by_recipe"]},
-        ids={run["path"]: run["id"] for run in runs},
+        claims=[claim._asdict() | {"measured": _linked(claim.measured, ids)} for claim in claims],
+        figures={run["figure"]: run["id"] for run in reversed(runs) if run["by_recipe"]},
+        ids=ids,
         runs=runs,
         others={folder.name: reason for folder, reason in others.items()},
         smoothed_from=SMOOTHED_FROM,
@@ -65,30 +71,63 @@ def _beside(name: str) -> str:
     return (Path(__file__).parent / name).read_text()
 
 
-def _in_order(sections: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The paper's figures, then others by name; of one name the latest first, the others say so.
+def _linked(measured: str, ids: dict[Path, str]) -> Markup:
+    """With a link from each folder that it names to the section about it."""
+    sections = {folder.name: id for folder, id in ids.items()}
 
-    ``id`` is where a section is on the page, ``later`` where the latest by its recipe is. A run
-    with other settings takes no other's place.
+    def link(word: re.Match[str]) -> str:
+        name = word[0]
+        return f'<a href="#{sections[name]}">{name}</a>' if name in sections else name
+
+    return Markup(re.sub(r"[\w.-]+", link, str(escape(measured))))
+
+
+def _in_order(sections: list[dict[str, Any]], speaking: set[Path | None]) -> list[dict[str, Any]]:
+    """The paper's figures, then others by name; of a figure first what speaks for it, then latest.
+
+    ``id`` is where a section is on the page, ``later`` where the latest is that supersedes it.
     """
 
-    def place(section: dict[str, Any]) -> tuple[float, str]:
-        return float(_figure(section["name"]) or "inf"), section["name"]
+    def place(section: dict[str, Any]) -> tuple[float, bool, str]:
+        silent = section["path"] not in speaking
+        return float(section["figure"] or "inf"), silent, section["name"]
 
-    sections = sorted(sections, key=lambda section: section["time"], reverse=True)
-    sections, latest = sorted(sections, key=place), {}
+    latest = sorted(sections, key=lambda section: section["time"], reverse=True)
+    sections = sorted(latest, key=place)
     for number, section in enumerate(sections, 1):
         section["id"] = f"run-{number}"
-        section["later"] = latest.get(section["name"])
-        if section["by_recipe"]:
-            latest.setdefault(section["name"], section["id"])
+    for section in sections:
+        above = (one["id"] for one in latest if _supersedes(one, section))
+        section["later"] = next(above, None)
     return sections
 
 
-def _figure(name: str) -> str | None:
+def _supersedes(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether a run is later than another and has all of it: its methods, seeds and steps.
+
+    A run with other settings than its recipe's takes no other's place, nor does another its.
+    """
+    return (
+        one["name"] == other["name"]
+        and one["by_recipe"]
+        and other["by_recipe"]
+        and one["time"] > other["time"]
+        and one["steps"] >= other["steps"]
+        and one["methods"] >= other["methods"]
+        and one["seeds"] >= other["seeds"]
+    )
+
+
+def _figure(name: str, meta: bool) -> str | None:
     """The number of the paper's figure that a run of this name is about."""
+    if meta:
+        return next((number for part, number in META.items() if part in name), None)
     found = re.match(r"fig0*(\d+)", name)
-    return found[1] if found else {"Meta-training of lstm-cifar10-conv": "11"}.get(name)
+    return found[1] if found else None
+
+
+META = {"mnist-mlp": "2", "cifar10-conv": "11"}
+"""Figures about a meta-training, by what its name contains."""
 
 
 def _by_recipe(config: dict[str, Any]) -> bool:
@@ -97,23 +136,32 @@ def _by_recipe(config: dict[str, Any]) -> bool:
     return name not in RECIPES or has_settings(config, RECIPES[name]())
 
 
-def _section(folder: Path) -> dict[str, Any]:
+def _section(folder: Path, record: Record) -> dict[str, Any]:
     """What the page says about one run."""
-    record = read_run(folder)
     config, made, curves = record
     meta = record.is_meta
     name = f"Meta-training of {config['name']}" if meta else config["name"]
+    figure = _figure(config["name"], meta)
+    first, many = config.get("seed", 0), config.get("seeds", 1)
+    steps = int(curves["meta_step" if meta else "step"].max())  # pyright: ignore[reportArgumentType]
+    unit, seeds = ("meta-steps", "") if meta else ("steps", f", {many} seed{'s' * (many > 1)}")
+    titled = f"{name}: {config['title']}" if not meta and config["title"] else name
+    number = f"fig{int(figure):02}: " if meta and figure else ""
     return {
         "path": folder,
         "folder": folder.name,
         "name": name,
-        "title": name if meta or not config["title"] else f"{name}: {config['title']}",
+        "figure": figure,
+        "title": f"{number}{titled}, {steps:,} {unit}{seeds}",
         "time": made["time"],
         "by_recipe": _by_recipe(config),
+        "methods": {*curves.columns} if meta else {*config["methods"]},
+        "seeds": {*range(first, first + many)},
+        "steps": steps,
         "note": made.get("data", ""),
         "panels": _meta_panels(curves) if meta else None,
         "curves": None if meta else _curves(config, made, curves),
-        "tables": [] if meta else [_summary(record), *_evaluations(folder)],
+        "tables": [] if meta else [_summary(record), *_grid(record), *_evaluations(folder)],
         "provenance": _provenance(made),
         "config": json.dumps(config, indent=2),
     }
@@ -124,8 +172,8 @@ def _curves(config: dict[str, Any], made: dict[str, Any], curves: pl.DataFrame) 
 
     ``step`` [m], ``loss`` [seeds, m] smoothed as in the figure, ``use`` [seeds, m] likewise, for
     guards only, ``gradients`` [seeds, m] spent until the step, or one number if it is always the
-    same a step, ``seconds`` a step of one seed, their mean. ``ceiling`` is where the axis ends at
-    first, if lines leave at the top.
+    same a step, ``seconds`` a step of one seed, their mean. ``ceiling`` and ``floor`` are where
+    the axis ends at first, if lines leave there.
     """
     methods, means, kept, recorded = [], [], 0, 0
     guarded = guards(curves)
@@ -157,6 +205,7 @@ def _curves(config: dict[str, Any], made: dict[str, Any], curves: pl.DataFrame) 
         "methods": methods,
         "seeds": seeds,
         "ceiling": ceiling(curves, means),
+        "floor": floor(curves, means),
         "kept": kept,
         "recorded": recorded,
     }
@@ -177,7 +226,7 @@ def _meta_panels(curves: pl.DataFrame) -> list[dict[str, Any]]:
     """The outer loop's losses, the optimizee's at first and with the weights kept, other data."""
     steps, validation = curves["meta_step"].to_numpy(), curves["validation"].to_numpy()
     means = validation.mean(axis=1)
-    best = int(np.nanargmin(means))
+    best = kept(validation)
     inner = np.arange(1, validation.shape[1] + 1)
     outer = {
         "training": (steps, curves["meta_loss"].to_numpy()),
@@ -213,6 +262,19 @@ def _summary(record: Record) -> tuple[str, list[str], Rows]:
     rows = [[str(cell) for cell in row] for row in zip(*columns, strict=True)]
     caption = "Training loss, mean over seeds and over the last tenth of the steps up to a mark"
     return caption, [str(column.header) for column in table.columns], rows
+
+
+def _grid(record: Record) -> list[tuple[str, list[str], Rows]]:
+    """The map of ``lossguard plot``, if there is one."""
+    if (grid := grid_of(record.config["methods"])) is None:
+        return []
+    last, losses = grid.losses(record.curves)
+    rows = [
+        [rate, *(f"{loss:#.4g}" for loss in row)]
+        for rate, row in zip(grid.rates, losses, strict=True)
+    ]
+    caption = f"Training loss at step {last:,}, by {grid.name}'s rate and its decay's time scale"
+    return [(caption, ["rate", *(f"tau {tau}" for tau in grid.taus)], rows)]
 
 
 def _evaluations(folder: Path) -> list[tuple[str, list[str], Rows]]:

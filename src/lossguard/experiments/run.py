@@ -162,7 +162,7 @@ class _MethodRun:
         nt = self._experiment.nt
         steps = -(-self._experiment.steps // nt) * nt
         total = self._experiment.steps
-        with Progress(self._method, total=total, done=self._taken) as progress:
+        with Progress(self._method, total=total, done=self._taken, first="compiling") as progress:
             saved, compiled = progress.seconds, False
             while (taken := self._taken) < steps:
                 most = min(FIRST_CHUNKS, CHUNK) if self._cycles < CHUNK else CHUNK

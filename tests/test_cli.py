@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,11 @@ def test_help(main: Main, capsys: pytest.CaptureFixture[str], arguments: tuple[s
     assert all(f"lossguard {name} " in out for name in cli.COMMANDS)
 
 
+def test_version(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    main("--version")
+    assert capsys.readouterr().out == f"lossguard {metadata.version('lossguard')}\n"
+
+
 @pytest.mark.parametrize("command", ["run", "metatrain", "plot", "claims", "list"])
 def test_help_of_a_command(main: Main, capsys: pytest.CaptureFixture[str], command: str) -> None:
     main(command, "--help")
@@ -108,7 +114,8 @@ def test_run_with_overrides_then_plot(
     main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     main(*RUN, "--steps", "12", "--seeds", "1", "--methods", "Signs", "LGL2O", "--nc", "2")
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert err == "Signs: compiling\nLGL2O: compiling\n"
     folder = tmp_path / "out"
     config, made, curves = records.read_run(folder)
     assert (config["steps"], config["seeds"], config["nc"]) == (12, 1, 2)
@@ -124,7 +131,14 @@ def test_run_with_overrides_then_plot(
     assert capsys.readouterr().out == out
     assert (folder / "figure.png").read_bytes() == drawn
 
-    refused(main, capsys, RUN, "folder must be empty or hold the same run", "out holds another")
+    refused(
+        main,
+        capsys,
+        RUN,
+        "folder must be empty or hold the same run, but out holds another, which differs in steps "
+        "(12, not 60) and seeds (1, not 2) and methods (['Signs', 'LGL2O'], not ['Signs', 'L2O', "
+        "'LGL2O']) and nc (2, not 3): choose another --out",
+    )
     refused(main, capsys, (*RUN, "--resume"), "out holds another")
     same = made["command"][1:]
     refused(main, capsys, tuple(same), "out holds this run already: add --resume")
@@ -186,6 +200,7 @@ def test_plot_of_meta_training(
         (("metatrain", "mnist"), ("one of mnist-mlp", "(did you mean mnist-mlp?)")),
         (("run", "no.py:recipe"), ("recipe no.py:recipe can't be read", "no such Python file")),
         (("run", ".py:"), ("can't be read",)),
+        (("run", TINY), ("tiny.py: name it, as in ", "tiny.py:my_recipe\n")),
         (("run", f"{TINY}:recipes"), ("tiny.py:recipes can't be read", "no such function")),
         (("run", f"{TINY}:CHUNK"), ("no such function",)),
         (("run", f"{TINY}:number"), ("must return the Experiment that run takes, got int",)),

@@ -93,9 +93,11 @@ def test_manifest_has_the_commit_of_every_part(
 def test_folder_of_another_run_is_refused(finished: Path, resume: bool) -> None:
     before = (finished / records.CONFIG).read_bytes()
     with pytest.raises(
-        ValueError, match=r"^folder must be empty or hold the same run, but .*run h"
+        ValueError,
+        match=r"^folder must be empty or hold the same run, but .*run holds another, which differs "
+        r"in seeds \(1, not 2\) and rate \(0\.1, not 0\.2\): choose another --out$",
     ):
-        records.open_folder(finished, {**CONFIG, "rate": 0.2}, resume=resume)
+        records.open_folder(finished, {**CONFIG, "seeds": 2, "rate": 0.2}, resume=resume)
     assert (finished / records.CONFIG).read_bytes() == before
 
 

@@ -8,6 +8,7 @@ lossguard plot DIR...           figures and tables from records alone
 lossguard claims DIR...         the paper's claims, judged by records
 lossguard report DIR...         one page of claims, interactive figures and tables
 lossguard list                  recipes, data sets, learned optimizers
+lossguard --version             which release this is
 """
 
 import itertools
@@ -19,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +36,9 @@ def main() -> None:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print((__doc__ or "").strip() + "\n\nlossguard COMMAND --help tells more.")
+        return
+    if name == "--version":
+        print(f"lossguard {metadata.version('lossguard')}")
         return
     try:
         if name not in COMMANDS:

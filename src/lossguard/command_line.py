@@ -33,6 +33,8 @@ def find_recipe(
                 f"got {type(config).__name__}"
             )
         return function, config
+    if name.endswith(".py"):
+        raise ValueError(f"{command} needs a function of {name}: name it, as in {name}:my_recipe")
     if name not in recipes and elsewhere and name in elsewhere:
         raise ValueError(f"{name} is run by lossguard {elsewhere[name]}")
     if name not in recipes:

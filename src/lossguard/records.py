@@ -56,9 +56,10 @@ def open_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False
     """
     path = folder / CONFIG
     if path.exists():
-        if _read_json(path) != json.loads(json.dumps(config)):
+        if differ := _differing(_read_json(path), json.loads(json.dumps(config))):
             raise ValueError(
-                f"folder must be empty or hold the same run, but {folder} holds another"
+                f"folder must be empty or hold the same run, but {folder} holds another, which "
+                f"differs in {differ}: choose another --out"
             )
         if not resume:
             raise ValueError(
@@ -73,6 +74,12 @@ def open_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, config)
+
+
+def _differing(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """The fields in which two configs differ, and both values of each."""
+    told = {name: (there.get(name, "absent"), here.get(name, "absent")) for name in there | here}
+    return " and ".join(f"{name} ({a}, not {b})" for name, (a, b) in told.items() if a != b)
 
 
 def is_finished(folder: Path) -> bool:

@@ -283,6 +283,7 @@ def test_summary_says_what_the_records_say(folder: Path) -> None:
     assert column(table, "seconds") == ["0.0123", "30"]
     assert column(table, "us a step") == ["1", "3000"]
     assert column(table, "gradients") == ["5,000", "10,000"]
+    assert column(table, "learned updates") == ["", "5,000"]  # SGDnm is no learned optimizer
 
 
 def test_plot_leaves_both_files(folder: Path) -> None:

@@ -184,7 +184,10 @@ def smooth(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def summary(record: Record) -> Table:
-    """Losses at the marks, the share of learned updates, and what each method spent."""
+    """Losses at the marks, and what each method spent; of guards the learned updates.
+
+    Whether one on its own is a learned optimizer is not in the records.
+    """
     config, made, curves = record
     last = int(curves["step"].max())  # pyright: ignore[reportArgumentType]
     marks = [k for k in (100, 1_000, 10_000, 100_000, 1_000_000) if k < last] + [last]
@@ -207,7 +210,12 @@ def summary(record: Record) -> Table:
             f"{used[method]:.0%}" if method in guarded else "",
             f"{seconds:.3g}" if seconds < 10 else f"{seconds:,.0f}",
             f"{1e6 * seconds / last / config['seeds']:.0f}",
-            *(f"{spent[name][method]:,.0f}" for name in COUNTERS),
+            *(
+                f"{spent[name][method]:,.0f}"
+                if method in guarded or name != "learned_updates"
+                else ""
+                for name in COUNTERS
+            ),
         )
     return table
 

@@ -62,7 +62,7 @@ class Decision(NamedTuple):
     forwards: Int[Array, ""]
     """Forward passes spent on check minibatches, and by a ratchet on training ones."""
     learned_updates: Int[Array, ""]
-    """Updates computed by learned optimizers, kept or not."""
+    """Updates computed by learned optimizers, kept or not; without a guard, by its optimizer."""
 
 
 class Guard(NamedTuple):

@@ -268,5 +268,5 @@ def test_bad_fields_leave_no_folder(tmp_path: Path, changes: dict[str, Any], rea
 
 
 def test_another_run_is_refused(whole: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds another$"):
+    with pytest.raises(ValueError, match=r"holds another, which differs in "):
         metatrain(dataclasses.replace(TINY, rate=0.1), whole, resume=True)

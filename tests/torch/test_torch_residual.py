@@ -167,6 +167,7 @@ def test_resumes_and_leaves_buffers_and_gradients_alone():
         ({"nt": 0}, "nt must be an integer of at least 1, got 0"),
         ({"sequence": ema}, f"sequence must be a TrackingSequence such as ema(0.9), got {ema!r}"),
     ],
+    ids=["alpha", "residual", "nt", "sequence"],
 )
 def test_errors(arguments, message):
     weight = torch.ones(1, requires_grad=True)

@@ -157,7 +157,7 @@ def test_help_of_the_demo_makes_no_folder(
 
 def test_demo_in_short(main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     main("demo", "--steps", "10", "--seeds", "1", "--methods", "SGDnm", "--out", "here")
-    assert "Learned on MNIST + MLP, tested on Spirals + MLP" in capsys.readouterr().out
+    assert "Learned on CIFAR-10 + ConvNet, tested on Circles + MLP" in capsys.readouterr().out
     assert (tmp_path / "here" / "figure.svg").is_file()
     assert not (tmp_path / "here" / "verdicts.json").exists()  # no claim is about it
 

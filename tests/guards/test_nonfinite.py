@@ -74,8 +74,9 @@ def test_x_is_finite_for_ever(
         learned_fault, fallback_fault, minibatch, minibatch_value, region_value
     )
     assert np.isfinite(states.params).all()
-    own = states.inner.lanes.own if name == "hedged" else None
-    for leaf in jax.tree.leaves((states.inner.lanes.learned, states.inner.lanes.fallback, own)):
+    lanes = states.inner if name == "residual" else states.inner.lanes
+    own = lanes.own if name == "hedged" else None
+    for leaf in jax.tree.leaves((lanes.learned, lanes.fallback, own)):
         assert np.isfinite(leaf).all()  # the state to go on from is sound too
 
     before = np.concatenate([START[None], states.params[:-1]])
@@ -87,7 +88,7 @@ def test_x_is_finite_for_ever(
         stays = neither & (winner != 2) if name == "hedged" else neither  # s isn't always checked
         np.testing.assert_array_equal(winner == -1, stays)
         np.testing.assert_array_equal(winner == 0, used.all(axis=1))
-        on_own = np.concatenate([[True], states.inner.lanes.on_own[:-1]])
+        on_own = np.concatenate([[True], lanes.on_own[:-1]])
         assert fallback[(winner == 2) & on_own].all()
         assert not changed[winner == -1].any()
         assert learned[winner == 0].all()

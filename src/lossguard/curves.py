@@ -12,6 +12,11 @@ COUNTERS = ("gradients", "forwards", "learned_updates")
 """What is counted from the start of a run."""
 
 
+def last_step(curves: pl.DataFrame) -> int:
+    """The last optimizer step of curves as :func:`join` makes them."""
+    return int(curves["step"].max())  # pyright: ignore[reportArgumentType]
+
+
 def thin(decisions: Decision, start: np.ndarray, spent: pl.DataFrame | None = None) -> pl.DataFrame:
     """A chunk of decisions, summed over bins of three significant digits of the step.
 

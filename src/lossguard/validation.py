@@ -41,6 +41,13 @@ def check_looks(first: int, most: int) -> None:
         raise ValueError(f"first must be between 2 and most = {most}, got {first}")
 
 
+def check_nc(nc: int, least: int) -> None:
+    """Refuse too few check minibatches for a criterion that looks once."""
+    check_count("nc", nc)
+    if nc < least:
+        raise ValueError(f"nc must be at least {least} for this criterion, got {nc}")
+
+
 def check_most(nc: int, most: int) -> None:
     """Refuse what ``recommended`` can't make a criterion of."""
     check_count("nc", nc)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 
-from ..curves import mark_loss
+from ..curves import last_step, mark_loss
 from ..records import Record
 from .experiment import Experiment
 from .recipes import RECIPES
@@ -39,7 +39,7 @@ class Run:
     @property
     def last(self) -> int:
         """K."""
-        return int(self.curves["step"].max())  # pyright: ignore[reportArgumentType]
+        return last_step(self.curves)
 
     def losses(self, k: int) -> dict[str, float]:
         """Loss(m, k) of each method: the mean over seeds; infinite where it is not finite.

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from ..curves import COUNTERS, mark_loss, step_mean
+from ..curves import COUNTERS, last_step, mark_loss, step_mean
 from ..drawing import log_losses, save
 from ..records import Record
 from .grid import draw_grid, grid_of
@@ -189,7 +189,7 @@ def summary(record: Record) -> Table:
     Whether one on its own is a learned optimizer is not in the records.
     """
     config, made, curves = record
-    last = int(curves["step"].max())  # pyright: ignore[reportArgumentType]
+    last = last_step(curves)
     marks = [k for k in (100, 1_000, 10_000, 100_000, 1_000_000) if k < last] + [last]
     table = Table(title=config["title"] or config["name"], padding=0)
     table.add_column("method", no_wrap=True)

@@ -19,6 +19,7 @@ import polars as pl
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
+from ..curves import last_step
 from ..metatrain.figure import OTHERS, kept, on_others
 from ..records import EVALUATIONS, Record, read_parquet
 from .beyond import RECIPES
@@ -143,7 +144,7 @@ def _section(folder: Path, record: Record) -> dict[str, Any]:
     name = f"Meta-training of {config['name']}" if meta else config["name"]
     figure = _figure(config["name"], meta)
     first, many = config.get("seed", 0), config.get("seeds", 1)
-    steps = int(curves["meta_step" if meta else "step"].max())  # pyright: ignore[reportArgumentType]
+    steps = int(curves["meta_step"].max()) if meta else last_step(curves)  # pyright: ignore
     unit, seeds = ("meta-steps", "") if meta else ("steps", f", {many} seed{'s' * (many > 1)}")
     titled = f"{name}: {config['title']}" if not meta and config["title"] else name
     number = f"fig{int(figure):02}: " if meta and figure else ""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..validation import check_decay
-from .protocol import Decision, Guard, GuardState, Objective, Params, as_arrays, start
+from .protocol import Decision, Guard, GuardState, Objective, Params, as_arrays, start, sum_dtype
 
 
 class BestOfState(NamedTuple):
@@ -66,7 +66,7 @@ def best_of(guards: Sequence[Guard], *, decay: float = 0.9) -> Guard:
 
     def init(params: Params) -> GuardState:
         params = as_arrays(params)
-        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+        dtype = sum_dtype(params)
         states = tuple(guard.init(params) for guard in members)
         return start(params, BestOfState(states, jnp.zeros(len(members), dtype)))
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ..validation import check_choice, check_count, check_kind
+from ..validation import check_choice, check_count, check_kind, check_nc
 from .branch import Branch, check, train
 from .criteria import Criterion, mean_criterion
 from .lanes import Lanes, LanesState, Loser
@@ -27,6 +27,7 @@ from .protocol import (
     as_arrays,
     loss_dtype,
     start,
+    sum_dtype,
     with_extra_args,
 )
 from .ratchet import Ratchet, RatchetState, init_ratchet
@@ -140,7 +141,6 @@ def loss_guard(
     (10, 20, False)
     """
     check_count("nt", nt)
-    check_count("nc", nc)
     check_choice("loser", loser, get_args(Loser))
     check_choice("checks", checks, get_args(Checks))
     if hedge not in (False, True, "only") and not isinstance(hedge, TrackRecord):
@@ -165,15 +165,14 @@ def loss_guard(
     if ratchet is not None:
         check_kind("ratchet", ratchet, Ratchet, "ratchet()")
     looks = criterion.looks
-    if looks is None and nc < criterion.least:
-        raise ValueError(f"nc must be at least {criterion.least} for this criterion, got {nc}")
-
+    check_nc(nc, criterion.least if looks is None else 1)
     if windows.most > 1 and looks is None and nc < 2:
         raise ValueError(f"nc must be at least 2 where windows adapt, got {nc}")
+    nt_most, nc_most = nt * windows.most, max(looks or (nc * windows.most,))
 
     def init(params: Params) -> GuardState:
         params = as_arrays(params)
-        zero = jnp.zeros((), jnp.result_type(jnp.float32, *jax.tree.leaves(params)))
+        zero = jnp.zeros((), sum_dtype(params))
         at_start = lanes.init(params)
         inner = LossGuardState(
             lanes=at_start,
@@ -194,7 +193,7 @@ def loss_guard(
                     "checks must be 'next' for stacked minibatches, got 'apart': "
                     "recommended(..., most=nc) is so"
                 )
-            needed = nt * windows.most + max(looks or (nc * windows.most,))
+            needed = nt_most + nc_most
             if objective.count < needed:
                 raise ValueError(
                     f"stacked minibatches must be at least {needed}, which a cycle may take, got "
@@ -224,7 +223,7 @@ def loss_guard(
         """
         x, i, inner = state.params, state.minibatches, state.inner
         dtype = loss_dtype(objective, x, i)
-        steps, nt_most = nt * factor_of(inner), nt * windows.most
+        steps = nt * factor_of(inner)
 
         ran = [*(range(m) if probe else ()), *fallbacks]
         before = lanes.branches(x, inner.lanes, begin_anew(inner))  # lines 10 and 11
@@ -313,7 +312,7 @@ def loss_guard(
             i,
             stride=1 if checks == "next" else -1,
             looks=looks or (nc * factor_of(inner),),
-            most=max(looks or (nc * windows.most,)),
+            most=nc_most,
             settled=lambda losses, n: judge(criterion, losses, n, sound, m).settled,
             dtype=loss_dtype(objective, checked[0], i),
         )

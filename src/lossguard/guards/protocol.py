@@ -147,6 +147,11 @@ def loss_dtype(objective: Objective, params: Params, i: Int[Array, ""]) -> jnp.d
     return jnp.promote_types(out.dtype, jnp.float32)
 
 
+def sum_dtype(params: Params) -> jnp.dtype:
+    """The dtype of what a guard adds up or follows over cycles: the widest, float32 at least."""
+    return jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+
+
 def check_loss(name: str, loss: Any) -> None:
     """Refuse what is not one floating-point number, or the shape of one, in one sentence."""
     shape, dtype = getattr(loss, "shape", None), getattr(loss, "dtype", None)

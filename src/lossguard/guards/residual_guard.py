@@ -22,6 +22,7 @@ from .protocol import (
     as_arrays,
     loss_dtype,
     start,
+    sum_dtype,
     with_extra_args,
 )
 from .sequences import TrackingSequence, ema
@@ -94,7 +95,7 @@ def residual_guard(
 
     def init(params: Params) -> GuardState:
         params = as_arrays(params)
-        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+        dtype = sum_dtype(params)
         memory = sequence.init(jnp.array(jnp.nan, dtype))
         return start(
             params, ResidualGuardState(learned.init(params), fallback.init(params), memory)

@@ -61,13 +61,6 @@ def check_model(model: object, params: Sequence[Tensor]) -> None:
         )
 
 
-def check_nc(nc: int, least: int) -> None:
-    """Refuse too few check minibatches for a criterion that looks once."""
-    check_count("nc", nc)
-    if nc < least:
-        raise ValueError(f"nc must be at least {least} for this criterion, got {nc}")
-
-
 def check_schedulers(schedulers: Sequence[LRScheduler], optimizers: Sequence[Optimizer]) -> None:
     """Refuse a scheduler that the guard can't step."""
     if not isinstance(schedulers, Sequence):

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.closures import described
+from lossguard.torch.closures import checked
 from lossguard.torch.decision import Decision
 from lossguard.torch.facade import Closure, Facade
 from lossguard.torch.weights import Weights
@@ -37,11 +37,7 @@ class Guard(Facade):
 
     def _check_step(self, closure: Closure | None, hint: str = "") -> Closure:
         """The closure of a step; refuse others, and gradients that it has not computed."""
-        if not callable(closure):
-            raise ValueError(
-                "closure must be a function that returns the loss, got "
-                f"{described(closure)}{hint if closure is None else ''}"
-            )
+        closure = checked(closure, hint)
         if any(p.grad is not None for p in self._weights.params):
             raise ValueError(
                 "gradients must be computed inside the closure, got some before the step (call "

@@ -3,7 +3,7 @@
 import gc
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,16 @@ class Watch:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def checked(closure: Callable[[], Any] | None, hint: str = "") -> Callable[[], Any]:
+    """The closure; refuse what isn't one. The ``hint`` is for those who gave none."""
+    if not callable(closure):
+        raise ValueError(
+            "closure must be a function that returns the loss, got "
+            f"{described(closure)}{hint if closure is None else ''}"
+        )
+    return closure
 
 
 def scalar(loss: Any) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.closures import described
+from lossguard.torch.closures import checked
 
 Closure = Callable[[], Any]
 
@@ -86,11 +86,7 @@ class LossStep(Facade):
         super().__init__(optimizer)
 
     def step(self, closure: Closure | None = None) -> Tensor:  # pyright: ignore
-        if not callable(closure):
-            raise ValueError(
-                f"closure must be a function that returns the loss, got {described(closure)}"
-            )
-        loss = closure()
+        loss = checked(closure)()
         step: Callable[[Any], object] = self._inside.step
         step(loss)
         return loss

@@ -31,7 +31,7 @@ from lossguard.torch.ratchet import Ratchet
 from lossguard.torch.track_record import TrackRecord
 from lossguard.torch.verdict import follow_first, judge
 from lossguard.torch.weights import Weights
-from lossguard.validation import check_choice, check_count, check_kind
+from lossguard.validation import check_choice, check_count, check_kind, check_nc
 
 
 class LossGuard(Guard):
@@ -127,7 +127,7 @@ class LossGuard(Guard):
         if ratchet is not None:
             check_kind("ratchet", ratchet, Ratchet, "ratchet()")
         check_count("nt", nt)
-        arguments.check_nc(nc, criterion.least if criterion.looks is None else 1)
+        check_nc(nc, criterion.least if criterion.looks is None else 1)
         arguments.check_schedulers(schedulers, [*several, fallback])
         arguments.check_offload(offload)
         arguments.check_model(model, params)

@@ -77,6 +77,17 @@ def test_a_rise_that_no_check_sees():
     assert [decision.losses for decision in guard.history] == 2 * [[0.0], [1.0], [2.0]]
 
 
+def test_its_best_is_first_what_the_first_cycle_starts_from():
+    """Weights that are loaded after the guard was built, and before or after its state is."""
+    w, guard, cycle = climber(3, 0.1)
+    with torch.no_grad():
+        w.fill_(8.0)
+    assert [cycle() and w.item() for _ in range(3)] == [9.0, 10.0, 8.0]
+    fresh, other, other_cycle = climber(3, 0.1)
+    other.load_state_dict(guard.state_dict())
+    assert [other_cycle() and fresh.item() for _ in range(3)] == [9.0, 10.0, 8.0]
+
+
 def test_what_does_not_count():
     """A minibatch on which b's loss is not finite, and a cycle in which x stayed."""
     _, guard, _ = climber(3, 0.5)

@@ -8,7 +8,7 @@ guard                  all the rest:
   x                    the kept iterate, parameters and buffers
   names                y, z or s, for each lane
   lanes                per lane: copy, train, check, before, memory, scaler, own
-  best                 of a ratchet: copy, memory, losses, cycles, kept, held, anew
+  best                 of a ratchet: copy, memory, losses, cycles, kept, held, anew, begun
   schedulers           the ``state_dict`` of each
 """
 
@@ -29,7 +29,7 @@ from lossguard.torch.track_record import Excess
 if TYPE_CHECKING:
     from lossguard.torch.guard import LossGuard
 
-NUMBERS = ("cycles", "kept", "held", "anew")
+NUMBERS = ("cycles", "kept", "held", "anew", "begun")
 """Of a ratchet's best."""
 
 

@@ -109,7 +109,7 @@ class Cycle:
         self.gradients = 0
         self.placing.begin()
         if self.lanes.best is not None:
-            self.lanes.best.losses = []
+            self.lanes.best.begin(self.weights)
         for number in active:
             lane = self.lanes.all[number]
             lane.begin()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lossguard.torch.inner import Memory
-from lossguard.torch.weights import Copy
+from lossguard.torch.weights import Copy, Weights
 from lossguard.validation import check_count
 
 
@@ -51,6 +51,7 @@ class Best:
         losses: its training losses in this cycle, one per minibatch.
         cycles, kept, held: since they were last compared, and X and B.
         anew: whether x went back, and the learned optimizers are to begin anew when they run next.
+        begun: whether a cycle has begun. Until then x may be set from outside, and b is x.
     """
 
     def __init__(self, rule: Ratchet, copy: Copy, memory: Memory | None) -> None:
@@ -60,6 +61,14 @@ class Best:
         self.losses: list[Tensor] = []
         self.cycles, self.kept, self.held = 0, 0.0, 0.0
         self.anew = False
+        self.begun = False
+
+    def begin(self, x: Weights) -> None:
+        """Start a cycle."""
+        self.losses = []
+        if not self.begun:
+            x.write(self.copy)
+        self.begun = True
 
     def update(
         self, kept: Sequence[float], held: Sequence[float], was_own: bool, is_own: bool

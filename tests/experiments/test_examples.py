@@ -1,5 +1,6 @@
 """The examples of experiments are what they say."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -9,7 +10,13 @@ import pytest
 from lossguard.command_line import find_recipe
 from lossguard.experiments import Experiment
 
-FILE = Path(__file__).parents[2] / "examples" / "convnet_readings.py"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def example(name: str, *options: str):
+    """The experiment of a recipe in examples/, as the command line makes it."""
+    _, e = find_recipe([f"{EXAMPLES}/{name}", *options], {}, "run", Experiment)
+    return e
 
 
 @pytest.mark.parametrize(
@@ -22,7 +29,7 @@ FILE = Path(__file__).parents[2] / "examples" / "convnet_readings.py"
 )
 def test_readings_of_the_convnet(reading, activation, padding, features) -> None:
     """Against XLA's own convolutions."""
-    _, e = find_recipe([f"{FILE}:{reading}"], {}, "run", Experiment)
+    e = example(f"convnet_readings.py:{reading}")
     x = jax.random.normal(jax.random.key(0), (2, 28, 28, 1))
     *layers, head = params = e.model.init((28, 28, 1), 10, jax.random.key(1))
     expected = x
@@ -37,3 +44,25 @@ def test_readings_of_the_convnet(reading, activation, padding, features) -> None
         expected = activation(expected + layer.bias[:, 0, 0])
     expected = expected.reshape(2, features) @ head.weight.T + head.bias
     np.testing.assert_allclose(e.model.apply(params, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_arms_with_turns_and_a_radius_of_ones_choice() -> None:
+    e = example("spirals_readings.py:arms")
+    data = e.make_task(replace(e, turns=2.0, radius=3.0, noise=0.0)).dataset
+    radius, angle = polar(data.normalize(data.train.inputs)[data.train.labels == 0])
+    assert 2.9 < radius.max() <= 3
+    np.testing.assert_allclose(np.cos(angle), np.cos(2 * np.pi * 2 * radius / 3), rtol=0, atol=1e-4)
+
+
+def test_unscaled_arms() -> None:
+    """Their radius is their angle, up to 780 degrees."""
+    e = example("spirals_readings.py:unscaled")
+    data = e.make_task(replace(e, noise=0.0)).dataset
+    radius, angle = polar(data.normalize(data.train.inputs)[data.train.labels == 0])
+    assert 13.5 < radius.max() <= np.radians(780)
+    np.testing.assert_allclose(np.cos(angle), np.cos(radius), rtol=0, atol=1e-3)
+
+
+def polar(points):
+    """The radius and the angle of points [n, 2]."""
+    return np.linalg.norm(points, axis=1), np.arctan2(points[:, 1], points[:, 0])

@@ -1,5 +1,8 @@
 """Shapes and types in the package's signatures are checked at run time in every test."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import hypothesis
@@ -30,6 +33,19 @@ CHECKED = (
 TYPECHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 
 install_import_hook(CHECKED, TYPECHECKER)
+
+# Compiling is most of what the tests do: a third of it is left with these. XLA_FLAGS= in front of a
+# command has everything compiled as users have it. XLA ends a process over a flag that it doesn't
+# know, so that another one tries them first.
+FLAGS = (
+    "--xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false"
+)
+if "XLA_FLAGS" not in os.environ:  # it is in the environment of what this process starts
+    trial = [sys.executable, "-c", "import jax; jax.devices()"]
+    knows = subprocess.run(trial, env={**os.environ, "XLA_FLAGS": FLAGS}, capture_output=True)
+    os.environ["XLA_FLAGS"] = FLAGS if knows.returncode == 0 else ""
 
 # They have no doctests, and of two that are named on one command line only one could be imported.
 collect_ignore_glob = ["*conftest.py"]

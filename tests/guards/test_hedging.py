@@ -4,6 +4,7 @@ Lanes as a guard numbers them: the learned ones from 0, then z, then s.
 """
 
 from copy import deepcopy
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -145,7 +146,7 @@ def test_a_run_is_numpys(learned, fallback, hedge, loser) -> None:
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("loser", ["keep", "reset"])
 def test_skipping_z_changes_nothing(loser) -> None:
-    """The same run where z is computed although it is s."""
+    """The same run where z is computed although it is s, but for rounding."""
     problem = numpy_guards.Objective(seed=4, minibatches=CYCLES * (NT + NC))
     objective = objective_of(problem)
     guard = lossguard.loss_guard(
@@ -165,9 +166,10 @@ def test_skipping_z_changes_nothing(loser) -> None:
         play(guard._replace(step=step), objective, jnp.asarray(problem.start), CYCLES)
         for step in (guard.step, with_z)
     )
-    jax.tree.map(np.testing.assert_array_equal, skipping, computing)
+    equal = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12)
+    jax.tree.map(equal, skipping, computing)
     for name in ("winner", "losses", "learned_loss", "fallback_loss", "used_learned"):
-        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        equal(getattr(one, name), getattr(other, name))
     assert (np.asarray(one.gradients) < np.asarray(other.gradients)).any()
     assert (np.asarray(other.gradients) == 3 * NT).all()
     assert set(np.asarray(one.winner)) == {0, 1, 2}

@@ -161,7 +161,7 @@ def test_a_cycle_in_which_x_stayed_says_nothing_of_it() -> None:
     for cycle in range(15):
         before = state.params
         state, decision = step(state)
-        assert decision.winner == (-1 if cycle == 10 else 1)
+        assert (decision.winner == -1) == (cycle == 10)
         assert state.params[0] <= before[0]
 
 

@@ -302,9 +302,10 @@ def test_every_lane_sees_the_same_rates(tensor):
     assert len(seen) == 6 and seen[::2] == seen[1::2]
 
 
-def test_hooks_are_called():
+@pytest.mark.parametrize("kind", [partial(LossGuard, nt=1, nc=1), ResidualGuard])
+def test_hooks_are_called(kind):
     model = mlp()
-    guard = LossGuard(Adam(model.parameters()), SGD(model.parameters()), nt=1, nc=1)
+    guard = kind(Adam(model.parameters()), SGD(model.parameters()))
     calls = []
     guard.register_step_pre_hook(lambda *_: calls.append("pre"))
     guard.register_step_post_hook(lambda *_: calls.append("post"))
@@ -316,7 +317,9 @@ def test_hooks_are_called():
     guard.register_load_state_dict_post_hook(lambda _: calls.append("loaded"))
     run(guard, model, [spiral()])
     guard.load_state_dict(guard.state_dict())
-    assert calls == ["pre", "learned", "fallback", "post", "save", 1, "loaded"]
+    alone = [call for call in calls if call not in ("learned", "fallback")]
+    assert alone == ["pre", "post", "save", 1, "loaded"]
+    assert {"learned", "fallback"} < {*calls}
 
 
 @pytest.mark.parametrize("hedge", [False, True, "only"])
@@ -484,8 +487,7 @@ REFUSALS = [
      "state_dict must be a LossGuard's, got one with the keys ['state', 'param_groups']"),
     (lambda w: LossGuard(sgd(w), sgd(w)).load_state_dict(
         ResidualGuard(sgd(w), sgd(w)).state_dict()),
-     "state_dict must be a LossGuard's, got one with the keys ['track', 'steps', 'own', "
-     "'history']"),
+     "state_dict must be a LossGuard's, got a ResidualGuard's"),
     (lambda w: LossGuard(sgd(w), sgd(w), hedge=True).load_state_dict(
         LossGuard(sgd(w), sgd(w)).state_dict()),
      "state_dict must have the lanes y, z, s, got y, z (learned and hedge must be as they were)"),

@@ -1,6 +1,7 @@
 """What a guard accepts, and the sentences with which it refuses the rest."""
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
@@ -9,6 +10,11 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from lossguard.validation import check_count
 
 ENDLESS = " (itertools.chain.from_iterable(itertools.repeat(loader)) doesn't end)"
+
+
+def listed(learned: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
+    """The learned optimizers, of which there may be one."""
+    return [*learned] if isinstance(learned, (list, tuple)) else [cast(Optimizer, learned)]
 
 
 def shared_params(learned: Sequence[Optimizer], fallback: Optimizer) -> list[Tensor]:

@@ -6,14 +6,16 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lossguard.torch.arguments import listed
 from lossguard.torch.closures import checked
 from lossguard.torch.decision import Decision
 from lossguard.torch.facade import Closure, Facade
+from lossguard.torch.inner import Inner, clone
 from lossguard.torch.weights import Weights
 
 
 class Guard(Facade):
-    """A facade of the fallback that keeps a history of decisions.
+    """A facade of the fallback that keeps a history of decisions, and can be saved.
 
     Attributes:
         learned: the optimizer that isn't trusted, or several.
@@ -29,11 +31,55 @@ class Guard(Facade):
         self.fallback = fallback
         self.history: list[Decision] = []
         self._weights = weights
+        self._inners = [Inner(optimizer) for optimizer in (*listed(learned), fallback)]
 
     @property
     def last_decision(self) -> Decision | None:
         """The last decision: of a whole cycle, or of nt whole steps of the residual guard."""
         return self.history[-1] if self.history else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of all that the rest of the run depends on, at any point of a cycle.
+
+        The keys ``state`` and ``param_groups`` are the fallback's, as for any optimizer.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        *learned, fallback = self._inners
+        saved = {
+            **fallback.state_dict(),
+            "learned": [inner.state_dict() for inner in learned],
+            "guard": {
+                "kind": type(self).__name__,
+                "own": [sorted(inner.own) for inner in self._inners],
+                "history": [clone(decision._asdict()) for decision in self.history],
+                **self._save(),
+            },
+        }
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            saved = post_hook(self, saved) or saved
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved state bit by bit: parameters, buffers and random numbers included.
+
+        Args:
+            state_dict: of a guard that was built in the same way.
+        """
+        saved = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            saved = pre_hook(self, saved) or saved
+        self._check_saved(saved)
+        state = saved["guard"]
+        fallback = {key: value for key, value in saved.items() if key not in ("learned", "guard")}
+        for inner, its_state in zip(self._inners, [*saved["learned"], fallback], strict=True):
+            inner.load_state_dict(its_state)
+        for inner, names in zip(self._inners, state["own"], strict=True):
+            inner.own = set(names)
+        self.history = [Decision(**clone(decision)) for decision in state["history"]]
+        self._load(state)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     def _check_step(self, closure: Closure | None, hint: str = "") -> Closure:
         """The closure of a step; refuse others, and gradients that it has not computed."""
@@ -45,14 +91,20 @@ class Guard(Facade):
             )
         return closure
 
-    def _check_saved(self, saved: dict[str, Any], key: str) -> dict[str, Any]:
-        """What a ``state_dict`` holds beside the optimizers; refuse another kind, without key."""
-        state = saved.get("guard", saved)
-        if key not in state or state is saved:
-            raise ValueError(
-                f"state_dict must be a {type(self).__name__}'s, got one with the keys {list(state)}"
-            )
-        return state
+    def _save(self) -> dict[str, Any]:
+        """A copy of what the guard remembers beside its optimizers and its history."""
+        raise NotImplementedError
+
+    def _load(self, state: dict[str, Any]) -> None:
+        """Put a copy of what :meth:`_save` made in place."""
+        raise NotImplementedError
+
+    def _check_saved(self, saved: dict[str, Any]) -> None:
+        """Refuse the ``state_dict`` of another optimizer."""
+        kind, ours = saved.get("guard", {}).get("kind"), type(self).__name__
+        if kind != ours:
+            theirs = f"a {kind}'s" if kind else f"one with the keys {list(saved)}"
+            raise ValueError(f"state_dict must be a {ours}'s, got {theirs}")
 
     def _add_group(self, param_group: dict[str, Any], learned: Sequence[Optimizer]) -> list[Tensor]:
         """Add parameters to all optimizers, with their own defaults in ``learned``; return them."""

@@ -17,13 +17,15 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lossguard.torch import arguments, checkpoint
+from lossguard.torch import arguments
 from lossguard.torch.base import Guard
+from lossguard.torch.checkpoint import check_lanes, load_lanes, save_lanes
 from lossguard.torch.consensus import outcome
 from lossguard.torch.criteria import Criterion, mean_criterion
 from lossguard.torch.cycle import Cycle
 from lossguard.torch.decision import NEITHER, Decision
 from lossguard.torch.facade import Closure
+from lossguard.torch.inner import clone
 from lossguard.torch.lane import Loser
 from lossguard.torch.lanes import Lanes
 from lossguard.torch.probing import Probing, ProbingState, always
@@ -115,7 +117,7 @@ class LossGuard(Guard):
         process_group: distributed.ProcessGroup | None = None,
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
-        several: list[Any] = list(learned) if isinstance(learned, (list, tuple)) else [learned]
+        several = arguments.listed(learned)
         criterion = mean_criterion() if criterion is None else criterion
         probing = always() if probing is None else probing
         params = arguments.shared_params(several, fallback)
@@ -141,8 +143,7 @@ class LossGuard(Guard):
         self.process_group = process_group
         self.callback = callback
         self._lanes = Lanes(
-            several,
-            fallback,
+            self._inners,
             loser=loser,
             hedge=hedge,
             ratchet=ratchet,
@@ -239,17 +240,6 @@ class LossGuard(Guard):
         learned = [inner.optimizer for inner in self._lanes.learned]
         self._cycle.grow(self._add_group(param_group, learned))
 
-    def state_dict(self) -> dict[str, Any]:
-        """A copy of all that the rest of the run depends on, at any point of a cycle.
-
-        The keys ``state`` and ``param_groups`` are the fallback's, as for any optimizer.
-        """
-        return checkpoint.save(self)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state bit by bit: parameters, buffers and random numbers included."""
-        checkpoint.load(self, state_dict)
-
     def __repr__(self) -> str:
         return f"LossGuard(learned={self.learned!r}, fallback={self.fallback!r})"
 
@@ -270,6 +260,44 @@ class LossGuard(Guard):
         if cycle.phase - self.nt in (self._looks if self._probe else (0,)):
             self._decide(active)
         return values
+
+    def _save(self) -> dict[str, Any]:
+        cycle = self._cycle
+        return {
+            "nt": self.nt,
+            "looks": list(self._looks),
+            "phase": cycle.phase,
+            "gradients": cycle.gradients,
+            "kept": self._kept,
+            "probes": list(self._probes),
+            "random": cycle.randomness.state(),
+            "x": self._weights.copy(),
+            "schedulers": [clone(scheduler.state_dict()) for scheduler in self.schedulers],
+            **save_lanes(self._lanes, cycle.phase),
+        }
+
+    def _load(self, state: dict[str, Any]) -> None:
+        cycle = self._cycle
+        for scheduler, its_state in zip(self.schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(clone(its_state))
+        load_lanes(self._lanes, state)
+        self._probes = ProbingState(*state["probes"])
+        self._kept, cycle.gradients, cycle.phase = (
+            state[name] for name in ("kept", "gradients", "phase")
+        )
+        self._weights.read(state["x"])
+        cycle.placing.begin()
+        cycle.randomness.set(state["random"])
+
+    def _check_saved(self, saved: dict[str, Any]) -> None:
+        super()._check_saved(saved)
+        state, looks = saved["guard"], list(self._looks)
+        check_lanes(self._lanes, state)
+        if state["phase"] and (state["nt"], state["looks"]) != (self.nt, looks):
+            raise ValueError(
+                f"state_dict from within a cycle must have nt={self.nt} and checks after {looks}, "
+                f"got nt={state['nt']} and {state['looks']}"
+            )
 
     def _backward(self, loss: Tensor) -> Tensor:
         if self.checking:

@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 
 from torch.amp.grad_scaler import GradScaler
-from torch.optim import Optimizer
 
 from lossguard.torch.decision import NEITHER
 from lossguard.torch.inner import Inner, clone
@@ -23,6 +22,11 @@ from lossguard.torch.weights import Copy, Weights
 class Lanes:
     """All lanes, by their numbers.
 
+    Args:
+        inners: the learned optimizers, and the fallback.
+        loser, hedge, ratchet, scaler: as LossGuard takes them.
+        weights: of the model, which holds x.
+
     Attributes:
         all: the learned lanes, z, s.
         m: how many are learned.
@@ -35,8 +39,7 @@ class Lanes:
 
     def __init__(
         self,
-        learned: Sequence[Optimizer],
-        fallback: Optimizer,
+        inners: Sequence[Inner],
         *,
         loser: Loser,
         hedge: object,
@@ -44,7 +47,7 @@ class Lanes:
         scaler: GradScaler | None,
         weights: Weights,
     ) -> None:
-        trusted = Inner(fallback)
+        *learned, trusted = inners
         self.m = len(learned)
         self.z = None if hedge == "only" else self.m
         self.s = self.m + (self.z is not None) if hedge else None
@@ -55,7 +58,7 @@ class Lanes:
         def common() -> tuple[GradScaler | None, Copy]:
             return clone(scaler), weights.copy()
 
-        self.all = [Lane("learned", Inner(one), loser, *common()) for one in learned]
+        self.all = [Lane("learned", one, loser, *common()) for one in learned]
         if self.z is not None:
             self.all.append(Lane("fallback", trusted, loser, *common()))
         if self.s is not None:

@@ -95,8 +95,7 @@ class ResidualGuard(Guard):
         self.nt = int(nt)  # a state_dict holds plain numbers only
         self._watch = Watch(self._weights)
         self._randomness = Randomness({p.device for p in params})
-        self._learned = Inner(learned)
-        self._fallback = Inner(fallback)
+        self._learned, self._fallback = self._inners
         self._track: Track | None = None
         self._steps: list[dict[str, Any]] = []
 
@@ -150,36 +149,26 @@ class ResidualGuard(Guard):
         self._fallback.exchange(advanced)
         return y, z, self._distance(x, z), self._distance(y, after_y)
 
-    def state_dict(self) -> dict[str, Any]:
-        """A copy of all that the rest of the run depends on, but for the parameters."""
-        return {
-            **self._fallback.state_dict(),
-            "learned": self._learned.state_dict(),
-            "guard": {
-                "track": clone(self._track),
-                "steps": clone(self._steps),
-                "own": [sorted(inner.own) for inner in (self._learned, self._fallback)],
-                "history": [decision._asdict() for decision in self.history],
-            },
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state."""
-        guard = self._check_saved(state_dict, "track")
-        fallback = {k: v for k, v in state_dict.items() if k not in ("learned", "guard")}
-        self._fallback.load_state_dict(fallback)
-        self._learned.load_state_dict(state_dict["learned"])
-        self._learned.own, self._fallback.own = (set(names) for names in guard["own"])
-        self._track = clone(guard["track"])
-        self._steps = clone(guard["steps"])
-        self.history = [Decision(**clone(decision)) for decision in guard["history"]]
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to both optimizers, with their own defaults in the learned one."""
         self._weights.params += self._add_group(param_group, [self._learned.optimizer])
         self._weights.clear_gradients()  # theirs may be left from before
         self._learned.grow()
         self._fallback.grow()
+
+    def _save(self) -> dict[str, Any]:
+        return {
+            "track": clone(self._track),
+            "steps": clone(self._steps),
+            "random": self._randomness.state(),
+            "x": self._weights.copy(),
+        }
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self._track = clone(state["track"])
+        self._steps = clone(state["steps"])
+        self._weights.read(state["x"])
+        self._randomness.set(state["random"])
 
     def _evaluate(self, closure: Closure) -> Any:
         with torch.enable_grad():

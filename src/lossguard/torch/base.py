@@ -52,7 +52,7 @@ class Guard(Facade):
             "guard": {
                 "kind": type(self).__name__,
                 "own": [sorted(inner.own) for inner in self._inners],
-                "history": [clone(decision._asdict()) for decision in self.history],
+                "history": [decision._asdict() for decision in self.history],
                 **self._save(),
             },
         }

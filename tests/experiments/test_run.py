@@ -1,6 +1,7 @@
 """Experiments end to end: their records, and what survives Ctrl-C and kill."""
 
 import dataclasses
+import functools
 import os
 import signal
 import subprocess
@@ -270,6 +271,9 @@ def test_config_is_plain_and_tells_models_apart() -> None:
     config = as_config(dataclasses.replace(tiny.recipe(), model=ConvNet()))
     assert config["model"]["kind"] == "ConvNet"
     assert config["make_task"] == "tiny:make_task" and config["steps"] == 60
+    narrowed = functools.partial(tiny.make_task, 3, rate=0.1)
+    config = as_config(dataclasses.replace(tiny.recipe(), make_task=narrowed))
+    assert config["make_task"] == "tiny:make_task(3, rate=0.1)"
 
 
 def test_adaptive_windows_end_at_the_step_of_the_others(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -67,7 +68,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
 
 
 def as_config(value: Any) -> Any:
-    """A config as plain JSON; a function by its module and name."""
+    """A config as plain JSON; a function by its module and name, and what it is given already."""
     if is_dataclass(value):
         kind = {} if isinstance(value, Experiment) else {"kind": type(value).__name__}
         return kind | {f.name: as_config(getattr(value, f.name)) for f in fields(value)}
@@ -75,6 +76,9 @@ def as_config(value: Any) -> Any:
         return {k: as_config(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
         return [as_config(v) for v in value]
+    if isinstance(value, partial):
+        given = [*map(repr, value.args), *(f"{k}={v!r}" for k, v in value.keywords.items())]
+        return f"{as_config(value.func)}({', '.join(given)})"
     return f"{value.__module__}:{value.__qualname__}" if callable(value) else value
 
 

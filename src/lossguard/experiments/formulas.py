@@ -114,7 +114,8 @@ def clear_best(run: Run) -> Finding:
     losses = run.losses(run.last)
     best, *others = sorted(losses, key=lambda m: losses[m])
     near = [m for m in others if losses[m] <= 1.05 * losses[best]]
-    others_near = f"within 5 % of it: {', '.join(near) or 'none'}"
+    named = ", ".join(near) or "none"
+    others_near = f"within 5 % of it: {named if len(near) < 4 else f'{len(near)} others'}"
     return Finding(
         math.isfinite(losses[best]) and not near,
         f"best of {len(losses)} is {best} with {losses[best]:.3g} at step {run.last:,}; "

@@ -142,3 +142,24 @@ def test_buffers_of_the_state_are_donated_and_no_others() -> None:
     assert not params.is_deleted()
     assert not objective.problem.minimum.is_deleted()
     assert not after.params.is_deleted()
+
+
+def test_an_objective_may_hold_what_the_state_does() -> None:
+    """As ``stacked`` holds the number of the first minibatch: it can't be donated then."""
+    guard = lossguard.unguarded(optax.sgd(0.1), nt=2)
+    state = guard.init(jnp.zeros(4))
+    batches = jnp.ones((6, 4))
+    loss = lambda w, batch: jnp.sum((w - batch) ** 2)  # noqa: E731
+    objective = lossguard.stacked(loss, batches, start=state.minibatches)
+    state, _ = lossguard.rollout(guard, state, objective, cycles=3)
+    assert objective.start == 0 and state.minibatches == 6
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_numpys_integers_are_counts() -> None:
+    guard = lossguard.unguarded(optax.sgd(0.1), nt=2)
+    state = guard.init(jnp.zeros(4))
+    _, decisions = lossguard.rollout(
+        guard, state, lambda w, i: jnp.sum(w**2), cycles=np.int64(2), most=np.int64(4)
+    )
+    assert decisions.losses.shape == (2, 2)

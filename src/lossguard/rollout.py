@@ -67,11 +67,12 @@ def rollout(
     >>> int(state.steps), decisions.losses.shape
     (30, (3, 10))
     """
-    most = cycles if most is None else most
-    check_count("cycles", cycles)
-    check_count("most", most)
+    cycles = check_count("cycles", cycles)
+    most = cycles if most is None else check_count("most", most)
     if cycles > most:
         raise ValueError(f"cycles must be at most {most}, got {cycles}")
+    held = {id(leaf) for leaf in jax.tree.leaves(objective)}  # by the objective, and not to donate
+    state = jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in held else leaf, state)
     state, decisions = _donating((guard, objective, jnp.int32(cycles), most, axes), state)
     place = 0 if axes is None else 1
     cut = tuple([slice(None)] * place + [slice(cycles)])

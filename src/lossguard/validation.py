@@ -1,6 +1,7 @@
 """What arguments may be, and the sentences that refuse the rest: in JAX and PyTorch the same.
 
-Imports neither, as who uses the one may not have the other.
+Imports neither, as who uses the one may not have the other. Checks of numbers return plain ones:
+NumPy's carry a type, which a compiled loop or a checkpoint may not take.
 """
 
 import math
@@ -8,10 +9,11 @@ from numbers import Integral
 from typing import Any
 
 
-def check_count(name: str, value: int) -> None:
+def check_count(name: str, value: int) -> int:
     """Refuse what is not an integer of at least 1."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    return int(value)
 
 
 def check_positive(**values: float) -> None:
@@ -21,10 +23,11 @@ def check_positive(**values: float) -> None:
             raise ValueError(f"{name} must be positive and finite, got {value!r}")
 
 
-def check_fraction(name: str, value: float) -> None:
+def check_fraction(name: str, value: float) -> float:
     """Refuse what is not in (0, 1]."""
     if not 0 < value <= 1:
         raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
+    return float(value)
 
 
 def check_confidence(confidence: float) -> None:
@@ -33,19 +36,19 @@ def check_confidence(confidence: float) -> None:
         raise ValueError(f"confidence must be at least 0.5 and below 1, got {confidence!r}")
 
 
-def check_looks(first: int, most: int) -> None:
+def check_looks(first: int, most: int) -> tuple[int, int]:
     """Refuse numbers of check minibatches of which a t-test can't be asked first, or last."""
-    check_count("first", first)
-    check_count("most", most)
+    first, most = check_count("first", first), check_count("most", most)
     if not 2 <= first <= most:
         raise ValueError(f"first must be between 2 and most = {most}, got {first}")
+    return first, most
 
 
-def check_nc(nc: int, least: int) -> None:
+def check_nc(nc: int, least: int) -> int:
     """Refuse too few check minibatches for a criterion that looks once."""
-    check_count("nc", nc)
-    if nc < least:
+    if check_count("nc", nc) < least:
         raise ValueError(f"nc must be at least {least} for this criterion, got {nc}")
+    return int(nc)
 
 
 def check_most(nc: int, most: int) -> None:
@@ -56,10 +59,25 @@ def check_most(nc: int, most: int) -> None:
         raise ValueError(f"nc must be between 2 and most = {most}, or most itself, got {nc}")
 
 
-def check_decay(decay: float) -> None:
+def check_decay(decay: float) -> float:
     """Refuse what forgets nothing, or all."""
     if not 0 < decay < 1:
         raise ValueError(f"decay must be above 0 and below 1, got {decay!r}")
+    return float(decay)
+
+
+def check_share(share: float) -> float:
+    """Refuse what is no share of the time away that a track record remembers."""
+    if not 0 <= share < 1:
+        raise ValueError(f"share must be at least 0 and below 1, got {share!r}")
+    return float(share)
+
+
+def check_tolerance(tolerance: float) -> float:
+    """Refuse what a ratchet can't compare losses with."""
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance must be at least 0 and finite, got {tolerance!r}")
+    return float(tolerance)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

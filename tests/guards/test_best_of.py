@@ -158,3 +158,16 @@ def test_errors() -> None:
     guard = lossguard.best_of([lossguard.unguarded(optax.sgd(0.1), nt=nt) for nt in (2, 3)])
     with pytest.raises(ValueError, match=r"^guards must have the same nt, got \[2, 3\]$"):
         guard.step(guard.init(jnp.ones(2)), lambda w, i: w.sum())
+
+
+def test_records_begin_again_where_no_guards_is_finite() -> None:
+    """Each guard has had a minibatch that was lost on it alone; the faster one is followed then."""
+
+    def objective(w, i):
+        lost = jnp.where(i == 1, w[0] > 0.15, (i == 3) & (w[0] < 0.1))
+        return jnp.where(lost, jnp.inf, jnp.sum((w - 1) ** 2))
+
+    slow, fast = (lossguard.unguarded(optax.sgd(rate), nt=1) for rate in (0.01, 0.1))
+    guard = lossguard.best_of([slow, fast])
+    _, decisions = lossguard.rollout(guard, guard.init(jnp.zeros(1)), objective, cycles=8)
+    assert decisions.winner.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]

@@ -280,3 +280,17 @@ def test_steps_are_pure() -> None:
     state, objective = guard.init(start()), Objective(jax.random.key(0))
     for one, other in zip(guard.step(state, objective), guard.step(state, objective), strict=True):
         jax.tree.map(np.testing.assert_array_equal, comparable(one), comparable(other))
+
+
+def test_states_may_hold_pythons_numbers() -> None:
+    def update(updates, count, params=None):
+        return jax.tree.map(lambda u: -0.1 * u / (count["step"] + 1), updates), {
+            "step": count["step"] + 1
+        }
+
+    counting = optax.GradientTransformation(lambda params: {"step": 0}, update)
+    guard = lossguard.loss_guard(counting, counting, nt=2, nc=1)
+    state = guard.init(jnp.ones(2))
+    for _ in range(2):
+        state, _ = guard.step(state, lambda w, i: jnp.sum(w**2))
+    assert state.inner.lanes.fallback["step"] == 4

@@ -175,6 +175,38 @@ def test_bad_input(call, message) -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_numpys_integers_are_counts() -> None:
-    guard = lossguard.unguarded(SGD, nt=np.int64(3))  # type: ignore
-    assert guard.step(guard.init(ONES), lambda w, i: jnp.sum(w))[0].steps == 3
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda three, part: lossguard.unguarded(SGD, nt=three),
+        lambda three, part: lossguard.residual_guard(
+            SGD, SGD, nt=three, alpha=part, sequence=lossguard.ema(part)
+        ),
+        lambda three, part: lossguard.loss_guard(
+            SGD,
+            SGD,
+            nt=three,
+            nc=three,
+            hedge=lossguard.track_record(decay=part, share=part),
+            criterion=lossguard.sequential_criterion(first=three, most=2 * three),
+            probing=lossguard.backoff(patience=three, most=three),
+            ratchet=lossguard.ratchet(cycles=three, tolerance=part),
+        ),
+        lambda three, part: lossguard.loss_guard(
+            SGD, SGD, nt=three, nc=three, windows=lossguard.adaptive(most=three, apart=1 + part)
+        ),
+        lambda three, part: lossguard.best_of([lossguard.unguarded(SGD, nt=three)], decay=part),
+    ],
+)
+@pytest.mark.usefixtures("x64")
+def test_numpys_numbers_are_numbers(make) -> None:
+    """Whose types would otherwise change those of a float32 state."""
+    guard = make(np.int64(3), np.float64(0.5))
+    state = guard.init(jnp.ones(2, jnp.float32))
+    step = jax.jit(lambda state: guard.step(state, lambda w, i: jnp.sum(w**2)))
+    for _ in range(3):
+        before, (state, _) = state, step(state)
+        assert jax.tree.map(lambda leaf: leaf.dtype, state) == jax.tree.map(
+            lambda leaf: leaf.dtype, before
+        )
+    assert step._cache_size() == 1

@@ -206,3 +206,17 @@ def test_a_state_that_is_made_anew_keeps_its_schedule() -> None:
         resets.append(bool(decision.reset_learned))
     assert moves == [8.0, 4.0, 2.0, 1.0]
     assert resets == [False, True, False, False]
+
+
+def test_the_residual_guard_in_low_precision() -> None:
+    """Norms don't underflow, and a step that is lost in rounding is no reason to accept."""
+    up = optimizers.constant(0.5)
+
+    def objective(w, i):
+        return 0.5e-4 * jnp.sum(w.astype(jnp.float32) ** 2)
+
+    for residual, dtype, mu in (("gradient", jnp.float16, 8e-4), ("step", jnp.bfloat16, 0.0)):
+        guard = lossguard.residual_guard(up, optax.sgd(1.0), residual=residual, nt=6)
+        state, decision = guard.step(guard.init(jnp.ones(64, dtype)), objective)
+        assert not decision.used_learned.any()
+        np.testing.assert_allclose(jax.tree.leaves(state.inner.memory)[0], mu, rtol=0.05)

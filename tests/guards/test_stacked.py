@@ -92,3 +92,19 @@ def test_a_stack_that_is_shorter_than_a_cycle() -> None:
     message = r"^stacked minibatches must be at least 5, which a cycle may take, got 4$"
     with pytest.raises(ValueError, match=message):
         guard.step(guard.init(jnp.ones(3)), lossguard.stacked(loss, batches(4), 0))
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_beyond_the_stack_x_stays_whatever_the_optimizer_remembers(skips) -> None:
+    """The fallback alone too: its gradient there is not 0, with which Adam would go on."""
+    if skips:
+        probing = lossguard.backoff(patience=1, most=64)
+        guard = lossguard.loss_guard(optax.sgd(3.0), optax.adam(0.1), nt=2, nc=1, probing=probing)
+    else:
+        momentum = optax.sgd(0.01, momentum=0.9)
+        guard = lossguard.residual_guard(momentum, momentum, nt=2)
+    objective = lossguard.stacked(loss, batches(12), start=0)
+    state, _ = lossguard.rollout(guard, guard.init(jnp.zeros(3)), objective, cycles=6)
+    x = np.asarray(state.params)
+    state, _ = lossguard.rollout(guard, state, objective, cycles=5)
+    np.testing.assert_array_equal(state.params, x)

@@ -42,8 +42,8 @@ def best_of(guards: Sequence[Guard], *, decay: float = 0.9) -> Guard:
 
     ``decision.winner`` numbers the guards; ``gradients``, ``forwards`` and ``learned_updates`` are
     the sums over them, the rest is of the one that is followed. A guard one of whose losses was not
-    finite is never followed again, unless that is true of all; cycles in which no guard's losses
-    are finite don't count.
+    finite is not followed until that is true of all: then their records begin again. Cycles in
+    which no guard's losses are finite don't count.
 
     Memory and cost: those of the guards together.
 
@@ -62,7 +62,7 @@ def best_of(guards: Sequence[Guard], *, decay: float = 0.9) -> Guard:
     members = tuple(guards)
     if not members:
         raise ValueError("guards must be at least one guard, got none")
-    check_decay(decay)
+    decay = check_decay(decay)
 
     def init(params: Params) -> GuardState:
         params = as_arrays(params)
@@ -83,6 +83,8 @@ def best_of(guards: Sequence[Guard], *, decay: float = 0.9) -> Guard:
         now = jnp.where(jnp.isfinite(now).any(), now, 0)  # a minibatch that is lost on all
         records = decay * state.inner.records + now.astype(state.inner.records.dtype)
         records = jnp.where(jnp.isfinite(records), records, jnp.inf)
+        anew = jnp.where(jnp.isfinite(now), now, jnp.inf).astype(records.dtype)
+        records = jnp.where(jnp.isfinite(records).any(), records, anew)
         best = jnp.argmin(records)
         x, steps, decision = jax.tree.map(
             lambda *leaves: jnp.stack(leaves)[best],

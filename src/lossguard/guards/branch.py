@@ -128,4 +128,5 @@ def check(
 
 
 def _as_before(new: Array, old: Array) -> Array:
+    new = jnp.asarray(new)  # some optimizers keep Python's numbers
     return new if new.dtype == old.dtype else new.astype(old.dtype)

@@ -124,7 +124,7 @@ def curtailed_criterion(*, confidence: float = 0.7, first: int = 10, most: int =
 
     def test(d: Array, n: Array) -> tuple[Array, Array]:
         better, settled = _t_test(d, n, share / len(d))
-        last = n >= most
+        last = n >= looks[-1]
         return last & (moments(d, n)[0] > 0), last | (settled & ~better)
 
     return Criterion(test, looks)
@@ -132,7 +132,7 @@ def curtailed_criterion(*, confidence: float = 0.7, first: int = 10, most: int =
 
 def _doubling(first: int, most: int) -> tuple[int, ...]:
     """first, 2 first, 4 first, ..., most."""
-    check_looks(first, most)
+    first, most = check_looks(first, most)
     looks = [first]
     while looks[-1] < most:
         looks.append(min(2 * looks[-1], most))

@@ -102,7 +102,8 @@ def loss_guard(
         nc: check minibatches a cycle; sequential criteria have their own numbers.
         loser: what becomes of the optimizer state of a branch from x that lost. "keep": it runs on
             from its own nt steps; "rollback": as before the cycle; "reset": as at the start. The
-            learning-rate schedule of the fallback advances by nt a cycle under each.
+            learning-rate schedule of the fallback advances by nt a cycle under each, but one that
+            an optimizer counts in a state of its own (Prodigy, schedule-free) goes with that state.
         hedge: whether the fallback also runs on its own path. True: x goes back to it where its
             check mean is no higher, which forfeits what was gained; ``track_record()``: where x's
             training losses have been higher for a while. "only" is True without z, which costs
@@ -140,7 +141,7 @@ def loss_guard(
     >>> int(state.steps), int(state.minibatches), bool(decision.used_learned.any())
     (10, 20, False)
     """
-    check_count("nt", nt)
+    nt = check_count("nt", nt)
     check_choice("loser", loser, get_args(Loser))
     check_choice("checks", checks, get_args(Checks))
     if hedge not in (False, True, "only") and not isinstance(hedge, TrackRecord):
@@ -165,7 +166,7 @@ def loss_guard(
     if ratchet is not None:
         check_kind("ratchet", ratchet, Ratchet, "ratchet()")
     looks = criterion.looks
-    check_nc(nc, criterion.least if looks is None else 1)
+    nc = check_nc(nc, criterion.least if looks is None else 1)
     if windows.most > 1 and looks is None and nc < 2:
         raise ValueError(f"nc must be at least 2 where windows adapt, got {nc}")
     nt_most, nc_most = nt * windows.most, max(looks or (nc * windows.most,))

@@ -66,8 +66,7 @@ def backoff(*, patience: int = 10, most: int = 128, start: Start = "keep") -> Pr
     >>> int(state.lost), int(state.wait), int(state.left)
     (3, 2, 2)
     """
-    check_count("patience", patience)
-    check_count("most", most)
+    patience, most = check_count("patience", patience), check_count("most", most)
     check_choice("start", start, get_args(Start))
 
     def update(state: ProbingState, probed: Bool[Array, ""], won: Bool[Array, ""]) -> ProbingState:

@@ -98,7 +98,8 @@ def start(params: Params, inner: PyTree) -> GuardState:
     Leaves are of the types that a step returns: a weak type would compile the second cycle anew.
     """
 
-    def own(leaf: Array) -> Array:
+    def own(leaf: ArrayLike) -> Array:
+        leaf = jnp.asarray(leaf)
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         return jnp.copy(leaf) if is_key else jnp.array(leaf, leaf.dtype)
 

@@ -4,14 +4,13 @@ A check can't see what each of many cycles spoils a little, late in a run, where
 make up the loss. Over a hundred cycles' training losses it shows.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ..validation import check_count
+from ..validation import check_count, check_tolerance
 from .branch import Branch
 from .protocol import Objective
 from .soundness import keep_schedules, select
@@ -120,7 +119,4 @@ def ratchet(*, cycles: int = 100, tolerance: float = 0.1) -> Ratchet:
     >>> from lossguard import loss_guard
     >>> guard = loss_guard(optax.sgd(3.0), optax.sgd(0.1), ratchet=ratchet(cycles=100))
     """
-    check_count("cycles", cycles)
-    if not 0 <= tolerance < math.inf:
-        raise ValueError(f"tolerance must be at least 0 and finite, got {tolerance!r}")
-    return Ratchet(cycles, tolerance)
+    return Ratchet(check_count("cycles", cycles), check_tolerance(tolerance))

@@ -54,7 +54,7 @@ def recommended(
         check_count("the number of learned optimizers", len(learned))
         options = {"nt": nt, "nc": nc, "most": most, "patience": patience}
         return best_of([recommended(one, fallback, **options) for one in learned])
-    check_count("nc", nc)
+    nc = check_count("nc", nc)
     options = settings(nc, 16 * nc if most is None else most, patience)
     return loss_guard(learned, fallback, nt=nt, nc=nc, **options)
 

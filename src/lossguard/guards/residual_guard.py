@@ -60,7 +60,8 @@ def residual_guard(
     these optimizer steps. The test at y uses a copy of the fallback's state, which itself advances
     once a step, from x, whatever was kept; the learned state runs on likewise. A proposal that is
     not finite is rejected; if the fallback's step isn't finite either, x stays. Nothing is accepted
-    until ||S(x)|| was finite once: then it becomes mu_1.
+    until ||S(x)|| was finite once: then it becomes mu_1; nor while mu is 0, as it is where steps
+    are lost in rounding.
 
     Args:
         learned: the optimizer that is not trusted, an optax transformation.
@@ -85,8 +86,7 @@ def residual_guard(
     >>> bool(decision.used_learned.all()), int(decision.gradients)
     (True, 20)
     """
-    check_count("nt", nt)
-    check_fraction("alpha", alpha)
+    nt, alpha = check_count("nt", nt), check_fraction("alpha", alpha)
     check_choice("residual", residual, get_args(Residual))
     sequence = ema(0.9) if sequence is None else sequence
     check_kind("sequence", sequence, TrackingSequence, "ema(0.9)")
@@ -117,8 +117,7 @@ def residual_guard(
         else:
             s_x, s_y = gradient, gradient_y
         bound_type = jax.tree.leaves(inner.memory)[0].dtype
-        r = optax.tree.norm(s_y).astype(bound_type)
-        mu_1 = optax.tree.norm(s_x).astype(bound_type)
+        mu_1, r = (optax.tree.norm(optax.tree.cast(s, bound_type)) for s in (s_x, s_y))
 
         # mu_1 is that of the first step, or of the first whose residual is finite.
         memory = select(
@@ -126,7 +125,7 @@ def residual_guard(
         )
         mu = sequence.bound(memory)
         finite_y, finite_z = all_finite((y, r)), all_finite(z)
-        ok = finite_y & jnp.isfinite(mu) & (r <= alpha * mu)
+        ok = finite_y & jnp.isfinite(mu) & (r <= alpha * mu) & (mu > 0)
         memory = select(ok, sequence.update(memory, r), memory)
 
         x = select(ok, y, select(finite_z, z, x))

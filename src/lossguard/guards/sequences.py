@@ -32,7 +32,7 @@ def geometric(theta: float) -> TrackingSequence:
     >>> float(geometric(0.5).update(jnp.array(1.0), jnp.array(7.0)))
     0.5
     """
-    check_fraction("theta", theta)
+    theta = check_fraction("theta", theta)
     return TrackingSequence(lambda mu: mu, lambda mu, r: theta * mu, lambda mu: mu)
 
 
@@ -71,7 +71,7 @@ def ema(theta: float) -> TrackingSequence:
     >>> float(ema(0.75).update(jnp.array(1.0), jnp.array(3.0)))
     2.5
     """
-    check_fraction("theta", theta)
+    theta = check_fraction("theta", theta)
     return TrackingSequence(
         lambda mu: mu, lambda mu, r: theta * r + (1 - theta) * mu, lambda mu: mu
     )
@@ -89,7 +89,7 @@ def recent_max(m: int = 30) -> TrackingSequence:
     >>> float(largest.bound(largest.update(jnp.array([5.0, 1.0]), jnp.array(3.0))))
     3.0
     """
-    check_count("m", m)
+    m = check_count("m", m)
     return TrackingSequence(
         lambda mu: jnp.full(m, -jnp.inf, mu.dtype).at[-1].set(mu),
         lambda recent, r: jnp.append(recent[1:], r),

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ..validation import check_decay
+from ..validation import check_decay, check_share
 
 
 class Excess(NamedTuple):
@@ -83,7 +83,4 @@ def track_record(*, decay: float = 0.9, share: float = 0.1) -> TrackRecord:
     >>> from lossguard import loss_guard
     >>> guard = loss_guard(optax.sgd(3.0), optax.sgd(0.1), hedge=track_record(decay=0.9))
     """
-    check_decay(decay)
-    if not 0 <= share < 1:
-        raise ValueError(f"share must be at least 0 and below 1, got {share!r}")
-    return TrackRecord(decay, share)
+    return TrackRecord(check_decay(decay), check_share(share))

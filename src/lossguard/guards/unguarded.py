@@ -35,7 +35,7 @@ def unguarded(optimizer: Any, *, nt: int = 10) -> Guard:
     >>> int(state.steps), int(state.minibatches), float(decision.losses[0])
     (10, 10, 2.0)
     """
-    check_count("nt", nt)
+    nt = check_count("nt", nt)
     optimizer = with_extra_args("optimizer", optimizer)
 
     def init(params: Params) -> GuardState:

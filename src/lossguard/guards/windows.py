@@ -56,7 +56,7 @@ def adaptive(*, most: int = 16, apart: float = 2.0) -> Windows:
     >>> int(update(factor, near, far, jnp.int32(2)))
     2
     """
-    check_count("most", most)
+    most = check_count("most", most)
     if not apart >= 1:
         raise ValueError(f"apart must be at least 1, got {apart!r}")
 

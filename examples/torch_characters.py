@@ -76,7 +76,7 @@ def main(
     model = Transformer()
     bold = torch.optim.AdamW(model.parameters(), lr=factor * RATE)
     careful = torch.optim.AdamW(model.parameters(), lr=RATE)
-    guard = LossGuard(bold, careful, nt=10, nc=10)
+    guard = LossGuard(bold, careful, nt=10, nc=10, model=model)
     optimizer: Any = guard if guarded else bold
 
     losses = []

@@ -1,4 +1,4 @@
-"""A plain training loop with a guard in it: Adam at 30 times its good rate, guarded by SGD.
+"""A plain training loop with a guard in it: Adam at three times its good rate, guarded by SGD.
 
 python examples/torch_mnist.py
 """

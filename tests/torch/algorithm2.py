@@ -38,8 +38,7 @@ def algorithm2(
         for branch in branches[:2]:
             branch.load_state_dict(x.state_dict())
         if anew:
-            groups = optimizers[0].state_dict()["param_groups"]
-            optimizers[0].load_state_dict({**copy.deepcopy(fresh[0]), "param_groups": groups})
+            start_over(optimizers[0], fresh[0])
         anew, held, was_own = False, [], at_own
         before = [copy.deepcopy(o.state_dict()["state"]) for o in optimizers]
         train = [[] for _ in branches]
@@ -97,14 +96,11 @@ def algorithm2(
             if lane != winner and loser == "rollback":
                 optimizers[lane].load_state_dict({"state": before[lane], "param_groups": groups})
             if lane != winner and loser == "reset":
-                optimizers[lane].load_state_dict(
-                    {**copy.deepcopy(fresh[lane]), "param_groups": groups}
-                )
+                start_over(optimizers[lane], fresh[lane])
         if hedge and (winner == 2 or not all(p.isfinite().all() for p in branches[2].parameters())):
             if winner != 2:  # s begins again at x
                 branches[2].load_state_dict(x.state_dict())
-                groups = optimizers[2].state_dict()["param_groups"]
-                optimizers[2].load_state_dict({**copy.deepcopy(fresh[2]), "param_groups": groups})
+                start_over(optimizers[2], fresh[2])
             optimizers[1].load_state_dict(copy.deepcopy(optimizers[2].state_dict()))
         kept = train[winner if winner >= 0 else 1]
         at_own = bool(hedge) and winner == 2
@@ -138,6 +134,16 @@ def follow(guard, model, batches, expected):
             assert (decision.winner, decision.losses) == (winner, losses)
             assert_same_state(model.state_dict(), state)
             yield decision, means, excess
+
+
+def start_over(optimizer, fresh):
+    """As it was built, but for the rates: entries that its steps have made of a group are gone."""
+    now = optimizer.state_dict()["param_groups"]
+    groups = [
+        {key: value for key, value in group.items() if key in before}
+        for group, before in zip(now, fresh["param_groups"], strict=True)
+    ]
+    optimizer.load_state_dict({**copy.deepcopy(fresh), "param_groups": groups})
 
 
 def winner_of(means, finite):

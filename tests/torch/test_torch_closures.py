@@ -216,3 +216,57 @@ def test_scalers_that_are_off():
     guard = build(model, scaler=GradScaler("cpu", enabled=False))
     run(guard, model, [spiral() for _ in range(4)])
     assert len(guard.history) == 1
+
+
+def test_buffers_that_it_leaves_alone_may_hold_anything():
+    class Odd(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            self.register_buffer("unknown", torch.tensor([1.0, float("nan")]))
+            self.register_buffer("sparse", torch.eye(2).to_sparse())
+            self.register_buffer("wide", torch.ones(1).expand(5))
+
+    for options in ({}, {"model": True}):
+        model = Odd()
+        options = dict.fromkeys(options, model)
+        guard = build(model, **options)
+        for _ in range(4):
+            guard.step(closure_for(guard, model, spiral()))
+
+
+def test_buffers_that_are_replaced_need_the_model():
+    class Counts(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls = self.calls + 1
+            return super().forward(x)
+
+    model = Counts()
+    guard = build(model)
+    with pytest.raises(ValueError, match=r"^model must be given where modules have buffers"):
+        guard.step(closure_for(guard, model, spiral()))
+
+
+def test_an_optimizer_that_wants_the_loss_gets_it_beside_a_scaler():
+    class WantsLoss(SGD):
+        def step(self, loss):
+            assert float(loss) > 0
+            super().step()
+
+    model = mlp()
+    scaler = GradScaler("cpu", init_scale=4.0)
+    learned, fallback = WantsLoss(model.parameters(), lr=0.1), SGD(model.parameters(), lr=0.1)
+    guard = LossGuard(LossStep(learned), fallback, nt=1, nc=1, scaler=scaler)
+
+    def closure():
+        guard.zero_grad()
+        loss = loss_fn(model, spiral())
+        guard.scaler.scale(loss).backward()
+        return loss
+
+    for _ in range(2):
+        guard.step(closure)
+    assert guard.last_decision.finite_learned

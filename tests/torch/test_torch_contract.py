@@ -501,16 +501,25 @@ def test_errors(refused, message):
     assert str(error.value) == message
 
 
-def test_numpys_integers_are_counts():
-    """And a state_dict holds plain numbers none the less."""
-    two = np.int64(2)
+def test_numpys_numbers_are_numbers():
+    """And a state_dict holds plain ones none the less."""
+    two, half = np.int64(2), np.float64(0.5)
     model = mlp()
     learned, fallback = Adam(model.parameters(), lr=3.0), SGD(model.parameters(), lr=0.1)
     criterion, probing = sequential_criterion(first=two, most=two), backoff(patience=1, most=two)
-    guard = LossGuard(learned, fallback, nt=two, nc=two, criterion=criterion, probing=probing)
+    guard = LossGuard(
+        learned,
+        fallback,
+        nt=two,
+        nc=two,
+        hedge=track_record(decay=half, share=half),
+        criterion=criterion,
+        probing=probing,
+        ratchet=ratchet(cycles=two, tolerance=half),
+    )
     run(guard, model, [spiral() for _ in range(12)])
     assert max(guard.state_dict()["guard"]["probes"]) == 2
-    others = ResidualGuard(learned, fallback, nt=two)
+    others = ResidualGuard(learned, fallback, nt=two, alpha=half, sequence=ema(half))
     run(others, model, [spiral() for _ in range(3)])
     for saved in (guard.state_dict(), others.state_dict()):
         file = io.BytesIO()
@@ -536,7 +545,46 @@ def test_errors_within_a_cycle():
     )
 
 
+def test_a_state_dict_of_other_schedulers_is_refused():
+    weight, _ = quadratic()
+    fallback = sgd(weight)
+    guard = LossGuard(sgd(weight), fallback, schedulers=[StepLR(fallback, 1)])
+    with pytest.raises(ValueError, match=r"^state_dict must be of 1 schedulers, got one of 0$"):
+        guard.load_state_dict(LossGuard(sgd(weight), sgd(weight)).state_dict())
+
+
+def test_what_optimizers_knew_before_the_guard_was_built_is_saved():
+    """A loser is reset to it, also after the guard was built anew on new optimizers."""
+
+    def build(warm):
+        weight = torch.tensor([4.0, 2.0], requires_grad=True)
+        learned, fallback = Adam([weight], lr=0.5), SGD([weight], lr=0.05, momentum=0.9)
+
+        def closure():
+            weight.grad = None
+            loss = weight.square().sum()
+            loss.backward()
+            return loss
+
+        for optimizer in (learned, fallback) if warm else ():
+            optimizer.step(closure)
+        weight.grad = None
+        return weight, LossGuard(learned, fallback, nt=2, nc=1, loser="reset"), closure
+
+    weight, guard, closure = build(True)
+    for _ in range(9):
+        guard.step(closure)
+    other_weight, other, other_closure = build(False)
+    other.load_state_dict(guard.state_dict())
+    for _ in range(21):
+        guard.step(closure)
+        other.step(other_closure)
+    assert {decision.winner for decision in guard.history} == {0, 1}
+    assert repr(guard.history) == repr(other.history) and torch.equal(weight, other_weight)
+
+
 def test_losses_may_be_numbers():
+    """Of double precision, as Python's are."""
     weight, _ = quadratic()
     guard = LossGuard(sgd(weight), sgd(weight), nt=1, nc=1)
 
@@ -547,6 +595,18 @@ def test_losses_may_be_numbers():
 
     assert guard.step(closure) == 16.0
     assert isinstance(guard.step(closure), float)
+
+    w = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    guard = LossGuard(SGD([w], lr=2e8), SGD([w], lr=1e8), nt=1, nc=1)
+
+    def nearly_constant():
+        loss = 1 + 1e-9 * w.square().sum()
+        loss.backward()
+        return loss.item()
+
+    for _ in range(2):
+        guard.step(nearly_constant)
+    assert guard.last_decision.winner == 0
 
 
 def test_jax_is_not_imported():

@@ -114,3 +114,44 @@ def test_pytorch_optimizer(name, side, loser):
     assert [d.winner for d in guard.history] == [winner for _, winner, *_ in expected]
     assert (0 if side == "learned" else 2) in {decision.winner for decision in guard.history}
     assert_same_state(model.state_dict(), expected[-1][0])
+
+
+@pytest.mark.parametrize(
+    ("loser", "expected"), [("reset", {}), ("rollback", {}), ("keep", {"t": 4})]
+)
+def test_a_group_entry_that_the_first_step_makes_is_memory(loser, expected):
+    """As nearly all of pytorch_optimizer's keep their count of steps."""
+
+    class Counting(SGD):
+        def step(self, closure=None):
+            group = self.param_groups[0]
+            group["t"] = group.get("t", 0) + 1
+            return super().step(closure)
+
+    w = torch.ones(1, requires_grad=True)
+    learned = Counting([w], lr=0.1, maximize=True)  # loses
+    guard = LossGuard(learned, SGD([w], lr=0.1), nt=2, nc=1, loser=loser)
+    for _ in range(2):
+        guard.cycle(lambda batch: w.square().sum(), [1, 2], [3])
+    kept = {key: value for key, value in learned.param_groups[0].items() if key == "t"}
+    assert kept == expected
+
+
+def test_schedule_free_after_an_error_in_the_closure():
+    """It is in no training mode then, or its next cycle would train from the averaged iterate."""
+    make = schedule_free("SGDScheduleFree")
+    weights = []
+    for fails in (False, True):
+        torch.manual_seed(0)
+        model = mlp()
+        guard = LossGuard(still(model.parameters()), make(model.parameters()), nt=2, nc=1)
+        batches = [spiral(16)] * 3
+        run(guard, model, batches)
+        if fails:
+            with pytest.raises(KeyError):
+                guard.step(lambda: {}["loss"])
+        assert not guard.fallback.param_groups[0]["train_mode"]
+        run(guard, model, batches)
+        weights.append([p.detach().clone() for p in model.parameters()])
+    for p, q in zip(*weights, strict=True):
+        torch.testing.assert_close(p, q)

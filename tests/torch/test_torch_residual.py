@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -205,3 +206,74 @@ def test_errors_of_a_state_dict():
         with pytest.raises(ValueError) as error:
             guard.load_state_dict(foreign)
         assert str(error.value) == f"state_dict must be a ResidualGuard's, got {what}"
+
+
+class Rises(SGD):
+    """Multiplies the parameters by 1.5."""
+
+    def step(self, closure=None):
+        loss = closure()
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].mul_(1.5)
+        return loss
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_first_residual_that_is_not_finite_is_no_bound(value):
+    for learned, second in ((Rises, False), (partial(SGD, lr=0.3), True)):
+        weight = torch.tensor([4.0, 2.0], requires_grad=True)
+        guard = ResidualGuard(learned([weight]), SGD([weight], lr=0.1), nt=1)
+        calls = []
+
+        def closure(weight=weight, calls=calls):
+            loss = weight.square().sum()
+            loss.backward()
+            calls.append(1)
+            if len(calls) == 1:
+                weight.grad.fill_(value)
+            return loss
+
+        for _ in range(2):
+            guard.step(closure)
+        assert [decision.used_learned[0] for decision in guard.history] == [False, second]
+
+
+def test_steps_that_are_lost_in_rounding_are_no_reason_to_accept():
+    weight = torch.ones(8, dtype=torch.bfloat16, requires_grad=True)
+    guard = ResidualGuard(Rises([weight]), SGD([weight], lr=1e-4), nt=1)
+
+    def closure():
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        guard.step(closure)
+    assert guard._track == [0.0] and torch.equal(weight, torch.ones_like(weight))
+
+
+def test_residuals_of_complex_parameters_have_both_parts():
+    weight = torch.tensor([1j, 2j], requires_grad=True)
+    guard = ResidualGuard(SGD([weight], lr=5.0), SGD([weight], lr=0.1), nt=1)
+
+    def closure():
+        loss = weight.abs().square().sum()
+        loss.backward()
+        return loss
+
+    guard.step(closure)
+    assert not guard.last_decision.used_learned[0]
+    assert guard._track == pytest.approx([0.2 * math.sqrt(5)])
+
+
+def test_an_error_in_the_closure_leaves_no_gradients():
+    weight, closure = quadratic()
+    guard = ResidualGuard(SGD([weight], lr=0.4), SGD([weight], lr=0.1))
+
+    def fails():
+        closure()
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        guard.step(fails)
+    guard.step(closure)

@@ -52,6 +52,7 @@ class Guard(Facade):
             "guard": {
                 "kind": type(self).__name__,
                 "own": [sorted(inner.own) for inner in self._inners],
+                "fresh": [inner.state_dict(inner.fresh) for inner in self._inners],
                 "history": [decision._asdict() for decision in self.history],
                 **self._save(),
             },
@@ -74,8 +75,9 @@ class Guard(Facade):
         fallback = {key: value for key, value in saved.items() if key not in ("learned", "guard")}
         for inner, its_state in zip(self._inners, [*saved["learned"], fallback], strict=True):
             inner.load_state_dict(its_state)
-        for inner, names in zip(self._inners, state["own"], strict=True):
+        for inner, names, fresh in zip(self._inners, state["own"], state["fresh"], strict=True):
             inner.own = set(names)
+            inner.fresh = inner.memory_in(fresh)
         self.history = [Decision(**clone(decision)) for decision in state["history"]]
         self._load(state)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -103,14 +103,7 @@ def _save_memory(inner: Inner, memory: Memory | None) -> dict[str, Any] | None:
 
 
 def _load_memory(inner: Inner, saved: dict[str, Any] | None) -> Memory | None:
-    """The memory in ``saved``, read by way of the optimizer, which then has its own back."""
-    if saved is None:
-        return None
-    current = inner.remember()
-    inner.load_state_dict(saved)
-    memory = inner.remember()
-    inner.exchange(current)
-    return memory
+    return None if saved is None else inner.memory_in(saved)
 
 
 def _write(source: list[torch.Tensor], target: list[torch.Tensor]) -> None:

@@ -35,12 +35,12 @@ class Watch:
         """The value of a closure that trains; refuse one that leaves no gradients."""
         self.weights.clear_gradients()
         buffers = _buffers_beside(self.weights.params) if self.first else []
-        before = [buffer.clone() for buffer in buffers]
+        before = [module[name].clone() for module, name in buffers]
         value = closure()
         # A closure may leave the backward pass out where the loss isn't finite.
         if all(p.grad is None for p in self.weights.params) and math.isfinite(scalar(value)):
             raise ValueError("closure must call backward, got no gradients from it")
-        if not all(map(torch.equal, buffers, before)):
+        if not all(_same(old, one[name]) for old, (one, name) in zip(before, buffers, strict=True)):
             raise ValueError(
                 "model must be given where modules have buffers that training changes, such as "
                 "BatchNorm's: got None"
@@ -77,7 +77,8 @@ def scalar(loss: Any) -> Tensor:
         isinstance(loss, Tensor) and loss.numel() != 1
     ):
         raise ValueError(f"closure must return the loss, one number, got {described(loss)}")
-    return torch.as_tensor(loss).detach().reshape(())
+    dtype = None if isinstance(loss, Tensor) else torch.float64
+    return torch.as_tensor(loss, dtype=dtype).detach().reshape(())
 
 
 def described(value: Any) -> str:
@@ -97,8 +98,14 @@ def check_scaled(scaler: GradScaler, optimizer: Optimizer) -> None:
         )
 
 
-def _buffers_beside(params: Sequence[Tensor]) -> list[Tensor]:
-    """The buffers of every module that has one of the parameters itself.
+def _same(old: Tensor, new: Any) -> bool:
+    if not isinstance(new, Tensor) or new.shape != old.shape:
+        return False
+    return bool(((new == old) | (new.isnan() & old.isnan())).all())
+
+
+def _buffers_beside(params: Sequence[Tensor]) -> list[tuple[dict[str, Any], str]]:
+    """Where every module that has one of the parameters itself holds its buffers, and their names.
 
     They are looked up among all objects, since a hook on modules would make torch.compile warn and
     compile anew.
@@ -106,9 +113,9 @@ def _buffers_beside(params: Sequence[Tensor]) -> list[Tensor]:
     ours = {id(p) for p in params}
     modules = [vars(one) for one in gc.get_objects() if issubclass(type(one), nn.Module)]
     return [
-        buffer
+        (module["_buffers"], name)
         for module in modules
         if any(id(p) in ours for p in module.get("_parameters", {}).values())
-        for buffer in module["_buffers"].values()
-        if type(buffer) is Tensor
+        for name, buffer in module["_buffers"].items()
+        if type(buffer) is Tensor and buffer.layout is torch.strided
     ]

@@ -107,14 +107,14 @@ def curtailed_criterion(*, confidence: float = 0.7, first: int = 10, most: int =
     check_confidence(confidence)
     looks = _doubling(first, most)
     level = (1 - confidence) / max(len(looks) - 1, 1)
-    return Criterion(partial(_curtailed_test, level=level, most=most), looks)
+    return Criterion(partial(_curtailed_test, level=level, most=looks[-1]), looks)
 
 
 def _doubling(first: int, most: int) -> tuple[int, ...]:
-    check_looks(first, most)
-    looks = [int(first)]  # a state_dict holds them, and plain numbers only
+    first, most = check_looks(first, most)
+    looks = [first]
     while looks[-1] < most:
-        looks.append(min(2 * looks[-1], int(most)))
+        looks.append(min(2 * looks[-1], most))
     return tuple(looks)
 
 

@@ -81,6 +81,8 @@ class Cycle:
             self._hold(trains, draws)
         except BaseException:
             self.phase = 0  # the cycle is lost, x is not
+            for lane in self.lanes.all:
+                lane.stop()
             raise
         finally:
             self.holding = False

@@ -128,15 +128,13 @@ class LossGuard(Guard):
         check_kind("probing", probing, Probing, "backoff()")
         if ratchet is not None:
             check_kind("ratchet", ratchet, Ratchet, "ratchet()")
-        check_count("nt", nt)
-        check_nc(nc, criterion.least if criterion.looks is None else 1)
+        self.nt = check_count("nt", nt)
+        self.nc = check_nc(nc, criterion.least if criterion.looks is None else 1)
         arguments.check_schedulers(schedulers, [*several, fallback])
         arguments.check_offload(offload)
         arguments.check_model(model, params)
         weights = Weights(params, model, torch.device("cpu") if offload else None)
         super().__init__(learned, fallback, weights)
-        self.nt = nt = int(nt)  # a state_dict holds plain numbers only
-        self.nc = nc = int(nc)
         self.criterion = criterion
         self.probing = probing
         self.schedulers = list(schedulers)
@@ -150,8 +148,8 @@ class LossGuard(Guard):
             scaler=scaler,
             weights=weights,
         )
-        self._cycle = Cycle(self._lanes, weights, self.schedulers, nt)
-        self._looks = criterion.looks or (nc,)
+        self._cycle = Cycle(self._lanes, weights, self.schedulers, self.nt)
+        self._looks = criterion.looks or (self.nc,)
         self._probes = ProbingState()
         self._kept = len(self._lanes.all) - 1
 
@@ -293,6 +291,9 @@ class LossGuard(Guard):
         super()._check_saved(saved)
         state, looks = saved["guard"], list(self._looks)
         check_lanes(self._lanes, state)
+        ours, theirs = len(self.schedulers), len(state["schedulers"])
+        if ours != theirs:
+            raise ValueError(f"state_dict must be of {ours} schedulers, got one of {theirs}")
         if state["phase"] and (state["nt"], state["looks"]) != (self.nt, looks):
             raise ValueError(
                 f"state_dict from within a cycle must have nt={self.nt} and checks after {looks}, "

@@ -70,7 +70,10 @@ class Inner:
         state.clear()
         state.update(memory.state)
         for group, options in zip(self.optimizer.param_groups, memory.options, strict=False):
-            group.update({key: options[key] for key in self.own if key in options})
+            for key in self.own:
+                group[key] = options.get(key)
+                if key not in options:  # a step makes it
+                    del group[key]
         return previous
 
     def schedule(self) -> list[dict[str, Any]]:
@@ -128,6 +131,14 @@ class Inner:
             if isinstance(index, int) and params[index] in self.optimizer.state:
                 loaded = self.optimizer.state[params[index]]
                 self.optimizer.state[params[index]] = _uncast(state, loaded)
+
+    def memory_in(self, saved: dict[str, Any]) -> Memory:
+        """What :meth:`state_dict` saved of a memory, read by way of the optimizer."""
+        current = self.remember()
+        self.load_state_dict(saved)
+        memory = self.remember()
+        self.exchange(current)
+        return memory
 
     def _options(self) -> list[dict[str, Any]]:
         return [

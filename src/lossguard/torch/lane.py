@@ -88,6 +88,13 @@ class Lane:
         """Whether its optimizer trains at another iterate than the one that it evaluates."""
         return callable(getattr(self.inner.optimizer, "train", None))
 
+    def stop(self) -> None:
+        """Leave the training mode after an error, where it is: x is back in the model already."""
+        groups = self.inner.optimizer.param_groups
+        for options in groups if self.memory is None else self.memory.options:
+            if self.switches and "train_mode" in options:
+                options["train_mode"] = False
+
     def settle(self, *, won: bool, broken: bool) -> bool:
         """Apply the policy of a loser; whether the memory, if ``broken``, had to be reset."""
         if not won and self.loser == "rollback" and self.before is not None:
@@ -138,9 +145,9 @@ class Lane:
             if self.scaler is None:
                 optimizer.step(evaluate)
             else:
-                evaluate()
+                loss = evaluate()
                 check_scaled(self.scaler, optimizer)
-                self.scaler.step(optimizer)
+                self.scaler.step(optimizer, lambda: loss)
                 self.scaler.update()
             if last:
                 _set_mode(optimizer, "eval")

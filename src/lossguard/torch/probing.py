@@ -66,10 +66,9 @@ def backoff(*, patience: int = 10, most: int = 128, start: Start = "keep") -> Pr
     >>> state
     ProbingState(lost=3, wait=2, left=2)
     """
-    check_count("patience", patience)
-    check_count("most", most)
+    patience, most = check_count("patience", patience), check_count("most", most)
     check_choice("start", start, get_args(Start))
-    return Probing(partial(_back_off, patience=patience, most=int(most)), start)
+    return Probing(partial(_back_off, patience=patience, most=most), start)
 
 
 def _always(state: ProbingState, probed: bool, won: bool) -> ProbingState:

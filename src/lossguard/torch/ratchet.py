@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lossguard.torch.inner import Memory
 from lossguard.torch.weights import Copy, Weights
-from lossguard.validation import check_count
+from lossguard.validation import check_count, check_tolerance
 
 
 class Ratchet(NamedTuple):
@@ -120,7 +120,4 @@ def ratchet(*, cycles: int = 100, tolerance: float = 0.1) -> Ratchet:
     >>> learned, fallback = torch.optim.SGD([w], lr=3.0), torch.optim.SGD([w], lr=0.1)
     >>> guard = LossGuard(learned, fallback, ratchet=ratchet(cycles=100))
     """
-    check_count("cycles", cycles)
-    if not 0 <= tolerance < math.inf:
-        raise ValueError(f"tolerance must be at least 0 and finite, got {tolerance!r}")
-    return Ratchet(cycles, tolerance)
+    return Ratchet(check_count("cycles", cycles), check_tolerance(tolerance))

@@ -38,7 +38,8 @@ class ResidualGuard(Guard):
     All of a step is on one minibatch, so ``step`` calls the closure twice: at x, and at y. The test
     at y uses a copy of the fallback's state, which itself advances once a step, from x, whatever
     was kept; the learned state runs on likewise. A proposal that isn't finite is rejected; if the
-    fallback's step isn't finite either, x stays.
+    fallback's step isn't finite either, x stays. Nothing is accepted until ||S(x)|| was finite
+    once: then it becomes mu_1; nor while mu is 0, as it is where steps are lost in rounding.
 
     Args:
         learned: the optimizer that isn't trusted.
@@ -81,8 +82,7 @@ class ResidualGuard(Guard):
     ) -> None:
         params = arguments.shared_params([learned], fallback)
         sequence = ema(0.9) if sequence is None else sequence
-        check_fraction("alpha", alpha)
-        check_count("nt", nt)
+        alpha, nt = check_fraction("alpha", alpha), check_count("nt", nt)
         check_choice("residual", residual, get_args(Residual))
         check_kind("sequence", sequence, TrackingSequence, "ema(0.9)")
         if any(hasattr(p, "to_local") for p in params):
@@ -92,7 +92,7 @@ class ResidualGuard(Guard):
         self.alpha = alpha
         self.sequence = sequence
         self.residual = residual
-        self.nt = int(nt)  # a state_dict holds plain numbers only
+        self.nt = nt
         self._watch = Watch(self._weights)
         self._randomness = Randomness({p.device for p in params})
         self._learned, self._fallback = self._inners
@@ -111,21 +111,27 @@ class ResidualGuard(Guard):
         """
         closure = self._check_step(closure)
         weights, start = self._weights, self._randomness.state()
-        loss = self._evaluate(closure)
+        try:
+            loss = self._evaluate(closure)
+        except BaseException:
+            weights.clear_gradients()
+            raise
         after = self._randomness.state()
         x = kept = weights.copy()
         try:
             y, z, mu_1, r = self._proposals(closure, x, loss, start)
             finite_y = finite(weights.params_of(y)) and math.isfinite(r)
             finite_z = finite(weights.params_of(z))
-            self._track = self.sequence.init(mu_1) if self._track is None else self._track
-            ok = finite_y and r <= self.alpha * self.sequence.bound(self._track)
+            if self._track is None and math.isfinite(mu_1):
+                self._track = self.sequence.init(mu_1)
+            mu = 0.0 if self._track is None else self.sequence.bound(self._track)
+            ok = finite_y and mu > 0 and r <= self.alpha * mu
             kept = y if ok else z if finite_z else x
         finally:
             weights.clear_gradients()
             weights.read(kept)
             self._randomness.set(after)
-        if ok:
+        if ok and self._track is not None:
             self._track = self.sequence.update(self._track, r)
         self._record(ok, scalar(loss).item(), finite_y, finite_z)
         return loss.detach() if isinstance(loss, Tensor) else loss
@@ -221,4 +227,4 @@ class ResidualGuard(Guard):
 def _norm(tensors: list[Tensor] | list[Tensor | None]) -> float:
     """The Euclidean norm over all of them, in float64 across tensors."""
     present = [t.coalesce().values() if t.is_sparse else t for t in tensors if t is not None]
-    return math.sqrt(sum(float(t.float().norm()) ** 2 for t in present))
+    return math.sqrt(sum(float(t.abs().float().norm()) ** 2 for t in present))

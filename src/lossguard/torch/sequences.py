@@ -35,7 +35,7 @@ def geometric(theta: float) -> TrackingSequence:
     >>> geometric(0.5).update([1.0], 7.0)
     [0.5]
     """
-    check_fraction("theta", theta)
+    theta = check_fraction("theta", theta)
     return TrackingSequence(_alone, partial(_geometric, theta=theta), _first)
 
 
@@ -69,7 +69,7 @@ def ema(theta: float) -> TrackingSequence:
     >>> ema(0.75).update([1.0], 3.0)
     [2.5]
     """
-    check_fraction("theta", theta)
+    theta = check_fraction("theta", theta)
     return TrackingSequence(_alone, partial(_ema, theta=theta), _first)
 
 
@@ -83,7 +83,7 @@ def recent_max(m: int = 30) -> TrackingSequence:
     >>> largest.bound(largest.update([5.0, 1.0], 3.0))
     3.0
     """
-    check_count("m", m)
+    m = check_count("m", m)
     return TrackingSequence(_alone, partial(_recent, m=m), max)
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lossguard.validation import check_decay
+from lossguard.validation import check_decay, check_share
 
 
 class Excess(NamedTuple):
@@ -92,7 +92,4 @@ def track_record(*, decay: float = 0.9, share: float = 0.1) -> TrackRecord:
     >>> learned, fallback = torch.optim.SGD([w], lr=3.0), torch.optim.SGD([w], lr=0.1)
     >>> guard = LossGuard(learned, fallback, hedge=track_record(decay=0.9))
     """
-    check_decay(decay)
-    if not 0 <= share < 1:
-        raise ValueError(f"share must be at least 0 and below 1, got {share!r}")
-    return TrackRecord(decay, share)
+    return TrackRecord(check_decay(decay), check_share(share))

@@ -87,7 +87,7 @@ class Weights:
 
     def _buffers(self) -> Copy:
         buffers = () if self.model is None else self.model.buffers()
-        return [local(buffer.detach()) for buffer in buffers]
+        return [local(buffer.detach()) for buffer in buffers if not _is_expanded(buffer)]
 
     def _copied(self, tensor: Tensor) -> Tensor:
         return tensor.clone() if self.device is None else tensor.to(self.device, copy=True)
@@ -98,6 +98,14 @@ class Weights:
             reshard: Any = getattr(module, "reshard", None)
             if reshard is not None and hasattr(module, "unshard"):
                 reshard()
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether one number stands for several, so that nothing can be written to it in place."""
+    if tensor.layout is not torch.strided:
+        return False
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return any(size > 1 and stride == 0 for size, stride in sizes)
 
 
 def _transfer(targets: Copy, values: Copy) -> None:

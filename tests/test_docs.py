@@ -44,4 +44,4 @@ def test_readme(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip().endswith(("learned", "fallback"))
     names: dict[str, Any] = {}
     exec(recipe, names)
-    assert list(names["my_recipe"]().guards()) == ["mine", "guarded"]
+    assert list(names["my_recipe"]().guards()) == ["mine", "sgd", "guarded"]

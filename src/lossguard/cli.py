@@ -1,6 +1,6 @@
 """The command line.
 
-lossguard demo                  the shipped learned optimizer on Spirals, in under a minute
+lossguard demo                  a learned optimizer alone and guarded, in a minute or two
 lossguard run RECIPE            an experiment of the paper, or path/to/module.py:recipe
 lossguard sweep SET...          sets of recipes, or recipes, one after another or on a cluster
 lossguard metatrain RECIPE      meta-train a learned optimizer

@@ -1,6 +1,7 @@
 """What a command line names: a recipe, by name or from a Python file, and fields to override."""
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import make_dataclass
@@ -26,7 +27,10 @@ def find_recipe(
     name = arguments[0] if arguments else ""
     if ".py:" in name:
         path, function = name.rsplit(":", 1)
-        config = _load(Path(path), function)()
+        make = _load(Path(path), function)
+        if _required(make):
+            raise ValueError(f"recipe {name} must take no arguments, but needs {_required(make)}")
+        config = make()
         if not isinstance(config, kind):
             raise ValueError(
                 f"recipe {name} must return the {kind.__name__} that {command} takes, "
@@ -78,12 +82,19 @@ def _load(path: Path, function: str) -> Callable[[], Any]:
         if name not in sys.modules:  # two recipes of a file share it
             sys.modules[name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(sys.modules[name])
-    except (SyntaxError, ImportError) as error:
+    except (SyntaxError, ImportError, NameError) as error:
         del sys.modules[name]
         raise ValueError(f"recipe {path}:{function} can't be read: {error}") from error
     if not callable(getattr(sys.modules[name], function, None)):
         raise ValueError(f"recipe {path}:{function} can't be read: the file has no such function")
     return getattr(sys.modules[name], function)
+
+
+def _required(function: Callable[..., Any]) -> str:
+    """The arguments that a function can't be called without."""
+    parameters = inspect.signature(function).parameters.values()
+    given = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    return ", ".join(p.name for p in parameters if p.default is p.empty and p.kind not in given)
 
 
 def _file(module: str) -> Path | None:

@@ -1,6 +1,8 @@
 """Progress of long computations, on stderr: a bar on a terminal, a line now and then elsewhere."""
 
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 
 QUIET_SECONDS = 30.0
+STOPPING = b"\nstopping once what is under way is saved; Ctrl-C again loses it\n"
 
 
 class Progress:
@@ -95,6 +98,7 @@ def stopping_at_interrupt() -> Iterator[Callable[[], bool]]:
         nonlocal stopped
         stopped = True
         signal.signal(signal.SIGINT, before)
+        os.write(sys.stderr.fileno(), STOPPING)
 
     before = signal.signal(signal.SIGINT, stop)
     try:

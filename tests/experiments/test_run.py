@@ -237,6 +237,16 @@ def test_bad_fields_leave_no_folder(tmp_path: Path, changes: dict[str, Any], rea
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("made", "what"),
+    [(lossguard.unguarded(optax.sgd(0.1)), "is Guard"), (lambda: 3, "makes int")],
+)
+def test_a_method_that_makes_no_guard_is_refused(made, what: str, tmp_path: Path) -> None:
+    e = dataclasses.replace(tiny.recipe(), methods=("mine",), make_methods=lambda e: {"mine": made})
+    with pytest.raises(ValueError, match=f"^make_methods must give .*: 'mine' {what}$"):
+        run(e, tmp_path / "run")
+
+
 def test_a_method_that_fails_in_its_first_step_leaves_no_folder(tmp_path: Path) -> None:
     def methods(e: Experiment) -> dict[str, Any]:
         broken = optax.stateless(lambda updates, _: updates["no such leaf"])

@@ -71,12 +71,21 @@ def test_everything_shipped_loads_and_says_how_it_was_made() -> None:
         assert jnp.isfinite(update).all()
 
 
+def test_what_meta_training_left_is_loaded_by_its_path(saved: Path) -> None:
+    updates = []
+    for optimizer in (load_weights(saved).transformation(), pretrained(str(saved))):
+        updates.append(optimizer.update(jnp.ones(3), optimizer.init(jnp.ones(3)))[0])
+    assert jnp.array_equal(*updates) and updates[0].any()
+
+
 def test_wrong_name_lists_the_right_ones(monkeypatch: pytest.MonkeyPatch, saved: Path) -> None:
     monkeypatch.setattr("lossguard.learned.pretrained._folder", lambda: saved.parent)
     assert pretrained_names() == ["mine"]
-    with pytest.raises(ValueError, match=r"^name must be one of mine, got 'mime' \(did you mean"):
+    with pytest.raises(
+        ValueError, match=r"^learned optimizer must be one of mine, got 'mime' \(did you mean"
+    ):
         pretrained("mime")
-    with pytest.raises(ValueError, match=r"^name must be one of mine, got '../mine'"):
+    with pytest.raises(ValueError, match=r"^learned optimizer must be one of mine, got '../mine'"):
         pretrained("../mine")
 
 

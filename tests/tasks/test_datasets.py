@@ -35,7 +35,9 @@ def test_options_reach_the_loader() -> None:
 def test_a_wrong_name_lists_the_nearest_and_all(name: str, hint: str) -> None:
     with pytest.raises(ValueError) as caught:
         load_dataset(name)
-    assert str(caught.value) == (f"name must be one of {', '.join(DATASETS)}, got {name!r}{hint}")
+    assert str(caught.value) == (
+        f"data set must be one of {', '.join(DATASETS)}, got {name!r}{hint}"
+    )
 
 
 def test_a_wrong_option_lists_the_nearest_and_all() -> None:

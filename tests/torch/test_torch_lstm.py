@@ -126,6 +126,21 @@ def test_pretrained_reads_a_shipped_file(tmp_path, monkeypatch):
         LSTMOptimizer.pretrained([nn.Parameter(torch.ones(2))], "other")
 
 
+def test_pretrained_reads_a_file_of_ones_own(tmp_path):
+    from safetensors.torch import save_file
+
+    weights = {name: tensor.contiguous() for name, tensor in Reference().state_dict().items()}
+    path = tmp_path / "own.safetensors"
+    save_file(weights, path, {"p": "9.0", "scale": "0.05"})
+    optimizer = LSTMOptimizer.pretrained([nn.Parameter(torch.ones(2))], str(path))
+    assert optimizer.param_groups[0]["lr"] == 0.05 and optimizer.param_groups[0]["p"] == 9.0
+    save_file(weights, path, {"p": "9.0"})
+    for damage, reason in ((path.read_bytes(), "its 'scale' is missing"), (b"no", "Error while")):
+        path.write_bytes(damage)
+        with pytest.raises(ValueError, match=rf"own\.safetensors is no learned .*: {reason}"):
+            LSTMOptimizer.pretrained([nn.Parameter(torch.ones(2))], str(path))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

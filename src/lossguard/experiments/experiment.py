@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import optax
 import tyro
@@ -89,7 +89,7 @@ class Experiment:
     vectorize: bool = False
     """Seeds side by side, which pays on accelerators only: what guards skip is then computed."""
     learned: str = "lstm-mnist-mlp"
-    """The learned optimizer, as ``pretrained`` takes it."""
+    """A name that ``lossguard list`` shows, or a path/to/weights.safetensors."""
     nt: int = 10
     """Optimizer steps a cycle."""
     nc: int = 10
@@ -110,7 +110,8 @@ class Experiment:
         """The guards of ``methods``, in their order.
 
         Raises:
-            ValueError: if there is no method, one twice, or one that ``make_methods`` doesn't make.
+            ValueError: if there is no method, one twice, or one of which ``make_methods`` doesn't
+                make a guard.
         """
         known = self.make_methods(self)
         for method in self.methods:
@@ -119,4 +120,16 @@ class Experiment:
         if not self.methods or len({*self.methods}) < len(self.methods):
             given = " ".join(self.methods) or "none"
             raise ValueError(f"methods must be one or more, each once, got {given}")
-        return {method: known[method]() for method in self.methods}
+        return {method: _made(method, known[method]) for method in self.methods}
+
+
+def _made(method: str, make: Any) -> Guard:
+    """The guard of a method; refuse what doesn't make one."""
+    guard = make() if callable(make) else make
+    if not callable(make) or not isinstance(guard, Guard):
+        what = "is" if not callable(make) else "makes"
+        raise ValueError(
+            f"make_methods must give each method a function without arguments that makes a guard: "
+            f"{method!r} {what} {type(guard).__name__}"
+        )
+    return guard

@@ -47,20 +47,22 @@ class LearnedOptimizer(NamedTuple):
 
 
 def pretrained(name: str) -> optax.GradientTransformation:
-    """A learned optimizer that the package ships, as an optax transformation ready to use.
+    """A learned optimizer that the package ships, or one of your own, ready to use in optax.
 
     ``load_weights(pretrained_path(name))`` gives its weights and how they were made.
 
     Args:
-        name: one of ``pretrained_names()``.
+        name: one of ``pretrained_names()``, or the path of what meta-training left, which ends in
+            ``.safetensors``.
 
     Raises:
-        ValueError: if there is none of that name.
+        ValueError: if there is none of that name, or the file is damaged.
 
     >>> for name in pretrained_names():
     ...     state = pretrained(name).init(jnp.zeros(3))
     """
-    return load_weights(pretrained_path(name)).transformation()
+    path = name if name.endswith(SUFFIX) else pretrained_path(name)
+    return load_weights(path).transformation()
 
 
 def pretrained_names() -> list[str]:
@@ -84,7 +86,7 @@ def pretrained_path(name: str) -> Path:
     """
     names = pretrained_names()
     if name not in names:
-        raise ValueError(f"name must be {one_of(names, name)}")
+        raise ValueError(f"learned optimizer must be {one_of(names, name)}")
     return _folder() / (name + SUFFIX)
 
 

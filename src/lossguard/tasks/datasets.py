@@ -39,10 +39,10 @@ def load_dataset(name: str, **options: Any) -> Dataset:
     'spirals'
     >>> load_dataset("spiral")
     Traceback (most recent call last):
-    ValueError: name must be one of spirals, ..., got 'spiral' (did you mean spirals?)
+    ValueError: data set must be one of spirals, ..., got 'spiral' (did you mean spirals?)
     """
     if name not in DATASETS:
-        raise ValueError(f"name must be {one_of(DATASETS, name)}")
+        raise ValueError(f"data set must be {one_of(DATASETS, name)}")
     loader = DATASETS[name]
     known = inspect.signature(loader).parameters
     for option in options:

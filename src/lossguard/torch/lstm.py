@@ -8,10 +8,11 @@ p   scale of the input logarithm
 import math
 from collections.abc import Callable, Mapping
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
@@ -73,11 +74,18 @@ class LSTMOptimizer(Optimizer):
 
     @classmethod
     def pretrained(cls, params: ParamsT, name: str) -> "LSTMOptimizer":
-        """With weights that the package ships, and the scale that they were trained with.
+        """With weights that the package ships, or your own, and the scale of their training.
+
+        Args:
+            params: what it is to optimize.
+            name: one that ``lossguard list`` shows, or the path of what meta-training left, which
+                ends in ``.safetensors``.
 
         Raises:
-            ValueError: if there are none of that name.
+            ValueError: if there are none of that name, or the file is damaged.
         """
+        if name.endswith(SUFFIX):
+            return cls._from_file(params, Path(name))
         folder = resources.files("lossguard").joinpath("learned", "weights")
         shipped = sorted(
             entry.name.removesuffix(SUFFIX)
@@ -86,13 +94,20 @@ class LSTMOptimizer(Optimizer):
         )
         if name not in shipped:
             raise ValueError(f"name must be one of {', '.join(shipped) or '(none)'}, got {name!r}")
-        with (
-            resources.as_file(folder.joinpath(name + SUFFIX)) as path,
-            safe_open(path, framework="pt") as file,
-        ):
-            about = file.metadata()
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return cls(params, weights, scale=float(about["scale"]), p=float(about["p"]))
+        with resources.as_file(folder.joinpath(name + SUFFIX)) as path:
+            return cls._from_file(params, path)
+
+    @classmethod
+    def _from_file(cls, params: ParamsT, path: Path) -> "LSTMOptimizer":
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            scale, p = float(about["scale"]), float(about["p"])
+        except (OSError, SafetensorError, KeyError) as error:
+            reason = f"its {error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} is no learned optimizer's file: {reason}") from error
+        return cls(params, weights, scale=scale, p=p)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "weights": self.weights, "layers": self.layers}

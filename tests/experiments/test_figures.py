@@ -10,7 +10,8 @@ import pytest
 from rich.table import Table
 
 from lossguard import records
-from lossguard.experiments import figures
+from lossguard.experiments import Experiment, figures
+from lossguard.experiments.experiment import paper_methods
 
 STEPS = np.array([*range(1, 1001), *range(1010, 5001, 10)])
 
@@ -307,3 +308,19 @@ def test_few_points_are_drawn() -> None:
     assert (np.diff(np.log(drawn[20:])) < 0.05).all()
     few = np.array([10, 20, 30])
     assert figures._thin(few).tolist() == [0, 1, 2]
+
+
+def test_methods_look_alike_in_all_figures() -> None:
+    """Those of the paper and ours; of others each has a style of its own."""
+    colors = []
+    for methods in (("SGDnm", "LGL2O"), ("Adam", "SGDnm", "L2O", "LGL2O"), ("LGL2O", "mine")):
+        named = {method: 1.0 + number for number, method in enumerate(methods)}
+        figure = figures.draw(curves_of(named, np.arange(1, 20)), "Title")
+        lines = {line.get_label(): line.get_color() for line in figure.axes[0].lines}
+        assert len({*lines.values()}) == len(methods)
+        colors.append(lines["LGL2O"])
+        plt.close(figure)
+    assert colors[0] == colors[1] != colors[2]
+    known = figures.NAMED
+    assert {*paper_methods(Experiment("any"))} == {*known}
+    assert len({*known.values()}) == len(known) <= figures.COLORS

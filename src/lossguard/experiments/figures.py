@@ -56,7 +56,7 @@ def draw(curves: pl.DataFrame, title: str) -> Figure:
             "color": f"C{number % COLORS}",
             "linestyle": DASHES[number // COLORS % len(DASHES)],
         }
-        for number, method in enumerate(methods)
+        for method, number in style_numbers(methods).items()
     }
     widths = np.linspace(*WIDTHS, len(methods))
     columns = max(1, LEGEND_WIDTH // (LEGEND_SAMPLE + max(map(len, methods))))
@@ -97,6 +97,12 @@ def draw(curves: pl.DataFrame, title: str) -> Figure:
     return figure
 
 
+def style_numbers(methods: Sequence[str]) -> dict[str, int]:
+    """Of each method's color and dashes: the paper's and ours look alike in all their figures."""
+    known = {*methods} <= NAMED.keys()
+    return {method: NAMED[method] if known else at for at, method in enumerate(methods)}
+
+
 def guards(curves: pl.DataFrame) -> list[str]:
     """The methods that spend more than a gradient a step, on a second update or a check."""
     last = curves.filter(pl.col("step") == pl.col("step").max().over("method"))
@@ -131,6 +137,17 @@ LEGEND_WIDTH, LEGEND_SAMPLE = 120, 8
 """In letters: room for a line of the legend, and what a method needs beside its name."""
 LEGEND_LINE = 0.17
 """Height in inches."""
+NAMED = {
+    "SGDnm": 0,
+    "LGL2O": 1,
+    "Recommended": 2,
+    "L2O": 3,
+    "Adam": 4,
+    "GL2O": 5,
+    "GL2O (theta as decay)": 6,
+    "LGL2O over Adam": 8,
+    "Recommended over Adam": 9,
+}
 COLORS = 10
 DASHES = ("-", "--", "-.", ":")
 """Of the first ten methods, the next ten, and so on: there are ten colors."""

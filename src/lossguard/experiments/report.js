@@ -37,8 +37,8 @@ function decodeMethod(method, number, { length }) {
   const flat = typeof method.gradients === "number";
   return {
     name: method.name,
-    color: color(number),
-    dash: dash(number),
+    color: color(method.style),
+    dash: dash(method.style),
     width: width(number, length),
     loss: many(method.loss),
     use: many(method.use),
@@ -177,9 +177,9 @@ function lines(plot, data) {
 
 document.querySelectorAll(".switches").forEach((form) => {
   form.querySelectorAll(".line").forEach((sample, i, all) => {
-    sample.style.stroke = color(i);
+    sample.style.stroke = color(sample.dataset.style);
     sample.style.strokeWidth = width(i, all.length);
-    sample.style.strokeDasharray = dash(i);
+    sample.style.strokeDasharray = dash(sample.dataset.style);
   });
   form.querySelectorAll("button").forEach((button) => button.addEventListener("click", () => {
     form.querySelectorAll("[name=method]").forEach((box) => { box.checked = button.value === "all"; });

@@ -25,7 +25,7 @@ from ..records import EVALUATIONS, Record, read_parquet
 from .beyond import RECIPES
 from .claims import judge_claims
 from .evidence import has_settings
-from .figures import SMOOTHED_FROM, by_seed, ceiling, floor, guards, smooth, summary
+from .figures import SMOOTHED_FROM, by_seed, ceiling, floor, guards, smooth, style_numbers, summary
 from .folders import find_runs, read_runs
 from .grid import grid_of
 
@@ -171,13 +171,13 @@ def _section(folder: Path, record: Record) -> dict[str, Any]:
 def _curves(config: dict[str, Any], made: dict[str, Any], curves: pl.DataFrame) -> dict[str, Any]:
     """What ``report.js`` draws: for each method its points, arrays in base 64.
 
-    ``step`` [m], ``loss`` [seeds, m] smoothed as in the figure, ``use`` [seeds, m] likewise, for
-    guards only, ``gradients`` [seeds, m] spent until the step, or one number if it is always the
-    same a step, ``seconds`` a step of one seed, their mean. ``ceiling`` and ``floor`` are where
-    the axis ends at first, if lines leave there.
+    ``style`` of its line, ``step`` [m], ``loss`` [seeds, m] smoothed as in the figure, ``use``
+    [seeds, m] likewise, for guards only, ``gradients`` [seeds, m] spent until the step, or one
+    number if it is always the same a step, ``seconds`` a step of one seed, their mean. ``ceiling``
+    and ``floor`` are where the axis ends at first, if lines leave there.
     """
     methods, means, kept, recorded = [], [], 0, 0
-    guarded = guards(curves)
+    guarded, styles = guards(curves), style_numbers(config["methods"])
     for name in config["methods"]:
         steps, loss = by_seed(curves, name, "loss")
         _, used = by_seed(curves, name, "used_learned")
@@ -190,6 +190,7 @@ def _curves(config: dict[str, Any], made: dict[str, Any], curves: pl.DataFrame) 
         methods.append(
             {
                 "name": name,
+                "style": styles[name],
                 "step": _base64(steps[keep]),
                 "loss": [_base64(row) for row in smoothed],
                 "use": [_base64(row[keep]) for row in smooth(steps, 0.5 + 0.5 * used)]

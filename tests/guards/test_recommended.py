@@ -23,11 +23,15 @@ def test_it_gives_up_after_its_patience() -> None:
 
 
 def test_patience_goes_to_every_candidate() -> None:
-    guard = lossguard.recommended([optax.sgd(-1.0), optax.sgd(-2.0)], optax.sgd(0.1), patience=1)
+    candidates = [optax.sgd(-1.0, momentum=0.9), optax.sgd(-2.0, momentum=0.9)]
+    guard = lossguard.recommended(candidates, optax.sgd(0.1), patience=1, loser="keep")
     step = jax.jit(lambda state: guard.step(state, lambda w, i: jnp.sum(w**2)))
     state, first = step(guard.init(jnp.ones(2)))
     _, second = step(state)
     assert (first.learned_updates, second.learned_updates) == (20, 0)
+    for member in state.inner.members:  # a lane that lost keeps what it knows
+        (trace,) = jax.tree.leaves(member.inner.lanes.learned)
+        assert jnp.abs(trace).min() > 0
 
 
 def test_errors() -> None:

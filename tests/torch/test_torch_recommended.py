@@ -54,7 +54,7 @@ def answers(value):
     return value
 
 
-@pytest.mark.parametrize("options", [{"most": 10}, {"nt": 7, "nc": 6, "most": 40}])
+@pytest.mark.parametrize("options", [{"most": 10}, {"nt": 7, "nc": 6, "most": 40, "loser": "keep"}])
 def test_the_settings(monkeypatch, options):
     w = [torch.ones(1, requires_grad=True)]
     ours = [torch.optim.SGD(w, lr=lr) for lr in (0.2, 0.1)]

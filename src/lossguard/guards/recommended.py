@@ -5,6 +5,7 @@ from typing import Any
 from ..validation import check_count, check_most
 from .best_of import best_of
 from .criteria import curtailed_criterion, mean_criterion
+from .lanes import Loser
 from .loss_guard import loss_guard
 from .probing import backoff
 from .protocol import Guard, are_several
@@ -20,6 +21,7 @@ def recommended(
     nc: int = 10,
     most: int | None = None,
     patience: int = 200,
+    loser: Loser = "reset",
 ) -> Guard:
     """A hedged loss guard that keeps its gains under noise and backs off where there are none.
 
@@ -40,6 +42,9 @@ def recommended(
             that suits minibatches that come from the host (``stacked``).
         patience: losses running after which the learned lane is probed less often. A few dozen do
             for short runs; where it wins late, they cost some of that.
+        loser: what becomes of the optimizer state of a lane that lost, as in ``loss_guard``.
+            "reset" is for learned optimizers, which are at their best when they begin; an ordinary
+            one, such as Adam at a bold rate, does better with "keep".
 
     Raises:
         ValueError: as ``loss_guard``; or if most is no integer, below nc, or not 1 where nc is.
@@ -52,21 +57,23 @@ def recommended(
     """
     if are_several(learned):
         check_count("the number of learned optimizers", len(learned))
-        options = {"nt": nt, "nc": nc, "most": most, "patience": patience}
+        options = {"nt": nt, "nc": nc, "most": most, "patience": patience, "loser": loser}
         return best_of([recommended(one, fallback, **options) for one in learned])
     nc = check_count("nc", nc)
-    options = settings(nc, 16 * nc if most is None else most, patience)
+    options = settings(nc, 16 * nc if most is None else most, patience, loser)
     return loss_guard(learned, fallback, nt=nt, nc=nc, **options)
 
 
-def settings(nc: int, most: int, patience: int = 200) -> dict[str, Any]:
+def settings(nc: int, most: int, patience: int = 200, loser: Loser = "reset") -> dict[str, Any]:
     """The options of ``loss_guard`` that ``recommended`` sets."""
     check_most(nc, most)
     return {
         "criterion": mean_criterion() if most == nc else curtailed_criterion(first=nc, most=most),
         "hedge": track_record(decay=0.7),
-        "loser": "reset",
-        "probing": backoff(patience=patience, most=512, start="reset"),
+        "loser": loser,
+        "probing": backoff(
+            patience=patience, most=512, start="reset" if loser == "reset" else "keep"
+        ),
         "ratchet": ratchet(),
         "checks": "next" if most == nc else "apart",
     }

@@ -7,6 +7,7 @@ from torch.optim import Optimizer
 
 from lossguard.torch.criteria import curtailed_criterion, mean_criterion
 from lossguard.torch.guard import LossGuard
+from lossguard.torch.lane import Loser
 from lossguard.torch.probing import backoff
 from lossguard.torch.ratchet import ratchet
 from lossguard.torch.track_record import track_record
@@ -21,6 +22,7 @@ def recommended(
     nc: int = 10,
     most: int | None = None,
     patience: int = 200,
+    loser: Loser = "reset",
     **options: Any,
 ) -> LossGuard:
     """A hedged loss guard that keeps its gains under noise and backs off where there are none.
@@ -40,6 +42,9 @@ def recommended(
             what they have won.)
         patience: lost cycles running after which the learned lanes pause, for longer and longer;
             200 are 4,000 calls of ``step`` at nt = nc = 10, so take fewer in a short run.
+        loser: what the optimizer of a lane that lost remembers, as in ``LossGuard``. "reset" is for
+            learned optimizers, which are at their best when they begin; an ordinary one, such as
+            AdamW at a bold rate, does better with "keep".
         options: ``model``, ``scaler``, ``schedulers``, ``offload``, ``process_group`` and
             ``callback``, as in ``LossGuard``.
 
@@ -55,7 +60,7 @@ def recommended(
     """
     most = nc if most is None else most
     check_most(nc, most)
-    for name in ("criterion", "hedge", "loser", "probing", "ratchet"):
+    for name in ("criterion", "hedge", "probing", "ratchet"):
         if name in options:
             raise ValueError(f"recommended sets {name} itself: use LossGuard to choose")
     return LossGuard(
@@ -65,8 +70,8 @@ def recommended(
         nc=nc,
         criterion=mean_criterion() if most == nc else curtailed_criterion(first=nc, most=most),
         hedge=track_record(decay=0.7),
-        loser="reset",
-        probing=backoff(patience=patience, most=512, start="reset"),
+        loser=loser,
+        probing=backoff(patience=patience, most=512, start="reset" if loser == "reset" else "keep"),
         ratchet=ratchet(),
         **options,
     )

@@ -28,8 +28,8 @@ def find_recipe(
     if ".py:" in name:
         path, function = name.rsplit(":", 1)
         make = _load(Path(path), function)
-        if _required(make):
-            raise ValueError(f"recipe {name} must take no arguments, but needs {_required(make)}")
+        if needed := _required(make):
+            raise ValueError(f"recipe {name} must take no arguments, but needs {needed}")
         config = make()
         if not isinstance(config, kind):
             raise ValueError(

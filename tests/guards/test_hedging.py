@@ -4,7 +4,6 @@ Lanes as a guard numbers them: the learned ones from 0, then z, then s.
 """
 
 from copy import deepcopy
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -143,10 +142,10 @@ def test_a_run_is_numpys(learned, fallback, hedge, loser) -> None:
     assert set(winners) | hostile == set(range(last + 1))
 
 
-@pytest.mark.usefixtures("x64")
+@pytest.mark.usefixtures("x64", "eager")  # both programs round alike
 @pytest.mark.parametrize("loser", ["keep", "reset"])
 def test_skipping_z_changes_nothing(loser) -> None:
-    """The same run where z is computed although it is s, but for rounding."""
+    """The same run where z is computed although it is s."""
     problem = numpy_guards.Objective(seed=4, minibatches=CYCLES * (NT + NC))
     objective = objective_of(problem)
     guard = lossguard.loss_guard(
@@ -166,10 +165,9 @@ def test_skipping_z_changes_nothing(loser) -> None:
         play(guard._replace(step=step), objective, jnp.asarray(problem.start), CYCLES)
         for step in (guard.step, with_z)
     )
-    equal = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12)
-    jax.tree.map(equal, skipping, computing)
+    jax.tree.map(np.testing.assert_array_equal, skipping, computing)
     for name in ("winner", "losses", "learned_loss", "fallback_loss", "used_learned"):
-        equal(getattr(one, name), getattr(other, name))
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
     assert (np.asarray(one.gradients) < np.asarray(other.gradients)).any()
     assert (np.asarray(other.gradients) == 3 * NT).all()
     assert set(np.asarray(one.winner)) == {0, 1, 2}

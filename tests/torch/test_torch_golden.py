@@ -183,16 +183,9 @@ def loss_guard(library, *optimizers, **options):
     return make(*optimizers, **{"nt": NT, "nc": NC, **options})
 
 
+@pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize(
-    ("name", "loser", "hedge"),
-    [
-        ("spirals-mlp", "keep", False),
-        ("spirals-mlp", "reset", False),
-        ("spirals-mlp", "rollback", True),
-        ("spirals-mlp", "keep", "only"),
-        ("mnist-convnet", "keep", False),
-        ("mnist-convnet", "rollback", True),
-    ],
+    ("loser", "hedge"), [("keep", False), ("reset", False), ("rollback", True), ("keep", "only")]
 )
 def test_loss_guard(name, loser, hedge):
     def build(library, *optimizers, **options):

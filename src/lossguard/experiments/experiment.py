@@ -125,11 +125,11 @@ class Experiment:
 
 def _made(method: str, make: Any) -> Guard:
     """The guard of a method; refuse what doesn't make one."""
-    guard = make() if callable(make) else make
-    if not callable(make) or not isinstance(guard, Guard):
-        what = "is" if not callable(make) else "makes"
+    guard = make() if callable(make) else None
+    if not isinstance(guard, Guard):
+        found = f"makes {type(guard).__name__}" if callable(make) else f"is {type(make).__name__}"
         raise ValueError(
-            f"make_methods must give each method a function without arguments that makes a guard: "
-            f"{method!r} {what} {type(guard).__name__}"
+            "make_methods must give each method a function without arguments that makes a guard: "
+            f"{method!r} {found}"
         )
     return guard

@@ -71,9 +71,10 @@ class Inner:
         state.update(memory.state)
         for group, options in zip(self.optimizer.param_groups, memory.options, strict=False):
             for key in self.own:
-                group[key] = options.get(key)
-                if key not in options:  # a step makes it
-                    del group[key]
+                if key in options:
+                    group[key] = options[key]
+                else:
+                    group.pop(key, None)  # a step makes it
         return previous
 
     def schedule(self) -> list[dict[str, Any]]:

@@ -89,7 +89,7 @@ class Lane:
         return callable(getattr(self.inner.optimizer, "train", None))
 
     def stop(self) -> None:
-        """Leave the training mode after an error, where it is: x is back in the model already."""
+        """Leave the training mode after an error, without moving: where the lane was is lost."""
         groups = self.inner.optimizer.param_groups
         for options in groups if self.memory is None else self.memory.options:
             if self.switches and "train_mode" in options:

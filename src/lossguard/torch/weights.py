@@ -102,7 +102,7 @@ class Weights:
 
 def _is_expanded(tensor: Tensor) -> bool:
     """Whether one number stands for several, so that nothing can be written to it in place."""
-    if tensor.layout is not torch.strided:
+    if tensor.layout is not torch.strided or 0 not in tensor.stride():
         return False
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     return any(size > 1 and stride == 0 for size, stride in sizes)

@@ -347,12 +347,17 @@ def test_folder_of_runs(
     records.open_folder(tmp_path / "runs" / "half", {})
     records.open_folder(tmp_path / "runs" / "lost", {})
     records.write_json(tmp_path / "runs" / "lost" / "failed.json", {"reason": "no luck"})
+    shutil.copytree(tmp_path / "runs" / "a", tmp_path / "runs" / "torn")
+    (tmp_path / "runs" / "torn" / "curves.parquet").write_bytes(b"PAR1")
     capsys.readouterr()
     main(command, "runs")
     assert [file.exists() for file in drawn] == [command == "plot"] * 2
-    err = capsys.readouterr().err
-    told = "reading: 2 runs\njudging: C14 is computed, not read\n" * (command == "claims")
-    assert err.startswith("runs/half is not finished\nruns/lost is not finished: no luck\n" + told)
+    read, half, lost, torn, *told = capsys.readouterr().err.splitlines()
+    assert read == "reading: 5 runs"
+    assert half == "runs/half is not finished"
+    assert lost == "runs/lost is not finished: no luck"
+    assert torn.startswith("runs/torn/curves.parquet is not a readable Parquet file: ")
+    assert told[:1] == ["judging: C14 is computed, not read"] * (command == "claims")
 
 
 @pytest.fixture
@@ -446,7 +451,7 @@ def test_stopped_it_tells_the_command_that_goes_on(
     monkeypatch.setattr(run, "run", stop)
     monkeypatch.setattr(sweep, "sweep", stop)
     monkeypatch.setattr(loop, "metatrain", stop)
-    monkeypatch.setattr(folders, "find_runs", stop)
+    monkeypatch.setattr(folders, "read_runs", stop)
     monkeypatch.setattr("tempfile.tempdir", "/tmp")
     monkeypatch.setattr("secrets.token_hex", lambda _: "aa")
     with pytest.raises(SystemExit) as caught:

@@ -163,7 +163,7 @@ def plot(arguments: Sequence[str]) -> None:
     if _wants_help(arguments):
         print(f"usage: lossguard plot DIR...\n\nDraw a figure of each run into its folder.\n{DIR}")
         return
-    for folder in _finished(arguments, "plot"):
+    for folder in _records(arguments, "plot"):
         _show(folder)
 
 
@@ -172,14 +172,13 @@ def claims(arguments: Sequence[str]) -> None:
     if _wants_help(arguments):
         print(f"usage: lossguard claims DIR...\n\nJudge the paper's claims by these runs.\n{DIR}")
         return
-    folders = _finished(arguments, "claims")
+    records = _records(arguments, "claims")
     from rich.table import Table
 
     from .experiments.claims import judge_claims
-    from .experiments.folders import read_runs
 
     table = Table("claim", "figure", "says", "outcome", "measured", show_lines=True)
-    for verdict in judge_claims(read_runs(folders)):
+    for verdict in judge_claims(records):
         table.add_row(verdict.id, verdict.figure, verdict.claim, verdict.outcome, verdict.measured)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
@@ -234,16 +233,16 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], None]] = {
 DIR = "DIR is the folder of a run, or a folder that holds such folders."
 
 
-def _finished(arguments: Sequence[str], command: str) -> list[Path]:
-    """The finished runs in these folders; the others are named on stderr."""
-    from .experiments.folders import find_runs
+def _records(arguments: Sequence[str], command: str) -> dict[Path, Any]:
+    """Of the finished runs in these folders; what is left out is told on stderr."""
+    from .experiments.folders import read_runs
 
     if not arguments:
         raise ValueError(f"{command} needs the folder of a run, or several")
-    finished, others = find_runs([Path(folder) for folder in arguments])
-    for folder, reason in others.items():
-        print(f"{folder} is not finished{reason and f': {reason}'}", file=sys.stderr)
-    return finished
+    found, others = read_runs([Path(folder) for folder in arguments])
+    for reason in others:
+        print(reason, file=sys.stderr)
+    return found
 
 
 def _run(where: Where, experiment: Any) -> None:

@@ -18,7 +18,7 @@ from lossguard.experiments import theorems
 from lossguard.experiments.claims import CLAIMS, Verdict, judge_claims, judge_run
 from lossguard.experiments.evidence import FUNCTIONS
 from lossguard.experiments.findings import Finding
-from lossguard.experiments.folders import find_runs, read_runs
+from lossguard.experiments.folders import read_runs
 from lossguard.experiments.recipes import RECIPES, SETS
 from lossguard.experiments.run import as_config
 
@@ -82,7 +82,7 @@ def write(
 
 
 def judged(claim: str, *folders: Path) -> Verdict:
-    (verdict,) = (v for v in judge_claims(read_runs(folders)) if v.id == claim)
+    (verdict,) = (v for v in judge_claims(read_runs(folders)[0]) if v.id == claim)
     return verdict
 
 
@@ -441,7 +441,7 @@ def test_damaged_records_are_named(tmp_path: Path, damage: Callable[[Path], Any]
     run = write(tmp_path / "run", "fig03", GOOD)
     damage(run / records.CURVES)
     with pytest.raises(ValueError, match=r"curves\.parquet"):
-        judge_claims(read_runs([run]))
+        read_runs([run])
 
 
 def test_what_one_run_says(tmp_path: Path) -> None:
@@ -461,11 +461,9 @@ RESULTS = Path(__file__).parents[2] / "results"
 def test_committed_records_are_judged_as_when_they_were_made() -> None:
     """So that no change of the code silently takes a record's voice."""
     found, committed = {}, {}
-    for folder in find_runs([RESULTS])[0]:
+    for folder, record in read_runs([RESULTS])[0].items():
         file = folder / records.VERDICTS
         told = json.loads(file.read_text()) if file.exists() else {}
         committed[folder.name] = {claim: verdict["outcome"] for claim, verdict in told.items()}
-        found[folder.name] = {
-            one.id: one.outcome for one in judge_run(folder, records.read_run(folder))
-        }
+        found[folder.name] = {one.id: one.outcome for one in judge_run(folder, record)}
     assert found == committed

@@ -73,6 +73,7 @@ class Experiment:
     """Everything that the records of an experiment depend on; the defaults are the paper's."""
 
     name: str
+    """Of the recipe; claims about a figure of the paper are judged by records of that name."""
     title: str = ""
     """Of its figure."""
     dataset: str = "spirals"

@@ -1,5 +1,6 @@
-"""Which finished runs there are in some folders."""
+"""The records of the finished runs in some folders."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,43 +10,45 @@ from ..records import CONFIG, MANIFEST, Record, read_run
 from .sweep import FAILED
 
 
-def find_runs(folders: Sequence[Path]) -> tuple[list[Path], dict[Path, str]]:
-    """Finished runs, each named or in a named folder of runs.
+def read_runs(folders: Sequence[Path]) -> tuple[dict[Path, Record], list[str]]:
+    """The records of finished runs, each named or in a named folder of runs.
 
     Returns:
-        Their folders; and those in a folder of runs that are not finished, with the reason of the
-        ones that failed (else "").
+        Records, by the folder of the run; and why others in a folder of runs have none: a sentence
+        for each that is not finished, or damaged.
 
     Raises:
-        ValueError: if a named folder holds neither a finished run nor folders of runs, or none of
-            all is finished.
+        ValueError: if a named folder holds neither a finished run nor folders of runs, or a file of
+            it is damaged, or none of all runs can be read.
     """
-    finished, others = [], {}
-    for folder in folders:
-        inside = [] if (folder / CONFIG).exists() else sorted(folder.glob(f"*/{CONFIG}"))
-        if not inside:
-            read_run(folder)  # says what is missing
-            finished.append(folder)
-        for run in (config.parent for config in inside):
-            if (run / MANIFEST).exists():
-                finished.append(run)
-            else:
-                failed = run / FAILED
-                others[run] = json.loads(failed.read_text())["reason"] if failed.exists() else ""
-    if not finished:
-        raise ValueError(f"no run in {', '.join(map(str, folders))} is finished")
-    return finished, others
-
-
-def read_runs(folders: Sequence[Path]) -> dict[Path, Record]:
-    """The records of finished runs, by their folders.
-
-    Raises:
-        ValueError: if a folder holds no finished run, or a file of it is damaged.
-    """
-    found, total = {}, len(folders)
-    with Progress("reading", total=total, unit="runs", first=f"{total} runs") as progress:
-        for folder in folders:
-            found[folder] = read_run(folder)
+    inside = {folder: _runs_in(folder) for folder in folders}
+    found = {folder: read_run(folder) for folder, runs in inside.items() if not runs}
+    others, total = [], sum(map(len, inside.values()))
+    first = f"{total} runs" if total else ""
+    with Progress("reading", total=total, unit="runs", first=first) as progress:
+        for run in itertools.chain.from_iterable(inside.values()):
+            try:
+                if not (run / MANIFEST).exists():
+                    raise ValueError(_unfinished(run))
+                found[run] = read_run(run)
+            except ValueError as error:
+                others.append(str(error))
             progress.advance(1)
-    return found
+    if folders and not found:
+        told = "; ".join([f"no run in {', '.join(map(str, folders))} can be read", *others])
+        raise ValueError(told)
+    as_given = (run for folder, runs in inside.items() for run in runs or [folder])
+    return {run: found[run] for run in as_given if run in found}, others
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The folders of runs in a folder that isn't one itself."""
+    if (folder / CONFIG).exists():
+        return []
+    return [config.parent for config in sorted(folder.glob(f"*/{CONFIG}"))]
+
+
+def _unfinished(run: Path) -> str:
+    failed = run / FAILED
+    reason = f": {json.loads(failed.read_text())['reason']}" if failed.exists() else ""
+    return f"{run} is not finished{reason}"

@@ -26,7 +26,7 @@ from .beyond import RECIPES
 from .claims import judge_claims
 from .evidence import has_settings
 from .figures import SMOOTHED_FROM, by_seed, ceiling, floor, guards, smooth, style_numbers, summary
-from .folders import find_runs, read_runs
+from .folders import read_runs
 from .grid import grid_of
 
 POINTS_A_DECADE = 100
@@ -37,10 +37,9 @@ def report(folders: Sequence[Path], file: Path) -> Path:
     """Write a page about these runs, or folders of runs, and all claims; returns its file.
 
     Raises:
-        ValueError: if a folder holds no finished run, or a file of it is damaged.
+        ValueError: as ``read_runs``.
     """
-    finished, others = find_runs(folders)
-    records = read_runs(finished)
+    records, others = read_runs(folders)
     claims = judge_claims(records)
     sections = [_section(folder, record) for folder, record in records.items()]
     runs = _in_order(sections, {claim.folder for claim in claims})
@@ -57,7 +56,7 @@ def report(folders: Sequence[Path], file: Path) -> Path:
         figures={run["figure"]: run["id"] for run in reversed(runs) if run["by_recipe"]},
         ids=ids,
         runs=runs,
-        others={folder.name: reason for folder, reason in others.items()},
+        others=others,
         smoothed_from=SMOOTHED_FROM,
         style=_beside("report.css"),
         script=_beside("report.js"),

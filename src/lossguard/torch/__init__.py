@@ -3,6 +3,7 @@
 >>> from lossguard.torch import LossGuard
 """
 
+from lossguard.torch.best_of import BestOf as BestOf
 from lossguard.torch.criteria import Criterion as Criterion
 from lossguard.torch.criteria import curtailed_criterion as curtailed_criterion
 from lossguard.torch.criteria import mean_criterion as mean_criterion
@@ -27,30 +28,3 @@ from lossguard.torch.sequences import recent_max as recent_max
 from lossguard.torch.sequences import recent_term as recent_term
 from lossguard.torch.track_record import TrackRecord as TrackRecord
 from lossguard.torch.track_record import track_record as track_record
-
-__all__ = [
-    "Criterion",
-    "Decision",
-    "LSTMOptimizer",
-    "LossGuard",
-    "LossStep",
-    "Probing",
-    "Ratchet",
-    "ResidualGuard",
-    "TrackRecord",
-    "TrackingSequence",
-    "always",
-    "arithmetic_average",
-    "backoff",
-    "curtailed_criterion",
-    "ema",
-    "geometric",
-    "mean_criterion",
-    "paired_criterion",
-    "ratchet",
-    "recent_max",
-    "recent_term",
-    "recommended",
-    "sequential_criterion",
-    "track_record",
-]

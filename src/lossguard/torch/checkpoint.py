@@ -25,7 +25,7 @@ def save_lanes(lanes: Lanes, phase: int) -> dict[str, Any]:
     """A copy of them, after ``phase`` minibatches of a cycle."""
     return {
         "names": lanes.names,
-        "lanes": [_save_lane(lane, phase) for lane in lanes.all],
+        "lanes": [save_lane(lane, phase) for lane in lanes.all],
         "on_own": lanes.on_own,
         "excess": list(lanes.excess),
         "best": None if lanes.best is None else _save_best(lanes.best, lanes.fallback),
@@ -35,7 +35,7 @@ def save_lanes(lanes: Lanes, phase: int) -> dict[str, Any]:
 def load_lanes(lanes: Lanes, saved: dict[str, Any]) -> None:
     """Put a copy of ``saved`` into lanes that were built in the same way."""
     for lane, its_state in zip(lanes.all, saved["lanes"], strict=True):
-        _load_lane(lane, its_state)
+        load_lane(lane, its_state)
     lanes.on_own, lanes.excess = saved["on_own"], Excess(*saved["excess"])
     if lanes.best is not None:
         _load_best(lanes.best, lanes.fallback, saved["best"])
@@ -58,7 +58,8 @@ def check_lanes(lanes: Lanes, saved: dict[str, Any]) -> None:
         )
 
 
-def _save_lane(lane: Lane, phase: int) -> dict[str, Any]:
+def save_lane(lane: Lane, phase: int) -> dict[str, Any]:
+    """A copy of one, after ``phase`` minibatches of a cycle."""
     starts_from_x = phase == 0 and not lane.own_path
     return {
         "copy": None if starts_from_x else clone(lane.copy),
@@ -70,7 +71,8 @@ def _save_lane(lane: Lane, phase: int) -> dict[str, Any]:
     }
 
 
-def _load_lane(lane: Lane, saved: dict[str, Any]) -> None:
+def load_lane(lane: Lane, saved: dict[str, Any]) -> None:
+    """Put a copy of ``saved`` into it."""
     lane.train = [] if saved["train"] is None else list(clone(saved["train"]))
     lane.check = [] if saved["check"] is None else list(clone(saved["check"]))
     lane.before = _load_memory(lane.inner, saved["before"])

@@ -1,7 +1,7 @@
 """Takes the lanes through the minibatches of a cycle: lines 10 to 15 of Algorithm 2."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,11 +11,36 @@ from lossguard.torch.closures import Watch, scalar
 from lossguard.torch.facade import Closure
 from lossguard.torch.forward_only import forward_only
 from lossguard.torch.lane import Lane
-from lossguard.torch.lanes import Lanes
 from lossguard.torch.placing import placing
 from lossguard.torch.randomness import Randomness
+from lossguard.torch.ratchet import Best
 from lossguard.torch.schedules import Schedules
 from lossguard.torch.weights import Copy, Weights
+
+
+class Course(Protocol):
+    """What a cycle asks of the lanes that it takes through minibatches.
+
+    Attributes:
+        all: the lanes, by their numbers.
+        best: b, where a ratchet holds x to it.
+    """
+
+    all: list[Lane]
+    best: Best | None
+
+    @property
+    def watched(self) -> Best | None:
+        """b, if its training losses are asked for in this cycle."""
+        ...
+
+    def checked(self, active: Sequence[int]) -> list[int]:
+        """Those of the active lanes that take check minibatches."""
+        ...
+
+    def begins_at_x(self, number: int) -> bool:
+        """Whether a lane's steps of this cycle start from x."""
+        ...
 
 
 class Cycle:
@@ -30,7 +55,7 @@ class Cycle:
     """
 
     def __init__(
-        self, lanes: Lanes, weights: Weights, schedulers: Sequence[LRScheduler], nt: int
+        self, lanes: Course, weights: Weights, schedulers: Sequence[LRScheduler], nt: int
     ) -> None:
         self.lanes = lanes
         self.weights = weights
@@ -104,7 +129,7 @@ class Cycle:
         for lane in self.lanes.all:
             lane.grow()
         if best is not None and best.memory is not None:
-            best.memory.options.append(self.lanes.fallback.remember().options[-1])
+            best.memory.options.append(self.lanes.all[-1].inner.remember().options[-1])
         self.placing = placing(weights)
 
     def _begin(self, active: Sequence[int]) -> None:
@@ -115,7 +140,7 @@ class Cycle:
         for number in active:
             lane = self.lanes.all[number]
             lane.begin()
-            if not lane.own_path or self.lanes.on_own:  # where x may have been set from outside
+            if self.lanes.begins_at_x(number):  # lines 10 and 11: y <- x, z <- x
                 self.weights.write(lane.copy)
 
     def _evaluate(self, lane: Lane, closure: Closure, schedules: Schedules, k: int) -> Any:
@@ -144,8 +169,8 @@ class Cycle:
 
     def _hold(self, closures: Sequence[Closure], draws: Sequence[Any]) -> None:
         """The losses of b, with the same random numbers, if the ratchet asks for them."""
-        best = self.lanes.best
-        if best is None or self.lanes.on_own or not closures:
+        best = self.lanes.watched
+        if best is None or not closures:
             return
         self.holding = True
         self.placing.enter(best.copy)

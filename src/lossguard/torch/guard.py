@@ -18,25 +18,23 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lossguard.torch import arguments
-from lossguard.torch.base import Guard
 from lossguard.torch.checkpoint import check_lanes, load_lanes, save_lanes
 from lossguard.torch.consensus import outcome
 from lossguard.torch.criteria import Criterion, mean_criterion
-from lossguard.torch.cycle import Cycle
 from lossguard.torch.decision import NEITHER, Decision
 from lossguard.torch.facade import Closure
-from lossguard.torch.inner import clone
 from lossguard.torch.lane import Loser
+from lossguard.torch.lane_guard import LaneGuard
 from lossguard.torch.lanes import Lanes
 from lossguard.torch.probing import Probing, ProbingState, always
 from lossguard.torch.ratchet import Ratchet
 from lossguard.torch.track_record import TrackRecord
 from lossguard.torch.verdict import follow_first, judge
 from lossguard.torch.weights import Weights
-from lossguard.validation import check_choice, check_count, check_kind, check_nc
+from lossguard.validation import check_choice, check_kind, check_nc
 
 
-class LossGuard(Guard):
+class LossGuard(LaneGuard):
     r"""Uses a learned optimizer where it beats a fallback on minibatches that neither has seen.
 
     A cycle takes nt + nc minibatches, numbered i, i+1, ...:
@@ -128,18 +126,21 @@ class LossGuard(Guard):
         check_kind("probing", probing, Probing, "backoff()")
         if ratchet is not None:
             check_kind("ratchet", ratchet, Ratchet, "ratchet()")
-        self.nt = check_count("nt", nt)
         self.nc = check_nc(nc, criterion.least if criterion.looks is None else 1)
-        arguments.check_schedulers(schedulers, [*several, fallback])
         arguments.check_offload(offload)
         arguments.check_model(model, params)
         weights = Weights(params, model, torch.device("cpu") if offload else None)
-        super().__init__(learned, fallback, weights)
+        super().__init__(
+            learned,
+            fallback,
+            weights,
+            nt=nt,
+            schedulers=schedulers,
+            process_group=process_group,
+            callback=callback,
+        )
         self.criterion = criterion
         self.probing = probing
-        self.schedulers = list(schedulers)
-        self.process_group = process_group
-        self.callback = callback
         self._lanes = Lanes(
             self._inners,
             loser=loser,
@@ -148,42 +149,9 @@ class LossGuard(Guard):
             scaler=scaler,
             weights=weights,
         )
-        self._cycle = Cycle(self._lanes, weights, self.schedulers, self.nt)
+        self._drive(self._lanes)
         self._looks = criterion.looks or (self.nc,)
         self._probes = ProbingState()
-        self._kept = len(self._lanes.all) - 1
-
-    @property
-    def checking(self) -> bool:
-        """Whether only the loss of the next minibatch is evaluated: a check, or the ratchet's."""
-        return self._cycle.checking
-
-    @property
-    def scaler(self) -> GradScaler:
-        """The gradient scaler of the running branch; use it inside the closure."""
-        if self._cycle.running.scaler is None:
-            raise ValueError("scaler must be given to LossGuard to scale losses, got None")
-        return self._cycle.running.scaler
-
-    def unscale_(self) -> None:
-        """Unscale the running branch's gradients, to clip them inside the closure."""
-        if not self.checking:
-            self.scaler.unscale_(self._cycle.running.inner.optimizer)
-
-    def step(self, closure: Closure | None = None) -> Any:  # pyright: ignore
-        """Take one minibatch of the stream: nt times to train both branches, nc times to check.
-
-        Args:
-            closure: evaluates the minibatch's loss, calls ``backward`` and returns the loss. It is
-                called once per lane; the guard clears the gradients before.
-
-        Returns:
-            The loss, of the lane that the last decision kept (the fallback before the first).
-        """
-        closure = self._check_step(closure, " (a GradScaler goes to LossGuard as scaler)")
-        values = self._run([closure])
-        value = values.get(self._kept, values[max(values)])[0]
-        return value.detach() if isinstance(value, Tensor) else value
 
     def cycle(
         self,
@@ -224,23 +192,6 @@ class LossGuard(Guard):
             train = []
         return self.history[-1]
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters to all optimizers, with their own defaults in the learned ones.
-
-        Args:
-            param_group: as for any optimizer; its options are the fallback's.
-        """
-        if self._cycle.phase:
-            raise ValueError(
-                "param_group must be added between cycles, got one after "
-                f"{self._cycle.phase} minibatches of one"
-            )
-        learned = [inner.optimizer for inner in self._lanes.learned]
-        self._cycle.grow(self._add_group(param_group, learned))
-
-    def __repr__(self) -> str:
-        return f"LossGuard(learned={self.learned!r}, fallback={self.fallback!r})"
-
     @property
     def _probe(self) -> bool:
         """Whether the learned lanes run in this cycle."""
@@ -260,40 +211,22 @@ class LossGuard(Guard):
         return values
 
     def _save(self) -> dict[str, Any]:
-        cycle = self._cycle
         return {
-            "nt": self.nt,
+            **super()._save(),
             "looks": list(self._looks),
-            "phase": cycle.phase,
-            "gradients": cycle.gradients,
-            "kept": self._kept,
             "probes": list(self._probes),
-            "random": cycle.randomness.state(),
-            "x": self._weights.copy(),
-            "schedulers": [clone(scheduler.state_dict()) for scheduler in self.schedulers],
-            **save_lanes(self._lanes, cycle.phase),
+            **save_lanes(self._lanes, self._cycle.phase),
         }
 
     def _load(self, state: dict[str, Any]) -> None:
-        cycle = self._cycle
-        for scheduler, its_state in zip(self.schedulers, state["schedulers"], strict=True):
-            scheduler.load_state_dict(clone(its_state))
         load_lanes(self._lanes, state)
         self._probes = ProbingState(*state["probes"])
-        self._kept, cycle.gradients, cycle.phase = (
-            state[name] for name in ("kept", "gradients", "phase")
-        )
-        self._weights.read(state["x"])
-        cycle.placing.begin()
-        cycle.randomness.set(state["random"])
+        super()._load(state)
 
     def _check_saved(self, saved: dict[str, Any]) -> None:
         super()._check_saved(saved)
         state, looks = saved["guard"], list(self._looks)
         check_lanes(self._lanes, state)
-        ours, theirs = len(self.schedulers), len(state["schedulers"])
-        if ours != theirs:
-            raise ValueError(f"state_dict must be of {ours} schedulers, got one of {theirs}")
         if state["phase"] and (state["nt"], state["looks"]) != (self.nt, looks):
             raise ValueError(
                 f"state_dict from within a cycle must have nt={self.nt} and checks after {looks}, "
@@ -345,8 +278,7 @@ class LossGuard(Guard):
         undone = self._lanes.hold(kept, seen.held, was_own, self._weights)
         won = 0 <= winner < self._lanes.m
         self._probes = self.probing.update(self._probes, self._probe, won)
-        self._cycle.phase = 0
-        self.history.append(
+        self._decided(
             Decision(
                 used_learned=[won and not undone] * self.nt,
                 losses=losses,
@@ -364,5 +296,3 @@ class LossGuard(Guard):
             )
         )
         self._cycle.watch.compare(firsts)
-        if self.callback is not None:
-            self.callback(self.history[-1])

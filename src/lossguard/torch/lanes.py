@@ -96,10 +96,18 @@ class Lanes:
         judged = self.record is not None and not self.on_own
         return [k for k in active if not (judged and k == self.s)]
 
+    @property
+    def watched(self) -> Best | None:
+        """b, if its training losses are asked for: on the fallback's own path x is its best."""
+        return None if self.on_own else self.best
+
+    def begins_at_x(self, number: int) -> bool:
+        """Whether a lane starts from x; s where x lies on its path, and may have been set there."""
+        return self.on_own or not self.all[number].own_path
+
     def at_x(self, active: Sequence[int]) -> list[bool]:
         """Whether each of the active lanes trains from x on."""
-        lanes = [self.all[k] for k in active]
-        return [(self.on_own or not lane.own_path) and not lane.switches for lane in lanes]
+        return [self.begins_at_x(k) and not self.all[k].switches for k in active]
 
     def follow_record(
         self, verdict: Verdict, trains: Sequence[Sequence[float]], sound: Sequence[bool], fit: bool

@@ -1,0 +1,250 @@
+"""Optimizers side by side, each on its own path, of which the best is followed.
+
+d    a lane's mean training loss in a cycle, each loss before its step
+D    its record: d of all cycles, the past forgotten by and by
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any, Literal
+
+import torch
+from torch import distributed, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lossguard.torch import arguments
+from lossguard.torch.checkpoint import load_lane, save_lane
+from lossguard.torch.consensus import outcome
+from lossguard.torch.decision import NEITHER, Decision
+from lossguard.torch.facade import Closure
+from lossguard.torch.inner import clone
+from lossguard.torch.lane import Lane
+from lossguard.torch.lane_guard import LaneGuard
+from lossguard.torch.ratchet import Best
+from lossguard.torch.weights import Weights
+from lossguard.validation import check_decay
+
+
+class BestOf(LaneGuard):
+    r"""Runs optimizers side by side, and follows the one whose training losses of late are lowest.
+
+    Every lane j, the learned optimizers and the fallback, goes on from where it is. In a cycle:
+
+        w[j] <- optimizer j(w[j], grad F(w[j], i+t)),   t = 0 .. nt-1
+        d[j] <- mean_t F(w[j], i+t)                     before each of these steps
+        D[j] <- decay D[j] + d[j]
+        x <- w[j] of the lowest D[j]
+
+    Ten steps can't tell which of two learning rates is better in the long run: from any point, the
+    lower one lowers the loss at once, since it takes noise out. Paths that none disturbs can. In
+    every run, for any optimizers and at any time, the losses of x, the past forgotten by and by,
+    sum up to at most those of each lane that was always finite (``be the leader'': Kalai and
+    Vempala, 2005), so those of the fallback alone:
+
+        sum_c decay^(C-c) d[followed in c](c)  <=  min_j sum_c decay^(C-c) d[j](c)
+
+    It takes no check minibatches. A lane that isn't finite any more begins anew at x, with the
+    leader's record. Between calls the model holds x, which changes at decisions only.
+
+    Args:
+        learned: the optimizer that isn't trusted, or several.
+        fallback: the one that is, over the same parameters; it is followed where records are level.
+            Its parameter groups are the guard's.
+        nt: minibatches of a cycle.
+        decay: D remembers about 1 / (1 - decay) cycles.
+        model, scaler, schedulers, offload, process_group, callback: as in ``LossGuard``.
+
+    ``decision.winner`` numbers the learned optimizers from 0, then the fallback. ``learned_loss``
+    and ``fallback_loss`` are d, of the best learned one and of the fallback.
+
+    Memory and cost: those of the optimizers together, and one copy more of the parameters.
+
+    Raises:
+        ValueError: if an argument isn't one of the above.
+
+    >>> import torch
+    >>> w = torch.tensor([4.0], requires_grad=True)
+    >>> guard = BestOf(torch.optim.SGD([w], lr=0.4), torch.optim.SGD([w], lr=0.1), nt=2)
+    >>> def closure():
+    ...     guard.zero_grad()
+    ...     loss = w.square().sum()
+    ...     loss.backward()
+    ...     return loss
+    >>> for batch in range(2):
+    ...     loss = guard.step(closure)
+    >>> guard.last_decision.winner, round(float(w.detach()), 4)
+    (0, 0.16)
+    """
+
+    def __init__(
+        self,
+        learned: Optimizer | Sequence[Optimizer],
+        fallback: Optimizer,
+        *,
+        nt: int = 10,
+        decay: float = 0.9,
+        model: nn.Module | None = None,
+        scaler: GradScaler | None = None,
+        schedulers: Sequence[LRScheduler] = (),
+        offload: Literal["cpu"] | None = None,
+        process_group: distributed.ProcessGroup | None = None,
+        callback: Callable[[Decision], object] | None = None,
+    ) -> None:
+        params = arguments.shared_params(arguments.listed(learned), fallback)
+        self.decay = check_decay(decay)
+        arguments.check_offload(offload)
+        arguments.check_model(model, params)
+        weights = Weights(params, model, torch.device("cpu") if offload else None)
+        super().__init__(
+            learned,
+            fallback,
+            weights,
+            nt=nt,
+            schedulers=schedulers,
+            process_group=process_group,
+            callback=callback,
+        )
+        learned_lanes = len(self._inners) - 1
+        self._paths = Paths(
+            [
+                Lane(
+                    "learned" if number < learned_lanes else "fallback",
+                    inner,
+                    "keep",
+                    clone(scaler),
+                    weights.copy(),
+                    own_path=True,
+                )
+                for number, inner in enumerate(self._inners)
+            ]
+        )
+        self._drive(self._paths)
+
+    def _run(self, closures: Sequence[Closure]) -> dict[int, list[Any]]:
+        values = self._cycle.run(closures, range(len(self._paths.all)))
+        if self._cycle.phase == self.nt:
+            self._decide()
+        return values
+
+    def _decide(self) -> None:
+        paths, x = self._paths, self._weights
+        seen = outcome(paths.all, [], x, self.process_group)
+        rows = zip(paths.all, seen.trains, strict=True)
+        at_x = [] if paths.begun else [row[0] for lane, row in rows if not lane.switches]
+        d = [fmean(losses) for losses in seen.trains]
+        fit = paths.record(d, seen.sound, self.decay)
+        self._kept = paths.leader
+        winner = self._kept if any(fit) else NEITHER
+        if winner != NEITHER:
+            x.read(paths.all[winner].copy)
+        reset = paths.settle(fit, seen.broken, x)
+        self._decided(
+            Decision(
+                used_learned=[0 <= winner < len(d) - 1] * self.nt,
+                losses=seen.trains[self._kept],
+                learned_loss=min(d[:-1], key=lambda loss: (math.isnan(loss), loss)),
+                fallback_loss=d[-1],
+                finite_learned=any(fit[:-1]),
+                finite_fallback=fit[-1],
+                reset_learned=any(reset[:-1]),
+                reset_fallback=reset[-1],
+                winner=winner,
+                steps=self.nt,
+                gradients=self._cycle.gradients,
+                forwards=0,
+                learned_updates=(len(d) - 1) * self.nt,
+            )
+        )
+        self._cycle.watch.compare(at_x)
+
+    def _save(self) -> dict[str, Any]:
+        paths = self._paths
+        return {
+            **super()._save(),
+            "lanes": [save_lane(lane, self._cycle.phase) for lane in paths.all],
+            "records": list(paths.records),
+            "begun": paths.begun,
+        }
+
+    def _load(self, state: dict[str, Any]) -> None:
+        paths = self._paths
+        for lane, its_state in zip(paths.all, state["lanes"], strict=True):
+            load_lane(lane, its_state)
+        paths.records, paths.begun = list(state["records"]), state["begun"]
+        super()._load(state)
+
+    def _check_saved(self, saved: dict[str, Any]) -> None:
+        super()._check_saved(saved)
+        state = saved["guard"]
+        ours, theirs = len(self._paths.all), len(state["lanes"])
+        if ours != theirs:
+            raise ValueError(f"state_dict must be of {ours} optimizers, got one of {theirs}")
+        if state["phase"] and state["nt"] != self.nt:
+            raise ValueError(
+                f"state_dict from within a cycle must have nt={self.nt}, got nt={state['nt']}"
+            )
+
+
+class Paths:
+    """Lanes that each go on from where they are.
+
+    Attributes:
+        all: the learned ones, and the fallback.
+        best, watched: none, as there is no ratchet.
+        records: D of each.
+        begun: whether a cycle is done. Until then x may be set from outside, for all of them.
+    """
+
+    best: Best | None = None
+    watched: Best | None = None
+
+    def __init__(self, lanes: list[Lane]) -> None:
+        self.all = lanes
+        self.records = [0.0] * len(lanes)
+        self.begun = False
+
+    @property
+    def leader(self) -> int:
+        """The lane of the lowest record; the fallback where it is level, then the first."""
+        last = len(self.all) - 1
+        return min((last, *range(last)), key=self.records.__getitem__)
+
+    def checked(self, active: Sequence[int]) -> list[int]:
+        """None of them."""
+        return []
+
+    def begins_at_x(self, number: int) -> bool:
+        """Whether a lane starts from x: the leader, which is there, and may have been set there."""
+        return not self.begun or number == self.leader
+
+    def record(self, d: Sequence[float], sound: Sequence[bool], decay: float) -> list[bool]:
+        """Take a cycle down; whether each lane is finite.
+
+        Args:
+            d: mean training loss of each lane.
+            sound: whether its parameters are finite.
+            decay: by how much the past fades.
+        """
+        lost = not any(map(math.isfinite, d))  # a minibatch that is lost on all doesn't count
+        fit = [fine and (lost or math.isfinite(loss)) for fine, loss in zip(sound, d, strict=True)]
+        self.records = [
+            decay * record + (0.0 if lost else loss) if fine else math.inf
+            for record, loss, fine in zip(self.records, d, fit, strict=True)
+        ]
+        self.begun = True
+        return fit
+
+    def settle(self, fit: Sequence[bool], broken: Sequence[bool], x: Weights) -> list[bool]:
+        """Begin lanes anew that aren't finite, at x, or their memories; which ones that were."""
+        leading = self.records[self.leader] if any(fit) else 0.0
+        for number, lane in enumerate(self.all):
+            if not fit[number]:
+                x.write(lane.copy)
+                lane.forget()
+                self.records[number] = leading
+            elif broken[number]:
+                lane.forget()
+        return [one or not fine for one, fine in zip(broken, fit, strict=True)]

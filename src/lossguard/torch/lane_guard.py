@@ -1,0 +1,147 @@
+"""What guards that take lanes through cycles have in common, whatever they decide by.
+
+nt   train minibatches per cycle: each is one optimizer step in every lane that runs
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, distributed
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lossguard.torch import arguments
+from lossguard.torch.base import Guard
+from lossguard.torch.cycle import Course, Cycle
+from lossguard.torch.decision import Decision
+from lossguard.torch.facade import Closure
+from lossguard.torch.inner import clone
+from lossguard.torch.weights import Weights
+from lossguard.validation import check_count
+
+
+class LaneGuard(Guard):
+    """A guard whose decision ends a cycle of lanes; the model holds x whenever ``step`` returns.
+
+    Attributes:
+        nt: train minibatches per cycle.
+        schedulers: which it steps once per train minibatch.
+        process_group: the ranks that decide together; None is all of them.
+        callback: called with every decision.
+    """
+
+    def __init__(
+        self,
+        learned: Optimizer | Sequence[Optimizer],
+        fallback: Optimizer,
+        weights: Weights,
+        *,
+        nt: int,
+        schedulers: Sequence[LRScheduler],
+        process_group: distributed.ProcessGroup | None,
+        callback: Callable[[Decision], object] | None,
+    ) -> None:
+        arguments.check_schedulers(schedulers, [*arguments.listed(learned), fallback])
+        self.nt = check_count("nt", nt)
+        super().__init__(learned, fallback, weights)
+        self.schedulers = list(schedulers)
+        self.process_group = process_group
+        self.callback = callback
+
+    def _drive(self, course: Course) -> None:
+        """Take these lanes through cycles; the last of them is kept until the first decision."""
+        self._course = course
+        self._cycle = Cycle(course, self._weights, self.schedulers, self.nt)
+        self._kept = len(course.all) - 1
+
+    @property
+    def checking(self) -> bool:
+        """Whether only the loss of the next minibatch is evaluated: a check, or the ratchet's."""
+        return self._cycle.checking
+
+    @property
+    def scaler(self) -> GradScaler:
+        """The gradient scaler of the running branch; use it inside the closure."""
+        if self._cycle.running.scaler is None:
+            kind = type(self).__name__
+            raise ValueError(f"scaler must be given to {kind} to scale losses, got None")
+        return self._cycle.running.scaler
+
+    def unscale_(self) -> None:
+        """Unscale the running branch's gradients, to clip them inside the closure."""
+        if not self.checking:
+            self.scaler.unscale_(self._cycle.running.inner.optimizer)
+
+    def step(self, closure: Closure | None = None) -> Any:  # pyright: ignore
+        """Take one minibatch of the stream.
+
+        Args:
+            closure: evaluates the minibatch's loss, calls ``backward`` and returns the loss. It is
+                called once per lane; the guard clears the gradients before.
+
+        Returns:
+            The loss, of the lane that the last decision kept (the fallback before the first).
+        """
+        kind = type(self).__name__
+        closure = self._check_step(closure, f" (a GradScaler goes to {kind} as scaler)")
+        values = self._run([closure])
+        value = values.get(self._kept, values[max(values)])[0]
+        return value.detach() if isinstance(value, Tensor) else value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters to all optimizers, with their own defaults in the learned ones.
+
+        Args:
+            param_group: as for any optimizer; its options are the fallback's.
+        """
+        if self._cycle.phase:
+            raise ValueError(
+                "param_group must be added between cycles, got one after "
+                f"{self._cycle.phase} minibatches of one"
+            )
+        learned = [inner.optimizer for inner in self._inners[:-1]]
+        self._cycle.grow(self._add_group(param_group, learned))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(learned={self.learned!r}, fallback={self.fallback!r})"
+
+    def _run(self, closures: Sequence[Closure]) -> dict[int, list[Any]]:
+        """Run every lane over some minibatches, and decide if those were enough."""
+        raise NotImplementedError
+
+    def _decided(self, decision: Decision) -> None:
+        """Note a decision, and begin a new cycle."""
+        self._cycle.phase = 0
+        self.history.append(decision)
+        if self.callback is not None:
+            self.callback(decision)
+
+    def _save(self) -> dict[str, Any]:
+        cycle = self._cycle
+        return {
+            "nt": self.nt,
+            "phase": cycle.phase,
+            "gradients": cycle.gradients,
+            "kept": self._kept,
+            "random": cycle.randomness.state(),
+            "x": self._weights.copy(),
+            "schedulers": [clone(scheduler.state_dict()) for scheduler in self.schedulers],
+        }
+
+    def _load(self, state: dict[str, Any]) -> None:
+        cycle = self._cycle
+        for scheduler, its_state in zip(self.schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(clone(its_state))
+        self._kept, cycle.gradients, cycle.phase = (
+            state[name] for name in ("kept", "gradients", "phase")
+        )
+        self._weights.read(state["x"])
+        cycle.placing.begin()
+        cycle.randomness.set(state["random"])
+
+    def _check_saved(self, saved: dict[str, Any]) -> None:
+        super()._check_saved(saved)
+        ours, theirs = len(self.schedulers), len(saved["guard"]["schedulers"])
+        if ours != theirs:
+            raise ValueError(f"state_dict must be of {ours} schedulers, got one of {theirs}")

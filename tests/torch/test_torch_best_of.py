@@ -1,0 +1,311 @@
+"""Optimizers on paths of their own: which one is followed, and that x is never behind the best."""
+
+import copy
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from models import assert_same_state, loss_fn, mlp, quadratic, run, spiral
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import SGD, Adam, AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from lossguard.torch import BestOf, LossGuard
+
+NT, CYCLES, DECAY = 3, 20, 0.7
+
+
+def optimizers(params):
+    """Of which none is the best all the time."""
+    params = list(params)
+    return [SGD(params, lr=0.5, momentum=0.9), Adam(params, lr=0.05)], AdamW(params, lr=0.005)
+
+
+def build(model, **options):
+    learned, fallback = optimizers(model.parameters())
+    schedulers = [LambdaLR(learned[1], lambda t: 1 / (1 + t / 50))]
+    options = {"decay": DECAY, "schedulers": schedulers, "model": model} | options
+    return BestOf(learned, fallback, nt=NT, **options)
+
+
+def minibatches(cycles=CYCLES):
+    torch.manual_seed(3)
+    return [spiral(16) for _ in range(cycles * NT)]
+
+
+def alone(model, number, batches):
+    """The optimizer of this number by itself: losses, and the state after each cycle."""
+    learned, fallback = optimizers(model.parameters())
+    optimizer = [*learned, fallback][number]
+    schedule = LambdaLR(learned[1], lambda t: 1 / (1 + t / 50))
+    losses, states = [], []
+    for k, batch in enumerate(batches, 1):
+        optimizer.zero_grad()
+        loss = loss_fn(model, batch)
+        loss.backward()
+        optimizer.step()
+        if number == 1:
+            schedule.step()
+        losses.append(loss.item())
+        if k % NT == 0:
+            states.append(copy.deepcopy(model.state_dict()))
+    return losses, states
+
+
+@pytest.mark.parametrize("offload", [None, "cpu"])
+def test_it_follows_the_lowest_record_and_disturbs_none(offload):
+    """Bit by bit against each optimizer alone, by pointer and by value; BatchNorm included."""
+    torch.manual_seed(0)
+    model = mlp(nn.BatchNorm1d(16))
+    runs = [alone(copy.deepcopy(model), number, minibatches()) for number in range(3)]
+    guard, records, followed = build(model, offload=offload), np.zeros(3), []
+    for cycle, batches in enumerate(zip(*[iter(minibatches())] * NT, strict=True)):
+        run(guard, model, batches)
+        part = slice(cycle * NT, (cycle + 1) * NT)
+        records = DECAY * records + [np.mean(losses[part]) for losses, _ in runs]
+        best = int(np.argmin(records))
+        assert guard.last_decision.winner == best
+        assert guard.last_decision.losses == pytest.approx(runs[best][0][part], rel=1e-6)
+        assert_same_state(model.state_dict(), runs[best][1][cycle])
+        followed.append(best)
+    assert set(followed) == {0, 1, 2}
+
+
+def test_it_is_as_in_jax():
+    """The same rule over the same losses, with optax's optimizers."""
+    jax = pytest.importorskip("jax")
+    import jax.numpy as jnp
+    import optax
+
+    import lossguard
+
+    targets = np.random.default_rng(0).normal(size=(CYCLES * NT, 4)).astype(np.float32)
+    w = torch.full((4,), 3.0, requires_grad=True)
+    ours = BestOf([SGD([w], lr=0.3), Adam([w], lr=0.2)], SGD([w], lr=0.05), nt=NT, decay=DECAY)
+
+    def objective(params, i):
+        return jnp.sum((params - jnp.asarray(targets)[i]) ** 2)
+
+    members = [optax.sgd(0.3), optax.adam(0.2), optax.sgd(0.05)]
+    theirs = lossguard.best_of([lossguard.unguarded(one, nt=NT) for one in members], decay=DECAY)
+    state = theirs.init(jnp.full(4, 3.0))
+    step = jax.jit(lambda state: theirs.step(state, objective))
+    winners = set()
+    for cycle in range(CYCLES):
+        for target in torch.tensor(targets[cycle * NT : (cycle + 1) * NT]):
+
+            def closure(target=target):
+                loss = (w - target).square().sum()
+                loss.backward()
+                return loss
+
+            ours.step(closure)
+        state, decision = step(state)
+        assert ours.last_decision.winner == int(decision.winner)
+        np.testing.assert_allclose(w.detach().numpy(), state.params, rtol=1e-5, atol=1e-5)
+        winners.add(int(decision.winner))
+    assert len(winners) == 3
+
+
+class Diverges(SGD):
+    """Fine for some steps; then one of 1e30, whose square overflows."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        self.taken = getattr(self, "taken", 0) + 1
+        if self.taken == 8:
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    p.add_(1e30)
+        return loss
+
+
+def test_losses_sum_up_to_no_more_than_the_fallbacks():
+    """Discounted, after each cycle, beside optimizers that ascend, stand still and overflow."""
+    torch.manual_seed(1)
+    params = [w := torch.randn(5, requires_grad=True)]
+    start = w.detach().clone()
+    hostile = [SGD(params, lr=0.2, maximize=True), SGD(params, lr=0.0), Diverges(params, lr=0.3)]
+    guard = BestOf([*hostile, Adam(params, lr=0.2)], SGD(params, lr=0.1), nt=NT, decay=DECAY)
+    plain = start.clone().requires_grad_()
+    optimizer = SGD([plain], lr=0.1)
+    kept = own = 0.0
+    for cycle in range(60):
+        own *= DECAY
+        for _ in range(NT):
+            target = torch.randn(5)
+
+            def closure(at=w, target=target):
+                at.grad = None
+                loss = (at - target).square().sum()
+                loss.backward()
+                return loss
+
+            guard.step(closure)
+            own += optimizer.step(lambda: closure(plain)).item() / NT
+        kept = DECAY * kept + np.mean(guard.last_decision.losses)
+        assert kept <= own * (1 + 1e-6), cycle
+        assert w.isfinite().all()
+    assert len({decision.winner for decision in guard.history}) > 1
+
+
+def test_what_is_not_finite_begins_anew_at_x():
+    w, closure = quadratic()
+    learned = Diverges([w], lr=0.4)
+    guard = BestOf(learned, SGD([w], lr=0.1), nt=2)
+    for _ in range(12):
+        guard.step(closure)
+    winners = [decision.winner for decision in guard.history]
+    assert winners == [0, 0, 0, 0, 1, 0]  # its loss overflows in the fifth cycle
+    assert [decision.finite_learned for decision in guard.history] == [True] * 4 + [False, True]
+    assert [decision.reset_learned for decision in guard.history] == [False] * 4 + [True, False]
+    assert w.item() == pytest.approx(4 * 0.8**10 * 0.2**2)
+
+
+def test_a_minibatch_that_is_lost_on_all_does_not_count():
+    w, _ = quadratic()
+    guard = BestOf(SGD([w], lr=0.4), SGD([w], lr=0.1), nt=1)
+    for factor in (1.0, 1.0, math.nan, 1.0):
+
+        def closure(factor=factor):
+            loss = w.square().sum()
+            loss.backward()
+            return loss * factor
+
+        guard.step(closure)
+    assert [decision.winner for decision in guard.history] == [1, 0, 0, 0]
+    assert not any(decision.reset_learned for decision in guard.history)
+
+
+def test_if_none_is_finite_x_stays_and_all_begin_anew():
+    w, closure = quadratic()
+    guard = BestOf(SGD([w], lr=1e38), SGD([w], lr=1e38), nt=2)
+    for _ in range(4):
+        guard.step(closure)
+    assert [decision.winner for decision in guard.history] == [-1, -1]
+    assert guard.last_decision.reset_learned and guard.last_decision.reset_fallback
+    assert w.item() == 4.0
+
+
+@pytest.mark.parametrize("done", range(3, 8))
+def test_resumes_bit_by_bit_at_any_point_of_a_cycle(done):
+    batches = minibatches(6)
+    model = mlp(nn.BatchNorm1d(16), nn.Dropout(0.2))
+    twin = copy.deepcopy(model)
+    guard = build(model)
+    run(guard, model, batches[:done])
+    file = io.BytesIO()
+    torch.save(guard.state_dict(), file)
+    losses = run(guard, model, batches[done:])
+
+    file.seek(0)
+    resumed = build(twin)
+    torch.randn(7)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert_same_state(run(resumed, twin, batches[done:]), losses)
+    assert_same_state(twin.state_dict(), model.state_dict())
+    assert_same_state(resumed.state_dict(), guard.state_dict())
+
+
+def test_x_may_be_set_from_outside():
+    """All lanes begin at it before the first cycle; later on the one that is followed."""
+    w, closure = quadratic(9.0)
+    guard = BestOf(SGD([w], lr=0.4), SGD([w], lr=0.1), nt=1)
+    with torch.no_grad():
+        w.fill_(4.0)
+    losses = []
+    for _ in range(2):
+        losses.append(guard.step(closure).item())
+    assert losses == pytest.approx([16.0, (4 * 0.2) ** 2])
+    assert guard.last_decision.winner == 0 and w.item() == pytest.approx(4 * 0.2**2)
+    with torch.no_grad():
+        w.fill_(1.0)
+    guard.step(closure)
+    assert guard.last_decision.learned_loss == 1.0
+    assert guard.last_decision.fallback_loss == pytest.approx((4 * 0.8**2) ** 2)
+
+
+def test_every_lane_has_a_scaler():
+    w, _ = quadratic()
+    learned, fallback = SGD([w], lr=1e8), SGD([w], lr=0.1)
+    guard = BestOf(learned, fallback, nt=3, scaler=GradScaler("cpu", init_scale=2.0**100))
+
+    def closure():
+        loss = w.square().sum()
+        guard.scaler.scale(loss).backward()
+        return loss
+
+    for _ in range(3):
+        guard.step(closure)
+    assert [lane.scaler.get_scale() for lane in guard._paths.all] == [2.0**98, 2.0**100]
+    assert guard.last_decision.winner == 1 and w.item() == pytest.approx(4 * 0.8**3)
+
+
+def test_groups_can_be_added_between_cycles():
+    first, second = nn.Linear(2, 8), nn.Linear(8, 2)
+    model = nn.Sequential(first, nn.BatchNorm1d(8), second)
+    guard = BestOf(Adam(first.parameters(), lr=0.1), SGD(first.parameters(), lr=0.1), nt=2,
+                   model=model)  # fmt: skip
+    run(guard, model, [spiral() for _ in range(2)])
+    before = second.weight.detach().clone()
+    guard.add_param_group({"params": second.parameters(), "lr": 0.02})
+    run(guard, model, [spiral() for _ in range(6)])
+    assert not torch.equal(second.weight, before)
+    for lane in guard._paths.all:
+        assert not torch.equal(lane.copy[2], before)
+
+
+def test_a_closure_that_draws_its_own_minibatch_is_told():
+    w, _ = quadratic()
+    guard = BestOf(SGD([w], lr=0.1), SGD([w], lr=0.01), nt=1)
+    drawn = iter(range(1, 9))
+
+    def closure():
+        loss = w.sum() * 0 + next(drawn)
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeWarning, match=r"^closure gave different losses"):
+        guard.step(closure)
+    assert len(guard.history) == 1
+
+
+def sgd(w):
+    return SGD([w], lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("refused", "message"),
+    [
+        (lambda w: BestOf(sgd(w), sgd(w), decay=1), "decay must be above 0 and below 1, got 1"),
+        (lambda w: BestOf([], sgd(w)), "the number of learned optimizers must be an integer"),
+        (lambda w: BestOf(sgd(w), sgd(w), nt=0), "nt must be an integer of at least 1, got 0"),
+        (lambda w: BestOf(sgd(w), sgd(w)).scaler, "scaler must be given to BestOf"),
+        (
+            lambda w: BestOf(sgd(w), sgd(w)).load_state_dict(
+                LossGuard(sgd(w), sgd(w)).state_dict()
+            ),
+            "state_dict must be a BestOf's, got a LossGuard's",
+        ),
+        (
+            lambda w: BestOf(sgd(w), sgd(w)).load_state_dict(
+                BestOf([sgd(w), sgd(w)], sgd(w)).state_dict()
+            ),
+            "state_dict must be of 2 optimizers, got one of 3",
+        ),
+    ],
+)
+def test_errors(refused, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        refused(torch.ones(1, requires_grad=True))
+
+
+def test_a_state_dict_from_within_a_cycle_of_another_length_is_refused():
+    w, closure = quadratic()
+    guard = BestOf(sgd(w), sgd(w), nt=3)
+    guard.step(closure)
+    with pytest.raises(ValueError, match=r"^state_dict from within a cycle must have nt=2, got nt"):
+        BestOf(sgd(w), sgd(w), nt=2).load_state_dict(guard.state_dict())

@@ -10,7 +10,7 @@ from torch.distributed import fsdp as sharding
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam
 
-from lossguard.torch import LossGuard, backoff, ratchet, sequential_criterion, track_record
+from lossguard.torch import BestOf, LossGuard, backoff, ratchet, sequential_criterion, track_record
 
 CYCLES, NT, NC, BATCH = 6, 3, 2, 24
 
@@ -105,6 +105,16 @@ def ddp_by_ratchet(rank):
     return together(by_ratchet, rank)
 
 
+def by_best_of(model):
+    """Paths of which now one, now the other has the lower losses."""
+    params = list(model.parameters())
+    return BestOf(Adam(params, lr=0.1), SGD(params, lr=0.5, momentum=0.9), nt=NT, decay=0.5)
+
+
+def ddp_by_best_of(rank):
+    return together(by_best_of, rank)
+
+
 def ddp_unequal(rank):
     return ddp(rank, [16, 8])
 
@@ -144,8 +154,8 @@ def ddp_killed(rank):
 def two(rank):
     """All that two ranks are asked, one after the other."""
     asked = (
-        ddp, ddp_beyond_the_paper, ddp_by_track_record, ddp_by_ratchet, ddp_unequal,
-        ddp_nan, fsdp, fsdp_needs_the_model,
+        ddp, ddp_beyond_the_paper, ddp_by_track_record, ddp_by_ratchet, ddp_by_best_of,
+        ddp_unequal, ddp_nan, fsdp, fsdp_needs_the_model,
     )  # fmt: skip
     answers = {}
     for scenario in asked:

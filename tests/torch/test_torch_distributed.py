@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import assert_same_state
 from ranks import spawn
-from scenarios import CYCLES, alone, by_loss_guard, by_ratchet, by_track_record
+from scenarios import CYCLES, alone, by_best_of, by_loss_guard, by_ratchet, by_track_record
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.distributed, "fsdp") or not hasattr(torch.distributed.fsdp, "fully_shard"),
@@ -76,6 +76,11 @@ def test_ranks_keep_one_track_record(two):
 def test_ranks_go_back_to_one_best(two):
     torch.manual_seed(0)
     assert_is_one_process(two["ddp_by_ratchet"], alone(by_ratchet), lanes=(-1, 0))
+
+
+def test_ranks_follow_one_path(two):
+    torch.manual_seed(0)
+    assert_is_one_process(two["ddp_by_best_of"], alone(by_best_of))
 
 
 def test_unequal_shards(two):

@@ -18,7 +18,6 @@ CHECKED = (
     "lossguard.guards",
     "lossguard.learned.features",
     "lossguard.learned.lstm",
-    "lossguard.learned.reference",
     "lossguard.metatrain.loop",
     "lossguard.metatrain.truncated",
     "lossguard.rollout",

@@ -65,14 +65,12 @@ def test_seeds_side_by_side(name) -> None:
         lossguard.rollout(guard, guard.init(start), noisy(seed), cycles=CYCLES)
         for seed, start in zip(seeds, starts, strict=True)
     ]
-    objective = eqx.tree_at(
-        lambda objective: objective.key, noisy(0), stack([noisy(seed).key for seed in seeds])
-    )
-    axes = jax.tree.map(lambda _: None, objective)
-    axes = eqx.tree_at(lambda axes: axes.key, axes, 0, is_leaf=lambda leaf: leaf is None)
-    together = lossguard.rollout(
-        guard, jax.vmap(guard.init)(jnp.stack(starts)), objective, cycles=CYCLES, axes=axes
-    )
+
+    def one(start, key):
+        objective = eqx.tree_at(lambda objective: objective.key, noisy(0), key)
+        return lossguard.rollout(guard, guard.init(start), objective, cycles=CYCLES)
+
+    together = jax.vmap(one)(jnp.stack(starts), stack([noisy(seed).key for seed in seeds]))
     assert together[1].losses.shape == (3, CYCLES, 3)
     assert_close(together, stack(alone))
 

@@ -12,23 +12,17 @@ from .validation import check_count
 
 @eqx.filter_jit(donate="all-except-first")
 def _donating(held: tuple, state: GuardState) -> tuple[GuardState, Decision]:
-    guard, objective, cycles, most, axes = held
+    guard, objective, cycles, most = held
+    step = jax.jit(lambda state: guard.step(state, objective))  # traced once for both uses
+    _, shapes = jax.eval_shape(step, state)
+    none = jax.tree.map(lambda leaf: jnp.zeros((most, *leaf.shape), leaf.dtype), shapes)
 
-    def rollout_one(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
-        step = jax.jit(lambda state: guard.step(state, objective))  # traced once for both uses
-        _, shapes = jax.eval_shape(step, state)
-        none = jax.tree.map(lambda leaf: jnp.zeros((most, *leaf.shape), leaf.dtype), shapes)
+    def body(cycle: Any, carry: tuple[GuardState, Decision]) -> tuple[GuardState, Decision]:
+        state, decision = step(carry[0])
+        put = jax.tree.map(lambda out, leaf: out.at[cycle].set(leaf), carry[1], decision)
+        return state, put
 
-        def body(cycle: Any, carry: tuple[GuardState, Decision]) -> tuple[GuardState, Decision]:
-            state, decision = step(carry[0])
-            put = jax.tree.map(lambda out, leaf: out.at[cycle].set(leaf), carry[1], decision)
-            return state, put
-
-        return jax.lax.fori_loop(0, cycles, body, (state, none))
-
-    if axes is None:
-        return rollout_one(state, objective)
-    return jax.vmap(rollout_one, in_axes=(0, axes))(state, objective)
+    return jax.lax.fori_loop(0, cycles, body, (state, none))
 
 
 def rollout(
@@ -38,7 +32,6 @@ def rollout(
     *,
     cycles: int,
     most: int | None = None,
-    axes: Any = None,
 ) -> tuple[GuardState, Decision]:
     """``cycles`` steps of a guard in one compiled loop; nothing leaves the device inside.
 
@@ -50,12 +43,9 @@ def rollout(
         cycles: how many steps of the guard, each a cycle.
         most: compile for up to so many cycles, so that calls with fewer use the same code; by
             default for ``cycles``.
-        axes: for several seeds at once, the objective's axes as ``jax.vmap`` takes them (such as
-            ``TaskObjective(task=None, key=0)``); ``state`` then has a leading axis everywhere.
 
     Returns:
-        The state after them, and their decisions stacked on an axis of length ``cycles`` (after the
-        axis of the seeds, if any).
+        The state after them, and their decisions stacked on an axis of length ``cycles``.
 
     Raises:
         ValueError: if cycles or most is not an integer of at least 1, or cycles is above most.
@@ -73,7 +63,7 @@ def rollout(
         raise ValueError(f"cycles must be at most {most}, got {cycles}")
     held = {id(leaf) for leaf in jax.tree.leaves(objective)}  # by the objective, and not to donate
     state = jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in held else leaf, state)
-    state, decisions = _donating((guard, objective, jnp.int32(cycles), most, axes), state)
-    place = 0 if axes is None else 1
-    cut = tuple([slice(None)] * place + [slice(cycles)])
-    return state, jax.tree.map(lambda leaf: leaf[cut], decisions) if cycles < most else decisions
+    state, decisions = _donating((guard, objective, jnp.int32(cycles), most), state)
+    if cycles < most:
+        decisions = jax.tree.map(lambda leaf: leaf[:cycles], decisions)
+    return state, decisions

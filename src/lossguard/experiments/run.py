@@ -203,8 +203,13 @@ class _MethodRun:
     def _advance(self, cycles: int) -> Decision:
         """So many cycles of every seed."""
         before = np.asarray(self._state.steps)
-        rollouts = _side_by_side if self._experiment.vectorize else _one_by_one
-        self._state, decisions = rollouts(self._guard, self._state, self._objective, cycles)
+        self._state, decisions = _rollouts(
+            self._guard,
+            self._state,
+            self._objective,
+            cycles,
+            vectorize=self._experiment.vectorize,
+        )
         spent = curves.totals(self._chunks[-1]) if self._chunks else None
         self._chunks.append(curves.thin(decisions, before, spent))
         self._cycles += cycles
@@ -233,27 +238,25 @@ def _is_mark(step: int) -> bool:
     return str(step).rstrip("0") in ("1", "2", "3", "5")
 
 
-def _side_by_side(
-    guard: Guard, state: GuardState, objective: TaskObjective, cycles: int
+def _rollouts(
+    guard: Guard,
+    state: GuardState,
+    objective: TaskObjective,
+    cycles: int,
+    *,
+    vectorize: bool,
 ) -> tuple[GuardState, Decision]:
-    """A rollout over all seeds at once."""
-    axes = TaskObjective(None, 0)  # pyright: ignore[reportArgumentType]
-    return rollout(guard, state, objective, cycles=cycles, most=CHUNK, axes=axes)
+    """A rollout of every seed, all at once or one after another."""
 
+    def one(state: GuardState, key: PRNGKeyArray) -> tuple[GuardState, Decision]:
+        its_own = TaskObjective(objective.task, key)
+        return rollout(guard, state, its_own, cycles=cycles, most=CHUNK)
 
-def _one_by_one(
-    guard: Guard, state: GuardState, objective: TaskObjective, cycles: int
-) -> tuple[GuardState, Decision]:
-    """The same, one seed after another."""
+    if vectorize:
+        return jax.vmap(one)(state, objective.key)
     done = [
-        rollout(
-            guard,
-            jax.tree.map(lambda leaf, seed=seed: leaf[seed], state),
-            TaskObjective(objective.task, objective.key[seed]),
-            cycles=cycles,
-            most=CHUNK,
-        )
-        for seed in range(len(objective.key))
+        one(jax.tree.map(lambda leaf, seed=seed: leaf[seed], state), key)
+        for seed, key in enumerate(objective.key)
     ]
     states, decisions = zip(*done, strict=True)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), jax.tree.map(

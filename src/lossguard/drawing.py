@@ -1,12 +1,8 @@
-"""Figures on disk, drawn without a display."""
+"""Figures on disk, drawn without pyplot, whose backend is the user's."""
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,10 +16,9 @@ def log_losses(axes: Axes) -> None:
 
 
 def save(figure: Figure, folder: Path) -> Path:
-    """Leave ``figure.png`` and ``figure.svg`` in a folder, close the figure; returns the PNG."""
+    """Leave ``figure.png`` and ``figure.svg`` in a folder; returns the PNG."""
     files = [folder / "figure.png", folder / "figure.svg"]
-    with plt.rc_context({"axes.formatter.min_exponent": 4}):  # 0.001 to 1000 are plain numbers
+    with mpl.rc_context({"axes.formatter.min_exponent": 4}):  # 0.001 to 1000 are plain numbers
         for file in files:
             figure.savefig(file, dpi=150)
-    plt.close(figure)
     return files[0]

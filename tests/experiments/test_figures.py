@@ -1,9 +1,10 @@
 """Figures and tables say what the records say."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 import pytest
@@ -100,7 +101,6 @@ def test_draw_has_a_line_and_a_band_for_each_method() -> None:
     np.testing.assert_allclose(use[x >= 400], 0.75, atol=0.03)
     for guarded, track in zip(first.lines[1:], second.lines, strict=True):
         assert guarded.get_color() == track.get_color()
-    plt.close(figure)
 
 
 def test_a_residual_guard_is_a_guard() -> None:
@@ -110,13 +110,11 @@ def test_a_residual_guard_is_a_guard() -> None:
     figure = figures.draw(curves, "Title")
     losses, track = figure.axes
     assert [line.get_color() for line in track.lines] == [losses.lines[0].get_color()]
-    plt.close(figure)
 
 
 def test_draw_without_guards_has_one_axis() -> None:
     figure = figures.draw(curves_of({"SGDnm": 1.0}, np.arange(1, 50)), "Title")
     assert len(figure.axes) == 1
-    plt.close(figure)
 
 
 @pytest.mark.parametrize(("methods", "bands"), [(5, 5), (6, 0)])
@@ -125,7 +123,6 @@ def test_bands_of_many_methods_are_left_out(methods: int, bands: int) -> None:
     named = {f"LGL2O over Adam {number}": 1.0 for number in range(methods)}
     figure = figures.draw(curves_of(named, np.arange(1, 20)), "Title")
     assert len(figure.axes[0].collections) == bands
-    plt.close(figure)
 
 
 def test_draw_leaves_no_method_out() -> None:
@@ -134,12 +131,11 @@ def test_draw_leaves_no_method_out() -> None:
     figure = figures.draw(curves_of(methods, np.arange(1, 20)), "Many")
     assert [len(axes.lines) for axes in figure.axes] == [35, 35]
     assert len({(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}) == 35
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     legend = figure.legends[0].get_window_extent()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(methods)
     assert legend.y0 > 0 and legend.x0 >= 0 and legend.x1 <= figure.bbox.x1
     assert legend.y1 < figure.axes[-1].xaxis.label.get_window_extent().y0
-    plt.close(figure)
 
 
 @pytest.mark.parametrize("methods", [["L2O"], [f"SGDnm 0.0001 tau {i}0000" for i in range(25)]])
@@ -147,12 +143,11 @@ def test_title_and_legend_keep_clear(methods: list[str]) -> None:
     curves = curves_of(dict.fromkeys(methods, 1.0), np.arange(1, 20), seeds=1)
     title = "Learned on MNIST + MLP, tested on TinyImagenet50 + ConvNet"
     figure = figures.draw(curves, f"{title} (50 classes, 32 x 32 pixels, JPEG q75)")
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     title, legend = figure.axes[0].title.get_window_extent(), figure.legends[0].get_window_extent()
     assert title.x0 >= 0 and title.x1 <= figure.bbox.x1 and title.y1 <= figure.bbox.y1
     assert not title.overlaps(legend)
     assert figure.axes[0].get_window_extent().height > 0.6 * 5.5 * figure.dpi
-    plt.close(figure)
 
 
 @pytest.mark.parametrize(("factor", "cut"), [(1e9, True), (2.0, False)])
@@ -168,7 +163,6 @@ def test_what_diverges_leaves_at_the_top(factor: float, cut: bool) -> None:
     if cut:
         assert highest == pytest.approx(10 * 2 * 2.0)
         assert 0.5 < lowest * np.sqrt(STEPS[-1]) / 2 < 1  # the margin is that of what is shown
-    plt.close(figure)
 
 
 @pytest.mark.parametrize(("factor", "ends"), [(1e9, "the top and the bottom"), (1, "the bottom")])
@@ -185,7 +179,6 @@ def test_what_is_zero_leaves_at_the_bottom(factor: float, ends: str) -> None:
     lowest, highest = losses.get_ylim()
     assert lowest == pytest.approx(1e-8 * 2)
     assert highest == pytest.approx(20) if factor > 1 else 2 < highest < 20
-    plt.close(figure)
 
 
 @pytest.mark.parametrize("loss", [np.nan, np.inf, 0.0])
@@ -220,7 +213,6 @@ def test_a_grid_is_drawn_as_a_map(folder: Path, monkeypatch: pytest.MonkeyPatch)
     cells = [text.get_text() for text in axes.texts]
     assert cells[0] == f"{expected[0, 0]:#.4g}" and cells[-1] == "nan"
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["0.1", "1", "10"]
-    plt.close(drawn[0])
 
 
 @pytest.mark.parametrize("methods", [list(GRID)[1:], list(GRID)[:2], [*GRID, "Adam"], ["L2O"]])
@@ -241,8 +233,7 @@ def test_a_method_that_diverged_is_drawn() -> None:
     lost = (pl.col("method") == "L2O") & (pl.col("step") > 100)
     curves = curves.with_columns(loss=pl.when(lost).then(float("nan")).otherwise("loss"))
     figure = figures.draw(curves, "Title")
-    figure.canvas.draw()
-    plt.close(figure)
+    figure.draw_without_rendering()
 
 
 @pytest.fixture
@@ -288,15 +279,24 @@ def test_summary_says_what_the_records_say(folder: Path) -> None:
 
 
 def test_plot_leaves_both_files(folder: Path) -> None:
-    before = plt.get_fignums()
     file = figures.plot(folder, records.read_run(folder))
     files = [file, folder / "figure.svg"]
     assert file == folder / "figure.png"
     assert files[0].read_bytes().startswith(b"\x89PNG")
     assert files[1].read_bytes().endswith(b"</svg>\n")
-    assert plt.get_fignums() == before
     labels = set(re.findall(r"<!-- \$\\mathdefault{(.*?)}\$ -->", files[1].read_text()))
     assert {"0.1", "1", "10", "100", "1000"} <= labels and not any("^" in text for text in labels)
+
+
+def test_drawing_leaves_the_users_backend(folder: Path) -> None:
+    code = (
+        "import matplotlib; matplotlib.use('svg'); from pathlib import Path\n"
+        "from lossguard import records; from lossguard.experiments import figures\n"
+        f"folder = Path({str(folder)!r}); figures.plot(folder, records.read_run(folder))\n"
+        "print(matplotlib.get_backend())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "svg\n"
 
 
 def test_few_points_are_drawn() -> None:
@@ -319,7 +319,6 @@ def test_methods_look_alike_in_all_figures() -> None:
         lines = {line.get_label(): line.get_color() for line in figure.axes[0].lines}
         assert len({*lines.values()}) == len(methods)
         colors.append(lines["LGL2O"])
-        plt.close(figure)
     assert colors[0] == colors[1] != colors[2]
     known = figures.NAMED
     assert {*paper_methods(Experiment("any"))} == {*known}

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
@@ -60,10 +59,10 @@ def draw(curves: pl.DataFrame, title: str) -> Figure:
     }
     widths = np.linspace(*WIDTHS, len(methods))
     columns = max(1, LEGEND_WIDTH // (LEGEND_SAMPLE + max(map(len, methods))))
-    figure, panels = plt.subplots(
+    height = 5.5 + LEGEND_LINE * -(-len(methods) // columns)
+    figure = Figure(figsize=(9, height), layout="constrained")
+    panels = figure.subplots(
         2 if guarded else 1,
-        figsize=(9, 5.5 + LEGEND_LINE * -(-len(methods) // columns)),
-        layout="constrained",
         sharex=True,
         squeeze=False,
         height_ratios=[5, 1] if guarded else [1],

@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
@@ -41,7 +40,8 @@ def grid_of(methods: Sequence[str]) -> Grid | None:
 def draw_grid(grid: Grid, curves: pl.DataFrame, title: str) -> Figure:
     """A map of the losses at the last step, with the numbers."""
     last, losses = grid.losses(curves)
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
     image = axes.imshow(np.ma.masked_invalid(losses), cmap="Blues", aspect="auto")
     middle = np.mean(image.get_clim())
     for (row, column), loss in np.ndenumerate(losses):

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
+from matplotlib.figure import Figure
 
 from ..drawing import log_losses, save
 from ..records import Record
@@ -24,7 +24,8 @@ def plot(folder: Path, record: Record) -> Path:
     validation = curves["validation"].to_numpy()
     others = on_others(curves)
     panels = 3 if others else 2
-    figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 4), layout="constrained")
+    figure = Figure(figsize=(5 * panels, 4), layout="constrained")
+    axes = figure.subplots(1, panels)
     left, right = axes[:2]
 
     left.plot(steps, curves["meta_loss"], label="training, all of a rollout", linewidth=1)

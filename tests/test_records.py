@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +43,22 @@ def test_round_trip(finished: Path) -> None:
         "curves.parquet",
         "manifest.json",
     ]
+
+
+def test_the_commit_of_a_repository_around_it_is_not_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one whose virtual environment it is installed in."""
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "a"]):
+        subprocess.run([*git, *command], check=True)
+    package = tmp_path / "environment" / "lossguard"
+    package.mkdir(parents=True)
+    (package / "records.py").touch()
+    monkeypatch.setattr(records, "__file__", str(package / "records.py"))
+    assert records._commit() is None
+    subprocess.run([*git, "add", "."], check=True)
+    assert (records._commit() or "").endswith("-dirty")
 
 
 @pytest.mark.parametrize(

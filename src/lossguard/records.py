@@ -223,15 +223,16 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     """The commit that the package runs from, marked if the tree differs; None if unknown."""
-    where = Path(__file__).parent
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=where,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        _git("ls-files", "--error-unmatch", Path(__file__).name)  # not of a repository around it
+        return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return described.stdout.strip()
+
+
+def _git(*arguments: str) -> str:
+    where = Path(__file__).parent
+    done = subprocess.run(
+        ["git", *arguments], cwd=where, capture_output=True, text=True, check=True
+    )
+    return done.stdout

@@ -110,6 +110,14 @@ def test_help_of_a_recipe(
     assert ">>>" not in out and "pyright" not in out  # from docstrings and comments
 
 
+def test_names_with_square_brackets_are_whole(
+    main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(*RUN, "--steps", "5", "--seeds", "1", "--methods", "Signs [/-]")
+    out, err = capsys.readouterr()
+    assert "Signs [/-]" in out and err == "Signs [/-]: compiling\n"
+
+
 def test_run_with_overrides_then_plot(
     main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -27,8 +27,8 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from .arguments import one_of
 from .command_line import find_recipe, override, usage
+from .validation import one_of
 
 
 def main() -> None:
@@ -180,7 +180,7 @@ def claims(arguments: Sequence[str]) -> None:
     table = Table("claim", "figure", "says", "outcome", "measured", show_lines=True)
     for verdict in judge_claims(records):
         table.add_row(verdict.id, verdict.figure, verdict.claim, verdict.outcome, verdict.measured)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    _console().print(table)
 
 
 def report(arguments: Sequence[str]) -> None:
@@ -282,8 +282,13 @@ def _show(folder: Path) -> None:
         }
         write_json(folder / VERDICTS, told)
     if not record.is_meta:
-        Console(width=None if sys.stdout.isatty() else 120).print(figures.summary(record))
+        _console().print(figures.summary(record))
     print(f"figure: {drawn}\nrecords: {folder}")
+
+
+def _console() -> Console:
+    """On which names are shown as they are, square brackets included."""
+    return Console(width=None if sys.stdout.isatty() else 120, markup=False)
 
 
 def _wants_help(arguments: Sequence[str]) -> bool:

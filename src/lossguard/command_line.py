@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from .arguments import one_of
+from .validation import one_of
 
 
 def find_recipe(

@@ -33,15 +33,15 @@ class Progress:
     def __init__(
         self, label: str, *, total: int, done: int = 0, unit: str = "steps", first: str = ""
     ) -> None:
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, markup=False)
         self._label, self._total, self._done, self._unit = label, total, done, unit
         self._bar = RichProgress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn(unit),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", markup=False),
             console=self._console,
             transient=True,
             disable=not self._console.is_terminal,
@@ -53,7 +53,7 @@ class Progress:
         self._started = self._said = time.perf_counter()
         self._bar.start()
         if self._first and not self._console.is_terminal:
-            self._console.print(f"{self._label}: {self._first}", soft_wrap=True, markup=False)
+            self._console.print(f"{self._label}: {self._first}", soft_wrap=True)
         return self
 
     def __exit__(

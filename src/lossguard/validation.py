@@ -4,7 +4,10 @@ Imports neither, as who uses the one may not have the other. Checks of numbers r
 NumPy's carry a type, which a compiled loop or a checkpoint may not take.
 """
 
+import difflib
 import math
+import re
+from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
 
@@ -36,12 +39,15 @@ def check_confidence(confidence: float) -> None:
         raise ValueError(f"confidence must be at least 0.5 and below 1, got {confidence!r}")
 
 
-def check_looks(first: int, most: int) -> tuple[int, int]:
-    """Refuse numbers of check minibatches of which a t-test can't be asked first, or last."""
+def checked_looks(first: int, most: int) -> tuple[int, ...]:
+    """Numbers of check minibatches first, 2 first, 4 first, ..., most; 2 <= first <= most."""
     first, most = check_count("first", first), check_count("most", most)
     if not 2 <= first <= most:
         raise ValueError(f"first must be between 2 and most = {most}, got {first}")
-    return first, most
+    looks = [first]
+    while looks[-1] < most:
+        looks.append(min(2 * looks[-1], most))
+    return tuple(looks)
 
 
 def check_nc(nc: int, least: int) -> int:
@@ -90,3 +96,20 @@ def check_kind(name: str, value: Any, kind: type, example: str) -> None:
     """Refuse what is not of a kind, such as a function that makes one and was not called."""
     if not isinstance(value, kind):
         raise ValueError(f"{name} must be a {kind.__name__} such as {example}, got {value!r}")
+
+
+def one_of(known: Iterable[str], name: str) -> str:
+    """What may be named, for a message: all of it, what was given, and the nearest.
+
+    >>> one_of(("fig04", "fig05"), "fig5")
+    "one of fig04, fig05, got 'fig5' (did you mean fig05?)"
+    """
+    plain = {_plain(one): one for one in known}
+    near = difflib.get_close_matches(_plain(name), plain, n=1)
+    hint = f" (did you mean {plain[near[0]]}?)" if near else ""
+    return f"one of {', '.join(plain.values())}, got {name!r}{hint}"
+
+
+def _plain(name: str) -> str:
+    """What ``SGDnm`` and ``sgdnm`` have in common, and ``fig05`` and ``fig5``."""
+    return re.sub(r"(?<![\d.])0+(?=\d)", "", name.lower())

@@ -235,8 +235,13 @@ CLAIMS: Sequence[tuple[str, str, str, str, Judge]] = (
         _c11,
     ),
     *(
-        (f"C12{letter}", figure, WITH_OTHER + task, UNTIL, _on(f"fig{figure}", PARTS, judge))
-        for judge in (formulas.as_good_until_nc_is_too_few,)
+        (
+            f"C12{letter}",
+            figure,
+            WITH_OTHER + task,
+            UNTIL,
+            _on(f"fig{figure}", PARTS, formulas.as_good_until_nc_is_too_few),
+        )
         for letter, figure, task in (
             ("a", "12", "MNIST + MLP"),
             ("b", "13", "MNIST + ConvNet-3"),

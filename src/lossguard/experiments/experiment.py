@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import optax
 import tyro
 
-from ..arguments import one_of
 from ..guards.loss_guard import Loser, loss_guard
 from ..guards.protocol import Guard
 from ..guards.recommended import recommended
@@ -19,6 +18,7 @@ from ..schedules import paper_decay
 from ..tasks.datasets import load_dataset
 from ..tasks.models import MLP, ConvNet
 from ..tasks.task import Task
+from ..validation import one_of
 
 
 def named_task(experiment: "Experiment") -> Task:

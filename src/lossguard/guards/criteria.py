@@ -10,9 +10,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from scipy import stats
+from scipy.special import stdtrit
 
-from ..validation import check_confidence, check_looks
+from ..validation import check_confidence, checked_looks
 
 
 class Criterion(NamedTuple):
@@ -91,7 +91,7 @@ def sequential_criterion(*, confidence: float = 0.95, first: int = 5, most: int 
     (5, 10, 20, 30)
     """
     check_confidence(confidence)
-    looks = _doubling(first, most)
+    looks = checked_looks(first, most)
     share = (1 - confidence) / len(looks)
     return Criterion(lambda d, n: _t_test(d, n, share / len(d)), looks)
 
@@ -119,7 +119,7 @@ def curtailed_criterion(*, confidence: float = 0.7, first: int = 10, most: int =
     (5, 10, 20, 30)
     """
     check_confidence(confidence)
-    looks = _doubling(first, most)
+    looks = checked_looks(first, most)
     share = (1 - confidence) / max(len(looks) - 1, 1)
 
     def test(d: Array, n: Array) -> tuple[Array, Array]:
@@ -130,21 +130,12 @@ def curtailed_criterion(*, confidence: float = 0.7, first: int = 10, most: int =
     return Criterion(test, looks)
 
 
-def _doubling(first: int, most: int) -> tuple[int, ...]:
-    """first, 2 first, 4 first, ..., most."""
-    first, most = check_looks(first, most)
-    looks = [first]
-    while looks[-1] < most:
-        looks.append(min(2 * looks[-1], most))
-    return tuple(looks)
-
-
 def _t_test(
     d: Float[Array, "m most"], n: Int[Array, ""], level: float
 ) -> tuple[Bool[Array, " m"], Bool[Array, " m"]]:
     mean, deviation = moments(d, n)
     samples = np.arange(2, d.shape[1] + 1)
-    quantiles = np.concatenate([[np.inf, np.inf], stats.t.ppf(1 - level, samples - 1)])
+    quantiles = np.concatenate([[np.inf, np.inf], stdtrit(samples - 1, 1 - level)])
     bound = jnp.asarray(quantiles, d.dtype)[n] * deviation / jnp.sqrt(n)
     better, worse = mean > bound, -mean > bound
     return better, better | worse

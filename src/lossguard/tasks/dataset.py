@@ -9,8 +9,6 @@ argument of every loader:
 - "none" leaves points as they are.
 """
 
-from collections.abc import Sequence
-
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
@@ -96,12 +94,6 @@ def _standardization(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean = flat.mean(axis=0, dtype=np.float64)
     square = np.einsum("nc,nc->c", flat, flat, dtype=np.float64) / len(flat)
     return mean, 1 / np.sqrt(square - mean**2)
-
-
-def check_scaling(scaling: str, allowed: Sequence[str]) -> None:
-    """Refuse a scaling that isn't allowed."""
-    if scaling not in allowed:
-        raise ValueError(f"scaling must be one of {', '.join(allowed)}, got {scaling!r}")
 
 
 def check_seed(seed: int) -> None:

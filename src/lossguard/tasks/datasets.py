@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ..arguments import one_of
+from ..validation import one_of
 from .dataset import Dataset
 from .images import cifar10, digits, fashion_mnist, mnist, tiny_imagenet, tiny_imagenet50_32px
 from .points import circles, moons, spirals

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from .dataset import PIXEL_SCALINGS, Dataset, check_scaling, check_seed, make_dataset
+from ..validation import check_choice
+from .dataset import PIXEL_SCALINGS, Dataset, check_seed, make_dataset
 from .parquet import ImageSource, SplitSource, load_images
 
 
@@ -19,7 +20,7 @@ def digits(*, test_samples: int = 360, seed: int = 0, scaling: str = "unit") -> 
     """
     from sklearn.datasets import load_digits  # takes a second to import
 
-    check_scaling(scaling, PIXEL_SCALINGS)
+    check_choice("scaling", scaling, PIXEL_SCALINGS)
     bunch: Any = load_digits()
     count = len(bunch.target)
     if not 1 <= test_samples < count:
@@ -163,7 +164,7 @@ def tiny_imagenet50_32px(*, scaling: str = "unit") -> Dataset:
 def _images(
     source: ImageSource, scaling: str, *, selected: Sequence[int] | None = None, note: str = ""
 ) -> Dataset:
-    check_scaling(scaling, PIXEL_SCALINGS)
+    check_choice("scaling", scaling, PIXEL_SCALINGS)
     train, test, encoding = load_images(source, selected)
     return make_dataset(
         train,

@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from .dataset import POINT_SCALINGS, Dataset, check_scaling, check_seed, make_dataset
+from ..validation import check_choice
+from .dataset import POINT_SCALINGS, Dataset, check_seed, make_dataset
 
 
 def spirals(
@@ -145,4 +146,4 @@ def _check_points(samples: int, test_samples: int, noise: float, seed: int, scal
     if not noise >= 0:
         raise ValueError(f"noise must be at least 0, got {noise}")
     check_seed(seed)
-    check_scaling(scaling, POINT_SCALINGS)
+    check_choice("scaling", scaling, POINT_SCALINGS)

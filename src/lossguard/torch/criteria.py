@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from lossguard.validation import check_confidence, check_looks
+from lossguard.validation import check_confidence, checked_looks
 
 Differences = NDArray[np.float64]
 Answers = tuple[NDArray[np.bool_], NDArray[np.bool_]]
@@ -81,7 +81,7 @@ def sequential_criterion(*, confidence: float = 0.95, first: int = 5, most: int 
     (5, 10, 20, 30)
     """
     check_confidence(confidence)
-    looks = _doubling(first, most)
+    looks = checked_looks(first, most)
     return Criterion(partial(_t_test, level=(1 - confidence) / len(looks)), looks)
 
 
@@ -105,17 +105,9 @@ def curtailed_criterion(*, confidence: float = 0.7, first: int = 10, most: int =
     (5, 10, 20, 30)
     """
     check_confidence(confidence)
-    looks = _doubling(first, most)
+    looks = checked_looks(first, most)
     level = (1 - confidence) / max(len(looks) - 1, 1)
     return Criterion(partial(_curtailed_test, level=level, most=looks[-1]), looks)
-
-
-def _doubling(first: int, most: int) -> tuple[int, ...]:
-    first, most = check_looks(first, most)
-    looks = [first]
-    while looks[-1] < most:
-        looks.append(min(2 * looks[-1], most))
-    return tuple(looks)
 
 
 def _mean_test(d: Differences) -> Answers:

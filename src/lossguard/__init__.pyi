@@ -35,9 +35,9 @@ from .learned.lstm import lstm_optimizer as lstm_optimizer
 from .learned.pretrained import LearnedOptimizer as LearnedOptimizer
 from .learned.pretrained import load_weights as load_weights
 from .learned.pretrained import pretrained as pretrained
-from .learned.pretrained import pretrained_names as pretrained_names
-from .learned.pretrained import pretrained_path as pretrained_path
 from .learned.pretrained import save_weights as save_weights
+from .learned.weights_file import pretrained_names as pretrained_names
+from .learned.weights_file import pretrained_path as pretrained_path
 from .rollout import rollout as rollout
 from .schedules import harmonic_decay as harmonic_decay
 from .schedules import paper_decay as paper_decay

@@ -202,7 +202,7 @@ def list_all(arguments: Sequence[str]) -> None:
         raise ValueError(f"list takes no arguments, got {' '.join(arguments)}")
     from .experiments.beyond import RECIPES as EXPERIMENTS
     from .experiments.recipes import SETS
-    from .learned.pretrained import pretrained_names
+    from .learned.weights_file import pretrained_names
     from .metatrain.recipes import RECIPES as META
     from .tasks.datasets import DATASETS
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from lossguard import init_lstm_weights, load_weights, lstm_optimizer, pretrained, save_weights
 from lossguard.learned.lstm import LSTMWeights
-from lossguard.learned.pretrained import pretrained_names, pretrained_path
+from lossguard.learned.weights_file import pretrained_names, pretrained_path
 
 ABOUT = {"architecture": "lstm", "hidden": "20", "layers": "2", "p": "10.0", "scale": "0.1"}
 
@@ -79,7 +79,7 @@ def test_what_meta_training_left_is_loaded_by_its_path(saved: Path) -> None:
 
 
 def test_wrong_name_lists_the_right_ones(monkeypatch: pytest.MonkeyPatch, saved: Path) -> None:
-    monkeypatch.setattr("lossguard.learned.pretrained._folder", lambda: saved.parent)
+    monkeypatch.setattr("lossguard.learned.weights_file._folder", lambda: saved.parent)
     assert pretrained_names() == ["mine"]
     with pytest.raises(
         ValueError, match=r"^learned optimizer must be one of mine, got 'mime' \(did you mean"

@@ -10,7 +10,6 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 from lossguard.torch import LSTMOptimizer
-from lossguard.torch import lstm as module
 from lossguard.torch.lstm import log_and_sign
 
 
@@ -109,36 +108,36 @@ def test_parameters_of_any_shape_and_dtype():
     assert idle not in optimizer.state and torch.equal(idle.detach(), torch.ones(2))
 
 
-def test_pretrained_reads_a_shipped_file(tmp_path, monkeypatch):
+ABOUT = {"architecture": "lstm", "hidden": "20", "layers": "2", "p": "9.0", "scale": "0.05"}
+
+
+@pytest.mark.parametrize("name", ["mine", "path", "string"])
+def test_pretrained_reads_what_is_shipped_and_files_of_ones_own(tmp_path, monkeypatch, name):
     from safetensors.torch import save_file
 
     weights = {name: tensor.contiguous() for name, tensor in Reference().state_dict().items()}
-    folder = tmp_path / "learned" / "weights"
-    folder.mkdir(parents=True)
-    metadata = {"architecture": "lstm", "hidden": "20", "layers": "2", "p": "9.0", "scale": "0.05"}
-    save_file(weights, folder / "mine.safetensors", metadata)
-    monkeypatch.setattr(module.resources, "files", lambda package: tmp_path)
-    optimizer = LSTMOptimizer.pretrained([nn.Parameter(torch.ones(2))], "mine")
+    path = tmp_path / "mine.safetensors"
+    save_file(weights, path, ABOUT)
+    monkeypatch.setattr("lossguard.learned.weights_file._folder", lambda: tmp_path)
+    given = {"mine": "mine", "path": path, "string": str(path)}[name]
+    optimizer = LSTMOptimizer.pretrained([nn.Parameter(torch.ones(2))], given)
     assert optimizer.param_groups[0]["lr"] == 0.05 and optimizer.param_groups[0]["p"] == 9.0
     for name, tensor in weights.items():
         assert torch.equal(optimizer.weights[name], tensor)
-    with pytest.raises(ValueError, match=r"^name must be one of mine, got 'other'$"):
-        LSTMOptimizer.pretrained([nn.Parameter(torch.ones(2))], "other")
 
 
-def test_pretrained_reads_a_file_of_ones_own(tmp_path):
+def test_pretrained_refuses_what_jax_does(tmp_path):
+    """One function reads for both; tests/learned/test_pretrained.py has all that it refuses."""
     from safetensors.torch import save_file
 
     weights = {name: tensor.contiguous() for name, tensor in Reference().state_dict().items()}
+    weights["linear.bias"] = torch.tensor([math.nan])
     path = tmp_path / "own.safetensors"
-    save_file(weights, path, {"p": "9.0", "scale": "0.05"})
-    optimizer = LSTMOptimizer.pretrained([nn.Parameter(torch.ones(2))], str(path))
-    assert optimizer.param_groups[0]["lr"] == 0.05 and optimizer.param_groups[0]["p"] == 9.0
-    save_file(weights, path, {"p": "9.0"})
-    for damage, reason in ((path.read_bytes(), "its 'scale' is missing"), (b"no", "Error while")):
-        path.write_bytes(damage)
-        with pytest.raises(ValueError, match=rf"own\.safetensors is no learned .*: {reason}"):
-            LSTMOptimizer.pretrained([nn.Parameter(torch.ones(2))], str(path))
+    save_file(weights, path, ABOUT)
+    with pytest.raises(ValueError, match=r"own\.safetensors is not: its tensor linear\.bias"):
+        LSTMOptimizer.pretrained([nn.Parameter(torch.ones(2))], path)
+    with pytest.raises(ValueError, match=r"^learned optimizer must be .* \(did you mean lstm"):
+        LSTMOptimizer.pretrained([nn.Parameter(torch.ones(2))], "lstm-mnist")
 
 
 @pytest.mark.parametrize(

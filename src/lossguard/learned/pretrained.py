@@ -1,32 +1,18 @@
-"""Learned optimizers on disk: safetensors files that PyTorch reads as well, and those shipped.
-
-Tensors have the names and shapes of a PyTorch module whose attributes ``lstm`` and ``linear`` are
-``torch.nn.LSTM`` and ``torch.nn.Linear``, in float32; H hidden cells, K layers:
-
-    lstm.weight_ih_l0 [4H, 2]   lstm.weight_hh_l0 [4H, H]   lstm.bias_ih_l0, lstm.bias_hh_l0 [4H]
-    the same as far as l{K-1}, with weight_ih [4H, H]       linear.weight [1, H], linear.bias [1]
-
-Metadata, all strings: ``architecture`` = "lstm", ``hidden`` = H, ``layers`` = K, ``p``, ``scale``,
-and how the weights were made, under whatever names.
-"""
+"""Learned optimizers on disk, and those shipped, ready to use in optax."""
 
 import os
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 import optax
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ..files import write_whole
-from ..validation import check_positive, one_of
+from ..validation import check_positive
 from .lstm import LSTMLayer, LSTMWeights, lstm_optimizer
-
-SUFFIX = ".safetensors"
-NEEDED = ("architecture", "hidden", "layers", "p", "scale")
+from .weights_file import NEEDED, layer_names, path_of, read_weights
 
 
 class LearnedOptimizer(NamedTuple):
@@ -45,7 +31,7 @@ class LearnedOptimizer(NamedTuple):
         return lstm_optimizer(self.weights, scale=self.scale, p=self.p)
 
 
-def pretrained(name: str) -> optax.GradientTransformation:
+def pretrained(name: str | os.PathLike[str]) -> optax.GradientTransformation:
     """A learned optimizer that the package ships, or one of your own, ready to use in optax.
 
     ``load_weights(pretrained_path(name))`` gives its weights and how they were made.
@@ -62,62 +48,16 @@ def pretrained(name: str) -> optax.GradientTransformation:
     >>> bool((update < 0).all())
     True
     """
-    path = name if name.endswith(SUFFIX) else pretrained_path(name)
-    return load_weights(path).transformation()
-
-
-def pretrained_names() -> list[str]:
-    """The learned optimizers that the package ships.
-
-    >>> pretrained_names()
-    ['lstm-cifar10-conv', 'lstm-mnist-mlp']
-    """
-    return sorted(
-        entry.name.removesuffix(SUFFIX)
-        for entry in _folder().iterdir()
-        if entry.name.endswith(SUFFIX)
-    )
-
-
-def pretrained_path(name: str) -> Path:
-    """The file of a learned optimizer that the package ships.
-
-    Raises:
-        ValueError: if there is none of that name.
-    """
-    names = pretrained_names()
-    if name not in names:
-        raise ValueError(f"learned optimizer must be {one_of(names, name)}")
-    return _folder() / (name + SUFFIX)
+    return load_weights(path_of(name)).transformation()
 
 
 def load_weights(path: str | os.PathLike[str]) -> LearnedOptimizer:
     """Read what ``save_weights`` or meta-training wrote.
 
     Raises:
-        ValueError: if the file is damaged, is not what this module describes, or holds a weight
-            that is not finite.
-        OSError: if it can't be read.
+        ValueError, OSError: as ``read_weights`` in ``weights_file.py``, which describes such files.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"weights must be a file, but there is none at {path}")
-    try:
-        with safe_open(path, framework="np") as file:
-            about = dict(file.metadata() or {})
-            hidden, layers, p, scale = _read_metadata(about)
-            _check_tensors(file, hidden, layers)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        for name, tensor in tensors.items():
-            if not np.isfinite(tensor).all():
-                raise ValueError(f"its tensor {name} is not finite")
-    except (SafetensorError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"weights must be a complete {SUFFIX} file of an LSTM optimizer, "
-            f"but {path} is not: {reason}"
-        ) from error
-    made = {name: value for name, value in about.items() if name not in NEEDED}
+    tensors, layers, p, scale, made = read_weights(path)
     return LearnedOptimizer(_as_weights(tensors, layers), p, scale, made)
 
 
@@ -176,65 +116,20 @@ def save_weights(
     write_whole(path, save(tensors, {**about, **made}), "the weights")
 
 
-def _folder() -> Path:
-    """Where the package keeps the files it ships."""
-    folder = resources.files("lossguard") / "learned" / "weights"
-    assert isinstance(folder, Path)  # the package is never imported from an archive
-    return folder
-
-
-def _layer_names(layer: int) -> list[str]:
-    """The tensors of one layer as ``torch.nn.LSTM`` calls them, in the order of ``LSTMLayer``."""
-    return [f"lstm.{field}_l{layer}" for field in LSTMLayer._fields]
-
-
 def _as_tensors(weights: LSTMWeights) -> dict[str, np.ndarray]:
     named: dict[str, Any] = {
         "linear.weight": weights.linear_weight,
         "linear.bias": weights.linear_bias,
     }
     for k, layer in enumerate(weights.layers):
-        named.update(zip(_layer_names(k), layer, strict=True))
+        named.update(zip(layer_names(k), layer, strict=True))
     return {name: np.ascontiguousarray(array, np.float32) for name, array in named.items()}
 
 
 def _as_weights(tensors: dict[str, np.ndarray], layers: int) -> LSTMWeights:
     arrays = {name: jnp.asarray(tensor) for name, tensor in tensors.items()}
     return LSTMWeights(
-        tuple(LSTMLayer(*(arrays[name] for name in _layer_names(k))) for k in range(layers)),
+        tuple(LSTMLayer(*(arrays[name] for name in layer_names(k))) for k in range(layers)),
         arrays["linear.weight"],
         arrays["linear.bias"],
     )
-
-
-def _read_metadata(about: dict[str, str]) -> tuple[int, int, float, float]:
-    """hidden, layers, p and scale."""
-    missing = [name for name in NEEDED if name not in about]
-    if missing:
-        raise ValueError(f"its metadata lack {', '.join(missing)}")
-    if about["architecture"] != "lstm":
-        raise ValueError(f"its architecture must be 'lstm', got {about['architecture']!r}")
-    hidden, layers = int(about["hidden"]), int(about["layers"])
-    p, scale = float(about["p"]), float(about["scale"])
-    check_positive(hidden=hidden, layers=layers, p=p, scale=scale)
-    return hidden, layers, p, scale
-
-
-def _check_tensors(file: Any, hidden: int, layers: int) -> None:
-    """Whether names, shapes and types are those of the metadata, before anything is read."""
-    names = set(file.keys())
-    shapes = {"linear.weight": [1, hidden], "linear.bias": [1]}
-    for k in range(min(layers, len(names))):
-        inputs = hidden if k else 2
-        of_layer = ([4 * hidden, inputs], [4 * hidden, hidden], [4 * hidden], [4 * hidden])
-        shapes.update(zip(_layer_names(k), of_layer, strict=True))
-    if missing := sorted(shapes.keys() - names):
-        raise ValueError(f"it lacks {', '.join(missing)}")
-    if unknown := sorted(names - shapes.keys()):
-        raise ValueError(f"it holds {', '.join(unknown)}, which an LSTM optimizer doesn't have")
-    for name, shape in shapes.items():
-        view = file.get_slice(name)
-        if view.get_shape() != shape or view.get_dtype() != "F32":
-            raise ValueError(
-                f"its tensor {name} must be F32 {shape}, got {view.get_dtype()} {view.get_shape()}"
-            )

@@ -6,17 +6,16 @@ p   scale of the input logarithm
 """
 
 import math
+import os
 from collections.abc import Callable, Mapping
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from lossguard.learned.weights_file import layer_names, path_of, read_weights
 from lossguard.validation import check_positive
 
 
@@ -66,14 +65,14 @@ class LSTMOptimizer(Optimizer):
         check_positive(scale=scale, p=p)
         self.weights = {name: tensor.detach().float() for name, tensor in weights.items()}
         self.layers = sum(name.startswith("lstm.weight_ih_l") for name in weights)
-        needed = [*(n for k in range(max(self.layers, 1)) for n in _names(k)), *OUTPUT]
+        needed = [*(n for k in range(max(self.layers, 1)) for n in layer_names(k)), *OUTPUT]
         missing = [name for name in needed if name not in weights]
         if missing:
             raise ValueError(f"weights must hold {', '.join(needed)}, got none of {missing}")
         super().__init__(params, {"lr": scale, "p": p})
 
     @classmethod
-    def pretrained(cls, params: ParamsT, name: str) -> "LSTMOptimizer":
+    def pretrained(cls, params: ParamsT, name: str | os.PathLike[str]) -> "LSTMOptimizer":
         """With weights that the package ships, or your own, and the scale of their training.
 
         Args:
@@ -83,31 +82,11 @@ class LSTMOptimizer(Optimizer):
 
         Raises:
             ValueError: if there are none of that name, or the file is damaged.
+            OSError: if it can't be read.
         """
-        if name.endswith(SUFFIX):
-            return cls._from_file(params, Path(name))
-        folder = resources.files("lossguard").joinpath("learned", "weights")
-        shipped = sorted(
-            entry.name.removesuffix(SUFFIX)
-            for entry in (folder.iterdir() if folder.is_dir() else ())
-            if entry.name.endswith(SUFFIX)
-        )
-        if name not in shipped:
-            raise ValueError(f"name must be one of {', '.join(shipped) or '(none)'}, got {name!r}")
-        with resources.as_file(folder.joinpath(name + SUFFIX)) as path:
-            return cls._from_file(params, path)
-
-    @classmethod
-    def _from_file(cls, params: ParamsT, path: Path) -> "LSTMOptimizer":
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
-                weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            scale, p = float(about["scale"]), float(about["p"])
-        except (OSError, SafetensorError, KeyError) as error:
-            reason = f"its {error} is missing" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path} is no learned optimizer's file: {reason}") from error
-        return cls(params, weights, scale=scale, p=p)
+        file = read_weights(path_of(name))
+        weights = {name: torch.from_numpy(tensor) for name, tensor in file.tensors.items()}
+        return cls(params, weights, scale=file.scale, p=file.p)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "weights": self.weights, "layers": self.layers}
@@ -141,14 +120,15 @@ class LSTMOptimizer(Optimizer):
             for name in ("h", "c"):
                 state[name] = x.new_zeros(self.layers, hidden, x.shape[1])
         for k in range(self.layers):
-            x, c = _cell([weights[name] for name in _names(k)], x, state["h"][k], state["c"][k])
+            x, c = _cell(
+                [weights[name] for name in layer_names(k)], x, state["h"][k], state["c"][k]
+            )
             state["h"][k].copy_(x)
             state["c"][k].copy_(c)
         output = weights["linear.weight"] @ x + weights["linear.bias"][:, None]
         param.add_((scale * output).reshape(param.shape).to(param.dtype))
 
 
-SUFFIX = ".safetensors"
 OUTPUT = ("linear.weight", "linear.bias")
 
 
@@ -167,12 +147,6 @@ def log_and_sign(gradient: Tensor, p: float = 10.0) -> Tensor:
     log = magnitude.clamp(min=floor).log() / p
     sign = torch.where(magnitude >= floor, gradient.sign(), gradient * math.exp(p))
     return torch.stack([log, sign])
-
-
-def _names(layer: int) -> list[str]:
-    """The tensors of one layer, as ``torch.nn.LSTM`` calls them."""
-    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    return [f"lstm.{kind}_l{layer}" for kind in kinds]
 
 
 def _cell(layer: list[Tensor], x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:

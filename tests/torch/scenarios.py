@@ -176,8 +176,8 @@ def fsdp(rank):
     run(guard, model, shards(rank, distributed.get_world_size()))
     with CommDebugMode() as communication:
         copy = guard._weights.copy()
-        guard._weights.write(copy)
-        guard._weights.read(copy)
+        guard._weights.copy_to(copy)
+        guard._weights.copy_from(copy)
     return {
         **report(guard, model.state_dict()),
         "collectives": communication.get_total_counts(),

@@ -10,7 +10,15 @@ from models import loss_fn, mlp, run, spiral
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
-from lossguard.torch import LossGuard, backoff, paired_criterion, sequential_criterion, track_record
+from lossguard.torch import (
+    LossGuard,
+    always,
+    backoff,
+    mean_criterion,
+    paired_criterion,
+    sequential_criterion,
+    track_record,
+)
 
 
 def _nothing(optimizer, p):
@@ -140,9 +148,9 @@ NT, NC, CYCLES = 2, 2, 3
     loser=st.sampled_from(["keep", "rollback", "reset"]),
     hedge=st.sampled_from([False, True, "only", track_record(decay=0.5)]),
     criterion=st.sampled_from(
-        [None, paired_criterion(confidence=0.8), sequential_criterion(first=2, most=4)]
+        [mean_criterion(), paired_criterion(confidence=0.8), sequential_criterion(first=2, most=4)]
     ),
-    probing=st.sampled_from([None, backoff(patience=1, most=1)]),
+    probing=st.sampled_from([always(), backoff(patience=1, most=1)]),
     several=st.booleans(),
     offload=st.sampled_from([None, "cpu"]),
     fallback=st.sampled_from(["sgd", "adam"]),

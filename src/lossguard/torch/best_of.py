@@ -139,7 +139,7 @@ class BestOf(LaneGuard):
         self._kept = paths.leader
         winner = self._kept if any(fit) else NEITHER
         if winner != NEITHER:
-            x.read(paths.all[winner].copy)
+            x.copy_from(paths.all[winner].copy)
         reset = paths.settle(fit, seen.broken, x)
         self._decided(
             Decision(
@@ -242,7 +242,7 @@ class Paths:
         leading = self.records[self.leader] if any(fit) else 0.0
         for number, lane in enumerate(self.all):
             if not fit[number]:
-                x.write(lane.copy)
+                x.copy_to(lane.copy)
                 lane.forget()
                 self.records[number] = leading
             elif broken[number]:

@@ -141,7 +141,7 @@ class Cycle:
             lane = self.lanes.all[number]
             lane.begin()
             if self.lanes.begins_at_x(number):  # lines 10 and 11: y <- x, z <- x
-                self.weights.write(lane.copy)
+                self.weights.copy_to(lane.copy)
 
     def _evaluate(self, lane: Lane, closure: Closure, schedules: Schedules, k: int) -> Any:
         """One minibatch in the lane that is in the model."""
@@ -155,7 +155,7 @@ class Cycle:
             self.gradients += 1
             return self.watch.call(closure)
 
-        schedules.before(lane, lane.inner, k)
+        schedules.before(lane, lane.inner, k)  # lines 13 and 14: an optimizer step of a lane
         with torch.no_grad(), self.weights.in_place():
             value = lane.step(evaluate, last=self.phase == self.nt - 1)
         schedules.after(lane, lane.inner, k)
@@ -164,7 +164,7 @@ class Cycle:
     def _check(self, closure: Closure, copy: Copy) -> Any:
         """The closure's value at what is in the model, whose ``copy`` it leaves as it was."""
         value = forward_only(closure)
-        self.weights.read_buffers(self.weights.buffers_of(copy))
+        self.weights.copy_buffers_from(self.weights.buffers_of(copy))
         return value
 
     def _hold(self, closures: Sequence[Closure], draws: Sequence[Any]) -> None:

@@ -105,8 +105,8 @@ class LossGuard(LaneGuard):
         nc: int = 10,
         loser: Loser = "keep",
         hedge: Literal["only"] | bool | TrackRecord = False,
-        criterion: Criterion | None = None,
-        probing: Probing | None = None,
+        criterion: Criterion = mean_criterion(),
+        probing: Probing = always(),
         ratchet: Ratchet | None = None,
         model: nn.Module | None = None,
         scaler: GradScaler | None = None,
@@ -116,8 +116,6 @@ class LossGuard(LaneGuard):
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
         several = arguments.listed(learned)
-        criterion = mean_criterion() if criterion is None else criterion
-        probing = always() if probing is None else probing
         params = arguments.shared_params(several, fallback)
         check_choice("loser", loser, get_args(Loser))
         if hedge not in (False, True, "only") and not isinstance(hedge, TrackRecord):
@@ -252,7 +250,7 @@ class LossGuard(LaneGuard):
         firsts = [row[0] for row in compress(seen.trains, self._lanes.at_x(active))]
         m, n = self._lanes.m if self._probe else 0, len(seen.checks[0])
         rivals = len(self._lanes.checked(active))
-        verdict = (
+        verdict = (  # line 16: mean F(y) < mean F(z), or as the criterion has it
             judge(self.criterion, seen.checks[:rivals], seen.sound[:rivals], m)
             if m
             else follow_first(seen.sound)
@@ -262,9 +260,9 @@ class LossGuard(LaneGuard):
         fit = seen.sound[-1] if rivals < len(active) else verdict.finite_fallback
         row = self._lanes.follow_record(verdict, seen.trains, seen.sound, fit)
         winner, was_own = NEITHER if row == NEITHER else active[row], self._lanes.on_own
-        if winner != NEITHER:
+        if winner != NEITHER:  # lines 17 and 19: x <- y or z; or s
             self._kept = winner
-            self._weights.read(self._lanes.all[winner].copy)
+            self._weights.copy_from(self._lanes.all[winner].copy)
         reset_learned, reset_fallback = self._lanes.settle(
             winner,
             dict(zip(active, seen.sound, strict=True)),

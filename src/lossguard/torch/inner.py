@@ -8,7 +8,8 @@ shared   every other entry of a group (lr, betas, ...): the schedule. It is set 
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -48,10 +49,11 @@ class Inner:
         self.own: set[str] = set()
         self.fresh = self.remember()
 
-    def step(self, advance: Callable[[], object]) -> None:
-        """Call ``advance``, which steps the optimizer, and note which group entries it changed."""
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Note which group entries the optimizer's step inside changes."""
         before = self._options()
-        advance()
+        yield
         for old, new in zip(before, self._options(), strict=True):
             self.own |= {key for key in new if not _same(old.get(key), new[key])}
 

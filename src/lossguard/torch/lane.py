@@ -1,6 +1,6 @@
 """A lane: an optimizer, and where its next nt steps start from."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -73,8 +73,8 @@ class Lane:
                 values.append(closure())
             return values[-1]
 
-        with self._remembering():
-            self.inner.step(self._advance(self.inner.optimizer, evaluate, last))
+        with self._remembering(), self.inner.stepping():
+            self._advance(self.inner.optimizer, evaluate, last)
         if not values:
             raise ValueError(
                 f"{self.name} must be an optimizer whose step(closure) calls the closure, got "
@@ -138,21 +138,18 @@ class Lane:
         else:
             self.memory.options.append(self.inner.remember().options[-1])
 
-    def _advance(self, optimizer: Optimizer, evaluate: Closure, last: bool) -> Callable[[], object]:
-        def advance() -> None:
-            if not self.train:
-                _set_mode(optimizer, "train")
-            if self.scaler is None:
-                optimizer.step(evaluate)
-            else:
-                loss = evaluate()
-                check_scaled(self.scaler, optimizer)
-                self.scaler.step(optimizer, lambda: loss)
-                self.scaler.update()
-            if last:
-                _set_mode(optimizer, "eval")
-
-        return advance
+    def _advance(self, optimizer: Optimizer, evaluate: Closure, last: bool) -> None:
+        if not self.train:
+            _set_mode(optimizer, "train")
+        if self.scaler is None:
+            optimizer.step(evaluate)
+        else:
+            loss = evaluate()
+            check_scaled(self.scaler, optimizer)
+            self.scaler.step(optimizer, lambda: loss)
+            self.scaler.update()
+        if last:
+            _set_mode(optimizer, "eval")
 
     @contextmanager
     def _remembering(self) -> Iterator[None]:

@@ -136,7 +136,7 @@ class LaneGuard(Guard):
         self._kept, cycle.gradients, cycle.phase = (
             state[name] for name in ("kept", "gradients", "phase")
         )
-        self._weights.read(state["x"])
+        self._weights.copy_from(state["x"])
         cycle.placing.begin()
         cycle.randomness.set(state["random"])
 

@@ -172,10 +172,10 @@ class Lanes:
         take, back = best.update(kept, held, was_own, self.on_own)
         z = None if self.z is None else self.all[self.z].inner
         if take:
-            x.write(best.copy)
+            x.copy_to(best.copy)
             best.memory = None if z is None else z.remember()
         if back:
-            x.read(best.copy)
+            x.copy_from(best.copy)
             best.anew = True
             if z is not None and best.memory is not None:
                 z.restore(best.memory)
@@ -189,7 +189,7 @@ class Lanes:
 
     def _settle_s(self, s: Lane, sound: bool, broken: bool, x: Weights) -> bool:
         if not sound:  # it begins again at x
-            x.write(s.copy)
+            x.copy_to(s.copy)
         if broken or not sound:
             s.forget()
         return broken or not sound

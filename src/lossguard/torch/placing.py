@@ -35,16 +35,16 @@ class ByValue:
         self.x = weights.copy()
 
     def begin(self) -> None:
-        self.weights.write(self.x)
+        self.weights.copy_to(self.x)
 
     def enter(self, copy: Copy) -> None:
-        self.weights.read(copy)
+        self.weights.copy_from(copy)
 
     def save(self, copy: Copy) -> None:
-        self.weights.write(copy)
+        self.weights.copy_to(copy)
 
     def leave(self) -> None:
-        self.weights.read(self.x)
+        self.weights.copy_from(self.x)
 
 
 class ByPointer:
@@ -56,23 +56,23 @@ class ByPointer:
         self.buffers = weights.copy_buffers()
 
     def begin(self) -> None:
-        self.weights.write_buffers(self.buffers)
+        self.weights.copy_buffers_to(self.buffers)
 
     def enter(self, copy: Copy) -> None:
         params = self.weights.params
         self.homes = self.homes or [p.data for p in params]
         for p, value in zip(params, copy, strict=False):
             p.data = value
-        self.weights.read_buffers(self.weights.buffers_of(copy))
+        self.weights.copy_buffers_from(self.weights.buffers_of(copy))
 
     def save(self, copy: Copy) -> None:
-        self.weights.write_buffers(self.weights.buffers_of(copy))
+        self.weights.copy_buffers_to(self.weights.buffers_of(copy))
 
     def leave(self) -> None:
         for p, home in zip(self.weights.params, self.homes, strict=False):
             p.data = home
         self.homes = []
-        self.weights.read_buffers(self.buffers)
+        self.weights.copy_buffers_from(self.buffers)
 
 
 def placing(weights: Weights) -> Placing:

@@ -67,7 +67,7 @@ class Best:
         """Start a cycle."""
         self.losses = []
         if not self.begun:
-            x.write(self.copy)
+            x.copy_to(self.copy)
         self.begun = True
 
     def update(

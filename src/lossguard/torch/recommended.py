@@ -49,8 +49,8 @@ def recommended(
             ``callback``, as in ``LossGuard``.
 
     Raises:
-        ValueError: as ``LossGuard``; or if most is no integer, below nc, or not 1 where nc is; or
-            an option is one that ``recommended`` sets.
+        ValueError: as ``LossGuard``; or if most is no integer or below nc, or nc is 1 and most
+            isn't; or an option is one that ``recommended`` sets.
 
     >>> import torch
     >>> w = torch.tensor([4.0], requires_grad=True)

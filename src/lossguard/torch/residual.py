@@ -75,13 +75,12 @@ class ResidualGuard(Guard):
         fallback: Optimizer,
         *,
         alpha: float = 0.99,
-        sequence: TrackingSequence | None = None,
+        sequence: TrackingSequence = ema(0.9),
         residual: Residual = "step",
         nt: int = 10,
         model: nn.Module | None = None,
     ) -> None:
         params = arguments.shared_params([learned], fallback)
-        sequence = ema(0.9) if sequence is None else sequence
         alpha, nt = check_fraction("alpha", alpha), check_count("nt", nt)
         check_choice("residual", residual, get_args(Residual))
         check_kind("sequence", sequence, TrackingSequence, "ema(0.9)")
@@ -129,7 +128,7 @@ class ResidualGuard(Guard):
             kept = y if ok else z if finite_z else x
         finally:
             weights.clear_gradients()
-            weights.read(kept)
+            weights.copy_from(kept)
             self._randomness.set(after)
         if ok and self._track is not None:
             self._track = self.sequence.update(self._track, r)
@@ -144,7 +143,7 @@ class ResidualGuard(Guard):
         before = self._fallback.remember() if of_steps else None
         z = self._stepped(self._fallback, x, gradient, loss)
         y = self._stepped(self._learned, x, gradient, loss)
-        self._weights.read(y)
+        self._weights.copy_from(y)
         self._randomness.set(start)
         loss_y = self._evaluate(closure)
         gradient_y = self._gradient()
@@ -173,7 +172,7 @@ class ResidualGuard(Guard):
     def _load(self, state: dict[str, Any]) -> None:
         self._track = clone(state["track"])
         self._steps = clone(state["steps"])
-        self._weights.read(state["x"])
+        self._weights.copy_from(state["x"])
         self._randomness.set(state["random"])
 
     def _evaluate(self, closure: Closure) -> Any:
@@ -185,11 +184,11 @@ class ResidualGuard(Guard):
 
     def _stepped(self, inner: Inner, start: Copy, gradient: list[Tensor | None], loss: Any) -> Copy:
         """A copy of where one step from ``start`` leads; the model's buffers stay ``start``'s."""
-        self._weights.read(start)
+        self._weights.copy_from(start)
         for p, g in zip(self._weights.params, gradient, strict=True):
             p.grad = None if g is None else g.clone()
-        with torch.no_grad(), self._weights.in_place():
-            inner.step(lambda: inner.optimizer.step(lambda: loss))
+        with torch.no_grad(), self._weights.in_place(), inner.stepping():
+            inner.optimizer.step(lambda: loss)
         return self._weights.copy()
 
     def _distance(self, a: Copy, b: Copy) -> float:

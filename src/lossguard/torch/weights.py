@@ -38,20 +38,20 @@ class Weights:
         """A copy of the live buffers."""
         return [self._copied(buffer) for buffer in self._buffers()]
 
-    def write(self, copy: Copy) -> None:
+    def copy_to(self, copy: Copy) -> None:
         """Write the live values to ``copy``."""
         _transfer(copy, self._live())
 
-    def read(self, copy: Copy) -> None:
+    def copy_from(self, copy: Copy) -> None:
         """Put the values of ``copy`` into the model."""
         self._reshard()
         _transfer(self._live(), copy)
 
-    def write_buffers(self, copy: Copy) -> None:
+    def copy_buffers_to(self, copy: Copy) -> None:
         """Write the live buffers to ``copy``, which has them alone."""
         _transfer(copy, self._buffers())
 
-    def read_buffers(self, copy: Copy) -> None:
+    def copy_buffers_from(self, copy: Copy) -> None:
         """Put the buffers of ``copy``, which has them alone, into the model."""
         _transfer(self._buffers(), copy)
 

@@ -95,6 +95,19 @@ def test_members_share_minibatches() -> None:
     assert (decisions.learned_updates == 2 * NT).all()
 
 
+def test_steps_are_those_of_the_cycles_that_were_followed() -> None:
+    """Where windows adapt, members take different numbers of them."""
+    start, objective = problem_and_objective()
+    windows = lossguard.adaptive(most=4)
+    guards = [
+        lossguard.loss_guard(optax.sgd(rate), optax.sgd(0.1), nt=NT, nc=NC, windows=windows)
+        for rate in (0.11, 0.3, 0.02)
+    ]
+    states, decisions = play(lossguard.best_of(guards, decay=0.3), objective, start, CYCLES // 4)
+    assert len(set(decisions.winner.tolist())) > 1 and len(set(decisions.steps.tolist())) > 1
+    np.testing.assert_array_equal(states.steps, np.cumsum(decisions.steps))
+
+
 def test_a_list_of_one_is_the_one() -> None:
     start, objective = problem_and_objective()
     one = lossguard.recommended(optax.adam(0.4), optax.sgd(0.1), nt=NT, nc=NC)

@@ -236,7 +236,11 @@ def test_x_goes_back_while_the_learned_lane_waits(patience) -> None:
         nt=4,
         nc=3,
         hedge=track_record(decay=0.5, share=0),
-        probing=None if patience is None else lossguard.backoff(patience=patience, most=64),
+        probing=(
+            lossguard.always()
+            if patience is None
+            else lossguard.backoff(patience=patience, most=64)
+        ),
     )
     step = jax.jit(lambda state: guard.step(state, slope))
     state, excess, worst = guard.init(jnp.zeros(2)), 0.0, 0.0

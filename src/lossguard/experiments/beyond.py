@@ -7,9 +7,14 @@ from functools import partial
 import optax
 
 from ..guards.best_of import best_of
-from ..guards.criteria import curtailed_criterion, paired_criterion, sequential_criterion
+from ..guards.criteria import (
+    curtailed_criterion,
+    mean_criterion,
+    paired_criterion,
+    sequential_criterion,
+)
 from ..guards.loss_guard import loss_guard
-from ..guards.probing import backoff
+from ..guards.probing import always, backoff
 from ..guards.protocol import Guard
 from ..guards.recommended import recommended, settings
 from ..guards.track_record import track_record
@@ -39,13 +44,13 @@ ABLATION: Mapping[str, Mapping[str, object]] = {
     "adaptive": {"windows": adaptive()},
     "hedge, adaptive": {"hedge": True, "windows": adaptive()},
     "record, reset, paired": {"hedge": RECORD, "loser": "reset", "criterion": PAIRED},
-    "recommended, nc 10 at most": RECOMMENDED | {"criterion": None},
+    "recommended, nc 10 at most": RECOMMENDED | {"criterion": mean_criterion()},
     "recommended, nc 80 at most": RECOMMENDED | {"criterion": curtailed_criterion(most=80)},
     "recommended, decay 0.9": RECOMMENDED | {"hedge": RECORD},
     "recommended, no ratchet": RECOMMENDED | {"ratchet": None},
     "recommended, share 0": RECOMMENDED | {"hedge": track_record(decay=0.7, share=0)},
     "recommended, checks next": RECOMMENDED | {"checks": "next"},
-    "recommended, always": RECOMMENDED | {"probing": None},
+    "recommended, always": RECOMMENDED | {"probing": always()},
     "recommended, patience 10": RECOMMENDED
     | {"probing": backoff(patience=10, most=512, start="reset")},
     "recommended, patience 10, keep": RECOMMENDED

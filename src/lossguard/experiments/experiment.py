@@ -37,7 +37,7 @@ Methods = Mapping[str, Callable[[], Guard]]
 
 
 def paper_methods(experiment: "Experiment") -> Methods:
-    """The methods of the paper's figures, by the names in its legends, and our readings of them."""
+    """The paper's methods, by the names in its legends, our readings of them, and our own guard."""
     e = experiment
 
     def learned() -> optax.GradientTransformation:

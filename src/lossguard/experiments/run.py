@@ -34,7 +34,8 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
     """Run every method of an experiment; returns the folder of its records.
 
     Beside the curves it leaves ``evaluations.parquet``: loss and accuracy of the iterate on the
-    whole of both splits, at steps 50, 100, 200, 300, 500, 1,000 and so on, and at the last one. So
+    whole of both splits, at steps 50, 100, 200, 300, 500, 1,000 and so on where nt divides them, as
+    ten does, and at the last one. So
     methods are compared without the noise of minibatches.
 
     Every seed draws its own initialization and order of minibatches, the same for all methods. A

@@ -86,9 +86,9 @@ def best_of(guards: Sequence[Guard], *, decay: float = 0.9) -> Guard:
         anew = jnp.where(jnp.isfinite(now), now, jnp.inf).astype(records.dtype)
         records = jnp.where(jnp.isfinite(records).any(), records, anew)
         best = jnp.argmin(records)
-        x, steps, decision = jax.tree.map(
+        x, decision = jax.tree.map(
             lambda *leaves: jnp.stack(leaves)[best],
-            *((at.params, at.steps, d) for at, d in zip(states, decisions, strict=True)),
+            *((at.params, d) for at, d in zip(states, decisions, strict=True)),
         )
         decision = decision._replace(
             winner=best.astype(jnp.int32),
@@ -97,6 +97,7 @@ def best_of(guards: Sequence[Guard], *, decay: float = 0.9) -> Guard:
             learned_updates=sum(d.learned_updates for d in decisions),
         )
         minibatches = jnp.stack([at.minibatches for at in states]).max()
+        steps = state.steps + decision.steps
         return GuardState(x, steps, minibatches, BestOfState(states, records)), decision
 
     return Guard(init, step)

@@ -3,6 +3,8 @@
 A lane is an optimizer, and where its next nt steps start from. The paper's guard has two, both of
 which start from x: y, the learned optimizer's, and z, the fallback's. More may compete: further
 learned optimizers from x, and s, the fallback on its own path, which no decision touches.
+
+``cycle`` is the algorithm, line by line; what surrounds it are its options.
 """
 
 from functools import partial
@@ -49,8 +51,8 @@ class LossGuardState(NamedTuple):
     """Of x's training losses over those of s, where a track record is kept."""
     factor: Int[Array, ""]
     """Of nt and nc, where windows adapt."""
-    checked: Int[Array, ""]
-    """Check minibatches drawn so far, where they are numbered apart."""
+    drawn: Int[Array, ""]
+    """Check minibatches so far, where they are numbered apart."""
     probing: ProbingState
     ratchet: RatchetState | None
     """Of x against its best, where one holds."""
@@ -64,9 +66,9 @@ def loss_guard(
     nc: int = 10,
     loser: Loser = "keep",
     hedge: Hedge = False,
-    criterion: Criterion | None = None,
-    windows: Windows | None = None,
-    probing: Probing | None = None,
+    criterion: Criterion = mean_criterion(),
+    windows: Windows = fixed(),
+    probing: Probing = always(),
     ratchet: Ratchet | None = None,
     checks: Checks = "next",
 ) -> Guard:
@@ -79,15 +81,8 @@ def loss_guard(
 
     With ``hedge`` a third lane runs on the same minibatches, s <- nt steps of the fallback from s,
     and x becomes s where that is better: never worse than the fallback alone, up to the error of
-    the decision. While x lies on the fallback's own path, z is s and costs nothing. By a track
-    record:
-
-        d <- sum_t [F(kept branch, i+t) - F(s, i+t)]     before each of the nt steps
-        D <- rho D + d;  W <- max(rho W, d)     rho = max(decay, 1 - 1 / (share a)) in cycle a
-        x <- s, D <- 0, W <- 0   if D > W
-
-    With a ``ratchet`` x also goes back to the best that it has been, every 100 cycles or so, if its
-    losses since are higher by a tenth than the best x's on the same minibatches would have been.
+    the decision. While x lies on the fallback's own path, z is s and costs nothing. By what x goes
+    back, to that path or to the best that it has been, ``track_record`` and ``ratchet`` say.
 
     A lane whose parameters or check losses are not finite can't win; if none can, x stays. Where a
     track record spares s the check, its training losses count instead. So x is finite for ever if
@@ -132,7 +127,8 @@ def loss_guard(
             a step, if the objective is ``stacked`` and check minibatches are apart, or too few.
 
     Source: the paper's Algorithm 2; with nt = nc = 1 and a deterministic objective, Algorithm 1.
-    Several candidates and all options but nt, nc and loser go beyond it.
+    Several candidates and all options but nt, nc and loser go beyond it. In plain loops it is in
+    tests/guards/numpy_guards.py.
 
     >>> import optax
     >>> guard = loss_guard(optax.sgd(3.0), optax.sgd(0.1))  # the first one diverges
@@ -156,10 +152,7 @@ def loss_guard(
         has_s=bool(hedge),
     )
     m = lanes.m
-    criterion = mean_criterion() if criterion is None else criterion
     record = hedge if isinstance(hedge, TrackRecord) else None
-    windows = fixed() if windows is None else windows
-    probing = always() if probing is None else probing
     check_kind("criterion", criterion, Criterion, "mean_criterion()")
     check_kind("windows", windows, Windows, "adaptive()")
     check_kind("probing", probing, Probing, "backoff()")
@@ -179,7 +172,7 @@ def loss_guard(
             lanes=at_start,
             excess=Excess(zero, zero, jnp.int32(0)),
             factor=jnp.int32(1),
-            checked=jnp.int32(0),
+            drawn=jnp.int32(0),
             probing=init_probing(),
             ratchet=None
             if ratchet is None
@@ -242,9 +235,9 @@ def loss_guard(
         # By a track record, s is judged by its training losses, and takes no check minibatches.
         rivals = len(ran) - (record is not None and len(fallbacks) == 2)
         if probe:  # line 16
-            checked = [branch.params for branch in trained[:rivals]]
-            first = i + steps if checks == "next" else -1 - inner.checked
-            verdict, n, factor = compare(checked, sound[:rivals], objective, first, inner)
+            ends = [branch.params for branch in trained[:rivals]]
+            first = i + steps if checks == "next" else -1 - inner.drawn
+            verdict, n, factor = compare(ends, sound[:rivals], objective, first, inner)
         else:
             n, factor, verdict = jnp.int32(0), inner.factor, follow_first(sound, losses.dtype)
         excess, row = back_to_own(inner, verdict, losses, sound, steps, rivals)
@@ -258,26 +251,14 @@ def loss_guard(
             inner.lanes, x, ran, before, trained, sound, winner
         )
         excess = Excess(*(jnp.where(settled.on_own, 0, value) for value in excess))
-        best, undone, held = inner.ratchet, jnp.array(False), jnp.int32(0)
-        if best is not None and ratchet is not None:
-            best = best._replace(anew=best.anew & (not probe))
-            best, (x, z_state), undone, held = ratchet.update(
-                best,
-                Branch(x, settled.fallback),
-                reported,
-                objective,
-                i,
-                steps,
-                was_own=inner.lanes.on_own,
-                is_own=settled.on_own,
-                stayed=row < 0,
-            )
-            settled = settled._replace(fallback=z_state)
+        best, (x, z_state), undone, held = hold(
+            inner, settled, x, reported, objective, i, steps, anew=not probe, stayed=row < 0
+        )
         inner = LossGuardState(
-            lanes=settled,
+            lanes=settled._replace(fallback=z_state),
             excess=excess,
             factor=factor,
-            checked=inner.checked + (n if checks == "apart" else 0),
+            drawn=inner.drawn + (n if checks == "apart" else 0),
             probing=probing.update(inner.probing, jnp.array(probe), won),
             ratchet=best,
         )
@@ -300,22 +281,22 @@ def loss_guard(
         return GuardState(x, state.steps + steps, i, inner), decision
 
     def compare(
-        checked: list[Params],
-        sound: Bool[Array, " checked"],
+        ends: list[Params],
+        sound: Bool[Array, " ends"],
         objective: Objective,
         i: Int[Array, ""],
         inner: LossGuardState,
     ) -> tuple[Verdict, Int[Array, ""], Int[Array, ""]]:
         """Line 16: what the check says of the lanes, its minibatches, and the windows' factor."""
         losses, n = check(
-            checked,
+            ends,
             objective,
             i,
             stride=1 if checks == "next" else -1,
             looks=looks or (nc * factor_of(inner),),
             most=nc_most,
             settled=lambda losses, n: judge(criterion, losses, n, sound, m).settled,
-            dtype=loss_dtype(objective, checked[0], i),
+            dtype=loss_dtype(objective, ends[0], i),
         )
         verdict = judge(criterion, losses, n, sound, m)
         learned, fallback = losses[verdict.best_learned], losses[verdict.best_fallback]
@@ -343,6 +324,34 @@ def loss_guard(
         excess, back = record.update(inner.excess, followed, losses[own], steps, inner.lanes.on_own)
         back &= sound[own] if rivals < len(losses) else verdict.finite_fallback
         return excess, jnp.where(back, own, verdict.row)
+
+    def hold(
+        inner: LossGuardState,
+        settled: LanesState,
+        x: Params,
+        losses: Float[Array, " most"],
+        objective: Objective,
+        i: Int[Array, ""],
+        steps: Int[Array, ""] | int,
+        *,
+        anew: bool,
+        stayed: Bool[Array, ""],
+    ) -> tuple[RatchetState | None, Branch, Bool[Array, ""], Int[Array, ""]]:
+        """The ratchet's best, x with lane z's state, whether x went back, b's forward passes."""
+        at_x = Branch(x, settled.fallback)
+        if ratchet is None or inner.ratchet is None:
+            return None, at_x, jnp.array(False), jnp.int32(0)
+        return ratchet.update(
+            inner.ratchet._replace(anew=inner.ratchet.anew & anew),
+            at_x,
+            losses,
+            objective,
+            i,
+            steps,
+            was_own=inner.lanes.on_own,
+            is_own=settled.on_own,
+            stayed=stayed,
+        )
 
     def begin_anew(inner: LossGuardState) -> Bool[Array, ""] | None:
         """Whether the learned lanes do; None where they never do."""

@@ -47,7 +47,8 @@ def recommended(
             one, such as Adam at a bold rate, does better with "keep".
 
     Raises:
-        ValueError: as ``loss_guard``; or if most is no integer, below nc, or not 1 where nc is.
+        ValueError: as ``loss_guard``; or if most is no integer or below nc, or nc is 1 and
+            most isn't.
 
     >>> import jax.numpy as jnp, optax
     >>> guard = recommended(optax.sgd(3.0), optax.sgd(0.1))

@@ -46,7 +46,7 @@ def residual_guard(
     fallback: Any,
     *,
     alpha: float = 0.99,
-    sequence: TrackingSequence | None = None,
+    sequence: TrackingSequence = ema(0.9),
     residual: Residual = "step",
     nt: int = 10,
 ) -> Guard:
@@ -88,7 +88,6 @@ def residual_guard(
     """
     nt, alpha = check_count("nt", nt), check_fraction("alpha", alpha)
     check_choice("residual", residual, get_args(Residual))
-    sequence = ema(0.9) if sequence is None else sequence
     check_kind("sequence", sequence, TrackingSequence, "ema(0.9)")
     learned = with_extra_args("learned", learned)
     fallback = with_extra_args("fallback", fallback)

@@ -13,28 +13,28 @@ from typing import Any
 
 
 def check_count(name: str, value: int) -> int:
-    """Refuse what is not an integer of at least 1."""
+    """Require an integer of at least 1."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     return int(value)
 
 
 def check_positive(**values: float) -> None:
-    """Refuse numbers that are not positive and finite."""
+    """Require positive and finite numbers."""
     for name, value in values.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {value!r}")
 
 
 def check_fraction(name: str, value: float) -> float:
-    """Refuse what is not in (0, 1]."""
+    """Require 0 < value <= 1."""
     if not 0 < value <= 1:
         raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
     return float(value)
 
 
 def check_confidence(confidence: float) -> None:
-    """Refuse what is no confidence."""
+    """Require 0.5 <= confidence < 1."""
     if not 0.5 <= confidence < 1:
         raise ValueError(f"confidence must be at least 0.5 and below 1, got {confidence!r}")
 
@@ -51,14 +51,14 @@ def checked_looks(first: int, most: int) -> tuple[int, ...]:
 
 
 def check_nc(nc: int, least: int) -> int:
-    """Refuse too few check minibatches for a criterion that looks once."""
+    """Require an integer of at least ``least``: check minibatches of a criterion."""
     if check_count("nc", nc) < least:
         raise ValueError(f"nc must be at least {least} for this criterion, got {nc}")
     return int(nc)
 
 
 def check_most(nc: int, most: int) -> None:
-    """Refuse what ``recommended`` can't make a criterion of."""
+    """Require most = nc, or 2 <= nc < most."""
     check_count("nc", nc)
     check_count("most", most)
     if most != nc and not 2 <= nc < most:
@@ -66,21 +66,21 @@ def check_most(nc: int, most: int) -> None:
 
 
 def check_decay(decay: float) -> float:
-    """Refuse what forgets nothing, or all."""
+    """Require 0 < decay < 1."""
     if not 0 < decay < 1:
         raise ValueError(f"decay must be above 0 and below 1, got {decay!r}")
     return float(decay)
 
 
 def check_share(share: float) -> float:
-    """Refuse what is no share of the time away that a track record remembers."""
+    """Require 0 <= share < 1."""
     if not 0 <= share < 1:
         raise ValueError(f"share must be at least 0 and below 1, got {share!r}")
     return float(share)
 
 
 def check_tolerance(tolerance: float) -> float:
-    """Refuse what a ratchet can't compare losses with."""
+    """Require 0 <= tolerance < infinity."""
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance must be at least 0 and finite, got {tolerance!r}")
     return float(tolerance)

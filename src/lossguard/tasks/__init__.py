@@ -1,45 +1,25 @@
 """Data sets, optimizees, and the two composed."""
 
-from .dataset import Dataset, Split
-from .datasets import (
-    DATASETS,
-    cifar10,
-    circles,
-    digits,
-    fashion_mnist,
-    load_dataset,
-    mnist,
-    moons,
-    spirals,
-    tiny_imagenet,
-    tiny_imagenet50_32px,
-)
-from .models import MLP, ConvNet, Model
-from .synthetic import Noisy, Quadratic, RidgeLogistic, quadratic, ridge_logistic
-from .task import Task, TaskObjective
-
-__all__ = [
-    "DATASETS",
-    "MLP",
-    "ConvNet",
-    "Dataset",
-    "Model",
-    "Noisy",
-    "Quadratic",
-    "RidgeLogistic",
-    "Split",
-    "Task",
-    "TaskObjective",
-    "cifar10",
-    "circles",
-    "digits",
-    "fashion_mnist",
-    "load_dataset",
-    "mnist",
-    "moons",
-    "quadratic",
-    "ridge_logistic",
-    "spirals",
-    "tiny_imagenet",
-    "tiny_imagenet50_32px",
-]
+from .dataset import Dataset as Dataset
+from .dataset import Split as Split
+from .datasets import DATASETS as DATASETS
+from .datasets import cifar10 as cifar10
+from .datasets import circles as circles
+from .datasets import digits as digits
+from .datasets import fashion_mnist as fashion_mnist
+from .datasets import load_dataset as load_dataset
+from .datasets import mnist as mnist
+from .datasets import moons as moons
+from .datasets import spirals as spirals
+from .datasets import tiny_imagenet as tiny_imagenet
+from .datasets import tiny_imagenet50_32px as tiny_imagenet50_32px
+from .models import MLP as MLP
+from .models import ConvNet as ConvNet
+from .models import Model as Model
+from .synthetic import Noisy as Noisy
+from .synthetic import Quadratic as Quadratic
+from .synthetic import RidgeLogistic as RidgeLogistic
+from .synthetic import quadratic as quadratic
+from .synthetic import ridge_logistic as ridge_logistic
+from .task import Task as Task
+from .task import TaskObjective as TaskObjective

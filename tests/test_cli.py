@@ -164,8 +164,13 @@ def test_help_of_the_demo_makes_no_folder(
 
 
 def test_demo_in_short(main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    main("demo", "--steps", "10", "--seeds", "1", "--methods", "SGDnm", "--out", "here")
-    assert "Learned on CIFAR-10 + ConvNet, tested on Circles + MLP" in capsys.readouterr().out
+    methods = ("SGDnm", "L2O")
+    main("demo", "--steps", "20", "--seeds", "2", "--methods", *methods, "--out", "here")
+    out = capsys.readouterr().out
+    assert "Learned on CIFAR-10 + ConvNet, tested on Circles + MLP" in out
+    curves = records.read_run(tmp_path / "here").curves.filter(pl.col("step").is_between(18, 20))
+    sgd, l2o = (curves.filter(method=name)["loss"].mean() for name in methods)
+    assert out.endswith(f"\nloss at step 20, over that of SGDnm: SGDnm 1, L2O {l2o / sgd:.3g}\n")
     assert (tmp_path / "here" / "figure.svg").is_file()
     assert not (tmp_path / "here" / "verdicts.json").exists()  # no claim is about it
 

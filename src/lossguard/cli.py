@@ -89,7 +89,9 @@ def demo(arguments: Sequence[str]) -> None:
     from .experiments.recipes import demo as recipe
 
     out = Path(tempfile.gettempdir(), f"lossguard-demo-{secrets.token_hex(4)}")
-    _run(*override(recipe(), Where(out), arguments, "demo"))
+    where, experiment = override(recipe(), Where(out), arguments, "demo")
+    _run(where, experiment)
+    print(_over(experiment.methods[0], where.out))
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -289,6 +291,21 @@ def _show(folder: Path) -> None:
 def _console() -> Console:
     """On which names are shown as they are, square brackets included."""
     return Console(width=None if sys.stdout.isatty() else 120, markup=False)
+
+
+def _over(reference: str, folder: Path) -> str:
+    """In one line, where the methods of a run ended, in losses of one of them."""
+    import polars as pl
+
+    from .curves import last_step, mark_loss
+    from .records import read_run
+
+    curves = read_run(folder).curves
+    last = last_step(curves)
+    losses = mark_loss(curves, last).group_by("method", maintain_order=True)
+    means = dict(losses.agg(pl.col("loss").mean()).iter_rows())
+    told = ", ".join(f"{name} {loss / means[reference]:.3g}" for name, loss in means.items())
+    return f"loss at step {last:,}, over that of {reference}: {told}"
 
 
 def _wants_help(arguments: Sequence[str]) -> bool:

@@ -47,7 +47,8 @@ def main(calls: int = 200, seed: int = 0) -> LossGuard:
             done += 1
             if done == calls:
                 break
-    accelerator.print(guard.last_decision)
+    won = sum(decision.winner == 0 for decision in guard.history)
+    accelerator.print(f"AdamW won {won} of {len(guard.history)} cycles")
     return guard
 
 

@@ -210,6 +210,26 @@ def test_resumes_bit_by_bit_at_any_point_of_a_cycle(done):
     assert_same_state(resumed.state_dict(), guard.state_dict())
 
 
+def test_a_cycle_at_once_is_the_same():
+    """Dropout's random numbers included, which lanes share."""
+    model = mlp(nn.Dropout(0.2))
+    twin, batches = copy.deepcopy(model), minibatches()
+    guard, other = build(model), build(twin)
+    state = torch.get_rng_state()
+    run(guard, model, batches)
+    torch.set_rng_state(state)
+    for part in zip(*[iter(batches)] * NT, strict=True):
+        decision = other.cycle(lambda batch: loss_fn(twin, batch), part)
+        assert decision is other.last_decision
+    assert_same_state(twin.state_dict(), model.state_dict())
+    assert other.history == guard.history
+    other.step(closure := lambda: loss_fn(twin, batches[0]).backward() or 1.0)
+    with pytest.raises(ValueError, match=r"^cycle must start where the last one ended, got one af"):
+        other.cycle(closure, batches[:NT])
+    with pytest.raises(ValueError, match=r"^train_batches must be 3 minibatches, got 2 "):
+        guard.cycle(closure, batches[:2])
+
+
 def test_x_may_be_set_from_outside():
     """All lanes begin at it before the first cycle; later on the one that is followed."""
     w, closure = quadratic(9.0)

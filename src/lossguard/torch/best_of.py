@@ -5,12 +5,12 @@ D    its record: d of all cycles, the past forgotten by and by
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any, Literal
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -122,6 +122,16 @@ class BestOf(LaneGuard):
             ]
         )
         self._drive(self._paths)
+
+    def cycle(self, loss_fn: Callable[[Any], Tensor], train_batches: Iterable[Any]) -> Decision:
+        """Take the minibatches of a whole cycle at once, one lane after the other.
+
+        Args:
+            loss_fn: the loss of a minibatch; the guard calls ``backward``.
+            train_batches: nt minibatches.
+        """
+        self._run(self._closures(loss_fn, self._check_train(train_batches)))
+        return self.history[-1]
 
     def _run(self, closures: Sequence[Closure]) -> dict[int, list[Any]]:
         values = self._cycle.run(closures, range(len(self._paths.all)))

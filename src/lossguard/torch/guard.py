@@ -165,15 +165,7 @@ class LossGuard(LaneGuard):
             check_batches: other minibatches, of which it draws as many as the decision takes: nc,
                 more where the criterion is sequential, none where the learned lanes don't run.
         """
-        train, check = list(train_batches), iter(check_batches)
-        if len(train) != self.nt:
-            hint = arguments.ENDLESS if len(train) < self.nt else ""
-            raise ValueError(f"train_batches must be {self.nt} minibatches, got {len(train)}{hint}")
-        if self._cycle.phase:
-            raise ValueError(
-                "cycle must start where the last one ended, got one after "
-                f"{self._cycle.phase} minibatches of it"
-            )
+        train, check = self._check_train(train_batches), iter(check_batches)
         drawn = 0
         for look in self._looks if self._probe else (0,):
             batches = list(islice(check, look - drawn))
@@ -184,7 +176,7 @@ class LossGuard(LaneGuard):
                     f"check_batches must be at least {look} minibatches, got {drawn}"
                     f"{arguments.ENDLESS}"
                 )
-            self._run([lambda b=b: self._backward(loss_fn(b)) for b in (*train, *batches)])
+            self._run(self._closures(loss_fn, [*train, *batches]))
             if self._cycle.phase == 0:
                 break
             train = []
@@ -230,13 +222,6 @@ class LossGuard(LaneGuard):
                 f"state_dict from within a cycle must have nt={self.nt} and checks after {looks}, "
                 f"got nt={state['nt']} and {state['looks']}"
             )
-
-    def _backward(self, loss: Tensor) -> Tensor:
-        if self.checking:
-            return loss
-        scaler = self._cycle.running.scaler
-        (loss if scaler is None else scaler.scale(loss)).backward()
-        return loss
 
     def _decide(self, active: list[int]) -> None:
         """Lines 16 to 21 of Algorithm 2; unless the criterion wants to look again."""

@@ -3,7 +3,8 @@
 nt   train minibatches per cycle: each is one optimizer step in every lane that runs
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, distributed
@@ -109,6 +110,33 @@ class LaneGuard(Guard):
     def _run(self, closures: Sequence[Closure]) -> dict[int, list[Any]]:
         """Run every lane over some minibatches, and decide if those were enough."""
         raise NotImplementedError
+
+    def _check_train(self, train_batches: Iterable[Any]) -> list[Any]:
+        """The minibatches that a whole cycle trains on."""
+        train = list(train_batches)
+        if len(train) != self.nt:
+            hint = arguments.ENDLESS if len(train) < self.nt else ""
+            raise ValueError(f"train_batches must be {self.nt} minibatches, got {len(train)}{hint}")
+        if self._cycle.phase:
+            raise ValueError(
+                "cycle must start where the last one ended, got one after "
+                f"{self._cycle.phase} minibatches of it"
+            )
+        return train
+
+    def _closures(
+        self, loss_fn: Callable[[Any], Tensor], batches: Sequence[Any]
+    ) -> list[Callable[[], Tensor]]:
+        """What a loop would pass to ``step``, one for each minibatch."""
+
+        def evaluate(batch: Any) -> Tensor:
+            loss = loss_fn(batch)
+            if not self.checking:
+                scaler = self._cycle.running.scaler
+                (loss if scaler is None else scaler.scale(loss)).backward()
+            return loss
+
+        return [partial(evaluate, batch) for batch in batches]
 
     def _decided(self, decision: Decision) -> None:
         """Note a decision, and begin a new cycle."""

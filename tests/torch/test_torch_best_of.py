@@ -248,6 +248,30 @@ def test_x_may_be_set_from_outside():
     assert guard.last_decision.fallback_loss == pytest.approx((4 * 0.8**2) ** 2)
 
 
+def test_schedule_free_goes_on_by_itself():
+    """Bit by bit the one that is followed, at its averaged iterate."""
+    package = pytest.importorskip("schedulefree")
+    model, batches = mlp(), minibatches()
+    rates, runs = (0.05, 0.005), []
+    for rate in rates:
+        alone = copy.deepcopy(model)
+        optimizer, states = package.AdamWScheduleFree(alone.parameters(), lr=rate), []
+        for part in zip(*[iter(batches)] * NT, strict=True):
+            optimizer.train()
+            for batch in part:
+                optimizer.zero_grad()
+                loss_fn(alone, batch).backward()
+                optimizer.step()
+            optimizer.eval()
+            states.append(copy.deepcopy(alone.state_dict()))
+        runs.append(states)
+    guard = BestOf(*(package.AdamWScheduleFree(model.parameters(), lr=r) for r in rates), nt=NT)
+    for cycle, part in enumerate(zip(*[iter(batches)] * NT, strict=True)):
+        run(guard, model, part)
+        assert_same_state(model.state_dict(), runs[guard.last_decision.winner][cycle])
+    assert guard.last_decision.winner == 0
+
+
 def test_every_lane_has_a_scaler():
     w, _ = quadratic()
     learned, fallback = SGD([w], lr=1e8), SGD([w], lr=0.1)

@@ -17,6 +17,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
 
 from lossguard.torch import (
+    BestOf,
     LossGuard,
     LossStep,
     ResidualGuard,
@@ -213,7 +214,13 @@ def of_residual_guard(model, sequence):
     )
 
 
+def of_best_of(model):
+    params = list(model.parameters())
+    return BestOf(Adam(params, lr=0.1), SGD(params, lr=0.1, momentum=0.9), nt=3, model=model)
+
+
 COPIED = {
+    "best_of": of_best_of,
     "mean": partial(of_loss_guard, criterion=mean_criterion),
     "paired": partial(of_loss_guard, criterion=paired_criterion),
     "sequential": partial(of_loss_guard, criterion=partial(sequential_criterion, first=2, most=4)),
@@ -305,6 +312,7 @@ def test_every_lane_sees_the_same_rates(tensor):
     ("kind", "steps"),
     [
         (partial(LossGuard, nt=1, nc=1), ["learned", "fallback"]),
+        (partial(BestOf, nt=1), ["learned", "fallback"]),
         (ResidualGuard, ["fallback", "learned", "fallback"]),
     ],
 )

@@ -108,3 +108,8 @@ def test_state_shows_a_gradient_that_is_not_finite(weights: LSTMWeights) -> None
     assert jnp.isfinite(update).tolist() == [True, False, True]
     assert not jnp.isfinite(state.h[0][:, 1]).any()
     assert jnp.isfinite(state.h[0][:, ::2]).all()
+
+
+def test_complex_parameters_are_refused(weights: LSTMWeights) -> None:
+    with pytest.raises(ValueError, match=r"^params must be real for lstm_optimizer, got complex"):
+        lstm_optimizer(weights).init(jnp.ones(2, jnp.complex64))

@@ -162,11 +162,12 @@ def test_errors(arguments, message):
     assert str(error.value) == message
 
 
-def test_sparse_gradients_are_refused():
-    embedding = nn.Embedding(4, 2, sparse=True)
-    optimizer = LSTMOptimizer(embedding.parameters(), Reference().state_dict())
-    embedding(torch.tensor([1])).sum().backward()
+@pytest.mark.parametrize("kind", ["sparse", "complex"])
+def test_other_gradients_are_refused(kind):
+    weight = nn.Parameter(torch.ones(2, dtype=torch.complex64 if kind == "complex" else None))
+    weight.grad = weight.detach().to_sparse() if kind == "sparse" else weight.detach()
+    optimizer = LSTMOptimizer([weight], Reference().state_dict())
     with pytest.raises(
-        ValueError, match=r"^gradients must be dense for LSTMOptimizer, got a sparse"
+        ValueError, match=rf"^gradients must be real and dense for LSTMOptimizer, got a {kind} one$"
     ):
         optimizer.step()

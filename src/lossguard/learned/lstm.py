@@ -86,6 +86,9 @@ def lstm_optimizer(
     The computation is in float32, updates have the gradients' dtypes. The state takes 4 layers H
     bytes a coordinate for h and as many for c: 320 bytes for the default of two layers of 20.
 
+    Raises:
+        ValueError: in ``init``, if parameters are complex.
+
     Source: Andrychowicz et al., "Learning to learn by gradient descent by gradient descent", 2016;
     the paper's L2O (section 4).
 
@@ -98,6 +101,8 @@ def lstm_optimizer(
     hidden = weights.linear_weight.shape[1]
 
     def init(params: PyTree) -> LSTMState:
+        if any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(params)):
+            raise ValueError("params must be real for lstm_optimizer, got complex ones")
         n = sum(leaf.size for leaf in jax.tree.leaves(params))
         zeros = tuple(jnp.zeros((hidden, n), jnp.float32) for _ in weights.layers)
         return LSTMState(h=zeros, c=zeros)

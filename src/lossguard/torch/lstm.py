@@ -110,8 +110,11 @@ class LSTMOptimizer(Optimizer):
 
     def _update(self, param: Tensor, scale: float, p: float) -> None:
         gradient = param.grad
-        if gradient is None or gradient.is_sparse:
-            raise ValueError("gradients must be dense for LSTMOptimizer, got a sparse one")
+        if gradient is None or gradient.is_sparse or gradient.is_complex():
+            kind = "complex" if gradient is not None and gradient.is_complex() else "sparse"
+            raise ValueError(
+                f"gradients must be real and dense for LSTMOptimizer, got a {kind} one"
+            )
         weights = {name: tensor.to(param.device) for name, tensor in self.weights.items()}
         x = log_and_sign(gradient.float().flatten(), p)
         state = self.state[param]

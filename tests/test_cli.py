@@ -19,7 +19,7 @@ from lossguard import cli, records
 from lossguard.command_line import find_recipe
 from lossguard.experiments import folders, run, sweep, theorems
 from lossguard.experiments.findings import Finding
-from lossguard.learned import pretrained
+from lossguard.learned import weights_file
 from lossguard.metatrain import loop
 
 TINY = str(Path(__file__).parent / "experiments" / "tiny.py")
@@ -328,9 +328,9 @@ def test_damaged_weights(
 ) -> None:
     shipped = tmp_path / "shipped" / "lstm-mnist-mlp.safetensors"
     shipped.parent.mkdir()
-    shutil.copy(pretrained.pretrained_path("lstm-mnist-mlp"), shipped)
+    shutil.copy(weights_file.pretrained_path("lstm-mnist-mlp"), shipped)
     shipped.write_bytes(shipped.read_bytes()[:-100])
-    monkeypatch.setattr(pretrained, "_folder", lambda: shipped.parent)
+    monkeypatch.setattr(weights_file, "_folder", lambda: shipped.parent)
     refused(main, capsys, ("run", "fig05"), "weights must be a complete .safetensors file")
     assert not (tmp_path / "runs").exists()
 
@@ -398,6 +398,29 @@ def test_plot_of_something_else(
 ) -> None:
     (finished / "config.json").write_text("{}")
     refused(main, capsys, ("plot", "run"), "run/config.json is not of a run: it lacks name")
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "reason"),
+    [
+        ("config.json", "seeds", "5", "is not of a run: seeds must be of type int, got '5'"),
+        ("config.json", "methods", None, "methods must be of type list, got None"),
+        ("manifest.json", "seconds", 3, "seconds must be of type dict, got 3"),
+        ("manifest.json", "seconds", {"a": "1"}, "is not of this run: it lacks numbers in seconds"),
+    ],
+)
+def test_plot_of_records_edited_by_hand(
+    main: Main,
+    capsys: pytest.CaptureFixture[str],
+    finished: Path,
+    name: str,
+    field: str,
+    value: Any,
+    reason: str,
+) -> None:
+    content = json.loads((finished / name).read_text())
+    (finished / name).write_text(json.dumps(content | {field: value}))
+    refused(main, capsys, ("plot", "run"), f"run/{name} ", reason)
 
 
 def test_folder_with_other_files(

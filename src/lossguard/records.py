@@ -42,6 +42,17 @@ META_TRAINING: Mapping[str, Sequence[str]] = {
     CURVES: ("meta_step", "meta_loss", "validation"),
 }
 """What figures, tables and claims need of the records of either."""
+KINDS: Mapping[str, type] = {
+    "name": str,
+    "title": str,
+    "methods": list,
+    "seeds": int,
+    "seed": int,
+    "data": str,
+    "seconds": dict,
+    "versions": dict,
+}
+"""Of the fields of configs and manifests that are read."""
 CPUINFO = Path("/proc/cpuinfo")
 PACKAGES = ("lossguard", "jax", "jaxlib", "optax", "equinox", "numpy", "polars")
 
@@ -152,6 +163,11 @@ def read_run(folder: Path) -> Record:
     for name, found in {CONFIG: config, MANIFEST: made, CURVES: record.curves.columns}.items():
         if missing := [field for field in needed[name] if field not in found]:
             raise ValueError(f"{folder / name} is not of a run: it lacks {', '.join(missing)}")
+    for name, found in {CONFIG: config, MANIFEST: made}.items():
+        for field, kind in KINDS.items():
+            if not isinstance(found.get(field, kind()), kind):
+                told = f"{field} must be of type {kind.__name__}, got {found[field]!r}"
+                raise ValueError(f"{folder / name} is not of a run: {told}")
     name, lack = _lack(record, needed[CURVES])
     if lack:
         raise ValueError(f"{folder / name} is not of this run: it lacks {lack}")
@@ -170,6 +186,8 @@ def _lack(record: Record, columns: Sequence[str]) -> tuple[str, str]:
         for name, found in {CURVES: {*curves["method"]}, MANIFEST: made["seconds"]}.items():
             if missing := [method for method in config["methods"] if method not in found]:
                 return name, f"the methods {', '.join(missing)}"
+        if not all(isinstance(spent, int | float) for spent in made["seconds"].values()):
+            return MANIFEST, "numbers in seconds"
     return "", ""
 
 

@@ -230,6 +230,44 @@ def test_a_cycle_at_once_is_the_same():
         guard.cycle(closure, batches[:2])
 
 
+def test_who_is_away_for_long_stops():
+    """x goes on as it would, at the cost of the fallback; also after it was saved and loaded."""
+    torch.manual_seed(0)
+    batches = minibatches()
+    model = mlp()
+    copies = [copy.deepcopy(model) for _ in range(2)]
+
+    def guarded(model, **options):
+        params = list(model.parameters())
+        learned = [SGD(params, lr=0.0), SGD(params, lr=1e30), Adam(params, lr=0.02)]
+        return BestOf(learned, AdamW(params, lr=0.001), nt=NT, decay=DECAY, **options)
+
+    guard, plain = guarded(model, patience=4), guarded(copies[0])
+    run(plain, copies[0], batches)
+    run(guard, model, batches[: 10 * NT + 1])
+    resumed = guarded(copies[1], patience=4)
+    resumed.load_state_dict(guard.state_dict())
+    run(resumed, copies[1], batches[10 * NT + 1 :])
+    updates = [decision.learned_updates // NT for decision in resumed.history]
+    assert updates == [3] * 4 + [1] * (CYCLES - 4)
+    gradients = [decision.gradients // NT for decision in resumed.history]
+    assert gradients == [ran + 1 for ran in updates]
+    winners = [decision.winner for decision in resumed.history]
+    assert winners == [decision.winner for decision in plain.history]
+    assert set(winners) == {2, 3}
+    assert_same_state(copies[1].state_dict(), copies[0].state_dict())
+
+
+def test_if_all_learned_ones_have_stopped_the_fallback_goes_on():
+    w, closure = quadratic()
+    guard = BestOf(SGD([w], lr=0.0), SGD([w], lr=0.1), nt=1, patience=2)
+    for _ in range(5):
+        guard.step(closure)
+    assert [decision.learned_updates for decision in guard.history] == [1, 1, 0, 0, 0]
+    assert math.isnan(guard.last_decision.learned_loss) and guard.last_decision.finite_learned
+    assert w.item() == pytest.approx(4 * 0.8**5)
+
+
 def test_x_may_be_set_from_outside():
     """All lanes begin at it before the first cycle; later on the one that is followed."""
     w, closure = quadratic(9.0)
@@ -325,6 +363,7 @@ def sgd(w):
     ("refused", "message"),
     [
         (lambda w: BestOf(sgd(w), sgd(w), decay=1), "decay must be above 0 and below 1, got 1"),
+        (lambda w: BestOf(sgd(w), sgd(w), patience=0), "patience must be an integer of at least 1"),
         (lambda w: BestOf([], sgd(w)), "the number of learned optimizers must be an integer"),
         (lambda w: BestOf(sgd(w), sgd(w), nt=0), "nt must be an integer of at least 1, got 0"),
         (lambda w: BestOf(sgd(w), sgd(w)).scaler, "scaler must be given to BestOf"),

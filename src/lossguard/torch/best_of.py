@@ -5,7 +5,7 @@ D    its record: d of all cycles, the past forgotten by and by
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from lossguard.torch.lane import Lane
 from lossguard.torch.lane_guard import LaneGuard
 from lossguard.torch.ratchet import Best
 from lossguard.torch.weights import Weights
-from lossguard.validation import check_decay
+from lossguard.validation import check_count, check_decay
 
 
 class BestOf(LaneGuard):
@@ -55,6 +55,9 @@ class BestOf(LaneGuard):
             Its parameter groups are the guard's.
         nt: minibatches of a cycle.
         decay: D remembers about 1 / (1 - decay) cycles.
+        patience: cycles running in which a learned optimizer isn't followed, after which it stops
+            for good, and costs nothing but memory any more; by default none does. Its rate may be
+            on a schedule by which it gets ahead late.
         model, scaler, schedulers, offload, process_group, callback: as in ``LossGuard``.
 
     ``decision.winner`` numbers the learned optimizers from 0, then the fallback. ``learned_loss``
@@ -86,6 +89,7 @@ class BestOf(LaneGuard):
         *,
         nt: int = 10,
         decay: float = 0.9,
+        patience: int | None = None,
         model: nn.Module | None = None,
         scaler: GradScaler | None = None,
         schedulers: Sequence[LRScheduler] = (),
@@ -95,6 +99,7 @@ class BestOf(LaneGuard):
     ) -> None:
         params = arguments.shared_params(arguments.listed(learned), fallback)
         self.decay = check_decay(decay)
+        self.patience = None if patience is None else check_count("patience", patience)
         arguments.check_offload(offload)
         arguments.check_model(model, params)
         weights = Weights(params, model, torch.device("cpu") if offload else None)
@@ -134,38 +139,41 @@ class BestOf(LaneGuard):
         return self.history[-1]
 
     def _run(self, closures: Sequence[Closure]) -> dict[int, list[Any]]:
-        values = self._cycle.run(closures, range(len(self._paths.all)))
+        values = self._cycle.run(closures, self._paths.running(self.patience))
         if self._cycle.phase == self.nt:
             self._decide()
         return values
 
     def _decide(self) -> None:
         paths, x = self._paths, self._weights
-        seen = outcome(paths.all, [], x, self.process_group)
-        rows = zip(paths.all, seen.trains, strict=True)
+        active = paths.running(self.patience)
+        *learned, fallback = active
+        lanes = [paths.all[number] for number in active]
+        seen = outcome(lanes, [], x, self.process_group)
+        rows = zip(lanes, seen.trains, strict=True)
         at_x = [] if paths.begun else [row[0] for lane, row in rows if not lane.switches]
-        d = [fmean(losses) for losses in seen.trains]
-        fit = paths.record(d, seen.sound, self.decay)
-        self._kept = paths.leader
-        winner = self._kept if any(fit) else NEITHER
+        d = dict(zip(active, map(fmean, seen.trains), strict=True))
+        fit = paths.record(d, dict(zip(active, seen.sound, strict=True)), self.decay)
+        winner = paths.leader if any(fit.values()) else NEITHER
         if winner != NEITHER:
+            self._kept = winner
             x.copy_from(paths.all[winner].copy)
-        reset = paths.settle(fit, seen.broken, x)
+        reset = paths.settle(fit, dict(zip(active, seen.broken, strict=True)), x)
         self._decided(
             Decision(
-                used_learned=[0 <= winner < len(d) - 1] * self.nt,
-                losses=seen.trains[self._kept],
-                learned_loss=min(d[:-1], key=lambda loss: (math.isnan(loss), loss)),
-                fallback_loss=d[-1],
-                finite_learned=any(fit[:-1]),
-                finite_fallback=fit[-1],
-                reset_learned=any(reset[:-1]),
-                reset_fallback=reset[-1],
+                used_learned=[winner in learned] * self.nt,
+                losses=seen.trains[active.index(fallback if winner == NEITHER else winner)],
+                learned_loss=_least([d[number] for number in learned]),
+                fallback_loss=d[fallback],
+                finite_learned=any(fit[number] for number in learned) or not learned,
+                finite_fallback=fit[fallback],
+                reset_learned=any(reset[number] for number in learned),
+                reset_fallback=reset[fallback],
                 winner=winner,
                 steps=self.nt,
                 gradients=self._cycle.gradients,
                 forwards=0,
-                learned_updates=(len(d) - 1) * self.nt,
+                learned_updates=len(learned) * self.nt,
             )
         )
         self._cycle.watch.compare(at_x)
@@ -176,6 +184,7 @@ class BestOf(LaneGuard):
             **super()._save(),
             "lanes": [save_lane(lane, self._cycle.phase) for lane in paths.all],
             "records": list(paths.records),
+            "away": list(paths.away),
             "begun": paths.begun,
         }
 
@@ -183,7 +192,8 @@ class BestOf(LaneGuard):
         paths = self._paths
         for lane, its_state in zip(paths.all, state["lanes"], strict=True):
             load_lane(lane, its_state)
-        paths.records, paths.begun = list(state["records"]), state["begun"]
+        paths.records, paths.away = list(state["records"]), list(state["away"])
+        paths.begun = state["begun"]
         super()._load(state)
 
     def _check_saved(self, saved: dict[str, Any]) -> None:
@@ -204,7 +214,8 @@ class Paths:
     Attributes:
         all: the learned ones, and the fallback.
         best, watched: none, as there is no ratchet.
-        records: D of each.
+        records: D of each; infinite of one that has stopped.
+        away: cycles since each was followed.
         begun: whether a cycle is done. Until then x may be set from outside, for all of them.
     """
 
@@ -214,6 +225,7 @@ class Paths:
     def __init__(self, lanes: list[Lane]) -> None:
         self.all = lanes
         self.records = [0.0] * len(lanes)
+        self.away = [0] * len(lanes)
         self.begun = False
 
     @property
@@ -221,6 +233,11 @@ class Paths:
         """The lane of the lowest record; the fallback where it is level, then the first."""
         last = len(self.all) - 1
         return min((last, *range(last)), key=self.records.__getitem__)
+
+    def running(self, patience: int | None) -> list[int]:
+        """The numbers of those that haven't been away for so long; of the fallback always."""
+        *learned, last = range(len(self.all))
+        return [k for k in learned if patience is None or self.away[k] < patience] + [last]
 
     def checked(self, active: Sequence[int]) -> list[int]:
         """None of them."""
@@ -230,31 +247,42 @@ class Paths:
         """Whether a lane starts from x: the leader, which is there, and may have been set there."""
         return not self.begun or number == self.leader
 
-    def record(self, d: Sequence[float], sound: Sequence[bool], decay: float) -> list[bool]:
-        """Take a cycle down; whether each lane is finite.
+    def record(
+        self, d: Mapping[int, float], sound: Mapping[int, bool], decay: float
+    ) -> dict[int, bool]:
+        """Take a cycle down; whether each lane that ran is finite.
 
         Args:
-            d: mean training loss of each lane.
+            d: mean training loss of each.
             sound: whether its parameters are finite.
             decay: by how much the past fades.
         """
-        lost = not any(map(math.isfinite, d))  # a minibatch that is lost on all doesn't count
-        fit = [fine and (lost or math.isfinite(loss)) for fine, loss in zip(sound, d, strict=True)]
+        lost = not any(map(math.isfinite, d.values()))  # a minibatch lost on all doesn't count
+        fit = {k: sound[k] and (lost or math.isfinite(d[k])) for k in d}
         self.records = [
-            decay * record + (0.0 if lost else loss) if fine else math.inf
-            for record, loss, fine in zip(self.records, d, fit, strict=True)
+            decay * record + (0.0 if lost else d[k]) if fit.get(k) else math.inf
+            for k, record in enumerate(self.records)
         ]
+        if any(fit.values()):
+            self.away = [0 if k == self.leader else away + 1 for k, away in enumerate(self.away)]
         self.begun = True
         return fit
 
-    def settle(self, fit: Sequence[bool], broken: Sequence[bool], x: Weights) -> list[bool]:
+    def settle(
+        self, fit: Mapping[int, bool], broken: Mapping[int, bool], x: Weights
+    ) -> dict[int, bool]:
         """Begin lanes anew that aren't finite, at x, or their memories; which ones that were."""
-        leading = self.records[self.leader] if any(fit) else 0.0
-        for number, lane in enumerate(self.all):
-            if not fit[number]:
+        leading = self.records[self.leader] if any(fit.values()) else 0.0
+        for number, fine in fit.items():
+            lane = self.all[number]
+            if not fine:
                 x.copy_to(lane.copy)
-                lane.forget()
                 self.records[number] = leading
-            elif broken[number]:
+            if broken[number] or not fine:
                 lane.forget()
-        return [one or not fine for one, fine in zip(broken, fit, strict=True)]
+        return {number: broken[number] or not fine for number, fine in fit.items()}
+
+
+def _least(losses: Sequence[float]) -> float:
+    """The lowest that is a number; NaN if there is none."""
+    return min((loss for loss in losses if not math.isnan(loss)), default=math.nan)

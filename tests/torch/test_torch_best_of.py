@@ -165,6 +165,39 @@ def test_what_is_not_finite_begins_anew_at_x():
     assert w.item() == pytest.approx(4 * 0.8**10 * 0.2**2)
 
 
+@pytest.mark.parametrize("lost", [math.inf, -math.inf, math.nan])
+def test_a_bad_loss_of_the_fallback_alone_does_not_throw_it_away(lost):
+    """Its parameters are finite, as where such a step is skipped: it goes on, and is ahead."""
+    w, _ = quadratic()
+    guard = BestOf(SGD([w], lr=1e-4), SGD([w], lr=0.1), nt=2)
+    for call in range(12):
+
+        def closure(call=call):
+            loss = w.square().sum()
+            if call == 7 and loss < 4:  # of the fallback's path
+                return loss * lost
+            loss.backward()
+            return loss
+
+        guard.step(closure)
+    assert [decision.winner for decision in guard.history] == [1] * 6
+    assert w.item() == pytest.approx(4 * 0.8**11)
+
+
+def test_infinite_losses_of_both_signs():
+    w, _ = quadratic()
+    guard = BestOf(SGD([w], lr=0.4), SGD([w], lr=0.1), nt=2)
+    for call in range(6):
+
+        def closure(call=call):
+            loss = w.square().sum()
+            loss.backward()
+            return loss * {2: math.inf, 3: -math.inf}.get(call, 1)
+
+        guard.step(closure)
+    assert [decision.winner for decision in guard.history] == [0, 0, 0]
+
+
 def test_a_minibatch_that_is_lost_on_all_does_not_count():
     w, _ = quadratic()
     guard = BestOf(SGD([w], lr=0.4), SGD([w], lr=0.1), nt=1)
@@ -326,6 +359,76 @@ def test_every_lane_has_a_scaler():
     assert guard.last_decision.winner == 1 and w.item() == pytest.approx(4 * 0.8**3)
 
 
+def test_a_lane_that_begins_anew_scales_as_the_leader_does():
+    """Else its scale, halved at each step that overflows, would go to 0 for ever."""
+    w, _ = quadratic()
+    bold = SGD([w], lr=1e25)
+    schedule = LambdaLR(bold, lambda t: 1.0 if t < 200 else 0.4 / 1e25)
+    guard = BestOf(bold, SGD([w], lr=1e-3), nt=2, schedulers=[schedule], scaler=GradScaler("cpu"))
+
+    def closure():
+        loss = w.square().sum()
+        guard.scaler.scale(loss).backward()
+        return loss
+
+    for _ in range(220):
+        guard.step(closure)
+    assert guard.history[50].winner == 1 and guard.history[50].reset_learned
+    assert guard.last_decision.winner == 0 and not guard.last_decision.reset_learned
+
+
+def test_schedule_free_is_not_moved_by_an_error_of_the_closure():
+    """Where it isn't followed it goes on from where it is, in the training mode that it is in."""
+    package = pytest.importorskip("schedulefree")
+    ends = []
+    for fails in (False, True):
+        torch.manual_seed(0)
+        model, batches = mlp(), minibatches()
+        ahead = Adam(model.parameters(), lr=0.02)
+        free = package.SGDScheduleFree(model.parameters(), lr=0.01)
+        guard = BestOf(free, ahead, nt=NT)
+        run(guard, model, batches[: 2 * NT])
+        if fails:
+            with pytest.raises(KeyError):
+                guard.step(lambda: {}["loss"])
+        run(guard, model, batches[2 * NT : 4 * NT])
+        assert [decision.winner for decision in guard.history] == [1] * 4
+        ends.append(guard._paths.all[0].copy)
+    assert_same_state(*ends)
+
+
+@pytest.mark.parametrize("kind", [BestOf, LossGuard])
+def test_an_interrupt_of_the_decision_loses_the_cycle_alone(kind, monkeypatch):
+    w, closure = quadratic()
+    guard = kind(SGD([w], lr=0.4), SGD([w], lr=0.1), nt=2)
+    calls = guard.nt + getattr(guard, "nc", 0)
+    for _ in range(calls):
+        guard.step(closure)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"lossguard.torch.{kind.__module__.rsplit('.')[-1]}.outcome", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            for _ in range(calls):
+                guard.step(closure)
+    assert len(guard.history) == 1 and guard.phase == 0
+    for done in range(calls):
+        assert guard.phase == done
+        guard.step(closure)
+    assert len(guard.history) == 2 and guard.phase == 0
+
+
+@pytest.mark.parametrize("kind", [BestOf, LossGuard])
+def test_a_model_that_has_got_buffers_is_refused(kind):
+    model = nn.Sequential(nn.Linear(2, 2))
+    guard = kind(Adam(model.parameters()), SGD(model.parameters()), nt=1, model=model)
+    model.append(nn.BatchNorm1d(2))
+    with pytest.raises(ValueError, match=r"^model must have the buffers .*, got 3 more: build a"):
+        guard.add_param_group({"params": model[1].parameters()})
+
+
 def test_groups_can_be_added_between_cycles():
     first, second = nn.Linear(2, 8), nn.Linear(8, 2)
     model = nn.Sequential(first, nn.BatchNorm1d(8), second)
@@ -366,6 +469,14 @@ def sgd(w):
         (lambda w: BestOf(sgd(w), sgd(w), patience=0), "patience must be an integer of at least 1"),
         (lambda w: BestOf([], sgd(w)), "the number of learned optimizers must be an integer"),
         (lambda w: BestOf(sgd(w), sgd(w), nt=0), "nt must be an integer of at least 1, got 0"),
+        (
+            lambda w: BestOf(LossGuard(sgd(w), sgd(w)), sgd(w)),
+            "learned must train on every minibatch, got a LossGuard",
+        ),
+        (
+            lambda w: LossGuard(sgd(w), BestOf(sgd(w), sgd(w))),
+            "fallback must train on every minibatch, got a BestOf",
+        ),
         (lambda w: BestOf(sgd(w), sgd(w)).scaler, "scaler must be given to BestOf"),
         (
             lambda w: BestOf(sgd(w), sgd(w)).load_state_dict(

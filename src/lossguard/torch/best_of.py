@@ -6,7 +6,6 @@ D    its record: d of all cycles, the past forgotten by and by
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -46,8 +45,10 @@ class BestOf(LaneGuard):
 
         sum_c decay^(C-c) d[followed in c](c)  <=  min_j sum_c decay^(C-c) d[j](c)
 
-    It takes no check minibatches. A lane that isn't finite any more begins anew at x, with the
-    leader's record. Between calls the model holds x, which changes at decisions only.
+    It takes no check minibatches. Minibatches on which the fallback's loss isn't finite count for
+    none; a learned lane whose loss isn't on another, or a lane whose parameters aren't finite,
+    begins anew at x, with the leader's record. Between calls the model holds x, which changes at
+    decisions only. Where data repeat, training losses are lower for whoever overfits.
 
     Args:
         learned: the optimizer that isn't trusted, or several.
@@ -63,7 +64,7 @@ class BestOf(LaneGuard):
     ``decision.winner`` numbers the learned optimizers from 0, then the fallback. ``learned_loss``
     and ``fallback_loss`` are d, of the best learned one and of the fallback.
 
-    Memory and cost: those of the optimizers together, and one copy more of the parameters.
+    Memory: their states, and a copy of the parameters and buffers for each beside the model.
 
     Raises:
         ValueError: if an argument isn't one of the above.
@@ -128,6 +129,11 @@ class BestOf(LaneGuard):
         )
         self._drive(self._paths)
 
+    @property
+    def records(self) -> list[float]:
+        """D of each optimizer, the learned ones first; infinite of one that has stopped."""
+        return list(self._paths.records)
+
     def cycle(self, loss_fn: Callable[[Any], Tensor], train_batches: Iterable[Any]) -> Decision:
         """Take the minibatches of a whole cycle at once, one lane after the other.
 
@@ -135,7 +141,7 @@ class BestOf(LaneGuard):
             loss_fn: the loss of a minibatch; the guard calls ``backward``.
             train_batches: nt minibatches.
         """
-        self._run(self._closures(loss_fn, self._check_train(train_batches)))
+        self._take(self._closures(loss_fn, self._check_train(train_batches)))
         return self.history[-1]
 
     def _run(self, closures: Sequence[Closure]) -> dict[int, list[Any]]:
@@ -152,8 +158,8 @@ class BestOf(LaneGuard):
         seen = outcome(lanes, [], x, self.process_group)
         rows = zip(lanes, seen.trains, strict=True)
         at_x = [] if paths.begun else [row[0] for lane, row in rows if not lane.switches]
-        d = dict(zip(active, map(fmean, seen.trains), strict=True))
-        fit = paths.record(d, dict(zip(active, seen.sound, strict=True)), self.decay)
+        losses = dict(zip(active, seen.trains, strict=True))
+        d, fit = paths.record(losses, dict(zip(active, seen.sound, strict=True)), self.decay)
         winner = paths.leader if any(fit.values()) else NEITHER
         if winner != NEITHER:
             self._kept = winner
@@ -162,7 +168,7 @@ class BestOf(LaneGuard):
         self._decided(
             Decision(
                 used_learned=[winner in learned] * self.nt,
-                losses=seen.trains[active.index(fallback if winner == NEITHER else winner)],
+                losses=losses[fallback if winner == NEITHER else winner],
                 learned_loss=_least([d[number] for number in learned]),
                 fallback_loss=d[fallback],
                 finite_learned=any(fit[number] for number in learned) or not learned,
@@ -248,35 +254,42 @@ class Paths:
         return not self.begun or number == self.leader
 
     def record(
-        self, d: Mapping[int, float], sound: Mapping[int, bool], decay: float
-    ) -> dict[int, bool]:
-        """Take a cycle down; whether each lane that ran is finite.
+        self, losses: Mapping[int, Sequence[float]], sound: Mapping[int, bool], decay: float
+    ) -> tuple[dict[int, float], dict[int, bool]]:
+        """Take a cycle down; d of each lane that ran, and whether it goes on.
+
+        A minibatch on which the fallback's loss isn't finite counts for none. A learned lane has to
+        be finite on the others, and so have the parameters of every lane.
 
         Args:
-            d: mean training loss of each.
+            losses: training losses of each.
             sound: whether its parameters are finite.
             decay: by how much the past fades.
         """
-        lost = not any(map(math.isfinite, d.values()))  # a minibatch lost on all doesn't count
-        fit = {k: sound[k] and (lost or math.isfinite(d[k])) for k in d}
+        fallback = len(self.all) - 1
+        counted = [t for t, loss in enumerate(losses[fallback]) if math.isfinite(loss)]
+        d = {k: sum(row[t] / len(counted) for t in counted) for k, row in losses.items()}
+        fit = {k: sound[k] and (k == fallback or math.isfinite(d[k])) for k in d}
         self.records = [
-            decay * record + (0.0 if lost else d[k]) if fit.get(k) else math.inf
+            decay * record + d[k] if fit.get(k) else math.inf
             for k, record in enumerate(self.records)
         ]
         if any(fit.values()):
             self.away = [0 if k == self.leader else away + 1 for k, away in enumerate(self.away)]
         self.begun = True
-        return fit
+        return d, fit
 
     def settle(
         self, fit: Mapping[int, bool], broken: Mapping[int, bool], x: Weights
     ) -> dict[int, bool]:
         """Begin lanes anew that aren't finite, at x, or their memories; which ones that were."""
-        leading = self.records[self.leader] if any(fit.values()) else 0.0
+        leader = self.leader
+        leading = self.records[leader] if any(fit.values()) else 0.0
         for number, fine in fit.items():
             lane = self.all[number]
             if not fine:
                 x.copy_to(lane.copy)
+                lane.take_scale(self.all[leader])
                 self.records[number] = leading
             if broken[number] or not fine:
                 lane.forget()

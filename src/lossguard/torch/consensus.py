@@ -79,4 +79,7 @@ def agree(
 
 
 def _numbers(losses: list[Tensor]) -> list[float]:
-    return torch.stack(losses).tolist() if losses else []
+    if not losses:
+        return []
+    device = losses[-1].device  # the others may have been loaded from a file to another one
+    return torch.stack([loss.to(device) for loss in losses]).tolist()

@@ -105,9 +105,10 @@ class Cycle:
                         self.placing.save(lane.copy)  # after the last step that trains
             self._hold(trains, draws)
         except BaseException:
-            self.phase = 0  # the cycle is lost, x is not
-            for lane in self.lanes.all:
-                lane.stop()
+            self.phase = 0  # the cycle is lost; x isn't, nor where lanes on own paths are
+            for number, lane in enumerate(self.lanes.all):
+                if self.lanes.begins_at_x(number):
+                    lane.stop()
             raise
         finally:
             self.holding = False
@@ -121,6 +122,12 @@ class Cycle:
         """Make room for parameters that the optimizers have just got."""
         weights = self.weights
         before = len(weights.params)
+        had, has = len(self.lanes.all[0].copy), len(weights.copy())
+        if had != has:
+            raise ValueError(
+                f"model must have the buffers that it was built with, got {has - had} more: build "
+                "a new guard"
+            )
         weights.params += params
         weights.clear_gradients()  # theirs may be left from before
         best = self.lanes.best

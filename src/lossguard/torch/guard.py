@@ -7,6 +7,7 @@ nt   train minibatches per cycle: each is one optimizer step in every lane
 nc   check minibatches per cycle: each is one loss in every lane
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import compress, islice
 from typing import Any, Literal, get_args
@@ -176,7 +177,7 @@ class LossGuard(LaneGuard):
                     f"check_batches must be at least {look} minibatches, got {drawn}"
                     f"{arguments.ENDLESS}"
                 )
-            self._run(self._closures(loss_fn, [*train, *batches]))
+            self._take(self._closures(loss_fn, [*train, *batches]))
             if self._cycle.phase == 0:
                 break
             train = []
@@ -255,6 +256,9 @@ class LossGuard(LaneGuard):
             self._weights,
         )
         losses = seen.trains[verdict.best_fallback if row == NEITHER else row]
+        for number, trains, sound in zip(active[:m], seen.trains, seen.sound, strict=False):
+            if not (sound and all(map(math.isfinite, trains))):
+                self._lanes.all[number].take_scale(self._lanes.all[self._kept])
         if best is not None and self._probe:
             best.anew = False
         kept = [] if row == NEITHER else losses

@@ -126,6 +126,11 @@ class Lane:
         else:
             self.memory = self.inner.fresh.copy()
 
+    def take_scale(self, other: "Lane") -> None:
+        """Scale gradients as another lane does, where this one goes on from there."""
+        if self.scaler is not None and other.scaler is not None:
+            self.scaler.load_state_dict(other.scaler.state_dict())
+
     def hand_over(self) -> None:
         """Let the other lane of its optimizer remember what this one does."""
         if self.memory is not None:

@@ -43,7 +43,12 @@ class LaneGuard(Guard):
         process_group: distributed.ProcessGroup | None,
         callback: Callable[[Decision], object] | None,
     ) -> None:
-        arguments.check_schedulers(schedulers, [*arguments.listed(learned), fallback])
+        several = arguments.listed(learned)
+        for name, one in (*(("learned", one) for one in several), ("fallback", fallback)):
+            if isinstance(one, LaneGuard):
+                kind = type(one).__name__
+                raise ValueError(f"{name} must train on every minibatch, got a {kind}")
+        arguments.check_schedulers(schedulers, [*several, fallback])
         self.nt = check_count("nt", nt)
         super().__init__(learned, fallback, weights)
         self.schedulers = list(schedulers)
@@ -55,6 +60,11 @@ class LaneGuard(Guard):
         self._course = course
         self._cycle = Cycle(course, self._weights, self.schedulers, self.nt)
         self._kept = len(course.all) - 1
+
+    @property
+    def phase(self) -> int:
+        """Minibatches seen of this cycle; 0 between cycles, when ``step`` has just decided."""
+        return self._cycle.phase
 
     @property
     def checking(self) -> bool:
@@ -86,7 +96,7 @@ class LaneGuard(Guard):
         """
         kind = type(self).__name__
         closure = self._check_step(closure, f" (a GradScaler goes to {kind} as scaler)")
-        values = self._run([closure])
+        values = self._take([closure])
         value = values.get(self._kept, values[max(values)])[0]
         return value.detach() if isinstance(value, Tensor) else value
 
@@ -106,6 +116,14 @@ class LaneGuard(Guard):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(learned={self.learned!r}, fallback={self.fallback!r})"
+
+    def _take(self, closures: Sequence[Closure]) -> dict[int, list[Any]]:
+        """The same as ``_run``; a cycle whose decision is interrupted is lost."""
+        try:
+            return self._run(closures)
+        except BaseException:
+            self._cycle.phase = 0
+            raise
 
     def _run(self, closures: Sequence[Closure]) -> dict[int, list[Any]]:
         """Run every lane over some minibatches, and decide if those were enough."""

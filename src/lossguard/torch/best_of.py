@@ -5,7 +5,7 @@ D    its record: d of all cycles, the past forgotten by and by
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,7 @@ from lossguard.torch.facade import Closure
 from lossguard.torch.inner import clone
 from lossguard.torch.lane import Lane
 from lossguard.torch.lane_guard import LaneGuard
-from lossguard.torch.ratchet import Best
+from lossguard.torch.paths import Paths
 from lossguard.torch.weights import Weights
 from lossguard.validation import check_count, check_decay
 
@@ -113,18 +113,11 @@ class BestOf(LaneGuard):
             process_group=process_group,
             callback=callback,
         )
-        learned_lanes = len(self._inners) - 1
+        names = ["learned"] * (len(self._inners) - 1) + ["fallback"]
         self._paths = Paths(
             [
-                Lane(
-                    "learned" if number < learned_lanes else "fallback",
-                    inner,
-                    "keep",
-                    clone(scaler),
-                    weights.copy(),
-                    own_path=True,
-                )
-                for number, inner in enumerate(self._inners)
+                Lane(name, inner, "keep", clone(scaler), weights.copy(), own_path=True)
+                for name, inner in zip(names, self._inners, strict=True)
             ]
         )
         self._drive(self._paths)
@@ -212,88 +205,6 @@ class BestOf(LaneGuard):
             raise ValueError(
                 f"state_dict from within a cycle must have nt={self.nt}, got nt={state['nt']}"
             )
-
-
-class Paths:
-    """Lanes that each go on from where they are.
-
-    Attributes:
-        all: the learned ones, and the fallback.
-        best, watched: none, as there is no ratchet.
-        records: D of each; infinite of one that has stopped.
-        away: cycles since each was followed.
-        begun: whether a cycle is done. Until then x may be set from outside, for all of them.
-    """
-
-    best: Best | None = None
-    watched: Best | None = None
-
-    def __init__(self, lanes: list[Lane]) -> None:
-        self.all = lanes
-        self.records = [0.0] * len(lanes)
-        self.away = [0] * len(lanes)
-        self.begun = False
-
-    @property
-    def leader(self) -> int:
-        """The lane of the lowest record; the fallback where it is level, then the first."""
-        last = len(self.all) - 1
-        return min((last, *range(last)), key=self.records.__getitem__)
-
-    def running(self, patience: int | None) -> list[int]:
-        """The numbers of those that haven't been away for so long; of the fallback always."""
-        *learned, last = range(len(self.all))
-        return [k for k in learned if patience is None or self.away[k] < patience] + [last]
-
-    def checked(self, active: Sequence[int]) -> list[int]:
-        """None of them."""
-        return []
-
-    def begins_at_x(self, number: int) -> bool:
-        """Whether a lane starts from x: the leader, which is there, and may have been set there."""
-        return not self.begun or number == self.leader
-
-    def record(
-        self, losses: Mapping[int, Sequence[float]], sound: Mapping[int, bool], decay: float
-    ) -> tuple[dict[int, float], dict[int, bool]]:
-        """Take a cycle down; d of each lane that ran, and whether it goes on.
-
-        A minibatch on which the fallback's loss isn't finite counts for none. A learned lane has to
-        be finite on the others, and so have the parameters of every lane.
-
-        Args:
-            losses: training losses of each.
-            sound: whether its parameters are finite.
-            decay: by how much the past fades.
-        """
-        fallback = len(self.all) - 1
-        counted = [t for t, loss in enumerate(losses[fallback]) if math.isfinite(loss)]
-        d = {k: sum(row[t] / len(counted) for t in counted) for k, row in losses.items()}
-        fit = {k: sound[k] and (k == fallback or math.isfinite(d[k])) for k in d}
-        self.records = [
-            decay * record + d[k] if fit.get(k) else math.inf
-            for k, record in enumerate(self.records)
-        ]
-        if any(fit.values()):
-            self.away = [0 if k == self.leader else away + 1 for k, away in enumerate(self.away)]
-        self.begun = True
-        return d, fit
-
-    def settle(
-        self, fit: Mapping[int, bool], broken: Mapping[int, bool], x: Weights
-    ) -> dict[int, bool]:
-        """Begin lanes anew that aren't finite, at x, or their memories; which ones that were."""
-        leader = self.leader
-        leading = self.records[leader] if any(fit.values()) else 0.0
-        for number, fine in fit.items():
-            lane = self.all[number]
-            if not fine:
-                x.copy_to(lane.copy)
-                lane.take_scale(self.all[leader])
-                self.records[number] = leading
-            if broken[number] or not fine:
-                lane.forget()
-        return {number: broken[number] or not fine for number, fine in fit.items()}
 
 
 def _least(losses: Sequence[float]) -> float:

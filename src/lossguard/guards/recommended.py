@@ -44,7 +44,8 @@ def recommended(
             for short runs; where it wins late, they cost some of that.
         loser: what becomes of the optimizer state of a lane that lost, as in ``loss_guard``.
             "reset" is for learned optimizers, which are at their best when they begin; an ordinary
-            one, such as Adam at a bold rate, does better with "keep".
+            one, such as Adam at a bold rate, does better with "keep", and better still beside the
+            fallback on a path of its own (``best_of``).
 
     Raises:
         ValueError: as ``loss_guard``; or if most is no integer or below nc, or nc is 1 and

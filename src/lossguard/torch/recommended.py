@@ -44,7 +44,7 @@ def recommended(
             200 are 4,000 calls of ``step`` at nt = nc = 10, so take fewer in a short run.
         loser: what the optimizer of a lane that lost remembers, as in ``LossGuard``. "reset" is for
             learned optimizers, which are at their best when they begin; an ordinary one, such as
-            AdamW at a bold rate, does better with "keep".
+            AdamW at a bold rate, does better with "keep", and better still in ``BestOf``.
         options: ``model``, ``scaler``, ``schedulers``, ``offload``, ``process_group`` and
             ``callback``, as in ``LossGuard``.
 

@@ -405,8 +405,8 @@ def test_plot_of_something_else(
     [
         ("config.json", "seeds", "5", "is not of a run: seeds must be of type int, got '5'"),
         ("config.json", "methods", None, "methods must be of type list, got None"),
-        ("manifest.json", "seconds", 3, "seconds must be of type dict, got 3"),
-        ("manifest.json", "seconds", {"a": "1"}, "is not of this run: it lacks numbers in seconds"),
+        ("manifest.json", "seconds", 3, "is not of this run: it lacks seconds of each method"),
+        ("manifest.json", "seconds", {"a": "1"}, "it lacks seconds of each method"),
     ],
 )
 def test_plot_of_records_edited_by_hand(

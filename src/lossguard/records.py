@@ -49,7 +49,6 @@ KINDS: Mapping[str, type] = {
     "seeds": int,
     "seed": int,
     "data": str,
-    "seconds": dict,
     "versions": dict,
 }
 """Of the fields of configs and manifests that are read."""
@@ -165,7 +164,7 @@ def read_run(folder: Path) -> Record:
             raise ValueError(f"{folder / name} is not of a run: it lacks {', '.join(missing)}")
     for name, found in {CONFIG: config, MANIFEST: made}.items():
         for field, kind in KINDS.items():
-            if not isinstance(found.get(field, kind()), kind):
+            if field in found and not isinstance(found[field], kind):
                 told = f"{field} must be of type {kind.__name__}, got {found[field]!r}"
                 raise ValueError(f"{folder / name} is not of a run: {told}")
     name, lack = _lack(record, needed[CURVES])
@@ -183,11 +182,14 @@ def _lack(record: Record, columns: Sequence[str]) -> tuple[str, str]:
         if name != "method" and curves[name].to_numpy().dtype.kind not in "iuf":
             return CURVES, f"numbers in column {name}"
     if not record.is_meta:
-        for name, found in {CURVES: {*curves["method"]}, MANIFEST: made["seconds"]}.items():
+        spent = made["seconds"]
+        if not isinstance(spent, dict) or not all(
+            isinstance(n, int | float) for n in spent.values()
+        ):
+            return MANIFEST, "seconds of each method"
+        for name, found in {CURVES: {*curves["method"]}, MANIFEST: spent}.items():
             if missing := [method for method in config["methods"] if method not in found]:
                 return name, f"the methods {', '.join(missing)}"
-        if not all(isinstance(spent, int | float) for spent in made["seconds"].values()):
-            return MANIFEST, "numbers in seconds"
     return "", ""
 
 

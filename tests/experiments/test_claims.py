@@ -461,7 +461,9 @@ RESULTS = Path(__file__).parents[2] / "results"
 def test_committed_records_are_judged_as_when_they_were_made() -> None:
     """So that no change of the code silently takes a record's voice."""
     found, committed = {}, {}
-    for folder, record in read_runs([RESULTS])[0].items():
+    runs, others = read_runs([RESULTS])
+    assert not others
+    for folder, record in runs.items():
         file = folder / records.VERDICTS
         told = json.loads(file.read_text()) if file.exists() else {}
         committed[folder.name] = {claim: verdict["outcome"] for claim, verdict in told.items()}

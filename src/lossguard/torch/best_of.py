@@ -8,13 +8,11 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, distributed, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lossguard.torch import arguments
 from lossguard.torch.checkpoint import load_lane, save_lane
 from lossguard.torch.consensus import outcome
 from lossguard.torch.decision import NEITHER, Decision
@@ -23,7 +21,6 @@ from lossguard.torch.inner import clone
 from lossguard.torch.lane import Lane
 from lossguard.torch.lane_guard import LaneGuard
 from lossguard.torch.paths import Paths
-from lossguard.torch.weights import Weights
 from lossguard.validation import check_count, check_decay
 
 
@@ -98,25 +95,22 @@ class BestOf(LaneGuard):
         process_group: distributed.ProcessGroup | None = None,
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
-        params = arguments.shared_params(arguments.listed(learned), fallback)
         self.decay = check_decay(decay)
         self.patience = None if patience is None else check_count("patience", patience)
-        arguments.check_offload(offload)
-        arguments.check_model(model, params)
-        weights = Weights(params, model, torch.device("cpu") if offload else None)
         super().__init__(
             learned,
             fallback,
-            weights,
             nt=nt,
+            model=model,
             schedulers=schedulers,
+            offload=offload,
             process_group=process_group,
             callback=callback,
         )
         names = ["learned"] * (len(self._inners) - 1) + ["fallback"]
         self._paths = Paths(
             [
-                Lane(name, inner, "keep", clone(scaler), weights.copy(), own_path=True)
+                Lane(name, inner, "keep", clone(scaler), self._weights.copy(), own_path=True)
                 for name, inner in zip(names, self._inners, strict=True)
             ]
         )

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import compress, islice
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, distributed, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
@@ -31,7 +30,6 @@ from lossguard.torch.probing import Probing, ProbingState, always
 from lossguard.torch.ratchet import Ratchet
 from lossguard.torch.track_record import TrackRecord
 from lossguard.torch.verdict import follow_first, judge
-from lossguard.torch.weights import Weights
 from lossguard.validation import check_choice, check_kind, check_nc
 
 
@@ -116,8 +114,6 @@ class LossGuard(LaneGuard):
         process_group: distributed.ProcessGroup | None = None,
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
-        several = arguments.listed(learned)
-        params = arguments.shared_params(several, fallback)
         check_choice("loser", loser, get_args(Loser))
         if hedge not in (False, True, "only") and not isinstance(hedge, TrackRecord):
             raise ValueError(f"hedge must be False, True, 'only' or track_record(), got {hedge!r}")
@@ -126,15 +122,13 @@ class LossGuard(LaneGuard):
         if ratchet is not None:
             check_kind("ratchet", ratchet, Ratchet, "ratchet()")
         self.nc = check_nc(nc, criterion.least if criterion.looks is None else 1)
-        arguments.check_offload(offload)
-        arguments.check_model(model, params)
-        weights = Weights(params, model, torch.device("cpu") if offload else None)
         super().__init__(
             learned,
             fallback,
-            weights,
             nt=nt,
+            model=model,
             schedulers=schedulers,
+            offload=offload,
             process_group=process_group,
             callback=callback,
         )
@@ -146,7 +140,7 @@ class LossGuard(LaneGuard):
             hedge=hedge,
             ratchet=ratchet,
             scaler=scaler,
-            weights=weights,
+            weights=self._weights,
         )
         self._drive(self._lanes)
         self._looks = criterion.looks or (self.nc,)

@@ -5,9 +5,10 @@ nt   train minibatches per cycle: each is one optimizer step in every lane that 
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
-from torch import Tensor, distributed
+import torch
+from torch import Tensor, distributed, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -36,20 +37,25 @@ class LaneGuard(Guard):
         self,
         learned: Optimizer | Sequence[Optimizer],
         fallback: Optimizer,
-        weights: Weights,
         *,
         nt: int,
+        model: nn.Module | None,
         schedulers: Sequence[LRScheduler],
+        offload: Literal["cpu"] | None,
         process_group: distributed.ProcessGroup | None,
         callback: Callable[[Decision], object] | None,
     ) -> None:
         several = arguments.listed(learned)
+        params = arguments.shared_params(several, fallback)
         for name, one in (*(("learned", one) for one in several), ("fallback", fallback)):
             if isinstance(one, LaneGuard):
                 kind = type(one).__name__
                 raise ValueError(f"{name} must train on every minibatch, got a {kind}")
         arguments.check_schedulers(schedulers, [*several, fallback])
+        arguments.check_offload(offload)
+        arguments.check_model(model, params)
         self.nt = check_count("nt", nt)
+        weights = Weights(params, model, torch.device("cpu") if offload else None)
         super().__init__(learned, fallback, weights)
         self.schedulers = list(schedulers)
         self.process_group = process_group
@@ -57,7 +63,6 @@ class LaneGuard(Guard):
 
     def _drive(self, course: Course) -> None:
         """Take these lanes through cycles; the last of them is kept until the first decision."""
-        self._course = course
         self._cycle = Cycle(course, self._weights, self.schedulers, self.nt)
         self._kept = len(course.all) - 1
 

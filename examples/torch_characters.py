@@ -8,17 +8,17 @@ which depends on how far one trains. ``BestOf`` follows the better of the two, a
 """
 
 import argparse as text_source
-import csv
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 import tyro
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch_compare import Row, compare, marks
 
 from lossguard.torch import BestOf, recommended
 
@@ -83,7 +83,7 @@ def optimizer_of(method: str, model: Transformer, careful: float, bold: float) -
     return BestOf(learned, fallback, model=model)
 
 
-def train(method: str, calls: int, careful: float, bold: float, seed: int) -> list[dict[str, Any]]:
+def train(method: str, seed: int, *, calls: int, careful: float, bold: float) -> list[Row]:
     """Train on ``calls`` minibatches; what came of it by each mark."""
     validation = [*sequences(30, seed=1000)]
     torch.manual_seed(seed)
@@ -109,18 +109,13 @@ def train(method: str, calls: int, careful: float, bold: float, seed: int) -> li
     return rows
 
 
-def marks(calls: int) -> list[int]:
-    """An eighth of all minibatches, a quarter, half, and all."""
-    return [calls // part for part in (8, 4, 2, 1)]
-
-
 def main(
     calls: int = 400,
     careful: float = 3e-3,
     bold: float = 9e-2,
     seeds: int = 1,
     out: Path | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Compare the two rates, alone and guarded, on the same minibatches.
 
     Args:
@@ -131,23 +126,8 @@ def main(
         out: a CSV file for what was measured of each seed.
     """
     print(f"AdamW at {careful:g} and {bold:g}; mean loss on 30 other minibatches after")
-    print(" " * 12 + "".join(f"{mark:8,}" for mark in marks(calls)) + "   highest   seconds")
-    rows = []
-    for method in METHODS:
-        runs = [train(method, calls, careful, bold, seed) for seed in range(seeds)]
-        means = "".join(
-            f"{fmean(row['loss'] for row in at):8.3f}" for at in zip(*runs, strict=True)
-        )
-        highest = max(run[-1]["highest"] for run in runs)
-        seconds = fmean(run[-1]["seconds"] for run in runs)
-        print(f"{method:12}{means}{highest:10.2f}{seconds:10.1f}", flush=True)
-        rows += [row for run in runs for row in run]
-    if out is not None:
-        with out.open("w", newline="") as file:
-            table = csv.DictWriter(file, list(rows[0]))
-            table.writeheader()
-            table.writerows(rows)
-    return rows
+    run = partial(train, calls=calls, careful=careful, bold=bold)
+    return compare(METHODS, run, calls, seeds, out)
 
 
 if __name__ == "__main__":

@@ -37,12 +37,14 @@ def images() -> tuple[Tensor, Tensor]:
     return torch.tensor(pixels, dtype=torch.float32), torch.tensor(labels, dtype=torch.int64)
 
 
-def minibatches(data: Batch, size: int, count: int) -> Iterator[Batch]:
+def minibatches(
+    data: Batch, size: int, count: int, draws: torch.Generator | None = None
+) -> Iterator[Batch]:
     """``count`` minibatches, drawn without replacement until the data is used up."""
     pixels, labels = data
     order = torch.empty(0, dtype=torch.int64)
     for _ in range(count):
         if len(order) < size:
-            order = torch.randperm(len(labels))
+            order = torch.randperm(len(labels), generator=draws)
         part, order = order[:size], order[size:]
         yield pixels[part], labels[part]

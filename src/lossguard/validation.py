@@ -12,10 +12,10 @@ from numbers import Integral
 from typing import Any
 
 
-def check_count(name: str, value: int) -> int:
-    """Require an integer of at least 1."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+def check_count(name: str, value: int, least: int = 1) -> int:
+    """Require an integer of at least 1, or ``least``."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     return int(value)
 
 

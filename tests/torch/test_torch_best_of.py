@@ -74,6 +74,39 @@ def test_it_follows_the_lowest_record_and_disturbs_none(offload):
     assert set(followed) == {0, 1, 2}
 
 
+def test_with_checks_it_follows_the_lowest_record_on_held_out_minibatches():
+    """Bit by bit against each optimizer alone; training losses would often choose another one."""
+    torch.manual_seed(0)
+    model, nc = mlp(nn.BatchNorm1d(16)), 2
+    twins, train = [copy.deepcopy(model) for _ in range(3)], minibatches()
+    runs = [alone(twin, number, train) for number, twin in enumerate(twins)]
+    guard, records, on_training, followed = build(model, nc=nc), np.zeros(3), np.zeros(3), []
+    for cycle, batches in enumerate(zip(*[iter(train)] * NT, strict=True)):
+        part = slice(cycle * NT, (cycle + 1) * NT)
+        held_out = [spiral(16) for _ in range(nc)]
+        d = []
+        for twin, (_, states) in zip(twins, runs, strict=True):
+            twin.load_state_dict(states[cycle])
+            with torch.no_grad():
+                d.append(np.mean([loss_fn(twin, batch).item() for batch in held_out]))
+        run(guard, model, batches)
+        assert guard.checking
+        run(guard, model, held_out)
+        records = DECAY * records + d
+        on_training = DECAY * on_training + [np.mean(losses[part]) for losses, _ in runs]
+        best, decision = int(np.argmin(records)), guard.last_decision
+        assert decision.winner == best and not guard.checking
+        assert decision.losses == pytest.approx(runs[best][0][part], rel=1e-6)
+        assert decision.fallback_loss == pytest.approx(d[2], rel=1e-6)
+        assert decision.learned_loss == pytest.approx(min(d[:2]), rel=1e-6)
+        assert (decision.gradients, decision.forwards) == (3 * NT, 3 * nc)
+        assert guard.records == pytest.approx(list(records), rel=1e-6)
+        assert_same_state(model.state_dict(), runs[best][1][cycle])
+        followed.append((best, int(np.argmin(on_training))))
+    assert len({best for best, _ in followed}) > 1
+    assert any(best != by_training for best, by_training in followed)
+
+
 def test_it_is_as_in_jax():
     """The same rule over the same losses, with optax's optimizers."""
     jax = pytest.importorskip("jax")
@@ -223,19 +256,20 @@ def test_if_none_is_finite_x_stays_and_all_begin_anew():
     assert w.item() == 4.0
 
 
-@pytest.mark.parametrize("done", range(3, 8))
-def test_resumes_bit_by_bit_at_any_point_of_a_cycle(done):
+@pytest.mark.parametrize("nc", [0, 2])
+@pytest.mark.parametrize("done", range(3, 9))
+def test_resumes_bit_by_bit_at_any_point_of_a_cycle(done, nc):
     batches = minibatches(6)
     model = mlp(nn.BatchNorm1d(16), nn.Dropout(0.2))
     twin = copy.deepcopy(model)
-    guard = build(model)
+    guard = build(model, nc=nc)
     run(guard, model, batches[:done])
     file = io.BytesIO()
     torch.save(guard.state_dict(), file)
     losses = run(guard, model, batches[done:])
 
     file.seek(0)
-    resumed = build(twin)
+    resumed = build(twin, nc=nc)
     torch.randn(7)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     assert_same_state(run(resumed, twin, batches[done:]), losses)
@@ -243,16 +277,17 @@ def test_resumes_bit_by_bit_at_any_point_of_a_cycle(done):
     assert_same_state(resumed.state_dict(), guard.state_dict())
 
 
-def test_a_cycle_at_once_is_the_same():
+@pytest.mark.parametrize("nc", [0, 2])
+def test_a_cycle_at_once_is_the_same(nc):
     """Dropout's random numbers included, which lanes share."""
     model = mlp(nn.Dropout(0.2))
     twin, batches = copy.deepcopy(model), minibatches()
-    guard, other = build(model), build(twin)
+    guard, other = build(model, nc=nc), build(twin, nc=nc)
     state = torch.get_rng_state()
     run(guard, model, batches)
     torch.set_rng_state(state)
-    for part in zip(*[iter(batches)] * NT, strict=True):
-        decision = other.cycle(lambda batch: loss_fn(twin, batch), part)
+    for part in zip(*[iter(batches)] * (NT + nc), strict=True):
+        decision = other.cycle(lambda batch: loss_fn(twin, batch), part[:NT], part[NT:])
         assert decision is other.last_decision
     assert_same_state(twin.state_dict(), model.state_dict())
     assert other.history == guard.history
@@ -261,6 +296,9 @@ def test_a_cycle_at_once_is_the_same():
         other.cycle(closure, batches[:NT])
     with pytest.raises(ValueError, match=r"^train_batches must be 3 minibatches, got 2 "):
         guard.cycle(closure, batches[:2])
+    if nc:
+        with pytest.raises(ValueError, match=r"^check_batches must be at least 2 minibatches, got"):
+            guard.cycle(closure, batches[:NT], batches[:1])
 
 
 def test_who_is_away_for_long_stops():
@@ -469,6 +507,7 @@ def sgd(w):
         (lambda w: BestOf(sgd(w), sgd(w), patience=0), "patience must be an integer of at least 1"),
         (lambda w: BestOf([], sgd(w)), "the number of learned optimizers must be an integer"),
         (lambda w: BestOf(sgd(w), sgd(w), nt=0), "nt must be an integer of at least 1, got 0"),
+        (lambda w: BestOf(sgd(w), sgd(w), nc=-1), "nc must be an integer of at least 0, got -1"),
         (
             lambda w: BestOf(LossGuard(sgd(w), sgd(w)), sgd(w)),
             "learned must train on every minibatch, got a LossGuard",
@@ -501,5 +540,7 @@ def test_a_state_dict_from_within_a_cycle_of_another_length_is_refused():
     w, closure = quadratic()
     guard = BestOf(sgd(w), sgd(w), nt=3)
     guard.step(closure)
-    with pytest.raises(ValueError, match=r"^state_dict from within a cycle must have nt=2, got nt"):
-        BestOf(sgd(w), sgd(w), nt=2).load_state_dict(guard.state_dict())
+    for nt, nc in ((2, 0), (3, 1)):
+        message = f"must have nt={nt} and nc={nc}, got nt=3 and nc=0$"
+        with pytest.raises(ValueError, match=message):
+            BestOf(sgd(w), sgd(w), nt=nt, nc=nc).load_state_dict(guard.state_dict())

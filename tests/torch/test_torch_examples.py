@@ -57,6 +57,15 @@ def test_characters(example, capsys):
     assert [line[:12].strip() for line in table[2:]] == list(by_method)
 
 
+def test_epochs(example, tmp_path):
+    """On held-out minibatches the lower rate is soon the better one, on training's it never is."""
+    file = tmp_path / "epochs.csv"
+    rows = example("torch_epochs").main(calls=800, bold=0.05, out=file)
+    careful, bold, best_of, held_out = (row["loss"] for row in rows[3::4])  # each one's last
+    assert best_of == bold > careful == held_out
+    assert len(file.read_text().splitlines()) == 1 + len(rows) == 17
+
+
 def test_amp(example):
     guard = example("torch_amp").main(calls=60)
     assert guard.history[-1].fallback_loss < 1.0

@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lossguard.validation import check_count
 
-ENDLESS = " (itertools.chain.from_iterable(itertools.repeat(loader)) doesn't end)"
+_ENDLESS = " (itertools.chain.from_iterable(itertools.repeat(loader)) doesn't end)"
 
 
 def listed(learned: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
@@ -45,6 +45,13 @@ def shared_params(learned: Sequence[Optimizer], fallback: Optimizer) -> list[Ten
 
 def _params(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def check_drawn(name: str, drawn: int, wanted: int, at_least: str = "") -> None:
+    """Refuse another number of minibatches for a cycle."""
+    if drawn != wanted:
+        hint = _ENDLESS if drawn < wanted else ""
+        raise ValueError(f"{name} must be {at_least}{wanted} minibatches, got {drawn}{hint}")
 
 
 def check_offload(offload: object) -> None:

@@ -1,11 +1,12 @@
 """Optimizers side by side, each on its own path, of which the best is followed.
 
-d    a lane's mean training loss in a cycle, each loss before its step
+d    a lane's loss in a cycle: of its train minibatches, each before its step, or of check ones
 D    its record: d of all cycles, the past forgotten by and by
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any, Literal
 
 from torch import Tensor, distributed, nn
@@ -13,6 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lossguard.torch import arguments
 from lossguard.torch.checkpoint import load_lane, save_lane
 from lossguard.torch.consensus import outcome
 from lossguard.torch.decision import NEITHER, Decision
@@ -25,7 +27,7 @@ from lossguard.validation import check_count, check_decay
 
 
 class BestOf(LaneGuard):
-    r"""Runs optimizers side by side, and follows the one whose training losses of late are lowest.
+    r"""Runs optimizers side by side, and follows the one whose losses of late are lowest.
 
     Every lane j, the learned optimizers and the fallback, goes on from where it is. In a cycle:
 
@@ -42,16 +44,22 @@ class BestOf(LaneGuard):
 
         sum_c decay^(C-c) d[followed in c](c)  <=  min_j sum_c decay^(C-c) d[j](c)
 
-    It takes no check minibatches. Minibatches on which the fallback's loss isn't finite count for
-    none; a learned lane whose loss isn't on another, or a lane whose parameters aren't finite,
-    begins anew at x, with the leader's record. Between calls the model holds x, which changes at
-    decisions only. Where data repeat, training losses are lower for whoever overfits.
+    Where data repeat, training losses are lower for whoever overfits. With ``nc``, the nc
+    minibatches after a cycle's nt only check, as in ``LossGuard``: take them from held-out data
+    (while ``guard.checking``, or with ``cycle``), and x is never worse there. Then
+
+        d[j] <- mean_k F(w[j], i+nt+k),   k = 0 .. nc-1   after the cycle's steps
+
+    Minibatches on which the fallback's loss isn't finite count for none; a learned lane whose loss
+    isn't on another, or a lane whose parameters aren't finite, begins anew at x, with the leader's
+    record. Between calls the model holds x, which changes at decisions only.
 
     Args:
         learned: the optimizer that isn't trusted, or several.
         fallback: the one that is, over the same parameters; it is followed where records are level.
             Its parameter groups are the guard's.
-        nt: minibatches of a cycle.
+        nt: train minibatches per cycle.
+        nc: check minibatches per cycle; by default none, and all of them train.
         decay: D remembers about 1 / (1 - decay) cycles.
         patience: cycles running in which a learned optimizer isn't followed, after which it stops
             for good, and costs nothing but memory any more; by default none does. Its rate may be
@@ -86,6 +94,7 @@ class BestOf(LaneGuard):
         fallback: Optimizer,
         *,
         nt: int = 10,
+        nc: int = 0,
         decay: float = 0.9,
         patience: int | None = None,
         model: nn.Module | None = None,
@@ -95,6 +104,7 @@ class BestOf(LaneGuard):
         process_group: distributed.ProcessGroup | None = None,
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
+        self.nc = check_count("nc", nc, least=0)
         self.decay = check_decay(decay)
         self.patience = None if patience is None else check_count("patience", patience)
         super().__init__(
@@ -112,7 +122,8 @@ class BestOf(LaneGuard):
             [
                 Lane(name, inner, "keep", clone(scaler), self._weights.copy(), own_path=True)
                 for name, inner in zip(names, self._inners, strict=True)
-            ]
+            ],
+            checks=self.nc > 0,
         )
         self._drive(self._paths)
 
@@ -121,19 +132,27 @@ class BestOf(LaneGuard):
         """D of each optimizer, the learned ones first; infinite of one that has stopped."""
         return list(self._paths.records)
 
-    def cycle(self, loss_fn: Callable[[Any], Tensor], train_batches: Iterable[Any]) -> Decision:
+    def cycle(
+        self,
+        loss_fn: Callable[[Any], Tensor],
+        train_batches: Iterable[Any],
+        check_batches: Iterable[Any] = (),
+    ) -> Decision:
         """Take the minibatches of a whole cycle at once, one lane after the other.
 
         Args:
             loss_fn: the loss of a minibatch; the guard calls ``backward``.
             train_batches: nt minibatches.
+            check_batches: other minibatches, of which it draws nc.
         """
-        self._take(self._closures(loss_fn, self._check_train(train_batches)))
+        train, check = self._check_train(train_batches), list(islice(check_batches, self.nc))
+        arguments.check_drawn("check_batches", len(check), self.nc, at_least="at least ")
+        self._take(self._closures(loss_fn, [*train, *check]))
         return self.history[-1]
 
     def _run(self, closures: Sequence[Closure]) -> dict[int, list[Any]]:
         values = self._cycle.run(closures, self._paths.running(self.patience))
-        if self._cycle.phase == self.nt:
+        if self._cycle.phase == self.nt + self.nc:
             self._decide()
         return values
 
@@ -146,7 +165,8 @@ class BestOf(LaneGuard):
         rows = zip(lanes, seen.trains, strict=True)
         at_x = [] if paths.begun else [row[0] for lane, row in rows if not lane.switches]
         losses = dict(zip(active, seen.trains, strict=True))
-        d, fit = paths.record(losses, dict(zip(active, seen.sound, strict=True)), self.decay)
+        compared = dict(zip(active, seen.checks, strict=True)) if self.nc else losses
+        d, fit = paths.record(compared, dict(zip(active, seen.sound, strict=True)), self.decay)
         winner = paths.leader if any(fit.values()) else NEITHER
         if winner != NEITHER:
             self._kept = winner
@@ -165,7 +185,7 @@ class BestOf(LaneGuard):
                 winner=winner,
                 steps=self.nt,
                 gradients=self._cycle.gradients,
-                forwards=0,
+                forwards=self.nc * len(active),
                 learned_updates=len(learned) * self.nt,
             )
         )
@@ -175,6 +195,7 @@ class BestOf(LaneGuard):
         paths = self._paths
         return {
             **super()._save(),
+            "nc": self.nc,
             "lanes": [save_lane(lane, self._cycle.phase) for lane in paths.all],
             "records": list(paths.records),
             "away": list(paths.away),
@@ -195,9 +216,10 @@ class BestOf(LaneGuard):
         ours, theirs = len(self._paths.all), len(state["lanes"])
         if ours != theirs:
             raise ValueError(f"state_dict must be of {ours} optimizers, got one of {theirs}")
-        if state["phase"] and state["nt"] != self.nt:
+        if state["phase"] and (state["nt"], state["nc"]) != (self.nt, self.nc):
             raise ValueError(
-                f"state_dict from within a cycle must have nt={self.nt}, got nt={state['nt']}"
+                f"state_dict from within a cycle must have nt={self.nt} and nc={self.nc}, "
+                f"got nt={state['nt']} and nc={state['nc']}"
             )
 
 

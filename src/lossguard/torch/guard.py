@@ -167,10 +167,7 @@ class LossGuard(LaneGuard):
             drawn += len(batches)
             if drawn < look:
                 self._cycle.phase = 0
-                raise ValueError(
-                    f"check_batches must be at least {look} minibatches, got {drawn}"
-                    f"{arguments.ENDLESS}"
-                )
+            arguments.check_drawn("check_batches", drawn, look, at_least="at least ")
             self._take(self._closures(loss_fn, [*train, *batches]))
             if self._cycle.phase == 0:
                 break

@@ -137,9 +137,7 @@ class LaneGuard(Guard):
     def _check_train(self, train_batches: Iterable[Any]) -> list[Any]:
         """The minibatches that a whole cycle trains on."""
         train = list(train_batches)
-        if len(train) != self.nt:
-            hint = arguments.ENDLESS if len(train) < self.nt else ""
-            raise ValueError(f"train_batches must be {self.nt} minibatches, got {len(train)}{hint}")
+        arguments.check_drawn("train_batches", len(train), self.nt)
         if self._cycle.phase:
             raise ValueError(
                 "cycle must start where the last one ended, got one after "

@@ -1,6 +1,6 @@
 """Lanes on paths of their own: their records, which of them leads, and which are still running.
 
-d    a lane's mean training loss in a cycle, each loss before its step
+d    a lane's mean loss in a cycle
 D    its record: d of all cycles, the past forgotten by and by
 """
 
@@ -17,6 +17,7 @@ class Paths:
 
     Attributes:
         all: the learned ones, and the fallback.
+        checks: whether they take check minibatches, by which they are compared then.
         best, watched: none, as there is no ratchet.
         records: D of each; infinite of one that has stopped.
         away: cycles since each was followed.
@@ -26,8 +27,9 @@ class Paths:
     best: Best | None = None
     watched: Best | None = None
 
-    def __init__(self, lanes: list[Lane]) -> None:
+    def __init__(self, lanes: list[Lane], *, checks: bool) -> None:
         self.all = lanes
+        self.checks = checks
         self.records = [0.0] * len(lanes)
         self.away = [0] * len(lanes)
         self.begun = False
@@ -44,8 +46,8 @@ class Paths:
         return [k for k in learned if patience is None or self.away[k] < patience] + [last]
 
     def checked(self, active: Sequence[int]) -> list[int]:
-        """None of them."""
-        return []
+        """All of them, or none."""
+        return list(active) if self.checks else []
 
     def begins_at_x(self, number: int) -> bool:
         """Whether a lane starts from x: the leader, which is there, and may have been set there."""
@@ -60,7 +62,7 @@ class Paths:
         be finite on the others, and so have the parameters of every lane.
 
         Args:
-            losses: training losses of each.
+            losses: of each, on the same minibatches.
             sound: whether its parameters are finite.
             decay: by how much the past fades.
         """

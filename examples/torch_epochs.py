@@ -1,0 +1,106 @@
+"""A small ConvNet under AdamW at two rates, on few images that it sees again and again.
+
+The higher rate is ahead first, and overfits. Training losses can't tell; so ``BestOf`` with ``nc``
+compares the optimizers on held-out minibatches, and follows the one that is better there.
+
+    python examples/torch_epochs.py
+"""
+
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch_compare import Row, compare, marks
+from torch_data import Batch, images, minibatches
+
+from lossguard.torch import BestOf
+
+METHODS = ("careful", "bold", "best of", "best of, held out")
+
+
+def convnet(size: int) -> nn.Module:
+    """Two convolutions of stride 2 with BatchNorm, for images [n, 1, size, size]."""
+    width = -(-size // 4)
+    return nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(32 * width**2, 10)),
+    )
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross-entropy."""
+    pixels, labels = batch
+    return nn.functional.cross_entropy(model(pixels), labels)
+
+
+def optimizer_of(method: str, model: nn.Module, careful: float, bold: float) -> Optimizer:
+    """AdamW at one of the rates, or guarded."""
+    learned, fallback = (AdamW(model.parameters(), lr=rate) for rate in (bold, careful))
+    if method in ("careful", "bold"):
+        return fallback if method == "careful" else learned
+    return BestOf(learned, fallback, nc=2 if method == "best of, held out" else 0, model=model)
+
+
+def train(method: str, seed: int, *, calls: int, careful: float, bold: float) -> list[Row]:
+    """Train on ``calls`` minibatches; what came of it by each mark."""
+    pixels, labels = images()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    parts = order.tensor_split((len(order) // 5, len(order) // 2))
+    training, held_out, others = ((pixels[part], labels[part]) for part in parts)
+    torch.manual_seed(seed)
+    model = convnet(pixels.shape[-1])
+    optimizer = optimizer_of(method, model, careful, bold)
+    checks = minibatches(held_out, 64, calls, torch.Generator().manual_seed(seed))
+    highest, seconds, rows = 0.0, 0.0, []
+    for call, batch in enumerate(minibatches(training, 64, calls), 1):
+
+        def closure(batch=batch):
+            optimizer.zero_grad()
+            loss = loss_of(model, batch)
+            loss.backward()
+            return loss
+
+        began = time.process_time()
+        highest = max(highest, optimizer.step(closure).item())
+        model.eval()  # checks are with BatchNorm's running statistics
+        while isinstance(optimizer, BestOf) and optimizer.checking:
+            optimizer.step(partial(loss_of, model, next(checks)))
+        seconds += time.process_time() - began
+        if call in marks(calls):
+            with torch.no_grad():
+                told = {"loss": loss_of(model, others).item(), "highest": highest}
+            rows.append(
+                {"method": method, "seed": seed, "minibatches": call} | told | {"seconds": seconds}
+            )
+        model.train()
+    return rows
+
+
+def main(
+    calls: int = 800,
+    careful: float = 1e-3,
+    bold: float = 2e-2,
+    seeds: int = 1,
+    out: Path | None = None,
+) -> list[Row]:
+    """Compare the two rates, alone and guarded, on the same minibatches of a fifth of the images.
+
+    Args:
+        calls: minibatches that each of them trains on.
+        careful: the rate of the fallback.
+        bold: that of the optimizer which isn't trusted.
+        seeds: of the initialization and of the order of minibatches.
+        out: a CSV file for what was measured of each seed.
+    """
+    print(f"AdamW at {careful:g} and {bold:g}; loss on images that none of them uses, after")
+    run = partial(train, calls=calls, careful=careful, bold=bold)
+    return compare(METHODS, run, calls, seeds, out)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

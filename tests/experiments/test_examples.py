@@ -63,6 +63,15 @@ def test_unscaled_arms() -> None:
     np.testing.assert_allclose(np.cos(angle), np.cos(radius), rtol=0, atol=1e-3)
 
 
+def test_twins_begin_a_rounding_error_apart() -> None:
+    guards = example("twins.py:of_adam").guards()
+    start = np.random.default_rng(0).normal(size=100).astype(np.float32)
+    begins = [np.asarray(guard.init(start).params) for guard in guards.values()]
+    np.testing.assert_array_equal(begins[0], start)
+    np.testing.assert_allclose(begins, [start] * 5, rtol=1.1e-6)
+    assert len({begin.tobytes() for begin in begins}) == 5
+
+
 def polar(points):
     """The radius and the angle of points [n, 2]."""
     return np.linalg.norm(points, axis=1), np.arctan2(points[:, 1], points[:, 0])

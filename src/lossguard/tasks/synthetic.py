@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+from scipy import optimize
+from scipy.special import expit
 
 
 class Quadratic(eqx.Module):
@@ -150,7 +152,7 @@ def quadratic(
 def ridge_logistic(
     key: PRNGKeyArray, *, n: int = 5, samples: int = 100, mu: float = 0.1, flipped: float = 0.1
 ) -> RidgeLogistic:
-    """Logistic regression of random labels on normal inputs, with a ridge; w* is found by Newton.
+    """Logistic regression of random labels on normal inputs, with a ridge.
 
     Args:
         key: of the data.
@@ -180,32 +182,23 @@ def ridge_logistic(
     return RidgeLogistic(
         inputs=inputs,
         labels=labels,
-        minimum=jnp.asarray(_newton(a, np.asarray(labels, np.float64), mu), inputs.dtype),
+        minimum=jnp.asarray(_ridge_minimum(a, np.asarray(labels, np.float64), mu), inputs.dtype),
         mu=jnp.asarray(mu, inputs.dtype),
         L=jnp.asarray(mu + curvature, inputs.dtype),
     )
 
 
-def _newton(a: np.ndarray, b: np.ndarray, mu: float) -> np.ndarray:
-    """The minimum of the ridge logistic loss in float64, by Newton's method with step halving."""
-    n = a.shape[1]
-    w = np.zeros(n)
+def _ridge_minimum(a: np.ndarray, b: np.ndarray, mu: float) -> np.ndarray:
+    """Where the gradient of the ridge logistic loss vanishes, in float64."""
 
-    def loss(w: np.ndarray) -> float:
-        return np.logaddexp(0, -b * (a @ w)).mean() + mu / 2 * w @ w
+    def gradient(w: np.ndarray) -> np.ndarray:
+        return mu * w - a.T @ (b * expit(-b * (a @ w))) / len(b)
 
-    for _ in range(100):
-        p = np.exp(-np.logaddexp(0, b * (a @ w)))  # 1 - the probability of the label
-        gradient = mu * w - a.T @ (b * p) / len(b)
-        hessian = mu * np.eye(n) + (a.T * (p * (1 - p))) @ a / len(b)
-        step = np.linalg.solve(hessian, gradient)
-        size = 1.0
-        while loss(w - size * step) > loss(w) and size > 1e-3:
-            size /= 2
-        w = w - size * step
-        if np.linalg.norm(step) < 1e-14 * (1 + np.linalg.norm(w)):
-            break
-    return w
+    def hessian(w: np.ndarray) -> np.ndarray:
+        p = expit(a @ w)
+        return mu * np.eye(len(w)) + (a.T * (p * (1 - p))) @ a / len(b)
+
+    return optimize.root(gradient, np.zeros(a.shape[1]), jac=hessian, tol=1e-14).x
 
 
 def _check(holds: bool, name: str, value: float, allowed: str) -> None:

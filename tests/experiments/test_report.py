@@ -157,6 +157,18 @@ def test_a_later_run_with_all_of_it_supersedes_a_run(
         assert f'<p class="small about">data: CIFAR-10 as JPEG q75 · {link}</p>' in text
 
 
+@pytest.mark.parametrize(("turns", "supersedes"), [(2, True), (3, False)])
+def test_of_ones_own_recipe_only_runs_with_the_same_options_supersede(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turns: int, supersedes: bool
+) -> None:
+    monkeypatch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
+    curves = curves_of(["SGDnm"], np.arange(1, 21), 2)
+    write_run(tmp_path / "old", curves, name="mine", turns=2)
+    write_run(tmp_path / "new", curves, name="mine", turns=turns, time="2026-01-03")
+    text = report([tmp_path], tmp_path / "report.html").read_text()
+    assert text.count("there is a later run") == 2 * supersedes
+
+
 def test_a_grid_is_a_table_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
     methods = [f"SGDnm {rate} tau {tau}" for rate in (0.1, 1) for tau in (2, 5)]

@@ -24,7 +24,7 @@ from ..metatrain.figure import OTHERS, kept, on_others
 from ..records import EVALUATIONS, Record, read_parquet
 from .beyond import RECIPES
 from .claims import judge_claims
-from .evidence import has_settings
+from .evidence import FREE, has_settings
 from .figures import SMOOTHED_FROM, by_seed, ceiling, floor, guards, smooth, style_numbers, summary
 from .folders import read_runs
 from .grid import grid_of
@@ -105,12 +105,14 @@ def _in_order(sections: list[dict[str, Any]], speaking: set[Path | None]) -> lis
 def _supersedes(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether a run is later than another and has all of it: its methods, seeds and steps.
 
-    A run with other settings than its recipe's takes no other's place, nor does another its.
+    A run with other settings than its recipe's takes no other's place, nor does another its; of
+    one's own recipes, whose settings may be options, runs must have the same ones.
     """
     return (
         one["name"] == other["name"]
         and one["by_recipe"]
         and other["by_recipe"]
+        and one["settings"] == other["settings"]
         and one["time"] > other["time"]
         and one["steps"] >= other["steps"]
         and one["methods"] >= other["methods"]
@@ -136,6 +138,10 @@ def _by_recipe(config: dict[str, Any]) -> bool:
     return name not in RECIPES or has_settings(config, RECIPES[name]())
 
 
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in FREE}
+
+
 def _section(folder: Path, record: Record) -> dict[str, Any]:
     """What the page says about one run."""
     config, made, curves = record
@@ -155,6 +161,7 @@ def _section(folder: Path, record: Record) -> dict[str, Any]:
         "title": f"{number}{titled}, {steps:,} {unit}{seeds}",
         "time": made["time"],
         "by_recipe": _by_recipe(config),
+        "settings": None if meta or config["name"] in RECIPES else _settings(config),
         "methods": {*curves.columns} if meta else {*config["methods"]},
         "seeds": {*range(first, first + many)},
         "steps": steps,

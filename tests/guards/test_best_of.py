@@ -50,6 +50,37 @@ def test_it_follows_the_lowest_record() -> None:
     assert (decisions.gradients == len(guards) * NT).all()
 
 
+@pytest.mark.usefixtures("x64")
+def test_with_checks_it_follows_the_lowest_record_on_held_out_minibatches() -> None:
+    """Numbers -1, -2, ..., after each cycle; training losses would often choose another one."""
+    start, objective = problem_and_objective()
+    members = [optax.sgd(0.02, momentum=0.95), optax.sgd(decay(0.1)), optax.sign_sgd(0.3)]
+    guards = [unguarded(one) for one in members]
+    alone = [play(guard, objective, start, CYCLES) for guard in guards]
+    states, decisions = play(
+        lossguard.best_of(guards, nc=NC, decay=DECAY), objective, start, CYCLES
+    )
+
+    records, on_training, followed, by_training = np.zeros(3), np.zeros(3), [], []
+    for cycle in range(CYCLES):
+        numbers = -1 - NC * cycle - np.arange(NC)
+        ends = [kept.params[cycle] for kept, _ in alone]
+        records = DECAY * records + [np.mean([objective(x, i) for i in numbers]) for x in ends]
+        on_training = DECAY * on_training + [d.losses[cycle].mean() for _, d in alone]
+        followed.append(int(np.argmin(records)))
+        by_training.append(int(np.argmin(on_training)))
+        np.testing.assert_allclose(states.params[cycle], ends[followed[-1]], rtol=1e-12)
+    assert len({*followed}) > 1 and followed != by_training
+    np.testing.assert_array_equal(decisions.winner, followed)
+    assert (decisions.forwards == 3 * NC).all()
+    with pytest.raises(ValueError, match=r"^nc must be 0 for stacked minibatches, got 2$"):
+        guard = lossguard.best_of(guards, nc=2)
+        batches = lossguard.stacked(
+            lambda x, batch: x @ batch, jnp.ones((9, *start.shape)), start=0
+        )
+        guard.step(guard.init(start), batches)
+
+
 def test_the_curve_is_not_above_the_best_guards() -> None:
     """Discounted sums of the reported losses, at every cycle, beside hostile optimizers too."""
     problem = numpy_guards.Objective(seed=4, minibatches=2 * CYCLES * (NT + NC))

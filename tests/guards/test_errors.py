@@ -195,7 +195,9 @@ def test_bad_input(call, message) -> None:
         lambda three, part: lossguard.loss_guard(
             SGD, SGD, nt=three, nc=three, windows=lossguard.adaptive(most=three, apart=1 + part)
         ),
-        lambda three, part: lossguard.best_of([lossguard.unguarded(SGD, nt=three)], decay=part),
+        lambda three, part: lossguard.best_of(
+            [lossguard.unguarded(SGD, nt=three)], nc=three, decay=part
+        ),
     ],
 )
 @pytest.mark.usefixtures("x64")

@@ -5,10 +5,21 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from ..validation import check_decay
-from .protocol import Decision, Guard, GuardState, Objective, Params, as_arrays, start, sum_dtype
+from ..validation import check_count, check_decay
+from .protocol import (
+    Decision,
+    Guard,
+    GuardState,
+    Objective,
+    Params,
+    as_arrays,
+    loss_dtype,
+    start,
+    sum_dtype,
+)
+from .stacked import stacked
 
 
 class BestOfState(NamedTuple):
@@ -17,9 +28,11 @@ class BestOfState(NamedTuple):
     members: tuple[GuardState, ...]
     records: Float[Array, " members"]
     """D of each."""
+    drawn: Int[Array, ""]
+    """Check minibatches so far."""
 
 
-def best_of(guards: Sequence[Guard], *, decay: float = 0.9) -> Guard:
+def best_of(guards: Sequence[Guard], *, nc: int = 0, decay: float = 0.9) -> Guard:
     """Run several guards, each on its own path, and follow the one whose losses of late are lowest.
 
     On the same minibatches, for each guard j:
@@ -35,9 +48,16 @@ def best_of(guards: Sequence[Guard], *, decay: float = 0.9) -> Guard:
 
         sum_c decay^(C-c) d[followed in c](c)  <=  min_j sum_c decay^(C-c) d[j](c)
 
+    Where data repeat, training losses are lower for whoever overfits. With ``nc``
+
+        d[j] <- mean_k F(x[j], -1-(c nc+k)),   k = 0 .. nc-1   after cycle c = 0, 1, ...
+
+    whose minibatches, of numbers below 0, the objective may take from held-out data.
+
     Args:
         guards: any guards whose longest cycles have the same nt. Those whose windows adapt are
             compared cycle by cycle, however long. The first is followed where all are level.
+        nc: check minibatches a cycle; by default none.
         decay: D remembers about 1 / (1 - decay) cycles.
 
     ``decision.winner`` numbers the guards; ``gradients``, ``forwards`` and ``learned_updates`` are
@@ -45,11 +65,12 @@ def best_of(guards: Sequence[Guard], *, decay: float = 0.9) -> Guard:
     finite is not followed until that is true of all: then their records begin again. Cycles in
     which no guard's losses are finite don't count.
 
-    Memory and cost: those of the guards together.
+    Memory and cost: those of the guards together, and nc forward passes of each.
 
     Raises:
-        ValueError: if there are no guards, or decay is not above 0 and below 1; in the first step,
-            if their longest cycles differ.
+        ValueError: if there are no guards, nc is not an integer of at least 0, or decay not above 0
+            and below 1; in the first step, if their longest cycles differ, or there are checks and
+            the objective is ``stacked``.
 
     >>> import optax
     >>> from lossguard import recommended
@@ -62,15 +83,28 @@ def best_of(guards: Sequence[Guard], *, decay: float = 0.9) -> Guard:
     members = tuple(guards)
     if not members:
         raise ValueError("guards must be at least one guard, got none")
-    decay = check_decay(decay)
+    nc, decay = check_count("nc", nc, least=0), check_decay(decay)
 
     def init(params: Params) -> GuardState:
         params = as_arrays(params)
         dtype = sum_dtype(params)
         states = tuple(guard.init(params) for guard in members)
-        return start(params, BestOfState(states, jnp.zeros(len(members), dtype)))
+        return start(params, BestOfState(states, jnp.zeros(len(members), dtype), jnp.int32(0)))
+
+    def held_out(
+        ends: Sequence[Params], objective: Objective, drawn: Int[Array, ""]
+    ) -> Float[Array, " members"]:
+        """The mean check loss of each."""
+        dtype = loss_dtype(objective, ends[0], drawn)
+
+        def losses(i: Int[Array, ""]) -> Float[Array, " members"]:
+            return jnp.stack([objective(params, i) for params in ends]).astype(dtype)
+
+        return jax.lax.map(losses, -1 - drawn - jnp.arange(nc)).mean(axis=0)
 
     def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
+        if nc and isinstance(objective, stacked):
+            raise ValueError(f"nc must be 0 for stacked minibatches, got {nc}")
         i = state.minibatches  # of all: they are compared on the same ones
         before = (at._replace(minibatches=i) for at in state.inner.members)
         stepped = [guard.step(at, objective) for guard, at in zip(members, before, strict=True)]
@@ -79,7 +113,10 @@ def best_of(guards: Sequence[Guard], *, decay: float = 0.9) -> Guard:
         if len(windows) > 1:
             raise ValueError(f"guards must have the same nt, got {sorted(windows)}")
 
-        now = jnp.stack([mean_loss(decision) for decision in decisions])
+        if nc:
+            now = held_out([at.params for at in states], objective, state.inner.drawn)
+        else:
+            now = jnp.stack([mean_loss(decision) for decision in decisions])
         now = jnp.where(jnp.isfinite(now).any(), now, 0)  # a minibatch that is lost on all
         records = decay * state.inner.records + now.astype(state.inner.records.dtype)
         records = jnp.where(jnp.isfinite(records), records, jnp.inf)
@@ -93,12 +130,13 @@ def best_of(guards: Sequence[Guard], *, decay: float = 0.9) -> Guard:
         decision = decision._replace(
             winner=best.astype(jnp.int32),
             gradients=sum(d.gradients for d in decisions),
-            forwards=sum(d.forwards for d in decisions),
+            forwards=sum(d.forwards for d in decisions) + nc * len(members),
             learned_updates=sum(d.learned_updates for d in decisions),
         )
         minibatches = jnp.stack([at.minibatches for at in states]).max()
         steps = state.steps + decision.steps
-        return GuardState(x, steps, minibatches, BestOfState(states, records)), decision
+        inner = BestOfState(states, records, state.inner.drawn + nc)
+        return GuardState(x, steps, minibatches, inner), decision
 
     return Guard(init, step)
 

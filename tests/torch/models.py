@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import nn
+from torch.optim import SGD
 
 
 def spiral(n=16):
@@ -66,3 +67,16 @@ def assert_same_state(actual, expected):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
     else:
         assert actual == expected or (actual != actual and expected != expected)
+
+
+class Diverges(SGD):
+    """Fine for some steps; then one of 1e30, whose square overflows."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        self.taken = getattr(self, "taken", 0) + 1
+        if self.taken == 8:
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    p.add_(1e30)
+        return loss

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from models import assert_same_state, loss_fn, mlp, quadratic, run, spiral
+from models import Diverges, assert_same_state, loss_fn, mlp, quadratic, run, spiral
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD, Adam, AdamW
@@ -143,19 +143,6 @@ def test_it_is_as_in_jax():
     assert len(winners) == 3
 
 
-class Diverges(SGD):
-    """Fine for some steps; then one of 1e30, whose square overflows."""
-
-    def step(self, closure=None):
-        loss = super().step(closure)
-        self.taken = getattr(self, "taken", 0) + 1
-        if self.taken == 8:
-            with torch.no_grad():
-                for p in self.param_groups[0]["params"]:
-                    p.add_(1e30)
-        return loss
-
-
 def test_losses_sum_up_to_no_more_than_the_fallbacks():
     """Discounted, after each cycle, beside optimizers that ascend, stand still and overflow."""
     torch.manual_seed(1)
@@ -183,77 +170,6 @@ def test_losses_sum_up_to_no_more_than_the_fallbacks():
         assert kept <= own * (1 + 1e-6), cycle
         assert w.isfinite().all()
     assert len({decision.winner for decision in guard.history}) > 1
-
-
-def test_what_is_not_finite_begins_anew_at_x():
-    w, closure = quadratic()
-    learned = Diverges([w], lr=0.4)
-    guard = BestOf(learned, SGD([w], lr=0.1), nt=2)
-    for _ in range(12):
-        guard.step(closure)
-    winners = [decision.winner for decision in guard.history]
-    assert winners == [0, 0, 0, 0, 1, 0]  # its loss overflows in the fifth cycle
-    assert [decision.finite_learned for decision in guard.history] == [True] * 4 + [False, True]
-    assert [decision.reset_learned for decision in guard.history] == [False] * 4 + [True, False]
-    assert w.item() == pytest.approx(4 * 0.8**10 * 0.2**2)
-
-
-@pytest.mark.parametrize("lost", [math.inf, -math.inf, math.nan])
-def test_a_bad_loss_of_the_fallback_alone_does_not_throw_it_away(lost):
-    """Its parameters are finite, as where such a step is skipped: it goes on, and is ahead."""
-    w, _ = quadratic()
-    guard = BestOf(SGD([w], lr=1e-4), SGD([w], lr=0.1), nt=2)
-    for call in range(12):
-
-        def closure(call=call):
-            loss = w.square().sum()
-            if call == 7 and loss < 4:  # of the fallback's path
-                return loss * lost
-            loss.backward()
-            return loss
-
-        guard.step(closure)
-    assert [decision.winner for decision in guard.history] == [1] * 6
-    assert w.item() == pytest.approx(4 * 0.8**11)
-
-
-def test_infinite_losses_of_both_signs():
-    w, _ = quadratic()
-    guard = BestOf(SGD([w], lr=0.4), SGD([w], lr=0.1), nt=2)
-    for call in range(6):
-
-        def closure(call=call):
-            loss = w.square().sum()
-            loss.backward()
-            return loss * {2: math.inf, 3: -math.inf}.get(call, 1)
-
-        guard.step(closure)
-    assert [decision.winner for decision in guard.history] == [0, 0, 0]
-
-
-def test_a_minibatch_that_is_lost_on_all_does_not_count():
-    w, _ = quadratic()
-    guard = BestOf(SGD([w], lr=0.4), SGD([w], lr=0.1), nt=1)
-    for factor in (1.0, 1.0, math.nan, 1.0):
-
-        def closure(factor=factor):
-            loss = w.square().sum()
-            loss.backward()
-            return loss * factor
-
-        guard.step(closure)
-    assert [decision.winner for decision in guard.history] == [1, 0, 0, 0]
-    assert not any(decision.reset_learned for decision in guard.history)
-
-
-def test_if_none_is_finite_x_stays_and_all_begin_anew():
-    w, closure = quadratic()
-    guard = BestOf(SGD([w], lr=1e38), SGD([w], lr=1e38), nt=2)
-    for _ in range(4):
-        guard.step(closure)
-    assert [decision.winner for decision in guard.history] == [-1, -1]
-    assert guard.last_decision.reset_learned and guard.last_decision.reset_fallback
-    assert w.item() == 4.0
 
 
 @pytest.mark.parametrize("nc", [0, 2])
@@ -397,67 +313,6 @@ def test_every_lane_has_a_scaler():
     assert guard.last_decision.winner == 1 and w.item() == pytest.approx(4 * 0.8**3)
 
 
-def test_a_lane_that_begins_anew_scales_as_the_leader_does():
-    """Else its scale, halved at each step that overflows, would go to 0 for ever."""
-    w, _ = quadratic()
-    bold = SGD([w], lr=1e25)
-    schedule = LambdaLR(bold, lambda t: 1.0 if t < 200 else 0.4 / 1e25)
-    guard = BestOf(bold, SGD([w], lr=1e-3), nt=2, schedulers=[schedule], scaler=GradScaler("cpu"))
-
-    def closure():
-        loss = w.square().sum()
-        guard.scaler.scale(loss).backward()
-        return loss
-
-    for _ in range(220):
-        guard.step(closure)
-    assert guard.history[50].winner == 1 and guard.history[50].reset_learned
-    assert guard.last_decision.winner == 0 and not guard.last_decision.reset_learned
-
-
-def test_schedule_free_is_not_moved_by_an_error_of_the_closure():
-    """Where it isn't followed it goes on from where it is, in the training mode that it is in."""
-    package = pytest.importorskip("schedulefree")
-    ends = []
-    for fails in (False, True):
-        torch.manual_seed(0)
-        model, batches = mlp(), minibatches()
-        ahead = Adam(model.parameters(), lr=0.02)
-        free = package.SGDScheduleFree(model.parameters(), lr=0.01)
-        guard = BestOf(free, ahead, nt=NT)
-        run(guard, model, batches[: 2 * NT])
-        if fails:
-            with pytest.raises(KeyError):
-                guard.step(lambda: {}["loss"])
-        run(guard, model, batches[2 * NT : 4 * NT])
-        assert [decision.winner for decision in guard.history] == [1] * 4
-        ends.append(guard._paths.all[0].copy)
-    assert_same_state(*ends)
-
-
-@pytest.mark.parametrize("kind", [BestOf, LossGuard])
-def test_an_interrupt_of_the_decision_loses_the_cycle_alone(kind, monkeypatch):
-    w, closure = quadratic()
-    guard = kind(SGD([w], lr=0.4), SGD([w], lr=0.1), nt=2)
-    calls = guard.nt + getattr(guard, "nc", 0)
-    for _ in range(calls):
-        guard.step(closure)
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(f"lossguard.torch.{kind.__module__.rsplit('.')[-1]}.outcome", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            for _ in range(calls):
-                guard.step(closure)
-    assert len(guard.history) == 1 and guard.phase == 0
-    for done in range(calls):
-        assert guard.phase == done
-        guard.step(closure)
-    assert len(guard.history) == 2 and guard.phase == 0
-
-
 @pytest.mark.parametrize("kind", [BestOf, LossGuard])
 def test_a_model_that_has_got_buffers_is_refused(kind):
     model = nn.Sequential(nn.Linear(2, 2))
@@ -544,3 +399,19 @@ def test_a_state_dict_from_within_a_cycle_of_another_length_is_refused():
         message = f"must have nt={nt} and nc={nc}, got nt=3 and nc=0$"
         with pytest.raises(ValueError, match=message):
             BestOf(sgd(w), sgd(w), nt=nt, nc=nc).load_state_dict(guard.state_dict())
+
+
+@pytest.mark.parametrize("kind", [BestOf, LossGuard])
+def test_the_state_of_another_model_is_refused(kind):
+    def guarded(*extra):
+        model = mlp(*extra)
+        return kind(Adam(model.parameters()), SGD(model.parameters()), model=model)
+
+    with pytest.raises(ValueError, match="must be of 7 parameters and buffers, got one of 4"):
+        guarded(nn.BatchNorm1d(16, affine=False)).load_state_dict(guarded().state_dict())
+    w, v = (torch.ones(n, requires_grad=True) for n in (2, 3))
+    other = kind(SGD([v]), Adam([v])).state_dict()
+    with pytest.raises(
+        ValueError, match=r"^state_dict must be of the same model, with a tensor of"
+    ):
+        kind(SGD([w]), Adam([w])).load_state_dict(other)

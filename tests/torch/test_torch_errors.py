@@ -124,8 +124,8 @@ REFUSALS = [
      "learned must be an optimizer whose step(closure) calls the closure, got IgnoresClosure "
      "(LossStep adapts one with step(loss))"),
     (lambda w: (w.sum().backward(), LossGuard(sgd(w), sgd(w)).step(lambda: 1.0)),
-     "gradients must be computed inside the closure, got some before the step (call zero_grad, "
-     "and accumulate inside the closure)"),
+     "gradients must be computed inside the closure, got some before the step (call zero_grad "
+     "before it, and accumulate inside the closure)"),
     (lambda w: LossGuard(sgd(w), sgd(w)).cycle(lambda b: w.sum(), [1], [2]),
      "train_batches must be 10 minibatches, got 1 "
      "(itertools.chain.from_iterable(itertools.repeat(loader)) doesn't end)"),

@@ -138,6 +138,6 @@ def test_lightning_must_not_accumulate_for_the_guard(example):
     with pytest.raises(ValueError) as error:
         trainer.fit(module.Classifier(16), loader)
     assert str(error.value) == (
-        "gradients must be computed inside the closure, got some before the step (call zero_grad, "
-        "and accumulate inside the closure)"
+        "gradients must be computed inside the closure, got some before the step (call zero_grad "
+        "before it, and accumulate inside the closure)"
     )

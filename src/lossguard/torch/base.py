@@ -89,7 +89,7 @@ class Guard(Facade):
         if any(p.grad is not None for p in self._weights.params):
             raise ValueError(
                 "gradients must be computed inside the closure, got some before the step (call "
-                "zero_grad, and accumulate inside the closure)"
+                "zero_grad before it, and accumulate inside the closure)"
             )
         return closure
 
@@ -107,6 +107,7 @@ class Guard(Facade):
         if kind != ours:
             theirs = f"a {kind}'s" if kind else f"one with the keys {list(saved)}"
             raise ValueError(f"state_dict must be a {ours}'s, got {theirs}")
+        self._weights.check_shapes(saved["guard"]["x"])
 
     def _add_group(self, param_group: dict[str, Any], learned: Sequence[Optimizer]) -> list[Tensor]:
         """Add parameters to all optimizers, with their own defaults in ``learned``; return them."""

@@ -50,9 +50,10 @@ class BestOf(LaneGuard):
 
         d[j] <- mean_k F(w[j], i+nt+k),   k = 0 .. nc-1   after the cycle's steps
 
-    Minibatches on which the fallback's loss isn't finite count for none; a learned lane whose loss
-    isn't on another, or a lane whose parameters aren't finite, begins anew at x, with the leader's
-    record. Between calls the model holds x, which changes at decisions only.
+    A minibatch on which the fallback's loss isn't finite is left out for all. A learned lane whose
+    loss isn't finite on one of the others begins anew at x, with the record of the lane followed;
+    so does any lane whose parameters or buffers aren't. Between calls the model holds x, which
+    changes at decisions only.
 
     Args:
         learned: the optimizer that isn't trusted, or several.
@@ -143,31 +144,37 @@ class BestOf(LaneGuard):
         Args:
             loss_fn: the loss of a minibatch; the guard calls ``backward``.
             train_batches: nt minibatches.
-            check_batches: other minibatches, of which it draws nc.
+            check_batches: other minibatches, of which it draws nc, or none where the fallback is
+                the only one that hasn't stopped.
         """
-        train, check = self._check_train(train_batches), list(islice(check_batches, self.nc))
-        arguments.check_drawn("check_batches", len(check), self.nc, at_least="at least ")
+        nc = self._checks(self._paths.running(self.patience))
+        train, check = self._check_train(train_batches), list(islice(check_batches, nc))
+        arguments.check_drawn("check_batches", len(check), nc, at_least="at least ")
         self._take(self._closures(loss_fn, [*train, *check]))
         return self.history[-1]
 
     def _run(self, closures: Sequence[Closure]) -> dict[int, list[Any]]:
-        values = self._cycle.run(closures, self._paths.running(self.patience))
-        if self._cycle.phase == self.nt + self.nc:
-            self._decide()
+        active = self._paths.running(self.patience)
+        values = self._cycle.run(closures, active)
+        if self._cycle.phase == self.nt + self._checks(active):
+            self._decide(active)
         return values
 
-    def _decide(self) -> None:
-        paths, x = self._paths, self._weights
-        active = paths.running(self.patience)
+    def _checks(self, active: Sequence[int]) -> int:
+        """How many minibatches these lanes are checked on."""
+        return self.nc if self._paths.checked(active) else 0
+
+    def _decide(self, active: list[int]) -> None:
+        paths, x, nc = self._paths, self._weights, self._checks(active)
         *learned, fallback = active
         lanes = [paths.all[number] for number in active]
         seen = outcome(lanes, [], x, self.process_group)
         rows = zip(lanes, seen.trains, strict=True)
         at_x = [] if paths.begun else [row[0] for lane, row in rows if not lane.switches]
         losses = dict(zip(active, seen.trains, strict=True))
-        compared = dict(zip(active, seen.checks, strict=True)) if self.nc else losses
+        compared = dict(zip(active, seen.checks, strict=True)) if nc else losses
         d, fit = paths.record(compared, dict(zip(active, seen.sound, strict=True)), self.decay)
-        winner = paths.leader if any(fit.values()) else NEITHER
+        winner = paths.followed if any(fit.values()) else NEITHER
         if winner != NEITHER:
             self._kept = winner
             x.copy_from(paths.all[winner].copy)
@@ -185,7 +192,7 @@ class BestOf(LaneGuard):
                 winner=winner,
                 steps=self.nt,
                 gradients=self._cycle.gradients,
-                forwards=self.nc * len(active),
+                forwards=nc * len(active),
                 learned_updates=len(learned) * self.nt,
             )
         )
@@ -207,7 +214,7 @@ class BestOf(LaneGuard):
         for lane, its_state in zip(paths.all, state["lanes"], strict=True):
             load_lane(lane, its_state)
         paths.records, paths.away = list(state["records"]), list(state["away"])
-        paths.begun = state["begun"]
+        paths.begun, paths.followed = state["begun"], state["kept"]
         super()._load(state)
 
     def _check_saved(self, saved: dict[str, Any]) -> None:

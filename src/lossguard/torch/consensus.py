@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from lossguard.torch.inner import finite, local
+from lossguard.torch.inner import local
 from lossguard.torch.lane import Lane
 from lossguard.torch.weights import Weights
 
@@ -18,7 +18,7 @@ class Outcome(NamedTuple):
         checks: check losses, means over the ranks.
         trains: training losses, likewise.
         held: training losses of b, likewise, where a ratchet asks for them.
-        sound: whether parameters are finite, on every rank.
+        sound: whether parameters and buffers are finite, on every rank.
         broken: whether the optimizer's memory isn't finite, on any rank.
     """
 
@@ -41,7 +41,7 @@ def outcome(
     numbers, alarms = agree(
         [number for row in rows for number in row],
         [
-            *(not finite(weights.params_of(lane.copy)) for lane in lanes),
+            *(not weights.is_finite(lane.copy) for lane in lanes),
             *(not lane.remembers_soundly() for lane in lanes),
         ],
         group,

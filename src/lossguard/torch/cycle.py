@@ -91,10 +91,12 @@ class Cycle:
             self._begin(active)
         schedules = Schedules(self.schedulers)
         draws = [self.randomness.state()]  # before each minibatch, and after the last
+        inside: Lane | None = None
         try:
             for number in (k for k in active if taken[k]):
-                self.running = lane = self.lanes.all[number]
-                self.placing.enter(lane.copy)
+                inside, self.running = None, self.lanes.all[number]
+                self.placing.enter(self.running.copy)
+                inside = lane = self.running
                 values[number] = []
                 for k, closure in enumerate(taken[number]):
                     self.phase = start + k
@@ -104,16 +106,19 @@ class Cycle:
                     if self.phase == min(self.nt, start + len(closures)) - 1:
                         self.placing.save(lane.copy)  # after the last step that trains
             self._hold(trains, draws)
-        except BaseException:
-            self.phase = 0  # the cycle is lost; x isn't, nor where lanes on own paths are
+        except BaseException:  # the cycle is lost; x isn't, nor where lanes on own paths are
             for number, lane in enumerate(self.lanes.all):
                 if self.lanes.begins_at_x(number):
                     lane.stop()
+                elif lane is inside and not self.checking:
+                    self.placing.save(lane.copy)
+            self.phase = 0
             raise
         finally:
             self.holding = False
             self.weights.clear_gradients()
             self.placing.leave()
+            torch.clear_autocast_cache()
             self.randomness.set(draws[-1])
         self.phase = start + len(closures)
         return values

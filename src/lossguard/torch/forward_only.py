@@ -44,5 +44,6 @@ def forward_only(closure: Callable[[], T]) -> T:
         try:
             return closure()
         except Exception as error:
-            error.add_note(NOTE)
+            if not isinstance(error, StopIteration):  # the closure's own stream has ended
+                error.add_note(NOTE)
             raise

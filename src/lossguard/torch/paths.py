@@ -20,6 +20,7 @@ class Paths:
         checks: whether they take check minibatches, by which they are compared then.
         best, watched: none, as there is no ratchet.
         records: D of each; infinite of one that has stopped.
+        followed: the number of the one that x is at.
         away: cycles since each was followed.
         begun: whether a cycle is done. Until then x may be set from outside, for all of them.
     """
@@ -31,65 +32,61 @@ class Paths:
         self.all = lanes
         self.checks = checks
         self.records = [0.0] * len(lanes)
+        self.followed = len(lanes) - 1
         self.away = [0] * len(lanes)
         self.begun = False
-
-    @property
-    def leader(self) -> int:
-        """The lane of the lowest record; the fallback where it is level, then the first."""
-        last = len(self.all) - 1
-        return min((last, *range(last)), key=self.records.__getitem__)
 
     def running(self, patience: int | None) -> list[int]:
         """The numbers of those that haven't been away for so long; of the fallback always."""
         *learned, last = range(len(self.all))
-        return [k for k in learned if patience is None or self.away[k] < patience] + [last]
+        going_on = [k for k in learned if self.records[k] < math.inf]
+        return [k for k in going_on if patience is None or self.away[k] < patience] + [last]
 
     def checked(self, active: Sequence[int]) -> list[int]:
-        """All of them, or none."""
-        return list(active) if self.checks else []
+        """All of them, if there is something to compare, or none."""
+        return list(active) if self.checks and len(active) > 1 else []
 
     def begins_at_x(self, number: int) -> bool:
-        """Whether a lane starts from x: the leader, which is there, and may have been set there."""
-        return not self.begun or number == self.leader
+        """Whether a lane starts from x: the followed one is there, and may have been set there."""
+        return not self.begun or number == self.followed
 
     def record(
         self, losses: Mapping[int, Sequence[float]], sound: Mapping[int, bool], decay: float
     ) -> tuple[dict[int, float], dict[int, bool]]:
         """Take a cycle down; d of each lane that ran, and whether it goes on.
 
-        A minibatch on which the fallback's loss isn't finite counts for none. A learned lane has to
-        be finite on the others, and so have the parameters of every lane.
+        A minibatch on which the fallback's loss isn't finite counts for none; if none counts, d is
+        NaN. A learned lane has to be finite on the others, and so has every lane itself.
 
         Args:
             losses: of each, on the same minibatches.
-            sound: whether its parameters are finite.
+            sound: whether its parameters and buffers are finite.
             decay: by how much the past fades.
         """
-        fallback = len(self.all) - 1
-        counted = [t for t, loss in enumerate(losses[fallback]) if math.isfinite(loss)]
+        last = len(self.all) - 1
+        counted = [t for t, loss in enumerate(losses[last]) if math.isfinite(loss)]
         d = {k: sum(row[t] / len(counted) for t in counted) for k, row in losses.items()}
-        fit = {k: sound[k] and (k == fallback or math.isfinite(d[k])) for k in d}
+        fit = {k: sound[k] and (k == last or math.isfinite(d[k])) for k in d}
         self.records = [
             decay * record + d[k] if fit.get(k) else math.inf
             for k, record in enumerate(self.records)
         ]
-        if any(fit.values()):
-            self.away = [0 if k == self.leader else away + 1 for k, away in enumerate(self.away)]
         self.begun = True
-        return d, fit
+        if any(fit.values()):  # ties go to the fallback, then to the first
+            self.followed = min((last, *range(last)), key=self.records.__getitem__)
+            self.away = [0 if k == self.followed else away + 1 for k, away in enumerate(self.away)]
+        return d if counted else dict.fromkeys(d, math.nan), fit
 
     def settle(
         self, fit: Mapping[int, bool], broken: Mapping[int, bool], x: Weights
     ) -> dict[int, bool]:
         """Begin lanes anew that aren't finite, at x, or their memories; which ones that were."""
-        leader = self.leader
-        leading = self.records[leader] if any(fit.values()) else 0.0
+        leading = self.records[self.followed] if any(fit.values()) else 0.0
         for number, fine in fit.items():
             lane = self.all[number]
             if not fine:
                 x.copy_to(lane.copy)
-                lane.take_scale(self.all[leader])
+                lane.take_scale(self.all[self.followed])
                 self.records[number] = leading
             if broken[number] or not fine:
                 lane.forget()

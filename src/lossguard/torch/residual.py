@@ -129,6 +129,7 @@ class ResidualGuard(Guard):
         finally:
             weights.clear_gradients()
             weights.copy_from(kept)
+            torch.clear_autocast_cache()
             self._randomness.set(after)
         if ok and self._track is not None:
             self._track = self.sequence.update(self._track, r)
@@ -176,6 +177,7 @@ class ResidualGuard(Guard):
         self._randomness.set(state["random"])
 
     def _evaluate(self, closure: Closure) -> Any:
+        torch.clear_autocast_cache()  # or autocast would go on with casts of earlier weights
         with torch.enable_grad():
             return self._watch.call(closure)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossguard.torch.inner import local
+from lossguard.torch.inner import finite, local
 
 Copy = list[Tensor]
 
@@ -54,6 +54,30 @@ class Weights:
     def copy_buffers_from(self, copy: Copy) -> None:
         """Put the buffers of ``copy``, which has them alone, into the model."""
         _transfer(self._buffers(), copy)
+
+    def is_finite(self, copy: Copy) -> bool:
+        """Whether the parameters in ``copy`` are finite, and its buffers wherever the model's are.
+
+        BatchNorm's statistics stay bad for ever after one bad minibatch; masks may be infinite.
+        """
+        buffers = zip(self.buffers_of(copy), self._buffers(), strict=True)
+        return finite(self.params_of(copy)) and all(
+            finite(b) or bool((b.isfinite() | ~x.isfinite().to(b.device)).all()) for b, x in buffers
+        )
+
+    def check_shapes(self, copy: Copy) -> None:
+        """Refuse a copy of another model's values."""
+        live = self._live()
+        if len(copy) != len(live):
+            raise ValueError(
+                f"state_dict must be of {len(live)} parameters and buffers, got one of {len(copy)}"
+            )
+        for saved, own in zip(copy, live, strict=True):
+            if saved.shape != own.shape:
+                raise ValueError(
+                    f"state_dict must be of the same model, with a tensor of shape "
+                    f"{list(own.shape)}, got {list(saved.shape)}"
+                )
 
     def params_of(self, copy: Copy) -> Copy:
         """The parameters in ``copy``, without the buffers."""

@@ -54,7 +54,11 @@ def method_of(label: str) -> str:
     if label.startswith("GL2O, theta as decay"):
         return "GL2O (theta as decay)"
     plain = re.sub(r" \(.*\)$", "", label)
-    names = {"the paper's guard": "LGL2O", "Adam at 10, guarded": "Adam, rate too high guarded"}
+    names = {
+        "the paper's guard": "LGL2O",
+        "Adam at 10, guarded": "Adam, rate too high guarded",
+        "SGDnm, the guard's": "SGDnm",
+    }
     return names.get(plain, plain)
 
 

@@ -48,7 +48,7 @@ def torch_candidates(run: Run) -> dict[str, Run]:
 
 
 @pytest.fixture
-def report(benchmark) -> Callable[..., None]:
+def report(benchmark, capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
     """Store and print what was measured; ``run`` fills the table of pytest-benchmark."""
     if benchmark.disabled:
         benchmark(int)  # pytest-benchmark warns of a fixture that isn't used
@@ -58,7 +58,8 @@ def report(benchmark) -> Callable[..., None]:
         cores, load = len(os.sched_getaffinity(0)), round(os.getloadavg()[0], 1)
         benchmark.extra_info.update(measured, target=target, cores=cores, load=load)
         shown = ", ".join(f"{name} {value}" for name, value in measured.items())
-        print(f"\n{benchmark.name}: {shown} (target: {target}; {cores} cores, load {load})")
+        with capsys.disabled():
+            print(f"\n{benchmark.name}: {shown} (target: {target}; {cores} cores, load {load})")
         benchmark.pedantic(run, rounds=3)
 
     return store

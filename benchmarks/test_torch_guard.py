@@ -1,7 +1,7 @@
 """What a guarded cycle costs, against its parts, and what memory it takes, against its formula.
 
 A cycle of the paper's guard is nt training steps of each optimizer and 2 nc forward passes. The
-ratio of a cycle's time to the sum of its parts is to stay below 1.05. What is timed is processor
+ratio of a cycle's time to the sum of its parts is reported. What is timed is processor
 time on one thread, in turns, and the median over the turns counts, so that other work on the
 machine disturbs little. The C library's allocator hands freed memory back to the system when a
 threshold is passed, which is a matter of luck and can cost 10% on either side; both sides do
@@ -10,7 +10,6 @@ without.
 
 import contextlib
 import ctypes
-import json
 import os
 import statistics
 import subprocess
@@ -90,9 +89,7 @@ def seconds(work):
 
 @pytest.mark.parametrize("form", ["cycle", "stream"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_cycle_costs_its_parts(benchmark, name, form):
-    if benchmark.disabled:
-        pytest.skip("benchmarks are off")
+def test_a_cycle_costs_its_parts(report, name, form):
     model, data = setting(name)
     learned, fallback = Adam(model.parameters(), lr=1e-4), SGD(model.parameters(), lr=1e-3)
     guard = LossGuard(learned, fallback, nt=NT, nc=NC)
@@ -121,19 +118,20 @@ def test_a_cycle_costs_its_parts(benchmark, name, form):
         times["fallback"].append(seconds(lambda: train(twin, alone[1], data[:NT])))
         times["forwards"].append(seconds(lambda: forward(twin, data[NT:] * 2)))
 
-    turn()
-    for kind in times.values():
-        kind.clear()
-    benchmark.pedantic(turn, rounds=TURNS)
-    rows = list(zip(*times.values(), strict=True))
-    for label, parts in (
-        ("its parts", lambda row: sum(row[1:])),
-        ("learned alone", lambda row: row[1]),
-        ("fallback alone", lambda row: row[2]),
-    ):
-        benchmark.extra_info[label] = statistics.median(row[0] / parts(row) for row in rows)
-    print(f"\n{name}, {form}: {json.dumps(benchmark.extra_info)}")
-    assert benchmark.extra_info["its parts"] < 1.05
+    for _ in range(1 + TURNS):
+        turn()
+    rows = list(zip(*times.values(), strict=True))[1:]  # the first one warms up
+
+    def median(parts):
+        return round(statistics.median(row[0] / parts(row) for row in rows), 3)
+
+    report(
+        guarded,
+        "at most 1.05 of its parts",
+        over_its_parts=median(lambda row: sum(row[1:])),
+        over_learned_alone=median(lambda row: row[1]),
+        over_fallback_alone=median(lambda row: row[2]),
+    )
 
 
 PEAK = """
@@ -172,17 +170,14 @@ print((peak() - before) / (4 * size))
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak as Linux gives it")
 @pytest.mark.parametrize("lanes", [2, 3])
 @pytest.mark.parametrize("how", ["pointer", "value"])
-def test_memory_is_the_formula(benchmark, lanes, how):
+def test_memory_is_the_formula(report, lanes, how):
     """A copy of the parameters per lane beside the model, and one of x where values are copied."""
-    if benchmark.disabled:
-        pytest.skip("benchmarks are off")
-
-    def measure():
-        command = [sys.executable, "-c", PEAK, str(lanes), how]
-        return float(subprocess.run(command, capture_output=True, check=True).stdout)
-
-    copies = benchmark.pedantic(measure, rounds=1)
-    benchmark.extra_info["copies of the parameters"] = copies
-    print(f"\n{lanes} lanes, by {how}: {copies:.2f} copies of the parameters beside the model")
+    command = [sys.executable, "-c", PEAK, str(lanes), how]
+    copies = float(subprocess.run(command, capture_output=True, check=True).stdout)
     expected = lanes + (how == "value")
+    report(
+        lambda: None,
+        f"{expected} copies of the parameters beside the model",
+        copies=round(copies, 2),
+    )
     assert expected - 0.2 < copies < expected + 0.3

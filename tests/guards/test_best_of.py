@@ -25,13 +25,18 @@ def unguarded(optimizer):
     return lossguard.unguarded(optimizer, nt=NT)
 
 
-@pytest.mark.usefixtures("x64")
-def test_it_follows_the_lowest_record() -> None:
-    """Against each optimizer run alone, and the rule in NumPy."""
+def three_alone():
+    """Guards of which none is the best all the time, and what each does by itself."""
     start, objective = problem_and_objective()
     members = [optax.sgd(0.02, momentum=0.95), optax.sgd(decay(0.1)), optax.sign_sgd(0.3)]
     guards = [unguarded(one) for one in members]
-    alone = [play(guard, objective, start, CYCLES) for guard in guards]
+    return start, objective, guards, [play(guard, objective, start, CYCLES) for guard in guards]
+
+
+@pytest.mark.usefixtures("x64")
+def test_it_follows_the_lowest_record() -> None:
+    """Against each optimizer run alone, and the rule in NumPy."""
+    start, objective, guards, alone = three_alone()
     best = lossguard.best_of(guards, decay=DECAY)
     states, decisions = play(best, objective, start, CYCLES)
 
@@ -53,10 +58,7 @@ def test_it_follows_the_lowest_record() -> None:
 @pytest.mark.usefixtures("x64")
 def test_with_checks_it_follows_the_lowest_record_on_held_out_minibatches() -> None:
     """Numbers -1, -2, ..., after each cycle; training losses would often choose another one."""
-    start, objective = problem_and_objective()
-    members = [optax.sgd(0.02, momentum=0.95), optax.sgd(decay(0.1)), optax.sign_sgd(0.3)]
-    guards = [unguarded(one) for one in members]
-    alone = [play(guard, objective, start, CYCLES) for guard in guards]
+    start, objective, guards, alone = three_alone()
     states, decisions = play(
         lossguard.best_of(guards, nc=NC, decay=DECAY), objective, start, CYCLES
     )

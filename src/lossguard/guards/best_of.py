@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..validation import check_count, check_decay
+from .branch import check
 from .protocol import (
     Decision,
     Guard,
@@ -91,17 +92,6 @@ def best_of(guards: Sequence[Guard], *, nc: int = 0, decay: float = 0.9) -> Guar
         states = tuple(guard.init(params) for guard in members)
         return start(params, BestOfState(states, jnp.zeros(len(members), dtype), jnp.int32(0)))
 
-    def held_out(
-        ends: Sequence[Params], objective: Objective, drawn: Int[Array, ""]
-    ) -> Float[Array, " members"]:
-        """The mean check loss of each."""
-        dtype = loss_dtype(objective, ends[0], drawn)
-
-        def losses(i: Int[Array, ""]) -> Float[Array, " members"]:
-            return jnp.stack([objective(params, i) for params in ends]).astype(dtype)
-
-        return jax.lax.map(losses, -1 - drawn - jnp.arange(nc)).mean(axis=0)
-
     def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
         if nc and isinstance(objective, stacked):
             raise ValueError(f"nc must be 0 for stacked minibatches, got {nc}")
@@ -114,7 +104,19 @@ def best_of(guards: Sequence[Guard], *, nc: int = 0, decay: float = 0.9) -> Guar
             raise ValueError(f"guards must have the same nt, got {sorted(windows)}")
 
         if nc:
-            now = held_out([at.params for at in states], objective, state.inner.drawn)
+            dtype = loss_dtype(objective, state.params, i)
+            ends, first = [at.params for at in states], -1 - state.inner.drawn
+            losses, _ = check(
+                ends,
+                objective,
+                first,
+                stride=-1,
+                looks=(nc,),
+                most=nc,
+                settled=lambda losses, n: n == nc,
+                dtype=dtype,
+            )
+            now = losses.mean(axis=1)
         else:
             now = jnp.stack([mean_loss(decision) for decision in decisions])
         now = jnp.where(jnp.isfinite(now).any(), now, 0)  # a minibatch that is lost on all

@@ -8,7 +8,6 @@ which depends on how far one trains. ``BestOf`` follows the better of the two, a
 """
 
 import argparse as text_source
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch_compare import Row, compare, marks
+from torch_compare import Row, compare, follow
 
 from lossguard.torch import BestOf, recommended
 
@@ -89,24 +88,20 @@ def train(method: str, seed: int, *, calls: int, careful: float, bold: float) ->
     torch.manual_seed(seed)
     model = Transformer()
     optimizer = optimizer_of(method, model, careful, bold)
-    highest, seconds, rows = 0.0, 0.0, []
-    for call, text in enumerate(sequences(calls, seed=seed), 1):
 
-        def closure(text=text):
+    def step(text: Tensor) -> float:
+        def closure() -> Tensor:
             optimizer.zero_grad()
             loss = loss_of(model, text)
             loss.backward()
             return loss
 
-        began = time.process_time()
-        highest = max(highest, optimizer.step(closure).item())
-        seconds += time.process_time() - began
-        if call in marks(calls):
-            with torch.no_grad():
-                loss = fmean(loss_of(model, text).item() for text in validation)
-            told = {"loss": loss, "highest": highest, "seconds": seconds}
-            rows.append({"method": method, "seed": seed, "minibatches": call} | told)
-    return rows
+        return optimizer.step(closure).item()
+
+    def evaluate() -> float:
+        return fmean(loss_of(model, text).item() for text in validation)
+
+    return follow(step, sequences(calls, seed=seed), evaluate, calls)
 
 
 def main(

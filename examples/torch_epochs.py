@@ -6,7 +6,6 @@ compares the optimizers on held-out minibatches, and follows the one that is bet
     python examples/torch_epochs.py
 """
 
-import time
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch_compare import Row, compare, marks
+from torch_compare import Row, compare, follow
 from torch_data import Batch, images, minibatches
 
 from lossguard.torch import BestOf
@@ -56,29 +55,25 @@ def train(method: str, seed: int, *, calls: int, careful: float, bold: float) ->
     model = convnet(pixels.shape[-1])
     optimizer = optimizer_of(method, model, careful, bold)
     checks = minibatches(held_out, 64, calls, torch.Generator().manual_seed(seed))
-    highest, seconds, rows = 0.0, 0.0, []
-    for call, batch in enumerate(minibatches(training, 64, calls), 1):
 
-        def closure(batch=batch):
+    def step(batch: Batch) -> float:
+        def closure() -> Tensor:
             optimizer.zero_grad()
             loss = loss_of(model, batch)
             loss.backward()
             return loss
 
-        began = time.process_time()
-        highest = max(highest, optimizer.step(closure).item())
+        model.train()
+        loss = optimizer.step(closure).item()
         model.eval()  # checks are with BatchNorm's running statistics
         while isinstance(optimizer, BestOf) and optimizer.checking:
             optimizer.step(partial(loss_of, model, next(checks)))
-        seconds += time.process_time() - began
-        if call in marks(calls):
-            with torch.no_grad():
-                told = {"loss": loss_of(model, others).item(), "highest": highest}
-            rows.append(
-                {"method": method, "seed": seed, "minibatches": call} | told | {"seconds": seconds}
-            )
-        model.train()
-    return rows
+        return loss
+
+    def evaluate() -> float:
+        return loss_of(model, others).item()
+
+    return follow(step, minibatches(training, 64, calls), evaluate, calls)
 
 
 def main(

@@ -72,11 +72,13 @@ def assert_same_state(actual, expected):
 class Diverges(SGD):
     """Fine for some steps; then one of 1e30, whose square overflows."""
 
+    at, by = 8, 1e30
+
     def step(self, closure=None):
         loss = super().step(closure)
         self.taken = getattr(self, "taken", 0) + 1
-        if self.taken == 8:
+        if self.taken == self.at:
             with torch.no_grad():
                 for p in self.param_groups[0]["params"]:
-                    p.add_(1e30)
+                    p.add_(self.by)
         return loss

@@ -47,11 +47,12 @@ def _params(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def check_drawn(name: str, drawn: int, wanted: int, at_least: str = "") -> None:
+def check_drawn(name: str, drawn: int, wanted: int, *, more_will_do: bool = False) -> None:
     """Refuse another number of minibatches for a cycle."""
     if drawn != wanted:
+        least = "at least " if more_will_do else ""
         hint = _ENDLESS if drawn < wanted else ""
-        raise ValueError(f"{name} must be {at_least}{wanted} minibatches, got {drawn}{hint}")
+        raise ValueError(f"{name} must be {least}{wanted} minibatches, got {drawn}{hint}")
 
 
 def check_offload(offload: object) -> None:

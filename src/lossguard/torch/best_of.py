@@ -149,7 +149,7 @@ class BestOf(LaneGuard):
         """
         nc = self._checks(self._paths.running(self.patience))
         train, check = self._check_train(train_batches), list(islice(check_batches, nc))
-        arguments.check_drawn("check_batches", len(check), nc, at_least="at least ")
+        arguments.check_drawn("check_batches", len(check), nc, more_will_do=True)
         self._take(self._closures(loss_fn, [*train, *check]))
         return self.history[-1]
 
@@ -174,9 +174,8 @@ class BestOf(LaneGuard):
         losses = dict(zip(active, seen.trains, strict=True))
         compared = dict(zip(active, seen.checks, strict=True)) if nc else losses
         d, fit = paths.record(compared, dict(zip(active, seen.sound, strict=True)), self.decay)
-        winner = paths.followed if any(fit.values()) else NEITHER
+        winner = paths.kept if any(fit.values()) else NEITHER
         if winner != NEITHER:
-            self._kept = winner
             x.copy_from(paths.all[winner].copy)
         reset = paths.settle(fit, dict(zip(active, seen.broken, strict=True)), x)
         self._decided(
@@ -214,7 +213,7 @@ class BestOf(LaneGuard):
         for lane, its_state in zip(paths.all, state["lanes"], strict=True):
             load_lane(lane, its_state)
         paths.records, paths.away = list(state["records"]), list(state["away"])
-        paths.begun, paths.followed = state["begun"], state["kept"]
+        paths.begun = state["begun"]
         super()._load(state)
 
     def _check_saved(self, saved: dict[str, Any]) -> None:

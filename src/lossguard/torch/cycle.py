@@ -23,10 +23,12 @@ class Course(Protocol):
 
     Attributes:
         all: the lanes, by their numbers.
+        kept: the number of the one that the last decision kept; of the last one before the first.
         best: b, where a ratchet holds x to it.
     """
 
     all: list[Lane]
+    kept: int
     best: Best | None
 
     @property

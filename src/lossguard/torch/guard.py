@@ -167,7 +167,7 @@ class LossGuard(LaneGuard):
             drawn += len(batches)
             if drawn < look:
                 self._cycle.phase = 0
-            arguments.check_drawn("check_batches", drawn, look, at_least="at least ")
+            arguments.check_drawn("check_batches", drawn, look, more_will_do=True)
             self._take(self._closures(loss_fn, [*train, *batches]))
             if self._cycle.phase == 0:
                 break
@@ -238,7 +238,7 @@ class LossGuard(LaneGuard):
         row = self._lanes.follow_record(verdict, seen.trains, seen.sound, fit)
         winner, was_own = NEITHER if row == NEITHER else active[row], self._lanes.on_own
         if winner != NEITHER:  # lines 17 and 19: x <- y or z; or s
-            self._kept = winner
+            self._lanes.kept = winner
             self._weights.copy_from(self._lanes.all[winner].copy)
         reset_learned, reset_fallback = self._lanes.settle(
             winner,
@@ -249,7 +249,7 @@ class LossGuard(LaneGuard):
         losses = seen.trains[verdict.best_fallback if row == NEITHER else row]
         for number, trains, sound in zip(active[:m], seen.trains, seen.sound, strict=False):
             if not (sound and all(map(math.isfinite, trains))):
-                self._lanes.all[number].take_scale(self._lanes.all[self._kept])
+                self._lanes.all[number].take_scale(self._lanes.all[self._lanes.kept])
         if best is not None and self._probe:
             best.anew = False
         kept = [] if row == NEITHER else losses

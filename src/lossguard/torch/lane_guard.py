@@ -62,9 +62,8 @@ class LaneGuard(Guard):
         self.callback = callback
 
     def _drive(self, course: Course) -> None:
-        """Take these lanes through cycles; the last of them is kept until the first decision."""
+        """Take these lanes through cycles."""
         self._cycle = Cycle(course, self._weights, self.schedulers, self.nt)
-        self._kept = len(course.all) - 1
 
     @property
     def phase(self) -> int:
@@ -102,7 +101,7 @@ class LaneGuard(Guard):
         kind = type(self).__name__
         closure = self._check_step(closure, f" (a GradScaler goes to {kind} as scaler)")
         values = self._take([closure])
-        value = values.get(self._kept, values[max(values)])[0]
+        value = values.get(self._cycle.lanes.kept, values[max(values)])[0]
         return value.detach() if isinstance(value, Tensor) else value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -172,7 +171,7 @@ class LaneGuard(Guard):
             "nt": self.nt,
             "phase": cycle.phase,
             "gradients": cycle.gradients,
-            "kept": self._kept,
+            "kept": cycle.lanes.kept,
             "random": cycle.randomness.state(),
             "x": self._weights.copy(),
             "schedulers": [clone(scheduler.state_dict()) for scheduler in self.schedulers],
@@ -182,7 +181,7 @@ class LaneGuard(Guard):
         cycle = self._cycle
         for scheduler, its_state in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(clone(its_state))
-        self._kept, cycle.gradients, cycle.phase = (
+        cycle.lanes.kept, cycle.gradients, cycle.phase = (
             state[name] for name in ("kept", "gradients", "phase")
         )
         self._weights.copy_from(state["x"])

@@ -29,6 +29,7 @@ class Lanes:
 
     Attributes:
         all: the learned lanes, z, s.
+        kept: the number of the one that the last decision kept; of the last one before the first.
         m: how many are learned.
         z, s: the numbers of these two, if there are such lanes.
         on_own: whether x lies on the fallback's own path, where z is s.
@@ -66,6 +67,7 @@ class Lanes:
             self.all.append(
                 Lane("fallback", trusted, "keep", *common(), own_path=True, makes_way=shared)
             )
+        self.kept = len(self.all) - 1
         memory = None if self.z is None else trusted.remember()
         self.best = None if ratchet is None else Best(ratchet, weights.copy(), memory)
 

@@ -20,7 +20,7 @@ class Paths:
         checks: whether they take check minibatches, by which they are compared then.
         best, watched: none, as there is no ratchet.
         records: D of each; infinite of one that has stopped.
-        followed: the number of the one that x is at.
+        kept: the number of the one that is followed: x is there.
         away: cycles since each was followed.
         begun: whether a cycle is done. Until then x may be set from outside, for all of them.
     """
@@ -32,7 +32,7 @@ class Paths:
         self.all = lanes
         self.checks = checks
         self.records = [0.0] * len(lanes)
-        self.followed = len(lanes) - 1
+        self.kept = len(lanes) - 1
         self.away = [0] * len(lanes)
         self.begun = False
 
@@ -48,7 +48,7 @@ class Paths:
 
     def begins_at_x(self, number: int) -> bool:
         """Whether a lane starts from x: the followed one is there, and may have been set there."""
-        return not self.begun or number == self.followed
+        return not self.begun or number == self.kept
 
     def record(
         self, losses: Mapping[int, Sequence[float]], sound: Mapping[int, bool], decay: float
@@ -73,20 +73,20 @@ class Paths:
         ]
         self.begun = True
         if any(fit.values()):  # ties go to the fallback, then to the first
-            self.followed = min((last, *range(last)), key=self.records.__getitem__)
-            self.away = [0 if k == self.followed else away + 1 for k, away in enumerate(self.away)]
+            self.kept = min((last, *range(last)), key=self.records.__getitem__)
+            self.away = [0 if k == self.kept else away + 1 for k, away in enumerate(self.away)]
         return d if counted else dict.fromkeys(d, math.nan), fit
 
     def settle(
         self, fit: Mapping[int, bool], broken: Mapping[int, bool], x: Weights
     ) -> dict[int, bool]:
         """Begin lanes anew that aren't finite, at x, or their memories; which ones that were."""
-        leading = self.records[self.followed] if any(fit.values()) else 0.0
+        leading = self.records[self.kept] if any(fit.values()) else 0.0
         for number, fine in fit.items():
             lane = self.all[number]
             if not fine:
                 x.copy_to(lane.copy)
-                lane.take_scale(self.all[self.followed])
+                lane.take_scale(self.all[self.kept])
                 self.records[number] = leading
             if broken[number] or not fine:
                 lane.forget()

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
+import polars as pl
 import torch
 import tyro
 from torch import Tensor, nn
@@ -83,7 +84,7 @@ def optimizer_of(method: str, model: Transformer, careful: float, bold: float) -
 
 
 def train(method: str, seed: int, *, calls: int, careful: float, bold: float) -> list[Row]:
-    """Train on ``calls`` minibatches; what came of it by each mark."""
+    """Train on ``calls`` minibatches; what came of it, one by one."""
     validation = [*sequences(30, seed=1000)]
     torch.manual_seed(seed)
     model = Transformer()
@@ -110,7 +111,7 @@ def main(
     bold: float = 9e-2,
     seeds: int = 1,
     out: Path | None = None,
-) -> list[Row]:
+) -> pl.DataFrame:
     """Compare the two rates, alone and guarded, on the same minibatches.
 
     Args:
@@ -118,11 +119,11 @@ def main(
         careful: the rate of the fallback.
         bold: that of the optimizer which isn't trusted.
         seeds: of the initialization and of the text's pieces.
-        out: a CSV file for what was measured of each seed.
+        out: a folder for what was measured of each seed, and its figure.
     """
-    print(f"AdamW at {careful:g} and {bold:g}; mean loss on 30 other minibatches after")
     run = partial(train, calls=calls, careful=careful, bold=bold)
-    return compare(METHODS, run, calls, seeds, out)
+    title = f"AdamW at {careful:g} (careful) and {bold:g} (bold)"
+    return compare(METHODS, run, calls, seeds, title, out)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""A table of methods that were run on the same minibatches, for the examples."""
+"""A table and a figure of methods that were run on the same minibatches, for the examples."""
 
-import csv
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+import numpy as np
+import polars as pl
 import torch
+from matplotlib.figure import Figure
+
+from lossguard.drawing import save
 
 Row = dict[str, Any]
 
@@ -20,23 +23,22 @@ def marks(calls: int) -> list[int]:
 def follow(
     step: Callable[[Any], float], batches: Iterable[Any], evaluate: Callable[[], float], calls: int
 ) -> list[Row]:
-    """What came of a training by each mark.
+    """What came of a training, minibatch by minibatch.
 
     Args:
         step: takes a minibatch to train on, and gives its loss.
         batches: the minibatches.
-        evaluate: the loss of the model as it is.
+        evaluate: the loss of the model as it is, asked for at the marks.
         calls: how many minibatches there are.
     """
-    highest, seconds, rows = 0.0, 0.0, []
+    seconds, rows = 0.0, []
     for call, batch in enumerate(batches, 1):
         began = time.process_time()
-        highest = max(highest, step(batch))
+        loss = step(batch)
         seconds += time.process_time() - began
-        if call in marks(calls):
-            with torch.no_grad():
-                told = {"loss": evaluate(), "highest": highest, "seconds": seconds}
-            rows.append({"minibatches": call} | told)
+        with torch.no_grad():
+            unseen = evaluate() if call in marks(calls) else None
+        rows.append({"minibatches": call, "loss": loss, "unseen": unseen, "seconds": seconds})
     return rows
 
 
@@ -45,32 +47,62 @@ def compare(
     train: Callable[[str, int], list[Row]],
     calls: int,
     seeds: int,
+    title: str,
     out: Path | None,
-) -> list[Row]:
+) -> pl.DataFrame:
     """Run each method with each seed, and print the means as they come.
 
     Args:
         methods: what to run.
-        train: what came of a method, with a seed, by each mark.
+        train: what came of a method, with a seed, minibatch by minibatch.
         calls: minibatches that each of them trains on.
         seeds: how many.
-        out: a CSV file for all rows.
+        title: what is compared.
+        out: a folder for all rows and their figure.
+
+    Returns:
+        All rows, with their method and seed.
     """
+    print(f"{title}; mean loss on minibatches that none of them uses, after")
     print(" " * 20 + "".join(f"{mark:8,}" for mark in marks(calls)) + "   highest   seconds")
-    rows = []
+    tables = []
     for method in methods:
-        runs = [train(method, seed) for seed in range(seeds)]
-        means = "".join(
-            f"{fmean(row['loss'] for row in at):8.3f}" for at in zip(*runs, strict=True)
-        )
-        highest = max(run[-1]["highest"] for run in runs)
-        seconds = fmean(run[-1]["seconds"] for run in runs)
-        print(f"{method:20}{means}{highest:10.2f}{seconds:10.1f}", flush=True)
-        for seed, run in enumerate(runs):
-            rows += [{"method": method, "seed": seed} | row for row in run]
+        runs = [
+            {"method": method, "seed": seed} | row
+            for seed in range(seeds)
+            for row in train(method, seed)
+        ]
+        table = pl.DataFrame(runs, infer_schema_length=None)
+        at_marks = table.group_by("minibatches").agg(pl.col("unseen").mean()).drop_nulls()
+        means = "".join(f"{loss:8.3f}" for loss in at_marks.sort("minibatches")["unseen"])
+        seconds = table["seconds"].filter(table["minibatches"] == calls).mean()
+        print(f"{method:20}{means}{table['loss'].max():10.2f}{seconds:10.1f}", flush=True)
+        tables.append(table)
+    rows = pl.concat(tables)
     if out is not None:
-        with out.open("w", newline="") as file:
-            table = csv.DictWriter(file, list(rows[0]))
-            table.writeheader()
-            table.writerows(rows)
+        out.mkdir(parents=True, exist_ok=True)
+        rows.cast({pl.Float64: pl.Float32}).write_parquet(out / "losses.parquet")
+        save(draw(rows, title), out)
     return rows
+
+
+def draw(rows: pl.DataFrame, title: str, window: int = 20) -> Figure:
+    """Training losses: means over ``window`` minibatches, bands from the lowest to the highest.
+
+    Lines are each thinner than the one before, which it may lie on.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    lately = pl.col("loss").rolling_mean(window, min_samples=1).over("method", "seed")
+    methods = rows["method"].unique(maintain_order=True)
+    for method, width in zip(methods, np.linspace(4, 1, len(methods)), strict=True):
+        of_method = rows.with_columns(lately).filter(method=method).group_by("minibatches")
+        loss = pl.col("loss")
+        line = of_method.agg(mean=loss.mean(), low=loss.min(), high=loss.max()).sort("minibatches")
+        (drawn,) = axes.plot(line["minibatches"], line["mean"], label=method, linewidth=width)
+        band = line["low"], line["high"]
+        axes.fill_between(line["minibatches"], *band, color=drawn.get_color(), alpha=0.15, lw=0)
+    axes.set(xscale="log", yscale="log", xlabel="Minibatches", ylabel="Training loss", title=title)
+    axes.grid(which="major", alpha=0.3)
+    axes.legend(frameon=False)
+    return figure

@@ -9,6 +9,7 @@ compares the optimizers on held-out minibatches, and follows the one that is bet
 from functools import partial
 from pathlib import Path
 
+import polars as pl
 import torch
 import tyro
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ def optimizer_of(method: str, model: nn.Module, careful: float, bold: float) -> 
 
 
 def train(method: str, seed: int, *, calls: int, careful: float, bold: float) -> list[Row]:
-    """Train on ``calls`` minibatches; what came of it by each mark."""
+    """Train on ``calls`` minibatches; what came of it, one by one."""
     pixels, labels = images()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     parts = order.tensor_split((len(order) // 5, len(order) // 2))
@@ -82,7 +83,7 @@ def main(
     bold: float = 2e-2,
     seeds: int = 1,
     out: Path | None = None,
-) -> list[Row]:
+) -> pl.DataFrame:
     """Compare the two rates, alone and guarded, on the same minibatches of a fifth of the images.
 
     Args:
@@ -90,11 +91,11 @@ def main(
         careful: the rate of the fallback.
         bold: that of the optimizer which isn't trusted.
         seeds: of the initialization and of the order of minibatches.
-        out: a CSV file for what was measured of each seed.
+        out: a folder for what was measured of each seed, and its figure.
     """
-    print(f"AdamW at {careful:g} and {bold:g}; loss on images that none of them uses, after")
     run = partial(train, calls=calls, careful=careful, bold=bold)
-    return compare(METHODS, run, calls, seeds, out)
+    title = f"AdamW at {careful:g} (careful) and {bold:g} (bold)"
+    return compare(METHODS, run, calls, seeds, title, out)
 
 
 if __name__ == "__main__":

@@ -102,8 +102,12 @@ def test_the_curve_is_not_above_the_best_guards() -> None:
             after, decision = guard.step(state, objective)
             # The members, once more: each from its own state, on the minibatches of the cycle.
             before = (at._replace(minibatches=state.minibatches) for at in state.inner.members)
-            again = [g.step(at, objective)[1] for g, at in zip(guards, before, strict=True)]
-            sums = DECAY * sums + jnp.stack([d.losses.mean() for d in again])
+            ends, again = zip(
+                *(g.step(at, objective) for g, at in zip(guards, before, strict=True)), strict=True
+            )
+            lost = jnp.stack([~jnp.isfinite(end.params).all() for end in ends])
+            losses = jnp.stack([d.losses.mean() for d in again])
+            sums = DECAY * sums + jnp.where(lost, jnp.inf, losses)  # it begins anew then
             kept = DECAY * kept + decision.losses.mean()
             return (after, sums, kept), (sums, kept, after.params, decision.winner)
 
@@ -152,15 +156,41 @@ def test_a_list_of_one_is_the_one() -> None:
     np.testing.assert_array_equal(both.gradients, alone.gradients)
 
 
-def test_what_was_not_finite_is_not_followed() -> None:
-    """Not even where it comes back, and is lower."""
+@pytest.mark.parametrize("nc", [0, NC])
+def test_a_guard_whose_end_is_not_finite_is_not_followed(nc) -> None:
+    """Its losses, which are taken before the steps, are the lower ones."""
+    explodes = optax.sgd(lambda t: jnp.where(t % NT == NT - 1, jnp.inf, 0.4))
+    guards = [unguarded(explodes), unguarded(optax.sgd(0.01))]
+    states, decisions = play(
+        lossguard.best_of(guards, nc=nc), lambda w, i: jnp.sum(w**2), jnp.ones(2), 3
+    )
+    np.testing.assert_array_equal(decisions.winner, 3 * [1])
+    np.testing.assert_allclose(states.params[-1], 0.98 ** (3 * NT) * np.ones(2), rtol=1e-5)
+
+
+def test_what_was_not_finite_begins_anew_where_the_followed_one_is() -> None:
+    """It loses cycle 2, begins anew at x with the record that x has, and is ahead from there."""
 
     def objective(w, i):
         return jnp.where((w < -1) & (i == 2 * NT), jnp.nan, w)
 
     guards = [unguarded(optimizers.constant(-1.0)), unguarded(optimizers.constant(-0.01))]
-    _, decisions = play(lossguard.best_of(guards), objective, jnp.float32(0), 10)
-    np.testing.assert_array_equal(decisions.winner, [0, 0] + 8 * [1])
+    states, decisions = play(lossguard.best_of(guards), objective, jnp.float32(0), 5)
+    np.testing.assert_array_equal(decisions.winner, [0, 0, 1, 0, 0])
+    np.testing.assert_allclose(states.params, [-3, -6, -0.09, -3.09, -6.09], rtol=1e-5)
+    np.testing.assert_array_equal(states.inner.members[0].steps, NT * np.arange(1, 6))
+
+
+def test_schedules_go_on_where_a_guard_begins_anew() -> None:
+    """The rate is 1 in the first cycle, from which the loss becomes infinite, and 0.1 after it."""
+    rate = optax.sgd(lambda t: jnp.where(t < NT, 1.0, 0.1))
+    guards = [unguarded(rate), unguarded(optimizers.constant(0.0))]
+
+    def objective(w, i):
+        return jnp.where(w <= -2, jnp.inf, w)
+
+    states, _ = play(lossguard.best_of(guards), objective, jnp.float32(0), 2)
+    np.testing.assert_allclose(states.inner.members[0].params, [0, -0.1 * NT], rtol=1e-5)
 
 
 def test_a_minibatch_that_is_lost_on_all_does_not_count() -> None:
@@ -206,14 +236,15 @@ def test_errors() -> None:
         guard.step(guard.init(jnp.ones(2)), lambda w, i: w.sum())
 
 
-def test_records_begin_again_where_no_guards_is_finite() -> None:
-    """Each guard has had a minibatch that was lost on it alone; the faster one is followed then."""
+def test_where_no_guard_is_finite_x_stays() -> None:
+    """All lose the second minibatch's gradient, and begin anew where x was."""
+    guards = [lossguard.unguarded(optax.sgd(rate), nt=1) for rate in (0.01, 0.1)]
+    guard = lossguard.best_of(guards)
 
     def objective(w, i):
-        lost = jnp.where(i == 1, w[0] > 0.15, (i == 3) & (w[0] < 0.1))
-        return jnp.where(lost, jnp.inf, jnp.sum((w - 1) ** 2))
+        return jnp.sum((w - 1) ** 2) * jnp.where(i == 1, jnp.nan, 1)
 
-    slow, fast = (lossguard.unguarded(optax.sgd(rate), nt=1) for rate in (0.01, 0.1))
-    guard = lossguard.best_of([slow, fast])
-    _, decisions = lossguard.rollout(guard, guard.init(jnp.zeros(1)), objective, cycles=8)
-    assert decisions.winner.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+    states, decisions = play(guard, objective, jnp.zeros(1), 4)
+    assert decisions.winner.tolist() == [0, -1, 0, 1]
+    np.testing.assert_allclose(states.params[:, 0], [0.02, 0.02, 0.0396, 0.3728], rtol=1e-5)
+    np.testing.assert_array_equal(states.inner.records[1], [0, 0])

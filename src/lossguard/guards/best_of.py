@@ -20,6 +20,7 @@ from .protocol import (
     start,
     sum_dtype,
 )
+from .soundness import all_finite, keep_schedules, select
 from .stacked import stacked
 
 
@@ -34,7 +35,7 @@ class BestOfState(NamedTuple):
 
 
 def best_of(guards: Sequence[Guard], *, nc: int = 0, decay: float = 0.9) -> Guard:
-    """Run several guards, each on its own path, and follow the one whose losses of late are lowest.
+    """Run several guards, each on its own path, and follow the one whose recent losses are lowest.
 
     On the same minibatches, for each guard j:
 
@@ -43,9 +44,9 @@ def best_of(guards: Sequence[Guard], *, nc: int = 0, decay: float = 0.9) -> Guar
         x <- x[j] of the lowest D[j]
 
     Ten steps' check can't tell which of several optimizers is better in the long run; paths that
-    none of the others disturbs can. In every run, for any guards and at any time, the sum of the
-    reported losses, the past forgotten by and by, is at most that of each of them (``be the
-    leader'': Kalai and Vempala, 2005):
+    none of the others disturbs can. For any guards and at any time, the discounted sum of the
+    losses that x reports is at most that of each guard which was finite so far (``be the leader'':
+    Kalai and Vempala, 2005):
 
         sum_c decay^(C-c) d[followed in c](c)  <=  min_j sum_c decay^(C-c) d[j](c)
 
@@ -53,7 +54,9 @@ def best_of(guards: Sequence[Guard], *, nc: int = 0, decay: float = 0.9) -> Guar
 
         d[j] <- mean_k F(x[j], -1-(c nc+k)),   k = 0 .. nc-1   after cycle c = 0, 1, ...
 
-    whose minibatches, of numbers below 0, the objective may take from held-out data.
+    whose minibatches, of numbers below 0, the objective may take from held-out data. Members that
+    number their checks apart, as ``recommended`` does, decide by the same ones, which flatters them
+    beside others.
 
     Args:
         guards: any guards whose longest cycles have the same nt. Those whose windows adapt are
@@ -62,9 +65,10 @@ def best_of(guards: Sequence[Guard], *, nc: int = 0, decay: float = 0.9) -> Guar
         decay: D remembers about 1 / (1 - decay) cycles.
 
     ``decision.winner`` numbers the guards; ``gradients``, ``forwards`` and ``learned_updates`` are
-    the sums over them, the rest is of the one that is followed. A guard one of whose losses was not
-    finite is not followed until that is true of all: then their records begin again. Cycles in
-    which no guard's losses are finite don't count.
+    the sums over them, the rest is of the one that is followed. A guard whose losses or parameters
+    are not finite begins anew at x, its schedules going on, with the record of the one that is
+    followed. If that is true of all, x stays, the records are 0, and ``winner`` is -1. Losses that
+    are finite for no guard, for the minibatches' fault, don't count.
 
     Memory and cost: those of the guards together, and nc forward passes of each.
 
@@ -121,16 +125,21 @@ def best_of(guards: Sequence[Guard], *, nc: int = 0, decay: float = 0.9) -> Guar
             now = jnp.stack([mean_loss(decision) for decision in decisions])
         now = jnp.where(jnp.isfinite(now).any(), now, 0)  # a minibatch that is lost on all
         records = decay * state.inner.records + now.astype(state.inner.records.dtype)
-        records = jnp.where(jnp.isfinite(records), records, jnp.inf)
-        anew = jnp.where(jnp.isfinite(now), now, jnp.inf).astype(records.dtype)
-        records = jnp.where(jnp.isfinite(records).any(), records, anew)
+        fit = jnp.isfinite(records) & jnp.stack([all_finite(at.params) for at in states])
+        records = jnp.where(fit, records, jnp.inf)
         best = jnp.argmin(records)
-        x, decision = jax.tree.map(
+        followed, decision = jax.tree.map(
             lambda *leaves: jnp.stack(leaves)[best],
             *((at.params, d) for at, d in zip(states, decisions, strict=True)),
         )
+        x = select(fit.any(), followed, state.params)
+        records = jnp.where(fit, records, jnp.where(fit.any(), records[best], 0))
+        states = tuple(
+            jax.lax.cond(fit[j], lambda at=at: at, lambda j=j, at=at: anew(members[j], x, at))
+            for j, at in enumerate(states)
+        )
         decision = decision._replace(
-            winner=best.astype(jnp.int32),
+            winner=jnp.where(fit.any(), best, -1).astype(jnp.int32),
             gradients=sum(d.gradients for d in decisions),
             forwards=sum(d.forwards for d in decisions) + nc * len(members),
             learned_updates=sum(d.learned_updates for d in decisions),
@@ -141,6 +150,12 @@ def best_of(guards: Sequence[Guard], *, nc: int = 0, decay: float = 0.9) -> Guar
         return GuardState(x, steps, minibatches, inner), decision
 
     return Guard(init, step)
+
+
+def anew(guard: Guard, x: Params, was: GuardState) -> GuardState:
+    """A guard's first state, at x, with the counts and schedules that it had."""
+    fresh = guard.init(x)._replace(steps=was.steps, minibatches=was.minibatches)
+    return keep_schedules(fresh, was)
 
 
 def mean_loss(decision: Decision) -> Float[Array, ""]:

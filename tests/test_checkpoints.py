@@ -15,7 +15,7 @@ from lossguard.checkpoints import Checkpoints
 
 
 class State(NamedTuple):
-    """What a run carries: numbers of several types, keys, and empty places."""
+    """What a run carries: numbers of several types, keys, and empty places and arrays."""
 
     params: dict[str, Array]
     keys: PRNGKeyArray
@@ -29,6 +29,7 @@ def state(seed: int) -> State:
         "half": jax.random.normal(keys[0], (4, 2), jnp.bfloat16),
         "single": jnp.array([1 / 3, jnp.nan, jnp.inf]) * seed,
         "flag": jnp.array([True, False]),
+        "no rows": jnp.zeros((0, 3)),
     }
     return State(params, keys, jnp.int32(seed))
 
@@ -178,9 +179,9 @@ def test_half_written_one_is_no_checkpoint(saved: Path) -> None:
 
 
 def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
-    reason = r"can't write a checkpoint: Cannot save .*zero size.*here'$"
+    reason = r"can't write a checkpoint: .*Unsupported data type: \"object\": '.*here'$"
     with pytest.raises(OSError, match=reason):
-        Checkpoints(tmp_path / "here").save(1, (jnp.zeros((0, 2)),), table(1))
+        Checkpoints(tmp_path / "here").save(1, (np.array([object()]),), table(1))
 
 
 def test_delete_removes_all(saved: Path) -> None:

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +48,8 @@ class Checkpoints:
         args = _orbax().args
         # Orbax sorts names; the numbers in front keep the order of the columns.
         columns = {f"{i:03} {name}": table[name].to_numpy() for i, name in enumerate(table.columns)}
-        parts = args.Composite(state=args.StandardSave(state), table=args.StandardSave(columns))
+        written, _ = _split(state)
+        parts = args.Composite(state=args.StandardSave(written), table=args.StandardSave(columns))
         with _quietly():
             try:
                 self._manager.save(step, args=parts)
@@ -68,6 +70,7 @@ class Checkpoints:
         """
         if not self._folder.exists():
             return None
+        template, empty = _split(template)
         shapes = _shapes(template)
         with _quietly():
             steps = sorted(self._manager.all_steps(), reverse=True)
@@ -84,7 +87,8 @@ class Checkpoints:
                     "checkpoint must have the structure and shapes of what goes on from it, "
                     f"but {self._folder / str(step)} has others: another version wrote it"
                 )
-            return step, *found
+            state, table = found
+            return step, eqx.combine(state, empty), table
         return None
 
     def _read(self, step: int, template: PyTree) -> tuple[PyTree, pl.DataFrame]:
@@ -120,6 +124,11 @@ def _orbax() -> Any:
     # Its threads log an error in hundreds of lines, some after it has been raised.
     logging.getLogger("absl").addFilter(_is_not_of_orbax)
     return orbax.checkpoint
+
+
+def _split(tree: PyTree) -> tuple[PyTree, PyTree]:
+    """The arrays of a tree that have elements, and the others, which Orbax refuses."""
+    return eqx.partition(tree, lambda leaf: leaf.size > 0)
 
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:

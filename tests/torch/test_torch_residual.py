@@ -162,7 +162,7 @@ def test_resumes_and_leaves_buffers_and_gradients_alone():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"alpha": 0.0}, "alpha must be between 0 and 1, got 0.0"),
+        ({"alpha": 0.0}, "alpha must be above 0 and at most 1, got 0.0"),
         ({"residual": "loss"}, "residual must be one of step, gradient, got 'loss'"),
         ({"nt": 0}, "nt must be an integer of at least 1, got 0"),
         ({"sequence": ema}, f"sequence must be a TrackingSequence such as ema(0.9), got {ema!r}"),
@@ -264,6 +264,24 @@ def test_residuals_of_complex_parameters_have_both_parts():
     guard.step(closure)
     assert not guard.last_decision.used_learned[0]
     assert guard._track == pytest.approx([0.2 * math.sqrt(5)])
+
+
+@pytest.mark.parametrize("scale", [1e-46, 1.0, 1e40])
+def test_residuals_have_the_precision_of_the_parameters(scale):
+    """Beyond what single precision holds the better optimizer's steps are accepted as well."""
+    w = torch.tensor([1.0, 2.0], dtype=torch.float64).mul(scale).requires_grad_()
+    guard = ResidualGuard(SGD([w], lr=0.4), SGD([w], lr=0.1), nt=4)
+
+    def closure():
+        guard.zero_grad()
+        loss = w.square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(4):
+        guard.step(closure)
+    assert guard.last_decision.used_learned == 4 * [True]
+    torch.testing.assert_close(w.detach() / scale, 0.2**4 * torch.tensor([1.0, 2.0]).double())
 
 
 def test_an_error_in_the_closure_leaves_no_gradients():

@@ -8,8 +8,9 @@ shared   every other entry of a group (lr, betas, ...): the schedule. It is set 
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -164,25 +165,45 @@ def clone(value: Any) -> Any:
 def finite(value: Any) -> bool:
     """Whether every number in nested containers is finite.
 
-    A finite sum proves it in one pass over a tensor; only a sum that isn't is looked at closely,
-    since finite numbers can overflow in it.
+    Finite sums prove it, in one pass over each tensor and a single read from the device; only where
+    one isn't are the tensors looked at closely, since finite numbers can overflow in a sum.
     """
-    if isinstance(value, Tensor):
-        if not (value.is_floating_point() or value.is_complex()):
-            return True
-        value = local(value)
-        return bool(value.sum().isfinite()) or bool(value.isfinite().all())
-    if isinstance(value, dict):
-        return all(finite(item) for item in value.values())
-    if isinstance(value, (list, tuple)):
-        return all(finite(item) for item in value)
-    return not isinstance(value, float) or math.isfinite(value)
+    leaves = list(_leaves(value))
+    tensors = [
+        local(leaf)
+        for leaf in leaves
+        if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+    ]
+    sums = read([tensor.sum().abs() for tensor in tensors])
+    return all(math.isfinite(leaf) for leaf in leaves if isinstance(leaf, float)) and (
+        all(map(math.isfinite, sums)) or all(bool(tensor.isfinite().all()) for tensor in tensors)
+    )
+
+
+def read(scalars: Sequence[Tensor]) -> list[float]:
+    """Real numbers, all at once, as each read waits for the device."""
+    if not scalars:
+        return []
+    device = scalars[0].device  # a model may lie on several
+    widest = reduce(torch.promote_types, {scalar.dtype for scalar in scalars}, torch.float32)
+    return torch.stack([scalar.to(device, widest) for scalar in scalars]).tolist()
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a distributed tensor, or the tensor itself."""
+    if not hasattr(tensor, "to_local"):
+        return tensor
     with torch.no_grad():
-        return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore
+        return tensor.to_local()  # pyright: ignore
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What nested containers hold."""
+    if isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(item)
+    else:
+        yield value
 
 
 def _same(old: Any, new: Any) -> bool:

@@ -69,6 +69,7 @@ class LSTMOptimizer(Optimizer):
         missing = [name for name in needed if name not in weights]
         if missing:
             raise ValueError(f"weights must hold {', '.join(needed)}, got none of {missing}")
+        self._on: dict[torch.device, dict[str, Tensor]] = {}
         super().__init__(params, {"lr": scale, "p": p})
 
     @classmethod
@@ -89,7 +90,8 @@ class LSTMOptimizer(Optimizer):
         return cls(params, weights, scale=file.scale, p=file.p)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "weights": self.weights, "layers": self.layers}
+        ours = {"weights": self.weights, "layers": self.layers, "_on": {}}
+        return {**super().__getstate__(), **ours}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore
@@ -108,6 +110,12 @@ class LSTMOptimizer(Optimizer):
                     self._update(param, group["lr"], group["p"])
         return loss
 
+    def _weights_on(self, device: torch.device) -> dict[str, Tensor]:
+        """The weights on a parameter's device; each device gets them once."""
+        if device not in self._on:
+            self._on[device] = {name: tensor.to(device) for name, tensor in self.weights.items()}
+        return self._on[device]
+
     def _update(self, param: Tensor, scale: float, p: float) -> None:
         gradient = param.grad
         if gradient is None or gradient.is_sparse or gradient.is_complex():
@@ -115,7 +123,7 @@ class LSTMOptimizer(Optimizer):
             raise ValueError(
                 f"gradients must be real and dense for LSTMOptimizer, got a {kind} one"
             )
-        weights = {name: tensor.to(param.device) for name, tensor in self.weights.items()}
+        weights = self._weights_on(param.device)
         x = log_and_sign(gradient.float().flatten(), p)
         state = self.state[param]
         if not state:
@@ -123,9 +131,8 @@ class LSTMOptimizer(Optimizer):
             for name in ("h", "c"):
                 state[name] = x.new_zeros(self.layers, hidden, x.shape[1])
         for k in range(self.layers):
-            x, c = _cell(
-                [weights[name] for name in layer_names(k)], x, state["h"][k], state["c"][k]
-            )
+            layer = [weights[name] for name in layer_names(k)]
+            x, c = _cell(layer, x, state["h"][k], state["c"][k])
             state["h"][k].copy_(x)
             state["c"][k].copy_(c)
         output = weights["linear.weight"] @ x + weights["linear.bias"][:, None]

@@ -18,7 +18,7 @@ from lossguard.torch.base import Guard
 from lossguard.torch.closures import Watch, scalar
 from lossguard.torch.decision import NEITHER, Decision
 from lossguard.torch.facade import Closure
-from lossguard.torch.inner import Inner, clone, finite
+from lossguard.torch.inner import Inner, clone, finite, read
 from lossguard.torch.randomness import Randomness
 from lossguard.torch.sequences import Track, TrackingSequence, ema
 from lossguard.torch.weights import Copy, Weights
@@ -226,6 +226,8 @@ class ResidualGuard(Guard):
 
 
 def _norm(tensors: list[Tensor] | list[Tensor | None]) -> float:
-    """The Euclidean norm over all of them, in float64 across tensors."""
+    """The Euclidean norm over all of them: each in its own precision, at least single."""
     present = [t.coalesce().values() if t.is_sparse else t for t in tensors if t is not None]
-    return math.sqrt(sum(float(t.abs().float().norm()) ** 2 for t in present))
+    sizes = [t.abs() for t in present]  # of complex numbers too
+    widened = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in sizes]
+    return math.hypot(*read([t.norm() for t in widened]))

@@ -60,6 +60,8 @@ class Weights:
 
         BatchNorm's statistics stay bad for ever after one bad minibatch; masks may be infinite.
         """
+        if finite(copy):
+            return True
         buffers = zip(self.buffers_of(copy), self._buffers(), strict=True)
         return finite(self.params_of(copy)) and all(
             finite(b) or bool((b.isfinite() | ~x.isfinite().to(b.device)).all()) for b, x in buffers

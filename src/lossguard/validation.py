@@ -29,7 +29,7 @@ def check_positive(**values: float) -> None:
 def check_fraction(name: str, value: float) -> float:
     """Require 0 < value <= 1."""
     if not 0 < value <= 1:
-        raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
+        raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
     return float(value)
 
 

@@ -253,7 +253,7 @@ def test_figure_where_all_is_lost(tmp_path: Path) -> None:
         ),
         ({"b2": 1.0}, "^b2 must be at least 0 and below 1, got 1.0$"),
         ({"b2": -0.1}, "^b2 must be at least 0 and below 1, got -0.1$"),
-        ({"curriculum": -1}, "^curriculum must be at least 0, got -1$"),
+        ({"curriculum": -1}, "^curriculum must be an integer of at least 0, got -1$"),
         ({"seed": 2**32}, r"^seed must be in 0 to 2\^32 - 1, got 4294967296$"),
         ({"shortest": 13}, "^longest must be at least shortest, which is 13, got 12$"),
         ({"batch_size": 2000}, "^batch_size must be between 1 and samples = 1[0-9]*, got 2000"),

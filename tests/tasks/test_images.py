@@ -92,9 +92,9 @@ def test_digits_are_drawn_by_the_seed() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"test_samples": 0}, "test_samples must be in 1 .. 1796, got 0"),
+        ({"test_samples": 0}, "test_samples must be an integer of at least 1, got 0"),
         ({"test_samples": 1797}, "test_samples must be in 1 .. 1796, got 1797"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
         (
             {"scaling": "none"},
             "scaling must be one of unit, standardized, symmetric, got 'none'",
@@ -175,5 +175,5 @@ def test_tiny_imagenet_draws_classes_by_seed(made_up: str) -> None:
 def test_tiny_imagenet_names_bad_arguments(classes: int) -> None:
     with pytest.raises(ValueError, match=rf"^classes must be in 2 \.\. 200, got {classes}$"):
         tiny_imagenet(classes=classes)
-    with pytest.raises(ValueError, match=r"^seed must be at least 0, got -1$"):
+    with pytest.raises(ValueError, match=r"^seed must be an integer of at least 0, got -1$"):
         tiny_imagenet(classes=50, seed=-1)

@@ -111,11 +111,23 @@ def test_counts_its_parameters(model: Model, shape: tuple[int, ...], parameters:
 @pytest.mark.parametrize(
     ("model", "shape", "reason"),
     [
-        (MLP((5, 0)), (2,), r"hidden must be at least 1 each, got \(5, 0\)"),
-        (MLP((-1,)), (2,), r"hidden must be at least 1 each, got \(-1,\)"),
-        (ConvNet((8,), (3,), (0,)), (8, 8, 1), r"strides must be at least 1 each, got \(0,\)"),
-        (ConvNet((8,), (-3,), (1,)), (8, 8, 1), r"kernels must be at least 1 each, got \(-3,\)"),
-        (ConvNet((0,), (3,), (1,)), (8, 8, 1), r"channels must be at least 1 each, got \(0,\)"),
+        (MLP((5, 0)), (2,), "each of hidden must be an integer of at least 1, got 0"),
+        (MLP((-1,)), (2,), "each of hidden must be an integer of at least 1, got -1"),
+        (
+            ConvNet((8,), (3,), (0,)),
+            (8, 8, 1),
+            "each of strides must be an integer of at least 1, got 0",
+        ),
+        (
+            ConvNet((8,), (-3,), (1,)),
+            (8, 8, 1),
+            "each of kernels must be an integer of at least 1, got -3",
+        ),
+        (
+            ConvNet((0,), (3,), (1,)),
+            (8, 8, 1),
+            "each of channels must be an integer of at least 1, got 0",
+        ),
         (ConvNet((8,)), (8, 8, 1), "channels, kernels and strides must be equally many, got .*"),
         (ConvNet(), (2,), r"inputs .* must be \[height, width, channels\], got \(2,\)"),
     ],

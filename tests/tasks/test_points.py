@@ -80,11 +80,12 @@ def test_scaling(load) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"samples": 1}, "samples must be at least 2, got 1"),
-        ({"test_samples": 0}, "test_samples must be at least 2, got 0"),
+        ({"samples": 1}, "samples must be an integer of at least 2, got 1"),
+        ({"test_samples": 0}, "test_samples must be an integer of at least 2, got 0"),
+        ({"samples": 10.5}, "samples must be an integer of at least 2, got 10.5"),
         ({"noise": -0.1}, "noise must be at least 0, got -0.1"),
         ({"noise": float("nan")}, "noise must be at least 0, got nan"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
         ({"scaling": "unit"}, "scaling must be one of none, standardized, got 'unit'"),
     ],
 )

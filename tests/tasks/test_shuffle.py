@@ -142,7 +142,16 @@ def test_minibatches_are_spread_over_the_data() -> None:
     assert scores.std() == pytest.approx(1, abs=0.3)
 
 
-@pytest.mark.parametrize("batch_size", [0, 11])
-def test_wrong_batch_size_is_refused(batch_size: int) -> None:
-    with pytest.raises(ValueError, match=r"^batch_size must be between 1 and samples = 10, got"):
-        minibatch_indices(KEY, 0, samples=10, batch_size=batch_size)
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "message"),
+    [
+        (10, 0, "batch_size must be an integer of at least 1, got 0"),
+        (10, 2.5, "batch_size must be an integer of at least 1, got 2.5"),
+        (10, 11, "batch_size must be between 1 and samples = 10, got 11"),
+        (0, 1, "samples must be an integer of at least 1, got 0"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_wrong_sizes_are_refused(samples, batch_size, message) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        minibatch_indices(KEY, 0, samples=samples, batch_size=batch_size)

@@ -60,11 +60,17 @@ def test_noise_is_unbiased_of_deviation_sigma_and_new_on_every_minibatch(name) -
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: quadratic(jax.random.key(0), n=1), "n must be at least 2, got 1"),
+        (lambda: quadratic(jax.random.key(0), n=1), "n must be an integer of at least 2, got 1"),
         (lambda: quadratic(jax.random.key(0), mu=0.0), "mu must be above 0 and at most L = 1.0"),
         (lambda: quadratic(jax.random.key(0), mu=2.0), "at most L = 1.0, got 2.0"),
-        (lambda: ridge_logistic(jax.random.key(0), samples=0), "samples must be at least 1"),
-        (lambda: ridge_logistic(jax.random.key(0), mu=0.0), "mu must be above 0, got 0.0"),
+        (
+            lambda: ridge_logistic(jax.random.key(0), samples=0),
+            "samples must be an integer of at least 1",
+        ),
+        (
+            lambda: ridge_logistic(jax.random.key(0), mu=0.0),
+            "mu must be positive and finite, got 0.0",
+        ),
         (lambda: ridge_logistic(jax.random.key(0), flipped=1.5), "between 0 and 1, got 1.5"),
     ],
 )

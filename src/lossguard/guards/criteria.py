@@ -56,7 +56,7 @@ def paired_criterion(*, confidence: float = 0.95) -> Criterion:
     all of them together (Bonferroni).
 
     Raises:
-        ValueError: if confidence is not between 0.5 and 1.
+        ValueError: if confidence is not at least 0.5 and below 1.
 
     >>> d = jnp.array([[2.0, 3.0, 2.5], [2.0, -3.0, 5.0]])
     >>> paired_criterion().test(d, jnp.int32(3))[0].tolist()  # both means are above 0
@@ -84,8 +84,8 @@ def sequential_criterion(*, confidence: float = 0.95, first: int = 5, most: int 
         most: those before the last.
 
     Raises:
-        ValueError: if confidence is not between 0.5 and 1, first is below 2, most below first, or
-            either no integer.
+        ValueError: if confidence is not at least 0.5 and below 1, first is below 2, most below
+            first, or either no integer.
 
     >>> sequential_criterion(first=5, most=30).looks
     (5, 10, 20, 30)

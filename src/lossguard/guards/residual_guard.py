@@ -75,7 +75,8 @@ def residual_guard(
     Cost a step: 2 gradients, the second after the learned update, which came after the first.
 
     Raises:
-        ValueError: if nt is below 1, alpha not between 0 and 1, or residual neither of the two.
+        ValueError: if nt is below 1, alpha not above 0 and at most 1, or residual neither of the
+            two.
 
     Source: Heaton et al., "Safeguarded learned convex optimization", 2020, arXiv 2003.01880; the
     paper's GL2O and appendix E (alpha = 0.99, EMA with theta = 0.9).

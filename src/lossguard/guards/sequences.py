@@ -27,7 +27,7 @@ def geometric(theta: float) -> TrackingSequence:
     """GS(theta): mu <- theta mu.
 
     Raises:
-        ValueError: if theta is not between 0 and 1.
+        ValueError: if theta is not above 0 and at most 1.
 
     >>> float(geometric(0.5).update(jnp.array(1.0), jnp.array(7.0)))
     0.5
@@ -66,7 +66,7 @@ def ema(theta: float) -> TrackingSequence:
     The paper's setting is theta = 0.9; read as a decay it is ``ema(0.1)``.
 
     Raises:
-        ValueError: if theta is not between 0 and 1.
+        ValueError: if theta is not above 0 and at most 1.
 
     >>> float(ema(0.75).update(jnp.array(1.0), jnp.array(3.0)))
     2.5

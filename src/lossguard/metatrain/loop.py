@@ -147,8 +147,7 @@ def _check(config: MetaTraining) -> None:
         check_positive(**{name: getattr(config, name)})
     if not 0 <= config.b2 < 1:
         raise ValueError(f"b2 must be at least 0 and below 1, got {config.b2}")
-    if config.curriculum < 0:
-        raise ValueError(f"curriculum must be at least 0, got {config.curriculum}")
+    check_count("curriculum", config.curriculum, least=0)
     if not 0 <= config.seed < 2**32:  # others would be taken modulo 2^32
         raise ValueError(f"seed must be in 0 to 2^32 - 1, got {config.seed}")
     if config.longest < config.shortest:

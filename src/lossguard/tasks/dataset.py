@@ -94,9 +94,3 @@ def _standardization(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean = flat.mean(axis=0, dtype=np.float64)
     square = np.einsum("nc,nc->c", flat, flat, dtype=np.float64) / len(flat)
     return mean, 1 / np.sqrt(square - mean**2)
-
-
-def check_seed(seed: int) -> None:
-    """Refuse a seed that NumPy doesn't take."""
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}")

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from ..validation import check_choice
-from .dataset import PIXEL_SCALINGS, Dataset, check_seed, make_dataset
+from ..validation import check_choice, check_count
+from .dataset import PIXEL_SCALINGS, Dataset, make_dataset
 from .parquet import ImageSource, SplitSource, load_images
 
 
@@ -23,9 +23,9 @@ def digits(*, test_samples: int = 360, seed: int = 0, scaling: str = "unit") -> 
     check_choice("scaling", scaling, PIXEL_SCALINGS)
     bunch: Any = load_digits()
     count = len(bunch.target)
-    if not 1 <= test_samples < count:
+    if check_count("test_samples", test_samples) >= count:
         raise ValueError(f"test_samples must be in 1 .. {count - 1}, got {test_samples}")
-    check_seed(seed)
+    check_count("seed", seed, least=0)
     inputs, labels = bunch.images[..., None].astype(np.uint8), bunch.target
     order = np.random.default_rng(seed).permutation(count)
     test, train = order[:test_samples], order[test_samples:]
@@ -145,7 +145,7 @@ def tiny_imagenet(*, classes: int = 200, seed: int = 0, scaling: str = "unit") -
     total = TINY_IMAGENET.classes
     if not 2 <= classes <= total:
         raise ValueError(f"classes must be in 2 .. {total}, got {classes}")
-    check_seed(seed)
+    check_count("seed", seed, least=0)
     if classes == total:
         return _images(TINY_IMAGENET, scaling)
     drawn = np.random.default_rng(seed).choice(total, classes, replace=False)

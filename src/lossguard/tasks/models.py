@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from ..validation import check_count
+
 
 class Model(Protocol):
     """What a task needs of a model: parameters from a key, logits from parameters and inputs."""
@@ -115,8 +117,8 @@ class ConvNet:
 
 def _check_counts(**counts: tuple[int, ...]) -> None:
     for name, values in counts.items():
-        if any(value < 1 for value in values):
-            raise ValueError(f"{name} must be at least 1 each, got {values}")
+        for value in values:
+            check_count(f"each of {name}", value)
 
 
 def convolve(

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from ..validation import check_choice
-from .dataset import POINT_SCALINGS, Dataset, check_seed, make_dataset
+from ..validation import check_choice, check_count
+from .dataset import POINT_SCALINGS, Dataset, make_dataset
 
 
 def spirals(
@@ -139,11 +139,9 @@ def _two_seeds(seed: int) -> tuple[int, int]:
 
 
 def _check_points(samples: int, test_samples: int, noise: float, seed: int, scaling: str) -> None:
-    if samples < 2:
-        raise ValueError(f"samples must be at least 2, got {samples}")
-    if test_samples < 2:
-        raise ValueError(f"test_samples must be at least 2, got {test_samples}")
+    check_count("samples", samples, least=2)
+    check_count("test_samples", test_samples, least=2)
     if not noise >= 0:
         raise ValueError(f"noise must be at least 0, got {noise}")
-    check_seed(seed)
+    check_count("seed", seed, least=0)
     check_choice("scaling", scaling, POINT_SCALINGS)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray, UInt32
 
+from ..validation import check_count
+
 ROUNDS = 8
 """Enough from about n = 16 on; below that the bijection is measurably uneven."""
 
@@ -25,12 +27,16 @@ def minibatch_indices(
     An epoch has ``samples // batch_size`` minibatches, no two of which share an index; the few
     samples that are left over differ from epoch to epoch.
 
+    Raises:
+        ValueError: if samples isn't an integer of at least 1, or batch_size of 1 .. samples.
+
     >>> key = jax.random.key(0)
     >>> epoch = [minibatch_indices(key, i, samples=10, batch_size=5) for i in (0, 1)]
     >>> sorted(int(j) for batch in epoch for j in batch)
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     """
-    if not 1 <= batch_size <= samples:
+    check_count("samples", samples)
+    if check_count("batch_size", batch_size) > samples:
         raise ValueError(f"batch_size must be between 1 and samples = {samples}, got {batch_size}")
     epoch, within = jnp.divmod(jnp.asarray(i, jnp.int32), samples // batch_size)
     positions = within * batch_size + jnp.arange(batch_size)

@@ -13,6 +13,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from scipy import optimize
 from scipy.special import expit
 
+from ..validation import check_count, check_positive
+
 
 class Quadratic(eqx.Module):
     """f(w) = 1/2 sum_j lambda_j <r_j, w - w*>^2, whose minimum is 0. Made by :func:`quadratic`."""
@@ -138,7 +140,7 @@ def quadratic(
     >>> float(problem.mu), float(problem.L), float(problem(problem.minimum))
     (0.009999999776482582, 1.0, 0.0)
     """
-    _check(n >= 2, "n", n, "at least 2")
+    check_count("n", n, least=2)
     _check(0 < mu <= L, "mu", mu, f"above 0 and at most L = {L}")
     rotation_key, minimum_key = jax.random.split(key)
     direction = jax.random.normal(minimum_key, (n,))
@@ -168,9 +170,9 @@ def ridge_logistic(
     >>> bool(jnp.linalg.norm(jax.grad(problem)(problem.minimum)) < 1e-6)
     True
     """
-    _check(n >= 1, "n", n, "at least 1")
-    _check(samples >= 1, "samples", samples, "at least 1")
-    _check(mu > 0, "mu", mu, "above 0")
+    check_count("n", n)
+    check_count("samples", samples)
+    check_positive(mu=mu)
     _check(0 <= flipped <= 1, "flipped", flipped, "between 0 and 1")
     input_key, rule_key, flip_key = jax.random.split(key, 3)
     inputs = jax.random.normal(input_key, (samples, n))

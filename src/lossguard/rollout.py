@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .guards.protocol import Decision, Guard, GuardState, Objective
-from .validation import check_count
+from .validation import check_count, check_kind
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -48,7 +48,8 @@ def rollout(
         The state after them, and their decisions stacked on an axis of length ``cycles``.
 
     Raises:
-        ValueError: if cycles or most is not an integer of at least 1, or cycles is above most.
+        ValueError: if guard or state is no such thing, cycles or most is not an integer of at least
+            1, or cycles is above most.
 
     >>> import jax.numpy as jnp, lossguard, optax
     >>> guard = lossguard.unguarded(optax.sgd(0.1))
@@ -57,6 +58,8 @@ def rollout(
     >>> int(state.steps), decisions.losses.shape
     (30, (3, 10))
     """
+    check_kind("guard", guard, Guard, "recommended(learned, fallback)")
+    check_kind("state", state, GuardState, "guard.init(params)")
     cycles = check_count("cycles", cycles)
     most = cycles if most is None else check_count("most", most)
     if cycles > most:

@@ -87,16 +87,32 @@ WRONG = {
     ),
     "alpha is 0": (
         lambda: lossguard.residual_guard(SGD, SGD, alpha=0.0),
-        "alpha must be between 0 and 1, got 0.0",
+        "alpha must be above 0 and at most 1, got 0.0",
     ),
     "alpha is above 1": (
         lambda: lossguard.residual_guard(SGD, SGD, alpha=1.5),
-        "alpha must be between 0 and 1, got 1.5",
+        "alpha must be above 0 and at most 1, got 1.5",
     ),
-    "theta of ema": (lambda: lossguard.ema(1.5), "theta must be between 0 and 1, got 1.5"),
+    "theta of ema": (lambda: lossguard.ema(1.5), "theta must be above 0 and at most 1, got 1.5"),
     "theta of geometric": (
         lambda: lossguard.geometric(-1.0),
-        "theta must be between 0 and 1, got -1.0",
+        "theta must be above 0 and at most 1, got -1.0",
+    ),
+    "no params": (
+        lambda: lossguard.loss_guard(SGD, SGD).init({}),
+        "params must hold at least one array, got {}",
+    ),
+    "rollout of a function": (
+        lambda: lossguard.rollout(lossguard.recommended, None, None, cycles=1),  # type: ignore
+        "guard must be a Guard such as recommended(learned, fallback), got <function recommended",
+    ),
+    "rollout from parameters": (
+        lambda: lossguard.rollout(lossguard.unguarded(SGD), {}, None, cycles=1),  # type: ignore
+        "state must be a GuardState such as guard.init(params), got {}",
+    ),
+    "a guard that is to be guarded": (
+        lambda: lossguard.recommended(lossguard.unguarded(SGD), SGD),
+        "learned must be an optax GradientTransformation, got Guard(init=",
     ),
     "m": (lambda: lossguard.recent_max(0), "m must be an integer of at least 1, got 0"),
     "learned": (

@@ -68,7 +68,7 @@ def test_a_loop_fed_from_the_host_is_the_loop_on_the_device() -> None:
     ("stack", "message"),
     [
         ((jnp.ones((3, 2)), jnp.ones(4)), r"share the length of axis 0, got \['3', '4'\]"),
-        ((jnp.ones((3, 2)), jnp.array(1.0)), "share the length of axis 0, got .*None"),
+        ((jnp.ones((3, 2)), jnp.array(1.0)), "share the length of axis 0, got .*'none'"),
         ({}, "share the length of axis 0, got no arrays"),
     ],
 )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..validation import check_count, check_decay
+from ..validation import check_count, check_decay, check_kind
 from .branch import check
 from .protocol import (
     Decision,
@@ -73,9 +73,9 @@ def best_of(guards: Sequence[Guard], *, nc: int = 0, decay: float = 0.9) -> Guar
     Memory and cost: those of the guards together, and nc forward passes of each.
 
     Raises:
-        ValueError: if there are no guards, nc is not an integer of at least 0, or decay not above 0
-            and below 1; in the first step, if their longest cycles differ, or there are checks and
-            the objective is ``stacked``.
+        ValueError: if there are no guards, or something else is one of them, nc is not an integer
+            of at least 0, or decay not above 0 and below 1; in the first step, if their longest
+            cycles differ, or there are checks and the objective is ``stacked``.
 
     >>> import optax
     >>> from lossguard import recommended
@@ -88,6 +88,8 @@ def best_of(guards: Sequence[Guard], *, nc: int = 0, decay: float = 0.9) -> Guar
     members = tuple(guards)
     if not members:
         raise ValueError("guards must be at least one guard, got none")
+    for one in members:
+        check_kind("each of guards", one, Guard, "unguarded(optimizer)")
     nc, decay = check_count("nc", nc, least=0), check_decay(decay)
 
     def init(params: Params) -> GuardState:

@@ -79,8 +79,10 @@ def as_arrays(params: Params) -> Params:
     """The leaves as arrays whose types a loop can carry.
 
     Raises:
-        ValueError: if a leaf is not floating-point.
+        ValueError: if there is no leaf, or one is not floating-point.
     """
+    if not jax.tree.leaves(params):
+        raise ValueError(f"params must hold at least one array, got {params!r}")
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         is_number = isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int | complex)
         dtype = jnp.result_type(leaf) if is_number else repr(leaf)
@@ -109,7 +111,7 @@ def start(params: Params, inner: PyTree) -> GuardState:
 
 def are_several(learned: Any) -> bool:
     """Whether these are optimizers, and not one, which is a tuple too."""
-    return isinstance(learned, list | tuple) and not hasattr(learned, "update")
+    return isinstance(learned, list | tuple) and not hasattr(learned, "init")
 
 
 def with_extra_args(name: str, optimizer: Any) -> optax.GradientTransformationExtraArgs:

@@ -76,7 +76,7 @@ class Ratchet(NamedTuple):
 
         def add(t: Any, sums: tuple[Array, Array]) -> tuple[Array, Array]:
             kept, held = sums
-            now = objective(state.best.params, i + t).astype(held.dtype)
+            now = jnp.asarray(objective(state.best.params, i + t), held.dtype)
             known = jnp.isfinite(now) & ~stayed
             return (
                 kept + jnp.where(known, losses[t].astype(kept.dtype), 0),

@@ -40,9 +40,9 @@ class stacked(eqx.Module):
     start: Int[Array, ""] | int
 
     def __check_init__(self) -> None:
-        lengths = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(self.batches)}
-        if len(lengths) != 1 or None in lengths:
-            found = sorted(map(str, lengths)) or "no arrays"
+        lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(self.batches)}
+        if len(lengths) != 1 or () in lengths:
+            found = sorted(str(*length) or "none" for length in lengths) or "no arrays"
             raise ValueError(f"batches must be arrays that share the length of axis 0, got {found}")
 
     @property

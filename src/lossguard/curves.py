@@ -17,6 +17,11 @@ def last_step(curves: pl.DataFrame) -> int:
     return int(curves["step"].max())  # pyright: ignore[reportArgumentType]
 
 
+def were_taken(decisions: Decision) -> np.ndarray:
+    """Which of a cycle's nt steps were, [..., nt]: windows that adapt may be shorter."""
+    return np.arange(decisions.losses.shape[-1]) < np.asarray(decisions.steps)[..., None]
+
+
 def thin(decisions: Decision, start: np.ndarray, spent: pl.DataFrame | None = None) -> pl.DataFrame:
     """A chunk of decisions, summed over bins of three significant digits of the step.
 
@@ -32,8 +37,7 @@ def thin(decisions: Decision, start: np.ndarray, spent: pl.DataFrame | None = No
     """
     d = jax.tree.map(np.asarray, decisions)
     seeds, cycles, nt = d.losses.shape
-    within = np.arange(nt)
-    taken = within < d.steps[..., None]
+    within, taken = np.arange(nt), were_taken(d)
     first = start[:, None] + np.cumsum(d.steps, axis=1) - d.steps
     share = (within + 1) / np.maximum(d.steps, 1)[..., None]
 
@@ -108,6 +112,12 @@ def mark_loss(curves: pl.DataFrame, k: int) -> pl.DataFrame:
     Bins are taken whole. Columns ``method``, ``seed``, ``loss``.
     """
     return step_mean(curves, "loss", first=0.9 * k - 1e-9, last=k)
+
+
+def over_seeds(table: pl.DataFrame, column: str) -> dict[str, float]:
+    """The mean of a column over the seeds, by method, in the order of the table."""
+    means = table.group_by("method", maintain_order=True).agg(pl.col(column).mean())
+    return dict(means.iter_rows())
 
 
 def step_mean(

@@ -48,6 +48,24 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
     cli.main()
 
 
+def adapting(experiment: Experiment) -> dict[str, Any]:
+    """A learned optimizer that wins nearly always, in cycles of one step at first."""
+    windows = lossguard.adaptive(most=4)
+    guard = lossguard.loss_guard(optax.sgd(0.1), optax.sgd(0.0), nt=1, nc=3, windows=windows)
+    return {"Adapting": lambda: guard}
+
+
+def test_progress_is_of_the_steps_that_were_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told = []
+    monkeypatch.setattr(running.Progress, "advance", lambda _, steps, **now: told.append(now))
+    changes = {"methods": ("Adapting",), "make_methods": adapting, "nt": 4}
+    run(dataclasses.replace(tiny.recipe(), **changes), tmp_path / "run")
+    assert len(told) > 3
+    assert all(np.isfinite(now["loss"]) and now["learned"] > 0.7 for now in told)
+
+
 def test_records_of_a_run(whole: Path) -> None:
     config, made, curves = records.read_run(whole)
     assert config == as_config(tiny.recipe()) | {"methods": ["Signs", "L2O", "LGL2O"]}

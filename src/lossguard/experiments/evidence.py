@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import polars as pl
 
-from ..curves import last_step, mark_loss
+from ..curves import last_step, mark_loss, over_seeds
 from ..records import Record
 from .experiment import Experiment
 from .recipes import RECIPES
@@ -47,10 +46,9 @@ class Run:
         A loss that is not finite is worse than any other, and no loss is as good as it.
         """
         if k not in self._losses:
-            means = mark_loss(self.curves, k).group_by("method").agg(pl.col("loss").mean())
+            means = over_seeds(mark_loss(self.curves, k), "loss")
             self._losses[k] = {
-                method: float(loss) if np.isfinite(loss) else math.inf
-                for method, loss in means.iter_rows()
+                method: loss if math.isfinite(loss) else math.inf for method, loss in means.items()
             }
         return self._losses[k]
 

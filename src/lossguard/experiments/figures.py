@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from ..curves import COUNTERS, last_step, mark_loss, step_mean
+from ..curves import COUNTERS, last_step, mark_loss, over_seeds, step_mean
 from ..drawing import log_losses, save
 from ..records import Record
 from .grid import draw_grid, grid_of
@@ -213,11 +213,11 @@ def summary(record: Record) -> Table:
         table.add_column(f"loss at {k:,}", justify="right")
     for name in ("learned", "seconds", "us a step", *(name.replace("_", " ") for name in COUNTERS)):
         table.add_column(name, justify="right")
-    losses = {k: _means(mark_loss(curves, k), "loss") for k in marks}
+    losses = {k: over_seeds(mark_loss(curves, k), "loss") for k in marks}
     final = curves.filter(pl.col("step") == pl.col("step").max().over("method"))
-    spent = {name: _means(final, name) for name in COUNTERS}
+    spent = {name: over_seeds(final, name) for name in COUNTERS}
     guarded = guards(curves)
-    used = _means(step_mean(curves, "used_learned"), "used_learned")
+    used = over_seeds(step_mean(curves, "used_learned"), "used_learned")
     for method in config["methods"]:
         seconds = made["seconds"][method]
         table.add_row(
@@ -234,8 +234,3 @@ def summary(record: Record) -> Table:
             ),
         )
     return table
-
-
-def _means(table: pl.DataFrame, column: str) -> dict[str, Any]:
-    means = table.group_by("method").agg(pl.col(column).mean())
-    return dict(zip(means["method"], means[column], strict=True))

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
 
-from ..curves import last_step, mark_loss
+from ..curves import last_step, mark_loss, over_seeds
 
 
 class Grid(NamedTuple):
@@ -21,8 +21,7 @@ class Grid(NamedTuple):
     def losses(self, curves: pl.DataFrame) -> tuple[int, np.ndarray]:
         """The last step, and Loss there [rates, taus], the mean over seeds."""
         last = last_step(curves)
-        means = mark_loss(curves, last).group_by("method").agg(pl.col("loss").mean())
-        loss = dict(means.iter_rows())
+        loss = over_seeds(mark_loss(curves, last), "loss")
         rows = [[loss[f"{self.name} {rate} tau {tau}"] for tau in self.taus] for rate in self.rates]
         return last, np.array(rows, float)
 

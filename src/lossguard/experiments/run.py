@@ -35,8 +35,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
 
     Beside the curves it leaves ``evaluations.parquet``: loss and accuracy of the iterate on the
     whole of both splits, at steps 50, 100, 200, 300, 500, 1,000 and so on where nt divides them, as
-    ten does, and at the last one. So
-    methods are compared without the noise of minibatches.
+    ten does, and at the last one. So methods are compared without the noise of minibatches.
 
     Every seed draws its own initialization and order of minibatches, the same for all methods. A
     run stopped by Ctrl-C or killed goes on with ``resume``, from the last checkpoint, and ends with
@@ -178,10 +177,11 @@ class _MethodRun:
                     self._seconds += progress.seconds - began
                     self._timed += cycles
                 compiled = True
+                of_steps = curves.were_taken(decisions)
                 progress.advance(
                     self._taken - taken,
-                    loss=float(np.asarray(decisions.losses).mean()),
-                    learned=float(np.asarray(decisions.used_learned).mean()),
+                    loss=float(np.mean(decisions.losses, where=of_steps)),
+                    learned=float(np.mean(decisions.used_learned, where=of_steps)),
                 )
                 finished = self._taken >= steps
                 if _is_mark(self._cycles * nt) or finished:

@@ -81,7 +81,7 @@ def test_version(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"lossguard {metadata.version('lossguard')}\n"
 
 
-@pytest.mark.parametrize("command", ["run", "metatrain", "plot", "claims", "list"])
+@pytest.mark.parametrize("command", ["run", "metatrain", "list"])
 def test_help_of_a_command(main: Main, capsys: pytest.CaptureFixture[str], command: str) -> None:
     main(command, "--help")
     assert capsys.readouterr().out.startswith(f"usage: lossguard {command}")
@@ -94,9 +94,12 @@ def test_help_of_a_command(main: Main, capsys: pytest.CaptureFixture[str], comma
         (("run", "fig03"), ("--dataset", "--sgd-rate", "--loser {keep,rollback,reset}")),
         (("run", f"{TINY}:recipe"), ("--steps", "--nt", "--nc")),
         (("metatrain", "mnist-mlp"), ("--meta-steps", "--truncation", "--validate-every")),
+        (("plot",), ("usage: lossguard plot", "Folders of runs")),
+        (("claims",), ("usage: lossguard claims", "Folders of runs")),
+        (("report",), ("usage: lossguard report", "Folders of runs", "--out")),
     ],
 )
-def test_help_of_a_recipe(
+def test_help_of_options(
     main: Main,
     capsys: pytest.CaptureFixture[str],
     arguments: tuple[str, ...],
@@ -202,9 +205,9 @@ def test_plot_of_meta_training(
         (("rn",), ("command must be one of demo, run", "got 'rn' (did you mean run?)")),
         (("list", "all"), ("list takes no arguments, got all",)),
         (("plot",), ("plot needs the folder of a run",)),
-        (("plot", "nowhere"), ("nowhere holds no finished run: config.json is missing",)),
+        (("plot", "nowhere"), ("there is no folder nowhere",)),
         (("claims",), ("claims needs the folder of a run",)),
-        (("claims", "nowhere"), ("nowhere holds no finished run: config.json is missing",)),
+        (("claims", "nowhere"), ("there is no folder nowhere",)),
         (("run",), ("path/to/module.py:function or one of demo, fig03",)),
         (("run", "fgi03"), ("got 'fgi03' (did you mean fig03?)",)),
         (("run", "fig02"), ("fig02 is run by lossguard sweep fig02, and its outer loop by",)),
@@ -239,7 +242,10 @@ def test_plot_of_meta_training(
         (("run", "fig05", "--steps", "0"), ("steps must be an integer of at least 1, got 0",)),
         (("run", "fig05", "--seeds", "0"), ("seeds must be an integer of at least 1, got 0",)),
         (("run", "fig05", "--batch-size", "0"), ("batch_size must be an integer of at least 1",)),
-        (("run", "fig05", "--model.hidden", "-1"), ("hidden must be at least 1 each, got (-1,)",)),
+        (
+            ("run", "fig05", "--model.hidden", "-1"),
+            ("each of hidden must be an integer of at least 1, got -1",),
+        ),
         (("run", "fig05", "--batch-size", "20000"), ("between 1 and samples = 10000, got 20000",)),
         (("metatrain", "mnist-mlp", "--dataset", "mnits"), ("(did you mean mnist?",)),
         (("metatrain", "mnist-mlp", "--meta-steps", "0"), ("meta_steps must be an integer of",)),
@@ -259,6 +265,15 @@ def test_bad_input(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_error_in_ones_own_module_is_told_with_its_place(
+    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    module = tmp_path / "of_my_own.py"
+    module.write_text("def recipe():\n    a, b = (1, 2, 3)\n")
+    place = f"too many values to unpack (expected 2) ({module}, line 2)"
+    refused(main, capsys, ("run", f"{module}:recipe"), place)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -266,6 +281,7 @@ def test_bad_input(
         ("run", "fig05", "--steps", "many"),
         ("run", "fig05", "--loser", "kept"),
         ("metatrain", "mnist-mlp", "surplus"),
+        ("claims", "results", "--steps", "3"),
     ],
 )
 def test_bad_options(

@@ -17,6 +17,7 @@ import secrets
 import shlex
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def main() -> None:
             raise ValueError(f"command must be {one_of(COMMANDS, name)}")
         COMMANDS[name](arguments)
     except (ValueError, OSError) as error:
-        print(f"lossguard: {_sentence(error)}", file=sys.stderr)
+        print(f"lossguard: {_sentence(error)}{_place(error, arguments)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         how = f"; to go on from the last checkpoint: {stop}" if stop.args else ""
@@ -75,11 +76,17 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a page is about and where it goes."""
+class Folders:
+    """Where records are."""
 
     folders: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Folders of runs, or folders that hold such folders."""
+
+
+@dataclass(frozen=True)
+class Report(Folders):
+    """What a page is about and where it goes."""
+
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
     """The page."""
 
@@ -162,19 +169,15 @@ def metatrain(arguments: Sequence[str]) -> None:
 
 def plot(arguments: Sequence[str]) -> None:
     """Figures and tables from the records of runs."""
-    if _wants_help(arguments):
-        print(f"usage: lossguard plot DIR...\n\nDraw a figure of each run into its folder.\n{DIR}")
-        return
-    for folder in _records(arguments, "plot"):
+    about = "Draw a figure of each run into its folder."
+    for folder in _records(_folders(Folders, arguments, "plot", about).folders):
         _show(folder)
 
 
 def claims(arguments: Sequence[str]) -> None:
     """The paper's claims, judged by the records of runs."""
-    if _wants_help(arguments):
-        print(f"usage: lossguard claims DIR...\n\nJudge the paper's claims by these runs.\n{DIR}")
-        return
-    records = _records(arguments, "claims")
+    about = "Judge the paper's claims by these runs."
+    records = _records(_folders(Folders, arguments, "claims", about).folders)
     from rich.table import Table
 
     from .experiments.claims import judge_claims
@@ -187,9 +190,8 @@ def claims(arguments: Sequence[str]) -> None:
 
 def report(arguments: Sequence[str]) -> None:
     """One page from the records of runs: claims, interactive figures and tables."""
-    parsed = tyro.cli(Report, args=arguments, prog="lossguard report", description="")
-    if not parsed.folders:
-        raise ValueError("report needs the folder of a run, or several")
+    about = "Write a page of claims, interactive figures and tables."
+    parsed = _folders(Report, arguments, "report", about)
     from .experiments.report import report
 
     print(f"report: {report(parsed.folders, parsed.out)}")
@@ -232,16 +234,19 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], None]] = {
 }
 
 
-DIR = "DIR is the folder of a run, or a folder that holds such folders."
+def _folders(kind: Any, arguments: Sequence[str], command: str, about: str) -> Any:
+    """The folders that a command is given, and its options."""
+    parsed = tyro.cli(kind, args=arguments, prog=f"lossguard {command}", description=about)
+    if not parsed.folders:
+        raise ValueError(f"{command} needs the folder of a run, or several")
+    return parsed
 
 
-def _records(arguments: Sequence[str], command: str) -> dict[Path, Any]:
+def _records(folders: Sequence[Path]) -> dict[Path, Any]:
     """Of the finished runs in these folders; what is left out is told on stderr."""
     from .experiments.folders import read_runs
 
-    if not arguments:
-        raise ValueError(f"{command} needs the folder of a run, or several")
-    found, others = read_runs([Path(folder) for folder in arguments])
+    found, others = read_runs(folders)
     for reason in others:
         print(reason, file=sys.stderr)
     return found
@@ -295,15 +300,12 @@ def _console() -> Console:
 
 def _over(reference: str, folder: Path) -> str:
     """In one line, where the methods of a run ended, in losses of one of them."""
-    import polars as pl
-
-    from .curves import last_step, mark_loss
+    from .curves import last_step, mark_loss, over_seeds
     from .records import read_run
 
     curves = read_run(folder).curves
     last = last_step(curves)
-    losses = mark_loss(curves, last).group_by("method", maintain_order=True)
-    means = dict(losses.agg(pl.col("loss").mean()).iter_rows())
+    means = over_seeds(mark_loss(curves, last), "loss")
     told = ", ".join(f"{name} {loss / means[reference]:.3g}" for name, loss in means.items())
     return f"loss at step {last:,}, over that of {reference}: {told}"
 
@@ -317,6 +319,14 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename}" if error.filename else "")
     return " ".join(str(error).split())
+
+
+def _place(error: Exception, arguments: Sequence[str]) -> str:
+    """Where in the user's own module it was raised, or what raised it was called."""
+    own = {Path(given.rpartition(":")[0]).resolve() for given in arguments if ".py:" in given}
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f"{one.filename}, line {one.lineno}" for one in frames if Path(one.filename) in own]
+    return f" ({places[-1]})" if places else ""
 
 
 def _first_line(function: Callable[..., Any]) -> str:

@@ -210,7 +210,7 @@ def test_command(
     ("names", "reason"),
     [
         ((), "report needs the folder of a run, or several"),
-        (("nowhere",), "nowhere holds no finished run: config.json is missing"),
+        (("nowhere",), "there is no folder nowhere"),
         (("half",), "half holds no finished run: manifest.json is missing"),
         ((".",), "no run in . can be read; half is not finished"),
     ],

@@ -18,9 +18,12 @@ def read_runs(folders: Sequence[Path]) -> tuple[dict[Path, Record], list[str]]:
         for each that is not finished, or damaged.
 
     Raises:
-        ValueError: if a named folder holds neither a finished run nor folders of runs, or a file of
-            it is damaged, or none of all runs can be read.
+        ValueError: if a named folder doesn't exist, or holds neither a finished run nor folders of
+            runs, or a file of it is damaged, or none of all runs can be read.
     """
+    for folder in folders:
+        if not folder.exists():
+            raise ValueError(f"there is no folder {folder}")
     inside = {folder: _runs_in(folder) for folder in folders}
     found = {folder: read_run(folder) for folder, runs in inside.items() if not runs}
     others, total = [], sum(map(len, inside.values()))

@@ -20,6 +20,7 @@ from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from ..curves import last_step
+from ..files import write_whole
 from ..metatrain.figure import OTHERS, kept, on_others
 from ..records import EVALUATIONS, Record, read_parquet
 from .beyond import RECIPES
@@ -62,13 +63,12 @@ def report(folders: Sequence[Path], file: Path) -> Path:
         script=_beside("report.js"),
         plotly=get_plotlyjs(),
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(page)
+    write_whole(file, page.encode(), "the report", make_folder=True)
     return file
 
 
 def _beside(name: str) -> str:
-    return (Path(__file__).parent / name).read_text()
+    return (Path(__file__).parent / name).read_text("utf-8")
 
 
 def _linked(measured: str, ids: dict[Path, str]) -> Markup:

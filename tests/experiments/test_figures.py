@@ -234,6 +234,10 @@ def test_a_method_that_diverged_is_drawn() -> None:
     curves = curves.with_columns(loss=pl.when(lost).then(float("nan")).otherwise("loss"))
     figure = figures.draw(curves, "Title")
     figure.draw_without_rendering()
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    steps, losses = lines["L2O"].get_data()
+    assert steps[np.isfinite(losses)].max() <= 100 < steps.max()
+    assert np.isfinite(lines["LGL2O"].get_ydata()).all()
 
 
 @pytest.fixture

@@ -91,22 +91,25 @@ def test_if_none_is_finite_x_stays_and_all_begin_anew():
     assert w.item() == 4.0
 
 
-def test_a_lane_that_begins_anew_scales_as_the_leader_does():
+@pytest.mark.parametrize(("kind", "nc"), [(BestOf, 0), (LossGuard, 1)])
+def test_a_lane_that_is_not_finite_scales_as_the_leader_does_from_then_on(kind, nc):
     """Else its scale, halved at each step that overflows, would go to 0 for ever."""
     w, _ = quadratic()
     bold = SGD([w], lr=1e25)
-    schedule = LambdaLR(bold, lambda t: 1.0 if t < 200 else 0.4 / 1e25)
-    guard = BestOf(bold, SGD([w], lr=1e-3), nt=2, schedulers=[schedule], scaler=GradScaler("cpu"))
+    schedule = LambdaLR(bold, lambda t: 1.0 if t < 400 else 0.4 / 1e25)
+    guard = kind(
+        *(bold, SGD([w], lr=1e-3)), nt=2, nc=nc, schedulers=[schedule], scaler=GradScaler("cpu")
+    )
 
     def closure():
-        loss = w.square().sum()
+        loss = w.pow(4).sum()  # far out its gradient overflows at any scale
         guard.scaler.scale(loss).backward()
         return loss
 
-    for _ in range(220):
+    while len(guard.history) < 210:
         guard.step(closure)
-    assert guard.history[50].winner == 1 and guard.history[50].reset_learned
-    assert guard.last_decision.winner == 0 and not guard.last_decision.reset_learned
+    assert guard.history[50].winner == 1 and not guard.history[50].finite_learned
+    assert guard.last_decision.winner == 0 and guard.last_decision.finite_learned
 
 
 def test_schedule_free_is_not_moved_by_an_error_of_the_closure():

@@ -237,7 +237,7 @@ def loss_guard(
         if probe:  # line 16
             ends = [branch.params for branch in trained[:rivals]]
             first = i + steps if checks == "next" else -1 - inner.drawn
-            verdict, n, factor = compare(ends, sound[:rivals], objective, first, inner)
+            verdict, n, factor = compare(ends, sound[:rivals], objective, first, inner, dtype)
         else:
             n, factor, verdict = jnp.int32(0), inner.factor, follow_first(sound, losses.dtype)
         excess, row = back_to_own(inner, verdict, losses, sound, steps, rivals)
@@ -251,11 +251,22 @@ def loss_guard(
             inner.lanes, x, ran, before, trained, sound, winner
         )
         excess = Excess(*(jnp.where(settled.on_own, 0, value) for value in excess))
-        best, (x, z_state), undone, held = hold(
-            inner, settled, x, reported, objective, i, steps, anew=not probe, stayed=row < 0
-        )
+        best, at_x = inner.ratchet, Branch(x, settled.fallback)
+        undone, held = jnp.array(False), jnp.int32(0)
+        if ratchet is not None and best is not None:
+            best, at_x, undone, held = ratchet.update(
+                best._replace(anew=best.anew & (not probe)),  # the learned lanes have, in a probe
+                at_x,
+                reported,
+                objective,
+                i,
+                steps,
+                was_own=inner.lanes.on_own,
+                is_own=settled.on_own,
+                stayed=row < 0,
+            )
         inner = LossGuardState(
-            lanes=settled._replace(fallback=z_state),
+            lanes=settled._replace(fallback=at_x.state),
             excess=excess,
             factor=factor,
             drawn=inner.drawn + (n if checks == "apart" else 0),
@@ -278,7 +289,7 @@ def loss_guard(
             learned_updates=jnp.int32((m if probe else 0) * steps),
         )
         i += steps + (n if checks == "next" else 0)  # line 21
-        return GuardState(x, state.steps + steps, i, inner), decision
+        return GuardState(at_x.params, state.steps + steps, i, inner), decision
 
     def compare(
         ends: list[Params],
@@ -286,6 +297,7 @@ def loss_guard(
         objective: Objective,
         i: Int[Array, ""],
         inner: LossGuardState,
+        dtype: jnp.dtype,
     ) -> tuple[Verdict, Int[Array, ""], Int[Array, ""]]:
         """Line 16: what the check says of the lanes, its minibatches, and the windows' factor."""
         losses, n = check(
@@ -296,7 +308,7 @@ def loss_guard(
             looks=looks or (nc * factor_of(inner),),
             most=nc_most,
             settled=lambda losses, n: judge(criterion, losses, n, sound, m).settled,
-            dtype=loss_dtype(objective, ends[0], i),
+            dtype=dtype,
         )
         verdict = judge(criterion, losses, n, sound, m)
         learned, fallback = losses[verdict.best_learned], losses[verdict.best_fallback]
@@ -324,34 +336,6 @@ def loss_guard(
         excess, back = record.update(inner.excess, followed, losses[own], steps, inner.lanes.on_own)
         back &= sound[own] if rivals < len(losses) else verdict.finite_fallback
         return excess, jnp.where(back, own, verdict.row)
-
-    def hold(
-        inner: LossGuardState,
-        settled: LanesState,
-        x: Params,
-        losses: Float[Array, " most"],
-        objective: Objective,
-        i: Int[Array, ""],
-        steps: Int[Array, ""] | int,
-        *,
-        anew: bool,
-        stayed: Bool[Array, ""],
-    ) -> tuple[RatchetState | None, Branch, Bool[Array, ""], Int[Array, ""]]:
-        """The ratchet's best, x with lane z's state, whether x went back, b's forward passes."""
-        at_x = Branch(x, settled.fallback)
-        if ratchet is None or inner.ratchet is None:
-            return None, at_x, jnp.array(False), jnp.int32(0)
-        return ratchet.update(
-            inner.ratchet._replace(anew=inner.ratchet.anew & anew),
-            at_x,
-            losses,
-            objective,
-            i,
-            steps,
-            was_own=inner.lanes.on_own,
-            is_own=settled.on_own,
-            stayed=stayed,
-        )
 
     def begin_anew(inner: LossGuardState) -> Bool[Array, ""] | None:
         """Whether the learned lanes do; None where they never do."""

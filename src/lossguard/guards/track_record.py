@@ -17,7 +17,7 @@ class Excess(NamedTuple):
     """By how much x's training losses were higher than those of s since it left that path."""
 
     total: Float[Array, ""]
-    """D, of all cycles, the past forgotten by and by."""
+    """D, the discounted sum over all cycles."""
     worst: Float[Array, ""]
     """W, the largest of its terms, at least 0."""
     cycles: Int[Array, ""]
@@ -57,7 +57,7 @@ class TrackRecord(NamedTuple):
 
 
 def track_record(*, decay: float = 0.9, share: float = 0.1) -> TrackRecord:
-    """Go back where x's training losses of late sum up to more than the fallback's alone.
+    """Go back where x's recent training losses sum up to more than the fallback's alone.
 
     In cycle a since x left the path of s:
 

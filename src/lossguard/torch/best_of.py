@@ -1,7 +1,7 @@
 """Optimizers side by side, each on its own path, of which the best is followed.
 
 d    a lane's loss in a cycle: of its train minibatches, each before its step, or of check ones
-D    its record: d of all cycles, the past forgotten by and by
+D    its record: the discounted sum of d over all cycles
 """
 
 import math
@@ -27,7 +27,7 @@ from lossguard.validation import check_count, check_decay
 
 
 class BestOf(LaneGuard):
-    r"""Runs optimizers side by side, and follows the one whose losses of late are lowest.
+    r"""Runs optimizers side by side, and follows the one whose recent losses are lowest.
 
     Every lane j, the learned optimizers and the fallback, goes on from where it is. In a cycle:
 
@@ -38,9 +38,9 @@ class BestOf(LaneGuard):
 
     Ten steps can't tell which of two learning rates is better in the long run: from any point, the
     lower one lowers the loss at once, since it takes noise out. Paths that none disturbs can. In
-    every run, for any optimizers and at any time, the losses of x, the past forgotten by and by,
-    sum up to at most those of each lane that was always finite (``be the leader'': Kalai and
-    Vempala, 2005), so those of the fallback alone:
+    every run, for any optimizers and at any time, the discounted sum of the losses of x is at most
+    that of each lane that was always finite (``be the leader'': Kalai and Vempala, 2005), so that
+    of the fallback alone:
 
         sum_c decay^(C-c) d[followed in c](c)  <=  min_j sum_c decay^(C-c) d[j](c)
 

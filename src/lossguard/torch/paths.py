@@ -1,7 +1,7 @@
 """Lanes on paths of their own: their records, which of them leads, and which are still running.
 
 d    a lane's mean loss in a cycle
-D    its record: d of all cycles, the past forgotten by and by
+D    its record: the discounted sum of d over all cycles
 """
 
 import math

@@ -16,7 +16,7 @@ class Excess(NamedTuple):
     """By how much x's training losses were higher than those of s since it left that path.
 
     Attributes:
-        total: D, of all cycles, the past forgotten by and by.
+        total: D, the discounted sum over all cycles.
         worst: W, the largest of its terms, at least 0.
         cycles: a, since x left.
     """
@@ -64,7 +64,7 @@ class TrackRecord(NamedTuple):
 
 
 def track_record(*, decay: float = 0.9, share: float = 0.1) -> TrackRecord:
-    """Go back where x's training losses of late sum up to more than the fallback's alone.
+    """Go back where x's recent training losses sum up to more than the fallback's alone.
 
     In cycle a since x left the path of s:
 

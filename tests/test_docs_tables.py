@@ -58,6 +58,8 @@ def method_of(label: str) -> str:
         "the paper's guard": "LGL2O",
         "Adam at 10, guarded": "Adam, rate too high guarded",
         "SGDnm, the guard's": "SGDnm",
+        "Recommended, keep": "Recommended (keep)",
+        "Recommended, keep, over Adam": "Recommended (keep) over Adam",
     }
     return names.get(plain, plain)
 

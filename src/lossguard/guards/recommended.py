@@ -43,9 +43,10 @@ def recommended(
         patience: losses running after which the learned lane is probed less often. A few dozen do
             for short runs; where it wins late, they cost some of that.
         loser: what becomes of the optimizer state of a lane that lost, as in ``loss_guard``.
-            "reset" is for learned optimizers, which are at their best when they begin; an ordinary
-            one, such as Adam at a bold rate, does better with "keep", and better still beside the
-            fallback on a path of its own (``best_of``).
+            "reset" is for learned optimizers that are at their best when they begin, as the LSTM
+            is; "keep" for those that have a schedule of their own, as Celo and VeLO. An ordinary
+            one, such as Adam at a bold rate, does better with "keep" too, and better still beside
+            the fallback on a path of its own (``best_of``).
 
     Raises:
         ValueError: as ``loss_guard``; or if most is no integer or below nc, or nc is 1 and

@@ -43,8 +43,9 @@ def recommended(
         patience: lost cycles running after which the learned lanes pause, for longer and longer;
             200 are 4,000 calls of ``step`` at nt = nc = 10, so take fewer in a short run.
         loser: what the optimizer of a lane that lost remembers, as in ``LossGuard``. "reset" is for
-            learned optimizers, which are at their best when they begin; an ordinary one, such as
-            AdamW at a bold rate, does better with "keep", and better still in ``BestOf``.
+            learned optimizers that are at their best when they begin, as the LSTM is; "keep" for
+            those that have a schedule of their own, as Celo and VeLO. An ordinary one, such as
+            AdamW at a bold rate, does better with "keep" too, and better still in ``BestOf``.
         options: ``model``, ``scaler``, ``schedulers``, ``offload``, ``process_group`` and
             ``callback``, as in ``LossGuard``.
 

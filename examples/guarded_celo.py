@@ -4,8 +4,9 @@ Celo (Moudgil et al., TMLR 2025) was meta-trained on four image tasks, with up t
 is told how many are planned. Its weights are in its repository:
 
     git clone https://github.com/amoudgl/celo
-    pip install ./celo
-    lossguard run examples/guarded_celo.py:spirals
+    git clone https://github.com/google/learned_optimization
+    pip install chex dm-haiku flax gin-config tensorflow
+    PYTHONPATH=celo:learned_optimization lossguard run examples/guarded_celo.py:spirals
 """
 
 from dataclasses import dataclass, fields

@@ -108,7 +108,8 @@ def ddp_by_ratchet(rank):
 def by_best_of(model):
     """Paths of which now one, now the other has the lower losses."""
     params = list(model.parameters())
-    return BestOf(Adam(params, lr=0.1), SGD(params, lr=0.5, momentum=0.9), nt=NT, decay=0.5)
+    bold, careful = Adam(params, lr=0.1), SGD(params, lr=0.5, momentum=0.9)
+    return BestOf(bold, careful, nt=NT, decay=0.5, model=model)
 
 
 def ddp_by_best_of(rank):
@@ -155,7 +156,7 @@ def two(rank):
     """All that two ranks are asked, one after the other."""
     asked = (
         ddp, ddp_beyond_the_paper, ddp_by_track_record, ddp_by_ratchet, ddp_by_best_of,
-        ddp_unequal, ddp_nan, fsdp, fsdp_needs_the_model,
+        ddp_unequal, ddp_nan, fsdp, fsdp_by_best_of, fsdp_needs_the_model,
     )  # fmt: skip
     answers = {}
     for scenario in asked:
@@ -164,14 +165,18 @@ def two(rank):
     return answers
 
 
+def sharded():
+    """The model in shards; its root, which holds the last layer, stays gathered after a forward."""
+    model = mlp()
+    sharding.fully_shard(model[0], reshard_after_forward=False)
+    sharding.fully_shard(model)
+    return model
+
+
 def fsdp(rank):
     from torch.distributed.tensor.debug import CommDebugMode
 
-    model = mlp()
-    sharding.fully_shard(model[0], reshard_after_forward=False)
-    sharding.fully_shard(
-        model
-    )  # the root, which holds the last layer, stays gathered after a forward
+    model = sharded()
     guard = build(model.parameters(), model=model)
     run(guard, model, shards(rank, distributed.get_world_size()))
     with CommDebugMode() as communication:
@@ -184,6 +189,13 @@ def fsdp(rank):
         "shard": sum(t.numel() for t in copy),
         "whole": sum(p.numel() for p in model.parameters()),
     }
+
+
+def fsdp_by_best_of(rank):
+    model = sharded()
+    guard = by_best_of(model)
+    run(guard, model, shards(rank, distributed.get_world_size()))
+    return report(guard, model.state_dict())
 
 
 def fsdp_needs_the_model(rank):

@@ -78,9 +78,10 @@ def test_ranks_go_back_to_one_best(two):
     assert_is_one_process(two["ddp_by_ratchet"], alone(by_ratchet), lanes=(-1, 0))
 
 
-def test_ranks_follow_one_path(two):
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_ranks_follow_one_path(kind, two):
     torch.manual_seed(0)
-    assert_is_one_process(two["ddp_by_best_of"], alone(by_best_of))
+    assert_is_one_process(two[f"{kind}_by_best_of"], alone(by_best_of))
 
 
 def test_unequal_shards(two):

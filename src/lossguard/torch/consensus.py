@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from lossguard.torch.inner import local
+from lossguard.torch.inner import local, read
 from lossguard.torch.lane import Lane
 from lossguard.torch.weights import Weights
 
@@ -37,9 +37,8 @@ def outcome(
 ) -> Outcome:
     """What the ranks of ``group`` agree on about some lanes, and about the losses of b."""
     losses = [*(lane.check for lane in lanes), *(lane.train for lane in lanes), held]
-    rows = [_numbers(row) for row in losses]
     numbers, alarms = agree(
-        [number for row in rows for number in row],
+        read([loss for row in losses for loss in row]),
         [
             *(not weights.is_finite(lane.copy) for lane in lanes),
             *(not lane.remembers_soundly() for lane in lanes),
@@ -48,7 +47,7 @@ def outcome(
         local(weights.params[0]).device,
     )
     agreed = iter(numbers)
-    rows = [[next(agreed) for _ in row] for row in rows]
+    rows = [[next(agreed) for _ in row] for row in losses]
     count = len(lanes)
     sound = [not alarm for alarm in alarms[:count]]
     return Outcome(rows[:count], rows[count:-1], rows[-1], sound, alarms[count:])
@@ -76,10 +75,3 @@ def agree(
     totals = packed.tolist()
     size = distributed.get_world_size(group)
     return [t / size for t in totals[: len(means)]], [t > 0 for t in totals[len(means) :]]
-
-
-def _numbers(losses: list[Tensor]) -> list[float]:
-    if not losses:
-        return []
-    device = losses[-1].device  # the others may have been loaded from a file to another one
-    return torch.stack([loss.to(device) for loss in losses]).tolist()

@@ -184,7 +184,7 @@ def read(scalars: Sequence[Tensor]) -> list[float]:
     """Real numbers, all at once, as each read waits for the device."""
     if not scalars:
         return []
-    device = scalars[0].device  # a model may lie on several
+    device = scalars[-1].device  # a model may lie on several, and losses be loaded to another one
     widest = reduce(torch.promote_types, {scalar.dtype for scalar in scalars}, torch.float32)
     return torch.stack([scalar.to(device, widest) for scalar in scalars]).tolist()
 

@@ -243,6 +243,33 @@ def test_every_branch_has_a_gradient_scaler_of_its_own():
     assert [lane.scaler.get_scale() for lane in resumed._lanes.all] == [2.0**98, 2.0**100]
 
 
+def test_lane_z_goes_on_from_s_with_its_gradient_scale():
+    """F(w) = 60 w at a scale of 2^127: it overflows until s, alone, has learned 2^122."""
+    weight = torch.tensor([100.0], requires_grad=True)
+    learned, fallback = SGD([weight], lr=0.0), SGD([weight], lr=0.01)
+    scaler = GradScaler("cpu", init_scale=2.0**127)
+    guard = LossGuard(learned, fallback, nt=10, nc=1, hedge=True, scaler=scaler)
+
+    def closure():
+        loss = 60 * weight.sum()
+        guard.scaler.scale(loss).backward()
+        return loss
+
+    def cycle():
+        for _ in range(11):
+            guard.step(closure)
+        return guard.last_decision
+
+    assert cycle().winner == 2
+    learned.param_groups[0]["lr"] = 0.02
+    assert cycle().winner == 0
+    learned.param_groups[0]["lr"] = 0.0
+    before = weight.item()
+    decision = cycle()
+    assert decision.winner == 1  # a skipped step of z, and s would have won
+    assert weight.item() == pytest.approx(before - 10 * 60 * 0.01)
+
+
 def test_cycle_scales_losses_too():
     batches = [spiral() for _ in range(5)]
     model = mlp()

@@ -131,10 +131,11 @@ class Lane:
         if self.scaler is not None and other.scaler is not None:
             self.scaler.load_state_dict(other.scaler.state_dict())
 
-    def hand_over(self) -> None:
-        """Let the other lane of its optimizer remember what this one does."""
+    def hand_over(self, other: "Lane") -> None:
+        """Let the other lane of its optimizer remember what this one does, and scale as it does."""
         if self.memory is not None:
             self.inner.restore(self.memory)
+        other.take_scale(self)
 
     def grow(self) -> None:
         """Make room for the parameter group that its optimizer has just got."""

@@ -72,11 +72,6 @@ class Lanes:
         self.best = None if ratchet is None else Best(ratchet, weights.copy(), memory)
 
     @property
-    def learned(self) -> list[Inner]:
-        """The learned optimizers."""
-        return [lane.inner for lane in self.all[: self.m]]
-
-    @property
     def fallback(self) -> Inner:
         """The fallback."""
         return self.all[-1].inner
@@ -154,8 +149,9 @@ class Lanes:
         if self.s is not None:
             fallback.append(self._settle_s(self.all[self.s], sound[self.s], broken[self.s], x))
             self.on_own = winner == self.s or not sound[self.s]
-            if self.on_own:  # z goes on from s, wherever x is s
-                self.all[self.s].hand_over()
+            if self.on_own:
+                if self.z is not None:  # z goes on from s, wherever x is s
+                    self.all[self.s].hand_over(self.all[self.z])
                 self.excess = Excess()
         return any(learned), any(fallback)
 

@@ -290,7 +290,7 @@ def _evaluations(folder: Path) -> list[tuple[str, list[str], Rows]]:
     if not (folder / EVALUATIONS).exists():
         return []
     table = read_parquet(folder / EVALUATIONS)
-    last = table.filter(pl.col("step") == pl.col("step").max().over("method"))
+    last = table.filter(pl.col("cycle") == pl.col("cycle").max().over("method"))
     names = [name for name in table.columns if name not in ("method", "seed", "cycle", "step")]
     means = last.group_by("method", maintain_order=True).agg(pl.col(names).mean())
     rows = [[row[0], *(f"{value:.4g}" for value in row[1:])] for row in means.iter_rows()]

@@ -59,6 +59,7 @@ def test_records(whole: Path) -> None:
     assert np.isfinite(numbers).all() and (numbers > 0).all()
     means = curves["validation"].to_numpy().mean(axis=1)
     assert made["best_validation"] == pytest.approx(means.min(), rel=1e-6)
+    assert not (whole / "checkpoints").exists()
 
 
 def first_losses(dataset: Dataset) -> np.floating:

@@ -123,7 +123,8 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
     if records.is_finished(folder):
         return folder / WEIGHTS
     made = records.start(folder)
-    state, table, seconds = _train_to_the_end(config, task, others, folder)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    state, table, seconds = _train_to_the_end(config, task, others, checkpoints)
     records.write_parquet(folder / records.CURVES, table)
     if not np.isfinite(state.best_validation):
         raise ValueError(f"no validation of {config.name} was finite: there are no weights to keep")
@@ -137,6 +138,7 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
     }
     save_weights(folder / WEIGHTS, state.best, p=config.p, scale=config.scale, made=provenance)
     records.finish(folder, made)
+    checkpoints.delete()
     return folder / WEIGHTS
 
 
@@ -162,11 +164,10 @@ def _trace_loss(task: Task) -> None:
 
 
 def _train_to_the_end(
-    config: MetaTraining, task: Task, others: dict[str, Task], folder: Path
+    config: MetaTraining, task: Task, others: dict[str, Task], checkpoints: Checkpoints
 ) -> tuple[MetaState, pl.DataFrame, float]:
     """All meta-steps from the last checkpoint on: the state after them, the curves, the seconds."""
     start_key, train_key, validation_key = jax.random.split(jax.random.key(config.seed), 3)
-    checkpoints = Checkpoints(folder / "checkpoints")
     state, table, done, before = _start(config, task, start_key), None, 0, jnp.float32(0)
     if (found := checkpoints.latest((state, before))) is not None:
         done, (state, before), table = found

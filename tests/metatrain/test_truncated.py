@@ -53,13 +53,11 @@ def piece(setting: Setting) -> tuple[Array, LSTMWeights, Optimizees]:
     return a_piece(*setting)
 
 
-def uncompiled_piece(
+@eqx.filter_jit
+def a_piece(
     task: Task, weights: LSTMWeights, optimizees: Optimizees
 ) -> tuple[Array, LSTMWeights, Optimizees]:
     return meta_gradient(lstm_optimizer, task, weights, optimizees, STEPS)
-
-
-a_piece = eqx.filter_jit(uncompiled_piece)
 
 
 @jax.jit
@@ -133,15 +131,6 @@ def test_equals_torch_over_two_pieces(
         for mine, other in zip(jax.tree.leaves(gradient), expected, strict=True):
             np.testing.assert_allclose(mine, other, rtol=2e-3, atol=2e-6)
             assert np.abs(other).max() > 1e-4
-
-
-def test_checkpointing_changes_nothing(
-    setting: Setting,
-    piece: tuple[Array, LSTMWeights, Optimizees],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(jax, "checkpoint", lambda step: step)
-    close(eqx.filter_jit(lambda *at: uncompiled_piece(*at))(*setting)[:2], piece[:2])
 
 
 def test_side_by_side_equals_one_by_one(

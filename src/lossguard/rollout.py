@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .guards.protocol import Decision, Guard, GuardState, Objective
+from .guards.protocol import Decision, Guard, GuardState, Objective, check_state
 from .validation import check_count, check_kind
 
 
@@ -59,7 +59,7 @@ def rollout(
     (30, (3, 10))
     """
     check_kind("guard", guard, Guard, "recommended(learned, fallback)")
-    check_kind("state", state, GuardState, "guard.init(params)")
+    check_state(state)
     cycles = check_count("cycles", cycles)
     most = cycles if most is None else check_count("most", most)
     if cycles > most:

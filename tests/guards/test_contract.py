@@ -128,6 +128,19 @@ def test_compiled_and_vmapped_equals_one_by_one(guard, name) -> None:
             )
 
 
+@pytest.mark.parametrize("guard", GUARDS)
+def test_it_goes_without_jax_promoting_ranks_or_types(guard) -> None:
+    """As people have JAX check their own code: every conversion is one that was meant."""
+    sgd = optax.sgd(R)
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        guard = GUARDS[guard](sgd, sgd)
+        jax.eval_shape(lambda state: guard.step(state, squares), guard.init(start()))
+
+
+def squares(params, i):
+    return jnp.sum(params.weight**2) + params.bias**2
+
+
 def comparable(tree):
     """Random keys as numbers."""
     return jax.tree.map(

@@ -98,6 +98,17 @@ WRONG = {
         lambda: lossguard.geometric(-1.0),
         "theta must be above 0 and at most 1, got -1.0",
     ),
+    "a step from parameters": (
+        lambda: lossguard.unguarded(SGD).step(ONES, lambda w, i: jnp.sum(w)),  # type: ignore
+        "state must be a GuardState such as guard.init(params), got Array([1., 1.]",
+    ),
+    "a step of another guard": (
+        lambda: lossguard.recommended(SGD, SGD).step(
+            lossguard.residual_guard(SGD, SGD).init(ONES), lambda w, i: jnp.sum(w)
+        ),
+        "state must be of this guard's own init(params), whose inner is a LossGuardState, got "
+        "ResidualGuardState(",
+    ),
     "no params": (
         lambda: lossguard.loss_guard(SGD, SGD).init({}),
         "params must hold at least one array, got {}",

@@ -87,11 +87,41 @@ def test_a_stack_has_no_minibatches_apart() -> None:
     assert guard.step(guard.init(jnp.ones(3)), objective)[1].winner >= 0
 
 
-def test_a_stack_that_is_shorter_than_a_cycle() -> None:
-    guard = lossguard.loss_guard(optax.sgd(0.1), optax.sgd(0.1), nt=3, nc=2)
-    message = r"^stacked minibatches must be at least 5, which a cycle may take, got 4$"
-    with pytest.raises(ValueError, match=message):
-        guard.step(guard.init(jnp.ones(3)), lossguard.stacked(loss, batches(4), 0))
+SGD = optax.sgd(0.1)
+
+
+@pytest.mark.parametrize(
+    ("guard", "needed"),
+    [
+        (lossguard.loss_guard(SGD, SGD, nt=3, nc=2), 5),
+        (lossguard.residual_guard(SGD, SGD, nt=3), 3),
+        (lossguard.unguarded(SGD, nt=3), 3),
+        (lossguard.best_of([lossguard.unguarded(SGD, nt=3)] * 2), 3),
+    ],
+)
+def test_a_stack_that_is_shorter_than_a_cycle(guard, needed) -> None:
+    state = guard.init(jnp.zeros(3))
+    message = f"^stacked minibatches must be at least {needed}, which a cycle may take, got "
+    with pytest.raises(ValueError, match=message + f"{needed - 1}$"):
+        guard.step(state, lossguard.stacked(loss, batches(needed - 1), 0))
+    after, _ = guard.step(state, lossguard.stacked(loss, batches(needed), 0))
+    assert jnp.isfinite(after.params).all() and not jnp.array_equal(after.params, state.params)
+
+
+def test_the_state_may_be_donated_beside_minibatches_that_start_at_its_own() -> None:
+    guard = lossguard.unguarded(SGD, nt=2)
+    step = jax.jit(guard.step, donate_argnums=0)
+    state = guard.init(jnp.ones(3))
+    for _ in range(2):
+        state, _ = step(state, lossguard.stacked(loss, batches(2), start=state.minibatches))
+    assert state.minibatches == 4
+
+
+@pytest.mark.parametrize("wrong", [lambda w, batch: (jnp.sum(w), w), lambda w, batch: 1.0])
+def test_a_loss_that_is_no_scalar_array(wrong) -> None:
+    objective = lossguard.stacked(wrong, batches(2), 0)
+    with pytest.raises(ValueError, match=r"^loss must return a scalar floating-point loss, got "):
+        objective(jnp.ones(3), 0)
 
 
 @pytest.mark.parametrize("skips", [True, False])

@@ -16,6 +16,7 @@ from .protocol import (
     Objective,
     Params,
     as_arrays,
+    check_state,
     loss_dtype,
     start,
     sum_dtype,
@@ -99,6 +100,7 @@ def best_of(guards: Sequence[Guard], *, nc: int = 0, decay: float = 0.9) -> Guar
         return start(params, BestOfState(states, jnp.zeros(len(members), dtype), jnp.int32(0)))
 
     def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
+        check_state(state, BestOfState)
         if nc and isinstance(objective, stacked):
             raise ValueError(f"nc must be 0 for stacked minibatches, got {nc}")
         i = state.minibatches  # of all: they are compared on the same ones
@@ -112,16 +114,7 @@ def best_of(guards: Sequence[Guard], *, nc: int = 0, decay: float = 0.9) -> Guar
         if nc:
             dtype = loss_dtype(objective, state.params, i)
             ends, first = [at.params for at in states], -1 - state.inner.drawn
-            losses, _ = check(
-                ends,
-                objective,
-                first,
-                stride=-1,
-                looks=(nc,),
-                most=nc,
-                settled=lambda losses, n: n == nc,
-                dtype=dtype,
-            )
+            losses, _ = check(ends, objective, first, stride=-1, looks=(nc,), most=nc, dtype=dtype)
             now = losses.mean(axis=1)
         else:
             now = jnp.stack([mean_loss(decision) for decision in decisions])
@@ -163,4 +156,4 @@ def anew(guard: Guard, x: Params, was: GuardState) -> GuardState:
 def mean_loss(decision: Decision) -> Float[Array, ""]:
     """The mean training loss of a cycle's kept branch."""
     counts = jnp.arange(len(decision.losses)) < decision.steps
-    return jnp.where(counts, decision.losses, 0).sum() / decision.steps
+    return jnp.mean(decision.losses, where=counts)

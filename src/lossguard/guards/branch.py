@@ -93,13 +93,13 @@ def check(
     stride: int,
     looks: Sequence[Int[Array, ""] | int],
     most: int,
-    settled: Callable[[Float[Array, "lanes most"], Int[Array, ""]], Bool[Array, ""]],
+    settled: Callable[[Float[Array, "lanes most"], Int[Array, ""]], Bool[Array, ""]] | None = None,
     dtype: jnp.dtype,
 ) -> tuple[Float[Array, "lanes most"], Int[Array, ""]]:
     """The losses of every lane on minibatches i, i+stride, ..., and how many of them were drawn.
 
     ``looks`` are the numbers of minibatches after which ``settled`` is asked whether that is
-    enough; after the last it is.
+    enough; after the last it is, and without ``settled`` after the first.
     """
 
     def draw(j: Any, losses: Array) -> Array:
@@ -108,7 +108,7 @@ def check(
         )
 
     losses = jnp.zeros((len(lanes), most), dtype)
-    if len(looks) == 1:
+    if settled is None or len(looks) == 1:
         return jax.lax.fori_loop(0, looks[0], draw, losses), jnp.asarray(looks[0], jnp.int32)
 
     bounds = jnp.array([0, *looks], jnp.int32)

@@ -136,7 +136,7 @@ def _t_test(
     mean, deviation = moments(d, n)
     samples = np.arange(2, d.shape[1] + 1)
     quantiles = np.concatenate([[np.inf, np.inf], stdtrit(samples - 1, 1 - level)])
-    bound = jnp.asarray(quantiles, d.dtype)[n] * deviation / jnp.sqrt(n)
+    bound = jnp.asarray(quantiles, d.dtype)[n] * deviation / jnp.sqrt(n.astype(d.dtype))
     better, worse = mean > bound, -mean > bound
     return better, better | worse
 
@@ -145,7 +145,7 @@ def moments(
     d: Float[Array, "m most"], n: Int[Array, ""]
 ) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
     """Mean and standard deviation of the first n columns."""
-    counts = jnp.arange(d.shape[1]) < n
+    counts, n = jnp.arange(d.shape[1]) < n, n.astype(d.dtype)
     mean = jnp.where(counts, d, 0).sum(axis=1) / n
     squares = jnp.where(counts, (d - mean[:, None]) ** 2, 0).sum(axis=1)
     return mean, jnp.sqrt(squares / jnp.maximum(n - 1, 1))

@@ -67,17 +67,12 @@ class Lanes:
             on_own=jnp.array(self.has_s),
         )
 
-    def branches(
-        self, x: Params, state: LanesState, anew: Bool[Array, ""] | None
-    ) -> tuple[Branch, ...]:
+    def branches(self, x: Params, state: LanesState, anew: Bool[Array, ""]) -> tuple[Branch, ...]:
         """Where each lane starts from, the learned ones ``anew`` or as they are."""
-        learned = state.learned
-        if anew is not None:
-            learned = [
-                select(anew, keep_schedules(one.init(x), old), old)
-                for one, old in zip(self.learned, learned, strict=True)
-            ]
-        branches = [Branch(x, lane_state) for lane_state in learned]
+        branches = [
+            Branch(x, select(anew, keep_schedules(one.init(x), old), old))
+            for one, old in zip(self.learned, state.learned, strict=True)
+        ]
         if self.has_z:
             branches.append(Branch(x, state.fallback))
         if state.own is not None:

@@ -27,6 +27,7 @@ from .protocol import (
     Params,
     are_several,
     as_arrays,
+    check_state,
     loss_dtype,
     start,
     sum_dtype,
@@ -34,7 +35,7 @@ from .protocol import (
 )
 from .ratchet import Ratchet, RatchetState, init_ratchet
 from .soundness import all_finite, select
-from .stacked import stacked
+from .stacked import check_stacked, stacked
 from .track_record import Excess, TrackRecord
 from .verdict import NEITHER, Verdict, follow_first, judge
 from .windows import Windows, fixed
@@ -181,18 +182,13 @@ def loss_guard(
         return start(params, inner)
 
     def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
-        if isinstance(objective, stacked):
-            if checks == "apart":
-                raise ValueError(
-                    "checks must be 'next' for stacked minibatches, got 'apart': "
-                    "recommended(..., most=nc) is so"
-                )
-            needed = nt_most + nc_most
-            if objective.count < needed:
-                raise ValueError(
-                    f"stacked minibatches must be at least {needed}, which a cycle may take, got "
-                    f"{objective.count}"
-                )
+        check_state(state, LossGuardState)
+        if checks == "apart" and isinstance(objective, stacked):
+            raise ValueError(
+                "checks must be 'next' for stacked minibatches, got 'apart': "
+                "recommended(..., most=nc) is so"
+            )
+        check_stacked(objective, nt_most + nc_most)
 
         def run(probe: bool, state: GuardState) -> tuple[GuardState, Decision]:
             """A cycle with the fallback's lanes, but not z where it is s."""
@@ -233,14 +229,14 @@ def loss_guard(
         sound = jnp.stack([all_finite(branch.params) for branch in trained])
 
         # By a track record, s is judged by its training losses, and takes no check minibatches.
-        rivals = len(ran) - (record is not None and len(fallbacks) == 2)
+        checked = len(ran) - (record is not None and len(fallbacks) == 2)
         if probe:  # line 16
-            ends = [branch.params for branch in trained[:rivals]]
+            ends = [branch.params for branch in trained[:checked]]
             first = i + steps if checks == "next" else -1 - inner.drawn
-            verdict, n, factor = compare(ends, sound[:rivals], objective, first, inner, dtype)
+            verdict, n, factor = compare(ends, sound[:checked], objective, first, inner, dtype)
         else:
             n, factor, verdict = jnp.int32(0), inner.factor, follow_first(sound, losses.dtype)
-        excess, row = back_to_own(inner, verdict, losses, sound, steps, rivals)
+        excess, row = back_to_own(inner, verdict, losses, sound, steps, checked)
         winner = jnp.where(row < 0, NEITHER, jnp.array(ran, jnp.int32)[row])
         for lane, branch in zip(ran, trained, strict=True):  # lines 17 and 19
             x = select(winner == lane, branch.params, x)
@@ -285,7 +281,7 @@ def loss_guard(
             reset_fallback=reset_fallback,
             winner=jnp.where(undone, NEITHER, winner).astype(jnp.int32),
             gradients=jnp.int32(len(ran) * steps),
-            forwards=jnp.int32(rivals * n + held),
+            forwards=jnp.int32(checked * n + held),
             learned_updates=jnp.int32((m if probe else 0) * steps),
         )
         i += steps + (n if checks == "next" else 0)  # line 21
@@ -324,7 +320,7 @@ def loss_guard(
         losses: Float[Array, "lanes most"],
         sound: Bool[Array, " lanes"],
         steps: Int[Array, ""] | int,
-        rivals: int,
+        checked: int,
     ) -> tuple[Excess, Int[Array, ""]]:
         """The row that is kept once the track record, if any, has been asked; and the record."""
         if record is None:
@@ -334,14 +330,12 @@ def loss_guard(
         row = jnp.where(verdict.row < 0, verdict.best_fallback, verdict.row)
         followed = jnp.where(sound[row], losses[row], jnp.nan)
         excess, back = record.update(inner.excess, followed, losses[own], steps, inner.lanes.on_own)
-        back &= sound[own] if rivals < len(losses) else verdict.finite_fallback
+        back &= sound[own] if checked < len(losses) else verdict.finite_fallback
         return excess, jnp.where(back, own, verdict.row)
 
-    def begin_anew(inner: LossGuardState) -> Bool[Array, ""] | None:
-        """Whether the learned lanes do; None where they never do."""
-        probed = inner.probing.wait > 0 if probing.start == "reset" else None
-        if inner.ratchet is None:
-            return probed
-        return inner.ratchet.anew if probed is None else inner.ratchet.anew | probed
+    def begin_anew(inner: LossGuardState) -> Bool[Array, ""]:
+        """Whether the learned lanes do."""
+        waited = (inner.probing.wait > 0) & (probing.start == "reset")
+        return waited if inner.ratchet is None else waited | inner.ratchet.anew
 
     return Guard(init, step)

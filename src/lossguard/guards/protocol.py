@@ -14,6 +14,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
+from ..validation import check_kind
+
 Params = PyTree[Shaped[ArrayLike, "..."]]
 Objective = Callable[[Any, Any], Array]
 """``objective(params, i)``: the scalar loss on minibatch number i, which may be ignored."""
@@ -107,6 +109,16 @@ def start(params: Params, inner: PyTree) -> GuardState:
 
     params, inner = jax.tree.map(own, (params, inner))
     return GuardState(params, jnp.int32(0), jnp.int32(0), inner)
+
+
+def check_state(state: Any, inner: type = object) -> None:
+    """Refuse what is no state of a guard that keeps an ``inner``."""
+    check_kind("state", state, GuardState, "guard.init(params)")
+    if not isinstance(state.inner, inner):
+        raise ValueError(
+            f"state must be of this guard's own init(params), whose inner is a {inner.__name__}, "
+            f"got {state.inner!r}"
+        )
 
 
 def are_several(learned: Any) -> bool:

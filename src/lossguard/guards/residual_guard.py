@@ -20,6 +20,7 @@ from .protocol import (
     Objective,
     Params,
     as_arrays,
+    check_state,
     loss_dtype,
     start,
     sum_dtype,
@@ -27,6 +28,7 @@ from .protocol import (
 )
 from .sequences import TrackingSequence, ema
 from .soundness import all_finite, renew_if_unsound, select
+from .stacked import check_stacked
 from .verdict import NEITHER
 
 Residual = Literal["step", "gradient"]
@@ -135,6 +137,8 @@ def residual_guard(
         return x, inner, StepReport(ok, loss, finite_y, finite_z, reset_learned, reset_fallback)
 
     def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
+        check_state(state, ResidualGuardState)
+        check_stacked(objective, nt)
         dtype = loss_dtype(objective, state.params, state.minibatches)
 
         def body(carry: tuple, t: Any) -> tuple[tuple, StepReport]:
@@ -155,7 +159,7 @@ def residual_guard(
             finite_fallback=report.finite_fallback.all(),
             reset_learned=report.reset_learned.any(),
             reset_fallback=report.reset_fallback.any(),
-            winner=kept,
+            winner=kept.astype(jnp.int32),
             gradients=jnp.int32(2 * nt),
             forwards=jnp.int32(0),
             learned_updates=jnp.int32(nt),

@@ -8,16 +8,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Int, PyTree, Shaped
 
-from .protocol import Params
+from .protocol import Objective, Params, check_loss
 
 
 class stacked(eqx.Module):
     """``objective(params, i) = loss(params, batches[i - start])``: minibatches stacked on axis 0.
 
     For training loops whose minibatches come from the host: stack those of one cycle (nt + nc for a
-    loss guard), with ``start`` the number of the first, which is ``state.minibatches``. It is a
-    pytree, so that a compiled step takes new minibatches without recompiling. On a minibatch that
-    is not in the stack the loss is NaN: a guard that asks for more than there are keeps x.
+    loss guard, nt for the others), with ``start`` the number of the first, which is
+    ``state.minibatches``. It is a pytree, so that a compiled step takes new minibatches without
+    recompiling, and holds a copy of ``start``, so that the step may donate the state. On a
+    minibatch that is not in the stack the loss is NaN.
 
     Args:
         loss: ``loss(params, batch) -> scalar``.
@@ -25,8 +26,8 @@ class stacked(eqx.Module):
         start: the number of the first minibatch.
 
     Raises:
-        ValueError: if ``batches`` holds no arrays, or arrays of different lengths; in the step of a
-            loss guard, if they are fewer than a cycle may take.
+        ValueError: if ``batches`` holds no arrays, or arrays of different lengths; in a guard's
+            step, if they are fewer than a cycle may take, or the loss is no scalar.
 
     >>> import jax.numpy as jnp
     >>> batches = jnp.array([[1.0, 3.0], [5.0, 7.0]])
@@ -37,7 +38,7 @@ class stacked(eqx.Module):
 
     loss: Callable[[Any, Any], Array] = eqx.field(static=True)
     batches: PyTree[Shaped[ArrayLike, "count ..."]]
-    start: Int[Array, ""] | int
+    start: Int[Array, ""] = eqx.field(converter=jnp.array)
 
     def __check_init__(self) -> None:
         lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(self.batches)}
@@ -53,5 +54,15 @@ class stacked(eqx.Module):
     def __call__(self, params: Params, i: Int[Array, ""] | int) -> Array:
         row = i - self.start
         loss = self.loss(params, jax.tree.map(lambda leaf: jnp.asarray(leaf)[row], self.batches))
+        check_loss("loss", loss)
         there = (row >= 0) & (row < self.count)
         return loss * jnp.where(there, 1, jnp.nan).astype(loss.dtype)  # its gradient is NaN too
+
+
+def check_stacked(objective: Objective, needed: int) -> None:
+    """Refuse stacked minibatches that are fewer than a cycle may take."""
+    if isinstance(objective, stacked) and objective.count < needed:
+        raise ValueError(
+            f"stacked minibatches must be at least {needed}, which a cycle may take, got "
+            f"{objective.count}"
+        )

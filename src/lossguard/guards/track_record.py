@@ -49,7 +49,8 @@ class TrackRecord(NamedTuple):
         known = jnp.isfinite(own)
         d = jnp.where(known, kept - own, 0).astype(excess.total.dtype)
         a = excess.cycles + 1
-        decay = jnp.maximum(self.decay, 1 - 1 / jnp.maximum(self.share * a, 1)).astype(d.dtype)
+        remembered = jnp.maximum(self.share * a.astype(d.dtype), 1)
+        decay = jnp.maximum(self.decay, 1 - 1 / remembered)
         total = decay * excess.total + d
         worst = jnp.maximum(decay * excess.worst, d)
         fine = (total <= jnp.where(on_own, 0, worst)) & jnp.isfinite(total)

@@ -13,11 +13,13 @@ from .protocol import (
     Objective,
     Params,
     as_arrays,
+    check_state,
     loss_dtype,
     start,
     with_extra_args,
 )
 from .soundness import all_finite
+from .stacked import check_stacked
 
 
 def unguarded(optimizer: Any, *, nt: int = 10) -> Guard:
@@ -43,6 +45,8 @@ def unguarded(optimizer: Any, *, nt: int = 10) -> Guard:
         return start(params, optimizer.init(params))
 
     def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
+        check_state(state)
+        check_stacked(objective, nt)
         i = state.minibatches
         dtype = loss_dtype(objective, state.params, i)
         branches = (Branch(state.params, state.inner),)

@@ -39,13 +39,14 @@ def judge(
     than that of what the others came to. Lanes that are not ``sound``, or whose losses are not
     finite, can't win.
     """
-    means = jnp.where(jnp.arange(checks.shape[1]) < n, checks, 0).sum(axis=1) / n
+    counts = jnp.arange(checks.shape[1]) < n
+    means = jnp.where(counts, checks, 0).sum(axis=1) / n.astype(checks.dtype)
     finite = sound & jnp.isfinite(means)
     ranked = jnp.where(finite, means, jnp.inf)
 
     def gains(rows: slice, over: Int[Array, ""] | int) -> Float[Array, "rows most"]:
         """By how much some rows are lower than another one; -1 or 1 where one is not finite."""
-        d = jnp.where(finite[over], checks[over] - checks[rows], 1)
+        d = jnp.where(finite[over], checks[over][None] - checks[rows], 1)
         return jnp.where(finite[rows, None], d, -1)
 
     better, settled = criterion.test(gains(slice(m), m), n)

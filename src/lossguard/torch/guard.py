@@ -162,7 +162,7 @@ class LossGuard(LaneGuard):
         """
         train, check = self._check_train(train_batches), iter(check_batches)
         drawn = 0
-        for look in self._looks if self._probe else (0,):
+        for look in self._looks_now:
             batches = list(islice(check, look - drawn))
             drawn += len(batches)
             if drawn < look:
@@ -179,6 +179,11 @@ class LossGuard(LaneGuard):
         """Whether the learned lanes run in this cycle."""
         return self._probes.left == 0
 
+    @property
+    def _looks_now(self) -> tuple[int, ...]:
+        """Numbers of check minibatches after which this cycle's decision is asked for."""
+        return self._looks if self._probe else (0,)
+
     def _run(self, closures: Sequence[Closure]) -> dict[int, list[Any]]:
         """Run every lane over some minibatches, and decide if those were enough."""
         cycle, active = self._cycle, self._lanes.active(probe=self._probe)
@@ -188,7 +193,7 @@ class LossGuard(LaneGuard):
             for lane in self._lanes.all[: self._lanes.m]:
                 lane.forget()
         values = cycle.run(closures, active)
-        if cycle.phase - self.nt in (self._looks if self._probe else (0,)):
+        if cycle.phase - self.nt in self._looks_now:
             self._decide(active)
         return values
 
@@ -226,15 +231,15 @@ class LossGuard(LaneGuard):
         )
         firsts = [row[0] for row in compress(seen.trains, self._lanes.at_x(active))]
         m, n = self._lanes.m if self._probe else 0, len(seen.checks[0])
-        rivals = len(self._lanes.checked(active))
+        checked = len(self._lanes.checked(active))
         verdict = (  # line 16: mean F(y) < mean F(z), or as the criterion has it
-            judge(self.criterion, seen.checks[:rivals], seen.sound[:rivals], m)
+            judge(self.criterion, seen.checks[:checked], seen.sound[:checked], m)
             if m
             else follow_first(seen.sound)
         )
         if not verdict.settled and n < self._looks[-1]:
             return
-        fit = seen.sound[-1] if rivals < len(active) else verdict.finite_fallback
+        fit = seen.sound[-1] if checked < len(active) else verdict.finite_fallback
         row = self._lanes.follow_record(verdict, seen.trains, seen.sound, fit)
         winner, was_own = NEITHER if row == NEITHER else active[row], self._lanes.on_own
         if winner != NEITHER:  # lines 17 and 19: x <- y or z; or s
@@ -269,7 +274,7 @@ class LossGuard(LaneGuard):
                 winner=NEITHER if undone else winner,
                 steps=self.nt,
                 gradients=self._cycle.gradients,
-                forwards=n * rivals + len(seen.held),
+                forwards=n * checked + len(seen.held),
                 learned_updates=m * self.nt,
             )
         )

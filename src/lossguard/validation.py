@@ -7,9 +7,9 @@ NumPy's carry a type, which a compiled loop or a checkpoint may not take.
 import difflib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Integral
-from typing import Any
+from typing import Any, SupportsFloat
 
 
 def check_count(name: str, value: int, least: int = 1) -> int:
@@ -22,21 +22,44 @@ def check_count(name: str, value: int, least: int = 1) -> int:
 def check_positive(**values: float) -> None:
     """Require positive and finite numbers."""
     for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value!r}")
+        _check_real(name, value, "positive and finite", lambda v: 0 < v < math.inf)
 
 
 def check_fraction(name: str, value: float) -> float:
     """Require 0 < value <= 1."""
-    if not 0 < value <= 1:
-        raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
-    return float(value)
+    return _check_real(name, value, "above 0 and at most 1", lambda v: 0 < v <= 1)
 
 
-def check_confidence(confidence: float) -> None:
+def check_confidence(confidence: float) -> float:
     """Require 0.5 <= confidence < 1."""
-    if not 0.5 <= confidence < 1:
-        raise ValueError(f"confidence must be at least 0.5 and below 1, got {confidence!r}")
+    return _check_real("confidence", confidence, "at least 0.5 and below 1", lambda v: 0.5 <= v < 1)
+
+
+def check_decay(decay: float) -> float:
+    """Require 0 < decay < 1."""
+    return _check_real("decay", decay, "above 0 and below 1", lambda v: 0 < v < 1)
+
+
+def check_share(share: float) -> float:
+    """Require 0 <= share < 1."""
+    return _check_real("share", share, "at least 0 and below 1", lambda v: 0 <= v < 1)
+
+
+def check_tolerance(tolerance: float) -> float:
+    """Require 0 <= tolerance < infinity."""
+    return _check_real("tolerance", tolerance, "at least 0 and finite", lambda v: 0 <= v < math.inf)
+
+
+def check_apart(apart: float) -> float:
+    """Require apart >= 1."""
+    return _check_real("apart", apart, "at least 1", lambda v: v >= 1)
+
+
+def _check_real(name: str, value: Any, allowed: str, fits: Callable[[Any], bool]) -> float:
+    """Require a number that fits what is allowed, in words."""
+    if not isinstance(value, SupportsFloat) or not fits(value):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return float(value)
 
 
 def checked_looks(first: int, most: int) -> tuple[int, ...]:
@@ -63,27 +86,6 @@ def check_most(nc: int, most: int) -> None:
     check_count("most", most)
     if most != nc and not 2 <= nc < most:
         raise ValueError(f"nc must be between 2 and most = {most}, or most itself, got {nc}")
-
-
-def check_decay(decay: float) -> float:
-    """Require 0 < decay < 1."""
-    if not 0 < decay < 1:
-        raise ValueError(f"decay must be above 0 and below 1, got {decay!r}")
-    return float(decay)
-
-
-def check_share(share: float) -> float:
-    """Require 0 <= share < 1."""
-    if not 0 <= share < 1:
-        raise ValueError(f"share must be at least 0 and below 1, got {share!r}")
-    return float(share)
-
-
-def check_tolerance(tolerance: float) -> float:
-    """Require 0 <= tolerance < infinity."""
-    if not 0 <= tolerance < math.inf:
-        raise ValueError(f"tolerance must be at least 0 and finite, got {tolerance!r}")
-    return float(tolerance)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

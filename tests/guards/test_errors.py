@@ -93,6 +93,14 @@ WRONG = {
         lambda: lossguard.residual_guard(SGD, SGD, alpha=1.5),
         "alpha must be above 0 and at most 1, got 1.5",
     ),
+    "a decay in quotes": (
+        lambda: lossguard.track_record(decay="0.9"),  # type: ignore
+        "decay must be above 0 and below 1, got '0.9'",
+    ),
+    "no confidence": (
+        lambda: lossguard.paired_criterion(confidence=None),  # type: ignore
+        "confidence must be at least 0.5 and below 1, got None",
+    ),
     "theta of ema": (lambda: lossguard.ema(1.5), "theta must be above 0 and at most 1, got 1.5"),
     "theta of geometric": (
         lambda: lossguard.geometric(-1.0),

@@ -81,6 +81,14 @@ def test_schedules_are_those_of_the_one_and_memory_is_that_of_the_other(name) ->
         assert jax.tree.structure(kept) == jax.tree.structure(state)
 
 
+def test_weight_decay_may_have_a_schedule_too() -> None:
+    optimizer = optax.chain(optax.trace(0.9), optax.add_decayed_weights(rate))
+    zero, fresh = {"w": jnp.zeros(2)}, optimizer.init(PARAMS)
+    _, later = optimizer.update({"w": jnp.ones(2)}, fresh, PARAMS)
+    decayed, _ = optimizer.update(zero, keep_schedules(fresh, later), PARAMS)
+    np.testing.assert_allclose(decayed["w"], rate(1) * PARAMS["w"])
+
+
 def remembers_start() -> optax.GradientTransformation:
     """Its state holds the parameters that it began with."""
     return optax.GradientTransformation(lambda params: params, lambda g, state, params=None: (g, 0))

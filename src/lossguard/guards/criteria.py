@@ -62,7 +62,7 @@ def paired_criterion(*, confidence: float = 0.95) -> Criterion:
     >>> paired_criterion().test(d, jnp.int32(3))[0].tolist()  # both means are above 0
     [True, False]
     """
-    check_confidence(confidence)
+    confidence = check_confidence(confidence)
     return Criterion(lambda d, n: _t_test(d, n, (1 - confidence) / len(d)), least=2)
 
 
@@ -90,7 +90,7 @@ def sequential_criterion(*, confidence: float = 0.95, first: int = 5, most: int 
     >>> sequential_criterion(first=5, most=30).looks
     (5, 10, 20, 30)
     """
-    check_confidence(confidence)
+    confidence = check_confidence(confidence)
     looks = checked_looks(first, most)
     share = (1 - confidence) / len(looks)
     return Criterion(lambda d, n: _t_test(d, n, share / len(d)), looks)
@@ -118,7 +118,7 @@ def curtailed_criterion(*, confidence: float = 0.7, first: int = 10, most: int =
     >>> curtailed_criterion(first=5, most=30).looks
     (5, 10, 20, 30)
     """
-    check_confidence(confidence)
+    confidence = check_confidence(confidence)
     looks = checked_looks(first, most)
     share = (1 - confidence) / max(len(looks) - 1, 1)
 

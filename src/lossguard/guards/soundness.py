@@ -24,19 +24,23 @@ def is_sound(state: PyTree, fresh: PyTree) -> Bool[Array, ""]:
 
 
 def keep_schedules(state: PyTree, advanced: PyTree) -> PyTree:
-    """``state`` with the step counts of its learning-rate schedules taken from ``advanced``.
+    """``state`` with the step counts of its schedules taken from ``advanced``.
 
-    In Algorithm 2 the fallback's rate lambda depends on k alone, whoever won the cycles before.
+    In Algorithm 2 the fallback's rate lambda depends on k alone, whoever won the cycles before. In
+    optax a schedule, of the rate or of weight decay, has a state that is nothing but a ``count``.
     """
-    schedule, injected = optax.ScaleByScheduleState, optax.schedules.InjectStatefulHyperparamsState
+    injected = optax.schedules.InjectStatefulHyperparamsState
+
+    def is_count(state: PyTree) -> bool:
+        return getattr(state, "_fields", ()) == ("count",)
 
     def keep(old: PyTree, new: PyTree) -> PyTree:
         if isinstance(old, injected):
             return new._replace(inner_state=keep_schedules(old.inner_state, new.inner_state))
-        return new if isinstance(old, schedule) else old
+        return new if is_count(old) else old
 
     return jax.tree.map(
-        keep, state, advanced, is_leaf=lambda s: isinstance(s, (schedule, injected))
+        keep, state, advanced, is_leaf=lambda s: isinstance(s, injected) or is_count(s)
     )
 
 

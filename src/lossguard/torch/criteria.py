@@ -57,7 +57,7 @@ def paired_criterion(*, confidence: float = 0.95) -> Criterion:
     >>> paired_criterion().test(d)[0].tolist()  # both means are above 0
     [True, False]
     """
-    check_confidence(confidence)
+    confidence = check_confidence(confidence)
     return Criterion(partial(_t_test, level=1 - confidence), least=2)
 
 
@@ -80,7 +80,7 @@ def sequential_criterion(*, confidence: float = 0.95, first: int = 5, most: int 
     >>> sequential_criterion(first=5, most=30).looks
     (5, 10, 20, 30)
     """
-    check_confidence(confidence)
+    confidence = check_confidence(confidence)
     looks = checked_looks(first, most)
     return Criterion(partial(_t_test, level=(1 - confidence) / len(looks)), looks)
 
@@ -104,7 +104,7 @@ def curtailed_criterion(*, confidence: float = 0.7, first: int = 10, most: int =
     >>> curtailed_criterion(first=5, most=30).looks
     (5, 10, 20, 30)
     """
-    check_confidence(confidence)
+    confidence = check_confidence(confidence)
     looks = checked_looks(first, most)
     level = (1 - confidence) / max(len(looks) - 1, 1)
     return Criterion(partial(_curtailed_test, level=level, most=looks[-1]), looks)

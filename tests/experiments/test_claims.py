@@ -19,7 +19,7 @@ from lossguard.experiments.claims import CLAIMS, Verdict, judge_claims, judge_ru
 from lossguard.experiments.evidence import FUNCTIONS
 from lossguard.experiments.findings import Finding
 from lossguard.experiments.folders import read_runs
-from lossguard.experiments.recipes import RECIPES, SETS
+from lossguard.experiments.recipes import PAPERS, SETS
 from lossguard.experiments.run import as_config
 
 Curve = float | Mapping[int, float]
@@ -55,7 +55,7 @@ def write(
     Each seed has so many times the losses.
     """
     methods = tuple(curves)
-    e = replace(RECIPES[recipe](), seeds=len(each_seed), methods=methods, **settings)
+    e = replace(PAPERS[recipe](), seeds=len(each_seed), methods=methods, **settings)
     last = last or e.steps
     steps = sorted({1, *marks(last), last})
     tables = []
@@ -98,7 +98,7 @@ NINE: dict[str, Curve] = {
     "LGL2O over SGD 3": 1.0,
     "LGL2O over Adam 0.1": 0.9,
 }
-GRID: dict[str, Curve] = dict.fromkeys(RECIPES["fig10"]().methods, 1.06)
+GRID: dict[str, Curve] = dict.fromkeys(PAPERS["fig10"]().methods, 1.06)
 
 # Claim, recipe, losses of a run to the paper's length that holds, and changes by which it fails.
 CASES: dict[str, tuple[str, dict[str, Curve], Sequence[dict[str, Curve]]]] = {
@@ -213,7 +213,7 @@ EARLY = {"C3a", "C3d"}
 @pytest.mark.parametrize("claim", CASES)
 def test_what_was_not_reached_is_not_run(claim: str, tmp_path: Path) -> None:
     recipe, curves, _ = CASES[claim]
-    short = min(SHORT, RECIPES[recipe]().steps - 100)
+    short = min(SHORT, PAPERS[recipe]().steps - 100)
     verdict = judged(claim, write(tmp_path / "short", recipe, curves, last=short))
     assert verdict.outcome == ("holds" if claim in EARLY else "not run"), verdict.measured
     shortest = judged(claim, write(tmp_path / "shortest", recipe, curves, last=90))

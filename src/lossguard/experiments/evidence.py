@@ -14,7 +14,7 @@ import polars as pl
 from ..curves import last_step, mark_loss, over_seeds
 from ..records import Record
 from .experiment import Experiment
-from .recipes import RECIPES
+from .recipes import PAPERS
 from .run import as_config
 
 FREE = ("title", "steps", "seeds", "seed", "methods", "vectorize")
@@ -104,8 +104,8 @@ def gather(records: Mapping[Path, Record]) -> Evidence:
         name = config["name"]
         if record.is_meta:
             meta[name] = curves
-        elif name in RECIPES:
-            recipe = RECIPES[name]()
+        elif name in PAPERS:
+            recipe = PAPERS[name]()
             if has_settings(config, recipe):
                 runs.append(Run(folder, config, manifest, curves, recipe))
     return Evidence(runs, meta)

@@ -13,14 +13,14 @@ from rich.table import Table
 from ..curves import COUNTERS, last_step, mark_loss, over_seeds, step_mean
 from ..drawing import log_losses, save
 from ..records import Record
-from .grid import draw_grid, grid_of
+from .heatmap import draw_heatmap, heatmap_of
 
 SMOOTHED_FROM = 300
 """Step from which the paper's figures are smoothed (caption of figure 3)."""
 WINDOW = 0.1
 """Width of the moving window, as a share of the step."""
-DRAWN = 500
-"""Points of a curve that are drawn at most."""
+POINTS_A_DECADE = 100
+"""Of a curve, that are drawn where it is smoothed."""
 CEILING = 10
 """The loss axis ends at so many times the highest loss of the first step, if lines go beyond."""
 FLOOR = 1e-8
@@ -36,8 +36,8 @@ def plot(folder: Path, record: Record) -> Path:
     """
     config, made, curves = record
     title = (config["title"] or config["name"]) + (f" ({made['data']})" if made["data"] else "")
-    grid = grid_of(config["methods"])
-    return save(draw_grid(grid, curves, title) if grid else draw(curves, title), folder)
+    heatmap = heatmap_of(config["methods"])
+    return save(draw_heatmap(heatmap, curves, title) if heatmap else draw(curves, title), folder)
 
 
 def draw(curves: pl.DataFrame, title: str) -> Figure:
@@ -84,7 +84,7 @@ def draw(curves: pl.DataFrame, title: str) -> Figure:
     for method in guarded:
         steps, used = by_seed(curves, method, "used_learned")
         use_l2o = smooth(steps, 0.5 + 0.5 * used).mean(axis=0)
-        shown = _thin(steps)
+        shown = thin(steps)
         bottom.plot(steps[shown], use_l2o[shown], **styles[method], linewidth=1)
     if guarded:
         bottom.set(ylim=(0.45, 1.05), ylabel="use_l2o")
@@ -156,7 +156,7 @@ def _draw_loss(
     axes: Axes, curves: pl.DataFrame, method: str, style: dict[str, Any], *, band: bool
 ) -> None:
     steps, loss = by_seed(curves, method, "loss")
-    shown = _thin(steps)
+    shown = thin(steps)
     steps, loss = steps[shown], smooth(steps, loss)[:, shown]
     axes.plot(steps, loss.mean(axis=0), **style, label=method)
     if band:
@@ -164,10 +164,11 @@ def _draw_loss(
         axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
-def _thin(steps: np.ndarray) -> np.ndarray:
-    """Which points to draw: few enough for a small SVG, evenly on a logarithmic axis."""
-    at = np.geomspace(steps[0], steps[-1], DRAWN)
-    return np.unique(np.searchsorted(steps, at).clip(max=len(steps) - 1))
+def thin(steps: np.ndarray) -> np.ndarray:
+    """Which of the steps [m] are drawn, as indices; the first ones and the last always are."""
+    number = np.floor(POINTS_A_DECADE * np.log10(steps))
+    last = np.append(number[1:] != number[:-1], True)
+    return np.flatnonzero(last | (steps < SMOOTHED_FROM))
 
 
 def by_seed(curves: pl.DataFrame, method: str, column: str) -> tuple[np.ndarray, np.ndarray]:

@@ -232,7 +232,7 @@ _FIGURES = (
     fig15,
     fig16,
 )
-RECIPES: Mapping[str, Callable[[], Experiment]] = {
+PAPERS: Mapping[str, Callable[[], Experiment]] = {
     **{recipe.__name__: recipe for recipe in (demo, *_FIGURES, first_steps)},
     **{f"fig02-{dataset}": partial(fig02, dataset) for dataset in FIRST},
     **{f"grid-{task}": partial(grid, task) for task in GRIDS},

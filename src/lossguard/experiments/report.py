@@ -26,12 +26,19 @@ from ..records import EVALUATIONS, Record, read_parquet
 from .beyond import RECIPES
 from .claims import judge_claims
 from .evidence import FREE, has_settings
-from .figures import SMOOTHED_FROM, by_seed, ceiling, floor, guards, smooth, style_numbers, summary
+from .figures import (
+    SMOOTHED_FROM,
+    by_seed,
+    ceiling,
+    floor,
+    guards,
+    smooth,
+    style_numbers,
+    summary,
+    thin,
+)
 from .folders import read_runs
-from .grid import grid_of
-
-POINTS_A_DECADE = 100
-"""Of each line, from the step on from which lines are smoothed; every step before it."""
+from .heatmap import heatmap_of
 
 
 def report(folders: Sequence[Path], file: Path) -> Path:
@@ -168,7 +175,7 @@ def _section(folder: Path, record: Record) -> dict[str, Any]:
         "note": made.get("data", ""),
         "panels": _meta_panels(curves) if meta else None,
         "curves": None if meta else _curves(config, made, curves),
-        "tables": [] if meta else [_summary(record), *_grid(record), *_evaluations(folder)],
+        "tables": [] if meta else [_summary(record), *_heatmap(record), *_evaluations(folder)],
         "provenance": _provenance(made),
         "config": json.dumps(config, indent=2),
     }
@@ -188,7 +195,7 @@ def _curves(config: dict[str, Any], made: dict[str, Any], curves: pl.DataFrame) 
         steps, loss = by_seed(curves, name, "loss")
         _, used = by_seed(curves, name, "used_learned")
         _, gradients = by_seed(curves, name, "gradients")
-        keep = _thin(steps)
+        keep = thin(steps)
         kept, recorded = max(kept, len(keep)), max(recorded, len(steps))
         rate = float(gradients[0, 0] / steps[0])
         smoothed = smooth(steps, loss)[:, keep]
@@ -217,13 +224,6 @@ def _curves(config: dict[str, Any], made: dict[str, Any], curves: pl.DataFrame) 
         "kept": kept,
         "recorded": recorded,
     }
-
-
-def _thin(steps: np.ndarray) -> np.ndarray:
-    """Which of the steps [m] are on the page, as indices; the last one always is."""
-    number = np.floor(POINTS_A_DECADE * np.log10(steps))
-    last = np.append(number[1:] != number[:-1], True)
-    return np.flatnonzero(last | (steps < SMOOTHED_FROM))
 
 
 def _base64(values: np.ndarray) -> str:
@@ -272,17 +272,17 @@ def _summary(record: Record) -> tuple[str, list[str], Rows]:
     return caption, [str(column.header) for column in table.columns], rows
 
 
-def _grid(record: Record) -> list[tuple[str, list[str], Rows]]:
+def _heatmap(record: Record) -> list[tuple[str, list[str], Rows]]:
     """The map of ``lossguard plot``, if there is one."""
-    if (grid := grid_of(record.config["methods"])) is None:
+    if (heatmap := heatmap_of(record.config["methods"])) is None:
         return []
-    last, losses = grid.losses(record.curves)
+    last, losses = heatmap.losses(record.curves)
     rows = [
         [rate, *(f"{loss:#.4g}" for loss in row)]
-        for rate, row in zip(grid.rates, losses, strict=True)
+        for rate, row in zip(heatmap.rates, losses, strict=True)
     ]
-    caption = f"Training loss at step {last:,}, by {grid.name}'s rate and its decay's time scale"
-    return [(caption, ["rate", *(f"tau {tau}" for tau in grid.taus)], rows)]
+    caption = f"Training loss at step {last:,}, by {heatmap.name}'s rate and its decay's time scale"
+    return [(caption, ["rate", *(f"tau {tau}" for tau in heatmap.taus)], rows)]
 
 
 def _evaluations(folder: Path) -> list[tuple[str, list[str], Rows]]:

@@ -18,7 +18,7 @@ from ..checkpoints import Checkpoints
 from ..guards.protocol import Decision, Guard, GuardState
 from ..progress import Progress, stopping_at_interrupt
 from ..rollout import rollout
-from ..tasks.task import Task, TaskObjective
+from ..tasks.task import Task
 from ..validation import check_count, check_positive
 from .experiment import Experiment
 
@@ -97,7 +97,7 @@ def _trace_cycle(guard: Guard, task: Task) -> None:
     """Nothing is computed, but whatever refuses its arguments does so before there is a folder."""
 
     def cycle(key: PRNGKeyArray) -> tuple[GuardState, Decision]:
-        return guard.step(guard.init(task.init(key)), TaskObjective(task, key))
+        return guard.step(guard.init(task.init(key)), task.objective(key))
 
     jax.eval_shape(cycle, jax.random.key(0))
 
@@ -139,10 +139,9 @@ class _MethodRun:
     def _start(self) -> None:
         """At the start, or at the last checkpoint."""
         seeds = self._experiment.seed + np.arange(self._experiment.seeds)
-        init_keys, order_keys = jax.vmap(
+        init_keys, self._order_keys = jax.vmap(
             lambda seed: jax.random.split(jax.random.key(seed)), out_axes=1
         )(jnp.asarray(seeds))
-        self._objective = TaskObjective(self._task, order_keys)
         self._state = jax.jit(jax.vmap(lambda key: self._guard.init(self._task.init(key))))(
             init_keys
         )
@@ -165,8 +164,7 @@ class _MethodRun:
         """To the end, or until Ctrl-C."""
         nt = self._experiment.nt
         steps = -(-self._experiment.steps // nt) * nt
-        total = self._experiment.steps
-        with Progress(self._method, total=total, done=self._taken, first="compiling") as progress:
+        with Progress(self._method, total=steps, done=self._taken, first="compiling") as progress:
             saved, compiled = progress.seconds, False
             while (taken := self._taken) < steps:
                 most = min(FIRST_CHUNKS, CHUNK) if self._cycles < CHUNK else CHUNK
@@ -207,7 +205,8 @@ class _MethodRun:
         self._state, decisions = _rollouts(
             self._guard,
             self._state,
-            self._objective,
+            self._task,
+            self._order_keys,
             cycles,
             vectorize=self._experiment.vectorize,
         )
@@ -242,7 +241,8 @@ def _is_mark(step: int) -> bool:
 def _rollouts(
     guard: Guard,
     state: GuardState,
-    objective: TaskObjective,
+    task: Task,
+    keys: PRNGKeyArray,
     cycles: int,
     *,
     vectorize: bool,
@@ -250,14 +250,13 @@ def _rollouts(
     """A rollout of every seed, all at once or one after another."""
 
     def one(state: GuardState, key: PRNGKeyArray) -> tuple[GuardState, Decision]:
-        its_own = TaskObjective(objective.task, key)
-        return rollout(guard, state, its_own, cycles=cycles, most=CHUNK)
+        return rollout(guard, state, task.objective(key), cycles=cycles, most=CHUNK)
 
     if vectorize:
-        return jax.vmap(one)(state, objective.key)
+        return jax.vmap(one)(state, keys)
     done = [
         one(jax.tree.map(lambda leaf, seed=seed: leaf[seed], state), key)
-        for seed, key in enumerate(objective.key)
+        for seed, key in enumerate(keys)
     ]
     states, decisions = zip(*done, strict=True)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), jax.tree.map(

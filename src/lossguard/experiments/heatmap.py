@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ..curves import last_step, mark_loss, over_seeds
 
 
-class Grid(NamedTuple):
+class Heatmap(NamedTuple):
     """Methods named "SGDnm RATE tau TAU", of each rate with each time scale."""
 
     name: str
@@ -26,19 +26,19 @@ class Grid(NamedTuple):
         return last, np.array(rows, float)
 
 
-def grid_of(methods: Sequence[str]) -> Grid | None:
+def heatmap_of(methods: Sequence[str]) -> Heatmap | None:
     """The grid that these methods are, if they are a whole one."""
     found = [re.fullmatch(r"(.+) (\S+) tau (\S+)", method) for method in methods]
     parts = [match.groups() for match in found if match]
     names, rates, taus = ([*dict.fromkeys(part[i] for part in parts)] for i in range(3))
     whole = len(names) == 1 and min(len(rates), len(taus)) > 1
-    one = Grid(names[0], rates, taus) if whole else None
+    one = Heatmap(names[0], rates, taus) if whole else None
     return one if one and len(rates) * len(taus) == len(parts) == len(methods) else None
 
 
-def draw_grid(grid: Grid, curves: pl.DataFrame, title: str) -> Figure:
+def draw_heatmap(heatmap: Heatmap, curves: pl.DataFrame, title: str) -> Figure:
     """A map of the losses at the last step, with the numbers."""
-    last, losses = grid.losses(curves)
+    last, losses = heatmap.losses(curves)
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(np.ma.masked_invalid(losses), cmap="Blues", aspect="auto")
@@ -46,9 +46,9 @@ def draw_grid(grid: Grid, curves: pl.DataFrame, title: str) -> Figure:
     for (row, column), loss in np.ndenumerate(losses):
         color = "white" if loss > middle else "black"
         axes.text(column, row, f"{loss:#.4g}", ha="center", va="center", color=color)
-    axes.set_xticks(range(len(grid.taus)), grid.taus)
-    axes.set_yticks(range(len(grid.rates)), grid.rates)
-    axes.set(xlabel="Time scale of the decay, in steps", ylabel=f"Rate of {grid.name}")
+    axes.set_xticks(range(len(heatmap.taus)), heatmap.taus)
+    axes.set_yticks(range(len(heatmap.rates)), heatmap.rates)
+    axes.set(xlabel="Time scale of the decay, in steps", ylabel=f"Rate of {heatmap.name}")
     axes.set_title(title, fontsize=10)
     figure.colorbar(image, label=f"Training loss at step {last:,}")
     return figure

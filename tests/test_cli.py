@@ -392,7 +392,7 @@ def test_folder_of_runs(
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
     """A folder that looks like a run's, with one row."""
-    config = {"name": "mine", "title": "", "methods": ["a"], "seeds": 1}
+    config = {"name": "mine", "title": "", "methods": ["a"], "seeds": 1, "seed": 0}
     records.open_folder(tmp_path / "run", config)
     records.write_json(tmp_path / "run" / records.MANIFEST, {"data": "", "seconds": {"a": 1}})
     row = {name: [1] for name in records.EXPERIMENT[records.CURVES]} | {"method": ["a"]}

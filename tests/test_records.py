@@ -14,7 +14,14 @@ import pytest
 
 from lossguard import records
 
-CONFIG = {"name": "mine", "title": "naïve", "methods": ("a", "b"), "seeds": 1, "rate": 0.1}
+CONFIG = {
+    "name": "mine",
+    "title": "naïve",
+    "methods": ("a", "b"),
+    "seeds": 1,
+    "seed": 0,
+    "rate": 0.1,
+}
 TABLE = pl.DataFrame(
     {name: [1, 2] for name in records.EXPERIMENT[records.CURVES]} | {"method": ["a", "b"]}
 )
@@ -155,7 +162,7 @@ def test_damaged_file_is_named(finished: Path, name: str, content: bytes) -> Non
 @pytest.mark.parametrize(
     ("name", "missing"),
     [
-        ("config.json", "name, title, methods, seeds"),
+        ("config.json", "name, title, methods, seeds, seed"),
         ("manifest.json", "data, seconds"),
         ("curves.parquet", "method, seed, step, loss, used_learned, gradients, .*"),
     ],

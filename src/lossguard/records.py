@@ -32,7 +32,7 @@ CONFIG, MANIFEST, CURVES = "config.json", "manifest.json", "curves.parquet"
 STARTED = "started.json"
 EVALUATIONS, VERDICTS = "evaluations.parquet", "verdicts.json"
 EXPERIMENT: Mapping[str, Sequence[str]] = {
-    CONFIG: ("name", "title", "methods", "seeds"),
+    CONFIG: ("name", "title", "methods", "seeds", "seed"),
     MANIFEST: ("data", "seconds"),
     CURVES: ("method", "seed", "step", "loss", "used_learned", *COUNTERS),
 }

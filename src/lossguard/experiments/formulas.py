@@ -35,7 +35,7 @@ def works_where_the_mlp_suffices(runs: Sequence[Run]) -> Finding:
 
 
 def _first_steps(run: Run) -> Finding:
-    dataset = run.config["dataset"]
+    dataset = run.recipe.dataset
     if run.last < 100:
         return Finding(None, f"{dataset} was not run to step 100")
     share = divided(run.losses(100)["L2O"], run.losses(1)["L2O"])
@@ -150,7 +150,7 @@ def as_good_until_nc_is_too_few(run: Run) -> Finding:
 
 def costs(run: Run) -> Finding:
     """C13."""
-    k, per_cycle = run.last, run.config["nc"] / run.config["nt"]
+    k, per_cycle = run.last, run.recipe.nc / run.recipe.nt
     last = run.curves.filter(pl.col("step") == k).group_by("method").agg(pl.all().max())
     spent = last.rows_by_key("method", named=True, unique=True)
     ours, theirs = spent["LGL2O"], spent["GL2O"]

@@ -11,7 +11,7 @@ from lossguard.torch.criteria import paired_criterion as paired_criterion
 from lossguard.torch.criteria import sequential_criterion as sequential_criterion
 from lossguard.torch.decision import Decision as Decision
 from lossguard.torch.facade import LossStep as LossStep
-from lossguard.torch.guard import LossGuard as LossGuard
+from lossguard.torch.loss_guard import LossGuard as LossGuard
 from lossguard.torch.lstm import LSTMOptimizer as LSTMOptimizer
 from lossguard.torch.probing import Probing as Probing
 from lossguard.torch.probing import always as always
@@ -19,7 +19,7 @@ from lossguard.torch.probing import backoff as backoff
 from lossguard.torch.ratchet import Ratchet as Ratchet
 from lossguard.torch.ratchet import ratchet as ratchet
 from lossguard.torch.recommended import recommended as recommended
-from lossguard.torch.residual import ResidualGuard as ResidualGuard
+from lossguard.torch.residual_guard import ResidualGuard as ResidualGuard
 from lossguard.torch.sequences import TrackingSequence as TrackingSequence
 from lossguard.torch.sequences import arithmetic_average as arithmetic_average
 from lossguard.torch.sequences import ema as ema

@@ -16,9 +16,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lossguard.torch import arguments
 from lossguard.torch.checkpoint import load_lane, save_lane
+from lossguard.torch.closures import Closure
 from lossguard.torch.consensus import outcome
 from lossguard.torch.decision import NEITHER, Decision
-from lossguard.torch.facade import Closure
 from lossguard.torch.inner import clone
 from lossguard.torch.lane import Lane
 from lossguard.torch.lane_guard import LaneGuard

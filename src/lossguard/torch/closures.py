@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 
 from lossguard.torch.weights import Weights
 
+Closure = Callable[[], Any]
+
 SAME = 1e-2
 """The part of a loss by which rounding may change it."""
 

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from lossguard.torch.closures import Watch, scalar
-from lossguard.torch.facade import Closure
+from lossguard.torch.closures import Closure, Watch, scalar
 from lossguard.torch.forward_only import forward_only
 from lossguard.torch.lane import Lane
 from lossguard.torch.placing import placing

@@ -6,9 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.closures import checked
-
-Closure = Callable[[], Any]
+from lossguard.torch.closures import Closure, checked
 
 
 class Facade(Optimizer):

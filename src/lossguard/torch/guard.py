@@ -1,281 +1,118 @@
-"""The loss guard for PyTorch training loops: Algorithm 2 as a ``torch.optim.Optimizer``.
+"""What the guards have in common as optimizers."""
 
-x    the kept iterate: what the model holds whenever ``step`` returns
-y    the learned branch, lane 0; with several learned optimizers lanes 0 to m - 1
-z    the fallback branch, the next lane; with ``hedge`` the fallback on its own path, s, is the last
-nt   train minibatches per cycle: each is one optimizer step in every lane
-nc   check minibatches per cycle: each is one loss in every lane
-"""
+from collections.abc import Sequence
+from typing import Any
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from itertools import compress, islice
-from typing import Any, Literal, get_args
-
-from torch import Tensor, distributed, nn
-from torch.amp.grad_scaler import GradScaler
+from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from lossguard.torch import arguments
-from lossguard.torch.checkpoint import check_lanes, load_lanes, save_lanes
-from lossguard.torch.consensus import outcome
-from lossguard.torch.criteria import Criterion, mean_criterion
-from lossguard.torch.decision import NEITHER, Decision
-from lossguard.torch.facade import Closure
-from lossguard.torch.lane import Loser
-from lossguard.torch.lane_guard import LaneGuard
-from lossguard.torch.lanes import Lanes
-from lossguard.torch.probing import Probing, ProbingState, always
-from lossguard.torch.ratchet import Ratchet
-from lossguard.torch.track_record import TrackRecord
-from lossguard.torch.verdict import follow_first, judge
-from lossguard.validation import check_choice, check_kind, check_nc
+from lossguard.torch.arguments import listed
+from lossguard.torch.closures import Closure, checked
+from lossguard.torch.decision import Decision
+from lossguard.torch.facade import Facade
+from lossguard.torch.inner import Inner, clone
+from lossguard.torch.weights import Weights
 
 
-class LossGuard(LaneGuard):
-    r"""Uses a learned optimizer where it beats a fallback on minibatches that neither has seen.
+class Guard(Facade):
+    """A facade of the fallback that keeps a history of decisions, and can be saved.
 
-    A cycle takes nt + nc minibatches, numbered i, i+1, ...:
-
-        y <- x;  z <- x
-        y <- learned(y, grad F(y, i+t));  z <- fallback(z, grad F(z, i+t)),   t = 0 .. nt-1
-        x <- y  if  mean_j F(y, i+nt+j) < mean_j F(z, i+nt+j)  else  z,       j = 0 .. nc-1
-
-    A branch that isn't finite can't win; if none is finite, x stays. Between calls the model holds
-    x, parameters and buffers, so it may be validated or saved at any time. Criteria may ask for
-    more than nc check minibatches, and cycles without learned lanes take none.
-
-    Args:
-        learned: the optimizer that isn't trusted; or several, of which the best competes.
-        fallback: the optimizer that is, over the same parameters. Its parameter groups are the
-            guard's.
-        nt: train minibatches per cycle.
-        nc: check minibatches per cycle.
-        loser: what the optimizer of a branch that lost remembers: ``keep`` (what it learned on that
-            branch), ``rollback`` (what it knew before the cycle) or ``reset`` (what it knew when
-            the guard was built). Schedules advance whoever wins.
-        hedge: whether a further lane, s, runs the fallback on its own path, so that x is never
-            worse than the fallback alone, up to the check's error. While x lies on that path z is s
-            and costs nothing. Should s not stay finite, it begins again at x. True: x goes back to
-            s where its check mean is no higher, which forfeits what was gained; ``track_record()``:
-            where x's training losses have been higher for a while. ``"only"`` is True without z.
-        criterion: when a learned lane is better than the fallback's from x; by default
-            ``mean_criterion()``, the paper's. Ties go to s, then z.
-        probing: how often the learned lanes run; by default always.
-        ratchet: when x goes back to its best; by default never. The learned optimizers begin anew
-            there.
-        model: the module whose buffers (BatchNorm's statistics) belong to a branch; needed where
-            training changes buffers, and with ``fully_shard``.
-        scaler: a ``GradScaler`` for float16; each lane gets a copy. The closure then calls
-            ``guard.scaler.scale(loss).backward()``.
-        schedulers: learning-rate schedulers on ``learned`` or ``fallback``, which the guard steps
-            once per train minibatch: nt times per cycle.
-        offload: ``"cpu"`` keeps the copies of branches that aren't running there.
-        process_group: the ranks that decide together; all of them by default.
-        callback: called with every decision.
-
-    Raises:
-        ValueError: if an argument isn't one of the above.
-
-    >>> import torch
-    >>> w = torch.tensor([4.0], requires_grad=True)
-    >>> learned, fallback = torch.optim.SGD([w], lr=0.4), torch.optim.SGD([w], lr=0.1)
-    >>> guard = LossGuard(learned, fallback, nt=2, nc=1)
-    >>> def closure():
-    ...     guard.zero_grad()
-    ...     loss = w.square().sum()
-    ...     loss.backward()
-    ...     return loss
-    >>> for batch in range(3):
-    ...     loss = guard.step(closure)
-    >>> guard.last_decision.winner, round(float(w.detach()), 4)
-    (0, 0.16)
-
-    Source: Algorithm 2 of "A Simple Guard for Learned Optimizers".
+    Attributes:
+        learned: the optimizer that isn't trusted, or several.
+        fallback: the one that is.
+        history: all decisions.
     """
 
     def __init__(
-        self,
-        learned: Optimizer | Sequence[Optimizer],
-        fallback: Optimizer,
-        *,
-        nt: int = 10,
-        nc: int = 10,
-        loser: Loser = "keep",
-        hedge: Literal["only"] | bool | TrackRecord = False,
-        criterion: Criterion = mean_criterion(),
-        probing: Probing = always(),
-        ratchet: Ratchet | None = None,
-        model: nn.Module | None = None,
-        scaler: GradScaler | None = None,
-        schedulers: Sequence[LRScheduler] = (),
-        offload: Literal["cpu"] | None = None,
-        process_group: distributed.ProcessGroup | None = None,
-        callback: Callable[[Decision], object] | None = None,
+        self, learned: Optimizer | Sequence[Optimizer], fallback: Optimizer, weights: Weights
     ) -> None:
-        check_choice("loser", loser, get_args(Loser))
-        if hedge not in (False, True, "only") and not isinstance(hedge, TrackRecord):
-            raise ValueError(f"hedge must be False, True, 'only' or track_record(), got {hedge!r}")
-        check_kind("criterion", criterion, Criterion, "mean_criterion()")
-        check_kind("probing", probing, Probing, "backoff()")
-        if ratchet is not None:
-            check_kind("ratchet", ratchet, Ratchet, "ratchet()")
-        self.nc = check_nc(nc, criterion.least if criterion.looks is None else 1)
-        super().__init__(
-            learned,
-            fallback,
-            nt=nt,
-            model=model,
-            schedulers=schedulers,
-            offload=offload,
-            process_group=process_group,
-            callback=callback,
-        )
-        self.criterion = criterion
-        self.probing = probing
-        self._lanes = Lanes(
-            self._inners,
-            loser=loser,
-            hedge=hedge,
-            ratchet=ratchet,
-            scaler=scaler,
-            weights=self._weights,
-        )
-        self._drive(self._lanes)
-        self._looks = criterion.looks or (self.nc,)
-        self._probes = ProbingState()
+        super().__init__(fallback)
+        self.learned = learned
+        self.fallback = fallback
+        self.history: list[Decision] = []
+        self._weights = weights
+        self._inners = [Inner(optimizer) for optimizer in (*listed(learned), fallback)]
 
-    def cycle(
-        self,
-        loss_fn: Callable[[Any], Tensor],
-        train_batches: Iterable[Any],
-        check_batches: Iterable[Any],
-    ) -> Decision:
-        """Take the minibatches of a whole cycle at once, one lane after the other.
+    @property
+    def last_decision(self) -> Decision | None:
+        """The last decision: of a whole cycle, or of nt whole steps of the residual guard."""
+        return self.history[-1] if self.history else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of all that the rest of the run depends on, at any point of a cycle.
+
+        The keys ``state`` and ``param_groups`` are the fallback's, as for any optimizer.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        *learned, fallback = self._inners
+        saved = {
+            **fallback.state_dict(),
+            "learned": [inner.state_dict() for inner in learned],
+            "guard": {
+                "kind": type(self).__name__,
+                "own": [sorted(inner.own) for inner in self._inners],
+                "fresh": [inner.state_dict(inner.fresh) for inner in self._inners],
+                "history": [decision._asdict() for decision in self.history],
+                **self._save(),
+            },
+        }
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            saved = post_hook(self, saved) or saved
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved state bit by bit: parameters, buffers and random numbers included.
 
         Args:
-            loss_fn: the loss of a minibatch; the guard calls ``backward``.
-            train_batches: nt minibatches.
-            check_batches: other minibatches, of which it draws as many as the decision takes: nc,
-                more where the criterion is sequential, none where the learned lanes don't run.
+            state_dict: of a guard that was built in the same way.
         """
-        train, check = self._check_train(train_batches), iter(check_batches)
-        drawn = 0
-        for look in self._looks_now:
-            batches = list(islice(check, look - drawn))
-            drawn += len(batches)
-            if drawn < look:
-                self._cycle.phase = 0
-            arguments.check_drawn("check_batches", drawn, look, more_will_do=True)
-            self._take(self._closures(loss_fn, [*train, *batches]))
-            if self._cycle.phase == 0:
-                break
-            train = []
-        return self.history[-1]
+        saved = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            saved = pre_hook(self, saved) or saved
+        self._check_saved(saved)
+        state = saved["guard"]
+        fallback = {key: value for key, value in saved.items() if key not in ("learned", "guard")}
+        for inner, its_state in zip(self._inners, [*saved["learned"], fallback], strict=True):
+            inner.load_state_dict(its_state)
+        for inner, names, fresh in zip(self._inners, state["own"], state["fresh"], strict=True):
+            inner.own = set(names)
+            inner.fresh = inner.memory_in(fresh)
+        self.history = [Decision(**clone(decision)) for decision in state["history"]]
+        self._load(state)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
-    @property
-    def _probe(self) -> bool:
-        """Whether the learned lanes run in this cycle."""
-        return self._probes.left == 0
-
-    @property
-    def _looks_now(self) -> tuple[int, ...]:
-        """Numbers of check minibatches after which this cycle's decision is asked for."""
-        return self._looks if self._probe else (0,)
-
-    def _run(self, closures: Sequence[Closure]) -> dict[int, list[Any]]:
-        """Run every lane over some minibatches, and decide if those were enough."""
-        cycle, active = self._cycle, self._lanes.active(probe=self._probe)
-        anew = self._probes.wait > 0 and self.probing.start == "reset"
-        anew = anew or (self._lanes.best is not None and self._lanes.best.anew)
-        if cycle.phase == 0 and self._probe and anew:
-            for lane in self._lanes.all[: self._lanes.m]:
-                lane.forget()
-        values = cycle.run(closures, active)
-        if cycle.phase - self.nt in self._looks_now:
-            self._decide(active)
-        return values
+    def _check_step(self, closure: Closure | None, hint: str = "") -> Closure:
+        """The closure of a step; refuse others, and gradients that it has not computed."""
+        closure = checked(closure, hint)
+        if any(p.grad is not None for p in self._weights.params):
+            raise ValueError(
+                "gradients must be computed inside the closure, got some before the step (call "
+                "zero_grad before it, and accumulate inside the closure)"
+            )
+        return closure
 
     def _save(self) -> dict[str, Any]:
-        return {
-            **super()._save(),
-            "looks": list(self._looks),
-            "probes": list(self._probes),
-            **save_lanes(self._lanes, self._cycle.phase),
-        }
+        """A copy of what the guard remembers beside its optimizers and its history."""
+        raise NotImplementedError
 
     def _load(self, state: dict[str, Any]) -> None:
-        load_lanes(self._lanes, state)
-        self._probes = ProbingState(*state["probes"])
-        super()._load(state)
+        """Put a copy of what :meth:`_save` made in place."""
+        raise NotImplementedError
 
     def _check_saved(self, saved: dict[str, Any]) -> None:
-        super()._check_saved(saved)
-        state, looks = saved["guard"], list(self._looks)
-        check_lanes(self._lanes, state)
-        if state["phase"] and (state["nt"], state["looks"]) != (self.nt, looks):
-            raise ValueError(
-                f"state_dict from within a cycle must have nt={self.nt} and checks after {looks}, "
-                f"got nt={state['nt']} and {state['looks']}"
-            )
+        """Refuse the ``state_dict`` of another optimizer."""
+        kind, ours = saved.get("guard", {}).get("kind"), type(self).__name__
+        if kind != ours:
+            theirs = f"a {kind}'s" if kind else f"one with the keys {list(saved)}"
+            raise ValueError(f"state_dict must be a {ours}'s, got {theirs}")
+        self._weights.check_shapes(saved["guard"]["x"])
 
-    def _decide(self, active: list[int]) -> None:
-        """Lines 16 to 21 of Algorithm 2; unless the criterion wants to look again."""
-        best = self._lanes.best
-        seen = outcome(
-            [self._lanes.all[lane] for lane in active],
-            [] if best is None else best.losses,
-            self._weights,
-            self.process_group,
-        )
-        firsts = [row[0] for row in compress(seen.trains, self._lanes.at_x(active))]
-        m, n = self._lanes.m if self._probe else 0, len(seen.checks[0])
-        checked = len(self._lanes.checked(active))
-        verdict = (  # line 16: mean F(y) < mean F(z), or as the criterion has it
-            judge(self.criterion, seen.checks[:checked], seen.sound[:checked], m)
-            if m
-            else follow_first(seen.sound)
-        )
-        if not verdict.settled and n < self._looks[-1]:
-            return
-        fit = seen.sound[-1] if checked < len(active) else verdict.finite_fallback
-        row = self._lanes.follow_record(verdict, seen.trains, seen.sound, fit)
-        winner, was_own = NEITHER if row == NEITHER else active[row], self._lanes.on_own
-        if winner != NEITHER:  # lines 17 and 19: x <- y or z; or s
-            self._lanes.kept = winner
-            self._weights.copy_from(self._lanes.all[winner].copy)
-        reset_learned, reset_fallback = self._lanes.settle(
-            winner,
-            dict(zip(active, seen.sound, strict=True)),
-            dict(zip(active, seen.broken, strict=True)),
-            self._weights,
-        )
-        losses = seen.trains[verdict.best_fallback if row == NEITHER else row]
-        for number, trains, sound in zip(active[:m], seen.trains, seen.sound, strict=False):
-            if not (sound and all(map(math.isfinite, trains))):
-                self._lanes.all[number].take_scale(self._lanes.all[self._lanes.kept])
-        if best is not None and self._probe:
-            best.anew = False
-        kept = [] if row == NEITHER else losses
-        undone = self._lanes.hold(kept, seen.held, was_own, self._weights)
-        won = 0 <= winner < self._lanes.m
-        self._probes = self.probing.update(self._probes, self._probe, won)
-        self._decided(
-            Decision(
-                used_learned=[won and not undone] * self.nt,
-                losses=losses,
-                learned_loss=verdict.learned_loss,
-                fallback_loss=verdict.fallback_loss,
-                finite_learned=verdict.finite_learned,
-                finite_fallback=verdict.finite_fallback,
-                reset_learned=reset_learned,
-                reset_fallback=reset_fallback,
-                winner=NEITHER if undone else winner,
-                steps=self.nt,
-                gradients=self._cycle.gradients,
-                forwards=n * checked + len(seen.held),
-                learned_updates=m * self.nt,
-            )
-        )
-        self._cycle.watch.compare(firsts)
+    def _add_group(self, param_group: dict[str, Any], learned: Sequence[Optimizer]) -> list[Tensor]:
+        """Add parameters to all optimizers, with their own defaults in ``learned``; return them."""
+        self.fallback.add_param_group(param_group)
+        params = self.fallback.param_groups[-1]["params"]
+        for one in learned:
+            one.add_param_group({"params": list(params)})
+        return list(params)

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from lossguard.torch.closures import check_scaled, scalar
-from lossguard.torch.facade import Closure
+from lossguard.torch.closures import Closure, check_scaled, scalar
 from lossguard.torch.inner import Inner, Memory
 from lossguard.torch.weights import Copy
 

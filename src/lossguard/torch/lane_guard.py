@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lossguard.torch import arguments
-from lossguard.torch.base import Guard
+from lossguard.torch.closures import Closure
 from lossguard.torch.cycle import Course, Cycle
 from lossguard.torch.decision import Decision
-from lossguard.torch.facade import Closure
+from lossguard.torch.guard import Guard
 from lossguard.torch.inner import clone
 from lossguard.torch.weights import Weights
 from lossguard.validation import check_count

@@ -6,8 +6,8 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lossguard.torch.criteria import curtailed_criterion, mean_criterion
-from lossguard.torch.guard import LossGuard
 from lossguard.torch.lane import Loser
+from lossguard.torch.loss_guard import LossGuard
 from lossguard.torch.probing import backoff
 from lossguard.torch.ratchet import ratchet
 from lossguard.torch.track_record import track_record

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lossguard.torch import arguments
-from lossguard.torch.base import Guard
-from lossguard.torch.closures import Watch, scalar
+from lossguard.torch.closures import Closure, Watch, scalar
 from lossguard.torch.decision import NEITHER, Decision
-from lossguard.torch.facade import Closure
+from lossguard.torch.guard import Guard
 from lossguard.torch.inner import Inner, clone, finite, read
 from lossguard.torch.randomness import Randomness
 from lossguard.torch.sequences import Track, TrackingSequence, ema

@@ -133,3 +133,11 @@ def test_residual_guard_by_default_is_the_papers_setting() -> None:
         guard = lossguard.residual_guard(optax.sgd(rate), optax.sgd(0.3), nt=1)
         _, decision = guard.step(guard.init(jnp.ones(2)), lambda w, i: w @ w / 2)
         assert bool(decision.used_learned.all()) == accepted
+
+
+def test_the_residual_at_y_is_of_a_step_that_is_told_the_loss_at_y() -> None:
+    """Polyak's step of w^2 / 2 halves w, so that S(y) = y / 2."""
+    guard = lossguard.residual_guard(optax.sgd(0.5), optax.polyak_sgd(), nt=1, alpha=0.6)
+    state, decision = guard.step(guard.init(jnp.ones(1)), lambda w, i: w @ w / 2)
+    assert decision.used_learned.all()
+    np.testing.assert_allclose(state.inner.memory, 0.9 * 0.25 + 0.1 * 0.5, rtol=1e-6)

@@ -307,3 +307,19 @@ def test_what_backoff_weakens() -> None:
     assert (np.diff(behind) == 1).all()
     assert decisions.winner[behind[-1] + 1] == 2
     assert probes[behind[-1] + 1]
+
+
+def test_checks_apart_are_numbered_without_gaps() -> None:
+    """Check losses are their minibatches' numbers, alike in both lanes: every check takes all 8."""
+    guard = lossguard.loss_guard(
+        optax.sgd(-1.0),
+        optax.sgd(0.1),
+        nt=2,
+        nc=3,
+        checks="apart",
+        criterion=lossguard.sequential_criterion(first=2, most=8),
+        probing=lossguard.backoff(patience=2, most=2),
+    )
+    _, decisions = play(guard, lambda w, i: jnp.where(i < 0, i, w @ w), jnp.ones(2), 6)
+    np.testing.assert_array_equal(decisions.forwards, [16, 16, 0, 16, 0, 0])
+    np.testing.assert_allclose(decisions.learned_loss[jnp.array([0, 1, 3])], [-4.5, -12.5, -20.5])

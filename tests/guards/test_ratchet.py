@@ -204,3 +204,61 @@ def test_a_second_cycle_compiles_nothing() -> None:
 def test_errors(arguments, message) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         ratchet(**arguments)
+
+
+def test_it_begins_anew_when_it_runs_next_though_it_waits() -> None:
+    """Its state counts its steps: one in each probe, whatever was before."""
+    counts = optax.GradientTransformation(
+        lambda params: jnp.int32(0), lambda updates, state, params=None: (10 * updates, state + 1)
+    )
+    guard = lossguard.loss_guard(
+        counts,
+        optax.sgd(-0.1),
+        nt=1,
+        nc=1,
+        probing=lossguard.backoff(patience=1, most=4),
+        ratchet=ratchet(cycles=2, tolerance=0.0),
+    )
+    states, decisions = play(guard, lambda w, i: w @ w, jnp.ones(2), 6)
+    np.testing.assert_array_equal(decisions.winner, [1, -1, 1, -1, 1, -1])
+    np.testing.assert_array_equal(decisions.learned_updates, [1, 0, 1, 0, 0, 1])
+    np.testing.assert_array_equal(states.inner.lanes.learned[0], 6 * [1])
+
+
+def test_a_lane_that_won_has_won_for_probing_though_x_went_back() -> None:
+    """By the checks w should rise, by the training losses fall."""
+    guard = lossguard.loss_guard(
+        optax.sgd(-1.0),
+        optax.sgd(0.0),
+        nt=1,
+        nc=1,
+        checks="apart",
+        probing=lossguard.backoff(patience=1, most=4),
+        ratchet=ratchet(cycles=2),
+    )
+    _, decisions = play(guard, lambda w, i: jnp.where(i < 0, -w, w).sum(), jnp.zeros(1), 4)
+    np.testing.assert_array_equal(decisions.winner, [0, -1, 0, -1])
+    np.testing.assert_array_equal(decisions.learned_updates, 1)
+
+
+def test_of_b_as_many_losses_are_taken_as_of_x_however_long_the_cycle() -> None:
+    guard = lossguard.loss_guard(
+        optax.sgd(0.3),
+        optax.sgd(0.1),
+        nt=2,
+        nc=2,
+        windows=lossguard.adaptive(most=4),
+        ratchet=ratchet(cycles=3),
+    )
+    _, decisions = play(guard, lambda w, i: w @ w, jnp.ones(2), 6)
+    np.testing.assert_array_equal(decisions.winner, 0)
+    np.testing.assert_array_equal(decisions.forwards, 2 * 2 + decisions.steps)
+
+
+def test_in_the_cycle_in_which_x_leaves_b_is_still_x() -> None:
+    guard = lossguard.loss_guard(
+        optax.sgd(0.3), optax.sgd(0.1), nt=2, nc=1, hedge=True, ratchet=ratchet(cycles=5)
+    )
+    state, decision = guard.step(guard.init(jnp.ones(2)), lambda w, i: w @ w)
+    assert decision.winner == 0 and not state.inner.lanes.on_own
+    np.testing.assert_array_equal(state.inner.ratchet.best.params, state.params)

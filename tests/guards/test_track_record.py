@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import CONVEX, valleys
+from runs import play
 from scipy import stats
 
 import lossguard
@@ -339,3 +340,35 @@ def test_a_record_is_worth_19_cycles(rho, g, worth) -> None:
     ahead = jax.jit(lambda d: jax.lax.scan(step, NONE, d)[1])(d).mean()
     assert (1 + rho) / (1 - rho) == pytest.approx(worth)
     assert float(ahead) == pytest.approx(stats.norm.sf(g * worth**0.5), abs=0.006)
+
+
+def test_on_its_own_path_too_a_fallback_whose_check_is_not_finite_is_not_kept() -> None:
+    guard = lossguard.loss_guard(
+        optax.sgd(-0.1), optax.sgd(0.1), nt=2, nc=2, checks="apart", hedge=track_record()
+    )
+
+    def objective(w, i):
+        return jnp.where((i < 0) & (w @ w < 1), jnp.nan, w @ w)
+
+    _, decision = guard.step(guard.init(jnp.ones(1)), objective)
+    assert not decision.finite_fallback and decision.winner == 0
+
+
+def test_where_s_begins_again_so_does_the_record() -> None:
+    fallback = optimizers.faulty(0.01, at=5, fault="parameters", value=np.inf)
+    guard = lossguard.loss_guard(optax.sgd(0.3), fallback, nt=3, nc=2, hedge=track_record())
+    states, decisions = play(guard, lambda w, i: w @ w, jnp.array([1.0, -2.0]), 4)
+    np.testing.assert_array_equal(decisions.winner, 0)
+    np.testing.assert_array_equal(states.inner.lanes.on_own, [False, True, False, False])
+    np.testing.assert_array_equal(states.inner.excess.cycles, [1, 0, 1, 2])
+    np.testing.assert_array_equal(states.inner.excess.total == 0, [False, True, False, False])
+
+
+def test_where_x_stayed_the_losses_are_those_from_x() -> None:
+    guard = lossguard.loss_guard(
+        optax.sgd(0.2), optax.sgd(1e-3), nt=2, nc=2, checks="apart", hedge=track_record()
+    )
+    states, decisions = play(guard, lambda w, i: jnp.where(i == -3, jnp.nan, w @ w), jnp.ones(2), 2)
+    np.testing.assert_array_equal(decisions.winner, [0, -1])
+    x = states.params[0]
+    np.testing.assert_allclose(decisions.losses[1, 0], x @ x, rtol=1e-6)

@@ -7,7 +7,7 @@ import numpy_guards
 import optax
 import pytest
 from problems import objective_of
-from runs import side_by_side
+from runs import play, side_by_side
 
 import lossguard
 
@@ -235,3 +235,34 @@ def test_windows_and_the_sequential_criterion() -> None:
         lengths.add((int(decision.steps), int(decision.forwards)))
     assert len({steps for steps, _ in lengths}) > 1
     assert len({forwards for _, forwards in lengths}) > 1
+
+
+def level(w, i):
+    """Noise that lanes share, and that is wide: they can't be told apart."""
+    return w @ w / 2 + jax.random.normal(jax.random.fold_in(jax.random.key(0), i))
+
+
+@pytest.mark.parametrize("rates", [(0.1, -3.0), (-3.0, 0.1)])
+def test_windows_adapt_by_the_best_learned_lane(rates) -> None:
+    guard = lossguard.loss_guard(
+        [optax.sgd(rate) for rate in rates],
+        optax.sgd(0.1),
+        nt=2,
+        nc=3,
+        windows=lossguard.adaptive(most=4),
+    )
+    _, decisions = play(guard, level, jnp.ones(2), 3)
+    np.testing.assert_array_equal(decisions.steps, [2, 4, 8])
+
+
+def test_windows_keep_their_factor_while_the_learned_lane_waits() -> None:
+    guard = lossguard.loss_guard(
+        optax.sgd(0.1),
+        optax.sgd(0.1),
+        nt=2,
+        nc=3,
+        windows=lossguard.adaptive(most=8),
+        probing=lossguard.backoff(patience=1, most=1),
+    )
+    _, decisions = play(guard, level, jnp.ones(2), 5)
+    np.testing.assert_array_equal(decisions.steps, [2, 4, 4, 8, 8])

@@ -492,3 +492,19 @@ def test_closures_know_the_phase():
         guard.step(watching)
     assert seen == [(False, True)] * 4 + [(True, False)] * 2
     assert weight.grad is None
+
+
+@pytest.mark.parametrize("offload", [None, "cpu"])
+def test_groups_can_be_added_whichever_way_lanes_get_in(offload):
+    w, v = (torch.full((1,), 4.0, requires_grad=True) for _ in range(2))
+    guard = LossGuard(SGD([w], lr=0.4), SGD([w], lr=0.1), nt=1, nc=1, offload=offload)
+    guard.add_param_group({"params": [v]})
+
+    def closure():
+        loss = w.square().sum() + v.square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        guard.step(closure)
+    assert w.item() == pytest.approx(0.8) == v.item()

@@ -423,3 +423,14 @@ def test_a_hedge_that_is_not_finite_begins_again():
         guard.step(closure)
     assert guard.last_decision.winner == 2
     assert weight.item() == pytest.approx(0.8 * 2.0)  # one step of the fallback from x = 2
+
+
+def test_every_candidate_begins_anew():
+    """In the second of two probes, after a wait of one cycle."""
+    w, closure = quadratic()
+    several = [Adam([w], lr=10.0), Adam([w], lr=20.0)]
+    probing = backoff(patience=2, start="reset")
+    guard = LossGuard(several, SGD([w], lr=0.25), nt=1, nc=1, probing=probing)
+    for _ in range(2 + 2 + 1 + 2):
+        guard.step(closure)
+    assert [one.state[w]["step"].item() for one in several] == [1, 1]

@@ -155,3 +155,22 @@ def test_schedule_free_after_an_error_in_the_closure():
         weights.append([p.detach().clone() for p in model.parameters()])
     for p, q in zip(*weights, strict=True):
         torch.testing.assert_close(p, q)
+
+
+def test_entries_of_a_group_that_was_added_begin_anew():
+    """Schedule-free counts its steps in each group's entries."""
+    package = pytest.importorskip("schedulefree")
+    w, v = (torch.ones(1, requires_grad=True) for _ in range(2))
+    learned = package.SGDScheduleFree([w], lr=1e3)
+    guard = LossGuard(learned, SGD([w], lr=0.1), nt=2, nc=1, loser="reset")
+    guard.add_param_group({"params": [v]})
+
+    def closure():
+        loss = w.square().sum() + v.square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        guard.step(closure)
+    assert guard.last_decision.winner == 1
+    assert [group["k"] for group in learned.param_groups] == [0, 0]

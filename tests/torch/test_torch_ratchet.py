@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 from algorithm2 import algorithm2, follow
-from models import assert_same_state, loss_fn, mlp, run, spiral
+from models import assert_same_state, loss_fn, mlp, quadratic, run, spiral
 from torch import nn
 from torch.optim import SGD, Adam
 
@@ -204,3 +204,27 @@ def test_a_state_dict_without_a_best_is_refused():
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         ratchet(**arguments)
+
+
+def test_it_begins_anew_when_it_runs_next_though_it_waits():
+    w, closure = quadratic(1.0)
+    learned = Adam([w], lr=50.0)
+    guard = LossGuard(
+        learned, SGD([w], lr=0.1, maximize=True), nt=1, nc=1,
+        probing=backoff(patience=1, most=4), ratchet=ratchet(cycles=2, tolerance=0.0),
+    )  # fmt: skip
+    seen = []
+    while len(guard.history) < 6:
+        before = len(guard.history)
+        guard.step(closure)
+        if len(guard.history) > before:
+            decision, steps = guard.last_decision, learned.state[w]["step"].item()
+            seen.append((decision.winner, decision.learned_updates, steps))
+    assert seen == [(1, 1, 1), (-1, 0, 1), (1, 1, 1), (-1, 0, 1), (1, 0, 1), (-1, 1, 1)]
+
+
+def test_a_win_that_was_undone_is_one_for_probing():
+    _, guard, cycle = climber(2, 0.5, probing=backoff(patience=1))
+    for _ in range(4):
+        cycle()
+    assert [(d.winner, d.learned_updates) for d in guard.history] == 2 * [(0, 1), (-1, 1)]

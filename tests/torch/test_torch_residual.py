@@ -295,3 +295,54 @@ def test_an_error_in_the_closure_leaves_no_gradients():
     with pytest.raises(KeyError):
         guard.step(fails)
     guard.step(closure)
+
+
+class Polyak(SGD):
+    """Steps by the loss that it is given: of w^2 / 2, to half of w."""
+
+    def step(self, closure=None):  # pyright: ignore
+        assert closure is not None
+        loss, w = closure(), self.param_groups[0]["params"][0]
+        with torch.no_grad():
+            w.sub_(w.grad * loss / w.grad.square().sum())
+        return loss
+
+
+def test_the_residual_at_y_is_of_a_step_that_is_told_the_loss_at_y():
+    w = torch.ones(1, requires_grad=True)
+    guard = ResidualGuard(SGD([w], lr=0.5), Polyak([w]), nt=1, alpha=0.6)
+
+    def closure():
+        loss = w.square().sum() / 2
+        loss.backward()
+        return loss
+
+    guard.step(closure)
+    assert guard.last_decision.used_learned == [True]  # 1/4 <= 0.6 / 2
+
+
+def test_both_calls_of_a_step_draw_the_same_random_numbers():
+    w, plain = quadratic()
+    guard, seen = ResidualGuard(SGD([w], lr=0.4), SGD([w], lr=0.1)), []
+
+    def closure():
+        seen.append(torch.rand(1).item())
+        return plain()
+
+    for _ in range(2):
+        guard.step(closure)
+    assert seen[0] == seen[1] != seen[2] == seen[3]
+
+
+def test_a_fallback_whose_memory_is_not_finite_begins_anew():
+    w, _ = quadratic(1.0)
+    guard = ResidualGuard(SGD([w], lr=0.0), SGD([w], lr=0.1, momentum=0.9), nt=1)
+    for factor in (1.0, math.inf, 1.0):
+
+        def closure(factor=factor):
+            loss = factor * w.square().sum()
+            loss.backward()
+            return loss
+
+        guard.step(closure)
+    assert [decision.reset_fallback for decision in guard.history] == [False, True, False]

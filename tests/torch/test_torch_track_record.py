@@ -8,7 +8,7 @@ import torch
 from algorithm2 import algorithm2, follow
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import assert_same_state, loss_fn, mlp, spiral
+from models import assert_same_state, loss_fn, mlp, quadratic, spiral
 from torch.optim import SGD, Adam
 
 from lossguard.torch import LossGuard, backoff, track_record
@@ -242,3 +242,23 @@ def test_an_s_that_is_not_finite_begins_again():
     assert (line.excess, line.w.item()) == ((0.0, 0.0), -2.25)
     assert line.cycle(1.0).winner == 2 and line.calls == 4  # z is s again
     assert line.w.item() == -3.25
+
+
+def test_where_x_stays_its_losses_are_those_from_x():
+    w = torch.zeros(1, requires_grad=True)
+    guard = LossGuard(SGD([w], lr=2.0), SGD([w], lr=1.0), nt=1, nc=1, hedge=track_record())
+    guard.cycle(lambda scale: scale * w.sum(), [1.0], [1.0])
+    decision = guard.cycle(lambda scale: scale * w.sum(), [1.0], [math.nan])
+    assert (decision.winner, decision.losses) == (-1, [-2.0])
+
+
+def test_on_its_own_path_too_a_fallback_whose_check_is_not_finite_is_not_kept():
+    w, _ = quadratic(1.0)
+    learned, fallback = SGD([w], lr=0.1, maximize=True), SGD([w], lr=0.1)
+    guard = LossGuard(learned, fallback, nt=2, nc=2, hedge=track_record())
+
+    def loss(_):
+        return w.square().sum() * (math.nan if guard.checking and w.item() < 1 else 1)
+
+    decision = guard.cycle(loss, range(2), range(2))
+    assert not decision.finite_fallback and decision.winner == 0

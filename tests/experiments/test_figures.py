@@ -244,7 +244,7 @@ def test_a_method_that_diverged_is_drawn() -> None:
 def folder(tmp_path: Path) -> Path:
     """A finished run of two methods with known losses."""
     methods = {"SGDnm": 1.0, "LGL2O": 4.0}
-    config = {"name": "known", "title": "", "methods": list(methods), "seeds": 2}
+    config = {"name": "known", "title": "", "methods": list(methods), "seeds": 2, "seed": 0}
     records.open_folder(tmp_path / "run", config)
     records.write_parquet(tmp_path / "run" / records.CURVES, curves_of(methods))
     made = {"data": "", "seconds": {"SGDnm": 0.01234, "LGL2O": 30.0}}

@@ -22,40 +22,35 @@ def check_count(name: str, value: int, least: int = 1) -> int:
 def check_positive(**values: float) -> None:
     """Require positive and finite numbers."""
     for name, value in values.items():
-        _check_real(name, value, "positive and finite", lambda v: 0 < v < math.inf)
+        check_real(name, value, "positive and finite", lambda v: 0 < v < math.inf)
 
 
 def check_fraction(name: str, value: float) -> float:
     """Require 0 < value <= 1."""
-    return _check_real(name, value, "above 0 and at most 1", lambda v: 0 < v <= 1)
+    return check_real(name, value, "above 0 and at most 1", lambda v: 0 < v <= 1)
 
 
 def check_confidence(confidence: float) -> float:
     """Require 0.5 <= confidence < 1."""
-    return _check_real("confidence", confidence, "at least 0.5 and below 1", lambda v: 0.5 <= v < 1)
+    return check_real("confidence", confidence, "at least 0.5 and below 1", lambda v: 0.5 <= v < 1)
 
 
 def check_decay(decay: float) -> float:
     """Require 0 < decay < 1."""
-    return _check_real("decay", decay, "above 0 and below 1", lambda v: 0 < v < 1)
+    return check_real("decay", decay, "above 0 and below 1", lambda v: 0 < v < 1)
 
 
 def check_share(share: float) -> float:
     """Require 0 <= share < 1."""
-    return _check_real("share", share, "at least 0 and below 1", lambda v: 0 <= v < 1)
+    return check_real("share", share, "at least 0 and below 1", lambda v: 0 <= v < 1)
 
 
 def check_tolerance(tolerance: float) -> float:
     """Require 0 <= tolerance < infinity."""
-    return _check_real("tolerance", tolerance, "at least 0 and finite", lambda v: 0 <= v < math.inf)
+    return check_real("tolerance", tolerance, "at least 0 and finite", lambda v: 0 <= v < math.inf)
 
 
-def check_apart(apart: float) -> float:
-    """Require apart >= 1."""
-    return _check_real("apart", apart, "at least 1", lambda v: v >= 1)
-
-
-def _check_real(name: str, value: Any, allowed: str, fits: Callable[[Any], bool]) -> float:
+def check_real(name: str, value: Any, allowed: str, fits: Callable[[Any], bool]) -> float:
     """Require a number that fits what is allowed, in words."""
     if not isinstance(value, SupportsFloat) or not fits(value):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")

@@ -43,13 +43,18 @@ def run(guard, model, batches):
 def quadratic(w=4.0):
     """F(w) = w^2 has the gradient 2 w: SGD multiplies w by 1 - 2 lr."""
     weight = torch.tensor([w], requires_grad=True)
+    return weight, squares(weight)
+
+
+def squares(*weights):
+    """A closure of the sum of all squares."""
 
     def closure():
-        loss = weight.square().sum()
+        loss = sum(weight.square().sum() for weight in weights)
         loss.backward()
         return loss
 
-    return weight, closure
+    return closure
 
 
 def assert_same_state(actual, expected):

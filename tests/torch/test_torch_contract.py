@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from algorithm2 import algorithm2
-from models import assert_same_state, loss_fn, mlp, quadratic, run, spiral
+from models import assert_same_state, loss_fn, mlp, quadratic, run, spiral, squares
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
@@ -499,12 +499,7 @@ def test_groups_can_be_added_whichever_way_lanes_get_in(offload):
     w, v = (torch.full((1,), 4.0, requires_grad=True) for _ in range(2))
     guard = LossGuard(SGD([w], lr=0.4), SGD([w], lr=0.1), nt=1, nc=1, offload=offload)
     guard.add_param_group({"params": [v]})
-
-    def closure():
-        loss = w.square().sum() + v.square().sum()
-        loss.backward()
-        return loss
-
+    closure = squares(w, v)
     for _ in range(2):
         guard.step(closure)
     assert w.item() == pytest.approx(0.8) == v.item()

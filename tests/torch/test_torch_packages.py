@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 from algorithm2 import algorithm2
-from models import assert_same_state, loss_fn, mlp, run, spiral
+from models import assert_same_state, loss_fn, mlp, run, spiral, squares
 from torch import nn
 from torch.optim import SGD
 
@@ -164,12 +164,7 @@ def test_entries_of_a_group_that_was_added_begin_anew():
     learned = package.SGDScheduleFree([w], lr=1e3)
     guard = LossGuard(learned, SGD([w], lr=0.1), nt=2, nc=1, loser="reset")
     guard.add_param_group({"params": [v]})
-
-    def closure():
-        loss = w.square().sum() + v.square().sum()
-        loss.backward()
-        return loss
-
+    closure = squares(w, v)
     for _ in range(3):
         guard.step(closure)
     assert guard.last_decision.winner == 1

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from ..validation import check_apart, check_count
+from ..validation import check_count, check_real
 from .criteria import moments
 
 
@@ -57,7 +57,7 @@ def adaptive(*, most: int = 16, apart: float = 2.0) -> Windows:
     2
     """
     most = check_count("most", most)
-    apart = check_apart(apart)
+    apart = check_real("apart", apart, "at least 1", lambda v: v >= 1)
 
     def update(factor: Array, learned: Array, fallback: Array, n: Array) -> Array:
         (mean_y, mean_z), (sd_y, sd_z) = moments(jnp.stack([learned, fallback]), n)

@@ -4,7 +4,7 @@ import ast
 import re
 import subprocess
 import sys
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 
 import pytest
@@ -42,6 +42,10 @@ def test_the_documentation_lists_each_name_once(column, names) -> None:
     assert sorted(name for name, _ in found) == sorted(names)
     for name, file in found:
         assert re.search(rf"^(def|class) {name}\b", (docs / file).read_text(), re.MULTILINE)
+
+
+def test_version() -> None:
+    assert lossguard.__version__ == metadata.version("lossguard")
 
 
 def test_a_name_that_is_not_there() -> None:

@@ -4,6 +4,9 @@ The public names are those of ``__init__.pyi``, where type checkers read them to
 on first use, so that ``lossguard.torch`` works without importing JAX.
 """
 
+from importlib import metadata
+
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__version__ = metadata.version(__name__)

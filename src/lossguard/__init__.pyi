@@ -43,3 +43,5 @@ from .schedules import harmonic_decay as harmonic_decay
 from .schedules import paper_decay as paper_decay
 from .tasks.shuffle import minibatch_indices as minibatch_indices
 from .tasks.task import Task as Task
+
+__version__: str

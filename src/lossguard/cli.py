@@ -21,13 +21,13 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
+from . import __version__
 from .command_line import find_recipe, override, usage
 from .validation import one_of
 
@@ -39,7 +39,7 @@ def main() -> None:
         print((__doc__ or "").strip() + "\n\nlossguard COMMAND --help tells more.")
         return
     if name == "--version":
-        print(f"lossguard {metadata.version('lossguard')}")
+        print(f"lossguard {__version__}")
         return
     try:
         if name not in COMMANDS:

@@ -72,7 +72,8 @@ def sequential_criterion(*, confidence: float = 0.95, first: int = 5, most: int 
     It stops as soon as every learned lane is better, or worse, at the confidence, so that clear
     cases cost less than nc and close ones are settled. Each of the k looks is a t-test at level
     (1 - confidence) / (k m): by the union bound the rate over all looks is at most 1 - confidence.
-    This is alpha spending in equal parts (Lan and DeMets, Biometrika 1983); doubling keeps k small.
+    This is alpha spending (Lan and DeMets, Biometrika 1983) in equal parts, each paid in full;
+    doubling keeps k small.
     What the last look doesn't settle is the fallback's.
 
     A gap g with standard deviation s of the differences is settled at about the first look with
@@ -103,7 +104,8 @@ def curtailed_criterion(*, confidence: float = 0.7, first: int = 10, most: int =
     worse by the paired test, at level (1 - confidence) / (k m) at each of the k looks before the
     last. So a learned lane is kept by the mean of ``most`` alone, as by ``mean_criterion`` with nc
     = ``most``, and few minibatches are spent on one that loses. One that isn't worse is given up
-    early at most at the rate 1 - confidence, which costs a gain and does no harm.
+    early at most at the rate 1 - confidence, if differences are normal, which costs a gain and does
+    no harm.
 
     Source: stochastic curtailment for futility (Lan, Simon and Halperin, Sequential Analysis 1982).
 

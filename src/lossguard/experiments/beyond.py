@@ -60,7 +60,7 @@ ABLATION: Mapping[str, Mapping[str, object]] = {
 
 def ablation(task: str) -> Experiment:
     """The loss guard's options, on one of ``TASKS``."""
-    methods = ("SGDnm", *ABLATION, "Recommended", "Best of two")
+    methods = ("SGDnm", *ABLATION, "Recommended", "Best of two", "Best of its parts")
     return _on(task, "ablation", "Options of the guard", methods, ablation_methods)
 
 
@@ -77,19 +77,23 @@ def fashion() -> Experiment:
 
 
 def ablation_methods(experiment: Experiment) -> Methods:
-    """SGDnm, a guard for each of ``ABLATION``, the recommended one, and the best of two.
+    """SGDnm, a guard for each of ``ABLATION``, the recommended one, and two guards of guards.
 
-    Of the two, one hedges by means and keeps its states: ahead early, on MNIST, and at full cost.
+    Best of two has the recommended one, and one that hedges by means and keeps its states: ahead
+    early, on MNIST, and at full cost. Best of its parts has L2O and SGDnm.
     """
-    e = experiment
+    e, paper = experiment, paper_methods(experiment)
 
     def make(options: Mapping[str, object]) -> Guard:
         given = {"nt": e.nt, "nc": e.nc, "loser": e.loser, **options}
         return loss_guard(pretrained(e.learned), sgd_fallback(e), **given)  # pyright: ignore
 
     guards = {name: partial(make, options) for name, options in ABLATION.items()}
-    guards |= {name: paper_methods(e)[name] for name in ("SGDnm", "Recommended")}
-    return guards | {"Best of two": lambda: best_of([guards["Recommended"](), guards["hedge"]()])}
+    guards |= {name: paper[name] for name in ("SGDnm", "Recommended")}
+    return guards | {
+        "Best of two": lambda: best_of([guards["Recommended"](), guards["hedge"]()]),
+        "Best of its parts": lambda: best_of([paper["L2O"](), paper["SGDnm"]()]),
+    }
 
 
 CANDIDATES: Mapping[str, Callable[[Experiment], optax.GradientTransformation]] = {

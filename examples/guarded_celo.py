@@ -62,7 +62,7 @@ def methods(e: OnCelo) -> Methods:
     sgd, adam = sgd_fallback(e), optax.adam(e.adam_rate)
 
     def alone(optimizer):
-        return lambda: unguarded(optimizer, nt=e.nt)
+        return lambda: unguarded(optimizer, nt=e.nt, trusted=optimizer is not celo)
 
     made = {"SGDnm": alone(sgd), "Adam": alone(adam), "Celo": alone(celo)}
     for over, fallback in {"": sgd, " over Adam": adam}.items():

@@ -34,7 +34,7 @@ def moved(guard: Guard, number: int) -> Guard:
 
 def methods(e: Experiment):
     """Adam, and its twins."""
-    adam = unguarded(optax.adam(e.adam_rate), nt=e.nt)
+    adam = unguarded(optax.adam(e.adam_rate), nt=e.nt, trusted=True)
     twins = {f"twin {n}": lambda n=n: moved(adam, n) for n in range(1, 1 + TWINS)}
     return {"Adam": lambda: adam} | twins
 

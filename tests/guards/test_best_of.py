@@ -132,6 +132,21 @@ def test_members_share_minibatches() -> None:
     assert (decisions.learned_updates == 2 * NT).all()
 
 
+def test_it_tells_whether_it_follows_a_trusted_member() -> None:
+    """Both are the same optimizers as without ``trusted``, under other names."""
+    start, objective = problem_and_objective()
+    bold, careful = optax.adam(0.4), optax.sgd(0.1)
+    trusted = lossguard.unguarded(careful, nt=NT, trusted=True)
+    (_, plain), (_, told) = (
+        play(lossguard.best_of([unguarded(bold), one]), objective, start, CYCLES)
+        for one in (unguarded(careful), trusted)
+    )
+    np.testing.assert_array_equal(told.losses, plain.losses)
+    assert len(set(told.winner.tolist())) == 2 and plain.used_learned.all()
+    np.testing.assert_array_equal(told.used_learned, np.repeat(told.winner[:, None] == 0, NT, 1))
+    assert (told.learned_updates == NT).all() and (plain.learned_updates == 2 * NT).all()
+
+
 def test_steps_are_those_of_the_cycles_that_were_followed() -> None:
     """Where windows adapt, members take different numbers of them."""
     start, objective = problem_and_objective()

@@ -52,9 +52,12 @@ def paper_methods(experiment: "Experiment") -> Methods:
     def rival(theta: float) -> Guard:
         return residual_guard(learned(), sgd_fallback(e), sequence=ema(theta), nt=e.nt)
 
+    def alone(optimizer: optax.GradientTransformation) -> Guard:
+        return unguarded(optimizer, nt=e.nt, trusted=True)
+
     return {
-        "SGDnm": lambda: unguarded(optax.sgd(paper_decay(e.sgd_rate, e.sgd_tau)), nt=e.nt),
-        "Adam": lambda: unguarded(adam(), nt=e.nt),
+        "SGDnm": lambda: alone(optax.sgd(paper_decay(e.sgd_rate, e.sgd_tau))),
+        "Adam": lambda: alone(adam()),
         "L2O": lambda: unguarded(learned(), nt=e.nt),
         "GL2O": lambda: rival(0.9),
         "GL2O (theta as decay)": lambda: rival(0.1),

@@ -203,7 +203,7 @@ def smooth(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
 def summary(record: Record) -> Table:
     """Losses at the marks, and what each method spent; of guards the learned updates.
 
-    Whether one on its own is a learned optimizer is not in the records.
+    Whether one on its own is a learned optimizer is not in older records.
     """
     config, made, curves = record
     last = last_step(curves)

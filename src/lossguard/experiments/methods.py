@@ -68,6 +68,6 @@ def _adam() -> dict[str, optax.GradientTransformation]:
 
 def _alone(optimizers: Mapping[str, optax.GradientTransformation], nt: int) -> Methods:
     return {
-        name: lambda optimizer=optimizer: unguarded(optimizer, nt=nt)
+        name: lambda optimizer=optimizer: unguarded(optimizer, nt=nt, trusted=True)
         for name, optimizer in optimizers.items()
     }

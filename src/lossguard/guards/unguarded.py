@@ -22,11 +22,17 @@ from .soundness import all_finite
 from .stacked import check_stacked
 
 
-def unguarded(optimizer: Any, *, nt: int = 10) -> Guard:
+def unguarded(optimizer: Any, *, nt: int = 10, trusted: bool = False) -> Guard:
     """One optimizer on its own; a step is nt of its steps, on minibatches i .. i+nt-1.
 
-    Nothing is checked: parameters may become infinite, which ``finite_learned`` reports.
-    ``used_learned`` is true throughout.
+    Nothing is checked: parameters may become infinite, which the decision reports.
+
+    Args:
+        optimizer: an optax transformation.
+        nt: optimizer steps a cycle.
+        trusted: whether it counts as the fallback in decisions, not as learned: ``used_learned`` is
+            false then, there are no ``learned_updates``, and ``finite_fallback`` is its own. So
+            ``best_of`` of a learned optimizer and a trusted one tells which of them it follows.
 
     Raises:
         ValueError: if nt is below 1.
@@ -53,21 +59,21 @@ def unguarded(optimizer: Any, *, nt: int = 10) -> Guard:
         (branch,), losses = train(
             (optimizer,), branches, objective, i, steps=nt, most=nt, dtype=dtype
         )
-        nan = jnp.array(jnp.nan, dtype)
+        nan, finite = jnp.array(jnp.nan, dtype), all_finite((branch.params, losses))
         decision = Decision(
-            used_learned=jnp.ones(nt, bool),
+            used_learned=jnp.full(nt, not trusted),
             losses=losses[0],
             steps=jnp.int32(nt),
             learned_loss=nan,
             fallback_loss=nan,
-            finite_learned=all_finite((branch.params, losses)),
-            finite_fallback=jnp.array(True),
+            finite_learned=finite | trusted,
+            finite_fallback=finite | (not trusted),
             reset_learned=jnp.array(False),
             reset_fallback=jnp.array(False),
             winner=jnp.int32(0),
             gradients=jnp.int32(nt),
             forwards=jnp.int32(0),
-            learned_updates=jnp.int32(nt),
+            learned_updates=jnp.int32(0 if trusted else nt),
         )
         return GuardState(branch.params, state.steps + nt, i + nt, branch.state), decision
 

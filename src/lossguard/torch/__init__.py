@@ -4,6 +4,7 @@
 """
 
 from lossguard.torch.best_of import BestOf as BestOf
+from lossguard.torch.chained import ChainedOptimizer as ChainedOptimizer
 from lossguard.torch.criteria import Criterion as Criterion
 from lossguard.torch.criteria import curtailed_criterion as curtailed_criterion
 from lossguard.torch.criteria import mean_criterion as mean_criterion

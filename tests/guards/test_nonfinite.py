@@ -220,3 +220,42 @@ def test_the_residual_guard_in_low_precision() -> None:
         state, decision = guard.step(guard.init(jnp.ones(64, dtype)), objective)
         assert not decision.used_learned.any()
         np.testing.assert_allclose(jax.tree.leaves(state.inner.memory)[0], mu, rtol=0.05)
+
+
+MASKED = {name: guard for name, guard in GUARDS.items() if name != "residual"} | {
+    "best of": lambda y, z: lossguard.best_of(
+        [lossguard.unguarded(one, nt=NT, trusted=one is z) for one in (y, z)]
+    )
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_parameter_may_be_infinite_from_the_start(name) -> None:
+    """As a mask is; others have to stay finite."""
+    start = {"w": jnp.array([2.0, 1.0]), "mask": jnp.array([0.0, -jnp.inf])}
+
+    def objective(params, i):
+        return jnp.sum(params["w"] ** 2) + jax.nn.softmax(params["w"] + params["mask"])[0]
+
+    for learned, winner in ((optax.sgd(0.2), 0), (optax.sgd(1e38), 1)):
+        guard = MASKED[name](learned, optax.sgd(0.1))
+        state, decisions = lossguard.rollout(guard, guard.init(start), objective, cycles=3)
+        assert decisions.winner[0] == (winner if name != "hedged" else 2 * winner)
+        rate = (0.2, 0.1)[winner]
+        np.testing.assert_allclose(
+            state.params["w"], (1 - 2 * rate) ** (3 * NT) * start["w"], rtol=1e-5
+        )
+        assert state.params["mask"].tolist() == [0.0, -np.inf]
+
+
+def test_a_mask_does_not_stop_algorithm_1() -> None:
+    params = {"w": jnp.ones(1), "mask": jnp.array([-jnp.inf])}
+    optimizer = lossguard.guarded(optax.sgd(0.2), optax.sgd(0.1))
+
+    def loss(params):
+        return jnp.sum(params["w"] ** 2) + jnp.exp(params["mask"][0])
+
+    updates, _ = optimizer.update(
+        jax.grad(loss)(params), optimizer.init(params), params, value_fn=loss
+    )
+    assert optax.apply_updates(params, updates)["w"] == pytest.approx(0.6)

@@ -21,7 +21,7 @@ from .protocol import (
     start,
     sum_dtype,
 )
-from .soundness import all_finite, keep_schedules, select
+from .soundness import is_sound, keep_schedules, select
 from .stacked import stacked
 
 
@@ -120,7 +120,8 @@ def best_of(guards: Sequence[Guard], *, nc: int = 0, decay: float = 0.9) -> Guar
             now = jnp.stack([mean_loss(decision) for decision in decisions])
         now = jnp.where(jnp.isfinite(now).any(), now, 0)  # a minibatch that is lost on all
         records = decay * state.inner.records + now.astype(state.inner.records.dtype)
-        fit = jnp.isfinite(records) & jnp.stack([all_finite(at.params) for at in states])
+        sound = jnp.stack([is_sound(at.params, state.params) for at in states])
+        fit = jnp.isfinite(records) & sound
         records = jnp.where(fit, records, jnp.inf)
         best = jnp.argmin(records)
         followed, decision = jax.tree.map(

@@ -7,7 +7,7 @@ import optax
 from jaxtyping import Array, Bool, PyTree
 
 from .protocol import Params, as_arrays, check_loss, with_extra_args
-from .soundness import all_finite, renew_if_unsound, select
+from .soundness import is_sound, renew_if_unsound, select
 
 
 class GuardedState(NamedTuple):
@@ -67,7 +67,8 @@ def guarded(learned: Any, fallback: Any) -> optax.GradientTransformationExtraArg
         value_y, value_z = value_fn(y), value_fn(z)
         check_loss("value_fn", value_y)
 
-        finite_y, finite_z = all_finite((y, value_y)), all_finite((z, value_z))
+        finite_y = is_sound(y, params) & jnp.isfinite(value_y)
+        finite_z = is_sound(z, params) & jnp.isfinite(value_z)
         use_y = finite_y & ((value_y < value_z) | ~finite_z)
         stay = optax.tree.zeros_like(to_z)
         chosen = select(use_y, to_y, select(finite_z, to_z, stay))

@@ -34,7 +34,7 @@ from .protocol import (
     with_extra_args,
 )
 from .ratchet import Ratchet, RatchetState, init_ratchet
-from .soundness import all_finite, select
+from .soundness import is_sound, select
 from .stacked import check_stacked, stacked
 from .track_record import Excess, TrackRecord
 from .verdict import NEITHER, Verdict, follow_first, judge
@@ -85,10 +85,11 @@ def loss_guard(
     the decision. While x lies on the fallback's own path, z is s and costs nothing. By what x goes
     back, to that path or to the best that it has been, ``track_record`` and ``ratchet`` say.
 
-    A lane whose parameters or check losses are not finite can't win; if none can, x stays. Where a
-    track record spares s the check, its training losses count instead. So x is finite for ever if
-    it begins so. An optimizer state that is no longer finite is made anew, and a lane s that is no
-    longer finite begins again at x. Ties go to s, then z.
+    A lane whose parameters or check losses are not finite can't win (parameters may be infinite
+    where they are so in x, as masks are); if none can, x stays. Where a track record spares s the
+    check, its training losses count instead. So x is finite for ever if it begins so. An optimizer
+    state that is no longer finite is made anew, and a lane s that is no longer finite begins again
+    at x. Ties go to s, then z.
 
     Args:
         learned: the optimizer that is not trusted, an optax transformation; or several, of which
@@ -226,7 +227,7 @@ def loss_guard(
             most=nt_most,
             dtype=dtype,
         )
-        sound = jnp.stack([all_finite(branch.params) for branch in trained])
+        sound = jnp.stack([is_sound(branch.params, x) for branch in trained])
 
         # By a track record, s is judged by its training losses, and takes no check minibatches.
         checked = len(ran) - (record is not None and len(fallbacks) == 2)

@@ -27,7 +27,7 @@ from .protocol import (
     with_extra_args,
 )
 from .sequences import TrackingSequence, ema
-from .soundness import all_finite, renew_if_unsound, select
+from .soundness import is_sound, renew_if_unsound, select
 from .stacked import check_stacked
 from .verdict import NEITHER
 
@@ -126,7 +126,7 @@ def residual_guard(
             jnp.isfinite(sequence.bound(inner.memory)), inner.memory, sequence.init(mu_1)
         )
         mu = sequence.bound(memory)
-        finite_y, finite_z = all_finite((y, r)), all_finite(z)
+        finite_y, finite_z = is_sound(y, x) & jnp.isfinite(r), is_sound(z, x)
         ok = finite_y & jnp.isfinite(mu) & (r <= alpha * mu) & (mu > 0)
         memory = select(ok, sequence.update(memory, r), memory)
 

@@ -15,9 +15,12 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
     ).all()
 
 
-def is_sound(state: PyTree, fresh: PyTree) -> Bool[Array, ""]:
-    """Whether an optimizer's state is finite, save for infinities that it starts with by design."""
-    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(fresh), strict=True)
+def is_sound(tree: PyTree, start: PyTree) -> Bool[Array, ""]:
+    """Whether a pytree is finite, save for infinities that it starts with by design.
+
+    States have such, and masks among the parameters.
+    """
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(start), strict=True)
     return jnp.array(
         [(jnp.isfinite(now) | (now == then)).all() for now, then in pairs if _is_float(now)]
     ).all()

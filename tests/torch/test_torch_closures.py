@@ -2,14 +2,52 @@
 
 import pytest
 import torch
-from models import closure_for, loss_fn, mlp, quadratic, run, spiral
+from models import assert_same_state, closure_for, loss_fn, mlp, quadratic, run, spiral
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD, Adam
 
-from lossguard.torch import LossGuard, LossStep, ResidualGuard, recommended
+from lossguard.torch import BestOf, LossGuard, LossStep, ResidualGuard, recommended
 
 schedulefree = pytest.importorskip("schedulefree")
+
+
+class Momentum(nn.Module):
+    """Follows the average of its own weights, as BYOL's target does."""
+
+    def __init__(self):
+        super().__init__()
+        self.online, self.target = nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            for slow, fast in zip(self.target.parameters(), self.online.parameters(), strict=True):
+                slow.lerp_(fast, 0.1)
+        return self.online(x) - self.target(x)
+
+
+@pytest.mark.parametrize("kind", [BestOf, LossGuard, ResidualGuard])
+def test_parameters_that_change_without_an_optimizer_are_refused(kind):
+    model = Momentum()
+    pair = (SGD(model.online.parameters(), lr=rate) for rate in (0.1, 0.01))
+    guard = kind(*pair, model=model)
+    with pytest.raises(ValueError, match="no optimizer has must not change in the closure, as all"):
+        guard.step(closure_for(guard, model, spiral()))
+
+
+def test_as_parameters_without_gradients_they_belong_to_a_lane():
+    ends, batches = [], [spiral() for _ in range(12)]
+    for guarded in (False, True):
+        torch.manual_seed(0)
+        model = Momentum()
+        optimizer = SGD(model.parameters(), lr=0.1)
+        if guarded:
+            optimizer = BestOf(optimizer, SGD(model.parameters(), lr=1e-6), nt=2, model=model)
+        for batch in batches:
+            optimizer.step(closure_for(optimizer, model, batch))
+        alone = [p.detach().clone() for p in model.parameters()]
+        ends.append(optimizer._paths.all[0].copy if guarded else alone)
+    assert_same_state(*ends)
 
 
 def build(net, make=LossGuard, **options):

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from models import quadratic
+from models import quadratic, squares
 from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from lossguard.torch import (
+    BestOf,
     LossGuard,
     LossStep,
     ResidualGuard,
@@ -27,6 +28,11 @@ class IgnoresClosure(SGD):
         return super().step()
 
 
+class TakesNone(SGD):
+    def step(self):
+        return super().step()
+
+
 ONE = torch.ones(1, requires_grad=True)
 
 
@@ -39,6 +45,23 @@ REFUSALS = [
      "learned must be an optimizer that calls its closure once a step, got LBFGS"),
     (lambda w: LossGuard(sgd(w), torch.optim.LBFGS([w])),
      "fallback must be an optimizer that calls its closure once a step, got LBFGS"),
+    (lambda w: BestOf(sgd(w), SGD([{"params": [w], "maximize": True}], lr=0.1)),
+     "fallback must minimize the loss, got one with maximize=True"),
+    (lambda w: BestOf(sgd(w), sgd(w), scaler=True),
+     "scaler must be None or a torch.amp.GradScaler, got True"),
+    (lambda w: LossGuard(sgd(w), sgd(w), callback="print"),
+     "callback must be None or a function of a decision, got 'print'"),
+    (lambda w: LossGuard(sgd(w), sgd(w), schedulers=["cosine"]),
+     "schedulers must be of torch.optim.lr_scheduler, got 'cosine'"),
+    (lambda w: BestOf(sgd(w), sgd(w), nt=1).cycle(lambda b: 1.0, [1]),
+     "loss_fn must return the loss, one number, got 1.0"),
+    (lambda w: BestOf(sgd(w), sgd(w), nt=1).cycle(lambda b: torch.stack([w, w]), [1]),
+     "loss_fn must return the loss, one number, got a tensor of shape [2, 1]"),
+    (lambda w: BestOf(sgd(w), sgd(w), nt=1).cycle(lambda b: squares(w)(), [1]),
+     "loss_fn must leave backward to the guard, got gradients"),
+    (lambda w: BestOf(TakesNone([w]), sgd(w)).step(lambda: 1.0),
+     "learned must be an optimizer whose step(closure) calls the closure, got TakesNone "
+     "(LossStep adapts one with step(loss))"),
     (lambda w: LossGuard("adam", sgd(w)),
      "learned must be a torch.optim.Optimizer, got 'adam'"),
     (lambda w: LossGuard(*[sgd(w)] * 2),
@@ -152,6 +175,35 @@ def test_errors(refused, message):
     with pytest.raises(ValueError) as error:
         refused(torch.ones(1, requires_grad=True))
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("kind", [BestOf, LossGuard, ResidualGuard])
+def test_parameters_that_one_optimizer_alone_has_got_are_refused(kind):
+    weight, closure = quadratic()
+    guard = kind(sgd(weight), fallback := sgd(weight))
+    guard.step(closure)
+    fallback.add_param_group({"params": [torch.ones(1, requires_grad=True)]})
+    with pytest.raises(ValueError) as error:
+        guard.step(closure)
+    assert str(error.value) == (
+        "parameters must be added by the guard's add_param_group, got SGD with 2 instead of 1"
+    )
+
+
+@pytest.mark.parametrize("kind", [BestOf, LossGuard, ResidualGuard])
+def test_a_group_that_one_optimizer_refuses_no_optimizer_gets(kind):
+    class Refuses(SGD):
+        def add_param_group(self, param_group):
+            if len(self.param_groups) == 1:
+                raise KeyError
+            super().add_param_group(param_group)
+
+    weight, closure = quadratic()
+    guard = kind(Refuses([weight], lr=0.1), sgd(weight))
+    with pytest.raises(KeyError):
+        guard.add_param_group({"params": [torch.ones(1, requires_grad=True)]})
+    assert len(guard.learned.param_groups) == len(guard.fallback.param_groups) == 1
+    guard.step(closure)
 
 
 def test_errors_within_a_cycle():

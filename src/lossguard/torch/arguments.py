@@ -1,9 +1,11 @@
 """What a guard accepts, and the sentences with which it refuses the rest."""
 
 from collections.abc import Sequence
+from types import NoneType
 from typing import cast
 
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -27,6 +29,8 @@ def shared_params(learned: Sequence[Optimizer], fallback: Optimizer) -> list[Ten
             raise ValueError(
                 f"{name} must be an optimizer that calls its closure once a step, got LBFGS"
             )
+    if any(group.get("maximize") for group in fallback.param_groups):
+        raise ValueError("fallback must minimize the loss, got one with maximize=True")
     if any(one is fallback for one in learned):
         raise ValueError("learned must be another optimizer than fallback, got the same one")
     if len({id(one) for one in learned}) < len(learned):
@@ -55,6 +59,18 @@ def check_drawn(name: str, drawn: int, wanted: int, *, more_will_do: bool = Fals
         raise ValueError(f"{name} must be {least}{wanted} minibatches, got {drawn}{hint}")
 
 
+def check_scaler(scaler: object) -> None:
+    """Refuse what doesn't scale gradients."""
+    if not isinstance(scaler, (GradScaler, NoneType)):
+        raise ValueError(f"scaler must be None or a torch.amp.GradScaler, got {scaler!r}")
+
+
+def check_callback(callback: object) -> None:
+    """Refuse what can't be called with decisions."""
+    if not (callback is None or callable(callback)):
+        raise ValueError(f"callback must be None or a function of a decision, got {callback!r}")
+
+
 def check_offload(offload: object) -> None:
     """Refuse to keep copies elsewhere."""
     if offload not in (None, "cpu"):
@@ -80,6 +96,8 @@ def check_schedulers(schedulers: Sequence[LRScheduler], optimizers: Sequence[Opt
     if not isinstance(schedulers, Sequence):
         raise ValueError(f"schedulers must be a list, got {type(schedulers).__name__}")
     for scheduler in schedulers:
+        if not isinstance(scheduler, LRScheduler):
+            raise ValueError(f"schedulers must be of torch.optim.lr_scheduler, got {scheduler!r}")
         if isinstance(scheduler, ReduceLROnPlateau):
             raise ValueError(
                 "schedulers must step without a metric, got ReduceLROnPlateau (step it yourself)"

@@ -113,6 +113,7 @@ class BestOf(LaneGuard):
             fallback,
             nt=nt,
             model=model,
+            scaler=scaler,
             schedulers=schedulers,
             offload=offload,
             process_group=process_group,

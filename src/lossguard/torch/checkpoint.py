@@ -1,7 +1,7 @@
 """What a guard's ``state_dict`` holds of its lanes: plain containers, numbers and tensors.
 
 names                y, z or s, for each lane
-lanes                per lane: copy, train, check, before, memory, scaler
+lanes                per lane: copy, train, check, lost, before, memory, scaler
 on_own, excess       of the hedge
 best                 of a ratchet: copy, memory, losses, cycles, kept, held, anew, begun
 """
@@ -65,6 +65,7 @@ def save_lane(lane: Lane, phase: int) -> dict[str, Any]:
         "copy": None if starts_from_x else clone(lane.copy),
         "train": torch.stack(lane.train).clone() if phase and lane.train else None,
         "check": torch.stack(lane.check).clone() if phase and lane.check else None,
+        "lost": lane.lost,
         "before": _save_memory(lane.inner, lane.before if phase else None),
         "memory": _save_memory(lane.inner, lane.memory),
         "scaler": None if lane.scaler is None else lane.scaler.state_dict(),
@@ -75,6 +76,7 @@ def load_lane(lane: Lane, saved: dict[str, Any]) -> None:
     """Put a copy of ``saved`` into it."""
     lane.train = [] if saved["train"] is None else list(clone(saved["train"]))
     lane.check = [] if saved["check"] is None else list(clone(saved["check"]))
+    lane.lost = saved["lost"]
     lane.before = _load_memory(lane.inner, saved["before"])
     lane.memory = _load_memory(lane.inner, saved["memory"])
     if saved["copy"] is not None:

@@ -4,6 +4,7 @@ import gc
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -24,20 +25,25 @@ class Watch:
 
     Attributes:
         weights: the live tensors.
-        first: whether buffers that no branch owns are still to be looked at, in the first call.
-        warned: whether a warning was given, which happens once.
+        first: whether what no branch owns is still to be looked at, in the first call.
+        warned: whether a warning of different losses was given, which happens once.
+        told: whether one of errors was.
     """
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
-        self.first = weights.model is None
+        self.first = True
         self.warned = False
+        self.told = False
 
     def call(self, closure: Any) -> Any:
         """The value of a closure that trains; refuse one that leaves no gradients."""
         self.weights.clear_gradients()
-        buffers = _buffers_beside(self.weights.params) if self.first else []
+        beside = self.first and self.weights.model is None
+        buffers = _buffers_beside(self.weights.params) if beside else []
         before = [module[name].clone() for module, name in buffers]
+        others = self.weights.others() if self.first else []
+        versions = [p._version for p in others]
         value = closure()
         # A closure may leave the backward pass out where the loss isn't finite.
         if all(p.grad is None for p in self.weights.params) and math.isfinite(scalar(value)):
@@ -46,6 +52,11 @@ class Watch:
             raise ValueError(
                 "model must be given where modules have buffers that training changes, such as "
                 "BatchNorm's: got None"
+            )
+        if versions != [p._version for p in others]:
+            raise ValueError(
+                "parameters of model that no optimizer has must not change in the closure, as all "
+                "lanes share them: give them to the optimizers, without gradients"
             )
         self.first = False
         return value
@@ -58,6 +69,17 @@ class Watch:
             warnings.warn(
                 f"closure gave different losses at the same parameters ({high:.4g} and {low:.4g}): "
                 "draw the minibatch, and all random numbers but PyTorch's, outside it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def tell(self, error: Exception, optimizer: Optimizer) -> None:
+        """Warn once that a lane is left for an error."""
+        if not self.told:
+            self.told = True
+            warnings.warn(
+                f"learned ({type(optimizer).__name__}) has numbers that aren't finite and raised "
+                f"{error!r}: it is left out of such cycles",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -75,9 +97,7 @@ def checked(closure: Callable[[], Any] | None, hint: str = "") -> Callable[[], A
 
 def scalar(loss: Any) -> Tensor:
     """The value of a closure as a detached tensor without dimensions."""
-    if not isinstance(loss, (Tensor, float, int)) or (
-        isinstance(loss, Tensor) and loss.numel() != 1
-    ):
+    if not isinstance(loss, (Tensor, Real)) or (isinstance(loss, Tensor) and loss.numel() != 1):
         raise ValueError(f"closure must return the loss, one number, got {described(loss)}")
     dtype = None if isinstance(loss, Tensor) else torch.float64
     return torch.as_tensor(loss, dtype=dtype).detach().reshape(())

@@ -1,6 +1,6 @@
 """Takes the lanes through the minibatches of a cycle: lines 10 to 15 of Algorithm 2."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lossguard.torch.closures import Closure, Watch, scalar
 from lossguard.torch.forward_only import forward_only
+from lossguard.torch.inner import finite, local
 from lossguard.torch.lane import Lane
 from lossguard.torch.placing import placing
 from lossguard.torch.randomness import Randomness
@@ -101,9 +102,11 @@ class Cycle:
                 values[number] = []
                 for k, closure in enumerate(taken[number]):
                     self.phase = start + k
-                    self.randomness.set(draws[k])
+                    if not lane.lost:
+                        self.randomness.set(draws[k])
                     values[number].append(self._evaluate(lane, closure, schedules, k))
-                    draws += [self.randomness.state()] if number == active[0] else []
+                    if len(draws) == k + 1 and not lane.lost:
+                        draws.append(self.randomness.state())
                     if self.phase == min(self.nt, start + len(closures)) - 1:
                         self.placing.save(lane.copy)  # after the last step that trains
             self._hold(trains, draws)
@@ -113,6 +116,8 @@ class Cycle:
                     lane.stop()
                 elif lane is inside and not self.checking:
                     self.placing.save(lane.copy)
+            if inside is not None:
+                schedules.undo(inside, inside.inner)
             self.phase = 0
             raise
         finally:
@@ -157,22 +162,44 @@ class Cycle:
                 self.weights.copy_to(lane.copy)
 
     def _evaluate(self, lane: Lane, closure: Closure, schedules: Schedules, k: int) -> Any:
-        """One minibatch in the lane that is in the model."""
+        """One minibatch in the lane that is in the model; NaN if the lane is lost."""
         torch.clear_autocast_cache()  # or autocast would go on with casts of earlier weights
         if self.checking:
-            value = self._check(closure, lane.copy)
+            value = self._unless_lost(lane, lambda: self._check(closure, lane.copy))
             lane.check.append(scalar(value))
             return value
+        schedules.before(lane, lane.inner, k)
+        value = self._unless_lost(lane, lambda: self._train(closure, lane))
+        schedules.after(lane, lane.inner, k)
+        lane.train.append(scalar(value))
+        return value
+
+    def _train(self, closure: Closure, lane: Lane) -> Any:
+        """Lines 13 and 14: an optimizer step of a lane; the closure's value before it."""
 
         def evaluate() -> Any:
             self.gradients += 1
             return self.watch.call(closure)
 
-        schedules.before(lane, lane.inner, k)  # lines 13 and 14: an optimizer step of a lane
         with torch.no_grad(), self.weights.in_place():
-            value = lane.step(evaluate, last=self.phase == self.nt - 1)
-        schedules.after(lane, lane.inner, k)
-        return value
+            return lane.step(evaluate, last=self.phase == self.nt - 1)
+
+    def _unless_lost(self, lane: Lane, evaluate: Callable[[], Any]) -> Any:
+        """The value, or NaN where a learned lane raises an error as its numbers aren't finite.
+
+        It is out of the cycle then. Were the error passed on, it would come again in every cycle,
+        and the fallback would never get on.
+        """
+        if not lane.lost:
+            try:
+                return evaluate()
+            except Exception as error:
+                params = [p.detach() for p in self.weights.params if p.requires_grad]
+                if lane.name == "fallback" or finite([*params, *(p.grad for p in params)]):
+                    raise
+                self.watch.tell(error, lane.inner.optimizer)
+                lane.lose()
+        return torch.full((), torch.nan, device=local(self.weights.params[0]).device)
 
     def _check(self, closure: Closure, copy: Copy) -> Any:
         """The closure's value at what is in the model, whose ``copy`` it leaves as it was."""

@@ -86,6 +86,14 @@ class Guard(Facade):
     def _check_step(self, closure: Closure | None, hint: str = "") -> Closure:
         """The closure of a step; refuse others, and gradients that it has not computed."""
         closure = checked(closure, hint)
+        for inner in self._inners:
+            count = sum(len(group["params"]) for group in inner.optimizer.param_groups)
+            if count != len(self._weights.params):
+                raise ValueError(
+                    "parameters must be added by the guard's add_param_group, got "
+                    f"{type(inner.optimizer).__name__} with {count} instead of "
+                    f"{len(self._weights.params)}"
+                )
         if any(p.grad is not None for p in self._weights.params):
             raise ValueError(
                 "gradients must be computed inside the closure, got some before the step (call "
@@ -110,9 +118,19 @@ class Guard(Facade):
         self._weights.check_shapes(saved["guard"]["x"])
 
     def _add_group(self, param_group: dict[str, Any], learned: Sequence[Optimizer]) -> list[Tensor]:
-        """Add parameters to all optimizers, with their own defaults in ``learned``; return them."""
+        """Add parameters to all optimizers, or to none, and return them.
+
+        In ``learned`` they have its own defaults.
+        """
         self.fallback.add_param_group(param_group)
-        params = self.fallback.param_groups[-1]["params"]
-        for one in learned:
-            one.add_param_group({"params": list(params)})
-        return list(params)
+        params = list(self.fallback.param_groups[-1]["params"])
+        have = [self.fallback]
+        try:
+            for one in learned:
+                one.add_param_group({"params": list(params)})
+                have.append(one)
+        except BaseException:
+            for one in have:
+                one.param_groups.pop()
+            raise
+        return params

@@ -152,14 +152,32 @@ class Inner:
 
 
 def clone(value: Any) -> Any:
-    """A copy of nested containers and of every tensor in them."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {key: clone(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(clone(item) for item in value)
-    return value if isinstance(value, (int, float, str, bool, type(None))) else copy.deepcopy(value)
+    """A copy of nested containers, of their own types, and of every tensor in them.
+
+    What is there twice is there twice in the copy: optimizers may share a step counter.
+    """
+    copies: dict[int, Any] = {}
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, (int, float, str, bool, type(None))):
+            return value
+        if id(value) not in copies:
+            copies[id(value)] = made(value)
+        return copies[id(value)]
+
+    def made(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach().clone()
+        if isinstance(value, dict):
+            new = copy.copy(value)
+            for key, item in value.items():
+                new[key] = copied(item)
+            return new
+        if type(value) in (list, tuple):
+            return type(value)(copied(item) for item in value)
+        return copy.deepcopy(value)
+
+    return copied(value)
 
 
 def finite(value: Any) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from lossguard.torch.closures import Closure, check_scaled, scalar
+from lossguard.torch.closures import Closure, check_scaled
 from lossguard.torch.inner import Inner, Memory
 from lossguard.torch.weights import Copy
 
@@ -30,6 +30,7 @@ class Lane:
             is not in the model.
         before: the memory before the cycle, for ``rollback``.
         train, check: its losses in this cycle, one per minibatch.
+        lost: whether it is out of this cycle, for an error where its numbers aren't finite.
     """
 
     def __init__(
@@ -53,10 +54,11 @@ class Lane:
         self.before: Memory | None = None
         self.train: list[Tensor] = []
         self.check: list[Tensor] = []
+        self.lost = False
 
     def begin(self) -> None:
         """Start a cycle."""
-        self.train, self.check = [], []
+        self.train, self.check, self.lost = [], [], False
         self.before = self.inner.remember() if self.loser == "rollback" else None
 
     def step(self, closure: Closure, *, last: bool) -> Any:
@@ -66,26 +68,38 @@ class Lane:
         mode during a cycle's steps only. So checks, and x, are at the iterate that it evaluates.
         """
         values: list[Any] = []
+        called, failed = False, None
 
         def evaluate() -> Any:
+            nonlocal called
+            called = True
             with torch.enable_grad():
                 values.append(closure())
             return values[-1]
 
-        with self._remembering(), self.inner.stepping():
-            self._advance(self.inner.optimizer, evaluate, last)
-        if not values:
+        try:
+            with self._remembering(), self.inner.stepping():
+                self._advance(self.inner.optimizer, evaluate, last)
+        except Exception as error:
+            if called:
+                raise
+            failed = error
+        if not called:
             raise ValueError(
                 f"{self.name} must be an optimizer whose step(closure) calls the closure, got "
                 f"{type(self.inner.optimizer).__name__} (LossStep adapts one with step(loss))"
-            )
-        self.train.append(scalar(values[0]))
+            ) from failed
         return values[0]
 
     @property
     def switches(self) -> bool:
         """Whether its optimizer trains at another iterate than the one that it evaluates."""
         return callable(getattr(self.inner.optimizer, "train", None))
+
+    def lose(self) -> None:
+        """Take it out of this cycle after an error."""
+        self.lost = True
+        self.stop()
 
     def stop(self) -> None:
         """Leave the training mode after an error, without moving: where the lane was is lost."""
@@ -150,9 +164,10 @@ class Lane:
             optimizer.step(evaluate)
         else:
             loss = evaluate()
-            check_scaled(self.scaler, optimizer)
-            self.scaler.step(optimizer, lambda: loss)
-            self.scaler.update()
+            if _has_gradients(optimizer):  # else the scaler has nothing to look at
+                check_scaled(self.scaler, optimizer)
+                self.scaler.step(optimizer, lambda: loss)
+                self.scaler.update()
         if last:
             _set_mode(optimizer, "eval")
 
@@ -167,6 +182,10 @@ class Lane:
             yield
         finally:
             self.memory = self.inner.exchange(others)
+
+
+def _has_gradients(optimizer: Optimizer) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
 def _set_mode(optimizer: Optimizer, mode: str) -> None:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lossguard.torch import arguments
-from lossguard.torch.closures import Closure
+from lossguard.torch.closures import Closure, described
 from lossguard.torch.cycle import Course, Cycle
 from lossguard.torch.decision import Decision
 from lossguard.torch.guard import Guard
@@ -40,6 +40,7 @@ class LaneGuard(Guard):
         *,
         nt: int,
         model: nn.Module | None,
+        scaler: GradScaler | None,
         schedulers: Sequence[LRScheduler],
         offload: Literal["cpu"] | None,
         process_group: distributed.ProcessGroup | None,
@@ -52,6 +53,8 @@ class LaneGuard(Guard):
                 kind = type(one).__name__
                 raise ValueError(f"{name} must train on every minibatch, got a {kind}")
         arguments.check_schedulers(schedulers, [*several, fallback])
+        arguments.check_scaler(scaler)
+        arguments.check_callback(callback)
         arguments.check_offload(offload)
         arguments.check_model(model, params)
         self.nt = check_count("nt", nt)
@@ -151,7 +154,11 @@ class LaneGuard(Guard):
 
         def evaluate(batch: Any) -> Tensor:
             loss = loss_fn(batch)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                raise ValueError(f"loss_fn must return the loss, one number, got {described(loss)}")
             if not self.checking:
+                if any(p.grad is not None for p in self._weights.params):
+                    raise ValueError("loss_fn must leave backward to the guard, got gradients")
                 scaler = self._cycle.running.scaler
                 (loss if scaler is None else scaler.scale(loss)).backward()
             return loss

@@ -127,6 +127,7 @@ class LossGuard(LaneGuard):
             fallback,
             nt=nt,
             model=model,
+            scaler=scaler,
             schedulers=schedulers,
             offload=offload,
             process_group=process_group,

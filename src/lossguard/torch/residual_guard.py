@@ -17,7 +17,7 @@ from lossguard.torch import arguments
 from lossguard.torch.closures import Closure, Watch, scalar
 from lossguard.torch.decision import NEITHER, Decision
 from lossguard.torch.guard import Guard
-from lossguard.torch.inner import Inner, clone, finite, read
+from lossguard.torch.inner import Inner, clone, read
 from lossguard.torch.randomness import Randomness
 from lossguard.torch.sequences import Track, TrackingSequence, ema
 from lossguard.torch.weights import Copy, Weights
@@ -118,8 +118,8 @@ class ResidualGuard(Guard):
         x = kept = weights.copy()
         try:
             y, z, mu_1, r = self._proposals(closure, x, loss, start)
-            finite_y = finite(weights.params_of(y)) and math.isfinite(r)
-            finite_z = finite(weights.params_of(z))
+            finite_y = weights.is_finite(y, x) and math.isfinite(r)
+            finite_z = weights.is_finite(z, x)
             if self._track is None and math.isfinite(mu_1):
                 self._track = self.sequence.init(mu_1)
             mu = 0.0 if self._track is None else self.sequence.bound(self._track)
@@ -145,7 +145,13 @@ class ResidualGuard(Guard):
         y = self._stepped(self._learned, x, gradient, loss)
         self._weights.copy_from(y)
         self._randomness.set(start)
-        loss_y = self._evaluate(closure)
+        try:
+            loss_y = self._evaluate(closure)
+        except Exception as error:
+            if self._weights.is_finite(y, x):
+                raise
+            self._watch.tell(error, self._learned.optimizer)
+            return y, z, self._distance(x, z) if of_steps else _norm(gradient), math.nan
         gradient_y = self._gradient()
         if before is None:
             return y, z, _norm(gradient), _norm(gradient_y)

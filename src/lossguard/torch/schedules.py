@@ -26,6 +26,11 @@ class Schedules:
         else:
             inner.follow(self._seen[id(inner)][k])
 
+    def undo(self, lane: object, inner: Inner) -> None:
+        """After an error in the step: the optimizer's rates are those that the first lane left."""
+        if self._leaders.get(id(inner), lane) is not lane:
+            inner.follow(self._seen[id(inner)][-1])
+
     def after(self, lane: object, inner: Inner, k: int) -> None:
         """After it."""
         seen = self._seen[id(inner)]

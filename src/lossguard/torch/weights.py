@@ -34,6 +34,12 @@ class Weights:
         """A copy of the live values."""
         return [self._copied(tensor) for tensor in self._live()]
 
+    def others(self) -> list[Tensor]:
+        """The parameters of the model that no optimizer has, and that are whole tensors."""
+        ours = {id(p) for p in self.params}
+        params = () if self.model is None else self.model.parameters()
+        return [p for p in params if id(p) not in ours and not hasattr(p, "to_local")]
+
     def copy_buffers(self) -> Copy:
         """A copy of the live buffers."""
         return [self._copied(buffer) for buffer in self._buffers()]
@@ -55,16 +61,14 @@ class Weights:
         """Put the buffers of ``copy``, which has them alone, into the model."""
         _transfer(self._buffers(), copy)
 
-    def is_finite(self, copy: Copy) -> bool:
-        """Whether the parameters in ``copy`` are finite, and its buffers wherever the model's are.
+    def is_finite(self, copy: Copy, x: Copy | None = None) -> bool:
+        """Whether what is in ``copy`` is finite wherever x is, by default what the model holds.
 
         BatchNorm's statistics stay bad for ever after one bad minibatch; masks may be infinite.
         """
-        if finite(copy):
-            return True
-        buffers = zip(self.buffers_of(copy), self._buffers(), strict=True)
-        return finite(self.params_of(copy)) and all(
-            finite(b) or bool((b.isfinite() | ~x.isfinite().to(b.device)).all()) for b, x in buffers
+        return finite(copy) or all(
+            finite(b) or bool((b.isfinite() | ~x.isfinite().to(b.device)).all())
+            for b, x in zip(copy, self._live() if x is None else x, strict=True)
         )
 
     def check_shapes(self, copy: Copy) -> None:

@@ -360,6 +360,7 @@ def test_claims(
     main("claims", "run")
     out = capsys.readouterr().out
     assert "C3c" in out and "not run" in out and "C14" in out and "as if it failed" in out
+    assert "plateau" in out  # of what C5a says, not of its formula
     assert sorted(finished.iterdir()) == before
 
 

@@ -109,9 +109,13 @@ def test_curves_are_those_of_a_loop(steps: np.ndarray, nt: int, sizes: list[int]
 
 
 def test_chunks_that_cut_a_bin_are_joined_by_checkpointed_parts_too() -> None:
-    decisions = made_up(FIXED, 10)
-    first, second, third = in_chunks(decisions, [101, 8, 21])
-    whole = join([first, second, third], "m")
+    """Of ten steps, the ones up to 1,020 and 1,080: chunks end at 1,015 and at 1,071."""
+    decisions = made_up(np.full((3, 190), 7), 7)
+    first, second, third = in_chunks(decisions, [145, 8, 37])
+    whole, expected = join([first, second, third], "m"), pl.DataFrame(reference(decisions))
+    np.testing.assert_array_equal(whole["step"], expected["step"])
+    for name in (*MEANS, *COUNTERS):
+        np.testing.assert_allclose(whole[name], expected[name], rtol=1e-5, atol=1e-6)
     assert join([pl.concat([first, second]), third], "m").equals(whole)
 
 

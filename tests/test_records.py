@@ -105,6 +105,7 @@ def test_manifest_has_the_commit_of_every_part(
         records.open_folder(tmp_path, CONFIG, resume=True)
         assert not records.is_finished(tmp_path)
     records.write_parquet(tmp_path / records.CURVES, TABLE)
+    assert not records.is_finished(tmp_path)
     records.finish(tmp_path, made | {"seconds": SECONDS})
     assert records.is_finished(tmp_path)
     assert not (tmp_path / records.STARTED).exists()

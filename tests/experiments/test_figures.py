@@ -103,6 +103,21 @@ def test_draw_has_a_line_and_a_band_for_each_method() -> None:
         assert guarded.get_color() == track.get_color()
 
 
+def test_lines_are_smoothed_before_they_are_thinned() -> None:
+    """And bands are of all seeds."""
+    curves = curves_of({"L2O": 1.0}, seeds=3)
+    noise = np.random.default_rng(0).random(len(curves))
+    curves = curves.with_columns(loss=pl.col("loss") * pl.Series(noise))
+    axes = figures.draw(curves, "Title").axes[0]
+    steps, losses = figures.by_seed(curves, "L2O", "loss")
+    expected, drawn = figures.smooth(steps, losses), figures.thin(steps)
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), expected.mean(axis=0)[drawn])
+    (path,) = axes.collections[0].get_paths()
+    corners = {(float(x), float(y)) for x, y in path.vertices}
+    for edge in (expected.min(axis=0), expected.max(axis=0)):
+        assert {*zip(steps[drawn].tolist(), edge[drawn].tolist(), strict=True)} <= corners
+
+
 def test_a_residual_guard_is_a_guard() -> None:
     """It decides without a forward pass."""
     curves = curves_of({"GL2O": 1.0, "SGDnm": 1.0})
@@ -215,7 +230,10 @@ def test_a_grid_is_drawn_as_a_map(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["0.1", "1", "10"]
 
 
-@pytest.mark.parametrize("methods", [list(GRID)[1:], list(GRID)[:2], [*GRID, "Adam"], ["L2O"]])
+TWO = ["A 1 tau 2", "A 1 tau 5", "B 10 tau 2", "B 10 tau 5"]
+
+
+@pytest.mark.parametrize("methods", [list(GRID)[1:], list(GRID)[:2], [*GRID, "Adam"], ["L2O"], TWO])
 def test_what_is_no_whole_grid_is_drawn_as_lines(methods: list[str]) -> None:
     assert figures.heatmap_of(methods) is None
 
@@ -280,6 +298,16 @@ def test_summary_says_what_the_records_say(folder: Path) -> None:
     assert column(table, "us a step") == ["1", "3000"]
     assert column(table, "gradients") == ["5,000", "10,000"]
     assert column(table, "learned updates") == ["", "5,000"]  # SGDnm is no learned optimizer
+
+
+def test_summary_has_the_last_step_once(folder: Path) -> None:
+    config, made, curves = records.read_run(folder)
+    curves = curves.filter(pl.col("step") <= 1000)
+    headers = [c.header for c in figures.summary(records.Record(config, made, curves)).columns]
+    assert [header for header in headers if "loss" in str(header)] == [
+        "loss at 100",
+        "loss at 1,000",
+    ]
 
 
 def test_plot_leaves_both_files(folder: Path) -> None:

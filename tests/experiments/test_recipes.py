@@ -100,6 +100,24 @@ def test_settings_of_appendix_e(name: str) -> None:
     assert e.learned == ("lstm-mnist-mlp" if name in SETS["table1"] else "lstm-cifar10-conv")
 
 
+def test_lengths_are_those_of_the_figures() -> None:
+    thousands = {3: 200, 4: 1_000, 5: 1_000, 6: 100, 7: 100, 8: 50, 9: 120, 10: 1}
+    thousands |= {12: 200, 13: 100, 14: 1_000, 15: 1_000, 16: 100}
+    for number, length in thousands.items():
+        assert RECIPES[f"fig{number:02}"]().steps == 1_000 * length
+    assert all(RECIPES[name]().steps == 100 for name in SETS["fig02"])
+
+
+def test_first_steps_are_taken_with_other_seeds_than_the_figures() -> None:
+    e = RECIPES["first_steps"]()
+    assert (e.seed, e.seeds, e.steps) == (1_000, 5, 1_000)
+
+
+def test_fashion_is_figure_3_on_other_data() -> None:
+    e, paper = RECIPES["fashion"](), RECIPES["fig03"]()
+    assert e == replace(paper, name="fashion", title=e.title, dataset="fashion_mnist")
+
+
 @pytest.mark.parametrize("table", TABLES)
 def test_tables(table: str) -> None:
     recipes = [RECIPES[name]() for name in SETS[table]]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 from pages import SPEND, STEPS, VERDICTS, curves_of, write_meta, write_run
 from plotly.offline import get_plotlyjs
@@ -52,6 +53,16 @@ def test_page_holds_what_the_figure_draws(page: Path) -> None:
     assert all(decode(row)[-1] == 6000 for row in varying)
 
 
+def test_axis_ends_where_a_mean_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the first seed's line doesn't: at ten times the highest first loss."""
+    monkeypatch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
+    curves = curves_of(["SGDnm"], np.arange(1, 201))
+    lost = (pl.col("seed") == 1) & (pl.col("step") > 100)
+    loss = pl.when(lost).then(pl.lit(1e9, pl.Float32)).otherwise("loss")
+    run = write_run(tmp_path / "run", curves.with_columns(loss=loss))
+    assert data_of(report([run], tmp_path / "report.html"))[0]["ceiling"] == 20
+
+
 def test_page_tells_how_a_run_was_made(page: Path) -> None:
     text = page.read_text()
     for part in (
@@ -80,6 +91,32 @@ def test_page_holds_what_a_meta_training_validated_on(page: Path) -> None:
     assert line["name"] == "moons"
     np.testing.assert_allclose(decode(line["x"]), [5, 10, 15])
     np.testing.assert_allclose(decode(line["y"]), [0.9, 0.5, 2.0], rtol=1e-6)
+
+
+def test_page_holds_the_losses_of_a_meta_training(page: Path) -> None:
+    """With the weights of the second check, which are kept."""
+    outer, rollouts, _ = data_of(page)[1:]
+    inner = np.linspace(2, 1, 60)
+    training, validation = (decode(line["y"]) for line in outer["lines"])
+    np.testing.assert_allclose(training, [3.0, np.inf, 1.0])
+    np.testing.assert_allclose(validation, [3.0, 1.5, 4.5], rtol=1e-6)
+    assert [line["name"] for line in rollouts["lines"]] == ["meta-step 5", "meta-step 10, kept"]
+    first, kept = (decode(line["y"]) for line in rollouts["lines"])
+    np.testing.assert_allclose([first, kept], [2 * inner, inner], rtol=1e-6)
+
+
+def test_each_method_is_evaluated_where_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose cycles are longer has fewer of them."""
+    monkeypatch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
+    run = write_run(tmp_path / "run", curves_of(["SGDnm", "LGL2O"], np.arange(1, 11)))
+    table = {"method": ["SGDnm", "SGDnm", "LGL2O"], "seed": [0, 0, 0], "cycle": [1, 4, 2]}
+    table |= {"step": [5, 20, 20], "test_loss": [3.0, 2.0, 1.0]}
+    records.write_parquet(run / records.EVALUATIONS, pl.DataFrame(table))
+    text = report([run], tmp_path / "report.html").read_text()
+    for method, loss in (("SGDnm", 2), ("LGL2O", 1)):
+        assert f'<tr><th scope="row">{method}</th><td>{loss}</td></tr>' in text
 
 
 def test_figure_of_a_meta_training_is_left_as_png_and_svg(tmp_path: Path) -> None:
@@ -157,6 +194,36 @@ def test_a_later_run_with_all_of_it_supersedes_a_run(
         assert f'<p class="small about">data: CIFAR-10 as JPEG q75 · {link}</p>' in text
 
 
+def test_a_claim_is_linked_to_a_run_with_the_recipes_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
+    curves = curves_of(["SGDnm"], np.arange(1, 20))
+    write_run(tmp_path / "mine", curves, scaling="symmetric", time="2026-01-03")
+    write_run(tmp_path / "recipes", curves)
+    text = report([tmp_path], tmp_path / "report.html").read_text()
+    assert re.findall(r'id="(run-.)">\n.*folder">(\w+)', text) == [
+        ("run-1", "mine"),
+        ("run-2", "recipes"),
+    ]
+    assert text.count('<td data-label="Figure"><a href="#run-2">3</a></td>') == 2
+
+
+def test_a_later_meta_training_without_the_other_data_supersedes_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
+    write_meta(tmp_path / "old", "mine")
+    new = write_meta(tmp_path / "new", "mine")
+    _, made, curves = records.read_run(new)
+    records.write_json(new / records.MANIFEST, made | {"time": "2026-01-03"})
+    for less in (False, True):
+        kept = curves.drop("validation_moons") if less else curves
+        records.write_parquet(new / records.CURVES, kept)
+        text = report([tmp_path], tmp_path / "report.html").read_text()
+        assert text.count("there is a later run") == (0 if less else 2)
+
+
 @pytest.mark.parametrize(("turns", "supersedes"), [(2, True), (3, False)])
 def test_of_ones_own_recipe_only_runs_with_the_same_options_supersede(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turns: int, supersedes: bool
@@ -172,11 +239,15 @@ def test_of_ones_own_recipe_only_runs_with_the_same_options_supersede(
 def test_a_grid_is_a_table_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
     methods = [f"SGDnm {rate} tau {tau}" for rate in (0.1, 1) for tau in (2, 5)]
-    write_run(tmp_path / "run", curves_of(methods, np.arange(1, 11)), name="fig10")
+    levels = pl.col("method").replace_strict({name: 1.0 + i for i, name in enumerate(methods)})
+    curves = curves_of(methods, np.arange(1, 11)).with_columns(loss=levels * pl.col("loss"))
+    write_run(tmp_path / "run", curves, name="fig10")
     text = report([tmp_path], tmp_path / "report.html").read_text()
     assert "<th>rate</th><th>tau 2</th><th>tau 5</th>" in text
-    loss = f"{1.5 * np.mean(np.arange(9, 11) ** -0.5):#.4g}"
-    assert f'<tr><th scope="row">0.1</th><td>{loss}</td><td>{loss}</td></tr>' in text
+    loss = 1.5 * np.mean(np.arange(9, 11) ** -0.5)
+    for rate, first in ((0.1, 1), (1, 3)):
+        cells = "".join(f"<td>{level * loss:#.4g}</td>" for level in (first, first + 1))
+        assert f'<tr><th scope="row">{rate}</th>{cells}</tr>' in text
 
 
 def test_twenty_long_runs_stay_below_15_megabytes(

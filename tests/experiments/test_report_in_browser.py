@@ -348,10 +348,28 @@ def test_seeds_are_switched(opened: webdriver.Chrome) -> None:
     switch(opened, "apart")
     switch(opened, "seed", "0")
     first, *_ = losses(opened)
-    np.testing.assert_allclose(first["y"][:299], 2 / np.sqrt(first["x"][:299]), rtol=1e-6)
+    expected = 2 / np.sqrt(first["x"][:299])
+    np.testing.assert_allclose(first["y"][:299], expected, rtol=1e-6)
+    band = next(trace for trace in traces(opened) if trace["band"])
+    for edge in (band["y"][:299], band["y"][:-300:-1]):
+        np.testing.assert_allclose(edge, expected, rtol=1e-6)
     switch(opened, "seed", "1")
     assert traces(opened) == [] and hint(opened) == "Choose a seed above"
     assert opened.get_log("browser") == []
+
+
+def test_tracks_are_of_the_seeds_that_are_shown(chromium: webdriver.Chrome, tmp_path: Path) -> None:
+    """Of two, the second has always used the learned update, and the first never."""
+    curves = curves_of(["LGL2O"], np.arange(1, 101))
+    used = pl.col("seed").cast(pl.Float32)
+    run = write_run(tmp_path / "run", curves.with_columns(used_learned=used))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
+        browser = opening(chromium, report([run], tmp_path / "report.html"))
+    for use in (0.75, 1.0):
+        (track,) = (trace for trace in traces(browser) if trace["track"])
+        assert {*track["y"]} == {use}
+        switch(browser, "seed", "0")
 
 
 @pytest.mark.parametrize("width", [375, 1600])

@@ -104,12 +104,97 @@ def test_curves_are_those_of_a_plain_rollout(whole: Path) -> None:
 
     evaluations = records.read_parquet(whole / records.EVALUATIONS)
     assert evaluations.filter(pl.col("method") == "LGL2O")["step"].to_list() == [20, 20, 60, 60]
+    assert evaluations.filter(method="LGL2O", step=60)["test_loss"].n_unique() == 2
     (last,) = evaluations.filter(method="LGL2O", seed=1, step=60).rows(named=True)
     logits = task.model.apply(state.params, task.dataset.normalize(task.dataset.test.inputs))
     labels = np.asarray(task.dataset.test.labels)
     assert last["test_accuracy"] == pytest.approx((np.argmax(logits, 1) == labels).mean())
     log_p = np.asarray(logits) - np.log(np.exp(logits).sum(1, keepdims=True))
     assert last["test_loss"] == pytest.approx(-log_p[np.arange(len(labels)), labels].mean(), 1e-4)
+
+
+def test_seeds_are_those_of_the_experiment(whole: Path, tmp_path: Path) -> None:
+    """Seed 1 alone is the second of seeds 0 and 1."""
+    e = dataclasses.replace(tiny.recipe(), seed=1, seeds=1, methods=("Signs",))
+    _, _, curves = records.read_run(run(e, tmp_path / "run"))
+    _, _, both = records.read_run(whole)
+    second = both.filter(pl.col("method") == "Signs", pl.col("seed") == 1)
+    np.testing.assert_allclose(curves["loss"], second["loss"], rtol=1e-5)
+
+
+def test_seeds_side_by_side_are_those_one_after_another(whole: Path, tmp_path: Path) -> None:
+    e = dataclasses.replace(tiny.recipe(), vectorize=True, methods=("Signs",))
+    _, _, curves = records.read_run(run(e, tmp_path / "run"))
+    _, _, expected = records.read_run(whole)
+    expected = expected.filter(pl.col("method") == "Signs")
+    np.testing.assert_allclose(curves["loss"], expected["loss"], rtol=1e-4)
+
+
+def test_it_is_evaluated_at_1_2_3_and_5_times_powers_of_ten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "CHUNK", 100)
+    changes = {"nt": 10, "steps": 3_010, "seeds": 1, "methods": ("Signs",)}
+    folder = run(dataclasses.replace(tiny.recipe(), **changes), tmp_path / "run")
+    steps = records.read_parquet(folder / records.EVALUATIONS)["step"].to_list()
+    assert steps == [50, 100, 200, 300, 500, 1_000, 2_000, 3_000, 3_010]
+
+
+def test_what_was_evaluated_after_the_last_checkpoint_is_there_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "CHUNK", 2)
+    monkeypatch.setattr(running, "SAVE_SECONDS", 0.0)
+    save, saved = running.Checkpoints.save, []
+
+    def save_once(*given: Any) -> None:
+        if saved:
+            raise OSError("full")
+        saved.append(given)
+        save(*given)
+
+    e = dataclasses.replace(tiny.recipe(), seeds=1, methods=("Signs",))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"^full$"):
+        patch.setattr(running.Checkpoints, "save", save_once)
+        run(e, tmp_path / "run")
+    folder = run(e, tmp_path / "run", resume=True)
+    evaluations = records.read_parquet(folder / records.EVALUATIONS)
+    assert evaluations["step"].to_list() == [10, 20, 30, 50, 60]
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_seconds_are_of_all_cycles_as_those_that_did_not_compile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool
+) -> None:
+    """A chunk takes a second, but for the first of each part, which takes ten."""
+
+    class Clock(running.Progress):
+        now = 0.0
+
+        def __enter__(self) -> "Clock":
+            Clock.now = 0.0
+            return super().__enter__()
+
+        @property
+        def seconds(self) -> float:
+            return Clock.now
+
+    def advance(self: Any, cycles: int) -> Any:
+        calls.append(cycles)
+        if len(calls) == 2 and stopped:
+            os.kill(os.getpid(), signal.SIGINT)
+        Clock.now += 1.0 if Clock.now else 10.0
+        return chunk(self, cycles)
+
+    calls, chunk = [], running._MethodRun._advance
+    monkeypatch.setattr(running, "Progress", Clock)
+    monkeypatch.setattr(running._MethodRun, "_advance", advance)
+    e = dataclasses.replace(tiny.recipe(), methods=("Signs",))
+    if stopped:
+        with pytest.raises(KeyboardInterrupt):
+            run(e, tmp_path / "run")
+    _, made, _ = records.read_run(run(e, tmp_path / "run", resume=stopped))
+    assert made["seconds"] == {"Signs": 3.0}  # of three chunks
 
 
 def test_all_methods_start_alike(whole: Path) -> None:

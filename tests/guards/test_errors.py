@@ -247,3 +247,7 @@ def test_numpys_numbers_are_numbers(make) -> None:
             lambda leaf: leaf.dtype, before
         )
     assert step._cache_size() == 1
+
+
+def test_a_bound_that_never_shrinks_is_allowed() -> None:
+    assert lossguard.geometric(1.0).update(jnp.float32(2.0), jnp.float32(1.0)) == 2

@@ -177,6 +177,19 @@ def test_what_a_probe_starts_from(start, loser) -> None:
     np.testing.assert_array_equal(counts[waiting], counts[waiting - 1])
 
 
+def test_a_lane_that_begins_anew_goes_on_with_its_schedule() -> None:
+    guard = lossguard.loss_guard(
+        optax.sgd(lambda k: 0.0),
+        optax.sgd(0.1),
+        nt=NT,
+        nc=NC,
+        probing=lossguard.backoff(patience=1, most=2, start="reset"),
+    )
+    states, decisions = play(guard, lambda w, i: w @ w, jnp.ones(2), 8)
+    counts = optax.tree.get(states.inner.lanes.learned[0], "count")
+    np.testing.assert_array_equal(counts, NT * np.cumsum(is_probe(decisions)))
+
+
 def test_after_a_win_nothing_is_reset() -> None:
     """start="reset" is for probes after a wait: a lane that wins goes on with its momentum."""
     guard = lossguard.loss_guard(

@@ -262,3 +262,4 @@ def test_in_the_cycle_in_which_x_leaves_b_is_still_x() -> None:
     state, decision = guard.step(guard.init(jnp.ones(2)), lambda w, i: w @ w)
     assert decision.winner == 0 and not state.inner.lanes.on_own
     np.testing.assert_array_equal(state.inner.ratchet.best.params, state.params)
+    assert state.inner.ratchet.cycles == 0  # those from here on count

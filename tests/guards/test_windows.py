@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_guards
 import optax
+import optimizers
 import pytest
 from problems import objective_of
 from runs import play, side_by_side
@@ -253,6 +254,26 @@ def test_windows_adapt_by_the_best_learned_lane(rates) -> None:
     )
     _, decisions = play(guard, level, jnp.ones(2), 3)
     np.testing.assert_array_equal(decisions.steps, [2, 4, 8])
+
+
+def test_windows_adapt_by_the_best_lane_of_the_fallback() -> None:
+    """After the first cycle s, which is level with the learned lane, where z is far behind."""
+
+    def objective(w, i):
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), i))
+        return jnp.where(i < 4, -w[0], jnp.where(w[0] == 1, 100.0, 0.0) + noise)
+
+    guard = lossguard.loss_guard(
+        optimizers.constant(1.0),
+        optax.sgd(0.0),
+        nt=1,
+        nc=3,
+        hedge=True,
+        windows=lossguard.adaptive(most=4),
+    )
+    _, decisions = play(guard, objective, jnp.zeros(1), 3)
+    np.testing.assert_array_equal(decisions.winner[:2], [0, 2])
+    np.testing.assert_array_equal(decisions.steps, [1, 1, 2])
 
 
 def test_windows_keep_their_factor_while_the_learned_lane_waits() -> None:

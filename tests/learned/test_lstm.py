@@ -73,6 +73,15 @@ def test_weights_begin_as_torch_draws_them() -> None:
     assert everything.std() == pytest.approx(20**-0.5 / 3**0.5, rel=0.03)
 
 
+def test_weights_are_drawn_apart() -> None:
+    """Of a layer and of all layers."""
+    leaves = jax.tree.leaves(init_lstm_weights(jax.random.key(0), hidden=2, layers=3))
+    for number, leaf in enumerate(leaves):
+        for other in leaves[:number]:
+            if leaf.shape == other.shape:
+                assert not jnp.isclose(leaf, other).any()
+
+
 def test_treats_every_coordinate_alike(weights: LSTMWeights, gradients: Array) -> None:
     order = jnp.asarray(np.random.default_rng(1).permutation(gradients.shape[1]))
     updates, _ = updates_of(lstm_optimizer(weights), gradients)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import polars as pl
 import pytest
 from matplotlib.figure import Figure
@@ -19,6 +20,7 @@ from lossguard import cli, drawing, init_lstm_weights, load_weights, lstm_optimi
 from lossguard.learned.lstm import LSTMWeights
 from lossguard.metatrain import figure, loop
 from lossguard.metatrain.loop import MetaTraining, metatrain
+from lossguard.metatrain.recipes import RECIPES
 from lossguard.tasks import MLP, Dataset, Task, load_dataset
 
 TINY = MetaTraining(
@@ -36,6 +38,8 @@ TINY = MetaTraining(
     validate_every=2,
     validation_steps=8,
     validation_optimizees=3,
+    scale=0.05,
+    p=8.0,
 )
 
 
@@ -71,6 +75,83 @@ def first_losses(dataset: Dataset) -> np.floating:
         init_key, order_key = jax.random.split(key)
         losses.append(task.objective(order_key)(task.init(init_key), 0))
     return np.mean(losses)
+
+
+def test_a_chunk_goes_on_from_the_one_before(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a key of its own, Adam and the curriculum where they were, and fresh optimizees."""
+    train, keys, told = loop._train, set(), []
+
+    def spied(config: MetaTraining, task: Task, state: Any, key: Any, done: Any, steps: int) -> Any:
+        keys.add(str(jax.random.key_data(key)))
+        after, losses, norms = train(config, task, state, key, done, steps)
+        counts = [leaf for leaf in jax.tree.leaves(state.adam) if leaf.dtype == jnp.int32]
+        assert counts and all(count == done for count in counts)
+        assert (after.optimizees.step < after.optimizees.length).all()
+        told.append((int(done), float(losses.mean()), float(norms.mean())))
+        return after, losses, norms
+
+    monkeypatch.setattr(loop, "_train", spied)
+    curves = records.read_run(metatrain(TINY, tmp_path / "run").parent)[2]
+    assert len(keys) == 3
+    assert [done for done, _, _ in told] == [0, 2, 4]
+    assert curves.select("meta_loss", "gradient_norm").rows() == [tuple(rest) for _, *rest in told]
+    assert curves.equals(records.read_run(whole)[2])
+
+
+def test_rollouts_grow_to_the_longest() -> None:
+    """In whole pieces, and geometrically: here by a factor of three in each of three meta-steps."""
+    config = dataclasses.replace(
+        TINY, optimizees=300, truncation=20, shortest=20, longest=540, curriculum=2
+    )
+    task, optimizer = config.task(), optax.sgd(0.1)
+    fresh = jax.jit(lambda key, done: loop._fresh(config, task, optimizer, key, done).length)
+    ends = []
+    for done in (0, 1, 2, 1000):
+        length = np.asarray(fresh(jax.random.key(done), done))
+        assert (length % 20 == 0).all()
+        ends.append((length.min(), length.max()))
+    assert ends == [(40, 60), (40, 180), (40, 540), (40, 540)]
+
+
+@pytest.mark.usefixtures("eager")
+def test_weights_are_trained_by_adam_with_a_clipped_gradient_and_a_decaying_rate() -> None:
+    config = dataclasses.replace(TINY, rate=0.1, b2=0.9, clip=1.0, meta_steps=4)
+    adam, w = loop._meta_optimizer(config), jnp.zeros(2)
+    state, first, second = adam.init(w), np.zeros(2), np.zeros(2)
+    for k, gradient in enumerate(([3.0, -4.0], [0.3, 0.4], [30.0, 40.0])):
+        update, state = adam.update(jnp.array(gradient), state, w)
+        g = np.array(gradient) / max(1.0, np.linalg.norm(gradient))
+        first, second = 0.9 * first + 0.1 * g, 0.9 * second + 0.1 * g**2
+        unbiased = first / (1 - 0.9 ** (k + 1)), second / (1 - 0.9 ** (k + 1))
+        rate = 0.1 * (1 + np.cos(np.pi * k / 4)) / 2
+        np.testing.assert_allclose(update, -rate * unbiased[0] / np.sqrt(unbiased[1]), rtol=1e-4)
+
+
+@pytest.mark.usefixtures("eager")
+def test_settings_reach_the_task_and_the_optimizer() -> None:
+    config = dataclasses.replace(TINY, scaling="symmetric", scale=0.02, p=7.0)
+    task, other = config.task(), dataclasses.replace(TINY, others=("moons",)).other_tasks()
+    assert (float(task.dataset.offset), task.batch_size, task.model) == (8, 16, TINY.model)
+    assert (other["moons"].batch_size, other["moons"].model) == (16, TINY.model)
+    weights, gradient = init_lstm_weights(jax.random.key(0), hidden=4), jnp.array([1e-4, -3.0])
+    updates = [
+        optimizer.update(gradient, optimizer.init(gradient))[0]
+        for optimizer in (config.optimizer(weights), lstm_optimizer(weights, scale=0.02, p=7.0))
+    ]
+    np.testing.assert_array_equal(*updates)
+
+
+def test_shipped_recipes_are_those_of_the_records() -> None:
+    results = Path(__file__).parents[2] / "results"
+    if not results.is_dir():
+        pytest.skip("there are no records here")
+    for name, recipe in RECIPES.items():
+        (folder,) = results.glob(f"*_metatrain-{name}")
+        config = json.loads((folder / records.CONFIG).read_text())
+        ours = json.loads(json.dumps(asdict(recipe())))
+        assert {field: ours[field] for field in config} == config
 
 
 def test_other_data_is_validated_on_and_changes_nothing(whole: Path, tmp_path: Path) -> None:

@@ -100,6 +100,23 @@ def test_begins_as_torch_does(model: Model, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "shape"),
+    [(MLP((5, 5)), (5,)), (ConvNet((3, 3), (1, 1), (1, 1)), (4, 4, 3))],
+    ids=str,
+)
+def test_layers_of_a_size_are_drawn_apart(model: Model, shape: tuple[int, ...]) -> None:
+    first, second, _ = model.init(shape, 10, jax.random.key(0))
+    for ours, theirs in ((first.weight, second.weight), (first.bias, second.bias)):
+        assert ours.shape == theirs.shape and not jnp.isclose(ours, theirs).any()
+
+
+@pytest.mark.parametrize("shape", [(28, 40, 1), (40, 28, 1)])
+def test_images_may_be_wider_or_higher(shape: tuple[int, ...]) -> None:
+    params = CONVNET3.init(shape, 10, jax.random.key(0))
+    assert CONVNET3.apply(params, jnp.ones((2, *shape))).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
     ("model", "shape", "parameters"),
     [(MLP(), (28, 28, 1), 15_910), (MLP(), (2,), 270), (CONVNET3, (32, 32, 3), 7_706)],
 )

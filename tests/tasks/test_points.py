@@ -58,14 +58,23 @@ def test_spirals_noise_is_the_deviation_of_each_coordinate() -> None:
 
 
 def test_circles_have_the_radii_1_and_factor() -> None:
-    points, labels = arrays(circles(noise=0.0, factor=0.25).train)
-    np.testing.assert_allclose(np.hypot(*points.T), np.where(labels == 0, 1, 0.25), atol=1e-6)
+    data = circles(noise=0.0, factor=0.25)
+    for points, labels in map(arrays, (data.train, data.test)):
+        np.testing.assert_allclose(np.hypot(*points.T), np.where(labels == 0, 1, 0.25), atol=1e-6)
 
 
 def test_moons_are_half_circles() -> None:
     points, labels = arrays(moons(noise=0.0).train)
     centre = np.where(labels[:, None] == 0, [0.0, 0.0], [1.0, 0.5])
     np.testing.assert_allclose(np.hypot(*(points - centre).T), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_both_splits_have_the_noise(load) -> None:
+    clean, noisy = load(noise=0.0), load(noise=0.1)
+    for split in ("train", "test"):
+        difference = getattr(noisy, split).inputs - getattr(clean, split).inputs
+        np.testing.assert_allclose(difference.std(0), 0.1, rtol=0.1)
 
 
 @pytest.mark.parametrize("load", LOADERS)

@@ -41,6 +41,17 @@ def test_a_quadratic_has_the_eigenvalues_and_the_distance_asked_for() -> None:
     np.testing.assert_allclose(jnp.linalg.norm(problem.minimum), 4.0, rtol=1e-9)
 
 
+@pytest.mark.parametrize("flipped", [0.3, 1.0])
+def test_a_share_of_the_labels_is_flipped(flipped) -> None:
+    """Of those of a linear rule, which others keep to."""
+    right, wrong = (
+        ridge_logistic(jax.random.key(4), samples=4_000, flipped=share) for share in (0.0, flipped)
+    )
+    np.testing.assert_array_equal(right.inputs, wrong.inputs)
+    share = np.mean(np.asarray(right.labels != wrong.labels))
+    np.testing.assert_allclose(share, flipped, atol=0.03)
+
+
 @pytest.mark.parametrize("name", ["quadratic", "ridge"])
 def test_noise_is_unbiased_of_deviation_sigma_and_new_on_every_minibatch(name) -> None:
     problem, sigma = PROBLEMS[name](), 0.7

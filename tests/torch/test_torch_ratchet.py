@@ -88,6 +88,15 @@ def test_its_best_is_first_what_the_first_cycle_starts_from():
     assert [other_cycle() and fresh.item() for _ in range(3)] == [9.0, 10.0, 8.0]
 
 
+def test_b_sees_the_random_numbers_that_x_saw():
+    """Where b is x their sums are the same, whatever is drawn."""
+    w = torch.zeros(1, requires_grad=True)
+    guard = LossGuard(SGD([w], lr=0.0), SGD([w], lr=0.0), nt=2, nc=1, ratchet=ratchet(cycles=5))
+    guard.cycle(lambda _: (w + torch.rand(1)).sum(), range(2), range(1))
+    best = guard._lanes.best
+    assert best.kept == best.held > 0
+
+
 def test_what_does_not_count():
     """A minibatch on which b's loss is not finite, and a cycle in which x stayed."""
     _, guard, _ = climber(3, 0.5)
@@ -123,6 +132,17 @@ def test_b_goes_with_x_on_the_fallbacks_own_path():
         decision = guard.cycle(lambda batch: w.square().sum(), range(2), range(1))
         assert (decision.winner, decision.forwards) == (1, 2)
         assert w.item() == pytest.approx(0.8 ** (2 * k))
+
+
+def test_in_the_cycle_in_which_x_leaves_b_is_still_x():
+    w = torch.ones(1, requires_grad=True)
+    guard = LossGuard(
+        SGD([w], lr=0.3), SGD([w], lr=0.1), nt=2, nc=1, hedge=True, ratchet=ratchet(cycles=5)
+    )
+    decision = guard.cycle(lambda _: w.square().sum(), range(2), range(1))
+    assert decision.winner == 0 and not guard._lanes.on_own
+    best = guard._lanes.best
+    assert (best.copy[0].item(), best.cycles) == (w.item(), 0)  # cycles from here on count
 
 
 def test_only_the_loss_is_asked_for():
@@ -206,11 +226,22 @@ def test_errors(arguments, message):
         ratchet(**arguments)
 
 
+class Climbs(SGD):
+    """Goes up."""
+
+    def step(self, closure):
+        loss = closure()
+        for p in self.param_groups[0]["params"]:
+            p.grad.neg_()
+        super().step()
+        return loss
+
+
 def test_it_begins_anew_when_it_runs_next_though_it_waits():
     w, closure = quadratic(1.0)
     learned = Adam([w], lr=50.0)
     guard = LossGuard(
-        learned, SGD([w], lr=0.1, maximize=True), nt=1, nc=1,
+        learned, Climbs([w], lr=0.1), nt=1, nc=1,
         probing=backoff(patience=1, most=4), ratchet=ratchet(cycles=2, tolerance=0.0),
     )  # fmt: skip
     seen = []

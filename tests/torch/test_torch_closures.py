@@ -1,5 +1,6 @@
 """What a closure does wrong is said, not trained on; what it may do is let alone."""
 
+import numpy as np
 import pytest
 import torch
 from models import assert_same_state, closure_for, loss_fn, mlp, quadratic, run, spiral
@@ -308,3 +309,11 @@ def test_an_optimizer_that_wants_the_loss_gets_it_beside_a_scaler():
     for _ in range(2):
         guard.step(closure)
     assert guard.last_decision.finite_learned
+
+
+@pytest.mark.parametrize("number", [float, np.float32, np.float64])
+def test_a_loss_may_be_a_number(number):
+    w, closure = quadratic()
+    guard = BestOf(SGD([w], lr=0.2), SGD([w], lr=0.1), nt=1)
+    assert guard.step(lambda: number(closure().item())) == 16.0
+    assert guard.last_decision.losses == [16.0]

@@ -1,12 +1,15 @@
-"""What counts as finite, and how often it is read from the device."""
+"""What counts as finite, how often it is read from the device, and what a copy shares."""
 
 import math
+from collections import Counter, OrderedDict
 
 import pytest
 import torch
+from models import squares
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lossguard.torch.inner import finite
+from lossguard.torch import LossGuard
+from lossguard.torch.inner import clone, finite
 
 HUGE = torch.finfo(torch.float32).max
 
@@ -42,3 +45,43 @@ def test_all_tensors_are_read_at_once():
     with Reads() as reads:
         assert finite([torch.ones(2) for _ in range(100)])
     assert reads.count == 0  # no single number is read: all come in one list
+
+
+def test_a_copy_shares_within_what_was_shared_within_and_nothing_else():
+    step, key = torch.tensor(1.0), torch.ones(1)
+    value = {key: {"step": step, "all": [step, (step, 2)]}, "of": OrderedDict(b=1, a=step)}
+    copied = clone(value)
+    assert copied[key]["step"] is copied[key]["all"][0] is copied["of"]["a"] is not step
+    assert copied[key]["all"][1] == (step, 2) and type(copied["of"]) is OrderedDict
+    assert list(copied["of"]) == ["b", "a"] and copied.keys() == value.keys()
+    assert clone(Counter({3: 2})) == Counter({3: 2}) and type(clone(Counter())) is Counter
+
+
+class SharedStep(torch.optim.Optimizer):
+    """Whose parameters have one counter."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+        step = torch.zeros(())
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["step"] = step
+
+    def step(self, closure=None):
+        loss = closure()
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["step"] += 1
+            p.sub_(p.grad / self.state[p]["step"], alpha=0.1)
+        return loss
+
+
+def test_a_state_that_parameters_share_is_shared_after_loading():
+    ends = []
+    for resume in (False, True):
+        pair = [torch.tensor([4.0], requires_grad=True) for _ in range(2)]
+        guard = LossGuard(SharedStep(pair), torch.optim.SGD(pair, lr=0.0), nt=2, nc=1)
+        for call in range(9):
+            if resume and call == 3:
+                guard.load_state_dict(guard.state_dict())
+            guard.step(squares(*pair))
+        ends.append([p.item() for p in pair])
+    assert ends[0] == ends[1] and guard.last_decision.winner == 0

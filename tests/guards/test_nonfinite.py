@@ -259,3 +259,11 @@ def test_a_mask_does_not_stop_algorithm_1() -> None:
         jax.grad(loss)(params), optimizer.init(params), params, value_fn=loss
     )
     assert optax.apply_updates(params, updates)["w"] == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_mask_is_not_reported_as_not_finite(trusted) -> None:
+    guard = lossguard.unguarded(optax.sgd(0.1), nt=2, trusted=trusted)
+    params = {"w": jnp.ones(1), "mask": jnp.array([-jnp.inf])}
+    _, decision = guard.step(guard.init(params), lambda params, i: jnp.sum(params["w"] ** 2))
+    assert decision.finite_learned and decision.finite_fallback

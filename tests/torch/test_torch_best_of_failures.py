@@ -404,6 +404,60 @@ def test_a_lane_that_raises_for_its_numbers_does_not_stop_the_fallback(learned, 
     assert not any(decision.finite_learned for decision in guard.history)
 
 
+@pytest.mark.filterwarnings("ignore:learned .*:RuntimeWarning")
+@pytest.mark.parametrize("kind", [BestOf, LossGuard, ResidualGuard])
+@pytest.mark.parametrize("rate", [1e15, 1e38])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gradients_that_are_not_finite_are_reason_enough(kind, rate, scaled):
+    """As clip_grad_norm_ refuses them, while the parameters are fine."""
+    if kind is ResidualGuard and scaled:
+        return
+    w, _ = quadratic()
+    scaler = {"scaler": GradScaler("cpu", init_scale=1.0)} if scaled else {}
+    guard = kind(*(SGD([w], lr=lr) for lr in (rate, 1e-3)), nt=3, **NC[kind], **scaler)
+
+    def closure():
+        loss = w.pow(4).sum()
+        if scaled:
+            guard.scaler.scale(loss).backward()
+            guard.unscale_()
+        elif not getattr(guard, "checking", False):
+            loss.backward()
+        if not getattr(guard, "checking", False):
+            nn.utils.clip_grad_norm_([w], 1e30, error_if_nonfinite=True)
+        return loss
+
+    for _ in range(12):
+        guard.step(closure)
+    assert {decision.winner for decision in guard.history} == {1}
+    expected = 4.0
+    for _ in range(9 if kind is LossGuard else 12):
+        expected -= 1e-3 * 4 * expected**3
+    assert w.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_error_in_the_middle_of_a_scaled_step_leaves_nothing_behind():
+    w, _ = quadratic()
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    guard = BestOf(SGD([w], lr=0.1), SGD([w], lr=0.01), nt=2, scaler=scaler)
+    for call in range(5):
+
+        def closure(call=call):
+            loss = w.square().sum()
+            guard.scaler.scale(loss).backward()
+            guard.unscale_()
+            if call == 2:
+                raise KeyError
+            return loss
+
+        if call == 2:
+            with pytest.raises(KeyError):
+                guard.step(closure)
+        else:
+            guard.step(closure)
+    assert w.item() == pytest.approx(4 * 0.8**4)
+
+
 @pytest.mark.parametrize("kind", [BestOf, LossGuard, ResidualGuard])
 def test_such_an_error_is_told_once(kind):
     torch.manual_seed(0)
@@ -495,6 +549,31 @@ def test_a_scaler_may_find_no_gradients():
         guard.step(closure)
     assert [decision.winner for decision in guard.history] == [1] * 3
     assert w.item() == pytest.approx(4 * 0.8**6)
+
+
+@pytest.mark.parametrize("kind", [BestOf, LossGuard])
+def test_what_is_infinite_from_the_start_may_not_become_nan(kind):
+    class Spoils(SGD):
+        def step(self, closure):
+            loss = super().step(closure)
+            self.param_groups[0]["params"][1].mul_(0.0)
+            return loss
+
+    w, _ = quadratic()
+    mask = torch.tensor([-math.inf])
+    pair = [w, mask.requires_grad_()]
+    guard = kind(Spoils(pair, lr=0.2), SGD(pair, lr=0.1), nt=1, **NC[kind])
+
+    def closure():
+        loss = w.square().sum()
+        if not guard.checking:
+            loss.backward()
+        return loss
+
+    for _ in range(4):
+        guard.step(closure)
+    assert {decision.winner for decision in guard.history} == {1}
+    assert mask.item() == -math.inf
 
 
 @pytest.mark.parametrize("kind", [BestOf, LossGuard, ResidualGuard])

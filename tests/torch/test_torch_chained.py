@@ -8,9 +8,9 @@ import torch
 from models import assert_same_state, closure_for, mlp, quadratic, run, spiral
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD, Adam
-from torch.optim.lr_scheduler import ExponentialLR
+from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR
 
-from lossguard.torch import BestOf, ChainedOptimizer, LossGuard, ResidualGuard
+from lossguard.torch import BestOf, ChainedOptimizer, LossGuard, LossStep, ResidualGuard
 
 NT, BATCHES = 2, 24
 
@@ -107,6 +107,15 @@ def test_a_schedule_drives_all_of_them() -> None:
     assert [one.param_groups[0]["lr"] for one in pair] == [0.05, 0.1]
 
 
+def test_a_schedule_may_ask_what_all_of_them_have() -> None:
+    """OneCycleLR drives the momentum too, if there is one."""
+    w, _ = quadratic()
+    b = torch.ones(1, requires_grad=True)
+    optimizer = ChainedOptimizer([Adam([w], lr=0.1), Adam([b], lr=0.1, betas=(0.5, 0.9))])
+    OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+    assert [group["betas"][0] for group in optimizer.param_groups] == [0.95, 0.95]
+
+
 def test_a_copy_works_on_its_own_parameters() -> None:
     torch.manual_seed(0)
     model = mlp()
@@ -124,7 +133,14 @@ def test_errors() -> None:
     for several, got in (([], "0 with 0 parameters, 0"), ([one, one], "2 with 2 parameters, 1")):
         with pytest.raises(ValueError, match=f"at least one, each with .* its own, got {got} of"):
             ChainedOptimizer(several)
-    with pytest.raises(ValueError, match=r"^optimizers must be of torch.optim, got 'adam'$"):
-        ChainedOptimizer(["adam"])
+    schedulefree = pytest.importorskip("schedulefree")
+    for part, name in (
+        ("adam", "'adam'"),
+        (ChainedOptimizer([one]), "ChainedOptimizer"),
+        (LossStep(one), "LossStep"),
+        (schedulefree.SGDScheduleFree([w], lr=0.1), "SGDScheduleFree"),
+    ):
+        with pytest.raises(ValueError, match=rf"^optimizers must be of torch.optim.* got {name}$"):
+            ChainedOptimizer([part])
     with pytest.raises(ValueError, match="must be added to one of the optimizers, before"):
         ChainedOptimizer([one]).add_param_group({"params": [torch.ones(1)]})

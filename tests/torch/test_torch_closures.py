@@ -51,6 +51,15 @@ def test_as_parameters_without_gradients_they_belong_to_a_lane():
     assert_same_state(*ends)
 
 
+def test_a_frozen_part_may_be_of_inference_tensors():
+    with torch.inference_mode():
+        base = nn.Linear(2, 2).requires_grad_(False)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+    model.base = base
+    guard = BestOf(*(SGD(model[0].parameters(), lr=lr) for lr in (0.2, 0.1)), model=model)
+    guard.step(closure_for(guard, nn.Sequential(model[0], nn.Linear(2, 2)), spiral()))
+
+
 def build(net, make=LossGuard, **options):
     learned, fallback = SGD(net.parameters(), lr=0.3), SGD(net.parameters(), lr=0.1)
     options |= {"nt": 2} if make is ResidualGuard else {"nt": 2, "nc": 2}

@@ -177,6 +177,14 @@ def test_errors(refused, message):
     assert str(error.value) == message
 
 
+def test_an_error_of_a_hook_is_its_own():
+    weight, closure = quadratic()
+    learned = sgd(weight)
+    learned.register_step_pre_hook(lambda *_: {}["rate"])
+    with pytest.raises(KeyError, match="rate"):
+        BestOf(learned, sgd(weight)).step(closure)
+
+
 @pytest.mark.parametrize("kind", [BestOf, LossGuard, ResidualGuard])
 def test_parameters_that_one_optimizer_alone_has_got_are_refused(kind):
     weight, closure = quadratic()

@@ -18,7 +18,7 @@ from .protocol import (
     start,
     with_extra_args,
 )
-from .soundness import all_finite
+from .soundness import all_finite, is_sound
 from .stacked import check_stacked
 
 
@@ -59,7 +59,8 @@ def unguarded(optimizer: Any, *, nt: int = 10, trusted: bool = False) -> Guard:
         (branch,), losses = train(
             (optimizer,), branches, objective, i, steps=nt, most=nt, dtype=dtype
         )
-        nan, finite = jnp.array(jnp.nan, dtype), all_finite((branch.params, losses))
+        nan = jnp.array(jnp.nan, dtype)
+        finite = is_sound(branch.params, state.params) & all_finite(losses)
         decision = Decision(
             used_learned=jnp.full(nt, not trusted),
             losses=losses[0],

@@ -21,11 +21,12 @@ class ChainedOptimizer(Optimizer):
     scheduled and guarded as any other.
 
     Args:
-        optimizers: them. Step and load only the chain from then on.
+        optimizers: them; their states are by parameter. Step and load only the chain from then on.
 
     Raises:
         ValueError: if there are none, or two of them have a parameter in common, or one isn't an
-            optimizer; where a parameter group is to be added, as it may belong to any of them.
+            optimizer, or wraps others, or has ``train()`` and ``eval()``; where a parameter group
+            is to be added, as it may belong to any of them.
 
     >>> w, b = torch.ones(2, 2, requires_grad=True), torch.ones(2, requires_grad=True)
     >>> chain = ChainedOptimizer([torch.optim.SGD([w], lr=0.5), torch.optim.Adam([b], lr=0.1)])
@@ -37,8 +38,13 @@ class ChainedOptimizer(Optimizer):
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         for one in optimizers:
-            if not isinstance(one, Optimizer):
-                raise ValueError(f"optimizers must be of torch.optim, got {one!r}")
+            wraps = isinstance(one, (Facade, ChainedOptimizer))
+            if not isinstance(one, Optimizer) or wraps or hasattr(one, "train"):
+                got = type(one).__name__ if isinstance(one, Optimizer) else repr(one)
+                raise ValueError(
+                    "optimizers must be of torch.optim, and neither wrap others nor have train(), "
+                    f"got {got}"
+                )
         groups = [group for one in optimizers for group in one.param_groups]
         params = [p for group in groups for p in group["params"]]
         if not params or len({id(p) for p in params}) < len(params):
@@ -50,8 +56,10 @@ class ChainedOptimizer(Optimizer):
         state = defaultdict(dict)
         for one in optimizers:
             state.update(one.state)
+        first, *others = (one.defaults for one in optimizers)
+        defaults = {k: v for k, v in first.items() if all(k in other for other in others)}
         # Optimizer's own constructor would make new groups; this is how one is unpickled.
-        self.__setstate__({"param_groups": groups, "state": state, "defaults": {}})
+        self.__setstate__({"param_groups": groups, "state": state, "defaults": defaults})
         self.optimizers = list(optimizers)
         self._share()
 

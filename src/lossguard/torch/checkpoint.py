@@ -63,8 +63,8 @@ def save_lane(lane: Lane, phase: int) -> dict[str, Any]:
     starts_from_x = phase == 0 and not lane.own_path
     return {
         "copy": None if starts_from_x else clone(lane.copy),
-        "train": torch.stack(lane.train).clone() if phase and lane.train else None,
-        "check": torch.stack(lane.check).clone() if phase and lane.check else None,
+        "train": clone(lane.train) if phase else [],
+        "check": clone(lane.check) if phase else [],
         "lost": lane.lost,
         "before": _save_memory(lane.inner, lane.before if phase else None),
         "memory": _save_memory(lane.inner, lane.memory),
@@ -74,8 +74,7 @@ def save_lane(lane: Lane, phase: int) -> dict[str, Any]:
 
 def load_lane(lane: Lane, saved: dict[str, Any]) -> None:
     """Put a copy of ``saved`` into it."""
-    lane.train = [] if saved["train"] is None else list(clone(saved["train"]))
-    lane.check = [] if saved["check"] is None else list(clone(saved["check"]))
+    lane.train, lane.check = clone(saved["train"]), clone(saved["check"])
     lane.lost = saved["lost"]
     lane.before = _load_memory(lane.inner, saved["before"])
     lane.memory = _load_memory(lane.inner, saved["memory"])

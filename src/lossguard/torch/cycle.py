@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lossguard.torch.closures import Closure, Watch, scalar
 from lossguard.torch.forward_only import forward_only
-from lossguard.torch.inner import finite, local
+from lossguard.torch.inner import local
 from lossguard.torch.lane import Lane
 from lossguard.torch.placing import placing
 from lossguard.torch.randomness import Randomness
@@ -194,8 +194,7 @@ class Cycle:
             try:
                 return evaluate()
             except Exception as error:
-                params = [p.detach() for p in self.weights.params if p.requires_grad]
-                if lane.name == "fallback" or finite([*params, *(p.grad for p in params)]):
+                if lane.name == "fallback" or not self.weights.have_diverged():
                     raise
                 self.watch.tell(error, lane.inner.optimizer)
                 lane.lose()

@@ -60,6 +60,8 @@ class Lane:
         """Start a cycle."""
         self.train, self.check, self.lost = [], [], False
         self.before = self.inner.remember() if self.loser == "rollback" else None
+        if self.scaler is not None and self.scaler.is_enabled():  # an error may cut a step
+            self.scaler._per_optimizer_states.clear()
 
     def step(self, closure: Closure, *, last: bool) -> Any:
         """One optimizer step, the cycle's ``last`` or not; return the first value of the closure.
@@ -80,7 +82,7 @@ class Lane:
         try:
             with self._remembering(), self.inner.stepping():
                 self._advance(self.inner.optimizer, evaluate, last)
-        except Exception as error:
+        except (TypeError, AttributeError) as error:  # as where it takes none, or wants the loss
             if called:
                 raise
             failed = error

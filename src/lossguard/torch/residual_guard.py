@@ -145,20 +145,23 @@ class ResidualGuard(Guard):
         y = self._stepped(self._learned, x, gradient, loss)
         self._weights.copy_from(y)
         self._randomness.set(start)
+        mu_1 = _norm(gradient) if before is None else self._distance(x, z)
         try:
             loss_y = self._evaluate(closure)
+            gradient_y = self._gradient()
+            if before is None:
+                return y, z, mu_1, _norm(gradient_y)
+            advanced = self._fallback.exchange(before)
+            try:
+                after_y = self._stepped(self._fallback, y, gradient_y, loss_y)
+            finally:
+                self._fallback.exchange(advanced)
         except Exception as error:
-            if self._weights.is_finite(y, x):
+            if not self._weights.have_diverged():
                 raise
             self._watch.tell(error, self._learned.optimizer)
-            return y, z, self._distance(x, z) if of_steps else _norm(gradient), math.nan
-        gradient_y = self._gradient()
-        if before is None:
-            return y, z, _norm(gradient), _norm(gradient_y)
-        advanced = self._fallback.exchange(before)
-        after_y = self._stepped(self._fallback, y, gradient_y, loss_y)
-        self._fallback.exchange(advanced)
-        return y, z, self._distance(x, z), self._distance(y, after_y)
+            return y, z, mu_1, math.nan
+        return y, z, mu_1, self._distance(y, after_y)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to both optimizers, with their own defaults in the learned one."""

@@ -35,10 +35,11 @@ class Weights:
         return [self._copied(tensor) for tensor in self._live()]
 
     def others(self) -> list[Tensor]:
-        """The parameters of the model that no optimizer has, and that are whole tensors."""
+        """The parameters of the model that no optimizer has, and that may be seen to change."""
         ours = {id(p) for p in self.params}
         params = () if self.model is None else self.model.parameters()
-        return [p for p in params if id(p) not in ours and not hasattr(p, "to_local")]
+        others = [p for p in params if id(p) not in ours and not p.is_inference()]
+        return [p for p in others if not hasattr(p, "to_local")]
 
     def copy_buffers(self) -> Copy:
         """A copy of the live buffers."""
@@ -62,14 +63,25 @@ class Weights:
         _transfer(self._buffers(), copy)
 
     def is_finite(self, copy: Copy, x: Copy | None = None) -> bool:
-        """Whether what is in ``copy`` is finite wherever x is, by default what the model holds.
+        """Whether what is in ``copy`` is finite, or what x has there, by default the model's.
 
         BatchNorm's statistics stay bad for ever after one bad minibatch; masks may be infinite.
         """
         return finite(copy) or all(
-            finite(b) or bool((b.isfinite() | ~x.isfinite().to(b.device)).all())
+            finite(b) or bool((b.isfinite() | _is_same(b, x.to(b.device))).all())
             for b, x in zip(copy, self._live() if x is None else x, strict=True)
         )
+
+    def have_diverged(self) -> bool:
+        """Whether the live parameters that are trained, or their gradients, aren't finite.
+
+        Of shards it isn't asked: ranks would have to agree on it within a closure.
+        """
+        params = [p for p in self.params if p.requires_grad]
+        gradients = [p.grad for p in params if p.grad is not None]
+        dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+        sharded = any(hasattr(p, "to_local") for p in params)
+        return not sharded and not finite([[p.detach() for p in params], dense])
 
     def check_shapes(self, copy: Copy) -> None:
         """Refuse a copy of another model's values."""
@@ -128,6 +140,10 @@ class Weights:
             reshard: Any = getattr(module, "reshard", None)
             if reshard is not None and hasattr(module, "unshard"):
                 reshard()
+
+
+def _is_same(b: Tensor, x: Tensor) -> Tensor:
+    return (b == x) | (b.isnan() & x.isnan())
 
 
 def _is_expanded(tensor: Tensor) -> bool:

@@ -19,6 +19,8 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 import optax  # noqa: E402
 
+from lossguard.tasks.models import convolve  # noqa: E402
+
 NT, NC, CYCLES = 10, 10, 20
 COUNT = (NT + 2 * NC) * CYCLES  # a sequential criterion may ask for twice as many
 
@@ -52,10 +54,10 @@ def images():
 
     def logits(params, x):
         *layers, w, b = params
+        x = x.transpose(0, 2, 3, 1)
         for weight, bias in zip(layers[::2], layers[1::2], strict=True):
-            x = jax.lax.conv_general_dilated(x, weight, (2, 2), "VALID")
-            x = jax.nn.relu(x + bias[:, None, None])
-        return x.reshape(x.shape[0], -1) @ w.T + b
+            x = jax.nn.relu(convolve(x, weight, 2) + bias)
+        return x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1) @ w.T + b
 
     return model, logits, (pixels, labels)
 
@@ -183,9 +185,15 @@ def loss_guard(library, *optimizers, **options):
     return make(*optimizers, **{"nt": NT, "nc": NC, **options})
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+POLICIES = [("keep", False), ("rollback", True), ("reset", False), ("keep", "only")]
+
+
 @pytest.mark.parametrize(
-    ("loser", "hedge"), [("keep", False), ("reset", False), ("rollback", True), ("keep", "only")]
+    ("name", "loser", "hedge"),
+    [
+        *(("spirals-mlp", *policy) for policy in POLICIES),
+        *(("mnist-convnet", *policy) for policy in POLICIES[:2]),  # each takes many seconds
+    ],
 )
 def test_loss_guard(name, loser, hedge):
     def build(library, *optimizers, **options):

@@ -15,6 +15,11 @@ def spiral(n=16):
     return torch.cat([t * angle.cos(), t * angle.sin()], 1) / 5, label
 
 
+def minibatches(count=60):
+    torch.manual_seed(3)
+    return [spiral(16) for _ in range(count)]
+
+
 def mlp(*extra):
     """Two inputs, 16 hidden units, two classes; ``extra`` comes before the nonlinearity."""
     return nn.Sequential(nn.Linear(2, 16), *extra, nn.Tanh(), nn.Linear(16, 2))
@@ -87,3 +92,9 @@ class Diverges(SGD):
                 for p in self.param_groups[0]["params"]:
                     p.add_(self.by)
         return loss
+
+
+class Breaks(Diverges):
+    """Its second step leads to infinity."""
+
+    at, by = 2, math.inf

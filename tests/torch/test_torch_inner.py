@@ -26,6 +26,8 @@ HUGE = torch.finfo(torch.float32).max
         (torch.full((3,), 6e4, dtype=torch.float16), True),
         (torch.full((2,), 1e300, dtype=torch.float64), True),  # too large for single precision
         (torch.tensor([complex(0, math.inf)]), False),
+        (torch.tensor([0.0, math.nan]).to_sparse(), False),
+        (torch.full((3,), HUGE).to_sparse(), True),
         (torch.tensor([2**62, 2**62]), True),
         ([], True),
     ],

@@ -9,6 +9,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from lossguard.torch.inner import params_of
 from lossguard.validation import check_count
 
 _ENDLESS = " (itertools.chain.from_iterable(itertools.repeat(loader)) doesn't end)"
@@ -35,9 +36,9 @@ def shared_params(learned: Sequence[Optimizer], fallback: Optimizer) -> list[Ten
         raise ValueError("learned must be another optimizer than fallback, got the same one")
     if len({id(one) for one in learned}) < len(learned):
         raise ValueError("learned must be different optimizers, got one of them twice")
-    params = _params(fallback)
+    params = params_of(fallback)
     for one in learned:
-        others = _params(one)
+        others = params_of(one)
         if {id(p) for p in params} != {id(p) for p in others}:
             raise ValueError(
                 f"learned must have the parameters of fallback, {len(params)} tensors, got "
@@ -45,10 +46,6 @@ def shared_params(learned: Sequence[Optimizer], fallback: Optimizer) -> list[Ten
                 "are the same"
             )
     return params
-
-
-def _params(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def check_drawn(name: str, drawn: int, wanted: int, *, more_will_do: bool = False) -> None:

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from lossguard.torch.closures import Closure, checked
 from lossguard.torch.facade import Facade
+from lossguard.torch.inner import params_of
 
 
 class ChainedOptimizer(Optimizer):
@@ -46,7 +47,7 @@ class ChainedOptimizer(Optimizer):
                     f"got {got}"
                 )
         groups = [group for one in optimizers for group in one.param_groups]
-        params = [p for group in groups for p in group["params"]]
+        params = [p for one in optimizers for p in params_of(one)]
         if not params or len({id(p) for p in params}) < len(params):
             raise ValueError(
                 "optimizers must be at least one, each with parameters of its own, got "

@@ -46,7 +46,7 @@ class Watch:
         versions = [p._version for p in others]
         value = closure()
         # A closure may leave the backward pass out where the loss isn't finite.
-        if all(p.grad is None for p in self.weights.params) and math.isfinite(scalar(value)):
+        if not self.weights.have_gradients() and math.isfinite(scalar(value)):
             raise ValueError("closure must call backward, got no gradients from it")
         if not all(_same(old, one[name]) for old, (one, name) in zip(before, buffers, strict=True)):
             raise ValueError(

@@ -10,7 +10,7 @@ from lossguard.torch.arguments import listed
 from lossguard.torch.closures import Closure, checked
 from lossguard.torch.decision import Decision
 from lossguard.torch.facade import Facade
-from lossguard.torch.inner import Inner, clone
+from lossguard.torch.inner import Inner, clone, params_of
 from lossguard.torch.weights import Weights
 
 
@@ -87,14 +87,14 @@ class Guard(Facade):
         """The closure of a step; refuse others, and gradients that it has not computed."""
         closure = checked(closure, hint)
         for inner in self._inners:
-            count = sum(len(group["params"]) for group in inner.optimizer.param_groups)
+            count = len(params_of(inner.optimizer))
             if count != len(self._weights.params):
                 raise ValueError(
                     "parameters must be added by the guard's add_param_group, got "
                     f"{type(inner.optimizer).__name__} with {count} instead of "
                     f"{len(self._weights.params)}"
                 )
-        if any(p.grad is not None for p in self._weights.params):
+        if self._weights.have_gradients():
             raise ValueError(
                 "gradients must be computed inside the closure, got some before the step (call "
                 "zero_grad before it, and accumulate inside the closure)"

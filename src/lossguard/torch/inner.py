@@ -80,6 +80,15 @@ class Inner:
                     group.pop(key, None)  # a step makes it
         return previous
 
+    @contextmanager
+    def remembering(self, memory: Memory) -> Iterator[None]:
+        """Have ``memory`` in place inside, and what was there again afterwards."""
+        current = self.exchange(memory)
+        try:
+            yield
+        finally:
+            self.exchange(current)
+
     def schedule(self) -> list[dict[str, Any]]:
         """The entries of each group that are set from outside."""
         return [
@@ -117,10 +126,8 @@ class Inner:
         """A copy of the optimizer's ``state_dict``, with ``memory`` in place if one is given."""
         if memory is None:
             return clone(self.optimizer.state_dict())
-        current = self.exchange(memory)
-        saved = clone(self.optimizer.state_dict())
-        self.exchange(current)
-        return saved
+        with self.remembering(memory):
+            return clone(self.optimizer.state_dict())
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Load a copy of ``saved``, every tensor in the dtype in which it was saved.
@@ -130,7 +137,7 @@ class Inner:
         """
         saved = clone(saved)
         self.optimizer.load_state_dict(saved)
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        params = params_of(self.optimizer)
         for index, state in saved["state"].items():
             if isinstance(index, int) and params[index] in self.optimizer.state:
                 loaded = self.optimizer.state[params[index]]
@@ -188,7 +195,7 @@ def finite(value: Any) -> bool:
     """
     leaves = list(_leaves(value))
     tensors = [
-        local(leaf)
+        stored(leaf)
         for leaf in leaves
         if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
     ]
@@ -205,6 +212,17 @@ def read(scalars: Sequence[Tensor]) -> list[float]:
     device = scalars[-1].device  # a model may lie on several, and losses be loaded to another one
     widest = reduce(torch.promote_types, {scalar.dtype for scalar in scalars}, torch.float32)
     return torch.stack([scalar.to(device, widest) for scalar in scalars]).tolist()
+
+
+def params_of(optimizer: Optimizer) -> list[Tensor]:
+    """The parameters of all groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def stored(tensor: Tensor) -> Tensor:
+    """The numbers that a tensor has on this rank; of a sparse one those that it stores."""
+    tensor = local(tensor)
+    return tensor.coalesce().values() if tensor.is_sparse else tensor
 
 
 def local(tensor: Tensor) -> Tensor:

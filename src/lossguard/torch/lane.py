@@ -10,7 +10,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from lossguard.torch.closures import Closure, check_scaled
-from lossguard.torch.inner import Inner, Memory
+from lossguard.torch.inner import Inner, Memory, params_of
 from lossguard.torch.weights import Copy
 
 Loser = Literal["keep", "rollback", "reset"]
@@ -166,7 +166,7 @@ class Lane:
             optimizer.step(evaluate)
         else:
             loss = evaluate()
-            if _has_gradients(optimizer):  # else the scaler has nothing to look at
+            if any(p.grad is not None for p in params_of(optimizer)):  # else there's none to scale
                 check_scaled(self.scaler, optimizer)
                 self.scaler.step(optimizer, lambda: loss)
                 self.scaler.update()
@@ -184,10 +184,6 @@ class Lane:
             yield
         finally:
             self.memory = self.inner.exchange(others)
-
-
-def _has_gradients(optimizer: Optimizer) -> bool:
-    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
 def _set_mode(optimizer: Optimizer, mode: str) -> None:

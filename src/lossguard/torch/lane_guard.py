@@ -157,7 +157,7 @@ class LaneGuard(Guard):
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 raise ValueError(f"loss_fn must return the loss, one number, got {described(loss)}")
             if not self.checking:
-                if any(p.grad is not None for p in self._weights.params):
+                if self._weights.have_gradients():
                     raise ValueError("loss_fn must leave backward to the guard, got gradients")
                 scaler = self._cycle.running.scaler
                 (loss if scaler is None else scaler.scale(loss)).backward()

@@ -17,7 +17,7 @@ from lossguard.torch import arguments
 from lossguard.torch.closures import Closure, Watch, scalar
 from lossguard.torch.decision import NEITHER, Decision
 from lossguard.torch.guard import Guard
-from lossguard.torch.inner import Inner, clone, read
+from lossguard.torch.inner import Inner, clone, read, stored
 from lossguard.torch.randomness import Randomness
 from lossguard.torch.sequences import Track, TrackingSequence, ema
 from lossguard.torch.weights import Copy, Weights
@@ -151,11 +151,8 @@ class ResidualGuard(Guard):
             gradient_y = self._gradient()
             if before is None:
                 return y, z, mu_1, _norm(gradient_y)
-            advanced = self._fallback.exchange(before)
-            try:
+            with self._fallback.remembering(before):
                 after_y = self._stepped(self._fallback, y, gradient_y, loss_y)
-            finally:
-                self._fallback.exchange(advanced)
         except Exception as error:
             if not self._weights.have_diverged():
                 raise
@@ -235,7 +232,7 @@ class ResidualGuard(Guard):
 
 def _norm(tensors: list[Tensor] | list[Tensor | None]) -> float:
     """The Euclidean norm over all of them: each in its own precision, at least single."""
-    present = [t.coalesce().values() if t.is_sparse else t for t in tensors if t is not None]
+    present = [stored(t) for t in tensors if t is not None]
     sizes = [t.abs() for t in present]  # of complex numbers too
     widened = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in sizes]
     return math.hypot(*read([t.norm() for t in widened]))

@@ -78,10 +78,8 @@ class Weights:
         Of shards it isn't asked: ranks would have to agree on it within a closure.
         """
         params = [p for p in self.params if p.requires_grad]
-        gradients = [p.grad for p in params if p.grad is not None]
-        dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
         sharded = any(hasattr(p, "to_local") for p in params)
-        return not sharded and not finite([[p.detach() for p in params], dense])
+        return not sharded and not finite([(p.detach(), p.grad) for p in params])
 
     def check_shapes(self, copy: Copy) -> None:
         """Refuse a copy of another model's values."""
@@ -118,6 +116,10 @@ class Weights:
         finally:
             for p, home in zip(self.params, homes, strict=True):
                 _bring_home(p, home)
+
+    def have_gradients(self) -> bool:
+        """Whether any parameter has one."""
+        return any(p.grad is not None for p in self.params)
 
     def clear_gradients(self) -> None:
         """Forget the gradients, so that none leaks from one lane into another."""

@@ -68,11 +68,11 @@ def checked_looks(first: int, most: int) -> tuple[int, ...]:
     return tuple(looks)
 
 
-def check_nc(nc: int, least: int) -> int:
-    """Require an integer of at least ``least``: check minibatches of a criterion."""
-    if check_count("nc", nc) < least:
-        raise ValueError(f"nc must be at least {least} for this criterion, got {nc}")
-    return int(nc)
+def check_enough(name: str, minibatches: int, least: int) -> int:
+    """Require an integer of at least ``least``: minibatches that a criterion asks for."""
+    if check_count(name, minibatches) < least:
+        raise ValueError(f"{name} must be at least {least} for this criterion, got {minibatches}")
+    return int(minibatches)
 
 
 def check_most(nc: int, most: int) -> None:

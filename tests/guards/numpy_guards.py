@@ -71,9 +71,21 @@ class Adam:
 
 
 def loss_guard(
-    objective, learned, fallback, *, nt: int, nc: int, loser: str, checks: str, cycles: int
+    objective,
+    learned,
+    fallback,
+    *,
+    nt: int,
+    nc: int,
+    loser: str,
+    checks: str,
+    cycles: int,
+    training: int = 0,
 ):
-    """Algorithm 2: yields after every cycle what a guard has to report."""
+    """Algorithm 2: yields after every cycle what a guard has to report.
+
+    The last ``training`` of each branch's training losses count as check losses too.
+    """
     x, i, checked = objective.start, 0, 0
     for _ in range(cycles):
         y, z, losses_y, losses_z = x, x, [], []
@@ -89,8 +101,9 @@ def loss_guard(
         else:
             check = range(-checked - 1, -checked - nc - 1, -1)
             i, checked = i + nt, checked + nc
-        learned_loss = np.mean([objective.loss(y, j) for j in check])
-        fallback_loss = np.mean([objective.loss(z, j) for j in check])
+        late = range(nt - training, nt)
+        learned_loss = np.mean([losses_y[t] for t in late] + [objective.loss(y, j) for j in check])
+        fallback_loss = np.mean([losses_z[t] for t in late] + [objective.loss(z, j) for j in check])
         won = learned_loss < fallback_loss
         x = y if won else z
         lost, memory = (fallback, before[1]) if won else (learned, before[0])

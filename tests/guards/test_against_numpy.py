@@ -78,6 +78,23 @@ def test_loss_guard_is_algorithm_2(learned, fallback, loser, checks, nt, nc) -> 
     assert_equal(play(guard, problem), expected, names)
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("training", "nt", "nc"), [(2, 4, 1), (4, 4, 3)])
+def test_training_losses_count_in_the_check(training, nt, nc) -> None:
+    problem = numpy_guards.Objective(seed=3, minibatches=CYCLES * (nt + nc))
+    (numpy_learned, learned), (numpy_fallback, fallback) = (
+        OPTIMIZERS[name]() for name in ("adam", "momentum")
+    )
+    options = {"nt": nt, "nc": nc, "loser": "reset", "checks": "next"}
+    criterion = lossguard.mean_criterion(training=training)
+    guard = lossguard.loss_guard(learned, fallback, **options, criterion=criterion)
+    expected = numpy_guards.loss_guard(
+        problem, numpy_learned, numpy_fallback, **options, cycles=CYCLES, training=training
+    )
+    names = ("used_learned", "losses", "learned_loss", "fallback_loss")
+    assert_equal(play(guard, problem), expected, names)
+
+
 SEQUENCES = {
     "geometric": lossguard.geometric(0.98),
     "recent_term": lossguard.recent_term(),

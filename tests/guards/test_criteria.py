@@ -363,3 +363,13 @@ def test_cantellis_damage_is_attained() -> None:
     assert g == pytest.approx(1, abs=0.1) and s == pytest.approx(1, abs=0.05)
     rate = jax.jit(jax.vmap(kept))(keys).mean()
     assert rate == pytest.approx(0.5, abs=float(error(0.5)))
+
+
+def test_a_last_step_that_spoils_all_is_seen() -> None:
+    """Its training losses are the lower ones; the check minibatch says what came of it."""
+    spoils = optax.sgd(lambda k: jnp.where(k % 10 == 9, -500.0, 0.4))
+    criterion = lossguard.mean_criterion(training=4)
+    for learned, kept in ((spoils, False), (optax.sgd(0.4), True)):
+        guard = lossguard.loss_guard(learned, optax.sgd(0.01), nc=1, criterion=criterion)
+        _, decision = guard.step(guard.init(jnp.ones(2)), lambda w, i: w @ w / 2)
+        assert bool(decision.used_learned.all()) == kept

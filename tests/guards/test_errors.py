@@ -11,6 +11,7 @@ import pytest
 import lossguard
 
 SGD = optax.sgd(0.1)
+BY_FOUR = lossguard.mean_criterion(training=4)
 ONES = jnp.ones(2)
 
 
@@ -56,6 +57,16 @@ WRONG = {
     "most of recommended is a fraction": (
         lambda: lossguard.recommended(SGD, SGD, most=40.5),  # type: ignore
         "most must be an integer of at least 1, got 40.5",
+    ),
+    "nt is too small for the criterion": (
+        lambda: lossguard.loss_guard(
+            SGD, SGD, criterion=lossguard.mean_criterion(training=4), nt=3
+        ),
+        "nt must be at least 4 for this criterion, got 3",
+    ),
+    "training is negative": (
+        lambda: lossguard.mean_criterion(training=-1),
+        "training must be an integer of at least 0, got -1",
     ),
     "criterion is not called": (
         lambda: lossguard.loss_guard(SGD, SGD, criterion=lossguard.mean_criterion),  # type: ignore

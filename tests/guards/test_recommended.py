@@ -36,8 +36,9 @@ def test_patience_goes_to_every_candidate() -> None:
 
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r"^patience must be an integer of at least 1, got 0$"):
-        settings(nc=10, most=10, patience=0)
+        settings(nt=10, nc=10, most=10, patience=0)
 
 
 def test_one_check_minibatch_suffices_where_there_are_never_more() -> None:
-    assert settings(nc=1, most=1)["criterion"].looks is None
+    criterion = settings(nt=10, nc=1, most=1)["criterion"]
+    assert criterion.looks is None and criterion.training == 4

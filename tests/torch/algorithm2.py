@@ -13,7 +13,7 @@ from models import assert_same_state, closure_for
 
 def algorithm2(
     model, learned, fallback, batches, loss_fn, *, nt, nc, loser="keep", hedge=False, decay=None,
-    share=0.0, schedule=None, hold=None,
+    share=0.0, schedule=None, hold=None, training=0,
 ):  # fmt: skip
     """The kept model after each cycle, its winner, check losses, training losses, and excess.
 
@@ -22,7 +22,8 @@ def algorithm2(
     branch goes on from where it is, and z takes its optimizer's state over wherever x is there. By
     ``decay`` x goes back there on a track record, whose sum, worst term and cycles are the
     excess. By ``hold``, cycles and a tolerance, x goes back to the best that it has been, as a
-    ratchet has it; the winner is then -1.
+    ratchet has it; the winner is then -1. The last ``training`` of each branch's training losses
+    count as check losses too.
     """
     x = copy.deepcopy(model)
     branches = [copy.deepcopy(model) for _ in range(3 if hedge else 2)]
@@ -67,7 +68,8 @@ def algorithm2(
                 losses.append(loss_fn(branch, batch).item())
         for branch, state in zip(branches, trained, strict=True):
             branch.load_state_dict(state)
-        means = [sum(c) / nc for c in checks]
+        late = [t[nt - training :] for t in train]
+        means = [sum(t + c) / (training + nc) for t, c in zip(late, checks, strict=True)]
         finite = [
             math.isfinite(m) and all(p.isfinite().all() for p in b.parameters())
             for m, b in zip(means, branches, strict=True)

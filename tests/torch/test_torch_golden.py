@@ -212,6 +212,9 @@ BEYOND = {
     "curtailed": lambda lib: {
         "criterion": lib.curtailed_criterion(first=3, most=20), "hedge": True,
     },
+    "training": lambda lib: {
+        "criterion": lib.mean_criterion(training=2), "nt": 4, "nc": 1, "hedge": True,
+    },
     "record": lambda lib: {"hedge": lib.track_record(decay=0.9), **MISLEAD},
     "record-reset": lambda lib: {
         "hedge": lib.track_record(decay=0.5), "loser": "reset", **MISLEAD,

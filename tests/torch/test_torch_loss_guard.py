@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LambdaLR
 
-from lossguard.torch import LossGuard, backoff, sequential_criterion, track_record
+from lossguard.torch import LossGuard, backoff, mean_criterion, sequential_criterion, track_record
 from lossguard.torch.placing import ByPointer, ByValue
 
 # A learned optimizer that is sometimes better and sometimes worse than each fallback.
@@ -25,7 +25,8 @@ PAIRS = {
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("loser", ["keep", "rollback", "reset"])
 @pytest.mark.parametrize("hedge", [False, True])
-def test_is_algorithm_2(pair, loser, hedge):
+@pytest.mark.parametrize("training", [0, 1])
+def test_is_algorithm_2(pair, loser, hedge, training):
     learned, fallback = PAIRS[pair]
     nt, nc, cycles = 3, 2, 12
     batches = [spiral(16) for _ in range((nt + nc) * cycles)]
@@ -37,13 +38,15 @@ def test_is_algorithm_2(pair, loser, hedge):
     expected = list(
         algorithm2(
             model, learned, fallback, batches, loss_fn,
-            nt=nt, nc=nc, loser=loser, hedge=hedge, schedule=schedule,
+            nt=nt, nc=nc, loser=loser, hedge=hedge, schedule=schedule, training=training,
         )
     )  # fmt: skip
     learned, fallback = learned(model.parameters()), fallback(model.parameters())
+    criterion = mean_criterion(training=training)
     guard = LossGuard(
-        learned, fallback, nt=nt, nc=nc, loser=loser, hedge=hedge, schedulers=[schedule(fallback)]
-    )
+        learned, fallback, nt=nt, nc=nc, loser=loser, hedge=hedge, criterion=criterion,
+        schedulers=[schedule(fallback)],
+    )  # fmt: skip
     for decision, means, _ in follow(guard, model, batches, expected):
         assert (decision.learned_loss, decision.fallback_loss) == (means[0], min(means[1:]))
         assert decision.used_learned == [decision.winner == 0] * nt

@@ -43,7 +43,7 @@ def answers(value):
                 (d[:, :n],) if "torch" in type(value).__module__ else (jnp.array(d), jnp.int32(n))
             )
             judged += [np.asarray(answer).tolist() for answer in value.test(*of_jax)]
-        return value.looks, judged
+        return value.looks, value.training, judged
     if hasattr(value, "start"):
         state, waits = ProbingState() if ours else init_probing(), []
         for cycle in range(900):
@@ -54,7 +54,14 @@ def answers(value):
     return value
 
 
-@pytest.mark.parametrize("options", [{"most": 10}, {"nt": 7, "nc": 6, "most": 40, "loser": "keep"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"nc": 10, "most": 10},
+        {"nt": 7, "nc": 1, "most": 1},
+        {"nt": 7, "nc": 6, "most": 40, "loser": "keep"},
+    ],
+)
 def test_the_settings(monkeypatch, options):
     w = [torch.ones(1, requires_grad=True)]
     ours = [torch.optim.SGD(w, lr=lr) for lr in (0.2, 0.1)]
@@ -62,7 +69,7 @@ def test_the_settings(monkeypatch, options):
     ours = settings(monkeypatch, "lossguard.torch.recommended", "LossGuard", ours, **options)
     theirs = settings(monkeypatch, "lossguard.guards.recommended", "loss_guard", theirs, **options)
     # A stream's minibatches have no numbers; ``cycle`` takes check minibatches of their own.
-    assert theirs.pop("checks") == ("next" if options["most"] == 10 else "apart")
+    assert theirs.pop("checks") == ("next" if options["most"] == options["nc"] else "apart")
     assert ours == theirs
 
 
@@ -72,8 +79,8 @@ def test_a_stream_takes_nc_check_minibatches_unless_told_otherwise(monkeypatch):
     of_torch = settings(monkeypatch, "lossguard.torch.recommended", "LossGuard", made, nc=10)
     made = [optax.sgd(0.1)] * 2
     of_jax = settings(monkeypatch, "lossguard.guards.recommended", "loss_guard", made, nc=10)
-    assert of_torch["criterion"][0] is None
-    assert of_jax["criterion"][0] == (10, 20, 40, 80, 160)
+    assert of_torch["criterion"][:2] == (None, 4)
+    assert of_jax["criterion"][:2] == ((10, 20, 40, 80, 160), 0)
 
 
 def test_it_takes_the_guards_options():

@@ -25,7 +25,7 @@ from .recipes import PAPERS, fig03, fig04, fig05
 
 RECORD = track_record(decay=0.9, share=0)
 PAIRED = paired_criterion(confidence=0.95)
-RECOMMENDED = settings(nc=10, most=160)
+RECOMMENDED = settings(nt=10, nc=10, most=160)
 ABLATION: Mapping[str, Mapping[str, object]] = {
     "the paper's": {},
     "loser rollback": {"loser": "rollback"},
@@ -40,6 +40,8 @@ ABLATION: Mapping[str, Mapping[str, object]] = {
     "paired": {"criterion": PAIRED},
     "sequential": {"criterion": sequential_criterion()},
     "curtailed": {"criterion": curtailed_criterion()},
+    "nc 1": {"nc": 1},
+    "nc 1, training": {"nc": 1, "criterion": mean_criterion(training=4)},
     "adaptive": {"windows": adaptive()},
     "hedge, adaptive": {"hedge": True, "windows": adaptive()},
     "record, reset, paired": {"hedge": RECORD, "loser": "reset", "criterion": PAIRED},
@@ -49,6 +51,8 @@ ABLATION: Mapping[str, Mapping[str, object]] = {
     "recommended, no ratchet": RECOMMENDED | {"ratchet": None},
     "recommended, share 0": RECOMMENDED | {"hedge": track_record(decay=0.7, share=0)},
     "recommended, checks next": RECOMMENDED | {"checks": "next"},
+    "recommended, stream, nc 10": RECOMMENDED | {"criterion": mean_criterion(), "checks": "next"},
+    "recommended, stream": {"nc": 1, **settings(nt=10, nc=1, most=1)},
     "recommended, always": RECOMMENDED | {"probing": always()},
     "recommended, patience 10": RECOMMENDED
     | {"probing": backoff(patience=10, most=512, start="reset")},

@@ -12,13 +12,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from scipy.special import stdtrit
 
-from ..validation import check_confidence, checked_looks
+from ..validation import check_confidence, check_count, checked_looks
 
 
 class Criterion(NamedTuple):
     """``test(d, n)`` says which learned lanes are better, and which are settled either way.
 
-    ``d`` is [m, most], of which the first n columns count.
+    ``d`` is [m, most], of which the first n columns count: training minibatches, then check ones.
     """
 
     test: Callable[
@@ -29,10 +29,23 @@ class Criterion(NamedTuple):
     None: once, after nc."""
     least: int = 1
     """Check minibatches without which the test can't be asked."""
+    training: int = 0
+    """Training minibatches, a cycle's last, whose losses count as well."""
 
 
-def mean_criterion() -> Criterion:
+def mean_criterion(*, training: int = 0) -> Criterion:
     """Better is a lower mean: mean(d) > 0. The paper's criterion (1).
+
+    A loss before the step that trains on its minibatch is as fresh as a check's, and free
+    (progressive validation: Blum, Kalai and Langford, COLT 1999). So with ``training`` few check
+    minibatches do. But it is of where a lane was in the cycle: what the last step has done, these
+    alone see.
+
+    Args:
+        training: how many of a cycle's training losses, the last, count beside the check losses.
+
+    Raises:
+        ValueError: if training is no integer, or negative.
 
     >>> better, _ = mean_criterion().test(jnp.array([[1.0, -3.0], [1.0, 0.0]]), jnp.int32(2))
     >>> better.tolist()
@@ -43,7 +56,7 @@ def mean_criterion() -> Criterion:
         mean, _ = moments(d, n)
         return mean > 0, jnp.ones(len(d), bool)
 
-    return Criterion(test)
+    return Criterion(test, training=check_count("training", training, least=0))
 
 
 def paired_criterion(*, confidence: float = 0.95) -> Criterion:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ..validation import check_choice, check_count, check_kind, check_nc
+from ..validation import check_choice, check_count, check_enough, check_kind
 from .branch import Branch, check, train
 from .criteria import Criterion, mean_criterion
 from .lanes import Lanes, LanesState, Loser
@@ -139,7 +139,6 @@ def loss_guard(
     >>> int(state.steps), int(state.minibatches), bool(decision.used_learned.any())
     (10, 20, False)
     """
-    nt = check_count("nt", nt)
     check_choice("loser", loser, get_args(Loser))
     check_choice("checks", checks, get_args(Checks))
     if hedge not in (False, True, "only") and not isinstance(hedge, TrackRecord):
@@ -160,8 +159,9 @@ def loss_guard(
     check_kind("probing", probing, Probing, "backoff()")
     if ratchet is not None:
         check_kind("ratchet", ratchet, Ratchet, "ratchet()")
-    looks = criterion.looks
-    nc = check_nc(nc, criterion.least if looks is None else 1)
+    looks, last = criterion.looks, criterion.training
+    nt = check_enough("nt", nt, last)
+    nc = check_enough("nc", nc, criterion.least if looks is None else 1)
     if windows.most > 1 and looks is None and nc < 2:
         raise ValueError(f"nc must be at least 2 where windows adapt, got {nc}")
     nt_most, nc_most = nt * windows.most, max(looks or (nc * windows.most,))
@@ -234,7 +234,8 @@ def loss_guard(
         if probe:  # line 16
             ends = [branch.params for branch in trained[:checked]]
             first = i + steps if checks == "next" else -1 - inner.drawn
-            verdict, n, factor = compare(ends, sound[:checked], objective, first, inner, dtype)
+            late = jax.lax.dynamic_slice_in_dim(losses[:checked], steps - last, last, axis=1)
+            verdict, n, factor = compare(ends, late, sound[:checked], objective, first, inner)
         else:
             n, factor, verdict = jnp.int32(0), inner.factor, follow_first(sound, losses.dtype)
         excess, row = back_to_own(inner, verdict, losses, sound, steps, checked)
@@ -290,13 +291,17 @@ def loss_guard(
 
     def compare(
         ends: list[Params],
+        late: Float[Array, "ends last"],
         sound: Bool[Array, " ends"],
         objective: Objective,
         i: Int[Array, ""],
         inner: LossGuardState,
-        dtype: jnp.dtype,
     ) -> tuple[Verdict, Int[Array, ""], Int[Array, ""]]:
         """Line 16: what the check says of the lanes, its minibatches, and the windows' factor."""
+
+        def verdict_by(losses: Float[Array, "ends most"], n: Int[Array, ""]) -> Verdict:
+            return judge(criterion, jnp.concatenate([late, losses], 1), n + last, sound, m)
+
         losses, n = check(
             ends,
             objective,
@@ -304,10 +309,10 @@ def loss_guard(
             stride=1 if checks == "next" else -1,
             looks=looks or (nc * factor_of(inner),),
             most=nc_most,
-            settled=lambda losses, n: judge(criterion, losses, n, sound, m).settled,
-            dtype=dtype,
+            settled=lambda losses, n: verdict_by(losses, n).settled,
+            dtype=late.dtype,
         )
-        verdict = judge(criterion, losses, n, sound, m)
+        verdict = verdict_by(losses, n)
         learned, fallback = losses[verdict.best_learned], losses[verdict.best_fallback]
         return verdict, n, windows.update(inner.factor, learned, fallback, n)
 

@@ -62,16 +62,19 @@ def recommended(
         check_count("the number of learned optimizers", len(learned))
         options = {"nt": nt, "nc": nc, "most": most, "patience": patience, "loser": loser}
         return best_of([recommended(one, fallback, **options) for one in learned])
-    nc = check_count("nc", nc)
-    options = settings(nc, 16 * nc if most is None else most, patience, loser)
+    nt, nc = check_count("nt", nt), check_count("nc", nc)
+    options = settings(nt, nc, 16 * nc if most is None else most, patience, loser)
     return loss_guard(learned, fallback, nt=nt, nc=nc, **options)
 
 
-def settings(nc: int, most: int, patience: int = 200, loser: Loser = "reset") -> dict[str, Any]:
+def settings(
+    nt: int, nc: int, most: int, patience: int = 200, loser: Loser = "reset"
+) -> dict[str, Any]:
     """The options of ``loss_guard`` that ``recommended`` sets."""
     check_most(nc, most)
+    few = mean_criterion(training=(nt - 1) // 2)
     return {
-        "criterion": mean_criterion() if most == nc else curtailed_criterion(first=nc, most=most),
+        "criterion": few if most == nc else curtailed_criterion(first=nc, most=most),
         "hedge": track_record(decay=0.7),
         "loser": loser,
         "probing": backoff(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from lossguard.validation import check_confidence, checked_looks
+from lossguard.validation import check_confidence, check_count, checked_looks
 
 Differences = NDArray[np.float64]
 Answers = tuple[NDArray[np.bool_], NDArray[np.bool_]]
@@ -26,20 +26,34 @@ class Criterion(NamedTuple):
         looks: numbers of check minibatches after which the test is asked, until all lanes are
             settled; None: once, after nc.
         least: check minibatches without which the test can't be asked.
+        training: training minibatches, a cycle's last, whose losses count as well, before those of
+            check minibatches.
     """
 
     test: Callable[[Differences], Answers]
     looks: tuple[int, ...] | None = None
     least: int = 1
+    training: int = 0
 
 
-def mean_criterion() -> Criterion:
+def mean_criterion(*, training: int = 0) -> Criterion:
     """Better is a lower mean: mean(d) > 0. The paper's criterion (1).
+
+    A loss before the step that trains on its minibatch is as fresh as a check's, and free
+    (progressive validation: Blum, Kalai and Langford, COLT 1999). So with ``training`` few check
+    minibatches do. But it is of where a lane was in the cycle: what the last step has done, these
+    alone see.
+
+    Args:
+        training: how many of a cycle's training losses, the last, count beside the check losses.
+
+    Raises:
+        ValueError: if training is no integer, or negative.
 
     >>> mean_criterion().test(np.array([[1.0, -3.0], [1.0, 0.0]]))[0].tolist()
     [False, True]
     """
-    return Criterion(_mean_test)
+    return Criterion(_mean_test, training=check_count("training", training, least=0))
 
 
 def paired_criterion(*, confidence: float = 0.95) -> Criterion:

@@ -30,7 +30,7 @@ from lossguard.torch.probing import Probing, ProbingState, always
 from lossguard.torch.ratchet import Ratchet
 from lossguard.torch.track_record import TrackRecord
 from lossguard.torch.verdict import follow_first, judge
-from lossguard.validation import check_choice, check_kind, check_nc
+from lossguard.validation import check_choice, check_enough, check_kind
 
 
 class LossGuard(LaneGuard):
@@ -121,7 +121,8 @@ class LossGuard(LaneGuard):
         check_kind("probing", probing, Probing, "backoff()")
         if ratchet is not None:
             check_kind("ratchet", ratchet, Ratchet, "ratchet()")
-        self.nc = check_nc(nc, criterion.least if criterion.looks is None else 1)
+        self.nc = check_enough("nc", nc, criterion.least if criterion.looks is None else 1)
+        check_enough("nt", nt, criterion.training)
         super().__init__(
             learned,
             fallback,
@@ -233,10 +234,10 @@ class LossGuard(LaneGuard):
         firsts = [row[0] for row in compress(seen.trains, self._lanes.at_x(active))]
         m, n = self._lanes.m if self._probe else 0, len(seen.checks[0])
         checked = len(self._lanes.checked(active))
+        late = [losses[self.nt - self.criterion.training :] for losses in seen.trains]
+        rows = [[*a, *b] for a, b in zip(late[:checked], seen.checks, strict=False)]
         verdict = (  # line 16: mean F(y) < mean F(z), or as the criterion has it
-            judge(self.criterion, seen.checks[:checked], seen.sound[:checked], m)
-            if m
-            else follow_first(seen.sound)
+            judge(self.criterion, rows, seen.sound[:checked], m) if m else follow_first(seen.sound)
         )
         if not verdict.settled and n < self._looks[-1]:
             return

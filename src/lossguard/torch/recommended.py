@@ -11,7 +11,7 @@ from lossguard.torch.loss_guard import LossGuard
 from lossguard.torch.probing import backoff
 from lossguard.torch.ratchet import ratchet
 from lossguard.torch.track_record import track_record
-from lossguard.validation import check_most
+from lossguard.validation import check_count, check_most
 
 
 def recommended(
@@ -19,7 +19,7 @@ def recommended(
     fallback: Optimizer,
     *,
     nt: int = 10,
-    nc: int = 10,
+    nc: int = 1,
     most: int | None = None,
     patience: int = 200,
     loser: Loser = "reset",
@@ -36,12 +36,14 @@ def recommended(
             ``LossGuard`` (in JAX each has a guard and a path of its own).
         fallback: the one that is.
         nt: train minibatches per cycle.
-        nc: check minibatches of a cycle that clearly loses.
-        most: those of one that is kept; by default nc as well, since those of a stream are lost for
-            training. (In JAX it is 16 nc: with so many, runs that go on for hundreds of epochs keep
-            what they have won.)
+        nc: check minibatches per cycle. Those of a stream are lost for training, so that by default
+            it is one, beside which the training losses of the cycle's last (nt - 1) // 2 steps
+            count, in every lane.
+        most: check minibatches of a cycle that is kept, where nc are enough for one that clearly
+            loses; by default nc as well. (In JAX 10 and 160: with so many, runs that go on for
+            hundreds of epochs keep what they have won.) Training losses don't count then.
         patience: lost cycles running after which the learned lanes pause, for longer and longer;
-            200 are 4,000 calls of ``step`` at nt = nc = 10, so take fewer in a short run.
+            200 are 2,200 calls of ``step`` at nt = 10 and nc = 1, so take fewer in a short run.
         loser: what the optimizer of a lane that lost remembers, as in ``LossGuard``. "reset" is for
             learned optimizers that are at their best when they begin, as the LSTM is; "keep" for
             those that have a schedule of their own, as Celo and VeLO. An ordinary one, such as
@@ -59,8 +61,9 @@ def recommended(
     >>> guard.cycle(lambda batch: w.square().sum(), range(10), range(10)).winner  # s, lane 2
     2
     """
-    most = nc if most is None else most
+    nt, most = check_count("nt", nt), nc if most is None else most
     check_most(nc, most)
+    few = mean_criterion(training=(nt - 1) // 2)
     for name in ("criterion", "hedge", "probing", "ratchet"):
         if name in options:
             raise ValueError(f"recommended sets {name} itself: use LossGuard to choose")
@@ -69,7 +72,7 @@ def recommended(
         fallback,
         nt=nt,
         nc=nc,
-        criterion=mean_criterion() if most == nc else curtailed_criterion(first=nc, most=most),
+        criterion=few if most == nc else curtailed_criterion(first=nc, most=most),
         hedge=track_record(decay=0.7),
         loser=loser,
         probing=backoff(patience=patience, most=512, start="reset" if loser == "reset" else "keep"),

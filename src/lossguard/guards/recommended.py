@@ -38,8 +38,9 @@ def recommended(
         nt: optimizer steps a cycle.
         nc: check minibatches of a cycle that clearly loses.
         most: those of one that is kept; by default 16 nc, numbered apart (``loss_guard``'s
-            ``checks``). With nc itself all cycles take as many, which follow those of training:
-            that suits minibatches that come from the host (``stacked``).
+            ``checks``). With nc itself all cycles take as many, which follow those of training, and
+            the training losses of the last (nt - 1) // 2 steps count beside them: that suits
+            minibatches that come from the host (``stacked``), with nc=1 and most=1.
         patience: losses running after which the learned lane is probed less often. A few dozen do
             for short runs; where it wins late, they cost some of that.
         loser: what becomes of the optimizer state of a lane that lost, as in ``loss_guard``.

@@ -63,6 +63,7 @@ def test_records(whole: Path) -> None:
     assert np.isfinite(numbers).all() and (numbers > 0).all()
     means = curves["validation"].to_numpy().mean(axis=1)
     assert made["best_validation"] == pytest.approx(means.min(), rel=1e-6)
+    assert made["data"] == ""  # digits are as they were
     assert not (whole / "checkpoints").exists()
 
 
@@ -298,7 +299,7 @@ def test_figure_of_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
         figure, "save", lambda of, folder: drawn.append(of) or drawing.save(of, folder)
     )
     records.open_folder(tmp_path / "run", {"name": "mine"})
-    records.write_json(tmp_path / "run" / records.MANIFEST, {})
+    records.write_json(tmp_path / "run" / records.MANIFEST, {"data": "JPEG q75"})
     validation, moons = 1 + np.random.default_rng(0).random((2, 4, steps))
     validation[2] = np.nan
     columns = {"meta_step": [1, 2, 3, 4], "meta_loss": [4.0, 3.0, 2.0, 1.0]}
@@ -307,6 +308,7 @@ def test_figure_of_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
     file = figure.plot(tmp_path / "run", records.read_run(tmp_path / "run"))
     assert file.read_bytes().startswith(b"\x89PNG")
 
+    assert drawn[0].get_suptitle() == "mine (JPEG q75)"
     left, right, others = ([line.get_ydata() for line in of.lines] for of in drawn[0].axes)
     first = {8: [0], 60: [0, 10], 100: [0, 50], 300: [0, 50, 250]}[steps]
     means = [validation[:, i : i + 50].mean(axis=1) for i in first]

@@ -52,7 +52,7 @@ def fig04() -> Experiment:
 
 
 def fig05() -> Experiment:
-    """Spirals + MLP: out of distribution, the data, with a plateau that SGD stays on."""
+    """Spirals + MLP: out of distribution, the data, with a plateau at first."""
     return Experiment(
         name="fig05",
         title="Learned on MNIST + MLP, tested on Spirals + MLP",

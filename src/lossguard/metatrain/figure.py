@@ -19,7 +19,7 @@ def plot(folder: Path, record: Record) -> Path:
 
     Where other data sets were validated on, as in figure 2, a third panel shows them.
     """
-    config, _, curves = record
+    config, made, curves = record
     steps = curves["meta_step"].to_numpy()
     validation = curves["validation"].to_numpy()
     others = on_others(curves)
@@ -50,7 +50,8 @@ def plot(folder: Path, record: Record) -> Path:
     if others:
         axes[2].set(xlabel="Meta-step", ylabel=OTHERS)
         axes[2].legend(fontsize=8)
-    figure.suptitle(config["name"], fontsize=10)
+    data = made.get("data")  # records from before it was noted lack it
+    figure.suptitle(config["name"] + (f" ({data})" if data else ""), fontsize=10)
 
     return save(figure, folder)
 

@@ -122,7 +122,7 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
     records.open_folder(folder, asdict(config), resume=resume)
     if records.is_finished(folder):
         return folder / WEIGHTS
-    made = records.start(folder)
+    made = records.start(folder, data=task.dataset.note)
     checkpoints = Checkpoints(folder / "checkpoints")
     state, table, seconds = _train_to_the_end(config, task, others, checkpoints)
     records.write_parquet(folder / records.CURVES, table)

@@ -2,7 +2,8 @@
 
 A comment ahead of a table says which: ``<!-- of RECORD RECORD; GROUP: RECORD -->``. A row is of the
 first that has its method, or of the one that it names itself, in backticks. Groups are the first of
-two columns of labels.
+two columns of labels. Marks are steps, or minibatches where the table's first cell says so: those
+of a row's methods that check as well as train.
 """
 
 import re
@@ -25,6 +26,12 @@ TABLES = [
         r"<!-- of ([^>]+) -->\n((?:\|.*\n)+)", (ROOT / "docs" / f"{page}.md").read_text()
     )
 ]
+TRAINED = {
+    "the paper's": 1 / 2,
+    "recommended, stream, nc 10": 1 / 2,
+    "recommended, stream": 10 / 11,
+}
+"""The share of a stream's minibatches that a guard trains on."""
 
 
 def cells(table: str) -> Iterator[tuple[str, str, int, str]]:
@@ -32,13 +39,14 @@ def cells(table: str) -> Iterator[tuple[str, str, int, str]]:
     lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
     head, _, *rows = lines
     marks = [int(cell.replace(",", "")) if cell[:1].isdigit() else 0 for cell in head]
+    trained = TRAINED if head[0] == "minibatches" else {}
     labels = next(column for column, mark in enumerate(marks) if mark)
     group = ""
     for row in rows:
         group = row[0] if labels == 2 and row[0] else group
         for mark, cell in zip(marks[labels:], row[labels:], strict=True):
             if mark and cell:
-                yield group, row[labels - 1], mark, cell
+                yield group, row[labels - 1], int(mark * trained.get(row[labels - 1], 1)), cell
 
 
 def records_of(comment: str, group: str, label: str) -> list[str]:

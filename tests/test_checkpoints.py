@@ -107,6 +107,16 @@ def test_damaged_newest_is_passed_over_aloud(
     assert sorted(entry.name for entry in saved.iterdir()) == ["20.damaged", "7"]
 
 
+def test_name_of_the_damaged_one_is_told_as_it_is(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "[/]:x:"
+    Checkpoints(folder).save(7, state(7), table(7))
+    damage(folder / "7")
+    assert Checkpoints(folder).latest(state(0)) is None
+    assert f"it is now {folder / '7.damaged'}: " in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     "other",
     [

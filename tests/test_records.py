@@ -135,6 +135,12 @@ def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_folder_that_checkpoints_cannot_be_read_from_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^folder must have no \[ in its path, got .*/lr\[1\]/a$"):
+        records.open_folder(tmp_path / "lr[1]" / "a", CONFIG)
+    assert not list(tmp_path.iterdir())
+
+
 def test_folder_of_a_run_killed_at_its_first_write_is_used(tmp_path: Path) -> None:
     (tmp_path / ".config.json.part").write_text("{")
     records.open_folder(tmp_path, CONFIG, resume=True)

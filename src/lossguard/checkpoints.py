@@ -107,7 +107,7 @@ class Checkpoints:
         (self._folder / str(step)).rename(damaged)
         with _quietly():
             self._manager.reload()
-        Console(stderr=True).print(
+        Console(stderr=True, markup=False, emoji=False).print(
             f"checkpoint {step} is damaged and was passed over, it is now {damaged}: {reason}",
             style="yellow",
             soft_wrap=True,

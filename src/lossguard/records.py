@@ -61,10 +61,12 @@ def open_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False
 
     Raises:
         ValueError: if the folder holds another run, or this one and ``resume`` is false, or its
-            config is damaged.
+            config is damaged, or its path has a square bracket.
         OSError: if it can't be made.
     """
     path = folder / CONFIG
+    if "[" in str(path.absolute()):  # Orbax takes it for a pattern, and loses the checkpoint
+        raise ValueError(f"folder must have no [ in its path, got {folder.absolute()}")
     if path.exists():
         if differ := _differing(_read_json(path), json.loads(json.dumps(config))):
             raise ValueError(

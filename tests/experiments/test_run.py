@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import polars as pl
@@ -23,7 +25,7 @@ from lossguard.curves import COUNTERS
 from lossguard.experiments import run as running
 from lossguard.experiments.experiment import Experiment
 from lossguard.experiments.run import as_config, run
-from lossguard.tasks.models import ConvNet
+from lossguard.tasks.models import MLP, ConvNet
 from lossguard.tasks.task import TaskObjective
 
 MODULE = Path(tiny.__file__)
@@ -387,6 +389,30 @@ def test_config_is_plain_and_tells_models_apart() -> None:
     narrowed = functools.partial(tiny.make_task, 3, rate=0.1)
     config = as_config(dataclasses.replace(tiny.recipe(), make_task=narrowed))
     assert config["make_task"] == "tiny:make_task(3, rate=0.1)"
+
+
+def test_config_has_paths_and_arrays_as_json_does() -> None:
+    config = as_config(
+        dataclasses.replace(
+            tiny.recipe(), learned=Path("a/b.safetensors"), steps=np.int64(60), sgd_rate=jnp.ones(2)
+        )
+    )
+    assert config["learned"] == str(Path("a/b.safetensors"))
+    assert config["steps"] == 60 and config["sgd_rate"] == [1.0, 1.0]
+    assert json.loads(json.dumps(config)) == config
+
+
+class OtherMLP:
+    """A model that is no dataclass."""
+
+    init, apply = MLP().init, MLP().apply
+
+
+@pytest.mark.parametrize("changes", [{"model": OtherMLP()}, {"methods": {"Signs"}}])
+def test_what_json_cannot_hold_leaves_no_folder(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^an experiment must be of numbers, .*, but holds "):
+        run(dataclasses.replace(tiny.recipe(), **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_adaptive_windows_end_at_the_step_of_the_others(tmp_path: Path) -> None:

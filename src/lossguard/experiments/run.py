@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -68,7 +69,12 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
 
 
 def as_config(value: Any) -> Any:
-    """A config as plain JSON; a function by its module and name, and what it is given already."""
+    """A config as plain JSON; a function by its module and name, and what it is given already.
+
+    Raises:
+        ValueError: if it holds something else than numbers, strings, paths, arrays, lists,
+            mappings, functions and dataclasses of them.
+    """
     if is_dataclass(value):
         kind = {} if isinstance(value, Experiment) else {"kind": type(value).__name__}
         return kind | {f.name: as_config(getattr(value, f.name)) for f in fields(value)}
@@ -79,7 +85,18 @@ def as_config(value: Any) -> Any:
     if isinstance(value, partial):
         given = [*map(repr, value.args), *(f"{k}={v!r}" for k, v in value.keywords.items())]
         return f"{as_config(value.func)}({', '.join(given)})"
-    return f"{value.__module__}:{value.__qualname__}" if callable(value) else value
+    if isinstance(value, PathLike):
+        return fspath(value)
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        return value.tolist()
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}:{value.__qualname__}"
+    if not isinstance(value, str | int | float | None):
+        raise ValueError(
+            "an experiment must be of numbers, strings, paths, arrays, lists, mappings, functions "
+            f"and dataclasses of them, but holds {value!r}"
+        )
+    return value
 
 
 def _check(experiment: Experiment) -> None:

@@ -25,6 +25,7 @@ from lossguard.curves import COUNTERS
 from lossguard.experiments import run as running
 from lossguard.experiments.experiment import Experiment
 from lossguard.experiments.run import as_config, run
+from lossguard.tasks.dataset import Split
 from lossguard.tasks.models import MLP, ConvNet
 from lossguard.tasks.task import TaskObjective
 
@@ -318,6 +319,14 @@ def test_a_run_in_another_thread(tmp_path: Path) -> None:
     assert records.read_run(done[0])[2]["step"].to_list() == [1, 2, 3, 4, 5]  # a whole cycle
 
 
+def labelled(labels: tuple[int, int], experiment: Experiment) -> lossguard.Task:
+    """Two classes of these labels."""
+    task = tiny.make_task(experiment)
+    split = task.dataset.train
+    train = Split(split.inputs, jnp.asarray(labels)[split.labels])
+    return dataclasses.replace(task, dataset=dataclasses.replace(task.dataset, train=train))
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -330,10 +339,22 @@ def test_a_run_in_another_thread(tmp_path: Path) -> None:
             for name in ("adam_rate", "sgd_rate", "sgd_tau", "guard_tau")
             for value in (0.0, np.nan)
         ),
-        ({"seed": -1}, r"^seed must be such that all are in 0 to 2\^32 - 1, got -1 to 0$"),
+        *(
+            ({"seed": value}, f"^seed must be an integer of at least 0, got {value!r}$")
+            for value in (-1, 1.5, "0")
+        ),
         ({"seed": 2**32 - 1}, r"^seed must be .*, got 4294967295 to 4294967296$"),
         ({"batch_size": 401}, "^batch_size must be between 1 and samples = [0-9]*, got 401"),
         ({"methods": ("SGD",)}, "^methods must each be one of Signs, .*, got 'SGD'"),
+        ({"make_methods": lambda e: None}, "^make_methods must return .*, got NoneType$"),
+        ({"make_task": lambda e: None}, "^make_task must return a Task, got NoneType$"),
+        *(
+            ({"make_task": functools.partial(labelled, labels)}, f"^labels of {told}$")
+            for labels, told in {
+                (1, 2): "train must be in 0 .. 1, as there are 2 classes, got 1 to 2",
+                (-1, 1): "train must be in 0 .. 1, as there are 2 classes, got -1 to 1",
+            }.items()
+        ),
     ],
 )
 def test_bad_fields_leave_no_folder(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:

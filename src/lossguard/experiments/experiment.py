@@ -115,9 +115,13 @@ class Experiment:
 
         Raises:
             ValueError: if there is no method, one twice, or one of which ``make_methods`` doesn't
-                make a guard.
+                make a guard, or it returns no mapping.
         """
         known = self.make_methods(self)
+        if not isinstance(known, Mapping):
+            raise ValueError(
+                f"make_methods must return guards by their names, got {type(known).__name__}"
+            )
         for method in self.methods:
             if method not in known:
                 raise ValueError(f"methods must each be {one_of(known, method)}")

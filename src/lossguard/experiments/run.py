@@ -44,11 +44,13 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
 
     Raises:
         ValueError: if the folder holds another run, or this one and ``resume`` is false, or the
-            experiment names a method or data set that does not exist or has a number out of range.
+            experiment names a method or data set that does not exist or has a number out of range,
+            or ``make_task`` doesn't return a task, or its data a label that is no class.
     """
     _check(experiment)
     guards = experiment.guards()
     task = experiment.make_task(experiment)
+    _check_task(task)
     with stopping_at_interrupt() as stopped:
         for guard in guards.values():
             _trace_cycle(guard, task)
@@ -103,11 +105,26 @@ def _check(experiment: Experiment) -> None:
     """Its numbers, also those that none of its methods uses."""
     for name in ("steps", "seeds", "batch_size", "nt", "nc"):
         check_count(name, getattr(experiment, name))
+    check_count("seed", experiment.seed, least=0)
     for name in ("sgd_rate", "sgd_tau", "guard_tau", "adam_rate"):
         check_positive(**{name: getattr(experiment, name)})
     first, last = experiment.seed, experiment.seed + experiment.seeds - 1
-    if not 0 <= first <= last < 2**32:  # others would be taken modulo 2^32
+    if last >= 2**32:  # others would be taken modulo 2^32
         raise ValueError(f"seed must be such that all are in 0 to 2^32 - 1, got {first} to {last}")
+
+
+def _check_task(task: Any) -> None:
+    """Its type and labels: one that is no class makes losses NaN, or counts from the last class."""
+    if not isinstance(task, Task):
+        raise ValueError(f"make_task must return a Task, got {type(task).__name__}")
+    classes = task.dataset.classes
+    for name in ("train", "test"):
+        labels = np.asarray(getattr(task.dataset, name).labels)
+        if labels.dtype.kind in "iu" and not ((labels >= 0) & (labels < classes)).all():
+            raise ValueError(
+                f"labels of {name} must be in 0 .. {classes - 1}, as there are {classes} classes, "
+                f"got {labels.min()} to {labels.max()}"
+            )
 
 
 def _trace_cycle(guard: Guard, task: Task) -> None:

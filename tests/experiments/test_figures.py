@@ -153,6 +153,14 @@ def test_draw_leaves_no_method_out() -> None:
     assert legend.y1 < figure.axes[-1].xaxis.label.get_window_extent().y0
 
 
+def test_names_are_shown_as_they_are() -> None:
+    """A line of a name that begins with _ is one that Matplotlib leaves out; $ begin formulas."""
+    names = ["_mine", "$a_{$", "SGDnm"]
+    figure = figures.draw(curves_of(dict.fromkeys(names, 1.0), np.arange(1, 20)), "$x_{$")
+    figure.draw_without_rendering()  # a formula that is none would raise
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == names
+
+
 @pytest.mark.parametrize("methods", [["L2O"], [f"SGDnm 0.0001 tau {i}0000" for i in range(25)]])
 def test_title_and_legend_keep_clear(methods: list[str]) -> None:
     curves = curves_of(dict.fromkeys(methods, 1.0), np.arange(1, 20), seeds=1)
@@ -202,6 +210,8 @@ def test_what_a_logarithmic_axis_cannot_show_is_drawn(folder: Path, loss: float)
     config, made, curves = records.read_run(folder)
     curves = curves.with_columns(loss=pl.lit(loss, pl.Float32))
     assert figures.plot(folder, records.Record(config, made, curves)).is_file()
+    alone = curves.with_columns(gradients=1.0 * pl.col("step"), forwards=pl.lit(0.0))
+    assert figures.plot(folder, records.Record(config, made, alone)).is_file()
 
 
 GRID = {f"SGDnm {rate} tau {tau}": rate * tau for rate in (0.1, 1, 10) for tau in (2, 5)}

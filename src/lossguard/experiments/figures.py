@@ -70,6 +70,8 @@ def draw(curves: pl.DataFrame, title: str) -> Figure:
     top, bottom = panels[0, 0], panels[-1, 0]
     for (method, style), width in zip(styles.items(), widths, strict=True):
         _draw_loss(top, curves, method, style | {"linewidth": width}, band=len(methods) <= BANDS)
+    ends = [(curves["step"].min(), 1), (curves["step"].max(), 1)]
+    top.update_datalim(ends, updatey=False)  # in case that no loss is finite
     top.set(xscale="log", ylabel="Training loss")
     log_losses(top)
     drawn = [np.asarray(line.get_ydata()) for line in top.lines]
@@ -80,7 +82,7 @@ def draw(curves: pl.DataFrame, title: str) -> Figure:
         top.set_ylim(lowest if low else lowest / margin, highest if high else highest * margin)
         ends = [f"the {end}" for end, limit in {"top": high, "bottom": low}.items() if limit]
         top.set_ylabel(f"Training loss (lines leave at {' and '.join(ends)})")
-    top.set_title(title, fontsize=10)
+    top.set_title(title, fontsize=10, parse_math=False)
     for method in guarded:
         steps, used = by_seed(curves, method, "used_learned")
         use_l2o = smooth(steps, 0.5 + 0.5 * used).mean(axis=0)
@@ -92,7 +94,16 @@ def draw(curves: pl.DataFrame, title: str) -> Figure:
     bottom.set_xlabel("Optimizer step")
     for axes in panels[:, 0]:
         axes.grid(which="major", alpha=0.3)
-    figure.legend(fontsize=8, loc="outside lower center", frameon=False, ncols=columns)
+    legend = figure.legend(
+        top.lines,
+        methods,  # else it leaves out what begins with _
+        fontsize=8,
+        loc="outside lower center",
+        frameon=False,
+        ncols=columns,
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     return figure
 
 

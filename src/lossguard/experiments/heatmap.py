@@ -49,6 +49,6 @@ def draw_heatmap(heatmap: Heatmap, curves: pl.DataFrame, title: str) -> Figure:
     axes.set_xticks(range(len(heatmap.taus)), heatmap.taus)
     axes.set_yticks(range(len(heatmap.rates)), heatmap.rates)
     axes.set(xlabel="Time scale of the decay, in steps", ylabel=f"Rate of {heatmap.name}")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=10, parse_math=False)
     figure.colorbar(image, label=f"Training loss at step {last:,}")
     return figure

@@ -113,12 +113,10 @@ def test_help_of_options(
     assert ">>>" not in out and "pyright" not in out  # from docstrings and comments
 
 
-def test_names_with_square_brackets_are_whole(
-    main: Main, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main(*RUN, "--steps", "5", "--seeds", "1", "--methods", "Signs [/-]")
+def test_names_are_shown_as_they_are(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    main(*RUN, "--steps", "5", "--seeds", "1", "--methods", "Signs [/-] :x:")
     out, err = capsys.readouterr()
-    assert "Signs [/-]" in out and err == "Signs [/-]: compiling\n"
+    assert "Signs [/-] :x:" in out and err == "Signs [/-] :x:: compiling\n"
 
 
 def test_run_with_overrides_then_plot(

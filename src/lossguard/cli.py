@@ -295,7 +295,7 @@ def _show(folder: Path) -> None:
 
 def _console() -> Console:
     """On which names are shown as they are, square brackets included."""
-    return Console(width=None if sys.stdout.isatty() else 160, markup=False)
+    return Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)
 
 
 def _over(reference: str, folder: Path) -> str:

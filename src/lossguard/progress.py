@@ -33,7 +33,7 @@ class Progress:
     def __init__(
         self, label: str, *, total: int, done: int = 0, unit: str = "steps", first: str = ""
     ) -> None:
-        self._console = Console(stderr=True, markup=False)
+        self._console = Console(stderr=True, markup=False, emoji=False)
         self._label, self._total, self._done, self._unit = label, total, done, unit
         self._bar = RichProgress(
             TextColumn("{task.description}", markup=False),

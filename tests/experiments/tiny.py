@@ -68,7 +68,7 @@ def make_methods(experiment: Experiment) -> Mapping[str, Callable[[], lossguard.
     return {
         "Signs": lambda: lossguard.unguarded(signs, nt=e.nt),
         "Signs+": lambda: lossguard.unguarded(optax.sgd(0.1), nt=e.nt),
-        "Signs [/-]": lambda: lossguard.unguarded(optax.sgd(0.2), nt=e.nt),
+        "Signs [/-] :x:": lambda: lossguard.unguarded(optax.sgd(0.2), nt=e.nt),
         "L2O": lambda: lossguard.unguarded(learned, nt=e.nt),
         "LGL2O": lambda: lossguard.loss_guard(learned, signs, nt=e.nt, nc=e.nc, loser=e.loser),
     }

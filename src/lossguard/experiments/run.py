@@ -35,8 +35,9 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
     """Run every method of an experiment; returns the folder of its records.
 
     Beside the curves it leaves ``evaluations.parquet``: loss and accuracy of the iterate on the
-    whole of both splits, at steps 50, 100, 200, 300, 500, 1,000 and so on where nt divides them, as
-    ten does, and at the last one. So methods are compared without the noise of minibatches.
+    whole of both splits, at steps 50, 100, 200, 300, 500, 1,000 and so on if nt is 1, 5 or 10, else
+    at those of them where a chunk ends, and at the last one. So methods are compared without the
+    noise of minibatches.
 
     Every seed draws its own initialization and order of minibatches, the same for all methods. A
     run stopped by Ctrl-C or killed goes on with ``resume``, from the last checkpoint, and ends with

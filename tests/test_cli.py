@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from rich.console import Console
+from rich.table import Column, Table
 
 from lossguard import cli, records
 from lossguard.command_line import find_recipe
@@ -117,6 +119,25 @@ def test_names_are_shown_as_they_are(main: Main, capsys: pytest.CaptureFixture[s
     main(*RUN, "--steps", "5", "--seeds", "1", "--methods", "Signs [/-] :x:")
     out, err = capsys.readouterr()
     assert "Signs [/-] :x:" in out and err == "Signs [/-] :x:: compiling\n"
+
+
+@pytest.mark.parametrize(("width", "parts"), [(160, 1), (80, 2)])
+def test_numbers_are_whole_in_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int, parts: int
+) -> None:
+    monkeypatch.setattr(cli, "_console", lambda: Console(width=width))
+    names = (
+        Column("method", no_wrap=True),
+        *(f"loss at {10**k:,}" for k in range(2, 7)),
+        "seconds",
+        "gradients",
+    )
+    table = Table(*names, padding=0)
+    table.add_row("GL2O (theta as decay)", *("0.0001234" for _ in range(5)), "1,234", "2,000,000")
+    cli._print(table)
+    told = capsys.readouterr().out
+    assert "…" not in told and told.count("GL2O (theta as decay)") == parts
+    assert told.count("0.0001234") == 5 and "1,234" in told and "2,000,000" in told
 
 
 def test_run_with_overrides_then_plot(

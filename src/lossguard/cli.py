@@ -26,6 +26,7 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+from rich.table import Table
 
 from . import __version__
 from .command_line import find_recipe, override, usage
@@ -178,8 +179,6 @@ def claims(arguments: Sequence[str]) -> None:
     """The paper's claims, judged by the records of runs."""
     about = "Judge the paper's claims by these runs."
     records = _records(_folders(Folders, arguments, "claims", about).folders)
-    from rich.table import Table
-
     from .experiments.claims import judge_claims
 
     table = Table("claim", "figure", "says", "outcome", "measured", show_lines=True)
@@ -289,8 +288,24 @@ def _show(folder: Path) -> None:
         }
         write_json(folder / VERDICTS, told)
     if not record.is_meta:
-        _console().print(figures.summary(record))
+        _print(figures.summary(record))
     print(f"figure: {drawn}\nrecords: {folder}")
+
+
+def _print(table: Table) -> None:
+    """A summary; in two parts, losses and costs, where the terminal has no room for its numbers."""
+    console = _console()
+    with console.capture() as whole:
+        console.print(table)
+    parts = [table.columns]
+    if "…" in whole.get():
+        losses = 1 + sum(str(column.header).startswith("loss") for column in table.columns)
+        parts = [table.columns[:losses], [table.columns[0], *table.columns[losses:]]]
+    for columns in parts:
+        part = Table(*(column.copy() for column in columns), title=table.title, padding=0)
+        for row in zip(*(column.cells for column in columns), strict=True):
+            part.add_row(*row)
+        console.print(part)
 
 
 def _console() -> Console:

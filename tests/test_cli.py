@@ -1,6 +1,7 @@
 """The command line as a user runs it: what it prints, what it leaves, how it refuses."""
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -119,6 +120,16 @@ def test_names_are_shown_as_they_are(main: Main, capsys: pytest.CaptureFixture[s
     main(*RUN, "--steps", "5", "--seeds", "1", "--methods", "Signs [/-] :x:")
     out, err = capsys.readouterr()
     assert "Signs [/-] :x:" in out and err == "Signs [/-] :x:: compiling\n"
+
+
+def test_letters_that_a_terminal_lacks_stop_nothing(
+    main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stdout = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    main(*RUN[:-1], "ü", "--steps", "5", "--seeds", "1", "--methods", "Signs")
+    stdout.seek(0)
+    assert stdout.read().endswith("figure: \\xfc/figure.png\nrecords: \\xfc\n")
 
 
 @pytest.mark.parametrize(("width", "parts"), [(160, 1), (80, 2)])

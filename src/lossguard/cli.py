@@ -11,6 +11,7 @@ lossguard list                  recipes, data sets, learned optimizers
 lossguard --version             which release this is
 """
 
+import io
 import itertools
 import os
 import secrets
@@ -35,6 +36,8 @@ from .validation import one_of
 
 def main() -> None:
     """The ``lossguard`` command: bad input is one sentence on stderr and exit status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # of letters that a terminal doesn't have
+        sys.stdout.reconfigure(errors="backslashreplace")
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print((__doc__ or "").strip() + "\n\nlossguard COMMAND --help tells more.")

@@ -363,6 +363,15 @@ def test_modules_of_one_name_are_kept_apart(tmp_path: Path) -> None:
     del sys.modules["twin"], sys.modules["twin_"]
 
 
+def test_module_may_import_one_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "besides.py").write_text("MINE = 'mine'\n")
+    (tmp_path / "importing.py").write_text("import besides\ndef recipe(): return besides.MINE\n")
+    found = find_recipe([f"{tmp_path / 'importing.py'}:recipe"], {}, "run", str)
+    assert found == ("recipe", "mine")
+    del sys.modules["besides"], sys.modules["importing"]
+
+
 def test_bug_in_a_users_module_shows_its_traceback(main: Main, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def recipe():\n    return {}['x']\n")
     with pytest.raises(KeyError):

@@ -81,6 +81,7 @@ def _load(path: Path, function: str) -> Callable[[], Any]:
     try:
         if name not in sys.modules:  # two recipes of a file share it
             sys.modules[name] = importlib.util.module_from_spec(spec)
+            sys.path.append(str(path.parent.resolve()))  # it may import modules beside it
             spec.loader.exec_module(sys.modules[name])
     except (SyntaxError, ImportError, NameError) as error:
         del sys.modules[name]

@@ -284,6 +284,7 @@ def test_command(
         (("nowhere",), "there is no folder nowhere"),
         (("half",), "half holds no finished run: manifest.json is missing"),
         ((".",), "no run in . can be read; half is not finished"),
+        (("half", "-o", "half"), "out must be a file, but half is a folder"),
     ],
 )
 def test_bad_input(

@@ -45,8 +45,10 @@ def report(folders: Sequence[Path], file: Path) -> Path:
     """Write a page about these runs, or folders of runs, and all claims; returns its file.
 
     Raises:
-        ValueError: as ``read_runs``.
+        ValueError: as ``read_runs``, or if the file is a folder.
     """
+    if file.is_dir():  # found out now, not after the claims are judged
+        raise ValueError(f"out must be a file, but {file} is a folder")
     records, others = read_runs(folders)
     claims = judge_claims(records)
     sections = [_section(folder, record) for folder, record in records.items()]

@@ -63,6 +63,15 @@ def test_axis_ends_where_a_mean_leaves(tmp_path: Path, monkeypatch: pytest.Monke
     assert data_of(report([run], tmp_path / "report.html"))[0]["ceiling"] == 20
 
 
+def test_a_manifest_that_lacks_how_a_run_was_made_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", curves_of(["SGDnm"], np.arange(1, 20)))
+    made = json.loads((run / records.MANIFEST).read_text())
+    del made["commit"], made["versions"]
+    records.write_json(run / records.MANIFEST, made)
+    with pytest.raises(ValueError, match=r"/run/manifest\.json lacks commit, versions$"):
+        report([run], tmp_path / "report.html")
+
+
 def test_page_tells_how_a_run_was_made(page: Path) -> None:
     text = page.read_text()
     for part in (

@@ -22,7 +22,7 @@ from plotly.offline import get_plotlyjs
 from ..curves import last_step
 from ..files import write_whole
 from ..metatrain.figure import OTHERS, kept, on_others
-from ..records import EVALUATIONS, Record, read_parquet
+from ..records import EVALUATIONS, MANIFEST, Record, read_parquet
 from .beyond import RECIPES
 from .claims import judge_claims
 from .evidence import FREE, has_settings
@@ -45,13 +45,13 @@ def report(folders: Sequence[Path], file: Path) -> Path:
     """Write a page about these runs, or folders of runs, and all claims; returns its file.
 
     Raises:
-        ValueError: as ``read_runs``, or if the file is a folder.
+        ValueError: as ``read_runs``, or if the file is a folder, or a manifest lacks provenance.
     """
     if file.is_dir():  # found out now, not after the claims are judged
         raise ValueError(f"out must be a file, but {file} is a folder")
     records, others = read_runs(folders)
-    claims = judge_claims(records)
     sections = [_section(folder, record) for folder, record in records.items()]
+    claims = judge_claims(records)
     runs = _in_order(sections, {claim.folder for claim in claims})
     ids = {run["path"]: run["id"] for run in runs}
     environment = jinja2.Environment(
@@ -154,6 +154,8 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 def _section(folder: Path, record: Record) -> dict[str, Any]:
     """What the page says about one run."""
     config, made, curves = record
+    if missing := [field for field in PROVENANCE if field not in made]:
+        raise ValueError(f"{folder / MANIFEST} lacks {', '.join(missing)}")
     meta = record.is_meta
     name = f"Meta-training of {config['name']}" if meta else config["name"]
     figure = _figure(config["name"], meta)
@@ -298,6 +300,10 @@ def _evaluations(folder: Path) -> list[tuple[str, list[str], Rows]]:
     rows = [[row[0], *(f"{value:.4g}" for value in row[1:])] for row in means.iter_rows()]
     caption = "The last iterate on the whole of both splits, mean over seeds"
     return [(caption, [name.replace("_", " ") for name in means.columns], rows)]
+
+
+PROVENANCE = ("time", "command", "commit", "device", "platform", "versions", "python")
+"""What ``records.manifest`` has of every run."""
 
 
 def _provenance(made: dict[str, Any]) -> dict[str, str]:

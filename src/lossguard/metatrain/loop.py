@@ -20,7 +20,7 @@ from ..progress import Progress
 from ..tasks.datasets import load_dataset
 from ..tasks.models import MLP, ConvNet
 from ..tasks.task import Task
-from ..validation import check_count, check_positive
+from ..validation import check_count, check_positive, check_real
 from .truncated import Optimizees, meta_gradient, restart_finished, start, unroll
 
 WEIGHTS = "weights.safetensors"
@@ -147,8 +147,7 @@ def _check(config: MetaTraining) -> None:
         check_count(name, getattr(config, name))
     for name in ("rate", "clip", "scale", "p"):
         check_positive(**{name: getattr(config, name)})
-    if not 0 <= config.b2 < 1:
-        raise ValueError(f"b2 must be at least 0 and below 1, got {config.b2}")
+    check_real("b2", config.b2, "at least 0 and below 1", lambda v: 0 <= v < 1)
     check_count("curriculum", config.curriculum, least=0)
     if not 0 <= config.seed < 2**32:  # others would be taken modulo 2^32
         raise ValueError(f"seed must be in 0 to 2^32 - 1, got {config.seed}")

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from ..validation import check_choice, check_count
+from ..validation import check_choice, check_count, check_real
 from .dataset import POINT_SCALINGS, Dataset, make_dataset
 
 
@@ -43,8 +43,7 @@ def spirals(
     (True, 500)
     """
     _check_points(samples, test_samples, noise, seed, scaling)
-    if not turns > 0:
-        raise ValueError(f"turns must be above 0, got {turns}")
+    check_real("turns", turns, "above 0", lambda v: v > 0)
     rng = np.random.default_rng(seed)
 
     def arms(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -82,8 +81,7 @@ def circles(
     from sklearn.datasets import make_circles  # takes a second to import
 
     _check_points(samples, test_samples, noise, seed, scaling)
-    if not 0 <= factor < 1:
-        raise ValueError(f"factor must be at least 0 and below 1, got {factor}")
+    check_real("factor", factor, "at least 0 and below 1", lambda v: 0 <= v < 1)
     train_seed, test_seed = _two_seeds(seed)
     train = make_circles(samples, noise=noise, factor=factor, random_state=train_seed)
     test = make_circles(test_samples, noise=noise, factor=factor, random_state=test_seed)
@@ -141,7 +139,6 @@ def _two_seeds(seed: int) -> tuple[int, int]:
 def _check_points(samples: int, test_samples: int, noise: float, seed: int, scaling: str) -> None:
     check_count("samples", samples, least=2)
     check_count("test_samples", test_samples, least=2)
-    if not noise >= 0:
-        raise ValueError(f"noise must be at least 0, got {noise}")
+    check_real("noise", noise, "at least 0", lambda v: v >= 0)
     check_count("seed", seed, least=0)
     check_choice("scaling", scaling, POINT_SCALINGS)

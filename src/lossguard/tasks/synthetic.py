@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from scipy import optimize
 from scipy.special import expit
 
-from ..validation import check_count, check_positive
+from ..validation import check_count, check_positive, check_real
 
 
 class Quadratic(eqx.Module):
@@ -141,7 +141,7 @@ def quadratic(
     (0.009999999776482582, 1.0, 0.0)
     """
     check_count("n", n, least=2)
-    _check(0 < mu <= L, "mu", mu, f"above 0 and at most L = {L}")
+    check_real("mu", mu, f"above 0 and at most L = {L}", lambda v: 0 < v <= L)
     rotation_key, minimum_key = jax.random.split(key)
     direction = jax.random.normal(minimum_key, (n,))
     return Quadratic(
@@ -173,7 +173,7 @@ def ridge_logistic(
     check_count("n", n)
     check_count("samples", samples)
     check_positive(mu=mu)
-    _check(0 <= flipped <= 1, "flipped", flipped, "between 0 and 1")
+    check_real("flipped", flipped, "between 0 and 1", lambda v: 0 <= v <= 1)
     input_key, rule_key, flip_key = jax.random.split(key, 3)
     inputs = jax.random.normal(input_key, (samples, n))
     labels = jnp.where(inputs @ jax.random.normal(rule_key, (n,)) > 0, 1.0, -1.0)
@@ -201,8 +201,3 @@ def _ridge_minimum(a: np.ndarray, b: np.ndarray, mu: float) -> np.ndarray:
         return mu * np.eye(len(w)) + (a.T * (p * (1 - p))) @ a / len(b)
 
     return optimize.root(gradient, np.zeros(a.shape[1]), jac=hessian, tol=1e-14).x
-
-
-def _check(holds: bool, name: str, value: float, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {allowed}, got {value}")

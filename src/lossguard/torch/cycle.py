@@ -117,7 +117,7 @@ class Cycle:
                 elif lane is inside and not self.checking:
                     self.placing.save(lane.copy)
             if inside is not None:
-                schedules.undo(inside, inside.inner)
+                schedules.undo(inside)
             self.phase = 0
             raise
         finally:
@@ -168,9 +168,9 @@ class Cycle:
             value = self._unless_lost(lane, lambda: self._check(closure, lane.copy))
             lane.check.append(scalar(value))
             return value
-        schedules.before(lane, lane.inner, k)
+        schedules.before(lane, k)
         value = self._unless_lost(lane, lambda: self._train(closure, lane))
-        schedules.after(lane, lane.inner, k)
+        schedules.after(lane, k)
         lane.train.append(scalar(value))
         return value
 

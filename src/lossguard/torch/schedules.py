@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LRScheduler
 
-from lossguard.torch.inner import Inner
+from lossguard.torch.lane import Lane
 
 
 class Schedules:
@@ -17,22 +17,25 @@ class Schedules:
     def __init__(self, schedulers: Sequence[LRScheduler]) -> None:
         self.schedulers = schedulers
         self._seen: dict[int, list[list[dict[str, Any]]]] = {}
-        self._leaders: dict[int, object] = {}
+        self._leaders: dict[int, Lane] = {}
 
-    def before(self, lane: object, inner: Inner, k: int) -> None:
-        """Before the optimizer's step on the run's train minibatch number k."""
+    def before(self, lane: Lane, k: int) -> None:
+        """Before a lane's step on the run's train minibatch number k."""
+        inner = lane.inner
         if self._leaders.setdefault(id(inner), lane) is lane:
             self._seen.setdefault(id(inner), [inner.schedule()])
         else:
             inner.follow(self._seen[id(inner)][k])
 
-    def undo(self, lane: object, inner: Inner) -> None:
+    def undo(self, lane: Lane) -> None:
         """After an error in the step: the optimizer's rates are those that the first lane left."""
+        inner = lane.inner
         if self._leaders.get(id(inner), lane) is not lane:
             inner.follow(self._seen[id(inner)][-1])
 
-    def after(self, lane: object, inner: Inner, k: int) -> None:
+    def after(self, lane: Lane, k: int) -> None:
         """After it."""
+        inner = lane.inner
         seen = self._seen[id(inner)]
         if self._leaders[id(inner)] is not lane:
             inner.follow(seen[k + 1])

@@ -11,8 +11,9 @@ from .validation import check_count, check_kind
 
 
 @eqx.filter_jit(donate="all-except-first")
-def _donating(held: tuple, state: GuardState) -> tuple[GuardState, Decision]:
-    guard, objective, cycles, most = held
+def _loop(kept: tuple, state: GuardState) -> tuple[GuardState, Decision]:
+    """The loop in a buffer for ``most`` decisions. All that is not to be donated is ``kept``."""
+    guard, objective, cycles, most = kept
     step = jax.jit(lambda state: guard.step(state, objective))  # traced once for both uses
     _, shapes = jax.eval_shape(step, state)
     none = jax.tree.map(lambda leaf: jnp.zeros((most, *leaf.shape), leaf.dtype), shapes)
@@ -64,9 +65,9 @@ def rollout(
     most = cycles if most is None else check_count("most", most)
     if cycles > most:
         raise ValueError(f"cycles must be at most {most}, got {cycles}")
-    held = {id(leaf) for leaf in jax.tree.leaves(objective)}  # by the objective, and not to donate
-    state = jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in held else leaf, state)
-    state, decisions = _donating((guard, objective, jnp.int32(cycles), most), state)
+    shared = {id(leaf) for leaf in jax.tree.leaves(objective)}  # which can't be donated
+    state = jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in shared else leaf, state)
+    state, decisions = _loop((guard, objective, jnp.int32(cycles), most), state)
     if cycles < most:
         decisions = jax.tree.map(lambda leaf: leaf[:cycles], decisions)
     return state, decisions

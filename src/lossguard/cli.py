@@ -317,7 +317,7 @@ def _console() -> Console:
 
 
 def _over(reference: str, folder: Path) -> str:
-    """In one line, where the methods of a run ended, in losses of one of them."""
+    """One line: the loss of each method at the end of a run, over that of the reference."""
     from .curves import last_step, mark_loss, over_seeds
     from .records import read_run
 
@@ -340,7 +340,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _place(error: Exception, arguments: Sequence[str]) -> str:
-    """Where in the user's own module it was raised, or what raised it was called."""
+    """The line of the user's own module that raised it, or called what did, if one did."""
     own = {Path(given.rpartition(":")[0]).resolve() for given in arguments if ".py:" in given}
     frames = traceback.extract_tb(error.__traceback__)
     places = [f"{one.filename}, line {one.lineno}" for one in frames if Path(one.filename) in own]

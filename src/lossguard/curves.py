@@ -13,12 +13,12 @@ COUNTERS = ("gradients", "forwards", "learned_updates")
 
 
 def last_step(curves: pl.DataFrame) -> int:
-    """The last optimizer step of curves as :func:`join` makes them."""
+    """The last optimizer step of curves as ``join`` makes them."""
     return int(curves["step"].max())  # pyright: ignore[reportArgumentType]
 
 
 def were_taken(decisions: Decision) -> np.ndarray:
-    """Which of a cycle's nt steps were, [..., nt]: windows that adapt may be shorter."""
+    """Which of a cycle's nt steps were taken, [..., nt]: fewer may be, where windows adapt."""
     return np.arange(decisions.losses.shape[-1]) < np.asarray(decisions.steps)[..., None]
 
 
@@ -28,12 +28,12 @@ def thin(decisions: Decision, start: np.ndarray, spent: pl.DataFrame | None = No
     Args:
         decisions: with axes [seeds, cycles], as a rollout over several seeds returns them.
         start: [seeds], optimizer steps taken before the chunk.
-        spent: the last chunk's totals, as :func:`totals` makes them.
+        spent: the last chunk's totals, as ``totals`` makes them.
 
     Returns:
         One row for each seed and bin: ``seed``, ``step`` (where the bin ends: every step up to
         1,000, then every tenth, and so on), ``last`` (the last step taken in it), ``count`` of
-        steps, and sums over these. Bins that two chunks share are joined by :func:`join`.
+        steps, and sums over these. Bins that two chunks share are joined by ``join``.
     """
     d = jax.tree.map(np.asarray, decisions)
     seeds, cycles, nt = d.losses.shape

@@ -51,7 +51,7 @@ KINDS: Mapping[str, type] = {
     "data": str,
     "versions": dict,
 }
-"""Of the fields of configs and manifests that are read."""
+"""Types of those fields of configs and manifests that are read."""
 CPUINFO = Path("/proc/cpuinfo")
 PACKAGES = ("lossguard", "jax", "jaxlib", "optax", "equinox", "numpy", "polars")
 
@@ -176,7 +176,7 @@ def read_run(folder: Path) -> Record:
 
 
 def _lack(record: Record, columns: Sequence[str]) -> tuple[str, str]:
-    """A file of a record, and what it has no values of although all fields are there, or ""."""
+    """The file of a record that lacks values, and which, or "" twice: all fields are there."""
     config, made, curves = record
     if curves.is_empty():
         return CURVES, "rows"
@@ -235,7 +235,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Its model, since another rounds otherwise, and how many cores it has."""
+    """The model of the processor, since another one rounds otherwise, and its number of cores."""
     with contextlib.suppress(OSError):  # only Linux has it
         for line in CPUINFO.read_text().splitlines():
             if line.startswith("model name"):

@@ -18,9 +18,9 @@ from .recipes import PAPERS
 from .run import as_config
 
 FREE = ("title", "steps", "seeds", "seed", "methods", "vectorize")
-"""What a run may have otherwise than its recipe and still speak for it."""
+"""Settings in which a run may differ from its recipe and still speak for it."""
 FUNCTIONS = ("make_task", "make_methods")
-"""Of these only whether they are ours: they may have been moved or renamed since the run."""
+"""Compared only by whether they are this package's: they may have been renamed since the run."""
 
 
 @dataclass(frozen=True)

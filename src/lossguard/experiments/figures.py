@@ -108,7 +108,7 @@ def draw(curves: pl.DataFrame, title: str) -> Figure:
 
 
 def style_numbers(methods: Sequence[str]) -> dict[str, int]:
-    """Of each method's color and dashes: the paper's and ours look alike in all their figures."""
+    """The number of each method's color and dashes: one of ``NAMED`` looks alike in all figures."""
     known = {*methods} <= NAMED.keys()
     return {method: NAMED[method] if known else at for at, method in enumerate(methods)}
 

@@ -92,9 +92,10 @@ def _linked(measured: str, ids: dict[Path, str]) -> Markup:
 
 
 def _in_order(sections: list[dict[str, Any]], speaking: set[Path | None]) -> list[dict[str, Any]]:
-    """The paper's figures, then others by name; of a figure first what speaks for it, then latest.
+    """By the paper's figure, then whether a claim cites them, then name; of one name latest first.
 
-    ``id`` is where a section is on the page, ``later`` where the latest is that supersedes it.
+    Each section gets ``id``, its place on the page, and ``later``, that of the latest section that
+    supersedes it, if one does.
     """
 
     def place(section: dict[str, Any]) -> tuple[float, bool, str]:
@@ -114,8 +115,8 @@ def _in_order(sections: list[dict[str, Any]], speaking: set[Path | None]) -> lis
 def _supersedes(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether a run is later than another and has all of it: its methods, seeds and steps.
 
-    A run with other settings than its recipe's takes no other's place, nor does another its; of
-    one's own recipes, whose settings may be options, runs must have the same ones.
+    Runs whose settings aren't those of their recipe supersede nothing, and nothing supersedes them.
+    Recipes of one's own can't be looked up: of these both runs must have the same settings.
     """
     return (
         one["name"] == other["name"]

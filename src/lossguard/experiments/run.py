@@ -1,4 +1,4 @@
-"""Run an experiment: its methods one after another, its seeds side by side, its records on disk."""
+"""Run an experiment: its methods one after another, seed by seed in chunks; records on disk."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass

@@ -46,7 +46,7 @@ def best_of(guards: Sequence[Guard], *, nc: int = 0, decay: float = 0.9) -> Guar
 
     Ten steps' check can't tell which of several optimizers is better in the long run; paths that
     none of the others disturbs can. For any guards and at any time, the discounted sum of the
-    losses that x reports is at most that of each guard which was finite so far (``be the leader'':
+    losses that x reports is at most that of each guard which was finite so far ("be the leader":
     Kalai and Vempala, 2005):
 
         sum_c decay^(C-c) d[followed in c](c)  <=  min_j sum_c decay^(C-c) d[j](c)

@@ -68,7 +68,7 @@ class Lanes:
         )
 
     def branches(self, x: Params, state: LanesState, anew: Bool[Array, ""]) -> tuple[Branch, ...]:
-        """Where each lane starts from, the learned ones ``anew`` or as they are."""
+        """Where each lane starts from; ``anew``: the learned ones from fresh optimizer states."""
         branches = [
             Branch(x, select(anew, keep_schedules(one.init(x), old), old))
             for one, old in zip(self.learned, state.learned, strict=True)

@@ -82,8 +82,8 @@ def loss_guard(
 
     With ``hedge`` a third lane runs on the same minibatches, s <- nt steps of the fallback from s,
     and x becomes s where that is better: never worse than the fallback alone, up to the error of
-    the decision. While x lies on the fallback's own path, z is s and costs nothing. By what x goes
-    back, to that path or to the best that it has been, ``track_record`` and ``ratchet`` say.
+    the decision. While x lies on the fallback's own path, z is s and costs nothing. When x goes
+    back, to that path or to its own best, ``track_record`` and ``ratchet`` say.
 
     A lane whose parameters or check losses are not finite can't win (parameters may be infinite
     where they are so in x, as masks are); if none can, x stays. Where a track record spares s the
@@ -328,7 +328,7 @@ def loss_guard(
         steps: Int[Array, ""] | int,
         checked: int,
     ) -> tuple[Excess, Int[Array, ""]]:
-        """The row that is kept once the track record, if any, has been asked; and the record."""
+        """The record after this cycle, and the row that is kept by it, or by the verdict alone."""
         if record is None:
             return inner.excess, verdict.row
         own = len(losses) - 1
@@ -340,7 +340,7 @@ def loss_guard(
         return excess, jnp.where(back, own, verdict.row)
 
     def begin_anew(inner: LossGuardState) -> Bool[Array, ""]:
-        """Whether the learned lanes do."""
+        """Whether the learned lanes start from fresh optimizer states."""
         waited = (inner.probing.wait > 0) & (probing.start == "reset")
         return waited if inner.ratchet is None else waited | inner.ratchet.anew
 

@@ -112,7 +112,7 @@ def start(params: Params, inner: PyTree) -> GuardState:
 
 
 def check_state(state: Any, inner: type = object) -> None:
-    """Refuse what is no state of a guard that keeps an ``inner``."""
+    """Refuse what is no state, or has another kind of ``inner``."""
     check_kind("state", state, GuardState, "guard.init(params)")
     if not isinstance(state.inner, inner):
         raise ValueError(
@@ -122,7 +122,7 @@ def check_state(state: Any, inner: type = object) -> None:
 
 
 def are_several(learned: Any) -> bool:
-    """Whether these are optimizers, and not one, which is a tuple too."""
+    """Whether this is a list or tuple of optimizers, and not one, which is a named tuple."""
     return isinstance(learned, list | tuple) and not hasattr(learned, "init")
 
 

@@ -10,7 +10,8 @@ from ..drawing import log_losses, save
 from ..records import Record
 
 OTHERS_STEPS = 100
-"""After so many steps the losses on other data sets are compared: a rollout of the paper's."""
+"""The optimizer step at which losses on other data sets are compared, where the paper's rollouts
+end."""
 OTHERS = f"Validation loss up to step {OTHERS_STEPS}, over the initial one"
 
 

@@ -17,7 +17,7 @@ from ..validation import check_count, check_positive, check_real
 
 
 class Quadratic(eqx.Module):
-    """f(w) = 1/2 sum_j lambda_j <r_j, w - w*>^2, whose minimum is 0. Made by :func:`quadratic`."""
+    """f(w) = 1/2 sum_j lambda_j <r_j, w - w*>^2, whose minimum is 0. Made by ``quadratic``."""
 
     rotation: Float[Array, "n n"]
     """Its columns r_j are the eigenvectors of the Hessian."""
@@ -46,7 +46,7 @@ class Quadratic(eqx.Module):
 
 
 class RidgeLogistic(eqx.Module):
-    """f(w) = mean_j log(1 + exp(-b_j <a_j, w>)) + mu/2 ||w||^2. Made by :func:`ridge_logistic`."""
+    """f(w) = mean_j log(1 + exp(-b_j <a_j, w>)) + mu/2 ||w||^2. Made by ``ridge_logistic``."""
 
     inputs: Float[Array, "samples n"]
     """a_j."""

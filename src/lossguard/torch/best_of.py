@@ -39,7 +39,7 @@ class BestOf(LaneGuard):
     Ten steps can't tell which of two learning rates is better in the long run: from any point, the
     lower one lowers the loss at once, since it takes noise out. Paths that none disturbs can. In
     every run, for any optimizers and at any time, the discounted sum of the decisions' ``losses``
-    is at most that of each lane that was always finite and never stopped (``be the leader'': Kalai
+    is at most that of each lane that was always finite and never stopped ("be the leader": Kalai
     and Vempala, 2005), so that of the fallback alone:
 
         sum_c decay^(C-c) d[followed in c](c)  <=  min_j sum_c decay^(C-c) d[j](c)

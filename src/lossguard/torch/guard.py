@@ -106,7 +106,7 @@ class Guard(Facade):
         raise NotImplementedError
 
     def _load(self, state: dict[str, Any]) -> None:
-        """Put a copy of what :meth:`_save` made in place."""
+        """Put a copy of what ``_save`` made in place."""
         raise NotImplementedError
 
     def _check_saved(self, saved: dict[str, Any]) -> None:

@@ -144,7 +144,7 @@ class Inner:
                 self.optimizer.state[params[index]] = _uncast(state, loaded)
 
     def memory_in(self, saved: dict[str, Any]) -> Memory:
-        """What :meth:`state_dict` saved of a memory, read by way of the optimizer."""
+        """What ``state_dict`` saved of a memory, read by way of the optimizer."""
         current = self.remember()
         self.load_state_dict(saved)
         memory = self.remember()

@@ -21,7 +21,7 @@ class Randomness:
         return states
 
     def set(self, states: list[Tensor]) -> None:
-        """Put every generator back to a state that :meth:`state` returned."""
+        """Put every generator back to a state that ``state`` returned."""
         torch.set_rng_state(states[0].cpu())
         for device, state in zip(self.devices, states[1:], strict=False):
             module = torch.get_device_module(device)

@@ -35,7 +35,7 @@ class Weights:
         return [self._copied(tensor) for tensor in self._live()]
 
     def others(self) -> list[Tensor]:
-        """The parameters of the model that no optimizer has, and that may be seen to change."""
+        """The parameters of the model that no optimizer has, if PyTorch counts their changes."""
         ours = {id(p) for p in self.params}
         params = () if self.model is None else self.model.parameters()
         others = [p for p in params if id(p) not in ours and not p.is_inference()]

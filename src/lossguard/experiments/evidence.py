@@ -53,7 +53,7 @@ class Run:
         return self._losses[k]
 
     @property
-    def steps(self) -> int:
+    def full_length(self) -> int:
         """The length that the recipe asks for, in optimizer steps."""
         return self.recipe.steps
 
@@ -62,9 +62,9 @@ class Run:
         return set(methods) <= set(self.config["methods"])
 
     @property
-    def at_full_length(self) -> int:
+    def methods_at_full_length(self) -> int:
         """How many of the recipe's methods it took to the recipe's length."""
-        if self.last < self.steps:
+        if self.last < self.full_length:
             return 0
         return len({*self.recipe.methods} & {*self.config["methods"]})
 
@@ -91,7 +91,7 @@ class Evidence(NamedTuple):
         ]
         return max(
             reversed(fit),
-            key=lambda run: (run.at_full_length, run.config["seeds"], run.last),
+            key=lambda run: (run.methods_at_full_length, run.config["seeds"], run.last),
             default=None,
         )
 

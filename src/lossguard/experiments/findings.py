@@ -42,7 +42,7 @@ def at(run: Run, k: int, test: Callable[[Losses], bool], methods: Sequence[str])
 
 def at_end(run: Run, test: Callable[[Losses], bool], methods: Sequence[str]) -> Finding:
     """What a test says of the losses at step K, which is the paper's or a later one."""
-    return at(run, max(run.last, run.steps), test, methods)
+    return at(run, max(run.last, run.full_length), test, methods)
 
 
 def at_marks(
@@ -97,8 +97,8 @@ def tracks(run: Run, method: str, other: str) -> Finding:
 
 def diverges(run: Run, method: str) -> Finding:
     """Loss(m, K) > 2 min_k Loss(m, k), or not finite; k is 1 or a mark or K."""
-    if run.last < run.steps:
-        return Finding(None, f"{method} was not run to step {run.steps:,}")
+    if run.last < run.full_length:
+        return Finding(None, f"{method} was not run to step {run.full_length:,}")
     rise = over_least(run, method, run.last)
     return Finding(rise > 2, f"{method} ends at {rise:.3g} times its least loss")
 
@@ -111,7 +111,7 @@ def over_least(run: Run, method: str, k: int) -> float:
 
 def every_mark(run: Run) -> list[int]:
     """The marks up to K, and to the recipe's length if the run is shorter."""
-    return marks(max(run.last, run.steps))
+    return marks(max(run.last, run.full_length))
 
 
 def divided(a: float, b: float) -> float:

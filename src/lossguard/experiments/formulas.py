@@ -109,8 +109,9 @@ def first_is_better(run: Run, first: str, second: str) -> Finding:
 
 def clear_best(run: Run) -> Finding:
     """C10: no other setting is within 5 % of the best, that is, tracks it."""
-    if run.last < run.steps:
-        return Finding(None, f"step {run.steps:,} was not reached, the last one is {run.last:,}")
+    if run.last < run.full_length:
+        told = f"step {run.full_length:,} was not reached, the last one is {run.last:,}"
+        return Finding(None, told)
     losses = run.losses(run.last)
     best, *others = sorted(losses, key=lambda m: losses[m])
     near = [m for m in others if losses[m] <= 1.05 * losses[best]]

@@ -1,6 +1,7 @@
 """The PyTorch guard follows the JAX one: same weights, same minibatches, same decisions."""
 
 import os
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -40,13 +41,18 @@ def spirals():
     return model, logits, (points.astype(np.float32), labels)
 
 
+@cache
+def digits():
+    """Minibatches of MNIST: decoding all of it takes seconds."""
+    train = lossguard.tasks.load_dataset("mnist").train
+    pixels = np.asarray(train.inputs[: 8 * COUNT], np.float32).reshape(COUNT, 8, 1, 28, 28) / 255
+    return pixels, np.asarray(train.labels[: 8 * COUNT], np.int64).reshape(COUNT, 8)
+
+
 def images():
     """MNIST, and the paper's convolutional net."""
     if not Path(os.environ.get("LOSSGUARD_DATA", ""), "mnist").is_dir():
         pytest.skip("LOSSGUARD_DATA names no folder with mnist")
-    train = lossguard.tasks.load_dataset("mnist").train
-    pixels = np.asarray(train.inputs[: 8 * COUNT], np.float32).reshape(COUNT, 8, 1, 28, 28) / 255
-    labels = np.asarray(train.labels[: 8 * COUNT], np.int64).reshape(COUNT, 8)
     model = nn.Sequential(
         nn.Conv2d(1, 8, 5, 2), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU(),
         nn.Conv2d(16, 32, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10),
@@ -59,7 +65,7 @@ def images():
             x = jax.nn.relu(convolve(x, weight, 2) + bias)
         return x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1) @ w.T + b
 
-    return model, logits, (pixels, labels)
+    return model, logits, digits()
 
 
 PROBLEMS = {"spirals-mlp": (spirals, 0.02, 0.5), "mnist-convnet": (images, 0.002, 0.02)}

@@ -16,6 +16,8 @@ import polars as pl
 import pytest
 
 from lossguard.curves import last_step, mark_loss
+from lossguard.experiments.claims import judge_claims
+from lossguard.experiments.folders import read_runs
 from lossguard.records import CURVES
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +97,13 @@ def test_losses_are_those_of_the_records(page: str, comment: str, table: str) ->
         if not isinstance(loss, float) or not is_rounded(written, loss):
             wrong.append(f"{group} {label} at {mark}: {written}, recorded {loss}")
     assert not wrong, f"docs/{page}.md\n" + "\n".join(wrong)
+
+
+def test_verdicts_are_those_of_the_records() -> None:
+    page = (ROOT / "docs" / "reproduction.md").read_text()
+    told = dict(re.findall(r"^\| (C\d+\w?) \|[^|]*\|[^|]*\| ([a-z ]+) \|", page, re.M))
+    judged = judge_claims(read_runs([ROOT / "results"])[0])
+    assert told == {verdict.id: verdict.outcome for verdict in judged}
 
 
 def test_most_tables_are_checked() -> None:

@@ -287,3 +287,18 @@ def test_windows_keep_their_factor_while_the_learned_lane_waits() -> None:
     )
     _, decisions = play(guard, level, jnp.ones(2), 5)
     np.testing.assert_array_equal(decisions.steps, [2, 4, 4, 8, 8])
+
+
+def test_the_last_training_losses_count_in_a_window_of_any_length() -> None:
+    """The loss on minibatch i is i, so that the mean says which were compared."""
+    windows, criterion = lossguard.adaptive(most=4), lossguard.mean_criterion(training=2)
+    guard = lossguard.loss_guard(
+        optax.sgd(0.1), optax.sgd(0.1), nt=NT, nc=NC, windows=windows, criterion=criterion
+    )
+    _, decisions = play(guard, lambda w, i: 0 * w.sum() + i, jnp.ones(2), 4)
+    first = 0
+    for steps, mean in zip(decisions.steps, decisions.learned_loss, strict=True):
+        end = first + steps + NC * (steps // NT)
+        assert mean == jnp.arange(first + steps - 2, end).mean()
+        first = end
+    assert decisions.steps.tolist() == [3, 6, 12, 12]

@@ -45,7 +45,8 @@ class Decision(NamedTuple):
     steps: Int[Array, ""]
     """Optimizer steps of this cycle: nt, unless windows adapt."""
     learned_loss: Float[Array, ""]
-    """Mean loss of the learned branch over the check minibatches (of the best, if several)."""
+    """Mean loss of the learned branch over the check minibatches (of the best, if several), and the
+    training ones that the criterion counts."""
     fallback_loss: Float[Array, ""]
     """Mean loss of the fallback branch over the check minibatches (of the better one of those that
     were checked, if two)."""

@@ -12,8 +12,9 @@ class Decision(NamedTuple):
         used_learned: nt flags, one per optimizer step: whether the learned update was kept.
         losses: nt training losses of the kept branch, each before its step; of the fallback's if x
             stayed.
-        learned_loss: mean loss of y over the check minibatches (and over the ranks), of the best y
-            if there are several; NaN if no learned lane ran.
+        learned_loss: mean loss of y over the check minibatches, and the training ones that the
+            criterion counts (and over the ranks), of the best y if there are several; NaN if no
+            learned lane ran.
         fallback_loss: the same of z, or of the better of z and s; NaN if nothing was checked.
         finite_learned: whether y and its check loss are finite, any of them if there are several.
         finite_fallback: the same of the fallback's.

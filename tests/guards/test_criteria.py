@@ -373,3 +373,23 @@ def test_a_last_step_that_spoils_all_is_seen() -> None:
         guard = lossguard.loss_guard(learned, optax.sgd(0.01), nc=1, criterion=criterion)
         _, decision = guard.step(guard.init(jnp.ones(2)), lambda w, i: w @ w / 2)
         assert bool(decision.used_learned.all()) == kept
+
+
+@pytest.mark.parametrize("nc", [1, 3])
+@pytest.mark.parametrize("hedge", [False, True, "only"])
+def test_what_a_lead_in_training_may_spoil(nc, hedge) -> None:
+    """A branch that led by g at each of k steps is kept if its end is worse by less than k g / nc.
+
+    So it is against the fallback's own path: f(x) <= f(s) is for check losses alone.
+    """
+    k, g = 4, 0.5
+    for spoilt, kept in ((0.99 * k * g / nc, True), (1.01 * k * g / nc, False)):
+        steps = {0: g, k: -g - spoilt}  # the loss is w: down by g, and up in the last step
+        learned = optax.sgd(lambda t, steps=steps: sum((t == at) * r for at, r in steps.items()))
+        criterion = lossguard.mean_criterion(training=k)
+        guard = lossguard.loss_guard(
+            learned, optax.sgd(0.0), nt=k + 1, nc=nc, hedge=hedge, criterion=criterion
+        )
+        state, decision = guard.step(guard.init(jnp.zeros(())), lambda w, i: w)
+        assert bool(decision.used_learned.all()) == kept
+        assert float(state.params) == pytest.approx(spoilt if kept else 0)

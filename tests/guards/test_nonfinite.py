@@ -267,3 +267,16 @@ def test_a_mask_is_not_reported_as_not_finite(trusted) -> None:
     params = {"w": jnp.ones(1), "mask": jnp.array([-jnp.inf])}
     _, decision = guard.step(guard.init(params), lambda params, i: jnp.sum(params["w"] ** 2))
     assert decision.finite_learned and decision.finite_fallback
+
+
+@pytest.mark.parametrize(("training", "winner"), [(0, 0), (3, 0), (4, -1)])
+def test_training_losses_that_count_must_be_finite(training, winner) -> None:
+    """Minibatch 6 of ten is bad, and both optimizers pass over it."""
+    learned, fallback = (optax.apply_if_finite(optax.sgd(rate), 100) for rate in (0.2, 0.1))
+    criterion = lossguard.mean_criterion(training=training)
+    guard = lossguard.loss_guard(learned, fallback, nt=10, nc=1, criterion=criterion)
+    _, decision = guard.step(
+        guard.init(jnp.ones(2)), lambda w, i: w @ w * jnp.where(i == 6, jnp.nan, 1)
+    )
+    assert decision.winner == winner
+    assert decision.finite_learned == decision.finite_fallback == (winner == 0)

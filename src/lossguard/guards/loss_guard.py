@@ -86,10 +86,11 @@ def loss_guard(
     back, to that path or to its own best, ``track_record`` and ``ratchet`` say.
 
     A lane whose parameters or check losses are not finite can't win (parameters may be infinite
-    where they are so in x, as masks are); if none can, x stays. Where a track record spares s the
-    check, its training losses count instead. So x is finite for ever if it begins so. An optimizer
-    state that is no longer finite is made anew, and a lane s that is no longer finite begins again
-    at x. Ties go to s, then z.
+    where they are so in x, as masks are), nor one with such a training loss among those that the
+    criterion counts; if none can, x stays. Where a track record spares s the check, its training
+    losses count instead. So x is finite for ever if it begins so. An optimizer state that is no
+    longer finite is made anew, and a lane s that is no longer finite begins again at x. Ties go to
+    s, then z.
 
     Args:
         learned: the optimizer that is not trusted, an optax transformation; or several, of which

@@ -49,7 +49,7 @@ class Decision(NamedTuple):
     training ones that the criterion counts."""
     fallback_loss: Float[Array, ""]
     """Mean loss of the fallback branch over the check minibatches (of the better one of those that
-    were checked, if two)."""
+    were checked, if two), and the same training ones."""
     finite_learned: Bool[Array, ""]
     """Whether the learned branch had finite parameters and losses (any of them, if several)."""
     finite_fallback: Bool[Array, ""]

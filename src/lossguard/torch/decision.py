@@ -16,7 +16,7 @@ class Decision(NamedTuple):
             criterion counts (and over the ranks), of the best y if there are several; NaN if no
             learned lane ran.
         fallback_loss: the same of z, or of the better of z and s; NaN if nothing was checked.
-        finite_learned: whether y and its check loss are finite, any of them if there are several.
+        finite_learned: whether y and the losses compared are finite, of any y if there are several.
         finite_fallback: the same of the fallback's.
         reset_learned: whether a learned optimizer's state was not finite and has been reset.
         reset_fallback: the same of the fallback's, or s began again at x.

@@ -17,7 +17,7 @@ class Verdict(NamedTuple):
         row: the row that is kept, or -1.
         settled: whether the criterion has decided about every learned lane.
         best_fallback: the fallback's best row.
-        learned_loss: mean check loss of the best learned row.
+        learned_loss: mean of the losses of the best learned row.
         fallback_loss: the same of the fallback's.
         finite_learned: whether any learned row is finite.
         finite_fallback: whether the fallback's best row is.
@@ -38,7 +38,7 @@ def judge(
     sound: Sequence[bool],
     m: int,
 ) -> Verdict:
-    """Compare the lanes on n check minibatches.
+    """Compare the lanes on n minibatches.
 
     Row m is the fallback's: a learned lane is kept if ``criterion`` says that it is better. Row
     m + 1, if there is one, is the fallback on its own path: it is kept if its mean is no higher
@@ -47,7 +47,7 @@ def judge(
 
     Args:
         criterion: when a learned lane is better.
-        checks: check losses [lanes, n].
+        checks: the losses that are compared [lanes, n]: training ones that count, then check ones.
         sound: whether each lane's parameters are finite.
         m: how many lanes are learned.
 

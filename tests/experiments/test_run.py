@@ -319,12 +319,12 @@ def test_a_run_in_another_thread(tmp_path: Path) -> None:
     assert records.read_run(done[0])[2]["step"].to_list() == [1, 2, 3, 4, 5]  # a whole cycle
 
 
-def labelled(labels: tuple[int, int], experiment: Experiment) -> lossguard.Task:
-    """Two classes of these labels."""
+def labelled(name: str, labels: tuple[int, int], experiment: Experiment) -> lossguard.Task:
+    """Two classes, of these labels in a split."""
     task = tiny.make_task(experiment)
-    split = task.dataset.train
-    train = Split(split.inputs, jnp.asarray(labels)[split.labels])
-    return dataclasses.replace(task, dataset=dataclasses.replace(task.dataset, train=train))
+    split = getattr(task.dataset, name)
+    changed = {name: Split(split.inputs, jnp.asarray(labels)[split.labels])}
+    return dataclasses.replace(task, dataset=dataclasses.replace(task.dataset, **changed))
 
 
 @pytest.mark.parametrize(
@@ -349,11 +349,11 @@ def labelled(labels: tuple[int, int], experiment: Experiment) -> lossguard.Task:
         ({"make_methods": lambda e: None}, "^make_methods must return .*, got NoneType$"),
         ({"make_task": lambda e: None}, "^make_task must return a Task, got NoneType$"),
         *(
-            ({"make_task": functools.partial(labelled, labels)}, f"^labels of {told}$")
-            for labels, told in {
-                (1, 2): "train must be in 0 .. 1, as there are 2 classes, got 1 to 2",
-                (-1, 1): "train must be in 0 .. 1, as there are 2 classes, got -1 to 1",
-            }.items()
+            (
+                {"make_task": functools.partial(labelled, name, (low, high))},
+                f"^labels of {name} must be in 0 .. 1, as .* 2 classes, got {low} to {high}$",
+            )
+            for name, low, high in (("train", 1, 2), ("train", -1, 1), ("test", 0, 2))
         ),
     ],
 )

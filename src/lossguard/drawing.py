@@ -8,6 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 
+def titled(title: str, note: str | None) -> str:
+    """A title, with what a figure must say of its data, if anything."""
+    return f"{title} ({note})" if note else title
+
+
 def log_losses(axes: Axes) -> None:
     """A logarithmic axis for the lines drawn, if one of them has a point that it can show."""
     drawn = [np.asarray(line.get_ydata(), float) for line in axes.lines]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from ..curves import COUNTERS, last_step, mark_loss, over_seeds, step_mean
-from ..drawing import log_losses, save
+from ..drawing import log_losses, save, titled
 from ..records import Record
 from .heatmap import draw_heatmap, heatmap_of
 
@@ -35,7 +35,7 @@ def plot(folder: Path, record: Record) -> Path:
     a grid of two settings it is a map of the losses at the end.
     """
     config, made, curves = record
-    title = (config["title"] or config["name"]) + (f" ({made['data']})" if made["data"] else "")
+    title = titled(config["title"] or config["name"], made["data"])
     heatmap = heatmap_of(config["methods"])
     return save(draw_heatmap(heatmap, curves, title) if heatmap else draw(curves, title), folder)
 

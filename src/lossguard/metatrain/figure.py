@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
 
-from ..drawing import log_losses, save
+from ..drawing import log_losses, save, titled
 from ..records import Record
 
 OTHERS_STEPS = 100
@@ -51,8 +51,8 @@ def plot(folder: Path, record: Record) -> Path:
     if others:
         axes[2].set(xlabel="Meta-step", ylabel=OTHERS)
         axes[2].legend(fontsize=8)
-    data = made.get("data")  # records from before it was noted lack it
-    figure.suptitle(config["name"] + (f" ({data})" if data else ""), fontsize=10)
+    title = titled(config["name"], made.get("data"))  # older records lack it
+    figure.suptitle(title, fontsize=10)
 
     return save(figure, folder)
 

@@ -300,11 +300,11 @@ def _print(table: Table) -> None:
     console = _console()
     with console.capture() as whole:
         console.print(table)
-    parts = [table.columns]
-    if "…" in whole.get():
-        losses = 1 + sum(str(column.header).startswith("loss") for column in table.columns)
-        parts = [table.columns[:losses], [table.columns[0], *table.columns[losses:]]]
-    for columns in parts:
+    if "…" not in whole.get():
+        console.print(table)
+        return
+    losses = 1 + sum(str(column.header).startswith("loss") for column in table.columns)
+    for columns in (table.columns[:losses], [table.columns[0], *table.columns[losses:]]):
         part = Table(*(column.copy() for column in columns), title=table.title, padding=0)
         for row in zip(*(column.cells for column in columns), strict=True):
             part.add_row(*row)

@@ -59,9 +59,7 @@ WRONG = {
         "most must be an integer of at least 1, got 40.5",
     ),
     "nt is too small for the criterion": (
-        lambda: lossguard.loss_guard(
-            SGD, SGD, criterion=lossguard.mean_criterion(training=4), nt=3
-        ),
+        lambda: lossguard.loss_guard(SGD, SGD, criterion=BY_FOUR, nt=3),
         "nt must be at least 4 for this criterion, got 3",
     ),
     "training is negative": (

@@ -160,8 +160,8 @@ def loss_guard(
     check_kind("probing", probing, Probing, "backoff()")
     if ratchet is not None:
         check_kind("ratchet", ratchet, Ratchet, "ratchet()")
-    looks, last = criterion.looks, criterion.training
-    nt = check_enough("nt", nt, last)
+    looks, training = criterion.looks, criterion.training
+    nt = check_enough("nt", nt, training)
     nc = check_enough("nc", nc, criterion.least if looks is None else 1)
     if windows.most > 1 and looks is None and nc < 2:
         raise ValueError(f"nc must be at least 2 where windows adapt, got {nc}")
@@ -235,7 +235,9 @@ def loss_guard(
         if probe:  # line 16
             ends = [branch.params for branch in trained[:checked]]
             first = i + steps if checks == "next" else -1 - inner.drawn
-            late = jax.lax.dynamic_slice_in_dim(losses[:checked], steps - last, last, axis=1)
+            late = jax.lax.dynamic_slice_in_dim(
+                losses[:checked], steps - training, training, axis=1
+            )
             verdict, n, factor = compare(ends, late, sound[:checked], objective, first, inner)
         else:
             n, factor, verdict = jnp.int32(0), inner.factor, follow_first(sound, losses.dtype)
@@ -292,7 +294,7 @@ def loss_guard(
 
     def compare(
         ends: list[Params],
-        late: Float[Array, "ends last"],
+        late: Float[Array, "ends training"],
         sound: Bool[Array, " ends"],
         objective: Objective,
         i: Int[Array, ""],
@@ -301,7 +303,7 @@ def loss_guard(
         """Line 16: what the check says of the lanes, its minibatches, and the windows' factor."""
 
         def verdict_by(losses: Float[Array, "ends most"], n: Int[Array, ""]) -> Verdict:
-            return judge(criterion, jnp.concatenate([late, losses], 1), n + last, sound, m)
+            return judge(criterion, jnp.concatenate([late, losses], 1), n + training, sound, m)
 
         losses, n = check(
             ends,

@@ -234,8 +234,8 @@ class LossGuard(LaneGuard):
         firsts = [row[0] for row in compress(seen.trains, self._lanes.at_x(active))]
         m, n = self._lanes.m if self._probe else 0, len(seen.checks[0])
         checked = len(self._lanes.checked(active))
-        late = [losses[self.nt - self.criterion.training :] for losses in seen.trains]
-        rows = [[*a, *b] for a, b in zip(late[:checked], seen.checks, strict=False)]
+        late = self.nt - self.criterion.training
+        rows = [t[late:] + c for t, c in zip(seen.trains, seen.checks, strict=True)][:checked]
         verdict = (  # line 16: mean F(y) < mean F(z), or as the criterion has it
             judge(self.criterion, rows, seen.sound[:checked], m) if m else follow_first(seen.sound)
         )

@@ -76,8 +76,9 @@ def test_the_papers() -> None:
     check(made, "L2O", {"nt": 3}, LEARNED)
     check(made, "GL2O", {"nt": 3, "sequence": 0.9}, LEARNED, FALLBACK)
     check(made, "GL2O (theta as decay)", {"nt": 3, "sequence": 0.1}, LEARNED, FALLBACK)
-    check(made, "LGL2O", GUARD, LEARNED, FALLBACK)
-    check(made, "LGL2O over Adam", GUARD, LEARNED, ADAM)
+    check(made, "LGL2O", GUARD | {"hedge": False}, LEARNED, FALLBACK)
+    check(made, "LGL2O over Adam", GUARD | {"hedge": False}, LEARNED, ADAM)
+    check(made, "Hedged over Adam", GUARD | {"hedge": True}, LEARNED, ADAM)
     check(made, "Recommended", WINDOW, LEARNED, FALLBACK)
     check(made, "Recommended over Adam", WINDOW, LEARNED, ADAM)
 

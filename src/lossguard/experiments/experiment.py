@@ -37,7 +37,7 @@ Methods = Mapping[str, Callable[[], Guard]]
 
 
 def paper_methods(experiment: "Experiment") -> Methods:
-    """The paper's methods, by the names in its legends, our readings of them, and our own guard."""
+    """The paper's methods, by the names in its legends, our readings of them, and our guards."""
     e = experiment
 
     def learned() -> optax.GradientTransformation:
@@ -46,8 +46,8 @@ def paper_methods(experiment: "Experiment") -> Methods:
     def adam() -> optax.GradientTransformation:
         return optax.adam(e.adam_rate)
 
-    def guard(fallback: optax.GradientTransformation) -> Guard:
-        return loss_guard(learned(), fallback, nt=e.nt, nc=e.nc, loser=e.loser)
+    def guard(fallback: optax.GradientTransformation, hedge: bool = False) -> Guard:
+        return loss_guard(learned(), fallback, nt=e.nt, nc=e.nc, loser=e.loser, hedge=hedge)
 
     def rival(theta: float) -> Guard:
         return residual_guard(learned(), sgd_fallback(e), sequence=ema(theta), nt=e.nt)
@@ -63,6 +63,7 @@ def paper_methods(experiment: "Experiment") -> Methods:
         "GL2O (theta as decay)": lambda: rival(0.1),
         "LGL2O": lambda: guard(sgd_fallback(e)),
         "LGL2O over Adam": lambda: guard(adam()),
+        "Hedged over Adam": lambda: guard(adam(), hedge=True),
         "Recommended": lambda: recommended(learned(), sgd_fallback(e), nt=e.nt, nc=e.nc),
         "Recommended over Adam": lambda: recommended(learned(), adam(), nt=e.nt, nc=e.nc),
     }

@@ -1,5 +1,6 @@
 """The examples of experiments are what they say."""
 
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from lossguard import backoff, loss_guard
 from lossguard.command_line import find_recipe
 from lossguard.experiments import Experiment
 
@@ -74,6 +76,45 @@ def test_twins_begin_a_rounding_error_apart() -> None:
     np.testing.assert_array_equal(begins[0], start)
     np.testing.assert_allclose(begins, [start] * 5, rtol=1.1e-6)
     assert len({begin.tobytes() for begin in begins}) == 5
+
+
+def test_a_probe_is_warmed_up_with_the_gradients_of_the_cycle_before() -> None:
+    """A learned optimizer whose state is the sum of what it has seen, and which always loses."""
+    nt, rate = 2, 0.25
+
+    def remember(gradient, total, params, **_):
+        return 100 * gradient, total + gradient
+
+    def objective(x, i):
+        return jnp.sum((x - i) ** 2)
+
+    learned = optax.GradientTransformationExtraArgs(jnp.zeros_like, remember)
+    fallback = optax.with_extra_args_support(optax.sgd(rate))
+    guard = loss_guard(
+        learned,
+        fallback,
+        nt=nt,
+        nc=1,
+        loser="rollback",
+        hedge=True,
+        probing=backoff(patience=1, start="keep"),
+        checks="apart",
+    )
+    warmed_up = runpy.run_path(str(EXAMPLES / "warming_up.py"))["warmed_up"]
+    guard = warmed_up(guard, learned, fallback, nt)
+    state, step = guard.init(jnp.zeros(1)), jax.jit(lambda state: guard.step(state, objective))
+    probed, began = [], []
+    for _ in range(6):
+        state, decision = step(state)
+        probed.append(bool(decision.learned_updates))
+        began.append(float(state.inner[1].lanes.learned[0][0]))
+    x, gradients = 0.0, []
+    for i in range(12):
+        gradients.append(2 * (x - i))
+        x -= rate * gradients[-1]
+    assert probed == [True, False, True, False, False, True]
+    before = [sum(gradients[nt * (cycle - 1) : nt * cycle]) for cycle in range(6)]
+    assert began == pytest.approx([0, 0, before[2], before[2], before[2], before[5]])
 
 
 def polar(points):

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -146,3 +147,18 @@ def test_lightning_must_not_accumulate_for_the_guard(example):
         "gradients must be computed inside the closure, got some before the step (call zero_grad "
         "before it, and accumulate inside the closure)"
     )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_trainer_resumes_within_a_cycle(example, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pytest.importorskip("transformers")
+    main = example("torch_trainer").main
+    whole = main(steps=26, out=tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint-26")
+    resumed = main(steps=26, out=tmp_path, resume=True)
+    assert "followed in 0 of 2 cycles" in capsys.readouterr().out
+    assert resumed.state.global_step == 26
+    for mine, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    assert whole.state.log_history[-1]["train_loss"] < 4.5  # ln 128 = 4.85 before the first step

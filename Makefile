@@ -26,7 +26,7 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml
 	touch $@
 
 $(VENV)/tested: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[torch]' --group test
+	$(BIN)/python -m pip install --quiet --editable '.[ray,torch]' --group test
 	touch $@ $(VENV)/installed
 
 clean:

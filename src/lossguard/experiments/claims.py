@@ -18,7 +18,7 @@ from ..progress import Progress
 from ..records import Record
 from . import formulas, theorems
 from .evidence import Evidence, Run, gather
-from .findings import Finding, both
+from .findings import Finding, all_of
 from .recipes import PAPERS, SETS
 
 Outcome = Literal["holds", "fails", "not run"]
@@ -135,7 +135,7 @@ def _c13(evidence: Evidence) -> Finding:
 
 
 def _c14(evidence: Evidence) -> Finding:
-    return both(theorems.theorem_5(), theorems.theorem_7())
+    return all_of(theorems.theorem_5(), theorems.theorem_7())
 
 
 PARTS = ("LGL2O", "L2O", "SGDnm")

@@ -24,7 +24,7 @@ class Finding(NamedTuple):
     """Of the run that says so, if it is one."""
 
 
-def both(*findings: Finding) -> Finding:
+def all_of(*findings: Finding) -> Finding:
     """All of them: fails if one fails, else not run if one was not run."""
     outcomes = [finding.holds for finding in findings]
     holds = False if False in outcomes else None if None in outcomes else True

@@ -14,11 +14,11 @@ from .evidence import Evidence, Run, marks
 from .findings import (
     OVER,
     Finding,
+    all_of,
     as_good_as_its_parts,
     at,
     at_end,
     at_marks,
-    both,
     diverges,
     divided,
     every_mark,
@@ -30,7 +30,7 @@ from .findings import (
 
 def works_where_the_mlp_suffices(runs: Sequence[Run]) -> Finding:
     """C2, on the runs of figure 2 in the order of ``recipes.FIRST``."""
-    found = both(*map(_first_steps, runs))
+    found = all_of(*map(_first_steps, runs))
     return Finding(found.holds, f"Loss(L2O, 100) over the initial loss: {found.measured}")
 
 
@@ -46,7 +46,7 @@ def _first_steps(run: Run) -> Finding:
 
 def fastest_at_first(run: Run) -> Finding:
     """C3a."""
-    return both(
+    return all_of(
         *(
             at(run, k, lambda m: m["L2O"] < min(m["SGDnm"], m["Adam"]), ("L2O", "SGDnm", "Adam"))
             for k in (100, 300)
@@ -71,7 +71,7 @@ def safety_costs_early(run: Run) -> Finding:
 
 def no_early_divergence(run: Run) -> Finding:
     """C4."""
-    return both(
+    return all_of(
         as_good_as_its_parts(run, marks(10_000)),
         at(run, 300, lambda m: m["LGL2O"] < m["GL2O"], ("LGL2O", "GL2O")),
     )
@@ -90,12 +90,12 @@ def better_than_both(run: Run) -> Finding:
 
 def others_diverge(run: Run) -> Finding:
     """C6 and C7."""
-    return both(diverges(run, "L2O"), diverges(run, "GL2O"), tracks(run, "LGL2O", "SGDnm"))
+    return all_of(diverges(run, "L2O"), diverges(run, "GL2O"), tracks(run, "LGL2O", "SGDnm"))
 
 
 def others_diverge_to_nan(run: Run) -> Finding:
     """C8."""
-    return both(
+    return all_of(
         diverges(run, "L2O"),
         at_end(run, lambda m: math.isinf(m["GL2O"]), ("GL2O",)),
         tracks(run, "LGL2O", "SGDnm"),
@@ -173,7 +173,7 @@ def stable_for_a_million_steps(evidence: Evidence) -> Finding:
     long = [r for r in evidence.runs if r.has("LGL2O", "L2O") and r.last >= 1_000_000]
     if not long:
         return Finding(None, "no run with LGL2O and L2O has 1,000,000 steps")
-    return both(*map(_stable, long))
+    return all_of(*map(_stable, long))
 
 
 def _stable(run: Run) -> Finding:

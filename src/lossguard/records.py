@@ -2,9 +2,11 @@
 
     config.json          everything to run it again
     started.json         until it is finished: the manifest so far
+    failed.json          why the last attempt of a sweep failed, if it did
     manifest.json        commit, versions, device, wall time, and each time that it was resumed
     curves.parquet       what happened, thinned to three significant digits of the step
     evaluations.parquet  loss and accuracy on both whole splits, at steps 50, 100, 200, ...
+    verdicts.json        on the paper's claims about it, if there are any
 
 Nothing that looks whole is half written: each file is written beside its name and then renamed.
 """
@@ -29,7 +31,7 @@ from .curves import COUNTERS
 from .files import part_of, write_whole
 
 CONFIG, MANIFEST, CURVES = "config.json", "manifest.json", "curves.parquet"
-STARTED = "started.json"
+STARTED, FAILED = "started.json", "failed.json"
 EVALUATIONS, VERDICTS = "evaluations.parquet", "verdicts.json"
 EXPERIMENT: Mapping[str, Sequence[str]] = {
     CONFIG: ("name", "title", "methods", "seeds", "seed"),

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..progress import Progress
-from ..records import CONFIG, MANIFEST, Record, read_run
-from .sweep import FAILED
+from ..records import CONFIG, FAILED, MANIFEST, Record, read_run
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[dict[Path, Record], list[str]]:

@@ -11,12 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ..records import is_finished, open_folder, write_json
+from ..records import FAILED, is_finished, open_folder, write_json
 from .experiment import Experiment
 from .run import as_config, run
-
-FAILED = "failed.json"
-"""Why the last attempt failed; absent if it did not."""
 
 
 class Outcome(NamedTuple):

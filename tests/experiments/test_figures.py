@@ -110,7 +110,7 @@ def test_lines_are_smoothed_before_they_are_thinned() -> None:
     curves = curves.with_columns(loss=pl.col("loss") * pl.Series(noise))
     axes = figures.draw(curves, "Title").axes[0]
     steps, losses = figures.by_seed(curves, "L2O", "loss")
-    expected, drawn = figures.smooth(steps, losses), figures.thin(steps)
+    expected, drawn = figures.smooth(steps, losses), figures.drawn_points(steps)
     np.testing.assert_allclose(axes.lines[0].get_ydata(), expected.mean(axis=0)[drawn])
     (path,) = axes.collections[0].get_paths()
     corners = {(float(x), float(y)) for x, y in path.vertices}
@@ -344,12 +344,12 @@ def test_drawing_leaves_the_users_backend(folder: Path) -> None:
 def test_few_points_are_drawn() -> None:
     """The first ones and the last among them, everywhere on a logarithmic axis."""
     steps = np.concatenate([np.arange(1, 10_000), np.arange(10_000, 1_000_001, 100)])
-    drawn = steps[figures.thin(steps)]
+    drawn = steps[figures.drawn_points(steps)]
     assert len(drawn) < 300 + 100 * np.log10(1_000_000 / 300) + 2
     assert drawn[:299].tolist() == [*range(1, 300)] and drawn[-1] == 1_000_000
     assert np.diff(np.log10(drawn[299:])).max() < 0.02
     few = np.array([10, 20, 30])
-    assert figures.thin(few).tolist() == [0, 1, 2]
+    assert figures.drawn_points(few).tolist() == [0, 1, 2]
 
 
 def test_methods_look_alike_in_all_figures() -> None:

@@ -86,7 +86,7 @@ def draw(curves: pl.DataFrame, title: str) -> Figure:
     for method in guarded:
         steps, used = by_seed(curves, method, "used_learned")
         use_l2o = smooth(steps, 0.5 + 0.5 * used).mean(axis=0)
-        shown = thin(steps)
+        shown = drawn_points(steps)
         bottom.plot(steps[shown], use_l2o[shown], **styles[method], linewidth=1)
     if guarded:
         bottom.set(ylim=(0.45, 1.05), ylabel="use_l2o")
@@ -168,7 +168,7 @@ def _draw_loss(
     axes: Axes, curves: pl.DataFrame, method: str, style: dict[str, Any], *, band: bool
 ) -> None:
     steps, loss = by_seed(curves, method, "loss")
-    shown = thin(steps)
+    shown = drawn_points(steps)
     steps, loss = steps[shown], smooth(steps, loss)[:, shown]
     axes.plot(steps, loss.mean(axis=0), **style, label=method)
     if band:
@@ -176,7 +176,7 @@ def _draw_loss(
         axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
-def thin(steps: np.ndarray) -> np.ndarray:
+def drawn_points(steps: np.ndarray) -> np.ndarray:
     """Which of the steps [m] are drawn, as indices; the first ones and the last always are."""
     number = np.floor(POINTS_A_DECADE * np.log10(steps))
     last = np.append(number[1:] != number[:-1], True)

@@ -30,12 +30,12 @@ from .figures import (
     SMOOTHED_FROM,
     by_seed,
     ceiling,
+    drawn_points,
     floor,
     guards,
     smooth,
     style_numbers,
     summary,
-    thin,
 )
 from .folders import read_runs
 from .heatmap import heatmap_of
@@ -194,14 +194,14 @@ def _curves(config: dict[str, Any], made: dict[str, Any], curves: pl.DataFrame) 
     number if it is always the same a step, ``seconds`` a step of one seed, their mean. ``ceiling``
     and ``floor`` are where the axis ends at first, if lines leave there.
     """
-    methods, means, kept, recorded = [], [], 0, 0
+    methods, means, shown, recorded = [], [], 0, 0
     guarded, styles = guards(curves), style_numbers(config["methods"])
     for name in config["methods"]:
         steps, loss = by_seed(curves, name, "loss")
         _, used = by_seed(curves, name, "used_learned")
         _, gradients = by_seed(curves, name, "gradients")
-        keep = thin(steps)
-        kept, recorded = max(kept, len(keep)), max(recorded, len(steps))
+        keep = drawn_points(steps)
+        shown, recorded = max(shown, len(keep)), max(recorded, len(steps))
         rate = float(gradients[0, 0] / steps[0])
         smoothed = smooth(steps, loss)[:, keep]
         means.append(smoothed.mean(axis=0))
@@ -226,7 +226,7 @@ def _curves(config: dict[str, Any], made: dict[str, Any], curves: pl.DataFrame) 
         "seeds": seeds,
         "ceiling": ceiling(curves, means),
         "floor": floor(curves, means),
-        "kept": kept,
+        "shown": shown,
         "recorded": recorded,
     }
 

@@ -107,8 +107,7 @@ def demo(arguments: Sequence[str]) -> None:
 
 def run(arguments: Sequence[str]) -> None:
     """One experiment of the paper, or of the user's own module."""
-    from .experiments.beyond import RECIPES
-    from .experiments.experiment import Experiment
+    from .experiments import RECIPES, Experiment
     from .experiments.recipes import ELSEWHERE
 
     if _wants_help(arguments):
@@ -120,8 +119,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def sweep(arguments: Sequence[str]) -> None:
     """Experiments one after another, or over a cluster: the options apply to each."""
-    from .experiments.beyond import RECIPES
-    from .experiments.experiment import Experiment
+    from .experiments import RECIPES, Experiment
     from .experiments.recipes import ELSEWHERE, SETS
     from .experiments.sweep import sweep
 
@@ -206,7 +204,7 @@ def list_all(arguments: Sequence[str]) -> None:
         return
     if arguments:
         raise ValueError(f"list takes no arguments, got {' '.join(arguments)}")
-    from .experiments.beyond import RECIPES as EXPERIMENTS
+    from .experiments import RECIPES as EXPERIMENTS
     from .experiments.recipes import SETS
     from .learned.weights_file import pretrained_names
     from .metatrain.recipes import RECIPES as META

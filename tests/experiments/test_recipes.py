@@ -12,8 +12,8 @@ import jax
 import pytest
 
 from lossguard import records
+from lossguard.experiments import RECIPES
 from lossguard.experiments import experiment as experiments
-from lossguard.experiments.beyond import RECIPES
 from lossguard.experiments.recipes import SETS
 from lossguard.experiments.run import run
 from lossguard.tasks import MLP, ConvNet, Dataset, load_dataset

@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from lossguard import Task, cli, records
-from lossguard.experiments import Experiment, beyond, recipes
+from lossguard.experiments import Experiment, recipes
 from lossguard.experiments import run as running
 from lossguard.experiments import sweep as sweeping
 from lossguard.experiments.run import run
@@ -81,7 +81,7 @@ def test_command_runs_sets_with_the_same_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = {"one": lambda: FIRST, "two": lambda: SECOND, "three": lambda: SECOND}
-    monkeypatch.setattr(beyond, "RECIPES", made)
+    monkeypatch.setattr("lossguard.experiments.RECIPES", made)
     monkeypatch.setattr(recipes, "SETS", {"both": ("one", "two")})
     arguments = ("sweep", "both", "one", f"{MODULE}:recipe", "--out", tmp_path, "--steps", 10)
     main(monkeypatch, *arguments, "--methods", "Signs")
@@ -100,7 +100,8 @@ def test_command_tells_of_failures_by_its_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = dataclasses.replace(FIRST, methods=("SGD",))
-    monkeypatch.setattr(beyond, "RECIPES", {"wrong": lambda: wrong, "right": lambda: SECOND})
+    made = {"wrong": lambda: wrong, "right": lambda: SECOND}
+    monkeypatch.setattr("lossguard.experiments.RECIPES", made)
     with pytest.raises(SystemExit) as caught:
         main(monkeypatch, "sweep", "wrong", "right", "--out", tmp_path)
     assert caught.value.code == 1

@@ -1,5 +1,10 @@
 """Experiments: what to run, how it is run, and what is drawn from its records."""
 
-from .experiment import Experiment
+from collections.abc import Callable, Mapping
 
-__all__ = ["Experiment"]
+from .beyond import BEYOND
+from .experiment import Experiment as Experiment
+from .recipes import PAPERS
+
+RECIPES: Mapping[str, Callable[[], Experiment]] = {**PAPERS, **BEYOND}
+"""All that ``lossguard run`` knows by name: the paper's, and ours."""

@@ -21,7 +21,7 @@ from ..guards.track_record import track_record
 from ..guards.windows import adaptive
 from ..learned.pretrained import pretrained
 from .experiment import Experiment, MakeMethods, Methods, paper_methods, sgd_fallback
-from .recipes import PAPERS, fig03, fig04, fig05
+from .recipes import fig03, fig04, fig05
 
 RECORD = track_record(decay=0.9, share=0)
 PAIRED = paired_criterion(confidence=0.95)
@@ -140,5 +140,3 @@ BEYOND: Mapping[str, Callable[[], Experiment]] = {
     **{f"ablation-{task}": partial(ablation, task) for task in TASKS},
     **{f"candidates-{task}": partial(candidates, task) for task in ("mnist", "spirals")},
 }
-RECIPES: Mapping[str, Callable[[], Experiment]] = {**PAPERS, **BEYOND}
-"""All recipes by name, the paper's too."""

@@ -23,7 +23,7 @@ from ..curves import last_step
 from ..files import write_whole
 from ..metatrain.figure import OTHERS, kept, on_others
 from ..records import EVALUATIONS, MANIFEST, Record, read_parquet
-from .beyond import RECIPES
+from . import RECIPES
 from .claims import judge_claims
 from .evidence import FREE, has_settings
 from .figures import (

@@ -168,10 +168,8 @@ class BestOf(LaneGuard):
     def _decide(self, active: list[int]) -> None:
         paths, x, nc = self._paths, self._weights, self._checks(active)
         *learned, fallback = active
-        lanes = [paths.all[number] for number in active]
-        seen = outcome(lanes, [], x, self.process_group)
-        rows = zip(lanes, seen.trains, strict=True)
-        at_x = [] if paths.begun else [row[0] for lane, row in rows if not lane.switches]
+        seen = outcome([paths.all[number] for number in active], [], x, self.process_group)
+        firsts = self._firsts(active, seen.trains)
         losses = dict(zip(active, seen.trains, strict=True))
         compared = dict(zip(active, seen.checks, strict=True)) if nc else losses
         d, fit = paths.record(compared, dict(zip(active, seen.sound, strict=True)), self.decay)
@@ -194,9 +192,9 @@ class BestOf(LaneGuard):
                 gradients=self._cycle.gradients,
                 forwards=nc * len(active),
                 learned_updates=len(learned) * self.nt,
-            )
+            ),
+            firsts,
         )
-        self._cycle.watch.compare(at_x)
 
     def _save(self) -> dict[str, Any]:
         paths = self._paths

@@ -165,12 +165,19 @@ class LaneGuard(Guard):
 
         return [partial(evaluate, batch) for batch in batches]
 
-    def _decided(self, decision: Decision) -> None:
-        """Note a decision, and begin a new cycle."""
+    def _firsts(self, active: Sequence[int], trains: Sequence[Sequence[float]]) -> list[float]:
+        """Training losses at x, on the cycle's first minibatch: they should be the same."""
+        lanes = self._cycle.lanes
+        rows = zip(active, trains, strict=True)
+        return [t[0] for k, t in rows if lanes.begins_at_x(k) and not lanes.all[k].switches]
+
+    def _decided(self, decision: Decision, firsts: Sequence[float]) -> None:
+        """Note a decision, begin a new cycle, and warn of losses at x that differ."""
         self._cycle.phase = 0
         self.history.append(decision)
         if self.callback is not None:
             self.callback(decision)
+        self._cycle.watch.compare(firsts)
 
     def _save(self) -> dict[str, Any]:
         cycle = self._cycle

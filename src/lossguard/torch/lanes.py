@@ -102,10 +102,6 @@ class Lanes:
         """Whether a lane starts from x; s where x lies on its path, and may have been set there."""
         return self.on_own or not self.all[number].own_path
 
-    def at_x(self, active: Sequence[int]) -> list[bool]:
-        """Whether each of the active lanes trains from x on."""
-        return [self.begins_at_x(k) and not self.all[k].switches for k in active]
-
     def follow_record(
         self, verdict: Verdict, trains: Sequence[Sequence[float]], sound: Sequence[bool], fit: bool
     ) -> int:

@@ -9,7 +9,7 @@ nc   check minibatches per cycle: each is one loss in every lane
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from itertools import compress, islice
+from itertools import islice
 from typing import Any, Literal, get_args
 
 from torch import Tensor, distributed, nn
@@ -231,7 +231,7 @@ class LossGuard(LaneGuard):
             self._weights,
             self.process_group,
         )
-        firsts = [row[0] for row in compress(seen.trains, self._lanes.at_x(active))]
+        firsts = self._firsts(active, seen.trains)
         m, n = self._lanes.m if self._probe else 0, len(seen.checks[0])
         checked = len(self._lanes.checked(active))
         late = self.nt - self.criterion.training
@@ -278,6 +278,6 @@ class LossGuard(LaneGuard):
                 gradients=self._cycle.gradients,
                 forwards=n * checked + len(seen.held),
                 learned_updates=m * self.nt,
-            )
+            ),
+            firsts,
         )
-        self._cycle.watch.compare(firsts)

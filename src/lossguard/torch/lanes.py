@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from torch.amp.grad_scaler import GradScaler
 
+from lossguard.torch.consensus import Outcome
 from lossguard.torch.decision import NEITHER
 from lossguard.torch.inner import Inner, clone
 from lossguard.torch.lane import Lane, Loser
@@ -102,42 +103,43 @@ class Lanes:
         """Whether a lane starts from x; s where x lies on its path, and may have been set there."""
         return self.on_own or not self.all[number].own_path
 
-    def follow_record(
-        self, verdict: Verdict, trains: Sequence[Sequence[float]], sound: Sequence[bool], fit: bool
-    ) -> int:
+    def follow_record(self, verdict: Verdict, active: Sequence[int], seen: Outcome) -> int:
         """The row that is kept, by the record if there is one, else by the verdict; s is the last.
 
         Args:
             verdict: of the check, or without one.
-            trains: training losses [lanes, nt].
-            sound: whether the lanes' parameters are finite.
-            fit: whether s is finite, its check losses too where it took them.
+            active: numbers of the lanes that ran.
+            seen: what the cycle has shown of them.
         """
         if self.record is None:
             return verdict.row
+        trains, sound = seen.trains, seen.sound
         # Where the check is lost on all, x may stay for the minibatches' fault: z speaks for it.
         row = verdict.best_fallback if verdict.row == NEITHER else verdict.row
         kept = trains[row] if sound[row] else [math.nan]
         self.excess, back = self.record.update(self.excess, kept, trains[-1], self.on_own)
+        s_was_checked = len(self.checked(active)) == len(active)
+        fit = verdict.finite_fallback if s_was_checked else sound[-1]
         return len(trains) - 1 if back and fit else verdict.row
 
     def settle(
-        self, winner: int, sound: dict[int, bool], broken: dict[int, bool], x: Weights
+        self, winner: int, active: Sequence[int], seen: Outcome, x: Weights
     ) -> tuple[bool, bool]:
         """Settle what the lanes that ran remember, after x has become the winner's.
 
         Args:
             winner: number of the lane that was kept, or -1.
-            sound: whether the parameters of each lane that ran are finite.
-            broken: whether its optimizer's memory isn't.
+            active: numbers of the lanes that ran.
+            seen: what the cycle has shown of them.
             x: the model, which holds x.
 
         Returns:
             Whether a learned lane's memory, and whether one of the fallback's, or s itself, had to
             be made anew.
         """
+        sound, broken = (dict(zip(active, of, strict=True)) for of in (seen.sound, seen.broken))
         learned = [
-            self.all[k].settle(won=k == winner, broken=broken[k]) for k in broken if k < self.m
+            self.all[k].settle(won=k == winner, broken=broken[k]) for k in active if k < self.m
         ]
         fallback = []
         if self.z is not None:
@@ -149,6 +151,9 @@ class Lanes:
                 if self.z is not None:  # z goes on from s, wherever x is s
                     self.all[self.s].hand_over(self.all[self.z])
                 self.excess = Excess()
+        for number, losses in zip(active, seen.trains, strict=True):
+            if number < self.m and not (sound[number] and all(map(math.isfinite, losses))):
+                self.all[number].take_scale(self.all[self.kept])
         return any(learned), any(fallback)
 
     def hold(self, kept: Sequence[float], held: Sequence[float], was_own: bool, x: Weights) -> bool:

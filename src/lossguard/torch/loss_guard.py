@@ -7,7 +7,6 @@ nt   train minibatches per cycle: each is one optimizer step in every lane
 nc   check minibatches per cycle: each is one loss in every lane
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any, Literal, get_args
@@ -20,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lossguard.torch import arguments
 from lossguard.torch.checkpoint import check_lanes, load_lanes, save_lanes
 from lossguard.torch.closures import Closure
-from lossguard.torch.consensus import outcome
+from lossguard.torch.consensus import Outcome, outcome
 from lossguard.torch.criteria import Criterion, mean_criterion
 from lossguard.torch.decision import NEITHER, Decision
 from lossguard.torch.lane import Loser
@@ -29,7 +28,7 @@ from lossguard.torch.lanes import Lanes
 from lossguard.torch.probing import Probing, ProbingState, always
 from lossguard.torch.ratchet import Ratchet
 from lossguard.torch.track_record import TrackRecord
-from lossguard.torch.verdict import follow_first, judge
+from lossguard.torch.verdict import Verdict, follow_first, judge
 from lossguard.validation import check_choice, check_enough, check_kind
 
 
@@ -224,44 +223,31 @@ class LossGuard(LaneGuard):
 
     def _decide(self, active: list[int]) -> None:
         """Lines 16 to 21 of Algorithm 2; unless the criterion wants to look again."""
-        best = self._lanes.best
+        lanes, best = self._lanes, self._lanes.best
         seen = outcome(
-            [self._lanes.all[lane] for lane in active],
+            [lanes.all[number] for number in active],
             [] if best is None else best.losses,
             self._weights,
             self.process_group,
         )
         firsts = self._firsts(active, seen.trains)
-        m, n = self._lanes.m if self._probe else 0, len(seen.checks[0])
-        checked = len(self._lanes.checked(active))
-        late = self.nt - self.criterion.training
-        rows = [t[late:] + c for t, c in zip(seen.trains, seen.checks, strict=True)][:checked]
-        verdict = (  # line 16: mean F(y) < mean F(z), or as the criterion has it
-            judge(self.criterion, rows, seen.sound[:checked], m) if m else follow_first(seen.sound)
-        )
+        m, n = lanes.m if self._probe else 0, len(seen.checks[0])
+        checked = len(lanes.checked(active))
+        verdict = self._judge(seen, m, checked) if m else follow_first(seen.sound)
         if not verdict.settled and n < self._looks[-1]:
             return
-        fit = seen.sound[-1] if checked < len(active) else verdict.finite_fallback
-        row = self._lanes.follow_record(verdict, seen.trains, seen.sound, fit)
-        winner, was_own = NEITHER if row == NEITHER else active[row], self._lanes.on_own
+        row = lanes.follow_record(verdict, active, seen)
+        winner, was_own = NEITHER if row == NEITHER else active[row], lanes.on_own
         if winner != NEITHER:  # lines 17 and 19: x <- y or z; or s
-            self._lanes.kept = winner
-            self._weights.copy_from(self._lanes.all[winner].copy)
-        reset_learned, reset_fallback = self._lanes.settle(
-            winner,
-            dict(zip(active, seen.sound, strict=True)),
-            dict(zip(active, seen.broken, strict=True)),
-            self._weights,
-        )
+            lanes.kept = winner
+            self._weights.copy_from(lanes.all[winner].copy)
+        reset_learned, reset_fallback = lanes.settle(winner, active, seen, self._weights)
         losses = seen.trains[verdict.best_fallback if row == NEITHER else row]
-        for number, trains, sound in zip(active[:m], seen.trains, seen.sound, strict=False):
-            if not (sound and all(map(math.isfinite, trains))):
-                self._lanes.all[number].take_scale(self._lanes.all[self._lanes.kept])
         if best is not None and self._probe:
             best.anew = False
         kept = [] if row == NEITHER else losses
-        undone = self._lanes.hold(kept, seen.held, was_own, self._weights)
-        won = 0 <= winner < self._lanes.m
+        undone = lanes.hold(kept, seen.held, was_own, self._weights)
+        won = 0 <= winner < lanes.m
         self._probes = self.probing.update(self._probes, self._probe, won)
         self._decided(
             Decision(
@@ -281,3 +267,9 @@ class LossGuard(LaneGuard):
             ),
             firsts,
         )
+
+    def _judge(self, seen: Outcome, m: int, checked: int) -> Verdict:
+        """Line 16 over the lanes checked, the first m learned: mean F(y) < mean F(z), or alike."""
+        late = self.nt - self.criterion.training
+        rows = [t[late:] + c for t, c in zip(seen.trains, seen.checks, strict=True)]
+        return judge(self.criterion, rows[:checked], seen.sound[:checked], m)

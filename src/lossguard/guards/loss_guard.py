@@ -7,6 +7,7 @@ learned optimizers from x, and s, the fallback on its own path, which no decisio
 ``cycle`` is the algorithm, line by line; what surrounds it are its options.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -233,14 +234,11 @@ def loss_guard(
         # By a track record, s is judged by its training losses, and takes no check minibatches.
         checked = len(ran) - (record is not None and len(fallbacks) == 2)
         if probe:  # line 16
-            ends = [branch.params for branch in trained[:checked]]
-            first = i + steps if checks == "next" else -1 - inner.drawn
-            late = jax.lax.dynamic_slice_in_dim(
-                losses[:checked], steps - training, training, axis=1
+            verdict, n, factor = compare(
+                trained[:checked], losses[:checked], sound[:checked], objective, i, steps, inner
             )
-            verdict, n, factor = compare(ends, late, sound[:checked], objective, first, inner)
         else:
-            n, factor, verdict = jnp.int32(0), inner.factor, follow_first(sound, losses.dtype)
+            verdict, n, factor = follow_first(sound, losses.dtype), jnp.int32(0), inner.factor
         excess, row = back_to_own(inner, verdict, losses, sound, steps, checked)
         winner = jnp.where(row < 0, NEITHER, jnp.array(ran, jnp.int32)[row])
         for lane, branch in zip(ran, trained, strict=True):  # lines 17 and 19
@@ -293,30 +291,32 @@ def loss_guard(
         return GuardState(at_x.params, state.steps + steps, i, inner), decision
 
     def compare(
-        ends: list[Params],
-        late: Float[Array, "ends training"],
-        sound: Bool[Array, " ends"],
+        trained: Sequence[Branch],
+        losses: Float[Array, "checked nt_most"],
+        sound: Bool[Array, " checked"],
         objective: Objective,
         i: Int[Array, ""],
+        steps: Int[Array, ""] | int,
         inner: LossGuardState,
     ) -> tuple[Verdict, Int[Array, ""], Int[Array, ""]]:
         """Line 16: what the check says of the lanes, its minibatches, and the windows' factor."""
+        late = jax.lax.dynamic_slice_in_dim(losses, steps - training, training, axis=1)
 
-        def verdict_by(losses: Float[Array, "ends most"], n: Int[Array, ""]) -> Verdict:
-            return judge(criterion, jnp.concatenate([late, losses], 1), n + training, sound, m)
+        def verdict_by(fresh: Float[Array, "checked most"], n: Int[Array, ""]) -> Verdict:
+            return judge(criterion, jnp.concatenate([late, fresh], 1), n + training, sound, m)
 
-        losses, n = check(
-            ends,
+        fresh, n = check(
+            [branch.params for branch in trained],
             objective,
-            i,
+            i + steps if checks == "next" else -1 - inner.drawn,
             stride=1 if checks == "next" else -1,
             looks=looks or (nc * factor_of(inner),),
             most=nc_most,
-            settled=lambda losses, n: verdict_by(losses, n).settled,
+            settled=lambda fresh, n: verdict_by(fresh, n).settled,
             dtype=late.dtype,
         )
-        verdict = verdict_by(losses, n)
-        learned, fallback = losses[verdict.best_learned], losses[verdict.best_fallback]
+        verdict = verdict_by(fresh, n)
+        learned, fallback = fresh[verdict.best_learned], fresh[verdict.best_fallback]
         return verdict, n, windows.update(inner.factor, learned, fallback, n)
 
     def factor_of(inner: LossGuardState) -> Int[Array, ""] | int:

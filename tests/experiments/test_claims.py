@@ -254,20 +254,20 @@ def test_a_run_beyond_the_papers_length_is_judged_to_its_end(
     assert judged(claim, run).outcome == outcome
 
 
-@pytest.mark.parametrize("claim", ["C6", "C12b"])
-def test_divergence_is_told_with_its_numbers(claim: str, tmp_path: Path) -> None:
-    recipe, curves, _ = CASES[claim]
-    measured = judged(claim, write(tmp_path / "run", recipe, curves)).measured
-    told = {
-        "C6": "L2O ends at 9 times its least loss; GL2O ends at 2.01 times its least loss; ",
-        "C12b": "; LGL2O diverges from step 10,000 on",
-    }
-    assert told[claim] in measured
-
-
 @pytest.mark.parametrize(
     ("claim", "told"),
     [
+        (
+            "C6",
+            "L2O ends at 9 times its least loss; GL2O ends at 2.01 times its least loss; "
+            "the distance of LGL2O from SGDnm, relative to it, is 0.04 at worst, at step 100 "
+            "(checked to 100,000)",
+        ),
+        (
+            "C12b",
+            "LGL2O over the better of its parts is 1.09 at worst, at step 100 (checked to 3,000); "
+            "LGL2O diverges from step 10,000 on",
+        ),
         (
             "C10",
             "best of 25 is SGDnm 0.01 tau 50000 with 1 at step 1,000; within 5 % of it: none",
@@ -523,19 +523,12 @@ def test_a_million_steps_of_one_seed_count(tmp_path: Path) -> None:
     assert "; in other LGL2O" in both.measured
 
 
-def spoil(curves: pl.DataFrame) -> pl.DataFrame:
-    return curves.with_columns(
-        loss=pl.when(pl.col("seed") == 1, pl.col("method") == "L2O")
-        .then(math.nan)
-        .otherwise("loss")
-    )
-
-
 def test_one_seed_that_is_not_finite_spoils_the_mean(tmp_path: Path) -> None:
     run = write(tmp_path / "run", "fig03", GOOD)
     assert judged("C3d", run).outcome == "holds"
     table = records.read_parquet(run / records.CURVES)
-    records.write_parquet(run / records.CURVES, spoil(table))
+    lost = pl.when(seed=1, method="L2O").then(math.nan).otherwise("loss")
+    records.write_parquet(run / records.CURVES, table.with_columns(loss=lost))
     verdict = judged("C3d", run)
     assert verdict.outcome == "fails"
     assert verdict.measured == "L2O inf, GL2O 0.9, SGDnm 1 at step 100"

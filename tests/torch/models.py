@@ -1,5 +1,7 @@
-"""A small problem that the tests train on."""
+"""A small problem that the tests train on, and what several of them ask of a guard there."""
 
+import copy
+import io
 import math
 
 import torch
@@ -77,6 +79,25 @@ def assert_same_state(actual, expected):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
     else:
         assert actual == expected or (actual != actual and expected != expected)
+
+
+def assert_resumes(build, model, batches, done):
+    """A guard that was saved after some minibatches goes on elsewhere, bit by bit; its history."""
+    twin = copy.deepcopy(model)
+    guard = build(model)
+    run(guard, model, batches[:done])
+    file = io.BytesIO()
+    torch.save(guard.state_dict(), file)
+    losses = run(guard, model, batches[done:])
+
+    file.seek(0)
+    resumed = build(twin)  # the guard alone brings the model back too
+    torch.randn(7)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert_same_state(run(resumed, twin, batches[done:]), losses)
+    assert_same_state(twin.state_dict(), model.state_dict())
+    assert_same_state(resumed.state_dict(), guard.state_dict())
+    return guard.history
 
 
 class Diverges(SGD):

@@ -1,13 +1,13 @@
 """Optimizers on paths of their own: which one is followed, and that x is never behind the best."""
 
 import copy
-import io
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from models import Diverges, assert_same_state, loss_fn, mlp, quadratic, run, spiral
+from models import Diverges, assert_resumes, assert_same_state, loss_fn, mlp, quadratic, run, spiral
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD, Adam, AdamW
@@ -175,22 +175,8 @@ def test_losses_sum_up_to_no_more_than_the_fallbacks():
 @pytest.mark.parametrize("nc", [0, 2])
 @pytest.mark.parametrize("done", range(3, 9))
 def test_resumes_bit_by_bit_at_any_point_of_a_cycle(done, nc):
-    batches = minibatches(6)
     model = mlp(nn.BatchNorm1d(16), nn.Dropout(0.2))
-    twin = copy.deepcopy(model)
-    guard = build(model, nc=nc)
-    run(guard, model, batches[:done])
-    file = io.BytesIO()
-    torch.save(guard.state_dict(), file)
-    losses = run(guard, model, batches[done:])
-
-    file.seek(0)
-    resumed = build(twin, nc=nc)
-    torch.randn(7)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
-    assert_same_state(run(resumed, twin, batches[done:]), losses)
-    assert_same_state(twin.state_dict(), model.state_dict())
-    assert_same_state(resumed.state_dict(), guard.state_dict())
+    assert_resumes(partial(build, nc=nc), model, minibatches(6), done)
 
 
 @pytest.mark.parametrize("nc", [0, 2])

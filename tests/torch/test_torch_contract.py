@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from algorithm2 import algorithm2
-from models import assert_same_state, loss_fn, mlp, quadratic, run, spiral, squares
+from models import assert_resumes, assert_same_state, loss_fn, mlp, quadratic, run, spiral, squares
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
@@ -147,22 +147,7 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options)))
 def test_resumes_bit_by_bit_at_any_point_of_a_cycle(done, options):
     batches = [spiral(16) for _ in range(30)]
-    model = stochastic()
-    twin = copy.deepcopy(model)
-    guard = build(model, **options)
-    run(guard, model, batches[:done])
-
-    file = io.BytesIO()
-    torch.save(guard.state_dict(), file)
-    losses = run(guard, model, batches[done:])
-
-    file.seek(0)
-    resumed = build(twin, **options)  # the guard alone brings the model back too
-    torch.randn(7)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
-    assert_same_state(run(resumed, twin, batches[done:]), losses)
-    assert_same_state(twin.state_dict(), model.state_dict())
-    assert_same_state(resumed.state_dict(), guard.state_dict())
+    assert_resumes(partial(build, **options), stochastic(), batches, done)
 
 
 def test_a_state_dict_shares_nothing_with_the_guard():

@@ -1,12 +1,11 @@
 """Optimizers of other packages, as they are, on either side."""
 
 import copy
-import io
 
 import pytest
 import torch
 from algorithm2 import algorithm2
-from models import assert_same_state, loss_fn, mlp, run, spiral, squares
+from models import assert_resumes, assert_same_state, loss_fn, mlp, run, spiral, squares
 from torch import nn
 from torch.optim import SGD
 
@@ -68,19 +67,8 @@ def test_schedule_free_resumes_bit_by_bit(done):
         learned.param_groups[0]["lr"] = 0.05
         return LossGuard(learned, fallback, nt=NT, nc=NC, hedge=True, loser="reset")
 
-    batches = [spiral(16) for _ in range(30)]
-    model = mlp()
-    twin = copy.deepcopy(model)
-    guard, resumed = build(model), build(twin)
-    run(guard, model, batches[:done])
-    file = io.BytesIO()
-    torch.save(guard.state_dict(), file)
-    losses = run(guard, model, batches[done:])
-    file.seek(0)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
-    assert_same_state(run(resumed, twin, batches[done:]), losses)
-    assert_same_state(twin.state_dict(), model.state_dict())
-    assert 0 in {decision.winner for decision in guard.history}
+    history = assert_resumes(build, mlp(), [spiral(16) for _ in range(30)], done)
+    assert 0 in {decision.winner for decision in history}
 
 
 FROM_PYTORCH_OPTIMIZER = {

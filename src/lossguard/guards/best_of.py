@@ -111,13 +111,7 @@ def best_of(guards: Sequence[Guard], *, nc: int = 0, decay: float = 0.9) -> Guar
         if len(windows) > 1:
             raise ValueError(f"guards must have the same nt, got {sorted(windows)}")
 
-        if nc:
-            dtype = loss_dtype(objective, state.params, i)
-            ends, first = [at.params for at in states], -1 - state.inner.drawn
-            losses, _ = check(ends, objective, first, stride=-1, looks=(nc,), most=nc, dtype=dtype)
-            now = losses.mean(axis=1)
-        else:
-            now = jnp.stack([mean_loss(decision) for decision in decisions])
+        now = current(state, objective, states, decisions)
         now = jnp.where(jnp.isfinite(now).any(), now, 0)  # a minibatch that is lost on all
         records = decay * state.inner.records + now.astype(state.inner.records.dtype)
         sound = jnp.stack([is_sound(at.params, state.params) for at in states])
@@ -144,6 +138,20 @@ def best_of(guards: Sequence[Guard], *, nc: int = 0, decay: float = 0.9) -> Guar
         steps = state.steps + decision.steps
         inner = BestOfState(states, records, state.inner.drawn + nc)
         return GuardState(x, steps, minibatches, inner), decision
+
+    def current(
+        before: GuardState,
+        objective: Objective,
+        after: Sequence[GuardState],
+        decisions: Sequence[Decision],
+    ) -> Float[Array, " members"]:
+        """d of each guard in this cycle."""
+        if not nc:
+            return jnp.stack([mean_loss(decision) for decision in decisions])
+        dtype = loss_dtype(objective, before.params, before.minibatches)
+        ends, first = [at.params for at in after], -1 - before.inner.drawn
+        losses, _ = check(ends, objective, first, stride=-1, looks=(nc,), most=nc, dtype=dtype)
+        return losses.mean(axis=1)
 
     return Guard(init, step)
 

@@ -98,27 +98,11 @@ class Cycle:
             for number in (k for k in active if taken[k]):
                 inside, self.running = None, self.lanes.all[number]
                 self.placing.enter(self.running.copy)
-                inside = lane = self.running
-                values[number] = []
-                for k, closure in enumerate(taken[number]):
-                    self.phase = start + k
-                    if not lane.lost:
-                        self.randomness.set(draws[k])
-                    values[number].append(self._evaluate(lane, closure, schedules, k))
-                    if len(draws) == k + 1 and not lane.lost:
-                        draws.append(self.randomness.state())
-                    if self.phase == min(self.nt, start + len(closures)) - 1:
-                        self.placing.save(lane.copy)  # after the last step that trains
+                inside = self.running
+                values[number] = self._pass(inside, taken[number], start, draws, schedules)
             self._hold(trains, draws)
-        except BaseException:  # the cycle is lost; x isn't, nor where lanes on own paths are
-            for number, lane in enumerate(self.lanes.all):
-                if self.lanes.begins_at_x(number):
-                    lane.stop()
-                elif lane is inside and not self.checking:
-                    self.placing.save(lane.copy)
-            if inside is not None:
-                schedules.undo(inside)
-            self.phase = 0
+        except BaseException:
+            self._lose(inside, schedules)
             raise
         finally:
             self.holding = False
@@ -160,6 +144,38 @@ class Cycle:
             lane.begin()
             if self.lanes.begins_at_x(number):  # lines 10 and 11: y <- x, z <- x
                 self.weights.copy_to(lane.copy)
+
+    def _pass(
+        self,
+        lane: Lane,
+        closures: Sequence[Closure],
+        start: int,
+        draws: list[Any],
+        schedules: Schedules,
+    ) -> list[Any]:
+        """The lane in the model takes its minibatches; the first one to do so makes the draws."""
+        values = []
+        for k, closure in enumerate(closures):
+            self.phase = start + k
+            if not lane.lost:
+                self.randomness.set(draws[k])
+            values.append(self._evaluate(lane, closure, schedules, k))
+            if len(draws) == k + 1 and not lane.lost:
+                draws.append(self.randomness.state())
+            if self.phase == min(self.nt, start + len(closures)) - 1:
+                self.placing.save(lane.copy)  # after the last step that trains
+        return values
+
+    def _lose(self, inside: Lane | None, schedules: Schedules) -> None:
+        """After an error the cycle is lost; x isn't, nor where lanes on own paths are."""
+        for number, lane in enumerate(self.lanes.all):
+            if self.lanes.begins_at_x(number):
+                lane.stop()
+            elif lane is inside and not self.checking:
+                self.placing.save(lane.copy)
+        if inside is not None:
+            schedules.undo(inside)
+        self.phase = 0
 
     def _evaluate(self, lane: Lane, closure: Closure, schedules: Schedules, k: int) -> Any:
         """One minibatch in the lane that is in the model; NaN if the lane is lost."""

@@ -19,10 +19,10 @@ from lossguard.torch.checkpoint import load_lane, save_lane
 from lossguard.torch.closures import Closure
 from lossguard.torch.consensus import outcome
 from lossguard.torch.decision import NEITHER, Decision
-from lossguard.torch.inner import clone
 from lossguard.torch.lane import Lane
 from lossguard.torch.lane_guard import LaneGuard
 from lossguard.torch.paths import Paths
+from lossguard.torch.tensors import clone
 from lossguard.validation import check_count, check_decay
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch.amp.grad_scaler import GradScaler
 
-from lossguard.torch.inner import Inner, Memory, clone
+from lossguard.torch.inner import Inner, Memory
 from lossguard.torch.lane import Lane
 from lossguard.torch.lanes import Lanes
 from lossguard.torch.ratchet import Best
+from lossguard.torch.tensors import clone
 from lossguard.torch.track_record import Excess
 
 NUMBERS = ("cycles", "kept", "held", "anew", "begun")

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from lossguard.torch.inner import local, read
 from lossguard.torch.lane import Lane
+from lossguard.torch.tensors import local, read
 from lossguard.torch.weights import Weights
 
 

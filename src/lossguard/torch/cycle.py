@@ -9,12 +9,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lossguard.torch.closures import Closure, Watch, scalar
 from lossguard.torch.forward_only import forward_only
-from lossguard.torch.inner import local
 from lossguard.torch.lane import Lane
 from lossguard.torch.placing import placing
 from lossguard.torch.randomness import Randomness
 from lossguard.torch.ratchet import Best
 from lossguard.torch.schedules import Schedules
+from lossguard.torch.tensors import local
 from lossguard.torch.weights import Copy, Weights
 
 

@@ -10,7 +10,8 @@ from lossguard.torch.arguments import listed
 from lossguard.torch.closures import Closure, checked
 from lossguard.torch.decision import Decision
 from lossguard.torch.facade import Facade
-from lossguard.torch.inner import Inner, clone, params_of
+from lossguard.torch.inner import Inner, params_of
+from lossguard.torch.tensors import clone
 from lossguard.torch.weights import Weights
 
 

@@ -18,7 +18,7 @@ from lossguard.torch.closures import Closure, described
 from lossguard.torch.cycle import Course, Cycle
 from lossguard.torch.decision import Decision
 from lossguard.torch.guard import Guard
-from lossguard.torch.inner import clone
+from lossguard.torch.tensors import clone
 from lossguard.torch.weights import Weights
 from lossguard.validation import check_count
 

@@ -12,9 +12,10 @@ from torch.amp.grad_scaler import GradScaler
 
 from lossguard.torch.consensus import Outcome
 from lossguard.torch.decision import NEITHER
-from lossguard.torch.inner import Inner, clone
+from lossguard.torch.inner import Inner
 from lossguard.torch.lane import Lane, Loser
 from lossguard.torch.ratchet import Best, Ratchet
+from lossguard.torch.tensors import clone
 from lossguard.torch.track_record import Excess, TrackRecord
 from lossguard.torch.verdict import Verdict
 from lossguard.torch.weights import Copy, Weights

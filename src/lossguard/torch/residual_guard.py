@@ -17,9 +17,10 @@ from lossguard.torch import arguments
 from lossguard.torch.closures import Closure, Watch, scalar
 from lossguard.torch.decision import NEITHER, Decision
 from lossguard.torch.guard import Guard
-from lossguard.torch.inner import Inner, clone, read, stored
+from lossguard.torch.inner import Inner
 from lossguard.torch.randomness import Randomness
 from lossguard.torch.sequences import Track, TrackingSequence, ema
+from lossguard.torch.tensors import clone, read, stored
 from lossguard.torch.weights import Copy, Weights
 from lossguard.validation import check_choice, check_count, check_fraction, check_kind
 

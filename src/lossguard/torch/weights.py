@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossguard.torch.inner import finite, local
+from lossguard.torch.tensors import finite, local
 
 Copy = list[Tensor]
 

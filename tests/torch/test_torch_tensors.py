@@ -9,7 +9,7 @@ from models import squares
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lossguard.torch import LossGuard
-from lossguard.torch.inner import clone, finite
+from lossguard.torch.tensors import clone, finite
 
 HUGE = torch.finfo(torch.float32).max
 

@@ -138,6 +138,12 @@ def follow(guard, model, batches, expected):
             yield decision, means, excess
 
 
+def assert_same_run(guard, model, expected):
+    """The guard's winners, and what the model holds at the end, are the reference's."""
+    assert [d.winner for d in guard.history] == [winner for _, winner, *_ in expected]
+    assert_same_state(model.state_dict(), expected[-1][0])
+
+
 def start_over(optimizer, fresh):
     """As it was built, but for the rates: entries that its steps have made of a group are gone."""
     now = optimizer.state_dict()["param_groups"]

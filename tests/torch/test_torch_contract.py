@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from algorithm2 import algorithm2
+from algorithm2 import algorithm2, assert_same_run
 from models import assert_resumes, assert_same_state, loss_fn, mlp, quadratic, run, spiral, squares
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -83,8 +83,7 @@ def test_every_optimizer_on_either_side(name, options, side, loser):
         hedge=True,
     )
     run(guard, model, batches)
-    assert [d.winner for d in guard.history] == [winner for _, winner, *_ in expected]
-    assert_same_state(model.state_dict(), expected[-1][0])
+    assert_same_run(guard, model, expected)
 
 
 def test_sparse_gradients():
@@ -107,8 +106,7 @@ def test_sparse_gradients():
     for k in range(3):
         part = batches[5 * k : 5 * k + 5]
         guard.cycle(lambda batch: sparse_loss(tested, batch), part[:3], part[3:])
-    assert [d.winner for d in guard.history] == [winner for _, winner, *_ in expected]
-    assert_same_state(tested.state_dict(), expected[-1][0])
+    assert_same_run(guard, tested, expected)
 
 
 def build(model, *, several=False, **options):

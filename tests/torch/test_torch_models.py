@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from algorithm2 import algorithm2
+from algorithm2 import algorithm2, assert_same_run
 from models import assert_same_state, closure_for, loss_fn, mlp, run, spiral
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
@@ -86,8 +86,7 @@ def test_models(name, offload):
     for batch in batches:
         torch.manual_seed(int(torch.randint(1 << 30, ())))
         run(guard, model, [batch])
-    assert [d.winner for d in guard.history] == [winner for _, winner, *_ in expected]
-    assert_same_state(model.state_dict(), expected[-1][0])
+    assert_same_run(guard, model, expected)
 
 
 def test_compiled_models_are_compiled_once_per_mode():
@@ -172,8 +171,7 @@ def test_autocast_uses_the_weights_of_the_branch(outside):
             part = batches[5 * k : 5 * k + 5]
             loss = loss_fn if outside else cast_loss
             guard.cycle(lambda b, loss=loss: loss(model, b), part[:3], part[3:])
-    assert [d.winner for d in guard.history] == [winner for _, winner, *_ in expected]
-    assert_same_state(model.state_dict(), expected[-1][0])
+    assert_same_run(guard, model, expected)
 
 
 def scaled_closure(guard, model, batch):

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from algorithm2 import algorithm2
-from models import assert_resumes, assert_same_state, loss_fn, mlp, run, spiral, squares
+from algorithm2 import algorithm2, assert_same_run
+from models import assert_resumes, loss_fn, mlp, run, spiral, squares
 from torch import nn
 from torch.optim import SGD
 
@@ -99,9 +99,8 @@ def test_pytorch_optimizer(name, side, loser):
     learned, fallback = (make(model.parameters()) for make in makers)
     guard = LossGuard(learned, fallback, nt=NT, nc=NC, loser=loser, hedge=True)
     run(guard, model, batches)
-    assert [d.winner for d in guard.history] == [winner for _, winner, *_ in expected]
+    assert_same_run(guard, model, expected)
     assert (0 if side == "learned" else 2) in {decision.winner for decision in guard.history}
-    assert_same_state(model.state_dict(), expected[-1][0])
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,17 @@
 import base64
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+from commands import command
 from pages import SPEND, STEPS, VERDICTS, curves_of, write_meta, write_run
 from plotly.offline import get_plotlyjs
 
-from lossguard import cli, records
+from lossguard import records
 from lossguard.experiments import figures
 from lossguard.experiments import report as reporting
 from lossguard.experiments.report import report
@@ -277,10 +277,7 @@ def test_command(
 ) -> None:
     """With the real claims, of which none is about these runs but the theorems'."""
     folder = page.parent.parent / "runs" / "a_run"
-    monkeypatch.setattr(
-        sys, "argv", ["lossguard", "report", str(folder), "-o", str(tmp_path / "r")]
-    )
-    cli.main()
+    command(monkeypatch, "report", folder, "-o", tmp_path / "r")
     assert capsys.readouterr().out == f"report: {tmp_path / 'r'}\n"
     assert len(data_of(tmp_path / "r")) == 1
     assert '<th scope="row">C3a</th>' in (tmp_path / "r").read_text()
@@ -305,8 +302,7 @@ def test_bad_input(
 ) -> None:
     records.open_folder(tmp_path / "half", {"name": "half"})
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lossguard", "report", *names])
     with pytest.raises(SystemExit) as caught:
-        cli.main()
+        command(monkeypatch, "report", *names)
     assert caught.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"lossguard: {reason}"

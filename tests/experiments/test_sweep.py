@@ -6,13 +6,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import tiny
+from commands import command, same_curves
 
-from lossguard import Task, cli, records
+from lossguard import Task, records
 from lossguard.experiments import Experiment, recipes
 from lossguard.experiments import run as running
 from lossguard.experiments import sweep as sweeping
@@ -22,19 +21,6 @@ from lossguard.experiments.sweep import Outcome, sweep
 MODULE = Path(tiny.__file__)
 FIRST = dataclasses.replace(tiny.recipe(), seeds=1, methods=("Signs",))
 SECOND = dataclasses.replace(FIRST, seed=7)
-
-
-def main(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
-    monkeypatch.setattr(sys, "argv", ["lossguard", *map(str, arguments)])
-    cli.main()
-
-
-def same_curves(folder: Path, expected: Path) -> None:
-    for name in (records.CURVES, records.EVALUATIONS):
-        found, right = (records.read_parquet(f / name) for f in (folder, expected))
-        assert found.schema == right.schema
-        for column in right.columns:
-            np.testing.assert_array_equal(found[column], right[column])  # NaN equals NaN
 
 
 def test_each_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +70,7 @@ def test_command_runs_sets_with_the_same_options(
     monkeypatch.setattr("lossguard.experiments.RECIPES", made)
     monkeypatch.setattr(recipes, "SETS", {"both": ("one", "two")})
     arguments = ("sweep", "both", "one", f"{MODULE}:recipe", "--out", tmp_path, "--steps", 10)
-    main(monkeypatch, *arguments, "--methods", "Signs")
+    command(monkeypatch, *arguments, "--methods", "Signs")
     out = capsys.readouterr().out
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["one", "recipe", "two"]
     for name, seeds in (("one", 1), ("two", 1), ("recipe", 2)):
@@ -92,7 +78,7 @@ def test_command_runs_sets_with_the_same_options(
         assert (config["steps"], config["methods"]) == (10, ["Signs"])
         assert curves["step"].max() == 10 and curves["seed"].n_unique() == seeds
         assert f"records: {tmp_path / name}\n" in out
-    main(monkeypatch, *arguments, "--methods", "Signs")
+    command(monkeypatch, *arguments, "--methods", "Signs")
     assert capsys.readouterr().out.count("complete already") == 3
 
 
@@ -103,7 +89,7 @@ def test_command_tells_of_failures_by_its_status(
     made = {"wrong": lambda: wrong, "right": lambda: SECOND}
     monkeypatch.setattr("lossguard.experiments.RECIPES", made)
     with pytest.raises(SystemExit) as caught:
-        main(monkeypatch, "sweep", "wrong", "right", "--out", tmp_path)
+        command(monkeypatch, "sweep", "wrong", "right", "--out", tmp_path)
     assert caught.value.code == 1
     out, err = capsys.readouterr()
     assert f"records: {tmp_path / 'right'}\n" in out
@@ -134,7 +120,7 @@ def test_bad_input(
     )
     named = {"OURS": f"{MODULE}:recipe", "THEIRS": "theirs.py:recipe"}
     with pytest.raises(SystemExit) as caught:
-        main(monkeypatch, "sweep", *(named.get(argument, argument) for argument in arguments))
+        command(monkeypatch, "sweep", *(named.get(argument, argument) for argument in arguments))
     assert caught.value.code == 2
     err = capsys.readouterr().err
     assert reason in err and err.count("\n") == 1
@@ -181,7 +167,7 @@ def test_a_killed_sweep_goes_on_from_the_last_checkpoint_that_is_whole(
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
     monkeypatch.setattr(running, "CHUNK", tiny.CHUNK)
-    main(monkeypatch, "sweep", f"{MODULE}:recipe", "--out", tmp_path / "runs")
+    command(monkeypatch, "sweep", f"{MODULE}:recipe", "--out", tmp_path / "runs")
     assert "checkpoint 8 is damaged and was passed over" in capfd.readouterr().err
     assert (methods / "Signs.parquet").read_bytes() == finished
     same_curves(tmp_path / "runs" / "recipe", run(tiny.recipe(), tmp_path / "whole"))
@@ -216,7 +202,7 @@ def test_two_workers_of_a_cluster_leave_the_same_records(
     names = [f"{tmp_path / 'mine.py'}:{name}" for name in ("one", "wrong", "two")]
     arguments = ["sweep", *names, "--steps", "40", "--out", str(tmp_path / "there")]
     with pytest.raises(SystemExit) as caught:
-        main(monkeypatch, *arguments, "--ray", "local")
+        command(monkeypatch, *arguments, "--ray", "local")
     assert caught.value.code == 1
     assert not ray.is_initialized()
     assert "wrong: ValueError: methods must each be one of Signs" in capsys.readouterr().err

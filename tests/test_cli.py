@@ -28,7 +28,7 @@ from lossguard.metatrain import loop
 TINY = str(Path(__file__).parent / "experiments" / "tiny.py")
 RUN = ("run", f"{TINY}:recipe", "--out", "out")
 
-Main = Callable[..., None]
+Main = Refused = Callable[..., None]
 
 
 @pytest.fixture
@@ -43,18 +43,21 @@ def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Main:
     return run
 
 
-def refused(
-    main: Main, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], *parts: str
-) -> None:
-    """One sentence on stderr that names these parts, status 2, and nothing else."""
-    with pytest.raises(SystemExit) as caught:
-        main(*arguments)
-    assert caught.value.code == 2
-    out, err = capsys.readouterr()
-    assert err.startswith("lossguard: ") and err.count("\n") == 1 and err.endswith("\n")
-    assert not out
-    for part in parts:
-        assert part in err
+@pytest.fixture
+def refused(main: Main, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Bad arguments: one sentence on stderr that names some parts, status 2, and nothing else."""
+
+    def run(arguments: tuple[str, ...], *parts: str) -> None:
+        with pytest.raises(SystemExit) as caught:
+            main(*arguments)
+        assert caught.value.code == 2
+        out, err = capsys.readouterr()
+        assert err.startswith("lossguard: ") and err.count("\n") == 1 and err.endswith("\n")
+        assert not out
+        for part in parts:
+            assert part in err
+
+    return run
 
 
 def test_list(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,7 +155,7 @@ def test_numbers_are_whole_in_a_narrow_terminal(
 
 
 def test_run_with_overrides_then_plot(
-    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    refused: Refused, main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     main(*RUN, "--steps", "12", "--seeds", "1", "--methods", "Signs", "LGL2O", "--nc", "2")
     out, err = capsys.readouterr()
@@ -173,16 +176,14 @@ def test_run_with_overrides_then_plot(
     assert (folder / "figure.png").read_bytes() == drawn
 
     refused(
-        main,
-        capsys,
         RUN,
         "folder must be empty or hold the same run, but out holds another, which differs in steps "
         "(12, not 60) and seeds (1, not 2) and methods (['Signs', 'LGL2O'], not ['Signs', 'L2O', "
         "'LGL2O']) and nc (2, not 3): choose another --out",
     )
-    refused(main, capsys, (*RUN, "--resume"), "out holds another")
+    refused((*RUN, "--resume"), "out holds another")
     same = made["command"][1:]
-    refused(main, capsys, tuple(same), "out holds this run already: add --resume")
+    refused(tuple(same), "out holds this run already: add --resume")
     main(*same, "--resume")
     assert capsys.readouterr().out == out
 
@@ -285,23 +286,22 @@ def test_plot_of_meta_training(
     ids=lambda value: " ".join(value).replace(TINY, "tiny.py") if value[0].islower() else "",
 )
 def test_bad_input(
-    main: Main,
-    capsys: pytest.CaptureFixture[str],
+    refused: Refused,
     tmp_path: Path,
     arguments: tuple[str, ...],
     parts: tuple[str, ...],
 ) -> None:
-    refused(main, capsys, arguments, *parts)
+    refused(arguments, *parts)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_error_in_ones_own_module_is_told_with_its_place(
-    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    refused: Refused, tmp_path: Path
 ) -> None:
     module = tmp_path / "of_my_own.py"
     module.write_text("def recipe():\n    a, b = (1, 2, 3)\n")
     place = f"too many values to unpack (expected 2) ({module}, line 2)"
-    refused(main, capsys, ("run", f"{module}:recipe"), place)
+    refused(("run", f"{module}:recipe"), place)
 
 
 @pytest.mark.parametrize(
@@ -333,11 +333,9 @@ def test_bad_options(
         ("x = '\0'", "null bytes"),
     ],
 )
-def test_unreadable_module(
-    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path, code: str, reason: str
-) -> None:
+def test_unreadable_module(refused: Refused, tmp_path: Path, code: str, reason: str) -> None:
     (tmp_path / "mine.py").write_text(code)
-    refused(main, capsys, ("run", "mine.py:recipe"), "mine.py:recipe can't be read", reason)
+    refused(("run", "mine.py:recipe"), "mine.py:recipe can't be read", reason)
 
 
 @pytest.mark.parametrize("name", ["json", "sys"])
@@ -378,15 +376,13 @@ def test_bug_in_a_users_module_shows_its_traceback(main: Main, tmp_path: Path) -
         main("run", "mine.py:recipe")
 
 
-def test_damaged_weights(
-    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_weights(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = tmp_path / "shipped" / "lstm-mnist-mlp.safetensors"
     shipped.parent.mkdir()
     shutil.copy(weights_file.pretrained_path("lstm-mnist-mlp"), shipped)
     shipped.write_bytes(shipped.read_bytes()[:-100])
     monkeypatch.setattr(weights_file, "_folder", lambda: shipped.parent)
-    refused(main, capsys, ("run", "fig05"), "weights must be a complete .safetensors file")
+    refused(("run", "fig05"), "weights must be a complete .safetensors file")
     assert not (tmp_path / "runs").exists()
 
 
@@ -441,19 +437,15 @@ def finished(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["config.json", "manifest.json", "curves.parquet"])
-def test_plot_of_damaged_records(
-    main: Main, capsys: pytest.CaptureFixture[str], finished: Path, name: str
-) -> None:
+def test_plot_of_damaged_records(refused: Refused, finished: Path, name: str) -> None:
     content = (finished / name).read_bytes()
     (finished / name).write_bytes(content[: len(content) // 2])
-    refused(main, capsys, ("plot", "run"), f"run/{name} is not ")
+    refused(("plot", "run"), f"run/{name} is not ")
 
 
-def test_plot_of_something_else(
-    main: Main, capsys: pytest.CaptureFixture[str], finished: Path
-) -> None:
+def test_plot_of_something_else(refused: Refused, finished: Path) -> None:
     (finished / "config.json").write_text("{}")
-    refused(main, capsys, ("plot", "run"), "run/config.json is not of a run: it lacks name")
+    refused(("plot", "run"), "run/config.json is not of a run: it lacks name")
 
 
 @pytest.mark.parametrize(
@@ -466,8 +458,7 @@ def test_plot_of_something_else(
     ],
 )
 def test_plot_of_records_edited_by_hand(
-    main: Main,
-    capsys: pytest.CaptureFixture[str],
+    refused: Refused,
     finished: Path,
     name: str,
     field: str,
@@ -476,23 +467,20 @@ def test_plot_of_records_edited_by_hand(
 ) -> None:
     content = json.loads((finished / name).read_text())
     (finished / name).write_text(json.dumps(content | {field: value}))
-    refused(main, capsys, ("plot", "run"), f"run/{name} ", reason)
+    refused(("plot", "run"), f"run/{name} ", reason)
 
 
-def test_folder_with_other_files(
-    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_folder_with_other_files(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
-    refused(main, capsys, RUN, "out holds other files")
-    refused(main, capsys, (*RUN[:-1], "out/thesis.tex"), "out/thesis.tex is a file")
+    refused(RUN, "out holds other files")
+    refused((*RUN[:-1], "out/thesis.tex"), "out/thesis.tex is a file")
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
 def test_folder_that_cannot_be_made(
-    main: Main,
-    capsys: pytest.CaptureFixture[str],
+    refused: Refused,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     code: int,
@@ -501,18 +489,18 @@ def test_folder_that_cannot_be_made(
         raise OSError(code, os.strerror(code), str(path))
 
     monkeypatch.setattr(Path, "mkdir", fail)
-    refused(main, capsys, RUN, f"lossguard: {os.strerror(code)}: out")
+    refused(RUN, f"lossguard: {os.strerror(code)}: out")
     assert not list(tmp_path.iterdir())
 
 
 def test_error_of_the_system_without_a_path(
-    main: Main, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(records, "open_folder", full)
-    refused(main, capsys, RUN, "lossguard: No space left on device\n")
+    refused(RUN, "lossguard: No space left on device\n")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Figures and tables, made from records alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,23 +74,10 @@ def draw(curves: pl.DataFrame, title: str) -> Figure:
     top.update_datalim(ends, updatey=False)  # in case that no loss is finite
     top.set(xscale="log", ylabel="Training loss")
     log_losses(top)
-    drawn = [np.asarray(line.get_ydata()) for line in top.lines]
-    low, high = floor(curves, drawn), ceiling(curves, drawn)
-    if low or high:
-        lowest, highest = low or top.dataLim.minposy, high or top.dataLim.y1
-        margin = (highest / lowest) ** 0.05
-        top.set_ylim(lowest if low else lowest / margin, highest if high else highest * margin)
-        ends = [f"the {end}" for end, limit in {"top": high, "bottom": low}.items() if limit]
-        top.set_ylabel(f"Training loss (lines leave at {' and '.join(ends)})")
+    _cut(top, curves)
     top.set_title(title, fontsize=10, parse_math=False)
-    for method in guarded:
-        steps, used = by_seed(curves, method, "used_learned")
-        use_l2o = smooth(steps, 0.5 + 0.5 * used).mean(axis=0)
-        shown = drawn_points(steps)
-        bottom.plot(steps[shown], use_l2o[shown], **styles[method], linewidth=1)
     if guarded:
-        bottom.set(ylim=(0.45, 1.05), ylabel="use_l2o")
-        bottom.set_yticks([0.5, 1.0], ["fallback", "learned"])
+        _draw_use(bottom, curves, {method: styles[method] for method in guarded})
     bottom.set_xlabel("Optimizer step")
     for axes in panels[:, 0]:
         axes.grid(which="major", alpha=0.3)
@@ -174,6 +161,30 @@ def _draw_loss(
     if band:
         low, high = loss.min(axis=0), loss.max(axis=0)
         axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _draw_use(axes: Axes, curves: pl.DataFrame, styles: Mapping[str, dict[str, Any]]) -> None:
+    """Of each guard, whether it used the learned update (1) or the fallback's (0.5)."""
+    for method, style in styles.items():
+        steps, used = by_seed(curves, method, "used_learned")
+        use_l2o = smooth(steps, 0.5 + 0.5 * used).mean(axis=0)
+        shown = drawn_points(steps)
+        axes.plot(steps[shown], use_l2o[shown], **style, linewidth=1)
+    axes.set(ylim=(0.45, 1.05), ylabel="use_l2o")
+    axes.set_yticks([0.5, 1.0], ["fallback", "learned"])
+
+
+def _cut(axes: Axes, curves: pl.DataFrame) -> None:
+    """End the axis at the ``ceiling`` and the ``floor``, if lines leave there, and say so."""
+    drawn = [np.asarray(line.get_ydata()) for line in axes.lines]
+    low, high = floor(curves, drawn), ceiling(curves, drawn)
+    if not (low or high):
+        return
+    lowest, highest = low or axes.dataLim.minposy, high or axes.dataLim.y1
+    margin = (highest / lowest) ** 0.05
+    axes.set_ylim(lowest if low else lowest / margin, highest if high else highest * margin)
+    ends = [f"the {end}" for end, limit in {"top": high, "bottom": low}.items() if limit]
+    axes.set_ylabel(f"Training loss (lines leave at {' and '.join(ends)})")
 
 
 def drawn_points(steps: np.ndarray) -> np.ndarray:

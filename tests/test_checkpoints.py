@@ -206,3 +206,9 @@ def test_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     Checkpoints(Path("here")).save(1, state(1), table(1))
     same(Checkpoints(tmp_path / "here").latest(state(0)), 1)
+
+
+@pytest.mark.parametrize("name", ["lr[1", "lr[/1]", "lr[]"])
+def test_folders_with_brackets_that_make_no_pattern(tmp_path: Path, name: str) -> None:
+    Checkpoints(tmp_path / name).save(1, state(1), table(1))
+    same(Checkpoints(tmp_path / name).latest(state(0)), 1)

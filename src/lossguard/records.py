@@ -16,6 +16,7 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -63,12 +64,13 @@ def open_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False
 
     Raises:
         ValueError: if the folder holds another run, or this one and ``resume`` is false, or its
-            config is damaged, or its path has a square bracket.
+            config is damaged, or the run isn't finished and a name in its path has ``[...]``.
         OSError: if it can't be made.
     """
     path = folder / CONFIG
-    if "[" in str(path.absolute()):  # Orbax takes it for a pattern, and loses the checkpoint
-        raise ValueError(f"folder must have no [ in its path, got {folder.absolute()}")
+    is_pattern = re.search(r"\[[^/]+\]", str(folder.absolute()))  # to Orbax: checkpoints get lost
+    if is_pattern and not is_finished(folder):
+        raise ValueError(f"folder must have no [...] in its path, got {folder.absolute()}")
     if path.exists():
         if differ := _differing(_read_json(path), json.loads(json.dumps(config))):
             raise ValueError(

@@ -15,6 +15,7 @@ import polars as pl
 import pytest
 
 from lossguard import records
+from lossguard.config import as_config
 from lossguard.curves import COUNTERS
 from lossguard.experiments import theorems
 from lossguard.experiments.claims import CLAIMS, Verdict, judge_claims, judge_run
@@ -22,7 +23,6 @@ from lossguard.experiments.evidence import FUNCTIONS
 from lossguard.experiments.findings import Finding
 from lossguard.experiments.folders import read_runs
 from lossguard.experiments.recipes import PAPERS, SETS
-from lossguard.experiments.run import as_config
 
 Curve = float | Mapping[int, float]
 """A loss, or the losses from some steps on."""

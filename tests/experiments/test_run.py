@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 import signal
 import subprocess
@@ -22,12 +21,13 @@ from commands import command, same_curves
 
 import lossguard
 from lossguard import curves, records, rollout
+from lossguard.config import as_config
 from lossguard.curves import COUNTERS
 from lossguard.experiments import run as running
 from lossguard.experiments.experiment import Experiment
-from lossguard.experiments.run import as_config, run
+from lossguard.experiments.run import run
 from lossguard.tasks.dataset import Split
-from lossguard.tasks.models import MLP, ConvNet
+from lossguard.tasks.models import MLP
 from lossguard.tasks.task import TaskObjective
 
 MODULE = Path(tiny.__file__)
@@ -396,26 +396,6 @@ def test_damaged_table_of_a_finished_method_is_named(whole: Path, tmp_path: Path
         run(tiny.recipe(), tmp_path / "run", resume=True)
 
 
-def test_config_is_plain_and_tells_models_apart() -> None:
-    config = as_config(dataclasses.replace(tiny.recipe(), model=ConvNet()))
-    assert config["model"]["kind"] == "ConvNet"
-    assert config["make_task"] == "tiny:make_task" and config["steps"] == 60
-    narrowed = functools.partial(tiny.make_task, 3, rate=0.1)
-    config = as_config(dataclasses.replace(tiny.recipe(), make_task=narrowed))
-    assert config["make_task"] == "tiny:make_task(3, rate=0.1)"
-
-
-def test_config_has_paths_and_arrays_as_json_does() -> None:
-    config = as_config(
-        dataclasses.replace(
-            tiny.recipe(), learned=Path("a/b.safetensors"), steps=np.int64(60), sgd_rate=jnp.ones(2)
-        )
-    )
-    assert config["learned"] == str(Path("a/b.safetensors"))
-    assert config["steps"] == 60 and config["sgd_rate"] == [1.0, 1.0]
-    assert json.loads(json.dumps(config)) == config
-
-
 class OtherMLP:
     """A model that is no dataclass."""
 
@@ -424,7 +404,7 @@ class OtherMLP:
 
 @pytest.mark.parametrize("changes", [{"model": OtherMLP()}, {"methods": {"Signs"}}])
 def test_what_json_cannot_hold_leaves_no_folder(tmp_path: Path, changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"^an experiment must be of numbers, .*, but holds "):
+    with pytest.raises(ValueError, match=r"^a run must be of numbers, .*, but holds "):
         run(dataclasses.replace(tiny.recipe(), **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from lossguard import cli, drawing, init_lstm_weights, load_weights, lstm_optimizer, records
+from lossguard.config import as_config
 from lossguard.learned.lstm import LSTMWeights
 from lossguard.metatrain import figure, loop
 from lossguard.metatrain.loop import MetaTraining, metatrain
@@ -56,7 +57,7 @@ def same(a: LSTMWeights, b: LSTMWeights) -> bool:
 
 def test_records(whole: Path) -> None:
     config, made, curves = records.read_run(whole)
-    assert config == {**asdict(TINY), "model": {"hidden": [5]}, "others": []}
+    assert config == {**asdict(TINY), "model": {"kind": "MLP", "hidden": [5]}, "others": []}
     assert curves["meta_step"].to_list() == [2, 4, 6]
     assert curves["validation"].to_numpy().shape == (3, 8)
     numbers = curves.select("meta_loss", "gradient_norm").to_numpy()
@@ -354,3 +355,34 @@ def test_bad_fields_leave_no_folder(tmp_path: Path, changes: dict[str, Any], rea
 def test_another_run_is_refused(whole: Path) -> None:
     with pytest.raises(ValueError, match=r"holds another, which differs in "):
         metatrain(dataclasses.replace(TINY, rate=0.1), whole, resume=True)
+
+
+@dataclass(frozen=True)
+class Wider(MLP):
+    """Another model with the same fields."""
+
+
+def test_another_model_is_refused(whole: Path) -> None:
+    wider = dataclasses.replace(TINY, model=Wider(hidden=TINY.model.hidden))
+    with pytest.raises(ValueError, match=r"differs in model \(.*'MLP'.*, not .*'Wider'"):
+        metatrain(wider, whole, resume=True)
+
+
+@dataclass(frozen=True)
+class OfAFile(MetaTraining):
+    """A user's own, with a field of its own."""
+
+    file: Any = None
+
+
+def test_fields_of_ones_own(whole: Path, tmp_path: Path) -> None:
+    """A path is told, and goes on; what JSON can't hold leaves no folder."""
+    given = {f.name: getattr(TINY, f.name) for f in dataclasses.fields(TINY)}
+    mine = OfAFile(**given, file=Path("words.txt"))
+    records.open_folder(tmp_path / "run", as_config(mine))
+    file = metatrain(mine, tmp_path / "run", resume=True)
+    assert records.read_run(file.parent).config["file"] == "words.txt"
+    assert same(load_weights(file).weights, load_weights(whole / loop.WEIGHTS).weights)
+    with pytest.raises(ValueError, match=r"^a run must be of numbers, .*, but holds b'words'$"):
+        metatrain(dataclasses.replace(mine, file=b"words"), tmp_path / "other")
+    assert not (tmp_path / "other").exists()

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
+from ..config import as_config
 from ..curves import last_step, mark_loss, over_seeds
 from ..records import Record
 from .experiment import Experiment
 from .recipes import PAPERS
-from .run import as_config
 
 FREE = ("title", "steps", "seeds", "seed", "methods", "vectorize")
 """Settings in which a run may differ from its recipe and still speak for it."""

@@ -1,9 +1,6 @@
 """Run an experiment: its methods one after another, seed by seed in chunks; records on disk."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
-from functools import partial
-from os import PathLike, fspath
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,6 +13,7 @@ from jaxtyping import PRNGKeyArray
 
 from .. import curves, records
 from ..checkpoints import Checkpoints
+from ..config import as_config
 from ..guards.protocol import Decision, Guard, GuardState
 from ..progress import Progress, stopping_at_interrupt
 from ..rollout import rollout
@@ -69,37 +67,6 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
         records.write_parquet(folder / records.CURVES, pl.concat(tables))
         records.finish(folder, made | {"seconds": seconds})
     return folder
-
-
-def as_config(value: Any) -> Any:
-    """A config as plain JSON; a function by its module and name, and what it is given already.
-
-    Raises:
-        ValueError: if it holds something else than numbers, strings, paths, arrays, lists,
-            mappings, functions and dataclasses of them.
-    """
-    if is_dataclass(value):
-        kind = {} if isinstance(value, Experiment) else {"kind": type(value).__name__}
-        return kind | {f.name: as_config(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Mapping):
-        return {k: as_config(v) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return [as_config(v) for v in value]
-    if isinstance(value, partial):
-        given = [*map(repr, value.args), *(f"{k}={v!r}" for k, v in value.keywords.items())]
-        return f"{as_config(value.func)}({', '.join(given)})"
-    if isinstance(value, PathLike):
-        return fspath(value)
-    if isinstance(value, np.generic | np.ndarray | jax.Array):
-        return value.tolist()
-    if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}:{value.__qualname__}"
-    if not isinstance(value, str | int | float | None):
-        raise ValueError(
-            "an experiment must be of numbers, strings, paths, arrays, lists, mappings, functions "
-            f"and dataclasses of them, but holds {value!r}"
-        )
-    return value
 
 
 def _check(experiment: Experiment) -> None:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from ..config import as_config
 from ..records import FAILED, is_finished, open_folder, write_json
 from .experiment import Experiment
-from .run import as_config, run
+from .run import run
 
 
 class Outcome(NamedTuple):

@@ -1,6 +1,6 @@
 """Meta-training: many meta-steps, validated, resumable; the best weights by validation are kept."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .. import records
 from ..checkpoints import Checkpoints
+from ..config import as_config
 from ..learned.lstm import LSTMWeights, init_lstm_weights, lstm_optimizer
 from ..learned.pretrained import save_weights
 from ..progress import Progress
@@ -112,14 +113,14 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
 
     Raises:
         ValueError: if the folder holds another run, or this one and ``resume`` is false, or the
-            config names a data set that does not exist or has a number out of range, or if every
-            validation diverged.
+            config names a data set that does not exist, has a number out of range or holds what
+            JSON can't, or if every validation diverged.
     """
     _check(config)
     task, others = config.task(), config.other_tasks()
     for each in (task, *others.values()):
         _trace_loss(each)
-    records.open_folder(folder, asdict(config), resume=resume)
+    records.open_folder(folder, as_config(config), resume=resume)
     if records.is_finished(folder):
         return folder / WEIGHTS
     made = records.start(folder, data=task.dataset.note)

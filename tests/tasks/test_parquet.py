@@ -153,6 +153,7 @@ def test_a_single_changed_pixel_or_label_is_refused(folder: Path) -> None:
 
 
 GOOD = [encode(image) for image in TRAIN]
+GREY = pixels(1, (6, 4, 1))[0]
 
 
 @pytest.mark.parametrize(
@@ -181,11 +182,15 @@ GOOD = [encode(image) for image in TRAIN]
         ),
         (
             table([*GOOD[:4], GOOD[4][:-30], *GOOD[5:]], labels(9)),
-            "has a broken image in row 4 of those read (",
+            "has an unreadable image in row 4 of those read (",
         ),
         (
             table([*GOOD[:4], b"no image", *GOOD[5:]], labels(9)),
-            "has a broken image in row 4 of those read (",
+            "has an unreadable image in row 4 of those read (",
+        ),
+        (
+            table([*GOOD[:4], encode(257 * GREY.astype(np.uint16)), *GOOD[5:]], labels(9)),
+            "has an unreadable image in row 4 of those read (16 bits a pixel, not 8)",
         ),
         (table([*GOOD[:8], None], labels(9)), "has rows without an image or without a label"),
         (

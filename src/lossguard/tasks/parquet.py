@@ -232,12 +232,15 @@ def _decode(encoded: list[bytes], source: ImageSource, where: str) -> UInt8[np.n
     for index, image_bytes in progress:
         try:
             image = Image.open(io.BytesIO(image_bytes), formats=("PNG", "JPEG"))
+            if image.mode.startswith("I"):  # converting would clip
+                raise ValueError("16 bits a pixel, not 8")
             image = image if image.mode == mode else image.convert(mode)
             decoded = np.asarray(image)
         # What a damaged file raises depends on its format and on where the damage is.
         except Exception as error:
             raise ValueError(
-                f"{where} has a broken image in row {index} of those read ({_first_line(error)})"
+                f"{where} has an unreadable image in row {index} of those read "
+                f"({_first_line(error)})"
             ) from error
         if decoded.shape[:2] != (height, width):
             raise ValueError(

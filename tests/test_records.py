@@ -201,6 +201,7 @@ def test_whole_file_of_something_else_is_named(finished: Path, name: str, missin
         ("curves.parquet", TABLE[:1], "the methods b"),
         ("manifest.json", {"data": "", "seconds": {"b": 1.0}}, "the methods a"),
         ("config.json", CONFIG | {"methods": ["a", "b", "c", "d"]}, "the methods c, d"),
+        ("curves.parquet", TABLE.cast({"method": pl.Binary}), "names in column method"),
     ],
 )
 def test_records_that_do_not_fit_are_named(
@@ -213,6 +214,52 @@ def test_records_that_do_not_fit_are_named(
         records.write_json(finished / name, content)
     file = name.replace("config.json", "curves.parquet")
     with pytest.raises(ValueError, match=rf"run/{file} is not of this run: it lacks {lack}$"):
+        records.read_run(finished)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "name", "lack"),
+    [
+        (3, "curves.parquet", "seeds of the methods a, b"),
+        (2, "curves.parquet", "seeds of the methods b"),
+        (1, "config.json", "seeds that the curves have"),
+        (0, "config.json", "seeds that the curves have"),
+    ],
+)
+def test_missing_seeds_are_named(finished: Path, seeds: int, name: str, lack: str) -> None:
+    """The first method has two, the second one."""
+    records.write_json(finished / records.CONFIG, CONFIG | {"seeds": seeds})
+    curves = TABLE[[0, 0, 1]].with_columns(seed=pl.Series([0, 1, 0]))
+    records.write_parquet(finished / records.CURVES, curves)
+    with pytest.raises(ValueError, match=rf"run/{name} is not of this run: it lacks {lack}$"):
+        records.read_run(finished)
+
+
+def test_no_methods_are_named(finished: Path) -> None:
+    records.write_json(finished / records.CONFIG, CONFIG | {"methods": []})
+    with pytest.raises(ValueError, match=r"run/config\.json is not of this run: it lacks methods$"):
+        records.read_run(finished)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "reason"),
+    [
+        ("config.json", "methods", ["a", 1], "each of methods must be of type str, got 1"),
+        ("config.json", "methods", [["a"]], r"each of methods must be of type str, got \['a'\]"),
+        ("config.json", "seeds", "1", "seeds must be of type int, got '1'"),
+        ("manifest.json", "time", None, "time must be of type str, got None"),
+        ("manifest.json", "command", "lossguard", "command must be of type list, got 'lossguard'"),
+        ("manifest.json", "command", [1], "each of command must be of type str, got 1"),
+        ("manifest.json", "resumed", 3, "resumed must be of type list, got 3"),
+        ("manifest.json", "resumed", ["a"], "each of resumed must be of type dict, got 'a'"),
+    ],
+)
+def test_wrong_values_are_named(
+    finished: Path, name: str, field: str, value: Any, reason: str
+) -> None:
+    content = json.loads((finished / name).read_text())
+    records.write_json(finished / name, content | {field: value})
+    with pytest.raises(ValueError, match=rf"run/{name} is not of a run: {reason}$"):
         records.read_run(finished)
 
 

@@ -52,9 +52,13 @@ KINDS: Mapping[str, type] = {
     "seeds": int,
     "seed": int,
     "data": str,
+    "time": str,
+    "command": list,
+    "resumed": list,
     "versions": dict,
 }
-"""Types of those fields of configs and manifests that are read."""
+ITEMS: Mapping[str, type] = {"methods": str, "command": str, "resumed": dict}
+"""Types of those fields of configs and manifests that are read, and of what lists hold."""
 CPUINFO = Path("/proc/cpuinfo")
 PACKAGES = ("lossguard", "jax", "jaxlib", "optax", "equinox", "numpy", "polars")
 
@@ -169,14 +173,22 @@ def read_run(folder: Path) -> Record:
         if missing := [field for field in needed[name] if field not in found]:
             raise ValueError(f"{folder / name} is not of a run: it lacks {', '.join(missing)}")
     for name, found in {CONFIG: config, MANIFEST: made}.items():
-        for field, kind in KINDS.items():
-            if field in found and not isinstance(found[field], kind):
-                told = f"{field} must be of type {kind.__name__}, got {found[field]!r}"
-                raise ValueError(f"{folder / name} is not of a run: {told}")
+        for field in KINDS:
+            if field in found and (wrong := _wrong(field, found[field])):
+                raise ValueError(f"{folder / name} is not of a run: {wrong}")
     name, lack = _lack(record, needed[CURVES])
     if lack:
         raise ValueError(f"{folder / name} is not of this run: it lacks {lack}")
     return record
+
+
+def _wrong(field: str, value: Any) -> str:
+    """What a field must be and is not, or ""."""
+    told, kind, values = field, KINDS[field], [value]
+    if isinstance(value, kind) and field in ITEMS:
+        told, kind, values = f"each of {field}", ITEMS[field], value
+    bad = [one for one in values if not isinstance(one, kind)]
+    return f"{told} must be of type {kind.__name__}, got {bad[0]!r}" if bad else ""
 
 
 def _lack(record: Record, columns: Sequence[str]) -> tuple[str, str]:
@@ -185,6 +197,8 @@ def _lack(record: Record, columns: Sequence[str]) -> tuple[str, str]:
     if curves.is_empty():
         return CURVES, "rows"
     for name in columns:
+        if name == "method" and curves[name].dtype != pl.String:
+            return CURVES, "names in column method"
         if name != "method" and curves[name].to_numpy().dtype.kind not in "iuf":
             return CURVES, f"numbers in column {name}"
     if not record.is_meta:
@@ -196,6 +210,13 @@ def _lack(record: Record, columns: Sequence[str]) -> tuple[str, str]:
         for name, found in {CURVES: {*curves["method"]}, MANIFEST: spent}.items():
             if missing := [method for method in config["methods"] if method not in found]:
                 return name, f"the methods {', '.join(missing)}"
+        if not config["methods"]:
+            return CONFIG, "methods"
+        many = dict(curves.group_by("method").agg(pl.col("seed").n_unique()).iter_rows())
+        if few := [method for method in config["methods"] if many[method] < config["seeds"]]:
+            return CURVES, f"seeds of the methods {', '.join(few)}"
+        if any(many[method] > config["seeds"] for method in config["methods"]):
+            return CONFIG, "seeds that the curves have"
     return "", ""
 
 

@@ -19,6 +19,13 @@ def check_count(name: str, value: int, least: int = 1) -> int:
     return int(value)
 
 
+def check_seed(seed: int, seeds: int = 1) -> None:
+    """Require that JAX takes no seed from this one on modulo 2^32."""
+    check_count("seed", seed, least=0)
+    if seed > 2**32 - seeds:
+        raise ValueError(f"seed must be at most {2**32 - seeds}, got {seed}")
+
+
 def check_positive(**values: float) -> None:
     """Require positive and finite numbers."""
     for name, value in values.items():

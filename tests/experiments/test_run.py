@@ -336,7 +336,7 @@ def labelled(name: str, labels: tuple[int, int], experiment: Experiment) -> loss
             ({"seed": value}, f"^seed must be an integer of at least 0, got {value!r}$")
             for value in (-1, 1.5, "0")
         ),
-        ({"seed": 2**32 - 1}, r"^seed must be .*, got 4294967295 to 4294967296$"),
+        ({"seed": 2**32 - 1}, "^seed must be at most 4294967294, got 4294967295$"),
         ({"batch_size": 401}, "^batch_size must be between 1 and samples = [0-9]*, got 401"),
         ({"methods": ("SGD",)}, "^methods must each be one of Signs, .*, got 'SGD'"),
         ({"make_methods": lambda e: None}, "^make_methods must return .*, got NoneType$"),

@@ -18,7 +18,7 @@ from ..guards.protocol import Decision, Guard, GuardState
 from ..progress import Progress, stopping_at_interrupt
 from ..rollout import rollout
 from ..tasks.task import Task
-from ..validation import check_count, check_positive
+from ..validation import check_count, check_positive, check_seed
 from .experiment import Experiment
 
 CHUNK = 100
@@ -73,12 +73,9 @@ def _check(experiment: Experiment) -> None:
     """Its numbers, also those that none of its methods uses."""
     for name in ("steps", "seeds", "batch_size", "nt", "nc"):
         check_count(name, getattr(experiment, name))
-    check_count("seed", experiment.seed, least=0)
+    check_seed(experiment.seed, experiment.seeds)
     for name in ("sgd_rate", "sgd_tau", "guard_tau", "adam_rate"):
         check_positive(**{name: getattr(experiment, name)})
-    first, last = experiment.seed, experiment.seed + experiment.seeds - 1
-    if last >= 2**32:  # others would be taken modulo 2^32
-        raise ValueError(f"seed must be such that all are in 0 to 2^32 - 1, got {first} to {last}")
 
 
 def _check_task(task: Any) -> None:

@@ -21,7 +21,7 @@ from ..progress import Progress
 from ..tasks.datasets import load_dataset
 from ..tasks.models import MLP, ConvNet
 from ..tasks.task import Task
-from ..validation import check_count, check_positive, check_real
+from ..validation import check_count, check_positive, check_real, check_seed
 from .truncated import Optimizees, meta_gradient, restart_finished, start, unroll
 
 WEIGHTS = "weights.safetensors"
@@ -150,8 +150,7 @@ def _check(config: MetaTraining) -> None:
         check_positive(**{name: getattr(config, name)})
     check_real("b2", config.b2, "at least 0 and below 1", lambda v: 0 <= v < 1)
     check_count("curriculum", config.curriculum, least=0)
-    if not 0 <= config.seed < 2**32:  # others would be taken modulo 2^32
-        raise ValueError(f"seed must be in 0 to 2^32 - 1, got {config.seed}")
+    check_seed(config.seed)
     if config.longest < config.shortest:
         raise ValueError(
             f"longest must be at least shortest, which is {config.shortest}, got {config.longest}"

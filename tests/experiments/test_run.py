@@ -156,6 +156,11 @@ def test_what_was_evaluated_after_the_last_checkpoint_is_there_once(
     with monkeypatch.context() as patch, pytest.raises(OSError, match=r"^full$"):
         patch.setattr(running.Checkpoints, "save", save_once)
         run(e, tmp_path / "run")
+    evaluated = tmp_path / "run" / "evaluated" / "Signs.parquet"
+    aside = evaluated.rename(tmp_path / "aside")
+    with pytest.raises(OSError, match=r"evaluated/Signs\.parquet"):  # they can't be made again
+        run(e, tmp_path / "run", resume=True)
+    aside.rename(evaluated)
     folder = run(e, tmp_path / "run", resume=True)
     evaluations = records.read_parquet(folder / records.EVALUATIONS)
     assert evaluations["step"].to_list() == [10, 20, 30, 50, 60]

@@ -146,11 +146,11 @@ class _MethodRun:
         )
         self._cycles, self._chunks, self._evaluations = 0, [], []
         self._seconds, self._timed = 0.0, 0  # of all chunks but the first, which compiles
-        if (found := self._checkpoints.latest((self._state, jnp.zeros(2)))) is None:
+        if (found := self._checkpoints.latest((self._state, jnp.zeros(3)))) is None:
             return
-        self._cycles, (self._state, (seconds, timed)), table = found
+        self._cycles, (self._state, (seconds, timed, evaluated)), table = found
         self._seconds, self._timed, self._chunks = float(seconds), int(timed), [table]
-        if self._evaluated.exists():
+        if evaluated:
             evaluations = records.read_parquet(self._evaluated)
             self._evaluations = [evaluations.filter(pl.col("cycle") <= self._cycles)]
 
@@ -228,8 +228,8 @@ class _MethodRun:
     def _save(self) -> None:
         """A checkpoint."""
         self._chunks = [pl.concat(self._chunks)]
-        times = jnp.array([self._seconds, self._timed])
-        self._checkpoints.save(self._cycles, (self._state, times), self._chunks[0])
+        numbers = jnp.array([self._seconds, self._timed, len(self._evaluations)])
+        self._checkpoints.save(self._cycles, (self._state, numbers), self._chunks[0])
 
 
 def _is_mark(step: int) -> bool:

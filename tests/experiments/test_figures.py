@@ -240,6 +240,14 @@ def test_a_grid_is_drawn_as_a_map(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["0.1", "1", "10"]
 
 
+def test_names_on_a_map_are_shown_as_they_are() -> None:
+    grid = [f"$a_{{$ {rate} tau {tau}" for rate in ("$_{$", "2") for tau in ("$^{$", "3")]
+    heatmap = figures.heatmap_of(grid)
+    assert heatmap is not None
+    figure = figures.draw_heatmap(heatmap, curves_of(dict.fromkeys(grid, 1.0)), "$x_{$")
+    figure.draw_without_rendering()  # raises at formulas that aren't
+
+
 TWO = ["A 1 tau 2", "A 1 tau 5", "B 10 tau 2", "B 10 tau 5"]
 
 

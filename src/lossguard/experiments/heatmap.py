@@ -46,9 +46,10 @@ def draw_heatmap(heatmap: Heatmap, curves: pl.DataFrame, title: str) -> Figure:
     for (row, column), loss in np.ndenumerate(losses):
         color = "white" if loss > middle else "black"
         axes.text(column, row, f"{loss:#.4g}", ha="center", va="center", color=color)
-    axes.set_xticks(range(len(heatmap.taus)), heatmap.taus)
-    axes.set_yticks(range(len(heatmap.rates)), heatmap.rates)
-    axes.set(xlabel="Time scale of the decay, in steps", ylabel=f"Rate of {heatmap.name}")
+    axes.set_xticks(range(len(heatmap.taus)), heatmap.taus, parse_math=False)
+    axes.set_yticks(range(len(heatmap.rates)), heatmap.rates, parse_math=False)
+    axes.set_xlabel("Time scale of the decay, in steps")
+    axes.set_ylabel(f"Rate of {heatmap.name}", parse_math=False)
     axes.set_title(title, fontsize=10, parse_math=False)
     figure.colorbar(image, label=f"Training loss at step {last:,}")
     return figure

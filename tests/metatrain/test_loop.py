@@ -299,7 +299,7 @@ def test_figure_of_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
     monkeypatch.setattr(
         figure, "save", lambda of, folder: drawn.append(of) or drawing.save(of, folder)
     )
-    records.open_folder(tmp_path / "run", {"name": "mine"})
+    records.open_folder(tmp_path / "run", {"name": "mine $_{$"})
     records.write_json(tmp_path / "run" / records.MANIFEST, {"data": "JPEG q75"})
     validation, moons = 1 + np.random.default_rng(0).random((2, 4, steps))
     validation[2] = np.nan
@@ -309,7 +309,7 @@ def test_figure_of_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
     file = figure.plot(tmp_path / "run", records.read_run(tmp_path / "run"))
     assert file.read_bytes().startswith(b"\x89PNG")
 
-    assert drawn[0].get_suptitle() == "mine (JPEG q75)"
+    assert drawn[0].get_suptitle() == "mine $_{$ (JPEG q75)"
     left, right, others = ([line.get_ydata() for line in of.lines] for of in drawn[0].axes)
     first = {8: [0], 60: [0, 10], 100: [0, 50], 300: [0, 50, 250]}[steps]
     means = [validation[:, i : i + 50].mean(axis=1) for i in first]

@@ -52,7 +52,7 @@ def plot(folder: Path, record: Record) -> Path:
         axes[2].set(xlabel="Meta-step", ylabel=OTHERS)
         axes[2].legend(fontsize=8)
     title = titled(config["name"], made.get("data"))  # older records lack it
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
 
     return save(figure, folder)
 

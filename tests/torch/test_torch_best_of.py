@@ -357,7 +357,6 @@ def sgd(w):
             lambda w: LossGuard(sgd(w), BestOf(sgd(w), sgd(w))),
             "fallback must train on every minibatch, got a BestOf",
         ),
-        (lambda w: BestOf(sgd(w), sgd(w)).scaler, "scaler must be given to BestOf"),
         (
             lambda w: BestOf(sgd(w), sgd(w)).load_state_dict(
                 LossGuard(sgd(w), sgd(w)).state_dict()

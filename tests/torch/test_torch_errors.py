@@ -161,8 +161,6 @@ REFUSALS = [
     (lambda w: LossGuard(sgd(w), sgd(w), nt=1, nc=2).cycle(lambda b: w.sum(), [1], [2]),
      "check_batches must be at least 2 minibatches, got 1 "
      "(itertools.chain.from_iterable(itertools.repeat(loader)) doesn't end)"),
-    (lambda w: LossGuard(sgd(w), sgd(w)).scaler,
-     "scaler must be given to LossGuard to scale losses, got None"),
     (lambda w: LossGuard(sgd(w), sgd(w)).load_state_dict(sgd(w).state_dict()),
      "state_dict must be a LossGuard's, got one with the keys ['state', 'param_groups']"),
     (lambda w: LossGuard(sgd(w), sgd(w)).load_state_dict(
@@ -179,6 +177,16 @@ def test_errors(refused, message):
     with pytest.raises(ValueError) as error:
         refused(torch.ones(1, requires_grad=True))
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("kind", [BestOf, LossGuard])
+def test_a_scaler_that_was_not_given_is_no_attribute(kind):
+    weight, _ = quadratic()
+    guard = kind(sgd(weight), sgd(weight))
+    assert not hasattr(guard, "scaler")
+    with pytest.raises(AttributeError) as error:
+        guard.unscale_()
+    assert str(error.value) == f"scaler must be given to {kind.__name__} to scale losses, got None"
 
 
 def test_an_error_of_a_hook_is_its_own():

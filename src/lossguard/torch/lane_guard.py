@@ -83,7 +83,7 @@ class LaneGuard(Guard):
         """The gradient scaler of the running branch; use it inside the closure."""
         if self._cycle.running.scaler is None:
             kind = type(self).__name__
-            raise ValueError(f"scaler must be given to {kind} to scale losses, got None")
+            raise AttributeError(f"scaler must be given to {kind} to scale losses, got None")
         return self._cycle.running.scaler
 
     def unscale_(self) -> None:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from lossguard import cli, records
-from lossguard.command_line import find_recipe
+from lossguard.command_line import check_beside, find_recipe
 from lossguard.experiments import folders, run, sweep, theorems
 from lossguard.experiments.findings import Finding
 from lossguard.learned import weights_file
@@ -368,6 +368,28 @@ def test_module_may_import_one_beside_it(tmp_path: Path, monkeypatch: pytest.Mon
     found = find_recipe([f"{tmp_path / 'importing.py'}:recipe"], {}, "run", str)
     assert found == ("recipe", "mine")
     del sys.modules["besides"], sys.modules["importing"]
+
+
+def test_two_recipes_cannot_import_modules_of_one_name(
+    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From different folders: the second would get the first one's. Their own names may be one."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "titles.py").write_text(f"TITLE = {folder!r}\n")
+        (tmp_path / folder / "twins.py").write_text(
+            "import titles\nfrom lossguard.experiments import Experiment\n"
+            f"def {folder}():\n    return Experiment({folder!r}, title=titles.TITLE)\n"
+        )
+    both = "a/twins.py:a", "b/twins.py:b"
+    told = f"beside them are {tmp_path}/a/titles.py and {tmp_path}/b/titles.py: run them one by one"
+    refused(main, capsys, ("sweep", *both), told)
+    assert not (tmp_path / "runs").exists()
+    check_beside(both[:1])
+    (tmp_path / "b" / "titles.py").unlink()
+    check_beside(both)
+    del sys.modules["titles"], sys.modules["twins"], sys.modules["twins_"]
 
 
 def test_bug_in_a_users_module_shows_its_traceback(main: Main, tmp_path: Path) -> None:

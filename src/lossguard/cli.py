@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__
-from .command_line import find_recipe, override, usage
+from .command_line import check_beside, find_recipe, override, usage
 from .validation import one_of
 
 
@@ -135,6 +135,7 @@ def sweep(arguments: Sequence[str]) -> None:
         where, experiment = override(recipe, where, options, f"sweep {name}")
         if experiments.setdefault(name, experiment) != experiment:
             raise ValueError(f"recipes must have different names, but two are called {name}")
+    check_beside(names)
 
     failed = 0
     with _resumable():

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import make_dataclass
@@ -45,6 +46,18 @@ def find_recipe(
         known = one_of(recipes, name)
         raise ValueError(f"{command} needs a recipe, path/to/module.py:function or {known}")
     return name, recipes[name]()
+
+
+def check_beside(names: Sequence[str]) -> None:
+    """Refuse recipes of folders in which they import modules of one name: all get the first."""
+    files = {Path(name.rpartition(":")[0]).resolve() for name in names if ".py:" in name}
+    for one, other in itertools.permutations({file.parent for file in files}, 2):
+        for file in {*one.glob("*.py")} - files:
+            if file == _file(file.stem) and (other / file.name).exists():
+                raise ValueError(
+                    "recipes must not import modules of one name from different folders, but "
+                    f"beside them are {file} and {other / file.name}: run them one by one"
+                )
 
 
 def override(config: Any, where: Any, arguments: Sequence[str], program: str) -> tuple[Any, Any]:

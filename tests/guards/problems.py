@@ -14,6 +14,16 @@ def objective_of(problem: numpy_guards.Objective, xi: jax.Array | None = None):
     return lambda w, i: 0.5 * jnp.sum(a * (w - m) ** 2) + xi[i] @ w
 
 
+def noisy(problem, key: jax.Array, sigma: float, minibatches: int):
+    """F of ``Noisy``, but its noise is drawn beforehand: inside, it takes long to compile.
+
+    The last of the minibatches may be numbered -1, -2, ... instead.
+    """
+    n = problem.minimum.size
+    xi = sigma / n**0.5 * jax.random.normal(key, (minibatches, n))
+    return lambda w, i: problem(w) + xi[i] @ (w - problem.minimum)
+
+
 def decay(rate: float):
     """The schedule of both sides."""
     return lambda k: rate / (1 + 0.025 * k)

@@ -164,13 +164,15 @@ def leap(gap: jax.Array, lane: int, m: int) -> optax.GradientTransformation:
 @cache
 def simulator(criterion: Criterion, m: int, nc: int):
     """winner and n in RUNS decisions, given the gap of each learned lane."""
+    most = nc if criterion.looks is None else criterion.looks[-1]
 
     @jax.jit
     def simulate(gaps: jax.Array) -> tuple[jax.Array, jax.Array]:
         def one(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+            xi = jax.random.normal(key, (1 + most, m + 1))
+
             def objective(w, i):
-                xi = jax.random.normal(jax.random.fold_in(key, i), (m + 1,))
-                return w[0] + w[1:] @ xi[1:] + xi[0]  # xi_0: noise that all lanes share
+                return w[0] + w[1:] @ xi[i, 1:] + xi[i, 0]  # xi_0: noise that all lanes share
 
             learned = [leap(gap, lane, m) for lane, gap in enumerate(gaps)]
             guard = lossguard.loss_guard(learned, optax.sgd(0.0), nt=1, nc=nc, criterion=criterion)

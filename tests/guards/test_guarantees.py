@@ -12,11 +12,11 @@ import optax
 import optimizers
 import pytest
 from damage import MEAN, PAIRED, dearest
-from problems import CONVEX
+from problems import CONVEX, noisy
 
 import lossguard
 from lossguard.guards.guarded import GuardedState
-from lossguard.tasks import Noisy, quadratic
+from lossguard.tasks import quadratic
 
 STEPS = 150
 
@@ -139,10 +139,10 @@ def noisy_run(problem, rate, *, nt: int, hedge: bool):
     cycles = max(400 // nt, well_behaved + 10)
 
     def one(which, key):
-        noisy = Noisy(problem, key, SIGMA)
+        f = noisy(problem, key, SIGMA, cycles * (nt + 1))
 
         def objective(w, i):  # a cycle trains on nt minibatches, and checks on one
-            return jnp.where(i % (nt + 1) < nt, noisy(w, i), problem(w))
+            return jnp.where(i % (nt + 1) < nt, f(w, i), problem(w))
 
         learned = optimizers.hostile(which, 1 / problem.L, turn=nt * well_behaved)
         guard = lossguard.loss_guard(learned, optax.sgd(rate), nt=nt, nc=1, hedge=hedge)
@@ -181,13 +181,13 @@ def test_wrong_decisions_add_up_to_a_floor(criterion, exact) -> None:
     trusted = lossguard.unguarded(fallback, nt=1)
 
     def one(which, key):
-        noisy = Noisy(problem, key, sigma)
+        f = noisy(problem, key, sigma, cycles * (1 + nc))
         learned = optimizers.hostile(which)
         branch = lossguard.unguarded(learned, nt=1)
         guard = lossguard.loss_guard(learned, fallback, nt=1, nc=nc, criterion=criterion)
 
         def objective(w, i):
-            return jnp.where(exact & (i % (1 + nc) == 0), problem(w), noisy(w, i))
+            return jnp.where(exact & (i % (1 + nc) == 0), problem(w), f(w, i))
 
         def step(state, _):
             y, _ = branch.step(state._replace(inner=state.inner.lanes.learned[0]), objective)
@@ -235,10 +235,10 @@ def test_theorem_5_in_a_noisy_run_at_a_stated_confidence() -> None:
         )
 
         def run(key):
-            noisy = Noisy(problem, key, 3.0)
+            f = noisy(problem, key, 3.0, cycles * (1 + nc))
 
             def objective(w, i):
-                return jnp.where(i % (1 + nc) == 0, problem(w), noisy(w, i))
+                return jnp.where(i % (1 + nc) == 0, problem(w), f(w, i))
 
             def step(state, _):
                 state, _ = guard.step(state, objective)
@@ -259,18 +259,20 @@ def test_a_whole_run_at_a_stated_confidence() -> None:
 
     y is where z is, but for noise: F(w, i) = w xi_i, which on the mean is 0 everywhere.
     """
-    runs, delta, cycles = 3000, 0.2, 20
+    runs, delta, cycles, nc = 3000, 0.2, 20, 8
     guard = lossguard.loss_guard(
         optimizers.constant(1.0),
         optax.sgd(0.0),
         nt=1,
-        nc=8,
+        nc=nc,
         criterion=lossguard.paired_criterion(confidence=1 - delta / cycles),
     )
 
     def run(key):
+        xi = jax.random.normal(key, (cycles * (1 + nc),))
+
         def objective(w, i):
-            return w * jax.random.normal(jax.random.fold_in(key, i))
+            return w * xi[i]
 
         start = guard.init(jnp.array(0.0))
         _, decisions = jax.lax.scan(

@@ -12,11 +12,10 @@ import numpy_guards
 import optax
 import optimizers
 import pytest
-from problems import CONVEX, decay, objective_of, valleys
+from problems import CONVEX, decay, noisy, objective_of, valleys
 from runs import play
 
 import lossguard
-from lossguard.tasks import Noisy
 
 NT, NC, CYCLES = 3, 2, 30
 S = {True: 2, "only": 1}
@@ -300,15 +299,15 @@ def test_one_more_error_does_not_add_to_the_last(hedge) -> None:
     tau is the deviation of F(lane, j) - F(s, j), summed over y and z. s knows nothing of wrong
     decisions, so that only the last one counts; test_criteria has the constant.
     """
-    problem, sigma, seeds, cycles = CONVEX["quadratic"](), 2.0, 300, 60
+    problem, sigma, seeds, cycles, nc = CONVEX["quadratic"](), 2.0, 300, 60, 4
     learned = optimizers.hostile(1)  # wanders
     fallback = optax.sgd(0.1)
-    guard = lossguard.loss_guard(learned, fallback, nt=1, nc=4, hedge=hedge)
+    guard = lossguard.loss_guard(learned, fallback, nt=1, nc=nc, hedge=hedge)
     branch, trusted = lossguard.unguarded(learned, nt=1), lossguard.unguarded(fallback, nt=1)
     start = jnp.zeros(6)
 
     def one(key):
-        objective = Noisy(problem, key, sigma)
+        objective = noisy(problem, key, sigma, cycles * (1 + nc))
 
         def step(state, _):
             y, _ = branch.step(state._replace(inner=state.inner.lanes.learned[0]), objective)
@@ -329,7 +328,7 @@ def test_one_more_error_does_not_add_to_the_last(hedge) -> None:
 
     regret, tau, winner = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(3), seeds))
     error = 3 * regret.std(axis=0) / seeds**0.5
-    assert (regret.mean(axis=0) <= 0.171 * tau.mean(axis=0) / 4**0.5 + error).all()
+    assert (regret.mean(axis=0) <= 0.171 * tau.mean(axis=0) / nc**0.5 + error).all()
     wrong = regret > 0
     assert wrong.mean() > 0.02  # decisions do go wrong
     assert 0.02 < (winner == 0).mean() < 0.98

@@ -220,8 +220,10 @@ def test_vmap_is_a_loop(hedge) -> None:
     )
 
     def run(start, key):
+        xi = 0.1 * jax.random.normal(key, (30 * (NT + NC), 2))
+
         def objective(w, i):
-            return w @ w / 2 + 0.1 * jax.random.normal(jax.random.fold_in(key, i), (2,)) @ w
+            return w @ w / 2 + xi[i] @ w
 
         return jax.lax.scan(
             lambda state, _: guard.step(state, objective), guard.init(start), length=30

@@ -6,19 +6,14 @@ import numpy as np
 import optax
 import optimizers
 import pytest
-from problems import CONVEX
+from problems import CONVEX, noisy
 from runs import play
 
 import lossguard
 from lossguard.guards.branch import Branch
 from lossguard.guards.ratchet import Ratchet, RatchetState, init_ratchet, ratchet
-from lossguard.tasks import Noisy
 
 NT, NC, CYCLES, EVERY, TOLERANCE = 3, 2, 60, 4, 0.05
-
-
-def noisy() -> Noisy:
-    return Noisy(CONVEX["quadratic"](), jax.random.key(1), 2.0)
 
 
 @pytest.mark.usefixtures("x64")
@@ -36,7 +31,8 @@ def noisy() -> Noisy:
 )
 def test_the_rule_in_plain_loops(options) -> None:
     """The guard without a ratchet, one cycle at a time, and x put back from outside."""
-    f, learned = noisy(), optimizers.hostile(1, 0.05)  # wanders
+    f = noisy(CONVEX["quadratic"](), jax.random.key(1), 2.0, CYCLES * (NT + NC))
+    learned = optimizers.hostile(1, 0.05)  # wanders
     trusted = optax.sgd(lossguard.paper_decay(0.2, tau=100.0), momentum=0.5)
     plain = lossguard.loss_guard(learned, trusted, nt=NT, nc=NC, **options)
     rule = ratchet(cycles=EVERY, tolerance=TOLERANCE)

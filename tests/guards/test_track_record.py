@@ -8,13 +8,12 @@ import optimizers
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import CONVEX, valleys
+from problems import CONVEX, noisy, valleys
 from runs import play
 from scipy import stats
 
 import lossguard
 from lossguard.guards.track_record import Excess, TrackRecord, track_record
-from lossguard.tasks import Noisy
 
 NT, NC, CYCLES, DECAY, SHARE = 4, 3, 80, 0.8, 0.3
 NONE = Excess(jnp.float32(0), jnp.float32(0), jnp.int32(0))
@@ -36,8 +35,8 @@ def test_the_curve_is_not_above_the_fallbacks(problem, trusted, options) -> None
 
     In every run and at every cycle, whatever the learned optimizer, the noise and the landscape.
     """
-    noise = problem == "noise"
-    f = Noisy(CONVEX["quadratic"](), jax.random.key(1), 2.0) if noise else valleys
+    noise, minibatches = problem == "noise", 2 * CYCLES * (NT + NC)
+    f = noisy(CONVEX["quadratic"](), jax.random.key(1), 2.0, minibatches) if noise else valleys
     alone = lossguard.unguarded(trusted, nt=NT)
 
     def one(which):

@@ -114,8 +114,8 @@ def many(over: str, draws: int, positions: int, n: int) -> np.ndarray:
         return permuted(key, epoch, jnp.arange(positions), n)
 
     if over == "keys":
-        return np.asarray(jax.vmap(draw, (0, None))(keys, 0))
-    return np.asarray(jax.vmap(draw, (None, 0))(jax.random.key(n), numbers))
+        return np.asarray(jax.jit(jax.vmap(draw, (0, None)))(keys, 0))
+    return np.asarray(jax.jit(jax.vmap(draw, (None, 0)))(jax.random.key(n), numbers))
 
 
 def in_bulk(statistic: float, degrees: int) -> bool:

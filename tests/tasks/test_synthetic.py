@@ -18,19 +18,26 @@ PROBLEMS = {
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_minimum_and_the_curvature(name) -> None:
     problem = PROBLEMS[name]()
-    w = problem.minimum
-    assert jnp.linalg.norm(jax.grad(problem)(w)) < 1e-12
-    assert problem.excess(w) == 0
+    w, mu, L = problem.minimum, float(problem.mu), float(problem.L)
+
+    @jax.jit
+    def at(w):
+        hessian, gradient = jax.hessian(problem)(w), jax.grad(problem)(w)
+        return problem(w), problem.excess(w), gradient, jnp.linalg.eigvalsh(hessian)
+
+    lowest, none, gradient, _ = at(w)
+    assert np.linalg.norm(gradient) < 1e-12
+    assert none == 0
     for seed in range(5):
-        far = w + 3 * jax.random.normal(jax.random.key(seed), w.shape)
-        eigenvalues = jnp.linalg.eigvalsh(jax.hessian(problem)(far))
-        assert eigenvalues[0] >= problem.mu * (1 - 1e-9)
-        assert eigenvalues[-1] <= problem.L * (1 + 1e-9)
-        np.testing.assert_allclose(problem.excess(far), problem(far) - problem(w), rtol=1e-9)
+        far = w + 3 * np.random.default_rng(seed).standard_normal(w.shape)
+        value, excess, gradient, eigenvalues = map(np.asarray, at(far))
+        assert eigenvalues[0] >= mu * (1 - 1e-9)
+        assert eigenvalues[-1] <= L * (1 + 1e-9)
+        np.testing.assert_allclose(excess, value - lowest, rtol=1e-9)
         # What the theorems rest on: mu/2 d^2 <= E <= L/2 d^2, and 2 mu E <= |grad f|^2 <= 2 L E.
-        distance, slope = jnp.sum((far - w) ** 2), jnp.sum(jax.grad(problem)(far) ** 2)
-        assert problem.mu / 2 * distance <= problem.excess(far) <= problem.L / 2 * distance
-        assert 2 * problem.mu * problem.excess(far) <= slope <= 2 * problem.L * problem.excess(far)
+        distance, slope = np.sum((far - w) ** 2), np.sum(gradient**2)
+        assert mu / 2 * distance <= excess <= L / 2 * distance
+        assert 2 * mu * excess <= slope <= 2 * L * excess
 
 
 @pytest.mark.usefixtures("x64")

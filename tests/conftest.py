@@ -28,10 +28,7 @@ CHECKED = (
     "lossguard.tasks.shuffle",
     "lossguard.tasks.synthetic",
 )
-# An int where a float is asked for is right, as type checkers have it too.
-TYPECHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-
-install_import_hook(CHECKED, TYPECHECKER)
+install_import_hook(CHECKED, "typechecker.checked")
 
 # Compiling is most of what the tests do: a third of it is left with these. XLA_FLAGS= in front of a
 # command has everything compiled as users have it. XLA ends a process over a flag that it doesn't

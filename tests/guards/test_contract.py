@@ -185,14 +185,16 @@ def test_a_step_keeps_structure_shapes_and_dtypes(guard, name, dtypes) -> None:
 @pytest.mark.parametrize("guard", GUARDS)
 def test_low_precision_runs(guard, dtypes) -> None:
     guard = GUARDS[guard](OPTIMIZERS["adam"], OPTIMIZERS["nesterov"])
-    state = guard.init(start(DTYPES[dtypes]))
+    first = state = guard.init(start(DTYPES[dtypes]))
     objective = Objective(jax.random.key(0))
-    losses = []
-    for _ in range(8):
+    for _ in range(4):
         state, decision = guard.step(state, objective)
-        losses.append(float(decision.losses.mean()))
-    assert np.isfinite(losses).all()
-    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+        assert np.isfinite(decision.losses).all()
+    before, after = (
+        np.mean([float(objective(params, i)) for i in range(100, 105)])
+        for params in (first.params, state.params)
+    )
+    assert after < before
 
 
 PYTREES = {

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import lossguard
 from lossguard.checkpoints import Checkpoints
 from lossguard.experiments import run
 from lossguard.experiments.experiment import Experiment
+from lossguard.guards.lanes import Loser
 from lossguard.tasks import MLP, moons
 
 CHUNK = 4
@@ -59,6 +61,12 @@ def make_task(experiment: Experiment) -> lossguard.Task:
 
 def make_methods(experiment: Experiment) -> Mapping[str, Callable[[], lossguard.Guard]]:
     e = experiment
+    return {name: lambda guard=guard: guard for name, guard in guards(e.nt, e.nc, e.loser).items()}
+
+
+@cache
+def guards(nt: int, nc: int, loser: Loser) -> dict[str, lossguard.Guard]:
+    """Made once, so that what one run compiled is compiled for others in its process too."""
     signs = optax.chain(
         optax.stateless(lambda updates, _: jax.tree.map(jax.numpy.sign, updates)),
         optax.scale(-0.01),
@@ -66,9 +74,9 @@ def make_methods(experiment: Experiment) -> Mapping[str, Callable[[], lossguard.
     weights = lossguard.init_lstm_weights(jax.random.key(0), hidden=4, layers=1)
     learned = lossguard.lstm_optimizer(weights)
     return {
-        "Signs": lambda: lossguard.unguarded(signs, nt=e.nt),
-        "Signs+": lambda: lossguard.unguarded(optax.sgd(0.1), nt=e.nt),
-        "Signs [/-] :x:": lambda: lossguard.unguarded(optax.sgd(0.2), nt=e.nt),
-        "L2O": lambda: lossguard.unguarded(learned, nt=e.nt),
-        "LGL2O": lambda: lossguard.loss_guard(learned, signs, nt=e.nt, nc=e.nc, loser=e.loser),
+        "Signs": lossguard.unguarded(signs, nt=nt),
+        "Signs+": lossguard.unguarded(optax.sgd(0.1), nt=nt),
+        "Signs [/-] :x:": lossguard.unguarded(optax.sgd(0.2), nt=nt),
+        "L2O": lossguard.unguarded(learned, nt=nt),
+        "LGL2O": lossguard.loss_guard(learned, signs, nt=nt, nc=nc, loser=loser),
     }

@@ -161,7 +161,7 @@ def test_skipping_z_changes_nothing(loser) -> None:
         return guard.step(state._replace(inner=state.inner._replace(lanes=lanes)), objective)
 
     (skipping, one), (computing, other) = (
-        play(guard._replace(step=step), objective, jnp.asarray(problem.start), 8)
+        play(guard._replace(step=step), objective, jnp.asarray(problem.start), 11)
         for step in (guard.step, with_z)
     )
     jax.tree.map(np.testing.assert_array_equal, skipping, computing)

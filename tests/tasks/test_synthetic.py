@@ -25,9 +25,9 @@ def test_the_minimum_and_the_curvature(name) -> None:
         hessian, gradient = jax.hessian(problem)(w), jax.grad(problem)(w)
         return problem(w), problem.excess(w), gradient, jnp.linalg.eigvalsh(hessian)
 
-    lowest, none, gradient, _ = at(w)
+    lowest, _, gradient, _ = at(w)
     assert np.linalg.norm(gradient) < 1e-12
-    assert none == 0
+    assert problem.excess(w) == 0
     for seed in range(5):
         far = w + 3 * np.random.default_rng(seed).standard_normal(w.shape)
         value, excess, gradient, eigenvalues = map(np.asarray, at(far))

@@ -50,7 +50,7 @@ def digits(file):
     rows = pl.read_parquet(file, n_rows=8 * COUNT)
     encoded = rows["image"].struct.field("bytes")
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(one)), np.float32) for one in encoded])
-    return pixels.reshape(COUNT, 8, 1, 28, 28) / 255, rows["label"].to_numpy().reshape(COUNT, 8)
+    return pixels.reshape(COUNT, 8, 1, 28, 28) / 255, np.array(rows["label"]).reshape(COUNT, 8)
 
 
 def images():

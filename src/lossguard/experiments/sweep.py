@@ -97,6 +97,7 @@ def _on_ray(address: str) -> Callable[[Runs], Reasons]:
     """
     try:
         import ray  # pyright: ignore[reportMissingImports]
+        from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError("ray needs a package: pip install ray") from error
 
@@ -117,7 +118,7 @@ def _on_ray(address: str) -> Callable[[Runs], Reasons]:
                 name = waiting.pop(done)
                 try:
                     yield name, ray.get(done)
-                except ray.exceptions.RayError as error:  # its worker died, again and again
+                except RayError as error:  # its worker died, again and again
                     yield name, _failed(runs[name][1], error)
 
     return spread

@@ -371,7 +371,7 @@ def test_module_may_import_one_beside_it(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_two_recipes_cannot_import_modules_of_one_name(
-    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From different folders: the second would get the first one's. Their own names may be one."""
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -384,7 +384,7 @@ def test_two_recipes_cannot_import_modules_of_one_name(
         )
     both = "a/twins.py:a", "b/twins.py:b"
     told = f"beside them are {tmp_path}/a/titles.py and {tmp_path}/b/titles.py: run them one by one"
-    refused(main, capsys, ("sweep", *both), told)
+    refused(("sweep", *both), told)
     assert not (tmp_path / "runs").exists()
     check_beside(both[:1])
     (tmp_path / "b" / "titles.py").unlink()

@@ -189,7 +189,7 @@ def wrong():
 """
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("default", "ignore:os.fork")  # Ray starts its own by it
 def test_two_workers_of_a_cluster_leave_the_same_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

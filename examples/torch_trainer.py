@@ -9,7 +9,6 @@ Schedulers go to the guard, and gradients can't be accumulated over several mini
 """
 
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ def main(
     )
     model = GPT2LMHeadModel(config)
     learned, fallback = (AdamW(model.parameters(), lr=rate) for rate in (bold, careful))
-    text = [piece[:-1] for pieces in islice(sequences(64, seed=0), 64) for piece in pieces]
+    text = [piece[:-1] for pieces in sequences(64, seed=0) for piece in pieces]
     trainer = GuardedTrainer(
         model,
         TrainingArguments(

@@ -563,9 +563,15 @@ def test_stopped_it_tells_the_command_that_goes_on(
     assert capsys.readouterr().err == f"lossguard: stopped{command or ''}\n"
 
 
-def test_installed_command(tmp_path: Path) -> None:
-    program = Path(sys.executable).with_name("lossguard")
-    done = subprocess.run([program, "rum"], cwd=tmp_path, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    "program",
+    [
+        (Path(sys.executable).with_name("lossguard"),),
+        (sys.executable, "-m", "lossguard"),
+    ],
+)
+def test_installed_command(tmp_path: Path, program: tuple[str, ...]) -> None:
+    done = subprocess.run([*program, "rum"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.startswith("lossguard: command must be one of ")
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1

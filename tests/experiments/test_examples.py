@@ -15,6 +15,7 @@ import pytest
 from lossguard import backoff, loss_guard
 from lossguard.command_line import find_recipe
 from lossguard.experiments import Experiment
+from lossguard.experiments.experiment import paper_methods
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -115,6 +116,20 @@ def test_a_probe_is_warmed_up_with_the_gradients_of_the_cycle_before() -> None:
     assert probed == [True, False, True, False, False, True]
     before = [sum(gradients[nt * (cycle - 1) : nt * cycle]) for cycle in range(6)]
     assert began == pytest.approx([0, 0, before[2], before[2], before[2], before[5]])
+
+
+def test_losses_of_the_iterate_on_the_whole_set() -> None:
+    e = replace(example("whole_set.py:circles"), methods=("Recommended",))
+    task = e.make_task(e)
+    x, objective = task.init(jax.random.key(0)), task.objective(jax.random.key(1))
+    guard, plain = e.guards()["Recommended"], paper_methods(e)["Recommended"]()
+    state, decision = guard.step(guard.init(x), objective)
+    same, reported = plain.step(plain.init(x), objective)
+    train = task.dataset.train
+    loss = task.loss(state.params, train.inputs, train.labels)
+    np.testing.assert_allclose(decision.losses, np.full(10, loss), rtol=1e-5)
+    assert not np.allclose(reported.losses, loss, rtol=1e-2)
+    jax.tree.map(np.testing.assert_array_equal, state, same)
 
 
 def polar(points):

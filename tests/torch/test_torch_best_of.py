@@ -241,6 +241,14 @@ def test_if_all_learned_ones_have_stopped_the_fallback_goes_on():
     assert w.item() == pytest.approx(4 * 0.8**5)
 
 
+def test_a_step_returns_the_loss_of_the_lane_that_was_followed_before_it():
+    w, closure = quadratic()
+    guard = BestOf(SGD([w], lr=0.4), SGD([w], lr=0.1), nt=2)
+    losses = [guard.step(closure).item() for _ in range(3)]
+    assert guard.history[0].winner == 0
+    assert losses == pytest.approx([16.0, (4 * 0.8) ** 2, (4 * 0.2**2) ** 2])
+
+
 def test_x_may_be_set_from_outside():
     """All lanes begin at it before the first cycle; later on the one that is followed."""
     w, closure = quadratic(9.0)
@@ -250,7 +258,7 @@ def test_x_may_be_set_from_outside():
     losses = []
     for _ in range(2):
         losses.append(guard.step(closure).item())
-    assert losses == pytest.approx([16.0, (4 * 0.2) ** 2])
+    assert losses == pytest.approx([16.0, (4 * 0.8) ** 2])
     assert guard.last_decision.winner == 0 and w.item() == pytest.approx(4 * 0.2**2)
     with torch.no_grad():
         w.fill_(1.0)

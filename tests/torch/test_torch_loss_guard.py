@@ -130,9 +130,9 @@ def test_analytic_quadratic():
     weight, closure = quadratic(4.0)
     guard = LossGuard(SGD([weight], lr=0.25), SGD([weight], lr=0.1), nt=2, nc=1)
     seen = [(guard.step(closure).item(), weight.item()) for _ in range(3)]
-    # The fallback's losses, before its steps, are returned before the first decision, y's after.
+    # The fallback's losses, before its steps, are returned up to the first decision.
     assert [w for _, w in seen] == pytest.approx([4.0, 4.0, 1.0])
-    assert [f for f, _ in seen] == pytest.approx([16.0, (0.8 * 4) ** 2, 1.0])
+    assert [f for f, _ in seen] == pytest.approx([16.0, (0.8 * 4) ** 2, (0.64 * 4) ** 2])
     decision = guard.last_decision
     assert decision.losses == pytest.approx([16.0, 4.0])
     assert (decision.learned_loss, decision.fallback_loss) == pytest.approx((1.0, 0.64**2 * 16))

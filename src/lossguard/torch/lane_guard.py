@@ -99,12 +99,14 @@ class LaneGuard(Guard):
                 called once per lane; the guard clears the gradients before.
 
         Returns:
-            The loss, of the lane that the last decision kept (the fallback before the first).
+            The loss, of the lane that was kept before this call (the fallback at first), so that
+            it is not told with hindsight where the call decides.
         """
         kind = type(self).__name__
         closure = self._check_step(closure, f" (a GradScaler goes to {kind} as scaler)")
+        kept = self._cycle.lanes.kept
         values = self._take([closure])
-        value = values.get(self._cycle.lanes.kept, values[max(values)])[0]
+        value = values.get(kept, values[max(values)])[0]
         return value.detach() if isinstance(value, Tensor) else value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

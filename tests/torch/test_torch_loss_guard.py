@@ -263,6 +263,29 @@ def test_by_pointer_is_by_value(hedge):
     assert guards[0].history == guards[1].history
 
 
+@pytest.mark.parametrize("other", ["parameter", "frozen", "buffer"])
+def test_parameters_that_share_a_storage_do_so_in_every_lane(other):
+    def build():
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        if other == "buffer":
+            model.register_buffer("weight", model[0].weight.data)
+        else:
+            model[1].weight.data = model[0].weight.data
+            model[1].weight.requires_grad_(other == "parameter")
+        return model, [p for p in model.parameters() if p.requires_grad]
+
+    batch, (alone, params), (model, ours) = spiral(8), build(), build()
+    model.load_state_dict(alone.state_dict())
+    optimizer = SGD(params, lr=0.1)
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss_fn(alone, batch).backward()
+        optimizer.step()
+    guard = LossGuard(SGD(ours, lr=0.1), SGD(ours, lr=0.1), nt=2, nc=1, model=model)
+    run(guard, model, [batch] * 9)
+    assert_same_state(model.state_dict(), alone.state_dict())
+
+
 def test_parameters_that_share_a_storage_stay_there():
     """The second half of one buffer is a view of it, which others may hold."""
     flat = torch.tensor([9.0, 4.0])

@@ -81,7 +81,7 @@ def placing(weights: Weights) -> Placing:
     Someone else may hold the storage that several share: cuDNN's flat weights, or FSDP's.
     """
     plain = weights.device is None and all(_is_plain(p) for p in weights.params)
-    return ByPointer(weights) if plain else ByValue(weights)
+    return ByPointer(weights) if plain and not weights.overlap() else ByValue(weights)
 
 
 def _is_plain(p: Tensor) -> bool:

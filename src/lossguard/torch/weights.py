@@ -1,6 +1,6 @@
 """The parameters and buffers of a model, and the copies of them that the lanes own."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,6 +40,18 @@ class Weights:
         params = () if self.model is None else self.model.parameters()
         others = [p for p in params if id(p) not in ours and not p.is_inference()]
         return [p for p in others if not hasattr(p, "to_local")]
+
+    def overlap(self) -> bool:
+        """Whether a plain parameter lies where another tensor of the model does."""
+
+        def places(tensors: Sequence[Tensor]) -> list[int]:
+            plain = [t for t in tensors if type(t) in (Tensor, nn.Parameter) and t.numel()]
+            return [t.untyped_storage().data_ptr() for t in plain if t.layout is torch.strided]
+
+        ours = places(self.params)
+        return len(set(ours)) < len(ours) or not set(ours).isdisjoint(
+            places([*self._buffers(), *self.others()])
+        )
 
     def copy_buffers(self) -> Copy:
         """A copy of the live buffers."""

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from models import quadratic
+from models import assert_same_state, quadratic
 from torch import nn
 from torch.optim import SGD, Adam
 
@@ -295,6 +295,27 @@ def test_an_error_in_the_closure_leaves_no_gradients():
     with pytest.raises(KeyError):
         guard.step(fails)
     guard.step(closure)
+
+
+def test_a_bad_minibatch_does_not_spoil_the_buffers():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    guard = ResidualGuard(*(SGD(model.parameters(), lr=0.1) for _ in range(2)), nt=1, model=model)
+    batch = torch.randn(8, 2)
+
+    def closure(factor, fails=False):
+        loss = model(factor * batch).square().mean()
+        loss.backward()
+        if fails:
+            raise KeyError
+        return loss
+
+    guard.step(partial(closure, 1.0))
+    before = copy.deepcopy(model.state_dict())
+    guard.step(partial(closure, math.nan))
+    assert guard.last_decision.winner == -1
+    with pytest.raises(KeyError):
+        guard.step(partial(closure, math.nan, fails=True))
+    assert_same_state(model.state_dict(), before)
 
 
 class Polyak(SGD):

@@ -110,15 +110,13 @@ class ResidualGuard(Guard):
         """
         closure = self._check_step(closure)
         weights, start = self._weights, self._randomness.state()
+        x = kept = weights.copy()
+        after = start
         try:
             loss = self._evaluate(closure)
-        except BaseException:
-            weights.clear_gradients()
-            raise
-        after = self._randomness.state()
-        x = kept = weights.copy()
-        try:
-            y, z, mu_1, r = self._proposals(closure, x, loss, start)
+            after = self._randomness.state()
+            evaluated = [*weights.params_of(x), *weights.copy_buffers()]
+            y, z, mu_1, r = self._proposals(closure, evaluated, loss, start)
             finite_y = weights.is_finite(y, x) and math.isfinite(r)
             finite_z = weights.is_finite(z, x)
             if self._track is None and math.isfinite(mu_1):

@@ -169,8 +169,12 @@ def test_loading_keeps_the_dtype_of_states():
     )
     p = next(model.parameters())
     guard.fallback.state[p]["momentum_buffer"] = torch.full(p.shape, 1 / 3)
-    guard.load_state_dict(guard.state_dict())
+    factors = [torch.full((2,), 1 / 3), (torch.full((2,), 1 / 3), None, "inverse")]
+    guard.fallback.state[p] |= {"factors": factors, "name": "kronecker"}  # as SOAP's lists
+    saved = guard.state_dict()
+    guard.load_state_dict(saved)
     assert torch.equal(guard.fallback.state[p]["momentum_buffer"], torch.full(p.shape, 1 / 3))
+    assert_same_state(guard.state_dict(), saved)
 
 
 def of_loss_guard(model, criterion):

@@ -131,7 +131,7 @@ class Inner:
         """Load a copy of ``saved``, every tensor in the dtype in which it was saved.
 
         ``Optimizer.load_state_dict`` casts floating state to the parameter's dtype, which would
-        round the float32 moments of a bfloat16 parameter.
+        round the float32 moments of a bfloat16 parameter, and makes of a string another one.
         """
         saved = clone(saved)
         self.optimizer.load_state_dict(saved)
@@ -173,4 +173,6 @@ def _uncast(saved: Any, loaded: Any) -> Any:
         return saved.to(loaded.device)
     if isinstance(saved, dict) and isinstance(loaded, dict):
         return {key: _uncast(saved.get(key), value) for key, value in loaded.items()}
-    return loaded
+    if type(saved) in (list, tuple) and type(loaded) is type(saved) and len(saved) == len(loaded):
+        return type(saved)(_uncast(*pair) for pair in zip(saved, loaded, strict=True))
+    return saved if isinstance(saved, str) else loaded

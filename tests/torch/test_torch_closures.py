@@ -326,3 +326,21 @@ def test_a_loss_may_be_a_number(number):
     guard = BestOf(SGD([w], lr=0.2), SGD([w], lr=0.1), nt=1)
     assert guard.step(lambda: number(closure().item())) == 16.0
     assert guard.last_decision.losses == [16.0]
+
+
+@pytest.mark.parametrize("kind", [LossGuard, BestOf, ResidualGuard])
+def test_a_closure_may_write_all_losses_to_one_tensor(kind):
+    """As CUDA graphs do, and whoever adds up losses in a tensor."""
+    options = {"nc": 1} if kind is LossGuard else {}
+    runs = []
+    for one in (None, torch.zeros(())):
+        w, closure = quadratic()
+        guard = kind(SGD([w], lr=0.2), SGD([w], lr=0.1), nt=2, **options)
+
+        def written(closure=closure, one=one):
+            loss = closure()
+            return loss if one is None else one.copy_(loss.detach())
+
+        losses = [guard.step(written).item() for _ in range(6)]
+        runs.append((losses, repr(guard.history), w.item()))
+    assert runs[0] == runs[1]

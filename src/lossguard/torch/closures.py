@@ -103,6 +103,11 @@ def scalar(loss: Any) -> Tensor:
     return torch.as_tensor(loss, dtype=dtype).detach().reshape(())
 
 
+def own(value: Any) -> Any:
+    """A closure's value, of which nothing changes if the closure writes all to the same tensor."""
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
 def described(value: Any) -> str:
     """What an error message says that it got."""
     return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from lossguard.torch.closures import Closure, Watch, scalar
+from lossguard.torch.closures import Closure, Watch, own, scalar
 from lossguard.torch.forward_only import forward_only
 from lossguard.torch.lane import Lane
 from lossguard.torch.placing import placing
@@ -198,7 +198,7 @@ class Cycle:
             return self.watch.call(closure)
 
         with torch.no_grad(), self.weights.in_place():
-            return lane.step(evaluate, last=self.phase == self.nt - 1)
+            return own(lane.step(evaluate, last=self.phase == self.nt - 1))
 
     def _unless_lost(self, lane: Lane, evaluate: Callable[[], Any]) -> Any:
         """The value, or NaN where a learned lane raises an error as its numbers aren't finite.
@@ -218,7 +218,7 @@ class Cycle:
 
     def _check(self, closure: Closure, copy: Copy) -> Any:
         """The closure's value at what is in the model, whose ``copy`` it leaves as it was."""
-        value = forward_only(closure)
+        value = own(forward_only(closure))
         self.weights.copy_buffers_from(self.weights.buffers_of(copy))
         return value
 

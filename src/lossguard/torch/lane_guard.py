@@ -106,8 +106,7 @@ class LaneGuard(Guard):
         closure = self._check_step(closure, f" (a GradScaler goes to {kind} as scaler)")
         kept = self._cycle.lanes.kept
         values = self._take([closure])
-        value = values.get(kept, values[max(values)])[0]
-        return value.detach() if isinstance(value, Tensor) else value
+        return values.get(kept, values[max(values)])[0]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to all optimizers, with their own defaults in the learned ones.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lossguard.torch import arguments
-from lossguard.torch.closures import Closure, Watch, scalar
+from lossguard.torch.closures import Closure, Watch, own, scalar
 from lossguard.torch.decision import NEITHER, Decision
 from lossguard.torch.guard import Guard
 from lossguard.torch.inner import Inner
@@ -114,6 +114,7 @@ class ResidualGuard(Guard):
         after = start
         try:
             loss = self._evaluate(closure)
+            at_x = own(loss)
             after = self._randomness.state()
             evaluated = [*weights.params_of(x), *weights.copy_buffers()]
             y, z, mu_1, r = self._proposals(closure, evaluated, loss, start)
@@ -131,8 +132,8 @@ class ResidualGuard(Guard):
             self._randomness.set(after)
         if ok and self._track is not None:
             self._track = self.sequence.update(self._track, r)
-        self._record(ok, scalar(loss).item(), finite_y, finite_z)
-        return loss.detach() if isinstance(loss, Tensor) else loss
+        self._record(ok, scalar(at_x).item(), finite_y, finite_z)
+        return at_x
 
     def _proposals(
         self, closure: Closure, x: Copy, loss: Any, start: list[Tensor]

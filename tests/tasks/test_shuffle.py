@@ -28,6 +28,12 @@ def test_is_a_bijection(n: int) -> None:
     np.testing.assert_array_equal(np.sort(permutation(jax.random.key(n), n)), np.arange(n))
 
 
+@pytest.mark.parametrize(("n", "epoch"), [(10_000, 6629), (60_000, 8369)])
+def test_is_a_bijection_where_a_hash_is_almost_2_to_the_32(n: int, epoch: int) -> None:
+    images = jax.jit(permuted, static_argnums=3)(KEY, epoch, jnp.arange(n), n)
+    np.testing.assert_array_equal(np.sort(images), np.arange(n))
+
+
 @pytest.mark.parametrize(
     ("samples", "batch_size"), [(10, 5), (10, 3), (7, 7), (1, 1), (1797, 128), (60_000, 128)]
 )

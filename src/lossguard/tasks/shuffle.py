@@ -54,7 +54,8 @@ def permuted(
     def encrypt(x: UInt32[Array, " m"]) -> UInt32[Array, " m"]:
         left, right, radix, other = x % a, x // a, a, b
         for round_key in round_keys:
-            left, right = right, (left + _hash(right ^ round_key)) % radix
+            moved = left + _hash(right ^ round_key) % radix  # the hash alone may overflow the sum
+            left, right = right, moved % radix
             radix, other = other, radix
         return left + a * right  # ROUNDS is even: the halves are back in their places
 

@@ -68,6 +68,15 @@ def test_smooth_of_wide_bins_takes_each_at_least() -> None:
     np.testing.assert_allclose(figures.smooth(steps, values), values)
 
 
+def test_smooth_forgets_a_huge_loss() -> None:
+    """Once it is out of the window, what is drawn is the mean of the losses after it."""
+    steps, values = np.arange(1, 1001), np.full((1, 1000), 0.1, np.float32)
+    values[0, 319] = 1e22
+    smoothed = figures.smooth(steps, values)
+    np.testing.assert_allclose(smoothed, naive_smooth(steps, values), rtol=1e-6)
+    np.testing.assert_allclose(smoothed[0, 355:], 0.1, rtol=1e-6)  # 0.9 * 356 = 320.4
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_smooth_shows_where_a_loss_is_not_finite(bad: float) -> None:
     """Gaps where the window meets one, and nothing spoiled behind it."""

@@ -213,14 +213,13 @@ def smooth(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
         np.searchsorted(steps, (1 - WINDOW) * steps, side="right"),
     )
     first = np.minimum(first, np.arange(len(steps)))
-    weights = np.concatenate([[0.0], np.cumsum(widths)])
-    finite = np.isfinite(values)
-    sums = np.cumsum(np.where(finite, values, 0) * widths, axis=1)
-    sums = np.concatenate([np.zeros((len(values), 1)), sums], axis=1)
-    spoiled = np.concatenate([np.zeros((len(values), 1)), np.cumsum(~finite, axis=1)], axis=1)
-    last = np.arange(1, len(steps) + 1)
-    result = (sums[:, last] - sums[:, first]) / (weights[last] - weights[first])
-    return np.where(spoiled[:, last] > spoiled[:, first], np.nan, result)
+    # Not differences of running sums: in these, what comes after a huge loss is lost to rounding.
+    windows = np.column_stack([first, np.arange(1, len(steps) + 1)]).ravel()
+    sums, weights = (
+        np.add.reduceat(np.append(rows, np.zeros((len(rows), 1)), axis=1), windows, axis=1)[:, ::2]
+        for rows in (values * widths.astype(float), widths[None])
+    )
+    return np.where(np.isfinite(sums), sums / weights, np.nan)
 
 
 def summary(record: Record) -> Table:

@@ -83,6 +83,25 @@ def test_copies_and_checkpoints_go_on_alike():
         assert torch.equal(run(twin, 3), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_checkpoints_of_other_dtypes_go_on_alike(dtype):
+    weights = Reference().state_dict()
+    p = nn.Parameter(torch.randn(6, dtype=dtype))
+    optimizer = LSTMOptimizer([p], weights)
+    p.grad = p.detach().clone()
+    optimizer.step()
+    q = nn.Parameter(p.detach().clone())
+    twin = LSTMOptimizer([q], weights)
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    p.grad = q.grad = p.detach().clone()
+    optimizer.step()
+    twin.step()
+    assert torch.equal(p, q)
+    for name in ("h", "c"):
+        assert twin.state[q][name].dtype == torch.float32
+        assert torch.equal(twin.state[q][name], optimizer.state[p][name])
+
+
 def test_schedulers_act_on_the_scale():
     p = nn.Parameter(torch.zeros(1))
     optimizer = LSTMOptimizer([p], Reference().state_dict(), scale=0.4)

@@ -135,11 +135,7 @@ class Inner:
         """
         saved = clone(saved)
         self.optimizer.load_state_dict(saved)
-        params = params_of(self.optimizer)
-        for index, state in saved["state"].items():
-            if isinstance(index, int) and params[index] in self.optimizer.state:
-                loaded = self.optimizer.state[params[index]]
-                self.optimizer.state[params[index]] = _uncast(state, loaded)
+        undo_casts(self.optimizer, saved)
 
     def memory_in(self, saved: dict[str, Any]) -> Memory:
         """What ``state_dict`` saved of a memory, read by way of the optimizer."""
@@ -159,6 +155,15 @@ class Inner:
 def params_of(optimizer: Optimizer) -> list[Tensor]:
     """The parameters of all groups."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def undo_casts(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Give an optimizer that has just loaded ``saved`` every tensor in the dtype it has there."""
+    params = params_of(optimizer)
+    for index, state in saved["state"].items():
+        if isinstance(index, int) and params[index] in optimizer.state:
+            loaded = optimizer.state[params[index]]
+            optimizer.state[params[index]] = _uncast(state, loaded)
 
 
 def _same(old: Any, new: Any) -> bool:

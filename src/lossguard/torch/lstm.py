@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lossguard.learned.weights_file import layer_names, path_of, read_weights
+from lossguard.torch.inner import undo_casts
 from lossguard.validation import check_positive
 
 
@@ -92,6 +93,11 @@ class LSTMOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         ours = {"weights": self.weights, "layers": self.layers, "_on": {}}
         return {**super().__getstate__(), **ours}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned: the memory stays in float32."""
+        super().load_state_dict(state_dict)
+        undo_casts(self, state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore

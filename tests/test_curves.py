@@ -146,6 +146,23 @@ def test_last_bin_ends_where_the_run_does() -> None:
     assert curves["step"].unique().sort()[-2:].to_list() == [1220, 1225]
 
 
+def test_a_bin_ends_where_the_run_does_though_cycles_pass_it() -> None:
+    """At step 1,005, the middle of a bin: one seed's last cycle goes on to 1,008."""
+    decisions = made_up(np.array([[400, 600, 5], [400, 600, 8]]), 600)
+    before, chunks = np.zeros(2, int), []
+    for cycle in range(3):
+        part = Decision(*(leaf[:, [cycle]] for leaf in decisions))
+        spent = totals(chunks[-1]) if chunks else None
+        chunks.append(thin(part, before, spent, 1005))
+        before = before + part.steps[:, 0]
+    curves = join(chunks, "m").filter(pl.col("step") <= 1005)
+    for seed in (0, 1):
+        *_, last = curves.filter(pl.col("seed") == seed).iter_rows(named=True)
+        assert last["step"] == 1005 and last["gradients"] == pytest.approx(2 * 1005)
+        losses = np.asarray(decisions.losses, np.float64)[seed, 2, :5]
+        assert last["loss"] == pytest.approx(losses.mean(), rel=1e-6)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_losses_that_are_not_finite_are_kept(bad: float, tmp_path: Path) -> None:
     decisions = made_up(np.full((2, 120), 10), 10)

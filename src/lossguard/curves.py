@@ -22,13 +22,16 @@ def were_taken(decisions: Decision) -> np.ndarray:
     return np.arange(decisions.losses.shape[-1]) < np.asarray(decisions.steps)[..., None]
 
 
-def thin(decisions: Decision, start: np.ndarray, spent: pl.DataFrame | None = None) -> pl.DataFrame:
+def thin(
+    decisions: Decision, start: np.ndarray, spent: pl.DataFrame | None = None, end: int = 0
+) -> pl.DataFrame:
     """A chunk of decisions, summed over bins of three significant digits of the step.
 
     Args:
         decisions: with axes [seeds, cycles], as a rollout over several seeds returns them.
         start: [seeds], optimizer steps taken before the chunk.
         spent: the last chunk's totals, as ``totals`` makes them.
+        end: a step at which a bin ends too: the last of a run, which cycles may pass.
 
     Returns:
         One row for each seed and bin: ``seed``, ``step`` (where the bin ends: every step up to
@@ -52,6 +55,7 @@ def thin(decisions: Decision, start: np.ndarray, spent: pl.DataFrame | None = No
 
     step = (first[..., None] + within + 1)[taken]
     width = 10 ** np.maximum(0, np.floor(np.log10(step)).astype(np.int64) - 2)
+    end_of_bin = -(-step // width) * width
     sums = {
         "loss": d.losses[taken].astype(np.float64),
         "used_learned": d.used_learned[taken].astype(np.float64),
@@ -62,7 +66,7 @@ def thin(decisions: Decision, start: np.ndarray, spent: pl.DataFrame | None = No
         pl.DataFrame(
             {
                 "seed": each_step(np.broadcast_to(np.arange(seeds)[:, None], (seeds, cycles))),
-                "step": -(-step // width) * width,
+                "step": np.where(step <= end, np.minimum(end_of_bin, end), end_of_bin),
                 "last": step,
                 **sums,
                 **{name: total_by_step(name) for name in COUNTERS},

@@ -159,10 +159,15 @@ class _MethodRun:
         """The optimizer steps that every seed has taken at least."""
         return int(np.asarray(self._state.steps).min())
 
+    @property
+    def _steps(self) -> int:
+        """Those of the records: whole cycles, as long as they are at first."""
+        nt = self._experiment.nt
+        return -(-self._experiment.steps // nt) * nt
+
     def _run(self) -> None:
         """To the end, or until Ctrl-C."""
-        nt = self._experiment.nt
-        steps = -(-self._experiment.steps // nt) * nt
+        nt, steps = self._experiment.nt, self._steps
         with Progress(self._method, total=steps, done=self._taken, first="compiling") as progress:
             saved, compiled = progress.seconds, False
             while (taken := self._taken) < steps:
@@ -210,7 +215,7 @@ class _MethodRun:
             vectorize=self._experiment.vectorize,
         )
         spent = curves.totals(self._chunks[-1]) if self._chunks else None
-        self._chunks.append(curves.thin(decisions, before, spent))
+        self._chunks.append(curves.thin(decisions, before, spent, self._steps))
         self._cycles += cycles
         return decisions
 

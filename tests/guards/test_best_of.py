@@ -196,6 +196,22 @@ def test_what_was_not_finite_begins_anew_where_the_followed_one_is() -> None:
     np.testing.assert_array_equal(states.inner.members[0].steps, NT * np.arange(1, 6))
 
 
+def test_a_guard_that_begins_anew_checks_on_the_next_minibatches() -> None:
+    """Nor does one within a guard of guards check on those of before again."""
+
+    def objective(w, i):
+        return jnp.where((w < -1) & (i == 2 * NT), jnp.nan, w)
+
+    steps = optimizers.constant(-1.0)
+    apart = lossguard.loss_guard(steps, steps, nt=NT, nc=NC, checks="apart")
+    guards = [apart, lossguard.best_of([apart], nc=NC), unguarded(optimizers.constant(-0.01))]
+    states, decisions = play(lossguard.best_of(guards), objective, jnp.float32(0), 5)
+    assert decisions.winner[2] == 2  # the others begin anew
+    single, nested, _ = states.inner.members
+    for inner in (single.inner, nested.inner, nested.inner.members[0].inner):
+        np.testing.assert_array_equal(inner.drawn, NC * np.arange(1, 6))
+
+
 def test_schedules_go_on_where_a_guard_begins_anew() -> None:
     """The rate is 1 in the first cycle, from which the loss becomes infinite, and 0.1 after it."""
     rate = optax.sgd(lambda t: jnp.where(t < NT, 1.0, 0.1))

@@ -159,7 +159,15 @@ def best_of(guards: Sequence[Guard], *, nc: int = 0, decay: float = 0.9) -> Guar
 def anew(guard: Guard, x: Params, was: GuardState) -> GuardState:
     """A guard's first state, at x, with the counts and schedules that it had."""
     fresh = guard.init(x)._replace(steps=was.steps, minibatches=was.minibatches)
-    return keep_schedules(fresh, was)
+    return jax.tree.map_with_path(
+        lambda path, new, old: old if path[-1:] == (DRAWN,) else new,
+        keep_schedules(fresh, was),
+        was,
+    )
+
+
+DRAWN = jax.tree_util.GetAttrKey("drawn")
+"""Of a guard's own state: the check minibatches so far, where they are numbered apart."""
 
 
 def mean_loss(decision: Decision) -> Float[Array, ""]:

@@ -48,7 +48,7 @@ def test_a_quadratic_has_the_eigenvalues_and_the_distance_asked_for() -> None:
     np.testing.assert_allclose(jnp.linalg.norm(problem.minimum), 4.0, rtol=1e-9)
 
 
-@pytest.mark.parametrize("flipped", [0.3, 1.0])
+@pytest.mark.parametrize("flipped", [0.3, 1.0, 1])
 def test_a_share_of_the_labels_is_flipped(flipped) -> None:
     """Of those of a linear rule, which others keep to."""
     right, wrong = (
@@ -73,6 +73,12 @@ def test_noise_is_unbiased_of_deviation_sigma_and_new_on_every_minibatch(name) -
     np.testing.assert_array_equal(jax.grad(noisy)(w, 7), jax.grad(noisy)(w, 7))
     assert noisy.excess(w) == problem.excess(w)
     assert (noisy.mu, noisy.L) == (problem.mu, problem.L)
+
+
+@pytest.mark.parametrize("i", [-1, 0, 2**31 - 1])
+def test_noise_of_a_plain_number_is_that_of_an_array(i) -> None:
+    noisy = Noisy(quadratic(jax.random.key(0)), jax.random.key(1), sigma=1.0)
+    assert noisy(jnp.ones(10), i) == noisy(jnp.ones(10), jnp.int32(i))
 
 
 @pytest.mark.parametrize(

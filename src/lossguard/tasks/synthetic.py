@@ -116,7 +116,8 @@ class Noisy(eqx.Module):
 
     def __call__(self, params: Float[Array, " n"], i: Int[Array, ""] | int) -> Float[Array, ""]:
         """F(w, i)."""
-        xi = jax.random.normal(jax.random.fold_in(self.key, i), params.shape, params.dtype)
+        key = jax.random.fold_in(self.key, jnp.asarray(i, jnp.int32))
+        xi = jax.random.normal(key, params.shape, params.dtype)
         slope = self.sigma / params.size**0.5 * jnp.sum(xi * (params - self.minimum))
         return self.problem(params) + slope.astype(params.dtype)
 
@@ -173,7 +174,7 @@ def ridge_logistic(
     check_count("n", n)
     check_count("samples", samples)
     check_positive(mu=mu)
-    check_real("flipped", flipped, "between 0 and 1", lambda v: 0 <= v <= 1)
+    flipped = check_real("flipped", flipped, "between 0 and 1", lambda v: 0 <= v <= 1)
     input_key, rule_key, flip_key = jax.random.split(key, 3)
     inputs = jax.random.normal(input_key, (samples, n))
     labels = jnp.where(inputs @ jax.random.normal(rule_key, (n,)) > 0, 1.0, -1.0)

@@ -336,6 +336,10 @@ def test_figure_where_all_is_lost(tmp_path: Path) -> None:
             for name in ("rate", "clip", "scale", "p")
             for value in (0.0, np.inf)
         ),
+        *(
+            ({name: 1}, f"^{name} must be an integer of at least 2, got 1$")
+            for name in loop.LENGTHS
+        ),
         ({"b2": 1.0}, "^b2 must be at least 0 and below 1, got 1.0$"),
         ({"b2": -0.1}, "^b2 must be at least 0 and below 1, got -0.1$"),
         ({"curriculum": -1}, "^curriculum must be an integer of at least 0, got -1$"),

@@ -28,16 +28,16 @@ WEIGHTS = "weights.safetensors"
 COUNTS = (
     "batch_size",
     "optimizees",
-    "truncation",
     "shortest",
     "meta_steps",
     "hidden",
     "layers",
     "validate_every",
-    "validation_steps",
     "validation_optimizees",
 )
 """What must be at least 1."""
+LENGTHS = ("truncation", "validation_steps")
+"""What must be at least 2: the first loss is before the learned optimizer has done anything."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,8 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
 def _check(config: MetaTraining) -> None:
     for name in COUNTS:
         check_count(name, getattr(config, name))
+    for name in LENGTHS:
+        check_count(name, getattr(config, name), least=2)
     for name in ("rate", "clip", "scale", "p"):
         check_positive(**{name: getattr(config, name)})
     check_real("b2", config.b2, "at least 0 and below 1", lambda v: 0 <= v < 1)

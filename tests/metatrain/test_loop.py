@@ -88,7 +88,8 @@ def test_a_chunk_goes_on_from_the_one_before(
     def spied(config: MetaTraining, task: Task, state: Any, key: Any, done: Any, steps: int) -> Any:
         keys.add(str(jax.random.key_data(key)))
         after, losses, norms = train(config, task, state, key, done, steps)
-        counts = [leaf for leaf in jax.tree.leaves(state.adam) if leaf.dtype == jnp.int32]
+        adam = jax.tree.leaves(state.adam.inner_state)
+        counts = [leaf for leaf in adam if leaf.dtype == jnp.int32]
         assert counts and all(count == done for count in counts)
         assert (after.optimizees.step < after.optimizees.length).all()
         told.append((int(done), float(losses.mean()), float(norms.mean())))
@@ -129,6 +130,19 @@ def test_weights_are_trained_by_adam_with_a_clipped_gradient_and_a_decaying_rate
         unbiased = first / (1 - 0.9 ** (k + 1)), second / (1 - 0.9 ** (k + 1))
         rate = 0.1 * (1 + np.cos(np.pi * k / 4)) / 2
         np.testing.assert_allclose(update, -rate * unbiased[0] / np.sqrt(unbiased[1]), rtol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_is_left_out(bad: float) -> None:
+    """It would spoil the weights for the rest of meta-training."""
+    adam, w = loop._meta_optimizer(TINY), jnp.zeros(2)
+    gradient, state = jnp.array([3.0, -4.0]), adam.init(w)
+    _, once = adam.update(gradient, state, w)
+    twice, _ = adam.update(gradient, once, w)
+    nothing, after = adam.update(jnp.array([bad, 1.0]), once, w)
+    then, _ = adam.update(gradient, after, w)
+    np.testing.assert_array_equal(nothing, [0.0, 0.0])
+    np.testing.assert_array_equal(then, twice)
 
 
 @pytest.mark.usefixtures("eager")

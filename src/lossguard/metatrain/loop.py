@@ -105,6 +105,8 @@ class MetaState(NamedTuple):
 def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Path:
     """Meta-train a learned optimizer; returns the file of its weights.
 
+    A meta-gradient that isn't finite, as of an optimizee that overflows, is left out.
+
     Leaves ``config.json``, ``manifest.json``, ``curves.parquet`` (columns ``meta_step``,
     ``meta_loss``, ``gradient_norm``, ``validation``: [validation_steps] mean losses a step, and
     ``validation_NAME`` on each of ``others``) and ``weights.safetensors`` in the folder. Stopped by
@@ -218,7 +220,8 @@ def _start(config: MetaTraining, task: Task, key: PRNGKeyArray) -> MetaState:
 
 def _meta_optimizer(config: MetaTraining) -> optax.GradientTransformation:
     rate = optax.cosine_decay_schedule(config.rate, config.meta_steps)
-    return optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(rate, b2=config.b2))
+    adam = optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(rate, b2=config.b2))
+    return optax.apply_if_finite(adam, max_consecutive_errors=config.meta_steps)
 
 
 def _fresh(

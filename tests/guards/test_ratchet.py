@@ -259,3 +259,19 @@ def test_in_the_cycle_in_which_x_leaves_b_is_still_x() -> None:
     assert decision.winner == 0 and not state.inner.lanes.on_own
     np.testing.assert_array_equal(state.inner.ratchet.best.params, state.params)
     assert state.inner.ratchet.cycles == 0  # those from here on count
+
+
+def test_x_stays_on_the_fallbacks_own_path_where_it_goes_back_there() -> None:
+    """Though b was lower than s was: y leaps to -1, s goes on to -0.8 and -1.6; the loss is w."""
+    guard = lossguard.loss_guard(
+        optax.sgd(lambda k: jnp.where(k == 0, 1.0, 0.0)),
+        optax.sgd(0.8),
+        nt=1,
+        nc=1,
+        hedge="only",
+        ratchet=ratchet(cycles=1),
+    )
+    states, decisions = play(guard, lambda w, i: w.sum(), jnp.zeros(1), 2)
+    np.testing.assert_array_equal(decisions.winner, [0, 1])
+    np.testing.assert_allclose(states.params[:, 0], [-1.0, -1.6])
+    np.testing.assert_array_equal(states.inner.ratchet.best.params, states.params)

@@ -282,6 +282,28 @@ def test_leaving_takes_the_training_losses_too() -> None:
         assert decision.winner == winner
 
 
+def test_a_lane_that_the_record_keeps_off_has_lost_for_probing() -> None:
+    """It wins the check of every probe, and is worse on the way there."""
+
+    def objective(w, i):
+        return jnp.where(i < 0, -w.sum(), w.sum())  # check minibatches are numbered below 0
+
+    guard = lossguard.loss_guard(
+        stride(),
+        optax.sgd(0.0),
+        nt=2,
+        nc=1,
+        checks="apart",
+        hedge=track_record(),
+        probing=lossguard.backoff(patience=1, most=2),
+    )
+    _, decisions = play(guard, objective, jnp.zeros(()), 6)
+    probed = np.array([True, False, True, False, False, True])
+    np.testing.assert_array_equal(decisions.learned_updates, 2 * probed)
+    np.testing.assert_array_equal(decisions.winner, 2)
+    assert (decisions.learned_loss < decisions.fallback_loss)[probed].all()
+
+
 def stride() -> optax.GradientTransformation:
     """w + 1."""
     return optax.GradientTransformation(

@@ -157,3 +157,8 @@ def test_grids_are_whole() -> None:
         assert taus == [2_000, 5_000, 10_000, 20_000, 50_000]
     assert len(set(RECIPES["fig10"]().methods)) == 5 * 5
     assert "SGDnm 0.01 tau 50000" in RECIPES["fig10"]().methods
+
+
+def test_the_demo_shows_the_recommended_guard_beside_the_papers() -> None:
+    methods = RECIPES["demo"]().methods
+    assert {"SGDnm", "L2O", "LGL2O", "Recommended"} == {*methods}

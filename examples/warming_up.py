@@ -1,10 +1,11 @@
-"""What a probe begins from: a fresh learned optimizer, or one that has seen the last gradients.
+"""What a probe begins from: a fresh learned optimizer, an old one, or one with the last gradients.
 
-    lossguard run examples/warming_up.py:spirals        # or mnist
+    lossguard run examples/warming_up.py:spirals        # or mnist; --loser keep
 
 While the learned optimizer keeps losing, the recommended guard tries it ever less often, from a
 fresh state. Here the gradients of the fallback's last nt steps are fed to that state first, at nt
-learned updates a probe. It also shows a guard around a guard: two pure functions.
+learned updates a probe. Where losers keep their states, a probe may also begin from the last one's.
+It also shows a guard around a guard: two pure functions.
 """
 
 from collections.abc import Mapping
@@ -75,29 +76,31 @@ def warmed_up(guard: Guard, learned: Any, fallback: Any, nt: int) -> Guard:
 
 
 def methods(e: Experiment) -> Methods:
-    """SGDnm, and the recommended guard with less and less patience, cold and warmed up."""
+    """SGDnm, and the recommended guard with less and less patience, cold, warmed up and kept."""
     learned = optax.with_extra_args_support(pretrained(e.learned))
     fallback = optax.with_extra_args_support(sgd_fallback(e))
 
-    def make(patience: int, warm: bool) -> Guard:
+    def make(patience: int, begins: str) -> Guard:
         options: Mapping[str, Any] = settings(e.nt, e.nc, 16 * e.nc) | {
-            "probing": backoff(patience=patience, most=512, start="keep" if warm else "reset")
+            "loser": e.loser,
+            "probing": backoff(patience=patience, most=512, start="keep" if begins else "reset"),
         }
         guard = loss_guard(learned, fallback, nt=e.nt, nc=e.nc, **options)
-        return warmed_up(guard, learned, fallback, e.nt) if warm else guard
+        return warmed_up(guard, learned, fallback, e.nt) if begins == ", warmed up" else guard
 
     guards = {
-        f"patience {patience}{', warmed up' * warm}": partial(make, patience, warm)
+        f"patience {patience}{begins}": partial(make, patience, begins)
         for patience in PATIENCE
-        for warm in (False, True)
+        for begins in ("", ", warmed up", *([", kept"] if e.loser == "keep" else []))
     }
     return {"SGDnm": paper_methods(e)["SGDnm"], **guards}
 
 
 def on(e: Experiment) -> Experiment:
-    """An experiment with these methods."""
+    """An experiment with these methods; losers begin anew, as the recommended guard's do."""
     title = f"What a probe begins from, on {e.title.partition('tested on ')[2]}"
-    return replace(e, title=title, methods=tuple(methods(e)), make_methods=methods)
+    e = replace(e, title=title, loser="reset", make_methods=methods)
+    return replace(e, methods=tuple(methods(e)))
 
 
 def spirals() -> Experiment:

@@ -170,13 +170,16 @@ def test_options_without_one_of_the_recommended_guards() -> None:
 
 
 @pytest.mark.usefixtures("eager")
-def test_candidates() -> None:
+def test_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beyond, "settings", lambda *given: {"settings": given})
     made = candidates_methods(E)
     several = [LEARNED, optax.adam(25.0), optax.sign_sgd(0.01)]
     names = ("L2O", "Adam, rate too high", "signSGD")
     for name, one in zip(names, several, strict=True):
         check(made, f"{name} guarded", WINDOW, [one], FALLBACK)
     check(made, "All three guarded", WINDOW, several, FALLBACK)
+    competing = WINDOW | {"settings": (3, 2, 32)}
+    check(made, "All three competing", competing, several, FALLBACK)
 
 
 def test_the_task_has_the_experiments_settings() -> None:

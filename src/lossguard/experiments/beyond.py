@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import optax
 
@@ -70,7 +71,8 @@ def ablation(task: str) -> Experiment:
 
 def candidates(task: str) -> Experiment:
     """Three candidates at once, and each of them alone, on one of ``TASKS``."""
-    methods = ("SGDnm", *(f"{name} guarded" for name in (*CANDIDATES, "All three")))
+    guards = (f"{name} guarded" for name in (*CANDIDATES, "All three"))
+    methods = ("SGDnm", *guards, "All three competing")
     return _on(task, "candidates", "Several candidates", methods, candidates_methods)
 
 
@@ -108,15 +110,20 @@ CANDIDATES: Mapping[str, Callable[[Experiment], optax.GradientTransformation]] =
 
 
 def candidates_methods(experiment: Experiment) -> Methods:
-    """SGDnm, and the recommended guard over it with each candidate and with all of them."""
+    """SGDnm, and the recommended guard over it with each candidate and with all of them.
+
+    Guarded, each candidate has a guard of its own; competing, they are lanes of one.
+    """
     e = experiment
+    options: Mapping[str, Any] = settings(e.nt, e.nc, 16 * e.nc)
 
-    def make(names: tuple[str, ...]) -> Guard:
+    def make(names: tuple[str, ...], guard: Callable[..., Guard]) -> Guard:
         several = [CANDIDATES[name](e) for name in names]
-        return recommended(several, sgd_fallback(e), nt=e.nt, nc=e.nc)
+        return guard(several, sgd_fallback(e), nt=e.nt, nc=e.nc)
 
-    guards = {f"{name} guarded": partial(make, (name,)) for name in CANDIDATES}
-    guards["All three guarded"] = partial(make, tuple(CANDIDATES))
+    guards = {f"{name} guarded": partial(make, (name,), recommended) for name in CANDIDATES}
+    guards["All three guarded"] = partial(make, tuple(CANDIDATES), recommended)
+    guards["All three competing"] = partial(make, tuple(CANDIDATES), partial(loss_guard, **options))
     return {"SGDnm": paper_methods(e)["SGDnm"], **guards}
 
 

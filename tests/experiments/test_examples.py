@@ -70,6 +70,24 @@ def test_unscaled_arms() -> None:
     np.testing.assert_allclose(np.cos(angle), np.cos(radius), rtol=0, atol=1e-3)
 
 
+def test_circles_of_ones_choice() -> None:
+    e = example("circles_readings.py:first_steps")
+    data = e.make_task(replace(e, factor=0.3, noise=0.0)).dataset
+    radius, _ = polar(data.normalize(data.train.inputs))
+    np.testing.assert_allclose(radius, np.where(data.train.labels == 0, 1, 0.3), rtol=1e-6)
+
+
+def test_readings_of_the_residual_guard() -> None:
+    """Each takes two gradients a step."""
+    e = example("residual_readings.py:mnist")
+    guards = [guard for name, guard in e.guards().items() if name not in ("SGDnm", "L2O")]
+    assert len(guards) == len(e.methods) - 2 == 7
+    for guard in guards:
+        state = guard.init(jnp.ones(3))
+        _, decision = guard.step(state, lambda x, i: jnp.sum((x - 0.1 * i) ** 2))
+        assert int(decision.gradients) == 20
+
+
 def test_twins_begin_a_rounding_error_apart() -> None:
     guards = example("twins.py:of_adam").guards()
     start = np.random.default_rng(0).normal(size=100).astype(np.float32)

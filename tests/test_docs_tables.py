@@ -24,7 +24,7 @@ from lossguard.records import CURVES
 ROOT = Path(__file__).parents[1]
 TABLES = [
     (page, *found)
-    for page in ("results", "reproduction")
+    for page in ("results", "choices", "reproduction")
     for found in re.findall(
         r"<!-- of ([^>]+) -->\n((?:\|.*\n)+)", (ROOT / "docs" / f"{page}.md").read_text()
     )

@@ -16,7 +16,7 @@ from lossguard.guards.criteria import Criterion
 from lossguard.guards.probing import Probing, init_probing
 from lossguard.guards.recommended import settings
 
-PAGE = Path(__file__).parents[2] / "docs" / "results.md"
+PAGE = Path(__file__).parents[2] / "docs" / "choices.md"
 
 
 def answers(option: Any) -> Any:
@@ -39,7 +39,12 @@ def test_its_options_are_those_of_the_documentation(monkeypatch: pytest.MonkeyPa
     names = {name: getattr(lossguard, name) for name in lossguard.__all__}
     told = eval(f"dict(nt=10, nc=10, {block.strip()})", names)
     module, seen = import_module("lossguard.guards.recommended"), {}
-    monkeypatch.setattr(module, "loss_guard", lambda *optimizers, **options: seen.update(options))
+
+    def made(*optimizers: Any, **options: Any) -> lossguard.Guard:
+        seen.update(options)
+        return lossguard.unguarded(optimizers[1])
+
+    monkeypatch.setattr(module, "loss_guard", made)
     module.recommended(optax.sgd(1.0), optax.sgd(0.1))
     assert told.keys() == seen.keys()
     for name, option in told.items():

@@ -384,14 +384,19 @@ def test_errors(refused, message):
         refused(torch.ones(1, requires_grad=True))
 
 
-def test_a_state_dict_from_within_a_cycle_of_another_length_is_refused():
+def test_a_state_dict_from_within_a_cycle_of_another_course_is_refused():
+    """With another patience other lanes would be in the rest of the cycle."""
     w, closure = quadratic()
     guard = BestOf(sgd(w), sgd(w), nt=3)
     guard.step(closure)
-    for nt, nc in ((2, 0), (3, 1)):
-        message = f"must have nt={nt} and nc={nc}, got nt=3 and nc=0$"
+    for nt, nc, patience in ((2, 0, None), (3, 1, None), (3, 0, 1)):
+        other = BestOf(sgd(w), sgd(w), nt=nt, nc=nc, patience=patience)
+        message = f"must have nt={nt}, nc={nc}, patience={patience}, got nt=3, nc=0, patience=None$"
         with pytest.raises(ValueError, match=message):
-            BestOf(sgd(w), sgd(w), nt=nt, nc=nc).load_state_dict(guard.state_dict())
+            other.load_state_dict(guard.state_dict())
+    for _ in range(2):
+        guard.step(closure)
+    other.load_state_dict(guard.state_dict())
 
 
 @pytest.mark.parametrize("kind", [BestOf, LossGuard])

@@ -201,6 +201,7 @@ class BestOf(LaneGuard):
         return {
             **super()._save(),
             "nc": self.nc,
+            "patience": self.patience,
             "lanes": [save_lane(lane, self._cycle.phase) for lane in paths.all],
             "records": list(paths.records),
             "away": list(paths.away),
@@ -221,11 +222,13 @@ class BestOf(LaneGuard):
         ours, theirs = len(self._paths.all), len(state["lanes"])
         if ours != theirs:
             raise ValueError(f"state_dict must be of {ours} optimizers, got one of {theirs}")
-        if state["phase"] and (state["nt"], state["nc"]) != (self.nt, self.nc):
-            raise ValueError(
-                f"state_dict from within a cycle must have nt={self.nt} and nc={self.nc}, "
-                f"got nt={state['nt']} and nc={state['nc']}"
+        needed = {"nt": self.nt, "nc": self.nc, "patience": self.patience}
+        if state["phase"] and any(state[name] != value for name, value in needed.items()):
+            wanted, got = (
+                ", ".join(f"{name}={options[name]}" for name in needed)
+                for options in (needed, state)
             )
+            raise ValueError(f"state_dict from within a cycle must have {wanted}, got {got}")
 
 
 def _least(losses: Sequence[float]) -> float:

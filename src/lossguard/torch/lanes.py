@@ -104,13 +104,13 @@ class Lanes:
         """Whether a lane starts from x; s where x lies on its path, and may have been set there."""
         return self.on_own or not self.all[number].own_path
 
-    def follow_record(self, verdict: Verdict, active: Sequence[int], seen: Outcome) -> int:
+    def follow_record(self, verdict: Verdict, seen: Outcome, checked: int) -> int:
         """The row that is kept, by the record if there is one, else by the verdict; s is the last.
 
         Args:
             verdict: of the check, or without one.
-            active: numbers of the lanes that ran.
-            seen: what the cycle has shown of them.
+            seen: what the cycle has shown of the lanes that ran.
+            checked: how many of them take check minibatches; s may be the one that doesn't.
         """
         if self.record is None:
             return verdict.row
@@ -119,8 +119,7 @@ class Lanes:
         row = verdict.best_fallback if verdict.row == NEITHER else verdict.row
         kept = trains[row] if sound[row] else [math.nan]
         self.excess, back = self.record.update(self.excess, kept, trains[-1], self.on_own)
-        s_was_checked = len(self.checked(active)) == len(active)
-        fit = verdict.finite_fallback if s_was_checked else sound[-1]
+        fit = verdict.finite_fallback if checked == len(trains) else sound[-1]
         return len(trains) - 1 if back and fit else verdict.row
 
     def settle(

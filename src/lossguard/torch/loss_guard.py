@@ -236,7 +236,7 @@ class LossGuard(LaneGuard):
         verdict = self._judge(seen, m, checked) if m else follow_first(seen.sound)
         if not verdict.settled and n < self._looks[-1]:
             return
-        row = lanes.follow_record(verdict, active, seen)
+        row = lanes.follow_record(verdict, seen, checked)
         winner, was_own = NEITHER if row == NEITHER else active[row], lanes.on_own
         if winner != NEITHER:  # lines 17 and 19: x <- y or z; or s
             lanes.kept = winner

@@ -1,14 +1,15 @@
-"""A guard's state on another device than where it was saved.
+"""A guard's state on another device than where it was saved, and what it gets on another.
 
-The device is "meta", which has shapes and no numbers: where tensors go shows, not what becomes of a
-run that goes on there.
+The device is "meta", or a fake one, which have shapes and no numbers: where tensors go shows, not
+what becomes of a run that goes on there.
 """
 
 import pytest
 import torch
 from models import mlp, run, spiral
 from torch import Tensor, nn
-from torch.optim import Adam
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import SGD, Adam
 
 from lossguard.torch import BestOf, LossGuard, ResidualGuard, ratchet
 
@@ -51,3 +52,14 @@ def test_what_is_of_the_models_shapes_goes_to_the_models_device(kind, minibatche
         if tensor.ndim and "random" not in place:
             assert tensor.device.type == "meta", place
     assert all(own.device.type == "meta" for own in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_a_new_groups_device_has_its_generator_set_too(kind):
+    w = torch.ones(1, requires_grad=True)
+    guard = kind(SGD([w], lr=0.1), SGD([w], lr=0.2))
+    with FakeTensorMode():
+        new = nn.Parameter(torch.empty(1, device="cuda"))
+    guard.add_param_group({"params": [new]})
+    randomness = guard._randomness if kind is ResidualGuard else guard._cycle.randomness
+    assert randomness.devices == [new.device]

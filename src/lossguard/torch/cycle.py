@@ -132,6 +132,7 @@ class Cycle:
             lane.grow()
         if best is not None and best.memory is not None:
             best.memory.options.append(self.lanes.all[-1].inner.remember().options[-1])
+        self.randomness = Randomness({p.device for p in weights.params})
         self.placing = placing(weights)
 
     def _begin(self, active: Sequence[int]) -> None:

@@ -164,6 +164,7 @@ class ResidualGuard(Guard):
         """Add parameters to both optimizers, with their own defaults in the learned one."""
         self._weights.params += self._add_group(param_group, [self._learned.optimizer])
         self._weights.clear_gradients()  # theirs may be left from before
+        self._randomness = Randomness({p.device for p in self._weights.params})
         self._learned.grow()
         self._fallback.grow()
 

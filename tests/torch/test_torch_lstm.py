@@ -102,6 +102,18 @@ def test_checkpoints_of_other_dtypes_go_on_alike(dtype):
         assert torch.equal(twin.state[q][name], optimizer.state[p][name])
 
 
+def test_autocast_around_the_step_changes_nothing():
+    weights = Reference().state_dict()
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    for p, enabled in zip(params, (False, True), strict=True):
+        optimizer = LSTMOptimizer([p], weights)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            for _ in range(2):
+                p.grad = p.detach().clone()
+                optimizer.step()
+    assert torch.equal(*params)
+
+
 def test_schedulers_act_on_the_scale():
     p = nn.Parameter(torch.zeros(1))
     optimizer = LSTMOptimizer([p], Reference().state_dict(), scale=0.4)

@@ -8,6 +8,7 @@ p   scale of the input logarithm
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ class LSTMOptimizer(Optimizer):
 
         o, m <- LSTM(log_and_sign(g), m);   update = scale * (linear.weight o + linear.bias)
 
-    The computation and its memory are in float32, 8 H bytes per layer and coordinate.
+    The computation and its memory are in float32, 8 H bytes per layer and coordinate, also where
+    the step is under autocast.
 
     Args:
         params: parameters, or groups of them.
@@ -113,7 +115,8 @@ class LSTMOptimizer(Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
-                    self._update(param, group["lr"], group["p"])
+                    with _without_autocast(param.device.type):
+                        self._update(param, group["lr"], group["p"])
         return loss
 
     def _weights_on(self, device: torch.device) -> dict[str, Tensor]:
@@ -146,6 +149,13 @@ class LSTMOptimizer(Optimizer):
 
 
 OUTPUT = ("linear.weight", "linear.bias")
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Matrix products keep their dtype inside; some kinds of device have no autocast."""
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def log_and_sign(gradient: Tensor, p: float = 10.0) -> Tensor:

@@ -282,6 +282,21 @@ def test_buffers_that_it_leaves_alone_may_hold_anything():
             guard.step(closure_for(guard, model, spiral()))
 
 
+@pytest.mark.parametrize("before", [None, torch.ones(1)])
+@pytest.mark.parametrize("kind", [LossGuard, BestOf])
+def test_buffers_that_a_forward_pass_makes_must_be_there_before(kind, before):
+    class Masked(nn.Linear):
+        def forward(self, x):
+            self.mask = torch.ones(2)
+            return super().forward(x) * self.mask
+
+    model = Masked(2, 2)
+    model.register_buffer("mask", before)
+    guard = kind(SGD(model.parameters()), SGD(model.parameters()), model=model)
+    with pytest.raises(ValueError, match=r"^model must keep the number and the shapes of its"):
+        guard.step(closure_for(guard, model, spiral()))
+
+
 def test_buffers_that_are_replaced_need_the_model():
     class Counts(nn.Linear):
         def __init__(self):

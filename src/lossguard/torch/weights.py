@@ -169,9 +169,18 @@ def _is_expanded(tensor: Tensor) -> bool:
 
 
 def _transfer(targets: Copy, values: Copy) -> None:
-    if targets:
+    if not targets and not values:
+        return
+    try:
         with torch.no_grad():
             torch._foreach_copy_(targets, values)  # pyright: ignore
+    except RuntimeError as error:
+        if [t.shape for t in targets] == [v.shape for v in values]:
+            raise
+        raise ValueError(
+            "model must keep the number and the shapes of its buffers, got others than before: "
+            "have those that a forward pass makes, such as masks, made before the guard is built"
+        ) from error
 
 
 def _bring_home(p: Tensor, home: Tensor) -> None:

@@ -28,6 +28,8 @@ HUGE = torch.finfo(torch.float32).max
         (torch.tensor([complex(0, math.inf)]), False),
         (torch.tensor([0.0, math.nan]).to_sparse(), False),
         (torch.full((3,), HUGE).to_sparse(), True),
+        (torch.ones(2).to(torch.float8_e4m3fn), True),
+        (torch.tensor([1.0, math.nan]).to(torch.float8_e4m3fn), False),
         (torch.tensor([2**62, 2**62]), True),
         ([], True),
     ],

@@ -51,9 +51,10 @@ def finite(value: Any) -> bool:
         for leaf in leaves
         if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
     ]
-    sums = read([tensor.sum().abs() for tensor in tensors])
+    sums = read([_summable(tensor).sum().abs() for tensor in tensors])
     return all(math.isfinite(leaf) for leaf in leaves if isinstance(leaf, float)) and (
-        all(map(math.isfinite, sums)) or all(bool(tensor.isfinite().all()) for tensor in tensors)
+        all(map(math.isfinite, sums))
+        or all(bool(_summable(tensor).isfinite().all()) for tensor in tensors)
     )
 
 
@@ -78,6 +79,11 @@ def local(tensor: Tensor) -> Tensor:
         return tensor
     with torch.no_grad():
         return tensor.to_local()  # pyright: ignore
+
+
+def _summable(tensor: Tensor) -> Tensor:
+    """The same numbers in a dtype that can be summed, which those of 8 bits can't."""
+    return tensor.bfloat16() if tensor.element_size() == 1 else tensor
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -1,7 +1,7 @@
 """What an inner optimizer remembers of its own steps, told apart from its schedule.
 
 state    the optimizer's ``state``: momentum, moments, step counters, LSTM cells
-own      entries of a parameter group that the optimizer's own step changes (schedule-free's ``k``)
+own      entries of a parameter group that the optimizer's own step replaces (schedule-free's ``k``)
 shared   every other entry of a group (lr, betas, ...): the schedule. It is set from outside, so it
          is never rolled back and every lane of the same optimizer sees the same.
 """

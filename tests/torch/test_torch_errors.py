@@ -157,7 +157,8 @@ REFUSALS = [
      "train_batches must be 10 minibatches, got 1 "
      "(itertools.chain.from_iterable(itertools.repeat(loader)) doesn't end)"),
     (lambda w: LossGuard(sgd(w), sgd(w), nt=1).cycle(lambda b: w.sum(), [1, 2], [3]),
-     "train_batches must be 1 minibatches, got 2"),
+     "train_batches must be 1 minibatches, got more "
+     "(itertools.islice(batches, guard.nt) draws so many)"),
     (lambda w: LossGuard(sgd(w), sgd(w), nt=1, nc=2).cycle(lambda b: w.sum(), [1], [2]),
      "check_batches must be at least 2 minibatches, got 1 "
      "(itertools.chain.from_iterable(itertools.repeat(loader)) doesn't end)"),
@@ -177,6 +178,18 @@ def test_errors(refused, message):
     with pytest.raises(ValueError) as error:
         refused(torch.ones(1, requires_grad=True))
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("kind", [BestOf, LossGuard])
+def test_train_minibatches_without_an_end_are_refused(kind):
+    def endless():
+        yield from range(4)
+        pytest.fail("went on")
+
+    weight, _ = quadratic()
+    guard = kind(sgd(weight), sgd(weight), nt=3)
+    with pytest.raises(ValueError, match=r"^train_batches must be 3 minibatches, got more"):
+        guard.cycle(lambda batch: weight.sum(), endless(), [])
 
 
 @pytest.mark.parametrize("kind", [BestOf, LossGuard])

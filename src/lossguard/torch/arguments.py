@@ -13,6 +13,7 @@ from lossguard.torch.inner import params_of
 from lossguard.validation import check_count
 
 _ENDLESS = " (itertools.chain.from_iterable(itertools.repeat(loader)) doesn't end)"
+_SO_MANY = " (itertools.islice(batches, guard.nt) draws so many)"
 
 
 def listed(learned: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
@@ -52,8 +53,8 @@ def check_drawn(name: str, drawn: int, wanted: int, *, more_will_do: bool = Fals
     """Refuse another number of minibatches for a cycle."""
     if drawn != wanted:
         least = "at least " if more_will_do else ""
-        hint = _ENDLESS if drawn < wanted else ""
-        raise ValueError(f"{name} must be {least}{wanted} minibatches, got {drawn}{hint}")
+        got = f"{drawn}{_ENDLESS}" if drawn < wanted else f"more{_SO_MANY}"
+        raise ValueError(f"{name} must be {least}{wanted} minibatches, got {got}")
 
 
 def check_scaler(scaler: object) -> None:

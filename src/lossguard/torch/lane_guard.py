@@ -5,6 +5,7 @@ nt   train minibatches per cycle: each is one optimizer step in every lane that 
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -139,7 +140,7 @@ class LaneGuard(Guard):
 
     def _check_train(self, train_batches: Iterable[Any]) -> list[Any]:
         """The minibatches that a whole cycle trains on."""
-        train = list(train_batches)
+        train = list(islice(train_batches, self.nt + 1))  # they may have no end
         arguments.check_drawn("train_batches", len(train), self.nt)
         if self._cycle.phase:
             raise ValueError(

@@ -320,3 +320,23 @@ def test_states_may_hold_pythons_numbers() -> None:
     for _ in range(2):
         state, _ = guard.step(state, lambda w, i: jnp.sum(w**2))
     assert state.inner.lanes.fallback["step"] == 4
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_a_state_is_where_the_parameters_were_put(guard) -> None:
+    """So that the second cycle finds it where the first one did."""
+    guard = GUARDS[guard](OPTIMIZERS["add_noise"], OPTIMIZERS["lstm"])
+    device = jax.devices()[0]
+    for params, put in ((start(), False), (jax.device_put(start(), device), True)):
+        leaves = jax.tree.leaves(guard.init(params))
+        assert [leaf.committed for leaf in leaves] == [put] * len(leaves)
+        assert all(leaf.devices() == {device} for leaf in leaves)
+
+
+def test_parameters_on_a_device_compile_once() -> None:
+    guard = lossguard.unguarded(OPTIMIZERS["adam"])
+    state = guard.init(jax.device_put(jnp.ones(2), jax.devices()[0]))
+    step = jax.jit(lambda state: guard.step(state, lambda w, i: jnp.sum(w**2)))
+    for _ in range(2):
+        state, _ = step(state)
+    assert step._cache_size() == 1

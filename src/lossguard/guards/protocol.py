@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..validation import check_kind
@@ -100,16 +101,31 @@ def as_arrays(params: Params) -> Params:
 def start(params: Params, inner: PyTree) -> GuardState:
     """The state before the first cycle, each leaf in a buffer of its own, which may be donated.
 
-    Leaves are of the types that a step returns: a weak type would compile the second cycle anew.
+    Leaves are of the types that a step returns, and on the devices where it returns them: a weak
+    type, or a count elsewhere than the parameters were put, would compile the second cycle anew.
     """
+    devices = devices_of(params)
 
     def own(leaf: ArrayLike) -> Array:
         leaf = jnp.asarray(leaf)
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return jnp.copy(leaf) if is_key else jnp.array(leaf, leaf.dtype)
+        leaf = jnp.copy(leaf) if is_key else jnp.array(leaf, leaf.dtype)
+        traced = isinstance(leaf, Tracer)
+        stays = devices is None or traced or leaf.committed
+        return leaf if stays else jax.device_put(leaf, devices)
 
-    params, inner = jax.tree.map(own, (params, inner))
-    return GuardState(params, jnp.int32(0), jnp.int32(0), inner)
+    return jax.tree.map(own, GuardState(params, jnp.int32(0), jnp.int32(0), inner))
+
+
+def devices_of(params: Params) -> jax.sharding.Sharding | None:
+    """The devices that parameters were put on, whole on each; None if they were put nowhere."""
+    for leaf in jax.tree.leaves(params):
+        if not isinstance(leaf, Tracer) and leaf.committed:
+            sharding = leaf.sharding
+            if isinstance(sharding, jax.sharding.NamedSharding):
+                return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+            return sharding if len(sharding.device_set) == 1 else None
+    return None
 
 
 def check_state(state: Any, inner: type = object) -> None:

@@ -1,0 +1,111 @@
+"""A program for four devices: over all of them guards do what they do on one.
+
+``test_devices.py`` runs it.
+"""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lossguard
+
+CYCLES = 4
+ADAM, SGD = optax.adam(0.05), optax.sgd(0.1, momentum=0.9)
+RECOMMENDED = lossguard.recommended(ADAM, SGD, nt=2, nc=1, most=1, patience=2)
+PAPERS = lossguard.loss_guard(ADAM, SGD, nt=2, nc=1)
+
+KEYS = jax.random.split(jax.random.key(0), 4)
+X = jax.random.normal(KEYS[0], (40, 8, 6))
+T = jnp.tanh(X @ jax.random.normal(KEYS[1], (6, 4)))
+START = {
+    "a": jax.random.normal(KEYS[2], (6, 8)) / 2,
+    "b": jax.random.normal(KEYS[3], (8, 4)) / 2,
+    "c": jnp.zeros(4),
+}
+SPECS = {"a": P(None, "data"), "b": P("data"), "c": P()}
+MINIBATCHES = P(None, "data")
+
+compiled = []
+
+
+def note(event: str, seconds: float, **_: object) -> None:
+    if "backend_compile" in event:
+        compiled.append(event)
+
+
+def loss(params, i, x, t):
+    prediction = jnp.tanh(x[i % 40] @ params["a"]) @ params["b"] + params["c"]
+    return jnp.mean((prediction - t[i % 40]) ** 2)
+
+
+def play(step, state):
+    """The last state and all decisions; only the first cycle compiles."""
+    decisions = []
+    for cycle in range(CYCLES):
+        before = len(compiled)
+        state, decision = step(state)
+        assert (len(compiled) > before) == (cycle == 0), f"compiled in cycle {cycle}"
+        decisions.append(jax.device_get(decision))
+    return state, decisions
+
+
+@cache
+def alone(guard):
+    """On one device."""
+    step = jax.jit(lambda state: guard.step(state, partial(loss, x=X, t=T)))
+    return play(step, guard.init(START))
+
+
+def assert_same(one, other) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, other)
+
+
+def mesh_of(kind: AxisType) -> Mesh:
+    return jax.make_mesh((4,), ("data",), axis_types=(kind,))
+
+
+def test_parameters_and_minibatches_are_sharded(guard, kind: AxisType) -> None:
+    """As under FSDP. What is as large as the parameters stays sharded as they are."""
+    on = partial(NamedSharding, mesh_of(kind))
+    x, t = jax.device_put((X, T), on(MINIBATCHES))
+    shardings = {name: on(spec) for name, spec in SPECS.items()}
+
+    def objective(params, i):
+        if kind == AxisType.Explicit:
+            params = jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, on(P())), params)
+        return loss(params, i, x, t)
+
+    step = jax.jit(lambda state: guard.step(state, objective), donate_argnums=0)
+    state, decisions = play(step, guard.init(jax.device_put(START, shardings)))
+    assert_same((state, decisions), alone(guard))
+    for path, leaf in jax.tree.leaves_with_path(state):
+        name = getattr(path[-1], "key", None)
+        expected = shardings[name] if name in SPECS else on(P())
+        assert leaf.sharding.is_equivalent_to(expected, leaf.ndim), (path, leaf.sharding)
+
+
+def test_losses_are_averaged_under_shard_map(guard) -> None:
+    mesh = mesh_of(AxisType.Auto)
+    specs = {"in_specs": (P(), MINIBATCHES, MINIBATCHES), "out_specs": P()}
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh, **specs)
+    def step(state, x, t):
+        return guard.step(state, lambda *at: jax.lax.pmean(loss(*at, x, t), "data"))
+
+    x, t = jax.device_put((X, T), NamedSharding(mesh, MINIBATCHES))
+    state = guard.init(jax.device_put(START, NamedSharding(mesh, P())))
+    assert_same(play(lambda state: step(state, x, t), state), alone(guard))
+
+
+if __name__ == "__main__":
+    jax.monitoring.register_event_duration_secs_listener(note)
+    assert len({int(decision.winner) for decision in alone(RECOMMENDED)[1]}) > 1
+    test_parameters_and_minibatches_are_sharded(RECOMMENDED, AxisType.Auto)
+    test_parameters_and_minibatches_are_sharded(PAPERS, AxisType.Explicit)
+    test_losses_are_averaged_under_shard_map(PAPERS)

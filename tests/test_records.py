@@ -23,7 +23,8 @@ CONFIG = {
     "rate": 0.1,
 }
 TABLE = pl.DataFrame(
-    {name: [1, 2] for name in records.EXPERIMENT[records.CURVES]} | {"method": ["a", "b"]}
+    {name: [1, 2] for name in records.EXPERIMENT[records.CURVES]}
+    | {"method": ["a", "b"], "step": [1, 1]}
 )
 SECONDS = {"a": 1.5, "b": 2.5}
 
@@ -232,6 +233,23 @@ def test_missing_seeds_are_named(finished: Path, seeds: int, name: str, lack: st
     curves = TABLE[[0, 0, 1]].with_columns(seed=pl.Series([0, 1, 0]))
     records.write_parquet(finished / records.CURVES, curves)
     with pytest.raises(ValueError, match=rf"run/{name} is not of this run: it lacks {lack}$"):
+        records.read_run(finished)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        pl.concat([TABLE, TABLE[1:].with_columns(step=pl.lit(2, pl.Int64))]),
+        pl.concat([TABLE, TABLE[1:]]),
+        TABLE.with_columns(step=2),
+        TABLE.with_columns(step=0),
+    ],
+    ids=["one ends later", "one twice", "begin late", "begin too early"],
+)
+def test_missing_steps_are_named(finished: Path, damaged: pl.DataFrame) -> None:
+    records.write_parquet(finished / records.CURVES, damaged)
+    lack = "steps from 1 to the same last one, each once, for every method and seed"
+    with pytest.raises(ValueError, match=rf"curves\.parquet is not of this run: it lacks {lack}$"):
         records.read_run(finished)
 
 

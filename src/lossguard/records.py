@@ -217,7 +217,18 @@ def _lack(record: Record, columns: Sequence[str]) -> tuple[str, str]:
             return CURVES, f"seeds of the methods {', '.join(few)}"
         if any(many[method] > config["seeds"] for method in config["methods"]):
             return CONFIG, "seeds that the curves have"
+        if not _have_all_steps(curves):
+            return CURVES, "steps from 1 to the same last one, each once, for every method and seed"
     return "", ""
+
+
+def _have_all_steps(curves: pl.DataFrame) -> bool:
+    """Whether all methods and seeds go from step 1 to the same last one, and have none twice."""
+    step = pl.col("step")
+    each = curves.group_by("method", "seed").agg(
+        first=step.min(), last=step.max(), once=step.is_unique().all()
+    )
+    return each.drop("method", "seed").unique().rows() == [(1, curves["step"].max(), True)]
 
 
 def read_parquet(path: Path) -> pl.DataFrame:

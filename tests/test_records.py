@@ -281,14 +281,26 @@ def test_wrong_values_are_named(
         records.read_run(finished)
 
 
-@pytest.mark.parametrize("lost", ["meta_loss", "rows"])
-def test_records_of_a_meta_training_that_do_not_fit_are_named(tmp_path: Path, lost: str) -> None:
-    curves = pl.DataFrame({"meta_step": [1], "meta_loss": [0.5], "validation": np.ones((1, 3))})
-    curves = curves.clear() if lost == "rows" else curves.cast({"meta_loss": pl.String})
+META = pl.DataFrame({"meta_step": [1], "meta_loss": [0.5], "validation": np.ones((1, 3))})
+
+
+@pytest.mark.parametrize(
+    ("curves", "lack"),
+    [
+        (META.clear(), "rows"),
+        (META.cast({"meta_loss": pl.String}), "numbers in column meta_loss"),
+        (META.with_columns(meta_loss="validation"), "numbers in column meta_loss"),
+        (META.with_columns(validation="meta_loss"), "rows of numbers in column validation"),
+        (META.with_columns(validation_a="meta_loss"), "rows of numbers in column validation_a"),
+    ],
+)
+def test_records_of_a_meta_training_that_do_not_fit_are_named(
+    tmp_path: Path, curves: pl.DataFrame, lack: str
+) -> None:
     records.open_folder(tmp_path / "run", {"name": "mine"})
     records.write_json(tmp_path / "run" / records.MANIFEST, {})
     records.write_parquet(tmp_path / "run" / records.CURVES, curves)
-    with pytest.raises(ValueError, match=rf"parquet is not of this run: it lacks .*{lost}$"):
+    with pytest.raises(ValueError, match=rf"parquet is not of this run: it lacks {lack}$"):
         records.read_run(tmp_path / "run")
 
 

@@ -196,11 +196,14 @@ def _lack(record: Record, columns: Sequence[str]) -> tuple[str, str]:
     config, made, curves = record
     if curves.is_empty():
         return CURVES, "rows"
-    for name in columns:
-        if name == "method" and curves[name].dtype != pl.String:
-            return CURVES, "names in column method"
-        if name != "method" and curves[name].to_numpy().dtype.kind not in "iuf":
-            return CURVES, f"numbers in column {name}"
+    if not record.is_meta and curves["method"].dtype != pl.String:
+        return CURVES, "names in column method"
+    numbers = [name for name in columns if name != "method"]
+    numbers += [name for name in curves.columns if name.startswith("validation_")]
+    for name in numbers:
+        values, many = curves[name].to_numpy(), name.startswith("validation")
+        if values.dtype.kind not in "iuf" or values.ndim != 1 + many:
+            return CURVES, f"{'rows of ' * many}numbers in column {name}"
     if not record.is_meta:
         spent = made["seconds"]
         if not isinstance(spent, dict) or not all(

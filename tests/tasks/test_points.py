@@ -92,8 +92,9 @@ def test_scaling(load) -> None:
         ({"samples": 1}, "samples must be an integer of at least 2, got 1"),
         ({"test_samples": 0}, "test_samples must be an integer of at least 2, got 0"),
         ({"samples": 10.5}, "samples must be an integer of at least 2, got 10.5"),
-        ({"noise": -0.1}, "noise must be at least 0, got -0.1"),
-        ({"noise": float("nan")}, "noise must be at least 0, got nan"),
+        ({"noise": -0.1}, "noise must be at least 0 and finite, got -0.1"),
+        ({"noise": float("nan")}, "noise must be at least 0 and finite, got nan"),
+        ({"noise": float("inf")}, "noise must be at least 0 and finite, got inf"),
         ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
         ({"scaling": "unit"}, "scaling must be one of none, standardized, got 'unit'"),
     ],
@@ -105,7 +106,8 @@ def test_bad_arguments_are_named(load, options: dict[str, Any], message: str) ->
 
 
 def test_bad_arguments_of_one_loader_are_named() -> None:
-    with pytest.raises(ValueError, match=r"^turns must be above 0, got 0\.0$"):
-        spirals(turns=0.0)
+    for turns in (0.0, float("inf")):
+        with pytest.raises(ValueError, match=rf"^turns must be positive and finite, got {turns}$"):
+            spirals(turns=turns)
     with pytest.raises(ValueError, match=r"^factor must be at least 0 and below 1, got 1\.0$"):
         circles(factor=1.0)

@@ -1,10 +1,11 @@
 """Classification of points in the plane: Spirals, Circles and Moons."""
 
+import math
 from typing import Any
 
 import numpy as np
 
-from ..validation import check_choice, check_count, check_real
+from ..validation import check_choice, check_count, check_positive, check_real
 from .dataset import POINT_SCALINGS, Dataset, make_dataset
 
 
@@ -43,7 +44,7 @@ def spirals(
     (True, 500)
     """
     _check_points(samples, test_samples, noise, seed, scaling)
-    check_real("turns", turns, "above 0", lambda v: v > 0)
+    check_positive(turns=turns)
     rng = np.random.default_rng(seed)
 
     def arms(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -139,6 +140,6 @@ def _two_seeds(seed: int) -> tuple[int, int]:
 def _check_points(samples: int, test_samples: int, noise: float, seed: int, scaling: str) -> None:
     check_count("samples", samples, least=2)
     check_count("test_samples", test_samples, least=2)
-    check_real("noise", noise, "at least 0", lambda v: v >= 0)
+    check_real("noise", noise, "at least 0 and finite", lambda v: 0 <= v < math.inf)
     check_count("seed", seed, least=0)
     check_choice("scaling", scaling, POINT_SCALINGS)

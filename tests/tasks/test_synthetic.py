@@ -87,6 +87,11 @@ def test_noise_of_a_plain_number_is_that_of_an_array(i) -> None:
         (lambda: quadratic(jax.random.key(0), n=1), "n must be an integer of at least 2, got 1"),
         (lambda: quadratic(jax.random.key(0), mu=0.0), "mu must be above 0 and at most L = 1.0"),
         (lambda: quadratic(jax.random.key(0), mu=2.0), "at most L = 1.0, got 2.0"),
+        (lambda: quadratic(jax.random.key(0), L=jnp.inf), "L must be positive and finite, got inf"),
+        (
+            lambda: quadratic(jax.random.key(0), distance=-1.0),
+            "distance must be at least 0 and finite, got -1.0",
+        ),
         (
             lambda: ridge_logistic(jax.random.key(0), samples=0),
             "samples must be an integer of at least 1",

@@ -135,13 +135,16 @@ def quadratic(
         distance: ||w*||, from 0.
 
     Raises:
-        ValueError: if n is below 2, or not 0 < mu <= L.
+        ValueError: if n is below 2, or not 0 < mu <= L, or L or distance is infinite, or distance
+            is below 0.
 
     >>> problem = quadratic(jax.random.key(0), n=3, mu=0.01, L=1.0)
     >>> float(problem.mu), float(problem.L), float(problem(problem.minimum))
     (0.009999999776482582, 1.0, 0.0)
     """
     check_count("n", n, least=2)
+    check_positive(L=L)
+    check_real("distance", distance, "at least 0 and finite", lambda v: 0 <= v < np.inf)
     check_real("mu", mu, f"above 0 and at most L = {L}", lambda v: 0 < v <= L)
     rotation_key, minimum_key = jax.random.split(key)
     direction = jax.random.normal(minimum_key, (n,))

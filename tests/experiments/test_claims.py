@@ -320,6 +320,16 @@ def test_first_steps(tmp_path: Path, changes: dict[str, float], last: int, outco
     assert judged("C2", *folders[1:]).outcome == "not run"
 
 
+@pytest.mark.parametrize("initial", [math.inf, math.nan])
+def test_no_optimizer_works_from_a_loss_that_is_not_finite(tmp_path: Path, initial: float) -> None:
+    for name, share in FIRST.items():
+        first = initial if name == "fig02-moons" else 2.0
+        write(tmp_path / name, name, {"L2O": {1: first, 2: 2 * share}}, last=100)
+    verdict = judged("C2", tmp_path)
+    assert verdict.outcome == "fails"
+    assert "; moons inf; " in verdict.measured
+
+
 @pytest.mark.parametrize(
     ("meta_loss", "outcome"),
     [

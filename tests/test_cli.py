@@ -209,6 +209,18 @@ def test_demo_in_short(main: Main, capsys: pytest.CaptureFixture[str], tmp_path:
     assert not (tmp_path / "here" / "verdicts.json").exists()  # no claim is about it
 
 
+def test_what_a_loss_of_zero_is_over_another_is_told(finished: Path) -> None:
+    curves = records.read_run(finished).curves
+    config = json.loads((finished / "config.json").read_text()) | {"methods": ["a", "b"]}
+    records.write_json(finished / "config.json", config)
+    records.write_json(finished / "manifest.json", {"data": "", "seconds": {"a": 1, "b": 1}})
+    other = curves.with_columns(method=pl.lit("b"))
+    curves = pl.concat([curves.with_columns(loss=pl.lit(0, pl.Int64)), other])
+    records.write_parquet(finished / "curves.parquet", curves)
+    assert cli._over("a", finished) == "loss at step 1, over that of a: a 1, b inf"
+    assert cli._over("b", finished) == "loss at step 1, over that of b: a 0, b 1"
+
+
 def test_a_run_leaves_the_verdicts_on_claims_about_it(main: Main, tmp_path: Path) -> None:
     main("run", "fig05", "--steps", "20", "--seeds", "1", "--methods", "SGDnm", "LGL2O")
     (verdict,) = json.loads((tmp_path / "runs" / "fig05" / "verdicts.json").read_text()).values()

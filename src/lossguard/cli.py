@@ -318,12 +318,14 @@ def _console() -> Console:
 def _over(reference: str, folder: Path) -> str:
     """One line: the loss of each method at the end of a run, over that of the reference."""
     from .curves import last_step, mark_loss, over_seeds
+    from .experiments.findings import divided
     from .records import read_run
 
     curves = read_run(folder).curves
     last = last_step(curves)
     means = over_seeds(mark_loss(curves, last), "loss")
-    told = ", ".join(f"{name} {loss / means[reference]:.3g}" for name, loss in means.items())
+    base = means[reference]
+    told = ", ".join(f"{name} {divided(loss, base):.3g}" for name, loss in means.items())
     return f"loss at step {last:,}, over that of {reference}: {told}"
 
 

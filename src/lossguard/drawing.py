@@ -1,11 +1,14 @@
 """Figures on disk, drawn without pyplot, whose backend is the user's."""
 
+import io
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from .files import write_whole
 
 
 def titled(title: str, note: str | None) -> str:
@@ -21,9 +24,15 @@ def log_losses(axes: Axes) -> None:
 
 
 def save(figure: Figure, folder: Path) -> Path:
-    """Leave ``figure.png`` and ``figure.svg`` in a folder; returns the PNG."""
+    """Leave ``figure.png`` and ``figure.svg`` in a folder; returns the PNG.
+
+    Raises:
+        OSError: if one can't be written; an old one is left.
+    """
     files = [folder / "figure.png", folder / "figure.svg"]
-    with mpl.rc_context({"axes.formatter.min_exponent": 4}):  # 0.001 to 1000 are plain numbers
-        for file in files:
-            figure.savefig(file, dpi=150)
+    for file in files:
+        drawn = io.BytesIO()
+        with mpl.rc_context({"axes.formatter.min_exponent": 4}):  # 0.001 to 1000 are plain numbers
+            figure.savefig(drawn, format=file.suffix[1:], dpi=150)
+        write_whole(file, drawn.getvalue(), "a figure")
     return files[0]

@@ -1,6 +1,7 @@
 """Figures and tables say what the records say."""
 
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -345,6 +346,19 @@ def test_plot_leaves_both_files(folder: Path) -> None:
     assert files[1].read_bytes().endswith(b"</svg>\n")
     labels = set(re.findall(r"<!-- \$\\mathdefault{(.*?)}\$ -->", files[1].read_text()))
     assert {"0.1", "1", "10", "100", "1000"} <= labels and not any("^" in text for text in labels)
+
+
+def test_full_disk_leaves_the_old_figure(folder: Path) -> None:
+    record = records.read_run(folder)
+    old = figures.plot(folder, record).read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"can't write a figure: File too large: .*figure\.png'"):
+            figures.plot(folder, record)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (folder / "figure.png").read_bytes() == old
 
 
 def test_drawing_leaves_the_users_backend(folder: Path) -> None:

@@ -128,6 +128,22 @@ def test_each_method_is_evaluated_where_it_ended(
         assert f'<tr><th scope="row">{method}</th><td>{loss}</td></tr>' in text
 
 
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [
+        ({"passengers": [1]}, 'unable to find column "cycle"'),
+        ({"method": ["SGDnm"], "cycle": [1], "test_loss": ["a"]}, "`mean` operation not supported"),
+    ],
+)
+def test_evaluations_of_something_else_are_named(
+    tmp_path: Path, table: dict[str, Any], reason: str
+) -> None:
+    run = write_run(tmp_path / "run", curves_of(["SGDnm"], np.arange(1, 11)))
+    records.write_parquet(run / records.EVALUATIONS, pl.DataFrame(table))
+    with pytest.raises(ValueError, match=rf"run/evaluations\.parquet is not of a run: {reason}"):
+        report([run], tmp_path / "report.html")
+
+
 def test_figure_of_a_meta_training_is_left_as_png_and_svg(tmp_path: Path) -> None:
     folder = write_meta(tmp_path / "run", "mine")
     file = figure.plot(folder, records.read_run(folder))

@@ -45,7 +45,8 @@ def report(folders: Sequence[Path], file: Path) -> Path:
     """Write a page about these runs, or folders of runs, and all claims; returns its file.
 
     Raises:
-        ValueError: as ``read_runs``, or if the file is a folder, or a manifest lacks provenance.
+        ValueError: as ``read_runs``, or if the file is a folder, or a manifest lacks provenance, or
+            evaluations are damaged.
     """
     if file.is_dir():  # found out now, not after the claims are judged
         raise ValueError(f"out must be a file, but {file} is a folder")
@@ -295,9 +296,13 @@ def _evaluations(folder: Path) -> list[tuple[str, list[str], Rows]]:
     if not (folder / EVALUATIONS).exists():
         return []
     table = read_parquet(folder / EVALUATIONS)
-    last = table.filter(pl.col("cycle") == pl.col("cycle").max().over("method"))
     names = [name for name in table.columns if name not in ("method", "seed", "cycle", "step")]
-    means = last.group_by("method", maintain_order=True).agg(pl.col(names).mean())
+    try:
+        last = table.filter(pl.col("cycle") == pl.col("cycle").max().over("method"))
+        means = last.group_by("method", maintain_order=True).agg(pl.col(names).mean())
+    except pl.exceptions.PolarsError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{folder / EVALUATIONS} is not of a run: {reason}") from error
     rows = [[row[0], *(f"{value:.4g}" for value in row[1:])] for row in means.iter_rows()]
     caption = "The last iterate on the whole of both splits, mean over seeds"
     return [(caption, [name.replace("_", " ") for name in means.columns], rows)]

@@ -459,6 +459,24 @@ def test_folder_of_runs(
     assert told[:1] == ["judging: C14 is computed, not read"] * (command == "claims")
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "runs/lost/failed.json is not readable JSON: "),
+        ("[]", "runs/lost/failed.json must hold a JSON object, but holds list"),
+        ("{}", "runs/lost is not finished: it failed"),
+    ],
+)
+def test_damaged_reason_of_a_failure_is_named(
+    main: Main, capsys: pytest.CaptureFixture[str], finished: Path, content: str, told: str
+) -> None:
+    shutil.copytree(finished, "runs/whole")
+    records.open_folder(Path("runs/lost"), {})
+    Path("runs/lost/failed.json").write_text(content)
+    main("plot", "runs")
+    assert capsys.readouterr().err.splitlines()[1].startswith(told)
+
+
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
     """A folder that looks like a run's, with one row."""

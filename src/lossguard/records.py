@@ -76,7 +76,7 @@ def open_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False
     if is_pattern and not is_finished(folder):
         raise ValueError(f"folder must have no [...] in its path, got {folder.absolute()}")
     if path.exists():
-        if differ := _differing(_read_json(path), json.loads(json.dumps(config))):
+        if differ := _differing(read_json(path), json.loads(json.dumps(config))):
             raise ValueError(
                 f"folder must be empty or hold the same run, but {folder} holds another, which "
                 f"differs in {differ}: choose another --out"
@@ -115,7 +115,7 @@ def start(folder: Path, **more: Any) -> dict[str, Any]:
     """
     made = manifest(**more)
     if (folder / STARTED).exists():
-        first = _read_json(folder / STARTED)
+        first = read_json(folder / STARTED)
         part = {name: made[name] for name in ("time", "commit")}
         made = first | {"resumed": [*first.get("resumed", ()), part]}
     write_json(folder / STARTED, made)
@@ -166,7 +166,7 @@ def read_run(folder: Path) -> Record:
     for name in (CONFIG, MANIFEST, CURVES):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} holds no finished run: {name} is missing")
-    config, made = _read_json(folder / CONFIG), _read_json(folder / MANIFEST)
+    config, made = read_json(folder / CONFIG), read_json(folder / MANIFEST)
     record = Record(config, made, read_parquet(folder / CURVES))
     needed = META_TRAINING if record.is_meta else EXPERIMENT
     for name, found in {CONFIG: config, MANIFEST: made, CURVES: record.curves.columns}.items():
@@ -247,6 +247,21 @@ def read_parquet(path: Path) -> pl.DataFrame:
         raise ValueError(f"{path} is not a readable Parquet file: {reason}") from error
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from disk.
+
+    Raises:
+        ValueError: if the file is damaged or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, but holds {type(content).__name__}")
+    return content
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """JSON, whole or not at all."""
     _write(path, (json.dumps(content, indent=2) + "\n").encode())
@@ -261,16 +276,6 @@ def write_parquet(path: Path, table: pl.DataFrame) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     write_whole(path, content, "a record", make_folder=True)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, but holds {type(content).__name__}")
-    return content
 
 
 def _processor() -> str:

@@ -1,12 +1,11 @@
 """The records of the finished runs in some folders."""
 
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..progress import Progress
-from ..records import CONFIG, FAILED, MANIFEST, Record, read_run
+from ..records import CONFIG, FAILED, MANIFEST, Record, read_json, read_run
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[dict[Path, Record], list[str]]:
@@ -51,6 +50,5 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def _unfinished(run: Path) -> str:
-    failed = run / FAILED
-    reason = f": {json.loads(failed.read_text())['reason']}" if failed.exists() else ""
-    return f"{run} is not finished{reason}"
+    told, failed = f"{run} is not finished", run / FAILED
+    return f"{told}: {read_json(failed).get('reason', 'it failed')}" if failed.exists() else told

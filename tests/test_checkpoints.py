@@ -1,8 +1,9 @@
 """Checkpoints: what is kept, what comes back, and what becomes of one that is damaged."""
 
 import resource
+import signal
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from jaxtyping import Array, PRNGKeyArray
 
 from lossguard.checkpoints import Checkpoints
+from lossguard.progress import STOPPING, stopping_at_interrupt
 
 
 class State(NamedTuple):
@@ -83,6 +85,23 @@ def test_newest_comes_back_to_the_bit(saved: Path) -> None:
 
 def test_last_two_are_kept(saved: Path) -> None:
     assert sorted(int(entry.name) for entry in saved.iterdir()) == [7, 20]
+
+
+def test_ctrl_c_while_one_is_read_leaves_it(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    read = Checkpoints._read
+
+    def interrupted(*given: Any) -> Any:
+        monkeypatch.setattr(Checkpoints, "_read", read)  # a second one would end the tests
+        signal.raise_signal(signal.SIGINT)
+        return read(*given)
+
+    monkeypatch.setattr(Checkpoints, "_read", interrupted)
+    with stopping_at_interrupt() as stopped:
+        same(Checkpoints(saved).latest(state(0)), 20)
+        assert stopped()
+    assert capfd.readouterr().err == STOPPING.decode()
 
 
 def damage(checkpoint: Path) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,8 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 
 QUIET_SECONDS = 30.0
+STDERR = 2
+"""Its number: while checkpoints are written and read, ``sys.stderr`` is a buffer without one."""
 STOPPING = b"\nstopping once what is under way is saved; Ctrl-C again loses it\n"
 
 
@@ -98,7 +99,7 @@ def stopping_at_interrupt() -> Iterator[Callable[[], bool]]:
         nonlocal stopped
         stopped = True
         signal.signal(signal.SIGINT, before)
-        os.write(sys.stderr.fileno(), STOPPING)
+        os.write(STDERR, STOPPING)
 
     before = signal.signal(signal.SIGINT, stop)
     try:

@@ -72,6 +72,19 @@ def test_a_manifest_that_lacks_how_a_run_was_made_is_named(tmp_path: Path) -> No
         report([run], tmp_path / "report.html")
 
 
+def test_a_part_of_no_known_commit_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a package that was installed from a file."""
+    monkeypatch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
+    run = write_run(tmp_path / "run", curves_of(["SGDnm"], np.arange(1, 20)))
+    made = json.loads((run / records.MANIFEST).read_text())
+    made |= {"commit": None, "resumed": [{"time": "2026-01-03", "commit": None}, {}]}
+    records.write_json(run / records.MANIFEST, made)
+    text = report([run], tmp_path / "report.html").read_text()
+    assert "<dt>Commit</dt><dd>unknown</dd>" in text
+    told = "2026-01-03 (commit unknown), unknown (commit unknown)"
+    assert f"<dt>Resumed</dt><dd>{told}</dd>" in text
+
+
 def test_page_tells_how_a_run_was_made(page: Path) -> None:
     text = page.read_text()
     for part in (

@@ -315,7 +315,8 @@ PROVENANCE = ("time", "command", "commit", "device", "platform", "versions", "py
 def _provenance(made: dict[str, Any]) -> dict[str, str]:
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     later = ", ".join(
-        f"{part['time']} (commit {part['commit']})" for part in made.get("resumed", ())
+        f"{part.get('time', 'unknown')} (commit {part.get('commit') or 'unknown'})"
+        for part in made.get("resumed", ())
     )
     return {
         "Made": made["time"],

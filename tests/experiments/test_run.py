@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import os
 import signal
 import subprocess
@@ -275,6 +276,25 @@ def test_ctrl_c_leaves_what_was_done_and_goes_on(
         command(patch, *arguments, "--resume")
     went_on(tmp_path / "run", whole)
     assert len(calls) == 9  # no chunk was done twice
+
+
+def test_ctrl_c_is_heard_while_the_task_is_made(tmp_path: Path) -> None:
+    """What is raised while garbage is collected is lost, and imports make much of it."""
+
+    def interrupt(phase: str, _: Any) -> None:
+        if phase == "start":
+            signal.raise_signal(signal.SIGINT)
+
+    def make_task(experiment: Experiment) -> lossguard.Task:
+        gc.callbacks.append(interrupt)
+        gc.collect()
+        gc.callbacks.remove(interrupt)
+        return tiny.make_task(experiment)
+
+    e = dataclasses.replace(tiny.recipe(), methods=("Signs",), make_task=make_task)
+    with pytest.raises(KeyboardInterrupt):
+        run(e, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_full_disk_is_told_and_the_run_goes_on_later(

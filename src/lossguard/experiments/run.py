@@ -47,12 +47,14 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
             or ``make_task`` doesn't return a task, or its data a label that is no class.
     """
     _check(experiment)
-    guards = experiment.guards()
-    task = experiment.make_task(experiment)
-    _check_task(task)
     with stopping_at_interrupt() as stopped:
+        guards = experiment.guards()
+        task = experiment.make_task(experiment)
+        _check_task(task)
         for guard in guards.values():
             _trace_cycle(guard, task)
+        if stopped():
+            raise KeyboardInterrupt
         records.open_folder(folder, as_config(experiment), resume=resume)
         if records.is_finished(folder):
             return folder

@@ -22,6 +22,8 @@ QUIET_SECONDS = 30.0
 STDERR = 2
 """Its number: while checkpoints are written and read, ``sys.stderr`` is a buffer without one."""
 STOPPING = b"\nstopping once what is under way is saved; Ctrl-C again loses it\n"
+STOPS = signal.SIGINT, signal.SIGTERM
+"""Ctrl-C, and what ``kill`` and the schedulers of clusters send."""
 
 
 class Progress:
@@ -84,11 +86,11 @@ class Progress:
 
 @contextmanager
 def stopping_at_interrupt() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C only makes the function that it yields return true; a second one raises.
+    """Inside, a first of ``STOPS`` only makes the function that it yields return true.
 
-    For loops that must not be torn apart in the middle of an iteration, and for JAX, which loses
-    one that comes in the middle of Python's collection of garbage. Ctrl-C goes to the main thread:
-    in any other this changes nothing.
+    For loops that must not be torn apart in the middle of an iteration, and for JAX, which loses a
+    Ctrl-C that comes in the middle of Python's collection of garbage. Signals go to the main
+    thread: in any other this changes nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -98,11 +100,15 @@ def stopping_at_interrupt() -> Iterator[Callable[[], bool]]:
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal stopped
         stopped = True
-        signal.signal(signal.SIGINT, before)
+        put_back()
         os.write(STDERR, STOPPING)
 
-    before = signal.signal(signal.SIGINT, stop)
+    def put_back() -> None:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+    before = {one: signal.signal(one, stop) for one in STOPS}
     try:
         yield lambda: stopped
     finally:
-        signal.signal(signal.SIGINT, before)
+        put_back()

@@ -239,13 +239,18 @@ def test_a_finished_run_is_left_as_it_is(whole: Path) -> None:
     assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("chunk", [2, 3], ids=["in the middle", "at the end of a method"])
-def test_ctrl_c_leaves_what_was_done_and_goes_on(
+@pytest.mark.parametrize(
+    ("chunk", "number"),
+    [(2, signal.SIGINT), (3, signal.SIGINT), (2, signal.SIGTERM)],
+    ids=["in the middle", "at the end of a method", "by kill"],
+)
+def test_stopped_it_leaves_what_was_done_and_goes_on(
     whole: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     chunk: int,
+    number: int,
 ) -> None:
     arguments = ("run", f"{MODULE}:recipe", "--out", tmp_path / "run")
     thin, calls = curves.thin, []
@@ -253,16 +258,16 @@ def test_ctrl_c_leaves_what_was_done_and_goes_on(
     def interrupted(*given: Any) -> pl.DataFrame:
         calls.append(given)
         if len(calls) == 3 + chunk:  # of the second method
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return thin(*given)
 
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
         patch.setattr(curves, "thin", interrupted)
         patch.setattr(os, "_exit", sys.exit)
         command(patch, *arguments)
     assert caught.value.code == 130
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     goes_on = f"lossguard run {MODULE}:recipe --out {tmp_path}/run --resume\n"
     message = f"lossguard: stopped; to go on from the last checkpoint: {goes_on}"
     assert capfd.readouterr().err.endswith(message)

@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from lossguard.torch import BestOf, LossGuard
+from lossguard.torch import BestOf, LossGuard, ResidualGuard
 
 NT, CYCLES, DECAY = 3, 20, 0.7
 
@@ -359,11 +359,19 @@ def sgd(w):
         (lambda w: BestOf(sgd(w), sgd(w), nc=-1), "nc must be an integer of at least 0, got -1"),
         (
             lambda w: BestOf(LossGuard(sgd(w), sgd(w)), sgd(w)),
-            "learned must train on every minibatch, got a LossGuard",
+            "learned must be no guard itself, got a LossGuard",
         ),
         (
             lambda w: LossGuard(sgd(w), BestOf(sgd(w), sgd(w))),
-            "fallback must train on every minibatch, got a BestOf",
+            "fallback must be no guard itself, got a BestOf",
+        ),
+        (
+            lambda w: ResidualGuard(BestOf(sgd(w), sgd(w)), sgd(w)),
+            "learned must be no guard itself, got a BestOf",
+        ),
+        (
+            lambda w: LossGuard([sgd(w), ResidualGuard(sgd(w), sgd(w))], sgd(w)),
+            "learned must be no guard itself, got a ResidualGuard",
         ),
         (
             lambda w: BestOf(sgd(w), sgd(w)).load_state_dict(

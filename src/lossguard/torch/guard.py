@@ -27,6 +27,9 @@ class Guard(Facade):
     def __init__(
         self, learned: Optimizer | Sequence[Optimizer], fallback: Optimizer, weights: Weights
     ) -> None:
+        for name, one in (*(("learned", one) for one in listed(learned)), ("fallback", fallback)):
+            if isinstance(one, Guard):
+                raise ValueError(f"{name} must be no guard itself, got a {type(one).__name__}")
         super().__init__(fallback)
         self.learned = learned
         self.fallback = fallback

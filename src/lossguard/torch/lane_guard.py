@@ -49,10 +49,6 @@ class LaneGuard(Guard):
     ) -> None:
         several = arguments.listed(learned)
         params = arguments.shared_params(several, fallback)
-        for name, one in (*(("learned", one) for one in several), ("fallback", fallback)):
-            if isinstance(one, LaneGuard):
-                kind = type(one).__name__
-                raise ValueError(f"{name} must train on every minibatch, got a {kind}")
         arguments.check_schedulers(schedulers, [*several, fallback])
         arguments.check_scaler(scaler)
         arguments.check_callback(callback)

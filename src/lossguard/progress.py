@@ -107,8 +107,10 @@ def stopping_at_interrupt() -> Iterator[Callable[[], bool]]:
         for one, handler in before.items():
             signal.signal(one, handler)
 
-    before = {one: signal.signal(one, stop) for one in STOPS}
+    before = {one: signal.getsignal(one) for one in STOPS}
     try:
+        for one in STOPS:
+            signal.signal(one, stop)
         yield lambda: stopped
     finally:
         put_back()

@@ -68,7 +68,7 @@ class Cycle:
         self.running = lanes.all[-1]
         self.holding = False
         self.watch = Watch(weights)
-        self.randomness = Randomness({p.device for p in weights.params})
+        self.randomness = Randomness(weights.params)
         self.placing = placing(weights)
 
     @property
@@ -132,7 +132,7 @@ class Cycle:
             lane.grow()
         if best is not None and best.memory is not None:
             best.memory.options.append(self.lanes.all[-1].inner.remember().options[-1])
-        self.randomness = Randomness({p.device for p in weights.params})
+        self.randomness = Randomness(weights.params)
         self.placing = placing(weights)
 
     def _begin(self, active: Sequence[int]) -> None:

@@ -1,13 +1,16 @@
 """The random numbers of a minibatch: the same in every lane."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 
 class Randomness:
-    """The generators that a forward pass may draw from: the CPU's and those of ``devices``."""
+    """The generators that a forward pass may draw from: the CPU's, and of each device of params."""
 
-    def __init__(self, devices: set[torch.device]) -> None:
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        devices = {p.device for p in params}
         self.devices = sorted((d for d in devices if d.type in ("cuda", "xpu", "mps")), key=str)
 
     def state(self) -> list[Tensor]:

@@ -93,7 +93,7 @@ class ResidualGuard(Guard):
         self.residual = residual
         self.nt = nt
         self._watch = Watch(self._weights)
-        self._randomness = Randomness({p.device for p in params})
+        self._randomness = Randomness(params)
         self._learned, self._fallback = self._inners
         self._track: Track | None = None
         self._steps: list[dict[str, Any]] = []
@@ -164,7 +164,7 @@ class ResidualGuard(Guard):
         """Add parameters to both optimizers, with their own defaults in the learned one."""
         self._weights.params += self._add_group(param_group, [self._learned.optimizer])
         self._weights.clear_gradients()  # theirs may be left from before
-        self._randomness = Randomness({p.device for p in self._weights.params})
+        self._randomness = Randomness(self._weights.params)
         self._learned.grow()
         self._fallback.grow()
 

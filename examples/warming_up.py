@@ -1,6 +1,7 @@
 """What a probe begins from: a fresh learned optimizer, an old one, or one with the last gradients.
 
-    lossguard run examples/warming_up.py:spirals        # or mnist; --loser keep
+    lossguard run examples/warming_up.py:spirals        # or mnist
+    lossguard run examples/warming_up.py:spirals --loser keep --methods SGDnm "patience 10, kept"
 
 While the learned optimizer keeps losing, the recommended guard tries it ever less often, from a
 fresh state. Here the gradients of the fallback's last nt steps are fed to that state first, at nt

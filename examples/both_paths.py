@@ -9,7 +9,6 @@ step more.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 
 import optax
@@ -17,7 +16,7 @@ import optax
 from lossguard import Guard, best_of, pretrained, recommended, unguarded
 from lossguard.experiments import Experiment
 from lossguard.experiments.beyond import fashion as fashion_mnist
-from lossguard.experiments.experiment import Methods, sgd_fallback
+from lossguard.experiments.experiment import Methods, sgd_fallback, with_methods
 from lossguard.experiments.recipes import fig03, fig04, fig05, fig06
 
 FALLBACKS: Mapping[str, Callable[[Experiment], optax.GradientTransformation]] = {
@@ -43,9 +42,8 @@ def methods(e: Experiment) -> Methods:
 
 def on(e: Experiment, steps: int) -> Experiment:
     """An experiment with these methods."""
-    title = f"Both paths on {e.title.partition('tested on ')[2]}"
-    e = replace(e, name=f"both-paths-{e.name}", title=title, steps=steps, make_methods=methods)
-    return replace(e, methods=tuple(methods(e)))
+    name, title = f"both-paths-{e.name}", f"Both paths on {e.tested_on}"
+    return with_methods(methods, e, name=name, title=title, steps=steps)
 
 
 def spirals() -> Experiment:

@@ -1,6 +1,8 @@
 """Figure 2's first hundred steps on Circles of other shapes: the paper doesn't say which they are.
 
-lossguard run examples/circles_readings.py:first_steps --factor 0.3
+    lossguard run examples/circles_readings.py:first_steps --factor 0.3
+
+It also shows an experiment with options and data of one's own.
 """
 
 from dataclasses import dataclass, fields

@@ -1,10 +1,11 @@
 """GL2O on the ConvNets of figures 6 and 7 by other rules: its numbers in the paper leave some open.
 
-lossguard run examples/residual_readings.py:mnist     # or cifar10
+    lossguard run examples/residual_readings.py:mnist     # or cifar10
+
+Each rule is a way to follow the residuals that were accepted, or to measure them.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from lossguard import (
     residual_guard,
 )
 from lossguard.experiments import Experiment
-from lossguard.experiments.experiment import Methods, paper_methods, sgd_fallback
+from lossguard.experiments.experiment import Methods, paper_methods, sgd_fallback, with_methods
 from lossguard.experiments.recipes import fig06, fig07
 
 READINGS: Mapping[str, Mapping[str, Any]] = {
@@ -42,15 +43,8 @@ def methods(e: Experiment) -> Methods:
 
 def of(e: Experiment) -> Experiment:
     """An experiment with these methods."""
-    return replace(
-        e,
-        name=f"{e.name}-residual",
-        title=f"{e.title}: GL2O by other rules",
-        steps=1_000,
-        seeds=3,
-        methods=tuple(methods(e)),
-        make_methods=methods,
-    )
+    name, title = f"{e.name}-residual", f"{e.title}: GL2O by other rules"
+    return with_methods(methods, e, name=name, title=title, steps=1_000, seeds=3)
 
 
 def mnist() -> Experiment:

@@ -20,7 +20,7 @@ from jaxtyping import Array, PyTree
 
 from lossguard import Decision, Guard, GuardState, backoff, loss_guard, pretrained
 from lossguard.experiments import Experiment
-from lossguard.experiments.experiment import Methods, paper_methods, sgd_fallback
+from lossguard.experiments.experiment import Methods, paper_methods, sgd_fallback, with_methods
 from lossguard.experiments.recipes import fig03, fig05
 from lossguard.guards.branch import Branch, optimizer_step
 from lossguard.guards.protocol import Objective, Params
@@ -99,9 +99,8 @@ def methods(e: Experiment) -> Methods:
 
 def on(e: Experiment) -> Experiment:
     """An experiment with these methods; losers begin anew, as the recommended guard's do."""
-    title = f"What a probe begins from, on {e.title.partition('tested on ')[2]}"
-    e = replace(e, title=title, loser="reset", make_methods=methods)
-    return replace(e, methods=tuple(methods(e)))
+    title = f"What a probe begins from, on {e.tested_on}"
+    return with_methods(methods, replace(e, loser="reset"), title=title)
 
 
 def spirals() -> Experiment:

@@ -89,7 +89,7 @@ def test_readings_of_the_residual_guard() -> None:
 
 
 def test_both_paths_are_at_most_the_fallback() -> None:
-    """In the discounted sum of losses, and the guard's own path goes on beside it."""
+    """In the discounted sum of losses."""
     e = example("both_paths.py:circles")
     guards, task = e.guards(), e.make_task(e)
     objective = task.objective(jax.random.key(1))

@@ -134,7 +134,7 @@ def _on(
     return replace(
         e,
         name=f"{name}-{task}",
-        title=f"{title} on {e.title.partition('tested on ')[2]}",
+        title=f"{title} on {e.tested_on}",
         steps=5_000 if task == "mnist" else 50_000,
         methods=methods,
         make_methods=make_methods,

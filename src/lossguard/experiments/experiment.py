@@ -1,7 +1,7 @@
 """What an experiment is: a task, a length, and the methods that it compares, by name."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import optax
@@ -111,6 +111,11 @@ class Experiment:
     make_methods: Annotated[MakeMethods, tyro.conf.Suppress] = paper_methods
     """Name to guard, for ``methods`` to choose from. Put your own optimizers in here."""
 
+    @property
+    def tested_on(self) -> str:
+        """Its data and its model, as its title says them."""
+        return self.title.partition("tested on ")[2]
+
     def guards(self) -> dict[str, Guard]:
         """The guards of ``methods``, in their order.
 
@@ -130,6 +135,12 @@ class Experiment:
             given = " ".join(self.methods) or "none"
             raise ValueError(f"methods must be one or more, each once, got {given}")
         return {method: _made(method, known[method]) for method in self.methods}
+
+
+def with_methods(make_methods: MakeMethods, experiment: Experiment, **changes: Any) -> Experiment:
+    """An experiment with every method that a function makes."""
+    made = tuple(make_methods(experiment))
+    return replace(experiment, methods=made, make_methods=make_methods, **changes)
 
 
 def _made(method: str, make: Any) -> Guard:

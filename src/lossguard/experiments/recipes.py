@@ -8,11 +8,10 @@ the records of ``lossguard metatrain mnist-mlp`` and ``lossguard metatrain cifar
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from ..tasks.models import ConvNet
 from . import methods
-from .experiment import Experiment, MakeMethods
+from .experiment import Experiment, with_methods
 
 PAPER = ("SGDnm", "Adam", "L2O", "GL2O", "GL2O (theta as decay)", "LGL2O")
 """What each of the paper's figures compares, and both readings of GL2O's theta."""
@@ -111,7 +110,7 @@ def fig08() -> Experiment:
 
 def fig09() -> Experiment:
     """Spirals + MLP with other fallbacks: SGD with momentum, and Adam."""
-    return _all_of(
+    return with_methods(
         methods.fallbacks,
         fig05(),
         name="fig09",
@@ -122,7 +121,7 @@ def fig09() -> Experiment:
 
 def fig10() -> Experiment:
     """TinyImagenet50 + the deeper ConvNet: the grid of SGDnm's rate and decay."""
-    return _all_of(
+    return with_methods(
         methods.rate_and_decay,
         fig08(),
         name="fig10",
@@ -171,18 +170,18 @@ def fig02(dataset: str) -> Experiment:
 def grid(task: str) -> Experiment:
     """Appendix E's grids on one of ``GRIDS``, over 300 steps."""
     e = GRIDS[task]()
-    return _all_of(
+    return with_methods(
         methods.appendix_e,
         e,
         name=f"grid-{task}",
-        title=f"Grids of appendix E on {e.title.partition('tested on ')[2]}",
+        title=f"Grids of appendix E on {e.tested_on}",
         steps=300,
     )
 
 
 def first_steps() -> Experiment:
     """MNIST + MLP: the shipped learned optimizer against grids of SGDnm and Adam, seeds unseen."""
-    return _all_of(
+    return with_methods(
         methods.first_steps,
         fig03(),
         name="first_steps",
@@ -190,11 +189,6 @@ def first_steps() -> Experiment:
         steps=1_000,
         seed=1_000,
     )
-
-
-def _all_of(make_methods: MakeMethods, e: Experiment, **changes: Any) -> Experiment:
-    """Every method that a function makes."""
-    return replace(e, methods=tuple(make_methods(e)), make_methods=make_methods, **changes)
 
 
 def _learned_on_cifar10(e: Experiment) -> Experiment:

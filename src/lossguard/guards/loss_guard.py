@@ -250,10 +250,20 @@ def loss_guard(
             inner.lanes, x, ran, before, trained, sound, winner
         )
         excess = Excess(*(jnp.where(settled.on_own, 0, value) for value in excess))
-        at_x = Branch(x, settled.fallback)
-        best, at_x, undone, held = back_to_best(
-            inner, at_x, reported, objective, i, steps, probe, is_own=settled.on_own, stayed=row < 0
-        )
+        best, at_x = inner.ratchet, Branch(x, settled.fallback)
+        undone, held = jnp.array(False), jnp.int32(0)
+        if ratchet is not None and best is not None:
+            best, at_x, undone, held = ratchet.update(
+                best._replace(anew=best.anew & (not probe)),  # the learned lanes have, in a probe
+                at_x,
+                reported,
+                objective,
+                i,
+                steps,
+                was_own=inner.lanes.on_own,
+                is_own=settled.on_own,
+                stayed=row < 0,
+            )
         inner = LossGuardState(
             lanes=settled._replace(fallback=at_x.state),
             excess=excess,
@@ -331,28 +341,6 @@ def loss_guard(
         excess, back = record.update(inner.excess, followed, losses[own], steps, inner.lanes.on_own)
         back &= sound[own] if checked < len(losses) else verdict.finite_fallback
         return excess, jnp.where(back, own, verdict.row)
-
-    def back_to_best(
-        inner: LossGuardState,
-        at_x: Branch,
-        reported: Float[Array, " most"],
-        objective: Objective,
-        i: Int[Array, ""],
-        steps: Int[Array, ""] | int,
-        probe: bool,
-        *,
-        is_own: Bool[Array, ""],
-        stayed: Bool[Array, ""],
-    ) -> tuple[RatchetState | None, Branch, Bool[Array, ""], Int[Array, ""]]:
-        """What ``ratchet.update`` returns: its state, x, whether it went back, forward passes."""
-        best = inner.ratchet
-        if ratchet is None or best is None:
-            return best, at_x, jnp.array(False), jnp.int32(0)
-        best = best._replace(anew=best.anew & (not probe))  # the learned lanes have, in a probe
-        was_own = inner.lanes.on_own
-        return ratchet.update(
-            best, at_x, reported, objective, i, steps, was_own=was_own, is_own=is_own, stayed=stayed
-        )
 
     def begin_anew(inner: LossGuardState) -> Bool[Array, ""]:
         """Whether the learned lanes start from fresh optimizer states."""

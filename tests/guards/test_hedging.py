@@ -27,7 +27,7 @@ def by_numpy(problem, learned, fallback, *, hedge, loser: str, cycles: int):
     """The docstring of ``loss_guard``, in plain loops; z always runs, also where it is s."""
     z_lane, s_lane = fallback, deepcopy(fallback)
     x = s = problem.start
-    i, a, excess, worst = 0, 0, 0.0, 0.0
+    i, a, excess, worst, recent = 0, 0, 0.0, 0.0, 0.0
     for _ in range(cycles):
         trusted = [(z_lane, x)] if hedge != "only" else []
         lanes = [*((one, x) for one in learned), *trusted, (s_lane, s)]
@@ -48,11 +48,11 @@ def by_numpy(problem, learned, fallback, *, hedge, loser: str, cycles: int):
             d = sum(losses[winner]) - sum(losses[-1])
             a += 1
             rho = max(0.6, 1 - 1 / max(0.5 * a, 1))
-            excess, worst = rho * excess + d, max(rho * worst, d)
+            excess, worst, recent = rho * excess + d, max(rho * worst, d), 0.6 * recent + d
             if excess > (0 if x is s else worst):
                 winner = m + 1
             if winner == m + 1:
-                a, excess, worst = 0, 0.0, 0.0
+                a, excess, worst, recent = 0, 0.0, 0.0, 0.0
         else:
             winner = min([len(lanes) - 1, winner], key=lambda lane: checks[lane].mean())
         x, s = ends[winner], ends[-1]
@@ -66,11 +66,14 @@ def by_numpy(problem, learned, fallback, *, hedge, loser: str, cycles: int):
         if winner == len(lanes) - 1:  # x is s: z goes on as s does
             z_lane.memory = deepcopy(s_lane.memory)
         rivals = slice(m, m + 1) if hedge is RECORD else slice(m, None)
+        given_out = m + 1 if recent > 0 else winner
         yield {
+            "given out": ends[given_out],
             "x": x,
             "s": s,
-            "winner": winner,
-            "losses": losses[winner],
+            "on own": winner == len(lanes) - 1,
+            "winner": given_out,
+            "losses": losses[given_out],
             "learned_loss": min(check.mean() for check in checks[:m]),
             "fallback_loss": min(check.mean() for check in checks[rivals]),
         }
@@ -114,7 +117,7 @@ def test_a_run_is_numpys(learned, fallback, hedge, loser) -> None:
     )
     objective = objective_of(problem)
     step = jax.jit(lambda state: guard.step(state, objective))
-    state, winners, on_own = guard.init(jnp.asarray(problem.start)), [], True
+    state, winners, on_own, beside = guard.init(jnp.asarray(problem.start)), [], True, 0
     m = len(learned)
     last = m + (hedge != "only")
     expected = by_numpy(
@@ -123,7 +126,9 @@ def test_a_run_is_numpys(learned, fallback, hedge, loser) -> None:
     for cycle, want in enumerate(expected):
         state, decision = step(state)
         assert decision.winner == want["winner"]
-        np.testing.assert_allclose(state.params, want["x"], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(state.params, want["given out"], rtol=1e-9, atol=1e-12)
+        if hedge is RECORD:
+            np.testing.assert_allclose(state.inner.x, want["x"], rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(state.inner.lanes.own.params, want["s"], rtol=1e-9, atol=1e-12)
         for name in ("losses", "learned_loss", "fallback_loss"):
             np.testing.assert_allclose(getattr(decision, name), want[name], rtol=1e-9)
@@ -134,11 +139,13 @@ def test_a_run_is_numpys(learned, fallback, hedge, loser) -> None:
         assert decision.forwards == (m + 1 if hedge is RECORD else lanes) * NC
         assert decision.learned_updates == m * NT
         assert state.minibatches == (cycle + 1) * (NT + NC)
-        on_own = want["winner"] == last
+        on_own = want["on own"]
         assert state.inner.lanes.on_own == on_own
         winners.append(want["winner"])
+        beside += want["winner"] == last and not on_own
     hostile = {learned.index("ascent")} if "ascent" in learned else set()
     assert set(winners) | hostile == set(range(last + 1))
+    assert bool(beside) == (hedge is RECORD)  # s was given out while x went on
 
 
 @pytest.mark.usefixtures("x64", "eager")  # both programs round alike

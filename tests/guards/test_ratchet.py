@@ -41,14 +41,19 @@ def test_the_rule_in_plain_loops(options) -> None:
     state, expected = held.init(jnp.full(6, 2.0)), plain.init(jnp.full(6, 2.0))
     best, sums = (expected.params, expected.inner.lanes.fallback), np.zeros(2)
     cycles, returns = 0, 0
-    off_path = 0
+    off_path, besides, record = 0, 0, options.get("hedge")
     for _ in range(CYCLES):
         i, was_on_own = expected.minibatches, bool(expected.inner.lanes.on_own)
+        recent = float(expected.inner.excess.recent)
         expected, decision = plain_step(expected)
         cycles += 1
+        # Of the plain guard's x, whose losses aren't told where s is given out.
+        aside = expected.inner.x is not None and expected.inner.excess.recent > 0
         if not was_on_own:
             own = [f(best[0], i + t) for t in range(NT)]
             sums += [float(decision.losses.sum()), float(sum(own))]
+            if aside:
+                sums[0] += expected.inner.excess.recent - record.decay * recent
         spent = 0 if was_on_own else NT
         goes_back = False
         on_path = was_on_own or bool(expected.inner.lanes.on_own)
@@ -60,20 +65,30 @@ def test_the_rule_in_plain_loops(options) -> None:
                 z_state = (z_state[0], z_state[1]._replace(count=count))
             fresh = learned.init(best[0])
             lanes = expected.inner.lanes._replace(learned=(fresh,), fallback=z_state)
-            expected = expected._replace(params=best[0], inner=expected.inner._replace(lanes=lanes))
+            x = None if expected.inner.x is None else best[0]
+            inner = expected.inner._replace(lanes=lanes, x=x)
+            expected = expected._replace(params=expected.params if aside else best[0], inner=inner)
         if on_path or (cycles == EVERY and sums[0] <= sums[1]):
-            best = (expected.params, expected.inner.lanes.fallback)
+            x = expected.params if expected.inner.x is None else expected.inner.x
+            best = (x, expected.inner.lanes.fallback)
         if on_path or cycles == EVERY:
             cycles, sums = 0, np.zeros(2)
 
         state, told = step(state)
         np.testing.assert_allclose(state.params, expected.params, rtol=1e-9, atol=1e-12)
-        assert told.winner == (-1 if goes_back else decision.winner)
+        assert told.winner == (-1 if goes_back and not aside else decision.winner)
+        np.testing.assert_allclose(
+            *(s.params if s.inner.x is None else s.inner.x for s in (state, expected)),
+            rtol=1e-9,
+            atol=1e-12,
+        )
         assert told.forwards == decision.forwards + spent
         assert not (goes_back and told.used_learned.any())
+        besides += aside
         np.testing.assert_allclose(told.losses, decision.losses, rtol=1e-9)
         off_path += not was_on_own
     assert off_path
+    assert besides or not isinstance(record, lossguard.guards.track_record.TrackRecord)
     assert returns or "hedge" in options  # where x is seldom off the fallback's path for so long
 
 

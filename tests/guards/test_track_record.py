@@ -16,7 +16,8 @@ import lossguard
 from lossguard.guards.track_record import Excess, TrackRecord, track_record
 
 NT, NC, CYCLES, DECAY, SHARE = 4, 3, 80, 0.8, 0.3
-NONE = Excess(jnp.float32(0), jnp.float32(0), jnp.int32(0))
+ZERO = jnp.float32(0)
+NONE = Excess(ZERO, ZERO, ZERO, jnp.int32(0))
 
 
 @pytest.mark.usefixtures("x64")
@@ -31,9 +32,10 @@ NONE = Excess(jnp.float32(0), jnp.float32(0), jnp.int32(0))
     ids=["sgd", "adam, backoff", "momentum, adaptive"],
 )
 def test_the_curve_is_not_above_the_fallbacks(problem, trusted, options) -> None:
-    """theory.md, section 5: how far losses reported so far can sum up to more than those of s.
+    """theory.md, section 5: with any memory not shorter than the record's, and with none at all.
 
     In every run and at every cycle, whatever the learned optimizer, the noise and the landscape.
+    Nor is it above x's own curve, whose excess is R.
     """
     noise, minibatches = problem == "noise", 2 * CYCLES * (NT + NC)
     f = noisy(CONVEX["quadratic"](), jax.random.key(1), 2.0, minibatches) if noise else valleys
@@ -61,30 +63,32 @@ def test_the_curve_is_not_above_the_fallbacks(problem, trusted, options) -> None
             apart = jnp.abs(state.inner.lanes.own.params - single.params).max()
             above = jnp.nansum(decision.losses) - own
             inner = state.inner
-            return (state, single), (above, *inner.excess, inner.lanes.on_own, apart)
+            beside = (decision.winner == 2) & ~inner.lanes.on_own
+            return (state, single), (above, *inner.excess, inner.lanes.on_own, apart, beside)
 
         start = 2.0 + 0.1 * jnp.arange(6.0)
         return jax.lax.scan(step, (guard.init(start), alone.init(start)), length=CYCLES)[1]
 
-    above, total, worst, a, on_own, apart = map(
+    above, total, worst, recent, _, on_own, apart, beside = map(
         np.asarray, jax.jit(jax.vmap(one))(jnp.arange(len(optimizers.HOSTILE)))
     )
     assert (apart < 1e-9).all()  # s is the fallback alone
     assert (total <= worst).all()
     assert (total[on_own] == 0).all()
     assert (worst[on_own] == 0).all()
-    before, a = (np.roll(of, 1, axis=1) for of in (worst, a + 1))
-    before[:, 0] = 0
-    returns = on_own & (before > 0)
-    rho = np.maximum(DECAY, 1 - 1 / np.maximum(SHARE * a, 1))
-    assert (rho[:, 1:] > DECAY).any()
-    forgiven = np.cumsum((1 - rho) * before + rho * returns * before, axis=1) + worst
-    assert (np.cumsum(above, axis=1) <= forgiven + 1e-9).all()
+    assert (recent[on_own] == 0).all()
+    for decay in (DECAY, 0.95, 1.0):
+        regret = np.zeros(len(above))
+        for cycle in range(CYCLES):
+            regret = decay * regret + above[:, cycle]
+            best = np.minimum(recent[:, cycle], 0) if decay == DECAY else 0
+            assert (regret <= best + 1e-9).all()
     turns = optimizers.HOSTILE.index("turns")
     assert np.cumsum(above, axis=1)[turns].min() < -0.1  # there was something to gain
     assert not on_own[turns].all()
     if noise:
         assert (~on_own[:, :-1] & on_own[:, 1:]).any()  # x went back
+        assert beside.any()  # s was given out while x went on
 
 
 @given(
@@ -94,7 +98,7 @@ def test_the_curve_is_not_above_the_fallbacks(problem, trusted, options) -> None
     on_own=st.booleans(),
 )
 def test_the_rule_is_numpys(decay, share, gaps, on_own) -> None:
-    """D is a weighted sum, W its largest term, whichever way gaps are split into two curves."""
+    """D and R are weighted sums, W the largest term of D, however gaps are split into curves."""
     record, excess, terms = TrackRecord(decay, share), NONE, np.zeros(0)
     for k, gap in enumerate(gaps):
         kept, own = jnp.array([gap, 1.0, np.nan]), jnp.array([0.5, 0.5, np.nan])
@@ -104,6 +108,8 @@ def test_the_rule_is_numpys(decay, share, gaps, on_own) -> None:
         error = 1e-5 * (np.abs(terms).sum() + 1)
         np.testing.assert_allclose(excess.total, sum(terms), atol=error)
         np.testing.assert_allclose(excess.worst, max([0, *terms]), atol=error)
+        recent = sum(decay**age * d for age, d in enumerate(reversed(gaps[: k + 1])))
+        np.testing.assert_allclose(excess.recent, recent, atol=error)
         assert bool(back) == bool(excess.total > (0 if on_own else excess.worst))
 
 
@@ -187,7 +193,7 @@ def test_one_bad_cycle_is_forgiven() -> None:
 )
 def test_what_is_not_finite(kept, own, back) -> None:
     args = jnp.array([kept]), jnp.array([own]), 1
-    for excess in (NONE, Excess(jnp.float32(-9), jnp.float32(0.5), jnp.int32(3))):
+    for excess in (NONE, Excess(jnp.float32(-9), jnp.float32(0.5), ZERO, jnp.int32(3))):
         _, goes = TrackRecord(0.5, 0.1).update(excess, *args, jnp.array(True))
         if excess is NONE or not np.isfinite(kept):
             assert bool(goes) == back
@@ -263,7 +269,9 @@ def test_x_goes_back_while_the_learned_lane_waits(patience) -> None:
             assert decision.winner == 2
             np.testing.assert_array_equal(state.params, state.inner.lanes.own.params)
             break
-        np.testing.assert_allclose(state.inner.excess, (excess, worst, cycle + 1), rtol=1e-5)
+        assert decision.winner == (2 if excess > 0 else 0 if cycle == 0 else 1)
+        expected = excess, worst, excess, cycle + 1  # without a share R is D
+        np.testing.assert_allclose(state.inner.excess, expected, rtol=1e-5)
     assert 10 < cycle < 50
     if patience is not None:
         assert not probed

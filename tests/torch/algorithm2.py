@@ -15,13 +15,14 @@ def algorithm2(
     model, learned, fallback, batches, loss_fn, *, nt, nc, loser="keep", hedge=False, decay=None,
     share=0.0, schedule=None, hold=None, training=0,
 ):  # fmt: skip
-    """The kept model after each cycle, its winner, check losses, training losses, and excess.
+    """The model given out after each cycle, its winner, check losses, training losses, and excess.
 
     ``learned`` and ``fallback`` build an optimizer on parameters. ``schedule`` builds a scheduler,
     stepped once per train minibatch, on the fallback of each branch. With ``hedge`` the third
     branch goes on from where it is, and z takes its optimizer's state over wherever x is there. By
-    ``decay`` x goes back there on a track record, whose sum, worst term and cycles are the
-    excess. By ``hold``, cycles and a tolerance, x goes back to the best that it has been, as a
+    ``decay`` x goes back there on a track record, whose sum, worst term, sum with the shortest
+    memory and cycles are the excess; while that memory is of the third branch's lead, it is given
+    out. By ``hold``, cycles and a tolerance, x goes back to the best that it has been, as a
     ratchet has it; the winner is then -1. The last ``training`` of each branch's training losses
     count as check losses too.
     """
@@ -32,7 +33,7 @@ def algorithm2(
     fresh = [copy.deepcopy(o.state_dict()) for o in optimizers]
     schedules = [schedule(o) for o in optimizers[1:]] if schedule else []
     stream = iter(batches)
-    on_own, excess, worst, cycles = True, 0.0, 0.0, 0
+    on_own, excess, worst, recent, cycles = True, 0.0, 0.0, 0.0, 0
     best, anew, sums, since = copy.deepcopy((x, optimizers[1].state_dict())), False, [0.0, 0.0], 0
     at_own = hedge
     for _ in range(len(batches) // (nt + nc)):
@@ -82,12 +83,12 @@ def algorithm2(
             d = sum(train[winner]) - sum(train[2])
             cycles += 1
             rho = max(decay, 1 - 1 / max(share * cycles, 1))
-            excess, worst = rho * excess + d, max(rho * worst, d)
+            excess, worst, recent = rho * excess + d, max(rho * worst, d), decay * recent + d
             if excess > (0 if on_own else worst):
                 winner = 2
             on_own = winner == 2
             if on_own:
-                excess, worst, cycles = 0.0, 0.0, 0
+                excess, worst, recent, cycles = 0.0, 0.0, 0.0, 0
         if winner >= 0:
             x.load_state_dict(branches[winner].state_dict())
         for lane in (0, 1):
@@ -119,7 +120,11 @@ def algorithm2(
                 best = copy.deepcopy((x, optimizers[1].state_dict()))
             if due or own:
                 sums, since = [0.0, 0.0], 0
-        yield copy.deepcopy(x.state_dict()), winner, means, kept, (excess, worst, cycles)
+        given = x
+        if recent > 0:
+            given, winner, kept = branches[2], 2, train[2]
+        record = (excess, worst, recent, cycles)
+        yield copy.deepcopy(given.state_dict()), winner, means, kept, record
 
 
 def follow(guard, model, batches, expected):

@@ -33,22 +33,22 @@ def test_the_rule_is_jaxs(kept, held):
 )
 def test_is_its_definition(loser, hedge):
     """The reference has a model for b too, and nothing that is swapped."""
-    batches = [spiral(16) for _ in range((NT + NC) * 30)]
+    batches = [spiral(16) for _ in range((NT + NC) * 120)]
     model = mlp(nn.BatchNorm1d(16))
     expected = list(
         algorithm2(
             model, lambda ps: Adam(ps, lr=0.05), lambda ps: Adam(ps, lr=0.02), batches, loss_fn,
-            nt=NT, nc=NC, loser=loser, hedge=hedge, decay=0.5 if hedge else None, hold=(2, 0.01),
+            nt=NT, nc=NC, loser=loser, hedge=hedge, decay=0.9 if hedge else None, hold=(2, 0.01),
         )
     )  # fmt: skip
     learned, fallback = Adam(model.parameters(), lr=0.05), Adam(model.parameters(), lr=0.02)
     guard = LossGuard(
         learned, fallback, nt=NT, nc=NC, loser=loser, model=model,
-        hedge=track_record(decay=0.5, share=0) if hedge else False,
+        hedge=track_record(decay=0.9, share=0) if hedge else False,
         ratchet=ratchet(cycles=2, tolerance=0.01),
     )  # fmt: skip
     winners = [decision.winner for decision, *_ in follow(guard, model, batches, expected)]
-    assert -1 in winners and len(winners) == 30
+    assert -1 in winners and len(winners) == 120
 
 
 def climber(cycles, tolerance, **options):

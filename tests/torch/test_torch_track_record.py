@@ -1,4 +1,4 @@
-"""x goes back to the fallback's own path when its training losses have been higher for a while."""
+"""s is given out while its recent training losses are lower, and in time x goes back there."""
 
 import math
 from itertools import pairwise
@@ -21,18 +21,20 @@ loss = st.sampled_from([-3.0, -0.25, 0.5, 1.0, 2.0, math.inf, math.nan])
 @given(
     total=st.sampled_from([-2.0, -0.5, 0.0, 1.0]),
     worst=st.sampled_from([0.0, 1.0, 4.0]),
+    recent=st.sampled_from([-2.0, 0.0, 1.0]),
     cycles=st.sampled_from([0, 7, 15]),
     kept=st.lists(loss, min_size=3, max_size=3),
     own=st.lists(loss, min_size=3, max_size=3),
     on_own=st.booleans(),
 )
-def test_the_rule_is_jaxs(total, worst, cycles, kept, own, on_own):
+def test_the_rule_is_jaxs(total, worst, recent, cycles, kept, own, on_own):
     theirs = pytest.importorskip("lossguard.guards.track_record")
     jnp = pytest.importorskip("jax.numpy")
     record = {"decay": 0.5, "share": 0.5}
-    now, back = track_record(**record).update(Excess(total, worst, cycles), kept, own, on_own)
+    before = total, worst, recent, cycles
+    now, back = track_record(**record).update(Excess(*before), kept, own, on_own)
     expected, goes_back = theirs.track_record(**record).update(
-        theirs.Excess(jnp.array(total), jnp.array(worst), jnp.array(cycles)),
+        theirs.Excess(*map(jnp.array, before)),
         jnp.array([*kept, math.nan]),
         jnp.array([*own, math.nan]),
         3,
@@ -46,7 +48,7 @@ def test_the_rule_is_jaxs(total, worst, cycles, kept, own, on_own):
 def test_is_its_definition(loser):
     """The reference trains s to its own path in a model of its own, and sums up what it lost."""
     nt, nc, decay, share = 3, 2, 0.5, 0.9
-    batches = [spiral(16) for _ in range((nt + nc) * 20)]
+    batches = [spiral(16) for _ in range((nt + nc) * 30)]
     model = mlp()
     expected = list(
         algorithm2(
@@ -57,11 +59,15 @@ def test_is_its_definition(loser):
     learned, fallback = Adam(model.parameters(), lr=0.05), Adam(model.parameters(), lr=0.01)
     record = track_record(decay=decay, share=share)
     guard = LossGuard(learned, fallback, nt=nt, nc=nc, loser=loser, hedge=record)
+    own = []
     for decision, means, excess in follow(guard, model, batches, expected):
         assert (decision.learned_loss, decision.fallback_loss) == tuple(means[:2])
         assert guard._lanes.excess == excess
+        own.append(guard._lanes.on_own)
     winners = [decision.winner for decision in guard.history]
-    assert set(winners) == {0, 1, 2} and (1, 2) in pairwise(winners)
+    assert set(winners) == {0, 1, 2}
+    assert (False, True) in pairwise(own)  # x went back
+    assert (2, False) in zip(winners, own, strict=True)  # s was given out while x went on
 
 
 class Line:
@@ -113,33 +119,40 @@ class Line:
 
 
 def test_an_excursion():
-    """Two bad cycles aren't enough, three are, and s takes no check minibatches away from x."""
+    """Two bad cycles give s out, three bring x back, and s takes no check minibatches before."""
     line, seen = Line(), []
     line.cycle(1.0)
     spent = [line.calls]
     line.learned.param_groups[0]["lr"] = 0.0
     for a in (1.0, -0.25, -0.25, -0.25, 1.0):
         line.cycle(a)
-        seen.append((line.guard.last_decision.winner, line.excess, line.w.item()))
+        aside = line.guard._lanes.aside
+        x = line.w.item() if aside is None else aside[0].item()
+        seen.append((line.guard.last_decision.winner, line.excess, line.w.item(), x))
         spent.append(line.calls)
     # D and W: -1 and 0, then -1/2 + 1/4 (3 - 2) and 1/4, -1/8 + 1/4 and 1/4, 1/16 + 1/4 > 1/4
     assert seen == [
-        (1, (-1.0, 0.0), -3.0), (1, (-0.25, 0.25), -2.75), (1, (0.125, 0.25), -2.5),
-        (2, (0.0, 0.0), -1.25), (2, (0.0, 0.0), -2.25),
+        (1, (-1.0, 0.0), -3.0, -3.0), (1, (-0.25, 0.25), -2.75, -2.75),
+        (2, (0.125, 0.25), -1.5, -2.5), (2, (0.0, 0.0), -1.25, -1.25),
+        (2, (0.0, 0.0), -2.25, -2.25),
     ]  # fmt: skip
     assert spent == [4, 5, 5, 5, 5, 4]
     history = line.guard.history
     assert [decision.gradients for decision in history] == [2, 3, 3, 3, 3, 2]
     assert [decision.forwards for decision in history] == [2] * 6
     losses = [decision.losses for decision in history]
-    assert losses == [[0.0], [-2.0], [0.75], [0.6875], [0.375], [-1.25]]
+    assert losses == [[0.0], [-2.0], [0.75], [0.4375], [0.375], [-1.25]]
     assert history[4].fallback_loss == 2.25  # z's, on which the check had decided
 
 
 def test_one_bad_cycle_is_never_enough():
+    """To bring x back; s is given out at once, for as long as it leads."""
     line = Line().lead()
     for a, excess in [(-64.0, (63.5, 64.0)), (0.25, (31.5, 32.0)), (0.25, (15.5, 16.0))]:
-        assert line.cycle(a).winner == 1 and line.excess == excess
+        assert line.cycle(a).winner == 2 and line.excess == excess
+    assert line.w.item() == 61.5
+    assert line.cycle(16.0).winner == 1 and line.excess == (-8.25, 8.0)
+    assert line.w.item() == 44.5  # x has gone on
     assert line.guard._lanes.on_own is False
 
 
@@ -172,7 +185,7 @@ def test_it_goes_back_in_a_cycle_without_learned_lanes(a, expected):
 
 @pytest.mark.parametrize("done", [0, 1])
 def test_resumes_in_the_middle_of_an_excursion(done):
-    """Without W x would go back in the first of the two cycles, without D in neither."""
+    """s is given out; without W x would go back in the first of the two cycles, without D not."""
     line, resumed = Line().lead(), Line()
     line.cycle(-1.0)
     if done:
@@ -184,9 +197,11 @@ def test_resumes_in_the_middle_of_an_excursion(done):
             one.step(-1.0)
         else:
             one.cycle(-0.25)
-        assert one.excess == (0.5, 0.5)
+        assert (one.excess, one.w.item()) == ((0.5, 0.5), -0.75)
+        assert one.guard._lanes.aside[0].item() == -1.75
         one.cycle(-0.125)
-        assert [decision.winner for decision in one.guard.history] == [0, 1, 1, 1, 2]
+        assert [decision.winner for decision in one.guard.history] == [0, 1, 2, 2, 2]
+        assert one.guard._lanes.on_own
     assert_same_state(resumed.guard.state_dict(), line.guard.state_dict())
 
 
@@ -221,7 +236,7 @@ def test_where_the_check_is_lost_on_all_the_lead_counts():
         assert (decision.finite_learned, decision.finite_fallback) == (False, False)
         seen.append((decision.winner, line.excess, line.w.item()))
     assert seen == [
-        (-1, (-1.5, 0.0), -3.0), (-1, (-0.75, 0.0), -3.0), (-1, (0.625, 1.0), -3.0),
+        (-1, (-1.5, 0.0), -3.0), (-1, (-0.75, 0.0), -3.0), (2, (0.625, 1.0), -5.0),
         (2, (0.0, 0.0), -6.0),
     ]  # fmt: skip
 

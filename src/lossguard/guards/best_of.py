@@ -40,7 +40,7 @@ def best_of(guards: Sequence[Guard], *, nc: int = 0, decay: float = 0.9) -> Guar
 
     On the same minibatches, for each guard j:
 
-        d[j] <- mean_t F(kept branch of j, i+t)     before each of its steps of this cycle
+        d[j] <- mean_t F(branch of j, i+t)          before each of its steps of this cycle
         D[j] <- decay D[j] + d[j]
         x <- x[j] of the lowest D[j]
 
@@ -171,6 +171,6 @@ DRAWN = jax.tree_util.GetAttrKey("drawn")
 
 
 def mean_loss(decision: Decision) -> Float[Array, ""]:
-    """The mean training loss of a cycle's kept branch."""
+    """The mean training loss of a cycle, of the branch given out."""
     counts = jnp.arange(len(decision.losses)) < decision.steps
     return jnp.mean(decision.losses, where=counts)

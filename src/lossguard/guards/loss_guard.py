@@ -49,6 +49,8 @@ class LossGuardState(NamedTuple):
     """What the loss guard keeps beside x."""
 
     lanes: LanesState
+    x: Params | None
+    """x, where s may be given out for it; None elsewhere: there it is the state's ``params``."""
     excess: Excess
     """Of x's training losses over those of s, where a track record is kept."""
     factor: Int[Array, ""]
@@ -84,7 +86,8 @@ def loss_guard(
     With ``hedge`` a third lane runs on the same minibatches, s <- nt steps of the fallback from s,
     and x becomes s where that is better: never worse than the fallback alone, up to the error of
     the decision. While x lies on the fallback's own path, z is s and costs nothing. When x goes
-    back, to that path or to its own best, ``track_record`` and ``ratchet`` say.
+    back, to that path or to its own best, ``track_record`` and ``ratchet`` say. By a track record
+    the guard gives out s, and x goes on beside it, while the recent losses of s are lower.
 
     A lane whose parameters or check losses are not finite can't win (parameters may be infinite
     where they are so in x, as masks are), nor one with such a training loss among those that the
@@ -105,8 +108,8 @@ def loss_guard(
             an optimizer counts in a state of its own (Prodigy, schedule-free) goes with that state.
         hedge: whether the fallback also runs on its own path. True: x goes back to it where its
             check mean is no higher, which forfeits what was gained; ``track_record()``: where x's
-            training losses have been higher for a while. "only" is True without z, which costs
-            what the paper's guard does.
+            training losses have been higher for a while, and s is given out from sooner on. "only"
+            is True without z, which costs what the paper's guard does.
         criterion: when a learned lane is better than the fallback's from x; by default
             ``mean_criterion()``, the paper's.
         windows: how nt and nc change; by default not at all.
@@ -121,7 +124,8 @@ def loss_guard(
     It is -1 where x went back to its best.
 
     Memory: x, a copy of the parameters a lane, an optimizer state a lane (two under "rollback");
-    with a ratchet one copy of the parameters and of the fallback's state.
+    with a ratchet one copy of the parameters and of the fallback's state; with a track record one
+    copy of the parameters.
     Cost a cycle with m learned lanes: (m + 1) nt gradients, m nt learned updates, (m + 1) nc
     forward passes; one lane more where hedged and x is off the fallback's own path (gradients only,
     by a track record). With a ratchet nt forward passes, where x is off that path.
@@ -174,7 +178,8 @@ def loss_guard(
         at_start = lanes.init(params)
         inner = LossGuardState(
             lanes=at_start,
-            excess=Excess(zero, zero, jnp.int32(0)),
+            x=None if record is None else params,
+            excess=Excess(zero, zero, zero, jnp.int32(0)),
             factor=jnp.int32(1),
             drawn=jnp.int32(0),
             probing=init_probing(),
@@ -214,7 +219,8 @@ def loss_guard(
 
         Without a probe nothing is checked: x follows z.
         """
-        x, i, inner = state.params, state.minibatches, state.inner
+        i, inner = state.minibatches, state.inner
+        x = state.params if inner.x is None else inner.x
         dtype = loss_dtype(objective, x, i)
         steps = nt * factor_of(inner)
 
@@ -239,13 +245,16 @@ def loss_guard(
             )
         else:
             verdict, n, factor = follow_first(sound, losses.dtype), jnp.int32(0), inner.factor
-        excess, row = back_to_own(inner, verdict, losses, sound, steps, checked)
-        winner = jnp.where(row < 0, NEITHER, jnp.array(ran, jnp.int32)[row])
+        excess, row, given = against_own(inner, verdict, losses, sound, steps, checked)
+        lane_of = jnp.array([*ran, NEITHER], jnp.int32)  # NEITHER is row -1 too
+        winner, given_out = lane_of[row], lane_of[given]
         for lane, branch in zip(ran, trained, strict=True):  # lines 17 and 19
             x = select(winner == lane, branch.params, x)
 
         won = (winner >= 0) & (winner < m)
-        reported = losses[jnp.where(row < 0, verdict.best_fallback, row)]
+        of_x, reported = (
+            losses[jnp.where(at < 0, verdict.best_fallback, at)] for at in (row, given)
+        )
         settled, reset_learned, reset_fallback = lanes.settle(
             inner.lanes, x, ran, before, trained, sound, winner
         )
@@ -256,7 +265,7 @@ def loss_guard(
             best, at_x, undone, held = ratchet.update(
                 best._replace(anew=best.anew & (not probe)),  # the learned lanes have, in a probe
                 at_x,
-                reported,
+                of_x,
                 objective,
                 i,
                 steps,
@@ -264,8 +273,13 @@ def loss_guard(
                 is_own=settled.on_own,
                 stayed=row < 0,
             )
+        out = at_x.params
+        if record is not None:
+            out = select(given == len(ran) - 1, trained[-1].params, out)
+        given_out = jnp.where(undone & (given == row), NEITHER, given_out)
         inner = LossGuardState(
             lanes=settled._replace(fallback=at_x.state),
+            x=None if record is None else at_x.params,
             excess=excess,
             factor=factor,
             drawn=inner.drawn + (n if checks == "apart" else 0),
@@ -273,7 +287,7 @@ def loss_guard(
             ratchet=best,
         )
         decision = Decision(
-            used_learned=won & ~undone & (jnp.arange(nt_most) < steps),
+            used_learned=(given_out >= 0) & (given_out < m) & (jnp.arange(nt_most) < steps),
             losses=reported,
             steps=jnp.int32(steps),
             learned_loss=verdict.learned_loss,
@@ -282,13 +296,13 @@ def loss_guard(
             finite_fallback=verdict.finite_fallback,
             reset_learned=reset_learned,
             reset_fallback=reset_fallback,
-            winner=jnp.where(undone, NEITHER, winner).astype(jnp.int32),
+            winner=given_out.astype(jnp.int32),
             gradients=jnp.int32(len(ran) * steps),
             forwards=jnp.int32(checked * n + held),
             learned_updates=jnp.int32((m if probe else 0) * steps),
         )
         i += steps + (n if checks == "next" else 0)  # line 21
-        return GuardState(at_x.params, state.steps + steps, i, inner), decision
+        return GuardState(out, state.steps + steps, i, inner), decision
 
     def compare(
         trained: Sequence[Branch],
@@ -323,24 +337,28 @@ def loss_guard(
         """Of nt and nc; a plain number where windows don't adapt: loops have fixed lengths."""
         return inner.factor if windows.most > 1 else 1
 
-    def back_to_own(
+    def against_own(
         inner: LossGuardState,
         verdict: Verdict,
         losses: Float[Array, "lanes most"],
         sound: Bool[Array, " lanes"],
         steps: Int[Array, ""] | int,
         checked: int,
-    ) -> tuple[Excess, Int[Array, ""]]:
-        """The record after this cycle, and the row that is kept by it, or by the verdict alone."""
+    ) -> tuple[Excess, Int[Array, ""], Int[Array, ""]]:
+        """The record after this cycle, the row that x becomes, and the one that is given out.
+
+        Without a record both are the verdict's.
+        """
         if record is None:
-            return inner.excess, verdict.row
+            return inner.excess, verdict.row, verdict.row
         own = len(losses) - 1
         # Where the check is lost on all, x may stay for the minibatches' fault: z speaks for it.
         row = jnp.where(verdict.row < 0, verdict.best_fallback, verdict.row)
         followed = jnp.where(sound[row], losses[row], jnp.nan)
         excess, back = record.update(inner.excess, followed, losses[own], steps, inner.lanes.on_own)
-        back &= sound[own] if checked < len(losses) else verdict.finite_fallback
-        return excess, jnp.where(back, own, verdict.row)
+        fit = sound[own] if checked < len(losses) else verdict.finite_fallback
+        row = jnp.where(back & fit, own, verdict.row)
+        return excess, row, jnp.where((excess.recent > 0) & fit, own, row)
 
     def begin_anew(inner: LossGuardState) -> Bool[Array, ""]:
         """Whether the learned lanes start from fresh optimizer states."""

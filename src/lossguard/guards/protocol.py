@@ -26,7 +26,7 @@ class GuardState(NamedTuple):
     """Where a guard stands between two cycles."""
 
     params: Params
-    """x, the kept iterate."""
+    """x, the kept iterate; or s, where a track record has the guard give it out."""
     steps: Int[Array, ""]
     """k, optimizer steps taken so far (int32)."""
     minibatches: Int[Array, ""]
@@ -41,8 +41,8 @@ class Decision(NamedTuple):
     used_learned: Bool[Array, " nt"]
     """Whether each kept optimizer step was the learned optimizer's."""
     losses: Float[Array, " nt"]
-    """Training loss before each step of the kept branch (the fallback's where x stayed); NaN from
-    ``steps`` on."""
+    """Training loss before each step of the branch given out (the fallback's where x stayed); NaN
+    from ``steps`` on."""
     steps: Int[Array, ""]
     """Optimizer steps of this cycle: nt, unless windows adapt."""
     learned_loss: Float[Array, ""]
@@ -60,7 +60,7 @@ class Decision(NamedTuple):
     reset_fallback: Bool[Array, ""]
     """Whether a fallback optimizer's was."""
     winner: Int[Array, ""]
-    """The lane that was kept, numbered as the guard lists them; -1 where x stayed, or went back."""
+    """The lane that is given out, numbered as the guard lists them; -1: x stayed, or went back."""
     gradients: Int[Array, ""]
     """Gradient evaluations spent."""
     forwards: Int[Array, ""]

@@ -25,11 +25,13 @@ def recommended(
 ) -> Guard:
     """A hedged loss guard that keeps its gains under noise and backs off where there are none.
 
-    x goes back to the fallback's own path where its training losses have been higher for a while, a
-    learned lane that lost begins anew, and after many losses running it is probed ever less often.
-    A cycle of it is kept by 16 nc check minibatches, and given up after nc where these are clear:
-    late, one that gains a little on most examples, and spoils a few, is not kept. What checks don't
-    see shows in a hundred cycles' training losses: then x goes back to its best.
+    While the fallback alone has had the lower training losses of late, the guard gives it out, and
+    goes on beside it: so the losses that are reported never sum up to more than the fallback's. It
+    goes back to that path where it has been behind for longer, a learned lane that lost begins
+    anew, and after many losses running it is probed ever less often. A cycle of it is kept by 16 nc
+    check minibatches, and given up after nc where these are clear: late, one that gains a little on
+    most examples, and spoils a few, is not kept. What checks don't see shows in a hundred cycles'
+    training losses: then x goes back to its best.
     Several learned optimizers have such a guard each, side by side, and the best is followed.
 
     Args:

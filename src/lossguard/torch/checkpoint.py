@@ -3,6 +3,7 @@
 names                y, z or s, for each lane
 lanes                per lane: copy, train, check, lost, before, memory, scaler
 on_own, excess       of the hedge
+aside                x, while the model holds s instead
 best                 of a ratchet: copy, memory, losses, cycles, kept, held, anew, begun
 """
 
@@ -29,6 +30,7 @@ def save_lanes(lanes: Lanes, phase: int) -> dict[str, Any]:
         "lanes": [save_lane(lane, phase) for lane in lanes.all],
         "on_own": lanes.on_own,
         "excess": list(lanes.excess),
+        "aside": clone(lanes.aside),
         "best": None if lanes.best is None else _save_best(lanes.best, lanes.fallback),
     }
 
@@ -38,6 +40,11 @@ def load_lanes(lanes: Lanes, saved: dict[str, Any]) -> None:
     for lane, its_state in zip(lanes.all, saved["lanes"], strict=True):
         load_lane(lane, its_state)
     lanes.on_own, lanes.excess = saved["on_own"], Excess(*saved["excess"])
+    lanes.aside = None
+    if saved["aside"] is not None:
+        x = clone(lanes.all[-1].copy)  # of its type, and where it is
+        _write(saved["aside"], x)
+        lanes.aside = x
     if lanes.best is not None:
         _load_best(lanes.best, lanes.fallback, saved["best"])
 

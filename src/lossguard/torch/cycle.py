@@ -23,13 +23,16 @@ class Course(Protocol):
 
     Attributes:
         all: the lanes, by their numbers.
-        kept: the number of the one that the last decision kept; of the last one before the first.
+        kept: the number of the one that was given out last; of the last one before the first
+            decision.
         best: b, where a ratchet holds x to it.
+        aside: x, while the model holds another lane; None: the model has x.
     """
 
     all: list[Lane]
     kept: int
     best: Best | None
+    aside: Copy | None
 
     @property
     def watched(self) -> Best | None:
@@ -125,9 +128,11 @@ class Cycle:
             )
         weights.params += params
         weights.clear_gradients()  # theirs may be left from before
-        best = self.lanes.best
-        for holder in (*self.lanes.all, *([] if best is None else [best])):
-            holder.copy[before:before] = weights.copy()[before : before + len(params)]
+        best, aside = self.lanes.best, self.lanes.aside
+        copies = [lane.copy for lane in self.lanes.all]
+        copies += [] if best is None else [best.copy]
+        for copy in copies if aside is None else [*copies, aside]:
+            copy[before:before] = weights.copy()[before : before + len(params)]
         for lane in self.lanes.all:
             lane.grow()
         if best is not None and best.memory is not None:
@@ -144,7 +149,7 @@ class Cycle:
             lane = self.lanes.all[number]
             lane.begin()
             if self.lanes.begins_at_x(number):  # lines 10 and 11: y <- x, z <- x
-                self.weights.copy_to(lane.copy)
+                self.weights.copy_to(lane.copy, self.lanes.aside)
 
     def _pass(
         self,

@@ -10,8 +10,8 @@ class Decision(NamedTuple):
 
     Attributes:
         used_learned: nt flags, one per optimizer step: whether the learned update was kept.
-        losses: nt training losses of the kept branch, each before its step; of the fallback's if x
-            stayed.
+        losses: nt training losses of the branch given out, each before its step; of the fallback's
+            if x stayed.
         learned_loss: mean loss of y over the check minibatches, and the training ones that the
             criterion counts (and over the ranks), of the best y if there are several; NaN if no
             learned lane ran.
@@ -20,8 +20,8 @@ class Decision(NamedTuple):
         finite_fallback: the same of the fallback's.
         reset_learned: whether a learned optimizer's state was not finite and has been reset.
         reset_fallback: the same of the fallback's, or s began again at x.
-        winner: the lane that was kept: the learned ones from 0 in their order, then z, then s; -1
-            none: x stayed, or went back to its best.
+        winner: the lane that the model has got: the learned ones from 0 in their order, then z,
+            then s; -1 none: x stayed, or went back to its best.
         steps: optimizer steps by which the kept iterate moved on in this cycle, nt.
         gradients: gradients evaluated in this cycle, in all lanes.
         forwards: losses evaluated without a gradient in this cycle, in all lanes.

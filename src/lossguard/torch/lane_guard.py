@@ -25,7 +25,7 @@ from lossguard.validation import check_count
 
 
 class LaneGuard(Guard):
-    """A guard whose decision ends a cycle of lanes; the model holds x whenever ``step`` returns.
+    """A guard whose decision ends a cycle of lanes, which are in the model only during ``step``.
 
     Attributes:
         nt: train minibatches per cycle.
@@ -96,8 +96,8 @@ class LaneGuard(Guard):
                 called once per lane; the guard clears the gradients before.
 
         Returns:
-            The loss, of the lane that was kept before this call (the fallback at first), so that
-            it is not told with hindsight where the call decides.
+            The loss, of the lane that was given out before this call (the fallback at first), so
+            that it is not told with hindsight where the call decides.
         """
         kind = type(self).__name__
         closure = self._check_step(closure, f" (a GradScaler goes to {kind} as scaler)")

@@ -31,12 +31,14 @@ class Lanes:
 
     Attributes:
         all: the learned lanes, z, s.
-        kept: the number of the one that the last decision kept; of the last one before the first.
+        kept: the number of the one that was given out last; of the last one before the first
+            decision.
         m: how many are learned.
         z, s: the numbers of these two, if there are such lanes.
         on_own: whether x lies on the fallback's own path, where z is s.
         record: the rule by which x goes back there, if it isn't the check's.
         excess: of x's training losses over those of s, where a record is kept.
+        aside: x, while the model holds s instead, since the record says so; None: the model has x.
         best: b, where a ratchet holds x to it.
     """
 
@@ -57,6 +59,8 @@ class Lanes:
         self.on_own = bool(hedge)
         self.record = hedge if isinstance(hedge, TrackRecord) else None
         self.excess = Excess()
+        self.s_leads = False
+        self.aside: Copy | None = None
 
         def common() -> tuple[GradScaler | None, Copy]:
             return clone(scaler), weights.copy()
@@ -105,7 +109,7 @@ class Lanes:
         return self.on_own or not self.all[number].own_path
 
     def follow_record(self, verdict: Verdict, seen: Outcome, checked: int) -> int:
-        """The row that is kept, by the record if there is one, else by the verdict; s is the last.
+        """The row that x becomes, by the record if there is one, or by the verdict; s is the last.
 
         Args:
             verdict: of the check, or without one.
@@ -120,6 +124,7 @@ class Lanes:
         kept = trains[row] if sound[row] else [math.nan]
         self.excess, back = self.record.update(self.excess, kept, trains[-1], self.on_own)
         fit = verdict.finite_fallback if checked == len(trains) else sound[-1]
+        self.s_leads = fit and self.excess.recent > 0
         return len(trains) - 1 if back and fit else verdict.row
 
     def settle(
@@ -150,7 +155,7 @@ class Lanes:
             if self.on_own:
                 if self.z is not None:  # z goes on from s, wherever x is s
                     self.all[self.s].hand_over(self.all[self.z])
-                self.excess = Excess()
+                self.excess, self.s_leads = Excess(), False
         for number, losses in zip(active, seen.trains, strict=True):
             if number < self.m and not (sound[number] and all(map(math.isfinite, losses))):
                 self.all[number].take_scale(self.all[self.kept])
@@ -179,6 +184,18 @@ class Lanes:
             if z is not None and best.memory is not None:
                 z.restore(best.memory)
         return back
+
+    def take_in(self, x: Weights) -> None:
+        """Have the model hold x."""
+        if self.aside is not None:
+            x.copy_from(self.aside)
+
+    def give_out(self, x: Weights) -> None:
+        """Have the model, which holds x, hold s instead while that leads."""
+        self.aside = x.copy() if self.s_leads else None
+        if self.s_leads:
+            self.kept = len(self.all) - 1
+            x.copy_from(self.all[-1].copy)
 
     def _settle_z(self, z: Lane, won: bool, broken: dict[int, bool]) -> bool:
         if self.z in broken:

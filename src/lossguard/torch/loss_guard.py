@@ -1,6 +1,7 @@
 """The loss guard for PyTorch training loops: Algorithm 2 as a ``torch.optim.Optimizer``.
 
-x    the kept iterate: what the model holds whenever ``step`` returns
+x    the kept iterate: what the model holds whenever ``step`` returns, but where a track record has
+     it hold s
 y    the learned branch, lane 0; with several learned optimizers lanes 0 to m - 1
 z    the fallback branch, the next lane; with ``hedge`` the fallback on its own path, s, is the last
 nt   train minibatches per cycle: each is one optimizer step in every lane
@@ -42,8 +43,8 @@ class LossGuard(LaneGuard):
         x <- y  if  mean_j F(y, i+nt+j) < mean_j F(z, i+nt+j)  else  z,       j = 0 .. nc-1
 
     A branch that isn't finite can't win; if none is finite, x stays. Between calls the model holds
-    x, parameters and buffers, so it may be validated or saved at any time. Criteria may ask for
-    more than nc check minibatches, and cycles without learned lanes take none.
+    x (or s), parameters and buffers, so it may be validated or saved at any time. Criteria may ask
+    for more than nc check minibatches, and cycles without learned lanes take none.
 
     Args:
         learned: the optimizer that isn't trusted; or several, of which the best competes.
@@ -58,7 +59,8 @@ class LossGuard(LaneGuard):
             worse than the fallback alone, up to the check's error. While x lies on that path z is s
             and costs nothing. Should s not stay finite, it begins again at x. True: x goes back to
             s where its check mean is no higher, which forfeits what was gained; ``track_record()``:
-            where x's training losses have been higher for a while. ``"only"`` is True without z.
+            where x's training losses have been higher for a while, and the model holds s, x going
+            on beside it, from sooner on. ``"only"`` is True without z.
         criterion: when a learned lane is better than the fallback's from x; by default
             ``mean_criterion()``, the paper's. Ties go to s, then z.
         probing: how often the learned lanes run; by default always.
@@ -238,6 +240,7 @@ class LossGuard(LaneGuard):
             return
         row = lanes.follow_record(verdict, seen, checked)
         winner, was_own = NEITHER if row == NEITHER else active[row], lanes.on_own
+        lanes.take_in(self._weights)
         if winner != NEITHER:  # lines 17 and 19: x <- y or z; or s
             lanes.kept = winner
             self._weights.copy_from(lanes.all[winner].copy)
@@ -249,9 +252,14 @@ class LossGuard(LaneGuard):
         undone = lanes.hold(kept, seen.held, was_own, self._weights)
         won = 0 <= winner < lanes.m
         self._probes = self.probing.update(self._probes, self._probe, won)
+        lanes.give_out(self._weights)
+        if lanes.s_leads:
+            winner, losses = active[-1], seen.trains[-1]
+        elif undone:
+            winner = NEITHER
         self._decided(
             Decision(
-                used_learned=[won and not undone] * self.nt,
+                used_learned=[0 <= winner < lanes.m] * self.nt,
                 losses=losses,
                 learned_loss=verdict.learned_loss,
                 fallback_loss=verdict.fallback_loss,
@@ -259,7 +267,7 @@ class LossGuard(LaneGuard):
                 finite_fallback=verdict.finite_fallback,
                 reset_learned=reset_learned,
                 reset_fallback=reset_fallback,
-                winner=NEITHER if undone else winner,
+                winner=winner,
                 steps=self.nt,
                 gradients=self._cycle.gradients,
                 forwards=n * checked + len(seen.held),

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from lossguard.torch.lane import Lane
 from lossguard.torch.ratchet import Best
-from lossguard.torch.weights import Weights
+from lossguard.torch.weights import Copy, Weights
 
 
 class Paths:
@@ -18,7 +18,7 @@ class Paths:
     Attributes:
         all: the learned ones, and the fallback.
         checks: whether they take check minibatches, by which they are compared then.
-        best, watched: none, as there is no ratchet.
+        best, watched, aside: none, as there is no ratchet, and the model always holds x.
         records: D of each; infinite of one that has stopped.
         kept: the number of the one that is followed: x is there.
         away: cycles since each was followed.
@@ -27,6 +27,7 @@ class Paths:
 
     best: Best | None = None
     watched: Best | None = None
+    aside: Copy | None = None
 
     def __init__(self, lanes: list[Lane], *, checks: bool) -> None:
         self.all = lanes

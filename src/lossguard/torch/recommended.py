@@ -27,7 +27,9 @@ def recommended(
 ) -> LossGuard:
     """A hedged loss guard that keeps its gains under noise and backs off where there are none.
 
-    x goes back to the fallback's own path where its training losses have been higher for a while, a
+    While the fallback alone has had the lower training losses of late, the model holds what it has
+    come to, and the guard goes on beside it: so the losses that decisions report never sum up to
+    more than the fallback's. It goes back to that path where it has been behind for longer, a
     learned lane that lost begins anew, and after many losses running it is probed ever less often.
     Where a hundred cycles' training losses are higher than those of the best x, it goes back there.
 

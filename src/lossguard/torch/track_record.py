@@ -1,4 +1,4 @@
-"""When does x go back to the fallback's own path? A rule over training losses.
+"""When does a guard follow the fallback's own path? A rule over training losses.
 
 Every loss before an optimizer step is on a minibatch that the parameters haven't seen, so what a
 lane's training losses say of it is honest, and free (progressive validation: Blum, Kalai and
@@ -18,11 +18,13 @@ class Excess(NamedTuple):
     Attributes:
         total: D, the discounted sum over all cycles.
         worst: W, the largest of its terms, at least 0.
+        recent: R, the same sum with the shortest memory; s is given out where it is above 0.
         cycles: a, since x left.
     """
 
     total: float = 0.0
     worst: float = 0.0
+    recent: float = 0.0
     cycles: int = 0
 
 
@@ -50,8 +52,9 @@ class TrackRecord(NamedTuple):
             own: those of s.
             on_own: whether x lies on the path of s.
 
-        >>> track_record(decay=0.5).update(Excess(1.0, 2.0), [2.0, 3.0], [1.0, 2.5], False)
-        (Excess(total=2.0, worst=1.5, cycles=1), True)
+        >>> before = Excess(total=1.0, worst=2.0, recent=1.0)
+        >>> track_record(decay=0.5).update(before, [2.0, 3.0], [1.0, 2.5], False)
+        (Excess(total=2.0, worst=1.5, recent=2.0, cycles=1), True)
         """
         known = math.isfinite(sum(own))
         d = sum(kept) - sum(own) if known else 0.0
@@ -59,29 +62,35 @@ class TrackRecord(NamedTuple):
         decay = max(self.decay, 1 - 1 / max(self.share * a, 1))
         total = decay * excess.total + d
         worst = max(d, decay * excess.worst)
+        recent = self.decay * excess.recent + d if known else 0.0
         fine = math.isfinite(total) and total <= (0 if on_own else worst)
-        return Excess(total, worst, a), known and not fine
+        return Excess(total, worst, recent, a), known and not fine
 
 
 def track_record(*, decay: float = 0.9, share: float = 0.1) -> TrackRecord:
-    """Go back where x's recent training losses sum up to more than the fallback's alone.
+    """Follow the fallback alone while x's recent training losses are higher, or go back to it.
 
     In cycle a since x left the path of s:
 
         rho <- max(decay, 1 - 1 / (share a))
         d <- sum_t [F(x's branch, i+t) - F(s, i+t)],    over the nt steps of a cycle
+        R <- decay R + d
         D <- rho D + d;  W <- max(rho W, d)
-        x <- s, D <- 0, W <- 0, a <- 0   if D > W
+        x <- s, R, D, W, a <- 0   if D > W;     the guard gives out s   if R > 0,   else x
 
-    So D remembers about 1 / (1 - decay) cycles, and in time the last ``share`` of those since x
-    left: going back forfeits what was gained, and a long lead is not given up for a few cycles. It
-    is never given up for one, as s must be ahead even without the cycle that was the worst for x. A
-    learned lane leaves the fallback's own path if the check speaks for it and d <= 0. Where a few
-    hard examples make up the loss, a cycle's minibatches alone can't tell; a record can.
+    Giving out s forfeits nothing, as x goes on beside it, so that it needs no patience: R remembers
+    about 1 / (1 - decay) cycles. In every run, at any time, the losses that the guard reports sum
+    up to no more than those of s, and no more than those of x.
+
+    Going back forfeits what was gained, so that a long lead is not given up for a few cycles: D
+    remembers in time the last ``share`` of those since x left. It is never given up for one, as s
+    must be ahead even without the cycle that was the worst for x. A learned lane leaves the
+    fallback's own path if the check speaks for it and d <= 0. Where a few hard examples make up the
+    loss, a cycle's minibatches alone can't tell; a record can.
 
     Args:
-        decay: the least that rho may be.
-        share: of the cycles since x left the path of s, which D remembers in time; 0: rho is decay.
+        decay: of R, and the least that rho may be.
+        share: of the cycles since x left the path of s, which D remembers in time; 0: D is R.
 
     Raises:
         ValueError: if decay is not above 0 and below 1, or share not at least 0 and below 1.

@@ -57,9 +57,9 @@ class Weights:
         """A copy of the live buffers."""
         return [self._copied(buffer) for buffer in self._buffers()]
 
-    def copy_to(self, copy: Copy) -> None:
-        """Write the live values to ``copy``."""
-        _transfer(copy, self._live())
+    def copy_to(self, copy: Copy, x: Copy | None = None) -> None:
+        """Write x to ``copy``, by default the live values."""
+        _transfer(copy, self._live() if x is None else x)
 
     def copy_from(self, copy: Copy) -> None:
         """Put the values of ``copy`` into the model."""

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from lossguard import backoff, loss_guard, rollout
+from lossguard import backoff, loss_guard
 from lossguard.command_line import find_recipe
 from lossguard.experiments import Experiment
 from lossguard.experiments.experiment import paper_methods
@@ -86,22 +86,6 @@ def test_readings_of_the_residual_guard() -> None:
         state = guard.init(jnp.ones(3))
         _, decision = guard.step(state, lambda x, i: jnp.sum((x - 0.1 * i) ** 2))
         assert int(decision.gradients) == 20
-
-
-def test_both_paths_are_at_most_the_fallback() -> None:
-    """In the discounted sum of losses."""
-    e = example("both_paths.py:circles")
-    guards, task = e.guards(), e.make_task(e)
-    objective = task.objective(jax.random.key(1))
-
-    def losses(name: str) -> np.ndarray:
-        state = guards[name].init(task.init(jax.random.key(0)))
-        _, decisions = rollout(guards[name], state, objective, cycles=20)
-        return np.asarray(decisions.losses).mean(1)
-
-    discount = 0.7 ** np.arange(20)[::-1]
-    for name in ("SGDnm", "Adam"):
-        assert discount @ losses(f"Both over {name}") <= discount @ losses(name) * (1 + 1e-5)
 
 
 def test_twins_begin_a_rounding_error_apart() -> None:

@@ -15,6 +15,7 @@ import lossguard
 from lossguard.guards.criteria import Criterion
 from lossguard.guards.probing import Probing, init_probing
 from lossguard.guards.recommended import settings
+from lossguard.tasks import MLP, Task, circles
 
 PAGE = Path(__file__).parents[2] / "docs" / "choices.md"
 
@@ -49,6 +50,23 @@ def test_its_options_are_those_of_the_documentation(monkeypatch: pytest.MonkeyPa
     assert told.keys() == seen.keys()
     for name, option in told.items():
         assert answers(seen[name]) == answers(option), name
+
+
+@pytest.mark.parametrize("fallback", [optax.sgd(3.0), optax.adam(0.1)], ids=["sgd", "adam"])
+def test_its_losses_sum_up_to_no_more_than_the_fallbacks(fallback: Any) -> None:
+    """At any time: a shipped learned optimizer on data that it wasn't trained on."""
+    task = Task(circles(samples=2_000), MLP())
+    objective = task.objective(jax.random.key(1))
+
+    def losses(guard: lossguard.Guard) -> np.ndarray:
+        state = guard.init(task.init(jax.random.key(0)))
+        _, decisions = lossguard.rollout(guard, state, objective, cycles=30)
+        return np.asarray(decisions.losses, np.float64).sum(1)
+
+    guarded = losses(lossguard.recommended(lossguard.pretrained("lstm-mnist-mlp"), fallback))
+    alone = losses(lossguard.unguarded(fallback, trusted=True))
+    assert (np.cumsum(guarded) <= np.cumsum(alone) * (1 + 1e-5)).all()
+    assert np.cumsum(guarded)[-1] < 0.9 * np.cumsum(alone)[-1]
 
 
 def test_it_gives_up_after_its_patience() -> None:

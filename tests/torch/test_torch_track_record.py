@@ -1,5 +1,6 @@
 """s is given out while its recent training losses are lower, and in time x goes back there."""
 
+import copy
 import math
 from itertools import pairwise
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from models import assert_same_state, loss_fn, mlp, quadratic, spiral
 from torch.optim import SGD, Adam
 
-from lossguard.torch import LossGuard, backoff, track_record
+from lossguard.torch import LossGuard, backoff, ratchet, track_record
 from lossguard.torch.track_record import Excess
 
 loss = st.sampled_from([-3.0, -0.25, 0.5, 1.0, 2.0, math.inf, math.nan])
@@ -277,3 +278,32 @@ def test_on_its_own_path_too_a_fallback_whose_check_is_not_finite_is_not_kept():
 
     decision = guard.cycle(loss, range(2), range(2))
     assert not decision.finite_fallback and decision.winner == 0
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.05, 0.1])
+@pytest.mark.parametrize("loser", ["keep", "reset"])
+def test_losses_sum_up_to_no_more_than_the_fallbacks(rate, loser):
+    """theory.md, section 5: at any time, beside one that wins at times."""
+    nt, nc, cycles = 3, 1, 60
+    batches = [[spiral(16) for _ in range(nt + nc)] for _ in range(cycles)]
+    model = mlp()
+    single = copy.deepcopy(model)
+    alone = Adam(single.parameters(), lr=0.002)
+    guard = LossGuard(
+        Adam(model.parameters(), lr=rate), Adam(model.parameters(), lr=0.002), nt=nt, nc=nc,
+        loser=loser, hedge=track_record(decay=0.7), ratchet=ratchet(cycles=5, tolerance=0.0),
+    )  # fmt: skip
+    regret, beside = 0.0, 0
+    for batch in batches:
+        losses = []
+        for train in batch[:nt]:
+            alone.zero_grad()
+            loss = loss_fn(single, train)
+            loss.backward()
+            alone.step()
+            losses.append(loss.item())
+        decision = guard.cycle(lambda b: loss_fn(model, b), batch[:nt], batch[nt:])
+        regret += sum(decision.losses) - sum(losses)
+        assert regret <= 1e-4
+        beside += guard._lanes.aside is not None
+    assert beside  # s was given out while x went on

@@ -307,3 +307,88 @@ def test_losses_sum_up_to_no_more_than_the_fallbacks(rate, loser):
         assert regret <= 1e-4
         beside += guard._lanes.aside is not None
     assert beside  # s was given out while x went on
+
+
+def aside():
+    """s at -1.5 is in the model, and x at -2.5 is not."""
+    line = Line().lead()
+    for _ in range(2):
+        line.cycle(-0.25)
+    assert (line.w.item(), line.guard._lanes.aside[0].item()) == (-1.5, -2.5)
+    return line
+
+
+def lost(checking, w, value):
+    """Its check is lost on all lanes."""
+    return math.nan if checking else value
+
+
+def test_the_loss_returned_is_of_what_the_model_had():
+    """Of s for a train minibatch; of z for a check, which s doesn't take; then of x again."""
+    line = aside()
+    assert line.step(-0.0625).item() == -0.0625 * -1.5
+    assert line.step(-1.0).item() == -1.0 * (-2.5 + 0.0625)
+    line = aside()
+    assert line.cycle(0.25, lost).winner == -1 and line.w.item() == -2.5
+    assert line.step(1.0).item() == -2.5
+
+
+def test_x_that_stays_is_the_one_beside_s():
+    line = aside()
+    decision = line.cycle(0.25, lost)  # x leads again, and no lane is kept
+    assert (decision.winner, line.w.item(), line.guard._lanes.aside) == (-1, -2.5, None)
+
+
+def test_a_learned_step_that_is_not_given_out_is_not_told():
+    line = Line().lead()
+    line.cycle(-64.0)
+    line.learned.param_groups[0]["lr"] = 2.0
+    decision = line.cycle(0.25)
+    assert (decision.winner, decision.used_learned, line.w.item()) == (2, [False], 61.75)
+    assert line.guard._lanes.aside[0].item() == 60.5  # 61, and a step of the learned one
+
+
+@pytest.mark.parametrize("where", ["hold", "give_out"])
+def test_s_outlives_a_decision_that_is_interrupted_while_x_is_aside(where, monkeypatch):
+    """Of a cycle in which x would have gone back: s is at -1.25 by then, and x as well."""
+    line = aside()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"lossguard.torch.lanes.Lanes.{where}", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            line.cycle(-0.25)
+    decision = line.cycle(1.0)
+    assert (decision.winner, decision.losses, line.w.item()) == (2, [-1.25], -2.25)
+
+
+def test_parameters_are_added_to_x_beside_s_too():
+    line = aside()
+    v = torch.full((2,), 5.0, requires_grad=True)
+    line.guard.add_param_group({"params": [v]})
+    assert [t.tolist() for t in line.guard._lanes.aside] == [[-2.5], [5.0, 5.0]]
+
+
+def test_a_state_takes_the_place_of_an_x_beside_s():
+    line, other = aside(), Line().lead()
+    line.guard.load_state_dict(other.guard.state_dict())
+    assert line.w.item() == -3.0 and line.guard._lanes.aside is None
+    line.guard.load_state_dict(aside().guard.state_dict())
+    for one in (line, other):
+        one.cycle(1.0)
+    assert (line.w.item(), other.w.item()) == (-3.5, -4.0)
+
+
+def test_where_s_breaks_while_it_leads_x_is_given_out():
+    line = aside()
+
+    def poison(checking, w, value):
+        if w.item() == -1.5 and not checking:
+            w.grad.fill_(math.nan)
+        return value
+
+    decision = line.cycle(-0.0625, poison)
+    assert (decision.winner, decision.reset_fallback, line.w.item()) == (1, True, -2.4375)
+    assert line.guard._lanes.aside is None and line.guard._lanes.on_own

@@ -50,7 +50,7 @@ class LossGuardState(NamedTuple):
 
     lanes: LanesState
     x: Params | None
-    """x, where s may be given out for it; None elsewhere: there it is the state's ``params``."""
+    """x, by a track record, which may have s given out; None without: it is ``params`` then."""
     excess: Excess
     """Of x's training losses over those of s, where a track record is kept."""
     factor: Int[Array, ""]
@@ -108,8 +108,8 @@ def loss_guard(
             an optimizer counts in a state of its own (Prodigy, schedule-free) goes with that state.
         hedge: whether the fallback also runs on its own path. True: x goes back to it where its
             check mean is no higher, which forfeits what was gained; ``track_record()``: where x's
-            training losses have been higher for a while, and s is given out from sooner on. "only"
-            is True without z, which costs what the paper's guard does.
+            training losses have been higher for a while; s is given out while they are, without
+            delay. "only" is True without z, which costs what the paper's guard does.
         criterion: when a learned lane is better than the fallback's from x; by default
             ``mean_criterion()``, the paper's.
         windows: how nt and nc change; by default not at all.

@@ -26,7 +26,8 @@ class GuardState(NamedTuple):
     """Where a guard stands between two cycles."""
 
     params: Params
-    """x, the kept iterate; or s, where a track record has the guard give it out."""
+    """x, the kept iterate; or s, where a track record has the guard give it out. (With one x is in
+    ``inner`` too, so that what is put here from outside is not what the guard goes on from.)"""
     steps: Int[Array, ""]
     """k, optimizer steps taken so far (int32)."""
     minibatches: Int[Array, ""]

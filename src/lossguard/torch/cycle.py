@@ -23,8 +23,8 @@ class Course(Protocol):
 
     Attributes:
         all: the lanes, by their numbers.
-        kept: the number of the one that was given out last; of the last one before the first
-            decision.
+        kept: the number of the one that x became last; of the last one before the first decision.
+        given: the number of the one that the model has got; another one, while x is aside.
         best: b, where a ratchet holds x to it.
         aside: x, while the model holds another lane; None: the model has x.
     """
@@ -33,6 +33,11 @@ class Course(Protocol):
     kept: int
     best: Best | None
     aside: Copy | None
+
+    @property
+    def given(self) -> int:
+        """The number of the lane that the model has got."""
+        ...
 
     @property
     def watched(self) -> Best | None:
@@ -80,7 +85,7 @@ class Cycle:
         return self.holding or self.phase >= self.nt
 
     def run(self, closures: Sequence[Closure], active: Sequence[int]) -> dict[int, list[Any]]:
-        """Run lanes over some minibatches, with the same random numbers; then x is back.
+        """Run lanes over some minibatches, with the same random numbers; then put back x.
 
         Args:
             closures: one per minibatch.

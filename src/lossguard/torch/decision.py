@@ -9,7 +9,8 @@ class Decision(NamedTuple):
     """A plain record of one cycle; a list of them is a table for pandas or polars.
 
     Attributes:
-        used_learned: nt flags, one per optimizer step: whether the learned update was kept.
+        used_learned: nt flags, one per optimizer step: whether the model has got the learned
+            update.
         losses: nt training losses of the branch given out, each before its step; of the fallback's
             if x stayed.
         learned_loss: mean loss of y over the check minibatches, and the training ones that the

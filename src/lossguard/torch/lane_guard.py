@@ -96,14 +96,17 @@ class LaneGuard(Guard):
                 called once per lane; the guard clears the gradients before.
 
         Returns:
-            The loss, of the lane that was given out before this call (the fallback at first), so
-            that it is not told with hindsight where the call decides.
+            The loss, of the lane that the model had before this call (the fallback's at first), so
+            that it is not told with hindsight where the call decides; of z where that one takes
+            none of this minibatch, as s may take no check minibatches.
         """
         kind = type(self).__name__
         closure = self._check_step(closure, f" (a GradScaler goes to {kind} as scaler)")
-        kept = self._cycle.lanes.kept
+        lanes = self._cycle.lanes
+        given, from_x = lanes.given, [k for k in range(len(lanes.all)) if lanes.begins_at_x(k)]
         values = self._take([closure])
-        return values.get(kept, values[max(values)])[0]
+        instead = max((k for k in values if k in from_x), default=max(values))
+        return values[given if given in values else instead][0]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to all optimizers, with their own defaults in the learned ones.

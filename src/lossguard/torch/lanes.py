@@ -27,12 +27,11 @@ class Lanes:
     Args:
         inners: the learned optimizers, and the fallback.
         loser, hedge, ratchet, scaler: as LossGuard takes them.
-        weights: of the model, which holds x.
+        weights: of the model.
 
     Attributes:
         all: the learned lanes, z, s.
-        kept: the number of the one that was given out last; of the last one before the first
-            decision.
+        kept: the number of the one that x became last; of the last one before the first decision.
         m: how many are learned.
         z, s: the numbers of these two, if there are such lanes.
         on_own: whether x lies on the fallback's own path, where z is s.
@@ -103,6 +102,11 @@ class Lanes:
     def watched(self) -> Best | None:
         """b, if its training losses are asked for: on the fallback's own path x is its best."""
         return None if self.on_own else self.best
+
+    @property
+    def given(self) -> int:
+        """The number of the lane that the model has got."""
+        return self.kept if self.aside is None else len(self.all) - 1
 
     def begins_at_x(self, number: int) -> bool:
         """Whether a lane starts from x; s where x lies on its path, and may have been set there."""
@@ -189,12 +193,12 @@ class Lanes:
         """Have the model hold x."""
         if self.aside is not None:
             x.copy_from(self.aside)
+            self.aside = None
 
     def give_out(self, x: Weights) -> None:
         """Have the model, which holds x, hold s instead while that leads."""
-        self.aside = x.copy() if self.s_leads else None
         if self.s_leads:
-            self.kept = len(self.all) - 1
+            self.aside = x.copy()
             x.copy_from(self.all[-1].copy)
 
     def _settle_z(self, z: Lane, won: bool, broken: dict[int, bool]) -> bool:

@@ -59,8 +59,8 @@ class LossGuard(LaneGuard):
             worse than the fallback alone, up to the check's error. While x lies on that path z is s
             and costs nothing. Should s not stay finite, it begins again at x. True: x goes back to
             s where its check mean is no higher, which forfeits what was gained; ``track_record()``:
-            where x's training losses have been higher for a while, and the model holds s, x going
-            on beside it, from sooner on. ``"only"`` is True without z.
+            where x's training losses have been higher for a while; the model holds s while they
+            are, without delay, and x goes on beside it. ``"only"`` is True without z.
         criterion: when a learned lane is better than the fallback's from x; by default
             ``mean_criterion()``, the paper's. Ties go to s, then z.
         probing: how often the learned lanes run; by default always.

@@ -47,6 +47,11 @@ class Paths:
         """All of them, if there is something to compare, or none."""
         return list(active) if self.checks and len(active) > 1 else []
 
+    @property
+    def given(self) -> int:
+        """The number of the lane that the model has got."""
+        return self.kept
+
     def begins_at_x(self, number: int) -> bool:
         """Whether a lane starts from x: the followed one is there, and may have been set there."""
         return not self.begun or number == self.kept

@@ -1,7 +1,7 @@
-"""How a lane gets into the model and x back afterwards: by value, or by pointer.
+"""How a lane gets into the model, and what was there back afterwards: by value, or by pointer.
 
 By value is the reference, and right for every parameter. By pointer copies nothing and needs no
-copy of x, which stays where it is while a lane's tensors stand in for it.
+copy of x (or s), which stays where it is while a lane's tensors stand in for it.
 """
 
 from typing import Protocol
@@ -15,7 +15,7 @@ class Placing(Protocol):
     """Puts lanes into a model and takes them out."""
 
     def begin(self) -> None:
-        """Take what the model holds as x."""
+        """Note what the model holds."""
 
     def enter(self, copy: Copy) -> None:
         """Put a lane into the model."""
@@ -24,7 +24,7 @@ class Placing(Protocol):
         """Note in its copy what has become of the lane in the model."""
 
     def leave(self) -> None:
-        """Put x back."""
+        """Put back what it held."""
 
 
 class ByValue:

@@ -77,15 +77,15 @@ def checked_looks(first: int, most: int) -> tuple[int, ...]:
 
 def check_enough(name: str, minibatches: int, least: int) -> int:
     """Require an integer of at least ``least``: minibatches that a criterion asks for."""
-    if check_count(name, minibatches) < least:
+    if check_count(name, minibatches, least=min(least, 1)) < least:
         raise ValueError(f"{name} must be at least {least} for this criterion, got {minibatches}")
     return int(minibatches)
 
 
 def check_most(nc: int, most: int) -> None:
     """Require most = nc, or 2 <= nc < most."""
-    check_count("nc", nc)
-    check_count("most", most)
+    check_count("nc", nc, least=0)
+    check_count("most", most, least=0)
     if most != nc and not 2 <= nc < most:
         raise ValueError(f"nc must be between 2 and most = {most}, or most itself, got {nc}")
 

@@ -79,7 +79,7 @@ def test_loss_guard_is_algorithm_2(learned, fallback, loser, checks, nt, nc) -> 
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("training", "nt", "nc"), [(2, 4, 1), (4, 4, 3)])
+@pytest.mark.parametrize(("training", "nt", "nc"), [(2, 4, 1), (4, 4, 3), (3, 4, 0)])
 def test_training_losses_count_in_the_check(training, nt, nc) -> None:
     problem = numpy_guards.Objective(seed=3, minibatches=CYCLES * (nt + nc))
     (numpy_learned, learned), (numpy_fallback, fallback) = (

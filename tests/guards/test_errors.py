@@ -56,7 +56,11 @@ WRONG = {
     ),
     "most of recommended is a fraction": (
         lambda: lossguard.recommended(SGD, SGD, most=40.5),  # type: ignore
-        "most must be an integer of at least 1, got 40.5",
+        "most must be an integer of at least 0, got 40.5",
+    ),
+    "nothing is compared": (
+        lambda: lossguard.recommended(SGD, SGD, nt=1, nc=0),
+        "nc must be an integer of at least 1, got 0",
     ),
     "nt is too small for the criterion": (
         lambda: lossguard.loss_guard(SGD, SGD, criterion=BY_FOUR, nt=3),

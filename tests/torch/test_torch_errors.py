@@ -99,7 +99,7 @@ REFUSALS = [
     (lambda w: curtailed_criterion(most=40.5),
      "most must be an integer of at least 1, got 40.5"),
     (lambda w: recommended(sgd(w), sgd(w), most=40.5),
-     "most must be an integer of at least 1, got 40.5"),
+     "most must be an integer of at least 0, got 40.5"),
     (lambda w: sequential_criterion(first=1),
      "first must be between 2 and most = 160, got 1"),
     (lambda w: sequential_criterion(first=9, most=8),

@@ -59,6 +59,8 @@ def answers(value):
     [
         {"nc": 10, "most": 10},
         {"nt": 7, "nc": 1, "most": 1},
+        {"nt": 7, "nc": 0, "most": 0},
+        {"nt": 2, "nc": 0, "most": 0},
         {"nt": 7, "nc": 6, "most": 40, "loser": "keep"},
     ],
 )
@@ -81,6 +83,26 @@ def test_a_stream_takes_nc_check_minibatches_unless_told_otherwise(monkeypatch):
     of_jax = settings(monkeypatch, "lossguard.guards.recommended", "loss_guard", made, nc=10)
     assert of_torch["criterion"][:2] == (None, 4)
     assert of_jax["criterion"][:2] == ((10, 20, 40, 80, 160), 0)
+
+
+def test_without_checks_every_call_trains():
+    w = torch.tensor([4.0], requires_grad=True)
+    guard = recommended(torch.optim.SGD([w], lr=0.4), torch.optim.SGD([w], lr=0.1), nt=4, nc=0)
+
+    def closure():
+        assert not guard.checking
+        loss = w.square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(4):
+        guard.step(closure)
+    decision = guard.last_decision
+    assert (decision.winner, decision.forwards, guard.phase) == (0, 0, 0)
+    late = [(4 * (1 - 2 * rate) ** t) ** 2 for rate in (0.4, 0.1) for t in (2, 3)]
+    means = sum(late[:2]) / 2, sum(late[2:]) / 2
+    assert (decision.learned_loss, decision.fallback_loss) == pytest.approx(means)
+    assert guard.cycle(lambda batch: w.square().sum(), range(4)).forwards == 4  # of the ratchet
 
 
 def test_it_takes_the_guards_options():

@@ -54,6 +54,7 @@ ABLATION: Mapping[str, Mapping[str, object]] = {
     "recommended, checks next": RECOMMENDED | {"checks": "next"},
     "recommended, stream, nc 10": RECOMMENDED | {"criterion": mean_criterion(), "checks": "next"},
     "recommended, stream": {"nc": 1, **settings(nt=10, nc=1, most=1)},
+    "recommended, stream, nc 0": {"nc": 0, **settings(nt=10, nc=0, most=0)},
     "recommended, always": RECOMMENDED | {"probing": always()},
     "recommended, patience 10": RECOMMENDED
     | {"probing": backoff(patience=10, most=512, start="reset")},

@@ -108,6 +108,8 @@ def check(
         )
 
     losses = jnp.zeros((len(lanes), most), dtype)
+    if most == 0:
+        return losses, jnp.int32(0)
     if settled is None or len(looks) == 1:
         return jax.lax.fori_loop(0, looks[0], draw, losses), jnp.asarray(looks[0], jnp.int32)
 

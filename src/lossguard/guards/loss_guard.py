@@ -101,7 +101,8 @@ def loss_guard(
             the best competes.
         fallback: the one that is trusted, likewise.
         nt: optimizer steps a cycle.
-        nc: check minibatches a cycle; sequential criteria have their own numbers.
+        nc: check minibatches a cycle; sequential criteria have their own numbers. 0, where the
+            criterion counts training losses: all minibatches train.
         loser: what becomes of the optimizer state of a branch from x that lost. "keep": it runs on
             from its own nt steps; "rollback": as before the cycle; "reset": as at the start. The
             learning-rate schedule of the fallback advances by nt a cycle under each, but one that
@@ -166,7 +167,7 @@ def loss_guard(
     if ratchet is not None:
         check_kind("ratchet", ratchet, Ratchet, "ratchet()")
     looks, training = criterion.looks, criterion.training
-    nt = check_enough("nt", nt, training)
+    nt = check_enough("nt", nt, max(training, 1))
     nc = check_enough("nc", nc, criterion.least if looks is None else 1)
     if windows.most > 1 and looks is None and nc < 2:
         raise ValueError(f"nc must be at least 2 where windows adapt, got {nc}")

@@ -41,8 +41,9 @@ def recommended(
         nc: check minibatches of a cycle that clearly loses.
         most: those of one that is kept; by default 16 nc, numbered apart (``loss_guard``'s
             ``checks``). With nc itself all cycles take as many, which follow those of training, and
-            the training losses of the last (nt - 1) // 2 steps count beside them: that suits
-            minibatches that come from the host (``stacked``), with nc=1 and most=1.
+            the training losses of the last (nt - 1) // 2 steps count beside them. That suits
+            minibatches that come from the host (``stacked``), with nc=1 and most=1; or with nc=0,
+            where those of the last nt // 2 steps decide, and all minibatches train.
         patience: losses running after which the learned lane is probed less often. A few dozen do
             for short runs; where it wins late, they cost some of that.
         loser: what becomes of the optimizer state of a lane that lost, as in ``loss_guard``.
@@ -52,7 +53,7 @@ def recommended(
             the fallback on a path of its own (``best_of``).
 
     Raises:
-        ValueError: as ``loss_guard``; or if most is no integer or below nc, or nc is 1 and
+        ValueError: as ``loss_guard``; or if most is no integer or below nc, or nc is 0 or 1 and
             most isn't.
 
     >>> import jax.numpy as jnp, optax
@@ -65,7 +66,7 @@ def recommended(
         check_count("the number of learned optimizers", len(learned))
         options = {"nt": nt, "nc": nc, "most": most, "patience": patience, "loser": loser}
         return best_of([recommended(one, fallback, **options) for one in learned])
-    nt, nc = check_count("nt", nt), check_count("nc", nc)
+    nt, nc = check_count("nt", nt), check_count("nc", nc, least=0)
     options = settings(nt, nc, 16 * nc if most is None else most, patience, loser)
     return loss_guard(learned, fallback, nt=nt, nc=nc, **options)
 
@@ -75,7 +76,7 @@ def settings(
 ) -> dict[str, Any]:
     """The options of ``loss_guard`` that ``recommended`` sets."""
     check_most(nc, most)
-    few = mean_criterion(training=(nt - 1) // 2)
+    few = mean_criterion(training=(nt - 1 if nc else nt) // 2)
     return {
         "criterion": few if most == nc else curtailed_criterion(first=nc, most=most),
         "hedge": track_record(decay=0.7),

@@ -41,8 +41,8 @@ def mean_criterion(*, training: int = 0) -> Criterion:
 
     A loss before the step that trains on its minibatch is as fresh as a check's, and free
     (progressive validation: Blum, Kalai and Langford, COLT 1999). So with ``training`` few check
-    minibatches do. But it is of where a lane was in the cycle: what the last step has done, these
-    alone see.
+    minibatches do, or none (nc = 0). But it is of where a lane was in the cycle: what the last step
+    has done, check minibatches alone see.
 
     Args:
         training: how many of a cycle's training losses, the last, count beside the check losses.
@@ -53,7 +53,8 @@ def mean_criterion(*, training: int = 0) -> Criterion:
     >>> mean_criterion().test(np.array([[1.0, -3.0], [1.0, 0.0]]))[0].tolist()
     [False, True]
     """
-    return Criterion(_mean_test, training=check_count("training", training, least=0))
+    training = check_count("training", training, least=0)
+    return Criterion(_mean_test, least=0 if training else 1, training=training)
 
 
 def paired_criterion(*, confidence: float = 0.95) -> Criterion:

@@ -51,7 +51,8 @@ class LossGuard(LaneGuard):
         fallback: the optimizer that is, over the same parameters. Its parameter groups are the
             guard's.
         nt: train minibatches per cycle.
-        nc: check minibatches per cycle.
+        nc: check minibatches per cycle. 0, where the criterion counts training losses: all
+            minibatches train.
         loser: what the optimizer of a branch that lost remembers: ``keep`` (what it learned on that
             branch), ``rollback`` (what it knew before the cycle) or ``reset`` (what it knew when
             the guard was built). Schedules advance whoever wins.
@@ -123,7 +124,7 @@ class LossGuard(LaneGuard):
         if ratchet is not None:
             check_kind("ratchet", ratchet, Ratchet, "ratchet()")
         self.nc = check_enough("nc", nc, criterion.least if criterion.looks is None else 1)
-        check_enough("nt", nt, criterion.training)
+        check_enough("nt", nt, max(criterion.training, 1))
         super().__init__(
             learned,
             fallback,
@@ -153,7 +154,7 @@ class LossGuard(LaneGuard):
         self,
         loss_fn: Callable[[Any], Tensor],
         train_batches: Iterable[Any],
-        check_batches: Iterable[Any],
+        check_batches: Iterable[Any] = (),
     ) -> Decision:
         """Take the minibatches of a whole cycle at once, one lane after the other.
 

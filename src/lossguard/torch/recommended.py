@@ -40,7 +40,7 @@ def recommended(
         nt: train minibatches per cycle.
         nc: check minibatches per cycle. Those of a stream are lost for training, so that by default
             it is one, beside which the training losses of the cycle's last (nt - 1) // 2 steps
-            count, in every lane.
+            count, in every lane. With 0 those of the last nt // 2 decide, and every call trains.
         most: check minibatches of a cycle that is kept, where nc are enough for one that clearly
             loses; by default nc as well. (In JAX 10 and 160: with so many, runs that go on for
             hundreds of epochs keep what they have won.) Training losses don't count then.
@@ -54,7 +54,7 @@ def recommended(
             ``callback``, as in ``LossGuard``.
 
     Raises:
-        ValueError: as ``LossGuard``; or if most is no integer or below nc, or nc is 1 and most
+        ValueError: as ``LossGuard``; or if most is no integer or below nc, or nc is 0 or 1 and most
             isn't; or an option is one that ``recommended`` sets.
 
     >>> import torch
@@ -65,7 +65,7 @@ def recommended(
     """
     nt, most = check_count("nt", nt), nc if most is None else most
     check_most(nc, most)
-    few = mean_criterion(training=(nt - 1) // 2)
+    few = mean_criterion(training=(nt - 1 if nc else nt) // 2)
     for name in ("criterion", "hedge", "probing", "ratchet"):
         if name in options:
             raise ValueError(f"recommended sets {name} itself: use LossGuard to choose")

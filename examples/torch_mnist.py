@@ -18,7 +18,7 @@ def main(calls: int = 300, seed: int = 0) -> LossGuard:
     """Train with a guard, which prints every fifth decision, and without; return the guard.
 
     Args:
-        calls: minibatches of the stream; of a guard ten in eleven train, the others check.
+        calls: minibatches of the stream.
         seed: of the initialization and of the order of minibatches.
     """
     data = images()

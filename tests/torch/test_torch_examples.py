@@ -24,7 +24,7 @@ def example(monkeypatch):
 
 def test_mnist_learns(example, capsys):
     guard = example("torch_mnist").main(calls=200)
-    assert len(guard.history) == 18
+    assert len(guard.history) == 20
     said = capsys.readouterr().out
     assert "kept learned" in said
     guarded, alone = map(float, re.findall(r"(?:guarded|alone) ([\d.]+)", said))

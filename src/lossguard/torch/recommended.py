@@ -19,7 +19,7 @@ def recommended(
     fallback: Optimizer,
     *,
     nt: int = 10,
-    nc: int = 1,
+    nc: int = 0,
     most: int | None = None,
     patience: int = 200,
     loser: Loser = "reset",
@@ -39,13 +39,14 @@ def recommended(
         fallback: the one that is.
         nt: train minibatches per cycle.
         nc: check minibatches per cycle. Those of a stream are lost for training, so that by default
-            it is one, beside which the training losses of the cycle's last (nt - 1) // 2 steps
-            count, in every lane. With 0 those of the last nt // 2 decide, and every call trains.
+            there are none: every call trains, and the training losses of the cycle's last nt // 2
+            steps decide, in every lane. What the last step has done shows in the next cycle then;
+            with nc=1 it is checked, and those of (nt - 1) // 2 steps count beside it.
         most: check minibatches of a cycle that is kept, where nc are enough for one that clearly
             loses; by default nc as well. (In JAX 10 and 160: with so many, runs that go on for
             hundreds of epochs keep what they have won.) Training losses don't count then.
         patience: lost cycles running after which the learned lanes pause, for longer and longer;
-            200 are 2,200 calls of ``step`` at nt = 10 and nc = 1, so take fewer in a short run.
+            200 are 2,000 calls of ``step`` at nt = 10, so take fewer in a short run.
         loser: what the optimizer of a lane that lost remembers, as in ``LossGuard``. "reset" is for
             learned optimizers that are at their best when they begin, as the LSTM is; "keep" for
             those that have a schedule of their own, as Celo and VeLO. An ordinary one, such as

@@ -50,7 +50,8 @@ def recommended(
         loser: what the optimizer of a lane that lost remembers, as in ``LossGuard``. "reset" is for
             learned optimizers that are at their best when they begin, as the LSTM is; "keep" for
             those that have a schedule of their own, as Celo and VeLO. An ordinary one, such as
-            AdamW at a bold rate, does better with "keep" too, and better still in ``BestOf``.
+            AdamW at a bold rate, does better with "keep" too, and mostly better still in
+            ``BestOf``.
         options: ``model``, ``scaler``, ``schedulers``, ``offload``, ``process_group`` and
             ``callback``, as in ``LossGuard``.
 

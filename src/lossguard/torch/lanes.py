@@ -37,6 +37,7 @@ class Lanes:
         on_own: whether x lies on the fallback's own path, where z is s.
         record: the rule by which x goes back there, if it isn't the check's.
         excess: of x's training losses over those of s, where a record is kept.
+        s_leads: whether the record has s given out.
         aside: x, while the model holds s instead, since the record says so; None: the model has x.
         best: b, where a ratchet holds x to it.
     """

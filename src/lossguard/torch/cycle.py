@@ -85,7 +85,7 @@ class Cycle:
         return self.holding or self.phase >= self.nt
 
     def run(self, closures: Sequence[Closure], active: Sequence[int]) -> dict[int, list[Any]]:
-        """Run lanes over some minibatches, with the same random numbers; then put back x.
+        """Run lanes over some minibatches, with the same random numbers; the model stays as it is.
 
         Args:
             closures: one per minibatch.

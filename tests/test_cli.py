@@ -205,7 +205,7 @@ def test_demo_in_short(main: Main, capsys: pytest.CaptureFixture[str], tmp_path:
     curves = records.read_run(tmp_path / "here").curves.filter(pl.col("step").is_between(18, 20))
     sgd, l2o = (curves.filter(method=name)["loss"].mean() for name in methods)
     assert out.endswith(f"\nloss at step 20, over that of SGDnm: SGDnm 1, L2O {l2o / sgd:.3g}\n")
-    assert (tmp_path / "here" / "figure.svg").is_file()
+    assert (tmp_path / "here" / "figure.png").is_file()
     assert not (tmp_path / "here" / "verdicts.json").exists()  # no claim is about it
 
 

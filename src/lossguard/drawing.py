@@ -24,15 +24,13 @@ def log_losses(axes: Axes) -> None:
 
 
 def save(figure: Figure, folder: Path) -> Path:
-    """Leave ``figure.png`` and ``figure.svg`` in a folder; returns the PNG.
+    """Leave ``figure.png`` in a folder; returns it.
 
     Raises:
-        OSError: if one can't be written; an old one is left.
+        OSError: if it can't be written; an old one is left.
     """
-    files = [folder / "figure.png", folder / "figure.svg"]
-    for file in files:
-        drawn = io.BytesIO()
-        with mpl.rc_context({"axes.formatter.min_exponent": 4}):  # 0.001 to 1000 are plain numbers
-            figure.savefig(drawn, format=file.suffix[1:], dpi=150)
-        write_whole(file, drawn.getvalue(), "a figure")
-    return files[0]
+    file, drawn = folder / "figure.png", io.BytesIO()
+    with mpl.rc_context({"axes.formatter.min_exponent": 4}):  # 0.001 to 1000 are plain numbers
+        figure.savefig(drawn, format="png", dpi=150)
+    write_whole(file, drawn.getvalue(), "a figure")
+    return file

@@ -157,12 +157,11 @@ def test_evaluations_of_something_else_are_named(
         report([run], tmp_path / "report.html")
 
 
-def test_figure_of_a_meta_training_is_left_as_png_and_svg(tmp_path: Path) -> None:
+def test_figure_of_a_meta_training_is_left_as_png(tmp_path: Path) -> None:
     folder = write_meta(tmp_path / "run", "mine")
     file = figure.plot(folder, records.read_run(folder))
     assert file == tmp_path / "run" / "figure.png"
     assert file.read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "run" / "figure.svg").read_bytes().endswith(b"</svg>\n")
 
 
 def test_runs_are_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

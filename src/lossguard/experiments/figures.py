@@ -28,7 +28,7 @@ FLOOR = 1e-8
 
 
 def plot(folder: Path, record: Record) -> Path:
-    """Draw a run's figure into its folder, as PNG and SVG; returns the PNG.
+    """Draw a run's figure into its folder, as PNG; returns the file.
 
     In the paper's style: log axes, a mean line and a min-max band for each method, and below, on
     axes of their own, whether loss guards used the learned update (1) or the fallback's (0.5). Of

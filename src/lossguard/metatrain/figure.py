@@ -16,7 +16,7 @@ OTHERS = f"Validation loss up to step {OTHERS_STEPS}, over the initial one"
 
 
 def plot(folder: Path, record: Record) -> Path:
-    """Draw a meta-training run's figure into its folder, as PNG and SVG; returns the PNG.
+    """Draw a meta-training run's figure into its folder, as PNG; returns the file.
 
     Where other data sets were validated on, as in figure 2, a third panel shows them.
     """

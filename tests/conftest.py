@@ -14,7 +14,6 @@ from jaxtyping import install_import_hook
 # What is given arrays. The rest has no shapes to check, save for tasks.task: vmap's axes are a
 # TaskObjective that holds None and 0.
 CHECKED = (
-    "lossguard.experiments.theorems",
     "lossguard.guards",
     "lossguard.learned.features",
     "lossguard.learned.lstm",

@@ -20,8 +20,7 @@ from rich.table import Column, Table
 
 from lossguard import cli, records
 from lossguard.command_line import check_beside, find_recipe
-from lossguard.experiments import folders, run, sweep, theorems
-from lossguard.experiments.findings import Finding
+from lossguard.experiments import folders, run, sweep
 from lossguard.learned import weights_file
 from lossguard.metatrain import loop
 
@@ -206,7 +205,6 @@ def test_demo_in_short(main: Main, capsys: pytest.CaptureFixture[str], tmp_path:
     sgd, l2o = (curves.filter(method=name)["loss"].mean() for name in methods)
     assert out.endswith(f"\nloss at step 20, over that of SGDnm: SGDnm 1, L2O {l2o / sgd:.3g}\n")
     assert (tmp_path / "here" / "figure.png").is_file()
-    assert not (tmp_path / "here" / "verdicts.json").exists()  # no claim is about it
 
 
 def test_what_a_loss_of_zero_is_over_another_is_told(finished: Path) -> None:
@@ -221,12 +219,6 @@ def test_what_a_loss_of_zero_is_over_another_is_told(finished: Path) -> None:
     assert cli._over("b", finished) == "loss at step 1, over that of b: a 0, b 1"
 
 
-def test_a_run_leaves_the_verdicts_on_claims_about_it(main: Main, tmp_path: Path) -> None:
-    main("run", "fig05", "--steps", "20", "--seeds", "1", "--methods", "SGDnm", "LGL2O")
-    (verdict,) = json.loads((tmp_path / "runs" / "fig05" / "verdicts.json").read_text()).values()
-    assert (verdict["id"], verdict["outcome"]) == ("C5a", "not run")
-
-
 def test_plot_of_meta_training(
     main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -238,8 +230,6 @@ def test_plot_of_meta_training(
     main("plot", str(folder))
     assert f"figure: {folder}/figure.png" in capsys.readouterr().out
     assert (folder / "figure.png").is_file()
-    (verdict,) = json.loads((folder / records.VERDICTS).read_text()).values()
-    assert (verdict["id"], verdict["outcome"]) == ("C11", "holds")
 
 
 @pytest.mark.parametrize(
@@ -420,16 +410,12 @@ def test_damaged_weights(refused: Refused, tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "runs").exists()
 
 
-def test_claims(
-    main: Main, capsys: pytest.CaptureFixture[str], finished: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("theorem_5", "theorem_7"):  # they take seconds
-        monkeypatch.setattr(theorems, name, lambda: Finding(False, "as if it failed"))
+def test_claims(main: Main, capsys: pytest.CaptureFixture[str], finished: Path) -> None:
     before = sorted(finished.iterdir())
     main("claims", "run")
     out = capsys.readouterr().out
-    assert "C3c" in out and "not run" in out and "C14" in out and "as if it failed" in out
-    assert "plateau" in out  # of what C5a says, not of its formula
+    for part in ("3c", "plateau", "no run of fig05", "to step", "not run"):
+        assert part in out
     assert sorted(finished.iterdir()) == before
 
 
@@ -451,12 +437,11 @@ def test_folder_of_runs(
     capsys.readouterr()
     main(command, "runs")
     assert [file.exists() for file in drawn] == [command == "plot"] * 2
-    read, half, lost, torn, *told = capsys.readouterr().err.splitlines()
+    read, half, lost, torn, *_ = capsys.readouterr().err.splitlines()
     assert read == "reading: 5 runs"
     assert half == "runs/half is not finished"
     assert lost == "runs/lost is not finished: no luck"
     assert torn.startswith("runs/torn/curves.parquet is not a readable Parquet file: ")
-    assert told[:1] == ["judging: C14 is computed, not read"] * (command == "claims")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,24 @@ def blocks(name: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.M | re.S)
 
 
+PAGES = [path.relative_to(ROOT) for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_somewhere(page: Path) -> None:
+    """To files of the repository, and to headings of pages."""
+    for link in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", (ROOT / page).read_text()):
+        target, _, heading = "".join(link).partition("#")
+        if "://" in target:
+            continue
+        file = (ROOT / page).parent / target if target else ROOT / page
+        assert file.exists(), f"{page} links to {target}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+            anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert heading in anchors, f"{page} links to {target}#{heading}"
+
+
 def test_jax_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the top down in one namespace; what is trained fits the data."""
     monkeypatch.chdir(tmp_path)

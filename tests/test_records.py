@@ -253,6 +253,30 @@ def test_missing_steps_are_named(finished: Path, damaged: pl.DataFrame) -> None:
         records.read_run(finished)
 
 
+@pytest.mark.parametrize(
+    ("curves", "whole"),
+    [
+        (pl.concat([TABLE, TABLE[1:].with_columns(step=pl.lit(2, pl.Int64))]), True),
+        (pl.concat([TABLE, TABLE[1:].with_columns(seed=TABLE["seed"][1:] + 5)]), True),
+        (pl.concat([TABLE, TABLE[1:]]), False),
+        (TABLE.with_columns(step=2), False),
+    ],
+    ids=["one ends later", "one has more seeds", "one twice", "begin late"],
+)
+def test_what_is_put_together_may_differ_in_seeds_and_length(
+    finished: Path, curves: pl.DataFrame, whole: bool
+) -> None:
+    made = records.read_json(finished / records.MANIFEST) | {"runs": []}
+    records.write_json(finished / records.MANIFEST, made)
+    records.write_parquet(finished / records.CURVES, curves)
+    if whole:
+        assert records.read_run(finished).curves.equals(curves)
+        return
+    lack = "steps from 1, each once, for every curve"
+    with pytest.raises(ValueError, match=rf"curves\.parquet is not of this run: it lacks {lack}$"):
+        records.read_run(finished)
+
+
 def test_no_methods_are_named(finished: Path) -> None:
     records.write_json(finished / records.CONFIG, CONFIG | {"methods": []})
     with pytest.raises(ValueError, match=r"run/config\.json is not of this run: it lacks methods$"):

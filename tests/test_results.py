@@ -1,30 +1,44 @@
-"""The names of the records in ``results`` are those that its README explains."""
+"""The records in ``results`` are few, small and whole."""
 
-import re
 from pathlib import Path
 
+import pytest
+
+from lossguard import records
+
 RESULTS = Path(__file__).parents[1] / "results"
-NAMES = sorted(path.name for path in RESULTS.iterdir() if path.is_dir())
+FOLDERS = sorted(path for path in RESULTS.iterdir() if path.is_dir())
+PARTS = ["README.md", "config.json", "curves.parquet", "figure.png", "manifest.json"]
 
 
-def explained(head: str) -> list[str]:
-    """Parts of names, as patterns: the first column of the table that begins with ``head``."""
-    _, table = (RESULTS / "README.md").read_text().split(f"| {head} |")
-    first = re.findall(r"^\| (`.+?) \|", table.partition("\n\n")[0], re.MULTILINE)
-    parts = re.findall("`(.+?)`", " ".join(first))
-    return [re.escape(part).replace(r"\*", "[^_]+") for part in parts]
+def test_they_are_few_and_small() -> None:
+    assert len(FOLDERS) <= 40
+    assert sum(file.stat().st_size for file in RESULTS.rglob("*")) <= 15e6
+    assert [path.name for path in RESULTS.iterdir() if not path.is_dir()] == []
 
 
-BEGIN, THEN = explained("begins with"), explained("then")
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_each_has_all_parts(folder: Path) -> None:
+    """And can be read; of meta-training there are no evaluations."""
+    record = records.read_run(folder)
+    parts = PARTS if record.is_meta else sorted([*PARTS, records.EVALUATIONS])
+    assert sorted(path.name for path in folder.iterdir()) == parts
+    assert len((folder / "README.md").read_text().splitlines()) <= 10
+    for run in record.manifest.get("runs", [record.manifest]):
+        assert {"time", "command", "commit", "device", "versions"} <= run.keys()
+        assert len(run["commit"]) == 40 and "/" not in " ".join(run["command"]).replace("runs/", "")
 
 
-def test_names_are_explained() -> None:
-    begin, then = "|".join(BEGIN), "|".join(THEN)
-    pattern = re.compile(rf"\d{{4}}-\d\d-\d\d_({begin})({then})*")
-    assert [name for name in NAMES if not pattern.fullmatch(name)] == []
-
-
-def test_what_is_explained_is_there() -> None:
-    parts = [*(f"_{part}" for part in BEGIN), *THEN]
-    used = [part for part in parts if any(re.search(rf"{part}(_|$)", name) for name in NAMES)]
-    assert used == parts
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_each_curve_is_of_a_run_that_is_named(folder: Path) -> None:
+    """As long as it says; and no curve is of two of them."""
+    config, made, curves = records.read_run(folder)
+    if "runs" not in made:
+        return
+    ends = curves.select("method", "seed").unique()
+    told = [(m, seed) for run in made["runs"] for m in run["methods"] for seed in run["seeds"]]
+    assert sorted(told) == sorted(ends.iter_rows())
+    for run in made["runs"]:
+        of_run = curves.filter(method=run["methods"][0], seed=run["seeds"][0])
+        assert of_run["step"].max() == run["steps"]
+    assert config["seeds"] == curves["seed"].n_unique()

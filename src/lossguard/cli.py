@@ -183,9 +183,11 @@ def claims(arguments: Sequence[str]) -> None:
     records = _records(_folders(Folders, arguments, "claims", about).folders)
     from .experiments.claims import judge_claims
 
-    table = Table("claim", "figure", "says", "outcome", "measured", show_lines=True)
-    for verdict in judge_claims(records):
-        table.add_row(verdict.id, verdict.figure, verdict.claim, verdict.outcome, verdict.measured)
+    columns = ("claim", "figure", "the paper says", "measured", "seeds", "to step", "verdict")
+    table = Table(*columns, show_lines=True)
+    for one in judge_claims(records):
+        mark = f"{one.mark:,}" if one.mark else ""
+        table.add_row(one.id, one.figure, one.says, one.numbers, one.seeds, mark, one.verdict)
     _console().print(table)
 
 
@@ -276,19 +278,13 @@ def _resumable(where: Where | None = None) -> Iterator[None]:
 
 
 def _show(folder: Path) -> None:
-    """A finished run's figure, its table, and the verdicts on claims about it."""
+    """A finished run's figure and its table."""
     from .experiments import figures
-    from .experiments.claims import judge_run
     from .metatrain import figure
-    from .records import VERDICTS, read_run, write_json
+    from .records import read_run
 
     record = read_run(folder)
     drawn = (figure if record.is_meta else figures).plot(folder, record)
-    if verdicts := judge_run(folder, record):
-        told = {
-            one.id: {k: v for k, v in one._asdict().items() if k != "folder"} for one in verdicts
-        }
-        write_json(folder / VERDICTS, told)
     if not record.is_meta:
         _print(figures.summary(record))
     print(f"figure: {drawn}\nrecords: {folder}")
@@ -317,8 +313,7 @@ def _console() -> Console:
 
 def _over(reference: str, folder: Path) -> str:
     """One line: the loss of each method at the end of a run, over that of the reference."""
-    from .curves import last_step, mark_loss, over_seeds
-    from .experiments.findings import divided
+    from .curves import divided, last_step, mark_loss, over_seeds
     from .records import read_run
 
     curves = read_run(folder).curves

@@ -113,7 +113,7 @@ def join(chunks: list[pl.DataFrame], method: str) -> pl.DataFrame:
 def mark_loss(curves: pl.DataFrame, k: int) -> pl.DataFrame:
     """Loss(m, k): the mean training loss over the steps in [0.9 k, k], by method and seed.
 
-    Bins are taken whole. Columns ``method``, ``seed``, ``loss``.
+    Columns ``method``, ``seed``, ``loss``.
     """
     return step_mean(curves, "loss", first=0.9 * k - 1e-9, last=k)
 
@@ -129,13 +129,23 @@ def step_mean(
 ) -> pl.DataFrame:
     """The mean of a column over the steps from ``first`` to ``last``, by method and seed.
 
-    Bins are weighted by the steps that they hold. Columns ``method``, ``seed``, and the one named.
+    Bins are weighted by those of their steps that are inside. Columns ``method``, ``seed``, and the
+    one named.
     """
     both = ("method", "seed")
-    width = pl.col("step") - pl.col("step").shift(1, fill_value=0).over(both)
+    before = pl.col("step").shift(1, fill_value=0).over(both)
+    begin = pl.max_horizontal(before, pl.lit(math.ceil(first) - 1))
+    width = pl.min_horizontal("step", pl.lit(last)) - begin
     return (
         curves.with_columns(width=width)
-        .filter(pl.col("step").is_between(first, last))
+        .filter(pl.col("width") > 0)
         .group_by(both, maintain_order=True)
         .agg((pl.col(column) * pl.col("width")).sum() / pl.col("width").sum())
     )
+
+
+def divided(a: float, b: float) -> float:
+    """a / b, where a loss that is not finite is infinitely worse than any, its like included."""
+    if not math.isfinite(a) or (b == 0 and a > 0):
+        return math.inf
+    return 1.0 if a == b else a / b

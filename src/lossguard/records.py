@@ -6,7 +6,9 @@
     manifest.json        commit, versions, device, wall time, and each time that it was resumed
     curves.parquet       what happened, thinned to three significant digits of the step
     evaluations.parquet  loss and accuracy on both whole splits, at steps 50, 100, 200, ...
-    verdicts.json        on the paper's claims about it, if there are any
+
+A folder may be put together from several runs, whose methods then differ in seeds and length; its
+manifest has ``runs``, each with its methods, seeds, steps, command, commit and device.
 
 Nothing that looks whole is half written: each file is written beside its name and then renamed.
 """
@@ -33,7 +35,7 @@ from .files import part_of, write_whole
 
 CONFIG, MANIFEST, CURVES = "config.json", "manifest.json", "curves.parquet"
 STARTED, FAILED = "started.json", "failed.json"
-EVALUATIONS, VERDICTS = "evaluations.parquet", "verdicts.json"
+EVALUATIONS = "evaluations.parquet"
 EXPERIMENT: Mapping[str, Sequence[str]] = {
     CONFIG: ("name", "title", "methods", "seeds", "seed"),
     MANIFEST: ("data", "seconds"),
@@ -215,6 +217,9 @@ def _lack(record: Record, columns: Sequence[str]) -> tuple[str, str]:
                 return name, f"the methods {', '.join(missing)}"
         if not config["methods"]:
             return CONFIG, "methods"
+        if "runs" in made:
+            whole = _have_all_steps(curves, same_last=False)
+            return ("", "") if whole else (CURVES, "steps from 1, each once, for every curve")
         many = dict(curves.group_by("method").agg(pl.col("seed").n_unique()).iter_rows())
         if few := [method for method in config["methods"] if many[method] < config["seeds"]]:
             return CURVES, f"seeds of the methods {', '.join(few)}"
@@ -225,13 +230,15 @@ def _lack(record: Record, columns: Sequence[str]) -> tuple[str, str]:
     return "", ""
 
 
-def _have_all_steps(curves: pl.DataFrame) -> bool:
+def _have_all_steps(curves: pl.DataFrame, *, same_last: bool = True) -> bool:
     """Whether all methods and seeds go from step 1 to the same last one, and have none twice."""
     step = pl.col("step")
     each = curves.group_by("method", "seed").agg(
-        first=step.min(), last=step.max(), once=step.is_unique().all()
+        first=step.min(), once=step.is_unique().all(), last=step.max()
     )
-    return each.drop("method", "seed").unique().rows() == [(1, curves["step"].max(), True)]
+    found = each.drop("method", "seed").unique()
+    whole = found.select("first", "once").unique().rows() == [(1, True)]
+    return whole and (len(found) == 1 or not same_last)
 
 
 def read_parquet(path: Path) -> pl.DataFrame:

@@ -46,5 +46,5 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records.open_folder(folder / "d_failed", {"name": "failed"})
     records.write_json(folder / "d_failed" / "failed.json", {"reason": "OSError: no < data"})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reporting, "judge_claims", lambda records: VERDICTS[: 1 + len(records)])
+        patch.setattr(reporting, "judge_claims", lambda records: VERDICTS[: 2 + len(records)])
         return report([folder], folder.parent / "pages" / "report.html")

@@ -115,6 +115,33 @@ def test_draw_has_a_line_and_a_band_for_each_method() -> None:
         assert guarded.get_color() == track.get_color()
 
 
+def test_a_line_goes_on_with_the_seeds_that_do() -> None:
+    """In a record that is put together; the second seed, of twice the loss, ends at 500."""
+    curves = curves_of({"SGDnm": 1.0, "LGL2O": 2.0})
+    curves = curves.filter((pl.col("seed") == 0) | (pl.col("step") <= 500))
+    first, second = figures.draw(curves, "Title").axes
+    assert len(first.lines) == 4 and len(second.lines) == 2
+    both, one = ([np.asarray(v) for v in line.get_data()] for line in first.lines[:2])
+    assert both[0][-1] == 500 and one[0][0] > 500 and one[0][-1] == STEPS[-1]
+    np.testing.assert_allclose(both[1][:299], 1.5 / np.sqrt(both[0][:299]), rtol=1e-6)
+    np.testing.assert_allclose(one[1][-1], 1 / np.sqrt(0.95 * STEPS[-1]), rtol=0.01)
+    table = figures.summary(records.Record(MERGED, {"seconds": SECONDS}, curves))
+    per_step = [str(cell) for cell in table.columns[-4].cells]
+    assert per_step == ["727", "727"]  # four seconds and 5,500 steps
+
+
+MERGED = {"title": "", "name": "any", "methods": ["SGDnm", "LGL2O"], "seeds": 2}
+SECONDS = {"SGDnm": 4.0, "LGL2O": 4.0}
+
+
+def test_a_variant_looks_like_its_method_but_dashed() -> None:
+    methods = ["SGDnm", "Adam", "Adam 0.01", "LGL2O", "LGL2O (nc 100)"]
+    figure = figures.draw(curves_of(dict.fromkeys(methods, 1.0), np.arange(1, 20)), "Title")
+    styles = [(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines]
+    assert styles[2][0] == styles[1][0] and styles[4][0] == styles[3][0] != styles[1][0]
+    assert [dashes for _, dashes in styles] == ["-", "-", "--", "-", "--"]
+
+
 def test_lines_are_smoothed_before_they_are_thinned() -> None:
     """And bands are of all seeds."""
     curves = curves_of({"L2O": 1.0}, seeds=3)
@@ -242,7 +269,8 @@ def test_a_grid_is_drawn_as_a_map(folder: Path, monkeypatch: pytest.MonkeyPatch)
     axes, bar = drawn[0].axes
     assert axes.get_title() == "known (JPEG q75)" and bar.get_ylabel().endswith("at step 5,000")
     (image,) = axes.images
-    loss = 1.5 * np.mean(1 / np.sqrt(np.arange(4500, 5001, 10)))
+    ends, inside = np.arange(4500, 5001, 10), [1, *[10] * 50]  # step 4,500 alone of its bin
+    loss = 1.5 * np.average(1 / np.sqrt(ends), weights=inside)
     expected = loss * np.outer([0.1, 1, 10], [2, 5])
     found = np.ma.asarray(image.get_array())
     assert found.mask.sum() == 1 and found.mask[2, 1]

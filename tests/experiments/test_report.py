@@ -165,19 +165,18 @@ def test_figure_of_a_meta_training_is_left_as_png(tmp_path: Path) -> None:
 
 
 def test_runs_are_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a figure first the run that speaks for it, then the latest."""
-    judged = VERDICTS[0]._replace(id="C3c", folder=tmp_path / "c", measured="in c, not in c_2")
-    monkeypatch.setattr(reporting, "judge_claims", lambda records: [*VERDICTS, judged])
+    """Of a figure first the runs with its recipe's settings, then the latest."""
+    monkeypatch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
     curves = curves_of(["SGDnm"], np.arange(1, 20))
-    for folder, name, time in (
-        ("a", "fig10", "2026-01-02"),
-        ("b", "ablation", "2026-01-02"),
-        ("c", "fig03", "2026-01-02"),
-        ("d", "fig03", "2026-01-04"),
-        ("e", "fig03", "2026-01-03"),
-        ("f", "fig02-moons", "2026-01-02"),
+    for folder, name, time, settings in (
+        ("a", "fig10", "2026-01-02", {}),
+        ("b", "mine", "2026-01-02", {}),
+        ("c", "fig03", "2026-01-05", {"scaling": "symmetric"}),
+        ("d", "fig03", "2026-01-04", {}),
+        ("e", "fig03", "2026-01-03", {}),
+        ("f", "fig02-moons", "2026-01-02", {}),
     ):
-        write_run(tmp_path / folder, curves, name=name, time=time)
+        write_run(tmp_path / folder, curves, name=name, time=time, **settings)
     write_meta(tmp_path / "g", "lstm-cifar10-conv")
     write_meta(tmp_path / "h", "lstm-mnist-mlp")
     text = report([tmp_path], tmp_path / "report.html").read_text()
@@ -185,92 +184,50 @@ def test_runs_are_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert found == [
         ("1", "fig02", "h"),
         ("2", "fig02-moons", "f"),
-        ("3", "fig03", "c"),
-        ("4", "fig03", "d"),
-        ("5", "fig03", "e"),
+        ("3", "fig03", "d"),
+        ("4", "fig03", "e"),
+        ("5", "fig03", "c"),
         ("6", "fig10", "a"),
         ("7", "fig11", "g"),
-        ("8", "ablation", "b"),
+        ("8", "mine", "b"),
     ]
     assert "<h2>fig11: Meta-training of lstm-cifar10-conv, 15 meta-steps <" in text
     links = re.findall(r'<td data-label="Figure">(.*)</td>', text)
-    # To the run that was judged, else to the first.
-    assert links == [*2 * ['<a href="#run-3">3</a>'], "6", '<a href="#run-3">3</a>']
-    assert 'data-label="Measured">in <a href="#run-3">c</a>, not in c_2</td>' in text
+    assert links == 3 * ['<a href="#run-3">3</a>']
 
 
-@pytest.mark.parametrize(
-    ("changes", "supersedes"),
-    [
-        ({}, True),
-        ({"methods": ["SGDnm", "LGL2O", "Backoff"], "seeds": 3, "steps": 30}, True),
-        ({"time": "2026-01-01"}, False),
-        ({"methods": ["SGDnm"]}, False),
-        ({"seeds": 1}, False),
-        ({"seed": 8}, False),  # others
-        ({"steps": 19}, False),
-        ({"scaling": "symmetric"}, False),  # not the recipe's
-        ({"name": "fig04"}, False),
-    ],
-)
-def test_a_later_run_with_all_of_it_supersedes_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], supersedes: bool
-) -> None:
-    monkeypatch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
-    for name, given in {"old": {}, "new": {"time": "2026-01-03"} | changes}.items():
-        made = {"methods": ["SGDnm", "LGL2O"], "seeds": 2, "steps": 20} | given
-        steps = np.arange(1, 1 + made.pop("steps"))
-        curves = curves_of(made.pop("methods"), steps, made.pop("seeds"))
-        write_run(tmp_path / name, curves, **made)
-    text = report([tmp_path], tmp_path / "report.html").read_text()
-    id_of = {name: id for id, name in re.findall(r'id="(run-\d)">\n.*folder">(...)</span>', text)}
-    link = f'<a href="#{id_of["new"]}">there is a later run</a>'
-    assert text.count(link) == 2 * supersedes
-    if supersedes:  # in the list and below the title
-        assert f'<span class="folder">old · {link}</span>' in text
-        assert f'<p class="small about">data: CIFAR-10 as JPEG q75 · {link}</p>' in text
-
-
-def test_a_claim_is_linked_to_a_run_with_the_recipes_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
+def test_claims_are_those_about_the_runs(tmp_path: Path) -> None:
+    """The real ones: of one's own runs there are none, of figure 3 its own."""
     curves = curves_of(["SGDnm"], np.arange(1, 20))
-    write_run(tmp_path / "mine", curves, scaling="symmetric", time="2026-01-03")
-    write_run(tmp_path / "recipes", curves)
-    text = report([tmp_path], tmp_path / "report.html").read_text()
-    assert re.findall(r'id="(run-.)">\n.*folder">(\w+)', text) == [
-        ("run-1", "mine"),
-        ("run-2", "recipes"),
-    ]
-    assert text.count('<td data-label="Figure"><a href="#run-2">3</a></td>') == 2
+    own = write_run(tmp_path / "own", curves, name="mine")
+    text = report([own], tmp_path / "own.html").read_text()
+    assert 'id="claims"' not in text and "not run" not in text and "<h1>Runs</h1>" in text
+    figure_3 = write_run(tmp_path / "three", curves)
+    text = report([own, figure_3], tmp_path / "both.html").read_text()
+    assert re.findall(r'<th scope="row">(\d[a-z])</th>', text) == ["3a", "3b", "3c", "3d", "3e"]
 
 
-def test_a_later_meta_training_without_the_other_data_supersedes_none(
+def test_what_is_put_together_is_drawn_to_the_end_of_each_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The first of two seeds goes on, and of GL2O there is the second only."""
     monkeypatch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
-    write_meta(tmp_path / "old", "mine")
-    new = write_meta(tmp_path / "new", "mine")
-    _, made, curves = records.read_run(new)
-    records.write_json(new / records.MANIFEST, made | {"time": "2026-01-03"})
-    for less in (False, True):
-        kept = curves.drop("validation_moons") if less else curves
-        records.write_parquet(new / records.CURVES, kept)
-        text = report([tmp_path], tmp_path / "report.html").read_text()
-        assert text.count("there is a later run") == (0 if less else 2)
-
-
-@pytest.mark.parametrize(("turns", "supersedes"), [(2, True), (3, False)])
-def test_of_ones_own_recipe_only_runs_with_the_same_options_supersede(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turns: int, supersedes: bool
-) -> None:
-    monkeypatch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
-    curves = curves_of(["SGDnm"], np.arange(1, 21), 2)
-    write_run(tmp_path / "old", curves, name="mine", turns=2)
-    write_run(tmp_path / "new", curves, name="mine", turns=turns, time="2026-01-03")
-    text = report([tmp_path], tmp_path / "report.html").read_text()
-    assert text.count("there is a later run") == 2 * supersedes
+    both = curves_of(["SGDnm", "LGL2O"], np.arange(1, 41))
+    both = both.filter((pl.col("seed") == 0) | (pl.col("step") <= 20))
+    both = both.filter((pl.col("method") == "SGDnm") | (pl.col("seed") == 1))
+    run = write_run(tmp_path / "run", both)
+    parts = [
+        {"methods": ["LGL2O"], "seeds": [1], "steps": 20, "time": "2026-01-01", "commit": "abc"}
+    ]
+    made = records.read_json(run / records.MANIFEST) | {"runs": parts}
+    records.write_json(run / records.MANIFEST, made)
+    text = report([run], tmp_path / "report.html").read_text()
+    assert "LGL2O (1 seeds to 20, 2026-01-01, commit abc)" in text
+    (data,) = data_of(tmp_path / "report.html")
+    alone, guard = data["methods"]
+    assert data["seeds"] == [7, 8] and [len(decode(row)) for row in alone["loss"]] == [40, 20]
+    assert guard["loss"][0] is None and len(decode(guard["loss"][1])) == 20
+    assert (alone["seconds"], guard["seconds"]) == (10 / 60, 10 / 20)
 
 
 def test_a_grid_is_a_table_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,12 +260,12 @@ def test_twenty_long_runs_stay_below_15_megabytes(
 def test_command(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the real claims, of which none is about these runs but the theorems'."""
+    """With the real claims."""
     folder = page.parent.parent / "runs" / "a_run"
     command(monkeypatch, "report", folder, "-o", tmp_path / "r")
     assert capsys.readouterr().out == f"report: {tmp_path / 'r'}\n"
     assert len(data_of(tmp_path / "r")) == 1
-    assert '<th scope="row">C3a</th>' in (tmp_path / "r").read_text()
+    assert '<th scope="row">3a</th>' in (tmp_path / "r").read_text()
 
 
 @pytest.mark.parametrize(

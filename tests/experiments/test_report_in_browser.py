@@ -280,11 +280,11 @@ def test_titles_of_axes_are_whole(opened: webdriver.Chrome) -> None:
 def test_claims_are_told_in_words(opened: webdriver.Chrome) -> None:
     rows = opened.find_elements(By.CSS_SELECTOR, ".claims tbody tr")
     assert [row.find_element(By.CLASS_NAME, "outcome").text for row in rows] == [
-        "holds",
-        "fails",
+        "reproduced",
+        "not reproduced",
         "not run",
     ]
-    assert "1 hold, 1 fail, 1 not run." in opened.find_element(By.ID, "claims").text
+    assert "1 reproduced, 1 not reproduced, 1 not run." in opened.find_element(By.ID, "claims").text
     assert "L2O is fast & stable" in rows[0].text
     colors = {
         row.find_element(By.CLASS_NAME, "outcome").value_of_css_property("color") for row in rows

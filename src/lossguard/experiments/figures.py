@@ -1,6 +1,7 @@
 """Figures and tables, made from records alone."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def draw(curves: pl.DataFrame, title: str) -> Figure:
     for axes in panels[:, 0]:
         axes.grid(which="major", alpha=0.3)
     legend = figure.legend(
-        top.lines,
+        [next(line for line in top.lines if line.get_label() == m) for m in methods],
         methods,  # else it leaves out what begins with _
         fontsize=8,
         loc="outside lower center",
@@ -95,9 +96,22 @@ def draw(curves: pl.DataFrame, title: str) -> Figure:
 
 
 def style_numbers(methods: Sequence[str]) -> dict[str, int]:
-    """The number of each method's color and dashes: one of ``NAMED`` looks alike in all figures."""
-    known = {*methods} <= NAMED.keys()
-    return {method: NAMED[method] if known else at for at, method in enumerate(methods)}
+    """The number of each method's color and dashes: one of ``NAMED`` looks alike in all figures.
+
+    A variant of one, such as "LGL2O (nc 100)" or "Adam 0.01", has its color, dashed.
+    """
+    numbers = [_number(method) for method in methods]
+    if None in numbers or len({*numbers}) < len(methods):
+        numbers = range(len(methods))
+    return dict(zip(methods, numbers, strict=True))  # pyright: ignore[reportReturnType]
+
+
+def _number(method: str) -> int | None:
+    """Of one of ``NAMED`` or of a variant of it, if it is one."""
+    plain = method.partition(" (")[0]
+    bases = (plain, plain.rpartition(" ")[0])
+    variant = next((NAMED[base] + COLORS for base in bases if base in NAMED), None)
+    return NAMED.get(method, variant)
 
 
 def guards(curves: pl.DataFrame) -> list[str]:
@@ -154,24 +168,36 @@ DASHES = ("-", "--", "-.", ":")
 def _draw_loss(
     axes: Axes, curves: pl.DataFrame, method: str, style: dict[str, Any], *, band: bool
 ) -> None:
-    steps, loss = by_seed(curves, method, "loss")
-    shown = drawn_points(steps)
-    steps, loss = steps[shown], smooth(steps, loss)[:, shown]
-    axes.plot(steps, loss.mean(axis=0), **style, label=method)
-    if band:
-        low, high = loss.min(axis=0), loss.max(axis=0)
-        axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    for steps, loss in _stretches(curves, method, "loss"):
+        axes.plot(steps, loss.mean(axis=0), **style, label=method)
+        if band:
+            low, high = loss.min(axis=0), loss.max(axis=0)
+            axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def _draw_use(axes: Axes, curves: pl.DataFrame, styles: Mapping[str, dict[str, Any]]) -> None:
     """Of each guard, whether it used the learned update (1) or the fallback's (0.5)."""
     for method, style in styles.items():
-        steps, used = by_seed(curves, method, "used_learned")
-        use_l2o = smooth(steps, 0.5 + 0.5 * used).mean(axis=0)
-        shown = drawn_points(steps)
-        axes.plot(steps[shown], use_l2o[shown], **style, linewidth=1)
+        for steps, used in _stretches(curves, method, "used_learned"):
+            axes.plot(steps, (0.5 + 0.5 * used).mean(axis=0), **style, linewidth=1)
     axes.set(ylim=(0.45, 1.05), ylabel="use_l2o")
     axes.set_yticks([0.5, 1.0], ["fallback", "learned"])
+
+
+def _stretches(
+    curves: pl.DataFrame, method: str, column: str
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Steps [m] that are drawn, and a column smoothed [seeds, m], where the seeds are the same.
+
+    There is more than one stretch only where some seeds of a method were taken further.
+    """
+    steps, values = by_seed(curves, method, column)
+    ends = np.array([*ends_of(curves, method).values()])
+    shown = np.union1d(drawn_points(steps), np.searchsorted(steps, ends))
+    smoothed = smooth(steps, values)
+    for begin, end in itertools.pairwise([0, *np.unique(ends)]):
+        inside = shown[(steps[shown] > begin) & (steps[shown] <= end)]
+        yield steps[inside], smoothed[ends >= end][:, inside]
 
 
 def _cut(axes: Axes, curves: pl.DataFrame) -> None:
@@ -194,8 +220,14 @@ def drawn_points(steps: np.ndarray) -> np.ndarray:
     return np.flatnonzero(last | (steps < SMOOTHED_FROM))
 
 
+def ends_of(curves: pl.DataFrame, method: str) -> dict[int, int]:
+    """The last step of each seed of a method, in the order of ``by_seed``."""
+    ends = curves.filter(pl.col("method") == method).group_by("seed", maintain_order=True)
+    return dict(ends.agg(pl.col("step").max()).iter_rows())
+
+
 def by_seed(curves: pl.DataFrame, method: str, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """The steps [m] of a method's bins, and a column's values [seeds, m]."""
+    """The steps [m] of a method's bins, and a column [seeds, m], NaN beyond a seed's end."""
     wide = (
         curves.filter(pl.col("method") == method)
         .pivot("seed", index="step", values=column)
@@ -229,6 +261,8 @@ def summary(record: Record) -> Table:
     """
     config, made, curves = record
     last = last_step(curves)
+    steps = curves.group_by("method", "seed").agg(pl.col("step").max())
+    steps = dict(steps.group_by("method").agg(pl.col("step").sum()).iter_rows())
     marks = [k for k in (100, 1_000, 10_000, 100_000, 1_000_000) if k < last] + [last]
     table = Table(title=config["title"] or config["name"], padding=0)
     table.add_column("method", no_wrap=True)
@@ -245,10 +279,10 @@ def summary(record: Record) -> Table:
         seconds = made["seconds"][method]
         table.add_row(
             method,
-            *(f"{losses[k][method]:.4g}" for k in marks),
+            *(f"{losses[k][method]:.4g}" if method in losses[k] else "" for k in marks),
             f"{used[method]:.0%}" if method in guarded else "",
             f"{seconds:.3g}" if seconds < 10 else f"{seconds:,.0f}",
-            f"{1e6 * seconds / last / config['seeds']:.0f}",
+            f"{1e6 * seconds / steps[method]:.0f}",
             *(
                 f"{spent[name][method]:,.0f}"
                 if method in guarded or name != "learned_updates"

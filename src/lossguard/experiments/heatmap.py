@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
 
-from ..curves import last_step, mark_loss, over_seeds
+from ..curves import mark_loss, over_seeds
 
 
 class Heatmap(NamedTuple):
@@ -19,8 +19,8 @@ class Heatmap(NamedTuple):
     taus: list[str]
 
     def losses(self, curves: pl.DataFrame) -> tuple[int, np.ndarray]:
-        """The last step, and Loss there [rates, taus], the mean over seeds."""
-        last = last_step(curves)
+        """The last step that all reached, and Loss there [rates, taus], the mean over seeds."""
+        last = int(curves.group_by("method", "seed").agg(pl.col("step").max())["step"].min())  # pyright: ignore
         loss = over_seeds(mark_loss(curves, last), "loss")
         rows = [[loss[f"{self.name} {rate} tau {tau}"] for tau in self.taus] for rate in self.rates]
         return last, np.array(rows, float)

@@ -72,7 +72,6 @@ def fig06() -> Experiment:
         model=ConvNet(),
         steps=100_000,
         sgd_rate=0.01,
-        sgd_tau=20_000.0,
         methods=PAPER,
     )
 
@@ -87,7 +86,6 @@ def fig07() -> Experiment:
         model=ConvNet(),
         steps=100_000,
         sgd_rate=0.01,
-        sgd_tau=20_000.0,
         adam_rate=0.001,
         methods=PAPER,
     )

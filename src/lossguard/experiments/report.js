@@ -25,14 +25,16 @@ function decode(text) {
   return new Float32Array(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
 }
 
+// Of the rows that go on where others end: seeds may have been taken further than others.
 function over(rows, combine) {
-  return rows[0].map((_, i) => combine(rows.map((row) => row[i])));
+  const longest = rows.reduce((a, b) => (b.length > a.length ? b : a));
+  return longest.map((_, i) => combine(rows.filter((row) => i < row.length).map((row) => row[i])));
 }
 
 const mean = (values) => values.reduce((a, b) => a + b) / values.length;
 
 function decodeMethod(method, number, { length }) {
-  const many = (rows) => rows && rows.map(decode);
+  const many = (rows) => rows && rows.map((row) => row && decode(row));
   const step = decode(method.step);
   const flat = typeof method.gradients === "number";
   return {
@@ -69,10 +71,12 @@ function band(method, x, rows) {
   };
 }
 
-function tracesOf(method, { x, seeds, apart, bands }) {
-  const chosen = (rows) => seeds.map((seed) => rows[seed]);
+function tracesOf(method, { x, seeds: all, apart, bands }) {
+  const seeds = all.filter((seed) => method.loss[seed]);  // it may have been run with fewer
+  const chosen = (rows) => seeds.map((seed) => rows[seed].slice(0, method.loss[seed].length));
   const xs = chosen(method.x[x]);
   const traces = [];
+  if (!seeds.length) return traces;
   if (apart) {
     seeds.forEach((seed, i) => {
       traces.push(line(method, xs[i], method.loss[seed], { meta: seed, opacity: 0.8 }));

@@ -1,4 +1,4 @@
-"""One page from the records of runs: the claims, and each run's figure with switches.
+"""One page from the records of runs: claims about them, and each run's figure with switches.
 
 The page holds all that it needs, Plotly included, and is read without a network. What is on it is
 gathered here; how it looks is in ``report.html`` and ``report.css``, what its switches do in
@@ -16,21 +16,20 @@ from typing import Any
 import jinja2
 import numpy as np
 import polars as pl
-from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from ..curves import last_step
 from ..files import write_whole
 from ..metatrain.figure import OTHERS, kept, on_others
 from ..records import EVALUATIONS, MANIFEST, Record, read_parquet
-from . import RECIPES
 from .claims import judge_claims
-from .evidence import FREE, has_settings
+from .evidence import has_settings
 from .figures import (
     SMOOTHED_FROM,
     by_seed,
     ceiling,
     drawn_points,
+    ends_of,
     floor,
     guards,
     smooth,
@@ -39,10 +38,13 @@ from .figures import (
 )
 from .folders import read_runs
 from .heatmap import heatmap_of
+from .recipes import PAPERS
 
 
 def report(folders: Sequence[Path], file: Path) -> Path:
-    """Write a page about these runs, or folders of runs, and all claims; returns its file.
+    """Write a page about these runs, or folders of runs; returns its file.
+
+    Claims of the paper are on it if they are about one of the runs.
 
     Raises:
         ValueError: as ``read_runs``, or if the file is a folder, or a manifest lacks provenance, or
@@ -52,9 +54,13 @@ def report(folders: Sequence[Path], file: Path) -> Path:
         raise ValueError(f"out must be a file, but {file} is a folder")
     records, others = read_runs(folders)
     sections = [_section(folder, record) for folder, record in records.items()]
-    claims = judge_claims(records)
-    runs = _in_order(sections, {claim.folder for claim in claims})
-    ids = {run["path"]: run["id"] for run in runs}
+    runs = _in_order(sections)
+    figures = {run["figure"]: run["id"] for run in reversed(runs) if run["figure"]}
+    claims = [
+        claim
+        for claim in judge_claims(records)
+        if claim.figure in figures or claim.verdict != "not run"
+    ]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -63,9 +69,8 @@ def report(folders: Sequence[Path], file: Path) -> Path:
         lstrip_blocks=True,
     )
     page = environment.get_template("report.html").render(
-        claims=[claim._asdict() | {"measured": _linked(claim.measured, ids)} for claim in claims],
-        figures={run["figure"]: run["id"] for run in reversed(runs) if run["by_recipe"]},
-        ids=ids,
+        claims=claims,
+        figures=figures,
         runs=runs,
         others=others,
         smoothed_from=SMOOTHED_FROM,
@@ -81,54 +86,20 @@ def _beside(name: str) -> str:
     return (Path(__file__).parent / name).read_text("utf-8")
 
 
-def _linked(measured: str, ids: dict[Path, str]) -> Markup:
-    """With a link from each folder that it names to the section about it."""
-    sections = {folder.name: id for folder, id in ids.items()}
+def _in_order(sections: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By the paper's figure, then name, those with the recipe's settings first, then the latest.
 
-    def link(word: re.Match[str]) -> str:
-        name = word[0]
-        return f'<a href="#{sections[name]}">{name}</a>' if name in sections else name
-
-    return Markup(re.sub(r"[\w.-]+", link, str(escape(measured))))
-
-
-def _in_order(sections: list[dict[str, Any]], speaking: set[Path | None]) -> list[dict[str, Any]]:
-    """By the paper's figure, then whether a claim cites them, then name; of one name latest first.
-
-    Each section gets ``id``, its place on the page, and ``later``, that of the latest section that
-    supersedes it, if one does.
+    Each section gets ``id``, its place on the page.
     """
 
-    def place(section: dict[str, Any]) -> tuple[float, bool, str]:
-        silent = section["path"] not in speaking
-        return float(section["figure"] or "inf"), silent, section["name"]
+    def place(section: dict[str, Any]) -> tuple[float, str, bool]:
+        return float(section["figure"] or "inf"), section["name"], not section["by_recipe"]
 
     latest = sorted(sections, key=lambda section: section["time"], reverse=True)
     sections = sorted(latest, key=place)
     for number, section in enumerate(sections, 1):
         section["id"] = f"run-{number}"
-    for section in sections:
-        above = (one["id"] for one in latest if _supersedes(one, section))
-        section["later"] = next(above, None)
     return sections
-
-
-def _supersedes(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether a run is later than another and has all of it: its methods, seeds and steps.
-
-    Runs whose settings aren't those of their recipe supersede nothing, and nothing supersedes them.
-    Recipes of one's own can't be looked up: of these both runs must have the same settings.
-    """
-    return (
-        one["name"] == other["name"]
-        and one["by_recipe"]
-        and other["by_recipe"]
-        and one["settings"] == other["settings"]
-        and one["time"] > other["time"]
-        and one["steps"] >= other["steps"]
-        and one["methods"] >= other["methods"]
-        and one["seeds"] >= other["seeds"]
-    )
 
 
 def _figure(name: str, meta: bool) -> str | None:
@@ -143,16 +114,6 @@ META = {"mnist-mlp": "2", "cifar10-conv": "11"}
 """Figures about a meta-training, by what its name contains."""
 
 
-def _by_recipe(config: dict[str, Any]) -> bool:
-    """Whether a run has the settings of its recipe, if it is one of ours."""
-    name = config["name"]
-    return name not in RECIPES or has_settings(config, RECIPES[name]())
-
-
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name not in FREE}
-
-
 def _section(folder: Path, record: Record) -> dict[str, Any]:
     """What the page says about one run."""
     config, made, curves = record
@@ -161,23 +122,18 @@ def _section(folder: Path, record: Record) -> dict[str, Any]:
     meta = record.is_meta
     name = f"Meta-training of {config['name']}" if meta else config["name"]
     figure = _figure(config["name"], meta)
-    first, many = config.get("seed", 0), config.get("seeds", 1)
+    many = config.get("seeds", 1)
     steps = int(curves["meta_step"].max()) if meta else last_step(curves)  # pyright: ignore
     unit, seeds = ("meta-steps", "") if meta else ("steps", f", {many} seed{'s' * (many > 1)}")
     titled = f"{name}: {config['title']}" if not meta and config["title"] else name
     number = f"fig{int(figure):02}: " if meta and figure else ""
     return {
-        "path": folder,
         "folder": folder.name,
         "name": name,
         "figure": figure,
         "title": f"{number}{titled}, {steps:,} {unit}{seeds}",
         "time": made["time"],
-        "by_recipe": _by_recipe(config),
-        "settings": None if meta or config["name"] in RECIPES else _settings(config),
-        "methods": {*curves.columns} if meta else {*config["methods"]},
-        "seeds": {*range(first, first + many)},
-        "steps": steps,
+        "by_recipe": config["name"] not in PAPERS or has_settings(config),
         "note": made.get("data", ""),
         "panels": _meta_panels(curves) if meta else None,
         "curves": None if meta else _curves(config, made, curves),
@@ -191,45 +147,53 @@ def _curves(config: dict[str, Any], made: dict[str, Any], curves: pl.DataFrame) 
     """What ``report.js`` draws: for each method its points, arrays in base 64.
 
     ``style`` of its line, ``step`` [m], ``loss`` [seeds, m] smoothed as in the figure, ``use``
-    [seeds, m] likewise, for guards only, ``gradients`` [seeds, m] spent until the step, or one
+    [seeds, m] likewise, for guards only (rows end where their seeds do, and are None of a seed that
+    a method wasn't run with), ``gradients`` [seeds, m] spent until the step, or one
     number if it is always the same a step, ``seconds`` a step of one seed, their mean. ``ceiling``
     and ``floor`` are where the axis ends at first, if lines leave there.
     """
     methods, means, shown, recorded = [], [], 0, 0
     guarded, styles = guards(curves), style_numbers(config["methods"])
+    seeds = curves["seed"].unique().sort().to_list()
     for name in config["methods"]:
         steps, loss = by_seed(curves, name, "loss")
         _, used = by_seed(curves, name, "used_learned")
         _, gradients = by_seed(curves, name, "gradients")
-        keep = drawn_points(steps)
+        ends, keep = ends_of(curves, name), drawn_points(steps)
+        lengths = {seed: int((steps[keep] <= end).sum()) for seed, end in ends.items()}
         shown, recorded = max(shown, len(keep)), max(recorded, len(steps))
         rate = float(gradients[0, 0] / steps[0])
         smoothed = smooth(steps, loss)[:, keep]
-        means.append(smoothed.mean(axis=0))
+        means.append(smoothed[:, : min(lengths.values())].mean(axis=0))
         methods.append(
             {
                 "name": name,
                 "style": styles[name],
                 "step": _base64(steps[keep]),
-                "loss": [_base64(row) for row in smoothed],
-                "use": [_base64(row[keep]) for row in smooth(steps, 0.5 + 0.5 * used)]
+                "loss": _rows(smoothed, lengths, seeds),
+                "use": _rows(smooth(steps, 0.5 + 0.5 * used)[:, keep], lengths, seeds)
                 if name in guarded
                 else None,
                 "gradients": rate
-                if (gradients == rate * steps).all()
-                else [_base64(row[keep]) for row in gradients],
-                "seconds": made["seconds"][name] / len(loss) / float(steps[-1]),
+                if np.isclose(gradients, rate * steps, equal_nan=True)[~np.isnan(gradients)].all()
+                else _rows(gradients[:, keep], lengths, seeds),
+                "seconds": made["seconds"][name] / sum(ends.values()),
             }
         )
-    seeds = (config["seed"] + np.arange(config["seeds"])).tolist()
     return {
         "methods": methods,
-        "seeds": seeds,
+        "seeds": [config["seed"] + seed for seed in seeds],
         "ceiling": ceiling(curves, means),
         "floor": floor(curves, means),
         "shown": shown,
         "recorded": recorded,
     }
+
+
+def _rows(values: np.ndarray, lengths: dict[int, int], seeds: list[int]) -> list[str | None]:
+    """Each seed's, to its end; None where it has none."""
+    rows = dict(zip(lengths, values, strict=True))
+    return [_base64(rows[seed][: lengths[seed]]) if seed in rows else None for seed in seeds]
 
 
 def _base64(values: np.ndarray) -> str:
@@ -318,6 +282,11 @@ def _provenance(made: dict[str, Any]) -> dict[str, str]:
         f"{part.get('time', 'unknown')} (commit {part.get('commit') or 'unknown'})"
         for part in made.get("resumed", ())
     )
+    parts = "; ".join(
+        f"{', '.join(run['methods'])} ({len(run['seeds'])} seeds to {run['steps']:,}, "
+        f"{run['time']}, commit {run['commit'] or 'unknown'})"
+        for run in made.get("runs", ())
+    )
     return {
         "Made": made["time"],
         "Command": shlex.join(made["command"]),
@@ -325,5 +294,6 @@ def _provenance(made: dict[str, Any]) -> dict[str, str]:
         "Device": f"{made['device']}, {made['platform']}",
         "Versions": f"Python {made['python']}, {versions}",
         "Resumed": later,
+        "Put together from": parts,
         "Data": made.get("data", ""),
     }

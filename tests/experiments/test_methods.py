@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from lossguard import Guard, paper_decay, track_record, unguarded
-from lossguard.experiments import beyond, methods
+from lossguard.experiments import beyond, recipes
 from lossguard.experiments import experiment as experiments
 from lossguard.experiments.beyond import ABLATION, ablation_methods, candidates_methods
 from lossguard.experiments.experiment import Experiment, Methods, named_task, paper_methods
@@ -40,7 +40,7 @@ ALONE, FALLBACK = (optax.sgd(paper_decay(0.5, tau)) for tau in (4.0, 9.0))
 @pytest.fixture(autouse=True)
 def told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards are what they are made of: their optimizers, and their options."""
-    for module in (experiments, methods, beyond):
+    for module in (experiments, recipes, beyond):
         for name in ("unguarded", "loss_guard", "residual_guard", "recommended"):
             made = lambda *optimizers, **options: (optimizers, options)  # noqa: E731
             monkeypatch.setattr(module, name, made, raising=False)
@@ -85,7 +85,7 @@ def test_the_papers() -> None:
 
 @pytest.mark.usefixtures("eager")
 def test_figure_9s() -> None:
-    made = methods.fallbacks(E)
+    made = recipes.fallback_methods(E)
     check(made, "LGL2O over SGDnm 0.5", GUARD, LEARNED, FALLBACK)
     momentum = optax.sgd(paper_decay(0.5, 9.0), momentum=0.9)
     check(made, "LGL2O over SGD 0.5", GUARD, LEARNED, momentum)
@@ -97,15 +97,15 @@ def test_figure_9s() -> None:
 def test_grids() -> None:
     for tau in (2_000, 50_000):
         name = f"tau {tau}"
-        check(methods.appendix_e(E), f"SGDnm {name}", TRUSTED, optax.sgd(paper_decay(0.5, tau)))
+        check(recipes.grid_methods(E), f"SGDnm {name}", TRUSTED, optax.sgd(paper_decay(0.5, tau)))
         for rate in (1e-4, 1.0):
             sgd = optax.sgd(paper_decay(rate, tau))
-            check(methods.rate_and_decay(E), f"SGDnm {rate:g} {name}", TRUSTED, sgd)
-    for make in (methods.appendix_e, methods.first_steps):
+            check(recipes.rate_methods(E), f"SGDnm {rate:g} {name}", TRUSTED, sgd)
+    for make in (recipes.grid_methods, recipes.first_step_methods):
         for rate in (1e-4, 1e-1):
             check(make(E), f"Adam {rate:g}", TRUSTED, optax.adam(rate))
-    check(methods.first_steps(E), "SGDnm 0.3", TRUSTED, optax.sgd(0.3))
-    check(methods.first_steps(E), "L2O", {"nt": 3}, LEARNED)
+    check(recipes.first_step_methods(E), "SGDnm 0.3", TRUSTED, optax.sgd(0.3))
+    check(recipes.first_step_methods(E), "L2O", {"nt": 3}, LEARNED)
 
 
 @pytest.mark.usefixtures("eager")

@@ -20,7 +20,7 @@ from ..curves import COUNTERS, divided, mark_loss, step_mean
 from ..records import EVALUATIONS, Record, read_parquet
 from .recipes import FIRST, PAPERS
 
-FREE = ("title", "steps", "seeds", "seed", "methods", "vectorize", "nc", "adam_rate")
+FREE = ("title", "tested_on", "steps", "seeds", "seed", "methods", "vectorize", "nc", "adam_rate")
 """Settings in which a run may differ from its recipe and still be of its figure."""
 FUNCTIONS = ("make_task", "make_methods")
 """Compared only by whether they are this package's: they may have been renamed since the run."""

@@ -80,6 +80,8 @@ class Experiment:
     """Of the recipe; claims about a figure of the paper are judged by records of that name."""
     title: str = ""
     """Of its figure."""
+    tested_on: str = ""
+    """Its data and its model, in words."""
     dataset: str = "spirals"
     scaling: str = "none"
     """Of the inputs, as the data set's loader takes it."""
@@ -110,11 +112,6 @@ class Experiment:
     make_task: Annotated[Callable[["Experiment"], Task], tyro.conf.Suppress] = named_task
     make_methods: Annotated[MakeMethods, tyro.conf.Suppress] = paper_methods
     """Name to guard, for ``methods`` to choose from. Put your own optimizers in here."""
-
-    @property
-    def tested_on(self) -> str:
-        """Its data and its model, as its title says them."""
-        return self.title.partition("tested on ")[2]
 
     def guards(self) -> dict[str, Guard]:
         """The guards of ``methods``, in their order.

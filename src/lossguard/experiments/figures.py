@@ -1,9 +1,10 @@
 """Figures and tables, made from records alone."""
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -14,7 +15,6 @@ from rich.table import Table
 from ..curves import COUNTERS, last_step, mark_loss, over_seeds, step_mean
 from ..drawing import log_losses, save, titled
 from ..records import Record
-from .heatmap import draw_heatmap, heatmap_of
 
 SMOOTHED_FROM = 300
 """Step from which the paper's figures are smoothed (caption of figure 3)."""
@@ -211,6 +211,50 @@ def _cut(axes: Axes, curves: pl.DataFrame) -> None:
     axes.set_ylim(lowest if low else lowest / margin, highest if high else highest * margin)
     ends = [f"the {end}" for end, limit in {"top": high, "bottom": low}.items() if limit]
     axes.set_ylabel(f"Training loss (lines leave at {' and '.join(ends)})")
+
+
+class Heatmap(NamedTuple):
+    """Methods named "SGDnm RATE tau TAU", of each rate with each time scale."""
+
+    name: str
+    rates: list[str]
+    taus: list[str]
+
+    def losses(self, curves: pl.DataFrame) -> tuple[int, np.ndarray]:
+        """The last step that all reached, and Loss there [rates, taus], the mean over seeds."""
+        last = int(curves.group_by("method", "seed").agg(pl.col("step").max())["step"].min())  # pyright: ignore
+        loss = over_seeds(mark_loss(curves, last), "loss")
+        rows = [[loss[f"{self.name} {rate} tau {tau}"] for tau in self.taus] for rate in self.rates]
+        return last, np.array(rows, float)
+
+
+def heatmap_of(methods: Sequence[str]) -> Heatmap | None:
+    """The grid that these methods are, if they are a whole one."""
+    found = [re.fullmatch(r"(.+) (\S+) tau (\S+)", method) for method in methods]
+    parts = [match.groups() for match in found if match]
+    names, rates, taus = ([*dict.fromkeys(part[i] for part in parts)] for i in range(3))
+    whole = len(names) == 1 and min(len(rates), len(taus)) > 1
+    one = Heatmap(names[0], rates, taus) if whole else None
+    return one if one and len(rates) * len(taus) == len(parts) == len(methods) else None
+
+
+def draw_heatmap(heatmap: Heatmap, curves: pl.DataFrame, title: str) -> Figure:
+    """A map of the losses at the last step that all reached, with the numbers."""
+    last, losses = heatmap.losses(curves)
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(np.ma.masked_invalid(losses), cmap="Blues", aspect="auto")
+    middle = np.mean(image.get_clim())
+    for (row, column), loss in np.ndenumerate(losses):
+        color = "white" if loss > middle else "black"
+        axes.text(column, row, f"{loss:#.4g}", ha="center", va="center", color=color)
+    axes.set_xticks(range(len(heatmap.taus)), heatmap.taus, parse_math=False)
+    axes.set_yticks(range(len(heatmap.rates)), heatmap.rates, parse_math=False)
+    axes.set_xlabel("Time scale of the decay, in steps")
+    axes.set_ylabel(f"Rate of {heatmap.name}", parse_math=False)
+    axes.set_title(title, fontsize=10, parse_math=False)
+    figure.colorbar(image, label=f"Training loss at step {last:,}")
+    return figure
 
 
 def drawn_points(steps: np.ndarray) -> np.ndarray:

@@ -1,5 +1,7 @@
 """The paper's experiments, one function each; ``lossguard run NAME`` runs them.
 
+Below them are the methods that single ones compare: guards by the names that records give them.
+
 Settings are those of the paper's section 4 and its appendices D and E; where they are lost or not
 stated, ``docs/deviations.md`` says what was chosen. The outer-loop curves of figures 2 and 11 are
 the records of ``lossguard metatrain mnist-mlp`` and ``lossguard metatrain cifar10-conv``.
@@ -8,15 +10,27 @@ the records of ``lossguard metatrain mnist-mlp`` and ``lossguard metatrain cifar
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
+import optax
+
+from ..guards.loss_guard import loss_guard
+from ..guards.unguarded import unguarded
+from ..learned.pretrained import pretrained
+from ..schedules import paper_decay
 from ..tasks.models import ConvNet
-from . import methods
-from .experiment import Experiment, with_methods
+from .experiment import Experiment, Methods, with_methods
 
 PAPER = ("SGDnm", "Adam", "L2O", "GL2O", "GL2O (theta as decay)", "LGL2O")
 """What each of the paper's figures compares, and both readings of GL2O's theta."""
 CONVNET_5 = ConvNet((8, 16, 32, 32, 64), (3, 3, 3, 3, 1), (2, 2, 2, 1, 1))
 """The optimizee on TinyImagenet50."""
+TAUS = (2_000, 5_000, 10_000, 20_000, 50_000)
+"""Time scales of SGDnm's decay in appendix E's grid, in steps."""
+ADAM_RATES = (1e-4, 1e-3, 1e-2, 1e-1)
+"""Adam's learning rates in appendix E's grid."""
+CONV_RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""SGDnm's learning rates in figure 10's grid."""
 
 
 def demo() -> Experiment:
@@ -27,92 +41,86 @@ def demo() -> Experiment:
 
 def fig03() -> Experiment:
     """MNIST + MLP: in distribution, data and optimizee."""
-    return Experiment(
+    return _tested_on(
+        "MNIST + MLP",
         name="fig03",
-        title="Learned on MNIST + MLP, tested on MNIST + MLP",
         dataset="mnist",
         scaling="unit",
         steps=200_000,
         adam_rate=0.01,
-        methods=PAPER,
     )
 
 
 def fig04() -> Experiment:
     """Circles + MLP: out of distribution, the data."""
-    return Experiment(
+    return _tested_on(
+        "Circles + MLP",
         name="fig04",
-        title="Learned on MNIST + MLP, tested on Circles + MLP",
         dataset="circles",
         steps=1_000_000,
         adam_rate=0.1,
-        methods=PAPER,
     )
 
 
 def fig05() -> Experiment:
     """Spirals + MLP: out of distribution, the data, with a plateau at first."""
-    return Experiment(
+    return _tested_on(
+        "Spirals + MLP",
         name="fig05",
-        title="Learned on MNIST + MLP, tested on Spirals + MLP",
         dataset="spirals",
         steps=1_000_000,
         adam_rate=0.1,
-        methods=PAPER,
     )
 
 
 def fig06() -> Experiment:
     """MNIST + ConvNet: out of distribution, the optimizee."""
-    return Experiment(
+    return _tested_on(
+        "MNIST + ConvNet",
         name="fig06",
-        title="Learned on MNIST + MLP, tested on MNIST + ConvNet",
         dataset="mnist",
         scaling="unit",
         model=ConvNet(),
         steps=100_000,
         sgd_rate=0.01,
-        methods=PAPER,
     )
 
 
 def fig07() -> Experiment:
     """CIFAR-10 + ConvNet: out of distribution, data and optimizee."""
-    return Experiment(
+    return _tested_on(
+        "CIFAR-10 + ConvNet",
         name="fig07",
-        title="Learned on MNIST + MLP, tested on CIFAR-10 + ConvNet",
         dataset="cifar10",
         scaling="unit",
         model=ConvNet(),
         steps=100_000,
         sgd_rate=0.01,
         adam_rate=0.001,
-        methods=PAPER,
     )
 
 
 def fig08() -> Experiment:
     """TinyImagenet50 + a deeper ConvNet: out of distribution, data and optimizee."""
-    return Experiment(
+    return _tested_on(
+        "TinyImagenet50 + ConvNet",
         name="fig08",
-        title="Learned on MNIST + MLP, tested on TinyImagenet50 + ConvNet",
         dataset="tiny_imagenet50_32px",
         scaling="unit",
         model=CONVNET_5,
         steps=50_000,
         sgd_rate=0.01,
         adam_rate=0.001,
-        methods=PAPER,
     )
 
 
 def fig09() -> Experiment:
     """Spirals + MLP with other fallbacks: SGD with momentum, and Adam."""
     return with_methods(
-        methods.fallbacks,
+        fallback_methods,
         fig05(),
         name="fig09",
-        title="Learned on MNIST + MLP, tested on Spirals + MLP: LGL2O over other fallbacks",
+        title=f"{fig05().title}: LGL2O over other fallbacks",
         steps=120_000,
     )
 
@@ -120,7 +128,7 @@ def fig09() -> Experiment:
 def fig10() -> Experiment:
     """TinyImagenet50 + the deeper ConvNet: the grid of SGDnm's rate and decay."""
     return with_methods(
-        methods.rate_and_decay,
+        rate_methods,
         fig08(),
         name="fig10",
         title="Rate and decay of SGDnm on TinyImagenet50 + ConvNet",
@@ -169,7 +177,7 @@ def grid(task: str) -> Experiment:
     """Appendix E's grids on one of ``GRIDS``, over 300 steps."""
     e = GRIDS[task]()
     return with_methods(
-        methods.appendix_e,
+        grid_methods,
         e,
         name=f"grid-{task}",
         title=f"Grids of appendix E on {e.tested_on}",
@@ -180,7 +188,7 @@ def grid(task: str) -> Experiment:
 def first_steps() -> Experiment:
     """MNIST + MLP: the shipped learned optimizer against grids of SGDnm and Adam, seeds unseen."""
     return with_methods(
-        methods.first_steps,
+        first_step_methods,
         fig03(),
         name="first_steps",
         title="The first steps on MNIST + MLP",
@@ -189,14 +197,73 @@ def first_steps() -> Experiment:
     )
 
 
+def _tested_on(on: str, **settings: Any) -> Experiment:
+    """A figure of table 1, which compares the paper's methods."""
+    title = f"Learned on MNIST + MLP, tested on {on}"
+    return Experiment(title=title, tested_on=on, methods=PAPER, **settings)
+
+
 def _learned_on_cifar10(e: Experiment) -> Experiment:
-    title = e.title.replace("Learned on MNIST + MLP", "Learned on CIFAR-10 + ConvNet")
+    """A figure of table 2."""
+    title = f"Learned on CIFAR-10 + ConvNet, tested on {e.tested_on}"
     return replace(e, title=title, learned="lstm-cifar10-conv")
 
 
 def _slower_sgd(e: Experiment) -> Experiment:
     """Footnote 5: a rate of 0.0001 and a decay 100 times slower, in figures 13 and 16."""
     return replace(e, sgd_rate=1e-4, sgd_tau=100 * e.sgd_tau, guard_tau=100 * e.guard_tau)
+
+
+def fallback_methods(experiment: Experiment) -> Methods:
+    """Figure 9: LGL2O over SGDnm, over SGD with momentum 0.9, and over Adam at several rates."""
+    e = experiment
+    decay = paper_decay(e.sgd_rate, e.guard_tau)
+    optimizers = {
+        f"SGDnm {e.sgd_rate:g}": optax.sgd(decay),
+        f"SGD {e.sgd_rate:g}": optax.sgd(decay, momentum=0.9),
+    } | {f"Adam {rate:g}": optax.adam(rate) for rate in ADAM_RATES}
+    return {
+        f"LGL2O over {name}": lambda fallback=fallback: loss_guard(
+            pretrained(e.learned), fallback, nt=e.nt, nc=e.nc, loser=e.loser
+        )
+        for name, fallback in optimizers.items()
+    }
+
+
+def grid_methods(experiment: Experiment) -> Methods:
+    """Appendix E's grids: SGDnm's time scale of decay at the experiment's rate, and Adam's rate."""
+    sgd = {f"SGDnm tau {tau:g}": optax.sgd(paper_decay(experiment.sgd_rate, tau)) for tau in TAUS}
+    return _alone(sgd | _adam(), experiment.nt)
+
+
+def rate_methods(experiment: Experiment) -> Methods:
+    """Figure 10's grid: SGDnm's learning rate and its time scale of decay."""
+    sgd = {
+        f"SGDnm {rate:g} tau {tau:g}": optax.sgd(paper_decay(rate, tau))
+        for rate in CONV_RATES
+        for tau in TAUS
+    }
+    return _alone(sgd, experiment.nt)
+
+
+def first_step_methods(experiment: Experiment) -> Methods:
+    """SGDnm at constant rates, Adam at those of appendix E, and the learned optimizer."""
+    sgd = {f"SGDnm {rate:g}": optax.sgd(rate) for rate in (0.1, 0.3, 1.0, 3.0)}
+    return {
+        **_alone(sgd | _adam(), experiment.nt),
+        "L2O": lambda: unguarded(pretrained(experiment.learned), nt=experiment.nt),
+    }
+
+
+def _adam() -> dict[str, optax.GradientTransformation]:
+    return {f"Adam {rate:g}": optax.adam(rate) for rate in ADAM_RATES}
+
+
+def _alone(optimizers: Mapping[str, optax.GradientTransformation], nt: int) -> Methods:
+    return {
+        name: lambda optimizer=optimizer: unguarded(optimizer, nt=nt, trusted=True)
+        for name, optimizer in optimizers.items()
+    }
 
 
 FIRST = ("mnist", "fashion_mnist", "moons", "circles", "spirals", "cifar10")

@@ -32,12 +32,12 @@ from .figures import (
     ends_of,
     floor,
     guards,
+    heatmap_of,
     smooth,
     style_numbers,
     summary,
 )
 from .folders import read_runs
-from .heatmap import heatmap_of
 from .recipes import PAPERS
 
 

@@ -17,11 +17,6 @@ def last_step(curves: pl.DataFrame) -> int:
     return int(curves["step"].max())  # pyright: ignore[reportArgumentType]
 
 
-def were_taken(decisions: Decision) -> np.ndarray:
-    """Which of a cycle's nt steps were taken, [..., nt]: fewer may be, where windows adapt."""
-    return np.arange(decisions.losses.shape[-1]) < np.asarray(decisions.steps)[..., None]
-
-
 def thin(
     decisions: Decision, start: np.ndarray, spent: pl.DataFrame | None = None, end: int = 0
 ) -> pl.DataFrame:
@@ -40,25 +35,23 @@ def thin(
     """
     d = jax.tree.map(np.asarray, decisions)
     seeds, cycles, nt = d.losses.shape
-    within, taken = np.arange(nt), were_taken(d)
-    first = start[:, None] + np.cumsum(d.steps, axis=1) - d.steps
-    share = (within + 1) / np.maximum(d.steps, 1)[..., None]
+    share = (np.arange(nt) + 1) / nt
 
     def each_step(per_cycle: np.ndarray) -> np.ndarray:
-        return np.broadcast_to(per_cycle[..., None], d.losses.shape)[taken]
+        return np.repeat(per_cycle, nt, axis=-1).ravel()
 
     def total_by_step(name: str) -> np.ndarray:
         per_cycle = getattr(d, name).astype(np.float64)
         before = np.zeros((seeds, 1)) if spent is None else spent[name].to_numpy()[:, None]
         until = before + np.cumsum(per_cycle, axis=1) - per_cycle
-        return (until[..., None] + share * per_cycle[..., None])[taken]
+        return (until[..., None] + share * per_cycle[..., None]).ravel()
 
-    step = (first[..., None] + within + 1)[taken]
+    step = (start[:, None] + np.arange(cycles * nt) + 1).ravel()
     width = 10 ** np.maximum(0, np.floor(np.log10(step)).astype(np.int64) - 2)
     end_of_bin = -(-step // width) * width
     sums = {
-        "loss": d.losses[taken].astype(np.float64),
-        "used_learned": d.used_learned[taken].astype(np.float64),
+        "loss": d.losses.ravel().astype(np.float64),
+        "used_learned": d.used_learned.ravel().astype(np.float64),
         "learned_loss": each_step(d.learned_loss).astype(np.float64),
         "fallback_loss": each_step(d.fallback_loss).astype(np.float64),
     }

@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Mapping
 
-from .beyond import BEYOND
 from .experiment import Experiment as Experiment
 from .recipes import PAPERS
 
-RECIPES: Mapping[str, Callable[[], Experiment]] = {**PAPERS, **BEYOND}
-"""All that ``lossguard run`` knows by name: the paper's, and ours."""
+RECIPES: Mapping[str, Callable[[], Experiment]] = PAPERS
+"""All that ``lossguard run`` knows by name."""

@@ -46,8 +46,8 @@ def paper_methods(experiment: "Experiment") -> Methods:
     def adam() -> optax.GradientTransformation:
         return optax.adam(e.adam_rate)
 
-    def guard(fallback: optax.GradientTransformation, hedge: bool = False) -> Guard:
-        return loss_guard(learned(), fallback, nt=e.nt, nc=e.nc, loser=e.loser, hedge=hedge)
+    def guard(fallback: optax.GradientTransformation) -> Guard:
+        return loss_guard(learned(), fallback, nt=e.nt, nc=e.nc, loser=e.loser)
 
     def rival(theta: float) -> Guard:
         return residual_guard(learned(), sgd_fallback(e), sequence=ema(theta), nt=e.nt)
@@ -63,9 +63,8 @@ def paper_methods(experiment: "Experiment") -> Methods:
         "GL2O (theta as decay)": lambda: rival(0.1),
         "LGL2O": lambda: guard(sgd_fallback(e)),
         "LGL2O over Adam": lambda: guard(adam()),
-        "Hedged over Adam": lambda: guard(adam(), hedge=True),
-        "Recommended": lambda: recommended(learned(), sgd_fallback(e), nt=e.nt, nc=e.nc),
-        "Recommended over Adam": lambda: recommended(learned(), adam(), nt=e.nt, nc=e.nc),
+        "Recommended": lambda: recommended(learned(), sgd_fallback(e), nt=e.nt),
+        "Recommended over Adam": lambda: recommended(learned(), adam(), nt=e.nt),
     }
 
 

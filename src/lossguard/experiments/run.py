@@ -181,11 +181,10 @@ class _MethodRun:
                     self._seconds += progress.seconds - began
                     self._timed += cycles
                 compiled = True
-                of_steps = curves.were_taken(decisions)
                 progress.advance(
                     self._taken - taken,
-                    loss=float(np.mean(decisions.losses, where=of_steps)),
-                    learned=float(np.mean(decisions.used_learned, where=of_steps)),
+                    loss=float(np.mean(decisions.losses)),
+                    learned=float(np.mean(decisions.used_learned)),
                 )
                 finished = self._taken >= steps
                 if _is_mark(self._cycles * nt) or finished:
@@ -198,7 +197,6 @@ class _MethodRun:
             if not self._timed:
                 self._seconds, self._timed = progress.seconds, self._cycles
         table = curves.join(self._chunks, self._method)
-        table = table.filter(pl.col("step") <= steps)  # where windows adapt, a cycle may pass it
         seconds = self._seconds * self._cycles / self._timed
         records.write_parquet(self._written, table.with_columns(seconds=pl.lit(seconds)))
         self._checkpoints.delete()

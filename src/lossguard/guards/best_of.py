@@ -5,24 +5,26 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from ..validation import check_count, check_decay, check_kind
-from .branch import check
+from ..validation import check_count, check_decay, check_kind, check_share
+from .lanes import mean_losses
 from .protocol import (
+    NEITHER,
     Decision,
     Guard,
     GuardState,
     Objective,
     Params,
+    advance,
     as_arrays,
     check_state,
+    following,
     loss_dtype,
     start,
     sum_dtype,
 )
 from .soundness import is_sound, keep_schedules, select
-from .stacked import stacked
 
 
 class BestOfState(NamedTuple):
@@ -31,146 +33,182 @@ class BestOfState(NamedTuple):
     members: tuple[GuardState, ...]
     records: Float[Array, " members"]
     """D of each."""
-    drawn: Int[Array, ""]
+    leader: Int[Array, ""]
+    """The number of the guard that is followed."""
+    checked: Int[Array, ""]
     """Check minibatches so far."""
 
 
-def best_of(guards: Sequence[Guard], *, nc: int = 0, decay: float = 0.9) -> Guard:
+def best_of(
+    guards: Sequence[Guard],
+    *,
+    share: float | None = None,
+    check: Objective | None = None,
+    nc: int = 2,
+    decay: float = 0.9,
+) -> Guard:
     """Run several guards, each on its own path, and follow the one whose recent losses are lowest.
 
-    On the same minibatches, for each guard j:
+    On the same minibatches, for each guard j that runs in a cycle:
 
-        d[j] <- mean_t F(branch of j, i+t)          before each of its steps of this cycle
-        D[j] <- decay D[j] + d[j]
+        d[j] <- mean_t F(path of j, i+t)          its training losses
+        D[j] <- decay D[j] + (1 - decay) d[j]
         x <- x[j] of the lowest D[j]
 
-    Ten steps' check can't tell which of several optimizers is better in the long run; paths that
-    none of the others disturbs can. For any guards and at any time, the discounted sum of the
-    losses that x reports is at most that of each guard which was finite so far ("be the leader":
-    Kalai and Vempala, 2005):
+    Without ``share`` all run in every cycle. Then for any guards and at any time
 
         sum_c decay^(C-c) d[followed in c](c)  <=  min_j sum_c decay^(C-c) d[j](c)
 
-    Where data repeat, training losses are lower for whoever overfits. With ``nc``
+    over the guards that were finite so far ("be the leader": Kalai and Vempala, 2005). The losses
+    are reported with hindsight: d is known before the leader is chosen.
 
-        d[j] <- mean_k F(x[j], -1-(c nc+k)),   k = 0 .. nc-1   after cycle c = 0, 1, ...
-
-    whose minibatches, of numbers below 0, the objective may take from held-out data. Members that
-    number their checks apart, as ``recommended`` does, decide by the same ones, which flatters them
-    beside others.
+    With ``share`` the leader runs, and each of the others in that share of the cycles: so several
+    cost little more than one. A record is of the cycles in which its guard ran.
 
     Args:
-        guards: any guards whose longest cycles have the same nt. Those whose windows adapt are
-            compared cycle by cycle, however long. The first is followed where all are level.
-        nc: check minibatches a cycle; by default none.
+        guards: guards of the same nt. The first is followed where all are level.
+        share: of the cycles, for each guard that doesn't lead. None: all run.
+        check: where data repeat, training losses are lower for whoever overfits. Then d[j] is the
+            mean of this objective of x[j] over nc minibatches of its own, 0, 1, 2, ...
+        nc: check minibatches a cycle, where there is a ``check``.
         decay: D remembers about 1 / (1 - decay) cycles.
 
     ``decision.winner`` numbers the guards; ``gradients``, ``forwards`` and ``learned_updates`` are
     the sums over them, the rest is of the one that is followed. A guard whose losses or parameters
-    are not finite begins anew at x, its schedules going on, with the record of the one that is
-    followed. If that is true of all, x stays, the records are 0, and ``winner`` is -1. Losses that
-    are finite for no guard, for the minibatches' fault, don't count.
+    are not finite begins again at x, with its schedules and the record of the one that is followed.
+    If that is true of all, x stays and ``winner`` is -1. A minibatch that is lost on all doesn't
+    count.
 
-    Memory and cost: those of the guards together, and nc forward passes of each.
+    Memory and cost: those of the guards together; with a check nc forward passes of each that runs.
 
     Raises:
-        ValueError: if there are no guards, or something else is one of them, nc is not an integer
-            of at least 0, or decay not above 0 and below 1; in the first step, if their longest
-            cycles differ, or there are checks and the objective is ``stacked``.
+        ValueError: if there are no guards, or something else is one of them, share is not at least
+            0 and below 1, nc not an integer of at least 1, or decay not above 0 and below 1; in the
+            first step, if the guards' nt differ.
 
     >>> import optax
-    >>> from lossguard import recommended
-    >>> candidates = [optax.sgd(3.0), optax.adam(0.5)]
-    >>> guard = best_of([recommended(one, optax.sgd(0.1)) for one in candidates])
+    >>> from lossguard import recommended, unguarded
+    >>> guard = best_of([unguarded(optax.sgd(rate)) for rate in (0.1, 0.4)])
     >>> state, decision = guard.step(guard.init(jnp.ones(2)), lambda params, i: jnp.sum(params**2))
-    >>> int(state.steps), int(decision.gradients)
-    (10, 40)
+    >>> int(decision.winner), int(decision.gradients)
+    (1, 20)
     """
     members = tuple(guards)
     if not members:
         raise ValueError("guards must be at least one guard, got none")
     for one in members:
         check_kind("each of guards", one, Guard, "unguarded(optimizer)")
-    nc, decay = check_count("nc", nc, least=0), check_decay(decay)
+    nc, decay = check_count("nc", nc), check_decay(decay)
+    share = None if share is None else check_share(share)
 
     def init(params: Params) -> GuardState:
         params = as_arrays(params)
-        dtype = sum_dtype(params)
         states = tuple(guard.init(params) for guard in members)
-        return start(params, BestOfState(states, jnp.zeros(len(members), dtype), jnp.int32(0)))
+        records = jnp.full(len(members), jnp.nan, sum_dtype(params))
+        return start(params, BestOfState(states, records, jnp.int32(0), jnp.int32(0)))
 
     def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
         check_state(state, BestOfState)
-        if nc and isinstance(objective, stacked):
-            raise ValueError(f"nc must be 0 for stacked minibatches, got {nc}")
-        i = state.minibatches  # of all: they are compared on the same ones
-        before = (at._replace(minibatches=i) for at in state.inner.members)
-        stepped = [guard.step(at, objective) for guard, at in zip(members, before, strict=True)]
+        inner, i = state.inner, state.minibatches
+        runs = [is_due(j, state) for j in range(len(members))]
+        stepped = []
+        for j, (guard, at) in enumerate(zip(members, inner.members, strict=True)):
+            edited = select(inner.leader == j, state.params, at.params)  # x may have been edited
+            at = at._replace(params=edited, minibatches=i)
+            stepped.append(step_if(runs[j], guard, at, objective))
         states, decisions = zip(*stepped, strict=True)
-        windows = {len(decision.losses) for decision in decisions}
-        if len(windows) > 1:
-            raise ValueError(f"guards must have the same nt, got {sorted(windows)}")
-
-        now = current(state, objective, states, decisions)
-        now = jnp.where(jnp.isfinite(now).any(), now, 0)  # a minibatch that is lost on all
-        records = decay * state.inner.records + now.astype(state.inner.records.dtype)
+        lengths = {len(decision.losses) for decision in decisions}
+        if len(lengths) > 1:
+            raise ValueError(f"guards must have the same nt, got {sorted(lengths)}")
+        ran, now = jnp.array(runs), current(state, objective, states, decisions, runs)
+        lost = ~(jnp.isfinite(now) & ran).any()  # a minibatch that is lost on all
+        known = jnp.where(jnp.isnan(inner.records), now, inner.records)
+        records = jnp.where(ran & ~lost, decay * known + (1 - decay) * now, inner.records)
         sound = jnp.stack([is_sound(at.params, state.params) for at in states])
-        fit = jnp.isfinite(records) & sound
-        records = jnp.where(fit, records, jnp.inf)
-        best = jnp.argmin(records)
-        followed, decision = jax.tree.map(
+        fit = sound & (jnp.isfinite(records) | (jnp.isnan(inner.records) & ~ran))
+        best = jnp.argmin(jnp.where(fit & ~jnp.isnan(records), records, jnp.inf))
+        x, decision = jax.tree.map(
             lambda *leaves: jnp.stack(leaves)[best],
             *((at.params, d) for at, d in zip(states, decisions, strict=True)),
         )
-        x = select(fit.any(), followed, state.params)
-        records = jnp.where(fit, records, jnp.where(fit.any(), records[best], 0))
-        states = tuple(
-            jax.lax.cond(fit[j], lambda at=at: at, lambda j=j, at=at: anew(members[j], x, at))
-            for j, at in enumerate(states)
+        x = select(fit.any(), x, state.params)
+        after = BestOfState(
+            members=tuple(
+                jax.lax.cond(fit[j], lambda at=at: at, lambda j=j, at=at: renew(members[j], x, at))
+                for j, at in enumerate(states)
+            ),
+            records=jnp.where(fit, records, records[best]),
+            leader=best.astype(jnp.int32),
+            checked=following(inner.checked, nc),
         )
         decision = decision._replace(
-            winner=jnp.where(fit.any(), best, -1).astype(jnp.int32),
+            winner=jnp.where(fit.any(), best, NEITHER).astype(jnp.int32),
             gradients=sum(d.gradients for d in decisions),
-            forwards=sum(d.forwards for d in decisions) + nc * len(members),
+            forwards=sum(d.forwards for d in decisions)
+            + (0 if check is None else nc * ran.sum(dtype=jnp.int32)),
             learned_updates=sum(d.learned_updates for d in decisions),
         )
-        minibatches = jnp.stack([at.minibatches for at in states]).max()
-        steps = state.steps + decision.steps
-        inner = BestOfState(states, records, state.inner.drawn + nc)
-        return GuardState(x, steps, minibatches, inner), decision
+        minibatches = jnp.stack([at.minibatches for at in states])
+        i = jnp.where(ran, minibatches, 0).max()
+        return GuardState(x, advance(state.steps, lengths.pop()), i, after), decision
+
+    def is_due(j: int, state: GuardState) -> Bool[Array, ""] | bool:
+        """Whether a guard runs in this cycle."""
+        if share is None:
+            return True
+        at = state.inner.members[j]
+        return (state.inner.leader == j) | (at.steps <= share * state.steps)
 
     def current(
-        before: GuardState,
+        state: GuardState,
         objective: Objective,
-        after: Sequence[GuardState],
+        states: Sequence[GuardState],
         decisions: Sequence[Decision],
+        runs: Sequence[Bool[Array, ""] | bool],
     ) -> Float[Array, " members"]:
         """d of each guard in this cycle."""
-        if not nc:
-            return jnp.stack([mean_loss(decision) for decision in decisions])
-        dtype = loss_dtype(objective, before.params, before.minibatches)
-        ends, first = [at.params for at in after], -1 - before.inner.drawn
-        losses, _ = check(ends, objective, first, stride=-1, looks=(nc,), most=nc, dtype=dtype)
-        return losses.mean(axis=1)
+        if check is None:
+            return jnp.stack([decision.losses.mean() for decision in decisions])
+        j = state.inner.checked
+        dtype = loss_dtype(check, state.params, j)
+
+        def measure(x: Params, check: Objective = check) -> Array:
+            return mean_losses([x], check, j, nc=nc, dtype=dtype)[0]
+
+        def skip(x: Params) -> Array:
+            return jnp.array(jnp.nan, dtype)
+
+        return jnp.stack(
+            [
+                jax.lax.cond(run, measure, skip, at.params)
+                for run, at in zip(runs, states, strict=True)
+            ]
+        )
 
     return Guard(init, step)
 
 
-def anew(guard: Guard, x: Params, was: GuardState) -> GuardState:
+def step_if(
+    runs: Bool[Array, ""] | bool, guard: Guard, at: GuardState, objective: Objective
+) -> tuple[GuardState, Decision]:
+    """A cycle of a guard; where it doesn't run nothing is spent, and nothing known."""
+
+    def step(at: GuardState) -> tuple[GuardState, Decision]:
+        return guard.step(at, objective)
+
+    def idle(at: GuardState) -> tuple[GuardState, Decision]:
+        def nothing(one: jax.ShapeDtypeStruct) -> Array:
+            unknown = jnp.nan if jnp.issubdtype(one.dtype, jnp.floating) else 0
+            return jnp.full(one.shape, unknown, one.dtype)
+
+        decision = jax.tree.map(nothing, jax.eval_shape(step, at)[1])
+        fine = jnp.array(True)
+        return at, decision._replace(finite_learned=fine, finite_fallback=fine)
+
+    return step(at) if runs is True else jax.lax.cond(runs, step, idle, at)
+
+
+def renew(guard: Guard, x: Params, was: GuardState) -> GuardState:
     """A guard's first state, at x, with the counts and schedules that it had."""
     fresh = guard.init(x)._replace(steps=was.steps, minibatches=was.minibatches)
-    return jax.tree.map_with_path(
-        lambda path, new, old: old if path[-1:] == (DRAWN,) else new,
-        keep_schedules(fresh, was),
-        was,
-    )
-
-
-DRAWN = jax.tree_util.GetAttrKey("drawn")
-"""Of a guard's own state: the check minibatches so far, where they are numbered apart."""
-
-
-def mean_loss(decision: Decision) -> Float[Array, ""]:
-    """The mean training loss of a cycle, of the branch given out."""
-    counts = jnp.arange(len(decision.losses)) < decision.steps
-    return jnp.mean(decision.losses, where=counts)
+    return keep_schedules(fresh, was)

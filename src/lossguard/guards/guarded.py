@@ -73,8 +73,8 @@ def guarded(learned: Any, fallback: Any) -> optax.GradientTransformationExtraArg
         stay = optax.tree.zeros_like(to_z)
         chosen = select(use_y, to_y, select(finite_z, to_z, stay))
         x = optax.apply_updates(params, chosen)
-        learned_state, _ = renew_if_unsound(learned, x, learned_state)
-        fallback_state, _ = renew_if_unsound(fallback, x, fallback_state)
+        learned_state = renew_if_unsound(learned, x, learned_state)
+        fallback_state = renew_if_unsound(fallback, x, fallback_state)
         return chosen, GuardedState(learned_state, fallback_state, use_y)
 
     return optax.GradientTransformationExtraArgs(init, update)

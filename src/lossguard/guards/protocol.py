@@ -1,8 +1,4 @@
-"""What every guard is: two pure functions, the state between them, and what a step reports.
-
-Letters, here and in the guards: x the kept iterate, y the learned branch, z the fallback branch,
-k optimizer steps taken, nt steps a cycle, nc check minibatches, i the number of a minibatch.
-"""
+"""What every guard is: two pure functions, the state between them, and what a step reports."""
 
 import inspect
 from collections.abc import Callable
@@ -22,16 +18,22 @@ Objective = Callable[[Any, Any], Array]
 """``objective(params, i)``: the scalar loss on minibatch number i, which may be ignored."""
 
 
+LEARNED, FALLBACK, OWN, NEITHER = 0, 1, 2, -1
+"""``Decision.winner``: the learned optimizer's lane, the fallback's from x, the fallback's own; or
+x stayed, or went back."""
+LAST = 2**31 - 1
+"""The largest count of 32 bits."""
+
+
 class GuardState(NamedTuple):
     """Where a guard stands between two cycles."""
 
     params: Params
-    """x, the kept iterate; or s, where a track record has the guard give it out. (With one x is in
-    ``inner`` too, so that what is put here from outside is not what the guard goes on from.)"""
+    """The parameters to evaluate and to save. What is put here from outside is gone on from."""
     steps: Int[Array, ""]
-    """k, optimizer steps taken so far (int32)."""
+    """k, optimizer steps taken so far (int32; it stays at 2^31 - 1)."""
     minibatches: Int[Array, ""]
-    """The number of the next minibatch (int32): the data cursor."""
+    """The number of the next minibatch (int32; after 2^31 - 1 it begins at 0 again)."""
     inner: PyTree
     """What the guard itself keeps: optimizer states and the like."""
 
@@ -40,34 +42,35 @@ class Decision(NamedTuple):
     """What happened in one cycle. Losses are NaN, and flags true, where they do not apply."""
 
     used_learned: Bool[Array, " nt"]
-    """Whether each kept optimizer step was the learned optimizer's."""
+    """Whether each step of the lane that ``losses`` are of was the learned optimizer's."""
     losses: Float[Array, " nt"]
-    """Training loss before each step of the branch given out (the fallback's where x stayed); NaN
-    from ``steps`` on."""
-    steps: Int[Array, ""]
-    """Optimizer steps of this cycle: nt, unless windows adapt."""
+    """Training loss before each step. Of which lane, the guard says: of the leader before the
+    cycle, or, with hindsight, of the branch that was kept."""
     learned_loss: Float[Array, ""]
-    """Mean loss of the learned branch over the check minibatches (of the best, if several), and the
-    training ones that the criterion counts."""
+    """Mean loss by which the learned lane was compared."""
     fallback_loss: Float[Array, ""]
-    """Mean loss of the fallback branch over the check minibatches (of the better one of those that
-    were checked, if two), and the same training ones."""
+    """That of the fallback's on the same minibatches."""
     finite_learned: Bool[Array, ""]
-    """Whether the learned branch had finite parameters and losses (any of them, if several)."""
+    """Whether the learned lane had finite parameters and losses."""
     finite_fallback: Bool[Array, ""]
-    """Whether the fallback branch had."""
-    reset_learned: Bool[Array, ""]
-    """Whether a learned optimizer's state was no longer finite and was made anew."""
-    reset_fallback: Bool[Array, ""]
-    """Whether a fallback optimizer's was."""
+    """Whether the fallback's had."""
     winner: Int[Array, ""]
-    """The lane that is given out, numbered as the guard lists them; -1: x stayed, or went back."""
+    """The lane that ``params`` are of after the cycle: 0 learned, 1 fallback, 2 the fallback by
+    itself, -1 where x stayed or went back; with ``best_of`` the number of the guard."""
     gradients: Int[Array, ""]
     """Gradient evaluations spent."""
     forwards: Int[Array, ""]
-    """Forward passes spent on check minibatches, and by a ratchet on training ones."""
+    """Forward passes spent beside them."""
     learned_updates: Int[Array, ""]
-    """Updates computed by learned optimizers, kept or not; without a guard, by its optimizer."""
+    """Updates computed by learned optimizers, kept or not."""
+
+    def price(self, u: float = 0.0) -> Array:
+        """Gradients + forward passes / 3 + learned updates times u: what was spent, in gradients.
+
+        Args:
+            u: the measured cost of one learned update in gradients of the task; 0: not counted.
+        """
+        return self.gradients + self.forwards / 3 + u * self.learned_updates
 
 
 class Guard(NamedTuple):
@@ -139,9 +142,14 @@ def check_state(state: Any, inner: type = object) -> None:
         )
 
 
-def are_several(learned: Any) -> bool:
-    """Whether this is a list or tuple of optimizers, and not one, which is a named tuple."""
-    return isinstance(learned, list | tuple) and not hasattr(learned, "init")
+def advance(count: Int[Array, ""], by: Int[Array, ""] | int) -> Int[Array, ""]:
+    """A count of steps after ``by`` more; it stays at the largest number."""
+    return jnp.where(count > LAST - by, LAST, count + by).astype(jnp.int32)
+
+
+def following(i: Int[Array, ""], by: int) -> Int[Array, ""]:
+    """The number of the minibatch ``by`` later; after the largest it begins at 0 again."""
+    return jnp.where(i > LAST - by, 0, i + by).astype(jnp.int32)
 
 
 def with_extra_args(name: str, optimizer: Any) -> optax.GradientTransformationExtraArgs:

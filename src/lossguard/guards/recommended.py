@@ -1,89 +1,174 @@
-"""The guard that we would use: the loss guard with what did best in our experiments."""
+"""The guard that we recommend where compute is scarce: a relay, and the fallback by itself."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..validation import check_count, check_most
-from .best_of import best_of
-from .criteria import curtailed_criterion, mean_criterion
-from .lanes import Loser
-from .loss_guard import loss_guard
-from .probing import backoff
-from .protocol import Guard, are_several
-from .ratchet import ratchet
-from .track_record import track_record
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ..validation import check_count, check_share
+from .lanes import Lane, is_fine, train_if
+from .progress import MEMORY
+from .protocol import (
+    FALLBACK,
+    LEARNED,
+    OWN,
+    Decision,
+    Guard,
+    GuardState,
+    Objective,
+    Params,
+    advance,
+    as_arrays,
+    check_state,
+    following,
+    start,
+    sum_dtype,
+    with_extra_args,
+)
+from .relay import Leg, Relay, RelayState, at, lead_from, leader
+from .soundness import renew_if_unsound, select
+from .stacked import check_stacked
+
+LOOKS = 3
+"""Cycles that x and s have to be compared on before x may go back to s."""
 
 
-def recommended(
-    learned: Any,
-    fallback: Any,
-    *,
-    nt: int = 10,
-    nc: int = 10,
-    most: int | None = None,
-    patience: int = 200,
-    loser: Loser = "reset",
-) -> Guard:
-    """A hedged loss guard that keeps its gains under noise and backs off where there are none.
+class RecommendedState(NamedTuple):
+    """The relay of x, and the fallback by itself."""
 
-    While the fallback alone has had the lower training losses of late, the guard gives it out, and
-    goes on beside it: so the losses that are reported never sum up to more than the fallback's. It
-    goes back to that path where it has been behind for longer, a learned lane that lost begins
-    anew, and after many losses running it is probed ever less often. A cycle of it is kept by 16 nc
-    check minibatches, and given up after nc where these are clear: late, one that gains a little on
-    most examples, and spoils a few, is not kept. What checks don't see shows in a hundred cycles'
-    training losses: then x goes back to its best.
-    Several learned optimizers have such a guard each, side by side, and the best is followed.
+    relay: RelayState
+    s: Lane
+    """The fallback by itself. While x is on its path x stands for it, and s is where it was."""
+    on_own: Bool[Array, ""]
+    """Whether x is on the path of the fallback by itself."""
+    own_steps: Int[Array, ""]
+    """Steps of the fallback by itself."""
+    looks: Int[Array, ""]
+    """Cycles that x and s were compared on since x left that path."""
+    of_x: Float[Array, ""]
+    """Smoothed loss of x in these cycles."""
+    of_s: Float[Array, ""]
+    """That of s, on the same minibatches."""
+
+
+def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) -> Guard:
+    """Whoever leads runs; a challenger runs in a small share of the steps.
+
+    x is the leader's, who is one of two:
+
+    - *The fallback.* Now and then the learned optimizer is tried from x, beside it and on the same
+      minibatches. It takes over if it is better by three standard errors.
+    - *The learned optimizer.* It leads while its loss falls: by a power of 1/4 of its age at least.
+      When it stalls the fallback goes on from there, or from a snapshot if the loss has risen.
+
+    When the learned optimizer first takes over, the fallback's own run stays behind as lane s. It
+    gets a share of the steps from then on, and x goes back to it if its losses are lower.
+
+    So a cycle costs nt gradients, and nt more for each challenger that runs in it: y on trial while
+    the fallback leads, in at most ``share`` of the steps and sqrt(k) more; s while x is off its
+    path, in at most ``share`` of them. Training losses decide; no minibatch is only checked on.
 
     Args:
-        learned: the optimizer that is not trusted, or several.
-        fallback: the one that is.
+        learned: the optimizer that is not trusted, an optax transformation.
+        fallback: the one that is trusted, likewise.
         nt: optimizer steps a cycle.
-        nc: check minibatches of a cycle that clearly loses.
-        most: those of one that is kept; by default 16 nc, numbered apart (``loss_guard``'s
-            ``checks``). With nc itself all cycles take as many, which follow those of training, and
-            the training losses of the last (nt - 1) // 2 steps count beside them. That suits
-            minibatches that come from the host (``stacked``), with nc=1 and most=1; or with nc=0,
-            where those of the last nt // 2 steps decide, and all minibatches train.
-        patience: losses running after which the learned lane is probed less often. A few dozen do
-            for short runs; where it wins late, they cost some of that.
-        loser: what becomes of the optimizer state of a lane that lost, as in ``loss_guard``.
-            "reset" is for learned optimizers that are at their best when they begin, as the LSTM
-            is; "keep" for those that have a schedule of their own, as Celo and VeLO. An ordinary
-            one, such as Adam at a bold rate, does better with "keep" too, and better still beside
-            the fallback on a path of its own (``best_of``).
+        share: of the steps, for each challenger.
+
+    ``decision.losses`` are of the leader before the cycle: x's, without hindsight. ``learned_loss``
+    and ``fallback_loss`` are of a trial. A lane that is not finite can't lead, and x stays finite
+    if it begins so.
+
+    Memory: four copies of the parameters, two states of the fallback, one of the learned optimizer.
 
     Raises:
-        ValueError: as ``loss_guard``; or if most is no integer or below nc, or nc is 0 or 1 and
-            most isn't.
+        ValueError: if nt is not an integer of at least 1, or share not at least 0 and below 1; in a
+            step, if the objective is ``stacked`` and holds fewer than nt minibatches.
 
-    >>> import jax.numpy as jnp, optax
-    >>> guard = recommended(optax.sgd(3.0), optax.sgd(0.1))
+    >>> import optax
+    >>> guard = recommended(optax.sgd(0.4), optax.sgd(0.1))
     >>> state, decision = guard.step(guard.init(jnp.ones(2)), lambda params, i: jnp.sum(params**2))
-    >>> int(decision.winner)  # the fallback, on its own path
-    2
+    >>> int(decision.winner), float(decision.price())  # the learned one has won its first trial
+    (0, 20.0)
     """
-    if are_several(learned):
-        check_count("the number of learned optimizers", len(learned))
-        options = {"nt": nt, "nc": nc, "most": most, "patience": patience, "loser": loser}
-        return best_of([recommended(one, fallback, **options) for one in learned])
-    nt, nc = check_count("nt", nt), check_count("nc", nc, least=0)
-    options = settings(nt, nc, 16 * nc if most is None else most, patience, loser)
-    return loss_guard(learned, fallback, nt=nt, nc=nc, **options)
+    nt, share = check_count("nt", nt), check_share(share)
+    trusted = with_extra_args("fallback", fallback)
+    relay = Relay(with_extra_args("learned", learned), trusted, nt, share)
 
+    def init(params: Params) -> GuardState:
+        params = as_arrays(params)
+        zero = jnp.zeros((), sum_dtype(params))
+        inner = RecommendedState(
+            relay=relay.init(params),
+            s=Lane(params, trusted.init(params)),
+            on_own=jnp.array(True),
+            own_steps=jnp.int32(0),
+            looks=jnp.int32(0),
+            of_x=zero,
+            of_s=zero,
+        )
+        return start(params, inner)
 
-def settings(
-    nt: int, nc: int, most: int, patience: int = 200, loser: Loser = "reset"
-) -> dict[str, Any]:
-    """The options of ``loss_guard`` that ``recommended`` sets."""
-    check_most(nc, most)
-    few = mean_criterion(training=(nt - 1 if nc else nt) // 2)
-    return {
-        "criterion": few if most == nc else curtailed_criterion(first=nc, most=most),
-        "hedge": track_record(decay=0.7),
-        "loser": loser,
-        "probing": backoff(
-            patience=patience, most=512, start="reset" if loser == "reset" else "keep"
-        ),
-        "ratchet": ratchet(),
-        "checks": "next" if most == nc else "apart",
-    }
+    def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
+        check_state(state, RecommendedState)
+        check_stacked(objective, nt)
+        inner, i, k = state.inner, state.minibatches, state.steps
+        x, leg = relay.step(lead_from(inner.relay, state.params), objective, i, k)
+        runs = ~inner.on_own & (inner.own_steps < share * k)
+        s, of_s = train_if(runs, trusted, inner.s, objective, i, nt=nt, dtype=leg.losses.dtype)
+        inner = settle(inner._replace(relay=x), s, leg, of_s, runs)
+        decision = report(leg, inner, runs)
+        after = GuardState(leader(inner.relay), advance(k, nt), following(i, nt), inner)
+        return after, decision
+
+    def settle(
+        inner: RecommendedState,
+        s: Lane,
+        leg: Leg,
+        of_s: Float[Array, " nt"],
+        runs: Bool[Array, ""],
+    ) -> RecommendedState:
+        """x leaves the fallback's own path, stays off it, or goes back to it."""
+        fine = is_fine(s, jnp.where(runs, of_s, 0), inner.s.params)
+        s = Lane(select(fine, s.params, inner.s.params), s.state)
+        s = s._replace(state=renew_if_unsound(trusted, s.params, s.state))
+        leaves = inner.on_own & leg.taken_over
+        looks = jnp.where(leaves, 0, inner.looks + (runs & fine))
+        of_x, of_s = (
+            jnp.where(looks <= 1, now, MEMORY * before + (1 - MEMORY) * now)
+            for before, now in ((inner.of_x, leg.losses.mean()), (inner.of_s, of_s.mean()))
+        )
+        of_x, of_s = (
+            jnp.where(runs & fine, of_x, inner.of_x),
+            jnp.where(runs & fine, of_s, inner.of_s),
+        )
+        back = ~inner.on_own & (looks >= LOOKS) & (of_s < of_x)
+        on_own = (inner.on_own & ~leaves) | back
+        return RecommendedState(
+            relay=select(back, at(inner.relay, s, of_s), inner.relay),
+            s=select(leaves, inner.relay.z, s),
+            on_own=on_own,
+            own_steps=advance(inner.own_steps, nt * (inner.on_own | runs)),
+            looks=looks,
+            of_x=of_x,
+            of_s=of_s,
+        )
+
+    def report(leg: Leg, inner: RecommendedState, runs: Bool[Array, ""]) -> Decision:
+        ran_y = leg.learned_led | leg.tried
+        lanes = jnp.int32(1) + leg.tried + runs
+        leads = inner.relay.learned_leads
+        winner = jnp.where(leads, LEARNED, jnp.where(inner.on_own, OWN, FALLBACK))
+        return Decision(
+            used_learned=jnp.full(nt, leg.learned_led),
+            losses=leg.losses,
+            learned_loss=leg.challenger.mean(),
+            fallback_loss=jnp.where(leg.tried, leg.losses.mean(), jnp.nan),
+            finite_learned=leg.fine_y,
+            finite_fallback=leg.fine_z,
+            winner=winner.astype(jnp.int32),
+            gradients=nt * lanes,
+            forwards=jnp.int32(0),
+            learned_updates=(nt * ran_y).astype(jnp.int32),
+        )
+
+    return Guard(init, step)

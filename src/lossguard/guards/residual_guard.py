@@ -12,15 +12,20 @@ import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ..validation import check_choice, check_count, check_fraction, check_kind
-from .branch import Branch, propose
+from .lanes import Lane, propose
 from .protocol import (
+    FALLBACK,
+    LEARNED,
+    NEITHER,
     Decision,
     Guard,
     GuardState,
     Objective,
     Params,
+    advance,
     as_arrays,
     check_state,
+    following,
     loss_dtype,
     start,
     sum_dtype,
@@ -29,7 +34,6 @@ from .protocol import (
 from .sequences import TrackingSequence, ema
 from .soundness import is_sound, renew_if_unsound, select
 from .stacked import check_stacked
-from .verdict import NEITHER
 
 Residual = Literal["step", "gradient"]
 
@@ -107,13 +111,13 @@ def residual_guard(
         x: Params, inner: ResidualGuardState, objective: Objective, i: Array
     ) -> tuple[Params, ResidualGuardState, StepReport]:
         loss, gradient = jax.value_and_grad(objective)(x, i)
-        at = Branch(x, inner.learned), Branch(x, inner.fallback)
+        at = Lane(x, inner.learned), Lane(x, inner.fallback)
         y, learned_state = propose(learned, at[0], objective, i, loss, gradient)
         z, fallback_state = propose(fallback, at[1], objective, i, loss, gradient)
 
         loss_y, gradient_y = jax.value_and_grad(objective)(y, i)
         if residual == "step":
-            at_y = Branch(y, inner.fallback)
+            at_y = Lane(y, inner.fallback)
             after_y, _ = propose(fallback, at_y, objective, i, loss_y, gradient_y)
             s_x, s_y = optax.tree.sub(x, z), optax.tree.sub(y, after_y)
         else:
@@ -131,10 +135,10 @@ def residual_guard(
         memory = select(ok, sequence.update(memory, r), memory)
 
         x = select(ok, y, select(finite_z, z, x))
-        learned_state, reset_learned = renew_if_unsound(learned, x, learned_state)
-        fallback_state, reset_fallback = renew_if_unsound(fallback, x, fallback_state)
+        learned_state = renew_if_unsound(learned, x, learned_state)
+        fallback_state = renew_if_unsound(fallback, x, fallback_state)
         inner = ResidualGuardState(learned_state, fallback_state, memory)
-        return x, inner, StepReport(ok, loss, finite_y, finite_z, reset_learned, reset_fallback)
+        return x, inner, StepReport(ok, loss, finite_y, finite_z)
 
     def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
         check_state(state, ResidualGuardState)
@@ -148,23 +152,24 @@ def residual_guard(
 
         (x, inner), report = jax.lax.scan(body, (state.params, state.inner), jnp.arange(nt))
         nan = jnp.array(jnp.nan, dtype)
-        kept = jnp.where(report.ok[-1], 0, jnp.where(report.finite_fallback[-1], 1, NEITHER))
+        kept = jnp.where(
+            report.ok[-1], LEARNED, jnp.where(report.finite_fallback[-1], FALLBACK, NEITHER)
+        )
         decision = Decision(
             used_learned=report.ok,
             losses=report.loss.astype(dtype),
-            steps=jnp.int32(nt),
             learned_loss=nan,
             fallback_loss=nan,
             finite_learned=report.finite_learned.all(),
             finite_fallback=report.finite_fallback.all(),
-            reset_learned=report.reset_learned.any(),
-            reset_fallback=report.reset_fallback.any(),
-            winner=kept.astype(jnp.int32),
+            winner=kept,
             gradients=jnp.int32(2 * nt),
             forwards=jnp.int32(0),
             learned_updates=jnp.int32(nt),
         )
-        return GuardState(x, state.steps + nt, state.minibatches + nt, inner), decision
+        return GuardState(
+            x, advance(state.steps, nt), following(state.minibatches, nt), inner
+        ), decision
 
     return Guard(init, step)
 
@@ -176,5 +181,3 @@ class StepReport(NamedTuple):
     loss: Float[Array, ""]
     finite_learned: Bool[Array, ""]
     finite_fallback: Bool[Array, ""]
-    reset_learned: Bool[Array, ""]
-    reset_fallback: Bool[Array, ""]

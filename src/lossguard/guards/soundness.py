@@ -47,13 +47,18 @@ def keep_schedules(state: PyTree, advanced: PyTree) -> PyTree:
     )
 
 
+def advance_schedules(state: PyTree, steps: int) -> PyTree:
+    """``state`` with the step counts of its schedules ``steps`` later: it was idle meanwhile."""
+    later = jax.tree.map(lambda leaf: leaf + steps if _is_count(leaf) else leaf, state)
+    return keep_schedules(state, later)
+
+
 def renew_if_unsound(
     optimizer: optax.GradientTransformationExtraArgs, params: Params, state: PyTree
-) -> tuple[PyTree, Bool[Array, ""]]:
-    """The state, or a fresh one (schedules kept) if it is no longer finite; and whether it was."""
+) -> PyTree:
+    """The state, or a fresh one (schedules kept) if it is no longer finite."""
     fresh = optimizer.init(params)
-    unsound = ~is_sound(state, fresh)
-    return select(unsound, keep_schedules(fresh, state), state), unsound
+    return select(is_sound(state, fresh), state, keep_schedules(fresh, state))
 
 
 def select(condition: Bool[Array, ""], yes: PyTree, no: PyTree) -> PyTree:
@@ -63,3 +68,7 @@ def select(condition: Bool[Array, ""], yes: PyTree, no: PyTree) -> PyTree:
 
 def _is_float(leaf: Array) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def _is_count(leaf: Array) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.integer) and jnp.ndim(leaf) == 0

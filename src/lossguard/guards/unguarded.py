@@ -5,20 +5,21 @@ from typing import Any
 import jax.numpy as jnp
 
 from ..validation import check_count
-from .branch import Branch, train
+from .lanes import Lane, is_fine, train
 from .protocol import (
     Decision,
     Guard,
     GuardState,
     Objective,
     Params,
+    advance,
     as_arrays,
     check_state,
+    following,
     loss_dtype,
     start,
     with_extra_args,
 )
-from .soundness import all_finite, is_sound
 from .stacked import check_stacked
 
 
@@ -55,27 +56,23 @@ def unguarded(optimizer: Any, *, nt: int = 10, trusted: bool = False) -> Guard:
         check_stacked(objective, nt)
         i = state.minibatches
         dtype = loss_dtype(objective, state.params, i)
-        branches = (Branch(state.params, state.inner),)
-        (branch,), losses = train(
-            (optimizer,), branches, objective, i, steps=nt, most=nt, dtype=dtype
-        )
+        lane = Lane(state.params, state.inner)
+        (lane,), losses = train([optimizer], [lane], objective, i, nt=nt, dtype=dtype)
         nan = jnp.array(jnp.nan, dtype)
-        finite = is_sound(branch.params, state.params) & all_finite(losses)
+        finite = is_fine(lane, losses, state.params)
         decision = Decision(
             used_learned=jnp.full(nt, not trusted),
             losses=losses[0],
-            steps=jnp.int32(nt),
             learned_loss=nan,
             fallback_loss=nan,
             finite_learned=finite | trusted,
             finite_fallback=finite | (not trusted),
-            reset_learned=jnp.array(False),
-            reset_fallback=jnp.array(False),
             winner=jnp.int32(0),
             gradients=jnp.int32(nt),
             forwards=jnp.int32(0),
             learned_updates=jnp.int32(0 if trusted else nt),
         )
-        return GuardState(branch.params, state.steps + nt, i + nt, branch.state), decision
+        steps, i = advance(state.steps, nt), following(i, nt)
+        return GuardState(lane.params, steps, i, lane.state), decision
 
     return Guard(init, step)

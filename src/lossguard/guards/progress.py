@@ -1,0 +1,61 @@
+"""How fast a run's loss falls: its smoothed loss, and the power of its age that it falls by."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from .protocol import advance
+
+MEMORY = 0.7
+"""Weight of the past in the smoothed loss, a cycle."""
+
+
+class Progress(NamedTuple):
+    """A run's loss against its age, in optimizer steps since the run began."""
+
+    age: Int[Array, ""]
+    recent: Float[Array, ""]
+    """The smoothed loss."""
+    earlier_age: Int[Array, ""]
+    """A mark: between a quarter and half of the age; 0 until there is one."""
+    earlier: Float[Array, ""]
+    """The smoothed loss there."""
+    later_age: Int[Array, ""]
+    """The next mark: between half of the age and all of it."""
+    later: Float[Array, ""]
+
+
+def begin(loss: Float[Array, ""], age: Int[Array, ""] | int = 0) -> Progress:
+    """A run that begins at a loss, as if at an age."""
+    age = jnp.asarray(age, jnp.int32)
+    return Progress(age, loss, jnp.int32(0), loss, age, loss)
+
+
+def add(progress: Progress, loss: Float[Array, ""], nt: int) -> Progress:
+    """After a cycle of nt steps whose mean loss is given."""
+    loss, first = loss.astype(progress.recent.dtype), progress.age == 0
+    recent = jnp.where(first, loss, MEMORY * progress.recent + (1 - MEMORY) * loss)
+    age = advance(progress.age, nt)
+    mark = age // 2 >= jnp.maximum(progress.later_age, nt)
+    return Progress(
+        age,
+        recent,
+        jnp.where(mark, progress.later_age, progress.earlier_age),
+        jnp.where(mark, progress.later, progress.earlier),
+        jnp.where(mark, age, progress.later_age),
+        jnp.where(mark, recent, progress.later),
+    )
+
+
+def rate(progress: Progress) -> Float[Array, ""]:
+    """a in loss ~ age^-a since the earlier mark; 1 until there is one.
+
+    Where losses are not positive: 1 if the loss has fallen, 0 if it has not.
+    """
+    known, fell = progress.earlier_age > 0, progress.recent < progress.earlier
+    positive = (progress.recent > 0) & (progress.earlier > 0)
+    drop = jnp.log(jnp.where(positive, progress.earlier / progress.recent, 1))
+    times = jnp.where(known, progress.age / jnp.maximum(progress.earlier_age, 1), 2)
+    a = jnp.where(positive, drop / jnp.log(times), fell.astype(drop.dtype))
+    return jnp.where(known, a, 1)

@@ -1,0 +1,216 @@
+"""The relay: a learned optimizer and a fallback take turns at one iterate, x. One of them leads.
+
+x    the parameters of the leader's lane
+y    the learned lane: leads, or is on trial from x
+z    the fallback's lane: leads, or is the snapshot that x can go back to while y leads
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from . import progress as progresses
+from . import trial as trials
+from .lanes import Lane, Optimizer, is_fine, train_if
+from .progress import Progress
+from .protocol import Objective, Params, advance, sum_dtype
+from .soundness import advance_schedules, keep_schedules, renew_if_unsound, select
+from .trial import Trial
+
+STALL = 0.25
+"""The learned optimizer leads while its loss falls at least by this power of its age."""
+PART = 0.6
+"""The length of a trial, as a part of what trials may have cost by then."""
+YOUTH = 16
+"""k / 16 is the age that y is taken for when it takes over."""
+LEAST = 10
+"""Optimizer steps of a trial, at least."""
+
+
+class RelayState(NamedTuple):
+    """Both lanes, and what is known of them."""
+
+    y: Lane
+    z: Lane
+    learned_leads: Bool[Array, ""]
+    progress: Progress
+    """Of the leader."""
+    level: Float[Array, ""]
+    """The smoothed loss at the snapshot."""
+    trial: Trial
+    tried: Int[Array, ""]
+    """Optimizer steps that y has taken on trial."""
+
+
+class Leg(NamedTuple):
+    """What happened in a cycle."""
+
+    losses: Float[Array, " nt"]
+    """Of the leader, before each step."""
+    challenger: Float[Array, " nt"]
+    """Of y on trial; NaN if there was no trial."""
+    learned_led: Bool[Array, ""]
+    tried: Bool[Array, ""]
+    """Whether y was on trial."""
+    fine_y: Bool[Array, ""]
+    """Whether y stayed finite, if it ran."""
+    fine_z: Bool[Array, ""]
+    """Whether z stayed finite, if it ran."""
+    taken_over: Bool[Array, ""]
+    """Whether y has won, and leads from now on."""
+
+
+@dataclass(frozen=True)
+class Relay:
+    """The rules.
+
+    - While z leads, y is tried from time to time, from x with a fresh state: in at most ``share``
+      of the steps, and sqrt(k) more. It leads if it wins (``trial.py``).
+    - y leads while its smoothed loss falls by a power of at least 1/4 of its age. Then z goes on
+      from there, or from the snapshot if the loss is more than twice what it was there.
+    - The snapshot is where z was when y took over. It moves to x whenever the loss has halved.
+    """
+
+    learned: Optimizer
+    fallback: Optimizer
+    nt: int
+    share: float
+
+    def init(self, params: Params) -> RelayState:
+        """z leads, and there is no trial."""
+        dtype = sum_dtype(params)
+        zero = jnp.zeros((), dtype)
+        return RelayState(
+            y=Lane(params, self.learned.init(params)),
+            z=Lane(params, self.fallback.init(params)),
+            learned_leads=jnp.array(False),
+            progress=progresses.begin(zero),
+            level=zero,
+            trial=trials.none(dtype),
+            tried=jnp.int32(0),
+        )
+
+    def step(
+        self, state: RelayState, objective: Objective, i: Int[Array, ""], k: Int[Array, ""]
+    ) -> tuple[RelayState, Leg]:
+        """One cycle on minibatches i .. i+nt-1, after k steps of the leader."""
+        nt, leads = self.nt, state.learned_leads
+        dtype = state.progress.recent.dtype
+        y, trial = self._begin_trial(state, k)
+        tried = trial.length > 0
+        z_after, of_z = train_if(~leads, self.fallback, state.z, objective, i, nt=nt, dtype=dtype)
+        y_after, of_y = train_if(leads | tried, self.learned, y, objective, i, nt=nt, dtype=dtype)
+        fine_y = is_fine(y_after, jnp.where(leads | tried, of_y, 0), y.params)
+        fine_z = is_fine(z_after, jnp.where(leads, 0, of_z), state.z.params)
+        z_after = Lane(
+            select(fine_z, z_after.params, state.z.params),
+            select(leads, advance_schedules(z_after.state, nt), z_after.state),
+        )
+        z_after = z_after._replace(
+            state=renew_if_unsound(self.fallback, z_after.params, z_after.state)
+        )
+
+        losses = jnp.where(leads, of_y, of_z)
+        fine = jnp.where(leads, fine_y, fine_z)
+        progress = progresses.add(state.progress, losses.mean(), nt)
+        progress = select(fine, progress, state.progress)
+        now = state._replace(
+            y=y_after, z=z_after, progress=progress, tried=advance(state.tried, nt * tried)
+        )
+        trial = trials.add(trial, of_y, losses)
+        now, taken_over = self._end_trial(now, trial, of_y, fine_y, fine_z, k)
+        now = select(leads, self._keep_or_hand_over(now, fine_y), now)
+        return now, Leg(
+            losses=losses,
+            challenger=jnp.where(tried, of_y, jnp.nan),
+            learned_led=leads,
+            tried=tried,
+            fine_y=fine_y,
+            fine_z=fine_z,
+            taken_over=taken_over,
+        )
+
+    def _begin_trial(self, state: RelayState, k: Int[Array, ""]) -> tuple[Lane, Trial]:
+        """y at x with a fresh state, if a trial is due; and the trial."""
+        budget = self.share * k + jnp.sqrt(k.astype(state.level.dtype))
+        least = -(-LEAST // self.nt)
+        length = jnp.maximum(least, jnp.round(PART * self.share * k / self.nt))
+        due = (state.tried + length * self.nt <= budget) | (k == 0)
+        begins = due & ~state.learned_leads & (state.trial.length == 0)
+        x = state.z.params
+        fresh = keep_schedules(self.learned.init(x), state.y.state)
+        unknown = state.progress.age == 0
+        trial = trials.begin(length, jnp.where(unknown, jnp.nan, state.progress.recent))
+        return select(begins, (Lane(x, fresh), trial), (state.y, state.trial))
+
+    def _end_trial(
+        self,
+        state: RelayState,
+        trial: Trial,
+        of_y: Float[Array, " nt"],
+        fine_y: Bool[Array, ""],
+        fine_z: Bool[Array, ""],
+        k: Int[Array, ""],
+    ) -> tuple[RelayState, Bool[Array, ""]]:
+        """After a cycle of a trial, if there is one; and whether y has taken over."""
+        won, lost = trials.outcome(trial, of_y)
+        tried = trial.length > 0
+        won, lost = tried & fine_y & (won | ~fine_z), tried & (lost | ~fine_y)
+        over = won | lost | ~tried
+        none = trials.none(trial.total.dtype)
+        began = progresses.begin(of_y.mean(), k // YOUTH)
+        after = state._replace(
+            learned_leads=state.learned_leads | won,
+            level=jnp.where(won, state.progress.recent, state.level),
+            progress=select(won, began, state.progress),
+            trial=select(over, none, trial),
+        )
+        return after, won
+
+    def _keep_or_hand_over(self, state: RelayState, fine: Bool[Array, ""]) -> RelayState:
+        """After a cycle that y led: it leads on, or z goes on from x or from the snapshot."""
+        recent, level = state.progress.recent, state.level
+        young = state.progress.earlier_age == 0
+        worse = (
+            young
+            & (state.progress.age >= state.progress.later_age + 4 * self.nt)
+            & (recent > level)
+        )
+        ends = ~fine | worse | (progresses.rate(state.progress) < STALL)
+        halved = fine & ~ends & (recent < level - jnp.abs(level) / 2)
+        from_x = halved | (ends & fine & (recent <= level + jnp.abs(level)))
+        z = state.z._replace(params=select(from_x, state.y.params, state.z.params))
+        # z's path goes on from where y has come to: from there it is fast or slow again.
+        progress = select(ends, progresses.begin(jnp.where(from_x, recent, level)), state.progress)
+        return state._replace(
+            z=z,
+            learned_leads=~ends,
+            level=jnp.where(halved, recent, level),
+            progress=progress,
+        )
+
+
+def leader(state: RelayState) -> Params:
+    """x."""
+    return select(state.learned_leads, state.y.params, state.z.params)
+
+
+def lead_from(state: RelayState, x: Params) -> RelayState:
+    """The same with x put in the leader's place."""
+    y, z, leads = state.y, state.z, state.learned_leads
+    return state._replace(
+        y=y._replace(params=select(leads, x, y.params)),
+        z=z._replace(params=select(leads, z.params, x)),
+    )
+
+
+def at(relay: RelayState, s: Lane, loss: Float[Array, ""]) -> RelayState:
+    """The relay where s is, with the fallback in the lead and no trial."""
+    return relay._replace(
+        z=s,
+        learned_leads=jnp.array(False),
+        progress=progresses.begin(loss),
+        trial=trials.none(loss.dtype),
+    )

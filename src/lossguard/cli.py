@@ -3,6 +3,7 @@
 lossguard demo                  a learned optimizer alone and guarded, in a minute or two
 lossguard run RECIPE            an experiment of the paper, or path/to/module.py:recipe
 lossguard sweep SET...          sets of recipes, or recipes, one after another or on a cluster
+lossguard benchmark price       what every guard costs and is worth, on five tasks
 lossguard metatrain RECIPE      meta-train a learned optimizer
 lossguard plot DIR...           figures and tables from records alone
 lossguard claims DIR...         the paper's claims, judged by records
@@ -121,7 +122,6 @@ def sweep(arguments: Sequence[str]) -> None:
     """Experiments one after another, or over a cluster: the options apply to each."""
     from .experiments import RECIPES, Experiment
     from .experiments.recipes import ELSEWHERE, SETS
-    from .experiments.sweep import sweep
 
     known = {**SETS, **RECIPES}
     if _wants_help(arguments):
@@ -136,6 +136,44 @@ def sweep(arguments: Sequence[str]) -> None:
         if experiments.setdefault(name, experiment) != experiment:
             raise ValueError(f"recipes must have different names, but two are called {name}")
     check_beside(names)
+
+    _sweep(experiments, where)
+
+
+def benchmark(arguments: Sequence[str]) -> None:
+    """All guards and their parts alone on five tasks, compared at equal price."""
+    if not arguments or _wants_help(arguments) or arguments[0] != "price":
+        print("usage: lossguard benchmark price [RECIPE...] [--out DIR] [--ray ADDRESS]\n")
+        print("Every guard and its parts alone at equal price. What is complete is skipped.")
+        if arguments and not _wants_help(arguments):
+            raise ValueError(f"benchmark must be {one_of(('price',), arguments[0])}")
+        return
+    from .experiments.price import RECIPES, table
+
+    names = list(itertools.takewhile(lambda one: not one.startswith("-"), arguments[1:]))
+    for name in names:
+        if name not in RECIPES:
+            raise ValueError(f"recipes must each be {one_of(RECIPES, name)}")
+    options, about = arguments[1 + len(names) :], "All guards at equal price."
+    where = tyro.cli(
+        Sweep,
+        args=options,
+        prog="lossguard benchmark price",
+        description=about,
+        default=Sweep(Path("runs/price")),
+    )
+    experiments = {name: RECIPES[name]() for name in names or RECIPES}
+    _sweep(experiments, where)
+    shown, numbers = table({name: where.out / name for name in experiments})
+    _console().print(shown)
+    file = where.out / "price.csv"
+    numbers.write_csv(file)
+    print(f"numbers: {file}")
+
+
+def _sweep(experiments: Mapping[str, Any], where: Sweep) -> None:
+    """Run what isn't complete, and show what is; exit status 1 if one fails."""
+    from .experiments.sweep import sweep
 
     failed = 0
     with _resumable():
@@ -229,6 +267,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], None]] = {
     "demo": demo,
     "run": run,
     "sweep": sweep,
+    "benchmark": benchmark,
     "metatrain": metatrain,
     "plot": plot,
     "claims": claims,

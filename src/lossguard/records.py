@@ -5,7 +5,7 @@
     failed.json          why the last attempt of a sweep failed, if it did
     manifest.json        commit, versions, device, wall time, and each time that it was resumed
     curves.parquet       what happened, thinned to three significant digits of the step
-    evaluations.parquet  loss and accuracy on both whole splits, at steps 50, 100, 200, ...
+    evaluations.parquet  loss and accuracy on both whole splits, and what was spent by then
 
 A folder may be put together from several runs, whose methods then differ in seeds and length; its
 manifest has ``runs``, each with its methods, seeds, steps, command, commit and device.

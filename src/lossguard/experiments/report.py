@@ -260,7 +260,7 @@ def _evaluations(folder: Path) -> list[tuple[str, list[str], Rows]]:
     if not (folder / EVALUATIONS).exists():
         return []
     table = read_parquet(folder / EVALUATIONS)
-    names = [name for name in table.columns if name not in ("method", "seed", "cycle", "step")]
+    names = [name for name in table.columns if name.endswith(("_loss", "_accuracy"))]
     try:
         last = table.filter(pl.col("cycle") == pl.col("cycle").max().over("method"))
         means = last.group_by("method", maintain_order=True).agg(pl.col(names).mean())

@@ -23,8 +23,8 @@ from .experiment import Experiment
 
 CHUNK = 100
 """Cycles in one compiled loop: what Ctrl-C waits for, and what a progress bar moves by."""
-FIRST_CHUNKS = 5
-"""The same for the first ``CHUNK`` cycles, so that early marks are at the ends of chunks."""
+MARKS = (10, 12, 15, 20, 25, 30, 40, 50, 60, 80)
+"""Times a power of ten: the steps at which iterates are evaluated on whole splits."""
 SAVE_SECONDS = 60.0
 """Between two checkpoints."""
 
@@ -33,9 +33,9 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
     """Run every method of an experiment; returns the folder of its records.
 
     Beside the curves it leaves ``evaluations.parquet``: loss and accuracy of the iterate on the
-    whole of both splits, at steps 50, 100, 200, 300, 500, 1,000 and so on if nt is 1, 5 or 10, else
-    at those of them where a chunk ends, and at the last one. So methods are compared without the
-    noise of minibatches.
+    whole of both splits and what was spent by then, at the end of the cycle that reaches a step of
+    ``MARKS`` times a power of ten, and at the last one. So methods are compared at equal price, and
+    without the noise of minibatches.
 
     Every seed draws its own initialization and order of minibatches, the same for all methods. A
     run stopped by Ctrl-C or killed goes on with ``resume``, from the last checkpoint, and ends with
@@ -173,8 +173,8 @@ class _MethodRun:
         with Progress(self._method, total=steps, done=self._taken, first="compiling") as progress:
             saved, compiled = progress.seconds, False
             while (taken := self._taken) < steps:
-                most = min(FIRST_CHUNKS, CHUNK) if self._cycles < CHUNK else CHUNK
-                cycles = min(most, -(-(steps - taken) // nt))
+                goal = min(next_mark(taken), steps)
+                cycles = min(CHUNK, -(-(goal - taken) // nt))
                 began = progress.seconds
                 decisions = self._advance(cycles)
                 if compiled:
@@ -187,7 +187,7 @@ class _MethodRun:
                     learned=float(np.mean(decisions.used_learned)),
                 )
                 finished = self._taken >= steps
-                if _is_mark(self._cycles * nt) or finished:
+                if self._taken >= goal:
                     self._evaluate()
                 if (self._stopped() or progress.seconds - saved > SAVE_SECONDS) and not finished:
                     saved = progress.seconds
@@ -221,12 +221,12 @@ class _MethodRun:
 
     def _evaluate(self) -> None:
         """Losses and accuracies on the whole of both splits, a row for each seed."""
-        rows = []
+        rows, spent = [], curves.totals(self._chunks[-1]).to_dicts()
         for seed, step in enumerate(np.asarray(self._state.steps)):
             params = jax.tree.map(lambda leaf, seed=seed: leaf[seed], self._state.params)
             values = {name: float(value) for name, value in self._task.evaluate(params).items()}
             place = {"method": self._method, "seed": seed, "cycle": self._cycles, "step": int(step)}
-            rows.append(place | values)
+            rows.append(place | spent[seed] | values)
         self._evaluations.append(pl.DataFrame(rows))
         records.write_parquet(self._evaluated, pl.concat(self._evaluations))
 
@@ -237,9 +237,15 @@ class _MethodRun:
         self._checkpoints.save(self._cycles, (self._state, numbers), self._chunks[0])
 
 
-def _is_mark(step: int) -> bool:
-    """Whether a step is 1, 2, 3 or 5 times a power of ten."""
-    return str(step).rstrip("0") in ("1", "2", "3", "5")
+def next_mark(step: int) -> int:
+    """The first step after this one that is one of ``MARKS`` times a power of ten.
+
+    >>> [next_mark(step) for step in (0, 10, 99, 1_000, 1_201)]
+    [1, 12, 100, 1200, 1500]
+    """
+    exponents = range(-1, len(str(step)))
+    marks = (mark * 10**n for n in exponents for mark in MARKS)
+    return next(int(mark) for mark in marks if mark > step and mark == int(mark))
 
 
 def _rollouts(

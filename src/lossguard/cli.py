@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -86,6 +86,14 @@ class Folders:
 
     folders: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Folders of runs, or folders that hold such folders."""
+
+
+@dataclass(frozen=True)
+class Plot(Folders):
+    """What is drawn, and against what."""
+
+    over: Literal["price", "seconds", "steps"] = "price"
+    """The axis: what was spent, in gradients, or its time; or optimizer steps."""
 
 
 @dataclass(frozen=True)
@@ -211,8 +219,9 @@ def metatrain(arguments: Sequence[str]) -> None:
 def plot(arguments: Sequence[str]) -> None:
     """Figures and tables from the records of runs."""
     about = "Draw a figure of each run into its folder."
-    for folder in _records(_folders(Folders, arguments, "plot", about).folders):
-        _show(folder)
+    parsed = _folders(Plot, arguments, "plot", about)
+    for folder in _records(parsed.folders):
+        _show(folder, parsed.over)
 
 
 def claims(arguments: Sequence[str]) -> None:
@@ -316,15 +325,17 @@ def _resumable(where: Where | None = None) -> Iterator[None]:
         raise KeyboardInterrupt(shlex.join(["lossguard", *given, *more])) from None
 
 
-def _show(folder: Path) -> None:
+def _show(folder: Path, over: Literal["price", "seconds", "steps"] = "price") -> None:
     """A finished run's figure and its table."""
     from .experiments import figures
     from .metatrain import figure
     from .records import read_run
 
     record = read_run(folder)
-    drawn = (figure if record.is_meta else figures).plot(folder, record)
-    if not record.is_meta:
+    if record.is_meta:
+        drawn = figure.plot(folder, record)
+    else:
+        drawn = figures.plot(folder, record, over=over)
         _print(figures.summary(record))
     print(f"figure: {drawn}\nrecords: {folder}")
 

@@ -25,6 +25,12 @@ PART = 0.6
 """The length of a trial, as a part of what trials may have cost by then."""
 YOUTH = 16
 """k / 16 is the age that y is taken for when it takes over."""
+SETTLED = 4
+"""Cycles before a lead of y is judged by its loss."""
+RISE = 0.5
+"""The part by which the loss may be above that at the snapshot."""
+GAIN = 0.2
+"""The part by which it has to be below it for the snapshot to move."""
 LEAST = 10
 """Optimizer steps of a trial, at least."""
 
@@ -68,9 +74,9 @@ class Relay:
 
     - While z leads, y is tried from time to time, from x with a fresh state: in at most ``share``
       of the steps, and sqrt(k) more. It leads if it wins (``trial.py``).
-    - y leads while its smoothed loss falls by a power of at least 1/4 of its age. Then z goes on
-      from there, or from the snapshot if the loss is more than twice what it was there.
-    - The snapshot is where z was when y took over. It moves to x whenever the loss has halved.
+    - y leads while its smoothed loss falls by a power of at least 1/4 of its age, and is not 1.5
+      times what it was at the snapshot. Then z goes on: from x, or, after a rise, from there.
+    - The snapshot is where z was when y took over. It moves to x when the loss is a fifth lower.
     """
 
     learned: Optimizer
@@ -163,7 +169,7 @@ class Relay:
         began = progresses.begin(of_y.mean(), k // YOUTH)
         after = state._replace(
             learned_leads=state.learned_leads | won,
-            level=jnp.where(won, state.progress.recent, state.level),
+            level=jnp.where(won, state.progress.lasting, state.level),
             progress=select(won, began, state.progress),
             trial=select(over, none, trial),
         )
@@ -171,23 +177,23 @@ class Relay:
 
     def _keep_or_hand_over(self, state: RelayState, fine: Bool[Array, ""]) -> RelayState:
         """After a cycle that y led: it leads on, or z goes on from x or from the snapshot."""
-        recent, level = state.progress.recent, state.level
+        now, level = state.progress.lasting, state.level
         young = state.progress.earlier_age == 0
-        worse = (
-            young
-            & (state.progress.age >= state.progress.later_age + 4 * self.nt)
-            & (recent > level)
-        )
-        ends = ~fine | worse | (progresses.rate(state.progress) < STALL)
-        halved = fine & ~ends & (recent < level - jnp.abs(level) / 2)
-        from_x = halved | (ends & fine & (recent <= level + jnp.abs(level)))
+        settled = state.progress.age >= state.progress.later_age + SETTLED * self.nt
+        worse = young & settled & (state.progress.recent > level)
+        risen = now > level + RISE * jnp.abs(level)
+        ends = ~fine | worse | risen | (progresses.rate(state.progress) < STALL)
+        better = fine & ~ends & ~young & (now < level - GAIN * jnp.abs(level))
+        from_x = better | (ends & fine & ~risen)
         z = state.z._replace(params=select(from_x, state.y.params, state.z.params))
         # z's path goes on from where y has come to: from there it is fast or slow again.
-        progress = select(ends, progresses.begin(jnp.where(from_x, recent, level)), state.progress)
+        progress = select(
+            ends, progresses.begin(jnp.where(from_x, state.progress.recent, level)), state.progress
+        )
         return state._replace(
             z=z,
             learned_leads=~ends,
-            level=jnp.where(halved, recent, level),
+            level=jnp.where(better, now, level),
             progress=progress,
         )
 

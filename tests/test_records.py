@@ -102,7 +102,7 @@ def test_manifest_has_the_commit_of_every_part(
     records.open_folder(tmp_path, CONFIG)
     for commit in "abc":
         monkeypatch.setattr(records, "_commit", lambda commit=commit: commit)
-        made = records.start(tmp_path, data=commit)
+        made = records.start(tmp_path, inputs={}, data=commit)
         records.open_folder(tmp_path, CONFIG, resume=True)
         assert not records.is_finished(tmp_path)
     records.write_parquet(tmp_path / records.CURVES, TABLE)
@@ -153,8 +153,10 @@ def test_finished_run_needs_no_folder_for_checkpoints(finished: Path) -> None:
 
 
 def test_folder_of_a_run_killed_at_its_first_write_is_used(tmp_path: Path) -> None:
-    (tmp_path / ".config.json.part").write_text("{")
-    records.open_folder(tmp_path, CONFIG, resume=True)
+    for name in (".0123456789abcdef.part", ".lock"):
+        (tmp_path / name).write_text("{")
+    with records.hold_folder(tmp_path, CONFIG, resume=True) as finished:
+        assert not finished
     assert [entry.name for entry in tmp_path.iterdir()] == [records.CONFIG]
 
 

@@ -4,12 +4,15 @@ Imports neither, as who uses the one may not have the other. Checks of numbers r
 NumPy's carry a type, which a compiled loop or a checkpoint may not take.
 """
 
+import contextlib
 import difflib
 import math
 import re
 from collections.abc import Callable, Iterable
 from numbers import Integral
 from typing import Any, SupportsFloat
+
+MOST_SEEDS = 10_000
 
 
 def check_count(name: str, value: int, least: int = 1) -> int:
@@ -20,8 +23,10 @@ def check_count(name: str, value: int, least: int = 1) -> int:
 
 
 def check_seed(seed: int, seeds: int = 1) -> None:
-    """Require that JAX takes no seed from this one on modulo 2^32."""
+    """Require that JAX takes no seed from this one on modulo 2^32, and memory for all of them."""
     check_count("seed", seed, least=0)
+    if seeds > MOST_SEEDS:
+        raise ValueError(f"seeds must be at most {MOST_SEEDS}, got {seeds}")
     if seed > 2**32 - seeds:
         raise ValueError(f"seed must be at most {2**32 - seeds}, got {seed}")
 
@@ -59,9 +64,10 @@ def check_tolerance(tolerance: float) -> float:
 
 def check_real(name: str, value: Any, allowed: str, fits: Callable[[Any], bool]) -> float:
     """Require a number that fits what is allowed, in words."""
-    if not isinstance(value, SupportsFloat) or not fits(value):
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
-    return float(value)
+    with contextlib.suppress(OverflowError):  # of an integer beyond all floats
+        if isinstance(value, SupportsFloat) and fits(value):
+            return float(value)
+    raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
 def checked_looks(first: int, most: int) -> tuple[int, ...]:

@@ -11,10 +11,11 @@ import numpy as np
 import polars as pl
 from jaxtyping import PRNGKeyArray
 
-from .. import curves, records
+from .. import checksums, curves, records
 from ..checkpoints import Checkpoints
 from ..config import as_config
 from ..guards.protocol import Decision, Guard, GuardState
+from ..learned.weights_file import path_of
 from ..progress import Progress, stopping_at_interrupt
 from ..rollout import rollout
 from ..tasks.task import Task
@@ -27,6 +28,8 @@ FIRST_CHUNKS = 5
 """The same for the first ``CHUNK`` cycles, so that early marks are at the ends of chunks."""
 SAVE_SECONDS = 60.0
 """Between two checkpoints."""
+MOST_STEPS = 2**30
+"""Of a method: guards count in 32 bits, and two gradients a step."""
 
 
 def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
@@ -44,7 +47,8 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
     Raises:
         ValueError: if the folder holds another run, or this one and ``resume`` is false, or the
             experiment names a method or data set that does not exist or has a number out of range,
-            or ``make_task`` doesn't return a task, or its data a label that is no class.
+            or ``make_task`` doesn't return a task, or its data a label that is no class, or another
+            process writes to the folder, or data or weights changed since the run was started.
     """
     _check(experiment)
     with stopping_at_interrupt() as stopped:
@@ -55,20 +59,40 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
             _trace_cycle(guard, task)
         if stopped():
             raise KeyboardInterrupt
-        records.open_folder(folder, as_config(experiment), resume=resume)
-        if records.is_finished(folder):
-            return folder
-        made = records.start(folder, data=task.dataset.note)
-        tables, evaluations, seconds = [], [], {}
-        for method, guard in guards.items():
-            under_way = _MethodRun(experiment, method, guard, task, folder, stopped)
-            table, evaluated, seconds[method] = under_way.records()
-            tables.append(table)
-            evaluations.append(evaluated)
-        records.write_parquet(folder / records.EVALUATIONS, pl.concat(evaluations))
-        records.write_parquet(folder / records.CURVES, pl.concat(tables))
-        records.finish(folder, made | {"seconds": seconds})
+        with records.hold_folder(folder, as_config(experiment), resume=resume) as finished:
+            if not finished:
+                _run_all(experiment, guards, task, folder, stopped)
     return folder
+
+
+def _run_all(
+    experiment: Experiment,
+    guards: dict[str, Guard],
+    task: Task,
+    folder: Path,
+    stopped: Callable[[], bool],
+) -> None:
+    """Every method, one after another, and the records of them all."""
+    inputs = {"the data": task.dataset.checksum()} | _weights(experiment)
+    made = records.start(folder, data=task.dataset.note, inputs=inputs)
+    tables, evaluations, seconds = [], [], {}
+    for method, guard in guards.items():
+        under_way = _MethodRun(experiment, method, guard, task, folder, stopped)
+        table, evaluated, seconds[method] = under_way.records()
+        tables.append(table)
+        evaluations.append(evaluated)
+    records.write_parquet(folder / records.EVALUATIONS, pl.concat(evaluations))
+    records.write_parquet(folder / records.CURVES, pl.concat(tables))
+    records.finish(folder, made | {"seconds": seconds})
+
+
+def _weights(experiment: Experiment) -> dict[str, str]:
+    """The checksum of the file of weights that the experiment names, if there is one."""
+    try:
+        file = path_of(experiment.learned)
+        return {f"the file {file.name}": checksums.of_file(file)}
+    except (ValueError, OSError):  # a name that only the user's own methods know
+        return {}
 
 
 def _check(experiment: Experiment) -> None:
@@ -76,6 +100,8 @@ def _check(experiment: Experiment) -> None:
     for name in ("steps", "seeds", "batch_size", "nt", "nc"):
         check_count(name, getattr(experiment, name))
     check_seed(experiment.seed, experiment.seeds)
+    if experiment.steps > MOST_STEPS:
+        raise ValueError(f"steps must be at most {MOST_STEPS}, got {experiment.steps}")
     for name in ("sgd_rate", "sgd_tau", "guard_tau", "adam_rate"):
         check_positive(**{name: getattr(experiment, name)})
 

@@ -15,7 +15,7 @@ from .. import checksums, curves, records
 from ..checkpoints import Checkpoints
 from ..config import as_config
 from ..guards.protocol import Decision, Guard, GuardState
-from ..learned.weights_file import path_of
+from ..learned.weights_file import path_of, read_weights
 from ..progress import Progress, stopping_at_interrupt
 from ..rollout import rollout
 from ..tasks.task import Task
@@ -87,12 +87,14 @@ def _run_all(
 
 
 def _weights(experiment: Experiment) -> dict[str, str]:
-    """The checksum of the file of weights that the experiment names, if there is one."""
+    """The checksum of the weights that the experiment names, if it names a file of them."""
     try:
-        file = path_of(experiment.learned)
-        return {f"the file {file.name}": checksums.of_file(file)}
-    except (ValueError, OSError):  # a name that only the user's own methods know
+        path = path_of(experiment.learned)
+        tensors, _, p, scale, _ = read_weights(path)
+    except (ValueError, OSError):  # what only the user's own methods can read
         return {}
+    about = {"p": repr(p), "scale": repr(scale)}
+    return {f"the file {path.name}": checksums.of_arrays(tensors, about)}
 
 
 def _check(experiment: Experiment) -> None:

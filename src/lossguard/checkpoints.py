@@ -171,5 +171,5 @@ def _is_not_of_orbax(record: logging.LogRecord) -> bool:
 
 
 def _quietly() -> contextlib.AbstractContextManager[Any]:
-    """For what its C++ prints of errors, which is no logging."""
+    """For what its threads print of errors with Python, which is no logging."""
     return contextlib.redirect_stderr(io.StringIO())

@@ -135,6 +135,8 @@ def test_other_content_is_refused(saved: Path) -> None:
         ({"layers": "1"}, "it holds lstm.bias_hh_l1, .* which an LSTM optimizer doesn't have"),
         ({"layers": "3"}, "it lacks lstm.bias_hh_l2"),
         ({"layers": "999999999999"}, "it lacks"),
+        ({"layers": "9" * 4_000}, "layers must be positive and finite, got 9+$"),
+        ({"layers": "9" * 5_000}, "Exceeds the limit"),
         ({"p": "-10"}, "p must be positive and finite, got -10.0"),
         ({"scale": "nan"}, "scale must be positive and finite, got nan"),
     ],

@@ -99,11 +99,10 @@ def _weights(experiment: Experiment) -> dict[str, str]:
 
 def _check(experiment: Experiment) -> None:
     """Its numbers, also those that none of its methods uses."""
-    for name in ("steps", "seeds", "batch_size", "nt", "nc"):
+    for name in ("batch_size", "nt", "nc"):
         check_count(name, getattr(experiment, name))
     check_seed(experiment.seed, experiment.seeds)
-    if experiment.steps > MOST_STEPS:
-        raise ValueError(f"steps must be at most {MOST_STEPS}, got {experiment.steps}")
+    check_count("steps", experiment.steps, most=MOST_STEPS)
     for name in ("sgd_rate", "sgd_tau", "guard_tau", "adam_rate"):
         check_positive(**{name: getattr(experiment, name)})
 

@@ -22,6 +22,8 @@ from lossguard.experiments.folders import read_runs
 from lossguard.records import CURVES
 
 ROOT = Path(__file__).parents[1]
+if not (ROOT / "results").is_dir():
+    pytest.skip("there are no records here", allow_module_level=True)
 TABLES = [
     (page, *found)
     for page in ("results", "choices", "reproduction")

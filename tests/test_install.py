@@ -203,3 +203,4 @@ def test_sdist_has_all_but_the_records(built: Path) -> None:
     elsewhere = ("results/", ".ci/", ".github/")
     tracked = [name for name in git.stdout.splitlines() if not name.startswith(elsewhere)]
     assert [name for name in tracked if name not in found and (ROOT / name).exists()] == []
+    assert not [name for name in found if name.startswith("results")]

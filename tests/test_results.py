@@ -3,7 +3,11 @@
 import re
 from pathlib import Path
 
+import pytest
+
 RESULTS = Path(__file__).parents[1] / "results"
+if not RESULTS.is_dir():
+    pytest.skip("there are no records here", allow_module_level=True)
 NAMES = sorted(path.name for path in RESULTS.iterdir() if path.is_dir())
 
 

@@ -71,6 +71,8 @@ KINDS: Mapping[str, type] = {
 }
 ITEMS: Mapping[str, type] = {"methods": str, "command": str, "resumed": dict}
 """Types of those fields of configs and manifests that are read, and of what lists hold."""
+WHOLE = ("seed", "step", "meta_step")
+"""Columns of curves that count."""
 LARGEST: Mapping[str, int] = {"seed": 2**32 - 1, "seeds": MOST_SEEDS}
 """What they can be, from 0 on."""
 CPUINFO = Path("/proc/cpuinfo")
@@ -309,6 +311,8 @@ def _lack(record: Record, columns: Sequence[str]) -> tuple[str, str]:
             return CURVES, f"values in column {name}"
         if values.dtype.kind not in "iuf" or values.ndim != 1 + many:
             return CURVES, f"{'rows of ' * many}numbers in column {name}"
+        if name in WHOLE and values.dtype.kind == "f":
+            return CURVES, f"whole numbers in column {name}"
     if not record.is_meta:
         spent = made["seconds"]
         if not isinstance(spent, dict) or not all(_is_real(n) for n in spent.values()):

@@ -135,6 +135,11 @@ WRONG: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
         lambda t: t.with_columns(gradients=pl.lit(None, pl.Float64)),
         "it lacks values in column gradients",
     ),
+    "steps": (
+        "curves.parquet",
+        lambda t: t.with_columns(step=pl.col("step") + 0.5),
+        "it lacks whole numbers in column step",
+    ),
     "null seed": (
         "curves.parquet",
         lambda t: t.with_columns(seed=pl.lit(None, pl.Int32)),
@@ -166,6 +171,31 @@ def test_values_that_cannot_be_are_refused_in_a_sentence(
     assert caught.value.code == 2
     err = capsys.readouterr().err
     assert reason in err and err.count("\n") == 1 and len(err) < 1_000
+
+
+@pytest.mark.parametrize("column", [pl.Series([None]), pl.Series(["1"]), pl.Series([[0.5]])])
+def test_evaluations_that_are_no_numbers_are_refused(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], column: Any
+) -> None:
+    folder = write_run(Path("run"), curves_of(["SGDnm"]))
+    place = {"method": ["SGDnm"], "seed": [0], "cycle": [1], "step": [9]}
+    records.write_parquet(
+        folder / records.EVALUATIONS, pl.DataFrame(place | {"test_accuracy": column})
+    )
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "report", "run")
+    assert "it lacks numbers in test_accuracy" in capsys.readouterr().err
+
+
+def test_meta_steps_without_end_are_refused(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_meta(Path("meta"), "mine") / records.CURVES
+    changed = records.read_parquet(file).with_columns(meta_step=pl.lit(float("inf")))
+    records.write_parquet(file, changed)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "report", "meta")
+    assert "it lacks whole numbers in column meta_step" in capsys.readouterr().err
 
 
 def test_many_seeds_of_a_meta_training_fill_no_memory(

@@ -273,6 +273,14 @@ def test_plot_of_meta_training(
         (("run", "fig05", "--nt", "0"), ("nt must be an integer of at least 1, got 0",)),
         (("run", "fig05", "--nc", "-1"), ("nc must be an integer of at least 1, got -1",)),
         (("run", "fig05", "--steps", "0"), ("steps must be an integer of at least 1, got 0",)),
+        (("run", "fig05", "--seed", str(2**63)), (f"at most 4294967291, got {2**63}",)),
+        (("run", "fig05", "--seeds", str(10**12)), ("seeds must be at most 10000, got 1000000",)),
+        (("run", "fig05", "--steps", str(2**31)), ("steps must be at most 1073741824, got 21",)),
+        (("metatrain", "mnist-mlp", "--seed", str(2**63)), ("seed must be at most 4294967295",)),
+        (
+            ("run", "fig05", "--model.hidden", "9" * 4_000),
+            ("each of hidden must be at most 2147483647, got one of 4000 digits",),
+        ),
         (("run", "fig05", "--seeds", "0"), ("seeds must be an integer of at least 1, got 0",)),
         (("run", "fig05", "--batch-size", "0"), ("batch_size must be an integer of at least 1",)),
         (
@@ -441,7 +449,7 @@ def test_folder_of_runs(
     assert read == "reading: 5 runs"
     assert half == "runs/half is not finished"
     assert lost == "runs/lost is not finished: no luck"
-    assert torn.startswith("runs/torn/curves.parquet is not a readable Parquet file: ")
+    assert torn.startswith("runs/torn/curves.parquet is damaged: its SHA-256 is not the one ")
 
 
 @pytest.mark.parametrize(
@@ -540,12 +548,13 @@ def test_error_of_the_system_without_a_path(
     refused(RUN, "lossguard: No space left on device\n")
 
 
+@pytest.mark.parametrize("begun", [True, False])
 @pytest.mark.parametrize(
     ("arguments", "goes_on"),
     [
         (RUN, (*RUN, "--resume")),
         (("run", "fig05"), ("run", "fig05", "--out", "runs/fig05", "--resume")),
-        (("demo",), ("demo", "--out", "/tmp/lossguard-demo-aa", "--resume")),
+        (("demo",), ("demo", "--out", "lossguard-demo-aa", "--resume")),
         (
             ("metatrain", "mnist-mlp", "--resume"),
             ("metatrain", "mnist-mlp", "--resume", "--out", "runs/mnist-mlp"),
@@ -560,20 +569,28 @@ def test_stopped_it_tells_the_command_that_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     arguments: tuple[str, ...],
     goes_on: tuple[str, ...] | None,
+    begun: bool,
 ) -> None:
-    def stop(*_: Any, **__: Any) -> None:
+    """If there is anything to go on with."""
+
+    def stop(_: Any, folder: Path, **__: Any) -> None:
+        if begun:
+            saved = "checkpoints" if arguments[0] == "metatrain" else "methods"
+            (folder / saved / "something").mkdir(parents=True)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "_exit", sys.exit)
     monkeypatch.setattr(run, "run", stop)
     monkeypatch.setattr(sweep, "sweep", stop)
     monkeypatch.setattr(loop, "metatrain", stop)
-    monkeypatch.setattr(folders, "read_runs", stop)
-    monkeypatch.setattr("tempfile.tempdir", "/tmp")
+    monkeypatch.setattr(folders, "read_runs", lambda _: stop(_, Path("unused")))
+    monkeypatch.setattr("tempfile.tempdir", ".")
     monkeypatch.setattr("secrets.token_hex", lambda _: "aa")
     with pytest.raises(SystemExit) as caught:
         main(*arguments)
     assert caught.value.code == 130
+    if not begun and arguments[0] != "sweep":
+        goes_on = None
     command = goes_on and f"; to go on from the last checkpoint: lossguard {' '.join(goes_on)}"
     assert capsys.readouterr().err == f"lossguard: stopped{command or ''}\n"
 

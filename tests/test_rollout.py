@@ -119,6 +119,7 @@ def test_fewer_cycles_are_not_compiled_for() -> None:
     [
         ({"cycles": 0, "most": 5}, "cycles must be an integer of at least 1, got 0"),
         ({"cycles": 6, "most": 5}, "cycles must be at most 5, got 6"),
+        ({"cycles": 2**31}, "cycles must be at most 2147483647, got 2147483648"),
         ({"cycles": 2.5}, "cycles must be an integer of at least 1, got 2.5"),
         ({"cycles": 2, "most": 2.5}, "most must be an integer of at least 1, got 2.5"),
     ],

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from . import __version__
 from .command_line import check_beside, find_recipe, override, usage
+from .terminal import PlainConsole, shown
 from .validation import one_of
 
 
@@ -51,7 +51,7 @@ def main() -> None:
             raise ValueError(f"command must be {one_of(COMMANDS, name)}")
         COMMANDS[name](arguments)
     except (ValueError, OSError) as error:
-        print(f"lossguard: {_sentence(error)}{_place(error, arguments)}", file=sys.stderr)
+        _tell(f"lossguard: {_sentence(error)}{_place(error, arguments)}")
         sys.exit(2)
     except KeyboardInterrupt as stop:
         how = f"; to go on from the last checkpoint: {stop}" if stop.args else ""
@@ -111,7 +111,7 @@ def demo(arguments: Sequence[str]) -> None:
     out = Path(tempfile.gettempdir(), f"lossguard-demo-{secrets.token_hex(4)}")
     where, experiment = override(recipe(), Where(out), arguments, "demo")
     _run(where, experiment)
-    print(_over(experiment.methods[0], where.out))
+    print(shown(_over(experiment.methods[0], where.out)))
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -189,13 +189,12 @@ def _sweep(experiments: Mapping[str, Any], where: Sweep) -> None:
             if outcome.state == "complete":
                 _show(outcome.folder)
             elif outcome.state == "skipped":
-                print(f"{outcome.name}: complete already\nrecords: {outcome.folder}")
+                print(shown(f"{outcome.name}: complete already\nrecords: {outcome.folder}"))
             else:
                 failed += 1
-                told = f"{outcome.name}: {outcome.reason}\nrecords: {outcome.folder}"
-                print(told, file=sys.stderr)
+                _tell(f"{outcome.name}: {outcome.reason}\nrecords: {outcome.folder}")
     if failed:
-        print(f"lossguard: {failed} of {len(experiments)} runs failed", file=sys.stderr)
+        _tell(f"lossguard: {failed} of {len(experiments)} runs failed")
         sys.exit(1)
 
 
@@ -212,7 +211,7 @@ def metatrain(arguments: Sequence[str]) -> None:
     where, config = override(recipe, where, arguments[1:], f"metatrain {name}")
     with _resumable(where):
         weights = loop.metatrain(config, where.out, resume=where.resume)
-    print(f"weights: {weights}")
+    print(shown(f"weights: {weights}"))
     _show(where.out)
 
 
@@ -244,7 +243,7 @@ def report(arguments: Sequence[str]) -> None:
     parsed = _folders(Report, arguments, "report", about)
     from .experiments.report import report
 
-    print(f"report: {report(parsed.folders, parsed.out)}")
+    print(shown(f"report: {report(parsed.folders, parsed.out)}"))
 
 
 def list_all(arguments: Sequence[str]) -> None:
@@ -299,7 +298,7 @@ def _records(folders: Sequence[Path]) -> dict[Path, Any]:
 
     found, others = read_runs(folders)
     for reason in others:
-        print(reason, file=sys.stderr)
+        _tell(reason)
     return found
 
 
@@ -313,16 +312,23 @@ def _run(where: Where, experiment: Any) -> None:
 
 @contextmanager
 def _resumable(where: Where | None = None) -> Iterator[None]:
-    """Ctrl-C inside comes out with the command that goes on."""
+    """Ctrl-C inside comes out with the command that goes on, if anything was saved."""
     try:
         yield
     except KeyboardInterrupt:
+        if where and not _has_begun(where.out):
+            raise KeyboardInterrupt from None
         given, more = sys.argv[1:], []
         if where and not any(argument.startswith("--out") for argument in given):
             more += ["--out", str(where.out)]
         if where and not where.resume:
             more += ["--resume"]
         raise KeyboardInterrupt(shlex.join(["lossguard", *given, *more])) from None
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a run left there what can be gone on with."""
+    return any(any((folder / name).glob("*")) for name in ("methods", "checkpoints"))
 
 
 def _show(folder: Path, over: Literal["price", "seconds", "steps"] = "price") -> None:
@@ -337,7 +343,7 @@ def _show(folder: Path, over: Literal["price", "seconds", "steps"] = "price") ->
     else:
         drawn = figures.plot(folder, record, over=over)
         _print(figures.summary(record))
-    print(f"figure: {drawn}\nrecords: {folder}")
+    print(shown(f"figure: {drawn}\nrecords: {folder}"))
 
 
 def _print(table: Table) -> None:
@@ -356,9 +362,13 @@ def _print(table: Table) -> None:
         console.print(part)
 
 
-def _console() -> Console:
-    """On which names are shown as they are, square brackets included."""
-    return Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)
+def _console() -> PlainConsole:
+    return PlainConsole(width=None if sys.stdout.isatty() else 160)
+
+
+def _tell(text: str) -> None:
+    """On stderr, with names as they are."""
+    print(shown(text), file=sys.stderr)
 
 
 def _over(reference: str, folder: Path) -> str:

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from lossguard.experiments.beyond import ABLATION, ablation_methods, candidates_methods
 
 from lossguard import Guard, paper_decay, track_record, unguarded
 from lossguard.experiments import beyond, recipes
 from lossguard.experiments import experiment as experiments
-from lossguard.experiments.beyond import ABLATION, ablation_methods, candidates_methods
 from lossguard.experiments.experiment import Experiment, Methods, named_task, paper_methods
 from lossguard.tasks import MLP
 

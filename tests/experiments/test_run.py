@@ -27,6 +27,7 @@ from lossguard.curves import COUNTERS
 from lossguard.experiments import run as running
 from lossguard.experiments.experiment import Experiment
 from lossguard.experiments.run import run
+from lossguard.locks import locked
 from lossguard.tasks.dataset import Split
 from lossguard.tasks.models import MLP
 from lossguard.tasks.task import TaskObjective
@@ -202,6 +203,61 @@ def test_seconds_are_of_all_cycles_as_those_that_did_not_compile(
     assert made["seconds"] == {"Signs": 3.0}  # of three chunks
 
 
+def stopped_at_once(monkeypatch: pytest.MonkeyPatch, folder: Path, **changes: Any) -> Experiment:
+    """The experiment of a run that is stopped in its first chunk."""
+    e = dataclasses.replace(tiny.recipe(), seeds=1, methods=("Signs",), **changes)
+    thin = curves.thin
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(
+            curves, "thin", lambda *given: signal.raise_signal(signal.SIGINT) or thin(*given)
+        )
+        run(e, folder)
+    return e
+
+
+def test_other_data_than_a_run_was_started_with_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(experiment: Experiment) -> lossguard.Task:
+        task = make(experiment)
+        inputs = task.dataset.train.inputs.at[7, 0].add(1e-3)
+        train = Split(inputs, task.dataset.train.labels)
+        return dataclasses.replace(task, dataset=dataclasses.replace(task.dataset, train=train))
+
+    e, make = stopped_at_once(monkeypatch, tmp_path / "run"), tiny.make_task
+    other.__module__, other.__qualname__ = "tiny", "make_task"  # the same config
+    with pytest.raises(ValueError, match=r"^a run must go on with .*, but the data changed since"):
+        run(dataclasses.replace(e, make_task=other), tmp_path / "run", resume=True)
+    run(e, tmp_path / "run", resume=True)
+
+
+def test_other_weights_than_a_run_was_started_with_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mine.safetensors"
+    weights = [lossguard.init_lstm_weights(jax.random.key(k), hidden=4) for k in range(2)]
+    lossguard.save_weights(file, weights[0], p=10, scale=0.1, made={})
+    e = stopped_at_once(monkeypatch, tmp_path / "run", learned=str(file))
+    lossguard.save_weights(file, weights[1], p=10, scale=0.1, made={})
+    reason = r"^a run must go on with .*, but the file mine\.safetensors changed since"
+    with pytest.raises(ValueError, match=reason):
+        run(e, tmp_path / "run", resume=True)
+    lossguard.save_weights(file, weights[0], p=10, scale=0.1, made={})
+    _, made, _ = records.read_run(run(e, tmp_path / "run", resume=True))
+    assert {*made["inputs_sha256"]} == {"the data", "the file mine.safetensors"}
+    assert {*made["sha256"]} == {"curves.parquet", "evaluations.parquet"}
+
+
+def test_two_that_resume_one_run_are_told_of_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    e = stopped_at_once(monkeypatch, tmp_path / "run")
+    with locked(tmp_path / "run"), pytest.raises(ValueError, match="is in use by another process"):
+        run(e, tmp_path / "run", resume=True)
+    run(e, tmp_path / "run", resume=True)
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
 def test_all_methods_start_alike(whole: Path) -> None:
     _, _, curves = records.read_run(whole)
     first = curves.filter(pl.col("step") == 1).group_by("seed").agg(pl.col("loss").n_unique())
@@ -367,6 +423,9 @@ def labelled(name: str, labels: tuple[int, int], experiment: Experiment) -> loss
             for value in (-1, 1.5, "0")
         ),
         ({"seed": 2**32 - 1}, "^seed must be at most 4294967294, got 4294967295$"),
+        ({"seed": 2**63}, f"^seed must be at most 4294967294, got {2**63}$"),
+        ({"seeds": 10**12}, f"^seeds must be at most 10000, got {10**12}$"),
+        ({"steps": 2**31}, f"^steps must be at most {2**30}, got {2**31}$"),
         ({"batch_size": 401}, "^batch_size must be between 1 and samples = [0-9]*, got 401"),
         ({"methods": ("SGD",)}, "^methods must each be one of Signs, .*, got 'SGD'"),
         ({"make_methods": lambda e: None}, "^make_methods must return .*, got NoneType$"),

@@ -1,9 +1,9 @@
 """What a wrong decision costs at most, of which theory.md has the numbers."""
 
+from lossguard.guards.criteria import Criterion
 from scipy import optimize, stats
 
 import lossguard
-from lossguard.guards.criteria import Criterion
 
 CONFIDENCE = 0.95
 MEAN = lossguard.mean_criterion()

@@ -13,10 +13,10 @@ import numpy as np
 import optax
 import pytest
 from damage import CONFIDENCE, MEAN, PAIRED, dearest
+from lossguard.guards.criteria import Criterion
 from scipy import stats
 
 import lossguard
-from lossguard.guards.criteria import Criterion
 
 RUNS = 4000
 

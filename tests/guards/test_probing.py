@@ -6,11 +6,11 @@ import numpy as np
 import optax
 import optimizers
 import pytest
+from lossguard.guards.probing import init_probing
 from problems import CONVEX
 from runs import play, side_by_side
 
 import lossguard
-from lossguard.guards.probing import init_probing
 
 NT, NC = 2, 3
 

@@ -6,12 +6,12 @@ import numpy as np
 import optax
 import optimizers
 import pytest
+from lossguard.guards.branch import Branch
+from lossguard.guards.ratchet import Ratchet, RatchetState, init_ratchet, ratchet
 from problems import CONVEX, noisy
 from runs import play
 
 import lossguard
-from lossguard.guards.branch import Branch
-from lossguard.guards.ratchet import Ratchet, RatchetState, init_ratchet, ratchet
 
 NT, NC, CYCLES, EVERY, TOLERANCE = 3, 2, 60, 4, 0.05
 

@@ -8,12 +8,12 @@ import optimizers
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lossguard.guards.track_record import Excess, TrackRecord, track_record
 from problems import CONVEX, noisy, valleys
 from runs import play
 from scipy import stats
 
 import lossguard
-from lossguard.guards.track_record import Excess, TrackRecord, track_record
 
 NT, NC, CYCLES, DECAY, SHARE = 4, 3, 80, 0.8, 0.3
 ZERO = jnp.float32(0)

@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lossguard.guards.verdict import follow_first, judge
 
 import lossguard
-from lossguard.guards.verdict import follow_first, judge
 
 NAN, INF = np.nan, np.inf
 MEAN = lossguard.mean_criterion()

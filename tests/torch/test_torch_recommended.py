@@ -13,7 +13,6 @@ jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
 import optax  # noqa: E402
-
 from lossguard.guards.probing import init_probing  # noqa: E402
 
 

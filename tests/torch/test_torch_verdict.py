@@ -15,10 +15,10 @@ from lossguard.torch.verdict import follow_first, judge
 pytest.importorskip("jax")
 
 import jax.numpy as jnp
+from lossguard.guards.probing import init_probing
 
 import lossguard as theirs
 from lossguard.guards import verdict as jax_verdict
-from lossguard.guards.probing import init_probing
 
 CRITERIA = {
     "mean": lambda lib: lib.mean_criterion(),

@@ -11,10 +11,11 @@ import numpy as np
 import polars as pl
 from jaxtyping import PRNGKeyArray
 
-from .. import curves, records
+from .. import checksums, curves, records
 from ..checkpoints import Checkpoints
 from ..config import as_config
 from ..guards.protocol import Decision, Guard, GuardState
+from ..learned.weights_file import path_of, read_weights
 from ..progress import Progress, stopping_at_interrupt
 from ..rollout import rollout
 from ..tasks.task import Task
@@ -27,6 +28,8 @@ MARKS = (10, 12, 15, 20, 25, 30, 40, 50, 60, 80)
 """Times a power of ten: the steps at which iterates are evaluated on whole splits."""
 SAVE_SECONDS = 60.0
 """Between two checkpoints."""
+MOST_STEPS = 2**30
+"""Of a method: guards count in 32 bits, and two gradients a step."""
 
 
 def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
@@ -44,7 +47,8 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
     Raises:
         ValueError: if the folder holds another run, or this one and ``resume`` is false, or the
             experiment names a method or data set that does not exist or has a number out of range,
-            or ``make_task`` doesn't return a task, or its data a label that is no class.
+            or ``make_task`` doesn't return a task, or its data a label that is no class, or another
+            process writes to the folder, or data or weights changed since the run was started.
     """
     _check(experiment)
     with stopping_at_interrupt() as stopped:
@@ -55,27 +59,50 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
             _trace_cycle(guard, task)
         if stopped():
             raise KeyboardInterrupt
-        records.open_folder(folder, as_config(experiment), resume=resume)
-        if records.is_finished(folder):
-            return folder
-        made = records.start(folder, data=task.dataset.note)
-        tables, evaluations, seconds = [], [], {}
-        for method, guard in guards.items():
-            under_way = _MethodRun(experiment, method, guard, task, folder, stopped)
-            table, evaluated, seconds[method] = under_way.records()
-            tables.append(table)
-            evaluations.append(evaluated)
-        records.write_parquet(folder / records.EVALUATIONS, pl.concat(evaluations))
-        records.write_parquet(folder / records.CURVES, pl.concat(tables))
-        records.finish(folder, made | {"seconds": seconds})
+        with records.hold_folder(folder, as_config(experiment), resume=resume) as finished:
+            if not finished:
+                _run_all(experiment, guards, task, folder, stopped)
     return folder
+
+
+def _run_all(
+    experiment: Experiment,
+    guards: dict[str, Guard],
+    task: Task,
+    folder: Path,
+    stopped: Callable[[], bool],
+) -> None:
+    """Every method, one after another, and the records of them all."""
+    inputs = {"the data": task.dataset.checksum()} | _weights(experiment)
+    made = records.start(folder, data=task.dataset.note, inputs=inputs)
+    tables, evaluations, seconds = [], [], {}
+    for method, guard in guards.items():
+        under_way = _MethodRun(experiment, method, guard, task, folder, stopped)
+        table, evaluated, seconds[method] = under_way.records()
+        tables.append(table)
+        evaluations.append(evaluated)
+    records.write_parquet(folder / records.EVALUATIONS, pl.concat(evaluations))
+    records.write_parquet(folder / records.CURVES, pl.concat(tables))
+    records.finish(folder, made | {"seconds": seconds})
+
+
+def _weights(experiment: Experiment) -> dict[str, str]:
+    """The checksum of the weights that the experiment names, if it names a file of them."""
+    try:
+        path = path_of(experiment.learned)
+        tensors, _, p, scale, _ = read_weights(path)
+    except (ValueError, OSError):  # what only the user's own methods can read
+        return {}
+    about = {"p": repr(p), "scale": repr(scale)}
+    return {f"the file {path.name}": checksums.of_arrays(tensors, about)}
 
 
 def _check(experiment: Experiment) -> None:
     """Its numbers, also those that none of its methods uses."""
-    for name in ("steps", "seeds", "batch_size", "nt", "nc"):
+    for name in ("batch_size", "nt", "nc"):
         check_count(name, getattr(experiment, name))
     check_seed(experiment.seed, experiment.seeds)
+    check_count("steps", experiment.steps, most=MOST_STEPS)
     for name in ("sgd_rate", "sgd_tau", "guard_tau", "adam_rate"):
         check_positive(**{name: getattr(experiment, name)})
 

@@ -3,6 +3,11 @@
 >>> from lossguard.torch import LossGuard
 """
 
+import lossguard.extras
+
+with lossguard.extras.needed("lossguard.torch"):
+    import torch  # noqa: F401 - before what needs it and knows no extras
+
 from lossguard.torch.best_of import BestOf as BestOf
 from lossguard.torch.chained import ChainedOptimizer as ChainedOptimizer
 from lossguard.torch.criteria import Criterion as Criterion

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
 
+from lossguard.torch.quantile import student_quantile
 from lossguard.validation import check_confidence, check_count, checked_looks
 
 Differences = NDArray[np.float64]
@@ -139,6 +139,6 @@ def _curtailed_test(d: Differences, level: float, most: int) -> Answers:
 def _t_test(d: Differences, level: float) -> Answers:
     m, n = d.shape
     mean, deviation = d.mean(axis=1), d.std(axis=1, ddof=1)
-    bound = stdtrit(n - 1, 1 - level / m) * deviation / np.sqrt(n)  # Student's t quantile
+    bound = student_quantile(n - 1, 1 - level / m) * deviation / np.sqrt(n)
     better, worse = mean > bound, -mean > bound
     return better, better | worse

@@ -1,6 +1,6 @@
 """The command line.
 
-lossguard demo                  a learned optimizer alone and guarded, in a minute or two
+lossguard demo                  a learned optimizer alone and guarded, in a minute
 lossguard run RECIPE            an experiment of the paper, or path/to/module.py:recipe
 lossguard sweep SET...          sets of recipes, or recipes, one after another or on a cluster
 lossguard benchmark price       what every guard costs and is worth, on five tasks
@@ -111,7 +111,7 @@ def demo(arguments: Sequence[str]) -> None:
     out = Path(tempfile.gettempdir(), f"lossguard-demo-{secrets.token_hex(4)}")
     where, experiment = override(recipe(), Where(out), arguments, "demo")
     _run(where, experiment)
-    print(shown(_over(experiment.methods[0], where.out)))
+    print(shown(_at_equal_price(experiment.methods[0], where.out)))
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -371,17 +371,29 @@ def _tell(text: str) -> None:
     print(shown(text), file=sys.stderr)
 
 
-def _over(reference: str, folder: Path) -> str:
-    """One line: the loss of each method at the end of a run, over that of the reference."""
-    from .curves import divided, last_step, mark_loss, over_seeds
-    from .records import read_run
+def _at_equal_price(reference: str, folder: Path) -> str:
+    """What each method of a run is worth beside the first, when both have spent the same."""
+    from .curves import divided
+    from .experiments.price import at, curve, slowdown
+    from .records import EVALUATIONS, read_parquet
 
-    curves = read_run(folder).curves
-    last = last_step(curves)
-    means = over_seeds(mark_loss(curves, last), "loss")
-    base = means[reference]
-    told = ", ".join(f"{name} {divided(loss, base):.3g}" for name, loss in means.items())
-    return f"loss at step {last:,}, over that of {reference}: {told}"
+    evaluations = read_parquet(folder / EVALUATIONS)
+    methods = evaluations["method"].unique(maintain_order=True).to_list()
+    curves = {method: curve(evaluations, method) for method in methods}
+    base = curves[reference]
+    end = float(min(one.price[-1] for one in curves.values()))
+    half = end / 2
+    others = [method for method in methods if method != reference]
+    losses = (f"{m} {divided(at(curves[m], end), at(base, end)):.2g}" for m in others)
+    times = (f"{m} {slowdown(curves[m], base, half):.2g}" for m in others)
+    return (
+        f"After a price of {end:,.0f} gradients, loss over that of {reference}: "
+        f"{', '.join(losses)}\n"
+        f"Price at which the loss of {reference} after {half:,.0f} is reached, over that price: "
+        f"{', '.join(times)}\n"
+        "Next: put a guard into a loop of your own (README.md), or see it all: "
+        f"lossguard report {folder}"
+    )
 
 
 def _wants_help(arguments: Sequence[str]) -> bool:

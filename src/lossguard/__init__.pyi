@@ -16,6 +16,8 @@ from .guards.ratchet import Ratchet as Ratchet
 from .guards.ratchet import ratchet as ratchet
 from .guards.recommended import recommended as recommended
 from .guards.residual_guard import residual_guard as residual_guard
+from .guards.rewind import RewindState as RewindState
+from .guards.rewind import rewind as rewind
 from .guards.sequences import TrackingSequence as TrackingSequence
 from .guards.sequences import arithmetic_average as arithmetic_average
 from .guards.sequences import ema as ema

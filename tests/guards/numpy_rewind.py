@@ -76,8 +76,8 @@ class Rule:
         if self.start is None:
             self.start = sorted(losses[: self.block // 8])[(self.block // 8 - 1) // 2]
         if self.score <= self.block // 8:
-            median, high = (sorted(losses)[math.ceil(q * self.block) - 1] for q in (0.5, 0.9))
-            self.reference = min(self.reference, high + 2 * (high - median))
+            median, high = (sorted(losses)[math.ceil(q * self.block) - 1] for q in (0.5, 0.95))
+            self.reference = min(self.reference, high + (high - median))
             if self.candidate is not None:
                 self.trusted, self.in_a_row = self.candidate, 0
         self.candidate = len(self.path)

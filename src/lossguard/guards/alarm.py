@@ -1,8 +1,8 @@
 """When a run has become worse than it was: a bounded count of losses above a robust threshold.
 
-A block is B losses of steps that were taken. Letters: m and q the median and the 0.9 quantile of a
+A block is B losses of steps that were taken. Letters: m and q the median and the 0.95 quantile of a
 block; a the level at the start, the median of the first B // 8 losses; r the reference, the lowest
-q + 2 (q - m) of all blocks that ended in calm. The threshold is
+2 q - m of all blocks that ended in calm. The threshold is
 
     r + rise * max(0, a - r)
 
@@ -78,13 +78,13 @@ def end_block(alarm: Alarm) -> Alarm:
     """Begin a block. The one that ends becomes the reference if it ended in calm and is lower."""
     size = alarm.block
     ordered = jnp.sort(alarm.losses)
-    median, high = ordered[-(-size // 2) - 1], ordered[-(-9 * size // 10) - 1]
+    median, high = ordered[-(-size // 2) - 1], ordered[-(-19 * size // 20) - 1]
     level = jnp.sort(alarm.losses[: size // 8])[(size // 8 - 1) // 2]
-    lower = alarm.is_calm & (high + 2 * (high - median) < alarm.reference)
+    edge = high + (high - median)
     return alarm._replace(
         filled=jnp.int32(0),
         start=jnp.where(jnp.isnan(alarm.start), level, alarm.start),
-        reference=jnp.where(lower, high + 2 * (high - median), alarm.reference),
+        reference=jnp.where(alarm.is_calm, jnp.minimum(edge, alarm.reference), alarm.reference),
     )
 
 

@@ -1,7 +1,5 @@
 """What ``rewind`` promises in every run, what it leaves alone, and that it helps."""
 
-from functools import partial
-
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp

@@ -101,9 +101,13 @@ def rewind(
     - **Budget.** Steps thrown away are at most ``rho * T + window`` in every run. An alarm beyond
       that, or after three returns in a row, lowers the scale and begins another reference.
 
-    It has to be what is applied to the parameters: put it around a chain, not into one in front of
-    transformations that change updates. A return takes a second call if rounding has missed the
-    snapshot in the first. Schedules of the optimizer go on, they aren't set back.
+    What it returns has to be what is added to the parameters. So it goes around a chain, or at its
+    end, not in front of what changes updates. ``optax.MultiSteps`` around it tells it the loss of
+    the last minibatch of each step. A return takes a second call if rounding has missed the
+    snapshot in the first. Schedules of the optimizer go on; a return doesn't set them back.
+
+    Parameters and the optimizer's state are finite after every call if they were at the start, and
+    no parameter was above half of its type's largest number then.
 
     Args:
         optimizer: an optax transformation. ``value`` and other arguments by name are passed on.

@@ -41,15 +41,19 @@ class Rule:
             return self.reference
         return self.reference + self.rise * max(0.0, self.start - self.reference)
 
-    def tell(self, loss: float, sound: bool = True) -> str:
-        """One loss, and whether it and the step from where it was measured are finite."""
+    def tell(self, loss: float, sound: bool = True, late: int = 0) -> str:
+        """One loss, and whether it and the step from where it was measured are finite.
+
+        PyTorch is ``late`` by 1: a step is taken before its loss is told, and thrown away as well.
+        """
         self.calls += 1
         bad = not sound or loss > self.threshold
         self.score = max(0, self.score + (1 if bad else -1))
         if self.score >= self.block // 2:
-            age = len(self.path) - self.trusted
+            age = len(self.path) - self.trusted + late
             self.score, self.in_block, self.ramp, self.candidate = 0, 0, 0, None
-            if self.in_a_row < 3 and self.thrown + age <= self.window + self.rho * self.calls:
+            allowed = self.window + math.floor(self.rho * (1 - 1e-6) * self.calls)
+            if self.in_a_row < 3 and self.thrown + age <= allowed:
                 self._go_back(age)
                 return "return"
             self.in_a_row, self.reference = 0, math.inf
@@ -91,15 +95,22 @@ class Run:
         start: the first point, anything that ``advance`` knows.
         advance: ``advance(point, i, scale)``: loss on minibatch i, the point after the step, and
             whether both are finite.
+        late: whether a step is taken before its loss is told.
     """
 
-    def __init__(self, start: Any, advance: Callable[..., tuple[float, Any, bool]], **options: Any):
-        self.rule, self.points, self.advance = Rule(**options), [start], advance
+    def __init__(
+        self,
+        start: Any,
+        advance: Callable[..., tuple[float, Any, bool]],
+        late: bool = False,
+        **options: Any,
+    ):
+        self.rule, self.points, self.advance, self.late = Rule(**options), [start], advance, late
 
     def step(self, i: int) -> str:
         """One minibatch."""
         loss, point, sound = self.advance(self.points[-1], i, self.rule.scale)
-        told = self.rule.tell(loss, sound)
+        told = self.rule.tell(loss, sound, late=int(self.late and sound))
         if told == "take":
             self.points.append(point)
         del self.points[len(self.rule.path) + 1 :]

@@ -25,7 +25,7 @@ class Rule:
         self.trusted, self.candidate = 0, None
         self.reference, self.start = math.inf, None
         self.score, self.in_block, self.ramp = 0, 0, self.block
-        self.in_a_row, self.cap = 0, 1.0
+        self.in_a_row, self.cap, self.last_return = 0, 1.0, None
         self.calls = self.thrown = self.returns = self.skipped = 0
 
     @property
@@ -71,8 +71,9 @@ class Rule:
         self.thrown += age
         self.returns += 1
         self.in_a_row += 1
-        if self.in_a_row > 1:
+        if self.last_return is not None and self.calls - self.last_return <= 10 * self.window:
             self.cap *= self.factor
+        self.last_return = self.calls
         del self.path[self.trusted :]
 
     def _end_block(self) -> None:

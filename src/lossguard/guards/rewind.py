@@ -22,6 +22,8 @@ from .soundness import all_finite, is_sound, keep_schedules, select
 
 IN_A_ROW = 3
 """Returns to one snapshot. If they don't help, its losses are no measure any more."""
+SOON = 10
+"""Windows. After a return so soon after another one the scale stays lower."""
 
 
 class RewindState(NamedTuple):
@@ -52,7 +54,7 @@ class RewindState(NamedTuple):
     ramp: Int[Array, ""]
     """Steps taken since the last alarm, at most B; B if there was none."""
     cap: Float[Array, ""]
-    """What ``scale`` rises to: 1, times ``factor`` for each return that followed another one."""
+    """What ``scale`` rises to: 1, times ``factor`` for each return soon after another one."""
     scale: Float[Array, ""]
     """What updates were multiplied by in this call."""
     landing: Bool[Array, ""]
@@ -96,8 +98,8 @@ def rewind(
       threshold. Single outliers, and spikes that end sooner by themselves, raise none.
     - **Snapshots.** Every B steps there is a candidate. After B more it is trusted, if fewer than
       B / 8 losses have spoken against it.
-    - **Afterwards** the scale is ``factor`` and rises to 1 within B steps. If the run has to go
-      back before another snapshot is trusted, both are multiplied by ``factor``, for good.
+    - **Afterwards** the scale is ``factor`` and rises to 1 within B steps. Each return less than
+      ten windows after another one multiplies both by ``factor``, for good.
     - **Budget.** Steps thrown away are at most ``rho * T + window`` in every run. An alarm beyond
       that, or after three returns in a row, lowers the scale and begins another reference.
 
@@ -215,6 +217,7 @@ def rewind(
     def account(state: RewindState, verdict: Verdict) -> RewindState:
         """The counts after a verdict."""
         alarm, rings, returns, takes, _, promotes = verdict
+        again = (state.returns > 0) & (next_call(state) - state.last_return <= SOON * window)
         in_a_row = jnp.where(rings, jnp.where(returns, state.in_a_row + 1, 0), state.in_a_row)
         return state._replace(
             alarm=alarm,
@@ -227,7 +230,7 @@ def rewind(
             unanswered=state.unanswered + (rings & ~returns),
             in_a_row=jnp.where(promotes, 0, in_a_row),
             ramp=jnp.minimum(jnp.where(rings, 0, state.ramp) + takes, block),
-            cap=jnp.where(returns & (in_a_row > 1), state.cap * factor, state.cap),
+            cap=jnp.where(returns & again, state.cap * factor, state.cap),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)

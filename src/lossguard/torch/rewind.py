@@ -21,6 +21,8 @@ from lossguard.validation import check_count, check_fraction, check_kind, check_
 
 IN_A_ROW = 3
 """Returns to one snapshot. If they don't help, its losses are no measure any more."""
+SOON = 10
+"""Windows. After a return so soon after another one the scale stays lower."""
 
 
 class RewindEvent(NamedTuple):
@@ -72,7 +74,7 @@ class Rewind:
         window, rho, factor, rise: as in ``lossguard.rewind``.
         every: calls between two reads; a divisor of window / 4.
         offload: keep snapshots in the host's memory (pinned, where there is CUDA).
-        fallback: called with the optimizer at each return that follows another one, to make its
+        fallback: called with the optimizer at each return soon after another one, to make its
             settings careful for good: instead of a scale that stays lower.
         audit: the loss on a held minibatch, without gradients; called once every B steps. A
             candidate is only trusted if it isn't worse there than the best trusted one by more than
@@ -137,7 +139,8 @@ class Rewind:
         self._alarm, self._audits = Alarm(self.block, rise), Audit(rise)
         self.events: list[RewindEvent] = []
         self.calls = self.returns = self.thrown = self.skipped = 0
-        self._unread = self._age = self._candidate_age = self._in_a_row = 0
+        self._unread = self._age = self._candidate_age = 0
+        self._in_a_row = self._last_return = 0
         self._ramp, self._cap = self.block, 1.0
         self._pending = self._one_by_one = False
         self._candidate_audit = math.nan
@@ -269,7 +272,9 @@ class Rewind:
         self.thrown += thrown
         self.returns += 1
         self._in_a_row += 1
-        if self._in_a_row > 1:
+        soon = self.returns > 1 and self.calls - self._last_return <= SOON * self.window
+        self._last_return = self.calls
+        if soon:
             if self._fallback is None:
                 self._cap *= self._factor
             else:

@@ -15,7 +15,16 @@ if TYPE_CHECKING:
     from lossguard.torch.rewind import Rewind
 
 COUNTS = ("calls", "returns", "thrown", "skipped", "_unread", "_age", "_candidate_age")
-NUMBERS = (*COUNTS, "_in_a_row", "_ramp", "_cap", "_pending", "_one_by_one", "_candidate_audit")
+NUMBERS = (
+    *COUNTS,
+    "_in_a_row",
+    "_last_return",
+    "_ramp",
+    "_cap",
+    "_pending",
+    "_one_by_one",
+    "_candidate_audit",
+)
 OF_ALARM = ("start", "reference", "score")
 OF_AUDITS = ("first", "best", "score")
 

@@ -42,7 +42,7 @@ def module():
     return lightning, Classifier
 
 
-def fit(steps, callback, accumulate=1, **where):
+def fit(steps, callback, accumulate=1, batch=8, **where):
     lightning, make = module()
     trainer = lightning.Trainer(
         max_steps=steps,
@@ -55,9 +55,7 @@ def fit(steps, callback, accumulate=1, **where):
         callbacks=[callback],
     )
     model = make()
-    # 43 minibatches an epoch: Lightning goes on at the beginning of one.
-    x, t = (tensor[: 8 * 43] for tensor in data())
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, t), batch_size=8)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data()), batch_size=batch)
     trainer.fit(model, loader, **where)
     return trainer, model
 
@@ -72,12 +70,14 @@ def test_lightning(accumulate):
 
 
 def test_lightning_resumes(tmp_path):
+    """On one minibatch, as Lightning doesn't go on at the one where it stopped."""
     whole = lightning_rewind(**OPTIONS)
-    _, model = fit(150, whole)
-    first, _ = fit(86, lightning_rewind(**OPTIONS))
+    _, model = fit(150, whole, batch=4096)
+    first, _ = fit(86, lightning_rewind(**OPTIONS), batch=4096)
     first.save_checkpoint(tmp_path / "half.ckpt")
     rest = lightning_rewind(**OPTIONS)
-    _, twin = fit(150, rest, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    half = {"ckpt_path": tmp_path / "half.ckpt", "weights_only": True}
+    _, twin = fit(150, rest, batch=4096, **half)
     assert rest.rewind.events == whole.rewind.events
     for mine, other in zip(twin.parameters(), model.parameters(), strict=True):
         assert torch.equal(mine, other)

@@ -4,7 +4,6 @@ A composition of two parts: the alarm says when the run has become worse, snapsh
 back to. Letters: T calls of ``update``, B = window / 4 steps a block.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ from . import snapshot
 from .alarm import Alarm
 from .protocol import Params, as_arrays, with_extra_args
 from .snapshot import Snapshots
-from .soundness import all_finite, is_sound, keep_schedules, select
+from .soundness import is_sound, keep_schedules, select
 
 IN_A_ROW = 3
 """Returns to one snapshot. If they don't help, its losses are no measure any more."""
@@ -171,30 +170,40 @@ def rewind(
         x, loss = check_arguments(params, extra_args.get("value"))
         loss = loss.astype(state.alarm.losses.dtype)
         risen = (state.ramp / block).astype(jnp.float32)
-        state = state._replace(scale=state.cap * (factor + (1 - factor) * risen))
+        state = state._replace(
+            calls=jnp.asarray(optax.safe_increment(state.calls)),
+            scale=state.cap * (factor + (1 - factor) * risen),
+        )
         steps, advanced = optimizer.update(updates, state.inner, x, **extra_args)
         steps = jax.tree.map(lambda u, p: scaled(u, state.scale, p), steps, x)
         ahead = optax.apply_updates(x, steps)
-        sound = jnp.isfinite(loss) & can_return_from(ahead) & is_sound(advanced, state.inner)
+        sound = (
+            jnp.isfinite(loss) & snapshot.can_return_from(ahead) & is_sound(advanced, state.inner)
+        )
 
         verdict = decide(state, loss, sound)
         stays = jax.tree.map(jnp.zeros_like, steps), state.inner
         move, inner = select(verdict.takes, (steps, advanced), stays)
         back = verdict.returns | state.landing
 
-        def rarely(carry: Rare) -> Rare:
-            return jax.lax.cond(
-                back,
-                lambda: way_back(carry, x),
-                lambda: carry._replace(
-                    snapshots=snapshot.end_probation(
-                        carry.snapshots, (ahead, advanced), verdict.promotes
-                    )
-                ),
+        def goes_back(rare: Rare) -> Rare:
+            point, memory = rare.snapshots.trusted
+            move, lands = snapshot.way_back(point, x, rare.move)
+            return Rare(move, keep_schedules(memory, rare.inner), rare.snapshots, ~lands)
+
+        def ends_block(rare: Rare) -> Rare:
+            return rare._replace(
+                snapshots=snapshot.end_probation(
+                    rare.snapshots, (ahead, advanced), verdict.promotes
+                )
             )
 
         snapshots = state.snapshots._replace(pending=state.snapshots.pending & ~verdict.rings)
-        rare = only_if(back | verdict.ends, rarely, Rare(move, inner, snapshots, jnp.array(False)))
+        rare = snapshot.only_if(
+            back | verdict.ends,
+            lambda rare: jax.lax.cond(back, goes_back, ends_block, rare),
+            Rare(move, inner, snapshots, jnp.array(False)),
+        )
         state = state._replace(inner=rare.inner, snapshots=rare.snapshots)
         landing = rare.landing & ~state.landing
         return rare.move, account(state, verdict)._replace(landing=landing)
@@ -204,30 +213,29 @@ def rewind(
         hears = ~state.landing
         alarm = select(hears, alarms.hear(state.alarm, loss, sound, rise), state.alarm)
         rings = alarm.rings & hears
-        affordable = state.age <= allowance(next_call(state), rho, window) - state.thrown
+        affordable = state.age <= allowance(state.calls, rho, window) - state.thrown
         returns = rings & affordable & (state.in_a_row < IN_A_ROW)
         takes = sound & ~returns & hears
         alarm = select(rings, alarms.quiet(alarm, forget=~returns), alarm)
         alarm = select(takes, alarms.keep(alarm, loss), alarm)
         ends = alarm.filled == block
         promotes = ends & alarm.is_calm & state.snapshots.pending
-        alarm = only_if(ends, alarms.end_block, alarm)
+        alarm = snapshot.only_if(ends, alarms.end_block, alarm)
         return Verdict(alarm, rings, returns, takes, ends, promotes)
 
     def account(state: RewindState, verdict: Verdict) -> RewindState:
         """The counts after a verdict."""
         alarm, rings, returns, takes, _, promotes = verdict
-        again = (state.returns > 0) & (next_call(state) - state.last_return <= SOON * window)
+        again = (state.returns > 0) & (state.calls - state.last_return <= SOON * window)
         in_a_row = jnp.where(rings, jnp.where(returns, state.in_a_row + 1, 0), state.in_a_row)
         return state._replace(
             alarm=alarm,
-            calls=next_call(state),
-            age=jnp.where(promotes, block, jnp.where(returns, 0, state.age + takes)),
+            age=jnp.where(promotes, block, jnp.where(returns, 0, count(state.age, takes))),
             thrown=state.thrown + jnp.where(returns, state.age, 0),
-            returns=state.returns + returns,
-            skipped=state.skipped + ~(takes | returns | state.landing),
-            last_return=jnp.where(returns, next_call(state), state.last_return),
-            unanswered=state.unanswered + (rings & ~returns),
+            returns=count(state.returns, returns),
+            skipped=count(state.skipped, ~(takes | returns | state.landing)),
+            last_return=jnp.where(returns, state.calls, state.last_return),
+            unanswered=count(state.unanswered, rings & ~returns),
             in_a_row=jnp.where(promotes, 0, in_a_row),
             ramp=jnp.minimum(jnp.where(rings, 0, state.ramp) + takes, block),
             cap=jnp.where(returns & again, state.cap * factor, state.cap),
@@ -249,24 +257,11 @@ class Rare(NamedTuple):
     """Whether the move misses the snapshot by rounding."""
 
 
-def only_if(condition: Bool[Array, ""], change: Callable[[PyTree], PyTree], tree: PyTree) -> PyTree:
-    """``change(tree)`` where the condition holds, else the tree.
-
-    A loop of one round or none. Unlike ``lax.cond`` it doesn't copy the tree if there is none.
-    """
-    return jax.lax.fori_loop(0, condition.astype(int), lambda _, tree: change(tree), tree)
-
-
 def own_buffer(leaf: Any) -> Array:
     """A copy, which may be donated, of the type that ``update`` returns."""
     leaf = jnp.asarray(leaf)
     is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return jnp.copy(leaf) if is_key else jnp.array(leaf, leaf.dtype)
-
-
-def next_call(state: RewindState) -> Int[Array, ""]:
-    """The number of the call under way, from 1; stays at 2^31 - 1."""
-    return jnp.asarray(optax.safe_increment(state.calls))
 
 
 def allowance(calls: Int[Array, ""], rho: float, window: int) -> Int[Array, ""]:
@@ -275,27 +270,17 @@ def allowance(calls: Int[Array, ""], rho: float, window: int) -> Int[Array, ""]:
 
 
 def scaled(step: Array, scale: Float[Array, ""], param: Array) -> Array:
-    """A step times the scale, in a dtype that holds the way back as well."""
-    return (step * scale).astype(jnp.promote_types(step.dtype, param.dtype))
+    """A step times the scale, in a dtype that holds the way back as well.
 
-
-def can_return_from(params: Params) -> Bool[Array, ""]:
-    """Whether parameters are finite, and at most half of the largest number.
-
-    The difference of two such points is finite, so one is reached from the other.
+    Of fewer than 32 bits it wouldn't: within a compiled program such differences aren't rounded.
     """
-    return all_finite(jax.tree.map(lambda leaf: 2 * leaf, params))
+    wide = jnp.promote_types(jnp.promote_types(step.dtype, param.dtype), jnp.float32)
+    return (step * scale).astype(wide)
 
 
-def way_back(rare: Rare, params: Params) -> Rare:
-    """The update that leads to the trusted point, and its optimizer state, schedules as now."""
-    point, inner = rare.snapshots.trusted
-    move = jax.tree.map(
-        lambda s, p, u: s.astype(u.dtype) - p.astype(u.dtype), point, params, rare.move
-    )
-    landed = jax.tree.leaves(optax.apply_updates(params, move))
-    hits = [(a == b).all() for a, b in zip(landed, jax.tree.leaves(point), strict=True)]
-    return Rare(move, keep_schedules(inner, rare.inner), rare.snapshots, ~jnp.array(hits).all())
+def count(number: Int[Array, ""], event: Bool[Array, ""]) -> Int[Array, ""]:
+    """One more if the event holds; stays at 2^31 - 1."""
+    return jnp.where(event, optax.safe_increment(number), number)
 
 
 def check_window(window: int) -> int:

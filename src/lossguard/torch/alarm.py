@@ -1,8 +1,8 @@
 """When a run has become worse than it was: the rule of ``lossguard.rewind``, on the host.
 
 A block is B losses. Letters: m and q the median and the 0.95 quantile of a block; a the level at
-the start, the median of the first B // 8 losses; r the reference, the lowest 2 q - m of all blocks
-that ended in calm. A loss counts if it is above r + rise * max(0, a - r). The score goes up by 1
+the start, the median of the first B // 8 losses; r the reference, the lowest m + 3 (q - m) of all
+blocks that ended in calm. A loss counts if it is above r + rise * max(0, a - r). The score goes up by 1
 with every loss that counts, and down by 1, never below 0, with every other one.
 """
 
@@ -61,7 +61,7 @@ class Alarm:
         if math.isnan(self.start):
             self.start = sorted(self.losses[: size // 8])[(size // 8 - 1) // 2]
         if self.is_calm:
-            self.reference = min(self.reference, high + (high - median))
+            self.reference = min(self.reference, median + 3 * (high - median))
         self.losses = []
 
     def quiet(self, forget: bool) -> None:
@@ -69,16 +69,6 @@ class Alarm:
         self.losses, self.score = [], 0
         if forget:
             self.reference = math.inf
-
-    def numbers(self) -> list[float]:
-        """What it remembers beside the losses, for a checkpoint."""
-        return [self.start, self.reference, self.score]
-
-    def remember(self, losses: list[float], numbers: list[float]) -> None:
-        """The inverse of ``numbers``."""
-        self.losses = losses
-        self.start, self.reference, score = numbers
-        self.score = int(score)
 
 
 class Audit:

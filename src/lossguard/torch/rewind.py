@@ -1,7 +1,7 @@
 """A run that spikes or diverges goes back to where it was good, and goes on more carefully.
 
-The rule is that of ``lossguard.rewind``. Letters: T calls of ``observe``, B = window / 4 losses a
-block.
+The rule is that of ``lossguard.rewind``; ``rule.py`` has it. Letters: T calls of ``observe``, B =
+window / 4 losses a block.
 """
 
 import math
@@ -12,17 +12,12 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from lossguard.torch.alarm import Alarm, Audit
 from lossguard.torch.careful import CarefulSteps
 from lossguard.torch.rewind_checkpoint import load, state_of
+from lossguard.torch.rule import Rule
 from lossguard.torch.snapshot import Live, Saved
 from lossguard.torch.tensors import local
-from lossguard.validation import check_count, check_fraction, check_kind, check_real
-
-IN_A_ROW = 3
-"""Returns to one snapshot. If they don't help, its losses are no measure any more."""
-SOON = 10
-"""Windows. After a return so soon after another one the scale stays lower."""
+from lossguard.validation import check_count, check_kind
 
 
 class RewindEvent(NamedTuple):
@@ -121,28 +116,18 @@ class Rewind:
     ) -> None:
         check_kind("model", model, nn.Module, "nn.Linear(2, 1)")
         optimizer = innermost(optimizer)
-        self.block = _checked_window(window) // 4
-        self.window, self.every = int(window), check_count("every", every)
-        if self.block % every:
-            raise ValueError(f"every must divide window / 4 = {self.block}, got {every}")
-        self._rho, rise = (
-            check_real(name, value, "at least 0 and below 1", lambda v: 0 <= v < 1)
-            for name, value in (("rho", rho), ("rise", rise))
-        )
-        self._factor = check_fraction("factor", factor)
+        self._rule = Rule(window, rho, factor, rise)
+        self.every = check_count("every", every)
+        if self._rule.block % every:
+            raise ValueError(f"every must divide window / 4 = {self._rule.block}, got {every}")
         self._live = Live(model, optimizer, schedulers)
         self._offload, self._group, self._audit = offload, group, audit
         self._fallback, self._on_event = fallback, on_event
         device = local(next(iter(self._live.tensors.values()))).device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self._losses = torch.zeros(every, dtype=dtype, device=device)
-        self._alarm, self._audits = Alarm(self.block, rise), Audit(rise)
         self.events: list[RewindEvent] = []
-        self.calls = self.returns = self.thrown = self.skipped = 0
-        self._unread = self._age = self._candidate_age = 0
-        self._in_a_row = self._last_return = 0
-        self._ramp, self._cap = self.block, 1.0
-        self._pending = self._one_by_one = False
+        self._one_by_one = False
         self._candidate_audit = math.nan
         if not bool(self._live.is_finite()):
             raise ValueError("model must be finite, got one that isn't")
@@ -154,8 +139,27 @@ class Rewind:
     @property
     def scale(self) -> float:
         """What rates are multiplied by in the next step."""
-        risen = min(1.0, (self._ramp + self._unread) / self.block)
-        return self._cap * (self._factor + (1 - self._factor) * risen)
+        return self._rule.scale
+
+    @property
+    def calls(self) -> int:
+        """T, calls of ``observe``."""
+        return self._rule.calls
+
+    @property
+    def returns(self) -> int:
+        """How often it went back."""
+        return self._rule.returns
+
+    @property
+    def thrown(self) -> int:
+        """Steps thrown away: at most rho T + window in every run."""
+        return self._rule.thrown
+
+    @property
+    def skipped(self) -> int:
+        """Steps whose loss, gradients or parameters weren't finite, as far as they were read."""
+        return self._rule.skipped
 
     @torch.no_grad()
     def observe(self, loss: Any, grad_norm: Any = None) -> None:
@@ -175,10 +179,10 @@ class Rewind:
         if self._steps.broken is not None:
             loss = torch.where(self._steps.broken.to(loss.device), math.nan, loss)
         self._steps.forget()
-        self._losses[self._unread] = loss
-        self._unread += 1
-        self.calls += 1
-        if self._one_by_one or self._unread == self.every:
+        self._losses[self._rule.unread] = loss
+        self._rule.unread += 1
+        self._rule.calls += 1
+        if self._one_by_one or self._rule.unread == self.every:
             self._read()
 
     def state_dict(self) -> dict[str, Any]:
@@ -206,39 +210,32 @@ class Rewind:
     def _read(self) -> None:
         """Hear all losses since the last read; one wait for the device."""
         losses, finite = self._agree()
-        self._unread = 0
         if not finite and self._one_by_one:
             assert self._last is not None
             self._live.load(self._last)
             losses[-1] = math.nan
-        block_ends = False
-        for i, loss in enumerate(losses):
-            sound = math.isfinite(loss)
-            self._alarm.hear(loss, sound)
-            if self._alarm.rings and self._alarm_answered("loss", losses[i:]):
-                block_ends = False
-                break
-            self.skipped += not sound
-            if sound:
-                self._age, self._candidate_age = self._age + 1, self._candidate_age + 1
-                self._ramp += 1
-                self._alarm.keep(loss)
-            if self._alarm.ends:
-                block_ends = True
-                self._promote_or_not()
-        else:
-            if not finite and not self._one_by_one:
-                self._go_back("model", 0)
-            elif block_ends:
-                self._new_candidate()
-        spare = self._allowance() - self.thrown - self._age
-        self._one_by_one = spare < self.every or self._in_a_row >= IN_A_ROW
+        outcome = self._rule.hear(losses)
+        if outcome.promotes:
+            assert self._candidate is not None
+            self._trusted, self._candidate = self._candidate, self._trusted
+            self._rule.audits.trust(self._candidate_audit)
+        if outcome.unanswered:
+            self._tell("unanswered", "loss", 0)
+        if outcome.late is not None:
+            self._go_back("loss", outcome.late)
+        elif not finite and not self._one_by_one:
+            self._go_back("model", 0)
+        elif outcome.ends:
+            self._new_candidate()
+        self._one_by_one = not self._rule.can_always_return(self.every)
         self._last = self._live.save(self._last, self._offload) if self._one_by_one else None
 
     def _agree(self) -> tuple[list[float], bool]:
         """The losses since the last read, and whether the model is finite: the ranks' means."""
         finite = self._live.is_finite().to(self._losses).reshape(1)
-        *losses, finite = self._means(torch.cat([self._losses[: self._unread], finite])).tolist()
+        *losses, finite = self._means(
+            torch.cat([self._losses[: self._rule.unread], finite])
+        ).tolist()
         return losses, finite == 1
 
     def _means(self, numbers: Tensor) -> Tensor:
@@ -248,70 +245,42 @@ class Rewind:
         distributed.all_reduce(numbers, group=self._group)
         return numbers / distributed.get_world_size(self._group)
 
-    def _allowance(self) -> int:
-        """Steps that may be thrown away in so many calls."""
-        return self.window + math.floor(self._rho * (1 - 1e-6) * self.calls)
-
-    def _alarm_answered(self, cause: Literal["loss", "audit"], rest: list[float]) -> bool:
-        """Go back, if that may be; ``rest`` are the losses of steps that are to be thrown too."""
-        late = sum(map(math.isfinite, rest))
-        affordable = self.thrown + self._age + late <= self._allowance()
-        if affordable and self._in_a_row < IN_A_ROW:
-            self._go_back(cause, late)
-            return True
-        self._begin_again(forget=True)
-        self._in_a_row = 0
-        self._tell(RewindEvent("unanswered", cause, self.calls, 0, 0, self.scale))
-        return False
-
     def _go_back(self, cause: Literal["loss", "model", "audit"], late: int) -> None:
-        thrown = self._age + late
         self._live.load(self._trusted)
-        self._begin_again(forget=False)
-        self._age = 0
-        self.thrown += thrown
-        self.returns += 1
-        self._in_a_row += 1
-        soon = self.returns > 1 and self.calls - self._last_return <= SOON * self.window
-        self._last_return = self.calls
-        if soon:
-            if self._fallback is None:
-                self._cap *= self._factor
-            else:
-                self._fallback(self._live.optimizer)
-        self._tell(RewindEvent("return", cause, self.calls, thrown, self._in_a_row, self.scale))
+        thrown, soon = self._rule.go_back(late, lower=self._fallback is None)
+        if soon and self._fallback is not None:
+            self._fallback(self._live.optimizer)
+        self._tell("return", cause, thrown)
 
-    def _begin_again(self, forget: bool) -> None:
-        self._alarm.quiet(forget)
-        self._audits.quiet(forget)
-        self._pending, self._ramp = False, 0
-
-    def _tell(self, event: RewindEvent) -> None:
+    def _tell(
+        self,
+        kind: Literal["return", "unanswered"],
+        cause: Literal["loss", "model", "audit"],
+        thrown: int,
+    ) -> None:
+        rule = self._rule
+        event = RewindEvent(kind, cause, rule.calls, thrown, rule.in_a_row, rule.scale)
         self.events.append(event)
         if self._on_event is not None:
             self._on_event(event)
 
-    def _promote_or_not(self) -> None:
-        """At the end of a block: the candidate's probation is over."""
-        if self._alarm.is_calm and self._pending:
-            assert self._candidate is not None
-            self._trusted, self._candidate = self._candidate, self._trusted
-            self._age, self._in_a_row, self._pending = self._candidate_age, 0, False
-            self._audits.trust(self._candidate_audit)
-        self._alarm.end_block()
-
     def _new_candidate(self) -> None:
         """Copy the model as it is now, unless its audit says that it is worse."""
+        rule = self._rule
         if self._audit is not None:
             value = self._means(self._number("audit", self._audit()).clone()).item()
-            good = self._audits.hear(value)
-            if self._audits.rings and self._alarm_answered("audit", []):
+            good = rule.audits.hear(value)
+            if rule.audits.rings and rule.may_return(0):
+                self._go_back("audit", 0)
                 return
-            self._candidate_audit, self._pending = value, good
+            if rule.audits.rings:
+                rule.forget()
+                self._tell("unanswered", "audit", 0)
+            self._candidate_audit, rule.pending = value, False
             if not good:
                 return
         self._candidate = self._live.save(self._candidate, self._offload)
-        self._candidate_age, self._pending = 0, True
+        rule.candidate_age, rule.pending = 0, True
 
 
 def innermost(optimizer: Any) -> Optimizer:
@@ -321,9 +290,3 @@ def innermost(optimizer: Any) -> Optimizer:
         inner = inner.optimizer
     check_kind("optimizer", inner, Optimizer, "torch.optim.AdamW(model.parameters())")
     return inner
-
-
-def _checked_window(window: int) -> int:
-    if check_count("window", window, least=64) % 8:
-        raise ValueError(f"window must be a multiple of 8, got {window!r}")
-    return window

@@ -14,37 +14,29 @@ from lossguard.torch.snapshot import Live, Saved
 if TYPE_CHECKING:
     from lossguard.torch.rewind import Rewind
 
-COUNTS = ("calls", "returns", "thrown", "skipped", "_unread", "_age", "_candidate_age")
-NUMBERS = (
-    *COUNTS,
-    "_in_a_row",
-    "_last_return",
-    "_ramp",
-    "_cap",
-    "_pending",
-    "_one_by_one",
-    "_candidate_audit",
-)
+COUNTS = ("calls", "returns", "thrown", "skipped", "unread", "age", "candidate_age")
+OF_RULE = (*COUNTS, "in_a_row", "last_return", "ramp", "cap", "pending")
 OF_ALARM = ("start", "reference", "score")
 OF_AUDITS = ("first", "best", "score")
+OF_REWIND = ("_one_by_one", "_candidate_audit")
 
 
 def state_of(rewind: "Rewind") -> dict[str, Any]:
     """Both snapshots, and all numbers."""
-    live, alarm = rewind._live, rewind._alarm
+    live, rule = rewind._live, rewind._rule
+    parts = _parts(rewind)
     now = live.save(None, offload=False) if not _is_whole(rewind) else None
-    losses = torch.zeros(rewind.block, dtype=torch.float64)
-    losses[: len(alarm.losses)] = torch.tensor(alarm.losses, dtype=torch.float64)
+    losses = torch.zeros(rule.block, dtype=torch.float64)
+    kept = rule.alarm.losses
+    losses[: len(kept)] = torch.tensor(kept, dtype=torch.float64)
     return {
         "trusted": _whole(rewind._trusted, now),
         "candidate": _whole(rewind._candidate, now),
         "losses": losses,
         "unread": rewind._losses,
         "numbers": {
-            **{name: getattr(rewind, name) for name in NUMBERS},
-            **{f"alarm.{name}": getattr(alarm, name) for name in OF_ALARM},
-            **{f"audits.{name}": getattr(rewind._audits, name) for name in OF_AUDITS},
-            "alarm.losses": len(alarm.losses),
+            **{f"{of}.{name}": getattr(part, name) for of, part, name in parts},
+            "alarm.losses": len(kept),
             "trusted.begun": bool(rewind._trusted["optimizer"]),
             "candidate.begun": bool(rewind._candidate and rewind._candidate["optimizer"]),
         },
@@ -58,20 +50,27 @@ def load(rewind: "Rewind", state: dict[str, Any]) -> None:
         ValueError: if the state lacks something, or is of another model, ``window`` or ``every``.
     """
     _check(rewind, state)
-    numbers, alarm = state["numbers"], rewind._alarm
-    for name in NUMBERS:
-        setattr(rewind, name, numbers[name])
-    for name in OF_ALARM:
-        setattr(alarm, name, numbers[f"alarm.{name}"])
-    for name in OF_AUDITS:
-        setattr(rewind._audits, name, numbers[f"audits.{name}"])
-    alarm.losses = state["losses"][: numbers["alarm.losses"]].tolist()
+    numbers = state["numbers"]
+    for of, part, name in _parts(rewind):
+        setattr(part, name, numbers[f"{of}.{name}"])
+    rewind._rule.alarm.losses = state["losses"][: numbers["alarm.losses"]].tolist()
     rewind._losses.copy_(state["unread"])
     rewind._trusted, rewind._candidate = (
         _own(rewind._live, state[which], numbers[f"{which}.begun"], rewind._offload)
         for which in ("trusted", "candidate")
     )
     rewind._last = rewind._live.save(None, rewind._offload) if rewind._one_by_one else None
+
+
+def _parts(rewind: "Rewind") -> list[tuple[str, Any, str]]:
+    """Each number that there is: of which part, the part itself, and its name there."""
+    rule = rewind._rule
+    return [
+        *(("rule", rule, name) for name in OF_RULE),
+        *(("alarm", rule.alarm, name) for name in OF_ALARM),
+        *(("audits", rule.audits, name) for name in OF_AUDITS),
+        *(("rewind", rewind, name) for name in OF_REWIND),
+    ]
 
 
 def _is_whole(rewind: "Rewind") -> bool:
@@ -112,7 +111,7 @@ def _check(rewind: "Rewind", state: dict[str, Any]) -> None:
     if missing:
         raise ValueError(f"state must be of Rewind.state_dict(), but it lacks {missing[0]!r}")
     for key, size, option in (
-        ("losses", rewind.block, f"window = {rewind.window}"),
+        ("losses", rewind._rule.block, f"window = {rewind._rule.window}"),
         ("unread", rewind.every, f"every = {rewind.every}"),
     ):
         if len(state[key]) != size:

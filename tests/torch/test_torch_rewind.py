@@ -123,6 +123,19 @@ def test_gradients_that_are_not_finite_move_nothing():
     assert rewind.skipped > 20 and rewind.returns == 0
 
 
+def test_a_memory_that_is_not_finite_goes_back_with_the_model():
+    model, optimizer = network()
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    train(model, optimizer, rewind, 0, 90)
+    next(iter(optimizer.state.values()))["exp_avg"].fill_(math.nan)
+    train(model, optimizer, rewind, 90, 92)
+    assert [event.cause for event in rewind.events] == ["model"]
+    train(model, optimizer, rewind, 92, 120)
+    assert rewind.returns == 1
+    for state in optimizer.state.values():
+        assert state["exp_avg"].isfinite().all()
+
+
 SCHEDULES = {
     "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda k: 0.99**k),
     "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 300),

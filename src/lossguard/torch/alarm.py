@@ -2,8 +2,8 @@
 
 A block is B losses. Letters: m and q the median and the 0.95 quantile of a block; a the level at
 the start, the median of the first B // 8 losses; r the reference, the lowest m + 3 (q - m) of all
-blocks that ended in calm. A loss counts if it is above r + rise * max(0, a - r). The score goes up by 1
-with every loss that counts, and down by 1, never below 0, with every other one.
+blocks that ended in calm. A loss counts if it is above r + rise * max(0, a - r). The score goes up
+by 1 with every loss that counts, and down by 1, never below 0, with every other one.
 """
 
 import math

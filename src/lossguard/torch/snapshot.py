@@ -94,16 +94,25 @@ def set_rate(group: dict[str, Any], rate: float | Tensor) -> None:
 
 def is_finite(tensors: Iterable[Tensor]) -> Tensor:
     """Whether the sums of tensors are finite, which those of a tensor with a NaN never are."""
-    sums = []
-    for tensor in tensors:
-        tensor = local(tensor.detach())
-        if tensor.is_floating_point() or tensor.is_complex():
-            wide = tensor.float() if tensor.element_size() == 1 else tensor
-            wide = wide if wide.is_complex() or wide.dtype == torch.float64 else wide.float()
-            sums.append(wide.sum().isfinite())
+    sums = [_sum(local(tensor.detach())) for tensor in tensors if _has_numbers(tensor)]
     if not sums:
         return torch.tensor(True)
-    return torch.stack([one.to(sums[0].device) for one in sums]).all()
+    # Of no dtype that is narrower than theirs: a sum may be finite in float64 only.
+    widest = max((one.dtype for one in sums), key=lambda dtype: dtype.itemsize)
+    return torch.stack([one.to(sums[0].device, widest) for one in sums]).isfinite().all()
+
+
+def _has_numbers(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    """In float32 at least, as finite numbers of 16 bits have sums that aren't."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.element_size() == 1:  # has no sum
+        tensor = tensor.float()
+    return tensor.sum() if tensor.dtype == torch.float64 else tensor.sum(dtype=torch.float32)
 
 
 def _copies(values: Mapping[str, Any], old: Mapping[str, Any], offload: bool) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class Rule:
         self.returns += 1
         self.in_a_row += 1
         if self.last_return is not None and self.calls - self.last_return <= 10 * self.window:
-            self.cap *= self.factor
+            self.cap = max(self.cap * self.factor, self.factor**5)
         self.last_return = self.calls
         del self.path[self.trusted :]
 

@@ -45,6 +45,9 @@ def test_it_goes_back_and_says_so():
     assert model.weight == weight
     assert optimizer.state[model.weight]["momentum_buffer"] == momentum
     assert rewind.thrown == 24 and rewind.returns == 1
+    for call in range(32):
+        assert rewind.scale == min(1.0, 0.5 + 0.5 * call / 16)  # between two reads as well
+        drive(rewind, model, optimizer, [1.0])
 
 
 def test_before_the_first_step_there_is_no_memory():
@@ -102,6 +105,28 @@ def test_in_every_run_it_is_finite_and_throws_away_no_more_than_it_may(every):
         excess, infinite = hostile_run(seed, every, seen)
         assert excess <= 0 and infinite == 0, seed
     assert np.max(seen, axis=0)[2] > WINDOW and (np.max(seen, axis=0) > 0).all()
+
+
+def test_where_no_step_is_finite_none_is_taken():
+    """Three returns throw 4 steps away each; then each step is taken back by itself, and skipped.
+
+    After 8 of these there is an alarm, and what was known of the losses is forgotten.
+    """
+    model, _ = one_weight()
+    optimizer = Hostile(model.parameters(), [math.nan] * 400)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    for _ in range(400):
+        optimizer.step()
+        rewind.observe(1.0)
+    assert model.weight == 0 and rewind.scale == 0.5**6
+    events = rewind.events
+    assert [(event.call, event.in_a_row) for event in events[:5]] == [
+        *((4, 1), (8, 2), (12, 3)),
+        *((20, 0), (24, 1)),
+    ]
+    thrown = 4 * sum(event.cause == "model" for event in events)
+    alarms = sum(event.kind == "return" and event.cause == "loss" for event in events)
+    assert rewind.thrown == thrown and rewind.skipped == 400 - thrown - alarms
 
 
 def test_that_test_fails_where_the_budget_is_broken(monkeypatch):
@@ -301,6 +326,7 @@ def test_it_resumes_to_the_last_bit(tmp_path, how, at):
     save(first, half, its_optimizer, tmp_path, how)
     again, twin, its_optimizer = start(seed=1)
     resume(again, twin, its_optimizer, tmp_path, how)
+    assert bool(again._trusted["optimizer"]) == bool(first._trusted["optimizer"]) == (at > 64)
     train(twin, its_optimizer, again, at, 200, fault)
     assert_same(model, twin)
     assert again.scale == rewind.scale and again.thrown == rewind.thrown

@@ -23,6 +23,8 @@ IN_A_ROW = 3
 """Returns to one snapshot. If they don't help, its losses are no measure any more."""
 SOON = 10
 """Windows. After a return so soon after another one the scale stays lower."""
+DEEPEST = 5
+"""How many times ``factor`` lowers it for good at most: data may be broken for long, and heal."""
 
 
 class RewindState(NamedTuple):
@@ -98,7 +100,7 @@ def rewind(
     - **Snapshots.** Every B steps there is a candidate. After B more it is trusted, if fewer than
       B / 8 losses have spoken against it.
     - **Afterwards** the scale is ``factor`` and rises to 1 within B steps. Each return less than
-      ten windows after another one multiplies both by ``factor``, for good.
+      ten windows after another one multiplies both by ``factor``, for good, five times at most.
     - **Budget.** Steps thrown away are at most ``rho * T + window`` in every run. An alarm beyond
       that, or after three returns in a row, lowers the scale and begins another reference.
 
@@ -227,6 +229,7 @@ def rewind(
         """The counts after a verdict."""
         alarm, rings, returns, takes, _, promotes = verdict
         again = (state.returns > 0) & (state.calls - state.last_return <= SOON * window)
+        lower = jnp.maximum(state.cap * factor, factor**DEEPEST)
         in_a_row = jnp.where(rings, jnp.where(returns, state.in_a_row + 1, 0), state.in_a_row)
         return state._replace(
             alarm=alarm,
@@ -238,7 +241,7 @@ def rewind(
             unanswered=count(state.unanswered, rings & ~returns),
             in_a_row=jnp.where(promotes, 0, in_a_row),
             ramp=jnp.minimum(jnp.where(rings, 0, state.ramp) + takes, block),
-            cap=jnp.where(returns & again, state.cap * factor, state.cap),
+            cap=jnp.where(returns & again, lower, state.cap),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -14,6 +14,8 @@ IN_A_ROW = 3
 """Returns to one snapshot. If they don't help, its losses are no measure any more."""
 SOON = 10
 """Windows. After a return so soon after another one the scale stays lower."""
+DEEPEST = 5
+"""How many times ``factor`` lowers it for good at most: data may be broken for long, and heal."""
 
 
 class Outcome(NamedTuple):
@@ -117,7 +119,7 @@ class Rule:
         self._begin_again(forget=False)
         soon = self.returns > 0 and self.calls - self.last_return <= SOON * self.window
         if soon and lower:
-            self.cap *= self._factor
+            self.cap = max(self.cap * self._factor, self._factor**DEEPEST)
         self.age, self.last_return = 0, self.calls
         self.thrown += thrown
         self.returns += 1

@@ -26,6 +26,8 @@ from lossguard.torch.ratchet import Ratchet as Ratchet
 from lossguard.torch.ratchet import ratchet as ratchet
 from lossguard.torch.recommended import recommended as recommended
 from lossguard.torch.residual_guard import ResidualGuard as ResidualGuard
+from lossguard.torch.rewind import Rewind as Rewind
+from lossguard.torch.rewind import RewindEvent as RewindEvent
 from lossguard.torch.sequences import TrackingSequence as TrackingSequence
 from lossguard.torch.sequences import arithmetic_average as arithmetic_average
 from lossguard.torch.sequences import ema as ema

@@ -136,7 +136,7 @@ class Relay:
         """y at x with a fresh state, if a trial is due; and the trial."""
         budget = self.share * k + jnp.sqrt(k.astype(state.level.dtype))
         least = -(-LEAST // self.nt)
-        length = jnp.maximum(least, jnp.round(PART * self.share * k / self.nt))
+        length = jnp.maximum(least, jnp.round(PART * self.share * k / self.nt)).astype(jnp.int32)
         due = (state.tried + length * self.nt <= budget) | (k == 0)
         begins = due & ~state.learned_leads & (state.trial.length == 0)
         x = state.z.params

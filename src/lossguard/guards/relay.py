@@ -102,8 +102,8 @@ class Relay:
         tried = trial.length > 0
         z_after, of_z = train_if(~leads, self.fallback, state.z, objective, i, nt=nt, dtype=dtype)
         y_after, of_y = train_if(leads | tried, self.learned, y, objective, i, nt=nt, dtype=dtype)
-        fine_y = is_fine(y_after, jnp.where(leads | tried, of_y, 0), y.params)
-        fine_z = is_fine(z_after, jnp.where(leads, 0, of_z), state.z.params)
+        fine_y = ~(leads | tried) | is_fine(y_after, of_y, y.params)
+        fine_z = leads | is_fine(z_after, of_z, state.z.params)
         z_after = Lane(
             select(fine_z, z_after.params, state.z.params),
             select(leads, advance_schedules(z_after.state, nt), z_after.state),

@@ -149,7 +149,8 @@ def best_of(
             learned_updates=sum(d.learned_updates for d in decisions),
         )
         minibatches = jnp.stack([at.minibatches for at in states])
-        i = jnp.where(ran, minibatches, 0).max()
+        begins = (ran & (minibatches < i)).any()  # at minibatch 0 again, for all of them
+        i = jnp.where(begins, 0, jnp.where(ran, minibatches, 0).max())
         return GuardState(x, advance(state.steps, lengths.pop()), i, after), decision
 
     def is_due(j: int, state: GuardState) -> Bool[Array, ""] | bool:

@@ -20,6 +20,7 @@ from .protocol import (
     as_arrays,
     check_state,
     following,
+    loss_dtype,
     start,
     sum_dtype,
     with_extra_args,
@@ -109,6 +110,7 @@ def hedged(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) ->
         check_state(state, HedgedState)
         check_stacked(objective, nt)
         inner, i, k = state.inner, state.minibatches, state.steps
+        loss_dtype(objective, state.params, i)  # refuses what is no loss
         gave_s = inner.regret > 0
         inner = inner._replace(
             relay=select(gave_s, inner.relay, lead_from(inner.relay, state.params)),

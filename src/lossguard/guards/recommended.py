@@ -21,6 +21,7 @@ from .protocol import (
     as_arrays,
     check_state,
     following,
+    loss_dtype,
     start,
     sum_dtype,
     with_extra_args,
@@ -112,6 +113,7 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
         check_state(state, RecommendedState)
         check_stacked(objective, nt)
         inner, i, k = state.inner, state.minibatches, state.steps
+        loss_dtype(objective, state.params, i)  # refuses what is no loss
         x, leg = relay.step(lead_from(inner.relay, state.params), objective, i, k)
         runs = ~inner.on_own & (inner.own_steps < share * k)
         s, of_s = train_if(runs, trusted, inner.s, objective, i, nt=nt, dtype=leg.losses.dtype)

@@ -16,7 +16,7 @@ import lossguard
 
 CYCLES = 8
 ADAM, SGD = optax.adam(0.05), optax.sgd(0.1, momentum=0.9)
-RECOMMENDED = lossguard.recommended(ADAM, SGD, nt=2)
+RECOMMENDED = lossguard.recommended(ADAM, optax.sgd(0.01), nt=2)
 PAPERS = lossguard.loss_guard(ADAM, SGD, nt=2, nc=1)
 
 KEYS = jax.random.split(jax.random.key(0), 4)

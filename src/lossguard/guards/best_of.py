@@ -164,8 +164,9 @@ def best_of(
         """Whether a guard runs in this cycle."""
         if share is None:
             return True
-        at = state.inner.members[j]
-        return (state.inner.leader == j) | (at.steps <= share * state.steps)
+        dtype = state.inner.records.dtype
+        own, steps = (at.steps.astype(dtype) for at in (state.inner.members[j], state))
+        return (state.inner.leader == j) | (own <= share * steps)
 
     def current(
         state: GuardState,

@@ -117,7 +117,7 @@ class Relay:
         progress = progresses.add(state.progress, losses.mean(), nt)
         progress = select(fine, progress, state.progress)
         now = state._replace(
-            y=y_after, z=z_after, progress=progress, tried=advance(state.tried, nt * tried)
+            y=y_after, z=z_after, progress=progress, tried=advance(state.tried, jnp.where(tried, nt, 0))
         )
         trial = trials.add(trial, of_y, losses)
         now, taken_over = self._end_trial(now, trial, of_y, fine_y, fine_z, k)
@@ -134,15 +134,15 @@ class Relay:
 
     def _begin_trial(self, state: RelayState, k: Int[Array, ""]) -> tuple[Lane, Trial]:
         """y at x with a fresh state, if a trial is due; and the trial."""
-        budget = self.share * k + jnp.sqrt(k.astype(state.level.dtype))
+        steps, tried = (count.astype(state.level.dtype) for count in (k, state.tried))
         least = -(-LEAST // self.nt)
-        length = jnp.maximum(least, jnp.round(PART * self.share * k / self.nt)).astype(jnp.int32)
-        due = (state.tried + length * self.nt <= budget) | (k == 0)
+        length = jnp.maximum(least, jnp.round(PART * self.share * steps / self.nt))
+        due = (tried + length * self.nt <= self.share * steps + jnp.sqrt(steps)) | (k == 0)
         begins = due & ~state.learned_leads & (state.trial.length == 0)
         x = state.z.params
         fresh = keep_schedules(self.learned.init(x), state.y.state)
         unknown = state.progress.age == 0
-        trial = trials.begin(length, jnp.where(unknown, jnp.nan, state.progress.recent))
+        trial = trials.begin(length.astype(jnp.int32), jnp.where(unknown, jnp.nan, state.progress.recent))
         return select(begins, (Lane(x, fresh), trial), (state.y, state.trial))
 
     def _end_trial(

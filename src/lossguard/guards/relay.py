@@ -108,8 +108,8 @@ class Relay:
         tried = trial.length > 0
         z_after, of_z = train_if(~leads, self.fallback, state.z, objective, i, nt=nt, dtype=dtype)
         y_after, of_y = train_if(leads | tried, self.learned, y, objective, i, nt=nt, dtype=dtype)
-        fine_y = is_fine(y_after, jnp.where(leads | tried, of_y, 0), y.params)
-        fine_z = is_fine(z_after, jnp.where(leads, 0, of_z), state.z.params)
+        fine_y = ~(leads | tried) | is_fine(y_after, of_y, y.params)
+        fine_z = leads | is_fine(z_after, of_z, state.z.params)
         z_after = Lane(
             select(fine_z, z_after.params, state.z.params),
             select(leads, advance_schedules(z_after.state, nt), z_after.state),
@@ -123,7 +123,10 @@ class Relay:
         progress = progresses.add(state.progress, losses.mean(), nt)
         progress = select(fine, progress, state.progress)
         now = state._replace(
-            y=y_after, z=z_after, progress=progress, tried=advance(state.tried, nt * tried)
+            y=y_after,
+            z=z_after,
+            progress=progress,
+            tried=advance(state.tried, jnp.where(tried, nt, 0)),
         )
         trial = trials.add(trial, of_y, losses)
         now, taken_over = self._end_trial(now, trial, of_y, fine_y, fine_z, k)
@@ -140,15 +143,17 @@ class Relay:
 
     def _begin_trial(self, state: RelayState, k: Int[Array, ""]) -> tuple[Lane, Trial]:
         """y at x with a fresh state, if a trial is due; and the trial."""
-        budget = self.share * k + jnp.sqrt(k.astype(state.level.dtype))
+        steps, tried = (count.astype(state.level.dtype) for count in (k, state.tried))
         least = -(-LEAST // self.nt)
-        length = jnp.maximum(least, jnp.round(PART * self.share * k / self.nt))
-        due = (state.tried + length * self.nt <= budget) | (k == 0)
+        length = jnp.maximum(least, jnp.round(PART * self.share * steps / self.nt))
+        due = (tried + length * self.nt <= self.share * steps + jnp.sqrt(steps)) | (k == 0)
         begins = due & ~state.learned_leads & (state.trial.length == 0)
         x = state.z.params
         fresh = keep_schedules(self.learned.init(x), state.y.state)
         unknown = state.progress.age == 0
-        trial = trials.begin(length, jnp.where(unknown, jnp.nan, state.progress.recent))
+        trial = trials.begin(
+            length.astype(jnp.int32), jnp.where(unknown, jnp.nan, state.progress.recent)
+        )
         return select(begins, (Lane(x, fresh), trial), (state.y, state.trial))
 
     def _end_trial(

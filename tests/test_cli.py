@@ -96,10 +96,11 @@ def test_help_of_a_command(main: Main, capsys: pytest.CaptureFixture[str], comma
     ("arguments", "fields"),
     [
         (("demo",), ("--steps", "--methods", "--out", "--resume", "--model.hidden")),
-        (("run", "fig03"), ("--dataset", "--sgd-rate", "--loser {keep,rollback,reset}")),
+        (("run", "fig03"), ("--dataset", "--sgd-rate", "--loser {keep,reset}")),
         (("run", f"{TINY}:recipe"), ("--steps", "--nt", "--nc")),
         (("metatrain", "mnist-mlp"), ("--meta-steps", "--truncation", "--validate-every")),
-        (("plot",), ("usage: lossguard plot", "Folders of runs")),
+        (("plot",), ("usage: lossguard plot", "Folders of runs", "--over {price,seconds,steps}")),
+        (("benchmark", "price"), ("usage: lossguard benchmark price", "--out", "--ray")),
         (("claims",), ("usage: lossguard claims", "Folders of runs")),
         (("report",), ("usage: lossguard report", "Folders of runs", "--out")),
     ],
@@ -201,22 +202,23 @@ def test_demo_in_short(main: Main, capsys: pytest.CaptureFixture[str], tmp_path:
     main("demo", "--steps", "20", "--seeds", "2", "--methods", *methods, "--out", "here")
     out = capsys.readouterr().out
     assert "Learned on CIFAR-10 + ConvNet, tested on Circles + MLP" in out
-    curves = records.read_run(tmp_path / "here").curves.filter(pl.col("step").is_between(18, 20))
-    sgd, l2o = (curves.filter(method=name)["loss"].mean() for name in methods)
-    assert out.endswith(f"\nloss at step 20, over that of SGDnm: SGDnm 1, L2O {l2o / sgd:.3g}\n")
+    table = records.read_parquet(tmp_path / "here" / records.EVALUATIONS)
+    last = table.filter(step=20)  # which is the price, too
+    sgd, l2o = (last.filter(method=name)["train_loss"].mean() for name in methods)
+    told = f"After a price of 20 gradients, loss over that of SGDnm: L2O {l2o / sgd:.2g}\n"
+    assert told in out and out.endswith("lossguard report here\n")
     assert (tmp_path / "here" / "figure.png").is_file()
 
 
-def test_what_a_loss_of_zero_is_over_another_is_told(finished: Path) -> None:
-    curves = records.read_run(finished).curves
-    config = json.loads((finished / "config.json").read_text()) | {"methods": ["a", "b"]}
-    records.write_json(finished / "config.json", config)
-    records.write_json(finished / "manifest.json", {"data": "", "seconds": {"a": 1, "b": 1}})
-    other = curves.with_columns(method=pl.lit("b"))
-    curves = pl.concat([curves.with_columns(loss=pl.lit(0, pl.Int64)), other])
-    records.write_parquet(finished / "curves.parquet", curves)
-    assert cli._over("a", finished) == "loss at step 1, over that of a: a 1, b inf"
-    assert cli._over("b", finished) == "loss at step 1, over that of b: a 0, b 1"
+def test_what_a_loss_of_zero_is_over_another_is_told(tmp_path: Path) -> None:
+    steps = {"step": [10, 20], "gradients": [10, 20], "forwards": [0, 0], "seed": [0, 0]}
+    runs = [
+        pl.DataFrame({"method": ["a", "a"], **steps, "train_loss": [1.0, 0.0]}),
+        pl.DataFrame({"method": ["b", "b"], **steps, "train_loss": [1.0, 0.5]}),
+    ]
+    records.write_parquet(tmp_path / records.EVALUATIONS, pl.concat(runs))
+    assert "loss over that of a: b inf\n" in cli._at_equal_price("a", tmp_path)
+    assert "loss over that of b: a 0\n" in cli._at_equal_price("b", tmp_path)
 
 
 def test_plot_of_meta_training(

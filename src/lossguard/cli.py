@@ -150,12 +150,11 @@ def sweep(arguments: Sequence[str]) -> None:
 
 def benchmark(arguments: Sequence[str]) -> None:
     """All guards and their parts alone on five tasks, compared at equal price."""
-    if not arguments or _wants_help(arguments) or arguments[0] != "price":
-        print("usage: lossguard benchmark price [RECIPE...] [--out DIR] [--ray ADDRESS]\n")
-        print("Every guard and its parts alone at equal price. What is complete is skipped.")
-        if arguments and not _wants_help(arguments):
-            raise ValueError(f"benchmark must be {one_of(('price',), arguments[0])}")
+    if not arguments or _wants_help(arguments):
+        print("usage: lossguard benchmark price [RECIPE...] [--out DIR] [--ray ADDRESS]")
         return
+    if arguments[0] != "price":
+        raise ValueError(f"benchmark must be {one_of(('price',), arguments[0])}")
     from .experiments.price import RECIPES, table
 
     names = list(itertools.takewhile(lambda one: not one.startswith("-"), arguments[1:]))

@@ -96,7 +96,7 @@ def test_help_of_a_command(main: Main, capsys: pytest.CaptureFixture[str], comma
     ("arguments", "fields"),
     [
         (("demo",), ("--steps", "--methods", "--out", "--resume", "--model.hidden")),
-        (("run", "fig03"), ("--dataset", "--sgd-rate", "--loser {keep,rollback,reset}")),
+        (("run", "fig03"), ("--dataset", "--sgd-rate", "--loser {keep,reset}")),
         (("run", f"{TINY}:recipe"), ("--steps", "--nt", "--nc")),
         (("metatrain", "mnist-mlp"), ("--meta-steps", "--truncation", "--validate-every")),
         (("plot",), ("usage: lossguard plot", "Folders of runs")),

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from lossguard import paper_decay
-from lossguard.experiments import recipes
 from lossguard.experiments import experiment as experiments
+from lossguard.experiments import recipes
 from lossguard.experiments.experiment import Experiment, Methods, named_task, paper_methods
 from lossguard.tasks import MLP
 

@@ -156,7 +156,6 @@ NAMED = {
     "Adam": 4,
     "GL2O": 5,
     "GL2O (theta as decay)": 6,
-    "Hedged over Adam": 7,
     "LGL2O over Adam": 8,
     "Recommended over Adam": 9,
 }

@@ -117,7 +117,10 @@ class Relay:
         progress = progresses.add(state.progress, losses.mean(), nt)
         progress = select(fine, progress, state.progress)
         now = state._replace(
-            y=y_after, z=z_after, progress=progress, tried=advance(state.tried, jnp.where(tried, nt, 0))
+            y=y_after,
+            z=z_after,
+            progress=progress,
+            tried=advance(state.tried, jnp.where(tried, nt, 0)),
         )
         trial = trials.add(trial, of_y, losses)
         now, taken_over = self._end_trial(now, trial, of_y, fine_y, fine_z, k)
@@ -142,7 +145,9 @@ class Relay:
         x = state.z.params
         fresh = keep_schedules(self.learned.init(x), state.y.state)
         unknown = state.progress.age == 0
-        trial = trials.begin(length.astype(jnp.int32), jnp.where(unknown, jnp.nan, state.progress.recent))
+        trial = trials.begin(
+            length.astype(jnp.int32), jnp.where(unknown, jnp.nan, state.progress.recent)
+        )
         return select(begins, (Lane(x, fresh), trial), (state.y, state.trial))
 
     def _end_trial(

@@ -137,7 +137,7 @@ def test_buffers_of_the_state_are_donated_and_no_others() -> None:
     state = guard.init(params)
     after, _ = lossguard.rollout(guard, state, objective, cycles=1)
     assert state.params.is_deleted()
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.inner.lanes.learned))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.inner.learned))
     assert not params.is_deleted()
     assert not objective.problem.minimum.is_deleted()
     assert not after.params.is_deleted()

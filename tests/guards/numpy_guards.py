@@ -117,11 +117,12 @@ class Curve:
     """A run's smoothed loss, with marks of which each is at least at twice the age of the last."""
 
     def __init__(self, loss: float, age: int = 0):
-        self.recent, self.age, self.marks = loss, age, [(age, loss)]
+        self.recent, self.lasting, self.age, self.marks = loss, loss, age, [(age, loss)]
 
     def add(self, losses: list[float]) -> None:
         loss = np.mean(losses)
         self.recent = loss if self.age == 0 else 0.7 * self.recent + 0.3 * loss
+        self.lasting = loss if self.age == 0 else 0.95 * self.lasting + 0.05 * loss
         self.age += len(losses)
         if self.age // 2 >= max(self.marks[-1][0], len(losses)):
             self.marks.append((self.age, self.recent))
@@ -194,7 +195,7 @@ class Relay:
             self.trial = None
             self.events.add(outcome)
         if outcome == "won":
-            self.leader, self.level = self.y, self.curve.recent
+            self.leader, self.level = self.y, self.curve.lasting
             self.curve = Curve(np.mean(of_y), k // 16)
         return losses, of_y
 
@@ -207,21 +208,21 @@ class Relay:
             self.trial = Trial(cycles, self.curve.recent if self.curve.age else None)
 
     def lead_on_or_stop(self) -> None:
-        loss, level, curve = self.curve.recent, self.level, self.curve
-        no_better = (
-            curve.mark is None and curve.age >= curve.marks[-1][0] + 4 * self.nt and loss > level
-        )
-        if no_better or curve.power() < 0.25:
+        curve, level = self.curve, self.level
+        young = curve.mark is None
+        settled = curve.age >= curve.marks[-1][0] + 4 * self.nt
+        risen = curve.lasting > level + abs(level) / 2
+        if (young and settled and curve.recent > level) or risen or curve.power() < 0.25:
             self.leader = self.z
-            if loss <= level + abs(level):
-                self.events.add("from x")
-                self.z.w, self.curve = self.y.w, Curve(loss)
-            else:
+            if risen:
                 self.events.add("from the snapshot")
                 self.curve = Curve(level)
-        elif loss < level - abs(level) / 2:
+            else:
+                self.events.add("from x")
+                self.z.w, self.curve = self.y.w, Curve(curve.recent)
+        elif not young and curve.lasting < level - abs(level) / 5:
             self.events.add("new snapshot")
-            self.z.w, self.level = self.y.w, loss
+            self.z.w, self.level = self.y.w, curve.lasting
 
     def go_to(self, s: Lane, loss: float) -> None:
         self.events.add("back to s")

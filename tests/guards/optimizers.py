@@ -89,7 +89,8 @@ def hostile(
             )
             return jnp.select([which == j for j in range(len(choices))], choices).astype(g.dtype)
 
-        memory = jnp.where(descends, 0, jnp.nan).astype(memory.dtype)
+        broken = ~descends & (which == HOSTILE.index("breaks"))
+        memory = jnp.where(broken, jnp.nan, 0).astype(memory.dtype)
         return jax.tree.map(one, updates), (steps + 1, memory)
 
     return optax.GradientTransformation(init, step)

@@ -148,7 +148,7 @@ def advance(count: Int[Array, ""], by: Int[Array, ""] | int) -> Int[Array, ""]:
 
 
 def following(i: Int[Array, ""], by: int) -> Int[Array, ""]:
-    """The number of the minibatch ``by`` later; 0 where a cycle from there would pass the largest."""
+    """The number of the minibatch ``by`` later; 0 if a cycle from there would pass the largest."""
     return jnp.where(i > LAST - 2 * by, 0, i + by).astype(jnp.int32)
 
 

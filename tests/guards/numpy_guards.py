@@ -220,7 +220,7 @@ class Relay:
             else:
                 self.events.add("from x")
                 self.z.w, self.curve = self.y.w, Curve(curve.recent)
-        elif not young and curve.lasting < level - abs(level) / 5:
+        elif curve.lasting < level - abs(level) * (0.5 if young else 0.2):
             self.events.add("new snapshot")
             self.z.w, self.level = self.y.w, curve.lasting
 

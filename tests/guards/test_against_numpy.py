@@ -74,10 +74,10 @@ EVENTS = {"won", "lost", "from x", "from the snapshot", "new snapshot", "back to
 
 
 RELAYS = [
-    (momentum(in_phases(1.0, -0.05, 40), 0.3), adam(decay(0.1)), 10, 1, EVENTS),
-    (momentum(in_phases(0.6, -0.3, 30)), momentum(decay(0.2)), 10, 2, EVENTS),
+    (momentum(in_phases(0.6, -0.05, 60), 0.3), adam(decay(0.1)), 10, 3, EVENTS),
+    (momentum(in_phases(1.0, -0.3, 60)), momentum(decay(0.2)), 10, 1, EVENTS),
     (
-        momentum(in_phases(0.6, -0.02, 30), 0.5),
+        momentum(in_phases(1.0, -0.02, 30), 0.5),
         adam(decay(0.1)),
         4,
         1,

@@ -31,6 +31,8 @@ RISE = 0.5
 """The part by which the loss may be above that at the snapshot."""
 GAIN = 0.2
 """The part by which it has to be below it for the snapshot to move."""
+YOUNG_GAIN = 0.5
+"""The same until the lead of y is known for longer."""
 LEAST = 10
 """Optimizer steps of a trial, at least."""
 
@@ -76,7 +78,8 @@ class Relay:
       of the steps, and sqrt(k) more. It leads if it wins (``trial.py``).
     - y leads while its smoothed loss falls by a power of at least 1/4 of its age, and is not 1.5
       times what it was at the snapshot. Then z goes on: from x, or, after a rise, from there.
-    - The snapshot is where z was when y took over. It moves to x when the loss is a fifth lower.
+    - The snapshot is where z was when y took over. It moves to x when the loss is a fifth
+      lower, at first half as high.
     """
 
     learned: Optimizer
@@ -188,7 +191,8 @@ class Relay:
         worse = young & settled & (state.progress.recent > level)
         risen = now > level + RISE * jnp.abs(level)
         ends = ~fine | worse | risen | (progresses.rate(state.progress) < STALL)
-        better = fine & ~ends & ~young & (now < level - GAIN * jnp.abs(level))
+        gain = jnp.where(young, YOUNG_GAIN, GAIN)
+        better = fine & ~ends & (now < level - gain * jnp.abs(level))
         from_x = better | (ends & fine & ~risen)
         z = state.z._replace(params=select(from_x, state.y.params, state.z.params))
         # z's path goes on from where y has come to: from there it is fast or slow again.

@@ -20,7 +20,7 @@ from rich.table import Column, Table
 
 from lossguard import cli, records
 from lossguard.command_line import check_beside, find_recipe
-from lossguard.experiments import folders, run, sweep
+from lossguard.experiments import folders, price, run, sweep
 from lossguard.learned import weights_file
 from lossguard.metatrain import loop
 
@@ -203,18 +203,17 @@ def test_demo_in_short(main: Main, capsys: pytest.CaptureFixture[str], tmp_path:
     out = capsys.readouterr().out
     assert "Learned on CIFAR-10 + ConvNet, tested on Circles + MLP" in out
     table = records.read_parquet(tmp_path / "here" / records.EVALUATIONS)
-    last = table.filter(step=20)  # which is the price, too
-    sgd, l2o = (last.filter(method=name)["train_loss"].mean() for name in methods)
+    sgd, l2o = (price.at(price.curve(table, name), 20.0) for name in methods)
     told = f"After a price of 20 gradients, loss over that of SGDnm: L2O {l2o / sgd:.2g}\n"
     assert told in out and out.endswith("lossguard report here\n")
     assert (tmp_path / "here" / "figure.png").is_file()
 
 
 def test_what_a_loss_of_zero_is_over_another_is_told(tmp_path: Path) -> None:
-    steps = {"step": [10, 20], "gradients": [10, 20], "forwards": [0, 0], "seed": [0, 0]}
+    spent = {"step": [10, 15, 20], "gradients": [10, 15, 20], "forwards": [0] * 3, "seed": [0] * 3}
     runs = [
-        pl.DataFrame({"method": ["a", "a"], **steps, "train_loss": [1.0, 0.0]}),
-        pl.DataFrame({"method": ["b", "b"], **steps, "train_loss": [1.0, 0.5]}),
+        pl.DataFrame({"method": [name] * 3, **spent, "train_loss": [1.0, end, end]})
+        for name, end in (("a", 0.0), ("b", 0.5))
     ]
     records.write_parquet(tmp_path / records.EVALUATIONS, pl.concat(runs))
     assert "loss over that of a: b inf\n" in cli._at_equal_price("a", tmp_path)

@@ -32,6 +32,7 @@ from lossguard.tasks.dataset import Split
 from lossguard.tasks.models import MLP
 from lossguard.tasks.task import TaskObjective
 
+NEXT_MARK = running.next_mark
 MODULE = Path(tiny.__file__)
 STEPS = list(range(1, 61))
 
@@ -39,6 +40,7 @@ STEPS = list(range(1, 61))
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "CHUNK", tiny.CHUNK)
+    monkeypatch.setattr(running, "next_mark", tiny.next_mark)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an uninterrupted run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(running, "CHUNK", tiny.CHUNK)
+        patch.setattr(running, "next_mark", tiny.next_mark)
         return run(tiny.recipe(), tmp_path_factory.mktemp("whole") / "run")
 
 
@@ -96,7 +99,14 @@ def test_curves_are_those_of_a_plain_rollout(whole: Path) -> None:
     np.testing.assert_allclose(rows["learned_loss"][::5], decisions.learned_loss, rtol=1e-4)
 
     evaluations = records.read_parquet(whole / records.EVALUATIONS)
-    assert evaluations.filter(pl.col("method") == "LGL2O")["step"].to_list() == [20, 20, 60, 60]
+    assert evaluations.filter(pl.col("method") == "LGL2O")["step"].to_list() == [
+        20,
+        20,
+        40,
+        40,
+        60,
+        60,
+    ]
     assert evaluations.filter(method="LGL2O", step=60)["test_loss"].n_unique() == 2
     (last,) = evaluations.filter(method="LGL2O", seed=1, step=60).rows(named=True)
     logits = task.model.apply(state.params, task.dataset.normalize(task.dataset.test.inputs))
@@ -123,20 +133,25 @@ def test_seeds_side_by_side_are_those_one_after_another(whole: Path, tmp_path: P
     np.testing.assert_allclose(curves["loss"], expected["loss"], rtol=1e-4)
 
 
-def test_it_is_evaluated_at_1_2_3_and_5_times_powers_of_ten(
+def test_it_is_evaluated_at_marks_and_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(running, "CHUNK", 100)
+    monkeypatch.setattr(running, "next_mark", NEXT_MARK)
     changes = {"nt": 10, "steps": 3_010, "seeds": 1, "methods": ("Signs",)}
     folder = run(dataclasses.replace(tiny.recipe(), **changes), tmp_path / "run")
-    steps = records.read_parquet(folder / records.EVALUATIONS)["step"].to_list()
-    assert steps == [50, 100, 200, 300, 500, 1_000, 2_000, 3_000, 3_010]
+    evaluations = records.read_parquet(folder / records.EVALUATIONS)
+    marks = [10, 20, 30, 40, 50, 60, 80, 100, 120, 150, 200, 250, 300, 400, 500, 600, 800]
+    marks += [1_000, 1_200, 1_500, 2_000, 2_500, 3_000, 3_010]
+    assert evaluations["step"].to_list() == marks
+    assert evaluations["gradients"].to_list() == marks
 
 
 def test_what_was_evaluated_after_the_last_checkpoint_is_there_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(running, "CHUNK", 2)
+    monkeypatch.setattr(running, "next_mark", lambda step: step // 10 * 10 + 10)
     monkeypatch.setattr(running, "SAVE_SECONDS", 0.0)
     save, saved = running.Checkpoints.save, []
 
@@ -157,7 +172,7 @@ def test_what_was_evaluated_after_the_last_checkpoint_is_there_once(
     aside.rename(evaluated)
     folder = run(e, tmp_path / "run", resume=True)
     evaluations = records.read_parquet(folder / records.EVALUATIONS)
-    assert evaluations["step"].to_list() == [10, 20, 30, 50, 60]
+    assert evaluations["step"].to_list() == [10, 20, 30, 40, 50, 60]
 
 
 @pytest.mark.parametrize("stopped", [False, True])

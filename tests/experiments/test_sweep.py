@@ -147,7 +147,7 @@ from lossguard import records
 from lossguard.experiments import run
 
 def recipe():
-    run.CHUNK, run.SAVE_SECONDS = tiny.CHUNK, 0.0
+    run.CHUNK, run.SAVE_SECONDS, run.next_mark = tiny.CHUNK, 0.0, tiny.next_mark
     write = records.write_parquet
 
     def die(path, table):
@@ -178,6 +178,7 @@ def test_a_killed_sweep_goes_on_from_the_last_checkpoint_that_is_whole(
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
     monkeypatch.setattr(running, "CHUNK", tiny.CHUNK)
+    monkeypatch.setattr(running, "next_mark", tiny.next_mark)
     command(monkeypatch, "sweep", f"{MODULE}:recipe", "--out", tmp_path / "runs")
     assert "checkpoint 8 is damaged and was passed over" in capfd.readouterr().err
     assert (methods / "Signs.parquet").read_bytes() == finished

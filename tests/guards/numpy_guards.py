@@ -233,20 +233,22 @@ class Relay:
 def recommended(objective, learned, fallback, *, nt: int, share: float, cycles: int):
     """The relay, and s in a share of the steps: yields after every cycle what is to be reported."""
     x = Relay(objective, learned, fallback, nt=nt, share=share)
-    s, of_own, own, compared = None, 0, True, []
+    s, of_own, own, against = None, 0, True, None
     for cycle in range(cycles):
         i = k = cycle * nt
         losses, of_y = x.cycle(i, k)
         runs = not own and of_own < share * k
         of_own += nt * (own or runs)
         if runs:
-            compared.append((np.mean(losses), np.mean(s.run(objective, range(i, i + nt)))))
-            of_x, of_s = smoothed(compared)
-            if len(compared) >= 3 and of_s < of_x:
-                x.go_to(s, of_s)
+            of_s = s.run(objective, range(i, i + nt))
+            outcome = against.outcome(of_s, losses)
+            if outcome == "won":
+                x.go_to(s, np.mean(of_s))
                 own = True
+            if outcome != "goes on":
+                against = Trial(3, np.inf)
         elif own and "won" in x.events:
-            own, s, compared = False, deepcopy(x.z), []
+            own, s, against = False, deepcopy(x.z), Trial(3, np.inf)
         yield told(x, losses, of_y, own, runs)
 
 
@@ -273,13 +275,6 @@ def hedged(objective, learned, fallback, *, nt: int, share: float, cycles: int):
             x.events.add("s leads")
             cycle |= {"x": s.w, "losses": of_s, "winner": 2, "used_learned": [False] * nt}
         yield cycle
-
-
-def smoothed(pairs: list[tuple[float, float]]) -> np.ndarray:
-    mean = np.array(pairs[0])
-    for pair in pairs[1:]:
-        mean = 0.7 * mean + 0.3 * np.array(pair)
-    return mean
 
 
 def told(x: Relay, losses: list[float], of_y: list[float] | None, own: bool, s_ran: bool) -> dict:

@@ -80,13 +80,32 @@ EVENTS = {"won", "lost", "from x", "from the snapshot", "new snapshot", "back to
 
 
 RELAYS = [
-    (momentum(in_phases(0.6, -0.05, 60), 0.3), adam(decay(0.1)), 10, 3, EVENTS),
-    (momentum(in_phases(1.0, -0.3, 60)), momentum(decay(0.2)), 10, 1, EVENTS),
     (
-        momentum(in_phases(1.0, -0.02, 30), 0.5),
+        momentum(in_phases(0.6, -0.05, 60), 0.3),
         adam(decay(0.1)),
-        4,
+        10,
+        3,
+        EVENTS - {"back to s"},
+    ),
+    (
+        momentum(in_phases(1.0, -0.3, 60)),
+        momentum(decay(0.2)),
+        10,
         1,
+        EVENTS - {"back to s", "from x"},
+    ),
+    (
+        momentum(in_phases(1.0, -0.02, 60), 0.9),
+        adam(decay(0.1)),
+        10,
+        1,
+        EVENTS - {"from the snapshot"},
+    ),
+    (
+        momentum(in_phases(1.0, -0.02, 60), 0.3),
+        momentum(decay(0.2)),
+        4,
+        2,
         EVENTS - {"from the snapshot"},
     ),
     (momentum(in_phases(1.0, -0.02, 60), 0.3), momentum(decay(0.2)), 1, 1, {"won", "lost"}),

@@ -203,9 +203,8 @@ NAMED = {
     "Adam": 4,
     "GL2O": 5,
     "GL2O (theta as decay)": 6,
-    "Hedged": 7,
-    "LGL2O over Adam": 8,
-    "Recommended over Adam": 9,
+    "LGL2O over Adam": 7,
+    "Recommended over Adam": 8,
 }
 COLORS = 10
 DASHES = ("-", "--", "-.", ":")

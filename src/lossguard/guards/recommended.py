@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ..validation import check_count, check_share
+from . import trial as trials
 from .lanes import Lane, is_fine, train_if
-from .progress import MEMORY
 from .protocol import (
     FALLBACK,
     LEARNED,
@@ -29,9 +29,10 @@ from .protocol import (
 from .relay import Leg, Relay, RelayState, at, lead_from, leader
 from .soundness import renew_if_unsound, select
 from .stacked import check_stacked
+from .trial import Trial
 
 LOOKS = 3
-"""Cycles that x and s have to be compared on before x may go back to s."""
+"""Cycles on which s is compared with x, each time that it is."""
 
 
 class RecommendedState(NamedTuple):
@@ -44,12 +45,8 @@ class RecommendedState(NamedTuple):
     """Whether x is on the path of the fallback by itself."""
     own_steps: Int[Array, ""]
     """Steps of the fallback by itself."""
-    looks: Int[Array, ""]
-    """Cycles that x and s were compared on since x left that path."""
-    of_x: Float[Array, ""]
-    """Smoothed loss of x in these cycles."""
-    of_s: Float[Array, ""]
-    """That of s, on the same minibatches."""
+    against: Trial
+    """A trial of s against x, in the cycles in which both run."""
 
 
 def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) -> Guard:
@@ -63,7 +60,7 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
       When it stalls the fallback goes on from there, or from a snapshot if the loss has risen.
 
     When the learned optimizer first takes over, the fallback's own run stays behind as lane s. It
-    gets a share of the steps from then on, and x goes back to it if its losses are lower.
+    gets a share of the steps from then on, and x goes back to it if it wins a trial against x.
 
     So a cycle costs nt gradients, and nt more for each challenger that runs in it: y on trial while
     the fallback leads, in at most ``share`` of the steps and sqrt(k) more; s while x is off its
@@ -103,9 +100,7 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
             s=Lane(params, trusted.init(params)),
             on_own=jnp.array(True),
             own_steps=jnp.int32(0),
-            looks=jnp.int32(0),
-            of_x=zero,
-            of_s=zero,
+            against=new_trial(zero),
         )
         return start(params, inner)
 
@@ -115,7 +110,7 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
         inner, i, k = state.inner, state.minibatches, state.steps
         loss_dtype(objective, state.params, i)  # refuses what is no loss
         x, leg = relay.step(lead_from(inner.relay, state.params), objective, i, k)
-        own_steps, steps = (n.astype(inner.of_x.dtype) for n in (inner.own_steps, k))
+        own_steps, steps = (n.astype(inner.against.bound.dtype) for n in (inner.own_steps, k))
         runs = ~inner.on_own & (own_steps < share * steps)
         s, of_s = train_if(runs, trusted, inner.s, objective, i, nt=nt, dtype=leg.losses.dtype)
         inner = settle(inner._replace(relay=x), s, leg, of_s, runs)
@@ -135,25 +130,19 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
         s = Lane(select(fine, s.params, inner.s.params), s.state)
         s = s._replace(state=renew_if_unsound(trusted, s.params, s.state))
         leaves = inner.on_own & leg.taken_over
-        looks = jnp.where(leaves, 0, jnp.where(runs & fine, inner.looks + 1, inner.looks))
-        of_x, of_s = (
-            jnp.where(looks <= 1, now, MEMORY * before + (1 - MEMORY) * now)
-            for before, now in ((inner.of_x, leg.losses.mean()), (inner.of_s, of_s.mean()))
-        )
-        of_x, of_s = (
-            jnp.where(runs & fine, of_x, inner.of_x),
-            jnp.where(runs & fine, of_s, inner.of_s),
-        )
-        back = ~inner.on_own & (looks >= LOOKS) & (of_s < of_x)
-        on_own = (inner.on_own & ~leaves) | back
+        heard = runs & fine
+        against = select(heard, trials.add(inner.against, of_s, leg.losses), inner.against)
+        won, lost = trials.outcome(against, of_s)
+        back = heard & won
+        against = select(leaves | (heard & (won | lost)), new_trial(against.bound), against)
         return RecommendedState(
-            relay=select(back, at(inner.relay, s, of_s), inner.relay),
+            relay=select(
+                back, at(inner.relay, s, of_s.mean().astype(against.bound.dtype)), inner.relay
+            ),
             s=select(leaves, inner.relay.z, s),
-            on_own=on_own,
+            on_own=(inner.on_own & ~leaves) | back,
             own_steps=advance(inner.own_steps, jnp.where(inner.on_own | runs, nt, 0)),
-            looks=looks,
-            of_x=of_x,
-            of_s=of_s,
+            against=against,
         )
 
     def report(leg: Leg, inner: RecommendedState, runs: Bool[Array, ""]) -> Decision:
@@ -175,3 +164,8 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
         )
 
     return Guard(init, step)
+
+
+def new_trial(like: Float[Array, ""]) -> Trial:
+    """A trial of s against x, which s wins by its losses alone."""
+    return trials.begin(jnp.int32(LOOKS), jnp.full_like(like, jnp.inf))

@@ -15,7 +15,7 @@ import optax  # noqa: E402
 
 import lossguard  # noqa: E402
 
-NT, CYCLES = 10, 60
+NT, CYCLES = 10, 50
 rng = np.random.default_rng(0)
 X = rng.normal(size=(CYCLES * 2 * NT, 16, 4))
 T = np.tanh(X @ rng.normal(size=(4, 1))) + 0.1 * rng.normal(size=(*X.shape[:2], 1))
@@ -75,21 +75,21 @@ class Late(SGD):
 PAIRS = {
     "adam over sgd": (adam(0.02), sgd(0.05)),
     "bold sgd over adam": (sgd(0.3), adam(0.003)),
-    "hopeless": (sgd(1.5), sgd(0.1, 0.9)),
-    "hardly better": (sgd(0.12), sgd(0.1)),
+    "hopeless": (sgd(1.0), sgd(0.1, 0.9)),
+    "breaks": (sgd(1e80), sgd(0.1)),
     "the same": (sgd(0.1), sgd(0.1)),
     "late": (falls_behind(0.3, 200), sgd(0.02)),
-    "diverges": (falls_behind(0.3, 200), adam(0.001)),
 }
-GUARDS = {
-    "recommended": (lossguard.recommended, Recommended, {}),
-    "recommended, half": (lossguard.recommended, Recommended, {"share": 0.5}),
-    "hedged": (lossguard.hedged, Hedged, {}),
-    "loss guard": (lossguard.loss_guard, LossGuard, {"nc": 5}),
-    "loss guard, reset": (lossguard.loss_guard, LossGuard, {"nc": 5, "loser": "reset"}),
-    "residual guard": (lossguard.residual_guard, ResidualGuard, {}),
-    "residual guard, gradient": (lossguard.residual_guard, ResidualGuard, {"residual": "gradient"}),
-}
+ALL = list(PAIRS)
+CASES = [
+    *((lossguard.recommended, Recommended, {}, pair) for pair in ALL),
+    *((lossguard.recommended, Recommended, {"share": 0.5}, pair) for pair in ("late", "the same")),
+    *((lossguard.hedged, Hedged, {}, pair) for pair in ALL),
+    *((lossguard.loss_guard, LossGuard, {"nc": 5}, pair) for pair in ("breaks", "adam over sgd")),
+    (lossguard.loss_guard, LossGuard, {"nc": 5, "loser": "reset"}, "bold sgd over adam"),
+    (lossguard.residual_guard, ResidualGuard, {}, "adam over sgd"),
+    (lossguard.residual_guard, ResidualGuard, {"residual": "gradient"}, "breaks"),
+]
 
 
 def in_jax(guard):
@@ -123,34 +123,59 @@ def in_torch(build, body=False):
             return
 
 
-def assert_same(ours, theirs):
+def assert_same(in_torch, in_jax):
     """Cycle by cycle; the winners."""
     winners = []
-    for (params, decision), (kept, expected) in zip(ours, theirs, strict=True):
+    for (params, decision), (kept, expected) in zip(in_torch, in_jax, strict=True):
         assert decision.winner == int(expected.winner)
         assert decision.used_learned == expected.used_learned.tolist()
         for field in ("gradients", "forwards", "learned_updates"):
             assert getattr(decision, field) == int(getattr(expected, field)), field
         for field in ("losses", "learned_loss", "fallback_loss"):
-            np.testing.assert_allclose(
-                getattr(decision, field), getattr(expected, field), rtol=1e-6, err_msg=field
-            )
+            ours, theirs = getattr(decision, field), getattr(expected, field)
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, err_msg=field)
         for p, q in zip(params, kept, strict=True):
             np.testing.assert_allclose(p, np.asarray(q), rtol=1e-6, atol=1e-9)
         winners.append(decision.winner)
     return winners
 
 
-@pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("kind", GUARDS)
-def test_two_optimizers(kind, pair):
-    theirs, ours, options = GUARDS[kind]
+def name(case):
+    _, kind, options, pair = case
+    return " ".join([kind.__name__, *map(str, options.values()), pair])
+
+
+SEEN = {}
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_two_optimizers(case):
+    theirs, ours, options, pair = case
     (learned, make_learned), (fallback, make_fallback) = PAIRS[pair]
-    body = "residual" not in kind and pair == "adam over sgd"
-    assert_same(
+    body = ours is not ResidualGuard and pair == "adam over sgd"
+    winners = assert_same(
         in_torch(
             lambda ps: ours(make_learned(ps), make_fallback(ps), model=None, nt=NT, **options),
             body,
         ),
         in_jax(theirs(learned, fallback, nt=NT, **options)),
     )
+    print(name(case), winners)
+
+
+SEVERAL = [adam(0.02), sgd(0.05), sgd(1e80), sgd(0.3)]
+
+
+@pytest.mark.parametrize("share", [None, 0.25])
+@pytest.mark.parametrize("checked", [False, True])
+def test_best_of(share, checked):
+    theirs = [lossguard.unguarded(optimizer, nt=NT) for optimizer, _ in SEVERAL]
+    check = {"check": lambda params, j: objective(params, j + 7)} if checked else {}
+
+    def build(params):
+        ours = {"check": lambda j: loss_of(params, j + 7)} if checked else {}
+        optimizers = [make(params) for _, make in SEVERAL]
+        return BestOf(optimizers, model=None, nt=NT, share=share, **ours)
+
+    winners = assert_same(in_torch(build), in_jax(lossguard.best_of(theirs, share=share, **check)))
+    print(winners)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from lossguard.torch.closures import scalar
 from lossguard.torch.decision import NEITHER, Decision
 from lossguard.torch.guard import Guard
 from lossguard.torch.lane import Lane
-from lossguard.torch.seen import Seen
+from lossguard.torch.seen import Seen, mean
 from lossguard.torch.tensors import clone
 from lossguard.validation import check_count, check_decay, check_share
 
@@ -143,7 +142,7 @@ class BestOf(Guard):
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
         d = [math.nan] * len(self._all)
         for name, one in seen.items():
-            d[int(name)] = fmean(one.losses if self.check is None else one.checks)
+            d[int(name)] = mean(one.losses if self.check is None else one.checks)
             self._taken[int(name)] += self.nt
         ran = [lane.name in seen for lane in self._all]
         before = list(self.records)
@@ -171,7 +170,7 @@ class BestOf(Guard):
         followed = seen.get(str(best))
         self._lead(self._all[best])
         return Decision(
-            used_learned=[True] * self.nt,
+            used_learned=[followed is not None] * self.nt,
             losses=[math.nan] * self.nt if followed is None else followed.losses,
             learned_loss=math.nan,
             fallback_loss=math.nan,

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from statistics import fmean
 from typing import Any
 
 from torch import distributed, nn
@@ -14,7 +13,7 @@ from lossguard.torch.decision import FALLBACK, LEARNED, OWN, Decision
 from lossguard.torch.guard import Guard
 from lossguard.torch.lane import Lane
 from lossguard.torch.relay import Leg, Relay, read_state, report
-from lossguard.torch.seen import Seen
+from lossguard.torch.seen import Seen, mean
 from lossguard.validation import check_share
 
 DECAY = 0.7
@@ -115,7 +114,7 @@ class Hedged(Guard):
             self._s.become(self._relay.z)
             self._on_own = False
         if back and s is not None:
-            self._relay.go_on_from(self._s, fmean(s.losses))
+            self._relay.go_on_from(self._s, mean(s.losses))
             self._on_own, self._regret, self._away, self._behind = True, 0.0, 0, 0
         self._lead(self._s if self._regret > 0 else self._relay.leader)
         winner = OWN if self._on_own else FALLBACK

@@ -227,7 +227,7 @@ class Lane:
         (first, *_) = inspect.signature(self.inner.optimizer.step).parameters.values()
         if first.default is first.empty and first.kind is first.POSITIONAL_OR_KEYWORD:
             raise ValueError(
-                f"{self} must be stepped by guard.step(closure), as its optimizer requires a closure"
+                f"{self} must be stepped by guard.step(closure), as its optimizer wants a closure"
             )
         return ()
 

@@ -6,7 +6,6 @@ cycle, nc check minibatches, i the number of a minibatch.
 
 import math
 from collections.abc import Callable, Mapping
-from statistics import fmean
 from typing import Any, Literal, get_args
 
 from torch import distributed, nn
@@ -17,7 +16,7 @@ from lossguard.torch.arguments import check_fallback
 from lossguard.torch.decision import FALLBACK, LEARNED, NEITHER, Decision
 from lossguard.torch.guard import Guard
 from lossguard.torch.lane import Lane
-from lossguard.torch.seen import Seen
+from lossguard.torch.seen import Seen, mean
 from lossguard.validation import check_choice, check_count
 
 Loser = Literal["keep", "reset"]
@@ -106,7 +105,7 @@ class LossGuard(Guard):
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
         y, z, nt = seen["y"], seen["z"], self.nt
-        check_y, check_z = fmean(y.checks), fmean(z.checks)
+        check_y, check_z = mean(y.checks), mean(z.checks)
         finite_y, finite_z = (
             one.finite and math.isfinite(check) for one, check in ((y, check_y), (z, check_z))
         )

@@ -1,7 +1,6 @@
 """The guard that we recommend where compute is scarce: a relay, and the fallback by itself."""
 
 from collections.abc import Callable, Mapping
-from statistics import fmean
 from typing import Any
 
 from torch import distributed, nn
@@ -14,7 +13,7 @@ from lossguard.torch.guard import Guard
 from lossguard.torch.lane import Lane
 from lossguard.torch.progress import MEMORY
 from lossguard.torch.relay import Leg, Relay, read_state, report
-from lossguard.torch.seen import Seen
+from lossguard.torch.seen import Seen, mean
 from lossguard.validation import check_share
 
 LOOKS = 3
@@ -135,8 +134,8 @@ class Recommended(Guard):
         elif s is not None and s.fine:
             self._looks += 1
             old = MEMORY if self._looks > 1 else 0.0
-            self._of_x = old * self._of_x + (1 - old) * fmean(leg.losses)
-            self._of_s = old * self._of_s + (1 - old) * fmean(s.losses)
+            self._of_x = old * self._of_x + (1 - old) * mean(leg.losses)
+            self._of_s = old * self._of_s + (1 - old) * mean(s.losses)
         if not on_own and self._looks >= LOOKS and self._of_s < self._of_x:
             self._relay.go_on_from(self._s, self._of_s)
             self._on_own = True

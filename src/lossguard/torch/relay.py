@@ -6,7 +6,6 @@ z    the fallback's lane: leads, or is the snapshot that x can go back to while 
 """
 
 import math
-from statistics import fmean
 from typing import Any, NamedTuple
 
 from lossguard.torch import progress as progresses
@@ -14,7 +13,7 @@ from lossguard.torch import trial as trials
 from lossguard.torch.decision import Decision
 from lossguard.torch.lane import Lane
 from lossguard.torch.progress import Progress
-from lossguard.torch.seen import Seen
+from lossguard.torch.seen import Seen, mean
 from lossguard.torch.trial import Trial
 
 STALL = 0.25
@@ -119,7 +118,7 @@ class Relay:
         assert leader is not None
         losses, of_y = leader.losses, [] if y is None or led else y.losses
         if fine_y if led else fine_z:
-            state = state._replace(progress=progresses.add(state.progress, fmean(losses), self.nt))
+            state = state._replace(progress=progresses.add(state.progress, mean(losses), self.nt))
         taken_over = False
         if state.trial is not None:
             trial = trials.add(state.trial, of_y, losses)
@@ -127,7 +126,7 @@ class Relay:
             won, lost = trials.outcome(trial, of_y)
             taken_over = fine_y and (won or not fine_z)
             if taken_over:
-                began = progresses.begin(fmean(of_y), k // YOUTH)
+                began = progresses.begin(mean(of_y), k // YOUTH)
                 level = state.progress.recent
                 state = state._replace(learned_leads=True, level=level, progress=began, trial=None)
             elif lost or not fine_y:
@@ -193,8 +192,8 @@ def report(leg: Leg, winner: int, nt: int, lanes: int) -> Decision:
     return Decision(
         used_learned=[leg.learned_led] * nt,
         losses=leg.losses,
-        learned_loss=fmean(leg.challenger) if leg.tried else nan,
-        fallback_loss=fmean(leg.losses) if leg.tried else nan,
+        learned_loss=mean(leg.challenger) if leg.tried else nan,
+        fallback_loss=mean(leg.losses) if leg.tried else nan,
         finite_learned=leg.fine_y,
         finite_fallback=leg.fine_z,
         winner=winner,

@@ -95,7 +95,11 @@ class Saving(Optimizer):
         state = [saved["state"].get(key, {}) for key in keys]
         within = numbers["phase"] > 0
         parts = unpack(params, self._parts(within=within), state, numbers["rest"])
-        rules = self._read(numbers["rules"])
+        try:
+            rules = self._read(numbers["rules"])
+        except (KeyError, TypeError, ValueError) as error:
+            kind = type(self).__name__
+            raise ValueError(f"state_dict must have the numbers of a {kind}, got others") from error
         self._take(numbers, groups, parts)
         self._set_rules(rules)
         for hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -1,6 +1,7 @@
 """What a cycle has shown of a lane."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -21,3 +22,12 @@ class Seen(NamedTuple):
     def fine(self) -> bool:
         """Whether the losses are finite as well."""
         return self.finite and all(map(math.isfinite, [*self.losses, *self.checks]))
+
+
+def mean(losses: Sequence[float]) -> float:
+    """Their mean, which may be infinite or NaN; ``statistics.fmean`` raises errors there.
+
+    >>> mean([1.0, math.inf]), mean([math.inf, -math.inf])
+    (inf, nan)
+    """
+    return sum(losses) / len(losses)

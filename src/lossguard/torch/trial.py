@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from statistics import fmean
 from typing import NamedTuple
+
+from lossguard.torch.seen import mean
 
 MARGIN = 3.0
 """Standard errors by which a challenger has to be better, or worse, for the trial to end so."""
@@ -60,9 +61,9 @@ def outcome(trial: Trial, challenger: Sequence[float]) -> tuple[bool, bool]:
     (True, False)
     """
     n = max(trial.pairs, 2)
-    mean = trial.total / n
-    error = math.sqrt(max(trial.squares / n - mean**2, 0) / (n - 1))
-    last = fmean(challenger[len(challenger) // 2 :])
+    m = trial.total / n
+    error = math.sqrt(max(trial.squares / n - m * m, 0) / (n - 1))
+    last = mean(challenger[len(challenger) // 2 :])
     over = trial.cycles >= trial.length
-    won = over and mean < -MARGIN * error and last < trial.bound
-    return won, not won and (over or not mean <= MARGIN * error)
+    won = over and m < -MARGIN * error and last < trial.bound
+    return won, not won and (over or not m <= MARGIN * error)

@@ -256,6 +256,8 @@ class Guard(Saving):
     def _close(self, order: Sequence[Lane]) -> Decision | None:
         self.phase += 1
         if self.phase == 1 and self.steps == 0:
+            for lane in order:
+                lane.check_memory()
             self._watch.compare(order, [read(lane.losses[:1]) for lane in order])
         if not self.state:  # torch.distributed.checkpoint asks whether there is any
             self.state.update({p: {} for p in self._weights.params})

@@ -124,6 +124,28 @@ class Lane:
         """Whether its memory is finite."""
         return self.inner.is_finite(self.memory())
 
+    def check_memory(self) -> None:
+        """Refuse a memory that holds the parameters themselves, in higher precision.
+
+        The next step would undo what the guard has copied into the parameters.
+        """
+        for p, entries in self.memory().state.items():
+            value = self.point[self.weights.index.get(id(p), 0)] if isinstance(p, Tensor) else None
+            for entry in (
+                entries.values() if value is not None and isinstance(entries, dict) else ()
+            ):
+                if (
+                    isinstance(entry, Tensor)
+                    and entry.dtype != value.dtype
+                    and entry.shape == value.shape
+                    and entry.numel() > 1
+                    and torch.equal(entry.to(value.dtype), value)
+                ):
+                    raise ValueError(
+                        f"{self} must have an optimizer that keeps no copy of the parameters, got "
+                        f"one in {entry.dtype}"
+                    )
+
     # What a minibatch does with it.
 
     @property

@@ -158,6 +158,8 @@ class Lane:
         self.checking, self.stepped = checking, False
         self.weights.clear_gradients()
         self.weights.enter([] if self.live else self.values)
+        if self.scaler is not None and self.scaler.is_enabled():  # an error may have cut a step
+            self.scaler._per_optimizer_states.clear()
         if self._parked is not None:
             self.inner.holder._parked = self.inner.exchange(self._parked)
             self.inner.holder, self._parked = self, None

@@ -1,0 +1,395 @@
+"""Models, precisions and packages of every kind: a guarded run is Algorithm 2 on them too."""
+
+import copy
+
+import pytest
+import torch
+from models import (
+    algorithm2,
+    assert_is_algorithm2,
+    assert_resumes,
+    assert_same_state,
+    closure_for,
+    loss_fn,
+    minibatches,
+    mlp,
+    run,
+    spiral,
+    two,
+)
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import SGD, Adam
+from torch.utils.checkpoint import checkpoint
+
+from lossguard.torch import BestOf, Hedged, LossGuard, Recommended
+
+TWO = [Recommended, Hedged, LossGuard, BestOf]
+
+
+def learned(params):
+    return Adam([p for p in params if p.requires_grad], lr=0.1)
+
+
+def fallback(params):
+    return SGD([p for p in params if p.requires_grad], lr=0.3, momentum=0.9)
+
+
+class Tied(nn.Module):
+    """Its two layers share a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.first(x).tanh())
+
+
+class Idle(nn.Module):
+    """One of its parameters never gets a gradient, one buffer is a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.idle = mlp(), nn.Parameter(torch.ones(3))
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Checkpointed(nn.Module):
+    """Recomputes its first part in the backward pass, with its dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(2, 16), nn.Dropout(0.3), nn.Tanh())
+        self.second = nn.Linear(16, 2)
+
+    def forward(self, x):
+        return self.second(checkpoint(self.first, x, use_reentrant=False))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gru, self.head = nn.GRU(1, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.gru(x.T[..., None])[0][-1])
+
+
+class Flat(nn.Module):
+    """Its parameters are views of one storage, as cuDNN's are; so they are copied in and out."""
+
+    def __init__(self):
+        super().__init__()
+        flat = torch.randn(2 * 2 + 2)
+        self.weight, self.bias = nn.Parameter(flat[:4].view(2, 2)), nn.Parameter(flat[4:])
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, x):
+        return self.norm(nn.functional.linear(x, self.weight, self.bias))
+
+
+def frozen():
+    model = mlp()
+    model[0].requires_grad_(False)
+    return model
+
+
+MODELS = {
+    "tied": Tied, "idle": Idle, "checkpointed": Checkpointed, "recurrent": Recurrent,
+    "frozen": frozen, "flat": Flat, "norm": lambda: mlp(nn.BatchNorm1d(16), nn.Dropout(0.2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name):
+    assert_is_algorithm2(
+        MODELS[name](), learned, fallback, [spiral() for _ in range(30)], nt=3, nc=2
+    )
+
+
+@pytest.mark.parametrize("name", ["flat", "frozen", "recurrent"])
+@pytest.mark.parametrize("kind", TWO)
+def test_they_resume(kind, name):
+    options = {"nc": 2} if kind is LossGuard else {"share": 0.5}
+
+    def build(model):
+        return two(kind, model, learned, fallback, nt=4, **options)
+
+    assert_resumes(build, MODELS[name](), minibatches(), 22)
+
+
+def test_compiled_models_are_compiled_once_per_mode():
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    model = mlp()
+    twin = copy.deepcopy(model)
+    guards = [two(LossGuard, m, nt=3, nc=2) for m in (model, twin)]
+    run(guards[0], torch.compile(model, backend=backend), minibatches(20))
+    run(guards[1], twin, minibatches(20))
+    assert len(compiled) == 2  # with gradients, and without
+    assert_same_state(model.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_autocast_uses_the_weights_of_the_branch(outside):
+    """Around the loop, autocast caches casts of weights, which are another branch's next time."""
+    batches = minibatches(20)
+    model = mlp()
+
+    def cast_loss(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss_fn(model, batch)
+
+    expected = list(algorithm2(model, learned, fallback, batches, loss_fn=cast_loss, nt=3, nc=2))
+    guard = two(LossGuard, model, learned, fallback, nt=3, nc=2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+        for batch in batches:
+
+            def closure(batch=batch):
+                guard.zero_grad()
+                loss = (loss_fn if outside else cast_loss)(model, batch)
+                loss.backward()
+                return loss
+
+            guard.step(closure)
+    assert [d.winner for d in guard.history] == [winner for _, winner in expected]
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[-1][0][key], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", TWO)
+def test_scaling_by_a_power_of_two_changes_nothing(kind):
+    """By closures with one scaler, by bodies with another, and without."""
+    models = [mlp() for _ in range(3)]
+    for model in models:
+        model.load_state_dict(models[0].state_dict())
+        model.to(torch.float64)
+    scalers = [GradScaler("cpu", init_scale=s) if s else None for s in (1024.0, 512.0, 0)]
+    pairs = zip(models, scalers, strict=True)
+    guards = [two(kind, model, nt=3, scaler=scaler) for model, scaler in pairs]
+    for batch in [(x.double(), labels) for x, labels in minibatches(40)]:
+
+        def closure(batch=batch):
+            guards[0].zero_grad()
+            loss = loss_fn(models[0], batch)
+            guards[0].scaler.scale(loss).backward()
+            guards[0].unscale_()
+            nn.utils.clip_grad_norm_(models[0].parameters(), 1.0)
+            return loss
+
+        guards[0].step(closure)
+        for guard, model in zip(guards[1:], models[1:], strict=True):
+            scaled = guard is guards[1]
+            for lane in guard.lanes():
+                loss = loss_fn(model, batch)
+                (guard.scaler.scale(loss) if scaled else loss).backward()
+                if scaled:
+                    guard.unscale_()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                lane.step(loss)
+    for model in models[:2]:
+        assert_same_state(model.state_dict(), models[2].state_dict())
+
+
+def test_every_branch_has_a_gradient_scaler_of_its_own():
+    """F(w) = w^2 at a scale of 2^100: far out, where only the learned branch gets, it overflows."""
+    weight = torch.tensor([4.0], requires_grad=True)
+
+    def build():
+        learned, fallback = SGD([weight], lr=1e8, maximize=True), SGD([weight], lr=0.1)
+        scaler = GradScaler("cpu", init_scale=2.0**100)
+        return LossGuard(learned, fallback, model=None, nt=3, nc=1, scaler=scaler)
+
+    guard = build()
+
+    def closure():
+        loss = weight.square().sum()
+        guard.scaler.scale(loss).backward()
+        return loss
+
+    for _ in range(3):
+        guard.step(closure)
+    scales = [lane.scaler.get_scale() for lane in guard._lanes.values()]
+    assert scales == [2.0**98, 2.0**100]
+    guard.step(closure)
+    assert guard.last_decision.learned_loss == pytest.approx((4 + 8e8) ** 2)  # two were skipped
+    assert weight.item() == pytest.approx(4 * 0.8**3)
+    resumed = build()
+    resumed.load_state_dict(guard.state_dict())
+    scales = [lane.scaler.get_scale() for lane in resumed._lanes.values()]
+    assert scales == [2.0**100] * 2  # the loser goes on from x, and scales as is right there
+
+
+@pytest.mark.parametrize("misuse", ["plain", "another"])
+def test_gradients_that_the_guards_scaler_has_not_scaled(misuse):
+    model, scaler = mlp(), GradScaler("cpu")
+    guard = two(LossGuard, model, scaler=scaler)
+    outside = GradScaler("cpu")
+
+    def closure():
+        loss = loss_fn(model, spiral())
+        (outside.scale(loss) if misuse == "another" else loss).backward()
+        return loss
+
+    with pytest.raises(
+        ValueError, match=r"^closure must scale by guard.scaler.scale\(loss\) and un"
+    ):
+        guard.step(closure)
+
+
+def test_a_step_that_an_error_cuts_leaves_the_scaler_usable():
+    """What it notes of each optimizer is private to it, and has to be cleared."""
+    model = mlp()
+    guard = two(Recommended, model, scaler=GradScaler("cpu", init_scale=2.0))
+
+    def closure(fails=False):
+        loss = loss_fn(model, spiral())
+        guard.scaler.scale(loss).backward()
+        guard.unscale_()
+        if fails:
+            raise KeyError
+        return loss
+
+    with pytest.raises(KeyError):
+        guard.step(lambda: closure(fails=True))
+    torch.manual_seed(0)
+
+    def same():
+        torch.manual_seed(0)
+        return closure()
+
+    guard.step(same)
+
+
+def test_a_scaler_outside_the_guard_is_refused():
+    model = mlp()
+    guard = two(LossGuard, model)
+    scaler = GradScaler("cpu")
+    closure = closure_for(guard, model, spiral())
+    with pytest.raises(RuntimeError, match="Closure use is not currently supported"):
+        scaler.step(guard, closure=closure)
+    scaler.scale(loss_fn(model, spiral())).backward()
+    with pytest.raises(ValueError) as error:
+        scaler.step(guard)
+    assert str(error.value) == (
+        "closure must be a function that returns the loss, got None (a GradScaler goes to "
+        "LossGuard as scaler)"
+    )
+    with pytest.raises(AttributeError, match="scaler must be given to LossGuard to scale losses"):
+        _ = guard.scaler
+
+
+@pytest.mark.parametrize("kind", TWO)
+def test_buffers_that_a_forward_pass_makes_must_be_there_before(kind):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+            self.register_buffer("mask", torch.ones(1))
+
+        def forward(self, x):
+            self.mask = torch.ones(3)
+            return self.net(x)
+
+    model = Masked()
+    guard = two(kind, model, nt=2)
+    with pytest.raises(ValueError, match=r"^model must keep the number and the shapes of its buff"):
+        run(guard, model, minibatches(3))
+
+
+def test_a_buffer_of_one_number_for_many_is_left_alone():
+    model = mlp()
+    model.register_buffer("mask", torch.zeros(1).expand(5))
+    run(two(Recommended, model, nt=2), model, minibatches(8))
+
+
+SCHEDULE_FREE = ["SGDScheduleFree", "AdamWScheduleFree", "RAdamScheduleFree"]
+
+
+@pytest.mark.parametrize("name", SCHEDULE_FREE)
+def test_schedule_free_goes_on_by_itself(name):
+    """It is in its training mode within calls; ``eval`` has the model be what it evaluates."""
+    package = pytest.importorskip("schedulefree")
+    make = getattr(package, name)
+    model, twin = mlp(), mlp()
+    twin.load_state_dict(model.state_dict())
+    alone = make(twin.parameters(), lr=0.05)
+    alone.train()
+    guard = two(BestOf, model, lambda ps: SGD(ps, lr=0.0), lambda ps: make(ps, lr=0.05), nt=3)
+    for batch in minibatches(20):
+        alone.zero_grad()
+        loss_fn(twin, batch).backward()
+        alone.step()
+        guard.step(closure_for(guard, model, batch))
+    assert_same_state(model.state_dict(), twin.state_dict())
+    alone.eval()
+    guard.eval()
+    assert_same_state(model.state_dict(), twin.state_dict())
+    alone.train()
+    alone.zero_grad()
+    batch = spiral()
+    loss_fn(twin, batch).backward()
+    alone.step()
+    guard.step(closure_for(guard, model, batch))  # back by itself
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", TWO)
+@pytest.mark.parametrize("done", [6, 7])
+def test_schedule_free_resumes_bit_by_bit(kind, done):
+    package = pytest.importorskip("schedulefree")
+
+    def make(params):
+        return package.AdamWScheduleFree(params, lr=0.05, warmup_steps=3)
+
+    options = {"nc": 2} if kind is LossGuard else {}
+    assert_resumes(lambda m: two(kind, m, make, nt=3, **options), mlp(), minibatches(30), done)
+
+
+FROM_PYTORCH_OPTIMIZER = ["SOAP", "Lion", "Prodigy", "Adan", "Shampoo", "AdEMAMix"]
+
+
+@pytest.mark.parametrize("name", FROM_PYTORCH_OPTIMIZER)
+@pytest.mark.parametrize("kind", TWO)
+def test_pytorch_optimizer_resumes_bit_by_bit(kind, name):
+    package = pytest.importorskip("pytorch_optimizer")
+
+    def make(params):
+        return getattr(package, name)(params, lr=0.01)
+
+    options = {"nc": 2} if kind is LossGuard else {"share": 0.5}
+    assert_resumes(lambda m: two(kind, m, make, nt=3, **options), mlp(), minibatches(30), 13)
+
+
+def test_a_group_entry_that_the_first_step_makes_is_memory():
+    """As nearly all of pytorch_optimizer's keep their count of steps."""
+
+    class Counting(SGD):
+        def step(self, closure=None):
+            group = self.param_groups[0]
+            group["t"] = group.get("t", 0) + 1
+            return super().step(closure)
+
+    for loser, expected in (("reset", {}), ("keep", {"t": 4})):
+        model = mlp()
+        guard = two(
+            LossGuard,
+            model,
+            lambda ps: Counting(ps, lr=5.0, maximize=True),
+            nt=2,
+            nc=1,
+            loser=loser,
+        )
+        run(guard, model, minibatches(6))
+        group = guard._inners[1].optimizer.param_groups[0]
+        assert {key: value for key, value in group.items() if key == "t"} == expected

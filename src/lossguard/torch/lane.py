@@ -107,6 +107,8 @@ class Lane:
 
     def remember(self, memory: Memory) -> None:
         """Remember this instead."""
+        if self.memory().state and not memory.state:
+            self.inner.note(self.memory())
         if self._parked is None:
             self.inner.exchange(memory)
         else:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -49,6 +50,7 @@ class Inner:
         self.own: set[str] = set()
         self.fresh = self.memory().copy()
         self.holder: Any = None
+        self._made: dict[Any, Any] = {}
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
@@ -75,6 +77,30 @@ class Inner:
                     group.pop(key, None)  # a step makes it
         return previous
 
+    def note(self, memory: Memory) -> None:
+        """Note what the optimizer makes for each parameter, from a memory that it has filled."""
+        self._made = {
+            p: {
+                key: (value.shape, value.dtype) if isinstance(value, Tensor) else value
+                for key, value in entries.items()
+            }
+            for p, entries in memory.state.items()
+            if isinstance(p, Tensor) and isinstance(entries, dict)
+        }
+
+    def zeros(self) -> dict[Any, Any]:
+        """Tensors of 0 in place of what the optimizer has been noted to make.
+
+        torch.distributed.checkpoint loads only what both sides have.
+        """
+        return {
+            p: {
+                key: _zeros(p, *value) if type(value) is tuple else clone(value)
+                for key, value in entries.items()
+            }
+            for p, entries in self._made.items()
+        }
+
     def is_finite(self, memory: Memory) -> bool:
         """Whether every number in a memory is finite."""
         own = [[options.get(key) for key in self.own] for options in memory.options]
@@ -91,6 +117,14 @@ class Inner:
     def params(self) -> list[Tensor]:
         """The parameters of all groups."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+def _zeros(p: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Sharded as the parameter is, where it is of its shape."""
+    like = p.detach()
+    return (
+        torch.zeros_like(like, dtype=dtype) if shape == p.shape else torch.zeros(shape, dtype=dtype)
+    )
 
 
 def same(old: Any, new: Any) -> bool:

@@ -52,6 +52,7 @@ class Saving(Optimizer):
             "losses": [[read(lane.losses), read(lane.checks)] for lane in self._lanes.values()],
             "lost": [lane.lost for lane in self._lanes.values()],
             "scalers": [_scale(lane.scaler) for lane in self._lanes.values()],
+            "blank": [not lane.memory().state for lane in self._lanes.values()],
             "own": [sorted(inner.own) for inner in self._inners],
             "options": [clone(inner.options()) for inner in self._inners],
             "rates": self._rates.numbers(),
@@ -120,13 +121,13 @@ class Saving(Optimizer):
             inner.own, inner.fresh = set(own), Memory(fresh.memory, fresh.options)
         self._weights.reshard()
         transfer(self._weights.live(), x.copies["value"])
-        of_lanes = (numbers[name] for name in ("losses", "lost", "scalers"))
-        for lane, part, losses, lost, scale in zip(
+        of_lanes = (numbers[name] for name in ("blank", "losses", "lost", "scalers"))
+        for lane, part, blank, losses, lost, scale in zip(
             lanes, theirs[: len(lanes)], *of_lanes, strict=True
         ):
             transfer(lane.values, part.copies["value"])
             lane.before = part.copies.get("before")
-            lane.remember(Memory(part.memory, part.options))
+            lane.remember(Memory({} if blank else part.memory, part.options))
             lane.set_losses(*losses, lost=lost)
             if lane.scaler is not None and scale:
                 lane.scaler.load_state_dict(dict(scale))
@@ -146,12 +147,15 @@ class Saving(Optimizer):
 
     def _parts(self, *, within: bool) -> list[Part]:
         """The model, the lanes and the fresh memories, as they are."""
+        for lane in self._lanes.values():
+            if lane.memory().state:
+                lane.inner.note(lane.memory())
         model = Part("x", {"value": self._weights.live()}, {}, [], False)
         lanes = [
             Part(
                 lane.name,
                 {"value": lane.values} | ({"before": lane.before or lane.values} if within else {}),
-                lane.memory().state,
+                lane.memory().state or lane.inner.zeros(),
                 lane.memory().options,
                 _capturable(lane.inner),
             )

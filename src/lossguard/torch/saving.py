@@ -42,6 +42,7 @@ class Saving(Optimizer):
         """A copy of all that the rest of the run depends on."""
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
+        self._rates.apply()  # what is set, but not carried over, would be lost
         state, rest = pack(self._weights.params, self._parts(within=self._get("phase") > 0))
         numbers = {
             "kind": type(self).__name__,

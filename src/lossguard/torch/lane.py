@@ -131,18 +131,10 @@ class Lane:
 
         The next step would undo what the guard has copied into the parameters.
         """
+        point = dict(zip(self.weights.params, self.point, strict=False))
         for p, entries in self.memory().state.items():
-            value = self.point[self.weights.index.get(id(p), 0)] if isinstance(p, Tensor) else None
-            for entry in (
-                entries.values() if value is not None and isinstance(entries, dict) else ()
-            ):
-                if (
-                    isinstance(entry, Tensor)
-                    and entry.dtype != value.dtype
-                    and entry.shape == value.shape
-                    and entry.numel() > 1
-                    and torch.equal(entry.to(value.dtype), value)
-                ):
+            for entry in entries.values() if isinstance(entries, dict) and p in point else ():
+                if isinstance(entry, Tensor) and _is_copy(entry, point[p]):
                     raise ValueError(
                         f"{self} must have an optimizer that keeps no copy of the parameters, got "
                         f"one in {entry.dtype}"
@@ -298,6 +290,12 @@ class Lane:
 
     def __repr__(self) -> str:
         return f"lane {self.name} ({type(self.inner.optimizer).__name__})"
+
+
+def _is_copy(entry: Tensor, value: Tensor) -> bool:
+    """Whether it is the same numbers in another precision."""
+    alike = entry.shape == value.shape and entry.dtype != value.dtype and entry.numel() > 1
+    return alike and torch.equal(entry.to(value.dtype), value)
 
 
 def step_takes(optimizer: Optimizer) -> str:

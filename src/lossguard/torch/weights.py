@@ -26,7 +26,6 @@ class Weights:
 
     def __init__(self, params: list[Tensor], model: nn.Module | None) -> None:
         self.params = params
-        self.index = {id(p): k for k, p in enumerate(params)}
         self.model = model
         self.jumped = False
         """Whether the model was given another lane's values, or earlier ones."""

@@ -1,7 +1,6 @@
 """The code in the documentation runs as it stands."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 

@@ -15,6 +15,7 @@ from lossguard.torch import arguments
 from lossguard.torch.closures import Closure, checked
 from lossguard.torch.consensus import agree, several
 from lossguard.torch.decision import Decision
+from lossguard.torch.face import Face
 from lossguard.torch.interrupts import Held
 from lossguard.torch.lane import Lane
 from lossguard.torch.memory import Inner
@@ -32,7 +33,78 @@ SAME = 1e-4
 """The part of a loss by which rounding may change it."""
 
 
-class Guard(Saving):
+class Cycle(Face, Saving):
+    """A guard as far as its cycles go: what it does at their two ends."""
+
+    nc: int
+    steps: int
+    process_group: distributed.ProcessGroup | None
+    _others: list[Lane]
+    _watch: "Watch"
+
+    def _begin(self) -> list[Lane]:
+        """The lanes that run in the cycle beside the live one, where they start from."""
+        raise NotImplementedError
+
+    def _settle(self, seen: Mapping[str, Seen]) -> Decision:
+        """Decide, by what the lanes that ran have shown; call ``_lead`` to have another lane."""
+        raise NotImplementedError
+
+    def _measure(self) -> None:
+        """Evaluate what else the decision is to know, before ranks agree."""
+
+    def _lead(self, lane: Lane) -> None:
+        """Have another lane in the model from now on."""
+        if lane is not self._leader:
+            transfer(self._leader.values, self._weights.live())
+            self._leader.live = False
+            self._weights.write(lane.values)
+            lane.live, self._leader = True, lane
+
+    def _close(self, order: Sequence[Lane]) -> Decision | None:
+        self.phase += 1
+        if self.phase == 1 and self.steps == 0:
+            for lane in order:
+                lane.check_memory()
+            self._watch.compare(order, [read(lane.losses[:1]) for lane in order])
+        if not self.state:  # torch.distributed.checkpoint asks whether there is any
+            self.state.update({p: {} for p in self._weights.params})
+        if self.phase < self.nt + self.nc:
+            return None
+        try:
+            decision = self._decide()
+        finally:
+            self.phase = 0
+            for lane in order:
+                lane.before = None
+        self.steps += self.nt
+        self.history.append(decision)
+        return decision
+
+    def _decide(self) -> Decision:
+        ran = [self._leader, *self._others]
+        self._measure()
+        numbers, alarms = agree(
+            read([loss for lane in ran for loss in (*lane.losses, *lane.checks)]),
+            [
+                *(not lane.is_finite(self._leader.values) for lane in ran),
+                *(not lane.remembers_soundly() for lane in ran),
+            ],
+            self.process_group,
+            local(self._weights.params[0]).device,
+        )
+        agreed, seen = iter(numbers), {}
+        for k, lane in enumerate(ran):
+            losses, checks = ([next(agreed) for _ in row] for row in (lane.losses, lane.checks))
+            seen[lane.name] = Seen(losses, checks, not alarms[k])
+            if alarms[len(ran) + k]:
+                lane.forget()
+        self._watch.compare(ran, [seen[lane.name].losses[:1] for lane in ran])
+        self._weights.jumped = False
+        return self._settle(seen)._replace(jumped=self._weights.jumped)
+
+
+class Guard(Cycle):
     """An optimizer that runs lanes, of which the live one is what the model is.
 
     A cycle is nt minibatches on which the lanes that run take a step each, and nc on which they are
@@ -153,71 +225,6 @@ class Guard(Saving):
         if decision is not None and self.callback is not None:
             self.callback(decision)
 
-    @property
-    def checking(self) -> bool:
-        """Whether only the loss of the next minibatch is evaluated."""
-        return self.phase >= self.nt
-
-    @property
-    def last_decision(self) -> Decision | None:
-        """That of the last cycle."""
-        return self.history[-1] if self.history else None
-
-    @property
-    def scaler(self) -> GradScaler:
-        """The gradient scaler of the lane in the model; use it inside the closure, or the body."""
-        lane = self._inside or self._leader
-        if lane.scaler is None:
-            kind = type(self).__name__
-            raise AttributeError(f"scaler must be given to {kind} to scale losses, got None")
-        return lane.scaler
-
-    def unscale_(self) -> None:
-        """Unscale the gradients of the lane in the model, to clip them."""
-        if not self.checking:
-            self.scaler.unscale_((self._inside or self._leader).optimizer)
-
-    def eval(self) -> None:
-        """Have the model be what an optimizer with ``train()`` and ``eval()`` evaluates."""
-        if self._leader.switches:
-            with torch.no_grad(), self._leader.inner.stepping():
-                self._leader.optimizer.eval()  # pyright: ignore
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused, except when the guard is built."""
-        if self._built:
-            raise ValueError(
-                "parameters must be in the optimizers when the guard is built, got others later: "
-                "build another guard"
-            )
-        super().add_param_group(param_group)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(map(repr, self._lanes.values()))})"
-
-    # What a guard does at the two ends of a cycle.
-
-    def _begin(self) -> list[Lane]:
-        """The lanes that run in the cycle beside the live one, where they start from."""
-        raise NotImplementedError
-
-    def _settle(self, seen: Mapping[str, Seen]) -> Decision:
-        """Decide, by what the lanes that ran have shown; call ``_lead`` to have another lane."""
-        raise NotImplementedError
-
-    def _measure(self) -> None:
-        """Evaluate what else the decision is to know, before ranks agree."""
-
-    def _lead(self, lane: Lane) -> None:
-        """Have another lane in the model from now on."""
-        if lane is not self._leader:
-            transfer(self._leader.values, self._weights.live())
-            self._leader.live = False
-            self._weights.write(lane.values)
-            lane.live, self._leader = True, lane
-
-    # How a minibatch goes.
-
     def _open(self) -> tuple[list[Lane], list[Tensor]]:
         if self._inside is not None:  # a loop that was left, and whose generator lives on
             self._undo([self._leader, *self._others], self._randomness.state())
@@ -253,48 +260,6 @@ class Guard(Saving):
             lane.lost = lane.stepped = True
             return lane.miss(checking=lane.checking)
 
-    def _close(self, order: Sequence[Lane]) -> Decision | None:
-        self.phase += 1
-        if self.phase == 1 and self.steps == 0:
-            for lane in order:
-                lane.check_memory()
-            self._watch.compare(order, [read(lane.losses[:1]) for lane in order])
-        if not self.state:  # torch.distributed.checkpoint asks whether there is any
-            self.state.update({p: {} for p in self._weights.params})
-        if self.phase < self.nt + self.nc:
-            return None
-        try:
-            decision = self._decide()
-        finally:
-            self.phase = 0
-            for lane in order:
-                lane.before = None
-        self.steps += self.nt
-        self.history.append(decision)
-        return decision
-
-    def _decide(self) -> Decision:
-        ran = [self._leader, *self._others]
-        self._measure()
-        numbers, alarms = agree(
-            read([loss for lane in ran for loss in (*lane.losses, *lane.checks)]),
-            [
-                *(not lane.is_finite(self._leader.values) for lane in ran),
-                *(not lane.remembers_soundly() for lane in ran),
-            ],
-            self.process_group,
-            local(self._weights.params[0]).device,
-        )
-        agreed, seen = iter(numbers), {}
-        for k, lane in enumerate(ran):
-            losses, checks = ([next(agreed) for _ in row] for row in (lane.losses, lane.checks))
-            seen[lane.name] = Seen(losses, checks, not alarms[k])
-            if alarms[len(ran) + k]:
-                lane.forget()
-        self._watch.compare(ran, [seen[lane.name].losses[:1] for lane in ran])
-        self._weights.jumped = False
-        return self._settle(seen)._replace(jumped=self._weights.jumped)
-
     def _undo(self, order: Sequence[Lane], draws: list[Tensor]) -> None:
         """After an error the minibatch doesn't count; if a lane has stepped, nor does the cycle."""
         lane, self._inside = self._inside, None
@@ -308,19 +273,6 @@ class Guard(Saving):
             self.phase = 0
             if not self._leader.is_finite(self._leader.values):
                 self._leader.go_back()
-
-    # What torch.distributed.checkpoint asks of an optimizer that it is to load.
-
-    def _is_asked_to_fill(self) -> bool:
-        """Whether there are gradients, and every rate is 0, before the first step."""
-        rates = [float(group.get("lr", 1)) for group in self.param_groups]
-        return not self.state and not any(rates) and self._weights.have_gradients()
-
-    def _fill(self) -> None:
-        """Have every optimizer make its state, by a step that doesn't move."""
-        for lane in self._lanes.values():
-            lane.fill()
-        self._filled = True
 
 
 class Watch:

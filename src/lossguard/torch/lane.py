@@ -15,8 +15,8 @@ from lossguard.torch.tensors import finite
 from lossguard.torch.weights import Copy, Weights, transfer
 
 
-class Lane:
-    """Where an optimizer is, and what it remembers.
+class Place:
+    """Where an optimizer is, and what it remembers: what a guard does with it between cycles.
 
     One lane of a guard is *live*: the model's own tensors are where it is. The others are in copies
     and get into the model for as long as they run. Several may share an optimizer, each with a
@@ -64,8 +64,6 @@ class Lane:
         """Where it is: the tensors themselves."""
         return self.weights.live() if self.live else self.values
 
-    # What a guard does with it between cycles.
-
     def begin(self) -> None:
         """Start a cycle."""
         self.losses, self.checks, self.lost = [], [], False
@@ -90,13 +88,13 @@ class Lane:
         else:
             transfer(self.values, point)
 
-    def become(self, other: "Lane") -> None:
+    def become(self, other: "Place") -> None:
         """Be where another lane of the same optimizer is, and remember what it does."""
         self.start_at(other.point)
         self.remember(other.memory().copy())
         self.take_scale(other)
 
-    def take_scale(self, other: "Lane") -> None:
+    def take_scale(self, other: "Place") -> None:
         """Scale gradients as another lane does, where this one goes on from there."""
         if self.scaler is not None and other.scaler is not None:
             self.scaler.load_state_dict(other.scaler.state_dict())
@@ -140,7 +138,21 @@ class Lane:
                         f"one in {entry.dtype}"
                     )
 
-    # What a minibatch does with it.
+    def set_losses(self, losses: list[float], checks: list[float], *, lost: bool) -> None:
+        """Go on within a cycle that has these losses."""
+        device = self.values[0].device
+        self.losses, self.checks = (
+            [torch.tensor(one, dtype=torch.float64, device=device) for one in row]
+            for row in (losses, checks)
+        )
+        self.lost = lost
+
+    def __repr__(self) -> str:
+        return f"lane {self.name} ({type(self.inner.optimizer).__name__})"
+
+
+class Lane(Place):
+    """A place whose optimizer takes steps: what a minibatch does with it."""
 
     @property
     def switches(self) -> bool:
@@ -278,18 +290,6 @@ class Lane:
     def given(self, loss: Any) -> tuple[Any, ...]:
         """What its ``step`` is given, where gradients are there already."""
         return {"closure": (lambda: loss,), "loss": (loss,), "nothing": ()}[self._takes]
-
-    def set_losses(self, losses: list[float], checks: list[float], *, lost: bool) -> None:
-        """Go on within a cycle that has these losses."""
-        device = self.values[0].device
-        self.losses, self.checks = (
-            [torch.tensor(one, dtype=torch.float64, device=device) for one in row]
-            for row in (losses, checks)
-        )
-        self.lost = lost
-
-    def __repr__(self) -> str:
-        return f"lane {self.name} ({type(self.inner.optimizer).__name__})"
 
 
 def _is_copy(entry: Tensor, value: Tensor) -> bool:

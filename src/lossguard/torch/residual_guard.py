@@ -172,15 +172,16 @@ class ResidualGuard(Guard):
     ) -> tuple[Copy, Copy, float, float]:
         """y = learned(x), z = T(x), and the residuals ||S(x)|| and ||S(y)||."""
         learned, fallback = self._lanes["y"], self._lanes["z"]
-        gradient, before = self._gradient(), fallback.memory().copy()
-        evaluated = [*x[: len(gradient)], *self._buffers()]
+        gradient, before = _gradient(self._weights.params), fallback.memory().copy()
+        n = len(gradient)
+        evaluated = [*x[:n], *(t.clone() for t in self._weights.live()[n:])]
         z = self._stepped(fallback, evaluated, gradient, loss)
         y = self._stepped(learned, evaluated, gradient, loss)
         self._weights.write(y)
-        mu_1 = _norm(gradient) if self.residual == "gradient" else self._distance(evaluated, z)
+        mu_1 = _norm(gradient) if self.residual == "gradient" else _distance(evaluated[:n], z[:n])
         try:
             loss_y = self._evaluate(closure, held)
-            gradient_y = self._gradient()
+            gradient_y = _gradient(self._weights.params)
             if self.residual == "gradient":
                 return y, z, mu_1, _norm(gradient_y)
             advanced = fallback.memory()
@@ -192,7 +193,7 @@ class ResidualGuard(Guard):
                 raise
             self._watch.tell(error, learned)
             return y, z, mu_1, math.nan
-        return y, z, mu_1, self._distance(y, after_y)
+        return y, z, mu_1, _distance(y[:n], after_y[:n])
 
     def _evaluate(self, closure: Closure, held: Held) -> Any:
         self._weights.clear_gradients()
@@ -203,12 +204,6 @@ class ResidualGuard(Guard):
             raise ValueError("closure must call backward, got no gradients from it")
         return value
 
-    def _gradient(self) -> Gradient:
-        return [None if p.grad is None else p.grad.detach() for p in self._weights.params]
-
-    def _buffers(self) -> Copy:
-        return [t.clone() for t in self._weights.live()[len(self._weights.params) :]]
-
     def _stepped(self, lane: Lane, start: Copy, gradient: Gradient, loss: Any) -> Copy:
         """A copy of where one step from ``start`` leads; the model's buffers stay ``start``'s."""
         self._weights.write(start)
@@ -217,10 +212,6 @@ class ResidualGuard(Guard):
         with torch.no_grad(), self._weights.in_place(), lane.inner.stepping():
             lane.optimizer.step(*lane.given(loss))
         return [t.clone() for t in self._weights.live()]
-
-    def _distance(self, a: Copy, b: Copy) -> float:
-        n = len(self._weights.params)
-        return _norm([p - q for p, q in zip(a[:n], b[:n], strict=True)])
 
     def _record(self, report: Report) -> Decision | None:
         for lane in self._lanes.values():
@@ -234,20 +225,8 @@ class ResidualGuard(Guard):
             return None
         reports, self._reports = self._reports, []
         self.steps += self.nt
-        decision = Decision(
-            used_learned=[one.kept == LEARNED for one in reports],
-            losses=[one.loss for one in reports],
-            learned_loss=math.nan,
-            fallback_loss=math.nan,
-            finite_learned=all(one.finite_y for one in reports),
-            finite_fallback=all(one.finite_z for one in reports),
-            winner=reports[-1].kept,
-            gradients=2 * self.nt,
-            forwards=0,
-            learned_updates=self.nt,
-        )
-        self.history.append(decision)
-        return decision
+        self.history.append(decision_of(reports))
+        return self.history[-1]
 
     def _numbers(self) -> dict[str, Any]:
         return {"track": list(self._track or []), "reports": [list(one) for one in self._reports]}
@@ -257,6 +236,30 @@ class ResidualGuard(Guard):
 
     def _set_rules(self, rules: Any) -> None:
         self._track, self._reports = rules
+
+
+def decision_of(reports: list[Report]) -> Decision:
+    """The decision of so many steps."""
+    return Decision(
+        used_learned=[one.kept == LEARNED for one in reports],
+        losses=[one.loss for one in reports],
+        learned_loss=math.nan,
+        fallback_loss=math.nan,
+        finite_learned=all(one.finite_y for one in reports),
+        finite_fallback=all(one.finite_z for one in reports),
+        winner=reports[-1].kept,
+        gradients=2 * len(reports),
+        forwards=0,
+        learned_updates=len(reports),
+    )
+
+
+def _gradient(params: list[Tensor]) -> Gradient:
+    return [None if p.grad is None else p.grad.detach() for p in params]
+
+
+def _distance(a: Copy, b: Copy) -> float:
+    return _norm([p - q for p, q in zip(a, b, strict=True)])
 
 
 def _norm(tensors: Copy | Gradient) -> float:

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 
 from lossguard.torch.memory import Inner, Memory
 from lossguard.torch.parts import Part, pack, unpack
-from lossguard.torch.rates import Rates
 from lossguard.torch.tensors import clone, read
 from lossguard.torch.weights import Weights, transfer
 
@@ -35,7 +34,7 @@ class Saving(Optimizer):
     _leader: Any
     _others: list[Any]
     _weights: Weights
-    _rates: Rates
+    _rates: Any
     _filled: bool
 
     def state_dict(self) -> Saved:
@@ -167,6 +166,19 @@ class Saving(Optimizer):
             for k, inner in enumerate(self._inners)
         ]
         return [model, *lanes, *fresh]
+
+    # What torch.distributed.checkpoint asks of an optimizer that it is to load.
+
+    def _is_asked_to_fill(self) -> bool:
+        """Whether there are gradients, and every rate is 0, before the first step."""
+        rates = [float(group.get("lr", 1)) for group in self.param_groups]
+        return not self.state and not any(rates) and self._weights.have_gradients()
+
+    def _fill(self) -> None:
+        """Have every optimizer make its state, by a step that doesn't move."""
+        for lane in self._lanes.values():
+            lane.fill()
+        self._filled = True
 
     def _check_kind(self, numbers: Saved, keys: list[str]) -> None:
         """Refuse the ``state_dict`` of another optimizer."""

@@ -409,6 +409,8 @@ def test_errors_of_arguments():
         (lambda: LossGuard(SGD([w]), one, model=None, loser="x"), "loser must be one of keep, res"),
         (lambda: BestOf([], model=None), "optimizers must be a list of at least one, got"),
         (lambda: BestOf(one, model=None), "optimizers must be a list of at least one, got"),
+        (lambda: BestOf([one], rates=(0.1,), model=None), "rates must go with a function of a ra"),
+        (lambda: BestOf(lambda rate: one, model=None), "optimizers must be a list of at least on"),
         (lambda: BestOf([one], model=None, check=3), "check must be None or a function of a numb"),
         (lambda: BestOf([one], model=None, decay=1.0), "decay must be above 0 and below 1, got"),
         (

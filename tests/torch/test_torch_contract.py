@@ -197,6 +197,15 @@ def test_one_schedule_drives_both_in_proportion():
     assert seen == [pytest.approx((0.05 * f, 0.3 * f)) for f in factors]
 
 
+def test_one_schedule_drives_all_rates_of_a_function():
+    weight, closure = quadratic(1.0)
+    rates = [torch.tensor(0.1), torch.tensor(0.4)]
+    guard = BestOf(lambda rate: AdamW([weight], lr=rate), rates=rates, model=None, nt=1)
+    guard.param_groups[0]["lr"] = 0.05
+    guard.step(closure)
+    assert [float(rate) for rate in rates] == pytest.approx([0.05, 0.2])  # the tensors themselves
+
+
 def test_each_may_have_a_schedule_of_its_own():
     model = mlp()
     guard = two(BestOf, model, nt=2)

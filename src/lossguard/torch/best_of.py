@@ -39,7 +39,8 @@ class BestOf(Guard):
 
     Args:
         optimizers: of the same parameters. The first is followed where all are level, and its
-            groups are the guard's.
+            groups are the guard's. Or a function of a rate that makes one.
+        rates: for each optimizer that this function is to make.
         model, nt, scaler, process_group, callback: as in ``Recommended``.
         share: of the cycles, for each optimizer that doesn't lead. None: all run.
         check: where data repeat, training losses are lower for whoever overfits. Then d[j] is the
@@ -59,7 +60,7 @@ class BestOf(Guard):
 
     >>> import torch
     >>> w = torch.tensor([4.0], requires_grad=True)
-    >>> guard = BestOf([torch.optim.SGD([w], lr=rate) for rate in (0.1, 0.4)], model=None)
+    >>> guard = BestOf(lambda rate: torch.optim.SGD([w], lr=rate), rates=(0.1, 0.4), model=None)
     >>> def closure():
     ...     guard.zero_grad()
     ...     loss = w.square().sum()
@@ -73,8 +74,9 @@ class BestOf(Guard):
 
     def __init__(
         self,
-        optimizers: Sequence[Optimizer],
+        optimizers: Sequence[Optimizer] | Callable[[float], Optimizer],
         *,
+        rates: Sequence[float] = (),
         model: nn.Module | None,
         nt: int = 10,
         share: float | None = None,
@@ -85,6 +87,10 @@ class BestOf(Guard):
         process_group: distributed.ProcessGroup | None = None,
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
+        if callable(optimizers):
+            optimizers = [optimizers(rate) for rate in rates]
+        elif rates:
+            raise ValueError(f"rates must go with a function of a rate, got {optimizers!r}")
         if isinstance(optimizers, Optimizer) or not [*optimizers]:
             raise ValueError(f"optimizers must be a list of at least one, got {optimizers!r}")
         if not (check is None or callable(check)):

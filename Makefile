@@ -22,11 +22,13 @@ $(VENV)/bin/python:
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable .
+	@echo 'Installing JAX, Matplotlib and what else the demo needs: about 1 GB, in a minute or two'
+	$(BIN)/python -m pip install --quiet --editable '.[experiments]'
 	touch $@
 
 $(VENV)/tested: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[ray,torch]' --group test
+	@echo 'Installing what the tests need, PyTorch included: several GB, in several minutes'
+	$(BIN)/python -m pip install --quiet --editable '.[all]' --group test
 	touch $@ $(VENV)/installed
 
 clean:

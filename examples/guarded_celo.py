@@ -17,7 +17,7 @@ from celo.utils import init_lopt_from_ckpt
 from learned_optimization.optimizers.base import Optimizer
 from learned_optimization.optimizers.opt_to_optax import opt_to_optax_opt
 
-from lossguard import best_of, loss_guard, recommended, unguarded
+from lossguard import best_of, hedged, loss_guard, recommended, unguarded
 from lossguard.experiments import Experiment, recipes
 from lossguard.experiments.experiment import Methods, sgd_fallback
 
@@ -66,11 +66,10 @@ def methods(e: OnCelo) -> Methods:
 
     made = {"SGDnm": alone(sgd), "Adam": alone(adam), "Celo": alone(celo)}
     for over, fallback in {"": sgd, " over Adam": adam}.items():
-        settings = {"fallback": fallback, "nt": e.nt, "nc": e.nc}
         made |= {
-            f"LGL2O{over}": lambda s=settings: loss_guard(celo, **s),
-            f"Recommended{over}": lambda s=settings: recommended(celo, **s),
-            f"Recommended (keep){over}": lambda s=settings: recommended(celo, loser="keep", **s),
+            f"LGL2O{over}": lambda f=fallback: loss_guard(celo, f, nt=e.nt, nc=e.nc),
+            f"Recommended{over}": lambda f=fallback: recommended(celo, f, nt=e.nt),
+            f"Hedged{over}": lambda f=fallback: hedged(celo, f, nt=e.nt),
             f"Best of{over}": lambda f=fallback: best_of([alone(celo)(), alone(f)()]),
         }
     return made
@@ -79,7 +78,7 @@ def methods(e: OnCelo) -> Methods:
 def _with_celo(name: str, e: Experiment) -> OnCelo:
     """An experiment of the paper with Celo in the LSTM's place."""
     alone = ("SGDnm", "Adam", "Celo")
-    guarded = ("LGL2O", "Recommended", "Recommended (keep)", "Best of")
+    guarded = ("LGL2O", "Recommended", "Hedged", "Best of")
     changes = {
         "name": f"celo-{name}",
         "title": "",

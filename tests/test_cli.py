@@ -96,10 +96,11 @@ def test_help_of_a_command(main: Main, capsys: pytest.CaptureFixture[str], comma
     ("arguments", "fields"),
     [
         (("demo",), ("--steps", "--methods", "--out", "--resume", "--model.hidden")),
-        (("run", "fig03"), ("--dataset", "--sgd-rate", "--loser {keep,rollback,reset}")),
+        (("run", "fig03"), ("--dataset", "--sgd-rate", "--loser {keep,reset}")),
         (("run", f"{TINY}:recipe"), ("--steps", "--nt", "--nc")),
         (("metatrain", "mnist-mlp"), ("--meta-steps", "--truncation", "--validate-every")),
-        (("plot",), ("usage: lossguard plot", "Folders of runs")),
+        (("plot",), ("usage: lossguard plot", "Folders of runs", "--over {price,seconds,steps}")),
+        (("benchmark", "price"), ("usage: lossguard benchmark price", "--out", "--ray")),
         (("claims",), ("usage: lossguard claims", "Folders of runs")),
         (("report",), ("usage: lossguard report", "Folders of runs", "--out")),
     ],
@@ -201,22 +202,23 @@ def test_demo_in_short(main: Main, capsys: pytest.CaptureFixture[str], tmp_path:
     main("demo", "--steps", "20", "--seeds", "2", "--methods", *methods, "--out", "here")
     out = capsys.readouterr().out
     assert "Learned on CIFAR-10 + ConvNet, tested on Circles + MLP" in out
-    curves = records.read_run(tmp_path / "here").curves.filter(pl.col("step").is_between(18, 20))
-    sgd, l2o = (curves.filter(method=name)["loss"].mean() for name in methods)
-    assert out.endswith(f"\nloss at step 20, over that of SGDnm: SGDnm 1, L2O {l2o / sgd:.3g}\n")
+    table = records.read_parquet(tmp_path / "here" / records.EVALUATIONS)
+    last = table.filter(step=20)  # which is the price, too
+    sgd, l2o = (last.filter(method=name)["train_loss"].mean() for name in methods)
+    told = f"After a price of 20 gradients, loss over that of SGDnm: L2O {l2o / sgd:.2g}\n"
+    assert told in out and out.endswith("lossguard report here\n")
     assert (tmp_path / "here" / "figure.png").is_file()
 
 
-def test_what_a_loss_of_zero_is_over_another_is_told(finished: Path) -> None:
-    curves = records.read_run(finished).curves
-    config = json.loads((finished / "config.json").read_text()) | {"methods": ["a", "b"]}
-    records.write_json(finished / "config.json", config)
-    records.write_json(finished / "manifest.json", {"data": "", "seconds": {"a": 1, "b": 1}})
-    other = curves.with_columns(method=pl.lit("b"))
-    curves = pl.concat([curves.with_columns(loss=pl.lit(0, pl.Int64)), other])
-    records.write_parquet(finished / "curves.parquet", curves)
-    assert cli._over("a", finished) == "loss at step 1, over that of a: a 1, b inf"
-    assert cli._over("b", finished) == "loss at step 1, over that of b: a 0, b 1"
+def test_what_a_loss_of_zero_is_over_another_is_told(tmp_path: Path) -> None:
+    steps = {"step": [10, 20], "gradients": [10, 20], "forwards": [0, 0], "seed": [0, 0]}
+    runs = [
+        pl.DataFrame({"method": ["a", "a"], **steps, "train_loss": [1.0, 0.0]}),
+        pl.DataFrame({"method": ["b", "b"], **steps, "train_loss": [1.0, 0.5]}),
+    ]
+    records.write_parquet(tmp_path / records.EVALUATIONS, pl.concat(runs))
+    assert "loss over that of a: b inf\n" in cli._at_equal_price("a", tmp_path)
+    assert "loss over that of b: a 0\n" in cli._at_equal_price("b", tmp_path)
 
 
 def test_plot_of_meta_training(
@@ -273,6 +275,14 @@ def test_plot_of_meta_training(
         (("run", "fig05", "--nt", "0"), ("nt must be an integer of at least 1, got 0",)),
         (("run", "fig05", "--nc", "-1"), ("nc must be an integer of at least 1, got -1",)),
         (("run", "fig05", "--steps", "0"), ("steps must be an integer of at least 1, got 0",)),
+        (("run", "fig05", "--seed", str(2**63)), (f"at most 4294967291, got {2**63}",)),
+        (("run", "fig05", "--seeds", str(10**12)), ("seeds must be at most 10000, got 1000000",)),
+        (("run", "fig05", "--steps", str(2**31)), ("steps must be at most 1073741824, got 21",)),
+        (("metatrain", "mnist-mlp", "--seed", str(2**63)), ("seed must be at most 4294967295",)),
+        (
+            ("run", "fig05", "--model.hidden", "9" * 4_000),
+            ("each of hidden must be at most 2147483647, got one of 4000 digits",),
+        ),
         (("run", "fig05", "--seeds", "0"), ("seeds must be an integer of at least 1, got 0",)),
         (("run", "fig05", "--batch-size", "0"), ("batch_size must be an integer of at least 1",)),
         (
@@ -441,7 +451,7 @@ def test_folder_of_runs(
     assert read == "reading: 5 runs"
     assert half == "runs/half is not finished"
     assert lost == "runs/lost is not finished: no luck"
-    assert torn.startswith("runs/torn/curves.parquet is not a readable Parquet file: ")
+    assert torn.startswith("runs/torn/curves.parquet is damaged: its SHA-256 is not the one ")
 
 
 @pytest.mark.parametrize(
@@ -540,12 +550,13 @@ def test_error_of_the_system_without_a_path(
     refused(RUN, "lossguard: No space left on device\n")
 
 
+@pytest.mark.parametrize("begun", [True, False])
 @pytest.mark.parametrize(
     ("arguments", "goes_on"),
     [
         (RUN, (*RUN, "--resume")),
         (("run", "fig05"), ("run", "fig05", "--out", "runs/fig05", "--resume")),
-        (("demo",), ("demo", "--out", "/tmp/lossguard-demo-aa", "--resume")),
+        (("demo",), ("demo", "--out", "lossguard-demo-aa", "--resume")),
         (
             ("metatrain", "mnist-mlp", "--resume"),
             ("metatrain", "mnist-mlp", "--resume", "--out", "runs/mnist-mlp"),
@@ -560,20 +571,28 @@ def test_stopped_it_tells_the_command_that_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     arguments: tuple[str, ...],
     goes_on: tuple[str, ...] | None,
+    begun: bool,
 ) -> None:
-    def stop(*_: Any, **__: Any) -> None:
+    """If there is anything to go on with."""
+
+    def stop(_: Any, folder: Path, **__: Any) -> None:
+        if begun:
+            saved = "checkpoints" if arguments[0] == "metatrain" else "methods"
+            (folder / saved / "something").mkdir(parents=True)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "_exit", sys.exit)
     monkeypatch.setattr(run, "run", stop)
     monkeypatch.setattr(sweep, "sweep", stop)
     monkeypatch.setattr(loop, "metatrain", stop)
-    monkeypatch.setattr(folders, "read_runs", stop)
-    monkeypatch.setattr("tempfile.tempdir", "/tmp")
+    monkeypatch.setattr(folders, "read_runs", lambda _: stop(_, Path("unused")))
+    monkeypatch.setattr("tempfile.tempdir", ".")
     monkeypatch.setattr("secrets.token_hex", lambda _: "aa")
     with pytest.raises(SystemExit) as caught:
         main(*arguments)
     assert caught.value.code == 130
+    if not begun and arguments[0] != "sweep":
+        goes_on = None
     command = goes_on and f"; to go on from the last checkpoint: lossguard {' '.join(goes_on)}"
     assert capsys.readouterr().err == f"lossguard: stopped{command or ''}\n"
 

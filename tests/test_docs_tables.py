@@ -10,6 +10,8 @@ from lossguard.experiments.claims import Verdict, judge_claims
 from lossguard.experiments.folders import read_runs
 
 ROOT = Path(__file__).parents[1]
+if not (ROOT / "results").is_dir():
+    pytest.skip("there are no records here", allow_module_level=True)
 PAGE = (ROOT / "docs" / "paper.md").read_text()
 
 

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -48,16 +49,28 @@ def test_version() -> None:
     assert lossguard.__version__ == metadata.version("lossguard")
 
 
-def test_a_name_that_is_not_there() -> None:
-    with pytest.raises(AttributeError, match="no_such_guard"):
-        getattr(lossguard, "no_such_guard")  # noqa: B009
+def test_other_files_name_the_version_of_pyproject() -> None:
+    root = Path(__file__).parents[1]
+    version = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
+    assert f"\nversion: {version}\n" in (root / "CITATION.cff").read_text()
+    latest = re.search(r"^## \[(.+?)\]", (root / "CHANGELOG.md").read_text(), re.M)
+    assert latest and latest[1] == version
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("no_such_guard_of_all", ""), ("recomended", r" \(did you mean recommended\?\)")],
+)
+def test_a_name_that_is_not_there(name: str, hint: str) -> None:
+    with pytest.raises(AttributeError, match=f"^lossguard has no '{name}'{hint}$"):
+        getattr(lossguard, name)
 
 
 def test_importing_the_package_imports_no_framework() -> None:
     """Each takes a second or more, and users of one may not have the other."""
     program = (
         "import sys, lossguard\n"
-        "heavy = {'jax', 'torch', 'equinox', 'optax', 'sklearn', 'matplotlib'} & set(sys.modules)\n"
+        "heavy = {'jax', 'torch', 'equinox', 'optax', 'scipy', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,6 +1,7 @@
 """What becomes of folders and files that are not whole."""
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -53,6 +54,114 @@ def test_round_trip(finished: Path) -> None:
     ]
 
 
+@pytest.fixture
+def verified(finished: Path) -> Path:
+    """The same with evaluations, and with what ``finish`` writes."""
+    records.write_parquet(finished / records.EVALUATIONS, pl.DataFrame({"method": ["a"]}))
+    records.finish(finished, records.manifest(seconds=SECONDS, data=""))
+    return finished
+
+
+def test_manifest_has_the_checksums_of_the_tables(verified: Path) -> None:
+    found = json.loads((verified / records.MANIFEST).read_text())["sha256"]
+    assert found == {
+        name: hashlib.sha256((verified / name).read_bytes()).hexdigest()
+        for name in ("curves.parquet", "evaluations.parquet")
+    }
+    records.read_run(verified)
+
+
+@pytest.mark.parametrize("name", ["curves.parquet", "evaluations.parquet"])
+def test_a_bit_that_flipped_is_noticed_wherever_it_is(verified: Path, name: str) -> None:
+    content = (verified / name).read_bytes()
+    for place in (*range(0, len(content), 89), len(content) - 1):
+        flipped = bytearray(content)
+        flipped[place] ^= 1
+        (verified / name).write_bytes(flipped)
+        reason = rf"{name} is damaged: its SHA-256 is not the one in manifest\.json$"
+        with pytest.raises(ValueError, match=reason):
+            records.read_run(verified)
+
+
+def test_a_table_that_a_manifest_has_must_be_there(verified: Path) -> None:
+    (verified / records.EVALUATIONS).unlink()
+    with pytest.raises(ValueError, match=r"no finished run: evaluations\.parquet is missing$"):
+        records.read_run(verified)
+
+
+def test_records_of_older_versions_have_no_checksums(finished: Path) -> None:
+    assert "sha256" not in json.loads((finished / records.MANIFEST).read_text())
+    TABLE.write_parquet(finished / records.CURVES)
+    assert records.read_run(finished).curves.equals(TABLE)
+
+
+@pytest.mark.parametrize("compression", ["zstd", "uncompressed"])
+def test_a_bit_that_flipped_changes_no_number_of_a_run_under_way(
+    tmp_path: Path, compression: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tables are in no manifest yet. Bits that hold no number may flip."""
+    table = pl.DataFrame(
+        {"method": ["a", "b"] * 40, "step": range(80), "loss": np.linspace(3, 1, 80)}
+    )
+    write = pl.DataFrame.write_parquet
+    monkeypatch.setattr(
+        pl.DataFrame,
+        "write_parquet",
+        lambda *given, **more: write(*given, **more | {"compression": compression}),
+    )
+    path, noticed = tmp_path / "table.parquet", 0
+    records.write_parquet(path, table)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            assert records.read_parquet(path).equals(table)
+        except ValueError as error:
+            noticed += "not that of its SHA-256" in str(error)
+    assert noticed > 100
+
+
+@pytest.mark.parametrize("changed", [{"the data": "2"}, {"the data": "2", "the file a": "2"}])
+def test_what_a_run_was_started_with_must_be_as_it_was(
+    tmp_path: Path, changed: dict[str, str]
+) -> None:
+    inputs = {"the data": "1", "the file a": "1"}
+    made = records.start(tmp_path, inputs=inputs)
+    assert made["inputs_sha256"] == inputs
+    records.start(tmp_path, inputs=inputs)
+    with pytest.raises(
+        ValueError,
+        match=rf"^a run must go on with what it was started with, but {' and '.join(changed)} "
+        r"changed since .* was started: choose another --out, or put back what there was$",
+    ):
+        records.start(tmp_path, inputs=inputs | changed)
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    with records.hold_folder(tmp_path / "run", CONFIG) as finished:
+        assert not finished
+        reason = r"^folder must be used by one run at a time, but .*run is in use by another "
+        with (
+            pytest.raises(ValueError, match=reason),
+            records.hold_folder(tmp_path / "run", CONFIG, resume=True),
+        ):
+            pass
+    with records.hold_folder(tmp_path / "run", CONFIG, resume=True) as finished:
+        assert not finished
+
+
+def test_a_finished_run_needs_no_lock(finished: Path) -> None:
+    """Its folder may be one that can't be written to."""
+    before = sorted(finished.iterdir())
+    with (
+        records.hold_folder(finished, CONFIG, resume=True) as one,
+        records.hold_folder(finished, CONFIG, resume=True) as two,
+    ):
+        assert one and two and sorted(finished.iterdir()) == before
+
+
 def test_the_commit_of_a_repository_around_it_is_not_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +211,7 @@ def test_manifest_has_the_commit_of_every_part(
     records.open_folder(tmp_path, CONFIG)
     for commit in "abc":
         monkeypatch.setattr(records, "_commit", lambda commit=commit: commit)
-        made = records.start(tmp_path, data=commit)
+        made = records.start(tmp_path, inputs={}, data=commit)
         records.open_folder(tmp_path, CONFIG, resume=True)
         assert not records.is_finished(tmp_path)
     records.write_parquet(tmp_path / records.CURVES, TABLE)
@@ -153,8 +262,10 @@ def test_finished_run_needs_no_folder_for_checkpoints(finished: Path) -> None:
 
 
 def test_folder_of_a_run_killed_at_its_first_write_is_used(tmp_path: Path) -> None:
-    (tmp_path / ".config.json.part").write_text("{")
-    records.open_folder(tmp_path, CONFIG, resume=True)
+    for name in (".0123456789abcdef.part", ".lock"):
+        (tmp_path / name).write_text("{")
+    with records.hold_folder(tmp_path, CONFIG, resume=True) as finished:
+        assert not finished
     assert [entry.name for entry in tmp_path.iterdir()] == [records.CONFIG]
 
 

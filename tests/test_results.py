@@ -7,6 +7,8 @@ import pytest
 from lossguard import records
 
 RESULTS = Path(__file__).parents[1] / "results"
+if not RESULTS.is_dir():
+    pytest.skip("there are no records here", allow_module_level=True)
 FOLDERS = sorted(path for path in RESULTS.iterdir() if path.is_dir())
 PARTS = ["README.md", "config.json", "curves.parquet", "figure.png", "manifest.json"]
 

@@ -119,6 +119,7 @@ def test_fewer_cycles_are_not_compiled_for() -> None:
     [
         ({"cycles": 0, "most": 5}, "cycles must be an integer of at least 1, got 0"),
         ({"cycles": 6, "most": 5}, "cycles must be at most 5, got 6"),
+        ({"cycles": 2**31}, "cycles must be at most 2147483647, got 2147483648"),
         ({"cycles": 2.5}, "cycles must be an integer of at least 1, got 2.5"),
         ({"cycles": 2, "most": 2.5}, "most must be an integer of at least 1, got 2.5"),
     ],
@@ -136,7 +137,7 @@ def test_buffers_of_the_state_are_donated_and_no_others() -> None:
     state = guard.init(params)
     after, _ = lossguard.rollout(guard, state, objective, cycles=1)
     assert state.params.is_deleted()
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.inner.lanes.learned))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.inner.learned))
     assert not params.is_deleted()
     assert not objective.problem.minimum.is_deleted()
     assert not after.params.is_deleted()

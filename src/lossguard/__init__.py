@@ -1,12 +1,23 @@
 """Use an optimizer that you don't trust, and never do worse than one that you do.
 
 The public names are those of ``__init__.pyi``, where type checkers read them too; each is imported
-on first use, so that ``lossguard.torch`` works without importing JAX.
+on first use, so that ``lossguard.torch`` works without JAX, and this without either.
 """
 
 from importlib import metadata
+from typing import Any
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+from .extras import needed
+from .validation import nearest
+
+_load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __version__ = metadata.version(__name__)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"lossguard has no {name!r}{nearest(__all__, name)}", name=name)
+    with needed(f"lossguard.{name}"):
+        return _load(name)

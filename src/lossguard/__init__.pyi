@@ -7,6 +7,8 @@ from .guards.protocol import Guard as Guard
 from .guards.protocol import GuardState as GuardState
 from .guards.recommended import recommended as recommended
 from .guards.residual_guard import residual_guard as residual_guard
+from .guards.rewind import RewindState as RewindState
+from .guards.rewind import rewind as rewind
 from .guards.sequences import TrackingSequence as TrackingSequence
 from .guards.sequences import arithmetic_average as arithmetic_average
 from .guards.sequences import ema as ema

@@ -1,6 +1,23 @@
-"""``python -m lossguard``: the command line where its script is not on the path."""
+"""The ``lossguard`` command, and ``python -m lossguard`` where it is not on the path."""
 
-from .cli import main
+import sys
+
+from .extras import needed
+
+
+def main() -> None:
+    """What ``cli`` does; a package that isn't installed is named in one sentence."""
+    try:
+        with needed("the command lossguard"):
+            from .cli import main
+
+            main()
+    except ModuleNotFoundError as error:
+        if "pip install" not in str(error):
+            raise
+        print(f"lossguard: {error}", file=sys.stderr)
+        sys.exit(2)
+
 
 if __name__ == "__main__":
     main()

@@ -17,14 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 import polars as pl
 from jaxtyping import PyTree
-from rich.console import Console
+
+from . import checksums
+from .terminal import PlainConsole
 
 
 class Checkpoints:
     """A folder of numbered checkpoints: a pytree of arrays, and a table, each.
 
     Written by Orbax, which renames a finished folder into its place, so that a kill at any moment
-    leaves the last whole one.
+    leaves the last whole one. Each holds a checksum of its numbers, which is verified.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,6 +51,7 @@ class Checkpoints:
         # Orbax sorts names; the numbers in front keep the order of the columns.
         columns = {f"{i:03} {name}": table[name].to_numpy() for i, name in enumerate(table.columns)}
         written, _ = _split(state)
+        columns[checksums.NAME] = _checksum(written, table)
         parts = args.Composite(state=args.StandardSave(written), table=args.StandardSave(columns))
         with _quietly():
             try:
@@ -95,8 +98,11 @@ class Checkpoints:
         args = _orbax().args
         wanted = args.Composite(state=args.StandardRestore(template), table=args.StandardRestore())
         found = self._manager.restore(step, args=wanted)
+        expected = np.asarray(found["table"].pop(checksums.NAME, ()))
         columns = sorted(found["table"].items())
         table = pl.DataFrame({k.partition(" ")[2]: np.asarray(v) for k, v in columns})
+        if not np.array_equal(expected, _checksum(found["state"], table)):
+            raise ValueError("its numbers are not those of its SHA-256")
         return found["state"], table
 
     def _set_aside(self, step: int, error: Exception) -> None:
@@ -107,7 +113,7 @@ class Checkpoints:
         (self._folder / str(step)).rename(damaged)
         with _quietly():
             self._manager.reload()
-        Console(stderr=True, markup=False, emoji=False).print(
+        PlainConsole(stderr=True).print(
             f"checkpoint {step} is damaged and was passed over, it is now {damaged}: {reason}",
             style="yellow",
             soft_wrap=True,
@@ -133,13 +139,24 @@ def _split(tree: PyTree) -> tuple[PyTree, PyTree]:
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     """The shape of each leaf, or of what a leaf's metadata tell, by its path."""
+    return {path: tuple(leaf.shape) for path, leaf in _leaves(tree).items()}
+
+
+def _checksum(tree: PyTree, table: pl.DataFrame) -> np.ndarray:
+    """Of all numbers, uint8 [32]."""
+    numbers = {path: np.asarray(leaf) for path, leaf in _leaves(tree).items()}
+    numbers |= {f"column {name}": table[name].to_numpy() for name in table.columns}
+    return np.frombuffer(bytes.fromhex(checksums.of_arrays(numbers)), np.uint8)
+
+
+def _leaves(tree: PyTree) -> dict[str, Any]:
+    """The leaves by their paths, as they are written."""
 
     def plain(leaf: Any) -> Any:
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return jax.random.key_data(leaf) if is_key else leaf  # as it is written
+        return jax.random.key_data(leaf) if is_key else leaf
 
-    leaves = _orbax().tree.to_flat_dict(jax.tree.map(plain, tree), sep="/")
-    return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    return _orbax().tree.to_flat_dict(jax.tree.map(plain, tree), sep="/")
 
 
 def _reason(error: Exception) -> str:
@@ -154,5 +171,5 @@ def _is_not_of_orbax(record: logging.LogRecord) -> bool:
 
 
 def _quietly() -> contextlib.AbstractContextManager[Any]:
-    """For what its C++ prints of errors, which is no logging."""
+    """For what its threads print of errors with Python, which is no logging."""
     return contextlib.redirect_stderr(io.StringIO())

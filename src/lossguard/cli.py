@@ -1,8 +1,9 @@
 """The command line.
 
-lossguard demo                  a learned optimizer alone and guarded, in a minute or two
+lossguard demo                  a learned optimizer alone and guarded, in a minute
 lossguard run RECIPE            an experiment of the paper, or path/to/module.py:recipe
 lossguard sweep SET...          sets of recipes, or recipes, one after another or on a cluster
+lossguard benchmark price       what every guard costs and is worth, on five tasks
 lossguard metatrain RECIPE      meta-train a learned optimizer
 lossguard plot DIR...           figures and tables from records alone
 lossguard claims DIR...         the paper's claims, judged by records
@@ -23,14 +24,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from . import __version__
 from .command_line import check_beside, find_recipe, override, usage
+from .terminal import PlainConsole, shown
 from .validation import one_of
 
 
@@ -50,7 +51,7 @@ def main() -> None:
             raise ValueError(f"command must be {one_of(COMMANDS, name)}")
         COMMANDS[name](arguments)
     except (ValueError, OSError) as error:
-        print(f"lossguard: {_sentence(error)}{_place(error, arguments)}", file=sys.stderr)
+        _tell(f"lossguard: {_sentence(error)}{_place(error, arguments)}")
         sys.exit(2)
     except KeyboardInterrupt as stop:
         how = f"; to go on from the last checkpoint: {stop}" if stop.args else ""
@@ -88,6 +89,14 @@ class Folders:
 
 
 @dataclass(frozen=True)
+class Plot(Folders):
+    """What is drawn, and against what."""
+
+    over: Literal["price", "seconds", "steps"] = "price"
+    """The axis: what was spent, in gradients, or its time; or optimizer steps."""
+
+
+@dataclass(frozen=True)
 class Report(Folders):
     """What a page is about and where it goes."""
 
@@ -102,7 +111,7 @@ def demo(arguments: Sequence[str]) -> None:
     out = Path(tempfile.gettempdir(), f"lossguard-demo-{secrets.token_hex(4)}")
     where, experiment = override(recipe(), Where(out), arguments, "demo")
     _run(where, experiment)
-    print(_over(experiment.methods[0], where.out))
+    print(shown(_at_equal_price(experiment.methods[0], where.out)))
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -121,7 +130,6 @@ def sweep(arguments: Sequence[str]) -> None:
     """Experiments one after another, or over a cluster: the options apply to each."""
     from .experiments import RECIPES, Experiment
     from .experiments.recipes import ELSEWHERE, SETS
-    from .experiments.sweep import sweep
 
     known = {**SETS, **RECIPES}
     if _wants_help(arguments):
@@ -137,19 +145,55 @@ def sweep(arguments: Sequence[str]) -> None:
             raise ValueError(f"recipes must have different names, but two are called {name}")
     check_beside(names)
 
+    _sweep(experiments, where)
+
+
+def benchmark(arguments: Sequence[str]) -> None:
+    """All guards and their parts alone on five tasks, compared at equal price."""
+    if not arguments or _wants_help(arguments):
+        print("usage: lossguard benchmark price [RECIPE...] [--out DIR] [--ray ADDRESS]")
+        return
+    if arguments[0] != "price":
+        raise ValueError(f"benchmark must be {one_of(('price',), arguments[0])}")
+    from .experiments.price import RECIPES, table
+
+    names = list(itertools.takewhile(lambda one: not one.startswith("-"), arguments[1:]))
+    for name in names:
+        if name not in RECIPES:
+            raise ValueError(f"recipes must each be {one_of(RECIPES, name)}")
+    options, about = arguments[1 + len(names) :], "All guards at equal price."
+    where = tyro.cli(
+        Sweep,
+        args=options,
+        prog="lossguard benchmark price",
+        description=about,
+        default=Sweep(Path("runs/price")),
+    )
+    experiments = {name: RECIPES[name]() for name in names or RECIPES}
+    _sweep(experiments, where)
+    shown, numbers = table({name: where.out / name for name in experiments})
+    _console().print(shown)
+    file = where.out / "price.csv"
+    numbers.write_csv(file)
+    print(f"numbers: {file}")
+
+
+def _sweep(experiments: Mapping[str, Any], where: Sweep) -> None:
+    """Run what isn't complete, and show what is; exit status 1 if one fails."""
+    from .experiments.sweep import sweep
+
     failed = 0
     with _resumable():
         for outcome in sweep(experiments, where.out, ray=where.ray):
             if outcome.state == "complete":
                 _show(outcome.folder)
             elif outcome.state == "skipped":
-                print(f"{outcome.name}: complete already\nrecords: {outcome.folder}")
+                print(shown(f"{outcome.name}: complete already\nrecords: {outcome.folder}"))
             else:
                 failed += 1
-                told = f"{outcome.name}: {outcome.reason}\nrecords: {outcome.folder}"
-                print(told, file=sys.stderr)
+                _tell(f"{outcome.name}: {outcome.reason}\nrecords: {outcome.folder}")
     if failed:
-        print(f"lossguard: {failed} of {len(experiments)} runs failed", file=sys.stderr)
+        _tell(f"lossguard: {failed} of {len(experiments)} runs failed")
         sys.exit(1)
 
 
@@ -166,15 +210,16 @@ def metatrain(arguments: Sequence[str]) -> None:
     where, config = override(recipe, where, arguments[1:], f"metatrain {name}")
     with _resumable(where):
         weights = loop.metatrain(config, where.out, resume=where.resume)
-    print(f"weights: {weights}")
+    print(shown(f"weights: {weights}"))
     _show(where.out)
 
 
 def plot(arguments: Sequence[str]) -> None:
     """Figures and tables from the records of runs."""
     about = "Draw a figure of each run into its folder."
-    for folder in _records(_folders(Folders, arguments, "plot", about).folders):
-        _show(folder)
+    parsed = _folders(Plot, arguments, "plot", about)
+    for folder in _records(parsed.folders):
+        _show(folder, parsed.over)
 
 
 def claims(arguments: Sequence[str]) -> None:
@@ -197,7 +242,7 @@ def report(arguments: Sequence[str]) -> None:
     parsed = _folders(Report, arguments, "report", about)
     from .experiments.report import report
 
-    print(f"report: {report(parsed.folders, parsed.out)}")
+    print(shown(f"report: {report(parsed.folders, parsed.out)}"))
 
 
 def list_all(arguments: Sequence[str]) -> None:
@@ -229,6 +274,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], None]] = {
     "demo": demo,
     "run": run,
     "sweep": sweep,
+    "benchmark": benchmark,
     "metatrain": metatrain,
     "plot": plot,
     "claims": claims,
@@ -251,7 +297,7 @@ def _records(folders: Sequence[Path]) -> dict[Path, Any]:
 
     found, others = read_runs(folders)
     for reason in others:
-        print(reason, file=sys.stderr)
+        _tell(reason)
     return found
 
 
@@ -265,10 +311,12 @@ def _run(where: Where, experiment: Any) -> None:
 
 @contextmanager
 def _resumable(where: Where | None = None) -> Iterator[None]:
-    """Ctrl-C inside comes out with the command that goes on."""
+    """Ctrl-C inside comes out with the command that goes on, if anything was saved."""
     try:
         yield
     except KeyboardInterrupt:
+        if where and not _has_begun(where.out):
+            raise KeyboardInterrupt from None
         given, more = sys.argv[1:], []
         if where and not any(argument.startswith("--out") for argument in given):
             more += ["--out", str(where.out)]
@@ -277,17 +325,24 @@ def _resumable(where: Where | None = None) -> Iterator[None]:
         raise KeyboardInterrupt(shlex.join(["lossguard", *given, *more])) from None
 
 
-def _show(folder: Path) -> None:
+def _has_begun(folder: Path) -> bool:
+    """Whether a run left there what can be gone on with."""
+    return any(any((folder / name).glob("*")) for name in ("methods", "checkpoints"))
+
+
+def _show(folder: Path, over: Literal["price", "seconds", "steps"] = "price") -> None:
     """A finished run's figure and its table."""
     from .experiments import figures
     from .metatrain import figure
     from .records import read_run
 
     record = read_run(folder)
-    drawn = (figure if record.is_meta else figures).plot(folder, record)
-    if not record.is_meta:
+    if record.is_meta:
+        drawn = figure.plot(folder, record)
+    else:
+        drawn = figures.plot(folder, record, over=over)
         _print(figures.summary(record))
-    print(f"figure: {drawn}\nrecords: {folder}")
+    print(shown(f"figure: {drawn}\nrecords: {folder}"))
 
 
 def _print(table: Table) -> None:
@@ -306,22 +361,38 @@ def _print(table: Table) -> None:
         console.print(part)
 
 
-def _console() -> Console:
-    """On which names are shown as they are, square brackets included."""
-    return Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)
+def _console() -> PlainConsole:
+    return PlainConsole(width=None if sys.stdout.isatty() else 160)
 
 
-def _over(reference: str, folder: Path) -> str:
-    """One line: the loss of each method at the end of a run, over that of the reference."""
-    from .curves import divided, last_step, mark_loss, over_seeds
-    from .records import read_run
+def _tell(text: str) -> None:
+    """On stderr, with names as they are."""
+    print(shown(text), file=sys.stderr)
 
-    curves = read_run(folder).curves
-    last = last_step(curves)
-    means = over_seeds(mark_loss(curves, last), "loss")
-    base = means[reference]
-    told = ", ".join(f"{name} {divided(loss, base):.3g}" for name, loss in means.items())
-    return f"loss at step {last:,}, over that of {reference}: {told}"
+
+def _at_equal_price(reference: str, folder: Path) -> str:
+    """What each method of a run is worth beside the first, when both have spent the same."""
+    from .curves import divided
+    from .experiments.price import at, curve, slowdown
+    from .records import EVALUATIONS, read_parquet
+
+    evaluations = read_parquet(folder / EVALUATIONS)
+    methods = evaluations["method"].unique(maintain_order=True).to_list()
+    curves = {method: curve(evaluations, method) for method in methods}
+    base = curves[reference]
+    end = float(min(one.price[-1] for one in curves.values()))
+    half = end / 2
+    others = [method for method in methods if method != reference]
+    losses = (f"{m} {divided(at(curves[m], end), at(base, end)):.2g}" for m in others)
+    times = (f"{m} {slowdown(curves[m], base, half):.2g}" for m in others)
+    return (
+        f"After a price of {end:,.0f} gradients, loss over that of {reference}: "
+        f"{', '.join(losses)}\n"
+        f"Price at which the loss of {reference} after {half:,.0f} is reached, over that price: "
+        f"{', '.join(times)}\n"
+        "Next: put a guard into a loop of your own (README.md), or see it all: "
+        f"lossguard report {folder}"
+    )
 
 
 def _wants_help(arguments: Sequence[str]) -> bool:

@@ -7,8 +7,10 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from .files import write_whole
+from .terminal import shown
 
 
 def titled(title: str, note: str | None) -> str:
@@ -29,6 +31,9 @@ def save(figure: Figure, folder: Path) -> Path:
     Raises:
         OSError: if it can't be written; an old one is left.
     """
+    for text in figure.findobj(Text):  # Matplotlib warns of letters that no font has, unescaped
+        if (told := shown(text.get_text())) != text.get_text():
+            text.set_text(told)
     file, drawn = folder / "figure.png", io.BytesIO()
     with mpl.rc_context({"axes.formatter.min_exponent": 4}):  # 0.001 to 1000 are plain numbers
         figure.savefig(drawn, format="png", dpi=150)

@@ -2,20 +2,28 @@
 
 import contextlib
 import os
+import re
+import secrets
 from pathlib import Path
+
+EXCLUSIVE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+"""A new file, never one that is there already or that a link leads to."""
 
 
 def write_whole(path: Path, content: bytes, what: str, *, make_folder: bool = False) -> None:
-    """Write beside the target, then rename: nobody ever sees half a file.
+    """Write a new file beside the target, then rename it: nobody ever sees half a file.
+
+    The new file has a name that nobody can guess, and a link in the target's place is replaced: so
+    nothing is written where a link leads.
 
     Raises:
         OSError: if ``what`` can't be written, for example on a full disk; an old file is left.
     """
-    part = part_of(path)
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         if make_folder:
             path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
+        with os.fdopen(os.open(part, EXCLUSIVE, 0o666), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -28,6 +36,10 @@ def write_whole(path: Path, content: bytes, what: str, *, make_folder: bool = Fa
             part.unlink(missing_ok=True)
 
 
-def part_of(path: Path) -> Path:
-    """What a file is called until it is whole."""
-    return path.with_name(f".{path.name}.part")
+def is_part(path: Path) -> bool:
+    """Whether a file has the name of one that wasn't whole yet, left by a process that was killed.
+
+    >>> is_part(Path(".0123456789abcdef.part")), is_part(Path("curves.parquet"))
+    (True, False)
+    """
+    return re.fullmatch(r"\.[0-9a-f]{16}\.part", path.name) is not None

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
+
+from .terminal import PlainConsole, shown
 
 QUIET_SECONDS = 30.0
 STDERR = 2
@@ -36,7 +37,8 @@ class Progress:
     def __init__(
         self, label: str, *, total: int, done: int = 0, unit: str = "steps", first: str = ""
     ) -> None:
-        self._console = Console(stderr=True, markup=False, emoji=False)
+        self._console = PlainConsole(stderr=True)
+        label = shown(label)
         self._label, self._total, self._done, self._unit = label, total, done, unit
         self._bar = RichProgress(
             TextColumn("{task.description}", markup=False),

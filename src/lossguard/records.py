@@ -2,15 +2,19 @@
 
     config.json          everything to run it again
     started.json         until it is finished: the manifest so far
+    .lock                while a process writes to the folder
     failed.json          why the last attempt of a sweep failed, if it did
-    manifest.json        commit, versions, device, wall time, and each time that it was resumed
+    manifest.json        commit, versions, device, wall time, each time that it was resumed, and
+                         the SHA-256 of the two tables, in ``sha256`` by their names
     curves.parquet       what happened, thinned to three significant digits of the step
-    evaluations.parquet  loss and accuracy on both whole splits, at steps 50, 100, 200, ...
+    evaluations.parquet  loss and accuracy on both whole splits, and what was spent by then
 
 A folder may be put together from several runs, whose methods then differ in seeds and length; its
 manifest has ``runs``, each with its methods, seeds, steps, command, commit and device.
 
 Nothing that looks whole is half written: each file is written beside its name and then renamed.
+Tables hold a checksum of their content as well, so that those of a run under way are verified too.
+Records without checksums, as older versions left them, are read as they are.
 """
 
 import contextlib
@@ -22,7 +26,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,12 +34,18 @@ from typing import Any, NamedTuple
 import jax
 import polars as pl
 
+from . import checksums
 from .curves import COUNTERS
-from .files import part_of, write_whole
+from .files import is_part, write_whole
+from .locks import LOCK, locked
+from .validation import MOST_SEEDS
 
 CONFIG, MANIFEST, CURVES = "config.json", "manifest.json", "curves.parquet"
 STARTED, FAILED = "started.json", "failed.json"
+INPUTS = "inputs_sha256"
+"""The field of a manifest for checksums of what a run reads."""
 EVALUATIONS = "evaluations.parquet"
+TABLES = (CURVES, EVALUATIONS)
 EXPERIMENT: Mapping[str, Sequence[str]] = {
     CONFIG: ("name", "title", "methods", "seeds", "seed"),
     MANIFEST: ("data", "seconds"),
@@ -58,11 +68,38 @@ KINDS: Mapping[str, type] = {
     "command": list,
     "resumed": list,
     "versions": dict,
+    INPUTS: dict,
+    "sha256": dict,
 }
 ITEMS: Mapping[str, type] = {"methods": str, "command": str, "resumed": dict}
 """Types of those fields of configs and manifests that are read, and of what lists hold."""
+WHOLE = ("seed", "step", "meta_step")
+"""Columns of curves that count."""
+LARGEST: Mapping[str, int] = {"seed": 2**32 - 1, "seeds": MOST_SEEDS}
+"""What they can be, from 0 on."""
 CPUINFO = Path("/proc/cpuinfo")
 PACKAGES = ("lossguard", "jax", "jaxlib", "optax", "equinox", "numpy", "polars")
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False) -> Iterator[bool]:
+    """``open_folder``, locked against other processes; yields whether the run is finished.
+
+    The folder of a finished run is neither locked nor written to.
+
+    Raises:
+        ValueError, OSError: as ``open_folder``, or if another process holds the folder.
+    """
+    _check_folder(folder, config, resume=resume)
+    if is_finished(folder):
+        yield True
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        open_folder(folder, config, resume=resume)
+        for part in filter(is_part, folder.rglob(".*.part")):
+            part.unlink()
+        yield is_finished(folder)
 
 
 def open_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False) -> None:
@@ -70,13 +107,23 @@ def open_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False
 
     Raises:
         ValueError: if the folder holds another run, or this one and ``resume`` is false, or its
-            config is damaged, or the run isn't finished and a name in its path has ``[...]``.
+            config is damaged, or the run isn't finished and a name in its path has ``[...]`` or a
+            link is in it: it might lead out of the folder.
         OSError: if it can't be made.
     """
-    path = folder / CONFIG
+    if not _check_folder(folder, config, resume=resume):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / CONFIG, config)
+
+
+def _check_folder(folder: Path, config: Mapping[str, Any], *, resume: bool) -> bool:
+    """Whether the folder holds this run; refuse it as ``open_folder`` says."""
+    path, is_open = folder / CONFIG, not is_finished(folder)
     is_pattern = re.search(r"\[[^/]+\]", str(folder.absolute()))  # to Orbax: checkpoints get lost
-    if is_pattern and not is_finished(folder):
+    if is_pattern and is_open:
         raise ValueError(f"folder must have no [...] in its path, got {folder.absolute()}")
+    if is_open and (link := next(_links(folder), None)):
+        raise ValueError(f"folder must hold no links, but {link} is one")
     if path.exists():
         if differ := _differing(read_json(path), json.loads(json.dumps(config))):
             raise ValueError(
@@ -87,15 +134,25 @@ def open_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False
             raise ValueError(
                 f"folder {folder} holds this run already: add --resume to go on with it"
             )
-        return
+        return True
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder must be empty or hold the same run, but {folder} is a file")
-    if folder.exists() and any(entry != part_of(path) for entry in folder.iterdir()):
+    if folder.exists() and any(_is_other(entry) for entry in folder.iterdir()):
         raise ValueError(
             f"folder must be empty or hold the same run, but {folder} holds other files"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, config)
+    return False
+
+
+def _links(folder: Path) -> Iterator[Path]:
+    """The links in a folder and in those in it."""
+    for place, folders, files in os.walk(folder):
+        yield from (Path(place, name) for name in folders + files if Path(place, name).is_symlink())
+
+
+def _is_other(entry: Path) -> bool:
+    """Whether it isn't what a run leaves that is killed before its config is written."""
+    return entry.name != LOCK and not is_part(entry)
 
 
 def _differing(there: dict[str, Any], here: dict[str, Any]) -> str:
@@ -109,15 +166,32 @@ def is_finished(folder: Path) -> bool:
     return all((folder / name).is_file() for name in (CURVES, MANIFEST))
 
 
-def start(folder: Path, **more: Any) -> dict[str, Any]:
+def start(folder: Path, *, inputs: Mapping[str, str], **more: Any) -> dict[str, Any]:
     """The manifest of a run that starts here and now, when its code is that of the commit.
 
     Of one that goes on it is the first one's, and ``resumed`` has the ``time`` and ``commit`` of
     each part but the first.
+
+    Args:
+        folder: of the run.
+        inputs: the checksums of what the run reads, by what it is: they must be those with which
+            the run was started.
+        more: fields of the manifest.
+
+    Raises:
+        ValueError: if an input has changed since, or ``started.json`` is damaged.
     """
-    made = manifest(**more)
+    made = manifest(**more, **{INPUTS: dict(inputs)})
     if (folder / STARTED).exists():
         first = read_json(folder / STARTED)
+        _check_fields(folder / STARTED, first)
+        before = first.get(INPUTS, inputs)
+        if changed := [name for name in inputs if before.get(name) != inputs[name]]:
+            raise ValueError(
+                f"a run must go on with what it was started with, but {' and '.join(changed)} "
+                f"changed since {folder} was started: choose another --out, or put back what "
+                "there was"
+            )
         part = {name: made[name] for name in ("time", "commit")}
         made = first | {"resumed": [*first.get("resumed", ()), part]}
     write_json(folder / STARTED, made)
@@ -125,9 +199,14 @@ def start(folder: Path, **more: Any) -> dict[str, Any]:
 
 
 def finish(folder: Path, made: Mapping[str, Any]) -> None:
-    """Write the manifest, once all else is written."""
-    write_json(folder / MANIFEST, made)
+    """Write the manifest, once all else is written, with the checksums of the tables."""
+    write_json(folder / MANIFEST, {**made, checksums.NAME: checksums_in(folder)})
     (folder / STARTED).unlink(missing_ok=True)
+
+
+def checksums_in(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each table that a manifest answers for, by its name."""
+    return {name: checksums.of_file(folder / name) for name in TABLES if (folder / name).exists()}
 
 
 def manifest(**more: Any) -> dict[str, Any]:
@@ -161,6 +240,8 @@ class Record(NamedTuple):
 def read_run(folder: Path) -> Record:
     """The record of a finished run.
 
+    Tables whose checksums the manifest has are verified; older manifests have none.
+
     Raises:
         ValueError: if the folder holds no finished run, or a file of it is damaged or lacks what
             figures and tables need.
@@ -169,19 +250,38 @@ def read_run(folder: Path) -> Record:
         if not (folder / name).is_file():
             raise ValueError(f"{folder} holds no finished run: {name} is missing")
     config, made = read_json(folder / CONFIG), read_json(folder / MANIFEST)
+    for name, found in {CONFIG: config, MANIFEST: made}.items():
+        _check_fields(folder / name, found)
+    _verify(folder, made.get(checksums.NAME, {}))
     record = Record(config, made, read_parquet(folder / CURVES))
     needed = META_TRAINING if record.is_meta else EXPERIMENT
     for name, found in {CONFIG: config, MANIFEST: made, CURVES: record.curves.columns}.items():
         if missing := [field for field in needed[name] if field not in found]:
             raise ValueError(f"{folder / name} is not of a run: it lacks {', '.join(missing)}")
-    for name, found in {CONFIG: config, MANIFEST: made}.items():
-        for field in KINDS:
-            if field in found and (wrong := _wrong(field, found[field])):
-                raise ValueError(f"{folder / name} is not of a run: {wrong}")
     name, lack = _lack(record, needed[CURVES])
     if lack:
         raise ValueError(f"{folder / name} is not of this run: it lacks {lack}")
     return record
+
+
+def _verify(folder: Path, expected: Mapping[str, Any]) -> None:
+    """Refuse tables that aren't those whose checksums a manifest has."""
+    for name in TABLES:
+        if name not in expected:
+            continue
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} holds no finished run: {name} is missing")
+        if checksums.of_file(folder / name) != expected[name]:
+            raise ValueError(
+                f"{folder / name} is damaged: its SHA-256 is not the one in {MANIFEST}"
+            )
+
+
+def _check_fields(path: Path, content: Mapping[str, Any]) -> None:
+    """Refuse fields of a config or a manifest whose values can't be."""
+    for field in KINDS:
+        if field in content and (wrong := _wrong(field, content[field])):
+            raise ValueError(f"{path} is not of a run: {wrong}")
 
 
 def _wrong(field: str, value: Any) -> str:
@@ -190,7 +290,12 @@ def _wrong(field: str, value: Any) -> str:
     if isinstance(value, kind) and field in ITEMS:
         told, kind, values = f"each of {field}", ITEMS[field], value
     bad = [one for one in values if not isinstance(one, kind)]
-    return f"{told} must be of type {kind.__name__}, got {bad[0]!r}" if bad else ""
+    if bad:
+        return f"{told} must be of type {kind.__name__}, got {bad[0]!r}"
+    most = LARGEST.get(field)
+    if most is not None and not 0 <= value <= most:
+        return f"{field} must be between 0 and {most}, got {value}"
+    return ""
 
 
 def _lack(record: Record, columns: Sequence[str]) -> tuple[str, str]:
@@ -204,13 +309,15 @@ def _lack(record: Record, columns: Sequence[str]) -> tuple[str, str]:
     numbers += [name for name in curves.columns if name.startswith("validation_")]
     for name in numbers:
         values, many = curves[name].to_numpy(), name.startswith("validation")
+        if curves[name].null_count():
+            return CURVES, f"values in column {name}"
         if values.dtype.kind not in "iuf" or values.ndim != 1 + many:
             return CURVES, f"{'rows of ' * many}numbers in column {name}"
+        if name in WHOLE and values.dtype.kind == "f":
+            return CURVES, f"whole numbers in column {name}"
     if not record.is_meta:
         spent = made["seconds"]
-        if not isinstance(spent, dict) or not all(
-            isinstance(n, int | float) for n in spent.values()
-        ):
+        if not isinstance(spent, dict) or not all(_is_real(n) for n in spent.values()):
             return MANIFEST, "seconds of each method"
         for name, found in {CURVES: {*curves["method"]}, MANIFEST: spent}.items():
             if missing := [method for method in config["methods"] if method not in found]:
@@ -230,6 +337,11 @@ def _lack(record: Record, columns: Sequence[str]) -> tuple[str, str]:
     return "", ""
 
 
+def _is_real(number: Any) -> bool:
+    """Whether JSON held a number, and one that a float can be."""
+    return isinstance(number, float) or (isinstance(number, int) and abs(number) < 2**63)
+
+
 def _have_all_steps(curves: pl.DataFrame, *, same_last: bool = True) -> bool:
     """Whether all methods and seeds go from step 1 to the same last one, and have none twice."""
     step = pl.col("step")
@@ -242,16 +354,22 @@ def _have_all_steps(curves: pl.DataFrame, *, same_last: bool = True) -> bool:
 
 
 def read_parquet(path: Path) -> pl.DataFrame:
-    """A table from disk.
+    """A table from disk; its checksum is verified if it has one, as those of ``write_parquet`` do.
 
     Raises:
         ValueError: if the file is damaged.
+        OSError: if there is none.
     """
+    _check_is_file(path)
     try:
-        return pl.read_parquet(path)
+        expected = pl.read_parquet_metadata(path).get(checksums.NAME)
+        table = pl.read_parquet(path)
+        if expected in (None, _checksum(table)):
+            return table
+        reason = "its content is not that of its SHA-256"
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is not a readable Parquet file: {reason}") from error
+    raise ValueError(f"{path} is not a readable Parquet file: {reason}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -259,14 +377,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: if the file is damaged or holds something else.
+        OSError: if there is none.
     """
+    _check_is_file(path)
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
+        content = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:  # of brackets in brackets
         raise ValueError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, but holds {type(content).__name__}")
     return content
+
+
+def _check_is_file(path: Path) -> None:
+    """Refuse what can't be read to its end, such as a pipe."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not readable: it must be a file")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -275,10 +401,15 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_parquet(path: Path, table: pl.DataFrame) -> None:
-    """A table, whole or not at all."""
+    """A table and its checksum, whole or not at all."""
     buffer = io.BytesIO()  # Polars reports a full disk as a damaged file
-    table.write_parquet(buffer, compression="zstd", compression_level=9)
+    about = {checksums.NAME: _checksum(table)}
+    table.write_parquet(buffer, compression="zstd", compression_level=9, metadata=about)
     _write(path, buffer.getvalue())
+
+
+def _checksum(table: pl.DataFrame) -> str:
+    return checksums.of_arrays({name: table[name].to_numpy() for name in table.columns})
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -50,7 +50,7 @@ def rollout(
 
     Raises:
         ValueError: if guard or state is no such thing, cycles or most is not an integer of at least
-            1, or cycles is above most.
+            1 or is above 2^31 - 1, or cycles is above most.
 
     >>> import jax.numpy as jnp, lossguard, optax
     >>> guard = lossguard.unguarded(optax.sgd(0.1))

@@ -4,26 +4,34 @@ Imports neither, as who uses the one may not have the other. Checks of numbers r
 NumPy's carry a type, which a compiled loop or a checkpoint may not take.
 """
 
+import contextlib
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from numbers import Integral
 from typing import Any, SupportsFloat
 
+MOST = 2**31 - 1
+"""What is counted in 32 bits."""
+MOST_SEEDS = 10_000
 
-def check_count(name: str, value: int, least: int = 1) -> int:
-    """Require an integer of at least 1, or ``least``."""
+
+def check_count(name: str, value: int, least: int = 1, most: int = MOST) -> int:
+    """Require an integer of at least 1, or ``least``, and at most 2^31 - 1, or ``most``."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if value > most:
+        told = repr(value)
+        told = told if len(told) < 80 else f"one of {len(told)} digits"
+        raise ValueError(f"{name} must be at most {most}, got {told}")
     return int(value)
 
 
 def check_seed(seed: int, seeds: int = 1) -> None:
-    """Require that JAX takes no seed from this one on modulo 2^32."""
-    check_count("seed", seed, least=0)
-    if seed > 2**32 - seeds:
-        raise ValueError(f"seed must be at most {2**32 - seeds}, got {seed}")
+    """Require that JAX takes no seed from this one on modulo 2^32, and memory for all of them."""
+    check_count("seeds", seeds, most=MOST_SEEDS)
+    check_count("seed", seed, least=0, most=2**32 - seeds)
 
 
 def check_positive(**values: float) -> None:
@@ -59,9 +67,10 @@ def check_tolerance(tolerance: float) -> float:
 
 def check_real(name: str, value: Any, allowed: str, fits: Callable[[Any], bool]) -> float:
     """Require a number that fits what is allowed, in words."""
-    if not isinstance(value, SupportsFloat) or not fits(value):
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
-    return float(value)
+    with contextlib.suppress(OverflowError):  # of an integer beyond all floats
+        if isinstance(value, SupportsFloat) and fits(value):
+            return float(value)
+    raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
 def checked_looks(first: int, most: int) -> tuple[int, ...]:
@@ -102,16 +111,20 @@ def check_kind(name: str, value: Any, kind: type, example: str) -> None:
         raise ValueError(f"{name} must be a {kind.__name__} such as {example}, got {value!r}")
 
 
-def one_of(known: Iterable[str], name: str) -> str:
+def one_of(known: Collection[str], name: str) -> str:
     """What may be named, for a message: all of it, what was given, and the nearest.
 
     >>> one_of(("fig04", "fig05"), "fig5")
     "one of fig04, fig05, got 'fig5' (did you mean fig05?)"
     """
+    return f"one of {', '.join(known)}, got {name!r}{nearest(known, name)}"
+
+
+def nearest(known: Collection[str], name: str) -> str:
+    """Of what may be named, what comes nearest, for the end of a message; or nothing."""
     plain = {_plain(one): one for one in known}
     near = difflib.get_close_matches(_plain(name), plain, n=1)
-    hint = f" (did you mean {plain[near[0]]}?)" if near else ""
-    return f"one of {', '.join(plain.values())}, got {name!r}{hint}"
+    return f" (did you mean {plain[near[0]]}?)" if near else ""
 
 
 def _plain(name: str) -> str:

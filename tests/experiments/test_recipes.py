@@ -121,11 +121,6 @@ def test_first_steps_are_taken_with_other_seeds_than_the_figures() -> None:
     assert (e.seed, e.seeds, e.steps) == (1_000, 5, 1_000)
 
 
-def test_fashion_is_figure_3_on_other_data() -> None:
-    e, paper = RECIPES["fashion"](), RECIPES["fig03"]()
-    assert e == replace(paper, name="fashion", title=e.title, dataset="fashion_mnist")
-
-
 @pytest.mark.parametrize("table", TABLES)
 def test_tables(table: str) -> None:
     recipes = [RECIPES[name]() for name in SETS[table]]

@@ -27,6 +27,7 @@ from lossguard.curves import COUNTERS
 from lossguard.experiments import run as running
 from lossguard.experiments.experiment import Experiment
 from lossguard.experiments.run import run
+from lossguard.locks import locked
 from lossguard.tasks.dataset import Split
 from lossguard.tasks.models import MLP
 from lossguard.tasks.task import TaskObjective
@@ -48,22 +49,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return run(tiny.recipe(), tmp_path_factory.mktemp("whole") / "run")
 
 
-def adapting(experiment: Experiment) -> dict[str, Any]:
-    """A learned optimizer that wins nearly always, in cycles of one step at first."""
-    windows = lossguard.adaptive(most=4)
-    guard = lossguard.loss_guard(optax.sgd(0.1), optax.sgd(0.0), nt=1, nc=3, windows=windows)
-    return {"Adapting": lambda: guard}
-
-
 def test_progress_is_of_the_steps_that_were_taken(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     told = []
     monkeypatch.setattr(running.Progress, "advance", lambda _, steps, **now: told.append(now))
-    changes = {"methods": ("Adapting",), "make_methods": adapting, "nt": 4}
-    run(dataclasses.replace(tiny.recipe(), **changes), tmp_path / "run")
-    assert len(told) > 3
-    assert all(np.isfinite(now["loss"]) and now["learned"] > 0.7 for now in told)
+    run(dataclasses.replace(tiny.recipe(), methods=("L2O",)), tmp_path / "run")
+    assert len(told) >= 3
+    assert all(np.isfinite(now["loss"]) and now["learned"] == 1 for now in told)
 
 
 def test_records_of_a_run(whole: Path) -> None:
@@ -200,6 +193,61 @@ def test_seconds_are_of_all_cycles_as_those_that_did_not_compile(
             run(e, tmp_path / "run")
     _, made, _ = records.read_run(run(e, tmp_path / "run", resume=stopped))
     assert made["seconds"] == {"Signs": 3.0}  # of three chunks
+
+
+def stopped_at_once(monkeypatch: pytest.MonkeyPatch, folder: Path, **changes: Any) -> Experiment:
+    """The experiment of a run that is stopped in its first chunk."""
+    e = dataclasses.replace(tiny.recipe(), seeds=1, methods=("Signs",), **changes)
+    thin = curves.thin
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(
+            curves, "thin", lambda *given: signal.raise_signal(signal.SIGINT) or thin(*given)
+        )
+        run(e, folder)
+    return e
+
+
+def test_other_data_than_a_run_was_started_with_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(experiment: Experiment) -> lossguard.Task:
+        task = make(experiment)
+        inputs = task.dataset.train.inputs.at[7, 0].add(1e-3)
+        train = Split(inputs, task.dataset.train.labels)
+        return dataclasses.replace(task, dataset=dataclasses.replace(task.dataset, train=train))
+
+    e, make = stopped_at_once(monkeypatch, tmp_path / "run"), tiny.make_task
+    other.__module__, other.__qualname__ = "tiny", "make_task"  # the same config
+    with pytest.raises(ValueError, match=r"^a run must go on with .*, but the data changed since"):
+        run(dataclasses.replace(e, make_task=other), tmp_path / "run", resume=True)
+    run(e, tmp_path / "run", resume=True)
+
+
+def test_other_weights_than_a_run_was_started_with_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mine.safetensors"
+    weights = [lossguard.init_lstm_weights(jax.random.key(k), hidden=4) for k in range(2)]
+    lossguard.save_weights(file, weights[0], p=10, scale=0.1, made={})
+    e = stopped_at_once(monkeypatch, tmp_path / "run", learned=str(file))
+    lossguard.save_weights(file, weights[1], p=10, scale=0.1, made={})
+    reason = r"^a run must go on with .*, but the file mine\.safetensors changed since"
+    with pytest.raises(ValueError, match=reason):
+        run(e, tmp_path / "run", resume=True)
+    lossguard.save_weights(file, weights[0], p=10, scale=0.1, made={})
+    _, made, _ = records.read_run(run(e, tmp_path / "run", resume=True))
+    assert {*made["inputs_sha256"]} == {"the data", "the file mine.safetensors"}
+    assert {*made["sha256"]} == {"curves.parquet", "evaluations.parquet"}
+
+
+def test_two_that_resume_one_run_are_told_of_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    e = stopped_at_once(monkeypatch, tmp_path / "run")
+    with locked(tmp_path / "run"), pytest.raises(ValueError, match="is in use by another process"):
+        run(e, tmp_path / "run", resume=True)
+    run(e, tmp_path / "run", resume=True)
+    assert not (tmp_path / "run" / ".lock").exists()
 
 
 def test_all_methods_start_alike(whole: Path) -> None:
@@ -367,6 +415,9 @@ def labelled(name: str, labels: tuple[int, int], experiment: Experiment) -> loss
             for value in (-1, 1.5, "0")
         ),
         ({"seed": 2**32 - 1}, "^seed must be at most 4294967294, got 4294967295$"),
+        ({"seed": 2**63}, f"^seed must be at most 4294967294, got {2**63}$"),
+        ({"seeds": 10**12}, f"^seeds must be at most 10000, got {10**12}$"),
+        ({"steps": 2**31}, f"^steps must be at most {2**30}, got {2**31}$"),
         ({"batch_size": 401}, "^batch_size must be between 1 and samples = [0-9]*, got 401"),
         ({"methods": ("SGD",)}, "^methods must each be one of Signs, .*, got 'SGD'"),
         ({"make_methods": lambda e: None}, "^make_methods must return .*, got NoneType$"),
@@ -437,21 +488,3 @@ def test_what_json_cannot_hold_leaves_no_folder(tmp_path: Path, changes: dict[st
     with pytest.raises(ValueError, match=r"^a run must be of numbers, .*, but holds "):
         run(dataclasses.replace(tiny.recipe(), **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_adaptive_windows_end_at_the_step_of_the_others(tmp_path: Path) -> None:
-    """Although their cycles get longer."""
-
-    def methods(e: Experiment) -> dict[str, Any]:
-        sgd = optax.sgd(0.1)
-        windows = lossguard.adaptive(most=4)
-        return {"Adaptive": lambda: lossguard.loss_guard(sgd, sgd, nt=e.nt, windows=windows)}
-
-    e = dataclasses.replace(tiny.recipe(), methods=("Adaptive",), make_methods=methods)
-    folder = run(e, tmp_path / "run")
-    _, _, curves = records.read_run(folder)
-    for _, rows in curves.group_by("seed"):
-        assert rows["step"].to_list() == STEPS
-    evaluations = records.read_parquet(folder / records.EVALUATIONS)
-    assert evaluations["step"].max() > 60  # the last cycle ends there
-    assert (curves["gradients"].max(), curves["forwards"].max()) > (120, 0)

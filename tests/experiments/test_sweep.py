@@ -17,6 +17,7 @@ from lossguard.experiments import run as running
 from lossguard.experiments import sweep as sweeping
 from lossguard.experiments.run import run
 from lossguard.experiments.sweep import Outcome, sweep
+from lossguard.locks import locked
 
 MODULE = Path(tiny.__file__)
 FIRST = dataclasses.replace(tiny.recipe(), seeds=1, methods=("Signs",))
@@ -54,6 +55,16 @@ def test_a_failure_is_recorded_until_it_is_mended(
 
     assert [o.state for o in sweep({"bad": FIRST}, tmp_path)] == ["complete"]
     assert not (tmp_path / "bad" / "failed.json").exists()
+
+
+def test_a_folder_in_use_is_told_and_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    with locked(tmp_path / "one"):
+        (outcome,) = sweep({"one": FIRST}, tmp_path)
+        assert outcome.state == "failed"
+        assert "one is in use by another process" in outcome.reason
+        left = sorted(entry.name for entry in (tmp_path / "one").iterdir())
+        assert left == [".lock", "config.json"]
 
 
 def test_a_folder_of_another_run_stops_all_before_the_start(tmp_path: Path) -> None:

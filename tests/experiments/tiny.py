@@ -13,7 +13,7 @@ import lossguard
 from lossguard.checkpoints import Checkpoints
 from lossguard.experiments import run
 from lossguard.experiments.experiment import Experiment
-from lossguard.guards.lanes import Loser
+from lossguard.guards.loss_guard import Loser
 from lossguard.tasks import MLP, moons
 
 CHUNK = 4

@@ -1,7 +1,7 @@
-"""Algorithm 2 and GL2O again, in float64 NumPy and plain loops: what the guards must equal.
+"""The guards again, in float64 NumPy and plain loops: what they must equal.
 
 Nothing here is shared with the package. An optimizer is an object with a learning-rate schedule
-that counts its steps, and a memory that the loser policies may rewind without the schedule.
+that counts its steps, and a memory that it can forget without the schedule.
 """
 
 from collections.abc import Callable
@@ -70,47 +70,25 @@ class Adam:
         return w
 
 
-def loss_guard(
-    objective,
-    learned,
-    fallback,
-    *,
-    nt: int,
-    nc: int,
-    loser: str,
-    checks: str,
-    cycles: int,
-    training: int = 0,
-):
-    """Algorithm 2: yields after every cycle what a guard has to report.
-
-    The last ``training`` of each branch's training losses count as check losses too.
-    """
-    x, i, checked = objective.start, 0, 0
+def loss_guard(objective, learned, fallback, *, nt: int, nc: int, loser: str, cycles: int):
+    """Algorithm 2: yields after every cycle what a guard has to report."""
+    x, i = objective.start, 0
     for _ in range(cycles):
         y, z, losses_y, losses_z = x, x, [], []
-        before = deepcopy(learned.memory), deepcopy(fallback.memory)
         for t in range(nt):
             losses_y.append(objective.loss(y, i + t))
             losses_z.append(objective.loss(z, i + t))
             y = learned.step(y, objective.gradient(y, i + t))
             z = fallback.step(z, objective.gradient(z, i + t))
-        if checks == "next":
-            check = range(i + nt, i + nt + nc)
-            i += nt + nc
-        else:
-            check = range(-checked - 1, -checked - nc - 1, -1)
-            i, checked = i + nt, checked + nc
-        late = range(nt - training, nt)
-        learned_loss = np.mean([losses_y[t] for t in late] + [objective.loss(y, j) for j in check])
-        fallback_loss = np.mean([losses_z[t] for t in late] + [objective.loss(z, j) for j in check])
+        check = range(i + nt, i + nt + nc)
+        learned_loss, fallback_loss = (
+            np.mean([objective.loss(w, j) for j in check]) for w in (y, z)
+        )
         won = learned_loss < fallback_loss
         x = y if won else z
-        lost, memory = (fallback, before[1]) if won else (learned, before[0])
-        if loser == "rollback":
-            lost.memory = memory
-        elif loser == "reset":
-            lost.forget()
+        i += nt + nc
+        if loser == "reset":
+            (fallback if won else learned).forget()
         yield {
             "x": x,
             "used_learned": [won] * nt,
@@ -118,6 +96,205 @@ def loss_guard(
             "learned_loss": learned_loss,
             "fallback_loss": fallback_loss,
         }
+
+
+class Lane:
+    """An optimizer, and where it is."""
+
+    def __init__(self, w: np.ndarray, optimizer):
+        self.w, self.optimizer = w, optimizer
+
+    def run(self, objective, numbers: range) -> list[float]:
+        """A step on each of these minibatches, and the loss before each."""
+        losses = []
+        for i in numbers:
+            losses.append(objective.loss(self.w, i))
+            self.w = self.optimizer.step(self.w, objective.gradient(self.w, i))
+        return losses
+
+
+class Curve:
+    """A run's smoothed loss, with marks of which each is at least at twice the age of the last."""
+
+    def __init__(self, loss: float, age: int = 0):
+        self.recent, self.lasting, self.age, self.marks = loss, loss, age, [(age, loss)]
+
+    def add(self, losses: list[float]) -> None:
+        loss = np.mean(losses)
+        self.recent = loss if self.age == 0 else 0.7 * self.recent + 0.3 * loss
+        self.lasting = loss if self.age == 0 else 0.95 * self.lasting + 0.05 * loss
+        self.age += len(losses)
+        if self.age // 2 >= max(self.marks[-1][0], len(losses)):
+            self.marks.append((self.age, self.recent))
+
+    @property
+    def mark(self) -> tuple[int, float] | None:
+        """The last mark but one, if the run had begun by then."""
+        return self.marks[-2] if len(self.marks) > 1 and self.marks[-2][0] > 0 else None
+
+    def power(self) -> float:
+        """a in loss ~ age^-a since that mark."""
+        if self.mark is None:
+            return 1.0
+        age, loss = self.mark
+        if loss > 0 and self.recent > 0:
+            return np.log(loss / self.recent) / np.log(self.age / age)
+        return float(self.recent < loss)
+
+
+class Trial:
+    """All losses of y and of z since it began, and what follows from them."""
+
+    def __init__(self, cycles: int, to_beat: float | None):
+        self.cycles, self.to_beat, self.y, self.z = cycles, to_beat, [], []
+
+    def outcome(self, of_y: list[float], of_z: list[float]) -> str:
+        self.y.append(of_y)
+        self.z.append(of_z)
+        nt, middle = len(of_y), self.cycles // 2
+        if self.to_beat is None:  # nothing is known of z yet: a tenth off its first loss
+            self.to_beat = of_z[0] - abs(of_z[0]) / 10
+        first = middle * nt if len(self.y) > middle else 0
+        d = (np.ravel(self.y) - np.ravel(self.z))[first or nt // 2 :]
+        d = np.pad(d, (0, max(0, 2 - len(d))))
+        mean, error = d.mean(), d.std() / np.sqrt(len(d) - 1)
+        over = len(self.y) >= self.cycles
+        if over and mean < -3 * error and np.mean(of_y[nt // 2 :]) < self.to_beat:
+            return "won"
+        return "lost" if over or mean > 3 * error else "goes on"
+
+
+class Relay:
+    """x, which y or z leads. ``events`` are those of the last cycle."""
+
+    def __init__(self, objective, learned, fallback, *, nt: int, share: float):
+        self.objective, self.nt, self.share = objective, nt, share
+        self.y, self.z = Lane(objective.start, learned), Lane(objective.start, fallback)
+        self.leader, self.trial, self.spent = self.z, None, 0
+        self.curve, self.level = Curve(0.0), 0.0
+
+    def cycle(self, i: int, k: int) -> tuple[list[float], list[float] | None]:
+        """The losses of the leader, and of y if it is on trial."""
+        self.events, numbers = set(), range(i, i + self.nt)
+        self.led_by_y = self.leader is self.y
+        if self.led_by_y:
+            losses = self.y.run(self.objective, numbers)
+            self.z.optimizer.schedule_steps += self.nt
+            self.curve.add(losses)
+            self.lead_on_or_stop()
+            return losses, None
+        self.begin_trial(k)
+        losses = self.z.run(self.objective, numbers)
+        self.curve.add(losses)
+        if self.trial is None:
+            return losses, None
+        of_y = self.y.run(self.objective, numbers)
+        self.spent += self.nt
+        outcome = self.trial.outcome(of_y, losses)
+        if outcome != "goes on":
+            self.trial = None
+            self.events.add(outcome)
+        if outcome == "won":
+            self.leader, self.level = self.y, self.curve.lasting
+            self.curve = Curve(np.mean(of_y), k // 16)
+        return losses, of_y
+
+    def begin_trial(self, k: int) -> None:
+        cycles = max(int(np.ceil(10 / self.nt)), int(np.round(0.6 * self.share * k / self.nt)))
+        afforded = self.spent + cycles * self.nt <= self.share * k + np.sqrt(k)
+        if self.trial is None and (afforded or k == 0):
+            self.y.w = self.z.w
+            self.y.optimizer.forget()
+            self.trial = Trial(cycles, self.curve.recent if self.curve.age else None)
+
+    def lead_on_or_stop(self) -> None:
+        curve, level = self.curve, self.level
+        young = curve.mark is None
+        settled = curve.age >= curve.marks[-1][0] + 4 * self.nt
+        risen = curve.lasting > level + abs(level) / 2
+        if (young and settled and curve.recent > level) or risen or curve.power() < 0.25:
+            self.leader = self.z
+            if risen:
+                self.events.add("from the snapshot")
+                self.curve = Curve(level)
+            else:
+                self.events.add("from x")
+                self.z.w, self.curve = self.y.w, Curve(curve.recent)
+        elif curve.lasting < level - abs(level) * (0.5 if young else 0.2):
+            self.events.add("new snapshot")
+            self.z.w, self.level = self.y.w, curve.lasting
+
+    def go_to(self, s: Lane, loss: float) -> None:
+        self.events.add("back to s")
+        self.z = self.leader = deepcopy(s)
+        self.curve, self.trial = Curve(loss), None
+
+
+def recommended(objective, learned, fallback, *, nt: int, share: float, cycles: int):
+    """The relay, and s in a share of the steps: yields after every cycle what is to be reported."""
+    x = Relay(objective, learned, fallback, nt=nt, share=share)
+    s, of_own, own, compared = None, 0, True, []
+    for cycle in range(cycles):
+        i = k = cycle * nt
+        losses, of_y = x.cycle(i, k)
+        runs = not own and of_own < share * k
+        of_own += nt * (own or runs)
+        if runs:
+            compared.append((np.mean(losses), np.mean(s.run(objective, range(i, i + nt)))))
+            of_x, of_s = smoothed(compared)
+            if len(compared) >= 3 and of_s < of_x:
+                x.go_to(s, of_s)
+                own = True
+        elif own and "won" in x.events:
+            own, s, compared = False, deepcopy(x.z), []
+        yield told(x, losses, of_y, own, runs)
+
+
+def hedged(objective, learned, fallback, *, nt: int, share: float, cycles: int):
+    """The relay, and s in every cycle that x is off its path: likewise."""
+    x = Relay(objective, learned, fallback, nt=nt, share=share)
+    s, own, regret, away, behind = None, True, 0.0, 0, 0
+    for cycle in range(cycles):
+        i = cycle * nt
+        losses, of_y = x.cycle(i, i)
+        runs, leads = not own, False
+        if runs:
+            of_s = s.run(objective, range(i, i + nt))
+            regret = 0.7 * regret + sum(losses) - sum(of_s)
+            leads = regret > 0
+            away, behind = away + 1, behind + 1 if leads else 0
+            if leads and behind >= max(3, away / 10):
+                x.go_to(s, np.mean(of_s))
+                own = True
+        elif "won" in x.events:
+            own, s, regret, away, behind = False, deepcopy(x.z), 0.0, 0, 0
+        cycle = told(x, losses, of_y, own, runs)
+        if leads:
+            x.events.add("s leads")
+            cycle |= {"x": s.w, "losses": of_s, "winner": 2, "used_learned": [False] * nt}
+        yield cycle
+
+
+def smoothed(pairs: list[tuple[float, float]]) -> np.ndarray:
+    mean = np.array(pairs[0])
+    for pair in pairs[1:]:
+        mean = 0.7 * mean + 0.3 * np.array(pair)
+    return mean
+
+
+def told(x: Relay, losses: list[float], of_y: list[float] | None, own: bool, s_ran: bool) -> dict:
+    nt, learned = len(losses), x.led_by_y
+    return {
+        "x": x.leader.w,
+        "used_learned": [learned] * nt,
+        "losses": losses,
+        "learned_loss": np.nan if of_y is None else np.mean(of_y),
+        "fallback_loss": np.nan if of_y is None else np.mean(losses),
+        "winner": 0 if x.leader is x.y else 2 if own else 1,
+        "gradients": nt * (1 + (of_y is not None) + s_ran),
+        "learned_updates": nt * (learned or of_y is not None),
+        "events": x.events,
+    }
 
 
 SEQUENCES = {

@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 import lossguard
 
-CYCLES = 4
+CYCLES = 8
 ADAM, SGD = optax.adam(0.05), optax.sgd(0.1, momentum=0.9)
-RECOMMENDED = lossguard.recommended(ADAM, SGD, nt=2, nc=1, most=1, patience=2)
+RECOMMENDED = lossguard.recommended(ADAM, optax.sgd(0.01), nt=2)
 PAPERS = lossguard.loss_guard(ADAM, SGD, nt=2, nc=1)
 
 KEYS = jax.random.split(jax.random.key(0), 4)

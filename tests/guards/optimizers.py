@@ -51,7 +51,7 @@ def faulty(rate: float, *, at: Array | int, fault: Array | str, value: Array | f
     return optax.GradientTransformation(init, step)
 
 
-HOSTILE = ("ascends", "wanders", "turns", "overflows", "dawdles")
+HOSTILE = ("ascends", "wanders", "turns", "overflows", "dawdles", "creeps", "breaks", "idles")
 
 
 def hostile(
@@ -61,22 +61,36 @@ def hostile(
 
     "ascends": up the gradient; "wanders": anywhere; "turns": descends at ``rate`` for ``turn``
     steps, then leaps up; "overflows": ever farther, to infinity and NaN; "dawdles": lowers the loss
-    a tiny bit for ever.
+    a tiny bit for ever; "creeps": descends likewise, then slowly climbs; "breaks": likewise, then
+    its memory is NaN; "idles": does nothing.
     """
 
-    def init(params: PyTree) -> Array:
-        return jnp.int32(0)
+    def init(params: PyTree) -> tuple[Array, Array]:
+        return jnp.int32(0), jnp.float32(0)
 
-    def step(updates, steps, params=None):
+    def step(updates, state, params=None):
+        steps, memory = state
+        descends = steps < turn
+
         def one(g: Array) -> Array:
             # From a table: to draw inside takes long to compile.
             table = np.random.default_rng(0).standard_normal((1000, *g.shape))
             noise = jnp.asarray(table, g.dtype)[steps % len(table)]
             growth = 10.0 ** (20.0 * steps)
-            turned = jnp.where(steps < turn, -rate, 1e3)
-            choices = (0.1 * g, noise, turned * g, growth * (growth - g), -1e-9 * g)
+            choices = (
+                0.1 * g,
+                noise,
+                jnp.where(descends, -rate, 1e3) * g,
+                growth * (growth - g),
+                -1e-9 * g,
+                jnp.where(descends, -rate, rate / 20) * g,
+                -rate * g + memory,
+                jnp.zeros_like(g),
+            )
             return jnp.select([which == j for j in range(len(choices))], choices).astype(g.dtype)
 
-        return jax.tree.map(one, updates), steps + 1
+        broken = ~descends & (which == HOSTILE.index("breaks"))
+        memory = jnp.where(broken, jnp.nan, 0).astype(memory.dtype)
+        return jax.tree.map(one, updates), (steps + 1, memory)
 
     return optax.GradientTransformation(init, step)

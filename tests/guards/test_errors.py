@@ -11,12 +11,11 @@ import pytest
 import lossguard
 
 SGD = optax.sgd(0.1)
-BY_FOUR = lossguard.mean_criterion(training=4)
 ONES = jnp.ones(2)
 
 
-def step(objective):
-    guard = lossguard.loss_guard(SGD, SGD, nt=1, nc=1)
+def step(objective, name="loss_guard"):
+    guard = getattr(lossguard, name)(SGD, SGD)
     return guard.step(guard.init(ONES), objective)
 
 
@@ -44,55 +43,35 @@ WRONG = {
     ),
     "loser": (
         lambda: lossguard.loss_guard(SGD, SGD, loser="forget"),  # type: ignore
-        "loser must be one of keep, rollback, reset, got 'forget'",
+        "loser must be one of keep, reset, got 'forget'",
     ),
-    "nc of recommended": (
-        lambda: lossguard.recommended(SGD, SGD, nc=1),
-        "nc must be between 2 and most = 16, or most itself, got 1",
+    "share of recommended": (
+        lambda: lossguard.recommended(SGD, SGD, share=1.0),
+        "share must be at least 0 and below 1, got 1.0",
     ),
-    "most of recommended": (
-        lambda: lossguard.recommended(SGD, SGD, most=9),
-        "nc must be between 2 and most = 9, or most itself, got 10",
+    "share of hedged": (
+        lambda: lossguard.hedged(SGD, SGD, share=-0.1),
+        "share must be at least 0 and below 1, got -0.1",
     ),
-    "most of recommended is a fraction": (
-        lambda: lossguard.recommended(SGD, SGD, most=40.5),  # type: ignore
-        "most must be an integer of at least 0, got 40.5",
+    "share of best_of": (
+        lambda: lossguard.best_of([lossguard.unguarded(SGD)], share=2),
+        "share must be at least 0 and below 1, got 2",
     ),
-    "nothing is compared": (
-        lambda: lossguard.recommended(SGD, SGD, nt=1, nc=0),
-        "nc must be an integer of at least 1, got 0",
+    "nt of recommended": (
+        lambda: lossguard.recommended(SGD, SGD, nt=0),
+        "nt must be an integer of at least 1, got 0",
     ),
-    "nt is too small for the criterion": (
-        lambda: lossguard.loss_guard(SGD, SGD, criterion=BY_FOUR, nt=3),
-        "nt must be at least 4 for this criterion, got 3",
+    "nt of hedged": (
+        lambda: lossguard.hedged(SGD, SGD, nt=1.0),  # type: ignore
+        "nt must be an integer of at least 1, got 1.0",
     ),
-    "training is negative": (
-        lambda: lossguard.mean_criterion(training=-1),
-        "training must be an integer of at least 0, got -1",
-    ),
-    "criterion is not called": (
-        lambda: lossguard.loss_guard(SGD, SGD, criterion=lossguard.mean_criterion),  # type: ignore
-        "criterion must be a Criterion such as mean_criterion(), got <function mean_criterion at",
-    ),
-    "windows are not called": (
-        lambda: lossguard.loss_guard(SGD, SGD, windows=lossguard.adaptive),  # type: ignore
-        "windows must be a Windows such as adaptive(), got <function adaptive at",
-    ),
-    "probing is not called": (
-        lambda: lossguard.loss_guard(SGD, SGD, probing=lossguard.backoff),  # type: ignore
-        "probing must be a Probing such as backoff(), got <function backoff at",
-    ),
-    "ratchet is not called": (
-        lambda: lossguard.loss_guard(SGD, SGD, ratchet=lossguard.ratchet),  # type: ignore
-        "ratchet must be a Ratchet such as ratchet(), got <function ratchet at",
+    "a decay in quotes": (
+        lambda: lossguard.best_of([lossguard.unguarded(SGD)], decay="0.9"),  # type: ignore
+        "decay must be above 0 and below 1, got '0.9'",
     ),
     "sequence is not called": (
         lambda: lossguard.residual_guard(SGD, SGD, sequence=lossguard.ema),  # type: ignore
         "sequence must be a TrackingSequence such as ema(0.9), got <function ema at",
-    ),
-    "checks": (
-        lambda: lossguard.loss_guard(SGD, SGD, checks="others"),  # type: ignore
-        "checks must be one of next, apart, got 'others'",
     ),
     "residual": (
         lambda: lossguard.residual_guard(SGD, SGD, residual="loss"),  # type: ignore
@@ -105,14 +84,6 @@ WRONG = {
     "alpha is above 1": (
         lambda: lossguard.residual_guard(SGD, SGD, alpha=1.5),
         "alpha must be above 0 and at most 1, got 1.5",
-    ),
-    "a decay in quotes": (
-        lambda: lossguard.track_record(decay="0.9"),  # type: ignore
-        "decay must be above 0 and below 1, got '0.9'",
-    ),
-    "no confidence": (
-        lambda: lossguard.paired_criterion(confidence=None),  # type: ignore
-        "confidence must be at least 0.5 and below 1, got None",
     ),
     "theta of ema": (lambda: lossguard.ema(1.5), "theta must be above 0 and at most 1, got 1.5"),
     "theta of geometric": (
@@ -127,8 +98,15 @@ WRONG = {
         lambda: lossguard.recommended(SGD, SGD).step(
             lossguard.residual_guard(SGD, SGD).init(ONES), lambda w, i: jnp.sum(w)
         ),
-        "state must be of this guard's own init(params), whose inner is a LossGuardState, got "
+        "state must be of this guard's own init(params), whose inner is a RecommendedState, got "
         "ResidualGuardState(",
+    ),
+    "a step of hedged from recommended's state": (
+        lambda: lossguard.hedged(SGD, SGD).step(
+            lossguard.recommended(SGD, SGD).init(ONES), lambda w, i: jnp.sum(w)
+        ),
+        "state must be of this guard's own init(params), whose inner is a HedgedState, got "
+        "RecommendedState(",
     ),
     "no params": (
         lambda: lossguard.loss_guard(SGD, SGD).init({}),
@@ -203,6 +181,14 @@ WRONG = {
         lambda: step(lambda w, i: w**2),
         "objective must return a scalar floating-point loss, got ShapeDtypeStruct(shape=(2,)",
     ),
+    "a loss per sample for recommended": (
+        lambda: step(lambda w, i: w**2, "recommended"),
+        "objective must return a scalar floating-point loss, got ShapeDtypeStruct(shape=(2,)",
+    ),
+    "a loss per sample for hedged": (
+        lambda: step(lambda w, i: w**2, "hedged"),
+        "objective must return a scalar floating-point loss, got ShapeDtypeStruct(shape=(2,)",
+    ),
     "a loss that is an integer": (
         lambda: step(lambda w, i: jnp.argmax(w)),
         "objective must return a scalar floating-point loss, got ShapeDtypeStruct(shape=(), "
@@ -230,21 +216,11 @@ def test_bad_input(call, message) -> None:
         lambda three, part: lossguard.residual_guard(
             SGD, SGD, nt=three, alpha=part, sequence=lossguard.ema(part)
         ),
-        lambda three, part: lossguard.loss_guard(
-            SGD,
-            SGD,
-            nt=three,
-            nc=three,
-            hedge=lossguard.track_record(decay=part, share=part),
-            criterion=lossguard.sequential_criterion(first=three, most=2 * three),
-            probing=lossguard.backoff(patience=three, most=three),
-            ratchet=lossguard.ratchet(cycles=three, tolerance=part),
-        ),
-        lambda three, part: lossguard.loss_guard(
-            SGD, SGD, nt=three, nc=three, windows=lossguard.adaptive(most=three, apart=1 + part)
-        ),
+        lambda three, part: lossguard.loss_guard(SGD, SGD, nt=three, nc=three),
+        lambda three, part: lossguard.recommended(SGD, SGD, nt=three, share=part),
+        lambda three, part: lossguard.hedged(SGD, SGD, nt=three, share=part),
         lambda three, part: lossguard.best_of(
-            [lossguard.unguarded(SGD, nt=three)], nc=three, decay=part
+            [lossguard.unguarded(SGD, nt=three)], share=part, nc=three, decay=part
         ),
     ],
 )

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 import optimizers
 import pytest
-from damage import MEAN, PAIRED, dearest
 from problems import CONVEX, noisy
+from scipy import optimize, stats
 
 import lossguard
 from lossguard.guards.guarded import GuardedState
@@ -78,11 +78,8 @@ def test_theorem_5(name, play) -> None:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    ("name", "nt", "hedge"),
-    [("quadratic", 1, False), ("ridge", 1, False), ("quadratic", 4, False), ("ridge", 2, True)],
-)
-def test_theorem_7(name, nt, hedge) -> None:
+@pytest.mark.parametrize(("name", "nt"), [("quadratic", 1), ("ridge", 1), ("quadratic", 4)])
+def test_theorem_7(name, nt) -> None:
     """E[E_k] <= C / (k + k0) for SGD with rate c / (k + k0), checks that are exact, and hostility.
 
     k counts steps, at the end of a cycle of nt.
@@ -101,7 +98,7 @@ def test_theorem_7(name, nt, hedge) -> None:
     problem = CONVEX[name]()
     k0 = 2 * float(problem.L / problem.mu)
     rate = lossguard.harmonic_decay(1 / float(problem.L), offset=k0)
-    cycles, excess = noisy_run(problem, rate, nt=nt, hedge=hedge)
+    cycles, excess = noisy_run(problem, rate, nt=nt)
     C = jnp.maximum(k0 * problem.excess(far(problem)), 2 * problem.L * SIGMA**2 / problem.mu**2)
     assert jnp.all(excess.mean(axis=1) <= C / (nt * jnp.arange(1, cycles + 1) + k0))
 
@@ -112,7 +109,7 @@ def test_a_constant_rate_has_a_floor(nt) -> None:
     """E[E_k] <= (1 - mu r)^k E_0 + r L s^2 / (2 mu): the line above, summed as it stands."""
     problem = quadratic(jax.random.key(0), n=6, mu=1.0, L=1.0, distance=3.0)
     r, mu, L = 0.1, float(problem.mu), float(problem.L)
-    cycles, excess = noisy_run(problem, r, nt=nt, hedge=False)
+    cycles, excess = noisy_run(problem, r, nt=nt)
     k = nt * np.arange(1, cycles + 1)
     floor = r * L * SIGMA**2 / (2 * mu)
     start = float(problem.excess(far(problem)))
@@ -130,7 +127,7 @@ def far(problem):
     return jnp.zeros_like(problem.minimum) + 2.0
 
 
-def noisy_run(problem, rate, *, nt: int, hedge: bool):
+def noisy_run(problem, rate, *, nt: int):
     """How many cycles of nt steps make some 400, and E at the end of each [hostile, seeds, cycles].
 
     Gradients have the variance SIGMA^2, checks are exact. "turns" does so after 100 cycles.
@@ -145,7 +142,7 @@ def noisy_run(problem, rate, *, nt: int, hedge: bool):
             return jnp.where(i % (nt + 1) < nt, f(w, i), problem(w))
 
         learned = optimizers.hostile(which, 1 / problem.L, turn=nt * well_behaved)
-        guard = lossguard.loss_guard(learned, optax.sgd(rate), nt=nt, nc=1, hedge=hedge)
+        guard = lossguard.loss_guard(learned, optax.sgd(rate), nt=nt, nc=1)
 
         def step(state, _):
             state, decision = guard.step(state, objective)
@@ -165,18 +162,16 @@ def noisy_run(problem, rate, *, nt: int, hedge: bool):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("exact", [True, False], ids=["exact gradients", "noisy gradients"])
-@pytest.mark.parametrize("criterion", [MEAN, PAIRED], ids=["mean", "paired"])
-def test_wrong_decisions_add_up_to_a_floor(criterion, exact) -> None:
+def test_wrong_decisions_add_up_to_a_floor(exact) -> None:
     """E[E_K] <= q^K E_0 + sum_k q^(K - 1 - k) (b + e_k) where checks are noisy.
 
     b = r^2 L sigma^2 / 2 is what the noise of gradients adds, if they have any, and
     e_k = c E tau_k / sqrt(nc) is what decision k costs at most: tau = sigma / sqrt(n) ||y - z|| the
-    deviation of F(y, j) - F(z, j). Where mu = L a step of gradient descent contracts by just q, and
-    sigma is such that "wanders" is worse by about the dearest amount.
+    deviation of F(y, j) - F(z, j), and c = max_u u P(N > u). Where mu = L a step of gradient
+    descent contracts by just q, and with this sigma "wanders" costs about as much as any can.
     """
     seeds, sigma, nc, cycles, r = 300, 10.0, 4, 120, 0.2
     problem = quadratic(jax.random.key(0), n=6, mu=1.0, L=1.0, distance=3.0)
-    start = jnp.zeros_like(problem.minimum) + 2.0
     fallback = optax.sgd(r)
     trusted = lossguard.unguarded(fallback, nt=1)
 
@@ -184,30 +179,30 @@ def test_wrong_decisions_add_up_to_a_floor(criterion, exact) -> None:
         f = noisy(problem, key, sigma, cycles * (1 + nc))
         learned = optimizers.hostile(which)
         branch = lossguard.unguarded(learned, nt=1)
-        guard = lossguard.loss_guard(learned, fallback, nt=1, nc=nc, criterion=criterion)
+        guard = lossguard.loss_guard(learned, fallback, nt=1, nc=nc)
 
         def objective(w, i):
             return jnp.where(exact & (i % (1 + nc) == 0), problem(w), f(w, i))
 
         def step(state, _):
-            y, _ = branch.step(state._replace(inner=state.inner.lanes.learned[0]), objective)
-            z, _ = trusted.step(state._replace(inner=state.inner.lanes.fallback), objective)
-            tau = sigma / len(start) ** 0.5 * jnp.linalg.norm(y.params - z.params)
+            y, _ = branch.step(state._replace(inner=state.inner.learned), objective)
+            z, _ = trusted.step(state._replace(inner=state.inner.fallback), objective)
+            tau = sigma / len(y.params) ** 0.5 * jnp.linalg.norm(y.params - z.params)
             state, _ = guard.step(state, objective)
             return state, (problem.excess(state.params), tau)
 
-        return jax.lax.scan(step, guard.init(start), length=cycles)[1]
+        return jax.lax.scan(step, guard.init(far(problem)), length=cycles)[1]
 
-    names = [name for name in optimizers.HOSTILE if name != "overflows"]  # whose tau is not finite
+    names = ["ascends", "wanders", "turns", "dawdles"]
     which = jnp.array([optimizers.HOSTILE.index(name) for name in names])
     over_keys = jax.vmap(one, in_axes=(None, 0))
     keys = jax.random.split(jax.random.key(3), seeds)
     excess, tau = jax.jit(jax.vmap(over_keys, in_axes=(0, None)))(which, keys)
-    c = dearest(criterion, nc)
+    c = -optimize.minimize_scalar(lambda u: -u * stats.norm.sf(u), (0, 5), method="golden").fun
     mu, L = float(problem.mu), float(problem.L)
     q = 1 - 2 * mu * r * (1 - r * L / 2) if exact else 1 - mu * r
     b = 0 if exact else r**2 * L * sigma**2 / 2
-    bound = np.full(len(names), problem.excess(start))
+    bound = np.full(len(names), problem.excess(far(problem)))
     for k in range(cycles):
         bound = q * bound + b + c * tau[..., k].mean(axis=1) / nc**0.5
         error = 3 * excess[..., k].std(axis=1) / seeds**0.5
@@ -215,75 +210,6 @@ def test_wrong_decisions_add_up_to_a_floor(criterion, exact) -> None:
     # There is such a floor, if the learned optimizer keeps away from the fallback.
     wanders = names.index("wanders")
     assert excess[wanders, :, -20:].mean() > bound[wanders] / 4
-
-
-@pytest.mark.usefixtures("x64")
-def test_theorem_5_in_a_noisy_run_at_a_stated_confidence() -> None:
-    """At confidence 1 - delta / K, theorem 5 holds in all of K cycles, but in delta of all runs.
-
-    Gradients are exact; check losses f(w) + <w, xi> have normal differences. By means it fails.
-    """
-    runs, delta, cycles, nc, r = 2000, 0.2, 20, 8, 0.3
-    problem = quadratic(jax.random.key(0), n=3, mu=1.0, L=1.0, distance=3.0)
-    q = 1 - 2 * float(problem.mu) * r * (1 - r * float(problem.L) / 2)
-    bound = q ** jnp.arange(1, cycles + 1) * problem.excess(far(problem))
-    wanders = optimizers.HOSTILE.index("wanders")
-
-    def broken(criterion):
-        guard = lossguard.loss_guard(
-            optimizers.hostile(wanders), optax.sgd(r), nt=1, nc=nc, criterion=criterion
-        )
-
-        def run(key):
-            f = noisy(problem, key, 3.0, cycles * (1 + nc))
-
-            def objective(w, i):
-                return jnp.where(i % (1 + nc) == 0, problem(w), f(w, i))
-
-            def step(state, _):
-                state, _ = guard.step(state, objective)
-                return state, problem.excess(state.params)
-
-            excess = jax.lax.scan(step, guard.init(far(problem)), length=cycles)[1]
-            return (excess > bound * (1 + 1e-9)).any()
-
-        return jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(7), runs)).mean()
-
-    error = 3 * (delta * (1 - delta) / runs) ** 0.5
-    assert broken(lossguard.paired_criterion(confidence=1 - delta / cycles)) <= delta + error
-    assert broken(MEAN) > 2 * delta
-
-
-def test_a_whole_run_at_a_stated_confidence() -> None:
-    """With confidence = 1 - delta / K no equal lane is kept in K cycles, but in delta of all runs.
-
-    y is where z is, but for noise: F(w, i) = w xi_i, which on the mean is 0 everywhere.
-    """
-    runs, delta, cycles, nc = 3000, 0.2, 20, 8
-    guard = lossguard.loss_guard(
-        optimizers.constant(1.0),
-        optax.sgd(0.0),
-        nt=1,
-        nc=nc,
-        criterion=lossguard.paired_criterion(confidence=1 - delta / cycles),
-    )
-
-    def run(key):
-        xi = jax.random.normal(key, (cycles * (1 + nc),))
-
-        def objective(w, i):
-            return w * xi[i]
-
-        start = guard.init(jnp.array(0.0))
-        _, decisions = jax.lax.scan(
-            lambda state, _: guard.step(state, objective), start, length=cycles
-        )
-        return (decisions.winner == 0).any()
-
-    rate = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(5), runs)).mean()
-    error = 3 * (delta * (1 - delta) / runs) ** 0.5
-    assert abs(rate - (1 - (1 - delta / cycles) ** cycles)) < error
-    assert rate <= delta + error
 
 
 @pytest.mark.usefixtures("x64")
@@ -299,4 +225,4 @@ def test_without_a_guard_they_are_hostile() -> None:
 
     sgd = alone(optax.sgd(1 / problem.L))
     for which, name in enumerate(optimizers.HOSTILE):
-        assert not alone(optimizers.hostile(which)) <= 2 * sgd, name
+        assert not alone(optimizers.hostile(which, turn=50)) <= 2 * sgd, name

@@ -48,7 +48,9 @@ def test_loaded_optimizer_uses_p_and_scale_of_the_file(tmp_path: Path) -> None:
 
 def test_layout_is_fixed(saved: Path) -> None:
     with safe_open(saved, framework="np") as file:
-        assert file.metadata() == {**ABOUT, "command": "lossguard metatrain x"}
+        found = file.metadata()
+    assert len(found.pop("sha256")) == 64
+    assert found == {**ABOUT, "command": "lossguard metatrain x"}
     assert {name: tensor.shape for name, tensor in load_file(saved).items()} == {
         "lstm.weight_ih_l0": (80, 2),
         "lstm.weight_hh_l0": (80, 20),
@@ -66,6 +68,8 @@ def test_layout_is_fixed(saved: Path) -> None:
 def test_everything_shipped_loads_and_says_how_it_was_made() -> None:
     for name in pretrained_names():
         assert load_weights(pretrained_path(name)).made
+        with safe_open(pretrained_path(name), framework="np") as file:
+            assert len(file.metadata()["sha256"]) == 64
         optimizer = pretrained(name)
         update, _ = optimizer.update(jnp.ones(3), optimizer.init(jnp.ones(3)))
         assert jnp.isfinite(update).all()
@@ -95,6 +99,25 @@ def test_truncated_file_is_refused(saved: Path, kept: int) -> None:
     refused(saved, "Error while deserializing header")
 
 
+def test_a_bit_that_flipped_is_noticed_wherever_it_is(saved: Path) -> None:
+    """Also one in the numbers of the metadata, which are read as well as before."""
+    content = saved.read_bytes()
+    at = [content.index(b'"10.0"') + 1, *range(0, len(content), 997), len(content) - 1]
+    for place in at:
+        for bit in (0, 6):
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << bit
+            saved.write_bytes(flipped)
+            refused(saved, "^weights must be a complete")
+    saved.write_bytes(content)
+    assert load_weights(saved).scale == 0.1
+
+
+def test_a_file_of_another_program_needs_no_checksum(saved: Path) -> None:
+    save_file(load_file(saved), saved, ABOUT)
+    assert load_weights(saved).made == {}
+
+
 def test_other_content_is_refused(saved: Path) -> None:
     saved.write_bytes(b"PK\x03\x04 surely not a safetensors file")
     refused(saved, "header too large")
@@ -112,6 +135,8 @@ def test_other_content_is_refused(saved: Path) -> None:
         ({"layers": "1"}, "it holds lstm.bias_hh_l1, .* which an LSTM optimizer doesn't have"),
         ({"layers": "3"}, "it lacks lstm.bias_hh_l2"),
         ({"layers": "999999999999"}, "it lacks"),
+        ({"layers": "9" * 4_000}, "layers must be positive and finite, got 9+$"),
+        ({"layers": "9" * 5_000}, "Exceeds the limit"),
         ({"p": "-10"}, "p must be positive and finite, got -10.0"),
         ({"scale": "nan"}, "scale must be positive and finite, got nan"),
     ],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -79,27 +80,29 @@ def first_losses(dataset: Dataset) -> np.floating:
     return np.mean(losses)
 
 
-def test_a_chunk_goes_on_from_the_one_before(
+def test_a_meta_step_goes_on_from_the_one_before(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a key of its own, Adam and the curriculum where they were, and fresh optimizees."""
-    train, keys, told = loop._train, set(), []
+    step, keys, told = loop._meta_step, set(), []
 
-    def spied(config: MetaTraining, task: Task, state: Any, key: Any, done: Any, steps: int) -> Any:
+    def spied(config: MetaTraining, task: Task, state: Any, key: Any, done: Any) -> Any:
         keys.add(str(jax.random.key_data(key)))
-        after, losses, norms = train(config, task, state, key, done, steps)
+        after, loss, norm = step(config, task, state, key, done)
         adam = jax.tree.leaves(state.adam.inner_state)
         counts = [leaf for leaf in adam if leaf.dtype == jnp.int32]
         assert counts and all(count == done for count in counts)
         assert (after.optimizees.step < after.optimizees.length).all()
-        told.append((int(done), float(losses.mean()), float(norms.mean())))
-        return after, losses, norms
+        told.append((int(done), float(loss), float(norm)))
+        return after, loss, norm
 
-    monkeypatch.setattr(loop, "_train", spied)
+    monkeypatch.setattr(loop, "_meta_step", spied)
     curves = records.read_run(metatrain(TINY, tmp_path / "run").parent)[2]
-    assert len(keys) == 3
-    assert [done for done, _, _ in told] == [0, 2, 4]
-    assert curves.select("meta_loss", "gradient_norm").rows() == [tuple(rest) for _, *rest in told]
+    assert len(keys) == 6
+    done, losses, norms = np.array(told).T
+    assert done.tolist() == [0, 1, 2, 3, 4, 5]
+    for name, values in (("meta_loss", losses), ("gradient_norm", norms)):
+        np.testing.assert_allclose(curves[name], values.reshape(3, 2).mean(axis=1), rtol=1e-6)
     assert curves.equals(records.read_run(whole)[2])
 
 
@@ -252,35 +255,91 @@ def test_no_weights_are_kept_if_all_diverged(
     assert not (tmp_path / "run" / loop.WEIGHTS).exists()
 
 
-@pytest.mark.parametrize("stopped", [1, 2, 3])
+def stopping(monkeypatch: pytest.MonkeyPatch, at: int, stop: Callable[[], None]) -> list[int]:
+    """Have something happen within a meta-step; returns the list of those that are done."""
+    step, done = loop._meta_step, []
+
+    def stepped(*arguments: Any) -> Any:
+        done.append(int(arguments[-1]))
+        if len(done) == at:
+            stop()
+        return step(*arguments)
+
+    monkeypatch.setattr(loop, "_meta_step", stepped)
+    return done
+
+
+@pytest.mark.parametrize(
+    ("at", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM), (3, signal.SIGINT)]
+)
 def test_stopped_it_goes_on_to_the_same_weights(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    at: int,
+    number: signal.Signals,
 ) -> None:
-    validate, calls = loop._validate, []
-
-    def stop(*arguments: Any) -> Any:
-        calls.append(arguments)
-        if len(calls) == stopped:
-            raise KeyboardInterrupt
-        return validate(*arguments)
-
+    """Between two validations, and at one; no meta-step is lost."""
     monkeypatch.setattr(loop.Progress, "seconds", 10.0)  # of each part
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "_validate", stop)
+    done = stopping(monkeypatch, at, lambda: signal.raise_signal(number))
+    with pytest.raises(KeyboardInterrupt):
         metatrain(TINY, tmp_path / "run")
     started = json.loads((tmp_path / "run" / records.STARTED).read_text())
     with pytest.raises(ValueError, match="add --resume"):
         metatrain(TINY, tmp_path / "run")
     file = metatrain(TINY, tmp_path / "run", resume=True)
+    assert done == [0, 1, 2, 3, 4, 5]
     assert same(load_weights(file).weights, load_weights(whole / loop.WEIGHTS).weights)
     found, expected = (records.read_run(folder)[2] for folder in (file.parent, whole))
     assert found.equals(expected) and found.schema == expected.schema
 
     _, made, _ = records.read_run(file.parent)
-    assert made["seconds"] == (10 if stopped == 1 else 20)
+    assert made["seconds"] == 20
     assert made == {**made, **started} and [*made["resumed"][0]] == ["time", "commit"]
     assert load_weights(file).made["time"] == started["time"]
     assert not (file.parent / records.STARTED).exists()
+
+
+def test_what_was_saved_a_minute_ago_is_not_done_again(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost() -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    done = stopping(monkeypatch, 4, lost)
+    with pytest.raises(OSError, match="the disk is gone"):
+        metatrain(TINY, tmp_path / "run")
+    file = metatrain(TINY, tmp_path / "run", resume=True)
+    assert done == [0, 1, 2, 3, 3, 4, 5]
+    assert same(load_weights(file).weights, load_weights(whole / loop.WEIGHTS).weights)
+
+
+def test_its_progress_moves_with_every_meta_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+    monkeypatch.setattr(
+        loop.Progress, "advance", lambda _, steps, **now: told.append((steps, now["loss"]))
+    )
+    metatrain(TINY, tmp_path / "run")
+    assert [steps for steps, _ in told] == [1] * 6
+    assert np.isfinite([loss for _, loss in told]).all()
+
+
+def test_other_data_than_it_was_started_with_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopping(patch, 1, lambda: signal.raise_signal(signal.SIGINT))
+        metatrain(TINY, tmp_path / "run")
+    monkeypatch.setattr(Dataset, "checksum", lambda _: "of other data")
+    with pytest.raises(
+        ValueError,
+        match=r"^a run must go on with what it was started with, but the data changed since .*run "
+        r"was started: choose another --out, or put back what there was$",
+    ):
+        metatrain(TINY, tmp_path / "run", resume=True)
 
 
 def test_finished_it_is_left_as_it_is(whole: Path) -> None:

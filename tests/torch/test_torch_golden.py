@@ -54,7 +54,7 @@ def sgd(rate, momentum=None):
 def falls_behind(rate, after):
     """Good at first, then its rate is that of a run that diverges."""
     return (
-        optax.sgd(lambda t: jnp.where(t < after, rate, 2.0)),
+        optax.sgd(lambda t: jnp.where(t < after, rate, 1.0)),
         lambda params: Late(params, rate, after),
     )
 
@@ -67,7 +67,7 @@ class Late(SGD):
         self.rate, self.after, self.count = rate, after, 0
 
     def step(self, closure=None):
-        self.param_groups[0]["lr"] = self.rate if self.count < self.after else 2.0
+        self.param_groups[0]["lr"] = self.rate if self.count < self.after else 1.0
         self.count += 1
         return super().step(closure)
 
@@ -145,9 +145,6 @@ def name(case):
     return " ".join([kind.__name__, *map(str, options.values()), pair])
 
 
-SEEN = {}
-
-
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_two_optimizers(case):
     theirs, ours, options, pair = case
@@ -160,7 +157,7 @@ def test_two_optimizers(case):
         ),
         in_jax(theirs(learned, fallback, nt=NT, **options)),
     )
-    print(name(case), winners)
+    assert len(winners) == CYCLES
 
 
 SEVERAL = [adam(0.02), sgd(0.05), sgd(1e80), sgd(0.3)]
@@ -178,4 +175,4 @@ def test_best_of(share, checked):
         return BestOf(optimizers, model=None, nt=NT, share=share, **ours)
 
     winners = assert_same(in_torch(build), in_jax(lossguard.best_of(theirs, share=share, **check)))
-    print(winners)
+    assert len(winners) == CYCLES

@@ -2,9 +2,9 @@
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -28,7 +28,16 @@ FLOOR = 1e-8
 """And begins at so many times it, if lines reach 0: below, single precision rounds to 0 or not."""
 
 
-def plot(folder: Path, record: Record) -> Path:
+Over = Literal["price", "seconds", "steps"]
+"""What losses are drawn against."""
+LABELS: Mapping[Over, str] = {
+    "price": "Price: gradients, and a third for each forward pass",
+    "seconds": "Seconds of one seed",
+    "steps": "Optimizer step",
+}
+
+
+def plot(folder: Path, record: Record, *, over: Over = "price") -> Path:
     """Draw a run's figure into its folder, as PNG; returns the file.
 
     In the paper's style: log axes, a mean line and a min-max band for each method, and below, on
@@ -38,10 +47,46 @@ def plot(folder: Path, record: Record) -> Path:
     config, made, curves = record
     title = titled(config["title"] or config["name"], made["data"])
     heatmap = heatmap_of(config["methods"])
-    return save(draw_heatmap(heatmap, curves, title) if heatmap else draw(curves, title), folder)
+    if heatmap:
+        return save(draw_heatmap(heatmap, curves, title), folder)
+    return save(draw(curves, title, over=over, seconds=made["seconds"]), folder)
 
 
-def draw(curves: pl.DataFrame, title: str) -> Figure:
+Place = Callable[[str, np.ndarray], np.ndarray]
+"""Where on the axis a method was at steps [m]."""
+
+
+def places(curves: pl.DataFrame, over: Over, seconds: Mapping[str, float]) -> Place:
+    """Where methods were at their steps, the mean over seeds; seconds in proportion to the price.
+
+    Args:
+        curves: as ``curves.join`` makes them.
+        over: the axis.
+        seconds: of all seeds of each method together, for that axis.
+    """
+    priced = curves.with_columns(price=pl.col("gradients") + pl.col("forwards") / 3)
+
+    def place(method: str, steps: np.ndarray) -> np.ndarray:
+        if over == "steps":
+            return steps
+        own = priced.filter(pl.col("method") == method)
+        mean = own.group_by("step").agg(pl.col("price").mean()).sort("step")
+        prices = np.interp(steps, mean["step"].to_numpy(), mean["price"].to_numpy())
+        if over == "price":
+            return prices
+        whole = float(own.group_by("seed").agg(pl.col("price").max())["price"].sum())
+        return prices * seconds[method] / whole
+
+    return place
+
+
+def draw(
+    curves: pl.DataFrame,
+    title: str,
+    *,
+    over: Over = "steps",
+    seconds: Mapping[str, float] | None = None,
+) -> Figure:
     """The figure of an experiment's curves, as ``curves.join`` makes them.
 
     Lines are means over the seeds, each thinner than the one before, which it may lie on; bands
@@ -68,18 +113,20 @@ def draw(curves: pl.DataFrame, title: str) -> Figure:
         squeeze=False,
         height_ratios=[5, 1] if guarded else [1],
     )
-    top, bottom = panels[0, 0], panels[-1, 0]
+    top, bottom, place = panels[0, 0], panels[-1, 0], places(curves, over, seconds or {})
     for (method, style), width in zip(styles.items(), widths, strict=True):
-        _draw_loss(top, curves, method, style | {"linewidth": width}, band=len(methods) <= BANDS)
-    ends = [(curves["step"].min(), 1), (curves["step"].max(), 1)]
+        style = style | {"linewidth": width}
+        _draw_loss(top, curves, method, place, style, band=len(methods) <= BANDS)
+    reach = np.array([curves["step"].min(), curves["step"].max()])
+    ends = [(x, 1) for method in methods for x in place(method, reach)]
     top.update_datalim(ends, updatey=False)  # in case that no loss is finite
     top.set(xscale="log", ylabel="Training loss")
     log_losses(top)
     _cut(top, curves)
     top.set_title(title, fontsize=10, parse_math=False)
     if guarded:
-        _draw_use(bottom, curves, {method: styles[method] for method in guarded})
-    bottom.set_xlabel("Optimizer step")
+        _draw_use(bottom, curves, place, {method: styles[method] for method in guarded})
+    bottom.set_xlabel(LABELS[over])
     for axes in panels[:, 0]:
         axes.grid(which="major", alpha=0.3)
     legend = figure.legend(
@@ -156,7 +203,7 @@ NAMED = {
     "Adam": 4,
     "GL2O": 5,
     "GL2O (theta as decay)": 6,
-    "Hedged over Adam": 7,
+    "Hedged": 7,
     "LGL2O over Adam": 8,
     "Recommended over Adam": 9,
 }
@@ -166,20 +213,30 @@ DASHES = ("-", "--", "-.", ":")
 
 
 def _draw_loss(
-    axes: Axes, curves: pl.DataFrame, method: str, style: dict[str, Any], *, band: bool
+    axes: Axes,
+    curves: pl.DataFrame,
+    method: str,
+    place: Place,
+    style: dict[str, Any],
+    *,
+    band: bool,
 ) -> None:
     for steps, loss in _stretches(curves, method, "loss"):
-        axes.plot(steps, loss.mean(axis=0), **style, label=method)
+        x = place(method, steps)
+        axes.plot(x, loss.mean(axis=0), **style, label=method)
         if band:
             low, high = loss.min(axis=0), loss.max(axis=0)
-            axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
-def _draw_use(axes: Axes, curves: pl.DataFrame, styles: Mapping[str, dict[str, Any]]) -> None:
+def _draw_use(
+    axes: Axes, curves: pl.DataFrame, place: Place, styles: Mapping[str, dict[str, Any]]
+) -> None:
     """Of each guard, whether it used the learned update (1) or the fallback's (0.5)."""
     for method, style in styles.items():
         for steps, used in _stretches(curves, method, "used_learned"):
-            axes.plot(steps, (0.5 + 0.5 * used).mean(axis=0), **style, linewidth=1)
+            x, share = place(method, steps), (0.5 + 0.5 * used).mean(axis=0)
+            axes.plot(x, share, **style, linewidth=1)
     axes.set(ylim=(0.45, 1.05), ylabel="use_l2o")
     axes.set_yticks([0.5, 1.0], ["fallback", "learned"])
 

@@ -13,7 +13,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[dict[Path, Record], list[str]]:
 
     Returns:
         Records, by the folder of the run; and why others in a folder of runs have none: a sentence
-        for each that is not finished, or damaged.
+        for each that is not finished, damaged, or a link, in whose place nothing is drawn.
 
     Raises:
         ValueError: if a named folder doesn't exist, or holds neither a finished run nor folders of
@@ -29,6 +29,8 @@ def read_runs(folders: Sequence[Path]) -> tuple[dict[Path, Record], list[str]]:
     with Progress("reading", total=total, unit="runs", first=first) as progress:
         for run in itertools.chain.from_iterable(inside.values()):
             try:
+                if run.is_symlink():
+                    raise ValueError(f"{run} is a link: name the folder that it leads to")
                 if not (run / MANIFEST).exists():
                     raise ValueError(_unfinished(run))
                 found[run] = read_run(run)

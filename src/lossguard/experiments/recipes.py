@@ -36,7 +36,7 @@ CONV_RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 def demo() -> Experiment:
     """A learned optimizer far from what it was trained on, alone and guarded: figure 15's start."""
     methods = ("SGDnm", "L2O", "LGL2O", "Recommended")
-    return replace(fig15(), name="demo", steps=20_000, seeds=3, methods=methods)
+    return replace(fig15(), name="demo", steps=10_000, seeds=3, methods=methods)
 
 
 def fig03() -> Experiment:

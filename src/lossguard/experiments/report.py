@@ -260,7 +260,9 @@ def _evaluations(folder: Path) -> list[tuple[str, list[str], Rows]]:
     if not (folder / EVALUATIONS).exists():
         return []
     table = read_parquet(folder / EVALUATIONS)
-    names = [name for name in table.columns if name not in ("method", "seed", "cycle", "step")]
+    names = [name for name in table.columns if name.endswith(("_loss", "_accuracy"))]
+    if lack := [name for name in names if not _are_numbers(table[name])]:
+        raise ValueError(f"{folder / EVALUATIONS} is not of a run: it lacks numbers in {lack[0]}")
     try:
         last = table.filter(pl.col("cycle") == pl.col("cycle").max().over("method"))
         means = last.group_by("method", maintain_order=True).agg(pl.col(names).mean())
@@ -270,6 +272,10 @@ def _evaluations(folder: Path) -> list[tuple[str, list[str], Rows]]:
     rows = [[row[0], *(f"{value:.4g}" for value in row[1:])] for row in means.iter_rows()]
     caption = "The last iterate on the whole of both splits, mean over seeds"
     return [(caption, [name.replace("_", " ") for name in means.columns], rows)]
+
+
+def _are_numbers(column: pl.Series) -> bool:
+    return column.dtype.is_numeric() and not column.null_count()
 
 
 PROVENANCE = ("time", "command", "commit", "device", "platform", "versions", "python")

@@ -11,10 +11,11 @@ import numpy as np
 import polars as pl
 from jaxtyping import PRNGKeyArray
 
-from .. import curves, records
+from .. import checksums, curves, records
 from ..checkpoints import Checkpoints
 from ..config import as_config
 from ..guards.protocol import Decision, Guard, GuardState
+from ..learned.weights_file import path_of, read_weights
 from ..progress import Progress, stopping_at_interrupt
 from ..rollout import rollout
 from ..tasks.task import Task
@@ -23,19 +24,21 @@ from .experiment import Experiment
 
 CHUNK = 100
 """Cycles in one compiled loop: what Ctrl-C waits for, and what a progress bar moves by."""
-FIRST_CHUNKS = 5
-"""The same for the first ``CHUNK`` cycles, so that early marks are at the ends of chunks."""
+MARKS = (10, 12, 15, 20, 25, 30, 40, 50, 60, 80)
+"""Times a power of ten: the steps at which iterates are evaluated on whole splits."""
 SAVE_SECONDS = 60.0
 """Between two checkpoints."""
+MOST_STEPS = 2**30
+"""Of a method: guards count in 32 bits, and two gradients a step."""
 
 
 def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
     """Run every method of an experiment; returns the folder of its records.
 
     Beside the curves it leaves ``evaluations.parquet``: loss and accuracy of the iterate on the
-    whole of both splits, at steps 50, 100, 200, 300, 500, 1,000 and so on if nt is 1, 5 or 10, else
-    at those of them where a chunk ends, and at the last one. So methods are compared without the
-    noise of minibatches.
+    whole of both splits and what was spent by then, at the end of the cycle that reaches a step of
+    ``MARKS`` times a power of ten, and at the last one. So methods are compared at equal price, and
+    without the noise of minibatches.
 
     Every seed draws its own initialization and order of minibatches, the same for all methods. A
     run stopped by Ctrl-C or killed goes on with ``resume``, from the last checkpoint, and ends with
@@ -44,7 +47,8 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
     Raises:
         ValueError: if the folder holds another run, or this one and ``resume`` is false, or the
             experiment names a method or data set that does not exist or has a number out of range,
-            or ``make_task`` doesn't return a task, or its data a label that is no class.
+            or ``make_task`` doesn't return a task, or its data a label that is no class, or another
+            process writes to the folder, or data or weights changed since the run was started.
     """
     _check(experiment)
     with stopping_at_interrupt() as stopped:
@@ -55,27 +59,50 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
             _trace_cycle(guard, task)
         if stopped():
             raise KeyboardInterrupt
-        records.open_folder(folder, as_config(experiment), resume=resume)
-        if records.is_finished(folder):
-            return folder
-        made = records.start(folder, data=task.dataset.note)
-        tables, evaluations, seconds = [], [], {}
-        for method, guard in guards.items():
-            under_way = _MethodRun(experiment, method, guard, task, folder, stopped)
-            table, evaluated, seconds[method] = under_way.records()
-            tables.append(table)
-            evaluations.append(evaluated)
-        records.write_parquet(folder / records.EVALUATIONS, pl.concat(evaluations))
-        records.write_parquet(folder / records.CURVES, pl.concat(tables))
-        records.finish(folder, made | {"seconds": seconds})
+        with records.hold_folder(folder, as_config(experiment), resume=resume) as finished:
+            if not finished:
+                _run_all(experiment, guards, task, folder, stopped)
     return folder
+
+
+def _run_all(
+    experiment: Experiment,
+    guards: dict[str, Guard],
+    task: Task,
+    folder: Path,
+    stopped: Callable[[], bool],
+) -> None:
+    """Every method, one after another, and the records of them all."""
+    inputs = {"the data": task.dataset.checksum()} | _weights(experiment)
+    made = records.start(folder, data=task.dataset.note, inputs=inputs)
+    tables, evaluations, seconds = [], [], {}
+    for method, guard in guards.items():
+        under_way = _MethodRun(experiment, method, guard, task, folder, stopped)
+        table, evaluated, seconds[method] = under_way.records()
+        tables.append(table)
+        evaluations.append(evaluated)
+    records.write_parquet(folder / records.EVALUATIONS, pl.concat(evaluations))
+    records.write_parquet(folder / records.CURVES, pl.concat(tables))
+    records.finish(folder, made | {"seconds": seconds})
+
+
+def _weights(experiment: Experiment) -> dict[str, str]:
+    """The checksum of the weights that the experiment names, if it names a file of them."""
+    try:
+        path = path_of(experiment.learned)
+        tensors, _, p, scale, _ = read_weights(path)
+    except (ValueError, OSError):  # what only the user's own methods can read
+        return {}
+    about = {"p": repr(p), "scale": repr(scale)}
+    return {f"the file {path.name}": checksums.of_arrays(tensors, about)}
 
 
 def _check(experiment: Experiment) -> None:
     """Its numbers, also those that none of its methods uses."""
-    for name in ("steps", "seeds", "batch_size", "nt", "nc"):
+    for name in ("batch_size", "nt", "nc"):
         check_count(name, getattr(experiment, name))
     check_seed(experiment.seed, experiment.seeds)
+    check_count("steps", experiment.steps, most=MOST_STEPS)
     for name in ("sgd_rate", "sgd_tau", "guard_tau", "adam_rate"):
         check_positive(**{name: getattr(experiment, name)})
 
@@ -173,8 +200,8 @@ class _MethodRun:
         with Progress(self._method, total=steps, done=self._taken, first="compiling") as progress:
             saved, compiled = progress.seconds, False
             while (taken := self._taken) < steps:
-                most = min(FIRST_CHUNKS, CHUNK) if self._cycles < CHUNK else CHUNK
-                cycles = min(most, -(-(steps - taken) // nt))
+                goal = min(next_mark(taken), steps)
+                cycles = min(CHUNK, -(-(goal - taken) // nt))
                 began = progress.seconds
                 decisions = self._advance(cycles)
                 if compiled:
@@ -187,7 +214,7 @@ class _MethodRun:
                     learned=float(np.mean(decisions.used_learned)),
                 )
                 finished = self._taken >= steps
-                if _is_mark(self._cycles * nt) or finished:
+                if self._taken >= goal:
                     self._evaluate()
                 if (self._stopped() or progress.seconds - saved > SAVE_SECONDS) and not finished:
                     saved = progress.seconds
@@ -221,12 +248,12 @@ class _MethodRun:
 
     def _evaluate(self) -> None:
         """Losses and accuracies on the whole of both splits, a row for each seed."""
-        rows = []
+        rows, spent = [], curves.totals(self._chunks[-1]).to_dicts()
         for seed, step in enumerate(np.asarray(self._state.steps)):
             params = jax.tree.map(lambda leaf, seed=seed: leaf[seed], self._state.params)
             values = {name: float(value) for name, value in self._task.evaluate(params).items()}
             place = {"method": self._method, "seed": seed, "cycle": self._cycles, "step": int(step)}
-            rows.append(place | values)
+            rows.append(place | spent[seed] | values)
         self._evaluations.append(pl.DataFrame(rows))
         records.write_parquet(self._evaluated, pl.concat(self._evaluations))
 
@@ -237,9 +264,15 @@ class _MethodRun:
         self._checkpoints.save(self._cycles, (self._state, numbers), self._chunks[0])
 
 
-def _is_mark(step: int) -> bool:
-    """Whether a step is 1, 2, 3 or 5 times a power of ten."""
-    return str(step).rstrip("0") in ("1", "2", "3", "5")
+def next_mark(step: int) -> int:
+    """The first step after this one that is one of ``MARKS`` times a power of ten.
+
+    >>> [next_mark(step) for step in (0, 10, 99, 1_000, 1_201)]
+    [1, 12, 100, 1200, 1500]
+    """
+    exponents = range(-1, len(str(step)))
+    marks = (mark * 10**n for n in exponents for mark in MARKS)
+    return next(int(mark) for mark in marks if mark > step and mark == int(mark))
 
 
 def _rollouts(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..config import as_config
+from ..locks import FolderInUseError
 from ..records import FAILED, is_finished, open_folder, write_json
 from .experiment import Experiment
 from .run import run
@@ -44,11 +45,13 @@ def sweep(
             runs them here, one after another.
 
     Raises:
-        ValueError: before anything is run, if a folder holds another run or other files, or if Ray
-            is asked for and not installed.
+        ValueError: before anything is run, if a folder holds another run or other files or is a
+            link, or if Ray is asked for and not installed.
     """
     folders = {name: (out / name).absolute() for name in experiments}
     for name, experiment in experiments.items():
+        if folders[name].is_symlink():
+            raise ValueError(f"folder must be no link in a sweep, but {folders[name]} is one")
         open_folder(folders[name], as_config(experiment), resume=True)
     spread = None if ray is None else _on_ray(ray)
 
@@ -73,10 +76,15 @@ def _one_after_another(runs: Runs) -> Reasons:
 
 
 def attempt(experiment: Experiment, folder: Path) -> str:
-    """Run or resume one experiment; returns why it failed, or nothing, and records that."""
-    (folder / FAILED).unlink(missing_ok=True)
+    """Run or resume one experiment; returns why it failed, or nothing, and records that.
+
+    In a folder that another process holds it leaves nothing.
+    """
     try:
         run(experiment, folder, resume=True)
+        (folder / FAILED).unlink(missing_ok=True)
+    except FolderInUseError as error:
+        return str(error)
     except Exception as error:
         return _failed(folder, error)
     return ""

@@ -33,6 +33,8 @@ class BestOfState(NamedTuple):
     members: tuple[GuardState, ...]
     records: Float[Array, " members"]
     """D of each."""
+    weights: Float[Array, " members"]
+    """W of each."""
     leader: Int[Array, ""]
     """The number of the guard that is followed."""
     checked: Int[Array, ""]
@@ -52,7 +54,8 @@ def best_of(
     On the same minibatches, for each guard j that runs in a cycle:
 
         d[j] <- mean_t F(path of j, i+t)          its training losses
-        D[j] <- decay D[j] + (1 - decay) d[j]
+        W[j] <- decay W[j] + 1
+        D[j] <- D[j] + (d[j] - D[j]) / W[j]        their mean, of which each cycle forgets a part
         x <- x[j] of the lowest D[j]
 
     Without ``share`` all run in every cycle. Then for any guards and at any time
@@ -105,7 +108,8 @@ def best_of(
         params = as_arrays(params)
         states = tuple(guard.init(params) for guard in members)
         records = jnp.full(len(members), jnp.nan, sum_dtype(params))
-        return start(params, BestOfState(states, records, jnp.int32(0), jnp.int32(0)))
+        weights = jnp.zeros_like(records)
+        return start(params, BestOfState(states, records, weights, jnp.int32(0), jnp.int32(0)))
 
     def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
         check_state(state, BestOfState)
@@ -122,8 +126,10 @@ def best_of(
             raise ValueError(f"guards must have the same nt, got {sorted(lengths)}")
         ran, now = jnp.array(runs), current(state, objective, states, decisions, runs)
         lost = ~(jnp.isfinite(now) & ran).any()  # a minibatch that is lost on all
+        counts = ran & ~lost
+        weights = jnp.where(counts, decay * inner.weights + 1, inner.weights)
         known = jnp.where(jnp.isnan(inner.records), now, inner.records)
-        records = jnp.where(ran & ~lost, decay * known + (1 - decay) * now, inner.records)
+        records = jnp.where(counts, known + (now - known) / weights, inner.records)
         sound = jnp.stack([is_sound(at.params, state.params) for at in states])
         fit = sound & (jnp.isfinite(records) | (jnp.isnan(inner.records) & ~ran))
         best = jnp.argmin(jnp.where(fit & ~jnp.isnan(records), records, jnp.inf))
@@ -138,6 +144,7 @@ def best_of(
                 for j, at in enumerate(states)
             ),
             records=jnp.where(fit, records, records[best]),
+            weights=jnp.where(fit, weights, weights[best]),
             leader=best.astype(jnp.int32),
             checked=following(inner.checked, nc),
         )
@@ -149,15 +156,17 @@ def best_of(
             learned_updates=sum(d.learned_updates for d in decisions),
         )
         minibatches = jnp.stack([at.minibatches for at in states])
-        i = jnp.where(ran, minibatches, 0).max()
+        begins = (ran & (minibatches < i)).any()  # at minibatch 0 again, for all of them
+        i = jnp.where(begins, 0, jnp.where(ran, minibatches, 0).max())
         return GuardState(x, advance(state.steps, lengths.pop()), i, after), decision
 
     def is_due(j: int, state: GuardState) -> Bool[Array, ""] | bool:
         """Whether a guard runs in this cycle."""
         if share is None:
             return True
-        at = state.inner.members[j]
-        return (state.inner.leader == j) | (at.steps <= share * state.steps)
+        dtype = state.inner.records.dtype
+        own, steps = (at.steps.astype(dtype) for at in (state.inner.members[j], state))
+        return (state.inner.leader == j) | (own <= share * steps)
 
     def current(
         state: GuardState,

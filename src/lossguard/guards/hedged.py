@@ -20,6 +20,7 @@ from .protocol import (
     as_arrays,
     check_state,
     following,
+    loss_dtype,
     start,
     sum_dtype,
     with_extra_args,
@@ -109,6 +110,7 @@ def hedged(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) ->
         check_state(state, HedgedState)
         check_stacked(objective, nt)
         inner, i, k = state.inner, state.minibatches, state.steps
+        loss_dtype(objective, state.params, i)  # refuses what is no loss
         gave_s = inner.regret > 0
         inner = inner._replace(
             relay=select(gave_s, inner.relay, lead_from(inner.relay, state.params)),
@@ -140,7 +142,8 @@ def hedged(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) ->
         leaves = inner.on_own & leg.taken_over
         away = jnp.where(runs, advance(inner.away, 1), 0)
         behind = jnp.where(gives_s, inner.behind + 1, 0)
-        back = known & ((behind >= jnp.maximum(LEAST, PATIENCE * away)) | jnp.isinf(regret))
+        patience = jnp.maximum(LEAST, PATIENCE * away.astype(regret.dtype))
+        back = known & ((behind.astype(regret.dtype) >= patience) | jnp.isinf(regret))
         after = HedgedState(
             relay=select(back, at(inner.relay, s, of_s.mean()), inner.relay),
             s=select(leaves, inner.relay.z, s),
@@ -168,9 +171,9 @@ def hedged(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) ->
             finite_learned=leg.fine_y,
             finite_fallback=leg.fine_z,
             winner=jnp.where(gives_s, OWN, winner).astype(jnp.int32),
-            gradients=nt * (jnp.int32(1) + leg.tried + runs),
+            gradients=nt * (1 + leg.tried.astype(jnp.int32) + runs.astype(jnp.int32)),
             forwards=jnp.int32(0),
-            learned_updates=(nt * (leg.learned_led | leg.tried)).astype(jnp.int32),
+            learned_updates=nt * (leg.learned_led | leg.tried).astype(jnp.int32),
         )
 
     return Guard(init, step)

@@ -101,7 +101,7 @@ def mean_losses(
     return jax.lax.fori_loop(0, nc, add, jnp.zeros(len(points), dtype)) / nc
 
 
-def is_fine(lane: Lane, losses: Float[Array, " nt"], before: Params) -> Bool[Array, ""]:
+def is_fine(lane: Lane, losses: Float[Array, "..."], before: Params) -> Bool[Array, ""]:
     """Whether a lane that ran has finite parameters (but for infinities of before) and losses."""
     return is_sound(lane.params, before) & all_finite(losses)
 

@@ -9,6 +9,8 @@ from .protocol import advance
 
 MEMORY = 0.7
 """Weight of the past in the smoothed loss, a cycle."""
+LONG_MEMORY = 0.95
+"""The same in the loss that is smoothed for longer."""
 
 
 class Progress(NamedTuple):
@@ -17,6 +19,8 @@ class Progress(NamedTuple):
     age: Int[Array, ""]
     recent: Float[Array, ""]
     """The smoothed loss."""
+    lasting: Float[Array, ""]
+    """The loss smoothed for longer."""
     earlier_age: Int[Array, ""]
     """A mark: between a quarter and half of the age; 0 until there is one."""
     earlier: Float[Array, ""]
@@ -29,18 +33,22 @@ class Progress(NamedTuple):
 def begin(loss: Float[Array, ""], age: Int[Array, ""] | int = 0) -> Progress:
     """A run that begins at a loss, as if at an age."""
     age = jnp.asarray(age, jnp.int32)
-    return Progress(age, loss, jnp.int32(0), loss, age, loss)
+    return Progress(age, loss, loss, jnp.int32(0), loss, age, loss)
 
 
 def add(progress: Progress, loss: Float[Array, ""], nt: int) -> Progress:
     """After a cycle of nt steps whose mean loss is given."""
     loss, first = loss.astype(progress.recent.dtype), progress.age == 0
-    recent = jnp.where(first, loss, MEMORY * progress.recent + (1 - MEMORY) * loss)
+    recent, lasting = (
+        jnp.where(first, loss, memory * before + (1 - memory) * loss)
+        for memory, before in ((MEMORY, progress.recent), (LONG_MEMORY, progress.lasting))
+    )
     age = advance(progress.age, nt)
     mark = age // 2 >= jnp.maximum(progress.later_age, nt)
     return Progress(
         age,
         recent,
+        lasting,
         jnp.where(mark, progress.later_age, progress.earlier_age),
         jnp.where(mark, progress.later, progress.earlier),
         jnp.where(mark, age, progress.later_age),

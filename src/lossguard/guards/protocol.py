@@ -33,7 +33,7 @@ class GuardState(NamedTuple):
     steps: Int[Array, ""]
     """k, optimizer steps taken so far (int32; it stays at 2^31 - 1)."""
     minibatches: Int[Array, ""]
-    """The number of the next minibatch (int32; after 2^31 - 1 it begins at 0 again)."""
+    """The number of the next minibatch (int32; near 2^31 - 1 it begins at 0 again)."""
     inner: PyTree
     """What the guard itself keeps: optimizer states and the like."""
 
@@ -148,8 +148,8 @@ def advance(count: Int[Array, ""], by: Int[Array, ""] | int) -> Int[Array, ""]:
 
 
 def following(i: Int[Array, ""], by: int) -> Int[Array, ""]:
-    """The number of the minibatch ``by`` later; after the largest it begins at 0 again."""
-    return jnp.where(i > LAST - by, 0, i + by).astype(jnp.int32)
+    """The number of the minibatch ``by`` later; 0 if a cycle from there would pass the largest."""
+    return jnp.where(i > LAST - 2 * by, 0, i + by).astype(jnp.int32)
 
 
 def with_extra_args(name: str, optimizer: Any) -> optax.GradientTransformationExtraArgs:

@@ -21,6 +21,7 @@ from .protocol import (
     as_arrays,
     check_state,
     following,
+    loss_dtype,
     start,
     sum_dtype,
     with_extra_args,
@@ -112,8 +113,10 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
         check_state(state, RecommendedState)
         check_stacked(objective, nt)
         inner, i, k = state.inner, state.minibatches, state.steps
+        loss_dtype(objective, state.params, i)  # refuses what is no loss
         x, leg = relay.step(lead_from(inner.relay, state.params), objective, i, k)
-        runs = ~inner.on_own & (inner.own_steps < share * k)
+        own_steps, steps = (n.astype(inner.of_x.dtype) for n in (inner.own_steps, k))
+        runs = ~inner.on_own & (own_steps < share * steps)
         s, of_s = train_if(runs, trusted, inner.s, objective, i, nt=nt, dtype=leg.losses.dtype)
         inner = settle(inner._replace(relay=x), s, leg, of_s, runs)
         decision = report(leg, inner, runs)
@@ -132,7 +135,7 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
         s = Lane(select(fine, s.params, inner.s.params), s.state)
         s = s._replace(state=renew_if_unsound(trusted, s.params, s.state))
         leaves = inner.on_own & leg.taken_over
-        looks = jnp.where(leaves, 0, inner.looks + (runs & fine))
+        looks = jnp.where(leaves, 0, jnp.where(runs & fine, inner.looks + 1, inner.looks))
         of_x, of_s = (
             jnp.where(looks <= 1, now, MEMORY * before + (1 - MEMORY) * now)
             for before, now in ((inner.of_x, leg.losses.mean()), (inner.of_s, of_s.mean()))
@@ -147,7 +150,7 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
             relay=select(back, at(inner.relay, s, of_s), inner.relay),
             s=select(leaves, inner.relay.z, s),
             on_own=on_own,
-            own_steps=advance(inner.own_steps, nt * (inner.on_own | runs)),
+            own_steps=advance(inner.own_steps, jnp.where(inner.on_own | runs, nt, 0)),
             looks=looks,
             of_x=of_x,
             of_s=of_s,
@@ -155,7 +158,7 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
 
     def report(leg: Leg, inner: RecommendedState, runs: Bool[Array, ""]) -> Decision:
         ran_y = leg.learned_led | leg.tried
-        lanes = jnp.int32(1) + leg.tried + runs
+        lanes = 1 + leg.tried.astype(jnp.int32) + runs.astype(jnp.int32)
         leads = inner.relay.learned_leads
         winner = jnp.where(leads, LEARNED, jnp.where(inner.on_own, OWN, FALLBACK))
         return Decision(
@@ -168,7 +171,7 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
             winner=winner.astype(jnp.int32),
             gradients=nt * lanes,
             forwards=jnp.int32(0),
-            learned_updates=(nt * ran_y).astype(jnp.int32),
+            learned_updates=nt * ran_y.astype(jnp.int32),
         )
 
     return Guard(init, step)

@@ -25,6 +25,14 @@ PART = 0.6
 """The length of a trial, as a part of what trials may have cost by then."""
 YOUTH = 16
 """k / 16 is the age that y is taken for when it takes over."""
+SETTLED = 4
+"""Cycles before a lead of y is judged by its loss."""
+RISE = 0.5
+"""The part by which the loss may be above that at the snapshot."""
+GAIN = 0.2
+"""The part by which it has to be below it for the snapshot to move."""
+YOUNG_GAIN = 0.5
+"""The same until the lead of y is known for longer."""
 LEAST = 10
 """Optimizer steps of a trial, at least."""
 
@@ -68,9 +76,10 @@ class Relay:
 
     - While z leads, y is tried from time to time, from x with a fresh state: in at most ``share``
       of the steps, and sqrt(k) more. It leads if it wins (``trial.py``).
-    - y leads while its smoothed loss falls by a power of at least 1/4 of its age. Then z goes on
-      from there, or from the snapshot if the loss is more than twice what it was there.
-    - The snapshot is where z was when y took over. It moves to x whenever the loss has halved.
+    - y leads while its smoothed loss falls by a power of at least 1/4 of its age, and is not 1.5
+      times what it was at the snapshot. Then z goes on: from x, or, after a rise, from there.
+    - The snapshot is where z was when y took over. It moves to x when the loss is a fifth
+      lower, at first half as high.
     """
 
     learned: Optimizer
@@ -102,8 +111,8 @@ class Relay:
         tried = trial.length > 0
         z_after, of_z = train_if(~leads, self.fallback, state.z, objective, i, nt=nt, dtype=dtype)
         y_after, of_y = train_if(leads | tried, self.learned, y, objective, i, nt=nt, dtype=dtype)
-        fine_y = is_fine(y_after, jnp.where(leads | tried, of_y, 0), y.params)
-        fine_z = is_fine(z_after, jnp.where(leads, 0, of_z), state.z.params)
+        fine_y = ~(leads | tried) | is_fine(y_after, of_y, y.params)
+        fine_z = leads | is_fine(z_after, of_z, state.z.params)
         z_after = Lane(
             select(fine_z, z_after.params, state.z.params),
             select(leads, advance_schedules(z_after.state, nt), z_after.state),
@@ -117,7 +126,10 @@ class Relay:
         progress = progresses.add(state.progress, losses.mean(), nt)
         progress = select(fine, progress, state.progress)
         now = state._replace(
-            y=y_after, z=z_after, progress=progress, tried=advance(state.tried, nt * tried)
+            y=y_after,
+            z=z_after,
+            progress=progress,
+            tried=advance(state.tried, jnp.where(tried, nt, 0)),
         )
         trial = trials.add(trial, of_y, losses)
         now, taken_over = self._end_trial(now, trial, of_y, fine_y, fine_z, k)
@@ -134,15 +146,17 @@ class Relay:
 
     def _begin_trial(self, state: RelayState, k: Int[Array, ""]) -> tuple[Lane, Trial]:
         """y at x with a fresh state, if a trial is due; and the trial."""
-        budget = self.share * k + jnp.sqrt(k.astype(state.level.dtype))
+        steps, tried = (count.astype(state.level.dtype) for count in (k, state.tried))
         least = -(-LEAST // self.nt)
-        length = jnp.maximum(least, jnp.round(PART * self.share * k / self.nt))
-        due = (state.tried + length * self.nt <= budget) | (k == 0)
+        length = jnp.maximum(least, jnp.round(PART * self.share * steps / self.nt))
+        due = (tried + length * self.nt <= self.share * steps + jnp.sqrt(steps)) | (k == 0)
         begins = due & ~state.learned_leads & (state.trial.length == 0)
         x = state.z.params
         fresh = keep_schedules(self.learned.init(x), state.y.state)
         unknown = state.progress.age == 0
-        trial = trials.begin(length, jnp.where(unknown, jnp.nan, state.progress.recent))
+        trial = trials.begin(
+            length.astype(jnp.int32), jnp.where(unknown, jnp.nan, state.progress.recent)
+        )
         return select(begins, (Lane(x, fresh), trial), (state.y, state.trial))
 
     def _end_trial(
@@ -163,7 +177,7 @@ class Relay:
         began = progresses.begin(of_y.mean(), k // YOUTH)
         after = state._replace(
             learned_leads=state.learned_leads | won,
-            level=jnp.where(won, state.progress.recent, state.level),
+            level=jnp.where(won, state.progress.lasting, state.level),
             progress=select(won, began, state.progress),
             trial=select(over, none, trial),
         )
@@ -171,23 +185,24 @@ class Relay:
 
     def _keep_or_hand_over(self, state: RelayState, fine: Bool[Array, ""]) -> RelayState:
         """After a cycle that y led: it leads on, or z goes on from x or from the snapshot."""
-        recent, level = state.progress.recent, state.level
+        now, level = state.progress.lasting, state.level
         young = state.progress.earlier_age == 0
-        worse = (
-            young
-            & (state.progress.age >= state.progress.later_age + 4 * self.nt)
-            & (recent > level)
-        )
-        ends = ~fine | worse | (progresses.rate(state.progress) < STALL)
-        halved = fine & ~ends & (recent < level - jnp.abs(level) / 2)
-        from_x = halved | (ends & fine & (recent <= level + jnp.abs(level)))
+        settled = state.progress.age >= state.progress.later_age + SETTLED * self.nt
+        worse = young & settled & (state.progress.recent > level)
+        risen = now > level + RISE * jnp.abs(level)
+        ends = ~fine | worse | risen | (progresses.rate(state.progress) < STALL)
+        gain = jnp.where(young, YOUNG_GAIN, GAIN)
+        better = fine & ~ends & (now < level - gain * jnp.abs(level))
+        from_x = better | (ends & fine & ~risen)
         z = state.z._replace(params=select(from_x, state.y.params, state.z.params))
         # z's path goes on from where y has come to: from there it is fast or slow again.
-        progress = select(ends, progresses.begin(jnp.where(from_x, recent, level)), state.progress)
+        progress = select(
+            ends, progresses.begin(jnp.where(from_x, state.progress.recent, level)), state.progress
+        )
         return state._replace(
             z=z,
             learned_leads=~ends,
-            level=jnp.where(halved, recent, level),
+            level=jnp.where(better, now, level),
             progress=progress,
         )
 

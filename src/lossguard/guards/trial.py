@@ -36,7 +36,7 @@ def none(dtype: jnp.dtype) -> Trial:
 def begin(length: Int[Array, ""], bound: Float[Array, ""]) -> Trial:
     """A trial of so many cycles."""
     fresh = none(bound.dtype)
-    return fresh._replace(length=length.astype(jnp.int32), bound=bound)
+    return fresh._replace(length=length, bound=bound)
 
 
 def add(trial: Trial, challenger: Float[Array, " nt"], leader: Float[Array, " nt"]) -> Trial:

@@ -9,10 +9,14 @@ import numpy as np
 import optax
 from safetensors.numpy import save
 
+from .. import checksums
 from ..files import write_whole
 from ..validation import check_positive
 from .lstm import LSTMLayer, LSTMWeights, lstm_optimizer
 from .weights_file import NEEDED, layer_names, path_of, read_weights
+
+TAKEN = (*NEEDED, checksums.NAME)
+"""Names of metadata that aren't free."""
 
 
 class LearnedOptimizer(NamedTuple):
@@ -71,7 +75,7 @@ def save_weights(
 ) -> None:
     """Write weights with everything that makes them usable; a file of that name is replaced.
 
-    The file appears whole or not at all.
+    The file appears whole or not at all, with a checksum that ``load_weights`` verifies.
 
     Args:
         path: where to, usually ``<name>.safetensors``.
@@ -101,9 +105,9 @@ def save_weights(
             raise ValueError(f"weights must be finite, but {name} is not")
     check_positive(p=p, scale=scale)
     for name, value in made.items():
-        if name in NEEDED or not isinstance(name, str) or not isinstance(value, str):
+        if name in TAKEN or not isinstance(name, str) or not isinstance(value, str):
             raise ValueError(
-                f"made must map strings other than {', '.join(NEEDED)} to strings, "
+                f"made must map strings other than {', '.join(TAKEN)} to strings, "
                 f"got {name!r}: {value!r}"
             )
     about = {
@@ -113,7 +117,9 @@ def save_weights(
         "p": repr(float(p)),
         "scale": repr(float(scale)),
     }
-    write_whole(path, save(tensors, {**about, **made}), "the weights")
+    about |= made
+    about[checksums.NAME] = checksums.of_arrays(tensors, about)
+    write_whole(path, save(tensors, about), "the weights")
 
 
 def _as_tensors(weights: LSTMWeights) -> dict[str, np.ndarray]:

@@ -7,7 +7,8 @@ Tensors have the names and shapes of a PyTorch module whose attributes ``lstm`` 
     the same as far as l{K-1}, with weight_ih [4H, H]       linear.weight [1, H], linear.bias [1]
 
 Metadata, all strings: ``architecture`` = "lstm", ``hidden`` = H, ``layers`` = K, ``p``, ``scale``,
-and how the weights were made, under whatever names. Nothing here imports JAX or PyTorch.
+``sha256``, the checksum of all that is in the file, and how the weights were made, under whatever
+names. A file that another program wrote may lack the checksum. Nothing here imports JAX or PyTorch.
 """
 
 import os
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from .. import checksums
 from ..validation import check_positive, one_of
 
 SUFFIX = ".safetensors"
@@ -68,6 +70,8 @@ def path_of(name: str | os.PathLike[str]) -> Path:
 def read_weights(path: str | os.PathLike[str]) -> WeightsFile:
     """Read a file, and check that it is what this module describes.
 
+    The checksum is verified, if the file has one.
+
     Raises:
         ValueError: if the file is damaged, is not what this module describes, or holds a weight
             that is not finite.
@@ -82,6 +86,8 @@ def read_weights(path: str | os.PathLike[str]) -> WeightsFile:
             hidden, layers, p, scale = _read_metadata(about)
             _check_tensors(file, hidden, layers)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if about.pop(checksums.NAME, None) not in (None, checksums.of_arrays(tensors, about)):
+            raise ValueError("its content is not that of its SHA-256")
         for name, tensor in tensors.items():
             if not np.isfinite(tensor).all():
                 raise ValueError(f"its tensor {name} is not finite")

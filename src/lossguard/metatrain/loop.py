@@ -1,8 +1,9 @@
 """Meta-training: many meta-steps, validated, resumable; the best weights by validation are kept."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -17,7 +18,7 @@ from ..checkpoints import Checkpoints
 from ..config import as_config
 from ..learned.lstm import LSTMWeights, init_lstm_weights, lstm_optimizer
 from ..learned.pretrained import save_weights
-from ..progress import Progress
+from ..progress import Progress, stopping_at_interrupt
 from ..tasks.datasets import load_dataset
 from ..tasks.models import MLP, ConvNet
 from ..tasks.task import Task
@@ -38,6 +39,8 @@ COUNTS = (
 """What must be at least 1."""
 LENGTHS = ("truncation", "validation_steps")
 """What must be at least 2: the first loss is before the learned optimizer has done anything."""
+SAVE_SECONDS = 60.0
+"""Between two checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -109,25 +112,43 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
 
     Leaves ``config.json``, ``manifest.json``, ``curves.parquet`` (columns ``meta_step``,
     ``meta_loss``, ``gradient_norm``, ``validation``: [validation_steps] mean losses a step, and
-    ``validation_NAME`` on each of ``others``) and ``weights.safetensors`` in the folder. Stopped by
-    Ctrl-C or killed, it goes on with ``resume`` from the last validation, with the same result as
-    without the stop; of one that is finished nothing is written again.
+    ``validation_NAME`` on each of ``others``) and ``weights.safetensors`` in the folder. It saves
+    once a minute, and when it is stopped by Ctrl-C or SIGTERM. Then, or killed, it goes on with
+    ``resume``, with the same result as without the stop; of one that is finished nothing is written
+    again.
 
     Raises:
-        ValueError: if the folder holds another run, or this one and ``resume`` is false, or the
-            config names a data set that does not exist, has a number out of range or holds what
-            JSON can't, or if every validation diverged.
+        ValueError: if the folder holds another run, or this one and ``resume`` is false, or another
+            process writes to it, or the data changed since it was started, or the config names a
+            data set that does not exist, has a number out of range or holds what JSON can't, or if
+            every validation diverged.
     """
     _check(config)
-    task, others = config.task(), config.other_tasks()
-    for each in (task, *others.values()):
-        _trace_loss(each)
-    records.open_folder(folder, as_config(config), resume=resume)
-    if records.is_finished(folder):
-        return folder / WEIGHTS
-    made = records.start(folder, data=task.dataset.note)
+    with stopping_at_interrupt() as stopped:
+        task, others = config.task(), config.other_tasks()
+        for each in (task, *others.values()):
+            _trace_loss(each)
+        if stopped():
+            raise KeyboardInterrupt
+        with records.hold_folder(folder, as_config(config), resume=resume) as finished:
+            if not finished:
+                _metatrain(config, task, others, folder, stopped)
+    return folder / WEIGHTS
+
+
+def _metatrain(
+    config: MetaTraining,
+    task: Task,
+    others: dict[str, Task],
+    folder: Path,
+    stopped: Callable[[], bool],
+) -> None:
+    """All of it, and what it leaves."""
+    inputs = {"the data": task.dataset.checksum()}
+    inputs |= {f"the data of {name}": other.dataset.checksum() for name, other in others.items()}
+    made = records.start(folder, data=task.dataset.note, inputs=inputs)
     checkpoints = Checkpoints(folder / "checkpoints")
-    state, table, seconds = _train_to_the_end(config, task, others, checkpoints)
+    state, table, seconds = _train_to_the_end(config, task, others, checkpoints, stopped)
     records.write_parquet(folder / records.CURVES, table)
     if not np.isfinite(state.best_validation):
         raise ValueError(f"no validation of {config.name} was finite: there are no weights to keep")
@@ -142,7 +163,6 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
     save_weights(folder / WEIGHTS, state.best, p=config.p, scale=config.scale, made=provenance)
     records.finish(folder, made)
     checkpoints.delete()
-    return folder / WEIGHTS
 
 
 def _check(config: MetaTraining) -> None:
@@ -167,43 +187,63 @@ def _trace_loss(task: Task) -> None:
 
 
 def _train_to_the_end(
-    config: MetaTraining, task: Task, others: dict[str, Task], checkpoints: Checkpoints
+    config: MetaTraining,
+    task: Task,
+    others: dict[str, Task],
+    checkpoints: Checkpoints,
+    stopped: Callable[[], bool],
 ) -> tuple[MetaState, pl.DataFrame, float]:
     """All meta-steps from the last checkpoint on: the state after them, the curves, the seconds."""
     start_key, train_key, validation_key = jax.random.split(jax.random.key(config.seed), 3)
-    state, table, done, before = _start(config, task, start_key), None, 0, jnp.float32(0)
-    if (found := checkpoints.latest((state, before))) is not None:
-        done, (state, before), table = found
-    seconds = before
+    every = config.validate_every
+    state, table, done, before = _start(config, task, start_key), pl.DataFrame(), 0, jnp.float32(0)
+    seen = np.zeros((2, every), np.float32)  # losses and gradient norms since the last validation
+    if (found := checkpoints.latest((state, jnp.asarray(seen), before))) is not None:
+        done, (state, seen, before), table = found
+        seen = np.array(seen)
+    first = "" if done else "compiling"
 
-    with Progress(config.name, total=config.meta_steps, done=done, unit="meta-steps") as progress:
+    with Progress(
+        config.name, total=config.meta_steps, done=done, unit="meta-steps", first=first
+    ) as progress:
+        saved = 0.0
         while done < config.meta_steps:
-            steps = min(config.validate_every, config.meta_steps - done)
-            state, losses, norms = _train(
-                config, task, state, jax.random.fold_in(train_key, done), jnp.int32(done), steps
-            )
-            done += steps
-            validation = np.asarray(_validate(config, task, state.weights, validation_key))
-            state = _keep_best(state, jnp.float32(validation.mean()))
-            row = {
-                "meta_step": [done],
-                "meta_loss": [float(losses.mean())],
-                "gradient_norm": [float(norms.mean())],
-                "validation": validation[None],
-            } | {
-                f"validation_{name}": np.asarray(
-                    _validate(config, other, state.weights, validation_key)
-                )[None]
-                for name, other in others.items()
-            }
-            rows = pl.DataFrame(row)
-            table = rows if table is None else pl.concat([table, rows], how="vertical_relaxed")
-            seconds = before + progress.seconds
-            checkpoints.save(done, (state, seconds), table)
-            best = float(state.best_validation)
-            progress.advance(steps, validation=float(validation.mean()), best=best)
-    assert table is not None
-    return state, table, float(seconds)
+            begun, within = done - done % every, done % every
+            steps = min(every, config.meta_steps - begun)
+            keys = jax.random.split(jax.random.fold_in(train_key, begun), steps)
+            key = keys[jnp.int32(within)]  # by a plain one, each index is compiled
+            state, loss, norm = _meta_step(config, task, state, key, jnp.int32(done))
+            seen[:, within] = float(loss), float(norm)
+            done += 1
+            if within + 1 == steps:
+                state, row = _validated(config, task, others, state, validation_key)
+                means = seen[:, :steps].mean(axis=1).tolist()
+                means = {"meta_step": done, "meta_loss": means[0], "gradient_norm": means[1]}
+                rows = [table] * (done > every) + [pl.DataFrame(means | row)]
+                table = pl.concat(rows, how="vertical_relaxed")
+            progress.advance(1, loss=float(loss), best=float(state.best_validation))
+            if stopped() or done == config.meta_steps or progress.seconds - saved > SAVE_SECONDS:
+                saved = progress.seconds
+                checkpoints.save(done, (state, jnp.asarray(seen), before + saved), table)
+            if stopped() and done < config.meta_steps:
+                raise KeyboardInterrupt
+        seconds = float(before) + progress.seconds
+    return state, table, seconds
+
+
+def _validated(
+    config: MetaTraining,
+    task: Task,
+    others: dict[str, Task],
+    state: MetaState,
+    key: PRNGKeyArray,
+) -> tuple[MetaState, dict[str, Any]]:
+    """The state with the best weights so far, and the validation's columns of a row."""
+    validation = np.asarray(_validate(config, task, state.weights, key))
+    row = {"validation": validation[None]}
+    for name, other in others.items():
+        row[f"validation_{name}"] = np.asarray(_validate(config, other, state.weights, key))[None]
+    return _keep_best(state, jnp.float32(validation.mean())), row
 
 
 def _start(config: MetaTraining, task: Task, key: PRNGKeyArray) -> MetaState:
@@ -243,30 +283,19 @@ def _fresh(
 
 
 @eqx.filter_jit
-def _train(
-    config: MetaTraining, task: Task, state: MetaState, key: PRNGKeyArray, done: Array, steps: int
-) -> tuple[MetaState, Array, Array]:
-    """``steps`` meta-steps in one compiled loop: the state after them, losses, gradient norms."""
-    meta_optimizer = _meta_optimizer(config)
-
-    def step(
-        state: MetaState, key_and_done: tuple[PRNGKeyArray, Array]
-    ) -> tuple[MetaState, tuple[Array, Array]]:
-        key, done = key_and_done
-        losses, gradient, optimizees = meta_gradient(
-            config.optimizer, task, state.weights, state.optimizees, config.truncation
-        )
-        updates, adam = meta_optimizer.update(gradient, state.adam, state.weights)
-        weights = optax.apply_updates(state.weights, updates)
-        fresh = _fresh(config, task, config.optimizer(state.weights), key, done)
-        optimizees = restart_finished(optimizees, fresh)
-        state = state._replace(weights=weights, adam=adam, optimizees=optimizees)
-        return state, (losses.mean(), optax.tree.norm(gradient))
-
-    state, (losses, norms) = jax.lax.scan(
-        step, state, (jax.random.split(key, steps), done + jnp.arange(steps))
+def _meta_step(
+    config: MetaTraining, task: Task, state: MetaState, key: PRNGKeyArray, done: Array
+) -> tuple[MetaState, Float[Array, ""], Float[Array, ""]]:
+    """One meta-step: the state after it, the loss, the norm of the meta-gradient."""
+    losses, gradient, optimizees = meta_gradient(
+        config.optimizer, task, state.weights, state.optimizees, config.truncation
     )
-    return state, losses, norms
+    updates, adam = _meta_optimizer(config).update(gradient, state.adam, state.weights)
+    weights = optax.apply_updates(state.weights, updates)
+    fresh = _fresh(config, task, config.optimizer(state.weights), key, done)
+    optimizees = restart_finished(optimizees, fresh)
+    state = state._replace(weights=weights, adam=adam, optimizees=optimizees)
+    return state, losses.mean(), optax.tree.norm(gradient)
 
 
 @eqx.filter_jit

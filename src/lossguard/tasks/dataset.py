@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
+from .. import checksums
+
 
 class Split(eqx.Module):
     """Examples and the class of each."""
@@ -47,6 +49,16 @@ class Dataset(eqx.Module):
     def normalize(self, inputs: Shaped[Array, "..."]) -> Float[Array, "..."]:
         """Raw inputs of shape [..., *shape] as the model sees them: (inputs - offset) scale."""
         return (inputs.astype(jnp.float32) - self.offset) * self.scale
+
+    def checksum(self) -> str:
+        """SHA-256 of both splits and of how they are scaled."""
+        arrays = {
+            f"{name} {part}": np.asarray(getattr(getattr(self, name), part))
+            for name in ("train", "test")
+            for part in ("inputs", "labels")
+        }
+        arrays |= {"offset": np.asarray(self.offset), "scale": np.asarray(self.scale)}
+        return checksums.of_arrays(arrays, {"classes": str(self.classes)})
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from ..extras import needed
 from ..validation import check_choice, check_count
 from .dataset import PIXEL_SCALINGS, Dataset, make_dataset
-from .parquet import ImageSource, SplitSource, load_images
+from .image_source import ImageSource, SplitSource
 
 
 def digits(*, test_samples: int = 360, seed: int = 0, scaling: str = "unit") -> Dataset:
@@ -18,7 +19,8 @@ def digits(*, test_samples: int = 360, seed: int = 0, scaling: str = "unit") -> 
     Raises:
         ValueError: if an argument is out of range.
     """
-    from sklearn.datasets import load_digits  # takes a second to import
+    with needed("the data set digits"):  # takes a second to import
+        from sklearn.datasets import load_digits
 
     check_choice("scaling", scaling, PIXEL_SCALINGS)
     bunch: Any = load_digits()
@@ -165,6 +167,9 @@ def _images(
     source: ImageSource, scaling: str, *, selected: Sequence[int] | None = None, note: str = ""
 ) -> Dataset:
     check_choice("scaling", scaling, PIXEL_SCALINGS)
+    with needed(f"the data set {source.name}"):
+        from .parquet import load_images
+
     train, test, encoding = load_images(source, selected)
     return make_dataset(
         train,

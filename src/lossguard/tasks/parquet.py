@@ -9,7 +9,6 @@ import hashlib
 import io
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,39 +20,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from .image_source import ImageSource, SplitSource
+
 VARIABLE = "LOSSGUARD_DATA"
-
-
-@dataclass(frozen=True)
-class SplitSource:
-    """What one split must hold."""
-
-    stem: str
-    """Its file is ``<stem>.parquet``, or the hub's ``<stem>-00000-of-00001.parquet``."""
-    examples: int
-    """Number of images; the same number of every class unless a digest is given."""
-    sha256: str | None = None
-    """Of the bytes of the decoded images and of the labels (little-endian int32), for data sets
-    that are distributed without loss."""
-
-
-@dataclass(frozen=True)
-class ImageSource:
-    """Where an image data set comes from, and what must arrive."""
-
-    name: str
-    """The folder under ``LOSSGUARD_DATA``."""
-    repository: str | None
-    """On the hub; None where the hub doesn't have it."""
-    folder: str
-    """In the repository."""
-    shape: tuple[int, int, int]
-    """(height, width, channels) in pixels."""
-    classes: int
-    train: SplitSource
-    test: SplitSource
-    encoding: str = "PNG"
-    """Of the original images, "PNG" or "JPEG"."""
 
 
 class Images(NamedTuple):

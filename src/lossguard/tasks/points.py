@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ..extras import needed
 from ..validation import check_choice, check_count, check_positive, check_real
 from .dataset import POINT_SCALINGS, Dataset, make_dataset
 
@@ -79,7 +80,8 @@ def circles(
     Raises:
         ValueError: if an argument is out of range.
     """
-    from sklearn.datasets import make_circles  # takes a second to import
+    with needed("the data set circles"):  # takes a second to import
+        from sklearn.datasets import make_circles
 
     _check_points(samples, test_samples, noise, seed, scaling)
     check_real("factor", factor, "at least 0 and below 1", lambda v: 0 <= v < 1)
@@ -109,7 +111,8 @@ def moons(
     Raises:
         ValueError: if an argument is out of range.
     """
-    from sklearn.datasets import make_moons  # takes a second to import
+    with needed("the data set moons"):  # takes a second to import
+        from sklearn.datasets import make_moons
 
     _check_points(samples, test_samples, noise, seed, scaling)
     train_seed, test_seed = _two_seeds(seed)

@@ -3,6 +3,11 @@
 >>> from lossguard.torch import Recommended
 """
 
+import lossguard.extras
+
+with lossguard.extras.needed("lossguard.torch"):
+    import torch  # noqa: F401 - before what needs it and knows no extras
+
 from lossguard.torch.best_of import BestOf as BestOf
 from lossguard.torch.decision import Decision as Decision
 from lossguard.torch.hedged import Hedged as Hedged
@@ -10,6 +15,8 @@ from lossguard.torch.loss_guard import LossGuard as LossGuard
 from lossguard.torch.lstm import LSTMOptimizer as LSTMOptimizer
 from lossguard.torch.recommended import Recommended as Recommended
 from lossguard.torch.residual_guard import ResidualGuard as ResidualGuard
+from lossguard.torch.rewind import Rewind as Rewind
+from lossguard.torch.rewind import RewindEvent as RewindEvent
 from lossguard.torch.sequences import TrackingSequence as TrackingSequence
 from lossguard.torch.sequences import arithmetic_average as arithmetic_average
 from lossguard.torch.sequences import ema as ema

@@ -24,7 +24,8 @@ class BestOf(Guard):
     On the same minibatches, for each optimizer j that runs in a cycle:
 
         d[j] <- mean_t F(w[j], i+t)          its training losses
-        D[j] <- decay D[j] + (1 - decay) d[j]
+        W[j] <- decay W[j] + 1
+        D[j] <- D[j] + (d[j] - D[j]) / W[j]  their mean, of which each cycle forgets a part
         model <- w[j] of the lowest D[j]
 
     Without ``share`` all run in every cycle. Then for any optimizers and at any time
@@ -110,6 +111,7 @@ class BestOf(Guard):
         )
         self.records = [math.nan] * len(names)
         """D of each."""
+        self._weight = [0.0] * len(names)
         self._taken, self._checked = [0] * len(names), 0
         self._all = list(self._lanes.values())
 
@@ -153,7 +155,9 @@ class BestOf(Guard):
         ran = [lane.name in seen for lane in self._all]
         before = list(self.records)
         if any(map(math.isfinite, d)):  # else the minibatches are lost on all
-            self.records = [self._record(*of) for of in zip(ran, before, d, strict=True)]
+            for k, here in enumerate(ran):
+                if here:
+                    self._record(k, d[k])
         fit = [
             (not here or seen[lane.name].finite)
             and (math.isfinite(record) or (math.isnan(old) and not here))
@@ -170,9 +174,8 @@ class BestOf(Guard):
                 lane.start_at(x)
                 lane.take_scale(self._all[best])
                 lane.forget()
-        self.records = [
-            r if f else self.records[best] for f, r in zip(fit, self.records, strict=True)
-        ]
+        for row in (self.records, self._weight):
+            row[:] = [one if f else row[best] for f, one in zip(fit, row, strict=True)]
         followed = seen.get(str(best))
         self._lead(self._all[best])
         return Decision(
@@ -188,16 +191,18 @@ class BestOf(Guard):
             learned_updates=self.nt * len(seen),
         )
 
-    def _record(self, ran: bool, old: float, d: float) -> float:
-        if not ran:
-            return old
-        return d if math.isnan(old) else self.decay * old + (1 - self.decay) * d
+    def _record(self, k: int, d: float) -> None:
+        self._weight[k] = self.decay * self._weight[k] + 1
+        known = d if math.isnan(self.records[k]) else self.records[k]
+        self.records[k] = known + (d - known) / self._weight[k]
 
     def _numbers(self) -> dict[str, Any]:
-        return clone({"records": self.records, "taken": self._taken, "checked": self._checked})
+        rows = {"records": self.records, "weight": self._weight, "taken": self._taken}
+        return clone({**rows, "checked": self._checked})
 
     def _read(self, numbers: dict[str, Any]) -> Any:
-        return list(numbers["records"]), list(numbers["taken"]), numbers["checked"]
+        rows = (list(numbers[name]) for name in ("records", "weight", "taken"))
+        return *rows, numbers["checked"]
 
     def _set_rules(self, rules: Any) -> None:
-        self.records, self._taken, self._checked = rules
+        self.records, self._weight, self._taken, self._checked = rules

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 MEMORY = 0.7
 """Weight of the past in the smoothed loss, a cycle."""
+LONG_MEMORY = 0.95
+"""The same in the loss that is smoothed for longer."""
 
 
 class Progress(NamedTuple):
@@ -13,6 +15,7 @@ class Progress(NamedTuple):
     Attributes:
         age: steps.
         recent: the smoothed loss.
+        lasting: the loss smoothed for longer.
         earlier_age: a mark: between a quarter and half of the age; 0 until there is one.
         earlier: the smoothed loss there.
         later_age: the next mark: between half of the age and all of it.
@@ -21,6 +24,7 @@ class Progress(NamedTuple):
 
     age: int
     recent: float
+    lasting: float
     earlier_age: int
     earlier: float
     later_age: int
@@ -29,16 +33,19 @@ class Progress(NamedTuple):
 
 def begin(loss: float, age: int = 0) -> Progress:
     """A run that begins at a loss, as if at an age."""
-    return Progress(age, loss, 0, loss, age, loss)
+    return Progress(age, loss, loss, 0, loss, age, loss)
 
 
 def add(progress: Progress, loss: float, nt: int) -> Progress:
     """After a cycle of nt steps whose mean loss is given."""
     age = progress.age + nt
-    recent = MEMORY * progress.recent + (1 - MEMORY) * loss if progress.age else loss
+    recent, lasting = (
+        memory * before + (1 - memory) * loss if progress.age else loss
+        for memory, before in ((MEMORY, progress.recent), (LONG_MEMORY, progress.lasting))
+    )
     if age // 2 < max(progress.later_age, nt):
-        return progress._replace(age=age, recent=recent)
-    return Progress(age, recent, progress.later_age, progress.later, age, recent)
+        return progress._replace(age=age, recent=recent, lasting=lasting)
+    return Progress(age, recent, lasting, progress.later_age, progress.later, age, recent)
 
 
 def rate(progress: Progress) -> float:
@@ -46,7 +53,7 @@ def rate(progress: Progress) -> float:
 
     Where losses are not positive: 1 if the loss has fallen, 0 if it has not.
 
-    >>> rate(Progress(age=40, recent=0.5, earlier_age=10, earlier=1.0, later_age=20, later=0.7))
+    >>> rate(Progress(40, 0.5, 0.5, earlier_age=10, earlier=1.0, later_age=20, later=0.7))
     0.5
     """
     now, then = progress.recent, progress.earlier

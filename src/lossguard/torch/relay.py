@@ -22,6 +22,14 @@ PART = 0.6
 """The length of a trial, as a part of what trials may have cost by then."""
 YOUTH = 16
 """k / 16 is the age that y is taken for when it takes over."""
+SETTLED = 4
+"""Cycles before a lead of y is judged by its loss."""
+RISE = 0.5
+"""The part by which the loss may be above that at the snapshot."""
+GAIN = 0.2
+"""The part by which it has to be below it for the snapshot to move."""
+YOUNG_GAIN = 0.5
+"""The same until the lead of y is known for longer."""
 LEAST = 10
 """Optimizer steps of a trial, at least."""
 
@@ -74,9 +82,10 @@ class Relay:
 
     - While z leads, y is tried from time to time, from x with a fresh state: in at most ``share``
       of the steps, and sqrt(k) more. It leads if it wins (``trial.py``).
-    - y leads while its smoothed loss falls by a power of at least 1/4 of its age. Then z goes on
-      from there, or from the snapshot if the loss is more than twice what it was there.
-    - The snapshot is where z was when y took over. It moves to x whenever the loss has halved.
+    - y leads while its smoothed loss falls by a power of at least 1/4 of its age, and is not 1.5
+      times what it was at the snapshot. Then z goes on: from x, or, after a rise, from there.
+    - The snapshot is where z was when y took over. It moves to x when the loss is a fifth
+      lower, at first half as high.
     """
 
     def __init__(self, y: Lane, z: Lane, nt: int, share: float) -> None:
@@ -127,7 +136,7 @@ class Relay:
             taken_over = fine_y and (won or not fine_z)
             if taken_over:
                 began = progresses.begin(mean(of_y), k // YOUTH)
-                level = state.progress.recent
+                level = state.progress.lasting
                 state = state._replace(learned_leads=True, level=level, progress=began, trial=None)
             elif lost or not fine_y:
                 state = state._replace(trial=None)
@@ -162,20 +171,23 @@ class Relay:
     def _keep_or_hand_over(self, state: State, fine: bool) -> State:
         """After a cycle that y led: it leads on, or z goes on from x or from the snapshot."""
         progress, level = state.progress, state.level
-        recent, young = progress.recent, progress.earlier_age == 0
-        worse = young and progress.age >= progress.later_age + 4 * self.nt and recent > level
-        ends = not fine or worse or progresses.rate(progress) < STALL
-        halved = not ends and recent < level - abs(level) / 2
-        from_x = halved or (ends and fine and recent <= level + abs(level))
+        now, young = progress.lasting, progress.earlier_age == 0
+        settled = progress.age >= progress.later_age + SETTLED * self.nt
+        worse = young and settled and progress.recent > level
+        risen = now > level + RISE * abs(level)
+        ends = not fine or worse or risen or progresses.rate(progress) < STALL
+        gain = YOUNG_GAIN if young else GAIN
+        better = not ends and now < level - gain * abs(level)
+        from_x = better or (ends and fine and not risen)
         if from_x:
             self.z.start_at(self.y.point)
             self.z.take_scale(self.y)
-        if halved:
-            return state._replace(level=recent)
+        if better:
+            return state._replace(level=now)
         if not ends:
             return state
         # z's path goes on from where y has come to: from there it is fast or slow again.
-        began = progresses.begin(recent if from_x else level)
+        began = progresses.begin(progress.recent if from_x else level)
         return state._replace(learned_leads=False, progress=began)
 
 

@@ -1,0 +1,304 @@
+"""A run that spikes or diverges goes back to where it was good, and goes on more carefully.
+
+A composition of two parts: the alarm says when the run has become worse, snapshots where to go
+back to. Letters: T calls of ``update``, B = window / 4 steps a block.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ..validation import check_count, check_fraction, check_real
+from . import alarm as alarms
+from . import snapshot
+from .alarm import Alarm
+from .protocol import Params, as_arrays, with_extra_args
+from .snapshot import Snapshots
+from .soundness import is_sound, keep_schedules, select
+
+IN_A_ROW = 3
+"""Returns to one snapshot. If they don't help, its losses are no measure any more."""
+SOON = 10
+"""Windows. After a return so soon after another one the scale stays lower."""
+DEEPEST = 5
+"""How many times ``factor`` lowers it for good at most: data may be broken for long, and heal."""
+
+
+class RewindState(NamedTuple):
+    """The state of ``rewind``, and what it has done so far."""
+
+    inner: PyTree
+    """The optimizer's state."""
+    snapshots: Snapshots
+    """Parameters and optimizer states to go back to, as pairs."""
+    alarm: Alarm
+    """What it needs to tell a rise of the loss from noise."""
+    calls: Int[Array, ""]
+    """T, calls of ``update`` (int32; stays at 2^31 - 1)."""
+    age: Int[Array, ""]
+    """Steps taken since the trusted snapshot: what a return would throw away."""
+    thrown: Int[Array, ""]
+    """Steps that were taken and thrown away. In every run at most rho T + window."""
+    returns: Int[Array, ""]
+    """Times that it went back."""
+    skipped: Int[Array, ""]
+    """Steps that were not taken, since a number was not finite."""
+    last_return: Int[Array, ""]
+    """The call that went back last, from 1; 0 if none did."""
+    unanswered: Int[Array, ""]
+    """Alarms at which it didn't go back, by its budget or after three returns in a row."""
+    in_a_row: Int[Array, ""]
+    """Returns to the trusted snapshot."""
+    ramp: Int[Array, ""]
+    """Steps taken since the last alarm, at most B; B if there was none."""
+    cap: Float[Array, ""]
+    """What ``scale`` rises to: 1, times ``factor`` for each return soon after another one."""
+    scale: Float[Array, ""]
+    """What updates were multiplied by in this call."""
+    landing: Bool[Array, ""]
+    """Whether the last call went back and missed the snapshot by rounding. The next one corrects
+    that, and does nothing else."""
+
+
+class Verdict(NamedTuple):
+    """What becomes of one step."""
+
+    alarm: Alarm
+    """The alarm, after it has heard the loss."""
+    rings: Bool[Array, ""]
+    """Whether there is an alarm."""
+    returns: Bool[Array, ""]
+    """Whether the run goes back."""
+    takes: Bool[Array, ""]
+    """Whether the step is taken."""
+    ends: Bool[Array, ""]
+    """Whether a block ends with it."""
+    promotes: Bool[Array, ""]
+    """Whether the candidate becomes trusted."""
+
+
+def rewind(
+    optimizer: Any,
+    *,
+    window: int = 256,
+    rho: float = 0.1,
+    factor: float = 0.5,
+    rise: float = 0.05,
+) -> optax.GradientTransformationExtraArgs:
+    """An optax transformation: the optimizer's steps, until the loss rises and stays high.
+
+    ``update(updates, state, params, value=loss)``, where ``loss`` and ``updates`` are the loss and
+    its gradients at ``params``. The update that it returns leads to where the run goes on: after
+    the optimizer's step times ``state.scale``; where it is, if that step isn't finite; or back at
+    the trusted snapshot. It needs no further gradient, and no forward pass.
+
+    - **Alarm.** ``alarm.py`` has the rule: window / 8 more losses above than below a robust
+      threshold. Single outliers, and spikes that end sooner by themselves, raise none.
+    - **Snapshots.** Every B steps there is a candidate. After B more it is trusted, if fewer than
+      B / 8 losses have spoken against it.
+    - **Afterwards** the scale is ``factor`` and rises to 1 within B steps. Each return less than
+      ten windows after another one multiplies both by ``factor``, for good, five times at most.
+    - **Budget.** Steps thrown away are at most ``rho * T + window`` in every run. An alarm beyond
+      that, or after three returns in a row, lowers the scale and begins another reference.
+
+    What it returns has to be what is added to the parameters. So it goes around a chain, or at its
+    end, not in front of what changes updates. ``optax.MultiSteps`` around it tells it the loss of
+    the last minibatch of each step. A return takes a second call if rounding has missed the
+    snapshot in the first. Schedules of the optimizer go on; a return doesn't set them back.
+
+    Parameters and the optimizer's state are finite after every call if they were at the start, and
+    no parameter was above half of its type's largest number then.
+
+    Args:
+        optimizer: an optax transformation. ``value`` and other arguments by name are passed on.
+        window: steps; a multiple of 8, at least 64. A snapshot is trusted after a quarter to half
+            of it.
+        rho: which share of all steps may be thrown away, beside one window.
+        factor: what the step is multiplied by after a return.
+        rise: which share of the progress since the start has to be lost.
+
+    Memory: two copies of the parameters and of the optimizer's state, and window / 4 numbers.
+
+    Raises:
+        ValueError: if the optimizer is no transformation, a number is out of range, params is
+            missing or not floating-point, or value is missing or not a scalar.
+
+    >>> optimizer = rewind(optax.adam(0.1))
+    >>> params = jnp.ones(2)
+    >>> state = optimizer.init(params)
+    >>> loss, grads = jax.value_and_grad(lambda p: jnp.sum(p**2))(params)
+    >>> updates, state = optimizer.update(grads, state, params, value=loss)
+    >>> params = optax.apply_updates(params, updates)
+    >>> int(state.calls), int(state.returns), float(state.scale)
+    (1, 0, 1.0)
+    """
+    block = check_window(window) // 4
+    rho, rise = (
+        check_real(name, value, "at least 0 and below 1", lambda v: 0 <= v < 1)
+        for name, value in (("rho", rho), ("rise", rise))
+    )
+    factor = check_fraction("factor", factor)
+    optimizer = with_extra_args("optimizer", optimizer)
+
+    def init(params: Params) -> RewindState:
+        params = as_arrays(params)
+        inner = optimizer.init(params)
+        none = jnp.int32(0)
+        state = RewindState(
+            inner=inner,
+            snapshots=snapshot.first((params, inner)),
+            alarm=alarms.silent(block, jnp.result_type(jnp.float32, *jax.tree.leaves(params))),
+            calls=none,
+            age=none,
+            thrown=none,
+            returns=none,
+            skipped=none,
+            last_return=none,
+            unanswered=none,
+            in_a_row=none,
+            ramp=jnp.int32(block),
+            cap=jnp.float32(1),
+            scale=jnp.float32(1),
+            landing=jnp.array(False),
+        )
+        return jax.tree.map(own_buffer, state)
+
+    def update(
+        updates: PyTree, state: Any, params: Params | None = None, **extra_args: Any
+    ) -> tuple[PyTree, RewindState]:
+        x, loss = check_arguments(params, extra_args.get("value"))
+        loss = loss.astype(state.alarm.losses.dtype)
+        risen = (state.ramp / block).astype(jnp.float32)
+        state = state._replace(
+            calls=jnp.asarray(optax.safe_increment(state.calls)),
+            scale=state.cap * (factor + (1 - factor) * risen),
+        )
+        steps, advanced = optimizer.update(updates, state.inner, x, **extra_args)
+        steps = jax.tree.map(lambda u, p: scaled(u, state.scale, p), steps, x)
+        ahead = optax.apply_updates(x, steps)
+        sound = (
+            jnp.isfinite(loss) & snapshot.can_return_from(ahead) & is_sound(advanced, state.inner)
+        )
+
+        verdict = decide(state, loss, sound)
+        stays = jax.tree.map(jnp.zeros_like, steps), state.inner
+        move, inner = select(verdict.takes, (steps, advanced), stays)
+        back = verdict.returns | state.landing
+
+        def goes_back(rare: Rare) -> Rare:
+            point, memory = rare.snapshots.trusted
+            move, lands = snapshot.way_back(point, x, rare.move)
+            return Rare(move, keep_schedules(memory, rare.inner), rare.snapshots, ~lands)
+
+        def ends_block(rare: Rare) -> Rare:
+            return rare._replace(
+                snapshots=snapshot.end_probation(
+                    rare.snapshots, (ahead, advanced), verdict.promotes
+                )
+            )
+
+        snapshots = state.snapshots._replace(pending=state.snapshots.pending & ~verdict.rings)
+        rare = snapshot.only_if(
+            back | verdict.ends,
+            lambda rare: jax.lax.cond(back, goes_back, ends_block, rare),
+            Rare(move, inner, snapshots, jnp.array(False)),
+        )
+        state = state._replace(inner=rare.inner, snapshots=rare.snapshots)
+        landing = rare.landing & ~state.landing
+        return rare.move, account(state, verdict)._replace(landing=landing)
+
+    def decide(state: RewindState, loss: Float[Array, ""], sound: Bool[Array, ""]) -> Verdict:
+        """What becomes of a step. One that lands hears nothing and takes nothing."""
+        hears = ~state.landing
+        alarm = select(hears, alarms.hear(state.alarm, loss, sound, rise), state.alarm)
+        rings = alarm.rings & hears
+        affordable = state.age <= allowance(state.calls, rho, window) - state.thrown
+        returns = rings & affordable & (state.in_a_row < IN_A_ROW)
+        takes = sound & ~returns & hears
+        alarm = select(rings, alarms.quiet(alarm, forget=~returns), alarm)
+        alarm = select(takes, alarms.keep(alarm, loss), alarm)
+        ends = alarm.filled == block
+        promotes = ends & alarm.is_calm & state.snapshots.pending
+        alarm = snapshot.only_if(ends, alarms.end_block, alarm)
+        return Verdict(alarm, rings, returns, takes, ends, promotes)
+
+    def account(state: RewindState, verdict: Verdict) -> RewindState:
+        """The counts after a verdict."""
+        alarm, rings, returns, takes, _, promotes = verdict
+        again = (state.returns > 0) & (state.calls - state.last_return <= SOON * window)
+        lower = jnp.maximum(state.cap * factor, factor**DEEPEST)
+        in_a_row = jnp.where(rings, jnp.where(returns, state.in_a_row + 1, 0), state.in_a_row)
+        return state._replace(
+            alarm=alarm,
+            age=jnp.where(promotes, block, jnp.where(returns, 0, count(state.age, takes))),
+            thrown=state.thrown + jnp.where(returns, state.age, 0),
+            returns=count(state.returns, returns),
+            skipped=count(state.skipped, ~(takes | returns | state.landing)),
+            last_return=jnp.where(returns, state.calls, state.last_return),
+            unanswered=count(state.unanswered, rings & ~returns),
+            in_a_row=jnp.where(promotes, 0, in_a_row),
+            ramp=jnp.minimum(jnp.where(rings, 0, state.ramp) + takes, block),
+            cap=jnp.where(returns & again, lower, state.cap),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class Rare(NamedTuple):
+    """What changes in few steps only."""
+
+    move: PyTree
+    """The update to return."""
+    inner: PyTree
+    """The optimizer's state after it."""
+    snapshots: Snapshots
+    """Those of the state."""
+    landing: Bool[Array, ""]
+    """Whether the move misses the snapshot by rounding."""
+
+
+def own_buffer(leaf: Any) -> Array:
+    """A copy, which may be donated, of the type that ``update`` returns."""
+    leaf = jnp.asarray(leaf)
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.copy(leaf) if is_key else jnp.array(leaf, leaf.dtype)
+
+
+def allowance(calls: Int[Array, ""], rho: float, window: int) -> Int[Array, ""]:
+    """Steps that may be thrown away in so many calls; rounded down, as float32 may round up."""
+    return window + jnp.floor(rho * (1 - 1e-6) * calls).astype(jnp.int32)
+
+
+def scaled(step: Array, scale: Float[Array, ""], param: Array) -> Array:
+    """A step times the scale, in a dtype that holds the way back as well.
+
+    Of fewer than 32 bits it wouldn't: within a compiled program such differences aren't rounded.
+    """
+    wide = jnp.promote_types(jnp.promote_types(step.dtype, param.dtype), jnp.float32)
+    return (step * scale).astype(wide)
+
+
+def count(number: Int[Array, ""], event: Bool[Array, ""]) -> Int[Array, ""]:
+    """One more if the event holds; stays at 2^31 - 1."""
+    return jnp.where(event, optax.safe_increment(number), number)
+
+
+def check_window(window: int) -> int:
+    """Require a multiple of 8 of at least 64."""
+    if check_count("window", window, least=64) % 8:
+        raise ValueError(f"window must be a multiple of 8, got {window!r}")
+    return int(window)
+
+
+def check_arguments(params: Params | None, value: Any) -> tuple[Params, Float[Array, ""]]:
+    """Refuse what ``update`` can't do without."""
+    for name, given in (("params", params), ("value", value)):
+        if given is None:
+            raise ValueError(f"{name} must be given: update(updates, state, params, value=loss)")
+    shape, dtype = jnp.shape(value), jnp.result_type(value)
+    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"value must be a scalar floating-point loss, got {shape} of {dtype}")
+    return as_arrays(params), jnp.asarray(value)

@@ -1,0 +1,65 @@
+"""A point that one can go back to, and one that has yet to prove itself.
+
+What is damaged is damaged before the loss shows it. So a point is a candidate first, and becomes
+trusted only after the run has stayed good for a while: its probation.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, PyTree
+
+from .protocol import Params
+from .soundness import all_finite
+
+
+class Snapshots(NamedTuple):
+    """Two copies of a point: any pytree of arrays."""
+
+    trusted: PyTree
+    """Where one goes back to."""
+    candidate: PyTree
+    """What becomes trusted if its probation goes well."""
+    pending: Bool[Array, ""]
+    """Whether there is a candidate. If not, its place holds anything."""
+
+
+def first(point: PyTree) -> Snapshots:
+    """The start is trusted, and there is no candidate."""
+    return Snapshots(point, point, jnp.array(False))
+
+
+def end_probation(snapshots: Snapshots, point: PyTree, passed: Bool[Array, ""]) -> Snapshots:
+    """Make the candidate trusted if it passed, and ``point`` the candidate."""
+    trusted = jax.lax.cond(passed, lambda: snapshots.candidate, lambda: snapshots.trusted)
+    return Snapshots(trusted, point, jnp.array(True))
+
+
+def can_return_from(params: Params) -> Bool[Array, ""]:
+    """Whether parameters are finite, and at most half of the largest number.
+
+    The difference of two such points is finite, so an update leads from one to the other.
+    """
+    return all_finite(jax.tree.map(lambda leaf: 2 * leaf, params))
+
+
+def way_back(point: Params, params: Params, like: PyTree) -> tuple[PyTree, Bool[Array, ""]]:
+    """The update, of the types of ``like``, from ``params`` to a point; and whether it gets there.
+
+    Rounding misses the point if ``params`` are far larger. A second update from there gets to it.
+    """
+    move = jax.tree.map(lambda s, p, u: s.astype(u.dtype) - p.astype(u.dtype), point, params, like)
+    landed = optax.apply_updates(params, move)
+    same = jax.tree.map(lambda a, b: (a == b).all(), landed, point)
+    return move, jnp.array(jax.tree.leaves(same)).all()
+
+
+def only_if(condition: Bool[Array, ""], change: Callable[[PyTree], PyTree], tree: PyTree) -> PyTree:
+    """``change(tree)`` where the condition holds, else the tree.
+
+    A loop of one round or none. Unlike ``lax.cond`` it doesn't copy the tree if there is none.
+    """
+    return jax.lax.fori_loop(0, condition.astype(int), lambda _, tree: change(tree), tree)

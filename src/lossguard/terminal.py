@@ -1,0 +1,34 @@
+"""What is shown on a terminal: names are data, and none of their letters is obeyed by it."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+
+class PlainConsole(Console):
+    """One that shows text as it is: square brackets, names of emoji and control characters."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:  # pyright: ignore
+        """All text goes through here, cells of tables too."""
+        return super().render_str(shown(text), **options)
+
+
+def shown(text: str) -> str:
+    r"""Text in which what a terminal would obey, or not show, is escaped; lines stay lines.
+
+    >>> print(shown("Adam\x1b[2J\u202e, naïve"))
+    Adam\x1b[2J\u202e, naïve
+    """
+    return "".join(letter if _is_seen(letter) else _escaped(letter) for letter in text)
+
+
+def _is_seen(letter: str) -> bool:
+    return letter.isprintable() or letter == "\n"
+
+
+def _escaped(letter: str) -> str:
+    return letter.encode("unicode_escape").decode()

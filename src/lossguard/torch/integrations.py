@@ -1,0 +1,109 @@
+"""``Rewind`` for trainers: callbacks, a few lines each.
+
+``from lossguard.torch.integrations import lightning_rewind``: a function imports its trainer when
+it is called, not before.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lossguard.torch.rewind import Rewind
+
+
+def lightning_rewind(**options: Any) -> Any:
+    """A Lightning ``Callback``: ``Trainer(callbacks=[lightning_rewind()])``.
+
+    It observes the loss that ``training_step`` returns, after each step of the module's optimizer;
+    of several minibatches whose gradients are accumulated, the last one's. Its state is in
+    Lightning's checkpoints.
+
+    Args:
+        options: of ``Rewind``, which is its attribute ``rewind`` once training has begun.
+
+    Raises:
+        ValueError: when training begins, if there isn't exactly one optimizer.
+    """
+    from lightning.pytorch.callbacks import Callback
+
+    class LightningRewind(Callback):
+        rewind: Rewind
+        _saved: dict[str, Any] | None = None
+        _steps = 0
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            if len(trainer.optimizers) != 1:
+                raise ValueError(
+                    f"the module must have one optimizer, got {len(trainer.optimizers)}"
+                )
+            self.rewind = Rewind(pl_module, trainer.optimizers[0], **options)
+            self._steps = trainer.global_step
+            if self._saved:
+                self.rewind.load_state_dict(self._saved)
+
+        def on_train_batch_end(
+            self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            if trainer.global_step > self._steps:  # not while gradients are accumulated
+                self._steps = trainer.global_step
+                self.rewind.observe(outputs["loss"])
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            self.rewind.close()
+
+        def state_dict(self) -> dict[str, Any]:
+            return self.rewind.state_dict()
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self._saved = state_dict
+
+    return LightningRewind()
+
+
+def trainer_rewind(**options: Any) -> Any:
+    """A Hugging Face ``TrainerCallback``: ``Trainer(..., callbacks=[trainer_rewind()])``.
+
+    The Trainer doesn't tell its callbacks the loss, so this one takes it from the output of the
+    model, which has to have ``loss``: the sum of those between two steps. Its state is in the
+    Trainer's checkpoints, as ``rewind-RANK.pt``.
+
+    Args:
+        options: of ``Rewind``, which is its attribute ``rewind`` once training has begun.
+    """
+    from transformers import TrainerCallback
+
+    class TrainerRewind(TrainerCallback):
+        rewind: Rewind
+
+        def on_train_begin(
+            self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+        ) -> None:
+            self.rewind = Rewind(model, kwargs["optimizer"], **options)
+            self._losses: list[torch.Tensor] = []
+            self._hook = model.register_forward_hook(self._keep)
+            file = _file(args, state)
+            if file.exists():
+                self.rewind.load_state_dict(torch.load(file, weights_only=True))
+
+        def _keep(self, model: Any, inputs: Any, output: Any) -> None:
+            if model.training:
+                self._losses.append(output["loss"].detach())
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.rewind.observe(torch.stack(self._losses).sum())
+            self._losses.clear()
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            torch.save(self.rewind.state_dict(), _file(args, state))
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self._hook.remove()
+            self.rewind.close()
+
+    return TrainerRewind()
+
+
+def _file(args: Any, state: Any) -> Path:
+    folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    return folder / f"rewind-{args.process_index}.pt"

@@ -1,0 +1,292 @@
+"""A run that spikes or diverges goes back to where it was good, and goes on more carefully.
+
+The rule is that of ``lossguard.rewind``; ``rule.py`` has it. Letters: T calls of ``observe``, B =
+window / 4 losses a block.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
+
+from lossguard.torch.careful import CarefulSteps
+from lossguard.torch.rewind_checkpoint import load, state_of
+from lossguard.torch.rule import Rule
+from lossguard.torch.snapshot import Live, Saved
+from lossguard.torch.tensors import local
+from lossguard.validation import check_count, check_kind
+
+
+class RewindEvent(NamedTuple):
+    """What ``Rewind`` did.
+
+    Attributes:
+        kind: "return"; or "unanswered", an alarm at which it didn't go back.
+        cause: "loss", "audit", or "model" where that wasn't finite.
+        call: of ``observe``, from 1.
+        thrown: steps that the return threw away; 0 of an alarm that was unanswered.
+        in_a_row: returns to this snapshot, this one included.
+        scale: what the rates are multiplied by in the next step.
+    """
+
+    kind: Literal["return", "unanswered"]
+    cause: Literal["loss", "model", "audit"]
+    call: int
+    thrown: int
+    in_a_row: int
+    scale: float
+
+
+class Rewind:
+    """Watches one optimizer: called after the step, it wraps nothing.
+
+        rewind = Rewind(model, optimizer)
+        for x, t in loader:
+            loss = loss_fn(model(x), t)
+            loss.backward()
+            optimizer.step(); scheduler.step(); optimizer.zero_grad()
+            rewind.observe(loss)
+
+    Alarm, snapshots, scale and budget are those of ``lossguard.rewind``: its docstring tells them.
+    Here the host reads the losses every ``every`` calls, and an alarm waits for that.
+
+    - A step whose gradients aren't finite is taken with gradients of 0; nothing waits for that.
+    - A model that isn't finite at a read goes back at once. While the budget doesn't allow it, each
+      step is read, and one that makes the model not finite is taken back by itself.
+    - After a return the rates in ``param_groups`` are multiplied by ``scale`` during each step, and
+      set back after it, so schedulers and loops that set them need to know nothing.
+    - Under ``torch.distributed`` every rank calls ``observe``. They take the mean of their losses,
+      and decide the same. FSDP2's shards are copied as shards.
+
+    Args:
+        model: what is trained. Its parameters and buffers go back.
+        optimizer: its memory goes back, its settings don't.
+        schedulers: what else goes back: anything with ``state_dict`` and ``load_state_dict``, such
+            as an average of weights. Data, random numbers and schedulers not named here go on.
+        window, rho, factor, rise: as in ``lossguard.rewind``.
+        every: calls between two reads; a divisor of window / 4.
+        offload: keep snapshots in the host's memory (pinned, where there is CUDA).
+        fallback: called with the optimizer at each return soon after another one, to make its
+            settings careful for good: instead of a scale that stays lower.
+        audit: the loss on a held minibatch, without gradients; called once every B steps. A
+            candidate is only trusted if it isn't worse there than the best trusted one by more than
+            ``rise``, and 4 more worse ones than others are an alarm.
+        on_event: called with each ``RewindEvent``.
+        group: the ranks that decide together; all of them by default.
+
+    Attributes:
+        events: every ``RewindEvent`` so far.
+        calls, returns, thrown, skipped: T, returns, steps thrown away, and steps whose loss or
+            gradients weren't finite.
+        scale: what rates are multiplied by in the next step.
+
+    Memory: two copies of parameters, buffers and the optimizer's memory; a third one while the
+    budget is spent.
+
+    Raises:
+        ValueError: if an argument is of another kind or out of range, the optimizer trains
+            parameters that the model doesn't have, or the model isn't finite.
+
+    >>> model = nn.Linear(2, 1)
+    >>> rewind = Rewind(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    >>> rewind.observe(torch.tensor(0.5))
+    >>> rewind.calls, rewind.returns, rewind.scale
+    (1, 0, 1.0)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        schedulers: Sequence[Any] = (),
+        window: int = 256,
+        rho: float = 0.1,
+        factor: float = 0.5,
+        rise: float = 0.05,
+        every: int = 16,
+        offload: bool = False,
+        fallback: Callable[[Optimizer], Any] | None = None,
+        audit: Callable[[], Any] | None = None,
+        on_event: Callable[[RewindEvent], Any] | None = None,
+        group: "distributed.ProcessGroup | None" = None,
+    ) -> None:
+        check_kind("model", model, nn.Module, "nn.Linear(2, 1)")
+        optimizer = innermost(optimizer)
+        self._rule = Rule(window, rho, factor, rise)
+        self.every = check_count("every", every)
+        if self._rule.block % every:
+            raise ValueError(f"every must divide window / 4 = {self._rule.block}, got {every}")
+        self._live = Live(model, optimizer, schedulers)
+        self._offload, self._group, self._audit = offload, group, audit
+        self._fallback, self._on_event = fallback, on_event
+        device = local(next(iter(self._live.tensors.values()))).device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._losses = torch.zeros(every, dtype=dtype, device=device)
+        self.events: list[RewindEvent] = []
+        self._one_by_one = False
+        self._candidate_audit = math.nan
+        if not bool(self._live.is_finite()):
+            raise ValueError("model must be finite, got one that isn't")
+        self._trusted = self._live.save(None, offload)
+        self._candidate: Saved | None = None
+        self._last: Saved | None = None
+        self._steps = CarefulSteps(optimizer, lambda: self.scale)
+
+    @property
+    def scale(self) -> float:
+        """What rates are multiplied by in the next step."""
+        return self._rule.scale
+
+    @property
+    def calls(self) -> int:
+        """T, calls of ``observe``."""
+        return self._rule.calls
+
+    @property
+    def returns(self) -> int:
+        """How often it went back."""
+        return self._rule.returns
+
+    @property
+    def thrown(self) -> int:
+        """Steps thrown away: at most rho T + window in every run."""
+        return self._rule.thrown
+
+    @property
+    def skipped(self) -> int:
+        """Steps whose loss, gradients or parameters weren't finite, as far as they were read."""
+        return self._rule.skipped
+
+    @torch.no_grad()
+    def observe(self, loss: Any, grad_norm: Any = None) -> None:
+        """Tell it the loss of a step that was just taken: a number or a tensor with one.
+
+        Args:
+            loss: before the step, as the loop has it.
+            grad_norm: of its gradients, where it is known; if it isn't finite, nor is the step.
+
+        Raises:
+            ValueError: if there is more than one number.
+        """
+        loss = self._number("loss", loss)
+        if grad_norm is not None:
+            norm = self._number("grad_norm", grad_norm)
+            loss = torch.where(norm.isfinite(), loss, math.nan)
+        if self._steps.broken is not None:
+            loss = torch.where(self._steps.broken.to(loss.device), math.nan, loss)
+        self._steps.forget()
+        self._losses[self._rule.unread] = loss
+        self._rule.unread += 1
+        self._rule.calls += 1
+        if self._one_by_one or self._rule.unread == self.every:
+            self._read()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the events. Load the model's and the optimizer's own states before this one."""
+        return state_of(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as the one whose ``state_dict`` this is, to the last bit on one device.
+
+        Raises:
+            ValueError: if the state lacks something, or is of another model or other options.
+        """
+        load(self, state)
+
+    def close(self) -> None:
+        """Take the hooks off the optimizer."""
+        self._steps.remove()
+
+    def _number(self, name: str, value: Any) -> Tensor:
+        value = torch.as_tensor(value)
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be a single number, got shape {tuple(value.shape)}")
+        return local(value).detach().reshape(()).to(self._losses)
+
+    def _read(self) -> None:
+        """Hear all losses since the last read; one wait for the device."""
+        losses, finite = self._agree()
+        if not finite and self._one_by_one:
+            assert self._last is not None
+            self._live.load(self._last)
+            losses[-1] = math.nan
+        outcome = self._rule.hear(losses)
+        if outcome.promotes:
+            assert self._candidate is not None
+            self._trusted, self._candidate = self._candidate, self._trusted
+            self._rule.audits.trust(self._candidate_audit)
+        if outcome.unanswered:
+            self._tell("unanswered", "loss", 0)
+        if outcome.late is not None:
+            self._go_back("loss", outcome.late)
+        elif not finite and not self._one_by_one:
+            self._go_back("model", 0)
+        elif outcome.ends:
+            self._new_candidate()
+        self._one_by_one = not self._rule.can_always_return(self.every)
+        self._last = self._live.save(self._last, self._offload) if self._one_by_one else None
+
+    def _agree(self) -> tuple[list[float], bool]:
+        """The losses since the last read, and whether the model is finite: the ranks' means."""
+        finite = self._live.is_finite().to(self._losses).reshape(1)
+        *losses, finite = self._means(
+            torch.cat([self._losses[: self._rule.unread], finite])
+        ).tolist()
+        return losses, finite == 1
+
+    def _means(self, numbers: Tensor) -> Tensor:
+        """Of the ranks. All of them call this at the same times."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return numbers
+        distributed.all_reduce(numbers, group=self._group)
+        return numbers / distributed.get_world_size(self._group)
+
+    def _go_back(self, cause: Literal["loss", "model", "audit"], late: int) -> None:
+        self._live.load(self._trusted)
+        thrown, soon = self._rule.go_back(late, lower=self._fallback is None)
+        if soon and self._fallback is not None:
+            self._fallback(self._live.optimizer)
+        self._tell("return", cause, thrown)
+
+    def _tell(
+        self,
+        kind: Literal["return", "unanswered"],
+        cause: Literal["loss", "model", "audit"],
+        thrown: int,
+    ) -> None:
+        rule = self._rule
+        event = RewindEvent(kind, cause, rule.calls, thrown, rule.in_a_row, rule.scale)
+        self.events.append(event)
+        if self._on_event is not None:
+            self._on_event(event)
+
+    def _new_candidate(self) -> None:
+        """Copy the model as it is now, unless its audit says that it is worse."""
+        rule = self._rule
+        if self._audit is not None:
+            value = self._means(self._number("audit", self._audit()).clone()).item()
+            good = rule.audits.hear(value)
+            if rule.audits.rings and rule.may_return(0):
+                self._go_back("audit", 0)
+                return
+            if rule.audits.rings:
+                rule.forget()
+                self._tell("unanswered", "audit", 0)
+            self._candidate_audit, rule.pending = value, False
+            if not good:
+                return
+        self._candidate = self._live.save(self._candidate, self._offload)
+        rule.candidate_age, rule.pending = 0, True
+
+
+def innermost(optimizer: Any) -> Optimizer:
+    """The optimizer beneath wrappers such as Accelerate's and Lightning's, which step that one."""
+    inner = optimizer
+    while isinstance(getattr(inner, "optimizer", None), Optimizer):
+        inner = inner.optimizer
+    check_kind("optimizer", inner, Optimizer, "torch.optim.AdamW(model.parameters())")
+    return inner

@@ -1,0 +1,135 @@
+"""Copies of a training run's state, on its device or in the host's memory, and the way back."""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lossguard.torch.tensors import local
+
+Saved = dict[str, Any]
+"""``model``: tensors by name; ``optimizer``: by parameter's name, what it remembers; ``also``."""
+
+
+class Live:
+    """What is copied and set back: parameters, buffers, what the optimizer remembers, and others.
+
+    Args:
+        model: its parameters and buffers.
+        optimizer: of these parameters. Rates and other settings aren't copied.
+        also: objects with ``state_dict`` and ``load_state_dict`` that go back too.
+
+    Raises:
+        ValueError: if the optimizer has a parameter that the model doesn't have.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, also: Sequence[Any]) -> None:
+        self.optimizer, self.also = optimizer, also
+        self.names = {param: name for name, param in model.named_parameters()}
+        self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                if param not in self.names:
+                    raise ValueError(
+                        "optimizer must train parameters of the model, got one of shape "
+                        f"{tuple(param.shape)} that model.named_parameters() doesn't have"
+                    )
+        # Buffers may be infinite by design, such as masks of attention.
+        finite = [name for name, buffer in model.named_buffers() if bool(is_finite([buffer]))]
+        self._checked = [*self.names.values(), *finite]
+
+    def is_finite(self) -> Tensor:
+        """Whether the model is, as a tensor on its device: nothing waits for it."""
+        return is_finite(self.tensors[name] for name in self._checked)
+
+    @torch.no_grad()
+    def save(self, old: Saved | None, offload: bool) -> Saved:
+        """A copy, in the tensors of an ``old`` one as far as they fit."""
+        old = old or {"model": {}, "optimizer": {}}
+        state = self.optimizer.state
+        return {
+            "model": _copies(self.tensors, old["model"], offload),
+            "optimizer": {
+                name: _copies(state[param], old["optimizer"].get(name, {}), offload)
+                for param, name in self.names.items()
+                if state.get(param)
+            },
+            "also": [copy.deepcopy(one.state_dict()) for one in self.also],
+        }
+
+    @torch.no_grad()
+    def load(self, saved: Saved) -> None:
+        """Set all of it back, in place."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(saved["model"][name], non_blocking=True)
+        state = self.optimizer.state
+        for param, name in self.names.items():
+            remembered = saved["optimizer"].get(name)
+            if not remembered:
+                state.pop(param, None)  # as before the first step: it begins by itself
+                continue
+            now = state[param]
+            for key in now.keys() - remembered.keys():
+                del now[key]
+            for key, value in remembered.items():
+                now[key] = _copy(value, now.get(key, param), offload=False)
+        for one, its_state in zip(self.also, saved["also"], strict=True):
+            one.load_state_dict(copy.deepcopy(its_state))
+            if hasattr(one, "get_last_lr"):  # a scheduler, of which the rates are a part
+                rates = one.get_last_lr()
+                for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                    set_rate(group, float(rate))
+
+
+def set_rate(group: dict[str, Any], rate: float | Tensor) -> None:
+    """Set the rate of a parameter group, which may be a tensor that must stay the same one."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].copy_(torch.as_tensor(rate))
+    else:
+        group["lr"] = rate
+
+
+def is_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Whether the sums of tensors are finite, which those of a tensor with a NaN never are."""
+    sums = [_sum(local(tensor.detach())) for tensor in tensors if _has_numbers(tensor)]
+    if not sums:
+        return torch.tensor(True)
+    # Of no dtype that is narrower than theirs: a sum may be finite in float64 only.
+    widest = max((one.dtype for one in sums), key=lambda dtype: dtype.itemsize)
+    return torch.stack([one.to(sums[0].device, widest) for one in sums]).isfinite().all()
+
+
+def _has_numbers(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    """In float32 at least, as finite numbers of 16 bits have sums that aren't."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.element_size() == 1:  # has no sum
+        tensor = tensor.float()
+    return tensor.sum() if tensor.dtype == torch.float64 else tensor.sum(dtype=torch.float32)
+
+
+def _copies(values: Mapping[str, Any], old: Mapping[str, Any], offload: bool) -> dict[str, Any]:
+    return {key: _copy(value, old.get(key), offload) for key, value in values.items()}
+
+
+def _copy(value: Any, old: Any, offload: bool) -> Any:
+    """A copy, in the place of ``old`` if that is such a tensor, else where ``old`` says."""
+    if not isinstance(value, Tensor):
+        return copy.deepcopy(value)
+    fits = isinstance(old, Tensor) and not isinstance(old, nn.Parameter)
+    if fits and old.shape == value.shape and old.dtype == value.dtype:
+        return old.copy_(value, non_blocking=True)
+    value = value.detach()
+    if offload and value.device.type != "cpu":
+        pinned = torch.empty_like(value, device="cpu", pin_memory=value.device.type == "cuda")
+        return pinned.copy_(value, non_blocking=True)
+    if isinstance(old, nn.Parameter) and old.shape == value.shape:
+        return value.to(old.device, copy=True)
+    return value.clone()

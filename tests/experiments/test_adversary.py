@@ -1,0 +1,286 @@
+"""Folders of records that somebody made to do harm: nothing is executed, nothing outside written.
+
+What can't be read is refused with a sentence, by every command.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import tiny
+from commands import command
+from lossguard.experiments.findings import Finding
+from pages import SPEND, curves_of, write_meta, write_run
+
+from lossguard import records
+from lossguard.config import as_config
+from lossguard.experiments import theorems
+
+NAMES = (
+    "Adam\x1b]0;owned\x07\x1b[2J",
+    "../../outside/precious",
+    "/etc/passwd",
+    "<script>alert(1)</script>",
+    "[red]$_{$",
+)
+CALLED = {"make_task": "os:system", "make_methods": "os:system", "model": {"kind": "os:system"}}
+RUN = f"{tiny.__file__}:recipe"
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with files of somebody else's, beside which commands run."""
+    outside = tmp_path / "outside"
+    write_run(outside / "a_run", curves_of(["SGDnm"]), name="mine")
+    (outside / "precious").write_bytes(b"precious")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def executed(*arguments: Any, **_: Any) -> None:
+        raise AssertionError(f"{arguments} was executed")
+
+    monkeypatch.setattr(os, "system", executed)
+    monkeypatch.setattr(os, "popen", executed)
+    for name in ("theorem_5", "theorem_7"):  # they take seconds
+        monkeypatch.setattr(theorems, name, lambda: Finding(True, "not tried"))
+    return tmp_path
+
+
+def content(folder: Path) -> dict[str, bytes | str]:
+    """Of all files in it, and where links lead."""
+    return {
+        str(path): str(path.readlink()) if path.is_symlink() else path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_symlink() or path.is_file()
+    }
+
+
+def plant(folder: Path, outside: Path) -> None:
+    """Links to somebody else's file, under every name that might be written to."""
+    names = ("figure.png", "figure.svg", "verdicts.json", "report.html", "failed.json")
+    for name in (*names, *(f".{name}.part" for name in names)):
+        (folder / name).symlink_to(outside / "precious")
+
+
+@pytest.mark.parametrize("name", ["plot", "claims", "report"])
+def test_what_reads_records_executes_nothing_and_writes_nothing_outside(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    curves = curves_of(["SGDnm"] * len(NAMES))
+    numbers = np.repeat(np.arange(len(NAMES)), len(curves) // len(NAMES))
+    curves = curves.with_columns(method=pl.Series([NAMES[k] for k in numbers]))
+    monkeypatch.setitem(SPEND, NAMES[0], 1.0)
+    sums = {"sha256": {"../../outside/precious": "0" * 64, "/etc/passwd": "0" * 64}}
+    bad = write_run(Path("runs/a"), curves, name="fig03", **CALLED)
+    made = json.loads((bad / records.MANIFEST).read_text())
+    records.write_json(bad / records.MANIFEST, made | sums)
+    plant(bad, world / "outside")
+    plant(write_meta(Path("runs/b"), NAMES[0]), world / "outside")
+    Path("runs/link").symlink_to(world / "outside" / "a_run")
+    (Path("runs") / "pipe").mkdir()
+    os.mkfifo(Path("runs/pipe/config.json"))
+    os.mkfifo(Path("runs/pipe/manifest.json"))
+    before = content(world / "outside")
+
+    command(monkeypatch, name, "runs", *(("--out", "page.html") if name == "report" else ()))
+    out, err = capsys.readouterr()
+    assert content(world / "outside") == before
+    assert not {"\x1b", "\x07"} & {*out, *err}
+    if name != "claims":
+        assert NAMES[0].replace("\x1b", r"\x1b").replace("\x07", r"\x07") in out or name == "report"
+    told = err if name != "report" else Path("page.html").read_text()
+    assert "runs/link is a link: name the folder that it leads to" in told
+    assert "runs/pipe holds no finished run: " in told
+    if name == "plot":
+        for file in (bad / "figure.png", bad / "figure.svg"):
+            assert file.is_file() and not file.is_symlink()
+    if name == "report":
+        assert "<script>alert(1)" not in told
+
+
+DEEP = "[" * 100_000
+WRONG: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
+    "seeds": ("config.json", lambda c: c | {"seeds": 10**12}, "seeds must be between 0 and 10000"),
+    "seed": ("config.json", lambda c: c | {"seed": 2**63}, "seed must be between 0 and 4294967295"),
+    "nested": ("config.json", lambda c: DEEP, "config.json is not readable JSON: "),
+    "nested manifest": ("manifest.json", lambda c: DEEP, "manifest.json is not readable JSON: "),
+    "digits": ("config.json", lambda c: '{"seed": ' + "9" * 5_000 + "}", "is not readable JSON"),
+    "huge": (
+        "manifest.json",
+        lambda c: c | {"seconds": {"SGDnm": 10**4_000}},
+        "it lacks seconds of each method",
+    ),
+    "resumed": (
+        "manifest.json",
+        lambda c: c | {"resumed": 5},
+        "resumed must be of type list, got 5",
+    ),
+    "sha256": (
+        "manifest.json",
+        lambda c: c | {"sha256": ["curves.parquet"]},
+        "sha256 must be of type dict",
+    ),
+    "other": (
+        "manifest.json",
+        lambda c: c | {"sha256": {"curves.parquet": ["no"]}},
+        "curves.parquet is damaged: its SHA-256 is not the one in manifest.json",
+    ),
+    "null": (
+        "curves.parquet",
+        lambda t: t.with_columns(gradients=pl.lit(None, pl.Float64)),
+        "it lacks values in column gradients",
+    ),
+    "steps": (
+        "curves.parquet",
+        lambda t: t.with_columns(step=pl.col("step") + 0.5),
+        "it lacks whole numbers in column step",
+    ),
+    "null seed": (
+        "curves.parquet",
+        lambda t: t.with_columns(seed=pl.lit(None, pl.Int32)),
+        "it lacks values in column seed",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["plot", "claims", "report"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_values_that_cannot_be_are_refused_in_a_sentence(
+    world: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    wrong: str,
+) -> None:
+    file, change, reason = WRONG[wrong]
+    folder = write_run(Path("run"), curves_of(["SGDnm"]))
+    if file == records.CURVES:
+        changed = change(records.read_parquet(folder / file))
+        records.write_parquet(folder / file, changed)
+    else:
+        changed = change(json.loads((folder / file).read_text()))
+        text = changed if isinstance(changed, str) else json.dumps(changed)
+        (folder / file).write_text(text)
+    with pytest.raises(SystemExit) as caught:
+        command(monkeypatch, name, "run")
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert reason in err and err.count("\n") == 1 and len(err) < 1_000
+
+
+@pytest.mark.parametrize("column", [pl.Series([None]), pl.Series(["1"]), pl.Series([[0.5]])])
+def test_evaluations_that_are_no_numbers_are_refused(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], column: Any
+) -> None:
+    folder = write_run(Path("run"), curves_of(["SGDnm"]))
+    place = {"method": ["SGDnm"], "seed": [0], "cycle": [1], "step": [9]}
+    records.write_parquet(
+        folder / records.EVALUATIONS, pl.DataFrame(place | {"test_accuracy": column})
+    )
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "report", "run")
+    assert "it lacks numbers in test_accuracy" in capsys.readouterr().err
+
+
+def test_meta_steps_without_end_are_refused(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_meta(Path("meta"), "mine") / records.CURVES
+    changed = records.read_parquet(file).with_columns(meta_step=pl.lit(float("inf")))
+    records.write_parquet(file, changed)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "report", "meta")
+    assert "it lacks whole numbers in column meta_step" in capsys.readouterr().err
+
+
+def test_many_seeds_of_a_meta_training_fill_no_memory(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_meta(Path("meta"), "mine")
+    records.write_json(folder / records.CONFIG, {"name": "mine", "seeds": 10**12})
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "report", "meta")
+    assert "seeds must be between 0 and 10000, got 1000000000000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["run", "sweep"])
+@pytest.mark.parametrize("link", ["methods", "evaluated", "methods/Signs.checkpoints", "other"])
+def test_a_run_does_not_go_on_where_links_lead_out(
+    world: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    link: str,
+) -> None:
+    folder = Path("out/recipe")
+    place = folder / link
+    place.parent.mkdir(parents=True)
+    place.symlink_to(world / "outside", target_is_directory=True)
+    before = content(world)
+    arguments = (RUN, "--out", folder, "--resume") if name == "run" else (RUN, "--out", "out")
+    with pytest.raises(SystemExit) as caught:
+        command(monkeypatch, name, *arguments)
+    assert caught.value.code == 2
+    assert "folder must hold no links, but " in capsys.readouterr().err
+    assert content(world) == before
+
+
+def test_a_sweep_does_not_run_in_a_link(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (world / "outside" / "empty").mkdir()
+    Path("out").mkdir()
+    Path("out/recipe").symlink_to(world / "outside" / "empty", target_is_directory=True)
+    with pytest.raises(SystemExit) as caught:
+        command(monkeypatch, "sweep", RUN, "--out", "out")
+    assert caught.value.code == 2
+    assert "folder must be no link in a sweep, but " in capsys.readouterr().err
+    assert not list((world / "outside" / "empty").iterdir())
+
+
+@pytest.mark.parametrize("name", ["run", "sweep"])
+def test_a_config_that_names_other_functions_calls_none(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """What runs is the recipe that the command names: a config is only compared with it."""
+    records.open_folder(Path("out/recipe"), {"name": "tiny", "methods": ["Signs"], **CALLED})
+    out = "out/recipe" if name == "run" else "out"
+    with pytest.raises(SystemExit) as caught:
+        command(monkeypatch, name, RUN, "--out", out, *["--resume"] * (name == "run"))
+    assert caught.value.code == 2
+    assert "make_task (os:system, not tiny:make_task)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"resumed": 5}', "resumed must be of type list, got 5"),
+        (DEEP, "started.json is not readable JSON"),
+        ("[]", "must hold a JSON object"),
+    ],
+)
+def test_a_manifest_so_far_that_cannot_be_is_refused(
+    world: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    content: str,
+    reason: str,
+) -> None:
+    records.open_folder(Path("out"), as_config(tiny.recipe()))
+    Path("out", records.STARTED).write_text(content)
+    with pytest.raises(SystemExit) as caught:
+        command(monkeypatch, "run", RUN, "--out", "out", "--resume")
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert reason in err and err.count("\n") == 1
+
+
+def test_os_system_is_watched(world: Path) -> None:
+    """Else the tests above could not fail."""
+    with pytest.raises(AssertionError, match="was executed"):
+        os.system("true")

@@ -1,0 +1,118 @@
+"""The rule of ``rewind`` in plain Python, with every iterate and every loss kept in lists.
+
+``Rule`` decides from the losses alone; PyTorch's tests hold ``lossguard.torch.Rewind`` to it too.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+
+class Rule:
+    """What ``rewind`` does with each loss: ``tell`` says "take", "skip" or "return".
+
+    Attributes:
+        path: for each step taken and not thrown away, the loss before it.
+        trusted, candidate: lengths of ``path`` at the snapshots; None where there is no candidate.
+    """
+
+    def __init__(
+        self, window: int = 256, rho: float = 0.1, factor: float = 0.5, rise: float = 0.05
+    ) -> None:
+        self.window, self.rho, self.factor, self.rise = window, rho, factor, rise
+        self.block = window // 4
+        self.path: list[float] = []
+        self.trusted, self.candidate = 0, None
+        self.reference, self.start = math.inf, None
+        self.score, self.in_block, self.ramp = 0, 0, self.block
+        self.in_a_row, self.cap, self.last_return = 0, 1.0, None
+        self.calls = self.thrown = self.returns = self.skipped = 0
+
+    @property
+    def scale(self) -> float:
+        """What the next step is multiplied by."""
+        done = min(1.0, self.ramp / self.block)
+        return self.cap * (self.factor + (1 - self.factor) * done)
+
+    @property
+    def threshold(self) -> float:
+        """Losses above it speak against the run."""
+        if self.start is None or not math.isfinite(self.start):
+            return self.reference
+        return self.reference + self.rise * max(0.0, self.start - self.reference)
+
+    def tell(self, loss: float, sound: bool = True, late: int = 0) -> str:
+        """One loss, and whether it and the step from where it was measured are finite.
+
+        PyTorch is ``late`` by 1: a step is taken before its loss is told, and thrown away as well.
+        """
+        self.calls += 1
+        bad = not sound or loss > self.threshold
+        self.score = max(0, self.score + (1 if bad else -1))
+        if self.score >= self.block // 2:
+            age = len(self.path) - self.trusted + late
+            self.score, self.in_block, self.ramp, self.candidate = 0, 0, 0, None
+            allowed = self.window + math.floor(self.rho * (1 - 1e-6) * self.calls)
+            if self.in_a_row < 3 and self.thrown + age <= allowed:
+                self._go_back(age)
+                return "return"
+            self.in_a_row, self.reference = 0, math.inf
+        if not sound:
+            self.skipped += 1
+            return "skip"
+        self.path.append(loss)
+        self.in_block += 1
+        self.ramp += 1
+        if self.in_block == self.block:
+            self._end_block()
+        return "take"
+
+    def _go_back(self, age: int) -> None:
+        self.thrown += age
+        self.returns += 1
+        self.in_a_row += 1
+        if self.last_return is not None and self.calls - self.last_return <= 10 * self.window:
+            self.cap = max(self.cap * self.factor, self.factor**5)
+        self.last_return = self.calls
+        del self.path[self.trusted :]
+
+    def _end_block(self) -> None:
+        losses = self.path[-self.block :]
+        if self.start is None:
+            self.start = sorted(losses[: self.block // 8])[(self.block // 8 - 1) // 2]
+        if self.score <= self.block // 8:
+            median, high = (sorted(losses)[math.ceil(q * self.block) - 1] for q in (0.5, 0.95))
+            self.reference = min(self.reference, median + 3 * (high - median))
+            if self.candidate is not None:
+                self.trusted, self.in_a_row = self.candidate, 0
+        self.candidate = len(self.path)
+        self.in_block = 0
+
+
+class Run:
+    """A run under the rule: ``step(point)`` is called with what ``at`` gives, a loss and a step.
+
+    Args:
+        start: the first point, anything that ``advance`` knows.
+        advance: ``advance(point, i, scale)``: loss on minibatch i, the point after the step, and
+            whether both are finite.
+        late: whether a step is taken before its loss is told.
+    """
+
+    def __init__(
+        self,
+        start: Any,
+        advance: Callable[..., tuple[float, Any, bool]],
+        late: bool = False,
+        **options: Any,
+    ):
+        self.rule, self.points, self.advance, self.late = Rule(**options), [start], advance, late
+
+    def step(self, i: int) -> str:
+        """One minibatch."""
+        loss, point, sound = self.advance(self.points[-1], i, self.rule.scale)
+        told = self.rule.tell(loss, sound, late=int(self.late and sound))
+        if told == "take":
+            self.points.append(point)
+        del self.points[len(self.rule.path) + 1 :]
+        return told

@@ -1,0 +1,285 @@
+"""What ``rewind`` promises in every run, what it leaves alone, and that it helps."""
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from optimizers import FAULTS, HOSTILE, faulty, hostile
+from scipy import stats
+
+import lossguard
+from lossguard.guards import rewind as module
+
+STEPS, WINDOW, RHO = 600, 64, 0.05
+LOSSES = "own", "noise", "saw", "jumps", "broken", "NaN"
+
+
+def losses_for(kind, value, key):
+    """What the optimizer is told: its own loss, or what brings about as many returns as can be."""
+    count = jnp.arange(STEPS)
+    noise = jax.random.normal(key, (STEPS,))
+    told = {
+        "noise": jax.random.t(key, 1.5, (STEPS,)),
+        "saw": jnp.where(count % 60 < 45, 0.0, 100.0) + noise,
+        "jumps": jnp.exp(5 * jnp.cumsum(noise * (jax.random.uniform(key, (STEPS,)) < 0.05))),
+        "broken": jnp.where(count % 48 < 30, noise, jnp.inf),
+        "NaN": jnp.full(STEPS, jnp.nan),
+    }
+    return jnp.stack([value * jnp.ones(STEPS), *told.values()])[kind]
+
+
+def run(optimizer, kind, key, **options):
+    """Each point, and after each call what there was thrown away."""
+    guard = lossguard.rewind(optimizer, window=WINDOW, rho=RHO, **options)
+    start = {"w": jnp.array([3.0, -1.0]), "b": jnp.zeros(())}
+    told = losses_for(kind, 0.0, key)
+
+    def step(carry, i):
+        params, state = carry
+        value, gradient = jax.value_and_grad(lambda p: p["w"] @ p["w"] + p["b"] ** 2)(params)
+        value = jnp.where(kind == 0, value, told[i])
+        updates, state = guard.update(gradient, state, params, value=value)
+        params = optax.apply_updates(params, updates)
+        return (params, state), (params, state.thrown, state.age)
+
+    return jax.lax.scan(step, (start, guard.init(start)), jnp.arange(STEPS))
+
+
+RUNS = {
+    "hostile": lambda: jax.jit(lambda which, kind, key: run(hostile(which, turn=200), kind, key)),
+    "faulty": lambda: jax.jit(
+        lambda which, kind, key, at, value: run(
+            faulty(0.1, at=at, fault=which, value=value), kind, key
+        )
+    ),
+}
+
+
+def check_every_run(runs) -> list:
+    """The promises, whatever the optimizer and the losses; and what the runs were like."""
+    seen = []
+
+    def promises(points, thrown):
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(points))
+        assert (thrown <= RHO * np.arange(1, STEPS + 1) + WINDOW).all()
+
+    @settings(max_examples=60)
+    @given(
+        which=st.sampled_from(range(len(HOSTILE))),
+        kind=st.sampled_from(range(len(LOSSES))),
+        seed=st.integers(0, 99),
+    )
+    def hostile_ones(which, kind, seed):
+        (_, state), (points, thrown, _) = jax.device_get(
+            runs["hostile"](which, kind, jax.random.key(seed))
+        )
+        promises(points, thrown)
+        seen.append((state.returns, state.skipped, state.unanswered, state.thrown))
+
+    @settings(max_examples=60)
+    @given(
+        which=st.sampled_from(range(len(FAULTS))),
+        kind=st.sampled_from(range(len(LOSSES))),
+        seed=st.integers(0, 99),
+        at=st.integers(0, STEPS - 1),
+        value=st.sampled_from([np.nan, np.inf, -np.inf, 1e38, -3e38, 1e6, 1.0]),
+    )
+    def faulty_ones(which, kind, seed, at, value):
+        key = jax.random.key(seed)
+        (_, state), (points, thrown, _) = jax.device_get(
+            runs["faulty"](which, kind, key, at, jnp.float32(value))
+        )
+        promises(points, thrown)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.inner))
+        seen.append((state.returns, state.skipped, state.unanswered, state.thrown))
+
+    hostile_ones()
+    faulty_ones()
+    return seen
+
+
+def test_in_every_run_it_is_finite_and_throws_away_no_more_than_it_may():
+    seen = np.array(check_every_run({name: make() for name, make in RUNS.items()}))
+    assert (seen > 0).any(axis=0).all()  # returns, skipped steps, alarms beyond the budget
+    assert seen[:, 3].max() > WINDOW  # and more thrown away than one window
+
+
+@pytest.mark.parametrize("broken", ["budget", "finiteness"])
+def test_that_test_fails_where_the_promise_is_broken(monkeypatch, broken):
+    if broken == "budget":
+        monkeypatch.setattr(module, "allowance", lambda calls, rho, window: calls + window)
+    else:
+        monkeypatch.setattr(module.snapshot, "can_return_from", lambda params: jnp.array(True))
+    with pytest.raises(BaseException) as error:  # Hypothesis raises groups of them
+        check_every_run({name: make() for name, make in RUNS.items()})
+    assert "assert" in "".join(map(str, getattr(error.value, "exceptions", [error.value])))
+
+
+def false_alarms(steps: int, window: int = 256) -> float:
+    """A bound on the probability of any alarm in so many steps of i.i.d. losses.
+
+    With B = window / 4, on the event that each of the steps / B blocks has its 0.95 quantile at
+    level v of the distribution at least, the score is at most a random walk that goes up with
+    probability 1 - v: an excursion of it reaches B / 2 with probability ((1 - v) / v)^(B / 2).
+    """
+    block = window // 4
+    rank = -(-19 * block // 20)
+    v = np.linspace(0.51, 0.99, 200)
+    low = steps / block * stats.beta.cdf(v, rank, block + 1 - rank)
+    return (low + steps * ((1 - v) / v) ** (block // 2)).min()
+
+
+def test_false_alarms_are_rare_for_every_distribution():
+    assert false_alarms(10**6) < 0.001
+    assert false_alarms(10**6, window=64) > 1  # no promise of so short a window
+
+
+@pytest.mark.parametrize("trend", ["flat", "falls"])
+def test_heavy_tails_raise_no_alarm(trend):
+    steps = 50_000
+    noise = np.random.default_rng(0).standard_t(1.5, steps)
+    level = 0.0 if trend == "flat" else 20.0 / np.sqrt(1 + np.arange(steps))
+    guard = lossguard.rewind(optax.sgd(0.0))
+
+    @jax.jit
+    def scores(losses):
+        def step(state, value):
+            _, state = guard.update(jnp.zeros(1), state, jnp.zeros(1), value=value)
+            return state, state.alarm.score
+
+        return jax.lax.scan(step, guard.init(jnp.zeros(1)), losses)
+
+    state, score = scores(jnp.asarray(noise + level, jnp.float32))
+    assert state.returns == state.unanswered == state.skipped == 0
+    assert 1 < score.max() < 20  # of 32
+
+
+def told(guard, values, params=None):
+    """The state after some losses, with gradients of 1."""
+    params = jnp.zeros(1) if params is None else params
+
+    @jax.jit
+    def play(values):
+        def step(carry, value):
+            params, state = carry
+            updates, state = guard.update(jnp.ones(1), state, params, value=value)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, guard.init(params)), values)[0]
+
+    return play(jnp.asarray(values, jnp.float32))
+
+
+FALLS = list(np.linspace(3, 1, 256))
+
+
+@pytest.mark.parametrize(
+    ("values", "returns"),
+    [
+        ([1e30], 0),
+        ([np.nan], 0),
+        ([9.0] * 31 + [1.0] * 31 + [9.0] * 31, 0),
+        ([9.0] * 32, 1),
+        ([np.inf] * 32, 1),
+        ([9.0, 9.0, 1.0] * 32, 1),
+        ([9.0, 1.0] * 64, 0),
+        ([1.09] * 300, 0),
+    ],
+)
+def test_it_takes_more_losses_above_than_below(values, returns):
+    _, state = told(lossguard.rewind(optax.sgd(1.0)), FALLS + values)
+    assert state.returns == returns
+
+
+def test_where_it_goes_back_to_and_how_it_goes_on():
+    """Snapshots are at 0, 64, 128 ...; at 256 the one at 192 is trusted, not that at 256."""
+    guard = lossguard.rewind(optax.sgd(1.0), factor=0.25)
+    params, state = told(guard, [*FALLS, *([9.0] * 32)])
+    assert params == -192.0 and state.thrown == 95 and state.last_return == 288
+    assert state.inner == optax.sgd(1.0).init(params)
+    scales = []
+    for _ in range(66):
+        updates, state = jax.jit(guard.update)(jnp.ones(1), state, params, value=1.0)
+        params = optax.apply_updates(params, updates)
+        scales.append(float(state.scale))
+    np.testing.assert_allclose(scales, np.minimum(1, 0.25 + 0.75 * np.arange(66) / 64))
+
+
+def test_after_returns_in_a_row_the_step_stays_lower():
+    guard = lossguard.rewind(optax.sgd(1.0))
+    _, state = told(guard, [*FALLS, *([9.0] * 96)])
+    assert state.returns == 3 and state.cap == 0.25 and state.unanswered == 0
+    _, state = told(guard, [*FALLS, *([9.0] * 400)])
+    assert state.returns == 3 and state.cap == 0.25 and state.unanswered == 1
+
+
+def test_rounding_is_corrected_in_a_second_call():
+    """-1e8 is so far away that one update from there misses the snapshot."""
+    jump = {250: -1e8}
+
+    def update(updates, count, params=None):
+        far = sum(jnp.where(count == at, by, 0.0) for at, by in jump.items())
+        return jax.tree.map(lambda g: g + far, updates), count + 1
+
+    optimizer = optax.GradientTransformation(lambda params: jnp.int32(0), update)
+    guard = lossguard.rewind(optimizer)
+    start = jnp.array([0.1])
+    params, state = told(guard, [*FALLS, *([9.0] * 32)], start)
+    assert state.landing and state.returns == 1
+    trusted = state.snapshots.trusted[0]
+    assert (params != trusted).any()
+    updates, after = guard.update(jnp.ones(1), state, params, value=7.0)
+    assert (optax.apply_updates(params, updates) == trusted).all()
+    assert not after.landing and after.calls == state.calls + 1
+    unchanged = ("inner", "snapshots", "alarm", "age", "thrown", "skipped", "returns", "ramp")
+    for name in unchanged:
+        pairs = zip(*(jax.tree.leaves(getattr(s, name)) for s in (state, after)), strict=True)
+        assert all((one == other).all() for one, other in pairs)
+
+
+def test_a_schedule_goes_on_where_the_rest_goes_back():
+    optimizer = optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(lambda k: 1.0))
+    _, state = told(lossguard.rewind(optimizer), [*FALLS, *([9.0] * 32)])
+    adam, schedule = state.inner
+    assert state.returns == 1 and adam.count == 192 and schedule.count == 287
+
+
+def test_an_edit_from_outside_is_honoured():
+    guard = lossguard.rewind(optax.sgd(1.0))
+    params, state = told(guard, FALLS)
+    updates, _ = guard.update(jnp.ones(1), state, params + 7, value=1.0)
+    assert optax.apply_updates(params + 7, updates) == params + 6
+
+
+def valley(optimizer, jump: bool):
+    """A valley in a plain that is flat far away; the rate jumps by 50 for 20 of 2,000 steps."""
+    guard = optax.with_extra_args_support(optimizer)
+    noise = 0.3 * jax.random.normal(jax.random.key(0), (2000, 10))
+
+    def loss(x):
+        return 1 - jnp.exp(-jnp.sum(x**2) / 10)
+
+    def step(carry, i):
+        x, state = carry
+        value, gradient = jax.value_and_grad(loss)(x)
+        fault = jnp.where(jump & (i >= 800) & (i < 820), 50.0, 1.0)
+        updates, state = guard.update((gradient + noise[i]) * fault, state, x, value=value)
+        return (optax.apply_updates(x, updates), state), None
+
+    x = jnp.ones(10)
+    (x, state), _ = jax.lax.scan(step, (x, guard.init(x)), jnp.arange(2000))
+    return loss(x), state
+
+
+def test_after_a_jump_of_the_rate_it_recovers():
+    optimizer = optax.sgd(optax.linear_schedule(0.3, 0.0, 2000))
+    clean, _ = valley(optimizer, jump=False)
+    alone, _ = valley(optimizer, jump=True)
+    assert clean < 0.01 and alone > 0.9
+    recovered, state = valley(lossguard.rewind(optimizer), jump=True)
+    assert recovered < 0.02 and state.returns >= 1
+    healthy, state = valley(lossguard.rewind(optimizer), jump=False)
+    assert healthy == clean and state.returns == 0

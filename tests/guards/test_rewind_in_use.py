@@ -1,0 +1,197 @@
+"""``rewind`` among other transformations, types and devices, and what it refuses."""
+
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lossguard
+from lossguard.guards.rewind import RewindState
+
+LOSSES = jnp.concatenate([jnp.linspace(3, 1, 150), jnp.full(12, 9.0), jnp.ones(20)])
+WINDOW = 64
+
+
+def guarded(optimizer):
+    return lossguard.rewind(optimizer, window=WINDOW)
+
+
+def play(optimizer, params, losses=LOSSES):
+    """The last parameters and state; the gradient is a fixed function of the parameters."""
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def step(carry, value):
+        params, state = carry
+        gradient = jax.tree.map(lambda p: (jnp.sin(p) + 1).astype(p.dtype), params)
+        updates, state = optimizer.update(gradient, state, params, value=value)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, optimizer.init(params)), losses)[0]
+
+
+def state_of(state) -> RewindState:
+    found = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, RewindState))
+    return next(s for s in found if isinstance(s, RewindState))
+
+
+PARAMS = {"w": jnp.array([[0.5, -1.0]]), "b": jnp.array(0.25)}
+ADAM = optax.adam(0.01)
+FORMS = {
+    "around a chain": guarded(optax.chain(optax.clip_by_global_norm(1.0), ADAM)),
+    "last in a chain": optax.chain(optax.clip_by_global_norm(1.0), guarded(ADAM)),
+    "around injected": guarded(
+        optax.inject_hyperparams(optax.adam)(optax.linear_schedule(0.01, 0.0, 500))
+    ),
+    "injected": optax.inject_hyperparams(lambda rate: guarded(optax.adam(rate)))(rate=0.01),
+    "around several steps": guarded(
+        optax.MultiSteps(ADAM, every_k_schedule=2).gradient_transformation()
+    ),
+    "around what uses the loss": guarded(
+        optax.chain(ADAM, optax.contrib.reduce_on_plateau(patience=1000))
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_goes_back_in_every_form(form):
+    params, state = jax.jit(partial(play, FORMS[form]))(PARAMS)
+    state = state_of(state)
+    assert state.returns == 1 and np.isfinite(params["w"]).all()
+    assert state.thrown <= WINDOW + 0.1 * state.calls
+
+
+def test_within_several_steps_it_counts_their_ends():
+    steps = optax.MultiSteps(guarded(ADAM), every_k_schedule=3)
+    optimizer = optax.GradientTransformationExtraArgs(steps.init, steps.update)
+    _, state = jax.jit(partial(play, optimizer))(PARAMS, jnp.repeat(LOSSES, 3))
+    assert state_of(state).calls == len(LOSSES) and state_of(state).returns == 1
+
+
+def test_compiled_and_not_it_is_the_same():
+    losses = LOSSES[130:170]
+    one = play(guarded(ADAM), PARAMS, losses)
+    with jax.disable_jit():
+        other = play(guarded(ADAM), PARAMS, losses)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one, other)
+
+
+def test_vectorized_each_run_goes_back_by_itself():
+    factors = jnp.array([1.0, 0.0, 1.0])
+    many = jnp.where(LOSSES[None] > 3, LOSSES * factors[:, None], LOSSES)
+    both = jax.jit(jax.vmap(partial(play, guarded(ADAM), PARAMS)))(many)
+    assert both[1].returns.tolist() == [1, 0, 1]
+    for row in range(3):
+        alone = jax.jit(partial(play, guarded(ADAM)))(PARAMS, many[row])
+        mine = jax.tree.map(lambda leaf, row=row: leaf[row], both)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), mine, alone)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision(dtype):
+    params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
+    last, state = jax.jit(partial(play, guarded(optax.sgd(0.01))))(params)
+    assert state.returns == 1 and last["w"].dtype == dtype
+    assert state.alarm.losses.dtype == jnp.float32
+
+
+def test_it_compiles_once_donates_and_never_waits_for_the_host():
+    optimizer = guarded(ADAM)
+    step = jax.jit(
+        lambda params, state, value: optimizer.update(params, state, params, value=value),
+        donate_argnums=1,
+    )
+    state = optimizer.init(PARAMS)
+    value = jnp.float32(1)
+    _, state = step(PARAMS, state, value)
+    with jax.transfer_guard("disallow"):
+        _, state = step(PARAMS, state, value)
+    assert step._cache_size() == 1
+    assert state.calls == 2
+
+
+def test_a_step_that_takes_no_snapshot_copies_none():
+    """In a compiled loop: copies stand only in the inner loop that runs at the end of a block."""
+    size = 12345
+    params = jnp.zeros(size)
+    program = jax.jit(partial(play, guarded(optax.sgd(0.1)))).lower(params).compile().as_text()
+    parts = re.split(r"\n(?=%|ENTRY)", program)
+    step = [part for part in parts if " while(" in part and not part.startswith("ENTRY")]
+    assert step and not any(re.search(rf"f32\[{size}\]\S* copy\(", part) for part in step)
+
+
+def test_on_four_devices_it_is_as_on_one():
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    program = [sys.executable, Path(__file__).with_name("rewind_on_four_devices.py")]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+SGD = optax.sgd(0.1)
+ONES = jnp.ones(2)
+
+
+def update(**arguments):
+    optimizer = lossguard.rewind(SGD)
+    return optimizer.update(ONES, optimizer.init(ONES), **arguments)
+
+
+WRONG = {
+    "optimizer": (
+        lambda: lossguard.rewind("adam"),
+        "optimizer must be an optax GradientTransformation, got 'adam'",
+    ),
+    "short window": (
+        lambda: lossguard.rewind(SGD, window=8),
+        "window must be an integer of at least 64, got 8",
+    ),
+    "uneven window": (
+        lambda: lossguard.rewind(SGD, window=100),
+        "window must be a multiple of 8, got 100",
+    ),
+    "rho": (lambda: lossguard.rewind(SGD, rho=1), "rho must be at least 0 and below 1, got 1"),
+    "rise": (
+        lambda: lossguard.rewind(SGD, rise=-0.1),
+        "rise must be at least 0 and below 1, got -0.1",
+    ),
+    "factor": (
+        lambda: lossguard.rewind(SGD, factor=0),
+        "factor must be above 0 and at most 1, got 0",
+    ),
+    "no params": (
+        lambda: update(value=1.0),
+        "params must be given: update(updates, state, params, value=loss)",
+    ),
+    "no value": (
+        lambda: update(params=ONES),
+        "value must be given: update(updates, state, params, value=loss)",
+    ),
+    "value of a minibatch": (
+        lambda: update(params=ONES, value=ONES),
+        "value must be a scalar floating-point loss, got (2,) of float32",
+    ),
+    "value is an integer": (
+        lambda: update(params=ONES, value=1),
+        "value must be a scalar floating-point loss, got () of int32",
+    ),
+    "params are integers": (
+        lambda: lossguard.rewind(SGD).init(jnp.ones(2, int)),
+        "params must be floating-point arrays, but its leaf itself is int32",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_it_refuses(what, unchecked):
+    call, sentence = WRONG[what]
+    with pytest.raises(ValueError) as error:
+        call()
+    assert str(error.value) == sentence

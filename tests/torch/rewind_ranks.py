@@ -1,0 +1,93 @@
+"""A program for two ranks: ``Rewind`` decides the same on both, and copies their shards.
+
+``test_torch_rewind_ranks.py`` runs it, once for each rank.
+"""
+
+import copy
+import datetime
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed, nn
+from torch.distributed import checkpoint
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from lossguard.torch import Rewind
+
+WINDOW, EVERY, STEPS = 64, 8, 180
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def train(rewind, model, optimizer, first, last, rank):
+    """Rank 1 alone has high losses from 130 on, and a gradient that isn't finite at 50."""
+    for i in range(first, last):
+        rng = torch.Generator().manual_seed(2 * i + rank)
+        x = torch.randn(8, 8, generator=rng)
+        loss = (model(x)[:, 0] - x[:, 0]).square().mean()
+        optimizer.zero_grad()
+        (loss * (torch.nan if i == 50 and rank == 1 else 1)).backward()
+        optimizer.step()
+        rewind.observe(loss + (100.0 if rank == 1 and 130 <= i < 145 else 0.0))
+
+
+def whole(model):
+    full = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters())
+    return [p.detach().clone() for p in full]
+
+
+def averaged(rank, sharded):
+    """Both kinds of data parallelism; the run's numbers must be the same on all ranks."""
+    model = network()
+    if sharded:
+        fully_shard(model)
+    else:
+        model = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=EVERY)
+    train(rewind, model, optimizer, 0, STEPS, rank)
+    numbers = (rewind.returns, rewind.thrown, rewind.skipped, rewind.scale)
+    return numbers, rewind.events, whole(model)
+
+
+def resumed(rank, folder):
+    """FSDP2's shards through torch.distributed.checkpoint, and on to the same end."""
+
+    def start():
+        model = network()
+        fully_shard(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        return model, optimizer, Rewind(model, optimizer, window=WINDOW, every=EVERY)
+
+    model, optimizer, rewind = start()
+    train(rewind, model, optimizer, 0, 120, rank)
+    checkpoint.save({"rewind": rewind.state_dict()}, checkpoint_id=Path(folder) / "dcp")
+    parts = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(rewind, model, optimizer, 120, STEPS, rank)
+
+    twin, its_optimizer, again = start()
+    twin.load_state_dict(parts[0])
+    its_optimizer.load_state_dict(parts[1])
+    state = {"rewind": again.state_dict()}
+    checkpoint.load(state, checkpoint_id=Path(folder) / "dcp")
+    again.load_state_dict(state["rewind"])
+    train(again, twin, its_optimizer, 120, STEPS, rank)
+    assert again.returns == rewind.returns == 1
+    for mine, other in zip(whole(twin), whole(model), strict=True):
+        assert torch.equal(mine, other)
+
+
+if __name__ == "__main__":
+    folder, rank = sys.argv[1], int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    results = {kind: averaged(rank, kind == "sharded") for kind in ("replicated", "sharded")}
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    resumed(rank, folder)
+    distributed.destroy_process_group()

@@ -1,0 +1,198 @@
+"""``Rewind`` under Lightning, the Hugging Face Trainer and Accelerate, in AMP and accumulation."""
+
+import pytest
+import torch
+from torch import nn
+
+from lossguard.torch import Rewind
+from lossguard.torch.integrations import lightning_rewind, trainer_rewind
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+OPTIONS = {"window": 64, "every": 4}
+FAULT = range(90, 110)
+
+
+def data():
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(4096, 4, generator=rng)
+    return x, (x[:, 0] > 0).long()
+
+
+def module():
+    lightning = pytest.importorskip("lightning")
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Linear(4, 2)
+
+        def training_step(self, batch, index):
+            loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+            return loss * (30 if self.global_step in FAULT else 1)
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.parameters(), lr=0.05)
+            schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+            }
+
+    return lightning, Classifier
+
+
+def fit(steps, callback, accumulate=1, batch=8, **where):
+    lightning, make = module()
+    trainer = lightning.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accumulate_grad_batches=accumulate,
+        callbacks=[callback],
+    )
+    model = make()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data()), batch_size=batch)
+    trainer.fit(model, loader, **where)
+    return trainer, model
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_lightning(accumulate):
+    callback = lightning_rewind(**OPTIONS)
+    trainer, _ = fit(150, callback, accumulate)
+    rewind = callback.rewind
+    assert rewind.calls == trainer.global_step == 150
+    assert rewind.events[0].kind == "return" and 90 < rewind.events[0].call <= 104
+
+
+def test_lightning_resumes(tmp_path):
+    """On one minibatch, as Lightning doesn't go on at the one where it stopped."""
+    whole = lightning_rewind(**OPTIONS)
+    _, model = fit(150, whole, batch=4096)
+    first, _ = fit(86, lightning_rewind(**OPTIONS), batch=4096)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    rest = lightning_rewind(**OPTIONS)
+    half = {"ckpt_path": tmp_path / "half.ckpt", "weights_only": True}
+    _, twin = fit(150, rest, batch=4096, **half)
+    assert rest.rewind.events == whole.rewind.events
+    for mine, other in zip(twin.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def trainer_of(out, steps, callback, accumulate=1):
+    transformers = pytest.importorskip("transformers")
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net, self.seen = nn.Linear(4, 2), 0
+
+        def forward(self, x, labels):
+            logits = self.net(x)
+            loss = nn.functional.cross_entropy(logits, labels)
+            step = self.seen // accumulate
+            self.seen += self.training
+            return {"loss": loss * (30 if step in FAULT else 1), "logits": logits}
+
+    x, t = data()
+    return transformers.Trainer(
+        Model(),
+        transformers.TrainingArguments(
+            str(out),
+            max_steps=steps,
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=accumulate,
+            save_steps=86,
+            learning_rate=0.05,
+            report_to="none",
+            use_cpu=True,
+        ),
+        train_dataset=[{"x": a, "labels": b} for a, b in zip(x, t, strict=True)],
+        callbacks=[callback],
+    )
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_trainer(tmp_path, monkeypatch, accumulate):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    callback = trainer_rewind(**OPTIONS)
+    trainer = trainer_of(tmp_path, 150, callback, accumulate)
+    trainer.train()
+    rewind = callback.rewind
+    assert rewind.calls == trainer.state.global_step == 150
+    assert rewind.events[0].kind == "return" and 90 < rewind.events[0].call <= 104
+
+
+def test_the_trainer_resumes(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    whole = trainer_rewind(**OPTIONS)
+    trainer = trainer_of(tmp_path, 150, whole)
+    trainer.train()
+    rest = trainer_rewind(**OPTIONS)
+    again = trainer_of(tmp_path, 150, rest)
+    again.model.seen = 86
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-86"))
+    assert rest.rewind.events == whole.rewind.events and rest.rewind.calls == 150
+    for mine, other in zip(again.model.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_accelerate_with_accumulated_gradients():
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = nn.Linear(4, 2)
+    x, t = data()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, t), batch_size=8)
+    model, optimizer, loader = accelerator.prepare(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), loader
+    )
+    rewind = Rewind(model, optimizer, **OPTIONS)
+    for i, (x, t) in enumerate(loader):
+        with accelerator.accumulate(model):
+            loss = nn.functional.cross_entropy(model(x), t) * (30 if i // 2 in FAULT else 1)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            rewind.observe(loss)
+    assert rewind.calls == 256 and rewind.returns >= 1
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_a_gradient_scaler_skips_by_itself():
+    """In float16 the scaler skips a step that overflows; the loss alone says nothing of it."""
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    rewind = Rewind(model, optimizer, **OPTIONS)
+    x, t = data()
+    for i in range(150):
+        rows = slice(8 * i, 8 * i + 8)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = nn.functional.cross_entropy(model(x[rows]), t[rows])
+        optimizer.zero_grad()
+        scaler.scale(loss * (torch.inf if i == 50 else 1)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        rewind.observe(loss * (30 if i in FAULT else 1))
+        assert all(p.isfinite().all() for p in model.parameters())
+    assert rewind.returns >= 1 and scaler.get_scale() == 2.0**9
+
+
+def test_a_compiled_model():
+    model = torch.compile(nn.Linear(4, 2), backend="eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    rewind = Rewind(model, optimizer, **OPTIONS)
+    x, t = data()
+    for i in range(150):
+        loss = nn.functional.cross_entropy(model(x[8 * i : 8 * i + 8]), t[8 * i : 8 * i + 8])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rewind.observe(loss * (30 if i in FAULT else 1))
+    assert rewind.returns >= 1

@@ -1,0 +1,478 @@
+"""``Rewind`` in PyTorch's loops: what it promises, schedulers, checkpoints, and that it helps."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from lossguard.torch import Rewind, RewindEvent
+
+FALLS = list(np.linspace(3, 1, 128))
+HIGH = [9.0] * 16
+WINDOW = 64
+
+
+def one_weight(optimizer=torch.optim.SGD, **settings):
+    model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    nn.init.zeros_(model.weight)
+    return model, optimizer(model.parameters(), **{"lr": 1.0} | settings)
+
+
+def drive(rewind, model, optimizer, losses, gradient=1.0, after=lambda: None):
+    for loss in losses:
+        model.weight.grad = torch.full_like(model.weight, gradient)
+        optimizer.step()
+        after()
+        rewind.observe(loss)
+
+
+def test_it_goes_back_and_says_so():
+    heard = []
+    model, optimizer = one_weight(momentum=0.5)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4, on_event=heard.append)
+    drive(rewind, model, optimizer, FALLS[:112])
+    momentum = optimizer.state[model.weight]["momentum_buffer"].clone()
+    weight = model.weight.clone()
+    drive(rewind, model, optimizer, FALLS[112:])
+    drive(rewind, model, optimizer, HIGH[:7])
+    assert not rewind.events
+    drive(rewind, model, optimizer, HIGH[:1])
+    assert rewind.events == heard == [RewindEvent("return", "loss", 136, 24, 1, 0.5)]
+    assert model.weight == weight
+    assert optimizer.state[model.weight]["momentum_buffer"] == momentum
+    assert rewind.thrown == 24 and rewind.returns == 1
+    for call in range(32):
+        assert rewind.scale == min(1.0, 0.5 + 0.5 * call / 16)  # between two reads as well
+        drive(rewind, model, optimizer, [1.0])
+
+
+def test_before_the_first_step_there_is_no_memory():
+    model, optimizer = one_weight(torch.optim.Adam)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    drive(rewind, model, optimizer, [math.nan] * 8, gradient=math.inf)
+    assert rewind.returns == 1 and rewind.skipped == 7
+    assert model.weight == 0 and not optimizer.state[model.weight]
+
+
+class Hostile(torch.optim.Optimizer):
+    """Its steps are what a list says."""
+
+    def __init__(self, params, steps):
+        super().__init__(params, {"lr": 1.0})
+        self.steps = iter(steps)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for param in self.param_groups[0]["params"]:
+            param += self.param_groups[0]["lr"] * next(self.steps)
+
+
+def hostile_run(seed, every, checks, steps=1200, rho=0.05):
+    """The largest excess over the budget, and how often the model wasn't finite after a read."""
+    rng = np.random.default_rng(seed)
+    kind = ("broken", "saw", "rare", "all")[seed % 4]
+    moves = rng.standard_normal(steps)
+    values = rng.standard_normal(steps)
+    if kind in ("broken", "all"):
+        at = rng.random(steps) < (1.0 if kind == "all" else 0.1)
+        moves[at] = rng.choice([np.nan, np.inf, -np.inf], at.sum())
+    if kind == "saw":
+        values += 100 * (np.arange(steps) % 60 >= 40)
+    if kind == "rare":
+        values[rng.random(steps) < 0.3] = np.nan
+        moves[rng.random(steps) < 0.01] = np.nan
+    model, _ = one_weight()
+    optimizer = Hostile(model.parameters(), moves)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=every, rho=rho)
+    excess, infinite = -math.inf, 0
+    for value in values:
+        optimizer.step()
+        rewind.observe(value)
+        excess = max(excess, rewind.thrown - rho * rewind.calls - WINDOW)
+        infinite += rewind._rule.unread == 0 and not bool(model.weight.isfinite().all())
+    checks.append((rewind.returns, rewind.skipped, rewind.thrown))
+    return excess, infinite
+
+
+@pytest.mark.parametrize("every", [1, 4, 16])
+def test_in_every_run_it_is_finite_and_throws_away_no_more_than_it_may(every):
+    seen = []
+    for seed in range(16):
+        excess, infinite = hostile_run(seed, every, seen)
+        assert excess <= 0 and infinite == 0, seed
+    assert np.max(seen, axis=0)[2] > WINDOW and (np.max(seen, axis=0) > 0).all()
+
+
+def test_where_no_step_is_finite_none_is_taken():
+    """Three returns throw 4 steps away each; then each step is taken back by itself, and skipped.
+
+    After 8 of these there is an alarm, and what was known of the losses is forgotten.
+    """
+    model, _ = one_weight()
+    optimizer = Hostile(model.parameters(), [math.nan] * 400)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    for _ in range(400):
+        optimizer.step()
+        rewind.observe(1.0)
+    assert model.weight == 0 and rewind.scale == 0.5**6
+    events = rewind.events
+    assert [(event.call, event.in_a_row) for event in events[:5]] == [
+        *((4, 1), (8, 2), (12, 3)),
+        *((20, 0), (24, 1)),
+    ]
+    thrown = 4 * sum(event.cause == "model" for event in events)
+    alarms = sum(event.kind == "return" and event.cause == "loss" for event in events)
+    assert rewind.thrown == thrown and rewind.skipped == 400 - thrown - alarms
+
+
+def test_that_test_fails_where_the_budget_is_broken(monkeypatch):
+    allowance = property(lambda self: self.window + self.calls)
+    monkeypatch.setattr("lossguard.torch.rule.Rule.allowance", allowance)
+    assert max(hostile_run(seed, 4, [])[0] for seed in range(16)) > 0
+
+
+def test_gradients_that_are_not_finite_move_nothing():
+    model, optimizer = one_weight(torch.optim.AdamW, weight_decay=0.0)
+    rewind = Rewind(model, optimizer, every=4, window=WINDOW)
+    rng = np.random.default_rng(0)
+    for i in range(200):
+        bad = rng.random() < 0.2
+        model.weight.grad = torch.full_like(model.weight, math.nan if bad else 0.1)
+        optimizer.step()
+        rewind.observe(3.0 - i / 100, grad_norm=math.nan if bad else 0.1)
+        assert model.weight.isfinite().all()
+    assert rewind.skipped > 20 and rewind.returns == 0
+
+
+def test_a_memory_that_is_not_finite_goes_back_with_the_model():
+    model, optimizer = network()
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    train(model, optimizer, rewind, 0, 90)
+    next(iter(optimizer.state.values()))["exp_avg"].fill_(math.nan)
+    train(model, optimizer, rewind, 90, 92)
+    assert [event.cause for event in rewind.events] == ["model"]
+    train(model, optimizer, rewind, 92, 120)
+    assert rewind.returns == 1
+    for state in optimizer.state.values():
+        assert state["exp_avg"].isfinite().all()
+
+
+SCHEDULES = {
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda k: 0.99**k),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 300),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.5, total_steps=300),
+    "warm restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 50),
+    "chained": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ExponentialLR(o, 0.99), lr_scheduler.StepLR(o, 10, 0.9)]
+    ),
+}
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize("schedule", [*SCHEDULES, "by hand"])
+def test_the_schedule_goes_on_and_the_steps_are_scaled(schedule, tensor):
+    """Between steps the rates are the schedule's own; what the steps add up to is scaled."""
+
+    def rates(guarded):
+        model, optimizer = one_weight(torch.optim.Adam, lr=0.5)
+        if tensor:
+            optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
+        the_one = optimizer.param_groups[0]["lr"]
+        scheduler = None if schedule == "by hand" else SCHEDULES[schedule](optimizer)
+        rewind = Rewind(model, optimizer, window=WINDOW, every=4) if guarded else None
+        between, used, scales = [], [], []
+        optimizer.register_step_pre_hook(lambda o, *_: used.append(float(o.param_groups[0]["lr"])))
+        for i, loss in enumerate([*FALLS, *HIGH[:8], *([1.0] * 100)]):
+            scales.append(rewind.scale if rewind else 1.0)
+            model.weight.grad = torch.ones_like(model.weight)
+            optimizer.step()
+            if scheduler:
+                scheduler.step()
+            else:
+                for group in optimizer.param_groups:
+                    group["lr"] = 0.5 / (1 + i)
+            between.append(float(optimizer.param_groups[0]["lr"]))
+            if rewind:
+                rewind.observe(loss)
+        assert not (tensor and scheduler) or optimizer.param_groups[0]["lr"] is the_one
+        return between, used, scales
+
+    plain, guarded = rates(False), rates(True)
+    assert guarded[0] == plain[0]
+    assert min(guarded[2]) == 0.5 and guarded[2][0] == guarded[2][-1] == 1
+    np.testing.assert_allclose(guarded[1], np.multiply(plain[1], guarded[2]), rtol=1e-6)
+
+
+def test_a_scheduler_that_is_named_goes_back():
+    model, optimizer = one_weight()
+    scheduler = lr_scheduler.CosineAnnealingLR(optimizer, 1000)
+    rewind = Rewind(model, optimizer, schedulers=[scheduler], window=WINDOW, every=4)
+    drive(rewind, model, optimizer, FALLS + HIGH[:8], after=scheduler.step)
+    assert rewind.returns == 1 and scheduler.last_epoch == 112
+    expected = 0.5 * (1 + math.cos(math.pi * 112 / 1000))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+
+
+def test_an_error_within_a_step_leaves_the_rates():
+    model, optimizer = one_weight()
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    drive(rewind, model, optimizer, FALLS + HIGH[:8])
+
+    def closure():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    drive(rewind, model, optimizer, [1.0])
+    assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_the_fallback_is_made_careful_instead_of_slow():
+    model, optimizer = one_weight()
+
+    def careful(optimizer):
+        for group in optimizer.param_groups:
+            group["momentum"] = 0.0
+            group["lr"] /= 10
+
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4, fallback=careful)
+    drive(rewind, model, optimizer, FALLS + HIGH)
+    assert rewind.returns == 2 and optimizer.param_groups[0]["lr"] == 0.1
+    assert rewind.scale == 0.5
+
+
+def test_an_audit_sees_what_the_losses_do_not():
+    model, optimizer = one_weight()
+    audits = iter([1.0, 0.5, 0.2, 0.1, *[0.3] * 100])
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4, audit=lambda: next(audits))
+    drive(rewind, model, optimizer, [1.0] * 112)
+    assert not rewind.events
+    drive(rewind, model, optimizer, [1.0] * 16)
+    assert [(e.kind, e.cause, e.call) for e in rewind.events] == [("return", "audit", 128)]
+    assert model.weight == -64
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    return model, optimizer
+
+
+def train(model, optimizer, rewind, first, last, fault=()):
+    for i in range(first, last):
+        rng = torch.Generator().manual_seed(i)
+        x = torch.randn(32, 8, generator=rng)
+        t = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+        loss = nn.functional.cross_entropy(model(x), t)
+        optimizer.zero_grad()
+        (loss * (-300 if i in fault else 1)).backward()
+        optimizer.step()
+        rewind.observe(loss * (20 if i in fault else 1))
+    return loss.item()
+
+
+def assert_same(one, other):
+    for key, value in one.state_dict().items():
+        assert torch.equal(other.state_dict()[key], value), key
+
+
+def save(rewind, model, optimizer, tmp_path, how):
+    whole = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    whole = {**whole, "rewind": rewind.state_dict()}
+    if how == "torch":
+        torch.save(whole, tmp_path / "state.pt")
+        return
+    from torch.distributed import checkpoint
+
+    checkpoint.save({"rewind": whole.pop("rewind")}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    torch.save(whole, tmp_path / "state.pt")
+
+
+def resume(rewind, model, optimizer, tmp_path, how):
+    whole = torch.load(tmp_path / "state.pt", weights_only=True)
+    model.load_state_dict(whole["model"])
+    optimizer.load_state_dict(whole["optimizer"])
+    if how == "dcp":
+        from torch.distributed import checkpoint
+
+        whole["rewind"] = rewind.state_dict()
+        state = {"rewind": whole["rewind"]}
+        checkpoint.load(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+        whole["rewind"] = state["rewind"]
+    rewind.load_state_dict(whole["rewind"])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("at", [3, 70, 137])
+@pytest.mark.parametrize("how", ["torch", "dcp"])
+def test_it_resumes_to_the_last_bit(tmp_path, how, at):
+    options = {"window": WINDOW, "every": 8}
+    fault = range(125, 140)
+
+    def start(seed=0):
+        model, optimizer = network(seed)
+        return Rewind(model, optimizer, **options), model, optimizer
+
+    rewind, model, optimizer = start()
+    train(model, optimizer, rewind, 0, 200, fault)
+    assert rewind.returns >= 1
+    first, half, its_optimizer = start()
+    train(half, its_optimizer, first, 0, at, fault)
+    save(first, half, its_optimizer, tmp_path, how)
+    again, twin, its_optimizer = start(seed=1)
+    resume(again, twin, its_optimizer, tmp_path, how)
+    assert bool(again._trusted["optimizer"]) == bool(first._trusted["optimizer"]) == (at > 64)
+    train(twin, its_optimizer, again, at, 200, fault)
+    assert_same(model, twin)
+    assert again.scale == rewind.scale and again.thrown == rewind.thrown
+
+
+def test_a_healthy_run_is_the_same_with_it():
+    model, optimizer = network()
+    rewind = Rewind(model, optimizer)
+    train(model, optimizer, rewind, 0, 300)
+    twin, its_optimizer = network()
+    ignored = type("Ignored", (), {"observe": lambda self, loss: None})()
+    train(twin, its_optimizer, ignored, 0, 300)
+    assert_same(model, twin)
+    assert not rewind.events and rewind.skipped == 0
+
+
+def test_it_waits_for_the_device_at_reads_only(monkeypatch):
+    model, optimizer = network()
+    rewind = Rewind(model, optimizer, window=WINDOW, every=16)
+    reads = []
+    for name in ("item", "tolist", "__bool__", "__float__"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, real=real: (reads.append(1), real(self))[1]
+        )
+    optimizer.step = lambda: None  # Adam's own reads of its step counts
+    for _ in range(64):
+        rewind.observe(torch.tensor(1.0))
+    assert len(reads) == 4
+
+
+def test_snapshots_take_two_copies():
+    model, optimizer = network()
+    rewind = Rewind(model, optimizer, window=WINDOW, every=16)
+    train(model, optimizer, rewind, 0, 100)
+
+    def size(saved):
+        tensors = [*saved["model"].values()]
+        tensors += [t for entry in saved["optimizer"].values() for t in entry.values()]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    live = [*model.state_dict().values()]
+    live += [t for entry in optimizer.state.values() for t in entry.values()]
+    whole = sum(t.numel() * t.element_size() for t in live)
+    assert size(rewind._trusted) == size(rewind._candidate) == whole and rewind._last is None
+    kept = {t.data_ptr() for s in (rewind._trusted, rewind._candidate) for t in s["model"].values()}
+    train(model, optimizer, rewind, 100, 200)  # and the same memory is used again
+    again = {
+        t.data_ptr() for s in (rewind._trusted, rewind._candidate) for t in s["model"].values()
+    }
+    assert again == kept
+
+
+def test_masks_may_be_infinite_and_shared_weights_are_copied_once():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    model.register_buffer("mask", torch.full((4,), -math.inf))
+    rewind = Rewind(model, torch.optim.SGD(model.parameters(), lr=0.1), window=WINDOW, every=1)
+    rewind.observe(1.0)
+    assert not rewind.events
+    assert [*rewind._trusted["model"]] == ["0.weight", "0.bias", "1.bias", "mask"]
+
+
+def test_it_leaves_the_optimizer_as_it_was():
+    model, optimizer = one_weight()
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    drive(rewind, model, optimizer, FALLS + HIGH[:8])
+    rewind.close()
+    before = model.weight.clone()
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    assert model.weight == before - 1
+
+
+def model_and_sgd():
+    model = nn.Linear(2, 1)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def foreign():
+    model, _ = model_and_sgd()
+    return Rewind(model, torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1))
+
+
+def broken():
+    model, optimizer = model_and_sgd()
+    nn.init.constant_(model.weight, math.nan)
+    return Rewind(model, optimizer)
+
+
+def loaded(change):
+    rewind = Rewind(*model_and_sgd())
+    state = copy.deepcopy(rewind.state_dict())
+    change(state)
+    rewind.load_state_dict(state)
+
+
+WRONG = {
+    "model": (
+        lambda: Rewind("model", None),  # type: ignore
+        "model must be a Module such as nn.Linear(2, 1), got 'model'",
+    ),
+    "optimizer": (
+        lambda: Rewind(nn.Linear(2, 1), None),  # type: ignore
+        "optimizer must be a Optimizer such as torch.optim.AdamW(model.parameters()), got None",
+    ),
+    "foreign": (
+        foreign,
+        "optimizer must train parameters of the model, got one of shape (3,) that "
+        "model.named_parameters() doesn't have",
+    ),
+    "not finite": (broken, "model must be finite, got one that isn't"),
+    "window": (
+        lambda: Rewind(*model_and_sgd(), window=100),
+        "window must be a multiple of 8, got 100",
+    ),
+    "every": (
+        lambda: Rewind(*model_and_sgd(), every=10),
+        "every must divide window / 4 = 64, got 10",
+    ),
+    "rho": (
+        lambda: Rewind(*model_and_sgd(), rho=1.0),
+        "rho must be at least 0 and below 1, got 1.0",
+    ),
+    "loss": (
+        lambda: Rewind(*model_and_sgd()).observe(torch.ones(3)),
+        "loss must be a single number, got shape (3,)",
+    ),
+    "no state": (
+        lambda: loaded(lambda state: state.pop("numbers")),
+        "state must be of Rewind.state_dict(), but it lacks 'numbers'",
+    ),
+    "other window": (
+        lambda: loaded(lambda state: state.update(losses=torch.zeros(16))),
+        "state must be of a Rewind with window = 256, got 16 losses, not 64",
+    ),
+    "other model": (
+        lambda: loaded(lambda state: state["trusted"]["model"].update(weight=torch.ones(9))),
+        "state must be of this model, whose weight has shape (1, 2), got shape (9,)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_it_refuses(what):
+    call, sentence = WRONG[what]
+    with pytest.raises(ValueError) as error:
+        call()
+    assert str(error.value) == sentence

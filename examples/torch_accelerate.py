@@ -1,5 +1,7 @@
 """Hugging Face Accelerate: prepare the guard like any optimizer; ``backward`` is in the closure.
 
+Accumulate gradients inside the closure: with ``accelerator.accumulate`` it would not be called.
+
 python examples/torch_accelerate.py
 accelerate launch examples/torch_accelerate.py
 """
@@ -11,10 +13,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch_data import images
 
-from lossguard.torch import LossGuard
+from lossguard.torch import Recommended
 
 
-def main(calls: int = 200, seed: int = 0) -> LossGuard:
+def main(calls: int = 200, seed: int = 0) -> Recommended:
     """Train, print the last decision, and return the guard."""
     torch.manual_seed(seed)
     accelerator = Accelerator()
@@ -26,7 +28,7 @@ def main(calls: int = 200, seed: int = 0) -> LossGuard:
 
     # Prepare the model first: the guard is built on the parameters that it is to update.
     model, loader = accelerator.prepare(model, loader)
-    guard = LossGuard(
+    guard = Recommended(
         torch.optim.AdamW(model.parameters(), lr=0.03),
         torch.optim.SGD(model.parameters(), lr=0.3),
         model=model,
@@ -47,8 +49,8 @@ def main(calls: int = 200, seed: int = 0) -> LossGuard:
             done += 1
             if done == calls:
                 break
-    won = sum(decision.winner == 0 for decision in guard.history)
-    accelerator.print(f"AdamW won {won} of {len(guard.history)} cycles")
+    led = sum(decision.winner == 0 for decision in guard.history)
+    accelerator.print(f"AdamW led after {led} of {len(guard.history)} cycles")
     return guard
 
 

@@ -1,4 +1,4 @@
-"""Mixed precision: bfloat16 on a CPU, float16 with a gradient scaler per branch on a GPU.
+"""Mixed precision: bfloat16 on a CPU, float16 with a gradient scaler per lane on a GPU.
 
 python examples/torch_amp.py
 """
@@ -9,10 +9,10 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch_data import images, minibatches
 
-from lossguard.torch import LossGuard
+from lossguard.torch import Recommended
 
 
-def main(calls: int = 200, seed: int = 0) -> LossGuard:
+def main(calls: int = 200, seed: int = 0) -> Recommended:
     """Train, print the last decision, and return the guard."""
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,25 +23,22 @@ def main(calls: int = 200, seed: int = 0) -> LossGuard:
     ).to(device)
     model(data[0][:2].to(device))
 
-    guard = LossGuard(
+    guard = Recommended(
         torch.optim.AdamW(model.parameters(), lr=0.03),
         torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
-        model=model,  # BatchNorm's statistics belong to a branch
+        model=model,  # BatchNorm's statistics belong to a lane
         scaler=GradScaler(device, enabled=dtype == torch.float16),
     )
     for batch in minibatches(data, size=128, count=calls):
         pixels, labels = (tensor.to(device) for tensor in batch)
 
-        def closure(pixels=pixels, labels=labels):
-            guard.zero_grad()
+        for lane in guard.lanes():
             with torch.autocast(device, dtype):
                 loss = nn.functional.cross_entropy(model(pixels), labels)
             guard.scaler.scale(loss).backward()
             guard.unscale_()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            return loss
-
-        guard.step(closure)
+            lane.step(loss)
     print(guard.last_decision)
     return guard
 

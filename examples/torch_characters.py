@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch_compare import Row, compare, follow
 
-from lossguard.torch import BestOf, recommended
+from lossguard.torch import BestOf, Recommended
 
 METHODS = ("careful", "bold", "recommended", "best of")
 
@@ -79,8 +79,8 @@ def optimizer_of(method: str, model: Transformer, careful: float, bold: float) -
     if method in ("careful", "bold"):
         return fallback if method == "careful" else learned
     if method == "recommended":
-        return recommended(learned, fallback, model=model, loser="keep")
-    return BestOf(learned, fallback, model=model)
+        return Recommended(learned, fallback, model=model)
+    return BestOf([fallback, learned], model=model)
 
 
 def train(method: str, seed: int, *, calls: int, careful: float, bold: float) -> list[Row]:

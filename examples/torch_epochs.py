@@ -1,7 +1,7 @@
 """A small ConvNet under AdamW at two rates, on few images that it sees again and again.
 
-The higher rate is ahead first, and overfits. Training losses can't tell; so ``BestOf`` with ``nc``
-compares the optimizers on held-out minibatches, and follows the one that is better there.
+The higher rate is ahead first, and overfits. Training losses can't tell; so ``BestOf`` with a
+``check`` compares the optimizers on held-out minibatches, and follows the one that is better there.
 
     python examples/torch_epochs.py
 """
@@ -38,12 +38,25 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(model(pixels), labels)
 
 
-def optimizer_of(method: str, model: nn.Module, careful: float, bold: float) -> Optimizer:
+def optimizer_of(
+    method: str, model: nn.Module, careful: float, bold: float, held_out: Batch
+) -> Optimizer:
     """AdamW at one of the rates, or guarded."""
     learned, fallback = (AdamW(model.parameters(), lr=rate) for rate in (bold, careful))
     if method in ("careful", "bold"):
         return fallback if method == "careful" else learned
-    return BestOf(learned, fallback, nc=2 if method == "best of, held out" else 0, model=model)
+    pixels, labels = held_out
+
+    def check(k: int) -> Tensor:
+        """With BatchNorm's running statistics; minibatch k, of 64 images."""
+        part = torch.arange(64 * k, 64 * (k + 1)) % len(labels)
+        model.eval()
+        loss = loss_of(model, (pixels[part], labels[part]))
+        model.train()
+        return loss
+
+    held = check if method == "best of, held out" else None
+    return BestOf([fallback, learned], check=held, model=model)
 
 
 def train(method: str, seed: int, *, calls: int, careful: float, bold: float) -> list[Row]:
@@ -54,8 +67,7 @@ def train(method: str, seed: int, *, calls: int, careful: float, bold: float) ->
     training, held_out, others = ((pixels[part], labels[part]) for part in parts)
     torch.manual_seed(seed)
     model = convnet(pixels.shape[-1])
-    optimizer = optimizer_of(method, model, careful, bold)
-    checks = minibatches(held_out, 64, calls, torch.Generator().manual_seed(seed))
+    optimizer = optimizer_of(method, model, careful, bold, held_out)
 
     def step(batch: Batch) -> float:
         def closure() -> Tensor:
@@ -64,15 +76,13 @@ def train(method: str, seed: int, *, calls: int, careful: float, bold: float) ->
             loss.backward()
             return loss
 
-        model.train()
-        loss = optimizer.step(closure).item()
-        model.eval()  # checks are with BatchNorm's running statistics
-        while isinstance(optimizer, BestOf) and optimizer.checking:
-            optimizer.step(partial(loss_of, model, next(checks)))
-        return loss
+        return optimizer.step(closure).item()
 
     def evaluate() -> float:
-        return loss_of(model, others).item()
+        model.eval()
+        loss = loss_of(model, others).item()
+        model.train()
+        return loss
 
     return follow(step, minibatches(training, 64, calls), evaluate, calls)
 

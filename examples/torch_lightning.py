@@ -1,7 +1,7 @@
 """Lightning: automatic optimization takes the guard as it is, and manual optimization works too.
 
 Automatic optimization passes the guard a closure that evaluates ``training_step``, so that it is
-called once per branch. Manual optimization is for losses that aren't one ``training_step``.
+called once for each lane that runs. Manual optimization is for losses that aren't one step's.
 
     python examples/torch_lightning.py
     python examples/torch_lightning.py --manual
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch_data import Batch, images
 
-from lossguard.torch import LossGuard
+from lossguard.torch import Recommended
 
 
 class Classifier(lightning.LightningModule):
@@ -37,8 +37,8 @@ class Classifier(lightning.LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         return self.loss(batch)
 
-    def configure_optimizers(self) -> LossGuard:
-        return LossGuard(
+    def configure_optimizers(self) -> Recommended:
+        return Recommended(
             torch.optim.AdamW(self.parameters(), lr=0.03),
             torch.optim.SGD(self.parameters(), lr=0.3),
             model=self,
@@ -65,7 +65,7 @@ class Manual(Classifier):
         optimizer.step(closure=closure)
 
 
-def main(calls: int = 200, manual: bool = False, seed: int = 0) -> LossGuard:
+def main(calls: int = 200, manual: bool = False, seed: int = 0) -> Recommended:
     """Train, print the last decision, and return the guard."""
     lightning.seed_everything(seed, verbose=False)
     data = images()
@@ -82,7 +82,7 @@ def main(calls: int = 200, manual: bool = False, seed: int = 0) -> LossGuard:
     )
     trainer.fit(model, loader)
     guard = trainer.optimizers[0]
-    assert isinstance(guard, LossGuard)
+    assert isinstance(guard, Recommended)
     print(guard.last_decision)
     return guard
 

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch_data import images, minibatches
 
-from lossguard.torch import Decision, LossGuard, LSTMOptimizer, recommended
+from lossguard.torch import Decision, LSTMOptimizer, Recommended
 
-KEPT = {0: "learned", 1: "fallback", 2: "fallback's own path", -1: "neither"}
+LEADS = {0: "learned", 1: "fallback from there", 2: "fallback by itself"}
 
 
-def main(calls: int = 300, seed: int = 0) -> LossGuard:
+def main(calls: int = 300, seed: int = 0) -> Recommended:
     """Train with a guard, which prints every fifth decision, and without; return the guard.
 
     Args:
@@ -26,7 +26,9 @@ def main(calls: int = 300, seed: int = 0) -> LossGuard:
     model = network(data[0][0].numel())
     learned = LSTMOptimizer.pretrained(model.parameters(), "lstm-mnist-mlp")
     fallback = torch.optim.SGD(model.parameters(), lr=1.0)
-    guard = recommended(learned, fallback, model=model, callback=lambda _: report(guard.history))
+    guard = Recommended(
+        learned, fallback, model=model, callback=lambda decision: report(guard.steps, decision)
+    )
     train(model, guard, data, calls)
 
     torch.manual_seed(seed)
@@ -56,13 +58,12 @@ def train(model: nn.Module, optimizer: Optimizer, data: tuple[Tensor, Tensor], c
         optimizer.step(closure)
 
 
-def report(history: list[Decision]) -> None:
+def report(steps: int, decision: Decision) -> None:
     """What the last decision was, every fifth cycle."""
-    if len(history) % 5 == 0:
-        last = history[-1]
+    if steps % 50 == 0:
         print(
-            f"step {last.steps * len(history):5d}   kept {KEPT[last.winner]:20}   losses compared "
-            f"{last.learned_loss:.4f} (learned) {last.fallback_loss:.4f} (fallback)"
+            f"step {steps:5d}   leads: {LEADS[decision.winner]:20}   loss {decision.losses[-1]:.4f}"
+            f"   gradients a step {decision.price() / len(decision.losses):.1f}"
         )
 
 

@@ -3,9 +3,9 @@
     pip install --group examples '.[torch]'
     python examples/torch_trainer.py
 
-A guard runs the forward and the backward pass once for each optimizer, so that its closure is what
+A guard runs the forward and the backward pass once for each lane, so that its closure is what
 ``training_step`` does. The closure clips as well, which ``max_grad_norm=0`` keeps the Trainer from.
-Schedulers go to the guard, and gradients can't be accumulated over several minibatches.
+The Trainer's schedule, on the guard, drives both rates in proportion.
 """
 
 from collections.abc import Callable
@@ -33,6 +33,15 @@ class TrainersBestOf(BestOf):
 class GuardedTrainer(Trainer):
     """A Trainer whose optimizer is a guard."""
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses what the closure of a single minibatch can't do."""
+        if self.args.gradient_accumulation_steps != 1:
+            raise ValueError(
+                "gradient_accumulation_steps must be 1, got "
+                f"{self.args.gradient_accumulation_steps}: the guard steps on every minibatch"
+            )
+        return super().train(*args, **kwargs)
+
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """The loss of a minibatch, on which each of the guard's optimizers takes a step."""
         forward_and_backward = super().training_step
@@ -53,6 +62,7 @@ def main(
     bold: float = 9e-2,
     out: Path = Path("runs/torch_trainer"),
     resume: bool = False,
+    accumulate: int = 1,
 ) -> GuardedTrainer:
     """Train a small GPT-2 on characters, and return the trainer.
 
@@ -62,6 +72,7 @@ def main(
         bold: that of the optimizer which isn't trusted.
         out: the folder of the Trainer's checkpoints.
         resume: go on from the last of them.
+        accumulate: minibatches over which the Trainer is to add up gradients.
     """
     torch.manual_seed(0)
     config = GPT2Config(
@@ -83,17 +94,18 @@ def main(
             max_steps=steps,
             per_device_train_batch_size=16,
             max_grad_norm=0,
-            lr_scheduler_type="constant",
+            gradient_accumulation_steps=accumulate,
+            lr_scheduler_type="linear",
             save_steps=max(1, steps // 2),
             dataloader_pin_memory=torch.cuda.is_available(),
             report_to="none",
         ),
         train_dataset=[{"input_ids": piece, "labels": piece} for piece in text],
-        optimizers=(TrainersBestOf(learned, fallback, model=model), None),
+        optimizers=(TrainersBestOf([fallback, learned], model=model), None),
     )
     trainer.train(resume_from_checkpoint=resume)
     decisions = trainer.optimizer.optimizer.history
-    followed = sum(decision.winner == 0 for decision in decisions)
+    followed = sum(decision.winner == 1 for decision in decisions)
     print(f"the rate of {bold} was followed in {followed} of {len(decisions)} cycles")
     return trainer
 

@@ -6,7 +6,9 @@ import math
 
 import torch
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, Adam
+
+from lossguard.torch import BestOf, LossGuard
 
 
 def spiral(n=16):
@@ -81,23 +83,98 @@ def assert_same_state(actual, expected):
         assert actual == expected or (actual != actual and expected != expected)
 
 
+def two(kind, model, learned=None, fallback=None, **options):
+    """A guard of Adam over SGD, or of what is given, on a model."""
+    learned = learned or (lambda ps: Adam(ps, lr=0.05))
+    fallback = fallback or (lambda ps: SGD(ps, lr=0.3, momentum=0.9))
+    optimizers = learned(list(model.parameters())), fallback(list(model.parameters()))
+    if kind is BestOf:
+        return BestOf(optimizers[::-1], model=model, **options)
+    return kind(*optimizers, model=model, **options)
+
+
 def assert_resumes(build, model, batches, done):
-    """A guard that was saved after some minibatches goes on elsewhere, bit by bit; its history."""
+    """A guard that was saved after some minibatches goes on elsewhere, bit by bit."""
     twin = copy.deepcopy(model)
     guard = build(model)
     run(guard, model, batches[:done])
     file = io.BytesIO()
     torch.save(guard.state_dict(), file)
+    torch.manual_seed(5)
     losses = run(guard, model, batches[done:])
 
     file.seek(0)
     resumed = build(twin)  # the guard alone brings the model back too
-    torch.randn(7)
+    before = torch.get_rng_state()
     resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(torch.get_rng_state(), before)  # which is the program's
+    torch.manual_seed(5)
     assert_same_state(run(resumed, twin, batches[done:]), losses)
     assert_same_state(twin.state_dict(), model.state_dict())
     assert_same_state(resumed.state_dict(), guard.state_dict())
     return guard.history
+
+
+def algorithm2(model, learned, fallback, batches, *, nt, nc, loser="keep", loss_fn=loss_fn):
+    """x and the winner after each cycle of Algorithm 2, by the letter.
+
+    It shares no code with the guard: each branch has a model and an optimizer of its own.
+    """
+    x, branches = copy.deepcopy(model), [copy.deepcopy(model) for _ in range(2)]
+    makers = zip((learned, fallback), branches, strict=True)
+    optimizers = [make(list(branch.parameters())) for make, branch in makers]
+    fresh = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
+    stream = iter(batches)
+    for _ in range(len(batches) // (nt + nc)):
+        for branch in branches:
+            branch.load_state_dict(x.state_dict())
+        checks = [[], []]
+        for t in range(nt + nc):
+            batch, seed = next(stream), int(torch.randint(1 << 30, ()))
+            for branch, optimizer, losses in zip(branches, optimizers, checks, strict=True):
+                torch.manual_seed(seed)
+                buffers = [b.clone() for b in branch.buffers()]
+                loss = loss_fn(branch, batch)
+                if t < nt:
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    continue
+                losses.append(loss.item())
+                for buffer, before in zip(branch.buffers(), buffers, strict=True):
+                    buffer.copy_(before)
+        y, z = (sum(losses) / nc for losses in checks)
+        winner = 0 if y < z else 1
+        x.load_state_dict(branches[winner].state_dict())
+        if loser == "reset":
+            optimizers[1 - winner].load_state_dict(copy.deepcopy(fresh[1 - winner]))
+        yield copy.deepcopy(x.state_dict()), winner
+
+
+def assert_is_algorithm2(model, learned, fallback, batches, *, loss_fn=loss_fn, **options):
+    """A guarded run has the same winners and parameters."""
+    torch.manual_seed(1)
+    expected = list(algorithm2(model, learned, fallback, batches, loss_fn=loss_fn, **options))
+    guard = two(LossGuard, model, learned, fallback, **options)
+    torch.manual_seed(1)
+    states = []
+    for batch in batches:
+        torch.manual_seed(int(torch.randint(1 << 30, ())))
+
+        def closure(batch=batch):
+            guard.zero_grad()
+            loss = loss_fn(model, batch)
+            loss.backward()
+            return loss
+
+        guard.step(closure)
+        if guard.phase == 0:
+            states.append(copy.deepcopy(model.state_dict()))
+    assert [d.winner for d in guard.history] == [winner for _, winner in expected]
+    for ours, (theirs, _) in zip(states, expected, strict=True):
+        for key, value in theirs.items():
+            torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-5)
+    return guard
 
 
 class Diverges(SGD):

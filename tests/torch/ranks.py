@@ -25,7 +25,7 @@ def spawn(scenario: str, size: int, folder: Path, timeout: float = 90.0) -> list
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(size),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
     }
     code = f"import ranks; ranks.launch({scenario!r}, {size}, {str(folder)!r})"
     done = subprocess.run(

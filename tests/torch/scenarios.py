@@ -6,27 +6,32 @@ import os
 import torch
 from models import loss_fn, mlp, run, spiral
 from torch import distributed
+from torch.distributed import checkpoint
 from torch.distributed import fsdp as sharding
+from torch.distributed.checkpoint import state_dict as names
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam
 
-from lossguard.torch import BestOf, LossGuard, backoff, ratchet, sequential_criterion, track_record
+from lossguard.torch import BestOf, Hedged, LossGuard, Recommended
 
-CYCLES, NT, NC, BATCH = 6, 3, 2, 24
+NT, BATCH, COUNT = 3, 24, 60
+KINDS = {kind.__name__: kind for kind in (BestOf, Hedged, LossGuard, Recommended)}
 
 
-def build(params, lr=0.1, **options):
-    params = list(params)
-    return LossGuard(
-        Adam(params, lr=lr), SGD(params, lr=0.5, momentum=0.9), nt=NT, nc=NC, **options
-    )
+def build(kind, model, **options):
+    params = list(model.parameters())
+    bold, careful = Adam(params, lr=0.05), SGD(params, lr=0.2, momentum=0.9)
+    if kind == "BestOf":
+        return BestOf([careful, bold], model=model, nt=NT, decay=0.5, **options)
+    more = {"nc": 2} if kind == "LossGuard" else {"share": 0.3}
+    return KINDS[kind](bold, careful, model=model, nt=NT, **more, **options)
 
 
 def data():
     """The same minibatches on every rank."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        return [spiral(BATCH) for _ in range(CYCLES * (NT + NC))]
+        return [spiral(BATCH) for _ in range(COUNT)]
 
 
 def shards(rank, size, sizes=None):
@@ -41,167 +46,173 @@ def report(guard, model):
     return {"history": [d._asdict() for d in guard.history], "model": state}
 
 
-def alone(make):
-    """One process, on the whole minibatches, with the guard that ``make`` makes of a model."""
+def alone(kind):
+    """One process, on the whole minibatches."""
+    torch.manual_seed(0)
     model = mlp()
-    guard = make(model)
+    guard = build(kind, model)
     run(guard, model, data())
     return report(guard, model.state_dict())
 
 
-def together(make, rank, sizes=None):
+def ddp(rank, kind, sizes=None):
     """The same on every rank, each on its part of the minibatches."""
     model = DistributedDataParallel(mlp())
-    guard = make(model)
+    guard = build(kind, model)
     run(guard, model, shards(rank, distributed.get_world_size(), sizes))
     return report(guard, model.module.state_dict())
 
 
-def by_loss_guard(model):
-    return build(model.parameters(), model=model)
-
-
-def ddp(rank, sizes=None):
-    return together(by_loss_guard, rank, sizes)
-
-
-def beyond_the_paper(model):
-    return build(
-        model.parameters(),
-        lr=1e-3,
-        hedge=True,
-        criterion=sequential_criterion(confidence=0.8, first=2, most=8),
-        probing=backoff(patience=1, most=1),
-    )
-
-
-def ddp_beyond_the_paper(rank):
-    """Ranks look again, and back off, together."""
-    return together(beyond_the_paper, rank)
-
-
-def by_track_record(model):
-    """x leaves the fallback's own path and goes back, by losses of which a rank sees a part."""
-    return LossGuard(
-        Adam(model.parameters(), lr=0.02), Adam(model.parameters(), lr=0.05), nt=NT, nc=NC,
-        hedge=track_record(decay=0.5),
-    )  # fmt: skip
-
-
-def ddp_by_track_record(rank):
-    return together(by_track_record, rank)
-
-
-def by_ratchet(model):
-    """x goes back to its best, by losses of which a rank sees a part."""
-    params = list(model.parameters())
-    rule = ratchet(cycles=1, tolerance=0.0)
-    return LossGuard(
-        Adam(params, lr=0.02), Adam(params, lr=0.3), nt=NT, nc=1, model=model, ratchet=rule
-    )
-
-
-def ddp_by_ratchet(rank):
-    return together(by_ratchet, rank)
-
-
-def by_best_of(model):
-    """Paths of which now one, now the other has the lower losses."""
-    params = list(model.parameters())
-    bold, careful = Adam(params, lr=0.1), SGD(params, lr=0.5, momentum=0.9)
-    return BestOf(bold, careful, nt=NT, decay=0.5, model=model)
-
-
-def ddp_by_best_of(rank):
-    return together(by_best_of, rank)
-
-
-def ddp_unequal(rank):
-    return ddp(rank, [16, 8])
+def ddp_alone(rank):
+    return ddp(rank, "LossGuard")
 
 
 def ddp_nan(rank):
-    """Rank 1's loss of the learned branch is NaN in the second cycle, of both in the third."""
+    """Rank 1's check loss is NaN: the learned branch's in the second cycle, both in the third."""
     model = DistributedDataParallel(mlp())
-    guard = build(model.parameters())
+    guard = build("LossGuard", model)
     for i, batch in enumerate(shards(rank, distributed.get_world_size())):
-        cycle, t = divmod(i, NT + NC)
-        calls = 0
+        cycle, t = divmod(i, NT + 2)
 
         def closure(batch=batch, cycle=cycle, t=t):
-            nonlocal calls
-            calls += 1
             guard.zero_grad()
             loss = loss_fn(model, batch)
             loss.backward()
-            poisoned = rank == 1 and t >= NT and (cycle == 2 or (cycle == 1 and calls == 1))
+            learned = guard._inside.name == "y"
+            poisoned = rank == 1 and t >= NT and (cycle == 2 or (cycle == 1 and learned))
             return loss * math.nan if poisoned else loss
 
         guard.step(closure)
     return report(guard, model.module.state_dict())
 
 
+def ddp_raises(rank):
+    """What a lane raises is passed on, as other ranks would wait for it; the message."""
+    model = DistributedDataParallel(mlp())
+    guard = build("LossGuard", model)
+    batches = shards(rank, distributed.get_world_size())
+    run(guard, model, batches[:1])
+    with torch.no_grad():
+        guard._lanes["y"].values[0].fill_(math.nan)
+
+    def closure():
+        loss = loss_fn(model, batches[1])
+        loss.backward()
+        if not loss.isfinite():
+            raise ValueError("mine")
+        return loss
+
+    try:
+        guard.step(closure)
+    except ValueError as error:
+        return str(error)
+
+
 def ddp_killed(rank):
     """Rank 1 dies in the second cycle, just before the decision."""
     model = DistributedDataParallel(mlp())
-    guard = build(model.parameters())
+    guard = build("LossGuard", model)
     batches = shards(rank, distributed.get_world_size())
-    run(guard, model, batches[: 2 * (NT + NC) - 1])
+    run(guard, model, batches[:9])
     if rank == 1:
         os._exit(9)
-    run(guard, model, batches[2 * (NT + NC) - 1 :])
+    run(guard, model, batches[9:])
 
 
-def two(rank):
-    """All that two ranks are asked, one after the other."""
-    asked = (
-        ddp, ddp_beyond_the_paper, ddp_by_track_record, ddp_by_ratchet, ddp_by_best_of,
-        ddp_unequal, ddp_nan, fsdp, fsdp_by_best_of, fsdp_needs_the_model,
-    )  # fmt: skip
-    answers = {}
-    for scenario in asked:
-        torch.manual_seed(0)
-        answers[scenario.__name__] = scenario(rank)
-    return answers
-
-
-def sharded():
+def sharded(reshard=False):
     """The model in shards; its root, which holds the last layer, stays gathered after a forward."""
     model = mlp()
-    sharding.fully_shard(model[0], reshard_after_forward=False)
+    sharding.fully_shard(model[0], reshard_after_forward=reshard)
     sharding.fully_shard(model)
     return model
 
 
-def fsdp(rank):
-    from torch.distributed.tensor.debug import CommDebugMode
-
+def fsdp(rank, kind):
     model = sharded()
-    guard = build(model.parameters(), model=model)
+    guard = build(kind, model)
     run(guard, model, shards(rank, distributed.get_world_size()))
-    with CommDebugMode() as communication:
-        copy = guard._weights.copy()
-        guard._weights.copy_to(copy)
-        guard._weights.copy_from(copy)
     return {
         **report(guard, model.state_dict()),
-        "collectives": communication.get_total_counts(),
-        "shard": sum(t.numel() for t in copy),
+        "shard": sum(t.numel() for t in guard._leader.values),
         "whole": sum(p.numel() for p in model.parameters()),
     }
-
-
-def fsdp_by_best_of(rank):
-    model = sharded()
-    guard = by_best_of(model)
-    run(guard, model, shards(rank, distributed.get_world_size()))
-    return report(guard, model.state_dict())
 
 
 def fsdp_needs_the_model(rank):
     model = mlp()
     sharding.fully_shard(model)
+    params = list(model.parameters())
     try:
-        build(model.parameters())
+        Recommended(SGD(params, lr=0.1), SGD(params, lr=0.1), model=None)
     except ValueError as error:
         return str(error)
+
+
+def whole():
+    return DistributedDataParallel(mlp())
+
+
+def saved_and_loaded(rank, kind, make, folder, reshard):
+    """torch.distributed.checkpoint between two cycles: whether a fresh guard goes on bit by bit."""
+    batches = shards(rank, distributed.get_world_size())
+    model = make()
+    guard = build(kind, model)
+    run(guard, model, batches[:30])
+    state = {
+        "model": names.get_model_state_dict(model),
+        "guard": names.get_optimizer_state_dict(model, guard),
+    }
+    checkpoint.save(state, checkpoint_id=folder)
+    run(guard, model, batches[30:])
+
+    torch.manual_seed(9)
+    twin = reshard()
+    other = build(kind, twin)
+    state = {
+        "model": names.get_model_state_dict(twin),
+        "guard": names.get_optimizer_state_dict(twin, other),
+    }
+    checkpoint.load(state, checkpoint_id=folder)
+    names.set_model_state_dict(twin, state["model"])
+    names.set_optimizer_state_dict(twin, other, state["guard"])
+    run(other, twin, batches[30:])
+    return [report(guard, model.state_dict()), report(other, twin.state_dict())]
+
+
+def two(rank):
+    """All that two ranks are asked, one after the other."""
+    answers = {}
+
+    def ask(name, scenario, *args):
+        torch.manual_seed(0)
+        answers[name] = scenario(rank, *args)
+
+    for kind in KINDS:
+        ask(f"ddp {kind}", ddp, kind)
+        ask(f"fsdp {kind}", fsdp, kind)
+        folder = os.environ["CHECKPOINTS"]
+        ask(f"dcp {kind}", saved_and_loaded, kind, sharded, f"{folder}/{kind}", sharded)
+    ask("unequal", ddp, "LossGuard", [16, 8])
+    ask("dcp whole", saved_and_loaded, "Recommended", whole, f"{folder}/whole", whole)
+    for scenario in (ddp_nan, ddp_raises, fsdp_needs_the_model):
+        ask(scenario.__name__, scenario)
+    return answers
+
+
+def one(rank):
+    """A checkpoint of two ranks goes on in one; what is there then."""
+    torch.manual_seed(9)
+    answers = {}
+    for kind in KINDS:
+        model = sharded()
+        guard = build(kind, model)
+        state = {
+            "model": names.get_model_state_dict(model),
+            "guard": names.get_optimizer_state_dict(model, guard),
+        }
+        checkpoint.load(state, checkpoint_id=f"{os.environ['CHECKPOINTS']}/{kind}")
+        names.set_model_state_dict(model, state["model"])
+        names.set_optimizer_state_dict(model, guard, state["guard"])
+        run(guard, model, data()[30:])
+        answers[kind] = report(guard, model.state_dict())
+    return answers

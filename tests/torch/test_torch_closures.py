@@ -1,361 +1,449 @@
-"""What a closure does wrong is said, not trained on; what it may do is let alone."""
+"""What a closure may do, what is refused, and what becomes of the model when it fails."""
+
+import copy
+import math
+import signal
+import sys
 
 import numpy as np
 import pytest
 import torch
-from models import assert_same_state, closure_for, loss_fn, mlp, quadratic, run, spiral
+from models import (
+    Breaks,
+    assert_same_state,
+    closure_for,
+    loss_fn,
+    minibatches,
+    mlp,
+    quadratic,
+    run,
+    spiral,
+    two,
+)
 from torch import nn
-from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD, Adam
 
-from lossguard.torch import BestOf, LossGuard, LossStep, ResidualGuard, recommended
+from lossguard.torch import BestOf, Hedged, LossGuard, Recommended, ResidualGuard
 
-schedulefree = pytest.importorskip("schedulefree")
-
-
-class Momentum(nn.Module):
-    """Follows the average of its own weights, as BYOL's target does."""
-
-    def __init__(self):
-        super().__init__()
-        self.online, self.target = nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)
-
-    def forward(self, x):
-        with torch.no_grad():
-            for slow, fast in zip(self.target.parameters(), self.online.parameters(), strict=True):
-                slow.lerp_(fast, 0.1)
-        return self.online(x) - self.target(x)
+TWO = [Recommended, Hedged, LossGuard, BestOf]
+KINDS = [*TWO, ResidualGuard]
 
 
-@pytest.mark.parametrize("kind", [BestOf, LossGuard, ResidualGuard])
-def test_parameters_that_change_without_an_optimizer_are_refused(kind):
-    model = Momentum()
-    pair = (SGD(model.online.parameters(), lr=rate) for rate in (0.1, 0.01))
-    guard = kind(*pair, model=model)
-    with pytest.raises(ValueError, match="no optimizer has must not change in the closure, as all"):
-        guard.step(closure_for(guard, model, spiral()))
+def normed():
+    return mlp(nn.BatchNorm1d(16), nn.Dropout(0.2))
 
 
-def test_as_parameters_without_gradients_they_belong_to_a_lane():
-    ends, batches = [], [spiral() for _ in range(12)]
-    for guarded in (False, True):
-        torch.manual_seed(0)
-        model = Momentum()
-        optimizer = SGD(model.parameters(), lr=0.1)
-        if guarded:
-            optimizer = BestOf(optimizer, SGD(model.parameters(), lr=1e-6), nt=2, model=model)
-        for batch in batches:
-            optimizer.step(closure_for(optimizer, model, batch))
-        alone = [p.detach().clone() for p in model.parameters()]
-        ends.append(optimizer._paths.all[0].copy if guarded else alone)
-    assert_same_state(*ends)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_an_error_leaves_the_model_as_it_was(kind, fails_at):
+    """In the first lane that runs, and in the live one, which runs last."""
+    model = normed()
+    guard = two(kind, model, nt=4)
+    run(guard, model, minibatches(2))
+    before, draws, calls = copy.deepcopy(model.state_dict()), torch.get_rng_state(), 0
 
-
-def test_a_frozen_part_may_be_of_inference_tensors():
-    with torch.inference_mode():
-        base = nn.Linear(2, 2).requires_grad_(False)
-    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
-    model.base = base
-    guard = BestOf(*(SGD(model[0].parameters(), lr=lr) for lr in (0.2, 0.1)), model=model)
-    guard.step(closure_for(guard, nn.Sequential(model[0], nn.Linear(2, 2)), spiral()))
-
-
-def build(net, make=LossGuard, **options):
-    learned, fallback = SGD(net.parameters(), lr=0.3), SGD(net.parameters(), lr=0.1)
-    options |= {"nt": 2} if make is ResidualGuard else {"nt": 2, "nc": 2}
-    return make(learned, fallback, **options)
-
-
-@pytest.mark.parametrize(
-    ("make", "options"),
-    [
-        (LossGuard, {}),
-        (LossGuard, {"scaler": GradScaler("cpu")}),
-        (recommended, {}),
-        (ResidualGuard, {}),
-    ],
-)
-def test_a_closure_without_backward(make, options):
-    model = mlp()
-    guard, batch = build(model, make, **options), spiral()
-    with pytest.raises(ValueError, match=r"^closure must call backward, got no gradients from it$"):
-        guard.step(lambda: loss_fn(model, batch))
-    run(build(model, make), model, [batch] * 4)
-
-
-def test_a_closure_may_leave_backward_out_where_the_loss_is_not_finite():
-    weight, _ = quadratic()
-    learned, fallback = SGD([weight], lr=1e30), SGD([weight], lr=0.1)
-    guard = LossGuard(learned, fallback, nt=3, nc=1)
-
-    def closure():
-        loss = weight.square().sum()
-        if loss.isfinite():
-            loss.backward()
-        return loss
-
-    for _ in range(4):
-        guard.step(closure)
-    assert guard.last_decision.winner == 1
-
-
-def test_optimizers_that_call_the_closure_several_times_or_want_the_loss():
-    class Twice(SGD):
-        def step(self, closure):
-            closure()
-            return super().step(closure)
-
-    class WantsLoss(SGD):
-        def step(self, loss):
-            super().step()
-
-    model = mlp()
-    model[0].requires_grad_(False)  # and some parameters are frozen
-    learned = [Twice(model.parameters(), lr=0.1), LossStep(WantsLoss(model.parameters(), lr=0.1))]
-    guard = LossGuard(learned, SGD(model.parameters(), lr=0.1), nt=2, nc=2)
-    run(guard, model, [spiral() for _ in range(8)])
-    assert len(guard.history) == 2
-
-
-UNOWNED = (
-    "model must be given where modules have buffers that training changes, such as BatchNorm's: "
-    "got None"
-)
-
-
-@pytest.mark.parametrize("make", [LossGuard, recommended, ResidualGuard])
-@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
-def test_buffers_that_training_changes_need_the_model(make, backend):
-    model = mlp(nn.BatchNorm1d(16))
-    called = model if backend is None else torch.compile(model, backend=backend)
-    with pytest.raises(ValueError) as error:
-        run(build(model, make), called, [spiral()])
-    assert str(error.value) == UNOWNED
-
-
-def test_buffers_that_it_does_not_change_do_not():
-    model = mlp(nn.BatchNorm1d(16))
-    model[0].register_buffer("mask", torch.tensor([True, False]))
-    run(build(model, model=model), model, [spiral() for _ in range(4)])
-    run(build(model.eval()), model, [spiral() for _ in range(4)])
-    model = mlp(nn.BatchNorm1d(16, track_running_stats=False), nn.LayerNorm(16))
-    run(build(model), model, [spiral() for _ in range(4)])
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_looking_for_buffers_compiles_nothing_anew(backend):
-    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
-    model = mlp(nn.BatchNorm1d(16, track_running_stats=False))
-    run(build(model), torch.compile(model, backend=counter), [spiral() for _ in range(8)])
-    assert counter.frame_count == 2  # with gradients, and without
-
-
-@pytest.mark.parametrize(
-    ("make", "options"),
-    [
-        (LossGuard, {}),
-        (LossGuard, {"hedge": True}),
-        (LossGuard, {"hedge": "only"}),
-        (recommended, {}),
-    ],
-)
-def test_a_closure_that_draws_its_own_minibatch(make, options):
-    model = mlp()
-    guard, losses = build(model, make, **options), iter(range(1, 100))
-
-    def closure():
-        guard.zero_grad()
-        loss = loss_fn(model, batch) * 0 + next(losses)
-        loss.backward()
+    def fails():
+        nonlocal calls
+        calls += 1
+        loss = closure_for(guard, model, spiral())()
+        if calls == fails_at:
+            raise KeyError("mine")
         return loss
 
     batch = spiral()
-    for _ in range(3):
-        guard.step(closure)
-    with pytest.raises(RuntimeWarning) as warning:  # an error here; the decision is made before
-        guard.step(closure)
-    assert str(warning.value) == (
-        "closure gave different losses at the same parameters (2 and 1): draw the minibatch, and "
-        "all random numbers but PyTorch's, outside it"
-    )
-    for _ in range(8):  # once
-        guard.step(closure)
-    assert len(guard.history) == 3
+    with pytest.raises(KeyError, match="mine"):
+        guard.step(fails)
+    assert_same_state(model.state_dict(), before)
+    assert all(p.grad is None for p in model.parameters())
+    if fails_at == 1 or kind is ResidualGuard:
+        assert guard.phase == 2
+    torch.set_rng_state(draws)
+    guard.step(closure_for(guard, model, batch))
+    run(guard, model, minibatches(20))
+    assert guard.history
 
 
-def test_lanes_elsewhere_may_have_other_losses():
-    """Of an s off x, of a ratchet, and of optimizers that train at another iterate."""
-    model = mlp(nn.Dropout(0.5))
-    guard = build(model, recommended)
-    run(guard, model, [spiral() for _ in range(400)])
-    assert not all(decision.winner == 2 for decision in guard.history)
-    learned = schedulefree.SGDScheduleFree(model.parameters(), lr=3.0)
-    guard = LossGuard(learned, Adam(model.parameters(), lr=0.1), nt=2, nc=2)
-    run(guard, model, [spiral() for _ in range(40)])
-    assert len(guard.history) == 10
+@pytest.mark.parametrize("kind", TWO)
+def test_a_failed_first_lane_changes_nothing_at_all(kind):
+    models = [normed() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    guards = [two(kind, model, nt=4) for model in models]
+
+    def fails():
+        loss_fn(models[0], spiral())
+        raise KeyError
+
+    for k, batch in enumerate(minibatches(20)):
+        torch.manual_seed(k)
+        if k % 3 == 0:
+            with pytest.raises(KeyError):
+                guards[0].step(fails)
+        for guard, model in zip(guards, models, strict=True):
+            torch.manual_seed(k)
+            guard.step(closure_for(guard, model, batch))
+    assert_same_state(guards[0].state_dict(), guards[1].state_dict())
 
 
-def test_errors_in_a_check_tell_of_it():
-    model, batch = mlp(), spiral()
-    guard = build(model)
+@pytest.mark.parametrize("kind", TWO)
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_body_that_is_left_counts_as_an_error(kind, at):
+    model = normed()
+    guard = two(kind, model, nt=4)
+    run(guard, model, minibatches(1))
+    before = copy.deepcopy(model.state_dict())
+    for k, lane in enumerate(guard.lanes()):
+        loss = loss_fn(model, spiral())
+        loss.backward()
+        if k == at:
+            break
+        lane.step(loss)
+    assert_same_state(model.state_dict(), before)
+    with pytest.raises(ValueError, match=r"^the body of guard.lanes\(\) must call lane.step\(loss"):
+        for _ in guard.lanes():
+            pass
+    assert_same_state(model.state_dict(), before)
+    with pytest.raises(
+        ValueError, match=r"^lane.step must be called once for each lane, got again"
+    ):
+        for lane in guard.lanes():
+            loss = loss_fn(model, spiral())
+            loss.backward()
+            lane.step(loss)
+            lane.step(loss)
+    run(guard, model, minibatches(20))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ctrl_c_leaves_the_model_before_or_after_a_call(kind):
+    """At every line of the package that a call runs, by a real signal."""
+    model = mlp(nn.BatchNorm1d(16))
+    guard = two(kind, model, nt=2)
+    batches = minibatches(4)
+    run(guard, model, batches[:1])
+    start, seen = guard.state_dict(), []
+
+    def go(stop_at):
+        """One call, with Ctrl-C at a line; how many lines were run, and where the model is."""
+        guard.load_state_dict(start)
+        lines, interrupted = 0, False
+
+        def trace(frame, event, arg):
+            nonlocal lines
+            if "lossguard" not in frame.f_code.co_filename:
+                return None
+            if event == "line":
+                lines += 1
+                if lines == stop_at:
+                    signal.raise_signal(signal.SIGINT)
+            return trace
+
+        closure = closure_for(guard, model, batches[1])
+        sys.settrace(trace)
+        try:
+            guard.step(closure)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            sys.settrace(None)
+        return lines, interrupted, copy.deepcopy(model.state_dict())
+
+    before = copy.deepcopy(model.state_dict())
+    total, _, after = go(None)
+    for line in range(1, total, max(1, total // 150)):
+        _, interrupted, now = go(line)
+        assert interrupted
+        is_before = all(torch.equal(now[k], before[k]) for k in now)
+        if not is_before:
+            assert_same_state(now, after)
+        seen.append(is_before)
+        assert torch.is_grad_enabled() and all(p.grad is None for p in model.parameters())
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert set(seen) == {True, False}
+    run(guard, model, batches)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_that_change_without_an_optimizer_are_refused(kind):
+    class Momentum(nn.Module):
+        """Keeps a slow copy of its weight, which no optimizer has."""
+
+        def __init__(self):
+            super().__init__()
+            self.net, self.slow = mlp(), nn.Parameter(torch.zeros(1), requires_grad=False)
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.slow.add_(1)
+            return self.net(x)
+
+    model = Momentum()
+    guard = two(kind, model.net, nt=2)
+    guard._weights.model = model
+    if kind is ResidualGuard:
+        pytest.skip("both of its evaluations are on the way of one iterate")
+    with pytest.raises(ValueError, match=r"^parameters of model that no optimizer has must not"):
+        guard.step(closure_for(guard, model, spiral()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_closure_without_backward(kind):
+    model = mlp()
+    guard = two(kind, model, nt=2)
+    with pytest.raises(ValueError, match=r"^closure must call backward, got no gradients from it$"):
+        guard.step(lambda: loss_fn(model, spiral()))
+    run(guard, model, minibatches(3))
+    guard.step(lambda: loss_fn(model, spiral()) * math.nan)  # it may leave it out here
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wrong", [None, 3, torch.ones(2)])
+def test_what_is_no_closure_or_no_loss(kind, wrong):
+    model = mlp()
+    guard = two(kind, model)
+    if not isinstance(wrong, torch.Tensor):
+        with pytest.raises(ValueError, match=r"^closure must be a function that returns the loss"):
+            guard.step(wrong)
 
     def closure():
-        loss = closure_for(guard, model, batch)()
-        assert sum(p.grad.norm() for p in model.parameters()) > 0
-        return loss
+        loss_fn(model, spiral()).backward()
+        return wrong
 
-    guard.step(closure)
-    guard.step(closure)
-    with pytest.raises(AttributeError) as error:
-        guard.step(closure)
-    assert error.value.__notes__[0].startswith("lossguard: the guard only checks here")
+    if wrong != 3 if not isinstance(wrong, torch.Tensor) else True:
+        with pytest.raises(ValueError, match=r"^closure must return the loss, one number, got"):
+            guard.step(closure)
 
 
-def test_gradient_penalties():
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_from_before_are_refused(kind):
     model = mlp()
-    guard = build(model)
+    guard = two(kind, model)
+    loss_fn(model, spiral()).backward()
+    with pytest.raises(
+        ValueError, match=r"^gradients must be computed inside the closure, got some"
+    ):
+        guard.step(closure_for(guard, model, spiral()))
 
-    def closure(batch):
-        guard.zero_grad()
-        with torch.enable_grad():
-            x = batch[0].clone().requires_grad_()
-            h = model(x)
-            h.retain_grad()
-            (slope,) = torch.autograd.grad(h.sum(), x, create_graph=True)
-            loss = nn.functional.cross_entropy(h, batch[1]) + slope.square().mean()
+
+@pytest.mark.parametrize("kind", TWO)
+@pytest.mark.parametrize("where", ["in the closure", "prefetched"])
+def test_a_minibatch_drawn_in_the_closure_is_told_at_once(kind, where):
+    model, stream = mlp(), iter(minibatches(60))
+    guard = two(kind, model)
+    held = [next(stream)]
+
+    def closure():
+        batch = next(stream)
+        if where == "prefetched":
+            held.append(batch)
+            batch = held.pop(0)
+        loss = loss_fn(model, batch)
         loss.backward()
         return loss
 
-    for _ in range(8):
-        batch = spiral()
-        guard.step(lambda batch=batch: closure(batch))
-    assert len(guard.history) == 2
-    assert all(p.grad is None for p in model.parameters())
+    with pytest.warns(RuntimeWarning, match="closure gave different losses at the same parameters"):
+        guard.step(closure)
+    guard.step(closure)  # and only once
 
 
-@pytest.mark.parametrize("misuse", ["plain", "another", "unscale_"])
-def test_gradients_that_the_guards_scaler_has_not_scaled(misuse):
-    model, batch, scaler = mlp(), spiral(), GradScaler("cpu", init_scale=4.0)
-    guard = build(model, scaler=scaler)
+@pytest.mark.parametrize("kind", KINDS)
+def test_lanes_elsewhere_may_have_other_losses(kind):
+    model = normed()
+    run(two(kind, model), model, minibatches(60))  # without a warning
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("number", [float, np.float64])
+def test_a_loss_may_be_a_number(kind, number):
+    weight, plain = quadratic()
+    optimizers = SGD([weight], lr=0.4), SGD([weight], lr=0.1)
+    guard = BestOf(optimizers, model=None) if kind is BestOf else kind(*optimizers, model=None)
+    assert guard.step(lambda: number(plain().item())) == 16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_closure_may_write_all_losses_to_one_tensor(kind):
+    models = [mlp() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    written = torch.zeros(())
+    for k, model in enumerate(models):
+        guard = two(kind, model, nt=3)
+        for batch in minibatches(20):
+            plain = closure_for(guard, model, batch)
+            guard.step((lambda plain=plain: written.copy_(plain().detach())) if k else plain)
+    assert_same_state(models[1].state_dict(), models[0].state_dict())
+
+
+def test_errors_in_a_check_tell_of_it():
+    model = mlp()
+    guard = two(LossGuard, model, nt=1, nc=1)
+    run(guard, model, minibatches(1))
 
     def closure():
+        loss = loss_fn(model, spiral())
+        torch.autograd.grad(loss, list(model.parameters()))
+        return loss
+
+    with pytest.raises(RuntimeError, match="does not require grad") as error:
+        guard.step(closure)
+    assert "the guard only checks here" in error.value.__notes__[0]
+
+
+@pytest.mark.parametrize("kind", TWO)
+def test_an_optimizer_may_not_switch_gradients_off(kind):
+    class Freezes(SGD):
+        def step(self, closure=None):
+            loss = super().step(closure)
+            for p in self.param_groups[0]["params"]:
+                p.requires_grad_(False)
+            return loss
+
+    model = mlp()
+    guard = two(kind, model, lambda ps: Freezes(ps, lr=0.1), nt=2)
+    run(guard, model, minibatches(12))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", TWO)
+def test_an_optimizer_with_weights_of_its_own_is_refused(kind):
+    """Their copy, in float32, would undo the guard's at the next step."""
+
+    class Master(SGD):
+        def step(self, closure=None):
+            loss = closure() if closure else None
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    master = self.state[p].setdefault("master", p.detach().float().clone())
+                    master.sub_(0.1 * p.grad.float())
+                    p.copy_(master)
+            return loss
+
+    model = mlp().bfloat16()
+    guard = two(
+        kind, model, lambda ps: Master(ps, lr=0.1), nt=2, **{"nc": 1} if kind is LossGuard else {}
+    )
+    with pytest.raises(
+        ValueError, match=r"^lane . \(Master\) must have an optimizer that keeps no"
+    ):
+        run(guard, model, [(x.bfloat16(), labels) for x, labels in minibatches(3)])
+
+
+@pytest.mark.parametrize("kind", TWO)
+def test_edits_of_the_model_between_calls_are_gone_on_from(kind):
+    """An exponential average that is swapped in, a projection: the model is the live lane."""
+    model = mlp()
+    guard = two(kind, model, nt=2)
+    run(guard, model, minibatches(5))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    loss = guard.step(closure_for(guard, model, spiral()))
+    assert loss.item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("kind", [*TWO, ResidualGuard])
+def test_a_learned_lane_that_raises_for_its_numbers_does_not_stop_the_fallback(kind):
+    class Strict(nn.Module):
+        """Raises where its input isn't finite, as distributions and decompositions do."""
+
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x):
+            x = self.net(x)
+            if not x.isfinite().all():
+                raise ValueError("not finite")
+            return x
+
+    model = Strict()
+    guard = two(kind, model, lambda ps: Breaks(ps, lr=0.1), lambda ps: SGD(ps, lr=0.1), nt=4)
+    with pytest.warns(RuntimeWarning, match=r"numbers that aren't finite and raised ValueError"):
+        run(guard, model, minibatches(40))
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert not guard.history[0].finite_learned or kind is BestOf
+    with pytest.raises(KeyError):  # other errors are passed on
+        guard.step(lambda: {}["loss"])
+
+
+def test_a_fallback_that_raises_is_not_left():
+    model = mlp()
+    guard = two(Recommended, model, fallback=lambda ps: Breaks(ps, lr=0.1), nt=4)
+
+    def closure(batch):
         guard.zero_grad()
         loss = loss_fn(model, batch)
-        if misuse == "plain":
-            loss.backward()
-        elif misuse == "another":
-            scaler.scale(loss).backward()
-        else:
-            guard.scaler.scale(loss).backward()
-            guard.scaler.unscale_(guard.learned)
+        if not loss.isfinite():
+            raise ValueError("mine")
+        loss.backward()
         return loss
 
-    what = "unscaled for another optimizer" if misuse == "unscale_" else "not so scaled"
-    with pytest.raises(ValueError) as error:
-        guard.step(closure)
-    assert str(error.value) == (
-        "closure must scale by guard.scaler.scale(loss) and unscale by guard.unscale_(), got "
-        f"gradients {what}"
-    )
+    with pytest.raises(ValueError, match="mine"):
+        for batch in minibatches(4):
+            guard.step(lambda batch=batch: closure(batch))
+    assert all(p.isfinite().all() for p in model.parameters())  # back where the cycle began
 
 
-def test_scalers_that_are_off():
+def test_errors_of_arguments():
+    w, v = (torch.ones(1, requires_grad=True) for _ in range(2))
+    one = SGD([w], lr=0.1)
+    shared = Adam([w], lr=0.1)
+    shared.param_groups = one.param_groups
     model = mlp()
-    guard = build(model, scaler=GradScaler("cpu", enabled=False))
-    run(guard, model, [spiral() for _ in range(4)])
-    assert len(guard.history) == 1
+    cases = [
+        (lambda: Recommended(one, one, model=None), "learned must be another optimizer than fallb"),
+        (lambda: Recommended(shared, one, model=None), "learned must have parameter groups of its"),
+        (lambda: Recommended(SGD([v]), one, model=None), "learned must have the parameters of fal"),
+        (lambda: Recommended(3, one, model=None), "learned must be a torch.optim.Optimizer, got 3"),
+        (
+            lambda: Recommended(torch.optim.LBFGS([w]), one, model=None),
+            "learned must be an optimiz",
+        ),
+        (lambda: Hedged(SGD([w]), SGD([w], maximize=True), model=None), "fallback must minimize t"),
+        (lambda: Hedged(SGD([w]), one, model=model), "model must be an nn.Module that holds param"),
+        (lambda: Hedged(SGD([w]), one, model=3), "model must be an nn.Module that holds parameter"),
+        (lambda: Hedged(SGD([w]), one, model=None, nt=0), "nt must be an integer of at least 1, g"),
+        (lambda: Hedged(SGD([w]), one, model=None, share=1.0), "share must be at least 0 and belo"),
+        (lambda: Hedged(SGD([w]), one, model=None, scaler=3), "scaler must be None or a torch.amp"),
+        (lambda: Hedged(SGD([w]), one, model=None, callback=3), "callback must be None or a funct"),
+        (lambda: LossGuard(SGD([w]), one, model=None, nc=0), "nc must be an integer of at least 1"),
+        (lambda: LossGuard(SGD([w]), one, model=None, loser="x"), "loser must be one of keep, res"),
+        (lambda: BestOf([], model=None), "optimizers must be a list of at least one, got"),
+        (lambda: BestOf(one, model=None), "optimizers must be a list of at least one, got"),
+        (lambda: BestOf([one], rates=(0.1,), model=None), "rates must go with a function of a ra"),
+        (lambda: BestOf(lambda rate: one, model=None), "optimizers must be a list of at least on"),
+        (lambda: BestOf([one], model=None, check=3), "check must be None or a function of a numb"),
+        (lambda: BestOf([one], model=None, decay=1.0), "decay must be above 0 and below 1, got"),
+        (
+            lambda: Hedged(SGD([w]), BestOf([one], model=None), model=None),
+            "fallback must be no guard itself, got a BestOf",
+        ),
+    ]
+    for refused, message in cases:
+        with pytest.raises(ValueError) as error:
+            refused()
+        assert str(error.value).startswith(message)
+    guard = Recommended(SGD([w], lr=1.0), one, model=None)
+    with pytest.raises(
+        ValueError, match=r"^parameters must be in the optimizers when the guard is"
+    ):
+        guard.add_param_group({"params": [v]})
+    one.add_param_group({"params": [v]})
+    with pytest.raises(ValueError, match=r"^parameters must be in .* got SGD with 2 instead of 1$"):
+        guard.step(lambda: None)
 
 
-def test_buffers_that_it_leaves_alone_may_hold_anything():
-    class Odd(nn.Linear):
-        def __init__(self):
-            super().__init__(2, 2)
-            self.register_buffer("unknown", torch.tensor([1.0, float("nan")]))
-            self.register_buffer("sparse", torch.eye(2).to_sparse())
-            self.register_buffer("wide", torch.ones(1).expand(5))
+@pytest.mark.parametrize("kind", TWO)
+def test_what_no_lane_can_take_over_is_refused(kind):
+    class FullyShardedDataParallel(nn.Sequential):
+        """Stands in for the wrapper of that name, which needs a process group."""
 
-    for options in ({}, {"model": True}):
-        model = Odd()
-        options = dict.fromkeys(options, model)
-        guard = build(model, **options)
-        for _ in range(4):
-            guard.step(closure_for(guard, model, spiral()))
-
-
-@pytest.mark.parametrize("before", [None, torch.ones(1)])
-@pytest.mark.parametrize("kind", [LossGuard, BestOf])
-def test_buffers_that_a_forward_pass_makes_must_be_there_before(kind, before):
-    class Masked(nn.Linear):
-        def forward(self, x):
-            self.mask = torch.ones(2)
-            return super().forward(x) * self.mask
-
-    model = Masked(2, 2)
-    model.register_buffer("mask", before)
-    guard = kind(SGD(model.parameters()), SGD(model.parameters()), model=model)
-    with pytest.raises(ValueError, match=r"^model must keep the number and the shapes of its"):
-        guard.step(closure_for(guard, model, spiral()))
-
-
-def test_buffers_that_are_replaced_need_the_model():
-    class Counts(nn.Linear):
-        def __init__(self):
-            super().__init__(2, 2)
-            self.register_buffer("calls", torch.zeros(()))
-
-        def forward(self, x):
-            self.calls = self.calls + 1
-            return super().forward(x)
-
-    model = Counts()
-    guard = build(model)
-    with pytest.raises(ValueError, match=r"^model must be given where modules have buffers"):
-        guard.step(closure_for(guard, model, spiral()))
-
-
-def test_an_optimizer_that_wants_the_loss_gets_it_beside_a_scaler():
-    class WantsLoss(SGD):
-        def step(self, loss):
-            assert float(loss) > 0
-            super().step()
-
+    with pytest.raises(
+        ValueError, match=r"^model must be sharded by fully_shard, if it is, got Ful"
+    ):
+        two(kind, FullyShardedDataParallel(mlp()))
     model = mlp()
-    scaler = GradScaler("cpu", init_scale=4.0)
-    learned, fallback = WantsLoss(model.parameters(), lr=0.1), SGD(model.parameters(), lr=0.1)
-    guard = LossGuard(LossStep(learned), fallback, nt=1, nc=1, scaler=scaler)
-
-    def closure():
-        guard.zero_grad()
-        loss = loss_fn(model, spiral())
-        guard.scaler.scale(loss).backward()
-        return loss
-
-    for _ in range(2):
-        guard.step(closure)
-    assert guard.last_decision.finite_learned
-
-
-@pytest.mark.parametrize("number", [float, np.float32, np.float64])
-def test_a_loss_may_be_a_number(number):
-    w, closure = quadratic()
-    guard = BestOf(SGD([w], lr=0.2), SGD([w], lr=0.1), nt=1)
-    assert guard.step(lambda: number(closure().item())) == 16.0
-    assert guard.last_decision.losses == [16.0]
-
-
-@pytest.mark.parametrize("kind", [LossGuard, BestOf, ResidualGuard])
-def test_a_closure_may_write_all_losses_to_one_tensor(kind):
-    """As CUDA graphs do, and whoever adds up losses in a tensor."""
-    options = {"nc": 1} if kind is LossGuard else {}
-    runs = []
-    for one in (None, torch.zeros(())):
-        w, closure = quadratic()
-        guard = kind(SGD([w], lr=0.2), SGD([w], lr=0.1), nt=2, **options)
-
-        def written(closure=closure, one=one):
-            loss = closure()
-            return loss if one is None else one.copy_(loss.detach())
-
-        losses = [guard.step(written).item() for _ in range(6)]
-        runs.append((losses, repr(guard.history), w.item()))
-    assert runs[0] == runs[1]
+    model[0].weight.ds_id = 3  # as DeepSpeed marks what it has partitioned
+    with pytest.raises(
+        ValueError, match=r"^parameters must be PyTorch's own, got some that DeepSp"
+    ):
+        two(kind, model)

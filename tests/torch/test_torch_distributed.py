@@ -4,21 +4,15 @@ import time
 
 import pytest
 import torch
-from models import assert_same_state
+from models import assert_same_state, loss_fn, minibatches, mlp, run
 from ranks import spawn
-from scenarios import CYCLES, alone, by_best_of, by_loss_guard, by_ratchet, by_track_record
+from scenarios import KINDS, alone, build
+from torch.distributed.checkpoint import state_dict as names
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.distributed, "fsdp") or not hasattr(torch.distributed.fsdp, "fully_shard"),
     reason="fully_shard needs PyTorch 2.6, built with distributed",
 )
-
-
-@pytest.fixture(scope="module")
-def single():
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    return alone(by_loss_guard)
 
 
 def results(scenario, size, folder):
@@ -27,9 +21,16 @@ def results(scenario, size, folder):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def two(folder):
     """What two ranks say to everything, by scenario."""
-    ranks = results("two", 2, tmp_path_factory.mktemp("two"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CHECKPOINTS", str(folder))
+        ranks = results("two", 2, folder)
     return {scenario: [rank[scenario] for rank in ranks] for scenario in ranks[0]}
 
 
@@ -43,51 +44,30 @@ def assert_ranks_agree(ranks):
         assert_same_state(other["history"], ranks[0]["history"])
 
 
-def assert_is_one_process(ranks, single, lanes=(0, 1)):
+def assert_is_one_process(ranks, single):
     assert_ranks_agree(ranks)
     assert winners(ranks[0]) == winners(single)
-    assert set(winners(single)) == set(lanes)
     for key, value in single["model"].items():
         torch.testing.assert_close(ranks[0]["model"][key], value, rtol=1e-3, atol=1e-4)
 
 
-def test_equal_shards_on_two_ranks(single, two):
-    assert_is_one_process(two["ddp"], single)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_two_ranks_are_one_process(how, kind, two):
+    assert_is_one_process(two[f"{how} {kind}"], alone(kind))
 
 
-def test_equal_shards_on_four_ranks(single, tmp_path):
-    assert_is_one_process(results("ddp", 4, tmp_path), single)
+def test_four_ranks_are_one_process(tmp_path):
+    assert_is_one_process(results("ddp_alone", 4, tmp_path), alone("LossGuard"))
 
 
-def test_ranks_look_again_and_back_off_together(two):
-    ranks = two["ddp_beyond_the_paper"]
-    assert_ranks_agree(ranks)
-    history = ranks[0]["history"]
-    assert {d["forwards"] > 0 for d in history} == {True, False}
-
-
-def test_ranks_keep_one_track_record(two):
-    torch.manual_seed(0)
-    single = alone(by_track_record)
-    assert_is_one_process(two["ddp_by_track_record"], single, lanes=(0, 1, 2))
-    assert winners(single)[-2:] == [2, 2]  # s leads, and then x goes back; the check was for others
-
-
-def test_ranks_go_back_to_one_best(two):
-    torch.manual_seed(0)
-    assert_is_one_process(two["ddp_by_ratchet"], alone(by_ratchet), lanes=(-1, 0))
-
-
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_ranks_follow_one_path(kind, two):
-    torch.manual_seed(0)
-    assert_is_one_process(two[f"{kind}_by_best_of"], alone(by_best_of))
+def test_shards_are_the_model_once(two):
+    ranks = two["fsdp Recommended"]
+    assert sum(rank["shard"] for rank in ranks) == ranks[0]["whole"]
 
 
 def test_unequal_shards(two):
-    ranks = two["ddp_unequal"]
-    assert_ranks_agree(ranks)
-    assert len(winners(ranks[0])) == CYCLES
+    assert_ranks_agree(two["unequal"])
 
 
 def test_one_rank_whose_loss_turns_nan(two):
@@ -99,20 +79,67 @@ def test_one_rank_whose_loss_turns_nan(two):
     assert [d["finite_fallback"] for d in history[:4]] == [True, True, False, True]
 
 
+def test_what_one_lane_raises_is_passed_on(two):
+    assert two["ddp_raises"] == ["mine", "mine"]
+
+
 def test_a_killed_rank_ends_the_others(tmp_path):
     start = time.monotonic()
     assert spawn("ddp_killed", 2, tmp_path) == [1, 9]
     assert time.monotonic() - start < 60
 
 
-def test_fully_sharded_is_one_process(single, two):
-    ranks = two["fsdp"]
-    assert_is_one_process(ranks, single)
-    # Copies are of shards, which together are the model once, and take no communication.
-    assert sum(rank["shard"] for rank in ranks) == ranks[0]["whole"]
-    assert [rank["collectives"] for rank in ranks] == [0, 0]
-
-
 def test_sharded_parameters_need_the_model(two):
     message = "model must be the sharded module if parameters are sharded, got None"
     assert two["fsdp_needs_the_model"] == [message] * 2
+
+
+@pytest.mark.parametrize("of", [*KINDS, "whole"])
+def test_a_distributed_checkpoint_goes_on_bit_by_bit(of, two):
+    for on, resumed in two[f"dcp {of}"]:
+        assert_same_state(resumed["model"], on["model"])
+        assert_same_state(resumed["history"], on["history"][len(on["history"]) // 2 :])
+
+
+def test_it_reshards(folder, two, tmp_path, monkeypatch):
+    monkeypatch.setenv("CHECKPOINTS", str(folder))
+    (answers,) = results("one", 1, tmp_path)
+    for kind, answer in answers.items():
+        on, _ = two[f"dcp {kind}"][0]
+        assert winners(answer) == winners(on)[len(on["history"]) // 2 :]
+        for key, value in on["model"].items():
+            torch.testing.assert_close(answer["model"][key], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_asking_a_fresh_guard_for_its_state_changes_nothing(kind):
+    """PyTorch has it take a step at a rate of 0, for the optimizers to make their states."""
+    ends = []
+    for asked in (False, True):
+        torch.manual_seed(0)
+        model = mlp()
+        guard = build(kind, model)
+        if asked:
+            state = names.get_optimizer_state_dict(model, guard)
+            assert "0.weight" in state["state"]
+            of_adam = {"1.memory.exp_avg", "y.memory.exp_avg"} & set(state["state"]["0.weight"])
+            assert len(of_adam) == 1
+            assert guard.param_groups[0]["lr"] == 0.2
+        run(guard, model, minibatches(20))
+        ends.append(guard.state_dict())
+    assert_same_state(*ends)
+
+
+def test_within_a_cycle_it_is_refused_with_a_sentence():
+    model = mlp()
+    guard = build("Recommended", model)
+    run(guard, model, minibatches(31))
+    state = guard.state_dict()
+    for entries in state["state"].values():
+        for name in [name for name in entries if name.endswith(".before")]:
+            del entries[name]  # which a fresh guard hasn't, so that it isn't loaded
+    with pytest.raises(
+        ValueError, match=r"\(torch.distributed.checkpoint loads what was saved bet"
+    ):
+        build("Recommended", mlp()).load_state_dict(state)
+    assert loss_fn(model, minibatches(1)[0]).isfinite()

@@ -6,6 +6,7 @@ from collections import Counter, OrderedDict
 import pytest
 import torch
 from models import squares
+from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lossguard.torch import LossGuard
@@ -82,7 +83,7 @@ def test_a_state_that_parameters_share_is_shared_after_loading():
     ends = []
     for resume in (False, True):
         pair = [torch.tensor([4.0], requires_grad=True) for _ in range(2)]
-        guard = LossGuard(SharedStep(pair), torch.optim.SGD(pair, lr=0.0), nt=2, nc=1)
+        guard = LossGuard(SharedStep(pair), SGD(pair, lr=0.0), model=None, nt=2, nc=1)
         for call in range(9):
             if resume and call == 3:
                 guard.load_state_dict(guard.state_dict())

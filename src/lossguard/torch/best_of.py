@@ -1,236 +1,208 @@
-"""Optimizers side by side, each on its own path, of which the best is followed.
-
-d    a lane's loss in a cycle: of its train minibatches, each before its step, or of check ones
-D    its record: the discounted sum of d over all cycles
-"""
+"""Optimizers side by side, each on its own path, of which the best is followed."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, distributed, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from lossguard.torch import arguments
-from lossguard.torch.checkpoint import load_lane, save_lane
-from lossguard.torch.closures import Closure
-from lossguard.torch.consensus import outcome
+from lossguard.torch.closures import scalar
 from lossguard.torch.decision import NEITHER, Decision
+from lossguard.torch.guard import Guard
 from lossguard.torch.lane import Lane
-from lossguard.torch.lane_guard import LaneGuard
-from lossguard.torch.paths import Paths
+from lossguard.torch.seen import Seen, mean
 from lossguard.torch.tensors import clone
-from lossguard.validation import check_count, check_decay
+from lossguard.validation import check_count, check_decay, check_share
 
 
-class BestOf(LaneGuard):
-    r"""Runs optimizers side by side, and follows the one whose recent losses are lowest.
+class BestOf(Guard):
+    """Run several optimizers, each on its own path, and follow the one whose losses are lowest.
 
-    Every lane j, the learned optimizers and the fallback, goes on from where it is. In a cycle:
+    On the same minibatches, for each optimizer j that runs in a cycle:
 
-        w[j] <- optimizer j(w[j], grad F(w[j], i+t)),   t = 0 .. nt-1
-        d[j] <- mean_t F(w[j], i+t)                     before each of these steps
-        D[j] <- decay D[j] + d[j]
-        x <- w[j] of the lowest D[j]
+        d[j] <- mean_t F(w[j], i+t)          its training losses
+        W[j] <- decay W[j] + 1
+        D[j] <- D[j] + (d[j] - D[j]) / W[j]  their mean, of which each cycle forgets a part
+        model <- w[j] of the lowest D[j]
 
-    Ten steps can't tell which of two learning rates is better in the long run: from any point, the
-    lower one lowers the loss at once, since it takes noise out. Paths that none disturbs can. In
-    every run, for any optimizers and at any time, the discounted sum of the decisions' ``losses``
-    is at most that of each lane that was always finite and never stopped ("be the leader": Kalai
-    and Vempala, 2005), so that of the fallback alone:
+    Without ``share`` all run in every cycle. Then for any optimizers and at any time
 
         sum_c decay^(C-c) d[followed in c](c)  <=  min_j sum_c decay^(C-c) d[j](c)
 
-    Where data repeat, training losses are lower for whoever overfits. With ``nc``, the nc
-    minibatches after a cycle's nt only check, as in ``LossGuard``: take them from held-out data
-    (while ``guard.checking``, or with ``cycle``), and x is never worse there. Then
+    over those that were finite so far ("be the leader": Kalai and Vempala, 2005). The losses are
+    reported with hindsight: d is known before the leader is chosen.
 
-        d[j] <- mean_k F(w[j], i+nt+k),   k = 0 .. nc-1   after the cycle's steps
-
-    A minibatch on which the fallback's loss isn't finite is left out for all. A learned lane whose
-    loss isn't finite on one of the others begins anew at x, with the record of the lane followed;
-    so does any lane whose parameters or buffers aren't. Between calls the model holds x, which
-    changes at decisions only.
+    With ``share`` the leader runs, and each of the others in that share of the cycles: so several
+    cost little more than one. A record is of the cycles in which its optimizer ran.
 
     Args:
-        learned: the optimizer that isn't trusted, or several.
-        fallback: the one that is, over the same parameters; it is followed where records are level.
-            Its parameter groups are the guard's.
-        nt: train minibatches per cycle.
-        nc: check minibatches per cycle; by default none, and all of them train.
+        optimizers: of the same parameters. The first is followed where all are level, and its
+            groups are the guard's. Or a function of a rate that makes one.
+        rates: for each optimizer that this function is to make.
+        model, nt, scaler, process_group, callback: as in ``Recommended``.
+        share: of the cycles, for each optimizer that doesn't lead. None: all run.
+        check: where data repeat, training losses are lower for whoever overfits. Then d[j] is the
+            mean of ``check(k)``, the model's loss on held-out minibatch number k, at w[j] after the
+            cycle, over nc minibatches 0, 1, 2, ...
+        nc: check minibatches a cycle, where there is a ``check``.
         decay: D remembers about 1 / (1 - decay) cycles.
-        patience: cycles running in which a learned optimizer isn't followed, after which it stops
-            for good, and costs nothing but memory any more; by default none does. Its rate may be
-            on a schedule by which it gets ahead late.
-        model, scaler, schedulers, offload, process_group, callback: as in ``LossGuard``.
 
-    ``decision.winner`` numbers the learned optimizers from 0, then the fallback. ``learned_loss``
-    and ``fallback_loss`` are d, of the best learned one and of the fallback.
+    ``decision.winner`` numbers the optimizers. One whose losses or parameters are not finite begins
+    again at x, with the record of the one that is followed. If that is true of all, x stays and
+    ``winner`` is -1. A minibatch that is lost on all doesn't count.
 
-    Memory: their states, and a copy of the parameters and buffers for each beside the model.
+    Memory: one copy of the parameters and buffers for each optimizer, beside the model.
 
     Raises:
         ValueError: if an argument isn't one of the above.
 
     >>> import torch
     >>> w = torch.tensor([4.0], requires_grad=True)
-    >>> guard = BestOf(torch.optim.SGD([w], lr=0.4), torch.optim.SGD([w], lr=0.1), nt=2)
+    >>> guard = BestOf(lambda rate: torch.optim.SGD([w], lr=rate), rates=(0.1, 0.4), model=None)
     >>> def closure():
     ...     guard.zero_grad()
     ...     loss = w.square().sum()
     ...     loss.backward()
     ...     return loss
-    >>> for batch in range(2):
+    >>> for batch in range(10):
     ...     loss = guard.step(closure)
-    >>> guard.last_decision.winner, round(float(w.detach()), 4)
-    (0, 0.16)
+    >>> guard.last_decision.winner, guard.last_decision.gradients
+    (1, 20)
     """
 
     def __init__(
         self,
-        learned: Optimizer | Sequence[Optimizer],
-        fallback: Optimizer,
+        optimizers: Sequence[Optimizer] | Callable[[float], Optimizer],
         *,
+        rates: Sequence[float] = (),
+        model: nn.Module | None,
         nt: int = 10,
-        nc: int = 0,
+        share: float | None = None,
+        check: Callable[[int], Tensor] | None = None,
+        nc: int = 2,
         decay: float = 0.9,
-        patience: int | None = None,
-        model: nn.Module | None = None,
         scaler: GradScaler | None = None,
-        schedulers: Sequence[LRScheduler] = (),
-        offload: Literal["cpu"] | None = None,
         process_group: distributed.ProcessGroup | None = None,
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
-        self.nc = check_count("nc", nc, least=0)
-        self.decay = check_decay(decay)
-        self.patience = None if patience is None else check_count("patience", patience)
+        if callable(optimizers):
+            optimizers = [optimizers(rate) for rate in rates]
+        elif rates:
+            raise ValueError(f"rates must go with a function of a rate, got {optimizers!r}")
+        if isinstance(optimizers, Optimizer) or not [*optimizers]:
+            raise ValueError(f"optimizers must be a list of at least one, got {optimizers!r}")
+        if not (check is None or callable(check)):
+            raise ValueError(f"check must be None or a function of a number, got {check!r}")
+        self.check, self.checks = check, check_count("nc", nc)
+        self.share, self.decay = None if share is None else check_share(share), check_decay(decay)
+        names = [str(k) for k in range(len(optimizers))]
         super().__init__(
-            learned,
-            fallback,
+            dict(zip((f"optimizers[{name}]" for name in names), optimizers, strict=True)),
+            {name: f"optimizers[{name}]" for name in names},
+            leader="0",
             nt=nt,
             model=model,
             scaler=scaler,
-            schedulers=schedulers,
-            offload=offload,
             process_group=process_group,
             callback=callback,
         )
-        names = ["learned"] * (len(self._inners) - 1) + ["fallback"]
-        self._paths = Paths(
-            [
-                Lane(name, inner, "keep", clone(scaler), self._weights.copy(), own_path=True)
-                for name, inner in zip(names, self._inners, strict=True)
-            ],
-            checks=self.nc > 0,
+        self.records = [math.nan] * len(names)
+        """D of each."""
+        self._weight = [0.0] * len(names)
+        self._taken, self._checked = [0] * len(names), 0
+        self._all = list(self._lanes.values())
+
+    def _begin(self) -> list[Lane]:
+        runs = [
+            lane
+            for lane, taken in zip(self._all, self._taken, strict=True)
+            if not lane.live and (self.share is None or taken <= self.share * self.steps)
+        ]
+        if self.steps == 0:  # weights may have been loaded since the guard was built
+            for lane in runs:
+                lane.start_at(self._leader.point)
+        self._watch.twins = set(self._lanes) if self.steps == 0 else set()
+        return runs
+
+    def _measure(self) -> None:
+        """The losses of all that ran on the next check minibatches."""
+        if self.check is None:
+            return
+        draws = self._randomness.state()
+        for lane in [*self._others, self._leader]:
+            lane.enter(checking=True)
+            try:
+                self._randomness.set(draws)
+                torch.clear_autocast_cache()
+                with torch.no_grad():
+                    for j in range(self.checks):
+                        lane.step(scalar(self.check(self._checked + j)))
+                        lane.stepped = False
+            except BaseException:
+                self._weights.undo()
+                raise
+            lane.leave()
+        self._checked += self.checks
+
+    def _settle(self, seen: Mapping[str, Seen]) -> Decision:
+        d = [math.nan] * len(self._all)
+        for name, one in seen.items():
+            d[int(name)] = mean(one.losses if self.check is None else one.checks)
+            self._taken[int(name)] += self.nt
+        ran = [lane.name in seen for lane in self._all]
+        before = list(self.records)
+        if any(map(math.isfinite, d)):  # else the minibatches are lost on all
+            for k, here in enumerate(ran):
+                if here:
+                    self._record(k, d[k])
+        fit = [
+            (not here or seen[lane.name].finite)
+            and (math.isfinite(record) or (math.isnan(old) and not here))
+            for lane, here, record, old in zip(self._all, ran, self.records, before, strict=True)
+        ]
+        low = [
+            r if f and r < math.inf else math.inf for r, f in zip(self.records, fit, strict=True)
+        ]
+        best = low.index(min(low))
+        x = self._all[best].point if any(fit) else self._leader.values
+        x = [t.clone() for t in x]
+        for lane, fine in zip(self._all, fit, strict=True):
+            if not fine:
+                lane.start_at(x)
+                lane.take_scale(self._all[best])
+                lane.forget()
+        for row in (self.records, self._weight):
+            row[:] = [one if f else row[best] for f, one in zip(fit, row, strict=True)]
+        followed = seen.get(str(best))
+        self._lead(self._all[best])
+        return Decision(
+            used_learned=[followed is not None] * self.nt,
+            losses=[math.nan] * self.nt if followed is None else followed.losses,
+            learned_loss=math.nan,
+            fallback_loss=math.nan,
+            finite_learned=followed is None or followed.fine,
+            finite_fallback=True,
+            winner=best if any(fit) else NEITHER,
+            gradients=self.nt * len(seen),
+            forwards=0 if self.check is None else self.checks * len(seen),
+            learned_updates=self.nt * len(seen),
         )
-        self._drive(self._paths)
 
-    @property
-    def records(self) -> list[float]:
-        """D of each optimizer, the learned ones first; infinite of one that has stopped."""
-        return list(self._paths.records)
+    def _record(self, k: int, d: float) -> None:
+        self._weight[k] = self.decay * self._weight[k] + 1
+        known = d if math.isnan(self.records[k]) else self.records[k]
+        self.records[k] = known + (d - known) / self._weight[k]
 
-    def cycle(
-        self,
-        loss_fn: Callable[[Any], Tensor],
-        train_batches: Iterable[Any],
-        check_batches: Iterable[Any] = (),
-    ) -> Decision:
-        """Take the minibatches of a whole cycle at once, one lane after the other.
+    def _numbers(self) -> dict[str, Any]:
+        rows = {"records": self.records, "weight": self._weight, "taken": self._taken}
+        return clone({**rows, "checked": self._checked})
 
-        Args:
-            loss_fn: the loss of a minibatch; the guard calls ``backward``.
-            train_batches: nt minibatches.
-            check_batches: other minibatches, of which it draws nc, or none where the fallback is
-                the only one that hasn't stopped.
-        """
-        nc = self._checks(self._paths.running(self.patience))
-        train, check = self._check_train(train_batches), list(islice(check_batches, nc))
-        arguments.check_drawn("check_batches", len(check), nc, more_will_do=True)
-        self._take(self._closures(loss_fn, [*train, *check]))
-        return self.history[-1]
+    def _read(self, numbers: dict[str, Any]) -> Any:
+        rows = (list(numbers[name]) for name in ("records", "weight", "taken"))
+        return *rows, numbers["checked"]
 
-    def _run(self, closures: Sequence[Closure]) -> dict[int, list[Any]]:
-        active = self._paths.running(self.patience)
-        values = self._cycle.run(closures, active)
-        if self._cycle.phase == self.nt + self._checks(active):
-            self._decide(active)
-        return values
-
-    def _checks(self, active: Sequence[int]) -> int:
-        """How many minibatches these lanes are checked on."""
-        return self.nc if self._paths.checked(active) else 0
-
-    def _decide(self, active: list[int]) -> None:
-        paths, x, nc = self._paths, self._weights, self._checks(active)
-        *learned, fallback = active
-        seen = outcome([paths.all[number] for number in active], [], x, self.process_group)
-        firsts = self._firsts(active, seen.trains)
-        losses = dict(zip(active, seen.trains, strict=True))
-        compared = dict(zip(active, seen.checks, strict=True)) if nc else losses
-        d, fit = paths.record(compared, dict(zip(active, seen.sound, strict=True)), self.decay)
-        winner = paths.kept if any(fit.values()) else NEITHER
-        if winner != NEITHER:
-            x.copy_from(paths.all[winner].copy)
-        reset = paths.settle(fit, dict(zip(active, seen.broken, strict=True)), x)
-        self._decided(
-            Decision(
-                used_learned=[winner in learned] * self.nt,
-                losses=losses[fallback if winner == NEITHER else winner],
-                learned_loss=_least([d[number] for number in learned]),
-                fallback_loss=d[fallback],
-                finite_learned=any(fit[number] for number in learned) or not learned,
-                finite_fallback=fit[fallback],
-                reset_learned=any(reset[number] for number in learned),
-                reset_fallback=reset[fallback],
-                winner=winner,
-                steps=self.nt,
-                gradients=self._cycle.gradients,
-                forwards=nc * len(active),
-                learned_updates=len(learned) * self.nt,
-            ),
-            firsts,
-        )
-
-    def _save(self) -> dict[str, Any]:
-        paths = self._paths
-        return {
-            **super()._save(),
-            "nc": self.nc,
-            "patience": self.patience,
-            "lanes": [save_lane(lane, self._cycle.phase) for lane in paths.all],
-            "records": list(paths.records),
-            "away": list(paths.away),
-            "begun": paths.begun,
-        }
-
-    def _load(self, state: dict[str, Any]) -> None:
-        paths = self._paths
-        for lane, its_state in zip(paths.all, state["lanes"], strict=True):
-            load_lane(lane, its_state)
-        paths.records, paths.away = list(state["records"]), list(state["away"])
-        paths.begun = state["begun"]
-        super()._load(state)
-
-    def _check_saved(self, saved: dict[str, Any]) -> None:
-        super()._check_saved(saved)
-        state = saved["guard"]
-        ours, theirs = len(self._paths.all), len(state["lanes"])
-        if ours != theirs:
-            raise ValueError(f"state_dict must be of {ours} optimizers, got one of {theirs}")
-        needed = {"nt": self.nt, "nc": self.nc, "patience": self.patience}
-        if state["phase"] and any(state[name] != value for name, value in needed.items()):
-            wanted, got = (
-                ", ".join(f"{name}={options[name]}" for name in needed)
-                for options in (needed, state)
-            )
-            raise ValueError(f"state_dict from within a cycle must have {wanted}, got {got}")
-
-
-def _least(losses: Sequence[float]) -> float:
-    """The lowest that is a number; NaN if there is none."""
-    return min((loss for loss in losses if not math.isnan(loss)), default=math.nan)
+    def _set_rules(self, rules: Any) -> None:
+        self.records, self._weight, self._taken, self._checked = rules

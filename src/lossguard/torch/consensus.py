@@ -1,56 +1,15 @@
 """Numbers on which every rank agrees, so that every rank takes the same decision."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, distributed
-
-from lossguard.torch.lane import Lane
-from lossguard.torch.tensors import local, read
-from lossguard.torch.weights import Weights
+from torch import distributed
 
 
-class Outcome(NamedTuple):
-    """What a cycle has shown of the lanes that ran, in their order.
-
-    Attributes:
-        checks: check losses, means over the ranks.
-        trains: training losses, likewise.
-        held: training losses of b, likewise, where a ratchet asks for them.
-        sound: whether parameters and buffers are finite, on every rank.
-        broken: whether the optimizer's memory isn't finite, on any rank.
-    """
-
-    checks: list[list[float]]
-    trains: list[list[float]]
-    held: list[float]
-    sound: list[bool]
-    broken: list[bool]
-
-
-def outcome(
-    lanes: Sequence[Lane],
-    held: list[Tensor],
-    weights: Weights,
-    group: distributed.ProcessGroup | None,
-) -> Outcome:
-    """What the ranks of ``group`` agree on about some lanes, and about the losses of b."""
-    losses = [*(lane.check for lane in lanes), *(lane.train for lane in lanes), held]
-    numbers, alarms = agree(
-        read([loss for row in losses for loss in row]),
-        [
-            *(not weights.is_finite(lane.copy) for lane in lanes),
-            *(not lane.remembers_soundly() for lane in lanes),
-        ],
-        group,
-        local(weights.params[0]).device,
-    )
-    agreed = iter(numbers)
-    rows = [[next(agreed) for _ in row] for row in losses]
-    count = len(lanes)
-    sound = [not alarm for alarm in alarms[:count]]
-    return Outcome(rows[:count], rows[count:-1], rows[-1], sound, alarms[count:])
+def several(group: distributed.ProcessGroup | None) -> bool:
+    """Whether there are other ranks."""
+    running = distributed.is_available() and distributed.is_initialized()
+    return running and distributed.get_world_size(group) > 1
 
 
 def agree(
@@ -68,7 +27,7 @@ def agree(
     >>> agree([0.5, 2.0], [False, True], None, torch.device("cpu"))
     ([0.5, 2.0], [False, True])
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not several(group):
         return list(means), list(alarms)
     packed = torch.tensor([*means, *map(float, alarms)], dtype=torch.float64, device=device)
     distributed.all_reduce(packed, group=group)

@@ -2,31 +2,30 @@
 
 from typing import NamedTuple
 
-NEITHER = -1
+LEARNED, FALLBACK, OWN, NEITHER = 0, 1, 2, -1
+"""``Decision.winner``: the learned optimizer's lane, the fallback's from x, the fallback's own; or
+x stayed, or went back."""
 
 
 class Decision(NamedTuple):
     """A plain record of one cycle; a list of them is a table for pandas or polars.
 
+    Losses are NaN, and flags true, where they don't apply.
+
     Attributes:
-        used_learned: nt flags, one per optimizer step: whether the model has got the learned
-            update.
-        losses: nt training losses of the branch given out, each before its step; of the fallback's
-            if x stayed.
-        learned_loss: mean loss of y over the check minibatches, and the training ones that the
-            criterion counts (and over the ranks), of the best y if there are several; NaN if no
-            learned lane ran.
-        fallback_loss: the same of z, or of the better of z and s; NaN if nothing was checked.
-        finite_learned: whether y and the losses compared are finite, of any y if there are several.
-        finite_fallback: the same of the fallback's.
-        reset_learned: whether a learned optimizer's state was not finite and has been reset.
-        reset_fallback: the same of the fallback's, or s began again at x.
-        winner: the lane that the model has got: the learned ones from 0 in their order, then z,
-            then s; -1 none: x stayed, or went back to its best.
-        steps: optimizer steps by which the kept iterate moved on in this cycle, nt.
-        gradients: gradients evaluated in this cycle, in all lanes.
-        forwards: losses evaluated without a gradient in this cycle, in all lanes.
-        learned_updates: steps that the learned optimizers took in this cycle.
+        used_learned: nt flags: whether each step of the lane that ``losses`` are of was learned.
+        losses: nt training losses, each before its step. Of which lane, the guard says.
+        learned_loss: the mean loss by which the learned lane was compared.
+        fallback_loss: the same of the fallback's, on the same minibatches.
+        finite_learned: whether the learned lane had finite parameters and losses.
+        finite_fallback: whether the fallback's had.
+        winner: the lane that the model has after the cycle: 0 learned, 1 fallback, 2 the fallback
+            by itself, -1 where x stayed or went back; with ``BestOf`` the optimizer's number.
+        gradients: gradients evaluated, in all lanes.
+        forwards: losses evaluated without a gradient, in all lanes.
+        learned_updates: steps of learned optimizers, kept or not.
+        jumped: whether the model's parameters were replaced by another lane's, or an earlier
+            point: a moving average of weights should begin again there.
     """
 
     used_learned: list[bool]
@@ -35,10 +34,16 @@ class Decision(NamedTuple):
     fallback_loss: float
     finite_learned: bool
     finite_fallback: bool
-    reset_learned: bool
-    reset_fallback: bool
     winner: int
-    steps: int
     gradients: int
     forwards: int
     learned_updates: int
+    jumped: bool = False
+
+    def price(self, u: float = 0.0) -> float:
+        """Gradients + forward passes / 3 + learned updates times u: what was spent, in gradients.
+
+        Args:
+            u: the measured cost of one learned update in gradients of the task; 0: not counted.
+        """
+        return self.gradients + self.forwards / 3 + u * self.learned_updates

@@ -1,140 +1,343 @@
-"""What the guards have in common as optimizers."""
+"""What the guards have in common: how they take lanes through minibatches."""
 
-from collections.abc import Sequence
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, distributed, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from lossguard.torch.arguments import listed
+from lossguard.torch import arguments
 from lossguard.torch.closures import Closure, checked
+from lossguard.torch.consensus import agree, several
 from lossguard.torch.decision import Decision
-from lossguard.torch.facade import Facade
-from lossguard.torch.inner import Inner, params_of
-from lossguard.torch.tensors import clone
-from lossguard.torch.weights import Weights
+from lossguard.torch.face import Face
+from lossguard.torch.interrupts import Held
+from lossguard.torch.lane import Lane
+from lossguard.torch.memory import Inner
+from lossguard.torch.randomness import Randomness
+from lossguard.torch.rates import Rates, copied
+from lossguard.torch.saving import Saving
+from lossguard.torch.seen import Seen
+from lossguard.torch.tensors import clone, local, read
+from lossguard.torch.weights import Weights, transfer
+from lossguard.validation import check_count
+
+HISTORY = 1000
+"""Decisions that ``history`` keeps."""
+SAME = 1e-4
+"""The part of a loss by which rounding may change it."""
 
 
-class Guard(Facade):
-    """A facade of the fallback that keeps a history of decisions, and can be saved.
+class Cycle(Face, Saving):
+    """A guard as far as its cycles go: what it does at their two ends."""
+
+    nc: int
+    steps: int
+    process_group: distributed.ProcessGroup | None
+    _others: list[Lane]
+    _watch: "Watch"
+
+    def _begin(self) -> list[Lane]:
+        """The lanes that run in the cycle beside the live one, where they start from."""
+        raise NotImplementedError
+
+    def _settle(self, seen: Mapping[str, Seen]) -> Decision:
+        """Decide, by what the lanes that ran have shown; call ``_lead`` to have another lane."""
+        raise NotImplementedError
+
+    def _measure(self) -> None:
+        """Evaluate what else the decision is to know, before ranks agree."""
+
+    def _lead(self, lane: Lane) -> None:
+        """Have another lane in the model from now on."""
+        if lane is not self._leader:
+            transfer(self._leader.values, self._weights.live())
+            self._leader.live = False
+            self._weights.write(lane.values)
+            lane.live, self._leader = True, lane
+
+    def _close(self, order: Sequence[Lane]) -> Decision | None:
+        self.phase += 1
+        if self.phase == 1 and self.steps == 0:
+            for lane in order:
+                lane.check_memory()
+            self._watch.compare(order, [read(lane.losses[:1]) for lane in order])
+        if not self.state:  # torch.distributed.checkpoint asks whether there is any
+            self.state.update({p: {} for p in self._weights.params})
+        if self.phase < self.nt + self.nc:
+            return None
+        try:
+            decision = self._decide()
+        finally:
+            self.phase = 0
+            for lane in order:
+                lane.before = None
+        self.steps += self.nt
+        self.history.append(decision)
+        return decision
+
+    def _decide(self) -> Decision:
+        ran = [self._leader, *self._others]
+        self._measure()
+        numbers, alarms = agree(
+            read([loss for lane in ran for loss in (*lane.losses, *lane.checks)]),
+            [
+                *(not lane.is_finite(self._leader.values) for lane in ran),
+                *(not lane.remembers_soundly() for lane in ran),
+            ],
+            self.process_group,
+            local(self._weights.params[0]).device,
+        )
+        agreed, seen = iter(numbers), {}
+        for k, lane in enumerate(ran):
+            losses, checks = ([next(agreed) for _ in row] for row in (lane.losses, lane.checks))
+            seen[lane.name] = Seen(losses, checks, not alarms[k])
+            if alarms[len(ran) + k]:
+                lane.forget()
+        self._watch.compare(ran, [seen[lane.name].losses[:1] for lane in ran])
+        self._weights.jumped = False
+        return self._settle(seen)._replace(jumped=self._weights.jumped)
+
+
+class Guard(Cycle):
+    """An optimizer that runs lanes, of which the live one is what the model is.
+
+    A cycle is nt minibatches on which the lanes that run take a step each, and nc on which they are
+    only checked. The guards differ in which lanes run, and in what a cycle's losses decide.
 
     Attributes:
-        learned: the optimizer that isn't trusted, or several.
-        fallback: the one that is.
-        history: all decisions.
+        nt: train minibatches per cycle.
+        nc: check minibatches per cycle.
+        phase: minibatches seen of this cycle; 0 between cycles.
+        steps: optimizer steps of the live lane in all cycles so far.
+        history: the last 1,000 decisions.
     """
 
+    trusted: tuple[str, ...] = ()
+    """Lanes whose errors are passed on whatever their numbers are."""
+
     def __init__(
-        self, learned: Optimizer | Sequence[Optimizer], fallback: Optimizer, weights: Weights
+        self,
+        optimizers: Mapping[str, Optimizer],
+        lanes: Mapping[str, str],
+        *,
+        leader: str,
+        nt: int,
+        nc: int = 0,
+        model: nn.Module | None,
+        scaler: GradScaler | None = None,
+        process_group: distributed.ProcessGroup | None = None,
+        callback: Callable[[Decision], object] | None = None,
     ) -> None:
-        for name, one in (*(("learned", one) for one in listed(learned)), ("fallback", fallback)):
-            if isinstance(one, Guard):
-                raise ValueError(f"{name} must be no guard itself, got a {type(one).__name__}")
-        super().__init__(fallback)
-        self.learned = learned
-        self.fallback = fallback
-        self.history: list[Decision] = []
-        self._weights = weights
-        self._inners = [Inner(optimizer) for optimizer in (*listed(learned), fallback)]
-
-    @property
-    def last_decision(self) -> Decision | None:
-        """The last decision: of a whole cycle, or of nt whole steps of the residual guard."""
-        return self.history[-1] if self.history else None
-
-    def state_dict(self) -> dict[str, Any]:
-        """A copy of all that the rest of the run depends on, at any point of a cycle.
-
-        The keys ``state`` and ``param_groups`` are the fallback's, as for any optimizer.
-        """
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        *learned, fallback = self._inners
-        saved = {
-            **fallback.state_dict(),
-            "learned": [inner.state_dict() for inner in learned],
-            "guard": {
-                "kind": type(self).__name__,
-                "own": [sorted(inner.own) for inner in self._inners],
-                "fresh": [inner.state_dict(inner.fresh) for inner in self._inners],
-                "history": [decision._asdict() for decision in self.history],
-                **self._save(),
-            },
+        params = arguments.check_optimizers(list(optimizers.values()), list(optimizers))
+        arguments.check_model(model, params)
+        arguments.check_scaler(scaler)
+        arguments.check_callback(callback)
+        self.nt, self.nc = check_count("nt", nt), nc
+        self.phase, self.steps = 0, 0
+        self.history: deque[Decision] = deque(maxlen=HISTORY)
+        self.process_group, self.callback = process_group, callback
+        self._weights = Weights(params, model)
+        inners = {name: Inner(optimizer) for name, optimizer in optimizers.items()}
+        self._inners = list(inners.values())
+        self._built = False
+        first = self._inners[0].optimizer
+        super().__init__([copied(group) for group in first.param_groups], dict(first.defaults))
+        self._built = True
+        self._rates = Rates(self.param_groups, list(optimizers.values()))
+        self._randomness = Randomness(params)
+        self._lanes = {
+            name: Lane(name, inners[of], self._weights, clone(scaler)) for name, of in lanes.items()
         }
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            saved = post_hook(self, saved) or saved
-        return saved
+        self._leader = self._lanes[leader]
+        self._leader.live = True
+        self._others: list[Lane] = []
+        self._inside: Lane | None = None
+        self._filled = False
+        self._watch = Watch(self._weights)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state bit by bit: parameters, buffers and random numbers included.
+    def step(self, closure: Closure | None = None) -> Any:  # pyright: ignore
+        """Take one minibatch.
 
         Args:
-            state_dict: of a guard that was built in the same way.
-        """
-        saved = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            saved = pre_hook(self, saved) or saved
-        self._check_saved(saved)
-        state = saved["guard"]
-        fallback = {key: value for key, value in saved.items() if key not in ("learned", "guard")}
-        for inner, its_state in zip(self._inners, [*saved["learned"], fallback], strict=True):
-            inner.load_state_dict(its_state)
-        for inner, names, fresh in zip(self._inners, state["own"], state["fresh"], strict=True):
-            inner.own = set(names)
-            inner.fresh = inner.memory_in(fresh)
-        self.history = [Decision(**clone(decision)) for decision in state["history"]]
-        self._load(state)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+            closure: evaluates its loss, calls ``backward`` and returns the loss. It is called once
+                for each lane that runs, the live one last; the guard clears the gradients before.
 
-    def _check_step(self, closure: Closure | None, hint: str = "") -> Closure:
-        """The closure of a step; refuse others, and gradients that it has not computed."""
-        closure = checked(closure, hint)
-        for inner in self._inners:
-            count = len(params_of(inner.optimizer))
-            if count != len(self._weights.params):
+        Returns:
+            The loss of the live lane before its step: of what the model was before this call.
+        """
+        if closure is None and self._is_asked_to_fill():
+            return self._fill()
+        closure = checked(closure, f" (a GradScaler goes to {type(self).__name__} as scaler)")
+        value: Any = torch.full((), torch.nan, device=self._weights.params[0].device)
+        with closing(self.lanes()) as lanes:
+            for lane in lanes:
+                value = self._run(lane, closure)
+        return value.detach().clone() if isinstance(value, Tensor) else value
+
+    def lanes(self) -> Generator[Lane, None, None]:
+        """The lanes that run on this minibatch, in the model one by one, the live one last.
+
+        Where bodies are more than a closure takes: clipping, accumulation, scalers.
+
+            for lane in guard.lanes():
+                loss = loss_fn(model(x), t)
+                loss.backward()
+                clip(model.parameters())
+                lane.step(loss)
+
+        Raises:
+            ValueError: if there are gradients before it, or the body does not call ``lane.step``.
+        """
+        with Held():
+            order, draws = self._open()
+        done = False
+        try:
+            for lane in order:
+                if lane.lost:
+                    lane.miss(checking=self.checking)
+                    continue
+                if len(order) > 1:
+                    torch.clear_autocast_cache()  # autocast would go on with casts of other weights
+                    self._randomness.set(draws)
+                with Held():
+                    self._inside = lane
+                    lane.enter(checking=self.checking)
+                yield lane
+                if not lane.stepped:
+                    raise ValueError("the body of guard.lanes() must call lane.step(loss)")
+                with Held():
+                    lane.leave()
+                    self._inside = None
+            with Held():
+                decision = self._close(order)
+                done = True
+        except BaseException:
+            with Held():
+                if not done:
+                    self._undo(order, draws)
+            raise
+        if decision is not None and self.callback is not None:
+            self.callback(decision)
+
+    def _open(self) -> tuple[list[Lane], list[Tensor]]:
+        if self._inside is not None:  # a loop that was left, and whose generator lives on
+            self._undo([self._leader, *self._others], self._randomness.state())
+        self._watch.check(self._inners)
+        if self._filled:  # and nothing was loaded
+            for lane in self._lanes.values():
+                lane.forget()
+            self._filled = False
+        self._rates.apply()
+        if self.phase == 0:
+            self._others = self._begin()
+            for lane in [self._leader, *self._others]:
+                lane.begin()
+        order = [*self._others, self._leader]
+        for lane in order:
+            lane.stepped = False
+        return order, self._randomness.state() if len(order) > 1 else []
+
+    def _run(self, lane: Lane, closure: Closure) -> Any:
+        """The value of the closure, or NaN where a lane raises as its numbers aren't finite.
+
+        It is out of the cycle then. Were the error passed on, it would come again in every cycle,
+        and the fallback would never get on. Other ranks would not know of it.
+        """
+        try:
+            return self._watch.run(lane, closure)
+        except Exception as error:
+            if lane.name in self.trusted or several(self.process_group):
+                raise
+            if not self._weights.have_diverged():
+                raise
+            self._watch.tell(error, lane)
+            lane.lost = lane.stepped = True
+            return lane.miss(checking=lane.checking)
+
+    def _undo(self, order: Sequence[Lane], draws: list[Tensor]) -> None:
+        """After an error the minibatch doesn't count; if a lane has stepped, nor does the cycle."""
+        lane, self._inside = self._inside, None
+        if lane is not None and lane.stepped:
+            lane.leave()
+        self._weights.undo()
+        self._weights.clear_gradients()
+        if draws:
+            self._randomness.set(draws)
+        if any(lane.stepped for lane in order):
+            self.phase = 0
+            if not self._leader.is_finite(self._leader.values):
+                self._leader.go_back()
+
+
+class Watch:
+    """Looks for mistakes that would train nothing, or compare lanes wrongly, without an error."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self.twins: set[str] = set()
+        """Lanes that begin the cycle at one point."""
+        self._first = True
+        self._warned: set[str] = set()
+
+    def check(self, inners: Sequence[Inner]) -> None:
+        """Refuse gradients from before the minibatch, and parameters that came later."""
+        for inner in inners:
+            count, ours = len(inner.params), len(self.weights.params)
+            if count != ours:
                 raise ValueError(
-                    "parameters must be added by the guard's add_param_group, got "
-                    f"{type(inner.optimizer).__name__} with {count} instead of "
-                    f"{len(self._weights.params)}"
+                    "parameters must be in the optimizers when the guard is built, got "
+                    f"{type(inner.optimizer).__name__} with {count} instead of {ours}"
                 )
-        if self._weights.have_gradients():
+        if self.weights.have_gradients():
             raise ValueError(
                 "gradients must be computed inside the closure, got some before the step (call "
                 "zero_grad before it, and accumulate inside the closure)"
             )
-        return closure
 
-    def _save(self) -> dict[str, Any]:
-        """A copy of what the guard remembers beside its optimizers and its history."""
-        raise NotImplementedError
+    def run(self, lane: Lane, closure: Closure) -> Any:
+        """Run a lane; refuse closures that change what all lanes share, at the first time."""
+        others = self.weights.others() if self._first else []
+        versions = [p._version for p in others]
+        value = lane.run(closure)
+        if versions != [p._version for p in others]:
+            raise ValueError(
+                "parameters of model that no optimizer has must not change in the closure, as all "
+                "lanes share them: give them to the optimizers, without gradients"
+            )
+        self._first = False
+        return value
 
-    def _load(self, state: dict[str, Any]) -> None:
-        """Put a copy of what ``_save`` made in place."""
-        raise NotImplementedError
+    def compare(self, lanes: Sequence[Lane], firsts: Sequence[Sequence[float]]) -> None:
+        """Warn if lanes have different losses on one minibatch at the same parameters."""
+        at_once = [
+            row[0]
+            for lane, row in zip(lanes, firsts, strict=True)
+            if row and not lane.switches and lane.name in self.twins
+        ]
+        low, high = min(at_once, default=0.0), max(at_once, default=0.0)
+        if high - low > SAME * max(abs(low), abs(high)):
+            self._warn(
+                f"closure gave different losses at the same parameters ({high:.4g} and {low:.4g}): "
+                "draw the minibatch, and all random numbers but PyTorch's, outside it",
+                "losses",
+            )
 
-    def _check_saved(self, saved: dict[str, Any]) -> None:
-        """Refuse the ``state_dict`` of another optimizer."""
-        kind, ours = saved.get("guard", {}).get("kind"), type(self).__name__
-        if kind != ours:
-            theirs = f"a {kind}'s" if kind else f"one with the keys {list(saved)}"
-            raise ValueError(f"state_dict must be a {ours}'s, got {theirs}")
-        self._weights.check_shapes(saved["guard"]["x"])
+    def tell(self, error: Exception, lane: Lane) -> None:
+        """Warn that a lane is left for an error."""
+        self._warn(
+            f"{lane} has numbers that aren't finite and raised {error!r}: it is left out of such "
+            "cycles",
+            "errors",
+        )
 
-    def _add_group(self, param_group: dict[str, Any], learned: Sequence[Optimizer]) -> list[Tensor]:
-        """Add parameters to all optimizers, or to none, and return them.
-
-        In ``learned`` they have its own defaults.
-        """
-        self.fallback.add_param_group(param_group)
-        params = list(self.fallback.param_groups[-1]["params"])
-        have = [self.fallback]
-        try:
-            for one in learned:
-                one.add_param_group({"params": list(params)})
-                have.append(one)
-        except BaseException:
-            for one in have:
-                one.param_groups.pop()
-            raise
-        return params
+    def _warn(self, message: str, what: str) -> None:
+        """Once for each kind."""
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lossguard.learned.weights_file import layer_names, path_of, read_weights
-from lossguard.torch.inner import undo_casts
+from lossguard.torch.memory import undo_casts
 from lossguard.validation import check_positive
 
 

@@ -25,10 +25,10 @@ class Randomness:
 
     def set(self, states: list[Tensor]) -> None:
         """Put every generator back to a state that ``state`` returned."""
-        torch.set_rng_state(states[0].cpu())
-        for device, state in zip(self.devices, states[1:], strict=False):
+        torch.set_rng_state(states[0])
+        for device, state in zip(self.devices, states[1:], strict=True):
             module = torch.get_device_module(device)
             if device.type == "mps":
-                module.set_rng_state(state.cpu())
+                module.set_rng_state(state)
             else:
-                module.set_rng_state(state.cpu(), device)
+                module.set_rng_state(state, device)

@@ -1,85 +1,153 @@
-"""The guard that we would use: the loss guard with what did best in our experiments."""
+"""The guard that we recommend where compute is scarce: a relay, and the fallback by itself."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import distributed, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from lossguard.torch.criteria import curtailed_criterion, mean_criterion
-from lossguard.torch.lane import Loser
-from lossguard.torch.loss_guard import LossGuard
-from lossguard.torch.probing import backoff
-from lossguard.torch.ratchet import ratchet
-from lossguard.torch.track_record import track_record
-from lossguard.validation import check_count, check_most
+from lossguard.torch.arguments import check_fallback
+from lossguard.torch.decision import FALLBACK, LEARNED, OWN, Decision
+from lossguard.torch.guard import Guard
+from lossguard.torch.lane import Lane
+from lossguard.torch.progress import MEMORY
+from lossguard.torch.relay import Leg, Relay, read_state, report
+from lossguard.torch.seen import Seen, mean
+from lossguard.validation import check_share
+
+LOOKS = 3
+"""Cycles that x and s have to be compared on before x may go back to s."""
 
 
-def recommended(
-    learned: Optimizer | Sequence[Optimizer],
-    fallback: Optimizer,
-    *,
-    nt: int = 10,
-    nc: int = 0,
-    most: int | None = None,
-    patience: int = 200,
-    loser: Loser = "reset",
-    **options: Any,
-) -> LossGuard:
-    """A hedged loss guard that keeps its gains under noise and backs off where there are none.
+class Recommended(Guard):
+    """Whoever leads runs; a challenger runs in a small share of the steps.
 
-    While the fallback alone has had the lower training losses of late, the model holds what it has
-    come to, and the guard goes on beside it: so the losses that decisions report never sum up to
-    more than the fallback's. It goes back to that path where it has been behind for longer, a
-    learned lane that lost begins anew, and after many losses running it is probed ever less often.
-    Where a hundred cycles' training losses are higher than those of the best x, it goes back there.
+    The model is the leader's, who is one of two:
+
+    - *The fallback.* Now and then the learned optimizer is tried from the model, beside it and on
+      the same minibatches. It takes over if it is better by three standard errors.
+    - *The learned optimizer.* It leads while its loss falls: by a power of 1/4 of its age at least.
+      When it stalls the fallback goes on from there, or from a snapshot if the loss has risen.
+
+    When the learned optimizer first takes over, the fallback's own run stays behind as lane s. It
+    gets a share of the steps from then on, and the model goes back to it if its losses are lower.
+
+    So a step costs one gradient, and one more for each challenger that runs in the cycle: y on
+    trial while the fallback leads, in at most ``share`` of the steps and sqrt(k) more; s while the
+    model is off its path, in at most ``share`` of them. Training losses decide.
 
     Args:
-        learned: the optimizer that is not trusted, or several, which compete in every cycle, as in
-            ``LossGuard`` (in JAX each has a guard and a path of its own).
-        fallback: the one that is.
-        nt: train minibatches per cycle.
-        nc: check minibatches per cycle. Those of a stream are lost for training, so that by default
-            there are none: every call trains, and the training losses of the cycle's last nt // 2
-            steps decide, in every lane. What the last step has done shows in the next cycle then;
-            with nc=1 it is checked, and those of (nt - 1) // 2 steps count beside it.
-        most: check minibatches of a cycle that is kept, where nc are enough for one that clearly
-            loses; by default nc as well. (In JAX 10 and 160: with so many, runs that go on for
-            hundreds of epochs keep what they have won.) Training losses don't count then.
-        patience: lost cycles running after which the learned lanes pause, for longer and longer;
-            200 are 2,000 calls of ``step`` at nt = 10, so take fewer in a short run.
-        loser: what the optimizer of a lane that lost remembers, as in ``LossGuard``. "reset" is for
-            learned optimizers that are at their best when they begin, as the LSTM is; "keep" for
-            those that have a schedule of their own, as Celo and VeLO. An ordinary one, such as
-            AdamW at a bold rate, does better with "keep" too, and mostly better still in
-            ``BestOf``.
-        options: ``model``, ``scaler``, ``schedulers``, ``offload``, ``process_group`` and
-            ``callback``, as in ``LossGuard``.
+        learned: the optimizer that is not trusted.
+        fallback: the one that is, over the same parameters.
+        nt: optimizer steps, and minibatches, from one decision to the next.
+        share: of the steps, for each challenger.
+        model: the module whose buffers (BatchNorm's statistics) belong to a lane; None if the
+            parameters are in no module.
+        scaler: a ``GradScaler`` for float16; each lane gets a copy, ``guard.scaler``.
+        process_group: the ranks that decide together; all of them by default.
+        callback: called with every decision.
+
+    ``decision.losses`` are of the leader before the cycle, without hindsight. ``learned_loss`` and
+    ``fallback_loss`` are of a trial. A lane that is not finite can't lead, and at the ends of
+    cycles the model is finite if it began so.
+
+    Memory: three copies of the parameters and buffers beside the model, two states of the fallback,
+    one of the learned optimizer; while s runs a fourth copy.
 
     Raises:
-        ValueError: as ``LossGuard``; or if most is no integer or below nc, or nc is 0 or 1 and most
-            isn't; or an option is one that ``recommended`` sets.
+        ValueError: if an argument isn't one of the above.
 
     >>> import torch
     >>> w = torch.tensor([4.0], requires_grad=True)
-    >>> guard = recommended(torch.optim.SGD([w], lr=3.0), torch.optim.SGD([w], lr=0.1))
-    >>> guard.cycle(lambda batch: w.square().sum(), range(10), range(10)).winner  # s, lane 2
-    2
+    >>> learned, fallback = torch.optim.SGD([w], lr=0.4), torch.optim.SGD([w], lr=0.1)
+    >>> guard = Recommended(learned, fallback, model=None)
+    >>> def closure():
+    ...     guard.zero_grad()
+    ...     loss = w.square().sum()
+    ...     loss.backward()
+    ...     return loss
+    >>> for batch in range(10):
+    ...     loss = guard.step(closure)
+    >>> guard.last_decision.winner, guard.last_decision.price()  # it has won its first trial
+    (0, 20.0)
     """
-    nt, most = check_count("nt", nt), nc if most is None else most
-    check_most(nc, most)
-    few = mean_criterion(training=(nt - 1 if nc else nt) // 2)
-    for name in ("criterion", "hedge", "probing", "ratchet"):
-        if name in options:
-            raise ValueError(f"recommended sets {name} itself: use LossGuard to choose")
-    return LossGuard(
-        learned,
-        fallback,
-        nt=nt,
-        nc=nc,
-        criterion=few if most == nc else curtailed_criterion(first=nc, most=most),
-        hedge=track_record(decay=0.7),
-        loser=loser,
-        probing=backoff(patience=patience, most=512, start="reset" if loser == "reset" else "keep"),
-        ratchet=ratchet(),
-        **options,
-    )
+
+    trusted = ("z", "s")
+
+    def __init__(
+        self,
+        learned: Optimizer,
+        fallback: Optimizer,
+        *,
+        model: nn.Module | None,
+        nt: int = 10,
+        share: float = 0.05,
+        scaler: GradScaler | None = None,
+        process_group: distributed.ProcessGroup | None = None,
+        callback: Callable[[Decision], object] | None = None,
+    ) -> None:
+        share = check_share(share)
+        check_fallback(fallback)
+        super().__init__(
+            {"fallback": fallback, "learned": learned},
+            {"y": "learned", "z": "fallback", "s": "fallback"},
+            leader="z",
+            nt=nt,
+            model=model,
+            scaler=scaler,
+            process_group=process_group,
+            callback=callback,
+        )
+        self._relay = Relay(self._lanes["y"], self._lanes["z"], self.nt, share)
+        self._s = self._lanes["s"]
+        self._on_own = True
+        self._own_steps, self._looks = 0, 0
+        self._of_x, self._of_s = 0.0, 0.0
+
+    def _begin(self) -> list[Lane]:
+        relay = self._relay.begin(self.steps)
+        self._watch.twins = self._relay.twins
+        runs = not self._on_own and self._own_steps < self._relay.share * self.steps
+        if runs:
+            self._s.keep()
+        return [lane for lane in (*relay, *[self._s][:runs]) if not lane.live]
+
+    def _settle(self, seen: Mapping[str, Seen]) -> Decision:
+        s = seen.get("s")
+        leg = self._relay.settle(seen.get("y"), seen.get("z"), self.steps)
+        self._settle_own(leg, s)
+        self._lead(self._relay.leader)
+        winner = OWN if self._on_own else FALLBACK
+        return report(
+            leg, LEARNED if self._relay.leader.name == "y" else winner, self.nt, len(seen)
+        )
+
+    def _settle_own(self, leg: Leg, s: Seen | None) -> None:
+        """x leaves the fallback's own path, stays off it, or goes back to it."""
+        runs, on_own = s is not None, self._on_own
+        if s is not None and not s.fine:
+            self._s.go_back()
+        if on_own and leg.taken_over:
+            self._s.become(self._relay.z)
+            self._on_own, self._looks = False, 0
+        elif s is not None and s.fine:
+            self._looks += 1
+            old = MEMORY if self._looks > 1 else 0.0
+            self._of_x = old * self._of_x + (1 - old) * mean(leg.losses)
+            self._of_s = old * self._of_s + (1 - old) * mean(s.losses)
+        if not on_own and self._looks >= LOOKS and self._of_s < self._of_x:
+            self._relay.go_on_from(self._s, self._of_s)
+            self._on_own = True
+        self._own_steps += self.nt * (on_own or runs)
+
+    def _numbers(self) -> dict[str, Any]:
+        own = [self._on_own, self._own_steps, self._looks, self._of_x, self._of_s]
+        return {"relay": self._relay.numbers(), "own": own}
+
+    def _read(self, numbers: dict[str, Any]) -> Any:
+        return read_state(numbers["relay"]), tuple(numbers["own"])
+
+    def _set_rules(self, rules: Any) -> None:
+        self._relay.state, own = rules
+        self._on_own, self._own_steps, self._looks, self._of_x, self._of_s = own

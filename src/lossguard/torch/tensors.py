@@ -2,69 +2,91 @@
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def clone(value: Any) -> Any:
+def clone(value: Any, copies: dict[int, Any] | None = None) -> Any:
     """A copy of nested containers, of their own types, and of every tensor in them.
 
     What is there twice is there twice in the copy: optimizers may share a step counter.
+
+    Args:
+        value: containers, tensors and whatever ``copy.deepcopy`` copies.
+        copies: what has been copied already, by ``id``.
     """
-    copies: dict[int, Any] = {}
+    if isinstance(value, (int, float, str, bool, type(None))):
+        return value
+    copies = {} if copies is None else copies
+    if id(value) not in copies:
+        copies[id(value)] = _cloned(value, copies)
+    return copies[id(value)]
 
-    def copied(value: Any) -> Any:
-        if isinstance(value, (int, float, str, bool, type(None))):
-            return value
-        if id(value) not in copies:
-            copies[id(value)] = made(value)
-        return copies[id(value)]
 
-    def made(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.detach().clone()
-        if isinstance(value, dict):
-            new = copy.copy(value)
-            for key, item in value.items():
-                new[key] = copied(item)
-            return new
-        if type(value) in (list, tuple):
-            return type(value)(copied(item) for item in value)
-        return copy.deepcopy(value)
-
-    return copied(value)
+def _cloned(value: Any, copies: dict[int, Any]) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        new = copy.copy(value)
+        for key, item in value.items():
+            new[key] = clone(item, copies)
+        return new
+    if type(value) in (list, tuple):
+        return type(value)(clone(item, copies) for item in value)
+    return copy.deepcopy(value)
 
 
 def finite(value: Any) -> bool:
-    """Whether every number in nested containers is finite.
+    """Whether every number in nested containers is finite: one read from each device.
 
-    Finite sums prove it, in one pass over each tensor and a single read from the device; only where
-    one isn't are the tensors looked at closely, since finite numbers can overflow in a sum.
+    >>> finite({"a": [torch.ones(2), 3.0]}), finite([torch.tensor([1.0, math.nan])])
+    (True, False)
     """
     leaves = list(_leaves(value))
-    tensors = [
-        stored(leaf)
-        for leaf in leaves
-        if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-    ]
-    sums = read([_summable(tensor).sum().abs() for tensor in tensors])
-    return all(math.isfinite(leaf) for leaf in leaves if isinstance(leaf, float)) and (
-        all(map(math.isfinite, sums))
-        or all(bool(_summable(tensor).isfinite().all()) for tensor in tensors)
-    )
+    if not all(math.isfinite(leaf) for leaf in leaves if isinstance(leaf, float)):
+        return False
+    groups: dict[Any, list[Tensor]] = defaultdict(list)
+    sizes: list[Tensor] = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
+            tensor = _measurable(stored(leaf).detach())
+            if tensor.numel() == 0:
+                continue
+            if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided:
+                groups[tensor.device, tensor.dtype].append(tensor)
+            else:
+                sizes.append(tensor.isfinite().all().logical_not().float() * math.inf)
+    for group in groups.values():
+        sizes += torch._foreach_norm(group, math.inf)  # pyright: ignore
+        # the largest number, or NaN; no overflow
+    return all(map(math.isfinite, read(sizes)))
+
+
+def _measurable(tensor: Tensor) -> Tensor:
+    """The same numbers in a dtype that has norms: not complex ones, nor those of 8 bits."""
+    if tensor.is_complex():
+        return torch.view_as_real(tensor)
+    return tensor.bfloat16() if tensor.element_size() == 1 else tensor
 
 
 def read(scalars: Sequence[Tensor]) -> list[float]:
-    """Real numbers, all at once, as each read waits for the device."""
-    if not scalars:
-        return []
-    device = scalars[-1].device  # a model may lie on several, and losses be loaded to another one
-    widest = reduce(torch.promote_types, {scalar.dtype for scalar in scalars}, torch.float32)
-    return torch.stack([scalar.to(device, widest) for scalar in scalars]).tolist()
+    """Real numbers, all of a device at once, as each read waits for it."""
+    by_device: dict[torch.device, list[int]] = defaultdict(list)
+    for index, scalar in enumerate(scalars):
+        by_device[scalar.device].append(index)
+    numbers = [0.0] * len(scalars)
+    for indices in by_device.values():
+        dtypes = {scalars[k].dtype for k in indices}
+        widest = reduce(torch.promote_types, dtypes, torch.float32)
+        values = torch.stack([scalars[k].to(widest) for k in indices]).tolist()
+        for index, number in zip(indices, values, strict=True):
+            numbers[index] = number
+    return numbers
 
 
 def stored(tensor: Tensor) -> Tensor:
@@ -79,11 +101,6 @@ def local(tensor: Tensor) -> Tensor:
         return tensor
     with torch.no_grad():
         return tensor.to_local()  # pyright: ignore
-
-
-def _summable(tensor: Tensor) -> Tensor:
-    """The same numbers in a dtype that can be summed, which those of 8 bits can't."""
-    return tensor.bfloat16() if tensor.element_size() == 1 else tensor
 
 
 def _leaves(value: Any) -> Iterator[Any]:

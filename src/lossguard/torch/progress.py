@@ -1,0 +1,64 @@
+"""How fast a run's loss falls: its smoothed loss, and the power of its age that it falls by."""
+
+import math
+from typing import NamedTuple
+
+MEMORY = 0.7
+"""Weight of the past in the smoothed loss, a cycle."""
+LONG_MEMORY = 0.95
+"""The same in the loss that is smoothed for longer."""
+
+
+class Progress(NamedTuple):
+    """A run's loss against its age, in optimizer steps since the run began.
+
+    Attributes:
+        age: steps.
+        recent: the smoothed loss.
+        lasting: the loss smoothed for longer.
+        earlier_age: a mark: between a quarter and half of the age; 0 until there is one.
+        earlier: the smoothed loss there.
+        later_age: the next mark: between half of the age and all of it.
+        later: the smoothed loss there.
+    """
+
+    age: int
+    recent: float
+    lasting: float
+    earlier_age: int
+    earlier: float
+    later_age: int
+    later: float
+
+
+def begin(loss: float, age: int = 0) -> Progress:
+    """A run that begins at a loss, as if at an age."""
+    return Progress(age, loss, loss, 0, loss, age, loss)
+
+
+def add(progress: Progress, loss: float, nt: int) -> Progress:
+    """After a cycle of nt steps whose mean loss is given."""
+    age = progress.age + nt
+    recent, lasting = (
+        memory * before + (1 - memory) * loss if progress.age else loss
+        for memory, before in ((MEMORY, progress.recent), (LONG_MEMORY, progress.lasting))
+    )
+    if age // 2 < max(progress.later_age, nt):
+        return progress._replace(age=age, recent=recent, lasting=lasting)
+    return Progress(age, recent, lasting, progress.later_age, progress.later, age, recent)
+
+
+def rate(progress: Progress) -> float:
+    """a in loss ~ age^-a since the earlier mark; 1 until there is one.
+
+    Where losses are not positive: 1 if the loss has fallen, 0 if it has not.
+
+    >>> rate(Progress(40, 0.5, 0.5, earlier_age=10, earlier=1.0, later_age=20, later=0.7))
+    0.5
+    """
+    now, then = progress.recent, progress.earlier
+    if progress.earlier_age == 0:
+        return 1.0
+    if not (now > 0 and then > 0):
+        return float(now < then)
+    return math.log(then / now) / math.log(progress.age / progress.earlier_age)

@@ -1,0 +1,64 @@
+"""How the package is built: few floors, small classes, and few private names of PyTorch."""
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import lossguard.torch
+
+FOLDER = Path(lossguard.torch.__file__).parent
+FILES = {path.stem: path.read_text() for path in FOLDER.glob("*.py") if path.stem != "__init__"}
+
+
+@cache
+def floor(name: str) -> int:
+    """1 for what imports nothing of the package."""
+    beneath = re.findall(r"^from lossguard\.torch(?:\.(\w+))? import (\w+)", FILES[name], re.M)
+    names = {module or item for module, item in beneath}
+    return 1 + max((floor(one) for one in names), default=0)
+
+
+def test_there_are_at_most_five_floors() -> None:
+    assert max(map(floor, FILES)) <= 5
+
+
+def test_no_class_is_over_200_lines() -> None:
+    sizes = {
+        node.name: node.end_lineno - node.lineno + 1
+        for text in FILES.values()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ClassDef) and node.end_lineno is not None
+    }
+    sizes["Rewind"] -= 50  # which has all of its options explained
+    assert max(sizes.values()) <= 200, sizes
+
+
+PRIVATE = {
+    "_version": "test_parameters_that_change_without_an_optimizer_are_refused",
+    "_per_optimizer_states": "test_a_step_that_an_error_cuts_leaves_the_scaler_usable",
+    "_scale": "test_gradients_that_the_guards_scaler_has_not_scaled",
+    "_optimizer_state_dict_pre_hooks": "test_hooks_are_called",
+    "_optimizer_state_dict_post_hooks": "test_hooks_are_called",
+    "_optimizer_load_state_dict_pre_hooks": "test_hooks_are_called",
+    "_optimizer_load_state_dict_post_hooks": "test_hooks_are_called",
+    "_foreach_copy_": "test_models",
+    "_foreach_norm": "test_finite",
+}
+"""Of PyTorch, with the test that would notice a change."""
+
+
+def test_private_names_of_pytorch_are_these() -> None:
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    ours = set(re.findall(r"(?:def |self\.|\.holder\.|lane\.)(_[a-z]\w*)", "".join(FILES.values())))
+    used = {
+        node.attr
+        for text in FILES.values()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Attribute)
+    }
+    theirs = {name for name in used - ours if re.match(r"_[a-z]", name)}
+    assert theirs | {"_optimizer_" + name[11:] for name in PRIVATE if "hooks" in name} >= theirs
+    assert theirs - {"_asdict", "_replace"} <= set(PRIVATE)
+    assert all(f"def {test}(" in tests for test in PRIVATE.values())
+    assert not any("gc.get_objects" in text or "scipy" in text for text in FILES.values())

@@ -4,10 +4,13 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from lossguard.experiments import price
 from lossguard.experiments.claims import Verdict, judge_claims
 from lossguard.experiments.folders import read_runs
+from lossguard.records import EVALUATIONS, read_parquet
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "results").is_dir():
@@ -66,3 +69,21 @@ def test_rows_named_in_the_text_are_as_it_says(verdicts: list[Verdict]) -> None:
 @pytest.mark.parametrize(("page", "most"), [("paper", 12_288), ("tried", 6_144)])
 def test_size(page: str, most: int) -> None:
     assert (ROOT / "docs" / f"{page}.md").stat().st_size <= most
+
+
+def test_slowdowns_are_those_of_the_records() -> None:
+    """And the prices of a step; not the intervals, which take longer."""
+    text = (ROOT / "docs" / "guards.md").read_text()
+    (found,) = re.findall(r"^<!-- slowdowns of results -->\n((?:\|.*\n)+)", text, re.M)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.splitlines()]
+    marks = [int(re.sub(r"\D", "", cell)) for cell in lines[0][3:]]
+    for label, method, cost, *told in lines[2:]:
+        task, over, learned = label.split(", ")
+        folder = ROOT / "results" / f"price-{task}-{learned}-{over}"
+        evaluations = read_parquet(folder / EVALUATIONS)
+        own, reference = (price.curve(evaluations, m) for m in (method, price.FALLBACK))
+        assert cost == f"{price.price_of_step(evaluations, method):.2f}"
+        for mark, cell in zip(marks, told, strict=True):
+            value = price.slowdown(own, reference, mark)
+            expected = "never" if np.isinf(value) else f"{value:.2f}"
+            assert not cell or cell.partition(" ")[0].replace("inf", "never") == expected

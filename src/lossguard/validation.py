@@ -45,11 +45,6 @@ def check_fraction(name: str, value: float) -> float:
     return check_real(name, value, "above 0 and at most 1", lambda v: 0 < v <= 1)
 
 
-def check_confidence(confidence: float) -> float:
-    """Require 0.5 <= confidence < 1."""
-    return check_real("confidence", confidence, "at least 0.5 and below 1", lambda v: 0.5 <= v < 1)
-
-
 def check_decay(decay: float) -> float:
     """Require 0 < decay < 1."""
     return check_real("decay", decay, "above 0 and below 1", lambda v: 0 < v < 1)
@@ -60,43 +55,12 @@ def check_share(share: float) -> float:
     return check_real("share", share, "at least 0 and below 1", lambda v: 0 <= v < 1)
 
 
-def check_tolerance(tolerance: float) -> float:
-    """Require 0 <= tolerance < infinity."""
-    return check_real("tolerance", tolerance, "at least 0 and finite", lambda v: 0 <= v < math.inf)
-
-
 def check_real(name: str, value: Any, allowed: str, fits: Callable[[Any], bool]) -> float:
     """Require a number that fits what is allowed, in words."""
     with contextlib.suppress(OverflowError):  # of an integer beyond all floats
         if isinstance(value, SupportsFloat) and fits(value):
             return float(value)
     raise ValueError(f"{name} must be {allowed}, got {value!r}")
-
-
-def checked_looks(first: int, most: int) -> tuple[int, ...]:
-    """Numbers of check minibatches first, 2 first, 4 first, ..., most; 2 <= first <= most."""
-    first, most = check_count("first", first), check_count("most", most)
-    if not 2 <= first <= most:
-        raise ValueError(f"first must be between 2 and most = {most}, got {first}")
-    looks = [first]
-    while looks[-1] < most:
-        looks.append(min(2 * looks[-1], most))
-    return tuple(looks)
-
-
-def check_enough(name: str, minibatches: int, least: int) -> int:
-    """Require an integer of at least ``least``: minibatches that a criterion asks for."""
-    if check_count(name, minibatches, least=min(least, 1)) < least:
-        raise ValueError(f"{name} must be at least {least} for this criterion, got {minibatches}")
-    return int(minibatches)
-
-
-def check_most(nc: int, most: int) -> None:
-    """Require most = nc, or 2 <= nc < most."""
-    check_count("nc", nc, least=0)
-    check_count("most", most, least=0)
-    if most != nc and not 2 <= nc < most:
-        raise ValueError(f"nc must be between 2 and most = {most}, or most itself, got {nc}")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

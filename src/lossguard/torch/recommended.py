@@ -1,5 +1,6 @@
 """The guard that we recommend where compute is scarce: a relay, and the fallback by itself."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,17 +8,18 @@ from torch import distributed, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from lossguard.torch import trial as trials
 from lossguard.torch.arguments import check_fallback
 from lossguard.torch.decision import FALLBACK, LEARNED, OWN, Decision
 from lossguard.torch.guard import Guard
 from lossguard.torch.lane import Lane
-from lossguard.torch.progress import MEMORY
 from lossguard.torch.relay import Leg, Relay, read_state, report
 from lossguard.torch.seen import Seen, mean
+from lossguard.torch.trial import Trial
 from lossguard.validation import check_share
 
 LOOKS = 3
-"""Cycles that x and s have to be compared on before x may go back to s."""
+"""Cycles on which s is compared with x, each time that it is."""
 
 
 class Recommended(Guard):
@@ -31,7 +33,7 @@ class Recommended(Guard):
       When it stalls the fallback goes on from there, or from a snapshot if the loss has risen.
 
     When the learned optimizer first takes over, the fallback's own run stays behind as lane s. It
-    gets a share of the steps from then on, and the model goes back to it if its losses are lower.
+    gets a share of the steps from then on, and the model goes back to it if it wins a trial.
 
     So a step costs one gradient, and one more for each challenger that runs in the cycle: y on
     trial while the fallback leads, in at most ``share`` of the steps and sqrt(k) more; s while the
@@ -102,8 +104,8 @@ class Recommended(Guard):
         self._relay = Relay(self._lanes["y"], self._lanes["z"], self.nt, share)
         self._s = self._lanes["s"]
         self._on_own = True
-        self._own_steps, self._looks = 0, 0
-        self._of_x, self._of_s = 0.0, 0.0
+        self._own_steps = 0
+        self._against = Trial(LOOKS, math.inf)  # of s against x, by their losses alone
 
     def _begin(self) -> list[Lane]:
         relay = self._relay.begin(self.steps)
@@ -130,24 +132,25 @@ class Recommended(Guard):
             self._s.go_back()
         if on_own and leg.taken_over:
             self._s.become(self._relay.z)
-            self._on_own, self._looks = False, 0
+            self._on_own, self._against = False, Trial(LOOKS, math.inf)
         elif s is not None and s.fine:
-            self._looks += 1
-            old = MEMORY if self._looks > 1 else 0.0
-            self._of_x = old * self._of_x + (1 - old) * mean(leg.losses)
-            self._of_s = old * self._of_s + (1 - old) * mean(s.losses)
-        if not on_own and self._looks >= LOOKS and self._of_s < self._of_x:
-            self._relay.go_on_from(self._s, self._of_s)
-            self._on_own = True
+            self._against = trials.add(self._against, s.losses, leg.losses)
+            won, lost = trials.outcome(self._against, s.losses)
+            if won or lost:
+                self._against = Trial(LOOKS, math.inf)
+            if won:
+                self._relay.go_on_from(self._s, mean(s.losses))
+                self._on_own = True
         self._own_steps += self.nt * (on_own or runs)
 
     def _numbers(self) -> dict[str, Any]:
-        own = [self._on_own, self._own_steps, self._looks, self._of_x, self._of_s]
+        own = [self._on_own, self._own_steps, list(self._against)]
         return {"relay": self._relay.numbers(), "own": own}
 
     def _read(self, numbers: dict[str, Any]) -> Any:
-        return read_state(numbers["relay"]), tuple(numbers["own"])
+        on_own, own_steps, against = numbers["own"]
+        return read_state(numbers["relay"]), (on_own, own_steps, Trial(*against))
 
     def _set_rules(self, rules: Any) -> None:
         self._relay.state, own = rules
-        self._on_own, self._own_steps, self._looks, self._of_x, self._of_s = own
+        self._on_own, self._own_steps, self._against = own

@@ -8,20 +8,18 @@ from torch import distributed, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from lossguard.torch import trial as trials
 from lossguard.torch.arguments import check_fallback
 from lossguard.torch.decision import FALLBACK, LEARNED, OWN, Decision
 from lossguard.torch.guard import Guard
 from lossguard.torch.lane import Lane
 from lossguard.torch.relay import Leg, Relay, read_state, report
 from lossguard.torch.seen import Seen, mean
-from lossguard.torch.trial import Trial, add, outcome
+from lossguard.torch.trial import Trial
 from lossguard.validation import check_share
 
 LOOKS = 3
 """Cycles on which s is compared with x, each time that it is."""
-
-AGAINST = Trial(LOOKS, math.inf)
-"""A trial of s against x, which s wins by its losses alone."""
 
 
 class Recommended(Guard):
@@ -106,7 +104,8 @@ class Recommended(Guard):
         self._relay = Relay(self._lanes["y"], self._lanes["z"], self.nt, share)
         self._s = self._lanes["s"]
         self._on_own = True
-        self._own_steps, self._against = 0, AGAINST
+        self._own_steps = 0
+        self._against = Trial(LOOKS, math.inf)  # of s against x, by their losses alone
 
     def _begin(self) -> list[Lane]:
         relay = self._relay.begin(self.steps)
@@ -128,17 +127,17 @@ class Recommended(Guard):
 
     def _settle_own(self, leg: Leg, s: Seen | None) -> None:
         """x leaves the fallback's own path, stays off it, or goes back to it."""
-        runs, on_own, won = s is not None, self._on_own, False
+        runs, on_own = s is not None, self._on_own
         if s is not None and not s.fine:
             self._s.go_back()
         if on_own and leg.taken_over:
             self._s.become(self._relay.z)
-            self._on_own, self._against = False, AGAINST
+            self._on_own, self._against = False, Trial(LOOKS, math.inf)
         elif s is not None and s.fine:
-            self._against = add(self._against, s.losses, leg.losses)
-            won, lost = outcome(self._against, s.losses)
+            self._against = trials.add(self._against, s.losses, leg.losses)
+            won, lost = trials.outcome(self._against, s.losses)
             if won or lost:
-                self._against = AGAINST
+                self._against = Trial(LOOKS, math.inf)
             if won:
                 self._relay.go_on_from(self._s, mean(s.losses))
                 self._on_own = True

@@ -60,7 +60,7 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
       When it stalls the fallback goes on from there, or from a snapshot if the loss has risen.
 
     When the learned optimizer first takes over, the fallback's own run stays behind as lane s. It
-    gets a share of the steps from then on, and x goes back to it if it wins a trial against x.
+    runs until it has had a share of the steps, and x goes back to it if it wins a trial against x.
 
     So a cycle costs nt gradients, and nt more for each challenger that runs in it: y on trial while
     the fallback leads, in at most ``share`` of the steps and sqrt(k) more; s while x is off its

@@ -33,7 +33,7 @@ class Recommended(Guard):
       When it stalls the fallback goes on from there, or from a snapshot if the loss has risen.
 
     When the learned optimizer first takes over, the fallback's own run stays behind as lane s. It
-    gets a share of the steps from then on, and the model goes back to it if it wins a trial.
+    runs until it has had a share of the steps; the model goes back to it if it wins a trial.
 
     So a step costs one gradient, and one more for each challenger that runs in the cycle: y on
     trial while the fallback leads, in at most ``share`` of the steps and sqrt(k) more; s while the

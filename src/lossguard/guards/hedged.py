@@ -8,8 +8,6 @@ from jaxtyping import Array, Bool, Float, Int
 from ..validation import check_count, check_share
 from .lanes import Lane, is_fine, train_if
 from .protocol import (
-    FALLBACK,
-    LEARNED,
     OWN,
     Decision,
     Guard,
@@ -25,7 +23,7 @@ from .protocol import (
     sum_dtype,
     with_extra_args,
 )
-from .relay import Leg, Relay, RelayState, at, lead_from, leader
+from .relay import Leg, Relay, RelayState, at, lead_from, leader, report
 from .soundness import keep_schedules, renew_if_unsound, select
 from .stacked import check_stacked
 
@@ -78,8 +76,8 @@ def hedged(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) ->
         share: of the steps, for the learned optimizer while it is only on trial.
 
     Price of a step, in gradients: 1 and at most ``share`` on the fallback's path, 2 and at most
-    ``share`` off it. Memory: five copies of the parameters, two states of the fallback, one of the
-    learned optimizer.
+    ``share`` off it; sqrt(k) more in all. Memory: five copies of the parameters, two states of the
+    fallback, one of the learned optimizer.
 
     Raises:
         ValueError: as ``recommended``.
@@ -120,7 +118,12 @@ def hedged(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) ->
         runs = ~inner.on_own
         s, of_s = train_if(runs, trusted, inner.s, objective, i, nt=nt, dtype=leg.losses.dtype)
         inner, gives_s = settle(inner._replace(relay=x), s, leg, of_s)
-        decision = report(leg, inner, of_s, runs, gives_s)
+        decision = report(leg, inner.relay, on_own=inner.on_own, s_ran=runs)
+        decision = decision._replace(
+            used_learned=decision.used_learned & ~gives_s,
+            losses=jnp.where(gives_s, of_s, leg.losses),
+            winner=jnp.where(gives_s, OWN, decision.winner).astype(jnp.int32),
+        )
         params = select(inner.regret > 0, inner.s.params, leader(inner.relay))
         return GuardState(params, advance(k, nt), following(i, nt), inner), decision
 
@@ -153,27 +156,5 @@ def hedged(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) ->
             behind=jnp.where(back, 0, behind),
         )
         return after, gives_s
-
-    def report(
-        leg: Leg,
-        inner: HedgedState,
-        of_s: Float[Array, " nt"],
-        runs: Bool[Array, ""],
-        gives_s: Bool[Array, ""],
-    ) -> Decision:
-        leads = inner.relay.learned_leads
-        winner = jnp.where(leads, LEARNED, jnp.where(inner.on_own, OWN, FALLBACK))
-        return Decision(
-            used_learned=jnp.full(nt, leg.learned_led & ~gives_s),
-            losses=jnp.where(gives_s, of_s, leg.losses),
-            learned_loss=leg.challenger.mean(),
-            fallback_loss=jnp.where(leg.tried, leg.losses.mean(), jnp.nan),
-            finite_learned=leg.fine_y,
-            finite_fallback=leg.fine_z,
-            winner=jnp.where(gives_s, OWN, winner).astype(jnp.int32),
-            gradients=nt * (1 + leg.tried.astype(jnp.int32) + runs.astype(jnp.int32)),
-            forwards=jnp.int32(0),
-            learned_updates=nt * (leg.learned_led | leg.tried).astype(jnp.int32),
-        )
 
     return Guard(init, step)

@@ -9,9 +9,6 @@ from ..validation import check_count, check_share
 from . import trial as trials
 from .lanes import Lane, is_fine, train_if
 from .protocol import (
-    FALLBACK,
-    LEARNED,
-    OWN,
     Decision,
     Guard,
     GuardState,
@@ -26,7 +23,7 @@ from .protocol import (
     sum_dtype,
     with_extra_args,
 )
-from .relay import Leg, Relay, RelayState, at, lead_from, leader
+from .relay import Leg, Relay, RelayState, at, lead_from, leader, report
 from .soundness import renew_if_unsound, select
 from .stacked import check_stacked
 from .trial import Trial
@@ -114,7 +111,7 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
         runs = ~inner.on_own & (own_steps < share * steps)
         s, of_s = train_if(runs, trusted, inner.s, objective, i, nt=nt, dtype=leg.losses.dtype)
         inner = settle(inner._replace(relay=x), s, leg, of_s, runs)
-        decision = report(leg, inner, runs)
+        decision = report(leg, inner.relay, on_own=inner.on_own, s_ran=runs)
         after = GuardState(leader(inner.relay), advance(k, nt), following(i, nt), inner)
         return after, decision
 
@@ -143,24 +140,6 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
             on_own=(inner.on_own & ~leaves) | back,
             own_steps=advance(inner.own_steps, jnp.where(inner.on_own | runs, nt, 0)),
             against=against,
-        )
-
-    def report(leg: Leg, inner: RecommendedState, runs: Bool[Array, ""]) -> Decision:
-        ran_y = leg.learned_led | leg.tried
-        lanes = 1 + leg.tried.astype(jnp.int32) + runs.astype(jnp.int32)
-        leads = inner.relay.learned_leads
-        winner = jnp.where(leads, LEARNED, jnp.where(inner.on_own, OWN, FALLBACK))
-        return Decision(
-            used_learned=jnp.full(nt, leg.learned_led),
-            losses=leg.losses,
-            learned_loss=leg.challenger.mean(),
-            fallback_loss=jnp.where(leg.tried, leg.losses.mean(), jnp.nan),
-            finite_learned=leg.fine_y,
-            finite_fallback=leg.fine_z,
-            winner=winner.astype(jnp.int32),
-            gradients=nt * lanes,
-            forwards=jnp.int32(0),
-            learned_updates=nt * ran_y.astype(jnp.int32),
         )
 
     return Guard(init, step)

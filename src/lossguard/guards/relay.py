@@ -15,7 +15,16 @@ from . import progress as progresses
 from . import trial as trials
 from .lanes import Lane, Optimizer, is_fine, train_if
 from .progress import Progress
-from .protocol import Objective, Params, advance, sum_dtype
+from .protocol import (
+    FALLBACK,
+    LEARNED,
+    OWN,
+    Decision,
+    Objective,
+    Params,
+    advance,
+    sum_dtype,
+)
 from .soundness import advance_schedules, keep_schedules, renew_if_unsound, select
 from .trial import Trial
 
@@ -228,4 +237,24 @@ def at(relay: RelayState, s: Lane, loss: Float[Array, ""]) -> RelayState:
         learned_leads=jnp.array(False),
         progress=progresses.begin(loss),
         trial=trials.none(loss.dtype),
+    )
+
+
+def report(
+    leg: Leg, state: RelayState, *, on_own: Bool[Array, ""], s_ran: Bool[Array, ""]
+) -> Decision:
+    """The decision of a cycle, after which x is on the fallback's own path or is not."""
+    nt, ran_y = len(leg.losses), leg.learned_led | leg.tried
+    winner = jnp.where(state.learned_leads, LEARNED, jnp.where(on_own, OWN, FALLBACK))
+    return Decision(
+        used_learned=jnp.full(nt, leg.learned_led),
+        losses=leg.losses,
+        learned_loss=leg.challenger.mean(),
+        fallback_loss=jnp.where(leg.tried, leg.losses.mean(), jnp.nan),
+        finite_learned=leg.fine_y,
+        finite_fallback=leg.fine_z,
+        winner=winner.astype(jnp.int32),
+        gradients=nt * (1 + leg.tried.astype(jnp.int32) + s_ran.astype(jnp.int32)),
+        forwards=jnp.int32(0),
+        learned_updates=nt * ran_y.astype(jnp.int32),
     )

@@ -288,7 +288,7 @@ def test_a_killed_run_goes_on_to_the_same_curves(
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "run" / records.CURVES).exists()
     checkpoints = tmp_path / "run" / "methods" / "L2O.checkpoints"
-    assert [entry.name for entry in checkpoints.iterdir()] == ["4"]
+    assert [entry.name for entry in checkpoints.iterdir()] == ["4.safetensors"]
 
     command(monkeypatch, "run", f"{MODULE}:recipe", "--out", tmp_path / "run", "--resume")
     went_on(tmp_path / "run", whole)

@@ -148,7 +148,7 @@ def test_the_command(
     row = numbers.filter(method="LSTM", seed=1, by="steps", mark=10)
     assert row["loss"].item() == pytest.approx(smoothed(losses)[1], rel=1e-6)
 
-    monkeypatch.setattr(tasks, "task_of", None)
+    monkeypatch.setattr(published, "load_dataset", None)
     cli.main()
     assert "complete already" in capsys.readouterr().out
 

@@ -4,6 +4,7 @@ lossguard demo                  a learned optimizer alone and guarded, in a minu
 lossguard run RECIPE            an experiment of the paper, or path/to/module.py:recipe
 lossguard sweep SET...          sets of recipes, or recipes, one after another or on a cluster
 lossguard benchmark price       what every guard costs and is worth, on five tasks
+lossguard benchmark tasks       learned optimizers against published baselines, on five tasks
 lossguard metatrain RECIPE      meta-train a learned optimizer
 lossguard plot DIR...           figures and tables from records alone
 lossguard claims DIR...         the paper's claims, judged by records
@@ -22,7 +23,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -78,6 +79,16 @@ class Sweep:
     """Folder of the folders of its runs. What is complete there is skipped, the rest resumed."""
     ray: str | None = None
     """Address of a Ray cluster to spread the runs over, or "auto" or "local"."""
+
+
+@dataclass(frozen=True)
+class Benchmark(Sweep):
+    """What is made shorter than its recipes say."""
+
+    steps: int | None = None
+    """Optimizer steps of each method, instead of the recipes'."""
+    seeds: int | None = None
+    """Seeds, likewise."""
 
 
 @dataclass(frozen=True)
@@ -149,33 +160,43 @@ def sweep(arguments: Sequence[str]) -> None:
 
 
 def benchmark(arguments: Sequence[str]) -> None:
-    """All guards and their parts alone on five tasks, compared at equal price."""
+    """Guards and their parts alone on several tasks, compared at equal price and steps."""
     if not arguments or _wants_help(arguments):
-        print("usage: lossguard benchmark price [RECIPE...] [--out DIR] [--ray ADDRESS]")
+        print(f"usage: lossguard benchmark {{{','.join(BENCHMARKS)}}} [RECIPE...] [OPTIONS]")
         return
-    if arguments[0] != "price":
-        raise ValueError(f"benchmark must be {one_of(('price',), arguments[0])}")
-    from .experiments.price import RECIPES, table
+    kind, *rest = arguments
+    if kind not in BENCHMARKS:
+        raise ValueError(f"benchmark must be {one_of(BENCHMARKS, kind)}")
+    from .experiments import price, tasks
 
-    names = list(itertools.takewhile(lambda one: not one.startswith("-"), arguments[1:]))
+    module = {"price": price, "tasks": tasks}[kind]
+    names = list(itertools.takewhile(lambda one: not one.startswith("-"), rest))
     for name in names:
-        if name not in RECIPES:
-            raise ValueError(f"recipes must each be {one_of(RECIPES, name)}")
-    options, about = arguments[1 + len(names) :], "All guards at equal price."
+        if name not in module.RECIPES:
+            raise ValueError(f"recipes must each be {one_of(module.RECIPES, name)}")
     where = tyro.cli(
-        Sweep,
-        args=options,
-        prog="lossguard benchmark price",
-        description=about,
-        default=Sweep(Path("runs/price")),
+        Benchmark,
+        args=rest[len(names) :],
+        prog=f"lossguard benchmark {kind}",
+        description=BENCHMARKS[kind],
+        default=Benchmark(Path("runs") / kind),
     )
-    experiments = {name: RECIPES[name]() for name in names or RECIPES}
+    given = {name: n for name in ("steps", "seeds") if (n := getattr(where, name)) is not None}
+    experiments = {
+        name: replace(module.RECIPES[name](), **given) for name in names or module.RECIPES
+    }
     _sweep(experiments, where)
-    shown, numbers = table({name: where.out / name for name in experiments})
+    shown, numbers = module.table({name: where.out / name for name in experiments})
     _console().print(shown)
-    file = where.out / "price.csv"
+    file = where.out / f"{kind}.csv"
     numbers.write_csv(file)
     print(f"numbers: {file}")
+
+
+BENCHMARKS: Mapping[str, str] = {
+    "price": "All guards at equal price.",
+    "tasks": "Learned optimizers, alone and guarded, on published tasks with published baselines.",
+}
 
 
 def _sweep(experiments: Mapping[str, Any], where: Sweep) -> None:

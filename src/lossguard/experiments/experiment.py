@@ -16,7 +16,7 @@ from ..guards.unguarded import unguarded
 from ..learned.pretrained import pretrained
 from ..schedules import paper_decay
 from ..tasks.datasets import load_dataset
-from ..tasks.models import MLP, ConvNet
+from ..tasks.models import MLP, ConvNet, ReluMLP
 from ..tasks.task import Task
 from ..validation import one_of
 
@@ -84,7 +84,7 @@ class Experiment:
     dataset: str = "spirals"
     scaling: str = "none"
     """Of the inputs, as the data set's loader takes it."""
-    model: MLP | ConvNet = MLP()
+    model: MLP | ReluMLP | ConvNet = MLP()
     batch_size: int = 128
     steps: int = 20_000
     """Optimizer steps of each method, rounded up to whole cycles."""
@@ -92,6 +92,8 @@ class Experiment:
     seed: int = 0
     """The first seed."""
     methods: tuple[str, ...] = ("SGDnm", "Adam", "L2O", "GL2O", "LGL2O")
+    evaluate_from: int = 1
+    """The first step at which iterates are scored on whole splits; at the last they always are."""
     vectorize: bool = False
     """Seeds side by side, which pays on accelerators only: what guards skip is then computed."""
     learned: str = "lstm-mnist-mlp"

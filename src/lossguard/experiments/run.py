@@ -37,8 +37,8 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
 
     Beside the curves it leaves ``evaluations.parquet``: loss and accuracy of the iterate on the
     whole of both splits and what was spent by then, at the end of the cycle that reaches a step of
-    ``MARKS`` times a power of ten, and at the last one. So methods are compared at equal price, and
-    without the noise of minibatches.
+    ``MARKS`` times a power of ten, from ``evaluate_from`` on, and at the last one. So methods are
+    compared at equal price, and without the noise of minibatches.
 
     Every seed draws its own initialization and order of minibatches, the same for all methods. A
     run stopped by Ctrl-C or killed goes on with ``resume``, from the last checkpoint, and ends with
@@ -99,7 +99,7 @@ def _weights(experiment: Experiment) -> dict[str, str]:
 
 def _check(experiment: Experiment) -> None:
     """Its numbers, also those that none of its methods uses."""
-    for name in ("batch_size", "nt", "nc"):
+    for name in ("batch_size", "nt", "nc", "evaluate_from"):
         check_count(name, getattr(experiment, name))
     check_seed(experiment.seed, experiment.seeds)
     check_count("steps", experiment.steps, most=MOST_STEPS)
@@ -214,7 +214,7 @@ class _MethodRun:
                     learned=float(np.mean(decisions.used_learned)),
                 )
                 finished = self._taken >= steps
-                if self._taken >= goal:
+                if self._taken >= goal and (finished or goal >= self._experiment.evaluate_from):
                     self._evaluate()
                 if (self._stopped() or progress.seconds - saved > SAVE_SECONDS) and not finished:
                     saved = progress.seconds

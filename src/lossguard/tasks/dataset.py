@@ -21,7 +21,8 @@ class Split(eqx.Module):
     """Examples and the class of each."""
 
     inputs: Shaped[Array, " n ..."]
-    """uint8 [N, H, W, C] images, channels last, or float32 [N, d] points; not scaled."""
+    """uint8 [N, H, W, C] images, channels last (float32 if resized), or float32 [N, d] points; not
+    scaled."""
     labels: Int32[Array, " n"]
     """[N], in 0 .. classes - 1."""
 

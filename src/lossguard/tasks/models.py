@@ -1,11 +1,12 @@
-"""The paper's optimizees: their hyperparameters, their initialization, their forward pass.
+"""The optimizees: their hyperparameters, their initialization, their forward pass.
 
 A model is a frozen dataclass of plain values. ``init`` makes its parameters, a tuple of Equinox
-layers (whose default initialization is PyTorch's: uniform within 1 / sqrt(fan-in)), and ``apply``
-maps a batch of inputs to logits. Its docstring is also its help on the command line.
+layers, and ``apply`` maps a batch of inputs to outputs. Its docstring is also its help on the
+command line. The paper's models, ``MLP`` and ``ConvNet``, begin as Equinox begins and as PyTorch
+does: uniform within 1 / sqrt(fan-in).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -20,7 +21,7 @@ from ..validation import check_count
 
 
 class Model(Protocol):
-    """What a task needs of a model: parameters from a key, logits from parameters and inputs."""
+    """What a task needs of a model: parameters from a key, outputs from parameters and inputs."""
 
     def init(self, shape: Sequence[int], classes: int, key: PRNGKeyArray) -> PyTree: ...
 
@@ -56,10 +57,57 @@ class MLP:
         >>> model.apply(params, jnp.zeros((128, 28, 28, 1))).shape
         (128, 10)
         """
-        x = inputs.reshape(inputs.shape[0], -1)
-        for layer in params[:-1]:
-            x = jax.nn.sigmoid(jax.vmap(layer)(x))
-        return jax.vmap(params[-1])(x)
+        return _fully_connected(params, inputs, jax.nn.sigmoid)
+
+
+@dataclass(frozen=True)
+class ReluMLP:
+    """Fully connected layers with ReLUs between them, which begin as Haiku's do.
+
+    Weights are normal of deviation 1 / sqrt(fan-in), drawn again beyond two deviations; biases are
+    zero.
+    """
+
+    hidden: tuple[int, ...] = (128, 128)
+    """Units of each hidden layer."""
+
+    def init(
+        self, shape: Sequence[int], classes: int, key: PRNGKeyArray
+    ) -> tuple[eqx.nn.Linear, ...]:
+        params = MLP(self.hidden).init(shape, classes, key)
+        keys = jax.random.split(key, len(params))
+        return tuple(_as_haiku(layer, k) for layer, k in zip(params, keys, strict=True))
+
+    def apply(
+        self, params: tuple[eqx.nn.Linear, ...], inputs: Float[Array, "batch ..."]
+    ) -> Float[Array, "batch classes"]:
+        """The outputs of a batch.
+
+        >>> model = ReluMLP(hidden=(128, 128))
+        >>> params = model.init((28, 28, 1), 10, jax.random.key(0))
+        >>> model.apply(params, jnp.zeros((128, 28, 28, 1))).shape
+        (128, 10)
+        """
+        return _fully_connected(params, inputs, jax.nn.relu)
+
+
+def _as_haiku(layer: eqx.nn.Linear, key: PRNGKeyArray) -> eqx.nn.Linear:
+    """A layer of the same sizes, drawn as Haiku draws it."""
+    assert layer.bias is not None
+    normal = jax.random.truncated_normal(key, -2, 2, layer.weight.shape)
+    drawn = normal / layer.weight.shape[1] ** 0.5, jnp.zeros_like(layer.bias)
+    return eqx.tree_at(lambda it: (it.weight, it.bias), layer, drawn)
+
+
+def _fully_connected(
+    params: tuple[eqx.nn.Linear, ...],
+    inputs: Float[Array, "batch ..."],
+    activation: Callable[[Array], Array],
+) -> Float[Array, "batch classes"]:
+    x = inputs.reshape(inputs.shape[0], -1)
+    for layer in params[:-1]:
+        x = activation(jax.vmap(layer)(x))
+    return jax.vmap(params[-1])(x)
 
 
 @dataclass(frozen=True)

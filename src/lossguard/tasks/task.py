@@ -2,17 +2,16 @@
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .dataset import Dataset, Split
+from .goals import CLASSIFICATION, Goal, Scores
 from .models import Model
 from .shuffle import minibatch_indices
 
 
 class Task(eqx.Module):
-    """Classification of a data set by a model: softmax, negative log-likelihood.
+    """A data set, a model, and what is asked of it: classification unless ``goal`` says else.
 
     >>> from lossguard.tasks import MLP, spirals
     >>> task = Task(spirals(samples=1000), MLP())
@@ -25,10 +24,11 @@ class Task(eqx.Module):
     dataset: Dataset
     model: Model = eqx.field(static=True)
     batch_size: int = eqx.field(static=True, default=128)
+    goal: Goal = eqx.field(static=True, default=CLASSIFICATION)
 
     def init(self, key: PRNGKeyArray) -> PyTree[Float[Array, "..."]]:
-        """Parameters, drawn as PyTorch draws them by default."""
-        return self.model.init(self.dataset.shape, self.dataset.classes, key)
+        """Parameters, drawn as the model draws them."""
+        return self.model.init(self.dataset.shape, self.goal.outputs(self.dataset), key)
 
     def objective(self, key: PRNGKeyArray) -> "TaskObjective":
         """The loss as a function of parameters and the number of a minibatch; the key shuffles."""
@@ -41,13 +41,13 @@ class Task(eqx.Module):
         labels: Int[Array, " batch"],
     ) -> Float[Array, ""]:
         """The mean loss on a batch of inputs as they are stored."""
-        logits = self.model.apply(params, self.dataset.normalize(inputs))
-        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return self._scores(params, inputs, labels)["loss"].mean()
 
     def evaluate(self, params: PyTree) -> dict[str, Float[Array, ""]]:
-        """Mean loss and accuracy on the whole of both splits.
+        """Means of the goal's scores on the whole of both splits.
 
-        Keys: ``train_loss``, ``train_accuracy``, ``test_loss``, ``test_accuracy``.
+        Keys: ``train_loss``, ``test_loss``; of a classification also ``train_accuracy`` and
+        ``test_accuracy``.
         """
         return {
             f"{name}_{key}": value
@@ -56,15 +56,18 @@ class Task(eqx.Module):
         }
 
     @eqx.filter_jit
-    def _evaluate(self, params: PyTree, split: Split) -> dict[str, Float[Array, ""]]:
-        def one(sample: tuple[Array, Array]) -> tuple[Array, Array]:
+    def _evaluate(self, params: PyTree, split: Split) -> Scores:
+        def one(sample: tuple[Array, Array]) -> Scores:
             inputs, label = sample
-            logits = self.model.apply(params, self.dataset.normalize(inputs)[None])[0]
-            loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, label)
-            return loss, jnp.argmax(logits) == label
+            scores = self._scores(params, inputs[None], label[None])
+            return {name: values[0] for name, values in scores.items()}
 
-        loss, correct = jax.lax.map(one, (split.inputs, split.labels), batch_size=1000)
-        return {"loss": loss.mean(), "accuracy": correct.mean()}
+        scores = jax.lax.map(one, (split.inputs, split.labels), batch_size=1000)
+        return {name: values.mean() for name, values in scores.items()}
+
+    def _scores(self, params: PyTree, inputs: Array, labels: Int[Array, " batch"]) -> Scores:
+        scaled = self.dataset.normalize(inputs)
+        return self.goal.scores(self.model.apply(params, scaled), scaled, labels)
 
 
 class TaskObjective(eqx.Module):

@@ -1,0 +1,214 @@
+"""Learned optimizers on published tasks, alone and guarded, against published baselines.
+
+A speedup is the number of steps in which the published envelope reaches one's own loss, over one's
+own steps, or over one's own price: gradient evaluations + forward passes / 3.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import optax
+import polars as pl
+from rich.console import Group
+from rich.table import Table
+
+from ..guards.protocol import Guard
+from ..guards.recommended import recommended
+from ..guards.unguarded import unguarded
+from ..learned.pretrained import pretrained
+from ..records import read_run
+from ..tasks.published import PUBLISHED, published_task
+from ..tasks.task import Task
+from .envelope import EVERY, Envelope, envelope, interquartile_mean, smoothed
+from .experiment import Experiment, Methods, with_methods
+from .watched import watched
+
+LEARNED = {"LSTM": "lstm-mnist-mlp"}
+"""What is measured, by its name in the tables."""
+MARKS = (500, 1_000, 2_000, 5_000, 10_000)
+"""Steps and prices at which losses are compared."""
+ADAM, TUNED, ENVELOPE = "Adam", "Adam, tuned", "Published envelope"
+
+
+class Tuned(NamedTuple):
+    """Adam's rates on a task: those of the envelope that are near the best."""
+
+    rates: tuple[float, ...]
+    best: float
+    """At the last mark: the guards' fallback."""
+
+
+RATES: Mapping[str, Tuned] = {
+    "ImageMLP_FashionMnist_Relu128x128": Tuned((0.001, 0.003), 0.001),
+    "ImageMLP_Mnist_128x128x128_Relu": Tuned((0.001, 0.003), 0.001),
+    "ImageMLP_FashionMnist8_Relu32": Tuned((0.003, 0.01, 0.03), 0.01),
+    "ImageMLPAE_FashionMnist_128x32x128_bs128": Tuned((0.001, 0.003), 0.003),
+    "ImageMLPAE_Mnist_128x32x128_bs128": Tuned((0.001, 0.003), 0.003),
+}
+
+
+def adam(rate: float) -> optax.GradientTransformation:
+    """As in the envelope: 1e-8 is added inside the root too."""
+    return optax.adam(rate, eps_root=1e-8)
+
+
+def task_methods(experiment: Experiment) -> Methods:
+    """Adam at each rate; each learned optimizer alone, and guarded over Adam at the best rate."""
+    e = experiment
+    made: dict[str, Callable[[], Guard]] = {
+        f"{ADAM} {rate:g}": lambda rate=rate: watched(unguarded(adam(rate), nt=e.nt, trusted=True))
+        for rate in RATES[e.name].rates
+    }
+    for name, weights in LEARNED.items():
+        made[name] = lambda weights=weights: watched(unguarded(pretrained(weights), nt=e.nt))
+        made[f"{name}, guarded"] = lambda weights=weights: watched(
+            recommended(pretrained(weights), adam(e.adam_rate), nt=e.nt)
+        )
+    return made
+
+
+def task_of(experiment: Experiment) -> Task:
+    """The published task that an experiment is named after."""
+    return published_task(experiment.name)
+
+
+def task_recipe(name: str) -> Experiment:
+    """A published task, to 10,000 steps, on five seeds that nothing was chosen with."""
+    task = PUBLISHED[name]
+    e = Experiment(
+        name=name,
+        title=f"{name}: learned optimizers alone and guarded over Adam",
+        tested_on=name,
+        dataset=task.dataset,
+        scaling="unit",
+        model=task.model,
+        steps=MARKS[-1],
+        seed=5_000,
+        nt=EVERY,
+        evaluate_from=1_000,
+        adam_rate=RATES[name].best,
+        make_task=task_of,
+    )
+    return with_methods(task_methods, e)
+
+
+RECIPES = {name: partial(task_recipe, name) for name in PUBLISHED}
+"""What ``lossguard benchmark tasks`` runs."""
+
+
+class Curves(NamedTuple):
+    """A method's losses, smoothed as those of the envelope."""
+
+    steps: np.ndarray
+    """[points], optimizer steps before each loss."""
+    price: np.ndarray
+    """[seeds, points], what was spent by then, in gradients."""
+    loss: np.ndarray
+    """[seeds, points]."""
+
+    def at(self, mark: int, by: str) -> np.ndarray | None:
+        """The loss of each seed at so many ``steps``, or at that ``price``: None beyond the end.
+
+        The last loss is of the cycle before the end, and stands for it.
+        """
+        spent = np.broadcast_to(self.steps, self.loss.shape) if by == "steps" else self.price
+        if (mark > 2 * spent[:, -1] - spent[:, -2]).any():
+            return None
+        return np.array([np.interp(mark, x, y) for x, y in zip(spent, self.loss, strict=True)])
+
+
+def curves_of(table: pl.DataFrame, method: str) -> Curves:
+    """From the curves of a run whose guards are ``watched``: one loss a cycle, taken before it."""
+    rows = table.filter(pl.col("method") == method, pl.col("step") % EVERY == 0)
+    rows = rows.with_columns(price=pl.col("gradients") + pl.col("forwards") / 3)
+    seeds = [one.sort("step") for _, one in rows.group_by("seed", maintain_order=True)]
+    spent = np.array([one["price"].to_numpy() for one in seeds])
+    loss = smoothed(np.array([one["loss"].to_numpy() for one in seeds]))
+    return Curves(
+        steps=seeds[0]["step"].to_numpy() - EVERY,
+        price=np.concatenate([np.zeros_like(spent[:, :1]), spent[:, :-1]], axis=1),
+        loss=np.where(np.isfinite(loss), loss, np.inf),
+    )
+
+
+class Row(NamedTuple):
+    """A seed of a method on a task at a mark."""
+
+    task: str
+    method: str
+    by: str
+    """What the mark counts: "steps" or "price"."""
+    mark: int
+    seed: int
+    loss: float
+    speedup: float
+
+
+def rows(task: str, table: pl.DataFrame, against: Envelope) -> list[Row]:
+    """All that a run has of its marks. Of tuned Adam, the rate that is best at each mark."""
+    tried: dict[str, list[Curves]] = {TUNED: []}
+    for name in table["method"].unique(maintain_order=True).to_list():
+        label = TUNED if name.startswith(f"{ADAM} ") else name
+        tried.setdefault(label, []).append(curves_of(table, name))
+    found = []
+    for (method, curves), by, mark in product(tried.items(), ("steps", "price"), MARKS):
+        reached = [losses for one in curves if (losses := one.at(mark, by)) is not None]
+        if not reached:
+            continue
+        losses = min(reached, key=np.mean)
+        for seed, (loss, steps) in enumerate(zip(losses, against.steps_to(losses), strict=True)):
+            found.append(Row(task, method, by, mark, seed, float(loss), float(steps) / mark))
+    return found
+
+
+def table(found: Mapping[str, Path]) -> tuple[Group, pl.DataFrame]:
+    """What is printed, a table for each task and one of all; and its rows as numbers."""
+    every = pl.DataFrame(
+        [
+            row
+            for task, folder in found.items()
+            for row in rows(task, read_run(folder).curves, envelope(task))
+        ],
+        Row._fields,
+        orient="row",
+    )
+    shown = [_of_task(task, every.filter(task=task)) for task in found]
+    return Group(*shown, _of_all(every)), every
+
+
+def _of_task(task: str, numbers: pl.DataFrame) -> Table:
+    """Mean losses, and the mean speedup in brackets."""
+    published = envelope(task)
+    shown = Table("method", "at equal", *(f"{mark:,}" for mark in MARKS), title=task)
+    shown.add_row(ENVELOPE, "steps", *(f"{published.at(mark):.3g} (1.00)" for mark in MARKS))
+
+    def cell(one: pl.DataFrame) -> str:
+        means = one.select(pl.col("loss", "speedup").mean()).row(0)
+        return f"{means[0]:.3g} ({means[1]:.2f})"
+
+    return _filled(shown, numbers, cell)
+
+
+def _of_all(numbers: pl.DataFrame) -> Table:
+    """The interquartile mean of all tasks' and seeds' speedups, and its 95 % interval."""
+    title = "Speedup over the published envelope, interquartile mean"
+    shown = Table("method", "at equal", *(f"{mark:,}" for mark in MARKS), title=title)
+
+    def cell(one: pl.DataFrame) -> str:
+        tasks = [of["speedup"].to_numpy() for _, of in one.group_by("task", maintain_order=True)]
+        mean = interquartile_mean(tasks)
+        return f"{mean.value:.2f} ({mean.low:.2f}-{mean.high:.2f})"
+
+    return _filled(shown, numbers, cell)
+
+
+def _filled(shown: Table, numbers: pl.DataFrame, cell: Callable[[pl.DataFrame], str]) -> Table:
+    """With a line for each method at equal steps and at equal price, as far as its marks go."""
+    for (method, by), one in numbers.group_by("method", "by", maintain_order=True):
+        marks = {mark: cell(of) for (mark,), of in one.group_by("mark", maintain_order=True)}
+        shown.add_row(str(method), str(by), *(marks.get(mark, "") for mark in MARKS))
+    return shown

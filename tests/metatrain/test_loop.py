@@ -187,7 +187,7 @@ def test_other_data_is_validated_on_and_changes_nothing(whole: Path, tmp_path: P
 
 def test_weights_are_usable_and_say_how_they_were_made(whole: Path) -> None:
     found = load_weights(whole / loop.WEIGHTS)
-    assert (found.p, found.scale) == (TINY.p, TINY.scale)
+    assert found.numbers == {"p": TINY.p, "scale": TINY.scale}
     _, made, _ = records.read_run(whole)
     assert found.made == {
         "made": " ".join(made["command"]),

@@ -15,17 +15,16 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ..validation import check_count
-
-MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
-SECOND_MOMENT_DECAY = (0.999,)
-FACTORED_DECAYS = (0.9, 0.99, 0.999)
-"""Decays of running means before meta-training."""
-TIMES = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
-"""Scales on which the network sees the number of steps."""
-FEATURES = 28
-"""Of a coordinate; ``TIMES`` come on top, which all coordinates share."""
-SCALE = 1e-3
-"""Of the step, and of the magnitude in its exponent."""
+from .mlp_features import (
+    FACTORED_DECAYS,
+    FEATURES,
+    MOMENTUM_DECAYS,
+    OUTPUTS,
+    SCALE,
+    SECOND_MOMENT_DECAY,
+    TIMES,
+    factored_axes,
+)
 
 
 class MLPLayer(NamedTuple):
@@ -86,7 +85,7 @@ def init_mlp_weights(key: PRNGKeyArray, *, hidden: int = 4, layers: int = 2) -> 
     """
     check_count("hidden", hidden)
     check_count("layers", layers)
-    sizes = [FEATURES + len(TIMES), *[hidden] * layers, 2]
+    sizes = [FEATURES + len(TIMES), *[hidden] * layers, OUTPUTS]
     made = []
     for inputs, outputs, layer_key in zip(
         sizes, sizes[1:], jax.random.split(key, layers + 1), strict=False
@@ -157,18 +156,6 @@ def mlp_optimizer(weights: MLPWeights) -> optax.GradientTransformation:
         return tree.unflatten(steps), MLPState(state.step + 1, tree.unflatten(memories))
 
     return optax.GradientTransformation(init, update)
-
-
-def factored_axes(shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """The second longest and the longest axis, which a factored second moment averages over.
-
-    >>> factored_axes((3, 3, 16, 32)), factored_axes((5,))
-    ((2, 3), None)
-    """
-    if len(shape) < 2:
-        return None
-    *_, shorter, longer = np.argsort(shape, kind="stable")
-    return int(shorter), int(longer)
 
 
 def _no_memory(p: Array) -> TensorMemory:

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from lossguard import cli, drawing, init_lstm_weights, load_weights, lstm_optimizer, records
 from lossguard.config import as_config
 from lossguard.learned.lstm import LSTMWeights
+from lossguard.learned.weights_file import pretrained_names
 from lossguard.metatrain import bptt, figure, loop
 from lossguard.metatrain.bptt import LSTMTraining
 from lossguard.metatrain.loop import metatrain
@@ -169,6 +170,8 @@ def test_shipped_recipes_are_those_of_the_records() -> None:
     if not results.is_dir():
         pytest.skip("there are no records here")
     for name, recipe in RECIPES.items():
+        if recipe().name not in pretrained_names():
+            continue
         folder = results / f"metatrain-{name}"
         config = json.loads((folder / records.CONFIG).read_text())
         ours = json.loads(json.dumps(asdict(recipe())))

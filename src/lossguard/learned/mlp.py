@@ -5,12 +5,12 @@ What it sees of a coordinate are running means over time and, for matrices, over
 Letters: g gradient, p parameter, m momenta, v second moment, t steps taken so far, H hidden units.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
@@ -178,7 +178,7 @@ def _remember(weights: MLPWeights, memory: TensorMemory, g: Array) -> TensorMemo
         return tuple((1 - a) * mean + a * new for a, mean in zip(rest, old, strict=False))
 
     axes = factored_axes(g.shape)
-    rows = columns = squares + 1e-30
+    rows = columns = squares
     if axes:
         shorter, longer = axes
         rows, columns = rows.mean(longer, keepdims=True), columns.mean(shorter, keepdims=True)
@@ -186,8 +186,8 @@ def _remember(weights: MLPWeights, memory: TensorMemory, g: Array) -> TensorMemo
     return TensorMemory(
         means(weights.momentum_decays, memory.momenta, g),
         second_moment,
-        means(weights.factored_decays, memory.rows, rows),
-        means(weights.factored_decays, memory.columns, columns),
+        means(weights.factored_decays, memory.rows, rows + 1e-30),
+        means(weights.factored_decays, memory.columns, columns + 1e-30),
     )
 
 
@@ -239,16 +239,23 @@ def _network(
     scales = jnp.stack([jax.lax.rsqrt(1e-5 + jnp.mean(f * f)) for f in features])
     weight = first.weight[:, : len(features)] * scales
     bias = first.weight[:, len(features) :] @ times + first.bias
-    small_first = sorted(range(len(features)), key=lambda k: features[k].size)
-    outputs = _linear(weight[:, np.array(small_first)], bias, [features[k] for k in small_first])
+    outputs = [
+        _by_size([w * f for w, f in zip(row, features, strict=True)]) + b
+        for row, b in zip(weight, bias, strict=True)
+    ]
     for layer in others:
-        outputs = _linear(*layer, [jax.nn.relu(x) for x in outputs])
+        inputs = [jax.nn.relu(x) for x in outputs]
+        outputs = [
+            functools.reduce(jnp.add, [w * x for w, x in zip(row, inputs, strict=True)], b)
+            for row, b in zip(*layer, strict=True)
+        ]
     direction, magnitude = outputs
     return direction, magnitude
 
 
-def _linear(weight: Array, bias: Array, inputs: list[Array]) -> list[Array]:
-    return [
-        sum((w * x for w, x in zip(row, inputs, strict=True)), start=b)
-        for row, b in zip(weight, bias, strict=True)
-    ]
+def _by_size(terms: list[Array]) -> Array:
+    """Their sum. What is constant along an axis is summed up before it becomes as long as that."""
+    by_shape: dict[tuple[int, ...], Array] = {}
+    for term in terms:
+        by_shape[term.shape] = by_shape.get(term.shape, 0) + term
+    return functools.reduce(jnp.add, sorted(by_shape.values(), key=lambda total: total.size))

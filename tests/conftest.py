@@ -26,6 +26,7 @@ CHECKED = (
     "lossguard.rollout",
     "lossguard.schedules",
     "lossguard.tasks.dataset",
+    "lossguard.tasks.goals",
     "lossguard.tasks.models",
     "lossguard.tasks.parquet",
     "lossguard.tasks.shuffle",

@@ -101,6 +101,7 @@ def test_help_of_a_command(main: Main, capsys: pytest.CaptureFixture[str], comma
         (("metatrain", "mnist-mlp"), ("--meta-steps", "--truncation", "--validate-every")),
         (("plot",), ("usage: lossguard plot", "Folders of runs", "--over {price,seconds,steps}")),
         (("benchmark", "price"), ("usage: lossguard benchmark price", "--out", "--ray")),
+        (("benchmark", "tasks"), ("usage: lossguard benchmark tasks", "--steps", "--seeds")),
         (("claims",), ("usage: lossguard claims", "Folders of runs")),
         (("report",), ("usage: lossguard report", "Folders of runs", "--out")),
     ],

@@ -4,12 +4,14 @@ A speedup is the number of steps in which the published envelope reaches one's o
 own steps, or over one's own price: gradient evaluations + forward passes / 3.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 import polars as pl
@@ -31,37 +33,77 @@ LEARNED = {"LSTM": "lstm-mnist-mlp"}
 """What is measured, by its name in the tables."""
 MARKS = (500, 1_000, 2_000, 5_000, 10_000)
 """Steps and prices at which losses are compared."""
-ADAM, TUNED, ENVELOPE = "Adam", "Adam, tuned", "Published envelope"
+TUNED, ENVELOPE = "Tuned", "Published envelope"
 
 
-class Tuned(NamedTuple):
-    """Adam's rates on a task: those of the envelope that are near the best."""
-
-    rates: tuple[float, ...]
-    best: float
-    """At the last mark: the guards' fallback."""
-
-
-RATES: Mapping[str, Tuned] = {
-    "ImageMLP_FashionMnist_Relu128x128": Tuned((0.001, 0.003), 0.001),
-    "ImageMLP_Mnist_128x128x128_Relu": Tuned((0.001, 0.003), 0.001),
-    "ImageMLP_FashionMnist8_Relu32": Tuned((0.003, 0.01, 0.03), 0.01),
-    "ImageMLPAE_FashionMnist_128x32x128_bs128": Tuned((0.001, 0.003), 0.003),
-    "ImageMLPAE_Mnist_128x32x128_bs128": Tuned((0.001, 0.003), 0.003),
-}
-
-
-def adam(rate: float) -> optax.GradientTransformation:
-    """As in the envelope: 1e-8 is added inside the root too."""
+def adam(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """As in the published baselines: 1e-8 is added inside the root too."""
     return optax.adam(rate, eps_root=1e-8)
 
 
+def exponential(rate: float) -> optax.Schedule:
+    """rate exp(-7e-5 k) at step k."""
+    return optax.exponential_decay(rate, 100_000, math.exp(-7))
+
+
+def root(rate: float) -> optax.Schedule:
+    """rate min(k / 1000, sqrt(1000 / k)) at step k, with k = 1 for 0.
+
+    >>> float(root(1.0)(0)), float(root(1.0)(500)), float(root(1.0)(4_000))
+    (0.001..., 0.5, 0.5)
+    """
+
+    def at(k: Any) -> Any:
+        k = jnp.maximum(k, 1)
+        return rate * jnp.minimum(k / 1_000, jnp.sqrt(1_000 / k))
+
+    return at
+
+
+HAND_MADE: Mapping[str, Callable[[float], optax.GradientTransformation]] = {
+    "Adam": adam,
+    "Adam, exponential": lambda rate: adam(exponential(rate)),
+    "Adam, root": lambda rate: adam(root(rate)),
+    "RAdam": optax.radam,
+}
+"""What the envelope is made of."""
+
+
+class Tuned(NamedTuple):
+    """What is run of ``HAND_MADE`` on a task."""
+
+    tried: tuple[tuple[str, float], ...]
+    """Of all kinds and of the envelope's rates those near the best. The best at a mark is shown,
+    as in the envelope."""
+    rate: float
+    """Of the Adam that guards fall back on."""
+
+
+RATES: Mapping[str, Tuned] = {
+    "ImageMLP_FashionMnist_Relu128x128": Tuned(
+        (("Adam", 0.003), ("Adam, exponential", 0.003)), 0.003
+    ),
+    "ImageMLP_Mnist_128x128x128_Relu": Tuned(
+        (("Adam", 0.003), ("Adam, exponential", 0.003)), 0.003
+    ),
+    "ImageMLP_FashionMnist8_Relu32": Tuned((("Adam", 0.01), ("Adam", 0.03)), 0.01),
+    "ImageMLPAE_FashionMnist_128x32x128_bs128": Tuned(
+        (("Adam", 0.01), ("RAdam", 0.003), ("RAdam", 0.01)), 0.01
+    ),
+    "ImageMLPAE_Mnist_128x32x128_bs128": Tuned(
+        (("Adam", 0.01), ("RAdam", 0.003), ("RAdam", 0.01)), 0.01
+    ),
+}
+
+
 def task_methods(experiment: Experiment) -> Methods:
-    """Adam at each rate; each learned optimizer alone, and guarded over Adam at the best rate."""
+    """What is tuned; each learned optimizer alone, and guarded over Adam."""
     e = experiment
     made: dict[str, Callable[[], Guard]] = {
-        f"{ADAM} {rate:g}": lambda rate=rate: watched(unguarded(adam(rate), nt=e.nt, trusted=True))
-        for rate in RATES[e.name].rates
+        f"{kind} {rate:g}": lambda kind=kind, rate=rate: watched(
+            unguarded(HAND_MADE[kind](rate), nt=e.nt, trusted=True)
+        )
+        for kind, rate in RATES[e.name].tried
     }
     for name, weights in LEARNED.items():
         made[name] = lambda weights=weights: watched(unguarded(pretrained(weights), nt=e.nt))
@@ -90,7 +132,7 @@ def task_recipe(name: str) -> Experiment:
         seed=5_000,
         nt=EVERY,
         evaluate_from=1_000,
-        adam_rate=RATES[name].best,
+        adam_rate=RATES[name].rate,
         make_task=task_of,
     )
     return with_methods(task_methods, e)
@@ -149,10 +191,10 @@ class Row(NamedTuple):
 
 
 def rows(task: str, table: pl.DataFrame, against: Envelope) -> list[Row]:
-    """All that a run has of its marks. Of tuned Adam, the rate that is best at each mark."""
+    """All that a run has of its marks. Of what is tuned, the one that is best at each mark."""
     tried: dict[str, list[Curves]] = {TUNED: []}
     for name in table["method"].unique(maintain_order=True).to_list():
-        label = TUNED if name.startswith(f"{ADAM} ") else name
+        label = TUNED if name.rpartition(" ")[0] in HAND_MADE else name
         tried.setdefault(label, []).append(curves_of(table, name))
     found = []
     for (method, curves), by, mark in product(tried.items(), ("steps", "price"), MARKS):

@@ -13,9 +13,15 @@ from .datasets import moons as moons
 from .datasets import spirals as spirals
 from .datasets import tiny_imagenet as tiny_imagenet
 from .datasets import tiny_imagenet50_32px as tiny_imagenet50_32px
+from .goals import CLASSIFICATION as CLASSIFICATION
+from .goals import RECONSTRUCTION as RECONSTRUCTION
+from .goals import Goal as Goal
 from .models import MLP as MLP
 from .models import ConvNet as ConvNet
 from .models import Model as Model
+from .models import ReluMLP as ReluMLP
+from .published import PUBLISHED as PUBLISHED
+from .published import published_task as published_task
 from .synthetic import Noisy as Noisy
 from .synthetic import Quadratic as Quadratic
 from .synthetic import RidgeLogistic as RidgeLogistic

@@ -21,8 +21,8 @@ from .family import Member, Rollout, begin, go_on, meta_loss, reference, relativ
 from .loop import MetaTraining, Method
 from .pes import Pairs, pes_gradient, restart_pairs, start_pairs
 
-FEATURE = 6
-"""The MLP optimizer's input m / sqrt(v) with m of decay 0.9."""
+FEATURE = 2
+"""The MLP optimizer's input m of decay 0.9."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,7 @@ class MLPTraining(MetaTraining):
     """What is trained on."""
     held_out: Annotated[tuple[Member, ...], tyro.conf.Suppress] = ()
     """What is validated on."""
-    pairs: int = 4
-    """N, pairs of rollouts under way on each member of the family."""
-    sigma: float = 0.01
+    sigma: float = 0.03
     """Deviation of the perturbations."""
     rescaling: float = 2.0
     """The factors c lie between 1 / rescaling and rescaling."""
@@ -48,8 +46,9 @@ class MLPTraining(MetaTraining):
     def check(self) -> None:
         """Refuse what is out of range."""
         super().check()
-        for name in ("pairs", "validation_rollouts"):
-            check_count(name, getattr(self, name))
+        check_count("validation_rollouts", self.validation_rollouts)
+        for member in self.family:
+            check_count("pairs", member.pairs)
         check_positive(sigma=self.sigma, begin_rate=self.begin_rate)
         check_real("rescaling", self.rescaling, "at least 1 and finite", lambda v: 1 <= v < np.inf)
         for name in ("family", "held_out"):
@@ -94,21 +93,21 @@ class Evolution(Method):
     def _fresh(self, weights: MLPWeights, key: PRNGKeyArray, done: Array) -> dict[str, Pairs]:
         keys = jax.random.split(key, len(self.family))
         return {
-            name: self._fresh_pairs(task, weights, k, done)
-            for k, (name, task) in zip(keys, self.family.items(), strict=True)
+            name: self._fresh_pairs(name, weights, k, done)
+            for k, name in zip(keys, self.family, strict=True)
         }
 
-    def _fresh_pairs(
-        self, task: Task, weights: MLPWeights, key: PRNGKeyArray, done: Array
-    ) -> Pairs:
-        config, optimizer = self.config, mlp_optimizer(weights)
+    def _fresh_pairs(self, name: str, weights: MLPWeights, key: PRNGKeyArray, done: Array) -> Pairs:
+        """At the start of rollouts of random lengths."""
+        config, task, optimizer = self.config, self.family[name], mlp_optimizer(weights)
+        count = next(member.pairs for member in config.family if member.title == name)
         length_key, key = jax.random.split(key)
-        lengths = config.lengths(length_key, config.pairs, done)
+        lengths = config.lengths(length_key, count, done)
 
         def one(key: PRNGKeyArray, length: Array) -> Rollout:
             return begin(task, optimizer, key, length, rescaling=config.rescaling)
 
-        return start_pairs(weights, jax.vmap(one)(jax.random.split(key, config.pairs), lengths))
+        return start_pairs(weights, jax.vmap(one)(jax.random.split(key, count), lengths))
 
     def gradient(
         self, weights: MLPWeights, inner: dict[str, Pairs], key: PRNGKeyArray, done: Array
@@ -116,17 +115,17 @@ class Evolution(Method):
         """The mean over the family of losses and estimated gradients, and the pairs after them."""
         losses, gradients, after = [], [], {}
         keys = jax.random.split(key, len(self.family))
-        for k, (name, task) in zip(keys, self.family.items(), strict=True):
-            loss, gradient, after[name] = self._on_member(task, weights, inner[name], k, done)
+        for k, name in zip(keys, self.family, strict=True):
+            loss, gradient, after[name] = self._on_member(name, weights, inner[name], k, done)
             losses.append(loss)
             gradients.append(gradient)
         mean = jax.tree.map(lambda *each: sum(each) / len(each), *gradients)
         return jnp.stack(losses).mean(), mean, after
 
     def _on_member(
-        self, task: Task, weights: MLPWeights, pairs: Pairs, key: PRNGKeyArray, done: Array
+        self, name: str, weights: MLPWeights, pairs: Pairs, key: PRNGKeyArray, done: Array
     ) -> tuple[Float[Array, ""], MLPWeights, Pairs]:
-        config = self.config
+        config, task = self.config, self.family[name]
         draw_key, fresh_key = jax.random.split(key)
         base = reference(task)
 
@@ -136,7 +135,7 @@ class Evolution(Method):
 
         losses, gradient, pairs = pes_gradient(piece, weights, pairs, draw_key, sigma=config.sigma)
         over = (pairs.plus.step >= pairs.plus.length) | pairs.plus.lost | pairs.minus.lost
-        fresh = self._fresh_pairs(task, weights, fresh_key, done)
+        fresh = self._fresh_pairs(name, weights, fresh_key, done)
         return losses.mean(), gradient, restart_pairs(pairs, fresh, over)
 
     def validate(self, weights: MLPWeights, key: PRNGKeyArray) -> dict[str, np.ndarray]:
@@ -174,8 +173,7 @@ def like_momentum(
 ) -> MLPWeights:
     """Weights that make about the momentum method from which meta-training sets out:
 
-        update = -rate n(m / sqrt(v)), with m of decay 0.9, v of 0.999, n dividing by the root mean
-        square over the tensor
+        update = -rate m / sqrt(mean(m^2) + 1e-5), m of decay 0.9, the mean over the tensor
 
     Two hidden units carry the feature and its negative through the ReLUs. The others are as
     ``init_mlp_weights`` draws them, times ``noise``, and so is what they add.

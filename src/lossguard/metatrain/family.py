@@ -22,6 +22,9 @@ from ..tasks.task import Task
 
 WORST = 2.0
 """A loss above so many times its reference counts as this, as does one that isn't finite."""
+FLOOR = 0.03
+"""Losses that are small against so many times their reference count as equal: on few data they get
+as small as chance has it."""
 EXAMPLES = 1000
 """Of a data set, on which the reference is computed."""
 
@@ -38,6 +41,8 @@ class Member:
     reconstruct: bool = False
     """An autoencoder instead of a classifier."""
     batch_size: int = 64
+    pairs: int = 4
+    """N, pairs of rollouts under way in meta-training."""
 
     @property
     def title(self) -> str:
@@ -126,8 +131,8 @@ def relative(losses: Float[Array, "..."], reference: Float[Array, ""]) -> Float[
 
 
 def meta_loss(losses: Float[Array, " steps"], reference: Float[Array, ""]) -> Float[Array, ""]:
-    """Of a piece: the logarithm of its mean loss over the reference.
+    """Of a piece: the logarithm of its mean loss over the reference, plus ``FLOOR``.
 
     The logarithm gives the end of a rollout, where losses are small, as much weight as its start.
     """
-    return jnp.log(relative(losses, reference).mean() + 1e-4)
+    return jnp.log(relative(losses, reference).mean() + FLOOR)

@@ -33,7 +33,7 @@ def cifar10_conv() -> LSTMTraining:
 
 
 def mlp_small() -> MLPTraining:
-    """``mlp-small``: the MLP optimizer and five shapes of small images and points.
+    """``mlp-small``: the MLP optimizer and five shapes of networks on small images.
 
     None of them is a task that it is measured on.
     """
@@ -41,16 +41,16 @@ def mlp_small() -> MLPTraining:
         name="mlp-small",
         truncation=50,
         shortest=50,
-        longest=2000,
-        curriculum=1500,
-        meta_steps=6000,
-        rate=1e-3,
+        longest=1500,
+        curriculum=800,
+        meta_steps=4000,
+        rate=2e-3,
         family=(
             Member("digits", ReluMLP((16, 16)), batch_size=32),
             Member("mnist", ReluMLP((32,)), size=8),
             Member("mnist", ReluMLP((16, 8, 16)), size=8, reconstruct=True),
             Member("fashion_mnist", MLP((16,)), size=20),
-            Member("spirals", ReluMLP((24, 24))),
+            Member("mnist", ReluMLP((32, 32)), size=24, pairs=2),
         ),
         held_out=(
             Member("mnist", ReluMLP((24,)), size=12),

@@ -40,7 +40,7 @@ class Pairs(NamedTuple):
     """x, of the shapes of theta: the sum of the perturbations since the rollout began."""
 
 
-def start_pairs(weights: Weights, inner: PyTree) -> Pairs:
+def start_pairs(weights: PyTree, inner: PyTree) -> Pairs:
     """Pairs at the start of the rollouts of N inner problems, the leading axis of ``inner``."""
     count = jax.tree.leaves(inner)[0].shape[0]
     zeros = jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), weights)

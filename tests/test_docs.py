@@ -76,6 +76,19 @@ def test_readme_in_torch(capsys: pytest.CaptureFixture[str]) -> None:
     assert float(loss) < 1 and events == "[]"
 
 
+def test_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
+    """It prints what it says."""
+    pytest.importorskip("torch")
+    names: dict[str, Any] = {}
+    for block in blocks("docs/index.md"):
+        exec(block, names)
+    events, solution = capsys.readouterr().out.strip().split("\n", 1)
+    assert events.count("kind='return'") == 1 and float(events.split()[-1]) < 0.05
+    loss, price = map(float, solution.split()[-2:])
+    assert loss < 0.1 and 500 < price < 600
+    assert len(names["table"]["step"]) == 50 and names["numbers"]["loss"] == pytest.approx(loss)
+
+
 def test_torch_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the top down in one namespace, on the CPU."""
     torch = pytest.importorskip("torch")

@@ -27,20 +27,20 @@ COLUMNS = ("learned_loss", "fallback_loss", "winner", "gradients", "forwards", "
 def decision_table(decisions: Any, *, start: int = 0) -> dict[str, np.ndarray]:
     """Decisions as columns, a row for each cycle: ``polars.DataFrame(decision_table(decisions))``.
 
+    - ``step``: optimizer steps by the end of the cycle,
+    - ``loss``: the mean of the cycle's losses,
+    - ``learned``: the part of its steps that were the learned optimizer's,
+    - ``price_of_step``: gradients, and a third for each forward pass, for each of its steps,
+    - ``learned_loss``, ``fallback_loss``, ``winner``, ``gradients``, ``forwards`` and
+      ``learned_updates``: as ``Decision`` has them.
+
     Args:
         decisions: of one run: those that ``rollout`` returns stacked, a list of them, the
             ``history`` of a guard for PyTorch, or a single one.
         start: optimizer steps before the first of them.
 
     Returns:
-        Columns of one length:
-
-        - ``step``: optimizer steps by the end of the cycle,
-        - ``loss``: the mean of the cycle's losses,
-        - ``learned``: the part of its steps that were the learned optimizer's,
-        - ``price_of_step``: gradients, and a third for each forward pass, for each of its steps,
-        - ``learned_loss``, ``fallback_loss``, ``winner``, ``gradients``, ``forwards``,
-          ``learned_updates``: as ``Decision`` has them.
+        The columns by name, NumPy arrays of one length.
 
     Raises:
         ValueError: if there is no decision, they are of several runs, or start isn't an integer of

@@ -59,7 +59,7 @@ def test_progress_is_of_the_steps_that_were_taken(
     monkeypatch.setattr(running.Progress, "advance", lambda _, steps, **now: told.append(now))
     run(dataclasses.replace(tiny.recipe(), methods=("L2O",)), tmp_path / "run")
     assert len(told) >= 3
-    assert all(np.isfinite(now["loss"]) and now["learned"] == 1 for now in told)
+    assert all(np.isfinite(now["loss"]) and now["learned"] == 1 == now["price"] for now in told)
 
 
 def test_records_of_a_run(whole: Path) -> None:

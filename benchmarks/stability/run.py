@@ -21,7 +21,7 @@ from .faults import CLEAN, Fault, Happening
 from .methods import METHODS, Method
 from .tasks import Batch, Task
 
-MARKS = 50
+MARKS = 40
 """Evaluations of held-out data in a run, evenly over its gradients."""
 BLOCK = 64
 """Minibatches between two looks at the clock: all periods of ``Rewind`` divide it."""

@@ -43,7 +43,7 @@ def mlp_on_fashion() -> Task:
             nn.Linear(64, 10),
         )  # fmt: skip
 
-    return _of_images("fashion_mnist", model, size=64, gradients=1000)
+    return _of_images("fashion_mnist", model, size=64, gradients=600)
 
 
 def convnet_on_cifar() -> Task:

@@ -5,7 +5,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ ROUNDS = 12
 """Of the measurement of time."""
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run it; ``arguments`` are those of the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stability", description=__doc__)
     parser.add_argument("folder", type=Path, help="of the records; what is there isn't run again")
     parser.add_argument("--tasks", nargs="+", default=["fashion", "cifar", "text"], choices=TASKS)
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[100, 101, 102])
     parser.add_argument("--minutes", type=float, default=180, help="begin no run after so many")
     parser.add_argument("--result", type=Path, help="leave tables and the figure there")
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
     asked.folder.mkdir(parents=True, exist_ok=True)
     journal = Journal(asked.folder / "runs.jsonl")

@@ -18,59 +18,99 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from lossguard.torch import BestOf, Hedged, Recommended, Rewind
 
 Gradient = Callable[[], Tensor]
 """Evaluates the minibatch's gradients into the model; returns its loss."""
-Scheduled = Callable[[Optimizer], LambdaLR]
-"""Makes the user's schedule of rates, which is constant except in a jump."""
+
+
+class Schedule:
+    """The user's rates: constant, but for a factor in a jump. Its names are those of others' code.
+
+    Attributes:
+        base_lrs: of each group of the optimizer, without the factor.
+        halved: how often ``reduce_lr`` was called.
+    """
+
+    def __init__(self, optimizer: Any, factor: Callable[[], float]) -> None:
+        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
+        self.halved = 0
+        self._optimizer, self._factor = optimizer, factor
+
+    def step(self) -> None:
+        """Set the rates of the next minibatch."""
+        for group, rate in zip(self._optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = rate * self._factor()
+
+    def reduce_lr(self) -> None:
+        """Half the rates, from the next minibatch on."""
+        self.halved += 1
+        self.base_lrs = [rate / 2 for rate in self.base_lrs]
+
+
+Scheduled = Callable[[Any], Schedule]
+"""Makes the schedule of an optimizer."""
 
 
 class Method(NamedTuple):
-    """A training loop's body.
+    """The body of a training loop.
 
     Attributes:
-        schedule: the user's, stepped after each minibatch.
+        schedule: the user's, stepped before each minibatch.
         step: takes one minibatch.
         acted: how often it has intervened so far.
         optimizer: what is switched to evaluation and back, if it knows that.
     """
 
-    schedule: LambdaLR
+    schedule: Schedule
     step: Callable[[Gradient], object]
     acted: Callable[[], int] = int
     optimizer: Any = None
 
 
-def adamw(model: nn.Module, r: float, scheduled: Scheduled, most: float = math.inf) -> Method:
-    """AdamW alone, or with gradients of a norm of at most ``most``."""
-    optimizer = AdamW(model.parameters(), r)
+def _nothing(_: Tensor) -> None: ...
+
+
+def _loop(
+    optimizer: Optimizer,
+    scheduled: Scheduled,
+    *,
+    before: Callable[[Tensor], object] = _nothing,
+    takes: Callable[[Tensor], bool] = lambda _: True,
+    after: Callable[[Tensor], object] = _nothing,
+    acted: Callable[[], int] = int,
+) -> Method:
+    """The usual one; each function is called with the minibatch's loss, where it says."""
 
     def step(gradient: Gradient) -> None:
-        gradient()
-        if most < math.inf:
-            clip_grad_norm_(model.parameters(), most)
-        optimizer.step()
+        loss = gradient()
+        before(loss)
+        if takes(loss):
+            optimizer.step()
+        after(loss)
 
-    return Method(scheduled(optimizer), step)
+    return Method(scheduled(optimizer), step, acted, optimizer)
+
+
+def adamw(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
+    """AdamW alone."""
+    return _loop(AdamW(model.parameters(), r), scheduled)
 
 
 def clipping(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
     """Gradients have a norm of at most 1."""
-    return adamw(model, r, scheduled, most=1.0)
+    optimizer = AdamW(model.parameters(), r)
+    return _loop(optimizer, scheduled, before=lambda _: clip_grad_norm_(model.parameters(), 1.0))
 
 
 def skip_step(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
     """No step whose loss or gradient norm is 6 deviations above the mean of the last 128."""
-    optimizer = AdamW(model.parameters(), r)
     seen: tuple[deque[float], deque[float]] = (deque(maxlen=128), deque(maxlen=128))
     skipped = 0
 
-    def step(gradient: Gradient) -> None:
+    def takes(loss: Tensor) -> bool:
         nonlocal skipped
-        loss = gradient()
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         numbers = (loss.item(), norm.item())
         sound = all(map(math.isfinite, numbers))
@@ -80,39 +120,26 @@ def skip_step(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
                 sound = sound and value <= limit
             if math.isfinite(value):
                 earlier.append(value)
-        if sound:
-            optimizer.step()
-        else:
-            skipped += 1
+        skipped += not sound
+        return sound
 
-    return Method(scheduled(optimizer), step, lambda: skipped)
+    optimizer = AdamW(model.parameters(), r)
+    return _loop(optimizer, scheduled, takes=takes, acted=lambda: skipped)
 
 
 def zclip(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
     """Gradients clipped where their norm is unusual (Kumar et al., 2025)."""
     from zclip import ZClip
 
-    optimizer, clip = AdamW(model.parameters(), r), ZClip()
-
-    def step(gradient: Gradient) -> None:
-        gradient()
-        clip.step(model)
-        optimizer.step()
-
-    return Method(scheduled(optimizer), step)
+    clip = ZClip()
+    return _loop(AdamW(model.parameters(), r), scheduled, before=lambda _: clip.step(model))
 
 
 def prodigy(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
     """Finds the rate by itself (Mishchenko and Defazio, 2023): r isn't used."""
     from prodigyopt import Prodigy
 
-    optimizer = Prodigy(model.parameters())
-
-    def step(gradient: Gradient) -> None:
-        gradient()
-        optimizer.step()
-
-    return Method(scheduled(optimizer), step)
+    return _loop(Prodigy(model.parameters()), scheduled)
 
 
 def schedule_free(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
@@ -121,12 +148,7 @@ def schedule_free(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
 
     optimizer = AdamWScheduleFree(model.parameters(), r, warmup_steps=50)
     optimizer.train()
-
-    def step(gradient: Gradient) -> None:
-        gradient()
-        optimizer.step()
-
-    return Method(scheduled(optimizer), step, optimizer=optimizer)
+    return _loop(optimizer, scheduled)
 
 
 def arc(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
@@ -136,12 +158,12 @@ def arc(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
     optimizer = AdamW(model.parameters(), r)
     schedule = scheduled(optimizer)
     controller = Controller(model, optimizer, scheduler=schedule, verbose=False)
-
-    def step(gradient: Gradient) -> None:
-        if not controller.step(gradient()).should_skip:
-            optimizer.step()
-
-    return Method(schedule, step, lambda: controller.total_rollbacks + controller.total_skips)
+    return _loop(
+        optimizer,
+        lambda _: schedule,
+        takes=lambda loss: not controller.step(loss).should_skip,
+        acted=lambda: controller.total_rollbacks + controller.total_skips,
+    )
 
 
 def stabilityguard(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
@@ -159,19 +181,6 @@ def stabilityguard(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
     return Method(scheduled(optimizer), step, lambda: guarded.total_spikes)
 
 
-class Halving:
-    """What ``reduce_lr`` of selgis' scheduler is to the user's own schedule."""
-
-    def __init__(self, schedule: LambdaLR) -> None:
-        self.schedule, self.times = schedule, 0
-
-    def reduce_lr(self) -> float:
-        """Half the rate, from the next minibatch on."""
-        self.times += 1
-        self.schedule.base_lrs = [rate / 2 for rate in self.schedule.base_lrs]
-        return 0.5**self.times
-
-
 def selgis(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
     """The core of selgis' trainer, which clips as well; states in memory, not on disk."""
     from selgis import SelgisConfig
@@ -179,21 +188,21 @@ def selgis(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
 
     logging.getLogger("selgis").setLevel(logging.ERROR)
     optimizer = AdamW(model.parameters(), r)
-    halving = Halving(scheduled(optimizer))
+    schedule = scheduled(optimizer)
     config = SelgisConfig(state_storage="memory")
-    core = SelgisCore(model, optimizer, halving, config, torch.device("cpu"))
+    core = SelgisCore(model, optimizer, schedule, config, torch.device("cpu"))
 
     def step(gradient: Gradient) -> None:
         if core.check_loss(gradient()):
             core.optimizer_step()
 
-    return Method(halving.schedule, step, lambda: halving.times)
+    return Method(schedule, step, lambda: schedule.halved)
 
 
 def restart(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
     """By hand: if 20 losses are twice as high as they were, back by 50 to 100 steps at r / 2."""
     optimizer = AdamW(model.parameters(), r)
-    halving = Halving(scheduled(optimizer))
+    schedule = scheduled(optimizer)
     recent: deque[float] = deque(maxlen=20)
     best, steps = math.inf, 0
 
@@ -202,48 +211,45 @@ def restart(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
 
     saved: deque[Any] = deque([copied()], maxlen=2)
 
-    def step(gradient: Gradient) -> None:
+    def after(loss: Tensor) -> None:
         nonlocal best, steps
-        recent.append(gradient().item())
-        optimizer.step()
+        recent.append(loss.item())
         steps += 1
+        mean = statistics.fmean(recent)
+        if len(recent) == 20 and not mean <= 2 * best:
+            weights, state = copy.deepcopy(saved[0])
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+            schedule.reduce_lr()
+            recent.clear()
+            return
         if len(recent) == 20:
-            mean = statistics.fmean(recent)
-            if not mean <= 2 * best:
-                weights, state = copy.deepcopy(saved[0])
-                model.load_state_dict(weights)
-                optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-                halving.reduce_lr()
-                recent.clear()
-                return
             best = min(best, mean)
         if steps % 50 == 0:
             saved.append(copied())
 
-    return Method(halving.schedule, step, lambda: halving.times)
+    return _loop(optimizer, lambda _: schedule, after=after, acted=lambda: schedule.halved)
 
 
-def rewind(model: nn.Module, r: float, scheduled: Scheduled, most: float = math.inf) -> Method:
+def rewind(
+    model: nn.Module, r: float, scheduled: Scheduled, before: Callable[[Tensor], object] = _nothing
+) -> Method:
     """``Rewind`` with its defaults."""
     optimizer = AdamW(model.parameters(), r)
     watch = Rewind(model, optimizer)
-
-    def step(gradient: Gradient) -> None:
-        loss = gradient()
-        if most < math.inf:
-            clip_grad_norm_(model.parameters(), most)
-        optimizer.step()
-        watch.observe(loss)
-
-    return Method(scheduled(optimizer), step, lambda: watch.returns)
+    return _loop(
+        optimizer, scheduled, before=before, after=watch.observe, acted=lambda: watch.returns
+    )
 
 
 def clipped_rewind(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
     """``Rewind`` and clipping to 1."""
-    return rewind(model, r, scheduled, most=1.0)
+    return rewind(model, r, scheduled, lambda _: clip_grad_norm_(model.parameters(), 1.0))
 
 
 def _guarded(guard: Any, scheduled: Scheduled) -> Method:
+    """A guard over several AdamW."""
+
     def jumps() -> int:
         return sum(decision.jumped for decision in guard.history)
 
@@ -251,19 +257,19 @@ def _guarded(guard: Any, scheduled: Scheduled) -> Method:
 
 
 def recommended(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
-    """AdamW at r over AdamW at r / 10."""
-    bold, careful = AdamW(model.parameters(), r), AdamW(model.parameters(), r / 10)
+    """Rates r over r / 10."""
+    bold, careful = (AdamW(model.parameters(), rate) for rate in (r, r / 10))
     return _guarded(Recommended(bold, careful, model=model), scheduled)
 
 
 def hedged(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
-    """AdamW at r over AdamW at r / 10."""
-    bold, careful = AdamW(model.parameters(), r), AdamW(model.parameters(), r / 10)
+    """Rates r over r / 10."""
+    bold, careful = (AdamW(model.parameters(), rate) for rate in (r, r / 10))
     return _guarded(Hedged(bold, careful, model=model), scheduled)
 
 
 def best_of(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
-    """AdamW at r, r / 10 and r / 100, where those that don't lead run in a tenth of the cycles."""
+    """Rates r, r / 10 and r / 100; those that don't lead run in a tenth of the cycles."""
     rates = [AdamW(model.parameters(), rate) for rate in (r, r / 10, r / 100)]
     return _guarded(BestOf(rates, share=0.1, model=model), scheduled)
 

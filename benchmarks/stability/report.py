@@ -5,13 +5,13 @@ isn't finite, counts as that before training. Ratios are to the oracle: AdamW on
 good rate, with the same seed.
 """
 
-import csv
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -158,27 +158,20 @@ def write(records: Records, folder: Path) -> None:
     """``table.csv`` of methods, ``runs.csv`` of runs, and ``figure.png``."""
     folder.mkdir(parents=True, exist_ok=True)
     table = rows(records)
-    with (folder / "table.csv").open("w", newline="") as file:
-        write_row = csv.writer(file, lineterminator="\n").writerow
-        rest = [name for name in Row._fields if name not in ("method", "cells")]
-        write_row(["method", *table[0].cells, *rest])
-        for row in table:
-            numbers = [*row.cells.values(), *(getattr(row, name) for name in rest[:-1])]
-            write_row([row.method, *(f"{number:.4g}" for number in numbers), row.front])
-    with (folder / "runs.csv").open("w", newline="") as file:
-        write_row = csv.writer(file, lineterminator="\n").writerow
-        kept = ("rate", "start", "minibatches", "seconds", "acted", "error")
-        write_row([*Key._fields, "gradients", "final", "worst", *kept])
-        for key, record in sorted(records.items()):
-            if "curve" in record:
-                spent = record["curve"][-1][0] if record["curve"] else 0
-                told = [spent, f"{final(record):.4g}", f"{worst(record):.4g}"]
-                write_row([*key, *told, *(_short(record[name]) for name in kept)])
+    runs = [
+        {
+            **key._asdict(),
+            "final": final(record),
+            "worst": worst(record),
+            **{name: value for name, value in record.items() if name != "curve"},
+        }
+        for key, record in sorted(records.items())
+        if key.fault != "cost"
+    ]
+    told = [{"method": row.method, **row.cells, **row._asdict()} for row in table]
+    pl.DataFrame(told).drop("cells").write_csv(folder / "table.csv", float_precision=3)
+    pl.DataFrame(runs).write_csv(folder / "runs.csv", float_precision=5)
     draw(table).savefig(folder / "figure.png", dpi=110)
-
-
-def _short(value: Any) -> Any:
-    return f"{value:.4g}" if isinstance(value, float) else value
 
 
 def draw(table: Sequence[Row]) -> Figure:

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim.lr_scheduler import LambdaLR
 
 from .faults import CLEAN, Fault, Happening
-from .methods import METHODS, Method
+from .methods import METHODS, Method, Schedule
 from .tasks import Batch, Task
 
 MARKS = 40
@@ -43,8 +42,8 @@ class Training:
         torch.manual_seed(seed)
         self.model: nn.Module = task.model()
 
-        def scheduled(optimizer: Any) -> LambdaLR:
-            return LambdaLR(optimizer, lambda _: self._happening.factor)
+        def scheduled(optimizer: Any) -> Schedule:
+            return Schedule(optimizer, lambda: self._happening.factor)
 
         self.method: Method = METHODS[method](self.model, rate * fault.rate, scheduled)
 

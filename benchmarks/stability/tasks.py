@@ -1,4 +1,4 @@
-"""What is trained: three tasks of under a minute a run on one core, and a toy for tests.
+"""What is trained: three tasks of under a minute a run on one core.
 
 Letters: G gradients a run may evaluate.
 """
@@ -117,25 +117,8 @@ def transformer_on_text(context: int = 48, size: int = 16) -> Task:
     return Task(lambda: Transformer(128, context), draw, held, 128, 1000)
 
 
-def toy(gradients: int = 300) -> Task:
-    """Four clouds of points: for tests."""
-    random = np.random.default_rng(0)
-    centres = random.normal(size=(4, 8))
-
-    def draw(random: np.random.Generator, size: int = 16) -> Batch:
-        t = random.integers(4, size=size)
-        x = centres[t] + 0.7 * random.normal(size=(size, 8))
-        return torch.from_numpy(x).float(), torch.from_numpy(t)
-
-    def model() -> nn.Module:
-        return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
-
-    return Task(model, draw, draw(random, 256), 4, gradients)
-
-
 TASKS: dict[str, Callable[[], Task]] = {
     "fashion": mlp_on_fashion,
     "cifar": convnet_on_cifar,
     "text": transformer_on_text,
-    "toy": toy,
 }

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,15 @@ from benchmarks.stability.faults import CLEAN, FAULTS, Happening  # noqa: E402
 from benchmarks.stability.report import Key, Records  # noqa: E402
 
 BY_NAME = {fault.name: fault for fault in (CLEAN, *FAULTS)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the command has it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def toy() -> tasks.Task:

@@ -1,6 +1,7 @@
 """The command: run what isn't in the records yet, then make the tables and the figure of them."""
 
 import argparse
+import functools
 import json
 import os
 import time
@@ -15,7 +16,7 @@ from .faults import CLEAN, FAULTS
 from .methods import METHODS, TUNED
 from .report import Key, Records, final, write
 from .run import costs, record
-from .tasks import TASKS, Task
+from .tasks import TASKS
 
 TUNING = (0, 1)
 """Seeds with which good rates are chosen, and times measured; results are of others."""
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def missing(journal: "Journal", name: str, methods: set[str], seeds: list[int]) -> Iterator[Key]:
     """Run what has no record, one at a time; yields what it was."""
     rows = [method for method in METHODS if method in methods]
-    task = _Late(name)
+    task = functools.cache(TASKS[name])  # data take seconds to decode
     for method in TUNED:
         for seed in TUNING:
             for rate in RATES:
@@ -84,17 +85,6 @@ def good_rate(records: Records, task: str, method: str) -> float:
         return sum(final(records[Key(task, tuned, f"tune {rate:g}", seed)]) for seed in TUNING)
 
     return min(RATES, key=loss)
-
-
-class _Late:
-    """A task that is made when it is first needed, as data take seconds to decode."""
-
-    def __init__(self, name: str) -> None:
-        self._name, self._task = name, None
-
-    def __call__(self) -> Task:
-        self._task = self._task or TASKS[self._name]()
-        return self._task
 
 
 class Journal:

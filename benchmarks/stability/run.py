@@ -70,6 +70,11 @@ class Training:
             self.method.optimizer.train()
         return loss
 
+    def forget(self) -> None:
+        """Let go of the last minibatch and its gradients."""
+        self._batch = (torch.empty(0), torch.empty(0))
+        self.model.zero_grad(set_to_none=True)
+
     def _gradient(self) -> Tensor:
         self.model.zero_grad(set_to_none=True)
         loss = _loss(self.model, self._batch)
@@ -142,7 +147,7 @@ def costs(task: Task, rates: dict[str, float], rounds: int, seed: int) -> dict[s
         runs[name] = Training(task, name, CLEAN, rate, seed)
         for _ in range(3):  # snapshots and lanes are there by then
             _seconds(runs[name])
-        runs[name].model.zero_grad(set_to_none=True)
+        runs[name].forget()
         held[name] = held_bytes()
     ratios: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):

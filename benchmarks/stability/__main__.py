@@ -7,6 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     end = time.monotonic() + 60 * asked.minutes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of others' code, several at each intervention
-        for name in asked.tasks:
-            for what in missing(journal, name, {"AdamW", *asked.methods}, asked.seeds):
-                print(*what, flush=True)
-                if time.monotonic() > end:
-                    print("out of time: the same command goes on from here")
-                    break
+        rows = {"AdamW", *asked.methods}
+        ran = (missing(journal, name, rows, asked.seeds) for name in asked.tasks)
+        for what in chain.from_iterable(ran):
+            print(*what, flush=True)
+            if time.monotonic() > end:
+                print("out of time: the same command goes on from here")
+                break
     if asked.result is not None:
         write(journal.records, asked.result)
 

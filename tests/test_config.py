@@ -10,7 +10,7 @@ import numpy as np
 
 from lossguard.config import as_config
 from lossguard.experiments.experiment import Experiment
-from lossguard.metatrain.loop import MetaTraining
+from lossguard.metatrain.bptt import LSTMTraining
 from lossguard.tasks import MLP, ConvNet, Task, moons
 
 
@@ -19,7 +19,7 @@ def make_task(experiment: Experiment, *, hidden: int = 5) -> Task:
 
 
 def test_config_is_plain_and_tells_models_apart() -> None:
-    for run in (Experiment("mine", steps=60), MetaTraining("mine", meta_steps=60)):
+    for run in (Experiment("mine", steps=60), LSTMTraining("mine", meta_steps=60)):
         config = as_config(replace(run, model=ConvNet()))
         assert config["model"]["kind"] == "ConvNet"
         assert 60 in config.values() and "kind" not in config

@@ -1,3 +1,6 @@
+from .decisions import decision_table as decision_table
+from .decisions import plot_decisions as plot_decisions
+from .decisions import scalars as scalars
 from .guards.best_of import best_of as best_of
 from .guards.guarded import guarded as guarded
 from .guards.hedged import hedged as hedged
@@ -20,6 +23,9 @@ from .guards.unguarded import unguarded as unguarded
 from .learned.lstm import LSTMWeights as LSTMWeights
 from .learned.lstm import init_lstm_weights as init_lstm_weights
 from .learned.lstm import lstm_optimizer as lstm_optimizer
+from .learned.mlp import MLPWeights as MLPWeights
+from .learned.mlp import init_mlp_weights as init_mlp_weights
+from .learned.mlp import mlp_optimizer as mlp_optimizer
 from .learned.pretrained import LearnedOptimizer as LearnedOptimizer
 from .learned.pretrained import load_weights as load_weights
 from .learned.pretrained import pretrained as pretrained

@@ -42,6 +42,7 @@ OPTIMIZERS = {
     "MultiSteps": optax.MultiSteps(optax.sgd(R), 2).gradient_transformation(),
     "inject_hyperparams": optax.inject_hyperparams(optax.adam)(R),
     "lstm": lossguard.lstm_optimizer(lossguard.init_lstm_weights(jax.random.key(0), hidden=4)),
+    "mlp": lossguard.mlp_optimizer(lossguard.init_mlp_weights(jax.random.key(0))),
 }
 NAMES = list(OPTIMIZERS)
 

@@ -12,7 +12,15 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from lossguard import init_lstm_weights, load_weights, lstm_optimizer, pretrained, save_weights
+from lossguard import (
+    init_lstm_weights,
+    init_mlp_weights,
+    load_weights,
+    lstm_optimizer,
+    mlp_optimizer,
+    pretrained,
+    save_weights,
+)
 from lossguard.learned.lstm import LSTMWeights
 from lossguard.learned.weights_file import pretrained_names, pretrained_path
 
@@ -32,7 +40,7 @@ def test_round_trip_is_exact(saved: Path, weights: LSTMWeights) -> None:
     for ours, theirs in zip(jax.tree.leaves(loaded.weights), jax.tree.leaves(weights), strict=True):
         assert ours.dtype == theirs.dtype
         np.testing.assert_array_equal(ours, theirs)
-    assert loaded[1:] == (10.0, 0.1, {"command": "lossguard metatrain x"})
+    assert loaded[1:] == ({"p": 10.0, "scale": 0.1}, {"command": "lossguard metatrain x"})
 
 
 def test_loaded_optimizer_uses_p_and_scale_of_the_file(tmp_path: Path) -> None:
@@ -44,6 +52,47 @@ def test_loaded_optimizer_uses_p_and_scale_of_the_file(tmp_path: Path) -> None:
     update, _ = ours.update(gradient, ours.init(gradient))
     expected, _ = theirs.update(gradient, theirs.init(gradient))
     np.testing.assert_array_equal(update, expected)
+
+
+@pytest.mark.parametrize(("hidden", "layers"), [(4, 2), (7, 1), (3, 3)])
+def test_weights_of_an_mlp_round_trip(tmp_path: Path, hidden: int, layers: int) -> None:
+    weights = init_mlp_weights(jax.random.key(2), hidden=hidden, layers=layers)
+    path = tmp_path / "mlp.safetensors"
+    save_weights(path, weights, made={"seed": "2"})
+    loaded = load_weights(path)
+    assert loaded[1:] == ({}, {"seed": "2"})
+    same = jax.tree.map(
+        lambda a, b: a.dtype == b.dtype and bool((a == b).all()), loaded[0], weights
+    )
+    assert all(jax.tree.leaves(same))
+    ones = jnp.ones((2, 3))
+    ours, theirs = pretrained(path), mlp_optimizer(weights)
+    update, _ = ours.update(ones, ours.init(ones), ones)
+    np.testing.assert_array_equal(update, theirs.update(ones, theirs.init(ones), ones)[0])
+
+
+def test_layout_of_an_mlp_is_fixed(tmp_path: Path) -> None:
+    path = tmp_path / "mlp.safetensors"
+    save_weights(path, init_mlp_weights(jax.random.key(0)), made={})
+    with safe_open(path, framework="np") as file:
+        found = file.metadata()
+    assert len(found.pop("sha256")) == 64
+    assert found == {"architecture": "mlp", "hidden": "4", "layers": "2"}
+    assert {name: tensor.shape for name, tensor in load_file(path).items()} == {
+        "mlp.0.weight": (4, 39),
+        "mlp.0.bias": (4,),
+        "mlp.1.weight": (4, 4),
+        "mlp.1.bias": (4,),
+        "mlp.2.weight": (2, 4),
+        "mlp.2.bias": (2,),
+        "momentum_decays": (3,),
+        "second_moment_decay": (1,),
+        "factored_decays": (3,),
+    }
+    save_file(load_file(path), path, {**found, "layers": "1"})
+    refused(path, r"it holds mlp\.2\.bias, mlp\.2\.weight, which no mlp of 1 layers has")
+    save_file(load_file(path), path, {**found, "architecture": "lstm", "p": "1", "scale": "1"})
+    refused(path, r"it lacks linear\.bias")
 
 
 def test_layout_is_fixed(saved: Path) -> None:
@@ -110,7 +159,7 @@ def test_a_bit_that_flipped_is_noticed_wherever_it_is(saved: Path) -> None:
             saved.write_bytes(flipped)
             refused(saved, "^weights must be a complete")
     saved.write_bytes(content)
-    assert load_weights(saved).scale == 0.1
+    assert load_weights(saved).numbers["scale"] == 0.1
 
 
 def test_a_file_of_another_program_needs_no_checksum(saved: Path) -> None:
@@ -127,12 +176,12 @@ def test_other_content_is_refused(saved: Path) -> None:
     ("change", "reason"),
     [
         ({"p": None}, "its metadata lack p"),
-        ({"hidden": None, "scale": None}, "its metadata lack hidden, scale"),
-        ({"architecture": "gru"}, "its architecture must be 'lstm', got 'gru'"),
+        ({"hidden": None, "layers": None}, "its metadata lack hidden, layers"),
+        ({"architecture": "gru"}, "its architecture must be one of lstm, mlp, got 'gru'"),
         ({"hidden": "many"}, "invalid literal"),
-        ({"hidden": "10"}, r"must be F32 \[1, 10\], got F32 \[1, 20\]"),
+        ({"hidden": "10"}, r"must be F32 \[40, 2\], got F32 \[80, 2\]"),
         ({"layers": "0"}, "layers must be positive and finite, got 0"),
-        ({"layers": "1"}, "it holds lstm.bias_hh_l1, .* which an LSTM optimizer doesn't have"),
+        ({"layers": "1"}, "it holds lstm.bias_hh_l1, .* which no lstm of 1 layers has"),
         ({"layers": "3"}, "it lacks lstm.bias_hh_l2"),
         ({"layers": "999999999999"}, "it lacks"),
         ({"layers": "9" * 4_000}, "layers must be positive and finite, got 9+$"),
@@ -149,7 +198,7 @@ def test_wrong_metadata_are_refused(saved: Path, change: dict[str, Any], reason:
 
 def test_missing_metadata_are_refused(saved: Path) -> None:
     save_file(load_file(saved), saved)
-    refused(saved, "its metadata lack architecture, hidden, layers, p, scale")
+    refused(saved, "its metadata lack architecture, hidden, layers$")
 
 
 @pytest.mark.parametrize(
@@ -190,7 +239,7 @@ def test_missing_file_is_named(tmp_path: Path, name: str) -> None:
 
 def test_saving_replaces_and_leaves_nothing_else(saved: Path) -> None:
     save_weights(saved, init_lstm_weights(jax.random.key(9)), p=10, scale=0.5, made={})
-    assert load_weights(saved).scale == 0.5
+    assert load_weights(saved).numbers["scale"] == 0.5
     assert names_in(saved.parent) == [saved.name]
 
 
@@ -222,6 +271,7 @@ def test_unwritable_place_is_named(tmp_path: Path, weights: LSTMWeights, place: 
     [
         ({"p": 0.0}, "^p must be positive and finite, got 0.0$"),
         ({"scale": float("inf")}, "^scale must be positive and finite, got inf$"),
+        ({"q": 1.0}, "^numbers of LSTMWeights must be p, scale, got p, scale, q$"),
         ({"made": {"p": "10"}}, "^made must map strings other than architecture, .* got 'p': '10'"),
     ],
 )
@@ -231,6 +281,12 @@ def test_wrong_arguments_are_refused(
     with pytest.raises(ValueError, match=reason):
         save_weights(tmp_path / "x", weights, **{"p": 10.0, "scale": 0.1, "made": {}, **arguments})
     assert not names_in(tmp_path)
+
+
+def test_an_mlp_takes_no_numbers(tmp_path: Path) -> None:
+    weights = init_mlp_weights(jax.random.key(0))
+    with pytest.raises(ValueError, match=r"^numbers of MLPWeights must be none, got scale$"):
+        save_weights(tmp_path / "x", weights, made={}, scale=1.0)
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, weights: LSTMWeights) -> None:

@@ -90,11 +90,11 @@ def _weights(experiment: Experiment) -> dict[str, str]:
     """The checksum of the weights that the experiment names, if it names a file of them."""
     try:
         path = path_of(experiment.learned)
-        tensors, _, p, scale, _ = read_weights(path)
+        file = read_weights(path)
     except (ValueError, OSError):  # what only the user's own methods can read
         return {}
-    about = {"p": repr(p), "scale": repr(scale)}
-    return {f"the file {path.name}": checksums.of_arrays(tensors, about)}
+    about = {name: repr(number) for name, number in file.numbers.items()}
+    return {f"the file {path.name}": checksums.of_arrays(file.tensors, about)}
 
 
 def _check(experiment: Experiment) -> None:
@@ -212,6 +212,7 @@ class _MethodRun:
                     self._taken - taken,
                     loss=float(np.mean(decisions.losses)),
                     learned=float(np.mean(decisions.used_learned)),
+                    price=float(np.mean(decisions.gradients + decisions.forwards / 3)) / nt,
                 )
                 finished = self._taken >= steps
                 if self._taken >= goal and (finished or goal >= self._experiment.evaluate_from):

@@ -1,9 +1,11 @@
 """Learned optimizers on disk, and those shipped, ready to use in optax."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -12,27 +14,38 @@ from safetensors.numpy import save
 from .. import checksums
 from ..files import write_whole
 from ..validation import check_positive
-from .lstm import LSTMLayer, LSTMWeights, lstm_optimizer
-from .weights_file import NEEDED, layer_names, path_of, read_weights
+from .lstm import LSTMWeights, init_lstm_weights, lstm_optimizer
+from .mlp import MLPWeights, init_mlp_weights, mlp_optimizer
+from .weights_file import ARCHITECTURES, path_of, read_weights
 
-TAKEN = (*NEEDED, checksums.NAME)
-"""Names of metadata that aren't free."""
+LearnedWeights = LSTMWeights | MLPWeights
+
+
+class InJAX(NamedTuple):
+    """What makes an architecture's weights and its optimizer."""
+
+    init: Callable[..., Any]
+    optimizer: Callable[..., optax.GradientTransformation]
+
+
+IN_JAX = {
+    "lstm": InJAX(init_lstm_weights, lstm_optimizer),
+    "mlp": InJAX(init_mlp_weights, mlp_optimizer),
+}
 
 
 class LearnedOptimizer(NamedTuple):
     """What a file of weights holds: all that it takes to use them, and where they come from."""
 
-    weights: LSTMWeights
-    p: float
-    """Scale of the input logarithm that the weights were trained with."""
-    scale: float
-    """Factor of the output that they were trained with."""
+    weights: LearnedWeights
+    numbers: dict[str, float]
+    """Arguments of the optimizer that the weights were trained with: p and scale of an LSTM."""
     made: dict[str, str]
     """How they were made: command, commit, seed and the like."""
 
     def transformation(self) -> optax.GradientTransformation:
         """The optimizer, ready to use."""
-        return lstm_optimizer(self.weights, scale=self.scale, p=self.p)
+        return IN_JAX[_sizes(self.weights)[0]].optimizer(self.weights, **self.numbers)
 
 
 def pretrained(name: str | os.PathLike[str]) -> optax.GradientTransformation:
@@ -61,17 +74,23 @@ def load_weights(path: str | os.PathLike[str]) -> LearnedOptimizer:
     Raises:
         ValueError, OSError: as ``read_weights`` in ``weights_file.py``, which describes such files.
     """
-    tensors, layers, p, scale, made = read_weights(path)
-    return LearnedOptimizer(_as_weights(tensors, layers), p, scale, made)
+    file = read_weights(path)
+    init = IN_JAX[file.architecture].init
+    like = jax.eval_shape(
+        lambda key: init(key, hidden=file.hidden, layers=file.layers), jax.random.key(0)
+    )
+    names = ARCHITECTURES[file.architecture].shapes(file.hidden, file.layers)
+    leaves = [jnp.asarray(file.tensors[name]) for name in names]
+    weights = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    return LearnedOptimizer(weights, file.numbers, file.made)
 
 
 def save_weights(
     path: str | os.PathLike[str],
-    weights: LSTMWeights,
+    weights: LearnedWeights,
     *,
-    p: float,
-    scale: float,
     made: dict[str, str],
+    **numbers: float,
 ) -> None:
     """Write weights with everything that makes them usable; a file of that name is replaced.
 
@@ -79,63 +98,56 @@ def save_weights(
 
     Args:
         path: where to, usually ``<name>.safetensors``.
-        weights: of ``lstm_optimizer``, likewise p and scale.
-        p: scale of the input logarithm.
-        scale: factor of the output.
+        weights: of ``lstm_optimizer`` or ``mlp_optimizer``.
         made: how they were made, for those who use them. Names and values are strings.
+        numbers: p and scale of ``lstm_optimizer``; none for ``mlp_optimizer``.
 
     Raises:
-        ValueError: if a weight, p or scale is not finite, or ``made`` has a name that is taken.
+        ValueError: if a weight or a number is not finite, the numbers are not the architecture's,
+            or ``made`` has a name that is taken.
         OSError: if the file can't be written.
 
-    >>> import jax, tempfile
-    >>> from lossguard.learned.lstm import init_lstm_weights
-    >>> weights = init_lstm_weights(jax.random.key(0))
+    >>> import tempfile
+    >>> weights = init_mlp_weights(jax.random.key(0))
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_weights(f"{folder}/mine.safetensors", weights, p=10, scale=0.1, made={"seed": "0"})
+    ...     save_weights(f"{folder}/mine.safetensors", weights, made={"seed": "0"})
     ...     loaded = load_weights(f"{folder}/mine.safetensors")
-    >>> loaded.scale, loaded.made
-    (0.1, {'seed': '0'})
+    >>> loaded.numbers, loaded.made
+    ({}, {'seed': '0'})
     >>> optimizer = loaded.transformation()
     """
     path = Path(path)
-    tensors = _as_tensors(weights)
-    for name, tensor in tensors.items():
-        if not np.isfinite(tensor).all():
-            raise ValueError(f"weights must be finite, but {name} is not")
-    check_positive(p=p, scale=scale)
-    for name, value in made.items():
-        if name in TAKEN or not isinstance(name, str) or not isinstance(value, str):
-            raise ValueError(
-                f"made must map strings other than {', '.join(TAKEN)} to strings, "
-                f"got {name!r}: {value!r}"
-            )
-    about = {
-        "architecture": "lstm",
-        "hidden": str(weights.linear_weight.shape[1]),
-        "layers": str(len(weights.layers)),
-        "p": repr(float(p)),
-        "scale": repr(float(scale)),
+    name, hidden, layers = _sizes(weights)
+    architecture = ARCHITECTURES[name]
+    if numbers.keys() != set(architecture.numbers):
+        needed, given = (", ".join(names) or "none" for names in (architecture.numbers, numbers))
+        raise ValueError(f"numbers of {type(weights).__name__} must be {needed}, got {given}")
+    check_positive(**numbers)
+    tensors = {
+        tensor_name: np.ascontiguousarray(leaf, np.float32)
+        for tensor_name, leaf in zip(
+            architecture.shapes(hidden, layers), jax.tree.leaves(weights), strict=True
+        )
     }
+    for tensor_name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise ValueError(f"weights must be finite, but {tensor_name} is not")
+    about = {"architecture": name, "hidden": str(hidden), "layers": str(layers)}
+    about |= {number: repr(float(numbers[number])) for number in architecture.numbers}
+    taken = (*about, checksums.NAME)
+    for key, value in made.items():
+        if key in taken or not isinstance(key, str) or not isinstance(value, str):
+            raise ValueError(
+                f"made must map strings other than {', '.join(taken)} to strings, "
+                f"got {key!r}: {value!r}"
+            )
     about |= made
     about[checksums.NAME] = checksums.of_arrays(tensors, about)
     write_whole(path, save(tensors, about), "the weights")
 
 
-def _as_tensors(weights: LSTMWeights) -> dict[str, np.ndarray]:
-    named: dict[str, Any] = {
-        "linear.weight": weights.linear_weight,
-        "linear.bias": weights.linear_bias,
-    }
-    for k, layer in enumerate(weights.layers):
-        named.update(zip(layer_names(k), layer, strict=True))
-    return {name: np.ascontiguousarray(array, np.float32) for name, array in named.items()}
-
-
-def _as_weights(tensors: dict[str, np.ndarray], layers: int) -> LSTMWeights:
-    arrays = {name: jnp.asarray(tensor) for name, tensor in tensors.items()}
-    return LSTMWeights(
-        tuple(LSTMLayer(*(arrays[name] for name in layer_names(k))) for k in range(layers)),
-        arrays["linear.weight"],
-        arrays["linear.bias"],
-    )
+def _sizes(weights: LearnedWeights) -> tuple[str, int, int]:
+    """Architecture, hidden units and layers."""
+    if isinstance(weights, MLPWeights):
+        return "mlp", len(weights.layers[0].bias), len(weights.layers) - 1
+    return "lstm", weights.linear_weight.shape[1], len(weights.layers)

@@ -1,18 +1,27 @@
 """Files of weights: what both frameworks read, and those that the package ships.
 
-Tensors have the names and shapes of a PyTorch module whose attributes ``lstm`` and ``linear`` are
-``torch.nn.LSTM`` and ``torch.nn.Linear``, in float32; H hidden cells, K layers:
+Tensors are in float32, with the names and shapes of PyTorch modules; H hidden units, K layers.
+
+An LSTM optimizer, ``lstm`` a ``torch.nn.LSTM`` and ``linear`` a ``torch.nn.Linear``:
 
     lstm.weight_ih_l0 [4H, 2]   lstm.weight_hh_l0 [4H, H]   lstm.bias_ih_l0, lstm.bias_hh_l0 [4H]
     the same as far as l{K-1}, with weight_ih [4H, H]       linear.weight [1, H], linear.bias [1]
 
-Metadata, all strings: ``architecture`` = "lstm", ``hidden`` = H, ``layers`` = K, ``p``, ``scale``,
-``sha256``, the checksum of all that is in the file, and how the weights were made, under whatever
-names. A file that another program wrote may lack the checksum. Nothing here imports JAX or PyTorch.
+An MLP optimizer, ``mlp`` a list of K + 1 ``torch.nn.Linear``; a decay d is log(1 - d) / 10:
+
+    mlp.0.weight [H, 39], mlp.0.bias [H]   as far as mlp.{K-1} with [H, H]   mlp.{K} [2, H] and [2]
+    momentum_decays [3]   second_moment_decay [1]   factored_decays [3]
+
+Metadata, all strings: ``architecture``, "lstm" or "mlp", ``hidden`` = H, ``layers`` = K, of an LSTM
+``p`` and ``scale``, ``sha256``, the checksum of all that is in the file, and how the weights were
+made, under whatever names. A file that another program wrote may lack the checksum. Nothing here
+imports JAX or PyTorch.
 """
 
 import os
+from collections.abc import Callable
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,18 +30,29 @@ from safetensors import SafetensorError, safe_open
 
 from .. import checksums
 from ..validation import check_positive, one_of
+from .mlp_features import FACTORED_DECAYS, FEATURES, MOMENTUM_DECAYS, OUTPUTS, TIMES
 
 SUFFIX = ".safetensors"
-NEEDED = ("architecture", "hidden", "layers", "p", "scale")
+NEEDED = ("architecture", "hidden", "layers")
+
+
+class Architecture(NamedTuple):
+    """What the files of one architecture have beside ``NEEDED``."""
+
+    numbers: tuple[str, ...]
+    """Further metadata, all positive: arguments of the optimizer."""
+    shapes: Callable[[int, int], dict[str, list[int]]]
+    """The tensors by hidden units and layers, in the order of the weights' leaves in JAX."""
 
 
 class WeightsFile(NamedTuple):
     """What a file holds."""
 
-    tensors: dict[str, np.ndarray]
+    architecture: str
+    hidden: int
     layers: int
-    p: float
-    scale: float
+    numbers: dict[str, float]
+    tensors: dict[str, np.ndarray]
     made: dict[str, str]
 
 
@@ -67,10 +87,14 @@ def path_of(name: str | os.PathLike[str]) -> Path:
     return Path(name) if name.endswith(SUFFIX) else pretrained_path(name)
 
 
-def read_weights(path: str | os.PathLike[str]) -> WeightsFile:
+def read_weights(path: str | os.PathLike[str], architecture: str | None = None) -> WeightsFile:
     """Read a file, and check that it is what this module describes.
 
     The checksum is verified, if the file has one.
+
+    Args:
+        path: of the file.
+        architecture: the only one that is allowed, if not all are.
 
     Raises:
         ValueError: if the file is damaged, is not what this module describes, or holds a weight
@@ -83,28 +107,33 @@ def read_weights(path: str | os.PathLike[str]) -> WeightsFile:
     try:
         with safe_open(path, framework="np") as file:
             about = dict(file.metadata() or {})
-            hidden, layers, p, scale = _read_metadata(about)
-            _check_tensors(file, hidden, layers)
+            name, hidden, layers, numbers = _read_metadata(about, architecture)
+            _check_tensors(file, name, hidden, layers)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if about.pop(checksums.NAME, None) not in (None, checksums.of_arrays(tensors, about)):
             raise ValueError("its content is not that of its SHA-256")
-        for name, tensor in tensors.items():
+        for tensor_name, tensor in tensors.items():
             if not np.isfinite(tensor).all():
-                raise ValueError(f"its tensor {name} is not finite")
+                raise ValueError(f"its tensor {tensor_name} is not finite")
     except (SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"weights must be a complete {SUFFIX} file of an LSTM optimizer, "
+            f"weights must be a complete {SUFFIX} file of a learned optimizer, "
             f"but {path} is not: {reason}"
         ) from error
-    made = {name: value for name, value in about.items() if name not in NEEDED}
-    return WeightsFile(tensors, layers, p, scale, made)
+    made = {key: value for key, value in about.items() if key not in (*NEEDED, *numbers)}
+    return WeightsFile(name, hidden, layers, numbers, tensors, made)
 
 
-def layer_names(layer: int) -> list[str]:
+def lstm_names(layer: int) -> list[str]:
     """The tensors of one layer, as ``torch.nn.LSTM`` calls them."""
     kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     return [f"lstm.{kind}_l{layer}" for kind in kinds]
+
+
+def mlp_names(layer: int) -> list[str]:
+    """The tensors of one layer of an MLP."""
+    return [f"mlp.{layer}.weight", f"mlp.{layer}.bias"]
 
 
 def _folder() -> Path:
@@ -114,34 +143,69 @@ def _folder() -> Path:
     return folder
 
 
-def _read_metadata(about: dict[str, str]) -> tuple[int, int, float, float]:
-    """hidden, layers, p and scale."""
-    missing = [name for name in NEEDED if name not in about]
+def _read_metadata(
+    about: dict[str, str], allowed: str | None
+) -> tuple[str, int, int, dict[str, float]]:
+    """Architecture, hidden, layers and numbers."""
+    name = _require(about, NEEDED)[0]
+    if name not in ARCHITECTURES or name != (allowed or name):
+        known = ARCHITECTURES if allowed is None else (allowed,)
+        raise ValueError(f"its architecture must be {one_of(known, name)}")
+    numbers = ARCHITECTURES[name].numbers
+    values = dict(zip(numbers, map(float, _require(about, numbers)), strict=True))
+    hidden, layers = int(about["hidden"]), int(about["layers"])
+    check_positive(hidden=hidden, layers=layers, **values)
+    return name, hidden, layers, values
+
+
+def _require(about: dict[str, str], names: tuple[str, ...]) -> list[str]:
+    missing = [name for name in names if name not in about]
     if missing:
         raise ValueError(f"its metadata lack {', '.join(missing)}")
-    if about["architecture"] != "lstm":
-        raise ValueError(f"its architecture must be 'lstm', got {about['architecture']!r}")
-    hidden, layers = int(about["hidden"]), int(about["layers"])
-    p, scale = float(about["p"]), float(about["scale"])
-    check_positive(hidden=hidden, layers=layers, p=p, scale=scale)
-    return hidden, layers, p, scale
+    return [about[name] for name in names]
 
 
-def _check_tensors(file: Any, hidden: int, layers: int) -> None:
+def _check_tensors(file: Any, architecture: str, hidden: int, layers: int) -> None:
     """Whether names, shapes and types are those of the metadata, before anything is read."""
     names = set(file.keys())
-    shapes = {"linear.weight": [1, hidden], "linear.bias": [1]}
-    for k in range(min(layers, len(names))):
-        inputs = hidden if k else 2
-        of_layer = ([4 * hidden, inputs], [4 * hidden, hidden], [4 * hidden], [4 * hidden])
-        shapes.update(zip(layer_names(k), of_layer, strict=True))
+    shapes = ARCHITECTURES[architecture].shapes(hidden, min(layers, len(names)))
     if missing := sorted(shapes.keys() - names):
         raise ValueError(f"it lacks {', '.join(missing)}")
     if unknown := sorted(names - shapes.keys()):
-        raise ValueError(f"it holds {', '.join(unknown)}, which an LSTM optimizer doesn't have")
+        raise ValueError(
+            f"it holds {', '.join(unknown)}, which no {architecture} of {layers} layers has"
+        )
     for name, shape in shapes.items():
         view = file.get_slice(name)
         if view.get_shape() != shape or view.get_dtype() != "F32":
             raise ValueError(
                 f"its tensor {name} must be F32 {shape}, got {view.get_dtype()} {view.get_shape()}"
             )
+
+
+def _lstm_shapes(hidden: int, layers: int) -> dict[str, list[int]]:
+    shapes = {}
+    for k in range(layers):
+        inputs = hidden if k else 2
+        of_layer = ([4 * hidden, inputs], [4 * hidden, hidden], [4 * hidden], [4 * hidden])
+        shapes.update(zip(lstm_names(k), of_layer, strict=True))
+    return {**shapes, "linear.weight": [1, hidden], "linear.bias": [1]}
+
+
+def _mlp_shapes(hidden: int, layers: int) -> dict[str, list[int]]:
+    sizes = [FEATURES + len(TIMES), *[hidden] * layers, OUTPUTS]
+    shapes = {}
+    for k, (inputs, outputs) in enumerate(pairwise(sizes)):
+        shapes.update(zip(mlp_names(k), ([outputs, inputs], [outputs]), strict=True))
+    return {
+        **shapes,
+        "momentum_decays": [len(MOMENTUM_DECAYS)],
+        "second_moment_decay": [1],
+        "factored_decays": [len(FACTORED_DECAYS)],
+    }
+
+
+ARCHITECTURES = {
+    "lstm": Architecture(("p", "scale"), _lstm_shapes),
+    "mlp": Architecture((), _mlp_shapes),
+}

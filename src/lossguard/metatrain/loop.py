@@ -1,9 +1,10 @@
 """Meta-training: many meta-steps, validated, resumable; the best weights by validation are kept."""
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -11,31 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import polars as pl
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .. import records
 from ..checkpoints import Checkpoints
 from ..config import as_config
-from ..learned.lstm import LSTMWeights, init_lstm_weights, lstm_optimizer
-from ..learned.pretrained import save_weights
 from ..progress import Progress, stopping_at_interrupt
-from ..tasks.datasets import load_dataset
-from ..tasks.models import MLP, ConvNet
 from ..tasks.task import Task
 from ..validation import check_count, check_positive, check_real, check_seed
-from .truncated import Optimizees, meta_gradient, restart_finished, start, unroll
 
 WEIGHTS = "weights.safetensors"
-COUNTS = (
-    "batch_size",
-    "optimizees",
-    "shortest",
-    "meta_steps",
-    "hidden",
-    "layers",
-    "validate_every",
-    "validation_optimizees",
-)
+COUNTS = ("shortest", "meta_steps", "hidden", "layers", "validate_every")
 """What must be at least 1."""
 LENGTHS = ("truncation", "validation_steps")
 """What must be at least 2: the first loss is before the learned optimizer has done anything."""
@@ -43,21 +30,42 @@ SAVE_SECONDS = 60.0
 """Between two checkpoints."""
 
 
+class Method(eqx.Module):
+    """A way to meta-train, with its tasks; a pytree, so that meta-steps are compiled whole."""
+
+    @property
+    @abstractmethod
+    def tasks(self) -> Mapping[str, Task]:
+        """By what they are called where one of them changed: all that data is read of."""
+
+    @abstractmethod
+    def start(self, key: PRNGKeyArray) -> tuple[PyTree, PyTree]:
+        """Fresh weights, and the inner problems at the start of their rollouts."""
+
+    @abstractmethod
+    def gradient(
+        self, weights: PyTree, inner: PyTree, key: PRNGKeyArray, done: Array
+    ) -> tuple[Float[Array, ""], PyTree, PyTree]:
+        """The loss of the next pieces, the meta-gradient, and the inner problems after them."""
+
+    @abstractmethod
+    def validate(self, weights: PyTree, key: PRNGKeyArray) -> dict[str, np.ndarray]:
+        """Columns of the curves; ``validation``, losses a step, chooses the weights that are
+        kept, and others are called ``validation_NAME``."""
+
+    @abstractmethod
+    def save(self, path: Path, weights: PyTree, made: dict[str, str]) -> None:
+        """Write the weights that are kept."""
+
+
 @dataclass(frozen=True)
-class MetaTraining:
-    """Everything that a meta-training run depends on."""
+class MetaTraining(ABC):
+    """What every meta-training run depends on."""
 
     name: str
     """What the learned optimizer is called."""
-    dataset: str = "mnist"
-    scaling: str = "unit"
-    """Of the inputs, as the data set's loader takes it."""
-    model: MLP | ConvNet = MLP()
-    batch_size: int = 128
-    optimizees: int = 2
-    """K, optimizees under way side by side."""
     truncation: int = 50
-    """Optimizer steps of a piece, after which back-propagation is cut."""
+    """Optimizer steps of a piece."""
     shortest: int = 100
     longest: int = 500
     """Rollout lengths are drawn log-uniformly between the two, rounded up to whole pieces."""
@@ -72,36 +80,53 @@ class MetaTraining:
     """Largest norm of a meta-gradient."""
     hidden: int = 20
     layers: int = 2
-    scale: float = 0.1
-    p: float = 10.0
     validate_every: int = 100
     validation_steps: int = 300
     """The weights kept are those with the lowest mean loss over so many steps."""
-    validation_optimizees: int = 4
-    others: tuple[str, ...] = ()
-    """Other data sets that are validated on as well, as in figure 2; they don't choose weights."""
     seed: int = 0
 
-    def task(self) -> Task:
-        """The task that is trained on, loaded."""
-        return Task(load_dataset(self.dataset, scaling=self.scaling), self.model, self.batch_size)
+    @abstractmethod
+    def method(self) -> Method:
+        """The method, with its tasks loaded."""
 
-    def other_tasks(self) -> dict[str, Task]:
-        """The same model on ``others``, scaled as their loaders do by default."""
-        return {name: Task(load_dataset(name), self.model, self.batch_size) for name in self.others}
+    def check(self) -> None:
+        """Refuse what is out of range."""
+        for name in COUNTS:
+            check_count(name, getattr(self, name))
+        for name in LENGTHS:
+            check_count(name, getattr(self, name), least=2)
+        check_positive(rate=self.rate, clip=self.clip)
+        check_real("b2", self.b2, "at least 0 and below 1", lambda v: 0 <= v < 1)
+        check_count("curriculum", self.curriculum, least=0)
+        check_seed(self.seed)
+        if self.longest < self.shortest:
+            raise ValueError(
+                f"longest must be at least shortest, which is {self.shortest}, got {self.longest}"
+            )
 
-    def optimizer(self, weights: LSTMWeights) -> optax.GradientTransformation:
-        """The learned optimizer that these weights make."""
-        return lstm_optimizer(weights, scale=self.scale, p=self.p)
+    def lengths(self, key: PRNGKeyArray, count: int, done: Array | int) -> Int[Array, " count"]:
+        """Of rollouts that begin ``done`` meta-steps into training, in optimizer steps."""
+        grown = jnp.minimum(1, (done + 1) / (self.curriculum + 1))
+        low, high = jnp.log(self.shortest), jnp.log(self.longest)
+        bounds = low, low + grown * (high - low)
+        logs = jax.random.uniform(key, (count,), jnp.float32, *bounds)
+        return jnp.ceil(jnp.exp(logs) / self.truncation - 1e-3).astype(jnp.int32) * self.truncation
+
+    def optimizer_of_weights(self) -> optax.GradientTransformation:
+        """Adam with a clipped gradient; one that isn't finite is left out."""
+        rate = optax.cosine_decay_schedule(self.rate, self.meta_steps)
+        adam = optax.chain(optax.clip_by_global_norm(self.clip), optax.adam(rate, b2=self.b2))
+        return optax.apply_if_finite(adam, max_consecutive_errors=self.meta_steps)
 
 
 class MetaState(NamedTuple):
     """Where meta-training stands."""
 
-    weights: LSTMWeights
+    weights: PyTree
     adam: PyTree
-    optimizees: Optimizees
-    best: LSTMWeights
+    inner: PyTree
+    """The inner problems under way."""
+    best: PyTree
     best_validation: Float[Array, ""]
 
 
@@ -112,7 +137,7 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
 
     Leaves ``config.json``, ``manifest.json``, ``curves.parquet`` (columns ``meta_step``,
     ``meta_loss``, ``gradient_norm``, ``validation``: [validation_steps] mean losses a step, and
-    ``validation_NAME`` on each of ``others``) and ``weights.safetensors`` in the folder. It saves
+    ``validation_NAME`` on other tasks) and ``weights.safetensors`` in the folder. It saves
     once a minute, and when it is stopped by Ctrl-C or SIGTERM. Then, or killed, it goes on with
     ``resume``, with the same result as without the stop; of one that is finished nothing is written
     again.
@@ -123,32 +148,28 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
             data set that does not exist, has a number out of range or holds what JSON can't, or if
             every validation diverged.
     """
-    _check(config)
+    config.check()
     with stopping_at_interrupt() as stopped:
-        task, others = config.task(), config.other_tasks()
-        for each in (task, *others.values()):
-            _trace_loss(each)
+        method = config.method()
+        for task in method.tasks.values():
+            _trace_loss(task)
         if stopped():
             raise KeyboardInterrupt
         with records.hold_folder(folder, as_config(config), resume=resume) as finished:
             if not finished:
-                _metatrain(config, task, others, folder, stopped)
+                _metatrain(config, method, folder, stopped)
     return folder / WEIGHTS
 
 
 def _metatrain(
-    config: MetaTraining,
-    task: Task,
-    others: dict[str, Task],
-    folder: Path,
-    stopped: Callable[[], bool],
+    config: MetaTraining, method: Method, folder: Path, stopped: Callable[[], bool]
 ) -> None:
     """All of it, and what it leaves."""
-    inputs = {"the data": task.dataset.checksum()}
-    inputs |= {f"the data of {name}": other.dataset.checksum() for name, other in others.items()}
-    made = records.start(folder, data=task.dataset.note, inputs=inputs)
+    inputs = {name: task.dataset.checksum() for name, task in method.tasks.items()}
+    notes = dict.fromkeys(task.dataset.note for task in method.tasks.values())
+    made = records.start(folder, data=", ".join(filter(None, notes)), inputs=inputs)
     checkpoints = Checkpoints(folder / "checkpoints")
-    state, table, seconds = _train_to_the_end(config, task, others, checkpoints, stopped)
+    state, table, seconds = _train_to_the_end(config, method, checkpoints, stopped)
     records.write_parquet(folder / records.CURVES, table)
     if not np.isfinite(state.best_validation):
         raise ValueError(f"no validation of {config.name} was finite: there are no weights to keep")
@@ -157,28 +178,11 @@ def _metatrain(
         "made": " ".join(made["command"]),
         "commit": str(made["commit"]),
         "time": made["time"],
-        "dataset": config.dataset,
         "best_validation": f"{float(state.best_validation):.4f}",
     }
-    save_weights(folder / WEIGHTS, state.best, p=config.p, scale=config.scale, made=provenance)
+    method.save(folder / WEIGHTS, state.best, provenance)
     records.finish(folder, made)
     checkpoints.delete()
-
-
-def _check(config: MetaTraining) -> None:
-    for name in COUNTS:
-        check_count(name, getattr(config, name))
-    for name in LENGTHS:
-        check_count(name, getattr(config, name), least=2)
-    for name in ("rate", "clip", "scale", "p"):
-        check_positive(**{name: getattr(config, name)})
-    check_real("b2", config.b2, "at least 0 and below 1", lambda v: 0 <= v < 1)
-    check_count("curriculum", config.curriculum, least=0)
-    check_seed(config.seed)
-    if config.longest < config.shortest:
-        raise ValueError(
-            f"longest must be at least shortest, which is {config.shortest}, got {config.longest}"
-        )
 
 
 def _trace_loss(task: Task) -> None:
@@ -187,16 +191,13 @@ def _trace_loss(task: Task) -> None:
 
 
 def _train_to_the_end(
-    config: MetaTraining,
-    task: Task,
-    others: dict[str, Task],
-    checkpoints: Checkpoints,
-    stopped: Callable[[], bool],
+    config: MetaTraining, method: Method, checkpoints: Checkpoints, stopped: Callable[[], bool]
 ) -> tuple[MetaState, pl.DataFrame, float]:
     """All meta-steps from the last checkpoint on: the state after them, the curves, the seconds."""
     start_key, train_key, validation_key = jax.random.split(jax.random.key(config.seed), 3)
     every = config.validate_every
-    state, table, done, before = _start(config, task, start_key), pl.DataFrame(), 0, jnp.float32(0)
+    state, table = _start(config, method, start_key), pl.DataFrame()
+    done, before = 0, jnp.float32(0)
     seen = np.zeros((2, every), np.float32)  # losses and gradient norms since the last validation
     if (found := checkpoints.latest((state, jnp.asarray(seen), before))) is not None:
         done, (state, seen, before), table = found
@@ -212,14 +213,16 @@ def _train_to_the_end(
             steps = min(every, config.meta_steps - begun)
             keys = jax.random.split(jax.random.fold_in(train_key, begun), steps)
             key = keys[jnp.int32(within)]  # by a plain one, each index is compiled
-            state, loss, norm = _meta_step(config, task, state, key, jnp.int32(done))
+            state, loss, norm = _meta_step(config, method, state, key, jnp.int32(done))
             seen[:, within] = float(loss), float(norm)
             done += 1
             if within + 1 == steps:
-                state, row = _validated(config, task, others, state, validation_key)
+                columns = method.validate(state.weights, validation_key)
+                state = _keep_best(state, jnp.float32(columns["validation"].mean()))
                 means = seen[:, :steps].mean(axis=1).tolist()
-                means = {"meta_step": done, "meta_loss": means[0], "gradient_norm": means[1]}
-                rows = [table] * (done > every) + [pl.DataFrame(means | row)]
+                row = {"meta_step": done, "meta_loss": means[0], "gradient_norm": means[1]}
+                row |= {name: losses[None] for name, losses in columns.items()}
+                rows = [table] * (done > every) + [pl.DataFrame(row)]
                 table = pl.concat(rows, how="vertical_relaxed")
             progress.advance(1, loss=float(loss), best=float(state.best_validation))
             if stopped() or done == config.meta_steps or progress.seconds - saved > SAVE_SECONDS:
@@ -231,83 +234,22 @@ def _train_to_the_end(
     return state, table, seconds
 
 
-def _validated(
-    config: MetaTraining,
-    task: Task,
-    others: dict[str, Task],
-    state: MetaState,
-    key: PRNGKeyArray,
-) -> tuple[MetaState, dict[str, Any]]:
-    """The state with the best weights so far, and the validation's columns of a row."""
-    validation = np.asarray(_validate(config, task, state.weights, key))
-    row = {"validation": validation[None]}
-    for name, other in others.items():
-        row[f"validation_{name}"] = np.asarray(_validate(config, other, state.weights, key))[None]
-    return _keep_best(state, jnp.float32(validation.mean())), row
-
-
-def _start(config: MetaTraining, task: Task, key: PRNGKeyArray) -> MetaState:
-    weights_key, first_key = jax.random.split(key)
-    weights = init_lstm_weights(weights_key, hidden=config.hidden, layers=config.layers)
-    return MetaState(
-        weights,
-        _meta_optimizer(config).init(weights),
-        _fresh(config, task, config.optimizer(weights), first_key, 0),
-        weights,
-        jnp.float32(jnp.inf),
-    )
-
-
-def _meta_optimizer(config: MetaTraining) -> optax.GradientTransformation:
-    rate = optax.cosine_decay_schedule(config.rate, config.meta_steps)
-    adam = optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(rate, b2=config.b2))
-    return optax.apply_if_finite(adam, max_consecutive_errors=config.meta_steps)
-
-
-def _fresh(
-    config: MetaTraining,
-    task: Task,
-    optimizer: optax.GradientTransformation,
-    key: PRNGKeyArray,
-    done: Array | int,
-) -> Optimizees:
-    """Optimizees at the start of rollouts of random lengths, ``done`` meta-steps into training."""
-    length_key, key = jax.random.split(key)
-    grown = jnp.minimum(1, (done + 1) / (config.curriculum + 1))
-    low, high = jnp.log(config.shortest), jnp.log(config.longest)
-    bounds = low, low + grown * (high - low)
-    log_length = jax.random.uniform(length_key, (config.optimizees,), jnp.float32, *bounds)
-    pieces = jnp.ceil(jnp.exp(log_length) / config.truncation - 1e-3).astype(jnp.int32)
-    keys = jax.random.split(key, config.optimizees)
-    return start(task, optimizer, keys, pieces * config.truncation)
+def _start(config: MetaTraining, method: Method, key: PRNGKeyArray) -> MetaState:
+    weights, inner = method.start(key)
+    adam = config.optimizer_of_weights().init(weights)
+    return MetaState(weights, adam, inner, weights, jnp.float32(jnp.inf))
 
 
 @eqx.filter_jit
 def _meta_step(
-    config: MetaTraining, task: Task, state: MetaState, key: PRNGKeyArray, done: Array
+    config: MetaTraining, method: Method, state: MetaState, key: PRNGKeyArray, done: Array
 ) -> tuple[MetaState, Float[Array, ""], Float[Array, ""]]:
     """One meta-step: the state after it, the loss, the norm of the meta-gradient."""
-    losses, gradient, optimizees = meta_gradient(
-        config.optimizer, task, state.weights, state.optimizees, config.truncation
-    )
-    updates, adam = _meta_optimizer(config).update(gradient, state.adam, state.weights)
+    loss, gradient, inner = method.gradient(state.weights, state.inner, key, done)
+    updates, adam = config.optimizer_of_weights().update(gradient, state.adam, state.weights)
     weights = optax.apply_updates(state.weights, updates)
-    fresh = _fresh(config, task, config.optimizer(state.weights), key, done)
-    optimizees = restart_finished(optimizees, fresh)
-    state = state._replace(weights=weights, adam=adam, optimizees=optimizees)
-    return state, losses.mean(), optax.tree.norm(gradient)
-
-
-@eqx.filter_jit
-def _validate(
-    config: MetaTraining, task: Task, weights: LSTMWeights, key: PRNGKeyArray
-) -> Float[Array, " validation_steps"]:
-    """Mean training losses a step, on initializations and minibatches that training never draws."""
-    keys = jax.random.split(key, config.validation_optimizees)
-    optimizer = config.optimizer(weights)
-    optimizees = start(task, optimizer, keys, jnp.zeros(config.validation_optimizees, jnp.int32))
-    losses, _ = unroll(task, optimizer, optimizees, config.validation_steps)
-    return losses.mean(axis=1)
+    state = state._replace(weights=weights, adam=adam, inner=inner)
+    return state, loss, optax.tree.norm(gradient)
 
 
 def _keep_best(state: MetaState, validation: Float[Array, ""]) -> MetaState:

@@ -1,21 +1,23 @@
 """How the learned optimizers that the package ships were meta-trained."""
 
-from ..tasks.models import ConvNet
-from .loop import MetaTraining
+from ..tasks.models import MLP, ConvNet, ReluMLP
+from .bptt import LSTMTraining
+from .evolution import MLPTraining
+from .family import Member
 
 
-def mnist_mlp() -> MetaTraining:
+def mnist_mlp() -> LSTMTraining:
     """``lstm-mnist-mlp``: MNIST and the MLP with 20 hidden units (paper, section 4)."""
-    return MetaTraining(name="lstm-mnist-mlp")
+    return LSTMTraining(name="lstm-mnist-mlp")
 
 
-def cifar10_conv() -> MetaTraining:
+def cifar10_conv() -> LSTMTraining:
     """``lstm-cifar10-conv``: CIFAR-10 and the ConvNet with three layers (paper, appendix D).
 
     Rollouts begin with one piece and grow: a fresh learned optimizer moves every weight alike,
     which kills all of the ConvNet's ReLUs within some 50 steps, and then nothing is to be learned.
     """
-    return MetaTraining(
+    return LSTMTraining(
         name="lstm-cifar10-conv",
         dataset="cifar10",
         model=ConvNet(),
@@ -30,4 +32,32 @@ def cifar10_conv() -> MetaTraining:
     )
 
 
-RECIPES = {"mnist-mlp": mnist_mlp, "cifar10-conv": cifar10_conv}
+def mlp_small() -> MLPTraining:
+    """``mlp-small``: the MLP optimizer and five shapes of networks on small images.
+
+    None of them is a task that it is measured on.
+    """
+    return MLPTraining(
+        name="mlp-small",
+        truncation=50,
+        shortest=50,
+        longest=1500,
+        curriculum=800,
+        meta_steps=4000,
+        rate=2e-3,
+        family=(
+            Member("digits", ReluMLP((16, 16)), batch_size=32),
+            Member("mnist", ReluMLP((32,)), size=8),
+            Member("mnist", ReluMLP((16, 8, 16)), size=8, reconstruct=True),
+            Member("fashion_mnist", MLP((16,)), size=20),
+            Member("mnist", ReluMLP((32, 32)), size=24, pairs=2),
+        ),
+        held_out=(
+            Member("mnist", ReluMLP((24,)), size=12),
+            Member("fashion_mnist", ReluMLP((32, 32)), size=10),
+        ),
+        validation_steps=2000,
+    )
+
+
+RECIPES = {"mnist-mlp": mnist_mlp, "cifar10-conv": cifar10_conv, "mlp-small": mlp_small}

@@ -13,6 +13,7 @@ from lossguard.torch.decision import Decision as Decision
 from lossguard.torch.hedged import Hedged as Hedged
 from lossguard.torch.loss_guard import LossGuard as LossGuard
 from lossguard.torch.lstm import LSTMOptimizer as LSTMOptimizer
+from lossguard.torch.mlp import MLPOptimizer as MLPOptimizer
 from lossguard.torch.recommended import Recommended as Recommended
 from lossguard.torch.residual_guard import ResidualGuard as ResidualGuard
 from lossguard.torch.rewind import Rewind as Rewind

@@ -6,22 +6,19 @@ p   scale of the input logarithm
 """
 
 import math
-import os
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lossguard.learned.weights_file import layer_names, path_of, read_weights
-from lossguard.torch.memory import undo_casts
+from lossguard.learned.weights_file import lstm_names
+from lossguard.torch.learned import Learned, check_names
 from lossguard.validation import check_positive
 
 
-class LSTMOptimizer(Optimizer):
+class LSTMOptimizer(Learned):
     """A learned optimizer: one small LSTM, run on every coordinate alike.
 
     For each coordinate, with gradient g and memory m:
@@ -57,6 +54,8 @@ class LSTMOptimizer(Optimizer):
     Source: Andrychowicz et al., "Learning to learn by gradient descent by gradient descent", 2016.
     """
 
+    architecture = "lstm"
+
     def __init__(
         self,
         params: ParamsT,
@@ -66,96 +65,32 @@ class LSTMOptimizer(Optimizer):
         p: float = 10.0,
     ) -> None:
         check_positive(scale=scale, p=p)
-        self.weights = {name: tensor.detach().float() for name, tensor in weights.items()}
         self.layers = sum(name.startswith("lstm.weight_ih_l") for name in weights)
-        needed = [*(n for k in range(max(self.layers, 1)) for n in layer_names(k)), *OUTPUT]
-        missing = [name for name in needed if name not in weights]
-        if missing:
-            raise ValueError(f"weights must hold {', '.join(needed)}, got none of {missing}")
-        self._on: dict[torch.device, dict[str, Tensor]] = {}
-        super().__init__(params, {"lr": scale, "p": p})
+        names = (name for k in range(max(self.layers, 1)) for name in lstm_names(k))
+        check_names(weights, [*names, *OUTPUT])
+        super().__init__(params, weights, {"lr": scale, "p": p})
 
-    @classmethod
-    def pretrained(cls, params: ParamsT, name: str | os.PathLike[str]) -> "LSTMOptimizer":
-        """With weights that the package ships, or your own, and the scale of their training.
-
-        Args:
-            params: what it is to optimize.
-            name: one that ``lossguard list`` shows, or the path of what meta-training left, which
-                ends in ``.safetensors``.
-
-        Raises:
-            ValueError: if there are none of that name, or the file is damaged.
-            OSError: if it can't be read.
-        """
-        file = read_weights(path_of(name))
-        weights = {name: torch.from_numpy(tensor) for name, tensor in file.tensors.items()}
-        return cls(params, weights, scale=file.scale, p=file.p)
-
-    def __getstate__(self) -> dict[str, Any]:
-        ours = {"weights": self.weights, "layers": self.layers, "_on": {}}
-        return {**super().__getstate__(), **ours}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned: the memory stays in float32."""
-        super().load_state_dict(state_dict)
-        undo_casts(self, state_dict)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore
-        """Take one step.
-
-        Args:
-            closure: evaluates the loss, calls ``backward`` and returns the loss.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    with _without_autocast(param.device.type):
-                        self._update(param, group["lr"], group["p"])
-        return loss
-
-    def _weights_on(self, device: torch.device) -> dict[str, Tensor]:
-        """The weights on a parameter's device; each device gets them once."""
-        if device not in self._on:
-            self._on[device] = {name: tensor.to(device) for name, tensor in self.weights.items()}
-        return self._on[device]
-
-    def _update(self, param: Tensor, scale: float, p: float) -> None:
-        gradient = param.grad
-        if gradient is None or gradient.is_sparse or gradient.is_complex():
-            kind = "complex" if gradient is not None and gradient.is_complex() else "sparse"
-            raise ValueError(
-                f"gradients must be real and dense for LSTMOptimizer, got a {kind} one"
-            )
-        weights = self._weights_on(param.device)
-        x = log_and_sign(gradient.float().flatten(), p)
-        state = self.state[param]
-        if not state:
-            hidden = weights["linear.weight"].shape[1]
-            for name in ("h", "c"):
-                state[name] = x.new_zeros(self.layers, hidden, x.shape[1])
-        for k in range(self.layers):
-            layer = [weights[name] for name in layer_names(k)]
-            x, c = _cell(layer, x, state["h"][k], state["c"][k])
-            state["h"][k].copy_(x)
-            state["c"][k].copy_(c)
-        output = weights["linear.weight"] @ x + weights["linear.bias"][:, None]
-        param.add_((scale * output).reshape(param.shape).to(param.dtype))
+    def _update(
+        self, params: list[Tensor], weights: dict[str, Tensor], group: dict[str, Any]
+    ) -> None:
+        for param in params:
+            assert param.grad is not None
+            x = log_and_sign(param.grad.float().flatten(), group["p"])
+            state = self.state[param]
+            if not state:
+                hidden = weights["linear.weight"].shape[1]
+                for name in ("h", "c"):
+                    state[name] = x.new_zeros(self.layers, hidden, x.shape[1])
+            for k in range(self.layers):
+                layer = [weights[name] for name in lstm_names(k)]
+                x, c = _cell(layer, x, state["h"][k], state["c"][k])
+                state["h"][k].copy_(x)
+                state["c"][k].copy_(c)
+            output = weights["linear.weight"] @ x + weights["linear.bias"][:, None]
+            param.add_((group["lr"] * output).reshape(param.shape).to(param.dtype))
 
 
 OUTPUT = ("linear.weight", "linear.bias")
-
-
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Matrix products keep their dtype inside; some kinds of device have no autocast."""
-    if not torch.amp.is_autocast_available(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
 
 
 def log_and_sign(gradient: Tensor, p: float = 10.0) -> Tensor:

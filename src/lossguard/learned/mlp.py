@@ -1,0 +1,261 @@
+"""The MLP optimizer of Metz et al. (2022): one tiny network, run on every coordinate alike.
+
+What it sees of a coordinate are running means over time and, for matrices, over rows and columns.
+
+Letters: g gradient, p parameter, m momenta, v second moment, t steps taken so far, H hidden units.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from ..validation import check_count
+from .mlp_features import (
+    FACTORED_DECAYS,
+    FEATURES,
+    MOMENTUM_DECAYS,
+    OUTPUTS,
+    SCALE,
+    SECOND_MOMENT_DECAY,
+    TIMES,
+    factored_axes,
+)
+
+
+class MLPLayer(NamedTuple):
+    """One linear layer, in the layout of ``torch.nn.Linear``."""
+
+    weight: Float[Array, "outputs inputs"]
+    bias: Float[Array, " outputs"]
+
+
+class MLPWeights(NamedTuple):
+    """What meta-training learns. A decay d is stored as log(1 - d) / 10, below 0."""
+
+    layers: tuple[MLPLayer, ...]
+    """Inputs 28 features and 11 times; outputs direction and magnitude."""
+    momentum_decays: Float[Array, " 3"]
+    second_moment_decay: Float[Array, " 1"]
+    factored_decays: Float[Array, " 3"]
+
+
+class TensorMemory(NamedTuple):
+    """Running means of one tensor, in float32, zero at the start."""
+
+    momenta: tuple[Float[Array, "..."], ...]
+    """Three means of g, each of the tensor's shape."""
+    second_moment: Float[Array, "..."]
+    """Mean of g^2, of the tensor's shape."""
+    rows: tuple[Float[Array, "..."], ...]
+    """Three means of g^2, also over the longest axis, which has length 1 here. With fewer than two
+    axes they are of the tensor's shape."""
+    columns: tuple[Float[Array, "..."], ...]
+    """Likewise over the second longest axis; none with fewer than two axes."""
+
+
+class MLPState(NamedTuple):
+    """The optimizer's memory."""
+
+    step: Int[Array, ""]
+    """Steps taken, int32."""
+    tensors: PyTree[TensorMemory]
+    """As the parameters, with a memory in each tensor's place."""
+
+
+def init_mlp_weights(key: PRNGKeyArray, *, hidden: int = 4, layers: int = 2) -> MLPWeights:
+    """Fresh weights: normal of deviation 1 / sqrt(inputs), cut at two deviations; biases are zero.
+
+    Before meta-training a step is about 0.001, in a direction that means nothing.
+
+    Args:
+        key: draws the weights.
+        hidden: H, units of each hidden layer.
+        layers: hidden layers.
+
+    Raises:
+        ValueError: if hidden or layers is not a positive integer.
+
+    >>> init_mlp_weights(jax.random.key(0)).layers[0].weight.shape
+    (4, 39)
+    """
+    check_count("hidden", hidden)
+    check_count("layers", layers)
+    sizes = [FEATURES + len(TIMES), *[hidden] * layers, OUTPUTS]
+    made = []
+    for inputs, outputs, layer_key in zip(
+        sizes, sizes[1:], jax.random.split(key, layers + 1), strict=False
+    ):
+        weight = jax.random.truncated_normal(layer_key, -2.0, 2.0, (outputs, inputs), jnp.float32)
+        made.append(MLPLayer(weight / math.sqrt(inputs), jnp.zeros(outputs)))
+    return MLPWeights(
+        tuple(made),
+        *(
+            jnp.log1p(-jnp.asarray(decays)) / 10
+            for decays in (MOMENTUM_DECAYS, SECOND_MOMENT_DECAY, FACTORED_DECAYS)
+        ),
+    )
+
+
+def mlp_optimizer(weights: MLPWeights) -> optax.GradientTransformation:
+    """A small learned optimizer as an optax transformation.
+
+    For each coordinate, from its features (``_features``) and the number of steps t:
+
+        direction, magnitude = MLP(features, tanh(t / TIMES - 1))
+        update = -0.001 direction exp(0.001 magnitude)
+
+    Each feature is divided by the root of its mean square over the tensor (of the mean square plus
+    1e-5). Its ``update`` needs ``params``.
+
+    Args:
+        weights: what meta-training made; ``pretrained`` loads files of them.
+
+    The computation is in float32, updates have the gradients' dtypes. The state takes 16 bytes a
+    coordinate. A matrix of r rows and c columns takes 12 (r + c) more, a vector of n 12 n.
+
+    Raises:
+        ValueError: in ``init``, if parameters are complex; in ``update``, if ``params`` is missing.
+
+    Source: Metz et al., "Practical tradeoffs between memory, compute, and performance in learned
+    optimizers", 2022 (small_fc_lopt).
+
+    >>> optimizer = mlp_optimizer(init_mlp_weights(jax.random.key(0)))
+    >>> params = {"w": jnp.ones((3, 2))}
+    >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+    >>> updates["w"].shape
+    (3, 2)
+    """
+
+    def init(params: PyTree) -> MLPState:
+        if any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(params)):
+            raise ValueError("params must be real for mlp_optimizer, got complex ones")
+        return MLPState(jnp.zeros((), jnp.int32), jax.tree.map(_no_memory, params))
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None
+    ) -> tuple[PyTree, MLPState]:
+        if params is None:
+            raise ValueError("params must be given to the update of mlp_optimizer, got None")
+        times = jnp.tanh(state.step / jnp.asarray(TIMES, jnp.float32) - 1)
+        gradients, tree = jax.tree.flatten(updates)
+        steps, memories = [], []
+        for g, p, memory in zip(
+            gradients, tree.flatten_up_to(params), tree.flatten_up_to(state.tensors), strict=True
+        ):
+            g32 = g.astype(jnp.float32)
+            memory = _remember(weights, memory, g32)
+            features = _features(memory, g32, p.astype(jnp.float32))
+            direction, magnitude = _network(weights.layers, features, times)
+            steps.append((-SCALE * direction * jnp.exp(SCALE * magnitude)).astype(g.dtype))
+            memories.append(memory)
+        return tree.unflatten(steps), MLPState(state.step + 1, tree.unflatten(memories))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _no_memory(p: Array) -> TensorMemory:
+    zeros = jnp.zeros_like(p, jnp.float32)  # with the parameter's sharding
+    axes = factored_axes(p.shape)
+    rows, columns = (zeros,), ()
+    if axes:
+        shorter, longer = axes
+        rows = (zeros.sum(longer, keepdims=True),)
+        columns = (zeros.sum(shorter, keepdims=True),)
+    return TensorMemory((zeros,) * 3, zeros, rows * 3, columns * 3)
+
+
+def _remember(weights: MLPWeights, memory: TensorMemory, g: Array) -> TensorMemory:
+    """The running means after gradient g."""
+    squares = g * g
+
+    def means(log_rest: Array, old: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
+        rest = jnp.exp(10 * jnp.minimum(log_rest, 0))  # 1 - decay
+        return tuple((1 - a) * mean + a * new for a, mean in zip(rest, old, strict=False))
+
+    axes = factored_axes(g.shape)
+    rows = columns = squares
+    if axes:
+        shorter, longer = axes
+        rows, columns = rows.mean(longer, keepdims=True), columns.mean(shorter, keepdims=True)
+    (second_moment,) = means(weights.second_moment_decay, (memory.second_moment,), squares)
+    return TensorMemory(
+        means(weights.momentum_decays, memory.momenta, g),
+        second_moment,
+        means(weights.factored_decays, memory.rows, rows + 1e-30),
+        means(weights.factored_decays, memory.columns, columns + 1e-30),
+    )
+
+
+def _features(memory: TensorMemory, g: Array, p: Array) -> list[Array]:
+    """What the network sees of each coordinate, not yet normalized; each broadcasts to g's shape.
+
+        g, p, m, v, m / sqrt(v), 1 / sqrt(v)              1, 1, 3, 1, 3, 1
+        g / sqrt(V), V's rows and columns                 3, 3, 3
+        1 / sqrt(rows), 1 / sqrt(columns), m / sqrt(V)    3, 3, 3
+
+    V is Adafactor's second moment, rows columns / mean(rows). With fewer than two axes it is the
+    plain one, which is then in the rows' and the columns' place.
+    """
+    rsqrt = jax.lax.rsqrt
+    m, v, rows, columns = memory
+    by_v = rsqrt(v + 1e-6)
+    if columns:
+        axis = factored_axes(g.shape)
+        assert axis is not None
+        factors = [
+            rsqrt(jnp.maximum(r / (r.mean(axis[0], keepdims=True) + 1e-9), 1e-9))
+            * rsqrt(jnp.maximum(c, 1e-9))
+            for r, c in zip(rows, columns, strict=True)
+        ]
+        of_g = of_m = factors
+    else:
+        columns = rows
+        of_g = [rsqrt(r + 1e-9) for r in rows]
+        of_m = [rsqrt(r + 1e-6) for r in rows]
+    return [
+        *(g, p, *m, v),
+        *(one * by_v for one in m),
+        *(by_v, *(g * factor for factor in of_g)),
+        *(*rows, *columns),
+        *(rsqrt(one + 1e-8) for one in (*rows, *columns)),
+        *(one * factor for one, factor in zip(m, of_m, strict=True)),
+    ]
+
+
+def _network(
+    layers: tuple[MLPLayer, ...], features: list[Array], times: Float[Array, " T"]
+) -> tuple[Array, Array]:
+    """Direction and magnitude of each coordinate.
+
+    Layers are sums of scalars times features, which XLA fuses into one loop: nothing of size
+    [coordinates, features] is in memory.
+    """
+    first, *others = layers
+    scales = jnp.stack([jax.lax.rsqrt(1e-5 + jnp.mean(f * f)) for f in features])
+    weight = first.weight[:, : len(features)] * scales
+    bias = first.weight[:, len(features) :] @ times + first.bias
+    outputs = [
+        _by_size([w * f for w, f in zip(row, features, strict=True)]) + b
+        for row, b in zip(weight, bias, strict=True)
+    ]
+    for layer in others:
+        inputs = [jax.nn.relu(x) for x in outputs]
+        outputs = [
+            functools.reduce(jnp.add, [w * x for w, x in zip(row, inputs, strict=True)], b)
+            for row, b in zip(*layer, strict=True)
+        ]
+    direction, magnitude = outputs
+    return direction, magnitude
+
+
+def _by_size(terms: list[Array]) -> Array:
+    """Their sum. What is constant along an axis is summed up before it becomes as long as that."""
+    by_shape: dict[tuple[int, ...], Array] = {}
+    for term in terms:
+        by_shape[term.shape] = by_shape.get(term.shape, 0) + term
+    return functools.reduce(jnp.add, sorted(by_shape.values(), key=lambda total: total.size))

@@ -1,0 +1,30 @@
+"""What the MLP optimizer sees, in numbers that JAX and PyTorch share. Imports neither."""
+
+import numpy as np
+
+MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
+SECOND_MOMENT_DECAY = (0.999,)
+FACTORED_DECAYS = (0.9, 0.99, 0.999)
+"""Decays of the running means before meta-training."""
+FEATURES = 28
+"""Of a coordinate."""
+TIMES = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
+"""Scales of the number of steps, which all coordinates see."""
+OUTPUTS = 2
+"""Direction and magnitude."""
+SCALE = 1e-3
+"""Of the step, and of the magnitude in its exponent."""
+
+
+def factored_axes(shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """The second longest and the longest axis, over which a factored second moment is a mean.
+
+    None with fewer than two axes, or no coordinates. Of axes of one length the last is the longest.
+
+    >>> factored_axes((3, 3, 16, 32)), factored_axes((4, 4)), factored_axes((5,))
+    ((2, 3), (0, 1), None)
+    """
+    if len(shape) < 2 or 0 in shape:
+        return None
+    *_, shorter, longer = np.argsort(shape, kind="stable")
+    return int(shorter), int(longer)

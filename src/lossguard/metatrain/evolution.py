@@ -1,0 +1,196 @@
+"""Meta-training of the MLP optimizer by persistent evolution strategies, on a family of tasks."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ..learned.mlp import SCALE, MLPLayer, MLPWeights, init_mlp_weights, mlp_optimizer
+from ..learned.pretrained import save_weights
+from ..tasks.datasets import load_dataset
+from ..tasks.task import Task
+from ..validation import check_count, check_positive, check_real
+from .family import Member, Rollout, begin, go_on, meta_loss, reference, relative
+from .loop import MetaTraining, Method
+from .pes import Pairs, pes_gradient, restart_pairs, start_pairs
+
+FEATURE = 2
+"""The MLP optimizer's input m of decay 0.9."""
+
+
+@dataclass(frozen=True)
+class MLPTraining(MetaTraining):
+    """A meta-training of the MLP optimizer on a family of tasks."""
+
+    hidden: int = 4
+    family: Annotated[tuple[Member, ...], tyro.conf.Suppress] = ()
+    """What is trained on."""
+    held_out: Annotated[tuple[Member, ...], tyro.conf.Suppress] = ()
+    """What is validated on."""
+    sigma: float = 0.03
+    """Deviation of the perturbations."""
+    rescaling: float = 2.0
+    """The factors c lie between 1 / rescaling and rescaling."""
+    begin_rate: float = 0.005
+    """Step size of the momentum method as which the learned optimizer begins."""
+    validation_rollouts: int = 2
+    """On each held-out member."""
+
+    def check(self) -> None:
+        """Refuse what is out of range."""
+        super().check()
+        check_count("validation_rollouts", self.validation_rollouts)
+        for member in self.family:
+            check_count("pairs", member.pairs)
+        check_positive(sigma=self.sigma, begin_rate=self.begin_rate)
+        check_real("rescaling", self.rescaling, "at least 1 and finite", lambda v: 1 <= v < np.inf)
+        for name in ("family", "held_out"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must have at least one member, got none")
+
+    def method(self) -> "Evolution":
+        """The method, with its tasks loaded."""
+        load = cache(load_dataset)
+        members, held_out = (
+            {member.title: member.task(load) for member in members}
+            for members in (self.family, self.held_out)
+        )
+        return Evolution(self, members, held_out)
+
+
+class Evolution(Method):
+    """Persistent evolution strategies, with N pairs of rollouts on each member of a family."""
+
+    config: MLPTraining = eqx.field(static=True)
+    family: dict[str, Task]
+    held_out: dict[str, Task]
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """By the names of their data in messages."""
+        every = self.family | self.held_out
+        return {f"the data of {name}": task for name, task in every.items()}
+
+    def start(self, key: PRNGKeyArray) -> tuple[MLPWeights, dict[str, Pairs]]:
+        """A momentum method, and pairs at the start of their rollouts."""
+        weights_key, first_key = jax.random.split(key)
+        weights = like_momentum(
+            weights_key,
+            hidden=self.config.hidden,
+            layers=self.config.layers,
+            rate=self.config.begin_rate,
+        )
+        return weights, self._fresh(weights, first_key, jnp.int32(0))
+
+    @eqx.filter_jit
+    def _fresh(self, weights: MLPWeights, key: PRNGKeyArray, done: Array) -> dict[str, Pairs]:
+        keys = jax.random.split(key, len(self.family))
+        return {
+            name: self._fresh_pairs(name, weights, k, done)
+            for k, name in zip(keys, self.family, strict=True)
+        }
+
+    def _fresh_pairs(self, name: str, weights: MLPWeights, key: PRNGKeyArray, done: Array) -> Pairs:
+        """At the start of rollouts of random lengths."""
+        config, task, optimizer = self.config, self.family[name], mlp_optimizer(weights)
+        count = next(member.pairs for member in config.family if member.title == name)
+        length_key, key = jax.random.split(key)
+        lengths = config.lengths(length_key, count, done)
+
+        def one(key: PRNGKeyArray, length: Array) -> Rollout:
+            return begin(task, optimizer, key, length, rescaling=config.rescaling)
+
+        return start_pairs(weights, jax.vmap(one)(jax.random.split(key, count), lengths))
+
+    def gradient(
+        self, weights: MLPWeights, inner: dict[str, Pairs], key: PRNGKeyArray, done: Array
+    ) -> tuple[Float[Array, ""], MLPWeights, dict[str, Pairs]]:
+        """The mean over the family of losses and estimated gradients, and the pairs after them."""
+        losses, gradients, after = [], [], {}
+        keys = jax.random.split(key, len(self.family))
+        for k, name in zip(keys, self.family, strict=True):
+            loss, gradient, after[name] = self._on_member(name, weights, inner[name], k, done)
+            losses.append(loss)
+            gradients.append(gradient)
+        mean = jax.tree.map(lambda *each: sum(each) / len(each), *gradients)
+        return jnp.stack(losses).mean(), mean, after
+
+    def _on_member(
+        self, name: str, weights: MLPWeights, pairs: Pairs, key: PRNGKeyArray, done: Array
+    ) -> tuple[Float[Array, ""], MLPWeights, Pairs]:
+        config, task = self.config, self.family[name]
+        draw_key, fresh_key = jax.random.split(key)
+        base = reference(task)
+
+        def piece(weights: MLPWeights, rollout: Rollout) -> tuple[Array, Rollout]:
+            losses, after = go_on(task, mlp_optimizer(weights), rollout, config.truncation)
+            return meta_loss(losses, base), after
+
+        losses, gradient, pairs = pes_gradient(piece, weights, pairs, draw_key, sigma=config.sigma)
+        over = (pairs.plus.step >= pairs.plus.length) | pairs.plus.lost | pairs.minus.lost
+        fresh = self._fresh_pairs(name, weights, fresh_key, done)
+        return losses.mean(), gradient, restart_pairs(pairs, fresh, over)
+
+    def validate(self, weights: MLPWeights, key: PRNGKeyArray) -> dict[str, np.ndarray]:
+        """``validation_NAME``: mean losses over their reference on each held-out member;
+        ``validation``: the geometric mean of these."""
+        each = {
+            f"validation_{name}": np.asarray(_validate(self.config, task, weights, key))
+            for name, task in self.held_out.items()
+        }
+        logs = np.mean([np.log(losses) for losses in each.values()], axis=0)
+        return {"validation": np.exp(logs).astype(np.float32)} | each
+
+    def save(self, path: Path, weights: MLPWeights, made: dict[str, str]) -> None:
+        """Write the weights, and what they were trained on."""
+        save_weights(path, weights, made=made | {"family": ", ".join(self.family)})
+
+
+@eqx.filter_jit
+def _validate(
+    config: MLPTraining, task: Task, weights: MLPWeights, key: PRNGKeyArray
+) -> Float[Array, " validation_steps"]:
+    """On initializations and minibatches that training never draws."""
+    optimizer, length = mlp_optimizer(weights), jnp.int32(config.validation_steps)
+
+    def one(key: PRNGKeyArray) -> Array:
+        rollout = begin(task, optimizer, key, length)
+        return go_on(task, optimizer, rollout, config.validation_steps)[0]
+
+    losses = jax.vmap(one)(jax.random.split(key, config.validation_rollouts))
+    return relative(losses, reference(task)).mean(axis=0)
+
+
+def like_momentum(
+    key: PRNGKeyArray, *, hidden: int = 4, layers: int = 2, rate: float = 0.005, noise: float = 0.1
+) -> MLPWeights:
+    """Weights that make about the momentum method from which meta-training sets out:
+
+        update = -rate m / sqrt(mean(m^2) + 1e-5), m of decay 0.9, the mean over the tensor
+
+    Two hidden units carry the feature and its negative through the ReLUs. The others are as
+    ``init_mlp_weights`` draws them, times ``noise``, and so is what they add.
+
+    >>> weights = like_momentum(jax.random.key(0), noise=0.0)
+    >>> optimizer, w = mlp_optimizer(weights), jnp.zeros(2)
+    >>> update, _ = optimizer.update(jnp.array([0.1, -10.0]), optimizer.init(w), w)
+    >>> update.round(4).tolist()
+    [-0.005, 0.005]
+    """
+    drawn = init_mlp_weights(key, hidden=hidden, layers=layers)
+    made = [MLPLayer(noise * layer.weight, layer.bias) for layer in drawn.layers]
+    carried = jnp.array([1.0, -1.0])
+    for k, (weight, bias) in enumerate(made[:-1]):
+        rows = jnp.zeros((2, weight.shape[1]))
+        rows = rows.at[:, FEATURE].set(carried) if k == 0 else rows.at[:, :2].set(jnp.eye(2))
+        made[k] = MLPLayer(weight.at[:2].set(rows), bias)
+    weight, bias = made[-1]
+    made[-1] = MLPLayer(weight.at[0, :2].set(rate / SCALE * carried), bias)
+    return drawn._replace(layers=tuple(made))

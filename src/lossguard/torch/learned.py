@@ -1,0 +1,120 @@
+"""What the learned optimizers share: weights on every device, memory in float32, no autocast."""
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from lossguard.learned.weights_file import path_of, read_weights
+from lossguard.torch.memory import undo_casts
+
+
+class Learned(Optimizer):
+    """A learned optimizer of one architecture; a class below says how it updates parameters.
+
+    Args:
+        params: parameters, or groups of them.
+        weights: what meta-training made, by name.
+        defaults: of the entries of a group.
+    """
+
+    architecture: str
+    """As files of weights call it."""
+    kept: tuple[str, ...] = ("weights", "layers")
+    """Attributes that copies have too."""
+    layers: int
+    """Of the weights."""
+
+    def __init__(
+        self, params: ParamsT, weights: Mapping[str, Tensor], defaults: dict[str, Any]
+    ) -> None:
+        self.weights = {name: tensor.detach().float() for name, tensor in weights.items()}
+        self._on: dict[torch.device, dict[str, Tensor]] = {}
+        super().__init__(params, defaults)
+
+    @classmethod
+    def pretrained(cls, params: ParamsT, name: str | os.PathLike[str]) -> Self:
+        """With weights that the package ships, or your own, and the scale of their training.
+
+        Args:
+            params: what it is to optimize.
+            name: one that ``lossguard list`` shows, or the path of what meta-training left, which
+                ends in ``.safetensors``.
+
+        Raises:
+            ValueError: if there are none of that name, the file is damaged, or its weights are
+                those of another architecture.
+            OSError: if it can't be read.
+        """
+        file = read_weights(path_of(name), cls.architecture)
+        weights = {name: torch.from_numpy(tensor) for name, tensor in file.tensors.items()}
+        return cls(params, weights, **file.numbers)  # pyright: ignore - of a class below
+
+    def __getstate__(self) -> dict[str, Any]:
+        ours = {name: getattr(self, name) for name in self.kept}
+        return {**super().__getstate__(), **ours, "_on": {}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned: the memory stays in float32."""
+        super().load_state_dict(state_dict)
+        undo_casts(self, state_dict)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore
+        """Take one step.
+
+        Args:
+            closure: evaluates the loss, calls ``backward`` and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            by_device: dict[torch.device, list[Tensor]] = {}
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._check(param.grad)
+                    by_device.setdefault(param.device, []).append(param)
+            for device, params in by_device.items():
+                with _without_autocast(device.type):
+                    self._update(params, self._weights_on(device), group)
+        return loss
+
+    def _update(
+        self, params: list[Tensor], weights: dict[str, Tensor], group: dict[str, Any]
+    ) -> None:
+        """Step parameters of one device, which all have gradients."""
+        raise NotImplementedError
+
+    def _check(self, gradient: Tensor) -> None:
+        if gradient.is_sparse or gradient.is_complex():
+            kind = "complex" if gradient.is_complex() else "sparse"
+            raise ValueError(
+                f"gradients must be real and dense for {type(self).__name__}, got a {kind} one"
+            )
+
+    def _weights_on(self, device: torch.device) -> dict[str, Tensor]:
+        """The weights on a parameter's device; each device gets them once."""
+        if device not in self._on:
+            self._on[device] = {name: tensor.to(device) for name, tensor in self.weights.items()}
+        return self._on[device]
+
+
+def check_names(weights: Mapping[str, Tensor], needed: list[str]) -> None:
+    """Require the tensors of these names."""
+    missing = [name for name in needed if name not in weights]
+    if missing:
+        raise ValueError(f"weights must hold {', '.join(needed)}, got none of {missing}")
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Matrix products keep their dtype inside; some kinds of device have no autocast."""
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)

@@ -1,0 +1,188 @@
+"""The MLP optimizer of Metz et al. (2022) as a ``torch.optim.Optimizer``.
+
+g   gradient of a parameter p
+m   momenta: three running means of g
+v   second moment: a running mean of g^2
+V   second moments of the rows and of the columns: running means of means of g^2
+n   coordinates of a parameter
+H   hidden units
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lossguard.learned.mlp_features import FEATURES, SCALE, TIMES, factored_axes
+from lossguard.learned.weights_file import mlp_names
+from lossguard.torch.learned import Learned, check_names
+from lossguard.validation import check_positive
+
+DECAYS = ("momentum_decays", "second_moment_decay", "factored_decays")
+
+
+class MLPOptimizer(Learned):
+    """A small learned optimizer: one tiny network, run on every coordinate alike.
+
+    For each coordinate, from the features and steps t of ``lossguard.mlp_optimizer``, which
+    computes the same:
+
+        direction, magnitude = MLP(features, tanh(t / TIMES - 1))
+        p <- p - lr 0.001 direction exp(0.001 magnitude)
+
+    The computation and its memory are in float32, also where the step is under autocast. The memory
+    takes 16 bytes a coordinate. A matrix of r rows and c columns takes 12 (r + c) more, a vector of
+    n 12 n. A step needs 40 bytes a coordinate of the largest parameter while it runs.
+
+    Args:
+        params: parameters, or groups of them.
+        weights: what meta-training made: ``mlp.0.weight`` [H, 39], ``mlp.0.bias`` [H], the same of
+            further layers, the last with 2 outputs; ``momentum_decays`` [3],
+            ``second_moment_decay`` [1], ``factored_decays`` [3], each the log(1 - decay) / 10.
+        lr: factor of the steps, 1 in training; schedulers act on it.
+
+    Raises:
+        ValueError: if a tensor of the weights is missing, or lr isn't positive and finite; in
+            ``step``, if a gradient is complex, sparse or sharded.
+
+    >>> decays = {"momentum_decays": 3, "second_moment_decay": 1, "factored_decays": 3}
+    >>> weights = {name: -0.3 * torch.ones(k) for name, k in decays.items()}
+    >>> weights["mlp.0.weight"] = torch.zeros(2, 39)
+    >>> weights["mlp.0.bias"] = torch.tensor([500.0, 0.0])  # direction and magnitude
+    >>> w = torch.tensor([4.0], requires_grad=True)
+    >>> optimizer = MLPOptimizer([w], weights)
+    >>> w.square().sum().backward()
+    >>> optimizer.step()
+    >>> w.item()
+    3.5
+
+    Source: Metz et al., "Practical tradeoffs between memory, compute, and performance in learned
+    optimizers", 2022 (small_fc_lopt).
+    """
+
+    architecture = "mlp"
+    kept = (*Learned.kept, "_rests")
+
+    def __init__(self, params: ParamsT, weights: Mapping[str, Tensor], *, lr: float = 1.0) -> None:
+        check_positive(lr=lr)
+        self.layers = sum(name.endswith(".weight") for name in weights)
+        names = (name for k in range(max(self.layers, 1)) for name in mlp_names(k))
+        check_names(weights, [*names, *DECAYS])
+        super().__init__(params, weights, {"lr": lr})
+        rests = (torch.exp(10 * self.weights[name].clamp(max=0)).tolist() for name in DECAYS)
+        self._rests: dict[str, list[float]] = dict(zip(DECAYS, rests, strict=True))
+
+    def _check(self, gradient: Tensor) -> None:
+        super()._check(gradient)
+        if hasattr(gradient, "to_local"):
+            raise ValueError(
+                "gradients must be whole for MLPOptimizer, which normalizes over all of a tensor, "
+                "got a sharded one"
+            )
+
+    def _update(
+        self, params: list[Tensor], weights: dict[str, Tensor], group: dict[str, Any]
+    ) -> None:
+        params = [p for p in params if p.numel()]
+        gradients = [p.grad.float().contiguous() for p in params if p.grad is not None]
+        states = [self._state(p) for p in params]
+        self._remember(states, gradients)
+        for p, g, state in zip(params, gradients, states, strict=True):
+            times = torch.tanh(state["step"] / torch.tensor(TIMES) - 1).to(g.device)
+            state["step"] += 1
+            x = _first_layer(weights["mlp.0.weight"], weights["mlp.0.bias"], times, p, g, state)
+            for k in range(1, self.layers):
+                weight, bias = (weights[name] for name in mlp_names(k))
+                x = torch.addmm(bias[:, None], weight, x.relu_())
+            direction, magnitude = x
+            step = (direction * torch.exp(SCALE * magnitude)).reshape(p.shape)
+            p.sub_((group["lr"] * SCALE * step).to(p.dtype))
+
+    def _state(self, p: Tensor) -> dict[str, Tensor]:
+        state = self.state[p]
+        if not state:
+            zeros = torch.zeros(p.shape, device=p.device)
+            rows, columns = _means(zeros)
+            state["step"] = torch.zeros(())
+            state["momenta"] = torch.stack([zeros] * 3)
+            state["second_moment"] = zeros
+            state["rows"] = torch.stack([rows] * 3)
+            if columns is not None:
+                state["columns"] = torch.stack([columns] * 3)
+        return state
+
+    def _remember(self, states: list[dict[str, Tensor]], gradients: list[Tensor]) -> None:
+        """The running means, each of all tensors at once."""
+        for k, rest in enumerate(self._rests["momentum_decays"]):
+            torch._foreach_lerp_([s["momenta"][k] for s in states], gradients, rest)  # pyright: ignore
+        squares = torch._foreach_mul(gradients, gradients)  # pyright: ignore
+        (rest,) = self._rests["second_moment_decay"]
+        torch._foreach_lerp_([s["second_moment"] for s in states], squares, rest)  # pyright: ignore
+        torch._foreach_add_(squares, 1e-30)  # pyright: ignore
+        old, new = [], []
+        for state, square in zip(states, squares, strict=True):
+            rows, columns = _means(square)
+            old.append(state["rows"])
+            new.append(rows)
+            if columns is not None:
+                old.append(state["columns"])
+                new.append(columns)
+        for k, rest in enumerate(self._rests["factored_decays"]):
+            torch._foreach_lerp_([mean[k] for mean in old], new, rest)  # pyright: ignore
+
+
+def _means(squares: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Over the longest and over the second longest axis; the squares themselves of vectors."""
+    axes = factored_axes(tuple(squares.shape))
+    if axes is None:
+        return squares, None
+    shorter, longer = axes
+    return squares.mean(longer, keepdim=True), squares.mean(shorter, keepdim=True)
+
+
+def _first_layer(
+    weight: Tensor, bias: Tensor, times: Tensor, p: Tensor, g: Tensor, state: dict[str, Tensor]
+) -> Tensor:
+    """Weight times features, [H, n], a few features at a time: never all of them in memory.
+
+    The order of the features is that of ``lossguard.learned.mlp``.
+    """
+    m, v, rows = state["momenta"], state["second_moment"], state["rows"]
+    by_v = (v + 1e-6).rsqrt()
+    x = (weight[:, FEATURES:] @ times + bias)[:, None].repeat(1, g.numel())
+    if "columns" in state:
+        columns = state["columns"]
+        shorter, _ = factored_axes(tuple(g.shape)) or (0, 0)
+        share = rows / (rows.mean(shorter + 1, keepdim=True) + 1e-9)
+        factor_g = factor_m = share.clamp(min=1e-9).rsqrt() * columns.clamp(min=1e-9).rsqrt()
+    else:
+        columns = rows
+        factor_g, factor_m = (rows + 1e-9).rsqrt(), (rows + 1e-6).rsqrt()
+
+    whole = x.view(-1, *g.shape)
+    for means, at in ((rows, 13), (columns, 16)):
+        for features, first in ((means, at), ((means + 1e-8).rsqrt(), at + 6)):
+            flat = features.reshape(3, -1)
+            whole += (_normalized(weight, first, flat) @ flat).view(-1, *means.shape[1:])
+    for first, features in (
+        (0, g),
+        (1, p.float()),
+        (2, m),
+        (5, v),
+        (6, m * by_v),
+        (9, by_v),
+        (10, g * factor_g),
+        (25, m * factor_m),
+    ):
+        flat = features.reshape(-1, g.numel())
+        x.addmm_(_normalized(weight, first, flat), flat)
+    return x
+
+
+def _normalized(weight: Tensor, first: int, features: Tensor) -> Tensor:
+    """The columns of ``weight`` for features, [F, n], over the roots of their mean squares."""
+    norms = torch.linalg.vector_norm(features, dim=1)
+    scales = (norms.square() / features.shape[1] + 1e-5).rsqrt()
+    return weight[:, first : first + len(features)] * scales

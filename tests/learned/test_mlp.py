@@ -1,0 +1,187 @@
+"""The MLP optimizer against its equations in NumPy, step by step."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import mlp_reference
+import numpy as np
+import optax
+import pytest
+from jaxtyping import Array, Float, PyTree
+
+from lossguard import MLPWeights, init_mlp_weights, mlp_optimizer
+
+STEPS = 12
+SHAPES = [(), (1,), (7,), (5, 3), (3, 5), (4, 4), (1, 6), (3, 3, 4, 8), (6, 2, 3), (50, 2)]
+
+
+@pytest.fixture(scope="session")
+def mlp_weights() -> MLPWeights:
+    """Of outputs that are large enough to be seen, with biases and moved decays."""
+    weights = init_mlp_weights(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(weights)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noise = [0.02 * jax.random.normal(k, w.shape) for k, w in zip(keys, leaves, strict=True)]
+    return tree.unflatten([w + n for w, n in zip(leaves, noise, strict=True)])
+
+
+def random_gradients(shape: tuple[int, ...], size: float = 1.0) -> Float[Array, "steps ..."]:
+    """Of sizes that differ between coordinates, some always zero."""
+    rng = np.random.default_rng(len(shape))
+    scale = np.exp(rng.uniform(-6, 1, shape)) * rng.choice([0, 1, 1, 1], shape)
+    return jnp.asarray(size * scale * rng.normal(0.3, 1, (STEPS, *shape)), jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def updates_of(
+    optimizer: optax.GradientTransformation, params: PyTree, gradients: PyTree
+) -> tuple[PyTree, PyTree]:
+    """The updates, [steps, ...], and the state after them."""
+
+    def step(carry: tuple[PyTree, Any], gradient: PyTree) -> tuple[Any, PyTree]:
+        params, state = carry
+        updates, state = optimizer.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state), updates
+
+    (_, state), updates = jax.lax.scan(step, (params, optimizer.init(params)), gradients)
+    return updates, state
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 100.0])
+def test_equals_the_equations(mlp_weights: MLPWeights, size: float) -> None:
+    params = [np.random.default_rng(0).normal(size=shape) for shape in SHAPES]
+    gradients = [random_gradients(shape, size) for shape in SHAPES]
+    ours, _ = updates_of(mlp_optimizer(mlp_weights), jax.tree.map(jnp.float32, params), gradients)
+    for p, of_tensor, updates in zip(params, gradients, ours, strict=True):
+        memory = mlp_reference.start(p)
+        for gradient, update in zip(np.asarray(of_tensor), updates, strict=True):
+            expected, memory = mlp_reference.step(mlp_weights, memory, gradient, p)
+            p = p + expected
+            np.testing.assert_allclose(update, expected, rtol=2e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("hidden", "layers"), [(7, 1), (3, 3)])
+def test_equals_the_equations_with_other_sizes(hidden: int, layers: int) -> None:
+    weights = init_mlp_weights(jax.random.key(4), hidden=hidden, layers=layers)
+    p, gradients = np.ones((4, 3)), random_gradients((4, 3))
+    ours, _ = updates_of(mlp_optimizer(weights), jnp.ones((4, 3)), gradients)
+    memory = mlp_reference.start(p)
+    for gradient, update in zip(np.asarray(gradients), ours, strict=True):
+        expected, memory = mlp_reference.step(weights, memory, gradient, p)
+        p = p + expected
+        np.testing.assert_allclose(update, expected, rtol=2e-4, atol=1e-7)
+
+
+def test_fresh_weights() -> None:
+    weights = init_mlp_weights(jax.random.key(0), hidden=64)
+    for layer, inputs in zip(weights.layers, (39, 64, 64), strict=True):
+        assert layer.weight.shape[1] == inputs and not layer.bias.any()
+        assert jnp.abs(layer.weight).max() <= 2 / inputs**0.5
+    # a normal distribution that is cut at two deviations has a deviation of 0.88
+    assert weights.layers[0].weight.std() == pytest.approx(0.88 / 39**0.5, rel=0.05)
+    for stored, decays in (
+        (weights.momentum_decays, (0.9, 0.99, 0.999)),
+        (weights.second_moment_decay, (0.999,)),
+        (weights.factored_decays, (0.9, 0.99, 0.999)),
+    ):
+        np.testing.assert_allclose(1 - np.exp(10 * np.asarray(stored)), decays, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_steps_before_meta_training_are_small(size: float) -> None:
+    """At most about 0.001, whatever the sizes of parameters and gradients."""
+    p = size * jax.random.normal(jax.random.key(0), (30, 20))
+    g = size * jax.random.normal(jax.random.key(1), (30, 20))
+
+    @jax.vmap
+    def largest(key: Array) -> Array:
+        optimizer = mlp_optimizer(init_mlp_weights(key))
+        return jnp.abs(jnp.asarray(optimizer.update(g, optimizer.init(p), p)[0])).max()
+
+    of_keys = jax.jit(largest)(jax.random.split(jax.random.key(5), 30))
+    assert of_keys.max() < 1e-2 and jnp.median(of_keys) > 1e-4
+
+
+def test_keeps_shapes_and_dtypes_of_a_pytree(mlp_weights: MLPWeights) -> None:
+    params = {
+        "w": jnp.ones((3, 2), jnp.bfloat16),
+        "b": (jnp.ones(()), jnp.ones(4, jnp.float16), None, jnp.ones((0, 3))),
+    }
+    optimizer = mlp_optimizer(mlp_weights)
+    updates, state = optimizer.update(params, optimizer.init(params), params)
+    assert jax.tree.map(lambda u: (u.shape, u.dtype), updates) == jax.tree.map(
+        lambda p: (p.shape, p.dtype), params
+    )
+    memory = state.tensors["w"]
+    assert memory.rows[0].shape == (1, 2) and memory.columns[0].shape == (3, 1)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.tensors)} == {jnp.dtype(jnp.float32)}
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize(("shape", "memory"), [((30, 20), 16 * 600 + 12 * 50), ((7,), 28 * 7)])
+def test_memory_is_what_the_docstring_says(shape: tuple[int, ...], memory: int) -> None:
+    state = mlp_optimizer(init_mlp_weights(jax.random.key(0))).init(jnp.ones(shape))
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state.tensors)) == memory
+
+
+def test_is_vmapped_and_differentiated_over_weights() -> None:
+    gradients = random_gradients((4, 3))
+    keys = jax.random.split(jax.random.key(3), 3)
+
+    def moved(weights: MLPWeights) -> Array:
+        updates, _ = updates_of(mlp_optimizer(weights), jnp.ones((4, 3)), gradients)
+        return updates.sum(0)
+
+    each = jnp.stack([moved(init_mlp_weights(key)) for key in keys])
+    many = jax.jit(jax.vmap(moved))(jax.vmap(init_mlp_weights)(keys))
+    np.testing.assert_allclose(many, each, rtol=1e-3, atol=1e-7)
+
+    def total(weights: MLPWeights) -> Array:
+        return (moved(weights) ** 2).sum()
+
+    weights = init_mlp_weights(keys[0])
+    slopes = jax.jit(jax.grad(total))(weights)
+    assert all(jnp.isfinite(slope).all() for slope in jax.tree.leaves(slopes))
+    small = 1e-3
+    for name in ("momentum_decays", "second_moment_decay", "factored_decays"):
+        up, down = (
+            weights._replace(**{name: getattr(weights, name) + sign * small}) for sign in (1, -1)
+        )
+        slope = (total(up) - total(down)) / (2 * small)
+        assert getattr(slopes, name).sum() == pytest.approx(float(slope), rel=0.05)
+
+
+def test_a_stored_decay_above_zero_counts_as_zero() -> None:
+    weights = init_mlp_weights(jax.random.key(0))
+    above = weights._replace(momentum_decays=jnp.full(3, 0.1))
+    at = weights._replace(momentum_decays=jnp.zeros(3))
+    p, gradients = jnp.ones((4, 3)), random_gradients((4, 3))
+    ours, state = updates_of(mlp_optimizer(above), p, gradients)
+    np.testing.assert_array_equal(ours, updates_of(mlp_optimizer(at), p, gradients)[0])
+    np.testing.assert_array_equal(state.tensors.momenta[0], gradients[-1])
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_gradient_that_is_not_finite_shows(mlp_weights: MLPWeights, bad: float) -> None:
+    optimizer = mlp_optimizer(mlp_weights)
+    params = {"w": jnp.ones((3, 2)), "v": jnp.ones(2)}
+    gradients = {"w": jnp.ones((3, 2)).at[1, 1].set(bad), "v": jnp.ones(2)}
+    updates, state = optimizer.update(gradients, optimizer.init(params), params)
+    assert jnp.isnan(updates["w"][1, 1]) and jnp.isfinite(updates["v"]).all()
+    assert not jnp.isfinite(state.tensors["w"].momenta[0]).all()
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.tensors["v"]))
+
+
+def test_what_it_refuses(mlp_weights: MLPWeights) -> None:
+    optimizer = mlp_optimizer(mlp_weights)
+    with pytest.raises(ValueError, match=r"^params must be real for mlp_optimizer, got complex"):
+        optimizer.init(jnp.ones(2, jnp.complex64))
+    with pytest.raises(
+        ValueError, match=r"^params must be given to the update of mlp_optimizer, got None$"
+    ):
+        optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)))
+    for name in ("hidden", "layers"):
+        with pytest.raises(ValueError, match=rf"^{name} must be an integer of at least 1, got 0$"):
+            init_mlp_weights(jax.random.key(0), **{name: 0})

@@ -1,0 +1,156 @@
+"""Meta-training by evolution strategies end to end, on few and small steps."""
+
+import dataclasses
+import signal
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lossguard import load_weights, records
+from lossguard.learned.mlp import mlp_optimizer
+from lossguard.metatrain import figure, loop
+from lossguard.metatrain.evolution import MLPTraining, like_momentum
+from lossguard.metatrain.family import Member, reference
+from lossguard.metatrain.loop import metatrain
+from lossguard.tasks import MLP
+
+HELD_OUT = Member("moons", MLP(()), batch_size=16)
+TINY = MLPTraining(
+    name="tiny",
+    truncation=2,
+    shortest=2,
+    longest=6,
+    meta_steps=4,
+    hidden=2,
+    layers=1,
+    family=(
+        Member("circles", MLP(()), batch_size=16, pairs=3),
+        Member("spirals", MLP(()), batch_size=16, pairs=2),
+    ),
+    held_out=(HELD_OUT,),
+    validate_every=2,
+    validation_steps=4,
+    sigma=0.02,
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run."""
+    return metatrain(TINY, tmp_path_factory.mktemp("whole") / "run").parent
+
+
+def leaves(folder: Path) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(load_weights(folder / loop.WEIGHTS)[0])]
+
+
+def test_records(whole: Path) -> None:
+    config, made, curves = records.read_run(whole)
+    assert config["family"][0]["dataset"] == "circles"
+    assert curves["meta_step"].to_list() == [2, 4]
+    np.testing.assert_allclose(
+        curves["validation"].to_numpy(), curves["validation_moons-mlp-"].to_numpy(), rtol=1e-5
+    )
+    assert load_weights(whole / loop.WEIGHTS).made["family"] == "circles-mlp-, spirals-mlp-"
+    assert made["best_validation"] == pytest.approx(
+        curves["validation"].to_numpy().mean(axis=1).min(), rel=1e-5
+    )
+    assert figure.plot(whole, records.read_run(whole)).is_file()
+
+
+def test_kept_weights_have_the_validation_that_is_told(whole: Path) -> None:
+    """An independent loop over the validation's rollouts."""
+    task, weights = HELD_OUT.task(), load_weights(whole / loop.WEIGHTS).weights
+    optimizer = mlp_optimizer(weights)
+    _, _, validation_key = jax.random.split(jax.random.key(TINY.seed), 3)
+    update = jax.jit(optimizer.update)
+    each = []
+    for key in jax.random.split(validation_key, TINY.validation_rollouts):
+        init_key, _, order_key = jax.random.split(key, 3)
+        params, objective = task.init(init_key), task.objective(order_key)
+        state, slope = optimizer.init(params), jax.jit(jax.value_and_grad(objective))
+        for i in range(TINY.validation_steps):
+            loss, gradient = slope(params, i)
+            updates, state = update(gradient, state, params)
+            params = jax.tree.map(jnp.add, params, updates)
+            each.append(float(loss / reference(task)))
+    _, made, _ = records.read_run(whole)
+    assert np.mean(each) == pytest.approx(made["best_validation"], rel=1e-4)
+
+
+def test_stopped_it_goes_on_to_the_same_weights(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, done = loop._meta_step, []
+
+    def stepped(*arguments: Any) -> Any:
+        done.append(int(arguments[-1]))
+        if len(done) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return step(*arguments)
+
+    monkeypatch.setattr(loop, "_meta_step", stepped)
+    with pytest.raises(KeyboardInterrupt):
+        metatrain(TINY, tmp_path / "run")
+    folder = metatrain(TINY, tmp_path / "run", resume=True).parent
+    assert done == [0, 1, 2, 3]
+    assert records.read_run(folder)[2].equals(records.read_run(whole)[2])
+    for ours, theirs in zip(leaves(folder), leaves(whole), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_rollouts_that_are_over_begin_again() -> None:
+    method = dataclasses.replace(TINY, longest=2).method()  # of one piece each
+    key = jax.random.key(0)
+    weights, inner = method.start(key)
+    _, _, after = eqx.filter_jit(method.gradient)(weights, inner, key, jnp.int32(0))
+    for pairs in after.values():
+        assert not pairs.plus.step.any() and not jax.tree.leaves(pairs.walked)[0].any()
+    longer = dataclasses.replace(TINY, shortest=4, longest=4).method()
+    weights, inner = longer.start(key)
+    _, gradient, after = eqx.filter_jit(longer.gradient)(weights, inner, key, jnp.int32(0))
+    for pairs in after.values():
+        assert (pairs.plus.step == 2).all() and (pairs.minus.length == 4).all()
+        assert jax.tree.leaves(pairs.walked)[0].any()
+    assert all(np.isfinite(leaf).all() and leaf.any() for leaf in jax.tree.leaves(gradient))
+
+
+def test_it_begins_as_a_momentum_method() -> None:
+    """Whatever the others of its hidden units do, up to their noise."""
+    weights = like_momentum(jax.random.key(0), rate=0.01)
+    optimizer = mlp_optimizer(weights)
+    w = jax.random.normal(jax.random.key(1), (6, 5))
+    update, state, m = jax.jit(optimizer.update), optimizer.init(w), 0.0
+    for k in range(3):
+        gradient = jax.random.normal(jax.random.key(k), w.shape)
+        ours, state = update(gradient, state, w)
+        m = 0.9 * m + 0.1 * gradient
+        expected = -0.01 * m / jnp.sqrt(jnp.mean(m**2) + 1e-5)
+        np.testing.assert_allclose(ours, expected, atol=1e-3)
+        assert jnp.abs(ours).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"family": (Member("moons", MLP(()), pairs=0),)},
+            "^pairs must be an integer of at least 1, got 0$",
+        ),
+        ({"validation_rollouts": 0}, "^validation_rollouts must be an integer of at least 1"),
+        ({"sigma": 0.0}, "^sigma must be positive and finite, got 0.0$"),
+        ({"begin_rate": -1.0}, "^begin_rate must be positive and finite, got -1.0$"),
+        ({"rescaling": 0.5}, "^rescaling must be at least 1 and finite, got 0.5$"),
+        ({"family": ()}, "^family must have at least one member, got none$"),
+        ({"held_out": ()}, "^held_out must have at least one member, got none$"),
+    ],
+)
+def test_bad_fields_leave_no_folder(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        metatrain(dataclasses.replace(TINY, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,200 @@
+"""The MLP optimizer computes what the one in JAX does, from the same file."""
+
+import copy
+import math
+import pickle
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import StepLR
+
+from lossguard.torch import LSTMOptimizer, MLPOptimizer
+
+SHAPES = [(), (5,), (6, 4), (4, 6), (5, 5), (8, 4, 3, 3), (2, 7, 3), (0, 3)]
+
+
+def weights_of(hidden: int = 4, layers: int = 2) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = [39, *[hidden] * layers, 2]
+    made = {}
+    for k, (inputs, outputs) in enumerate(pairwise(sizes)):
+        made[f"mlp.{k}.weight"] = torch.randn(outputs, inputs, generator=generator) * inputs**-0.5
+        made[f"mlp.{k}.bias"] = torch.randn(outputs, generator=generator)
+    decays = {
+        "momentum_decays": [0.8, 0.95, 0.998],
+        "second_moment_decay": [0.99],
+        "factored_decays": [0.85, 0.99, 0.999],
+    }
+    return made | {name: torch.tensor(d).neg().log1p() / 10 for name, d in decays.items()}
+
+
+def saved(folder: Path, hidden: int = 4, layers: int = 2) -> Path:
+    from safetensors.torch import save_file
+
+    about = {"architecture": "mlp", "hidden": str(hidden), "layers": str(layers)}
+    save_file(weights_of(hidden, layers), folder / "mlp.safetensors", about)
+    return folder / "mlp.safetensors"
+
+
+@pytest.mark.parametrize(("hidden", "layers"), [(4, 2), (6, 1), (3, 3)])
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+def test_equals_the_one_in_jax(tmp_path, hidden, layers, size):
+    jax = pytest.importorskip("jax")
+    optax = pytest.importorskip("optax")
+    import lossguard
+
+    path = saved(tmp_path, hidden, layers)
+    generator = torch.Generator().manual_seed(1)
+    params = [nn.Parameter(torch.randn(s, generator=generator)) for s in SHAPES]
+    optimizer = MLPOptimizer.pretrained(params, path)
+    reference = lossguard.pretrained(path)
+    theirs = [jax.numpy.asarray(p.detach().numpy()) for p in params]
+    state = reference.init(theirs)
+    update = jax.jit(reference.update)
+    for _ in range(8):
+        before = [p.detach().clone() for p in params]
+        for p in params:
+            p.grad = size * torch.randn(p.shape, generator=generator)
+        optimizer.step()
+        gradients = [jax.numpy.asarray(p.grad.numpy()) for p in params]
+        updates, state = update(gradients, state, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+        for p, old, expected in zip(params, before, updates, strict=True):
+            ours = torch.from_numpy(jax.device_get(expected).copy())
+            torch.testing.assert_close(p.detach() - old, ours, rtol=1e-3, atol=1e-6)
+
+
+def test_copies_and_checkpoints_go_on_alike():
+    p = nn.Parameter(torch.randn(6, 3))
+    optimizer = MLPOptimizer([p], weights_of())
+    StepLR(optimizer, 100)  # replaces the optimizer's step
+
+    def run(optimizer, steps):
+        (p,) = optimizer.param_groups[0]["params"]
+        for _ in range(steps):
+            p.grad = p.detach().clone()
+            optimizer.step()
+        return p.detach()
+
+    run(optimizer, 3)
+    twins = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
+    q = nn.Parameter(p.detach().clone())
+    twins.append(MLPOptimizer([q], weights_of()))
+    twins[-1].load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    expected = run(optimizer, 3)
+    for twin in twins:
+        assert torch.equal(run(twin, 3), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_memory_is_in_float32_and_stays_so(dtype):
+    p = nn.Parameter(torch.randn(6, 2, dtype=dtype))
+    optimizer = MLPOptimizer([p], weights_of())
+    p.grad = p.detach().clone()
+    optimizer.step()
+    q = nn.Parameter(p.detach().clone())
+    twin = MLPOptimizer([q], weights_of())
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    p.grad = q.grad = p.detach().clone()
+    optimizer.step()
+    twin.step()
+    assert p.dtype == dtype and torch.equal(p, q)
+    assert {name: tuple(t.shape) for name, t in twin.state[q].items()} == {
+        "step": (),
+        "momenta": (3, 6, 2),
+        "second_moment": (6, 2),
+        "rows": (3, 1, 2),
+        "columns": (3, 6, 1),
+    }
+    for name, tensor in twin.state[q].items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, optimizer.state[p][name])
+
+
+def test_autocast_around_the_step_changes_nothing():
+    params = [nn.Parameter(torch.ones(3, 2)) for _ in range(2)]
+    for p, enabled in zip(params, (False, True), strict=True):
+        optimizer = MLPOptimizer([p], weights_of())
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            for _ in range(2):
+                p.grad = p.detach().clone()
+                optimizer.step()
+    assert torch.equal(*params)
+
+
+def test_lr_is_a_factor_of_the_step():
+    steps = []
+    for lr in (1.0, 0.5):
+        p = nn.Parameter(torch.zeros(3, 2, dtype=torch.float64))
+        p.grad = torch.ones_like(p)
+        MLPOptimizer([p], weights_of(), lr=lr).step()
+        steps.append(p.detach())
+    assert steps[0].any()
+    torch.testing.assert_close(steps[1], steps[0] / 2)
+
+
+def test_channels_last_and_parameters_without_gradients():
+    gradient = torch.randn(8, 4, 3, 3)
+    params = [nn.Parameter(torch.ones(8, 4, 3, 3)) for _ in range(2)]
+    params[1].data = params[1].data.to(memory_format=torch.channels_last)
+    idle = nn.Parameter(torch.ones(2))
+    optimizer = MLPOptimizer([*params, idle], weights_of())
+    params[0].grad = gradient.clone()
+    params[1].grad = gradient.to(memory_format=torch.channels_last)
+    optimizer.step()
+    assert torch.equal(*params)
+    assert idle not in optimizer.state and torch.equal(idle.detach(), torch.ones(2))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_shows(bad):
+    p, other = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(2))
+    optimizer = MLPOptimizer([p, other], weights_of())
+    p.grad, other.grad = torch.ones(3, 2), torch.ones(2)
+    p.grad[1, 1] = bad
+    optimizer.step()
+    assert p[1, 1].isnan() and other.isfinite().all()
+    assert not optimizer.state[p]["momenta"].isfinite().all()
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path):
+    path = saved(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"is not: its architecture must be one of lstm, got 'mlp'"
+    ):
+        LSTMOptimizer.pretrained([nn.Parameter(torch.ones(2))], path)
+    with pytest.raises(
+        ValueError, match=r"is not: its architecture must be one of mlp, got 'lstm'"
+    ):
+        MLPOptimizer.pretrained([nn.Parameter(torch.ones(2))], "lstm-mnist-mlp")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
+        (
+            {"weights": {"mlp.0.weight": torch.ones(2, 39)}},
+            "weights must hold mlp.0.weight, mlp.0.bias, momentum_decays, second_moment_decay, "
+            "factored_decays, got none of ['mlp.0.bias', 'momentum_decays', "
+            "'second_moment_decay', 'factored_decays']",
+        ),
+    ],
+)
+def test_errors(arguments, message):
+    with pytest.raises(ValueError) as error:
+        MLPOptimizer([nn.Parameter(torch.ones(2))], **{"weights": weights_of(), **arguments})
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("kind", ["sparse", "complex"])
+def test_other_gradients_are_refused(kind):
+    weight = nn.Parameter(torch.ones(2, dtype=torch.complex64 if kind == "complex" else None))
+    weight.grad = weight.detach().to_sparse() if kind == "sparse" else weight.detach()
+    with pytest.raises(
+        ValueError, match=rf"^gradients must be real and dense for MLPOptimizer, got a {kind} one$"
+    ):
+        MLPOptimizer([weight], weights_of()).step()

@@ -44,6 +44,9 @@ PRIVATE = {
     "_optimizer_load_state_dict_post_hooks": "test_hooks_are_called",
     "_foreach_copy_": "test_models",
     "_foreach_norm": "test_finite",
+    "_foreach_mul": "test_equals_the_one_in_jax",
+    "_foreach_lerp_": "test_equals_the_one_in_jax",
+    "_foreach_add_": "test_equals_the_one_in_jax",
 }
 """Of PyTorch, with the test that would notice a change."""
 

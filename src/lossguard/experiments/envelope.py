@@ -86,6 +86,8 @@ class Mean(NamedTuple):
 def interquartile_mean(scores: Sequence[np.ndarray], *, draws: int = 2_000) -> Mean:
     """The mean of the middle half of all scores (Agarwal et al., 2021, arXiv 2108.13264).
 
+    As their package rliable computes it, which needs arch, pandas and seaborn beside SciPy.
+
     Args:
         scores: of each task, those of its seeds.
         draws: of the bootstrap.

@@ -249,8 +249,14 @@ def _of_all(numbers: pl.DataFrame) -> Table:
 
 
 def _filled(shown: Table, numbers: pl.DataFrame, cell: Callable[[pl.DataFrame], str]) -> Table:
-    """With a line for each method at equal steps and at equal price, as far as its marks go."""
-    for (method, by), one in numbers.group_by("method", "by", maintain_order=True):
-        marks = {mark: cell(of) for (mark,), of in one.group_by("mark", maintain_order=True)}
-        shown.add_row(str(method), str(by), *(marks.get(mark, "") for mark in MARKS))
+    """With a line for each method at equal steps and at equal price, or for both, if they agree."""
+    for (method,), one in numbers.group_by("method", maintain_order=True):
+        lines = {}
+        for (by,), some in one.group_by("by", maintain_order=True):
+            marks = {mark: cell(of) for (mark,), of in some.group_by("mark", maintain_order=True)}
+            lines[str(by)] = [marks.get(mark, "") for mark in MARKS]
+        if lines["steps"] == lines["price"]:
+            lines = {"steps, price": lines["steps"]}
+        for by, cells in lines.items():
+            shown.add_row(str(method), by, *cells)
     return shown

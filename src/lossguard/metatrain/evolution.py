@@ -180,8 +180,8 @@ def like_momentum(
 
     >>> weights = like_momentum(jax.random.key(0), noise=0.0)
     >>> optimizer, w = mlp_optimizer(weights), jnp.zeros(2)
-    >>> update, _ = optimizer.update(jnp.array([0.1, -10.0]), optimizer.init(w), w)
-    >>> update.round(4).tolist()
+    >>> update, _ = optimizer.update(jnp.array([1.0, -1.0]), optimizer.init(w), w)
+    >>> [round(float(one), 4) for one in update]
     [-0.005, 0.005]
     """
     drawn = init_mlp_weights(key, hidden=hidden, layers=layers)

@@ -165,6 +165,15 @@ def test_settings_reach_the_task_and_the_optimizer() -> None:
     np.testing.assert_array_equal(*updates)
 
 
+def without_kinds(config: Any) -> Any:
+    """Older records don't have the kinds of models."""
+    if isinstance(config, list):
+        return [without_kinds(one) for one in config]
+    if isinstance(config, dict):
+        return {name: without_kinds(one) for name, one in config.items() if name != "kind"}
+    return config
+
+
 def test_shipped_recipes_are_those_of_the_records() -> None:
     results = Path(__file__).parents[2] / "results"
     if not results.is_dir():
@@ -174,7 +183,7 @@ def test_shipped_recipes_are_those_of_the_records() -> None:
             continue
         folder = results / f"metatrain-{name}"
         config = json.loads((folder / records.CONFIG).read_text())
-        ours = json.loads(json.dumps(asdict(recipe())))
+        ours, config = (without_kinds(one) for one in (as_config(recipe()), config))
         assert {field: ours[field] for field in config} == config
 
 

@@ -36,7 +36,7 @@ class Method(eqx.Module):
     @property
     @abstractmethod
     def tasks(self) -> Mapping[str, Task]:
-        """By what they are called where one of them changed: all that data is read of."""
+        """All tasks, by what messages call their data."""
 
     @abstractmethod
     def start(self, key: PRNGKeyArray) -> tuple[PyTree, PyTree]:

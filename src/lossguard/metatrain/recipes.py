@@ -42,20 +42,22 @@ def mlp_small() -> MLPTraining:
         truncation=50,
         shortest=50,
         longest=1500,
-        curriculum=800,
-        meta_steps=4000,
+        curriculum=600,
+        meta_steps=3000,
         rate=2e-3,
         family=(
             Member("digits", ReluMLP((16, 16)), batch_size=32),
             Member("mnist", ReluMLP((32,)), size=8),
             Member("mnist", ReluMLP((16, 8, 16)), size=8, reconstruct=True),
             Member("fashion_mnist", MLP((16,)), size=20),
-            Member("mnist", ReluMLP((32, 32)), size=24, pairs=2),
+            Member("mnist", ReluMLP((64, 64)), pairs=2),
         ),
         held_out=(
             Member("mnist", ReluMLP((24,)), size=12),
             Member("fashion_mnist", ReluMLP((32, 32)), size=10),
+            Member("fashion_mnist", ReluMLP((48, 48))),
         ),
+        validate_every=200,
         validation_steps=2000,
     )
 

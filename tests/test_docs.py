@@ -25,8 +25,8 @@ def test_links_lead_somewhere(page: Path) -> None:
     """To files of the repository, and to headings of pages."""
     for link in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", (ROOT / page).read_text()):
         target, _, heading = "".join(link).partition("#")
-        if "://" in target:
-            continue
+        if "://" in target or ("results/" in target and not (ROOT / "results").is_dir()):
+            continue  # an sdist has no records
         file = (ROOT / page).parent / target if target else ROOT / page
         assert file.exists(), f"{page} links to {target}"
         if heading:

@@ -65,18 +65,23 @@ class MetaTraining:
     """Meta-steps over which the longest rollout grows from ``shortest``, geometrically."""
     meta_steps: int = 3000
     rate: float = 3e-3
-    """Of Adam on the weights; decayed to zero by a cosine."""
+    """Of Adam on the weights."""
+    decay: bool = True
+    """Whether the rate falls to zero, by a cosine; otherwise it is constant."""
     b2: float = 0.999
     """Of Adam; less forgets sooner the gradients of an exploding start."""
-    clip: float = 1.0
-    """Largest norm of a meta-gradient."""
+    clip: float | None = 1.0
+    """Largest norm of a meta-gradient; None leaves it as it is."""
     hidden: int = 20
     layers: int = 2
     scale: float = 0.1
     p: float = 10.0
     validate_every: int = 100
     validation_steps: int = 300
-    """The weights kept are those with the lowest mean loss over so many steps."""
+    """Optimizer steps of a validation."""
+    select: bool = True
+    """The weights kept are those with the lowest mean validation loss; otherwise the last whose
+    validation is finite."""
     validation_optimizees: int = 4
     others: tuple[str, ...] = ()
     """Other data sets that are validated on as well, as in figure 2; they don't choose weights."""
@@ -170,8 +175,10 @@ def _check(config: MetaTraining) -> None:
         check_count(name, getattr(config, name))
     for name in LENGTHS:
         check_count(name, getattr(config, name), least=2)
-    for name in ("rate", "clip", "scale", "p"):
+    for name in ("rate", "scale", "p"):
         check_positive(**{name: getattr(config, name)})
+    if config.clip is not None:
+        check_positive(clip=config.clip)
     check_real("b2", config.b2, "at least 0 and below 1", lambda v: 0 <= v < 1)
     check_count("curriculum", config.curriculum, least=0)
     check_seed(config.seed)
@@ -243,7 +250,7 @@ def _validated(
     row = {"validation": validation[None]}
     for name, other in others.items():
         row[f"validation_{name}"] = np.asarray(_validate(config, other, state.weights, key))[None]
-    return _keep_best(state, jnp.float32(validation.mean())), row
+    return _keep(config, state, jnp.float32(validation.mean())), row
 
 
 def _start(config: MetaTraining, task: Task, key: PRNGKeyArray) -> MetaState:
@@ -259,8 +266,10 @@ def _start(config: MetaTraining, task: Task, key: PRNGKeyArray) -> MetaState:
 
 
 def _meta_optimizer(config: MetaTraining) -> optax.GradientTransformation:
-    rate = optax.cosine_decay_schedule(config.rate, config.meta_steps)
-    adam = optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(rate, b2=config.b2))
+    decayed = optax.cosine_decay_schedule(config.rate, config.meta_steps)
+    adam = optax.adam(decayed if config.decay else config.rate, b2=config.b2)
+    if config.clip is not None:
+        adam = optax.chain(optax.clip_by_global_norm(config.clip), adam)
     return optax.apply_if_finite(adam, max_consecutive_errors=config.meta_steps)
 
 
@@ -310,7 +319,7 @@ def _validate(
     return losses.mean(axis=1)
 
 
-def _keep_best(state: MetaState, validation: Float[Array, ""]) -> MetaState:
-    if validation < state.best_validation:
+def _keep(config: MetaTraining, state: MetaState, validation: Float[Array, ""]) -> MetaState:
+    if validation < state.best_validation if config.select else jnp.isfinite(validation):
         return state._replace(best=state.weights, best_validation=validation)
     return state

@@ -6,26 +6,20 @@ and with both thetas; a reading picks one scaling of images, one of points, one 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-import polars as pl
 from jaxtyping import PyTree
 
-from ..config import as_config
 from ..guards.loss_guard import loss_guard
 from ..guards.residual_guard import residual_guard
 from ..guards.sequences import ema
 from ..guards.unguarded import unguarded
 from ..learned.pretrained import pretrained
-from ..records import Record
-from .claims import Verdict, judge_claims
 from .experiment import Experiment, Methods, sgd_fallback, with_methods
 from .recipes import PAPERS
 

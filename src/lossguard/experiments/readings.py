@@ -5,9 +5,12 @@ which of two weights theta is. One run of a figure in one scaling holds its meth
 and with both thetas; a reading picks one scaling of images, one of points, one policy, one theta.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,12 +18,17 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
+from ..config import as_config
 from ..guards.loss_guard import loss_guard
+from ..guards.protocol import Guard
 from ..guards.residual_guard import residual_guard
 from ..guards.sequences import ema
 from ..guards.unguarded import unguarded
 from ..learned.pretrained import pretrained
+from ..records import Record
+from .claims import Verdict, judge_claims
 from .experiment import Experiment, Methods, sgd_fallback, with_methods
+from .joined import of
 from .recipes import PAPERS
 
 POLICIES = ("keep", "reset", "reset in every cycle")
@@ -34,7 +42,7 @@ FIGURES: Mapping[str, tuple[Sequence[str], float]] = {
     "fig04": (POINTS, 0.01),
     "fig05": (POINTS, 0.01),
 }
-"""The scalings in which a figure is run, and Adam's rate there in appendix E."""
+"""By figure: the scalings in which it is run, and Adam's rate there in appendix E."""
 
 
 class Reading(NamedTuple):
@@ -73,25 +81,22 @@ def reading_methods(experiment: Experiment) -> Methods:
     """The paper's methods; LGL2O by policies, GL2O by thetas."""
     e = experiment
 
-    def alone(optimizer: optax.GradientTransformation, *, trusted: bool = True) -> Any:
-        return lambda: unguarded(optimizer, nt=e.nt, trusted=trusted)
+    def alone(optimizer: optax.GradientTransformation) -> Guard:
+        return unguarded(optimizer, nt=e.nt, trusted=True)
 
-    def guarded(policy: str) -> Any:
-        learned, every = pretrained(e.learned), policy == POLICIES[2]
-        return loss_guard(
-            restarting(learned, e.nt) if every else learned,
-            sgd_fallback(e),
-            nt=e.nt,
-            nc=e.nc,
-            loser="reset" if policy == "reset" else "keep",
-        )
+    def guarded(policy: str) -> Guard:
+        learned = pretrained(e.learned)
+        if policy == "reset in every cycle":
+            learned = restarting(learned, e.nt)
+        loser = "reset" if policy == "reset" else "keep"
+        return loss_guard(learned, sgd_fallback(e), nt=e.nt, nc=e.nc, loser=loser)
 
-    def rival(theta: float) -> Any:
+    def rival(theta: float) -> Guard:
         return residual_guard(pretrained(e.learned), sgd_fallback(e), sequence=ema(theta), nt=e.nt)
 
     return {
-        "SGDnm": alone(sgd_fallback(e)),
-        "Adam": alone(optax.adam(e.adam_rate)),
+        "SGDnm": lambda: alone(sgd_fallback(e)),
+        "Adam": lambda: alone(optax.adam(e.adam_rate)),
         "L2O": lambda: unguarded(pretrained(e.learned), nt=e.nt),
         **{f"GL2O, {name}": partial(rival, theta) for name, theta in THETAS.items()},
         **{f"LGL2O, {policy}": partial(guarded, policy) for policy in POLICIES},
@@ -130,3 +135,46 @@ READINGS = {
     for scaling in scalings
 }
 """Recipes by their names."""
+
+ADAM: Mapping[str, str] = {"fig03": "Adam", "fig04": "Adam", "fig05": "Adam 0.01"}
+"""What claims call Adam at appendix E's rate."""
+
+
+class Judged(NamedTuple):
+    """A reading and what it makes of the paper's claims."""
+
+    reading: Reading
+    verdicts: Sequence[Verdict]
+
+    def counts(self) -> Counter[str]:
+        """How many claims have each verdict."""
+        return Counter(verdict.verdict for verdict in self.verdicts)
+
+
+def judge_readings(record: Record) -> list[Judged]:
+    """Every reading, those first that reproduce the most claims.
+
+    Args:
+        record: of ``reading_run``, put together by ``joined.join`` with the labels "fig03 unit" and
+            so on; of a method that it lacks the claims are "not run".
+    """
+
+    @cache
+    def about(figure: str, scaling: str, policy: str, theta: str) -> list[Verdict]:
+        names = {"SGDnm": "SGDnm", "Adam": ADAM[figure], "L2O": "L2O"}
+        names |= {f"GL2O, {theta}": "GL2O", f"LGL2O, {policy}": "LGL2O"}
+        curves = of(record.curves, f"{figure} {scaling}", names)
+        if curves.is_empty():
+            return [one for one in judge_claims({}) if one.id.startswith(figure[-1])]
+        recipe = PAPERS[figure]()
+        methods = tuple(curves["method"].unique(maintain_order=True))
+        config = as_config(replace(recipe, methods=methods, seeds=curves["seed"].n_unique()))
+        verdicts = judge_claims({Path(figure): Record(config, record.manifest, curves)})
+        return [one for one in verdicts if one.id.startswith(figure[-1])]
+
+    judged = []
+    for one in ALL:
+        scalings = {"fig03": one.images, "fig04": one.points, "fig05": one.points}
+        parts = [about(figure, s, one.policy, one.theta) for figure, s in scalings.items()]
+        judged.append(Judged(one, [verdict for part in parts for verdict in part]))
+    return sorted(judged, key=lambda one: -one.counts()["reproduced"])

@@ -76,8 +76,8 @@ def record(losses: Losses) -> records.Record:
 def test_joined_curves_are_means_over_bins(tmp_path: Path) -> None:
     one = run(tmp_path / "one", {"A": {1: 1.0, 101: 3.0, 121: 7.0}, "B": 2.0})
     two = run(tmp_path / "two", {"A": 4.0})
-    parts = [Part("first", one, {"A": "C"}), Part("second", two, {"A": "A"})]
-    folder = join(parts, tmp_path / "joined", name="both", title="Both", most=300)
+    parts = [Part("first", one, {"A": "C"}, 300), Part("second", two, {"A": "A"}, 300)]
+    folder = join(parts, tmp_path / "joined", name="both", title="Both")
     config, made, curves = records.read_run(folder)
     assert config["methods"] == ["first: C", "second: A"] and config["steps"] == 300
     steps = [*range(1, 51), 60, 70, 80, 90, 100, 150, 200, 270, 300]
@@ -94,19 +94,19 @@ def test_runs_that_are_themselves_put_together_keep_what_made_them(tmp_path: Pat
     sources = [
         {"methods": ["A"], "seeds": [seed], "time": str(seed), "command": ["x"]} for seed in (0, 1)
     ]
-    part = Part("first", run(tmp_path / "one", {"A": 1.0}, runs=sources), {"A": "A"})
-    folder = join([part], tmp_path / "joined", name="one", title="", most=1_000)
+    part = Part("first", run(tmp_path / "one", {"A": 1.0}, runs=sources), {"A": "A"}, 1_000)
+    folder = join([part], tmp_path / "joined", name="one", title="")
     runs = records.read_run(folder).manifest["runs"]
     assert [(one["time"], one["seeds"]) for one in runs] == [("0", [0]), ("1", [1])]
 
 
 def test_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    part = Part("first", run(tmp_path / "one", {"A": 1.0}), {"A": "A"})
+    part = Part("first", run(tmp_path / "one", {"A": 1.0}), {"A": "A"}, 300)
     with pytest.raises(ValueError, match=r"two have first: A$"):
-        join([part, part], tmp_path / "joined", name="both", title="", most=300)
+        join([part, part], tmp_path / "joined", name="both", title="")
     lacking = dataclasses.replace(part, methods={"B": "B"})
     with pytest.raises(ValueError, match=r"^methods of .*one must have B$"):
-        join([lacking], tmp_path / "joined", name="both", title="", most=300)
+        join([lacking], tmp_path / "joined", name="both", title="")
     assert not (tmp_path / "joined").exists()
 
 
@@ -185,6 +185,7 @@ GRID: Losses = {
     "mnist-mlp unit: SGDnm tau 50000": 1.0,
     "mnist-mlp unit: Adam 0.001": {1: 9.0, 270: 4.0, 301: 0.1},
     "mnist-mlp unit: Adam 0.01": 5.0,
+    "mnist-mlp symmetric: Adam 0.01": 1.0,
 }
 
 
@@ -197,8 +198,8 @@ def test_grids_are_judged_at_step_300() -> None:
 
 def test_map_of_grids_boxes_what_the_paper_chose(tmp_path: Path) -> None:
     (axes,) = draw_grids(record(GRID)).axes
-    boxes = {round(patch.get_x() + 0.5) for patch in axes.patches}
-    assert boxes == {1, 2}
-    assert [text.get_text() for text in axes.texts][:3] == ["2", "1", "1"]
+    boxes = [(round(p.get_y() + 0.5), round(p.get_x() + 0.5)) for p in axes.patches]
+    assert sorted(boxes) == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert [text.get_text() for text in axes.texts] == ["2", "1", "1", "1.25", "", "", "", "1"]
     file = figures.plot(tmp_path, record(GRID)._replace(config={"name": "grids", "title": "G"}))
     assert file.stat().st_size > 0

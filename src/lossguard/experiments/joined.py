@@ -37,10 +37,12 @@ class Part:
     folder: Path
     methods: Mapping[str, str]
     """Their names in the run, and here."""
+    most: int
+    """The step up to which they are taken."""
 
 
-def join(parts: Sequence[Part], folder: Path, *, name: str, title: str, most: int) -> Path:
-    """Put runs together, up to the step ``most``, in a folder that is empty or absent.
+def join(parts: Sequence[Part], folder: Path, *, name: str, title: str) -> Path:
+    """Put runs together in a folder that is empty or absent.
 
     Curves are means over bins, without check losses; evaluations are those at the end.
 
@@ -58,7 +60,7 @@ def join(parts: Sequence[Part], folder: Path, *, name: str, title: str, most: in
             raise ValueError(f"parts must have different methods, but two have {', '.join(twice)}")
         seconds |= {new: made["seconds"][old] for old, new in names.items()}
         evaluated = read_parquet(part.folder / EVALUATIONS)
-        own = [_renamed(one, names, most) for one in (table, evaluated)]
+        own = [_renamed(one, names, part.most) for one in (table, evaluated)]
         curves.append(_binned(own[0]))
         at_end = pl.col("step") == pl.col("step").max().over("method", "seed")
         evaluations.append(own[1].filter(at_end))

@@ -47,17 +47,18 @@ def draw_readings(record: Record) -> Figure:
 def draw_grids(record: Record) -> Figure:
     """Each task in each scaling, a row: losses over the best of the same optimizer.
 
-    What the paper's grids chose is boxed.
+    What the paper's grids chose is boxed; what was not run is empty.
     """
     rows = losses_of(record)
-    methods = [*next(iter(rows.values()))]
-    ratios = np.array([[*over_best(losses).values()] for losses in rows.values()])
+    found = [over_best(losses) for losses in rows.values()]
+    methods = [*dict.fromkeys(method for row in found for method in row)]
+    ratios = np.array([[row.get(method, np.nan) for method in methods] for row in found])
     figure = Figure(figsize=(9, 1.5 + 0.35 * len(rows)), layout="constrained")
     axes = figure.subplots()
     axes.imshow(np.log10(ratios), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (y, x), ratio in np.ndenumerate(ratios):
         color, weight = "white" if ratio > 3 else "black", "bold" if ratio == 1 else "normal"
-        text = f"{ratio:.3g}"
+        text = f"{ratio:.3g}" if np.isfinite(ratio) else ""
         axes.text(x, y, text, ha="center", va="center", color=color, weight=weight, fontsize=8)
     for y, (task, _) in enumerate(rows):
         for chosen in CHOSEN[task]:

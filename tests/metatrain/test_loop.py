@@ -260,6 +260,43 @@ def test_lowest_validation_is_kept(
     ]
 
 
+@pytest.mark.parametrize(("answers", "kept"), [((1, 2, 3), 2), ((3, 1, np.nan), 1)])
+def test_last_weights_are_kept_if_none_are_selected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: list[float], kept: int
+) -> None:
+    seen: list[LSTMWeights] = []
+    monkeypatch.setattr(bptt, "_validate", answering(answers, seen))
+    file = metatrain(dataclasses.replace(TINY, select=False), tmp_path / "run")
+    assert same(load_weights(file).weights, seen[kept])
+    manifest = records.read_run(tmp_path / "run").manifest
+    assert manifest["best_validation"] == answers[kept]
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("decay", [False, True])
+def test_meta_optimizer_does_only_what_is_asked_for(clip: float | None, decay: bool) -> None:
+    """Against Adam's formula, with gradients that clipping would change, halfway to the end."""
+    config = dataclasses.replace(TINY, clip=clip, decay=decay, meta_steps=4, rate=0.1, b2=0.9)
+    optimizer = config.optimizer_of_weights()
+    weights = jnp.zeros(2)
+    state, m, v = optimizer.init(weights), np.zeros(2), np.zeros(2)
+    for t, raw in enumerate(np.array([[3.0, 4.0], [30.0, -40.0], [0.3, 0.4]])):
+        update, state = optimizer.update(jnp.asarray(raw), state, weights)
+        g = raw / max(1.0, np.linalg.norm(raw)) if clip else raw
+        m, v = 0.9 * m + 0.1 * g, 0.9 * v + 0.1 * g**2
+        rate = 0.1 * (1 + np.cos(np.pi * t / 4)) / 2 if decay else 0.1
+        expected = -rate * (m / (1 - 0.9 ** (t + 1))) / (np.sqrt(v / (1 - 0.9 ** (t + 1))) + 1e-8)
+        np.testing.assert_allclose(update, expected, rtol=1e-5)
+
+
+def test_the_papers_recipe_does_nothing_that_the_paper_does_not_state() -> None:
+    config = RECIPES["mnist-mlp-paper"]()
+    assert (config.truncation, config.shortest, config.longest) == (20, 100, 100)
+    assert (config.meta_steps, config.optimizees, config.batch_size) == (10_000, 1, 128)
+    assert (config.clip, config.decay, config.select, config.curriculum) == (None, False, False, 0)
+    assert (config.model, config.hidden, config.layers) == (MLP((20,)), 20, 2)
+
+
 def test_no_weights_are_kept_if_all_diverged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

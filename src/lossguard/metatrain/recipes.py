@@ -1,4 +1,4 @@
-"""How the learned optimizers that the package ships were meta-trained."""
+"""How learned optimizers are meta-trained: those that the package ships, and the paper's."""
 
 from ..tasks.models import MLP, ConvNet, ReluMLP
 from .bptt import LSTMTraining
@@ -9,6 +9,30 @@ from .family import Member
 def mnist_mlp() -> LSTMTraining:
     """``lstm-mnist-mlp``: MNIST and the MLP with 20 hidden units (paper, section 4)."""
     return LSTMTraining(name="lstm-mnist-mlp")
+
+
+def mnist_mlp_paper() -> LSTMTraining:
+    """MNIST and the MLP as the paper's text has it; nothing is chosen by validation.
+
+    Rollouts of 100 steps are section 4's; ``--shortest 600 --longest 600`` are appendix D's. A
+    meta-step is an update of the LSTM's weights, which follows each piece of 20 steps.
+    """
+    return LSTMTraining(
+        name="lstm-mnist-mlp-paper",
+        scaling="symmetric",
+        optimizees=1,
+        truncation=20,
+        shortest=100,
+        longest=100,
+        meta_steps=10_000,
+        rate=1e-3,
+        decay=False,
+        clip=None,
+        validate_every=500,
+        validation_steps=1_000,
+        select=False,
+        validation_optimizees=2,
+    )
 
 
 def cifar10_conv() -> LSTMTraining:
@@ -62,4 +86,9 @@ def mlp_small() -> MLPTraining:
     )
 
 
-RECIPES = {"mnist-mlp": mnist_mlp, "cifar10-conv": cifar10_conv, "mlp-small": mlp_small}
+RECIPES = {
+    "mnist-mlp": mnist_mlp,
+    "mnist-mlp-paper": mnist_mlp_paper,
+    "cifar10-conv": cifar10_conv,
+    "mlp-small": mlp_small,
+}

@@ -39,7 +39,7 @@ def test_jax_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the top down in one namespace; what is trained fits the data."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    data, cycles, host, models, seeds, saving, devices = blocks("docs/jax.md")
+    data, cycles, host, models, own, seeds, saving, devices = blocks("docs/jax.md")
     for block in (data, cycles, host):
         exec(block, names)
         misfit = names["x"] @ names["state"].params - names["t"]
@@ -47,6 +47,8 @@ def test_jax_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exec(models, names)
     misfit = jax.vmap(names["model"])(names["x"]) - names["t"]
     assert jnp.mean(misfit**2) < 0.9 * jnp.mean(names["t"] ** 2)
+    exec(own, names)
+    assert jnp.mean((names["x"] @ names["fitted"].params - names["t"]) ** 2) < 0.01
     trained = names["state"]
     exec(seeds, names)
     assert names["states"].params.shape == (5, 3)

@@ -12,6 +12,7 @@ import pytest
 from jaxtyping import Array, Float, PyTree
 
 from lossguard import MLPWeights, init_mlp_weights, mlp_optimizer
+from lossguard.learned.mlp import MLPLayer
 
 STEPS = 12
 SHAPES = [(), (1,), (7,), (5, 3), (3, 5), (4, 4), (1, 6), (3, 3, 4, 8), (6, 2, 3), (50, 2)]
@@ -72,6 +73,41 @@ def test_equals_the_equations_with_other_sizes(hidden: int, layers: int) -> None
         expected, memory = mlp_reference.step(weights, memory, gradient, p)
         p = p + expected
         np.testing.assert_allclose(update, expected, rtol=2e-4, atol=1e-7)
+
+
+def test_equals_the_published_code() -> None:
+    """Numbers of ``AdafacMLPLOpt`` in google/learned_optimization, after ten steps from zero."""
+
+    def cosines(shape: tuple[int, ...], start: float) -> np.ndarray:
+        return np.cos(start + np.arange(np.prod(shape))).reshape(shape)
+
+    layers = [
+        MLPLayer(
+            jnp.float32(cosines((outputs, inputs), k) / inputs**0.5),
+            jnp.float32(cosines((outputs,), k + 5) / 2),
+        )
+        for k, (inputs, outputs) in enumerate(((39, 4), (4, 4), (4, 2)))
+    ]
+    fresh = init_mlp_weights(jax.random.key(0))
+    moved = jnp.array([0.01, -0.02, 0.015])
+    weights = MLPWeights(
+        tuple(layers),
+        fresh.momentum_decays + moved,
+        fresh.second_moment_decay + 0.02,
+        fresh.factored_decays - moved,
+    )
+    gradients = {
+        "w": jnp.stack([jnp.float32(cosines((2, 3), 3 * t)) for t in range(10)]),
+        "b": jnp.stack([jnp.float32(cosines((2,), 2 * t)) for t in range(10)]),
+    }
+    params = {"w": jnp.zeros((2, 3)), "b": jnp.zeros(2)}
+    updates, _ = updates_of(mlp_optimizer(weights), params, gradients)
+    expected = {
+        "w": [[-4.136198e-4, -8.252643e-5, 1.497276e-3], [1.368930e-3, 8.142916e-4, -2.895257e-4]],
+        "b": [-1.810640e-4, 8.659458e-4],
+    }
+    for name, numbers in expected.items():
+        np.testing.assert_allclose(updates[name].sum(0), numbers, rtol=1e-4, atol=1e-8)
 
 
 def test_fresh_weights() -> None:

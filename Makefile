@@ -1,9 +1,9 @@
-# The two commands of the README: make demo, make test. PYTHON names the interpreter (3.11 to 3.13).
+# The two commands of the README: make demo, make test; the site: make docs. PYTHON names the interpreter (3.11 to 3.13).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test docs bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/lossguard demo
@@ -13,6 +13,11 @@ test: $(VENV)/tested
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/pytest --numprocesses 2 --dist worksteal
+
+docs: $(VENV)/documented
+	$(BIN)/python site/pages.py
+	$(BIN)/zensical build --strict --clean
+	@echo 'The site is in build/site: $(BIN)/python -m http.server --directory build/site'
 
 bench: $(VENV)/tested
 	$(BIN)/pytest benchmarks --benchmark-enable --benchmark-only
@@ -30,6 +35,10 @@ $(VENV)/tested: $(VENV)/bin/python pyproject.toml
 	@echo 'Installing what the tests need, PyTorch included: several GB, in several minutes'
 	$(BIN)/python -m pip install --quiet --editable '.[all]' --group test
 	touch $@ $(VENV)/installed
+
+$(VENV)/documented: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --group docs
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,17 +1,20 @@
-"""What the recommended guard costs once the learned optimizer has nothing left to give.
+"""What guards cost in seconds: once it is clear who leads, where a lane is idle, to compile.
 
-On real MNIST, from ``LOSSGUARD_DATA``. Off by default; ``make bench`` runs it.
+Off by default; ``make bench`` runs it.
 """
 
 import os
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import milliseconds
 
 import lossguard
 from lossguard import rollout
@@ -19,6 +22,84 @@ from lossguard.tasks import MLP, Task, load_dataset
 
 PLATEAU, CYCLES, CHUNK = 300, 2_000, 100
 """Cycles until the learned optimizer is on its plateau, cycles measured, cycles a turn."""
+SEEDS = 20
+"""Runs side by side, under ``vmap``."""
+X = jax.random.normal(jax.random.key(0), (128, 784))
+START = {"a": jnp.ones((784, 20)) / 28, "b": jnp.ones((20, 10)) / 5}
+
+
+def objective(params: dict[str, jax.Array], i: jax.Array) -> jax.Array:
+    """As large as MNIST + MLP, without its data."""
+    outputs = jnp.tanh(jnp.roll(X, i, 0) @ params["a"]) @ params["b"]
+    return optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.arange(128) % 10).mean()
+
+
+def guards() -> dict[str, lossguard.Guard]:
+    """Over SGD, of the LSTM; and the two alone."""
+    fallback, learned = optax.sgd(0.1), lossguard.pretrained("lstm-mnist-mlp")
+    return {
+        "alone": lossguard.unguarded(fallback),
+        "learned": lossguard.unguarded(learned),
+        "loss_guard": lossguard.loss_guard(learned, fallback),
+        "recommended": lossguard.recommended(learned, fallback),
+        "hedged": lossguard.hedged(learned, fallback),
+        "best_of": lossguard.best_of(
+            [lossguard.unguarded(fallback), lossguard.unguarded(learned)], share=0.05
+        ),
+    }
+
+
+def cpu_seconds() -> float:
+    """Of this process, on all cores."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def test_compile_time(report: Callable[..., None]) -> None:
+    """CPU seconds to trace and compile a step, by guard: of one run, and of 20 under ``vmap``."""
+
+    def compile_all() -> dict[str, list[float]]:
+        found = {}
+        for name, guard in guards().items():
+            state, seconds = guard.init(START), []
+            step = lambda state, guard=guard: guard.step(state, objective)  # noqa: E731
+            many = jax.tree.map(lambda leaf: jnp.stack([leaf] * SEEDS), state)
+            for form, at in ((step, state), (jax.vmap(step), many)):
+                before = cpu_seconds()
+                jax.jit(form).lower(at).compile()
+                seconds.append(round(cpu_seconds() - before, 1))
+            found[name] = seconds
+        return found
+
+    first = compile_all()
+    report(compile_all, "recommended under 10 CPU seconds", **first)
+
+
+def test_idle_lanes(report: Callable[..., None]) -> None:
+    """Cycles in which nothing is tried, over those of the fallback alone."""
+    fallback, learned = optax.sgd(0.1), lossguard.pretrained("lstm-mnist-mlp")
+    idle = jnp.int32(10**9)  # steps that trials have had already: none is due
+
+    def quiet(guard: lossguard.Guard) -> Callable[[], object]:
+        state = guard.init(START)
+        if hasattr(state.inner, "relay"):
+            relay = state.inner.relay._replace(tried=idle)
+            state = state._replace(inner=state.inner._replace(relay=relay), steps=jnp.int32(100))
+        # Not donated: the same cycles again.
+        run = jax.jit(lambda state: rollout(guard, state, objective, cycles=CHUNK))
+        return lambda: jax.block_until_ready(run(state))
+
+    candidates = {
+        "alone": quiet(lossguard.unguarded(fallback)),
+        "recommended": quiet(lossguard.recommended(learned, fallback)),
+        "hedged": quiet(lossguard.hedged(learned, fallback)),
+    }
+    times = milliseconds(candidates, 9)
+    ratios = {
+        f"{name}_over_the_fallback": round(times[name] / times["alone"], 3)
+        for name in ("recommended", "hedged")
+    }
+    report(candidates["recommended"], "at most 1.05", **ratios)
 
 
 def test_cost_after_the_plateau(report: Callable[..., None]) -> None:

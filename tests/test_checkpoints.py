@@ -1,10 +1,7 @@
 """Checkpoints: what is kept, what comes back, and what becomes of one that is damaged."""
 
-import os
 import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,20 +85,20 @@ def test_newest_comes_back_to_the_bit(saved: Path) -> None:
 
 
 def test_last_two_are_kept(saved: Path) -> None:
-    assert sorted(int(entry.name) for entry in saved.iterdir()) == [7, 20]
+    assert sorted(entry.name for entry in saved.iterdir()) == ["20.safetensors", "7.safetensors"]
 
 
 def test_ctrl_c_while_one_is_read_leaves_it(
     saved: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    read = Checkpoints._read
+    read = checkpointing._read
 
-    def interrupted(*given: Any) -> Any:
-        monkeypatch.setattr(Checkpoints, "_read", read)  # a second one would end the tests
+    def interrupted(path: Path) -> Any:
+        monkeypatch.setattr(checkpointing, "_read", read)  # a second one would end the tests
         signal.raise_signal(signal.SIGINT)
-        return read(*given)
+        return read(path)
 
-    monkeypatch.setattr(Checkpoints, "_read", interrupted)
+    monkeypatch.setattr(checkpointing, "_read", interrupted)
     with stopping_at_interrupt() as stopped:
         same(Checkpoints(saved).latest(state(0)), 20)
         assert stopped()
@@ -109,62 +106,36 @@ def test_ctrl_c_while_one_is_read_leaves_it(
 
 
 def damage(checkpoint: Path) -> None:
-    """Cut every file of it in half."""
-    files = [path for path in checkpoint.rglob("*") if path.is_file()]
-    assert files
-    for path in files:
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    """Cut it in half."""
+    checkpoint.write_bytes(checkpoint.read_bytes()[: checkpoint.stat().st_size // 2])
 
 
 def test_damaged_newest_is_passed_over_aloud(
     saved: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    damage(saved / "20")
-    before = {path.name: path.read_bytes() for path in (saved / "20").iterdir() if path.is_file()}
+    damage(saved / "20.safetensors")
+    before = (saved / "20.safetensors").read_bytes()
     same(Checkpoints(saved).latest(state(0)), 7)
     aside = saved / "20.damaged"
     err = capfd.readouterr().err
     assert err.startswith(f"checkpoint 20 is damaged and was passed over, it is now {aside}: ")
     assert err.count("\n") == 1
-    assert {path.name: path.read_bytes() for path in aside.iterdir() if path.is_file()} == before
-    assert sorted(entry.name for entry in saved.iterdir()) == ["20.damaged", "7"]
-
-
-def flip_bits(saved: Path) -> None:
-    """In each file, at three places: the checkpoint is as it was, or passed over."""
-    rng = np.random.default_rng(0)
-    for path in sorted(path for path in (saved / "20").rglob("*") if path.is_file()):
-        content = path.read_bytes()
-        for place in rng.integers(0, len(content), 3):
-            flipped = bytearray(content)
-            flipped[place] ^= 1 << int(rng.integers(8))
-            path.write_bytes(flipped)
-            found = Checkpoints(saved).latest(state(0))
-            same(found, found[0] if found else 0)
-            if (saved / "20.damaged").exists():
-                (saved / "20.damaged").rename(saved / "20")
-            path.write_bytes(content)
-    same(Checkpoints(saved).latest(state(0)), 20)
+    assert aside.read_bytes() == before
+    assert sorted(entry.name for entry in saved.iterdir()) == ["20.damaged", "7.safetensors"]
 
 
 def test_bits_that_flipped_change_no_number(saved: Path) -> None:
-    """In another process: Orbax leaves coroutines behind, of which other tests would be told."""
-    program = f"import test_checkpoints as t; t.flip_bits(t.Path({str(saved)!r}))"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
-    }
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
-
-
-def test_a_checkpoint_with_another_checksum_is_damaged(
-    saved: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpointing, "_checksum", lambda *_: np.zeros(32, np.uint8))
-        Checkpoints(saved).save(30, state(30), table(30))
+    path = saved / "20.safetensors"
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    header = rng.integers(0, 400, 50)
+    for place in (*header, *rng.integers(0, len(content), 50)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(flipped)
+        same(Checkpoints(saved).latest(state(0)), 7)
+    path.write_bytes(content)
     same(Checkpoints(saved).latest(state(0)), 20)
-    assert "its numbers are not those of its SHA-256" in capfd.readouterr().err
 
 
 def test_name_of_the_damaged_one_is_told_as_it_is(
@@ -172,7 +143,7 @@ def test_name_of_the_damaged_one_is_told_as_it_is(
 ) -> None:
     folder = tmp_path / "[/]:x:"
     Checkpoints(folder).save(7, state(7), table(7))
-    damage(folder / "7")
+    damage(folder / "7.safetensors")
     assert Checkpoints(folder).latest(state(0)) is None
     assert f"it is now {folder / '7.damaged'}: " in capfd.readouterr().err
 
@@ -182,22 +153,23 @@ def test_name_of_the_damaged_one_is_told_as_it_is(
     [
         state(0)._replace(step=jnp.zeros(2, jnp.int32)),
         state(0)._replace(params={"half": jnp.zeros((4, 2), jnp.bfloat16)}),
+        state(0)._replace(step=jnp.uint32(0)),
         (state(0), jnp.float32(0)),
     ],
-    ids=["shape", "leaves", "structure"],
+    ids=["shape", "leaves", "dtype", "structure"],
 )
 def test_checkpoint_of_another_structure_is_refused_and_left(
     saved: Path, other: object, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(
-        ValueError, match=r"^checkpoint must have the structure .*, but .*/20 has others: [^\n]*$"
+        ValueError,
+        match=r"^checkpoint must have the structure.*, but .*/20.safetensors has others: [^\n]*$",
     ):
         Checkpoints(saved).latest(other)
     assert not capfd.readouterr().err
     same(Checkpoints(saved).latest(state(0)), 20)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # C++ print them
 def test_full_disk_is_told_in_a_sentence(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
@@ -206,7 +178,7 @@ def test_full_disk_is_told_in_a_sentence(saved: Path, capfd: pytest.CaptureFixtu
             Checkpoints(saved).save(30, state(30), table(30))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert caught.value.filename == str(saved)
+    assert caught.value.filename == str(saved / "30.safetensors")
     assert not capfd.readouterr().err
     checkpoints = Checkpoints(saved)
     same(checkpoints.latest(state(0)), 20)
@@ -215,26 +187,16 @@ def test_full_disk_is_told_in_a_sentence(saved: Path, capfd: pytest.CaptureFixtu
 
 
 def test_computation_goes_on_from_before_the_damage(saved: Path) -> None:
-    damage(saved / "20")
+    damage(saved / "20.safetensors")
     checkpoints = Checkpoints(saved)
     same(checkpoints.latest(state(0)), 7)
     checkpoints.save(20, state(20), table(20))
     same(Checkpoints(saved).latest(state(0)), 20)
 
 
-@pytest.mark.parametrize("part", ["state", "table"])
-def test_checkpoint_without_a_part_is_damaged(
-    saved: Path, part: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    for path in sorted((saved / "20" / part).rglob("*"), reverse=True):
-        path.unlink() if path.is_file() else path.rmdir()
-    same(Checkpoints(saved).latest(state(0)), 7)
-    assert "checkpoint 20 is damaged" in capfd.readouterr().err
-
-
 def test_all_damaged_is_as_none(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    damage(saved / "7")
-    damage(saved / "20")
+    damage(saved / "7.safetensors")
+    damage(saved / "20.safetensors")
     checkpoints = Checkpoints(saved)
     assert checkpoints.latest(state(0)) is None
     assert capfd.readouterr().err.count("is damaged and was passed over") == 2
@@ -243,15 +205,8 @@ def test_all_damaged_is_as_none(saved: Path, capfd: pytest.CaptureFixture[str]) 
 
 
 def test_half_written_one_is_no_checkpoint(saved: Path) -> None:
-    (saved / "30.orbax-checkpoint-tmp-0").mkdir()
-    (saved / "30.orbax-checkpoint-tmp-0" / "state").mkdir()
+    (saved / ".0123456789abcdef.part").write_bytes(b"half")
     same(Checkpoints(saved).latest(state(0)), 20)
-
-
-def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
-    reason = r"can't write a checkpoint: .*Unsupported data type: \"object\": '.*here'$"
-    with pytest.raises(OSError, match=reason):
-        Checkpoints(tmp_path / "here").save(1, (np.array([object()]),), table(1))
 
 
 def test_delete_removes_all(saved: Path) -> None:
@@ -268,7 +223,6 @@ def test_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     same(Checkpoints(tmp_path / "here").latest(state(0)), 1)
 
 
-@pytest.mark.parametrize("name", ["lr[1", "lr[/1]", "lr[]"])
-def test_folders_with_brackets_that_make_no_pattern(tmp_path: Path, name: str) -> None:
-    Checkpoints(tmp_path / name).save(1, state(1), table(1))
-    same(Checkpoints(tmp_path / name).latest(state(0)), 1)
+def test_folder_whose_name_is_a_pattern(tmp_path: Path) -> None:
+    Checkpoints(tmp_path / "lr[1]").save(1, state(1), table(1))
+    same(Checkpoints(tmp_path / "lr[1]").latest(state(0)), 1)

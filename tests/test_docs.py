@@ -61,10 +61,11 @@ def test_readme(capsys: pytest.CaptureFixture[str]) -> None:
     """The loop in JAX; the recipe of one's own is a module."""
     loop, recipe = (block for block in blocks("README.md") if "lossguard.torch" not in block)
     exec(loop, {})
-    assert capsys.readouterr().out.strip().endswith(("learned", "fallback"))
+    alone, guarded = map(float, capsys.readouterr().out.split())
+    assert round(alone, 2) == 0.06 and guarded < alone
     names: dict[str, Any] = {}
     exec(recipe, names)
-    assert list(names["my_recipe"]().guards()) == ["mine", "sgd", "guarded"]
+    assert list(names["my_recipe"]().guards()) == ["lion", "sgd", "both"]
 
 
 def test_readme_in_torch(capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,6 +75,19 @@ def test_readme_in_torch(capsys: pytest.CaptureFixture[str]) -> None:
     exec(loop, {})
     loss, _, events = capsys.readouterr().out.strip().partition(" ")
     assert float(loss) < 1 and events == "[]"
+
+
+def test_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
+    """It prints what it says."""
+    pytest.importorskip("torch")
+    names: dict[str, Any] = {}
+    for block in blocks("docs/index.md"):
+        exec(block, names)
+    events, solution = capsys.readouterr().out.strip().split("\n", 1)
+    assert events.count("kind='return'") == 1 and float(events.split()[-1]) < 0.05
+    loss, price = map(float, solution.split()[-2:])
+    assert loss < 0.1 and 500 < price < 600
+    assert len(names["table"]["step"]) == 50 and names["numbers"]["loss"] == pytest.approx(loss)
 
 
 def test_torch_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

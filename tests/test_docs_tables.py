@@ -73,7 +73,7 @@ def test_size(page: str, most: int) -> None:
 
 def test_slowdowns_are_those_of_the_records() -> None:
     """And the prices of a step; not the intervals, which take longer."""
-    text = (ROOT / "docs" / "guards.md").read_text()
+    text = (ROOT / "docs" / "costs.md").read_text()
     (found,) = re.findall(r"^<!-- slowdowns of results -->\n((?:\|.*\n)+)", text, re.M)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.splitlines()]
     marks = [int(re.sub(r"\D", "", cell)) for cell in lines[0][3:]]

@@ -245,22 +245,6 @@ def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_folder_that_checkpoints_cannot_be_read_from_is_refused(tmp_path: Path) -> None:
-    reason = r"^folder must have no \[\.\.\.\] in its path, got .*/lr\[1\]/a$"
-    with pytest.raises(ValueError, match=reason):
-        records.open_folder(tmp_path / "lr[1]" / "a", CONFIG)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", ["lr[1", "lr[/1]", "lr[]"])
-def test_other_folders_with_brackets_are_used(tmp_path: Path, name: str) -> None:
-    records.open_folder(tmp_path / name, CONFIG)
-
-
-def test_finished_run_needs_no_folder_for_checkpoints(finished: Path) -> None:
-    records.open_folder(finished.rename(finished.with_name("lr[1]")), CONFIG, resume=True)
-
-
 def test_folder_of_a_run_killed_at_its_first_write_is_used(tmp_path: Path) -> None:
     for name in (".0123456789abcdef.part", ".lock"):
         (tmp_path / name).write_text("{")

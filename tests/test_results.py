@@ -9,7 +9,9 @@ from lossguard import records
 RESULTS = Path(__file__).parents[1] / "results"
 if not RESULTS.is_dir():
     pytest.skip("there are no records here", allow_module_level=True)
-FOLDERS = sorted(path for path in RESULTS.iterdir() if path.is_dir())
+OTHERS = {"stability": ["README.md", "figure.png", "runs.csv", "table.csv"]}
+"""Records of benchmarks, which are not of the command's runs."""
+FOLDERS = sorted(path for path in RESULTS.iterdir() if path.is_dir() and path.name not in OTHERS)
 PARTS = ["README.md", "config.json", "curves.parquet", "figure.png", "manifest.json"]
 
 
@@ -17,6 +19,12 @@ def test_they_are_few_and_small() -> None:
     assert len(FOLDERS) <= 40
     assert sum(file.stat().st_size for file in RESULTS.rglob("*")) <= 15e6
     assert [path.name for path in RESULTS.iterdir() if not path.is_dir()] == []
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_others_have_all_parts(name: str) -> None:
+    assert sorted(path.name for path in (RESULTS / name).iterdir()) == OTHERS[name]
+    assert len((RESULTS / name / "README.md").read_text().splitlines()) <= 10
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

@@ -1,4 +1,4 @@
-"""Use an optimizer that you don't trust, and never do worse than one that you do.
+"""Use an optimizer that you don't trust, beside one that you do, at a bounded price.
 
 The public names are those of ``__init__.pyi``, where type checkers read them too; each is imported
 on first use, so that ``lossguard.torch`` works without JAX, and this without either.

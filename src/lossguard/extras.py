@@ -11,7 +11,6 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
         "jinja2",
         "markupsafe",
         "matplotlib",
-        "orbax",
         "PIL",
         "plotly",
         "polars",

@@ -20,8 +20,6 @@ from rich.progress import Progress as RichProgress
 from .terminal import PlainConsole, shown
 
 QUIET_SECONDS = 30.0
-STDERR = 2
-"""Its number: while checkpoints are written and read, ``sys.stderr`` is a buffer without one."""
 STOPPING = b"\nstopping once what is under way is saved; Ctrl-C again loses it\n"
 STOPS = signal.SIGINT, signal.SIGTERM
 """Ctrl-C, and what ``kill`` and the schedulers of clusters send."""
@@ -103,7 +101,7 @@ def stopping_at_interrupt() -> Iterator[Callable[[], bool]]:
         nonlocal stopped
         stopped = True
         put_back()
-        os.write(STDERR, STOPPING)
+        os.write(2, STOPPING)  # to stderr: nothing else is safe in a signal handler
 
     def put_back() -> None:
         for one, handler in before.items():

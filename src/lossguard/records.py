@@ -22,7 +22,6 @@ import io
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -107,8 +106,8 @@ def open_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False
 
     Raises:
         ValueError: if the folder holds another run, or this one and ``resume`` is false, or its
-            config is damaged, or the run isn't finished and a name in its path has ``[...]`` or a
-            link is in it: it might lead out of the folder.
+            config is damaged, or the run isn't finished and a link is in it: it might lead out of
+            the folder.
         OSError: if it can't be made.
     """
     if not _check_folder(folder, config, resume=resume):
@@ -119,9 +118,6 @@ def open_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False
 def _check_folder(folder: Path, config: Mapping[str, Any], *, resume: bool) -> bool:
     """Whether the folder holds this run; refuse it as ``open_folder`` says."""
     path, is_open = folder / CONFIG, not is_finished(folder)
-    is_pattern = re.search(r"\[[^/]+\]", str(folder.absolute()))  # to Orbax: checkpoints get lost
-    if is_pattern and is_open:
-        raise ValueError(f"folder must have no [...] in its path, got {folder.absolute()}")
     if is_open and (link := next(_links(folder), None)):
         raise ValueError(f"folder must hold no links, but {link} is one")
     if path.exists():

@@ -59,7 +59,7 @@ def test_progress_is_of_the_steps_that_were_taken(
     monkeypatch.setattr(running.Progress, "advance", lambda _, steps, **now: told.append(now))
     run(dataclasses.replace(tiny.recipe(), methods=("L2O",)), tmp_path / "run")
     assert len(told) >= 3
-    assert all(np.isfinite(now["loss"]) and now["learned"] == 1 for now in told)
+    assert all(np.isfinite(now["loss"]) and now["learned"] == 1 == now["price"] for now in told)
 
 
 def test_records_of_a_run(whole: Path) -> None:
@@ -288,7 +288,7 @@ def test_a_killed_run_goes_on_to_the_same_curves(
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "run" / records.CURVES).exists()
     checkpoints = tmp_path / "run" / "methods" / "L2O.checkpoints"
-    assert [entry.name for entry in checkpoints.iterdir()] == ["4"]
+    assert [entry.name for entry in checkpoints.iterdir()] == ["4.safetensors"]
 
     command(monkeypatch, "run", f"{MODULE}:recipe", "--out", tmp_path / "run", "--resume")
     went_on(tmp_path / "run", whole)

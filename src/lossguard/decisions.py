@@ -1,0 +1,204 @@
+"""What a guard decided, as a table, as numbers for a logger, and as a figure.
+
+Takes the decisions of both frameworks, and imports neither.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .extras import needed
+from .validation import check_count
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LANES = ("learned", "fallback", "fallback alone")
+"""The names of ``Decision.winner``, from 0."""
+NEITHER = "neither"
+"""The name of -1: the guard stayed where it was, or went back."""
+COLUMNS = ("learned_loss", "fallback_loss", "winner", "gradients", "forwards", "learned_updates")
+"""Fields of a decision that are columns as they are."""
+
+
+def decision_table(decisions: Any, *, start: int = 0) -> dict[str, np.ndarray]:
+    """Decisions as columns, a row for each cycle: ``polars.DataFrame(decision_table(decisions))``.
+
+    - ``step``: optimizer steps by the end of the cycle,
+    - ``loss``: the mean of the cycle's losses,
+    - ``learned``: the part of its steps that were the learned optimizer's,
+    - ``price_of_step``: gradients, and a third for each forward pass, for each of its steps,
+    - ``learned_loss``, ``fallback_loss``, ``winner``, ``gradients``, ``forwards`` and
+      ``learned_updates``: as ``Decision`` has them.
+
+    Args:
+        decisions: of one run: those that ``rollout`` returns stacked, a list of them, the
+            ``history`` of a guard for PyTorch, or a single one.
+        start: optimizer steps before the first of them.
+
+    Returns:
+        The columns by name, NumPy arrays of one length.
+
+    Raises:
+        ValueError: if there is no decision, they are of several runs, or start isn't an integer of
+            at least 0.
+
+    >>> from lossguard.torch import Decision
+    >>> lost = Decision([False] * 2, [3.0, 1.0], 4.0, 2.0, True, True, 1, 4, 3, 2)
+    >>> table = decision_table([lost, lost])
+    >>> table["step"].tolist(), table["loss"].tolist(), table["price_of_step"].tolist()
+    ([2, 4], [2.0, 2.0], [2.5, 2.5])
+    """
+    start, fields = check_count("start", start, least=0), _stacked(decisions)
+    cycles, nt = fields["losses"].shape
+    return {
+        "step": start + nt * np.arange(1, cycles + 1),
+        "loss": fields["losses"].mean(axis=1),
+        "learned": fields["used_learned"].mean(axis=1),
+        "price_of_step": (fields["gradients"] + fields["forwards"] / 3) / nt,
+    } | {name: fields[name] for name in COLUMNS}
+
+
+def scalars(decision: Any) -> dict[str, float]:
+    """One decision as numbers that any logger takes.
+
+        wandb.log(scalars(decision), step=guard.steps)
+
+        for name, value in scalars(decision).items():
+            writer.add_scalar(f"guard/{name}", value, guard.steps)  # TensorBoard
+
+    Args:
+        decision: of one cycle.
+
+    Returns:
+        The columns of ``decision_table`` but ``step``, and without losses that don't apply.
+
+    Raises:
+        ValueError: if it isn't one decision.
+
+    >>> from lossguard.torch import Decision
+    >>> nan = float("nan")
+    >>> numbers = scalars(Decision([True], [3.0], nan, nan, True, True, 0, 1, 0, 1))
+    >>> numbers["loss"], numbers["price_of_step"], "learned_loss" in numbers
+    (3.0, 1.0, False)
+    """
+    table = decision_table(decision)
+    if len(table.pop("step")) != 1:
+        raise ValueError(f"decision must be of one cycle, got {len(table['loss'])}")
+    numbers = {name: float(column[0]) for name, column in table.items()}
+    return {
+        name: value
+        for name, value in numbers.items()
+        if name not in ("learned_loss", "fallback_loss") or not np.isnan(value)
+    }
+
+
+def plot_decisions(
+    decisions: Any,
+    *,
+    names: Sequence[str] = LANES,
+    returns: Iterable[int] = (),
+    start: int = 0,
+) -> "Figure":
+    """One figure: the loss, whose parameters the guard returned, and what each step cost.
+
+    Args:
+        decisions: as for ``decision_table``.
+        names: of the lanes, from ``winner`` 0 on. With ``best_of`` those of its members.
+        returns: steps at which a run was set back, drawn as lines, such as
+            ``[e.call for e in rewind.events if e.kind == "return"]``.
+        start: optimizer steps before the first decision.
+
+    Returns:
+        A figure of Matplotlib: ``plot_decisions(decisions).savefig("decisions.png")``.
+
+    Raises:
+        ModuleNotFoundError: without Matplotlib.
+        ValueError: as ``decision_table``, or if a winner has no name.
+
+    >>> from lossguard.torch import Decision
+    >>> lost = Decision([False] * 2, [3.0, 1.0], 4.0, 2.0, True, True, 1, 4, 3, 2)
+    >>> [axes.get_ylabel() for axes in plot_decisions([lost, lost]).axes]
+    ['Training loss', 'Returned', 'Price of a step']
+    """
+    with needed("lossguard.plot_decisions"):
+        from matplotlib.figure import Figure
+
+        from .drawing import log_losses
+    table, losses = decision_table(decisions, start=start), _stacked(decisions)["losses"]
+    if (most := table["winner"].max()) >= len(names):
+        raise ValueError(f"names must have one for each winner, 0 to {most}, got {tuple(names)!r}")
+    figure = Figure(figsize=(7, 5.5), layout="constrained")
+    loss, leader, price = figure.subplots(
+        3, sharex=True, gridspec_kw={"height_ratios": [4, 1.4, 1.6]}
+    )
+    each = start + np.arange(losses.size)
+    loss.plot(each, losses.ravel(), color="0.75", lw=0.6, label="before each step")
+    loss.plot(table["step"], table["loss"], color="black", lw=1.4, label="mean of a cycle")
+    log_losses(loss)
+    for k, step in enumerate(returns):
+        loss.axvline(step, color="C3", ls="--", lw=1, label="" if k else "set back")
+    loss.set(ylabel="Training loss")
+    loss.legend(frameon=False, loc="upper right")
+    edges = np.append(start, table["step"])
+    _draw_winners(leader, edges, table["winner"], names)
+    _draw_prices(price, edges, table, losses.shape[1])
+    price.set(xlabel="Optimizer step", xlim=(edges[0], edges[-1]))
+    return figure
+
+
+def _draw_winners(
+    axes: "Axes", edges: np.ndarray, winners: np.ndarray, names: Sequence[str]
+) -> None:
+    """A bar for each stretch of cycles, on a row for each winner that there was."""
+    seen, changes = np.unique(winners), np.flatnonzero(np.diff(winners)) + 1
+    bounds = [0, *changes, len(winners)]
+    for row, winner in enumerate(seen):
+        spans = [
+            (float(edges[first]), float(edges[end] - edges[first]))
+            for first, end in pairwise(bounds)
+            if winners[first] == winner
+        ]
+        axes.broken_barh(spans, (row - 0.35, 0.7), color=f"C{winner % 10}", lw=0)
+    axes.set_yticks(range(len(seen)), [NEITHER if k < 0 else names[int(k)] for k in seen])
+    axes.set(ylabel="Returned", ylim=(len(seen) - 0.5, -0.5))
+
+
+def _draw_prices(axes: "Axes", edges: np.ndarray, table: dict[str, np.ndarray], nt: int) -> None:
+    """What a step of each cycle cost, in layers."""
+    learned = np.minimum(table["learned_updates"], table["gradients"])
+    layers = {
+        ("learned", "C0"): learned,
+        ("fallback", "C1"): table["gradients"] - learned,
+        ("forward passes", "0.6"): table["forwards"] / 3,
+    }
+    below = np.zeros(len(edges))
+    for (name, color), spent in layers.items():
+        if spent.any():
+            above = below + np.append(spent, spent[-1]) / nt
+            axes.fill_between(edges, below, above, step="post", color=color, lw=0, label=name)
+            below = above
+    axes.set(ylabel="Price of a step", ylim=(0, None))
+    if len(axes.collections) > 1:
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, ncols=3)
+
+
+def _stacked(decisions: Any) -> dict[str, np.ndarray]:
+    """Their fields, with a leading axis for the cycles."""
+    several = decisions if hasattr(decisions, "losses") else list(decisions)
+    if not several:
+        raise ValueError("decisions must be at least one, got none")
+    names = ("losses", "used_learned", *COLUMNS)
+    if isinstance(several, list):
+        fields = {name: np.stack([np.asarray(getattr(d, name)) for d in several]) for name in names}
+    else:
+        fields = {name: np.asarray(getattr(several, name)) for name in names}
+        if fields["losses"].ndim == 1:
+            fields = {name: values[None] for name, values in fields.items()}
+    shape = fields["losses"].shape
+    if len(shape) != 2:
+        raise ValueError(f"decisions must be of one run, got losses of shape {shape}")
+    return fields

@@ -1,0 +1,155 @@
+"""Decisions of both frameworks, as a table, as numbers and as a figure."""
+
+import sys
+from collections import deque
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import polars as pl
+import pytest
+
+import lossguard
+from lossguard import decision_table, plot_decisions, scalars
+from lossguard.decisions import LANES
+from lossguard.guards.protocol import Decision
+
+
+def objective(params, i):
+    return jnp.sum(params**2)
+
+
+def cycles(count: int, winners: list[int] | None = None) -> list[Decision]:
+    """Of three steps each, with losses that tell where they come from."""
+    return [
+        Decision(
+            used_learned=np.array([True, True, False]),
+            losses=np.array([3.0, 2.0, 1.0]) + 10 * k,
+            learned_loss=np.float32(k),
+            fallback_loss=np.float32(np.nan),
+            finite_learned=np.bool_(True),
+            finite_fallback=np.bool_(True),
+            winner=np.int32(winners[k] if winners else 0),
+            gradients=np.int32(4),
+            forwards=np.int32(6),
+            learned_updates=np.int32(3),
+        )
+        for k in range(count)
+    ]
+
+
+def test_a_table_by_hand() -> None:
+    table = decision_table(cycles(2), start=30)
+    assert table["step"].tolist() == [33, 36]
+    assert table["loss"].tolist() == [2, 12]
+    np.testing.assert_allclose(table["learned"], 2 / 3)
+    np.testing.assert_allclose(table["price_of_step"], (4 + 6 / 3) / 3)
+    assert table["learned_loss"].tolist() == [0, 1]
+    assert pl.DataFrame(table).height == 2
+
+
+def test_stacked_and_one_by_one_are_the_same() -> None:
+    guard = lossguard.recommended(optax.sgd(0.4), optax.sgd(0.1))
+    state, step = guard.init(jnp.ones(2)), jax.jit(lambda state: guard.step(state, objective))
+    listed = []
+    for _ in range(4):
+        state, decision = step(state)
+        listed.append(decision)
+    _, stacked = lossguard.rollout(guard, guard.init(jnp.ones(2)), objective, cycles=4)
+    one, other = decision_table(listed), decision_table(stacked)
+    for name, column in one.items():
+        np.testing.assert_allclose(column, other[name], rtol=1e-6)
+    assert one["price_of_step"].sum() * 10 == sum(float(d.price()) for d in listed)
+    last = scalars(decision)
+    assert {*last} <= {*one} and last["loss"] == pytest.approx(float(decision.losses.mean()))
+
+
+def test_a_history_of_torch() -> None:
+    torch = pytest.importorskip("torch")
+    from lossguard.torch import LossGuard
+
+    w = torch.nn.Parameter(torch.ones(2))
+    bold, careful = torch.optim.SGD([w], lr=0.4), torch.optim.SGD([w], lr=0.1)
+    guard = LossGuard(bold, careful, model=None, nt=2, nc=1)
+
+    def closure():
+        guard.zero_grad()
+        loss = w.square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(6):
+        guard.step(closure)
+    assert isinstance(guard.history, deque)
+    table = decision_table(guard.history)
+    assert table["step"].tolist() == [2, 4]
+    assert table["price_of_step"].tolist() == [d.price() / 2 for d in guard.history]
+    assert table["winner"].tolist() == [0, 0]  # the bold rate halves more in a step
+    plot_decisions(guard.history)
+
+
+def test_scalars_leave_out_what_does_not_apply() -> None:
+    (decision,) = cycles(1)
+    assert scalars(decision) == scalars([decision])
+    assert {*decision_table(decision)} - {*scalars(decision)} == {"step", "fallback_loss"}
+
+
+def test_a_figure_shows_what_the_table_says() -> None:
+    figure = plot_decisions(cycles(4, [1, -1, 2, 2]), returns=[5, 7], start=2)
+    loss, leader, price = figure.axes
+    assert [text.get_text() for text in leader.get_yticklabels()] == ["neither", *LANES[1:]]
+    (each, mean, *back) = loss.lines
+    assert each.get_xdata()[0] == 2 and len(each.get_xdata()) == 12
+    assert mean.get_xdata().tolist() == [5, 8, 11, 14] and loss.get_yscale() == "log"
+    assert [line.get_xdata()[0] for line in back] == [5, 7]
+    shown = [text.get_text() for text in price.get_legend().get_texts()]
+    assert shown == ["learned", "fallback", "forward passes"]
+    top = max(path.vertices[:, 1].max() for c in price.collections for path in c.get_paths())
+    assert top == pytest.approx(2)  # (4 + 6 / 3) / 3
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match=r"^decisions must be at least one, got none$"):
+        decision_table([])
+    runs = jax.tree.map(lambda *leaves: np.stack([np.stack(leaves)] * 5), *cycles(2))
+    with pytest.raises(ValueError, match=r"^decisions must be of one run, got losses of shape"):
+        decision_table(runs)
+    with pytest.raises(ValueError, match=r"^start must be an integer of at least 0, got -1$"):
+        decision_table(cycles(1), start=-1)
+    with pytest.raises(ValueError, match=r"^decision must be of one cycle, got 2$"):
+        scalars(cycles(2))
+    with pytest.raises(ValueError, match=r"^names must have one for each winner, 0 to 2, got \('a"):
+        plot_decisions(cycles(1, [2]), names=["a", "b"])
+
+
+def test_matplotlib_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    message = r"lossguard.plot_decisions needs matplotlib: pip install 'lossguard\[experiments\]'"
+    with pytest.raises(ModuleNotFoundError, match=message):
+        plot_decisions(cycles(1))
+
+
+def test_tensorboard_takes_them(tmp_path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(tmp_path) as writer:
+        for step, decision in zip((3, 6), cycles(2), strict=True):
+            for name, value in scalars(decision).items():
+                writer.add_scalar(f"guard/{name}", value, step)
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("guard/loss")
+    assert [(event.step, event.value) for event in events] == [(3, 2.0), (6, 12.0)]
+
+
+def test_weights_and_biases_takes_them(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with wandb.init(mode="offline", dir=tmp_path) as run:
+        for step, decision in zip((3, 6), cycles(2), strict=True):
+            run.log(scalars(decision), step=step, commit=True)
+        assert run.summary["loss"] == 12
+    assert list(tmp_path.rglob("*.wandb"))

@@ -1,0 +1,73 @@
+"""The site of the documentation builds without a warning, and needs nothing from elsewhere."""
+
+import html
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("docs", "examples", "results", "site", "src", "CHANGELOG.md", "zensical.toml")
+MOST = 12_288
+"""Bytes of a page, except those that are made from docstrings."""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site."""
+    pytest.importorskip("zensical")
+    if not (ROOT / "results").is_dir():
+        pytest.skip("there are no figures here")
+    folder = tmp_path_factory.mktemp("checkout")
+    for part in PARTS:
+        if (ROOT / part).is_dir():
+            shutil.copytree(ROOT / part, folder / part)
+        else:
+            shutil.copy(ROOT / part, folder)
+    for program in (["site/pages.py"], ["-m", "zensical", "build", "--strict", "--clean"]):
+        done = subprocess.run(
+            [sys.executable, *program], cwd=folder, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "build" / "site"
+
+
+def test_all_that_it_shows_is_there(site: Path) -> None:
+    """Links, images and scripts lead to files of the site, and to places on its pages."""
+    pages = {page: page.read_text() for page in site.rglob("*.html")}
+    assert len(pages) >= 15
+    missing = []
+    for page, text in pages.items():
+        for tag, link in re.findall(r"<(\w+)[^>]*?\s(?:href|src)=\"([^\"]*)\"", text):
+            url = urlsplit(html.unescape(link))
+            if url.scheme or url.netloc:
+                if tag != "a":
+                    missing.append((page, link))
+                continue
+            base = site if url.path.startswith("/") else page.parent
+            target = (base / unquote(url.path).lstrip("/")).resolve() if url.path else page
+            target = target / "index.html" if target.is_dir() else target
+            anchor = f'id="{unquote(url.fragment)}"'
+            if not target.exists() or (url.fragment and anchor not in target.read_text()):
+                missing.append((page, link))
+    assert missing == []
+
+
+def test_docstrings_are_on_it(site: Path) -> None:
+    """With their examples as code."""
+    text = (site / "api" / "index.html").read_text()
+    assert 'id="lossguard.rollout"' in text
+    assert text.count("&gt;&gt;&gt; ") > 50 and "<blockquote>" not in text
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda path: path.stem)
+def test_a_page_asks_one_question(page: Path) -> None:
+    """In its title; it is short enough to be read, and in the navigation once."""
+    text = page.read_text()
+    assert re.match(r"# .*\?\n", text) and len(re.findall(r"^# ", text, re.M)) == 1
+    assert page.stat().st_size <= MOST
+    assert (ROOT / "zensical.toml").read_text().count(f'"{page.name}"') == 1

@@ -1,0 +1,155 @@
+"""``benchmarks/stability``: its faults, its runs and its numbers, on four clouds of points."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+command = pytest.importorskip("benchmarks.stability.__main__")
+from benchmarks.stability import faults, report, run, tasks  # noqa: E402
+from benchmarks.stability.faults import CLEAN, FAULTS, Happening  # noqa: E402
+from benchmarks.stability.report import Key, Records  # noqa: E402
+
+BY_NAME = {fault.name: fault for fault in (CLEAN, *FAULTS)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the command has it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def toy() -> tasks.Task:
+    centres = np.random.default_rng(0).normal(size=(4, 8))
+
+    def draw(random: np.random.Generator, size: int = 16) -> tasks.Batch:
+        t = random.integers(4, size=size)
+        x = centres[t] + 0.7 * random.normal(size=(size, 8))
+        return torch.from_numpy(x).float(), torch.from_numpy(t)
+
+    def model() -> torch.nn.Module:
+        return torch.nn.Linear(8, 4)
+
+    return tasks.Task(model, draw, draw(np.random.default_rng(1), 256), 4, 120)
+
+
+def struck(name: str, batches: int = 1000) -> list[tuple[bool, bool, float, bool]]:
+    """Of each minibatch: whether x changed, whether t did, the rate's factor, bad gradients."""
+    happening, found = Happening(BY_NAME[name], 4), []
+    for k in range(batches):
+        batch = torch.zeros(32, 8), torch.zeros(32).long()
+        x, t = happening.strike(batch, k, k / batches, np.random.default_rng(k))
+        found.append((bool(x.any()), bool(t.any()), happening.factor, happening.nan))
+    return found
+
+
+@pytest.mark.parametrize("name", ["clean", "rate x30"])
+def test_nothing_happens_on_the_way(name: str) -> None:
+    assert set(struck(name)) == {(False, False, 1.0, False)}
+
+
+def test_faults_on_the_way() -> None:
+    """They are where the module says."""
+    short = [400 <= k < 400 + faults.SHORT for k in range(1000)]
+    assert [x and t and factor == 1 for x, t, factor, _ in struck("burst")] == short
+    assert [factor for _, _, factor, _ in struck("jump")] == [50.0 if now else 1.0 for now in short]
+    assert [t and not x for x, t, *_ in struck("labels")] == [400 <= k < 600 for k in range(1000)]
+    assert 2 <= sum(nan for *_, nan in struck("nan")) <= 25
+
+
+def test_a_run_is_the_loop_that_one_would_write() -> None:
+    """AdamW, minibatch by minibatch."""
+    task = toy()
+    torch.manual_seed(5)
+    model = task.model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.03)
+    loss = torch.nn.functional.cross_entropy
+    for k in range(task.gradients):
+        x, t = task.draw(np.random.default_rng([5, k]))
+        optimizer.zero_grad()
+        loss(model(x), t).backward()
+        optimizer.step()
+    made = run.record(task, "AdamW", CLEAN, 0.03, 5)
+    x, t = task.held
+    assert made["curve"][-1] == (120, round(loss(model(x), t).item(), 5))
+    assert made["error"] == "" and made["minibatches"] == 120
+
+
+def test_runs_have_as_many_gradients_and_survive_what_they_can() -> None:
+    """NaN gradients ruin AdamW, not Rewind; a guard of two lanes takes fewer minibatches."""
+    task, nan = toy(), BY_NAME["nan"]
+    plain, watched = (run.record(task, name, nan, 0.03, 5) for name in ("AdamW", "Rewind"))
+    assert math.isnan(plain["curve"][-1][1]) and report.final(plain) == plain["start"]
+    assert report.final(watched) < 0.7 * watched["start"]
+    hedged = run.record(task, "Hedged", CLEAN, 0.03, 5)
+    assert hedged["curve"][-1][0] >= 120 > hedged["minibatches"]
+
+
+def test_an_error_is_a_part_of_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: Any) -> run.Method:
+        def step(gradient: Any) -> None:
+            raise ArithmeticError("no more")
+
+        return run.METHODS["AdamW"](*given)._replace(step=step)
+
+    monkeypatch.setitem(run.METHODS, "clipping", broken)
+    made = run.record(toy(), "clipping", CLEAN, 0.03, 5)
+    assert made["error"] == "ArithmeticError: no more" and report.final(made) == made["start"]
+
+
+def test_the_command_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is recorded isn't run again; a line that was cut off is."""
+    monkeypatch.setitem(tasks.TASKS, "toy", toy)
+    monkeypatch.setattr(command, "RATES", (0.01, 0.03))
+    monkeypatch.setattr(command, "ROUNDS", 2)
+    words = [str(tmp_path), "--tasks", "toy", "--methods", "AdamW", "Rewind", "--seeds", "7"]
+    words += ["--result", str(tmp_path / "result")]
+    command.main(words)
+    file = tmp_path / "runs.jsonl"
+    whole = file.read_text()
+    assert len(whole.splitlines()) == 2 * 2 * 2 + 2 + 2 * len(BY_NAME)
+    command.main(words)
+    assert file.read_text() == whole
+    file.write_text(whole[:-10])
+    command.main(words)
+    again = [json.loads(text.splitlines()[-1]) for text in (whole, file.read_text())]
+    assert again[0] | {"seconds": 0} == again[1] | {"seconds": 0}
+    assert sorted(path.name for path in (tmp_path / "result").iterdir()) == [
+        "figure.png",
+        "runs.csv",
+        "table.csv",
+    ]
+
+
+def test_numbers_of_the_table() -> None:
+    """By hand: two seeds, a method that is twice as bad under faults and as dear, and one more."""
+
+    def made(loss: float, spent: int = 100) -> dict[str, Any]:
+        curve = [(spent * k // 10, 9.0 if k == 5 else loss) for k in range(1, 11)]
+        return {"start": 8.0, "curve": curve, "minibatches": 50, "acted": 1, "error": ""}
+
+    records: Records = {}
+    for method, time, factor in (("AdamW", 1.0, 1), ("clipping", 2.0, 2), ("Rewind", 3.0, 0.5)):
+        cost = {"time": time, "low": 0.9, "high": 1.1, "copies": 3.0}
+        records[Key("toy", method, "cost", 0)] = cost
+        for seed, oracle in ((7, 1.0), (8, 2.0)):
+            for name in BY_NAME:
+                loss = oracle * (1 if name == "clean" else factor * (1 + (seed == 8)))
+                records[Key("toy", method, name, seed)] = made(loss)
+    plain, worse, better = report.rows(records)
+    assert plain.cells["clean"] == pytest.approx(1) and plain.faults == pytest.approx(2**0.5)
+    assert worse.faults == pytest.approx(8**0.5) and better.faults == pytest.approx(0.5**0.5)
+    assert (plain.front, worse.front, better.front) == (True, False, True)
+    # Student's t with one degree of freedom, of the logarithms of 1 and 2.
+    assert plain.high / plain.faults == pytest.approx(math.exp(12.706 * math.log(2) / 2), rel=1e-3)
+    assert plain.worst == pytest.approx(8 / 2**0.5) and plain.acted == 20
+    # At a cost of 2 the clock stops after half of the gradients, where the loss is the start's.
+    assert worse.seconds == pytest.approx(8 / 2**0.5) and worse.time == 4

@@ -288,7 +288,7 @@ def list_all(arguments: Sequence[str]) -> None:
     }.items():
         print(title)
         for name, line in entries.items():
-            print(f"  {name:<22}{line}".rstrip())
+            print(f"  {name:<28}{line}".rstrip())
 
 
 COMMANDS: Mapping[str, Callable[[Sequence[str]], None]] = {

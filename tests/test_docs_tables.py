@@ -1,4 +1,4 @@
-"""The tables of docs/paper.md are what the records in ``results`` say."""
+"""The tables of the docs are what the records in ``results`` say."""
 
 import re
 from collections import Counter
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lossguard.experiments import price
+from lossguard.experiments import price, tasks
 from lossguard.experiments.claims import Verdict, judge_claims
 from lossguard.experiments.folders import read_runs
 from lossguard.records import EVALUATIONS, read_parquet
@@ -87,3 +87,16 @@ def test_slowdowns_are_those_of_the_records() -> None:
             value = price.slowdown(own, reference, mark)
             expected = "never" if np.isinf(value) else f"{value:.2f}"
             assert not cell or cell.partition(" ")[0].replace("inf", "never") == expected
+
+
+def test_speedups_are_those_of_the_records() -> None:
+    text = (ROOT / "docs" / "tasks.md").read_text()
+    ((task, found),) = re.findall(r"^<!-- speedups of (\w+) -->\n((?:\|.*\n)+)", text, re.M)
+    head, _, *lines = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in found.splitlines()
+    )
+    _, numbers = tasks.table({task: ROOT / "results" / task})
+    for method, by, *told in lines:
+        for mark, cell in zip(head[2:], told, strict=True):
+            of_mark = numbers.filter(method=method, by=by, mark=int(mark.replace(",", "")))
+            assert cell == f"{np.mean(of_mark['speedup'].to_numpy()):.2f}"

@@ -180,13 +180,14 @@ def draw(table: Sequence[Row]) -> Figure:
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     _cells(left, table)
     for row in table:
-        color = "tab:red" if row.method in OURS else "tab:gray"
+        color, place = ("tab:red", (5, -10)) if row.method in OURS else ("tab:gray", (5, 3))
         errors = None if math.isnan(row.low) else [[row.faults - row.low], [row.high - row.faults]]
         right.errorbar(row.time, row.faults, errors, marker="o", color=color, elinewidth=0.8)
         right.annotate(
-            row.method, (row.time, row.faults), (5, 3), textcoords="offset points", fontsize=8,
+            row.method, (row.time, row.faults), place, textcoords="offset points", fontsize=8,
             color=color, fontweight="bold" if row.front else "normal",
         )  # fmt: skip
+    right.margins(0.12)
     right.set(xscale="log", yscale="log", xlabel="time of a minibatch / AdamW's, clean data")
     for axis in (right.xaxis, right.yaxis):
         axis.set_major_formatter("{x:g}")

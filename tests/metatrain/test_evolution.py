@@ -146,8 +146,11 @@ def test_it_begins_as_a_momentum_method() -> None:
         ({"sigma": 0.0}, "^sigma must be positive and finite, got 0.0$"),
         ({"begin_rate": -1.0}, "^begin_rate must be positive and finite, got -1.0$"),
         ({"rescaling": 0.5}, "^rescaling must be at least 1 and finite, got 0.5$"),
-        ({"family": ()}, "^family must have at least one member, got none$"),
-        ({"held_out": ()}, "^held_out must have at least one member, got none$"),
+        ({"family": ()}, "^family must have members of different titles, got none$"),
+        (
+            {"held_out": (HELD_OUT, HELD_OUT)},
+            "^held_out must have members of different titles, got moons-mlp-, moons-mlp-$",
+        ),
     ],
 )
 def test_bad_fields_leave_no_folder(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:

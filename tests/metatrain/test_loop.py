@@ -165,6 +165,15 @@ def test_settings_reach_the_task_and_the_optimizer() -> None:
     np.testing.assert_array_equal(*updates)
 
 
+def without_kinds(config: Any) -> Any:
+    """Older records don't have the kinds of models."""
+    if isinstance(config, list):
+        return [without_kinds(one) for one in config]
+    if isinstance(config, dict):
+        return {name: without_kinds(one) for name, one in config.items() if name != "kind"}
+    return config
+
+
 def test_shipped_recipes_are_those_of_the_records() -> None:
     results = Path(__file__).parents[2] / "results"
     if not results.is_dir():
@@ -174,7 +183,7 @@ def test_shipped_recipes_are_those_of_the_records() -> None:
             continue
         folder = results / f"metatrain-{name}"
         config = json.loads((folder / records.CONFIG).read_text())
-        ours = json.loads(json.dumps(asdict(recipe())))
+        ours, config = (without_kinds(one) for one in (as_config(recipe()), config))
         assert {field: ours[field] for field in config} == config
 
 
@@ -249,6 +258,43 @@ def test_lowest_validation_is_kept(
     assert [same(load_weights(file).weights, weights) for weights in seen] == [
         number == kept for number in range(3)
     ]
+
+
+@pytest.mark.parametrize(("answers", "kept"), [((1, 2, 3), 2), ((3, 1, np.nan), 1)])
+def test_last_weights_are_kept_if_none_are_selected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: list[float], kept: int
+) -> None:
+    seen: list[LSTMWeights] = []
+    monkeypatch.setattr(bptt, "_validate", answering(answers, seen))
+    file = metatrain(dataclasses.replace(TINY, select=False), tmp_path / "run")
+    assert same(load_weights(file).weights, seen[kept])
+    manifest = records.read_run(tmp_path / "run").manifest
+    assert manifest["best_validation"] == answers[kept]
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("decay", [False, True])
+def test_meta_optimizer_does_only_what_is_asked_for(clip: float | None, decay: bool) -> None:
+    """Against Adam's formula, with gradients that clipping would change, halfway to the end."""
+    config = dataclasses.replace(TINY, clip=clip, decay=decay, meta_steps=4, rate=0.1, b2=0.9)
+    optimizer = config.optimizer_of_weights()
+    weights = jnp.zeros(2)
+    state, m, v = optimizer.init(weights), np.zeros(2), np.zeros(2)
+    for t, raw in enumerate(np.array([[3.0, 4.0], [30.0, -40.0], [0.3, 0.4]])):
+        update, state = optimizer.update(jnp.asarray(raw), state, weights)
+        g = raw / max(1.0, np.linalg.norm(raw)) if clip else raw
+        m, v = 0.9 * m + 0.1 * g, 0.9 * v + 0.1 * g**2
+        rate = 0.1 * (1 + np.cos(np.pi * t / 4)) / 2 if decay else 0.1
+        expected = -rate * (m / (1 - 0.9 ** (t + 1))) / (np.sqrt(v / (1 - 0.9 ** (t + 1))) + 1e-8)
+        np.testing.assert_allclose(update, expected, rtol=1e-5)
+
+
+def test_the_papers_recipe_does_nothing_that_the_paper_does_not_state() -> None:
+    config = RECIPES["mnist-mlp-paper"]()
+    assert (config.truncation, config.shortest, config.longest) == (20, 100, 100)
+    assert (config.meta_steps, config.optimizees, config.batch_size) == (10_000, 1, 128)
+    assert (config.clip, config.decay, config.select, config.curriculum) == (None, False, False, 0)
+    assert (config.model, config.hidden, config.layers) == (MLP((20,)), 20, 2)
 
 
 def test_no_weights_are_kept_if_all_diverged(

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping
 
 from .experiment import Experiment as Experiment
+from .readings import READINGS
 from .recipes import PAPERS
 
-RECIPES: Mapping[str, Callable[[], Experiment]] = PAPERS
+RECIPES: Mapping[str, Callable[[], Experiment]] = {**PAPERS, **READINGS}
 """All that ``lossguard run`` knows by name."""

@@ -79,6 +79,7 @@ class Tuned(NamedTuple):
     """Of the Adam that guards fall back on."""
 
 
+_OF_AUTOENCODERS = (("Adam", 0.01), ("RAdam", 0.01), ("Adam, root", 0.03))
 RATES: Mapping[str, Tuned] = {
     "ImageMLP_FashionMnist_Relu128x128": Tuned(
         (("Adam", 0.003), ("Adam, exponential", 0.003)), 0.003
@@ -87,12 +88,8 @@ RATES: Mapping[str, Tuned] = {
         (("Adam", 0.003), ("Adam, exponential", 0.003)), 0.003
     ),
     "ImageMLP_FashionMnist8_Relu32": Tuned((("Adam", 0.01), ("Adam", 0.03)), 0.01),
-    "ImageMLPAE_FashionMnist_128x32x128_bs128": Tuned(
-        (("Adam", 0.01), ("RAdam", 0.003), ("RAdam", 0.01)), 0.01
-    ),
-    "ImageMLPAE_Mnist_128x32x128_bs128": Tuned(
-        (("Adam", 0.01), ("RAdam", 0.003), ("RAdam", 0.01)), 0.01
-    ),
+    "ImageMLPAE_FashionMnist_128x32x128_bs128": Tuned(_OF_AUTOENCODERS, 0.01),
+    "ImageMLPAE_Mnist_128x32x128_bs128": Tuned(_OF_AUTOENCODERS, 0.01),
 }
 
 

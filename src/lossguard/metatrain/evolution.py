@@ -52,8 +52,10 @@ class MLPTraining(MetaTraining):
         check_positive(sigma=self.sigma, begin_rate=self.begin_rate)
         check_real("rescaling", self.rescaling, "at least 1 and finite", lambda v: 1 <= v < np.inf)
         for name in ("family", "held_out"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} must have at least one member, got none")
+            titles = [member.title for member in getattr(self, name)]
+            if not titles or len({*titles}) < len(titles):
+                given = ", ".join(titles) or "none"
+                raise ValueError(f"{name} must have members of different titles, got {given}")
 
     def method(self) -> "Evolution":
         """The method, with its tasks loaded."""
@@ -180,8 +182,8 @@ def like_momentum(
 
     >>> weights = like_momentum(jax.random.key(0), noise=0.0)
     >>> optimizer, w = mlp_optimizer(weights), jnp.zeros(2)
-    >>> update, _ = optimizer.update(jnp.array([0.1, -10.0]), optimizer.init(w), w)
-    >>> update.round(4).tolist()
+    >>> update, _ = optimizer.update(jnp.array([1.0, -1.0]), optimizer.init(w), w)
+    >>> [round(float(one), 4) for one in update]
     [-0.005, 0.005]
     """
     drawn = init_mlp_weights(key, hidden=hidden, layers=layers)

@@ -36,7 +36,7 @@ class Method(eqx.Module):
     @property
     @abstractmethod
     def tasks(self) -> Mapping[str, Task]:
-        """By what they are called where one of them changed: all that data is read of."""
+        """All tasks, by what messages call their data."""
 
     @abstractmethod
     def start(self, key: PRNGKeyArray) -> tuple[PyTree, PyTree]:
@@ -73,16 +73,21 @@ class MetaTraining(ABC):
     """Meta-steps over which the longest rollout grows from ``shortest``, geometrically."""
     meta_steps: int = 3000
     rate: float = 3e-3
-    """Of Adam on the weights; decayed to zero by a cosine."""
+    """Of Adam on the weights."""
+    decay: bool = True
+    """Whether the rate falls to zero, by a cosine; otherwise it is constant."""
     b2: float = 0.999
     """Of Adam; less forgets sooner the gradients of an exploding start."""
-    clip: float = 1.0
-    """Largest norm of a meta-gradient."""
+    clip: float | None = 1.0
+    """Largest norm of a meta-gradient; None leaves it as it is."""
     hidden: int = 20
     layers: int = 2
     validate_every: int = 100
     validation_steps: int = 300
-    """The weights kept are those with the lowest mean loss over so many steps."""
+    """Optimizer steps of a validation."""
+    select: bool = True
+    """The weights kept are those with the lowest mean validation loss; otherwise the last whose
+    validation is finite."""
     seed: int = 0
 
     @abstractmethod
@@ -95,7 +100,9 @@ class MetaTraining(ABC):
             check_count(name, getattr(self, name))
         for name in LENGTHS:
             check_count(name, getattr(self, name), least=2)
-        check_positive(rate=self.rate, clip=self.clip)
+        check_positive(rate=self.rate)
+        if self.clip is not None:
+            check_positive(clip=self.clip)
         check_real("b2", self.b2, "at least 0 and below 1", lambda v: 0 <= v < 1)
         check_count("curriculum", self.curriculum, least=0)
         check_seed(self.seed)
@@ -113,9 +120,11 @@ class MetaTraining(ABC):
         return jnp.ceil(jnp.exp(logs) / self.truncation - 1e-3).astype(jnp.int32) * self.truncation
 
     def optimizer_of_weights(self) -> optax.GradientTransformation:
-        """Adam with a clipped gradient; one that isn't finite is left out."""
-        rate = optax.cosine_decay_schedule(self.rate, self.meta_steps)
-        adam = optax.chain(optax.clip_by_global_norm(self.clip), optax.adam(rate, b2=self.b2))
+        """Adam, with a clipped gradient if asked for; one that isn't finite is left out."""
+        decayed = optax.cosine_decay_schedule(self.rate, self.meta_steps)
+        adam = optax.adam(decayed if self.decay else self.rate, b2=self.b2)
+        if self.clip is not None:
+            adam = optax.chain(optax.clip_by_global_norm(self.clip), adam)
         return optax.apply_if_finite(adam, max_consecutive_errors=self.meta_steps)
 
 
@@ -218,7 +227,7 @@ def _train_to_the_end(
             done += 1
             if within + 1 == steps:
                 columns = method.validate(state.weights, validation_key)
-                state = _keep_best(state, jnp.float32(columns["validation"].mean()))
+                state = _keep(config, state, jnp.float32(columns["validation"].mean()))
                 means = seen[:, :steps].mean(axis=1).tolist()
                 row = {"meta_step": done, "meta_loss": means[0], "gradient_norm": means[1]}
                 row |= {name: losses[None] for name, losses in columns.items()}
@@ -252,7 +261,7 @@ def _meta_step(
     return state, loss, optax.tree.norm(gradient)
 
 
-def _keep_best(state: MetaState, validation: Float[Array, ""]) -> MetaState:
-    if validation < state.best_validation:
+def _keep(config: MetaTraining, state: MetaState, validation: Float[Array, ""]) -> MetaState:
+    if validation < state.best_validation if config.select else jnp.isfinite(validation):
         return state._replace(best=state.weights, best_validation=validation)
     return state

@@ -97,8 +97,8 @@ class MLPOptimizer(Learned):
                 weight, bias = (weights[name] for name in mlp_names(k))
                 x = torch.addmm(bias[:, None], weight, x.relu_())
             direction, magnitude = x
-            step = (direction * torch.exp(SCALE * magnitude)).reshape(p.shape)
-            p.sub_((group["lr"] * SCALE * step).to(p.dtype))
+            step = magnitude.mul_(SCALE).exp_().mul_(direction).mul_(group["lr"] * SCALE)
+            p.sub_(step.reshape(p.shape).to(p.dtype))
 
     def _state(self, p: Tensor) -> dict[str, Tensor]:
         state = self.state[p]
@@ -147,37 +147,40 @@ def _first_layer(
 ) -> Tensor:
     """Weight times features, [H, n], a few features at a time: never all of them in memory.
 
-    The order of the features is that of ``lossguard.learned.mlp``.
+    The order of the features is that of ``lossguard.learned.mlp``. Products go into one buffer:
+    fresh memory costs more than the arithmetic.
     """
     m, v, rows = state["momenta"], state["second_moment"], state["rows"]
-    by_v = (v + 1e-6).rsqrt()
-    x = (weight[:, FEATURES:] @ times + bias)[:, None].repeat(1, g.numel())
     if "columns" in state:
         columns = state["columns"]
         shorter, _ = factored_axes(tuple(g.shape)) or (0, 0)
         share = rows / (rows.mean(shorter + 1, keepdim=True) + 1e-9)
-        factor_g = factor_m = share.clamp(min=1e-9).rsqrt() * columns.clamp(min=1e-9).rsqrt()
+        of_g = of_m = (share.clamp_(min=1e-9).rsqrt_(), columns.clamp(min=1e-9).rsqrt_())
     else:
         columns = rows
-        factor_g, factor_m = (rows + 1e-9).rsqrt(), (rows + 1e-6).rsqrt()
+        of_g, of_m = ((rows + 1e-9).rsqrt_(),), ((rows + 1e-6).rsqrt_(),)
+    by_v = (v + 1e-6).rsqrt_()
+    buffer = torch.empty_like(m)
 
-    whole = x.view(-1, *g.shape)
-    for means, at in ((rows, 13), (columns, 16)):
-        for features, first in ((means, at), ((means + 1e-8).rsqrt(), at + 6)):
+    x = g.new_empty(len(weight), *g.shape)
+    x.copy_((weight[:, FEATURES:] @ times + bias).reshape(-1, *[1] * g.dim()))
+    for means, first in ((rows, 13), (columns, 16)):
+        for features, at in ((means, first), ((means + 1e-8).rsqrt_(), first + 6)):
             flat = features.reshape(3, -1)
-            whole += (_normalized(weight, first, flat) @ flat).view(-1, *means.shape[1:])
-    for first, features in (
-        (0, g),
-        (1, p.float()),
-        (2, m),
-        (5, v),
-        (6, m * by_v),
-        (9, by_v),
-        (10, g * factor_g),
-        (25, m * factor_m),
-    ):
+            x += (_normalized(weight, at, flat) @ flat).view(-1, *means.shape[1:])
+    x = x.view(len(weight), -1)
+
+    def add(first: int, features: Tensor) -> None:
         flat = features.reshape(-1, g.numel())
         x.addmm_(_normalized(weight, first, flat), flat)
+
+    for first, features in ((0, g), (1, p.float()), (2, m), (5, v), (9, by_v)):
+        add(first, features)
+    for first, left, factors in ((6, m, (by_v,)), (10, g, of_g), (25, m, of_m)):
+        torch.mul(left, factors[0], out=buffer)
+        for factor in factors[1:]:
+            buffer.mul_(factor)
+        add(first, buffer)
     return x
 
 

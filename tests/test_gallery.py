@@ -13,7 +13,9 @@ GALLERY = Path(__file__).parents[1] / "docs" / "gallery"
 @pytest.fixture(scope="module")
 def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the blocks leave, one after another; figures go to a folder beside the page's."""
-    pytest.importorskip("torch")
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several take five times as long with matrices so small
     names: dict[str, Any] = {"folder": tmp_path_factory.mktemp("docs") / "gallery"}
     names["folder"].mkdir()
     with pytest.MonkeyPatch.context() as patch:
@@ -22,6 +24,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             exec(block, names)
             if kept:
                 names[kept] = names["table"], names["lossguard"].decision_table(names["decisions"])
+    torch.set_num_threads(threads)
     return names
 
 
@@ -56,6 +59,8 @@ def test_the_learned_optimizer_hurts(names) -> None:
     told = names["told"]
     assert not told["Learned"]["loss"][-1] < 1e3
     assert told["Hedged"]["loss"].sum() <= told["Adam"]["loss"].sum()
+    hedged, adam = (told[name]["loss"][5:50] for name in ("Hedged", "Adam"))
+    np.testing.assert_allclose(hedged, adam, rtol=0.05)  # from the fifth cycle on
     assert told["Hedged"]["price_of_step"].mean() < 1.1
     assert told["Recommended"]["loss"][100] > 10 * told["Adam"]["loss"][100]
     assert 180 < np.argmax(told["Recommended"]["winner"] == 2) < 200  # goes back to s

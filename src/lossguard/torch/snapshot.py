@@ -1,14 +1,14 @@
 """Copies of a training run's state, on its device or in the host's memory, and the way back."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lossguard.torch.tensors import local
+from lossguard.torch.tensors import are_finite
 
 Saved = dict[str, Any]
 """``model``: tensors by name; ``optimizer``: by parameter's name, what it remembers; ``also``."""
@@ -38,12 +38,12 @@ class Live:
                         f"{tuple(param.shape)} that model.named_parameters() doesn't have"
                     )
         # Buffers may be infinite by design, such as masks of attention.
-        finite = [name for name, buffer in model.named_buffers() if bool(is_finite([buffer]))]
+        finite = [name for name, buffer in model.named_buffers() if bool(are_finite([buffer]))]
         self._checked = [*self.names.values(), *finite]
 
     def is_finite(self) -> Tensor:
         """Whether the model is, as a tensor on its device: nothing waits for it."""
-        return is_finite(self.tensors[name] for name in self._checked)
+        return are_finite(self.tensors[name] for name in self._checked)
 
     @torch.no_grad()
     def save(self, old: Saved | None, offload: bool) -> Saved:
@@ -90,29 +90,6 @@ def set_rate(group: dict[str, Any], rate: float | Tensor) -> None:
         group["lr"].copy_(torch.as_tensor(rate))
     else:
         group["lr"] = rate
-
-
-def is_finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Whether the sums of tensors are finite, which those of a tensor with a NaN never are."""
-    sums = [_sum(local(tensor.detach())) for tensor in tensors if _has_numbers(tensor)]
-    if not sums:
-        return torch.tensor(True)
-    # Of no dtype that is narrower than theirs: a sum may be finite in float64 only.
-    widest = max((one.dtype for one in sums), key=lambda dtype: dtype.itemsize)
-    return torch.stack([one.to(sums[0].device, widest) for one in sums]).isfinite().all()
-
-
-def _has_numbers(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _sum(tensor: Tensor) -> Tensor:
-    """In float32 at least, as finite numbers of 16 bits have sums that aren't."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    if tensor.element_size() == 1:  # has no sum
-        tensor = tensor.float()
-    return tensor.sum() if tensor.dtype == torch.float64 else tensor.sum(dtype=torch.float32)
 
 
 def _copies(values: Mapping[str, Any], old: Mapping[str, Any], offload: bool) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import copy
 import math
 import signal
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -303,28 +304,41 @@ def test_an_optimizer_may_not_switch_gradients_off(kind):
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("kind", TWO)
-def test_an_optimizer_with_weights_of_its_own_is_refused(kind):
-    """Their copy, in float32, would undo the guard's at the next step."""
+class Master(SGD):
+    """SGD on weights of its own, in float32, which it copies into the parameters."""
 
-    class Master(SGD):
-        def step(self, closure=None):
-            loss = closure() if closure else None
-            with torch.no_grad():
-                for p in self.param_groups[0]["params"]:
-                    master = self.state[p].setdefault("master", p.detach().float().clone())
-                    master.sub_(0.1 * p.grad.float())
-                    p.copy_(master)
-            return loss
+    def step(self, closure=None):
+        loss = closure() if closure else None
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                master = self.state[p].setdefault("master", p.detach().float().clone())
+                master.sub_(p.grad.float(), alpha=self.param_groups[0]["lr"])
+                p.copy_(master)
+        return loss
 
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_master_weights_go_with_their_lane(kind):
+    """Else the next step would undo what the guard has copied into the parameters."""
+    ends = []
+    for learned, fallback in ((SGD, SGD), (Master, SGD), (SGD, Master)):
+        torch.manual_seed(0)
+        model, makers = mlp(), (partial(learned, lr=0.7), partial(fallback, lr=0.2))
+        guard = two(kind, model, *makers, nt=2)
+        run(guard, model, minibatches(60))
+        ends.append((model.state_dict(), repr(guard.history)))
+        masters = [inner.copies == {"master"} for inner in guard._inners]
+        assert masters == [fallback is Master, learned is Master]
+    for end in ends[1:]:
+        assert_same_state(end, ends[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_master_weights_of_narrow_parameters_go_with_their_lane(kind):
     model = mlp().bfloat16()
-    guard = two(
-        kind, model, lambda ps: Master(ps, lr=0.1), nt=2, **{"nc": 1} if kind is LossGuard else {}
-    )
-    with pytest.raises(
-        ValueError, match=r"^lane . \(Master\) must have an optimizer that keeps no"
-    ):
-        run(guard, model, [(x.bfloat16(), labels) for x, labels in minibatches(3)])
+    guard = two(kind, model, lambda ps: Master(ps, lr=0.1), nt=2)
+    run(guard, model, [(x.bfloat16(), labels) for x, labels in minibatches(3)])
+    assert guard._inners[1].copies == {"master"}
 
 
 @pytest.mark.parametrize("kind", TWO)

@@ -1,5 +1,6 @@
 """What a guard accepts, and the sentences with which it refuses the rest."""
 
+import sys
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
@@ -64,6 +65,17 @@ def check_model(model: object, params: Sequence[Tensor]) -> None:
         raise ValueError(
             "model must be sharded by fully_shard, if it is, got FullyShardedDataParallel, whose "
             "flat parameters no lane can take over"
+        )
+
+
+def check_accumulation() -> None:
+    """Refuse gradients that Accelerate accumulates: it would skip the guard's calls in between."""
+    states = sys.modules.get("accelerate.state")
+    steps = states.GradientState().num_steps if states else 1
+    if steps > 1:
+        raise ValueError(
+            f"gradient_accumulation_steps must be 1 for Accelerate, got {steps}: it would leave "
+            "out the guard's calls in between (accumulate in the body, before lane.step)"
         )
 
 

@@ -59,7 +59,7 @@ class Cycle(Face):
         self.phase += 1
         if self.phase == 1 and self.steps == 0:
             for lane in order:
-                lane.check_memory(lane.point)
+                lane.note_copies(lane.point)
             self._watch.compare(order, [read(lane.losses[:1]) for lane in order])
         if not self.state:  # torch.distributed.checkpoint asks whether there is any
             self.state.update({p: {} for p in self._weights.params})
@@ -102,13 +102,13 @@ class Cycle(Face):
 
         It does so by gradients and a step at rates of 0, before the first one.
         """
-        rates = [float(group.get("lr", 1)) for group in self.param_groups]
-        blank = closure is None and not self.state and not any(rates)
-        if blank and self._weights.have_gradients():
-            for lane in self._lanes.values():
-                lane.fill()
+        rates = (float(group.get("lr", 1)) for group in self.param_groups)
+        asked = closure is None and not self.state and not any(rates)
+        asked = asked and self._weights.have_gradients()
+        for lane in self._lanes.values() if asked else ():
+            lane.fill()
             self._filled = True
-        return self._filled and blank
+        return asked
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of all that the rest of the run depends on, at any point of a cycle.
@@ -130,7 +130,8 @@ class Cycle(Face):
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        saving.load(self, state_dict)
+        with Held():
+            saving.load(self, state_dict)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lossguard.torch.closures import Closure, forward_only, scalar
 from lossguard.torch.interrupts import Held
 from lossguard.torch.memory import Inner, Memory
-from lossguard.torch.tensors import finite, transfer
+from lossguard.torch.tensors import finite, local, transfer
 from lossguard.torch.weights import Copy, Weights
 
 
@@ -82,6 +82,7 @@ class Place:
             self.weights.write(point)
         else:
             transfer(self.values, point)
+        self.move_copies(point)
 
     def become(self, other: "Place") -> None:
         """Be where another lane of the same optimizer is, and remember what it does."""
@@ -109,20 +110,32 @@ class Place:
     def forget(self) -> None:
         """Remember what the optimizer knew when the guard was built."""
         self.remember(self.inner.fresh.copy())
+        self.move_copies(self.point)
 
-    def check_memory(self, point: Copy) -> None:
-        """Refuse a memory that holds the parameters themselves, in another precision.
+    def note_copies(self, point: Copy) -> None:
+        """Note which entries of its memory hold the parameters, as master weights do."""
+        alike: dict[str, list[bool]] = {}
+        for entries, value in self._entries(point):
+            for key, entry in entries.items():
+                if entry.shape == value.shape and entry.numel() > 1:
+                    alike.setdefault(key, []).append(torch.equal(entry.to(value), value))
+        self.inner.copies |= {key for key, flags in alike.items() if all(flags)}
 
-        The next step would undo what the guard has copied into the parameters.
-        """
-        values = dict(zip(self.weights.params, point, strict=False))
-        for p, entries in self.memory().state.items():
-            for entry in entries.values() if isinstance(entries, dict) and p in values else ():
-                if isinstance(entry, Tensor) and _is_copy(entry, values[p]):
-                    raise ValueError(
-                        f"{self} must have an optimizer that keeps no copy of the parameters, got "
-                        f"one in {entry.dtype}"
-                    )
+    def move_copies(self, point: Copy) -> None:
+        """Have these be the parameters at a point, or the next step would undo the move."""
+        for entries, value in self._entries(point) if self.inner.copies else ():
+            for key in self.inner.copies & entries.keys():
+                entries[key].copy_(value)
+
+    def _entries(self, point: Copy) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """The tensors that it remembers of each parameter, with the parameter's value."""
+        for p, value in zip(self.weights.params, point, strict=False):
+            entries = self.memory().state.get(p)
+            if isinstance(entries, dict):
+                yield (
+                    {k: local(e) if isinstance(e, Tensor) else e for k, e in entries.items()},
+                    value,
+                )
 
     def __repr__(self) -> str:
         return f"lane {self.name} ({type(self.optimizer).__name__})"
@@ -277,12 +290,6 @@ class Lane(Place):
                 f"{self} must be stepped by guard.step(closure), as its optimizer wants a closure"
             )
         return ()
-
-
-def _is_copy(entry: Tensor, value: Tensor) -> bool:
-    """Whether it is the same numbers in another precision."""
-    alike = entry.shape == value.shape and entry.dtype != value.dtype and entry.numel() > 1
-    return alike and torch.equal(entry.to(value.dtype), value)
 
 
 def _check_scaled(scaler: GradScaler, optimizer: Optimizer) -> None:

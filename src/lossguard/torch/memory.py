@@ -41,6 +41,7 @@ class Inner:
     Attributes:
         optimizer: the optimizer itself; the guard calls its ``step`` and nothing else of it.
         own: names of the group entries that its step has been seen to change.
+        copies: names of entries of its state that hold the parameters, as master weights do.
         fresh: a copy of its memory at construction.
         holder: the lane whose memory it has; another lane of it keeps its own meanwhile.
     """
@@ -48,6 +49,7 @@ class Inner:
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self.own: set[str] = set()
+        self.copies: set[str] = set()
         self.fresh = self.memory().copy()
         self.holder: Any = None
         self._made: dict[Any, Any] = {}

@@ -140,9 +140,6 @@ class ResidualGuard(Guard):
             at_x, after = scalar(loss), self._randomness.state()
             self._randomness.set(start)
             y, z, mu_1, r = self._proposals(closure, held, x, loss)
-            if self.steps == 0 and not self._reports:
-                for lane, point in zip(self._lanes.values(), (y, z), strict=True):
-                    lane.check_memory(point)
         except BaseException:
             for lane, memory in memories.items():
                 lane.remember(memory)
@@ -228,12 +225,15 @@ class ResidualGuard(Guard):
 
 def _after_step(lane: Lane, start: Copy, gradient: Gradient, loss: Any) -> Copy:
     """A copy of where one step from ``start`` leads; the model's buffers stay ``start``'s."""
-    weights = lane.weights
+    weights, blank = lane.weights, not lane.memory().state
     weights.write(start)
+    lane.move_copies(start)
     for p, g in zip(weights.params, gradient, strict=True):
         p.grad = None if g is None else g.clone()
     with lane.updating():
         lane.optimizer.step(*lane.given(loss))
+    if blank:
+        lane.note_copies(weights.live())
     return [t.clone() for t in weights.live()]
 
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lossguard.torch.careful import CarefulSteps
 from lossguard.torch.consensus import mean_of_ranks
+from lossguard.torch.interrupts import Held
 from lossguard.torch.rewind_checkpoint import load, save
 from lossguard.torch.rule import Rule
 from lossguard.torch.snapshot import Live, Saved
@@ -168,7 +169,8 @@ class Rewind:
         self._rule.unread += 1
         self._rule.calls += 1
         if self._one_by_one or self._rule.unread == self.every:
-            self._read()
+            with Held():
+                self._read()
 
     def state_dict(self) -> dict[str, Any]:
         """All but the events. Load the model's and the optimizer's own states before this one."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lossguard.torch.packing import check_rank, this_rank
-from lossguard.torch.snapshot import Live, Saved
+from lossguard.torch.snapshot import Live
 
 if TYPE_CHECKING:
     from lossguard.torch.rewind import Rewind
@@ -31,23 +31,19 @@ def save(rewind: "Rewind") -> dict[str, Any]:
     kept = rewind._rule.alarm.losses
     losses = torch.zeros(rewind._rule.block, dtype=torch.float64)
     losses[: len(kept)] = torch.tensor(kept, dtype=torch.float64)
-    snapshots = {which: getattr(rewind, f"_{which}") for which in SNAPSHOTS}
-    begun = {which: bool(one and one["optimizer"]) for which, one in snapshots.items()}
+    snapshots = {which: getattr(rewind, f"_{which}") or {} for which in SNAPSHOTS}
+    begun = [any(key.startswith("optimizer.") for key in one) for one in snapshots.values()]
     # In the place of what a snapshot hasn't got, the present state.
-    now: Any = None if all(begun.values()) else rewind._live.save(None, offload=False)
-    whole = {which: one or now for which, one in snapshots.items()}
+    now = {} if all(begun) else rewind._live.save(None, offload=False)
     return {
-        **{
-            which: one if begun[which] else {**one, "optimizer": now["optimizer"]}
-            for which, one in whole.items()
-        },
+        **{which: {**now, **one} for which, one in snapshots.items()},
         "losses": losses,
         "unread": rewind._losses,
         "rank": this_rank(),
         "numbers": {
             **{name: attrgetter(name)(rewind) for name in NUMBERS},
             "losses": len(kept),
-            "begun": [begun[which] for which in SNAPSHOTS],
+            "begun": begun,
         },
     }
 
@@ -59,36 +55,31 @@ def load(rewind: "Rewind", state: dict[str, Any]) -> None:
         ValueError: if the state lacks something, or is of another model, ``window`` or ``every``.
     """
     _check(rewind, state)
-    numbers = state["numbers"]
+    live, numbers = rewind._live, state["numbers"]
     for name in NUMBERS:
         path, _, last = name.rpartition(".")
         setattr(attrgetter(path)(rewind) if path else rewind, last, numbers[name])
     rewind._rule.alarm.losses = state["losses"][: numbers["losses"]].tolist()
     rewind._losses.copy_(state["unread"])
     for which, begun in zip(SNAPSHOTS, numbers["begun"], strict=True):
-        setattr(rewind, f"_{which}", _own(rewind._live, state[which], begun, rewind._offload))
-    rewind._last = rewind._live.save(None, rewind._offload) if rewind._one_by_one else None
+        own = {
+            name: _own(live, name, value, rewind._offload)
+            for name, value in state[which].items()
+            if begun or not name.startswith("optimizer.")
+        }
+        setattr(rewind, f"_{which}", own)
+    rewind._last = live.save(None, rewind._offload) if rewind._one_by_one else None
 
 
-def _own(live: Live, saved: Saved, begun: bool, offload: bool) -> Saved:
+def _own(live: Live, name: str, value: Any, offload: bool) -> Any:
     """A copy where snapshots of this run are kept."""
-
-    def copied(value: Any, like: Tensor) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        moves = not offload and value.shape == like.shape
-        return value.detach().to(like.device, copy=True) if moves else value.detach().clone()
-
-    params = {name: param for param, name in live.names.items()}
-    return {
-        "model": {name: copied(saved["model"][name], like) for name, like in live.tensors.items()},
-        "optimizer": {
-            name: {key: copied(value, params[name]) for key, value in entries.items()}
-            for name, entries in saved["optimizer"].items()
-            if begun
-        },
-        "also": saved["also"],
-    }
+    if not isinstance(value, Tensor):
+        return value
+    of = name.partition(".")[2]
+    like = live.tensors.get(of if name.startswith("model.") else of.rpartition(".")[0])
+    if like is None or like.shape != value.shape or offload:
+        return value.detach().clone()
+    return value.detach().to(like.device, copy=True)
 
 
 def _check(rewind: "Rewind", state: dict[str, Any]) -> None:
@@ -105,7 +96,7 @@ def _check(rewind: "Rewind", state: dict[str, Any]) -> None:
                 f"state must be of a Rewind with {option}, got {len(state[key])} {key}, not {size}"
             )
     for name, tensor in rewind._live.tensors.items():
-        saved = state["trusted"]["model"].get(name)
+        saved = state["trusted"].get(f"model.{name}")
         if saved is None or saved.shape != tensor.shape:
             found = "none" if saved is None else f"shape {tuple(saved.shape)}"
             raise ValueError(

@@ -39,6 +39,7 @@ def save(guard: "Face") -> Saved:
         "scalers": [lane.scaler and lane.scaler.state_dict() for lane in lanes],
         "blank": [not lane.memory().state for lane in lanes],
         "own": [sorted(inner.own) for inner in inners],
+        "copies": [sorted(inner.copies) for inner in inners],
         "options": [clone(inner.options()) for inner in inners],
         "rates": guard._rates.numbers(),
         "rest": rest,
@@ -97,8 +98,9 @@ def _take(guard: "Face", numbers: Saved, groups: list[Saved], parts: Parts) -> N
     """Put everything in place; nothing here may fail."""
     lanes, copies = list(guard._lanes.values()), parts.copies
     memories = {name: Memory(*memory[:2]) for name, memory in parts.memories.items()}
-    for k, (inner, own) in enumerate(zip(guard._inners, numbers["own"], strict=True)):
-        inner.own, inner.fresh = set(own), memories[f"fresh.{k}.memory"]
+    for k, inner in enumerate(guard._inners):
+        inner.own, inner.copies = set(numbers["own"][k]), set(numbers["copies"][k])
+        inner.fresh = memories[f"fresh.{k}.memory"]
     guard._weights.reshard()
     transfer(guard._weights.live(), copies["x.value"])
     of_lanes = (numbers[name] for name in ("blank", "losses", "lost", "scalers"))

@@ -1,7 +1,7 @@
 """Copies of a training run's state, on its device or in the host's memory, and the way back."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from lossguard.torch.tensors import are_finite
 
 Saved = dict[str, Any]
-"""``model``: tensors by name; ``optimizer``: by parameter's name, what it remembers; ``also``."""
+"""``model.NAME`` and ``optimizer.NAME.KEY`` of each parameter, ``model.NAME`` of each buffer, and
+``also``, the states of other objects."""
 
 
 class Live:
@@ -48,34 +49,32 @@ class Live:
     @torch.no_grad()
     def save(self, old: Saved | None, offload: bool) -> Saved:
         """A copy, in the tensors of an ``old`` one as far as they fit."""
-        old = old or {"model": {}, "optimizer": {}}
-        state = self.optimizer.state
-        return {
-            "model": _copies(self.tensors, old["model"], offload),
-            "optimizer": {
-                name: _copies(state[param], old["optimizer"].get(name, {}), offload)
-                for param, name in self.names.items()
-                if state.get(param)
-            },
-            "also": [copy.deepcopy(one.state_dict()) for one in self.also],
-        }
+        old, now = old or {}, {f"model.{name}": tensor for name, tensor in self.tensors.items()}
+        for param, name in self.names.items():
+            remembered = self.optimizer.state.get(param, {})
+            now |= {f"optimizer.{name}.{key}": value for key, value in remembered.items()}
+        saved = {name: copied(value, old.get(name), offload) for name, value in now.items()}
+        return {**saved, "also": [copy.deepcopy(one.state_dict()) for one in self.also]}
 
     @torch.no_grad()
     def load(self, saved: Saved) -> None:
         """Set all of it back, in place."""
         for name, tensor in self.tensors.items():
-            tensor.copy_(saved["model"][name], non_blocking=True)
-        state = self.optimizer.state
+            tensor.copy_(saved[f"model.{name}"], non_blocking=True)
+        remembered: dict[str, dict[str, Any]] = {name: {} for name in self.names.values()}
+        for name, value in saved.items():
+            if name.startswith("optimizer."):
+                of, _, key = name.removeprefix("optimizer.").rpartition(".")
+                remembered[of][key] = value
         for param, name in self.names.items():
-            remembered = saved["optimizer"].get(name)
-            if not remembered:
-                state.pop(param, None)  # as before the first step: it begins by itself
+            if not remembered[name]:
+                self.optimizer.state.pop(param, None)  # before the first step: it begins by itself
                 continue
-            now = state[param]
-            for key in now.keys() - remembered.keys():
+            now = self.optimizer.state[param]
+            for key in now.keys() - remembered[name].keys():
                 del now[key]
-            for key, value in remembered.items():
-                now[key] = _copy(value, now.get(key, param), offload=False)
+            for key, value in remembered[name].items():
+                now[key] = copied(value, now.get(key, param), offload=False)
         for one, its_state in zip(self.also, saved["also"], strict=True):
             one.load_state_dict(copy.deepcopy(its_state))
             if hasattr(one, "get_last_lr"):  # a scheduler, of which the rates are a part
@@ -92,11 +91,7 @@ def set_rate(group: dict[str, Any], rate: float | Tensor) -> None:
         group["lr"] = rate
 
 
-def _copies(values: Mapping[str, Any], old: Mapping[str, Any], offload: bool) -> dict[str, Any]:
-    return {key: _copy(value, old.get(key), offload) for key, value in values.items()}
-
-
-def _copy(value: Any, old: Any, offload: bool) -> Any:
+def copied(value: Any, old: Any, offload: bool) -> Any:
     """A copy, in the place of ``old`` if that is such a tensor, else where ``old`` says."""
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lossguard.torch.arguments import check_accumulation
 from lossguard.torch.closures import Closure
 from lossguard.torch.memory import Inner
 from lossguard.torch.weights import Weights
@@ -35,6 +36,8 @@ class Watch:
                     "parameters must be in the optimizers when the guard is built, got "
                     f"{type(inner.optimizer).__name__} with {count} instead of {ours}"
                 )
+        if self._first:
+            check_accumulation()
         if self.weights.have_gradients():
             raise ValueError(
                 "gradients must be computed inside the closure, got some before the step (call "

@@ -114,11 +114,13 @@ def test_a_body_that_is_left_counts_as_an_error(kind, at):
     run(guard, model, minibatches(20))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_ctrl_c_leaves_the_model_before_or_after_a_call(kind):
-    """At every line of the package that a call runs, by a real signal."""
+@pytest.mark.parametrize(
+    ("kind", "options"), [*((kind, {"nt": 2}) for kind in KINDS), (LossGuard, {"nt": 1, "nc": 2})]
+)
+def test_ctrl_c_leaves_the_model_before_or_after_a_call(kind, options):
+    """At every line of the package that a call runs, by a real signal; the last one checks only."""
     model = mlp(nn.BatchNorm1d(16))
-    guard = two(kind, model, nt=2)
+    guard = two(kind, model, **options)
     batches = minibatches(4)
     run(guard, model, batches[:1])
     start, seen = guard.state_dict(), []
@@ -158,8 +160,11 @@ def test_ctrl_c_leaves_the_model_before_or_after_a_call(kind):
             assert_same_state(now, after)
         seen.append(is_before)
         assert torch.is_grad_enabled() and all(p.grad is None for p in model.parameters())
+        probe = torch.ones(2, requires_grad=True)
+        probe.sum().backward()  # does nothing while a check's mode is on
+        assert probe.grad is not None
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert set(seen) == {True, False}
+    assert set(seen) == ({True} if "nc" in options else {True, False})
     run(guard, model, batches)
 
 

@@ -1,7 +1,9 @@
 """Runs a function in several processes that talk by gloo."""
 
 import datetime
+import importlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,8 +13,8 @@ import torch
 from torch import distributed
 
 
-def spawn(scenario: str, size: int, folder: Path, timeout: float = 90.0) -> list[int]:
-    """Run ``scenario`` of the module ``scenarios`` on every rank; return the exit statuses.
+def spawn(scenario: str, size: int, folder: Path, timeout: float = 300.0) -> list[int]:
+    """Run ``scenario``, a module and its function, on every rank; return the exit statuses.
 
     One process imports everything once, and the ranks are forked from it.
     """
@@ -28,20 +30,24 @@ def spawn(scenario: str, size: int, folder: Path, timeout: float = 90.0) -> list
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
     }
     code = f"import ranks; ranks.launch({scenario!r}, {size}, {str(folder)!r})"
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-c", code],
         env=environment,
-        timeout=timeout,
         stdout=subprocess.PIPE,
-        check=True,
-    )
-    return [int(status) for status in done.stdout.split()[-size:]]
+        start_new_session=True,
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the ranks too
+            raise
+    return [int(status) for status in said.split()[-size:]]
 
 
 def launch(scenario: str, size: int, folder: str) -> None:
     """Fork the ranks, wait for each, and print their exit statuses."""
-    import scenarios
-
+    module, name = scenario.split(".")
+    function = getattr(importlib.import_module(module), name)
     torch.set_num_threads(1)
     children = []
     for rank in range(size):
@@ -49,7 +55,7 @@ def launch(scenario: str, size: int, folder: str) -> None:
         if child == 0:
             status = 1
             try:
-                run(getattr(scenarios, scenario), rank, folder)
+                run(function, rank, folder)
                 status = 0
             finally:
                 os._exit(status)
@@ -62,7 +68,7 @@ def run(scenario, rank: int, folder: str) -> None:
     """One rank."""
     os.environ["RANK"] = str(rank)
     torch.manual_seed(0)
-    distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
+    distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     try:
         torch.save(scenario(rank), Path(folder) / f"{rank}.pt")
         distributed.destroy_process_group()

@@ -1,12 +1,7 @@
-"""A program for two ranks: ``Rewind`` decides the same on both, and copies their shards.
-
-``test_torch_rewind_ranks.py`` runs it, once for each rank.
-"""
+"""What two ranks do: ``Rewind`` decides the same on both, and copies their shards."""
 
 import copy
-import datetime
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -53,7 +48,7 @@ def averaged(rank, sharded):
     rewind = Rewind(model, optimizer, window=WINDOW, every=EVERY)
     train(rewind, model, optimizer, 0, STEPS, rank)
     numbers = (rewind.returns, rewind.thrown, rewind.skipped, rewind.scale)
-    return numbers, rewind.events, whole(model)
+    return numbers, [[*event] for event in rewind.events], whole(model)
 
 
 def resumed(rank, folder):
@@ -82,12 +77,20 @@ def resumed(rank, folder):
     for mine, other in zip(whole(twin), whole(model), strict=True):
         assert torch.equal(mine, other)
 
+    files = [Path(folder) / f"of{k}.pt" for k in range(2)]
+    torch.save(rewind.state_dict(), files[rank])
+    distributed.barrier()
+    again.load_state_dict(torch.load(files[rank], weights_only=False))
+    try:
+        again.load_state_dict(torch.load(files[1 - rank], weights_only=False))
+    except ValueError as error:
+        assert str(error).startswith(f"state must be of rank {rank}'s own shards, got rank")
+    else:
+        raise AssertionError("another rank's shards were loaded")
 
-if __name__ == "__main__":
-    folder, rank = sys.argv[1], int(os.environ["RANK"])
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+
+def both(rank):
+    """What the ranks must agree on; and a checkpoint that goes on."""
     results = {kind: averaged(rank, kind == "sharded") for kind in ("replicated", "sharded")}
-    torch.save(results, Path(folder) / f"{rank}.pt")
-    resumed(rank, folder)
-    distributed.destroy_process_group()
+    resumed(rank, os.environ["CHECKPOINTS"])
+    return results

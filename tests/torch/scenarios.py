@@ -1,5 +1,6 @@
 """What each rank of a distributed test does; it returns what the test compares."""
 
+import datetime
 import math
 import os
 
@@ -55,16 +56,12 @@ def alone(kind):
     return report(guard, model.state_dict())
 
 
-def ddp(rank, kind, sizes=None):
+def ddp(rank, kind, sizes=None, group=None):
     """The same on every rank, each on its part of the minibatches."""
-    model = DistributedDataParallel(mlp())
-    guard = build(kind, model)
-    run(guard, model, shards(rank, distributed.get_world_size(), sizes))
+    model = DistributedDataParallel(mlp(), process_group=group)
+    guard = build(kind, model, process_group=group)
+    run(guard, model, shards(rank, distributed.get_world_size(group), sizes))
     return report(guard, model.module.state_dict())
-
-
-def ddp_alone(rank):
-    return ddp(rank, "LossGuard")
 
 
 def ddp_nan(rank):
@@ -108,15 +105,26 @@ def ddp_raises(rank):
         return str(error)
 
 
-def ddp_killed(rank):
-    """Rank 1 dies in the second cycle, just before the decision."""
-    model = DistributedDataParallel(mlp())
-    guard = build("LossGuard", model)
-    batches = shards(rank, distributed.get_world_size())
+def in_groups(rank):
+    """Four of six ranks together; then three pairs, in which one rank is lost in its own way."""
+    torch.manual_seed(0)
+    wait = datetime.timedelta(seconds=60)
+    members = ([0, 1, 2, 3], [0, 1], [2, 3], [4, 5])
+    four, *pairs = (distributed.new_group(ranks, timeout=wait) for ranks in members)
+    if rank < 4:
+        answer = ddp(rank, "LossGuard", group=four)
+        torch.save(answer, f"{os.environ['CHECKPOINTS']}/{rank}.pt")
+    group = pairs[rank // 2]
+    model = DistributedDataParallel(mlp(), process_group=group)
+    guard = build("LossGuard", model, process_group=group)
+    batches = shards(rank % 2, 2)
     run(guard, model, batches[:9])
-    if rank == 1:
+    if rank == 1:  # dies just before a decision
         os._exit(9)
-    run(guard, model, batches[9:])
+    if rank == 3:
+        guard.step(lambda: {}["mine"])
+    if rank != 5:  # which has fewer minibatches
+        run(guard, model, batches[9:])
 
 
 def sharded(reshard=False):
@@ -144,6 +152,21 @@ def fsdp_needs_the_model(rank):
     params = list(model.parameters())
     try:
         Recommended(SGD(params, lr=0.1), SGD(params, lr=0.1), model=None)
+    except ValueError as error:
+        return str(error)
+
+
+def fsdp_foreign(rank):
+    """What a guard says of the file that torch.save wrote on this rank, and on the other one."""
+    model = sharded()
+    guard = build("Recommended", model)
+    run(guard, model, shards(rank, 2)[:7])
+    files = [f"{os.environ['CHECKPOINTS']}/of{k}.pt" for k in range(2)]
+    torch.save(guard.state_dict(), files[rank])
+    distributed.barrier()
+    guard.load_state_dict(torch.load(files[rank], weights_only=False))
+    try:
+        guard.load_state_dict(torch.load(files[1 - rank], weights_only=False))
     except ValueError as error:
         return str(error)
 
@@ -194,7 +217,7 @@ def two(rank):
         ask(f"dcp {kind}", saved_and_loaded, kind, sharded, f"{folder}/{kind}", sharded)
     ask("unequal", ddp, "LossGuard", [16, 8])
     ask("dcp whole", saved_and_loaded, "Recommended", whole, f"{folder}/whole", whole)
-    for scenario in (ddp_nan, ddp_raises, fsdp_needs_the_model):
+    for scenario in (ddp_nan, ddp_raises, fsdp_needs_the_model, fsdp_foreign):
         ask(scenario.__name__, scenario)
     return answers
 

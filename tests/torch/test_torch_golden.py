@@ -163,8 +163,7 @@ def test_two_optimizers(case):
 SEVERAL = [adam(0.02), sgd(0.05), sgd(1e80), sgd(0.3)]
 
 
-@pytest.mark.parametrize("share", [None, 0.25])
-@pytest.mark.parametrize("checked", [False, True])
+@pytest.mark.parametrize(("share", "checked"), [(None, False), (0.25, True)])
 def test_best_of(share, checked):
     theirs = [lossguard.unguarded(optimizer, nt=NT) for optimizer, _ in SEVERAL]
     check = {"check": lambda params, j: objective(params, j + 7)} if checked else {}

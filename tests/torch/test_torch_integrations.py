@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lossguard.torch import Rewind
+from lossguard.torch import Recommended, Rewind
 from lossguard.torch.integrations import lightning_rewind, trainer_rewind
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -12,9 +12,9 @@ OPTIONS = {"window": 64, "every": 4}
 FAULT = range(90, 110)
 
 
-def data():
+def data(rows=4096):
     rng = torch.Generator().manual_seed(0)
-    x = torch.randn(4096, 4, generator=rng)
+    x = torch.randn(rows, 4, generator=rng)
     return x, (x[:, 0] > 0).long()
 
 
@@ -42,7 +42,7 @@ def module():
     return lightning, Classifier
 
 
-def fit(steps, callback, accumulate=1, batch=8, **where):
+def fit(steps, callback, accumulate=1, rows=4096, **where):
     lightning, make = module()
     trainer = lightning.Trainer(
         max_steps=steps,
@@ -55,7 +55,7 @@ def fit(steps, callback, accumulate=1, batch=8, **where):
         callbacks=[callback],
     )
     model = make()
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data()), batch_size=batch)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data(rows)), batch_size=8)
     trainer.fit(model, loader, **where)
     return trainer, model
 
@@ -72,12 +72,12 @@ def test_lightning(accumulate):
 def test_lightning_resumes(tmp_path):
     """On one minibatch, as Lightning doesn't go on at the one where it stopped."""
     whole = lightning_rewind(**OPTIONS)
-    _, model = fit(150, whole, batch=4096)
-    first, _ = fit(86, lightning_rewind(**OPTIONS), batch=4096)
+    _, model = fit(150, whole, rows=8)
+    first, _ = fit(86, lightning_rewind(**OPTIONS), rows=8)
     first.save_checkpoint(tmp_path / "half.ckpt")
     rest = lightning_rewind(**OPTIONS)
     half = {"ckpt_path": tmp_path / "half.ckpt", "weights_only": True}
-    _, twin = fit(150, rest, batch=4096, **half)
+    _, twin = fit(150, rest, rows=8, **half)
     assert rest.rewind.events == whole.rewind.events
     for mine, other in zip(twin.parameters(), model.parameters(), strict=True):
         assert torch.equal(mine, other)
@@ -162,6 +162,23 @@ def test_accelerate_with_accumulated_gradients():
             rewind.observe(loss)
     assert rewind.calls == 256 and rewind.returns >= 1
     assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_a_guard_refuses_what_accelerate_would_leave_out():
+    """Of 4 accumulated minibatches Accelerate calls an optimizer for the last one only."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.Accelerator(cpu=True, gradient_accumulation_steps=4)
+    model = nn.Linear(4, 2)
+    guard = Recommended(*(torch.optim.SGD(model.parameters()) for _ in range(2)), model=model)
+    try:
+        with pytest.raises(ValueError) as error:
+            guard.step(lambda: model(torch.ones(4)).sum())
+    finally:
+        accelerate.state.GradientState._reset_state()
+    assert str(error.value) == (
+        "gradient_accumulation_steps must be 1 for Accelerate, got 4: it would leave out the "
+        "guard's calls in between (accumulate in the body, before lane.step)"
+    )
 
 
 def test_a_gradient_scaler_skips_by_itself():

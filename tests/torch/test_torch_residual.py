@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from models import assert_same_state, quadratic
+from models import assert_same_state, quadratic, squares
 from torch import nn
 from torch.optim import SGD, Adam
 
@@ -242,12 +242,7 @@ def test_a_first_residual_that_is_not_finite_is_no_bound(value):
 def test_steps_that_are_lost_in_rounding_are_no_reason_to_accept():
     weight = torch.ones(8, dtype=torch.bfloat16, requires_grad=True)
     guard = ResidualGuard(Rises([weight]), SGD([weight], lr=1e-4), nt=1)
-
-    def closure():
-        loss = weight.square().sum()
-        loss.backward()
-        return loss
-
+    closure = squares(weight)
     for _ in range(3):
         guard.step(closure)
     assert guard._track == [0.0] and torch.equal(weight, torch.ones_like(weight))
@@ -272,13 +267,7 @@ def test_residuals_have_the_precision_of_the_parameters(scale):
     """Beyond what single precision holds the better optimizer's steps are accepted as well."""
     w = torch.tensor([1.0, 2.0], dtype=torch.float64).mul(scale).requires_grad_()
     guard = ResidualGuard(SGD([w], lr=0.4), SGD([w], lr=0.1), nt=4)
-
-    def closure():
-        guard.zero_grad()
-        loss = w.square().sum()
-        loss.backward()
-        return loss
-
+    closure = squares(w)
     for _ in range(4):
         guard.step(closure)
     assert guard.last_decision.used_learned == 4 * [True]

@@ -1,16 +1,18 @@
 """What a guard accepts, and the sentences with which it refuses the rest."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
 
-def check_optimizers(optimizers: Sequence[Optimizer], names: Sequence[str]) -> list[Tensor]:
+def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
     """The parameters of all optimizers, in the first one's order."""
     seen: dict[int, str] = {}
-    for name, one in zip(names, optimizers, strict=True):
+    first: list[Tensor] = []
+    for name, one in optimizers.items():
         if not isinstance(one, Optimizer):
             raise ValueError(f"{name} must be a torch.optim.Optimizer, got {one!r}")
         if hasattr(one, "lanes"):
@@ -21,29 +23,27 @@ def check_optimizers(optimizers: Sequence[Optimizer], names: Sequence[str]) -> l
             )
         if id(one) in seen:
             raise ValueError(f"{name} must be another optimizer than {seen[id(one)]}, got the same")
-        seen[id(one)] = name
         for group in one.param_groups:
             if id(group) in seen:
                 raise ValueError(
                     f"{name} must have parameter groups of its own, got a dictionary that is "
                     f"{seen[id(group)]}'s too: their rates would be one (copy the groups)"
                 )
-            seen[id(group)] = name
-    first, *others = ([p for g in one.param_groups for p in g["params"]] for one in optimizers)
-    for name, params in zip(names[1:], others, strict=True):
+        seen |= dict.fromkeys(map(id, [one, *one.param_groups]), name)
+        params = [p for group in one.param_groups for p in group["params"]]
+        first = first or params
         common = {id(p) for p in first} & {id(p) for p in params}
         if len(params) != len(first) or len(common) != len(first):
             raise ValueError(
-                f"{name} must have the parameters of {names[0]}, {len(first)} tensors, got "
-                f"{len(params)}, of which {len(common)} are the same"
+                f"{name} must have the parameters of {next(iter(optimizers))}, {len(first)} "
+                f"tensors, got {len(params)}, of which {len(common)} are the same"
             )
     return first
 
 
 def check_fallback(fallback: Optimizer) -> None:
     """Refuse one that can't be trusted."""
-    groups = getattr(fallback, "param_groups", [])
-    if any(group.get("maximize") for group in groups):
+    if any(group.get("maximize") for group in getattr(fallback, "param_groups", [])):
         raise ValueError("fallback must minimize the loss, got one with maximize=True")
 
 
@@ -68,13 +68,20 @@ def check_model(model: object, params: Sequence[Tensor]) -> None:
         )
 
 
-def check_scaler(scaler: object) -> None:
-    """Refuse what doesn't scale gradients."""
+def check_accumulation() -> None:
+    """Refuse gradients that Accelerate accumulates: it would skip the guard's calls in between."""
+    states = sys.modules.get("accelerate.state")
+    steps = states.GradientState().num_steps if states else 1
+    if steps > 1:
+        raise ValueError(
+            f"gradient_accumulation_steps must be 1 for Accelerate, got {steps}: it would leave "
+            "out the guard's calls in between (accumulate in the body, before lane.step)"
+        )
+
+
+def check_scaler_and_callback(scaler: object, callback: object) -> None:
+    """Refuse what doesn't scale gradients, and what can't be called with decisions."""
     if scaler is not None and not isinstance(scaler, GradScaler):
         raise ValueError(f"scaler must be None or a torch.amp.GradScaler, got {scaler!r}")
-
-
-def check_callback(callback: object) -> None:
-    """Refuse what can't be called with decisions."""
     if not (callback is None or callable(callback)):
         raise ValueError(f"callback must be None or a function of a decision, got {callback!r}")

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -10,11 +9,9 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from lossguard.torch.closures import scalar
-from lossguard.torch.decision import NEITHER, Decision
+from lossguard.torch.decision import NEITHER, Decision, Seen, mean
 from lossguard.torch.guard import Guard
 from lossguard.torch.lane import Lane
-from lossguard.torch.seen import Seen, mean
-from lossguard.torch.tensors import clone
 from lossguard.validation import check_count, check_decay, check_share
 
 
@@ -72,6 +69,8 @@ class BestOf(Guard):
     >>> guard.last_decision.winner, guard.last_decision.gradients
     (1, 20)
     """
+
+    remembered = ("records", "_weight", "_taken", "_checked")
 
     def __init__(
         self,
@@ -152,39 +151,33 @@ class BestOf(Guard):
         for name, one in seen.items():
             d[int(name)] = mean(one.losses if self.check is None else one.checks)
             self._taken[int(name)] += self.nt
-        ran = [lane.name in seen for lane in self._all]
         before = list(self.records)
         if any(map(math.isfinite, d)):  # else the minibatches are lost on all
-            for k, here in enumerate(ran):
-                if here:
-                    self._record(k, d[k])
+            for name in seen:
+                self._record(int(name), d[int(name)])
         fit = [
-            (not here or seen[lane.name].finite)
-            and (math.isfinite(record) or (math.isnan(old) and not here))
-            for lane, here, record, old in zip(self._all, ran, self.records, before, strict=True)
+            seen[lane.name].finite and math.isfinite(record)
+            if lane.name in seen
+            else math.isfinite(record) or math.isnan(old)
+            for lane, record, old in zip(self._all, self.records, before, strict=True)
         ]
         low = [
             r if f and r < math.inf else math.inf for r, f in zip(self.records, fit, strict=True)
         ]
         best = low.index(min(low))
         x = self._all[best].point if any(fit) else self._leader.values
-        x = [t.clone() for t in x]
-        for lane, fine in zip(self._all, fit, strict=True):
-            if not fine:
+        for k, lane in enumerate(self._all):
+            if not fit[k]:
                 lane.start_at(x)
                 lane.take_scale(self._all[best])
                 lane.forget()
-        for row in (self.records, self._weight):
-            row[:] = [one if f else row[best] for f, one in zip(fit, row, strict=True)]
+                self.records[k], self._weight[k] = self.records[best], self._weight[best]
         followed = seen.get(str(best))
         self._lead(self._all[best])
         return Decision(
             used_learned=[followed is not None] * self.nt,
             losses=[math.nan] * self.nt if followed is None else followed.losses,
-            learned_loss=math.nan,
-            fallback_loss=math.nan,
             finite_learned=followed is None or followed.fine,
-            finite_fallback=True,
             winner=best if any(fit) else NEITHER,
             gradients=self.nt * len(seen),
             forwards=0 if self.check is None else self.checks * len(seen),
@@ -195,14 +188,3 @@ class BestOf(Guard):
         self._weight[k] = self.decay * self._weight[k] + 1
         known = d if math.isnan(self.records[k]) else self.records[k]
         self.records[k] = known + (d - known) / self._weight[k]
-
-    def _numbers(self) -> dict[str, Any]:
-        rows = {"records": self.records, "weight": self._weight, "taken": self._taken}
-        return clone({**rows, "checked": self._checked})
-
-    def _read(self, numbers: dict[str, Any]) -> Any:
-        rows = (list(numbers[name]) for name in ("records", "weight", "taken"))
-        return *rows, numbers["checked"]
-
-    def _set_rules(self, rules: Any) -> None:
-        self.records, self._weight, self._taken, self._checked = rules

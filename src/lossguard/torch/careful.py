@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.snapshot import is_finite, set_rate
-from lossguard.torch.tensors import local
+from lossguard.torch.snapshot import set_rate
+from lossguard.torch.tensors import are_finite, local
 
 
 class CarefulSteps:
@@ -63,7 +63,7 @@ class CarefulSteps:
         params = (param for group in self._optimizer.param_groups for param in group["params"])
         grads = [local(p.grad) for p in params if p.grad is not None and not p.grad.is_sparse]
         if grads:
-            broken = ~is_finite(grads)
+            broken = ~are_finite(grads)
             self.broken = broken if self.broken is None else self.broken | broken
             for grad in grads:
                 grad.masked_fill_(broken.to(grad.device), 0)

@@ -1,12 +1,14 @@
 """What a closure must return, and how its loss alone is had."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from numbers import Real
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from lossguard.torch.interrupts import Held
 
 Closure = Callable[[], Any]
 T = TypeVar("T")
@@ -20,39 +22,28 @@ NOTE = (
 
 def checked(closure: Any, hint: str = "") -> Closure:
     """The closure; refuse what isn't one. The ``hint`` is for those who gave none."""
-    if not callable(closure):
-        raise ValueError(
-            "closure must be a function that returns the loss, got "
-            f"{described(closure)}{hint if closure is None else ''}"
-        )
-    return closure
+    if callable(closure):
+        return closure
+    got = f"{_described(closure)}{hint if closure is None else ''}"
+    raise ValueError(f"closure must be a function that returns the loss, got {got}")
 
 
 def scalar(loss: Any) -> Tensor:
     """A loss as a tensor without dimensions, which stays if the loss is overwritten."""
     if not isinstance(loss, (Tensor, Real)) or (isinstance(loss, Tensor) and loss.numel() != 1):
-        raise ValueError(f"closure must return the loss, one number, got {described(loss)}")
+        raise ValueError(f"closure must return the loss, one number, got {_described(loss)}")
     if isinstance(loss, Tensor):
         return loss.detach().clone().reshape(())
     return torch.as_tensor(loss, dtype=torch.float64).reshape(())
 
 
-def described(value: Any) -> str:
-    """What an error message says that it got."""
+def _described(value: Any) -> str:
     return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 class _NoBackward(TorchFunctionMode):
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func is Tensor.backward:
-            return None
-        return func(*args, **(kwargs or {}))
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return None if func is Tensor.backward else func(*args, **(kwargs or {}))
 
 
 def forward_only(closure: Callable[[], T]) -> T:
@@ -66,9 +57,11 @@ def forward_only(closure: Callable[[], T]) -> T:
     >>> forward_only(closure), weight.grad
     (tensor(3.), None)
     """
-    with torch.no_grad(), _NoBackward():
+    held = Held()  # a mode must not stay on its stack
+    with held, torch.no_grad(), _NoBackward():
         try:
-            return closure()
+            with held.let_in():
+                return closure()
         except Exception as error:
             if not isinstance(error, StopIteration):  # the closure's own stream has ended
                 error.add_note(NOTE)

@@ -1,10 +1,31 @@
-"""What a guard decided at the end of a cycle."""
+"""What a cycle has shown of the lanes, and what a guard decided at its end."""
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 LEARNED, FALLBACK, OWN, NEITHER = 0, 1, 2, -1
 """``Decision.winner``: the learned optimizer's lane, the fallback's from x, the fallback's own; or
 x stayed, or went back."""
+
+
+class Seen(NamedTuple):
+    """What a cycle has shown of a lane that ran, agreed between ranks.
+
+    Attributes:
+        losses: training losses, each before its step.
+        checks: check losses.
+        finite: whether parameters and buffers are finite.
+    """
+
+    losses: list[float]
+    checks: list[float]
+    finite: bool
+
+    @property
+    def fine(self) -> bool:
+        """Whether the losses are finite as well."""
+        return self.finite and all(map(math.isfinite, [*self.losses, *self.checks]))
 
 
 class Decision(NamedTuple):
@@ -15,29 +36,29 @@ class Decision(NamedTuple):
     Attributes:
         used_learned: nt flags: whether each step of the lane that ``losses`` are of was learned.
         losses: nt training losses, each before its step. Of which lane, the guard says.
+        winner: the lane that the model has after the cycle: 0 learned, 1 fallback, 2 the fallback
+            by itself, -1 where x stayed or went back; with ``BestOf`` the optimizer's number.
+        gradients: gradients evaluated, in all lanes.
+        learned_updates: steps of learned optimizers, kept or not.
+        forwards: losses evaluated without a gradient, in all lanes.
         learned_loss: the mean loss by which the learned lane was compared.
         fallback_loss: the same of the fallback's, on the same minibatches.
         finite_learned: whether the learned lane had finite parameters and losses.
         finite_fallback: whether the fallback's had.
-        winner: the lane that the model has after the cycle: 0 learned, 1 fallback, 2 the fallback
-            by itself, -1 where x stayed or went back; with ``BestOf`` the optimizer's number.
-        gradients: gradients evaluated, in all lanes.
-        forwards: losses evaluated without a gradient, in all lanes.
-        learned_updates: steps of learned optimizers, kept or not.
         jumped: whether the model's parameters were replaced by another lane's, or an earlier
             point: a moving average of weights should begin again there.
     """
 
     used_learned: list[bool]
     losses: list[float]
-    learned_loss: float
-    fallback_loss: float
-    finite_learned: bool
-    finite_fallback: bool
     winner: int
     gradients: int
-    forwards: int
     learned_updates: int
+    forwards: int = 0
+    learned_loss: float = math.nan
+    fallback_loss: float = math.nan
+    finite_learned: bool = True
+    finite_fallback: bool = True
     jumped: bool = False
 
     def price(self, u: float = 0.0) -> float:
@@ -47,3 +68,12 @@ class Decision(NamedTuple):
             u: the measured cost of one learned update in gradients of the task; 0: not counted.
         """
         return self.gradients + self.forwards / 3 + u * self.learned_updates
+
+
+def mean(losses: Sequence[float]) -> float:
+    """Their mean, which may be infinite or NaN; ``statistics.fmean`` raises errors there.
+
+    >>> mean([1.0, math.inf]), mean([math.inf, -math.inf])
+    (inf, nan)
+    """
+    return sum(losses) / len(losses)

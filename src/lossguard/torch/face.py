@@ -1,26 +1,52 @@
-"""What a guard shows of itself, beside the parameter groups of any optimizer."""
+"""What a guard shows of itself, as an optimizer: all but ``step`` and ``lanes``."""
 
 from collections import deque
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import distributed
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from lossguard.torch.decision import Decision
 
+if TYPE_CHECKING:
+    from lossguard.torch.lane import Lane
+    from lossguard.torch.memory import Inner
+    from lossguard.torch.rates import Rates
+    from lossguard.torch.weights import Weights
+
 
 class Face(Optimizer):
-    """Attributes and methods for loops, apart from ``step`` and ``lanes``."""
+    """Attributes and methods for loops and trainers.
 
+    Attributes:
+        nt: train minibatches per cycle.
+        nc: check minibatches per cycle.
+        phase: minibatches seen of this cycle; 0 between cycles.
+        steps: optimizer steps of the live lane in all cycles so far.
+        history: the last 1,000 decisions.
+    """
+
+    remembered: tuple[str, ...] = ()
+    """What the rules of a guard know, by the names of its attributes."""
     nt: int
+    nc: int
     phase: int
+    steps: int
     history: deque[Decision]
-    _lanes: Mapping[str, Any]
-    _leader: Any
-    _inside: Any
+    process_group: "distributed.ProcessGroup | None"
+    callback: Callable[[Decision], object] | None
+    _weights: "Weights"
+    _inners: "list[Inner]"
+    _rates: "Rates"
+    _lanes: "dict[str, Lane]"
+    _leader: "Lane"
+    _others: "list[Lane]"
+    _inside: "Lane | None"
     _built: bool
+    _filled: bool
 
     @property
     def checking(self) -> bool:
@@ -60,6 +86,12 @@ class Face(Optimizer):
                 "build another guard"
             )
         super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise ValueError(
+            "a guard can't be copied or pickled, as the copy's optimizers would have no model: "
+            "build another one, and load state_dict() into it"
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(repr, self._lanes.values()))})"

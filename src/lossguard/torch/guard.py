@@ -1,6 +1,5 @@
 """What the guards have in common: how they take lanes through minibatches."""
 
-import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
@@ -11,36 +10,30 @@ from torch import Tensor, distributed, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from lossguard.torch import arguments
+from lossguard.torch import arguments, saving
 from lossguard.torch.closures import Closure, checked
 from lossguard.torch.consensus import agree, several
-from lossguard.torch.decision import Decision
+from lossguard.torch.decision import Decision, Seen
 from lossguard.torch.face import Face
 from lossguard.torch.interrupts import Held
 from lossguard.torch.lane import Lane
 from lossguard.torch.memory import Inner
 from lossguard.torch.randomness import Randomness
 from lossguard.torch.rates import Rates, copied
-from lossguard.torch.saving import Saving
-from lossguard.torch.seen import Seen
-from lossguard.torch.tensors import clone, local, read
-from lossguard.torch.weights import Weights, transfer
-from lossguard.validation import check_count
+from lossguard.torch.relay import Relay
+from lossguard.torch.tensors import clone, local, read, transfer
+from lossguard.torch.watch import Watch
+from lossguard.torch.weights import Weights
+from lossguard.validation import check_count, check_share
 
 HISTORY = 1000
 """Decisions that ``history`` keeps."""
-SAME = 1e-4
-"""The part of a loss by which rounding may change it."""
 
 
-class Cycle(Face, Saving):
-    """A guard as far as its cycles go: what it does at their two ends."""
+class Cycle(Face):
+    """A guard between minibatches: how cycles begin and end, and how it is saved."""
 
-    nc: int
-    steps: int
-    process_group: distributed.ProcessGroup | None
-    _others: list[Lane]
-    _watch: "Watch"
+    _watch: Watch
 
     def _begin(self) -> list[Lane]:
         """The lanes that run in the cycle beside the live one, where they start from."""
@@ -62,10 +55,11 @@ class Cycle(Face, Saving):
             lane.live, self._leader = True, lane
 
     def _close(self, order: Sequence[Lane]) -> Decision | None:
+        """After a minibatch."""
         self.phase += 1
         if self.phase == 1 and self.steps == 0:
             for lane in order:
-                lane.check_memory()
+                lane.note_copies(lane.point)
             self._watch.compare(order, [read(lane.losses[:1]) for lane in order])
         if not self.state:  # torch.distributed.checkpoint asks whether there is any
             self.state.update({p: {} for p in self._weights.params})
@@ -87,8 +81,8 @@ class Cycle(Face, Saving):
         numbers, alarms = agree(
             read([loss for lane in ran for loss in (*lane.losses, *lane.checks)]),
             [
-                *(not lane.is_finite(self._leader.values) for lane in ran),
-                *(not lane.remembers_soundly() for lane in ran),
+                *(not self._weights.is_finite(lane.point, self._leader.values) for lane in ran),
+                *(not lane.inner.is_finite(lane.memory()) for lane in ran),
             ],
             self.process_group,
             local(self._weights.params[0]).device,
@@ -103,19 +97,50 @@ class Cycle(Face, Saving):
         self._weights.jumped = False
         return self._settle(seen)._replace(jumped=self._weights.jumped)
 
+    def _fill(self, closure: Closure | None) -> bool:
+        """Whether torch.distributed.checkpoint asks the optimizers to make their states.
+
+        It does so by gradients and a step at rates of 0, before the first one.
+        """
+        rates = (float(group.get("lr", 1)) for group in self.param_groups)
+        asked = closure is None and not self.state and not any(rates)
+        asked = asked and self._weights.have_gradients()
+        for lane in self._lanes.values() if asked else ():
+            lane.fill()
+            self._filled = True
+        return asked
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of all that the rest of the run depends on, at any point of a cycle.
+
+        Loading it goes on bit by bit, parameters and buffers included, but not the global random
+        state, which is the program's.
+        """
+        return saving.save(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved state.
+
+        Args:
+            state_dict: of a guard that was built in the same way.
+
+        Raises:
+            ValueError: if it wasn't. The guard is as it was before, then.
+        """
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        with Held():
+            saving.load(self, state_dict)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
 
 class Guard(Cycle):
     """An optimizer that runs lanes, of which the live one is what the model is.
 
     A cycle is nt minibatches on which the lanes that run take a step each, and nc on which they are
     only checked. The guards differ in which lanes run, and in what a cycle's losses decide.
-
-    Attributes:
-        nt: train minibatches per cycle.
-        nc: check minibatches per cycle.
-        phase: minibatches seen of this cycle; 0 between cycles.
-        steps: optimizer steps of the live lane in all cycles so far.
-        history: the last 1,000 decisions.
     """
 
     trusted: tuple[str, ...] = ()
@@ -134,19 +159,18 @@ class Guard(Cycle):
         process_group: distributed.ProcessGroup | None = None,
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
-        params = arguments.check_optimizers(list(optimizers.values()), list(optimizers))
+        params = arguments.check_optimizers(optimizers)
         arguments.check_model(model, params)
-        arguments.check_scaler(scaler)
-        arguments.check_callback(callback)
+        arguments.check_scaler_and_callback(scaler, callback)
         self.nt, self.nc = check_count("nt", nt), nc
         self.phase, self.steps = 0, 0
-        self.history: deque[Decision] = deque(maxlen=HISTORY)
+        self.history = deque(maxlen=HISTORY)
         self.process_group, self.callback = process_group, callback
         self._weights = Weights(params, model)
         inners = {name: Inner(optimizer) for name, optimizer in optimizers.items()}
         self._inners = list(inners.values())
-        self._built = False
         first = self._inners[0].optimizer
+        self._built = False
         super().__init__([copied(group) for group in first.param_groups], dict(first.defaults))
         self._built = True
         self._rates = Rates(self.param_groups, list(optimizers.values()))
@@ -156,9 +180,7 @@ class Guard(Cycle):
         }
         self._leader = self._lanes[leader]
         self._leader.live = True
-        self._others: list[Lane] = []
-        self._inside: Lane | None = None
-        self._filled = False
+        self._others, self._inside, self._filled = [], None, False
         self._watch = Watch(self._weights)
 
     def step(self, closure: Closure | None = None) -> Any:  # pyright: ignore
@@ -171,8 +193,8 @@ class Guard(Cycle):
         Returns:
             The loss of the live lane before its step: of what the model was before this call.
         """
-        if closure is None and self._is_asked_to_fill():
-            return self._fill()
+        if self._fill(closure):
+            return None
         closure = checked(closure, f" (a GradScaler goes to {type(self).__name__} as scaler)")
         value: Any = torch.full((), torch.nan, device=self._weights.params[0].device)
         with closing(self.lanes()) as lanes:
@@ -226,6 +248,7 @@ class Guard(Cycle):
             self.callback(decision)
 
     def _open(self) -> tuple[list[Lane], list[Tensor]]:
+        """Before a minibatch: the lanes that run, and the random state that each starts from."""
         if self._inside is not None:  # a loop that was left, and whose generator lives on
             self._undo([self._leader, *self._others], self._randomness.state())
         self._watch.check(self._inners)
@@ -271,73 +294,38 @@ class Guard(Cycle):
             self._randomness.set(draws)
         if any(lane.stepped for lane in order):
             self.phase = 0
-            if not self._leader.is_finite(self._leader.values):
+            if not self._weights.is_finite(self._weights.live(), self._leader.values):
                 self._leader.go_back()
 
 
-class Watch:
-    """Looks for mistakes that would train nothing, or compare lanes wrongly, without an error."""
+class GuardOfTwo(Guard):
+    """A relay at x, of learned lane y and fallback lane z, beside s, the fallback's own run."""
 
-    def __init__(self, weights: Weights) -> None:
-        self.weights = weights
-        self.twins: set[str] = set()
-        """Lanes that begin the cycle at one point."""
-        self._first = True
-        self._warned: set[str] = set()
+    trusted = ("z", "s")
 
-    def check(self, inners: Sequence[Inner]) -> None:
-        """Refuse gradients from before the minibatch, and parameters that came later."""
-        for inner in inners:
-            count, ours = len(inner.params), len(self.weights.params)
-            if count != ours:
-                raise ValueError(
-                    "parameters must be in the optimizers when the guard is built, got "
-                    f"{type(inner.optimizer).__name__} with {count} instead of {ours}"
-                )
-        if self.weights.have_gradients():
-            raise ValueError(
-                "gradients must be computed inside the closure, got some before the step (call "
-                "zero_grad before it, and accumulate inside the closure)"
-            )
-
-    def run(self, lane: Lane, closure: Closure) -> Any:
-        """Run a lane; refuse closures that change what all lanes share, at the first time."""
-        others = self.weights.others() if self._first else []
-        versions = [p._version for p in others]
-        value = lane.run(closure)
-        if versions != [p._version for p in others]:
-            raise ValueError(
-                "parameters of model that no optimizer has must not change in the closure, as all "
-                "lanes share them: give them to the optimizers, without gradients"
-            )
-        self._first = False
-        return value
-
-    def compare(self, lanes: Sequence[Lane], firsts: Sequence[Sequence[float]]) -> None:
-        """Warn if lanes have different losses on one minibatch at the same parameters."""
-        at_once = [
-            row[0]
-            for lane, row in zip(lanes, firsts, strict=True)
-            if row and not lane.switches and lane.name in self.twins
-        ]
-        low, high = min(at_once, default=0.0), max(at_once, default=0.0)
-        if high - low > SAME * max(abs(low), abs(high)):
-            self._warn(
-                f"closure gave different losses at the same parameters ({high:.4g} and {low:.4g}): "
-                "draw the minibatch, and all random numbers but PyTorch's, outside it",
-                "losses",
-            )
-
-    def tell(self, error: Exception, lane: Lane) -> None:
-        """Warn that a lane is left for an error."""
-        self._warn(
-            f"{lane} has numbers that aren't finite and raised {error!r}: it is left out of such "
-            "cycles",
-            "errors",
+    def __init__(
+        self,
+        learned: Optimizer,
+        fallback: Optimizer,
+        *,
+        model: nn.Module | None,
+        nt: int = 10,
+        share: float = 0.05,
+        scaler: GradScaler | None = None,
+        process_group: distributed.ProcessGroup | None = None,
+        callback: Callable[[Decision], object] | None = None,
+    ) -> None:
+        share = check_share(share)
+        arguments.check_fallback(fallback)
+        super().__init__(
+            {"fallback": fallback, "learned": learned},
+            {"y": "learned", "z": "fallback", "s": "fallback"},
+            leader="z",
+            nt=nt,
+            model=model,
+            scaler=scaler,
+            process_group=process_group,
+            callback=callback,
         )
-
-    def _warn(self, message: str, what: str) -> None:
-        """Once for each kind."""
-        if what not in self._warned:
-            self._warned.add(what)
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        self._relay = Relay(self._lanes["y"], self._lanes["z"], self.nt, share)
+        self._s, self._on_own = self._lanes["s"], True

@@ -1,20 +1,12 @@
 """The guard for where optimizer steps are scarce: never above the fallback after as many steps."""
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
-from torch import distributed, nn
-from torch.amp.grad_scaler import GradScaler
-from torch.optim import Optimizer
-
-from lossguard.torch.arguments import check_fallback
-from lossguard.torch.decision import FALLBACK, LEARNED, OWN, Decision
-from lossguard.torch.guard import Guard
+from lossguard.torch.decision import FALLBACK, LEARNED, OWN, Decision, Seen, mean
+from lossguard.torch.guard import GuardOfTwo
 from lossguard.torch.lane import Lane
-from lossguard.torch.relay import Leg, Relay, read_state, report
-from lossguard.torch.seen import Seen, mean
-from lossguard.validation import check_share
+from lossguard.torch.relay import Leg, report
 
 DECAY = 0.7
 """Weight of the past in the regret, a cycle."""
@@ -24,7 +16,7 @@ LEAST = 3
 """The least number of these cycles."""
 
 
-class Hedged(Guard):
+class Hedged(GuardOfTwo):
     """In every run the training losses that it reports never sum up to more than the fallback's.
 
     x is run as in ``Recommended``. Beside it runs s, the fallback by itself, on every minibatch:
@@ -66,36 +58,9 @@ class Hedged(Guard):
     (0, 20.0)
     """
 
-    trusted = ("z", "s")
+    remembered = ("_on_own", "_regret", "_away", "_behind", "_relay.state")
 
-    def __init__(
-        self,
-        learned: Optimizer,
-        fallback: Optimizer,
-        *,
-        model: nn.Module | None,
-        nt: int = 10,
-        share: float = 0.05,
-        scaler: GradScaler | None = None,
-        process_group: distributed.ProcessGroup | None = None,
-        callback: Callable[[Decision], object] | None = None,
-    ) -> None:
-        share = check_share(share)
-        check_fallback(fallback)
-        super().__init__(
-            {"fallback": fallback, "learned": learned},
-            {"y": "learned", "z": "fallback", "s": "fallback"},
-            leader="z",
-            nt=nt,
-            model=model,
-            scaler=scaler,
-            process_group=process_group,
-            callback=callback,
-        )
-        self._relay = Relay(self._lanes["y"], self._lanes["z"], self.nt, share)
-        self._s = self._lanes["s"]
-        self._on_own, self._regret = True, 0.0
-        self._away, self._behind = 0, 0
+    _regret, _away, _behind = 0.0, 0, 0
 
     def _begin(self) -> list[Lane]:
         relay = self._relay.begin(self.steps)
@@ -139,14 +104,3 @@ class Hedged(Guard):
         self._away += 1
         self._behind = self._behind + 1 if self._regret > 0 else 0
         return s.fine
-
-    def _numbers(self) -> dict[str, Any]:
-        own = [self._on_own, self._regret, self._away, self._behind]
-        return {"relay": self._relay.numbers(), "own": own}
-
-    def _read(self, numbers: dict[str, Any]) -> Any:
-        return read_state(numbers["relay"]), tuple(numbers["own"])
-
-    def _set_rules(self, rules: Any) -> None:
-        self._relay.state, own = rules
-        self._on_own, self._regret, self._away, self._behind = own

@@ -4,7 +4,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
 from typing import Any
 
 
@@ -21,19 +20,13 @@ class Held:
         self._before: Any = None
         self._came = False
 
-    def __enter__(self) -> "Held":
+    def __enter__(self) -> None:
         before = signal.getsignal(signal.SIGINT)
         if threading.current_thread() is threading.main_thread() and callable(before):
             self._before = before
             signal.signal(signal.SIGINT, self._note)
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         before, self._before = self._before, None
         if before is not None:
             signal.signal(signal.SIGINT, before)
@@ -52,7 +45,7 @@ class Held:
         finally:
             signal.signal(signal.SIGINT, self._note)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, *which: object) -> None:
         self._came = True
 
     def _raise(self, before: Any) -> None:

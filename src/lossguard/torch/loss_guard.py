@@ -6,17 +6,16 @@ cycle, nc check minibatches, i the number of a minibatch.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from torch import distributed, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from lossguard.torch.arguments import check_fallback
-from lossguard.torch.decision import FALLBACK, LEARNED, NEITHER, Decision
+from lossguard.torch.decision import FALLBACK, LEARNED, NEITHER, Decision, Seen, mean
 from lossguard.torch.guard import Guard
 from lossguard.torch.lane import Lane
-from lossguard.torch.seen import Seen, mean
 from lossguard.validation import check_choice, check_count
 
 Loser = Literal["keep", "reset"]
@@ -130,12 +129,3 @@ class LossGuard(Guard):
             forwards=2 * self.nc,
             learned_updates=nt,
         )
-
-    def _numbers(self) -> dict[str, Any]:
-        return {}
-
-    def _read(self, numbers: dict[str, Any]) -> Any:
-        return None
-
-    def _set_rules(self, rules: Any) -> None:
-        """There are none."""

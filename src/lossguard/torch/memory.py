@@ -41,6 +41,7 @@ class Inner:
     Attributes:
         optimizer: the optimizer itself; the guard calls its ``step`` and nothing else of it.
         own: names of the group entries that its step has been seen to change.
+        copies: names of entries of its state that hold the parameters, as master weights do.
         fresh: a copy of its memory at construction.
         holder: the lane whose memory it has; another lane of it keeps its own meanwhile.
     """
@@ -48,6 +49,7 @@ class Inner:
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self.own: set[str] = set()
+        self.copies: set[str] = set()
         self.fresh = self.memory().copy()
         self.holder: Any = None
         self._made: dict[Any, Any] = {}
@@ -78,27 +80,19 @@ class Inner:
         return previous
 
     def note(self, memory: Memory) -> None:
-        """Note what the optimizer makes for each parameter, from a memory that it has filled."""
-        self._made = {
-            p: {
-                key: (value.shape, value.dtype) if isinstance(value, Tensor) else value
-                for key, value in entries.items()
+        """Note what the optimizer makes for each parameter, if this is what it has made."""
+        if memory.state:
+            self._made = {
+                p: {k: (v.shape, v.dtype) if isinstance(v, Tensor) else v for k, v in made.items()}
+                for p, made in memory.state.items()
+                if isinstance(p, Tensor) and isinstance(made, dict)
             }
-            for p, entries in memory.state.items()
-            if isinstance(p, Tensor) and isinstance(entries, dict)
-        }
 
     def zeros(self) -> dict[Any, Any]:
-        """Tensors of 0 in place of what the optimizer has been noted to make.
-
-        torch.distributed.checkpoint loads only what both sides have.
-        """
+        """Tensors of 0 in place of what it makes: PyTorch loads only what both sides have."""
         return {
-            p: {
-                key: _zeros(p, *value) if type(value) is tuple else clone(value)
-                for key, value in entries.items()
-            }
-            for p, entries in self._made.items()
+            p: {k: _zeros(p, *v) if type(v) is tuple else clone(v) for k, v in made.items()}
+            for p, made in self._made.items()
         }
 
     def is_finite(self, memory: Memory) -> bool:
@@ -106,33 +100,33 @@ class Inner:
         own = [[options.get(key) for key in self.own] for options in memory.options]
         return finite([*memory.state.values(), own])
 
+    @property
+    def is_capturable(self) -> bool:
+        """Whether it keeps its counts on the device."""
+        groups = self.optimizer.param_groups
+        return any(group.get("capturable") or group.get("fused") for group in groups)
+
     def options(self) -> list[dict[str, Any]]:
         """The entries of each group, without its parameters."""
-        return [
-            {key: value for key, value in group.items() if key not in IDENTITY}
-            for group in self.optimizer.param_groups
-        ]
+        return [options_of(group) for group in self.optimizer.param_groups]
 
-    @property
-    def params(self) -> list[Tensor]:
-        """The parameters of all groups."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+def options_of(group: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a parameter group, without its parameters."""
+    return {key: value for key, value in group.items() if key not in IDENTITY}
 
 
 def _zeros(p: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Sharded as the parameter is, where it is of its shape."""
-    like = p.detach()
-    return (
-        torch.zeros_like(like, dtype=dtype) if shape == p.shape else torch.zeros(shape, dtype=dtype)
-    )
+    if shape != p.shape:
+        return torch.zeros(shape, dtype=dtype)
+    return torch.zeros_like(p.detach(), dtype=dtype)
 
 
 def same(old: Any, new: Any) -> bool:
     """Whether a group entry is as it was; what holds tensors only if it is the same object."""
-    comparable = (int, float, str, tuple, type(None))
-    return old is new or (
-        isinstance(old, comparable) and isinstance(new, comparable) and old == new
-    )
+    plain = (int, float, str, tuple, type(None))
+    return old is new or (isinstance(old, plain) and isinstance(new, plain) and old == new)
 
 
 def undo_casts(optimizer: Optimizer, saved: dict[str, Any]) -> None:

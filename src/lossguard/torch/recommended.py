@@ -1,28 +1,20 @@
 """The guard that we recommend where compute is scarce: a relay, and the fallback by itself."""
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
-
-from torch import distributed, nn
-from torch.amp.grad_scaler import GradScaler
-from torch.optim import Optimizer
+from collections.abc import Mapping
 
 from lossguard.torch import trial as trials
-from lossguard.torch.arguments import check_fallback
-from lossguard.torch.decision import FALLBACK, LEARNED, OWN, Decision
-from lossguard.torch.guard import Guard
+from lossguard.torch.decision import FALLBACK, LEARNED, OWN, Decision, Seen, mean
+from lossguard.torch.guard import GuardOfTwo
 from lossguard.torch.lane import Lane
-from lossguard.torch.relay import Leg, Relay, read_state, report
-from lossguard.torch.seen import Seen, mean
+from lossguard.torch.relay import Leg, report
 from lossguard.torch.trial import Trial
-from lossguard.validation import check_share
 
 LOOKS = 3
 """Cycles on which s is compared with x, each time that it is."""
 
 
-class Recommended(Guard):
+class Recommended(GuardOfTwo):
     """Whoever leads runs; a challenger runs in a small share of the steps.
 
     The model is the leader's, who is one of two:
@@ -75,37 +67,11 @@ class Recommended(Guard):
     (0, 20.0)
     """
 
-    trusted = ("z", "s")
+    remembered = ("_on_own", "_own_steps", "_against", "_relay.state")
 
-    def __init__(
-        self,
-        learned: Optimizer,
-        fallback: Optimizer,
-        *,
-        model: nn.Module | None,
-        nt: int = 10,
-        share: float = 0.05,
-        scaler: GradScaler | None = None,
-        process_group: distributed.ProcessGroup | None = None,
-        callback: Callable[[Decision], object] | None = None,
-    ) -> None:
-        share = check_share(share)
-        check_fallback(fallback)
-        super().__init__(
-            {"fallback": fallback, "learned": learned},
-            {"y": "learned", "z": "fallback", "s": "fallback"},
-            leader="z",
-            nt=nt,
-            model=model,
-            scaler=scaler,
-            process_group=process_group,
-            callback=callback,
-        )
-        self._relay = Relay(self._lanes["y"], self._lanes["z"], self.nt, share)
-        self._s = self._lanes["s"]
-        self._on_own = True
-        self._own_steps = 0
-        self._against = Trial(LOOKS, math.inf)  # of s against x, by their losses alone
+    _own_steps = 0
+    _against = Trial(LOOKS, math.inf)
+    """Of s against x, by their losses alone."""
 
     def _begin(self) -> list[Lane]:
         relay = self._relay.begin(self.steps)
@@ -142,15 +108,3 @@ class Recommended(Guard):
                 self._relay.go_on_from(self._s, mean(s.losses))
                 self._on_own = True
         self._own_steps += self.nt * (on_own or runs)
-
-    def _numbers(self) -> dict[str, Any]:
-        own = [self._on_own, self._own_steps, list(self._against)]
-        return {"relay": self._relay.numbers(), "own": own}
-
-    def _read(self, numbers: dict[str, Any]) -> Any:
-        on_own, own_steps, against = numbers["own"]
-        return read_state(numbers["relay"]), (on_own, own_steps, Trial(*against))
-
-    def _set_rules(self, rules: Any) -> None:
-        self._relay.state, own = rules
-        self._on_own, self._own_steps, self._against = own

@@ -6,15 +6,16 @@ z    the fallback's lane: leads, or is the snapshot that x can go back to while 
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lossguard.torch import progress as progresses
 from lossguard.torch import trial as trials
-from lossguard.torch.decision import Decision
-from lossguard.torch.lane import Lane
+from lossguard.torch.decision import Decision, Seen, mean
 from lossguard.torch.progress import Progress
-from lossguard.torch.seen import Seen, mean
-from lossguard.torch.trial import Trial
+from lossguard.torch.trial import NONE, Trial
+
+if TYPE_CHECKING:
+    from lossguard.torch.lane import Lane
 
 STALL = 0.25
 """The learned optimizer leads while its loss falls at least by this power of its age."""
@@ -66,14 +67,14 @@ class State(NamedTuple):
         learned_leads: whether y leads.
         progress: of the leader.
         level: the smoothed loss at the snapshot.
-        trial: of y; None: there is none.
+        trial: of y; ``NONE``: there is none.
         tried: optimizer steps that y has taken on trial.
     """
 
     learned_leads: bool
     progress: Progress
     level: float
-    trial: Trial | None
+    trial: Trial
     tried: int
 
 
@@ -88,34 +89,33 @@ class Relay:
       lower, at first half as high.
     """
 
-    def __init__(self, y: Lane, z: Lane, nt: int, share: float) -> None:
+    def __init__(self, y: "Lane", z: "Lane", nt: int, share: float) -> None:
         self.y, self.z, self.nt, self.share = y, z, nt, share
-        self.state = State(False, progresses.begin(0.0), 0.0, None, 0)
+        self.state = State(False, progresses.begin(0.0), 0.0, NONE, 0)
 
     @property
-    def leader(self) -> Lane:
+    def leader(self) -> "Lane":
         """Where x is."""
         return self.y if self.state.learned_leads else self.z
 
-    def begin(self, k: int) -> list[Lane]:
+    def begin(self, k: int) -> "list[Lane]":
         """The lanes that run in the cycle after k steps of the leader."""
         if self.state.learned_leads:
             return [self.y]
-        if self.state.trial is None:
+        if self.state.trial == NONE:
             self._begin_trial(k)
-        trial = self.state.trial
-        if trial is not None and trial.cycles == 0:
+        if self.twins:
             self.y.start_at(self.z.point)
             self.y.take_scale(self.z)
             self.y.forget()
         self.z.keep()
-        return [self.z] if trial is None else [self.y, self.z]
+        return [self.z] if self.state.trial == NONE else [self.y, self.z]
 
     @property
     def twins(self) -> set[str]:
         """The lanes that begin the cycle at one point."""
         trial = self.state.trial
-        return {"y", "z"} if trial is not None and trial.cycles == 0 else set()
+        return {"y", "z"} if trial != NONE and trial.cycles == 0 else set()
 
     def settle(self, y: Seen | None, z: Seen | None, k: int) -> Leg:
         """After the cycle, in which these of the lanes ran."""
@@ -129,7 +129,7 @@ class Relay:
         if fine_y if led else fine_z:
             state = state._replace(progress=progresses.add(state.progress, mean(losses), self.nt))
         taken_over = False
-        if state.trial is not None:
+        if state.trial != NONE:
             trial = trials.add(state.trial, of_y, losses)
             state = state._replace(trial=trial, tried=state.tried + self.nt)
             won, lost = trials.outcome(trial, of_y)
@@ -137,28 +137,17 @@ class Relay:
             if taken_over:
                 began = progresses.begin(mean(of_y), k // YOUTH)
                 level = state.progress.lasting
-                state = state._replace(learned_leads=True, level=level, progress=began, trial=None)
+                state = state._replace(learned_leads=True, level=level, progress=began, trial=NONE)
             elif lost or not fine_y:
-                state = state._replace(trial=None)
+                state = state._replace(trial=NONE)
         self.state = self._keep_or_hand_over(state, fine_y) if led else state
         return Leg(losses, of_y, led, fine_y, fine_z, taken_over)
 
-    def go_on_from(self, s: Lane, loss: float) -> None:
+    def go_on_from(self, s: "Lane", loss: float) -> None:
         """Have z be where s is, and lead, with no trial."""
         self.z.become(s)
         began = progresses.begin(loss)
-        self.state = self.state._replace(learned_leads=False, progress=began, trial=None)
-
-    def numbers(self) -> dict[str, Any]:
-        """The state as plain numbers."""
-        *_, trial, tried = self.state
-        return {
-            "learned_leads": self.state.learned_leads,
-            "progress": list(self.state.progress),
-            "level": self.state.level,
-            "trial": [] if trial is None else list(trial),
-            "tried": tried,
-        }
+        self.state = self.state._replace(learned_leads=False, progress=began, trial=NONE)
 
     def _begin_trial(self, k: int) -> None:
         budget = self.share * k + math.sqrt(k)
@@ -191,25 +180,16 @@ class Relay:
         return state._replace(learned_leads=False, progress=began)
 
 
-def read_state(numbers: dict[str, Any]) -> State:
-    """The state that ``Relay.numbers`` saved."""
-    trial = Trial(*numbers["trial"]) if numbers["trial"] else None
-    progress = Progress(*numbers["progress"])
-    return State(numbers["learned_leads"], progress, numbers["level"], trial, numbers["tried"])
-
-
 def report(leg: Leg, winner: int, nt: int, lanes: int) -> Decision:
     """The decision of a cycle in which so many lanes ran."""
-    nan = float("nan")
     return Decision(
         used_learned=[leg.learned_led] * nt,
         losses=leg.losses,
-        learned_loss=mean(leg.challenger) if leg.tried else nan,
-        fallback_loss=mean(leg.losses) if leg.tried else nan,
-        finite_learned=leg.fine_y,
-        finite_fallback=leg.fine_z,
         winner=winner,
         gradients=nt * lanes,
-        forwards=0,
         learned_updates=nt * (leg.learned_led or leg.tried),
+        learned_loss=mean(leg.challenger) if leg.tried else math.nan,
+        fallback_loss=mean(leg.losses) if leg.tried else math.nan,
+        finite_learned=leg.fine_y,
+        finite_fallback=leg.fine_z,
     )

@@ -6,7 +6,7 @@ learned proposal y, mu the bound that a tracking sequence makes of the residuals
 
 import math
 from collections.abc import Callable, Generator
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +25,6 @@ from lossguard.validation import check_choice, check_fraction, check_kind
 
 Residual = Literal["step", "gradient"]
 Gradient = list[Tensor | None]
-
-
-class Report(NamedTuple):
-    """What one optimizer step did."""
-
-    kept: int
-    loss: float
-    finite_y: bool
-    finite_z: bool
 
 
 class ResidualGuard(Guard):
@@ -78,6 +69,8 @@ class ResidualGuard(Guard):
     ([True], 0.8)
     """
 
+    remembered = ("_track", "_reports")
+
     def __init__(
         self,
         learned: Optimizer,
@@ -107,8 +100,9 @@ class ResidualGuard(Guard):
             raise ValueError("parameters must be whole tensors, got sharded ones")
         if any(lane.switches for lane in self._lanes.values()):
             raise ValueError("optimizers must have no train() and eval(), got one that switches")
-        self._track: Track | None = None
-        self._reports: list[Report] = []
+        self._track: Track = []
+        self._reports: list[list[Any]] = []
+        """Of each step of this cycle: who was kept, the loss, and whether y and z were finite."""
 
     def lanes(self) -> Generator[Lane, None, None]:
         """Refused: the second evaluation is where the first one leads."""
@@ -124,20 +118,20 @@ class ResidualGuard(Guard):
         Returns:
             The loss at x, before the step.
         """
-        if closure is None and self._is_asked_to_fill():
-            return self._fill()
+        if self._fill(closure):
+            return None
         closure = checked(closure)
         self._watch.check(self._inners)
         self._rates.apply()
         held = Held()
         with held:
-            loss, report = self._minibatch(closure, held)
-            decision = self._record(report)
+            loss = self._minibatch(closure, held)
+            decision = self._record()
         if decision is not None and self.callback is not None:
             self.callback(decision)
         return loss.detach().clone() if isinstance(loss, Tensor) else loss
 
-    def _minibatch(self, closure: Closure, held: Held) -> tuple[Any, Report]:
+    def _minibatch(self, closure: Closure, held: Held) -> Any:
         weights, start = self._weights, self._randomness.state()
         x = [t.clone() for t in weights.live()]
         memories = {lane: lane.memory().copy() for lane in self._lanes.values()}
@@ -155,17 +149,18 @@ class ResidualGuard(Guard):
             raise
         finite_y = weights.is_finite(y, x) and math.isfinite(r)
         finite_z = weights.is_finite(z, x)
-        if self._track is None and math.isfinite(mu_1):
+        if not self._track and math.isfinite(mu_1):
             self._track = self.sequence.init(mu_1)
-        mu = 0.0 if self._track is None else self.sequence.bound(self._track)
+        mu = self.sequence.bound(self._track) if self._track else 0.0
         ok = finite_y and mu > 0 and r <= self.alpha * mu
-        if ok and self._track is not None:
+        if ok:
             self._track = self.sequence.update(self._track, r)
         weights.clear_gradients()
         weights.write(y if ok else z if finite_z else x)
         self._randomness.set(after)
         kept = LEARNED if ok else FALLBACK if finite_z else NEITHER
-        return loss, Report(kept, read([at_x])[0], finite_y, finite_z)
+        self._reports.append([kept, *read([at_x]), finite_y, finite_z])
+        return loss
 
     def _proposals(
         self, closure: Closure, held: Held, x: Copy, loss: Any
@@ -175,8 +170,8 @@ class ResidualGuard(Guard):
         gradient, before = _gradient(self._weights.params), fallback.memory().copy()
         n = len(gradient)
         evaluated = [*x[:n], *(t.clone() for t in self._weights.live()[n:])]
-        z = self._stepped(fallback, evaluated, gradient, loss)
-        y = self._stepped(learned, evaluated, gradient, loss)
+        z = _after_step(fallback, evaluated, gradient, loss)
+        y = _after_step(learned, evaluated, gradient, loss)
         self._weights.write(y)
         mu_1 = _norm(gradient) if self.residual == "gradient" else _distance(evaluated[:n], z[:n])
         try:
@@ -186,7 +181,7 @@ class ResidualGuard(Guard):
                 return y, z, mu_1, _norm(gradient_y)
             advanced = fallback.memory()
             fallback.remember(before)
-            after_y = self._stepped(fallback, y, gradient_y, loss_y)
+            after_y = _after_step(fallback, y, gradient_y, loss_y)
             fallback.remember(advanced)
         except Exception as error:
             if not self._weights.have_diverged():
@@ -200,58 +195,46 @@ class ResidualGuard(Guard):
         torch.clear_autocast_cache()  # or autocast would go on with casts of earlier weights
         with held.let_in(), torch.enable_grad():
             value = closure()
-        if not self._weights.have_gradients() and math.isfinite(scalar(value)):
-            raise ValueError("closure must call backward, got no gradients from it")
+        self._leader.check_gradients(scalar(value))
         return value
 
-    def _stepped(self, lane: Lane, start: Copy, gradient: Gradient, loss: Any) -> Copy:
-        """A copy of where one step from ``start`` leads; the model's buffers stay ``start``'s."""
-        self._weights.write(start)
-        for p, g in zip(self._weights.params, gradient, strict=True):
-            p.grad = None if g is None else g.clone()
-        with torch.no_grad(), self._weights.in_place(), lane.inner.stepping():
-            lane.optimizer.step(*lane.given(loss))
-        return [t.clone() for t in self._weights.live()]
-
-    def _record(self, report: Report) -> Decision | None:
+    def _record(self) -> Decision | None:
         for lane in self._lanes.values():
-            if not lane.remembers_soundly():
+            if not lane.inner.is_finite(lane.memory()):
                 lane.forget()
         if not self.state:
             self.state.update({p: {} for p in self._weights.params})
-        self._reports.append(report)
         self.phase = len(self._reports) % self.nt
         if self.phase:
             return None
-        reports, self._reports = self._reports, []
+        kept, losses, finite_y, finite_z = zip(*self._reports, strict=True)
+        self._reports = []
         self.steps += self.nt
-        self.history.append(decision_of(reports))
-        return self.history[-1]
+        decision = Decision(
+            used_learned=[one == LEARNED for one in kept],
+            losses=[*losses],
+            finite_learned=all(finite_y),
+            finite_fallback=all(finite_z),
+            winner=kept[-1],
+            gradients=2 * self.nt,
+            learned_updates=self.nt,
+        )
+        self.history.append(decision)
+        return decision
 
-    def _numbers(self) -> dict[str, Any]:
-        return {"track": list(self._track or []), "reports": [list(one) for one in self._reports]}
 
-    def _read(self, numbers: dict[str, Any]) -> Any:
-        return list(numbers["track"]) or None, [Report(*one) for one in numbers["reports"]]
-
-    def _set_rules(self, rules: Any) -> None:
-        self._track, self._reports = rules
-
-
-def decision_of(reports: list[Report]) -> Decision:
-    """The decision of so many steps."""
-    return Decision(
-        used_learned=[one.kept == LEARNED for one in reports],
-        losses=[one.loss for one in reports],
-        learned_loss=math.nan,
-        fallback_loss=math.nan,
-        finite_learned=all(one.finite_y for one in reports),
-        finite_fallback=all(one.finite_z for one in reports),
-        winner=reports[-1].kept,
-        gradients=2 * len(reports),
-        forwards=0,
-        learned_updates=len(reports),
-    )
+def _after_step(lane: Lane, start: Copy, gradient: Gradient, loss: Any) -> Copy:
+    """A copy of where one step from ``start`` leads; the model's buffers stay ``start``'s."""
+    weights, blank = lane.weights, not lane.memory().state
+    weights.write(start)
+    lane.move_copies(start)
+    for p, g in zip(weights.params, gradient, strict=True):
+        p.grad = None if g is None else g.clone()
+    with lane.updating():
+        lane.optimizer.step(*lane.given(loss))
+    if blank:
+        lane.note_copies(weights.live())
+    return [t.clone() for t in weights.live()]
 
 
 def _gradient(params: list[Tensor]) -> Gradient:

@@ -13,11 +13,15 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from lossguard.torch.careful import CarefulSteps
-from lossguard.torch.rewind_checkpoint import load, state_of
+from lossguard.torch.consensus import mean_of_ranks
+from lossguard.torch.interrupts import Held
+from lossguard.torch.rewind_checkpoint import load, save
 from lossguard.torch.rule import Rule
 from lossguard.torch.snapshot import Live, Saved
 from lossguard.torch.tensors import local
 from lossguard.validation import check_count, check_kind
+
+Cause = Literal["loss", "model", "audit"]
 
 
 class RewindEvent(NamedTuple):
@@ -33,11 +37,15 @@ class RewindEvent(NamedTuple):
     """
 
     kind: Literal["return", "unanswered"]
-    cause: Literal["loss", "model", "audit"]
+    cause: Cause
     call: int
     thrown: int
     in_a_row: int
     scale: float
+
+
+def _of_rule(name: str, doc: str) -> Any:
+    return property(lambda self: getattr(self._rule, name), doc=doc)
 
 
 class Rewind:
@@ -79,9 +87,6 @@ class Rewind:
 
     Attributes:
         events: every ``RewindEvent`` so far.
-        calls, returns, thrown, skipped: T, returns, steps thrown away, and steps whose loss or
-            gradients weren't finite.
-        scale: what rates are multiplied by in the next step.
 
     Memory: two copies of parameters, buffers and the optimizer's memory; a third one while the
     budget is spent.
@@ -136,30 +141,11 @@ class Rewind:
         self._last: Saved | None = None
         self._steps = CarefulSteps(optimizer, lambda: self.scale)
 
-    @property
-    def scale(self) -> float:
-        """What rates are multiplied by in the next step."""
-        return self._rule.scale
-
-    @property
-    def calls(self) -> int:
-        """T, calls of ``observe``."""
-        return self._rule.calls
-
-    @property
-    def returns(self) -> int:
-        """How often it went back."""
-        return self._rule.returns
-
-    @property
-    def thrown(self) -> int:
-        """Steps thrown away: at most rho T + window in every run."""
-        return self._rule.thrown
-
-    @property
-    def skipped(self) -> int:
-        """Steps whose loss, gradients or parameters weren't finite, as far as they were read."""
-        return self._rule.skipped
+    scale = _of_rule("scale", "What rates are multiplied by in the next step.")
+    calls = _of_rule("calls", "T, calls of ``observe``.")
+    returns = _of_rule("returns", "How often it has gone back.")
+    thrown = _of_rule("thrown", "Steps thrown away: at most rho T + window in every run.")
+    skipped = _of_rule("skipped", "Steps that weren't finite, as far as they were read.")
 
     @torch.no_grad()
     def observe(self, loss: Any, grad_norm: Any = None) -> None:
@@ -183,11 +169,12 @@ class Rewind:
         self._rule.unread += 1
         self._rule.calls += 1
         if self._one_by_one or self._rule.unread == self.every:
-            self._read()
+            with Held():
+                self._read()
 
     def state_dict(self) -> dict[str, Any]:
         """All but the events. Load the model's and the optimizer's own states before this one."""
-        return state_of(self)
+        return save(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as the one whose ``state_dict`` this is, to the last bit on one device.
@@ -233,31 +220,18 @@ class Rewind:
     def _agree(self) -> tuple[list[float], bool]:
         """The losses since the last read, and whether the model is finite: the ranks' means."""
         finite = self._live.is_finite().to(self._losses).reshape(1)
-        *losses, finite = self._means(
-            torch.cat([self._losses[: self._rule.unread], finite])
-        ).tolist()
+        numbers = torch.cat([self._losses[: self._rule.unread], finite])
+        *losses, finite = mean_of_ranks(numbers, self._group).tolist()
         return losses, finite == 1
 
-    def _means(self, numbers: Tensor) -> Tensor:
-        """Of the ranks. All of them call this at the same times."""
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return numbers
-        distributed.all_reduce(numbers, group=self._group)
-        return numbers / distributed.get_world_size(self._group)
-
-    def _go_back(self, cause: Literal["loss", "model", "audit"], late: int) -> None:
+    def _go_back(self, cause: Cause, late: int) -> None:
         self._live.load(self._trusted)
         thrown, soon = self._rule.go_back(late, lower=self._fallback is None)
         if soon and self._fallback is not None:
             self._fallback(self._live.optimizer)
         self._tell("return", cause, thrown)
 
-    def _tell(
-        self,
-        kind: Literal["return", "unanswered"],
-        cause: Literal["loss", "model", "audit"],
-        thrown: int,
-    ) -> None:
+    def _tell(self, kind: Literal["return", "unanswered"], cause: Cause, thrown: int) -> None:
         rule = self._rule
         event = RewindEvent(kind, cause, rule.calls, thrown, rule.in_a_row, rule.scale)
         self.events.append(event)
@@ -268,7 +242,7 @@ class Rewind:
         """Copy the model as it is now, unless its audit says that it is worse."""
         rule = self._rule
         if self._audit is not None:
-            value = self._means(self._number("audit", self._audit()).clone()).item()
+            value = mean_of_ranks(self._number("audit", self._audit()).clone(), self._group).item()
             good = rule.audits.hear(value)
             if rule.audits.rings and rule.may_return(0):
                 self._go_back("audit", 0)

@@ -4,41 +4,46 @@ Every entry is there from the first step of the optimizer on, whatever has happe
 ``torch.distributed.checkpoint`` finds each of them in the state that it loads into.
 """
 
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lossguard.torch.snapshot import Live, Saved
+from lossguard.torch.packing import check_rank, this_rank
+from lossguard.torch.snapshot import Live
 
 if TYPE_CHECKING:
     from lossguard.torch.rewind import Rewind
 
-COUNTS = ("calls", "returns", "thrown", "skipped", "unread", "age", "candidate_age")
-OF_RULE = (*COUNTS, "in_a_row", "last_return", "ramp", "cap", "pending")
-OF_ALARM = ("start", "reference", "score")
-OF_AUDITS = ("first", "best", "score")
-OF_REWIND = ("_one_by_one", "_candidate_audit")
+OF_RULE = (
+    *("calls", "returns", "thrown", "skipped", "unread", "age", "candidate_age", "in_a_row"),
+    *("last_return", "ramp", "cap", "pending"),
+    *("alarm.start", "alarm.reference", "alarm.score"),
+    *("audits.first", "audits.best", "audits.score"),
+)
+NUMBERS = (*(f"_rule.{name}" for name in OF_RULE), "_one_by_one", "_candidate_audit")
+SNAPSHOTS = ("trusted", "candidate")
 
 
-def state_of(rewind: "Rewind") -> dict[str, Any]:
+def save(rewind: "Rewind") -> dict[str, Any]:
     """Both snapshots, and all numbers."""
-    live, rule = rewind._live, rewind._rule
-    parts = _parts(rewind)
-    now = live.save(None, offload=False) if not _is_whole(rewind) else None
-    losses = torch.zeros(rule.block, dtype=torch.float64)
-    kept = rule.alarm.losses
+    kept = rewind._rule.alarm.losses
+    losses = torch.zeros(rewind._rule.block, dtype=torch.float64)
     losses[: len(kept)] = torch.tensor(kept, dtype=torch.float64)
+    snapshots = {which: getattr(rewind, f"_{which}") or {} for which in SNAPSHOTS}
+    begun = [any(key.startswith("optimizer.") for key in one) for one in snapshots.values()]
+    # In the place of what a snapshot hasn't got, the present state.
+    now = {} if all(begun) else rewind._live.save(None, offload=False)
     return {
-        "trusted": _whole(rewind._trusted, now),
-        "candidate": _whole(rewind._candidate, now),
+        **{which: {**now, **one} for which, one in snapshots.items()},
         "losses": losses,
         "unread": rewind._losses,
+        "rank": this_rank(),
         "numbers": {
-            **{f"{of}.{name}": getattr(part, name) for of, part, name in parts},
-            "alarm.losses": len(kept),
-            "trusted.begun": bool(rewind._trusted["optimizer"]),
-            "candidate.begun": bool(rewind._candidate and rewind._candidate["optimizer"]),
+            **{name: attrgetter(name)(rewind) for name in NUMBERS},
+            "losses": len(kept),
+            "begun": begun,
         },
     }
 
@@ -50,63 +55,35 @@ def load(rewind: "Rewind", state: dict[str, Any]) -> None:
         ValueError: if the state lacks something, or is of another model, ``window`` or ``every``.
     """
     _check(rewind, state)
-    numbers = state["numbers"]
-    for of, part, name in _parts(rewind):
-        setattr(part, name, numbers[f"{of}.{name}"])
-    rewind._rule.alarm.losses = state["losses"][: numbers["alarm.losses"]].tolist()
+    live, numbers = rewind._live, state["numbers"]
+    for name in NUMBERS:
+        path, _, last = name.rpartition(".")
+        setattr(attrgetter(path)(rewind) if path else rewind, last, numbers[name])
+    rewind._rule.alarm.losses = state["losses"][: numbers["losses"]].tolist()
     rewind._losses.copy_(state["unread"])
-    rewind._trusted, rewind._candidate = (
-        _own(rewind._live, state[which], numbers[f"{which}.begun"], rewind._offload)
-        for which in ("trusted", "candidate")
-    )
-    rewind._last = rewind._live.save(None, rewind._offload) if rewind._one_by_one else None
+    for which, begun in zip(SNAPSHOTS, numbers["begun"], strict=True):
+        own = {
+            name: _own(live, name, value, rewind._offload)
+            for name, value in state[which].items()
+            if begun or not name.startswith("optimizer.")
+        }
+        setattr(rewind, f"_{which}", own)
+    rewind._last = live.save(None, rewind._offload) if rewind._one_by_one else None
 
 
-def _parts(rewind: "Rewind") -> list[tuple[str, Any, str]]:
-    """Each number that there is: of which part, the part itself, and its name there."""
-    rule = rewind._rule
-    return [
-        *(("rule", rule, name) for name in OF_RULE),
-        *(("alarm", rule.alarm, name) for name in OF_ALARM),
-        *(("audits", rule.audits, name) for name in OF_AUDITS),
-        *(("rewind", rewind, name) for name in OF_REWIND),
-    ]
-
-
-def _is_whole(rewind: "Rewind") -> bool:
-    return all(saved and saved["optimizer"] for saved in (rewind._trusted, rewind._candidate))
-
-
-def _whole(saved: Saved | None, now: Saved | None) -> Saved:
-    """A snapshot, with the present state in the place of what it hasn't got."""
-    if now is None or saved is None:
-        return saved or now or {}
-    return saved if saved["optimizer"] else {**saved, "optimizer": now["optimizer"]}
-
-
-def _own(live: Live, saved: Saved, begun: bool, offload: bool) -> Saved:
+def _own(live: Live, name: str, value: Any, offload: bool) -> Any:
     """A copy where snapshots of this run are kept."""
-
-    def copied(value: Any, like: Tensor) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        moves = not offload and value.shape == like.shape
-        return value.detach().to(like.device, copy=True) if moves else value.detach().clone()
-
-    params = {name: param for param, name in live.names.items()}
-    return {
-        "model": {name: copied(saved["model"][name], like) for name, like in live.tensors.items()},
-        "optimizer": {
-            name: {key: copied(value, params[name]) for key, value in entries.items()}
-            for name, entries in saved["optimizer"].items()
-            if begun
-        },
-        "also": saved["also"],
-    }
+    if not isinstance(value, Tensor):
+        return value
+    of = name.partition(".")[2]
+    like = live.tensors.get(of if name.startswith("model.") else of.rpartition(".")[0])
+    if like is None or like.shape != value.shape or offload:
+        return value.detach().clone()
+    return value.detach().to(like.device, copy=True)
 
 
 def _check(rewind: "Rewind", state: dict[str, Any]) -> None:
-    wanted = ("trusted", "candidate", "losses", "unread", "numbers")
+    wanted = (*SNAPSHOTS, "losses", "unread", "rank", "numbers")
     missing = [key for key in wanted if key not in state]
     if missing:
         raise ValueError(f"state must be of Rewind.state_dict(), but it lacks {missing[0]!r}")
@@ -119,10 +96,11 @@ def _check(rewind: "Rewind", state: dict[str, Any]) -> None:
                 f"state must be of a Rewind with {option}, got {len(state[key])} {key}, not {size}"
             )
     for name, tensor in rewind._live.tensors.items():
-        saved = state["trusted"]["model"].get(name)
+        saved = state["trusted"].get(f"model.{name}")
         if saved is None or saved.shape != tensor.shape:
             found = "none" if saved is None else f"shape {tuple(saved.shape)}"
             raise ValueError(
                 f"state must be of this model, whose {name} has shape {tuple(tensor.shape)}, "
                 f"got {found}"
             )
+        check_rank(tensor, saved, state["rank"], "state")

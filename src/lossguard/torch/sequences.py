@@ -4,7 +4,6 @@ Source: Heaton et al., "Safeguarded learned convex optimization", 2020, table 1.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 from lossguard.validation import check_count, check_fraction
@@ -16,14 +15,14 @@ class TrackingSequence(NamedTuple):
     """The rule for mu; its memory is a list of numbers, so that a ``state_dict`` holds it.
 
     Attributes:
-        init: the memory from mu_1.
         update: the memory after one more accepted residual r.
         bound: mu.
+        init: the memory from mu_1.
     """
 
-    init: Callable[[float], Track]
     update: Callable[[Track, float], Track]
-    bound: Callable[[Track], float]
+    bound: Callable[[Track], float] = lambda memory: memory[0]
+    init: Callable[[float], Track] = lambda mu: [mu]
 
 
 def geometric(theta: float) -> TrackingSequence:
@@ -36,7 +35,7 @@ def geometric(theta: float) -> TrackingSequence:
     [0.5]
     """
     theta = check_fraction("theta", theta)
-    return TrackingSequence(_alone, partial(_geometric, theta=theta), _first)
+    return TrackingSequence(lambda memory, r: [theta * memory[0]])
 
 
 def recent_term() -> TrackingSequence:
@@ -45,7 +44,7 @@ def recent_term() -> TrackingSequence:
     >>> recent_term().update([1.0], 7.0)
     [7.0]
     """
-    return TrackingSequence(_alone, _recent_term, _first)
+    return TrackingSequence(lambda memory, r: [r])
 
 
 def arithmetic_average() -> TrackingSequence:
@@ -55,7 +54,12 @@ def arithmetic_average() -> TrackingSequence:
     >>> average.bound(average.update(average.init(1.0), 3.0))
     2.0
     """
-    return TrackingSequence(_counted, _arithmetic_average, _first)
+
+    def update(memory: Track, r: float) -> Track:
+        mu, m = memory
+        return [(r + m * mu) / (m + 1), m + 1]
+
+    return TrackingSequence(update, init=lambda mu: [mu, 1.0])
 
 
 def ema(theta: float) -> TrackingSequence:
@@ -70,7 +74,7 @@ def ema(theta: float) -> TrackingSequence:
     [2.5]
     """
     theta = check_fraction("theta", theta)
-    return TrackingSequence(_alone, partial(_ema, theta=theta), _first)
+    return TrackingSequence(lambda memory, r: [theta * r + (1 - theta) * memory[0]])
 
 
 def recent_max(m: int = 30) -> TrackingSequence:
@@ -84,37 +88,4 @@ def recent_max(m: int = 30) -> TrackingSequence:
     3.0
     """
     m = check_count("m", m)
-    return TrackingSequence(_alone, partial(_recent, m=m), max)
-
-
-def _alone(mu: float) -> Track:
-    return [mu]
-
-
-def _counted(mu: float) -> Track:
-    return [mu, 1.0]
-
-
-def _first(memory: Track) -> float:
-    return memory[0]
-
-
-def _geometric(memory: Track, r: float, theta: float) -> Track:
-    return [theta * memory[0]]
-
-
-def _recent_term(memory: Track, r: float) -> Track:
-    return [r]
-
-
-def _arithmetic_average(memory: Track, r: float) -> Track:
-    mu, m = memory
-    return [(r + m * mu) / (m + 1), m + 1]
-
-
-def _ema(memory: Track, r: float, theta: float) -> Track:
-    return [theta * r + (1 - theta) * memory[0]]
-
-
-def _recent(memory: Track, r: float, m: int) -> Track:
-    return [*memory, r][-m:]
+    return TrackingSequence(lambda memory, r: [*memory, r][-m:], bound=max)

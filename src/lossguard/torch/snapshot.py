@@ -1,17 +1,18 @@
 """Copies of a training run's state, on its device or in the host's memory, and the way back."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lossguard.torch.tensors import local
+from lossguard.torch.tensors import are_finite
 
 Saved = dict[str, Any]
-"""``model``: tensors by name; ``optimizer``: by parameter's name, what it remembers; ``also``."""
+"""``model.NAME`` and ``optimizer.NAME.KEY`` of each parameter, ``model.NAME`` of each buffer, and
+``also``, the states of other objects."""
 
 
 class Live:
@@ -38,44 +39,42 @@ class Live:
                         f"{tuple(param.shape)} that model.named_parameters() doesn't have"
                     )
         # Buffers may be infinite by design, such as masks of attention.
-        finite = [name for name, buffer in model.named_buffers() if bool(is_finite([buffer]))]
+        finite = [name for name, buffer in model.named_buffers() if bool(are_finite([buffer]))]
         self._checked = [*self.names.values(), *finite]
 
     def is_finite(self) -> Tensor:
         """Whether the model is, as a tensor on its device: nothing waits for it."""
-        return is_finite(self.tensors[name] for name in self._checked)
+        return are_finite(self.tensors[name] for name in self._checked)
 
     @torch.no_grad()
     def save(self, old: Saved | None, offload: bool) -> Saved:
         """A copy, in the tensors of an ``old`` one as far as they fit."""
-        old = old or {"model": {}, "optimizer": {}}
-        state = self.optimizer.state
-        return {
-            "model": _copies(self.tensors, old["model"], offload),
-            "optimizer": {
-                name: _copies(state[param], old["optimizer"].get(name, {}), offload)
-                for param, name in self.names.items()
-                if state.get(param)
-            },
-            "also": [copy.deepcopy(one.state_dict()) for one in self.also],
-        }
+        old, now = old or {}, {f"model.{name}": tensor for name, tensor in self.tensors.items()}
+        for param, name in self.names.items():
+            remembered = self.optimizer.state.get(param, {})
+            now |= {f"optimizer.{name}.{key}": value for key, value in remembered.items()}
+        saved = {name: copied(value, old.get(name), offload) for name, value in now.items()}
+        return {**saved, "also": [copy.deepcopy(one.state_dict()) for one in self.also]}
 
     @torch.no_grad()
     def load(self, saved: Saved) -> None:
         """Set all of it back, in place."""
         for name, tensor in self.tensors.items():
-            tensor.copy_(saved["model"][name], non_blocking=True)
-        state = self.optimizer.state
+            tensor.copy_(saved[f"model.{name}"], non_blocking=True)
+        remembered: dict[str, dict[str, Any]] = {name: {} for name in self.names.values()}
+        for name, value in saved.items():
+            if name.startswith("optimizer."):
+                of, _, key = name.removeprefix("optimizer.").rpartition(".")
+                remembered[of][key] = value
         for param, name in self.names.items():
-            remembered = saved["optimizer"].get(name)
-            if not remembered:
-                state.pop(param, None)  # as before the first step: it begins by itself
+            if not remembered[name]:
+                self.optimizer.state.pop(param, None)  # before the first step: it begins by itself
                 continue
-            now = state[param]
-            for key in now.keys() - remembered.keys():
+            now = self.optimizer.state[param]
+            for key in now.keys() - remembered[name].keys():
                 del now[key]
-            for key, value in remembered.items():
-                now[key] = _copy(value, now.get(key, param), offload=False)
+            for key, value in remembered[name].items():
+                now[key] = copied(value, now.get(key, param), offload=False)
         for one, its_state in zip(self.also, saved["also"], strict=True):
             one.load_state_dict(copy.deepcopy(its_state))
             if hasattr(one, "get_last_lr"):  # a scheduler, of which the rates are a part
@@ -92,34 +91,7 @@ def set_rate(group: dict[str, Any], rate: float | Tensor) -> None:
         group["lr"] = rate
 
 
-def is_finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Whether the sums of tensors are finite, which those of a tensor with a NaN never are."""
-    sums = [_sum(local(tensor.detach())) for tensor in tensors if _has_numbers(tensor)]
-    if not sums:
-        return torch.tensor(True)
-    # Of no dtype that is narrower than theirs: a sum may be finite in float64 only.
-    widest = max((one.dtype for one in sums), key=lambda dtype: dtype.itemsize)
-    return torch.stack([one.to(sums[0].device, widest) for one in sums]).isfinite().all()
-
-
-def _has_numbers(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _sum(tensor: Tensor) -> Tensor:
-    """In float32 at least, as finite numbers of 16 bits have sums that aren't."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    if tensor.element_size() == 1:  # has no sum
-        tensor = tensor.float()
-    return tensor.sum() if tensor.dtype == torch.float64 else tensor.sum(dtype=torch.float32)
-
-
-def _copies(values: Mapping[str, Any], old: Mapping[str, Any], offload: bool) -> dict[str, Any]:
-    return {key: _copy(value, old.get(key), offload) for key, value in values.items()}
-
-
-def _copy(value: Any, old: Any, offload: bool) -> Any:
+def copied(value: Any, old: Any, offload: bool) -> Any:
     """A copy, in the place of ``old`` if that is such a tensor, else where ``old`` says."""
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
 from typing import Any
 
@@ -41,6 +41,22 @@ def _cloned(value: Any, copies: dict[int, Any]) -> Any:
     return copy.deepcopy(value)
 
 
+def transfer(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy values into tensors, all at once."""
+    if not targets and not values:
+        return
+    try:
+        with torch.no_grad():
+            torch._foreach_copy_(targets, values)  # pyright: ignore
+    except RuntimeError as error:
+        if [t.shape for t in targets] == [v.shape for v in values]:
+            raise
+        raise ValueError(
+            "model must keep the number and the shapes of its buffers, got others than before: "
+            "have those that a forward pass makes, such as masks, made before the guard is built"
+        ) from error
+
+
 def finite(value: Any) -> bool:
     """Whether every number in nested containers is finite: one read from each device.
 
@@ -48,30 +64,26 @@ def finite(value: Any) -> bool:
     (True, False)
     """
     leaves = list(_leaves(value))
-    if not all(math.isfinite(leaf) for leaf in leaves if isinstance(leaf, float)):
-        return False
+    numbers = [leaf for leaf in leaves if isinstance(leaf, float)]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return all(map(math.isfinite, numbers)) and bool(are_finite(tensors))
+
+
+def are_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Whether every number is finite, as a tensor: nothing waits for the device."""
     groups: dict[Any, list[Tensor]] = defaultdict(list)
     sizes: list[Tensor] = []
-    for leaf in leaves:
-        if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
-            tensor = _measurable(stored(leaf).detach())
-            if tensor.numel() == 0:
-                continue
-            if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided:
-                groups[tensor.device, tensor.dtype].append(tensor)
-            else:
-                sizes.append(tensor.isfinite().all().logical_not().float() * math.inf)
+    for tensor in map(_measurable, tensors):
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided:
+            groups[tensor.device, tensor.dtype].append(tensor)
+        else:
+            sizes.append(tensor.isfinite().all().logical_not().float() * math.inf)
     for group in groups.values():
         sizes += torch._foreach_norm(group, math.inf)  # pyright: ignore
         # the largest number, or NaN; no overflow
-    return all(map(math.isfinite, read(sizes)))
-
-
-def _measurable(tensor: Tensor) -> Tensor:
-    """The same numbers in a dtype that has norms: not complex ones, nor those of 8 bits."""
-    if tensor.is_complex():
-        return torch.view_as_real(tensor)
-    return tensor.bfloat16() if tensor.element_size() == 1 else tensor
+    return _stacked(sizes).isfinite().all() if sizes else torch.tensor(True)
 
 
 def read(scalars: Sequence[Tensor]) -> list[float]:
@@ -81,9 +93,7 @@ def read(scalars: Sequence[Tensor]) -> list[float]:
         by_device[scalar.device].append(index)
     numbers = [0.0] * len(scalars)
     for indices in by_device.values():
-        dtypes = {scalars[k].dtype for k in indices}
-        widest = reduce(torch.promote_types, dtypes, torch.float32)
-        values = torch.stack([scalars[k].to(widest) for k in indices]).tolist()
+        values = _stacked([scalars[k] for k in indices]).tolist()
         for index, number in zip(indices, values, strict=True):
             numbers[index] = number
     return numbers
@@ -101,6 +111,22 @@ def local(tensor: Tensor) -> Tensor:
         return tensor
     with torch.no_grad():
         return tensor.to_local()  # pyright: ignore
+
+
+def _stacked(scalars: Sequence[Tensor]) -> Tensor:
+    """One tensor of them, of no dtype that is narrower than theirs."""
+    widest = reduce(torch.promote_types, {one.dtype for one in scalars}, torch.float32)
+    return torch.stack([one.to(scalars[0].device, widest) for one in scalars])
+
+
+def _measurable(tensor: Tensor) -> Tensor:
+    """The same numbers in a dtype that has norms: not complex ones, nor those of 8 bits."""
+    tensor = stored(tensor).detach()
+    if tensor.is_complex():
+        return torch.view_as_real(tensor)
+    return (
+        tensor.bfloat16() if tensor.element_size() == 1 and tensor.is_floating_point() else tensor
+    )
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lossguard.torch.seen import mean
+from lossguard.torch.decision import mean
 
 MARGIN = 3.0
 """Standard errors by which a challenger has to be better, or worse, for the trial to end so."""
@@ -29,6 +29,10 @@ class Trial(NamedTuple):
     pairs: int = 0
     total: float = 0.0
     squares: float = 0.0
+
+
+NONE = Trial(0, 0.0)
+"""No trial."""
 
 
 def add(trial: Trial, challenger: Sequence[float], leader: Sequence[float]) -> Trial:

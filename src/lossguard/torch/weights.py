@@ -1,13 +1,13 @@
 """The parameters and buffers of a model, and how another lane's get into it for a while."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lossguard.torch.tensors import finite, local
+from lossguard.torch.tensors import finite, local, transfer
 
 Copy = list[Tensor]
 """Parameters first, then buffers; of a sharded parameter this rank's shard alone."""
@@ -16,8 +16,8 @@ Copy = list[Tensor]
 class Weights:
     """The live tensors: what the model is, and what the leader's lane is.
 
-    Another lane's parameters get into the model by pointer, which copies nothing; by value where a
-    parameter is sharded or shares its storage. Its buffers always go by value.
+    Another lane is copied into them while it runs, and out again. So a compiled model, a CUDA graph
+    and whoever else holds the tensors see each lane.
 
     Args:
         params: the parameters that the optimizers update.
@@ -25,12 +25,10 @@ class Weights:
     """
 
     def __init__(self, params: list[Tensor], model: nn.Module | None) -> None:
-        self.params = params
-        self.model = model
+        self.params, self.model = params, model
         self.jumped = False
         """Whether the model was given another lane's values, or earlier ones."""
-        self._homes: list[Tensor] | None = None
-        self._aside: Copy | None = None
+        self._aside: Copy = []
 
     def live(self) -> Copy:
         """The live tensors themselves."""
@@ -42,46 +40,34 @@ class Weights:
         transfer(self.live(), values)
         self.jumped = True
 
-    def enter(self, values: Copy) -> None:
-        """Put a lane into the model until ``leave`` or ``undo``; none: the live one stays."""
-        self._aside = [t.clone() for t in self._buffers()]
-        if not values:
+    def enter(self, values: Copy | None) -> None:
+        """Put a lane into the model until ``leave`` or ``undo``; None: the live one stays."""
+        if values is None:
+            self._aside = [t.clone() for t in self._buffers()]
             return
         self.reshard()
-        if self._by_pointer():
-            self._homes = [p.data for p in self.params]
-            for p, value in zip(self.params, values, strict=False):
-                p.data = value
-            transfer(self._buffers(), values[len(self.params) :])
-        else:
-            self._aside = [t.clone() for t in self.live()]
-            transfer(self.live(), values)
+        self._aside = [t.clone() for t in self.live()]
+        transfer(self.live(), values)
 
-    def leave(self, values: Copy) -> None:
+    def leave(self, values: Copy | None) -> None:
         """Note in ``values`` what has become of the lane, and put back what was there before."""
-        if values:
-            start = len(self.params) if self._homes is not None else 0
-            transfer(values[start:], self.live()[start:])
+        if values is not None:
+            transfer(values, self.live())
             self.undo()
-        self._aside = None
+        self._aside = []
 
     def undo(self) -> None:
-        """Put back what was there before ``enter``; of the leader its buffers."""
-        if self._homes is not None:
-            for p, home in zip(self.params, self._homes, strict=True):
-                p.data = home
-            self._homes = None
-        if self._aside is not None:
-            whole = len(self._aside) > len(self._buffers())
-            if whole:
-                self.reshard()
+        """Put back what was there before ``enter``; of the live lane its buffers."""
+        whole = len(self._aside) > len(self._buffers())
+        if whole:
+            self.reshard()
+        if self._aside:
             transfer(self.live() if whole else self._buffers(), self._aside)
-            self._aside = None
+            self._aside = []
 
-    def renew_buffers(self, values: Copy) -> None:
+    def renew_buffers(self, values: Copy | None) -> None:
         """Put the buffers of the lane inside back, as they were when it entered."""
-        if values or self._aside:
-            transfer(self._buffers(), values[len(self.params) :] if values else self._aside or [])
+        transfer(self._buffers(), self._aside if values is None else values[len(self.params) :])
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -137,49 +123,10 @@ class Weights:
         buffers = () if self.model is None else self.model.buffers()
         return [local(buffer.detach()) for buffer in buffers if not _is_expanded(buffer)]
 
-    def _by_pointer(self) -> bool:
-        """Whether every parameter is a plain tensor and has a storage to itself.
-
-        Someone else may hold the storage that several share: cuDNN's flat weights, or FSDP's.
-        """
-        if not all(_is_plain(p) for p in self.params):
-            return False
-        ours, theirs = _places(self.params), _places([*self._buffers(), *self.others()])
-        return len(set(ours)) == len(ours) and set(ours).isdisjoint(theirs)
-
-
-def transfer(targets: Copy, values: Copy) -> None:
-    """Copy values, all at once."""
-    if not targets and not values:
-        return
-    try:
-        with torch.no_grad():
-            torch._foreach_copy_(targets, values)  # pyright: ignore
-    except RuntimeError as error:
-        if [t.shape for t in targets] == [v.shape for v in values]:
-            raise
-        raise ValueError(
-            "model must keep the number and the shapes of its buffers, got others than before: "
-            "have those that a forward pass makes, such as masks, made before the guard is built"
-        ) from error
-
-
-def _is_plain(p: Tensor) -> bool:
-    return (
-        type(p) in (Tensor, nn.Parameter)
-        and type(p.data) is Tensor
-        and p.untyped_storage().nbytes() == p.numel() * p.element_size()
-    )
-
-
-def _places(tensors: Sequence[Tensor]) -> list[int]:
-    plain = [t for t in tensors if type(t) in (Tensor, nn.Parameter) and t.numel()]
-    return [t.untyped_storage().data_ptr() for t in plain if t.layout is torch.strided]
-
 
 def _is_expanded(tensor: Tensor) -> bool:
     """Whether one number stands for several, so that nothing can be written to it in place."""
-    if tensor.layout is not torch.strided or 0 not in tensor.stride():
+    if tensor.layout is not torch.strided:
         return False
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     return any(size > 1 and stride == 0 for size, stride in sizes)
@@ -187,7 +134,8 @@ def _is_expanded(tensor: Tensor) -> bool:
 
 def _bring_home(p: Tensor, home: Tensor) -> None:
     value = p.data
-    if hasattr(value, "to_local") or _is_same_storage(value, home):
+    alike = value.dtype == home.dtype and value.layout == home.layout
+    if hasattr(value, "to_local") or (alike and value.is_set_to(home)):
         return
     p.data = home
     fits = value.shape == home.shape and value.layout == home.layout
@@ -195,13 +143,3 @@ def _bring_home(p: Tensor, home: Tensor) -> None:
         home.copy_(value)
     else:
         home.fill_(torch.nan)
-
-
-def _is_same_storage(value: Tensor, home: Tensor) -> bool:
-    return (
-        value.dtype == home.dtype
-        and value.shape == home.shape
-        and value.stride() == home.stride()
-        and value.layout == home.layout
-        and value.data_ptr() == home.data_ptr()
-    )

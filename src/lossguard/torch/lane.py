@@ -132,10 +132,8 @@ class Place:
         for p, value in zip(self.weights.params, point, strict=False):
             entries = self.memory().state.get(p)
             if isinstance(entries, dict):
-                yield (
-                    {k: local(e) if isinstance(e, Tensor) else e for k, e in entries.items()},
-                    value,
-                )
+                tensors = {k: local(e) for k, e in entries.items() if isinstance(e, Tensor)}
+                yield tensors, value
 
     def __repr__(self) -> str:
         return f"lane {self.name} ({type(self.optimizer).__name__})"

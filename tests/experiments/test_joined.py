@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,9 +47,9 @@ def table(losses: Losses, last: int = 1_000, seeds: int = 2) -> pl.DataFrame:
     return pl.concat(rows)
 
 
-def run(folder: Path, losses: Losses, **about: object) -> Path:
-    """The records of a run."""
-    curves = table(losses)
+def run(folder: Path, losses: Losses, counts: Any = pl.Int64, **about: object) -> Path:
+    """The records of a run, whose counters are whole numbers or not."""
+    curves = table(losses).cast(dict.fromkeys(COUNTERS, counts))
     made = {
         "time": "now",
         "command": ["lossguard"],
@@ -75,7 +76,7 @@ def record(losses: Losses) -> records.Record:
 
 def test_joined_curves_are_means_over_bins(tmp_path: Path) -> None:
     one = run(tmp_path / "one", {"A": {1: 1.0, 101: 3.0, 121: 7.0}, "B": 2.0})
-    two = run(tmp_path / "two", {"A": 4.0})
+    two = run(tmp_path / "two", {"A": 4.0}, pl.Float64)
     parts = [Part("first", one, {"A": "C"}, 300), Part("second", two, {"A": "A"}, 300)]
     folder = join(parts, tmp_path / "joined", name="both", title="Both")
     config, made, curves = records.read_run(folder)

@@ -270,6 +270,17 @@ def test_a_step_that_an_error_cuts_leaves_the_scaler_usable():
     guard.step(same)
 
 
+def test_a_scaler_may_be_off():
+    model = mlp()
+    guard = two(Recommended, model, scaler=GradScaler("cpu", enabled=False))
+    for lane in guard.lanes():
+        loss = loss_fn(model, spiral())
+        guard.scaler.scale(loss).backward()
+        guard.unscale_()
+        lane.step(loss)
+    guard.load_state_dict(guard.state_dict())
+
+
 def test_a_scaler_outside_the_guard_is_refused():
     model = mlp()
     guard = two(LossGuard, model)

@@ -25,6 +25,13 @@ FIRST = 50
 """Up to this step every step is kept."""
 ENDS = (1, 1.5, 2, 2.7, 3, 4, 5, 6, 7, 8, 9)
 """Times a power of ten: where bins end after that, as [0.9 k, k] does for k = 1 and 3."""
+SCHEMA = {
+    "seed": pl.Int64,
+    "step": pl.Int64,
+    **dict.fromkeys(("loss", "used_learned"), pl.Float32),
+    **dict.fromkeys(COUNTERS, pl.Float64),
+}
+"""Of joined curves: records of different times differ in theirs."""
 OF_A_RUN = ("time", "command", "commit", "device", "versions", "python", "platform")
 
 
@@ -104,7 +111,7 @@ def _binned(curves: pl.DataFrame) -> pl.DataFrame:
             pl.col(list(COUNTERS)).max(),
         )
         .drop("end")
-        .cast(dict.fromkeys(means, pl.Float32))
+        .cast(SCHEMA)
     )
 
 

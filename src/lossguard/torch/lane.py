@@ -132,10 +132,8 @@ class Place:
         for p, value in zip(self.weights.params, point, strict=False):
             entries = self.memory().state.get(p)
             if isinstance(entries, dict):
-                yield (
-                    {k: local(e) if isinstance(e, Tensor) else e for k, e in entries.items()},
-                    value,
-                )
+                tensors = {k: local(e) for k, e in entries.items() if isinstance(e, Tensor)}
+                yield tensors, value
 
     def __repr__(self) -> str:
         return f"lane {self.name} ({type(self.optimizer).__name__})"
@@ -294,8 +292,10 @@ class Lane(Place):
 
 def _check_scaled(scaler: GradScaler, optimizer: Optimizer) -> None:
     """Refuse gradients that the lane's scaler hasn't scaled, or has unscaled for another lane's."""
+    if not scaler.is_enabled():
+        return
     others = scaler._per_optimizer_states.keys() - {id(optimizer)}
-    if scaler.is_enabled() and (scaler._scale is None or others):
+    if scaler._scale is None or others:
         raise ValueError(
             "closure must scale by guard.scaler.scale(loss) and unscale by guard.unscale_(), got "
             + ("gradients unscaled for another optimizer" if others else "gradients not so scaled")

@@ -185,6 +185,8 @@ def benchmark(arguments: Sequence[str]) -> None:
     experiments = {
         name: replace(module.RECIPES[name](), **given) for name in names or module.RECIPES
     }
+    for name in experiments if kind == "tasks" else ():
+        tasks.envelope(name)  # refuses a missing file before hours of computation
     _sweep(experiments, where)
     shown, numbers = module.table({name: where.out / name for name in experiments})
     _console().print(shown)

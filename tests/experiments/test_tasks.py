@@ -135,6 +135,8 @@ def test_the_command(
     name = "ImageMLP_FashionMnist8_Relu32"
     monkeypatch.setattr(published, "load_dataset", small)
     monkeypatch.setattr(tasks, "MARKS", (10, 40))
+    known = Envelope(np.array([0.0, 100]), np.array([3.0, 1.0]))
+    monkeypatch.setattr(tasks, "envelope", lambda task: known)
     monkeypatch.setitem(tasks.RATES, name, tasks.Tuned((("Adam", 0.01),), 0.01))
     given = ("--steps", "40", "--seeds", "2", "--out", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["lossguard", "benchmark", "tasks", name, *given])

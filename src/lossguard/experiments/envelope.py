@@ -1,10 +1,12 @@
 """What tuned optimizers reach on published tasks, and how much sooner another one reaches it.
 
-``envelope.json`` is an extract of a file of google/learned_optimization (Apache-2.0). It holds the
-lowest loss at each number of steps over Adam, Adam with two decays and RAdam, each at 15 rates.
+The published file is ``learned_optimization/baselines/data/speedup_over_multiple_baselines.json``
+of google/learned_optimization (commit 32186aa). It holds the lowest loss at each number of steps
+over Adam, Adam with two decays and RAdam, each at 15 rates.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +16,8 @@ from scipy import signal, stats
 
 from ..validation import one_of
 
-FILE = Path(__file__).with_name("envelope.json")
+FILE = "LOSSGUARD_BASELINES"
+"""The environment variable that names the published file."""
 EVERY = 10
 """Steps from one loss to the next."""
 DECAY = 0.95
@@ -52,15 +55,27 @@ def envelope(task: str) -> Envelope:
         task: a name of ``lossguard.tasks.published.PUBLISHED``.
 
     Raises:
-        ValueError: if there is none of that name.
+        ValueError: if ``LOSSGUARD_BASELINES`` names no file, or there is no such task in it.
 
-    >>> round(envelope("ImageMLP_FashionMnist_Relu128x128").at(978), 3)
-    0.373
+    >>> import tempfile, unittest.mock
+    >>> with tempfile.NamedTemporaryFile() as file:
+    ...     file.write(b'{"a": [[0, 100], [2.0, 1.0]]}') and file.flush()
+    ...     with unittest.mock.patch.dict(os.environ, {FILE: file.name}):
+    ...         envelope("a").loss
+    array([2., 1.])
     """
-    content = {name: one for name, one in json.loads(FILE.read_text()).items() if "steps" in one}
+    path = Path(os.environ.get(FILE, ""))
+    if not path.is_file():
+        raise ValueError(
+            f"{FILE} must name the published file of baselines, got {str(path)!r}: "
+            "speedup_over_multiple_baselines.json of google/learned_optimization"
+        )
+    content = json.loads(path.read_text())
     if task not in content:
         raise ValueError(f"task of an envelope must be {one_of(content, task)}")
-    return Envelope(*(np.array(content[task][name], float) for name in Envelope._fields))
+    one = content[task]
+    steps, loss = one.values() if isinstance(one, dict) else one
+    return Envelope(np.array(steps, float), np.array(loss, float))
 
 
 def smoothed(losses: np.ndarray) -> np.ndarray:

@@ -120,7 +120,8 @@ def test_everything_shipped_loads_and_says_how_it_was_made() -> None:
         with safe_open(pretrained_path(name), framework="np") as file:
             assert len(file.metadata()["sha256"]) == 64
         optimizer = pretrained(name)
-        update, _ = optimizer.update(jnp.ones(3), optimizer.init(jnp.ones(3)))
+        w = jnp.ones(3)
+        update, _ = optimizer.update(w, optimizer.init(w), w)
         assert jnp.isfinite(update).all()
 
 

@@ -60,8 +60,8 @@ def pretrained(name: str | os.PathLike[str]) -> optax.GradientTransformation:
     Raises:
         ValueError: if there is none of that name, or the file is damaged.
 
-    >>> optimizer = pretrained("lstm-mnist-mlp")
-    >>> update, state = optimizer.update(jnp.ones(3), optimizer.init(jnp.zeros(3)))
+    >>> optimizer, w = pretrained("mlp-small"), jnp.zeros(3)
+    >>> update, state = optimizer.update(jnp.ones(3), optimizer.init(w), w)
     >>> bool((update < 0).all())
     True
     """

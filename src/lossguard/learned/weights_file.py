@@ -60,7 +60,7 @@ def pretrained_names() -> list[str]:
     """The learned optimizers that the package ships.
 
     >>> pretrained_names()
-    ['lstm-cifar10-conv', 'lstm-mnist-mlp']
+    ['lstm-cifar10-conv', 'lstm-mnist-mlp', 'mlp-small']
     """
     return sorted(
         entry.name.removesuffix(SUFFIX)

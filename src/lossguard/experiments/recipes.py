@@ -34,9 +34,11 @@ CONV_RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 def demo() -> Experiment:
-    """A learned optimizer far from what it was trained on, alone and guarded: figure 15's start."""
+    """A learned optimizer far from what it was trained on, alone and guarded, on Circles."""
     methods = ("SGDnm", "L2O", "LGL2O", "Recommended")
-    return replace(fig15(), name="demo", steps=10_000, seeds=3, methods=methods)
+    title = "mlp-small, meta-trained on small images, tested on Circles + MLP"
+    made = replace(fig15(), name="demo", title=title, steps=10_000, seeds=3, methods=methods)
+    return replace(made, learned="mlp-small")
 
 
 def fig03() -> Experiment:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -15,6 +16,9 @@ from benchmarks.stability import faults, report, run, tasks  # noqa: E402
 from benchmarks.stability.faults import CLEAN, FAULTS, Happening  # noqa: E402
 from benchmarks.stability.report import Key, Records  # noqa: E402
 
+ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "results" / "stability"
+recorded = pytest.mark.skipif(not RECORD.is_dir(), reason="there are no records here")
 BY_NAME = {fault.name: fault for fault in (CLEAN, *FAULTS)}
 
 
@@ -153,3 +157,31 @@ def test_numbers_of_the_table() -> None:
     assert plain.worst == pytest.approx(8 / 2**0.5) and plain.acted == 20
     # At a cost of 2 the clock stops after half of the gradients, where the loss is the start's.
     assert worse.seconds == pytest.approx(8 / 2**0.5) and worse.time == 4
+
+
+@recorded
+def test_the_table_is_of_the_runs_that_are_recorded() -> None:
+    """Its means, by polars."""
+    runs = pl.read_csv(RECORD / "runs.csv").filter(~pl.col("fault").str.starts_with("tune"))
+    oracle = runs.filter(method="AdamW", fault="clean").select("task", "seed", oracle="final")
+    ratio = (pl.col("final") / pl.col("oracle")).log()
+    means = runs.join(oracle, on=["task", "seed"]).group_by("method", "fault").agg(ratio.mean())
+    over = means.filter(pl.col("fault") != "clean").group_by("method").agg(pl.col("final").mean())
+    told = pl.read_csv(RECORD / "table.csv").join(over, on="method")
+    assert len(told) == len(run.METHODS)
+    np.testing.assert_allclose(told["faults"], told["final"].exp(), rtol=2e-3)
+    for fault in BY_NAME:
+        cells = told.join(means.filter(fault=fault), on="method")
+        np.testing.assert_allclose(cells[fault], cells["final_right"].exp(), rtol=2e-3)
+
+
+@recorded
+def test_the_page_shows_that_table() -> None:
+    page = (ROOT / "docs" / "stability.md").read_text()
+    lines = page.split("<!-- results/stability -->\n")[1].split("\n\n")[0].splitlines()
+    names, _, *shown = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    table = pl.read_csv(RECORD / "table.csv")
+    assert [row[0] for row in shown] == table["method"].to_list()
+    for column, name in enumerate(names[1:], start=1):
+        told = [f"{value:.2f}" for value in table[name.replace("x", "rate x").lower()]]
+        assert [row[column] for row in shown] == told, name

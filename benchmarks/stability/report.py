@@ -7,6 +7,7 @@ good rate, with the same seed.
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,7 +91,7 @@ def worst(record: Mapping[str, Any]) -> float:
 
 def rows(records: Records) -> list[Row]:
     """Of all methods whose records are complete, in the order of ``METHODS``."""
-    pairs = sorted({(key.task, key.seed) for key in records if key.fault == FAULTS[-1].name})
+    pairs = _pairs(records)
     names = [fault.name for fault in (CLEAN, *FAULTS)]
     found = [
         _row(records, method, pairs, names)
@@ -101,6 +102,13 @@ def rows(records: Records) -> list[Row]:
         row._replace(front=not any(o.time < row.time and o.faults < row.faults for o in found))
         for row in found
     ]
+
+
+def _pairs(records: Records) -> list[tuple[str, int]]:
+    """Tasks and seeds of which as much is recorded as of any."""
+    faults = {fault.name for fault in (CLEAN, *FAULTS)}
+    counts = Counter((key.task, key.seed) for key in records if key.fault in faults)
+    return sorted(pair for pair, count in counts.items() if count == max(counts.values()))
 
 
 def _row(
@@ -157,7 +165,7 @@ def _interval(values: Sequence[float]) -> tuple[float, float, float]:
 def write(records: Records, folder: Path) -> None:
     """``table.csv`` of methods, ``runs.csv`` of runs, and ``figure.png``."""
     folder.mkdir(parents=True, exist_ok=True)
-    table = rows(records)
+    table, pairs = rows(records), _pairs(records)
     runs = [
         {
             **key._asdict(),
@@ -166,7 +174,7 @@ def write(records: Records, folder: Path) -> None:
             **{name: value for name, value in record.items() if name != "curve"},
         }
         for key, record in sorted(records.items())
-        if key.fault != "cost"
+        if key.fault.startswith("tune") or (key.fault != "cost" and (key.task, key.seed) in pairs)
     ]
     told = [{"method": row.method, **row.cells, **row._asdict()} for row in table]
     pl.DataFrame(told).drop("cells").write_csv(folder / "table.csv", float_precision=3)

@@ -144,7 +144,8 @@ def test_the_command(
     out = capsys.readouterr().out
     assert all(label in out for label in (tasks.ENVELOPE, tasks.TUNED, "LSTM, guarded"))
     numbers = pl.read_csv(tmp_path / "tasks.csv")
-    assert {*numbers["method"]} == {tasks.TUNED, "LSTM", "LSTM, guarded"}
+    learned = {"LSTM", "LSTM, guarded", "MLP", "MLP, guarded"}
+    assert {*numbers["method"]} == {tasks.TUNED, *learned}
     recorded = pl.read_parquet(tmp_path / name / "curves.parquet")
     losses = recorded.filter(method="LSTM", seed=1)["loss"].to_numpy()[::10]
     row = numbers.filter(method="LSTM", seed=1, by="steps", mark=10)

@@ -29,7 +29,7 @@ from .envelope import EVERY, Envelope, envelope, interquartile_mean, smoothed
 from .experiment import Experiment, Methods, with_methods
 from .watched import watched
 
-LEARNED = {"LSTM": "lstm-mnist-mlp"}
+LEARNED = {"LSTM": "lstm-mnist-mlp", "MLP": "mlp-small"}
 """What is measured, by its name in the tables."""
 MARKS = (500, 1_000, 2_000, 5_000, 10_000)
 """Steps and prices at which losses are compared."""

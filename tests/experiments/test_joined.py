@@ -199,7 +199,8 @@ def test_grids_are_judged_at_step_300() -> None:
 
 def test_map_of_grids_boxes_what_the_paper_chose(tmp_path: Path) -> None:
     (axes,) = draw_grids(record(GRID)).axes
-    boxes = [(round(p.get_y() + 0.5), round(p.get_x() + 0.5)) for p in axes.patches]
+    frames: Any = axes.patches
+    boxes = [(round(p.get_y() + 0.5), round(p.get_x() + 0.5)) for p in frames]
     assert sorted(boxes) == [(0, 1), (0, 2), (1, 1), (1, 2)]
     assert [text.get_text() for text in axes.texts] == ["2", "1", "1", "1.25", "", "", "", "1"]
     file = figures.plot(tmp_path, record(GRID)._replace(config={"name": "grids", "title": "G"}))

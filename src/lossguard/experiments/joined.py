@@ -25,7 +25,7 @@ FIRST = 50
 """Up to this step every step is kept."""
 ENDS = (1, 1.5, 2, 2.7, 3, 4, 5, 6, 7, 8, 9)
 """Times a power of ten: where bins end after that, as [0.9 k, k] does for k = 1 and 3."""
-SCHEMA = {
+SCHEMA: Mapping[Any, Any] = {
     "seed": pl.Int64,
     "step": pl.Int64,
     **dict.fromkeys(("loss", "used_learned"), pl.Float32),

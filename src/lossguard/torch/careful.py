@@ -59,11 +59,13 @@ class CarefulSteps:
 
     @torch.no_grad()
     def _zero_unsound(self) -> None:
-        """Make all gradients 0 if one of them isn't finite; the host doesn't learn of it here."""
+        """Make all gradients 0 if one of them isn't finite; the host doesn't wait for a device."""
         params = (param for group in self._optimizer.param_groups for param in group["params"])
         grads = [local(p.grad) for p in params if p.grad is not None and not p.grad.is_sparse]
         if grads:
             broken = ~are_finite(grads)
             self.broken = broken if self.broken is None else self.broken | broken
+            if broken.device.type == "cpu" and not broken:  # elsewhere the host would have to wait
+                return
             for grad in grads:
                 grad.masked_fill_(broken.to(grad.device), 0)

@@ -202,7 +202,7 @@ def test_demo_in_short(main: Main, capsys: pytest.CaptureFixture[str], tmp_path:
     methods = ("SGDnm", "L2O")
     main("demo", "--steps", "20", "--seeds", "2", "--methods", *methods, "--out", "here")
     out = capsys.readouterr().out
-    assert "Learned on CIFAR-10 + ConvNet, tested on Circles + MLP" in out
+    assert "mlp-small, meta-trained on small images, tested on Circles + MLP" in out
     table = records.read_parquet(tmp_path / "here" / records.EVALUATIONS)
     sgd, l2o = (price.at(price.curve(table, name), 20.0) for name in methods)
     told = f"After a price of 20 gradients, loss over that of SGDnm: L2O {l2o / sgd:.2g}\n"

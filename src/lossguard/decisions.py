@@ -47,7 +47,7 @@ def decision_table(decisions: Any, *, start: int = 0) -> dict[str, np.ndarray]:
             at least 0.
 
     >>> from lossguard.torch import Decision
-    >>> lost = Decision([False] * 2, [3.0, 1.0], 4.0, 2.0, True, True, 1, 4, 3, 2)
+    >>> lost = Decision([False] * 2, [3.0, 1.0], winner=1, gradients=5, learned_updates=2)
     >>> table = decision_table([lost, lost])
     >>> table["step"].tolist(), table["loss"].tolist(), table["price_of_step"].tolist()
     ([2, 4], [2.0, 2.0], [2.5, 2.5])
@@ -80,8 +80,7 @@ def scalars(decision: Any) -> dict[str, float]:
         ValueError: if it isn't one decision.
 
     >>> from lossguard.torch import Decision
-    >>> nan = float("nan")
-    >>> numbers = scalars(Decision([True], [3.0], nan, nan, True, True, 0, 1, 0, 1))
+    >>> numbers = scalars(Decision([True], [3.0], winner=0, gradients=1, learned_updates=1))
     >>> numbers["loss"], numbers["price_of_step"], "learned_loss" in numbers
     (3.0, 1.0, False)
     """
@@ -120,7 +119,7 @@ def plot_decisions(
         ValueError: as ``decision_table``, or if a winner has no name.
 
     >>> from lossguard.torch import Decision
-    >>> lost = Decision([False] * 2, [3.0, 1.0], 4.0, 2.0, True, True, 1, 4, 3, 2)
+    >>> lost = Decision([False] * 2, [3.0, 1.0], winner=1, gradients=5, learned_updates=2)
     >>> [axes.get_ylabel() for axes in plot_decisions([lost, lost]).axes]
     ['Training loss', 'Returned', 'Price of a step']
     """

@@ -18,6 +18,7 @@ from lossguard.experiments import RECIPES
 from lossguard.experiments import experiment as experiments
 from lossguard.experiments.recipes import SETS
 from lossguard.experiments.run import run
+from lossguard.learned.weights_file import pretrained_names
 from lossguard.tasks import MLP, ConvNet, Dataset, load_dataset, parquet
 
 GENERATED = ("spirals", "circles", "moons")
@@ -84,7 +85,7 @@ def test_recipe_runs(name: str, tmp_path: Path) -> None:
     here = e.dataset in GENERATED
     if not here and not (Path(os.environ.get("LOSSGUARD_DATA", "")) / e.dataset).is_dir():
         pytest.skip(f"LOSSGUARD_DATA names no folder with {e.dataset}")
-    assert e.name == name and e.learned in ("lstm-mnist-mlp", "lstm-cifar10-conv")
+    assert e.name == name and e.learned in pretrained_names()
     assert list(e.guards()) == list(e.methods)
     short = replace(e, methods=e.methods[:1], steps=20, seeds=2)
     config, made, curves = records.read_run(run(short, tmp_path / "run"))

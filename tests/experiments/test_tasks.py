@@ -105,7 +105,8 @@ def test_recipes_are_the_published_tasks() -> None:
     assert tasks.RECIPES.keys() == tasks.RATES.keys() == published.PUBLISHED.keys()
     for name, recipe in tasks.RECIPES.items():
         e = recipe()
-        assert e.methods[-2:] == ("LSTM", "LSTM, guarded") and e.name == name
+        assert e.methods[-4:] == ("LSTM", "LSTM, guarded", "MLP", "MLP, guarded")
+        assert e.name == name
         assert f"Adam {e.adam_rate:g}" in e.methods and e.steps == tasks.MARKS[-1]
 
 

@@ -166,6 +166,7 @@ def test_is_vmapped_and_differentiated_over_weights() -> None:
     gradients = random_gradients((4, 3))
     keys = jax.random.split(jax.random.key(3), 3)
 
+    @jax.jit
     def moved(weights: MLPWeights) -> Array:
         updates, _ = updates_of(mlp_optimizer(weights), jnp.ones((4, 3)), gradients)
         return updates.sum(0)

@@ -10,6 +10,8 @@ from .guards.protocol import Decision
 
 COUNTERS = ("gradients", "forwards", "learned_updates")
 """What is counted from the start of a run."""
+PRICE = pl.col("gradients") + pl.col("forwards") / 3
+"""What was spent by then, in gradients (``Decision.price``)."""
 
 
 def last_step(curves: pl.DataFrame) -> int:

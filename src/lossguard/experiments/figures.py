@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from ..curves import COUNTERS, last_step, mark_loss, over_seeds, step_mean
+from ..curves import COUNTERS, PRICE, last_step, mark_loss, over_seeds, step_mean
 from ..drawing import log_losses, save, titled
 from ..records import Record
 from .maps import MAPS
@@ -67,7 +67,7 @@ def places(curves: pl.DataFrame, over: Over, seconds: Mapping[str, float]) -> Pl
         over: the axis.
         seconds: of all seeds of each method together, for that axis.
     """
-    priced = curves.with_columns(price=pl.col("gradients") + pl.col("forwards") / 3)
+    priced = curves.with_columns(price=PRICE)
 
     def place(method: str, steps: np.ndarray) -> np.ndarray:
         if over == "steps":

@@ -14,6 +14,7 @@ import optax
 import polars as pl
 from rich.table import Table
 
+from ..curves import PRICE
 from ..guards.best_of import best_of
 from ..guards.hedged import hedged
 from ..guards.loss_guard import loss_guard
@@ -110,9 +111,7 @@ def curve(evaluations: pl.DataFrame, method: str, seeds: Sequence[int] | None = 
 
     Between two evaluations losses are interpolated linearly in the logarithm of the price.
     """
-    rows = evaluations.filter(pl.col("method") == method).with_columns(
-        price=pl.col("gradients") + pl.col("forwards") / 3
-    )
+    rows = evaluations.filter(pl.col("method") == method).with_columns(price=PRICE)
     runs = [
         (run["price"].to_numpy(), run["train_loss"].to_numpy())
         for (seed,), run in rows.sort("step").group_by("seed", maintain_order=True)
@@ -219,7 +218,7 @@ def rows(folder: Path) -> Iterator[Row]:
 def price_of_step(evaluations: pl.DataFrame, method: str) -> float:
     """Mean price of a step from the first evaluation at 1,000 steps or more on: dearest seed."""
     late = evaluations.filter(pl.col("method") == method, pl.col("step") >= 1_000)
-    spent = late.with_columns(price=pl.col("gradients") + pl.col("forwards") / 3)
+    spent = late.with_columns(price=PRICE)
     spans = spent.group_by("seed").agg(
         (pl.col("price").max() - pl.col("price").min())
         / (pl.col("step").max() - pl.col("step").min())

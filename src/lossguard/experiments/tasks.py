@@ -18,6 +18,7 @@ import polars as pl
 from rich.console import Group
 from rich.table import Table
 
+from ..curves import PRICE
 from ..guards.protocol import Guard
 from ..guards.recommended import recommended
 from ..guards.unguarded import unguarded
@@ -163,7 +164,7 @@ class Curves(NamedTuple):
 def curves_of(table: pl.DataFrame, method: str) -> Curves:
     """From the curves of a run whose guards are ``watched``: one loss a cycle, taken before it."""
     rows = table.filter(pl.col("method") == method, pl.col("step") % EVERY == 0)
-    rows = rows.with_columns(price=pl.col("gradients") + pl.col("forwards") / 3)
+    rows = rows.with_columns(price=PRICE)
     seeds = [one.sort("step") for _, one in rows.group_by("seed", maintain_order=True)]
     spent = np.array([one["price"].to_numpy() for one in seeds])
     loss = smoothed(np.array([one["loss"].to_numpy() for one in seeds]))

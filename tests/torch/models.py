@@ -8,7 +8,11 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam
 
-from lossguard.torch import BestOf, LossGuard
+from lossguard.torch import BestOf, Hedged, LossGuard, Recommended, ResidualGuard
+
+TWO = [Recommended, Hedged, LossGuard, BestOf]
+"""Guards of a learned optimizer and a fallback."""
+KINDS = [*TWO, ResidualGuard]
 
 
 def spiral(n=16):

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from models import (
+    KINDS,
+    TWO,
     Breaks,
     assert_same_state,
     closure_for,
@@ -25,9 +27,6 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 from lossguard.torch import BestOf, Hedged, LossGuard, Recommended, ResidualGuard
-
-TWO = [Recommended, Hedged, LossGuard, BestOf]
-KINDS = [*TWO, ResidualGuard]
 
 
 def normed():

@@ -11,6 +11,8 @@ import weakref
 import pytest
 import torch
 from models import (
+    KINDS,
+    TWO,
     assert_is_algorithm2,
     assert_resumes,
     assert_same_state,
@@ -27,10 +29,8 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
 
-from lossguard.torch import BestOf, Hedged, LossGuard, Recommended, ResidualGuard
+from lossguard.torch import BestOf, Hedged, LossGuard, Recommended
 
-TWO = [Recommended, Hedged, LossGuard, BestOf]
-KINDS = [*TWO, ResidualGuard]
 NAMES = sorted(
     name
     for name, kind in vars(torch.optim).items()

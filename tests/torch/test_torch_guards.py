@@ -7,12 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import closure_for, loss_fn, minibatches, mlp, quadratic, run, spiral, two
+from models import TWO, closure_for, loss_fn, minibatches, mlp, quadratic, run, spiral, two
 from torch.optim import SGD, Adam
 
 from lossguard.torch import BestOf, Hedged, LossGuard, Recommended
-
-TWO = [Recommended, Hedged, LossGuard, BestOf]
 
 
 @pytest.mark.parametrize("leads", ["fallback", "learned"])

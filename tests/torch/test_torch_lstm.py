@@ -1,8 +1,6 @@
 """The LSTM optimizer computes what torch.nn.LSTM and Linear do."""
 
-import copy
 import math
-import pickle
 
 import pytest
 import torch
@@ -59,59 +57,6 @@ def test_features_at_the_floor():
     x = log_and_sign(torch.tensor([floor / 2, -floor / 2, 1.0, -math.e]), p=2.0)
     expected = torch.tensor([[-1.0, -1.0, 0.0, 0.5], [0.5, -0.5, 1.0, -1.0]])
     torch.testing.assert_close(x, expected)
-
-
-def test_copies_and_checkpoints_go_on_alike():
-    reference = Reference()
-    p = nn.Parameter(torch.randn(6))
-    optimizer = LSTMOptimizer([p], reference.state_dict())
-
-    def run(optimizer, steps):
-        (p,) = optimizer.param_groups[0]["params"]
-        for _ in range(steps):
-            p.grad = p.detach().clone()
-            optimizer.step()
-        return p.detach()
-
-    run(optimizer, 3)
-    twins = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
-    q = nn.Parameter(p.detach().clone())
-    twins.append(LSTMOptimizer([q], reference.state_dict()))
-    twins[-1].load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    expected = run(optimizer, 3)
-    for twin in twins:
-        assert torch.equal(run(twin, 3), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_checkpoints_of_other_dtypes_go_on_alike(dtype):
-    weights = Reference().state_dict()
-    p = nn.Parameter(torch.randn(6, dtype=dtype))
-    optimizer = LSTMOptimizer([p], weights)
-    p.grad = p.detach().clone()
-    optimizer.step()
-    q = nn.Parameter(p.detach().clone())
-    twin = LSTMOptimizer([q], weights)
-    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    p.grad = q.grad = p.detach().clone()
-    optimizer.step()
-    twin.step()
-    assert torch.equal(p, q)
-    for name in ("h", "c"):
-        assert twin.state[q][name].dtype == torch.float32
-        assert torch.equal(twin.state[q][name], optimizer.state[p][name])
-
-
-def test_autocast_around_the_step_changes_nothing():
-    weights = Reference().state_dict()
-    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
-    for p, enabled in zip(params, (False, True), strict=True):
-        optimizer = LSTMOptimizer([p], weights)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            for _ in range(2):
-                p.grad = p.detach().clone()
-                optimizer.step()
-    assert torch.equal(*params)
 
 
 def test_schedulers_act_on_the_scale():
@@ -191,14 +136,3 @@ def test_errors(arguments, message):
             [nn.Parameter(torch.ones(2))], **{"weights": Reference().state_dict(), **arguments}
         )
     assert str(error.value) == message
-
-
-@pytest.mark.parametrize("kind", ["sparse", "complex"])
-def test_other_gradients_are_refused(kind):
-    weight = nn.Parameter(torch.ones(2, dtype=torch.complex64 if kind == "complex" else None))
-    weight.grad = weight.detach().to_sparse() if kind == "sparse" else weight.detach()
-    optimizer = LSTMOptimizer([weight], Reference().state_dict())
-    with pytest.raises(
-        ValueError, match=rf"^gradients must be real and dense for LSTMOptimizer, got a {kind} one$"
-    ):
-        optimizer.step()

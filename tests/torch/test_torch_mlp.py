@@ -1,15 +1,12 @@
 """The MLP optimizer computes what the one in JAX does, from the same file."""
 
-import copy
 import math
-import pickle
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import StepLR
 
 from lossguard.torch import LSTMOptimizer, MLPOptimizer
 
@@ -67,62 +64,18 @@ def test_equals_the_one_in_jax(tmp_path, hidden, layers, size):
             torch.testing.assert_close(p.detach() - old, ours, rtol=1e-3, atol=1e-6)
 
 
-def test_copies_and_checkpoints_go_on_alike():
-    p = nn.Parameter(torch.randn(6, 3))
-    optimizer = MLPOptimizer([p], weights_of())
-    StepLR(optimizer, 100)  # replaces the optimizer's step
-
-    def run(optimizer, steps):
-        (p,) = optimizer.param_groups[0]["params"]
-        for _ in range(steps):
-            p.grad = p.detach().clone()
-            optimizer.step()
-        return p.detach()
-
-    run(optimizer, 3)
-    twins = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
-    q = nn.Parameter(p.detach().clone())
-    twins.append(MLPOptimizer([q], weights_of()))
-    twins[-1].load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    expected = run(optimizer, 3)
-    for twin in twins:
-        assert torch.equal(run(twin, 3), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_memory_is_in_float32_and_stays_so(dtype):
-    p = nn.Parameter(torch.randn(6, 2, dtype=dtype))
+def test_its_memory_has_the_shapes_of_the_docstring():
+    p = nn.Parameter(torch.randn(6, 2))
     optimizer = MLPOptimizer([p], weights_of())
     p.grad = p.detach().clone()
     optimizer.step()
-    q = nn.Parameter(p.detach().clone())
-    twin = MLPOptimizer([q], weights_of())
-    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    p.grad = q.grad = p.detach().clone()
-    optimizer.step()
-    twin.step()
-    assert p.dtype == dtype and torch.equal(p, q)
-    assert {name: tuple(t.shape) for name, t in twin.state[q].items()} == {
+    assert {name: tuple(t.shape) for name, t in optimizer.state[p].items()} == {
         "step": (),
         "momenta": (3, 6, 2),
         "second_moment": (6, 2),
         "rows": (3, 1, 2),
         "columns": (3, 6, 1),
     }
-    for name, tensor in twin.state[q].items():
-        assert tensor.dtype == torch.float32
-        assert torch.equal(tensor, optimizer.state[p][name])
-
-
-def test_autocast_around_the_step_changes_nothing():
-    params = [nn.Parameter(torch.ones(3, 2)) for _ in range(2)]
-    for p, enabled in zip(params, (False, True), strict=True):
-        optimizer = MLPOptimizer([p], weights_of())
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            for _ in range(2):
-                p.grad = p.detach().clone()
-                optimizer.step()
-    assert torch.equal(*params)
 
 
 def test_lr_is_a_factor_of_the_step():
@@ -188,13 +141,3 @@ def test_errors(arguments, message):
     with pytest.raises(ValueError) as error:
         MLPOptimizer([nn.Parameter(torch.ones(2))], **{"weights": weights_of(), **arguments})
     assert str(error.value) == message
-
-
-@pytest.mark.parametrize("kind", ["sparse", "complex"])
-def test_other_gradients_are_refused(kind):
-    weight = nn.Parameter(torch.ones(2, dtype=torch.complex64 if kind == "complex" else None))
-    weight.grad = weight.detach().to_sparse() if kind == "sparse" else weight.detach()
-    with pytest.raises(
-        ValueError, match=rf"^gradients must be real and dense for MLPOptimizer, got a {kind} one$"
-    ):
-        MLPOptimizer([weight], weights_of()).step()

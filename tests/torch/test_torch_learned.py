@@ -1,0 +1,84 @@
+"""What the learned optimizers share: copies, checkpoints, memory in float32, what is refused."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from test_torch_lstm import Reference
+from test_torch_mlp import weights_of
+from torch import nn
+from torch.optim.lr_scheduler import StepLR
+
+from lossguard.torch import LSTMOptimizer, MLPOptimizer
+
+
+@pytest.fixture(params=[LSTMOptimizer, MLPOptimizer])
+def make(request):
+    """An optimizer of a parameter, of one architecture; each time with the same weights."""
+    kind = request.param
+    weights = Reference().state_dict() if kind is LSTMOptimizer else weights_of()
+    return lambda p: kind([p], weights)
+
+
+def test_copies_and_checkpoints_go_on_alike(make):
+    p = nn.Parameter(torch.randn(6, 3))
+    optimizer = make(p)
+    StepLR(optimizer, 100)  # replaces the optimizer's step
+
+    def run(optimizer, steps):
+        (p,) = optimizer.param_groups[0]["params"]
+        for _ in range(steps):
+            p.grad = p.detach().clone()
+            optimizer.step()
+        return p.detach()
+
+    run(optimizer, 3)
+    twins = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
+    twins.append(make(nn.Parameter(p.detach().clone())))
+    twins[-1].load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    expected = run(optimizer, 3)
+    for twin in twins:
+        assert torch.equal(run(twin, 3), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_memory_is_in_float32_and_stays_so(make, dtype):
+    p = nn.Parameter(torch.randn(6, 2, dtype=dtype))
+    optimizer = make(p)
+    p.grad = p.detach().clone()
+    optimizer.step()
+    q = nn.Parameter(p.detach().clone())
+    twin = make(q)
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    p.grad = q.grad = p.detach().clone()
+    optimizer.step()
+    twin.step()
+    assert p.dtype == dtype and torch.equal(p, q)
+    assert twin.state[q].keys() == optimizer.state[p].keys() and twin.state[q]
+    for name, tensor in twin.state[q].items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, optimizer.state[p][name])
+
+
+def test_autocast_around_the_step_changes_nothing(make):
+    params = [nn.Parameter(torch.ones(3, 2)) for _ in range(2)]
+    for p, enabled in zip(params, (False, True), strict=True):
+        optimizer = make(p)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            for _ in range(2):
+                p.grad = p.detach().clone()
+                optimizer.step()
+    assert torch.equal(*params)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "complex"])
+def test_other_gradients_are_refused(make, kind):
+    weight = nn.Parameter(torch.ones(2, dtype=torch.complex64 if kind == "complex" else None))
+    weight.grad = weight.detach().to_sparse() if kind == "sparse" else weight.detach()
+    optimizer = make(weight)
+    name = type(optimizer).__name__
+    with pytest.raises(
+        ValueError, match=rf"^gradients must be real and dense for {name}, got a {kind} one$"
+    ):
+        optimizer.step()

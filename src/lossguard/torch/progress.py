@@ -39,8 +39,9 @@ def begin(loss: float, age: int = 0) -> Progress:
 def add(progress: Progress, loss: float, nt: int) -> Progress:
     """After a cycle of nt steps whose mean loss is given."""
     age = progress.age + nt
+    young = progress.age / (age + nt)
     recent, lasting = (
-        memory * before + (1 - memory) * loss if progress.age else loss
+        min(memory, young) * before + (1 - min(memory, young)) * loss if progress.age else loss
         for memory, before in ((MEMORY, progress.recent), (LONG_MEMORY, progress.lasting))
     )
     if age // 2 < max(progress.later_age, nt):
@@ -62,3 +63,16 @@ def rate(progress: Progress) -> float:
     if not (now > 0 and then > 0):
         return float(now < then)
     return math.log(then / now) / math.log(progress.age / progress.earlier_age)
+
+
+def expected_at(progress: Progress, age: float) -> float:
+    """The loss at an age if it goes on falling by its power of the age.
+
+    Where losses are not positive: the smoothed loss as it is.
+
+    >>> expected_at(Progress(40, 0.5, 0.5, earlier_age=10, earlier=1.0, later_age=20, later=0.7), 160)
+    0.25
+    """
+    if not (progress.recent > 0 and age > 0):
+        return progress.recent
+    return progress.recent * (progress.age / age) ** rate(progress)

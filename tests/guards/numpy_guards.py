@@ -116,16 +116,17 @@ class Lane:
 class Curve:
     """A run's smoothed loss, with marks of which each is at least at twice the age of the last."""
 
-    def __init__(self, loss: float, age: int = 0):
+    def __init__(self, loss: float, age: int = 0, weight: float = 0.7):
+        self.weight = weight
         self.recent, self.lasting, self.age, self.marks = loss, loss, age, [(age, loss)]
 
     def add(self, losses: list[float]) -> None:
-        loss, cycle = np.mean(losses), self.age / len(losses) + 1
+        loss = np.mean(losses)
+        self.recent = (
+            loss if self.age == 0 else self.weight * self.recent + (1 - self.weight) * loss
+        )
+        self.lasting = loss if self.age == 0 else 0.95 * self.lasting + 0.05 * loss
         self.age += len(losses)
-        since_the_start = (cycle - 1) / (cycle + 1)
-        weight, long_weight = min(0.7, since_the_start), min(0.95, since_the_start)
-        self.recent = weight * self.recent + (1 - weight) * loss
-        self.lasting = long_weight * self.lasting + (1 - long_weight) * loss
         if self.age // 2 >= max(self.marks[-1][0], len(losses)):
             self.marks.append((self.age, self.recent))
 
@@ -142,7 +143,6 @@ class Curve:
         if loss > 0 and self.recent > 0:
             return np.log(loss / self.recent) / np.log(self.age / age)
         return float(self.recent < loss)
-
 
     def extrapolated(self, age: float) -> float:
         """Its loss at an age, on the line through where it is, both axes logarithmic."""
@@ -242,11 +242,11 @@ class Relay:
 def recommended(objective, learned, fallback, *, nt: int, share: float, cycles: int):
     """The relay, and s in a share of the steps: yields after every cycle what is to be reported."""
     x = Relay(objective, learned, fallback, nt=nt, share=share)
-    s, of_own, own, against, curve = None, 0, True, None, Curve(0.0)
+    s, of_own, own, against, curve = None, 0, True, None, Curve(0.0, weight=0)
+    more = min(1, 5 * share)
     for cycle in range(cycles):
         i = k = cycle * nt
         goal = x.curve.recent - 0.1 * abs(x.curve.recent)
-        more = min(1, 5 * share)
         soon = not own and curve.extrapolated(more * k) < goal
         runs = not own and of_own < (more if soon else share) * k
         losses, of_y = x.cycle(i, k)

@@ -36,15 +36,14 @@ def begin(loss: Float[Array, ""], age: Int[Array, ""] | int = 0) -> Progress:
     return Progress(age, loss, loss, jnp.int32(0), loss, age, loss)
 
 
-def add(progress: Progress, loss: Float[Array, ""], nt: int) -> Progress:
-    """After a cycle of nt steps whose mean loss is given."""
-    loss, age = loss.astype(progress.recent.dtype), advance(progress.age, nt)
-    young = (age - nt) / (age + nt)
+def add(progress: Progress, loss: Float[Array, ""], nt: int, memory: float = MEMORY) -> Progress:
+    """After a cycle of nt steps whose mean loss is given; without memory nothing is smoothed."""
+    loss, first = loss.astype(progress.recent.dtype), progress.age == 0
     recent, lasting = (
-        jnp.where(young == 0, loss, weight * before + (1 - weight) * loss)
-        for memory, before in ((MEMORY, progress.recent), (LONG_MEMORY, progress.lasting))
-        for weight in [jnp.minimum(memory, young).astype(loss.dtype)]
+        jnp.where(first, loss, weight * before + (1 - weight) * loss)
+        for weight, before in ((memory, progress.recent), (LONG_MEMORY, progress.lasting))
     )
+    age = advance(progress.age, nt)
     mark = age // 2 >= jnp.maximum(progress.later_age, nt)
     return Progress(
         age,

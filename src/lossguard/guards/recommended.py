@@ -49,7 +49,7 @@ class RecommendedState(NamedTuple):
     own_steps: Int[Array, ""]
     """Steps of the fallback by itself."""
     progress: Progress
-    """Of the fallback by itself."""
+    """Of the fallback by itself; not smoothed, as s may run seldom."""
     against: Trial
     """A trial of s against x, in the cycles in which both run."""
 
@@ -147,8 +147,9 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
         back = heard & won
         against = select(leaves | (heard & (won | lost)), new_trial(against.bound), against)
         ran = heard | (inner.on_own & leg.fine_z)
-        own = progresses.add(inner.progress, jnp.where(heard, of_s, leg.losses).mean(), nt)
-        progress = select(ran, own, inner.progress)
+        loss = jnp.where(heard, of_s, leg.losses).mean()
+        progress = progresses.add(inner.progress, loss, nt, memory=0)
+        progress = select(ran, progress, inner.progress)
         return RecommendedState(
             relay=select(back, at(inner.relay, s, progress.recent), inner.relay),
             s=select(leaves, inner.relay.z, s),

@@ -36,13 +36,12 @@ def begin(loss: float, age: int = 0) -> Progress:
     return Progress(age, loss, loss, 0, loss, age, loss)
 
 
-def add(progress: Progress, loss: float, nt: int) -> Progress:
-    """After a cycle of nt steps whose mean loss is given."""
+def add(progress: Progress, loss: float, nt: int, memory: float = MEMORY) -> Progress:
+    """After a cycle of nt steps whose mean loss is given; without memory nothing is smoothed."""
     age = progress.age + nt
-    young = progress.age / (age + nt)
     recent, lasting = (
-        min(memory, young) * before + (1 - min(memory, young)) * loss if progress.age else loss
-        for memory, before in ((MEMORY, progress.recent), (LONG_MEMORY, progress.lasting))
+        weight * before + (1 - weight) * loss if progress.age else loss
+        for weight, before in ((memory, progress.recent), (LONG_MEMORY, progress.lasting))
     )
     if age // 2 < max(progress.later_age, nt):
         return progress._replace(age=age, recent=recent, lasting=lasting)

@@ -78,7 +78,7 @@ class Recommended(GuardOfTwo):
 
     _own_steps = 0
     _progress = progresses.begin(0.0)
-    """Of the fallback by itself."""
+    """Of the fallback by itself; not smoothed, as s may run seldom."""
     _against = Trial(LOOKS, math.inf)
     """Of s against x, by their losses alone."""
 
@@ -116,7 +116,7 @@ class Recommended(GuardOfTwo):
             self._s.go_back()
         elif s is not None or (on_own and leg.fine_z):
             losses = leg.losses if s is None else s.losses
-            self._progress = progresses.add(self._progress, mean(losses), self.nt)
+            self._progress = progresses.add(self._progress, mean(losses), self.nt, memory=0)
         if on_own and leg.taken_over:
             self._s.become(self._relay.z)
             self._on_own, self._against = False, Trial(LOOKS, math.inf)

@@ -69,8 +69,8 @@ def test_challengers_have_a_share_of_the_steps(played) -> None:
     assert (of_y <= SHARE * k + np.sqrt(k) + trial).all() and (of_s <= 5 * SHARE * k + NT).all()
     price = decisions.gradients.cumsum(axis=-1)
     assert (price <= (1 + 6 * SHARE) * k + np.sqrt(k) + trial + NT).all()
-    # With half the share of y, and of s without its more, they would not be bounds.
-    assert (of_y > SHARE / 2 * k + np.sqrt(k) + trial).any() and (of_s > SHARE * k + NT).any()
+    # With half the share they would not be bounds; test_against_numpy.py sees s exceed its share.
+    assert (of_y > SHARE / 2 * k + np.sqrt(k) + trial).any() and (of_s > SHARE / 2 * k + NT).any()
 
 
 def test_x_is_finite(played) -> None:

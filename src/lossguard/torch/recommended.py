@@ -8,7 +8,6 @@ from lossguard.torch import trial as trials
 from lossguard.torch.decision import FALLBACK, LEARNED, OWN, Decision, Seen, mean
 from lossguard.torch.guard import GuardOfTwo
 from lossguard.torch.lane import Lane
-from lossguard.torch.progress import Progress
 from lossguard.torch.relay import Leg, report
 from lossguard.torch.trial import Trial
 

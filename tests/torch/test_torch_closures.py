@@ -414,7 +414,7 @@ def test_errors_of_arguments():
         (lambda: Recommended(3, one, model=None), "learned must be a torch.optim.Optimizer, got 3"),
         (
             lambda: Recommended(torch.optim.LBFGS([w]), one, model=None),
-            "learned must be an optimiz",
+            "learned must have step(), step(closure=None) or step(loss), as a guard evaluates once",
         ),
         (lambda: Hedged(SGD([w]), SGD([w], maximize=True), model=None), "fallback must minimize t"),
         (lambda: Hedged(SGD([w]), one, model=model), "model must be an nn.Module that holds param"),

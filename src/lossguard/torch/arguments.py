@@ -1,11 +1,12 @@
 """What a guard accepts, and the sentences with which it refuses the rest."""
 
+import inspect
 import sys
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 
 def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
@@ -17,9 +18,11 @@ def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
             raise ValueError(f"{name} must be a torch.optim.Optimizer, got {one!r}")
         if hasattr(one, "lanes"):
             raise ValueError(f"{name} must be no guard itself, got a {type(one).__name__}")
-        if isinstance(one, LBFGS):
+        first_argument = next(iter(inspect.signature(one.step).parameters.values()), None)
+        if first_argument and first_argument.name != "loss" and is_needed(first_argument):
             raise ValueError(
-                f"{name} must be an optimizer that calls its closure once a step, got LBFGS"
+                f"{name} must have step(), step(closure=None) or step(loss), as a guard evaluates "
+                f"once a step, got {type(one).__name__} with step({first_argument})"
             )
         if id(one) in seen:
             raise ValueError(f"{name} must be another optimizer than {seen[id(one)]}, got the same")
@@ -39,6 +42,12 @@ def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
                 f"tensors, got {len(params)}, of which {len(common)} are the same"
             )
     return first
+
+
+def is_needed(argument: inspect.Parameter) -> bool:
+    """Whether a function can't be called without it."""
+    stars = (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)
+    return argument.default is argument.empty and argument.kind not in stars
 
 
 def check_fallback(fallback: Optimizer) -> None:

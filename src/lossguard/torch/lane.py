@@ -1,6 +1,5 @@
 """A lane: an optimizer's run. Guards run several, and compare their losses."""
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -143,15 +142,6 @@ class Lane(Place):
     """A place whose optimizer takes steps: what a minibatch does with it."""
 
     @property
-    def takes(self) -> str:
-        """What its ``step`` takes: a "closure", the "loss", or "nothing".
-
-        Learned optimizers that read the loss take ``step(loss)``; Muon as published takes nothing.
-        """
-        names = list(inspect.signature(self.optimizer.step).parameters)
-        return "nothing" if not names else "loss" if names[0] == "loss" else "closure"
-
-    @property
     def switches(self) -> bool:
         """Whether its optimizer trains at another iterate than the one that it evaluates."""
         return callable(getattr(self.optimizer, "train", None))
@@ -183,8 +173,6 @@ class Lane(Place):
 
     def run(self, closure: Closure) -> Any:
         """The value of the closure, and a step by its gradients; in a check, its value alone."""
-        if not self.checking and self.scaler is None and self.takes == "closure":
-            return self._run_inside(closure)
         with torch.enable_grad():
             value = forward_only(closure) if self.checking else closure()
         self.step(value)
@@ -208,7 +196,7 @@ class Lane(Place):
             self.stepped = True
             return
         self.check_gradients(value)
-        given = self._given_in_body(loss)
+        given = self.given(loss)
         with Held(), self.updating():
             self.stepped = True
             if self.scaler is None:
@@ -236,8 +224,8 @@ class Lane(Place):
             raise ValueError("closure must call backward, got no gradients from it")
 
     def given(self, loss: Any) -> tuple[Any, ...]:
-        """What its ``step`` is given, where gradients are there already."""
-        return {"closure": (lambda: loss,), "loss": (loss,), "nothing": ()}[self.takes]
+        """What its ``step`` is given: nothing, or the loss if it asks for that."""
+        return (loss,) if self.inner.takes_loss else ()
 
     def fill(self) -> None:
         """Have the optimizer make its state, by a step that is taken back."""
@@ -253,41 +241,6 @@ class Lane(Place):
             self.weights.undo()
         transfer(self.values, self.weights.live())
         self.remember(filled)
-
-    def _run_inside(self, closure: Closure) -> Any:
-        """Have the optimizer call the closure; the value of its first call."""
-        values: list[Any] = []
-        held = Held()
-
-        def evaluate() -> Any:
-            with held.let_in(), torch.enable_grad():
-                value = closure()
-            if not values:
-                values.append(value)
-                self.check_gradients(scalar(value))
-            self.stepped = True
-            return value
-
-        with held, self.updating():
-            self.optimizer.step(evaluate)
-            if not values:
-                raise ValueError(
-                    f"{self} must have an optimizer whose step(closure) calls the closure, got "
-                    f"{type(self.optimizer).__name__}"
-                )
-            self.losses.append(scalar(values[0]))
-        return values[0]
-
-    def _given_in_body(self, loss: Any) -> tuple[Any, ...]:
-        """The same in a body, which can't be evaluated again."""
-        if self.takes != "closure":
-            return self.given(loss)
-        (first, *_) = inspect.signature(self.optimizer.step).parameters.values()
-        if first.default is first.empty and first.kind is first.POSITIONAL_OR_KEYWORD:
-            raise ValueError(
-                f"{self} must be stepped by guard.step(closure), as its optimizer wants a closure"
-            )
-        return ()
 
 
 def _check_scaled(scaler: GradScaler, optimizer: Optimizer) -> None:

@@ -6,6 +6,7 @@ shared   every other entry of a group (lr, betas, ...): the schedule. It is set 
          every lane of the same optimizer sees the same.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -41,6 +42,7 @@ class Inner:
     Attributes:
         optimizer: the optimizer itself; the guard calls its ``step`` and nothing else of it.
         own: names of the group entries that its step has been seen to change.
+        takes_loss: whether its step takes the loss, as that of some learned optimizers does.
         copies: names of entries of its state that hold the parameters, as master weights do.
         fresh: a copy of its memory at construction.
         holder: the lane whose memory it has; another lane of it keeps its own meanwhile.
@@ -48,6 +50,7 @@ class Inner:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
+        self.takes_loss = "loss" in inspect.signature(optimizer.step).parameters
         self.own: set[str] = set()
         self.copies: set[str] = set()
         self.fresh = self.memory().copy()

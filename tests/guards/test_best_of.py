@@ -286,14 +286,12 @@ def test_errors() -> None:
 
 
 def test_where_no_guard_is_finite_x_stays() -> None:
-    """All lose the second minibatch's gradient, and begin anew where x was."""
-    guards = [lossguard.unguarded(optax.sgd(rate), nt=1) for rate in (0.01, 0.1)]
-    guard = lossguard.best_of(guards)
-
-    def objective(w, i):
-        return jnp.sum((w - 1) ** 2) * jnp.where(i == 1, jnp.nan, 1)
-
-    states, decisions = play(guard, objective, jnp.zeros(1), 4)
+    """All break in the second step, and begin again where x was."""
+    breaks = [
+        optimizers.faulty(rate, at=1, fault="parameters", value=jnp.nan) for rate in (0.01, 0.1)
+    ]
+    guard = lossguard.best_of([lossguard.unguarded(one, nt=1) for one in breaks])
+    states, decisions = play(guard, lambda w, i: jnp.sum((w - 1) ** 2), jnp.zeros(1), 4)
     assert decisions.winner.tolist() == [0, -1, 0, 1]
     np.testing.assert_allclose(states.params[:, 0], [0.02, 0.02, 0.0396, 0.3728], rtol=1e-5)
     np.testing.assert_array_equal(states.inner.members[1].params[1], states.params[1])

@@ -24,7 +24,7 @@ from .protocol import (
     start,
     sum_dtype,
 )
-from .soundness import is_sound, keep_schedules, select
+from .soundness import is_sound, keep_schedules, select, with_sound_gradients
 
 
 class BestOfState(NamedTuple):
@@ -113,6 +113,7 @@ def best_of(
 
     def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
         check_state(state, BestOfState)
+        objective = with_sound_gradients(objective)
         inner, i = state.inner, state.minibatches
         runs = [is_due(j, state) for j in range(len(members))]
         stepped = []

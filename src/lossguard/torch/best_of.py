@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from lossguard.torch.closures import scalar
@@ -39,7 +38,7 @@ class BestOf(Guard):
         optimizers: of the same parameters. The first is followed where all are level, and its
             groups are the guard's. Or a function of a rate that makes one.
         rates: for each optimizer that this function is to make.
-        model, nt, scaler, process_group, callback: as in ``Recommended``.
+        model, nt, process_group, callback: as in ``Recommended``.
         share: of the cycles, for each optimizer that doesn't lead. None: all run.
         check: where data repeat, training losses are lower for whoever overfits. Then d[j] is the
             mean of ``check(k)``, the model's loss on held-out minibatch number k, at w[j] after the
@@ -83,7 +82,6 @@ class BestOf(Guard):
         check: Callable[[int], Tensor] | None = None,
         nc: int = 2,
         decay: float = 0.9,
-        scaler: GradScaler | None = None,
         process_group: distributed.ProcessGroup | None = None,
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
@@ -104,7 +102,6 @@ class BestOf(Guard):
             leader="0",
             nt=nt,
             model=model,
-            scaler=scaler,
             process_group=process_group,
             callback=callback,
         )
@@ -126,10 +123,13 @@ class BestOf(Guard):
         self._watch.twins = set(self._lanes) if self.steps == 0 else set()
         return runs
 
-    def _measure(self) -> None:
+    def _decide(self) -> Decision:
+        if self.check is not None:
+            self._measure(self.check)
+        return super()._decide()
+
+    def _measure(self, check: Callable[[int], Tensor]) -> None:
         """The losses of all that ran on the next check minibatches."""
-        if self.check is None:
-            return
         draws = self._randomness.state()
         for lane in [*self._others, self._leader]:
             lane.enter(checking=True)
@@ -138,7 +138,7 @@ class BestOf(Guard):
                 torch.clear_autocast_cache()
                 with torch.no_grad():
                     for j in range(self.checks):
-                        lane.step(scalar(self.check(self._checked + j)))
+                        lane.step(scalar(check(self._checked + j)))
                         lane.stepped = False
             except BaseException:
                 self._weights.undo()
@@ -169,7 +169,6 @@ class BestOf(Guard):
         for k, lane in enumerate(self._all):
             if not fit[k]:
                 lane.start_at(x)
-                lane.take_scale(self._all[best])
                 lane.forget()
                 self.records[k], self._weight[k] = self.records[best], self._weight[best]
         followed = seen.get(str(best))

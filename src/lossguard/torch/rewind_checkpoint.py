@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lossguard.torch.packing import check_rank, this_rank
+from lossguard.torch.ranks import check_rank, this_rank
 from lossguard.torch.snapshot import Live
 
 if TYPE_CHECKING:

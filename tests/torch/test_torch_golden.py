@@ -217,3 +217,39 @@ def test_gradients_that_are_not_finite_ruin_no_lane(name):
 
     assert_same(finite(), in_jax(theirs, broken_objective))
     assert BROKEN[: NT * CYCLES].sum() > 5
+
+
+def spikes(rate, at, until):
+    """Its rate is 50 times as high for a while, which ruins it."""
+
+    def schedule(t):
+        return jnp.where((t >= at) & (t < until), 50 * rate, rate)
+
+    return optax.sgd(schedule), lambda params: Spiking(params, rate, at, until)
+
+
+class Spiking(SGD):
+    """The same in PyTorch."""
+
+    def __init__(self, params, rate, at, until):
+        super().__init__(params, lr=rate)
+        self.rate, self.span, self.count = rate, range(at, until), 0
+
+    def step(self, closure=None):
+        self.param_groups[0]["lr"] = self.rate * (50 if self.count in self.span else 1)
+        self.count += 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("share", [None, 0.2])
+def test_best_of_begins_ruined_ones_again(share):
+    """The bold one leads, is ruined, and comes back from where the careful one is."""
+    several = [spikes(0.1, 150, 170), sgd(0.01)]
+    theirs = [lossguard.unguarded(optimizer, nt=NT) for optimizer, _ in several]
+
+    def build(params):
+        optimizers = [make(params) for _, make in several]
+        return BestOf(optimizers, model=None, nt=NT, share=share)
+
+    winners = assert_same(in_torch(build), in_jax(lossguard.best_of(theirs, share=share)))
+    assert winners[14] == 0 and 1 in winners[15:] and (winners[-1] == 0 or share)

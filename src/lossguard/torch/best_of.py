@@ -2,16 +2,55 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
+from lossguard.torch import trial as trials
 from lossguard.torch.closures import scalar
 from lossguard.torch.decision import NEITHER, Decision, Seen, mean
 from lossguard.torch.guard import Guard
 from lossguard.torch.lane import Lane
+from lossguard.torch.trial import Trial
 from lossguard.validation import check_count, check_decay, check_share
+
+LOOKS = 3
+"""Cycles on which an optimizer is compared with the leader, to see whether it is ruined."""
+NEW = Trial(LOOKS, math.inf)
+
+
+class Record(NamedTuple):
+    """What is known of an optimizer's losses.
+
+    Attributes:
+        mean: D; NaN before its first cycle.
+        weight: W.
+        lowest: the lowest D since it began.
+        against: the leader on trial against it, which wins by its losses alone.
+    """
+
+    mean: float = math.nan
+    weight: float = 0.0
+    lowest: float = math.inf
+    against: Trial = NEW
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it has had a cycle."""
+        return not math.isnan(self.mean)
+
+    def after(self, d: float, decay: float) -> "Record":
+        """After a cycle of mean loss d."""
+        weight = decay * self.weight + 1
+        known = self.mean if self.is_known else d
+        mean = known + (d - known) / weight
+        return self._replace(mean=mean, weight=weight, lowest=min(self.lowest, mean))
+
+    def begun(self) -> "Record":
+        """That of an optimizer that begins where the one of this record is."""
+        return Record(self.mean, self.weight, self.mean)
 
 
 class BestOf(Guard):
@@ -46,9 +85,12 @@ class BestOf(Guard):
         nc: check minibatches a cycle, where there is a ``check``.
         decay: D remembers about 1 / (1 - decay) cycles.
 
-    ``decision.winner`` numbers the optimizers. One whose losses or parameters are not finite begins
-    again at x, with the record of the one that is followed. If that is true of all, x stays and
-    ``winner`` is -1. A minibatch that is lost on all doesn't count.
+    An optimizer begins again at x, the model, with the record of the one that is followed, if its
+    losses or parameters aren't finite, or if it is ruined: on three cycles the leader was better by
+    three standard errors, and its lowest D is nearer to the leader's than to its own of now. Where
+    the leader isn't finite at the end of a cycle that began well, that cycle counts as its D: so x
+    goes back to where the cycle began, unless another D is lower. A minibatch that is lost on all
+    doesn't count. ``decision.winner`` numbers the optimizers, -1 where x goes back.
 
     Memory: one copy of the parameters and buffers for each optimizer, beside the model.
 
@@ -69,7 +111,7 @@ class BestOf(Guard):
     (1, 20)
     """
 
-    remembered = ("records", "_weight", "_taken", "_checked")
+    remembered = ("records", "_spent", "_checked")
 
     def __init__(
         self,
@@ -105,17 +147,16 @@ class BestOf(Guard):
             process_group=process_group,
             callback=callback,
         )
-        self.records = [math.nan] * len(names)
-        """D of each."""
-        self._weight = [0.0] * len(names)
-        self._taken, self._checked = [0] * len(names), 0
+        self.records = [Record() for _ in names]
+        self._spent, self._checked = [0] * len(names), 0
+        """Steps of each beside the leader, and check minibatches so far."""
         self._all = list(self._lanes.values())
 
     def _begin(self) -> list[Lane]:
         runs = [
             lane
-            for lane, taken in zip(self._all, self._taken, strict=True)
-            if not lane.live and (self.share is None or taken <= self.share * self.steps)
+            for lane, spent in zip(self._all, self._spent, strict=True)
+            if not lane.live and (self.share is None or spent <= self.share * self.steps)
         ]
         if self.steps == 0:  # weights may have been loaded since the guard was built
             for lane in runs:
@@ -147,43 +188,54 @@ class BestOf(Guard):
         self._checked += self.checks
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
-        d = [math.nan] * len(self._all)
-        for name, one in seen.items():
-            d[int(name)] = mean(one.losses if self.check is None else one.checks)
-            self._taken[int(name)] += self.nt
-        before = list(self.records)
-        if any(map(math.isfinite, d)):  # else the minibatches are lost on all
-            for name in seen:
-                self._record(int(name), d[int(name)])
-        fit = [
-            seen[lane.name].finite and math.isfinite(record)
-            if lane.name in seen
-            else math.isfinite(record) or math.isnan(old)
-            for lane, record, old in zip(self._all, self.records, before, strict=True)
-        ]
-        low = [
-            r if f and r < math.inf else math.inf for r, f in zip(self.records, fit, strict=True)
-        ]
-        best = low.index(min(low))
-        x = self._all[best].point if any(fit) else self._leader.values
-        for k, lane in enumerate(self._all):
-            if not fit[k]:
-                lane.start_at(x)
-                lane.forget()
-                self.records[k], self._weight[k] = self.records[best], self._weight[best]
-        followed = seen.get(str(best))
-        self._lead(self._all[best])
+        leader, lanes, old = int(self._leader.name), self._all, list(self.records)
+        shown = {int(name): one for name, one in seen.items()}
+        d = {k: mean(one.losses if self.check is None else one.checks) for k, one in shown.items()}
+        lost = not any(map(math.isfinite, d.values()))  # a minibatch that is lost on all
+        fine = [True] * len(lanes)
+        for k, one in shown.items():
+            self._spent[k] += self.nt * (k != leader)
+            fine[k] = one.finite and (lost or math.isfinite(d[k]))
+        known = list(fine)
+        if not fine[leader]:
+            began_well = math.isfinite(shown[leader].losses[0])
+            d[leader], known[leader] = old[leader].mean, began_well and old[leader].is_known
+        for k in () if lost else shown:
+            if known[k]:
+                self.records[k] = old[k].after(d[k], self.decay)
+        open_to = [k for k, record in enumerate(self.records) if known[k] and record.is_known]
+        best = min(open_to, key=lambda k: self.records[k].mean, default=leader)
+        x = lanes[best].point if fine[best] else self._leader.values
+        again = {k for k, ok in enumerate(fine) if not ok}
+        if fine[leader] and not lost:
+            again |= self._ruined(shown, fine, leader) - {best}
+        for k in again:
+            lanes[k].start_at(x)
+            lanes[k].forget()
+            self.records[k] = self.records[best].begun()
+        if best != leader:
+            self.records = [record._replace(against=NEW) for record in self.records]
+        self._lead(lanes[best])
+        followed = shown.get(best)
         return Decision(
             used_learned=[followed is not None] * self.nt,
             losses=[math.nan] * self.nt if followed is None else followed.losses,
             finite_learned=followed is None or followed.fine,
-            winner=best if any(fit) else NEITHER,
+            winner=best if fine[best] else NEITHER,
             gradients=self.nt * len(seen),
             forwards=0 if self.check is None else self.checks * len(seen),
             learned_updates=self.nt * len(seen),
         )
 
-    def _record(self, k: int, d: float) -> None:
-        self._weight[k] = self.decay * self._weight[k] + 1
-        known = d if math.isnan(self.records[k]) else self.records[k]
-        self.records[k] = known + (d - known) / self._weight[k]
+    def _ruined(self, shown: Mapping[int, Seen], fine: Sequence[bool], leader: int) -> set[int]:
+        """Those that have lost a trial against the leader, and were once as good as it is."""
+        ruined, leading = set(), shown[leader].losses
+        for k, one in shown.items():
+            if fine[k] and k != leader:
+                record = self.records[k]
+                against = trials.add(record.against, leading, one.losses)
+                won, over = trials.outcome(against, leading)
+                self.records[k] = record._replace(against=NEW if won or over else against)
+                if won and 2 * record.lowest < record.mean + self.records[leader].mean:
+                    ruined.add(k)
+        return ruined

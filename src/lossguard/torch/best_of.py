@@ -56,19 +56,14 @@ class Record(NamedTuple):
 class BestOf(Guard):
     """Run several optimizers, each on its own path, and follow the one whose losses are lowest.
 
-    On the same minibatches, for each optimizer j that runs in a cycle:
+    On the same minibatches, for each optimizer j that runs in a cycle, at a mean loss d:
 
-        d[j] <- mean_t F(w[j], i+t)          its training losses
-        W[j] <- decay W[j] + 1
-        D[j] <- D[j] + (d[j] - D[j]) / W[j]  their mean, of which each cycle forgets a part
+        W[j] <- decay W[j] + 1;   D[j] <- D[j] + (d - D[j]) / W[j]
         model <- w[j] of the lowest D[j]
 
-    Without ``share`` all run in every cycle. Then for any optimizers and at any time
-
-        sum_c decay^(C-c) d[followed in c](c)  <=  min_j sum_c decay^(C-c) d[j](c)
-
-    over those that were finite so far ("be the leader": Kalai and Vempala, 2005). The losses are
-    reported with hindsight: d is known before the leader is chosen.
+    Without ``share`` all run in every cycle. Then the losses reported never sum up to more than
+    those of any optimizer that stays finite and isn't ruined ("be the leader": Kalai and Vempala,
+    2005). They are reported with hindsight: d is known before the leader is chosen.
 
     With ``share`` the leader runs, and each of the others in that share of the cycles: so several
     cost little more than one. A record is of the cycles in which its optimizer ran.
@@ -79,9 +74,9 @@ class BestOf(Guard):
         rates: for each optimizer that this function is to make.
         model, nt, process_group, callback: as in ``Recommended``.
         share: of the cycles, for each optimizer that doesn't lead. None: all run.
-        check: where data repeat, training losses are lower for whoever overfits. Then d[j] is the
-            mean of ``check(k)``, the model's loss on held-out minibatch number k, at w[j] after the
-            cycle, over nc minibatches 0, 1, 2, ...
+        check: where data repeat, training losses are lower for whoever overfits. Then d is the mean
+            of ``check(k)``, the loss at w[j] after the cycle on held-out minibatch number k, over
+            nc minibatches 0, 1, 2, ...
         nc: check minibatches a cycle, where there is a ``check``.
         decay: D remembers about 1 / (1 - decay) cycles.
 

@@ -177,15 +177,18 @@ class Lane:
             return state
         with Held():
             previous, values = self.inner.memory(), [t.clone() for t in self.weights.live()]
-            for p in self.weights.params:
-                p.grad = torch.zeros_like(p) if p.requires_grad else None
-            with self.inner.stepping():
-                if self.switches:
-                    self.optimizer.train()  # pyright: ignore
-            self.update(0.0)
-            self.weights.clear_gradients()
-            transfer(self.weights.live(), values)
-            return self.inner.exchange(previous).state
+            try:
+                for p in self.weights.params:
+                    p.grad = torch.zeros_like(p) if p.requires_grad else None
+                with self.inner.stepping():
+                    if self.switches:
+                        self.optimizer.train()  # pyright: ignore
+                self.update(0.0)
+            finally:
+                made = self.inner.exchange(previous)
+                self.weights.clear_gradients()
+                transfer(self.weights.live(), values)
+            return made.state
 
     def note_copies(self, point: Copy) -> None:
         """Note which entries of its memory hold the parameters, as master weights do."""

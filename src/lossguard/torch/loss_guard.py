@@ -65,7 +65,8 @@ class LossGuard(Guard):
     (0, 0.16)
     """
 
-    trusted, forgives = ("z",), False
+    trusted = ("z",)
+    forgives = False
 
     def __init__(
         self,

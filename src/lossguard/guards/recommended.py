@@ -26,7 +26,7 @@ from .protocol import (
     with_extra_args,
 )
 from .relay import Leg, Relay, RelayState, at, lead_from, leader, report
-from .soundness import renew_if_unsound, select
+from .soundness import renew_if_unsound, select, with_sound_gradients
 from .stacked import check_stacked
 from .trial import Trial
 
@@ -117,6 +117,7 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
         check_stacked(objective, nt)
         inner, i, k = state.inner, state.minibatches, state.steps
         loss_dtype(objective, state.params, i)  # refuses what is no loss
+        objective = with_sound_gradients(objective)
         own_steps, steps = (n.astype(inner.against.bound.dtype) for n in (inner.own_steps, k))
         goal = below(inner.relay.progress.recent)
         soon = progresses.expected_at(inner.progress, more * steps) < goal

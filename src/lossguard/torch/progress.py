@@ -69,7 +69,8 @@ def expected_at(progress: Progress, age: float) -> float:
 
     Where losses are not positive: the smoothed loss as it is.
 
-    >>> expected_at(Progress(40, 0.5, 0.5, earlier_age=10, earlier=1.0, later_age=20, later=0.7), 160)
+    >>> now = Progress(40, 0.5, 0.5, earlier_age=10, earlier=1.0, later_age=20, later=0.7)
+    >>> expected_at(now, 160)
     0.25
     """
     if not (progress.recent > 0 and age > 0):

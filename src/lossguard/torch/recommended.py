@@ -44,7 +44,6 @@ class Recommended(GuardOfTwo):
         share: of the steps, for each challenger.
         model: the module whose buffers (BatchNorm's statistics) belong to a lane; None if the
             parameters are in no module.
-        scaler: a ``GradScaler`` for float16; each lane gets a copy, ``guard.scaler``.
         process_group: the ranks that decide together; all of them by default.
         callback: called with every decision.
 

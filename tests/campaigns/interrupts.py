@@ -5,6 +5,7 @@ torch and the handler of the signal are as before; training goes on.
 """
 
 import copy
+import dis
 import random
 import signal
 import sys
@@ -25,26 +26,40 @@ from .torch_guards import assert_clean, points, same
 MANY, OURS = 12, "lossguard"
 
 
+NOTICED = ("CALL", "CALL_KW", "CALL_FUNCTION_EX", "JUMP_BACKWARD", "RESUME")
+"""The bytecodes after which Python looks for signals."""
+CODES = {dis.opmap[name] for name in NOTICED if name in dis.opmap}
+
+
 class Stop:
-    """Traces bytecodes, and raises a signal at number ``at``; half of the time only in our code."""
+    """Traces bytecodes, and raises a signal after number ``at`` of those where Python heeds one.
+
+    Half of the time these are of our code only.
+    """
 
     def __init__(self, at: int, everywhere: bool) -> None:
         self.at, self.everywhere, self.seen = at, everywhere, 0
+        self.last: dict[int, int] = {}
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
         if not self.everywhere and OURS not in frame.f_code.co_filename:
             return None
         frame.f_trace_opcodes = True
         if event == "opcode":
-            self.seen += 1
-            if self.seen == self.at:
+            before = self.last.get(id(frame))
+            self.last[id(frame)] = frame.f_code.co_code[frame.f_lasti]
+            self.seen += before in CODES
+            if before in CODES and self.seen == self.at:
                 signal.raise_signal(signal.SIGINT)
+        if event == "return":
+            self.last.pop(id(frame), None)
         return self
 
 
 def attempt(seed: int, folder: Path) -> Counter[str]:
     """``MANY`` interrupts of one call; or of ``Rewind.observe``, where it reads."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     rng = random.Random(seed)
     torch.manual_seed(seed)
     kind, everywhere = rng.choice([*KINDS, Rewind]), rng.random() < 0.5
@@ -78,6 +93,7 @@ def attempt(seed: int, folder: Path) -> Counter[str]:
             interrupted = True
         finally:
             sys.settrace(None)
+        assert interrupted or stop.seen < at or at < 0, f"no KeyboardInterrupt came out, at {at}"
         return stop.seen, interrupted
 
     total, _ = go(-1)
@@ -90,11 +106,11 @@ def attempt(seed: int, folder: Path) -> Counter[str]:
         _, interrupted = go(at)
         now = points(model)
         told = f"{kind.__name__} {options} after {done}, at {at} of {total}, {everywhere}"
-        assert interrupted, f"no KeyboardInterrupt came out: {told}"
         assert same(now, before) or same(now, after), f"a model between two states: {told}"
         assert signal.getsignal(signal.SIGINT) is handler, f"another handler is left: {told}"
         if kind is not Rewind:
             assert_clean(model)
             run(guard, model, batches[done : done + 3])
-        tried["before the call" if same(now, before) else "after it"] += 1
+        where = "before the call" if same(now, before) else "after it"
+        tried[where if interrupted else "too late"] += 1
     return tried

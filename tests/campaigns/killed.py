@@ -48,7 +48,7 @@ def go(kind: str, folder: Path) -> None:
 
 
 def serve() -> None:
-    """For each line of stdin, kind, folder, access, seconds: a child that is killed then, if at all.
+    """For each line of stdin a child, killed at an access or after so many seconds, if at all.
 
     It prints their exit statuses. What they import is imported once, here.
     """

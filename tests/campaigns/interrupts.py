@@ -79,22 +79,22 @@ def attempt(seed: int, folder: Path) -> Counter[str]:
     start = copy.deepcopy(guard.state_dict()), copy.deepcopy(model.state_dict())
     handler = signal.getsignal(signal.SIGINT)
 
-    def go(at: int) -> tuple[int, bool]:
-        """One call; how many bytecodes it ran, and whether it was interrupted."""
+    def go(at: int) -> tuple[int, KeyboardInterrupt | None]:
+        """One call; how many bytecodes it ran that count, and what interrupted it."""
         model.load_state_dict(start[1])
         guard.load_state_dict(start[0])
         torch.manual_seed(seed)
-        stop, interrupted = Stop(at, everywhere), False
+        stop, came = Stop(at, everywhere), None
         closure = closure_for(guard, model, batches[done]) if kind is not Rewind else None
         sys.settrace(stop)
         try:
             guard.step(closure) if closure else guard.observe(float("nan"))
-        except KeyboardInterrupt:
-            interrupted = True
+        except KeyboardInterrupt as interrupt:
+            came = interrupt
         finally:
             sys.settrace(None)
-        assert interrupted or stop.seen < at or at < 0, f"no KeyboardInterrupt came out, at {at}"
-        return stop.seen, interrupted
+        assert came or stop.seen < at or at < 0, f"no KeyboardInterrupt came out, at {at}"
+        return stop.seen, came
 
     total, _ = go(-1)
     after = points(model)
@@ -103,14 +103,18 @@ def attempt(seed: int, folder: Path) -> Counter[str]:
     before, tried = points(model), Counter[str]()
     for _ in range(MANY):
         at = rng.randint(1, total)
-        _, interrupted = go(at)
+        _, came = go(at)
         now = points(model)
-        told = f"{kind.__name__} {options} after {done}, at {at} of {total}, {everywhere}"
-        assert same(now, before) or same(now, after), f"a model between two states: {told}"
-        assert signal.getsignal(signal.SIGINT) is handler, f"another handler is left: {told}"
+        try:
+            assert same(now, before) or same(now, after), "a model between two states"
+            assert signal.getsignal(signal.SIGINT) is handler, "another handler is left"
+            if kind is not Rewind:
+                assert_clean(model)
+        except AssertionError as error:
+            error.add_note(f"{kind.__name__} {options} after {done}, at {at} of {total}")
+            raise error from came
         if kind is not Rewind:
-            assert_clean(model)
             run(guard, model, batches[done : done + 3])
         where = "before the call" if same(now, before) else "after it"
-        tried[where if interrupted else "too late"] += 1
+        tried[where if came else "too late"] += 1
     return tried

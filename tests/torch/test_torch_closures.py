@@ -25,8 +25,10 @@ from models import (
 )
 from torch import nn
 from torch.optim import SGD, Adam
+from torch.overrides import _get_current_function_mode_stack
 
 from lossguard.torch import BestOf, Hedged, LossGuard, Recommended, ResidualGuard
+from lossguard.torch.closures import forward_only
 
 
 def normed():
@@ -165,6 +167,17 @@ def test_ctrl_c_leaves_the_model_before_or_after_a_call(kind, options):
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert set(seen) == ({True} if "nc" in options else {True, False})
     run(guard, model, batches)
+
+
+def test_the_mode_of_a_check_does_nothing_afterwards():
+    """Torch takes it off its stack for a while, and after Ctrl-C there puts it back too late."""
+    weight, closure = quadratic(1.0)
+    modes = []
+    forward_only(lambda: modes.extend(_get_current_function_mode_stack()) or closure())
+    assert weight.grad is None
+    with modes[0]:
+        closure()
+    assert weight.grad == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -42,8 +42,12 @@ def _described(value: Any) -> str:
 
 
 class _NoBackward(TorchFunctionMode):
+    on = True
+    """After Ctrl-C inside torch's own code a mode may come back to its stack when all is over."""
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return None if func is Tensor.backward else func(*args, **(kwargs or {}))
+        skipped = self.on and func is Tensor.backward
+        return None if skipped else func(*args, **(kwargs or {}))
 
 
 def forward_only(closure: Callable[[], T]) -> T:
@@ -57,8 +61,8 @@ def forward_only(closure: Callable[[], T]) -> T:
     >>> forward_only(closure), weight.grad
     (tensor(3.), None)
     """
-    held = Held()  # a mode must not stay on its stack
-    with held, torch.no_grad(), _NoBackward():
+    held, mode = Held(), _NoBackward()  # which must not stay on its stack
+    with held, torch.no_grad(), mode:
         try:
             with held.let_in():
                 return closure()
@@ -66,3 +70,5 @@ def forward_only(closure: Callable[[], T]) -> T:
             if not isinstance(error, StopIteration):  # the closure's own stream has ended
                 error.add_note(NOTE)
             raise
+        finally:
+            mode.on = False

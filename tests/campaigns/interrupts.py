@@ -51,7 +51,7 @@ class Stop:
             self.seen += before in CODES
             if before in CODES and self.seen == self.at:
                 signal.raise_signal(signal.SIGINT)
-        if event == "return":
+        if event in ("exception", "return"):  # a call that raised isn't followed by a signal
             self.last.pop(id(frame), None)
         return self
 

@@ -25,10 +25,8 @@ from models import (
 )
 from torch import nn
 from torch.optim import SGD, Adam
-from torch.overrides import _get_current_function_mode_stack
 
 from lossguard.torch import BestOf, Hedged, LossGuard, Recommended, ResidualGuard
-from lossguard.torch.closures import forward_only
 
 
 def normed():
@@ -119,7 +117,7 @@ def test_a_body_that_is_left_counts_as_an_error(kind, at):
     ("kind", "options"), [*((kind, {"nt": 2}) for kind in KINDS), (LossGuard, {"nt": 1, "nc": 2})]
 )
 def test_ctrl_c_leaves_the_model_before_or_after_a_call(kind, options):
-    """At every line of the package that a call runs, by a real signal; the last one checks only."""
+    """At lines of the package that a call runs, by a real signal; the last one checks only."""
     model = mlp(nn.BatchNorm1d(16))
     guard = two(kind, model, **options)
     batches = minibatches(4)
@@ -153,7 +151,7 @@ def test_ctrl_c_leaves_the_model_before_or_after_a_call(kind, options):
 
     before = copy.deepcopy(model.state_dict())
     total, _, after = go(None)
-    for line in range(1, total, max(1, total // 150)):
+    for line in range(1, total, max(1, total // 40)):
         _, interrupted, now = go(line)
         assert interrupted
         is_before = all(torch.equal(now[k], before[k]) for k in now)
@@ -167,17 +165,6 @@ def test_ctrl_c_leaves_the_model_before_or_after_a_call(kind, options):
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert set(seen) == ({True} if "nc" in options else {True, False})
     run(guard, model, batches)
-
-
-def test_the_mode_of_a_check_does_nothing_afterwards():
-    """Torch takes it off its stack for a while, and after Ctrl-C there puts it back too late."""
-    weight, closure = quadratic(1.0)
-    modes = []
-    forward_only(lambda: modes.extend(_get_current_function_mode_stack()) or closure())
-    assert weight.grad is None
-    with modes[0]:
-        closure()
-    assert weight.grad == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -42,12 +42,8 @@ def _described(value: Any) -> str:
 
 
 class _NoBackward(TorchFunctionMode):
-    on = True
-    """After Ctrl-C inside torch's own code a mode may come back to its stack when all is over."""
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        skipped = self.on and func is Tensor.backward
-        return None if skipped else func(*args, **(kwargs or {}))
+        return None if func is Tensor.backward else func(*args, **(kwargs or {}))
 
 
 def forward_only(closure: Callable[[], T]) -> T:
@@ -61,8 +57,8 @@ def forward_only(closure: Callable[[], T]) -> T:
     >>> forward_only(closure), weight.grad
     (tensor(3.), None)
     """
-    held, mode = Held(), _NoBackward()  # which must not stay on its stack
-    with held, torch.no_grad(), mode:
+    held = Held()  # a mode must not stay on its stack
+    with held, torch.no_grad(), _NoBackward():
         try:
             with held.let_in():
                 return closure()
@@ -70,5 +66,3 @@ def forward_only(closure: Callable[[], T]) -> T:
             if not isinstance(error, StopIteration):  # the closure's own stream has ended
                 error.add_note(NOTE)
             raise
-        finally:
-            mode.on = False

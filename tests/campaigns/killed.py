@@ -42,7 +42,7 @@ def go(kind: str, folder: Path) -> None:
         running.run(tiny.recipe(), folder, resume=there)
     elif kind == "sweep":
         outcomes = list(sweep({"recipe": tiny.recipe()}, folder))
-        assert {one.status for one in outcomes} <= {"complete", "skipped"}, outcomes
+        assert {one.state for one in outcomes} <= {"complete", "skipped"}, outcomes
     else:
         loop.metatrain(META, folder, resume=there)
 

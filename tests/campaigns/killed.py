@@ -97,8 +97,13 @@ def child(kind: str, folder: Path, access: int, seconds: float) -> int:
     """The exit status of a child of the server."""
     at = server()
     assert at.stdin is not None and at.stdout is not None
-    print(kind, folder, access, seconds, file=at.stdin, flush=True)
-    return int(at.stdout.readline())
+    try:
+        print(kind, folder, access, seconds, file=at.stdin, flush=True)
+        return int(at.stdout.readline())
+    except BaseException:
+        at.kill()  # or the next one would read what it answers to this
+        server.cache_clear()
+        raise
 
 
 @cache

@@ -5,7 +5,8 @@
     .lock                while a process writes to the folder
     failed.json          why the last attempt of a sweep failed, if it did
     manifest.json        commit, versions, device, wall time, each time that it was resumed, and
-                         the SHA-256 of the two tables, in ``sha256`` by their names
+                         the SHA-256 of the two tables, of the config and of the manifest without
+                         its own, in ``sha256`` by their names
     curves.parquet       what happened, thinned to three significant digits of the step
     evaluations.parquet  loss and accuracy on both whole splits, and what was spent by then
 
@@ -171,7 +172,7 @@ def start(folder: Path, *, inputs: Mapping[str, str], **more: Any) -> dict[str, 
     Args:
         folder: of the run.
         inputs: the checksums of what the run reads, by what it is: they must be those with which
-            the run was started.
+            the run was started, as far as it noted them.
         more: fields of the manifest.
 
     Raises:
@@ -182,7 +183,7 @@ def start(folder: Path, *, inputs: Mapping[str, str], **more: Any) -> dict[str, 
         first = read_json(folder / STARTED)
         _check_fields(folder / STARTED, first)
         before = first.get(INPUTS, inputs)
-        if changed := [name for name in inputs if before.get(name) != inputs[name]]:
+        if changed := [name for name in inputs if before.get(name, inputs[name]) != inputs[name]]:
             raise ValueError(
                 f"a run must go on with what it was started with, but {' and '.join(changed)} "
                 f"changed since {folder} was started: choose another --out, or put back what "
@@ -195,8 +196,10 @@ def start(folder: Path, *, inputs: Mapping[str, str], **more: Any) -> dict[str, 
 
 
 def finish(folder: Path, made: Mapping[str, Any]) -> None:
-    """Write the manifest, once all else is written, with the checksums of the tables."""
-    write_json(folder / MANIFEST, {**made, checksums.NAME: checksums_in(folder)})
+    """Write the manifest, once all else is written, with the checksums of all that is read."""
+    sums = checksums_in(folder) | {CONFIG: checksums.of_json(read_json(folder / CONFIG))}
+    own = {MANIFEST: checksums.of_json({**made, checksums.NAME: sums})}
+    write_json(folder / MANIFEST, {**made, checksums.NAME: sums | own})
     (folder / STARTED).unlink(missing_ok=True)
 
 
@@ -236,7 +239,7 @@ class Record(NamedTuple):
 def read_run(folder: Path) -> Record:
     """The record of a finished run.
 
-    Tables whose checksums the manifest has are verified; older manifests have none.
+    Files whose checksums the manifest has are verified; older manifests have none.
 
     Raises:
         ValueError: if the folder holds no finished run, or a file of it is damaged or lacks what
@@ -248,7 +251,7 @@ def read_run(folder: Path) -> Record:
     config, made = read_json(folder / CONFIG), read_json(folder / MANIFEST)
     for name, found in {CONFIG: config, MANIFEST: made}.items():
         _check_fields(folder / name, found)
-    _verify(folder, made.get(checksums.NAME, {}))
+    _verify(folder, config, made)
     record = Record(config, made, read_parquet(folder / CURVES))
     needed = META_TRAINING if record.is_meta else EXPERIMENT
     for name, found in {CONFIG: config, MANIFEST: made, CURVES: record.curves.columns}.items():
@@ -260,14 +263,19 @@ def read_run(folder: Path) -> Record:
     return record
 
 
-def _verify(folder: Path, expected: Mapping[str, Any]) -> None:
-    """Refuse tables that aren't those whose checksums a manifest has."""
-    for name in TABLES:
+def _verify(folder: Path, config: Mapping[str, Any], made: Mapping[str, Any]) -> None:
+    """Refuse files that aren't those whose checksums a manifest has."""
+    expected = made.get(checksums.NAME, {})
+    others = {name: value for name, value in expected.items() if name != MANIFEST}
+    contents = {CONFIG: config, MANIFEST: {**made, checksums.NAME: others}}
+    for name in (*contents, *TABLES):
         if name not in expected:
             continue
         if not (folder / name).is_file():
             raise ValueError(f"{folder} holds no finished run: {name} is missing")
-        if checksums.of_file(folder / name) != expected[name]:
+        found = contents.get(name)
+        found = checksums.of_file(folder / name) if found is None else checksums.of_json(found)
+        if found != expected[name]:
             raise ValueError(
                 f"{folder / name} is damaged: its SHA-256 is not the one in {MANIFEST}"
             )

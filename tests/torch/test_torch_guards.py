@@ -92,7 +92,7 @@ class Hostile(SGD):
 DEEDS = ["descend", "ascend", "explode", "nan", "inf", "replace", "freeze", "state"]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     deeds=st.lists(st.sampled_from(["descend", "descend", *DEEDS]), min_size=1, max_size=30),
     kind=st.sampled_from(TWO),

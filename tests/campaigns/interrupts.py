@@ -1,0 +1,120 @@
+"""PyTorch: Ctrl-C at a random bytecode of a call, of all Python code that the call runs.
+
+Held: the model is what it was before the call or is after it, bit by bit; gradients, modes of
+torch and the handler of the signal are as before; training goes on.
+"""
+
+import copy
+import dis
+import random
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from models import KINDS, closure_for, minibatches, mlp, run, two
+from torch import nn
+from torch.optim import SGD, Adam
+
+from lossguard.torch import LossGuard, Rewind
+
+from .torch_guards import assert_clean, points, same
+
+MANY, OURS = 12, "lossguard"
+
+
+NOTICED = ("CALL", "CALL_KW", "CALL_FUNCTION_EX", "JUMP_BACKWARD", "RESUME")
+"""The bytecodes after which Python looks for signals."""
+CODES = {dis.opmap[name] for name in NOTICED if name in dis.opmap}
+
+
+class Stop:
+    """Traces bytecodes, and raises a signal after number ``at`` of those where Python heeds one.
+
+    Half of the time these are of our code only.
+    """
+
+    def __init__(self, at: int, everywhere: bool) -> None:
+        self.at, self.everywhere, self.seen = at, everywhere, 0
+        self.last: dict[int, int] = {}
+
+    def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
+        if not self.everywhere and OURS not in frame.f_code.co_filename:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            before = self.last.get(id(frame))
+            self.last[id(frame)] = frame.f_code.co_code[frame.f_lasti]
+            self.seen += before in CODES
+            if before in CODES and self.seen == self.at:
+                signal.raise_signal(signal.SIGINT)
+        if event in ("exception", "return"):  # a call that raised isn't followed by a signal
+            self.last.pop(id(frame), None)
+        return self
+
+
+def attempt(seed: int, folder: Path) -> Counter[str]:
+    """``MANY`` interrupts of one call; or of ``Rewind.observe``, where it reads."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    kind, everywhere = rng.choice([*KINDS, Rewind]), rng.random() < 0.5
+    model = mlp(nn.BatchNorm1d(16))
+    batches = minibatches(80)
+    options = {"nt": rng.choice((1, 2, 3))} | ({"nc": 1} if kind is LossGuard else {})
+    if kind is Rewind:
+        optimizer = Adam(model.parameters(), lr=0.05)
+        guard: Any = Rewind(model, optimizer, window=64, every=1)
+        done = 0
+        with torch.no_grad():
+            model[0].bias.fill_(torch.nan)  # so that it goes back
+    else:
+        faster = rng.choice((lambda ps: Adam(ps, lr=0.05), lambda ps: SGD(ps, lr=0.01)))
+        guard, done = two(kind, model, faster, **options), rng.randrange(1, 30)
+        run(guard, model, batches[:done])
+    start = copy.deepcopy(guard.state_dict()), copy.deepcopy(model.state_dict())
+    handler = signal.getsignal(signal.SIGINT)
+
+    def go(at: int) -> tuple[int, KeyboardInterrupt | None]:
+        """One call; how many bytecodes it ran that count, and what interrupted it."""
+        model.load_state_dict(start[1])
+        guard.load_state_dict(start[0])
+        torch.manual_seed(seed)
+        stop, came = Stop(at, everywhere), None
+        closure = closure_for(guard, model, batches[done]) if kind is not Rewind else None
+        sys.settrace(stop)
+        try:
+            guard.step(closure) if closure else guard.observe(float("nan"))
+        except KeyboardInterrupt as interrupt:
+            came = interrupt
+        finally:
+            sys.settrace(None)
+        assert came or stop.seen < at or at < 0, f"no KeyboardInterrupt came out, at {at}"
+        return stop.seen, came
+
+    total, _ = go(-1)
+    after = points(model)
+    model.load_state_dict(start[1])
+    guard.load_state_dict(start[0])
+    before, tried = points(model), Counter[str]()
+    for _ in range(MANY):
+        at = rng.randint(1, total)
+        _, came = go(at)
+        now = points(model)
+        try:
+            assert same(now, before) or same(now, after), "a model between two states"
+            assert signal.getsignal(signal.SIGINT) is handler, "another handler is left"
+            if kind is not Rewind:
+                assert_clean(model)
+        except AssertionError as error:
+            error.add_note(f"{kind.__name__} {options} after {done}, at {at} of {total}")
+            raise error from came
+        if kind is not Rewind:
+            run(guard, model, batches[done : done + 3])
+        where = "before the call" if same(now, before) else "after it"
+        tried[where if came else "too late"] += 1
+    return tried

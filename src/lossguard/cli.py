@@ -8,6 +8,7 @@ lossguard benchmark tasks       learned optimizers against published baselines, 
 lossguard metatrain RECIPE      meta-train a learned optimizer
 lossguard plot DIR...           figures and tables from records alone
 lossguard claims DIR...         the paper's claims, judged by records
+lossguard readings DIR...       joint readings of the paper, by how many claims each reproduces
 lossguard report DIR...         one page of claims, interactive figures and tables
 lossguard list                  recipes, data sets, learned optimizers
 lossguard --version             which release this is
@@ -105,6 +106,14 @@ class Plot(Folders):
 
     over: Literal["price", "seconds", "steps"] = "price"
     """The axis: what was spent, in gradients, or its time; or optimizer steps."""
+
+
+@dataclass(frozen=True)
+class Map(Folders):
+    """Where a map is drawn."""
+
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("readings.png")
+    """The map."""
 
 
 @dataclass(frozen=True)
@@ -259,6 +268,19 @@ def claims(arguments: Sequence[str]) -> None:
     _console().print(table)
 
 
+def readings(arguments: Sequence[str]) -> None:
+    """How many of the paper's claims each joint reading of it reproduces: a list and a map."""
+    about = "Judge joint readings of the paper by their runs."
+    parsed = _folders(Map, arguments, "readings", about)
+    from .experiments.readings import draw_readings, judge_readings
+
+    judged = judge_readings(_records(parsed.folders))
+    draw_readings(judged).savefig(parsed.out, dpi=100)
+    for one in judged:
+        print(one)
+    print(shown(f"figure: {parsed.out}"))
+
+
 def report(arguments: Sequence[str]) -> None:
     """One page from the records of runs: claims, interactive figures and tables."""
     about = "Write a page of claims, interactive figures and tables."
@@ -301,6 +323,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], None]] = {
     "metatrain": metatrain,
     "plot": plot,
     "claims": claims,
+    "readings": readings,
     "report": report,
     "list": list_all,
 }

@@ -15,7 +15,6 @@ from rich.table import Table
 from ..curves import COUNTERS, PRICE, last_step, mark_loss, over_seeds, step_mean
 from ..drawing import log_losses, save, titled
 from ..records import Record
-from .maps import MAPS
 
 SMOOTHED_FROM = 300
 """Step from which the paper's figures are smoothed (caption of figure 3)."""
@@ -43,11 +42,9 @@ def plot(folder: Path, record: Record, *, over: Over = "price") -> Path:
 
     In the paper's style: log axes, a mean line and a min-max band for each method, and below, on
     axes of their own, whether loss guards used the learned update (1) or the fallback's (0.5). Of
-    a grid of two settings it is a map of the losses at the end; ``MAPS`` have maps of their own.
+    a grid of two settings it is a map of the losses at the end.
     """
     config, made, curves = record
-    if config["name"] in MAPS:
-        return save(MAPS[config["name"]](record), folder)
     title = titled(config["title"] or config["name"], made["data"])
     heatmap = heatmap_of(config["methods"])
     if heatmap:

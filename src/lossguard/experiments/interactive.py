@@ -1,13 +1,13 @@
 """A run's figure for a page: a legend that switches lines, and buttons that switch the axis."""
 
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import qualitative
 
 from ..records import Record
-from .lines import BANDS, LABELS, guards, limits, line, place, styles
+from .lines import BANDS, LABELS, Over, guards, limits, line, place, styles
 
 DASHES = ("solid", "dash", "dashdot", "dot")
 # Buttons by name: Plotly's own choice includes one that sends the data away.
@@ -27,41 +27,37 @@ AXIS = {
 
 def interactive(record: Record) -> str:
     """The figure of ``figures.draw`` as HTML, against price at first, without Plotly itself."""
-    _, made, curves = record
-    methods = record.config["methods"]
-    guarded, looks = guards(curves), styles(methods)
-    figure = go.Figure()
-    places = {over: [] for over in LABELS}
+    config, made, curves = record
+    methods, guarded = config["methods"], guards(curves)
+    looks, traces, losses = styles(methods), [], []
+    places: dict[Over, list[list[float]]] = {over: [] for over in LABELS}
     for method in methods:
         look, loss = looks[method], line(curves, method, "loss")
+        at = {over: place(curves, method, loss.steps, over, made["seconds"]) for over in LABELS}
         color = qualitative.D3[look.color]
-        about = {"name": method, "legendgroup": method, "mode": "lines"}
-        style = {"color": color, "dash": DASHES[look.dashes]}
-        traces = [go.Scatter(**about, y=loss.mean, line=style)]
+        about = {"name": method, "legendgroup": method, "mode": "lines", "x": at["price"]}
+        style, own = {"color": color, "dash": DASHES[look.dashes]}, len(traces)
+        traces.append(go.Scatter(**about, y=loss.mean, line=style))
+        about |= {"showlegend": False}
         if len(methods) <= BANDS:
-            hidden = about | {"showlegend": False, "hoverinfo": "skip", "line": {"width": 0}}
-            traces.append(go.Scatter(**hidden, y=loss.low))
-            traces.append(go.Scatter(**hidden, y=loss.high, fill="tonexty", fillcolor=f"{color}26"))
+            about_band = about | {"hoverinfo": "skip", "line": {"width": 0}}
+            band = {"fill": "tonexty", "fillcolor": f"{color}26"}
+            traces.append(go.Scatter(**about_band, y=loss.low))
+            traces.append(go.Scatter(**about_band, y=loss.high, **band))
         if method in guarded:
             used = 0.5 + 0.5 * line(curves, method, "used_learned").mean
-            traces.append(go.Scatter(**about, y=used, line=style, yaxis="y2", showlegend=False))
+            traces.append(go.Scatter(**about, y=used, line=style, yaxis="y2"))
         for over, xs in places.items():
-            x = place(curves, method, loss.steps, over, made["seconds"])
-            xs += [[float(f"{value:.6g}") for value in x]] * len(traces)
-        figure.add_traces(traces)
-    for trace, x in zip(figure.data, places["price"], strict=True):
-        trace.update(x=np.array(x))
+            xs += [[float(f"{x:.6g}") for x in at[over]]] * (len(traces) - own)
+        losses.append(loss.mean)
+    figure = go.Figure(traces)
     _lay_out(figure, bool(guarded), places)
-    low, high = limits(
-        curves, [np.asarray(trace.y) for trace in figure.data if trace.showlegend is None]
-    )
-    figure.update_yaxes(
-        autorangeoptions={"clipmin": low, "clipmax": high}, selector={"type": "log"}
-    )
+    low, high = limits(curves, losses)
+    figure.update_layout(yaxis_autorangeoptions={"clipmin": low, "clipmax": high})
     return figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG)
 
 
-def _lay_out(figure: go.Figure, guarded: bool, places: dict[Any, list[list[float]]]) -> None:
+def _lay_out(figure: go.Figure, guarded: bool, places: Mapping[Over, list[list[float]]]) -> None:
     """Losses above, whether guards used the learned update below, buttons and legend around."""
     buttons = [
         {

@@ -126,7 +126,7 @@ def restarting(optimizer: optax.GradientTransformation, every: int) -> optax.Gra
     def init(params: PyTree) -> PyTree:
         return optimizer.init(params), jnp.int32(0)
 
-    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
+    def update(updates: PyTree, state: Any, params: Any = None) -> tuple[PyTree, PyTree]:
         inner, taken = state
         fresh, again = optimizer.init(params), taken % every == 0
         inner = jax.tree.map(lambda new, old: jnp.where(again, new, old), fresh, inner)

@@ -212,7 +212,7 @@ class _MethodRun:
                     self._taken - taken,
                     loss=float(np.mean(decisions.losses)),
                     learned=float(np.mean(decisions.used_learned)),
-                    price=float(np.mean(decisions.gradients + decisions.forwards / 3)) / nt,
+                    price=float(np.mean(decisions.price())) / nt,
                 )
                 finished = self._taken >= steps
                 if self._taken >= goal and (finished or goal >= self._experiment.evaluate_from):

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test docs bench clean
+.PHONY: demo test docs bench campaigns clean
 
 demo: $(VENV)/installed
 	$(BIN)/lossguard demo
@@ -21,6 +21,10 @@ docs: $(VENV)/documented
 
 bench: $(VENV)/tested
 	$(BIN)/pytest benchmarks --benchmark-enable --benchmark-only
+
+# Random attacks: make campaigns OPTIONS='killed --minutes 5'
+campaigns: $(VENV)/tested
+	$(BIN)/python -m tests.campaigns $(OPTIONS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

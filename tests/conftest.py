@@ -49,7 +49,7 @@ if "XLA_FLAGS" not in os.environ:  # it is in the environment of what this proce
     os.environ["XLA_FLAGS"] = FLAGS if knows.returncode == 0 else ""
 
 # They have no doctests, and of two that are named on one command line only one could be imported.
-collect_ignore_glob = ["*conftest.py"]
+collect_ignore_glob = ["*conftest.py", "campaigns/*"]
 
 # The first example of a property compiles, which takes its time. No example depends on chance.
 hypothesis.settings.register_profile("lossguard", deadline=None, derandomize=True, database=None)

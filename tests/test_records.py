@@ -130,7 +130,7 @@ def test_what_a_run_was_started_with_must_be_as_it_was(
     inputs = {"the data": "1", "the file a": "1"}
     made = records.start(tmp_path, inputs=inputs)
     assert made["inputs_sha256"] == inputs
-    records.start(tmp_path, inputs=inputs)
+    records.start(tmp_path, inputs=inputs | {"what another version noted": "3"})
     with pytest.raises(
         ValueError,
         match=rf"^a run must go on with what it was started with, but {' and '.join(changed)} "

@@ -171,7 +171,7 @@ def start(folder: Path, *, inputs: Mapping[str, str], **more: Any) -> dict[str, 
     Args:
         folder: of the run.
         inputs: the checksums of what the run reads, by what it is: they must be those with which
-            the run was started.
+            the run was started, as far as it noted them.
         more: fields of the manifest.
 
     Raises:
@@ -182,7 +182,7 @@ def start(folder: Path, *, inputs: Mapping[str, str], **more: Any) -> dict[str, 
         first = read_json(folder / STARTED)
         _check_fields(folder / STARTED, first)
         before = first.get(INPUTS, inputs)
-        if changed := [name for name in inputs if before.get(name) != inputs[name]]:
+        if changed := [name for name in inputs if before.get(name, inputs[name]) != inputs[name]]:
             raise ValueError(
                 f"a run must go on with what it was started with, but {' and '.join(changed)} "
                 f"changed since {folder} was started: choose another --out, or put back what "

@@ -25,7 +25,7 @@ from lossguard import curves, records, rollout
 from lossguard.config import as_config
 from lossguard.curves import COUNTERS
 from lossguard.experiments import run as running
-from lossguard.experiments.experiment import Experiment
+from lossguard.experiments.experiment import Experiment, paper_methods
 from lossguard.experiments.run import run
 from lossguard.locks import locked
 from lossguard.tasks.dataset import Split
@@ -212,7 +212,7 @@ def test_seconds_are_of_all_cycles_as_those_that_did_not_compile(
 
 def stopped_at_once(monkeypatch: pytest.MonkeyPatch, folder: Path, **changes: Any) -> Experiment:
     """The experiment of a run that is stopped in its first chunk."""
-    e = dataclasses.replace(tiny.recipe(), seeds=1, methods=("Signs",), **changes)
+    e = dataclasses.replace(tiny.recipe(), **{"seeds": 1, "methods": ("Signs",)} | changes)
     thin = curves.thin
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(
@@ -238,18 +238,28 @@ def test_other_data_than_a_run_was_started_with_is_refused(
     run(e, tmp_path / "run", resume=True)
 
 
+def with_weights_of_its_own(experiment: Experiment) -> dict[str, Any]:
+    """A method whose weights no field of the experiment names."""
+    file = Path(experiment.title)
+    return {"Signs": lambda: lossguard.unguarded(lossguard.pretrained(file), nt=experiment.nt)}
+
+
+@pytest.mark.parametrize("named", [True, False])
 def test_other_weights_than_a_run_was_started_with_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
 ) -> None:
     file = tmp_path / "mine.safetensors"
     weights = [lossguard.init_lstm_weights(jax.random.key(k), hidden=4) for k in range(2)]
     lossguard.save_weights(file, weights[0], p=10, scale=0.1, made={})
-    e = stopped_at_once(monkeypatch, tmp_path / "run", learned=str(file))
-    lossguard.save_weights(file, weights[1], p=10, scale=0.1, made={})
+    own = {"learned": str(file), "make_methods": paper_methods, "methods": ("L2O",)}
+    own = own if named else {"title": str(file), "make_methods": with_weights_of_its_own}
+    e = stopped_at_once(monkeypatch, tmp_path / "run", **own)
     reason = r"^a run must go on with .*, but the file mine\.safetensors changed since"
-    with pytest.raises(ValueError, match=reason):
-        run(e, tmp_path / "run", resume=True)
-    lossguard.save_weights(file, weights[0], p=10, scale=0.1, made={})
+    for changed in ({"p": 10, "scale": 0.2}, {"p": 10, "scale": 0.1}):
+        lossguard.save_weights(file, weights[changed["scale"] == 0.1], **changed, made={})
+        with pytest.raises(ValueError, match=reason):
+            run(e, tmp_path / "run", resume=True)
+    lossguard.save_weights(file, weights[0], p=10, scale=0.1, made={"another": "note"})
     _, made, _ = records.read_run(run(e, tmp_path / "run", resume=True))
     assert {*made["inputs_sha256"]} == {"the data", "the file mine.safetensors"}
     assert {*made["sha256"]} == {"curves.parquet", "evaluations.parquet"}

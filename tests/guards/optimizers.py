@@ -42,7 +42,7 @@ def faulty(rate: float, *, at: Array | int, fault: Array | str, value: Array | f
         stepped = jax.tree.map(
             lambda g: (-rate * g + extra + state.memory).astype(g.dtype), updates
         )
-        memory = jnp.where(now & (number == 2), value, state.memory)
+        memory = jnp.where(now & (number == 2), value, state.memory).astype(state.memory.dtype)
         return stepped, Faulty(optax.ScaleByScheduleState(state.clock.count + 1), memory)
 
     def init(params: PyTree) -> Faulty:

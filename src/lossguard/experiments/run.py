@@ -11,11 +11,11 @@ import numpy as np
 import polars as pl
 from jaxtyping import PRNGKeyArray
 
-from .. import checksums, curves, records
+from .. import curves, records
 from ..checkpoints import Checkpoints
 from ..config import as_config
 from ..guards.protocol import Decision, Guard, GuardState
-from ..learned.weights_file import path_of, read_weights
+from ..learned.weights_file import noting_weights
 from ..progress import Progress, stopping_at_interrupt
 from ..rollout import rollout
 from ..tasks.task import Task
@@ -52,16 +52,19 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
     """
     _check(experiment)
     with stopping_at_interrupt() as stopped:
-        guards = experiment.guards()
-        task = experiment.make_task(experiment)
-        _check_task(task)
-        for guard in guards.values():
-            _trace_cycle(guard, task)
+        with noting_weights() as noted:
+            guards = experiment.guards()
+            task = experiment.make_task(experiment)
+            _check_task(task)
+            for guard in guards.values():
+                _trace_cycle(guard, task)
         if stopped():
             raise KeyboardInterrupt
         with records.hold_folder(folder, as_config(experiment), resume=resume) as finished:
             if not finished:
-                _run_all(experiment, guards, task, folder, stopped)
+                weights = {f"the file {name}": " ".join(sorted(of)) for name, of in noted.items()}
+                inputs = {"the data": task.dataset.checksum()} | weights
+                _run_all(experiment, guards, task, folder, inputs, stopped)
     return folder
 
 
@@ -70,10 +73,10 @@ def _run_all(
     guards: dict[str, Guard],
     task: Task,
     folder: Path,
+    inputs: dict[str, str],
     stopped: Callable[[], bool],
 ) -> None:
     """Every method, one after another, and the records of them all."""
-    inputs = {"the data": task.dataset.checksum()} | _weights(experiment)
     made = records.start(folder, data=task.dataset.note, inputs=inputs)
     tables, evaluations, seconds = [], [], {}
     for method, guard in guards.items():
@@ -84,17 +87,6 @@ def _run_all(
     records.write_parquet(folder / records.EVALUATIONS, pl.concat(evaluations))
     records.write_parquet(folder / records.CURVES, pl.concat(tables))
     records.finish(folder, made | {"seconds": seconds})
-
-
-def _weights(experiment: Experiment) -> dict[str, str]:
-    """The checksum of the weights that the experiment names, if it names a file of them."""
-    try:
-        path = path_of(experiment.learned)
-        file = read_weights(path)
-    except (ValueError, OSError):  # what only the user's own methods can read
-        return {}
-    about = {name: repr(number) for name, number in file.numbers.items()}
-    return {f"the file {path.name}": checksums.of_arrays(file.tensors, about)}
 
 
 def _check(experiment: Experiment) -> None:

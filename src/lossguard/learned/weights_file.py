@@ -19,7 +19,9 @@ imports JAX or PyTorch.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -87,6 +89,26 @@ def path_of(name: str | os.PathLike[str]) -> Path:
     return Path(name) if name.endswith(SUFFIX) else pretrained_path(name)
 
 
+_NOTED: ContextVar[dict[str, set[str]] | None] = ContextVar("noted", default=None)
+
+
+@contextmanager
+def noting_weights() -> Iterator[dict[str, set[str]]]:
+    """Inside, checksums of all weights and numbers that are read are noted, by their files' names.
+
+    >>> with noting_weights() as noted:
+    ...     _ = read_weights(pretrained_path("mlp-small"))
+    >>> {name: len(sums) for name, sums in noted.items()}
+    {'mlp-small.safetensors': 1}
+    """
+    noted: dict[str, set[str]] = {}
+    token = _NOTED.set(noted)
+    try:
+        yield noted
+    finally:
+        _NOTED.reset(token)
+
+
 def read_weights(path: str | os.PathLike[str], architecture: str | None = None) -> WeightsFile:
     """Read a file, and check that it is what this module describes.
 
@@ -121,6 +143,9 @@ def read_weights(path: str | os.PathLike[str], architecture: str | None = None) 
             f"weights must be a complete {SUFFIX} file of a learned optimizer, "
             f"but {path} is not: {reason}"
         ) from error
+    if (noted := _NOTED.get()) is not None:
+        used = {key: repr(number) for key, number in numbers.items()}
+        noted.setdefault(path.name, set()).add(checksums.of_arrays(tensors, used))
     made = {key: value for key, value in about.items() if key not in (*NEEDED, *numbers)}
     return WeightsFile(name, hidden, layers, numbers, tensors, made)
 

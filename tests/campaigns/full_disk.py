@@ -1,0 +1,135 @@
+"""A disk that is full at a random write: of a run, a sweep, a meta-training, plot, report, weights.
+
+Held: one sentence that names the reason, nothing that looks whole and isn't, and the same end to
+the bit once there is room again.
+"""
+
+import contextlib
+import errno
+import io
+import os
+import random
+import sys
+import tempfile
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import tiny
+from commands import same_curves
+
+from lossguard import cli, pretrained_path
+from lossguard.learned.pretrained import load_weights, save_weights
+from lossguard.metatrain.recipes import RECIPES
+
+from .killed import META, go
+
+COMMANDS = {"run": 40, "sweep": 40, "metatrain": 25, "plot": 4, "report": 4, "weights": 3}
+"""And how many writes each has, about."""
+RECIPE = f"{tiny.__file__}:recipe"
+
+
+class Full:
+    """Fails at write number ``at`` and at all later ones; a file that was begun is cut in half."""
+
+    def __init__(self, folder: Path, at: int) -> None:
+        self.folder, self.left, self.on = str(folder), at, True
+
+    def check(self, path: object) -> None:
+        """Count a write."""
+        if self.on and str(path).startswith(self.folder):
+            self.left -= 1
+            if self.left < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    def hook(self, event: str, given: tuple[Any, ...]) -> None:
+        """Opened to be written, renamed, made."""
+        writes = event == "open" and given[2] is not None and given[2] & (os.O_WRONLY | os.O_RDWR)
+        if writes or event in ("os.rename", "os.mkdir"):
+            self.check(given[0])
+
+    def fsync(self, file: int) -> None:
+        """When the system finds that there is no room."""
+        path = Path(f"/proc/self/fd/{file}").resolve()
+        try:
+            self.check(path)
+        except OSError:
+            os.ftruncate(file, os.fstat(file).st_size // 2)
+            raise
+
+
+def command(*arguments: object) -> tuple[int, str]:
+    """Exit status and stderr of ``lossguard`` with these arguments."""
+    argv, err = ["lossguard", *map(str, arguments)], io.StringIO()
+    with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            with contextlib.redirect_stderr(err):
+                cli.main()
+        except SystemExit as end:
+            return int(end.code or 0), err.getvalue()
+    return 0, err.getvalue()
+
+
+@cache
+def whole(kind: str) -> Path:
+    """One that had room."""
+    folder = Path(tempfile.mkdtemp()) / kind
+    go(kind, folder)
+    return folder
+
+
+def attempt(seed: int, folder: Path) -> Counter[str]:
+    """One command, on a disk that is full from a write on; then again."""
+    rng = random.Random(seed)
+    kind = rng.choice([*COMMANDS])
+    disk = Full(folder, rng.randrange(COMMANDS[kind]))
+    place = folder / "out"
+    finished = whole("run")
+    arguments = {
+        "run": ("run", RECIPE, "--out", place),
+        "sweep": ("sweep", RECIPE, "--out", place),
+        "metatrain": ("metatrain", "tiny", "--out", place),
+        "plot": ("plot", place),
+        "report": ("report", finished, "--out", place),
+    }
+    if kind == "plot":
+        for file in finished.iterdir():
+            if file.is_file():
+                place.mkdir(exist_ok=True)
+                (place / file.name).write_bytes(file.read_bytes())
+
+    def do() -> tuple[int, str]:
+        if kind != "weights":
+            again = ("--resume",) * (
+                kind in ("run", "metatrain") and (place / "config.json").exists()
+            )
+            return command(*arguments[kind], *again)
+        learned = load_weights(pretrained_path("mlp-small"))
+        try:
+            save_weights(place, learned.weights, made=learned.made)
+        except OSError as error:
+            return 2, f"lossguard: {error}"
+        return 0, ""
+
+    sys.addaudithook(disk.hook)
+    with (
+        mock.patch.dict(RECIPES, {"tiny": lambda: META}),
+        mock.patch.object(os, "fsync", disk.fsync),
+    ):
+        status, err = do()
+        failed, disk.on = disk.left < 0, False
+        assert failed == (status != 0), (
+            f"{kind}: exit status {status}, and the disk was full: {failed}"
+        )
+        last = (err.splitlines() or [""])[-1]
+        assert not failed or "No space left on device" in err, f"{kind}: {err}"
+        assert "Traceback" not in err and len(last) < 1000, f"{kind}: {err}"
+        assert not [*folder.rglob(".*.part")], f"{kind}: {[*folder.rglob('.*.part')]} is left"
+        status, err = do()
+    assert status == 0, f"{kind}, with room again: {err}"
+    if kind in ("run", "sweep"):
+        inside = Path("recipe" if kind == "sweep" else "")
+        same_curves(place / inside, finished)
+    return Counter({f"{kind}{', full' if failed else ', enough room'}": 1})

@@ -1,0 +1,194 @@
+"""PyTorch: hostile optimizers on either side, exceptions at random calls.
+
+Held: the model is finite at the end of each cycle; an exception leaves it as it was, with neither
+gradients nor modes of torch left on; the price is bounded; reported losses never sum up to more
+than the fallback's; what ``Rewind`` discards is within its budget.
+"""
+
+import copy
+import math
+import random
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from models import KINDS, loss_fn, minibatches, mlp, two
+from torch import nn
+from torch.optim import SGD, Adam, Optimizer
+from torch.overrides import _get_current_function_mode_stack
+
+from lossguard.torch import BestOf, Hedged, LossGuard, Recommended, ResidualGuard, Rewind
+
+MANY, STEPS, PAUSE = 8, 60, 10**6
+WAYS = ("leaps", "nan", "ascends", "breaks", "freezes", "rebinds", "drops", "rates", "raises")
+
+
+class Boom(Exception):
+    """What a hostile optimizer or closure raises."""
+
+
+class Hostile(SGD):
+    """Descends up to step ``turn``; from there on it does one of ``WAYS``, for a few steps."""
+
+    way, turn, last, by = "leaps", PAUSE, PAUSE, 1e30
+    drawn: ClassVar[list[str]] = []
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        self.taken = getattr(self, "taken", 0) + 1
+        now = self.turn <= self.taken <= self.last
+        if now and self.way == "raises":
+            raise Boom
+        loss = super().step(closure)
+        for p in self.param_groups[0]["params"] if now else ():
+            if self.way in ("leaps", "nan"):
+                p.add_(self.by if self.way == "leaps" else math.nan)
+            elif self.way == "ascends" and p.grad is not None:
+                p.add_(p.grad, alpha=self.by)
+            elif self.way == "breaks" and self.state[p].get("momentum_buffer") is not None:
+                self.state[p]["momentum_buffer"].fill_(self.by)
+            elif self.way == "freezes":
+                p.requires_grad_(False)
+            elif self.way == "rebinds":
+                p.data = p.data * 1.01
+            elif self.way == "drops":
+                self.state.pop(p, None)
+        if now and self.way == "rates":
+            self.param_groups[0]["momentum"] = math.nan
+        return loss
+
+
+def hostile(rng: random.Random, params: Sequence[nn.Parameter], often: float) -> Optimizer:
+    """One that turns hostile, or, less often, one of PyTorch's."""
+    made = Hostile(params, lr=10 ** rng.uniform(-2.5, 0), momentum=rng.choice((0.0, 0.9)))
+    if rng.random() < often:
+        made.way, made.turn = rng.choice(WAYS), rng.randrange(1, STEPS)
+        made.last = rng.choice((made.turn, PAUSE))
+        made.by = rng.choice((math.nan, math.inf, 1e30, -1e20, 1e4))
+        Hostile.drawn += [f"{made.way} in steps {made.turn} to {made.last} by {made.by}"]
+    return made
+
+
+def attempt(seed: int, folder: Path) -> Counter[str]:
+    """``MANY`` short runs."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    tried: Counter[str] = Counter()
+    for number in range(MANY):
+        rng = random.Random(f"{seed} {number}")
+        torch.manual_seed(rng.randrange(2**31))
+        kind = rng.choice([*KINDS, Rewind])
+        Hostile.drawn = []
+        try:
+            tried[rewound(rng) if kind is Rewind else guarded(rng, kind)] += 1
+        except Exception as error:
+            error.add_note(f"run {number} of the attempt: {kind.__name__}, {Hostile.drawn}")
+            raise
+    return tried
+
+
+def guarded(rng: random.Random, kind: type) -> str:
+    """A run of a guard; what came of it."""
+    model = mlp(*rng.choice(((), (nn.BatchNorm1d(16),), (nn.Dropout(0.2),))))
+    twin, options = copy.deepcopy(model), {"nt": rng.choice((1, 2, 3, 5))}
+    if kind is LossGuard:
+        options |= {"nc": rng.choice((1, 2)), "loser": rng.choice(("keep", "reset"))}
+    elif kind in (Recommended, Hedged):
+        options |= {"share": rng.choice((0.0, 0.05, 0.3))}
+    bad = rng.random() < 0.2
+    learned = lambda ps: hostile(rng, ps, 0.9)  # noqa: E731
+    fallback = lambda ps: hostile(rng, ps, 1.0) if bad else Adam(ps, lr=0.01)  # noqa: E731
+    guard = two(kind, model, learned, fallback, **options)
+    calls, boom = 0, rng.choice((PAUSE, rng.randrange(1, 3 * STEPS)))
+
+    def closure(batch: Any) -> Callable[[], Any]:
+        def evaluate() -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == boom:
+                raise Boom
+            loss = loss_fn(model, batch)
+            loss.backward()
+            if calls == boom + 1:
+                raise Boom
+            return loss
+
+        return evaluate
+
+    raised, before = 0, points(model)
+    batches = minibatches(STEPS)
+    for batch in batches:
+        draws, last = torch.get_rng_state(), points(model)
+        try:
+            guard.step(closure(batch))
+        except (Boom, ValueError, RuntimeError) as error:
+            assert isinstance(error, Boom) or len(str(error)) > 20, error
+            raised += 1
+            now = points(model)
+            assert same(now, last) or same(now, before), "a model between two states"
+            torch.set_rng_state(draws)
+        assert_clean(model)
+        if guard.phase == 0:
+            before = points(model)
+            if kind is not ResidualGuard or not bad:
+                assert all(t.isfinite().all() for t in before), "a model that isn't finite"
+    if kind in (Recommended, Hedged) and not raised:
+        price, k = sum(d.gradients for d in guard.history), guard.steps
+        most = (2 + options["share"]) * k if kind is Hedged else (1 + 2 * options["share"]) * k
+        assert price <= most + math.sqrt(k) + 10 + 2 * options["nt"], "a price above its bound"
+    if kind in (Hedged, BestOf) and not raised and not bad and type(model[1]) is nn.Tanh:
+        alone = Adam(twin.parameters(), lr=0.01)
+        own = [float(step_of(twin, alone, batch)) for batch in batches]
+        reported = [loss for decision in guard.history for loss in decision.losses]
+        for end in range(options["nt"], len(reported) + 1, options["nt"]):
+            assert sum(reported[:end]) <= sum(own[:end]) * (1 + 1e-5), "losses above the fallback's"
+    return f"{kind.__name__}{' that raised' * bool(raised)}"
+
+
+def rewound(rng: random.Random) -> str:
+    """A run of ``Rewind``, with hostile steps at times."""
+    model = mlp()
+    optimizer = hostile(rng, list(model.parameters()), 1.0)
+    every, rho = rng.choice((1, 4, 16)), rng.choice((0.0, 0.1, 0.5))
+    rewind = Rewind(model, optimizer, window=64, every=every, rho=rho)
+    for k, batch in enumerate(minibatches(3 * STEPS), 1):
+        try:
+            rewind.observe(step_of(model, optimizer, batch))
+        except Boom:
+            optimizer.last = 0
+        optimizer.zero_grad()
+        if rewind._rule.unread == 0:
+            assert all(t.isfinite().all() for t in points(model)), "a model that isn't finite"
+        assert rewind.thrown <= rho * k + 64, "more discarded than the budget"
+        for p in model.parameters():
+            p.requires_grad_(True)
+    return "Rewind"
+
+
+def step_of(model: nn.Module, optimizer: Optimizer, batch: Any) -> Any:
+    """A plain training step; its loss before."""
+    optimizer.zero_grad()
+    loss = loss_fn(model, batch)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def points(model: nn.Module) -> list[torch.Tensor]:
+    """Copies of parameters and buffers."""
+    return [t.detach().clone() for t in (*model.parameters(), *model.buffers())]
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    """Whether two points are the same, bit by bit."""
+    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(one, other, strict=True))
+
+
+def assert_clean(model: nn.Module) -> None:
+    """What a call may not leave behind."""
+    assert torch.is_grad_enabled() and not _get_current_function_mode_stack(), "a mode is left on"
+    assert all(p.grad is None for p in model.parameters()), "gradients are left"
+    assert all(p.requires_grad for p in model.parameters()), "gradients are switched off"

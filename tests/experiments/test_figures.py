@@ -13,7 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from lossguard import records
+from lossguard import records, run_folder
 from lossguard.experiments import Experiment, figures, lines
 from lossguard.experiments.experiment import paper_methods
 
@@ -322,7 +322,7 @@ def folder(tmp_path: Path) -> Path:
     """A finished run of two methods with known losses."""
     methods = {"SGDnm": 1.0, "LGL2O": 4.0}
     config = {"name": "known", "title": "", "methods": list(methods), "seeds": 2, "seed": 0}
-    records.open_folder(tmp_path / "run", config)
+    run_folder.open_folder(tmp_path / "run", config)
     records.write_parquet(tmp_path / "run" / records.CURVES, curves_of(methods))
     made = {"data": "", "seconds": {"SGDnm": 0.01234, "LGL2O": 30.0}}
     records.write_json(tmp_path / "run" / records.MANIFEST, made)

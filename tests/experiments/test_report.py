@@ -13,7 +13,7 @@ from commands import command
 from pages import VERDICTS, curves_of, write_meta, write_run
 from plotly.offline import get_plotlyjs
 
-from lossguard import records
+from lossguard import records, run_folder
 from lossguard.drawing import png
 from lossguard.experiments import report as reporting
 from lossguard.experiments.report import report
@@ -212,7 +212,7 @@ def test_bad_input(
     names: tuple[str, ...],
     reason: str,
 ) -> None:
-    records.open_folder(tmp_path / "half", {"name": "half"})
+    run_folder.open_folder(tmp_path / "half", {"name": "half"})
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
         command(monkeypatch, "report", *names)

@@ -32,7 +32,7 @@ from .recipes import PAPERS
 META = {"mnist-mlp": "2", "cifar10-conv": "11"}
 """Figures about a meta-training, by what its name contains."""
 PROVENANCE = ("time", "command", "commit", "device", "platform", "versions", "python")
-"""What ``records.manifest`` has of every run."""
+"""What ``run_folder.manifest`` has of every run."""
 
 
 def report(folders: Sequence[Path], file: Path) -> Path:

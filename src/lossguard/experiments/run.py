@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import PRNGKeyArray
 
-from .. import curves, records
+from .. import curves, records, run_folder
 from ..checkpoints import Checkpoints
 from ..config import as_config
 from ..guards.protocol import Decision, Guard, GuardState
@@ -60,7 +60,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
                 _trace_cycle(guard, task)
         if stopped():
             raise KeyboardInterrupt
-        with records.hold_folder(folder, as_config(experiment), resume=resume) as finished:
+        with run_folder.hold_folder(folder, as_config(experiment), resume=resume) as finished:
             if not finished:
                 weights = {f"the file {name}": " ".join(sorted(of)) for name, of in noted.items()}
                 inputs = {"the data": task.dataset.checksum()} | weights
@@ -77,7 +77,7 @@ def _run_all(
     stopped: Callable[[], bool],
 ) -> None:
     """Every method, one after another, and the records of them all."""
-    made = records.start(folder, data=task.dataset.note, inputs=inputs)
+    made = run_folder.start(folder, data=task.dataset.note, inputs=inputs)
     tables, evaluations, seconds = [], [], {}
     for method, guard in guards.items():
         under_way = _MethodRun(experiment, method, guard, task, folder, stopped)
@@ -86,7 +86,7 @@ def _run_all(
         evaluations.append(evaluated)
     records.write_parquet(folder / records.EVALUATIONS, pl.concat(evaluations))
     records.write_parquet(folder / records.CURVES, pl.concat(tables))
-    records.finish(folder, made | {"seconds": seconds})
+    run_folder.finish(folder, made | {"seconds": seconds})
 
 
 def _check(experiment: Experiment) -> None:

@@ -18,12 +18,11 @@ import pytest
 from rich.console import Console
 from rich.table import Column, Table
 
-from lossguard import cli, records, run_folder
+from lossguard import cli, records, run_folder, terminal
 from lossguard.command_line import check_beside, find_recipe
 from lossguard.experiments import folders, price, run, sweep
 from lossguard.learned import weights_file
 from lossguard.metatrain import loop
-from lossguard.terminal import print_summary
 
 TINY = str(Path(__file__).parent / "experiments" / "tiny.py")
 RUN = ("run", f"{TINY}:recipe", "--out", "out")
@@ -141,7 +140,7 @@ def test_letters_that_a_terminal_lacks_stop_nothing(
 def test_numbers_are_whole_in_a_narrow_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int, parts: int
 ) -> None:
-    monkeypatch.setattr(cli, "_console", lambda: Console(width=width))
+    monkeypatch.setattr(terminal, "console", lambda: Console(width=width))
     names = (
         Column("method", no_wrap=True),
         *(f"loss at {10**k:,}" for k in range(2, 7)),
@@ -150,7 +149,7 @@ def test_numbers_are_whole_in_a_narrow_terminal(
     )
     table = Table(*names, padding=0)
     table.add_row("GL2O (theta as decay)", *("0.0001234" for _ in range(5)), "1,234", "2,000,000")
-    print_summary(table)
+    terminal.print_summary(table)
     told = capsys.readouterr().out
     assert "…" not in told and told.count("GL2O (theta as decay)") == parts
     assert told.count("0.0001234") == 5 and "1,234" in told and "2,000,000" in told

@@ -227,7 +227,8 @@ def _explodes(evidence: Evidence) -> Finding:
 
 def _after_its_horizon(figure: Figure) -> Finding:
     """11b, on one data set."""
-    (ratio, seeds), (step, tested) = (f("L2O", HORIZON) for f in (figure.over_first, figure.tested))
+    ratio, seeds = figure.over_first("L2O", HORIZON)
+    step, tested = figure.tested("L2O", HORIZON)
     on_test = divided(tested, figure.losses(["L2O"], 1, seeds_at=HORIZON).of["L2O"])
     numbers = f"L2O over its first loss: {short(ratio)} at {HORIZON}, on the test set "
     return Finding(

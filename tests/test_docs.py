@@ -7,7 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+
+import lossguard
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,14 +63,32 @@ def test_jax_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_readme(capsys: pytest.CaptureFixture[str]) -> None:
-    """The loop in JAX; the recipe of one's own is a module."""
-    loop, recipe = (block for block in blocks("README.md") if "lossguard.torch" not in block)
+    """The loop in JAX."""
+    (loop,) = (block for block in blocks("README.md") if "lossguard.torch" not in block)
     exec(loop, {})
     alone, guarded = map(float, capsys.readouterr().out.split())
     assert round(alone, 2) == 0.06 and guarded < alone
+
+
+def test_guides_to_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guard undoes what hurts and learns the rest; the recipes are what the commands take."""
+    monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
+    (guard,) = blocks("docs/own_guard.md")
+    exec(guard, names)
+    assert (tmp_path / "undo.png").exists()
+    np.testing.assert_allclose(names["state"].params, 1, atol=0.05)
+    assert {1, -1} == set(np.asarray(names["decisions"].winner).tolist())
+    wild = names["undo"](optax.sgd(1e30))
+    state, _ = lossguard.rollout(wild, wild.init(jnp.zeros(3)), names["objective"], cycles=5)
+    np.testing.assert_array_equal(state.params, 0)
+    (recipe,) = blocks("docs/experiments.md")
     exec(recipe, names)
     assert list(names["my_recipe"]().guards()) == ["lion", "sgd", "both"]
+    (recipe,) = blocks("docs/metatrain.md")
+    exec(recipe, names)
+    names["mine"]().check()
+    assert len(names["mine"]().method().tasks) == 3
 
 
 def test_readme_in_torch(capsys: pytest.CaptureFixture[str]) -> None:

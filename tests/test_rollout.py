@@ -144,9 +144,10 @@ def test_buffers_of_the_state_are_donated_and_no_others() -> None:
 
 
 def test_an_objective_may_hold_what_the_state_does() -> None:
-    """As ``stacked`` holds the number of the first minibatch: it can't be donated then."""
+    """As ``stacked`` holds the number of the first minibatch; and the state may hold it twice."""
     guard = lossguard.unguarded(optax.sgd(0.1), nt=2)
     state = guard.init(jnp.zeros(4))
+    state = state._replace(steps=state.minibatches)
     batches = jnp.ones((6, 4))
     loss = lambda w, batch: jnp.sum((w - batch) ** 2)  # noqa: E731
     objective = lossguard.stacked(loss, batches, start=state.minibatches)

@@ -65,9 +65,20 @@ def rollout(
     most = cycles if most is None else check_count("most", most)
     if cycles > most:
         raise ValueError(f"cycles must be at most {most}, got {cycles}")
-    shared = {id(leaf) for leaf in jax.tree.leaves(objective)}  # which can't be donated
-    state = jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in shared else leaf, state)
-    state, decisions = _loop((guard, objective, jnp.int32(cycles), most), state)
+    state, decisions = _loop((guard, objective, jnp.int32(cycles), most), _own(state, objective))
     if cycles < most:
         decisions = jax.tree.map(lambda leaf: leaf[:cycles], decisions)
     return state, decisions
+
+
+def _own(state: GuardState, objective: Objective) -> GuardState:
+    """The state, each leaf in a buffer of its own, which can be donated."""
+    taken = {id(leaf) for leaf in jax.tree.leaves(objective)}
+
+    def own(leaf: Any) -> Any:
+        if id(leaf) in taken:
+            return jnp.copy(leaf)
+        taken.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(own, state)

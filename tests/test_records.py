@@ -64,11 +64,33 @@ def verified(finished: Path) -> Path:
 
 def test_manifest_has_the_checksums_of_the_tables(verified: Path) -> None:
     found = json.loads((verified / records.MANIFEST).read_text())["sha256"]
-    assert found == {
-        name: hashlib.sha256((verified / name).read_bytes()).hexdigest()
-        for name in ("curves.parquet", "evaluations.parquet")
+    tables = ("curves.parquet", "evaluations.parquet")
+    assert {name: found[name] for name in tables} == {
+        name: hashlib.sha256((verified / name).read_bytes()).hexdigest() for name in tables
     }
+    assert {*found} == {*tables, "config.json", "manifest.json"}
     records.read_run(verified)
+
+
+@pytest.mark.parametrize("name", ["config.json", "manifest.json"])
+def test_a_bit_that_flipped_changes_no_field(verified: Path, name: str) -> None:
+    """It is noticed but where it changes no value: in space, or in the name of a checksum."""
+    content, right, refused = (verified / name).read_bytes(), records.read_run(verified), 0
+    for place in range(0, len(content), 3):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        (verified / name).write_bytes(flipped)
+        try:
+            found = records.read_run(verified)
+        except ValueError as error:
+            refused += "\n" not in str(error)
+            continue
+        assert found.config == right.config
+        assert all(
+            found.manifest[key] == one for key, one in right.manifest.items() if key[0] != "s"
+        )
+        assert found.manifest["seconds"] == right.manifest["seconds"]
+    assert refused > len(content) / 6
 
 
 @pytest.mark.parametrize("name", ["curves.parquet", "evaluations.parquet"])

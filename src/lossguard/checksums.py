@@ -1,8 +1,10 @@
 """SHA-256 of files and of what is in them: a bit that flipped changes no number in silence."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +22,15 @@ def of_file(path: Path) -> str:
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, NAME).hexdigest()
+
+
+def of_json(content: Any) -> str:
+    """Of what a JSON file holds, however it is laid out.
+
+    >>> of_json({"a": 1, "b": (2.5,)}) == of_json({"b": [2.5], "a": 1}) != of_json({"a": 1})
+    True
+    """
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def of_arrays(arrays: Mapping[str, np.ndarray], about: Mapping[str, str] | None = None) -> str:

@@ -2,7 +2,8 @@
 
     config.json          everything to run it again
     manifest.json        commit, versions, device, wall time, each time that it was resumed, and
-                         the SHA-256 of the two tables, in ``sha256`` by their names
+                         the SHA-256 of the two tables, of the config and of the manifest without
+                         its own, in ``sha256`` by their names
     curves.parquet       what happened, thinned to three significant digits of the step
     evaluations.parquet  loss and accuracy on both whole splits, and what was spent by then
 
@@ -82,7 +83,7 @@ class Record(NamedTuple):
 def read_run(folder: Path) -> Record:
     """The record of a finished run.
 
-    Tables whose checksums the manifest has are verified; older manifests have none.
+    Files whose checksums the manifest has are verified; older manifests have none.
 
     Raises:
         ValueError: if the folder holds no finished run, or a file of it is damaged or lacks what
@@ -94,7 +95,7 @@ def read_run(folder: Path) -> Record:
     config, made = read_json(folder / CONFIG), read_json(folder / MANIFEST)
     for name, found in {CONFIG: config, MANIFEST: made}.items():
         check_fields(folder / name, found)
-    _verify(folder, made.get(checksums.NAME, {}))
+    _verify(folder, config, made)
     record = Record(config, made, read_parquet(folder / CURVES))
     needed = META_TRAINING if record.is_meta else EXPERIMENT
     for name, found in {CONFIG: config, MANIFEST: made, CURVES: record.curves.columns}.items():
@@ -106,14 +107,19 @@ def read_run(folder: Path) -> Record:
     return record
 
 
-def _verify(folder: Path, expected: Mapping[str, Any]) -> None:
-    """Refuse tables that aren't those whose checksums a manifest has."""
-    for name in TABLES:
+def _verify(folder: Path, config: Mapping[str, Any], made: Mapping[str, Any]) -> None:
+    """Refuse files that aren't those whose checksums a manifest has."""
+    expected = made.get(checksums.NAME, {})
+    others = {name: value for name, value in expected.items() if name != MANIFEST}
+    contents = {CONFIG: config, MANIFEST: {**made, checksums.NAME: others}}
+    for name in (*contents, *TABLES):
         if name not in expected:
             continue
         if not (folder / name).is_file():
             raise ValueError(f"{folder} holds no finished run: {name} is missing")
-        if checksums.of_file(folder / name) != expected[name]:
+        found = contents.get(name)
+        found = checksums.of_file(folder / name) if found is None else checksums.of_json(found)
+        if found != expected[name]:
             raise ValueError(
                 f"{folder / name} is damaged: its SHA-256 is not the one in {MANIFEST}"
             )

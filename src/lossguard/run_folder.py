@@ -146,8 +146,10 @@ def start(folder: Path, *, inputs: Mapping[str, str], **more: Any) -> dict[str, 
 
 
 def finish(folder: Path, made: Mapping[str, Any]) -> None:
-    """Write the manifest, once all else is written, with the checksums of the tables."""
-    write_json(folder / MANIFEST, {**made, checksums.NAME: checksums_in(folder)})
+    """Write the manifest, once all else is written, with the checksums of all that is read."""
+    sums = checksums_in(folder) | {CONFIG: checksums.of_json(read_json(folder / CONFIG))}
+    own = {MANIFEST: checksums.of_json({**made, checksums.NAME: sums})}
+    write_json(folder / MANIFEST, {**made, checksums.NAME: sums | own})
     (folder / STARTED).unlink(missing_ok=True)
 
 

@@ -262,7 +262,7 @@ def test_other_weights_than_a_run_was_started_with_are_refused(
     lossguard.save_weights(file, weights[0], p=10, scale=0.1, made={"another": "note"})
     _, made, _ = records.read_run(run(e, tmp_path / "run", resume=True))
     assert {*made["inputs_sha256"]} == {"the data", "the file mine.safetensors"}
-    assert {*made["sha256"]} == {"curves.parquet", "evaluations.parquet"}
+    assert {*made["sha256"]} == {*records.TABLES, records.CONFIG, records.MANIFEST}
 
 
 def test_two_that_resume_one_run_are_told_of_each_other(

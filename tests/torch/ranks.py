@@ -46,7 +46,7 @@ def spawn(scenario: str, size: int, folder: Path, timeout: float = 300.0) -> lis
 
 def launch(scenario: str, size: int, folder: str) -> None:
     """Fork the ranks, wait for each, and print their exit statuses."""
-    module, name = scenario.split(".")
+    module, name = scenario.rsplit(".", 1)
     function = getattr(importlib.import_module(module), name)
     torch.set_num_threads(1)
     children = []
@@ -68,10 +68,12 @@ def run(scenario, rank: int, folder: str) -> None:
     """One rank."""
     os.environ["RANK"] = str(rank)
     torch.manual_seed(0)
-    distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    wait = float(os.environ.get("RANKS_TIMEOUT", "60"))
+    distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=wait))
     try:
         torch.save(scenario(rank), Path(folder) / f"{rank}.pt")
         distributed.destroy_process_group()
     except Exception as error:
+        Path(folder, f"{rank}.error").write_text(str(error))
         print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
         raise

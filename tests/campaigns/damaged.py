@@ -1,0 +1,128 @@
+"""Bytes cut off, flipped, zeroed or added in a file that is read: records, weights, checkpoints.
+
+Held: what is read, or ends after ``--resume``, is the same to the bit; or one sentence refuses it.
+"""
+
+import random
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import polars as pl
+
+from lossguard import checksums, records
+from lossguard.checkpoints import Checkpoints
+from lossguard.learned.weights_file import pretrained_names, pretrained_path, read_weights
+from lossguard.metatrain import loop
+
+from .killed import go
+
+MANY = 40
+
+
+@cache
+def untouched() -> Path:
+    """A run and a meta-training, finished and stopped in the middle, and weights."""
+    folder, save, saved = Path(tempfile.mkdtemp()), Checkpoints.save, []
+
+    def stop(*given: Any) -> None:
+        save(*given)
+        saved.append(given)
+        if len(saved) == 4:
+            raise KeyboardInterrupt
+
+    for kind in ("run", "metatrain"):
+        go(kind, folder / "finished" / kind)
+        saved.clear()
+        with mock.patch.object(Checkpoints, "save", stop):
+            try:
+                go(kind, folder / "stopped" / kind)
+            except KeyboardInterrupt:
+                continue
+    (folder / "weights").mkdir()
+    for name in pretrained_names():
+        shutil.copy(pretrained_path(name), folder / "weights")
+    return folder
+
+
+def attempt(seed: int, folder: Path) -> Counter[str]:
+    """Damage to ``MANY`` files, one at a time; of what was stopped fewer, as it then goes on."""
+    rng = random.Random(seed)
+    stage = rng.choice(("finished", "stopped", "weights"))
+    kind = rng.choice(("run", "metatrain")) if stage != "weights" else "."
+    place = folder / "copy"
+    tried = Counter[str]()
+    expected = content(untouched() / ("finished" if kind != "." else "weights") / kind)
+    for _ in range(MANY if stage != "stopped" else 2):
+        shutil.copytree(untouched() / stage / kind, place)
+        files = sorted(f for f in place.rglob("*") if f.is_file())
+        if stage == "finished":
+            files = [file for file in files if file.parent == place]  # no other is read
+        file = rng.choice(files)
+        how = damage(file, rng)
+        told = f"{file.relative_to(place)} of a {stage} {kind}, {how}"
+        try:
+            if stage == "stopped":
+                go(kind, place)
+            found = content(place)
+        except (ValueError, OSError) as error:
+            assert 20 < len(str(error)) < 1000 and "\n" not in str(error), f"{told}: {error}"
+            tried["refused"] += 1
+        except Exception as error:
+            error.add_note(told)
+            raise
+        else:
+            assert found.keys() == expected.keys(), f"{told}: {found.keys() ^ expected.keys()}"
+            for name in expected:
+                assert found[name] == expected[name], f"{told}: another {name}"
+            tried["the same" if stage != "stopped" else "gone on to the same end"] += 1
+        shutil.rmtree(place)
+    return tried
+
+
+def damage(file: Path, rng: random.Random) -> str:
+    """Do it; what was done."""
+    whole = bytearray(file.read_bytes())
+    how = rng.choice(("cut", "flipped", "flipped", "flipped", "zeroed", "added"))
+    at = rng.randrange(len(whole))
+    if how == "cut":
+        del whole[at:]
+    elif how == "flipped":
+        whole[at] ^= 1 << rng.randrange(8)
+    elif how == "zeroed":
+        whole[at : at + 64] = bytes(len(whole[at : at + 64]))
+    else:
+        whole += rng.randbytes(rng.randint(1, 64))
+    file.write_bytes(whole)
+    return f"{how} at {at}"
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """All that readers get from a folder, by what it is."""
+    if not (folder / records.MANIFEST).exists():
+        return {k: v for f in sorted(folder.iterdir()) for k, v in weights(f).items()}
+    config, made, curves = records.read_run(folder)
+    found = {f"config {name}": value for name, value in config.items()}
+    if (folder / records.EVALUATIONS).exists():
+        found |= {"evaluations": table(records.read_parquet(folder / records.EVALUATIONS))}
+        found |= {f"seconds of {name}": True for name in made["seconds"]}
+    else:
+        found |= weights(folder / loop.WEIGHTS)
+    return {**found, "curves": table(curves), "data": made["data"]}
+
+
+def weights(file: Path) -> Mapping[str, Any]:
+    """Those of a file."""
+    read = read_weights(file)
+    tensors = {name: tensor.tobytes() for name, tensor in read.tensors.items()}
+    return {f"{file.name} {name}": one for name, one in {**tensors, **read.numbers}.items()}
+
+
+def table(one: pl.DataFrame) -> str:
+    """A table, in which NaN equals NaN."""
+    return checksums.of_arrays({name: one[name].to_numpy() for name in one.columns})

@@ -177,18 +177,13 @@ class _MethodRun:
 
     @property
     def _taken(self) -> int:
-        """The optimizer steps that every seed has taken at least."""
+        """The optimizer steps that every seed has taken."""
         return int(np.asarray(self._state.steps).min())
-
-    @property
-    def _steps(self) -> int:
-        """Those of the records: whole cycles, as long as they are at first."""
-        nt = self._experiment.nt
-        return -(-self._experiment.steps // nt) * nt
 
     def _run(self) -> None:
         """To the end, or until Ctrl-C."""
-        nt, steps = self._experiment.nt, self._steps
+        nt = self._experiment.nt
+        steps = -(-self._experiment.steps // nt) * nt
         with Progress(self._method, total=steps, done=self._taken, first="compiling") as progress:
             saved, compiled = progress.seconds, False
             while (taken := self._taken) < steps:
@@ -235,7 +230,7 @@ class _MethodRun:
             vectorize=self._experiment.vectorize,
         )
         spent = curves.totals(self._chunks[-1]) if self._chunks else None
-        self._chunks.append(curves.thin(decisions, before, spent, self._steps))
+        self._chunks.append(curves.thin(decisions, before, spent))
         self._cycles += cycles
         return decisions
 

@@ -8,6 +8,8 @@ import numpy as np
 import optax
 import polars as pl
 import pytest
+from commands import command
+from pages import curves_of, write_run
 
 from lossguard.curves import COUNTERS
 from lossguard.experiments.readings import (
@@ -89,6 +91,19 @@ def test_map_shows_the_claims_that_were_judged(judged: list[Judged]) -> None:
     for row, one in zip(drawn, judged, strict=True):
         outcome = {verdict.id: verdict.verdict for verdict in one.verdicts}
         assert [[*COLORS][code] for code in row] == [outcome[name] for name in names]
+
+
+def test_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(
+        tmp_path / "run", curves_of(["SGDnm"]), name="reading-fig03-unit", scaling="unit"
+    )
+    command(monkeypatch, "readings", run, "-o", tmp_path / "map.png")
+    *readings, told = capsys.readouterr().out.splitlines()
+    assert len(readings) == len(ALL) and all(line.endswith(": 0 of 0") for line in readings)
+    assert told == f"figure: {tmp_path / 'map.png'}"
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_restarting_optimizer_is_a_fresh_one_every_so_often() -> None:

@@ -43,7 +43,7 @@ def draw(record: Record) -> Figure:
     left.set(xlabel="Meta-step", ylabel="Loss")
     left.legend(fontsize=8)
 
-    best = kept(validation)
+    best = kept(validation, select=config.get("select", True))
     for row, label in ((0, f"meta-step {steps[0]}"), (best, f"meta-step {steps[best]}, kept")):
         right.plot(np.arange(1, validation.shape[1] + 1), validation[row], label=label, linewidth=1)
     right.set(xlabel="Optimizer step", ylabel="Validation loss", xscale="log")
@@ -61,10 +61,18 @@ def draw(record: Record) -> Figure:
     return figure
 
 
-def kept(validation: np.ndarray) -> int:
-    """The check whose weights are kept: that of the least mean loss, the first if there is none."""
+def kept(validation: np.ndarray, *, select: bool = True) -> int:
+    """The check whose weights are kept: that of the least mean loss, or without ``select`` the last
+    that is finite; the first if there is none.
+
+    >>> losses = np.array([[3.0], [1.0], [2.0], [np.nan]])
+    >>> kept(losses), kept(losses, select=False)
+    (1, 2)
+    """
     means = validation.mean(axis=1)
-    return int(np.argmin(np.where(np.isnan(means), np.inf, means)))
+    if select:
+        return int(np.argmin(np.where(np.isnan(means), np.inf, means)))
+    return int(np.flatnonzero(np.isfinite(means))[-1]) if np.isfinite(means).any() else 0
 
 
 def on_others(curves: pl.DataFrame) -> dict[str, np.ndarray]:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 CAMPAIGNS = sorted(file.stem for file in HERE.glob("[!_]*.py"))
-LIMIT = 600
+LIMIT = 1800
 """Seconds after which an attempt counts as one that hangs."""
 
 

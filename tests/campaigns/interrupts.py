@@ -5,6 +5,7 @@ torch and the handler of the signal are as before; training goes on.
 """
 
 import copy
+import dis
 import random
 import signal
 import sys
@@ -25,26 +26,40 @@ from .torch_guards import assert_clean, points, same
 MANY, OURS = 12, "lossguard"
 
 
+NOTICED = ("CALL", "CALL_KW", "CALL_FUNCTION_EX", "JUMP_BACKWARD", "RESUME")
+"""The bytecodes after which Python looks for signals."""
+CODES = {dis.opmap[name] for name in NOTICED if name in dis.opmap}
+
+
 class Stop:
-    """Traces bytecodes, and raises a signal at number ``at``; half of the time only in our code."""
+    """Traces bytecodes, and raises a signal after number ``at`` of those where Python heeds one.
+
+    Half of the time these are of our code only.
+    """
 
     def __init__(self, at: int, everywhere: bool) -> None:
         self.at, self.everywhere, self.seen = at, everywhere, 0
+        self.last: dict[int, int] = {}
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
         if not self.everywhere and OURS not in frame.f_code.co_filename:
             return None
         frame.f_trace_opcodes = True
         if event == "opcode":
-            self.seen += 1
-            if self.seen == self.at:
+            before = self.last.get(id(frame))
+            self.last[id(frame)] = frame.f_code.co_code[frame.f_lasti]
+            self.seen += before in CODES
+            if before in CODES and self.seen == self.at:
                 signal.raise_signal(signal.SIGINT)
+        if event in ("exception", "return"):  # a call that raised isn't followed by a signal
+            self.last.pop(id(frame), None)
         return self
 
 
 def attempt(seed: int, folder: Path) -> Counter[str]:
     """``MANY`` interrupts of one call; or of ``Rewind.observe``, where it reads."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     rng = random.Random(seed)
     torch.manual_seed(seed)
     kind, everywhere = rng.choice([*KINDS, Rewind]), rng.random() < 0.5
@@ -64,21 +79,22 @@ def attempt(seed: int, folder: Path) -> Counter[str]:
     start = copy.deepcopy(guard.state_dict()), copy.deepcopy(model.state_dict())
     handler = signal.getsignal(signal.SIGINT)
 
-    def go(at: int) -> tuple[int, bool]:
-        """One call; how many bytecodes it ran, and whether it was interrupted."""
+    def go(at: int) -> tuple[int, KeyboardInterrupt | None]:
+        """One call; how many bytecodes it ran that count, and what interrupted it."""
         model.load_state_dict(start[1])
         guard.load_state_dict(start[0])
         torch.manual_seed(seed)
-        stop, interrupted = Stop(at, everywhere), False
+        stop, came = Stop(at, everywhere), None
         closure = closure_for(guard, model, batches[done]) if kind is not Rewind else None
         sys.settrace(stop)
         try:
             guard.step(closure) if closure else guard.observe(float("nan"))
-        except KeyboardInterrupt:
-            interrupted = True
+        except KeyboardInterrupt as interrupt:
+            came = interrupt
         finally:
             sys.settrace(None)
-        return stop.seen, interrupted
+        assert came or stop.seen < at or at < 0, f"no KeyboardInterrupt came out, at {at}"
+        return stop.seen, came
 
     total, _ = go(-1)
     after = points(model)
@@ -87,14 +103,18 @@ def attempt(seed: int, folder: Path) -> Counter[str]:
     before, tried = points(model), Counter[str]()
     for _ in range(MANY):
         at = rng.randint(1, total)
-        _, interrupted = go(at)
+        _, came = go(at)
         now = points(model)
-        told = f"{kind.__name__} {options} after {done}, at {at} of {total}, {everywhere}"
-        assert interrupted, f"no KeyboardInterrupt came out: {told}"
-        assert same(now, before) or same(now, after), f"a model between two states: {told}"
-        assert signal.getsignal(signal.SIGINT) is handler, f"another handler is left: {told}"
+        try:
+            assert same(now, before) or same(now, after), "a model between two states"
+            assert signal.getsignal(signal.SIGINT) is handler, "another handler is left"
+            if kind is not Rewind:
+                assert_clean(model)
+        except AssertionError as error:
+            error.add_note(f"{kind.__name__} {options} after {done}, at {at} of {total}")
+            raise error from came
         if kind is not Rewind:
-            assert_clean(model)
             run(guard, model, batches[done : done + 3])
-        tried["before the call" if same(now, before) else "after it"] += 1
+        where = "before the call" if same(now, before) else "after it"
+        tried[where if came else "too late"] += 1
     return tried

@@ -42,13 +42,13 @@ def go(kind: str, folder: Path) -> None:
         running.run(tiny.recipe(), folder, resume=there)
     elif kind == "sweep":
         outcomes = list(sweep({"recipe": tiny.recipe()}, folder))
-        assert {one.status for one in outcomes} <= {"complete", "skipped"}, outcomes
+        assert {one.state for one in outcomes} <= {"complete", "skipped"}, outcomes
     else:
         loop.metatrain(META, folder, resume=there)
 
 
 def serve() -> None:
-    """For each line of stdin, kind, folder, access, seconds: a child that is killed then, if at all.
+    """For each line of stdin a child, killed at an access or after so many seconds, if at all.
 
     It prints their exit statuses. What they import is imported once, here.
     """
@@ -97,8 +97,13 @@ def child(kind: str, folder: Path, access: int, seconds: float) -> int:
     """The exit status of a child of the server."""
     at = server()
     assert at.stdin is not None and at.stdout is not None
-    print(kind, folder, access, seconds, file=at.stdin, flush=True)
-    return int(at.stdout.readline())
+    try:
+        print(kind, folder, access, seconds, file=at.stdin, flush=True)
+        return int(at.stdout.readline())
+    except BaseException:
+        at.kill()  # or the next one would read what it answers to this
+        server.cache_clear()
+        raise
 
 
 @cache

@@ -1,6 +1,7 @@
 """Four ranks (gloo), with DDP or FSDP2, of which one raises, hangs, sleeps or is killed.
 
-Held: within the timeout of the group the other ranks end, and say why in a sentence; after a sleep shorter than the timeout all go on to the same parameters.
+Held: within the timeout of the group the other ranks end, and say why in a sentence; after a sleep
+that is shorter than the timeout all go on to the same parameters.
 """
 
 import json
@@ -40,9 +41,9 @@ def attempt(seed: int, folder: Path) -> Counter[str]:
     os.environ.update({"CHECKPOINTS": str(folder), "RANKS_TIMEOUT": str(WAIT)})
     statuses = spawn("tests.campaigns.lost_ranks.scenario", SIZE, folder)
     told = f"{plan}: exit statuses {statuses}"
-    ends = [torch.load(folder / f"{rank}.pt") for rank in range(SIZE) if statuses[rank] == 0]
     if fault == "sleeps":
         assert statuses == [0] * SIZE, told
+        ends = [torch.load(folder / f"{rank}.pt") for rank in range(SIZE)]
         pairs = [(a, b) for one in ends[1:] for a, b in zip(one, ends[0], strict=True)]
         assert all(torch.equal(a, b) for a, b in pairs), told
         return Counter({f"{fault}, went on": 1})

@@ -5,7 +5,6 @@ import functools
 import gc
 import os
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -287,23 +286,6 @@ def went_on(folder: Path, whole: Path) -> None:
     same_curves(folder, whole)
     left = sorted(entry.name for entry in (folder / "methods").iterdir())
     assert left == ["L2O.parquet", "LGL2O.parquet", "Signs.parquet"]
-
-
-def test_a_killed_run_goes_on_to_the_same_curves(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = ("run", f"{MODULE}:killed", "--out", tmp_path / "run")
-    program = [sys.executable, "-c", "from lossguard.cli import main; main()", *arguments]
-    killed = subprocess.run(program, capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not (tmp_path / "run" / records.CURVES).exists()
-    checkpoints = tmp_path / "run" / "methods" / "L2O.checkpoints"
-    assert [entry.name for entry in checkpoints.iterdir()] == ["4.safetensors"]
-
-    command(monkeypatch, "run", f"{MODULE}:recipe", "--out", tmp_path / "run", "--resume")
-    went_on(tmp_path / "run", whole)
-    _, made, _ = records.read_run(tmp_path / "run")
-    assert made["command"] == ["lossguard", *map(str, arguments)] and len(made["resumed"]) == 1
 
 
 def test_a_finished_run_is_left_as_it_is(whole: Path) -> None:

@@ -1,17 +1,12 @@
 """A user's own recipe, with a task and an optimizer of its own, and small enough for tests."""
 
-import os
-import signal
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any
 
 import jax
 import optax
 
 import lossguard
-from lossguard.checkpoints import Checkpoints
-from lossguard.experiments import run
 from lossguard.experiments.experiment import Experiment
 from lossguard.guards.loss_guard import Loser
 from lossguard.tasks import MLP, moons
@@ -38,21 +33,6 @@ def recipe() -> Experiment:
         make_task=make_task,
         make_methods=make_methods,
     )
-
-
-def killed() -> Experiment:
-    """The same, killed when the second method is about to write its second checkpoint."""
-    run.CHUNK, run.SAVE_SECONDS, run.next_mark = CHUNK, 0.0, next_mark
-    save, calls = Checkpoints.save, []
-
-    def save_or_die(self: Checkpoints, *arguments: Any) -> None:
-        calls.append(arguments)
-        if len(calls) == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
-        save(self, *arguments)
-
-    Checkpoints.save = save_or_die
-    return recipe()
 
 
 def number() -> int:

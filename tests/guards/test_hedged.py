@@ -62,8 +62,6 @@ CASES = [
     ("ridge", "momentum", True),
     ("valleys", "adam", True),
     ("quadratic", "adam", False),
-    ("ridge", "sgd", False),
-    ("valleys", "momentum", False),
 ]
 
 

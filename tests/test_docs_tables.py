@@ -12,6 +12,14 @@ from lossguard.experiments import price, tasks
 from lossguard.experiments.claims import Verdict, judge_claims
 from lossguard.experiments.envelope import FILE, envelope, interquartile_mean
 from lossguard.experiments.folders import read_runs
+from lossguard.experiments.readings import (
+    IMAGES,
+    POINTS,
+    POLICIES,
+    THETAS,
+    Reading,
+    judge_readings,
+)
 from lossguard.records import CURVES, EVALUATIONS, read_parquet
 from lossguard.tasks.published import PUBLISHED
 
@@ -43,16 +51,27 @@ def test_claims_are_those_of_the_records(verdicts: list[Verdict]) -> None:
         assert not re.search(r"\d\.\d", cause)
 
 
-def test_figure_3_in_another_scaling() -> None:
-    """Its record doesn't speak for the recipe, which has another."""
-    folder = ROOT / "results" / "fig03_symmetric"
-    record = read_runs([folder])[0][folder]
-    assert record.config["scaling"] == "symmetric"
-    as_the_recipe = record._replace(config=record.config | {"scaling": "unit"})
-    judged = [v for v in judge_claims({folder: as_the_recipe}) if v.figure == "3"]
-    told = [[v.id, v.numbers, v.seeds, v.verdict] for v in judged]
-    assert table("claims of results/fig03_symmetric, scaling unit") == told
-    assert {v.verdict for v in judge_claims({folder: record})} == {"not run"}
+def test_readings_are_those_of_the_records() -> None:
+    """The counts of claims about images and about points, and the reading that is named as best."""
+    names = ("readings", "fig03", "fig03_symmetric", "fig04", "fig05")
+    judged = judge_readings(read_runs([ROOT / "results" / name for name in names])[0])
+    verdicts = {one.reading: one.verdicts for one in judged}
+
+    def cell(reading: Reading, figures: str) -> str:
+        found = [one.verdict for one in verdicts[reading] if one.id[0] in figures]
+        return f"{found.count('reproduced')} of {len(found) - found.count('not run')}"
+
+    rows = table("readings of results/readings")
+    assert [row[0] for row in rows] == [f"{p}, {t}" for p in POLICIES for t in THETAS]
+    for label, *cells in rows:
+        policy, theta = label.split(", ")
+        images = [cell(Reading(one, "none", policy, theta), "3") for one in IMAGES]
+        points = [cell(Reading("unit", one, policy, theta), "45") for one in POINTS]
+        assert cells == images + points
+    (told,) = re.findall(r"reproduce most: (\d+ of \d+)", PAGE)
+    assert str(judged[0]).endswith(told)
+    assert judged[0].reading == ("symmetric", "none", "reset in every cycle", "decay")
+    assert judged[0].counts["reproduced"] > judged[1].counts["reproduced"]
 
 
 def test_counts(verdicts: list[Verdict]) -> None:

@@ -5,12 +5,18 @@ from pathlib import Path
 import pytest
 
 from lossguard import records
+from lossguard.experiments import RECIPES
 
 RESULTS = Path(__file__).parents[1] / "results"
 if not RESULTS.is_dir():
     pytest.skip("there are no records here", allow_module_level=True)
-OTHERS = {"stability": ["README.md", "figure.png", "runs.csv", "table.csv"]}
-"""Records of benchmarks, which are not of the command's runs."""
+READINGS = RESULTS / "readings"
+"""Of several runs, each in a folder of its own, which one figure shows."""
+OTHERS = {
+    "stability": ["README.md", "figure.png", "runs.csv", "table.csv"],
+    "readings": ["README.md", "figure.png"],
+}
+"""Records that are not those of one run, and their files."""
 FOLDERS = sorted(path for path in RESULTS.iterdir() if path.is_dir() and path.name not in OTHERS)
 PARTS = ["README.md", "config.json", "curves.parquet", "figure.png", "manifest.json"]
 
@@ -23,7 +29,8 @@ def test_they_are_few_and_small() -> None:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_others_have_all_parts(name: str) -> None:
-    assert sorted(path.name for path in (RESULTS / name).iterdir()) == OTHERS[name]
+    files = sorted(path.name for path in (RESULTS / name).iterdir() if path.is_file())
+    assert files == OTHERS[name]
     assert len((RESULTS / name / "README.md").read_text().splitlines()) <= 10
 
 
@@ -37,6 +44,13 @@ def test_each_has_all_parts(folder: Path) -> None:
     for run in record.manifest.get("runs", [record.manifest]):
         assert {"time", "command", "commit", "device", "versions"} <= run.keys()
         assert len(run["commit"]) == 40 and "/" not in " ".join(run["command"]).replace("runs/", "")
+
+
+def test_readings_are_small_and_can_be_read() -> None:
+    folders = [path for path in READINGS.iterdir() if path.is_dir()]
+    assert folders and all(records.read_run(folder).config["name"] in RECIPES for folder in folders)
+    files = [path for path in READINGS.rglob("*") if path.is_file()]
+    assert sum(file.stat().st_size for file in files) < 500_000
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

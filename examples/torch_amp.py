@@ -3,6 +3,8 @@
 python examples/torch_amp.py
 """
 
+from collections import defaultdict
+
 import torch
 import tyro
 from torch import nn
@@ -27,18 +29,21 @@ def main(calls: int = 200, seed: int = 0) -> Recommended:
         torch.optim.AdamW(model.parameters(), lr=0.03),
         torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
         model=model,  # BatchNorm's statistics belong to a lane
-        scaler=GradScaler(device, enabled=dtype == torch.float16),
     )
+    # A lane that overflows must not lower the scale of the others.
+    scalers = defaultdict(lambda: GradScaler(device, enabled=dtype == torch.float16))
     for batch in minibatches(data, size=128, count=calls):
         pixels, labels = (tensor.to(device) for tensor in batch)
 
         for lane in guard.lanes():
             with torch.autocast(device, dtype):
                 loss = nn.functional.cross_entropy(model(pixels), labels)
-            guard.scaler.scale(loss).backward()
-            guard.unscale_()
+            scaler = scalers[lane.name]
+            scaler.scale(loss).backward()
+            scaler.unscale_(lane.optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            lane.step(loss)
+            lane.step(loss)  # with gradients of 0 where they overflowed
+            scaler.update()
     print(guard.last_decision)
     return guard
 

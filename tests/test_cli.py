@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 from rich.table import Column, Table
 
-from lossguard import cli, records
+from lossguard import cli, records, run_folder, terminal
 from lossguard.command_line import check_beside, find_recipe
 from lossguard.experiments import folders, price, run, sweep
 from lossguard.learned import weights_file
@@ -140,7 +140,7 @@ def test_letters_that_a_terminal_lacks_stop_nothing(
 def test_numbers_are_whole_in_a_narrow_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int, parts: int
 ) -> None:
-    monkeypatch.setattr(cli, "_console", lambda: Console(width=width))
+    monkeypatch.setattr(terminal, "console", lambda: Console(width=width))
     names = (
         Column("method", no_wrap=True),
         *(f"loss at {10**k:,}" for k in range(2, 7)),
@@ -149,7 +149,7 @@ def test_numbers_are_whole_in_a_narrow_terminal(
     )
     table = Table(*names, padding=0)
     table.add_row("GL2O (theta as decay)", *("0.0001234" for _ in range(5)), "1,234", "2,000,000")
-    cli._print(table)
+    terminal.print_summary(table)
     told = capsys.readouterr().out
     assert "…" not in told and told.count("GL2O (theta as decay)") == parts
     assert told.count("0.0001234") == 5 and "1,234" in told and "2,000,000" in told
@@ -217,15 +217,15 @@ def test_what_a_loss_of_zero_is_over_another_is_told(tmp_path: Path) -> None:
         for name, end in (("a", 0.0), ("b", 0.5))
     ]
     records.write_parquet(tmp_path / records.EVALUATIONS, pl.concat(runs))
-    assert "loss over that of a: b inf\n" in cli._at_equal_price("a", tmp_path)
-    assert "loss over that of b: a 0\n" in cli._at_equal_price("b", tmp_path)
+    assert "loss over that of a: b inf\n" in price.at_equal_price("a", tmp_path)
+    assert "loss over that of b: a 0\n" in price.at_equal_price("b", tmp_path)
 
 
 def test_plot_of_meta_training(
     main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "meta"
-    records.open_folder(folder, {"name": "lstm-cifar10-conv"})
+    run_folder.open_folder(folder, {"name": "lstm-cifar10-conv"})
     records.write_json(folder / records.MANIFEST, {})
     table = {"meta_step": [1, 2], "meta_loss": [2.0, 0.5], "validation": np.ones((2, 60))}
     records.write_parquet(folder / records.CURVES, pl.DataFrame(table))
@@ -439,8 +439,8 @@ def test_folder_of_runs(
     drawn = [tmp_path / "runs" / name / "figure.png" for name in ("a", "b")]
     for file in drawn:
         file.unlink()
-    records.open_folder(tmp_path / "runs" / "half", {})
-    records.open_folder(tmp_path / "runs" / "lost", {})
+    run_folder.open_folder(tmp_path / "runs" / "half", {})
+    run_folder.open_folder(tmp_path / "runs" / "lost", {})
     records.write_json(tmp_path / "runs" / "lost" / "failed.json", {"reason": "no luck"})
     shutil.copytree(tmp_path / "runs" / "a", tmp_path / "runs" / "torn")
     (tmp_path / "runs" / "torn" / "curves.parquet").write_bytes(b"PAR1")
@@ -466,7 +466,7 @@ def test_damaged_reason_of_a_failure_is_named(
     main: Main, capsys: pytest.CaptureFixture[str], finished: Path, content: str, told: str
 ) -> None:
     shutil.copytree(finished, "runs/whole")
-    records.open_folder(Path("runs/lost"), {})
+    run_folder.open_folder(Path("runs/lost"), {})
     Path("runs/lost/failed.json").write_text(content)
     main("plot", "runs")
     assert capsys.readouterr().err.splitlines()[1].startswith(told)
@@ -476,7 +476,7 @@ def test_damaged_reason_of_a_failure_is_named(
 def finished(tmp_path: Path) -> Path:
     """A folder that looks like a run's, with one row."""
     config = {"name": "mine", "title": "", "methods": ["a"], "seeds": 1, "seed": 0}
-    records.open_folder(tmp_path / "run", config)
+    run_folder.open_folder(tmp_path / "run", config)
     records.write_json(tmp_path / "run" / records.MANIFEST, {"data": "", "seconds": {"a": 1}})
     row = {name: [1] for name in records.EXPERIMENT[records.CURVES]} | {"method": ["a"]}
     records.write_parquet(tmp_path / "run" / records.CURVES, pl.DataFrame(row))
@@ -546,7 +546,7 @@ def test_error_of_the_system_without_a_path(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(records, "open_folder", full)
+    monkeypatch.setattr(run_folder, "open_folder", full)
     refused(RUN, "lossguard: No space left on device\n")
 
 

@@ -135,18 +135,6 @@ def test_last_bin_ends_where_the_run_does() -> None:
     assert curves["step"].unique().sort()[-2:].to_list() == [1220, 1225]
 
 
-def test_a_bin_may_end_anywhere() -> None:
-    """At step 1,005, in the middle of one: the cycle goes on to 1,200."""
-    decisions = made_up(2, 2, 600)
-    curves = join([thin(decisions, np.zeros(2, int), end=1005)], "m")
-    for seed in (0, 1):
-        of_seed = curves.filter(pl.col("seed") == seed, pl.col("step") <= 1005)
-        *_, last = of_seed.iter_rows(named=True)
-        assert last["step"] == 1005 and last["gradients"] == pytest.approx(2 * 1005)
-        losses = np.asarray(decisions.losses, np.float64)[seed, 1, 400:405]
-        assert last["loss"] == pytest.approx(losses.mean(), rel=1e-6)
-
-
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_losses_that_are_not_finite_are_kept(bad: float, tmp_path: Path) -> None:
     decisions = made_up(2, 120, 10)

@@ -62,8 +62,9 @@ def test_the_learned_optimizer_hurts(names) -> None:
     hedged, adam = (told[name]["loss"][5:50] for name in ("Hedged", "Adam"))
     np.testing.assert_allclose(hedged, adam, rtol=0.05)  # from the fifth cycle on
     assert told["Hedged"]["price_of_step"].mean() < 1.1
-    assert told["Recommended"]["loss"][100] > 10 * told["Adam"]["loss"][100]
-    assert 180 < np.argmax(told["Recommended"]["winner"] == 2) < 200  # goes back to s
+    assert told["Recommended"]["loss"][20] > 4 * told["Adam"]["loss"][20]
+    assert 20 < np.argmax(told["Recommended"]["winner"] == 2) < 35  # goes back to s
+    assert told["Recommended"]["loss"][-10:].mean() < 1.4 * told["Adam"]["loss"][-10:].mean()
 
 
 def test_the_highest_rate_leads(names) -> None:

@@ -4,16 +4,14 @@ import errno
 import hashlib
 import json
 import os
-import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 
-from lossguard import records
+from lossguard import records, run_folder
 
 CONFIG = {
     "name": "mine",
@@ -34,9 +32,9 @@ SECONDS = {"a": 1.5, "b": 2.5}
 def finished(tmp_path: Path) -> Path:
     """The folder of a finished run."""
     folder = tmp_path / "run"
-    records.open_folder(folder, CONFIG)
+    run_folder.open_folder(folder, CONFIG)
     records.write_parquet(folder / records.CURVES, TABLE)
-    records.write_json(folder / records.MANIFEST, records.manifest(seconds=SECONDS, data=""))
+    records.write_json(folder / records.MANIFEST, run_folder.manifest(seconds=SECONDS, data=""))
     return folder
 
 
@@ -58,7 +56,7 @@ def test_round_trip(finished: Path) -> None:
 def verified(finished: Path) -> Path:
     """The same with evaluations, and with what ``finish`` writes."""
     records.write_parquet(finished / records.EVALUATIONS, pl.DataFrame({"method": ["a"]}))
-    records.finish(finished, records.manifest(seconds=SECONDS, data=""))
+    run_folder.finish(finished, run_folder.manifest(seconds=SECONDS, data=""))
     return finished
 
 
@@ -145,136 +143,6 @@ def test_a_bit_that_flipped_changes_no_number_of_a_run_under_way(
     assert noticed > 100
 
 
-@pytest.mark.parametrize("changed", [{"the data": "2"}, {"the data": "2", "the file a": "2"}])
-def test_what_a_run_was_started_with_must_be_as_it_was(
-    tmp_path: Path, changed: dict[str, str]
-) -> None:
-    inputs = {"the data": "1", "the file a": "1"}
-    made = records.start(tmp_path, inputs=inputs)
-    assert made["inputs_sha256"] == inputs
-    records.start(tmp_path, inputs=inputs | {"what another version noted": "3"})
-    with pytest.raises(
-        ValueError,
-        match=rf"^a run must go on with what it was started with, but {' and '.join(changed)} "
-        r"changed since .* was started: choose another --out, or put back what there was$",
-    ):
-        records.start(tmp_path, inputs=inputs | changed)
-
-
-def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
-    with records.hold_folder(tmp_path / "run", CONFIG) as finished:
-        assert not finished
-        reason = r"^folder must be used by one run at a time, but .*run is in use by another "
-        with (
-            pytest.raises(ValueError, match=reason),
-            records.hold_folder(tmp_path / "run", CONFIG, resume=True),
-        ):
-            pass
-    with records.hold_folder(tmp_path / "run", CONFIG, resume=True) as finished:
-        assert not finished
-
-
-def test_a_finished_run_needs_no_lock(finished: Path) -> None:
-    """Its folder may be one that can't be written to."""
-    before = sorted(finished.iterdir())
-    with (
-        records.hold_folder(finished, CONFIG, resume=True) as one,
-        records.hold_folder(finished, CONFIG, resume=True) as two,
-    ):
-        assert one and two and sorted(finished.iterdir()) == before
-
-
-def test_the_commit_of_a_repository_around_it_is_not_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Such as one whose virtual environment it is installed in."""
-    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
-    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "a"]):
-        subprocess.run([*git, *command], check=True)
-    package = tmp_path / "environment" / "lossguard"
-    package.mkdir(parents=True)
-    (package / "records.py").touch()
-    monkeypatch.setattr(records, "__file__", str(package / "records.py"))
-    assert records._commit() is None
-    subprocess.run([*git, "add", "."], check=True)
-    assert (records._commit() or "").endswith("-dirty")
-
-
-@pytest.mark.parametrize(
-    ("content", "name"),
-    [
-        ("processor\t: 0\nmodel name\t: AMD EPYC 9V74\nflags\t: fpu\n", "AMD EPYC 9V74"),
-        ("processor\t: 0\nBogoMIPS\t: 50\n", "aarch64"),
-        (None, "aarch64"),
-    ],
-)
-def test_manifest_names_the_processor(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None, name: str
-) -> None:
-    """The same code rounds otherwise on one of another kind."""
-    if content is not None:
-        (tmp_path / "cpuinfo").write_text(content)
-    monkeypatch.setattr(records, "CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr("platform.processor", lambda: "aarch64")
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
-    monkeypatch.setattr("jax.devices", lambda: [SimpleNamespace(platform="cpu")])
-    assert records.manifest()["device"] == f"{name} (2 cores)"
-
-
-def test_same_run_is_gone_on_with_when_asked(finished: Path) -> None:
-    records.open_folder(finished, CONFIG, resume=True)
-    with pytest.raises(ValueError, match=r"holds this run already: add --resume to go on with it$"):
-        records.open_folder(finished, CONFIG)
-
-
-def test_manifest_has_the_commit_of_every_part(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    records.open_folder(tmp_path, CONFIG)
-    for commit in "abc":
-        monkeypatch.setattr(records, "_commit", lambda commit=commit: commit)
-        made = records.start(tmp_path, inputs={}, data=commit)
-        records.open_folder(tmp_path, CONFIG, resume=True)
-        assert not records.is_finished(tmp_path)
-    records.write_parquet(tmp_path / records.CURVES, TABLE)
-    assert not records.is_finished(tmp_path)
-    records.finish(tmp_path, made | {"seconds": SECONDS})
-    assert records.is_finished(tmp_path)
-    assert not (tmp_path / records.STARTED).exists()
-    _, found, _ = records.read_run(tmp_path)
-    assert (found["commit"], found["data"], found["seconds"]) == ("a", "a", SECONDS)
-    assert [part["commit"] for part in found["resumed"]] == ["b", "c"]
-
-
-@pytest.mark.parametrize("resume", [False, True])
-def test_folder_of_another_run_is_refused(finished: Path, resume: bool) -> None:
-    before = (finished / records.CONFIG).read_bytes()
-    with pytest.raises(
-        ValueError,
-        match=r"^folder must be empty or hold the same run, but .*run holds another, which differs "
-        r"in seeds \(1, not 2\) and rate \(0\.1, not 0\.2\): choose another --out$",
-    ):
-        records.open_folder(finished, {**CONFIG, "seeds": 2, "rate": 0.2}, resume=resume)
-    assert (finished / records.CONFIG).read_bytes() == before
-
-
-def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").touch()
-    with pytest.raises(ValueError, match=r"^folder must be .*, but .* holds other files$"):
-        records.open_folder(tmp_path, CONFIG)
-    with pytest.raises(ValueError, match=r"^folder must be .*thesis\.tex is a file$"):
-        records.open_folder(tmp_path / "thesis.tex", CONFIG)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_folder_of_a_run_killed_at_its_first_write_is_used(tmp_path: Path) -> None:
-    for name in (".0123456789abcdef.part", ".lock"):
-        (tmp_path / name).write_text("{")
-    with records.hold_folder(tmp_path, CONFIG, resume=True) as finished:
-        assert not finished
-    assert [entry.name for entry in tmp_path.iterdir()] == [records.CONFIG]
-
-
 @pytest.mark.parametrize("name", ["config.json", "manifest.json", "curves.parquet"])
 def test_unfinished_run_is_refused(finished: Path, name: str) -> None:
     (finished / name).unlink()
@@ -291,7 +159,7 @@ def test_damaged_file_is_named(finished: Path, name: str, content: bytes) -> Non
     assert "\n" not in str(caught.value)
     if name == records.CONFIG:
         with pytest.raises(ValueError, match=r"config\.json (is not|must hold)"):
-            records.open_folder(finished, CONFIG, resume=True)
+            run_folder.open_folder(finished, CONFIG, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -438,7 +306,7 @@ META = pl.DataFrame({"meta_step": [1], "meta_loss": [0.5], "validation": np.ones
 def test_records_of_a_meta_training_that_do_not_fit_are_named(
     tmp_path: Path, curves: pl.DataFrame, lack: str
 ) -> None:
-    records.open_folder(tmp_path / "run", {"name": "mine"})
+    run_folder.open_folder(tmp_path / "run", {"name": "mine"})
     records.write_json(tmp_path / "run" / records.MANIFEST, {})
     records.write_parquet(tmp_path / "run" / records.CURVES, curves)
     with pytest.raises(ValueError, match=rf"parquet is not of this run: it lacks {lack}$"):

@@ -1,17 +1,79 @@
-"""What a command line names: a recipe, by name or from a Python file, and fields to override."""
+"""What a command line names: options, and a recipe, by name or from a Python file."""
 
 import importlib.util
 import inspect
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import make_dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from .validation import one_of
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where a run leaves its folder."""
+
+    out: Path
+    """Folder of the run, empty or absent; with --resume the one to go on with."""
+    resume: bool = False
+    """Go on from the last checkpoint."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Where a sweep leaves its folders and where it runs."""
+
+    out: Path = Path("runs")
+    """Folder of the folders of its runs. What is complete there is skipped, the rest resumed."""
+    ray: str | None = None
+    """Address of a Ray cluster to spread the runs over, or "auto" or "local"."""
+
+
+@dataclass(frozen=True)
+class Benchmark(Sweep):
+    """What is made shorter than its recipes say."""
+
+    steps: int | None = None
+    """Optimizer steps of each method, instead of the recipes'."""
+    seeds: int | None = None
+    """Seeds, likewise."""
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where records are."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Folders of runs, or folders that hold such folders."""
+
+
+@dataclass(frozen=True)
+class Plot(Folders):
+    """What is drawn, and against what."""
+
+    over: Literal["price", "seconds", "steps"] = "price"
+    """The axis: what was spent, in gradients, or its time; or optimizer steps."""
+
+
+@dataclass(frozen=True)
+class Map(Folders):
+    """Where a map is drawn."""
+
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("readings.png")
+    """The map."""
+
+
+@dataclass(frozen=True)
+class Report(Folders):
+    """What a page is about and where it goes."""
+
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
+    """The page."""
 
 
 def find_recipe(
@@ -73,6 +135,11 @@ def override(config: Any, where: Any, arguments: Sequence[str], program: str) ->
         description="",
     )
     return parsed.where, parsed.config
+
+
+def wants_help(arguments: Sequence[str]) -> bool:
+    """Whether a command is asked what it does."""
+    return bool(arguments) and arguments[0] in ("-h", "--help")
 
 
 def usage(command: str, recipes: Mapping[str, Any], *, several: bool = False) -> str:

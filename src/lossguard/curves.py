@@ -19,16 +19,13 @@ def last_step(curves: pl.DataFrame) -> int:
     return int(curves["step"].max())  # pyright: ignore[reportArgumentType]
 
 
-def thin(
-    decisions: Decision, start: np.ndarray, spent: pl.DataFrame | None = None, end: int = 0
-) -> pl.DataFrame:
+def thin(decisions: Decision, start: np.ndarray, spent: pl.DataFrame | None = None) -> pl.DataFrame:
     """A chunk of decisions, summed over bins of three significant digits of the step.
 
     Args:
         decisions: with axes [seeds, cycles], as a rollout over several seeds returns them.
         start: [seeds], optimizer steps taken before the chunk.
         spent: the last chunk's totals, as ``totals`` makes them.
-        end: a step at which a bin ends too: the last of a run, which cycles may pass.
 
     Returns:
         One row for each seed and bin: ``seed``, ``step`` (where the bin ends: every step up to
@@ -50,7 +47,6 @@ def thin(
 
     step = (start[:, None] + np.arange(cycles * nt) + 1).ravel()
     width = 10 ** np.maximum(0, np.floor(np.log10(step)).astype(np.int64) - 2)
-    end_of_bin = -(-step // width) * width
     sums = {
         "loss": d.losses.ravel().astype(np.float64),
         "used_learned": d.used_learned.ravel().astype(np.float64),
@@ -61,7 +57,7 @@ def thin(
         pl.DataFrame(
             {
                 "seed": each_step(np.broadcast_to(np.arange(seeds)[:, None], (seeds, cycles))),
-                "step": np.where(step <= end, np.minimum(end_of_bin, end), end_of_bin),
+                "step": -(-step // width) * width,
                 "last": step,
                 **sums,
                 **{name: total_by_step(name) for name in COUNTERS},

@@ -25,17 +25,23 @@ def log_losses(axes: Axes) -> None:
         axes.set_yscale("log")
 
 
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG."""
+    for text in figure.findobj(Text):  # Matplotlib warns of letters that no font has, unescaped
+        if (told := shown(text.get_text())) != text.get_text():
+            text.set_text(told)
+    drawn = io.BytesIO()
+    with mpl.rc_context({"axes.formatter.min_exponent": 4}):  # 0.001 to 1000 are plain numbers
+        figure.savefig(drawn, format="png", dpi=150)
+    return drawn.getvalue()
+
+
 def save(figure: Figure, folder: Path) -> Path:
     """Leave ``figure.png`` in a folder; returns it.
 
     Raises:
         OSError: if it can't be written; an old one is left.
     """
-    for text in figure.findobj(Text):  # Matplotlib warns of letters that no font has, unescaped
-        if (told := shown(text.get_text())) != text.get_text():
-            text.set_text(told)
-    file, drawn = folder / "figure.png", io.BytesIO()
-    with mpl.rc_context({"axes.formatter.min_exponent": 4}):  # 0.001 to 1000 are plain numbers
-        figure.savefig(drawn, format="png", dpi=150)
-    write_whole(file, drawn.getvalue(), "a figure")
+    file = folder / "figure.png"
+    write_whole(file, png(figure), "a figure")
     return file

@@ -1,9 +1,6 @@
 """What a run leaves on disk: a folder that says what was run, on what, and what came of it.
 
     config.json          everything to run it again
-    started.json         until it is finished: the manifest so far
-    .lock                while a process writes to the folder
-    failed.json          why the last attempt of a sweep failed, if it did
     manifest.json        commit, versions, device, wall time, each time that it was resumed, and
                          the SHA-256 of the two tables, of the config and of the manifest without
                          its own, in ``sha256`` by their names
@@ -11,41 +8,32 @@
     evaluations.parquet  loss and accuracy on both whole splits, and what was spent by then
 
 A folder may be put together from several runs, whose methods then differ in seeds and length; its
-manifest has ``runs``, each with its methods, seeds, steps, command, commit and device.
+manifest has ``runs``, each with its methods, seeds, steps, command, commit and device. While a run
+is under way its folder holds more (``run_folder``).
 
 Nothing that looks whole is half written: each file is written beside its name and then renamed.
 Tables hold a checksum of their content as well, so that those of a run under way are verified too.
 Records without checksums, as older versions left them, are read as they are.
 """
 
-import contextlib
 import io
 import json
-import os
-import platform
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from importlib import metadata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import polars as pl
 
 from . import checksums
 from .curves import COUNTERS
-from .files import is_part, write_whole
-from .locks import LOCK, locked
+from .files import write_whole
 from .validation import MOST_SEEDS
 
 CONFIG, MANIFEST, CURVES = "config.json", "manifest.json", "curves.parquet"
-STARTED, FAILED = "started.json", "failed.json"
-INPUTS = "inputs_sha256"
-"""The field of a manifest for checksums of what a run reads."""
 EVALUATIONS = "evaluations.parquet"
 TABLES = (CURVES, EVALUATIONS)
+INPUTS = "inputs_sha256"
+"""The field of a manifest for checksums of what a run reads."""
 EXPERIMENT: Mapping[str, Sequence[str]] = {
     CONFIG: ("name", "title", "methods", "seeds", "seed"),
     MANIFEST: ("data", "seconds"),
@@ -77,150 +65,6 @@ WHOLE = ("seed", "step", "meta_step")
 """Columns of curves that count."""
 LARGEST: Mapping[str, int] = {"seed": 2**32 - 1, "seeds": MOST_SEEDS}
 """What they can be, from 0 on."""
-CPUINFO = Path("/proc/cpuinfo")
-PACKAGES = ("lossguard", "jax", "jaxlib", "optax", "equinox", "numpy", "polars")
-
-
-@contextlib.contextmanager
-def hold_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False) -> Iterator[bool]:
-    """``open_folder``, locked against other processes; yields whether the run is finished.
-
-    The folder of a finished run is neither locked nor written to.
-
-    Raises:
-        ValueError, OSError: as ``open_folder``, or if another process holds the folder.
-    """
-    _check_folder(folder, config, resume=resume)
-    if is_finished(folder):
-        yield True
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        open_folder(folder, config, resume=resume)
-        for part in filter(is_part, folder.rglob(".*.part")):
-            part.unlink()
-        yield is_finished(folder)
-
-
-def open_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False) -> None:
-    """Make the folder of a run and put its config there, or go on with the same run's.
-
-    Raises:
-        ValueError: if the folder holds another run, or this one and ``resume`` is false, or its
-            config is damaged, or the run isn't finished and a link is in it: it might lead out of
-            the folder.
-        OSError: if it can't be made.
-    """
-    if not _check_folder(folder, config, resume=resume):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / CONFIG, config)
-
-
-def _check_folder(folder: Path, config: Mapping[str, Any], *, resume: bool) -> bool:
-    """Whether the folder holds this run; refuse it as ``open_folder`` says."""
-    path, is_open = folder / CONFIG, not is_finished(folder)
-    if is_open and (link := next(_links(folder), None)):
-        raise ValueError(f"folder must hold no links, but {link} is one")
-    if path.exists():
-        if differ := _differing(read_json(path), json.loads(json.dumps(config))):
-            raise ValueError(
-                f"folder must be empty or hold the same run, but {folder} holds another, which "
-                f"differs in {differ}: choose another --out"
-            )
-        if not resume:
-            raise ValueError(
-                f"folder {folder} holds this run already: add --resume to go on with it"
-            )
-        return True
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"folder must be empty or hold the same run, but {folder} is a file")
-    if folder.exists() and any(_is_other(entry) for entry in folder.iterdir()):
-        raise ValueError(
-            f"folder must be empty or hold the same run, but {folder} holds other files"
-        )
-    return False
-
-
-def _links(folder: Path) -> Iterator[Path]:
-    """The links in a folder and in those in it."""
-    for place, folders, files in os.walk(folder):
-        yield from (Path(place, name) for name in folders + files if Path(place, name).is_symlink())
-
-
-def _is_other(entry: Path) -> bool:
-    """Whether it isn't what a run leaves that is killed before its config is written."""
-    return entry.name != LOCK and not is_part(entry)
-
-
-def _differing(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """The fields in which two configs differ, and both values of each."""
-    told = {name: (there.get(name, "absent"), here.get(name, "absent")) for name in there | here}
-    return " and ".join(f"{name} ({a}, not {b})" for name, (a, b) in told.items() if a != b)
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether a folder holds the records of a whole run: the manifest is written last."""
-    return all((folder / name).is_file() for name in (CURVES, MANIFEST))
-
-
-def start(folder: Path, *, inputs: Mapping[str, str], **more: Any) -> dict[str, Any]:
-    """The manifest of a run that starts here and now, when its code is that of the commit.
-
-    Of one that goes on it is the first one's, and ``resumed`` has the ``time`` and ``commit`` of
-    each part but the first.
-
-    Args:
-        folder: of the run.
-        inputs: the checksums of what the run reads, by what it is: they must be those with which
-            the run was started, as far as it noted them.
-        more: fields of the manifest.
-
-    Raises:
-        ValueError: if an input has changed since, or ``started.json`` is damaged.
-    """
-    made = manifest(**more, **{INPUTS: dict(inputs)})
-    if (folder / STARTED).exists():
-        first = read_json(folder / STARTED)
-        _check_fields(folder / STARTED, first)
-        before = first.get(INPUTS, inputs)
-        if changed := [name for name in inputs if before.get(name, inputs[name]) != inputs[name]]:
-            raise ValueError(
-                f"a run must go on with what it was started with, but {' and '.join(changed)} "
-                f"changed since {folder} was started: choose another --out, or put back what "
-                "there was"
-            )
-        part = {name: made[name] for name in ("time", "commit")}
-        made = first | {"resumed": [*first.get("resumed", ()), part]}
-    write_json(folder / STARTED, made)
-    return made
-
-
-def finish(folder: Path, made: Mapping[str, Any]) -> None:
-    """Write the manifest, once all else is written, with the checksums of all that is read."""
-    sums = checksums_in(folder) | {CONFIG: checksums.of_json(read_json(folder / CONFIG))}
-    own = {MANIFEST: checksums.of_json({**made, checksums.NAME: sums})}
-    write_json(folder / MANIFEST, {**made, checksums.NAME: sums | own})
-    (folder / STARTED).unlink(missing_ok=True)
-
-
-def checksums_in(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each table that a manifest answers for, by its name."""
-    return {name: checksums.of_file(folder / name) for name in TABLES if (folder / name).exists()}
-
-
-def manifest(**more: Any) -> dict[str, Any]:
-    """Where and with what a run was made: time, command, commit, versions, device."""
-    device = jax.devices()[0]
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": ["lossguard", *sys.argv[1:]],
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
-        "device": device.device_kind if device.platform != "cpu" else _processor(),
-        "platform": platform.platform(),
-        **more,
-    }
 
 
 class Record(NamedTuple):
@@ -250,7 +94,7 @@ def read_run(folder: Path) -> Record:
             raise ValueError(f"{folder} holds no finished run: {name} is missing")
     config, made = read_json(folder / CONFIG), read_json(folder / MANIFEST)
     for name, found in {CONFIG: config, MANIFEST: made}.items():
-        _check_fields(folder / name, found)
+        check_fields(folder / name, found)
     _verify(folder, config, made)
     record = Record(config, made, read_parquet(folder / CURVES))
     needed = META_TRAINING if record.is_meta else EXPERIMENT
@@ -281,7 +125,7 @@ def _verify(folder: Path, config: Mapping[str, Any], made: Mapping[str, Any]) ->
             )
 
 
-def _check_fields(path: Path, content: Mapping[str, Any]) -> None:
+def check_fields(path: Path, content: Mapping[str, Any]) -> None:
     """Refuse fields of a config or a manifest whose values can't be."""
     for field in KINDS:
         if field in content and (wrong := _wrong(field, content[field])):
@@ -418,29 +262,3 @@ def _checksum(table: pl.DataFrame) -> str:
 
 def _write(path: Path, content: bytes) -> None:
     write_whole(path, content, "a record", make_folder=True)
-
-
-def _processor() -> str:
-    """The model of the processor, since another one rounds otherwise, and its number of cores."""
-    with contextlib.suppress(OSError):  # only Linux has it
-        for line in CPUINFO.read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()} ({os.cpu_count()} cores)"
-    return f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
-
-
-def _commit() -> str | None:
-    """The commit that the package runs from, marked if the tree differs; None if unknown."""
-    try:
-        _git("ls-files", "--error-unmatch", Path(__file__).name)  # not of a repository around it
-        return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _git(*arguments: str) -> str:
-    where = Path(__file__).parent
-    done = subprocess.run(
-        ["git", *arguments], cwd=where, capture_output=True, text=True, check=True
-    )
-    return done.stdout

@@ -1,8 +1,10 @@
 """What is shown on a terminal: names are data, and none of their letters is obeyed by it."""
 
+import sys
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 
@@ -32,3 +34,29 @@ def _is_seen(letter: str) -> bool:
 
 def _escaped(letter: str) -> str:
     return letter.encode("unicode_escape").decode()
+
+
+def tell(text: str) -> None:
+    """On stderr."""
+    print(shown(text), file=sys.stderr)
+
+
+def console() -> PlainConsole:
+    """Of stdout; what is piped has room for wide tables."""
+    return PlainConsole(width=None if sys.stdout.isatty() else 160)
+
+
+def print_summary(table: Table) -> None:
+    """A summary; in two parts, losses and costs, where the terminal has no room for its numbers."""
+    out = console()
+    with out.capture() as whole:
+        out.print(table)
+    if "…" not in whole.get():
+        out.print(table)
+        return
+    losses = 1 + sum(str(column.header).startswith("loss") for column in table.columns)
+    for columns in (table.columns[:losses], [table.columns[0], *table.columns[losses:]]):
+        part = Table(*(column.copy() for column in columns), title=table.title, padding=0)
+        for row in zip(*(column.cells for column in columns), strict=True):
+            part.add_row(*row)
+        out.print(part)

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from pages import SPEND, VERDICTS, curves_of, write_meta, write_run
 
-from lossguard import records
+from lossguard import records, run_folder
 from lossguard.experiments import report as reporting
 from lossguard.experiments.report import report
 
@@ -42,8 +42,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scores = {"test_accuracy": [0.1, 0.5, 0.75]}
     records.write_parquet(folder / "a_run" / records.EVALUATIONS, pl.DataFrame(evaluated | scores))
     write_meta(folder / "b_meta", "mine")
-    records.open_folder(folder / "c_half", {"name": "half"})
-    records.open_folder(folder / "d_failed", {"name": "failed"})
+    run_folder.open_folder(folder / "c_half", {"name": "half"})
+    run_folder.open_folder(folder / "d_failed", {"name": "failed"})
     records.write_json(folder / "d_failed" / "failed.json", {"reason": "OSError: no < data"})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reporting, "judge_claims", lambda records: VERDICTS[: 2 + len(records)])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from lossguard import records
+from lossguard import records, run_folder
 from lossguard.experiments.claims import Verdict
 
 STEPS = np.array([*range(1, 1001), *range(1010, 5001, 10)])
@@ -53,7 +53,7 @@ def curves_of(
 
 
 def write(folder: Path, config: dict[str, Any], curves: pl.DataFrame, **made: Any) -> Path:
-    records.open_folder(folder, config)
+    run_folder.open_folder(folder, config)
     records.write_parquet(folder / records.CURVES, curves)
     made = {
         "time": "2026-01-02T03:04:05Z",

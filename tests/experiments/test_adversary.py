@@ -16,7 +16,7 @@ import tiny
 from commands import command
 from pages import SPEND, curves_of, write_meta, write_run
 
-from lossguard import records
+from lossguard import records, run_folder
 from lossguard.config import as_config
 
 NAMES = (
@@ -244,7 +244,7 @@ def test_a_config_that_names_other_functions_calls_none(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     """What runs is the recipe that the command names: a config is only compared with it."""
-    records.open_folder(Path("out/recipe"), {"name": "tiny", "methods": ["Signs"], **CALLED})
+    run_folder.open_folder(Path("out/recipe"), {"name": "tiny", "methods": ["Signs"], **CALLED})
     out = "out/recipe" if name == "run" else "out"
     with pytest.raises(SystemExit) as caught:
         command(monkeypatch, name, RUN, "--out", out, *["--resume"] * (name == "run"))
@@ -267,8 +267,8 @@ def test_a_manifest_so_far_that_cannot_be_is_refused(
     content: str,
     reason: str,
 ) -> None:
-    records.open_folder(Path("out"), as_config(tiny.recipe()))
-    Path("out", records.STARTED).write_text(content)
+    run_folder.open_folder(Path("out"), as_config(tiny.recipe()))
+    Path("out", run_folder.STARTED).write_text(content)
     with pytest.raises(SystemExit) as caught:
         command(monkeypatch, "run", RUN, "--out", "out", "--resume")
     assert caught.value.code == 2

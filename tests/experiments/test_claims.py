@@ -10,12 +10,14 @@ import numpy as np
 import polars as pl
 import pytest
 
-from lossguard import records
+from lossguard import records, run_folder
 from lossguard.config import as_config
 from lossguard.curves import COUNTERS
-from lossguard.experiments.claims import CLAIMS, NC_100, Verdict, judge_claims
-from lossguard.experiments.evidence import FUNCTIONS, MARKS, gather, short
+from lossguard.experiments.claims import CLAIMS, Verdict, judge_claims
+from lossguard.experiments.evidence import FUNCTIONS, MARKS, gather
 from lossguard.experiments.folders import read_runs
+from lossguard.experiments.formulas import short
+from lossguard.experiments.judges import NC_100
 from lossguard.experiments.recipes import PAPERS, SETS
 
 Curve = float | Mapping[int, float]
@@ -59,7 +61,7 @@ def write(
                     *((counts.get(name, 0.0) * pl.col("step")).alias(name) for name in COUNTERS),
                 )
             )
-    records.open_folder(folder, as_config(replace(e, steps=last)))
+    run_folder.open_folder(folder, as_config(replace(e, steps=last)))
     records.write_json(
         folder / records.MANIFEST, {"data": "", "seconds": dict.fromkeys(methods, 1.0)}
     )
@@ -429,7 +431,7 @@ def test_first_steps(tmp_path: Path, changes: dict[str, Any], verdict: str) -> N
 def write_meta(
     folder: Path, name: str, meta_loss: Sequence[float], validation: Sequence[float], last: int
 ) -> Path:
-    records.open_folder(folder, {"name": name})
+    run_folder.open_folder(folder, {"name": name})
     records.write_json(folder / records.MANIFEST, {})
     steps = np.linspace(last / len(meta_loss), last, len(meta_loss)).astype(int)
     table = {"meta_step": steps, "meta_loss": meta_loss}

@@ -13,8 +13,8 @@ import pytest
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from lossguard import records
-from lossguard.experiments import Experiment, figures
+from lossguard import records, run_folder
+from lossguard.experiments import Experiment, figures, lines
 from lossguard.experiments.experiment import paper_methods
 
 STEPS = np.array([*range(1, 1001), *range(1010, 5001, 10)])
@@ -60,7 +60,7 @@ def naive_smooth(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
 def test_smooth_is_a_moving_mean() -> None:
     steps = STEPS[:1100]
     values = np.random.default_rng(0).normal(size=(3, len(steps))).astype(np.float32)
-    smoothed = figures.smooth(steps, values)
+    smoothed = lines.smooth(steps, values)
     np.testing.assert_allclose(smoothed, naive_smooth(steps, values), rtol=1e-6, atol=1e-9)
     np.testing.assert_array_equal(smoothed[:, :299], values[:, :299])
 
@@ -68,14 +68,14 @@ def test_smooth_is_a_moving_mean() -> None:
 def test_smooth_of_wide_bins_takes_each_at_least() -> None:
     steps = np.array([1, 2, 500, 1000, 3000])
     values = np.array([[1.0, 2.0, 3.0, 4.0, 5.0]])
-    np.testing.assert_allclose(figures.smooth(steps, values), values)
+    np.testing.assert_allclose(lines.smooth(steps, values), values)
 
 
 def test_smooth_forgets_a_huge_loss() -> None:
     """Once it is out of the window, what is drawn is the mean of the losses after it."""
     steps, values = np.arange(1, 1001), np.full((1, 1000), 0.1, np.float32)
     values[0, 319] = 1e22
-    smoothed = figures.smooth(steps, values)
+    smoothed = lines.smooth(steps, values)
     np.testing.assert_allclose(smoothed, naive_smooth(steps, values), rtol=1e-6)
     np.testing.assert_allclose(smoothed[0, 355:], 0.1, rtol=1e-6)  # 0.9 * 356 = 320.4
 
@@ -85,7 +85,7 @@ def test_smooth_shows_where_a_loss_is_not_finite(bad: float) -> None:
     """Gaps where the window meets one, and nothing spoiled behind it."""
     steps, values = np.arange(1, 1001), np.ones((2, 1000))
     values[1, 499] = bad
-    smoothed = figures.smooth(steps, values)
+    smoothed = lines.smooth(steps, values)
     assert np.isfinite(smoothed[0]).all()
     gaps = steps[~np.isfinite(smoothed[1])]
     np.testing.assert_array_equal(gaps, np.arange(500, 556))  # 0.9 * 556 = 500.4
@@ -102,10 +102,10 @@ def test_draw_has_a_line_and_a_band_for_each_method() -> None:
     assert len(first.collections) == 3
     widths = [line.get_linewidth() for line in first.lines]
     assert widths[0] > widths[1] > widths[2]  # where they coincide, the first is seen
-    for line, level in zip(first.lines, (1.0, 2.0, 3.0), strict=True):
-        x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+    for drawn, level in zip(first.lines, (1.0, 2.0, 3.0), strict=True):
+        x, y = np.asarray(drawn.get_xdata()), np.asarray(drawn.get_ydata())
         assert set(x) <= set(STEPS) and (x[0], x[-1]) == (1, STEPS[-1])
-        exact = x < figures.SMOOTHED_FROM
+        exact = x < lines.SMOOTHED_FROM
         np.testing.assert_allclose(y[exact], 1.5 * level / np.sqrt(x[exact]), rtol=1e-6)
     assert second.get_ylabel().startswith("use_l2o") and len(second.lines) == 2
     x, use = (np.asarray(values) for values in second.lines[0].get_data())
@@ -120,11 +120,13 @@ def test_a_line_goes_on_with_the_seeds_that_do() -> None:
     curves = curves_of({"SGDnm": 1.0, "LGL2O": 2.0})
     curves = curves.filter((pl.col("seed") == 0) | (pl.col("step") <= 500))
     first, second = figures.draw(curves, "Title").axes
-    assert len(first.lines) == 4 and len(second.lines) == 2
-    both, one = ([np.asarray(v) for v in line.get_data()] for line in first.lines[:2])
-    assert both[0][-1] == 500 and one[0][0] > 500 and one[0][-1] == STEPS[-1]
-    np.testing.assert_allclose(both[1][:299], 1.5 / np.sqrt(both[0][:299]), rtol=1e-6)
-    np.testing.assert_allclose(one[1][-1], 1 / np.sqrt(0.95 * STEPS[-1]), rtol=0.01)
+    assert (len(first.lines), len(second.lines)) == (2, 1)
+    x, y = (np.asarray(values) for values in first.lines[0].get_data())
+    assert 500 in x and x[-1] == STEPS[-1]
+    np.testing.assert_allclose(y[:299], 1.5 / np.sqrt(x[:299]), rtol=1e-6)
+    np.testing.assert_allclose(y[-1], 1 / np.sqrt(0.95 * STEPS[-1]), rtol=0.01)
+    one = lines.line(curves, "SGDnm", "loss")
+    assert (one.low[-1], one.high[-1]) == (y[-1], y[-1]) and one.high[0] == 2 * one.low[0]
     table = figures.summary(records.Record(MERGED, {"seconds": SECONDS}, curves))
     per_step = [str(cell) for cell in table.columns[-4].cells]
     assert per_step == ["727", "727"]  # four seconds and 5,500 steps
@@ -148,8 +150,8 @@ def test_lines_are_smoothed_before_they_are_thinned() -> None:
     noise = np.random.default_rng(0).random(len(curves))
     curves = curves.with_columns(loss=pl.col("loss") * pl.Series(noise))
     axes = figures.draw(curves, "Title").axes[0]
-    steps, losses = figures.by_seed(curves, "L2O", "loss")
-    expected, drawn = figures.smooth(steps, losses), figures.drawn_points(steps)
+    steps, losses = STEPS, curves["loss"].to_numpy().reshape(3, -1)
+    expected, drawn = lines.smooth(steps, losses), lines.drawn_points(steps)
     np.testing.assert_allclose(axes.lines[0].get_ydata(), expected.mean(axis=0)[drawn])
     (path,) = axes.collections[0].get_paths()
     corners = {(float(x), float(y)) for x, y in path.vertices}
@@ -160,7 +162,7 @@ def test_lines_are_smoothed_before_they_are_thinned() -> None:
 def test_a_residual_guard_is_a_guard() -> None:
     """It decides without a forward pass."""
     curves = curves_of({"GL2O": 1.0, "SGDnm": 1.0})
-    assert figures.guards(curves) == ["GL2O"]
+    assert lines.guards(curves) == ["GL2O"]
     figure = figures.draw(curves, "Title")
     losses, track = figure.axes
     assert [line.get_color() for line in track.lines] == [losses.lines[0].get_color()]
@@ -282,9 +284,8 @@ def test_a_grid_is_drawn_as_a_map(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_names_on_a_map_are_shown_as_they_are() -> None:
     grid = [f"$a_{{$ {rate} tau {tau}" for rate in ("$_{$", "2") for tau in ("$^{$", "3")]
-    heatmap = figures.heatmap_of(grid)
-    assert heatmap is not None
-    figure = figures.draw_heatmap(heatmap, curves_of(dict.fromkeys(grid, 1.0)), "$x_{$")
+    figure = figures.draw_grid(curves_of(dict.fromkeys(grid, 1.0)), "$x_{$")
+    assert figure is not None
     figure.draw_without_rendering()  # raises at formulas that aren't
 
 
@@ -293,7 +294,7 @@ TWO = ["A 1 tau 2", "A 1 tau 5", "B 10 tau 2", "B 10 tau 5"]
 
 @pytest.mark.parametrize("methods", [list(GRID)[1:], list(GRID)[:2], [*GRID, "Adam"], ["L2O"], TWO])
 def test_what_is_no_whole_grid_is_drawn_as_lines(methods: list[str]) -> None:
-    assert figures.heatmap_of(methods) is None
+    assert figures.draw_grid(curves_of(dict.fromkeys(methods, 1.0), np.arange(1, 9)), "") is None
 
 
 @pytest.mark.parametrize("first", [np.nan, np.inf])
@@ -301,7 +302,7 @@ def test_nothing_leaves_where_no_first_loss_is_finite(first: float) -> None:
     curves = curves_of({"L2O": 1.0}).with_columns(
         loss=pl.when(pl.col("step") == 1).then(first).otherwise("loss")
     )
-    assert figures.ceiling(curves, [np.array([np.nan, 1e9])]) is None
+    assert lines.limits(curves, [np.array([np.nan, 1e9, 0.0])]) == (None, None)
 
 
 def test_a_method_that_diverged_is_drawn() -> None:
@@ -310,10 +311,10 @@ def test_a_method_that_diverged_is_drawn() -> None:
     curves = curves.with_columns(loss=pl.when(lost).then(float("nan")).otherwise("loss"))
     figure = figures.draw(curves, "Title")
     figure.draw_without_rendering()
-    lines = {line.get_label(): line for line in figure.axes[0].lines}
-    steps, losses = lines["L2O"].get_data()
+    drawn = {one.get_label(): one for one in figure.axes[0].lines}
+    steps, losses = drawn["L2O"].get_data()
     assert steps[np.isfinite(losses)].max() <= 100 < steps.max()
-    assert np.isfinite(lines["LGL2O"].get_ydata()).all()
+    assert np.isfinite(drawn["LGL2O"].get_ydata()).all()
 
 
 @pytest.fixture
@@ -321,7 +322,7 @@ def folder(tmp_path: Path) -> Path:
     """A finished run of two methods with known losses."""
     methods = {"SGDnm": 1.0, "LGL2O": 4.0}
     config = {"name": "known", "title": "", "methods": list(methods), "seeds": 2, "seed": 0}
-    records.open_folder(tmp_path / "run", config)
+    run_folder.open_folder(tmp_path / "run", config)
     records.write_parquet(tmp_path / "run" / records.CURVES, curves_of(methods))
     made = {"data": "", "seconds": {"SGDnm": 0.01234, "LGL2O": 30.0}}
     records.write_json(tmp_path / "run" / records.MANIFEST, made)
@@ -412,12 +413,12 @@ def test_drawing_leaves_the_users_backend(folder: Path) -> None:
 def test_few_points_are_drawn() -> None:
     """The first ones and the last among them, everywhere on a logarithmic axis."""
     steps = np.concatenate([np.arange(1, 10_000), np.arange(10_000, 1_000_001, 100)])
-    drawn = steps[figures.drawn_points(steps)]
+    drawn = steps[lines.drawn_points(steps)]
     assert len(drawn) < 300 + 100 * np.log10(1_000_000 / 300) + 2
     assert drawn[:299].tolist() == [*range(1, 300)] and drawn[-1] == 1_000_000
     assert np.diff(np.log10(drawn[299:])).max() < 0.02
     few = np.array([10, 20, 30])
-    assert figures.drawn_points(few).tolist() == [0, 1, 2]
+    assert lines.drawn_points(few).tolist() == [0, 1, 2]
 
 
 def test_methods_look_alike_in_all_figures() -> None:
@@ -426,10 +427,10 @@ def test_methods_look_alike_in_all_figures() -> None:
     for methods in (("SGDnm", "LGL2O"), ("Adam", "SGDnm", "L2O", "LGL2O"), ("LGL2O", "mine")):
         named = {method: 1.0 + number for number, method in enumerate(methods)}
         figure = figures.draw(curves_of(named, np.arange(1, 20)), "Title")
-        lines = {line.get_label(): line.get_color() for line in figure.axes[0].lines}
-        assert len({*lines.values()}) == len(methods)
-        colors.append(lines["LGL2O"])
+        drawn = {one.get_label(): one.get_color() for one in figure.axes[0].lines}
+        assert len({*drawn.values()}) == len(methods)
+        colors.append(drawn["LGL2O"])
     assert colors[0] == colors[1] != colors[2]
-    known = figures.NAMED
+    known = lines.NAMED
     assert {*paper_methods(Experiment("any"))} == {*known}
-    assert len({*known.values()}) == len(known) <= figures.COLORS
+    assert len({*known.values()}) == len(known) <= lines.COLORS

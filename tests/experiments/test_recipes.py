@@ -117,11 +117,6 @@ def test_lengths_are_those_of_the_figures() -> None:
     assert all(RECIPES[name]().steps == 100 for name in SETS["fig02"])
 
 
-def test_first_steps_are_taken_with_other_seeds_than_the_figures() -> None:
-    e = RECIPES["first_steps"]()
-    assert (e.seed, e.seeds, e.steps) == (1_000, 5, 1_000)
-
-
 @pytest.mark.parametrize("table", TABLES)
 def test_tables(table: str) -> None:
     recipes = [RECIPES[name]() for name in SETS[table]]

@@ -20,7 +20,7 @@ import tiny
 from commands import command, same_curves
 
 import lossguard
-from lossguard import curves, records, rollout
+from lossguard import curves, records, rollout, run_folder
 from lossguard.config import as_config
 from lossguard.curves import COUNTERS
 from lossguard.experiments import run as running
@@ -476,7 +476,7 @@ def test_another_experiment_is_refused(whole: Path) -> None:
 
 
 def test_damaged_table_of_a_finished_method_is_named(whole: Path, tmp_path: Path) -> None:
-    records.open_folder(tmp_path / "run", as_config(tiny.recipe()))
+    run_folder.open_folder(tmp_path / "run", as_config(tiny.recipe()))
     (tmp_path / "run" / "methods").mkdir()
     content = (whole / "methods" / "Signs.parquet").read_bytes()
     (tmp_path / "run" / "methods" / "Signs.parquet").write_bytes(content[:-9])

@@ -11,7 +11,7 @@ import pytest
 import tiny
 from commands import command, same_curves
 
-from lossguard import Task, records
+from lossguard import Task, records, run_folder
 from lossguard.experiments import Experiment, recipes
 from lossguard.experiments import run as running
 from lossguard.experiments import sweep as sweeping
@@ -33,7 +33,7 @@ def test_each_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ]
     for name, experiment in both.items():
         same_curves(out / name, run(experiment, tmp_path / "alone" / name))
-    assert not list(out.rglob(records.FAILED))
+    assert not list(out.rglob(run_folder.FAILED))
     monkeypatch.setattr(sweeping, "run", None)
     assert [outcome.state for outcome in sweep(both, out)] == ["skipped", "skipped"]
 
@@ -68,7 +68,7 @@ def test_a_folder_in_use_is_told_and_left_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_another_run_stops_all_before_the_start(tmp_path: Path) -> None:
-    records.open_folder(tmp_path / "two", {"name": "another"})
+    run_folder.open_folder(tmp_path / "two", {"name": "another"})
     with pytest.raises(ValueError, match=r"holds another, .* in name \(another, not tiny\)"):
         list(sweep({"one": FIRST, "two": SECOND}, tmp_path))
     assert [entry.name for entry in (tmp_path / "one").iterdir()] == ["config.json"]

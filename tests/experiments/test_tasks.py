@@ -13,7 +13,7 @@ import pytest
 import lossguard
 from lossguard import cli
 from lossguard.experiments import tasks
-from lossguard.experiments.envelope import Envelope, smoothed
+from lossguard.experiments.envelope import FILE, Envelope, smoothed
 from lossguard.experiments.watched import watched
 from lossguard.tasks import published
 from lossguard.tasks.dataset import Dataset, make_dataset
@@ -165,3 +165,18 @@ def test_bad_names_are_refused(
         with pytest.raises(SystemExit):
             cli.main()
         assert part in capsys.readouterr().err
+
+
+def test_a_missing_file_is_told_before_anything_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(FILE, raising=False)
+    monkeypatch.setattr(published, "load_dataset", small)
+    name = "ImageMLP_FashionMnist8_Relu32"
+    given = ["lossguard", "benchmark", "tasks", name, "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    assert f"{FILE} must name the published file" in capsys.readouterr().err
+    assert not (tmp_path / name / "methods").exists()

@@ -116,12 +116,15 @@ class Lane:
 class Curve:
     """A run's smoothed loss, with marks of which each is at least at twice the age of the last."""
 
-    def __init__(self, loss: float, age: int = 0):
+    def __init__(self, loss: float, age: int = 0, weight: float = 0.7):
+        self.weight = weight
         self.recent, self.lasting, self.age, self.marks = loss, loss, age, [(age, loss)]
 
     def add(self, losses: list[float]) -> None:
         loss = np.mean(losses)
-        self.recent = loss if self.age == 0 else 0.7 * self.recent + 0.3 * loss
+        self.recent = (
+            loss if self.age == 0 else self.weight * self.recent + (1 - self.weight) * loss
+        )
         self.lasting = loss if self.age == 0 else 0.95 * self.lasting + 0.05 * loss
         self.age += len(losses)
         if self.age // 2 >= max(self.marks[-1][0], len(losses)):
@@ -140,6 +143,12 @@ class Curve:
         if loss > 0 and self.recent > 0:
             return np.log(loss / self.recent) / np.log(self.age / age)
         return float(self.recent < loss)
+
+    def extrapolated(self, age: float) -> float:
+        """Its loss at an age, on the line through where it is, both axes logarithmic."""
+        if self.recent <= 0 or age == 0:
+            return self.recent
+        return np.exp(np.log(self.recent) - self.power() * (np.log(age) - np.log(self.age)))
 
 
 class Trial:
@@ -233,14 +242,22 @@ class Relay:
 def recommended(objective, learned, fallback, *, nt: int, share: float, cycles: int):
     """The relay, and s in a share of the steps: yields after every cycle what is to be reported."""
     x = Relay(objective, learned, fallback, nt=nt, share=share)
-    s, of_own, own, against = None, 0, True, None
+    s, of_own, own, against, curve = None, 0, True, None, Curve(0.0, weight=0)
+    more = min(1, 5 * share)
     for cycle in range(cycles):
         i = k = cycle * nt
+        goal = x.curve.recent - 0.1 * abs(x.curve.recent)
+        soon = not own and curve.extrapolated(more * k) < goal
+        runs = not own and of_own < (more if soon else share) * k
         losses, of_y = x.cycle(i, k)
-        runs = not own and of_own < share * k
         of_own += nt * (own or runs)
+        if own:
+            curve.add(losses)
         if runs:
             of_s = s.run(objective, range(i, i + nt))
+            curve.add(of_s)
+            if of_own > share * k + nt:
+                x.events.add("s catches up")
             outcome = against.outcome(of_s, losses)
             if outcome == "won":
                 x.go_to(s, np.mean(of_s))

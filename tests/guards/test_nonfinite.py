@@ -186,6 +186,28 @@ def test_unguarded_says_what_is_not_finite() -> None:
 
 
 @pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("name", [*RELAYS, "best_of", "stacked"])
+def test_a_gradient_that_is_not_finite_is_one_of_0(name) -> None:
+    """Of steps of w <- 0.8 w, whoever takes them, one is lost: the loss there is finite."""
+
+    def objective(w, i):
+        fine = 1.0 - (i == 3)
+        return jnp.sum(w**2) + jnp.sqrt(fine + 0 * w.sum()) - fine
+
+    learned, fallback = optax.sgd(0.1), optax.sgd(0.1)
+    if name in RELAYS:
+        guard = RELAYS[name](learned, fallback)
+    else:
+        guard = lossguard.best_of([lossguard.unguarded(learned, nt=NT)])
+    state = guard.init(START)
+    for k in range(4):
+        numbers = jnp.arange(k * NT, (k + 1) * NT)
+        fed = lossguard.stacked(objective, numbers, start=k * NT)
+        state, decision = guard.step(state, fed if name == "stacked" else objective)
+        assert decision.finite_learned and decision.finite_fallback
+    np.testing.assert_allclose(state.params, START * 0.8 ** (4 * NT - 1), rtol=1e-6)
+
+
 def test_states_that_begin_infinite_are_sound() -> None:
     """Reduce-on-plateau begins with a best value of infinity."""
     learned = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=2))

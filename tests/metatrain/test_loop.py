@@ -17,7 +17,15 @@ import polars as pl
 import pytest
 from matplotlib.figure import Figure
 
-from lossguard import cli, drawing, init_lstm_weights, load_weights, lstm_optimizer, records
+from lossguard import (
+    cli,
+    drawing,
+    init_lstm_weights,
+    load_weights,
+    lstm_optimizer,
+    records,
+    run_folder,
+)
 from lossguard.config import as_config
 from lossguard.learned.lstm import LSTMWeights
 from lossguard.learned.weights_file import pretrained_names
@@ -335,7 +343,7 @@ def test_stopped_it_goes_on_to_the_same_weights(
     done = stopping(monkeypatch, at, lambda: signal.raise_signal(number))
     with pytest.raises(KeyboardInterrupt):
         metatrain(TINY, tmp_path / "run")
-    started = json.loads((tmp_path / "run" / records.STARTED).read_text())
+    started = json.loads((tmp_path / "run" / run_folder.STARTED).read_text())
     with pytest.raises(ValueError, match="add --resume"):
         metatrain(TINY, tmp_path / "run")
     file = metatrain(TINY, tmp_path / "run", resume=True)
@@ -348,7 +356,7 @@ def test_stopped_it_goes_on_to_the_same_weights(
     assert made["seconds"] == 20
     assert made == {**made, **started} and [*made["resumed"][0]] == ["time", "commit"]
     assert load_weights(file).made["time"] == started["time"]
-    assert not (file.parent / records.STARTED).exists()
+    assert not (file.parent / run_folder.STARTED).exists()
 
 
 def test_what_was_saved_a_minute_ago_is_not_done_again(
@@ -423,7 +431,7 @@ def test_figure_of_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
     monkeypatch.setattr(
         figure, "save", lambda of, folder: drawn.append(of) or drawing.save(of, folder)
     )
-    records.open_folder(tmp_path / "run", {"name": "mine $_{$"})
+    run_folder.open_folder(tmp_path / "run", {"name": "mine $_{$"})
     records.write_json(tmp_path / "run" / records.MANIFEST, {"data": "JPEG q75"})
     validation, moons = 1 + np.random.default_rng(0).random((2, 4, steps))
     validation[2] = np.nan
@@ -444,7 +452,7 @@ def test_figure_of_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
 
 
 def test_figure_where_all_is_lost(tmp_path: Path) -> None:
-    records.open_folder(tmp_path / "run", {"name": "mine"})
+    run_folder.open_folder(tmp_path / "run", {"name": "mine"})
     records.write_json(tmp_path / "run" / records.MANIFEST, {})
     columns = {"meta_step": [1, 2], "meta_loss": [1.0, 1.0], "validation": np.full((2, 60), np.nan)}
     records.write_parquet(tmp_path / "run" / records.CURVES, pl.DataFrame(columns))
@@ -511,7 +519,7 @@ def test_fields_of_ones_own(whole: Path, tmp_path: Path) -> None:
     """A path is told, and goes on; what JSON can't hold leaves no folder."""
     given = {f.name: getattr(TINY, f.name) for f in dataclasses.fields(TINY)}
     mine = OfAFile(**given, file=Path("words.txt"))
-    records.open_folder(tmp_path / "run", as_config(mine))
+    run_folder.open_folder(tmp_path / "run", as_config(mine))
     file = metatrain(mine, tmp_path / "run", resume=True)
     assert records.read_run(file.parent).config["file"] == "words.txt"
     assert same(load_weights(file).weights, load_weights(whole / loop.WEIGHTS).weights)

@@ -477,16 +477,17 @@ WRONG = {
         "loss must be a single number, got shape (3,)",
     ),
     "no state": (
-        lambda: loaded(lambda state: state.pop("numbers")),
-        "state must be of Rewind.state_dict(), but it lacks 'numbers'",
+        lambda: loaded(lambda state: state.clear()),
+        "state must be of a Rewind with {'window': 256, 'every': 16}, got None",
     ),
     "other window": (
-        lambda: loaded(lambda state: state.update(losses=torch.zeros(16))),
-        "state must be of a Rewind with window = 256, got 16 losses, not 64",
+        lambda: loaded(lambda state: state["options"].update(window=64)),
+        "state must be of a Rewind with {'window': 256, 'every': 16}, got {'window': 64, "
+        "'every': 16}",
     ),
     "other model": (
         lambda: loaded(lambda state: state["trusted"].update({"model.weight": torch.ones(9)})),
-        "state must be of this model, whose weight has shape (1, 2), got shape (9,)",
+        "state must be of this model, whose weight has shape (1, 2), got (9,)",
     ),
 }
 

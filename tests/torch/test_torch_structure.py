@@ -35,9 +35,6 @@ def test_no_class_is_over_200_lines() -> None:
 
 
 PRIVATE = {
-    "_version": "test_parameters_that_change_without_an_optimizer_are_refused",
-    "_per_optimizer_states": "test_a_step_that_an_error_cuts_leaves_the_scaler_usable",
-    "_scale": "test_gradients_that_the_guards_scaler_has_not_scaled",
     "_optimizer_load_state_dict_pre_hooks": "test_hooks_are_called",
     "_optimizer_load_state_dict_post_hooks": "test_hooks_are_called",
     "_foreach_copy_": "test_models",

@@ -1,4 +1,4 @@
-"""What records hold of the paper's figures, and what formulas over their losses find in them.
+"""What records hold of the paper's figures: losses at marks, on the seeds that methods share.
 
 Loss(m, k) is the mean over seeds of method m's training loss, averaged over the steps in
 [0.9 k, k]. Methods are compared on the seeds that all of them have at k.
@@ -7,7 +7,7 @@ Letters: m a method, k an optimizer step.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,8 @@ from ..curves import COUNTERS, divided, mark_loss, step_mean
 from ..records import EVALUATIONS, Record, read_parquet
 from .recipes import FIRST, PAPERS
 
+MARKS = (30, *(a * 10**n for n in range(2, 7) for a in (1, 3)))
+"""Steps at which losses are compared."""
 FREE = ("title", "tested_on", "steps", "seeds", "seed", "methods", "vectorize", "nc", "adam_rate")
 """Settings in which a run may differ from its recipe and still be of its figure."""
 FUNCTIONS = ("make_task", "make_methods")
@@ -27,10 +29,13 @@ FUNCTIONS = ("make_task", "make_methods")
 COLUMNS = ("method", "seed", "step", "loss", "used_learned", *COUNTERS)
 
 
+class NotRunError(Exception):
+    """What a claim needs was not run, or not as far; says what."""
+
+
 class Losses(NamedTuple):
     """Loss(m, k) of some methods at one mark, over the seeds that all of them have there."""
 
-    k: int
     seeds: int
     of: Mapping[str, float]
     """By method; infinite where it is not finite, so that it is worse than any other."""
@@ -64,7 +69,7 @@ class Figure:
         """Whether all of them were run."""
         return {*methods} <= self.lasts.keys()
 
-    def seeds(self, methods: Iterable[str], k: int) -> list[int]:
+    def seeds(self, methods: Iterable[str], k: float) -> list[int]:
         """Those with which all of these methods reached step k."""
         reached = ({s for s, last in self.lasts.get(m, {}).items() if last >= k} for m in methods)
         return sorted(set.intersection(*reached))
@@ -75,27 +80,30 @@ class Figure:
         shared = set.intersection(*map(set, ends))
         return max((min(one[seed] for one in ends) for seed in shared), default=0)
 
-    def losses(self, methods: Iterable[str], k: int, *, seeds_at: int = 0) -> Losses | None:
-        """At step k, over the seeds that reached k and a later step; None if none did."""
+    def losses(self, methods: Iterable[str], k: int, *, seeds_at: int = 0) -> Losses:
+        """At step k, over the seeds that reached k and a later step; raises if none did."""
         methods = list(methods)
-        seeds = self.seeds(methods, max(k, seeds_at))
-        if not seeds:
-            return None
+        seeds = self._reached(methods, max(k, seeds_at))
         means = _means(mark_loss(self._of(methods, seeds), k), "loss")
-        return Losses(k, len(seeds), means) if means.keys() == {*methods} else None
+        if means.keys() != {*methods}:
+            raise NotRunError(f"{' and '.join(methods)} have no loss at {k:,}")
+        return Losses(len(seeds), means)
 
-    def over_first(self, method: str, k: int) -> Losses | None:
-        """The loss at step k over that of step 1, of the seeds that reach k."""
+    def over_first(self, method: str, k: int) -> tuple[float, int]:
+        """The loss at step k over that of step 1, of the seeds that reach k, and how many do."""
         first, last = self.losses([method], 1, seeds_at=k), self.losses([method], k)
-        if not (first and last):
-            return None
-        return last._replace(of={method: divided(last.of[method], first.of[method])})
+        return divided(last.of[method], first.of[method]), last.seeds
 
-    def share(self, method: str, first: float, last: float) -> tuple[float, int] | None:
+    def rise(self, method: str, k: int) -> tuple[float, int]:
+        """Loss(m, k) over its least at a mark up to k, of the seeds that reach k; how many do."""
+        marks = (*(j for j in MARKS if j < k), k)
+        losses = [self.losses([method], j, seeds_at=k) for j in marks]
+        of = [one.of[method] for one in losses]
+        return divided(of[-1], min(of)), losses[-1].seeds
+
+    def share(self, method: str, first: float, last: float) -> tuple[float, int]:
         """Share of learned steps from the first to the last, and over how many seeds."""
-        seeds = self.seeds([method], int(last))
-        if not seeds:
-            return None
+        seeds = self._reached([method], last)
         table = step_mean(self._of([method], seeds), "used_learned", first=first, last=last)
         return _means(table, "used_learned")[method], len(seeds)
 
@@ -103,6 +111,25 @@ class Figure:
         """What was counted, a step."""
         row = self.curves.filter(pl.col("method") == method).sort("step").tail(1)
         return {name: row[name][0] / row["step"][0] for name in COUNTERS}
+
+    def tested(self, method: str, first: int) -> tuple[int, float]:
+        """The step at which it was first evaluated from a step on, and its mean test loss there."""
+        file = self.folders.get(method, Path()) / EVALUATIONS
+        table = read_parquet(file) if file.exists() else pl.DataFrame({"method": [], "step": []})
+        table = table.filter(pl.col("method") == method, pl.col("step") >= first)
+        if table.is_empty():
+            raise NotRunError(f"{method} was not tested at {first:,} or later")
+        at = table.filter(pl.col("step") == pl.col("step").min())
+        return int(at["step"][0]), float(at["test_loss"].mean())  # pyright: ignore
+
+    def _reached(self, methods: list[str], k: float) -> list[int]:
+        """The seeds that reached k; raises if none did."""
+        if missing := [m for m in methods if not self.has(m)]:
+            raise NotRunError(f"no run has {', '.join(missing)}")
+        if not (seeds := self.seeds(methods, k)):
+            told = f"{methods[0]} was" if len(methods) == 1 else f"{', '.join(methods)} were"
+            raise NotRunError(f"{told} not run to {int(k):,}")
+        return seeds
 
     def _of(self, methods: Iterable[str], seeds: Iterable[int]) -> pl.DataFrame:
         return self.curves.filter(
@@ -123,6 +150,18 @@ class Evidence(NamedTuple):
     meta: Mapping[str, Record]
     """Of meta-training, by the name of what was trained; of several the last given."""
 
+    def figure(self, name: str) -> Figure:
+        """One of them; raises if no run is of it."""
+        if name not in self.figures:
+            raise NotRunError(f"no run of {name}")
+        return self.figures[name]
+
+    def meta_training(self, name: str) -> pl.DataFrame:
+        """Its curves; raises if there is no run of it."""
+        if name not in self.meta:
+            raise NotRunError(f"no meta-training of {name}")
+        return self.meta[name].curves
+
 
 def gather(records: Mapping[Path, Record]) -> Evidence:
     """What the records of these folders say; those of other experiments are passed over."""
@@ -139,38 +178,32 @@ def _figure(config: Mapping[str, Any]) -> str | None:
     name = config["name"]
     if name == "fig02":  # put together from runs on several data sets
         return name
-    if name not in PAPERS or not has_settings(config):
+    if not name.startswith("fig") or name not in PAPERS or not has_settings(config):
         return None
-    return name.partition("-")[0] if name.startswith("fig") else None
+    return name.partition("-")[0]
 
 
 def has_settings(config: Mapping[str, Any]) -> bool:
     """Whether a run has the settings of the recipe that it is named after, but for ``FREE``."""
-
-    def plain(name: str, value: Any) -> Any:
-        ours = name in FUNCTIONS and str(value).startswith("lossguard.")
-        return "lossguard" if ours else value
-
-    return all(
-        plain(name, config.get(name, value)) == plain(name, value)
-        for name, value in as_config(PAPERS[config["name"]]()).items()
-        if name not in FREE
-    )
+    expected = as_config(PAPERS[config["name"]]())
+    found = expected | dict(config)
+    for name in FUNCTIONS:
+        found[name] = expected[name] if found[name].startswith("lossguard.") else found[name]
+    return all(found[name] == expected[name] for name in expected if name not in FREE)
 
 
 def _labelled(record: Record) -> pl.DataFrame:
     """The curves, with methods named as in ``Figure``."""
     config, _, curves = record
-    name = config["name"]
-    labels = {method: method for method in config["methods"]}
+    name, labels = config["name"], {}
     if name in PAPERS:
         recipe = PAPERS[name]()
         if name.removeprefix("fig02-") in FIRST:
             labels = {"L2O": name.removeprefix("fig02-")}
-        if config.get("nc", recipe.nc) != recipe.nc:
-            labels |= {m: f"{m} (nc {config['nc']})" for m in labels if m.startswith("LGL2O")}
-        if "Adam" in labels and config.get("adam_rate", recipe.adam_rate) != recipe.adam_rate:
-            labels["Adam"] = f"Adam {config['adam_rate']:g}"
+        if (nc := config.get("nc", recipe.nc)) != recipe.nc:
+            labels |= {m: f"{m} (nc {nc})" for m in config["methods"] if m.startswith("LGL2O")}
+        if (rate := config.get("adam_rate", recipe.adam_rate)) != recipe.adam_rate:
+            labels["Adam"] = f"Adam {rate:g}"
     return curves.select(COLUMNS).with_columns(
         pl.col("method").replace(labels), (pl.col("seed") + config["seed"]).cast(pl.Int64)
     )
@@ -178,198 +211,12 @@ def _labelled(record: Record) -> pl.DataFrame:
 
 def _joined(figure: str, tables: Mapping[Path, pl.DataFrame]) -> Figure:
     """Of each method and seed the longest curve; of several the last given."""
-    both, longest, folders = ("method", "seed"), {}, {}
+    longest, folders = {}, {}
     for folder, table in tables.items():
-        for key, curve in table.group_by(both, maintain_order=True):
+        for key, curve in table.group_by("method", "seed", maintain_order=True):
             if key not in longest or curve["step"].max() >= longest[key]["step"].max():
-                longest[key] = curve
-                folders[str(key[0])] = folder
+                longest[key], folders[str(key[0])] = curve, folder
     recipe = PAPERS.get(figure)
     settings = {} if recipe is None else {"nt": recipe().nt, "nc": recipe().nc}
     columns = [curve.cast(dict.fromkeys(COLUMNS[3:], pl.Float64)) for curve in longest.values()]
     return Figure(pl.concat(columns), folders, **settings)
-
-
-def tested(figure: Figure, method: str, first: int) -> tuple[int, float] | None:
-    """A method's mean loss on the whole test set, where it was first evaluated from a step on."""
-    file = figure.folders.get(method, Path()) / EVALUATIONS
-    if not file.exists():
-        return None
-    table = read_parquet(file).filter(pl.col("method") == method, pl.col("step") >= first)
-    if table.is_empty():
-        return None
-    at = table.filter(pl.col("step") == pl.col("step").min())
-    return int(at["step"][0]), float(at["test_loss"].mean())  # pyright: ignore
-
-
-MARKS = (30, *(a * 10**n for n in range(2, 7) for a in (1, 3)))
-"""Steps at which losses are compared."""
-
-
-class Finding(NamedTuple):
-    """Whether a formula holds, and the numbers that say so."""
-
-    holds: bool | None
-    """None if it was not run."""
-    numbers: str
-    seeds: Mapping[int, int] = {}
-    """How many at each mark."""
-
-
-Of = Mapping[str, float]
-"""Loss(m, k) by method."""
-Formula = Callable[[Figure], Finding]
-
-
-def at_marks(
-    marks: Sequence[int],
-    what: str,
-    methods: Sequence[str],
-    value: Callable[[Of], float],
-    holds: Callable[[float], bool],
-    *,
-    beyond: bool = False,
-) -> Formula:
-    """Whether a value of the losses passes at every mark: one that fails decides."""
-
-    def formula(figure: Figure) -> Finding:
-        if missing := [m for m in methods if not figure.has(m)]:
-            return Finding(None, f"no run has {', '.join(missing)}")
-        found = {k: losses for k in marks if (losses := figure.losses(methods, k))}
-        values = {k: value(losses.of) for k, losses in found.items()}
-        failed = [k for k, one in values.items() if not holds(one)]
-        later = [k for k in MARKS if beyond and k > marks[-1]]
-        more = {k: value(one.of) for k in later if (one := figure.losses(methods, k))}
-        told = _told(values, failed) + (f"; beyond: {_told(more, [])}" if more else "")
-        reached = len(found) == len(marks)
-        seeds = {k: losses.seeds for k, losses in found.items()}
-        return Finding(False if failed else True if reached else None, f"{what}: {told}", seeds)
-
-    return formula
-
-
-def _told(values: Mapping[int, float], failed: Sequence[int]) -> str:
-    """Three values one by one; of more the highest, the last, and where they fail first."""
-    if len(values) <= 3:
-        return ", ".join(f"{short(one)} at {k:,}" for k, one in values.items()) or "no mark"
-    last, highest = max(values), max(values, key=lambda k: values[k])
-    told = f"at most {short(values[highest])}, at {highest:,}"
-    told += f"; {short(values[last])} at {last:,}" if last != highest else ""
-    return told + (f"; fails at {failed[0]:,} first" if failed else "")
-
-
-def ratio_of(
-    method: str,
-    others: Sequence[str],
-    marks: Sequence[int],
-    holds: Callable[[float], bool],
-    *,
-    beyond: bool = False,
-    what: str = "",
-) -> Formula:
-    """Loss(method, k) over the least of the others', tested at these marks."""
-    best = others[0] if len(others) == 1 else f"the best of {', '.join(others)}"
-    what = what or f"{method} over {best}"
-    methods = [method, *others]
-    return at_marks(marks, what, methods, over(method, *others), holds, beyond=beyond)
-
-
-def below(bound: float) -> Callable[[float], bool]:
-    return lambda ratio: ratio < bound
-
-
-def up_to(bound: float) -> Callable[[float], bool]:
-    return lambda ratio: ratio <= bound
-
-
-def above(bound: float) -> Callable[[float], bool]:
-    return lambda ratio: ratio > bound
-
-
-def short(value: float) -> str:
-    """Two significant digits."""
-    if not math.isfinite(value):
-        return "inf"
-    rounded = float(f"{value:.1e}")
-    if rounded == 0 or 1e-3 <= rounded < 1e4:
-        return f"{rounded:g}"
-    digits, _, power = f"{rounded:.1e}".partition("e")
-    return f"{digits}e{int(power)}"
-
-
-def over(a: str, *b: str) -> Callable[[Of], float]:
-    """Loss(a) over the least of the others."""
-    return lambda of: divided(of[a], min(of[m] for m in b))
-
-
-def each(*formulas: Formula) -> Formula:
-    """All of them."""
-    return lambda figure: all_of(formula(figure) for formula in formulas)
-
-
-def all_of(findings: Iterable[Finding]) -> Finding:
-    """All hold: one that fails decides, then one that was not run."""
-    found = list(findings)
-    outcomes = {one.holds for one in found}
-    holds = False if False in outcomes else None if None in outcomes else True
-    return together(holds, found)
-
-
-def either(names: Sequence[str], formula: Callable[[str], Formula]) -> Formula:
-    """By one of these methods at least, of those that were run."""
-
-    def judge(figure: Figure) -> Finding:
-        found = [formula(name)(figure) for name in names if figure.has(name)]
-        outcomes = {one.holds for one in found}
-        holds = True if True in outcomes else False if False in outcomes else None
-        return together(holds, found or [Finding(None, f"no run has {names[0]}")])
-
-    return judge
-
-
-def together(holds: bool | None, found: Sequence[Finding]) -> Finding:
-    """Several as one, which holds or not; at a mark the fewest seeds count."""
-    seeds: dict[int, int] = {}
-    for one in found:
-        for k, count in one.seeds.items():
-            seeds[k] = min(count, seeds.get(k, count))
-    return Finding(holds, "; ".join(one.numbers for one in found), seeds)
-
-
-def rise(figure: Figure, method: str, k: int) -> tuple[float, int] | None:
-    """Loss(m, k) over its least at a mark up to k, and over how many seeds: those that reach k."""
-    found = [figure.losses([method], j, seeds_at=k) for j in (*(j for j in MARKS if j < k), k)]
-    losses = [one.of[method] for one in found if one]
-    return (divided(losses[-1], min(losses)), found[-1].seeds) if found[-1] else None
-
-
-def rises(method: str, k: int, expected: bool) -> Formula:
-    """Whether a method is above twice its least loss at step k; what lies beyond is told."""
-
-    def formula(figure: Figure) -> Finding:
-        found = {j: one for j in (k, *MARKS) if j >= k and (one := rise(figure, method, j))}
-        if k not in found:
-            return Finding(None, f"{method} was not run to {k:,}")
-        told = [f"{short(ratio)} at {j:,}" for j, (ratio, _) in found.items()]
-        numbers = f"{method} over its least so far: {told[0]}"
-        numbers += f"; beyond: {', '.join(told[1:])}" if told[1:] else ""
-        return Finding((found[k][0] > 2) == expected, numbers, {k: found[k][1]})
-
-    return formula
-
-
-def from_first(
-    method: str, k: int, holds: Callable[[float], bool], *, or_rises: bool = False
-) -> Formula:
-    """Whether Loss(method, k) over its first loss passes, or it rises by k."""
-
-    def formula(figure: Figure) -> Finding:
-        found = figure.over_first(method, k)
-        if not found:
-            return Finding(None, f"{method} was not run to {k:,}")
-        ratio, risen = found.of[method], rise(figure, method, k)
-        passes = holds(ratio) or (or_rises and risen is not None and risen[0] > 2)
-        numbers = f"{method} at {k:,} over its first loss: {short(ratio)}"
-        return Finding(passes, numbers, {k: found.seeds})
-
-    return formula

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..progress import Progress
-from ..records import CONFIG, FAILED, MANIFEST, Record, read_json, read_run
+from ..records import CONFIG, MANIFEST, Record, read_json, read_run
+from ..run_folder import FAILED
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[dict[Path, Record], list[str]]:

@@ -14,7 +14,7 @@ import optax
 import polars as pl
 from rich.table import Table
 
-from ..curves import PRICE
+from ..curves import PRICE, divided
 from ..guards.best_of import best_of
 from ..guards.hedged import hedged
 from ..guards.loss_guard import loss_guard
@@ -238,3 +238,24 @@ def table(found: Mapping[str, Path]) -> tuple[Table, pl.DataFrame]:
         cost = f"{one['price_of_step'][0]:.2f}"
         shown.add_row(str(experiment), str(method), cost, *(cells.get(mark, "") for mark in MARKS))
     return shown, every
+
+
+def at_equal_price(reference: str, folder: Path) -> str:
+    """What each method of a run is worth beside the first, when both have spent the same."""
+    evaluations = read_parquet(folder / EVALUATIONS)
+    methods = evaluations["method"].unique(maintain_order=True).to_list()
+    curves = {method: curve(evaluations, method) for method in methods}
+    base = curves[reference]
+    end = float(min(one.price[-1] for one in curves.values()))
+    half = end / 2
+    others = [method for method in methods if method != reference]
+    losses = (f"{m} {divided(at(curves[m], end), at(base, end)):.2g}" for m in others)
+    times = (f"{m} {slowdown(curves[m], base, half):.2g}" for m in others)
+    return (
+        f"After a price of {end:,.0f} gradients, loss over that of {reference}: "
+        f"{', '.join(losses)}\n"
+        f"Price at which the loss of {reference} after {half:,.0f} is reached, over that price: "
+        f"{', '.join(times)}\n"
+        "Next: put a guard into a loop of your own (README.md), or see it all: "
+        f"lossguard report {folder}"
+    )

@@ -7,7 +7,6 @@ and with both thetas; a reading picks one scaling of images, one of points, one 
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -15,12 +14,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+import polars as pl
 from jaxtyping import PyTree
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from ..config import as_config
 from ..guards.loss_guard import loss_guard
-from ..guards.protocol import Guard
 from ..guards.residual_guard import residual_guard
 from ..guards.sequences import ema
 from ..guards.unguarded import unguarded
@@ -28,7 +31,7 @@ from ..learned.pretrained import pretrained
 from ..records import Record
 from .claims import Verdict, judge_claims
 from .experiment import Experiment, Methods, sgd_fallback, with_methods
-from .joined import of
+from .judges import K
 from .recipes import PAPERS
 
 POLICIES = ("keep", "reset", "reset in every cycle")
@@ -42,7 +45,11 @@ FIGURES: Mapping[str, tuple[Sequence[str], float]] = {
     "fig04": (POINTS, 0.01),
     "fig05": (POINTS, 0.01),
 }
-"""By figure: the scalings in which it is run, and Adam's rate there in appendix E."""
+"""The scalings in which a figure is run, and Adam's rate there in appendix E."""
+JUDGED = ("3a", "3b", "3c", "3d", "3e", "4a", "4b", "4c", "5a", "5b", "5c", "5d", "5e")
+"""Claims about these figures, but 4d, which needs a million steps and nc = 100."""
+COLORS = {"reproduced": "#4a90c4", "not reproduced": "#e8a078", "not run": "#eeeeee"}
+"""Of verdicts."""
 
 
 class Reading(NamedTuple):
@@ -63,17 +70,15 @@ ALL = [Reading(*one) for one in product(IMAGES, POINTS, POLICIES, THETAS)]
 
 def reading_run(figure: str, scaling: str) -> Experiment:
     """A figure in one scaling, its methods in every policy and with both thetas."""
-    e, (_, adam_rate) = PAPERS[figure](), FIGURES[figure]
-    toy = figure != "fig03"
+    e = PAPERS[figure]()
     return with_methods(
         reading_methods,
         e,
         name=f"reading-{figure}-{scaling}",
         title=f"{e.title}: readings, inputs {scaling}",
         scaling=scaling,
-        steps=10_000 if toy else 1_000,
-        seeds=20 if toy else 5,
-        adam_rate=adam_rate,
+        steps=K,
+        adam_rate=FIGURES[figure][1],
     )
 
 
@@ -81,22 +86,25 @@ def reading_methods(experiment: Experiment) -> Methods:
     """The paper's methods; LGL2O by policies, GL2O by thetas."""
     e = experiment
 
-    def alone(optimizer: optax.GradientTransformation) -> Guard:
-        return unguarded(optimizer, nt=e.nt, trusted=True)
+    def alone(optimizer: optax.GradientTransformation, *, trusted: bool = True) -> Any:
+        return lambda: unguarded(optimizer, nt=e.nt, trusted=trusted)
 
-    def guarded(policy: str) -> Guard:
-        learned = pretrained(e.learned)
-        if policy == "reset in every cycle":
-            learned = restarting(learned, e.nt)
-        loser = "reset" if policy == "reset" else "keep"
-        return loss_guard(learned, sgd_fallback(e), nt=e.nt, nc=e.nc, loser=loser)
+    def guarded(policy: str) -> Any:
+        learned, every = pretrained(e.learned), policy == POLICIES[2]
+        return loss_guard(
+            restarting(learned, e.nt) if every else learned,
+            sgd_fallback(e),
+            nt=e.nt,
+            nc=e.nc,
+            loser="reset" if policy == "reset" else "keep",
+        )
 
-    def rival(theta: float) -> Guard:
+    def rival(theta: float) -> Any:
         return residual_guard(pretrained(e.learned), sgd_fallback(e), sequence=ema(theta), nt=e.nt)
 
     return {
-        "SGDnm": lambda: alone(sgd_fallback(e)),
-        "Adam": lambda: alone(optax.adam(e.adam_rate)),
+        "SGDnm": alone(sgd_fallback(e)),
+        "Adam": alone(optax.adam(e.adam_rate)),
         "L2O": lambda: unguarded(pretrained(e.learned), nt=e.nt),
         **{f"GL2O, {name}": partial(rival, theta) for name, theta in THETAS.items()},
         **{f"LGL2O, {policy}": partial(guarded, policy) for policy in POLICIES},
@@ -136,45 +144,85 @@ READINGS = {
 }
 """Recipes by their names."""
 
-ADAM: Mapping[str, str] = {"fig03": "Adam", "fig04": "Adam", "fig05": "Adam 0.01"}
-"""What claims call Adam at appendix E's rate."""
-
 
 class Judged(NamedTuple):
-    """A reading and what it makes of the paper's claims."""
+    """A reading and what it makes of the claims in ``JUDGED``."""
 
     reading: Reading
     verdicts: Sequence[Verdict]
 
+    @property
     def counts(self) -> Counter[str]:
         """How many claims have each verdict."""
         return Counter(verdict.verdict for verdict in self.verdicts)
 
+    def __str__(self) -> str:
+        known = len(self.verdicts) - self.counts["not run"]
+        return f"{', '.join(self.reading)}: {self.counts['reproduced']} of {known}"
 
-def judge_readings(record: Record) -> list[Judged]:
-    """Every reading, those first that reproduce the most claims.
+
+def judge_readings(records: Mapping[Path, Record]) -> list[Judged]:
+    """Every reading, those first that reproduce the most claims; curves speak up to step ``K``.
 
     Args:
-        record: of ``reading_run``, put together by ``joined.join`` with the labels "fig03 unit" and
-            so on; of a method that it lacks the claims are "not run".
+        records: of the recipes in ``READINGS``, and of the figures that they read.
     """
 
     @cache
     def about(figure: str, scaling: str, policy: str, theta: str) -> list[Verdict]:
-        names = {"SGDnm": "SGDnm", "Adam": ADAM[figure], "L2O": "L2O"}
-        names |= {f"GL2O, {theta}": "GL2O", f"LGL2O, {policy}": "LGL2O"}
-        curves = of(record.curves, f"{figure} {scaling}", names)
-        if curves.is_empty():
-            return [one for one in judge_claims({}) if one.id.startswith(figure[-1])]
-        recipe = PAPERS[figure]()
-        methods = tuple(curves["method"].unique(maintain_order=True))
-        config = as_config(replace(recipe, methods=methods, seeds=curves["seed"].n_unique()))
-        verdicts = judge_claims({Path(figure): Record(config, record.manifest, curves)})
-        return [one for one in verdicts if one.id.startswith(figure[-1])]
+        found = {
+            folder: _as_the_figure(figure, record, policy, theta)
+            for folder, record in records.items()
+            if record.config["name"] in (figure, f"reading-{figure}-{scaling}")
+            and record.config.get("scaling") == scaling
+        }
+        verdicts = judge_claims({folder: one for folder, one in found.items() if one})
+        return [one for one in verdicts if one.id in JUDGED and one.id[0] == figure[-1]]
 
     judged = []
     for one in ALL:
         scalings = {"fig03": one.images, "fig04": one.points, "fig05": one.points}
         parts = [about(figure, s, one.policy, one.theta) for figure, s in scalings.items()]
         judged.append(Judged(one, [verdict for part in parts for verdict in part]))
-    return sorted(judged, key=lambda one: -one.counts()["reproduced"])
+    return sorted(judged, key=lambda one: -one.counts["reproduced"])
+
+
+def _as_the_figure(figure: str, record: Record, policy: str, theta: str) -> Record | None:
+    """The record of a reading as one of the figure's recipe; None if it has none of the methods.
+
+    The figure's own runs keep the memory, and have Adam at other rates.
+    """
+    config, made, curves = record
+    names = {"SGDnm": "SGDnm", "L2O": "L2O", "Adam 0.01": "Adam 0.01"}
+    if config["name"] == figure:
+        names |= {"GL2O" if theta == "weight" else "GL2O (theta as decay)": "GL2O"}
+        names |= {"LGL2O": "LGL2O"} if policy == "keep" else {}
+    else:
+        adam = "Adam 0.01" if figure == "fig05" else "Adam"  # as claims call it
+        names |= {"Adam": adam, f"GL2O, {theta}": "GL2O", f"LGL2O, {policy}": "LGL2O"}
+    chosen = curves.filter(pl.col("method").is_in([*names]), pl.col("step") <= K)
+    recipe = PAPERS[figure]()
+    methods = [names[method] for method in config["methods"] if method in names]
+    settings = as_config(recipe) | {"methods": methods, "seed": config["seed"]}
+    chosen = chosen.with_columns(pl.col("method").replace(names))
+    return None if chosen.is_empty() else Record(settings, made, chosen)
+
+
+def draw_readings(judged: Sequence[Judged]) -> Figure:
+    """Each reading, a row, against each claim that a record can judge, a column."""
+    columns = zip(*(one.verdicts for one in judged), strict=True)
+    shown = [n for n, column in enumerate(columns) if {v.verdict for v in column} != {"not run"}]
+    codes = [[[*COLORS].index(one.verdicts[n].verdict) for n in shown] for one in judged]
+    figure = Figure(figsize=(9, 1.5 + 0.2 * len(judged)), layout="constrained")
+    axes = figure.subplots()
+    colors = ListedColormap([*COLORS.values()])
+    axes.pcolormesh(np.array(codes), cmap=colors, vmin=0, vmax=len(COLORS) - 1, edgecolors="white")
+    axes.invert_yaxis()
+    axes.set_xticks(np.arange(len(shown)) + 0.5, [judged[0].verdicts[n].id for n in shown])
+    axes.xaxis.tick_top()
+    axes.set_yticks(np.arange(len(judged)) + 0.5, [str(one) for one in judged], fontsize=7)
+    patches = [Patch(color=color, label=name) for name, color in COLORS.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    axes.set_ylabel("Images, points, LSTM of the loser, theta: claims reproduced of those judged")
+    axes.set_title("Joint readings of the paper: claims about figures 3, 4 and 5", fontsize=10)
+    return figure

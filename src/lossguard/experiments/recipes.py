@@ -1,4 +1,4 @@
-"""The paper's experiments, one function each; ``lossguard run NAME`` runs them.
+"""The paper's experiments, each a function without arguments; ``lossguard run NAME`` runs them.
 
 Below them are the methods that single ones compare: guards by the names that records give them.
 
@@ -33,6 +33,49 @@ CONV_RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """SGDnm's learning rates in figure 10's grid."""
 
 
+def figure(name: str, on: str, dataset: str, steps: int, **settings: Any) -> Experiment:
+    """A figure of table 1, which compares the paper's methods."""
+    title = f"Learned on MNIST + MLP, tested on {on}"
+    about = {"name": name, "title": title, "tested_on": on, "dataset": dataset, "steps": steps}
+    return Experiment(methods=PAPER, **about | settings)
+
+
+def learned_on_cifar10(name: str, table_1: Callable[[], Experiment], **settings: Any) -> Experiment:
+    """A figure of table 2: one of table 1 with the other learned optimizer."""
+    e = table_1()
+    title = f"Learned on CIFAR-10 + ConvNet, tested on {e.tested_on}"
+    return replace(e, name=name, title=title, learned="lstm-cifar10-conv", **settings)
+
+
+CONV: Mapping[str, Any] = {"scaling": "unit", "model": ConvNet(), "sgd_rate": 0.01}
+"""Of the figures on ConvNets."""
+SLOWER: Mapping[str, float] = {"sgd_rate": 1e-4, "sgd_tau": 5e6, "guard_tau": 5e6}
+"""Footnote 5: a rate of 0.0001 and a decay 100 times slower, in figures 13 and 16."""
+
+# In distribution: data and optimizee.
+fig03 = partial(figure, "fig03", "MNIST + MLP", "mnist", 200_000, scaling="unit", adam_rate=0.01)
+# Out of distribution: the data, on Spirals with a plateau at first.
+fig04 = partial(figure, "fig04", "Circles + MLP", "circles", 1_000_000, adam_rate=0.1)
+fig05 = partial(figure, "fig05", "Spirals + MLP", "spirals", 1_000_000, adam_rate=0.1)
+# Out of distribution: the optimizee, then data too.
+fig06 = partial(figure, "fig06", "MNIST + ConvNet", "mnist", 100_000, **CONV)
+fig07 = partial(figure, "fig07", "CIFAR-10 + ConvNet", "cifar10", 100_000, **CONV, adam_rate=0.001)
+fig08 = partial(
+    figure,
+    "fig08",
+    "TinyImagenet50 + ConvNet",
+    "tiny_imagenet50_32px",
+    50_000,
+    **CONV | {"model": CONVNET_5},
+    adam_rate=0.001,
+)
+fig12 = partial(learned_on_cifar10, "fig12", fig03)
+fig13 = partial(learned_on_cifar10, "fig13", fig06, **SLOWER)
+fig14 = partial(learned_on_cifar10, "fig14", fig05)
+fig15 = partial(learned_on_cifar10, "fig15", fig04)
+fig16 = partial(learned_on_cifar10, "fig16", fig07, **SLOWER)  # in distribution
+
+
 def demo() -> Experiment:
     """A learned optimizer far from what it was trained on, alone and guarded, on Circles."""
     methods = ("SGDnm", "L2O", "LGL2O", "Recommended")
@@ -41,126 +84,16 @@ def demo() -> Experiment:
     return replace(made, learned="mlp-small")
 
 
-def fig03() -> Experiment:
-    """MNIST + MLP: in distribution, data and optimizee."""
-    return _tested_on(
-        "MNIST + MLP",
-        name="fig03",
-        dataset="mnist",
-        scaling="unit",
-        steps=200_000,
-        adam_rate=0.01,
-    )
-
-
-def fig04() -> Experiment:
-    """Circles + MLP: out of distribution, the data."""
-    return _tested_on(
-        "Circles + MLP",
-        name="fig04",
-        dataset="circles",
-        steps=1_000_000,
-        adam_rate=0.1,
-    )
-
-
-def fig05() -> Experiment:
-    """Spirals + MLP: out of distribution, the data, with a plateau at first."""
-    return _tested_on(
-        "Spirals + MLP",
-        name="fig05",
-        dataset="spirals",
-        steps=1_000_000,
-        adam_rate=0.1,
-    )
-
-
-def fig06() -> Experiment:
-    """MNIST + ConvNet: out of distribution, the optimizee."""
-    return _tested_on(
-        "MNIST + ConvNet",
-        name="fig06",
-        dataset="mnist",
-        scaling="unit",
-        model=ConvNet(),
-        steps=100_000,
-        sgd_rate=0.01,
-    )
-
-
-def fig07() -> Experiment:
-    """CIFAR-10 + ConvNet: out of distribution, data and optimizee."""
-    return _tested_on(
-        "CIFAR-10 + ConvNet",
-        name="fig07",
-        dataset="cifar10",
-        scaling="unit",
-        model=ConvNet(),
-        steps=100_000,
-        sgd_rate=0.01,
-        adam_rate=0.001,
-    )
-
-
-def fig08() -> Experiment:
-    """TinyImagenet50 + a deeper ConvNet: out of distribution, data and optimizee."""
-    return _tested_on(
-        "TinyImagenet50 + ConvNet",
-        name="fig08",
-        dataset="tiny_imagenet50_32px",
-        scaling="unit",
-        model=CONVNET_5,
-        steps=50_000,
-        sgd_rate=0.01,
-        adam_rate=0.001,
-    )
-
-
 def fig09() -> Experiment:
     """Spirals + MLP with other fallbacks: SGD with momentum, and Adam."""
-    return with_methods(
-        fallback_methods,
-        fig05(),
-        name="fig09",
-        title=f"{fig05().title}: LGL2O over other fallbacks",
-        steps=120_000,
-    )
+    e = replace(fig05(), name="fig09", steps=120_000)
+    return with_methods(fallback_methods, e, title=f"{e.title}: LGL2O over other fallbacks")
 
 
 def fig10() -> Experiment:
     """TinyImagenet50 + the deeper ConvNet: the grid of SGDnm's rate and decay."""
-    return with_methods(
-        rate_methods,
-        fig08(),
-        name="fig10",
-        title="Rate and decay of SGDnm on TinyImagenet50 + ConvNet",
-        steps=1_000,
-    )
-
-
-def fig12() -> Experiment:
-    """MNIST + MLP with the other learned optimizer."""
-    return replace(_learned_on_cifar10(fig03()), name="fig12")
-
-
-def fig13() -> Experiment:
-    """MNIST + ConvNet with the other learned optimizer."""
-    return replace(_slower_sgd(_learned_on_cifar10(fig06())), name="fig13")
-
-
-def fig14() -> Experiment:
-    """Spirals + MLP with the other learned optimizer."""
-    return replace(_learned_on_cifar10(fig05()), name="fig14")
-
-
-def fig15() -> Experiment:
-    """Circles + MLP with the other learned optimizer."""
-    return replace(_learned_on_cifar10(fig04()), name="fig15")
-
-
-def fig16() -> Experiment:
-    """CIFAR-10 + ConvNet with the other learned optimizer: in distribution."""
-    return replace(_slower_sgd(_learned_on_cifar10(fig07())), name="fig16")
+    title = "Rate and decay of SGDnm on TinyImagenet50 + ConvNet"
+    return with_methods(rate_methods, fig08(), name="fig10", title=title, steps=1_000)
 
 
 def fig02(dataset: str) -> Experiment:
@@ -177,43 +110,8 @@ def fig02(dataset: str) -> Experiment:
 
 def grid(task: str) -> Experiment:
     """Appendix E's grids on one of ``GRIDS``, over 300 steps."""
-    e = GRIDS[task]()
-    return with_methods(
-        grid_methods,
-        e,
-        name=f"grid-{task}",
-        title=f"Grids of appendix E on {e.tested_on}",
-        steps=300,
-    )
-
-
-def first_steps() -> Experiment:
-    """MNIST + MLP: the shipped learned optimizer against grids of SGDnm and Adam, seeds unseen."""
-    return with_methods(
-        first_step_methods,
-        fig03(),
-        name="first_steps",
-        title="The first steps on MNIST + MLP",
-        steps=1_000,
-        seed=1_000,
-    )
-
-
-def _tested_on(on: str, **settings: Any) -> Experiment:
-    """A figure of table 1, which compares the paper's methods."""
-    title = f"Learned on MNIST + MLP, tested on {on}"
-    return Experiment(title=title, tested_on=on, methods=PAPER, **settings)
-
-
-def _learned_on_cifar10(e: Experiment) -> Experiment:
-    """A figure of table 2."""
-    title = f"Learned on CIFAR-10 + ConvNet, tested on {e.tested_on}"
-    return replace(e, title=title, learned="lstm-cifar10-conv")
-
-
-def _slower_sgd(e: Experiment) -> Experiment:
-    """Footnote 5: a rate of 0.0001 and a decay 100 times slower, in figures 13 and 16."""
-    return replace(e, sgd_rate=1e-4, sgd_tau=100 * e.sgd_tau, guard_tau=100 * e.guard_tau)
+    e = replace(GRIDS[task](), name=f"grid-{task}", steps=300)
+    return with_methods(grid_methods, e, title=f"Grids of appendix E on {e.tested_on}")
 
 
 def fallback_methods(experiment: Experiment) -> Methods:
@@ -248,15 +146,6 @@ def rate_methods(experiment: Experiment) -> Methods:
     return _alone(sgd, experiment.nt)
 
 
-def first_step_methods(experiment: Experiment) -> Methods:
-    """SGDnm at constant rates, Adam at those of appendix E, and the learned optimizer."""
-    sgd = {f"SGDnm {rate:g}": optax.sgd(rate) for rate in (0.1, 0.3, 1.0, 3.0)}
-    return {
-        **_alone(sgd | _adam(), experiment.nt),
-        "L2O": lambda: unguarded(pretrained(experiment.learned), nt=experiment.nt),
-    }
-
-
 def _adam() -> dict[str, optax.GradientTransformation]:
     return {f"Adam {rate:g}": optax.adam(rate) for rate in ADAM_RATES}
 
@@ -278,23 +167,21 @@ GRIDS: Mapping[str, Callable[[], Experiment]] = {
     "cifar10-conv": fig07,
 }
 """The tasks of appendix E's table, each by a figure that has it."""
-_FIGURES = (
-    fig03,
-    fig04,
-    fig05,
-    fig06,
-    fig07,
-    fig08,
-    fig09,
-    fig10,
-    fig12,
-    fig13,
-    fig14,
-    fig15,
-    fig16,
-)
 PAPERS: Mapping[str, Callable[[], Experiment]] = {
-    **{recipe.__name__: recipe for recipe in (demo, *_FIGURES, first_steps)},
+    "demo": demo,
+    "fig03": fig03,
+    "fig04": fig04,
+    "fig05": fig05,
+    "fig06": fig06,
+    "fig07": fig07,
+    "fig08": fig08,
+    "fig09": fig09,
+    "fig10": fig10,
+    "fig12": fig12,
+    "fig13": fig13,
+    "fig14": fig14,
+    "fig15": fig15,
+    "fig16": fig16,
     **{f"fig02-{dataset}": partial(fig02, dataset) for dataset in FIRST},
     **{f"grid-{task}": partial(grid, task) for task in GRIDS},
 }

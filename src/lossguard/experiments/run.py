@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import PRNGKeyArray
 
-from .. import curves, records
+from .. import curves, records, run_folder
 from ..checkpoints import Checkpoints
 from ..config import as_config
 from ..guards.protocol import Decision, Guard, GuardState
@@ -60,7 +60,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
                 _trace_cycle(guard, task)
         if stopped():
             raise KeyboardInterrupt
-        with records.hold_folder(folder, as_config(experiment), resume=resume) as finished:
+        with run_folder.hold_folder(folder, as_config(experiment), resume=resume) as finished:
             if not finished:
                 weights = {f"the file {name}": " ".join(sorted(of)) for name, of in noted.items()}
                 inputs = {"the data": task.dataset.checksum()} | weights
@@ -77,7 +77,7 @@ def _run_all(
     stopped: Callable[[], bool],
 ) -> None:
     """Every method, one after another, and the records of them all."""
-    made = records.start(folder, data=task.dataset.note, inputs=inputs)
+    made = run_folder.start(folder, data=task.dataset.note, inputs=inputs)
     tables, evaluations, seconds = [], [], {}
     for method, guard in guards.items():
         under_way = _MethodRun(experiment, method, guard, task, folder, stopped)
@@ -86,7 +86,7 @@ def _run_all(
         evaluations.append(evaluated)
     records.write_parquet(folder / records.EVALUATIONS, pl.concat(evaluations))
     records.write_parquet(folder / records.CURVES, pl.concat(tables))
-    records.finish(folder, made | {"seconds": seconds})
+    run_folder.finish(folder, made | {"seconds": seconds})
 
 
 def _check(experiment: Experiment) -> None:
@@ -177,18 +177,13 @@ class _MethodRun:
 
     @property
     def _taken(self) -> int:
-        """The optimizer steps that every seed has taken at least."""
+        """The optimizer steps that every seed has taken."""
         return int(np.asarray(self._state.steps).min())
-
-    @property
-    def _steps(self) -> int:
-        """Those of the records: whole cycles, as long as they are at first."""
-        nt = self._experiment.nt
-        return -(-self._experiment.steps // nt) * nt
 
     def _run(self) -> None:
         """To the end, or until Ctrl-C."""
-        nt, steps = self._experiment.nt, self._steps
+        nt = self._experiment.nt
+        steps = -(-self._experiment.steps // nt) * nt
         with Progress(self._method, total=steps, done=self._taken, first="compiling") as progress:
             saved, compiled = progress.seconds, False
             while (taken := self._taken) < steps:
@@ -204,7 +199,7 @@ class _MethodRun:
                     self._taken - taken,
                     loss=float(np.mean(decisions.losses)),
                     learned=float(np.mean(decisions.used_learned)),
-                    price=float(np.mean(decisions.gradients + decisions.forwards / 3)) / nt,
+                    price=float(np.mean(decisions.price())) / nt,
                 )
                 finished = self._taken >= steps
                 if self._taken >= goal and (finished or goal >= self._experiment.evaluate_from):
@@ -235,7 +230,7 @@ class _MethodRun:
             vectorize=self._experiment.vectorize,
         )
         spent = curves.totals(self._chunks[-1]) if self._chunks else None
-        self._chunks.append(curves.thin(decisions, before, spent, self._steps))
+        self._chunks.append(curves.thin(decisions, before, spent))
         self._cycles += cycles
         return decisions
 

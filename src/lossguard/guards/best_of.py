@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ..validation import check_count, check_decay, check_kind, check_share
+from . import trial as trials
 from .lanes import mean_losses
 from .protocol import (
     NEITHER,
@@ -24,7 +25,11 @@ from .protocol import (
     start,
     sum_dtype,
 )
-from .soundness import is_sound, keep_schedules, select
+from .soundness import is_sound, keep_schedules, select, with_sound_gradients
+from .trial import Trial
+
+LOOKS = 3
+"""Cycles on which a guard is compared with the leader, to see whether it is ruined."""
 
 
 class BestOfState(NamedTuple):
@@ -35,6 +40,12 @@ class BestOfState(NamedTuple):
     """D of each."""
     weights: Float[Array, " members"]
     """W of each."""
+    lowest: Float[Array, " members"]
+    """The lowest D of each, since it began."""
+    against: Trial
+    """The leader on trial against each; leaves have an axis of members."""
+    spent: Int[Array, " members"]
+    """Steps of each beside the leader."""
     leader: Int[Array, ""]
     """The number of the guard that is followed."""
     checked: Int[Array, ""]
@@ -76,11 +87,15 @@ def best_of(
         nc: check minibatches a cycle, where there is a ``check``.
         decay: D remembers about 1 / (1 - decay) cycles.
 
-    ``decision.winner`` numbers the guards; ``gradients``, ``forwards`` and ``learned_updates`` are
-    the sums over them, the rest is of the one that is followed. A guard whose losses or parameters
-    are not finite begins again at x, with its schedules and the record of the one that is followed.
-    If that is true of all, x stays and ``winner`` is -1. A minibatch that is lost on all doesn't
-    count.
+    A guard begins again at x, with its schedules and the record of the one that is followed, if its
+    losses or parameters aren't finite, or if it is ruined: on three cycles the leader was better by
+    three standard errors, and its lowest D is nearer to the leader's than to its own of now. Where
+    the leader isn't finite at the end of a cycle that began well, that cycle counts as its D: so x
+    goes back to where the cycle began, unless another D is lower. A minibatch that is lost on all
+    doesn't count.
+
+    ``decision.winner`` numbers the guards, -1 where x goes back; ``gradients``, ``forwards`` and
+    ``learned_updates`` are the sums over them, the rest is of the one that is followed.
 
     Memory and cost: those of the guards together; with a check nc forward passes of each that runs.
 
@@ -108,11 +123,21 @@ def best_of(
         params = as_arrays(params)
         states = tuple(guard.init(params) for guard in members)
         records = jnp.full(len(members), jnp.nan, sum_dtype(params))
-        weights = jnp.zeros_like(records)
-        return start(params, BestOfState(states, records, weights, jnp.int32(0), jnp.int32(0)))
+        inner = BestOfState(
+            members=states,
+            records=records,
+            weights=jnp.zeros_like(records),
+            lowest=records,
+            against=new_trials(records),
+            spent=jnp.zeros(len(members), jnp.int32),
+            leader=jnp.int32(0),
+            checked=jnp.int32(0),
+        )
+        return start(params, inner)
 
     def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
         check_state(state, BestOfState)
+        objective = with_sound_gradients(objective)
         inner, i = state.inner, state.minibatches
         runs = [is_due(j, state) for j in range(len(members))]
         stepped = []
@@ -124,32 +149,50 @@ def best_of(
         lengths = {len(decision.losses) for decision in decisions}
         if len(lengths) > 1:
             raise ValueError(f"guards must have the same nt, got {sorted(lengths)}")
-        ran, now = jnp.array(runs), current(state, objective, states, decisions, runs)
+        ran, leads = jnp.array(runs), jnp.arange(len(members)) == inner.leader
+        losses = jnp.stack([decision.losses for decision in decisions])
+        now = current(state, objective, states, decisions, runs)
         lost = ~(jnp.isfinite(now) & ran).any()  # a minibatch that is lost on all
-        counts = ran & ~lost
+        sound = jnp.stack([is_sound(at.params, state.params) for at in states])
+        fine = ~ran | (sound & (jnp.isfinite(now) | lost))
+        goes_back = leads & ~fine & jnp.isfinite(losses[:, 0]) & ~jnp.isnan(inner.records)
+        now = jnp.where(goes_back, inner.records, now)
+        counts = ran & ~lost & (fine | goes_back)
         weights = jnp.where(counts, decay * inner.weights + 1, inner.weights)
         known = jnp.where(jnp.isnan(inner.records), now, inner.records)
         records = jnp.where(counts, known + (now - known) / weights, inner.records)
-        sound = jnp.stack([is_sound(at.params, state.params) for at in states])
-        fit = sound & (jnp.isfinite(records) | (jnp.isnan(inner.records) & ~ran))
-        best = jnp.argmin(jnp.where(fit & ~jnp.isnan(records), records, jnp.inf))
+        open_to = (fine | goes_back) & ~jnp.isnan(records)
+        lowest_open = jnp.argmin(jnp.where(open_to, records, jnp.inf))
+        best = jnp.where(open_to.any(), lowest_open, inner.leader)
+        ends = [select(fine[j], at.params, state.params) for j, at in enumerate(states)]
         x, decision = jax.tree.map(
-            lambda *leaves: jnp.stack(leaves)[best],
-            *((at.params, d) for at, d in zip(states, decisions, strict=True)),
+            lambda *leaves: jnp.stack(leaves)[best], *zip(ends, decisions, strict=True)
         )
-        x = select(fit.any(), x, state.params)
+
+        later = jax.vmap(lambda steps: advance(steps, losses.shape[1]))
+        lowest = jnp.fmin(inner.lowest, records)
+        compared = counts & fine & ~leads & fine[inner.leader]
+        against, ruined = judge(inner, losses, compared, (records, lowest))
+        ruined = ruined & (jnp.arange(len(members)) != best)
+        again = ~fine | ruined
+        renewed = again | (best != inner.leader)
         after = BestOfState(
             members=tuple(
-                jax.lax.cond(fit[j], lambda at=at: at, lambda j=j, at=at: renew(members[j], x, at))
+                jax.lax.cond(
+                    again[j], lambda j=j, at=at: renew(members[j], x, at), lambda at=at: at
+                )
                 for j, at in enumerate(states)
             ),
-            records=jnp.where(fit, records, records[best]),
-            weights=jnp.where(fit, weights, weights[best]),
+            records=jnp.where(again, records[best], records),
+            weights=jnp.where(again, weights[best], weights),
+            lowest=jnp.where(again, records[best], lowest),
+            against=choose(renewed, new_trials(records), against),
+            spent=jnp.where(ran & ~leads, later(inner.spent), inner.spent),
             leader=best.astype(jnp.int32),
             checked=following(inner.checked, nc),
         )
         decision = decision._replace(
-            winner=jnp.where(fit.any(), best, NEITHER).astype(jnp.int32),
+            winner=jnp.where(fine[best], best, NEITHER).astype(jnp.int32),
             gradients=sum(d.gradients for d in decisions),
             forwards=sum(d.forwards for d in decisions)
             + (0 if check is None else nc * ran.sum(dtype=jnp.int32)),
@@ -165,8 +208,8 @@ def best_of(
         if share is None:
             return True
         dtype = state.inner.records.dtype
-        own, steps = (at.steps.astype(dtype) for at in (state.inner.members[j], state))
-        return (state.inner.leader == j) | (own <= share * steps)
+        spent, steps = state.inner.spent[j].astype(dtype), state.steps.astype(dtype)
+        return (state.inner.leader == j) | (spent <= share * steps)
 
     def current(
         state: GuardState,
@@ -195,6 +238,34 @@ def best_of(
         )
 
     return Guard(init, step)
+
+
+def new_trials(records: Float[Array, " members"]) -> Trial:
+    """One for each, which the leader wins by its losses alone."""
+    lengths = jnp.full(len(records), LOOKS, jnp.int32)
+    return jax.vmap(trials.begin)(lengths, jnp.full_like(records, jnp.inf))
+
+
+def choose(flags: Bool[Array, " members"], yes: Trial, no: Trial) -> Trial:
+    """``yes`` of the members with a flag, ``no`` of the others."""
+    return jax.vmap(select)(flags, yes, no)
+
+
+def judge(
+    inner: BestOfState,
+    losses: Float[Array, "members nt"],
+    compared: Bool[Array, " members"],
+    now: tuple[Float[Array, " members"], Float[Array, " members"]],
+) -> tuple[Trial, Bool[Array, " members"]]:
+    """The trials after a cycle, and who is ruined, by records and lowest records of now."""
+    records, lowest = now
+    leading = jnp.broadcast_to(losses[inner.leader], losses.shape)
+    tried = jax.vmap(trials.add)(inner.against, leading, losses)
+    against = choose(compared, tried, inner.against)
+    won, over = jax.vmap(trials.outcome)(against, leading)
+    was_as_good = 2 * lowest < records + records[inner.leader]
+    ended = compared & (won | over)
+    return choose(ended, new_trials(records), against), compared & won & was_as_good
 
 
 def step_if(

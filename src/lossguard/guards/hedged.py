@@ -24,7 +24,7 @@ from .protocol import (
     with_extra_args,
 )
 from .relay import Leg, Relay, RelayState, at, lead_from, leader, report
-from .soundness import keep_schedules, renew_if_unsound, select
+from .soundness import keep_schedules, renew_if_unsound, select, with_sound_gradients
 from .stacked import check_stacked
 
 DECAY = 0.7
@@ -109,6 +109,7 @@ def hedged(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) ->
         check_stacked(objective, nt)
         inner, i, k = state.inner, state.minibatches, state.steps
         loss_dtype(objective, state.params, i)  # refuses what is no loss
+        objective = with_sound_gradients(objective)
         gave_s = inner.regret > 0
         inner = inner._replace(
             relay=select(gave_s, inner.relay, lead_from(inner.relay, state.params)),

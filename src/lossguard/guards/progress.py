@@ -36,12 +36,12 @@ def begin(loss: Float[Array, ""], age: Int[Array, ""] | int = 0) -> Progress:
     return Progress(age, loss, loss, jnp.int32(0), loss, age, loss)
 
 
-def add(progress: Progress, loss: Float[Array, ""], nt: int) -> Progress:
-    """After a cycle of nt steps whose mean loss is given."""
+def add(progress: Progress, loss: Float[Array, ""], nt: int, memory: float = MEMORY) -> Progress:
+    """After a cycle of nt steps whose mean loss is given; without memory nothing is smoothed."""
     loss, first = loss.astype(progress.recent.dtype), progress.age == 0
     recent, lasting = (
-        jnp.where(first, loss, memory * before + (1 - memory) * loss)
-        for memory, before in ((MEMORY, progress.recent), (LONG_MEMORY, progress.lasting))
+        jnp.where(first, loss, weight * before + (1 - weight) * loss)
+        for weight, before in ((memory, progress.recent), (LONG_MEMORY, progress.lasting))
     )
     age = advance(progress.age, nt)
     mark = age // 2 >= jnp.maximum(progress.later_age, nt)
@@ -67,3 +67,13 @@ def rate(progress: Progress) -> Float[Array, ""]:
     times = jnp.where(known, progress.age / jnp.maximum(progress.earlier_age, 1), 2)
     a = jnp.where(positive, drop / jnp.log(times), fell.astype(drop.dtype))
     return jnp.where(known, a, 1)
+
+
+def expected_at(progress: Progress, age: Float[Array, ""]) -> Float[Array, ""]:
+    """The loss at an age if it goes on falling by its power of the age.
+
+    Where losses are not positive: the smoothed loss as it is.
+    """
+    own = jnp.maximum(progress.age, 1)
+    later = progress.recent * (own / age) ** rate(progress)
+    return jnp.where((progress.recent > 0) & (age > 0), later, progress.recent)

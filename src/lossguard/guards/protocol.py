@@ -64,7 +64,7 @@ class Decision(NamedTuple):
     learned_updates: Int[Array, ""]
     """Updates computed by learned optimizers, kept or not."""
 
-    def price(self, u: float = 0.0) -> Array:
+    def price(self, u: float = 0.0) -> Array | np.ndarray:
         """Gradients + forward passes / 3 + learned updates times u: what was spent, in gradients.
 
         Args:

@@ -6,8 +6,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ..validation import check_count, check_share
+from . import progress as progresses
 from . import trial as trials
 from .lanes import Lane, is_fine, train_if
+from .progress import Progress
 from .protocol import (
     Decision,
     Guard,
@@ -24,12 +26,16 @@ from .protocol import (
     with_extra_args,
 )
 from .relay import Leg, Relay, RelayState, at, lead_from, leader, report
-from .soundness import renew_if_unsound, select
+from .soundness import renew_if_unsound, select, with_sound_gradients
 from .stacked import check_stacked
 from .trial import Trial
 
 LOOKS = 3
 """Cycles on which s is compared with x, each time that it is."""
+MORE = 5
+"""Times ``share``: that of s where, as its losses fall, it would be below x by then."""
+BELOW = 0.1
+"""By this part of the loss of x."""
 
 
 class RecommendedState(NamedTuple):
@@ -42,6 +48,8 @@ class RecommendedState(NamedTuple):
     """Whether x is on the path of the fallback by itself."""
     own_steps: Int[Array, ""]
     """Steps of the fallback by itself."""
+    progress: Progress
+    """Of the fallback by itself; not smoothed, as s may run seldom."""
     against: Trial
     """A trial of s against x, in the cycles in which both run."""
 
@@ -57,11 +65,12 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
       When it stalls the fallback goes on from there, or from a snapshot if the loss has risen.
 
     When the learned optimizer first takes over, the fallback's own run stays behind as lane s. It
-    runs until it has had a share of the steps, and x goes back to it if it wins a trial against x.
+    runs until it has had ``share`` of the steps, or five times that, if by then its loss, falling
+    on as it does, would be a tenth below that of x. x goes back to it if it wins a trial against x.
 
     So a cycle costs nt gradients, and nt more for each challenger that runs in it: y on trial while
     the fallback leads, in at most ``share`` of the steps and sqrt(k) more; s while x is off its
-    path, in at most ``share`` of them. Training losses decide; no minibatch is only checked on.
+    path, in at most that share. Training losses decide; no minibatch is only checked on.
 
     Args:
         learned: the optimizer that is not trusted, an optax transformation.
@@ -86,6 +95,7 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
     (0, 20.0)
     """
     nt, share = check_count("nt", nt), check_share(share)
+    more = min(1.0, MORE * share)
     trusted = with_extra_args("fallback", fallback)
     relay = Relay(with_extra_args("learned", learned), trusted, nt, share)
 
@@ -97,6 +107,7 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
             s=Lane(params, trusted.init(params)),
             on_own=jnp.array(True),
             own_steps=jnp.int32(0),
+            progress=progresses.begin(zero),
             against=new_trial(zero),
         )
         return start(params, inner)
@@ -106,9 +117,13 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
         check_stacked(objective, nt)
         inner, i, k = state.inner, state.minibatches, state.steps
         loss_dtype(objective, state.params, i)  # refuses what is no loss
-        x, leg = relay.step(lead_from(inner.relay, state.params), objective, i, k)
+        objective = with_sound_gradients(objective)
         own_steps, steps = (n.astype(inner.against.bound.dtype) for n in (inner.own_steps, k))
-        runs = ~inner.on_own & (own_steps < share * steps)
+        goal = below(inner.relay.progress.recent)
+        soon = progresses.expected_at(inner.progress, more * steps) < goal
+        due = jnp.where(soon, more, share) * steps
+        runs = ~inner.on_own & (own_steps < due)
+        x, leg = relay.step(lead_from(inner.relay, state.params), objective, i, k)
         s, of_s = train_if(runs, trusted, inner.s, objective, i, nt=nt, dtype=leg.losses.dtype)
         inner = settle(inner._replace(relay=x), s, leg, of_s, runs)
         decision = report(leg, inner.relay, on_own=inner.on_own, s_ran=runs)
@@ -132,17 +147,25 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
         won, lost = trials.outcome(against, of_s)
         back = heard & won
         against = select(leaves | (heard & (won | lost)), new_trial(against.bound), against)
+        ran = heard | (inner.on_own & leg.fine_z)
+        loss = jnp.where(heard, of_s, leg.losses).mean()
+        progress = progresses.add(inner.progress, loss, nt, memory=0)
+        progress = select(ran, progress, inner.progress)
         return RecommendedState(
-            relay=select(
-                back, at(inner.relay, s, of_s.mean().astype(against.bound.dtype)), inner.relay
-            ),
+            relay=select(back, at(inner.relay, s, progress.recent), inner.relay),
             s=select(leaves, inner.relay.z, s),
             on_own=(inner.on_own & ~leaves) | back,
             own_steps=advance(inner.own_steps, jnp.where(inner.on_own | runs, nt, 0)),
+            progress=progress,
             against=against,
         )
 
     return Guard(init, step)
+
+
+def below(loss: Float[Array, ""]) -> Float[Array, ""]:
+    """What is clearly below a loss."""
+    return loss - BELOW * jnp.abs(loss)
 
 
 def new_trial(like: Float[Array, ""]) -> Trial:

@@ -1,11 +1,14 @@
-"""Which parameters and optimizer states are finite, and what replaces a state that isn't."""
+"""Which parameters, states and gradients are finite, and what replaces those that aren't."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, PyTree
 
-from .protocol import Params
+from .protocol import Objective, Params
+from .stacked import stacked
 
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
@@ -24,6 +27,39 @@ def is_sound(tree: PyTree, start: PyTree) -> Bool[Array, ""]:
     return jnp.array(
         [(jnp.isfinite(now) | (now == then)).all() for now, then in pairs if _is_float(now)]
     ).all()
+
+
+def with_sound_gradients(objective: Objective) -> Objective:
+    """The objective, whose gradient is 0 where any number of it isn't finite.
+
+    One broken minibatch must not ruin a lane. The loss stays as it is, so a guard still sees it.
+
+    >>> root = with_sound_gradients(lambda params, i: jnp.sqrt(params).sum())
+    >>> jax.grad(root)(jnp.array([0.0, 4.0]), 0).tolist()
+    [0.0, 0.0]
+    >>> jax.grad(root)(jnp.array([4.0]), 0).tolist()
+    [0.25]
+    """
+    if isinstance(objective, stacked):
+        return dataclasses.replace(objective, loss=with_sound_gradients(objective.loss))
+    return lambda params, i: objective(_with_sound_gradient(params), i)
+
+
+@jax.custom_vjp
+def _with_sound_gradient(params: Params) -> Params:
+    return params
+
+
+def _forward(params: Params) -> tuple[Params, None]:
+    return params, None
+
+
+def _backward(_: None, gradient: Params) -> tuple[Params]:
+    finite = all_finite(gradient)
+    return (jax.tree.map(lambda g: jnp.where(finite, g, jnp.zeros_like(g)), gradient),)
+
+
+_with_sound_gradient.defvjp(_forward, _backward)
 
 
 def keep_schedules(state: PyTree, advanced: PyTree) -> PyTree:

@@ -16,7 +16,12 @@ OTHERS = f"Validation loss up to step {OTHERS_STEPS}, over the initial one"
 
 
 def plot(folder: Path, record: Record) -> Path:
-    """Draw a meta-training run's figure into its folder, as PNG; returns the file.
+    """Draw a meta-training run's figure into its folder, as PNG; returns the file."""
+    return save(draw(record), folder)
+
+
+def draw(record: Record) -> Figure:
+    """The losses of the outer loop, and the optimizee's at first and with the weights kept.
 
     Where other data sets were validated on, as in figure 2, a third panel shows them.
     """
@@ -53,8 +58,7 @@ def plot(folder: Path, record: Record) -> Path:
         axes[2].legend(fontsize=8)
     title = titled(config["name"], made.get("data"))  # older records lack it
     figure.suptitle(title, fontsize=10, parse_math=False)
-
-    return save(figure, folder)
+    return figure
 
 
 def kept(validation: np.ndarray) -> int:

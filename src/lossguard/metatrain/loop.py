@@ -14,7 +14,7 @@ import optax
 import polars as pl
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from .. import records
+from .. import records, run_folder
 from ..checkpoints import Checkpoints
 from ..config import as_config
 from ..progress import Progress, stopping_at_interrupt
@@ -164,7 +164,7 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
             _trace_loss(task)
         if stopped():
             raise KeyboardInterrupt
-        with records.hold_folder(folder, as_config(config), resume=resume) as finished:
+        with run_folder.hold_folder(folder, as_config(config), resume=resume) as finished:
             if not finished:
                 _metatrain(config, method, folder, stopped)
     return folder / WEIGHTS
@@ -176,7 +176,7 @@ def _metatrain(
     """All of it, and what it leaves."""
     inputs = {name: task.dataset.checksum() for name, task in method.tasks.items()}
     notes = dict.fromkeys(task.dataset.note for task in method.tasks.values())
-    made = records.start(folder, data=", ".join(filter(None, notes)), inputs=inputs)
+    made = run_folder.start(folder, data=", ".join(filter(None, notes)), inputs=inputs)
     checkpoints = Checkpoints(folder / "checkpoints")
     state, table, seconds = _train_to_the_end(config, method, checkpoints, stopped)
     records.write_parquet(folder / records.CURVES, table)
@@ -190,7 +190,7 @@ def _metatrain(
         "best_validation": f"{float(state.best_validation):.4f}",
     }
     method.save(folder / WEIGHTS, state.best, provenance)
-    records.finish(folder, made)
+    run_folder.finish(folder, made)
     checkpoints.delete()
 
 

@@ -18,9 +18,3 @@ from lossguard.torch.recommended import Recommended as Recommended
 from lossguard.torch.residual_guard import ResidualGuard as ResidualGuard
 from lossguard.torch.rewind import Rewind as Rewind
 from lossguard.torch.rewind import RewindEvent as RewindEvent
-from lossguard.torch.sequences import TrackingSequence as TrackingSequence
-from lossguard.torch.sequences import arithmetic_average as arithmetic_average
-from lossguard.torch.sequences import ema as ema
-from lossguard.torch.sequences import geometric as geometric
-from lossguard.torch.sequences import recent_max as recent_max
-from lossguard.torch.sequences import recent_term as recent_term

@@ -1,11 +1,10 @@
 """What a guard accepts, and the sentences with which it refuses the rest."""
 
-import sys
+import inspect
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 
 def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
@@ -13,23 +12,18 @@ def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
     seen: dict[int, str] = {}
     first: list[Tensor] = []
     for name, one in optimizers.items():
-        if not isinstance(one, Optimizer):
-            raise ValueError(f"{name} must be a torch.optim.Optimizer, got {one!r}")
-        if hasattr(one, "lanes"):
-            raise ValueError(f"{name} must be no guard itself, got a {type(one).__name__}")
-        if isinstance(one, LBFGS):
+        if not isinstance(one, Optimizer) or hasattr(one, "lanes"):
             raise ValueError(
-                f"{name} must be an optimizer that calls its closure once a step, got LBFGS"
+                f"{name} must be a torch.optim.Optimizer and no guard, got {type(one).__name__}"
             )
-        if id(one) in seen:
-            raise ValueError(f"{name} must be another optimizer than {seen[id(one)]}, got the same")
+        _check_step(name, one)
         for group in one.param_groups:
             if id(group) in seen:
                 raise ValueError(
                     f"{name} must have parameter groups of its own, got a dictionary that is "
                     f"{seen[id(group)]}'s too: their rates would be one (copy the groups)"
                 )
-        seen |= dict.fromkeys(map(id, [one, *one.param_groups]), name)
+        seen |= dict.fromkeys(map(id, one.param_groups), name)
         params = [p for group in one.param_groups for p in group["params"]]
         first = first or params
         common = {id(p) for p in first} & {id(p) for p in params}
@@ -39,6 +33,19 @@ def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
                 f"tensors, got {len(params)}, of which {len(common)} are the same"
             )
     return first
+
+
+def _check_step(name: str, optimizer: Optimizer) -> None:
+    """Refuse what needs a closure: it may evaluate again, where a loop's body can't follow."""
+    argument = next(iter(inspect.signature(optimizer.step).parameters.values()), None)
+    stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if argument is None or argument.name == "loss" or argument.kind in stars:
+        return
+    if argument.default is argument.empty:
+        raise ValueError(
+            f"{name} must have step(), step(closure=None) or step(loss), as a guard evaluates once "
+            f"a step, got {type(optimizer).__name__} with step({argument})"
+        )
 
 
 def check_fallback(fallback: Optimizer) -> None:
@@ -68,20 +75,7 @@ def check_model(model: object, params: Sequence[Tensor]) -> None:
         )
 
 
-def check_accumulation() -> None:
-    """Refuse gradients that Accelerate accumulates: it would skip the guard's calls in between."""
-    states = sys.modules.get("accelerate.state")
-    steps = states.GradientState().num_steps if states else 1
-    if steps > 1:
-        raise ValueError(
-            f"gradient_accumulation_steps must be 1 for Accelerate, got {steps}: it would leave "
-            "out the guard's calls in between (accumulate in the body, before lane.step)"
-        )
-
-
-def check_scaler_and_callback(scaler: object, callback: object) -> None:
-    """Refuse what doesn't scale gradients, and what can't be called with decisions."""
-    if scaler is not None and not isinstance(scaler, GradScaler):
-        raise ValueError(f"scaler must be None or a torch.amp.GradScaler, got {scaler!r}")
+def check_callback(callback: object) -> None:
+    """Refuse what can't be called with decisions."""
     if not (callback is None or callable(callback)):
         raise ValueError(f"callback must be None or a function of a decision, got {callback!r}")

@@ -2,35 +2,68 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from lossguard.torch import trial as trials
 from lossguard.torch.closures import scalar
 from lossguard.torch.decision import NEITHER, Decision, Seen, mean
 from lossguard.torch.guard import Guard
 from lossguard.torch.lane import Lane
+from lossguard.torch.trial import Trial
 from lossguard.validation import check_count, check_decay, check_share
+
+LOOKS = 3
+"""Cycles on which an optimizer is compared with the leader, to see whether it is ruined."""
+NEW = Trial(LOOKS, math.inf)
+
+
+class Record(NamedTuple):
+    """What is known of an optimizer's losses.
+
+    Attributes:
+        mean: D; NaN before its first cycle.
+        weight: W.
+        lowest: the lowest D since it began.
+        against: the leader on trial against it, which wins by its losses alone.
+    """
+
+    mean: float = math.nan
+    weight: float = 0.0
+    lowest: float = math.inf
+    against: Trial = NEW
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it has had a cycle."""
+        return not math.isnan(self.mean)
+
+    def after(self, d: float, decay: float) -> "Record":
+        """After a cycle of mean loss d."""
+        weight = decay * self.weight + 1
+        known = self.mean if self.is_known else d
+        mean = known + (d - known) / weight
+        return self._replace(mean=mean, weight=weight, lowest=min(self.lowest, mean))
+
+    def begun(self) -> "Record":
+        """That of an optimizer that begins where the one of this record is."""
+        return Record(self.mean, self.weight, self.mean)
 
 
 class BestOf(Guard):
     """Run several optimizers, each on its own path, and follow the one whose losses are lowest.
 
-    On the same minibatches, for each optimizer j that runs in a cycle:
+    On the same minibatches, for each optimizer j that runs in a cycle, at a mean loss d:
 
-        d[j] <- mean_t F(w[j], i+t)          its training losses
-        W[j] <- decay W[j] + 1
-        D[j] <- D[j] + (d[j] - D[j]) / W[j]  their mean, of which each cycle forgets a part
+        W[j] <- decay W[j] + 1;   D[j] <- D[j] + (d - D[j]) / W[j]
         model <- w[j] of the lowest D[j]
 
-    Without ``share`` all run in every cycle. Then for any optimizers and at any time
-
-        sum_c decay^(C-c) d[followed in c](c)  <=  min_j sum_c decay^(C-c) d[j](c)
-
-    over those that were finite so far ("be the leader": Kalai and Vempala, 2005). The losses are
-    reported with hindsight: d is known before the leader is chosen.
+    Without ``share`` all run in every cycle. Then the losses reported never sum up to more than
+    those of any optimizer that stays finite and isn't ruined ("be the leader": Kalai and Vempala,
+    2005). They are reported with hindsight: d is known before the leader is chosen.
 
     With ``share`` the leader runs, and each of the others in that share of the cycles: so several
     cost little more than one. A record is of the cycles in which its optimizer ran.
@@ -39,17 +72,20 @@ class BestOf(Guard):
         optimizers: of the same parameters. The first is followed where all are level, and its
             groups are the guard's. Or a function of a rate that makes one.
         rates: for each optimizer that this function is to make.
-        model, nt, scaler, process_group, callback: as in ``Recommended``.
+        model, nt, process_group, callback: as in ``Recommended``.
         share: of the cycles, for each optimizer that doesn't lead. None: all run.
-        check: where data repeat, training losses are lower for whoever overfits. Then d[j] is the
-            mean of ``check(k)``, the model's loss on held-out minibatch number k, at w[j] after the
-            cycle, over nc minibatches 0, 1, 2, ...
+        check: where data repeat, training losses are lower for whoever overfits. Then d is the mean
+            of ``check(k)``, the loss at w[j] after the cycle on held-out minibatch number k, over
+            nc minibatches 0, 1, 2, ...
         nc: check minibatches a cycle, where there is a ``check``.
         decay: D remembers about 1 / (1 - decay) cycles.
 
-    ``decision.winner`` numbers the optimizers. One whose losses or parameters are not finite begins
-    again at x, with the record of the one that is followed. If that is true of all, x stays and
-    ``winner`` is -1. A minibatch that is lost on all doesn't count.
+    An optimizer begins again at x, the model, with the record of the one that is followed, if its
+    losses or parameters aren't finite, or if it is ruined: on three cycles the leader was better by
+    three standard errors, and its lowest D is nearer to the leader's than to its own of now. Where
+    the leader isn't finite at the end of a cycle that began well, that cycle counts as its D: so x
+    goes back to where the cycle began, unless another D is lower. A minibatch that is lost on all
+    doesn't count. ``decision.winner`` numbers the optimizers, -1 where x goes back.
 
     Memory: one copy of the parameters and buffers for each optimizer, beside the model.
 
@@ -70,7 +106,7 @@ class BestOf(Guard):
     (1, 20)
     """
 
-    remembered = ("records", "_weight", "_taken", "_checked")
+    remembered = ("records", "_spent", "_checked")
 
     def __init__(
         self,
@@ -83,7 +119,6 @@ class BestOf(Guard):
         check: Callable[[int], Tensor] | None = None,
         nc: int = 2,
         decay: float = 0.9,
-        scaler: GradScaler | None = None,
         process_group: distributed.ProcessGroup | None = None,
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
@@ -104,21 +139,19 @@ class BestOf(Guard):
             leader="0",
             nt=nt,
             model=model,
-            scaler=scaler,
             process_group=process_group,
             callback=callback,
         )
-        self.records = [math.nan] * len(names)
-        """D of each."""
-        self._weight = [0.0] * len(names)
-        self._taken, self._checked = [0] * len(names), 0
+        self.records = [Record() for _ in names]
+        self._spent, self._checked = [0] * len(names), 0
+        """Steps of each beside the leader, and check minibatches so far."""
         self._all = list(self._lanes.values())
 
     def _begin(self) -> list[Lane]:
         runs = [
             lane
-            for lane, taken in zip(self._all, self._taken, strict=True)
-            if not lane.live and (self.share is None or taken <= self.share * self.steps)
+            for lane, spent in zip(self._all, self._spent, strict=True)
+            if not lane.live and (self.share is None or spent <= self.share * self.steps)
         ]
         if self.steps == 0:  # weights may have been loaded since the guard was built
             for lane in runs:
@@ -126,10 +159,13 @@ class BestOf(Guard):
         self._watch.twins = set(self._lanes) if self.steps == 0 else set()
         return runs
 
-    def _measure(self) -> None:
+    def _decide(self) -> Decision:
+        if self.check is not None:
+            self._measure(self.check)
+        return super()._decide()
+
+    def _measure(self, check: Callable[[int], Tensor]) -> None:
         """The losses of all that ran on the next check minibatches."""
-        if self.check is None:
-            return
         draws = self._randomness.state()
         for lane in [*self._others, self._leader]:
             lane.enter(checking=True)
@@ -138,7 +174,7 @@ class BestOf(Guard):
                 torch.clear_autocast_cache()
                 with torch.no_grad():
                     for j in range(self.checks):
-                        lane.step(scalar(self.check(self._checked + j)))
+                        lane.step(scalar(check(self._checked + j)))
                         lane.stepped = False
             except BaseException:
                 self._weights.undo()
@@ -147,44 +183,54 @@ class BestOf(Guard):
         self._checked += self.checks
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
-        d = [math.nan] * len(self._all)
-        for name, one in seen.items():
-            d[int(name)] = mean(one.losses if self.check is None else one.checks)
-            self._taken[int(name)] += self.nt
-        before = list(self.records)
-        if any(map(math.isfinite, d)):  # else the minibatches are lost on all
-            for name in seen:
-                self._record(int(name), d[int(name)])
-        fit = [
-            seen[lane.name].finite and math.isfinite(record)
-            if lane.name in seen
-            else math.isfinite(record) or math.isnan(old)
-            for lane, record, old in zip(self._all, self.records, before, strict=True)
-        ]
-        low = [
-            r if f and r < math.inf else math.inf for r, f in zip(self.records, fit, strict=True)
-        ]
-        best = low.index(min(low))
-        x = self._all[best].point if any(fit) else self._leader.values
-        for k, lane in enumerate(self._all):
-            if not fit[k]:
-                lane.start_at(x)
-                lane.take_scale(self._all[best])
-                lane.forget()
-                self.records[k], self._weight[k] = self.records[best], self._weight[best]
-        followed = seen.get(str(best))
-        self._lead(self._all[best])
+        leader, lanes, old = int(self._leader.name), self._all, list(self.records)
+        shown = {int(name): one for name, one in seen.items()}
+        d = {k: mean(one.losses if self.check is None else one.checks) for k, one in shown.items()}
+        lost = not any(map(math.isfinite, d.values()))  # a minibatch that is lost on all
+        fine = [True] * len(lanes)
+        for k, one in shown.items():
+            self._spent[k] += self.nt * (k != leader)
+            fine[k] = one.finite and (lost or math.isfinite(d[k]))
+        known = list(fine)
+        if not fine[leader]:
+            began_well = math.isfinite(shown[leader].losses[0])
+            d[leader], known[leader] = old[leader].mean, began_well and old[leader].is_known
+        for k in () if lost else shown:
+            if known[k]:
+                self.records[k] = old[k].after(d[k], self.decay)
+        open_to = [k for k, record in enumerate(self.records) if known[k] and record.is_known]
+        best = min(open_to, key=lambda k: self.records[k].mean, default=leader)
+        x = lanes[best].point if fine[best] else self._leader.values
+        again = {k for k, ok in enumerate(fine) if not ok}
+        if fine[leader] and not lost:
+            again |= self._ruined(shown, fine, leader) - {best}
+        for k in again:
+            lanes[k].start_at(x)
+            lanes[k].forget()
+            self.records[k] = self.records[best].begun()
+        if best != leader:
+            self.records = [record._replace(against=NEW) for record in self.records]
+        self._lead(lanes[best])
+        followed = shown.get(best)
         return Decision(
             used_learned=[followed is not None] * self.nt,
             losses=[math.nan] * self.nt if followed is None else followed.losses,
             finite_learned=followed is None or followed.fine,
-            winner=best if any(fit) else NEITHER,
+            winner=best if fine[best] else NEITHER,
             gradients=self.nt * len(seen),
             forwards=0 if self.check is None else self.checks * len(seen),
             learned_updates=self.nt * len(seen),
         )
 
-    def _record(self, k: int, d: float) -> None:
-        self._weight[k] = self.decay * self._weight[k] + 1
-        known = d if math.isnan(self.records[k]) else self.records[k]
-        self.records[k] = known + (d - known) / self._weight[k]
+    def _ruined(self, shown: Mapping[int, Seen], fine: Sequence[bool], leader: int) -> set[int]:
+        """Those that have lost a trial against the leader, and were once as good as it is."""
+        ruined, leading = set(), shown[leader].losses
+        for k, one in shown.items():
+            if fine[k] and k != leader:
+                record = self.records[k]
+                against = trials.add(record.against, leading, one.losses)
+                won, over = trials.outcome(against, leading)
+                self.records[k] = record._replace(against=NEW if won or over else against)
+                if won and 2 * record.lowest < record.mean + self.records[leader].mean:
+                    ruined.add(k)
+        return ruined

@@ -7,12 +7,11 @@ set, so that schedulers of every kind go on from their own numbers.
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.snapshot import set_rate
-from lossguard.torch.tensors import are_finite, local
+from lossguard.torch.groups import set_rate
+from lossguard.torch.tensors import zero_unsound
 
 
 class CarefulSteps:
@@ -25,7 +24,7 @@ class CarefulSteps:
 
     def __init__(self, optimizer: Optimizer, scale: Callable[[], float]) -> None:
         self.broken: Tensor | None = None
-        self._scale, self._optimizer = scale, optimizer
+        self._scale = scale
         self._rates: list[float | Tensor] | None = None
         self._hooks = (
             optimizer.register_step_pre_hook(self._before),
@@ -43,7 +42,10 @@ class CarefulSteps:
 
     def _before(self, optimizer: Optimizer, *_: Any) -> None:
         self._after(optimizer)  # if the last step raised an error half-way
-        self._zero_unsound()
+        broken = zero_unsound(p for group in optimizer.param_groups for p in group["params"])
+        if self.broken is not None and broken is not None:
+            broken = broken | self.broken
+        self.broken = broken if broken is not None else self.broken
         scale = self._scale()
         if scale != 1:
             rates = [group["lr"] for group in optimizer.param_groups]
@@ -56,16 +58,3 @@ class CarefulSteps:
             for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
                 set_rate(group, rate)
             self._rates = None
-
-    @torch.no_grad()
-    def _zero_unsound(self) -> None:
-        """Make all gradients 0 if one of them isn't finite; the host doesn't wait for a device."""
-        params = (param for group in self._optimizer.param_groups for param in group["params"])
-        grads = [local(p.grad) for p in params if p.grad is not None and not p.grad.is_sparse]
-        if grads:
-            broken = ~are_finite(grads)
-            self.broken = broken if self.broken is None else self.broken | broken
-            if broken.device.type == "cpu" and not broken:  # elsewhere the host would have to wait
-                return
-            for grad in grads:
-                grad.masked_fill_(broken.to(grad.device), 0)

@@ -1,25 +1,31 @@
-"""What a guard shows of itself, as an optimizer: all but ``step`` and ``lanes``."""
+"""What a guard is to loops and trainers: an optimizer."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import distributed
-from torch.amp.grad_scaler import GradScaler
+from torch import distributed, nn
 from torch.optim import Optimizer
 
+from lossguard.torch import arguments
 from lossguard.torch.decision import Decision
+from lossguard.torch.memory import Inner
+from lossguard.torch.randomness import Randomness
+from lossguard.torch.rates import Rates, copied
+from lossguard.torch.watch import Watch
+from lossguard.torch.weights import Weights
+from lossguard.validation import check_count
 
 if TYPE_CHECKING:
     from lossguard.torch.lane import Lane
-    from lossguard.torch.memory import Inner
-    from lossguard.torch.rates import Rates
-    from lossguard.torch.weights import Weights
+
+HISTORY = 1000
+"""Decisions that ``history`` keeps."""
 
 
 class Face(Optimizer):
-    """Attributes and methods for loops and trainers.
+    """An optimizer that has lanes, but doesn't run them: all but ``step`` and ``lanes``.
 
     Attributes:
         nt: train minibatches per cycle.
@@ -31,22 +37,37 @@ class Face(Optimizer):
 
     remembered: tuple[str, ...] = ()
     """What the rules of a guard know, by the names of its attributes."""
-    nt: int
-    nc: int
-    phase: int
-    steps: int
-    history: deque[Decision]
-    process_group: "distributed.ProcessGroup | None"
-    callback: Callable[[Decision], object] | None
-    _weights: "Weights"
-    _inners: "list[Inner]"
-    _rates: "Rates"
+
     _lanes: "dict[str, Lane]"
     _leader: "Lane"
-    _others: "list[Lane]"
-    _inside: "Lane | None"
-    _built: bool
-    _filled: bool
+
+    def __init__(
+        self,
+        optimizers: Mapping[str, Optimizer],
+        *,
+        nt: int,
+        nc: int = 0,
+        model: nn.Module | None,
+        process_group: distributed.ProcessGroup | None = None,
+        callback: Callable[[Decision], object] | None = None,
+    ) -> None:
+        params = arguments.check_optimizers(optimizers)
+        arguments.check_model(model, params)
+        arguments.check_callback(callback)
+        self.nt, self.nc = check_count("nt", nt), nc
+        self.phase, self.steps = 0, 0
+        self.history: deque[Decision] = deque(maxlen=HISTORY)
+        self.process_group, self.callback = process_group, callback
+        self._inners = {name: Inner(optimizer) for name, optimizer in optimizers.items()}
+        first = next(iter(optimizers.values()))
+        self._built = False
+        super().__init__([copied(group) for group in first.param_groups], dict(first.defaults))
+        self._built = True
+        self.state.update({p: {} for p in params})  # else checkpointing would step to make some
+        self._rates = Rates(self.param_groups, list(optimizers.values()))
+        self._randomness = Randomness(params)
+        self._weights = Weights(params, model)
+        self._watch = Watch(self._weights)
 
     @property
     def checking(self) -> bool:
@@ -57,20 +78,6 @@ class Face(Optimizer):
     def last_decision(self) -> Decision | None:
         """That of the last cycle."""
         return self.history[-1] if self.history else None
-
-    @property
-    def scaler(self) -> GradScaler:
-        """The gradient scaler of the lane in the model; use it inside the closure, or the body."""
-        lane = self._inside or self._leader
-        if lane.scaler is None:
-            kind = type(self).__name__
-            raise AttributeError(f"scaler must be given to {kind} to scale losses, got None")
-        return lane.scaler
-
-    def unscale_(self) -> None:
-        """Unscale the gradients of the lane in the model, to clip them."""
-        if not self.checking:
-            self.scaler.unscale_((self._inside or self._leader).optimizer)
 
     def eval(self) -> None:
         """Have the model be what an optimizer with ``train()`` and ``eval()`` evaluates."""

@@ -35,7 +35,7 @@ class Hedged(GuardOfTwo):
     if the fallback alone stays finite, up to rounding. What ``step`` returns is without hindsight.
 
     Args:
-        learned, fallback, nt, model, scaler, process_group, callback: as in ``Recommended``.
+        learned, fallback, nt, model, process_group, callback: as in ``Recommended``.
         share: of the steps, for the learned optimizer while it is only on trial.
 
     Price of a step, in gradients: 1 and at most ``share`` on the fallback's path, 2 and at most
@@ -96,7 +96,6 @@ class Hedged(GuardOfTwo):
             return False
         if not s.fine:  # not finite any more: it begins again at x
             self._s.start_at(self._relay.leader.point)
-            self._s.take_scale(self._relay.leader)
             self._s.forget()
         d = sum(leg.losses) - sum(s.losses)
         d = d if math.isfinite(d) else math.inf  # x had a loss that isn't finite, and s hadn't

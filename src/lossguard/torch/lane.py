@@ -1,23 +1,21 @@
 """A lane: an optimizer's run. Guards run several, and compare their losses."""
 
-import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from lossguard.torch.closures import Closure, forward_only, scalar
+from lossguard.torch.closures import scalar
 from lossguard.torch.interrupts import Held
 from lossguard.torch.memory import Inner, Memory
-from lossguard.torch.tensors import finite, local, transfer
+from lossguard.torch.ranks import are_running
+from lossguard.torch.tensors import finite, local, transfer, zero_unsound
 from lossguard.torch.weights import Copy, Weights
 
 
-class Place:
+class Lane:
     """Where an optimizer is, and what it remembers.
 
     One lane of a guard is *live*: the model's own tensors are where it is. The others are in copies
@@ -28,13 +26,11 @@ class Place:
         name: of the lane: y, z, s, or a number.
         inner: its optimizer.
         weights: the model.
-        scaler: its gradient scaler, if gradients are scaled.
+        forgives: whether a gradient with a number that isn't finite counts as 0.
     """
 
-    def __init__(
-        self, name: str, inner: Inner, weights: Weights, scaler: GradScaler | None
-    ) -> None:
-        self.name, self.inner, self.weights, self.scaler = name, inner, weights, scaler
+    def __init__(self, name: str, inner: Inner, weights: Weights, *, forgives: bool) -> None:
+        self.name, self.inner, self.weights, self.forgives = name, inner, weights, forgives
         self.values: Copy = [t.clone() for t in weights.live()]
         """Where it is; of the live lane, where it was when the cycle began."""
         self.live = False
@@ -42,19 +38,22 @@ class Place:
         """Of a lane that may have to go back, where it was when the cycle began."""
         self.losses: list[Tensor] = []
         self.checks: list[Tensor] = []
-        self.lost = False
-        """Whether it is out of this cycle, for an error where its numbers aren't finite."""
         self.checking = self.stepped = False
         self._parked: Memory | None = None
         if inner.holder is None:
             inner.holder = self
         else:
-            self._parked = inner.fresh.copy()
+            self._parked = inner.fresh()
 
     @property
     def optimizer(self) -> Optimizer:
         """Its optimizer, for a body that unscales gradients."""
         return self.inner.optimizer
+
+    @property
+    def switches(self) -> bool:
+        """Whether its optimizer trains at another iterate than the one that it evaluates."""
+        return callable(getattr(self.optimizer, "train", None))
 
     @property
     def point(self) -> Copy:
@@ -63,7 +62,7 @@ class Place:
 
     def begin(self) -> None:
         """Start a cycle."""
-        self.losses, self.checks, self.lost = [], [], False
+        self.losses, self.checks, self.before = [], [], None
         if self.live:
             transfer(self.values, self.weights.live())
 
@@ -84,16 +83,10 @@ class Place:
             transfer(self.values, point)
         self.move_copies(point)
 
-    def become(self, other: "Place") -> None:
+    def become(self, other: "Lane") -> None:
         """Be where another lane of the same optimizer is, and remember what it does."""
         self.start_at(other.point)
         self.remember(other.memory().copy())
-        self.take_scale(other)
-
-    def take_scale(self, other: "Place") -> None:
-        """Scale gradients as another lane does, where this one goes on from there."""
-        if self.scaler is not None and other.scaler is not None:
-            self.scaler.load_state_dict(other.scaler.state_dict())
 
     def memory(self) -> Memory:
         """What it remembers, itself."""
@@ -101,16 +94,101 @@ class Place:
 
     def remember(self, memory: Memory) -> None:
         """Remember this instead."""
-        self.inner.note(self.memory())
         if self._parked is None:
             self.inner.exchange(memory)
         else:
             self._parked = memory
 
     def forget(self) -> None:
-        """Remember what the optimizer knew when the guard was built."""
-        self.remember(self.inner.fresh.copy())
-        self.move_copies(self.point)
+        """Remember nothing, as an optimizer that was just built."""
+        self.remember(self.inner.fresh())
+
+    def enter(self, *, checking: bool) -> None:
+        """Get into the model, with the memory in the optimizer."""
+        self.checking, self.stepped = checking, False
+        self.weights.clear_gradients()
+        self.weights.enter(None if self.live else self.values)
+        if self._parked is not None:
+            self.inner.holder._parked = self.inner.exchange(self._parked)
+            self.inner.holder, self._parked = self, None
+        if self.switches:
+            with torch.no_grad(), self.inner.stepping():
+                getattr(self.optimizer, "eval" if checking else "train")()
+
+    def leave(self) -> None:
+        """Get out again."""
+        self.weights.clear_gradients()
+        self.weights.leave(None if self.live else self.values)
+
+    def step(self, loss: Any) -> None:
+        """One optimizer step by the gradients that ``backward`` has left; once in a loop's body.
+
+        Args:
+            loss: of the minibatch before the step, unscaled. In a check only this is used.
+
+        Raises:
+            ValueError: if it isn't one number, there are no gradients, or the lane has stepped.
+        """
+        if self.stepped:
+            raise ValueError(f"lane.step must be called once for each lane, got again for {self}")
+        value = scalar(loss)
+        if not self.checking:
+            self.check_gradients(value)
+        with Held():
+            self.stepped = True
+            if self.checking:
+                self.weights.renew_buffers(None if self.live else self.values)
+                self.checks.append(value)
+                return
+            if self.forgives:
+                zero_unsound(self.weights.params)
+            self.update(loss)
+            self.losses.append(value)
+
+    def check_gradients(self, loss: Tensor) -> None:
+        """Refuse a body without a backward pass, which it may leave out for lost losses alone."""
+        if not self.weights.have_gradients() and finite(loss):
+            raise ValueError("closure must call backward, got no gradients from it")
+
+    def update(self, loss: Any) -> None:
+        """A step of its optimizer by the gradients that are there."""
+        with torch.no_grad(), self.weights.trained(), self.inner.stepping():
+            self.optimizer.step(*((loss,) if self.inner.takes_loss else ()))
+
+    def miss(self) -> Tensor:
+        """Note NaN as the loss of a minibatch."""
+        nan = torch.full((), torch.nan, device=self.values[0].device)
+        (self.checks if self.checking else self.losses).append(nan)
+        self.stepped = True
+        return nan
+
+    def tensors(self, numbers: list[float]) -> list[Tensor]:
+        """Losses as it keeps them."""
+        device = self.values[0].device
+        return [torch.tensor(one, dtype=torch.float64, device=device) for one in numbers]
+
+    def filled(self) -> dict[Any, Any]:
+        """Its state; before its first step what such a step makes, where there are ranks.
+
+        torch.distributed.checkpoint loads only what is there on both sides.
+        """
+        state = self.memory().state or self.inner.memory().state
+        if state or not are_running():
+            return state
+        with Held():
+            previous, values = self.inner.memory(), [t.clone() for t in self.weights.live()]
+            try:
+                for p in self.weights.params:
+                    p.grad = torch.zeros_like(p) if p.requires_grad else None
+                with self.inner.stepping():
+                    if self.switches:
+                        self.optimizer.train()  # pyright: ignore
+                self.update(0.0)
+            finally:
+                made = self.inner.exchange(previous)
+                self.weights.clear_gradients()
+                transfer(self.weights.live(), values)
+            return made.state
 
     def note_copies(self, point: Copy) -> None:
         """Note which entries of its memory hold the parameters, as master weights do."""
@@ -137,166 +215,3 @@ class Place:
 
     def __repr__(self) -> str:
         return f"lane {self.name} ({type(self.optimizer).__name__})"
-
-
-class Lane(Place):
-    """A place whose optimizer takes steps: what a minibatch does with it."""
-
-    @property
-    def takes(self) -> str:
-        """What its ``step`` takes: a "closure", the "loss", or "nothing".
-
-        Learned optimizers that read the loss take ``step(loss)``; Muon as published takes nothing.
-        """
-        names = list(inspect.signature(self.optimizer.step).parameters)
-        return "nothing" if not names else "loss" if names[0] == "loss" else "closure"
-
-    @property
-    def switches(self) -> bool:
-        """Whether its optimizer trains at another iterate than the one that it evaluates."""
-        return callable(getattr(self.optimizer, "train", None))
-
-    def enter(self, *, checking: bool) -> None:
-        """Get into the model, with the memory in the optimizer."""
-        self.checking, self.stepped = checking, False
-        self.weights.clear_gradients()
-        self.weights.enter(None if self.live else self.values)
-        if self.scaler is not None and self.scaler.is_enabled():  # an error may have cut a step
-            self.scaler._per_optimizer_states.clear()
-        if self._parked is not None:
-            self.inner.holder._parked = self.inner.exchange(self._parked)
-            self.inner.holder, self._parked = self, None
-        if self.switches:
-            with torch.no_grad(), self.inner.stepping():
-                getattr(self.optimizer, "eval" if checking else "train")()
-
-    def leave(self) -> None:
-        """Get out again."""
-        self.weights.clear_gradients()
-        self.weights.leave(None if self.live else self.values)
-
-    @contextmanager
-    def updating(self) -> Iterator[None]:
-        """Around a step of its optimizer."""
-        with torch.no_grad(), self.weights.in_place(), self.inner.stepping():
-            yield
-
-    def run(self, closure: Closure) -> Any:
-        """The value of the closure, and a step by its gradients; in a check, its value alone."""
-        if not self.checking and self.scaler is None and self.takes == "closure":
-            return self._run_inside(closure)
-        with torch.enable_grad():
-            value = forward_only(closure) if self.checking else closure()
-        self.step(value)
-        return value
-
-    def step(self, loss: Any) -> None:
-        """One optimizer step by the gradients that ``backward`` has left; once in a loop's body.
-
-        Args:
-            loss: of the minibatch before the step, unscaled. In a check only this is used.
-
-        Raises:
-            ValueError: if it isn't one number, there are no gradients, or the lane has stepped.
-        """
-        if self.stepped:
-            raise ValueError(f"lane.step must be called once for each lane, got again for {self}")
-        value = scalar(loss)
-        if self.checking:
-            self.weights.renew_buffers(None if self.live else self.values)
-            self.checks.append(value)
-            self.stepped = True
-            return
-        self.check_gradients(value)
-        given = self._given_in_body(loss)
-        with Held(), self.updating():
-            self.stepped = True
-            if self.scaler is None:
-                self.optimizer.step(*given)
-            elif self.weights.have_gradients():  # else there is none to scale
-                _check_scaled(self.scaler, self.optimizer)
-                self.scaler.step(self.optimizer, *given)
-                self.scaler.update()
-            self.losses.append(value)
-
-    def tensors(self, numbers: list[float]) -> list[Tensor]:
-        """Losses as it keeps them."""
-        device = self.values[0].device
-        return [torch.tensor(one, dtype=torch.float64, device=device) for one in numbers]
-
-    def miss(self, *, checking: bool) -> Tensor:
-        """Note NaN as the loss of a minibatch, where it is lost."""
-        nan = torch.full((), torch.nan, device=self.values[0].device)
-        (self.checks if checking else self.losses).append(nan)
-        return nan
-
-    def check_gradients(self, loss: Tensor) -> None:
-        """Refuse a body without a backward pass, which it may leave out for lost losses alone."""
-        if not self.weights.have_gradients() and finite(loss):
-            raise ValueError("closure must call backward, got no gradients from it")
-
-    def given(self, loss: Any) -> tuple[Any, ...]:
-        """What its ``step`` is given, where gradients are there already."""
-        return {"closure": (lambda: loss,), "loss": (loss,), "nothing": ()}[self.takes]
-
-    def fill(self) -> None:
-        """Have the optimizer make its state, by a step that is taken back."""
-        previous = self.inner.exchange(self.inner.fresh.copy())
-        self.weights.enter(self.weights.live())
-        try:
-            if self.switches:
-                self.optimizer.train()  # pyright: ignore
-            with self.updating():
-                self.optimizer.step(*self.given(0.0))
-        finally:
-            filled = self.inner.exchange(previous)
-            self.weights.undo()
-        transfer(self.values, self.weights.live())
-        self.remember(filled)
-
-    def _run_inside(self, closure: Closure) -> Any:
-        """Have the optimizer call the closure; the value of its first call."""
-        values: list[Any] = []
-        held = Held()
-
-        def evaluate() -> Any:
-            with held.let_in(), torch.enable_grad():
-                value = closure()
-            if not values:
-                values.append(value)
-                self.check_gradients(scalar(value))
-            self.stepped = True
-            return value
-
-        with held, self.updating():
-            self.optimizer.step(evaluate)
-            if not values:
-                raise ValueError(
-                    f"{self} must have an optimizer whose step(closure) calls the closure, got "
-                    f"{type(self.optimizer).__name__}"
-                )
-            self.losses.append(scalar(values[0]))
-        return values[0]
-
-    def _given_in_body(self, loss: Any) -> tuple[Any, ...]:
-        """The same in a body, which can't be evaluated again."""
-        if self.takes != "closure":
-            return self.given(loss)
-        (first, *_) = inspect.signature(self.optimizer.step).parameters.values()
-        if first.default is first.empty and first.kind is first.POSITIONAL_OR_KEYWORD:
-            raise ValueError(
-                f"{self} must be stepped by guard.step(closure), as its optimizer wants a closure"
-            )
-        return ()
-
-
-def _check_scaled(scaler: GradScaler, optimizer: Optimizer) -> None:
-    """Refuse gradients that the lane's scaler hasn't scaled, or has unscaled for another lane's."""
-    if not scaler.is_enabled():
-        return
-    others = scaler._per_optimizer_states.keys() - {id(optimizer)}
-    if scaler._scale is None or others:
-        raise ValueError(
-            "closure must scale by guard.scaler.scale(loss) and unscale by guard.unscale_(), got "
-            + ("gradients unscaled for another optimizer" if others else "gradients not so scaled")
-        )

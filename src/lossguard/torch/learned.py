@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lossguard.learned.weights_file import path_of, read_weights
-from lossguard.torch.memory import undo_casts
 
 
 class Learned(Optimizer):
@@ -61,8 +60,11 @@ class Learned(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned: the memory stays in float32."""
-        super().load_state_dict(state_dict)
-        undo_casts(self, state_dict)
+        super().load_state_dict(state_dict)  # which casts it to the dtype of the parameters
+        params = [p for group in self.param_groups for p in group["params"]]
+        for index, state in state_dict["state"].items():
+            device = params[index].device
+            self.state[params[index]] = {k: v.to(device, copy=True) for k, v in state.items()}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
 from torch import distributed, nn
-from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from lossguard.torch.arguments import check_fallback
@@ -37,7 +36,7 @@ class LossGuard(Guard):
     and if neither can, x stays; an optimizer state that is no longer finite is made new.
 
     Args:
-        learned, fallback, model, scaler, process_group, callback: as in ``Recommended``.
+        learned, fallback, model, process_group, callback: as in ``Recommended``.
         nt: optimizer steps a cycle.
         nc: check minibatches a cycle.
         loser: the optimizer state of the branch that lost. "keep": it runs on from its own nt
@@ -67,6 +66,7 @@ class LossGuard(Guard):
     """
 
     trusted = ("z",)
+    forgives = False
 
     def __init__(
         self,
@@ -77,7 +77,6 @@ class LossGuard(Guard):
         nt: int = 10,
         nc: int = 10,
         loser: Loser = "keep",
-        scaler: GradScaler | None = None,
         process_group: distributed.ProcessGroup | None = None,
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
@@ -91,7 +90,6 @@ class LossGuard(Guard):
             nt=nt,
             nc=check_count("nc", nc),
             model=model,
-            scaler=scaler,
             process_group=process_group,
             callback=callback,
         )
@@ -114,7 +112,6 @@ class LossGuard(Guard):
         else:
             self._leader.go_back()
         loser = self._lanes["z" if keep_y else "y"]
-        loser.take_scale(self._leader)
         if self.loser == "reset":
             loser.forget()
         return Decision(

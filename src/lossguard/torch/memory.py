@@ -6,17 +6,15 @@ shared   every other entry of a group (lr, betas, ...): the schedule. It is set 
          every lane of the same optimizer sees the same.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
+from lossguard.torch.groups import options_of, same
 from lossguard.torch.tensors import clone, finite
-
-IDENTITY = ("params", "param_names")
 
 
 class Memory(NamedTuple):
@@ -40,19 +38,19 @@ class Inner:
 
     Attributes:
         optimizer: the optimizer itself; the guard calls its ``step`` and nothing else of it.
+        takes_loss: whether its step takes the loss, as that of some learned optimizers does.
         own: names of the group entries that its step has been seen to change.
         copies: names of entries of its state that hold the parameters, as master weights do.
-        fresh: a copy of its memory at construction.
         holder: the lane whose memory it has; another lane of it keeps its own meanwhile.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
+        self.takes_loss = "loss" in inspect.signature(optimizer.step).parameters
         self.own: set[str] = set()
         self.copies: set[str] = set()
-        self.fresh = self.memory().copy()
         self.holder: Any = None
-        self._made: dict[Any, Any] = {}
+        self._options = clone(self.options())
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
@@ -61,6 +59,10 @@ class Inner:
         yield
         for old, new in zip(before, self.options(), strict=True):
             self.own |= {key for key in new if not same(old.get(key), new[key])}
+
+    def fresh(self) -> Memory:
+        """No state, and the options at construction."""
+        return Memory({}, clone(self._options))
 
     def memory(self) -> Memory:
         """The memory itself."""
@@ -79,67 +81,11 @@ class Inner:
                     group.pop(key, None)  # a step makes it
         return previous
 
-    def note(self, memory: Memory) -> None:
-        """Note what the optimizer makes for each parameter, if this is what it has made."""
-        if memory.state:
-            self._made = {
-                p: {k: (v.shape, v.dtype) if isinstance(v, Tensor) else v for k, v in made.items()}
-                for p, made in memory.state.items()
-                if isinstance(p, Tensor) and isinstance(made, dict)
-            }
-
-    def zeros(self) -> dict[Any, Any]:
-        """Tensors of 0 in place of what it makes: PyTorch loads only what both sides have."""
-        return {
-            p: {k: _zeros(p, *v) if type(v) is tuple else clone(v) for k, v in made.items()}
-            for p, made in self._made.items()
-        }
-
     def is_finite(self, memory: Memory) -> bool:
         """Whether every number in a memory is finite."""
         own = [[options.get(key) for key in self.own] for options in memory.options]
         return finite([*memory.state.values(), own])
 
-    @property
-    def is_capturable(self) -> bool:
-        """Whether it keeps its counts on the device."""
-        groups = self.optimizer.param_groups
-        return any(group.get("capturable") or group.get("fused") for group in groups)
-
     def options(self) -> list[dict[str, Any]]:
         """The entries of each group, without its parameters."""
         return [options_of(group) for group in self.optimizer.param_groups]
-
-
-def options_of(group: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a parameter group, without its parameters."""
-    return {key: value for key, value in group.items() if key not in IDENTITY}
-
-
-def _zeros(p: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Sharded as the parameter is, where it is of its shape."""
-    if shape != p.shape:
-        return torch.zeros(shape, dtype=dtype)
-    return torch.zeros_like(p.detach(), dtype=dtype)
-
-
-def same(old: Any, new: Any) -> bool:
-    """Whether a group entry is as it was; what holds tensors only if it is the same object."""
-    plain = (int, float, str, tuple, type(None))
-    return old is new or (isinstance(old, plain) and isinstance(new, plain) and old == new)
-
-
-def undo_casts(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Give an optimizer that has just loaded ``saved`` every tensor in the dtype it has there.
-
-    ``Optimizer.load_state_dict`` casts floating state to the parameter's dtype, which would round
-    the float32 memory of a bfloat16 parameter.
-    """
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, state in saved["state"].items():
-        if isinstance(index, int) and params[index] in optimizer.state:
-            device = params[index].device
-            optimizer.state[params[index]] = {
-                key: value.detach().to(device, copy=True) if isinstance(value, Tensor) else value
-                for key, value in state.items()
-            }

@@ -36,12 +36,12 @@ def begin(loss: float, age: int = 0) -> Progress:
     return Progress(age, loss, loss, 0, loss, age, loss)
 
 
-def add(progress: Progress, loss: float, nt: int) -> Progress:
-    """After a cycle of nt steps whose mean loss is given."""
+def add(progress: Progress, loss: float, nt: int, memory: float = MEMORY) -> Progress:
+    """After a cycle of nt steps whose mean loss is given; without memory nothing is smoothed."""
     age = progress.age + nt
     recent, lasting = (
-        memory * before + (1 - memory) * loss if progress.age else loss
-        for memory, before in ((MEMORY, progress.recent), (LONG_MEMORY, progress.lasting))
+        weight * before + (1 - weight) * loss if progress.age else loss
+        for weight, before in ((memory, progress.recent), (LONG_MEMORY, progress.lasting))
     )
     if age // 2 < max(progress.later_age, nt):
         return progress._replace(age=age, recent=recent, lasting=lasting)
@@ -62,3 +62,17 @@ def rate(progress: Progress) -> float:
     if not (now > 0 and then > 0):
         return float(now < then)
     return math.log(then / now) / math.log(progress.age / progress.earlier_age)
+
+
+def expected_at(progress: Progress, age: float) -> float:
+    """The loss at an age if it goes on falling by its power of the age.
+
+    Where losses are not positive: the smoothed loss as it is.
+
+    >>> now = Progress(40, 0.5, 0.5, earlier_age=10, earlier=1.0, later_age=20, later=0.7)
+    >>> expected_at(now, 160)
+    0.25
+    """
+    if not (progress.recent > 0 and age > 0):
+        return progress.recent
+    return progress.recent * (progress.age / age) ** rate(progress)

@@ -3,15 +3,11 @@
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.memory import options_of, same
+from lossguard.torch.groups import Group, options_of, same, set_rate
 from lossguard.torch.tensors import clone
-
-Group = dict[str, Any]
 
 
 class Rates:
@@ -102,10 +98,7 @@ class Rates:
                     "rates of the guard's groups must change in proportion, where an optimizer has "
                     f"one group for them, got factors {[first, *others]}"
                 )
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(base * first)
-            else:
-                group["lr"] = base * first
+            set_rate(group, base * first)
         self.set = [_rate(group) for group, _ in self.inner]
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 
+from lossguard.torch import progress as progresses
 from lossguard.torch import trial as trials
 from lossguard.torch.decision import FALLBACK, LEARNED, OWN, Decision, Seen, mean
 from lossguard.torch.guard import GuardOfTwo
@@ -12,6 +13,10 @@ from lossguard.torch.trial import Trial
 
 LOOKS = 3
 """Cycles on which s is compared with x, each time that it is."""
+MORE = 5
+"""Times ``share``: that of s where, as its losses fall, it would be below x by then."""
+BELOW = 0.1
+"""By this part of the loss of x."""
 
 
 class Recommended(GuardOfTwo):
@@ -25,11 +30,12 @@ class Recommended(GuardOfTwo):
       When it stalls the fallback goes on from there, or from a snapshot if the loss has risen.
 
     When the learned optimizer first takes over, the fallback's own run stays behind as lane s. It
-    runs until it has had a share of the steps; the model goes back to it if it wins a trial.
+    runs until it has had ``share`` of the steps, or five times that, if by then its loss, falling
+    on as it does, would be a tenth below the model's. The model goes back to it if it wins a trial.
 
     So a step costs one gradient, and one more for each challenger that runs in the cycle: y on
     trial while the fallback leads, in at most ``share`` of the steps and sqrt(k) more; s while the
-    model is off its path, in at most ``share`` of them. Training losses decide.
+    model is off its path, in at most that share. Training losses decide.
 
     Args:
         learned: the optimizer that is not trusted.
@@ -38,7 +44,6 @@ class Recommended(GuardOfTwo):
         share: of the steps, for each challenger.
         model: the module whose buffers (BatchNorm's statistics) belong to a lane; None if the
             parameters are in no module.
-        scaler: a ``GradScaler`` for float16; each lane gets a copy, ``guard.scaler``.
         process_group: the ranks that decide together; all of them by default.
         callback: called with every decision.
 
@@ -67,19 +72,30 @@ class Recommended(GuardOfTwo):
     (0, 20.0)
     """
 
-    remembered = ("_on_own", "_own_steps", "_against", "_relay.state")
+    remembered = ("_on_own", "_own_steps", "_progress", "_against", "_relay.state")
 
     _own_steps = 0
+    _progress = progresses.begin(0.0)
+    """Of the fallback by itself; not smoothed, as s may run seldom."""
     _against = Trial(LOOKS, math.inf)
     """Of s against x, by their losses alone."""
 
     def _begin(self) -> list[Lane]:
+        share = self._share_of_s
         relay = self._relay.begin(self.steps)
         self._watch.twins = self._relay.twins
-        runs = not self._on_own and self._own_steps < self._relay.share * self.steps
+        runs = not self._on_own and self._own_steps < share * self.steps
         if runs:
             self._s.keep()
         return [lane for lane in (*relay, *[self._s][:runs]) if not lane.live]
+
+    @property
+    def _share_of_s(self) -> float:
+        """Of the steps so far, up to which s runs."""
+        share, now = self._relay.share, self._relay.state.progress.recent
+        more = min(1.0, MORE * share)
+        soon = progresses.expected_at(self._progress, more * self.steps)
+        return more if soon < now - BELOW * abs(now) else share
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
         s = seen.get("s")
@@ -96,6 +112,9 @@ class Recommended(GuardOfTwo):
         runs, on_own = s is not None, self._on_own
         if s is not None and not s.fine:
             self._s.go_back()
+        elif s is not None or (on_own and leg.fine_z):
+            losses = leg.losses if s is None else s.losses
+            self._progress = progresses.add(self._progress, mean(losses), self.nt, memory=0)
         if on_own and leg.taken_over:
             self._s.become(self._relay.z)
             self._on_own, self._against = False, Trial(LOOKS, math.inf)
@@ -105,6 +124,6 @@ class Recommended(GuardOfTwo):
             if won or lost:
                 self._against = Trial(LOOKS, math.inf)
             if won:
-                self._relay.go_on_from(self._s, mean(s.losses))
+                self._relay.go_on_from(self._s, self._progress.recent)
                 self._on_own = True
         self._own_steps += self.nt * (on_own or runs)

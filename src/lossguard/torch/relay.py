@@ -106,7 +106,6 @@ class Relay:
             self._begin_trial(k)
         if self.twins:
             self.y.start_at(self.z.point)
-            self.y.take_scale(self.z)
             self.y.forget()
         self.z.keep()
         return [self.z] if self.state.trial == NONE else [self.y, self.z]
@@ -170,7 +169,6 @@ class Relay:
         from_x = better or (ends and fine and not risen)
         if from_x:
             self.z.start_at(self.y.point)
-            self.z.take_scale(self.y)
         if better:
             return state._replace(level=now)
         if not ends:

@@ -1,12 +1,13 @@
 """The residual guard (GL2O, Safe-L2O): the paper's rival, from Heaton, Chen, Wang and Yin 2020.
 
 Letters: T the fallback's operator, S(x) = x - T(x) its residual, r the residual's norm at the
-learned proposal y, mu the bound that a tracking sequence makes of the residuals accepted so far.
+learned proposal y, mu a running mean of the residuals accepted so far.
 """
 
 import math
-from collections.abc import Callable, Generator
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +15,14 @@ from torch.optim import Optimizer
 
 from lossguard.torch.arguments import check_fallback
 from lossguard.torch.closures import Closure, checked, scalar
-from lossguard.torch.decision import FALLBACK, LEARNED, NEITHER, Decision
+from lossguard.torch.decision import FALLBACK, LEARNED, NEITHER, Decision, Seen
 from lossguard.torch.guard import Guard
 from lossguard.torch.interrupts import Held
 from lossguard.torch.lane import Lane
-from lossguard.torch.sequences import Track, TrackingSequence, ema
 from lossguard.torch.tensors import read, stored
 from lossguard.torch.weights import Copy
-from lossguard.validation import check_choice, check_fraction, check_kind
+from lossguard.validation import check_fraction
 
-Residual = Literal["step", "gradient"]
 Gradient = list[Tensor | None]
 
 
@@ -32,7 +31,7 @@ class ResidualGuard(Guard):
 
         mu_1 = ||S(x_1)||
         y = learned(x);  r = ||S(y)||;  ok = r <= alpha mu
-        x <- y if ok else T(x);   if ok: mu <- update(mu, r)
+        x <- y if ok else T(x);   if ok: mu <- theta r + (1 - theta) mu
 
     All of a step is on one minibatch, so ``step`` calls the closure twice: at x, and at y. The test
     at y uses a copy of the fallback's state, which itself advances once a step, from x, whatever
@@ -43,8 +42,7 @@ class ResidualGuard(Guard):
     Args:
         learned, fallback, model, callback: as in ``Recommended``.
         alpha: 1 - delta, how much smaller than mu a residual has to be.
-        sequence: how mu follows the accepted residuals; ``ema(0.9)`` by default.
-        residual: ``step``, S as above, or ``gradient``, without the learning rate.
+        theta: the weight of a new residual in mu; read as a decay the paper's is 0.1.
         nt: optimizer steps that make up one decision.
 
     Memory: seven copies of the parameters beside the model, while it steps. Cost a step: 2
@@ -69,7 +67,7 @@ class ResidualGuard(Guard):
     ([True], 0.8)
     """
 
-    remembered = ("_track", "_reports")
+    remembered = ("_mu", "_reports")
 
     def __init__(
         self,
@@ -78,16 +76,12 @@ class ResidualGuard(Guard):
         *,
         model: nn.Module | None,
         alpha: float = 0.99,
-        sequence: TrackingSequence = ema(0.9),
-        residual: Residual = "step",
+        theta: float = 0.9,
         nt: int = 10,
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
-        self.alpha = check_fraction("alpha", alpha)
-        check_choice("residual", residual, get_args(Residual))
-        check_kind("sequence", sequence, TrackingSequence, "ema(0.9)")
+        self.alpha, self.theta = check_fraction("alpha", alpha), check_fraction("theta", theta)
         check_fallback(fallback)
-        self.sequence, self.residual = sequence, residual
         super().__init__(
             {"fallback": fallback, "learned": learned},
             {"y": "learned", "z": "fallback"},
@@ -100,9 +94,9 @@ class ResidualGuard(Guard):
             raise ValueError("parameters must be whole tensors, got sharded ones")
         if any(lane.switches for lane in self._lanes.values()):
             raise ValueError("optimizers must have no train() and eval(), got one that switches")
-        self._track: Track = []
+        self._mu = math.nan
         self._reports: list[list[Any]] = []
-        """Of each step of this cycle: who was kept, the loss, and whether y and z were finite."""
+        """Of each step of this cycle: who was kept, and whether y and z were finite."""
 
     def lanes(self) -> Generator[Lane, None, None]:
         """Refused: the second evaluation is where the first one leads."""
@@ -118,48 +112,43 @@ class ResidualGuard(Guard):
         Returns:
             The loss at x, before the step.
         """
-        if self._fill(closure):
-            return None
-        closure = checked(closure)
-        self._watch.check(self._inners)
-        self._rates.apply()
-        held = Held()
-        with held:
-            loss = self._minibatch(closure, held)
-            decision = self._record()
-        if decision is not None and self.callback is not None:
-            self.callback(decision)
+        closure, loss, held = checked(closure), None, Held()
+        with closing(super().lanes()) as lanes:
+            for z in lanes:
+                with held:
+                    loss = self._minibatch(z, closure, held)
         return loss.detach().clone() if isinstance(loss, Tensor) else loss
 
-    def _minibatch(self, closure: Closure, held: Held) -> Any:
+    def _begin(self) -> list[Lane]:
+        self._reports = []
+        return []
+
+    def _minibatch(self, lane: Lane, closure: Closure, held: Held) -> Any:
         weights, start = self._weights, self._randomness.state()
         x = [t.clone() for t in weights.live()]
         memories = {lane: lane.memory().copy() for lane in self._lanes.values()}
         try:
             loss = self._evaluate(closure, held)
-            at_x, after = scalar(loss), self._randomness.state()
+            value, after = scalar(loss), self._randomness.state()
             self._randomness.set(start)
             y, z, mu_1, r = self._proposals(closure, held, x, loss)
         except BaseException:
-            for lane, memory in memories.items():
-                lane.remember(memory)
-            weights.clear_gradients()
+            for one, memory in memories.items():
+                one.remember(memory)
             weights.write(x)
             self._randomness.set(start)
             raise
         finite_y = weights.is_finite(y, x) and math.isfinite(r)
         finite_z = weights.is_finite(z, x)
-        if not self._track and math.isfinite(mu_1):
-            self._track = self.sequence.init(mu_1)
-        mu = self.sequence.bound(self._track) if self._track else 0.0
-        ok = finite_y and mu > 0 and r <= self.alpha * mu
-        if ok:
-            self._track = self.sequence.update(self._track, r)
-        weights.clear_gradients()
+        mu = self._mu if math.isfinite(self._mu) else mu_1
+        ok = finite_y and 0 < mu < math.inf and r <= self.alpha * mu
+        self._mu = self.theta * r + (1 - self.theta) * mu if ok else mu
         weights.write(y if ok else z if finite_z else x)
         self._randomness.set(after)
         kept = LEARNED if ok else FALLBACK if finite_z else NEITHER
-        self._reports.append([kept, *read([at_x]), finite_y, finite_z])
+        self._reports.append([kept, finite_y, finite_z])
+        lane.losses.append(value)
+        lane.stepped = True
         return loss
 
     def _proposals(
@@ -167,28 +156,26 @@ class ResidualGuard(Guard):
     ) -> tuple[Copy, Copy, float, float]:
         """y = learned(x), z = T(x), and the residuals ||S(x)|| and ||S(y)||."""
         learned, fallback = self._lanes["y"], self._lanes["z"]
-        gradient, before = _gradient(self._weights.params), fallback.memory().copy()
-        n = len(gradient)
+        before = fallback.memory().copy()
+        gradient, n = self._gradient(), len(self._weights.params)
         evaluated = [*x[:n], *(t.clone() for t in self._weights.live()[n:])]
         z = _after_step(fallback, evaluated, gradient, loss)
         y = _after_step(learned, evaluated, gradient, loss)
+        if not learned.inner.is_finite(learned.memory()):
+            learned.forget()
         self._weights.write(y)
-        mu_1 = _norm(gradient) if self.residual == "gradient" else _distance(evaluated[:n], z[:n])
         try:
             loss_y = self._evaluate(closure, held)
-            gradient_y = _gradient(self._weights.params)
-            if self.residual == "gradient":
-                return y, z, mu_1, _norm(gradient_y)
-            advanced = fallback.memory()
-            fallback.remember(before)
-            after_y = _after_step(fallback, y, gradient_y, loss_y)
-            fallback.remember(advanced)
         except Exception as error:
             if not self._weights.have_diverged():
                 raise
             self._watch.tell(error, learned)
-            return y, z, mu_1, math.nan
-        return y, z, mu_1, _distance(y[:n], after_y[:n])
+            return y, z, _distance(x[:n], z[:n]), math.nan
+        gradient, advanced = self._gradient(), fallback.memory()
+        fallback.remember(before)
+        after_y = _after_step(fallback, y, gradient, loss_y)
+        fallback.remember(advanced)
+        return y, z, _distance(x[:n], z[:n]), _distance(y[:n], after_y[:n])
 
     def _evaluate(self, closure: Closure, held: Held) -> Any:
         self._weights.clear_gradients()
@@ -198,29 +185,20 @@ class ResidualGuard(Guard):
         self._leader.check_gradients(scalar(value))
         return value
 
-    def _record(self) -> Decision | None:
-        for lane in self._lanes.values():
-            if not lane.inner.is_finite(lane.memory()):
-                lane.forget()
-        if not self.state:
-            self.state.update({p: {} for p in self._weights.params})
-        self.phase = len(self._reports) % self.nt
-        if self.phase:
-            return None
-        kept, losses, finite_y, finite_z = zip(*self._reports, strict=True)
-        self._reports = []
-        self.steps += self.nt
-        decision = Decision(
+    def _gradient(self) -> Gradient:
+        return [None if p.grad is None else p.grad.detach() for p in self._weights.params]
+
+    def _settle(self, seen: Mapping[str, Seen]) -> Decision:
+        kept, finite_y, finite_z = zip(*self._reports, strict=True)
+        return Decision(
             used_learned=[one == LEARNED for one in kept],
-            losses=[*losses],
+            losses=seen["z"].losses,
             finite_learned=all(finite_y),
             finite_fallback=all(finite_z),
             winner=kept[-1],
             gradients=2 * self.nt,
             learned_updates=self.nt,
         )
-        self.history.append(decision)
-        return decision
 
 
 def _after_step(lane: Lane, start: Copy, gradient: Gradient, loss: Any) -> Copy:
@@ -230,24 +208,14 @@ def _after_step(lane: Lane, start: Copy, gradient: Gradient, loss: Any) -> Copy:
     lane.move_copies(start)
     for p, g in zip(weights.params, gradient, strict=True):
         p.grad = None if g is None else g.clone()
-    with lane.updating():
-        lane.optimizer.step(*lane.given(loss))
+    lane.update(loss)
     if blank:
         lane.note_copies(weights.live())
     return [t.clone() for t in weights.live()]
 
 
-def _gradient(params: list[Tensor]) -> Gradient:
-    return [None if p.grad is None else p.grad.detach() for p in params]
-
-
 def _distance(a: Copy, b: Copy) -> float:
-    return _norm([p - q for p, q in zip(a, b, strict=True)])
-
-
-def _norm(tensors: Copy | Gradient) -> float:
-    """The Euclidean norm over all of them: each in its own precision, at least single."""
-    present = [stored(t) for t in tensors if t is not None]
-    sizes = [t.abs() for t in present]  # of complex numbers too
+    """The Euclidean norm of a - b: each tensor's in its own precision, at least single."""
+    sizes = [stored(p - q).abs() for p, q in zip(a, b, strict=True)]  # of complex numbers too
     widened = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in sizes]
     return math.hypot(*read([t.norm() for t in widened]))

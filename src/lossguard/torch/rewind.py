@@ -13,8 +13,8 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from lossguard.torch.careful import CarefulSteps
-from lossguard.torch.consensus import mean_of_ranks
 from lossguard.torch.interrupts import Held
+from lossguard.torch.ranks import mean_of_ranks
 from lossguard.torch.rewind_checkpoint import load, save
 from lossguard.torch.rule import Rule
 from lossguard.torch.snapshot import Live, Saved

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lossguard.torch.packing import check_rank, this_rank
+from lossguard.torch.ranks import check_rank, this_rank
 from lossguard.torch.snapshot import Live
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def save(rewind: "Rewind") -> dict[str, Any]:
         "losses": losses,
         "unread": rewind._losses,
         "rank": this_rank(),
+        "options": _options(rewind),
         "numbers": {
             **{name: attrgetter(name)(rewind) for name in NUMBERS},
             "losses": len(kept),
@@ -52,7 +53,7 @@ def load(rewind: "Rewind", state: dict[str, Any]) -> None:
     """The inverse; a model or an optimizer is not touched.
 
     Raises:
-        ValueError: if the state lacks something, or is of another model, ``window`` or ``every``.
+        ValueError: if the state is of another model, ``window`` or ``every``, or is no such state.
     """
     _check(rewind, state)
     live, numbers = rewind._live, state["numbers"]
@@ -83,24 +84,19 @@ def _own(live: Live, name: str, value: Any, offload: bool) -> Any:
 
 
 def _check(rewind: "Rewind", state: dict[str, Any]) -> None:
-    wanted = (*SNAPSHOTS, "losses", "unread", "rank", "numbers")
-    missing = [key for key in wanted if key not in state]
-    if missing:
-        raise ValueError(f"state must be of Rewind.state_dict(), but it lacks {missing[0]!r}")
-    for key, size, option in (
-        ("losses", rewind._rule.block, f"window = {rewind._rule.window}"),
-        ("unread", rewind.every, f"every = {rewind.every}"),
-    ):
-        if len(state[key]) != size:
-            raise ValueError(
-                f"state must be of a Rewind with {option}, got {len(state[key])} {key}, not {size}"
-            )
+    ours, theirs = _options(rewind), state.get("options")
+    if theirs != ours:
+        raise ValueError(f"state must be of a Rewind with {ours}, got {theirs}")
     for name, tensor in rewind._live.tensors.items():
         saved = state["trusted"].get(f"model.{name}")
-        if saved is None or saved.shape != tensor.shape:
-            found = "none" if saved is None else f"shape {tuple(saved.shape)}"
+        shape = None if saved is None else tuple(saved.shape)
+        if shape != tuple(tensor.shape):
             raise ValueError(
                 f"state must be of this model, whose {name} has shape {tuple(tensor.shape)}, "
-                f"got {found}"
+                f"got {shape}"
             )
         check_rank(tensor, saved, state["rank"], "state")
+
+
+def _options(rewind: "Rewind") -> dict[str, int]:
+    return {"window": rewind._rule.window, "every": rewind.every}

@@ -1,8 +1,7 @@
 """A guard's ``state_dict``, in the layout of any optimizer's.
 
     state           by parameter: x.value, the model's; for each lane LANE.value, LANE.memory.KEY,
-                    within a cycle LANE.before; fresh.K.memory.KEY of optimizer K when it was built:
-                    plain tensors, or DTensors under fully_shard
+                    within a cycle LANE.before: plain tensors, or DTensors under fully_shard
     param_groups    the guard's; the first has numbers and buffers under ``guard``
 
 So it is what torch.distributed.checkpoint saves under the names of parameters, and reshards.
@@ -11,40 +10,47 @@ So it is what torch.distributed.checkpoint saves under the names of parameters, 
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lossguard.torch.memory import Memory
-from lossguard.torch.packing import Parts, Saved, pack, unpack
-from lossguard.torch.tensors import clone, read, transfer
+from lossguard.torch.ranks import check_rank, sharded_as, this_rank
+from lossguard.torch.tensors import clone, local, read, transfer
 
 if TYPE_CHECKING:
-    from lossguard.torch.face import Face
+    from lossguard.torch.guard import Guard
+    from lossguard.torch.lane import Lane
+    from lossguard.torch.weights import Copy
 
-COUNTS = ("phase", "steps")
+Saved = dict[str, Any]
 
 
-def save(guard: "Face") -> Saved:
+def save(guard: "Guard") -> Saved:
     """A copy of all that the rest of the run depends on."""
     guard._rates.apply()  # what is set, but not carried over, would be lost
     params, group, before = guard._weights.params, guard.param_groups[0], dict(guard.state)
-    lanes, inners = list(guard._lanes.values()), guard._inners
-    state, rest = pack(params, _parts(guard, within=guard.phase > 0))
+    state: list[Saved] = [{} for _ in params]
     group["guard"] = {
         **_kind(guard),
-        **{name: getattr(guard, name) for name in COUNTS},
+        "rank": this_rank(),
+        "phase": guard.phase,
+        "steps": guard.steps,
         "leader": guard._leader.name,
         "running": [lane.name for lane in guard._others],
-        "losses": [[read(lane.losses), read(lane.checks)] for lane in lanes],
-        "lost": [lane.lost for lane in lanes],
-        "scalers": [lane.scaler and lane.scaler.state_dict() for lane in lanes],
-        "blank": [not lane.memory().state for lane in lanes],
-        "own": [sorted(inner.own) for inner in inners],
-        "copies": [sorted(inner.copies) for inner in inners],
-        "options": [clone(inner.options()) for inner in inners],
         "rates": guard._rates.numbers(),
-        "rest": rest,
         "rules": {name: _plain(attrgetter(name)(guard)) for name in guard.remembered},
+        "optimizers": {
+            k: [sorted(inner.own), sorted(inner.copies), clone(inner.options())]
+            for k, inner in guard._inners.items()
+        },
+        "memories": {lane.name: _pack(lane, params, state) for lane in guard._lanes.values()},
+        "buffers": {},
     }
+    for name, copy in _copies(guard).items():
+        for p, entries, value in zip(params, state, copy, strict=False):
+            entries[name] = sharded_as(p, value.clone())
+        group["guard"]["buffers"][name] = [t.clone() for t in copy[len(params) :]]
     try:
         guard.state.update(zip(params, state, strict=True))
         saved = Optimizer.state_dict(guard)
@@ -55,7 +61,7 @@ def save(guard: "Face") -> Saved:
     return {**saved, "param_groups": clone(saved["param_groups"])}
 
 
-def load(guard: "Face", state_dict: Saved) -> None:
+def load(guard: "Guard", state_dict: Saved) -> None:
     """Go on from a saved state.
 
     Raises:
@@ -63,22 +69,19 @@ def load(guard: "Face", state_dict: Saved) -> None:
     """
     groups = state_dict.get("param_groups", [])
     numbers = groups[0].get("guard", {}) if groups else {}
-    kind = _kind(guard)
-    if numbers.get("kind") != kind["kind"]:
-        theirs = numbers.get("kind")
-        theirs = f"a {theirs}'s" if theirs else f"one with the keys {list(state_dict)}"
-        raise ValueError(f"state_dict must be a {kind['kind']}'s, got {theirs}")
-    if (got := {name: numbers[name] for name in kind}) != kind:
-        raise ValueError(f"state_dict must be of a guard with {kind}, got {got}")
-    keys = [key for group in groups for key in group["params"]]
-    params = guard._weights.params
-    if len(keys) != len(params) or len(groups) != len(guard.param_groups):
-        raise ValueError(
-            f"state_dict must be of {len(params)} parameters in {len(guard.param_groups)} "
-            f"groups, got one of {len(keys)} in {len(groups)}"
-        )
-    state = [state_dict["state"].get(key, {}) for key in keys]
-    parts = unpack(params, _parts(guard, within=numbers["phase"] > 0), state, numbers["rest"])
+    params, state = guard._weights.params, _checked(guard, state_dict, numbers)
+    live, lanes = guard._weights.live(), guard._lanes.values()
+    copies = {
+        name: [
+            *(
+                _value(p, name, saved, ours, numbers["rank"])
+                for p, saved, ours in zip(params, state, live, strict=False)
+            ),
+            *_buffers(live[len(params) :], buffers),
+        ]
+        for name, buffers in numbers["buffers"].items()
+    }
+    memories = [_unpack(lane, params, state, numbers["memories"][lane.name]) for lane in lanes]
     try:
         rules = {
             name: _like(attrgetter(name)(guard), numbers["rules"][name])
@@ -86,70 +89,137 @@ def load(guard: "Face", state_dict: Saved) -> None:
         }
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"state_dict must have the numbers of a {kind['kind']}, got others"
+            f"state_dict must have the numbers of a {type(guard).__name__}, got others"
         ) from error
-    _take(guard, numbers, groups, parts)
+
+    # From here on nothing may fail.
     for name, rule in rules.items():
-        *path, last = name.split(".")
-        setattr(attrgetter(path[0])(guard) if path else guard, last, rule)
-
-
-def _take(guard: "Face", numbers: Saved, groups: list[Saved], parts: Parts) -> None:
-    """Put everything in place; nothing here may fail."""
-    lanes, copies = list(guard._lanes.values()), parts.copies
-    memories = {name: Memory(*memory[:2]) for name, memory in parts.memories.items()}
-    for k, inner in enumerate(guard._inners):
-        inner.own, inner.copies = set(numbers["own"][k]), set(numbers["copies"][k])
-        inner.fresh = memories[f"fresh.{k}.memory"]
+        path, _, last = name.rpartition(".")
+        setattr(attrgetter(path)(guard) if path else guard, last, rule)
+    for inner, (own, held, _) in zip(
+        guard._inners.values(), numbers["optimizers"].values(), strict=True
+    ):
+        inner.own, inner.copies = set(own), set(held)
     guard._weights.reshard()
     transfer(guard._weights.live(), copies["x.value"])
-    of_lanes = (numbers[name] for name in ("blank", "losses", "lost", "scalers"))
-    for lane, blank, losses, lost, scale in zip(lanes, *of_lanes, strict=True):
-        memory = memories[f"{lane.name}.memory"]
+    for lane, memory in zip(lanes, memories, strict=True):
         transfer(lane.values, copies[f"{lane.name}.value"])
         lane.before = copies.get(f"{lane.name}.before")
-        lane.remember(Memory({} if blank else memory.state, memory.options))
-        lane.losses, lane.checks = (lane.tensors(row) for row in losses)
-        lane.lost, lane.live = lost, lane.name == numbers["leader"]
-        if lane.scaler is not None and scale:
-            lane.scaler.load_state_dict(dict(scale))
+        lane.remember(memory)
+        losses, checks = numbers["memories"][lane.name]["losses"]
+        lane.losses, lane.checks = lane.tensors(losses), lane.tensors(checks)
+        lane.live = lane.name == numbers["leader"]
     guard._leader = guard._lanes[numbers["leader"]]
     guard._others = [guard._lanes[name] for name in numbers["running"]]
-    for inner, options in zip(guard._inners, numbers["options"], strict=True):
+    for inner, (*_, options) in zip(
+        guard._inners.values(), numbers["optimizers"].values(), strict=True
+    ):
         for group, entries in zip(inner.optimizer.param_groups, options, strict=True):
             group.update({k: v for k, v in clone(entries).items() if k not in inner.own})
     for group, entries in zip(guard.param_groups, groups, strict=True):
         group.update({k: v for k, v in entries.items() if k not in ("params", "guard")})
     guard._rates.load(numbers["rates"])
-    for name in COUNTS:
-        setattr(guard, name, numbers[name])
-    guard._filled = False
-    guard.state.update({p: {} for p in guard._weights.params})
+    guard.phase, guard.steps = numbers["phase"], numbers["steps"]
 
 
-def _kind(guard: "Face") -> Saved:
+def _kind(guard: "Guard") -> Saved:
     """What two guards must have in common."""
     lanes = list(guard._lanes)
     return {"kind": type(guard).__name__, "lanes": lanes, "nt": guard.nt, "nc": guard.nc}
 
 
-def _parts(guard: "Face", *, within: bool) -> Parts:
-    """The model, the lanes and the fresh memories, as they are."""
-    lanes = guard._lanes.values()
-    for lane in lanes:
-        lane.inner.note(lane.memory())
+def _checked(guard: "Guard", state_dict: Saved, numbers: Saved) -> list[Saved]:
+    """What is saved of each parameter; refuse the state of another guard."""
+    kind, params, groups = _kind(guard), guard._weights.params, state_dict.get("param_groups", [])
+    if numbers.get("kind") != kind["kind"]:
+        theirs = numbers.get("kind")
+        theirs = f"a {theirs}'s" if theirs else f"one with the keys {list(state_dict)}"
+        raise ValueError(f"state_dict must be a {kind['kind']}'s, got {theirs}")
+    if (got := {name: numbers[name] for name in kind}) != kind:
+        raise ValueError(f"state_dict must be of a guard with {kind}, got {got}")
+    keys = [key for group in groups for key in group["params"]]
+    if len(keys) != len(params) or len(groups) != len(guard.param_groups):
+        raise ValueError(
+            f"state_dict must be of {len(params)} parameters in {len(guard.param_groups)} "
+            f"groups, got one of {len(keys)} in {len(groups)}"
+        )
+    return [state_dict["state"].get(key, {}) for key in keys]
+
+
+def _copies(guard: "Guard") -> "dict[str, Copy]":
+    """Parameters and buffers, of the model and of every lane."""
     copies = {"x.value": guard._weights.live()}
-    copies |= {f"{lane.name}.value": lane.values for lane in lanes}
-    if within:
-        copies |= {f"{lane.name}.before": lane.before or lane.values for lane in lanes}
-    memories = {}
-    for lane in lanes:
-        state, options = lane.memory()
-        filled = state or lane.inner.zeros()
-        memories[f"{lane.name}.memory"] = filled, options, lane.inner.is_capturable
-    for k, inner in enumerate(guard._inners):
-        memories[f"fresh.{k}.memory"] = *inner.fresh, inner.is_capturable
-    return Parts(copies, memories)
+    for lane in guard._lanes.values():
+        copies[f"{lane.name}.value"] = lane.values
+        if guard.phase and lane.before is not None:
+            copies[f"{lane.name}.before"] = lane.before
+    return copies
+
+
+def _pack(lane: "Lane", params: list[Tensor], state: list[Saved]) -> Saved:
+    """What a lane remembers: of parameters into ``state``, the rest is returned."""
+    kept, options = Memory(lane.filled(), lane.memory().options).copy()
+    for p, entries in zip(params, state, strict=True):
+        made = kept.pop(p, {}).items()
+        entries.update({f"{lane.name}.memory.{key}": value for key, value in made})
+    return {
+        "blank": not lane.memory().state,
+        "others": kept,
+        "options": options,
+        "losses": [read(lane.losses), read(lane.checks)],
+    }
+
+
+def _unpack(lane: "Lane", params: list[Tensor], state: list[Saved], rest: Saved) -> Memory:
+    """The inverse. Counts stay on the host, where optimizers without ``capturable`` have them."""
+    groups, name = lane.optimizer.param_groups, f"{lane.name}.memory."
+    options = clone(rest["options"])
+    if rest["blank"]:
+        return Memory({}, options)
+    on_device = any(group.get("capturable") or group.get("fused") for group in groups)
+    kept, copies = clone(rest["others"]), {}  # what parameters share is shared again
+    for p, entries in zip(params, state, strict=True):
+
+        def placed(t: Tensor, device: torch.device = p.device) -> Tensor:
+            return t.detach().to(device if t.dim() or on_device else t.device, copy=True)
+
+        made = {
+            key.removeprefix(name): clone(value, copies, placed)
+            for key, value in entries.items()
+            if key.startswith(name)
+        }
+        if made:
+            kept[p] = made
+    if not kept:
+        raise ValueError(f"state_dict must hold {name}* of parameters, got none")
+    return Memory(kept, options)
+
+
+def _value(p: Tensor, name: str, saved: Saved, ours: Tensor, rank: int) -> Tensor:
+    if name not in saved:
+        if p.requires_grad:
+            raise ValueError(
+                f"state_dict must hold {name} of each parameter, got one without (save between two "
+                "cycles for torch.distributed.checkpoint)"
+            )
+        return ours.clone()  # torch.distributed.checkpoint leaves frozen ones out
+    check_rank(p, saved[name], rank, "state_dict")
+    value = local(saved[name])
+    if value.shape != ours.shape:
+        raise ValueError(
+            f"state_dict must be of the same model, with a tensor of shape {list(ours.shape)}, got "
+            f"{list(value.shape)}"
+        )
+    return value.detach().to(ours.device, ours.dtype, copy=True)
+
+
+def _buffers(ours: "Copy", saved: "Copy") -> "Copy":
+    if [t.shape for t in ours] != [t.shape for t in saved]:
+        raise ValueError(
+            f"state_dict must be of the same model, with {len(ours)} buffers of its shapes, got "
+            f"{len(saved)}"
+        )
+    return [s.detach().to(t.device, t.dtype, copy=True) for s, t in zip(saved, ours, strict=True)]
 
 
 def _plain(value: Any) -> Any:
@@ -161,4 +231,6 @@ def _like(ours: Any, saved: Any) -> Any:
     """What ``_plain`` made of something of this kind."""
     if hasattr(ours, "_fields"):
         return type(ours)(*(_like(a, b) for a, b in zip(ours, saved, strict=True)))
+    if isinstance(ours, list) and any(hasattr(one, "_fields") for one in ours):
+        return [_like(a, b) for a, b in zip(ours, saved, strict=True)]
     return clone(saved)

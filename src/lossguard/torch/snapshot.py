@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lossguard.torch.groups import set_rate
 from lossguard.torch.tensors import are_finite
 
 Saved = dict[str, Any]
@@ -81,14 +82,6 @@ class Live:
                 rates = one.get_last_lr()
                 for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                     set_rate(group, float(rate))
-
-
-def set_rate(group: dict[str, Any], rate: float | Tensor) -> None:
-    """Set the rate of a parameter group, which may be a tensor that must stay the same one."""
-    if isinstance(group["lr"], Tensor):
-        group["lr"].copy_(torch.as_tensor(rate))
-    else:
-        group["lr"] = rate
 
 
 def copied(value: Any, old: Any, offload: bool) -> Any:

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
 from typing import Any
 
@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 
-def clone(value: Any, copies: dict[int, Any] | None = None) -> Any:
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def clone(
+    value: Any,
+    copies: dict[int, Any] | None = None,
+    copied: Callable[[Tensor], Tensor] = _copy,
+) -> Any:
     """A copy of nested containers, of their own types, and of every tensor in them.
 
     What is there twice is there twice in the copy: optimizers may share a step counter.
@@ -19,26 +27,25 @@ def clone(value: Any, copies: dict[int, Any] | None = None) -> Any:
     Args:
         value: containers, tensors and whatever ``copy.deepcopy`` copies.
         copies: what has been copied already, by ``id``.
+        copied: of a tensor.
     """
     if isinstance(value, (int, float, str, bool, type(None))):
         return value
     copies = {} if copies is None else copies
-    if id(value) not in copies:
-        copies[id(value)] = _cloned(value, copies)
-    return copies[id(value)]
-
-
-def _cloned(value: Any, copies: dict[int, Any]) -> Any:
+    if id(value) in copies:
+        return copies[id(value)]
     if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
+        new = copied(value)
+    elif isinstance(value, dict):
         new = copy.copy(value)
         for key, item in value.items():
-            new[key] = clone(item, copies)
-        return new
-    if type(value) in (list, tuple):
-        return type(value)(clone(item, copies) for item in value)
-    return copy.deepcopy(value)
+            new[key] = clone(item, copies, copied)
+    elif type(value) in (list, tuple):
+        new = type(value)(clone(item, copies, copied) for item in value)
+    else:
+        new = copy.deepcopy(value)
+    copies[id(value)] = new
+    return new
 
 
 def transfer(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -84,6 +91,23 @@ def are_finite(tensors: Iterable[Tensor]) -> Tensor:
         sizes += torch._foreach_norm(group, math.inf)  # pyright: ignore
         # the largest number, or NaN; no overflow
     return _stacked(sizes).isfinite().all() if sizes else torch.tensor(True)
+
+
+@torch.no_grad()
+def zero_unsound(params: Iterable[Tensor]) -> Tensor | None:
+    """Make all gradients 0 if one of them isn't finite, without a wait for the device.
+
+    Returns:
+        Whether that was so, as a tensor; None without gradients.
+    """
+    grads = [local(p.grad) for p in params if p.grad is not None and not p.grad.is_sparse]
+    if not grads:
+        return None
+    broken = ~are_finite(grads)
+    if broken.device.type != "cpu" or broken:  # elsewhere to look would be to wait
+        for grad in grads:
+            grad.masked_fill_(broken.to(grad.device), 0)
+    return broken
 
 
 def read(scalars: Sequence[Tensor]) -> list[float]:

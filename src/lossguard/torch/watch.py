@@ -1,16 +1,14 @@
 """Looks for mistakes of a loop that would train nothing, or compare lanes wrongly, in silence."""
 
+import sys
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-from lossguard.torch.arguments import check_accumulation
-from lossguard.torch.closures import Closure
-from lossguard.torch.memory import Inner
-from lossguard.torch.weights import Weights
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lossguard.torch.lane import Lane
+    from lossguard.torch.memory import Inner
+    from lossguard.torch.weights import Weights
 
 SAME = 1e-4
 """The part of a loss by which rounding may change it."""
@@ -19,14 +17,13 @@ SAME = 1e-4
 class Watch:
     """Refuses what is surely wrong, and warns once of what may be."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: "Weights") -> None:
         self.weights = weights
         self.twins: set[str] = set()
         """Lanes that begin the cycle at one point."""
-        self._first = True
         self._warned: set[str] = set()
 
-    def check(self, inners: Sequence[Inner]) -> None:
+    def check(self, inners: "Sequence[Inner]") -> None:
         """Refuse gradients from before the minibatch, and parameters that came later."""
         for inner in inners:
             count = sum(len(group["params"]) for group in inner.optimizer.param_groups)
@@ -36,26 +33,18 @@ class Watch:
                     "parameters must be in the optimizers when the guard is built, got "
                     f"{type(inner.optimizer).__name__} with {count} instead of {ours}"
                 )
-        if self._first:
-            check_accumulation()
+        accelerate = sys.modules.get("accelerate.state")
+        steps = accelerate.GradientState().num_steps if accelerate else 1
+        if steps > 1:
+            raise ValueError(
+                f"gradient_accumulation_steps must be 1 for Accelerate, got {steps}: it would "
+                "leave out the guard's calls in between (accumulate in the body, before lane.step)"
+            )
         if self.weights.have_gradients():
             raise ValueError(
                 "gradients must be computed inside the closure, got some before the step (call "
                 "zero_grad before it, and accumulate inside the closure)"
             )
-
-    def run(self, lane: "Lane", closure: Closure) -> Any:
-        """Run a lane; refuse closures that change what all lanes share, at the first time."""
-        others = self.weights.others() if self._first else []
-        versions = [p._version for p in others]
-        value = lane.run(closure)
-        if versions != [p._version for p in others]:
-            raise ValueError(
-                "parameters of model that no optimizer has must not change in the closure, as all "
-                "lanes share them: give them to the optimizers, without gradients"
-            )
-        self._first = False
-        return value
 
     def compare(self, lanes: "Sequence[Lane]", firsts: Sequence[Sequence[float]]) -> None:
         """Warn if lanes have different losses on one minibatch at the same parameters."""
@@ -73,10 +62,10 @@ class Watch:
             )
 
     def tell(self, error: Exception, lane: "Lane") -> None:
-        """Warn that a lane is left for an error."""
+        """Warn that a lane's minibatch is lost to an error."""
         self._warn(
-            f"{lane} has numbers that aren't finite and raised {error!r}: it is left out of such "
-            "cycles",
+            f"{lane} has numbers that aren't finite and raised {error!r}: such minibatches count "
+            "as lost for it",
             "errors",
         )
 

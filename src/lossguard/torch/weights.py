@@ -70,18 +70,13 @@ class Weights:
         transfer(self._buffers(), self._aside if values is None else values[len(self.params) :])
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Every parameter has its own storage afterwards, with the value that it then has.
-
-        An optimizer may put another tensor into ``p.data``. One whose shape or type can't be a
-        parameter's value counts as not finite. ``requires_grad`` stays as it was.
-        """
-        before = [(p.data, p.requires_grad) for p in self.params]
+    def trained(self) -> Iterator[None]:
+        """``requires_grad`` stays as it is, whatever an optimizer does inside."""
+        before = [p.requires_grad for p in self.params]
         try:
             yield
         finally:
-            for p, (home, trained) in zip(self.params, before, strict=True):
-                _bring_home(p, home)
+            for p, trained in zip(self.params, before, strict=True):
                 if p.requires_grad != trained:
                     p.requires_grad_(trained)
 
@@ -105,13 +100,6 @@ class Weights:
         for p in self.params:
             p.grad = None
 
-    def others(self) -> list[Tensor]:
-        """The parameters of the model that no optimizer has, if PyTorch counts their changes."""
-        ours = {id(p) for p in self.params}
-        params = () if self.model is None else self.model.parameters()
-        others = [p for p in params if id(p) not in ours and not p.is_inference()]
-        return [p for p in others if not hasattr(p, "to_local")]
-
     def reshard(self) -> None:
         """Drop gathered parameters, which a forward without a backward leaves behind."""
         for module in () if self.model is None else self.model.modules():
@@ -130,16 +118,3 @@ def _is_expanded(tensor: Tensor) -> bool:
         return False
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     return any(size > 1 and stride == 0 for size, stride in sizes)
-
-
-def _bring_home(p: Tensor, home: Tensor) -> None:
-    value = p.data
-    alike = value.dtype == home.dtype and value.layout == home.layout
-    if hasattr(value, "to_local") or (alike and value.is_set_to(home)):
-        return
-    p.data = home
-    fits = value.shape == home.shape and value.layout == home.layout
-    if fits and torch.can_cast(value.dtype, home.dtype):
-        home.copy_(value)
-    else:
-        home.fill_(torch.nan)

@@ -1,0 +1,87 @@
+"""A run's figure for a page: a legend that switches lines, and buttons that switch the axis."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.colors import qualitative
+
+from ..records import Record
+from .lines import BANDS, LABELS, Over, guards, limits, line, place, styles
+
+DASHES = ("solid", "dash", "dashdot", "dot")
+# Buttons by name: Plotly's own choice includes one that sends the data away.
+CONFIG: dict[str, Any] = {
+    "responsive": True,
+    "displaylogo": False,
+    "modeBarButtons": [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
+}
+AXIS = {
+    "type": "log",
+    "gridcolor": "#ddd",
+    "zeroline": False,
+    "automargin": True,
+    "exponentformat": "power",
+}
+
+
+def interactive(record: Record) -> str:
+    """The figure of ``figures.draw`` as HTML, against price at first, without Plotly itself."""
+    config, made, curves = record
+    methods, guarded = config["methods"], guards(curves)
+    looks, traces, losses = styles(methods), [], []
+    places: dict[Over, list[list[float]]] = {over: [] for over in LABELS}
+    for method in methods:
+        look, loss = looks[method], line(curves, method, "loss")
+        at = {over: place(curves, method, loss.steps, over, made["seconds"]) for over in LABELS}
+        color = qualitative.D3[look.color]
+        about = {"name": method, "legendgroup": method, "mode": "lines", "x": at["price"]}
+        style, own = {"color": color, "dash": DASHES[look.dashes]}, len(traces)
+        traces.append(go.Scatter(**about, y=loss.mean, line=style))
+        about |= {"showlegend": False}
+        if len(methods) <= BANDS:
+            about_band = about | {"hoverinfo": "skip", "line": {"width": 0}}
+            band = {"fill": "tonexty", "fillcolor": f"{color}26"}
+            traces.append(go.Scatter(**about_band, y=loss.low))
+            traces.append(go.Scatter(**about_band, y=loss.high, **band))
+        if method in guarded:
+            used = 0.5 + 0.5 * line(curves, method, "used_learned").mean
+            traces.append(go.Scatter(**about, y=used, line=style, yaxis="y2"))
+        for over, xs in places.items():
+            xs += [[float(f"{x:.6g}") for x in at[over]]] * (len(traces) - own)
+        losses.append(loss.mean)
+    figure = go.Figure(traces)
+    _lay_out(figure, bool(guarded), places)
+    low, high = limits(curves, losses)
+    figure.update_layout(yaxis_autorangeoptions={"clipmin": low, "clipmax": high})
+    return figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG)
+
+
+def _lay_out(figure: go.Figure, guarded: bool, places: Mapping[Over, list[list[float]]]) -> None:
+    """Losses above, whether guards used the learned update below, buttons and legend around."""
+    buttons = [
+        {
+            "label": over,
+            "method": "update",
+            "args": [{"x": places[over]}, {"xaxis.title.text": label, "xaxis.autorange": True}],
+        }
+        for over, label in LABELS.items()
+    ]
+    figure.update_layout(
+        template="none",
+        height=540,
+        margin={"l": 60, "r": 10, "t": 40, "b": 45},
+        hovermode="closest",
+        legend={"orientation": "h", "y": -0.15, "yanchor": "top"},
+        updatemenus=[
+            {"type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1.02}
+            | {"yanchor": "bottom", "buttons": buttons, "showactive": True}
+        ],
+        xaxis=AXIS | {"title": {"text": LABELS["price"]}, "anchor": "y2" if guarded else "y"},
+        yaxis=AXIS | {"title": {"text": "Training loss"}, "domain": [0.25 if guarded else 0, 1]},
+    )
+    if guarded:
+        ticks = {"tickvals": [0.5, 1], "ticktext": ["fallback", "learned"], "fixedrange": True}
+        figure.update_layout(
+            yaxis2={"title": {"text": "use_l2o"}, "domain": [0, 0.2], "range": [0.45, 1.05]} | ticks
+        )

@@ -1,0 +1,75 @@
+"""Several ranks: numbers on which all agree, and shards that belong to one."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+
+def are_running() -> bool:
+    """Whether there is a process group."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def several(group: distributed.ProcessGroup | None) -> bool:
+    """Whether there are other ranks."""
+    return are_running() and distributed.get_world_size(group) > 1
+
+
+def this_rank() -> int:
+    """The number of this one."""
+    return distributed.get_rank() if are_running() else 0
+
+
+def mean_of_ranks(numbers: Tensor, group: distributed.ProcessGroup | None) -> Tensor:
+    """The mean of each number over the ranks: one all-reduce, which every rank has to reach.
+
+    Ranks weigh the same whatever the sizes of their shards, as in DistributedDataParallel's mean of
+    gradients.
+    """
+    if not several(group):
+        return numbers
+    distributed.all_reduce(numbers, group=group)
+    return numbers / distributed.get_world_size(group)
+
+
+def agree(
+    means: Sequence[float],
+    alarms: Sequence[bool],
+    group: distributed.ProcessGroup | None,
+    device: torch.device,
+) -> tuple[list[float], list[bool]]:
+    """The mean of each number over the ranks, and whether any rank raised each alarm.
+
+    >>> agree([0.5, 2.0], [False, True], None, torch.device("cpu"))
+    ([0.5, 2.0], [False, True])
+    """
+    if not several(group):
+        return list(means), list(alarms)
+    packed = torch.tensor([*means, *map(float, alarms)], dtype=torch.float64, device=device)
+    agreed = mean_of_ranks(packed, group).tolist()
+    return agreed[: len(means)], [one > 0 for one in agreed[len(means) :]]
+
+
+def check_rank(ours: Tensor, saved: Any, rank: int, name: str) -> None:
+    """Refuse a shard that ``torch.save`` wrote on another rank: it looks like this rank's own.
+
+    What torch.distributed.checkpoint loads has been put in place on this rank.
+    """
+    mesh, here = getattr(saved, "device_mesh", None), this_rank()
+    if mesh is not None and mesh is not getattr(ours, "device_mesh", None) and rank != here:
+        raise ValueError(
+            f"{name} must be of rank {here}'s own shards, got rank {rank}'s (save and load by "
+            "torch.distributed.checkpoint)"
+        )
+
+
+def sharded_as(p: Tensor, value: Tensor) -> Tensor:
+    """This rank's shard as a part of a distributed tensor, if the parameter is one."""
+    if not hasattr(p, "to_local"):
+        return value
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = p.device_mesh, p.placements  # pyright: ignore
+    return DTensor.from_local(value, mesh, placements, shape=p.shape, stride=p.stride())

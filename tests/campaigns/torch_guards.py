@@ -136,7 +136,8 @@ def guarded(rng: random.Random, kind: type) -> str:
                 assert all(t.isfinite().all() for t in before), "a model that isn't finite"
     if kind in (Recommended, Hedged) and not raised:
         price, k = sum(d.gradients for d in guard.history), guard.steps
-        most = (2 + options["share"]) * k if kind is Hedged else (1 + 2 * options["share"]) * k
+        share = options["share"]
+        most = (2 + share if kind is Hedged else 1 + share + min(1, 5 * share)) * k
         assert price <= most + math.sqrt(k) + 10 + 2 * options["nt"], "a price above its bound"
     if kind in (Hedged, BestOf) and not raised and not bad and type(model[1]) is nn.Tanh:
         alone = Adam(twin.parameters(), lr=0.01)

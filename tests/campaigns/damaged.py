@@ -7,20 +7,15 @@ import random
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import polars as pl
-
-from lossguard import checksums, records
 from lossguard.checkpoints import Checkpoints
-from lossguard.learned.weights_file import pretrained_names, pretrained_path, read_weights
-from lossguard.metatrain import loop
+from lossguard.learned.weights_file import pretrained_names, pretrained_path
 
-from .killed import go
+from .killed import content, go
 
 MANY = 40
 
@@ -100,29 +95,3 @@ def damage(file: Path, rng: random.Random) -> str:
         whole += rng.randbytes(rng.randint(1, 64))
     file.write_bytes(whole)
     return f"{how} at {at}"
-
-
-def content(folder: Path) -> dict[str, Any]:
-    """All that readers get from a folder, by what it is."""
-    if not (folder / records.MANIFEST).exists():
-        return {k: v for f in sorted(folder.iterdir()) for k, v in weights(f).items()}
-    config, made, curves = records.read_run(folder)
-    found = {f"config {name}": value for name, value in config.items()}
-    if (folder / records.EVALUATIONS).exists():
-        found |= {"evaluations": table(records.read_parquet(folder / records.EVALUATIONS))}
-        found |= {f"seconds of {name}": True for name in made["seconds"]}
-    else:
-        found |= weights(folder / loop.WEIGHTS)
-    return {**found, "curves": table(curves), "data": made["data"]}
-
-
-def weights(file: Path) -> Mapping[str, Any]:
-    """Those of a file."""
-    read = read_weights(file)
-    tensors = {name: tensor.tobytes() for name, tensor in read.tensors.items()}
-    return {f"{file.name} {name}": one for name, one in {**tensors, **read.numbers}.items()}
-
-
-def table(one: pl.DataFrame) -> str:
-    """A table, in which NaN equals NaN."""
-    return checksums.of_arrays({name: one[name].to_numpy() for name in one.columns})

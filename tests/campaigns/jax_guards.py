@@ -118,12 +118,13 @@ def run(one: dict[str, Any], name: str, problem: str, fallback: str, dtype: Any,
 def check(found: Any, name: str, options: dict[str, Any], double: bool) -> np.ndarray:
     """Which runs have broken a promise; axes are [runs, cycles, ...]."""
     (x, decisions, thrown), (s, alone, _), other = found
+    np.seterr(all="ignore")  # sums of losses that aren't finite are left out
     nt, share = options["nt"], options["share"]
     k = nt * np.arange(1, x.shape[1] + 1)
     wrong = ~np.isfinite(x.astype(float)).all(axis=(1, 2))
     if name in ("recommended", "hedged"):
         price = np.cumsum(decisions.gradients, axis=1)
-        most = (1 + 2 * share) * k if name == "recommended" else (2 + share) * k
+        most = (1 + share + min(1, 5 * share) if name == "recommended" else 2 + share) * k
         wrong |= (price > most + np.sqrt(k) + 10 + 2 * nt).any(axis=1)
     if name == "recommended" and double:
         untried = (decisions.winner != 0).cumprod(axis=1).astype(bool) & is_finite(s, alone)
@@ -134,7 +135,10 @@ def check(found: Any, name: str, options: dict[str, Any], double: bool) -> np.nd
             one_sum = np.cumsum(one.losses.sum(axis=2), axis=1)
             size = np.cumsum(np.abs(one.losses).sum(axis=2), axis=1)
             above = np.cumsum(decisions.losses.sum(axis=2), axis=1) - one_sum
-            wrong |= (is_finite(point, one) & ~(above <= 1e-9 * size + 1e-9)).any(axis=1)
+            counts = is_finite(point, one)
+            if name == "best_of":  # until x goes back
+                counts &= (decisions.winner >= 0).cumprod(axis=1).astype(bool)
+            wrong |= (counts & ~(above <= 1e-9 * size + 1e-9)).any(axis=1)
     if name == "rewind":
         wrong |= (thrown > options["rho"] * k + 64).any(axis=1)
     return wrong

@@ -331,6 +331,9 @@ def test_stopped_it_leaves_what_was_done_and_goes_on(
         left == (["L2O.checkpoints", "Signs.parquet"], ["L2O.parquet", "Signs.parquet"])[chunk - 2]
     )
 
+    left_over = tmp_path / "run" / "methods" / "Signs.checkpoints"
+    left_over.mkdir()  # by a kill just before they were deleted
+    (left_over / "4.safetensors").touch()
     with monkeypatch.context() as patch:
         patch.setattr(curves, "thin", lambda *given: calls.append(given) or thin(*given))
         command(patch, *arguments, "--resume")

@@ -101,7 +101,7 @@ def test_with_a_share_only_the_leader_runs_in_every_cycle(share) -> None:
             weights[j] = DECAY * weights[j] + 1
             own[j] += 1
             spent[j] += j != leader
-        leader = int(np.argmin(sums / weights))
+        leader = min(ran, key=lambda j: sums[j] / weights[j])
         assert decisions.winner[cycle] == leader
         assert decisions.gradients[cycle] == NT * len(ran)
         expected = alone[leader][0].params[own[leader] - 1]

@@ -63,6 +63,29 @@ def test_an_error_leaves_the_model_as_it_was(kind, fails_at):
     assert guard.history
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("of", ["learned", "fallback"])
+def test_an_error_of_an_optimizer_leaves_the_model_as_it_was(kind, of):
+    """Its buffers too, which the forward pass has changed."""
+
+    class Raises(SGD):
+        def step(self, closure=None):
+            if bad:
+                raise KeyError("mine")
+            return super().step(closure)
+
+    model, bad = normed(), False
+    guard = two(kind, model, **{of: lambda ps: Raises(ps, lr=0.1)}, nt=4)
+    run(guard, model, minibatches(2))
+    before, bad = copy.deepcopy(model.state_dict()), True
+    with pytest.raises(KeyError, match="mine"):
+        run(guard, model, minibatches(20))
+    assert_same_state(model.state_dict(), before)
+    bad = False
+    run(guard, model, minibatches(20))
+    assert guard.history
+
+
 @pytest.mark.parametrize("kind", TWO)
 def test_a_failed_first_lane_changes_nothing_at_all(kind):
     models = [normed() for _ in range(2)]

@@ -152,6 +152,7 @@ class _MethodRun:
             if self._stopped():
                 raise KeyboardInterrupt
             self._run()
+        self._checkpoints.delete()  # or a kill just before left them
         table = records.read_parquet(self._written)
         evaluations = records.read_parquet(self._evaluated)
         return table.drop("seconds"), evaluations, float(table["seconds"][0])
@@ -214,7 +215,6 @@ class _MethodRun:
         table = curves.join(self._chunks, self._method)
         seconds = self._seconds * self._cycles / self._timed
         records.write_parquet(self._written, table.with_columns(seconds=pl.lit(seconds)))
-        self._checkpoints.delete()
         if self._stopped():
             raise KeyboardInterrupt
 

@@ -77,7 +77,8 @@ def best_of(
     are reported with hindsight: d is known before the leader is chosen.
 
     With ``share`` the leader runs, and each of the others in that share of the cycles: so several
-    cost little more than one. A record is of the cycles in which its guard ran.
+    cost little more than one. Who didn't run can't take over. A record is of the cycles in which
+    its guard ran.
 
     Args:
         guards: guards of the same nt. The first is followed where all are level.
@@ -149,46 +150,23 @@ def best_of(
         lengths = {len(decision.losses) for decision in decisions}
         if len(lengths) > 1:
             raise ValueError(f"guards must have the same nt, got {sorted(lengths)}")
-        ran, leads = jnp.array(runs), jnp.arange(len(members)) == inner.leader
+        ran = jnp.array(runs)
         losses = jnp.stack([decision.losses for decision in decisions])
         now = current(state, objective, states, decisions, runs)
-        lost = ~(jnp.isfinite(now) & ran).any()  # a minibatch that is lost on all
         sound = jnp.stack([is_sound(at.params, state.params) for at in states])
-        fine = ~ran | (sound & (jnp.isfinite(now) | lost))
-        goes_back = leads & ~fine & jnp.isfinite(losses[:, 0]) & ~jnp.isnan(inner.records)
-        now = jnp.where(goes_back, inner.records, now)
-        counts = ran & ~lost & (fine | goes_back)
-        weights = jnp.where(counts, decay * inner.weights + 1, inner.weights)
-        known = jnp.where(jnp.isnan(inner.records), now, inner.records)
-        records = jnp.where(counts, known + (now - known) / weights, inner.records)
-        open_to = (fine | goes_back) & ~jnp.isnan(records)
-        lowest_open = jnp.argmin(jnp.where(open_to, records, jnp.inf))
-        best = jnp.where(open_to.any(), lowest_open, inner.leader)
+        after, fine, again = settle(inner, losses, now, ran, sound, decay)
+        best = after.leader
         ends = [select(fine[j], at.params, state.params) for j, at in enumerate(states)]
         x, decision = jax.tree.map(
             lambda *leaves: jnp.stack(leaves)[best], *zip(ends, decisions, strict=True)
         )
-
-        later = jax.vmap(lambda steps: advance(steps, losses.shape[1]))
-        lowest = jnp.fmin(inner.lowest, records)
-        compared = counts & fine & ~leads & fine[inner.leader]
-        against, ruined = judge(inner, losses, compared, (records, lowest))
-        ruined = ruined & (jnp.arange(len(members)) != best)
-        again = ~fine | ruined
-        renewed = again | (best != inner.leader)
-        after = BestOfState(
+        after = after._replace(
             members=tuple(
                 jax.lax.cond(
                     again[j], lambda j=j, at=at: renew(members[j], x, at), lambda at=at: at
                 )
                 for j, at in enumerate(states)
             ),
-            records=jnp.where(again, records[best], records),
-            weights=jnp.where(again, weights[best], weights),
-            lowest=jnp.where(again, records[best], lowest),
-            against=choose(renewed, new_trials(records), against),
-            spent=jnp.where(ran & ~leads, later(inner.spent), inner.spent),
-            leader=best.astype(jnp.int32),
             checked=following(inner.checked, nc),
         )
         decision = decision._replace(
@@ -240,6 +218,49 @@ def best_of(
     return Guard(init, step)
 
 
+def settle(
+    inner: BestOfState,
+    losses: Float[Array, "members nt"],
+    now: Float[Array, " members"],
+    ran: Bool[Array, " members"],
+    sound: Bool[Array, " members"],
+    decay: float,
+) -> tuple[BestOfState, Bool[Array, " members"], Bool[Array, " members"]]:
+    """What is known after a cycle, and of each whether it is fine, and whether it begins again."""
+    numbers = jnp.arange(len(now))
+    leads = numbers == inner.leader
+    lost = ~(jnp.isfinite(now) & ran).any()  # a minibatch that is lost on all
+    fine = ~ran | (sound & (jnp.isfinite(now) | lost))
+    goes_back = leads & ~fine & jnp.isfinite(losses[:, 0]) & ~jnp.isnan(inner.records)
+    now = jnp.where(goes_back, inner.records, now)
+    counts = ran & ~lost & (fine | goes_back)
+    weights = jnp.where(counts, decay * inner.weights + 1, inner.weights)
+    known = jnp.where(jnp.isnan(inner.records), now, inner.records)
+    records = jnp.where(counts, known + (now - known) / weights, inner.records)
+    lowest = jnp.fmin(inner.lowest, records)
+    may_lead = ran & (fine | goes_back) & ~jnp.isnan(records)
+    best = jnp.argmin(jnp.where(may_lead, records, jnp.inf))
+    best = jnp.where(may_lead.any(), best, inner.leader)
+
+    compared = counts & fine & ~leads & fine[inner.leader]
+    leading = jnp.broadcast_to(losses[inner.leader], losses.shape)
+    tried = jax.vmap(trials.add)(inner.against, leading, losses)
+    won, over = jax.vmap(trials.outcome)(tried, leading)
+    was_as_good = 2 * lowest < records + records[inner.leader]
+    again = ~fine | (compared & won & was_as_good & (numbers != best))
+    restarts = again | (compared & (won | over)) | (best != inner.leader)
+    later = jax.vmap(lambda steps: advance(steps, losses.shape[1]))
+    after = inner._replace(
+        records=jnp.where(again, records[best], records),
+        weights=jnp.where(again, weights[best], weights),
+        lowest=jnp.where(again, records[best], lowest),
+        against=choose(restarts, new_trials(records), choose(compared, tried, inner.against)),
+        spent=jnp.where(ran & ~leads, later(inner.spent), inner.spent),
+        leader=best.astype(jnp.int32),
+    )
+    return after, fine, again
+
+
 def new_trials(records: Float[Array, " members"]) -> Trial:
     """One for each, which the leader wins by its losses alone."""
     lengths = jnp.full(len(records), LOOKS, jnp.int32)
@@ -249,23 +270,6 @@ def new_trials(records: Float[Array, " members"]) -> Trial:
 def choose(flags: Bool[Array, " members"], yes: Trial, no: Trial) -> Trial:
     """``yes`` of the members with a flag, ``no`` of the others."""
     return jax.vmap(select)(flags, yes, no)
-
-
-def judge(
-    inner: BestOfState,
-    losses: Float[Array, "members nt"],
-    compared: Bool[Array, " members"],
-    now: tuple[Float[Array, " members"], Float[Array, " members"]],
-) -> tuple[Trial, Bool[Array, " members"]]:
-    """The trials after a cycle, and who is ruined, by records and lowest records of now."""
-    records, lowest = now
-    leading = jnp.broadcast_to(losses[inner.leader], losses.shape)
-    tried = jax.vmap(trials.add)(inner.against, leading, losses)
-    against = choose(compared, tried, inner.against)
-    won, over = jax.vmap(trials.outcome)(against, leading)
-    was_as_good = 2 * lowest < records + records[inner.leader]
-    ended = compared & (won | over)
-    return choose(ended, new_trials(records), against), compared & won & was_as_good
 
 
 def step_if(

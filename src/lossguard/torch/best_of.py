@@ -66,7 +66,8 @@ class BestOf(Guard):
     2005). They are reported with hindsight: d is known before the leader is chosen.
 
     With ``share`` the leader runs, and each of the others in that share of the cycles: so several
-    cost little more than one. A record is of the cycles in which its optimizer ran.
+    cost little more than one. Who didn't run can't take over. A record is of the cycles in which
+    its optimizer ran.
 
     Args:
         optimizers: of the same parameters. The first is followed where all are level, and its
@@ -198,8 +199,8 @@ class BestOf(Guard):
         for k in () if lost else shown:
             if known[k]:
                 self.records[k] = old[k].after(d[k], self.decay)
-        open_to = [k for k, record in enumerate(self.records) if known[k] and record.is_known]
-        best = min(open_to, key=lambda k: self.records[k].mean, default=leader)
+        may_lead = [k for k in sorted(shown) if known[k] and self.records[k].is_known]
+        best = min(may_lead, key=lambda k: self.records[k].mean, default=leader)
         x = lanes[best].point if fine[best] else self._leader.values
         again = {k for k, ok in enumerate(fine) if not ok}
         if fine[leader] and not lost:
@@ -211,11 +212,10 @@ class BestOf(Guard):
         if best != leader:
             self.records = [record._replace(against=NEW) for record in self.records]
         self._lead(lanes[best])
-        followed = shown.get(best)
         return Decision(
-            used_learned=[followed is not None] * self.nt,
-            losses=[math.nan] * self.nt if followed is None else followed.losses,
-            finite_learned=followed is None or followed.fine,
+            used_learned=[True] * self.nt,
+            losses=shown[best].losses,
+            finite_learned=shown[best].fine,
             winner=best if fine[best] else NEITHER,
             gradients=self.nt * len(seen),
             forwards=0 if self.check is None else self.checks * len(seen),

@@ -141,7 +141,7 @@ class Guard(Face):
             self._others = self._begin()
         order = [*self._others, self._leader]
         for lane in order:
-            lane.stepped = False
+            lane.begun = lane.stepped = False
         return order, self._randomness.state() if len(order) > 1 else []
 
     def _run(self, lane: Lane, closure: Closure) -> Any:
@@ -163,7 +163,7 @@ class Guard(Face):
         return value
 
     def _undo(self, order: Sequence[Lane], draws: list[Tensor]) -> None:
-        """After an error the minibatch doesn't count; if a lane has stepped, nor does the cycle."""
+        """After an error the minibatch doesn't count; if a step was begun, nor does the cycle."""
         lane, self._inside = self._inside, None
         if lane is not None and lane.stepped:
             lane.leave()
@@ -171,7 +171,7 @@ class Guard(Face):
         self._weights.clear_gradients()
         if draws:
             self._randomness.set(draws)
-        if any(lane.stepped for lane in order):
+        if any(lane.begun or lane.stepped for lane in order):
             self.phase = 0
             if not self._weights.is_finite(self._weights.live(), self._leader.values):
                 self._leader.go_back()

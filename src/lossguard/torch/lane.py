@@ -38,7 +38,7 @@ class Lane:
         """Of a lane that may have to go back, where it was when the cycle began."""
         self.losses: list[Tensor] = []
         self.checks: list[Tensor] = []
-        self.checking = self.stepped = False
+        self.checking = self.begun = self.stepped = False
         self._parked: Memory | None = None
         if inner.holder is None:
             inner.holder = self
@@ -105,7 +105,7 @@ class Lane:
 
     def enter(self, *, checking: bool) -> None:
         """Get into the model, with the memory in the optimizer."""
-        self.checking, self.stepped = checking, False
+        self.checking, self.begun, self.stepped = checking, False, False
         self.weights.clear_gradients()
         self.weights.enter(None if self.live else self.values)
         if self._parked is not None:
@@ -135,15 +135,16 @@ class Lane:
         if not self.checking:
             self.check_gradients(value)
         with Held():
-            self.stepped = True
             if self.checking:
                 self.weights.renew_buffers(None if self.live else self.values)
                 self.checks.append(value)
-                return
-            if self.forgives:
-                zero_unsound(self.weights.params)
-            self.update(loss)
-            self.losses.append(value)
+            else:
+                self.begun = True  # if the optimizer raises, nobody knows how far it came
+                if self.forgives:
+                    zero_unsound(self.weights.params)
+                self.update(loss)
+                self.losses.append(value)
+            self.stepped = True
 
     def check_gradients(self, loss: Tensor) -> None:
         """Refuse a body without a backward pass, which it may leave out for lost losses alone."""

@@ -108,9 +108,8 @@ def attempt(seed: int, folder: Path) -> Counter[str]:
         try:
             assert same(now, before) or same(now, after), "a model between two states"
             assert signal.getsignal(signal.SIGINT) is handler, "another handler is left"
-            if kind is not Rewind:
-                assert_clean(model)
-        except AssertionError as error:
+            assert_clean(model)
+        except (AssertionError, RuntimeError) as error:
             error.add_note(f"{kind.__name__} {options} after {done}, at {at} of {total}")
             raise error from came
         if kind is not Rewind:

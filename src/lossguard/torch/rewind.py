@@ -147,7 +147,6 @@ class Rewind:
     thrown = _of_rule("thrown", "Steps thrown away: at most rho T + window in every run.")
     skipped = _of_rule("skipped", "Steps that weren't finite, as far as they were read.")
 
-    @torch.no_grad()
     def observe(self, loss: Any, grad_norm: Any = None) -> None:
         """Tell it the loss of a step that was just taken: a number or a tensor with one.
 
@@ -158,18 +157,18 @@ class Rewind:
         Raises:
             ValueError: if there is more than one number.
         """
-        loss = self._number("loss", loss)
-        if grad_norm is not None:
-            norm = self._number("grad_norm", grad_norm)
-            loss = torch.where(norm.isfinite(), loss, math.nan)
-        if self._steps.broken is not None:
-            loss = torch.where(self._steps.broken.to(loss.device), math.nan, loss)
-        self._steps.forget()
-        self._losses[self._rule.unread] = loss
-        self._rule.unread += 1
-        self._rule.calls += 1
-        if self._one_by_one or self._rule.unread == self.every:
-            with Held():
+        with Held(), torch.no_grad():
+            loss = self._number("loss", loss)
+            if grad_norm is not None:
+                norm = self._number("grad_norm", grad_norm)
+                loss = torch.where(norm.isfinite(), loss, math.nan)
+            if self._steps.broken is not None:
+                loss = torch.where(self._steps.broken.to(loss.device), math.nan, loss)
+            self._steps.forget()
+            self._losses[self._rule.unread] = loss
+            self._rule.unread += 1
+            self._rule.calls += 1
+            if self._one_by_one or self._rule.unread == self.every:
                 self._read()
 
     def state_dict(self) -> dict[str, Any]:

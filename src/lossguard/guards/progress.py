@@ -74,6 +74,6 @@ def expected_at(progress: Progress, age: Float[Array, ""]) -> Float[Array, ""]:
 
     Where losses are not positive: the smoothed loss as it is.
     """
-    own = jnp.maximum(progress.age, 1)
+    own = jnp.maximum(progress.age, 1).astype(progress.recent.dtype)
     later = progress.recent * (own / age) ** rate(progress)
     return jnp.where((progress.recent > 0) & (age > 0), later, progress.recent)

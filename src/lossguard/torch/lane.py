@@ -18,9 +18,8 @@ from lossguard.torch.weights import Copy, Weights
 class Lane:
     """Where an optimizer is, and what it remembers.
 
-    One lane of a guard is *live*: the model's own tensors are where it is. The others are in copies
-    and get into the model for as long as they run. Several may share an optimizer, each with a
-    memory of its own.
+    One lane of a guard is *live*: the model's own tensors are where it is. The others are copied
+    into the model while they run. Several may share an optimizer, each with a memory of its own.
 
     Args:
         name: of the lane: y, z, s, or a number.

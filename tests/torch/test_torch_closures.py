@@ -140,7 +140,10 @@ def test_a_body_that_is_left_counts_as_an_error(kind, at):
     ("kind", "options"), [*((kind, {"nt": 2}) for kind in KINDS), (LossGuard, {"nt": 1, "nc": 2})]
 )
 def test_ctrl_c_leaves_the_model_before_or_after_a_call(kind, options):
-    """At lines of the package that a call runs, by a real signal; the last one checks only."""
+    """At lines of the package that a call runs, by a real signal; the last one checks only.
+
+    But for ``LossGuard`` the call ends a cycle: after it the decision is there as well.
+    """
     model = mlp(nn.BatchNorm1d(16))
     guard = two(kind, model, **options)
     batches = minibatches(4)
@@ -174,12 +177,15 @@ def test_ctrl_c_leaves_the_model_before_or_after_a_call(kind, options):
 
     before = copy.deepcopy(model.state_dict())
     total, _, after = go(None)
+    decided = len(guard.history)
+    assert decided == (kind is not LossGuard)
     for line in range(1, total, max(1, total // 40)):
         _, interrupted, now = go(line)
         assert interrupted
         is_before = all(torch.equal(now[k], before[k]) for k in now)
         if not is_before:
             assert_same_state(now, after)
+        assert guard.steps == (0 if is_before else 2 * decided)
         seen.append(is_before)
         assert torch.is_grad_enabled() and all(p.grad is None for p in model.parameters())
         probe = torch.ones(2, requires_grad=True)

@@ -21,12 +21,14 @@ from lossguard.torch.tensors import read, transfer
 from lossguard.torch.weights import Copy
 from lossguard.validation import check_share
 
+LEFT = (KeyboardInterrupt, GeneratorExit)
+"""How a loop over lanes is left. If only the decision lacks, it is made."""
+
 
 class Guard(Face):
     """An optimizer that runs lanes, of which the live one is what the model is.
 
-    A cycle is nt minibatches on which lanes step, and nc on which they are only checked. The guards
-    differ in which lanes run, and in what a cycle's losses decide.
+    A cycle is nt minibatches on which lanes step, and nc on which they are only checked.
     """
 
     trusted: tuple[str, ...] = ()
@@ -81,10 +83,8 @@ class Guard(Face):
             The loss of the live lane before its step: of what the model was before this call.
         """
         closure = checked(closure, " (float16 needs a loop over guard.lanes())")
-        value: Any = None
         with closing(self.lanes()) as lanes:
-            for lane in lanes:
-                value = self._run(lane, closure)
+            *_, value = [self._run(lane, closure) for lane in lanes]
         return value.detach().clone() if isinstance(value, Tensor) else value
 
     def lanes(self) -> Generator[Lane, None, None]:
@@ -121,9 +121,13 @@ class Guard(Face):
             with Held():
                 decision = self._close(order)
                 done = True
-        except BaseException:
+        except BaseException as error:
             with Held():
-                if not done:
+                if not done and isinstance(error, LEFT) and order[-1].stepped:
+                    if self._inside is not None:
+                        self._inside.leave()
+                    self._close(order)
+                elif not done:
                     self._undo(order, draws)
             raise
         if decision is not None and self.callback is not None:
@@ -147,8 +151,7 @@ class Guard(Face):
     def _run(self, lane: Lane, closure: Closure) -> Any:
         """The value of the closure, or NaN where a lane raises as its numbers aren't finite.
 
-        Were such an error passed on, it would come again in every cycle, and the fallback would
-        never get on. Other ranks would not know of it.
+        Such an error would come again in every cycle, and other ranks would not know of it.
         """
         try:
             with torch.enable_grad():
@@ -177,7 +180,8 @@ class Guard(Face):
                 self._leader.go_back()
 
     def _close(self, order: Sequence[Lane]) -> Decision | None:
-        """After a minibatch."""
+        """After a minibatch, on which all lanes have stepped."""
+        self._inside = None
         self.phase += 1
         if self.phase == 1 and self.steps == 0:
             for lane in order:
@@ -203,8 +207,7 @@ class Guard(Face):
     def state_dict(self) -> dict[str, Any]:
         """A copy of all that the rest of the run depends on, at any point of a cycle.
 
-        Loading it goes on bit by bit, parameters and buffers included, but not the global random
-        state, which is the program's.
+        Loading it goes on bit by bit, but for the global random state, which is the program's.
         """
         return saving.save(self)
 

@@ -4,24 +4,10 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
-import polars as pl
 import pytest
+from tiny_run import CONFIG, SECONDS, TABLE
 
 from lossguard import records, run_folder
-
-CONFIG = {
-    "name": "mine",
-    "title": "naïve",
-    "methods": ("a", "b"),
-    "seeds": 1,
-    "seed": 0,
-    "rate": 0.1,
-}
-TABLE = pl.DataFrame(
-    {name: [1, 2] for name in records.EXPERIMENT[records.CURVES]}
-    | {"method": ["a", "b"], "step": [1, 1]}
-)
-SECONDS = {"a": 1.5, "b": 2.5}
 
 
 @pytest.fixture

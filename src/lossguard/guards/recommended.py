@@ -119,8 +119,8 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
         loss_dtype(objective, state.params, i)  # refuses what is no loss
         objective = with_sound_gradients(objective)
         own_steps, steps = (n.astype(inner.against.bound.dtype) for n in (inner.own_steps, k))
-        goal = below(inner.relay.progress.recent)
-        soon = progresses.expected_at(inner.progress, more * steps) < goal
+        now = inner.relay.progress.recent
+        soon = progresses.expected_at(inner.progress, more * steps) < now - BELOW * jnp.abs(now)
         due = jnp.where(soon, more, share) * steps
         runs = ~inner.on_own & (own_steps < due)
         x, leg = relay.step(lead_from(inner.relay, state.params), objective, i, k)
@@ -161,11 +161,6 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
         )
 
     return Guard(init, step)
-
-
-def below(loss: Float[Array, ""]) -> Float[Array, ""]:
-    """What is clearly below a loss."""
-    return loss - BELOW * jnp.abs(loss)
 
 
 def new_trial(like: Float[Array, ""]) -> Trial:

@@ -1,7 +1,7 @@
 """What counts as finite, how often it is read from the device, and what a copy shares."""
 
 import math
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -10,7 +10,8 @@ from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lossguard.torch import LossGuard
-from lossguard.torch.tensors import clone, finite
+from lossguard.torch.memory import Memory
+from lossguard.torch.tensors import finite
 
 HUGE = torch.finfo(torch.float32).max
 
@@ -52,14 +53,14 @@ def test_all_tensors_are_read_at_once():
     assert reads.count == 1
 
 
-def test_a_copy_shares_within_what_was_shared_within_and_nothing_else():
-    step, key = torch.tensor(1.0), torch.ones(1)
-    value = {key: {"step": step, "all": [step, (step, 2)]}, "of": OrderedDict(b=1, a=step)}
-    copied = clone(value)
-    assert copied[key]["step"] is copied[key]["all"][0] is copied["of"]["a"] is not step
-    assert copied[key]["all"][1] == (step, 2) and type(copied["of"]) is OrderedDict
-    assert list(copied["of"]) == ["b", "a"] and copied.keys() == value.keys()
-    assert clone(Counter({3: 2})) == Counter({3: 2}) and type(clone(Counter())) is Counter
+def test_a_copy_of_a_memory_shares_within_what_was_shared_within_and_nothing_else():
+    step, p = torch.tensor(1.0), torch.nn.Parameter(torch.ones(1))
+    memory = Memory({p: {"step": step, "all": [step, (step, 2)]}}, [OrderedDict(b=1, a=step)])
+    copied = memory.copy()
+    (entries,), (options,) = copied.state.values(), copied.options
+    assert [*copied.state] == [p] and next(iter(copied.state)) is p
+    assert entries["step"] is entries["all"][0] is options["a"] is not step
+    assert entries["all"][1] == (step, 2) and list(options) == ["b", "a"]
 
 
 class SharedStep(torch.optim.Optimizer):

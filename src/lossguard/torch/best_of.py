@@ -157,7 +157,6 @@ class BestOf(Guard):
         if self.steps == 0:  # weights may have been loaded since the guard was built
             for lane in runs:
                 lane.start_at(self._leader.point)
-        self._watch.twins = set(self._lanes) if self.steps == 0 else set()
         return runs
 
     def _decide(self) -> Decision:
@@ -170,16 +169,12 @@ class BestOf(Guard):
         draws = self._randomness.state()
         for lane in [*self._others, self._leader]:
             lane.enter(checking=True)
-            try:
-                self._randomness.set(draws)
-                torch.clear_autocast_cache()
-                with torch.no_grad():
-                    for j in range(self.checks):
-                        lane.step(scalar(check(self._checked + j)))
-                        lane.stepped = False
-            except BaseException:
-                self._weights.undo()
-                raise
+            self._randomness.set(draws)
+            torch.clear_autocast_cache()
+            with torch.no_grad():
+                for j in range(self.checks):
+                    lane.step(scalar(check(self._checked + j)))
+                    lane.stepped = False
             lane.leave()
         self._checked += self.checks
 

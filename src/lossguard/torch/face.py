@@ -13,7 +13,6 @@ from lossguard.torch.decision import Decision
 from lossguard.torch.memory import Inner
 from lossguard.torch.randomness import Randomness
 from lossguard.torch.rates import Rates, copied
-from lossguard.torch.watch import Watch
 from lossguard.torch.weights import Weights
 from lossguard.validation import check_count
 
@@ -67,7 +66,6 @@ class Face(Optimizer):
         self._rates = Rates(self.param_groups, list(optimizers.values()))
         self._randomness = Randomness(params)
         self._weights = Weights(params, model)
-        self._watch = Watch(self._weights)
 
     @property
     def checking(self) -> bool:

@@ -13,16 +13,13 @@ from lossguard.torch.arguments import check_fallback
 from lossguard.torch.closures import Closure, checked, forward_only
 from lossguard.torch.decision import Decision, Seen
 from lossguard.torch.face import Face
-from lossguard.torch.interrupts import Held
+from lossguard.torch.interrupts import held
 from lossguard.torch.lane import Lane
 from lossguard.torch.ranks import agree, several
 from lossguard.torch.relay import Relay
 from lossguard.torch.tensors import read, transfer
-from lossguard.torch.weights import Copy
+from lossguard.torch.watch import check, compare, tell
 from lossguard.validation import check_share
-
-LEFT = (KeyboardInterrupt, GeneratorExit)
-"""How a loop over lanes is left. If only the decision lacks, it is made."""
 
 
 class Guard(Face):
@@ -101,43 +98,38 @@ class Guard(Face):
         Raises:
             ValueError: if there are gradients before it, or the body does not call ``lane.step``.
         """
-        with Held():
+        with held():
             order, draws = self._open()
-        done = False
-        try:
-            for lane in order:
-                if len(order) > 1:
+            try:
+                for lane in order:
                     torch.clear_autocast_cache()  # autocast would go on with casts of other weights
                     self._randomness.set(draws)
-                with Held():
                     self._inside = lane
                     lane.enter(checking=self.checking)
-                yield lane
-                if not lane.stepped:
-                    raise ValueError("the body of guard.lanes() must call lane.step(loss)")
-                with Held():
-                    lane.leave()
-                    self._inside = None
-            with Held():
+                    yield lane
+                    if not lane.stepped:
+                        raise ValueError("the body of guard.lanes() must call lane.step(loss)")
+                    self._leave(lane)
                 decision = self._close(order)
-                done = True
-        except BaseException as error:
-            with Held():
-                if not done and isinstance(error, LEFT) and order[-1].stepped:
-                    if self._inside is not None:
-                        self._inside.leave()
+            except BaseException as error:
+                if isinstance(error, GeneratorExit) and order[-1].stepped:  # after the last step
+                    self._leave(order[-1])
                     self._close(order)
-                elif not done:
+                else:
                     self._undo(order, draws)
-            raise
+                raise
         if decision is not None and self.callback is not None:
             self.callback(decision)
+
+    def _leave(self, lane: Lane) -> None:
+        lane.leave()
+        self._inside = None
 
     def _open(self) -> tuple[list[Lane], list[Tensor]]:
         """Before a minibatch: the lanes that run, and the random state that each starts from."""
         if self._inside is not None:  # a loop that was left, and whose generator lives on
             self._undo([self._leader, *self._others], self._randomness.state())
-        self._watch.check(list(self._inners.values()))
+        check(self._weights, list(self._inners.values()))
         self._rates.apply()
         if self.phase == 0:
             for lane in self._lanes.values():
@@ -146,7 +138,7 @@ class Guard(Face):
         order = [*self._others, self._leader]
         for lane in order:
             lane.begun = lane.stepped = False
-        return order, self._randomness.state() if len(order) > 1 else []
+        return order, self._randomness.state()
 
     def _run(self, lane: Lane, closure: Closure) -> Any:
         """The value of the closure, or NaN where a lane raises as its numbers aren't finite.
@@ -160,33 +152,31 @@ class Guard(Face):
             passed_on = lane.name in self.trusted or several(self.process_group)
             if passed_on or not self._weights.have_diverged():
                 raise
-            self._watch.tell(error, lane)
+            tell(error, lane)
             return lane.miss()
         lane.step(value)
         return value
 
     def _undo(self, order: Sequence[Lane], draws: list[Tensor]) -> None:
         """After an error the minibatch doesn't count; if a step was begun, nor does the cycle."""
-        lane, self._inside = self._inside, None
-        if lane is not None and lane.stepped:
-            lane.leave()
+        if self._inside is not None and self._inside.stepped:
+            self._leave(self._inside)
+        self._inside = None
         self._weights.undo()
         self._weights.clear_gradients()
-        if draws:
-            self._randomness.set(draws)
+        self._randomness.set(draws)
         if any(lane.begun or lane.stepped for lane in order):
             self.phase = 0
-            if not self._weights.is_finite(self._weights.live(), self._leader.values):
+            if not self._weights.is_finite(self._weights.live()):
                 self._leader.go_back()
 
     def _close(self, order: Sequence[Lane]) -> Decision | None:
         """After a minibatch, on which all lanes have stepped."""
-        self._inside = None
         self.phase += 1
         if self.phase == 1 and self.steps == 0:
             for lane in order:
                 lane.note_copies(lane.point)
-            self._watch.compare(order, [read(lane.losses[:1]) for lane in order])
+            compare(order)
         if self.phase < self.nt + self.nc:
             return None
         try:
@@ -198,9 +188,7 @@ class Guard(Face):
         return decision
 
     def _decide(self) -> Decision:
-        ran = [self._leader, *self._others]
-        seen = _agreed(ran, self._leader.values, self.process_group)
-        self._watch.compare(ran, [seen[lane.name].losses[:1] for lane in ran])
+        seen = _agreed([self._leader, *self._others], self.process_group)
         self._weights.jumped = False
         return self._settle(seen)._replace(jumped=self._weights.jumped)
 
@@ -209,7 +197,8 @@ class Guard(Face):
 
         Loading it goes on bit by bit, but for the global random state, which is the program's.
         """
-        return saving.save(self)
+        with held():
+            return saving.save(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the state of a guard that was built in the same way.
@@ -220,25 +209,23 @@ class Guard(Face):
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        with Held():
+        with held():
             saving.load(self, state_dict)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
 
-def _agreed(
-    ran: Sequence[Lane], reference: Copy, group: distributed.ProcessGroup | None
-) -> dict[str, Seen]:
+def _agreed(ran: Sequence[Lane], group: distributed.ProcessGroup | None) -> dict[str, Seen]:
     """What the lanes have shown, on all ranks; a memory that isn't finite is lost."""
     weights, seen = ran[0].weights, {}
     numbers, alarms = agree(
         read([loss for lane in ran for loss in (*lane.losses, *lane.checks)]),
         [
-            *(not weights.is_finite(lane.point, reference) for lane in ran),
+            *(not weights.is_finite(lane.point) for lane in ran),
             *(not lane.inner.is_finite(lane.memory()) for lane in ran),
         ],
         group,
-        reference[0].device,
+        ran[0].values[0].device,
     )
     agreed = iter(numbers)
     for lane, broken, lost in zip(ran, alarms[: len(ran)], alarms[len(ran) :], strict=True):

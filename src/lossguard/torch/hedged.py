@@ -64,7 +64,6 @@ class Hedged(GuardOfTwo):
 
     def _begin(self) -> list[Lane]:
         relay = self._relay.begin(self.steps)
-        self._watch.twins = self._relay.twins
         return [lane for lane in (*relay, *([] if self._on_own else [self._s])) if not lane.live]
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lossguard.torch.closures import scalar
-from lossguard.torch.interrupts import Held
 from lossguard.torch.memory import Inner, Memory
 from lossguard.torch.ranks import are_running
 from lossguard.torch.tensors import finite, local, transfer, zero_unsound
@@ -133,17 +132,16 @@ class Lane:
         value = scalar(loss)
         if not self.checking:
             self.check_gradients(value)
-        with Held():
-            if self.checking:
-                self.weights.renew_buffers(None if self.live else self.values)
-                self.checks.append(value)
-            else:
-                self.begun = True  # if the optimizer raises, nobody knows how far it came
-                if self.forgives:
-                    zero_unsound(self.weights.params)
-                self.update(loss)
-                self.losses.append(value)
-            self.stepped = True
+        if self.checking:
+            self.weights.renew_buffers(None if self.live else self.values)
+            self.checks.append(value)
+        else:
+            self.begun = True  # if the optimizer raises, nobody knows how far it came
+            if self.forgives:
+                zero_unsound(self.weights.params)
+            self.update(loss)
+            self.losses.append(value)
+        self.stepped = True
 
     def check_gradients(self, loss: Tensor) -> None:
         """Refuse a body without a backward pass, which it may leave out for lost losses alone."""
@@ -157,15 +155,10 @@ class Lane:
 
     def miss(self) -> Tensor:
         """Note NaN as the loss of a minibatch."""
-        nan = torch.full((), torch.nan, device=self.values[0].device)
+        nan = torch.tensor(torch.nan)
         (self.checks if self.checking else self.losses).append(nan)
         self.stepped = True
         return nan
-
-    def tensors(self, numbers: list[float]) -> list[Tensor]:
-        """Losses as it keeps them."""
-        device = self.values[0].device
-        return [torch.tensor(one, dtype=torch.float64, device=device) for one in numbers]
 
     def filled(self) -> dict[Any, Any]:
         """Its state; before its first step what such a step makes, where there are ranks.
@@ -175,20 +168,19 @@ class Lane:
         state = self.memory().state or self.inner.memory().state
         if state or not are_running():
             return state
-        with Held():
-            previous, values = self.inner.memory(), [t.clone() for t in self.weights.live()]
-            try:
-                for p in self.weights.params:
-                    p.grad = torch.zeros_like(p) if p.requires_grad else None
-                with self.inner.stepping():
-                    if self.switches:
-                        self.optimizer.train()  # pyright: ignore
-                self.update(0.0)
-            finally:
-                made = self.inner.exchange(previous)
-                self.weights.clear_gradients()
-                transfer(self.weights.live(), values)
-            return made.state
+        previous, values = self.inner.memory(), [t.clone() for t in self.weights.live()]
+        try:
+            for p in self.weights.params:
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
+            with self.inner.stepping():
+                if self.switches:
+                    self.optimizer.train()  # pyright: ignore
+            self.update(0.0)
+        finally:
+            made = self.inner.exchange(previous)
+            self.weights.clear_gradients()
+            transfer(self.weights.live(), values)
+        return made.state
 
     def note_copies(self, point: Copy) -> None:
         """Note which entries of its memory hold the parameters, as master weights do."""

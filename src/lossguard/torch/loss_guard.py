@@ -97,7 +97,6 @@ class LossGuard(Guard):
     def _begin(self) -> list[Lane]:
         (other,) = (lane for lane in self._lanes.values() if not lane.live)
         other.start_at(self._leader.point)  # lines 10, 11
-        self._watch.twins = {"y", "z"}
         return [other]
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:

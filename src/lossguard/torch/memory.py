@@ -6,6 +6,7 @@ shared   every other entry of a group (lr, betas, ...): the schedule. It is set 
          every lane of the same optimizer sees the same.
 """
 
+import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 from torch.optim import Optimizer
 
 from lossguard.torch.groups import options_of, same
-from lossguard.torch.tensors import clone, finite
+from lossguard.torch.tensors import finite
 
 
 class Memory(NamedTuple):
@@ -30,7 +31,8 @@ class Memory(NamedTuple):
 
     def copy(self) -> "Memory":
         """A memory that shares nothing with this one."""
-        return Memory(clone(self.state), clone(self.options))
+        kept = {id(p): p for p in self.state}
+        return copy.deepcopy(self, kept)
 
 
 class Inner:
@@ -50,7 +52,7 @@ class Inner:
         self.own: set[str] = set()
         self.copies: set[str] = set()
         self.holder: Any = None
-        self._options = clone(self.options())
+        self._options = copy.deepcopy(self.options())
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
@@ -62,7 +64,7 @@ class Inner:
 
     def fresh(self) -> Memory:
         """No state, and the options at construction."""
-        return Memory({}, clone(self._options))
+        return Memory({}, self._options).copy()
 
     def memory(self) -> Memory:
         """The memory itself."""

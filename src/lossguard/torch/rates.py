@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from torch.optim import Optimizer
 
 from lossguard.torch.groups import Group, options_of, same, set_rate
-from lossguard.torch.tensors import clone
 
 
 class Rates:
@@ -63,11 +62,11 @@ class Rates:
 
     def numbers(self) -> Group:
         """What a ``state_dict`` holds of it."""
-        return clone({"base": self.base, "bases": self.bases, "set": self.set})
+        return {"base": self.base, "bases": self.bases, "set": self.set}
 
     def load(self, numbers: Group) -> None:
         """Go on from ``numbers``, and from groups that are loaded already."""
-        self.base, self.bases, self.set = (clone(numbers[k]) for k in ("base", "bases", "set"))
+        self.base, self.bases, self.set = (numbers[k] for k in ("base", "bases", "set"))
         self.seen = [options_of(group) for group in self.groups]
 
     def _scale(self) -> None:

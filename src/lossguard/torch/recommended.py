@@ -83,7 +83,6 @@ class Recommended(GuardOfTwo):
     def _begin(self) -> list[Lane]:
         share = self._share_of_s
         relay = self._relay.begin(self.steps)
-        self._watch.twins = self._relay.twins
         runs = not self._on_own and self._own_steps < share * self.steps
         if runs:
             self._s.keep()

@@ -104,17 +104,12 @@ class Relay:
             return [self.y]
         if self.state.trial == NONE:
             self._begin_trial(k)
-        if self.twins:
+        trial = self.state.trial
+        if trial != NONE and trial.cycles == 0:
             self.y.start_at(self.z.point)
             self.y.forget()
         self.z.keep()
-        return [self.z] if self.state.trial == NONE else [self.y, self.z]
-
-    @property
-    def twins(self) -> set[str]:
-        """The lanes that begin the cycle at one point."""
-        trial = self.state.trial
-        return {"y", "z"} if trial != NONE and trial.cycles == 0 else set()
+        return [self.z] if trial == NONE else [self.y, self.z]
 
     def settle(self, y: Seen | None, z: Seen | None, k: int) -> Leg:
         """After the cycle, in which these of the lanes ran."""

@@ -17,9 +17,10 @@ from lossguard.torch.arguments import check_fallback
 from lossguard.torch.closures import Closure, checked, scalar
 from lossguard.torch.decision import FALLBACK, LEARNED, NEITHER, Decision, Seen
 from lossguard.torch.guard import Guard
-from lossguard.torch.interrupts import Held
 from lossguard.torch.lane import Lane
+from lossguard.torch.memory import Memory
 from lossguard.torch.tensors import read, stored
+from lossguard.torch.watch import tell
 from lossguard.torch.weights import Copy
 from lossguard.validation import check_fraction
 
@@ -95,8 +96,8 @@ class ResidualGuard(Guard):
         if any(lane.switches for lane in self._lanes.values()):
             raise ValueError("optimizers must have no train() and eval(), got one that switches")
         self._mu = math.nan
-        self._reports: list[list[Any]] = []
-        """Of each step of this cycle: who was kept, and whether y and z were finite."""
+        self._reports = [[NEITHER, True, True]] * self.nt
+        """Of each step of a cycle: who was kept, and whether y and z were finite."""
 
     def lanes(self) -> Generator[Lane, None, None]:
         """Refused: the second evaluation is where the first one leads."""
@@ -112,75 +113,68 @@ class ResidualGuard(Guard):
         Returns:
             The loss at x, before the step.
         """
-        closure, loss, held = checked(closure), None, Held()
+        closure, loss = checked(closure), None
         with closing(super().lanes()) as lanes:
             for z in lanes:
-                with held:
-                    loss = self._minibatch(z, closure, held)
+                loss = self._minibatch(z, closure)
         return loss.detach().clone() if isinstance(loss, Tensor) else loss
 
     def _begin(self) -> list[Lane]:
-        self._reports = []
         return []
 
-    def _minibatch(self, lane: Lane, closure: Closure, held: Held) -> Any:
-        weights, start = self._weights, self._randomness.state()
-        x = [t.clone() for t in weights.live()]
-        memories = {lane: lane.memory().copy() for lane in self._lanes.values()}
+    def _minibatch(self, z: Lane, closure: Closure) -> Any:
+        weights, y, n = self._weights, self._lanes["y"], len(self._weights.params)
+        x, start = [t.clone() for t in weights.live()], self._randomness.state()
+        before = {lane: lane.memory().copy() for lane in (y, z)}
         try:
-            loss = self._evaluate(closure, held)
+            loss = self._evaluate(closure)
             value, after = scalar(loss), self._randomness.state()
+            gradient = self._gradient()
+            evaluated = [*x[:n], *(t.clone() for t in weights.live()[n:])]
+            at_z = _after_step(z, evaluated, gradient, loss)
+            at_y = _after_step(y, evaluated, gradient, loss)
             self._randomness.set(start)
-            y, z, mu_1, r = self._proposals(closure, held, x, loss)
+            r = self._residual(z, before[z], at_y, closure)
         except BaseException:
-            for one, memory in memories.items():
-                one.remember(memory)
+            for lane, memory in before.items():
+                lane.remember(memory)
             weights.write(x)
-            self._randomness.set(start)
             raise
-        finite_y = weights.is_finite(y, x) and math.isfinite(r)
-        finite_z = weights.is_finite(z, x)
-        mu = self._mu if math.isfinite(self._mu) else mu_1
+        if not y.inner.is_finite(y.memory()):
+            y.forget()
+        finite_y = weights.is_finite(at_y) and math.isfinite(r)
+        finite_z = weights.is_finite(at_z)
+        mu = self._mu if math.isfinite(self._mu) else _distance(x[:n], at_z[:n])
         ok = finite_y and 0 < mu < math.inf and r <= self.alpha * mu
         self._mu = self.theta * r + (1 - self.theta) * mu if ok else mu
-        weights.write(y if ok else z if finite_z else x)
+        weights.write(at_y if ok else at_z if finite_z else x)
         self._randomness.set(after)
         kept = LEARNED if ok else FALLBACK if finite_z else NEITHER
-        self._reports.append([kept, finite_y, finite_z])
-        lane.losses.append(value)
-        lane.stepped = True
+        self._reports[self.phase] = [kept, finite_y, finite_z]
+        z.losses.append(value)
+        z.stepped = True
         return loss
 
-    def _proposals(
-        self, closure: Closure, held: Held, x: Copy, loss: Any
-    ) -> tuple[Copy, Copy, float, float]:
-        """y = learned(x), z = T(x), and the residuals ||S(x)|| and ||S(y)||."""
-        learned, fallback = self._lanes["y"], self._lanes["z"]
-        before = fallback.memory().copy()
-        gradient, n = self._gradient(), len(self._weights.params)
-        evaluated = [*x[:n], *(t.clone() for t in self._weights.live()[n:])]
-        z = _after_step(fallback, evaluated, gradient, loss)
-        y = _after_step(learned, evaluated, gradient, loss)
-        if not learned.inner.is_finite(learned.memory()):
-            learned.forget()
+    def _residual(self, z: Lane, memory: Memory, y: Copy, closure: Closure) -> float:
+        """||S(y)||, by a step of the fallback with such a memory; NaN where that raises."""
         self._weights.write(y)
         try:
-            loss_y = self._evaluate(closure, held)
+            loss = self._evaluate(closure)
         except Exception as error:
             if not self._weights.have_diverged():
                 raise
-            self._watch.tell(error, learned)
-            return y, z, _distance(x[:n], z[:n]), math.nan
-        gradient, advanced = self._gradient(), fallback.memory()
-        fallback.remember(before)
-        after_y = _after_step(fallback, y, gradient, loss_y)
-        fallback.remember(advanced)
-        return y, z, _distance(x[:n], z[:n]), _distance(y[:n], after_y[:n])
+            tell(error, self._lanes["y"])
+            return math.nan
+        n, gradient, advanced = len(self._weights.params), self._gradient(), z.memory()
+        z.remember(memory)
+        after = _after_step(z, y, gradient, loss)
+        z.remember(advanced)
+        return _distance(y[:n], after[:n])
 
-    def _evaluate(self, closure: Closure, held: Held) -> Any:
+    def _evaluate(self, closure: Closure) -> Any:
         self._weights.clear_gradients()
         torch.clear_autocast_cache()  # or autocast would go on with casts of earlier weights
-        with held.let_in(), torch.enable_grad():
+        with torch.enable_grad():
             value = closure()
         self._leader.check_gradients(scalar(value))
         return value

@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from lossguard.torch.careful import CarefulSteps
-from lossguard.torch.interrupts import Held
+from lossguard.torch.interrupts import held
 from lossguard.torch.ranks import mean_of_ranks
 from lossguard.torch.rewind_checkpoint import load, save
 from lossguard.torch.rule import Rule
@@ -157,7 +157,7 @@ class Rewind:
         Raises:
             ValueError: if there is more than one number.
         """
-        with Held(), torch.no_grad():
+        with held(), torch.no_grad():
             loss = self._number("loss", loss)
             if grad_norm is not None:
                 norm = self._number("grad_norm", grad_norm)

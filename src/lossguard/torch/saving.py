@@ -7,16 +7,19 @@
 So it is what torch.distributed.checkpoint saves under the names of parameters, and reshards.
 """
 
+import copy
+from collections.abc import Iterator
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from lossguard.torch.memory import Memory
 from lossguard.torch.ranks import check_rank, sharded_as, this_rank
-from lossguard.torch.tensors import clone, local, read, transfer
+from lossguard.torch.tensors import local, read, transfer
 
 if TYPE_CHECKING:
     from lossguard.torch.guard import Guard
@@ -30,7 +33,10 @@ def save(guard: "Guard") -> Saved:
     """A copy of all that the rest of the run depends on."""
     guard._rates.apply()  # what is set, but not carried over, would be lost
     params, group, before = guard._weights.params, guard.param_groups[0], dict(guard.state)
-    state: list[Saved] = [{} for _ in params]
+    state, copies = [{} for _ in params], _copies(guard)
+    for name, values in copies.items():
+        for p, entries, value in zip(params, state, values, strict=False):
+            entries[name] = sharded_as(p, value.clone())
     group["guard"] = {
         **_kind(guard),
         "rank": this_rank(),
@@ -39,18 +45,14 @@ def save(guard: "Guard") -> Saved:
         "leader": guard._leader.name,
         "running": [lane.name for lane in guard._others],
         "rates": guard._rates.numbers(),
-        "rules": {name: _plain(attrgetter(name)(guard)) for name in guard.remembered},
+        "rules": tree_leaves(_rules(guard)),
         "optimizers": {
-            k: [sorted(inner.own), sorted(inner.copies), clone(inner.options())]
-            for k, inner in guard._inners.items()
+            name: [sorted(inner.own), sorted(inner.copies), inner.options()]
+            for name, inner in guard._inners.items()
         },
         "memories": {lane.name: _pack(lane, params, state) for lane in guard._lanes.values()},
-        "buffers": {},
+        "buffers": {name: values[len(params) :] for name, values in copies.items()},
     }
-    for name, copy in _copies(guard).items():
-        for p, entries, value in zip(params, state, copy, strict=False):
-            entries[name] = sharded_as(p, value.clone())
-        group["guard"]["buffers"][name] = [t.clone() for t in copy[len(params) :]]
     try:
         guard.state.update(zip(params, state, strict=True))
         saved = Optimizer.state_dict(guard)
@@ -58,7 +60,7 @@ def save(guard: "Guard") -> Saved:
         del group["guard"]
         guard.state.clear()
         guard.state.update(before)
-    return {**saved, "param_groups": clone(saved["param_groups"])}
+    return {**saved, "param_groups": copy.deepcopy(saved["param_groups"])}
 
 
 def load(guard: "Guard", state_dict: Saved) -> None:
@@ -67,57 +69,44 @@ def load(guard: "Guard", state_dict: Saved) -> None:
     Raises:
         ValueError: if it is of another guard. This one is as it was before, then.
     """
-    groups = state_dict.get("param_groups", [])
-    numbers = groups[0].get("guard", {}) if groups else {}
-    params, state = guard._weights.params, _checked(guard, state_dict, numbers)
-    live, lanes = guard._weights.live(), guard._lanes.values()
+    groups = copy.deepcopy(state_dict.get("param_groups", []))
+    numbers = groups[0].pop("guard", {}) if groups else {}
+    params, state = guard._weights.params, _checked(guard, state_dict, groups, numbers)
+    lanes, rank = guard._lanes.values(), numbers.get("rank")
     copies = {
-        name: [
-            *(
-                _value(p, name, saved, ours, numbers["rank"])
-                for p, saved, ours in zip(params, state, live, strict=False)
-            ),
-            *_buffers(live[len(params) :], buffers),
-        ]
+        name: _values(guard, name, state, buffers, rank)
         for name, buffers in numbers["buffers"].items()
     }
     memories = [_unpack(lane, params, state, numbers["memories"][lane.name]) for lane in lanes]
-    try:
-        rules = {
-            name: _like(attrgetter(name)(guard), numbers["rules"][name])
-            for name in guard.remembered
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"state_dict must have the numbers of a {type(guard).__name__}, got others"
-        ) from error
+    if len(numbers["rules"]) != len(tree_leaves(_rules(guard))):
+        raise ValueError(f"state_dict must have the numbers of a {numbers['kind']}, got others")
+    rules = _filled(_rules(guard), iter(numbers["rules"]))
 
     # From here on nothing may fail.
-    for name, rule in rules.items():
+    for name, rule in zip(guard.remembered, rules, strict=True):
         path, _, last = name.rpartition(".")
         setattr(attrgetter(path)(guard) if path else guard, last, rule)
-    for inner, (own, held, _) in zip(
+    for inner, (own, of_params, options) in zip(
         guard._inners.values(), numbers["optimizers"].values(), strict=True
     ):
-        inner.own, inner.copies = set(own), set(held)
+        inner.own, inner.copies = set(own), set(of_params)
+        for group, entries in zip(inner.optimizer.param_groups, options, strict=True):
+            group.update({k: v for k, v in entries.items() if k not in inner.own})
     guard._weights.reshard()
     transfer(guard._weights.live(), copies["x.value"])
     for lane, memory in zip(lanes, memories, strict=True):
         transfer(lane.values, copies[f"{lane.name}.value"])
         lane.before = copies.get(f"{lane.name}.before")
         lane.remember(memory)
-        losses, checks = numbers["memories"][lane.name]["losses"]
-        lane.losses, lane.checks = lane.tensors(losses), lane.tensors(checks)
+        lane.losses, lane.checks = (
+            [torch.tensor(loss, dtype=torch.float64) for loss in losses]
+            for losses in numbers["memories"][lane.name]["losses"]
+        )
         lane.live = lane.name == numbers["leader"]
     guard._leader = guard._lanes[numbers["leader"]]
     guard._others = [guard._lanes[name] for name in numbers["running"]]
-    for inner, (*_, options) in zip(
-        guard._inners.values(), numbers["optimizers"].values(), strict=True
-    ):
-        for group, entries in zip(inner.optimizer.param_groups, options, strict=True):
-            group.update({k: v for k, v in clone(entries).items() if k not in inner.own})
     for group, entries in zip(guard.param_groups, groups, strict=True):
-        group.update({k: v for k, v in entries.items() if k not in ("params", "guard")})
+        group.update({k: v for k, v in entries.items() if k != "params"})
     guard._rates.load(numbers["rates"])
     guard.phase, guard.steps = numbers["phase"], numbers["steps"]
 
@@ -128,9 +117,21 @@ def _kind(guard: "Guard") -> Saved:
     return {"kind": type(guard).__name__, "lanes": lanes, "nt": guard.nt, "nc": guard.nc}
 
 
-def _checked(guard: "Guard", state_dict: Saved, numbers: Saved) -> list[Saved]:
+def _rules(guard: "Guard") -> list[Any]:
+    return [attrgetter(name)(guard) for name in guard.remembered]
+
+
+def _filled(like: Any, numbers: Iterator[Any]) -> Any:
+    """Lists and named tuples of this kind, of the next numbers."""
+    if not isinstance(like, (list, tuple)):
+        return next(numbers)
+    items = [_filled(one, numbers) for one in like]
+    return type(like)(*items) if isinstance(like, tuple) else items
+
+
+def _checked(guard: "Guard", state_dict: Saved, groups: list[Saved], numbers: Saved) -> list[Saved]:
     """What is saved of each parameter; refuse the state of another guard."""
-    kind, params, groups = _kind(guard), guard._weights.params, state_dict.get("param_groups", [])
+    kind, params = _kind(guard), guard._weights.params
     if numbers.get("kind") != kind["kind"]:
         theirs = numbers.get("kind")
         theirs = f"a {theirs}'s" if theirs else f"one with the keys {list(state_dict)}"
@@ -156,16 +157,45 @@ def _copies(guard: "Guard") -> "dict[str, Copy]":
     return copies
 
 
+def _values(
+    guard: "Guard", name: str, state: list[Saved], buffers: list[Tensor], rank: int
+) -> "Copy":
+    """One of the copies, in the place, shapes and dtypes of the model."""
+    live, params, saved = guard._weights.live(), guard._weights.params, []
+    for p, entries, ours in zip(params, state, live, strict=False):
+        if name not in entries and p.requires_grad:
+            raise ValueError(
+                f"state_dict must hold {name} of each parameter, got one without (save between two "
+                "cycles for torch.distributed.checkpoint)"
+            )
+        value = entries.get(name, ours)  # torch.distributed.checkpoint leaves frozen ones out
+        check_rank(p, value, rank, "state_dict")
+        saved.append(local(value))
+    saved += buffers
+    if len(saved) != len(live):
+        raise ValueError(
+            f"state_dict must be of the same model, with {len(live) - len(params)} buffers, got "
+            f"{len(buffers)}"
+        )
+    for ours, value in zip(live, saved, strict=True):
+        if value.shape != ours.shape:
+            raise ValueError(
+                "state_dict must be of the same model, with a tensor of shape "
+                f"{list(ours.shape)}, got {list(value.shape)}"
+            )
+    return [s.detach().to(o.device, o.dtype, copy=True) for o, s in zip(live, saved, strict=True)]
+
+
 def _pack(lane: "Lane", params: list[Tensor], state: list[Saved]) -> Saved:
     """What a lane remembers: of parameters into ``state``, the rest is returned."""
-    kept, options = Memory(lane.filled(), lane.memory().options).copy()
+    kept = Memory(lane.filled(), []).copy().state
     for p, entries in zip(params, state, strict=True):
         made = kept.pop(p, {}).items()
         entries.update({f"{lane.name}.memory.{key}": value for key, value in made})
     return {
         "blank": not lane.memory().state,
         "others": kept,
-        "options": options,
+        "options": lane.memory().options,
         "losses": [read(lane.losses), read(lane.checks)],
     }
 
@@ -173,64 +203,19 @@ def _pack(lane: "Lane", params: list[Tensor], state: list[Saved]) -> Saved:
 def _unpack(lane: "Lane", params: list[Tensor], state: list[Saved], rest: Saved) -> Memory:
     """The inverse. Counts stay on the host, where optimizers without ``capturable`` have them."""
     groups, name = lane.optimizer.param_groups, f"{lane.name}.memory."
-    options = clone(rest["options"])
     if rest["blank"]:
-        return Memory({}, options)
+        return Memory({}, rest["options"])
     on_device = any(group.get("capturable") or group.get("fused") for group in groups)
-    kept, copies = clone(rest["others"]), {}  # what parameters share is shared again
-    for p, entries in zip(params, state, strict=True):
-
-        def placed(t: Tensor, device: torch.device = p.device) -> Tensor:
-            return t.detach().to(device if t.dim() or on_device else t.device, copy=True)
-
-        made = {
-            key.removeprefix(name): clone(value, copies, placed)
-            for key, value in entries.items()
-            if key.startswith(name)
-        }
-        if made:
-            kept[p] = made
+    of_params = [
+        {key.removeprefix(name): value for key, value in saved.items() if key.startswith(name)}
+        for saved in state
+    ]
+    kept = rest["others"]  # what parameters share is shared in the copy
+    kept |= {p: made for p, made in zip(params, copy.deepcopy(of_params), strict=True) if made}
+    for p in params:
+        for t in tree_leaves(kept.get(p)):
+            if isinstance(t, Tensor) and t.device != p.device and (t.dim() or on_device):
+                t.data = t.to(p.device)
     if not kept:
         raise ValueError(f"state_dict must hold {name}* of parameters, got none")
-    return Memory(kept, options)
-
-
-def _value(p: Tensor, name: str, saved: Saved, ours: Tensor, rank: int) -> Tensor:
-    if name not in saved:
-        if p.requires_grad:
-            raise ValueError(
-                f"state_dict must hold {name} of each parameter, got one without (save between two "
-                "cycles for torch.distributed.checkpoint)"
-            )
-        return ours.clone()  # torch.distributed.checkpoint leaves frozen ones out
-    check_rank(p, saved[name], rank, "state_dict")
-    value = local(saved[name])
-    if value.shape != ours.shape:
-        raise ValueError(
-            f"state_dict must be of the same model, with a tensor of shape {list(ours.shape)}, got "
-            f"{list(value.shape)}"
-        )
-    return value.detach().to(ours.device, ours.dtype, copy=True)
-
-
-def _buffers(ours: "Copy", saved: "Copy") -> "Copy":
-    if [t.shape for t in ours] != [t.shape for t in saved]:
-        raise ValueError(
-            f"state_dict must be of the same model, with {len(ours)} buffers of its shapes, got "
-            f"{len(saved)}"
-        )
-    return [s.detach().to(t.device, t.dtype, copy=True) for s, t in zip(saved, ours, strict=True)]
-
-
-def _plain(value: Any) -> Any:
-    """Lists and numbers, from tuples with names too."""
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _like(ours: Any, saved: Any) -> Any:
-    """What ``_plain`` made of something of this kind."""
-    if hasattr(ours, "_fields"):
-        return type(ours)(*(_like(a, b) for a, b in zip(ours, saved, strict=True)))
-    if isinstance(ours, list) and any(hasattr(one, "_fields") for one in ours):
-        return [_like(a, b) for a, b in zip(ours, saved, strict=True)]
-    return clone(saved)
+    return Memory(kept, rest["options"])

@@ -1,51 +1,14 @@
-"""Tensors in nested containers: copies of them, and their numbers."""
+"""The numbers of many tensors at once."""
 
-import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()
-
-
-def clone(
-    value: Any,
-    copies: dict[int, Any] | None = None,
-    copied: Callable[[Tensor], Tensor] = _copy,
-) -> Any:
-    """A copy of nested containers, of their own types, and of every tensor in them.
-
-    What is there twice is there twice in the copy: optimizers may share a step counter.
-
-    Args:
-        value: containers, tensors and whatever ``copy.deepcopy`` copies.
-        copies: what has been copied already, by ``id``.
-        copied: of a tensor.
-    """
-    if isinstance(value, (int, float, str, bool, type(None))):
-        return value
-    copies = {} if copies is None else copies
-    if id(value) in copies:
-        return copies[id(value)]
-    if isinstance(value, Tensor):
-        new = copied(value)
-    elif isinstance(value, dict):
-        new = copy.copy(value)
-        for key, item in value.items():
-            new[key] = clone(item, copies, copied)
-    elif type(value) in (list, tuple):
-        new = type(value)(clone(item, copies, copied) for item in value)
-    else:
-        new = copy.deepcopy(value)
-    copies[id(value)] = new
-    return new
+from torch.utils._pytree import tree_leaves
 
 
 def transfer(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -70,7 +33,7 @@ def finite(value: Any) -> bool:
     >>> finite({"a": [torch.ones(2), 3.0]}), finite([torch.tensor([1.0, math.nan])])
     (True, False)
     """
-    leaves = list(_leaves(value))
+    leaves = tree_leaves(value)
     numbers = [leaf for leaf in leaves if isinstance(leaf, float)]
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     return all(map(math.isfinite, numbers)) and bool(are_finite(tensors))
@@ -111,16 +74,8 @@ def zero_unsound(params: Iterable[Tensor]) -> Tensor | None:
 
 
 def read(scalars: Sequence[Tensor]) -> list[float]:
-    """Real numbers, all of a device at once, as each read waits for it."""
-    by_device: dict[torch.device, list[int]] = defaultdict(list)
-    for index, scalar in enumerate(scalars):
-        by_device[scalar.device].append(index)
-    numbers = [0.0] * len(scalars)
-    for indices in by_device.values():
-        values = _stacked([scalars[k] for k in indices]).tolist()
-        for index, number in zip(indices, values, strict=True):
-            numbers[index] = number
-    return numbers
+    """Real numbers, all at once, as each read waits for the device."""
+    return _stacked(scalars).tolist() if scalars else []
 
 
 def stored(tensor: Tensor) -> Tensor:
@@ -151,12 +106,3 @@ def _measurable(tensor: Tensor) -> Tensor:
     return (
         tensor.bfloat16() if tensor.element_size() == 1 and tensor.is_floating_point() else tensor
     )
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """What nested containers hold."""
-    if isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(item)
-    else:
-        yield value

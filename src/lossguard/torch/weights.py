@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import compress
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ class Weights:
         self.jumped = False
         """Whether the model was given another lane's values, or earlier ones."""
         self._aside: Copy = []
+        self._checked = [finite(buffer) for buffer in self._buffers()]
+        """Of each buffer whether it was finite; masks may be infinite."""
 
     def live(self) -> Copy:
         """The live tensors themselves."""
@@ -80,12 +83,10 @@ class Weights:
                 if p.requires_grad != trained:
                     p.requires_grad_(trained)
 
-    def is_finite(self, values: Copy, reference: Copy) -> bool:
-        """Whether values are finite, or what ``reference`` is there: masks may be infinite."""
-        return finite(values) or all(
-            finite(b) or bool((b.isfinite() | (b == x) | (b.isnan() & x.isnan())).all())
-            for b, x in zip(values, reference, strict=True)
-        )
+    def is_finite(self, values: Copy) -> bool:
+        """Whether values are finite, masks aside."""
+        n = len(self.params)
+        return finite([values[:n], list(compress(values[n:], self._checked))])
 
     def have_diverged(self) -> bool:
         """Whether the live parameters that are trained, or their gradients, aren't finite."""

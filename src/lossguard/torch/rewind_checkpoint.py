@@ -4,10 +4,8 @@ Every entry is there from the first step of the optimizer on, whatever has happe
 ``torch.distributed.checkpoint`` finds each of them in the state that it loads into.
 """
 
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from lossguard.torch.ranks import check_rank, this_rank
@@ -16,36 +14,23 @@ from lossguard.torch.snapshot import Live
 if TYPE_CHECKING:
     from lossguard.torch.rewind import Rewind
 
-OF_RULE = (
-    *("calls", "returns", "thrown", "skipped", "unread", "age", "candidate_age", "in_a_row"),
-    *("last_return", "ramp", "cap", "pending"),
-    *("alarm.start", "alarm.reference", "alarm.score"),
-    *("audits.first", "audits.best", "audits.score"),
-)
-NUMBERS = (*(f"_rule.{name}" for name in OF_RULE), "_one_by_one", "_candidate_audit")
 SNAPSHOTS = ("trusted", "candidate")
 
 
 def save(rewind: "Rewind") -> dict[str, Any]:
     """Both snapshots, and all numbers."""
-    kept = rewind._rule.alarm.losses
-    losses = torch.zeros(rewind._rule.block, dtype=torch.float64)
-    losses[: len(kept)] = torch.tensor(kept, dtype=torch.float64)
     snapshots = {which: getattr(rewind, f"_{which}") or {} for which in SNAPSHOTS}
     begun = [any(key.startswith("optimizer.") for key in one) for one in snapshots.values()]
     # In the place of what a snapshot hasn't got, the present state.
     now = {} if all(begun) else rewind._live.save(None, offload=False)
     return {
         **{which: {**now, **one} for which, one in snapshots.items()},
-        "losses": losses,
         "unread": rewind._losses,
         "rank": this_rank(),
         "options": _options(rewind),
-        "numbers": {
-            **{name: attrgetter(name)(rewind) for name in NUMBERS},
-            "losses": len(kept),
-            "begun": begun,
-        },
+        "rule": rewind._rule.numbers(),
+        "one_by_one": rewind._one_by_one,
+        "begun": begun,
     }
 
 
@@ -56,13 +41,11 @@ def load(rewind: "Rewind", state: dict[str, Any]) -> None:
         ValueError: if the state is of another model, ``window`` or ``every``, or is no such state.
     """
     _check(rewind, state)
-    live, numbers = rewind._live, state["numbers"]
-    for name in NUMBERS:
-        path, _, last = name.rpartition(".")
-        setattr(attrgetter(path)(rewind) if path else rewind, last, numbers[name])
-    rewind._rule.alarm.losses = state["losses"][: numbers["losses"]].tolist()
+    live = rewind._live
+    rewind._rule.load(state["rule"])
+    rewind._one_by_one = state["one_by_one"]
     rewind._losses.copy_(state["unread"])
-    for which, begun in zip(SNAPSHOTS, numbers["begun"], strict=True):
+    for which, begun in zip(SNAPSHOTS, state["begun"], strict=True):
         own = {
             name: _own(live, name, value, rewind._offload)
             for name, value in state[which].items()

@@ -75,7 +75,7 @@ def ddp_nan(rank):
             guard.zero_grad()
             loss = loss_fn(model, batch)
             loss.backward()
-            learned = guard._inside.name == "y"
+            learned = guard._weights.holder.name == "y"
             poisoned = rank == 1 and t >= NT and (cycle == 2 or (cycle == 1 and learned))
             return loss * math.nan if poisoned else loss
 
@@ -141,7 +141,7 @@ def fsdp(rank, kind):
     run(guard, model, shards(rank, distributed.get_world_size()))
     return {
         **report(guard, model.state_dict()),
-        "shard": sum(t.numel() for t in guard._leader.values),
+        "shard": sum(t.numel() for t in guard._leader.point),
         "whole": sum(p.numel() for p in model.parameters()),
     }
 

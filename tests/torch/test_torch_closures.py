@@ -409,6 +409,7 @@ def test_a_fallback_that_raises_is_not_left():
 
 def test_errors_of_arguments():
     w, v = (torch.ones(1, requires_grad=True) for _ in range(2))
+    half = torch.ones(1, dtype=torch.float16, requires_grad=True)
     one = SGD([w], lr=0.1)
     shared = Adam([w], lr=0.1)
     shared.param_groups = one.param_groups
@@ -432,6 +433,14 @@ def test_errors_of_arguments():
         (lambda: Hedged(SGD([w]), one, model=None, share=1.0), "share must be at least 0 and belo"),
         (lambda: Hedged(SGD([w]), one, model=None, callback=3), "callback must be None or a funct"),
         (lambda: LossGuard(SGD([w]), one, model=None, nc=0), "nc must be an integer of at least 1"),
+        (
+            lambda: LossGuard(SGD([half]), SGD([half]), model=None),
+            "parameters must have more range than float16 for LossGuard, where a gradient that ove",
+        ),
+        (
+            lambda: ResidualGuard(SGD([half]), SGD([half]), model=None),
+            "parameters must have more range than float16 for ResidualGuard, where a gradient that",
+        ),
         (lambda: LossGuard(SGD([w]), one, model=None, loser="x"), "loser must be one of keep, res"),
         (lambda: BestOf([], model=None), "optimizers must be a list of at least one, got"),
         (lambda: BestOf(one, model=None), "optimizers must be a list of at least one, got"),

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -52,6 +53,15 @@ def check_fallback(fallback: Optimizer) -> None:
     """Refuse one that can't be trusted."""
     if any(group.get("maximize") for group in getattr(fallback, "param_groups", [])):
         raise ValueError("fallback must minimize the loss, got one with maximize=True")
+
+
+def check_range(kind: str, params: Sequence[Tensor]) -> None:
+    """Refuse float16 for guards whose lanes are lost with a gradient that overflows."""
+    if any(p.dtype == torch.float16 for p in params):
+        raise ValueError(
+            f"parameters must have more range than float16 for {kind}, where a gradient that "
+            "overflows is not left out, got some of float16"
+        )
 
 
 def check_model(model: object, params: Sequence[Tensor]) -> None:

@@ -168,14 +168,13 @@ class BestOf(Guard):
         """The losses of all that ran on the next check minibatches."""
         draws = self._randomness.state()
         for lane in [*self._others, self._leader]:
-            lane.enter(checking=True)
             self._randomness.set(draws)
             torch.clear_autocast_cache()
-            with torch.no_grad():
-                for j in range(self.checks):
+            for j in range(self.checks):
+                lane.enter(checking=True)
+                with torch.no_grad():
                     lane.step(scalar(check(self._checked + j)))
-                    lane.stepped = False
-            lane.leave()
+                lane.leave()
         self._checked += self.checks
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
@@ -196,7 +195,7 @@ class BestOf(Guard):
                 self.records[k] = old[k].after(d[k], self.decay)
         may_lead = [k for k in sorted(shown) if known[k] and self.records[k].is_known]
         best = min(may_lead, key=lambda k: self.records[k].mean, default=leader)
-        x = lanes[best].point if fine[best] else self._leader.values
+        x = lanes[best].point if fine[best] else self._leader.before
         again = {k for k, ok in enumerate(fine) if not ok}
         if fine[leader] and not lost:
             again |= self._ruined(shown, fine, leader) - {best}

@@ -4,7 +4,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import distributed, nn
 from torch.optim import Optimizer
 
@@ -79,9 +78,7 @@ class Face(Optimizer):
 
     def eval(self) -> None:
         """Have the model be what an optimizer with ``train()`` and ``eval()`` evaluates."""
-        if self._leader.switches:
-            with torch.no_grad(), self._leader.inner.stepping():
-                self._leader.optimizer.eval()  # pyright: ignore
+        self._leader.switch("eval")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused, except when the guard is built."""

@@ -9,7 +9,7 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from lossguard.torch import saving
-from lossguard.torch.arguments import check_fallback
+from lossguard.torch.arguments import check_fallback, check_range
 from lossguard.torch.closures import Closure, checked, forward_only
 from lossguard.torch.decision import Decision, Seen
 from lossguard.torch.face import Face
@@ -17,7 +17,7 @@ from lossguard.torch.interrupts import held
 from lossguard.torch.lane import Lane
 from lossguard.torch.ranks import agree, several
 from lossguard.torch.relay import Relay
-from lossguard.torch.tensors import read, transfer
+from lossguard.torch.tensors import read
 from lossguard.torch.watch import check, compare, tell
 from lossguard.validation import check_share
 
@@ -46,12 +46,13 @@ class Guard(Face):
             name: Lane(name, self._inners[of], self._weights, forgives=self.forgives)
             for name, of in lanes.items()
         }
-        self._leader = self._lanes[leader]
-        self._leader.live = True
+        if not self.forgives:
+            check_range(type(self).__name__, self._weights.params)
+        self._leader = self._weights.holder = self._lanes[leader]
         self._others: list[Lane] = []
         """Those that run beside it in this cycle."""
-        self._inside: Lane | None = None
-        """The one that is in the model for a minibatch."""
+        self._order: list[Lane] = []
+        """All that run on the minibatch that is under way."""
 
     def _begin(self) -> list[Lane]:
         """The lanes that run in the cycle beside the live one, where they start from."""
@@ -64,10 +65,8 @@ class Guard(Face):
     def _lead(self, lane: Lane) -> None:
         """Have another lane in the model from now on."""
         if lane is not self._leader:
-            transfer(self._leader.values, self._weights.live())
-            self._leader.live = False
-            self._weights.write(lane.values)
-            lane.live, self._leader = True, lane
+            self._weights.put(lane)
+            self._leader, self._weights.jumped = lane, True
 
     def step(self, closure: Closure | None = None) -> Any:  # pyright: ignore
         """Take one minibatch.
@@ -99,46 +98,40 @@ class Guard(Face):
             ValueError: if there are gradients before it, or the body does not call ``lane.step``.
         """
         with held():
-            order, draws = self._open()
+            draws = self._open()
             try:
-                for lane in order:
+                for lane in self._order:
                     torch.clear_autocast_cache()  # autocast would go on with casts of other weights
                     self._randomness.set(draws)
-                    self._inside = lane
                     lane.enter(checking=self.checking)
                     yield lane
                     if not lane.stepped:
                         raise ValueError("the body of guard.lanes() must call lane.step(loss)")
-                    self._leave(lane)
-                decision = self._close(order)
+                    lane.leave()
+                decision = self._close()
             except BaseException as error:
-                if isinstance(error, GeneratorExit) and order[-1].stepped:  # after the last step
-                    self._leave(order[-1])
-                    self._close(order)
+                if isinstance(error, GeneratorExit) and self._order and self._leader.stepped:
+                    self._leader.leave()  # a loop that was left after the last step
+                    self._close()
                 else:
-                    self._undo(order, draws)
+                    self._undo(draws)
                 raise
         if decision is not None and self.callback is not None:
             self.callback(decision)
 
-    def _leave(self, lane: Lane) -> None:
-        lane.leave()
-        self._inside = None
-
-    def _open(self) -> tuple[list[Lane], list[Tensor]]:
-        """Before a minibatch: the lanes that run, and the random state that each starts from."""
-        if self._inside is not None:  # a loop that was left, and whose generator lives on
-            self._undo([self._leader, *self._others], self._randomness.state())
+    def _open(self) -> list[Tensor]:
+        """Before a minibatch: the random state that each lane starts from."""
+        self._undo(self._randomness.state())  # of a loop that was left, whose generator lives on
         check(self._weights, list(self._inners.values()))
         self._rates.apply()
         if self.phase == 0:
             for lane in self._lanes.values():
                 lane.begin()
             self._others = self._begin()
-        order = [*self._others, self._leader]
-        for lane in order:
+        self._order = [*self._others, self._leader]
+        for lane in self._order:
             lane.begun = lane.stepped = False
-        return order, self._randomness.state()
+        return self._randomness.state()
 
     def _run(self, lane: Lane, closure: Closure) -> Any:
         """The value of the closure, or NaN where a lane raises as its numbers aren't finite.
@@ -157,34 +150,33 @@ class Guard(Face):
         lane.step(value)
         return value
 
-    def _undo(self, order: Sequence[Lane], draws: list[Tensor]) -> None:
+    def _undo(self, draws: list[Tensor]) -> None:
         """After an error the minibatch doesn't count; if a step was begun, nor does the cycle."""
-        if self._inside is not None and self._inside.stepped:
-            self._leave(self._inside)
-        self._inside = None
-        self._weights.undo()
-        self._weights.clear_gradients()
+        if not self._order:
+            return
+        order, self._order = self._order, []
+        inside = self._weights.holder
+        inside.leave()
+        self._weights.put(self._leader, keep=inside.stepped)
         self._randomness.set(draws)
-        if any(lane.begun or lane.stepped for lane in order):
+        if self.phase == self.nt + self.nc or any(lane.begun or lane.stepped for lane in order):
             self.phase = 0
             if not self._weights.is_finite(self._weights.live()):
                 self._leader.go_back()
 
-    def _close(self, order: Sequence[Lane]) -> Decision | None:
+    def _close(self) -> Decision | None:
         """After a minibatch, on which all lanes have stepped."""
         self.phase += 1
         if self.phase == 1 and self.steps == 0:
-            for lane in order:
+            for lane in self._order:
                 lane.note_copies(lane.point)
-            compare(order)
-        if self.phase < self.nt + self.nc:
-            return None
-        try:
+            compare(self._order)
+        decision = None
+        if self.phase == self.nt + self.nc:
             decision = self._decide()
-        finally:
-            self.phase = 0
-        self.steps += self.nt
-        self.history.append(decision)
+            self.phase, self.steps = 0, self.steps + self.nt
+            self.history.append(decision)
+        self._order = []
         return decision
 
     def _decide(self) -> Decision:
@@ -225,7 +217,7 @@ def _agreed(ran: Sequence[Lane], group: distributed.ProcessGroup | None) -> dict
             *(not lane.inner.is_finite(lane.memory()) for lane in ran),
         ],
         group,
-        ran[0].values[0].device,
+        ran[0].point[0].device,
     )
     agreed = iter(numbers)
     for lane, broken, lost in zip(ran, alarms[: len(ran)], alarms[len(ran) :], strict=True):

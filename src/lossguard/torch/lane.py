@@ -9,7 +9,6 @@ from torch.optim import Optimizer
 
 from lossguard.torch.closures import scalar
 from lossguard.torch.memory import Inner, Memory
-from lossguard.torch.ranks import are_running
 from lossguard.torch.tensors import finite, local, transfer, zero_unsound
 from lossguard.torch.weights import Copy, Weights
 
@@ -17,8 +16,8 @@ from lossguard.torch.weights import Copy, Weights
 class Lane:
     """Where an optimizer is, and what it remembers.
 
-    One lane of a guard is *live*: the model's own tensors are where it is. The others are copied
-    into the model while they run. Several may share an optimizer, each with a memory of its own.
+    One lane of a guard is *live*: it is in the model, whose own tensors are where it is. Each gets
+    into it while it runs. Several may share an optimizer, each with a memory of its own.
 
     Args:
         name: of the lane: y, z, s, or a number.
@@ -30,10 +29,11 @@ class Lane:
     def __init__(self, name: str, inner: Inner, weights: Weights, *, forgives: bool) -> None:
         self.name, self.inner, self.weights, self.forgives = name, inner, weights, forgives
         self.values: Copy = [t.clone() for t in weights.live()]
-        """Where it is; of the live lane, where it was when the cycle began."""
-        self.live = False
-        self.before: Copy | None = None
-        """Of a lane that may have to go back, where it was when the cycle began."""
+        """Where it is while another one is in the model."""
+        self.before: Copy = []
+        """Of the leader and who else may have to go back, where it was when the cycle began."""
+        self._buffers: Copy = []
+        """Those of the model when it got into it."""
         self.losses: list[Tensor] = []
         self.checks: list[Tensor] = []
         self.checking = self.begun = self.stepped = False
@@ -54,24 +54,30 @@ class Lane:
         return callable(getattr(self.optimizer, "train", None))
 
     @property
+    def live(self) -> bool:
+        """Whether it is in the model."""
+        return self.weights.holder is self
+
+    @property
     def point(self) -> Copy:
         """Where it is: the tensors themselves."""
         return self.weights.live() if self.live else self.values
 
     def begin(self) -> None:
         """Start a cycle."""
-        self.losses, self.checks, self.before = [], [], None
+        self.losses, self.checks, self.before = [], [], []
         if self.live:
-            transfer(self.values, self.weights.live())
+            self.values = []
+            self.keep()
 
     def keep(self) -> None:
-        """Note where it is, to go back there."""
-        self.before = None if self.live else [t.clone() for t in self.values]
+        """Note where it is when a cycle begins, to go back there."""
+        self.before = self.before or [t.clone() for t in self.point]
 
     def go_back(self) -> None:
         """Be where it was when the cycle began."""
-        if self.live or self.before is not None:
-            self.start_at(self.values if self.live else self.before or [])
+        if self.before:
+            self.start_at(self.before)
 
     def start_at(self, point: Copy) -> None:
         """Be at another point; the memory stays."""
@@ -105,18 +111,24 @@ class Lane:
         """Get into the model, with the memory in the optimizer."""
         self.checking, self.begun, self.stepped = checking, False, False
         self.weights.clear_gradients()
-        self.weights.enter(None if self.live else self.values)
+        self.weights.put(self)
+        self._buffers = [t.clone() for t in self.weights.buffers()]
         if self._parked is not None:
             self.inner.holder._parked = self.inner.exchange(self._parked)
             self.inner.holder, self._parked = self, None
+        self.switch("eval" if checking else "train")
+
+    def switch(self, mode: str) -> None:
+        """Have its optimizer train or evaluate, if these are two iterates."""
         if self.switches:
             with torch.no_grad(), self.inner.stepping():
-                getattr(self.optimizer, "eval" if checking else "train")()
+                getattr(self.optimizer, mode)()
 
     def leave(self) -> None:
-        """Get out again."""
+        """End a minibatch. Without a step it changes no buffers."""
         self.weights.clear_gradients()
-        self.weights.leave(None if self.live else self.values)
+        if self.checking or not self.stepped:
+            transfer(self.weights.buffers(), self._buffers)
 
     def step(self, loss: Any) -> None:
         """One optimizer step by the gradients that ``backward`` has left; once in a loop's body.
@@ -133,7 +145,6 @@ class Lane:
         if not self.checking:
             self.check_gradients(value)
         if self.checking:
-            self.weights.renew_buffers(None if self.live else self.values)
             self.checks.append(value)
         else:
             self.begun = True  # if the optimizer raises, nobody knows how far it came
@@ -150,8 +161,13 @@ class Lane:
 
     def update(self, loss: Any) -> None:
         """A step of its optimizer by the gradients that are there."""
-        with torch.no_grad(), self.weights.trained(), self.inner.stepping():
-            self.optimizer.step(*((loss,) if self.inner.takes_loss else ()))
+        trained = [p.requires_grad for p in self.weights.params]
+        try:
+            with torch.no_grad(), self.inner.stepping():
+                self.optimizer.step(*((loss,) if self.inner.takes_loss else ()))
+        finally:
+            for p, before in zip(self.weights.params, trained, strict=True):
+                p.requires_grad_(before)  # whatever the optimizer has done
 
     def miss(self) -> Tensor:
         """Note NaN as the loss of a minibatch."""
@@ -159,28 +175,6 @@ class Lane:
         (self.checks if self.checking else self.losses).append(nan)
         self.stepped = True
         return nan
-
-    def filled(self) -> dict[Any, Any]:
-        """Its state; before its first step what such a step makes, where there are ranks.
-
-        torch.distributed.checkpoint loads only what is there on both sides.
-        """
-        state = self.memory().state or self.inner.memory().state
-        if state or not are_running():
-            return state
-        previous, values = self.inner.memory(), [t.clone() for t in self.weights.live()]
-        try:
-            for p in self.weights.params:
-                p.grad = torch.zeros_like(p) if p.requires_grad else None
-            with self.inner.stepping():
-                if self.switches:
-                    self.optimizer.train()  # pyright: ignore
-            self.update(0.0)
-        finally:
-            made = self.inner.exchange(previous)
-            self.weights.clear_gradients()
-            transfer(self.weights.live(), values)
-        return made.state
 
     def note_copies(self, point: Copy) -> None:
         """Note which entries of its memory hold the parameters, as master weights do."""

@@ -68,6 +68,7 @@ class ResidualGuard(Guard):
     ([True], 0.8)
     """
 
+    forgives = False
     remembered = ("_mu", "_reports")
 
     def __init__(

@@ -6,10 +6,11 @@ Every entry is there from the first step of the optimizer on, whatever has happe
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lossguard.torch.ranks import check_rank, this_rank
-from lossguard.torch.snapshot import Live
+from lossguard.torch.snapshot import Live, copied
 
 if TYPE_CHECKING:
     from lossguard.torch.rewind import Rewind
@@ -57,13 +58,11 @@ def load(rewind: "Rewind", state: dict[str, Any]) -> None:
 
 def _own(live: Live, name: str, value: Any, offload: bool) -> Any:
     """A copy where snapshots of this run are kept."""
-    if not isinstance(value, Tensor):
-        return value
     of = name.partition(".")[2]
     like = live.tensors.get(of if name.startswith("model.") else of.rpartition(".")[0])
-    if like is None or like.shape != value.shape or offload:
-        return value.detach().clone()
-    return value.detach().to(like.device, copy=True)
+    if like is None or not isinstance(value, Tensor) or like.shape != value.shape:
+        return copied(value)
+    return copied(value, device=torch.device("cpu") if offload else like.device)
 
 
 def _check(rewind: "Rewind", state: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from lossguard.torch.memory import Memory
-from lossguard.torch.ranks import check_rank, sharded_as, this_rank
+from lossguard.torch.ranks import are_running, check_rank, sharded_as, this_rank
 from lossguard.torch.tensors import local, read, transfer
 
 if TYPE_CHECKING:
@@ -95,15 +95,14 @@ def load(guard: "Guard", state_dict: Saved) -> None:
     guard._weights.reshard()
     transfer(guard._weights.live(), copies["x.value"])
     for lane, memory in zip(lanes, memories, strict=True):
-        transfer(lane.values, copies[f"{lane.name}.value"])
-        lane.before = copies.get(f"{lane.name}.before")
+        lane.values = copies[f"{lane.name}.value"]
+        lane.before = copies.get(f"{lane.name}.before", [])
         lane.remember(memory)
         lane.losses, lane.checks = (
             [torch.tensor(loss, dtype=torch.float64) for loss in losses]
             for losses in numbers["memories"][lane.name]["losses"]
         )
-        lane.live = lane.name == numbers["leader"]
-    guard._leader = guard._lanes[numbers["leader"]]
+    guard._leader = guard._weights.holder = guard._lanes[numbers["leader"]]
     guard._others = [guard._lanes[name] for name in numbers["running"]]
     for group, entries in zip(guard.param_groups, groups, strict=True):
         group.update({k: v for k, v in entries.items() if k != "params"})
@@ -151,8 +150,8 @@ def _copies(guard: "Guard") -> "dict[str, Copy]":
     """Parameters and buffers, of the model and of every lane."""
     copies = {"x.value": guard._weights.live()}
     for lane in guard._lanes.values():
-        copies[f"{lane.name}.value"] = lane.values
-        if guard.phase and lane.before is not None:
+        copies[f"{lane.name}.value"] = lane.point
+        if guard.phase and lane.before:
             copies[f"{lane.name}.before"] = lane.before
     return copies
 
@@ -188,7 +187,7 @@ def _values(
 
 def _pack(lane: "Lane", params: list[Tensor], state: list[Saved]) -> Saved:
     """What a lane remembers: of parameters into ``state``, the rest is returned."""
-    kept = Memory(lane.filled(), []).copy().state
+    kept = Memory(_made(lane), []).copy().state
     for p, entries in zip(params, state, strict=True):
         made = kept.pop(p, {}).items()
         entries.update({f"{lane.name}.memory.{key}": value for key, value in made})
@@ -198,6 +197,28 @@ def _pack(lane: "Lane", params: list[Tensor], state: list[Saved]) -> Saved:
         "options": lane.memory().options,
         "losses": [read(lane.losses), read(lane.checks)],
     }
+
+
+def _made(lane: "Lane") -> dict[Any, Any]:
+    """The state of its optimizer; before the first step what such a step makes, where ranks are.
+
+    torch.distributed.checkpoint loads only what is there on both sides.
+    """
+    state = lane.memory().state or lane.inner.memory().state
+    if state or not are_running():
+        return state
+    weights, previous = lane.weights, lane.inner.memory()
+    values = [t.clone() for t in weights.live()]
+    try:
+        for p in weights.params:
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+        lane.switch("train")
+        lane.update(0.0)
+    finally:
+        made = lane.inner.exchange(previous)
+        weights.clear_gradients()
+        transfer(weights.live(), values)
+    return made.state
 
 
 def _unpack(lane: "Lane", params: list[Tensor], state: list[Saved], rest: Saved) -> Memory:

@@ -54,7 +54,8 @@ class Live:
         for param, name in self.names.items():
             remembered = self.optimizer.state.get(param, {})
             now |= {f"optimizer.{name}.{key}": value for key, value in remembered.items()}
-        saved = {name: copied(value, old.get(name), offload) for name, value in now.items()}
+        device = torch.device("cpu") if offload else None
+        saved = {name: copied(value, old.get(name), device) for name, value in now.items()}
         return {**saved, "also": [copy.deepcopy(one.state_dict()) for one in self.also]}
 
     @torch.no_grad()
@@ -75,7 +76,8 @@ class Live:
             for key in now.keys() - remembered[name].keys():
                 del now[key]
             for key, value in remembered[name].items():
-                now[key] = copied(value, now.get(key, param), offload=False)
+                whole = isinstance(value, Tensor) and value.shape == param.shape
+                now[key] = copied(value, now.get(key), param.device if whole else None)
         for one, its_state in zip(self.also, saved["also"], strict=True):
             one.load_state_dict(copy.deepcopy(its_state))
             if hasattr(one, "get_last_lr"):  # a scheduler, of which the rates are a part
@@ -84,17 +86,14 @@ class Live:
                     set_rate(group, float(rate))
 
 
-def copied(value: Any, old: Any, offload: bool) -> Any:
-    """A copy, in the place of ``old`` if that is such a tensor, else where ``old`` says."""
+def copied(value: Any, old: Any = None, device: torch.device | None = None) -> Any:
+    """A copy, in the place of ``old`` if that is such a tensor, else on a device: None, its own."""
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
-    fits = isinstance(old, Tensor) and not isinstance(old, nn.Parameter)
-    if fits and old.shape == value.shape and old.dtype == value.dtype:
+    if isinstance(old, Tensor) and old.shape == value.shape and old.dtype == value.dtype:
         return old.copy_(value, non_blocking=True)
-    value = value.detach()
-    if offload and value.device.type != "cpu":
-        pinned = torch.empty_like(value, device="cpu", pin_memory=value.device.type == "cuda")
+    value, device = value.detach(), device or value.device
+    if device.type == "cpu" and value.device.type == "cuda":
+        pinned = torch.empty_like(value, device=device, pin_memory=True)
         return pinned.copy_(value, non_blocking=True)
-    if isinstance(old, nn.Parameter) and old.shape == value.shape:
-        return value.to(old.device, copy=True)
-    return value.clone()
+    return value.to(device, copy=True)

@@ -1,21 +1,22 @@
 """The parameters and buffers of a model, and how another lane's get into it for a while."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import compress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lossguard.torch.tensors import finite, local, transfer
 
+if TYPE_CHECKING:
+    from lossguard.torch.lane import Lane
+
 Copy = list[Tensor]
 """Parameters first, then buffers; of a sharded parameter this rank's shard alone."""
 
 
 class Weights:
-    """The live tensors: what the model is, and what the leader's lane is.
+    """The live tensors: what the model is, and what the lane is that is in it.
 
     Another lane is copied into them while it runs, and out again. So a compiled model, a CUDA graph
     and whoever else holds the tensors see each lane.
@@ -29,13 +30,14 @@ class Weights:
         self.params, self.model = params, model
         self.jumped = False
         """Whether the model was given another lane's values, or earlier ones."""
-        self._aside: Copy = []
-        self._checked = [finite(buffer) for buffer in self._buffers()]
+        self.holder: Any = None
+        """The lane that is in the model."""
+        self._checked = [finite(buffer) for buffer in self.buffers()]
         """Of each buffer whether it was finite; masks may be infinite."""
 
     def live(self) -> Copy:
         """The live tensors themselves."""
-        return [*(local(p.detach()) for p in self.params), *self._buffers()]
+        return [*(local(p.detach()) for p in self.params), *self.buffers()]
 
     def write(self, values: Copy) -> None:
         """Put values into the model, for good."""
@@ -43,45 +45,17 @@ class Weights:
         transfer(self.live(), values)
         self.jumped = True
 
-    def enter(self, values: Copy | None) -> None:
-        """Put a lane into the model until ``leave`` or ``undo``; None: the live one stays."""
-        if values is None:
-            self._aside = [t.clone() for t in self._buffers()]
-            return
-        self.reshard()
-        self._aside = [t.clone() for t in self.live()]
-        transfer(self.live(), values)
-
-    def leave(self, values: Copy | None) -> None:
-        """Note in ``values`` what has become of the lane, and put back what was there before."""
-        if values is not None:
-            transfer(values, self.live())
-            self.undo()
-        self._aside = []
-
-    def undo(self) -> None:
-        """Put back what was there before ``enter``; of the live lane its buffers."""
-        whole = len(self._aside) > len(self._buffers())
-        if whole:
+    def put(self, lane: "Lane", keep: bool = True) -> None:
+        """Have a lane in the model; keep where the one has come to that was there, or forget it."""
+        if lane is not self.holder:
             self.reshard()
-        if self._aside:
-            transfer(self.live() if whole else self._buffers(), self._aside)
-            self._aside = []
-
-    def renew_buffers(self, values: Copy | None) -> None:
-        """Put the buffers of the lane inside back, as they were when it entered."""
-        transfer(self._buffers(), self._aside if values is None else values[len(self.params) :])
-
-    @contextmanager
-    def trained(self) -> Iterator[None]:
-        """``requires_grad`` stays as it is, whatever an optimizer does inside."""
-        before = [p.requires_grad for p in self.params]
-        try:
-            yield
-        finally:
-            for p, trained in zip(self.params, before, strict=True):
-                if p.requires_grad != trained:
-                    p.requires_grad_(trained)
+            live = self.live()
+            if keep and self.holder.values:
+                transfer(self.holder.values, live)
+            elif keep:
+                self.holder.values = [t.clone() for t in live]
+            transfer(live, lane.values)
+            self.holder = lane
 
     def is_finite(self, values: Copy) -> bool:
         """Whether values are finite, masks aside."""
@@ -108,7 +82,8 @@ class Weights:
             if reshard is not None and hasattr(module, "unshard"):
                 reshard()
 
-    def _buffers(self) -> Copy:
+    def buffers(self) -> Copy:
+        """The buffers themselves, except those of which one number stands for several."""
         buffers = () if self.model is None else self.model.buffers()
         return [local(buffer.detach()) for buffer in buffers if not _is_expanded(buffer)]
 

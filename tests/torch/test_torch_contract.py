@@ -29,7 +29,7 @@ from torch import nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
 
-from lossguard.torch import BestOf, Hedged, LossGuard, Recommended
+from lossguard.torch import BestOf, Hedged, LossGuard, Recommended, ResidualGuard
 
 NAMES = sorted(
     name
@@ -87,11 +87,11 @@ def test_sparse_gradients():
     assert {d.winner for d in guard.history} == {0, 1}
 
 
-@pytest.mark.parametrize("kind", TWO)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("done", [0, 1, 4, 9, 33])
 def test_resumes_bit_by_bit_at_any_point_of_a_cycle(kind, done):
     model = mlp(nn.BatchNorm1d(16), nn.Dropout(0.2))
-    options = {"nc": 2} if kind is LossGuard else {"share": 0.5}
+    options = {LossGuard: {"nc": 2}, ResidualGuard: {}}.get(kind, {"share": 0.5})
     history = assert_resumes(lambda m: two(kind, m, nt=4, **options), model, minibatches(), done)
     assert len(history) >= 10
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import TWO, closure_for, loss_fn, minibatches, mlp, quadratic, run, spiral, two
+from models import KINDS, TWO, closure_for, loss_fn, minibatches, mlp, quadratic, run, spiral, two
 from torch.optim import SGD, Adam
 
 from lossguard.torch import BestOf, Hedged, LossGuard, Recommended
@@ -227,7 +227,7 @@ def test_best_of_follows_weights_that_are_loaded_before_the_first_call():
     assert weight.item() == pytest.approx(2 * 0.6**2)
 
 
-@pytest.mark.parametrize("kind", TWO)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_lane_may_not_be_told_apart_by_its_dropout(kind):
     """All lanes draw the same numbers for a minibatch, and the program goes on as after one."""
     weight, plain = quadratic()

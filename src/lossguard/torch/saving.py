@@ -72,7 +72,7 @@ def load(guard: "Guard", state_dict: Saved) -> None:
     groups = copy.deepcopy(state_dict.get("param_groups", []))
     numbers = groups[0].pop("guard", {}) if groups else {}
     params, state = guard._weights.params, _checked(guard, state_dict, groups, numbers)
-    lanes, rank = guard._lanes.values(), numbers.get("rank")
+    lanes, rank = guard._lanes.values(), numbers["rank"]
     copies = {
         name: _values(guard, name, state, buffers, rank)
         for name, buffers in numbers["buffers"].items()

@@ -29,9 +29,8 @@ from ..guards.sequences import ema
 from ..guards.unguarded import unguarded
 from ..learned.pretrained import pretrained
 from ..records import Record
-from .claims import Verdict, judge_claims
+from .claims import K, Verdict, judge_claims
 from .experiment import Experiment, Methods, sgd_fallback, with_methods
-from .judges import K
 from .recipes import PAPERS
 
 POLICIES = ("keep", "reset", "reset in every cycle")

@@ -25,7 +25,6 @@ FREE = ("title", "tested_on", "steps", "seeds", "seed", "methods", "vectorize", 
 """Settings in which a run may differ from its recipe and still be of its figure."""
 FUNCTIONS = ("make_task", "make_methods")
 """Compared only by whether they are this package's: they may have been renamed since the run."""
-COLUMNS = ("method", "seed", "step", "loss", "used_learned", *COUNTERS)
 
 
 class NotRunError(Exception):
@@ -44,9 +43,9 @@ class Figure:
     0.01". Of one method and seed it is the longest curve.
     """
 
-    curves: Mapping[str, Mapping[int, pl.DataFrame]]
+    curves: dict[str, dict[int, pl.DataFrame]]
     """By method and seed; seeds are counted from 0, not from the first of a run."""
-    folders: Mapping[str, Path]
+    folders: dict[str, Path]
     """Where each method is."""
 
     def lasts(self, method: str) -> dict[int, int]:
@@ -172,11 +171,9 @@ def _labelled(record: Record) -> pl.DataFrame:
             labels |= {m: f"{m} (nc {nc})" for m in config["methods"] if m.startswith("LGL2O")}
         if (rate := config.get("adam_rate", recipe.adam_rate)) != recipe.adam_rate:
             labels["Adam"] = f"Adam {rate:g}"
-    numbers = dict.fromkeys(COLUMNS[3:], pl.Float64)
-    return (
-        curves.select(COLUMNS)
-        .cast(numbers)
-        .with_columns(
-            pl.col("method").replace(labels), (pl.col("seed") + config["seed"]).cast(pl.Int64)
-        )
+    return curves.select(
+        pl.col("method").replace(labels),
+        (pl.col("seed") + config["seed"]).cast(pl.Int64),
+        "step",
+        pl.col("loss", "used_learned", *COUNTERS).cast(pl.Float64),
     )

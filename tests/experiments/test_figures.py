@@ -231,48 +231,6 @@ def test_what_a_logarithmic_axis_cannot_show_is_drawn(folder: Path, loss: float)
     assert figures.plot(folder, records.Record(config, made, alone)).is_file()
 
 
-GRID = {f"SGDnm {rate} tau {tau}": rate * tau for rate in (0.1, 1, 10) for tau in (2, 5)}
-
-
-def test_a_grid_is_drawn_as_a_map(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the losses at the end; a single one that is not finite leaves its cell empty."""
-    curves = curves_of(GRID).with_columns(
-        loss=pl.when(pl.col("method") == "SGDnm 10 tau 5").then(np.nan).otherwise("loss")
-    )
-    drawn = []
-    monkeypatch.setattr(figures, "save", lambda figure, folder: drawn.append(figure) or folder)
-    config, made, _ = records.read_run(folder)
-    config |= {"methods": list(GRID)}
-    figures.plot(folder, records.Record(config, made | {"data": "JPEG q75"}, curves))
-    axes, bar = drawn[0].axes
-    assert axes.get_title() == "known (JPEG q75)" and bar.get_ylabel().endswith("at step 5,000")
-    (image,) = axes.images
-    ends, inside = np.arange(4500, 5001, 10), [1, *[10] * 50]  # step 4,500 alone of its bin
-    loss = 1.5 * np.average(1 / np.sqrt(ends), weights=inside)
-    expected = loss * np.outer([0.1, 1, 10], [2, 5])
-    found = np.ma.asarray(image.get_array())
-    assert found.mask.sum() == 1 and found.mask[2, 1]
-    np.testing.assert_allclose(found.compressed(), expected.ravel()[:-1], rtol=1e-3)
-    cells = [text.get_text() for text in axes.texts]
-    assert cells[0] == f"{expected[0, 0]:#.4g}" and cells[-1] == "nan"
-    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["0.1", "1", "10"]
-
-
-def test_names_on_a_map_are_shown_as_they_are() -> None:
-    grid = [f"$a_{{$ {rate} tau {tau}" for rate in ("$_{$", "2") for tau in ("$^{$", "3")]
-    figure = figures.draw_grid(curves_of(dict.fromkeys(grid, 1.0)), "$x_{$")
-    assert figure is not None
-    figure.draw_without_rendering()  # raises at formulas that aren't
-
-
-TWO = ["A 1 tau 2", "A 1 tau 5", "B 10 tau 2", "B 10 tau 5"]
-
-
-@pytest.mark.parametrize("methods", [list(GRID)[1:], list(GRID)[:2], [*GRID, "Adam"], ["L2O"], TWO])
-def test_what_is_no_whole_grid_is_drawn_as_lines(methods: list[str]) -> None:
-    assert figures.draw_grid(curves_of(dict.fromkeys(methods, 1.0), np.arange(1, 9)), "") is None
-
-
 @pytest.mark.parametrize("first", [np.nan, np.inf])
 def test_nothing_leaves_where_no_first_loss_is_finite(first: float) -> None:
     curves = curves_of({"L2O": 1.0}).with_columns(

@@ -27,17 +27,10 @@ def plot(folder: Path, record: Record, *, over: Over = "price") -> Path:
     """Draw a run's figure into its folder, as PNG; returns the file.
 
     In the paper's style: log axes, a mean line and a min-max band for each method, and below, on
-    axes of their own, whether loss guards used the learned update (1) or the fallback's (0.5). Of
-    a grid of two settings it is a map of the losses at the end.
+    axes of their own, whether loss guards used the learned update (1) or the fallback's (0.5).
     """
-    title, seconds = title_of(record), record.manifest["seconds"]
-    drawn = draw_grid(record.curves, title) or draw(record.curves, title, over, seconds)
-    return save(drawn, folder)
-
-
-def title_of(record: Record) -> str:
-    """Of the figure: the run's, or its name, with what must be said of its data."""
-    return titled(record.config["title"] or record.config["name"], record.manifest["data"])
+    title = titled(record.config["title"] or record.config["name"], record.manifest["data"])
+    return save(draw(record.curves, title, over, record.manifest["seconds"]), folder)
 
 
 def draw(
@@ -97,43 +90,6 @@ def _cut(axes: Axes, low: float | None, high: float | None) -> None:
     axes.set_ylim(lowest if low else lowest / margin, highest if high else highest * margin)
     ends = [f"the {end}" for end, limit in {"top": high, "bottom": low}.items() if limit]
     axes.set_ylabel(f"Training loss (lines leave at {' and '.join(ends)})")
-
-
-def draw_grid(curves: pl.DataFrame, title: str) -> Figure | None:
-    """A map of the losses at the last step that all reached, with the numbers.
-
-    None unless the methods are a whole grid, named "SGDnm RATE tau TAU".
-    """
-    methods = curves["method"].unique(maintain_order=True).to_list()
-    parts = [method.split() for method in methods]
-    if not all(len(part) == 4 and part[2] == "tau" for part in parts):
-        return None
-    names, rates, _, taus = ([*dict.fromkeys(column)] for column in zip(*parts, strict=True))
-    if len(names) > 1 or min(len(rates), len(taus)) < 2 or len(rates) * len(taus) > len(methods):
-        return None
-    last = min(
-        step
-        for (step,) in curves.group_by("method", "seed")
-        .agg(pl.col("step").max())
-        .select("step")
-        .iter_rows()
-    )
-    loss = over_seeds(mark_loss(curves, last), "loss")
-    cells = np.array([[loss[f"{names[0]} {rate} tau {tau}"] for tau in taus] for rate in rates])
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(np.ma.masked_invalid(cells), cmap="Blues", aspect="auto")
-    middle = np.mean(image.get_clim())
-    for (row, column), cell in np.ndenumerate(cells):
-        color = "white" if cell > middle else "black"
-        axes.text(column, row, f"{cell:#.4g}", ha="center", va="center", color=color)
-    axes.set_xticks(range(len(taus)), taus, parse_math=False)
-    axes.set_yticks(range(len(rates)), rates, parse_math=False)
-    axes.set_xlabel("Time scale of the decay, in steps")
-    axes.set_ylabel(f"Rate of {names[0]}", parse_math=False)
-    axes.set_title(title, fontsize=10, parse_math=False)
-    figure.colorbar(image, label=f"Training loss at step {last:,}")
-    return figure
 
 
 def summary(record: Record) -> Table:

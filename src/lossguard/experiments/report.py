@@ -23,7 +23,7 @@ from ..metatrain import figure as meta
 from ..records import EVALUATIONS, MANIFEST, Record, read_parquet
 from .claims import judge_claims
 from .evidence import has_settings
-from .figures import draw_grid, summary, title_of
+from .figures import summary
 from .folders import read_runs
 from .interactive import interactive
 from .lines import SMOOTHED_FROM
@@ -115,13 +115,12 @@ def _section(folder: Path, record: Record) -> dict[str, Any]:
     found = re.match(r"fig0*(\d+)", name)
     titled = f"{name}: {config['title']}" if config["title"] else name
     seeds = f"{config['seeds']} seed{'s' * (config['seeds'] > 1)}"
-    grid = draw_grid(curves, title_of(record))
     return about | {
         "name": name,
         "figure": found[1] if found else None,
         "title": f"{titled}, {last_step(curves):,} steps, {seeds}",
-        "image": _image(grid) if grid else "",
-        "lines": "" if grid else interactive(record),
+        "image": "",
+        "lines": interactive(record),
         "tables": [_summary(record), *_evaluations(folder)],
     }
 

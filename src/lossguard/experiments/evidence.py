@@ -135,9 +135,9 @@ def gather(records: Mapping[Path, Record]) -> Evidence:
         if not record.is_meta and (name := _figure(record.config)):
             figure = figures.setdefault(name, Figure({}, {}))
             for (method, seed), curve in _labelled(record).group_by("method", "seed"):
-                seeds = figure.curves.setdefault(method, {})
-                if seed not in seeds or curve["step"].max() >= seeds[seed]["step"].max():
-                    seeds[seed], figure.folders[method] = curve.sort("step"), folder
+                seeds, curve = figure.curves.setdefault(str(method), {}), curve.sort("step")
+                if seed not in seeds or curve["step"][-1] >= seeds[seed]["step"][-1]:
+                    seeds[int(seed)], figure.folders[str(method)] = curve, folder
     return Evidence(figures, {r.config["name"]: r.curves for r in records.values() if r.is_meta})
 
 

@@ -71,7 +71,8 @@ def write(
 
 
 def judged(claim: str, *folders: Path) -> Verdict:
-    (verdict,) = (v for v in judge_claims(read_runs(folders)[0]) if v.id == claim)
+    records = read_runs(folders)[0] if folders else {}
+    (verdict,) = (v for v in judge_claims(records) if v.id == claim)
     return verdict
 
 

@@ -161,11 +161,6 @@ def early_price(name: str) -> Formula:
     return each(ratio("L2O", [name], [100], "<", 0.7), ratio(name, ["SGDnm"], [100], "<", 1))
 
 
-def learned_share(figure: Figure, k: int) -> tuple[float, int]:
-    """3e: over the last tenth of the steps up to k."""
-    return figure.share("LGL2O", 0.9 * k, k)
-
-
 def noise(figure: Figure) -> Finding:
     """4d, 12b, 13b: LGL2O rises by K or later, for good, and with nc = 100 it doesn't there."""
     few = values(figure, rise("LGL2O"), MARKS) or {K: rise("LGL2O")(figure, K)}
@@ -210,7 +205,8 @@ def grid(figure: Figure) -> Finding:
     """10: the rank of 0.01 and 50,000 where all settings end, and who leads where some go on."""
     methods, chosen = PAPERS["fig10"]().methods, "SGDnm 0.01 tau 50000"
     k, later = figure.last(*methods), max(figure.last(m) for m in methods)
-    of, seeds = figure.losses(methods, k)
+    losses, seeds = figure.losses(methods, k)
+    of = losses.row(-1, named=True)
     order = sorted(methods, key=lambda m: of[m])
     spread = curves.divided(of[order[-1]], of[order[0]]) - 1
     numbers = (
@@ -218,7 +214,7 @@ def grid(figure: Figure) -> Finding:
         f"{order[0]}, the worst {spread:.1%} above it"
     )
     if went_on := [m for m in methods if figure.last(m) == later > k]:
-        more, _ = figure.losses(went_on, later)
+        more = figure.losses(went_on, later)[0].row(-1, named=True)
         best = min(went_on, key=lambda m: more[m])
         numbers += f"; of {len(went_on)} that went on to {later:,} the best is {best}"
     return Finding(order[0] == chosen, numbers, {k: seeds})
@@ -228,8 +224,8 @@ def after_its_horizon(figure: Figure) -> Finding:
     """11b, on one data set."""
     ratio, seeds = from_first("L2O")(figure, HORIZON)
     step, tested = figure.tested("L2O", HORIZON)
-    first, _ = figure.losses(["L2O"], 1, seeds_at=HORIZON)
-    on_test = curves.divided(tested, first["L2O"])
+    losses, _ = figure.losses(["L2O"], HORIZON, [1])
+    on_test = curves.divided(tested, losses["L2O"][0])
     numbers = f"L2O over its first loss: {short(ratio)} at {HORIZON}, on the test set "
     numbers += f"{short(on_test)} at {step:,}"
     return Finding(max(ratio, on_test) < 1, numbers, {HORIZON: seeds})
@@ -282,7 +278,7 @@ CLAIMS = [
     Claim("3d", "to step 100 GL2O is better than SGDnm and much worse than L2O",
           on(3, either(GL2O, early_price))),
     Claim("3e", "LGL2O goes over to the fallback",
-          on(3, single(_share, learned_share, K, "<", 0.1))),
+          on(3, single(_share, lambda f, k: f.share("LGL2O", 0.9 * k, k), K, "<", 0.1))),
     Claim("4a", "LGL2O is comparable to L2O early",
           on(4, ratio("LGL2O", ["L2O"], marks(100, 1_000), "<=", 1.5))),
     Claim("4b", "L2O diverges later", on(4, rises("L2O", K))),

@@ -31,10 +31,6 @@ class NotRunError(Exception):
     """What a claim needs was not run, or not as far; says what."""
 
 
-Losses = Mapping[str, float]
-"""Loss(m, k) by method."""
-
-
 @dataclass(frozen=True)
 class Figure:
     """The curves of one figure, of all folders that have some.
@@ -68,24 +64,21 @@ class Figure:
         shared = set.intersection(*map(set, ends))
         return max((min(one[seed] for one in ends) for seed in shared), default=0)
 
-    def losses(self, methods: Sequence[str], k: int, *, seeds_at: int = 0) -> tuple[Losses, int]:
-        """At step k, and of how many seeds: those that reached k and a later step.
-
-        Infinite where it is not finite, so that it is worse than any other.
-        """
-        seeds = self.seeds(methods, max(k, seeds_at))
-        of = _means(mark_loss(self.of(methods, seeds), k), "loss")
-        if of.keys() != {*methods}:
-            raise NotRunError(f"{' and '.join(methods)} have no loss at {k:,}")
-        return of, len(seeds)
-
-    def until(
-        self, methods: Sequence[str], k: int, earlier: Sequence[int]
+    def losses(
+        self, methods: Sequence[str], k: int, earlier: Sequence[int] = ()
     ) -> tuple[pl.DataFrame, int]:
-        """Columns of losses at earlier steps, below k, and at k, of the seeds that reach k."""
-        steps = (*(j for j in earlier if j < k), k)
-        rows = [self.losses(methods, j, seeds_at=k) for j in steps]
-        return pl.DataFrame([of for of, _ in rows]), rows[0][1]
+        """Loss(m, k), and of how many seeds: those with which all of these methods reached k.
+
+        A column for each method; a row for each earlier step below k, of the same seeds, and the
+        last for k. Infinite where a mean is not finite, so that it is worse than any other.
+        """
+        seeds, rows = self.seeds(methods, k), []
+        curves = self.of(methods, seeds)
+        for j in (*(j for j in earlier if j < k), k):
+            rows.append(_means(mark_loss(curves, j), "loss"))
+            if rows[-1].keys() != {*methods}:
+                raise NotRunError(f"{' and '.join(methods)} have no loss at {j:,}")
+        return pl.DataFrame(rows), len(seeds)
 
     def share(self, method: str, first: float, last: float) -> tuple[float, int]:
         """Share of learned steps from the first to the last, and over how many seeds."""

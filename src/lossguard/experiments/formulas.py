@@ -89,7 +89,7 @@ def of_losses(expression: pl.Expr, earlier: Sequence[int] = ()) -> Value:
     methods = [*dict.fromkeys(expression.meta.root_names())]
 
     def value(figure: Figure, k: int) -> tuple[float, int]:
-        losses, seeds = figure.until(methods, k, earlier)
+        losses, seeds = figure.losses(methods, k, earlier)
         return losses.select(expression)[-1].item(), seeds
 
     return value

@@ -76,7 +76,7 @@ def test_x_is_finite_for_ever(
     )
     assert np.isfinite(states.params).all()
     inner = states.inner
-    lanes = (inner.relay.z, inner.s) if name in RELAYS else (inner.learned, inner.fallback)
+    lanes = (inner.relay.z, inner.relay.s) if name in RELAYS else (inner.learned, inner.fallback)
     for leaf in jax.tree.leaves(lanes):
         assert np.isfinite(leaf).all()  # what is gone on from is sound too
     learned, fallback = np.asarray(decisions.finite_learned), np.asarray(decisions.finite_fallback)

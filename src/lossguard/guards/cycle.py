@@ -17,7 +17,7 @@ from .protocol import (
     check_state,
     following,
     loss_dtype,
-    start,
+    own_buffers,
 )
 from .stacked import check_stacked
 
@@ -49,7 +49,7 @@ def guard_of(
 
     def init(params: Params) -> GuardState:
         params = as_arrays(params)
-        return start(params, begin(params))
+        return own_buffers(GuardState(params, jnp.int32(0), jnp.int32(0), begin(params)))
 
     def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
         check_state(state, inner)

@@ -10,7 +10,7 @@ from ..validation import check_count, check_share
 from .cycle import Cycle, guard_of
 from .lanes import Lane
 from .protocol import OWN, Decision, Guard, Params, advance, sum_dtype, with_extra_args
-from .relay import Relay, RelayState, lead_from, leader, own_path, report
+from .relay import Relay, RelayState, lead_from, leader, own_path
 from .soundness import keep_schedules, select
 
 DECAY = 0.7
@@ -93,22 +93,20 @@ def cycle(
     anew = Lane(x, keep_schedules(relay.fallback.init(x), state.s.state))
     s = select(leg.fine_s, state.s, anew)
 
-    d = (leg.losses.sum() - leg.of_s.sum()).astype(inner.regret.dtype)
+    losses, known = leg.decision.losses, runs & leg.fine_s
+    d = (losses.sum() - leg.of_s.sum()).astype(inner.regret.dtype)
     d = jnp.where(jnp.isfinite(d), d, jnp.inf)  # x had a loss that isn't finite, and s hadn't
-    known = runs & leg.fine_s
     regret = jnp.where(known, DECAY * inner.regret + d, 0)
     leads = regret > 0
     away = jnp.where(runs, advance(inner.away, 1), 0)
     behind = jnp.where(leads, inner.behind + 1, 0)
     patience = jnp.maximum(LEAST, PATIENCE * away.astype(regret.dtype))
     back = known & ((behind.astype(regret.dtype) >= patience) | jnp.isinf(regret))
-    state = own_path(state, s, leg, back, leg.of_s.mean())
-    after = HedgedState(state, *(jnp.where(back, 0, one) for one in (regret, away, behind)))
-
-    decision = report(leg, state)
+    state, decision = own_path(state, s, leg, back, leg.of_s.mean())
     decision = decision._replace(
         used_learned=decision.used_learned & ~leads,
-        losses=jnp.where(leads, leg.of_s, leg.losses),
+        losses=jnp.where(leads, leg.of_s, losses),
         winner=jnp.where(leads, OWN, decision.winner).astype(jnp.int32),
     )
+    after = HedgedState(state, *(jnp.where(back, 0, one) for one in (regret, away, behind)))
     return select(after.regret > 0, state.s.params, leader(state)), after, decision

@@ -12,7 +12,7 @@ from . import trial as trials
 from .cycle import Cycle, guard_of
 from .progress import Progress
 from .protocol import Decision, Guard, Params, advance, sum_dtype, with_extra_args
-from .relay import Relay, RelayState, lead_from, leader, own_path, report
+from .relay import Relay, RelayState, lead_from, leader, own_path
 from .soundness import select
 from .trial import Trial
 
@@ -97,21 +97,22 @@ def cycle(
     runs = ~on_own & is_due(inner, now.k, relay.share)
     state, leg = relay.step(lead_from(inner.relay, x), runs, now)
 
+    losses, fine_z = leg.decision.losses, leg.decision.finite_fallback
     heard = runs & leg.fine_s
-    against = select(heard, trials.add(inner.against, leg.of_s, leg.losses), inner.against)
+    against = select(heard, trials.add(inner.against, leg.of_s, losses), inner.against)
     won, lost = trials.outcome(against, leg.of_s)
-    back, over = heard & won, leg.leaves | (heard & (won | lost))
-    loss = jnp.where(heard, leg.of_s, leg.losses).mean()
+    over = leg.leaves | (heard & (won | lost))
+    loss = jnp.where(heard, leg.of_s, losses).mean()
     progress = progresses.add(inner.progress, loss, now.nt, memory=0)
-    progress = select(heard | (on_own & leg.fine_z), progress, inner.progress)
-    state = own_path(state, state.s, leg, back, progress.recent)
+    progress = select(heard | (on_own & fine_z), progress, inner.progress)
+    state, decision = own_path(state, state.s, leg, heard & won, progress.recent)
     after = RecommendedState(
         relay=state,
         own_steps=advance(inner.own_steps, jnp.where(on_own | runs, now.nt, 0)),
         progress=progress,
         against=select(over, new_trial(against.bound), against),
     )
-    return leader(state), after, report(leg, state)
+    return leader(state), after, decision
 
 
 def is_due(inner: RecommendedState, k: Int[Array, ""], share: float) -> Bool[Array, ""]:

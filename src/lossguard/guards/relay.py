@@ -17,9 +17,14 @@ from . import trial as trials
 from .cycle import Cycle
 from .lanes import Lane, Optimizer, is_fine, train_if
 from .progress import Progress
-from .protocol import FALLBACK, LEARNED, OWN, Decision, Params, advance, sum_dtype
-from .soundness import advance_schedules, keep_schedules, renew_if_unsound, select
-from .soundness import with_sound_gradients
+from .protocol import FALLBACK, LEARNED, NEITHER, OWN, Decision, Params, advance, sum_dtype
+from .soundness import (
+    advance_schedules,
+    keep_schedules,
+    renew_if_unsound,
+    select,
+    with_sound_gradients,
+)
 from .trial import Trial
 
 STALL = 0.25
@@ -62,22 +67,12 @@ class RelayState(NamedTuple):
 class Leg(NamedTuple):
     """What happened in a cycle."""
 
-    losses: Float[Array, " nt"]
-    """Of the leader, before each step."""
-    challenger: Float[Array, " nt"]
-    """Of y on trial; NaN if there was no trial."""
+    decision: Decision
+    """Of y and z; ``winner`` is yet to be told."""
     of_s: Float[Array, " nt"]
-    """Of s; NaN if it didn't run."""
-    learned_led: Bool[Array, ""]
-    tried: Bool[Array, ""]
-    """Whether y was on trial."""
-    s_ran: Bool[Array, ""]
-    fine_y: Bool[Array, ""]
-    """Whether y stayed finite, if it ran."""
-    fine_z: Bool[Array, ""]
-    """The same of z."""
+    """The losses of s; NaN if it didn't run."""
     fine_s: Bool[Array, ""]
-    """The same of s."""
+    """Whether s stayed finite, if it ran."""
     leaves: Bool[Array, ""]
     """Whether y took over from the fallback's own path."""
 
@@ -116,7 +111,9 @@ class Relay:
             tried=jnp.int32(0),
         )
 
-    def step(self, state: RelayState, s_runs: Bool[Array, ""], now: Cycle) -> tuple[RelayState, Leg]:
+    def step(
+        self, state: RelayState, s_runs: Bool[Array, ""], now: Cycle
+    ) -> tuple[RelayState, Leg]:
         """One cycle. A gradient that isn't finite is one of 0."""
         nt, leads, dtype = now.nt, state.learned_leads, state.level.dtype
         now = now._replace(objective=with_sound_gradients(now.objective), dtype=dtype)
@@ -140,18 +137,19 @@ class Relay:
         trial = trials.add(trial, of_y, losses)
         after, won = self._end_trial(after, trial, of_y, fine_y, fine_z, now.k)
         after = select(leads, self._keep_or_hand_over(after, fine_y, nt), after)
-        return after, Leg(
+        decision = Decision(
+            used_learned=jnp.full(nt, leads),
             losses=losses,
-            challenger=jnp.where(tried, of_y, jnp.nan),
-            of_s=of_s,
-            learned_led=leads,
-            tried=tried,
-            s_ran=s_runs,
-            fine_y=fine_y,
-            fine_z=fine_z,
-            fine_s=fine_s,
-            leaves=won & state.on_own,
+            learned_loss=jnp.where(tried, of_y.mean(), jnp.nan),
+            fallback_loss=jnp.where(tried, losses.mean(), jnp.nan),
+            finite_learned=fine_y,
+            finite_fallback=fine_z,
+            winner=jnp.int32(NEITHER),
+            gradients=nt * (1 + tried.astype(jnp.int32) + s_runs.astype(jnp.int32)),
+            forwards=jnp.int32(0),
+            learned_updates=nt * (leads | tried).astype(jnp.int32),
         )
+        return after, Leg(decision, of_s, fine_s, won & state.on_own)
 
     def _run_fallback(
         self, runs: Bool[Array, ""], lane: Lane, now: Cycle
@@ -201,9 +199,7 @@ class Relay:
         )
         return after, won
 
-    def _keep_or_hand_over(
-        self, state: RelayState, fine: Bool[Array, ""], nt: int
-    ) -> RelayState:
+    def _keep_or_hand_over(self, state: RelayState, fine: Bool[Array, ""], nt: int) -> RelayState:
         """After a cycle that y led: it leads on, or z goes on from x or from the snapshot."""
         now, level = state.progress.lasting, state.level
         young = state.progress.earlier_age == 0
@@ -243,9 +239,8 @@ def lead_from(state: RelayState, x: Params) -> RelayState:
 
 def own_path(
     state: RelayState, s: Lane, leg: Leg, back: Bool[Array, ""], loss: Float[Array, ""]
-) -> RelayState:
+) -> tuple[RelayState, Decision]:
     """x leaves the fallback's own path, is off it beside s, or goes ``back`` to s, at its loss."""
-    on_own = (state.on_own & ~leg.leaves) | back
     there = state._replace(
         z=s,
         s=s,
@@ -254,22 +249,6 @@ def own_path(
         trial=trials.none(loss.dtype),
     )
     here = state._replace(s=select(leg.leaves, state.z, s))
-    return select(back, there, here)._replace(on_own=on_own)
-
-
-def report(leg: Leg, state: RelayState) -> Decision:
-    """The decision of a cycle, and after it."""
-    nt, lanes = len(leg.losses), 1 + leg.tried.astype(jnp.int32) + leg.s_ran.astype(jnp.int32)
+    state = select(back, there, here)._replace(on_own=(state.on_own & ~leg.leaves) | back)
     winner = jnp.where(state.learned_leads, LEARNED, jnp.where(state.on_own, OWN, FALLBACK))
-    return Decision(
-        used_learned=jnp.full(nt, leg.learned_led),
-        losses=leg.losses,
-        learned_loss=leg.challenger.mean(),
-        fallback_loss=jnp.where(leg.tried, leg.losses.mean(), jnp.nan),
-        finite_learned=leg.fine_y,
-        finite_fallback=leg.fine_z,
-        winner=winner.astype(jnp.int32),
-        gradients=nt * lanes,
-        forwards=jnp.int32(0),
-        learned_updates=nt * (leg.learned_led | leg.tried).astype(jnp.int32),
-    )
+    return state, leg.decision._replace(winner=winner.astype(jnp.int32))

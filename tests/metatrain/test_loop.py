@@ -407,6 +407,12 @@ def test_finished_it_is_left_as_it_is(whole: Path) -> None:
     assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
 
 
+def test_checkpoints_that_a_kill_left_of_a_finished_one_go(whole: Path) -> None:
+    (whole / "checkpoints").mkdir()
+    metatrain(TINY, whole, resume=True)
+    assert not (whole / "checkpoints").exists()
+
+
 def test_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

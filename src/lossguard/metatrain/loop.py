@@ -158,6 +158,7 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
             every validation diverged.
     """
     config.check()
+    checkpoints = Checkpoints(folder / "checkpoints")
     with stopping_at_interrupt() as stopped:
         method = config.method()
         for task in method.tasks.values():
@@ -166,18 +167,22 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
             raise KeyboardInterrupt
         with run_folder.hold_folder(folder, as_config(config), resume=resume) as finished:
             if not finished:
-                _metatrain(config, method, folder, stopped)
+                _metatrain(config, method, folder, checkpoints, stopped)
+            checkpoints.delete()  # also those that a kill left of a finished one
     return folder / WEIGHTS
 
 
 def _metatrain(
-    config: MetaTraining, method: Method, folder: Path, stopped: Callable[[], bool]
+    config: MetaTraining,
+    method: Method,
+    folder: Path,
+    checkpoints: Checkpoints,
+    stopped: Callable[[], bool],
 ) -> None:
     """All of it, and what it leaves."""
     inputs = {name: task.dataset.checksum() for name, task in method.tasks.items()}
     notes = dict.fromkeys(task.dataset.note for task in method.tasks.values())
     made = run_folder.start(folder, data=", ".join(filter(None, notes)), inputs=inputs)
-    checkpoints = Checkpoints(folder / "checkpoints")
     state, table, seconds = _train_to_the_end(config, method, checkpoints, stopped)
     records.write_parquet(folder / records.CURVES, table)
     if not np.isfinite(state.best_validation):
@@ -191,7 +196,6 @@ def _metatrain(
     }
     method.save(folder / WEIGHTS, state.best, provenance)
     run_folder.finish(folder, made)
-    checkpoints.delete()
 
 
 def _trace_loss(task: Task) -> None:

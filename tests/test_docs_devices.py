@@ -1,0 +1,69 @@
+"""The programs of docs/devices.md, in one process and in several."""
+
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import numpy as np
+import optax
+
+import lossguard
+
+PAGE = Path(__file__).parents[1] / "docs/devices.md"
+
+
+def train(count: int, folder: Path, *, seeds: bool = False) -> list[str]:
+    """What each of so many processes prints; they share a folder."""
+    program, more = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+    (folder / "train.py").write_text(program + (more if seeds else ""))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    running = [
+        subprocess.Popen(
+            [sys.executable, "train.py", address, str(count), str(rank)],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    said = [process.communicate(timeout=240) for process in running]
+    assert not any(process.returncode for process in running), said
+    return [re.sub(r"\[Gloo\].*\n", "", out) for out, _ in said]
+
+
+def assert_close(one: str, other: str) -> None:
+    """The same words and, but for rounding, the same numbers."""
+    number = r"-?\d+\.\d+(?:e-?\d+)?"
+    assert re.sub(number, "", one).split() == re.sub(number, "", other).split()
+    numbers = [[float(found) for found in re.findall(number, said)] for said in (one, other)]
+    np.testing.assert_allclose(*numbers, rtol=1e-3, atol=2e-4)
+
+
+def saved(folder: Path) -> lossguard.GuardState:
+    guard = lossguard.recommended(optax.adam(0.05), optax.sgd(0.01))
+    like = {"a": np.zeros((8, 8), np.float32), "b": np.zeros((8, 4), np.float32)}
+    return eqx.tree_deserialise_leaves(folder / "state.eqx", guard.init(like))
+
+
+def test_processes_do_what_one_does(tmp_path: Path) -> None:
+    """Two begin, four go on from where they ended."""
+    one, several = tmp_path / "one", tmp_path / "several"
+    one.mkdir()
+    several.mkdir()
+    for count in (2, 4):
+        (expected,) = train(1, one, seeds=count == 2)
+        for said in train(count, several, seeds=count == 2):
+            assert_close(said, expected)
+        assert "after" in expected
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+            saved(one),
+            saved(several),
+        )

@@ -116,7 +116,8 @@ class GL2O:
         """nt steps."""
 
         def step(carry: tuple, t: Any) -> tuple[tuple, tuple]:
-            return self.step(*carry, now.objective, now.i + t)
+            x, inner = carry
+            return self.step(x, inner, now.objective, now.i + t)
 
         (x, inner), report = jax.lax.scan(step, (x, inner), jnp.arange(now.nt))
         ok, losses, finite_y, finite_z = report

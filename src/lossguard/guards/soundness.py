@@ -53,7 +53,7 @@ def with_sound_gradients(objective: Objective) -> Objective:
         loss, gradient = jax.value_and_grad(objective)(*at)
         gradient = select(all_finite(gradient), gradient, jax.tree.map(jnp.zeros_like, gradient))
         slopes = jax.tree.map(lambda g, u: (g * u).sum().astype(loss.dtype), gradient, direction[0])
-        return loss, sum(jax.tree.leaves(slopes))
+        return loss, jax.tree.reduce(jnp.add, slopes)
 
     return sound
 

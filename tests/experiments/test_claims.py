@@ -13,11 +13,10 @@ import pytest
 from lossguard import records, run_folder
 from lossguard.config import as_config
 from lossguard.curves import COUNTERS
-from lossguard.experiments.claims import CLAIMS, Verdict, judge_claims
+from lossguard.experiments.claims import CLAIMS, NC_100, Verdict, judge_claims
 from lossguard.experiments.evidence import FUNCTIONS, MARKS, gather
 from lossguard.experiments.folders import read_runs
 from lossguard.experiments.formulas import short
-from lossguard.experiments.judges import NC_100
 from lossguard.experiments.recipes import PAPERS, SETS
 
 Curve = float | Mapping[int, float]
@@ -72,7 +71,8 @@ def write(
 
 
 def judged(claim: str, *folders: Path) -> Verdict:
-    (verdict,) = (v for v in judge_claims(read_runs(folders)[0]) if v.id == claim)
+    records = read_runs(folders)[0] if folders else {}
+    (verdict,) = (v for v in judge_claims(records) if v.id == claim)
     return verdict
 
 

@@ -17,9 +17,11 @@ def read_runs(folders: Sequence[Path]) -> tuple[dict[Path, Record], list[str]]:
         for each that is not finished, damaged, or a link, in whose place nothing is drawn.
 
     Raises:
-        ValueError: if a named folder doesn't exist, or holds neither a finished run nor folders of
-            runs, or a file of it is damaged, or none of all runs can be read.
+        ValueError: if there is none, or a named folder doesn't exist, or holds neither a finished
+            run nor folders of runs, or a file of it is damaged, or no run can be read.
     """
+    if not folders:
+        raise ValueError("name the folder of a run, or several")
     for folder in folders:
         if not folder.exists():
             raise ValueError(f"there is no folder {folder}")
@@ -38,7 +40,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[dict[Path, Record], list[str]]:
             except ValueError as error:
                 others.append(str(error))
             progress.advance(1)
-    if folders and not found:
+    if not found:
         told = "; ".join([f"no run in {', '.join(map(str, folders))} can be read", *others])
         raise ValueError(told)
     as_given = (run for folder, runs in inside.items() for run in runs or [folder])

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from plotly.colors import qualitative
 
 from ..records import Record
-from .lines import BANDS, LABELS, Over, guards, limits, line, place, styles
+from .lines import BANDS, LABELS, Over, limits, lines
 
 DASHES = ("solid", "dash", "dashdot", "dot")
 # Buttons by name: Plotly's own choice includes one that sends the data away.
@@ -27,32 +27,28 @@ AXIS = {
 
 def interactive(record: Record) -> str:
     """The figure of ``figures.draw`` as HTML, against price at first, without Plotly itself."""
-    config, made, curves = record
-    methods, guarded = config["methods"], guards(curves)
-    looks, traces, losses = styles(methods), [], []
+    _, made, curves = record
+    shown = lines(curves, made["seconds"])
+    traces: list[go.Scatter] = []
     places: dict[Over, list[list[float]]] = {over: [] for over in LABELS}
-    for method in methods:
-        look, loss = looks[method], line(curves, method, "loss")
-        at = {over: place(curves, method, loss.steps, over, made["seconds"]) for over in LABELS}
-        color = qualitative.D3[look.color]
-        about = {"name": method, "legendgroup": method, "mode": "lines", "x": at["price"]}
-        style, own = {"color": color, "dash": DASHES[look.dashes]}, len(traces)
-        traces.append(go.Scatter(**about, y=loss.mean, line=style))
+    for method, one in shown.items():
+        color, own = qualitative.D3[one.color], len(traces)
+        about = {"name": method, "legendgroup": method, "mode": "lines", "x": one.at["price"]}
+        style = {"color": color, "dash": DASHES[one.dashes]}
+        traces.append(go.Scatter(**about, y=one.mean, line=style))
         about |= {"showlegend": False}
-        if len(methods) <= BANDS:
+        if len(shown) <= BANDS:
             about_band = about | {"hoverinfo": "skip", "line": {"width": 0}}
             band = {"fill": "tonexty", "fillcolor": f"{color}26"}
-            traces.append(go.Scatter(**about_band, y=loss.low))
-            traces.append(go.Scatter(**about_band, y=loss.high, **band))
-        if method in guarded:
-            used = 0.5 + 0.5 * line(curves, method, "used_learned").mean
-            traces.append(go.Scatter(**about, y=used, line=style, yaxis="y2"))
+            traces.append(go.Scatter(**about_band, y=one.low))
+            traces.append(go.Scatter(**about_band, y=one.high, **band))
+        if one.used is not None:
+            traces.append(go.Scatter(**about, y=0.5 + 0.5 * one.used, line=style, yaxis="y2"))
         for over, xs in places.items():
-            xs += [[float(f"{x:.6g}") for x in at[over]]] * (len(traces) - own)
-        losses.append(loss.mean)
+            xs += [[float(f"{x:.6g}") for x in one.at[over]]] * (len(traces) - own)
     figure = go.Figure(traces)
-    _lay_out(figure, bool(guarded), places)
-    low, high = limits(curves, losses)
+    _lay_out(figure, any(one.used is not None for one in shown.values()), places)
+    low, high = limits(shown.values())
     figure.update_layout(yaxis_autorangeoptions={"clipmin": low, "clipmax": high})
     return figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG)
 

@@ -1,7 +1,8 @@
 """A guard's ``state_dict``, in the layout of any optimizer's.
 
-    state           by parameter: x.value, the model's; for each lane LANE.value, LANE.memory.KEY,
-                    within a cycle LANE.before: plain tensors, or DTensors under fully_shard
+    state           by parameter, for each lane: LANE.value, of the leader the model's,
+                    LANE.memory.KEY, and within a cycle LANE.before, of those that may go back:
+                    plain tensors, or DTensors under fully_shard
     param_groups    the guard's; the first has numbers and buffers under ``guard``
 
 So it is what torch.distributed.checkpoint saves under the names of parameters, and reshards.
@@ -92,8 +93,6 @@ def load(guard: "Guard", state_dict: Saved) -> None:
         inner.own, inner.copies = set(own), set(of_params)
         for group, entries in zip(inner.optimizer.param_groups, options, strict=True):
             group.update({k: v for k, v in entries.items() if k not in inner.own})
-    guard._weights.reshard()
-    transfer(guard._weights.live(), copies["x.value"])
     for lane, memory in zip(lanes, memories, strict=True):
         lane.values = copies[f"{lane.name}.value"]
         lane.before = copies.get(f"{lane.name}.before", [])
@@ -103,6 +102,7 @@ def load(guard: "Guard", state_dict: Saved) -> None:
             for losses in numbers["memories"][lane.name]["losses"]
         )
     guard._leader = guard._weights.holder = guard._lanes[numbers["leader"]]
+    guard._weights.write(guard._leader.values)
     guard._others = [guard._lanes[name] for name in numbers["running"]]
     for group, entries in zip(guard.param_groups, groups, strict=True):
         group.update({k: v for k, v in entries.items() if k != "params"})
@@ -147,8 +147,8 @@ def _checked(guard: "Guard", state_dict: Saved, groups: list[Saved], numbers: Sa
 
 
 def _copies(guard: "Guard") -> "dict[str, Copy]":
-    """Parameters and buffers, of the model and of every lane."""
-    copies = {"x.value": guard._weights.live()}
+    """The parameters and buffers of every lane."""
+    copies = {}
     for lane in guard._lanes.values():
         copies[f"{lane.name}.value"] = lane.point
         if guard.phase and lane.before:

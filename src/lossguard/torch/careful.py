@@ -18,8 +18,8 @@ class CarefulSteps:
     """Hooks that multiply the rates by ``scale()`` during a step, and zero unsound gradients.
 
     Attributes:
-        broken: whether gradients of a step since ``forget`` weren't finite: a tensor on their
-            device, or None if there was no step.
+        broken: whether the last step's gradients weren't finite, as a tensor on their device; None
+            if there was no step since it was set to None.
     """
 
     def __init__(self, optimizer: Optimizer, scale: Callable[[], float]) -> None:
@@ -31,10 +31,6 @@ class CarefulSteps:
             optimizer.register_step_post_hook(self._after),
         )
 
-    def forget(self) -> None:
-        """Begin another step."""
-        self.broken = None
-
     def remove(self) -> None:
         """Leave the optimizer as it was."""
         for hook in self._hooks:
@@ -42,10 +38,7 @@ class CarefulSteps:
 
     def _before(self, optimizer: Optimizer, *_: Any) -> None:
         self._after(optimizer)  # if the last step raised an error half-way
-        broken = zero_unsound(p for group in optimizer.param_groups for p in group["params"])
-        if self.broken is not None and broken is not None:
-            broken = broken | self.broken
-        self.broken = broken if broken is not None else self.broken
+        self.broken = zero_unsound(p for group in optimizer.param_groups for p in group["params"])
         scale = self._scale()
         if scale != 1:
             rates = [group["lr"] for group in optimizer.param_groups]

@@ -118,8 +118,8 @@ class Rewind:
         self.every = check_count("every", every)
         if self._rule.block % every:
             raise ValueError(f"every must divide window / 4 = {self._rule.block}, got {every}")
-        self._live = Live(model, optimizer, schedulers)
-        self._offload, self._group, self._on_event = offload, group, on_event
+        self._live = Live(model, optimizer, schedulers, offload)
+        self._group, self._on_event = group, on_event
         device = local(next(iter(self._live.tensors.values()))).device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self._losses = torch.zeros(every, dtype=dtype, device=device)
@@ -127,7 +127,7 @@ class Rewind:
         self._one_by_one = False
         if not bool(self._live.is_finite()):
             raise ValueError("model must be finite, got one that isn't")
-        self._trusted = self._live.save(None, offload)
+        self._trusted = self._live.save()
         self._candidate: Saved | None = None
         self._last: Saved | None = None
         self._steps = CarefulSteps(optimizer, lambda: self.scale)
@@ -154,7 +154,7 @@ class Rewind:
             loss = local(loss).detach().reshape(()).to(self._losses)
             if self._steps.broken is not None:
                 loss = torch.where(self._steps.broken.to(loss.device), math.nan, loss)
-            self._steps.forget()
+            self._steps.broken = None
             self._losses[self._rule.unread] = loss
             self._rule.unread += 1
             self._rule.calls += 1
@@ -195,10 +195,10 @@ class Rewind:
         elif not finite and not self._one_by_one:
             self._go_back("model", 0)
         elif outcome.ends:
-            self._candidate = self._live.save(self._candidate, self._offload)
+            self._candidate = self._live.save(self._candidate)
             self._rule.candidate_age, self._rule.pending = 0, True
         self._one_by_one = not self._rule.can_always_return(self.every)
-        self._last = self._live.save(self._last, self._offload) if self._one_by_one else None
+        self._last = self._live.save(self._last) if self._one_by_one else None
 
     def _agree(self) -> tuple[list[float], bool]:
         """The losses since the last read, and whether the model is finite: the ranks' means."""

@@ -23,10 +23,10 @@ def save(rewind: "Rewind") -> dict[str, Any]:
     snapshots = {which: getattr(rewind, f"_{which}") or {} for which in SNAPSHOTS}
     begun = [any(key.startswith("optimizer.") for key in one) for one in snapshots.values()]
     # In the place of what a snapshot hasn't got, the present state.
-    now = {} if all(begun) else rewind._live.save(None, offload=False)
+    now = {} if all(begun) else rewind._live.save()
     return {
         **{which: {**now, **one} for which, one in snapshots.items()},
-        "unread": rewind._losses,
+        "unread": rewind._losses.tolist(),  # waits for copies to the host, too
         "rank": this_rank(),
         "options": _options(rewind),
         "rule": rewind._rule.numbers(),
@@ -45,24 +45,24 @@ def load(rewind: "Rewind", state: dict[str, Any]) -> None:
     live = rewind._live
     rewind._rule.load(state["rule"])
     rewind._one_by_one = state["one_by_one"]
-    rewind._losses.copy_(state["unread"])
+    rewind._losses.copy_(torch.tensor(state["unread"], dtype=torch.float64))
     for which, begun in zip(SNAPSHOTS, state["begun"], strict=True):
         own = {
-            name: _own(live, name, value, rewind._offload)
+            name: _own(live, name, value)
             for name, value in state[which].items()
             if begun or not name.startswith("optimizer.")
         }
         setattr(rewind, f"_{which}", own)
-    rewind._last = live.save(None, rewind._offload) if rewind._one_by_one else None
+    rewind._last = live.save() if rewind._one_by_one else None
 
 
-def _own(live: Live, name: str, value: Any, offload: bool) -> Any:
+def _own(live: Live, name: str, value: Any) -> Any:
     """A copy where snapshots of this run are kept."""
     of = name.partition(".")[2]
     like = live.tensors.get(of if name.startswith("model.") else of.rpartition(".")[0])
     if like is None or not isinstance(value, Tensor) or like.shape != value.shape:
         return copied(value)
-    return copied(value, device=torch.device("cpu") if offload else like.device)
+    return copied(value, device=live.host or like.device)
 
 
 def _check(rewind: "Rewind", state: dict[str, Any]) -> None:

@@ -23,13 +23,17 @@ class Live:
         model: its parameters and buffers.
         optimizer: of these parameters. Rates and other settings aren't copied.
         also: objects with ``state_dict`` and ``load_state_dict`` that go back too.
+        offload: keep copies in the host's memory.
 
     Raises:
         ValueError: if the optimizer has a parameter that the model doesn't have.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, also: Sequence[Any]) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, also: Sequence[Any], offload: bool
+    ) -> None:
         self.optimizer, self.also = optimizer, also
+        self.host = torch.device("cpu") if offload else None
         self.names = {param: name for name, param in model.named_parameters()}
         self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         for group in optimizer.param_groups:
@@ -48,14 +52,13 @@ class Live:
         return are_finite(self.tensors[name] for name in self._checked)
 
     @torch.no_grad()
-    def save(self, old: Saved | None, offload: bool) -> Saved:
+    def save(self, old: Saved | None = None) -> Saved:
         """A copy, in the tensors of an ``old`` one as far as they fit."""
         old, now = old or {}, {f"model.{name}": tensor for name, tensor in self.tensors.items()}
         for param, name in self.names.items():
             remembered = self.optimizer.state.get(param, {})
             now |= {f"optimizer.{name}.{key}": value for key, value in remembered.items()}
-        device = torch.device("cpu") if offload else None
-        saved = {name: copied(value, old.get(name), device) for name, value in now.items()}
+        saved = {name: copied(value, old.get(name), self.host) for name, value in now.items()}
         return {**saved, "also": [copy.deepcopy(one.state_dict()) for one in self.also]}
 
     @torch.no_grad()

@@ -257,12 +257,6 @@ def test_a_minibatch_drawn_in_the_closure_is_told_at_once(kind, where):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_lanes_elsewhere_may_have_other_losses(kind):
-    model = normed()
-    run(two(kind, model), model, minibatches(60))  # without a warning
-
-
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("number", [float, np.float64])
 def test_a_loss_may_be_a_number(kind, number):
     weight, plain = quadratic()
@@ -421,10 +415,6 @@ def test_errors_of_arguments():
         (
             lambda: Recommended(3, one, model=None),
             "learned must be a torch.optim.Optimizer and no ",
-        ),
-        (
-            lambda: Recommended(torch.optim.LBFGS([w]), one, model=None),
-            "learned must have step(), step(closure=None) or step(loss), as a guard evaluates once",
         ),
         (lambda: Hedged(SGD([w]), SGD([w], maximize=True), model=None), "fallback must minimize t"),
         (lambda: Hedged(SGD([w]), one, model=model), "model must be an nn.Module that holds param"),

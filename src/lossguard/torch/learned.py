@@ -1,7 +1,7 @@
 """What the learned optimizers share: weights on every device, memory in float32, no autocast."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
@@ -24,14 +24,20 @@ class Learned(Optimizer):
 
     architecture: str
     """As files of weights call it."""
-    kept: tuple[str, ...] = ("weights", "layers")
-    """Attributes that copies have too."""
-    layers: int
-    """Of the weights."""
+    names: Callable[[int], Sequence[str]]
+    """Of the weights of a layer."""
+    others: tuple[str, ...]
+    """The names of the other weights."""
 
     def __init__(
         self, params: ParamsT, weights: Mapping[str, Tensor], defaults: dict[str, Any]
     ) -> None:
+        self.layers = sum(self.names(k)[0] in weights for k in range(len(weights)))
+        of_layers = [name for k in range(max(1, self.layers)) for name in self.names(k)]
+        needed = [*of_layers, *self.others]
+        missing = [name for name in needed if name not in weights]
+        if missing:
+            raise ValueError(f"weights must hold {', '.join(needed)}, got none of {missing}")
         self.weights = {name: tensor.detach().float() for name, tensor in weights.items()}
         self._on: dict[torch.device, dict[str, Tensor]] = {}
         super().__init__(params, defaults)
@@ -55,8 +61,8 @@ class Learned(Optimizer):
         return cls(params, weights, **file.numbers)  # pyright: ignore - of a class below
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = {name: getattr(self, name) for name in self.kept}
-        return {**super().__getstate__(), **ours, "_on": {}}
+        ours = {"weights": self.weights, "layers": self.layers, "_on": {}}
+        return {**super().__getstate__(), **ours}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned: the memory stays in float32."""
@@ -106,13 +112,6 @@ class Learned(Optimizer):
         if device not in self._on:
             self._on[device] = {name: tensor.to(device) for name, tensor in self.weights.items()}
         return self._on[device]
-
-
-def check_names(weights: Mapping[str, Tensor], needed: list[str]) -> None:
-    """Require the tensors of these names."""
-    missing = [name for name in needed if name not in weights]
-    if missing:
-        raise ValueError(f"weights must hold {', '.join(needed)}, got none of {missing}")
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lossguard.learned.weights_file import lstm_names
-from lossguard.torch.learned import Learned, check_names
+from lossguard.torch.learned import Learned
 from lossguard.validation import check_positive
 
 
@@ -54,7 +54,7 @@ class LSTMOptimizer(Learned):
     Source: Andrychowicz et al., "Learning to learn by gradient descent by gradient descent", 2016.
     """
 
-    architecture = "lstm"
+    architecture, names, others = "lstm", staticmethod(lstm_names), ("linear.weight", "linear.bias")
 
     def __init__(
         self,
@@ -65,9 +65,6 @@ class LSTMOptimizer(Learned):
         p: float = 10.0,
     ) -> None:
         check_positive(scale=scale, p=p)
-        self.layers = sum(name.startswith("lstm.weight_ih_l") for name in weights)
-        names = (name for k in range(max(self.layers, 1)) for name in lstm_names(k))
-        check_names(weights, [*names, *OUTPUT])
         super().__init__(params, weights, {"lr": scale, "p": p})
 
     def _update(
@@ -88,9 +85,6 @@ class LSTMOptimizer(Learned):
                 state["c"][k].copy_(c)
             output = weights["linear.weight"] @ x + weights["linear.bias"][:, None]
             param.add_((group["lr"] * output).reshape(param.shape).to(param.dtype))
-
-
-OUTPUT = ("linear.weight", "linear.bias")
 
 
 def log_and_sign(gradient: Tensor, p: float = 10.0) -> Tensor:

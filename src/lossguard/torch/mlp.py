@@ -17,7 +17,7 @@ from torch.optim.optimizer import ParamsT
 
 from lossguard.learned.mlp_features import FEATURES, SCALE, TIMES, factored_axes
 from lossguard.learned.weights_file import mlp_names
-from lossguard.torch.learned import Learned, check_names
+from lossguard.torch.learned import Learned
 from lossguard.validation import check_positive
 
 DECAYS = ("momentum_decays", "second_moment_decay", "factored_decays")
@@ -62,17 +62,11 @@ class MLPOptimizer(Learned):
     optimizers", 2022 (small_fc_lopt).
     """
 
-    architecture = "mlp"
-    kept = (*Learned.kept, "_rests")
+    architecture, names, others = "mlp", staticmethod(mlp_names), DECAYS
 
     def __init__(self, params: ParamsT, weights: Mapping[str, Tensor], *, lr: float = 1.0) -> None:
         check_positive(lr=lr)
-        self.layers = sum(name.endswith(".weight") for name in weights)
-        names = (name for k in range(max(self.layers, 1)) for name in mlp_names(k))
-        check_names(weights, [*names, *DECAYS])
         super().__init__(params, weights, {"lr": lr})
-        rests = (torch.exp(10 * self.weights[name].clamp(max=0)).tolist() for name in DECAYS)
-        self._rests: dict[str, list[float]] = dict(zip(DECAYS, rests, strict=True))
 
     def _check(self, gradient: Tensor) -> None:
         super()._check(gradient)
@@ -115,11 +109,13 @@ class MLPOptimizer(Learned):
 
     def _remember(self, states: list[dict[str, Tensor]], gradients: list[Tensor]) -> None:
         """The running means, each of all tensors at once."""
-        for k, rest in enumerate(self._rests["momentum_decays"]):
+        momentum, second_moment, factored = (
+            torch.exp(10 * self.weights[name].clamp(max=0)).tolist() for name in DECAYS
+        )
+        for k, rest in enumerate(momentum):
             torch._foreach_lerp_([s["momenta"][k] for s in states], gradients, rest)  # pyright: ignore
         squares = torch._foreach_mul(gradients, gradients)  # pyright: ignore
-        (rest,) = self._rests["second_moment_decay"]
-        torch._foreach_lerp_([s["second_moment"] for s in states], squares, rest)  # pyright: ignore
+        torch._foreach_lerp_([s["second_moment"] for s in states], squares, *second_moment)  # pyright: ignore
         torch._foreach_add_(squares, 1e-30)  # pyright: ignore
         old, new = [], []
         for state, square in zip(states, squares, strict=True):
@@ -129,7 +125,7 @@ class MLPOptimizer(Learned):
             if columns is not None:
                 old.append(state["columns"])
                 new.append(columns)
-        for k, rest in enumerate(self._rests["factored_decays"]):
+        for k, rest in enumerate(factored):
             torch._foreach_lerp_([mean[k] for mean in old], new, rest)  # pyright: ignore
 
 

@@ -10,23 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..validation import check_count, check_decay, check_kind, check_share
 from . import trial as trials
-from .cycle import Cycle
+from .cycle import Cycle, as_arrays, check_state, loss_dtype, own_buffers, sum_dtype
 from .lanes import mean_losses
-from .protocol import (
-    NEITHER,
-    Decision,
-    Guard,
-    GuardState,
-    Objective,
-    Params,
-    advance,
-    as_arrays,
-    check_state,
-    following,
-    loss_dtype,
-    own_buffers,
-    sum_dtype,
-)
+from .protocol import NEITHER, Decision, Guard, GuardState, Objective, Params, advance, following
 from .soundness import is_sound, keep_schedules, select, with_sound_gradients
 from .trial import Trial
 

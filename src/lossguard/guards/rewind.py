@@ -16,7 +16,9 @@ from ..validation import check_count, check_fraction, check_real
 from . import alarm as alarms
 from . import snapshot
 from .alarm import Alarm
-from .protocol import Params, advance, as_arrays, own_buffers, sum_dtype, with_extra_args
+from .cycle import as_arrays, own_buffers, sum_dtype
+from .lanes import with_extra_args
+from .protocol import Params, advance
 from .snapshot import Snapshots
 from .soundness import is_sound, keep_schedules, select
 

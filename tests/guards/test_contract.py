@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 import lossguard
 
-NT, NC = 2, 3
+NT, NC = 2, 1
 R = 0.05
 OPTIMIZERS = {
     "sgd": optax.sgd(R),

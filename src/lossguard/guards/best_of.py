@@ -63,6 +63,7 @@ def best_of(
 
     over the guards that were finite and not ruined ("be the leader": Kalai and Vempala, 2005): with
     hindsight, as d is known before the leader is chosen. With ``share`` only who runs can be it.
+    Who isn't finite, or is ruined, begins again at x: ``SideBySide`` says when.
 
     Args:
         guards: guards of the same nt. The first is followed where all are level.

@@ -90,8 +90,8 @@ def cycle(
     edited = was._replace(s=was.s._replace(params=x))
     state, leg = relay.step(select(led_by_s, edited, lead_from(was, x)), runs, now)
     x = leader(state)
-    anew = Lane(x, renew(relay.fallback, x, state.s.state))
-    s = select(leg.fine_s, state.s, anew)
+    renewed = Lane(x, renew(relay.fallback, x, state.s.state))
+    s = select(leg.fine_s, state.s, renewed)
 
     losses, known = leg.decision.losses, runs & leg.fine_s
     d = (losses.sum() - leg.of_s.sum()).astype(inner.regret.dtype)

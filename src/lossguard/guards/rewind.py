@@ -145,13 +145,14 @@ class Rules:
     rise: float
 
     def init(self, params: Params) -> RewindState:
-        """The start is trusted."""
+        """The start is trusted, and there is no candidate."""
         params = as_arrays(params)
         inner, block = self.optimizer.init(params), self.window // 4
+        point = params, inner
         none, whole = jnp.int32(0), jnp.float32(1)
         state = RewindState(
             inner=inner,
-            snapshots=snapshot.first((params, inner)),
+            snapshots=Snapshots(point, point, jnp.array(False)),
             alarm=alarms.silent(block, sum_dtype(params)),
             calls=none,
             age=none,

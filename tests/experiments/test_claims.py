@@ -15,7 +15,6 @@ from lossguard.config import as_config
 from lossguard.curves import COUNTERS
 from lossguard.experiments.claims import CLAIMS, NC_100, Verdict, judge_claims
 from lossguard.experiments.evidence import FUNCTIONS, MARKS, gather
-from lossguard.experiments.folders import read_runs
 from lossguard.experiments.formulas import short
 from lossguard.experiments.recipes import PAPERS, SETS
 
@@ -71,8 +70,8 @@ def write(
 
 
 def judged(claim: str, *folders: Path) -> Verdict:
-    records = read_runs(folders)[0] if folders else {}
-    (verdict,) = (v for v in judge_claims(records) if v.id == claim)
+    found = records.read_runs(folders)[0] if folders else {}
+    (verdict,) = (v for v in judge_claims(found) if v.id == claim)
     return verdict
 
 

@@ -46,6 +46,17 @@ class Momentum:
         return w
 
 
+class Breaks(Momentum):
+    """Its step number ``at`` is NaN, and so is what it remembers of it."""
+
+    def __init__(self, rate: Callable[[int], float], momentum: float, at: int):
+        super().__init__(rate, momentum)
+        self.at = at
+
+    def step(self, w: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+        return super().step(w, gradient * (np.nan if self.schedule_steps == self.at else 1.0))
+
+
 class Adam:
     """Kingma and Ba 2015, with bias correction."""
 
@@ -111,6 +122,9 @@ class Lane:
             losses.append(objective.loss(self.w, i))
             self.w = self.optimizer.step(self.w, objective.gradient(self.w, i))
         return losses
+
+    def is_finite(self, losses: list[float]) -> bool:
+        return bool(np.isfinite(self.w).all() and np.isfinite(losses).all())
 
 
 class Curve:
@@ -253,8 +267,13 @@ def recommended(objective, learned, fallback, *, nt: int, share: float, cycles: 
         of_own += nt * (own or runs)
         if own:
             curve.add(losses)
-        if runs:
-            of_s = s.run(objective, range(i, i + nt))
+        before = s and s.w
+        of_s = s.run(objective, range(i, i + nt)) if runs else []
+        if runs and not s.is_finite(of_s):
+            x.events.add("s breaks")
+            s.w = before
+            s.optimizer.forget()
+        elif runs:
             curve.add(of_s)
             if of_own > share * k + nt:
                 x.events.add("s catches up")
@@ -277,8 +296,12 @@ def hedged(objective, learned, fallback, *, nt: int, share: float, cycles: int):
         i = cycle * nt
         losses, of_y = x.cycle(i, i)
         runs, leads = not own, False
-        if runs:
-            of_s = s.run(objective, range(i, i + nt))
+        of_s = s.run(objective, range(i, i + nt)) if runs else []
+        if runs and not s.is_finite(of_s):
+            x.events.add("s breaks")
+            s.w, regret, away, behind = x.leader.w, 0.0, away + 1, 0
+            s.optimizer.forget()
+        elif runs:
             regret = 0.7 * regret + sum(losses) - sum(of_s)
             leads = regret > 0
             away, behind = away + 1, behind + 1 if leads else 0

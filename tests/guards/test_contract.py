@@ -124,6 +124,8 @@ def test_compiled_and_vmapped_equals_one_by_one(guard, name) -> None:
     seed = seeds - 1
     with jax.disable_jit():
         state = guard.init(start())
+        if cycles == 2:  # from where the first cycle led
+            state = jax.tree.map(lambda leaf: leaf[seed], fast.pop(0)[0])
         for states, decisions in fast:
             state, decision = guard.step(state, Objective(keys[seed]))
             jax.tree.map(
@@ -195,7 +197,7 @@ def test_low_precision_runs(guard) -> None:
     guard = GUARDS[guard](OPTIMIZERS["adam"], OPTIMIZERS["nesterov"])
     first = state = guard.init(start(DTYPES["mixed"]))
     objective = Objective(jax.random.key(0))
-    for _ in range(4):
+    for _ in range(2):
         state, decision = guard.step(state, objective)
         assert np.isfinite(decision.losses).all()
     before, after = (
@@ -310,7 +312,7 @@ def test_counts_of_32_bits_do_not_become_negative(guard) -> None:
     """Steps stay at the largest number, minibatches begin at 0 again, also within a cycle."""
     made = GUARDS[guard](OPTIMIZERS["adam"], OPTIMIZERS["sgd"])
     step, calls = counted(made)
-    for to_go in range(8):
+    for to_go in range(NT + NC):  # wherever in a cycle that is
         state = made.init(start())
         state = state._replace(
             steps=jnp.int32(LAST - to_go), minibatches=jnp.int32(LAST - 2 * (NT + NC) - to_go)

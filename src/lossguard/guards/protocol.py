@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
 from ..validation import check_kind
@@ -102,34 +101,18 @@ def as_arrays(params: Params) -> Params:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), params)
 
 
-def start(params: Params, inner: PyTree) -> GuardState:
-    """The state before the first cycle, each leaf in a buffer of its own, which may be donated.
+@jax.jit
+def own_buffers(tree: PyTree) -> PyTree:
+    """Each leaf in a buffer of its own, which may be donated, on the devices of those put anywhere.
 
-    Leaves are of the types that a step returns, and on the devices where it returns them: a weak
-    type, or a count elsewhere than the parameters were put, would compile the second cycle anew.
+    It is of the type that a step returns: a weak type would have the second step compiled again.
     """
-    devices = devices_of(params)
 
-    def own(leaf: ArrayLike) -> Array:
-        leaf = jnp.asarray(leaf)
+    def own(leaf: Array) -> Array:
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        leaf = jnp.copy(leaf) if is_key else jnp.array(leaf, leaf.dtype)
-        traced = isinstance(leaf, Tracer)
-        stays = devices is None or traced or leaf.committed
-        return leaf if stays else jax.device_put(leaf, devices)
+        return jnp.copy(leaf) if is_key else jnp.array(leaf, leaf.dtype)
 
-    return jax.tree.map(own, GuardState(params, jnp.int32(0), jnp.int32(0), inner))
-
-
-def devices_of(params: Params) -> jax.sharding.Sharding | None:
-    """The devices that parameters were put on, whole on each; None if they were put nowhere."""
-    for leaf in jax.tree.leaves(params):
-        if not isinstance(leaf, Tracer) and leaf.committed:
-            sharding = leaf.sharding
-            if isinstance(sharding, jax.sharding.NamedSharding):
-                return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-            return sharding if len(sharding.device_set) == 1 else None
-    return None
+    return jax.tree.map(lambda leaf: own(jnp.asarray(leaf)), tree)
 
 
 def check_state(state: Any, inner: type = object) -> None:
@@ -142,8 +125,8 @@ def check_state(state: Any, inner: type = object) -> None:
         )
 
 
-def advance(count: Int[Array, ""], by: Int[Array, ""] | int) -> Int[Array, ""]:
-    """A count of steps after ``by`` more; it stays at the largest number."""
+def advance(count: Int[Array, "..."], by: Int[Array, ""] | int) -> Int[Array, "..."]:
+    """Counts of steps after ``by`` more; they stay at the largest number."""
     return jnp.where(count > LAST - by, LAST, count + by).astype(jnp.int32)
 
 

@@ -89,6 +89,7 @@ def test_version(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "fields"),
     [
         (("run",), ("usage: lossguard run RECIPE", "one of demo, fig03")),
+        (("sweep",), ("usage: lossguard sweep RECIPE... [OPTIONS]", "one of table1")),
         (("metatrain",), ("usage: lossguard metatrain RECIPE", "one of mnist-mlp")),
         (("list",), ("usage: lossguard list",)),
         (("demo",), ("--steps", "--methods", "--out", "--resume", "--model.hidden")),

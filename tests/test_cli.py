@@ -19,7 +19,7 @@ from rich.table import Column, Table
 
 from lossguard import cli, records, run_folder, terminal
 from lossguard.command_line import check_beside, find_recipe
-from lossguard.experiments import folders, price, run, sweep
+from lossguard.experiments import price, run, sweep
 from lossguard.learned import weights_file
 from lossguard.metatrain import loop
 
@@ -527,7 +527,7 @@ def test_stopped_it_tells_the_command_that_goes_on(
     monkeypatch.setattr(run, "run", stop)
     monkeypatch.setattr(sweep, "sweep", stop)
     monkeypatch.setattr(loop, "metatrain", stop)
-    monkeypatch.setattr(folders, "read_runs", lambda _: stop(_, Path("unused")))
+    monkeypatch.setattr(records, "read_runs", lambda _: stop(_, Path("unused")))
     monkeypatch.setattr("tempfile.tempdir", ".")
     monkeypatch.setattr("secrets.token_hex", lambda _: "aa")
     with pytest.raises(SystemExit) as caught:

@@ -26,7 +26,7 @@ from .files import is_part
 from .locks import LOCK, locked
 from .records import CONFIG, CURVES, INPUTS, MANIFEST, TABLES, check_fields, read_json, write_json
 
-STARTED, FAILED = "started.json", "failed.json"
+STARTED = "started.json"
 CPUINFO = Path("/proc/cpuinfo")
 PACKAGES = ("lossguard", "jax", "jaxlib", "optax", "equinox", "numpy", "polars")
 

@@ -20,11 +20,10 @@ from ..curves import last_step
 from ..drawing import png
 from ..files import write_whole
 from ..metatrain import figure as meta
-from ..records import EVALUATIONS, MANIFEST, Record, read_parquet
+from ..records import EVALUATIONS, MANIFEST, Record, read_parquet, read_runs
 from .claims import judge_claims
 from .evidence import has_settings
 from .figures import summary
-from .folders import read_runs
 from .interactive import interactive
 from .lines import SMOOTHED_FROM
 from .recipes import PAPERS

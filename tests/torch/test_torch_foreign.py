@@ -1,6 +1,7 @@
 """Optimizers of PyLO go into guards as docs/own_optimizer.md says: `make foreign`."""
 
 import copy
+import importlib
 import inspect
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from lossguard.torch import BestOf, Recommended
 
 PAGE = Path(__file__).parents[2] / "docs" / "own_optimizer.md"
 STEPS = 30
+TAKEN = ["AdafacLO", "MuLO", "ELO", "CELO2", "ELO_CELO2", "VeLO"]
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other libraries
 
 
@@ -39,6 +41,7 @@ def pylo(tmp_path: Path) -> dict[str, Any]:
 
     return {
         "AdafacLO": lambda params: optim.AdafacLO_naive(params, hf_key=str(tmp_path / "meta")),
+        "MuLO": lambda params: optim.MuLO_naive(params, hf_key=str(tmp_path / "meta"), lr=1.0),
         "ELO": lambda params: optim.ELO_naive(params, network=meta),
         "CELO2": lambda params: optim.CELO2_naive(params, network=celo),
         "ELO_CELO2": lambda params: optim.ELO_CELO2_naive(params, network=celo),
@@ -47,9 +50,10 @@ def pylo(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def network() -> nn.Module:
+def network() -> Any:
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    return importlib.import_module("mup").set_base_shapes(model, None)  # for MuLO
 
 
 def train(model: nn.Module, optimizer: Any, steps: range) -> list[float]:
@@ -73,7 +77,7 @@ def train(model: nn.Module, optimizer: Any, steps: range) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("name", ["AdafacLO", "ELO", "CELO2", "ELO_CELO2", "VeLO"])
+@pytest.mark.parametrize("name", TAKEN)
 def test_pylo(pylo, name):
     """A lane takes the steps of the optimizer alone, and a saved guard goes on bit by bit."""
     model = network()
@@ -97,7 +101,7 @@ def test_pylo(pylo, name):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["AdafacLO", "ELO", "CELO2", "ELO_CELO2", "VeLO"])
+@pytest.mark.parametrize("name", TAKEN)
 def test_pylo_over_adam(pylo, name):
     """It is tried more than once, each time from an empty memory, and does no harm."""
     model = network()

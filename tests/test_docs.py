@@ -42,7 +42,7 @@ def test_jax_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the top down in one namespace; what is trained fits the data."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    data, cycles, host, models, own, seeds, saving = blocks("docs/jax.md")
+    data, cycles, host, models, seeds, saving = blocks("docs/jax.md")
     for block in (data, cycles, host):
         exec(block, names)
         misfit = names["x"] @ names["state"].params - names["t"]
@@ -50,8 +50,6 @@ def test_jax_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exec(models, names)
     misfit = jax.vmap(names["model"])(names["x"]) - names["t"]
     assert jnp.mean(misfit**2) < 0.9 * jnp.mean(names["t"] ** 2)
-    exec(own, names)
-    assert jnp.mean((names["x"] @ names["fitted"].params - names["t"]) ** 2) < 0.01
     trained = names["state"]
     exec(seeds, names)
     assert names["states"].params.shape == (5, 3)
@@ -87,6 +85,20 @@ def test_guides_to_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     exec(recipe, names)
     names["mine"]().check()
     assert len(names["mine"]().method().tasks) == 3
+
+
+def test_skeletons_of_optimizers() -> None:
+    """Both are tried, and what is trained fits the data."""
+    of_jax, of_torch = blocks("docs/own_optimizer.md")
+    names: dict[str, Any] = {}
+    exec(of_jax, names)
+    np.testing.assert_allclose(names["state"].params, 1, atol=0.1)
+    assert names["decisions"].learned_updates.sum() > 0
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    exec(of_torch, names)
+    assert names["loss"] < 0.1
+    assert sum(decision.learned_updates for decision in names["guard"].history) > 0
 
 
 def test_readme_in_torch(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,16 +11,9 @@ import pytest
 from lossguard.experiments import price, tasks
 from lossguard.experiments.claims import Verdict, judge_claims
 from lossguard.experiments.envelope import FILE, envelope, interquartile_mean
-from lossguard.experiments.folders import read_runs
-from lossguard.experiments.readings import (
-    IMAGES,
-    POINTS,
-    POLICIES,
-    THETAS,
-    Reading,
-    judge_readings,
-)
-from lossguard.records import CURVES, EVALUATIONS, read_parquet
+from lossguard.experiments.readings import Reading, judge_readings
+from lossguard.experiments.recipes import IMAGES, POINTS, POLICIES, THETAS
+from lossguard.records import CURVES, EVALUATIONS, read_parquet, read_runs
 from lossguard.tasks.published import PUBLISHED
 
 ROOT = Path(__file__).parents[1]
@@ -103,7 +96,7 @@ def test_slowdowns_are_those_of_the_records() -> None:
         task, over, learned = label.split(", ")
         folder = ROOT / "results" / f"price-{task}-{learned}-{over}"
         evaluations = read_parquet(folder / EVALUATIONS)
-        own, reference = (price.curve(evaluations, m) for m in (method, price.FALLBACK))
+        own, reference = (price.curves(evaluations, m).mean() for m in (method, price.FALLBACK))
         assert cost == f"{price.price_of_step(evaluations, method):.2f}"
         for mark, cell in zip(marks, told, strict=True):
             value = price.slowdown(own, reference, mark)

@@ -173,6 +173,8 @@ def test_whole_file_of_something_else_is_named(finished: Path, name: str, missin
         ("curves.parquet", TABLE.cast({"loss": pl.String}), "numbers in column loss"),
         ("curves.parquet", TABLE[:1], "the methods b"),
         ("manifest.json", {"data": "", "seconds": {"b": 1.0}}, "the methods a"),
+        ("manifest.json", {"data": "", "seconds": 3}, "seconds of each method"),
+        ("manifest.json", {"data": "", "seconds": {"a": "1", "b": 1}}, "seconds of each method"),
         ("config.json", CONFIG | {"methods": ["a", "b", "c", "d"]}, "the methods c, d"),
         ("curves.parquet", TABLE.cast({"method": pl.Binary}), "names in column method"),
     ],
@@ -258,6 +260,7 @@ def test_no_methods_are_named(finished: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "field", "value", "reason"),
     [
+        ("config.json", "methods", None, "methods must be of type list, got None"),
         ("config.json", "methods", ["a", 1], "each of methods must be of type str, got 1"),
         ("config.json", "methods", [["a"]], r"each of methods must be of type str, got \['a'\]"),
         ("config.json", "seeds", "1", "seeds must be of type int, got '1'"),

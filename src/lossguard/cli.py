@@ -21,18 +21,23 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import tyro
+
 from . import __version__
 from .read_commands import claims, list_all, plot, readings, report
 from .run_commands import benchmark, demo, metatrain, run, sweep
 from .terminal import tell
 from .validation import one_of
 
-COMMANDS: Mapping[str, Callable[[Sequence[str]], None]] = {
+WITH_RECIPES: Mapping[str, Callable[[Sequence[str]], None]] = {
     "demo": demo,
     "run": run,
     "sweep": sweep,
-    "benchmark": benchmark,
     "metatrain": metatrain,
+}
+"""Their options are those of a recipe."""
+COMMANDS: Mapping[str, Callable[..., None]] = WITH_RECIPES | {
+    "benchmark": benchmark,
     "plot": plot,
     "claims": claims,
     "readings": readings,
@@ -55,7 +60,10 @@ def main() -> None:
     try:
         if name not in COMMANDS:
             raise ValueError(f"command must be {one_of(COMMANDS, name)}")
-        COMMANDS[name](arguments)
+        if name in WITH_RECIPES:
+            WITH_RECIPES[name](arguments)
+        else:
+            tyro.cli(COMMANDS[name], args=arguments, prog=f"lossguard {name}")
     except (ValueError, OSError) as error:
         tell(f"lossguard: {_sentence(error)}{_place(error, arguments)}")
         sys.exit(2)

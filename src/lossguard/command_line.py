@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
@@ -34,60 +34,26 @@ class Sweep:
     """Address of a Ray cluster to spread the runs over, or "auto" or "local"."""
 
 
-@dataclass(frozen=True)
-class Benchmark(Sweep):
-    """What is made shorter than its recipes say."""
-
-    steps: int | None = None
-    """Optimizer steps of each method, instead of the recipes'."""
-    seeds: int | None = None
-    """Seeds, likewise."""
-
-
-@dataclass(frozen=True)
-class Folders:
-    """Where records are."""
-
-    folders: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Folders of runs, or folders that hold such folders."""
-
-
-@dataclass(frozen=True)
-class Plot(Folders):
-    """What is drawn, and against what."""
-
-    over: Literal["price", "seconds", "steps"] = "price"
-    """The axis: what was spent, in gradients, or its time; or optimizer steps."""
-
-
-@dataclass(frozen=True)
-class Map(Folders):
-    """Where a map is drawn."""
-
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("readings.png")
-    """The map."""
-
-
-@dataclass(frozen=True)
-class Report(Folders):
-    """What a page is about and where it goes."""
-
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
-    """The page."""
-
-
 def find_recipe(
-    arguments: Sequence[str],
+    name: str,
     recipes: Mapping[str, Any],
     command: str,
     kind: type,
     elsewhere: Mapping[str, str] | None = None,
 ) -> tuple[str, Any]:
-    """The recipe that the first argument names: one of ours, or ``path/to/module.py:function``.
+    """The recipe of that name: one of ours, or ``path/to/module.py:function``.
 
-    ``elsewhere`` are names that another command runs, and that command.
+    Asked for help it tells how to use the command, and exits. ``elsewhere`` are names that another
+    command runs, and that command.
     """
-    name = arguments[0] if arguments else ""
+    if name in ("-h", "--help"):
+        several = "..." if command == "sweep" else ""
+        print(
+            f"usage: lossguard {command} RECIPE{several} [OPTIONS]\n\n"
+            f"RECIPE is path/to/module.py:function or one of {', '.join(recipes)}.\n"
+            f"lossguard {command} RECIPE --help lists its options."
+        )
+        sys.exit(0)
     if ".py:" in name:
         path, function = name.rsplit(":", 1)
         make = _load(Path(path), function)
@@ -135,20 +101,6 @@ def override(config: Any, where: Any, arguments: Sequence[str], program: str) ->
         description="",
     )
     return parsed.where, parsed.config
-
-
-def wants_help(arguments: Sequence[str]) -> bool:
-    """Whether a command is asked what it does."""
-    return bool(arguments) and arguments[0] in ("-h", "--help")
-
-
-def usage(command: str, recipes: Mapping[str, Any], *, several: bool = False) -> str:
-    """How to use a command that takes a recipe, or several."""
-    return (
-        f"usage: lossguard {command} RECIPE{'...' if several else ''} [OPTIONS]\n\n"
-        f"RECIPE is path/to/module.py:function or one of {', '.join(recipes)}.\n"
-        f"lossguard {command} RECIPE --help lists its options."
-    )
 
 
 def _load(path: Path, function: str) -> Callable[[], Any]:

@@ -2,27 +2,36 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.table import Table
 
-from .command_line import Folders, Map, Plot, Report, wants_help
 from .terminal import console, print_summary, shown, tell
 
-
-def plot(arguments: Sequence[str]) -> None:
-    """Figures and tables from the records of runs."""
-    about = "Draw a figure of each run into its folder."
-    parsed = _folders(Plot, arguments, "plot", about)
-    for folder in _records(parsed.folders):
-        show(folder, parsed.over)
+Folders = tyro.conf.Positional[tuple[Path, ...]]
+Out = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+Over = Literal["price", "seconds", "steps"]
 
 
-def claims(arguments: Sequence[str]) -> None:
-    """The paper's claims, judged by the records of runs."""
-    about = "Judge the paper's claims by these runs."
-    records = _records(_folders(Folders, arguments, "claims", about).folders)
+def plot(folders: Folders, over: Over = "price") -> None:
+    """Draw a figure of each run into its folder.
+
+    Args:
+        folders: Folders of runs, or folders that hold such folders.
+        over: The axis: what was spent, in gradients, or its time; or optimizer steps.
+    """
+    for folder in _records(folders):
+        show(folder, over)
+
+
+def claims(folders: Folders) -> None:
+    """Judge the paper's claims by these runs.
+
+    Args:
+        folders: Folders of runs, or folders that hold such folders.
+    """
+    records = _records(folders)
     from .experiments.claims import judge_claims
 
     columns = ("claim", "figure", "the paper says", "measured", "seeds", "to step", "verdict")
@@ -33,35 +42,36 @@ def claims(arguments: Sequence[str]) -> None:
     console().print(table)
 
 
-def readings(arguments: Sequence[str]) -> None:
-    """How many of the paper's claims each joint reading of it reproduces: a list and a map."""
-    about = "Judge joint readings of the paper by their runs."
-    parsed = _folders(Map, arguments, "readings", about)
+def readings(folders: Folders, out: Out = Path("readings.png")) -> None:
+    """Judge joint readings of the paper by their runs.
+
+    Args:
+        folders: Folders of runs, or folders that hold such folders.
+        out: A map of all readings and claims.
+    """
     from .experiments.readings import draw_readings, judge_readings
 
-    judged = judge_readings(_records(parsed.folders))
-    draw_readings(judged).savefig(parsed.out, dpi=100)
+    judged = judge_readings(_records(folders))
+    draw_readings(judged).savefig(out, dpi=100)
     for one in judged:
         print(one)
-    print(shown(f"figure: {parsed.out}"))
+    print(shown(f"figure: {out}"))
 
 
-def report(arguments: Sequence[str]) -> None:
-    """One page from the records of runs: claims, interactive figures and tables."""
-    about = "Write a page of claims, interactive figures and tables."
-    parsed = _folders(Report, arguments, "report", about)
+def report(folders: Folders, out: Out = Path("report.html")) -> None:
+    """Write a page of claims, interactive figures and tables.
+
+    Args:
+        folders: Folders of runs, or folders that hold such folders.
+        out: The page.
+    """
     from .experiments.report import report
 
-    print(shown(f"report: {report(parsed.folders, parsed.out)}"))
+    print(shown(f"report: {report(folders, out)}"))
 
 
-def list_all(arguments: Sequence[str]) -> None:
-    """What there is to name."""
-    if wants_help(arguments):
-        print("usage: lossguard list")
-        return
-    if arguments:
-        raise ValueError(f"list takes no arguments, got {' '.join(arguments)}")
+def list_all() -> None:
+    """List recipes, data sets and learned optimizers: what there is to name."""
     from .experiments import RECIPES as EXPERIMENTS
     from .experiments.recipes import SETS
     from .learned.weights_file import pretrained_names
@@ -80,7 +90,7 @@ def list_all(arguments: Sequence[str]) -> None:
             print(f"  {name:<28}{line}".rstrip())
 
 
-def show(folder: Path, over: Literal["price", "seconds", "steps"] = "price") -> None:
+def show(folder: Path, over: Over = "price") -> None:
     """A finished run's figure and its table."""
     from .experiments import figures
     from .metatrain import figure
@@ -95,17 +105,9 @@ def show(folder: Path, over: Literal["price", "seconds", "steps"] = "price") -> 
     print(shown(f"figure: {drawn}\nrecords: {folder}"))
 
 
-def _folders(kind: Any, arguments: Sequence[str], command: str, about: str) -> Any:
-    """The folders that a command is given, and its options."""
-    parsed = tyro.cli(kind, args=arguments, prog=f"lossguard {command}", description=about)
-    if not parsed.folders:
-        raise ValueError(f"{command} needs the folder of a run, or several")
-    return parsed
-
-
 def _records(folders: Sequence[Path]) -> dict[Path, Any]:
     """Of the finished runs in these folders; what is left out is told on stderr."""
-    from .experiments.folders import read_runs
+    from .records import read_runs
 
     found, others = read_runs(folders)
     for reason in others:

@@ -18,7 +18,7 @@ Records without checksums, as older versions left them, are read as they are.
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +27,11 @@ import polars as pl
 from . import checksums
 from .curves import COUNTERS
 from .files import write_whole
+from .progress import Progress
 from .validation import MOST_SEEDS
 
 CONFIG, MANIFEST, CURVES = "config.json", "manifest.json", "curves.parquet"
-EVALUATIONS = "evaluations.parquet"
+EVALUATIONS, FAILED = "evaluations.parquet", "failed.json"
 TABLES = (CURVES, EVALUATIONS)
 INPUTS = "inputs_sha256"
 """The field of a manifest for checksums of what a run reads."""
@@ -45,21 +46,13 @@ META_TRAINING: Mapping[str, Sequence[str]] = {
     CURVES: ("meta_step", "meta_loss", "validation"),
 }
 """What figures, tables and claims need of the records of either."""
-KINDS: Mapping[str, type] = {
-    "name": str,
-    "title": str,
-    "methods": list,
-    "seeds": int,
-    "seed": int,
-    "data": str,
-    "time": str,
-    "command": list,
-    "resumed": list,
-    "versions": dict,
-    INPUTS: dict,
-    "sha256": dict,
+KINDS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("name", "title", "data", "time"), (str,)),
+    **dict.fromkeys(("seeds", "seed"), (int,)),
+    **dict.fromkeys(("versions", INPUTS, "sha256"), (dict,)),
+    **dict.fromkeys(("methods", "command"), (list, str)),
+    "resumed": (list, dict),
 }
-ITEMS: Mapping[str, type] = {"methods": str, "command": str, "resumed": dict}
 """Types of those fields of configs and manifests that are read, and of what lists hold."""
 WHOLE = ("seed", "step", "meta_step")
 """Columns of curves that count."""
@@ -101,10 +94,61 @@ def read_run(folder: Path) -> Record:
     for name, found in {CONFIG: config, MANIFEST: made, CURVES: record.curves.columns}.items():
         if missing := [field for field in needed[name] if field not in found]:
             raise ValueError(f"{folder / name} is not of a run: it lacks {', '.join(missing)}")
-    name, lack = _lack(record, needed[CURVES])
-    if lack:
+    for name, lack in _lacks(record, needed[CURVES]):
         raise ValueError(f"{folder / name} is not of this run: it lacks {lack}")
     return record
+
+
+def read_runs(folders: Sequence[Path]) -> tuple[dict[Path, Record], list[str]]:
+    """The records of finished runs, each named or in a named folder of runs.
+
+    Returns:
+        Records, by the folder of the run; and why others in a folder of runs have none: a sentence
+        for each that is not finished, damaged, or a link, in whose place nothing is drawn.
+
+    Raises:
+        ValueError: if there is none, or a named folder doesn't exist, or holds neither a finished
+            run nor folders of runs, or a file of it is damaged, or no run can be read.
+    """
+    if not folders:
+        raise ValueError("name the folder of a run, or several")
+    for folder in folders:
+        if not folder.exists():
+            raise ValueError(f"there is no folder {folder}")
+    inside = {folder: _runs_in(folder) for folder in folders}
+    found, others, total = {}, [], sum(map(len, inside.values()))
+    first = f"{total} runs" if total else ""
+    with Progress("reading", total=total, unit="runs", first=first) as progress:
+        for folder, runs in inside.items():
+            if not runs:
+                found[folder] = read_run(folder)
+            for run in runs:
+                try:
+                    found[run] = _read(run)
+                except ValueError as error:
+                    others.append(str(error))
+                progress.advance(1)
+    if not found:
+        told = "; ".join([f"no run in {', '.join(map(str, folders))} can be read", *others])
+        raise ValueError(told)
+    return found, others
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The folders of runs in a folder that isn't one itself."""
+    if (folder / CONFIG).exists():
+        return []
+    return [config.parent for config in sorted(folder.glob(f"*/{CONFIG}"))]
+
+
+def _read(run: Path) -> Record:
+    if run.is_symlink():
+        raise ValueError(f"{run} is a link: name the folder that it leads to")
+    if (run / MANIFEST).exists():
+        return read_run(run)
+    told, failed = f"{run} is not finished", run / FAILED
+    reason = f": {read_json(failed).get('reason', 'it failed')}" if failed.exists() else ""
+    raise ValueError(told + reason)
 
 
 def _verify(folder: Path, config: Mapping[str, Any], made: Mapping[str, Any]) -> None:
@@ -127,78 +171,68 @@ def _verify(folder: Path, config: Mapping[str, Any], made: Mapping[str, Any]) ->
 
 def check_fields(path: Path, content: Mapping[str, Any]) -> None:
     """Refuse fields of a config or a manifest whose values can't be."""
-    for field in KINDS:
-        if field in content and (wrong := _wrong(field, content[field])):
-            raise ValueError(f"{path} is not of a run: {wrong}")
+    for field, (kind, *items) in KINDS.items():
+        if field not in content:
+            continue
+        value, most = content[field], LARGEST.get(field)
+        checked = [(field, kind, value)]
+        if items and isinstance(value, kind):
+            checked = [(f"each of {field}", items[0], one) for one in value]
+        for told, right, one in checked:
+            if not isinstance(one, right):
+                reason = f"{told} must be of type {right.__name__}, got {one!r}"
+                raise ValueError(f"{path} is not of a run: {reason}")
+        if most is not None and not 0 <= value <= most:
+            reason = f"{field} must be between 0 and {most}, got {value}"
+            raise ValueError(f"{path} is not of a run: {reason}")
 
 
-def _wrong(field: str, value: Any) -> str:
-    """What a field must be and is not, or ""."""
-    told, kind, values = field, KINDS[field], [value]
-    if isinstance(value, kind) and field in ITEMS:
-        told, kind, values = f"each of {field}", ITEMS[field], value
-    bad = [one for one in values if not isinstance(one, kind)]
-    if bad:
-        return f"{told} must be of type {kind.__name__}, got {bad[0]!r}"
-    most = LARGEST.get(field)
-    if most is not None and not 0 <= value <= most:
-        return f"{field} must be between 0 and {most}, got {value}"
-    return ""
-
-
-def _lack(record: Record, columns: Sequence[str]) -> tuple[str, str]:
-    """The file of a record that lacks values, and which, or "" twice: all fields are there."""
+def _lacks(record: Record, columns: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """What a record lacks whose fields are all there, and in which file."""
     config, made, curves = record
     if curves.is_empty():
-        return CURVES, "rows"
+        yield CURVES, "rows"
     if not record.is_meta and curves["method"].dtype != pl.String:
-        return CURVES, "names in column method"
+        yield CURVES, "names in column method"
     numbers = [name for name in columns if name != "method"]
-    numbers += [name for name in curves.columns if name.startswith("validation_")]
-    for name in numbers:
+    for name in (*numbers, *(name for name in curves.columns if name.startswith("validation_"))):
         values, many = curves[name].to_numpy(), name.startswith("validation")
         if curves[name].null_count():
-            return CURVES, f"values in column {name}"
+            yield CURVES, f"values in column {name}"
         if values.dtype.kind not in "iuf" or values.ndim != 1 + many:
-            return CURVES, f"{'rows of ' * many}numbers in column {name}"
+            yield CURVES, f"{'rows of ' * many}numbers in column {name}"
         if name in WHOLE and values.dtype.kind == "f":
-            return CURVES, f"whole numbers in column {name}"
-    if not record.is_meta:
-        spent = made["seconds"]
-        if not isinstance(spent, dict) or not all(_is_real(n) for n in spent.values()):
-            return MANIFEST, "seconds of each method"
-        for name, found in {CURVES: {*curves["method"]}, MANIFEST: spent}.items():
-            if missing := [method for method in config["methods"] if method not in found]:
-                return name, f"the methods {', '.join(missing)}"
-        if not config["methods"]:
-            return CONFIG, "methods"
-        if "runs" in made:
-            whole = _have_all_steps(curves, same_last=False)
-            return ("", "") if whole else (CURVES, "steps from 1, each once, for every curve")
-        many = dict(curves.group_by("method").agg(pl.col("seed").n_unique()).iter_rows())
-        if few := [method for method in config["methods"] if many[method] < config["seeds"]]:
-            return CURVES, f"seeds of the methods {', '.join(few)}"
-        if any(many[method] > config["seeds"] for method in config["methods"]):
-            return CONFIG, "seeds that the curves have"
-        if not _have_all_steps(curves):
-            return CURVES, "steps from 1 to the same last one, each once, for every method and seed"
-    return "", ""
+            yield CURVES, f"whole numbers in column {name}"
+    if record.is_meta:
+        return
+    methods, spent = config["methods"], made["seconds"]
+    if not isinstance(spent, dict) or not all(_is_real(n) for n in spent.values()):
+        yield MANIFEST, "seconds of each method"
+    if not methods:
+        yield CONFIG, "methods"
+    each = curves.group_by("method", "seed").agg(
+        first=pl.col("step").min(), once=pl.col("step").is_unique().all(), last=pl.col("step").max()
+    )
+    seeds = dict(each["method"].value_counts().iter_rows())
+    for name, found in {CURVES: seeds, MANIFEST: spent}.items():
+        if missing := [method for method in methods if method not in found]:
+            yield name, f"the methods {', '.join(missing)}"
+    whole = each["once"].all() and (each["first"] == 1).all()
+    if "runs" in made:
+        if not whole:
+            yield CURVES, "steps from 1, each once, for every curve"
+        return
+    if few := [method for method in methods if seeds[method] < config["seeds"]]:
+        yield CURVES, f"seeds of the methods {', '.join(few)}"
+    if any(seeds[method] > config["seeds"] for method in methods):
+        yield CONFIG, "seeds that the curves have"
+    if not whole or each["last"].n_unique() > 1:
+        yield CURVES, "steps from 1 to the same last one, each once, for every method and seed"
 
 
 def _is_real(number: Any) -> bool:
     """Whether JSON held a number, and one that a float can be."""
     return isinstance(number, float) or (isinstance(number, int) and abs(number) < 2**63)
-
-
-def _have_all_steps(curves: pl.DataFrame, *, same_last: bool = True) -> bool:
-    """Whether all methods and seeds go from step 1 to the same last one, and have none twice."""
-    step = pl.col("step")
-    each = curves.group_by("method", "seed").agg(
-        first=step.min(), once=step.is_unique().all(), last=step.max()
-    )
-    found = each.drop("method", "seed").unique()
-    whole = found.select("first", "once").unique().rows() == [(1, True)]
-    return whole and (len(found) == 1 or not same_last)
 
 
 def read_parquet(path: Path) -> pl.DataFrame:

@@ -13,16 +13,7 @@ from typing import Any
 
 import tyro
 
-from .command_line import (
-    Benchmark,
-    Sweep,
-    Where,
-    check_beside,
-    find_recipe,
-    override,
-    usage,
-    wants_help,
-)
+from .command_line import Sweep, Where, check_beside, find_recipe, override
 from .read_commands import show
 from .terminal import console, shown, tell
 from .validation import one_of
@@ -45,10 +36,7 @@ def run(arguments: Sequence[str]) -> None:
     from .experiments import RECIPES, Experiment
     from .experiments.recipes import ELSEWHERE
 
-    if wants_help(arguments):
-        print(usage("run", RECIPES))
-        return
-    name, recipe = find_recipe(arguments, RECIPES, "run", Experiment, ELSEWHERE)
+    name, recipe = find_recipe(next(iter(arguments), ""), RECIPES, "run", Experiment, ELSEWHERE)
     _run(*override(recipe, Where(Path("runs") / name), arguments[1:], f"run {name}"))
 
 
@@ -58,14 +46,13 @@ def sweep(arguments: Sequence[str]) -> None:
     from .experiments.recipes import ELSEWHERE, SETS
 
     known = {**SETS, **RECIPES}
-    if wants_help(arguments):
-        print(usage("sweep", known, several=True))
-        return
     names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     options = arguments[len(names) :]
     where, experiments = Sweep(), {}
-    for given in [recipe for name in names or [""] for recipe in SETS.get(name, (name,))]:
-        name, recipe = find_recipe([given], known, "sweep", Experiment, ELSEWHERE)
+    for given in [
+        recipe for name in names or arguments[:1] or [""] for recipe in SETS.get(name, (name,))
+    ]:
+        name, recipe = find_recipe(given, known, "sweep", Experiment, ELSEWHERE)
         where, experiment = override(recipe, where, options, f"sweep {name}")
         if experiments.setdefault(name, experiment) != experiment:
             raise ValueError(f"recipes must have different names, but two are called {name}")
@@ -74,44 +61,44 @@ def sweep(arguments: Sequence[str]) -> None:
     _sweep(experiments, where)
 
 
-def benchmark(arguments: Sequence[str]) -> None:
-    """Guards and their parts alone on several tasks, compared at equal price and steps."""
-    if not arguments or wants_help(arguments):
-        print(f"usage: lossguard benchmark {{{','.join(BENCHMARKS)}}} [RECIPE...] [OPTIONS]")
-        return
-    kind, *rest = arguments
-    if kind not in BENCHMARKS:
-        raise ValueError(f"benchmark must be {one_of(BENCHMARKS, kind)}")
+def benchmark(
+    kind: tyro.conf.Positional[str],
+    recipes: tyro.conf.Positional[tuple[str, ...]] = (),
+    out: Path | None = None,
+    ray: str | None = None,
+    steps: int | None = None,
+    seeds: int | None = None,
+) -> None:
+    """Compare guards and their parts alone on several tasks.
+
+    Args:
+        kind: "price": all guards, at equal price. "tasks": learned optimizers, alone and guarded,
+            on published tasks with published baselines.
+        recipes: Some of its experiments, all by default.
+        out: Folder of the folders of its runs, runs/price or runs/tasks. What is complete there is
+            skipped, the rest resumed.
+        ray: Address of a Ray cluster to spread the runs over, or "auto" or "local".
+        steps: Optimizer steps of each method, instead of the recipes'.
+        seeds: Seeds, likewise.
+    """
     from .experiments import price, tasks
 
-    module = {"price": price, "tasks": tasks}[kind]
-    names = list(itertools.takewhile(lambda one: not one.startswith("-"), rest))
-    for name in names:
-        if name not in module.RECIPES:
-            raise ValueError(f"recipes must each be {one_of(module.RECIPES, name)}")
-    where = tyro.cli(
-        Benchmark,
-        args=rest[len(names) :],
-        prog=f"lossguard benchmark {kind}",
-        description=BENCHMARKS[kind],
-        default=Benchmark(Path("runs") / kind),
-    )
-    given = {name: n for name in ("steps", "seeds") if (n := getattr(where, name)) is not None}
-    experiments = {
-        name: replace(module.RECIPES[name](), **given) for name in names or module.RECIPES
-    }
-    _sweep(experiments, where)
-    shown, numbers = module.table({name: where.out / name for name in experiments})
+    modules = {"price": price, "tasks": tasks}
+    if kind not in modules:
+        raise ValueError(f"benchmark must be {one_of(modules, kind)}")
+    known, out = modules[kind].RECIPES, out or Path("runs") / kind
+    for name in recipes:
+        if name not in known:
+            raise ValueError(f"recipes must each be {one_of(known, name)}")
+    given = {"steps": steps, "seeds": seeds}
+    given = {name: number for name, number in given.items() if number is not None}
+    experiments = {name: replace(known[name](), **given) for name in recipes or known}
+    _sweep(experiments, Sweep(out, ray))
+    shown, numbers = modules[kind].table({name: out / name for name in experiments})
     console().print(shown)
-    file = where.out / f"{kind}.csv"
+    file = out / f"{kind}.csv"
     numbers.write_csv(file)
     print(f"numbers: {file}")
-
-
-BENCHMARKS: Mapping[str, str] = {
-    "price": "All guards at equal price.",
-    "tasks": "Learned optimizers, alone and guarded, on published tasks with published baselines.",
-}
 
 
 def metatrain(arguments: Sequence[str]) -> None:
@@ -119,10 +106,7 @@ def metatrain(arguments: Sequence[str]) -> None:
     from .metatrain import loop
     from .metatrain.recipes import RECIPES
 
-    if wants_help(arguments):
-        print(usage("metatrain", RECIPES))
-        return
-    name, recipe = find_recipe(arguments, RECIPES, "metatrain", loop.MetaTraining)
+    name, recipe = find_recipe(next(iter(arguments), ""), RECIPES, "metatrain", loop.MetaTraining)
     where = Where(Path("runs") / name)
     where, config = override(recipe, where, arguments[1:], f"metatrain {name}")
     with _resumable(where):

@@ -17,9 +17,9 @@ from lossguard.experiments import Experiment
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def example(name: str, *options: str):
+def example(name: str):
     """The experiment of a recipe in examples/, as the command line makes it."""
-    _, e = find_recipe([f"{EXAMPLES}/{name}", *options], {}, "run", Experiment)
+    _, e = find_recipe(f"{EXAMPLES}/{name}", {}, "run", Experiment)
     return e
 
 

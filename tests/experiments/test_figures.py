@@ -44,52 +44,43 @@ def curves_of(methods: dict[str, float], steps: np.ndarray = STEPS, seeds: int =
     )
 
 
-def naive_smooth(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """One step at a time: the mean over the last tenth of the steps, bins weighted by width."""
-    result = np.array(values, np.float64)
-    widths = [int(step) - int(before) for step, before in zip(steps, [0, *steps], strict=False)]
-    for seed in range(len(values)):
-        for i, step in enumerate(steps):
-            window = [j for j in range(i + 1) if 10 * int(steps[j]) > 9 * int(step)]
-            if step >= 300:
-                total = sum(widths[j] * float(values[seed, j]) for j in window)
-                result[seed, i] = total / sum(widths[j] for j in window)
-    return result
+def naive_windows(steps: list[int], losses: np.ndarray) -> dict[int, float]:
+    """One window after another, down from the last step; bins weighted by their widths."""
+    widths = np.diff(steps, prepend=0)
+    shown, end = {}, steps[-1]
+    while end >= 300:
+        inside = [i for i, step in enumerate(steps) if 0.9 * end < step <= end and step >= 300]
+        if inside:
+            shown[steps[inside[-1]]] = np.average(losses[inside], weights=widths[inside])
+        end *= 0.9
+    return shown | {step: losses[i] for i, step in enumerate(steps) if step < 300}
 
 
-def test_smooth_is_a_moving_mean() -> None:
-    steps = STEPS[:1100]
-    values = np.random.default_rng(0).normal(size=(3, len(steps))).astype(np.float32)
-    smoothed = lines.smooth(steps, values)
-    np.testing.assert_allclose(smoothed, naive_smooth(steps, values), rtol=1e-6, atol=1e-9)
-    np.testing.assert_array_equal(smoothed[:, :299], values[:, :299])
+def test_a_line_is_of_means_over_windows() -> None:
+    """Down from the last step; up to 300 of each step. Bands are of all seeds, so averaged."""
+    noise = np.random.default_rng(0).random((3, len(STEPS))).astype(np.float32)
+    curves = curves_of({"L2O": 1.0}, seeds=3).with_columns(loss=pl.Series(noise.ravel()))
+    (one,) = lines.lines(curves).values()
+    each = [naive_windows(STEPS.tolist(), loss) for loss in noise]
+    assert one.at["steps"].tolist() == sorted(each[0])
+    expected = np.array([[seed[step] for step in sorted(seed)] for seed in each])
+    for found, right in ((one.mean, np.mean), (one.low, np.min), (one.high, np.max)):
+        np.testing.assert_allclose(found, right(expected, axis=0), rtol=1e-6)
+    (axes,) = figures.draw(curves, "Title").axes[:1]
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), one.mean)
 
 
-def test_smooth_of_wide_bins_takes_each_at_least() -> None:
-    steps = np.array([1, 2, 500, 1000, 3000])
-    values = np.array([[1.0, 2.0, 3.0, 4.0, 5.0]])
-    np.testing.assert_allclose(lines.smooth(steps, values), values)
-
-
-def test_smooth_forgets_a_huge_loss() -> None:
-    """Once it is out of the window, what is drawn is the mean of the losses after it."""
-    steps, values = np.arange(1, 1001), np.full((1, 1000), 0.1, np.float32)
-    values[0, 319] = 1e22
-    smoothed = lines.smooth(steps, values)
-    np.testing.assert_allclose(smoothed, naive_smooth(steps, values), rtol=1e-6)
-    np.testing.assert_allclose(smoothed[0, 355:], 0.1, rtol=1e-6)  # 0.9 * 356 = 320.4
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_smooth_shows_where_a_loss_is_not_finite(bad: float) -> None:
-    """Gaps where the window meets one, and nothing spoiled behind it."""
-    steps, values = np.arange(1, 1001), np.ones((2, 1000))
-    values[1, 499] = bad
-    smoothed = lines.smooth(steps, values)
-    assert np.isfinite(smoothed[0]).all()
-    gaps = steps[~np.isfinite(smoothed[1])]
-    np.testing.assert_array_equal(gaps, np.arange(500, 556))  # 0.9 * 556 = 500.4
-    np.testing.assert_allclose(smoothed[1, 556:], 1)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e22])
+def test_what_a_bad_loss_spoils_is_its_window(bad: float) -> None:
+    steps = np.arange(1, 1001)
+    curves = curves_of({"L2O": 1.0}, steps).with_columns(
+        loss=pl.when(step=500, seed=1).then(bad).otherwise(0.1)
+    )
+    (one,) = lines.lines(curves).values()
+    (spoiled,) = np.flatnonzero(~(one.high < 1))
+    assert one.at["steps"][spoiled - 1] < 500 <= one.at["steps"][spoiled]
+    assert np.isfinite(one.mean[spoiled]) == np.isfinite(bad) == np.isfinite(one.high[spoiled])
+    np.testing.assert_allclose(np.delete(one.mean, spoiled), 0.1, rtol=1e-6)
 
 
 def test_draw_has_a_line_and_a_band_for_each_method() -> None:
@@ -122,10 +113,10 @@ def test_a_line_goes_on_with_the_seeds_that_do() -> None:
     first, second = figures.draw(curves, "Title").axes
     assert (len(first.lines), len(second.lines)) == (2, 1)
     x, y = (np.asarray(values) for values in first.lines[0].get_data())
-    assert 500 in x and x[-1] == STEPS[-1]
+    assert x[-1] == STEPS[-1]
     np.testing.assert_allclose(y[:299], 1.5 / np.sqrt(x[:299]), rtol=1e-6)
-    np.testing.assert_allclose(y[-1], 1 / np.sqrt(0.95 * STEPS[-1]), rtol=0.01)
-    one = lines.line(curves, "SGDnm", "loss")
+    np.testing.assert_allclose(y[x > 500], 1 / np.sqrt(0.95 * x[x > 500]), rtol=0.01)
+    one = lines.lines(curves)["SGDnm"]
     assert (one.low[-1], one.high[-1]) == (y[-1], y[-1]) and one.high[0] == 2 * one.low[0]
     table = figures.summary(records.Record(MERGED, {"seconds": SECONDS}, curves))
     per_step = [str(cell) for cell in table.columns[-4].cells]
@@ -142,21 +133,6 @@ def test_a_variant_looks_like_its_method_but_dashed() -> None:
     styles = [(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines]
     assert styles[2][0] == styles[1][0] and styles[4][0] == styles[3][0] != styles[1][0]
     assert [dashes for _, dashes in styles] == ["-", "-", "--", "-", "--"]
-
-
-def test_lines_are_smoothed_before_they_are_thinned() -> None:
-    """And bands are of all seeds."""
-    curves = curves_of({"L2O": 1.0}, seeds=3)
-    noise = np.random.default_rng(0).random(len(curves))
-    curves = curves.with_columns(loss=pl.col("loss") * pl.Series(noise))
-    axes = figures.draw(curves, "Title").axes[0]
-    steps, losses = STEPS, curves["loss"].to_numpy().reshape(3, -1)
-    expected, drawn = lines.smooth(steps, losses), lines.drawn_points(steps)
-    np.testing.assert_allclose(axes.lines[0].get_ydata(), expected.mean(axis=0)[drawn])
-    (path,) = axes.collections[0].get_paths()
-    corners = {(float(x), float(y)) for x, y in path.vertices}
-    for edge in (expected.min(axis=0), expected.max(axis=0)):
-        assert {*zip(steps[drawn].tolist(), edge[drawn].tolist(), strict=True)} <= corners
 
 
 def test_a_residual_guard_is_a_guard() -> None:
@@ -255,54 +231,18 @@ def test_what_a_logarithmic_axis_cannot_show_is_drawn(folder: Path, loss: float)
     assert figures.plot(folder, records.Record(config, made, alone)).is_file()
 
 
-GRID = {f"SGDnm {rate} tau {tau}": rate * tau for rate in (0.1, 1, 10) for tau in (2, 5)}
-
-
-def test_a_grid_is_drawn_as_a_map(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the losses at the end; a single one that is not finite leaves its cell empty."""
-    curves = curves_of(GRID).with_columns(
-        loss=pl.when(pl.col("method") == "SGDnm 10 tau 5").then(np.nan).otherwise("loss")
-    )
-    drawn = []
-    monkeypatch.setattr(figures, "save", lambda figure, folder: drawn.append(figure) or folder)
-    config, made, _ = records.read_run(folder)
-    config |= {"methods": list(GRID)}
-    figures.plot(folder, records.Record(config, made | {"data": "JPEG q75"}, curves))
-    axes, bar = drawn[0].axes
-    assert axes.get_title() == "known (JPEG q75)" and bar.get_ylabel().endswith("at step 5,000")
-    (image,) = axes.images
-    ends, inside = np.arange(4500, 5001, 10), [1, *[10] * 50]  # step 4,500 alone of its bin
-    loss = 1.5 * np.average(1 / np.sqrt(ends), weights=inside)
-    expected = loss * np.outer([0.1, 1, 10], [2, 5])
-    found = np.ma.asarray(image.get_array())
-    assert found.mask.sum() == 1 and found.mask[2, 1]
-    np.testing.assert_allclose(found.compressed(), expected.ravel()[:-1], rtol=1e-3)
-    cells = [text.get_text() for text in axes.texts]
-    assert cells[0] == f"{expected[0, 0]:#.4g}" and cells[-1] == "nan"
-    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["0.1", "1", "10"]
-
-
-def test_names_on_a_map_are_shown_as_they_are() -> None:
-    grid = [f"$a_{{$ {rate} tau {tau}" for rate in ("$_{$", "2") for tau in ("$^{$", "3")]
-    figure = figures.draw_grid(curves_of(dict.fromkeys(grid, 1.0)), "$x_{$")
-    assert figure is not None
-    figure.draw_without_rendering()  # raises at formulas that aren't
-
-
-TWO = ["A 1 tau 2", "A 1 tau 5", "B 10 tau 2", "B 10 tau 5"]
-
-
-@pytest.mark.parametrize("methods", [list(GRID)[1:], list(GRID)[:2], [*GRID, "Adam"], ["L2O"], TWO])
-def test_what_is_no_whole_grid_is_drawn_as_lines(methods: list[str]) -> None:
-    assert figures.draw_grid(curves_of(dict.fromkeys(methods, 1.0), np.arange(1, 9)), "") is None
-
-
 @pytest.mark.parametrize("first", [np.nan, np.inf])
 def test_nothing_leaves_where_no_first_loss_is_finite(first: float) -> None:
     curves = curves_of({"L2O": 1.0}).with_columns(
-        loss=pl.when(pl.col("step") == 1).then(first).otherwise("loss")
+        loss=pl.when(step=1)
+        .then(first)
+        .when(step=2)
+        .then(1e9)
+        .when(step=3)
+        .then(0)
+        .otherwise("loss")
     )
-    assert lines.limits(curves, [np.array([np.nan, 1e9, 0.0])]) == (None, None)
+    assert lines.limits(lines.lines(curves).values()) == (None, None)
 
 
 def test_a_method_that_diverged_is_drawn() -> None:
@@ -410,17 +350,6 @@ def test_drawing_leaves_the_users_backend(folder: Path) -> None:
     assert done.stdout == "svg\n"
 
 
-def test_few_points_are_drawn() -> None:
-    """The first ones and the last among them, everywhere on a logarithmic axis."""
-    steps = np.concatenate([np.arange(1, 10_000), np.arange(10_000, 1_000_001, 100)])
-    drawn = steps[lines.drawn_points(steps)]
-    assert len(drawn) < 300 + 100 * np.log10(1_000_000 / 300) + 2
-    assert drawn[:299].tolist() == [*range(1, 300)] and drawn[-1] == 1_000_000
-    assert np.diff(np.log10(drawn[299:])).max() < 0.02
-    few = np.array([10, 20, 30])
-    assert lines.drawn_points(few).tolist() == [0, 1, 2]
-
-
 def test_methods_look_alike_in_all_figures() -> None:
     """Those of the paper and ours; of others each has a style of its own."""
     colors = []
@@ -433,4 +362,4 @@ def test_methods_look_alike_in_all_figures() -> None:
     assert colors[0] == colors[1] != colors[2]
     known = lines.NAMED
     assert {*paper_methods(Experiment("any"))} == {*known}
-    assert len({*known.values()}) == len(known) <= lines.COLORS
+    assert len({*known}) == len(known) <= lines.COLORS

@@ -35,11 +35,10 @@ ALONE, FALLBACK = (optax.sgd(paper_decay(0.5, tau)) for tau in (4.0, 9.0))
 @pytest.fixture(autouse=True)
 def told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards are what they are made of: their optimizers, and their options."""
-    for module in (experiments, recipes):
-        for name in ("unguarded", "loss_guard", "residual_guard", "recommended"):
-            made = lambda *optimizers, **options: (optimizers, options)  # noqa: E731
-            monkeypatch.setattr(module, name, made, raising=False)
-        monkeypatch.setattr(module, "pretrained", {"mine": LEARNED}.__getitem__)
+    for name in ("unguarded", "loss_guard", "residual_guard", "recommended"):
+        made = lambda *optimizers, **options: (optimizers, options)  # noqa: E731
+        monkeypatch.setattr(experiments, name, made)
+    monkeypatch.setattr(experiments, "pretrained", {"mine": LEARNED}.__getitem__)
     monkeypatch.setattr(experiments, "ema", lambda theta: theta)
 
 

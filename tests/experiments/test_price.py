@@ -29,7 +29,7 @@ def evaluations(**factors: float) -> pl.DataFrame:
 
 def test_a_method_of_twice_the_price_is_twice_as_slow() -> None:
     table = evaluations(Fallback=1.0, Dear=3.0, Cheap=0.0)
-    curves = {name: price.curve(table, name) for name in ("Fallback", "Dear", "Cheap")}
+    curves = {name: price.curves(table, name).mean() for name in ("Fallback", "Dear", "Cheap")}
     for mark in (100.0, 1_000.0, 10_000.0):
         for name, expected in (("Fallback", 1.0), ("Dear", 2.0), ("Cheap", 0.5)):
             slowdown = price.slowdown(curves[name], curves["Fallback"], mark)
@@ -40,7 +40,9 @@ def test_a_method_of_twice_the_price_is_twice_as_slow() -> None:
 
 
 def test_a_curve_is_the_mean_of_the_seeds_over_the_last_tenth() -> None:
-    one = price.curve(evaluations(Fallback=0.0), "Fallback")  # a step costs 1: three forward passes
+    one = price.curves(
+        evaluations(Fallback=0.0), "Fallback"
+    ).mean()  # a step costs 1: three forward passes
     # The mean of 1.5 / p over log-spaced p in [0.9 P, P], which is 1.5 / P times a constant.
     expected = 1.5 / 1_000 * (1 / 0.9 - 1) / np.log(1 / 0.9)
     assert price.at(one, 1_000.0) == pytest.approx(expected, rel=0.01)
@@ -48,7 +50,7 @@ def test_a_curve_is_the_mean_of_the_seeds_over_the_last_tenth() -> None:
 
 def test_what_is_never_reached_is_infinite_and_what_is_unknown_is_not_a_number() -> None:
     table = evaluations(Fallback=1.0)
-    reference = price.curve(table, "Fallback")
+    reference = price.curves(table, "Fallback").mean()
     stuck = reference._replace(loss=np.ones_like(reference.loss))
     assert price.slowdown(stuck, reference, 1_000.0) == np.inf
     assert np.isnan(price.slowdown(reference, reference, 1e6))
@@ -56,5 +58,6 @@ def test_what_is_never_reached_is_infinite_and_what_is_unknown_is_not_a_number()
 
 def test_the_interval_holds_the_slowdown_and_is_a_point_where_seeds_agree() -> None:
     table = evaluations(Fallback=1.0, Dear=3.0)
-    low, high = price.interval(table, "Dear", 1_000.0, draws=20)
+    each, reference = (price.curves(table, name) for name in ("Dear", "Fallback"))
+    low, high = price.interval(each, reference, 1_000.0)
     assert low == pytest.approx(2.0, rel=0.03) and high == pytest.approx(2.0, rel=0.03)

@@ -15,16 +15,13 @@ from lossguard.curves import COUNTERS
 from lossguard.experiments.readings import (
     ALL,
     COLORS,
-    FIGURES,
     JUDGED,
-    POLICIES,
-    READINGS,
     Judged,
     Reading,
     draw_readings,
     judge_readings,
-    restarting,
 )
+from lossguard.experiments.recipes import POLICIES, READ, READINGS, restarting
 from lossguard.guards.unguarded import unguarded
 from lossguard.records import Record
 
@@ -121,7 +118,7 @@ def test_a_restarting_optimizer_is_a_fresh_one_every_so_often() -> None:
 
 
 def test_recipes_have_every_policy_and_both_thetas() -> None:
-    assert len(READINGS) == sum(len(scalings) for scalings, _ in FIGURES.values())
+    assert len(READINGS) == sum(len(scalings) for _, scalings, _ in READ.values())
     for name, recipe in READINGS.items():
         e = recipe()
         assert e.name == name and name.endswith(e.scaling)

@@ -163,14 +163,6 @@ def test_what_a_run_is_put_together_from_is_told(
     assert "LGL2O (1 seeds to 20, 2026-01-01, commit abc)" in text
 
 
-def test_a_grid_is_shown_as_its_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
-    methods = [f"SGDnm {rate} tau {tau}" for rate in (0.1, 1) for tau in (2, 5)]
-    write_run(tmp_path / "run", curves_of(methods, np.arange(1, 11)), name="fig10")
-    text = report([tmp_path], tmp_path / "report.html").read_text()
-    assert text.count('<img src="data:image/png;base64,') == 1 and 'class="plot"' not in text
-
-
 def test_twenty_long_runs_stay_below_15_megabytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,7 +190,7 @@ def test_command(
 @pytest.mark.parametrize(
     ("names", "reason"),
     [
-        ((), "report needs the folder of a run, or several"),
+        ((), "name the folder of a run, or several"),
         (("nowhere",), "there is no folder nowhere"),
         (("half",), "half holds no finished run: manifest.json is missing"),
         ((".",), "no run in . can be read; half is not finished"),

@@ -102,7 +102,7 @@ def test_bad_batches_are_refused() -> None:
 
 
 def test_recipes_are_the_published_tasks() -> None:
-    assert tasks.RECIPES.keys() == tasks.RATES.keys() == published.PUBLISHED.keys()
+    assert tasks.RECIPES.keys() == tasks.TRIED.keys() == published.PUBLISHED.keys()
     for name, recipe in tasks.RECIPES.items():
         e = recipe()
         assert e.methods[-4:] == ("LSTM", "LSTM, guarded", "MLP", "MLP, guarded")
@@ -139,7 +139,7 @@ def test_the_command(
     monkeypatch.setattr(tasks, "LEARNED", {"LSTM": "lstm-mnist-mlp"})
     known = Envelope(np.array([0.0, 100]), np.array([3.0, 1.0]))
     monkeypatch.setattr(tasks, "envelope", lambda task: known)
-    monkeypatch.setitem(tasks.RATES, name, tasks.Tuned((("Adam", 0.01),), 0.01))
+    monkeypatch.setitem(tasks.TRIED, name, (("Adam", 0.01),))
     given = ("--steps", "40", "--seeds", "2", "--out", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["lossguard", "benchmark", "tasks", name, *given])
     cli.main()

@@ -1,9 +1,10 @@
-"""Algorithm 2 and GL2O equal their NumPy re-implementation, step by step."""
+"""The guards equal their NumPy re-implementation, step by step."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy_guards
+import numpy_relay
 import optax
 import pytest
 from problems import decay, objective_of
@@ -25,6 +26,14 @@ def momentum(rate, momentum: float = 0.0):
 
 def adam(rate):
     return lambda: (numpy_guards.Adam(rate), optax.adam(rate))
+
+
+def breaks(rate, momentum: float, at: int):
+    once = optax.scale_by_schedule(lambda k: jnp.where(k == at, jnp.nan, 1.0))
+    return lambda: (
+        numpy_guards.Breaks(rate, momentum, at),
+        optax.chain(once, optax.sgd(rate, momentum)),
+    )
 
 
 # The same optimizers twice: in NumPy, and in optax.
@@ -108,14 +117,21 @@ RELAYS = [
         2,
         EVENTS - {"from the snapshot", "back to s"},
     ),
-    (momentum(in_phases(1.0, -0.02, 60), 0.3), momentum(decay(0.2)), 1, 1, {"won", "lost"}),
+    (
+        momentum(in_phases(1.0, -0.3, 60)),
+        breaks(decay(0.2), 0.5, at=60),  # while y leads, so that s takes this step, and z doesn't
+        10,
+        1,
+        EVENTS - {"back to s", "from x"} | {"s breaks"},
+    ),
 ]
 """Learned optimizer, fallback, nt, seed, and what can be seen in their run."""
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    ("name", "case"), [*(("recommended", case) for case in range(4)), ("hedged", 0), ("hedged", 3)]
+    ("name", "case"),
+    [*(("recommended", case) for case in range(5)), *(("hedged", case) for case in (0, 3, 4))],
 )
 def test_a_relay_is_its_rules(name, case) -> None:
     learned, fallback, nt, seed, events = RELAYS[case]
@@ -124,7 +140,7 @@ def test_a_relay_is_its_rules(name, case) -> None:
     (in_numpy, learned), (fallback_in_numpy, fallback) = learned(), fallback()
     options = {"nt": nt, "share": 0.3001}  # at 0.3 there are ties
     guard = getattr(lossguard, name)(learned, fallback, **options)
-    reference = getattr(numpy_guards, name)
+    reference = getattr(numpy_relay, name)
     expected = list(reference(problem, in_numpy, fallback_in_numpy, **options, cycles=cycles))
     assert_equal(guard, problem, expected, REPORTED)
     seen = {event for cycle in expected for event in cycle["events"]}

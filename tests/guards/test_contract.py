@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 import lossguard
 
-NT, NC = 2, 3
+NT, NC = 2, 1
 R = 0.05
 OPTIMIZERS = {
     "sgd": optax.sgd(R),
@@ -124,6 +124,8 @@ def test_compiled_and_vmapped_equals_one_by_one(guard, name) -> None:
     seed = seeds - 1
     with jax.disable_jit():
         state = guard.init(start())
+        if cycles == 2:  # from where the first cycle led
+            state = jax.tree.map(lambda leaf: leaf[seed], fast.pop(0)[0])
         for states, decisions in fast:
             state, decision = guard.step(state, Objective(keys[seed]))
             jax.tree.map(
@@ -133,15 +135,6 @@ def test_compiled_and_vmapped_equals_one_by_one(guard, name) -> None:
                 comparable((state, decision)),
                 comparable((states, decisions)),
             )
-
-
-@pytest.mark.parametrize("guard", GUARDS)
-def test_it_goes_without_jax_promoting_ranks_or_types(guard) -> None:
-    """As people have JAX check their own code: every conversion is one that was meant."""
-    sgd = optax.sgd(R)
-    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        guard = GUARDS[guard](sgd, sgd)
-        jax.eval_shape(lambda state: guard.step(state, squares), guard.init(start()))
 
 
 def squares(params, i):
@@ -195,7 +188,7 @@ def test_low_precision_runs(guard) -> None:
     guard = GUARDS[guard](OPTIMIZERS["adam"], OPTIMIZERS["nesterov"])
     first = state = guard.init(start(DTYPES["mixed"]))
     objective = Objective(jax.random.key(0))
-    for _ in range(4):
+    for _ in range(2):
         state, decision = guard.step(state, objective)
         assert np.isfinite(decision.losses).all()
     before, after = (
@@ -234,8 +227,8 @@ def test_parameters_are_any_pytree_of_floats(guard, params) -> None:
 
 
 @pytest.mark.parametrize("guard", GUARDS)
-def test_programs_stay_small(guard) -> None:
-    """What takes long to compile is in them a few times."""
+def test_programs_stay_small_and_convert_nothing_unasked(guard) -> None:
+    """What takes long to compile is in them a few times; JAX may refuse to promote ranks, types."""
     objectives, updates = [], []
 
     def update(gradients, state, params=None):
@@ -247,9 +240,10 @@ def test_programs_stay_small(guard) -> None:
         return squares(params, i)
 
     learned = optax.GradientTransformation(lambda params: (), update)
-    made = GUARDS[guard](learned, optax.sgd(R))
-    state = made.init(start())
-    jax.eval_shape(lambda state: made.step(state, objective), state)
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        made = GUARDS[guard](learned, optax.sgd(R))
+        state = made.init(start())
+        jax.eval_shape(lambda state: made.step(state, objective), state)
     assert len(objectives) <= 6 and len(updates) <= 2
 
 
@@ -310,7 +304,7 @@ def test_counts_of_32_bits_do_not_become_negative(guard) -> None:
     """Steps stay at the largest number, minibatches begin at 0 again, also within a cycle."""
     made = GUARDS[guard](OPTIMIZERS["adam"], OPTIMIZERS["sgd"])
     step, calls = counted(made)
-    for to_go in range(8):
+    for to_go in range(NT + NC):  # wherever in a cycle that is
         state = made.init(start())
         state = state._replace(
             steps=jnp.int32(LAST - to_go), minibatches=jnp.int32(LAST - 2 * (NT + NC) - to_go)

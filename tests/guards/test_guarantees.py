@@ -132,7 +132,7 @@ def noisy_run(problem, rate, *, nt: int):
 
     Gradients have the variance SIGMA^2, checks are exact. "turns" does so after 100 cycles.
     """
-    seeds, well_behaved = 100, 100
+    seeds, well_behaved = 40, 100
     cycles = max(400 // nt, well_behaved + 10)
 
     def one(which, key):

@@ -76,7 +76,7 @@ def test_x_is_finite_for_ever(
     )
     assert np.isfinite(states.params).all()
     inner = states.inner
-    lanes = (inner.relay.z, inner.s) if name in RELAYS else (inner.learned, inner.fallback)
+    lanes = (inner.relay.z, inner.relay.s) if name in RELAYS else (inner.learned, inner.fallback)
     for leaf in jax.tree.leaves(lanes):
         assert np.isfinite(leaf).all()  # what is gone on from is sound too
     learned, fallback = np.asarray(decisions.finite_learned), np.asarray(decisions.finite_fallback)
@@ -200,12 +200,12 @@ def test_a_gradient_that_is_not_finite_is_one_of_0(name) -> None:
     else:
         guard = lossguard.best_of([lossguard.unguarded(learned, nt=NT)])
     state = guard.init(START)
-    for k in range(4):
+    for k in range(2):
         numbers = jnp.arange(k * NT, (k + 1) * NT)
         fed = lossguard.stacked(objective, numbers, start=k * NT)
         state, decision = guard.step(state, fed if name == "stacked" else objective)
         assert decision.finite_learned and decision.finite_fallback
-    np.testing.assert_allclose(state.params, START * 0.8 ** (4 * NT - 1), rtol=1e-6)
+    np.testing.assert_allclose(state.params, START * 0.8 ** (2 * NT - 1), rtol=1e-6)
 
 
 def test_states_that_begin_infinite_are_sound() -> None:

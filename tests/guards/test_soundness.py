@@ -6,12 +6,14 @@ import numpy as np
 import optax
 import pytest
 
+import lossguard
 from lossguard.guards.soundness import (
     advance_schedules,
     all_finite,
     is_sound,
     keep_schedules,
     renew_if_unsound,
+    with_sound_gradients,
 )
 
 NAN, INF = np.nan, np.inf
@@ -132,3 +134,38 @@ def test_a_state_with_infinities_by_design_is_left_alone() -> None:
     assert np.isinf(state.best_value)
     renewed = renew_if_unsound(optimizer, PARAMS, state._replace(scale=jnp.float32(0.5)))
     assert renewed.scale == 0.5
+
+
+@pytest.mark.parametrize("w", [[1.0, 4.0], [0.0, 4.0]])
+def test_derivatives_of_every_kind_are_0_where_a_gradient_is_not_finite(w) -> None:
+    """The gradient of the sum of roots is 1 / (2 sqrt(w))."""
+    w, direction = jnp.array(w), jnp.array([1.0, -2.0])
+    root = with_sound_gradients(lambda params, i: jnp.sqrt(params).sum())
+    fine = (w > 0).all()
+    slope = jnp.where(fine, 0.5 / jnp.sqrt(w), 0)
+    np.testing.assert_allclose(jax.grad(root)(w, 0), slope)
+    value, forward = jax.jvp(lambda w: root(w, 0), (w,), (direction,))
+    assert value == jnp.sqrt(w).sum()
+    np.testing.assert_allclose(forward, slope @ direction)
+    if fine:
+        curvature = jnp.diag(-0.25 * w**-1.5)
+        np.testing.assert_allclose(jax.hessian(root)(w, 0), curvature, rtol=1e-6)
+
+
+def test_an_optimizer_may_differentiate_the_objective_forwards() -> None:
+    """As Newton's method along the gradient does, for which a quadratic is one step."""
+
+    def update(gradient, state, params=None, *, value_fn):
+        def slope(rate):
+            return jax.jvp(value_fn, (params - rate * gradient,), (gradient,))[1]
+
+        now, curvature = jax.jvp(slope, (0.0,), (1.0,))
+        return now / curvature * gradient, state
+
+    newton = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    for guard in (
+        lossguard.best_of([lossguard.unguarded(newton, nt=1)]),
+        lossguard.recommended(newton, newton, nt=1),
+    ):
+        state, _ = guard.step(guard.init(jnp.ones(2)), lambda w, i: jnp.sum(w**2))
+        np.testing.assert_allclose(state.params, 0, atol=1e-6)

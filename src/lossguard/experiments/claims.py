@@ -1,20 +1,54 @@
 """The paper's claims, judged by records: reproduced, not reproduced or not run.
 
-The fallback is SGDnm, the very optimizer that the guards of a figure fall back to, run alone.
-``docs/paper.md`` has the verdicts.
+A row of ``CLAIMS`` is a statement of the paper and the formula that judges it. The fallback is
+SGDnm, the very optimizer that the guards of a figure fall back to, run alone. ``docs/paper.md`` has
+the verdicts.
 
-Letters: k an optimizer step, K the step at which an end is judged.
+Letters: m a method, k an optimizer step, K the step at which an end is judged.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
+import polars as pl
+
+from .. import curves
 from ..records import Record
-from . import judges
-from .evidence import Evidence, gather
-from .formulas import Finding, each, either, found, from_first, ratio_of, rises
-from .judges import GL2O, PARTS, K, marks, on, on_each
+from .evidence import MARKS, Evidence, Figure, NotRunError, gather
+from .formulas import (
+    Finding,
+    Formula,
+    at_marks,
+    divided,
+    each,
+    either,
+    found,
+    from_first,
+    of_losses,
+    on,
+    on_each,
+    over,
+    ratio,
+    rise,
+    rises,
+    short,
+    single,
+    together,
+    values,
+)
+from .recipes import PAPERS
+
+K = 100_000
+"""Where the paper gives no length; what lies beyond is told beside the verdict."""
+META_STEPS = 10_000
+HORIZON = 600
+"""Steps of a rollout of meta-training on CIFAR-10 + ConvNet."""
+GL2O = ("GL2O", "GL2O (theta as decay)", "GL2O (mu of every step)")
+"""Readings of the rival: a claim about it is reproduced if it is so by one that was run."""
+PARTS = ("L2O", "SGDnm")
+NC_100 = "LGL2O (nc 100)"
 
 Outcome = Literal["reproduced", "not reproduced", "not run"]
 OUTCOMES: Mapping[bool | None, Outcome] = {
@@ -43,9 +77,10 @@ class Claim(NamedTuple):
     """What the paper says, and what judges it."""
 
     id: str
-    figure: str
     says: str
     judge: Callable[[Evidence], Finding]
+    where: str = ""
+    """The paper says it, if it isn't the caption of the figure that the name begins with."""
 
 
 def judge_claims(records: Mapping[Path, Record]) -> list[Verdict]:
@@ -54,7 +89,7 @@ def judge_claims(records: Mapping[Path, Record]) -> list[Verdict]:
     Those of other experiments are passed over.
     """
     evidence = gather(records)
-    return [_verdict(claim, found(lambda judge=claim.judge: judge(evidence))) for claim in CLAIMS]
+    return [_verdict(claim, found(claim.judge, evidence)) for claim in CLAIMS]
 
 
 def _verdict(claim: Claim, finding: Finding) -> Verdict:
@@ -63,118 +98,231 @@ def _verdict(claim: Claim, finding: Finding) -> Verdict:
         if count != before:
             told.append(f"{count} from {k:,}" if told else f"{count}")
         before = count
-    mark = max(finding.seeds, default=0)
-    return Verdict(*claim[:3], finding.numbers, ", ".join(told), mark, OUTCOMES[finding.holds])
+    figure, mark = claim.where or claim.id.rstrip("abcde"), max(finding.seeds, default=0)
+    seeds, outcome = ", ".join(told), OUTCOMES[finding.holds]
+    return Verdict(claim.id, figure, claim.says, finding.numbers, seeds, mark, outcome)
 
 
-_behind = either(GL2O, lambda m: ratio_of(m, ["L2O"], marks(100, 300), ">", 1))
-_tracks = ratio_of("LGL2O", ["SGDnm"], marks(100, K), "<=", 1.05, beyond=True)
-_over_adam = ratio_of(
-    "LGL2O over Adam 0.01",  # its rate in the paper
-    ["LGL2O over SGDnm 3"],
-    [120_000],
-    "<",
-    1,
-    what="with Adam 0.01 as the fallback over with SGDnm",
-)
-_stuck = each(*(ratio_of(m, ["LGL2O"], [50_000], ">", 3) for m in ("SGDnm", "GL2O")))
-_steady = rises("LGL2O", K, expected=False)
-_ahead = ratio_of("LGL2O", ["L2O"], marks(10_000, K), "<", 1, beyond=True)
-_best = ratio_of("LGL2O", ["L2O", "GL2O", "SGDnm"], [K], "<", 1)
-_all_times = ratio_of("LGL2O", PARTS, marks(30, K), "<=", 1.1, beyond=True)
+def converges(evidence: Evidence) -> Finding:
+    """2a, on validation losses."""
+    steps, losses, tenth = _meta_training(evidence, "lstm-mnist-mlp", "validation")
+    ratio, spread = tenth.mean() / losses[0], (tenth.max() - tenth.min()) / tenth.mean()
+    numbers = f"last tenth of {steps:,} meta-steps over the first: {short(ratio)}"
+    return Finding(bool(ratio < 0.5 and spread < 0.1), f"{numbers}, spread {spread:.0%}")
 
-TABLE: Sequence[tuple[str, str, Callable[[Evidence], Finding]]] = [
-    ("2a", "meta-training converges", judges.converges),
-    (
-        "2b",
-        "L2O carries over to Fashion-MNIST, Moons, Circles, not to Spirals and CIFAR-10",
-        on(2, judges.carries_over),
-    ),
-    ("3a", "L2O is the fastest at first", on(3, judges.fastest)),
-    (
-        "3b",
-        "then L2O stops improving or diverges",
-        on(3, ratio_of("L2O", ["SGDnm"], [K], ">", 1, beyond=True)),
-    ),
-    ("3c", "LGL2O is as good as or better than either part at all times", on(3, _all_times)),
-    (
-        "3d",
-        "to step 100 GL2O is better than SGDnm and much worse than L2O",
-        on(3, either(GL2O, judges.early_price)),
-    ),
-    ("3e", "LGL2O goes over to the fallback", on(3, judges.goes_over)),
-    (
-        "4a",
-        "LGL2O is comparable to L2O early",
-        on(4, ratio_of("LGL2O", ["L2O"], marks(100, 1_000), "<=", 1.5)),
-    ),
-    ("4b", "L2O diverges later", on(4, rises("L2O", K, expected=True))),
-    ("4c", "GL2O is behind L2O early", on(4, _behind)),
-    ("4d", "LGL2O itself rises late, for the noise of ten check minibatches", on(4, judges.noise)),
-    (
-        "5a",
-        "SGDnm stays on a plateau forever",
-        on(5, ratio_of("SGDnm", ["LGL2O"], [50_000], ">", 3)),
-    ),
-    ("5b", "Adam stays there very long", on(5, from_first("Adam 0.01", 1_000, 0.5))),
-    (
-        "5c",
-        "LGL2O is as fast as L2O",
-        on(5, ratio_of("LGL2O", ["L2O"], marks(30, 30_000), "<=", 1.5)),
-    ),
-    (
-        "5d",
-        "after 50,000 steps LGL2O is better than both its parts",
-        on(5, ratio_of("LGL2O", PARTS, [K], "<", 0.9, beyond=True)),
-    ),
-    ("5e", "the loss of L2O rises considerably at first", on(5, judges.rises_at_first)),
-    *(
-        row
-        for n in (6, 7, 8)
-        for row in (
-            (f"{n}a", "L2O diverges very quickly", on(n, judges.diverges("L2O"))),
-            (f"{n}b", "GL2O diverges too", on(n, either(GL2O, judges.diverges))),
-            (f"{n}c", "LGL2O tracks its fallback", on(n, _tracks)),
-        )
-    ),
-    ("9", "Adam is the better fallback on Spirals", on(9, _over_adam)),
-    ("10", "a grid over rate and decay chose 0.01 and 50,000", on(10, judges.grid)),
-    (
-        "11a",
-        "meta-training on CIFAR-10 + ConvNet goes from exploding to stable losses",
-        judges.explodes,
-    ),
-    (
-        "11b",
-        "its L2O carries over to other data and to the test set",
-        on_each([13, 16], judges.after_its_horizon),
-    ),
-    ("12a", "L2O is stable, LGL2O is better in the end", on(12, judges.better_in_the_end)),
-    ("12b", "LGL2O rises late, for the noise of the check", on(12, judges.noise)),
-    (
-        "13a",
-        "until it rises LGL2O is better than both its parts",
-        on(13, ratio_of("LGL2O", PARTS, marks(1_000, 30_000), "<", 1)),
-    ),
-    ("13b", "LGL2O rises late, for the noise of the check", on(13, judges.noise)),
-    ("14a", "SGDnm and GL2O get stuck, L2O and LGL2O do not", on(14, _stuck)),
-    ("14b", "LGL2O is better than L2O and keeps converging", on(14, each(_ahead, _steady))),
-    (
-        "15",
-        "L2O and LGL2O are faster than GL2O, all are faster than SGDnm",
-        on(15, either(GL2O, judges.faster)),
-    ),
-    (
-        "16",
-        "LGL2O is better than L2O, GL2O and SGDnm, and keeps it",
-        on(16, each(_best, _steady)),
-    ),
-    ("S3", "2 gradients a step and 2 nc / nt forward passes; GL2O 2 gradients", judges.counted),
-    ("A", "LGL2O is stable for millions of steps", judges.million),
-]
-"""Name, what the paper says, what judges it."""
-ELSEWHERE = {"5e": "section 4", "S3": "section 3", "A": "abstract"}
-"""Where the paper says it, if it isn't the caption of the figure that the name begins with."""
+
+def explodes(evidence: Evidence) -> Finding:
+    """11a, on the plain recipe."""
+    steps, losses, tenth = _meta_training(evidence, "cifar10-conv-plain", "meta_loss")
+    first = evidence.meta["cifar10-conv-plain"]["validation"][0][0]
+    numbers = (
+        f"meta-loss over an optimizee's first loss: {short(losses[0] / first)} at first, "
+        f"{short(tenth.mean() / first)} over the last tenth of {steps:,} meta-steps"
+    )
+    if steps < META_STEPS:
+        return Finding(None, f"{numbers} of {META_STEPS:,}")
+    return Finding(bool(losses[0] > 100 * first and (tenth < first).all()), numbers)
+
+
+def _meta_training(
+    evidence: Evidence, name: str, column: str
+) -> tuple[int, np.ndarray, np.ndarray]:
+    """The number of meta-steps, the losses, and those of the last tenth."""
+    if name not in evidence.meta:
+        raise NotRunError(f"no meta-training of {name}")
+    table = evidence.meta[name]
+    steps = table["meta_step"].to_numpy()
+    losses = table[column].to_numpy().reshape(len(steps), -1).mean(axis=1)
+    return int(steps[-1]), losses, losses[steps > 0.9 * steps[-1]]
+
+
+def carries_over(figure: Figure) -> Finding:
+    """2b; a method is a data set here."""
+    names = ("fashion_mnist", "moons", "circles", "spirals", "cifar10")
+    ratios, seeds = zip(*(from_first(name)(figure, 100) for name in names), strict=True)
+    told = ", ".join(f"{n} {short(one)}" for n, one in zip(names, ratios, strict=True))
+    passes = max(ratios[:3]) < min(0.8, *ratios[3:])
+    return Finding(passes, f"at 100 over the first loss: {told}", {100: min(seeds)})
+
+
+def fastest(figure: Figure) -> Finding:
+    """3a, of all but LGL2O, which has L2O as a part."""
+    others = ["SGDnm", "Adam", *(m for m in GL2O[1:] if m in figure.curves), "GL2O"]
+    finding = ratio("L2O", others, (30, 100, 300), "<", 1)(figure)
+    leads = of_losses(over("L2O", "SGDnm", "Adam"))
+    steps = range(30, min(figure.last("L2O", "SGDnm", "Adam"), 10_000) + 1, 10)
+    ahead = [k for k in steps if leads(figure, k)[0] < 1]
+    told = f"; ahead of SGDnm and Adam at {ahead[-1]:,} for the last time" if ahead else ""
+    return finding._replace(numbers=finding.numbers + told)
+
+
+def early_price(name: str) -> Formula:
+    """3d, by one reading of GL2O."""
+    return each(ratio("L2O", [name], [100], "<", 0.7), ratio(name, ["SGDnm"], [100], "<", 1))
+
+
+def noise(figure: Figure) -> Finding:
+    """4d, 12b, 13b: LGL2O rises by K or later, for good, and with nc = 100 it doesn't there."""
+    few = values(figure, rise("LGL2O"), MARKS) or {K: rise("LGL2O")(figure, K)}
+    many, end = values(figure, rise(NC_100), MARKS), max(few)
+    numbers, seeds = f"LGL2O over its least so far: {short(few[end][0])} at {end:,}", few[end][1]
+    late = [k for k in few if all(few[j][0] > 2 for j in few if j >= k)]
+    if not late:
+        return Finding(False if end >= K else None, numbers, {end: seeds})
+    numbers += f", above 2 from {late[0]:,} on; with nc 100: "
+    if not many:
+        return Finding(None, numbers + "no run", {end: seeds})
+    last = max(many)
+    steady = all(many[k][0] <= 2 for k in many if k >= late[0]) if last >= late[0] else None
+    numbers += f"{short(many[last][0])} at {last:,}"
+    return Finding(steady, numbers, {end: seeds, last: many[last][1]})
+
+
+def highest(figure: Figure, k: int) -> tuple[float, int]:
+    """5e: the highest loss of L2O up to step k over the first."""
+    seeds = figure.seeds(["L2O"], k)
+    early = figure.of(["L2O"], seeds).filter(pl.col("step") <= k)
+    losses = early.group_by("step").agg(pl.col("loss").mean()).sort("step")["loss"].to_numpy()
+    return float(losses.max() / losses[0]), len(seeds)
+
+
+def diverges(method: str) -> Formula:
+    """6a to 8b: above its first loss, or it rises."""
+
+    def formula(figure: Figure) -> Finding:
+        finding = above_first(method, 1)(figure)
+        return finding._replace(holds=finding.holds or rise(method)(figure, 1_000)[0] > 2)
+
+    return formula
+
+
+def above_first(method: str, bound: float) -> Formula:
+    """Whether Loss(method, 1,000) over its first loss is above a bound."""
+    return single(f"{method} at 1,000 over its first loss", from_first(method), 1_000, ">", bound)
+
+
+def grid(figure: Figure) -> Finding:
+    """10: the rank of 0.01 and 50,000 where all settings end, and who leads where some go on."""
+    methods, chosen = PAPERS["fig10"]().methods, "SGDnm 0.01 tau 50000"
+    k, later = figure.last(*methods), max(figure.last(m) for m in methods)
+    losses, seeds = figure.losses(methods, k)
+    of = losses.row(-1, named=True)
+    order = sorted(methods, key=lambda m: of[m])
+    spread = curves.divided(of[order[-1]], of[order[0]]) - 1
+    numbers = (
+        f"{chosen} is number {order.index(chosen) + 1} of {len(methods)} at {k:,}; the best is "
+        f"{order[0]}, the worst {spread:.1%} above it"
+    )
+    if went_on := [m for m in methods if figure.last(m) == later > k]:
+        more = figure.losses(went_on, later)[0].row(-1, named=True)
+        best = min(went_on, key=lambda m: more[m])
+        numbers += f"; of {len(went_on)} that went on to {later:,} the best is {best}"
+    return Finding(order[0] == chosen, numbers, {k: seeds})
+
+
+def after_its_horizon(figure: Figure) -> Finding:
+    """11b, on one data set."""
+    ratio, seeds = from_first("L2O")(figure, HORIZON)
+    step, tested = figure.tested("L2O", HORIZON)
+    losses, _ = figure.losses(["L2O"], HORIZON, [1])
+    on_test = curves.divided(tested, losses["L2O"][0])
+    numbers = f"L2O over its first loss: {short(ratio)} at {HORIZON}, on the test set "
+    numbers += f"{short(on_test)} at {step:,}"
+    return Finding(max(ratio, on_test) < 1, numbers, {HORIZON: seeds})
+
+
+def faster(name: str) -> Formula:
+    """15, by one reading of GL2O."""
+    worst = pl.max_horizontal(over("L2O", name), over("LGL2O", name), over(name, "SGDnm"))
+    what = f"the worst of L2O and LGL2O over {name} and {name} over SGDnm"
+    return at_marks(what, of_losses(worst), marks(30, 3_000), "<", 1)
+
+
+def counted(evidence: Evidence) -> Finding:
+    """S3, on the first figure that has both guards."""
+    for name, figure in sorted(evidence.figures.items()):
+        if {"LGL2O", "GL2O"} <= figure.curves.keys():
+            counts = *figure.spent("LGL2O"), *figure.spent("GL2O")
+            told = "LGL2O {:.3g} gradients and {:.3g} forward passes, GL2O {:.3g} and {:.3g}"
+            e = PAPERS[name]()
+            holds = np.allclose(counts, (2, 2 * e.nc / e.nt, 2, 0), atol=1e-3)
+            return Finding(bool(holds), f"a step of {name}: {told.format(*counts)}")
+    raise NotRunError("no run has LGL2O and GL2O")
+
+
+def million(evidence: Evidence) -> Finding:
+    """A."""
+    steady = (rises(m, 1_000_000, "<=") for m in ("LGL2O", NC_100))
+    return together(on_each([3, 4, 5], one)(evidence) for one in steady)
+
+
+def marks(first: int, last: int) -> list[int]:
+    return [k for k in MARKS if first <= k <= last]
+
+
+_least = of_losses(divided(pl.col("LGL2O").min(), pl.col("L2O").min()), MARKS)
+_share = f"share of learned steps from {int(0.9 * K):,} to {K:,}"
+_with_adam = "with Adam 0.01 as the fallback over with SGDnm"
+_over_adam = of_losses(over("LGL2O over Adam 0.01", "LGL2O over SGDnm 3"))  # its rate in the paper
+_steady = rises("LGL2O", K, "<=")
+# fmt: off
 CLAIMS = [
-    Claim(id, ELSEWHERE.get(id, id.rstrip("abcde")), says, judge) for id, says, judge in TABLE
+    Claim("2a", "meta-training converges", converges),
+    Claim("2b", "L2O carries over to Fashion-MNIST, Moons, Circles, not to Spirals and CIFAR-10",
+          on(2, carries_over)),
+    Claim("3a", "L2O is the fastest at first", on(3, fastest)),
+    Claim("3b", "then L2O stops improving or diverges",
+          on(3, ratio("L2O", ["SGDnm"], [K], ">", 1, beyond=True))),
+    Claim("3c", "LGL2O is as good as or better than either part at all times",
+          on(3, ratio("LGL2O", PARTS, marks(30, K), "<=", 1.1, beyond=True))),
+    Claim("3d", "to step 100 GL2O is better than SGDnm and much worse than L2O",
+          on(3, either(GL2O, early_price))),
+    Claim("3e", "LGL2O goes over to the fallback",
+          on(3, single(_share, lambda f, k: f.share("LGL2O", 0.9 * k, k), K, "<", 0.1))),
+    Claim("4a", "LGL2O is comparable to L2O early",
+          on(4, ratio("LGL2O", ["L2O"], marks(100, 1_000), "<=", 1.5))),
+    Claim("4b", "L2O diverges later", on(4, rises("L2O", K))),
+    Claim("4c", "GL2O is behind L2O early",
+          on(4, either(GL2O, lambda m: ratio(m, ["L2O"], marks(100, 300), ">", 1)))),
+    Claim("4d", "LGL2O itself rises late, for the noise of ten check minibatches", on(4, noise)),
+    Claim("5a", "SGDnm stays on a plateau forever",
+          on(5, ratio("SGDnm", ["LGL2O"], [50_000], ">", 3))),
+    Claim("5b", "Adam stays there very long", on(5, above_first("Adam 0.01", 0.5))),
+    Claim("5c", "LGL2O is as fast as L2O",
+          on(5, ratio("LGL2O", ["L2O"], marks(30, 30_000), "<=", 1.5))),
+    Claim("5d", "after 50,000 steps LGL2O is better than both its parts",
+          on(5, ratio("LGL2O", PARTS, [K], "<", 0.9, beyond=True))),
+    Claim("5e", "the loss of L2O rises considerably at first",
+          on(5, single("the highest loss of 50 steps over the first", highest, 50, ">", 1.5)),
+          where="section 4"),
+    *(claim for n in (6, 7, 8) for claim in (
+        Claim(f"{n}a", "L2O diverges very quickly", on(n, diverges("L2O"))),
+        Claim(f"{n}b", "GL2O diverges too", on(n, either(GL2O, diverges))),
+        Claim(f"{n}c", "LGL2O tracks its fallback",
+              on(n, ratio("LGL2O", ["SGDnm"], marks(100, K), "<=", 1.05, beyond=True))),
+    )),
+    Claim("9", "Adam is the better fallback on Spirals",
+          on(9, at_marks(_with_adam, _over_adam, [120_000], "<", 1))),
+    Claim("10", "a grid over rate and decay chose 0.01 and 50,000", on(10, grid)),
+    Claim("11a", "meta-training on CIFAR-10 + ConvNet goes from exploding to stable losses",
+          explodes),
+    Claim("11b", "its L2O carries over to other data and to the test set",
+          on_each([13, 16], after_its_horizon)),
+    Claim("12a", "L2O is stable, LGL2O is better in the end",
+          on(12, single("least of LGL2O over least of L2O", _least, K, "<", 1))),
+    Claim("12b", "LGL2O rises late, for the noise of the check", on(12, noise)),
+    Claim("13a", "until it rises LGL2O is better than both its parts",
+          on(13, ratio("LGL2O", PARTS, marks(1_000, 30_000), "<", 1))),
+    Claim("13b", "LGL2O rises late, for the noise of the check", on(13, noise)),
+    Claim("14a", "SGDnm and GL2O get stuck, L2O and LGL2O do not",
+          on(14, *(ratio(m, ["LGL2O"], [50_000], ">", 3) for m in ("SGDnm", "GL2O")))),
+    Claim("14b", "LGL2O is better than L2O and keeps converging",
+          on(14, ratio("LGL2O", ["L2O"], marks(10_000, K), "<", 1, beyond=True), _steady)),
+    Claim("15", "L2O and LGL2O are faster than GL2O, all are faster than SGDnm",
+          on(15, either(GL2O, faster))),
+    Claim("16", "LGL2O is better than L2O, GL2O and SGDnm, and keeps it",
+          on(16, ratio("LGL2O", ["L2O", "GL2O", "SGDnm"], [K], "<", 1), _steady)),
+    Claim("S3", "2 gradients a step and 2 nc / nt forward passes; GL2O 2 gradients", counted,
+          where="section 3"),
+    Claim("A", "LGL2O is stable for millions of steps", million, where="abstract"),
 ]

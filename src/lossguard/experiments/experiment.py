@@ -27,44 +27,57 @@ def named_task(experiment: "Experiment") -> Task:
     return Task(dataset, experiment.model, experiment.batch_size)
 
 
+Method = Callable[[], Guard]
+"""Makes the guard when the method is run."""
+Methods = Mapping[str, Method]
+"""By the names that their records give them."""
+
+
 def sgd_fallback(experiment: "Experiment") -> optax.GradientTransformation:
     """SGDnm as the guards have it: its decay may be another than that of SGDnm alone."""
     return optax.sgd(paper_decay(experiment.sgd_rate, experiment.guard_tau))
 
 
-Methods = Mapping[str, Callable[[], Guard]]
-"""Guards by the names that their records give them."""
+def alone(e: "Experiment", optimizer: optax.GradientTransformation) -> Method:
+    """An optimizer that is trusted, by itself."""
+    return lambda: unguarded(optimizer, nt=e.nt, trusted=True)
 
 
-def paper_methods(experiment: "Experiment") -> Methods:
+def learned_alone(e: "Experiment") -> Method:
+    """The learned optimizer by itself."""
+    return lambda: unguarded(pretrained(e.learned), nt=e.nt)
+
+
+def guarded(e: "Experiment", fallback: optax.GradientTransformation) -> Method:
+    """LGL2O over a fallback."""
+    return lambda: loss_guard(pretrained(e.learned), fallback, nt=e.nt, nc=e.nc, loser=e.loser)
+
+
+def rival(e: "Experiment", theta: float) -> Method:
+    """GL2O, with the weight of the new residual."""
+    return lambda: residual_guard(
+        pretrained(e.learned), sgd_fallback(e), sequence=ema(theta), nt=e.nt
+    )
+
+
+def ours(e: "Experiment", fallback: optax.GradientTransformation) -> Method:
+    """The recommended guard over a fallback."""
+    return lambda: recommended(pretrained(e.learned), fallback, nt=e.nt)
+
+
+def paper_methods(e: "Experiment") -> Methods:
     """The paper's methods, by the names in its legends, our readings of them, and our guards."""
-    e = experiment
-
-    def learned() -> optax.GradientTransformation:
-        return pretrained(e.learned)
-
-    def adam() -> optax.GradientTransformation:
-        return optax.adam(e.adam_rate)
-
-    def guard(fallback: optax.GradientTransformation) -> Guard:
-        return loss_guard(learned(), fallback, nt=e.nt, nc=e.nc, loser=e.loser)
-
-    def rival(theta: float) -> Guard:
-        return residual_guard(learned(), sgd_fallback(e), sequence=ema(theta), nt=e.nt)
-
-    def alone(optimizer: optax.GradientTransformation) -> Guard:
-        return unguarded(optimizer, nt=e.nt, trusted=True)
-
+    sgd, adam = sgd_fallback(e), optax.adam(e.adam_rate)
     return {
-        "SGDnm": lambda: alone(optax.sgd(paper_decay(e.sgd_rate, e.sgd_tau))),
-        "Adam": lambda: alone(adam()),
-        "L2O": lambda: unguarded(learned(), nt=e.nt),
-        "GL2O": lambda: rival(0.9),
-        "GL2O (theta as decay)": lambda: rival(0.1),
-        "LGL2O": lambda: guard(sgd_fallback(e)),
-        "LGL2O over Adam": lambda: guard(adam()),
-        "Recommended": lambda: recommended(learned(), sgd_fallback(e), nt=e.nt),
-        "Recommended over Adam": lambda: recommended(learned(), adam(), nt=e.nt),
+        "SGDnm": alone(e, optax.sgd(paper_decay(e.sgd_rate, e.sgd_tau))),
+        "Adam": alone(e, adam),
+        "L2O": learned_alone(e),
+        "GL2O": rival(e, 0.9),
+        "GL2O (theta as decay)": rival(e, 0.1),
+        "LGL2O": guarded(e, sgd),
+        "LGL2O over Adam": guarded(e, adam),
+        "Recommended": ours(e, sgd),
+        "Recommended over Adam": ours(e, adam),
     }
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from ..curves import COUNTERS, last_step, mark_loss, over_seeds, step_mean
 from ..drawing import log_losses, save, titled
 from ..records import Record
-from .lines import BANDS, LABELS, Over, guards, limits, line, place, styles
+from .lines import BANDS, LABELS, Over, guards, limits, lines
 
 DASHES = ("-", "--", "-.", ":")
 WIDTHS = 3.0, 0.9
@@ -27,17 +27,10 @@ def plot(folder: Path, record: Record, *, over: Over = "price") -> Path:
     """Draw a run's figure into its folder, as PNG; returns the file.
 
     In the paper's style: log axes, a mean line and a min-max band for each method, and below, on
-    axes of their own, whether loss guards used the learned update (1) or the fallback's (0.5). Of
-    a grid of two settings it is a map of the losses at the end.
+    axes of their own, whether loss guards used the learned update (1) or the fallback's (0.5).
     """
-    title, seconds = title_of(record), record.manifest["seconds"]
-    drawn = draw_grid(record.curves, title) or draw(record.curves, title, over, seconds)
-    return save(drawn, folder)
-
-
-def title_of(record: Record) -> str:
-    """Of the figure: the run's, or its name, with what must be said of its data."""
-    return titled(record.config["title"] or record.config["name"], record.manifest["data"])
+    title = titled(record.config["title"] or record.config["name"], record.manifest["data"])
+    return save(draw(record.curves, title, over, record.manifest["seconds"]), folder)
 
 
 def draw(
@@ -52,48 +45,44 @@ def draw(
     reach from the least to the largest of them, if there are at most ``BANDS`` methods. Where a
     line leaves the ``limits`` the axis ends there, and says so.
     """
-    methods = curves["method"].unique(maintain_order=True).to_list()
-    guarded, looks = guards(curves), styles(methods)
-    columns = max(1, LEGEND_WIDTH // (LEGEND_SAMPLE + max(map(len, methods))))
-    height = 5.5 + LEGEND_LINE * -(-len(methods) // columns)
+    shown = lines(curves, seconds)
+    tracks = {method: one.used for method, one in shown.items() if one.used is not None}
+    columns = max(1, LEGEND_WIDTH // (LEGEND_SAMPLE + max(map(len, shown))))
+    height = 5.5 + LEGEND_LINE * -(-len(shown) // columns)
     figure = Figure(figsize=(9, height), layout="constrained")
-    heights = [5, 1] if guarded else [1]
+    heights = [5, 1] if tracks else [1]
     panels = figure.subplots(
         len(heights), sharex=True, squeeze=False, height_ratios=heights
     ).ravel()
     top, bottom = panels[0], panels[-1]
-    for method, width in zip(methods, np.linspace(*WIDTHS, len(methods)), strict=True):
-        loss, look = line(curves, method, "loss"), looks[method]
-        style = {"color": f"C{look.color}", "linestyle": DASHES[look.dashes]}
-        x = place(curves, method, loss.steps, over, seconds or {})
-        top.plot(x, loss.mean, **style, linewidth=width, label=method)
+    for (method, one), width in zip(shown.items(), np.linspace(*WIDTHS, len(shown)), strict=True):
+        x, style = one.at[over], {"color": f"C{one.color}", "linestyle": DASHES[one.dashes]}
+        top.plot(x, one.mean, **style, linewidth=width, label=method)
         top.update_datalim([(x[0], 1), (x[-1], 1)], updatey=False)  # if no loss is finite
-        if len(methods) <= BANDS:
-            top.fill_between(x, loss.low, loss.high, color=style["color"], alpha=0.15, linewidth=0)
-        if method in guarded:
-            used = line(curves, method, "used_learned")
-            bottom.plot(x, 0.5 + 0.5 * used.mean, **style, linewidth=1)
+        if len(shown) <= BANDS:
+            top.fill_between(x, one.low, one.high, color=style["color"], alpha=0.15, linewidth=0)
+        if method in tracks:
+            bottom.plot(x, 0.5 + 0.5 * tracks[method], **style, linewidth=1)
     top.set(xscale="log", ylabel="Training loss")
     log_losses(top)
-    _cut(top, curves)
+    _cut(top, *limits(shown.values()))
     top.set_title(title, fontsize=10, parse_math=False)
-    if guarded:
+    if tracks:
         bottom.set(ylim=(0.45, 1.05), ylabel="use_l2o")
         bottom.set_yticks([0.5, 1.0], ["fallback", "learned"])
     bottom.set_xlabel(LABELS[over])
     for axes in panels:
         axes.grid(which="major", alpha=0.3)
     legend = figure.legend(
-        top.lines, methods, fontsize=8, loc="outside lower center", frameon=False, ncols=columns
+        top.lines, [*shown], fontsize=8, loc="outside lower center", frameon=False, ncols=columns
     )  # given the names, else it leaves out what begins with _
     for text in legend.get_texts():
         text.set_parse_math(False)
     return figure
 
 
-def _cut(axes: Axes, curves: pl.DataFrame) -> None:
+def _cut(axes: Axes, low: float | None, high: float | None) -> None:
     """End the axis at the ``limits``, if lines leave there, and say so."""
-    low, high = limits(curves, [np.asarray(drawn.get_ydata()) for drawn in axes.lines])
     if not (low or high):
         return
     lowest, highest = low or axes.dataLim.minposy, high or axes.dataLim.y1
@@ -101,43 +90,6 @@ def _cut(axes: Axes, curves: pl.DataFrame) -> None:
     axes.set_ylim(lowest if low else lowest / margin, highest if high else highest * margin)
     ends = [f"the {end}" for end, limit in {"top": high, "bottom": low}.items() if limit]
     axes.set_ylabel(f"Training loss (lines leave at {' and '.join(ends)})")
-
-
-def draw_grid(curves: pl.DataFrame, title: str) -> Figure | None:
-    """A map of the losses at the last step that all reached, with the numbers.
-
-    None unless the methods are a whole grid, named "SGDnm RATE tau TAU".
-    """
-    methods = curves["method"].unique(maintain_order=True).to_list()
-    parts = [method.split() for method in methods]
-    if not all(len(part) == 4 and part[2] == "tau" for part in parts):
-        return None
-    names, rates, _, taus = ([*dict.fromkeys(column)] for column in zip(*parts, strict=True))
-    if len(names) > 1 or min(len(rates), len(taus)) < 2 or len(rates) * len(taus) > len(methods):
-        return None
-    last = min(
-        step
-        for (step,) in curves.group_by("method", "seed")
-        .agg(pl.col("step").max())
-        .select("step")
-        .iter_rows()
-    )
-    loss = over_seeds(mark_loss(curves, last), "loss")
-    cells = np.array([[loss[f"{names[0]} {rate} tau {tau}"] for tau in taus] for rate in rates])
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(np.ma.masked_invalid(cells), cmap="Blues", aspect="auto")
-    middle = np.mean(image.get_clim())
-    for (row, column), cell in np.ndenumerate(cells):
-        color = "white" if cell > middle else "black"
-        axes.text(column, row, f"{cell:#.4g}", ha="center", va="center", color=color)
-    axes.set_xticks(range(len(taus)), taus, parse_math=False)
-    axes.set_yticks(range(len(rates)), rates, parse_math=False)
-    axes.set_xlabel("Time scale of the decay, in steps")
-    axes.set_ylabel(f"Rate of {names[0]}", parse_math=False)
-    axes.set_title(title, fontsize=10, parse_math=False)
-    figure.colorbar(image, label=f"Training loss at step {last:,}")
-    return figure
 
 
 def summary(record: Record) -> Table:

@@ -1,4 +1,4 @@
-"""Formulas over losses that claims are made of: each finds whether it holds, and says by how much.
+"""Formulas that claims are made of: each finds whether it holds, and says by how much.
 
 Letters: m a method, k an optimizer step.
 """
@@ -6,10 +6,12 @@ Letters: m a method, k an optimizer step.
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple
 
-from ..curves import divided
-from .evidence import MARKS, Figure, NotRunError
+import polars as pl
+
+from .evidence import MARKS, Evidence, Figure, NotRunError
 
 HOLDS: Mapping[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
@@ -28,154 +30,158 @@ class Finding(NamedTuple):
     """How many at each mark."""
 
 
-Of = Mapping[str, float]
-"""Loss(m, k) by method."""
 Formula = Callable[[Figure], Finding]
+Value = Callable[[Figure, int], tuple[float, int]]
+"""At step k, and of how many seeds it is. This and a formula raise ``NotRunError``."""
+
+
+def values(figure: Figure, value: Value, steps: Iterable[int]) -> dict[int, tuple[float, int]]:
+    """A value at those of these steps that were reached."""
+    reached = {}
+    for k in steps:
+        with suppress(NotRunError):
+            reached[k] = value(figure, k)
+    return reached
 
 
 def at_marks(
-    what: str,
-    value: Callable[[Of], float],
-    methods: Sequence[str],
-    marks: Sequence[int],
-    holds: str,
-    bound: float,
-    *,
-    beyond: bool = False,
+    what: str, value: Value, marks: Sequence[int], holds: str, bound: float, *, beyond: bool = False
 ) -> Formula:
-    """Whether a value of the losses keeps a bound at every mark: one that fails decides.
+    """Whether a value keeps a bound at every mark: one that fails decides.
 
-    Args:
-        what: the value is.
-        value: of the losses at a mark.
-        methods: whose losses.
-        marks: at which it is tested.
-        holds: one of ``HOLDS``.
-        bound: of the value.
-        beyond: whether values at later marks are told, without being tested.
+    ``holds`` is one of ``HOLDS``; ``beyond`` tells values at later marks, without testing them.
     """
 
     def formula(figure: Figure) -> Finding:
-        if missing := [m for m in methods if not figure.has(m)]:
-            raise NotRunError(f"no run has {', '.join(missing)}")
-        later = [k for k in MARKS if beyond and k > marks[-1]]
-        losses = {k: figure.losses(methods, k) for k in (*marks, *later) if reached(figure, k)}
-        values = {k: value(one.of) for k, one in losses.items()}
-        tested = {k: one for k, one in values.items() if k in marks}
-        failed = [k for k, one in tested.items() if not HOLDS[holds](one, bound)]
-        more = {k: one for k, one in values.items() if k in later}
-        told = _told(tested, failed) + (f"; beyond: {_told(more, [])}" if more else "")
-        all_hold = True if len(tested) == len(marks) else None
-        seeds = {k: losses[k].seeds for k in tested}
-        return Finding(False if failed else all_hold, f"{what}: {told}", seeds)
-
-    def reached(figure: Figure, k: int) -> bool:
-        return bool(figure.seeds(methods, k))
+        tested = values(figure, value, marks) or {marks[0]: value(figure, marks[0])}
+        later = values(figure, value, (k for k in MARKS if beyond and k > marks[-1]))
+        failed = [k for k, (one, _) in tested.items() if not HOLDS[holds](one, bound)]
+        told = _told(tested, failed) + (f"; beyond: {_told(later, [])}" if later else "")
+        outcome = False if failed else True if len(tested) == len(marks) else None
+        return Finding(outcome, f"{what}: {told}", {k: seeds for k, (_, seeds) in tested.items()})
 
     return formula
 
 
-def _told(values: Mapping[int, float], failed: Sequence[int]) -> str:
+def _told(values: Mapping[int, tuple[float, int]], failed: Sequence[int]) -> str:
     """Three values one by one; of more the highest, the last, and where they fail first."""
+    told = {k: f"{short(one)} at {k:,}" for k, (one, _) in values.items()}
     if len(values) <= 3:
-        return ", ".join(f"{short(one)} at {k:,}" for k, one in values.items()) or "no mark"
-    last, highest = max(values), max(values, key=lambda k: values[k])
-    told = f"at most {short(values[highest])}, at {highest:,}"
-    told += f"; {short(values[last])} at {last:,}" if last != highest else ""
-    return told + (f"; fails at {failed[0]:,} first" if failed else "")
+        return ", ".join(told.values())
+    highest = max(values, key=lambda k: values[k])
+    last = f"; {told[max(values)]}" if highest != max(values) else ""
+    fails = f"; fails at {failed[0]:,} first" if failed else ""
+    return f"at most {told[highest].replace(' at', ', at')}{last}{fails}"
 
 
-def ratio_of(
-    method: str,
-    others: Sequence[str],
-    marks: Sequence[int],
-    holds: str,
-    bound: float,
-    *,
-    beyond: bool = False,
-    what: str = "",
-) -> Formula:
-    """``at_marks`` of Loss(method, k) over the least of the others'."""
-    best = others[0] if len(others) == 1 else f"the best of {', '.join(others)}"
-    what = what or f"{method} over {best}"
-    value = over(method, *others)
-    return at_marks(what, value, [method, *others], marks, holds, bound, beyond=beyond)
+def single(what: str, value: Value, k: int, holds: str, bound: float) -> Formula:
+    """Whether a value keeps a bound at step k, of which its name tells."""
+
+    def formula(figure: Figure) -> Finding:
+        found, seeds = value(figure, k)
+        return Finding(HOLDS[holds](found, bound), f"{what}: {short(found)}", {k: seeds})
+
+    return formula
 
 
-def over(a: str, *b: str) -> Callable[[Of], float]:
+def of_losses(expression: pl.Expr, earlier: Sequence[int] = ()) -> Value:
+    """Of columns of losses by method, at earlier steps and, in the last row, at step k."""
+    methods = [*dict.fromkeys(expression.meta.root_names())]
+
+    def value(figure: Figure, k: int) -> tuple[float, int]:
+        losses, seeds = figure.losses(methods, k, earlier)
+        return losses.select(expression)[-1].item(), seeds
+
+    return value
+
+
+def divided(a: pl.Expr, b: pl.Expr) -> pl.Expr:
+    """a / b, where a loss that is not finite is infinitely worse than any, its like included."""
+    equal = a.is_finite() & (a == b)
+    return pl.when(equal).then(1.0).otherwise(a / b).fill_nan(math.inf)
+
+
+def over(a: str, *b: str) -> pl.Expr:
     """Loss(a) over the least of the others."""
-    return lambda of: divided(of[a], min(of[m] for m in b))
+    return divided(pl.col(a), pl.min_horizontal(*b))
 
 
-def rises(method: str, k: int, expected: bool) -> Formula:
-    """Whether a method is above twice its least loss at step k; what lies beyond is told."""
-
-    def formula(figure: Figure) -> Finding:
-        ratio, seeds = figure.rise(method, k)
-        later = [j for j in MARKS if j > k and figure.seeds([method], j)]
-        more = [f"{short(figure.rise(method, j)[0])} at {j:,}" for j in later]
-        numbers = f"{method} over its least so far: {short(ratio)} at {k:,}"
-        numbers += f"; beyond: {', '.join(more)}" if more else ""
-        return Finding((ratio > 2) == expected, numbers, {k: seeds})
-
-    return formula
+def rise(method: str) -> Value:
+    """Loss(m, k) over its least at a mark up to k."""
+    return of_losses(divided(pl.col(method), pl.col(method).min()), MARKS)
 
 
-def from_first(method: str, k: int, bound: float, *, or_rises: bool = False) -> Formula:
-    """Whether Loss(method, k) over its first loss is above a bound, or it rises by k."""
+def ratio(
+    a: str, b: Sequence[str], marks: Sequence[int], holds: str, bound: float, **more: bool
+) -> Formula:
+    """``at_marks`` of Loss(a) over the least of the others'."""
+    best = b[0] if len(b) == 1 else f"the best of {', '.join(b)}"
+    return at_marks(f"{a} over {best}", of_losses(over(a, *b)), marks, holds, bound, **more)
 
-    def formula(figure: Figure) -> Finding:
-        ratio, seeds = figure.over_first(method, k)
-        passes = ratio > bound or (or_rises and figure.rise(method, k)[0] > 2)
-        return Finding(passes, f"{method} at {k:,} over its first loss: {short(ratio)}", {k: seeds})
 
-    return formula
+def rises(method: str, k: int, holds: str = ">") -> Formula:
+    """Whether a method is above twice its least loss at step k, or with "<=" isn't."""
+    return at_marks(f"{method} over its least so far", rise(method), [k], holds, 2, beyond=True)
+
+
+def from_first(method: str) -> Value:
+    """Loss(m, k) over the loss at step 1."""
+    return of_losses(divided(pl.col(method), pl.col(method).first()), [1])
 
 
 def each(*formulas: Formula) -> Formula:
     """All of them: one that fails decides, then one that was not run."""
-
-    def formula(figure: Figure) -> Finding:
-        return all_of(found(lambda one=one: one(figure)) for one in formulas)
-
-    return formula
-
-
-def all_of(findings: Iterable[Finding]) -> Finding:
-    """The same of findings."""
-    several = list(findings)
-    outcomes = {one.holds for one in several}
-    return together(False if False in outcomes else None if None in outcomes else True, several)
+    return lambda figure: together(found(one, figure) for one in formulas)
 
 
 def either(methods: Sequence[str], formula: Callable[[str], Formula]) -> Formula:
     """By one of these methods at least, of those that were run."""
 
     def judge(figure: Figure) -> Finding:
-        run = [method for method in methods if figure.has(method)]
-        if not run:
-            raise NotRunError(f"no run has {methods[0]}")
-        several = [found(lambda one=one: formula(one)(figure)) for one in run]
-        outcomes = {one.holds for one in several}
-        return together(True if True in outcomes else False if False in outcomes else None, several)
+        run = [method for method in methods if method in figure.curves] or methods[:1]
+        return together((found(formula(m), figure) for m in run), order=(True, False, None))
 
     return judge
 
 
-def found(judge: Callable[[], Finding]) -> Finding:
-    """What a judge finds; None holds if it needs what was not run."""
+def on(number: int, *formulas: Formula) -> Callable[[Evidence], Finding]:
+    """All of several formulas on the curves of a figure."""
+
+    def judge(evidence: Evidence) -> Finding:
+        if (name := f"fig{number:02}") not in evidence.figures:
+            raise NotRunError(f"no run of {name}")
+        return each(*formulas)(evidence.figures[name])
+
+    return judge
+
+
+def on_each(numbers: Sequence[int], formula: Formula) -> Callable[[Evidence], Finding]:
+    """On each of several figures."""
+
+    def judge(evidence: Evidence) -> Finding:
+        several = {n: found(on(n, formula), evidence) for n in numbers}
+        told = (one._replace(numbers=f"fig{n:02}: {one.numbers}") for n, one in several.items())
+        return together(told)
+
+    return judge
+
+
+def found(judge: Callable[[Any], Finding], what: Any) -> Finding:
+    """What a judge finds, not run if it needs what was not."""
     try:
-        return judge()
+        return judge(what)
     except NotRunError as error:
         return Finding(None, str(error))
 
 
-def together(holds: bool | None, several: Sequence[Finding]) -> Finding:
-    """Several as one, which holds or not; at a mark the fewest seeds count."""
-    seeds: dict[int, int] = {}
-    for one in several:
-        for k, count in one.seeds.items():
-            seeds[k] = min(count, seeds.get(k, count))
+def together(
+    findings: Iterable[Finding], *, order: Sequence[bool | None] = (False, None, True)
+) -> Finding:
+    """Several as one: the outcome that is first in the order. At a mark the fewest seeds count."""
+    several, seeds = list(findings), {}
+    for k, count in (item for one in several for item in one.seeds.items()):
+        seeds[k] = min(count, seeds.get(k, count))
+    holds = min((one.holds for one in several), key=order.index)
     return Finding(holds, "; ".join(one.numbers for one in several), seeds)
 
 

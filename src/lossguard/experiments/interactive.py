@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from plotly.colors import qualitative
 
 from ..records import Record
-from .lines import BANDS, LABELS, Over, guards, limits, line, place, styles
+from .lines import BANDS, LABELS, Over, limits, lines
 
 DASHES = ("solid", "dash", "dashdot", "dot")
 # Buttons by name: Plotly's own choice includes one that sends the data away.
@@ -27,32 +27,28 @@ AXIS = {
 
 def interactive(record: Record) -> str:
     """The figure of ``figures.draw`` as HTML, against price at first, without Plotly itself."""
-    config, made, curves = record
-    methods, guarded = config["methods"], guards(curves)
-    looks, traces, losses = styles(methods), [], []
+    _, made, curves = record
+    shown = lines(curves, made["seconds"])
+    traces: list[go.Scatter] = []
     places: dict[Over, list[list[float]]] = {over: [] for over in LABELS}
-    for method in methods:
-        look, loss = looks[method], line(curves, method, "loss")
-        at = {over: place(curves, method, loss.steps, over, made["seconds"]) for over in LABELS}
-        color = qualitative.D3[look.color]
-        about = {"name": method, "legendgroup": method, "mode": "lines", "x": at["price"]}
-        style, own = {"color": color, "dash": DASHES[look.dashes]}, len(traces)
-        traces.append(go.Scatter(**about, y=loss.mean, line=style))
+    for method, one in shown.items():
+        color, own = qualitative.D3[one.color], len(traces)
+        about = {"name": method, "legendgroup": method, "mode": "lines", "x": one.at["price"]}
+        style = {"color": color, "dash": DASHES[one.dashes]}
+        traces.append(go.Scatter(**about, y=one.mean, line=style))
         about |= {"showlegend": False}
-        if len(methods) <= BANDS:
+        if len(shown) <= BANDS:
             about_band = about | {"hoverinfo": "skip", "line": {"width": 0}}
             band = {"fill": "tonexty", "fillcolor": f"{color}26"}
-            traces.append(go.Scatter(**about_band, y=loss.low))
-            traces.append(go.Scatter(**about_band, y=loss.high, **band))
-        if method in guarded:
-            used = 0.5 + 0.5 * line(curves, method, "used_learned").mean
-            traces.append(go.Scatter(**about, y=used, line=style, yaxis="y2"))
+            traces.append(go.Scatter(**about_band, y=one.low))
+            traces.append(go.Scatter(**about_band, y=one.high, **band))
+        if one.used is not None:
+            traces.append(go.Scatter(**about, y=0.5 + 0.5 * one.used, line=style, yaxis="y2"))
         for over, xs in places.items():
-            xs += [[float(f"{x:.6g}") for x in at[over]]] * (len(traces) - own)
-        losses.append(loss.mean)
+            xs += [[float(f"{x:.6g}") for x in one.at[over]]] * (len(traces) - own)
     figure = go.Figure(traces)
-    _lay_out(figure, bool(guarded), places)
-    low, high = limits(curves, losses)
+    _lay_out(figure, any(one.used is not None for one in shown.values()), places)
+    low, high = limits(shown.values())
     figure.update_layout(yaxis_autorangeoptions={"clipmin": low, "clipmax": high})
     return figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG)
 
@@ -63,21 +59,26 @@ def _lay_out(figure: go.Figure, guarded: bool, places: Mapping[Over, list[list[f
         {
             "label": over,
             "method": "update",
-            "args": [{"x": places[over]}, {"xaxis.title.text": label, "xaxis.autorange": True}],
+            "args": [
+                {"x": places[over]},
+                {"xaxis.title.text": _on_two_lines(label), "xaxis.autorange": True},
+            ],
         }
         for over, label in LABELS.items()
     ]
     figure.update_layout(
         template="none",
-        height=540,
+        height=560,
         margin={"l": 60, "r": 10, "t": 40, "b": 45},
         hovermode="closest",
-        legend={"orientation": "h", "y": -0.15, "yanchor": "top"},
+        legend={"orientation": "h", "y": -0.25, "yanchor": "top"},
+        modebar={"orientation": "v"},  # beside the buttons it would cover them on a phone
         updatemenus=[
             {"type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1.02}
             | {"yanchor": "bottom", "buttons": buttons, "showactive": True}
         ],
-        xaxis=AXIS | {"title": {"text": LABELS["price"]}, "anchor": "y2" if guarded else "y"},
+        xaxis=AXIS
+        | {"title": {"text": _on_two_lines(LABELS["price"])}, "anchor": "y2" if guarded else "y"},
         yaxis=AXIS | {"title": {"text": "Training loss"}, "domain": [0.25 if guarded else 0, 1]},
     )
     if guarded:
@@ -85,3 +86,8 @@ def _lay_out(figure: go.Figure, guarded: bool, places: Mapping[Over, list[list[f
         figure.update_layout(
             yaxis2={"title": {"text": "use_l2o"}, "domain": [0, 0.2], "range": [0.45, 1.05]} | ticks
         )
+
+
+def _on_two_lines(label: str) -> str:
+    """As wide as a phone."""
+    return label.replace(", ", ",<br>")

@@ -1,6 +1,7 @@
 """What figures show of a run: each method's line, where on the axis it is, and how it looks."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -11,9 +12,7 @@ from ..curves import PRICE
 SMOOTHED_FROM = 300
 """Step from which the paper's figures are smoothed (caption of figure 3)."""
 WINDOW = 0.1
-"""Width of the moving window, as a share of the step."""
-POINTS_A_DECADE = 100
-"""Of a line, that are drawn where it is smoothed."""
+"""Width of the window that is averaged, as a share of the step."""
 CEILING, FLOOR = 10, 1e-8
 """The loss axis ends at these times the highest loss of the first step, if lines go beyond or reach
 0: they would flatten the others."""
@@ -26,92 +25,106 @@ LABELS: Mapping[Over, str] = {
     "seconds": "Seconds of one seed",
     "steps": "Optimizer step",
 }
+NAMED = (
+    "SGDnm",
+    "LGL2O",
+    "Recommended",
+    "L2O",
+    "Adam",
+    "GL2O",
+    "GL2O (theta as decay)",
+    "LGL2O over Adam",
+    "Recommended over Adam",
+)
+"""Methods that have a color of their own, the same in all figures."""
+COLORS = 10
 
 
 class Line(NamedTuple):
-    """A column of a method's curves, each array [points]."""
+    """What is drawn of a method, each array [points]."""
 
-    steps: np.ndarray
+    at: Mapping[Over, np.ndarray]
+    """Where on each axis, the mean over seeds; seconds are in proportion to the price."""
     mean: np.ndarray
     """Over the seeds that go on to the step; NaN where one of them is not finite."""
     low: np.ndarray
     """The least of them."""
     high: np.ndarray
+    used: np.ndarray | None
+    """Share of learned steps, of a guard: it spends more than a gradient a step."""
+    color: int
+    """From 0 to 9."""
+    dashes: int
+    """From 0 to 3."""
 
 
-def line(curves: pl.DataFrame, method: str, column: str) -> Line:
-    """What is drawn of a column: smoothed, then thinned."""
-    own = curves.filter(pl.col("method") == method).sort("seed")
-    wide = own.pivot("seed", index="step", values=column).sort("step")
-    ends = own.group_by("seed", maintain_order=True).agg(pl.col("step").max())["step"].to_numpy()
-    steps, values = wide["step"].to_numpy(), wide.drop("step").to_numpy().T
-    shown = np.union1d(drawn_points(steps), np.searchsorted(steps, ends))
-    seeds = np.ma.masked_array(smooth(steps, values), mask=steps > ends[:, None])[:, shown]
-    found = (seeds.mean(axis=0), seeds.min(axis=0), seeds.max(axis=0))
-    return Line(steps[shown], *(np.ma.filled(one, np.nan) for one in found))
+def lines(curves: pl.DataFrame, seconds: Mapping[str, float] | None = None) -> dict[str, Line]:
+    """Each method's line.
 
-
-def smooth(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Means over a moving window that ends at each step and grows with it, from step 300 on.
-
-    Args:
-        steps: [m], where bins end.
-        values: [seeds, m], means over bins.
-    """
-    widths = np.diff(steps, prepend=0)
-    first = np.where(
-        steps < SMOOTHED_FROM,
-        np.arange(len(steps)),
-        np.searchsorted(steps, (1 - WINDOW) * steps, side="right"),
-    )
-    first = np.minimum(first, np.arange(len(steps)))
-    # Not differences of running sums: in these, what comes after a huge loss is lost to rounding.
-    windows = np.column_stack([first, np.arange(1, len(steps) + 1)]).ravel()
-    sums, weights = (
-        np.add.reduceat(np.append(rows, np.zeros((len(rows), 1)), axis=1), windows, axis=1)[:, ::2]
-        for rows in (values * widths.astype(float), widths[None])
-    )
-    return np.where(np.isfinite(sums), sums / weights, np.nan)
-
-
-def drawn_points(steps: np.ndarray) -> np.ndarray:
-    """Which of the steps [m] are drawn, as indices; the first ones and the last always are."""
-    number = np.floor(POINTS_A_DECADE * np.log10(steps))
-    last = np.append(number[1:] != number[:-1], True)
-    return np.flatnonzero(last | (steps < SMOOTHED_FROM))
-
-
-def place(
-    curves: pl.DataFrame, method: str, steps: np.ndarray, over: Over, seconds: Mapping[str, float]
-) -> np.ndarray:
-    """Where on the axis a method was at steps [m], the mean over seeds.
+    Up to step 300 every step is drawn. After it, steps a tenth apart down from the last one are,
+    each with the mean over the steps since the one before.
 
     Args:
         curves: as ``curves.join`` makes them.
-        method: one of them.
-        steps: some of its steps.
-        over: the axis; seconds are in proportion to the price.
         seconds: of all seeds of each method together, for that axis.
     """
-    if over == "steps":
-        return steps
-    own = curves.filter(pl.col("method") == method).with_columns(price=PRICE)
-    mean = own.group_by("step").agg(pl.col("price").mean()).sort("step")
-    prices = np.interp(steps, mean["step"].to_numpy(), mean["price"].to_numpy())
-    if over == "price":
-        return prices
-    whole = float(own.group_by("seed").agg(pl.col("price").max())["price"].sum())
-    return prices * seconds[method] / whole
+    windows, loss, price = _windows(curves), pl.col("loss"), pl.col("price")
+    spent = curves.group_by("method", "seed").agg(price=PRICE.max())
+    spent = spent.group_by("method").agg(price.sum())
+    rates = {m: (seconds or {}).get(m, math.nan) / whole for m, whole in spent.iter_rows()}
+    points = (
+        windows.group_by("method", "step")
+        .agg(
+            price.mean(),
+            loss.mean(),
+            pl.col("used_learned").mean(),
+            loss.nan_min().alias("low"),
+            loss.nan_max().alias("high"),
+        )
+        .with_columns(seconds=price * pl.col("method").replace_strict(rates))
+        .sort("step")
+    )
+    methods, guarded = curves["method"].unique(maintain_order=True).to_list(), guards(curves)
+    looks, found = styles(methods), {}
+    for method in methods:
+        own = {one.name: one.to_numpy() for one in points.filter(method=method)}
+        at: dict[Over, np.ndarray]
+        at = {"price": own["price"], "seconds": own["seconds"], "steps": own["step"]}
+        used = own["used_learned"] if method in guarded else None
+        found[method] = Line(at, own["loss"], own["low"], own["high"], used, *looks[method])
+    return found
 
 
-def limits(curves: pl.DataFrame, losses: Sequence[np.ndarray]) -> tuple[float | None, float | None]:
-    """Where the axis of these losses begins and ends, if lines reach 0 or go far beyond."""
-    first = curves.filter(pl.col("step") == pl.col("step").min())["loss"].to_numpy()
+def _windows(curves: pl.DataFrame) -> pl.DataFrame:
+    """Of each method, seed and window: its last step, the price by then, and means over it.
+
+    Without those of a seed that ends inside, if others go on.
+    """
+    step, width, both = pl.col("step"), pl.col("width"), ("method", "seed")
+    down = (step.max().over("method") / step).log() / -math.log(1 - WINDOW)
+    number = (down + 1e-9).floor()  # a step on an edge ends its window
+    means = (pl.col("loss", "used_learned").cast(pl.Float64) * width).sum() / width.sum()
+    return (
+        curves.with_columns(
+            price=PRICE,
+            width=step - step.shift(1, fill_value=0).over(both),
+            window=pl.when(step < SMOOTHED_FROM).then(step).otherwise(-1 - number),
+        )
+        .group_by(*both, "window", maintain_order=True)
+        .agg(pl.col("step", "price").max(), means)
+        .filter(step == step.max().over("method", "window"))
+        .with_columns(pl.when(pl.col("loss").is_finite()).then("loss").otherwise(math.nan))
+    )
+
+
+def limits(drawn: Collection[Line]) -> tuple[float | None, float | None]:
+    """Where the axis of losses begins and ends, if lines reach 0 or go far beyond."""
+    first = np.array([line.high[0] for line in drawn])
     highest = float(first.max(initial=0, where=np.isfinite(first)))
-    drawn = np.concatenate(losses)
+    losses = np.concatenate([line.mean for line in drawn])
     low, high = FLOOR * highest, CEILING * highest
-    beyond = 0 < high < drawn.max(initial=0, where=np.isfinite(drawn))
-    return low if low > 0 and (drawn <= 0).any() else None, high if beyond else None
+    beyond = 0 < high < losses.max(initial=0, where=np.isfinite(losses))
+    return low if low > 0 and (losses <= 0).any() else None, high if beyond else None
 
 
 def guards(curves: pl.DataFrame) -> list[str]:
@@ -121,44 +134,21 @@ def guards(curves: pl.DataFrame) -> list[str]:
     return spent["method"].unique(maintain_order=True).to_list()
 
 
-NAMED = {
-    "SGDnm": 0,
-    "LGL2O": 1,
-    "Recommended": 2,
-    "L2O": 3,
-    "Adam": 4,
-    "GL2O": 5,
-    "GL2O (theta as decay)": 6,
-    "LGL2O over Adam": 7,
-    "Recommended over Adam": 8,
-}
-COLORS = 10
+def styles(methods: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Color and dashes of each: one of ``NAMED`` looks alike in all figures.
 
-
-class Style(NamedTuple):
-    """How a line looks; of the first ten the dashes are the first, of the next ten the next."""
-
-    color: int
-    """From 0 to 9."""
-    dashes: int
-    """From 0 to 3."""
-
-
-def styles(methods: Sequence[str]) -> dict[str, Style]:
-    """Each method's: one of ``NAMED`` looks alike in all figures.
-
-    A variant of one, such as "LGL2O (nc 100)" or "Adam 0.01", has its color, dashed.
+    A variant of one, such as "LGL2O (nc 100)" or "Adam 0.01", has its color, dashed. Where a method
+    is neither, or two look alike, they are numbered.
     """
-    numbers = [_number(method) for method in methods]
-    if None in numbers or len({*numbers}) < len(methods):
-        numbers = range(len(methods))
-    found = zip(methods, numbers, strict=True)
-    return {method: Style(n % COLORS, n // COLORS % 4) for method, n in found if n is not None}
+    looks = [_look(method) for method in methods]
+    if None in looks or len({*looks}) < len(methods):
+        looks = [(k % COLORS, k // COLORS % 4) for k in range(len(methods))]
+    return dict(zip(methods, looks, strict=True))  # pyright: ignore[reportReturnType]
 
 
-def _number(method: str) -> int | None:
-    """Of one of ``NAMED`` or of a variant of it, if it is one."""
+def _look(method: str) -> tuple[int, int] | None:
     plain = method.partition(" (")[0]
-    bases = (plain, plain.rpartition(" ")[0])
-    variant = next((NAMED[base] + COLORS for base in bases if base in NAMED), None)
-    return NAMED.get(method, variant)
+    for dashes, name in enumerate((method, plain, plain.rpartition(" ")[0])):
+        if name in NAMED:
+            return NAMED.index(name), min(dashes, 1)
+    return None

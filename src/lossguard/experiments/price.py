@@ -3,11 +3,11 @@
 Price is counted in gradients: gradient evaluations + forward passes / 3 (``Decision.price``).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import optax
@@ -17,12 +17,18 @@ from rich.table import Table
 from ..curves import PRICE, divided
 from ..guards.best_of import best_of
 from ..guards.hedged import hedged
-from ..guards.loss_guard import loss_guard
-from ..guards.recommended import recommended
-from ..guards.unguarded import unguarded
 from ..learned.pretrained import pretrained
 from ..records import EVALUATIONS, read_parquet
-from .experiment import Experiment, Methods, sgd_fallback, with_methods
+from .experiment import (
+    Experiment,
+    Methods,
+    alone,
+    guarded,
+    learned_alone,
+    ours,
+    sgd_fallback,
+    with_methods,
+)
 from .recipes import fig03, fig04, fig05, fig06
 
 MARKS = (100, 200, 300, 500, 1_000, 2_000, 3_000, 5_000, 10_000, 20_000)
@@ -32,31 +38,21 @@ GRID = 1.02
 SMOOTHED = 0.1
 """Losses are means over this last part of the price."""
 
+DRAWS = 200
+"""Of seeds, for an interval."""
+
 FALLBACK, LEARNED = "Fallback", "Learned"
 
 
-def price_methods(experiment: Experiment) -> Methods:
+def price_methods(e: Experiment) -> Methods:
     """Every guard, and its parts alone, over SGDnm or, in recipes named so, over Adam."""
-    e = experiment
-    over_adam = e.name.endswith("adam")
-    fallback = optax.adam(e.adam_rate) if over_adam else sgd_fallback(e)
-
-    def parts() -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-        return pretrained(e.learned), fallback
-
-    return {
-        FALLBACK: lambda: unguarded(fallback, nt=e.nt, trusted=True),
-        LEARNED: lambda: unguarded(pretrained(e.learned), nt=e.nt),
-        "Recommended": lambda: recommended(*parts(), nt=e.nt),
-        "Hedged": lambda: hedged(*parts(), nt=e.nt),
-        "LGL2O": lambda: loss_guard(*parts(), nt=e.nt, nc=e.nc, loser=e.loser),
-        "Best of both": lambda: best_of(
-            [
-                unguarded(fallback, nt=e.nt, trusted=True),
-                unguarded(pretrained(e.learned), nt=e.nt),
-            ],
-            share=0.05,
-        ),
+    fallback = optax.adam(e.adam_rate) if e.name.endswith("adam") else sgd_fallback(e)
+    parts = {FALLBACK: alone(e, fallback), LEARNED: learned_alone(e)}
+    return parts | {
+        "Recommended": ours(e, fallback),
+        "Hedged": lambda: hedged(pretrained(e.learned), fallback, nt=e.nt),
+        "LGL2O": guarded(e, fallback),
+        "Best of both": lambda: best_of([make() for make in parts.values()], share=0.05),
     }
 
 
@@ -98,31 +94,34 @@ RECIPES = {
 
 
 class Curve(NamedTuple):
-    """Loss on the whole training set against price, the mean of the seeds."""
+    """Loss on the whole training set against price."""
 
     price: np.ndarray
-    """Increasing, in gradients."""
+    """[points], increasing, in gradients: all seeds reach them."""
     loss: np.ndarray
-    """The mean loss over the last tenth of the price."""
+    """[points], of one curve, or [seeds, points]: the mean over the last tenth of the price."""
+
+    def mean(self, seeds: Any = slice(None)) -> "Curve":
+        """The mean of all seeds, or of some of them, each as often as it is named."""
+        return Curve(self.price, self.loss[seeds].mean(axis=0))
 
 
-def curve(evaluations: pl.DataFrame, method: str, seeds: Sequence[int] | None = None) -> Curve:
-    """A method's curve, or that of some of its seeds, on a grid of prices that all of them reach.
+def curves(evaluations: pl.DataFrame, method: str) -> Curve:
+    """Those of its seeds.
 
     Between two evaluations losses are interpolated linearly in the logarithm of the price.
     """
-    rows = evaluations.filter(pl.col("method") == method).with_columns(price=PRICE)
+    rows = evaluations.filter(method=method).with_columns(price=PRICE).sort("seed", "step")
     runs = [
         (run["price"].to_numpy(), run["train_loss"].to_numpy())
-        for (seed,), run in rows.sort("step").group_by("seed", maintain_order=True)
-        if seeds is None or seed in seeds
+        for _, run in rows.group_by("seed", maintain_order=True)
     ]
     first, last = max(price[0] for price, _ in runs), min(price[-1] for price, _ in runs)
     grid = np.geomspace(first, last, max(2, int(np.log(last / first) / np.log(GRID))))
-    losses = np.mean([np.interp(np.log(grid), np.log(p), loss) for p, loss in runs], axis=0)
+    losses = np.array([np.interp(np.log(grid), np.log(price), loss) for price, loss in runs])
     begin = np.searchsorted(grid, (1 - SMOOTHED) * grid)
-    means = [losses[a : b + 1].mean() for b, a in enumerate(begin)]
-    return Curve(grid, np.array(means))
+    means = [losses[:, a : b + 1].mean(axis=1) for b, a in enumerate(begin)]
+    return Curve(grid, np.stack(means, axis=1))
 
 
 def at(one: Curve, price: float) -> float:
@@ -153,26 +152,11 @@ def slowdown(one: Curve, reference: Curve, price: float) -> float:
     return float(np.exp(a + between * (b - a)) / price)
 
 
-def interval(
-    evaluations: pl.DataFrame, method: str, price: float, *, draws: int = 200
-) -> tuple[float, float]:
+def interval(each: Curve, reference: Curve, price: float) -> tuple[float, float]:
     """The middle 90 % of S when seeds are drawn again with replacement, of both methods alike."""
-    seeds = evaluations["seed"].unique().sort().to_list()
-    rng = np.random.default_rng(0)
-    by_seed = {
-        name: {seed: curve(evaluations, name, [seed]) for seed in seeds}
-        for name in (method, FALLBACK)
-    }
-
-    def mean(name: str, drawn: Sequence[int]) -> Curve:
-        curves = [by_seed[name][seed] for seed in drawn]
-        first, last = max(c.price[0] for c in curves), min(c.price[-1] for c in curves)
-        grid = curves[0].price[(curves[0].price >= first) & (curves[0].price <= last)]
-        losses = [np.interp(np.log(grid), np.log(c.price), c.loss) for c in curves]
-        return Curve(grid, np.mean(losses, axis=0))
-
-    drawn = (rng.choice(seeds, len(seeds)).tolist() for _ in range(draws))
-    values = [slowdown(mean(method, d), mean(FALLBACK, d), price) for d in drawn]
+    seeds = len(each.loss)
+    drawn = np.random.default_rng(0).integers(seeds, size=(DRAWS, seeds))
+    values = [slowdown(each.mean(own), reference.mean(own), price) for own in drawn]
     low, high = np.quantile(values, (0.05, 0.95), method="nearest")
     return float(low), float(high)
 
@@ -196,23 +180,15 @@ class Row(NamedTuple):
 def rows(folder: Path) -> Iterator[Row]:
     """All comparisons of a finished run with its fallback."""
     evaluations = read_parquet(folder / EVALUATIONS)
-    reference = curve(evaluations, FALLBACK)
+    fallback = curves(evaluations, FALLBACK)
     for method in evaluations["method"].unique(maintain_order=True).to_list():
-        own = curve(evaluations, method)
+        each, cost = curves(evaluations, method), price_of_step(evaluations, method)
+        own, reference = each.mean(), fallback.mean()
         for price in MARKS:
-            if np.isnan(at(reference, price)) or price * 1.1 > own.price[-1]:
-                continue
-            low, high = interval(evaluations, method, price)
-            yield Row(
-                folder.name,
-                method,
-                price,
-                slowdown(own, reference, price),
-                low,
-                high,
-                at(own, price) / at(reference, price),
-                price_of_step(evaluations, method),
-            )
+            base = at(reference, price)
+            if not np.isnan(base) and price * 1.1 <= own.price[-1]:
+                found = slowdown(own, reference, price), *interval(each, fallback, price)
+                yield Row(folder.name, method, price, *found, at(own, price) / base, cost)
 
 
 def price_of_step(evaluations: pl.DataFrame, method: str) -> float:
@@ -244,17 +220,15 @@ def at_equal_price(reference: str, folder: Path) -> str:
     """What each method of a run is worth beside the first, when both have spent the same."""
     evaluations = read_parquet(folder / EVALUATIONS)
     methods = evaluations["method"].unique(maintain_order=True).to_list()
-    curves = {method: curve(evaluations, method) for method in methods}
-    base = curves[reference]
-    end = float(min(one.price[-1] for one in curves.values()))
-    half = end / 2
-    others = [method for method in methods if method != reference]
-    losses = (f"{m} {divided(at(curves[m], end), at(base, end)):.2g}" for m in others)
-    times = (f"{m} {slowdown(curves[m], base, half):.2g}" for m in others)
+    found = {method: curves(evaluations, method).mean() for method in methods}
+    base = found.pop(reference)
+    end = float(min(one.price[-1] for one in (base, *found.values())))
+    losses = (f"{m} {divided(at(one, end), at(base, end)):.2g}" for m, one in found.items())
+    times = (f"{m} {slowdown(one, base, end / 2):.2g}" for m, one in found.items())
     return (
         f"After a price of {end:,.0f} gradients, loss over that of {reference}: "
         f"{', '.join(losses)}\n"
-        f"Price at which the loss of {reference} after {half:,.0f} is reached, over that price: "
+        f"Price at which the loss of {reference} after {end / 2:,.0f} is reached, over that price: "
         f"{', '.join(times)}\n"
         "Next: put a guard into a loop of your own (README.md), or see it all: "
         f"lossguard report {folder}"

@@ -7,45 +7,22 @@ and with both thetas; a reading picks one scaling of images, one of points, one 
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import polars as pl
-from jaxtyping import PyTree
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from ..config import as_config
-from ..guards.loss_guard import loss_guard
-from ..guards.residual_guard import residual_guard
-from ..guards.sequences import ema
-from ..guards.unguarded import unguarded
-from ..learned.pretrained import pretrained
 from ..records import Record
-from .claims import Verdict, judge_claims
-from .experiment import Experiment, Methods, sgd_fallback, with_methods
-from .judges import K
-from .recipes import PAPERS
+from .claims import K, Verdict, judge_claims
+from .recipes import IMAGES, PAPERS, POINTS, POLICIES, THETAS
 
-POLICIES = ("keep", "reset", "reset in every cycle")
-"""Of the LSTM's memory: kept by a branch that lost, fresh after a loss, or fresh in every cycle."""
-THETAS: Mapping[str, float] = {"weight": 0.9, "decay": 0.1}
-"""The weight of the new residual, by what the paper's 0.9 is."""
-IMAGES, POINTS = ("unit", "symmetric", "standardized"), ("none", "standardized")
-"""Scalings. Points as they are lie within about [-1, 1]."""
-FIGURES: Mapping[str, tuple[Sequence[str], float]] = {
-    "fig03": (IMAGES, 0.001),
-    "fig04": (POINTS, 0.01),
-    "fig05": (POINTS, 0.01),
-}
-"""The scalings in which a figure is run, and Adam's rate there in appendix E."""
 JUDGED = ("3a", "3b", "3c", "3d", "3e", "4a", "4b", "4c", "5a", "5b", "5c", "5d", "5e")
 """Claims about these figures, but 4d, which needs a million steps and nc = 100."""
 COLORS = {"reproduced": "#4a90c4", "not reproduced": "#e8a078", "not run": "#eeeeee"}
@@ -66,83 +43,6 @@ class Reading(NamedTuple):
 
 
 ALL = [Reading(*one) for one in product(IMAGES, POINTS, POLICIES, THETAS)]
-
-
-def reading_run(figure: str, scaling: str) -> Experiment:
-    """A figure in one scaling, its methods in every policy and with both thetas."""
-    e = PAPERS[figure]()
-    return with_methods(
-        reading_methods,
-        e,
-        name=f"reading-{figure}-{scaling}",
-        title=f"{e.title}: readings, inputs {scaling}",
-        scaling=scaling,
-        steps=K,
-        adam_rate=FIGURES[figure][1],
-    )
-
-
-def reading_methods(experiment: Experiment) -> Methods:
-    """The paper's methods; LGL2O by policies, GL2O by thetas."""
-    e = experiment
-
-    def alone(optimizer: optax.GradientTransformation, *, trusted: bool = True) -> Any:
-        return lambda: unguarded(optimizer, nt=e.nt, trusted=trusted)
-
-    def guarded(policy: str) -> Any:
-        learned, every = pretrained(e.learned), policy == POLICIES[2]
-        return loss_guard(
-            restarting(learned, e.nt) if every else learned,
-            sgd_fallback(e),
-            nt=e.nt,
-            nc=e.nc,
-            loser="reset" if policy == "reset" else "keep",
-        )
-
-    def rival(theta: float) -> Any:
-        return residual_guard(pretrained(e.learned), sgd_fallback(e), sequence=ema(theta), nt=e.nt)
-
-    return {
-        "SGDnm": alone(sgd_fallback(e)),
-        "Adam": alone(optax.adam(e.adam_rate)),
-        "L2O": lambda: unguarded(pretrained(e.learned), nt=e.nt),
-        **{f"GL2O, {name}": partial(rival, theta) for name, theta in THETAS.items()},
-        **{f"LGL2O, {policy}": partial(guarded, policy) for policy in POLICIES},
-    }
-
-
-def restarting(optimizer: optax.GradientTransformation, every: int) -> optax.GradientTransformation:
-    """The same optimizer, its state as at the start before every so many steps.
-
-    >>> counting = optax.GradientTransformation(lambda params: 0, lambda u, n, p=None: (n, n + 1))
-    >>> optimizer, seen = restarting(counting, 2), []
-    >>> state = optimizer.init(None)
-    >>> for _ in range(5):
-    ...     update, state = optimizer.update(None, state)
-    ...     seen.append(int(update))
-    >>> seen
-    [0, 1, 0, 1, 0]
-    """
-
-    def init(params: PyTree) -> PyTree:
-        return optimizer.init(params), jnp.int32(0)
-
-    def update(updates: PyTree, state: Any, params: Any = None) -> tuple[PyTree, PyTree]:
-        inner, taken = state
-        fresh, again = optimizer.init(params), taken % every == 0
-        inner = jax.tree.map(lambda new, old: jnp.where(again, new, old), fresh, inner)
-        updates, inner = optimizer.update(updates, inner, params)
-        return updates, (inner, taken + 1)
-
-    return optax.GradientTransformation(init, update)
-
-
-READINGS = {
-    f"reading-{figure}-{scaling}": partial(reading_run, figure, scaling)
-    for figure, (scalings, _) in FIGURES.items()
-    for scaling in scalings
-}
-"""Recipes by their names."""
 
 
 class Judged(NamedTuple):

@@ -7,19 +7,32 @@ stated, ``docs/deviations.md`` says what was chosen. The outer-loop curves of fi
 the records of ``lossguard metatrain mnist-mlp`` and ``lossguard metatrain cifar10-conv``.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from ..guards.loss_guard import loss_guard
-from ..guards.unguarded import unguarded
+from ..guards.protocol import Guard
 from ..learned.pretrained import pretrained
 from ..schedules import paper_decay
 from ..tasks.models import ConvNet
-from .experiment import Experiment, Methods, with_methods
+from .experiment import (
+    Experiment,
+    Methods,
+    alone,
+    guarded,
+    learned_alone,
+    rival,
+    sgd_fallback,
+    with_methods,
+)
 
 PAPER = ("SGDnm", "Adam", "L2O", "GL2O", "GL2O (theta as decay)", "LGL2O")
 """What each of the paper's figures compares, and both readings of GL2O's theta."""
@@ -31,6 +44,13 @@ ADAM_RATES = (1e-4, 1e-3, 1e-2, 1e-1)
 """Adam's learning rates in appendix E's grid."""
 CONV_RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """SGDnm's learning rates in figure 10's grid."""
+
+POLICIES = ("keep", "reset", "reset in every cycle")
+"""Of the LSTM's memory: kept by a branch that lost, fresh after a loss, or fresh in every cycle."""
+THETAS: Mapping[str, float] = {"weight": 0.9, "decay": 0.1}
+"""The weight of the new residual, by what the paper's 0.9 is."""
+IMAGES, POINTS = ("unit", "symmetric", "standardized"), ("none", "standardized")
+"""Scalings. Points as they are lie within about [-1, 1]."""
 
 
 def figure(name: str, on: str, dataset: str, steps: int, **settings: Any) -> Experiment:
@@ -114,47 +134,86 @@ def grid(task: str) -> Experiment:
     return with_methods(grid_methods, e, title=f"Grids of appendix E on {e.tested_on}")
 
 
-def fallback_methods(experiment: Experiment) -> Methods:
+def fallback_methods(e: Experiment) -> Methods:
     """Figure 9: LGL2O over SGDnm, over SGD with momentum 0.9, and over Adam at several rates."""
-    e = experiment
     decay = paper_decay(e.sgd_rate, e.guard_tau)
-    optimizers = {
+    fallbacks = {
         f"SGDnm {e.sgd_rate:g}": optax.sgd(decay),
         f"SGD {e.sgd_rate:g}": optax.sgd(decay, momentum=0.9),
     } | {f"Adam {rate:g}": optax.adam(rate) for rate in ADAM_RATES}
-    return {
-        f"LGL2O over {name}": lambda fallback=fallback: loss_guard(
-            pretrained(e.learned), fallback, nt=e.nt, nc=e.nc, loser=e.loser
-        )
-        for name, fallback in optimizers.items()
-    }
+    return {f"LGL2O over {name}": guarded(e, one) for name, one in fallbacks.items()}
 
 
-def grid_methods(experiment: Experiment) -> Methods:
+def grid_methods(e: Experiment) -> Methods:
     """Appendix E's grids: SGDnm's time scale of decay at the experiment's rate, and Adam's rate."""
-    sgd = {f"SGDnm tau {tau:g}": optax.sgd(paper_decay(experiment.sgd_rate, tau)) for tau in TAUS}
-    return _alone(sgd | _adam(), experiment.nt)
+    sgd = {f"SGDnm tau {tau:g}": optax.sgd(paper_decay(e.sgd_rate, tau)) for tau in TAUS}
+    adam = {f"Adam {rate:g}": optax.adam(rate) for rate in ADAM_RATES}
+    return {name: alone(e, one) for name, one in (sgd | adam).items()}
 
 
-def rate_methods(experiment: Experiment) -> Methods:
+def rate_methods(e: Experiment) -> Methods:
     """Figure 10's grid: SGDnm's learning rate and its time scale of decay."""
-    sgd = {
-        f"SGDnm {rate:g} tau {tau:g}": optax.sgd(paper_decay(rate, tau))
-        for rate in CONV_RATES
-        for tau in TAUS
-    }
-    return _alone(sgd, experiment.nt)
-
-
-def _adam() -> dict[str, optax.GradientTransformation]:
-    return {f"Adam {rate:g}": optax.adam(rate) for rate in ADAM_RATES}
-
-
-def _alone(optimizers: Mapping[str, optax.GradientTransformation], nt: int) -> Methods:
     return {
-        name: lambda optimizer=optimizer: unguarded(optimizer, nt=nt, trusted=True)
-        for name, optimizer in optimizers.items()
+        f"SGDnm {rate:g} tau {tau:g}": alone(e, optax.sgd(paper_decay(rate, tau)))
+        for rate, tau in product(CONV_RATES, TAUS)
     }
+
+
+def reading(figure: str, scaling: str) -> Experiment:
+    """A figure of ``READ`` in one scaling, its methods in every policy and with both thetas."""
+    recipe, _, rate = READ[figure]
+    e = recipe()
+    return with_methods(
+        reading_methods,
+        replace(e, name=f"reading-{figure}-{scaling}", steps=100_000, adam_rate=rate),
+        title=f"{e.title}: readings, inputs {scaling}",
+        scaling=scaling,
+    )
+
+
+def reading_methods(e: Experiment) -> Methods:
+    """The paper's methods; LGL2O by policies, GL2O by thetas."""
+    sgd = sgd_fallback(e)
+    keep, reset = (guarded(replace(e, loser=loser), sgd) for loser in ("keep", "reset"))
+    every = partial(fresh_in_every_cycle, e, sgd)
+    return {
+        "SGDnm": alone(e, sgd),
+        "Adam": alone(e, optax.adam(e.adam_rate)),
+        "L2O": learned_alone(e),
+        **{f"GL2O, {name}": rival(e, theta) for name, theta in THETAS.items()},
+        **{f"LGL2O, {name}": m for name, m in zip(POLICIES, (keep, reset, every), strict=True)},
+    }
+
+
+def fresh_in_every_cycle(e: Experiment, fallback: optax.GradientTransformation) -> Guard:
+    """LGL2O whose learned optimizer begins every cycle without memory."""
+    return loss_guard(restarting(pretrained(e.learned), e.nt), fallback, nt=e.nt, nc=e.nc)
+
+
+def restarting(optimizer: optax.GradientTransformation, every: int) -> optax.GradientTransformation:
+    """The same optimizer, its state as at the start before every so many steps.
+
+    >>> counting = optax.GradientTransformation(lambda params: 0, lambda u, n, p=None: (n, n + 1))
+    >>> optimizer, seen = restarting(counting, 2), []
+    >>> state = optimizer.init(None)
+    >>> for _ in range(5):
+    ...     update, state = optimizer.update(None, state)
+    ...     seen.append(int(update))
+    >>> seen
+    [0, 1, 0, 1, 0]
+    """
+
+    def init(params: PyTree) -> PyTree:
+        return optimizer.init(params), jnp.int32(0)
+
+    def update(updates: PyTree, state: Any, params: Any = None) -> tuple[PyTree, PyTree]:
+        inner, taken = state
+        fresh, again = optimizer.init(params), taken % every == 0
+        inner = jax.tree.map(lambda new, old: jnp.where(again, new, old), fresh, inner)
+        updates, inner = optimizer.update(updates, inner, params)
+        return updates, (inner, taken + 1)
+
+    return optax.GradientTransformation(init, update)
 
 
 FIRST = ("mnist", "fashion_mnist", "moons", "circles", "spirals", "cifar10")
@@ -168,23 +227,28 @@ GRIDS: Mapping[str, Callable[[], Experiment]] = {
 }
 """The tasks of appendix E's table, each by a figure that has it."""
 PAPERS: Mapping[str, Callable[[], Experiment]] = {
-    "demo": demo,
-    "fig03": fig03,
-    "fig04": fig04,
-    "fig05": fig05,
-    "fig06": fig06,
-    "fig07": fig07,
-    "fig08": fig08,
-    "fig09": fig09,
-    "fig10": fig10,
-    "fig12": fig12,
-    "fig13": fig13,
-    "fig14": fig14,
-    "fig15": fig15,
-    "fig16": fig16,
-    **{f"fig02-{dataset}": partial(fig02, dataset) for dataset in FIRST},
-    **{f"grid-{task}": partial(grid, task) for task in GRIDS},
+    recipe().name: recipe
+    for recipe in (
+        *(demo, fig03, fig04, fig05, fig06, fig07, fig08, fig09, fig10),
+        *(fig12, fig13, fig14, fig15, fig16),
+        *(partial(fig02, dataset) for dataset in FIRST),
+        *(partial(grid, task) for task in GRIDS),
+    )
 }
+READ: Mapping[str, tuple[Callable[[], Experiment], Sequence[str], float]] = {
+    "fig03": (fig03, IMAGES, 0.001),
+    "fig04": (fig04, POINTS, 0.01),
+    "fig05": (fig05, POINTS, 0.01),
+}
+"""Figures that are run in several scalings, these, and Adam's rate there in appendix E."""
+READINGS = {
+    f"reading-{figure}-{scaling}": partial(reading, figure, scaling)
+    for figure, (_, scalings, _) in READ.items()
+    for scaling in scalings
+}
+"""Of what the paper leaves open; ``readings`` judges them."""
+RECIPES: Mapping[str, Callable[[], Experiment]] = {**PAPERS, **READINGS}
+"""All that ``lossguard run`` knows by name."""
 SETS: Mapping[str, tuple[str, ...]] = {
     "table1": ("fig03", "fig06", "fig04", "fig05", "fig07", "fig08"),
     "table2": ("fig12", "fig13", "fig14", "fig15", "fig16"),

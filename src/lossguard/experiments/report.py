@@ -20,11 +20,10 @@ from ..curves import last_step
 from ..drawing import png
 from ..files import write_whole
 from ..metatrain import figure as meta
-from ..records import EVALUATIONS, MANIFEST, Record, read_parquet
+from ..records import EVALUATIONS, MANIFEST, Record, read_parquet, read_runs
 from .claims import judge_claims
 from .evidence import has_settings
-from .figures import draw_grid, summary, title_of
-from .folders import read_runs
+from .figures import summary
 from .interactive import interactive
 from .lines import SMOOTHED_FROM
 from .recipes import PAPERS
@@ -47,7 +46,12 @@ def report(folders: Sequence[Path], file: Path) -> Path:
     if file.is_dir():  # found out now, not after the claims are judged
         raise ValueError(f"out must be a file, but {file} is a folder")
     records, others = read_runs(folders)
-    runs = _in_order([_section(folder, record) for folder, record in records.items()])
+    runs = [_section(folder, record) for folder, record in records.items()]
+    # By the paper's figure; of one first what has its recipe's settings, then the latest.
+    runs.sort(key=lambda run: run["made"]["time"], reverse=True)
+    runs.sort(key=lambda run: (float(run["figure"] or "inf"), run["name"], not run["by_recipe"]))
+    for number, run in enumerate(runs, 1):
+        run["id"] = f"run-{number}"
     figures = {run["figure"]: run["id"] for run in reversed(runs) if run["figure"]}
     claims = [
         claim
@@ -61,6 +65,7 @@ def report(folders: Sequence[Path], file: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["shell"] = shlex.join
     page = environment.get_template("report.html").render(
         claims=claims,
         figures=figures,
@@ -74,22 +79,6 @@ def report(folders: Sequence[Path], file: Path) -> Path:
     return file
 
 
-def _in_order(sections: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By the paper's figure, then name, those with the recipe's settings first, then the latest.
-
-    Each section gets ``id``, its place on the page.
-    """
-
-    def place(section: dict[str, Any]) -> tuple[float, str, bool]:
-        return float(section["figure"] or "inf"), section["name"], not section["by_recipe"]
-
-    latest = sorted(sections, key=lambda section: section["time"], reverse=True)
-    sections = sorted(latest, key=place)
-    for number, section in enumerate(sections, 1):
-        section["id"] = f"run-{number}"
-    return sections
-
-
 def _section(folder: Path, record: Record) -> dict[str, Any]:
     """What the page says about one run."""
     config, made, curves = record
@@ -98,36 +87,32 @@ def _section(folder: Path, record: Record) -> dict[str, Any]:
     name = config["name"]
     about = {
         "folder": folder.name,
-        "time": made["time"],
-        "note": made.get("data", ""),
         "by_recipe": name not in PAPERS or has_settings(config),
-        "provenance": _provenance(made),
+        "made": made,
         "config": json.dumps(config, indent=2),
     }
     if record.is_meta:
         figure = next((number for part, number in META.items() if part in name), None)
         number = f"fig{int(figure):02}: " if figure else ""
-        title = f"{number}Meta-training of {name}, {curves['meta_step'].max():,} meta-steps"
-        drawn = {"image": _image(meta.draw(record)), "lines": "", "tables": []}
-        return (
-            about | drawn | {"name": f"Meta-training of {name}", "figure": figure, "title": title}
-        )
+        return about | {
+            "name": f"Meta-training of {name}",
+            "figure": figure,
+            "title": f"{number}Meta-training of {name}, {curves['meta_step'].max():,} meta-steps",
+            "image": base64.b64encode(png(meta.draw(record))).decode(),
+            "lines": "",
+            "tables": [],
+        }
     found = re.match(r"fig0*(\d+)", name)
     titled = f"{name}: {config['title']}" if config["title"] else name
     seeds = f"{config['seeds']} seed{'s' * (config['seeds'] > 1)}"
-    grid = draw_grid(curves, title_of(record))
     return about | {
         "name": name,
         "figure": found[1] if found else None,
         "title": f"{titled}, {last_step(curves):,} steps, {seeds}",
-        "image": _image(grid) if grid else "",
-        "lines": "" if grid else interactive(record),
+        "image": "",
+        "lines": interactive(record),
         "tables": [_summary(record), *_evaluations(folder)],
     }
-
-
-def _image(figure: Any) -> str:
-    return base64.b64encode(png(figure)).decode()
 
 
 Rows = list[list[str]]
@@ -160,26 +145,3 @@ def _evaluations(folder: Path) -> list[tuple[str, list[str], Rows]]:
     rows = [[row[0], *(f"{value:.4g}" for value in row[1:])] for row in means.iter_rows()]
     caption = "The last iterate on the whole of both splits, mean over seeds"
     return [(caption, [name.replace("_", " ") for name in means.columns], rows)]
-
-
-def _provenance(made: dict[str, Any]) -> dict[str, str]:
-    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-    later = ", ".join(
-        f"{part.get('time', 'unknown')} (commit {part.get('commit') or 'unknown'})"
-        for part in made.get("resumed", ())
-    )
-    parts = "; ".join(
-        f"{', '.join(run['methods'])} ({len(run['seeds'])} seeds to {run['steps']:,}, "
-        f"{run['time']}, commit {run['commit'] or 'unknown'})"
-        for run in made.get("runs", ())
-    )
-    return {
-        "Made": made["time"],
-        "Command": shlex.join(made["command"]),
-        "Commit": made["commit"] or "unknown",
-        "Device": f"{made['device']}, {made['platform']}",
-        "Versions": f"Python {made['python']}, {versions}",
-        "Resumed": later,
-        "Put together from": parts,
-        "Data": made.get("data", ""),
-    }

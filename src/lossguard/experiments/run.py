@@ -1,6 +1,7 @@
 """Run an experiment: its methods one after another, seed by seed in chunks; records on disk."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import polars as pl
-from jaxtyping import PRNGKeyArray
+from jaxtyping import PRNGKeyArray, PyTree
 
 from .. import curves, records, run_folder
 from ..checkpoints import Checkpoints
@@ -122,24 +123,22 @@ def _trace_cycle(guard: Guard, task: Task) -> None:
     jax.eval_shape(cycle, jax.random.key(0))
 
 
+@dataclass
 class _MethodRun:
     """A method of an experiment under way: where its seeds are, and its records so far."""
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        method: str,
-        guard: Guard,
-        task: Task,
-        folder: Path,
-        stopped: Callable[[], bool],
-    ) -> None:
-        self._experiment, self._method, self._guard, self._task = experiment, method, guard, task
-        self._stopped = stopped
-        name = quote(method, safe=" ()")
-        self._written = folder / "methods" / f"{name}.parquet"
-        self._evaluated = folder / "evaluated" / f"{name}.parquet"
-        self._checkpoints = Checkpoints(folder / "methods" / f"{name}.checkpoints")
+    experiment: Experiment
+    method: str
+    guard: Guard
+    task: Task
+    folder: Path
+    stopped: Callable[[], bool]
+
+    def __post_init__(self) -> None:
+        name = quote(self.method, safe=" ()")
+        self._written = self.folder / "methods" / f"{name}.parquet"
+        self._evaluated = self.folder / "evaluated" / f"{name}.parquet"
+        self._checkpoints = Checkpoints(self.folder / "methods" / f"{name}.checkpoints")
 
     def records(self) -> tuple[pl.DataFrame, pl.DataFrame, float]:
         """Its curves and evaluations, and the seconds that it took; run first, unless it has been.
@@ -149,7 +148,7 @@ class _MethodRun:
         """
         if not self._written.exists():
             self._start()
-            if self._stopped():
+            if self.stopped():
                 raise KeyboardInterrupt
             self._run()
         self._checkpoints.delete()  # or a kill just before left them
@@ -159,13 +158,11 @@ class _MethodRun:
 
     def _start(self) -> None:
         """At the start, or at the last checkpoint."""
-        seeds = self._experiment.seed + np.arange(self._experiment.seeds)
+        seeds = self.experiment.seed + np.arange(self.experiment.seeds)
         init_keys, self._order_keys = jax.vmap(
             lambda seed: jax.random.split(jax.random.key(seed)), out_axes=1
         )(jnp.asarray(seeds))
-        self._state = jax.jit(jax.vmap(lambda key: self._guard.init(self._task.init(key))))(
-            init_keys
-        )
+        self._state = jax.jit(jax.vmap(lambda key: self.guard.init(self.task.init(key))))(init_keys)
         self._cycles, self._chunks, self._evaluations = 0, [], []
         self._seconds, self._timed = 0.0, 0  # of all chunks but the first, which compiles
         if (found := self._checkpoints.latest((self._state, jnp.zeros(3)))) is None:
@@ -183,9 +180,9 @@ class _MethodRun:
 
     def _run(self) -> None:
         """To the end, or until Ctrl-C."""
-        nt = self._experiment.nt
-        steps = -(-self._experiment.steps // nt) * nt
-        with Progress(self._method, total=steps, done=self._taken, first="compiling") as progress:
+        nt = self.experiment.nt
+        steps = -(-self.experiment.steps // nt) * nt
+        with Progress(self.method, total=steps, done=self._taken, first="compiling") as progress:
             saved, compiled = progress.seconds, False
             while (taken := self._taken) < steps:
                 goal = min(next_mark(taken), steps)
@@ -203,44 +200,51 @@ class _MethodRun:
                     price=float(np.mean(decisions.price())) / nt,
                 )
                 finished = self._taken >= steps
-                if self._taken >= goal and (finished or goal >= self._experiment.evaluate_from):
+                if self._taken >= goal and (finished or goal >= self.experiment.evaluate_from):
                     self._evaluate()
-                if (self._stopped() or progress.seconds - saved > SAVE_SECONDS) and not finished:
+                if (self.stopped() or progress.seconds - saved > SAVE_SECONDS) and not finished:
                     saved = progress.seconds
                     self._save()
-                if self._stopped() and not finished:
+                if self.stopped() and not finished:
                     raise KeyboardInterrupt
             if not self._timed:
                 self._seconds, self._timed = progress.seconds, self._cycles
-        table = curves.join(self._chunks, self._method)
+        table = curves.join(self._chunks, self.method)
         seconds = self._seconds * self._cycles / self._timed
         records.write_parquet(self._written, table.with_columns(seconds=pl.lit(seconds)))
-        if self._stopped():
+        if self.stopped():
             raise KeyboardInterrupt
 
     def _advance(self, cycles: int) -> Decision:
         """So many cycles of every seed."""
         before = np.asarray(self._state.steps)
-        self._state, decisions = _rollouts(
-            self._guard,
-            self._state,
-            self._task,
-            self._order_keys,
-            cycles,
-            vectorize=self._experiment.vectorize,
-        )
+        self._state, decisions = self._rollouts(cycles)
         spent = curves.totals(self._chunks[-1]) if self._chunks else None
         self._chunks.append(curves.thin(decisions, before, spent))
         self._cycles += cycles
         return decisions
 
+    def _rollouts(self, cycles: int) -> tuple[GuardState, Decision]:
+        """A rollout of every seed, all at once or one after another."""
+
+        def one(state: GuardState, key: PRNGKeyArray) -> tuple[GuardState, Decision]:
+            return rollout(self.guard, state, self.task.objective(key), cycles=cycles, most=CHUNK)
+
+        if self.experiment.vectorize:
+            return jax.vmap(one)(self._state, self._order_keys)
+        done = [one(_of_seed(self._state, k), key) for k, key in enumerate(self._order_keys)]
+        states, decisions = zip(*done, strict=True)
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), jax.tree.map(
+            lambda *leaves: np.stack(leaves), *decisions
+        )
+
     def _evaluate(self) -> None:
         """Losses and accuracies on the whole of both splits, a row for each seed."""
         rows, spent = [], curves.totals(self._chunks[-1]).to_dicts()
         for seed, step in enumerate(np.asarray(self._state.steps)):
-            params = jax.tree.map(lambda leaf, seed=seed: leaf[seed], self._state.params)
-            values = {name: float(value) for name, value in self._task.evaluate(params).items()}
-            place = {"method": self._method, "seed": seed, "cycle": self._cycles, "step": int(step)}
+            params = _of_seed(self._state.params, seed)
+            values = {name: float(value) for name, value in self.task.evaluate(params).items()}
+            place = {"method": self.method, "seed": seed, "cycle": self._cycles, "step": int(step)}
             rows.append(place | spent[seed] | values)
         self._evaluations.append(pl.DataFrame(rows))
         records.write_parquet(self._evaluated, pl.concat(self._evaluations))
@@ -263,27 +267,5 @@ def next_mark(step: int) -> int:
     return next(int(mark) for mark in marks if mark > step and mark == int(mark))
 
 
-def _rollouts(
-    guard: Guard,
-    state: GuardState,
-    task: Task,
-    keys: PRNGKeyArray,
-    cycles: int,
-    *,
-    vectorize: bool,
-) -> tuple[GuardState, Decision]:
-    """A rollout of every seed, all at once or one after another."""
-
-    def one(state: GuardState, key: PRNGKeyArray) -> tuple[GuardState, Decision]:
-        return rollout(guard, state, task.objective(key), cycles=cycles, most=CHUNK)
-
-    if vectorize:
-        return jax.vmap(one)(state, keys)
-    done = [
-        one(jax.tree.map(lambda leaf, seed=seed: leaf[seed], state), key)
-        for seed, key in enumerate(keys)
-    ]
-    states, decisions = zip(*done, strict=True)
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), jax.tree.map(
-        lambda *leaves: np.stack(leaves), *decisions
-    )
+def _of_seed(tree: PyTree, seed: int) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[seed], tree)

@@ -6,6 +6,7 @@ own steps, or over one's own price: gradient evaluations + forward passes / 3.
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -19,15 +20,11 @@ from rich.console import Group
 from rich.table import Table
 
 from ..curves import PRICE
-from ..guards.protocol import Guard
-from ..guards.recommended import recommended
-from ..guards.unguarded import unguarded
-from ..learned.pretrained import pretrained
 from ..records import read_run
 from ..tasks.published import PUBLISHED, published_task
 from ..tasks.task import Task
 from .envelope import EVERY, Envelope, envelope, interquartile_mean, smoothed
-from .experiment import Experiment, Methods, with_methods
+from .experiment import Experiment, Methods, alone, learned_alone, ours, with_methods
 from .watched import watched
 
 LEARNED = {"LSTM": "lstm-mnist-mlp", "MLP": "mlp-small"}
@@ -70,45 +67,26 @@ HAND_MADE: Mapping[str, Callable[[float], optax.GradientTransformation]] = {
 """What the envelope is made of."""
 
 
-class Tuned(NamedTuple):
-    """What is run of ``HAND_MADE`` on a task."""
-
-    tried: tuple[tuple[str, float], ...]
-    """Of all kinds and of the envelope's rates those near the best. The best at a mark is shown,
-    as in the envelope."""
-    rate: float
-    """Of the Adam that guards fall back on."""
-
-
+_OF_CLASSIFIERS = (("Adam", 0.003), ("Adam, exponential", 0.003))
 _OF_AUTOENCODERS = (("Adam", 0.01), ("RAdam", 0.01), ("Adam, root", 0.03))
-RATES: Mapping[str, Tuned] = {
-    "ImageMLP_FashionMnist_Relu128x128": Tuned(
-        (("Adam", 0.003), ("Adam, exponential", 0.003)), 0.003
-    ),
-    "ImageMLP_Mnist_128x128x128_Relu": Tuned(
-        (("Adam", 0.003), ("Adam, exponential", 0.003)), 0.003
-    ),
-    "ImageMLP_FashionMnist8_Relu32": Tuned((("Adam", 0.01), ("Adam", 0.03)), 0.01),
-    "ImageMLPAE_FashionMnist_128x32x128_bs128": Tuned(_OF_AUTOENCODERS, 0.01),
-    "ImageMLPAE_Mnist_128x32x128_bs128": Tuned(_OF_AUTOENCODERS, 0.01),
+TRIED: Mapping[str, tuple[tuple[str, float], ...]] = {
+    "ImageMLP_FashionMnist_Relu128x128": _OF_CLASSIFIERS,
+    "ImageMLP_Mnist_128x128x128_Relu": _OF_CLASSIFIERS,
+    "ImageMLP_FashionMnist8_Relu32": (("Adam", 0.01), ("Adam", 0.03)),
+    "ImageMLPAE_FashionMnist_128x32x128_bs128": _OF_AUTOENCODERS,
+    "ImageMLPAE_Mnist_128x32x128_bs128": _OF_AUTOENCODERS,
 }
+"""What is run of ``HAND_MADE`` on a task: of all kinds and of the envelope's rates those near the
+best. The best at a mark is shown, as in the envelope. Guards fall back on the first."""
 
 
-def task_methods(experiment: Experiment) -> Methods:
+def task_methods(e: Experiment) -> Methods:
     """What is tuned; each learned optimizer alone, and guarded over Adam."""
-    e = experiment
-    made: dict[str, Callable[[], Guard]] = {
-        f"{kind} {rate:g}": lambda kind=kind, rate=rate: watched(
-            unguarded(HAND_MADE[kind](rate), nt=e.nt, trusted=True)
-        )
-        for kind, rate in RATES[e.name].tried
-    }
+    made = {f"{kind} {rate:g}": alone(e, HAND_MADE[kind](rate)) for kind, rate in TRIED[e.name]}
     for name, weights in LEARNED.items():
-        made[name] = lambda weights=weights: watched(unguarded(pretrained(weights), nt=e.nt))
-        made[f"{name}, guarded"] = lambda weights=weights: watched(
-            recommended(pretrained(weights), adam(e.adam_rate), nt=e.nt)
-        )
-    return made
+        own = replace(e, learned=weights)
+        made |= {name: learned_alone(own), f"{name}, guarded": ours(own, adam(e.adam_rate))}
+    return {name: lambda make=make: watched(make()) for name, make in made.items()}
 
 
 def task_of(experiment: Experiment) -> Task:
@@ -131,7 +109,7 @@ def task_recipe(name: str) -> Experiment:
         seed=5_000,
         nt=EVERY,
         evaluate_from=1_000,
-        adam_rate=RATES[name].rate,
+        adam_rate=TRIED[name][0][1],
         make_task=task_of,
     )
     return with_methods(task_methods, e)
@@ -217,34 +195,33 @@ def table(found: Mapping[str, Path]) -> tuple[Group, pl.DataFrame]:
         Row._fields,
         orient="row",
     )
-    shown = [_of_task(task, every.filter(task=task)) for task in found]
-    return Group(*shown, _of_all(every)), every
-
-
-def _of_task(task: str, numbers: pl.DataFrame) -> Table:
-    """Mean losses, and the mean speedup in brackets."""
-    published = envelope(task)
-    shown = Table("method", "at equal", *(f"{mark:,}" for mark in MARKS), title=task)
-    shown.add_row(ENVELOPE, "steps", *(f"{published.at(mark):.3g} (1.00)" for mark in MARKS))
-
-    def cell(one: pl.DataFrame) -> str:
-        means = one.select(pl.col("loss", "speedup").mean()).row(0)
-        return f"{means[0]:.3g} ({means[1]:.2f})"
-
-    return _filled(shown, numbers, cell)
-
-
-def _of_all(numbers: pl.DataFrame) -> Table:
-    """The interquartile mean of all tasks' and seeds' speedups, and its 95 % interval."""
+    shown = []
+    for task in found:
+        one, published = (
+            Table("method", "at equal", *(f"{mark:,}" for mark in MARKS), title=task),
+            envelope(task),
+        )
+        one.add_row(ENVELOPE, "steps", *(f"{published.at(mark):.3g} (1.00)" for mark in MARKS))
+        shown.append(_filled(one, every.filter(task=task), _means))
     title = "Speedup over the published envelope, interquartile mean"
-    shown = Table("method", "at equal", *(f"{mark:,}" for mark in MARKS), title=title)
+    return Group(*shown, _filled(_empty(title), every, _interquartile)), every
 
-    def cell(one: pl.DataFrame) -> str:
-        tasks = [of["speedup"].to_numpy() for _, of in one.group_by("task", maintain_order=True)]
-        mean = interquartile_mean(tasks)
-        return f"{mean.value:.2f} ({mean.low:.2f}-{mean.high:.2f})"
 
-    return _filled(shown, numbers, cell)
+def _empty(title: str) -> Table:
+    return Table("method", "at equal", *(f"{mark:,}" for mark in MARKS), title=title)
+
+
+def _means(rows: pl.DataFrame) -> str:
+    """The mean loss, and the mean speedup in brackets."""
+    loss, speedup = rows.select(pl.col("loss", "speedup").mean()).row(0)
+    return f"{loss:.3g} ({speedup:.2f})"
+
+
+def _interquartile(rows: pl.DataFrame) -> str:
+    """The interquartile mean of all tasks' and seeds' speedups, and its 95 % interval."""
+    tasks = [of["speedup"].to_numpy() for _, of in rows.group_by("task", maintain_order=True)]
+    mean = interquartile_mean(tasks)
+    return f"{mean.value:.2f} ({mean.low:.2f}-{mean.high:.2f})"
 
 
 def _filled(shown: Table, numbers: pl.DataFrame, cell: Callable[[pl.DataFrame], str]) -> Table:

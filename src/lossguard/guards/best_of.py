@@ -1,6 +1,7 @@
 """Guards side by side, of which the best is followed: a guard of guards."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -9,22 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..validation import check_count, check_decay, check_kind, check_share
 from . import trial as trials
+from .cycle import Cycle, as_arrays, check_state, loss_dtype, own_buffers, sum_dtype
 from .lanes import mean_losses
-from .protocol import (
-    NEITHER,
-    Decision,
-    Guard,
-    GuardState,
-    Objective,
-    Params,
-    advance,
-    as_arrays,
-    check_state,
-    following,
-    loss_dtype,
-    start,
-    sum_dtype,
-)
+from .protocol import NEITHER, Decision, Guard, GuardState, Objective, Params, advance, following
 from .soundness import is_sound, keep_schedules, select, with_sound_gradients
 from .trial import Trial
 
@@ -73,12 +61,9 @@ def best_of(
 
         sum_c decay^(C-c) d[followed in c](c)  <=  min_j sum_c decay^(C-c) d[j](c)
 
-    over the guards that were finite so far ("be the leader": Kalai and Vempala, 2005). The losses
-    are reported with hindsight: d is known before the leader is chosen.
-
-    With ``share`` the leader runs, and each of the others in that share of the cycles: so several
-    cost little more than one. Who didn't run can't take over. A record is of the cycles in which
-    its guard ran.
+    over the guards that were finite and not ruined ("be the leader": Kalai and Vempala, 2005): with
+    hindsight, as d is known before the leader is chosen. With ``share`` only who runs can be it.
+    Who isn't finite, or is ruined, begins again at x: ``SideBySide`` says when.
 
     Args:
         guards: guards of the same nt. The first is followed where all are level.
@@ -88,16 +73,8 @@ def best_of(
         nc: check minibatches a cycle, where there is a ``check``.
         decay: D remembers about 1 / (1 - decay) cycles.
 
-    A guard begins again at x, with its schedules and the record of the one that is followed, if its
-    losses or parameters aren't finite, or if it is ruined: on three cycles the leader was better by
-    three standard errors, and its lowest D is nearer to the leader's than to its own of now. Where
-    the leader isn't finite at the end of a cycle that began well, that cycle counts as its D: so x
-    goes back to where the cycle began, unless another D is lower. A minibatch that is lost on all
-    doesn't count.
-
-    ``decision.winner`` numbers the guards, -1 where x goes back; ``gradients``, ``forwards`` and
-    ``learned_updates`` are the sums over them, the rest is of the one that is followed.
-
+    ``decision.winner`` numbers the guards, -1 where x goes back to where the cycle began;
+    ``gradients``, ``forwards`` and ``learned_updates`` are sums, the rest is of who is followed.
     Memory and cost: those of the guards together; with a check nc forward passes of each that runs.
 
     Raises:
@@ -117,148 +94,163 @@ def best_of(
         raise ValueError("guards must be at least one guard, got none")
     for one in members:
         check_kind("each of guards", one, Guard, "unguarded(optimizer)")
-    nc, decay = check_count("nc", nc), check_decay(decay)
     share = None if share is None else check_share(share)
+    rules = SideBySide(members, share, check, check_count("nc", nc), check_decay(decay))
+    return Guard(rules.init, rules.step)
 
-    def init(params: Params) -> GuardState:
+
+@dataclass(frozen=True)
+class SideBySide:
+    """The rules.
+
+    A guard begins again at x, with its schedules and the record of the one that is followed, if its
+    losses or parameters aren't finite, or if it is ruined: on three cycles the leader was better by
+    three standard errors, and its lowest D is nearer to the leader's than to its own of now. Where
+    the leader isn't finite at the end of a cycle that began well, that cycle counts as its D: so x
+    goes back to where the cycle began, unless another D is lower. A minibatch that is lost on all
+    doesn't count.
+    """
+
+    members: tuple[Guard, ...]
+    share: float | None
+    check: Objective | None
+    nc: int
+    decay: float
+
+    def init(self, params: Params) -> GuardState:
+        """All are at the parameters, and nothing is known of them."""
         params = as_arrays(params)
-        states = tuple(guard.init(params) for guard in members)
-        records = jnp.full(len(members), jnp.nan, sum_dtype(params))
+        unknown = jnp.full(len(self.members), jnp.nan, sum_dtype(params))
         inner = BestOfState(
-            members=states,
-            records=records,
-            weights=jnp.zeros_like(records),
-            lowest=records,
-            against=new_trials(records),
-            spent=jnp.zeros(len(members), jnp.int32),
+            members=tuple(guard.init(params) for guard in self.members),
+            records=unknown,
+            weights=jnp.zeros_like(unknown),
+            lowest=unknown,
+            against=new_trials(unknown),
+            spent=jnp.zeros(len(self.members), jnp.int32),
             leader=jnp.int32(0),
             checked=jnp.int32(0),
         )
-        return start(params, inner)
+        return own_buffers(GuardState(params, jnp.int32(0), jnp.int32(0), inner))
 
-    def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
+    def step(self, state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
+        """A cycle of those that are due."""
         check_state(state, BestOfState)
         objective = with_sound_gradients(objective)
         inner, i = state.inner, state.minibatches
-        runs = [is_due(j, state) for j in range(len(members))]
-        stepped = []
-        for j, (guard, at) in enumerate(zip(members, inner.members, strict=True)):
+        runs, after = self.are_due(inner, state.steps), []
+        for j, (guard, at) in enumerate(zip(self.members, inner.members, strict=True)):
             edited = select(inner.leader == j, state.params, at.params)  # x may have been edited
             at = at._replace(params=edited, minibatches=i)
-            stepped.append(step_if(runs[j], guard, at, objective))
-        states, decisions = zip(*stepped, strict=True)
+            after.append(self.step_if(runs[j], guard, at, objective, inner.checked))
+        states, decisions, now = zip(*after, strict=True)
         lengths = {len(decision.losses) for decision in decisions}
         if len(lengths) > 1:
             raise ValueError(f"guards must have the same nt, got {sorted(lengths)}")
-        ran = jnp.array(runs)
-        losses = jnp.stack([decision.losses for decision in decisions])
-        now = current(state, objective, states, decisions, runs)
+
+        ran, losses = jnp.array(runs), jnp.stack([decision.losses for decision in decisions])
         sound = jnp.stack([is_sound(at.params, state.params) for at in states])
-        after, fine, again = settle(inner, losses, now, ran, sound, decay)
-        best = after.leader
-        ends = [select(fine[j], at.params, state.params) for j, at in enumerate(states)]
+        inner, fine, again = self.settle(inner, losses, jnp.stack(now), ran, sound)
+        ends = [select(ok, at.params, state.params) for ok, at in zip(fine, states, strict=True)]
         x, decision = jax.tree.map(
-            lambda *leaves: jnp.stack(leaves)[best], *zip(ends, decisions, strict=True)
-        )
-        after = after._replace(
-            members=tuple(
-                jax.lax.cond(
-                    again[j], lambda j=j, at=at: renew(members[j], x, at), lambda at=at: at
-                )
-                for j, at in enumerate(states)
-            ),
-            checked=following(inner.checked, nc),
+            lambda *leaves: jnp.stack(leaves)[inner.leader], *zip(ends, decisions, strict=True)
         )
         decision = decision._replace(
-            winner=jnp.where(fine[best], best, NEITHER).astype(jnp.int32),
+            winner=jnp.where(fine[inner.leader], inner.leader, NEITHER).astype(jnp.int32),
             gradients=sum(d.gradients for d in decisions),
-            forwards=sum(d.forwards for d in decisions)
-            + (0 if check is None else nc * ran.sum(dtype=jnp.int32)),
+            forwards=sum(d.forwards for d in decisions),
             learned_updates=sum(d.learned_updates for d in decisions),
         )
+        members = map(renew_if, again, self.members, states, [x] * len(states))
+        inner = inner._replace(members=tuple(members), checked=following(inner.checked, self.nc))
         minibatches = jnp.stack([at.minibatches for at in states])
         begins = (ran & (minibatches < i)).any()  # at minibatch 0 again, for all of them
         i = jnp.where(begins, 0, jnp.where(ran, minibatches, 0).max())
-        return GuardState(x, advance(state.steps, lengths.pop()), i, after), decision
+        return GuardState(x, advance(state.steps, lengths.pop()), i, inner), decision
 
-    def is_due(j: int, state: GuardState) -> Bool[Array, ""] | bool:
-        """Whether a guard runs in this cycle."""
-        if share is None:
-            return True
-        dtype = state.inner.records.dtype
-        spent, steps = state.inner.spent[j].astype(dtype), state.steps.astype(dtype)
-        return (state.inner.leader == j) | (spent <= share * steps)
+    def are_due(self, inner: BestOfState, k: Int[Array, ""]) -> Sequence[Bool[Array, ""] | bool]:
+        """Which guards run in the cycle after k steps."""
+        if self.share is None:
+            return [True] * len(self.members)
+        dtype = inner.records.dtype
+        behind = inner.spent.astype(dtype) <= self.share * k.astype(dtype)
+        return [*(behind | (jnp.arange(len(behind)) == inner.leader))]
 
-    def current(
-        state: GuardState,
+    def step_if(
+        self,
+        runs: Bool[Array, ""] | bool,
+        guard: Guard,
+        at: GuardState,
         objective: Objective,
-        states: Sequence[GuardState],
-        decisions: Sequence[Decision],
-        runs: Sequence[Bool[Array, ""] | bool],
-    ) -> Float[Array, " members"]:
-        """d of each guard in this cycle."""
-        if check is None:
-            return jnp.stack([decision.losses.mean() for decision in decisions])
-        j = state.inner.checked
-        dtype = loss_dtype(check, state.params, j)
+        checked: Int[Array, ""],
+    ) -> tuple[GuardState, Decision, Float[Array, ""]]:
+        """A cycle of a guard, and d; where it doesn't run nothing is spent, and nothing known."""
 
-        def measure(x: Params, check: Objective = check) -> Array:
-            return mean_losses([x], check, j, nc=nc, dtype=dtype)[0]
+        def step(at: GuardState) -> tuple[GuardState, Decision, Array]:
+            at, decision = guard.step(at, objective)
+            if self.check is None:
+                return at, decision, decision.losses.mean()
+            dtype = loss_dtype(self.check, at.params, checked)
+            held_out = Cycle(self.check, checked, at.steps, self.nc, dtype)
+            decision = decision._replace(forwards=decision.forwards + self.nc)
+            return at, decision, mean_losses([at.params], held_out)[0]
 
-        def skip(x: Params) -> Array:
-            return jnp.array(jnp.nan, dtype)
+        def idle(at: GuardState) -> tuple[GuardState, Decision, Array]:
+            def nothing(one: jax.ShapeDtypeStruct) -> Array:
+                unknown = jnp.nan if jnp.issubdtype(one.dtype, jnp.floating) else 0
+                return jnp.full(one.shape, unknown, one.dtype)
 
-        return jnp.stack(
-            [
-                jax.lax.cond(run, measure, skip, at.params)
-                for run, at in zip(runs, states, strict=True)
-            ]
+            _, decision, d = jax.tree.map(nothing, jax.eval_shape(step, at))
+            fine = jnp.array(True)
+            return at, decision._replace(finite_learned=fine, finite_fallback=fine), d
+
+        return step(at) if runs is True else jax.lax.cond(runs, step, idle, at)
+
+    def settle(
+        self,
+        inner: BestOfState,
+        losses: Float[Array, "members nt"],
+        now: Float[Array, " members"],
+        ran: Bool[Array, " members"],
+        sound: Bool[Array, " members"],
+    ) -> tuple[BestOfState, Bool[Array, " members"], Bool[Array, " members"]]:
+        """What is known after a cycle, and of each whether it is fine, and whether it begins again.
+
+        ``now`` are the d, and ``sound`` are those whose parameters are finite.
+        """
+        numbers = jnp.arange(len(now))
+        leads = numbers == inner.leader
+        lost = ~(jnp.isfinite(now) & ran).any()  # a minibatch that is lost on all
+        fine = ~ran | (sound & (jnp.isfinite(now) | lost))
+        goes_back = leads & ~fine & jnp.isfinite(losses[:, 0]) & ~jnp.isnan(inner.records)
+        now = jnp.where(goes_back, inner.records, now)
+        counts = ran & ~lost & (fine | goes_back)
+        weights = jnp.where(counts, self.decay * inner.weights + 1, inner.weights)
+        known = jnp.where(jnp.isnan(inner.records), now, inner.records)
+        records = jnp.where(counts, known + (now - known) / weights, inner.records)
+        lowest = jnp.fmin(inner.lowest, records)
+        may_lead = ran & (fine | goes_back) & ~jnp.isnan(records)
+        best = jnp.argmin(jnp.where(may_lead, records, jnp.inf))
+        best = jnp.where(may_lead.any(), best, inner.leader)
+
+        compared = counts & fine & ~leads & fine[inner.leader]
+        leading = jnp.broadcast_to(losses[inner.leader], losses.shape)
+        tried = jax.vmap(trials.add)(inner.against, leading, losses)
+        won, over = jax.vmap(trials.outcome)(tried, leading)
+        was_as_good = 2 * lowest < records + records[inner.leader]
+        again = ~fine | (compared & won & was_as_good & (numbers != best))
+        restarts = again | (compared & (won | over)) | (best != inner.leader)
+        choose = jax.vmap(select)
+        spent = advance(inner.spent, losses.shape[1])
+        after = inner._replace(
+            records=jnp.where(again, records[best], records),
+            weights=jnp.where(again, weights[best], weights),
+            lowest=jnp.where(again, records[best], lowest),
+            against=choose(restarts, new_trials(records), choose(compared, tried, inner.against)),
+            spent=jnp.where(ran & ~leads, spent, inner.spent),
+            leader=best.astype(jnp.int32),
         )
-
-    return Guard(init, step)
-
-
-def settle(
-    inner: BestOfState,
-    losses: Float[Array, "members nt"],
-    now: Float[Array, " members"],
-    ran: Bool[Array, " members"],
-    sound: Bool[Array, " members"],
-    decay: float,
-) -> tuple[BestOfState, Bool[Array, " members"], Bool[Array, " members"]]:
-    """What is known after a cycle, and of each whether it is fine, and whether it begins again."""
-    numbers = jnp.arange(len(now))
-    leads = numbers == inner.leader
-    lost = ~(jnp.isfinite(now) & ran).any()  # a minibatch that is lost on all
-    fine = ~ran | (sound & (jnp.isfinite(now) | lost))
-    goes_back = leads & ~fine & jnp.isfinite(losses[:, 0]) & ~jnp.isnan(inner.records)
-    now = jnp.where(goes_back, inner.records, now)
-    counts = ran & ~lost & (fine | goes_back)
-    weights = jnp.where(counts, decay * inner.weights + 1, inner.weights)
-    known = jnp.where(jnp.isnan(inner.records), now, inner.records)
-    records = jnp.where(counts, known + (now - known) / weights, inner.records)
-    lowest = jnp.fmin(inner.lowest, records)
-    may_lead = ran & (fine | goes_back) & ~jnp.isnan(records)
-    best = jnp.argmin(jnp.where(may_lead, records, jnp.inf))
-    best = jnp.where(may_lead.any(), best, inner.leader)
-
-    compared = counts & fine & ~leads & fine[inner.leader]
-    leading = jnp.broadcast_to(losses[inner.leader], losses.shape)
-    tried = jax.vmap(trials.add)(inner.against, leading, losses)
-    won, over = jax.vmap(trials.outcome)(tried, leading)
-    was_as_good = 2 * lowest < records + records[inner.leader]
-    again = ~fine | (compared & won & was_as_good & (numbers != best))
-    restarts = again | (compared & (won | over)) | (best != inner.leader)
-    later = jax.vmap(lambda steps: advance(steps, losses.shape[1]))
-    after = inner._replace(
-        records=jnp.where(again, records[best], records),
-        weights=jnp.where(again, weights[best], weights),
-        lowest=jnp.where(again, records[best], lowest),
-        against=choose(restarts, new_trials(records), choose(compared, tried, inner.against)),
-        spent=jnp.where(ran & ~leads, later(inner.spent), inner.spent),
-        leader=best.astype(jnp.int32),
-    )
-    return after, fine, again
+        return after, fine, again
 
 
 def new_trials(records: Float[Array, " members"]) -> Trial:
@@ -267,32 +259,11 @@ def new_trials(records: Float[Array, " members"]) -> Trial:
     return jax.vmap(trials.begin)(lengths, jnp.full_like(records, jnp.inf))
 
 
-def choose(flags: Bool[Array, " members"], yes: Trial, no: Trial) -> Trial:
-    """``yes`` of the members with a flag, ``no`` of the others."""
-    return jax.vmap(select)(flags, yes, no)
+def renew_if(again: Bool[Array, ""], guard: Guard, was: GuardState, x: Params) -> GuardState:
+    """A guard's first state, at x, with the counts and schedules that it had; or what it was."""
 
+    def renewed() -> GuardState:
+        fresh = guard.init(x)._replace(steps=was.steps, minibatches=was.minibatches)
+        return keep_schedules(fresh, was)
 
-def step_if(
-    runs: Bool[Array, ""] | bool, guard: Guard, at: GuardState, objective: Objective
-) -> tuple[GuardState, Decision]:
-    """A cycle of a guard; where it doesn't run nothing is spent, and nothing known."""
-
-    def step(at: GuardState) -> tuple[GuardState, Decision]:
-        return guard.step(at, objective)
-
-    def idle(at: GuardState) -> tuple[GuardState, Decision]:
-        def nothing(one: jax.ShapeDtypeStruct) -> Array:
-            unknown = jnp.nan if jnp.issubdtype(one.dtype, jnp.floating) else 0
-            return jnp.full(one.shape, unknown, one.dtype)
-
-        decision = jax.tree.map(nothing, jax.eval_shape(step, at)[1])
-        fine = jnp.array(True)
-        return at, decision._replace(finite_learned=fine, finite_fallback=fine)
-
-    return step(at) if runs is True else jax.lax.cond(runs, step, idle, at)
-
-
-def renew(guard: Guard, x: Params, was: GuardState) -> GuardState:
-    """A guard's first state, at x, with the counts and schedules that it had."""
-    fresh = guard.init(x)._replace(steps=was.steps, minibatches=was.minibatches)
-    return keep_schedules(fresh, was)
+    return jax.lax.cond(again, renewed, lambda: was)

@@ -1,31 +1,17 @@
 """The guard for where optimizer steps are scarce: never above the fallback after as many steps."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from ..validation import check_count, check_share
-from .lanes import Lane, is_fine, train_if
-from .protocol import (
-    OWN,
-    Decision,
-    Guard,
-    GuardState,
-    Objective,
-    Params,
-    advance,
-    as_arrays,
-    check_state,
-    following,
-    loss_dtype,
-    start,
-    sum_dtype,
-    with_extra_args,
-)
-from .relay import Leg, Relay, RelayState, at, lead_from, leader, report
-from .soundness import keep_schedules, renew_if_unsound, select, with_sound_gradients
-from .stacked import check_stacked
+from .cycle import Cycle, guard_of, sum_dtype
+from .lanes import Lane, with_extra_args
+from .protocol import OWN, Decision, Guard, Params, advance
+from .relay import Relay, RelayState, lead_from, leader, own_path
+from .soundness import renew, select
 
 DECAY = 0.7
 """Weight of the past in the regret, a cycle."""
@@ -36,13 +22,9 @@ LEAST = 3
 
 
 class HedgedState(NamedTuple):
-    """The relay of x, the fallback by itself, and how x has done against it."""
+    """The relay of x, and how x has done against the fallback by itself."""
 
     relay: RelayState
-    s: Lane
-    """The fallback by itself; while x is on its path x stands for it, and s is where it was."""
-    on_own: Bool[Array, ""]
-    """Whether x is on that path."""
     regret: Float[Array, ""]
     """R, the discounted sum of x's losses less those of s."""
     away: Int[Array, ""]
@@ -89,73 +71,42 @@ def hedged(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) ->
     (0, 20.0)
     """
     nt, share = check_count("nt", nt), check_share(share)
-    trusted = with_extra_args("fallback", fallback)
-    relay = Relay(with_extra_args("learned", learned), trusted, nt, share)
+    learned, fallback = with_extra_args("learned", learned), with_extra_args("fallback", fallback)
+    relay = Relay(learned, fallback, share)
+    return guard_of(partial(begin, relay), partial(cycle, relay), nt=nt, inner=HedgedState)
 
-    def init(params: Params) -> GuardState:
-        params = as_arrays(params)
-        inner = HedgedState(
-            relay=relay.init(params),
-            s=Lane(params, trusted.init(params)),
-            on_own=jnp.array(True),
-            regret=jnp.zeros((), sum_dtype(params)),
-            away=jnp.int32(0),
-            behind=jnp.int32(0),
-        )
-        return start(params, inner)
 
-    def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
-        check_state(state, HedgedState)
-        check_stacked(objective, nt)
-        inner, i, k = state.inner, state.minibatches, state.steps
-        loss_dtype(objective, state.params, i)  # refuses what is no loss
-        objective = with_sound_gradients(objective)
-        gave_s = inner.regret > 0
-        inner = inner._replace(
-            relay=select(gave_s, inner.relay, lead_from(inner.relay, state.params)),
-            s=inner.s._replace(params=select(gave_s, state.params, inner.s.params)),
-        )
-        x, leg = relay.step(inner.relay, objective, i, k)
-        runs = ~inner.on_own
-        s, of_s = train_if(runs, trusted, inner.s, objective, i, nt=nt, dtype=leg.losses.dtype)
-        inner, gives_s = settle(inner._replace(relay=x), s, leg, of_s)
-        decision = report(leg, inner.relay, on_own=inner.on_own, s_ran=runs)
-        decision = decision._replace(
-            used_learned=decision.used_learned & ~gives_s,
-            losses=jnp.where(gives_s, of_s, leg.losses),
-            winner=jnp.where(gives_s, OWN, decision.winner).astype(jnp.int32),
-        )
-        params = select(inner.regret > 0, inner.s.params, leader(inner.relay))
-        return GuardState(params, advance(k, nt), following(i, nt), inner), decision
+def begin(relay: Relay, params: Params) -> HedgedState:
+    """x is on the fallback's own path."""
+    none, regret = jnp.int32(0), jnp.zeros((), sum_dtype(params))
+    return HedgedState(relay.begin(params), regret, none, none)
 
-    def settle(
-        inner: HedgedState, s: Lane, leg: Leg, of_s: Float[Array, " nt"]
-    ) -> tuple[HedgedState, Bool[Array, ""]]:
-        """The state after the cycle, and whether s leads in what is reported of it."""
-        runs, before, x = ~inner.on_own, inner.s.params, leader(inner.relay)
-        fine = is_fine(s, jnp.where(runs, of_s, 0), before)
-        s_state = renew_if_unsound(trusted, s.params, s.state)
-        s_state = select(fine, s_state, keep_schedules(trusted.init(x), s_state))
-        s = Lane(select(fine, s.params, x), s_state)  # not finite any more: it begins again at x
 
-        known = runs & fine
-        d = (leg.losses.sum() - of_s.sum()).astype(inner.regret.dtype)
-        d = jnp.where(jnp.isfinite(d), d, jnp.inf)  # x had a loss that isn't finite, and s hadn't
-        regret = jnp.where(known, DECAY * inner.regret + d, 0)
-        gives_s = regret > 0
-        leaves = inner.on_own & leg.taken_over
-        away = jnp.where(runs, advance(inner.away, 1), 0)
-        behind = jnp.where(gives_s, inner.behind + 1, 0)
-        patience = jnp.maximum(LEAST, PATIENCE * away.astype(regret.dtype))
-        back = known & ((behind.astype(regret.dtype) >= patience) | jnp.isinf(regret))
-        after = HedgedState(
-            relay=select(back, at(inner.relay, s, of_s.mean()), inner.relay),
-            s=select(leaves, inner.relay.z, s),
-            on_own=(inner.on_own & ~leaves) | back,
-            regret=jnp.where(back, 0, regret),
-            away=jnp.where(back, 0, away),
-            behind=jnp.where(back, 0, behind),
-        )
-        return after, gives_s
+def cycle(
+    relay: Relay, x: Params, inner: HedgedState, now: Cycle
+) -> tuple[Params, HedgedState, Decision]:
+    """The relay, beside s while x is off its path."""
+    was, led_by_s, runs = inner.relay, inner.regret > 0, ~inner.relay.on_own
+    edited = was._replace(s=was.s._replace(params=x))
+    state, leg = relay.step(select(led_by_s, edited, lead_from(was, x)), runs, now)
+    x = leader(state)
+    renewed = Lane(x, renew(relay.fallback, x, state.s.state))
+    s = select(leg.fine_s, state.s, renewed)
 
-    return Guard(init, step)
+    losses, known = leg.decision.losses, runs & leg.fine_s
+    d = (losses.sum() - leg.of_s.sum()).astype(inner.regret.dtype)
+    d = jnp.where(jnp.isfinite(d), d, jnp.inf)  # x had a loss that isn't finite, and s hadn't
+    regret = jnp.where(known, DECAY * inner.regret + d, 0)
+    leads = regret > 0
+    away = jnp.where(runs, advance(inner.away, 1), 0)
+    behind = jnp.where(leads, inner.behind + 1, 0)
+    patience = jnp.maximum(LEAST, PATIENCE * away.astype(regret.dtype))
+    back = known & ((behind.astype(regret.dtype) >= patience) | jnp.isinf(regret))
+    state, decision = own_path(state, s, leg, back, leg.of_s.mean())
+    decision = decision._replace(
+        used_learned=decision.used_learned & ~leads,
+        losses=jnp.where(leads, leg.of_s, losses),
+        winner=jnp.where(leads, OWN, decision.winner).astype(jnp.int32),
+    )
+    after = HedgedState(state, *(jnp.where(back, 0, one) for one in (regret, away, behind)))
+    return select(after.regret > 0, state.s.params, leader(state)), after, decision

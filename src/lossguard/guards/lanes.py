@@ -1,5 +1,6 @@
 """A lane: an optimizer's run. Guards run several, and compare their losses."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,10 +9,36 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from .cycle import Cycle
 from .protocol import Objective, Params
 from .soundness import all_finite, is_sound
 
 Optimizer = optax.GradientTransformationExtraArgs
+
+
+def with_extra_args(name: str, optimizer: Any) -> optax.GradientTransformationExtraArgs:
+    """The optimizer in the form that accepts ``value=`` and the like, and drops what it can't use.
+
+    ``grad_fn=`` goes to optimizers that name it, such as optax's opaque SAM, and to no others: the
+    line searches of optax refuse it.
+    """
+    if not (callable(getattr(optimizer, "init", None)) and hasattr(optimizer, "update")):
+        raise ValueError(f"{name} must be an optax GradientTransformation, got {optimizer!r}")
+    inner = optax.with_extra_args_support(optimizer)
+    named = inspect.signature(inner.update).parameters
+    open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in named.values())
+
+    def update(
+        updates: PyTree, state: PyTree, params: Params | None = None, **extra_args: Any
+    ) -> tuple[PyTree, PyTree]:
+        usable = {
+            key: value
+            for key, value in extra_args.items()
+            if key in named or (open_ended and key != "grad_fn")
+        }
+        return inner.update(updates, state, params, **usable)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 class Lane(NamedTuple):
@@ -49,56 +76,43 @@ def propose(
 
 
 def train(
-    optimizers: Sequence[Optimizer],
-    lanes: Sequence[Lane],
-    objective: Objective,
-    i: Int[Array, ""],
-    *,
-    nt: int,
-    dtype: jnp.dtype,
+    optimizers: Sequence[Optimizer], lanes: Sequence[Lane], now: Cycle
 ) -> tuple[tuple[Lane, ...], Float[Array, "lanes nt"]]:
-    """nt steps of every lane on minibatches i .. i+nt-1, and the losses before each step."""
+    """nt steps of every lane on the minibatches of a cycle, and the losses before each step."""
 
     def step(lanes: tuple[Lane, ...], t: Any) -> tuple[tuple[Lane, ...], Array]:
         after, losses = [], []
         for optimizer, lane in zip(optimizers, lanes, strict=True):
-            loss, gradient = jax.value_and_grad(objective)(lane.params, i + t)
-            after.append(propose(optimizer, lane, objective, i + t, loss, gradient))
-            losses.append(jnp.asarray(loss, dtype))
+            loss, gradient = jax.value_and_grad(now.objective)(lane.params, now.i + t)
+            after.append(propose(optimizer, lane, now.objective, now.i + t, loss, gradient))
+            losses.append(jnp.asarray(loss, now.dtype))
         return tuple(after), jnp.stack(losses)
 
-    lanes, losses = jax.lax.scan(step, tuple(lanes), jnp.arange(nt))
+    lanes, losses = jax.lax.scan(step, tuple(lanes), jnp.arange(now.nt))
     return lanes, losses.T
 
 
 def train_if(
-    runs: Bool[Array, ""],
-    optimizer: Optimizer,
-    lane: Lane,
-    objective: Objective,
-    i: Int[Array, ""],
-    *,
-    nt: int,
-    dtype: jnp.dtype,
+    runs: Bool[Array, ""], optimizer: Optimizer, lane: Lane, now: Cycle
 ) -> tuple[Lane, Float[Array, " nt"]]:
     """nt steps of a lane and its losses; where it doesn't run: nothing is computed, NaN."""
 
     def run(lane: Lane) -> tuple[Lane, Array]:
-        (lane,), losses = train([optimizer], [lane], objective, i, nt=nt, dtype=dtype)
+        (lane,), losses = train([optimizer], [lane], now)
         return lane, losses[0]
 
-    return jax.lax.cond(runs, run, lambda lane: (lane, jnp.full(nt, jnp.nan, dtype)), lane)
+    idle = jnp.full(now.nt, jnp.nan, now.dtype)
+    return jax.lax.cond(runs, run, lambda lane: (lane, idle), lane)
 
 
-def mean_losses(
-    points: Sequence[Params], objective: Objective, i: Int[Array, ""], *, nc: int, dtype: jnp.dtype
-) -> Float[Array, " points"]:
-    """The mean loss of each point on minibatches i .. i+nc-1: forward passes only."""
+def mean_losses(points: Sequence[Params], now: Cycle) -> Float[Array, " points"]:
+    """The mean loss of each point on the minibatches of a cycle: forward passes only."""
 
     def add(j: Any, sums: Array) -> Array:
-        return sums + jnp.stack([jnp.asarray(objective(w, i + j), dtype) for w in points])
+        losses = [jnp.asarray(now.objective(w, now.i + j), now.dtype) for w in points]
+        return sums + jnp.stack(losses)
 
-    return jax.lax.fori_loop(0, nc, add, jnp.zeros(len(points), dtype)) / nc
+    return jax.lax.fori_loop(0, now.nt, add, jnp.zeros(len(points), now.dtype)) / now.nt
 
 
 def is_fine(lane: Lane, losses: Float[Array, "..."], before: Params) -> Bool[Array, ""]:

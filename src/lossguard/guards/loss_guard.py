@@ -4,32 +4,17 @@ Letters: x the kept iterate, y the learned branch, z the fallback branch, nt opt
 cycle, nc check minibatches, i the number of a minibatch.
 """
 
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
 from ..validation import check_choice, check_count
-from .lanes import Lane, Optimizer, is_fine, mean_losses, train
-from .protocol import (
-    FALLBACK,
-    LEARNED,
-    NEITHER,
-    Decision,
-    Guard,
-    GuardState,
-    Objective,
-    Params,
-    advance,
-    as_arrays,
-    check_state,
-    following,
-    loss_dtype,
-    start,
-    with_extra_args,
-)
-from .soundness import keep_schedules, renew_if_unsound, select
-from .stacked import check_stacked
+from .cycle import Cycle, guard_of
+from .lanes import Lane, Optimizer, is_fine, mean_losses, train, with_extra_args
+from .protocol import FALLBACK, LEARNED, NEITHER, Decision, Guard, Params
+from .soundness import renew, renew_if_unsound, select
 
 Loser = Literal["keep", "reset"]
 
@@ -80,49 +65,50 @@ def loss_guard(
     """
     nt, nc = check_count("nt", nt), check_count("nc", nc)
     check_choice("loser", loser, get_args(Loser))
-    learned = with_extra_args("learned", learned)
-    fallback = with_extra_args("fallback", fallback)
+    optimizers = with_extra_args("learned", learned), with_extra_args("fallback", fallback)
+    return guard_of(
+        lambda params: LossGuardState(*(one.init(params) for one in optimizers)),
+        partial(algorithm_2, optimizers, nc, loser),
+        nt=nt,
+        nc=nc,
+        inner=LossGuardState,
+    )
 
-    def init(params: Params) -> GuardState:
-        params = as_arrays(params)
-        return start(params, LossGuardState(learned.init(params), fallback.init(params)))
 
-    def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
-        check_state(state, LossGuardState)
-        check_stacked(objective, nt + nc)
-        x, i = state.params, state.minibatches
-        dtype = loss_dtype(objective, x, i)
+def algorithm_2(
+    optimizers: tuple[Optimizer, Optimizer],
+    nc: int,
+    loser: Loser,
+    x: Params,
+    inner: LossGuardState,
+    now: Cycle,
+) -> tuple[Params, LossGuardState, Decision]:
+    """Lines 10 to 19. Line 21 is where ``guard_of`` goes on to the next minibatches."""
+    branches = Lane(x, inner.learned), Lane(x, inner.fallback)  # lines 10, 11
+    (y, z), losses = train(optimizers, branches, now)  # lines 12 to 15
+    checks = mean_losses((y.params, z.params), now._replace(i=now.i + now.nt, nt=nc))
 
-        branches = Lane(x, state.inner.learned), Lane(x, state.inner.fallback)  # lines 10, 11
-        (y, z), losses = train(  # lines 12 to 15
-            (learned, fallback), branches, objective, i, nt=nt, dtype=dtype
-        )
-        checks = mean_losses((y.params, z.params), objective, i + nt, nc=nc, dtype=dtype)
+    finite_y, finite_z = is_fine(y, checks[0], x), is_fine(z, checks[1], x)
+    keep_y = finite_y & ((checks[0] < checks[1]) | ~finite_z)  # line 16
+    x = select(keep_y, y.params, select(finite_z, z.params, x))  # lines 17, 19
 
-        finite_y, finite_z = is_fine(y, checks[0], x), is_fine(z, checks[1], x)
-        keep_y = finite_y & ((checks[0] < checks[1]) | ~finite_z)  # line 16
-        x = select(keep_y, y.params, select(finite_z, z.params, x))  # lines 17, 19
-        i = following(i, nt + nc)  # line 21
-
-        inner = LossGuardState(
-            after(learned, loser, x, y.state, keep_y),
-            after(fallback, loser, x, z.state, ~keep_y),
-        )
-        decision = Decision(
-            used_learned=jnp.full(nt, keep_y),
-            losses=jnp.where(keep_y, losses[0], losses[1]),
-            learned_loss=checks[0],
-            fallback_loss=checks[1],
-            finite_learned=finite_y,
-            finite_fallback=finite_z,
-            winner=jnp.where(keep_y, LEARNED, jnp.where(finite_z, FALLBACK, NEITHER)),
-            gradients=jnp.int32(2 * nt),
-            forwards=jnp.int32(2 * nc),
-            learned_updates=jnp.int32(nt),
-        )
-        return GuardState(x, advance(state.steps, nt), i, inner), decision
-
-    return Guard(init, step)
+    inner = LossGuardState(
+        after(optimizers[0], loser, x, y.state, keep_y),
+        after(optimizers[1], loser, x, z.state, ~keep_y),
+    )
+    decision = Decision(
+        used_learned=jnp.full(now.nt, keep_y),
+        losses=jnp.where(keep_y, losses[0], losses[1]),
+        learned_loss=checks[0],
+        fallback_loss=checks[1],
+        finite_learned=finite_y,
+        finite_fallback=finite_z,
+        winner=jnp.where(keep_y, LEARNED, jnp.where(finite_z, FALLBACK, NEITHER)),
+        gradients=jnp.int32(2 * now.nt),
+        forwards=jnp.int32(2 * nc),
+        learned_updates=jnp.int32(now.nt),
+    )
+    return x, inner, decision
 
 
 def after(
@@ -130,5 +116,5 @@ def after(
 ) -> PyTree:
     """The state with which an optimizer goes on from x. Its schedules go on in any case."""
     if loser == "reset":
-        state = select(won, state, keep_schedules(optimizer.init(x), state))
+        state = select(won, state, renew(optimizer, x, state))
     return renew_if_unsound(optimizer, x, state)

@@ -1,5 +1,6 @@
 """The guard that we recommend where compute is scarce: a relay, and the fallback by itself."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -8,26 +9,12 @@ from jaxtyping import Array, Bool, Float, Int
 from ..validation import check_count, check_share
 from . import progress as progresses
 from . import trial as trials
-from .lanes import Lane, is_fine, train_if
+from .cycle import Cycle, guard_of, sum_dtype
+from .lanes import with_extra_args
 from .progress import Progress
-from .protocol import (
-    Decision,
-    Guard,
-    GuardState,
-    Objective,
-    Params,
-    advance,
-    as_arrays,
-    check_state,
-    following,
-    loss_dtype,
-    start,
-    sum_dtype,
-    with_extra_args,
-)
-from .relay import Leg, Relay, RelayState, at, lead_from, leader, report
-from .soundness import renew_if_unsound, select, with_sound_gradients
-from .stacked import check_stacked
+from .protocol import Decision, Guard, Params, advance
+from .relay import Relay, RelayState, lead_from, leader, own_path
+from .soundness import select
 from .trial import Trial
 
 LOOKS = 3
@@ -39,13 +26,9 @@ BELOW = 0.1
 
 
 class RecommendedState(NamedTuple):
-    """The relay of x, and the fallback by itself."""
+    """The relay of x, and what is known of the fallback by itself."""
 
     relay: RelayState
-    s: Lane
-    """The fallback by itself. While x is on its path x stands for it, and s is where it was."""
-    on_own: Bool[Array, ""]
-    """Whether x is on the path of the fallback by itself."""
     own_steps: Int[Array, ""]
     """Steps of the fallback by itself."""
     progress: Progress
@@ -95,72 +78,50 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
     (0, 20.0)
     """
     nt, share = check_count("nt", nt), check_share(share)
-    more = min(1.0, MORE * share)
-    trusted = with_extra_args("fallback", fallback)
-    relay = Relay(with_extra_args("learned", learned), trusted, nt, share)
+    learned, fallback = with_extra_args("learned", learned), with_extra_args("fallback", fallback)
+    relay = Relay(learned, fallback, share)
+    return guard_of(partial(begin, relay), partial(cycle, relay), nt=nt, inner=RecommendedState)
 
-    def init(params: Params) -> GuardState:
-        params = as_arrays(params)
-        zero = jnp.zeros((), sum_dtype(params))
-        inner = RecommendedState(
-            relay=relay.init(params),
-            s=Lane(params, trusted.init(params)),
-            on_own=jnp.array(True),
-            own_steps=jnp.int32(0),
-            progress=progresses.begin(zero),
-            against=new_trial(zero),
-        )
-        return start(params, inner)
 
-    def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
-        check_state(state, RecommendedState)
-        check_stacked(objective, nt)
-        inner, i, k = state.inner, state.minibatches, state.steps
-        loss_dtype(objective, state.params, i)  # refuses what is no loss
-        objective = with_sound_gradients(objective)
-        own_steps, steps = (n.astype(inner.against.bound.dtype) for n in (inner.own_steps, k))
-        now = inner.relay.progress.recent
-        soon = progresses.expected_at(inner.progress, more * steps) < now - BELOW * jnp.abs(now)
-        due = jnp.where(soon, more, share) * steps
-        runs = ~inner.on_own & (own_steps < due)
-        x, leg = relay.step(lead_from(inner.relay, state.params), objective, i, k)
-        s, of_s = train_if(runs, trusted, inner.s, objective, i, nt=nt, dtype=leg.losses.dtype)
-        inner = settle(inner._replace(relay=x), s, leg, of_s, runs)
-        decision = report(leg, inner.relay, on_own=inner.on_own, s_ran=runs)
-        after = GuardState(leader(inner.relay), advance(k, nt), following(i, nt), inner)
-        return after, decision
+def begin(relay: Relay, params: Params) -> RecommendedState:
+    """x is on the fallback's own path."""
+    zero = jnp.zeros((), sum_dtype(params))
+    none, progress = jnp.int32(0), progresses.begin(zero)
+    return RecommendedState(relay.begin(params), none, progress, new_trial(zero))
 
-    def settle(
-        inner: RecommendedState,
-        s: Lane,
-        leg: Leg,
-        of_s: Float[Array, " nt"],
-        runs: Bool[Array, ""],
-    ) -> RecommendedState:
-        """x leaves the fallback's own path, stays off it, or goes back to it."""
-        fine = is_fine(s, jnp.where(runs, of_s, 0), inner.s.params)
-        s = Lane(select(fine, s.params, inner.s.params), s.state)
-        s = s._replace(state=renew_if_unsound(trusted, s.params, s.state))
-        leaves = inner.on_own & leg.taken_over
-        heard = runs & fine
-        against = select(heard, trials.add(inner.against, of_s, leg.losses), inner.against)
-        won, lost = trials.outcome(against, of_s)
-        back = heard & won
-        against = select(leaves | (heard & (won | lost)), new_trial(against.bound), against)
-        ran = heard | (inner.on_own & leg.fine_z)
-        loss = jnp.where(heard, of_s, leg.losses).mean()
-        progress = progresses.add(inner.progress, loss, nt, memory=0)
-        progress = select(ran, progress, inner.progress)
-        return RecommendedState(
-            relay=select(back, at(inner.relay, s, progress.recent), inner.relay),
-            s=select(leaves, inner.relay.z, s),
-            on_own=(inner.on_own & ~leaves) | back,
-            own_steps=advance(inner.own_steps, jnp.where(inner.on_own | runs, nt, 0)),
-            progress=progress,
-            against=against,
-        )
 
-    return Guard(init, step)
+def cycle(
+    relay: Relay, x: Params, inner: RecommendedState, now: Cycle
+) -> tuple[Params, RecommendedState, Decision]:
+    """The relay, and s if it is due."""
+    on_own = inner.relay.on_own
+    runs = ~on_own & is_due(inner, now.k, relay.share)
+    state, leg = relay.step(lead_from(inner.relay, x), runs, now)
+
+    losses, fine_z = leg.decision.losses, leg.decision.finite_fallback
+    heard = runs & leg.fine_s
+    against = select(heard, trials.add(inner.against, leg.of_s, losses), inner.against)
+    won, lost = trials.outcome(against, leg.of_s)
+    over = leg.leaves | (heard & (won | lost))
+    loss = jnp.where(heard, leg.of_s, losses).mean()
+    progress = progresses.add(inner.progress, loss, now.nt, memory=0)
+    progress = select(heard | (on_own & fine_z), progress, inner.progress)
+    state, decision = own_path(state, state.s, leg, heard & won, progress.recent)
+    after = RecommendedState(
+        relay=state,
+        own_steps=advance(inner.own_steps, jnp.where(on_own | runs, now.nt, 0)),
+        progress=progress,
+        against=select(over, new_trial(against.bound), against),
+    )
+    return leader(state), after, decision
+
+
+def is_due(inner: RecommendedState, k: Int[Array, ""], share: float) -> Bool[Array, ""]:
+    """Whether s has had fewer than its part of the k steps so far."""
+    more, now = min(1.0, MORE * share), inner.relay.progress.recent
+    own_steps, k = inner.own_steps.astype(now.dtype), k.astype(now.dtype)
+    soon = progresses.expected_at(inner.progress, more * k) < now - BELOW * jnp.abs(now)
+    return own_steps < jnp.where(soon, more, share) * k
 
 
 def new_trial(like: Float[Array, ""]) -> Trial:

@@ -3,6 +3,7 @@
 x    the parameters of the leader's lane
 y    the learned lane: leads, or is on trial from x
 z    the fallback's lane: leads, or is the snapshot that x can go back to while y leads
+s    the fallback by itself, which y has never moved: stays behind when x leaves its path
 """
 
 from dataclasses import dataclass
@@ -13,19 +14,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from . import progress as progresses
 from . import trial as trials
+from .cycle import Cycle, sum_dtype
 from .lanes import Lane, Optimizer, is_fine, train_if
 from .progress import Progress
-from .protocol import (
-    FALLBACK,
-    LEARNED,
-    OWN,
-    Decision,
-    Objective,
-    Params,
-    advance,
-    sum_dtype,
-)
-from .soundness import advance_schedules, keep_schedules, renew_if_unsound, select
+from .protocol import FALLBACK, LEARNED, NEITHER, OWN, Decision, Params, advance
+from .soundness import advance_schedules, renew, renew_if_unsound, select, with_sound_gradients
 from .trial import Trial
 
 STALL = 0.25
@@ -47,10 +40,14 @@ LEAST = 10
 
 
 class RelayState(NamedTuple):
-    """Both lanes, and what is known of them."""
+    """The lanes, and what is known of y and z."""
 
     y: Lane
     z: Lane
+    s: Lane
+    """While x is on its path z stands for it, and s is where it was."""
+    on_own: Bool[Array, ""]
+    """Whether x is on the path of s."""
     learned_leads: Bool[Array, ""]
     progress: Progress
     """Of the leader."""
@@ -64,19 +61,14 @@ class RelayState(NamedTuple):
 class Leg(NamedTuple):
     """What happened in a cycle."""
 
-    losses: Float[Array, " nt"]
-    """Of the leader, before each step."""
-    challenger: Float[Array, " nt"]
-    """Of y on trial; NaN if there was no trial."""
-    learned_led: Bool[Array, ""]
-    tried: Bool[Array, ""]
-    """Whether y was on trial."""
-    fine_y: Bool[Array, ""]
-    """Whether y stayed finite, if it ran."""
-    fine_z: Bool[Array, ""]
-    """Whether z stayed finite, if it ran."""
-    taken_over: Bool[Array, ""]
-    """Whether y has won, and leads from now on."""
+    decision: Decision
+    """Of y and z; ``winner`` is yet to be told."""
+    of_s: Float[Array, " nt"]
+    """The losses of s; NaN if it didn't run."""
+    fine_s: Bool[Array, ""]
+    """Whether s stayed finite, if it ran."""
+    leaves: Bool[Array, ""]
+    """Whether y took over from the fallback's own path."""
 
 
 @dataclass(frozen=True)
@@ -89,20 +81,23 @@ class Relay:
       times what it was at the snapshot. Then z goes on: from x, or, after a rise, from there.
     - The snapshot is where z was when y took over. It moves to x when the loss is a fifth
       lower, at first half as high.
+    - When y first takes over, s stays where z was. When it runs, and when x goes back to it, is the
+      affair of who has the relay.
     """
 
     learned: Optimizer
     fallback: Optimizer
-    nt: int
     share: float
 
-    def init(self, params: Params) -> RelayState:
+    def begin(self, params: Params) -> RelayState:
         """z leads, and there is no trial."""
         dtype = sum_dtype(params)
-        zero = jnp.zeros((), dtype)
+        zero, z = jnp.zeros((), dtype), Lane(params, self.fallback.init(params))
         return RelayState(
             y=Lane(params, self.learned.init(params)),
-            z=Lane(params, self.fallback.init(params)),
+            z=z,
+            s=z,
+            on_own=jnp.array(True),
             learned_leads=jnp.array(False),
             progress=progresses.begin(zero),
             level=zero,
@@ -111,57 +106,63 @@ class Relay:
         )
 
     def step(
-        self, state: RelayState, objective: Objective, i: Int[Array, ""], k: Int[Array, ""]
+        self, state: RelayState, s_runs: Bool[Array, ""], now: Cycle
     ) -> tuple[RelayState, Leg]:
-        """One cycle on minibatches i .. i+nt-1, after k steps of the leader."""
-        nt, leads = self.nt, state.learned_leads
-        dtype = state.progress.recent.dtype
-        y, trial = self._begin_trial(state, k)
+        """One cycle. A gradient that isn't finite is one of 0."""
+        nt, leads, dtype = now.nt, state.learned_leads, state.level.dtype
+        now = now._replace(objective=with_sound_gradients(now.objective), dtype=dtype)
+        y, trial = self._begin_trial(state, now)
         tried = trial.length > 0
-        z_after, of_z = train_if(~leads, self.fallback, state.z, objective, i, nt=nt, dtype=dtype)
-        y_after, of_y = train_if(leads | tried, self.learned, y, objective, i, nt=nt, dtype=dtype)
+        z, of_z, fine_z = self._run_fallback(~leads, state.z, now)
+        y_after, of_y = train_if(leads | tried, self.learned, y, now)
+        s, of_s, fine_s = self._run_fallback(s_runs, state.s, now)
         fine_y = ~(leads | tried) | is_fine(y_after, of_y, y.params)
-        fine_z = leads | is_fine(z_after, of_z, state.z.params)
-        z_after = Lane(
-            select(fine_z, z_after.params, state.z.params),
-            select(leads, advance_schedules(z_after.state, nt), z_after.state),
-        )
-        z_after = z_after._replace(
-            state=renew_if_unsound(self.fallback, z_after.params, z_after.state)
-        )
 
         losses = jnp.where(leads, of_y, of_z)
-        fine = jnp.where(leads, fine_y, fine_z)
         progress = progresses.add(state.progress, losses.mean(), nt)
-        progress = select(fine, progress, state.progress)
-        now = state._replace(
+        progress = select(jnp.where(leads, fine_y, fine_z), progress, state.progress)
+        after = state._replace(
             y=y_after,
-            z=z_after,
+            z=z._replace(state=select(leads, advance_schedules(z.state, nt), z.state)),
+            s=s,
             progress=progress,
             tried=advance(state.tried, jnp.where(tried, nt, 0)),
         )
         trial = trials.add(trial, of_y, losses)
-        now, taken_over = self._end_trial(now, trial, of_y, fine_y, fine_z, k)
-        now = select(leads, self._keep_or_hand_over(now, fine_y), now)
-        return now, Leg(
+        after, won = self._end_trial(after, trial, of_y, fine_y, fine_z, now.k)
+        after = select(leads, self._keep_or_hand_over(after, fine_y, nt), after)
+        decision = Decision(
+            used_learned=jnp.full(nt, leads),
             losses=losses,
-            challenger=jnp.where(tried, of_y, jnp.nan),
-            learned_led=leads,
-            tried=tried,
-            fine_y=fine_y,
-            fine_z=fine_z,
-            taken_over=taken_over,
+            learned_loss=jnp.where(tried, of_y.mean(), jnp.nan),
+            fallback_loss=jnp.where(tried, losses.mean(), jnp.nan),
+            finite_learned=fine_y,
+            finite_fallback=fine_z,
+            winner=jnp.int32(NEITHER),
+            gradients=nt * (1 + tried.astype(jnp.int32) + s_runs.astype(jnp.int32)),
+            forwards=jnp.int32(0),
+            learned_updates=nt * (leads | tried).astype(jnp.int32),
         )
+        return after, Leg(decision, of_s, fine_s, won & state.on_own)
 
-    def _begin_trial(self, state: RelayState, k: Int[Array, ""]) -> tuple[Lane, Trial]:
+    def _run_fallback(
+        self, runs: Bool[Array, ""], lane: Lane, now: Cycle
+    ) -> tuple[Lane, Float[Array, " nt"], Bool[Array, ""]]:
+        """The lane, its losses, and whether it is fine; if not, it stays where it was."""
+        after, losses = train_if(runs, self.fallback, lane, now)
+        fine = ~runs | is_fine(after, losses, lane.params)
+        params = select(fine, after.params, lane.params)
+        state = renew_if_unsound(self.fallback, params, after.state)
+        return Lane(params, state), losses, fine
+
+    def _begin_trial(self, state: RelayState, now: Cycle) -> tuple[Lane, Trial]:
         """y at x with a fresh state, if a trial is due; and the trial."""
-        steps, tried = (count.astype(state.level.dtype) for count in (k, state.tried))
-        least = -(-LEAST // self.nt)
-        length = jnp.maximum(least, jnp.round(PART * self.share * steps / self.nt))
-        due = (tried + length * self.nt <= self.share * steps + jnp.sqrt(steps)) | (k == 0)
+        k, tried = (count.astype(state.level.dtype) for count in (now.k, state.tried))
+        length = jnp.maximum(-(-LEAST // now.nt), jnp.round(PART * self.share * k / now.nt))
+        due = (tried + length * now.nt <= self.share * k + jnp.sqrt(k)) | (now.k == 0)
         begins = due & ~state.learned_leads & (state.trial.length == 0)
         x = state.z.params
-        fresh = keep_schedules(self.learned.init(x), state.y.state)
+        fresh = renew(self.learned, x, state.y.state)
         unknown = state.progress.age == 0
         trial = trials.begin(
             length.astype(jnp.int32), jnp.where(unknown, jnp.nan, state.progress.recent)
@@ -192,11 +193,11 @@ class Relay:
         )
         return after, won
 
-    def _keep_or_hand_over(self, state: RelayState, fine: Bool[Array, ""]) -> RelayState:
+    def _keep_or_hand_over(self, state: RelayState, fine: Bool[Array, ""], nt: int) -> RelayState:
         """After a cycle that y led: it leads on, or z goes on from x or from the snapshot."""
         now, level = state.progress.lasting, state.level
         young = state.progress.earlier_age == 0
-        settled = state.progress.age >= state.progress.later_age + SETTLED * self.nt
+        settled = state.progress.age >= state.progress.later_age + SETTLED * nt
         worse = young & settled & (state.progress.recent > level)
         risen = now > level + RISE * jnp.abs(level)
         ends = ~fine | worse | risen | (progresses.rate(state.progress) < STALL)
@@ -230,31 +231,18 @@ def lead_from(state: RelayState, x: Params) -> RelayState:
     )
 
 
-def at(relay: RelayState, s: Lane, loss: Float[Array, ""]) -> RelayState:
-    """The relay where s is, with the fallback in the lead and no trial."""
-    return relay._replace(
+def own_path(
+    state: RelayState, s: Lane, leg: Leg, back: Bool[Array, ""], loss: Float[Array, ""]
+) -> tuple[RelayState, Decision]:
+    """x leaves the fallback's own path, is off it beside s, or goes ``back`` to s, at its loss."""
+    there = state._replace(
         z=s,
+        s=s,
         learned_leads=jnp.array(False),
         progress=progresses.begin(loss),
         trial=trials.none(loss.dtype),
     )
-
-
-def report(
-    leg: Leg, state: RelayState, *, on_own: Bool[Array, ""], s_ran: Bool[Array, ""]
-) -> Decision:
-    """The decision of a cycle, after which x is on the fallback's own path or is not."""
-    nt, ran_y = len(leg.losses), leg.learned_led | leg.tried
-    winner = jnp.where(state.learned_leads, LEARNED, jnp.where(on_own, OWN, FALLBACK))
-    return Decision(
-        used_learned=jnp.full(nt, leg.learned_led),
-        losses=leg.losses,
-        learned_loss=leg.challenger.mean(),
-        fallback_loss=jnp.where(leg.tried, leg.losses.mean(), jnp.nan),
-        finite_learned=leg.fine_y,
-        finite_fallback=leg.fine_z,
-        winner=winner.astype(jnp.int32),
-        gradients=nt * (1 + leg.tried.astype(jnp.int32) + s_ran.astype(jnp.int32)),
-        forwards=jnp.int32(0),
-        learned_updates=nt * ran_y.astype(jnp.int32),
-    )
+    here = state._replace(s=select(leg.leaves, state.z, s))
+    state = select(back, there, here)._replace(on_own=(state.on_own & ~leg.leaves) | back)
+    winner = jnp.where(state.learned_leads, LEARNED, jnp.where(state.on_own, OWN, FALLBACK))
+    return state, leg.decision._replace(winner=winner.astype(jnp.int32))

@@ -4,36 +4,20 @@ Letters: T the fallback's operator, S(x) = x - T(x) its residual, r the residual
 learned proposal y, mu the bound that a tracking sequence makes of the residuals accepted so far.
 """
 
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from ..validation import check_choice, check_count, check_fraction, check_kind
-from .lanes import Lane, propose
-from .protocol import (
-    FALLBACK,
-    LEARNED,
-    NEITHER,
-    Decision,
-    Guard,
-    GuardState,
-    Objective,
-    Params,
-    advance,
-    as_arrays,
-    check_state,
-    following,
-    loss_dtype,
-    start,
-    sum_dtype,
-    with_extra_args,
-)
+from .cycle import Cycle, guard_of, sum_dtype
+from .lanes import Lane, Optimizer, propose, with_extra_args
+from .protocol import FALLBACK, LEARNED, NEITHER, Decision, Guard, Objective, Params
 from .sequences import TrackingSequence, ema
 from .soundness import is_sound, renew_if_unsound, select
-from .stacked import check_stacked
 
 Residual = Literal["step", "gradient"]
 
@@ -97,28 +81,64 @@ def residual_guard(
     check_choice("residual", residual, get_args(Residual))
     check_kind("sequence", sequence, TrackingSequence, "ema(0.9)")
     learned = with_extra_args("learned", learned)
-    fallback = with_extra_args("fallback", fallback)
+    rules = GL2O(learned, with_extra_args("fallback", fallback), alpha, sequence, residual)
+    return guard_of(rules.begin, rules.cycle, nt=nt, inner=ResidualGuardState)
 
-    def init(params: Params) -> GuardState:
-        params = as_arrays(params)
-        dtype = sum_dtype(params)
-        memory = sequence.init(jnp.array(jnp.nan, dtype))
-        return start(
-            params, ResidualGuardState(learned.init(params), fallback.init(params), memory)
+
+@dataclass(frozen=True)
+class GL2O:
+    """The rules."""
+
+    learned: Optimizer
+    fallback: Optimizer
+    alpha: float
+    sequence: TrackingSequence
+    residual: Residual
+
+    def begin(self, params: Params) -> ResidualGuardState:
+        """Nothing is known of mu."""
+        memory = self.sequence.init(jnp.array(jnp.nan, sum_dtype(params)))
+        return ResidualGuardState(self.learned.init(params), self.fallback.init(params), memory)
+
+    def cycle(
+        self, x: Params, inner: ResidualGuardState, now: Cycle
+    ) -> tuple[Params, ResidualGuardState, Decision]:
+        """nt steps."""
+
+        def step(carry: tuple, t: Any) -> tuple[tuple, tuple]:
+            x, inner = carry
+            return self.step(x, inner, now.objective, now.i + t)
+
+        (x, inner), report = jax.lax.scan(step, (x, inner), jnp.arange(now.nt))
+        ok, losses, finite_y, finite_z = report
+        nan = jnp.array(jnp.nan, now.dtype)
+        decision = Decision(
+            used_learned=ok,
+            losses=losses.astype(now.dtype),
+            learned_loss=nan,
+            fallback_loss=nan,
+            finite_learned=finite_y.all(),
+            finite_fallback=finite_z.all(),
+            winner=jnp.where(ok[-1], LEARNED, jnp.where(finite_z[-1], FALLBACK, NEITHER)),
+            gradients=jnp.int32(2 * now.nt),
+            forwards=jnp.int32(0),
+            learned_updates=jnp.int32(now.nt),
         )
+        return x, inner, decision
 
-    def optimizer_step(
-        x: Params, inner: ResidualGuardState, objective: Objective, i: Array
-    ) -> tuple[Params, ResidualGuardState, StepReport]:
+    def step(
+        self, x: Params, inner: ResidualGuardState, objective: Objective, i: Int[Array, ""]
+    ) -> tuple[tuple[Params, ResidualGuardState], tuple[Array, ...]]:
+        """One of them; and whether y is kept, the loss at x, and whether y and z are finite."""
         loss, gradient = jax.value_and_grad(objective)(x, i)
         at = Lane(x, inner.learned), Lane(x, inner.fallback)
-        y, learned_state = propose(learned, at[0], objective, i, loss, gradient)
-        z, fallback_state = propose(fallback, at[1], objective, i, loss, gradient)
+        y, learned_state = propose(self.learned, at[0], objective, i, loss, gradient)
+        z, fallback_state = propose(self.fallback, at[1], objective, i, loss, gradient)
 
         loss_y, gradient_y = jax.value_and_grad(objective)(y, i)
-        if residual == "step":
+        if self.residual == "step":
             at_y = Lane(y, inner.fallback)
-            after_y, _ = propose(fallback, at_y, objective, i, loss_y, gradient_y)
+            after_y, _ = propose(self.fallback, at_y, objective, i, loss_y, gradient_y)
             s_x, s_y = optax.tree.sub(x, z), optax.tree.sub(y, after_y)
         else:
             s_x, s_y = gradient, gradient_y
@@ -126,58 +146,16 @@ def residual_guard(
         mu_1, r = (optax.tree.norm(optax.tree.cast(s, bound_type)) for s in (s_x, s_y))
 
         # mu_1 is that of the first step, or of the first whose residual is finite.
-        memory = select(
-            jnp.isfinite(sequence.bound(inner.memory)), inner.memory, sequence.init(mu_1)
-        )
-        mu = sequence.bound(memory)
+        known = jnp.isfinite(self.sequence.bound(inner.memory))
+        memory = select(known, inner.memory, self.sequence.init(mu_1))
+        mu = self.sequence.bound(memory)
         finite_y, finite_z = is_sound(y, x) & jnp.isfinite(r), is_sound(z, x)
-        ok = finite_y & jnp.isfinite(mu) & (r <= alpha * mu) & (mu > 0)
-        memory = select(ok, sequence.update(memory, r), memory)
+        ok = finite_y & jnp.isfinite(mu) & (r <= self.alpha * mu) & (mu > 0)
 
         x = select(ok, y, select(finite_z, z, x))
-        learned_state = renew_if_unsound(learned, x, learned_state)
-        fallback_state = renew_if_unsound(fallback, x, fallback_state)
-        inner = ResidualGuardState(learned_state, fallback_state, memory)
-        return x, inner, StepReport(ok, loss, finite_y, finite_z)
-
-    def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
-        check_state(state, ResidualGuardState)
-        check_stacked(objective, nt)
-        dtype = loss_dtype(objective, state.params, state.minibatches)
-
-        def body(carry: tuple, t: Any) -> tuple[tuple, StepReport]:
-            x, inner = carry
-            x, inner, report = optimizer_step(x, inner, objective, state.minibatches + t)
-            return (x, inner), report
-
-        (x, inner), report = jax.lax.scan(body, (state.params, state.inner), jnp.arange(nt))
-        nan = jnp.array(jnp.nan, dtype)
-        kept = jnp.where(
-            report.ok[-1], LEARNED, jnp.where(report.finite_fallback[-1], FALLBACK, NEITHER)
+        inner = ResidualGuardState(
+            renew_if_unsound(self.learned, x, learned_state),
+            renew_if_unsound(self.fallback, x, fallback_state),
+            select(ok, self.sequence.update(memory, r), memory),
         )
-        decision = Decision(
-            used_learned=report.ok,
-            losses=report.loss.astype(dtype),
-            learned_loss=nan,
-            fallback_loss=nan,
-            finite_learned=report.finite_learned.all(),
-            finite_fallback=report.finite_fallback.all(),
-            winner=kept,
-            gradients=jnp.int32(2 * nt),
-            forwards=jnp.int32(0),
-            learned_updates=jnp.int32(nt),
-        )
-        return GuardState(
-            x, advance(state.steps, nt), following(state.minibatches, nt), inner
-        ), decision
-
-    return Guard(init, step)
-
-
-class StepReport(NamedTuple):
-    """What one optimizer step of the residual guard did."""
-
-    ok: Bool[Array, ""]
-    loss: Float[Array, ""]
-    finite_learned: Bool[Array, ""]
-    finite_fallback: Bool[Array, ""]
+        return (x, inner), (ok, loss, finite_y, finite_z)

@@ -4,6 +4,7 @@ A composition of two parts: the alarm says when the run has become worse, snapsh
 back to. Letters: T calls of ``update``, B = window / 4 steps a block.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,9 @@ from ..validation import check_count, check_fraction, check_real
 from . import alarm as alarms
 from . import snapshot
 from .alarm import Alarm
-from .protocol import Params, as_arrays, with_extra_args
+from .cycle import as_arrays, own_buffers, sum_dtype
+from .lanes import with_extra_args
+from .protocol import Params, advance
 from .snapshot import Snapshots
 from .soundness import is_sound, keep_schedules, select
 
@@ -63,23 +66,6 @@ class RewindState(NamedTuple):
     that, and does nothing else."""
 
 
-class Verdict(NamedTuple):
-    """What becomes of one step."""
-
-    alarm: Alarm
-    """The alarm, after it has heard the loss."""
-    rings: Bool[Array, ""]
-    """Whether there is an alarm."""
-    returns: Bool[Array, ""]
-    """Whether the run goes back."""
-    takes: Bool[Array, ""]
-    """Whether the step is taken."""
-    ends: Bool[Array, ""]
-    """Whether a block ends with it."""
-    promotes: Bool[Array, ""]
-    """Whether the candidate becomes trusted."""
-
-
 def rewind(
     optimizer: Any,
     *,
@@ -93,21 +79,13 @@ def rewind(
     ``update(updates, state, params, value=loss)``, where ``loss`` and ``updates`` are the loss and
     its gradients at ``params``. The update that it returns leads to where the run goes on: after
     the optimizer's step times ``state.scale``; where it is, if that step isn't finite; or back at
-    the trusted snapshot. It needs no further gradient, and no forward pass.
-
-    - **Alarm.** ``alarm.py`` has the rule: window / 8 more losses above than below a robust
-      threshold. Single outliers, and spikes that end sooner by themselves, raise none.
-    - **Snapshots.** Every B steps there is a candidate. After B more it is trusted, if fewer than
-      B / 8 losses have spoken against it.
-    - **Afterwards** the scale is ``factor`` and rises to 1 within B steps. Each return less than
-      ten windows after another one multiplies both by ``factor``, for good, five times at most.
-    - **Budget.** Steps thrown away are at most ``rho * T + window`` in every run. An alarm beyond
-      that, or after three returns in a row, lowers the scale and begins another reference.
+    the trusted snapshot. It needs no further gradient, and no forward pass. ``Rules`` says when it
+    goes back, where to, and how it goes on: steps thrown away are at most ``rho * T + window``.
 
     What it returns has to be what is added to the parameters. So it goes around a chain, or at its
     end, not in front of what changes updates. ``optax.MultiSteps`` around it tells it the loss of
-    the last minibatch of each step. A return takes a second call if rounding has missed the
-    snapshot in the first. Schedules of the optimizer go on; a return doesn't set them back.
+    the last minibatch of each step. Schedules of the optimizer go on; a return doesn't set them
+    back. A return takes a second call if rounding has missed the snapshot in the first.
 
     Parameters and the optimizer's state are finite after every call if they were at the start, and
     no parameter was above half of its type's largest number then.
@@ -135,22 +113,46 @@ def rewind(
     >>> int(state.calls), int(state.returns), float(state.scale)
     (1, 0, 1.0)
     """
-    block = check_window(window) // 4
+    if check_count("window", window, least=64) % 8:
+        raise ValueError(f"window must be a multiple of 8, got {window!r}")
     rho, rise = (
         check_real(name, value, "at least 0 and below 1", lambda v: 0 <= v < 1)
         for name, value in (("rho", rho), ("rise", rise))
     )
     factor = check_fraction("factor", factor)
-    optimizer = with_extra_args("optimizer", optimizer)
+    rules = Rules(with_extra_args("optimizer", optimizer), int(window), rho, factor, rise)
+    return optax.GradientTransformationExtraArgs(rules.init, rules.update)
 
-    def init(params: Params) -> RewindState:
+
+@dataclass(frozen=True)
+class Rules:
+    """The rules.
+
+    - **Alarm.** ``alarm.py`` has the rule: window / 8 more losses above than below a robust
+      threshold. Single outliers, and spikes that end sooner by themselves, raise none.
+    - **Snapshots.** Every B steps there is a candidate. After B more it is trusted, if fewer than
+      B / 8 losses have spoken against it.
+    - **Afterwards** the scale is ``factor`` and rises to 1 within B steps. Each return less than
+      ten windows after another one multiplies both by ``factor``, for good, five times at most.
+    - **Budget.** Steps thrown away are at most ``rho * T + window`` in every run. An alarm beyond
+      that, or after three returns in a row, lowers the scale and begins another reference.
+    """
+
+    optimizer: optax.GradientTransformationExtraArgs
+    window: int
+    rho: float
+    factor: float
+    rise: float
+
+    def init(self, params: Params) -> RewindState:
+        """The start is trusted."""
         params = as_arrays(params)
-        inner = optimizer.init(params)
-        none = jnp.int32(0)
+        inner, block = self.optimizer.init(params), self.window // 4
+        none, whole = jnp.int32(0), jnp.float32(1)
         state = RewindState(
             inner=inner,
             snapshots=snapshot.first((params, inner)),
-            alarm=alarms.silent(block, jnp.result_type(jnp.float32, *jax.tree.leaves(params))),
+            alarm=alarms.silent(block, sum_dtype(params)),
             calls=none,
             age=none,
             thrown=none,
@@ -160,79 +162,74 @@ def rewind(
             unanswered=none,
             in_a_row=none,
             ramp=jnp.int32(block),
-            cap=jnp.float32(1),
-            scale=jnp.float32(1),
+            cap=whole,
+            scale=whole,
             landing=jnp.array(False),
         )
-        return jax.tree.map(own_buffer, state)
+        return own_buffers(state)
 
     def update(
-        updates: PyTree, state: Any, params: Params | None = None, **extra_args: Any
+        self, updates: PyTree, state: Any, params: Params | None = None, **extra_args: Any
     ) -> tuple[PyTree, RewindState]:
+        """The update that leads to where the run goes on."""
         x, loss = check_arguments(params, extra_args.get("value"))
         loss = loss.astype(state.alarm.losses.dtype)
-        risen = (state.ramp / block).astype(jnp.float32)
-        state = state._replace(
-            calls=jnp.asarray(optax.safe_increment(state.calls)),
-            scale=state.cap * (factor + (1 - factor) * risen),
-        )
-        steps, advanced = optimizer.update(updates, state.inner, x, **extra_args)
-        steps = jax.tree.map(lambda u, p: scaled(u, state.scale, p), steps, x)
+        risen = (state.ramp / state.alarm.block).astype(jnp.float32)
+        scale = state.cap * (self.factor + (1 - self.factor) * risen)
+        steps, advanced = self.optimizer.update(updates, state.inner, x, **extra_args)
+        steps = jax.tree.map(lambda u, p: scaled(u, scale, p), steps, x)
         ahead = optax.apply_updates(x, steps)
         sound = (
             jnp.isfinite(loss) & snapshot.can_return_from(ahead) & is_sound(advanced, state.inner)
         )
-
-        verdict = decide(state, loss, sound)
+        before = state._replace(calls=count(state.calls), scale=scale)
+        state, takes, returns, ends, promotes = self.decide(before, loss, sound)
         stays = jax.tree.map(jnp.zeros_like, steps), state.inner
-        move, inner = select(verdict.takes, (steps, advanced), stays)
-        back = verdict.returns | state.landing
+        move, inner = select(takes, (steps, advanced), stays)
+        back = returns | before.landing
 
-        def goes_back(rare: Rare) -> Rare:
-            point, memory = rare.snapshots.trusted
-            move, lands = snapshot.way_back(point, x, rare.move)
-            return Rare(move, keep_schedules(memory, rare.inner), rare.snapshots, ~lands)
+        def goes_back(move: PyTree, inner: PyTree, snapshots: Snapshots, _: Array) -> tuple:
+            point, memory = snapshots.trusted
+            move, lands = snapshot.way_back(point, x, move)
+            return move, keep_schedules(memory, inner), snapshots, ~lands
 
-        def ends_block(rare: Rare) -> Rare:
-            return rare._replace(
-                snapshots=snapshot.end_probation(
-                    rare.snapshots, (ahead, advanced), verdict.promotes
-                )
-            )
+        def ends_block(move: PyTree, inner: PyTree, snapshots: Snapshots, misses: Array) -> tuple:
+            here = snapshot.end_probation(snapshots, (ahead, advanced), promotes)
+            return move, inner, here, misses
 
-        snapshots = state.snapshots._replace(pending=state.snapshots.pending & ~verdict.rings)
-        rare = snapshot.only_if(
-            back | verdict.ends,
-            lambda rare: jax.lax.cond(back, goes_back, ends_block, rare),
-            Rare(move, inner, snapshots, jnp.array(False)),
+        move, inner, snapshots, misses = snapshot.only_if(
+            back | ends,
+            lambda all_of_it: jax.lax.cond(back, goes_back, ends_block, *all_of_it),
+            (move, inner, state.snapshots, jnp.array(False)),
         )
-        state = state._replace(inner=rare.inner, snapshots=rare.snapshots)
-        landing = rare.landing & ~state.landing
-        return rare.move, account(state, verdict)._replace(landing=landing)
+        landing = misses & ~before.landing
+        return move, state._replace(inner=inner, snapshots=snapshots, landing=landing)
 
-    def decide(state: RewindState, loss: Float[Array, ""], sound: Bool[Array, ""]) -> Verdict:
-        """What becomes of a step. One that lands hears nothing and takes nothing."""
-        hears = ~state.landing
-        alarm = select(hears, alarms.hear(state.alarm, loss, sound, rise), state.alarm)
+    def decide(
+        self, state: RewindState, loss: Float[Array, ""], sound: Bool[Array, ""]
+    ) -> tuple[RewindState, Array, Array, Array, Array]:
+        """The counts after a step, and whether it is taken, goes back, ends a block, promotes.
+
+        One that lands hears nothing and takes nothing.
+        """
+        block, hears = state.alarm.block, ~state.landing
+        alarm = select(hears, alarms.hear(state.alarm, loss, sound, self.rise), state.alarm)
         rings = alarm.rings & hears
-        affordable = state.age <= allowance(state.calls, rho, window) - state.thrown
+        affordable = state.age <= allowance(state.calls, self.rho, self.window) - state.thrown
         returns = rings & affordable & (state.in_a_row < IN_A_ROW)
         takes = sound & ~returns & hears
         alarm = select(rings, alarms.quiet(alarm, forget=~returns), alarm)
         alarm = select(takes, alarms.keep(alarm, loss), alarm)
         ends = alarm.filled == block
         promotes = ends & alarm.is_calm & state.snapshots.pending
-        alarm = snapshot.only_if(ends, alarms.end_block, alarm)
-        return Verdict(alarm, rings, returns, takes, ends, promotes)
 
-    def account(state: RewindState, verdict: Verdict) -> RewindState:
-        """The counts after a verdict."""
-        alarm, rings, returns, takes, _, promotes = verdict
-        again = (state.returns > 0) & (state.calls - state.last_return <= SOON * window)
-        lower = jnp.maximum(state.cap * factor, factor**DEEPEST)
+        again = (state.returns > 0) & (state.calls - state.last_return <= SOON * self.window)
+        lower = jnp.maximum(state.cap * self.factor, self.factor**DEEPEST)
         in_a_row = jnp.where(rings, jnp.where(returns, state.in_a_row + 1, 0), state.in_a_row)
-        return state._replace(
-            alarm=alarm,
+        pending = state.snapshots.pending & ~rings
+        after = state._replace(
+            snapshots=state.snapshots._replace(pending=pending),
+            alarm=snapshot.only_if(ends, alarms.end_block, alarm),
             age=jnp.where(promotes, block, jnp.where(returns, 0, count(state.age, takes))),
             thrown=state.thrown + jnp.where(returns, state.age, 0),
             returns=count(state.returns, returns),
@@ -243,28 +240,7 @@ def rewind(
             ramp=jnp.minimum(jnp.where(rings, 0, state.ramp) + takes, block),
             cap=jnp.where(returns & again, lower, state.cap),
         )
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-class Rare(NamedTuple):
-    """What changes in few steps only."""
-
-    move: PyTree
-    """The update to return."""
-    inner: PyTree
-    """The optimizer's state after it."""
-    snapshots: Snapshots
-    """Those of the state."""
-    landing: Bool[Array, ""]
-    """Whether the move misses the snapshot by rounding."""
-
-
-def own_buffer(leaf: Any) -> Array:
-    """A copy, which may be donated, of the type that ``update`` returns."""
-    leaf = jnp.asarray(leaf)
-    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return jnp.copy(leaf) if is_key else jnp.array(leaf, leaf.dtype)
+        return after, takes, returns, ends, promotes
 
 
 def allowance(calls: Int[Array, ""], rho: float, window: int) -> Int[Array, ""]:
@@ -281,16 +257,9 @@ def scaled(step: Array, scale: Float[Array, ""], param: Array) -> Array:
     return (step * scale).astype(wide)
 
 
-def count(number: Int[Array, ""], event: Bool[Array, ""]) -> Int[Array, ""]:
+def count(number: Int[Array, ""], event: Bool[Array, ""] | bool = True) -> Int[Array, ""]:
     """One more if the event holds; stays at 2^31 - 1."""
-    return jnp.where(event, optax.safe_increment(number), number)
-
-
-def check_window(window: int) -> int:
-    """Require a multiple of 8 of at least 64."""
-    if check_count("window", window, least=64) % 8:
-        raise ValueError(f"window must be a multiple of 8, got {window!r}")
-    return int(window)
+    return advance(number, jnp.where(event, 1, 0))
 
 
 def check_arguments(params: Params | None, value: Any) -> tuple[Params, Float[Array, ""]]:

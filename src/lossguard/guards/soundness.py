@@ -1,6 +1,7 @@
 """Which parameters, states and gradients are finite, and what replaces those that aren't."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,24 +43,19 @@ def with_sound_gradients(objective: Objective) -> Objective:
     """
     if isinstance(objective, stacked):
         return dataclasses.replace(objective, loss=with_sound_gradients(objective.loss))
-    return lambda params, i: objective(_with_sound_gradient(params), i)
 
+    @jax.custom_jvp
+    def sound(params: Params, i: Any) -> Array:
+        return objective(params, i)
 
-@jax.custom_vjp
-def _with_sound_gradient(params: Params) -> Params:
-    return params
+    @sound.defjvp
+    def derivative(at: tuple, direction: tuple) -> tuple[Array, Array]:
+        loss, gradient = jax.value_and_grad(objective)(*at)
+        gradient = select(all_finite(gradient), gradient, jax.tree.map(jnp.zeros_like, gradient))
+        slopes = jax.tree.map(lambda g, u: (g * u).sum().astype(loss.dtype), gradient, direction[0])
+        return loss, jax.tree.reduce(jnp.add, slopes)
 
-
-def _forward(params: Params) -> tuple[Params, None]:
-    return params, None
-
-
-def _backward(_: None, gradient: Params) -> tuple[Params]:
-    finite = all_finite(gradient)
-    return (jax.tree.map(lambda g: jnp.where(finite, g, jnp.zeros_like(g)), gradient),)
-
-
-_with_sound_gradient.defvjp(_forward, _backward)
+    return sound
 
 
 def keep_schedules(state: PyTree, advanced: PyTree) -> PyTree:
@@ -89,10 +85,17 @@ def advance_schedules(state: PyTree, steps: int) -> PyTree:
     return keep_schedules(state, later)
 
 
+def renew(
+    optimizer: optax.GradientTransformationExtraArgs, params: Params, state: PyTree
+) -> PyTree:
+    """A fresh state at the parameters, which has the schedules of the old one."""
+    return keep_schedules(optimizer.init(params), state)
+
+
 def renew_if_unsound(
     optimizer: optax.GradientTransformationExtraArgs, params: Params, state: PyTree
 ) -> PyTree:
-    """The state, or a fresh one (schedules kept) if it is no longer finite."""
+    """The state, or a renewed one if it is no longer finite."""
     fresh = optimizer.init(params)
     return select(is_sound(state, fresh), state, keep_schedules(fresh, state))
 

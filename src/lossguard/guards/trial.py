@@ -27,16 +27,15 @@ class Trial(NamedTuple):
     the first loss of a run is known."""
 
 
-def none(dtype: jnp.dtype) -> Trial:
-    """No trial."""
-    zero, nothing = jnp.zeros((), dtype), jnp.int32(0)
-    return Trial(nothing, nothing, nothing, zero, zero, zero)
-
-
 def begin(length: Int[Array, ""], bound: Float[Array, ""]) -> Trial:
     """A trial of so many cycles."""
-    fresh = none(bound.dtype)
-    return fresh._replace(length=length, bound=bound)
+    zero, nothing = jnp.zeros_like(bound), jnp.int32(0)
+    return Trial(nothing, length, nothing, zero, zero, bound)
+
+
+def none(dtype: jnp.dtype) -> Trial:
+    """No trial."""
+    return begin(jnp.int32(0), jnp.zeros((), dtype))
 
 
 def add(trial: Trial, challenger: Float[Array, " nt"], leader: Float[Array, " nt"]) -> Trial:

@@ -3,24 +3,12 @@
 from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from ..validation import check_count
-from .lanes import Lane, is_fine, train
-from .protocol import (
-    Decision,
-    Guard,
-    GuardState,
-    Objective,
-    Params,
-    advance,
-    as_arrays,
-    check_state,
-    following,
-    loss_dtype,
-    start,
-    with_extra_args,
-)
-from .stacked import check_stacked
+from .cycle import Cycle, guard_of
+from .lanes import Lane, is_fine, train, with_extra_args
+from .protocol import Decision, Guard, Params
 
 
 def unguarded(optimizer: Any, *, nt: int = 10, trusted: bool = False) -> Guard:
@@ -47,19 +35,9 @@ def unguarded(optimizer: Any, *, nt: int = 10, trusted: bool = False) -> Guard:
     nt = check_count("nt", nt)
     optimizer = with_extra_args("optimizer", optimizer)
 
-    def init(params: Params) -> GuardState:
-        params = as_arrays(params)
-        return start(params, optimizer.init(params))
-
-    def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
-        check_state(state)
-        check_stacked(objective, nt)
-        i = state.minibatches
-        dtype = loss_dtype(objective, state.params, i)
-        lane = Lane(state.params, state.inner)
-        (lane,), losses = train([optimizer], [lane], objective, i, nt=nt, dtype=dtype)
-        nan = jnp.array(jnp.nan, dtype)
-        finite = is_fine(lane, losses, state.params)
+    def cycle(x: Params, state: PyTree, now: Cycle) -> tuple[Params, PyTree, Decision]:
+        (lane,), losses = train([optimizer], [Lane(x, state)], now)
+        finite, nan = is_fine(lane, losses, x), jnp.array(jnp.nan, now.dtype)
         decision = Decision(
             used_learned=jnp.full(nt, not trusted),
             losses=losses[0],
@@ -72,7 +50,6 @@ def unguarded(optimizer: Any, *, nt: int = 10, trusted: bool = False) -> Guard:
             forwards=jnp.int32(0),
             learned_updates=jnp.int32(0 if trusted else nt),
         )
-        steps, i = advance(state.steps, nt), following(i, nt)
-        return GuardState(lane.params, steps, i, lane.state), decision
+        return lane.params, lane.state, decision
 
-    return Guard(init, step)
+    return guard_of(optimizer.init, cycle, nt=nt)

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test docs bench campaigns clean
+.PHONY: demo test docs bench campaigns foreign clean
 
 demo: $(VENV)/installed
 	$(BIN)/lossguard demo
@@ -25,6 +25,17 @@ bench: $(VENV)/tested
 # Random attacks: make campaigns OPTIONS='killed --minutes 5'
 campaigns: $(VENV)/tested
 	$(BIN)/python -m tests.campaigns $(OPTIONS)
+
+# The optimizers of other libraries on docs/own_optimizer.md
+FOREIGN := google/learned_optimization amoudgl/celo Belilovsky-Lab/pylo
+CLONES := $(addprefix build/foreign/,$(FOREIGN))
+empty :=
+foreign: $(VENV)/tested $(CLONES)
+	$(BIN)/python -m pip install --quiet --group foreign
+	PYTHONPATH=$(subst $(empty) $(empty),:,$(CLONES)) $(BIN)/pytest tests/test_foreign.py tests/torch/test_torch_foreign.py
+
+$(CLONES):
+	git clone --quiet --depth 1 https://github.com/$(@:build/foreign/%=%) $@
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

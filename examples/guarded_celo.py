@@ -11,6 +11,7 @@ is told how many are planned. Its weights are in its repository:
 
 from dataclasses import dataclass, fields
 
+import jax
 import optax
 from celo.optimizers.celo import Celo
 from celo.utils import init_lopt_from_ckpt
@@ -40,9 +41,10 @@ def for_optax(optimizer: Optimizer, steps: int) -> optax.GradientTransformationE
         steps: how many are planned.
     """
     learned = opt_to_optax_opt(optimizer, num_steps=steps)
+    key = jax.random.key(0)  # VeLO asks for one, and draws nothing
 
     def update(gradients, state, params, *, value, **_):
-        return learned.update(gradients, state, params, extra_args={"loss": value})
+        return learned.update(gradients, state, params, extra_args={"loss": value, "key": key})
 
     return optax.GradientTransformationExtraArgs(learned.init, update)
 

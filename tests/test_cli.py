@@ -19,7 +19,7 @@ from rich.table import Column, Table
 
 from lossguard import cli, records, run_folder, terminal
 from lossguard.command_line import check_beside, find_recipe
-from lossguard.experiments import folders, price, run, sweep
+from lossguard.experiments import price, run, sweep
 from lossguard.learned import weights_file
 from lossguard.metatrain import loop
 
@@ -89,6 +89,7 @@ def test_version(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "fields"),
     [
         (("run",), ("usage: lossguard run RECIPE", "one of demo, fig03")),
+        (("sweep",), ("usage: lossguard sweep RECIPE... [OPTIONS]", "one of table1")),
         (("metatrain",), ("usage: lossguard metatrain RECIPE", "one of mnist-mlp")),
         (("list",), ("usage: lossguard list",)),
         (("demo",), ("--steps", "--methods", "--out", "--resume", "--model.hidden")),
@@ -527,7 +528,7 @@ def test_stopped_it_tells_the_command_that_goes_on(
     monkeypatch.setattr(run, "run", stop)
     monkeypatch.setattr(sweep, "sweep", stop)
     monkeypatch.setattr(loop, "metatrain", stop)
-    monkeypatch.setattr(folders, "read_runs", lambda _: stop(_, Path("unused")))
+    monkeypatch.setattr(records, "read_runs", lambda _: stop(_, Path("unused")))
     monkeypatch.setattr("tempfile.tempdir", ".")
     monkeypatch.setattr("secrets.token_hex", lambda _: "aa")
     with pytest.raises(SystemExit) as caught:

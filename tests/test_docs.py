@@ -42,7 +42,7 @@ def test_jax_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the top down in one namespace; what is trained fits the data."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    data, cycles, host, models, own, seeds, saving = blocks("docs/jax.md")
+    data, cycles, host, models, seeds, saving = blocks("docs/jax.md")
     for block in (data, cycles, host):
         exec(block, names)
         misfit = names["x"] @ names["state"].params - names["t"]
@@ -50,8 +50,6 @@ def test_jax_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exec(models, names)
     misfit = jax.vmap(names["model"])(names["x"]) - names["t"]
     assert jnp.mean(misfit**2) < 0.9 * jnp.mean(names["t"] ** 2)
-    exec(own, names)
-    assert jnp.mean((names["x"] @ names["fitted"].params - names["t"]) ** 2) < 0.01
     trained = names["state"]
     exec(seeds, names)
     assert names["states"].params.shape == (5, 3)
@@ -87,6 +85,31 @@ def test_guides_to_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     exec(recipe, names)
     names["mine"]().check()
     assert len(names["mine"]().method().tasks) == 3
+
+
+def test_skeletons_of_optimizers() -> None:
+    """Both fit their data alone and guarded, and the one for PyTorch is its formula."""
+    of_jax, of_torch = blocks("docs/own_optimizer.md")
+    names: dict[str, Any] = {}
+    exec(of_jax, names)
+    alone = lossguard.unguarded(names["mine"](jnp.array([0.1, 3.0])))
+    own, _ = lossguard.rollout(alone, alone.init(jnp.zeros(3)), names["objective"], cycles=10)
+    for state in (own, names["state"]):
+        np.testing.assert_allclose(state.params, 1, atol=0.1)
+    assert names["decisions"].learned_updates.sum() > 0
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    exec(of_torch, names)
+    assert names["loss"] < 0.1
+    assert sum(decision.learned_updates for decision in names["guard"].history) > 0
+    w, momentum = torch.ones(2, requires_grad=True), np.zeros(2)
+    optimizer, expected = names["Mine"]([w]), np.ones(2)
+    for gradient in ([1.0, -2.0], [0.5, 3.0]):
+        w.grad = torch.tensor(gradient)
+        optimizer.step()
+        momentum = 0.9 * momentum + 0.1 * np.array(gradient)
+        expected -= 0.1 * np.tanh(3 * momentum)
+    np.testing.assert_allclose(w.detach(), expected, rtol=1e-6)
 
 
 def test_readme_in_torch(capsys: pytest.CaptureFixture[str]) -> None:

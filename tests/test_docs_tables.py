@@ -11,10 +11,9 @@ import pytest
 from lossguard.experiments import price, tasks
 from lossguard.experiments.claims import Verdict, judge_claims
 from lossguard.experiments.envelope import FILE, envelope, interquartile_mean
-from lossguard.experiments.folders import read_runs
 from lossguard.experiments.readings import Reading, judge_readings
 from lossguard.experiments.recipes import IMAGES, POINTS, POLICIES, THETAS
-from lossguard.records import CURVES, EVALUATIONS, read_parquet
+from lossguard.records import CURVES, EVALUATIONS, read_parquet, read_runs
 from lossguard.tasks.published import PUBLISHED
 
 ROOT = Path(__file__).parents[1]

@@ -38,6 +38,7 @@ def test_others_have_all_parts(name: str) -> None:
 def test_each_has_all_parts(folder: Path) -> None:
     """And can be read; of meta-training there are no evaluations."""
     record = records.read_run(folder)
+    assert {"config.json", "curves.parquet", "manifest.json"} <= record.manifest["sha256"].keys()
     parts = PARTS if record.is_meta else sorted([*PARTS, records.EVALUATIONS])
     assert sorted(path.name for path in folder.iterdir()) == parts
     assert len((folder / "README.md").read_text().splitlines()) <= 10

@@ -47,8 +47,9 @@ def find_recipe(
     command runs, and that command.
     """
     if name in ("-h", "--help"):
+        several = "..." if command == "sweep" else ""
         print(
-            f"usage: lossguard {command} RECIPE [OPTIONS]\n\n"
+            f"usage: lossguard {command} RECIPE{several} [OPTIONS]\n\n"
             f"RECIPE is path/to/module.py:function or one of {', '.join(recipes)}.\n"
             f"lossguard {command} RECIPE --help lists its options."
         )

@@ -107,7 +107,7 @@ def show(folder: Path, over: Over = "price") -> None:
 
 def _records(folders: Sequence[Path]) -> dict[Path, Any]:
     """Of the finished runs in these folders; what is left out is told on stderr."""
-    from .experiments.folders import read_runs
+    from .records import read_runs
 
     found, others = read_runs(folders)
     for reason in others:

@@ -27,10 +27,11 @@ import polars as pl
 from . import checksums
 from .curves import COUNTERS
 from .files import write_whole
+from .progress import Progress
 from .validation import MOST_SEEDS
 
 CONFIG, MANIFEST, CURVES = "config.json", "manifest.json", "curves.parquet"
-EVALUATIONS = "evaluations.parquet"
+EVALUATIONS, FAILED = "evaluations.parquet", "failed.json"
 TABLES = (CURVES, EVALUATIONS)
 INPUTS = "inputs_sha256"
 """The field of a manifest for checksums of what a run reads."""
@@ -96,6 +97,58 @@ def read_run(folder: Path) -> Record:
     for name, lack in _lacks(record, needed[CURVES]):
         raise ValueError(f"{folder / name} is not of this run: it lacks {lack}")
     return record
+
+
+def read_runs(folders: Sequence[Path]) -> tuple[dict[Path, Record], list[str]]:
+    """The records of finished runs, each named or in a named folder of runs.
+
+    Returns:
+        Records, by the folder of the run; and why others in a folder of runs have none: a sentence
+        for each that is not finished, damaged, or a link, in whose place nothing is drawn.
+
+    Raises:
+        ValueError: if there is none, or a named folder doesn't exist, or holds neither a finished
+            run nor folders of runs, or a file of it is damaged, or no run can be read.
+    """
+    if not folders:
+        raise ValueError("name the folder of a run, or several")
+    for folder in folders:
+        if not folder.exists():
+            raise ValueError(f"there is no folder {folder}")
+    inside = {folder: _runs_in(folder) for folder in folders}
+    found, others, total = {}, [], sum(map(len, inside.values()))
+    first = f"{total} runs" if total else ""
+    with Progress("reading", total=total, unit="runs", first=first) as progress:
+        for folder, runs in inside.items():
+            if not runs:
+                found[folder] = read_run(folder)
+            for run in runs:
+                try:
+                    found[run] = _read(run)
+                except ValueError as error:
+                    others.append(str(error))
+                progress.advance(1)
+    if not found:
+        told = "; ".join([f"no run in {', '.join(map(str, folders))} can be read", *others])
+        raise ValueError(told)
+    return found, others
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The folders of runs in a folder that isn't one itself."""
+    if (folder / CONFIG).exists():
+        return []
+    return [config.parent for config in sorted(folder.glob(f"*/{CONFIG}"))]
+
+
+def _read(run: Path) -> Record:
+    if run.is_symlink():
+        raise ValueError(f"{run} is a link: name the folder that it leads to")
+    if (run / MANIFEST).exists():
+        return read_run(run)
+    told, failed = f"{run} is not finished", run / FAILED
+    reason = f": {read_json(failed).get('reason', 'it failed')}" if failed.exists() else ""
+    raise ValueError(told + reason)
 
 
 def _verify(folder: Path, config: Mapping[str, Any], made: Mapping[str, Any]) -> None:

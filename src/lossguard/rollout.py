@@ -6,7 +6,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .guards.protocol import Decision, Guard, GuardState, Objective, check_state
+from .guards.cycle import check_state
+from .guards.protocol import Decision, Guard, GuardState, Objective
 from .validation import check_count, check_kind
 
 

@@ -26,7 +26,7 @@ from .files import is_part
 from .locks import LOCK, locked
 from .records import CONFIG, CURVES, INPUTS, MANIFEST, TABLES, check_fields, read_json, write_json
 
-STARTED, FAILED = "started.json", "failed.json"
+STARTED = "started.json"
 CPUINFO = Path("/proc/cpuinfo")
 PACKAGES = ("lossguard", "jax", "jaxlib", "optax", "equinox", "numpy", "polars")
 
@@ -147,15 +147,12 @@ def start(folder: Path, *, inputs: Mapping[str, str], **more: Any) -> dict[str, 
 
 def finish(folder: Path, made: Mapping[str, Any]) -> None:
     """Write the manifest, once all else is written, with the checksums of all that is read."""
-    sums = checksums_in(folder) | {CONFIG: checksums.of_json(read_json(folder / CONFIG))}
+    tables = [name for name in TABLES if (folder / name).exists()]
+    sums = {name: checksums.of_file(folder / name) for name in tables}
+    sums[CONFIG] = checksums.of_json(read_json(folder / CONFIG))
     own = {MANIFEST: checksums.of_json({**made, checksums.NAME: sums})}
     write_json(folder / MANIFEST, {**made, checksums.NAME: sums | own})
     (folder / STARTED).unlink(missing_ok=True)
-
-
-def checksums_in(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each table that a manifest answers for, by its name."""
-    return {name: checksums.of_file(folder / name) for name in TABLES if (folder / name).exists()}
 
 
 def manifest(**more: Any) -> dict[str, Any]:

@@ -13,15 +13,16 @@ import pytest
 from lossguard import records, run_folder
 from lossguard.config import as_config
 from lossguard.curves import COUNTERS
-from lossguard.experiments.claims import CLAIMS, NC_100, Verdict, judge_claims
+from lossguard.experiments.claims import CLAIMS, Verdict, judge_claims
 from lossguard.experiments.evidence import FUNCTIONS, MARKS, gather
-from lossguard.experiments.folders import read_runs
 from lossguard.experiments.formulas import short
 from lossguard.experiments.recipes import PAPERS, SETS
 
 Curve = float | Mapping[int, float]
 """A loss, or the losses from some steps on."""
 Curves = Mapping[str, Curve]
+Runs = list[tuple[str, dict[str, Curve], dict[str, Any]]]
+"""Recipe, losses, and more arguments of ``write``."""
 
 
 def write(
@@ -71,8 +72,8 @@ def write(
 
 
 def judged(claim: str, *folders: Path) -> Verdict:
-    records = read_runs(folders)[0] if folders else {}
-    (verdict,) = (v for v in judge_claims(records) if v.id == claim)
+    found = records.read_runs(folders)[0] if folders else {}
+    (verdict,) = (v for v in judge_claims(found) if v.id == claim)
     return verdict
 
 
@@ -307,86 +308,95 @@ def test_functions_may_have_been_renamed(tmp_path: Path) -> None:
     assert judged("5a", folder).verdict == "not run"
 
 
-LATE: dict[str, Curve] = {"LGL2O": {1: 9.0, 1_000: 1.0, 100_000: 1.9, 300_000: 3.0}}
+def late(few: Curve, many: Curve | None = None, reach: int = 1_000_000, **few_more: Any) -> Runs:
+    """LGL2O with ten check minibatches, and with a hundred, as if figure FIG were the claim's."""
+    hundred = [] if many is None else [("FIG", {"LGL2O": many}, {"last": reach, "nc": 100})]
+    return [("FIG", {"LGL2O": few}, {"last": 1_000_000} | few_more), *hundred]
 
 
-@pytest.mark.parametrize(("claim", "recipe"), [("4d", "fig04"), ("12b", "fig12"), ("13b", "fig13")])
-@pytest.mark.parametrize(
-    ("few", "many", "reach", "verdict"),
-    [
-        (LATE["LGL2O"], {1: 9.0, 1_000: 1.0, 300_000: 1.9}, 1_000_000, "reproduced"),
-        (LATE["LGL2O"], {1: 9.0, 1_000: 1.0, 300_000: 2.1}, 1_000_000, "not reproduced"),
-        (LATE["LGL2O"], {1: 9.0, 1_000: 1.0}, 100_000, "not run"),  # not as far as it rises
-        (LATE["LGL2O"], None, 0, "not run"),
-        (
-            {1: 9.0, 300: 1.0, 1_000: 9.0, 3_000: 1.0},
-            1.0,
-            1_000_000,
-            "not reproduced",
-        ),  # comes back
-        ({1: 9.0, 1_000: 1.0, 30_000: math.nan}, 1.0, 1_000_000, "reproduced"),
-    ],
-)
-def test_a_late_rise(
-    tmp_path: Path, claim: str, recipe: str, few: Curve, many: Curve, reach: int, verdict: str
-) -> None:
-    write(tmp_path / "ten", recipe, {"LGL2O": few}, last=1_000_000)
-    if reach:
-        write(tmp_path / "hundred", recipe, {"LGL2O": many}, last=reach, nc=100)
-    assert judged(claim, tmp_path).verdict == verdict
+def million(changes: Mapping[tuple[str, int], Curve | None]) -> Runs:
+    both = {(figure, nc): 1.0 for figure in ("fig03", "fig04", "fig05") for nc in (10, 100)}
+    return [
+        (figure, {"LGL2O": curve}, {"last": 1_000_000, "nc": nc})
+        for (figure, nc), curve in (both | dict(changes)).items()
+        if curve is not None
+    ]
 
 
-def test_a_run_that_ends_before_k_leaves_a_late_rise_open(tmp_path: Path) -> None:
-    assert (
-        judged("4d", write(tmp_path / "run", "fig04", {"LGL2O": 1.0}, last=30_000)).verdict
-        == "not run"
-    )
+def first_steps(**changes: float | None) -> Runs:
+    ratios = {"mnist": 0.1, "fashion_mnist": 0.3, "moons": 0.4, "circles": 0.7, "spirals": 0.8}
+    found = ratios | {"cifar10": 0.9} | changes
+    return [
+        (f"fig02-{name}", {"L2O": {1: 2.0, 100: 2 * ratio}}, {"last": 100})
+        for name, ratio in found.items()
+        if ratio is not None
+    ]
 
 
-@pytest.mark.parametrize(
-    ("changes", "verdict"),
-    [
-        ({}, "reproduced"),
-        ({("fig04", 100): {1: 1.0, 1_000_000: 2.1}}, "not reproduced"),
-        ({("fig03", 10): {1: 1.0, 300: 0.4, 1_000_000: 0.9}}, "not reproduced"),
-        ({("fig05", 100): None}, "not run"),
-    ],
-)
-def test_a_million_steps(tmp_path: Path, changes: dict[Any, Any], verdict: str) -> None:
-    for recipe in ("fig03", "fig04", "fig05"):
-        for nc in (10, 100):
-            curve = changes.get((recipe, nc), 1.0)
-            if curve is not None:
-                folder = tmp_path / f"{recipe}_{nc}"
-                write(folder, recipe, {"LGL2O": curve}, last=1_000_000, nc=nc)
-    found = judged("A", tmp_path)
-    assert found.verdict == verdict
-    assert f"fig03: {NC_100} over its least so far: 1 at 1,000,000" in found.numbers
+def horizon(end: float, *test_losses: float) -> Runs:
+    figures = zip(("fig16", "fig13"), test_losses, strict=False)
+    curves = {"L2O": {1: 1.0, 600: end}}
+    return [(name, curves, {"last": 600, "test_loss": loss}) for name, loss in figures]
 
 
-def test_share_of_learned_steps(tmp_path: Path) -> None:
-    for used, verdict in ((0.09, "reproduced"), (0.11, "not reproduced")):
-        folder = write(tmp_path / str(used), "fig03", {"LGL2O": 1.0}, used=used)
-        assert judged("3e", folder).verdict == verdict
-    assert (
-        judged("3e", write(tmp_path / "short", "fig03", {"LGL2O": 1.0}, last=30_000)).verdict
-        == "not run"
-    )
+def one(figure: str, curves: Curves, **options: Any) -> Runs:
+    return [(figure, dict(curves), options)]
 
 
-@pytest.mark.parametrize(
-    ("rate", "losses", "verdict"),
-    [
-        (0.01, {1: 1.0, 1_000: 0.51}, "reproduced"),
-        (0.01, {1: 1.0, 1_000: 0.49}, "not reproduced"),
-        (0.1, {1: 1.0, 1_000: 0.51}, "not run"),  # the recipe's, which is not the paper's
-    ],
-)
-def test_adam_stays_at_the_papers_rate(
-    tmp_path: Path, rate: float, losses: Curve, verdict: str
-) -> None:
-    run = write(tmp_path / "run", "fig05", {"Adam": losses}, adam_rate=rate, last=3_000)
-    assert judged("5b", run).verdict == verdict
+RISING = {1: 9.0, 1_000: 1.0, 100_000: 1.9, 300_000: 3.0}
+STEADY = {1: 9.0, 1_000: 1.0, 300_000: 1.9}
+OVER = dict.fromkeys(SPENT, 1.0)
+# Claims about several runs, or about more than losses.
+SEVERAL: list[tuple[str, str, Runs]] = [
+    *(
+        (claim, verdict, [(figure, *run) for _, *run in runs])
+        for claim, figure in (("4d", "fig04"), ("12b", "fig12"), ("13b", "fig13"))
+        for verdict, runs in (
+            ("reproduced", late(RISING, STEADY)),
+            ("reproduced", late({1: 9.0, 1_000: 1.0, 30_000: math.nan}, 1.0)),
+            ("not reproduced", late(RISING, {1: 9.0, 1_000: 1.0, 300_000: 2.1})),
+            ("not reproduced", late({1: 9.0, 300: 1.0, 1_000: 9.0, 3_000: 1.0}, 1.0)),  # comes back
+            ("not run", late(RISING, STEADY, 100_000)),  # not as far as it rises
+            ("not run", late(RISING)),
+            ("not run", late(1.0, last=30_000)),
+        )
+    ),
+    ("A", "reproduced", million({})),
+    ("A", "not reproduced", million({("fig04", 100): {1: 1.0, 1_000_000: 2.1}})),
+    ("A", "not reproduced", million({("fig03", 10): {1: 1.0, 300: 0.4, 1_000_000: 0.9}})),
+    ("A", "not run", million({("fig05", 100): None})),
+    ("3e", "reproduced", one("fig03", {"LGL2O": 1.0}, used=0.09)),
+    ("3e", "not reproduced", one("fig03", {"LGL2O": 1.0}, used=0.11)),
+    ("3e", "not run", one("fig03", {"LGL2O": 1.0}, last=30_000)),
+    ("5b", "reproduced", one("fig05", {"Adam": {1: 1.0, 1_000: 0.51}}, adam_rate=0.01)),
+    ("5b", "not reproduced", one("fig05", {"Adam": {1: 1.0, 1_000: 0.49}}, adam_rate=0.01)),
+    ("5b", "not run", one("fig05", {"Adam": {1: 1.0, 1_000: 0.51}})),  # not at the paper's rate
+    ("2b", "reproduced", first_steps()),
+    ("2b", "reproduced", first_steps(cifar10=math.nan)),
+    ("2b", "not reproduced", first_steps(moons=0.85, spirals=0.9)),  # not below 0.8
+    ("2b", "not reproduced", first_steps(spirals=0.69)),  # not the largest
+    ("2b", "not reproduced", first_steps(circles=math.nan)),
+    ("2b", "not run", first_steps(cifar10=None)),
+    ("11b", "reproduced", horizon(0.9, 0.5, 0.9)),
+    ("11b", "not reproduced", horizon(1.1, 0.5, 0.9)),
+    ("11b", "not reproduced", horizon(0.9, 0.5, 1.1)),
+    ("11b", "not run", horizon(0.9, 0.5)),  # one of two data sets
+    ("11b", "not reproduced", horizon(1.1, 0.5)),
+    ("S3", "reproduced", one("fig04", OVER, last=3_000, spent=SPENT)),
+    *(
+        ("S3", "not reproduced", one("fig04", OVER, last=3_000, spent=SPENT | {name: spent}))
+        for name in SPENT
+        for spent in ((3.0, 2.0), (2.0, 1.0), (1.0, 0.0))
+    ),
+]
+
+
+@pytest.mark.parametrize(("claim", "verdict", "runs"), SEVERAL)
+def test_claims_about_more(tmp_path: Path, claim: str, verdict: str, runs: Runs) -> None:
+    for number, (recipe, curves, options) in enumerate(runs):
+        write(tmp_path / f"{number}", recipe, curves, **options)
+    found = judged(claim, tmp_path)
+    assert found.verdict == verdict, found.numbers
 
 
 def test_a_reading_of_gl2o_is_enough(tmp_path: Path) -> None:
@@ -397,35 +407,6 @@ def test_a_reading_of_gl2o_is_enough(tmp_path: Path) -> None:
     found = judged("3d", write(tmp_path / "two", "fig03", curves))
     assert found.verdict == "reproduced"
     assert "GL2O over SGDnm: 2 at 100; " in found.numbers
-
-
-FIRST = {
-    "mnist": 0.1,
-    "fashion_mnist": 0.3,
-    "moons": 0.4,
-    "circles": 0.7,
-    "spirals": 0.8,
-    "cifar10": 0.9,
-}
-
-
-@pytest.mark.parametrize(
-    ("changes", "verdict"),
-    [
-        ({}, "reproduced"),
-        ({"moons": 0.85, "spirals": 0.9}, "not reproduced"),  # not below 0.8
-        ({"spirals": 0.69}, "not reproduced"),  # not the largest
-        ({"circles": math.nan}, "not reproduced"),
-        ({"cifar10": math.nan}, "reproduced"),
-        ({"cifar10": None}, "not run"),
-    ],
-)
-def test_first_steps(tmp_path: Path, changes: dict[str, Any], verdict: str) -> None:
-    for name, ratio in (FIRST | changes).items():
-        if ratio is not None:
-            folder = tmp_path / name
-            write(folder, f"fig02-{name}", {"L2O": {1: 2.0, 100: 2 * ratio}}, last=100)
-    assert judged("2b", tmp_path).verdict == verdict
 
 
 def write_meta(
@@ -473,35 +454,6 @@ def test_meta_training_explodes(
     assert judged("11a").verdict == "not run"
 
 
-@pytest.mark.parametrize(
-    ("end", "test_loss", "verdict"),
-    [(0.9, 0.9, "reproduced"), (1.1, 0.9, "not reproduced"), (0.9, 1.1, "not reproduced")],
-)
-def test_after_its_horizon(tmp_path: Path, end: float, test_loss: float, verdict: str) -> None:
-    curves: Curves = {"L2O": {1: 1.0, 600: end}}
-    write(tmp_path / "cifar10", "fig16", curves, test_loss=0.5, last=600)
-    one = judged("11b", tmp_path).verdict  # of two data sets
-    assert one == ("not run" if end < 1 else "not reproduced")
-    write(tmp_path / "mnist", "fig13", curves, test_loss=test_loss, last=600)
-    assert judged("11b", tmp_path).verdict == verdict
-
-
-@pytest.mark.parametrize(
-    ("changes", "verdict"),
-    [
-        ({}, "reproduced"),
-        ({"LGL2O": (3.0, 2.0)}, "not reproduced"),
-        ({"LGL2O": (2.0, 1.0)}, "not reproduced"),
-        ({"GL2O": (1.0, 0.0)}, "not reproduced"),
-        ({"GL2O": (2.0, 1.0)}, "not reproduced"),
-    ],
-)
-def test_costs(tmp_path: Path, changes: dict[str, Sequence[float]], verdict: str) -> None:
-    curves = dict.fromkeys(SPENT, 1.0)
-    run = write(tmp_path / "run", "fig04", curves, last=3_000, spent=SPENT | changes)
-    assert judged("S3", run).verdict == verdict
-
-
 def test_numbers_are_told(tmp_path: Path) -> None:
     curves = {"SGDnm": 4.0, "LGL2O": {1: 1.0, 300_000: 8.0}, "L2O": 2.0}
     found = judged("5d", write(tmp_path / "run", "fig05", curves))
@@ -525,9 +477,12 @@ def test_a_grid_that_went_on_is_told(tmp_path: Path) -> None:
 
 
 def test_every_claim_is_tested_both_ways() -> None:
-    """Here, or in a test of its own above."""
-    alone = {"2a", "2b", "3e", "4d", "5b", "11a", "11b", "12b", "13b", "S3", "A"}
-    assert {claim.id for claim in CLAIMS} == {*CASES, *alone}
+    assert {claim.id for claim in CLAIMS} == {
+        *CASES,
+        *(claim for claim, *_ in SEVERAL),
+        "2a",
+        "11a",
+    }
     assert {verdict.verdict for verdict in judge_claims({})} == {"not run"}
 
 

@@ -33,7 +33,7 @@ def test_each_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ]
     for name, experiment in both.items():
         same_curves(out / name, run(experiment, tmp_path / "alone" / name))
-    assert not list(out.rglob(run_folder.FAILED))
+    assert not list(out.rglob(records.FAILED))
     monkeypatch.setattr(sweeping, "run", None)
     assert [outcome.state for outcome in sweep(both, out)] == ["skipped", "skipped"]
 

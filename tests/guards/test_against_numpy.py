@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy_guards
+import numpy_relay
 import optax
 import pytest
 from problems import decay, objective_of
@@ -139,7 +140,7 @@ def test_a_relay_is_its_rules(name, case) -> None:
     (in_numpy, learned), (fallback_in_numpy, fallback) = learned(), fallback()
     options = {"nt": nt, "share": 0.3001}  # at 0.3 there are ties
     guard = getattr(lossguard, name)(learned, fallback, **options)
-    reference = getattr(numpy_guards, name)
+    reference = getattr(numpy_relay, name)
     expected = list(reference(problem, in_numpy, fallback_in_numpy, **options, cycles=cycles))
     assert_equal(guard, problem, expected, REPORTED)
     seen = {event for cycle in expected for event in cycle["events"]}

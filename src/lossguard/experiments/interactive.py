@@ -59,21 +59,26 @@ def _lay_out(figure: go.Figure, guarded: bool, places: Mapping[Over, list[list[f
         {
             "label": over,
             "method": "update",
-            "args": [{"x": places[over]}, {"xaxis.title.text": label, "xaxis.autorange": True}],
+            "args": [
+                {"x": places[over]},
+                {"xaxis.title.text": _on_two_lines(label), "xaxis.autorange": True},
+            ],
         }
         for over, label in LABELS.items()
     ]
     figure.update_layout(
         template="none",
-        height=540,
+        height=560,
         margin={"l": 60, "r": 10, "t": 40, "b": 45},
         hovermode="closest",
-        legend={"orientation": "h", "y": -0.15, "yanchor": "top"},
+        legend={"orientation": "h", "y": -0.25, "yanchor": "top"},
+        modebar={"orientation": "v"},  # beside the buttons it would cover them on a phone
         updatemenus=[
             {"type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1.02}
             | {"yanchor": "bottom", "buttons": buttons, "showactive": True}
         ],
-        xaxis=AXIS | {"title": {"text": LABELS["price"]}, "anchor": "y2" if guarded else "y"},
+        xaxis=AXIS
+        | {"title": {"text": _on_two_lines(LABELS["price"])}, "anchor": "y2" if guarded else "y"},
         yaxis=AXIS | {"title": {"text": "Training loss"}, "domain": [0.25 if guarded else 0, 1]},
     )
     if guarded:
@@ -81,3 +86,8 @@ def _lay_out(figure: go.Figure, guarded: bool, places: Mapping[Over, list[list[f
         figure.update_layout(
             yaxis2={"title": {"text": "use_l2o"}, "domain": [0, 0.2], "range": [0.45, 1.05]} | ticks
         )
+
+
+def _on_two_lines(label: str) -> str:
+    """As wide as a phone."""
+    return label.replace(", ", ",<br>")

@@ -20,11 +20,10 @@ from ..curves import last_step
 from ..drawing import png
 from ..files import write_whole
 from ..metatrain import figure as meta
-from ..records import EVALUATIONS, MANIFEST, Record, read_parquet
+from ..records import EVALUATIONS, MANIFEST, Record, read_parquet, read_runs
 from .claims import judge_claims
 from .evidence import has_settings
 from .figures import summary
-from .folders import read_runs
 from .interactive import interactive
 from .lines import SMOOTHED_FROM
 from .recipes import PAPERS
@@ -47,7 +46,12 @@ def report(folders: Sequence[Path], file: Path) -> Path:
     if file.is_dir():  # found out now, not after the claims are judged
         raise ValueError(f"out must be a file, but {file} is a folder")
     records, others = read_runs(folders)
-    runs = _in_order([_section(folder, record) for folder, record in records.items()])
+    runs = [_section(folder, record) for folder, record in records.items()]
+    # By the paper's figure; of one first what has its recipe's settings, then the latest.
+    runs.sort(key=lambda run: run["made"]["time"], reverse=True)
+    runs.sort(key=lambda run: (float(run["figure"] or "inf"), run["name"], not run["by_recipe"]))
+    for number, run in enumerate(runs, 1):
+        run["id"] = f"run-{number}"
     figures = {run["figure"]: run["id"] for run in reversed(runs) if run["figure"]}
     claims = [
         claim
@@ -73,22 +77,6 @@ def report(folders: Sequence[Path], file: Path) -> Path:
     )
     write_whole(file, page.encode(), "the report", make_folder=True)
     return file
-
-
-def _in_order(sections: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By the paper's figure, then name, those with the recipe's settings first, then the latest.
-
-    Each section gets ``id``, its place on the page.
-    """
-
-    def place(section: dict[str, Any]) -> tuple[float, str, bool]:
-        return float(section["figure"] or "inf"), section["name"], not section["by_recipe"]
-
-    latest = sorted(sections, key=lambda section: section["made"]["time"], reverse=True)
-    sections = sorted(latest, key=place)
-    for number, section in enumerate(sections, 1):
-        section["id"] = f"run-{number}"
-    return sections
 
 
 def _section(folder: Path, record: Record) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 from ..config import as_config
 from ..locks import FolderInUseError
-from ..records import write_json
-from ..run_folder import FAILED, is_finished, open_folder
+from ..records import FAILED, write_json
+from ..run_folder import is_finished, open_folder
 from .experiment import Experiment
 from .run import run
 

@@ -10,23 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..validation import check_count, check_decay, check_kind, check_share
 from . import trial as trials
-from .cycle import Cycle
+from .cycle import Cycle, as_arrays, check_state, loss_dtype, own_buffers, sum_dtype
 from .lanes import mean_losses
-from .protocol import (
-    NEITHER,
-    Decision,
-    Guard,
-    GuardState,
-    Objective,
-    Params,
-    advance,
-    as_arrays,
-    check_state,
-    following,
-    loss_dtype,
-    own_buffers,
-    sum_dtype,
-)
+from .protocol import NEITHER, Decision, Guard, GuardState, Objective, Params, advance, following
 from .soundness import is_sound, keep_schedules, select, with_sound_gradients
 from .trial import Trial
 
@@ -77,6 +63,7 @@ def best_of(
 
     over the guards that were finite and not ruined ("be the leader": Kalai and Vempala, 2005): with
     hindsight, as d is known before the leader is chosen. With ``share`` only who runs can be it.
+    Who isn't finite, or is ruined, begins again at x: ``SideBySide`` says when.
 
     Args:
         guards: guards of the same nt. The first is followed where all are level.

@@ -3,22 +3,13 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int, PyTree
 
-from .protocol import (
-    Decision,
-    Guard,
-    GuardState,
-    Objective,
-    Params,
-    advance,
-    as_arrays,
-    check_state,
-    following,
-    loss_dtype,
-    own_buffers,
-)
+from ..validation import check_kind
+from .protocol import Decision, Guard, GuardState, Objective, Params, advance, check_loss, following
 from .stacked import check_stacked
 
 
@@ -61,3 +52,62 @@ def guard_of(
         return GuardState(x, advance(k, nt), following(i, nt + nc), after), decision
 
     return Guard(init, step)
+
+
+def as_arrays(params: Params) -> Params:
+    """The leaves as arrays whose types a loop can carry.
+
+    Raises:
+        ValueError: if there is no leaf, or one is not floating-point.
+    """
+    if not jax.tree.leaves(params):
+        raise ValueError(f"params must hold at least one array, got {params!r}")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        is_number = isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int | complex)
+        dtype = jnp.result_type(leaf) if is_number else repr(leaf)
+        if not (is_number and jnp.issubdtype(dtype, jnp.floating)):
+            name = jax.tree_util.keystr(path) or "itself"
+            raise ValueError(
+                f"params must be floating-point arrays, but its leaf {name} is {dtype}"
+            )
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), params)
+
+
+@jax.jit
+def own_buffers(tree: PyTree) -> PyTree:
+    """Each leaf in a buffer of its own, which may be donated, on the devices of those put anywhere.
+
+    It is of the type that a step returns: a weak type would have the second step compiled again.
+    """
+
+    def own(leaf: Array) -> Array:
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jnp.copy(leaf) if is_key else jnp.array(leaf, leaf.dtype)
+
+    return jax.tree.map(lambda leaf: own(jnp.asarray(leaf)), tree)
+
+
+def check_state(state: Any, inner: type = object) -> None:
+    """Refuse what is no state, or has another kind of ``inner``."""
+    check_kind("state", state, GuardState, "guard.init(params)")
+    if not isinstance(state.inner, inner):
+        raise ValueError(
+            f"state must be of this guard's own init(params), whose inner is a {inner.__name__}, "
+            f"got {state.inner!r}"
+        )
+
+
+def loss_dtype(objective: Objective, params: Params, i: Int[Array, ""]) -> jnp.dtype:
+    """The dtype in which losses are kept and compared: the objective's, float32 at least.
+
+    Raises:
+        ValueError: if the objective does not return one floating-point number.
+    """
+    out = jax.eval_shape(objective, params, i)
+    check_loss("objective", out)
+    return jnp.promote_types(out.dtype, jnp.float32)
+
+
+def sum_dtype(params: Params) -> jnp.dtype:
+    """The dtype of what a guard adds up or follows over cycles: the widest, float32 at least."""
+    return jnp.result_type(jnp.float32, *jax.tree.leaves(params))

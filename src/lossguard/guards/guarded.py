@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, PyTree
 
-from .protocol import Params, as_arrays, check_loss, with_extra_args
+from .cycle import as_arrays
+from .lanes import with_extra_args
+from .protocol import Params, check_loss
 from .soundness import is_sound, renew_if_unsound, select
 
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..validation import check_count, check_share
-from .cycle import Cycle, guard_of
-from .lanes import Lane
-from .protocol import OWN, Decision, Guard, Params, advance, sum_dtype, with_extra_args
+from .cycle import Cycle, guard_of, sum_dtype
+from .lanes import Lane, with_extra_args
+from .protocol import OWN, Decision, Guard, Params, advance
 from .relay import Relay, RelayState, lead_from, leader, own_path
-from .soundness import keep_schedules, select
+from .soundness import renew, select
 
 DECAY = 0.7
 """Weight of the past in the regret, a cycle."""
@@ -90,8 +90,8 @@ def cycle(
     edited = was._replace(s=was.s._replace(params=x))
     state, leg = relay.step(select(led_by_s, edited, lead_from(was, x)), runs, now)
     x = leader(state)
-    anew = Lane(x, keep_schedules(relay.fallback.init(x), state.s.state))
-    s = select(leg.fine_s, state.s, anew)
+    renewed = Lane(x, renew(relay.fallback, x, state.s.state))
+    s = select(leg.fine_s, state.s, renewed)
 
     losses, known = leg.decision.losses, runs & leg.fine_s
     d = (losses.sum() - leg.of_s.sum()).astype(inner.regret.dtype)

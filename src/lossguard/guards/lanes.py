@@ -1,5 +1,6 @@
 """A lane: an optimizer's run. Guards run several, and compare their losses."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,31 @@ from .protocol import Objective, Params
 from .soundness import all_finite, is_sound
 
 Optimizer = optax.GradientTransformationExtraArgs
+
+
+def with_extra_args(name: str, optimizer: Any) -> optax.GradientTransformationExtraArgs:
+    """The optimizer in the form that accepts ``value=`` and the like, and drops what it can't use.
+
+    ``grad_fn=`` goes to optimizers that name it, such as optax's opaque SAM, and to no others: the
+    line searches of optax refuse it.
+    """
+    if not (callable(getattr(optimizer, "init", None)) and hasattr(optimizer, "update")):
+        raise ValueError(f"{name} must be an optax GradientTransformation, got {optimizer!r}")
+    inner = optax.with_extra_args_support(optimizer)
+    named = inspect.signature(inner.update).parameters
+    open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in named.values())
+
+    def update(
+        updates: PyTree, state: PyTree, params: Params | None = None, **extra_args: Any
+    ) -> tuple[PyTree, PyTree]:
+        usable = {
+            key: value
+            for key, value in extra_args.items()
+            if key in named or (open_ended and key != "grad_fn")
+        }
+        return inner.update(updates, state, params, **usable)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 class Lane(NamedTuple):

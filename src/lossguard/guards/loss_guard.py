@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, PyTree
 
 from ..validation import check_choice, check_count
 from .cycle import Cycle, guard_of
-from .lanes import Lane, Optimizer, is_fine, mean_losses, train
-from .protocol import FALLBACK, LEARNED, NEITHER, Decision, Guard, Params, with_extra_args
-from .soundness import keep_schedules, renew_if_unsound, select
+from .lanes import Lane, Optimizer, is_fine, mean_losses, train, with_extra_args
+from .protocol import FALLBACK, LEARNED, NEITHER, Decision, Guard, Params
+from .soundness import renew, renew_if_unsound, select
 
 Loser = Literal["keep", "reset"]
 
@@ -116,5 +116,5 @@ def after(
 ) -> PyTree:
     """The state with which an optimizer goes on from x. Its schedules go on in any case."""
     if loser == "reset":
-        state = select(won, state, keep_schedules(optimizer.init(x), state))
+        state = select(won, state, renew(optimizer, x, state))
     return renew_if_unsound(optimizer, x, state)

@@ -1,16 +1,11 @@
 """What every guard is: two pure functions, the state between them, and what a step reports."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
-
-from ..validation import check_kind
 
 Params = PyTree[Shaped[ArrayLike, "..."]]
 Objective = Callable[[Any, Any], Array]
@@ -82,49 +77,6 @@ class Guard(NamedTuple):
     step: Callable[[GuardState, Objective], tuple[GuardState, Decision]]
 
 
-def as_arrays(params: Params) -> Params:
-    """The leaves as arrays whose types a loop can carry.
-
-    Raises:
-        ValueError: if there is no leaf, or one is not floating-point.
-    """
-    if not jax.tree.leaves(params):
-        raise ValueError(f"params must hold at least one array, got {params!r}")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        is_number = isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int | complex)
-        dtype = jnp.result_type(leaf) if is_number else repr(leaf)
-        if not (is_number and jnp.issubdtype(dtype, jnp.floating)):
-            name = jax.tree_util.keystr(path) or "itself"
-            raise ValueError(
-                f"params must be floating-point arrays, but its leaf {name} is {dtype}"
-            )
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), params)
-
-
-@jax.jit
-def own_buffers(tree: PyTree) -> PyTree:
-    """Each leaf in a buffer of its own, which may be donated, on the devices of those put anywhere.
-
-    It is of the type that a step returns: a weak type would have the second step compiled again.
-    """
-
-    def own(leaf: Array) -> Array:
-        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return jnp.copy(leaf) if is_key else jnp.array(leaf, leaf.dtype)
-
-    return jax.tree.map(lambda leaf: own(jnp.asarray(leaf)), tree)
-
-
-def check_state(state: Any, inner: type = object) -> None:
-    """Refuse what is no state, or has another kind of ``inner``."""
-    check_kind("state", state, GuardState, "guard.init(params)")
-    if not isinstance(state.inner, inner):
-        raise ValueError(
-            f"state must be of this guard's own init(params), whose inner is a {inner.__name__}, "
-            f"got {state.inner!r}"
-        )
-
-
 def advance(count: Int[Array, "..."], by: Int[Array, ""] | int) -> Int[Array, "..."]:
     """Counts of steps after ``by`` more; they stay at the largest number."""
     return jnp.where(count > LAST - by, LAST, count + by).astype(jnp.int32)
@@ -133,47 +85,6 @@ def advance(count: Int[Array, "..."], by: Int[Array, ""] | int) -> Int[Array, ".
 def following(i: Int[Array, ""], by: int) -> Int[Array, ""]:
     """The number of the minibatch ``by`` later; 0 if a cycle from there would pass the largest."""
     return jnp.where(i > LAST - 2 * by, 0, i + by).astype(jnp.int32)
-
-
-def with_extra_args(name: str, optimizer: Any) -> optax.GradientTransformationExtraArgs:
-    """The optimizer in the form that accepts ``value=`` and the like, and drops what it can't use.
-
-    ``grad_fn=`` goes to optimizers that name it, such as optax's opaque SAM, and to no others: the
-    line searches of optax refuse it.
-    """
-    if not (callable(getattr(optimizer, "init", None)) and hasattr(optimizer, "update")):
-        raise ValueError(f"{name} must be an optax GradientTransformation, got {optimizer!r}")
-    inner = optax.with_extra_args_support(optimizer)
-    named = inspect.signature(inner.update).parameters
-    open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in named.values())
-
-    def update(
-        updates: PyTree, state: PyTree, params: Params | None = None, **extra_args: Any
-    ) -> tuple[PyTree, PyTree]:
-        usable = {
-            key: value
-            for key, value in extra_args.items()
-            if key in named or (open_ended and key != "grad_fn")
-        }
-        return inner.update(updates, state, params, **usable)
-
-    return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-def loss_dtype(objective: Objective, params: Params, i: Int[Array, ""]) -> jnp.dtype:
-    """The dtype in which losses are kept and compared: the objective's, float32 at least.
-
-    Raises:
-        ValueError: if the objective does not return one floating-point number.
-    """
-    out = jax.eval_shape(objective, params, i)
-    check_loss("objective", out)
-    return jnp.promote_types(out.dtype, jnp.float32)
-
-
-def sum_dtype(params: Params) -> jnp.dtype:
-    """The dtype of what a guard adds up or follows over cycles: the widest, float32 at least."""
-    return jnp.result_type(jnp.float32, *jax.tree.leaves(params))
 
 
 def check_loss(name: str, loss: Any) -> None:

@@ -9,9 +9,10 @@ from jaxtyping import Array, Bool, Float, Int
 from ..validation import check_count, check_share
 from . import progress as progresses
 from . import trial as trials
-from .cycle import Cycle, guard_of
+from .cycle import Cycle, guard_of, sum_dtype
+from .lanes import with_extra_args
 from .progress import Progress
-from .protocol import Decision, Guard, Params, advance, sum_dtype, with_extra_args
+from .protocol import Decision, Guard, Params, advance
 from .relay import Relay, RelayState, lead_from, leader, own_path
 from .soundness import select
 from .trial import Trial

@@ -14,17 +14,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from . import progress as progresses
 from . import trial as trials
-from .cycle import Cycle
+from .cycle import Cycle, sum_dtype
 from .lanes import Lane, Optimizer, is_fine, train_if
 from .progress import Progress
-from .protocol import FALLBACK, LEARNED, NEITHER, OWN, Decision, Params, advance, sum_dtype
-from .soundness import (
-    advance_schedules,
-    keep_schedules,
-    renew_if_unsound,
-    select,
-    with_sound_gradients,
-)
+from .protocol import FALLBACK, LEARNED, NEITHER, OWN, Decision, Params, advance
+from .soundness import advance_schedules, renew, renew_if_unsound, select, with_sound_gradients
 from .trial import Trial
 
 STALL = 0.25
@@ -168,7 +162,7 @@ class Relay:
         due = (tried + length * now.nt <= self.share * k + jnp.sqrt(k)) | (now.k == 0)
         begins = due & ~state.learned_leads & (state.trial.length == 0)
         x = state.z.params
-        fresh = keep_schedules(self.learned.init(x), state.y.state)
+        fresh = renew(self.learned, x, state.y.state)
         unknown = state.progress.age == 0
         trial = trials.begin(
             length.astype(jnp.int32), jnp.where(unknown, jnp.nan, state.progress.recent)

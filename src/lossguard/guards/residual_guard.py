@@ -13,19 +13,9 @@ import optax
 from jaxtyping import Array, Int, PyTree
 
 from ..validation import check_choice, check_count, check_fraction, check_kind
-from .cycle import Cycle, guard_of
-from .lanes import Lane, Optimizer, propose
-from .protocol import (
-    FALLBACK,
-    LEARNED,
-    NEITHER,
-    Decision,
-    Guard,
-    Objective,
-    Params,
-    sum_dtype,
-    with_extra_args,
-)
+from .cycle import Cycle, guard_of, sum_dtype
+from .lanes import Lane, Optimizer, propose, with_extra_args
+from .protocol import FALLBACK, LEARNED, NEITHER, Decision, Guard, Objective, Params
 from .sequences import TrackingSequence, ema
 from .soundness import is_sound, renew_if_unsound, select
 

@@ -16,7 +16,9 @@ from ..validation import check_count, check_fraction, check_real
 from . import alarm as alarms
 from . import snapshot
 from .alarm import Alarm
-from .protocol import Params, advance, as_arrays, own_buffers, sum_dtype, with_extra_args
+from .cycle import as_arrays, own_buffers, sum_dtype
+from .lanes import with_extra_args
+from .protocol import Params, advance
 from .snapshot import Snapshots
 from .soundness import is_sound, keep_schedules, select
 
@@ -77,7 +79,8 @@ def rewind(
     ``update(updates, state, params, value=loss)``, where ``loss`` and ``updates`` are the loss and
     its gradients at ``params``. The update that it returns leads to where the run goes on: after
     the optimizer's step times ``state.scale``; where it is, if that step isn't finite; or back at
-    the trusted snapshot. It needs no further gradient, and no forward pass.
+    the trusted snapshot. It needs no further gradient, and no forward pass. ``Rules`` says when it
+    goes back, where to, and how it goes on: steps thrown away are at most ``rho * T + window``.
 
     What it returns has to be what is added to the parameters. So it goes around a chain, or at its
     end, not in front of what changes updates. ``optax.MultiSteps`` around it tells it the loss of
@@ -142,13 +145,14 @@ class Rules:
     rise: float
 
     def init(self, params: Params) -> RewindState:
-        """The start is trusted."""
+        """The start is trusted, and there is no candidate."""
         params = as_arrays(params)
         inner, block = self.optimizer.init(params), self.window // 4
+        point = params, inner
         none, whole = jnp.int32(0), jnp.float32(1)
         state = RewindState(
             inner=inner,
-            snapshots=snapshot.first((params, inner)),
+            snapshots=Snapshots(point, point, jnp.array(False)),
             alarm=alarms.silent(block, sum_dtype(params)),
             calls=none,
             age=none,

@@ -27,11 +27,6 @@ class Snapshots(NamedTuple):
     """Whether there is a candidate. If not, its place holds anything."""
 
 
-def first(point: PyTree) -> Snapshots:
-    """The start is trusted, and there is no candidate."""
-    return Snapshots(point, point, jnp.array(False))
-
-
 def end_probation(snapshots: Snapshots, point: PyTree, passed: Bool[Array, ""]) -> Snapshots:
     """Make the candidate trusted if it passed, and ``point`` the candidate."""
     trusted = jax.lax.cond(passed, lambda: snapshots.candidate, lambda: snapshots.trusted)

@@ -85,10 +85,17 @@ def advance_schedules(state: PyTree, steps: int) -> PyTree:
     return keep_schedules(state, later)
 
 
+def renew(
+    optimizer: optax.GradientTransformationExtraArgs, params: Params, state: PyTree
+) -> PyTree:
+    """A fresh state at the parameters, which has the schedules of the old one."""
+    return keep_schedules(optimizer.init(params), state)
+
+
 def renew_if_unsound(
     optimizer: optax.GradientTransformationExtraArgs, params: Params, state: PyTree
 ) -> PyTree:
-    """The state, or a fresh one (schedules kept) if it is no longer finite."""
+    """The state, or a renewed one if it is no longer finite."""
     fresh = optimizer.init(params)
     return select(is_sound(state, fresh), state, keep_schedules(fresh, state))
 

@@ -7,8 +7,8 @@ from jaxtyping import PyTree
 
 from ..validation import check_count
 from .cycle import Cycle, guard_of
-from .lanes import Lane, is_fine, train
-from .protocol import Decision, Guard, Params, with_extra_args
+from .lanes import Lane, is_fine, train, with_extra_args
+from .protocol import Decision, Guard, Params
 
 
 def unguarded(optimizer: Any, *, nt: int = 10, trusted: bool = False) -> Guard:

@@ -1,0 +1,189 @@
+"""Optimizers of other libraries go into guards as docs/own_optimizer.md says: `make foreign`."""
+
+import importlib
+import re
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lossguard
+
+PAGE = Path(__file__).parents[1] / "docs" / "own_optimizer.md"
+STEPS = 20
+pytestmark = pytest.mark.filterwarnings("ignore")  # of other libraries
+
+X = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
+T = np.tanh(X @ np.array([[1.0, -2.0], [0.5, 0.5], [-1.0, 3.0]], np.float32))
+PARAMS = {"w": jnp.full((3, 2), 0.1), "b": jnp.zeros(2)}
+
+
+def objective(params: Any, i: Any) -> jax.Array:
+    """A layer's misfit on a minibatch of 20."""
+    rows = jnp.arange(20) + 20 * (i % 5)
+    return jnp.mean((jnp.asarray(X)[rows] @ params["w"] + params["b"] - jnp.asarray(T)[rows]) ** 2)
+
+
+def block(name: str) -> dict[str, Any]:
+    """What the page's code defines that has this name in it."""
+    names: dict[str, Any] = {}
+    (code,) = (code for code in re.findall(r"^```py\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+               if name in code)  # fmt: skip
+    exec(code, names)
+    return names
+
+
+def assert_follows_the_better(learned: Any) -> None:
+    """As `best_of` does, whose two members run in every cycle: it is never behind Adam for long."""
+    alone = lossguard.unguarded(optax.adam(0.01), nt=5)
+    guards = [alone, lossguard.best_of([alone, lossguard.unguarded(learned, nt=5)])]
+    losses = []
+    for guard in (*guards, lossguard.recommended(learned, optax.adam(0.01), nt=5)):
+        state, decisions = lossguard.rollout(
+            guard, guard.init(PARAMS), objective, cycles=STEPS // 5
+        )
+        losses.append(float(jnp.mean(jnp.stack([objective(state.params, i) for i in range(5)]))))
+        assert np.isfinite(losses[-1])
+    assert decisions.learned_updates.sum() > 0  # it was tried
+    adam, *guarded = losses
+    assert max(guarded) < 1.1 * adam
+
+
+@pytest.fixture
+def without_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """learned_optimization imports it for logs and files alone."""
+    pytest.importorskip("haiku")
+    for name in ("tensorflow", "tensorflow.compat", "tensorflow.compat.v2"):
+        if name not in sys.modules:
+            monkeypatch.setitem(sys.modules, name, MagicMock(__spec__=ModuleSpec(name, None)))
+    pytest.importorskip("learned_optimization")
+
+
+def celo() -> Any:
+    """With its weights."""
+    from celo.optimizers.celo import Celo
+
+    architecture = Celo(
+        lstm_hidden_size=64,
+        initial_momentum_decays=(0.9, 0.99, 0.999),
+        initial_rms_decays=(0.999,),
+        initial_adafactor_decays=(0.9, 0.99, 0.999),
+        param_inits=1,
+        train_phase=2,
+        summarize_each_layer=False,
+    )
+    return with_weights(architecture, "celo")
+
+
+def celo_adam() -> Any:
+    """With its weights."""
+    from celo.optimizers.celo_adam import Celo
+
+    architecture = Celo(
+        lstm_hidden_size=64,
+        initial_epsilon=1e-8,
+        initial_momentum_decays=(0.9,),
+        initial_rms_decays=(0.999,),
+    )
+    return with_weights(architecture, "celo_adam")
+
+
+def with_weights(architecture: Any, name: str) -> Any:
+    """Those in Celo's repository."""
+    import celo
+    from celo.utils import init_lopt_from_ckpt
+
+    folder = Path(next(iter(celo.__path__))).parent / "algoperf" / "submissions" / name
+    return init_lopt_from_ckpt(architecture, str(folder / "theta.state"))
+
+
+def random(module: str, name: str, **options: Any) -> Any:
+    """An architecture of learned_optimization with random weights."""
+    architecture = getattr(importlib.import_module(f"learned_optimization.{module}"), name)
+    learned = architecture(**options)
+    return learned.opt_fn(learned.init(jax.random.key(0)))
+
+
+MADE = {
+    "Celo": celo,
+    "Celo-Adam": celo_adam,
+    "VeLO": lambda: random(
+        "research.general_lopt.hyper_v2", "HyperV2", lstm_hidden_size=16, param_inits=4
+    ),
+    "AdafacMLP": lambda: random("learned_optimizers.adafac_mlp_lopt", "AdafacMLPLOpt"),
+    "MLP": lambda: random("learned_optimizers.mlp_lopt", "MLPLOpt"),
+    "NNAdam": lambda: random("learned_optimizers.nn_adam", "NNAdam"),
+}
+
+
+@pytest.mark.usefixtures("without_tensorflow")
+@pytest.mark.parametrize("name", MADE)
+def test_learned_optimization(name: str) -> None:
+    """Alone it takes the steps of the library's own loop."""
+    if "Celo" in name:
+        pytest.importorskip("celo")
+    optimizer = MADE[name]()
+    learned = block("def for_optax")["for_optax"](optimizer, STEPS)
+    guard = lossguard.unguarded(learned, nt=5)
+    state, _ = lossguard.rollout(guard, guard.init(PARAMS), objective, cycles=STEPS // 5)
+    own = optimizer.init(PARAMS, num_steps=STEPS)
+    for i in range(STEPS):
+        loss, gradient = jax.value_and_grad(objective)(optimizer.get_params(own), i)
+        own = optimizer.update(own, gradient, loss=loss, key=jax.random.key(i))
+    params = optimizer.get_params(own)
+    assert float(jnp.abs(params["w"] - PARAMS["w"]).max()) > 1e-4
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), state.params, params
+    )
+    assert_follows_the_better(learned)
+
+
+@pytest.mark.usefixtures("without_tensorflow")
+@pytest.mark.parametrize("orthogonalize", [False, True])
+def test_celo2(orthogonalize: bool) -> None:
+    """It goes in as it is, alone or for matrices only, as its page has it."""
+    module = pytest.importorskip("celo.optimizers.celo2_optax")
+    weights = module.Celo2Transformation(theta=None).init_meta_params(jax.random.key(0))
+    learned = optax.chain(
+        module.scale_by_celo2(weights, orthogonalize=orthogonalize),
+        optax.scale_by_learning_rate(0.01),
+    )
+    if orthogonalize:
+        learned = optax.multi_transform(
+            {"matrix": learned, "vector": optax.adamw(0.01)}, {"w": "matrix", "b": "vector"}
+        )
+    assert_follows_the_better(learned)
+
+
+@pytest.mark.parametrize("name", ["LearnedES", "DiscoveredES", "CMAAnchoredLES"])
+def test_evosax(name: str) -> None:
+    """Alone it is the strategy's own loop, and it learns."""
+    algorithms = pytest.importorskip("evosax.algorithms")
+    strategy = getattr(algorithms, name)(population_size=16, solution=PARAMS)
+    options = strategy.default_params.replace(std_init=0.05)
+    key = jax.random.key(0)
+    learned = block("def evolution")["evolution"](strategy, options, key)
+    guard = lossguard.unguarded(learned, nt=5)
+    state, _ = lossguard.rollout(guard, guard.init(PARAMS), objective, cycles=STEPS // 5)
+    own = strategy.init(key, PARAMS, options)
+    for i in range(STEPS):
+        key, ask, tell = jax.random.split(key, 3)
+        population, own = strategy.ask(ask, own, options)
+        losses = jnp.stack(
+            [objective(jax.tree.map(lambda leaf, j=j: leaf[j], population), i) for j in range(16)]
+        )
+        own, _ = strategy.tell(tell, population, losses, own, options)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+        state.params,
+        strategy.get_mean(own),
+    )
+    assert objective(state.params, 0) < objective(PARAMS, 0)
+    assert_follows_the_better(learned)

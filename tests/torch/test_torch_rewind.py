@@ -247,6 +247,31 @@ def test_an_error_within_a_step_leaves_the_rates():
     assert optimizer.param_groups[0]["lr"] == 1.0
 
 
+def test_the_fallback_is_made_careful_instead_of_slow():
+    model, optimizer = one_weight()
+
+    def careful(optimizer):
+        for group in optimizer.param_groups:
+            group["momentum"] = 0.0
+            group["lr"] /= 10
+
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4, fallback=careful)
+    drive(rewind, model, optimizer, FALLS + HIGH)
+    assert rewind.returns == 2 and optimizer.param_groups[0]["lr"] == 0.1
+    assert rewind.scale == 0.5
+
+
+def test_an_audit_sees_what_the_losses_do_not():
+    model, optimizer = one_weight()
+    audits = iter([1.0, 0.5, 0.2, 0.1, *[0.3] * 100])
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4, audit=lambda: next(audits))
+    drive(rewind, model, optimizer, [1.0] * 112)
+    assert not rewind.events
+    drive(rewind, model, optimizer, [1.0] * 16)
+    assert [(e.kind, e.cause, e.call) for e in rewind.events] == [("return", "audit", 128)]
+    assert model.weight == -64
+
+
 def network(seed=0):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 3))

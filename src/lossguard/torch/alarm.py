@@ -69,3 +69,43 @@ class Alarm:
         self.losses, self.score = [], 0
         if forget:
             self.reference = math.inf
+
+
+class Audit:
+    """The same question, asked of one held minibatch: its loss has no noise, so few audits decide.
+
+    An audit counts if it is above best + rise * max(0, first - best), of the first audit and the
+    best one of a trusted snapshot. The audit rings at a score of 4.
+    """
+
+    def __init__(self, rise: float) -> None:
+        self.rise = rise
+        self.first = math.nan
+        self.best = math.inf
+        self.latest = math.nan
+        self.score = 0
+
+    @property
+    def rings(self) -> bool:
+        """Whether there is an alarm."""
+        return self.score >= 4
+
+    def hear(self, loss: float) -> bool:
+        """Count one audit; whether it is no worse than the best."""
+        self.latest = loss
+        if math.isnan(self.first):
+            self.first = loss
+        progress = self.first - self.best
+        good = loss <= self.best + (self.rise * progress if progress > 0 else 0.0)
+        self.score = max(0, self.score + (-1 if good else 1))
+        return good
+
+    def trust(self) -> None:
+        """The snapshot of the latest audit is trusted."""
+        self.best = min(self.best, self.latest)
+
+    def quiet(self, forget: bool) -> None:
+        """After an alarm: begin at score 0; ``forget`` the best, or keep it."""
+        self.score = 0
+        if forget:
+            self.best = math.inf

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from lossguard.torch.careful import CarefulSteps
@@ -21,7 +21,7 @@ from lossguard.torch.snapshot import Live, Saved
 from lossguard.torch.tensors import local
 from lossguard.validation import check_count, check_kind
 
-Cause = Literal["loss", "model"]
+Cause = Literal["loss", "model", "audit"]
 
 
 class RewindEvent(NamedTuple):
@@ -29,7 +29,7 @@ class RewindEvent(NamedTuple):
 
     Attributes:
         kind: "return"; or "unanswered", an alarm at which it didn't go back.
-        cause: "loss", or "model" where that wasn't finite.
+        cause: "loss", "audit", or "model" where that wasn't finite.
         call: of ``observe``, from 1.
         thrown: steps that the return threw away; 0 of an alarm that was unanswered.
         in_a_row: returns to this snapshot, this one included.
@@ -77,6 +77,11 @@ class Rewind:
         window, rho, factor, rise: as in ``lossguard.rewind``.
         every: calls between two reads; a divisor of window / 4.
         offload: keep snapshots in the host's memory (pinned, where there is CUDA).
+        fallback: called with the optimizer at each return soon after another one, to make its
+            settings careful for good: instead of a scale that stays lower.
+        audit: the loss on a held minibatch, without gradients; called once every B steps. A
+            candidate is only trusted if it isn't worse there than the best trusted one by more than
+            ``rise``, and 4 more worse ones than others are an alarm.
         on_event: called with each ``RewindEvent``.
         group: the ranks that decide together; all of them by default.
 
@@ -109,6 +114,8 @@ class Rewind:
         rise: float = 0.05,
         every: int = 16,
         offload: bool = False,
+        fallback: Callable[[Optimizer], Any] | None = None,
+        audit: Callable[[], Any] | None = None,
         on_event: Callable[[RewindEvent], Any] | None = None,
         group: "distributed.ProcessGroup | None" = None,
     ) -> None:
@@ -119,7 +126,7 @@ class Rewind:
         if self._rule.block % every:
             raise ValueError(f"every must divide window / 4 = {self._rule.block}, got {every}")
         self._live = Live(model, optimizer, schedulers, offload)
-        self._group, self._on_event = group, on_event
+        self._group, self._on_event, self._fallback, self._audit = group, on_event, fallback, audit
         device = local(next(iter(self._live.tensors.values()))).device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self._losses = torch.zeros(every, dtype=dtype, device=device)
@@ -148,10 +155,7 @@ class Rewind:
             ValueError: if there is more than one number.
         """
         with held(), torch.no_grad():
-            loss = torch.as_tensor(loss)
-            if loss.numel() != 1:
-                raise ValueError(f"loss must be a single number, got shape {tuple(loss.shape)}")
-            loss = local(loss).detach().reshape(()).to(self._losses)
+            loss = self._number("loss", loss)
             if self._steps.broken is not None:
                 loss = torch.where(self._steps.broken.to(loss.device), math.nan, loss)
             self._steps.broken = None
@@ -177,6 +181,12 @@ class Rewind:
         """Take the hooks off the optimizer."""
         self._steps.remove()
 
+    def _number(self, name: str, value: Any) -> Tensor:
+        value = torch.as_tensor(value)
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be a single number, got shape {tuple(value.shape)}")
+        return local(value).detach().reshape(()).to(self._losses)
+
     def _read(self) -> None:
         """Hear all losses since the last read; one wait for the device."""
         losses, finite = self._agree()
@@ -188,6 +198,7 @@ class Rewind:
         if outcome.promotes:
             assert self._candidate is not None
             self._trusted, self._candidate = self._candidate, self._trusted
+            self._rule.audits.trust()
         if outcome.unanswered:
             self._tell("unanswered", "loss", 0)
         if outcome.late is not None:
@@ -195,8 +206,7 @@ class Rewind:
         elif not finite and not self._one_by_one:
             self._go_back("model", 0)
         elif outcome.ends:
-            self._candidate = self._live.save(self._candidate)
-            self._rule.candidate_age, self._rule.pending = 0, True
+            self._new_candidate()
         self._one_by_one = not self._rule.can_always_return(self.every)
         self._last = self._live.save(self._last) if self._one_by_one else None
 
@@ -209,7 +219,10 @@ class Rewind:
 
     def _go_back(self, cause: Cause, late: int) -> None:
         self._live.load(self._trusted)
-        self._tell("return", cause, self._rule.go_back(late))
+        thrown, soon = self._rule.go_back(late, lower=self._fallback is None)
+        if soon and self._fallback is not None:
+            self._fallback(self._live.optimizer)
+        self._tell("return", cause, thrown)
 
     def _tell(self, kind: Literal["return", "unanswered"], cause: Cause, thrown: int) -> None:
         rule = self._rule
@@ -217,6 +230,24 @@ class Rewind:
         self.events.append(event)
         if self._on_event is not None:
             self._on_event(event)
+
+    def _new_candidate(self) -> None:
+        """Copy the model as it is now, unless its audit says that it is worse."""
+        rule = self._rule
+        if self._audit is not None:
+            value = mean_of_ranks(self._number("audit", self._audit()).clone(), self._group).item()
+            good = rule.audits.hear(value)
+            if rule.audits.rings and rule.may_return(0):
+                self._go_back("audit", 0)
+                return
+            if rule.audits.rings:
+                rule.forget()
+                self._tell("unanswered", "audit", 0)
+            rule.pending = False
+            if not good:
+                return
+        self._candidate = self._live.save(self._candidate)
+        rule.candidate_age, rule.pending = 0, True
 
 
 def innermost(optimizer: Any) -> Optimizer:

@@ -5,9 +5,10 @@ Letters: T calls, B = window / 4 losses a block.
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
-from lossguard.torch.alarm import Alarm
+from lossguard.torch.alarm import Alarm, Audit
 from lossguard.validation import check_count, check_fraction, check_real
 
 IN_A_ROW = 3
@@ -17,7 +18,7 @@ SOON = 10
 DEEPEST = 5
 """How many times ``factor`` lowers it for good at most: data may be broken for long, and heal."""
 
-OPTIONS = ("window", "block", "rise", "alarm", "_rho", "_factor")
+OPTIONS = ("window", "block", "rise", "alarm", "audits", "_rho", "_factor")
 
 
 class Outcome(NamedTuple):
@@ -57,7 +58,7 @@ class Rule:
             for name, value in (("rho", rho), ("rise", rise))
         )
         self._factor = check_fraction("factor", factor)
-        self.alarm = Alarm(self.block, rise)
+        self.alarm, self.audits = Alarm(self.block, rise), Audit(rise)
         self.calls = self.returns = self.thrown = self.skipped = self.unread = 0
         self.age = self.candidate_age = self.in_a_row = self.last_return = 0
         self.pending = False
@@ -74,15 +75,20 @@ class Rule:
         """Steps that may be thrown away in so many calls."""
         return self.window + math.floor(self._rho * (1 - 1e-6) * self.calls)
 
-    def numbers(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, dict[str, Any]]:
         """All that it knows, and none of its options."""
-        known = {**vars(self.alarm), **vars(self), "losses": [*self.alarm.losses]}
-        return {name: value for name, value in known.items() if name not in OPTIONS}
+        return {
+            name: {key: copy(value) for key, value in vars(part).items() if key not in OPTIONS}
+            for name, part in self._parts().items()
+        }
 
-    def load(self, numbers: dict[str, Any]) -> None:
+    def load(self, numbers: dict[str, dict[str, Any]]) -> None:
         """Know what ``numbers`` returned."""
-        for name, value in {**numbers, "losses": [*numbers["losses"]]}.items():
-            setattr(self.alarm if hasattr(self.alarm, name) else self, name, value)
+        for name, part in self._parts().items():
+            vars(part).update({key: copy(value) for key, value in numbers[name].items()})
+
+    def _parts(self) -> dict[str, Any]:
+        return {"rule": self, "alarm": self.alarm, "audits": self.audits}
 
     def can_always_return(self, steps: int) -> bool:
         """Whether the run may go back from wherever it is after so many steps more."""
@@ -100,8 +106,7 @@ class Rule:
                 late = sum(map(math.isfinite, losses[i:]))
                 if self.may_return(late):
                     return Outcome(promotes, False, unanswered, late)
-                self._begin_again(forget=True)
-                self.in_a_row = 0
+                self.forget()
                 unanswered = True
             self.skipped += not sound
             if sound:
@@ -117,17 +122,27 @@ class Rule:
         affordable = self.thrown + self.age + late <= self.allowance
         return affordable and self.in_a_row < IN_A_ROW
 
-    def go_back(self, late: int) -> int:
-        """Account for a return: the steps that it throws away."""
+    def forget(self) -> None:
+        """After an alarm without a return: begin another reference, at a lower scale."""
+        self._begin_again(forget=True)
+        self.in_a_row = 0
+
+    def go_back(self, late: int, lower: bool) -> tuple[int, bool]:
+        """Account for a return; ``lower`` the cap if it comes soon after another one.
+
+        Returns:
+            The steps that it throws away, and whether it comes soon after another one.
+        """
         thrown = self.age + late
         self._begin_again(forget=False)
-        if self.returns > 0 and self.calls - self.last_return <= SOON * self.window:
+        soon = self.returns > 0 and self.calls - self.last_return <= SOON * self.window
+        if soon and lower:
             self.cap = max(self.cap * self._factor, self._factor**DEEPEST)
         self.age, self.last_return = 0, self.calls
         self.thrown += thrown
         self.returns += 1
         self.in_a_row += 1
-        return thrown
+        return thrown, soon
 
     def _promote(self) -> bool:
         """At the end of a block: the candidate's probation is over."""
@@ -139,4 +154,5 @@ class Rule:
 
     def _begin_again(self, forget: bool) -> None:
         self.alarm.quiet(forget)
+        self.audits.quiet(forget)
         self.pending, self.ramp = False, 0

@@ -24,7 +24,7 @@ class Lane:
 
 
 class Curve:
-    """A run's smoothed loss, with marks of which each is at least at twice the age of the last."""
+    """A run's smoothed loss, with marks: each at twice the age of the last, and 4 cycles later."""
 
     def __init__(self, loss: float, age: int = 0, weight: float = 0.7):
         self.weight = weight
@@ -37,7 +37,8 @@ class Curve:
         )
         self.lasting = loss if self.age == 0 else 0.95 * self.lasting + 0.05 * loss
         self.age += len(losses)
-        if self.age // 2 >= max(self.marks[-1][0], len(losses)):
+        since = self.age - self.marks[-1][0]
+        if since >= max(self.marks[-1][0], 4 * len(losses)):
             self.marks.append((self.age, self.recent))
 
     @property

@@ -94,7 +94,7 @@ RELAYS = [
         adam(decay(0.1)),
         10,
         3,
-        EVENTS - {"back to s"},
+        EVENTS - {"back to s", "from the snapshot"},
     ),
     (
         momentum(in_phases(1.0, -0.3, 60)),

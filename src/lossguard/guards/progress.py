@@ -11,6 +11,8 @@ MEMORY = 0.7
 """Weight of the past in the smoothed loss, a cycle."""
 LONG_MEMORY = 0.95
 """The same in the loss that is smoothed for longer."""
+LEAST = 4
+"""Cycles between two marks, at least: a smoothed loss needs some to follow."""
 
 
 class Progress(NamedTuple):
@@ -22,11 +24,11 @@ class Progress(NamedTuple):
     lasting: Float[Array, ""]
     """The loss smoothed for longer."""
     earlier_age: Int[Array, ""]
-    """A mark: between a quarter and half of the age; 0 until there is one."""
+    """A mark, at half of the age at most; 0 until there is one."""
     earlier: Float[Array, ""]
     """The smoothed loss there."""
     later_age: Int[Array, ""]
-    """The next mark: between half of the age and all of it."""
+    """The next mark: there the age had doubled, and ``LEAST`` cycles had passed."""
     later: Float[Array, ""]
 
 
@@ -44,7 +46,7 @@ def add(progress: Progress, loss: Float[Array, ""], nt: int, memory: float = MEM
         for weight, before in ((memory, progress.recent), (LONG_MEMORY, progress.lasting))
     )
     age = advance(progress.age, nt)
-    mark = age // 2 >= jnp.maximum(progress.later_age, nt)
+    mark = (age // 2 >= progress.later_age) & (age >= progress.later_age + LEAST * nt)
     return Progress(
         age,
         recent,

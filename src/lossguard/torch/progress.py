@@ -7,6 +7,8 @@ MEMORY = 0.7
 """Weight of the past in the smoothed loss, a cycle."""
 LONG_MEMORY = 0.95
 """The same in the loss that is smoothed for longer."""
+LEAST = 4
+"""Cycles between two marks, at least: a smoothed loss needs some to follow."""
 
 
 class Progress(NamedTuple):
@@ -16,9 +18,9 @@ class Progress(NamedTuple):
         age: steps.
         recent: the smoothed loss.
         lasting: the loss smoothed for longer.
-        earlier_age: a mark: between a quarter and half of the age; 0 until there is one.
+        earlier_age: a mark, at half of the age at most; 0 until there is one.
         earlier: the smoothed loss there.
-        later_age: the next mark: between half of the age and all of it.
+        later_age: the next mark: there the age had doubled, and ``LEAST`` cycles had passed.
         later: the smoothed loss there.
     """
 
@@ -43,7 +45,7 @@ def add(progress: Progress, loss: float, nt: int, memory: float = MEMORY) -> Pro
         weight * before + (1 - weight) * loss if progress.age else loss
         for weight, before in ((memory, progress.recent), (LONG_MEMORY, progress.lasting))
     )
-    if age // 2 < max(progress.later_age, nt):
+    if age // 2 < progress.later_age or age < progress.later_age + LEAST * nt:
         return progress._replace(age=age, recent=recent, lasting=lasting)
     return Progress(age, recent, lasting, progress.later_age, progress.later, age, recent)
 

@@ -90,7 +90,7 @@ def run(one: dict[str, Any], name: str, problem: str, fallback: str, dtype: Any,
     hostile = optimizers.hostile(one["which"], one["rate"], turn=one["turn"])
     y, z = with_fault(hostile, "y"), with_fault(FALLBACKS[fallback](), "z")
     alone = [lossguard.unguarded(z, nt=nt), lossguard.unguarded(y, nt=nt)]
-    guard = {
+    under_attack = {
         "recommended": lambda: lossguard.recommended(y, z, nt=nt, share=options["share"]),
         "hedged": lambda: lossguard.hedged(y, z, nt=nt, share=options["share"]),
         "best_of": lambda: lossguard.best_of(alone),
@@ -107,17 +107,21 @@ def run(one: dict[str, Any], name: str, problem: str, fallback: str, dtype: Any,
     def played(guard: lossguard.Guard) -> Any:
         def step(state: Any, _: Any) -> Any:
             state, decision = guard.step(state, objective)
-            thrown = state.inner.thrown if name == "rewind" and guard is not alone[0] else 0
-            return state, (state.params, decision, thrown)
+            more = jnp.int32(0)
+            if guard is under_attack and name == "rewind":
+                more = state.inner.thrown
+            elif guard is under_attack and name == "best_of":
+                more = jnp.stack([member.params for member in state.inner.members])
+            return state, (state.params, decision, more)
 
         return jax.lax.scan(step, guard.init(start), length=cycles)[1]
 
-    return played(guard), played(alone[0]), played(alone[1]) if name == "best_of" else None
+    return played(under_attack), played(alone[0]), played(alone[1]) if name == "best_of" else None
 
 
 def check(found: Any, name: str, options: dict[str, Any], double: bool) -> np.ndarray:
     """Which runs have broken a promise; axes are [runs, cycles, ...]."""
-    (x, decisions, thrown), (s, alone, _), other = found
+    (x, decisions, more), (s, alone, _), other = found
     np.seterr(all="ignore")  # sums of losses that aren't finite are left out
     nt, share = options["nt"], options["share"]
     k = nt * np.arange(1, x.shape[1] + 1)
@@ -131,16 +135,17 @@ def check(found: Any, name: str, options: dict[str, Any], double: bool) -> np.nd
         differs = ~np.isclose(x, s, rtol=1e-6, atol=1e-9).all(axis=2)
         wrong |= (untried & differs).any(axis=1)
     if name in ("hedged", "best_of") and double:
-        for point, one, _ in [found[1]] + [other] * (name == "best_of"):
+        for j, (point, one, _) in enumerate([found[1]] + [other] * (name == "best_of")):
             one_sum = np.cumsum(one.losses.sum(axis=2), axis=1)
             size = np.cumsum(np.abs(one.losses).sum(axis=2), axis=1)
             above = np.cumsum(decisions.losses.sum(axis=2), axis=1) - one_sum
             counts = is_finite(point, one)
-            if name == "best_of":  # until x goes back
-                counts &= (decisions.winner >= 0).cumprod(axis=1).astype(bool)
+            if name == "best_of":  # until x goes back, or the member begins again
+                by_itself = np.isclose(more[:, :, j], point).all(axis=2) & (decisions.winner >= 0)
+                counts &= by_itself.cumprod(axis=1).astype(bool)
             wrong |= (counts & ~(above <= 1e-9 * size + 1e-9)).any(axis=1)
     if name == "rewind":
-        wrong |= (thrown > options["rho"] * k + 64).any(axis=1)
+        wrong |= (more > options["rho"] * k + 64).any(axis=1)
     return wrong
 
 

@@ -94,7 +94,7 @@ def test_slowdowns_are_those_of_the_records() -> None:
     marks = [int(re.sub(r"\D", "", cell)) for cell in lines[0][3:]]
     for label, method, cost, *told in lines[2:]:
         task, over, learned = label.split(", ")
-        folder = ROOT / "results" / f"price-{task}-{learned}-{over}"
+        folder = ROOT / "results" / "price" / f"price-{task}-{learned}-{over}"
         evaluations = read_parquet(folder / EVALUATIONS)
         own, reference = (price.curves(evaluations, m).mean() for m in (method, price.FALLBACK))
         assert cost == f"{price.price_of_step(evaluations, method):.2f}"

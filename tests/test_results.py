@@ -5,15 +5,16 @@ from pathlib import Path
 import pytest
 
 from lossguard import records
-from lossguard.experiments import RECIPES
+from lossguard.experiments import RECIPES, price
 
 RESULTS = Path(__file__).parents[1] / "results"
 if not RESULTS.is_dir():
     pytest.skip("there are no records here", allow_module_level=True)
-READINGS = RESULTS / "readings"
-"""Of several runs, each in a folder of its own, which one figure shows."""
+NESTED = {"price": price.RECIPES, "readings": RECIPES}
+"""Records of several runs, each in a folder of its own, and the recipes of these."""
 OTHERS = {
     "stability": ["README.md", "figure.png", "runs.csv", "table.csv"],
+    "price": ["README.md", "figure.png"],
     "readings": ["README.md", "figure.png"],
 }
 """Records that are not those of one run, and their files."""
@@ -47,11 +48,13 @@ def test_each_has_all_parts(folder: Path) -> None:
         assert len(run["commit"]) == 40 and "/" not in " ".join(run["command"]).replace("runs/", "")
 
 
-def test_readings_are_small_and_can_be_read() -> None:
-    folders = [path for path in READINGS.iterdir() if path.is_dir()]
-    assert folders and all(records.read_run(folder).config["name"] in RECIPES for folder in folders)
-    files = [path for path in READINGS.rglob("*") if path.is_file()]
-    assert sum(file.stat().st_size for file in files) < 500_000
+@pytest.mark.parametrize("name", NESTED)
+def test_nested_ones_are_small_and_can_be_read(name: str) -> None:
+    folders = [path for path in (RESULTS / name).iterdir() if path.is_dir()]
+    read = [records.read_run(folder) for folder in folders]
+    assert read and all(record.config["name"] in NESTED[name] for record in read)
+    files = [path for path in (RESULTS / name).rglob("*") if path.is_file()]
+    assert sum(file.stat().st_size for file in files) < 2_000_000
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

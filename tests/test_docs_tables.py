@@ -124,7 +124,8 @@ def test_speedups_are_those_of_the_records() -> None:
                 value = interquartile_mean(each, draws=10).value  # the interval takes longer
             elif method == "Adam":
                 table = read_parquet(every[name] / CURVES)
-                losses = tasks.curves_of(table, f"Adam {tasks.RATES[name].rate:g}").at(at, by)
+                kind, rate = tasks.TRIED[name][0]
+                losses = tasks.curves_of(table, f"{kind} {rate:g}").at(at, by)
                 assert losses is not None
                 value = np.mean(envelope(name).steps_to(losses)) / at
             else:

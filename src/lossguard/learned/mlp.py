@@ -16,14 +16,17 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ..validation import check_count
 from .mlp_features import (
+    AGES,
     FACTORED_DECAYS,
     FEATURES,
     MOMENTUM_DECAYS,
     OUTPUTS,
     SCALE,
+    SCALING,
     SECOND_MOMENT_DECAY,
     TIMES,
     factored_axes,
+    size_features,
 )
 
 
@@ -42,6 +45,8 @@ class MLPWeights(NamedTuple):
     momentum_decays: Float[Array, " 3"]
     second_moment_decay: Float[Array, " 1"]
     factored_decays: Float[Array, " 3"]
+    scaling: Float[Array, " 7"]
+    """Powers of a tensor's size and of the time, by which its step is scaled."""
 
 
 class TensorMemory(NamedTuple):
@@ -98,6 +103,7 @@ def init_mlp_weights(key: PRNGKeyArray, *, hidden: int = 4, layers: int = 2) -> 
             jnp.log1p(-jnp.asarray(decays)) / 10
             for decays in (MOMENTUM_DECAYS, SECOND_MOMENT_DECAY, FACTORED_DECAYS)
         ),
+        jnp.zeros(SCALING),
     )
 
 
@@ -107,9 +113,11 @@ def mlp_optimizer(weights: MLPWeights) -> optax.GradientTransformation:
     For each coordinate, from its features (``_features``) and the number of steps t:
 
         direction, magnitude = MLP(features, tanh(t / TIMES - 1))
-        update = -0.001 direction exp(0.001 magnitude)
+        update = -0.001 scale direction exp(0.001 magnitude)
+        scale = exp(scaling . (size_features(shape), ln(1 + t / AGES)))
 
-    Each feature is divided by the root of its mean square over the tensor (of the mean square plus
+    The scale is ours: large tensors need smaller steps than small ones, and late steps smaller ones
+    than early steps. Powers of both hold beyond what was trained on. Each feature is divided by the root of its mean square over the tensor (of the mean square plus
     1e-5). Its ``update`` needs ``params``.
 
     Args:
@@ -122,7 +130,7 @@ def mlp_optimizer(weights: MLPWeights) -> optax.GradientTransformation:
         ValueError: in ``init``, if parameters are complex; in ``update``, if ``params`` is missing.
 
     Source: Metz et al., "Practical tradeoffs between memory, compute, and performance in learned
-    optimizers", 2022 (small_fc_lopt).
+    optimizers", 2022 (small_fc_lopt), which has no scale.
 
     >>> optimizer = mlp_optimizer(init_mlp_weights(jax.random.key(0)))
     >>> params = {"w": jnp.ones((3, 2))}
@@ -142,6 +150,7 @@ def mlp_optimizer(weights: MLPWeights) -> optax.GradientTransformation:
         if params is None:
             raise ValueError("params must be given to the update of mlp_optimizer, got None")
         times = jnp.tanh(state.step / jnp.asarray(TIMES, jnp.float32) - 1)
+        ages = jnp.log1p(state.step / jnp.asarray(AGES, jnp.float32))
         gradients, tree = jax.tree.flatten(updates)
         steps, memories = [], []
         for g, p, memory in zip(
@@ -151,7 +160,9 @@ def mlp_optimizer(weights: MLPWeights) -> optax.GradientTransformation:
             memory = _remember(weights, memory, g32)
             features = _features(memory, g32, p.astype(jnp.float32))
             direction, magnitude = _network(weights.layers, features, times)
-            steps.append((-SCALE * direction * jnp.exp(SCALE * magnitude)).astype(g.dtype))
+            sizes = jnp.asarray(size_features(g.shape), jnp.float32)
+            scale = SCALE * jnp.exp(weights.scaling @ jnp.concatenate([sizes, ages]))
+            steps.append((-scale * direction * jnp.exp(SCALE * magnitude)).astype(g.dtype))
             memories.append(memory)
         return tree.unflatten(steps), MLPState(state.step + 1, tree.unflatten(memories))
 

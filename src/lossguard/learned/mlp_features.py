@@ -1,5 +1,7 @@
 """What the MLP optimizer sees, in numbers that JAX and PyTorch share. Imports neither."""
 
+import math
+
 import numpy as np
 
 MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
@@ -14,6 +16,24 @@ OUTPUTS = 2
 """Direction and magnitude."""
 SCALE = 1e-3
 """Of the step, and of the magnitude in its exponent."""
+AGES = (100, 1_000, 10_000)
+"""Steps from which on each of three powers of the time takes effect."""
+SCALING = 4 + len(AGES)
+"""What the size of a tensor's step depends on: its own size, and the time."""
+
+
+def size_features(shape: tuple[int, ...]) -> tuple[float, float, float, float]:
+    """What the size of a step depends on, of a tensor of n coordinates.
+
+    1, ln(n / 1000), 0, 0 with two or more axes, else 0, 0, 1, ln(n / 30).
+
+    >>> size_features((1000, 1)), size_features((30,))
+    ((1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0))
+    """
+    n = max(math.prod(shape), 1)
+    if len(shape) > 1:
+        return 1.0, math.log(n / 1000), 0.0, 0.0
+    return 0.0, 0.0, 1.0, math.log(n / 30)
 
 
 def factored_axes(shape: tuple[int, ...]) -> tuple[int, int] | None:

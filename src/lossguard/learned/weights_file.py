@@ -10,7 +10,7 @@ An LSTM optimizer, ``lstm`` a ``torch.nn.LSTM`` and ``linear`` a ``torch.nn.Line
 An MLP optimizer, ``mlp`` a list of K + 1 ``torch.nn.Linear``; a decay d is log(1 - d) / 10:
 
     mlp.0.weight [H, 39], mlp.0.bias [H]   as far as mlp.{K-1} with [H, H]   mlp.{K} [2, H] and [2]
-    momentum_decays [3]   second_moment_decay [1]   factored_decays [3]
+    momentum_decays [3]   second_moment_decay [1]   factored_decays [3]   scaling [7]
 
 Metadata, all strings: ``architecture``, "lstm" or "mlp", ``hidden`` = H, ``layers`` = K, of an LSTM
 ``p`` and ``scale``, ``sha256``, the checksum of all that is in the file, and how the weights were
@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 
 from .. import checksums
 from ..validation import check_positive, one_of
-from .mlp_features import FACTORED_DECAYS, FEATURES, MOMENTUM_DECAYS, OUTPUTS, TIMES
+from .mlp_features import FACTORED_DECAYS, FEATURES, MOMENTUM_DECAYS, OUTPUTS, SCALING, TIMES
 
 SUFFIX = ".safetensors"
 NEEDED = ("architecture", "hidden", "layers")
@@ -227,6 +227,7 @@ def _mlp_shapes(hidden: int, layers: int) -> dict[str, list[int]]:
         "momentum_decays": [len(MOMENTUM_DECAYS)],
         "second_moment_decay": [1],
         "factored_decays": [len(FACTORED_DECAYS)],
+        "scaling": [SCALING],
     }
 
 

@@ -22,7 +22,7 @@ from ..tasks.task import Task
 
 WORST = 2.0
 """A loss above so many times its reference counts as this, as does one that isn't finite."""
-FLOOR = 0.03
+FLOOR = 0.01
 """Losses that are small against so many times their reference count as equal: on few data they get
 as small as chance has it."""
 EXAMPLES = 1000

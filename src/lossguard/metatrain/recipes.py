@@ -57,7 +57,7 @@ def cifar10_conv() -> LSTMTraining:
 
 
 def mlp_small() -> MLPTraining:
-    """``mlp-small``: the MLP optimizer and five shapes of networks on small images.
+    """``mlp-small``: the MLP optimizer and eight shapes of networks on small images.
 
     None of them is a task that it is measured on.
     """
@@ -65,9 +65,9 @@ def mlp_small() -> MLPTraining:
         name="mlp-small",
         truncation=50,
         shortest=50,
-        longest=1500,
-        curriculum=600,
-        meta_steps=3000,
+        longest=5000,
+        curriculum=1200,
+        meta_steps=4000,
         rate=2e-3,
         family=(
             Member("digits", ReluMLP((16, 16)), batch_size=32),
@@ -75,14 +75,18 @@ def mlp_small() -> MLPTraining:
             Member("mnist", ReluMLP((16, 8, 16)), size=8, reconstruct=True),
             Member("fashion_mnist", MLP((16,)), size=20),
             Member("mnist", ReluMLP((64, 64)), pairs=2),
+            Member("mnist", ReluMLP((128, 64)), pairs=2),
+            Member("mnist", ReluMLP((96, 96, 96)), size=14, pairs=2),
+            Member("fashion_mnist", ReluMLP((64, 16, 64)), size=14, reconstruct=True, pairs=2),
         ),
         held_out=(
             Member("mnist", ReluMLP((24,)), size=12),
             Member("fashion_mnist", ReluMLP((32, 32)), size=10),
-            Member("fashion_mnist", ReluMLP((48, 48))),
+            Member("fashion_mnist", ReluMLP((96, 96))),
+            Member("mnist", ReluMLP((64, 24, 64)), size=20, reconstruct=True),
         ),
-        validate_every=200,
-        validation_steps=2000,
+        validate_every=400,
+        validation_steps=4000,
     )
 
 

@@ -61,7 +61,16 @@ def step(
         x = np.maximum(x, 0) if k else x
         x = x @ np.asarray(weight, np.float64).T + np.asarray(bias, np.float64)
     direction, magnitude = x.T
-    return (-0.001 * direction * np.exp(0.001 * magnitude)).reshape(g.shape), memory
+    scale = scale_of(np.asarray(weights.scaling, np.float64), g, memory.step - 1)
+    return (-0.001 * scale * direction * np.exp(0.001 * magnitude)).reshape(g.shape), memory
+
+
+def scale_of(s: np.ndarray, g: np.ndarray, t: int) -> float:
+    """Powers of n and t."""
+    of_size = np.exp(s[0]) * (g.size / 1e3) ** s[1]
+    if g.ndim < 2:
+        of_size = np.exp(s[2]) * (g.size / 30) ** s[3]
+    return of_size * (1 + t / 1e2) ** s[4] * (1 + t / 1e3) ** s[5] * (1 + t / 1e4) ** s[6]
 
 
 def features(memory: Memory, g: np.ndarray, p: np.ndarray, shorter: int | None) -> np.ndarray:

@@ -20,12 +20,13 @@ SHAPES = [(), (1,), (7,), (5, 3), (3, 5), (4, 4), (1, 6), (3, 3, 4, 8), (6, 2, 3
 
 @pytest.fixture(scope="session")
 def mlp_weights() -> MLPWeights:
-    """Of outputs that are large enough to be seen, with biases and moved decays."""
+    """Of outputs that are large enough to be seen, with biases, moved decays and large powers."""
     weights = init_mlp_weights(jax.random.key(0))
     leaves, tree = jax.tree.flatten(weights)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noise = [0.02 * jax.random.normal(k, w.shape) for k, w in zip(keys, leaves, strict=True)]
-    return tree.unflatten([w + n for w, n in zip(leaves, noise, strict=True)])
+    moved = tree.unflatten([w + n for w, n in zip(leaves, noise, strict=True)])
+    return moved._replace(scaling=jnp.array([0.3, -0.3, -0.5, 0.4, -2.0, 3.0, -5.0]))
 
 
 def random_gradients(shape: tuple[int, ...], size: float = 1.0) -> Float[Array, "steps ..."]:
@@ -95,6 +96,7 @@ def test_equals_the_published_code() -> None:
         fresh.momentum_decays + moved,
         fresh.second_moment_decay + 0.02,
         fresh.factored_decays - moved,
+        jnp.zeros(7),
     )
     gradients = {
         "w": jnp.stack([jnp.float32(cosines((2, 3), 3 * t)) for t in range(10)]),
@@ -182,7 +184,7 @@ def test_is_vmapped_and_differentiated_over_weights() -> None:
     slopes = jax.jit(jax.grad(total))(weights)
     assert all(jnp.isfinite(slope).all() for slope in jax.tree.leaves(slopes))
     small = 1e-3
-    for name in ("momentum_decays", "second_moment_decay", "factored_decays"):
+    for name in ("momentum_decays", "second_moment_decay", "factored_decays", "scaling"):
         up, down = (
             weights._replace(**{name: getattr(weights, name) + sign * small}) for sign in (1, -1)
         )

@@ -25,7 +25,8 @@ def weights_of(hidden: int = 4, layers: int = 2) -> dict[str, torch.Tensor]:
         "second_moment_decay": [0.99],
         "factored_decays": [0.85, 0.99, 0.999],
     }
-    return made | {name: torch.tensor(d).neg().log1p() / 10 for name, d in decays.items()}
+    made |= {name: torch.tensor(d).neg().log1p() / 10 for name, d in decays.items()}
+    return made | {"scaling": torch.tensor([0.3, -0.3, -0.5, 0.4, -2.0, 3.0, -5.0])}
 
 
 def saved(folder: Path, hidden: int = 4, layers: int = 2) -> Path:
@@ -132,8 +133,8 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
         (
             {"weights": {"mlp.0.weight": torch.ones(2, 39)}},
             "weights must hold mlp.0.weight, mlp.0.bias, momentum_decays, second_moment_decay, "
-            "factored_decays, got none of ['mlp.0.bias', 'momentum_decays', "
-            "'second_moment_decay', 'factored_decays']",
+            "factored_decays, scaling, got none of ['mlp.0.bias', 'momentum_decays', "
+            "'second_moment_decay', 'factored_decays', 'scaling']",
         ),
     ],
 )

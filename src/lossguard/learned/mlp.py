@@ -116,9 +116,10 @@ def mlp_optimizer(weights: MLPWeights) -> optax.GradientTransformation:
         update = -0.001 scale direction exp(0.001 magnitude)
         scale = exp(scaling . (size_features(shape), ln(1 + t / AGES)))
 
-    The scale is ours: large tensors need smaller steps than small ones, and late steps smaller ones
-    than early steps. Powers of both hold beyond what was trained on. Each feature is divided by the root of its mean square over the tensor (of the mean square plus
-    1e-5). Its ``update`` needs ``params``.
+    The scale is ours. Large tensors need smaller steps than small ones, and late steps are smaller
+    than early ones. Powers of size and time hold beyond what was trained on. Each feature is
+    divided by the root of its mean square over the tensor (of the mean square plus 1e-5). The
+    ``update`` needs ``params``.
 
     Args:
         weights: what meta-training made; ``pretrained`` loads files of them.

@@ -8,6 +8,8 @@ n   coordinates of a parameter
 H   hidden units
 """
 
+import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +17,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lossguard.learned.mlp_features import FEATURES, SCALE, TIMES, factored_axes
+from lossguard.learned.mlp_features import (
+    AGES,
+    FEATURES,
+    SCALE,
+    TIMES,
+    factored_axes,
+    size_features,
+)
 from lossguard.learned.weights_file import mlp_names
 from lossguard.torch.learned import Learned
 from lossguard.validation import check_positive
@@ -30,7 +39,8 @@ class MLPOptimizer(Learned):
     computes the same:
 
         direction, magnitude = MLP(features, tanh(t / TIMES - 1))
-        p <- p - lr 0.001 direction exp(0.001 magnitude)
+        p <- p - lr 0.001 scale direction exp(0.001 magnitude)
+        scale = exp(scaling . (size_features(p.shape), ln(1 + t / AGES)))
 
     The computation and its memory are in float32, also where the step is under autocast. The memory
     takes 16 bytes a coordinate. A matrix of r rows and c columns takes 12 (r + c) more, a vector of
@@ -40,7 +50,8 @@ class MLPOptimizer(Learned):
         params: parameters, or groups of them.
         weights: what meta-training made: ``mlp.0.weight`` [H, 39], ``mlp.0.bias`` [H], the same of
             further layers, the last with 2 outputs; ``momentum_decays`` [3],
-            ``second_moment_decay`` [1], ``factored_decays`` [3], each the log(1 - decay) / 10.
+            ``second_moment_decay`` [1], ``factored_decays`` [3], each the log(1 - decay) / 10;
+            ``scaling`` [7], powers of size and time.
         lr: factor of the steps, 1 in training; schedulers act on it.
 
     Raises:
@@ -49,6 +60,7 @@ class MLPOptimizer(Learned):
 
     >>> decays = {"momentum_decays": 3, "second_moment_decay": 1, "factored_decays": 3}
     >>> weights = {name: -0.3 * torch.ones(k) for name, k in decays.items()}
+    >>> weights["scaling"] = torch.zeros(7)
     >>> weights["mlp.0.weight"] = torch.zeros(2, 39)
     >>> weights["mlp.0.bias"] = torch.tensor([500.0, 0.0])  # direction and magnitude
     >>> w = torch.tensor([4.0], requires_grad=True)
@@ -59,10 +71,10 @@ class MLPOptimizer(Learned):
     3.5
 
     Source: Metz et al., "Practical tradeoffs between memory, compute, and performance in learned
-    optimizers", 2022 (small_fc_lopt).
+    optimizers", 2022 (small_fc_lopt), which has no scale.
     """
 
-    architecture, names, others = "mlp", staticmethod(mlp_names), DECAYS
+    architecture, names, others = "mlp", staticmethod(mlp_names), (*DECAYS, "scaling")
 
     def __init__(self, params: ParamsT, weights: Mapping[str, Tensor], *, lr: float = 1.0) -> None:
         check_positive(lr=lr)
@@ -83,15 +95,18 @@ class MLPOptimizer(Learned):
         gradients = [p.grad.float().contiguous() for p in params if p.grad is not None]
         states = [self._state(p) for p in params]
         self._remember(states, gradients)
+        scaling = self.weights["scaling"].tolist()
         for p, g, state in zip(params, gradients, states, strict=True):
             times = torch.tanh(state["step"] / torch.tensor(TIMES) - 1).to(g.device)
+            scale = _scale(scaling, tuple(p.shape), state["step"].item())
             state["step"] += 1
             x = _first_layer(weights["mlp.0.weight"], weights["mlp.0.bias"], times, p, g, state)
             for k in range(1, self.layers):
                 weight, bias = (weights[name] for name in mlp_names(k))
                 x = torch.addmm(bias[:, None], weight, x.relu_())
             direction, magnitude = x
-            step = magnitude.mul_(SCALE).exp_().mul_(direction).mul_(group["lr"] * SCALE)
+            step = magnitude.mul_(SCALE).exp_().mul_(direction)
+            step.mul_(group["lr"] * SCALE * scale)
             p.sub_(step.reshape(p.shape).to(p.dtype))
 
     def _state(self, p: Tensor) -> dict[str, Tensor]:
@@ -127,6 +142,12 @@ class MLPOptimizer(Learned):
                 new.append(columns)
         for k, rest in enumerate(factored):
             torch._foreach_lerp_([mean[k] for mean in old], new, rest)  # pyright: ignore
+
+
+def _scale(scaling: list[float], shape: tuple[int, ...], t: float) -> float:
+    """Of the step: powers of the tensor's size and of the time."""
+    features = *size_features(shape), *(math.log1p(t / age) for age in AGES)
+    return math.exp(sum(map(operator.mul, scaling, features)))
 
 
 def _means(squares: Tensor) -> tuple[Tensor, Tensor | None]:

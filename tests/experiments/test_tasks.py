@@ -105,7 +105,7 @@ def test_recipes_are_the_published_tasks() -> None:
     assert tasks.RECIPES.keys() == tasks.TRIED.keys() == published.PUBLISHED.keys()
     for name, recipe in tasks.RECIPES.items():
         e = recipe()
-        assert e.methods[-4:] == ("LSTM", "LSTM, guarded", "MLP", "MLP, guarded")
+        assert e.methods[-3:] == ("MLP", "MLP, rewind", "MLP, guarded")
         assert e.name == name
         assert f"Adam {e.adam_rate:g}" in e.methods and e.steps == tasks.MARKS[-1]
 
@@ -146,7 +146,7 @@ def test_the_command(
     out = capsys.readouterr().out
     assert all(label in out for label in (tasks.ENVELOPE, tasks.TUNED, "LSTM, guarded"))
     numbers = pl.read_csv(tmp_path / "tasks.csv")
-    assert {*numbers["method"]} == {tasks.TUNED, "LSTM", "LSTM, guarded"}
+    assert {*numbers["method"]} == {tasks.TUNED, "LSTM", "LSTM, rewind", "LSTM, guarded"}
     recorded = pl.read_parquet(tmp_path / name / "curves.parquet")
     losses = recorded.filter(method="LSTM", seed=1)["loss"].to_numpy()[::10]
     row = numbers.filter(method="LSTM", seed=1, by="steps", mark=10)

@@ -20,6 +20,10 @@ from rich.console import Group
 from rich.table import Table
 
 from ..curves import PRICE
+from ..guards.protocol import Guard
+from ..guards.rewind import rewind
+from ..guards.unguarded import unguarded
+from ..learned.pretrained import pretrained
 from ..records import read_run
 from ..tasks.published import PUBLISHED, published_task
 from ..tasks.task import Task
@@ -81,12 +85,20 @@ best. The best at a mark is shown, as in the envelope. Guards fall back on the f
 
 
 def task_methods(e: Experiment) -> Methods:
-    """What is tuned; each learned optimizer alone, and guarded over Adam."""
+    """What is tuned; each learned optimizer alone, under ``rewind``, and guarded over Adam."""
     made = {f"{kind} {rate:g}": alone(e, HAND_MADE[kind](rate)) for kind, rate in TRIED[e.name]}
     for name, weights in LEARNED.items():
         own = replace(e, learned=weights)
-        made |= {name: learned_alone(own), f"{name}, guarded": ours(own, adam(e.adam_rate))}
+        made |= {
+            name: learned_alone(own),
+            f"{name}, rewind": partial(_rewound, own),
+            f"{name}, guarded": ours(own, adam(e.adam_rate)),
+        }
     return {name: lambda make=make: watched(make()) for name, make in made.items()}
+
+
+def _rewound(e: Experiment) -> Guard:
+    return unguarded(rewind(pretrained(e.learned)), nt=e.nt)
 
 
 def task_of(experiment: Experiment) -> Task:

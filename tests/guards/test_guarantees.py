@@ -11,12 +11,11 @@ import numpy as np
 import optax
 import optimizers
 import pytest
-from problems import CONVEX, noisy
+from problems import CONVEX, noisy, quadratic
 from scipy import optimize, stats
 
 import lossguard
 from lossguard.guards.guarded import GuardedState
-from lossguard.tasks import quadratic
 
 STEPS = 150
 
@@ -44,6 +43,22 @@ def by_loss_guard(problem, learned, fallback, start):
         return state, (problem.excess(state.params), decision.used_learned[0])
 
     return jax.lax.scan(step, guard.init(start), length=STEPS)[1]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", CONVEX)
+def test_the_problems_are_what_the_theorems_ask_for(name) -> None:
+    """And what follows: mu/2 d^2 <= E <= L/2 d^2, and 2 mu E <= ||grad f||^2 <= 2 L E."""
+    problem = CONVEX[name]()
+    w, mu, L = problem.minimum, float(problem.mu), float(problem.L)
+    assert np.linalg.norm(jax.grad(problem)(w)) < 1e-12
+    for seed in range(5):
+        far = w + 3 * np.random.default_rng(seed).standard_normal(w.shape)
+        eigenvalues = jnp.linalg.eigvalsh(jax.hessian(problem)(far))
+        assert mu * (1 - 1e-9) <= eigenvalues[0] <= eigenvalues[-1] <= L * (1 + 1e-9)
+        distance, slope = jnp.sum((far - w) ** 2), jnp.sum(jax.grad(problem)(far) ** 2)
+        assert mu / 2 * distance <= problem.excess(far) <= L / 2 * distance
+        assert 2 * mu * problem.excess(far) <= slope <= 2 * L * problem.excess(far)
 
 
 @pytest.mark.usefixtures("x64")

@@ -192,65 +192,6 @@ def test_records_that_do_not_fit_are_named(
         records.read_run(finished)
 
 
-@pytest.mark.parametrize(
-    ("seeds", "name", "lack"),
-    [
-        (3, "curves.parquet", "seeds of the methods a, b"),
-        (2, "curves.parquet", "seeds of the methods b"),
-        (1, "config.json", "seeds that the curves have"),
-        (0, "config.json", "seeds that the curves have"),
-    ],
-)
-def test_missing_seeds_are_named(finished: Path, seeds: int, name: str, lack: str) -> None:
-    """The first method has two, the second one."""
-    records.write_json(finished / records.CONFIG, CONFIG | {"seeds": seeds})
-    curves = TABLE[[0, 0, 1]].with_columns(seed=pl.Series([0, 1, 0]))
-    records.write_parquet(finished / records.CURVES, curves)
-    with pytest.raises(ValueError, match=rf"run/{name} is not of this run: it lacks {lack}$"):
-        records.read_run(finished)
-
-
-@pytest.mark.parametrize(
-    "damaged",
-    [
-        pl.concat([TABLE, TABLE[1:].with_columns(step=pl.lit(2, pl.Int64))]),
-        pl.concat([TABLE, TABLE[1:]]),
-        TABLE.with_columns(step=2),
-        TABLE.with_columns(step=0),
-    ],
-    ids=["one ends later", "one twice", "begin late", "begin too early"],
-)
-def test_missing_steps_are_named(finished: Path, damaged: pl.DataFrame) -> None:
-    records.write_parquet(finished / records.CURVES, damaged)
-    lack = "steps from 1 to the same last one, each once, for every method and seed"
-    with pytest.raises(ValueError, match=rf"curves\.parquet is not of this run: it lacks {lack}$"):
-        records.read_run(finished)
-
-
-@pytest.mark.parametrize(
-    ("curves", "whole"),
-    [
-        (pl.concat([TABLE, TABLE[1:].with_columns(step=pl.lit(2, pl.Int64))]), True),
-        (pl.concat([TABLE, TABLE[1:].with_columns(seed=TABLE["seed"][1:] + 5)]), True),
-        (pl.concat([TABLE, TABLE[1:]]), False),
-        (TABLE.with_columns(step=2), False),
-    ],
-    ids=["one ends later", "one has more seeds", "one twice", "begin late"],
-)
-def test_what_is_put_together_may_differ_in_seeds_and_length(
-    finished: Path, curves: pl.DataFrame, whole: bool
-) -> None:
-    made = records.read_json(finished / records.MANIFEST) | {"runs": []}
-    records.write_json(finished / records.MANIFEST, made)
-    records.write_parquet(finished / records.CURVES, curves)
-    if whole:
-        assert records.read_run(finished).curves.equals(curves)
-        return
-    lack = "steps from 1, each once, for every curve"
-    with pytest.raises(ValueError, match=rf"curves\.parquet is not of this run: it lacks {lack}$"):
-        records.read_run(finished)
-
-
 def test_no_methods_are_named(finished: Path) -> None:
     records.write_json(finished / records.CONFIG, CONFIG | {"methods": []})
     with pytest.raises(ValueError, match=r"run/config\.json is not of this run: it lacks methods$"):

@@ -122,6 +122,5 @@ def test_recipes_have_every_policy_and_both_thetas() -> None:
     for name, recipe in READINGS.items():
         e = recipe()
         assert e.name == name and name.endswith(e.scaling)
-        assert e.sgd_tau == e.guard_tau  # SGDnm is the fallback, alone
         assert {f"LGL2O, {policy}" for policy in POLICIES} < {*e.methods}
         assert {"GL2O, weight", "GL2O, decay"} < {*e.methods}

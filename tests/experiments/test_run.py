@@ -417,7 +417,7 @@ def labelled(name: str, labels: tuple[int, int], experiment: Experiment) -> loss
         ),
         *(
             ({name: value}, f"^{name} must be positive and finite, got {value}$")
-            for name in ("adam_rate", "sgd_rate", "sgd_tau", "guard_tau")
+            for name in ("adam_rate", "sgd_rate", "sgd_tau")
             for value in (0.0, np.nan)
         ),
         *(

@@ -38,8 +38,8 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
 
     Beside the curves it leaves ``evaluations.parquet``: loss and accuracy of the iterate on the
     whole of both splits and what was spent by then, at the end of the cycle that reaches a step of
-    ``MARKS`` times a power of ten, from ``evaluate_from`` on, and at the last one. So methods are
-    compared at equal price, and without the noise of minibatches.
+    ``MARKS`` times a power of ten, and at the last one. So methods are compared at equal price, and
+    without the noise of minibatches.
 
     Every seed draws its own initialization and order of minibatches, the same for all methods. A
     run stopped by Ctrl-C or killed goes on with ``resume``, from the last checkpoint, and ends with
@@ -92,11 +92,11 @@ def _run_all(
 
 def _check(experiment: Experiment) -> None:
     """Its numbers, also those that none of its methods uses."""
-    for name in ("batch_size", "nt", "nc", "evaluate_from"):
+    for name in ("batch_size", "nt", "nc"):
         check_count(name, getattr(experiment, name))
     check_seed(experiment.seed, experiment.seeds)
     check_count("steps", experiment.steps, most=MOST_STEPS)
-    for name in ("sgd_rate", "sgd_tau", "guard_tau", "adam_rate"):
+    for name in ("sgd_rate", "sgd_tau", "adam_rate"):
         check_positive(**{name: getattr(experiment, name)})
 
 
@@ -200,7 +200,7 @@ class _MethodRun:
                     price=float(np.mean(decisions.price())) / nt,
                 )
                 finished = self._taken >= steps
-                if self._taken >= goal and (finished or goal >= self.experiment.evaluate_from):
+                if self._taken >= goal:
                     self._evaluate()
                 if (self.stopped() or progress.seconds - saved > SAVE_SECONDS) and not finished:
                     saved = progress.seconds

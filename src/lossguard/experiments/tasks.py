@@ -133,7 +133,6 @@ def task_recipe(name: str) -> Experiment:
         steps=MARKS[-1],
         seed=5_000,
         nt=EVERY,
-        evaluate_from=1_000,
         adam_rate=TRIED[name][0][1],
         make_task=task_of,
     )

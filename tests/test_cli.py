@@ -282,10 +282,7 @@ def test_plot_of_meta_training(
     ids=lambda value: " ".join(value).replace(TINY, "tiny.py") if value[0].islower() else "",
 )
 def test_bad_input(
-    refused: Refused,
-    tmp_path: Path,
-    arguments: tuple[str, ...],
-    parts: tuple[str, ...],
+    refused: Refused, tmp_path: Path, arguments: tuple[str, ...], parts: tuple[str, ...]
 ) -> None:
     refused(arguments, *parts)
     assert not list(tmp_path.iterdir())
@@ -470,10 +467,7 @@ def finished(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
 def test_folder_that_cannot_be_made(
-    refused: Refused,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    code: int,
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     def fail(path: Path, *_: Any, **__: Any) -> None:
         raise OSError(code, os.strerror(code), str(path))
@@ -541,11 +535,7 @@ def test_stopped_it_tells_the_command_that_goes_on(
 
 
 @pytest.mark.parametrize(
-    "program",
-    [
-        (Path(sys.executable).with_name("lossguard"),),
-        (sys.executable, "-m", "lossguard"),
-    ],
+    "program", [(Path(sys.executable).with_name("lossguard"),), (sys.executable, "-m", "lossguard")]
 )
 def test_installed_command(tmp_path: Path, program: tuple[str, ...]) -> None:
     done = subprocess.run([*program, "rum"], cwd=tmp_path, capture_output=True, text=True)

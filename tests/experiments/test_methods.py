@@ -15,14 +15,7 @@ from lossguard.experiments.experiment import Experiment, Methods, named_task, pa
 from lossguard.tasks import MLP
 
 E = Experiment(
-    "any",
-    nt=3,
-    nc=2,
-    loser="reset",
-    learned="mine",
-    sgd_rate=0.5,
-    sgd_tau=4.0,
-    adam_rate=0.25,
+    "any", nt=3, nc=2, loser="reset", learned="mine", sgd_rate=0.5, sgd_tau=4.0, adam_rate=0.25
 )
 GUARD = {"nt": 3, "nc": 2, "loser": "reset"}
 TRUSTED = {"nt": 3, "trusted": True}

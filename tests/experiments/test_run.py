@@ -361,10 +361,7 @@ def test_ctrl_c_is_heard_while_the_task_is_made(tmp_path: Path) -> None:
 
 
 def test_full_disk_is_told_and_the_run_goes_on_later(
-    whole: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ("run", f"{MODULE}:recipe", "--out", tmp_path / "run")
 
@@ -448,8 +445,7 @@ def test_bad_fields_leave_no_folder(tmp_path: Path, changes: dict[str, Any], rea
 
 
 @pytest.mark.parametrize(
-    ("made", "what"),
-    [(lossguard.unguarded(optax.sgd(0.1)), "is Guard"), (lambda: 3, "makes int")],
+    ("made", "what"), [(lossguard.unguarded(optax.sgd(0.1)), "is Guard"), (lambda: 3, "makes int")]
 )
 def test_a_method_that_makes_no_guard_is_refused(made, what: str, tmp_path: Path) -> None:
     e = dataclasses.replace(tiny.recipe(), methods=("mine",), make_methods=lambda e: {"mine": made})

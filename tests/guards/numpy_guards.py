@@ -110,15 +110,7 @@ def loss_guard(objective, learned, fallback, *, nt: int, nc: int, loser: str, cy
 
 
 def residual_guard(
-    objective,
-    learned,
-    fallback,
-    *,
-    alpha: float,
-    theta: float,
-    residual: str,
-    nt: int,
-    cycles: int,
+    objective, learned, fallback, *, alpha: float, theta: float, residual: str, nt: int, cycles: int
 ):
     """GL2O: yields after every nt steps what a guard has to report."""
     x, i, mu = objective.start, 0, None

@@ -165,8 +165,7 @@ def test_the_residual_guard_gets_over_a_bad_minibatch(minibatch, value) -> None:
     hostile = lossguard.residual_guard(optimizers.constant(100.0), optax.sgd(0.1), nt=10)
     with jax.disable_jit():
         _, decision = hostile.step(
-            hostile.init(START),
-            lambda w, i: excess(w) * jnp.where(i == minibatch, value, 1.0),
+            hostile.init(START), lambda w, i: excess(w) * jnp.where(i == minibatch, value, 1.0)
         )
     assert not decision.used_learned[minibatch:].any()
     assert np.isfinite(states.params).all()

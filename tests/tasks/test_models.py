@@ -100,9 +100,7 @@ def test_begins_as_torch_does(model: Model, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "shape"),
-    [(MLP((5, 5)), (5,)), (ConvNet((3, 3), (1, 1), (1, 1)), (4, 4, 3))],
-    ids=str,
+    ("model", "shape"), [(MLP((5, 5)), (5,)), (ConvNet((3, 3), (1, 1), (1, 1)), (4, 4, 3))], ids=str
 )
 def test_layers_of_a_size_are_drawn_apart(model: Model, shape: tuple[int, ...]) -> None:
     first, second, _ = model.init(shape, 10, jax.random.key(0))

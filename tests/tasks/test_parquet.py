@@ -12,14 +12,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from lossguard.tasks.parquet import (
-    Images,
-    ImageSource,
-    SplitSource,
-    _decode,
-    digest,
-    load_images,
-)
+from lossguard.tasks.parquet import Images, ImageSource, SplitSource, _decode, digest, load_images
 
 SOURCE = ImageSource(
     name="tiny",
@@ -164,18 +157,12 @@ GREY = pixels(1, (6, 4, 1))[0]
             table(GOOD, [0] * 9),
             "has 0 to 9 images of a class, but the train split of tiny has 3 of every class",
         ),
-        (
-            table(GOOD, [0, 1, 3] * 3),
-            "has labels from 0 to 3, but those of tiny go from 0 to 2",
-        ),
+        (table(GOOD, [0, 1, 3] * 3), "has labels from 0 to 3, but those of tiny go from 0 to 2"),
         (
             table(GOOD, [2**32, 1, 2] * 3),
             "has labels from 1 to 4294967296, but those of tiny go from 0 to 2",
         ),
-        (
-            table(GOOD, [-1, 1, 2] * 3),
-            "has labels from -1 to 2, but those of tiny go from 0 to 2",
-        ),
+        (table(GOOD, [-1, 1, 2] * 3), "has labels from -1 to 2, but those of tiny go from 0 to 2"),
         (
             table([encode(image) for image in pixels(9, (4, 6, 3))], labels(9)),
             "has an image of 6 x 4 pixels, but those of tiny have 4 x 6",
@@ -193,10 +180,7 @@ GREY = pixels(1, (6, 4, 1))[0]
             "has an unreadable image in row 4 of those read (16 bits a pixel, not 8)",
         ),
         (table([*GOOD[:8], None], labels(9)), "has rows without an image or without a label"),
-        (
-            table(GOOD, [*labels(8), None]),
-            "has rows without an image or without a label",
-        ),
+        (table(GOOD, [*labels(8), None]), "has rows without an image or without a label"),
         *(
             (wrong, "must have a column 'image' or 'img' of structs with binary 'bytes', and a ")
             for wrong in (
@@ -206,10 +190,7 @@ GREY = pixels(1, (6, 4, 1))[0]
                 pl.DataFrame({"image": GOOD, "label": labels(9)}),
             )
         ),
-        (
-            table(GOOD, labels(9)).clear(),
-            "has 0 images, but the train split of tiny has 9",
-        ),
+        (table(GOOD, labels(9)).clear(), "has 0 images, but the train split of tiny has 9"),
     ],
 )
 def test_other_content_is_refused_by_name(folder: Path, bad: pl.DataFrame, message: str) -> None:

@@ -210,10 +210,7 @@ class Relay:
             ends, progresses.begin(jnp.where(from_x, state.progress.recent, level)), state.progress
         )
         return state._replace(
-            z=z,
-            learned_leads=~ends,
-            level=jnp.where(better, now, level),
-            progress=progress,
+            z=z, learned_leads=~ends, level=jnp.where(better, now, level), progress=progress
         )
 
 

@@ -104,7 +104,7 @@ def test_records_of_older_versions_have_no_checksums(finished: Path) -> None:
 
 @pytest.mark.parametrize("compression", ["zstd", "uncompressed"])
 def test_a_bit_that_flipped_changes_no_number_of_a_run_under_way(
-    tmp_path: Path, compression: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path, compression, monkeypatch
 ) -> None:
     """Its tables are in no manifest yet. Bits that hold no number may flip."""
     table = pl.DataFrame(
@@ -179,9 +179,7 @@ def test_whole_file_of_something_else_is_named(finished: Path, name: str, missin
         ("curves.parquet", TABLE.cast({"method": pl.Binary}), "names in column method"),
     ],
 )
-def test_records_that_do_not_fit_are_named(
-    finished: Path, name: str, content: Any, lack: str
-) -> None:
+def test_records_that_do_not_fit_are_named(finished, name, content, lack) -> None:
     """A method in the config that no curve has is missed in the curves."""
     if isinstance(content, pl.DataFrame):
         records.write_parquet(finished / name, content)
@@ -212,9 +210,7 @@ def test_no_methods_are_named(finished: Path) -> None:
         ("manifest.json", "resumed", ["a"], "each of resumed must be of type dict, got 'a'"),
     ],
 )
-def test_wrong_values_are_named(
-    finished: Path, name: str, field: str, value: Any, reason: str
-) -> None:
+def test_wrong_values_are_named(finished, name, field, value, reason) -> None:
     content = json.loads((finished / name).read_text())
     records.write_json(finished / name, content | {field: value})
     with pytest.raises(ValueError, match=rf"run/{name} is not of a run: {reason}$"):
@@ -234,9 +230,7 @@ META = pl.DataFrame({"meta_step": [1], "meta_loss": [0.5], "validation": np.ones
         (META.with_columns(validation_a="meta_loss"), "rows of numbers in column validation_a"),
     ],
 )
-def test_records_of_a_meta_training_that_do_not_fit_are_named(
-    tmp_path: Path, curves: pl.DataFrame, lack: str
-) -> None:
+def test_records_of_a_meta_training_that_do_not_fit_are_named(tmp_path, curves, lack) -> None:
     run_folder.open_folder(tmp_path / "run", {"name": "mine"})
     records.write_json(tmp_path / "run" / records.MANIFEST, {})
     records.write_parquet(tmp_path / "run" / records.CURVES, curves)
@@ -255,9 +249,7 @@ def test_truncated_parquet_is_refused_wherever_it_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failing", ["os.fsync", "pathlib.Path.replace"])
-def test_full_disk_leaves_the_old_file_and_no_half(
-    finished: Path, monkeypatch: pytest.MonkeyPatch, failing: str
-) -> None:
+def test_full_disk_leaves_the_old_file_and_no_half(finished, monkeypatch, failing) -> None:
     before = {path: path.read_bytes() for path in finished.iterdir()}
 
     def full(*_: Any) -> None:

@@ -65,7 +65,7 @@ def plant(folder: Path, outside: Path) -> None:
 
 @pytest.mark.parametrize("name", ["plot", "claims", "report"])
 def test_what_reads_records_executes_nothing_and_writes_nothing_outside(
-    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+    world, monkeypatch, capsys, name
 ) -> None:
     curves = curves_of(["SGDnm"] * len(NAMES))
     numbers = np.repeat(np.arange(len(NAMES)), len(curves) // len(NAMES))
@@ -147,11 +147,7 @@ WRONG: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
 @pytest.mark.parametrize("name", ["plot", "claims", "report"])
 @pytest.mark.parametrize("wrong", WRONG)
 def test_values_that_cannot_be_are_refused_in_a_sentence(
-    world: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    name: str,
-    wrong: str,
+    world, monkeypatch, capsys, name, wrong
 ) -> None:
     file, change, reason = WRONG[wrong]
     folder = write_run(Path("run"), curves_of(["SGDnm"]))
@@ -170,9 +166,7 @@ def test_values_that_cannot_be_are_refused_in_a_sentence(
 
 
 @pytest.mark.parametrize("column", [pl.Series([None]), pl.Series(["1"]), pl.Series([[0.5]])])
-def test_evaluations_that_are_no_numbers_are_refused(
-    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], column: Any
-) -> None:
+def test_evaluations_that_are_no_numbers_are_refused(world, monkeypatch, capsys, column) -> None:
     folder = write_run(Path("run"), curves_of(["SGDnm"]))
     place = {"method": ["SGDnm"], "seed": [0], "cycle": [1], "step": [9]}
     records.write_parquet(
@@ -183,9 +177,7 @@ def test_evaluations_that_are_no_numbers_are_refused(
     assert "it lacks numbers in test_accuracy" in capsys.readouterr().err
 
 
-def test_meta_steps_without_end_are_refused(
-    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_meta_steps_without_end_are_refused(world, monkeypatch, capsys) -> None:
     file = write_meta(Path("meta"), "mine") / records.CURVES
     changed = records.read_parquet(file).with_columns(meta_step=pl.lit(float("inf")))
     records.write_parquet(file, changed)
@@ -194,9 +186,7 @@ def test_meta_steps_without_end_are_refused(
     assert "it lacks whole numbers in column meta_step" in capsys.readouterr().err
 
 
-def test_many_seeds_of_a_meta_training_fill_no_memory(
-    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_many_seeds_of_a_meta_training_fill_no_memory(world, monkeypatch, capsys) -> None:
     folder = write_meta(Path("meta"), "mine")
     records.write_json(folder / records.CONFIG, {"name": "mine", "seeds": 10**12})
     with pytest.raises(SystemExit):
@@ -206,13 +196,7 @@ def test_many_seeds_of_a_meta_training_fill_no_memory(
 
 @pytest.mark.parametrize("name", ["run", "sweep"])
 @pytest.mark.parametrize("link", ["methods", "evaluated", "methods/Signs.checkpoints", "other"])
-def test_a_run_does_not_go_on_where_links_lead_out(
-    world: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    name: str,
-    link: str,
-) -> None:
+def test_a_run_does_not_go_on_where_links_lead_out(world, monkeypatch, capsys, name, link) -> None:
     folder = Path("out/recipe")
     place = folder / link
     place.parent.mkdir(parents=True)
@@ -226,9 +210,7 @@ def test_a_run_does_not_go_on_where_links_lead_out(
     assert content(world) == before
 
 
-def test_a_sweep_does_not_run_in_a_link(
-    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sweep_does_not_run_in_a_link(world, monkeypatch, capsys) -> None:
     (world / "outside" / "empty").mkdir()
     Path("out").mkdir()
     Path("out/recipe").symlink_to(world / "outside" / "empty", target_is_directory=True)
@@ -240,9 +222,7 @@ def test_a_sweep_does_not_run_in_a_link(
 
 
 @pytest.mark.parametrize("name", ["run", "sweep"])
-def test_a_config_that_names_other_functions_calls_none(
-    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
+def test_a_config_that_names_other_functions_calls_none(world, monkeypatch, capsys, name) -> None:
     """What runs is the recipe that the command names: a config is only compared with it."""
     run_folder.open_folder(Path("out/recipe"), {"name": "tiny", "methods": ["Signs"], **CALLED})
     out = "out/recipe" if name == "run" else "out"
@@ -261,11 +241,7 @@ def test_a_config_that_names_other_functions_calls_none(
     ],
 )
 def test_a_manifest_so_far_that_cannot_be_is_refused(
-    world: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    content: str,
-    reason: str,
+    world, monkeypatch, capsys, content, reason
 ) -> None:
     run_folder.open_folder(Path("out"), as_config(tiny.recipe()))
     Path("out", run_folder.STARTED).write_text(content)

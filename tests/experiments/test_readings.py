@@ -90,9 +90,7 @@ def test_map_shows_the_claims_that_were_judged(judged: list[Judged]) -> None:
         assert [[*COLORS][code] for code in row] == [outcome[name] for name in names]
 
 
-def test_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command(tmp_path, monkeypatch, capsys) -> None:
     run = write_run(
         tmp_path / "run", curves_of(["SGDnm"]), name="reading-fig03-unit", scaling="unit"
     )

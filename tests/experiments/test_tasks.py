@@ -1,7 +1,6 @@
 """The benchmark on published tasks: made-up curves with known answers, and the command itself."""
 
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -123,9 +122,7 @@ def small(name: str, *, scaling: str) -> Dataset:
     return make_dataset(both, both, scaling=scaling, largest=255, name=name, classes=10)
 
 
-def test_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command(tmp_path, monkeypatch, capsys) -> None:
     """On made-up images; a second time nothing is run again."""
     name = "ImageMLP_FashionMnist8_Relu32"
     monkeypatch.setattr(published, "load_dataset", small)
@@ -151,9 +148,7 @@ def test_the_command(
     assert "complete already" in capsys.readouterr().out
 
 
-def test_bad_names_are_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_names_are_refused(monkeypatch, capsys) -> None:
     for arguments, part in ((("task",), "did you mean tasks?"), (("tasks", "x"), "ImageMLP_")):
         monkeypatch.setattr(sys, "argv", ["lossguard", "benchmark", *arguments])
         with pytest.raises(SystemExit):
@@ -161,9 +156,7 @@ def test_bad_names_are_refused(
         assert part in capsys.readouterr().err
 
 
-def test_a_missing_file_is_told_before_anything_is_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_file_is_told_before_anything_is_run(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.delenv(FILE, raising=False)
     monkeypatch.setattr(published, "load_dataset", small)
     name = "ImageMLP_FashionMnist8_Relu32"

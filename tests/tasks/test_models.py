@@ -171,9 +171,7 @@ def test_too_small_inputs_are_refused() -> None:
         (11, 7, 2, 2, 2, 4),
     ],
 )
-def test_patches_equal_lax(
-    height: int, width: int, inputs: int, outputs: int, kernel: int, stride: int
-) -> None:
+def test_patches_equal_lax(height, width, inputs, outputs, kernel, stride) -> None:
     """Values and both gradients."""
     rng = np.random.default_rng(0)
     x, w, direction = (

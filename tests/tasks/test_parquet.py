@@ -237,9 +237,7 @@ def test_a_missing_split_is_named(folder: Path) -> None:
         load_images(SOURCE)
 
 
-def test_a_local_folder_that_does_not_exist_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_local_folder_that_does_not_exist_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("LOSSGUARD_DATA", str(tmp_path / "nowhere"))
     with pytest.raises(
         ValueError, match=r"^LOSSGUARD_DATA must name an existing folder, got '.*nowhere'$"
@@ -271,9 +269,7 @@ def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
 
 
 @pytest.mark.parametrize("variable", ["without the data set", "unset", "empty"])
-def test_the_hub_is_asked_where_the_local_folder_lacks_the_data(
-    hub: dict[str, Any], monkeypatch: pytest.MonkeyPatch, variable: str
-) -> None:
+def test_the_hub_is_asked_where_the_local_folder_lacks_the_data(hub, monkeypatch, variable) -> None:
     if variable == "unset":
         monkeypatch.delenv("LOSSGUARD_DATA")
     elif variable == "empty":
@@ -284,9 +280,7 @@ def test_the_hub_is_asked_where_the_local_folder_lacks_the_data(
     assert hub["allow_patterns"] == ["data/train-*.parquet", "data/valid-*.parquet"]
 
 
-def test_the_hub_is_not_asked_where_the_local_folder_has_the_data(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_hub_is_not_asked_where_the_local_folder_has_the_data(folder, monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     assert len(load_images(SOURCE).train.labels) == 9
 
@@ -318,9 +312,7 @@ def test_a_source_without_a_repository_is_local_only(hub: dict[str, Any]) -> Non
         load_images(replace(SOURCE, repository=None))
 
 
-def test_progress_shows_on_a_terminal_only(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_shows_on_a_terminal_only(monkeypatch, capsys) -> None:
     _decode(GOOD, SOURCE, "here")
     assert capsys.readouterr() == ("", "")
     monkeypatch.setenv("FORCE_COLOR", "1")

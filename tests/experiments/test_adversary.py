@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 import tiny
 from commands import command
-from pages import SPEND, curves_of, write_meta, write_run
+from pages import curves_of, write_meta, write_run
 
 from lossguard import records, run_folder
 from lossguard.config import as_config
@@ -69,7 +69,6 @@ def test_what_reads_records_executes_nothing_and_writes_nothing_outside(
     curves = curves_of(["SGDnm"] * len(NAMES))
     numbers = np.repeat(np.arange(len(NAMES)), len(curves) // len(NAMES))
     curves = curves.with_columns(method=pl.Series([NAMES[k] for k in numbers]))
-    monkeypatch.setitem(SPEND, NAMES[0], 1.0)
     sums = {"sha256": {"../../outside/precious": "0" * 64, "/etc/passwd": "0" * 64}}
     bad = write_run(Path("runs/a"), curves, name="fig03", **CALLED)
     made = json.loads((bad / records.MANIFEST).read_text())

@@ -111,18 +111,14 @@ def test_command_tells_of_failures_by_its_status(tmp_path, monkeypatch, capsys) 
         (("OURS", "--ray", "local"), "ray needs a package: pip install ray"),
     ],
 )
-def test_bad_input(tmp_path, monkeypatch, capsys, arguments, reason) -> None:
+def test_bad_input(tmp_path, monkeypatch, refused, arguments, reason) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.chdir(tmp_path)
     Path("theirs.py").write_text(
         "from lossguard.experiments import Experiment\ndef recipe(): return Experiment('theirs')\n"
     )
     named = {"OURS": f"{MODULE}:recipe", "THEIRS": "theirs.py:recipe"}
-    with pytest.raises(SystemExit) as caught:
-        command(monkeypatch, "sweep", *(named.get(argument, argument) for argument in arguments))
-    assert caught.value.code == 2
-    err = capsys.readouterr().err
-    assert reason in err and err.count("\n") == 1
+    assert reason in refused("sweep", *(named.get(one, one) for one in arguments))
     assert [entry.name for entry in tmp_path.iterdir() if entry.suffix == ".parquet"] == []
 
 

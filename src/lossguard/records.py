@@ -27,7 +27,6 @@ import polars as pl
 from . import checksums
 from .curves import COUNTERS
 from .files import write_whole
-from .progress import Progress
 from .validation import MOST_SEEDS
 
 CONFIG, MANIFEST, CURVES = "config.json", "manifest.json", "curves.parquet"
@@ -115,19 +114,16 @@ def read_runs(folders: Sequence[Path]) -> tuple[dict[Path, Record], list[str]]:
     for folder in folders:
         if not folder.exists():
             raise ValueError(f"there is no folder {folder}")
-    inside = {folder: _runs_in(folder) for folder in folders}
-    found, others, total = {}, [], sum(map(len, inside.values()))
-    first = f"{total} runs" if total else ""
-    with Progress("reading", total=total, unit="runs", first=first) as progress:
-        for folder, runs in inside.items():
-            if not runs:
-                found[folder] = read_run(folder)
-            for run in runs:
-                try:
-                    found[run] = _read(run)
-                except ValueError as error:
-                    others.append(str(error))
-                progress.advance(1)
+    found, others = {}, []
+    for folder in folders:
+        runs = _runs_in(folder)
+        if not runs:
+            found[folder] = read_run(folder)
+        for run in runs:
+            try:
+                found[run] = _read(run)
+            except ValueError as error:
+                others.append(str(error))
     if not found:
         told = "; ".join([f"no run in {', '.join(map(str, folders))} can be read", *others])
         raise ValueError(told)

@@ -172,9 +172,7 @@ def test_the_first_cycle_counts_as_much_as_any_other() -> None:
         for at, w in zip(state.inner.members, (1, 0), strict=True)
     )
     state = state._replace(params=jnp.float32(1), inner=state.inner._replace(members=members))
-    _, decisions = jax.jit(
-        lambda state: jax.lax.scan(lambda s, _: guard.step(s, objective), state, length=4)
-    )(state)
+    _, decisions = lossguard.rollout(guard, state, objective, cycles=4)
     assert decisions.winner.tolist() == [0, 1, 1, 1]  # its sums: -1, then -0.9 + 1, and so on
 
 

@@ -16,6 +16,7 @@ import polars as pl
 import pytest
 from rich.console import Console
 from rich.table import Column, Table
+from tiny_run import leave
 
 from lossguard import cli, records, run_folder, terminal
 from lossguard.command_line import check_beside, find_recipe
@@ -428,13 +429,8 @@ def test_damaged_reason_of_a_failure_is_named(main, capsys, finished, content, t
 
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
-    """A folder that looks like a run's, with one row."""
-    config = {"name": "mine", "title": "", "methods": ["a"], "seeds": 1, "seed": 0}
-    run_folder.open_folder(tmp_path / "run", config)
-    records.write_json(tmp_path / "run" / records.MANIFEST, {"data": "", "seconds": {"a": 1}})
-    row = {name: [1] for name in records.EXPERIMENT[records.CURVES]} | {"method": ["a"]}
-    records.write_parquet(tmp_path / "run" / records.CURVES, pl.DataFrame(row))
-    return tmp_path / "run"
+    """The folder of a finished run."""
+    return leave(tmp_path / "run")
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])

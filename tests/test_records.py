@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from tiny_run import CONFIG, SECONDS, TABLE
+from tiny_run import CONFIG, SECONDS, TABLE, leave
 
 from lossguard import records, run_folder
 
@@ -18,11 +18,7 @@ from lossguard import records, run_folder
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
     """The folder of a finished run."""
-    folder = tmp_path / "run"
-    run_folder.open_folder(folder, CONFIG)
-    records.write_parquet(folder / records.CURVES, TABLE)
-    records.write_json(folder / records.MANIFEST, run_folder.manifest(seconds=SECONDS, data=""))
-    return folder
+    return leave(tmp_path / "run")
 
 
 def test_round_trip(finished: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny_run import CONFIG, SECONDS, TABLE
+from tiny_run import CONFIG, SECONDS, TABLE, leave
 
 from lossguard import records, run_folder
 
@@ -13,11 +13,7 @@ from lossguard import records, run_folder
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
     """The folder of a finished run."""
-    folder = tmp_path / "run"
-    run_folder.open_folder(folder, CONFIG)
-    records.write_parquet(folder / records.CURVES, TABLE)
-    run_folder.finish(folder, run_folder.manifest(seconds=SECONDS, data=""))
-    return folder
+    return leave(tmp_path / "run")
 
 
 @pytest.mark.parametrize("changed", [{"the data": "2"}, {"the data": "2", "the file a": "2"}])

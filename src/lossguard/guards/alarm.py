@@ -50,8 +50,8 @@ class Alarm(NamedTuple):
 
 def silent(block: int, dtype: jnp.dtype) -> Alarm:
     """An alarm that has heard nothing."""
-    start, reference = jnp.array(jnp.nan, dtype), jnp.array(jnp.inf, dtype)
-    return Alarm(jnp.zeros(block, dtype), jnp.int32(0), start, reference, jnp.int32(0))
+    unknown, highest = jnp.array(jnp.nan, dtype), jnp.array(jnp.inf, dtype)
+    return Alarm(jnp.zeros(block, dtype), jnp.int32(0), unknown, highest, jnp.int32(0))
 
 
 def hear(

@@ -417,12 +417,10 @@ def test_bad_fields_leave_no_folder(tmp_path: Path, changes: dict[str, Any], rea
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("made", "what"), [(lossguard.unguarded(optax.sgd(0.1)), "is Guard"), (lambda: 3, "makes int")]
-)
-def test_a_method_that_makes_no_guard_is_refused(made, what: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("made", [lambda: 3, 3])
+def test_a_method_that_makes_no_guard_is_refused(made, tmp_path) -> None:
     e = dataclasses.replace(tiny.recipe(), methods=("mine",), make_methods=lambda e: {"mine": made})
-    with pytest.raises(ValueError, match=f"^make_methods must give .*: 'mine' {what}$"):
+    with pytest.raises(ValueError, match=r"^method mine must be a Guard such as .*, got 3$"):
         run(e, tmp_path / "run")
 
 

@@ -18,7 +18,7 @@ from ..schedules import paper_decay
 from ..tasks.datasets import load_dataset
 from ..tasks.models import MLP, ConvNet, ReluMLP
 from ..tasks.task import Task
-from ..validation import one_of
+from ..validation import check_kind, one_of
 
 
 def named_task(experiment: "Experiment") -> Task:
@@ -141,22 +141,13 @@ class Experiment:
         if not self.methods or len({*self.methods}) < len(self.methods):
             given = " ".join(self.methods) or "none"
             raise ValueError(f"methods must be one or more, each once, got {given}")
-        return {method: _made(method, known[method]) for method in self.methods}
+        made = {m: known[m]() if callable(known[m]) else known[m] for m in self.methods}
+        for method, guard in made.items():
+            check_kind(f"method {method}", guard, Guard, "unguarded(optimizer)")
+        return made
 
 
 def with_methods(make_methods: MakeMethods, experiment: Experiment, **changes: Any) -> Experiment:
     """An experiment with every method that a function makes."""
     made = tuple(make_methods(experiment))
     return replace(experiment, methods=made, make_methods=make_methods, **changes)
-
-
-def _made(method: str, make: Any) -> Guard:
-    """The guard of a method; refuse what doesn't make one."""
-    guard = make() if callable(make) else None
-    if not isinstance(guard, Guard):
-        found = f"makes {type(guard).__name__}" if callable(make) else f"is {type(make).__name__}"
-        raise ValueError(
-            "make_methods must give each method a function without arguments that makes a guard: "
-            f"{method!r} {found}"
-        )
-    return guard

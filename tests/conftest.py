@@ -30,7 +30,6 @@ CHECKED = (
     "lossguard.tasks.models",
     "lossguard.tasks.parquet",
     "lossguard.tasks.shuffle",
-    "lossguard.tasks.synthetic",
 )
 install_import_hook(CHECKED, "typechecker.checked")
 

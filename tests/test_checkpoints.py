@@ -88,9 +88,7 @@ def test_last_two_are_kept(saved: Path) -> None:
     assert sorted(entry.name for entry in saved.iterdir()) == ["20.safetensors", "7.safetensors"]
 
 
-def test_ctrl_c_while_one_is_read_leaves_it(
-    saved: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_ctrl_c_while_one_is_read_leaves_it(saved, monkeypatch, capfd) -> None:
     read = checkpointing._read
 
     def interrupted(path: Path) -> Any:
@@ -110,9 +108,7 @@ def damage(checkpoint: Path) -> None:
     checkpoint.write_bytes(checkpoint.read_bytes()[: checkpoint.stat().st_size // 2])
 
 
-def test_damaged_newest_is_passed_over_aloud(
-    saved: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_newest_is_passed_over_aloud(saved, capfd) -> None:
     damage(saved / "20.safetensors")
     before = (saved / "20.safetensors").read_bytes()
     same(Checkpoints(saved).latest(state(0)), 7)
@@ -138,9 +134,7 @@ def test_bits_that_flipped_change_no_number(saved: Path) -> None:
     same(Checkpoints(saved).latest(state(0)), 20)
 
 
-def test_name_of_the_damaged_one_is_told_as_it_is(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_name_of_the_damaged_one_is_told_as_it_is(tmp_path, capfd) -> None:
     folder = tmp_path / "[/]:x:"
     Checkpoints(folder).save(7, state(7), table(7))
     damage(folder / "7.safetensors")
@@ -158,9 +152,7 @@ def test_name_of_the_damaged_one_is_told_as_it_is(
     ],
     ids=["shape", "leaves", "dtype", "structure"],
 )
-def test_checkpoint_of_another_structure_is_refused_and_left(
-    saved: Path, other: object, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_checkpoint_of_another_structure_is_refused_and_left(saved, other, capfd) -> None:
     with pytest.raises(
         ValueError,
         match=r"^checkpoint must have the structure.*, but .*/20.safetensors has others: [^\n]*$",

@@ -16,6 +16,7 @@ import polars as pl
 import pytest
 from rich.console import Console
 from rich.table import Column, Table
+from tiny_run import leave
 
 from lossguard import cli, records, run_folder, terminal
 from lossguard.command_line import check_beside, find_recipe
@@ -102,12 +103,7 @@ def test_version(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
         (("report",), ("usage: lossguard report", "Folders of runs", "--out")),
     ],
 )
-def test_help_of_options(
-    main: Main,
-    capsys: pytest.CaptureFixture[str],
-    arguments: tuple[str, ...],
-    fields: tuple[str, ...],
-) -> None:
+def test_help_of_options(main, capsys, arguments, fields) -> None:
     with pytest.raises(SystemExit) as caught:
         main(*arguments, "--help")
     assert caught.value.code == 0
@@ -122,9 +118,7 @@ def test_names_are_shown_as_they_are(main: Main, capsys: pytest.CaptureFixture[s
     assert "Signs [/-] :x:" in out and err == "Signs [/-] :x:: compiling\n"
 
 
-def test_letters_that_a_terminal_lacks_stop_nothing(
-    main: Main, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_letters_that_a_terminal_lacks_stop_nothing(main, monkeypatch) -> None:
     stdout = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", stdout)
     main(*RUN[:-1], "ü", "--steps", "5", "--seeds", "1", "--methods", "Signs")
@@ -133,9 +127,7 @@ def test_letters_that_a_terminal_lacks_stop_nothing(
 
 
 @pytest.mark.parametrize(("width", "parts"), [(160, 1), (80, 2)])
-def test_numbers_are_whole_in_a_narrow_terminal(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int, parts: int
-) -> None:
+def test_numbers_are_whole_in_a_narrow_terminal(capsys, monkeypatch, width, parts) -> None:
     monkeypatch.setattr(terminal, "console", lambda: Console(width=width))
     names = (
         Column("method", no_wrap=True),
@@ -151,9 +143,7 @@ def test_numbers_are_whole_in_a_narrow_terminal(
     assert told.count("0.0001234") == 5 and "1,234" in told and "2,000,000" in told
 
 
-def test_run_with_overrides_then_plot(
-    refused: Refused, main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_run_with_overrides_then_plot(refused, main, capsys, tmp_path) -> None:
     main(*RUN, "--steps", "12", "--seeds", "1", "--methods", "Signs", "LGL2O", "--nc", "2")
     out, err = capsys.readouterr()
     assert err == "Signs: compiling\nLGL2O: compiling\n"
@@ -185,9 +175,7 @@ def test_run_with_overrides_then_plot(
     assert capsys.readouterr().out == out
 
 
-def test_help_of_the_demo_makes_no_folder(
-    main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_help_of_the_demo_makes_no_folder(main, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(SystemExit):
         main("demo", "--help")
@@ -217,9 +205,7 @@ def test_what_a_loss_of_zero_is_over_another_is_told(tmp_path: Path) -> None:
     assert "loss over that of b: a 0\n" in price.at_equal_price("b", tmp_path)
 
 
-def test_plot_of_meta_training(
-    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_plot_of_meta_training(main, capsys, tmp_path) -> None:
     folder = tmp_path / "meta"
     run_folder.open_folder(folder, {"name": "lstm-cifar10-conv"})
     records.write_json(folder / records.MANIFEST, {})
@@ -281,19 +267,12 @@ def test_plot_of_meta_training(
     ],
     ids=lambda value: " ".join(value).replace(TINY, "tiny.py") if value[0].islower() else "",
 )
-def test_bad_input(
-    refused: Refused,
-    tmp_path: Path,
-    arguments: tuple[str, ...],
-    parts: tuple[str, ...],
-) -> None:
+def test_bad_input(refused, tmp_path, arguments, parts) -> None:
     refused(arguments, *parts)
     assert not list(tmp_path.iterdir())
 
 
-def test_an_error_in_ones_own_module_is_told_with_its_place(
-    refused: Refused, tmp_path: Path
-) -> None:
+def test_an_error_in_ones_own_module_is_told_with_its_place(refused, tmp_path) -> None:
     module = tmp_path / "of_my_own.py"
     module.write_text("def recipe():\n    a, b = (1, 2, 3)\n")
     place = f"too many values to unpack (expected 2) ({module}, line 2)"
@@ -311,9 +290,7 @@ def test_an_error_in_ones_own_module_is_told_with_its_place(
         ("list", "all"),
     ],
 )
-def test_bad_options(
-    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: tuple[str, ...]
-) -> None:
+def test_bad_options(main, capsys, tmp_path, arguments) -> None:
     with pytest.raises(SystemExit) as caught:
         main(*arguments)
     assert caught.value.code == 2
@@ -367,9 +344,7 @@ def test_module_may_import_one_beside_it(tmp_path: Path, monkeypatch: pytest.Mon
     del sys.modules["besides"], sys.modules["importing"]
 
 
-def test_two_recipes_cannot_import_modules_of_one_name(
-    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_recipes_cannot_import_modules_of_one_name(refused, tmp_path, monkeypatch) -> None:
     """From different folders: the second would get the first one's. Their own names may be one."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     for folder in ("a", "b"):
@@ -415,9 +390,7 @@ def test_claims(main: Main, capsys: pytest.CaptureFixture[str], finished: Path) 
 
 
 @pytest.mark.parametrize("command", ["plot", "claims"])
-def test_folder_of_runs(
-    main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
-) -> None:
+def test_folder_of_runs(main, capsys, tmp_path, command) -> None:
     """Stands for the finished runs in it; the others are named."""
     for name in ("a", "b"):
         main(*RUN[:-1], f"runs/{name}", "--steps", "1", "--seeds", "1", "--methods", "Signs")
@@ -432,8 +405,7 @@ def test_folder_of_runs(
     capsys.readouterr()
     main(command, "runs")
     assert [file.exists() for file in drawn] == [command == "plot"] * 2
-    read, half, lost, torn, *_ = capsys.readouterr().err.splitlines()
-    assert read == "reading: 5 runs"
+    half, lost, torn, *_ = capsys.readouterr().err.splitlines()
     assert half == "runs/half is not finished"
     assert lost == "runs/lost is not finished: no luck"
     assert torn.startswith("runs/torn/curves.parquet is damaged: its SHA-256 is not the one ")
@@ -447,34 +419,22 @@ def test_folder_of_runs(
         ("{}", "runs/lost is not finished: it failed"),
     ],
 )
-def test_damaged_reason_of_a_failure_is_named(
-    main: Main, capsys: pytest.CaptureFixture[str], finished: Path, content: str, told: str
-) -> None:
+def test_damaged_reason_of_a_failure_is_named(main, capsys, finished, content, told) -> None:
     shutil.copytree(finished, "runs/whole")
     run_folder.open_folder(Path("runs/lost"), {})
     Path("runs/lost/failed.json").write_text(content)
     main("plot", "runs")
-    assert capsys.readouterr().err.splitlines()[1].startswith(told)
+    assert capsys.readouterr().err.splitlines()[0].startswith(told)
 
 
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
-    """A folder that looks like a run's, with one row."""
-    config = {"name": "mine", "title": "", "methods": ["a"], "seeds": 1, "seed": 0}
-    run_folder.open_folder(tmp_path / "run", config)
-    records.write_json(tmp_path / "run" / records.MANIFEST, {"data": "", "seconds": {"a": 1}})
-    row = {name: [1] for name in records.EXPERIMENT[records.CURVES]} | {"method": ["a"]}
-    records.write_parquet(tmp_path / "run" / records.CURVES, pl.DataFrame(row))
-    return tmp_path / "run"
+    """The folder of a finished run."""
+    return leave(tmp_path / "run")
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
-def test_folder_that_cannot_be_made(
-    refused: Refused,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    code: int,
-) -> None:
+def test_folder_that_cannot_be_made(refused, tmp_path, monkeypatch, code) -> None:
     def fail(path: Path, *_: Any, **__: Any) -> None:
         raise OSError(code, os.strerror(code), str(path))
 
@@ -483,9 +443,7 @@ def test_folder_that_cannot_be_made(
     assert not list(tmp_path.iterdir())
 
 
-def test_error_of_the_system_without_a_path(
-    refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_error_of_the_system_without_a_path(refused, monkeypatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -509,12 +467,7 @@ def test_error_of_the_system_without_a_path(
     ],
 )
 def test_stopped_it_tells_the_command_that_goes_on(
-    main: Main,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: tuple[str, ...],
-    goes_on: tuple[str, ...] | None,
-    begun: bool,
+    main, capsys, monkeypatch, arguments, goes_on, begun
 ) -> None:
     """If there is anything to go on with."""
 
@@ -541,11 +494,7 @@ def test_stopped_it_tells_the_command_that_goes_on(
 
 
 @pytest.mark.parametrize(
-    "program",
-    [
-        (Path(sys.executable).with_name("lossguard"),),
-        (sys.executable, "-m", "lossguard"),
-    ],
+    "program", [(Path(sys.executable).with_name("lossguard"),), (sys.executable, "-m", "lossguard")]
 )
 def test_installed_command(tmp_path: Path, program: tuple[str, ...]) -> None:
     done = subprocess.run([*program, "rum"], cwd=tmp_path, capture_output=True, text=True)

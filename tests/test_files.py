@@ -33,9 +33,7 @@ def test_a_link_in_its_place_is_replaced(folder: Path, outside: Path) -> None:
     assert [entry.name for entry in folder.iterdir()] == ["figure.png"]
 
 
-def test_a_link_with_the_name_of_its_part_is_not_followed(
-    folder: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_link_with_the_name_of_its_part_is_not_followed(folder, outside, monkeypatch) -> None:
     """Even if somebody guesses it."""
     monkeypatch.setattr(secrets, "token_hex", lambda _: "0" * 16)
     (folder / f".{'0' * 16}.part").symlink_to(outside)

@@ -44,9 +44,7 @@ def test_another_process_is_refused_until_it_is_killed(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_lock_that_was_just_given_up_is_taken_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_that_was_just_given_up_is_taken_again(tmp_path, monkeypatch) -> None:
     """Its file may be deleted between the moment that it is opened and that it is locked."""
     opened, lock = [], locks._lock
 

@@ -3,14 +3,10 @@
 import signal
 from typing import Any
 
-import pytest
-
 from lossguard.progress import STOPPING, STOPS, stopping_at_interrupt
 
 
-def test_ctrl_c_is_heard_from_the_first_handler_on(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_ctrl_c_is_heard_from_the_first_handler_on(monkeypatch, capfd) -> None:
     handle, before = signal.signal, [signal.getsignal(one) for one in STOPS]
 
     def interrupted(*given: Any) -> Any:

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny_run import CONFIG, SECONDS, TABLE
+from tiny_run import CONFIG, SECONDS, TABLE, leave
 
 from lossguard import records, run_folder
 
@@ -13,17 +13,11 @@ from lossguard import records, run_folder
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
     """The folder of a finished run."""
-    folder = tmp_path / "run"
-    run_folder.open_folder(folder, CONFIG)
-    records.write_parquet(folder / records.CURVES, TABLE)
-    run_folder.finish(folder, run_folder.manifest(seconds=SECONDS, data=""))
-    return folder
+    return leave(tmp_path / "run")
 
 
 @pytest.mark.parametrize("changed", [{"the data": "2"}, {"the data": "2", "the file a": "2"}])
-def test_what_a_run_was_started_with_must_be_as_it_was(
-    tmp_path: Path, changed: dict[str, str]
-) -> None:
+def test_what_a_run_was_started_with_must_be_as_it_was(tmp_path, changed) -> None:
     inputs = {"the data": "1", "the file a": "1"}
     made = run_folder.start(tmp_path, inputs=inputs)
     assert made["inputs_sha256"] == inputs
@@ -59,9 +53,7 @@ def test_a_finished_run_needs_no_lock(finished: Path) -> None:
         assert one and two and sorted(finished.iterdir()) == before
 
 
-def test_the_commit_of_a_repository_around_it_is_not_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_commit_of_a_repository_around_it_is_not_its_own(tmp_path, monkeypatch) -> None:
     """Such as one whose virtual environment it is installed in."""
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
     for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "a"]):
@@ -83,9 +75,7 @@ def test_the_commit_of_a_repository_around_it_is_not_its_own(
         (None, "aarch64"),
     ],
 )
-def test_manifest_names_the_processor(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None, name: str
-) -> None:
+def test_manifest_names_the_processor(tmp_path, monkeypatch, content, name) -> None:
     """The same code rounds otherwise on one of another kind."""
     if content is not None:
         (tmp_path / "cpuinfo").write_text(content)
@@ -102,9 +92,7 @@ def test_same_run_is_gone_on_with_when_asked(finished: Path) -> None:
         run_folder.open_folder(finished, CONFIG)
 
 
-def test_manifest_has_the_commit_of_every_part(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_manifest_has_the_commit_of_every_part(tmp_path, monkeypatch) -> None:
     run_folder.open_folder(tmp_path, CONFIG)
     for commit in "abc":
         monkeypatch.setattr(run_folder, "_commit", lambda commit=commit: commit)

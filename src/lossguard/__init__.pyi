@@ -13,11 +13,7 @@ from .guards.residual_guard import residual_guard as residual_guard
 from .guards.rewind import RewindState as RewindState
 from .guards.rewind import rewind as rewind
 from .guards.sequences import TrackingSequence as TrackingSequence
-from .guards.sequences import arithmetic_average as arithmetic_average
 from .guards.sequences import ema as ema
-from .guards.sequences import geometric as geometric
-from .guards.sequences import recent_max as recent_max
-from .guards.sequences import recent_term as recent_term
 from .guards.stacked import stacked as stacked
 from .guards.unguarded import unguarded as unguarded
 from .learned.lstm import LSTMWeights as LSTMWeights

@@ -96,11 +96,7 @@ def scalars(decision: Any) -> dict[str, float]:
 
 
 def plot_decisions(
-    decisions: Any,
-    *,
-    names: Sequence[str] = LANES,
-    returns: Iterable[int] = (),
-    start: int = 0,
+    decisions: Any, *, names: Sequence[str] = LANES, returns: Iterable[int] = (), start: int = 0
 ) -> "Figure":
     """One figure: the loss, whose parameters the guard returned, and what each step cost.
 

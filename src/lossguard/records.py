@@ -27,7 +27,6 @@ import polars as pl
 from . import checksums
 from .curves import COUNTERS
 from .files import write_whole
-from .progress import Progress
 from .validation import MOST_SEEDS
 
 CONFIG, MANIFEST, CURVES = "config.json", "manifest.json", "curves.parquet"
@@ -35,6 +34,16 @@ EVALUATIONS, FAILED = "evaluations.parquet", "failed.json"
 TABLES = (CURVES, EVALUATIONS)
 INPUTS = "inputs_sha256"
 """The field of a manifest for checksums of what a run reads."""
+KINDS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("name", "title", "data", "time"), (str,)),
+    **dict.fromkeys(("seeds", "seed"), (int,)),
+    **dict.fromkeys(("versions", INPUTS, "sha256"), (dict,)),
+    **dict.fromkeys(("methods", "command"), (list, str)),
+    "resumed": (list, dict),
+}
+"""Types of the fields of configs and manifests that are read, and of what lists hold."""
+LARGEST: Mapping[str, int] = {"seed": 2**32 - 1, "seeds": MOST_SEEDS}
+"""What they can be, from 0 on."""
 EXPERIMENT: Mapping[str, Sequence[str]] = {
     CONFIG: ("name", "title", "methods", "seeds", "seed"),
     MANIFEST: ("data", "seconds"),
@@ -46,18 +55,8 @@ META_TRAINING: Mapping[str, Sequence[str]] = {
     CURVES: ("meta_step", "meta_loss", "validation"),
 }
 """What figures, tables and claims need of the records of either."""
-KINDS: Mapping[str, tuple[type, ...]] = {
-    **dict.fromkeys(("name", "title", "data", "time"), (str,)),
-    **dict.fromkeys(("seeds", "seed"), (int,)),
-    **dict.fromkeys(("versions", INPUTS, "sha256"), (dict,)),
-    **dict.fromkeys(("methods", "command"), (list, str)),
-    "resumed": (list, dict),
-}
-"""Types of those fields of configs and manifests that are read, and of what lists hold."""
 WHOLE = ("seed", "step", "meta_step")
 """Columns of curves that count."""
-LARGEST: Mapping[str, int] = {"seed": 2**32 - 1, "seeds": MOST_SEEDS}
-"""What they can be, from 0 on."""
 
 
 class Record(NamedTuple):
@@ -115,19 +114,16 @@ def read_runs(folders: Sequence[Path]) -> tuple[dict[Path, Record], list[str]]:
     for folder in folders:
         if not folder.exists():
             raise ValueError(f"there is no folder {folder}")
-    inside = {folder: _runs_in(folder) for folder in folders}
-    found, others, total = {}, [], sum(map(len, inside.values()))
-    first = f"{total} runs" if total else ""
-    with Progress("reading", total=total, unit="runs", first=first) as progress:
-        for folder, runs in inside.items():
-            if not runs:
-                found[folder] = read_run(folder)
-            for run in runs:
-                try:
-                    found[run] = _read(run)
-                except ValueError as error:
-                    others.append(str(error))
-                progress.advance(1)
+    found, others = {}, []
+    for folder in folders:
+        runs = _runs_in(folder)
+        if not runs:
+            found[folder] = read_run(folder)
+        for run in runs:
+            try:
+                found[run] = _read(run)
+            except ValueError as error:
+                others.append(str(error))
     if not found:
         told = "; ".join([f"no run in {', '.join(map(str, folders))} can be read", *others])
         raise ValueError(told)
@@ -192,17 +188,12 @@ def _lacks(record: Record, columns: Sequence[str]) -> Iterator[tuple[str, str]]:
     config, made, curves = record
     if curves.is_empty():
         yield CURVES, "rows"
-    if not record.is_meta and curves["method"].dtype != pl.String:
-        yield CURVES, "names in column method"
-    numbers = [name for name in columns if name != "method"]
-    for name in (*numbers, *(name for name in curves.columns if name.startswith("validation_"))):
-        values, many = curves[name].to_numpy(), name.startswith("validation")
+    validations = (name for name in curves.columns if name.startswith("validation_"))
+    for name in (*columns, *validations):
         if curves[name].null_count():
             yield CURVES, f"values in column {name}"
-        if values.dtype.kind not in "iuf" or values.ndim != 1 + many:
-            yield CURVES, f"{'rows of ' * many}numbers in column {name}"
-        if name in WHOLE and values.dtype.kind == "f":
-            yield CURVES, f"whole numbers in column {name}"
+        if told := _unlike(name, curves.schema[name]):
+            yield CURVES, f"{told} in column {name}"
     if record.is_meta:
         return
     methods, spent = config["methods"], made["seconds"]
@@ -210,24 +201,21 @@ def _lacks(record: Record, columns: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield MANIFEST, "seconds of each method"
     if not methods:
         yield CONFIG, "methods"
-    each = curves.group_by("method", "seed").agg(
-        first=pl.col("step").min(), once=pl.col("step").is_unique().all(), last=pl.col("step").max()
-    )
-    seeds = dict(each["method"].value_counts().iter_rows())
-    for name, found in {CURVES: seeds, MANIFEST: spent}.items():
+    for name, found in {CURVES: {*curves["method"]}, MANIFEST: spent}.items():
         if missing := [method for method in methods if method not in found]:
             yield name, f"the methods {', '.join(missing)}"
-    whole = each["once"].all() and (each["first"] == 1).all()
-    if "runs" in made:
-        if not whole:
-            yield CURVES, "steps from 1, each once, for every curve"
-        return
-    if few := [method for method in methods if seeds[method] < config["seeds"]]:
-        yield CURVES, f"seeds of the methods {', '.join(few)}"
-    if any(seeds[method] > config["seeds"] for method in methods):
-        yield CONFIG, "seeds that the curves have"
-    if not whole or each["last"].n_unique() > 1:
-        yield CURVES, "steps from 1 to the same last one, each once, for every method and seed"
+
+
+def _unlike(column: str, dtype: pl.DataType) -> str:
+    """What a column should hold, if its type can't hold it."""
+    if column == "method":
+        return "" if dtype == pl.String else "names"
+    if column in WHOLE:
+        return "" if dtype.is_integer() else "whole numbers"
+    if column.startswith("validation"):
+        rows = isinstance(dtype, pl.Array) and dtype.inner.is_numeric()
+        return "" if rows else "rows of numbers"
+    return "" if dtype.is_numeric() else "numbers"
 
 
 def _is_real(number: Any) -> bool:

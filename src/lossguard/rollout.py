@@ -28,12 +28,7 @@ def _loop(kept: tuple, state: GuardState) -> tuple[GuardState, Decision]:
 
 
 def rollout(
-    guard: Guard,
-    state: GuardState,
-    objective: Objective,
-    *,
-    cycles: int,
-    most: int | None = None,
+    guard: Guard, state: GuardState, objective: Objective, *, cycles: int, most: int | None = None
 ) -> tuple[GuardState, Decision]:
     """``cycles`` steps of a guard in one compiled loop; nothing leaves the device inside.
 

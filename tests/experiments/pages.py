@@ -1,6 +1,6 @@
 """Made-up runs, whose numbers are known, for the report's page."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +22,31 @@ VERDICTS = [
 
 
 def curves_of(
-    methods: Sequence[str], steps: np.ndarray = STEPS, seeds: int = 2, lost: int = 3000
+    methods: Sequence[str] | Mapping[str, float],
+    steps: np.ndarray = STEPS,
+    seeds: int = 2,
+    lost: int = 3000,
 ) -> pl.DataFrame:
-    """Losses (1 + seed) / sqrt(step); the second seed of Backoff is lost from a step on.
+    """Losses (1 + seed) level / sqrt(step); the learned update is used every other step.
 
-    Guards take two gradients a step, Backoff two up to step 1000 and then one.
+    ``methods`` with their levels, or all at 1. SGDnm takes a gradient a step, others two and a
+    forward pass, but for GL2O, which checks nothing, and Backoff, which takes one after step 1000
+    and whose second seed is lost from a step on.
     """
+    levels = methods if isinstance(methods, Mapping) else dict.fromkeys(methods, 1.0)
     tables = []
-    for method in methods:
+    for method, level in levels.items():
+        spend = SPEND.get(method.split()[0], 2.0)
         for seed in range(seeds):
-            loss, gradients = (1 + seed) / np.sqrt(steps), SPEND[method.split()[0]] * steps
+            loss, gradients = (1 + seed) * level / np.sqrt(steps), spend * steps
             if method == "Backoff":
                 gradients = np.where(steps <= 1000, 2 * steps, 1000 + steps)
                 loss = np.where((steps >= lost) & (seed == 1), np.nan, loss)
             columns = {
                 "loss": loss.astype(np.float32),
-                "used_learned": (steps % 2).astype(np.float32),
+                "used_learned": (np.arange(len(steps)) % 2).astype(np.float32),
                 "gradients": gradients.astype(float),
-                "forwards": (SPEND[method.split()[0]] - 1) * steps,
+                "forwards": (spend - 1) * steps * (method != "GL2O"),
                 "learned_updates": 1.0 * steps,
             }
             tables.append(

@@ -242,7 +242,7 @@ def test_what_was_not_reached_is_not_run(claim: str, tmp_path: Path) -> None:
     ],
 )
 def test_a_mark_that_fails_decides_and_one_that_is_missing_leaves_it_open(
-    tmp_path: Path, claim: str, recipe: str, curves: dict[str, Curve]
+    tmp_path, claim, recipe, curves
 ) -> None:
     """Claims about all marks, by a run to 3,000."""
     open_ = judged(claim, write(tmp_path / "open", recipe, curves, last=3_000))
@@ -290,9 +290,7 @@ def test_later_seeds_are_others(tmp_path: Path) -> None:
         ({"title": "other", "vectorize": True}, "reproduced"),
     ],
 )
-def test_a_run_with_other_settings_does_not_speak(
-    tmp_path: Path, settings: dict[str, Any], verdict: str
-) -> None:
+def test_a_run_with_other_settings_does_not_speak(tmp_path, settings, verdict) -> None:
     both: Curves = {"SGDnm": 4.0, "LGL2O": 1.0}
     assert judged("5a", write(tmp_path / "run", "fig05", both, **settings)).verdict == verdict
 
@@ -446,9 +444,7 @@ def test_meta_training_converges(tmp_path: Path, validation: list[float], verdic
         ([210.0, *[1.0] * 19], 9_000, "not run"),
     ],
 )
-def test_meta_training_explodes(
-    tmp_path: Path, meta_loss: list[float], last: int, verdict: str
-) -> None:
+def test_meta_training_explodes(tmp_path, meta_loss, last, verdict) -> None:
     run = write_meta(tmp_path / "run", "cifar10-conv-plain", meta_loss, [2.0] * 20, last)
     assert judged("11a", run).verdict == verdict
     assert judged("11a").verdict == "not run"

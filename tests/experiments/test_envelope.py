@@ -8,13 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lossguard.experiments.envelope import (
-    FILE,
-    Envelope,
-    envelope,
-    interquartile_mean,
-    smoothed,
-)
+from lossguard.experiments.envelope import FILE, Envelope, envelope, interquartile_mean, smoothed
 from lossguard.tasks.published import PUBLISHED
 
 FALLING = Envelope(np.array([0.0, 100, 200, 1_000]), 2.0 ** -np.array([0.0, 1, 2, 10]))

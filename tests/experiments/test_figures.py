@@ -11,37 +11,12 @@ import numpy as np
 import polars as pl
 import pytest
 from matplotlib.figure import Figure
+from pages import STEPS, curves_of
 from rich.table import Table
 
 from lossguard import records, run_folder
 from lossguard.experiments import Experiment, figures, lines
 from lossguard.experiments.experiment import paper_methods
-
-STEPS = np.array([*range(1, 1001), *range(1010, 5001, 10)])
-
-
-def curves_of(methods: dict[str, float], steps: np.ndarray = STEPS, seeds: int = 2) -> pl.DataFrame:
-    """Losses (1 + seed) level / sqrt(step); the learned update is used every other step.
-
-    What a method spends is that of a loss guard, but for SGDnm, which takes a gradient a step, and
-    GL2O, which takes two and checks nothing.
-    """
-    return pl.concat(
-        pl.DataFrame(
-            {
-                "step": steps,
-                "loss": ((1 + seed) * level / np.sqrt(steps)).astype(np.float32),
-                "used_learned": (np.arange(len(steps)) % 2).astype(np.float32),
-                "gradients": (1.0 if method == "SGDnm" else 2.0) * steps,
-                "forwards": (0.0 if method in ("SGDnm", "GL2O") else 1.0) * steps,
-                "learned_updates": 1.0 * steps,
-            }
-        ).select(
-            pl.lit(method).alias("method"), pl.lit(seed).cast(pl.Int32).alias("seed"), pl.all()
-        )
-        for method, level in methods.items()
-        for seed in range(seeds)
-    )
 
 
 def naive_windows(steps: list[int], losses: np.ndarray) -> dict[int, float]:

@@ -12,6 +12,8 @@ from commands import command
 from pages import curves_of, write_run
 
 from lossguard.curves import COUNTERS
+from lossguard.experiments import recipes
+from lossguard.experiments.experiment import Experiment
 from lossguard.experiments.readings import (
     ALL,
     COLORS,
@@ -21,8 +23,7 @@ from lossguard.experiments.readings import (
     draw_readings,
     judge_readings,
 )
-from lossguard.experiments.recipes import POLICIES, READ, READINGS, restarting
-from lossguard.guards.unguarded import unguarded
+from lossguard.experiments.recipes import POLICIES, READ, READINGS
 from lossguard.records import Record
 
 Losses = dict[str, float | dict[int, float]]
@@ -90,9 +91,7 @@ def test_map_shows_the_claims_that_were_judged(judged: list[Judged]) -> None:
         assert [[*COLORS][code] for code in row] == [outcome[name] for name in names]
 
 
-def test_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command(tmp_path, monkeypatch, capsys) -> None:
     run = write_run(
         tmp_path / "run", curves_of(["SGDnm"]), name="reading-fig03-unit", scaling="unit"
     )
@@ -103,18 +102,20 @@ def test_command(
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_restarting_optimizer_is_a_fresh_one_every_so_often() -> None:
-    def objective(params: jax.Array, i: jax.Array | int) -> jax.Array:
-        return jnp.sum((params - i) ** 2)
-
-    adam = optax.adam(0.1)
-    guard, fresh = (unguarded(one, nt=3) for one in (restarting(adam, 3), adam))
-    state = guard.init(jnp.ones(2))
-    for _ in range(3):
-        by_hand = fresh.init(state.params)._replace(minibatches=state.minibatches)
-        by_hand, _ = fresh.step(by_hand, objective)
-        state, _ = guard.step(state, objective)
-        np.testing.assert_array_equal(state.params, by_hand.params)
+@pytest.mark.usefixtures("eager")
+def test_a_learned_optimizer_without_memory_is_fresh_in_every_cycle(monkeypatch) -> None:
+    """Its steps are its number since it began: 1 + 2 + 3 a cycle, which always wins."""
+    counting = optax.GradientTransformation(
+        lambda params: jnp.int32(0),
+        lambda g, n, params=None: (jax.tree.map(lambda w: 0 * w - 1 - n, g), n + 1),
+    )
+    monkeypatch.setattr(recipes, "pretrained", {"mine": counting}.__getitem__)
+    e = Experiment("any", learned="mine", nt=3, nc=1)
+    guard = recipes.fresh_in_every_cycle(e, optax.sgd(0.1))
+    state = guard.init(jnp.zeros(1))
+    for cycle in (1, 2, 3):
+        state, _ = guard.step(state, lambda w, i: w.sum())
+        assert state.params == -6 * cycle
 
 
 def test_recipes_have_every_policy_and_both_thetas() -> None:
@@ -122,6 +123,5 @@ def test_recipes_have_every_policy_and_both_thetas() -> None:
     for name, recipe in READINGS.items():
         e = recipe()
         assert e.name == name and name.endswith(e.scaling)
-        assert e.sgd_tau == e.guard_tau  # SGDnm is the fallback, alone
         assert {f"LGL2O, {policy}" for policy in POLICIES} < {*e.methods}
         assert {"GL2O, weight", "GL2O, decay"} < {*e.methods}

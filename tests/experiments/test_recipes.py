@@ -102,7 +102,7 @@ def test_settings_of_appendix_e(name: str) -> None:
     conv = kind(e.model) == "Conv"
     slow = 100 if name in ("fig13", "fig16") else 1  # footnote 5
     assert e.sgd_rate == ((0.0001 if slow == 100 else 0.01) if conv else 3.0)
-    assert e.guard_tau == e.sgd_tau == 50_000 * slow  # SGDnm is the fallback, alone
+    assert e.sgd_tau == 50_000 * slow
     if name != "fig08":
         assert e.adam_rate == TABLE[e.dataset][kind(e.model)]
     assert (e.nt, e.nc, e.batch_size, e.seeds, e.seed) == (10, 10, 128, 5, 0)

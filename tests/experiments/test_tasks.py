@@ -1,7 +1,6 @@
 """The benchmark on published tasks: made-up curves with known answers, and the command itself."""
 
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ import lossguard
 from lossguard import cli
 from lossguard.experiments import tasks
 from lossguard.experiments.envelope import FILE, Envelope, smoothed
-from lossguard.experiments.watched import watched
 from lossguard.tasks import published
 from lossguard.tasks.dataset import Dataset, make_dataset
 
@@ -71,7 +69,7 @@ def test_watched_losses_are_of_minibatches_that_are_not_trained_on() -> None:
     def objective(params: jax.Array, i: jax.Array) -> jax.Array:
         return params * 0 + i
 
-    guard = watched(lossguard.unguarded(optax.sgd(1.0), nt=4), batches=3)
+    guard = tasks.watched(lossguard.unguarded(optax.sgd(1.0), nt=4), batches=3)
     state = guard.init(jnp.zeros(()))
     for cycle in range(3):
         state, decision = guard.step(state, objective)
@@ -82,23 +80,18 @@ def test_watched_losses_are_of_minibatches_that_are_not_trained_on() -> None:
 
 def test_watched_losses_are_before_the_cycle_and_training_is_not_changed() -> None:
     inner = lossguard.unguarded(optax.sgd(0.1), nt=2)
-    plain, state = (guard.init(jnp.ones(3)) for guard in (inner, watched(inner)))
+    plain, state = (guard.init(jnp.ones(3)) for guard in (inner, tasks.watched(inner)))
 
     def objective(params: jax.Array, i: jax.Array) -> jax.Array:
         return jnp.sum(params**2)
 
     for _ in range(2):
         expected = float(objective(state.params, 0))
-        state, decision = watched(inner).step(state, objective)
+        state, decision = tasks.watched(inner).step(state, objective)
         plain, own = inner.step(plain, objective)
         np.testing.assert_allclose(decision.losses, expected, rtol=1e-6)
         np.testing.assert_allclose(state.params, plain.params)
         assert decision.gradients == own.gradients
-
-
-def test_bad_batches_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^batches must be an integer of at least 1, got 0$"):
-        watched(lossguard.unguarded(optax.sgd(1.0)), batches=0)
 
 
 def test_recipes_are_the_published_tasks() -> None:
@@ -129,9 +122,7 @@ def small(name: str, *, scaling: str) -> Dataset:
     return make_dataset(both, both, scaling=scaling, largest=255, name=name, classes=10)
 
 
-def test_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command(tmp_path, monkeypatch, capsys) -> None:
     """On made-up images; a second time nothing is run again."""
     name = "ImageMLP_FashionMnist8_Relu32"
     monkeypatch.setattr(published, "load_dataset", small)
@@ -157,9 +148,7 @@ def test_the_command(
     assert "complete already" in capsys.readouterr().out
 
 
-def test_bad_names_are_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_names_are_refused(monkeypatch, capsys) -> None:
     for arguments, part in ((("task",), "did you mean tasks?"), (("tasks", "x"), "ImageMLP_")):
         monkeypatch.setattr(sys, "argv", ["lossguard", "benchmark", *arguments])
         with pytest.raises(SystemExit):
@@ -167,9 +156,7 @@ def test_bad_names_are_refused(
         assert part in capsys.readouterr().err
 
 
-def test_a_missing_file_is_told_before_anything_is_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_file_is_told_before_anything_is_run(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.delenv(FILE, raising=False)
     monkeypatch.setattr(published, "load_dataset", small)
     name = "ImageMLP_FashionMnist8_Relu32"

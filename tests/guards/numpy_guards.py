@@ -109,29 +109,11 @@ def loss_guard(objective, learned, fallback, *, nt: int, nc: int, loser: str, cy
         }
 
 
-SEQUENCES = {
-    "geometric": lambda accepted, mu, theta=0.98: theta * mu,
-    "recent_term": lambda accepted, mu: accepted[-1],
-    "arithmetic_average": lambda accepted, mu: np.mean(accepted),
-    "ema": lambda accepted, mu, theta=0.6: theta * accepted[-1] + (1 - theta) * mu,
-    "recent_max": lambda accepted, mu, m=4: max(accepted[-m:]),
-}
-"""The next mu, given mu and the residuals accepted so far, mu_1 = ||S(x_1)|| first among them."""
-
-
 def residual_guard(
-    objective,
-    learned,
-    fallback,
-    *,
-    alpha: float,
-    sequence: str,
-    residual: str,
-    nt: int,
-    cycles: int,
+    objective, learned, fallback, *, alpha: float, theta: float, residual: str, nt: int, cycles: int
 ):
     """GL2O: yields after every nt steps what a guard has to report."""
-    x, i, accepted, mu = objective.start, 0, [], None
+    x, i, mu = objective.start, 0, None
 
     def s(w: np.ndarray) -> np.ndarray:
         gradient = objective.gradient(w, i)
@@ -142,7 +124,6 @@ def residual_guard(
         for _ in range(nt):
             if mu is None:
                 mu = np.linalg.norm(s(x))
-                accepted.append(mu)
             losses.append(objective.loss(x, i))
             y = learned.step(x, objective.gradient(x, i))
             r = np.linalg.norm(s(y))
@@ -150,8 +131,7 @@ def residual_guard(
             z = fallback.step(x, objective.gradient(x, i))
             x = y if ok else z
             if ok:
-                accepted.append(r)
-                mu = SEQUENCES[sequence](accepted, mu)
+                mu = theta * r + (1 - theta) * mu
             used.append(ok)
             i += 1
         yield {"x": x, "used_learned": used, "losses": losses}

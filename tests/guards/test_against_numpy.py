@@ -148,48 +148,39 @@ def test_a_relay_is_its_rules(name, case) -> None:
     assert ("s catches up" if name == "recommended" else "s leads") in seen
 
 
-SEQUENCES = {
-    "geometric": lossguard.geometric(0.98),
-    "recent_term": lossguard.recent_term(),
-    "arithmetic_average": lossguard.arithmetic_average(),
-    "ema": lossguard.ema(0.6),
-    "recent_max": lossguard.recent_max(4),
-}
-
-
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    ("sequence", "learned", "fallback", "residual"),
+    ("theta", "learned", "fallback", "residual"),
     [
-        *((sequence, "adam", "momentum", "step") for sequence in SEQUENCES),
-        ("ema", "momentum", "adam", "step"),
-        ("ema", "adam", "momentum", "gradient"),
+        (0.6, "adam", "momentum", "step"),
+        (1.0, "adam", "momentum", "step"),
+        (0.6, "momentum", "adam", "step"),
+        (0.6, "adam", "momentum", "gradient"),
     ],
 )
-def test_residual_guard_is_gl2o(sequence, learned, fallback, residual) -> None:
-    nt = 4
+def test_residual_guard_is_gl2o(theta, learned, fallback, residual) -> None:
+    nt, options = 4, {"alpha": 0.99, "residual": residual}
     problem = numpy_guards.Objective(seed=1, minibatches=CYCLES * nt)
     (numpy_learned, optax_learned) = OPTIMIZERS[learned]()
     (numpy_fallback, optax_fallback) = OPTIMIZERS[fallback]()
+    sequence = lossguard.ema(theta)
     guard = lossguard.residual_guard(
-        optax_learned,
-        optax_fallback,
-        alpha=0.99,
-        sequence=SEQUENCES[sequence],
-        residual=residual,
-        nt=nt,
+        optax_learned, optax_fallback, sequence=sequence, nt=nt, **options
     )
     expected = numpy_guards.residual_guard(
-        problem,
-        numpy_learned,
-        numpy_fallback,
-        alpha=0.99,
-        sequence=sequence,
-        residual=residual,
-        nt=nt,
-        cycles=CYCLES,
+        problem, numpy_learned, numpy_fallback, theta=theta, nt=nt, cycles=CYCLES, **options
     )
     assert_equal(guard, problem, expected, ("used_learned", "losses"))
+
+
+def test_a_sequence_may_be_ones_own_and_have_a_memory() -> None:
+    """The largest of the residuals accepted last, as in a table of its authors."""
+    largest = lossguard.TrackingSequence(
+        lambda mu: jnp.stack([mu, mu]), lambda two, r: jnp.stack([two[1], r]), jnp.max
+    )
+    guard = lossguard.residual_guard(optax.sgd(0.5), optax.sgd(0.1), sequence=largest, nt=3)
+    state, _ = guard.step(guard.init(jnp.ones(1)), lambda w, i: w @ w / 2)
+    np.testing.assert_allclose(state.inner.memory, [0.025, 0.0125], rtol=1e-6)
 
 
 def test_residual_guard_by_default_is_the_papers_setting() -> None:

@@ -172,9 +172,7 @@ def test_the_first_cycle_counts_as_much_as_any_other() -> None:
         for at, w in zip(state.inner.members, (1, 0), strict=True)
     )
     state = state._replace(params=jnp.float32(1), inner=state.inner._replace(members=members))
-    _, decisions = jax.jit(
-        lambda state: jax.lax.scan(lambda s, _: guard.step(s, objective), state, length=4)
-    )(state)
+    _, decisions = lossguard.rollout(guard, state, objective, cycles=4)
     assert decisions.winner.tolist() == [0, 1, 1, 1]  # its sums: -1, then -0.9 + 1, and so on
 
 
@@ -271,20 +269,6 @@ def test_it_may_be_nested_and_vmapped() -> None:
     )
     for one, x in zip(states.params, starts, strict=True):
         np.testing.assert_allclose(one, play(guard, objective, x, 20)[0].params[-1], rtol=1e-5)
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_errors() -> None:
-    with pytest.raises(ValueError, match=r"^guards must be at least one guard, got none$"):
-        lossguard.best_of([])
-    for not_guards in ([optax.sgd(0.1)], unguarded(optax.sgd(0.1))):
-        with pytest.raises(ValueError, match=r"^each of guards must be a Guard such as unguarded"):
-            lossguard.best_of(not_guards)
-    with pytest.raises(ValueError, match=r"^decay must be above 0 and below 1, got 1.0$"):
-        lossguard.best_of([unguarded(optax.sgd(0.1))], decay=1.0)
-    guard = lossguard.best_of([lossguard.unguarded(optax.sgd(0.1), nt=nt) for nt in (2, 3)])
-    with pytest.raises(ValueError, match=r"^guards must have the same nt, got \[2, 3\]$"):
-        guard.step(guard.init(jnp.ones(2)), lambda w, i: w.sum())
 
 
 def test_where_no_guard_is_finite_x_stays() -> None:

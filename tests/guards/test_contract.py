@@ -143,10 +143,7 @@ def comparable(tree):
     )
 
 
-DTYPES = {
-    "bfloat16": (jnp.bfloat16, jnp.bfloat16),
-    "mixed": (jnp.bfloat16, jnp.float32),
-}
+DTYPES = {"bfloat16": (jnp.bfloat16, jnp.bfloat16), "mixed": (jnp.bfloat16, jnp.float32)}
 
 
 # To trace takes its time: each optimizer with each type of parameters, and on either side of two or

@@ -11,12 +11,12 @@ import numpy as np
 import optax
 import optimizers
 import pytest
-from problems import CONVEX, noisy
+from problems import CONVEX, noisy, quadratic
+from runs import play
 from scipy import optimize, stats
 
 import lossguard
 from lossguard.guards.guarded import GuardedState
-from lossguard.tasks import quadratic
 
 STEPS = 150
 
@@ -38,18 +38,30 @@ def by_guarded(problem, learned, fallback, start):
 def by_loss_guard(problem, learned, fallback, start):
     """Likewise for cycles of one step and one check, of a deterministic objective."""
     guard = lossguard.loss_guard(learned, fallback, nt=1, nc=1)
-
-    def step(state, _):
-        state, decision = guard.step(state, problem)
-        return state, (problem.excess(state.params), decision.used_learned[0])
-
-    return jax.lax.scan(step, guard.init(start), length=STEPS)[1]
+    states, decisions = play(guard, problem, start, STEPS)
+    return jax.vmap(problem.excess)(states.params), decisions.used_learned[:, 0]
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("play", [by_guarded, by_loss_guard])
 @pytest.mark.parametrize("name", CONVEX)
-def test_theorem_5(name, play) -> None:
+def test_the_problems_are_what_the_theorems_ask_for(name) -> None:
+    """And what follows: mu/2 d^2 <= E <= L/2 d^2, and 2 mu E <= ||grad f||^2 <= 2 L E."""
+    problem = CONVEX[name]()
+    w, mu, L = problem.minimum, float(problem.mu), float(problem.L)
+    assert np.linalg.norm(jax.grad(problem)(w)) < 1e-12
+    for seed in range(5):
+        far = w + 3 * np.random.default_rng(seed).standard_normal(w.shape)
+        eigenvalues = jnp.linalg.eigvalsh(jax.hessian(problem)(far))
+        assert mu * (1 - 1e-9) <= eigenvalues[0] <= eigenvalues[-1] <= L * (1 + 1e-9)
+        distance, slope = jnp.sum((far - w) ** 2), jnp.sum(jax.grad(problem)(far) ** 2)
+        assert mu / 2 * distance <= problem.excess(far) <= L / 2 * distance
+        assert 2 * mu * problem.excess(far) <= slope <= 2 * L * problem.excess(far)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("by", [by_guarded, by_loss_guard])
+@pytest.mark.parametrize("name", CONVEX)
+def test_theorem_5(name, by) -> None:
     """E_k <= (1 - (2 mu a / L)(1 - a / 2))^k E_0.
 
     By Proposition 2, a step takes (a / L)(1 - a / 2) ||grad f||^2 off E at least, and the
@@ -62,7 +74,7 @@ def test_theorem_5(name, play) -> None:
 
     def one(which, a):
         learned = optimizers.hostile(which, 1 / problem.L)
-        return play(problem, learned, optax.sgd(a / problem.L), start)
+        return by(problem, learned, optax.sgd(a / problem.L), start)
 
     over_a = jax.vmap(one, in_axes=(None, 0))
     excess, used = jax.jit(jax.vmap(over_a, in_axes=(0, None)))(
@@ -143,12 +155,8 @@ def noisy_run(problem, rate, *, nt: int):
 
         learned = optimizers.hostile(which, 1 / problem.L, turn=nt * well_behaved)
         guard = lossguard.loss_guard(learned, optax.sgd(rate), nt=nt, nc=1)
-
-        def step(state, _):
-            state, decision = guard.step(state, objective)
-            return state, (problem.excess(state.params), decision.used_learned[0])
-
-        return jax.lax.scan(step, guard.init(far(problem)), length=cycles)[1]
+        states, decisions = play(guard, objective, far(problem), cycles)
+        return jax.vmap(problem.excess)(states.params), decisions.used_learned[:, 0]
 
     over_keys = jax.vmap(one, in_axes=(None, 0))
     excess, used = jax.jit(jax.vmap(over_keys, in_axes=(0, None)))(

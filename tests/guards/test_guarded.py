@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import optimizers
 import pytest
+from problems import quadratic
 
 import lossguard
-from lossguard.tasks import quadratic
 
 START = jnp.array([3.0, -2.0, 0.5])
 

@@ -38,15 +38,11 @@ def above_the_fallback(name: str, fallback: str):
     def one(which, key):
         learned = optimizers.hostile(which, rate, turn=60)
         guard = lossguard.hedged(learned, trusted, nt=NT, share=0.2)
-        return jax.lax.scan(
-            lambda state, _: guard.step(state, objective_of(key)), guard.init(start), length=CYCLES
-        )[1]
+        return play(guard, objective_of(key), start, CYCLES)[1]
 
     def by_itself(key):
         guard = lossguard.unguarded(trusted, nt=NT)
-        return jax.lax.scan(
-            lambda state, _: guard.step(state, objective_of(key)), guard.init(start), length=CYCLES
-        )[1].losses
+        return play(guard, objective_of(key), start, CYCLES)[1].losses
 
     keys, which = jax.random.split(jax.random.key(0), SEEDS), jnp.arange(len(optimizers.HOSTILE))
     over_keys = jax.vmap(one, in_axes=(None, 0))

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import optimizers
 import pytest
+import runs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,12 +51,7 @@ def player(name: str):
             return optimizers.faulty(rate, at=fault[0], fault=fault[1], value=fault[2])
 
         guard = GUARDS[name](faulty(0.3, learned_fault), faulty(0.1, fallback_fault))
-
-        def step(state, _):
-            state, decision = guard.step(state, objective)
-            return state, (state, decision)
-
-        return jax.lax.scan(step, guard.init(START), length=CYCLES)[1]
+        return runs.play(guard, objective, START, CYCLES)
 
     return jax.jit(play)
 
@@ -165,8 +161,7 @@ def test_the_residual_guard_gets_over_a_bad_minibatch(minibatch, value) -> None:
     hostile = lossguard.residual_guard(optimizers.constant(100.0), optax.sgd(0.1), nt=10)
     with jax.disable_jit():
         _, decision = hostile.step(
-            hostile.init(START),
-            lambda w, i: excess(w) * jnp.where(i == minibatch, value, 1.0),
+            hostile.init(START), lambda w, i: excess(w) * jnp.where(i == minibatch, value, 1.0)
         )
     assert not decision.used_learned[minibatch:].any()
     assert np.isfinite(states.params).all()

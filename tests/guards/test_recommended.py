@@ -31,12 +31,9 @@ def run(share: float):
     def curve(guard, key):
         xi = jax.random.normal(key, (1_000, len(CURVATURES)))
         xi = 0.02 * CURVATURES**0.5 * (xi - xi.mean(axis=0))  # as in least squares
-
-        def step(state, _):
-            state, decision = guard.step(state, lambda w, i: whole(w) + xi[i % 1_000] @ w)
-            return state, (whole(state.params), decision)
-
-        return jax.lax.scan(step, guard.init(start), length=STEPS // NT)[1]
+        objective = lambda w, i: whole(w) + xi[i % 1_000] @ w  # noqa: E731
+        states, decisions = play(guard, objective, start, STEPS // NT)
+        return jax.vmap(whole)(states.params), decisions
 
     def guarded(which, key):
         learned = optimizers.hostile(which, 1.0)

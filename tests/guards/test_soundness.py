@@ -128,14 +128,6 @@ def test_an_unsound_state_begins_anew_at_the_parameters_but_for_its_schedule(bad
     jax.tree.map(np.testing.assert_array_equal, renewed, expected)
 
 
-def test_a_state_with_infinities_by_design_is_left_alone() -> None:
-    optimizer = optax.with_extra_args_support(optax.contrib.reduce_on_plateau(patience=2))
-    state = optimizer.init(PARAMS)
-    assert np.isinf(state.best_value)
-    renewed = renew_if_unsound(optimizer, PARAMS, state._replace(scale=jnp.float32(0.5)))
-    assert renewed.scale == 0.5
-
-
 @pytest.mark.parametrize("w", [[1.0, 4.0], [0.0, 4.0]])
 def test_derivatives_of_every_kind_are_0_where_a_gradient_is_not_finite(w) -> None:
     """The gradient of the sum of roots is 1 / (2 sqrt(w))."""

@@ -95,10 +95,7 @@ def test_digits_are_drawn_by_the_seed() -> None:
         ({"test_samples": 0}, "test_samples must be an integer of at least 1, got 0"),
         ({"test_samples": 1797}, "test_samples must be in 1 .. 1796, got 1797"),
         ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
-        (
-            {"scaling": "none"},
-            "scaling must be one of unit, standardized, symmetric, got 'none'",
-        ),
+        ({"scaling": "none"}, "scaling must be one of unit, standardized, symmetric, got 'none'"),
     ],
 )
 def test_digits_names_bad_arguments(options: dict[str, Any], message: str) -> None:

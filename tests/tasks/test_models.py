@@ -100,9 +100,7 @@ def test_begins_as_torch_does(model: Model, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "shape"),
-    [(MLP((5, 5)), (5,)), (ConvNet((3, 3), (1, 1), (1, 1)), (4, 4, 3))],
-    ids=str,
+    ("model", "shape"), [(MLP((5, 5)), (5,)), (ConvNet((3, 3), (1, 1), (1, 1)), (4, 4, 3))], ids=str
 )
 def test_layers_of_a_size_are_drawn_apart(model: Model, shape: tuple[int, ...]) -> None:
     first, second, _ = model.init(shape, 10, jax.random.key(0))
@@ -173,9 +171,7 @@ def test_too_small_inputs_are_refused() -> None:
         (11, 7, 2, 2, 2, 4),
     ],
 )
-def test_patches_equal_lax(
-    height: int, width: int, inputs: int, outputs: int, kernel: int, stride: int
-) -> None:
+def test_patches_equal_lax(height, width, inputs, outputs, kernel, stride) -> None:
     """Values and both gradients."""
     rng = np.random.default_rng(0)
     x, w, direction = (

@@ -18,7 +18,7 @@ from ..schedules import paper_decay
 from ..tasks.datasets import load_dataset
 from ..tasks.models import MLP, ConvNet, ReluMLP
 from ..tasks.task import Task
-from ..validation import one_of
+from ..validation import check_kind, one_of
 
 
 def named_task(experiment: "Experiment") -> Task:
@@ -34,8 +34,8 @@ Methods = Mapping[str, Method]
 
 
 def sgd_fallback(experiment: "Experiment") -> optax.GradientTransformation:
-    """SGDnm as the guards have it: its decay may be another than that of SGDnm alone."""
-    return optax.sgd(paper_decay(experiment.sgd_rate, experiment.guard_tau))
+    """SGDnm, alone and as the guards have it."""
+    return optax.sgd(paper_decay(experiment.sgd_rate, experiment.sgd_tau))
 
 
 def alone(e: "Experiment", optimizer: optax.GradientTransformation) -> Method:
@@ -69,7 +69,7 @@ def paper_methods(e: "Experiment") -> Methods:
     """The paper's methods, by the names in its legends, our readings of them, and our guards."""
     sgd, adam = sgd_fallback(e), optax.adam(e.adam_rate)
     return {
-        "SGDnm": alone(e, optax.sgd(paper_decay(e.sgd_rate, e.sgd_tau))),
+        "SGDnm": alone(e, sgd),
         "Adam": alone(e, adam),
         "L2O": learned_alone(e),
         "GL2O": rival(e, 0.9),
@@ -105,8 +105,6 @@ class Experiment:
     seed: int = 0
     """The first seed."""
     methods: tuple[str, ...] = ("SGDnm", "Adam", "L2O", "GL2O", "LGL2O")
-    evaluate_from: int = 1
-    """The first step at which iterates are scored on whole splits; at the last they always are."""
     vectorize: bool = False
     """Seeds side by side, which pays on accelerators only: what guards skip is then computed."""
     learned: str = "lstm-mnist-mlp"
@@ -120,8 +118,6 @@ class Experiment:
     sgd_rate: float = 3.0
     sgd_tau: float = 50_000.0
     """Time scale of SGDnm's decay, in steps."""
-    guard_tau: float = 50_000.0
-    """The same where SGDnm is a guard's fallback."""
     adam_rate: float = 0.01
     make_task: Annotated[Callable[["Experiment"], Task], tyro.conf.Suppress] = named_task
     make_methods: Annotated[MakeMethods, tyro.conf.Suppress] = paper_methods
@@ -145,22 +141,13 @@ class Experiment:
         if not self.methods or len({*self.methods}) < len(self.methods):
             given = " ".join(self.methods) or "none"
             raise ValueError(f"methods must be one or more, each once, got {given}")
-        return {method: _made(method, known[method]) for method in self.methods}
+        made = {m: known[m]() if callable(known[m]) else known[m] for m in self.methods}
+        for method, guard in made.items():
+            check_kind(f"method {method}", guard, Guard, "unguarded(optimizer)")
+        return made
 
 
 def with_methods(make_methods: MakeMethods, experiment: Experiment, **changes: Any) -> Experiment:
     """An experiment with every method that a function makes."""
     made = tuple(make_methods(experiment))
     return replace(experiment, methods=made, make_methods=make_methods, **changes)
-
-
-def _made(method: str, make: Any) -> Guard:
-    """The guard of a method; refuse what doesn't make one."""
-    guard = make() if callable(make) else None
-    if not isinstance(guard, Guard):
-        found = f"makes {type(guard).__name__}" if callable(make) else f"is {type(make).__name__}"
-        raise ValueError(
-            "make_methods must give each method a function without arguments that makes a guard: "
-            f"{method!r} {found}"
-        )
-    return guard

@@ -70,7 +70,6 @@ def price_recipe(task: str, over: str, learned: str) -> Experiment:
         seed=5_000,
         seeds=20 if points else 5,
         steps=STEPS[task],
-        vectorize=False,
     )
 
 

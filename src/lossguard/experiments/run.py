@@ -38,8 +38,8 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
 
     Beside the curves it leaves ``evaluations.parquet``: loss and accuracy of the iterate on the
     whole of both splits and what was spent by then, at the end of the cycle that reaches a step of
-    ``MARKS`` times a power of ten, from ``evaluate_from`` on, and at the last one. So methods are
-    compared at equal price, and without the noise of minibatches.
+    ``MARKS`` times a power of ten, and at the last one. So methods are compared at equal price, and
+    without the noise of minibatches.
 
     Every seed draws its own initialization and order of minibatches, the same for all methods. A
     run stopped by Ctrl-C or killed goes on with ``resume``, from the last checkpoint, and ends with
@@ -92,11 +92,11 @@ def _run_all(
 
 def _check(experiment: Experiment) -> None:
     """Its numbers, also those that none of its methods uses."""
-    for name in ("batch_size", "nt", "nc", "evaluate_from"):
+    for name in ("batch_size", "nt", "nc"):
         check_count(name, getattr(experiment, name))
     check_seed(experiment.seed, experiment.seeds)
     check_count("steps", experiment.steps, most=MOST_STEPS)
-    for name in ("sgd_rate", "sgd_tau", "guard_tau", "adam_rate"):
+    for name in ("sgd_rate", "sgd_tau", "adam_rate"):
         check_positive(**{name: getattr(experiment, name)})
 
 
@@ -141,10 +141,9 @@ class _MethodRun:
         self._checkpoints = Checkpoints(self.folder / "methods" / f"{name}.checkpoints")
 
     def records(self) -> tuple[pl.DataFrame, pl.DataFrame, float]:
-        """Its curves and evaluations, and the seconds that it took; run first, unless it has been.
+        """Its curves and evaluations, and the seconds that its cycles took, without compilation.
 
-        Seconds are without compilation, if there is more than one chunk: the first took as long a
-        cycle.
+        It is run first, unless it has been.
         """
         if not self._written.exists():
             self._start()
@@ -163,12 +162,11 @@ class _MethodRun:
             lambda seed: jax.random.split(jax.random.key(seed)), out_axes=1
         )(jnp.asarray(seeds))
         self._state = jax.jit(jax.vmap(lambda key: self.guard.init(self.task.init(key))))(init_keys)
-        self._cycles, self._chunks, self._evaluations = 0, [], []
-        self._seconds, self._timed = 0.0, 0  # of all chunks but the first, which compiles
-        if (found := self._checkpoints.latest((self._state, jnp.zeros(3)))) is None:
+        self._cycles, self._chunks, self._evaluations, self._seconds = 0, [], [], 0.0
+        if (found := self._checkpoints.latest((self._state, jnp.zeros(2)))) is None:
             return
-        self._cycles, (self._state, (seconds, timed, evaluated)), table = found
-        self._seconds, self._timed, self._chunks = float(seconds), int(timed), [table]
+        self._cycles, (self._state, (seconds, evaluated)), table = found
+        self._seconds, self._chunks = float(seconds), [table]
         if evaluated:
             evaluations = records.read_parquet(self._evaluated)
             self._evaluations = [evaluations.filter(pl.col("cycle") <= self._cycles)]
@@ -183,16 +181,14 @@ class _MethodRun:
         nt = self.experiment.nt
         steps = -(-self.experiment.steps // nt) * nt
         with Progress(self.method, total=steps, done=self._taken, first="compiling") as progress:
-            saved, compiled = progress.seconds, False
+            self._rollouts(jax.tree.map(jnp.copy, self._state), 1)  # compiles
+            saved = progress.seconds
             while (taken := self._taken) < steps:
                 goal = min(next_mark(taken), steps)
                 cycles = min(CHUNK, -(-(goal - taken) // nt))
                 began = progress.seconds
                 decisions = self._advance(cycles)
-                if compiled:
-                    self._seconds += progress.seconds - began
-                    self._timed += cycles
-                compiled = True
+                self._seconds += progress.seconds - began
                 progress.advance(
                     self._taken - taken,
                     loss=float(np.mean(decisions.losses)),
@@ -200,39 +196,36 @@ class _MethodRun:
                     price=float(np.mean(decisions.price())) / nt,
                 )
                 finished = self._taken >= steps
-                if self._taken >= goal and (finished or goal >= self.experiment.evaluate_from):
+                if self._taken >= goal:
                     self._evaluate()
                 if (self.stopped() or progress.seconds - saved > SAVE_SECONDS) and not finished:
                     saved = progress.seconds
                     self._save()
                 if self.stopped() and not finished:
                     raise KeyboardInterrupt
-            if not self._timed:
-                self._seconds, self._timed = progress.seconds, self._cycles
         table = curves.join(self._chunks, self.method)
-        seconds = self._seconds * self._cycles / self._timed
-        records.write_parquet(self._written, table.with_columns(seconds=pl.lit(seconds)))
+        records.write_parquet(self._written, table.with_columns(seconds=pl.lit(self._seconds)))
         if self.stopped():
             raise KeyboardInterrupt
 
     def _advance(self, cycles: int) -> Decision:
         """So many cycles of every seed."""
         before = np.asarray(self._state.steps)
-        self._state, decisions = self._rollouts(cycles)
+        self._state, decisions = self._rollouts(self._state, cycles)
         spent = curves.totals(self._chunks[-1]) if self._chunks else None
         self._chunks.append(curves.thin(decisions, before, spent))
         self._cycles += cycles
         return decisions
 
-    def _rollouts(self, cycles: int) -> tuple[GuardState, Decision]:
+    def _rollouts(self, states: GuardState, cycles: int) -> tuple[GuardState, Decision]:
         """A rollout of every seed, all at once or one after another."""
 
         def one(state: GuardState, key: PRNGKeyArray) -> tuple[GuardState, Decision]:
             return rollout(self.guard, state, self.task.objective(key), cycles=cycles, most=CHUNK)
 
         if self.experiment.vectorize:
-            return jax.vmap(one)(self._state, self._order_keys)
-        done = [one(_of_seed(self._state, k), key) for k, key in enumerate(self._order_keys)]
+            return jax.vmap(one)(states, self._order_keys)
+        done = [one(_of_seed(states, k), key) for k, key in enumerate(self._order_keys)]
         states, decisions = zip(*done, strict=True)
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), jax.tree.map(
             lambda *leaves: np.stack(leaves), *decisions
@@ -252,7 +245,7 @@ class _MethodRun:
     def _save(self) -> None:
         """A checkpoint."""
         self._chunks = [pl.concat(self._chunks)]
-        numbers = jnp.array([self._seconds, self._timed, len(self._evaluations)])
+        numbers = jnp.array([self._seconds, len(self._evaluations)])
         self._checkpoints.save(self._cycles, (self._state, numbers), self._chunks[0])
 
 

@@ -50,13 +50,8 @@ class Alarm(NamedTuple):
 
 def silent(block: int, dtype: jnp.dtype) -> Alarm:
     """An alarm that has heard nothing."""
-    return Alarm(
-        jnp.zeros(block, dtype),
-        jnp.int32(0),
-        jnp.array(jnp.nan, dtype),
-        jnp.array(jnp.inf, dtype),
-        jnp.int32(0),
-    )
+    unknown, highest = jnp.array(jnp.nan, dtype), jnp.array(jnp.inf, dtype)
+    return Alarm(jnp.zeros(block, dtype), jnp.int32(0), unknown, highest, jnp.int32(0))
 
 
 def hear(

@@ -61,8 +61,7 @@ class Decision(NamedTuple):
     def price(self, u: float = 0.0) -> Array | np.ndarray:
         """Gradients + forward passes / 3 + learned updates times u: what was spent, in gradients.
 
-        Args:
-            u: the measured cost of one learned update in gradients of the task; 0: not counted.
+        u is the measured cost of one learned update in gradients of the task; 0: not counted.
         """
         return self.gradients + self.forwards / 3 + u * self.learned_updates
 

@@ -73,16 +73,11 @@ class Leg(NamedTuple):
 
 @dataclass(frozen=True)
 class Relay:
-    """The rules.
+    """The rules, of which ``recommended`` tells; trials are those of ``trial.py``.
 
-    - While z leads, y is tried from time to time, from x with a fresh state: in at most ``share``
-      of the steps, and sqrt(k) more. It leads if it wins (``trial.py``).
-    - y leads while its smoothed loss falls by a power of at least 1/4 of its age, and is not 1.5
-      times what it was at the snapshot. Then z goes on: from x, or, after a rise, from there.
-    - The snapshot is where z was when y took over. It moves to x when the loss is a fifth
-      lower, at first half as high.
-    - When y first takes over, s stays where z was. When it runs, and when x goes back to it, is the
-      affair of who has the relay.
+    The snapshot is where z was when y took over. It moves to x when the loss is a fifth lower, at
+    first half as high. After a loss of 1.5 times that at the snapshot z goes on from there. When s
+    runs, and when x goes back to it, is the affair of who has the relay.
     """
 
     learned: Optimizer
@@ -210,10 +205,7 @@ class Relay:
             ends, progresses.begin(jnp.where(from_x, state.progress.recent, level)), state.progress
         )
         return state._replace(
-            z=z,
-            learned_leads=~ends,
-            level=jnp.where(better, now, level),
-            progress=progress,
+            z=z, learned_leads=~ends, level=jnp.where(better, now, level), progress=progress
         )
 
 

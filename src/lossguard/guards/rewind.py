@@ -67,12 +67,7 @@ class RewindState(NamedTuple):
 
 
 def rewind(
-    optimizer: Any,
-    *,
-    window: int = 256,
-    rho: float = 0.1,
-    factor: float = 0.5,
-    rise: float = 0.05,
+    optimizer: Any, *, window: int = 256, rho: float = 0.1, factor: float = 0.5, rise: float = 0.05
 ) -> optax.GradientTransformationExtraArgs:
     """An optax transformation: the optimizer's steps, until the loss rises and stays high.
 

@@ -22,10 +22,5 @@ from .models import Model as Model
 from .models import ReluMLP as ReluMLP
 from .published import PUBLISHED as PUBLISHED
 from .published import published_task as published_task
-from .synthetic import Noisy as Noisy
-from .synthetic import Quadratic as Quadratic
-from .synthetic import RidgeLogistic as RidgeLogistic
-from .synthetic import quadratic as quadratic
-from .synthetic import ridge_logistic as ridge_logistic
 from .task import Task as Task
 from .task import TaskObjective as TaskObjective

@@ -20,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from .image_source import ImageSource, SplitSource
+from .images import ImageSource, SplitSource
 
 VARIABLE = "LOSSGUARD_DATA"
 
@@ -140,23 +140,15 @@ def _read(file: Path) -> tuple[list[bytes], Int64[np.ndarray, " n"]]:
         table = pl.read_parquet(file)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         raise ValueError(f"{file} can't be read as Parquet ({_first_line(error)})") from error
-    column = next((name for name in ("image", "img") if name in table.columns), None)
-    if column is None or "label" not in table.columns:
+    image = "image" if "image" in table.columns else "img"
+    images, labels = table.schema.get(image), table.schema.get("label")
+    encoded = isinstance(images, pl.Struct) and images.to_schema().get("bytes") == pl.Binary
+    if not (encoded and labels is not None and labels.is_integer()):
         raise ValueError(
-            f"{file} must have a column 'label' and a column 'image' or 'img', got {table.columns}"
+            f"{file} must have a column 'image' or 'img' of structs with binary 'bytes', and a "
+            f"column 'label' of integers, got {dict(table.schema)}"
         )
-    images, labels = table[column], table["label"]
-    if (
-        not isinstance(images.dtype, pl.Struct)
-        or images.dtype.to_schema().get("bytes") != pl.Binary
-    ):
-        raise ValueError(
-            f"{file} must have structs with binary 'bytes' in its column {column!r}, got "
-            f"{images.dtype}"
-        )
-    if not labels.dtype.is_integer():
-        raise ValueError(f"{file} must have integers in its column 'label', got {labels.dtype}")
-    encoded = images.struct.field("bytes")
+    encoded, labels = table[image].struct.field("bytes"), table["label"]
     if encoded.null_count() or labels.null_count():
         raise ValueError(f"{file} has rows without an image or without a label")
     return encoded.to_list(), labels.to_numpy().astype(np.int64)

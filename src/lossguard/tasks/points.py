@@ -69,16 +69,7 @@ def circles(
 ) -> Dataset:
     """Scikit-learn's ``make_circles``: a circle of radius 1 and one of radius ``factor`` inside it.
 
-    Args:
-        samples: points of the training split.
-        test_samples: points of the test split.
-        noise: deviation of each coordinate.
-        factor: in [0, 1).
-        seed: of all draws.
-        scaling: "none" or "standardized".
-
-    Raises:
-        ValueError: if an argument is out of range.
+    ``factor`` is in [0, 1). The other arguments and errors are those of ``spirals``.
     """
     with needed("the data set circles"):  # takes a second to import
         from sklearn.datasets import make_circles
@@ -101,15 +92,7 @@ def moons(
 ) -> Dataset:
     """Scikit-learn's ``make_moons``: two interleaved half circles of radius 1.
 
-    Args:
-        samples: points of the training split.
-        test_samples: points of the test split.
-        noise: deviation of each coordinate.
-        seed: of all draws.
-        scaling: "none" or "standardized".
-
-    Raises:
-        ValueError: if an argument is out of range.
+    Arguments and errors are those of ``spirals``.
     """
     with needed("the data set moons"):  # takes a second to import
         from sklearn.datasets import make_moons

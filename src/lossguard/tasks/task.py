@@ -34,12 +34,7 @@ class Task(eqx.Module):
         """The loss as a function of parameters and the number of a minibatch; the key shuffles."""
         return TaskObjective(self, key)
 
-    def loss(
-        self,
-        params: PyTree,
-        inputs: Array,
-        labels: Int[Array, " batch"],
-    ) -> Float[Array, ""]:
+    def loss(self, params: PyTree, inputs: Array, labels: Int[Array, " batch"]) -> Float[Array, ""]:
         """The mean loss on a batch of inputs as they are stored."""
         return self._scores(params, inputs, labels)["loss"].mean()
 

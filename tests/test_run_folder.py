@@ -59,6 +59,17 @@ def test_a_finished_run_needs_no_lock(finished: Path) -> None:
         assert one and two and sorted(finished.iterdir()) == before
 
 
+@pytest.mark.parametrize("left", [[".lock"], [".lock", "started.json"]])
+def test_what_a_kill_left_of_a_finished_run_goes(finished: Path, left: list[str]) -> None:
+    """It was killed after the manifest was there, but before these were deleted."""
+    before = sorted(finished.iterdir())
+    for name in left:
+        (finished / name).write_text("{}")
+    with run_folder.hold_folder(finished, CONFIG, resume=True) as one:
+        assert one
+    assert sorted(finished.iterdir()) == before
+
+
 def test_the_commit_of_a_repository_around_it_is_not_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

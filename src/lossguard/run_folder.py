@@ -35,13 +35,13 @@ PACKAGES = ("lossguard", "jax", "jaxlib", "optax", "equinox", "numpy", "polars")
 def hold_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False) -> Iterator[bool]:
     """``open_folder``, locked against other processes; yields whether the run is finished.
 
-    The folder of a finished run is neither locked nor written to.
+    The folder of a finished run is neither locked nor written to, unless a kill left something.
 
     Raises:
         ValueError, OSError: as ``open_folder``, or if another process holds the folder.
     """
     _check_folder(folder, config, resume=resume)
-    if is_finished(folder):
+    if is_finished(folder) and not any((folder / name).exists() for name in (STARTED, LOCK)):
         yield True
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,9 @@ def hold_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False
         open_folder(folder, config, resume=resume)
         for part in filter(is_part, folder.rglob(".*.part")):
             part.unlink()
-        yield is_finished(folder)
+        if finished := is_finished(folder):
+            (folder / STARTED).unlink(missing_ok=True)  # killed just after the manifest was there
+        yield finished
 
 
 def open_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False) -> None:

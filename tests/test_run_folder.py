@@ -59,7 +59,7 @@ def test_a_finished_run_needs_no_lock(finished: Path) -> None:
         assert one and two and sorted(finished.iterdir()) == before
 
 
-@pytest.mark.parametrize("left", [[".lock"], [".lock", "started.json"]])
+@pytest.mark.parametrize("left", [[".lock"], [".lock", "started.json"], ["failed.json"]])
 def test_what_a_kill_left_of_a_finished_run_goes(finished: Path, left: list[str]) -> None:
     """It was killed after the manifest was there, but before these were deleted."""
     before = sorted(finished.iterdir())

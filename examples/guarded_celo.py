@@ -49,8 +49,12 @@ def for_optax(optimizer: Optimizer, steps: int) -> optax.GradientTransformationE
     return optax.GradientTransformationExtraArgs(learned.init, update)
 
 
-def methods(e: OnCelo) -> Methods:
-    """SGDnm, Adam and Celo alone, and guards of Celo over the other two."""
+def published(weights: str) -> Optimizer:
+    """Celo with these weights, and the settings that they were trained with.
+
+    Args:
+        weights: a file; Celo's repository has one.
+    """
     architecture = Celo(
         lstm_hidden_size=64,
         initial_momentum_decays=(0.9, 0.99, 0.999),
@@ -60,7 +64,12 @@ def methods(e: OnCelo) -> Methods:
         train_phase=2,
         summarize_each_layer=False,
     )
-    celo = for_optax(init_lopt_from_ckpt(architecture, e.weights), e.horizon or e.steps)
+    return init_lopt_from_ckpt(architecture, weights)
+
+
+def methods(e: OnCelo) -> Methods:
+    """SGDnm, Adam and Celo alone, and guards of Celo over the other two."""
+    celo = for_optax(published(e.weights), e.horizon or e.steps)
     sgd, adam = sgd_fallback(e), optax.adam(e.adam_rate)
 
     def alone(optimizer):

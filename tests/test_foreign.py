@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import runpy
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import lossguard
 
 PAGE = Path(__file__).parents[1] / "docs" / "own_optimizer.md"
+EXAMPLE = Path(__file__).parents[1] / "examples" / "guarded_celo.py"
 STEPS = 20
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other libraries
 
@@ -67,24 +69,14 @@ def without_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def celo() -> Any:
-    """With its weights."""
-    from celo.optimizers.celo import Celo
-
-    architecture = Celo(
-        lstm_hidden_size=64,
-        initial_momentum_decays=(0.9, 0.99, 0.999),
-        initial_rms_decays=(0.999,),
-        initial_adafactor_decays=(0.9, 0.99, 0.999),
-        param_inits=1,
-        train_phase=2,
-        summarize_each_layer=False,
-    )
-    return with_weights(architecture, "celo")
+    """With its weights, as the example makes it."""
+    return runpy.run_path(str(EXAMPLE))["published"](published_weights("celo"))
 
 
 def celo_adam() -> Any:
     """With its weights."""
     from celo.optimizers.celo_adam import Celo
+    from celo.utils import init_lopt_from_ckpt
 
     architecture = Celo(
         lstm_hidden_size=64,
@@ -92,16 +84,15 @@ def celo_adam() -> Any:
         initial_momentum_decays=(0.9,),
         initial_rms_decays=(0.999,),
     )
-    return with_weights(architecture, "celo_adam")
+    return init_lopt_from_ckpt(architecture, published_weights("celo_adam"))
 
 
-def with_weights(architecture: Any, name: str) -> Any:
-    """Those in Celo's repository."""
+def published_weights(name: str) -> str:
+    """The file of them in Celo's repository."""
     import celo
-    from celo.utils import init_lopt_from_ckpt
 
     folder = Path(next(iter(celo.__path__))).parent / "algoperf" / "submissions" / name
-    return init_lopt_from_ckpt(architecture, str(folder / "theta.state"))
+    return str(folder / "theta.state")
 
 
 def random(module: str, name: str, **options: Any) -> Any:

@@ -53,6 +53,17 @@ def test_a_finished_run_needs_no_lock(finished: Path) -> None:
         assert one and two and sorted(finished.iterdir()) == before
 
 
+@pytest.mark.parametrize("left", [[".lock"], [".lock", "started.json"], ["failed.json"]])
+def test_what_a_kill_left_of_a_finished_run_goes(finished, left) -> None:
+    """It was killed after the manifest was there, but before these were deleted."""
+    before = sorted(finished.iterdir())
+    for name in left:
+        (finished / name).write_text("{}")
+    with run_folder.hold_folder(finished, CONFIG, resume=True) as one:
+        assert one
+    assert sorted(finished.iterdir()) == before
+
+
 def test_the_commit_of_a_repository_around_it_is_not_its_own(tmp_path, monkeypatch) -> None:
     """Such as one whose virtual environment it is installed in."""
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]

@@ -49,10 +49,12 @@ def readings(folders: Folders, out: Out = Path("readings.png")) -> None:
         folders: Folders of runs, or folders that hold such folders.
         out: A map of all readings and claims.
     """
+    from .drawing import png
     from .experiments.readings import draw_readings, judge_readings
+    from .files import write_whole
 
     judged = judge_readings(_records(folders))
-    draw_readings(judged).savefig(out, dpi=100)
+    write_whole(out, png(draw_readings(judged)), "a figure", make_folder=True)
     for one in judged:
         print(one)
     print(shown(f"figure: {out}"))

@@ -24,9 +24,21 @@ import jax
 from . import checksums
 from .files import is_part
 from .locks import LOCK, locked
-from .records import CONFIG, CURVES, INPUTS, MANIFEST, TABLES, check_fields, read_json, write_json
+from .records import (
+    CONFIG,
+    CURVES,
+    FAILED,
+    INPUTS,
+    MANIFEST,
+    TABLES,
+    check_fields,
+    read_json,
+    write_json,
+)
 
 STARTED = "started.json"
+PASSING = (STARTED, FAILED)
+"""What is there until a run is finished."""
 CPUINFO = Path("/proc/cpuinfo")
 PACKAGES = ("lossguard", "jax", "jaxlib", "optax", "equinox", "numpy", "polars")
 
@@ -35,13 +47,13 @@ PACKAGES = ("lossguard", "jax", "jaxlib", "optax", "equinox", "numpy", "polars")
 def hold_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False) -> Iterator[bool]:
     """``open_folder``, locked against other processes; yields whether the run is finished.
 
-    The folder of a finished run is neither locked nor written to.
+    The folder of a finished run is neither locked nor written to, unless a kill left something.
 
     Raises:
         ValueError, OSError: as ``open_folder``, or if another process holds the folder.
     """
     _check_folder(folder, config, resume=resume)
-    if is_finished(folder):
+    if is_whole(folder):
         yield True
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +61,9 @@ def hold_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False
         open_folder(folder, config, resume=resume)
         for part in filter(is_part, folder.rglob(".*.part")):
             part.unlink()
-        yield is_finished(folder)
+        if finished := is_finished(folder):
+            _clear(folder)
+        yield finished
 
 
 def open_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False) -> None:
@@ -113,6 +127,11 @@ def is_finished(folder: Path) -> bool:
     return all((folder / name).is_file() for name in (CURVES, MANIFEST))
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether it is finished, and a kill just then left nothing that ``_clear`` deletes."""
+    return is_finished(folder) and not any((folder / name).exists() for name in (LOCK, *PASSING))
+
+
 def start(folder: Path, *, inputs: Mapping[str, str], **more: Any) -> dict[str, Any]:
     """The manifest of a run that starts here and now, when its code is that of the commit.
 
@@ -152,7 +171,13 @@ def finish(folder: Path, made: Mapping[str, Any]) -> None:
     sums[CONFIG] = checksums.of_json(read_json(folder / CONFIG))
     own = {MANIFEST: checksums.of_json({**made, checksums.NAME: sums})}
     write_json(folder / MANIFEST, {**made, checksums.NAME: sums | own})
-    (folder / STARTED).unlink(missing_ok=True)
+    _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Delete what a finished run has no more."""
+    for name in PASSING:
+        (folder / name).unlink(missing_ok=True)
 
 
 def manifest(**more: Any) -> dict[str, Any]:

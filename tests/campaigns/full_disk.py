@@ -1,4 +1,4 @@
-"""A disk that is full at a random write: of a run, a sweep, a meta-training, plot, report.
+"""A disk that is full from a write on, each in turn: of a run, a sweep, a meta-training, readers.
 
 Held: one sentence that names the reason, nothing that looks whole and isn't, and the same end to
 the bit once there is room again.
@@ -8,7 +8,6 @@ import contextlib
 import errno
 import io
 import os
-import random
 import shutil
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import jax
 import tiny
 
 from lossguard import cli
@@ -25,8 +25,9 @@ from lossguard.metatrain.recipes import RECIPES
 
 from .killed import META, content, go
 
-COMMANDS = {"run": 40, "sweep": 40, "metatrain": 25, "plot": 4, "report": 4}
-"""And how many writes each has, about."""
+COMMANDS = {"plot": 4, "readings": 5, "report": 5, "metatrain": 50, "run": 101, "sweep": 103}
+"""And how many writes each has, and one more, at which the disk is not full."""
+WRITES = [(kind, at) for kind, many in COMMANDS.items() for at in range(many)]
 RECIPE = f"{tiny.__file__}:recipe"
 
 
@@ -73,7 +74,9 @@ def command(*arguments: object) -> tuple[int, str]:
 
 @cache
 def whole(kind: str) -> Path:
-    """One that had room."""
+    """One that had room; what it compiles the attempts reuse."""
+    jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     folder = Path(tempfile.mkdtemp()) / kind
     go(kind, folder)
     return folder
@@ -81,9 +84,8 @@ def whole(kind: str) -> Path:
 
 def attempt(seed: int, folder: Path) -> Counter[str]:
     """One command, on a disk that is full from a write on; then again."""
-    rng = random.Random(seed)
-    kind = rng.choice([*COMMANDS])
-    disk = Full(folder, rng.randrange(COMMANDS[kind]))
+    kind, at = WRITES[seed % len(WRITES)]
+    disk = Full(folder, at)
     place = folder / "out"
     finished = whole("run")
     arguments = {
@@ -91,6 +93,7 @@ def attempt(seed: int, folder: Path) -> Counter[str]:
         "sweep": ("sweep", RECIPE, "--out", place),
         "metatrain": ("metatrain", "tiny", "--out", place),
         "plot": ("plot", place),
+        "readings": ("readings", finished, "--out", place),
         "report": ("report", finished, "--out", place),
     }
     if kind == "plot":
@@ -107,6 +110,7 @@ def attempt(seed: int, folder: Path) -> Counter[str]:
     ):
         status, err = do()
         failed, disk.on = disk.left < 0, False
+        assert failed != (at == COMMANDS[kind] - 1), f"{kind}: {at - disk.left} writes"
         assert failed == (status != 0), (
             f"{kind}: exit status {status}, and the disk was full: {failed}"
         )

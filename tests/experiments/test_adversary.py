@@ -62,7 +62,7 @@ def plant(folder: Path, outside: Path) -> None:
         (folder / name).symlink_to(outside / "precious")
 
 
-@pytest.mark.parametrize("name", ["plot", "claims", "report"])
+@pytest.mark.parametrize("name", ["plot", "claims", "readings", "report"])
 def test_what_reads_records_executes_nothing_and_writes_nothing_outside(
     world, monkeypatch, capsys, name
 ) -> None:
@@ -79,13 +79,14 @@ def test_what_reads_records_executes_nothing_and_writes_nothing_outside(
     (Path("runs") / "pipe").mkdir()
     os.mkfifo(Path("runs/pipe/config.json"))
     os.mkfifo(Path("runs/pipe/manifest.json"))
+    Path("readings.png").symlink_to(world / "outside" / "precious")
     before = content(world / "outside")
 
     command(monkeypatch, name, "runs", *(("--out", "page.html") if name == "report" else ()))
     out, err = capsys.readouterr()
     assert content(world / "outside") == before
     assert not {"\x1b", "\x07"} & {*out, *err}
-    if name != "claims":
+    if name in ("plot", "report"):
         assert NAMES[0].replace("\x1b", r"\x1b").replace("\x07", r"\x07") in out or name == "report"
     told = err if name != "report" else Path("page.html").read_text()
     assert "runs/link is a link: name the folder that it leads to" in told
@@ -97,7 +98,7 @@ def test_what_reads_records_executes_nothing_and_writes_nothing_outside(
         assert "<script>alert(1)" not in told
 
 
-@pytest.mark.parametrize("name", ["plot", "claims", "report"])
+@pytest.mark.parametrize("name", ["plot", "claims", "readings", "report"])
 def test_values_that_cannot_be_are_refused_in_a_sentence(world, refused, name) -> None:
     """By every command that reads records; test_records.py has more such values."""
     folder = write_meta(Path("run"), "mine")

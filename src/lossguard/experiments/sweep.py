@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from ..config import as_config
 from ..locks import FolderInUseError
 from ..records import FAILED, write_json
-from ..run_folder import is_finished, open_folder
+from ..run_folder import is_whole, open_folder
 from .experiment import Experiment
 from .run import run
 
@@ -58,7 +58,7 @@ def sweep(
 
     left: dict[str, tuple[Experiment, Path]] = {}
     for name, experiment in experiments.items():
-        if is_finished(folders[name]):
+        if is_whole(folders[name]):
             yield Outcome(name, out / name, "skipped")
         else:
             left[name] = experiment, folders[name]
@@ -83,7 +83,6 @@ def attempt(experiment: Experiment, folder: Path) -> str:
     """
     try:
         run(experiment, folder, resume=True)
-        (folder / FAILED).unlink(missing_ok=True)
     except FolderInUseError as error:
         return str(error)
     except Exception as error:

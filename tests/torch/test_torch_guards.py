@@ -159,7 +159,7 @@ def test_hedged_gives_the_fallbacks_own_run_while_that_leads():
     assert decision.winner == 0 and weight.item() == pytest.approx(-40)
     for _ in range(4):
         decision = scripted(guard, {"y": 0.9, "s": 0.1, "z": 0.9})
-    assert decision.winner == 2 and guard._on_own
+    assert decision.winner == 2 and guard._relay.state.on_own
 
 
 def test_a_decision_says_where_the_model_jumps():

@@ -255,5 +255,4 @@ class GuardOfTwo(Guard):
             process_group=process_group,
             callback=callback,
         )
-        self._relay = Relay(self._lanes["y"], self._lanes["z"], self.nt, share)
-        self._s, self._on_own = self._lanes["s"], True
+        self._relay = Relay(*self._lanes.values(), self.nt, share)

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 
 from lossguard.torch import progress as progresses
 from lossguard.torch import trial as trials
-from lossguard.torch.decision import FALLBACK, LEARNED, OWN, Decision, Seen, mean
+from lossguard.torch.decision import Decision, Seen, mean
 from lossguard.torch.guard import GuardOfTwo
 from lossguard.torch.lane import Lane
-from lossguard.torch.relay import Leg, report
 from lossguard.torch.trial import Trial
 
 LOOKS = 3
@@ -72,7 +71,7 @@ class Recommended(GuardOfTwo):
     (0, 20.0)
     """
 
-    remembered = ("_on_own", "_own_steps", "_progress", "_against", "_relay.state")
+    remembered = ("_relay.state", "_own_steps", "_progress", "_against")
 
     _own_steps = 0
     _progress = progresses.begin(0.0)
@@ -81,12 +80,11 @@ class Recommended(GuardOfTwo):
     """Of s against x, by their losses alone."""
 
     def _begin(self) -> list[Lane]:
-        share = self._share_of_s
-        relay = self._relay.begin(self.steps)
-        runs = not self._on_own and self._own_steps < share * self.steps
-        if runs:
-            self._s.keep()
-        return [lane for lane in (*relay, *[self._s][:runs]) if not lane.live]
+        off, share = not self._relay.state.on_own, self._share_of_s
+        lanes = self._relay.begin(self.steps, off and self._own_steps < share * self.steps)
+        if self._relay.s in lanes:
+            self._relay.s.keep()
+        return lanes
 
     @property
     def _share_of_s(self) -> float:
@@ -97,32 +95,22 @@ class Recommended(GuardOfTwo):
         return more if soon < now - BELOW * abs(now) else share
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
-        s = seen.get("s")
-        leg = self._relay.settle(seen.get("y"), seen.get("z"), self.steps)
-        self._settle_own(leg, s)
-        self._lead(self._relay.leader)
-        winner = OWN if self._on_own else FALLBACK
-        return report(
-            leg, LEARNED if self._relay.leader.name == "y" else winner, self.nt, len(seen)
-        )
-
-    def _settle_own(self, leg: Leg, s: Seen | None) -> None:
-        """x leaves the fallback's own path, stays off it, or goes back to it."""
-        runs, on_own = s is not None, self._on_own
+        s, relay, on_own, back = seen.get("s"), self._relay, self._relay.state.on_own, None
+        decision, leaves = relay.settle(seen, self.steps)
         if s is not None and not s.fine:
-            self._s.go_back()
-        elif s is not None or (on_own and leg.fine_z):
-            losses = leg.losses if s is None else s.losses
+            relay.s.go_back()
+        elif s is not None or (on_own and decision.finite_fallback):
+            losses = decision.losses if s is None else s.losses
             self._progress = progresses.add(self._progress, mean(losses), self.nt, memory=0)
-        if on_own and leg.taken_over:
-            self._s.become(self._relay.z)
-            self._on_own, self._against = False, Trial(LOOKS, math.inf)
+        if leaves:
+            self._against = Trial(LOOKS, math.inf)
         elif s is not None and s.fine:
-            self._against = trials.add(self._against, s.losses, leg.losses)
+            self._against = trials.add(self._against, s.losses, decision.losses)
             won, lost = trials.outcome(self._against, s.losses)
             if won or lost:
                 self._against = Trial(LOOKS, math.inf)
-            if won:
-                self._relay.go_on_from(self._s, self._progress.recent)
-                self._on_own = True
-        self._own_steps += self.nt * (on_own or runs)
+            back = self._progress.recent if won else None
+        self._own_steps += self.nt * (on_own or s is not None)
+        decision = relay.own_path(decision, leaves, back)
+        self._lead(relay.leader)
+        return decision

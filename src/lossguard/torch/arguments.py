@@ -1,6 +1,7 @@
 """What a guard accepts, and the sentences with which it refuses the rest."""
 
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -89,3 +90,26 @@ def check_callback(callback: object) -> None:
     """Refuse what can't be called with decisions."""
     if not (callback is None or callable(callback)):
         raise ValueError(f"callback must be None or a function of a decision, got {callback!r}")
+
+
+def check_loop(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> None:
+    """Refuse parameters that came later, and gradients from before the minibatch."""
+    for one in optimizers:
+        count = sum(len(group["params"]) for group in one.param_groups)
+        if count != len(params):
+            raise ValueError(
+                "parameters must be in the optimizers when the guard is built, got "
+                f"{type(one).__name__} with {count} instead of {len(params)}"
+            )
+    accelerate = sys.modules.get("accelerate.state")
+    steps = accelerate.GradientState().num_steps if accelerate else 1
+    if steps > 1:
+        raise ValueError(
+            f"gradient_accumulation_steps must be 1 for Accelerate, got {steps}: it would "
+            "leave out the guard's calls in between (accumulate in the body, before lane.step)"
+        )
+    if any(p.grad is not None for p in params):
+        raise ValueError(
+            "gradients must be computed inside the closure, got some before the step (call "
+            "zero_grad before it, and accumulate inside the closure)"
+        )

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.groups import set_rate
+from lossguard.torch.rates import set_rate
 from lossguard.torch.tensors import zero_unsound
 
 

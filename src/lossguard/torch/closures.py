@@ -1,6 +1,7 @@
-"""What a closure must return, and how its loss alone is had."""
+"""What a closure must return, how its loss alone is had, and what it may do wrong in silence."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -8,9 +9,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lossguard.torch.tensors import read
+
 Closure = Callable[[], Any]
 T = TypeVar("T")
 
+SAME = 1e-4
+"""The part of a loss by which rounding may change it."""
 NOTE = (
     "lossguard: the guard only checks here (guard.checking is true), so the closure runs without "
     "gradients: leave out what reads p.grad, and put `with torch.enable_grad():` inside it around "
@@ -62,3 +67,26 @@ def forward_only(closure: Callable[[], T]) -> T:
             if not isinstance(error, StopIteration):  # the closure's own stream has ended
                 error.add_note(NOTE)
             raise
+
+
+def compare(losses: Sequence[Tensor]) -> None:
+    """Warn if lanes that were at one point had different losses on the first minibatch there."""
+    numbers = read(losses)
+    low, high = min(numbers, default=0.0), max(numbers, default=0.0)
+    if high - low > SAME * max(abs(low), abs(high)):
+        warnings.warn(
+            f"closure gave different losses at the same parameters ({high:.4g} and {low:.4g}): "
+            "draw the minibatch, and all random numbers but PyTorch's, outside it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def tell(error: Exception, lane: object) -> None:
+    """Warn that a lane's minibatch is lost to an error."""
+    warnings.warn(
+        f"{lane} has numbers that aren't finite and raised {type(error).__name__}: such "
+        "minibatches count as lost for it",
+        RuntimeWarning,
+        stacklevel=2,
+    )

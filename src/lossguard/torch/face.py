@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from lossguard.torch import arguments
 from lossguard.torch.decision import Decision
 from lossguard.torch.memory import Inner
-from lossguard.torch.randomness import Randomness
+from lossguard.torch.process import Randomness
 from lossguard.torch.rates import Rates, copied
 from lossguard.torch.weights import Weights
 from lossguard.validation import check_count

@@ -9,16 +9,15 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from lossguard.torch import saving
-from lossguard.torch.arguments import check_fallback, check_range
-from lossguard.torch.closures import Closure, checked, forward_only
+from lossguard.torch.arguments import check_fallback, check_loop, check_range
+from lossguard.torch.closures import Closure, checked, compare, forward_only, tell
 from lossguard.torch.decision import Decision, Seen
 from lossguard.torch.face import Face
-from lossguard.torch.interrupts import held
 from lossguard.torch.lane import Lane
+from lossguard.torch.process import held
 from lossguard.torch.ranks import agree, several
 from lossguard.torch.relay import Relay
 from lossguard.torch.tensors import read
-from lossguard.torch.watch import check, compare, tell
 from lossguard.validation import check_share
 
 
@@ -122,7 +121,7 @@ class Guard(Face):
     def _open(self) -> list[Tensor]:
         """Before a minibatch: the random state that each lane starts from."""
         self._undo(self._randomness.state())  # of a loop that was left, whose generator lives on
-        check(self._weights, list(self._inners.values()))
+        check_loop([inner.optimizer for inner in self._inners.values()], self._weights.params)
         self._rates.apply()
         if self.phase == 0:
             for lane in self._lanes.values():
@@ -170,7 +169,7 @@ class Guard(Face):
         if self.phase == 1 and self.steps == 0:
             for lane in self._order:
                 lane.note_copies(lane.point)
-            compare(self._order)
+            compare([lane.losses[0] for lane in self._order if not lane.switches])
         decision = None
         if self.phase == self.nt + self.nc:
             decision = self._decide()

@@ -23,11 +23,9 @@ class Hedged(GuardOfTwo):
         R <- 0.7 R + sum_t [F(x, i+t) - F(s, i+t)]    over the nt steps of a cycle
         model <- s   if R > 0   else x
 
-    x goes on while s leads, and goes back to s if that lasts for a tenth of the cycles since x left
-    the path of s. While x is on that path, x is s, and s costs nothing.
-
-    ``decision.losses`` are those of the lane that leads after the cycle, with hindsight. For these,
-    at the end of every cycle and in every run,
+    x goes back to s if s leads for a tenth of the cycles since x left its path. While x is on that
+    path, x is s, and s costs nothing. ``decision.losses`` are those of the lane that leads after
+    the cycle, with hindsight. For these, at the end of every cycle and in every run,
 
         sum losses  <=  sum losses of the fallback alone
 
@@ -37,12 +35,12 @@ class Hedged(GuardOfTwo):
         learned, fallback, nt, model, process_group, callback: as in ``Recommended``.
         share: of the steps, for the learned optimizer while it is only on trial.
 
+    Raises:
+        ValueError: if an argument isn't one of the above.
+
     Price of a step, in gradients: 1 and at most ``share`` on the fallback's path, 2 and at most
     ``share`` off it. Memory: four copies of the parameters and buffers beside the model, two states
     of the fallback, one of the learned optimizer.
-
-    Raises:
-        ValueError: if an argument isn't one of the above.
 
     >>> import torch
     >>> w = torch.tensor([4.0], requires_grad=True)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
 
-from lossguard.torch.groups import options_of, same
+from lossguard.torch.rates import options_of, same
 from lossguard.torch.tensors import finite
 
 

@@ -12,21 +12,16 @@ LEAST = 4
 
 
 class Progress(NamedTuple):
-    """A run's loss against its age, in optimizer steps since the run began.
+    """A run's smoothed loss against its age, in steps: now, at a mark, and at the next one.
 
-    Attributes:
-        age: steps.
-        recent: the smoothed loss.
-        lasting: the loss smoothed for longer.
-        earlier_age: a mark, at half of the age at most; 0 until there is one.
-        earlier: the smoothed loss there.
-        later_age: the next mark: there the age had doubled, and ``LEAST`` cycles had passed.
-        later: the smoothed loss there.
+    The mark is at half of the age at most; its age is 0 until there is one. At the next one the age
+    had doubled, and ``LEAST`` cycles had passed.
     """
 
     age: int
     recent: float
     lasting: float
+    """Smoothed for longer."""
     earlier_age: int
     earlier: float
     later_age: int

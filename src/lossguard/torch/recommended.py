@@ -21,20 +21,14 @@ BELOW = 0.1
 class Recommended(GuardOfTwo):
     """Whoever leads runs; a challenger runs in a small share of the steps.
 
-    The model is the leader's, who is one of two:
+    The model is the leader's: the fallback's, beside which the learned optimizer is tried now and
+    then; or the learned one's, from when it wins a trial until its losses stall. Meanwhile the
+    fallback's own run stays behind as lane s, and the model goes back to it if that wins a trial.
+    The rules are those of ``lossguard.recommended``; ``docs/guards.md`` tells them.
 
-    - *The fallback.* Now and then the learned optimizer is tried from the model, beside it and on
-      the same minibatches. It takes over if it is better by three standard errors.
-    - *The learned optimizer.* It leads while its loss falls: by a power of 1/4 of its age at least.
-      When it stalls the fallback goes on from there, or from a snapshot if the loss has risen.
-
-    When the learned optimizer first takes over, the fallback's own run stays behind as lane s. It
-    runs until it has had ``share`` of the steps, or five times that, if by then its loss, falling
-    on as it does, would be a tenth below the model's. The model goes back to it if it wins a trial.
-
-    So a step costs one gradient, and one more for each challenger that runs in the cycle: y on
-    trial while the fallback leads, in at most ``share`` of the steps and sqrt(k) more; s while the
-    model is off its path, in at most that share. Training losses decide.
+    A step costs one gradient, and one more for each challenger that runs in the cycle: y on trial,
+    in at most ``share`` of the steps and sqrt(k) more, k being the steps so far; s, in at most that
+    share, or five times that where it would soon be a tenth below the model.
 
     Args:
         learned: the optimizer that is not trusted.
@@ -50,11 +44,11 @@ class Recommended(GuardOfTwo):
     ``fallback_loss`` are of a trial. A lane that is not finite can't lead, and at the ends of
     cycles the model is finite if it began so.
 
-    Memory: three copies of the parameters and buffers beside the model, two states of the fallback,
-    one of the learned optimizer; while s runs a fourth copy.
-
     Raises:
         ValueError: if an argument isn't one of the above.
+
+    Memory: three copies of the parameters and buffers beside the model, two states of the fallback,
+    one of the learned optimizer; while s runs a fourth copy.
 
     >>> import torch
     >>> w = torch.tensor([4.0], requires_grad=True)

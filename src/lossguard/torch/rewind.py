@@ -13,11 +13,10 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from lossguard.torch.careful import CarefulSteps
-from lossguard.torch.interrupts import held
+from lossguard.torch.process import held
 from lossguard.torch.ranks import mean_of_ranks
-from lossguard.torch.rewind_checkpoint import load, save
 from lossguard.torch.rule import Rule
-from lossguard.torch.snapshot import Live, Saved
+from lossguard.torch.snapshot import Live, Saved, load, save
 from lossguard.torch.tensors import local
 from lossguard.validation import check_count, check_kind
 
@@ -58,23 +57,26 @@ class Rewind:
             optimizer.step(); scheduler.step(); optimizer.zero_grad()
             rewind.observe(loss)
 
-    Alarm, snapshots, scale and budget are those of ``lossguard.rewind``: its docstring tells them.
-    Here the host reads the losses every ``every`` calls, and an alarm waits for that.
+    Alarm, snapshots, scale and budget are those of ``lossguard.rewind`` (``docs/guards.md``). Here
+    the host reads the losses every ``every`` calls, and an alarm waits for that.
 
     - A step whose gradients aren't finite is taken with gradients of 0; nothing waits for that.
     - A model that isn't finite at a read goes back at once. While the budget doesn't allow it, each
       step is read, and one that makes the model not finite is taken back by itself.
     - After a return the rates in ``param_groups`` are multiplied by ``scale`` during each step, and
-      set back after it, so schedulers and loops that set them need to know nothing.
-    - Under ``torch.distributed`` every rank calls ``observe``. They take the mean of their losses,
-      and decide the same. FSDP2's shards are copied as shards.
+      set back after it: schedulers need to know nothing.
+    - Under ``torch.distributed`` every rank calls ``observe``. All decide by the mean of their
+      losses. FSDP2's shards are copied as shards.
 
     Args:
         model: what is trained. Its parameters and buffers go back.
         optimizer: its memory goes back, its settings don't.
         schedulers: what else goes back: anything with ``state_dict`` and ``load_state_dict``, such
             as an average of weights. Data, random numbers and schedulers not named here go on.
-        window, rho, factor, rise: as in ``lossguard.rewind``.
+        window: steps, a multiple of 8, at least 64; a snapshot is trusted after up to half of them.
+        rho: the share of all steps that may be thrown away, beside one window.
+        factor: what steps are multiplied by after a return.
+        rise: the share of the progress since the start that has to be lost.
         every: calls between two reads; a divisor of window / 4.
         offload: keep snapshots in the host's memory (pinned, where there is CUDA).
         fallback: called with the optimizer at each return soon after another one, to make its
@@ -198,7 +200,6 @@ class Rewind:
         if outcome.promotes:
             assert self._candidate is not None
             self._trusted, self._candidate = self._candidate, self._trusted
-            self._rule.audits.trust()
         if outcome.unanswered:
             self._tell("unanswered", "loss", 0)
         if outcome.late is not None:
@@ -236,15 +237,14 @@ class Rewind:
         rule = self._rule
         if self._audit is not None:
             value = mean_of_ranks(self._number("audit", self._audit()).clone(), self._group).item()
-            good = rule.audits.hear(value)
+            too_high = rule.hear_audit(value)
             if rule.audits.rings and rule.may_return(0):
                 self._go_back("audit", 0)
                 return
             if rule.audits.rings:
                 rule.forget()
                 self._tell("unanswered", "audit", 0)
-            rule.pending = False
-            if not good:
+            if too_high:
                 return
         self._candidate = self._live.save(self._candidate)
         rule.candidate_age, rule.pending = 0, True

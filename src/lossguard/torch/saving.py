@@ -9,18 +9,17 @@ So it is what torch.distributed.checkpoint saves under the names of parameters, 
 """
 
 import copy
-from collections.abc import Iterator
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 from lossguard.torch.memory import Memory
 from lossguard.torch.ranks import are_running, check_rank, sharded_as, this_rank
-from lossguard.torch.tensors import local, read, transfer
+from lossguard.torch.tensors import clones, local, read, transfer
 
 if TYPE_CHECKING:
     from lossguard.torch.guard import Guard
@@ -79,9 +78,10 @@ def load(guard: "Guard", state_dict: Saved) -> None:
         for name, buffers in numbers["buffers"].items()
     }
     memories = [_unpack(lane, params, state, numbers["memories"][lane.name]) for lane in lanes]
-    if len(numbers["rules"]) != len(tree_leaves(_rules(guard))):
+    form = tree_structure(_rules(guard))
+    if len(numbers["rules"]) != form.num_leaves:
         raise ValueError(f"state_dict must have the numbers of a {numbers['kind']}, got others")
-    rules = _filled(_rules(guard), iter(numbers["rules"]))
+    rules = tree_unflatten(numbers["rules"], form)
 
     # From here on nothing may fail.
     for name, rule in zip(guard.remembered, rules, strict=True):
@@ -118,14 +118,6 @@ def _kind(guard: "Guard") -> Saved:
 
 def _rules(guard: "Guard") -> list[Any]:
     return [attrgetter(name)(guard) for name in guard.remembered]
-
-
-def _filled(like: Any, numbers: Iterator[Any]) -> Any:
-    """Lists and named tuples of this kind, of the next numbers."""
-    if not isinstance(like, (list, tuple)):
-        return next(numbers)
-    items = [_filled(one, numbers) for one in like]
-    return type(like)(*items) if isinstance(like, tuple) else items
 
 
 def _checked(guard: "Guard", state_dict: Saved, groups: list[Saved], numbers: Saved) -> list[Saved]:
@@ -208,7 +200,7 @@ def _made(lane: "Lane") -> dict[Any, Any]:
     if state or not are_running():
         return state
     weights, previous = lane.weights, lane.inner.memory()
-    values = [t.clone() for t in weights.live()]
+    values = clones(weights.live())
     try:
         for p in weights.params:
             p.grad = torch.zeros_like(p) if p.requires_grad else None

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 
+def clones(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """A copy of each."""
+    return [tensor.clone() for tensor in tensors]
+
+
 def transfer(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copy values into tensors, all at once."""
     if not targets and not values:

@@ -11,20 +11,12 @@ MARGIN = 3.0
 
 
 class Trial(NamedTuple):
-    """Losses of challenger and leader in a trial under way.
-
-    Attributes:
-        length: how many cycles it takes at most.
-        bound: the leader's smoothed loss when it began, which the challenger has to be below; NaN
-            until the first loss of a run is known.
-        cycles: since it began.
-        pairs: of the paired differences, challenger - leader, that are counted.
-        total: the sum of these differences.
-        squares: the sum of their squares.
-    """
+    """A trial under way; with the number, the sum and the squares of the paired differences."""
 
     length: int
+    """How many cycles it takes at most; 0: there is no trial."""
     bound: float
+    """What the challenger has to be below; NaN until the first loss of a run is known."""
     cycles: int = 0
     pairs: int = 0
     total: float = 0.0
@@ -32,7 +24,6 @@ class Trial(NamedTuple):
 
 
 NONE = Trial(0, 0.0)
-"""No trial."""
 
 
 def add(trial: Trial, challenger: Sequence[float], leader: Sequence[float]) -> Trial:

@@ -7,23 +7,25 @@ set, so that schedulers of every kind go on from their own numbers.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lossguard.torch.rates import set_rate
 from lossguard.torch.tensors import zero_unsound
 
+SOUND = torch.tensor(False)
+
 
 class CarefulSteps:
     """Hooks that multiply the rates by ``scale()`` during a step, and zero unsound gradients.
 
     Attributes:
-        broken: whether the last step's gradients weren't finite, as a tensor on their device; None
-            if there was no step since it was set to None.
+        broken: whether the last step's gradients weren't finite, as a tensor on their device.
     """
 
     def __init__(self, optimizer: Optimizer, scale: Callable[[], float]) -> None:
-        self.broken: Tensor | None = None
+        self.broken = SOUND
         self._scale = scale
         self._rates: list[float | Tensor] | None = None
         self._hooks = (

@@ -104,7 +104,7 @@ class Lane:
             self._parked = memory
 
     def forget(self) -> None:
-        """Remember nothing, as an optimizer that was just built."""
+        """Remember what its optimizer did when the guard was built, mostly nothing."""
         self.remember(self.inner.fresh())
 
     def enter(self, *, checking: bool) -> None:

@@ -6,18 +6,19 @@ window / 4 losses a block.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from lossguard.torch.careful import CarefulSteps
+from lossguard.torch.careful import SOUND, CarefulSteps
 from lossguard.torch.process import held
 from lossguard.torch.ranks import mean_of_ranks
 from lossguard.torch.rule import Rule
 from lossguard.torch.snapshot import Live, Saved, load, save
-from lossguard.torch.tensors import local
+from lossguard.torch.tensors import local, stacked
 from lossguard.validation import check_count, check_kind
 
 Cause = Literal["loss", "model", "audit"]
@@ -129,9 +130,8 @@ class Rewind:
             raise ValueError(f"every must divide window / 4 = {self._rule.block}, got {every}")
         self._live = Live(model, optimizer, schedulers, offload)
         self._group, self._on_event, self._fallback, self._audit = group, on_event, fallback, audit
-        device = local(next(iter(self._live.tensors.values()))).device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._losses = torch.zeros(every, dtype=dtype, device=device)
+        self._unread: list[tuple[Tensor, Tensor]] = []
+        """Losses, and whether the gradients of their steps weren't finite."""
         self.events: list[RewindEvent] = []
         self._one_by_one = False
         if not bool(self._live.is_finite()):
@@ -141,8 +141,16 @@ class Rewind:
         self._last: Saved | None = None
         self._steps = CarefulSteps(optimizer, lambda: self.scale)
 
-    scale = _of_rule("scale", "What rates are multiplied by in the next step.")
-    calls = _of_rule("calls", "T, calls of ``observe``.")
+    @property
+    def scale(self) -> float:
+        """What rates are multiplied by in the next step."""
+        return self._rule.scale(len(self._unread))
+
+    @property
+    def calls(self) -> int:
+        """T, calls of ``observe``."""
+        return self._rule.calls + len(self._unread)
+
     returns = _of_rule("returns", "How often it has gone back.")
     thrown = _of_rule("thrown", "Steps thrown away: at most rho T + window in every run.")
     skipped = _of_rule("skipped", "Steps that weren't finite, as far as they were read.")
@@ -156,15 +164,11 @@ class Rewind:
         Raises:
             ValueError: if there is more than one number.
         """
-        with held(), torch.no_grad():
-            loss = self._number("loss", loss)
-            if self._steps.broken is not None:
-                loss = torch.where(self._steps.broken.to(loss.device), math.nan, loss)
-            self._steps.broken = None
-            self._losses[self._rule.unread] = loss
-            self._rule.unread += 1
-            self._rule.calls += 1
-            if self._one_by_one or self._rule.unread == self.every:
+        reads = self._one_by_one or len(self._unread) + 1 == self.every
+        with held() if reads else nullcontext():
+            self._unread.append((_number("loss", loss), self._steps.broken))
+            self._steps.broken = SOUND
+            if reads:
                 self._read()
 
     def state_dict(self) -> dict[str, Any]:
@@ -183,15 +187,11 @@ class Rewind:
         """Take the hooks off the optimizer."""
         self._steps.remove()
 
-    def _number(self, name: str, value: Any) -> Tensor:
-        value = torch.as_tensor(value)
-        if value.numel() != 1:
-            raise ValueError(f"{name} must be a single number, got shape {tuple(value.shape)}")
-        return local(value).detach().reshape(()).to(self._losses)
-
+    @torch.no_grad()
     def _read(self) -> None:
         """Hear all losses since the last read; one wait for the device."""
-        losses, finite = self._agree()
+        sound, *losses = mean_of_ranks(self._numbers(), self._group).tolist()
+        self._unread, finite = [], sound == 1
         if not finite and self._one_by_one:
             assert self._last is not None
             self._live.load(self._last)
@@ -211,12 +211,12 @@ class Rewind:
         self._one_by_one = not self._rule.can_always_return(self.every)
         self._last = self._live.save(self._last) if self._one_by_one else None
 
-    def _agree(self) -> tuple[list[float], bool]:
-        """The losses since the last read, and whether the model is finite: the ranks' means."""
-        finite = self._live.is_finite().to(self._losses).reshape(1)
-        numbers = torch.cat([self._losses[: self._rule.unread], finite])
-        *losses, finite = mean_of_ranks(numbers, self._group).tolist()
-        return losses, finite == 1
+    def _numbers(self) -> Tensor:
+        """Whether the model is finite, and unread losses; NaN where gradients weren't finite."""
+        finite = self._live.is_finite()
+        losses, flags = [loss for loss, _ in self._unread], [flag for _, flag in self._unread]
+        broken = stacked([torch.zeros_like(finite), *flags])
+        return stacked([finite, *losses]).masked_fill(broken > 0, math.nan)
 
     def _go_back(self, cause: Cause, late: int) -> None:
         self._live.load(self._trusted)
@@ -227,7 +227,7 @@ class Rewind:
 
     def _tell(self, kind: Literal["return", "unanswered"], cause: Cause, thrown: int) -> None:
         rule = self._rule
-        event = RewindEvent(kind, cause, rule.calls, thrown, rule.in_a_row, rule.scale)
+        event = RewindEvent(kind, cause, rule.calls, thrown, rule.in_a_row, self.scale)
         self.events.append(event)
         if self._on_event is not None:
             self._on_event(event)
@@ -236,7 +236,7 @@ class Rewind:
         """Copy the model as it is now, unless its audit says that it is worse."""
         rule = self._rule
         if self._audit is not None:
-            value = mean_of_ranks(self._number("audit", self._audit()).clone(), self._group).item()
+            value = mean_of_ranks(_number("audit", self._audit()), self._group).item()
             too_high = rule.hear_audit(value)
             if rule.audits.rings and rule.may_return(0):
                 self._go_back("audit", 0)
@@ -248,6 +248,13 @@ class Rewind:
                 return
         self._candidate = self._live.save(self._candidate)
         rule.candidate_age, rule.pending = 0, True
+
+
+def _number(name: str, value: Any) -> Tensor:
+    value = torch.as_tensor(value)
+    if value.numel() != 1:
+        raise ValueError(f"{name} must be a single number, got shape {tuple(value.shape)}")
+    return local(value).detach().clone().reshape(())
 
 
 def innermost(optimizer: Any) -> Optimizer:

@@ -68,8 +68,8 @@ class Rule:
     """When to go back, and at which scale to go on.
 
     Attributes:
-        calls, returns, thrown, skipped: T, returns, steps thrown away, losses that weren't finite.
-        unread: calls whose losses it hasn't heard yet.
+        calls: T, those whose losses it has heard.
+        returns, thrown, skipped: returns, steps thrown away, losses that weren't finite.
         age, candidate_age: steps since the trusted snapshot and since the candidate.
         pending: whether there is a candidate.
         losses, audit: those of the present block, and the last audit.
@@ -88,16 +88,15 @@ class Rule:
         self._factor = check_fraction("factor", factor)
         self.alarm = Alarm(self.block // 2, rise)
         self.audits = Alarm(4, rise)  # held data have no noise, so few of them decide
-        self.calls = self.returns = self.thrown = self.skipped = self.unread = 0
+        self.calls = self.returns = self.thrown = self.skipped = 0
         self.age = self.candidate_age = self.in_a_row = self.last_return = 0
         self.losses: list[float] = []
         self.pending, self.audit = False, math.nan
         self.ramp, self.cap = self.block, 1.0
 
-    @property
-    def scale(self) -> float:
-        """What rates are multiplied by in the next step."""
-        risen = min(1.0, (self.ramp + self.unread) / self.block)
+    def scale(self, unheard: int) -> float:
+        """What rates are multiplied by in the next step, after steps that it hasn't heard of."""
+        risen = min(1.0, (self.ramp + unheard) / self.block)
         return self.cap * (self._factor + (1 - self._factor) * risen)
 
     @property
@@ -127,7 +126,7 @@ class Rule:
 
     def hear(self, losses: Sequence[float]) -> Outcome:
         """The losses since the last time; one that isn't finite is of a step that wasn't taken."""
-        self.unread = 0
+        self.calls += len(losses)
         promotes = ends = unanswered = False
         for i, loss in enumerate(losses):
             sound = math.isfinite(loss)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lossguard.torch.careful import SOUND
 from lossguard.torch.ranks import check_rank, this_rank
 from lossguard.torch.rates import set_rate
 from lossguard.torch.tensors import are_finite
@@ -120,7 +121,7 @@ def save(rewind: "Rewind") -> dict[str, Any]:
     now = {} if all(begun) else rewind._live.save()
     return {
         **{which: {**now, **one} for which, one in snapshots.items()},
-        "unread": rewind._losses.tolist(),  # waits for copies to the host, too
+        "unread": rewind._numbers().tolist()[1:],  # waits for copies to the host, too
         "rank": this_rank(),
         "options": _options(rewind),
         "rule": rewind._rule.numbers(),
@@ -139,7 +140,8 @@ def load(rewind: "Rewind", state: dict[str, Any]) -> None:
     live = rewind._live
     rewind._rule.load(state["rule"])
     rewind._one_by_one = state["one_by_one"]
-    rewind._losses.copy_(torch.tensor(state["unread"], dtype=torch.float64))
+    losses = torch.tensor(state["unread"], dtype=torch.float64)
+    rewind._unread = [(loss, SOUND) for loss in losses]
     for which, begun in zip(SNAPSHOTS, state["begun"], strict=True):
         own = {
             name: _own(live, name, value)

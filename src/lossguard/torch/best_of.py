@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from lossguard.torch import trial as trials
-from lossguard.torch.closures import scalar
+from lossguard.torch.arguments import scalar
 from lossguard.torch.decision import NEITHER, Decision, Seen, mean
 from lossguard.torch.guard import Guard
 from lossguard.torch.lane import Lane
-from lossguard.torch.trial import Trial
+from lossguard.torch.losses import Trial
 from lossguard.validation import check_count, check_decay, check_share
 
 LOOKS = 3
@@ -216,8 +215,8 @@ class BestOf(Guard):
         for k, one in shown.items():
             if fine[k] and k != leader:
                 record = self.records[k]
-                against = trials.add(record.against, leading, one.losses)
-                won, over = trials.outcome(against, leading)
+                against = record.against.after(leading, one.losses)
+                won, over = against.outcome(leading)
                 self.records[k] = record._replace(against=NEW if won or over else against)
                 if won and 2 * record.lowest < record.mean + self.records[leader].mean:
                     ruined.add(k)

@@ -51,7 +51,6 @@ class Face(Optimizer):
     ) -> None:
         params = arguments.check_optimizers(optimizers)
         arguments.check_model(model, params)
-        arguments.check_callback(callback)
         self.nt, self.nc = check_count("nt", nt), nc
         self.phase, self.steps = 0, 0
         self.history: deque[Decision] = deque(maxlen=HISTORY)

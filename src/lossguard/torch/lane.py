@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.closures import scalar
+from lossguard.torch.arguments import scalar
 from lossguard.torch.memory import Inner, Memory
 from lossguard.torch.tensors import clones, finite, local, transfer, zero_unsound
 from lossguard.torch.weights import Copy, Weights

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from lossguard.torch.arguments import check_fallback
-from lossguard.torch.closures import Closure, checked, scalar, tell
+from lossguard.torch.arguments import Closure, checked, scalar, tell
 from lossguard.torch.decision import FALLBACK, LEARNED, NEITHER, Decision, Seen, mean
 from lossguard.torch.guard import Guard
 from lossguard.torch.lane import Lane
@@ -84,7 +83,6 @@ class LossGuard(Guard):
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
         check_choice("loser", loser, get_args(Loser))
-        check_fallback(fallback)
         self.loser = loser
         super().__init__(
             {"fallback": fallback, "learned": learned},
@@ -183,7 +181,6 @@ class ResidualGuard(Guard):
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
         self.alpha, self.theta = check_fraction("alpha", alpha), check_fraction("theta", theta)
-        check_fallback(fallback)
         super().__init__(
             {"fallback": fallback, "learned": learned},
             {"y": "learned", "z": "fallback"},

@@ -3,12 +3,10 @@
 import math
 from collections.abc import Mapping
 
-from lossguard.torch import progress as progresses
-from lossguard.torch import trial as trials
 from lossguard.torch.decision import Decision, Seen, mean
 from lossguard.torch.guard import GuardOfTwo
 from lossguard.torch.lane import Lane
-from lossguard.torch.trial import Trial
+from lossguard.torch.losses import Progress, Trial
 
 LOOKS = 3
 """Cycles on which s is compared with x, each time that it is."""
@@ -68,7 +66,7 @@ class Recommended(GuardOfTwo):
     remembered = ("_relay.state", "_own_steps", "_progress", "_against")
 
     _own_steps = 0
-    _progress = progresses.begin(0.0)
+    _progress = Progress.begun(0.0)
     """Of the fallback by itself; not smoothed, as s may run seldom."""
     _against = Trial(LOOKS, math.inf)
     """Of s against x, by their losses alone."""
@@ -85,7 +83,7 @@ class Recommended(GuardOfTwo):
         """Of the steps so far, up to which s runs."""
         share, now = self._relay.share, self._relay.state.progress.recent
         more = min(1.0, MORE * share)
-        soon = progresses.expected_at(self._progress, more * self.steps)
+        soon = self._progress.expected_at(more * self.steps)
         return more if soon < now - BELOW * abs(now) else share
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
@@ -95,12 +93,12 @@ class Recommended(GuardOfTwo):
             relay.s.go_back()
         elif s is not None or (on_own and decision.finite_fallback):
             losses = decision.losses if s is None else s.losses
-            self._progress = progresses.add(self._progress, mean(losses), self.nt, memory=0)
+            self._progress = self._progress.after(mean(losses), self.nt, memory=0)
         if leaves:
             self._against = Trial(LOOKS, math.inf)
         elif s is not None and s.fine:
-            self._against = trials.add(self._against, s.losses, decision.losses)
-            won, lost = trials.outcome(self._against, s.losses)
+            self._against = self._against.after(s.losses, decision.losses)
+            won, lost = self._against.outcome(s.losses)
             if won or lost:
                 self._against = Trial(LOOKS, math.inf)
             back = self._progress.recent if won else None

@@ -12,11 +12,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from lossguard.torch import progress as progresses
-from lossguard.torch import trial as trials
 from lossguard.torch.decision import FALLBACK, LEARNED, NEITHER, OWN, Decision, Seen, mean
-from lossguard.torch.progress import Progress
-from lossguard.torch.trial import NONE, Trial
+from lossguard.torch.losses import NONE, Progress, Trial
 
 if TYPE_CHECKING:
     from lossguard.torch.lane import Lane
@@ -45,7 +42,7 @@ class State(NamedTuple):
     on_own: bool = True
     """Whether x is on the path of s."""
     learned_leads: bool = False
-    progress: Progress = progresses.begin(0.0)
+    progress: Progress = Progress.begun(0.0)
     level: float = 0.0
     trial: Trial = NONE
     tried: int = 0
@@ -97,15 +94,15 @@ class Relay:
         assert leader is not None
         losses, of_y = leader.losses, [] if y is None or led else y.losses
         if fine_y if led else fine_z:
-            state = state._replace(progress=progresses.add(state.progress, mean(losses), self.nt))
+            state = state._replace(progress=state.progress.after(mean(losses), self.nt))
         taken_over = False
         if state.trial != NONE:
-            trial = trials.add(state.trial, of_y, losses)
+            trial = state.trial.after(of_y, losses)
             state = state._replace(trial=trial, tried=state.tried + self.nt)
-            won, lost = trials.outcome(trial, of_y)
+            won, lost = trial.outcome(of_y)
             taken_over = fine_y and (won or not fine_z)
             if taken_over:
-                began = progresses.begin(mean(of_y), k // YOUTH)
+                began = Progress.begun(mean(of_y), k // YOUTH)
                 level = state.progress.lasting
                 state = state._replace(learned_leads=True, level=level, progress=began, trial=NONE)
             elif lost or not fine_y:
@@ -131,7 +128,7 @@ class Relay:
             self.state = self.state._replace(on_own=False)
         if back is not None:
             self.z.become(self.s)
-            began = progresses.begin(back)
+            began = Progress.begun(back)
             self.state = self.state._replace(
                 on_own=True, learned_leads=False, progress=began, trial=NONE
             )
@@ -153,7 +150,7 @@ class Relay:
         settled = progress.age >= progress.later_age + SETTLED * self.nt
         worse = young and settled and progress.recent > level
         risen = now > level + RISE * abs(level)
-        ends = not fine or worse or risen or progresses.rate(progress) < STALL
+        ends = not fine or worse or risen or progress.rate < STALL
         gain = YOUNG_GAIN if young else GAIN
         better = not ends and now < level - gain * abs(level)
         from_x = better or (ends and fine and not risen)
@@ -164,5 +161,5 @@ class Relay:
         if not ends:
             return state
         # z's path goes on from where y has come to: from there it is fast or slow again.
-        began = progresses.begin(progress.recent if from_x else level)
+        began = Progress.begun(progress.recent if from_x else level)
         return state._replace(learned_leads=False, progress=began)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from lossguard.torch.careful import SOUND, CarefulSteps
 from lossguard.torch.process import held
 from lossguard.torch.ranks import mean_of_ranks
+from lossguard.torch.rates import SOUND, CarefulSteps
 from lossguard.torch.rule import Rule
 from lossguard.torch.snapshot import Live, Saved, load, save
 from lossguard.torch.tensors import local, stacked

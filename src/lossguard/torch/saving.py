@@ -9,13 +9,14 @@ So it is what torch.distributed.checkpoint saves under the names of parameters, 
 """
 
 import copy
+from collections.abc import Iterator
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from lossguard.torch.memory import Memory
 from lossguard.torch.ranks import are_running, check_rank, sharded_as, this_rank
@@ -78,10 +79,9 @@ def load(guard: "Guard", state_dict: Saved) -> None:
         for name, buffers in numbers["buffers"].items()
     }
     memories = [_unpack(lane, params, state, numbers["memories"][lane.name]) for lane in lanes]
-    form = tree_structure(_rules(guard))
-    if len(numbers["rules"]) != form.num_leaves:
+    if len(numbers["rules"]) != len(tree_leaves(_rules(guard))):
         raise ValueError(f"state_dict must have the numbers of a {numbers['kind']}, got others")
-    rules = tree_unflatten(numbers["rules"], form)
+    rules = _filled(_rules(guard), iter(numbers["rules"]))
 
     # From here on nothing may fail.
     for name, rule in zip(guard.remembered, rules, strict=True):
@@ -120,15 +120,21 @@ def _rules(guard: "Guard") -> list[Any]:
     return [attrgetter(name)(guard) for name in guard.remembered]
 
 
+def _filled(like: Any, numbers: Iterator[Any]) -> Any:
+    """Lists and named tuples of this kind, of the next numbers."""
+    if not isinstance(like, (list, tuple)):
+        return next(numbers)
+    items = [_filled(one, numbers) for one in like]
+    return type(like)(*items) if isinstance(like, tuple) else items
+
+
 def _checked(guard: "Guard", state_dict: Saved, groups: list[Saved], numbers: Saved) -> list[Saved]:
     """What is saved of each parameter; refuse the state of another guard."""
     kind, params = _kind(guard), guard._weights.params
-    if numbers.get("kind") != kind["kind"]:
-        theirs = numbers.get("kind")
-        theirs = f"a {theirs}'s" if theirs else f"one with the keys {list(state_dict)}"
-        raise ValueError(f"state_dict must be a {kind['kind']}'s, got {theirs}")
-    if (got := {name: numbers[name] for name in kind}) != kind:
-        raise ValueError(f"state_dict must be of a guard with {kind}, got {got}")
+    got = {name: numbers.get(name) for name in kind}
+    if got != kind:
+        keys = "" if numbers else f", in one with the keys {list(state_dict)}"
+        raise ValueError(f"state_dict must be of a guard with {kind}, got {got}{keys}")
     keys = [key for group in groups for key in group["params"]]
     if len(keys) != len(params) or len(groups) != len(guard.param_groups):
         raise ValueError(

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lossguard.torch.careful import SOUND
 from lossguard.torch.ranks import check_rank, this_rank
-from lossguard.torch.rates import set_rate
+from lossguard.torch.rates import SOUND, set_rate
 from lossguard.torch.tensors import are_finite
 
 if TYPE_CHECKING:
@@ -143,22 +142,14 @@ def load(rewind: "Rewind", state: dict[str, Any]) -> None:
     losses = torch.tensor(state["unread"], dtype=torch.float64)
     rewind._unread = [(loss, SOUND) for loss in losses]
     for which, begun in zip(SNAPSHOTS, state["begun"], strict=True):
+        places = live.save()
         own = {
-            name: _own(live, name, value)
+            name: copied(value, places.get(name))
             for name, value in state[which].items()
             if begun or not name.startswith("optimizer.")
         }
         setattr(rewind, f"_{which}", own)
     rewind._last = live.save() if rewind._one_by_one else None
-
-
-def _own(live: Live, name: str, value: Any) -> Any:
-    """A copy where snapshots of this run are kept."""
-    of = name.partition(".")[2]
-    like = live.tensors.get(of if name.startswith("model.") else of.rpartition(".")[0])
-    if like is None or not isinstance(value, Tensor) or like.shape != value.shape:
-        return copied(value)
-    return copied(value, device=live.host or like.device)
 
 
 def _check(rewind: "Rewind", state: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """A run that spikes or diverges goes back to where it was good, and goes on more carefully.
 
-The rule is that of ``lossguard.rewind``; ``rule.py`` has it. Letters: T calls of ``observe``, B =
-window / 4 losses a block.
+Letters: T calls of ``observe``, B = window / 4 losses a block.
 """
 
 import math
@@ -25,13 +24,12 @@ Cause = Literal["loss", "model", "audit"]
 
 
 class RewindEvent(NamedTuple):
-    """What ``Rewind`` did.
+    """What ``Rewind`` did: it went back, or there was an alarm at which it didn't.
 
     Attributes:
-        kind: "return"; or "unanswered", an alarm at which it didn't go back.
-        cause: "loss", "audit", or "model" where that wasn't finite.
+        cause: "model" where that wasn't finite.
         call: of ``observe``, from 1.
-        thrown: steps that the return threw away; 0 of an alarm that was unanswered.
+        thrown: steps that the return threw away.
         in_a_row: returns to this snapshot, this one included.
         scale: what the rates are multiplied by in the next step.
     """
@@ -214,9 +212,9 @@ class Rewind:
     def _numbers(self) -> Tensor:
         """Whether the model is finite, and unread losses; NaN where gradients weren't finite."""
         finite = self._live.is_finite()
-        losses, flags = [loss for loss, _ in self._unread], [flag for _, flag in self._unread]
-        broken = stacked([torch.zeros_like(finite), *flags])
-        return stacked([finite, *losses]).masked_fill(broken > 0, math.nan)
+        broken = stacked([torch.zeros_like(finite), *(flag for _, flag in self._unread)])
+        numbers = stacked([finite, *(loss for loss, _ in self._unread)])
+        return numbers.masked_fill(broken > 0, math.nan)
 
     def _go_back(self, cause: Cause, late: int) -> None:
         self._live.load(self._trusted)

@@ -109,8 +109,10 @@ def local(tensor: Tensor) -> Tensor:
 
 def stacked(scalars: Sequence[Tensor]) -> Tensor:
     """One tensor of them, of no dtype that is narrower than theirs."""
-    widest = reduce(torch.promote_types, {one.dtype for one in scalars}, torch.float32)
-    return torch.stack([one.to(scalars[0].device, widest) for one in scalars])
+    device, widest = scalars[0].device, torch.float32
+    if device.type != "mps":  # which has no double precision
+        widest = reduce(torch.promote_types, {one.dtype for one in scalars}, widest)
+    return torch.stack([one.to(device, widest) for one in scalars])
 
 
 def _has_norm(tensor: Tensor) -> bool:

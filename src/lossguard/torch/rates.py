@@ -1,19 +1,16 @@
-"""Rates of optimizers: one schedule on a guard drives them all, and ``Rewind`` lowers them."""
+"""One schedule on the guard drives all of its optimizers in proportion."""
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.tensors import zero_unsound
-
 Group = dict[str, Any]
 """A parameter group of an optimizer; but for its parameters they are settings."""
-SOUND = torch.tensor(False)
 
 
 class Rates:
@@ -106,47 +103,6 @@ class Rates:
                 )
             set_rate(group, base * first)
         self.set = [_rate(group) for group, _ in self.inner]
-
-
-class CarefulSteps:
-    """Hooks of an optimizer: rates times ``scale()`` during a step, and no unsound gradients.
-
-    Between steps the rates are those that the user and the schedulers set, so that schedulers of
-    every kind go on from their own numbers.
-
-    Attributes:
-        broken: whether the last step's gradients weren't finite, as a tensor on their device.
-    """
-
-    def __init__(self, optimizer: Optimizer, scale: Callable[[], float]) -> None:
-        self.broken = SOUND
-        self._scale = scale
-        self._rates: list[float | Tensor] | None = None
-        self._hooks = (
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
-        )
-
-    def remove(self) -> None:
-        """Leave the optimizer as it was."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def _before(self, optimizer: Optimizer, *_: Any) -> None:
-        self._after(optimizer)  # if the last step raised an error half-way
-        self.broken = zero_unsound(p for group in optimizer.param_groups for p in group["params"])
-        scale = self._scale()
-        if scale != 1:
-            rates = [group["lr"] for group in optimizer.param_groups]
-            self._rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                set_rate(group, rate * scale)
-
-    def _after(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._rates is not None:
-            for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
-                set_rate(group, rate)
-            self._rates = None
 
 
 def copied(group: Group) -> Group:

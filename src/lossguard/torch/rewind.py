@@ -14,9 +14,8 @@ from torch.optim import Optimizer
 
 from lossguard.torch.process import held
 from lossguard.torch.ranks import mean_of_ranks
-from lossguard.torch.rates import SOUND, CarefulSteps
 from lossguard.torch.rule import Rule
-from lossguard.torch.snapshot import Live, Saved, load, save
+from lossguard.torch.snapshot import SOUND, CarefulSteps, Live, Saved, load, save
 from lossguard.torch.tensors import local, stacked
 from lossguard.validation import check_count, check_kind
 

@@ -1,4 +1,4 @@
-"""Copies of a training run's state, on its device or in the host's memory, and the way back.
+"""What ``Rewind`` does to a training run: copies of its state, the way back, and careful steps.
 
 On disk they are tensors under the names of parameters, and plain numbers. Every entry is there from
 the first step of the optimizer on, whatever has happened, so that ``torch.distributed.checkpoint``
@@ -6,7 +6,7 @@ finds each of them in the state that it loads into.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lossguard.torch.ranks import check_rank, this_rank
-from lossguard.torch.rates import SOUND, set_rate
-from lossguard.torch.tensors import are_finite
+from lossguard.torch.rates import set_rate
+from lossguard.torch.tensors import are_finite, zero_unsound
 
 if TYPE_CHECKING:
     from lossguard.torch.rewind import Rewind
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Saved = dict[str, Any]
 """``model.NAME`` and ``optimizer.NAME.KEY`` of each parameter, ``model.NAME`` of each buffer, and
 ``also``, the states of other objects."""
+SOUND = torch.tensor(False)
+"""Of a step whose gradients were finite."""
 SNAPSHOTS = ("trusted", "candidate")
 
 
@@ -97,6 +99,47 @@ class Live:
                 rates = one.get_last_lr()
                 for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                     set_rate(group, float(rate))
+
+
+class CarefulSteps:
+    """Hooks of an optimizer: rates times ``scale()`` during a step, and no unsound gradients.
+
+    Between steps the rates are those that the user and the schedulers set, so that schedulers of
+    every kind go on from their own numbers.
+
+    Attributes:
+        broken: whether the last step's gradients weren't finite, as a tensor on their device.
+    """
+
+    def __init__(self, optimizer: Optimizer, scale: Callable[[], float]) -> None:
+        self.broken = SOUND
+        self._scale = scale
+        self._rates: list[float | Tensor] | None = None
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        )
+
+    def remove(self) -> None:
+        """Leave the optimizer as it was."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before(self, optimizer: Optimizer, *_: Any) -> None:
+        self._after(optimizer)  # if the last step raised an error half-way
+        self.broken = zero_unsound(p for group in optimizer.param_groups for p in group["params"])
+        scale = self._scale()
+        if scale != 1:
+            rates = [group["lr"] for group in optimizer.param_groups]
+            self._rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                set_rate(group, rate * scale)
+
+    def _after(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._rates is not None:
+            for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+                set_rate(group, rate)
+            self._rates = None
 
 
 def copied(value: Any, old: Any = None, device: torch.device | None = None) -> Any:

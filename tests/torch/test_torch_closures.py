@@ -421,7 +421,6 @@ def test_errors_of_arguments():
         (lambda: Hedged(SGD([w]), one, model=3), "model must be an nn.Module that holds parameter"),
         (lambda: Hedged(SGD([w]), one, model=None, nt=0), "nt must be an integer of at least 1, g"),
         (lambda: Hedged(SGD([w]), one, model=None, share=1.0), "share must be at least 0 and belo"),
-        (lambda: Hedged(SGD([w]), one, model=None, callback=3), "callback must be None or a funct"),
         (lambda: LossGuard(SGD([w]), one, model=None, nc=0), "nc must be an integer of at least 1"),
         (
             lambda: LossGuard(SGD([half]), SGD([half]), model=None),

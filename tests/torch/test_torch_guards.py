@@ -11,6 +11,7 @@ from models import KINDS, TWO, closure_for, loss_fn, minibatches, mlp, quadratic
 from torch.optim import SGD, Adam
 
 from lossguard.torch import BestOf, Hedged, LossGuard, Recommended
+from lossguard.torch.lane import Lane
 
 
 @pytest.mark.parametrize("leads", ["fallback", "learned"])
@@ -159,7 +160,7 @@ def test_hedged_gives_the_fallbacks_own_run_while_that_leads():
     assert decision.winner == 0 and weight.item() == pytest.approx(-40)
     for _ in range(4):
         decision = scripted(guard, {"y": 0.9, "s": 0.1, "z": 0.9})
-    assert decision.winner == 2 and guard._on_own
+    assert decision.winner == 2 and guard._relay.state.on_own
 
 
 def test_a_decision_says_where_the_model_jumps():
@@ -195,8 +196,14 @@ def test_callbacks_get_every_decision_and_may_save():
     assert guard.steps == 6 and guard.phase == 0
 
 
-def test_best_of_checks_on_held_out_minibatches_by_their_numbers():
-    model, numbers = mlp(), []
+def test_best_of_checks_on_held_out_minibatches_by_their_numbers(monkeypatch):
+    model, numbers, checks, enter = mlp(), [], [], Lane.enter
+
+    def entered(lane, *, checking):
+        checks.append(checking)
+        enter(lane, checking=checking)
+
+    monkeypatch.setattr(Lane, "enter", entered)
 
     def check(k):
         numbers.append(k)
@@ -205,6 +212,7 @@ def test_best_of_checks_on_held_out_minibatches_by_their_numbers():
     guard = two(BestOf, model, nt=2, check=check, nc=3)
     run(guard, model, minibatches(4))
     assert numbers == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]
+    assert sum(checks) == 4  # once a cycle for each
     assert guard.last_decision.forwards == 6 and all(p.grad is None for p in model.parameters())
 
     def fails(k):

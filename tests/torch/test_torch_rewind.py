@@ -109,7 +109,7 @@ def hostile_run(seed, every, checks, steps=1200, rho=0.05):
         optimizer.step()
         rewind.observe(value)
         excess = max(excess, rewind.thrown - rho * rewind.calls - WINDOW)
-        infinite += rewind._rule.unread == 0 and not bool(model.weight.isfinite().all())
+        infinite += not rewind._unread and not bool(model.weight.isfinite().all())
     checks.append((rewind.returns, rewind.skipped, rewind.thrown))
     return excess, infinite
 
@@ -281,7 +281,7 @@ def network(seed=0):
 def train(model, optimizer, rewind, first, last, fault=()):
     for i in range(first, last):
         rng = torch.Generator().manual_seed(i)
-        x = torch.randn(32, 8, generator=rng)
+        x = torch.randn(32, 8, generator=rng).to(next(model.parameters()).device)
         t = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
         loss = nn.functional.cross_entropy(model(x), t)
         optimizer.zero_grad()
@@ -395,6 +395,29 @@ def test_snapshots_take_two_copies():
     kept = places()
     train(model, optimizer, rewind, 100, 200)  # and the same memory is used again
     assert places() == kept
+
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs CUDA")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_copies_on_the_host_change_nothing(device):
+    runs = []
+    for offload in (False, True):
+        model, optimizer = network()
+        model.to(device)
+        rewind = Rewind(model, optimizer, window=WINDOW, every=8, offload=offload)
+        train(model, optimizer, rewind, 0, 200, range(125, 140))
+        runs.append((model, rewind))
+    (one, plain), (other, rewind) = runs
+    assert_same(one, other)
+    assert rewind.events == plain.events != []
+    live = {t.data_ptr() for t in other.state_dict().values()}
+    for saved in (rewind._trusted, rewind._candidate):
+        copies = [value for value in saved.values() if isinstance(value, torch.Tensor)]
+        assert len(copies) > 2 * len(live) and live.isdisjoint(t.data_ptr() for t in copies)
+        assert all(t.device.type == "cpu" for t in copies)
+        assert device == "cpu" or any(t.is_pinned() for t in copies)
 
 
 def test_masks_may_be_infinite_and_shared_weights_are_copied_once():

@@ -11,7 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lossguard.torch import LossGuard
 from lossguard.torch.memory import Memory
-from lossguard.torch.tensors import finite
+from lossguard.torch.tensors import finite, zero_unsound
+
+
+class Subclass(torch.Tensor):
+    """As quantized weights are."""
+
 
 HUGE = torch.finfo(torch.float32).max
 
@@ -34,10 +39,43 @@ HUGE = torch.finfo(torch.float32).max
         (torch.tensor([1.0, math.nan]).to(torch.float8_e4m3fn), False),
         (torch.tensor([2**62, 2**62]), True),
         ([], True),
+        (torch.ones(2).as_subclass(Subclass), True),
+        (torch.tensor([1.0, math.nan]).as_subclass(Subclass), False),
     ],
 )
 def test_finite(value, expected):
     assert finite(value) is expected
+
+
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        [torch.float16, torch.float16],
+        [torch.bfloat16],
+        [torch.float32, torch.float32],
+        [torch.float64],
+        [torch.complex64],
+        [torch.float32, torch.float64],
+    ],
+)
+def test_one_bad_number_makes_all_gradients_0(kinds, bad):
+    params = [torch.nn.Parameter(torch.ones(2, 3, dtype=kind)) for kind in kinds]
+    for p in params:
+        p.grad = torch.full_like(p, 2)
+    params.append(torch.nn.Parameter(torch.ones(4)))  # that has none
+    if bad is not None:
+        params[0].grad[0, 1] = bad
+    assert bool(zero_unsound(params)) == (bad is not None)
+    for p in params[:-1]:
+        assert torch.equal(p.grad, torch.full_like(p, 2 if bad is None else 0))
+    assert not zero_unsound([params[-1]])
+
+
+def test_a_gradient_may_have_one_number_for_several_places():
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(()).expand(3)
+    assert not zero_unsound([p])
 
 
 def test_all_tensors_are_read_at_once():

@@ -1,11 +1,29 @@
-"""What a guard accepts, and the sentences with which it refuses the rest."""
+"""What a guard accepts, and the sentences with which it refuses the rest, or warns of it."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+
+from lossguard.torch.tensors import read
+
+Closure = Callable[[], Any]
+T = TypeVar("T")
+
+SAME = 1e-4
+"""The part of a loss by which rounding may change it."""
+NOTE = (
+    "lossguard: the guard only checks here (guard.checking is true), so the closure runs without "
+    "gradients: leave out what reads p.grad, and put `with torch.enable_grad():` inside it around "
+    "what torch.autograd.grad or retain_grad needs"
+)
 
 
 def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
@@ -18,6 +36,8 @@ def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
                 f"{name} must be a torch.optim.Optimizer and no guard, got {type(one).__name__}"
             )
         _check_step(name, one)
+        if any(group.get("maximize") for group in one.param_groups):
+            raise ValueError(f"{name} must minimize the loss, got one with maximize=True")
         for group in one.param_groups:
             if id(group) in seen:
                 raise ValueError(
@@ -47,12 +67,6 @@ def _check_step(name: str, optimizer: Optimizer) -> None:
             f"{name} must have step(), step(closure=None) or step(loss), as a guard evaluates once "
             f"a step, got {type(optimizer).__name__} with step({argument})"
         )
-
-
-def check_fallback(fallback: Optimizer) -> None:
-    """Refuse one that can't be trusted."""
-    if any(group.get("maximize") for group in getattr(fallback, "param_groups", [])):
-        raise ValueError("fallback must minimize the loss, got one with maximize=True")
 
 
 def check_range(kind: str, params: Sequence[Tensor]) -> None:
@@ -85,7 +99,93 @@ def check_model(model: object, params: Sequence[Tensor]) -> None:
         )
 
 
-def check_callback(callback: object) -> None:
-    """Refuse what can't be called with decisions."""
-    if not (callback is None or callable(callback)):
-        raise ValueError(f"callback must be None or a function of a decision, got {callback!r}")
+def check_loop(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> None:
+    """Refuse parameters that came later, and gradients from before the minibatch."""
+    for one in optimizers:
+        count = sum(len(group["params"]) for group in one.param_groups)
+        if count != len(params):
+            raise ValueError(
+                "parameters must be in the optimizers when the guard is built, got "
+                f"{type(one).__name__} with {count} instead of {len(params)}"
+            )
+    accelerate = sys.modules.get("accelerate.state")
+    steps = accelerate.GradientState().num_steps if accelerate else 1
+    if steps > 1:
+        raise ValueError(
+            f"gradient_accumulation_steps must be 1 for Accelerate, got {steps}: it would "
+            "leave out the guard's calls in between (accumulate in the body, before lane.step)"
+        )
+    if any(p.grad is not None for p in params):
+        raise ValueError(
+            "gradients must be computed inside the closure, got some before the step (call "
+            "zero_grad before it, and accumulate inside the closure)"
+        )
+
+
+def checked(closure: Any, hint: str = "") -> Closure:
+    """The closure; refuse what isn't one. The ``hint`` is for those who gave none."""
+    if callable(closure):
+        return closure
+    got = f"{_described(closure)}{hint if closure is None else ''}"
+    raise ValueError(f"closure must be a function that returns the loss, got {got}")
+
+
+def scalar(loss: Any) -> Tensor:
+    """A loss as a tensor without dimensions, which stays if the loss is overwritten."""
+    if not isinstance(loss, (Tensor, Real)) or (isinstance(loss, Tensor) and loss.numel() != 1):
+        raise ValueError(f"closure must return the loss, one number, got {_described(loss)}")
+    if isinstance(loss, Tensor):
+        return loss.detach().clone().reshape(())
+    return torch.as_tensor(loss, dtype=torch.float64).reshape(())
+
+
+def _described(value: Any) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+class _NoBackward(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return None if func is Tensor.backward else func(*args, **(kwargs or {}))
+
+
+def forward_only(closure: Callable[[], T]) -> T:
+    """The value of ``closure``, whose calls of ``backward`` do nothing.
+
+    >>> weight = torch.ones(3, requires_grad=True)
+    >>> def closure():
+    ...     loss = weight.sum()
+    ...     loss.backward()
+    ...     return loss
+    >>> forward_only(closure), weight.grad
+    (tensor(3.), None)
+    """
+    with torch.no_grad(), _NoBackward():
+        try:
+            return closure()
+        except Exception as error:
+            if not isinstance(error, StopIteration):  # the closure's own stream has ended
+                error.add_note(NOTE)
+            raise
+
+
+def compare(losses: Sequence[Tensor]) -> None:
+    """Warn if lanes that were at one point had different losses on the first minibatch there."""
+    numbers = read(losses)
+    low, high = min(numbers, default=0.0), max(numbers, default=0.0)
+    if high - low > SAME * max(abs(low), abs(high)):
+        warnings.warn(
+            f"closure gave different losses at the same parameters ({high:.4g} and {low:.4g}): "
+            "draw the minibatch, and all random numbers but PyTorch's, outside it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def tell(error: Exception, lane: object) -> None:
+    """Warn that a lane's minibatch is lost to an error."""
+    warnings.warn(
+        f"{lane} has numbers that aren't finite and raised {type(error).__name__}: such "
+        "minibatches count as lost for it",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from lossguard.torch import trial as trials
-from lossguard.torch.closures import scalar
+from lossguard.torch.arguments import scalar
 from lossguard.torch.decision import NEITHER, Decision, Seen, mean
 from lossguard.torch.guard import Guard
 from lossguard.torch.lane import Lane
-from lossguard.torch.trial import Trial
+from lossguard.torch.losses import Trial
 from lossguard.validation import check_count, check_decay, check_share
 
 LOOKS = 3
@@ -62,12 +61,9 @@ class BestOf(Guard):
         model <- w[j] of the lowest D[j]
 
     Without ``share`` all run in every cycle. Then the losses reported never sum up to more than
-    those of any optimizer that stays finite and isn't ruined ("be the leader": Kalai and Vempala,
-    2005). They are reported with hindsight: d is known before the leader is chosen.
-
-    With ``share`` the leader runs, and each of the others in that share of the cycles: so several
-    cost little more than one. Who didn't run can't take over. A record is of the cycles in which
-    its optimizer ran.
+    those of any optimizer that stays finite and isn't ruined. They are reported with hindsight: d
+    is known before the leader is chosen. With ``share`` the leader runs, and each of the others in
+    that share of the cycles: so several cost little more than one. Who didn't run can't take over.
 
     Args:
         optimizers: of the same parameters. The first is followed where all are level, and its
@@ -81,17 +77,15 @@ class BestOf(Guard):
         nc: check minibatches a cycle, where there is a ``check``.
         decay: D remembers about 1 / (1 - decay) cycles.
 
-    An optimizer begins again at x, the model, with the record of the one that is followed, if its
-    losses or parameters aren't finite, or if it is ruined: on three cycles the leader was better by
-    three standard errors, and its lowest D is nearer to the leader's than to its own of now. Where
-    the leader isn't finite at the end of a cycle that began well, that cycle counts as its D: so x
-    goes back to where the cycle began, unless another D is lower. A minibatch that is lost on all
-    doesn't count. ``decision.winner`` numbers the optimizers, -1 where x goes back.
-
-    Memory: one copy of the parameters and buffers for each optimizer, beside the model.
+    An optimizer begins again at the model, with the record of the one that is followed, if it isn't
+    finite or is ruined; a leader that isn't finite goes back to where the cycle began, as in
+    ``lossguard.best_of`` (``docs/guards.md``). ``decision.winner`` numbers the optimizers, -1 where
+    the model goes back.
 
     Raises:
         ValueError: if an argument isn't one of the above.
+
+    Memory: one copy of the parameters and buffers for each optimizer, beside the model.
 
     >>> import torch
     >>> w = torch.tensor([4.0], requires_grad=True)
@@ -170,11 +164,10 @@ class BestOf(Guard):
         for lane in [*self._others, self._leader]:
             self._randomness.set(draws)
             torch.clear_autocast_cache()
-            for j in range(self.checks):
-                lane.enter(checking=True)
-                with torch.no_grad():
-                    lane.step(scalar(check(self._checked + j)))
-                lane.leave()
+            lane.enter(checking=True)
+            with torch.no_grad():
+                lane.checks = [scalar(check(self._checked + j)) for j in range(self.checks)]
+            lane.leave()
         self._checked += self.checks
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
@@ -222,8 +215,8 @@ class BestOf(Guard):
         for k, one in shown.items():
             if fine[k] and k != leader:
                 record = self.records[k]
-                against = trials.add(record.against, leading, one.losses)
-                won, over = trials.outcome(against, leading)
+                against = record.against.after(leading, one.losses)
+                won, over = against.outcome(leading)
                 self.records[k] = record._replace(against=NEW if won or over else against)
                 if won and 2 * record.lowest < record.mean + self.records[leader].mean:
                     ruined.add(k)

@@ -10,17 +10,13 @@ x stayed, or went back."""
 
 
 class Seen(NamedTuple):
-    """What a cycle has shown of a lane that ran, agreed between ranks.
-
-    Attributes:
-        losses: training losses, each before its step.
-        checks: check losses.
-        finite: whether parameters and buffers are finite.
-    """
+    """What a cycle has shown of a lane that ran, agreed between ranks."""
 
     losses: list[float]
+    """Of training, each before its step."""
     checks: list[float]
     finite: bool
+    """Whether parameters and buffers are."""
 
     @property
     def fine(self) -> bool:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from lossguard.torch import arguments
 from lossguard.torch.decision import Decision
 from lossguard.torch.memory import Inner
-from lossguard.torch.randomness import Randomness
+from lossguard.torch.process import Randomness
 from lossguard.torch.rates import Rates, copied
 from lossguard.torch.weights import Weights
 from lossguard.validation import check_count
@@ -51,7 +51,6 @@ class Face(Optimizer):
     ) -> None:
         params = arguments.check_optimizers(optimizers)
         arguments.check_model(model, params)
-        arguments.check_callback(callback)
         self.nt, self.nc = check_count("nt", nt), nc
         self.phase, self.steps = 0, 0
         self.history: deque[Decision] = deque(maxlen=HISTORY)

@@ -8,17 +8,15 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from lossguard.torch import saving
-from lossguard.torch.arguments import check_fallback, check_range
-from lossguard.torch.closures import Closure, checked, forward_only
+from lossguard.torch import arguments, saving
+from lossguard.torch.arguments import Closure
 from lossguard.torch.decision import Decision, Seen
 from lossguard.torch.face import Face
-from lossguard.torch.interrupts import held
 from lossguard.torch.lane import Lane
+from lossguard.torch.process import held
 from lossguard.torch.ranks import agree, several
 from lossguard.torch.relay import Relay
 from lossguard.torch.tensors import read
-from lossguard.torch.watch import check, compare, tell
 from lossguard.validation import check_share
 
 
@@ -47,7 +45,7 @@ class Guard(Face):
             for name, of in lanes.items()
         }
         if not self.forgives:
-            check_range(type(self).__name__, self._weights.params)
+            arguments.check_range(type(self).__name__, self._weights.params)
         self._leader = self._weights.holder = self._lanes[leader]
         self._others: list[Lane] = []
         """Those that run beside it in this cycle."""
@@ -78,7 +76,7 @@ class Guard(Face):
         Returns:
             The loss of the live lane before its step: of what the model was before this call.
         """
-        closure = checked(closure, " (float16 needs a loop over guard.lanes())")
+        closure = arguments.checked(closure, " (float16 needs a loop over guard.lanes())")
         with closing(self.lanes()) as lanes:
             *_, value = [self._run(lane, closure) for lane in lanes]
         return value.detach().clone() if isinstance(value, Tensor) else value
@@ -122,7 +120,9 @@ class Guard(Face):
     def _open(self) -> list[Tensor]:
         """Before a minibatch: the random state that each lane starts from."""
         self._undo(self._randomness.state())  # of a loop that was left, whose generator lives on
-        check(self._weights, list(self._inners.values()))
+        arguments.check_loop(
+            [inner.optimizer for inner in self._inners.values()], self._weights.params
+        )
         self._rates.apply()
         if self.phase == 0:
             for lane in self._lanes.values():
@@ -140,12 +140,12 @@ class Guard(Face):
         """
         try:
             with torch.enable_grad():
-                value = forward_only(closure) if lane.checking else closure()
+                value = arguments.forward_only(closure) if lane.checking else closure()
         except Exception as error:
             passed_on = lane.name in self.trusted or several(self.process_group)
             if passed_on or not self._weights.have_diverged():
                 raise
-            tell(error, lane)
+            arguments.tell(error, lane)
             return lane.miss()
         lane.step(value)
         return value
@@ -170,7 +170,7 @@ class Guard(Face):
         if self.phase == 1 and self.steps == 0:
             for lane in self._order:
                 lane.note_copies(lane.point)
-            compare(self._order)
+            arguments.compare([lane.losses[0] for lane in self._order if not lane.switches])
         decision = None
         if self.phase == self.nt + self.nc:
             decision = self._decide()
@@ -245,7 +245,6 @@ class GuardOfTwo(Guard):
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
         share = check_share(share)
-        check_fallback(fallback)
         super().__init__(
             {"fallback": fallback, "learned": learned},
             {"y": "learned", "z": "fallback", "s": "fallback"},
@@ -255,5 +254,4 @@ class GuardOfTwo(Guard):
             process_group=process_group,
             callback=callback,
         )
-        self._relay = Relay(self._lanes["y"], self._lanes["z"], self.nt, share)
-        self._s, self._on_own = self._lanes["s"], True
+        self._relay = Relay(*self._lanes.values(), self.nt, share)

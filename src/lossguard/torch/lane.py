@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.closures import scalar
+from lossguard.torch.arguments import scalar
 from lossguard.torch.memory import Inner, Memory
-from lossguard.torch.tensors import finite, local, transfer, zero_unsound
+from lossguard.torch.tensors import clones, finite, local, transfer, zero_unsound
 from lossguard.torch.weights import Copy, Weights
 
 
@@ -28,7 +28,7 @@ class Lane:
 
     def __init__(self, name: str, inner: Inner, weights: Weights, *, forgives: bool) -> None:
         self.name, self.inner, self.weights, self.forgives = name, inner, weights, forgives
-        self.values: Copy = [t.clone() for t in weights.live()]
+        self.values: Copy = clones(weights.live())
         """Where it is while another one is in the model."""
         self.before: Copy = []
         """Of the leader and who else may have to go back, where it was when the cycle began."""
@@ -72,7 +72,7 @@ class Lane:
 
     def keep(self) -> None:
         """Note where it is when a cycle begins, to go back there."""
-        self.before = self.before or [t.clone() for t in self.point]
+        self.before = self.before or clones(self.point)
 
     def go_back(self) -> None:
         """Be where it was when the cycle began."""
@@ -104,7 +104,7 @@ class Lane:
             self._parked = memory
 
     def forget(self) -> None:
-        """Remember nothing, as an optimizer that was just built."""
+        """Remember what its optimizer did when the guard was built, mostly nothing."""
         self.remember(self.inner.fresh())
 
     def enter(self, *, checking: bool) -> None:
@@ -112,7 +112,7 @@ class Lane:
         self.checking, self.begun, self.stepped = checking, False, False
         self.weights.clear_gradients()
         self.weights.put(self)
-        self._buffers = [t.clone() for t in self.weights.buffers()]
+        self._buffers = clones(self.weights.buffers())
         if self._parked is not None:
             self.inner.holder._parked = self.inner.exchange(self._parked)
             self.inner.holder, self._parked = self, None
@@ -156,7 +156,7 @@ class Lane:
 
     def check_gradients(self, loss: Tensor) -> None:
         """Refuse a body without a backward pass, which it may leave out for lost losses alone."""
-        if not self.weights.have_gradients() and finite(loss):
+        if all(p.grad is None for p in self.weights.params) and finite(loss):
             raise ValueError("closure must call backward, got no gradients from it")
 
     def update(self, loss: Any) -> None:

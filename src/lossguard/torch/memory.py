@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
 
-from lossguard.torch.groups import options_of, same
+from lossguard.torch.rates import options_of, same
 from lossguard.torch.tensors import finite
 
 
@@ -52,7 +52,7 @@ class Inner:
         self.own: set[str] = set()
         self.copies: set[str] = set()
         self.holder: Any = None
-        self._options = copy.deepcopy(self.options())
+        self._fresh = self.memory().copy()
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
@@ -63,8 +63,8 @@ class Inner:
             self.own |= {key for key in new if not same(old.get(key), new[key])}
 
     def fresh(self) -> Memory:
-        """No state, and the options at construction."""
-        return Memory({}, self._options).copy()
+        """As when the guard was built, by when some optimizers have made all that they remember."""
+        return self._fresh.copy()
 
     def memory(self) -> Memory:
         """The memory itself."""

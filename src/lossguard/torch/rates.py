@@ -3,10 +3,14 @@
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.groups import Group, options_of, same, set_rate
+Group = dict[str, Any]
+"""A parameter group of an optimizer; but for its parameters they are settings."""
 
 
 class Rates:
@@ -109,3 +113,22 @@ def copied(group: Group) -> Group:
 
 def _rate(group: Group) -> float | None:
     return float(group["lr"]) if "lr" in group else None
+
+
+def options_of(group: Group) -> Group:
+    """The settings of a group."""
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def same(old: Any, new: Any) -> bool:
+    """Whether a setting is as it was; what holds tensors only if it is the same object."""
+    plain = (int, float, str, tuple, type(None))
+    return old is new or (isinstance(old, plain) and isinstance(new, plain) and old == new)
+
+
+def set_rate(group: Group, rate: float | Tensor) -> None:
+    """Set the rate, which may be a tensor that must stay the same one."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].copy_(torch.as_tensor(rate))
+    else:
+        group["lr"] = rate

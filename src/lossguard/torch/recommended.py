@@ -3,13 +3,10 @@
 import math
 from collections.abc import Mapping
 
-from lossguard.torch import progress as progresses
-from lossguard.torch import trial as trials
-from lossguard.torch.decision import FALLBACK, LEARNED, OWN, Decision, Seen, mean
+from lossguard.torch.decision import Decision, Seen, mean
 from lossguard.torch.guard import GuardOfTwo
 from lossguard.torch.lane import Lane
-from lossguard.torch.relay import Leg, report
-from lossguard.torch.trial import Trial
+from lossguard.torch.losses import Progress, Trial
 
 LOOKS = 3
 """Cycles on which s is compared with x, each time that it is."""
@@ -22,20 +19,14 @@ BELOW = 0.1
 class Recommended(GuardOfTwo):
     """Whoever leads runs; a challenger runs in a small share of the steps.
 
-    The model is the leader's, who is one of two:
+    The model is the leader's: the fallback's, beside which the learned optimizer is tried now and
+    then; or the learned one's, from when it wins a trial until its losses stall. Meanwhile the
+    fallback's own run stays behind as lane s, and the model goes back to it if that wins a trial.
+    The rules are those of ``lossguard.recommended``; ``docs/guards.md`` tells them.
 
-    - *The fallback.* Now and then the learned optimizer is tried from the model, beside it and on
-      the same minibatches. It takes over if it is better by three standard errors.
-    - *The learned optimizer.* It leads while its loss falls: by a power of 1/4 of its age at least.
-      When it stalls the fallback goes on from there, or from a snapshot if the loss has risen.
-
-    When the learned optimizer first takes over, the fallback's own run stays behind as lane s. It
-    runs until it has had ``share`` of the steps, or five times that, if by then its loss, falling
-    on as it does, would be a tenth below the model's. The model goes back to it if it wins a trial.
-
-    So a step costs one gradient, and one more for each challenger that runs in the cycle: y on
-    trial while the fallback leads, in at most ``share`` of the steps and sqrt(k) more; s while the
-    model is off its path, in at most that share. Training losses decide.
+    A step costs one gradient, and one more for each challenger that runs in the cycle: y on trial,
+    in at most ``share`` of the steps and sqrt(k) more, k being the steps so far; s, in at most that
+    share, or five times that where it would soon be a tenth below the model.
 
     Args:
         learned: the optimizer that is not trusted.
@@ -51,11 +42,11 @@ class Recommended(GuardOfTwo):
     ``fallback_loss`` are of a trial. A lane that is not finite can't lead, and at the ends of
     cycles the model is finite if it began so.
 
-    Memory: three copies of the parameters and buffers beside the model, two states of the fallback,
-    one of the learned optimizer; while s runs a fourth copy.
-
     Raises:
         ValueError: if an argument isn't one of the above.
+
+    Memory: three copies of the parameters and buffers beside the model, two states of the fallback,
+    one of the learned optimizer; while s runs a fourth copy.
 
     >>> import torch
     >>> w = torch.tensor([4.0], requires_grad=True)
@@ -72,57 +63,46 @@ class Recommended(GuardOfTwo):
     (0, 20.0)
     """
 
-    remembered = ("_on_own", "_own_steps", "_progress", "_against", "_relay.state")
+    remembered = ("_relay.state", "_own_steps", "_progress", "_against")
 
     _own_steps = 0
-    _progress = progresses.begin(0.0)
+    _progress = Progress.begun(0.0)
     """Of the fallback by itself; not smoothed, as s may run seldom."""
     _against = Trial(LOOKS, math.inf)
     """Of s against x, by their losses alone."""
 
     def _begin(self) -> list[Lane]:
-        share = self._share_of_s
-        relay = self._relay.begin(self.steps)
-        runs = not self._on_own and self._own_steps < share * self.steps
-        if runs:
-            self._s.keep()
-        return [lane for lane in (*relay, *[self._s][:runs]) if not lane.live]
+        off, share = not self._relay.state.on_own, self._share_of_s
+        lanes = self._relay.begin(self.steps, off and self._own_steps < share * self.steps)
+        if self._relay.s in lanes:
+            self._relay.s.keep()
+        return lanes
 
     @property
     def _share_of_s(self) -> float:
         """Of the steps so far, up to which s runs."""
         share, now = self._relay.share, self._relay.state.progress.recent
         more = min(1.0, MORE * share)
-        soon = progresses.expected_at(self._progress, more * self.steps)
+        soon = self._progress.expected_at(more * self.steps)
         return more if soon < now - BELOW * abs(now) else share
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
-        s = seen.get("s")
-        leg = self._relay.settle(seen.get("y"), seen.get("z"), self.steps)
-        self._settle_own(leg, s)
-        self._lead(self._relay.leader)
-        winner = OWN if self._on_own else FALLBACK
-        return report(
-            leg, LEARNED if self._relay.leader.name == "y" else winner, self.nt, len(seen)
-        )
-
-    def _settle_own(self, leg: Leg, s: Seen | None) -> None:
-        """x leaves the fallback's own path, stays off it, or goes back to it."""
-        runs, on_own = s is not None, self._on_own
+        s, relay, on_own, back = seen.get("s"), self._relay, self._relay.state.on_own, None
+        decision, leaves = relay.settle(seen, self.steps)
         if s is not None and not s.fine:
-            self._s.go_back()
-        elif s is not None or (on_own and leg.fine_z):
-            losses = leg.losses if s is None else s.losses
-            self._progress = progresses.add(self._progress, mean(losses), self.nt, memory=0)
-        if on_own and leg.taken_over:
-            self._s.become(self._relay.z)
-            self._on_own, self._against = False, Trial(LOOKS, math.inf)
+            relay.s.go_back()
+        elif s is not None or (on_own and decision.finite_fallback):
+            losses = decision.losses if s is None else s.losses
+            self._progress = self._progress.after(mean(losses), self.nt, memory=0)
+        if leaves:
+            self._against = Trial(LOOKS, math.inf)
         elif s is not None and s.fine:
-            self._against = trials.add(self._against, s.losses, leg.losses)
-            won, lost = trials.outcome(self._against, s.losses)
+            self._against = self._against.after(s.losses, decision.losses)
+            won, lost = self._against.outcome(s.losses)
             if won or lost:
                 self._against = Trial(LOOKS, math.inf)
-            if won:
-                self._relay.go_on_from(self._s, self._progress.recent)
-                self._on_own = True
-        self._own_steps += self.nt * (on_own or runs)
+            back = self._progress.recent if won else None
+        self._own_steps += self.nt * (on_own or s is not None)
+        decision = relay.own_path(decision, leaves, back)
+        self._lead(relay.leader)
+        return decision

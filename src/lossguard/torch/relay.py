@@ -3,16 +3,17 @@
 x    where the leader's lane is
 y    the learned lane: leads, or is on trial from x
 z    the fallback's lane: leads, or is the snapshot that x can go back to while y leads
+s    the fallback by itself, which y has never moved: stays behind when x leaves its path
+
+The rules are those of ``lossguard.recommended`` and ``lossguard.hedged``.
 """
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from lossguard.torch import progress as progresses
-from lossguard.torch import trial as trials
-from lossguard.torch.decision import Decision, Seen, mean
-from lossguard.torch.progress import Progress
-from lossguard.torch.trial import NONE, Trial
+from lossguard.torch.decision import FALLBACK, LEARNED, NEITHER, OWN, Decision, Seen, mean
+from lossguard.torch.losses import NONE, Progress, Trial
 
 if TYPE_CHECKING:
     from lossguard.torch.lane import Lane
@@ -35,47 +36,17 @@ LEAST = 10
 """Optimizer steps of a trial, at least."""
 
 
-class Leg(NamedTuple):
-    """What happened in a cycle.
-
-    Attributes:
-        losses: of the leader, before each step.
-        challenger: of y on trial; none if there was no trial.
-        learned_led: whether y led.
-        fine_y: whether y stayed finite, if it ran.
-        fine_z: whether z stayed finite, if it ran.
-        taken_over: whether y has won, and leads from now on.
-    """
-
-    losses: list[float]
-    challenger: list[float]
-    learned_led: bool
-    fine_y: bool
-    fine_z: bool
-    taken_over: bool
-
-    @property
-    def tried(self) -> bool:
-        """Whether y was on trial."""
-        return bool(self.challenger)
-
-
 class State(NamedTuple):
-    """What is known of both lanes.
+    """What is known: of the leader, progress; at the snapshot, the smoothed loss, level."""
 
-    Attributes:
-        learned_leads: whether y leads.
-        progress: of the leader.
-        level: the smoothed loss at the snapshot.
-        trial: of y; ``NONE``: there is none.
-        tried: optimizer steps that y has taken on trial.
-    """
-
-    learned_leads: bool
-    progress: Progress
-    level: float
-    trial: Trial
-    tried: int
+    on_own: bool = True
+    """Whether x is on the path of s."""
+    learned_leads: bool = False
+    progress: Progress = Progress.begun(0.0)
+    level: float = 0.0
+    trial: Trial = NONE
+    tried: int = 0
+    """Optimizer steps that y has taken on trial."""
 
 
 class Relay:
@@ -87,33 +58,35 @@ class Relay:
       times what it was at the snapshot. Then z goes on: from x, or, after a rise, from there.
     - The snapshot is where z was when y took over. It moves to x when the loss is a fifth
       lower, at first half as high.
+    - When y first takes over, s stays where z was. When it runs, and when x goes back to it, is the
+      affair of who has the relay.
     """
 
-    def __init__(self, y: "Lane", z: "Lane", nt: int, share: float) -> None:
-        self.y, self.z, self.nt, self.share = y, z, nt, share
-        self.state = State(False, progresses.begin(0.0), 0.0, NONE, 0)
+    def __init__(self, y: "Lane", z: "Lane", s: "Lane", nt: int, share: float) -> None:
+        self.y, self.z, self.s, self.nt, self.share = y, z, s, nt, share
+        self.state = State()
 
     @property
     def leader(self) -> "Lane":
         """Where x is."""
         return self.y if self.state.learned_leads else self.z
 
-    def begin(self, k: int) -> "list[Lane]":
-        """The lanes that run in the cycle after k steps of the leader."""
-        if self.state.learned_leads:
-            return [self.y]
-        if self.state.trial == NONE:
+    def begin(self, k: int, s_runs: bool) -> "list[Lane]":
+        """The lanes that run in the cycle after k steps of the leader, beside the live one."""
+        if not self.state.learned_leads and self.state.trial == NONE:
             self._begin_trial(k)
-        trial = self.state.trial
+        leads, trial = self.state.learned_leads, self.state.trial
         if trial != NONE and trial.cycles == 0:
             self.y.start_at(self.z.point)
             self.y.forget()
-        self.z.keep()
-        return [self.z] if trial == NONE else [self.y, self.z]
+        if not leads:
+            self.z.keep()
+        runs = (self.y, leads or trial != NONE), (self.z, not leads), (self.s, s_runs)
+        return [lane for lane, one_runs in runs if one_runs and not lane.live]
 
-    def settle(self, y: Seen | None, z: Seen | None, k: int) -> Leg:
-        """After the cycle, in which these of the lanes ran."""
-        state, led = self.state, self.state.learned_leads
+    def settle(self, seen: Mapping[str, Seen], k: int) -> tuple[Decision, bool]:
+        """After the cycle: what is to be told of it, and whether y takes over from the own path."""
+        y, z, state, led = seen.get("y"), seen.get("z"), self.state, self.state.learned_leads
         fine_y, fine_z = y is None or y.fine, z is None or z.fine
         if not fine_z:
             self.z.go_back()
@@ -121,27 +94,46 @@ class Relay:
         assert leader is not None
         losses, of_y = leader.losses, [] if y is None or led else y.losses
         if fine_y if led else fine_z:
-            state = state._replace(progress=progresses.add(state.progress, mean(losses), self.nt))
+            state = state._replace(progress=state.progress.after(mean(losses), self.nt))
         taken_over = False
         if state.trial != NONE:
-            trial = trials.add(state.trial, of_y, losses)
+            trial = state.trial.after(of_y, losses)
             state = state._replace(trial=trial, tried=state.tried + self.nt)
-            won, lost = trials.outcome(trial, of_y)
+            won, lost = trial.outcome(of_y)
             taken_over = fine_y and (won or not fine_z)
             if taken_over:
-                began = progresses.begin(mean(of_y), k // YOUTH)
+                began = Progress.begun(mean(of_y), k // YOUTH)
                 level = state.progress.lasting
                 state = state._replace(learned_leads=True, level=level, progress=began, trial=NONE)
             elif lost or not fine_y:
                 state = state._replace(trial=NONE)
         self.state = self._keep_or_hand_over(state, fine_y) if led else state
-        return Leg(losses, of_y, led, fine_y, fine_z, taken_over)
+        decision = Decision(
+            used_learned=[led] * self.nt,
+            losses=losses,
+            winner=NEITHER,
+            gradients=self.nt * len(seen),
+            learned_updates=self.nt * (y is not None),
+            learned_loss=mean(of_y) if of_y else math.nan,
+            fallback_loss=mean(losses) if of_y else math.nan,
+            finite_learned=fine_y,
+            finite_fallback=fine_z,
+        )
+        return decision, taken_over and state.on_own
 
-    def go_on_from(self, s: "Lane", loss: float) -> None:
-        """Have z be where s is, and lead, with no trial."""
-        self.z.become(s)
-        began = progresses.begin(loss)
-        self.state = self.state._replace(learned_leads=False, progress=began, trial=NONE)
+    def own_path(self, decision: Decision, leaves: bool, back: float | None) -> Decision:
+        """x leaves the fallback's own path, is off it beside s, or goes back to s, at its loss."""
+        if leaves:
+            self.s.become(self.z)
+            self.state = self.state._replace(on_own=False)
+        if back is not None:
+            self.z.become(self.s)
+            began = Progress.begun(back)
+            self.state = self.state._replace(
+                on_own=True, learned_leads=False, progress=began, trial=NONE
+            )
+        winner = OWN if self.state.on_own else FALLBACK
+        return decision._replace(winner=LEARNED if self.state.learned_leads else winner)
 
     def _begin_trial(self, k: int) -> None:
         budget = self.share * k + math.sqrt(k)
@@ -158,7 +150,7 @@ class Relay:
         settled = progress.age >= progress.later_age + SETTLED * self.nt
         worse = young and settled and progress.recent > level
         risen = now > level + RISE * abs(level)
-        ends = not fine or worse or risen or progresses.rate(progress) < STALL
+        ends = not fine or worse or risen or progress.rate < STALL
         gain = YOUNG_GAIN if young else GAIN
         better = not ends and now < level - gain * abs(level)
         from_x = better or (ends and fine and not risen)
@@ -169,20 +161,5 @@ class Relay:
         if not ends:
             return state
         # z's path goes on from where y has come to: from there it is fast or slow again.
-        began = progresses.begin(progress.recent if from_x else level)
+        began = Progress.begun(progress.recent if from_x else level)
         return state._replace(learned_leads=False, progress=began)
-
-
-def report(leg: Leg, winner: int, nt: int, lanes: int) -> Decision:
-    """The decision of a cycle in which so many lanes ran."""
-    return Decision(
-        used_learned=[leg.learned_led] * nt,
-        losses=leg.losses,
-        winner=winner,
-        gradients=nt * lanes,
-        learned_updates=nt * (leg.learned_led or leg.tried),
-        learned_loss=mean(leg.challenger) if leg.tried else math.nan,
-        fallback_loss=mean(leg.losses) if leg.tried else math.nan,
-        finite_learned=leg.fine_y,
-        finite_fallback=leg.fine_z,
-    )

@@ -1,37 +1,34 @@
 """A run that spikes or diverges goes back to where it was good, and goes on more carefully.
 
-The rule is that of ``lossguard.rewind``; ``rule.py`` has it. Letters: T calls of ``observe``, B =
-window / 4 losses a block.
+Letters: T calls of ``observe``, B = window / 4 losses a block.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from lossguard.torch.careful import CarefulSteps
-from lossguard.torch.interrupts import held
+from lossguard.torch.process import held
 from lossguard.torch.ranks import mean_of_ranks
-from lossguard.torch.rewind_checkpoint import load, save
 from lossguard.torch.rule import Rule
-from lossguard.torch.snapshot import Live, Saved
-from lossguard.torch.tensors import local
+from lossguard.torch.snapshot import SOUND, CarefulSteps, Live, Saved, load, save
+from lossguard.torch.tensors import local, stacked
 from lossguard.validation import check_count, check_kind
 
 Cause = Literal["loss", "model", "audit"]
 
 
 class RewindEvent(NamedTuple):
-    """What ``Rewind`` did.
+    """What ``Rewind`` did: it went back, or there was an alarm at which it didn't.
 
     Attributes:
-        kind: "return"; or "unanswered", an alarm at which it didn't go back.
-        cause: "loss", "audit", or "model" where that wasn't finite.
+        cause: "model" where that wasn't finite.
         call: of ``observe``, from 1.
-        thrown: steps that the return threw away; 0 of an alarm that was unanswered.
+        thrown: steps that the return threw away.
         in_a_row: returns to this snapshot, this one included.
         scale: what the rates are multiplied by in the next step.
     """
@@ -58,23 +55,26 @@ class Rewind:
             optimizer.step(); scheduler.step(); optimizer.zero_grad()
             rewind.observe(loss)
 
-    Alarm, snapshots, scale and budget are those of ``lossguard.rewind``: its docstring tells them.
-    Here the host reads the losses every ``every`` calls, and an alarm waits for that.
+    Alarm, snapshots, scale and budget are those of ``lossguard.rewind`` (``docs/guards.md``). Here
+    the host reads the losses every ``every`` calls, and an alarm waits for that.
 
     - A step whose gradients aren't finite is taken with gradients of 0; nothing waits for that.
     - A model that isn't finite at a read goes back at once. While the budget doesn't allow it, each
       step is read, and one that makes the model not finite is taken back by itself.
     - After a return the rates in ``param_groups`` are multiplied by ``scale`` during each step, and
-      set back after it, so schedulers and loops that set them need to know nothing.
-    - Under ``torch.distributed`` every rank calls ``observe``. They take the mean of their losses,
-      and decide the same. FSDP2's shards are copied as shards.
+      set back after it: schedulers need to know nothing.
+    - Under ``torch.distributed`` every rank calls ``observe``. All decide by the mean of their
+      losses. FSDP2's shards are copied as shards.
 
     Args:
         model: what is trained. Its parameters and buffers go back.
         optimizer: its memory goes back, its settings don't.
         schedulers: what else goes back: anything with ``state_dict`` and ``load_state_dict``, such
             as an average of weights. Data, random numbers and schedulers not named here go on.
-        window, rho, factor, rise: as in ``lossguard.rewind``.
+        window: steps, a multiple of 8, at least 64; a snapshot is trusted after up to half of them.
+        rho: the share of all steps that may be thrown away, beside one window.
+        factor: what steps are multiplied by after a return.
+        rise: the share of the progress since the start that has to be lost.
         every: calls between two reads; a divisor of window / 4.
         offload: keep snapshots in the host's memory (pinned, where there is CUDA).
         fallback: called with the optimizer at each return soon after another one, to make its
@@ -127,9 +127,8 @@ class Rewind:
             raise ValueError(f"every must divide window / 4 = {self._rule.block}, got {every}")
         self._live = Live(model, optimizer, schedulers, offload)
         self._group, self._on_event, self._fallback, self._audit = group, on_event, fallback, audit
-        device = local(next(iter(self._live.tensors.values()))).device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._losses = torch.zeros(every, dtype=dtype, device=device)
+        self._unread: list[tuple[Tensor, Tensor]] = []
+        """Losses, and whether the gradients of their steps weren't finite."""
         self.events: list[RewindEvent] = []
         self._one_by_one = False
         if not bool(self._live.is_finite()):
@@ -139,8 +138,16 @@ class Rewind:
         self._last: Saved | None = None
         self._steps = CarefulSteps(optimizer, lambda: self.scale)
 
-    scale = _of_rule("scale", "What rates are multiplied by in the next step.")
-    calls = _of_rule("calls", "T, calls of ``observe``.")
+    @property
+    def scale(self) -> float:
+        """What rates are multiplied by in the next step."""
+        return self._rule.scale(len(self._unread))
+
+    @property
+    def calls(self) -> int:
+        """T, calls of ``observe``."""
+        return self._rule.calls + len(self._unread)
+
     returns = _of_rule("returns", "How often it has gone back.")
     thrown = _of_rule("thrown", "Steps thrown away: at most rho T + window in every run.")
     skipped = _of_rule("skipped", "Steps that weren't finite, as far as they were read.")
@@ -154,15 +161,11 @@ class Rewind:
         Raises:
             ValueError: if there is more than one number.
         """
-        with held(), torch.no_grad():
-            loss = self._number("loss", loss)
-            if self._steps.broken is not None:
-                loss = torch.where(self._steps.broken.to(loss.device), math.nan, loss)
-            self._steps.broken = None
-            self._losses[self._rule.unread] = loss
-            self._rule.unread += 1
-            self._rule.calls += 1
-            if self._one_by_one or self._rule.unread == self.every:
+        reads = self._one_by_one or len(self._unread) + 1 == self.every
+        with held() if reads else nullcontext():
+            self._unread.append((_number("loss", loss), self._steps.broken))
+            self._steps.broken = SOUND
+            if reads:
                 self._read()
 
     def state_dict(self) -> dict[str, Any]:
@@ -181,15 +184,11 @@ class Rewind:
         """Take the hooks off the optimizer."""
         self._steps.remove()
 
-    def _number(self, name: str, value: Any) -> Tensor:
-        value = torch.as_tensor(value)
-        if value.numel() != 1:
-            raise ValueError(f"{name} must be a single number, got shape {tuple(value.shape)}")
-        return local(value).detach().reshape(()).to(self._losses)
-
+    @torch.no_grad()
     def _read(self) -> None:
         """Hear all losses since the last read; one wait for the device."""
-        losses, finite = self._agree()
+        sound, *losses = mean_of_ranks(self._numbers(), self._group).tolist()
+        self._unread, finite = [], sound == 1
         if not finite and self._one_by_one:
             assert self._last is not None
             self._live.load(self._last)
@@ -198,7 +197,6 @@ class Rewind:
         if outcome.promotes:
             assert self._candidate is not None
             self._trusted, self._candidate = self._candidate, self._trusted
-            self._rule.audits.trust()
         if outcome.unanswered:
             self._tell("unanswered", "loss", 0)
         if outcome.late is not None:
@@ -210,12 +208,12 @@ class Rewind:
         self._one_by_one = not self._rule.can_always_return(self.every)
         self._last = self._live.save(self._last) if self._one_by_one else None
 
-    def _agree(self) -> tuple[list[float], bool]:
-        """The losses since the last read, and whether the model is finite: the ranks' means."""
-        finite = self._live.is_finite().to(self._losses).reshape(1)
-        numbers = torch.cat([self._losses[: self._rule.unread], finite])
-        *losses, finite = mean_of_ranks(numbers, self._group).tolist()
-        return losses, finite == 1
+    def _numbers(self) -> Tensor:
+        """Whether the model is finite, and unread losses; NaN where gradients weren't finite."""
+        finite = self._live.is_finite()
+        broken = stacked([torch.zeros_like(finite), *(flag for _, flag in self._unread)])
+        numbers = stacked([finite, *(loss for loss, _ in self._unread)])
+        return numbers.masked_fill(broken > 0, math.nan)
 
     def _go_back(self, cause: Cause, late: int) -> None:
         self._live.load(self._trusted)
@@ -226,7 +224,7 @@ class Rewind:
 
     def _tell(self, kind: Literal["return", "unanswered"], cause: Cause, thrown: int) -> None:
         rule = self._rule
-        event = RewindEvent(kind, cause, rule.calls, thrown, rule.in_a_row, rule.scale)
+        event = RewindEvent(kind, cause, rule.calls, thrown, rule.in_a_row, self.scale)
         self.events.append(event)
         if self._on_event is not None:
             self._on_event(event)
@@ -235,19 +233,25 @@ class Rewind:
         """Copy the model as it is now, unless its audit says that it is worse."""
         rule = self._rule
         if self._audit is not None:
-            value = mean_of_ranks(self._number("audit", self._audit()).clone(), self._group).item()
-            good = rule.audits.hear(value)
+            value = mean_of_ranks(_number("audit", self._audit()), self._group).item()
+            too_high = rule.hear_audit(value)
             if rule.audits.rings and rule.may_return(0):
                 self._go_back("audit", 0)
                 return
             if rule.audits.rings:
                 rule.forget()
                 self._tell("unanswered", "audit", 0)
-            rule.pending = False
-            if not good:
+            if too_high:
                 return
         self._candidate = self._live.save(self._candidate)
         rule.candidate_age, rule.pending = 0, True
+
+
+def _number(name: str, value: Any) -> Tensor:
+    value = torch.as_tensor(value)
+    if value.numel() != 1:
+        raise ValueError(f"{name} must be a single number, got shape {tuple(value.shape)}")
+    return local(value).detach().clone().reshape(())
 
 
 def innermost(optimizer: Any) -> Optimizer:

@@ -1,6 +1,8 @@
-"""What ``Rewind`` decides, from losses alone: numbers on the host, no tensors.
+"""What ``Rewind`` decides, from losses alone: the rule of ``lossguard.rewind``, in plain numbers.
 
-Letters: T calls, B = window / 4 losses a block.
+Letters: T calls, B = window / 4 losses a block. Of a block, m and q are the median and the 0.95
+quantile; r is the lowest m + 3 (q - m) of all blocks that ended in calm; a is the level at the
+start, the median of the first B // 8 losses.
 """
 
 import math
@@ -8,7 +10,6 @@ from collections.abc import Sequence
 from copy import copy
 from typing import Any, NamedTuple
 
-from lossguard.torch.alarm import Alarm, Audit
 from lossguard.validation import check_count, check_fraction, check_real
 
 IN_A_ROW = 3
@@ -18,33 +19,60 @@ SOON = 10
 DEEPEST = 5
 """How many times ``factor`` lowers it for good at most: data may be broken for long, and heal."""
 
-OPTIONS = ("window", "block", "rise", "alarm", "audits", "_rho", "_factor")
+OPTIONS = ("window", "block", "limit", "rise", "alarm", "audits", "_rho", "_factor")
+
+
+class Alarm:
+    """Counts values above r + rise * max(0, a - r), of a reference r and the level a at the start.
+
+    The score goes up by 1 with each of them, and down by 1, never below 0, with every other value.
+
+    >>> alarm = Alarm(limit=2, rise=0.05)
+    >>> alarm.start, alarm.reference = 3.0, 1.0
+    >>> [alarm.hear(value) for value in (1.1, 1.2, math.nan)], alarm.rings
+    ([False, True, True], True)
+    """
+
+    def __init__(self, limit: int, rise: float) -> None:
+        self.limit, self.rise = limit, rise
+        self.start, self.reference, self.score = math.nan, math.inf, 0
+
+    @property
+    def rings(self) -> bool:
+        """Whether there is an alarm."""
+        return self.score >= self.limit
+
+    def hear(self, value: float) -> bool:
+        """Whether it counts, as one that is NaN does."""
+        progress = self.start - self.reference
+        margin = self.rise * progress if progress > 0 else 0.0
+        counts = not value <= self.reference + margin
+        self.score = max(0, self.score + (1 if counts else -1))
+        return counts
 
 
 class Outcome(NamedTuple):
-    """What some losses lead to.
-
-    Attributes:
-        promotes: whether the candidate becomes trusted.
-        ends: whether a block has ended, so that there may be another candidate.
-        unanswered: whether there was an alarm at which the run can't go back.
-        late: None; or, if the run is to go back, steps since the alarm.
-    """
+    """What some losses lead to."""
 
     promotes: bool
+    """Whether the candidate becomes trusted."""
     ends: bool
+    """Whether a block has ended, so that there may be another candidate."""
     unanswered: bool
+    """Whether there was an alarm at which the run can't go back."""
     late: int | None
+    """None; or, if the run is to go back, steps since the alarm."""
 
 
 class Rule:
     """When to go back, and at which scale to go on.
 
     Attributes:
-        calls, returns, thrown, skipped: T, returns, steps thrown away, losses that weren't finite.
-        unread: calls whose losses it hasn't heard yet.
+        calls: T, those whose losses it has heard.
+        returns, thrown, skipped: returns, steps thrown away, losses that weren't finite.
         age, candidate_age: steps since the trusted snapshot and since the candidate.
         pending: whether there is a candidate.
+        losses, audit: those of the present block, and the last audit.
         in_a_row, last_return: returns to the trusted snapshot, and the call of the last one.
         ramp, cap: steps since the last alarm, and what the scale rises to.
     """
@@ -58,16 +86,17 @@ class Rule:
             for name, value in (("rho", rho), ("rise", rise))
         )
         self._factor = check_fraction("factor", factor)
-        self.alarm, self.audits = Alarm(self.block, rise), Audit(rise)
-        self.calls = self.returns = self.thrown = self.skipped = self.unread = 0
+        self.alarm = Alarm(self.block // 2, rise)
+        self.audits = Alarm(4, rise)  # held data have no noise, so few of them decide
+        self.calls = self.returns = self.thrown = self.skipped = 0
         self.age = self.candidate_age = self.in_a_row = self.last_return = 0
-        self.pending = False
+        self.losses: list[float] = []
+        self.pending, self.audit = False, math.nan
         self.ramp, self.cap = self.block, 1.0
 
-    @property
-    def scale(self) -> float:
-        """What rates are multiplied by in the next step."""
-        risen = min(1.0, (self.ramp + self.unread) / self.block)
+    def scale(self, unheard: int) -> float:
+        """What rates are multiplied by in the next step, after steps that it hasn't heard of."""
+        risen = min(1.0, (self.ramp + unheard) / self.block)
         return self.cap * (self._factor + (1 - self._factor) * risen)
 
     @property
@@ -97,11 +126,11 @@ class Rule:
 
     def hear(self, losses: Sequence[float]) -> Outcome:
         """The losses since the last time; one that isn't finite is of a step that wasn't taken."""
-        self.unread = 0
+        self.calls += len(losses)
         promotes = ends = unanswered = False
         for i, loss in enumerate(losses):
             sound = math.isfinite(loss)
-            self.alarm.hear(loss, sound)
+            self.alarm.hear(loss if sound else math.nan)
             if self.alarm.rings:
                 late = sum(map(math.isfinite, losses[i:]))
                 if self.may_return(late):
@@ -112,10 +141,17 @@ class Rule:
             if sound:
                 self.age, self.candidate_age = self.age + 1, self.candidate_age + 1
                 self.ramp += 1
-                self.alarm.keep(loss)
-            if self.alarm.ends:
-                promotes, ends = self._promote(), True
+                self.losses.append(loss)
+            if len(self.losses) == self.block:
+                promotes, ends = self._end_block(), True
         return Outcome(promotes, ends, unanswered, None)
+
+    def hear_audit(self, loss: float) -> bool:
+        """The loss of a candidate on held data; whether it is too high for one."""
+        if math.isnan(self.audits.start):
+            self.audits.start = loss
+        self.audit, self.pending = loss, False
+        return self.audits.hear(loss)
 
     def may_return(self, late: int) -> bool:
         """Whether the budget allows a return that throws away ``late`` steps more than ``age``."""
@@ -124,7 +160,8 @@ class Rule:
 
     def forget(self) -> None:
         """After an alarm without a return: begin another reference, at a lower scale."""
-        self._begin_again(forget=True)
+        self._begin_again()
+        self.alarm.reference = self.audits.reference = math.inf
         self.in_a_row = 0
 
     def go_back(self, late: int, lower: bool) -> tuple[int, bool]:
@@ -134,7 +171,7 @@ class Rule:
             The steps that it throws away, and whether it comes soon after another one.
         """
         thrown = self.age + late
-        self._begin_again(forget=False)
+        self._begin_again()
         soon = self.returns > 0 and self.calls - self.last_return <= SOON * self.window
         if soon and lower:
             self.cap = max(self.cap * self._factor, self._factor**DEEPEST)
@@ -144,15 +181,22 @@ class Rule:
         self.in_a_row += 1
         return thrown, soon
 
-    def _promote(self) -> bool:
-        """At the end of a block: the candidate's probation is over."""
-        promotes = self.alarm.is_calm and self.pending
-        if promotes:
+    def _end_block(self) -> bool:
+        """Whether a candidate's probation is over. A calm block may become the reference."""
+        alarm, size, ordered = self.alarm, self.block, sorted(self.losses)
+        median, high = ordered[-(-size // 2) - 1], ordered[-(-19 * size // 20) - 1]
+        if math.isnan(alarm.start):
+            alarm.start = sorted(self.losses[: size // 8])[(size // 8 - 1) // 2]
+        self.losses = []
+        if alarm.score > size // 8:
+            return False
+        alarm.reference = min(alarm.reference, median + 3 * (high - median))
+        if self.pending:
+            self.audits.reference = min(self.audits.reference, self.audit)
             self.age, self.in_a_row, self.pending = self.candidate_age, 0, False
-        self.alarm.end_block()
-        return promotes
+            return True
+        return False
 
-    def _begin_again(self, forget: bool) -> None:
-        self.alarm.quiet(forget)
-        self.audits.quiet(forget)
-        self.pending, self.ramp = False, 0
+    def _begin_again(self) -> None:
+        self.alarm.score = self.audits.score = 0
+        self.losses, self.pending, self.ramp = [], False, 0

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from lossguard.torch.memory import Memory
 from lossguard.torch.ranks import are_running, check_rank, sharded_as, this_rank
-from lossguard.torch.tensors import local, read, transfer
+from lossguard.torch.tensors import clones, local, read, transfer
 
 if TYPE_CHECKING:
     from lossguard.torch.guard import Guard
@@ -131,12 +131,10 @@ def _filled(like: Any, numbers: Iterator[Any]) -> Any:
 def _checked(guard: "Guard", state_dict: Saved, groups: list[Saved], numbers: Saved) -> list[Saved]:
     """What is saved of each parameter; refuse the state of another guard."""
     kind, params = _kind(guard), guard._weights.params
-    if numbers.get("kind") != kind["kind"]:
-        theirs = numbers.get("kind")
-        theirs = f"a {theirs}'s" if theirs else f"one with the keys {list(state_dict)}"
-        raise ValueError(f"state_dict must be a {kind['kind']}'s, got {theirs}")
-    if (got := {name: numbers[name] for name in kind}) != kind:
-        raise ValueError(f"state_dict must be of a guard with {kind}, got {got}")
+    got = {name: numbers.get(name) for name in kind}
+    if got != kind:
+        keys = "" if numbers else f", in one with the keys {list(state_dict)}"
+        raise ValueError(f"state_dict must be of a guard with {kind}, got {got}{keys}")
     keys = [key for group in groups for key in group["params"]]
     if len(keys) != len(params) or len(groups) != len(guard.param_groups):
         raise ValueError(
@@ -208,7 +206,7 @@ def _made(lane: "Lane") -> dict[Any, Any]:
     if state or not are_running():
         return state
     weights, previous = lane.weights, lane.inner.memory()
-    values = [t.clone() for t in weights.live()]
+    values = clones(weights.live())
     try:
         for p in weights.params:
             p.grad = torch.zeros_like(p) if p.requires_grad else None

@@ -1,19 +1,31 @@
-"""Copies of a training run's state, on its device or in the host's memory, and the way back."""
+"""What ``Rewind`` does to a training run: copies of its state, the way back, and careful steps.
+
+On disk they are tensors under the names of parameters, and plain numbers. Every entry is there from
+the first step of the optimizer on, whatever has happened, so that ``torch.distributed.checkpoint``
+finds each of them in the state that it loads into.
+"""
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lossguard.torch.groups import set_rate
-from lossguard.torch.tensors import are_finite
+from lossguard.torch.ranks import check_rank, this_rank
+from lossguard.torch.rates import set_rate
+from lossguard.torch.tensors import are_finite, zero_unsound
+
+if TYPE_CHECKING:
+    from lossguard.torch.rewind import Rewind
 
 Saved = dict[str, Any]
 """``model.NAME`` and ``optimizer.NAME.KEY`` of each parameter, ``model.NAME`` of each buffer, and
 ``also``, the states of other objects."""
+SOUND = torch.tensor(False)
+"""Of a step whose gradients were finite."""
+SNAPSHOTS = ("trusted", "candidate")
 
 
 class Live:
@@ -89,6 +101,47 @@ class Live:
                     set_rate(group, float(rate))
 
 
+class CarefulSteps:
+    """Hooks of an optimizer: rates times ``scale()`` during a step, and no unsound gradients.
+
+    Between steps the rates are those that the user and the schedulers set, so that schedulers of
+    every kind go on from their own numbers.
+
+    Attributes:
+        broken: whether the last step's gradients weren't finite, as a tensor on their device.
+    """
+
+    def __init__(self, optimizer: Optimizer, scale: Callable[[], float]) -> None:
+        self.broken = SOUND
+        self._scale = scale
+        self._rates: list[float | Tensor] | None = None
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        )
+
+    def remove(self) -> None:
+        """Leave the optimizer as it was."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before(self, optimizer: Optimizer, *_: Any) -> None:
+        self._after(optimizer)  # if the last step raised an error half-way
+        self.broken = zero_unsound(p for group in optimizer.param_groups for p in group["params"])
+        scale = self._scale()
+        if scale != 1:
+            rates = [group["lr"] for group in optimizer.param_groups]
+            self._rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                set_rate(group, rate * scale)
+
+    def _after(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._rates is not None:
+            for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+                set_rate(group, rate)
+            self._rates = None
+
+
 def copied(value: Any, old: Any = None, device: torch.device | None = None) -> Any:
     """A copy, in the place of ``old`` if that is such a tensor, else on a device: None, its own."""
     if not isinstance(value, Tensor):
@@ -100,3 +153,62 @@ def copied(value: Any, old: Any = None, device: torch.device | None = None) -> A
         pinned = torch.empty_like(value, device=device, pin_memory=True)
         return pinned.copy_(value, non_blocking=True)
     return value.to(device, copy=True)
+
+
+def save(rewind: "Rewind") -> dict[str, Any]:
+    """Both snapshots of a ``Rewind``, and all its numbers."""
+    snapshots = {which: getattr(rewind, f"_{which}") or {} for which in SNAPSHOTS}
+    begun = [any(key.startswith("optimizer.") for key in one) for one in snapshots.values()]
+    # In the place of what a snapshot hasn't got, the present state.
+    now = {} if all(begun) else rewind._live.save()
+    return {
+        **{which: {**now, **one} for which, one in snapshots.items()},
+        "unread": rewind._numbers().tolist()[1:],  # waits for copies to the host, too
+        "rank": this_rank(),
+        "options": _options(rewind),
+        "rule": rewind._rule.numbers(),
+        "one_by_one": rewind._one_by_one,
+        "begun": begun,
+    }
+
+
+def load(rewind: "Rewind", state: dict[str, Any]) -> None:
+    """The inverse; a model or an optimizer is not touched.
+
+    Raises:
+        ValueError: if the state is of another model, ``window`` or ``every``, or is no such state.
+    """
+    _check(rewind, state)
+    live = rewind._live
+    rewind._rule.load(state["rule"])
+    rewind._one_by_one = state["one_by_one"]
+    losses = torch.tensor(state["unread"], dtype=torch.float64)
+    rewind._unread = [(loss, SOUND) for loss in losses]
+    for which, begun in zip(SNAPSHOTS, state["begun"], strict=True):
+        places = live.save()
+        own = {
+            name: copied(value, places.get(name))
+            for name, value in state[which].items()
+            if begun or not name.startswith("optimizer.")
+        }
+        setattr(rewind, f"_{which}", own)
+    rewind._last = live.save() if rewind._one_by_one else None
+
+
+def _check(rewind: "Rewind", state: dict[str, Any]) -> None:
+    ours, theirs = _options(rewind), state.get("options")
+    if theirs != ours:
+        raise ValueError(f"state must be of a Rewind with {ours}, got {theirs}")
+    for name, tensor in rewind._live.tensors.items():
+        saved = state["trusted"].get(f"model.{name}")
+        shape = None if saved is None else tuple(saved.shape)
+        if shape != tuple(tensor.shape):
+            raise ValueError(
+                f"state must be of this model, whose {name} has shape {tuple(tensor.shape)}, "
+                f"got {shape}"
+            )
+        check_rank(tensor, saved, state["rank"], "state")
+
+
+def _options(rewind: "Rewind") -> dict[str, int]:
+    return {"window": rewind._rule.window, "every": rewind.every}

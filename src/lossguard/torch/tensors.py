@@ -10,6 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+ONE = torch.ones(())
+PLAIN = (Tensor, nn.Parameter)
+NORMED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def clones(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """A copy of each."""
+    return [tensor.clone() for tensor in tensors]
+
 
 def transfer(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copy values into tensors, all at once."""
@@ -39,43 +48,49 @@ def finite(value: Any) -> bool:
     return all(map(math.isfinite, numbers)) and bool(are_finite(tensors))
 
 
+@torch.no_grad()
 def are_finite(tensors: Iterable[Tensor]) -> Tensor:
     """Whether every number is finite, as a tensor: nothing waits for the device."""
     groups: dict[Any, list[Tensor]] = defaultdict(list)
-    sizes: list[Tensor] = []
-    for tensor in map(_measurable, tensors):
-        if not tensor.is_floating_point() or tensor.numel() == 0:
-            continue
-        if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided:
+    flags: list[Tensor] = []
+    for given in tensors:
+        tensor = given if _has_norm(given) else _measurable(given)
+        if _has_norm(tensor):
             groups[tensor.device, tensor.dtype].append(tensor)
-        else:
-            sizes.append(tensor.isfinite().all().logical_not().float() * math.inf)
+        elif tensor.is_floating_point() and tensor.numel():
+            flags.append(tensor.isfinite().all())
     for group in groups.values():
-        sizes += torch._foreach_norm(group, math.inf)  # pyright: ignore
+        norms = torch._foreach_norm(group, math.inf)  # pyright: ignore
         # the largest number, or NaN; no overflow
-    return _stacked(sizes).isfinite().all() if sizes else torch.tensor(True)
+        flags.append(torch.stack(norms).amax() < math.inf)
+    if not flags:
+        return torch.tensor(True)
+    return flags[0] if len(flags) == 1 else stacked(flags).all()
 
 
 @torch.no_grad()
-def zero_unsound(params: Iterable[Tensor]) -> Tensor | None:
+def zero_unsound(params: Iterable[Tensor]) -> Tensor:
     """Make all gradients 0 if one of them isn't finite, without a wait for the device.
 
     Returns:
-        Whether that was so, as a tensor; None without gradients.
+        Whether that was so, as a tensor.
     """
     grads = [local(p.grad) for p in params if p.grad is not None and not p.grad.is_sparse]
-    if not grads:
-        return None
-    broken = ~are_finite(grads)
+    simple = all(g.is_cpu and g.is_contiguous() and _has_norm(g) for g in grads)
+    if simple and len({g.dtype for g in grads}) == 1:
+        broken = torch.zeros(())  # by one call, where calls are what takes time
+        torch._amp_foreach_non_finite_check_and_unscale_(grads, broken, ONE)
+    else:
+        broken = ~are_finite(grads)
     if broken.device.type != "cpu" or broken:  # elsewhere to look would be to wait
         for grad in grads:
-            grad.masked_fill_(broken.to(grad.device), 0)
+            grad.masked_fill_(broken.to(grad.device, torch.bool), 0)
     return broken
 
 
 def read(scalars: Sequence[Tensor]) -> list[float]:
     """Real numbers, all at once, as each read waits for the device."""
-    return _stacked(scalars).tolist() if scalars else []
+    return stacked(scalars).tolist() if scalars else []
 
 
 def stored(tensor: Tensor) -> Tensor:
@@ -86,16 +101,24 @@ def stored(tensor: Tensor) -> Tensor:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a distributed tensor, or the tensor itself."""
-    if not hasattr(tensor, "to_local"):
+    if type(tensor) in PLAIN or not hasattr(tensor, "to_local"):
         return tensor
     with torch.no_grad():
         return tensor.to_local()  # pyright: ignore
 
 
-def _stacked(scalars: Sequence[Tensor]) -> Tensor:
+def stacked(scalars: Sequence[Tensor]) -> Tensor:
     """One tensor of them, of no dtype that is narrower than theirs."""
-    widest = reduce(torch.promote_types, {one.dtype for one in scalars}, torch.float32)
-    return torch.stack([one.to(scalars[0].device, widest) for one in scalars])
+    device, widest = scalars[0].device, torch.float32
+    if device.type != "mps":  # which has no double precision
+        widest = reduce(torch.promote_types, {one.dtype for one in scalars}, widest)
+    return torch.stack([one.to(device, widest) for one in scalars])
+
+
+def _has_norm(tensor: Tensor) -> bool:
+    """Whether it is a plain one with numbers of a kind that norms are made for."""
+    plain = type(tensor) in PLAIN and tensor.layout is torch.strided
+    return plain and tensor.dtype in NORMED and tensor.numel() > 0
 
 
 def _measurable(tensor: Tensor) -> Tensor:
@@ -103,6 +126,5 @@ def _measurable(tensor: Tensor) -> Tensor:
     tensor = stored(tensor).detach()
     if tensor.is_complex():
         return torch.view_as_real(tensor)
-    return (
-        tensor.bfloat16() if tensor.element_size() == 1 and tensor.is_floating_point() else tensor
-    )
+    narrow = tensor.element_size() == 1 and tensor.is_floating_point()
+    return tensor.bfloat16() if narrow else tensor

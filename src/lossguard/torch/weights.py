@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lossguard.torch.tensors import finite, local, transfer
+from lossguard.torch.tensors import clones, finite, local, transfer
 
 if TYPE_CHECKING:
     from lossguard.torch.lane import Lane
@@ -53,7 +53,7 @@ class Weights:
             if keep and self.holder.values:
                 transfer(self.holder.values, live)
             elif keep:
-                self.holder.values = [t.clone() for t in live]
+                self.holder.values = clones(live)
             transfer(live, lane.values)
             self.holder = lane
 
@@ -65,10 +65,6 @@ class Weights:
     def have_diverged(self) -> bool:
         """Whether the live parameters that are trained, or their gradients, aren't finite."""
         return not finite([(p.detach(), p.grad) for p in self.params if p.requires_grad])
-
-    def have_gradients(self) -> bool:
-        """Whether any parameter has one."""
-        return any(p.grad is not None for p in self.params)
 
     def clear_gradients(self) -> None:
         """Forget the gradients, so that none leaks from one lane into another."""

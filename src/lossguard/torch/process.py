@@ -1,6 +1,9 @@
-"""The random numbers of a minibatch: the same in every lane."""
+"""What belongs to the process and to no lane: its random numbers, and Ctrl-C."""
 
-from collections.abc import Iterable
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,3 +28,32 @@ class Randomness:
         """Put every generator back to a state that ``state`` returned."""
         for (module, which), state in zip(self.generators, states, strict=True):
             module.set_rng_state(state, *which)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """A block that Ctrl-C waits for: KeyboardInterrupt comes at its end, of a second one at once.
+
+    In threads other than the main one, which get no interrupts, it does nothing.
+
+    >>> with held():
+    ...     pass  # what must be done whole
+    """
+    before, came = signal.getsignal(signal.SIGINT), 0
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+
+    def note(*which: object) -> None:
+        nonlocal came
+        came += 1
+        if came > 1:
+            before(signal.SIGINT, None)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            before(signal.SIGINT, None)

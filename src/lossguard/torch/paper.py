@@ -1,30 +1,131 @@
-"""The residual guard (GL2O, Safe-L2O): the paper's rival, from Heaton, Chen, Wang and Yin 2020.
+"""The guards of the paper: Algorithm 2 (LGL2O), and its rival GL2O of Heaton et al. 2020.
 
-Letters: T the fallback's operator, S(x) = x - T(x) its residual, r the residual's norm at the
-learned proposal y, mu a running mean of the residuals accepted so far.
+Letters: x the kept iterate, y the learned branch or proposal, z the fallback's, nt optimizer steps
+a cycle, nc check minibatches, i the number of a minibatch. Of GL2O: T the fallback's operator,
+S(x) = x - T(x) its residual, r the residual's norm at y, mu a running mean of those accepted so
+far.
 """
 
 import math
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from lossguard.torch.arguments import check_fallback
-from lossguard.torch.closures import Closure, checked, scalar
-from lossguard.torch.decision import FALLBACK, LEARNED, NEITHER, Decision, Seen
+from lossguard.torch.arguments import Closure, checked, scalar, tell
+from lossguard.torch.decision import FALLBACK, LEARNED, NEITHER, Decision, Seen, mean
 from lossguard.torch.guard import Guard
 from lossguard.torch.lane import Lane
 from lossguard.torch.memory import Memory
-from lossguard.torch.tensors import read, stored
-from lossguard.torch.watch import tell
+from lossguard.torch.tensors import clones, read, stored
 from lossguard.torch.weights import Copy
-from lossguard.validation import check_fraction
+from lossguard.validation import check_choice, check_count, check_fraction
 
+Loser = Literal["keep", "reset"]
 Gradient = list[Tensor | None]
+
+
+class LossGuard(Guard):
+    """LGL2O: keep whichever of two optimizers is better on fresh minibatches after nt steps.
+
+        y <- x;  z <- x
+        for t in 0 .. nt-1:  y <- learned(y, grad F(y, i+t));  z <- fallback(z, grad F(z, i+t))
+        x <- y   if mean_j F(y, i+nt+j) < mean_j F(z, i+nt+j),  j in 0 .. nc-1,   else z
+        i <- i + nt + nc
+
+    The first nt calls of a cycle train both branches, the next nc only evaluate them, without
+    gradients (``guard.checking``), and the last decides. Within a cycle the model is the branch
+    that was kept last; at its end it is x. What isn't finite is treated as in
+    ``lossguard.loss_guard``.
+
+    Args:
+        learned, fallback, model, process_group, callback: as in ``Recommended``.
+        nt, nc: optimizer steps and check minibatches a cycle.
+        loser: the optimizer state of the branch that lost. "keep": it runs on from its own nt
+            steps; "reset": as at the start.
+
+    Raises:
+        ValueError: if an argument isn't one of the above.
+
+    Memory: two copies of the parameters and buffers beside the model, and both optimizer states.
+    Cost a cycle: 2 nt gradients, nt learned updates, 2 nc forward passes. Source: Algorithm 2.
+
+    >>> w = torch.tensor([4.0], requires_grad=True)
+    >>> learned, fallback = torch.optim.SGD([w], lr=0.4), torch.optim.SGD([w], lr=0.1)
+    >>> guard = LossGuard(learned, fallback, nt=2, nc=1, model=None)
+    >>> def closure():
+    ...     guard.zero_grad()
+    ...     loss = w.square().sum()
+    ...     loss.backward()
+    ...     return loss
+    >>> for batch in range(3):
+    ...     loss = guard.step(closure)
+    >>> guard.last_decision.winner, round(float(w.detach()), 4)
+    (0, 0.16)
+    """
+
+    trusted = ("z",)
+    forgives = False
+
+    def __init__(
+        self,
+        learned: Optimizer,
+        fallback: Optimizer,
+        *,
+        model: nn.Module | None,
+        nt: int = 10,
+        nc: int = 10,
+        loser: Loser = "keep",
+        process_group: distributed.ProcessGroup | None = None,
+        callback: Callable[[Decision], object] | None = None,
+    ) -> None:
+        check_choice("loser", loser, get_args(Loser))
+        self.loser = loser
+        super().__init__(
+            {"fallback": fallback, "learned": learned},
+            {"y": "learned", "z": "fallback"},
+            leader="z",
+            nt=nt,
+            nc=check_count("nc", nc),
+            model=model,
+            process_group=process_group,
+            callback=callback,
+        )
+
+    def _begin(self) -> list[Lane]:
+        (other,) = (lane for lane in self._lanes.values() if not lane.live)
+        other.start_at(self._leader.point)  # lines 10, 11
+        return [other]
+
+    def _settle(self, seen: Mapping[str, Seen]) -> Decision:
+        y, z, nt = seen["y"], seen["z"], self.nt
+        check_y, check_z = mean(y.checks), mean(z.checks)
+        finite_y, finite_z = (
+            one.finite and math.isfinite(check) for one, check in ((y, check_y), (z, check_z))
+        )
+        keep_y = finite_y and (check_y < check_z or not finite_z)  # line 16
+        if keep_y or finite_z:
+            self._lead(self._lanes["y" if keep_y else "z"])  # lines 17, 19
+        else:
+            self._leader.go_back()
+        loser = self._lanes["z" if keep_y else "y"]
+        if self.loser == "reset":
+            loser.forget()
+        return Decision(
+            used_learned=[keep_y] * nt,
+            losses=y.losses if keep_y else z.losses,
+            learned_loss=check_y,
+            fallback_loss=check_z,
+            finite_learned=finite_y,
+            finite_fallback=finite_z,
+            winner=LEARNED if keep_y else FALLBACK if finite_z else NEITHER,
+            gradients=2 * nt,
+            forwards=2 * self.nc,
+            learned_updates=nt,
+        )
 
 
 class ResidualGuard(Guard):
@@ -34,11 +135,8 @@ class ResidualGuard(Guard):
         y = learned(x);  r = ||S(y)||;  ok = r <= alpha mu
         x <- y if ok else T(x);   if ok: mu <- theta r + (1 - theta) mu
 
-    All of a step is on one minibatch, so ``step`` calls the closure twice: at x, and at y. The test
-    at y uses a copy of the fallback's state, which itself advances once a step, from x, whatever
-    was kept; the learned state runs on likewise. A proposal that isn't finite is rejected; if the
-    fallback's step isn't finite either, x stays. Nothing is accepted until ||S(x)|| was finite
-    once: then it becomes mu_1; nor while mu is 0, as it is where steps are lost in rounding.
+    All of a step is on one minibatch, so ``step`` calls the closure twice: at x, and at y. States,
+    and what isn't finite, are treated as in ``lossguard.residual_guard``.
 
     Args:
         learned, fallback, model, callback: as in ``Recommended``.
@@ -46,11 +144,11 @@ class ResidualGuard(Guard):
         theta: the weight of a new residual in mu; read as a decay the paper's is 0.1.
         nt: optimizer steps that make up one decision.
 
-    Memory: seven copies of the parameters beside the model, while it steps. Cost a step: 2
-    gradients, the second after the learned update.
-
     Raises:
         ValueError: if an argument isn't one of the above.
+
+    Memory: seven copies of the parameters beside the model, while it steps. Cost a step: 2
+    gradients, the second after the learned update.
 
     Source: Heaton et al., "Safeguarded learned convex optimization", 2020, arXiv 2003.01880; the
     paper's GL2O and appendix E (alpha = 0.99, EMA with theta = 0.9).
@@ -83,7 +181,6 @@ class ResidualGuard(Guard):
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
         self.alpha, self.theta = check_fraction("alpha", alpha), check_fraction("theta", theta)
-        check_fallback(fallback)
         super().__init__(
             {"fallback": fallback, "learned": learned},
             {"y": "learned", "z": "fallback"},
@@ -105,11 +202,7 @@ class ResidualGuard(Guard):
         raise ValueError("ResidualGuard has no lanes() to loop over: use step(closure)")
 
     def step(self, closure: Closure | None = None) -> Any:  # pyright: ignore
-        """Take one optimizer step.
-
-        Args:
-            closure: evaluates the minibatch's loss, calls ``backward`` and returns the loss. It is
-                called twice; the guard clears the gradients before.
+        """Take one optimizer step; the closure, as in ``Recommended.step``, is called twice.
 
         Returns:
             The loss at x, before the step.
@@ -125,13 +218,13 @@ class ResidualGuard(Guard):
 
     def _minibatch(self, z: Lane, closure: Closure) -> Any:
         weights, y, n = self._weights, self._lanes["y"], len(self._weights.params)
-        x, start = [t.clone() for t in weights.live()], self._randomness.state()
+        x, start = clones(weights.live()), self._randomness.state()
         before = {lane: lane.memory().copy() for lane in (y, z)}
         try:
             loss = self._evaluate(closure)
             value, after = scalar(loss), self._randomness.state()
             gradient = self._gradient()
-            evaluated = [*x[:n], *(t.clone() for t in weights.live()[n:])]
+            evaluated = [*x[:n], *clones(weights.live()[n:])]
             at_z = _after_step(z, evaluated, gradient, loss)
             at_y = _after_step(y, evaluated, gradient, loss)
             self._randomness.set(start)
@@ -206,7 +299,7 @@ def _after_step(lane: Lane, start: Copy, gradient: Gradient, loss: Any) -> Copy:
     lane.update(loss)
     if blank:
         lane.note_copies(weights.live())
-    return [t.clone() for t in weights.live()]
+    return clones(weights.live())
 
 
 def _distance(a: Copy, b: Copy) -> float:

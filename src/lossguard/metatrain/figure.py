@@ -34,7 +34,8 @@ def draw(record: Record) -> Figure:
     axes = figure.subplots(1, panels)
     left, right = axes[:2]
 
-    left.plot(steps, curves["meta_loss"], label="training, all of a rollout", linewidth=1)
+    if (curves["meta_loss"] > 0).all():  # not a logarithm
+        left.plot(steps, curves["meta_loss"], label="training, all of a rollout", linewidth=1)
     last = validation.shape[1]
     for first in sorted({0, min(50, max(0, last - 50)), max(0, last - 50)}):
         window = validation[:, first : first + 50]

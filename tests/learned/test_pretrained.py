@@ -88,6 +88,7 @@ def test_layout_of_an_mlp_is_fixed(tmp_path: Path) -> None:
         "momentum_decays": (3,),
         "second_moment_decay": (1,),
         "factored_decays": (3,),
+        "scaling": (7,),
     }
     save_file(load_file(path), path, {**found, "layers": "1"})
     refused(path, r"it holds mlp\.2\.bias, mlp\.2\.weight, which no mlp of 1 layers has")

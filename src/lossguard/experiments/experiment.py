@@ -141,9 +141,11 @@ class Experiment:
         if not self.methods or len({*self.methods}) < len(self.methods):
             given = " ".join(self.methods) or "none"
             raise ValueError(f"methods must be one or more, each once, got {given}")
-        made = {m: known[m]() if callable(known[m]) else known[m] for m in self.methods}
-        for method, guard in made.items():
-            check_kind(f"method {method}", guard, Guard, "unguarded(optimizer)")
+        made: dict[str, Any] = {}
+        for method in self.methods:
+            make = known[method]
+            made[method] = make() if callable(make) else make
+            check_kind(f"method {method}", made[method], Guard, "unguarded(optimizer)")
         return made
 
 

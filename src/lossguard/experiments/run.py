@@ -217,15 +217,15 @@ class _MethodRun:
         self._cycles += cycles
         return decisions
 
-    def _rollouts(self, states: GuardState, cycles: int) -> tuple[GuardState, Decision]:
+    def _rollouts(self, start: GuardState, cycles: int) -> tuple[GuardState, Decision]:
         """A rollout of every seed, all at once or one after another."""
 
         def one(state: GuardState, key: PRNGKeyArray) -> tuple[GuardState, Decision]:
             return rollout(self.guard, state, self.task.objective(key), cycles=cycles, most=CHUNK)
 
         if self.experiment.vectorize:
-            return jax.vmap(one)(states, self._order_keys)
-        done = [one(_of_seed(states, k), key) for k, key in enumerate(self._order_keys)]
+            return jax.vmap(one)(start, self._order_keys)
+        done = [one(_of_seed(start, k), key) for k, key in enumerate(self._order_keys)]
         states, decisions = zip(*done, strict=True)
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), jax.tree.map(
             lambda *leaves: np.stack(leaves), *decisions

@@ -181,6 +181,24 @@ def test_experiments(environment: Environment) -> None:
     assert (environment.folder / "here" / "figure.png").is_file()
 
 
+@of("ray")
+def test_ray(environment: Environment) -> None:
+    """What the command needs for a cluster is there."""
+    assert "torch" not in environment.packages
+    environment.runs("import ray, lossguard.experiments.sweep, lossguard.cli")
+
+
+@of("all")
+def test_all(environment: Environment) -> None:
+    """Every module of the package is imported."""
+    environment.runs(
+        "import importlib, pkgutil, lossguard\n"
+        "for module in pkgutil.walk_packages(lossguard.__path__, 'lossguard.'):\n"
+        "    if not module.name.endswith('__main__'):\n"
+        "        importlib.import_module(module.name)"
+    )
+
+
 def test_wheel_and_sdist_are_as_they_should_be(built: Path) -> None:
     (wheel,), (sdist,) = built.glob("*.whl"), built.glob("*.tar.gz")
     for program in (["twine", "check", "--strict", str(sdist)], ["check_wheel_contents"]):

@@ -108,7 +108,7 @@ def test_command_tells_of_failures_by_its_status(tmp_path, monkeypatch, capsys) 
         ((), "sweep needs a recipe, path/to/module.py:function or one of table1"),
         (("table3",), "got 'table3' (did you mean table"),
         (("OURS", "THEIRS"), "recipes must have different names, but two are called recipe"),
-        (("OURS", "--ray", "local"), "ray needs a package: pip install ray"),
+        (("OURS", "--ray", "local"), "ray needs a package: pip install 'lossguard[ray]'"),
     ],
 )
 def test_bad_input(tmp_path, monkeypatch, refused, arguments, reason) -> None:

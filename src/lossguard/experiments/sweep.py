@@ -107,7 +107,7 @@ def _on_ray(address: str) -> Callable[[Runs], Reasons]:
         import ray  # pyright: ignore[reportMissingImports]
         from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError("ray needs a package: pip install ray") from error
+        raise ValueError("ray needs a package: pip install 'lossguard[ray]'") from error
 
     def attempt_there(experiment: Experiment, folder: Path, command: list[str]) -> str:
         sys.argv = command  # for the manifest

@@ -254,4 +254,5 @@ class GuardOfTwo(Guard):
             process_group=process_group,
             callback=callback,
         )
-        self._relay = Relay(*self._lanes.values(), self.nt, share)
+        y, z, s = self._lanes.values()
+        self._relay = Relay(y, z, s, self.nt, share)

@@ -79,7 +79,7 @@ def zero_unsound(params: Iterable[Tensor]) -> Tensor:
     simple = all(g.is_cpu and g.is_contiguous() and _has_norm(g) for g in grads)
     if simple and len({g.dtype for g in grads}) == 1:
         broken = torch.zeros(())  # by one call, where calls are what takes time
-        torch._amp_foreach_non_finite_check_and_unscale_(grads, broken, ONE)
+        torch._amp_foreach_non_finite_check_and_unscale_(grads, broken, ONE)  # pyright: ignore
     else:
         broken = ~are_finite(grads)
     if broken.device.type != "cpu" or broken:  # elsewhere to look would be to wait

@@ -97,14 +97,11 @@ def init_mlp_weights(key: PRNGKeyArray, *, hidden: int = 4, layers: int = 2) -> 
     ):
         weight = jax.random.truncated_normal(layer_key, -2.0, 2.0, (outputs, inputs), jnp.float32)
         made.append(MLPLayer(weight / math.sqrt(inputs), jnp.zeros(outputs)))
-    return MLPWeights(
-        tuple(made),
-        *(
-            jnp.log1p(-jnp.asarray(decays)) / 10
-            for decays in (MOMENTUM_DECAYS, SECOND_MOMENT_DECAY, FACTORED_DECAYS)
-        ),
-        jnp.zeros(SCALING),
+    momentum, second_moment, factored = (
+        jnp.log1p(-jnp.asarray(decays)) / 10
+        for decays in (MOMENTUM_DECAYS, SECOND_MOMENT_DECAY, FACTORED_DECAYS)
     )
+    return MLPWeights(tuple(made), momentum, second_moment, factored, jnp.zeros(SCALING))
 
 
 def mlp_optimizer(weights: MLPWeights) -> optax.GradientTransformation:

@@ -295,10 +295,12 @@ def test_pytorch_optimizer_resumes_bit_by_bit(kind, name):
 def test_a_group_entry_that_the_first_step_makes_is_memory():
     """As nearly all of pytorch_optimizer's keep their count of steps."""
 
-    class Counting(SGD):
+    class Counting(SGD):  # uphill, so that it loses
         def step(self, closure=None):
             group = self.param_groups[0]
             group["t"] = group.get("t", 0) + 1
+            for p in group["params"]:
+                p.grad.neg_()
             return super().step(closure)
 
     for loser, expected in (("reset", {}), ("keep", {"t": 4})):
@@ -306,7 +308,7 @@ def test_a_group_entry_that_the_first_step_makes_is_memory():
         guard = two(
             LossGuard,
             model,
-            lambda ps: Counting(ps, lr=5.0, maximize=True),
+            lambda ps: Counting(ps, lr=5.0),
             nt=2,
             nc=1,
             loser=loser,

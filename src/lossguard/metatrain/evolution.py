@@ -23,9 +23,9 @@ from .pes import Pairs, pes_gradient, restart_pairs, start_pairs
 
 FEATURE = 2
 """The MLP optimizer's input m of decay 0.9."""
-SCALING = (0.0, -0.25, 0.0, 0.0, 0.0, -0.5, -0.5)
-"""Its powers of size and time at the start: matrices of n coordinates by n^(-1/4), times from 1,000
-on by t^(-1/2), and from 10,000 on by 1 / t."""
+BEGIN_SCALING = (0.0, -0.25, 0.0, 0.0, 0.0, -0.5, -0.5)
+"""Its ``scaling`` at the start. Steps of matrices of n coordinates shrink by n^(-1/4), all of them
+by t^(-1/2) from 1,000 on and by 1 / t from 10,000 on."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,8 @@ def like_momentum(
 
         update = -rate scale m / sqrt(mean(m^2) + 1e-5), m of decay 0.9, the mean over the tensor
 
+    with the scale of ``mlp_optimizer`` for ``BEGIN_SCALING``.
+
     Two hidden units carry the feature and its negative through the ReLUs. The others are as
     ``init_mlp_weights`` draws them, times ``noise``, and so is what they add.
 
@@ -198,4 +200,4 @@ def like_momentum(
         made[k] = MLPLayer(weight.at[:2].set(rows), bias)
     weight, bias = made[-1]
     made[-1] = MLPLayer(weight.at[0, :2].set(rate / SCALE * carried), bias)
-    return drawn._replace(layers=tuple(made), scaling=jnp.array(SCALING))
+    return drawn._replace(layers=tuple(made), scaling=jnp.array(BEGIN_SCALING))

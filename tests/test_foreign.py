@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import lossguard
 
-PAGE = Path(__file__).parents[1] / "docs" / "own_optimizer.md"
+DOCS = Path(__file__).parents[1] / "docs"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "guarded_celo.py"
 STEPS = 20
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other libraries
@@ -36,8 +37,8 @@ def objective(params: Any, i: Any) -> jax.Array:
 def block(name: str) -> dict[str, Any]:
     """What the page's code defines that has this name in it."""
     names: dict[str, Any] = {}
-    (code,) = (code for code in re.findall(r"^```py\n(.*?)^```", PAGE.read_text(), re.M | re.S)
-               if name in code)  # fmt: skip
+    text = (DOCS / "own_optimizer.md").read_text()
+    (code,) = (c for c in re.findall(r"^```py\n(.*?)^```", text, re.M | re.S) if name in c)
     exec(code, names)
     return names
 
@@ -153,6 +154,15 @@ def test_celo2(orthogonalize: bool) -> None:
     assert_follows_the_better(learned)
 
 
+def evolution(*args: Any) -> optax.GradientTransformationExtraArgs:
+    """The gallery's."""
+    text = (DOCS / "gallery.md").read_text()
+    (code,) = re.findall(r"^def evolution.*?^    return .*?\n", text, re.M | re.S)
+    names = {"jax": jax, "jnp": jnp, "optax": optax, "ravel_pytree": ravel_pytree}
+    exec(code, names)
+    return names["evolution"](*args)
+
+
 @pytest.mark.parametrize("name", ["LearnedES", "DiscoveredES", "CMAAnchoredLES"])
 def test_evosax(name: str) -> None:
     """Alone it is the strategy's own loop, and it learns."""
@@ -160,7 +170,7 @@ def test_evosax(name: str) -> None:
     strategy = getattr(algorithms, name)(population_size=16, solution=PARAMS)
     options = strategy.default_params.replace(std_init=0.05)
     key = jax.random.key(0)
-    learned = block("def evolution")["evolution"](strategy, options, key)
+    learned = evolution(strategy, options, key)
     guard = lossguard.unguarded(learned, nt=5)
     state, _ = lossguard.rollout(guard, guard.init(PARAMS), objective, cycles=STEPS // 5)
     own = strategy.init(key, PARAMS, options)

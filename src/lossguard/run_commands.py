@@ -18,6 +18,11 @@ from .read_commands import show
 from .terminal import console, shown, tell
 from .validation import one_of
 
+LEGEND = """\
+SGDnm is SGD without momentum, the fallback; L2O the learned optimizer mlp-small alone; LGL2O the
+guard of the paper, and Recommended ours. A price of 1 is a gradient, or three forward passes."""
+"""What the names in the demo mean."""
+
 
 def demo(arguments: Sequence[str]) -> None:
     """The paper's methods and ours on Circles: a table and a figure."""
@@ -25,6 +30,7 @@ def demo(arguments: Sequence[str]) -> None:
 
     out = Path(tempfile.gettempdir(), f"lossguard-demo-{secrets.token_hex(4)}")
     where, experiment = override(recipe(), Where(out), arguments, "demo")
+    print(LEGEND)
     _run(where, experiment)
     from .experiments.price import at_equal_price
 

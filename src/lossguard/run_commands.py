@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import tyro
@@ -34,7 +35,9 @@ def demo(arguments: Sequence[str]) -> None:
     _run(where, experiment)
     from .experiments.price import at_equal_price
 
-    print(shown(at_equal_price(experiment.methods[0], where.out)))
+    told = at_equal_price(experiment.methods[0], where.out)
+    more = f"{program()} report {shlex.quote(str(where.out))}"
+    print(shown(f"{told}\nNext: a loop of your own (README.md); or all of this on a page: {more}"))
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -161,7 +164,12 @@ def _resumable(where: Where | None = None) -> Iterator[None]:
             more += ["--out", str(where.out)]
         if where and not where.resume:
             more += ["--resume"]
-        raise KeyboardInterrupt(shlex.join(["lossguard", *given, *more])) from None
+        raise KeyboardInterrupt(f"{program()} {shlex.join([*given, *more])}") from None
+
+
+def program() -> str:
+    """What to type for this command, also where it is not on the path: ``make demo`` leaves it so."""
+    return "lossguard" if which("lossguard") else f"{shlex.quote(sys.executable)} -m lossguard"
 
 
 def _has_begun(folder: Path) -> bool:

@@ -228,7 +228,5 @@ def at_equal_price(reference: str, folder: Path) -> str:
         f"After a price of {end:,.0f} gradients, loss over that of {reference}: "
         f"{', '.join(losses)}\n"
         f"Price at which the loss of {reference} after {end / 2:,.0f} is reached, over that price: "
-        f"{', '.join(times)}\n"
-        "Next: put a guard into a loop of your own (README.md), or see it all: "
-        f"lossguard report {folder}"
+        f"{', '.join(times)}"
     )

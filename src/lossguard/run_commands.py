@@ -168,7 +168,7 @@ def _resumable(where: Where | None = None) -> Iterator[None]:
 
 
 def program() -> str:
-    """What to type for this command, also where it is not on the path: ``make demo`` leaves it so."""
+    """What to type for this command, which ``make demo`` doesn't put on the path."""
     return "lossguard" if which("lossguard") else f"{shlex.quote(sys.executable)} -m lossguard"
 
 

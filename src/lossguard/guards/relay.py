@@ -158,13 +158,13 @@ class Relay:
     def _begin_trial(self, state: RelayState, now: Cycle) -> RelayState:
         """If a trial is due, the challenger is at x: y with a fresh state, or z."""
         leads, dtype, x = state.learned_leads, state.level.dtype, leader(state)
-        k, tried = (count.astype(dtype) for count in (now.k, state.tried))
+        k = now.k.astype(dtype)
         least = _cycles(jnp.where(now.k == 0, FIRST, LEAST), now.nt)
         length = jnp.maximum(least, jnp.round(PART * self.share * k / now.nt).astype(jnp.int32))
         steps = length * now.nt
         # A trial of y leaves enough for one of z, should y take over.
-        cost = jnp.where(leads, 1, 2).astype(dtype) * steps
-        due = tried + cost <= self.share * k + ROOT * jnp.sqrt(k)
+        spent = state.tried + jnp.where(leads, 1, 2) * steps
+        due = spent.astype(dtype) <= self.share * k + ROOT * jnp.sqrt(k)
         rested = state.progress.age >= state.progress.later_age + steps
         due &= rested & ~(leads & self._is_first(state, now.nt))
         begins = (state.trial.length == 0) & (due | (now.k == 0))

@@ -133,8 +133,8 @@ class Relay:
         length = max(length, round(PART * self.share * k / self.nt))
         steps = length * self.nt
         # A trial of y leaves enough for one of z, should y take over.
-        cost = steps if leads else 2 * steps
-        due = state.tried + cost <= self.share * k + ROOT * math.sqrt(k)
+        spent = state.tried + (steps if leads else 2 * steps)
+        due = spent <= self.share * k + ROOT * math.sqrt(k)
         rested = state.progress.age >= state.progress.later_age + steps
         due = due and rested and not (leads and self._is_first(state))
         if not (due or k == 0):

@@ -2,18 +2,13 @@
 
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import polars as pl
 import pytest
 from commands import command
 from pages import curves_of, write_run
 
 from lossguard.curves import COUNTERS
-from lossguard.experiments import recipes
-from lossguard.experiments.experiment import Experiment
 from lossguard.experiments.readings import (
     ALL,
     COLORS,
@@ -100,22 +95,6 @@ def test_command(tmp_path, monkeypatch, capsys) -> None:
     assert len(readings) == len(ALL) and all(line.endswith(": 0 of 0") for line in readings)
     assert told == f"figure: {tmp_path / 'map.png'}"
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.usefixtures("eager")
-def test_a_learned_optimizer_without_memory_is_fresh_in_every_cycle(monkeypatch) -> None:
-    """Its steps are its number since it began: 1 + 2 + 3 a cycle, which always wins."""
-    counting = optax.GradientTransformation(
-        lambda params: jnp.int32(0),
-        lambda g, n, params=None: (jax.tree.map(lambda w: 0 * w - 1 - n, g), n + 1),
-    )
-    monkeypatch.setattr(recipes, "pretrained", {"mine": counting}.__getitem__)
-    e = Experiment("any", learned="mine", nt=3, nc=1)
-    guard = recipes.fresh_in_every_cycle(e, optax.sgd(0.1))
-    state = guard.init(jnp.zeros(1))
-    for cycle in (1, 2, 3):
-        state, _ = guard.step(state, lambda w, i: w.sum())
-        assert state.params == -6 * cycle
 
 
 def test_recipes_have_every_policy_and_both_thetas() -> None:

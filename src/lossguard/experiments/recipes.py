@@ -11,18 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import optax
 
-from ..guards.loss_guard import loss_guard
-from ..guards.protocol import Decision, Guard, GuardState, Objective
-from ..learned.pretrained import pretrained
 from ..schedules import paper_decay
 from ..tasks.models import ConvNet
 from .experiment import (
     Experiment,
     Methods,
+    Policy,
     alone,
     guarded,
     learned_alone,
@@ -42,7 +40,7 @@ ADAM_RATES = (1e-4, 1e-3, 1e-2, 1e-1)
 CONV_RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """SGDnm's learning rates in figure 10's grid."""
 
-POLICIES = ("keep", "reset", "reset in every cycle")
+POLICIES: Sequence[Policy] = get_args(Policy)
 """Of the LSTM's memory: kept by a branch that lost, fresh after a loss, or fresh in every cycle."""
 THETAS: Mapping[str, float] = {"weight": 0.9, "decay": 0.1}
 """The weight of the new residual, by what the paper's 0.9 is."""
@@ -171,27 +169,13 @@ def reading(figure: str, scaling: str) -> Experiment:
 def reading_methods(e: Experiment) -> Methods:
     """The paper's methods; LGL2O by policies, GL2O by thetas."""
     sgd = sgd_fallback(e)
-    keep, reset = (guarded(replace(e, loser=loser), sgd) for loser in ("keep", "reset"))
-    every = partial(fresh_in_every_cycle, e, sgd)
     return {
         "SGDnm": alone(e, sgd),
         "Adam": alone(e, optax.adam(e.adam_rate)),
         "L2O": learned_alone(e),
         **{f"GL2O, {name}": rival(e, theta) for name, theta in THETAS.items()},
-        **{f"LGL2O, {name}": m for name, m in zip(POLICIES, (keep, reset, every), strict=True)},
+        **{f"LGL2O, {policy}": guarded(replace(e, loser=policy), sgd) for policy in POLICIES},
     }
-
-
-def fresh_in_every_cycle(e: Experiment, fallback: optax.GradientTransformation) -> Guard:
-    """LGL2O whose learned optimizer begins every cycle without memory."""
-    learned = pretrained(e.learned)
-    guard = loss_guard(learned, fallback, nt=e.nt, nc=e.nc)
-
-    def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
-        inner = state.inner._replace(learned=learned.init(state.params))
-        return guard.step(state._replace(inner=inner), objective)
-
-    return Guard(guard.init, step)
 
 
 FIRST = ("mnist", "fashion_mnist", "moons", "circles", "spirals", "cifar10")

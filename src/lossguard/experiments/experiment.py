@@ -57,10 +57,10 @@ def guarded(e: "Experiment", fallback: optax.GradientTransformation) -> Method:
 
     def make() -> Guard:
         check_choice("loser", e.loser, get_args(Policy))
-        learned, lengths = pretrained(e.learned), {"nt": e.nt, "nc": e.nc}
-        if e.loser == "reset in every cycle":
-            return forgetful(loss_guard(learned, fallback, **lengths), learned)
-        return loss_guard(learned, fallback, **lengths, loser=e.loser)
+        learned = pretrained(e.learned)
+        loser = "keep" if e.loser == "reset in every cycle" else e.loser
+        guard = loss_guard(learned, fallback, nt=e.nt, nc=e.nc, loser=loser)
+        return guard if loser == e.loser else forgetful(guard, learned)
 
     return make
 

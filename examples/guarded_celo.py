@@ -93,6 +93,7 @@ def _with_celo(name: str, e: Experiment) -> OnCelo:
     changes = {
         "name": f"celo-{name}",
         "title": "",
+        "scaling": "none" if e.scaling == "none" else "unit",
         "steps": 10_000,
         "methods": (*alone, *guarded, *(f"{method} over Adam" for method in guarded)),
         "make_methods": methods,

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from tiny_run import leave
 
-from lossguard import cli, records, run_folder, terminal
+import lossguard
+from lossguard import cli, records, run_commands, run_folder, terminal
 from lossguard.command_line import check_beside, find_recipe
 from lossguard.experiments import price, run, sweep
 from lossguard.learned import weights_file
@@ -32,8 +34,9 @@ Main = Refused = Callable[..., None]
 
 @pytest.fixture
 def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Main:
-    """Runs ``lossguard`` with arguments in an empty folder."""
+    """Runs ``lossguard``, which is on the path, with arguments in an empty folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_commands, "which", lambda name: name)
 
     def run(*arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", ["lossguard", *arguments])
@@ -189,6 +192,7 @@ def test_demo_in_short(main: Main, capsys: pytest.CaptureFixture[str], tmp_path:
     methods = ("SGDnm", "L2O")
     main("demo", "--steps", "20", "--seeds", "2", "--methods", *methods, "--out", "here")
     out = capsys.readouterr().out
+    assert out.startswith("SGDnm is SGD without momentum, the fallback; L2O the learned optimizer")
     assert "mlp-small, meta-trained on small images, tested on Circles + MLP" in out
     table = records.read_parquet(tmp_path / "here" / records.EVALUATIONS)
     sgd, l2o = (price.at(price.curves(table, name).mean(), 20.0) for name in methods)
@@ -504,3 +508,9 @@ def test_installed_command(tmp_path: Path, program: tuple[str, ...]) -> None:
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.startswith("lossguard: command must be one of ")
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_what_is_told_to_type_runs_where_the_command_is_not_on_the_path(monkeypatch) -> None:
+    monkeypatch.setattr(run_commands, "which", lambda _: None)
+    told = [*shlex.split(run_commands.program()), "--version"]
+    assert subprocess.check_output(told, text=True) == f"lossguard {lossguard.__version__}\n"

@@ -2,10 +2,10 @@
 
 import importlib
 import re
-import runpy
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import lossguard
 
-PAGE = Path(__file__).parents[1] / "docs" / "own_optimizer.md"
-EXAMPLE = Path(__file__).parents[1] / "examples" / "guarded_celo.py"
+DOCS = Path(__file__).parents[1] / "docs"
 STEPS = 20
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other libraries
 
@@ -33,13 +33,42 @@ def objective(params: Any, i: Any) -> jax.Array:
     return jnp.mean((jnp.asarray(X)[rows] @ params["w"] + params["b"] - jnp.asarray(T)[rows]) ** 2)
 
 
-def block(name: str) -> dict[str, Any]:
-    """What the page's code defines that has this name in it."""
+def block(name: str) -> str:
+    """The page's code that has this name in it."""
+    text = (DOCS / "own_optimizer.md").read_text()
+    (code,) = (c for c in re.findall(r"^```py\n(.*?)^```", text, re.M | re.S) if name in c)
+    return code
+
+
+def for_optax(optimizer: Any, steps: int) -> optax.GradientTransformationExtraArgs:
+    """The page's."""
     names: dict[str, Any] = {}
-    (code,) = (code for code in re.findall(r"^```py\n(.*?)^```", PAGE.read_text(), re.M | re.S)
-               if name in code)  # fmt: skip
-    exec(code, names)
-    return names
+    exec(block("def for_optax"), names)
+    return names["for_optax"](optimizer, steps)
+
+
+def test_learned_optimization_gets_the_loss_and_the_planned_steps(monkeypatch) -> None:
+    """Of a stand-in, whose step is the loss over the planned steps."""
+
+    def opt_to_optax_opt(rate: float, num_steps: int) -> optax.GradientTransformationExtraArgs:
+        def update(gradients, state, params, *, extra_args):
+            size = rate * extra_args["loss"] / num_steps
+            return jax.tree.map(lambda g: -size * g, gradients), state
+
+        return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+    for parent in ("learned_optimization", "learned_optimization.optimizers"):
+        monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+    name = "learned_optimization.optimizers.opt_to_optax"
+    module = SimpleNamespace(opt_to_optax_opt=opt_to_optax_opt)
+    monkeypatch.setitem(sys.modules, name, module)
+    guard = lossguard.unguarded(for_optax(0.5, 4), nt=2)
+    state, decision = guard.step(guard.init(jnp.ones(2)), lambda w, i: jnp.sum(w**2))
+    w = np.ones(2)
+    for loss in np.asarray(decision.losses):
+        assert loss == pytest.approx((w**2).sum())
+        w -= 0.5 * loss / 4 * 2 * w
+    np.testing.assert_allclose(state.params, w, rtol=1e-6)
 
 
 def assert_follows_the_better(learned: Any) -> None:
@@ -69,8 +98,13 @@ def without_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def celo() -> Any:
-    """With its weights, as the example makes it."""
-    return runpy.run_path(str(EXAMPLE))["published"](published_weights("celo"))
+    """With its weights, as the page makes it."""
+    names: dict[str, Any] = {"for_optax": for_optax}
+    path = "celo/algoperf/submissions/celo/theta.state"
+    code = block("architecture = Celo")
+    assert path in code
+    exec(code.replace(path, published_weights("celo")), names)
+    return names["published"]
 
 
 def celo_adam() -> Any:
@@ -121,7 +155,7 @@ def test_learned_optimization(name: str) -> None:
     if "Celo" in name:
         pytest.importorskip("celo")
     optimizer = MADE[name]()
-    learned = block("def for_optax")["for_optax"](optimizer, STEPS)
+    learned = for_optax(optimizer, STEPS)
     guard = lossguard.unguarded(learned, nt=5)
     state, _ = lossguard.rollout(guard, guard.init(PARAMS), objective, cycles=STEPS // 5)
     own = optimizer.init(PARAMS, num_steps=STEPS)
@@ -153,6 +187,15 @@ def test_celo2(orthogonalize: bool) -> None:
     assert_follows_the_better(learned)
 
 
+def evolution(*args: Any) -> optax.GradientTransformationExtraArgs:
+    """The gallery's."""
+    text = (DOCS / "gallery.md").read_text()
+    (code,) = re.findall(r"^def evolution.*?^    return .*?\n", text, re.M | re.S)
+    names = {"jax": jax, "jnp": jnp, "optax": optax, "ravel_pytree": ravel_pytree}
+    exec(code, names)
+    return names["evolution"](*args)
+
+
 @pytest.mark.parametrize("name", ["LearnedES", "DiscoveredES", "CMAAnchoredLES"])
 def test_evosax(name: str) -> None:
     """Alone it is the strategy's own loop, and it learns."""
@@ -160,7 +203,7 @@ def test_evosax(name: str) -> None:
     strategy = getattr(algorithms, name)(population_size=16, solution=PARAMS)
     options = strategy.default_params.replace(std_init=0.05)
     key = jax.random.key(0)
-    learned = block("def evolution")["evolution"](strategy, options, key)
+    learned = evolution(strategy, options, key)
     guard = lossguard.unguarded(learned, nt=5)
     state, _ = lossguard.rollout(guard, guard.init(PARAMS), objective, cycles=STEPS // 5)
     own = strategy.init(key, PARAMS, options)

@@ -10,22 +10,32 @@ from test_docs import blocks
 GALLERY = Path(__file__).parents[1] / "docs" / "gallery"
 
 
+PAGES = {"docs/gallery.md": ("helps", "", "", ""), "docs/gallery_torch.md": ("", "", "", "")}
+"""What is kept after each block under this name: the tables of the two runs."""
+
+
 @pytest.fixture(scope="module")
 def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the blocks leave, one after another; figures go to a folder beside the page's."""
+    """What the blocks leave, one after another; figures go to a folder beside the pages'."""
     torch = pytest.importorskip("torch")
+    pytest.importorskip("evosax")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several take five times as long with matrices so small
-    names: dict[str, Any] = {"folder": tmp_path_factory.mktemp("docs") / "gallery"}
-    names["folder"].mkdir()
+    folder = tmp_path_factory.mktemp("docs") / "gallery"
+    folder.mkdir()
+    left: dict[str, Any] = {"folder": folder}
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(names["folder"].parent)
-        for block, kept in zip(blocks("docs/gallery.md"), ("", "helps", "", "", ""), strict=True):
-            exec(block, names)
-            if kept:
-                names[kept] = names["table"], names["lossguard"].decision_table(names["decisions"])
+        patch.chdir(folder.parent)
+        for page, kept in PAGES.items():
+            names: dict[str, Any] = {}
+            for block, name in zip(blocks(page), kept, strict=True):
+                exec(block, names)
+                if name:
+                    table_of = names["lossguard"].decision_table
+                    left[name] = names["table"], table_of(names["decisions"])
+            left |= names
     torch.set_num_threads(threads)
-    return names
+    return left
 
 
 def test_it_makes_the_figures_of_the_page(names) -> None:
@@ -65,6 +75,34 @@ def test_the_learned_optimizer_hurts(names) -> None:
     assert told["Recommended"]["loss"][20] > 4 * told["Adam"]["loss"][20]
     assert 20 < np.argmax(told["Recommended"]["winner"] == 2) < 35  # goes back to s
     assert told["Recommended"]["loss"][-10:].mean() < 1.4 * told["Adam"]["loss"][-10:].mean()
+
+
+def test_an_optimizer_of_another_library_leaves_the_minimum_that_adam_stays_in(names) -> None:
+    (_, adam), (alone, learned), (price, guarded) = (
+        names["spent"][name] for name in ("Adam", "LearnedES", "Recommended")
+    )
+    assert adam[-100:].mean() == pytest.approx(104, abs=1)
+    assert learned[-20:].mean() < 20 and guarded[-100:].mean() < 20  # rounding moves them by a few
+    assert len(guarded) == 3 * len(learned) and price[-1] < alone[-1]
+    winner = np.asarray(names["decisions"].winner)
+    assert (winner[:30] == 0).all() and (winner[-200:] == 1).all()
+
+
+def test_a_rate_that_is_too_high_costs_the_fallback_nothing(names) -> None:
+    low, high = names["guarded_ends"][:2], names["guarded_ends"][2:]
+    assert high == [names["fallback"]] * 2
+    for alone, guarded in zip(names["alone"], low, strict=False):
+        assert alone < guarded < names["fallback"]
+    assert min(names["alone"][2:]) > names["fallback"]
+    assert sum(decision.gradients for decision in names["histories"][0.3]) == 430
+
+
+def test_the_decision_log_is_as_told(names) -> None:
+    table = names["table"]
+    assert table["step"][np.isfinite(table["learned_loss"])].tolist() == [10, 170, 290]
+    assert table["winner"].tolist() == [0] * 8 + [1] * 32
+    assert (table["price_of_step"] > 1).sum() == 9 and table["gradients"].sum() == 490
+    assert table["learned_updates"].sum() == 110
 
 
 def test_the_highest_rate_leads(names) -> None:

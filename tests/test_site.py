@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("docs", "examples", "results", "site", "src", "CHANGELOG.md", "zensical.toml")
+PARTS = ("docs", "results", "site", "src", "CHANGELOG.md", "zensical.toml")
 MOST = 12_288
 """Bytes of a page, except those that are made from docstrings."""
 

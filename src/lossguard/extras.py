@@ -1,16 +1,15 @@
-"""The packages that parts of this one need, by the extra that installs them."""
+"""The packages that parts of this one need, by what installs them."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-EXTRAS: Mapping[str, tuple[str, ...]] = {
-    "jax": ("jax", "jaxlib", "optax", "equinox", "jaxtyping"),
-    "torch": ("torch",),
-    "experiments": (
+INSTALLS: Mapping[str, tuple[str, ...]] = {
+    "'lossguard[jax]'": ("jax", "jaxlib", "optax", "equinox", "jaxtyping"),
+    "'lossguard[torch]'": ("torch",),
+    "'lossguard[experiments]'": (
         "huggingface_hub",
         "jinja2",
         "markupsafe",
-        "matplotlib",
         "PIL",
         "plotly",
         "polars",
@@ -18,17 +17,18 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
         "sklearn",
         "tyro",
     ),
-    "ray": ("ray",),
+    "'lossguard[ray]'": ("ray",),
+    "matplotlib": ("matplotlib",),  # alone: whoever draws decisions of PyTorch needs no JAX
 }
-"""By the names under which they are imported."""
+"""What ``pip install`` is given, and the names under which these packages are imported."""
 
 
 @contextmanager
 def needed(what: str) -> Iterator[None]:
-    """Around imports: if a package of an extra is missing, the error says how to install it.
+    """Around imports: if a package is missing, the error says how to install it.
 
     Raises:
-        ModuleNotFoundError: naming ``what`` needs the package, and the extra.
+        ModuleNotFoundError: naming ``what`` needs the package, and what installs it.
 
     >>> with needed("a test"):
     ...     raise ModuleNotFoundError("No module named 'torch'", name="torch")
@@ -39,8 +39,8 @@ def needed(what: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        for extra, packages in EXTRAS.items():
+        for install, packages in INSTALLS.items():
             if package in packages:
-                message = f"{what} needs {package}: pip install 'lossguard[{extra}]'"
+                message = f"{what} needs {package}: pip install {install}"
                 raise ModuleNotFoundError(message, name=error.name) from error
         raise

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import tyro
@@ -18,6 +19,11 @@ from .read_commands import show
 from .terminal import console, shown, tell
 from .validation import one_of
 
+LEGEND = """\
+SGDnm is SGD without momentum, the fallback; L2O the learned optimizer mlp-small alone; LGL2O the
+guard of the paper, and Recommended ours. A price of 1 is a gradient, or three forward passes."""
+"""What the names in the demo mean."""
+
 
 def demo(arguments: Sequence[str]) -> None:
     """The paper's methods and ours on Circles: a table and a figure."""
@@ -25,10 +31,13 @@ def demo(arguments: Sequence[str]) -> None:
 
     out = Path(tempfile.gettempdir(), f"lossguard-demo-{secrets.token_hex(4)}")
     where, experiment = override(recipe(), Where(out), arguments, "demo")
+    print(LEGEND)
     _run(where, experiment)
     from .experiments.price import at_equal_price
 
-    print(shown(at_equal_price(experiment.methods[0], where.out)))
+    told = at_equal_price(experiment.methods[0], where.out)
+    more = f"{program()} report {shlex.quote(str(where.out))}"
+    print(shown(f"{told}\nNext: a loop of your own (README.md); or all of this on a page: {more}"))
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -155,7 +164,12 @@ def _resumable(where: Where | None = None) -> Iterator[None]:
             more += ["--out", str(where.out)]
         if where and not where.resume:
             more += ["--resume"]
-        raise KeyboardInterrupt(shlex.join(["lossguard", *given, *more])) from None
+        raise KeyboardInterrupt(f"{program()} {shlex.join([*given, *more])}") from None
+
+
+def program() -> str:
+    """What to type for this command, which ``make demo`` doesn't put on the path."""
+    return "lossguard" if which("lossguard") else f"{shlex.quote(sys.executable)} -m lossguard"
 
 
 def _has_begun(folder: Path) -> bool:

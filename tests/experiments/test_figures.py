@@ -73,7 +73,7 @@ def test_draw_has_a_line_and_a_band_for_each_method() -> None:
         assert set(x) <= set(STEPS) and (x[0], x[-1]) == (1, STEPS[-1])
         exact = x < lines.SMOOTHED_FROM
         np.testing.assert_allclose(y[exact], 1.5 * level / np.sqrt(x[exact]), rtol=1e-6)
-    assert second.get_ylabel().startswith("use_l2o") and len(second.lines) == 2
+    assert second.get_ylabel() == "Led by" and len(second.lines) == 2
     x, use = (np.asarray(values) for values in second.lines[0].get_data())
     np.testing.assert_array_equal(use[:4], [0.5, 1.0, 0.5, 1.0])
     np.testing.assert_allclose(use[x >= 400], 0.75, atol=0.03)

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,17 @@ def test_a_folder_of_another_run_stops_all_before_the_start(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"holds another, .* in name \(another, not tiny\)"):
         list(sweep({"one": FIRST, "two": SECOND}, tmp_path))
     assert [entry.name for entry in (tmp_path / "one").iterdir()] == ["config.json"]
+
+
+def test_workers_find_the_modules_of_partial_functions(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    mine = dataclasses.replace(tiny.recipe(), make_methods=partial(tiny.make_methods))
+    ours = {"make_task": recipes.fig05().make_task, "make_methods": recipes.fig05().make_methods}
+    runs = {"a": (dataclasses.replace(mine, make_task=ours["make_task"]), tmp_path)}
+    folder = str(Path(tiny.__file__).absolute().parent)
+    assert sweeping._modules(runs).strip(":") == folder
+    runs = {"a": (dataclasses.replace(mine, **ours), tmp_path)}
+    assert not sweeping._modules(runs)
 
 
 def test_command_runs_sets_with_the_same_options(tmp_path, monkeypatch, capsys) -> None:

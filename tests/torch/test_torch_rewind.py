@@ -32,9 +32,8 @@ def drive(rewind, model, optimizer, losses, gradient=1.0, after=lambda: None):
 
 
 def test_it_goes_back_and_says_so():
-    heard = []
     model, optimizer = one_weight(momentum=0.5)
-    rewind = Rewind(model, optimizer, window=WINDOW, every=4, on_event=heard.append)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
     drive(rewind, model, optimizer, FALLS[:112])
     momentum = optimizer.state[model.weight]["momentum_buffer"].clone()
     weight = model.weight.clone()
@@ -42,7 +41,7 @@ def test_it_goes_back_and_says_so():
     drive(rewind, model, optimizer, HIGH[:7])
     assert not rewind.events
     drive(rewind, model, optimizer, HIGH[:1])
-    assert rewind.events == heard == [RewindEvent("return", "loss", 136, 24, 1, 0.5)]
+    assert rewind.events == [RewindEvent("return", "loss", 136, 24, 1, 0.5)]
     assert model.weight == weight
     assert optimizer.state[model.weight]["momentum_buffer"] == momentum
     assert rewind.thrown == 24 and rewind.returns == 1
@@ -244,20 +243,6 @@ def test_an_error_within_a_step_leaves_the_rates():
         optimizer.step(closure)
     drive(rewind, model, optimizer, [1.0])
     assert optimizer.param_groups[0]["lr"] == 1.0
-
-
-def test_the_fallback_is_made_careful_instead_of_slow():
-    model, optimizer = one_weight()
-
-    def careful(optimizer):
-        for group in optimizer.param_groups:
-            group["momentum"] = 0.0
-            group["lr"] /= 10
-
-    rewind = Rewind(model, optimizer, window=WINDOW, every=4, fallback=careful)
-    drive(rewind, model, optimizer, FALLS + HIGH)
-    assert rewind.returns == 2 and optimizer.param_groups[0]["lr"] == 0.1
-    assert rewind.scale == 0.5
 
 
 def test_an_audit_sees_what_the_losses_do_not():

@@ -68,7 +68,7 @@ def draw(
     _cut(top, *limits(shown.values()))
     top.set_title(title, fontsize=10, parse_math=False)
     if tracks:
-        bottom.set(ylim=(0.45, 1.05), ylabel="use_l2o")
+        bottom.set(ylim=(0.45, 1.05), ylabel="Led by")
         bottom.set_yticks([0.5, 1.0], ["fallback", "learned"])
     bottom.set_xlabel(LABELS[over])
     for axes in panels:

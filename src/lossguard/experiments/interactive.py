@@ -84,7 +84,7 @@ def _lay_out(figure: go.Figure, guarded: bool, places: Mapping[Over, list[list[f
     if guarded:
         ticks = {"tickvals": [0.5, 1], "ticktext": ["fallback", "learned"], "fixedrange": True}
         figure.update_layout(
-            yaxis2={"title": {"text": "use_l2o"}, "domain": [0, 0.2], "range": [0.45, 1.05]} | ticks
+            yaxis2={"title": {"text": "Led by"}, "domain": [0, 0.2], "range": [0.45, 1.05]} | ticks
         )
 
 

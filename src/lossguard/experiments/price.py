@@ -44,9 +44,9 @@ DRAWS = 200
 FALLBACK, LEARNED = "Fallback", "Learned"
 
 
-def price_methods(e: Experiment) -> Methods:
-    """Every guard, and its parts alone, over SGDnm or, in recipes named so, over Adam."""
-    fallback = optax.adam(e.adam_rate) if e.name.endswith("adam") else sgd_fallback(e)
+def price_methods(over: str, e: Experiment) -> Methods:
+    """Every guard, and its parts alone, over "sgdnm" or "adam"."""
+    fallback = {"sgdnm": sgd_fallback(e), "adam": optax.adam(e.adam_rate)}[over]
     parts = {FALLBACK: alone(e, fallback), LEARNED: learned_alone(e)}
     return parts | {
         "Recommended": ours(e, fallback),
@@ -63,7 +63,7 @@ def price_recipe(task: str, over: str, learned: str) -> Experiment:
     """
     e, points = TASKS[task](), task in ("spirals", "circles")
     return with_methods(
-        price_methods,
+        partial(price_methods, over),
         replace(e, name=f"price-{task}-{learned.split('-')[1]}-{over}"),
         title=f"{learned} over {over} on {task}, at equal price",
         learned=learned,
@@ -230,7 +230,5 @@ def at_equal_price(reference: str, folder: Path) -> str:
         f"After a price of {end:,.0f} gradients, loss over that of {reference}: "
         f"{', '.join(losses)}\n"
         f"Price at which the loss of {reference} after {end / 2:,.0f} is reached, over that price: "
-        f"{', '.join(times)}\n"
-        "Next: put a guard into a loop of your own (README.md), or see it all: "
-        f"lossguard report {folder}"
+        f"{', '.join(times)}"
     )

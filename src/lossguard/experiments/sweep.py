@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -134,7 +135,8 @@ def _on_ray(address: str) -> Callable[[Runs], Reasons]:
 
 def _modules(runs: Runs) -> str:
     """Where workers find the modules that recipes were read from by their paths."""
-    functions = [f for e, _ in runs.values() for f in (e.make_task, e.make_methods)]
+    given = [f for e, _ in runs.values() for f in (e.make_task, e.make_methods)]
+    functions = [f.func if isinstance(f, partial) else f for f in given]
     files = {sys.modules[f.__module__].__file__ for f in functions if "." not in f.__module__}
     folders = {str(Path(file).absolute().parent) for file in files if file}
     return os.pathsep.join(sorted(folders | {os.environ.get("PYTHONPATH", "")}))

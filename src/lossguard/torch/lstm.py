@@ -33,8 +33,9 @@ class LSTMOptimizer(Learned):
         weights: what meta-training made: ``lstm.weight_ih_l0`` [4H, 2], ``lstm.weight_hh_l0``
             [4H, H], ``lstm.bias_ih_l0``, ``lstm.bias_hh_l0`` [4H], the same of further layers with
             inputs H, ``linear.weight`` [1, H], ``linear.bias`` [1].
-        scale, p: of the output and of the input logarithm; they belong to the weights. The scale is
-            the group's ``lr``, on which schedulers act.
+        scale: of the output; it belongs to the weights. It is the group's ``lr``, on which
+            schedulers act.
+        p: of the input logarithm; it belongs to the weights too.
 
     Raises:
         ValueError: if a tensor of the weights is missing, or scale or p isn't positive and finite.

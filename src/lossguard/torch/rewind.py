@@ -77,12 +77,9 @@ class Rewind:
         rise: the share of the progress since the start that has to be lost.
         every: calls between two reads; a divisor of window / 4.
         offload: keep snapshots in the host's memory (pinned, where there is CUDA).
-        fallback: called with the optimizer at each return soon after another one, to make its
-            settings careful for good: instead of a scale that stays lower.
         audit: the loss on a held minibatch, without gradients; called once every B steps. A
             candidate is only trusted if it isn't worse there than the best trusted one by more than
             ``rise``, and 4 more worse ones than others are an alarm.
-        on_event: called with each ``RewindEvent``.
         group: the ranks that decide together; all of them by default.
 
     Attributes:
@@ -114,9 +111,7 @@ class Rewind:
         rise: float = 0.05,
         every: int = 16,
         offload: bool = False,
-        fallback: Callable[[Optimizer], Any] | None = None,
         audit: Callable[[], Any] | None = None,
-        on_event: Callable[[RewindEvent], Any] | None = None,
         group: "distributed.ProcessGroup | None" = None,
     ) -> None:
         check_kind("model", model, nn.Module, "nn.Linear(2, 1)")
@@ -126,7 +121,7 @@ class Rewind:
         if self._rule.block % every:
             raise ValueError(f"every must divide window / 4 = {self._rule.block}, got {every}")
         self._live = Live(model, optimizer, schedulers, offload)
-        self._group, self._on_event, self._fallback, self._audit = group, on_event, fallback, audit
+        self._group, self._audit = group, audit
         self._unread: list[tuple[Tensor, Tensor]] = []
         """Losses, and whether the gradients of their steps weren't finite."""
         self.events: list[RewindEvent] = []
@@ -217,17 +212,12 @@ class Rewind:
 
     def _go_back(self, cause: Cause, late: int) -> None:
         self._live.load(self._trusted)
-        thrown, soon = self._rule.go_back(late, lower=self._fallback is None)
-        if soon and self._fallback is not None:
-            self._fallback(self._live.optimizer)
-        self._tell("return", cause, thrown)
+        self._tell("return", cause, self._rule.go_back(late))
 
     def _tell(self, kind: Literal["return", "unanswered"], cause: Cause, thrown: int) -> None:
         rule = self._rule
         event = RewindEvent(kind, cause, rule.calls, thrown, rule.in_a_row, self.scale)
         self.events.append(event)
-        if self._on_event is not None:
-            self._on_event(event)
 
     def _new_candidate(self) -> None:
         """Copy the model as it is now, unless its audit says that it is worse."""

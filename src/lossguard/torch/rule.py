@@ -164,22 +164,21 @@ class Rule:
         self.alarm.reference = self.audits.reference = math.inf
         self.in_a_row = 0
 
-    def go_back(self, late: int, lower: bool) -> tuple[int, bool]:
-        """Account for a return; ``lower`` the cap if it comes soon after another one.
+    def go_back(self, late: int) -> int:
+        """Account for a return, which lowers the cap if it comes soon after another one.
 
         Returns:
-            The steps that it throws away, and whether it comes soon after another one.
+            The steps that it throws away.
         """
         thrown = self.age + late
         self._begin_again()
-        soon = self.returns > 0 and self.calls - self.last_return <= SOON * self.window
-        if soon and lower:
+        if self.returns > 0 and self.calls - self.last_return <= SOON * self.window:
             self.cap = max(self.cap * self._factor, self._factor**DEEPEST)
         self.age, self.last_return = 0, self.calls
         self.thrown += thrown
         self.returns += 1
         self.in_a_row += 1
-        return thrown, soon
+        return thrown
 
     def _end_block(self) -> bool:
         """Whether a candidate's probation is over. A calm block may become the reference."""

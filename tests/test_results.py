@@ -52,7 +52,11 @@ def test_each_has_all_parts(folder: Path) -> None:
 def test_nested_ones_are_small_and_can_be_read(name: str) -> None:
     folders = [path for path in (RESULTS / name).iterdir() if path.is_dir()]
     read = [records.read_run(folder) for folder in folders]
-    assert read and all(record.config["name"] in NESTED[name] for record in read)
+    assert read
+    for record in read:
+        recipe = NESTED[name][record.config["name"]]()
+        for setting in ("dataset", "scaling", "adam_rate", *(["loser"] if name == "price" else [])):
+            assert record.config[setting] == getattr(recipe, setting)
     files = [path for path in (RESULTS / name).rglob("*") if path.is_file()]
     assert sum(file.stat().st_size for file in files) < 2_000_000
 

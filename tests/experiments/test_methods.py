@@ -3,15 +3,23 @@
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+import lossguard
 from lossguard import paper_decay
 from lossguard.experiments import experiment as experiments
 from lossguard.experiments import recipes
-from lossguard.experiments.experiment import Experiment, Methods, named_task, paper_methods
+from lossguard.experiments.experiment import (
+    Experiment,
+    Methods,
+    Policy,
+    named_task,
+    paper_methods,
+)
 from lossguard.tasks import MLP
 
 E = Experiment(
@@ -63,6 +71,34 @@ def test_the_papers() -> None:
     check(made, "LGL2O over Adam", GUARD, LEARNED, ADAM)
     check(made, "Recommended", {"nt": 3}, LEARNED, FALLBACK)
     check(made, "Recommended over Adam", {"nt": 3}, LEARNED, ADAM)
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize(
+    ("loser", "after"), [("keep", [-6, -21, -45]), ("reset in every cycle", [-6, -12, -18])]
+)
+def test_the_memory_of_the_learned_optimizer(
+    loser: Policy, after: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its steps are its number since it began, three a cycle, which always wins."""
+    counting = optax.GradientTransformation(
+        lambda params: jnp.int32(0),
+        lambda g, n, params=None: (jax.tree.map(lambda w: 0 * w - 1 - n, g), n + 1),
+    )
+    monkeypatch.setattr(experiments, "pretrained", {"mine": counting}.__getitem__)
+    monkeypatch.setattr(experiments, "loss_guard", lossguard.loss_guard)
+    guard = experiments.guarded(replace(E, loser=loser), optax.sgd(0.1))()
+    state, reached = guard.init(jnp.zeros(1)), []
+    for _ in after:
+        state, _ = guard.step(state, lambda w, i: w.sum())
+        reached.append(float(state.params[0]))
+    assert reached == after
+
+
+def test_what_becomes_of_memory_is_checked() -> None:
+    e = replace(E, loser="kept")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="loser must be one of keep, reset, reset in every cycle"):
+        experiments.guarded(e, FALLBACK)()
 
 
 @pytest.mark.usefixtures("eager")

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import optax
 import tyro
 
-from ..guards.loss_guard import Loser, loss_guard
-from ..guards.protocol import Guard
+from ..guards.loss_guard import loss_guard
+from ..guards.protocol import Decision, Guard, GuardState, Objective
 from ..guards.recommended import recommended
 from ..guards.residual_guard import residual_guard
 from ..guards.sequences import ema
@@ -18,7 +18,7 @@ from ..schedules import paper_decay
 from ..tasks.datasets import load_dataset
 from ..tasks.models import MLP, ConvNet, ReluMLP
 from ..tasks.task import Task
-from ..validation import check_kind, one_of
+from ..validation import check_choice, check_kind, one_of
 
 
 def named_task(experiment: "Experiment") -> Task:
@@ -48,9 +48,31 @@ def learned_alone(e: "Experiment") -> Method:
     return lambda: unguarded(pretrained(e.learned), nt=e.nt)
 
 
+Policy = Literal["keep", "reset", "reset in every cycle"]
+"""Of the losing branch's optimizer state. The last one is of the learned optimizer, won or lost."""
+
+
 def guarded(e: "Experiment", fallback: optax.GradientTransformation) -> Method:
     """LGL2O over a fallback."""
-    return lambda: loss_guard(pretrained(e.learned), fallback, nt=e.nt, nc=e.nc, loser=e.loser)
+
+    def make() -> Guard:
+        check_choice("loser", e.loser, get_args(Policy))
+        learned = pretrained(e.learned)
+        loser = "keep" if e.loser == "reset in every cycle" else e.loser
+        guard = loss_guard(learned, fallback, nt=e.nt, nc=e.nc, loser=loser)
+        return guard if loser == e.loser else forgetful(guard, learned)
+
+    return make
+
+
+def forgetful(guard: Guard, learned: optax.GradientTransformation) -> Guard:
+    """LGL2O whose learned optimizer begins every cycle without memory."""
+
+    def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
+        inner = state.inner._replace(learned=learned.init(state.params))
+        return guard.step(state._replace(inner=inner), objective)
+
+    return Guard(guard.init, step)
 
 
 def rival(e: "Experiment", theta: float) -> Method:
@@ -113,8 +135,8 @@ class Experiment:
     """Optimizer steps a cycle."""
     nc: int = 10
     """Check minibatches a cycle."""
-    loser: Loser = "keep"
-    """What becomes of the losing branch's optimizer state."""
+    loser: Policy = "keep"
+    """What becomes of the losing branch's optimizer state, or of the learned optimizer's."""
     sgd_rate: float = 3.0
     sgd_tau: float = 50_000.0
     """Time scale of SGDnm's decay, in steps."""

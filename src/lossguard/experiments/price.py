@@ -67,6 +67,8 @@ def price_recipe(task: str, over: str, learned: str) -> Experiment:
         replace(e, name=f"price-{task}-{learned.split('-')[1]}-{over}"),
         title=f"{learned} over {over} on {task}, at equal price",
         learned=learned,
+        scaling="none" if points else "unit",
+        loser="keep",
         seed=5_000,
         seeds=20 if points else 5,
         steps=STEPS[task],
@@ -74,7 +76,7 @@ def price_recipe(task: str, over: str, learned: str) -> Experiment:
 
 
 def fashion() -> Experiment:
-    """Fashion-MNIST + MLP, as figure 3."""
+    """Fashion-MNIST + MLP."""
     return replace(fig03(), name="fashion", dataset="fashion_mnist")
 
 

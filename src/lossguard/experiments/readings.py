@@ -90,13 +90,13 @@ def judge_readings(records: Mapping[Path, Record]) -> list[Judged]:
 def _as_the_figure(figure: str, record: Record, policy: str, theta: str) -> Record | None:
     """The record of a reading as one of the figure's recipe; None if it has none of the methods.
 
-    The figure's own runs keep the memory, and have Adam at other rates.
+    The figure's own runs have one policy and one theta, and Adam at other rates.
     """
     config, made, curves = record
     names = {"SGDnm": "SGDnm", "L2O": "L2O", "Adam 0.01": "Adam 0.01"}
     if config["name"] == figure:
-        names |= {"GL2O" if theta == "weight" else "GL2O (theta as decay)": "GL2O"}
-        names |= {"LGL2O": "LGL2O"} if policy == "keep" else {}
+        names |= {"GL2O (theta as decay)": "GL2O"} if theta == "decay" else {}
+        names |= {"LGL2O": "LGL2O"} if policy == config.get("loser") else {}
     else:
         adam = "Adam 0.01" if figure == "fig05" else "Adam"  # as claims call it
         names |= {"Adam": adam, f"GL2O, {theta}": "GL2O", f"LGL2O, {policy}": "LGL2O"}

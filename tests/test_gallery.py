@@ -71,7 +71,7 @@ def test_the_learned_optimizer_hurts(names) -> None:
     assert told["Hedged"]["loss"].sum() <= told["Adam"]["loss"].sum()
     hedged, adam = (told[name]["loss"][5:50] for name in ("Hedged", "Adam"))
     np.testing.assert_allclose(hedged, adam, rtol=0.05)  # from the fifth cycle on
-    assert told["Hedged"]["price_of_step"].mean() < 1.12
+    assert told["Hedged"]["price_of_step"].mean() < 1.1
     assert told["Recommended"]["loss"][20] > 4 * told["Adam"]["loss"][20]
     assert 20 < np.argmax(told["Recommended"]["winner"] == 2) < 35  # goes back to s
     assert told["Recommended"]["loss"][-10:].mean() < 1.4 * told["Adam"]["loss"][-10:].mean()
@@ -99,7 +99,7 @@ def test_a_rate_that_is_too_high_costs_the_fallback_nothing(names) -> None:
 
 def test_the_decision_log_is_as_told(names) -> None:
     table = names["table"]
-    assert table["step"][np.isfinite(table["learned_loss"])].tolist() == [10, 320, 330]
+    assert table["step"][np.isfinite(table["learned_loss"])].tolist() == [10, 170, 290]
     assert table["winner"].tolist() == [0] * 8 + [1] * 32
     assert (table["price_of_step"] > 1).sum() == 9 and table["gradients"].sum() == 490
     assert table["learned_updates"].sum() == 110

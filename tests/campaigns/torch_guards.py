@@ -144,7 +144,7 @@ def guarded(rng: random.Random, kind: type) -> str:
         price, k = sum(d.gradients for d in guard.history), guard.steps
         share = options["share"]
         most = (2 + share if kind is Hedged else 1 + share + min(1, 5 * share)) * k
-        assert price <= most + 2 * math.sqrt(k) + 10 + 2 * options["nt"], "a price above its bound"
+        assert price <= most + math.sqrt(k) + 10 + 2 * options["nt"], "a price above its bound"
     if kind in (Hedged, BestOf) and not raised and not bad and type(model[1]) is nn.Tanh:
         alone = Adam(twin.parameters(), lr=0.01)
         own = [float(step_of(twin, alone, batch)) for batch in batches]

@@ -63,26 +63,25 @@ class Curve:
 
 
 class Trial:
-    """All losses of challenger and leader since it began, and what follows from them."""
+    """All losses of y and of z since it began, and what follows from them."""
 
-    def __init__(self, cycles: int):
-        self.cycles, self.challenger, self.leader = cycles, [], []
+    def __init__(self, cycles: int, to_beat: float | None):
+        self.cycles, self.to_beat, self.y, self.z = cycles, to_beat, [], []
 
-    def hear(self, challenger: list[float], leader: list[float]) -> None:
-        self.challenger.append(challenger)
-        self.leader.append(leader)
-
-    @property
-    def differences(self) -> np.ndarray:
-        """Of the second half."""
-        d = np.ravel(self.challenger) - np.ravel(self.leader)
-        return d[self.cycles * len(self.leader[0]) // 2 :]
-
-    def outcome(self) -> str:
-        if len(self.leader) < self.cycles and not np.isnan(self.differences).any():
-            return "goes on"
-        d = self.differences
-        return "won" if d.mean() < -2.5 * d.std() / np.sqrt(len(d) - 1) else "lost"
+    def outcome(self, of_y: list[float], of_z: list[float]) -> str:
+        self.y.append(of_y)
+        self.z.append(of_z)
+        nt, middle = len(of_y), self.cycles // 2
+        if self.to_beat is None:  # nothing is known of z yet: a tenth off its first loss
+            self.to_beat = of_z[0] - abs(of_z[0]) / 10
+        first = middle * nt if len(self.y) > middle else 0
+        d = (np.ravel(self.y) - np.ravel(self.z))[first or nt // 2 :]
+        d = np.pad(d, (0, max(0, 2 - len(d))))
+        mean, error = d.mean(), d.std() / np.sqrt(len(d) - 1)
+        over = len(self.y) >= self.cycles
+        if over and mean < -3 * error and np.mean(of_y[nt // 2 :]) < self.to_beat:
+            return "won"
+        return "lost" if over or mean > 3 * error else "goes on"
 
 
 class Relay:
@@ -91,78 +90,59 @@ class Relay:
     def __init__(self, objective, learned, fallback, *, nt: int, share: float):
         self.objective, self.nt, self.share = objective, nt, share
         self.y, self.z = Lane(objective.start, learned), Lane(objective.start, fallback)
-        self.leader, self.trial, self.trials, self.spent = self.z, None, 0, 0
+        self.leader, self.trial, self.spent = self.z, None, 0
         self.curve, self.level = Curve(0.0), 0.0
 
-    def cycle(self, i: int, k: int) -> tuple[list[float], dict | None]:
-        """The losses of the leader, and of y and z if there is a trial."""
-        self.events, numbers, led_by_y = set(), range(i, i + self.nt), self.leader is self.y
-        self.led_by_y, leader = led_by_y, self.leader
-        self.begin_trial(k)
-        challenger = (self.z if led_by_y else self.y) if self.trial else None
-        losses = leader.run(self.objective, numbers)
-        others = challenger.run(self.objective, numbers) if challenger else None
-        for lane in (self.y, self.z):
-            if lane is not leader and lane is not challenger:
-                lane.optimizer.schedule_steps += self.nt
-        self.curve.add(losses)
-        outcome = None
-        if challenger:
-            self.spent += self.nt
-            self.trial.hear(others, losses)
-            outcome = self.trial.outcome()
-        if led_by_y:
-            self.after_lead_of_y(outcome)
-        elif outcome == "won":
-            self.events.add("won")
-            self.leader, self.level = self.y, self.curve.lasting
-            self.curve = Curve(self.curve.recent + self.trial.differences.mean(), k // 16)
-        elif outcome == "lost":
-            self.events.add("lost")
-        if outcome in ("won", "lost"):
-            self.trial = None
-        if others is None:
+    def cycle(self, i: int, k: int) -> tuple[list[float], list[float] | None]:
+        """The losses of the leader, and of y if it is on trial."""
+        self.events, numbers = set(), range(i, i + self.nt)
+        self.led_by_y = self.leader is self.y
+        if self.led_by_y:
+            losses = self.y.run(self.objective, numbers)
+            self.z.optimizer.schedule_steps += self.nt
+            self.curve.add(losses)
+            self.lead_on_or_stop()
             return losses, None
-        return losses, {"y": losses, "z": others} if led_by_y else {"y": others, "z": losses}
+        self.begin_trial(k)
+        losses = self.z.run(self.objective, numbers)
+        self.curve.add(losses)
+        if self.trial is None:
+            return losses, None
+        of_y = self.y.run(self.objective, numbers)
+        self.spent += self.nt
+        outcome = self.trial.outcome(of_y, losses)
+        if outcome != "goes on":
+            self.trial = None
+            self.events.add(outcome)
+        if outcome == "won":
+            self.leader, self.level = self.y, self.curve.lasting
+            self.curve = Curve(np.mean(of_y), k // 16)
+        return losses, of_y
 
     def begin_trial(self, k: int) -> None:
-        cycles = int(np.ceil((20 if k else 10) / self.nt))
-        cycles = max(cycles, int(np.round(0.3 * self.share * k / self.nt)))
-        steps = cycles * self.nt
-        cost = steps if self.led_by_y else 2 * steps  # y's may be followed by one of z
-        afforded = self.spent + cost <= self.share * k + 2 * np.sqrt(k)
-        since = self.curve.age - self.curve.marks[-1][0]
-        due = afforded and since >= steps and not (self.led_by_y and self.trials == 1)
-        if self.trial is not None or not (due or k == 0):
-            return
-        self.trial, self.trials = Trial(cycles), self.trials + 1
-        if self.led_by_y:
-            self.z.w = self.y.w
-            self.level = min(self.level, self.curve.lasting)
-        else:
+        cycles = max(int(np.ceil(10 / self.nt)), int(np.round(0.6 * self.share * k / self.nt)))
+        afforded = self.spent + cycles * self.nt <= self.share * k + np.sqrt(k)
+        if self.trial is None and (afforded or k == 0):
             self.y.w = self.z.w
             self.y.optimizer.forget()
+            self.trial = Trial(cycles, self.curve.recent if self.curve.age else None)
 
-    def after_lead_of_y(self, outcome: str | None) -> None:
+    def lead_on_or_stop(self) -> None:
         curve, level = self.curve, self.level
-        stalls, risen = curve.power() < 0.25, curve.lasting > level + abs(level) / 2
-        if outcome == "lost" and stalls:
-            behind = self.trial.differences.mean()
-            outcome = "lost" if behind > 0.05 * abs(curve.recent) else "given way"
-        if outcome in ("won", "given way"):
-            self.events.add(f"z has {outcome}" if outcome == "won" else outcome)
-            self.curve = Curve(curve.recent + self.trial.differences.mean())
-            self.leader, self.trial = self.z, None
-        elif risen:
-            self.events.add("from the snapshot")
-            self.leader, self.trial, self.curve = self.z, None, Curve(level)
-        elif stalls and self.trials == 1:
-            self.events.add("from x")
-            self.leader, self.z.w, self.curve = self.z, self.y.w, Curve(curve.recent)
-        elif outcome == "lost" or (not self.trial and curve.lasting < level - abs(level) / 5):
-            self.events.add("z has lost" if outcome else "new snapshot")
-            self.z.w, self.level = self.y.w, min(level, curve.lasting)
-            self.trial = None
+        young = curve.mark is None
+        settled = curve.age >= curve.marks[-1][0] + 4 * self.nt
+        risen = curve.lasting > level + abs(level) / 2
+        if (young and settled and curve.recent > level) or risen or curve.power() < 0.25:
+            self.leader = self.z
+            if risen:
+                self.events.add("from the snapshot")
+                self.curve = Curve(level)
+            else:
+                self.events.add("from x")
+                self.z.w, self.curve = self.y.w, Curve(curve.recent)
+        elif curve.lasting < level - abs(level) * (0.5 if young else 0.2):
+            self.events.add("new snapshot")
+            self.z.w, self.level = self.y.w, curve.lasting
 
     def go_to(self, s: Lane, loss: float) -> None:
         self.events.add("back to s")
@@ -180,7 +160,7 @@ def recommended(objective, learned, fallback, *, nt: int, share: float, cycles: 
         goal = x.curve.recent - 0.1 * abs(x.curve.recent)
         soon = not own and curve.extrapolated(more * k) < goal
         runs = not own and of_own < (more if soon else share) * k
-        losses, tried = x.cycle(i, k)
+        losses, of_y = x.cycle(i, k)
         of_own += nt * (own or runs)
         if own:
             curve.add(losses)
@@ -194,16 +174,15 @@ def recommended(objective, learned, fallback, *, nt: int, share: float, cycles: 
             curve.add(of_s)
             if of_own > share * k + nt:
                 x.events.add("s catches up")
-            against.hear(of_s, losses)
-            outcome = against.outcome()
+            outcome = against.outcome(of_s, losses)
             if outcome == "won":
                 x.go_to(s, np.mean(of_s))
                 own = True
             if outcome != "goes on":
-                against = Trial(3)
+                against = Trial(3, np.inf)
         elif own and "won" in x.events:
-            own, s, against = False, deepcopy(x.z), Trial(3)
-        yield told(x, losses, tried, own, runs)
+            own, s, against = False, deepcopy(x.z), Trial(3, np.inf)
+        yield told(x, losses, of_y, own, runs)
 
 
 def hedged(objective, learned, fallback, *, nt: int, share: float, cycles: int):
@@ -212,7 +191,7 @@ def hedged(objective, learned, fallback, *, nt: int, share: float, cycles: int):
     s, own, regret, away, behind = None, True, 0.0, 0, 0
     for cycle in range(cycles):
         i = cycle * nt
-        losses, tried = x.cycle(i, i)
+        losses, of_y = x.cycle(i, i)
         runs, leads = not own, False
         of_s = s.run(objective, range(i, i + nt)) if runs else []
         if runs and not s.is_finite(of_s):
@@ -228,23 +207,23 @@ def hedged(objective, learned, fallback, *, nt: int, share: float, cycles: int):
                 own = True
         elif "won" in x.events:
             own, s, regret, away, behind = False, deepcopy(x.z), 0.0, 0, 0
-        cycle = told(x, losses, tried, own, runs)
+        cycle = told(x, losses, of_y, own, runs)
         if leads:
             x.events.add("s leads")
             cycle |= {"x": s.w, "losses": of_s, "winner": 2, "used_learned": [False] * nt}
         yield cycle
 
 
-def told(x: Relay, losses: list[float], tried: dict | None, own: bool, s_ran: bool) -> dict:
+def told(x: Relay, losses: list[float], of_y: list[float] | None, own: bool, s_ran: bool) -> dict:
     nt, learned = len(losses), x.led_by_y
     return {
         "x": x.leader.w,
         "used_learned": [learned] * nt,
         "losses": losses,
-        "learned_loss": np.mean(tried["y"]) if tried else np.nan,
-        "fallback_loss": np.mean(tried["z"]) if tried else np.nan,
+        "learned_loss": np.nan if of_y is None else np.mean(of_y),
+        "fallback_loss": np.nan if of_y is None else np.mean(losses),
         "winner": 0 if x.leader is x.y else 2 if own else 1,
-        "gradients": nt * (1 + bool(tried) + s_ran),
-        "learned_updates": nt * (learned or bool(tried)),
+        "gradients": nt * (1 + (of_y is not None) + s_ran),
+        "learned_updates": nt * (learned or of_y is not None),
         "events": x.events,
     }

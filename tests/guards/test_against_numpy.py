@@ -85,55 +85,44 @@ def test_loss_guard_is_algorithm_2(learned, fallback, loser, nt, nc) -> None:
 
 REPORTED = ("used_learned", "losses", "learned_loss", "fallback_loss", "winner", "gradients")
 REPORTED += ("learned_updates",)
+EVENTS = {"won", "lost", "from x", "from the snapshot", "new snapshot", "back to s"}
+
+
 RELAYS = [
     (
         momentum(in_phases(0.6, -0.05, 60), 0.3),
         adam(decay(0.1)),
         10,
         3,
-        {"won", "lost", "from x", "new snapshot"},
+        EVENTS - {"back to s", "from the snapshot"},
     ),
     (
         momentum(in_phases(1.0, -0.3, 60)),
         momentum(decay(0.2)),
         10,
         1,
-        {"won", "lost", "new snapshot", "from the snapshot"},
+        EVENTS - {"back to s", "from x"},
     ),
     (
         momentum(in_phases(1.0, -0.02, 60), 0.9),
         adam(decay(0.1)),
         10,
         1,
-        {"won", "lost", "new snapshot", "from x", "back to s"},
+        EVENTS - {"from the snapshot"},
     ),
     (
         momentum(in_phases(1.0, -0.02, 60), 0.3),
         momentum(decay(0.2)),
         4,
         2,
-        {"won", "lost", "new snapshot", "from x"},
+        EVENTS - {"from the snapshot", "back to s"},
     ),
     (
         momentum(in_phases(1.0, -0.3, 60)),
         breaks(decay(0.2), 0.5, at=60),  # while y leads, so that s takes this step, and z doesn't
         10,
         1,
-        {"won", "lost", "new snapshot", "from the snapshot", "s breaks"},
-    ),
-    (
-        momentum(in_phases(0.02, 0.5, 300), 0.9),
-        momentum(decay(0.2)),
-        10,
-        2,
-        {"won", "lost", "new snapshot", "z has lost", "z has won"},
-    ),
-    (
-        momentum(in_phases(0.02, 0.5, 300), 0.9),
-        momentum(decay(0.1), 0.5),
-        4,
-        2,
-        {"won", "lost", "given way"},
+        EVENTS - {"back to s", "from x"} | {"s breaks"},
     ),
 ]
 """Learned optimizer, fallback, nt, seed, and what can be seen in their run."""
@@ -142,7 +131,7 @@ RELAYS = [
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("name", "case"),
-    [*(("recommended", case) for case in range(7)), *(("hedged", case) for case in (1, 3, 4, 6))],
+    [*(("recommended", case) for case in range(5)), *(("hedged", case) for case in (0, 3, 4))],
 )
 def test_a_relay_is_its_rules(name, case) -> None:
     learned, fallback, nt, seed, events = RELAYS[case]

@@ -52,8 +52,8 @@ def played():
 
 
 def steps_of_challengers(decisions):
-    """Of y and z on trial and of s, so far, [hostile, seeds, cycles]; and k."""
-    on_trial = NT * ~np.isnan(decisions.fallback_loss)
+    """Of y on trial and of s, so far, [hostile, seeds, cycles]; and k."""
+    on_trial = decisions.learned_updates * ~decisions.used_learned[..., 0]
     of_s = decisions.gradients - NT - on_trial
     k = NT * np.arange(1, STEPS // NT + 1)
     return on_trial.cumsum(axis=-1), of_s.cumsum(axis=-1), k
@@ -61,13 +61,13 @@ def steps_of_challengers(decisions):
 
 def test_challengers_have_a_share_of_the_steps(played) -> None:
     _, decisions, _ = played
-    tried, of_s, k = steps_of_challengers(decisions)
-    first, more = 10, 2 * np.sqrt(k)
-    assert (tried <= SHARE * k + more + first).all() and (of_s <= 5 * SHARE * k + NT).all()
+    of_y, of_s, k = steps_of_challengers(decisions)
+    trial = 10
+    assert (of_y <= SHARE * k + np.sqrt(k) + trial).all() and (of_s <= 5 * SHARE * k + NT).all()
     price = decisions.gradients.cumsum(axis=-1)
-    assert (price <= (1 + 6 * SHARE) * k + more + first + NT).all()
+    assert (price <= (1 + 6 * SHARE) * k + np.sqrt(k) + trial + NT).all()
     # With half the share they would not be bounds; test_against_numpy.py sees s exceed its share.
-    assert (tried > SHARE / 2 * k + more + first).any() and (of_s > SHARE / 2 * k + NT).any()
+    assert (of_y > SHARE / 2 * k + np.sqrt(k) + trial).any() and (of_s > SHARE / 2 * k + NT).any()
 
 
 def test_x_is_finite(played) -> None:

@@ -69,23 +69,21 @@ def sgd(rate, momentum=None):
 def falls_behind(rate, after):
     """Good at first, then its rate is that of a run that diverges."""
     return (
-        optax.sgd(lambda t: jnp.where(t < after, rate, 0.5)),
+        optax.sgd(lambda t: jnp.where(t < after, rate, 1.0)),
         lambda params: Late(params, rate, after),
     )
 
 
 class Late(SGD):
-    """The same in PyTorch: it counts the steps of the run, as a schedule of optax does."""
+    """The same in PyTorch: what it counts is in its state, as in optax."""
 
     def __init__(self, params, rate, after):
         super().__init__(params, lr=rate)
-        self.rate, self.after = rate, after
-        self.param_groups[0]["clock"] = 0
+        self.rate, self.after, self.count = rate, after, 0
 
     def step(self, closure=None):
-        (group,) = self.param_groups
-        group["lr"] = self.rate if group["clock"] < self.after else 0.5
-        group["clock"] += 1
+        self.param_groups[0]["lr"] = self.rate if self.count < self.after else 1.0
+        self.count += 1
         return super().step(closure)
 
 

@@ -105,7 +105,7 @@ class SideBySide:
 
     A guard begins again at x, with its schedules and the record of the one that is followed, if its
     losses or parameters aren't finite, or if it is ruined: on three cycles the leader was better by
-    2.5 standard errors, and its lowest D is nearer to the leader's than to its own of now. Where
+    three standard errors, and its lowest D is nearer to the leader's than to its own of now. Where
     the leader isn't finite at the end of a cycle that began well, that cycle counts as its D: so x
     goes back to where the cycle began, unless another D is lower. A minibatch that is lost on all
     doesn't count.
@@ -236,7 +236,7 @@ class SideBySide:
         compared = counts & fine & ~leads & fine[inner.leader]
         leading = jnp.broadcast_to(losses[inner.leader], losses.shape)
         tried = jax.vmap(trials.add)(inner.against, leading, losses)
-        won, over = jax.vmap(trials.outcome)(tried)
+        won, over = jax.vmap(trials.outcome)(tried, leading)
         was_as_good = 2 * lowest < records + records[inner.leader]
         again = ~fine | (compared & won & was_as_good & (numbers != best))
         restarts = again | (compared & (won | over)) | (best != inner.leader)
@@ -255,8 +255,8 @@ class SideBySide:
 
 def new_trials(records: Float[Array, " members"]) -> Trial:
     """One for each, which the leader wins by its losses alone."""
-    one = trials.begin(LOOKS, records.dtype)
-    return jax.tree.map(lambda leaf: jnp.full(len(records), leaf), one)
+    lengths = jnp.full(len(records), LOOKS, jnp.int32)
+    return jax.vmap(trials.begin)(lengths, jnp.full_like(records, jnp.inf))
 
 
 def renew_if(again: Bool[Array, ""], guard: Guard, was: GuardState, x: Params) -> GuardState:

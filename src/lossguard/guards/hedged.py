@@ -51,11 +51,12 @@ def hedged(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) ->
 
     if the fallback alone stays finite, up to rounding (``docs/guarantees.md``).
 
-    Arguments and errors are those of ``recommended``; ``share`` is for trials.
+    Arguments and errors are those of ``recommended``; ``share`` is for the learned optimizer while
+    it is only on trial.
 
     Price of a step, in gradients: 1 and at most ``share`` on the fallback's path, 2 and at most
-    ``share`` off it; 2 sqrt(k) more in all. Memory: five copies of the parameters, two states of
-    the fallback, one of the learned optimizer.
+    ``share`` off it; sqrt(k) more in all. Memory: five copies of the parameters, two states of the
+    fallback, one of the learned optimizer.
 
     >>> import optax
     >>> guard = hedged(optax.sgd(0.4), optax.sgd(0.1))

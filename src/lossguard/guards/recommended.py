@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ..validation import check_count, check_share
 from . import progress as progresses
@@ -40,23 +40,20 @@ class RecommendedState(NamedTuple):
 def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) -> Guard:
     """Whoever leads runs; a challenger runs in a small share of the steps.
 
-    x is the leader's, who is one of two. Now and then the other one is tried, from x, beside the
-    leader and on the same minibatches. It takes over if it is better by 2.5 standard errors.
+    x is the leader's, who is one of two:
 
-    - *The fallback* leads at first.
-    - *The learned optimizer* begins each trial with a fresh state, but with schedules, and a clock
-      of its own, at the time of the whole run. Where its loss stalls, falling by less than a power
-      of 1/4 of its age, it leads on only if it is a twentieth better in a trial; a lead that it won
-      in the very first trial ends at once. If the loss has risen the fallback goes on from a
-      snapshot.
+    - *The fallback.* Now and then the learned optimizer is tried from x, beside it and on the same
+      minibatches. It takes over if it is better by three standard errors.
+    - *The learned optimizer.* It leads while its loss falls: by a power of 1/4 of its age at least.
+      When it stalls the fallback goes on from there, or from a snapshot if the loss has risen.
 
     When the learned optimizer first takes over, the fallback's own run stays behind as lane s. It
     runs until it has had ``share`` of the steps, or five times that, if by then its loss, falling
     on as it does, would be a tenth below that of x. x goes back to it if it wins a trial against x.
 
-    So a cycle costs nt gradients, and nt more for each challenger that runs in it: who is on trial,
-    in at most ``share`` of the steps and 2 sqrt(k) more; s while x is off its path, in at most that
-    share. Training losses decide; no minibatch is only checked on.
+    So a cycle costs nt gradients, and nt more for each challenger that runs in it: y on trial while
+    the fallback leads, in at most ``share`` of the steps and sqrt(k) more; s while x is off its
+    path, in at most that share. Training losses decide; no minibatch is only checked on.
 
     Args:
         learned: the optimizer that is not trusted, an optax transformation.
@@ -90,7 +87,7 @@ def begin(relay: Relay, params: Params) -> RecommendedState:
     """x is on the fallback's own path."""
     zero = jnp.zeros((), sum_dtype(params))
     none, progress = jnp.int32(0), progresses.begin(zero)
-    return RecommendedState(relay.begin(params), none, progress, trials.begin(LOOKS, zero.dtype))
+    return RecommendedState(relay.begin(params), none, progress, new_trial(zero))
 
 
 def cycle(
@@ -104,7 +101,7 @@ def cycle(
     losses, fine_z = leg.decision.losses, leg.decision.finite_fallback
     heard = runs & leg.fine_s
     against = select(heard, trials.add(inner.against, leg.of_s, losses), inner.against)
-    won, lost = trials.outcome(against)
+    won, lost = trials.outcome(against, leg.of_s)
     over = leg.leaves | (heard & (won | lost))
     loss = jnp.where(heard, leg.of_s, losses).mean()
     progress = progresses.add(inner.progress, loss, now.nt, memory=0)
@@ -114,7 +111,7 @@ def cycle(
         relay=state,
         own_steps=advance(inner.own_steps, jnp.where(on_own | runs, now.nt, 0)),
         progress=progress,
-        against=select(over, trials.begin(LOOKS, losses.dtype), against),
+        against=select(over, new_trial(against.bound), against),
     )
     return leader(state), after, decision
 
@@ -125,3 +122,8 @@ def is_due(inner: RecommendedState, k: Int[Array, ""], share: float) -> Bool[Arr
     own_steps, k = inner.own_steps.astype(now.dtype), k.astype(now.dtype)
     soon = progresses.expected_at(inner.progress, more * k) < now - BELOW * jnp.abs(now)
     return own_steps < jnp.where(soon, more, share) * k
+
+
+def new_trial(like: Float[Array, ""]) -> Trial:
+    """A trial of s against x, which s wins by its losses alone."""
+    return trials.begin(jnp.int32(LOOKS), jnp.full_like(like, jnp.inf))

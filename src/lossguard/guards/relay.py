@@ -2,12 +2,12 @@
 
 x    the parameters of the leader's lane
 y    the learned lane: leads, or is on trial from x
-z    the fallback's lane: leads, is on trial from x, or is the snapshot that x can go back to
+z    the fallback's lane: leads, or is the snapshot that x can go back to while y leads
 s    the fallback by itself, which y has never moved: stays behind when x leaves its path
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -21,24 +21,22 @@ from .protocol import FALLBACK, LEARNED, NEITHER, OWN, Decision, Params, advance
 from .soundness import advance_schedules, renew, renew_if_unsound, select, with_sound_gradients
 from .trial import Trial
 
-FIRST = 10
-"""Optimizer steps of the first trial."""
-LEAST = 20
-"""The same of a later one, at least."""
-PART = 0.3
-"""The length of a trial, as a part of the share that trials have had by then."""
-ROOT = 2
-"""Trials may take this many times sqrt(k) steps beside their share."""
 STALL = 0.25
-"""The learned optimizer stalls where its loss falls by less than this power of its age."""
-CLEAR = 0.05
-"""By this part of the loss it has to be better than the fallback to lead on where it stalls."""
+"""The learned optimizer leads while its loss falls at least by this power of its age."""
+PART = 0.6
+"""The length of a trial, as a part of what trials may have cost by then."""
 YOUTH = 16
 """k / 16 is the age that y is taken for when it takes over."""
+SETTLED = 4
+"""Cycles before a lead of y is judged by its loss."""
 RISE = 0.5
 """The part by which the loss may be above that at the snapshot."""
 GAIN = 0.2
 """The part by which it has to be below it for the snapshot to move."""
+YOUNG_GAIN = 0.5
+"""The same until the lead of y is known for longer."""
+LEAST = 10
+"""Optimizer steps of a trial, at least."""
 
 
 class RelayState(NamedTuple):
@@ -57,7 +55,7 @@ class RelayState(NamedTuple):
     """The smoothed loss at the snapshot."""
     trial: Trial
     tried: Int[Array, ""]
-    """Optimizer steps that have been taken on trial."""
+    """Optimizer steps that y has taken on trial."""
 
 
 class Leg(NamedTuple):
@@ -77,13 +75,9 @@ class Leg(NamedTuple):
 class Relay:
     """The rules, of which ``recommended`` tells; trials are those of ``trial.py``.
 
-    A trial takes 0.3 share k steps, 20 at least, the first one 10. One begins where all of them
-    take at most share k + 2 sqrt(k) steps, one of y where another one could follow, and not before
-    the leader has led for as long.
-
-    The snapshot is where z was when y took over. It moves to x when the loss is a fifth lower, and
-    when z has lost a trial. After a loss of 1.5 times that at the snapshot z goes on from there.
-    When s runs, and when x goes back to it, is the affair of who has the relay.
+    The snapshot is where z was when y took over. It moves to x when the loss is a fifth lower, at
+    first half as high. After a loss of 1.5 times that at the snapshot z goes on from there. When s
+    runs, and when x goes back to it, is the affair of who has the relay.
     """
 
     learned: Optimizer
@@ -102,7 +96,7 @@ class Relay:
             learned_leads=jnp.array(False),
             progress=progresses.begin(zero),
             level=zero,
-            trial=trials.begin(0, dtype),
+            trial=trials.none(dtype),
             tried=jnp.int32(0),
         )
 
@@ -112,38 +106,39 @@ class Relay:
         """One cycle. A gradient that isn't finite is one of 0."""
         nt, leads, dtype = now.nt, state.learned_leads, state.level.dtype
         now = now._replace(objective=with_sound_gradients(now.objective), dtype=dtype)
-        state = self._begin_trial(state, now)
-        on_trial = state.trial.length > 0
-        y_runs, z_runs = leads | on_trial, ~leads | on_trial
-        y, of_y = train_if(y_runs, self.learned, state.y, now)
-        fine_y = ~y_runs | is_fine(y, of_y, state.y.params)
-        z, of_z, fine_z = self._run_fallback(z_runs, state.z, now)
+        y, trial = self._begin_trial(state, now)
+        tried = trial.length > 0
+        z, of_z, fine_z = self._run_fallback(~leads, state.z, now)
+        y_after, of_y = train_if(leads | tried, self.learned, y, now)
         s, of_s, fine_s = self._run_fallback(s_runs, state.s, now)
+        fine_y = ~(leads | tried) | is_fine(y_after, of_y, y.params)
 
-        losses, others = select(leads, (of_y, of_z), (of_z, of_y))
+        losses = jnp.where(leads, of_y, of_z)
         progress = progresses.add(state.progress, losses.mean(), nt)
+        progress = select(jnp.where(leads, fine_y, fine_z), progress, state.progress)
         after = state._replace(
-            y=_in_time(y, y_runs, nt),
-            z=_in_time(z, z_runs, nt),
+            y=y_after,
+            z=z._replace(state=select(leads, advance_schedules(z.state, nt), z.state)),
             s=s,
-            progress=select(jnp.where(leads, fine_y, fine_z), progress, state.progress),
-            trial=select(on_trial, trials.add(state.trial, others, losses), state.trial),
-            tried=advance(state.tried, jnp.where(on_trial, nt, 0)),
+            progress=progress,
+            tried=advance(state.tried, jnp.where(tried, nt, 0)),
         )
-        after = self._settle(after, fine_y, fine_z, now)
+        trial = trials.add(trial, of_y, losses)
+        after, won = self._end_trial(after, trial, of_y, fine_y, fine_z, now.k)
+        after = select(leads, self._keep_or_hand_over(after, fine_y, nt), after)
         decision = Decision(
             used_learned=jnp.full(nt, leads),
             losses=losses,
-            learned_loss=jnp.where(on_trial, of_y.mean(), jnp.nan),
-            fallback_loss=jnp.where(on_trial, of_z.mean(), jnp.nan),
+            learned_loss=jnp.where(tried, of_y.mean(), jnp.nan),
+            fallback_loss=jnp.where(tried, losses.mean(), jnp.nan),
             finite_learned=fine_y,
             finite_fallback=fine_z,
             winner=jnp.int32(NEITHER),
-            gradients=nt * (1 + on_trial.astype(jnp.int32) + s_runs.astype(jnp.int32)),
+            gradients=nt * (1 + tried.astype(jnp.int32) + s_runs.astype(jnp.int32)),
             forwards=jnp.int32(0),
-            learned_updates=nt * y_runs.astype(jnp.int32),
+            learned_updates=nt * (leads | tried).astype(jnp.int32),
         )
-        return after, Leg(decision, of_s, fine_s, ~leads & after.learned_leads & state.on_own)
+        return after, Leg(decision, of_s, fine_s, won & state.on_own)
 
     def _run_fallback(
         self, runs: Bool[Array, ""], lane: Lane, now: Cycle
@@ -155,75 +150,63 @@ class Relay:
         state = renew_if_unsound(self.fallback, params, after.state)
         return Lane(params, state), losses, fine
 
-    def _begin_trial(self, state: RelayState, now: Cycle) -> RelayState:
-        """If a trial is due, the challenger is at x: y with a fresh state, or z."""
-        leads, dtype, x = state.learned_leads, state.level.dtype, leader(state)
-        k = now.k.astype(dtype)
-        least = _cycles(jnp.where(now.k == 0, FIRST, LEAST), now.nt)
-        length = jnp.maximum(least, jnp.round(PART * self.share * k / now.nt).astype(jnp.int32))
-        steps = length * now.nt
-        # A trial of y leaves enough for one of z, should y take over.
-        spent = state.tried + jnp.where(leads, 1, 2) * steps
-        due = spent.astype(dtype) <= self.share * k + ROOT * jnp.sqrt(k)
-        rested = state.progress.age >= state.progress.later_age + steps
-        due &= rested & ~(leads & self._is_first(state, now.nt))
-        begins = (state.trial.length == 0) & (due | (now.k == 0))
-        of_y, of_z = begins & ~leads, begins & leads
-        y = Lane(x, renew(self.learned, x, state.y.state))
-        level = jnp.minimum(state.level, state.progress.lasting)
-        return state._replace(
-            y=select(of_y, y, state.y),
-            z=state.z._replace(params=select(of_z, x, state.z.params)),
-            level=jnp.where(of_z, level, state.level),
-            trial=select(begins, trials.begin(length, dtype), state.trial),
+    def _begin_trial(self, state: RelayState, now: Cycle) -> tuple[Lane, Trial]:
+        """y at x with a fresh state, if a trial is due; and the trial."""
+        k, tried = (count.astype(state.level.dtype) for count in (now.k, state.tried))
+        length = jnp.maximum(-(-LEAST // now.nt), jnp.round(PART * self.share * k / now.nt))
+        due = (tried + length * now.nt <= self.share * k + jnp.sqrt(k)) | (now.k == 0)
+        begins = due & ~state.learned_leads & (state.trial.length == 0)
+        x = state.z.params
+        fresh = renew(self.learned, x, state.y.state)
+        unknown = state.progress.age == 0
+        trial = trials.begin(
+            length.astype(jnp.int32), jnp.where(unknown, jnp.nan, state.progress.recent)
         )
+        return select(begins, (Lane(x, fresh), trial), (state.y, state.trial))
 
-    def _settle(
-        self, state: RelayState, fine_y: Bool[Array, ""], fine_z: Bool[Array, ""], now: Cycle
-    ) -> RelayState:
-        """After a cycle: who leads, from where, and where the snapshot is."""
-        leads, trial, level = state.learned_leads, state.trial, state.level
-        recent, lasting = state.progress.recent, state.progress.lasting
-        fine_leader, fine_challenger = select(leads, (fine_y, fine_z), (fine_z, fine_y))
-        on_trial, stalls = trial.length > 0, leads & (progresses.rate(state.progress) < STALL)
-        won, lost = trials.outcome(trial)
-        difference = trials.mean_difference(trial)
-        won |= ~fine_leader | (lost & stalls & ~(difference > CLEAR * jnp.abs(recent)))
-        won &= on_trial & fine_challenger
-        lost = on_trial & ~won & (lost | ~fine_challenger)
+    def _end_trial(
+        self,
+        state: RelayState,
+        trial: Trial,
+        of_y: Float[Array, " nt"],
+        fine_y: Bool[Array, ""],
+        fine_z: Bool[Array, ""],
+        k: Int[Array, ""],
+    ) -> tuple[RelayState, Bool[Array, ""]]:
+        """After a cycle of a trial, if there is one; and whether y has taken over."""
+        won, lost = trials.outcome(trial, of_y)
+        tried = trial.length > 0
+        won, lost = tried & fine_y & (won | ~fine_z), tried & (lost | ~fine_y)
+        over = won | lost | ~tried
+        none = trials.none(trial.total.dtype)
+        began = progresses.begin(of_y.mean(), k // YOUTH)
+        after = state._replace(
+            learned_leads=state.learned_leads | won,
+            level=jnp.where(won, state.progress.lasting, state.level),
+            progress=select(won, began, state.progress),
+            trial=select(over, none, trial),
+        )
+        return after, won
 
-        risen = lasting > level + RISE * jnp.abs(level)
-        breaks = leads & (~fine_y | risen)
-        ends = leads & ~won & (breaks | (stalls & self._is_first(state, now.nt)))
-        better = ~on_trial & (lasting < level - GAIN * jnp.abs(level))
-        moves = leads & ~won & ~breaks & (ends | lost | better)
-        loss = recent + jnp.where(jnp.isfinite(difference), difference, 0)
-        taken_over = progresses.begin(loss, jnp.where(leads, 0, now.k // YOUTH))
+    def _keep_or_hand_over(self, state: RelayState, fine: Bool[Array, ""], nt: int) -> RelayState:
+        """After a cycle that y led: it leads on, or z goes on from x or from the snapshot."""
+        now, level = state.progress.lasting, state.level
+        young = state.progress.earlier_age == 0
+        settled = state.progress.age >= state.progress.later_age + SETTLED * nt
+        worse = young & settled & (state.progress.recent > level)
+        risen = now > level + RISE * jnp.abs(level)
+        ends = ~fine | worse | risen | (progresses.rate(state.progress) < STALL)
+        gain = jnp.where(young, YOUNG_GAIN, GAIN)
+        better = fine & ~ends & (now < level - gain * jnp.abs(level))
+        from_x = better | (ends & fine & ~risen)
+        z = state.z._replace(params=select(from_x, state.y.params, state.z.params))
         # z's path goes on from where y has come to: from there it is fast or slow again.
-        handed_over = progresses.begin(jnp.where(breaks, level, recent))
-        progress = select(won, taken_over, select(ends, handed_over, state.progress))
-        level = jnp.where(moves, jnp.minimum(level, lasting), level)
-        return state._replace(
-            z=state.z._replace(params=select(moves, state.y.params, state.z.params)),
-            learned_leads=(leads ^ won) & ~ends,
-            progress=progress,
-            level=jnp.where(won & ~leads, lasting, level),
-            trial=select(won | lost | ends, trials.begin(0, trial.total.dtype), trial),
+        progress = select(
+            ends, progresses.begin(jnp.where(from_x, state.progress.recent, level)), state.progress
         )
-
-    def _is_first(self, state: RelayState, nt: int) -> Bool[Array, ""]:
-        """Whether no trial but the first has begun."""
-        return state.tried <= nt * _cycles(FIRST, nt)
-
-
-def _cycles(steps: Any, nt: int) -> Any:
-    """As many cycles as have so many optimizer steps at least."""
-    return -(-steps // nt)
-
-
-def _in_time(lane: Lane, ran: Bool[Array, ""], nt: int) -> Lane:
-    """The lane after a cycle; schedules follow the steps of the run, in cycles of others too."""
-    return lane._replace(state=select(ran, lane.state, advance_schedules(lane.state, nt)))
+        return state._replace(
+            z=z, learned_leads=~ends, level=jnp.where(better, now, level), progress=progress
+        )
 
 
 def leader(state: RelayState) -> Params:
@@ -249,7 +232,7 @@ def own_path(
         s=s,
         learned_leads=jnp.array(False),
         progress=progresses.begin(loss),
-        trial=trials.begin(0, loss.dtype),
+        trial=trials.none(loss.dtype),
     )
     here = state._replace(s=select(leg.leaves, state.z, s))
     state = select(back, there, here)._replace(on_own=(state.on_own & ~leg.leaves) | back)

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-MARGIN = 2.5
-"""Standard errors by which a challenger has to be better."""
+MARGIN = 3.0
+"""Standard errors by which a challenger has to be better, or worse, for the trial to end so."""
 
 
 class Trial(NamedTuple):
@@ -22,42 +22,57 @@ class Trial(NamedTuple):
     """The sum of these differences."""
     squares: Float[Array, ""]
     """The sum of their squares."""
+    bound: Float[Array, ""]
+    """The leader's smoothed loss when it began, which the challenger has to be below; NaN until
+    the first loss of a run is known."""
 
 
-def begin(length: Int[Array, ""] | int, dtype: jnp.dtype) -> Trial:
-    """A trial of so many cycles; 0: none."""
-    zero, nothing = jnp.zeros((), dtype), jnp.int32(0)
-    return Trial(nothing, jnp.asarray(length, jnp.int32), nothing, zero, zero)
+def begin(length: Int[Array, ""], bound: Float[Array, ""]) -> Trial:
+    """A trial of so many cycles."""
+    zero, nothing = jnp.zeros_like(bound), jnp.int32(0)
+    return Trial(nothing, length, nothing, zero, zero, bound)
+
+
+def none(dtype: jnp.dtype) -> Trial:
+    """No trial."""
+    return begin(jnp.int32(0), jnp.zeros((), dtype))
 
 
 def add(trial: Trial, challenger: Float[Array, " nt"], leader: Float[Array, " nt"]) -> Trial:
-    """After a cycle. What counts are the differences in the second half of the trial."""
+    """After a cycle. What counts are the differences in the second half of the trial.
+
+    Until the middle those since its first half cycle count: they can end it early. At the start of
+    a run the bound is 0.9 of the first loss (|loss| / 10 below it).
+    """
     nt = len(leader)
-    counts = trial.cycles * nt + jnp.arange(nt) >= trial.length * nt // 2
+    counts = jnp.arange(nt) >= jnp.where(trial.cycles == 0, nt // 2, 0)
     d = jnp.where(counts, (challenger - leader).astype(trial.total.dtype), 0)
+    middle = trial.cycles == trial.length // 2
+    before = (jnp.where(middle, 0, n) for n in (trial.pairs, trial.total, trial.squares))
+    first = leader[0].astype(trial.bound.dtype)
+    pairs, total, squares = before
     return Trial(
         trial.cycles + 1,
         trial.length,
-        trial.pairs + counts.sum(dtype=jnp.int32),
-        trial.total + d.sum(),
-        trial.squares + (d**2).sum(),
+        pairs + counts.sum(dtype=jnp.int32),
+        total + d.sum(),
+        squares + (d**2).sum(),
+        jnp.where(jnp.isnan(trial.bound), first - jnp.abs(first) / 10, trial.bound),
     )
 
 
-def outcome(trial: Trial) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
+def outcome(
+    trial: Trial, challenger: Float[Array, " nt"]
+) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
     """Whether the challenger has won, and whether it has lost; neither: the trial goes on.
 
-    With m and e the mean of the differences and its standard error, it has won at the end if
-    m < -2.5 e. Where a loss is not finite it has lost.
+    With m and e the mean of the differences and its standard error: it has lost if m > 3 e at any
+    time; it has won at the end if m < -3 e and its last losses are below the bound.
     """
-    mean = mean_difference(trial)
     n = jnp.maximum(trial.pairs, 2).astype(trial.total.dtype)
+    mean = trial.total / n
     error = jnp.sqrt(jnp.maximum(trial.squares / n - mean**2, 0) / (n - 1))
+    last = challenger[len(challenger) // 2 :].mean()
     over = trial.cycles >= trial.length
-    won = over & (mean < -MARGIN * error)
-    return won, ~won & (over | ~jnp.isfinite(trial.total))
-
-
-def mean_difference(trial: Trial) -> Float[Array, ""]:
-    """m, below 0 where the challenger is better."""
-    return trial.total / jnp.maximum(trial.pairs, 1).astype(trial.total.dtype)
+    won = over & (mean < -MARGIN * error) & (last < trial.bound)
+    return won, ~won & (over | ~(mean <= MARGIN * error))

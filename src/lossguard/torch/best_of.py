@@ -17,7 +17,7 @@ from lossguard.validation import check_count, check_decay, check_share
 
 LOOKS = 3
 """Cycles on which an optimizer is compared with the leader, to see whether it is ruined."""
-NEW = Trial(LOOKS)
+NEW = Trial(LOOKS, math.inf)
 
 
 class Record(NamedTuple):
@@ -216,7 +216,7 @@ class BestOf(Guard):
             if fine[k] and k != leader:
                 record = self.records[k]
                 against = record.against.after(leading, one.losses)
-                won, over = against.outcome()
+                won, over = against.outcome(leading)
                 self.records[k] = record._replace(against=NEW if won or over else against)
                 if won and 2 * record.lowest < record.mean + self.records[leader].mean:
                     ruined.add(k)

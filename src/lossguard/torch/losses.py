@@ -7,8 +7,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, Self
 
-MARGIN = 2.5
-"""Standard errors by which a challenger has to be better."""
+from lossguard.torch.decision import mean
+
+MARGIN = 3.0
+"""Standard errors by which a challenger has to be better, or worse, for the trial to end so."""
 
 MEMORY = 0.7
 """Weight of the past in the smoothed loss, a cycle."""
@@ -21,13 +23,15 @@ LEAST = 4
 class Trial(NamedTuple):
     """Challenger against leader, from the same point and on the same minibatches.
 
-    >>> trial = Trial(length=1).after([3.0, 1.0, 0.9, 0.8], [3.0, 2.5, 2.5, 2.5])
-    >>> trial.pairs, trial.outcome()
+    >>> trial = Trial(length=1, bound=2.0).after([3.0, 1.0, 0.9, 0.8], [3.0, 2.5, 2.5, 2.5])
+    >>> trial.pairs, trial.outcome([0.8])
     (2, (True, False))
     """
 
     length: int = 0
     """How many cycles it takes at most; 0: there is no trial."""
+    bound: float = 0.0
+    """What the challenger has to be below; NaN until the first loss of a run is known."""
     cycles: int = 0
     pairs: int = 0
     """Of the paired differences, challenger - leader, that are counted; their sum; squares' sum."""
@@ -35,33 +39,37 @@ class Trial(NamedTuple):
     squares: float = 0.0
 
     def after(self, challenger: Sequence[float], leader: Sequence[float]) -> Self:
-        """After a cycle. What counts are the differences in the second half of the trial."""
-        nt = len(leader)
-        first = max(0, self.length * nt // 2 - self.cycles * nt)
+        """After a cycle. What counts are the differences in the second half of the trial.
+
+        Until the middle those since its first half cycle count: they can end it early. At the start
+        of a run the bound is 0.9 of the first loss (|loss| / 10 below it).
+        """
+        bound = leader[0] - abs(leader[0]) / 10 if math.isnan(self.bound) else self.bound
+        middle = self.cycles == self.length // 2
+        pairs, total, squares = (0, 0.0, 0.0) if middle else (self.pairs, self.total, self.squares)
+        first = len(leader) // 2 if self.cycles == 0 else 0
         d = [c - f for c, f in zip(challenger[first:], leader[first:], strict=True)]
         return self._replace(
+            bound=bound,
             cycles=self.cycles + 1,
-            pairs=self.pairs + len(d),
-            total=self.total + sum(d),
-            squares=self.squares + sum(one * one for one in d),
+            pairs=pairs + len(d),
+            total=total + sum(d),
+            squares=squares + sum(one * one for one in d),
         )
 
-    def outcome(self) -> tuple[bool, bool]:
+    def outcome(self, challenger: Sequence[float]) -> tuple[bool, bool]:
         """Whether the challenger has won, and whether it has lost; neither: the trial goes on.
 
-        With m and e the mean of the differences and its standard error, it has won at the end if
-        m < -2.5 e. Where a loss is not finite it has lost.
+        With m and e the mean of the differences and its standard error: it has lost if m > 3 e at
+        any time; it has won at the end if m < -3 e and its last losses are below the bound.
         """
-        n, m = max(self.pairs, 2), self.mean
+        n = max(self.pairs, 2)
+        m = self.total / n
         error = math.sqrt(max(self.squares / n - m * m, 0) / (n - 1))
+        last = mean(challenger[len(challenger) // 2 :])
         over = self.cycles >= self.length
-        won = over and m < -MARGIN * error
-        return won, not won and (over or not math.isfinite(self.total))
-
-    @property
-    def mean(self) -> float:
-        """m, below 0 where the challenger is better."""
-        return self.total / max(self.pairs, 1)
+        won = over and m < -MARGIN * error and last < self.bound
+        return won, not won and (over or not m <= MARGIN * error)
 
 
 NONE = Trial()

@@ -1,5 +1,6 @@
 """The guard that we recommend where compute is scarce: a relay, and the fallback by itself."""
 
+import math
 from collections.abc import Mapping
 
 from lossguard.torch.decision import Decision, Seen, mean
@@ -18,14 +19,14 @@ BELOW = 0.1
 class Recommended(GuardOfTwo):
     """Whoever leads runs; a challenger runs in a small share of the steps.
 
-    The model is the leader's: the fallback's at first, the learned one's once it has won a trial.
-    Now and then the other one is tried beside the leader. When the learned one first takes over,
-    the fallback's own run stays behind as lane s, and the model goes back to it if that wins a
-    trial. The rules are those of ``lossguard.recommended``; ``docs/guards.md`` tells them.
+    The model is the leader's: the fallback's, beside which the learned optimizer is tried now and
+    then; or the learned one's, from when it wins a trial until its losses stall. Meanwhile the
+    fallback's own run stays behind as lane s, and the model goes back to it if that wins a trial.
+    The rules are those of ``lossguard.recommended``; ``docs/guards.md`` tells them.
 
-    A step costs one gradient, and one more for each challenger that runs in the cycle: who is on
-    trial, in at most ``share`` of the steps and 2 sqrt(k) more, k being the steps so far; s, in at
-    most that share, or five times that where it would soon be a tenth below the model.
+    A step costs one gradient, and one more for each challenger that runs in the cycle: y on trial,
+    in at most ``share`` of the steps and sqrt(k) more, k being the steps so far; s, in at most that
+    share, or five times that where it would soon be a tenth below the model.
 
     Args:
         learned: the optimizer that is not trusted.
@@ -67,7 +68,7 @@ class Recommended(GuardOfTwo):
     _own_steps = 0
     _progress = Progress.begun(0.0)
     """Of the fallback by itself; not smoothed, as s may run seldom."""
-    _against = Trial(LOOKS)
+    _against = Trial(LOOKS, math.inf)
     """Of s against x, by their losses alone."""
 
     def _begin(self) -> list[Lane]:
@@ -94,12 +95,12 @@ class Recommended(GuardOfTwo):
             losses = decision.losses if s is None else s.losses
             self._progress = self._progress.after(mean(losses), self.nt, memory=0)
         if leaves:
-            self._against = Trial(LOOKS)
+            self._against = Trial(LOOKS, math.inf)
         elif s is not None and s.fine:
             self._against = self._against.after(s.losses, decision.losses)
-            won, lost = self._against.outcome()
+            won, lost = self._against.outcome(s.losses)
             if won or lost:
-                self._against = Trial(LOOKS)
+                self._against = Trial(LOOKS, math.inf)
             back = self._progress.recent if won else None
         self._own_steps += self.nt * (on_own or s is not None)
         decision = relay.own_path(decision, leaves, back)

@@ -2,7 +2,7 @@
 
 x    where the leader's lane is
 y    the learned lane: leads, or is on trial from x
-z    the fallback's lane: leads, is on trial from x, or is the snapshot that x can go back to
+z    the fallback's lane: leads, or is the snapshot that x can go back to while y leads
 s    the fallback by itself, which y has never moved: stays behind when x leaves its path
 
 The rules are those of ``lossguard.recommended`` and ``lossguard.hedged``.
@@ -18,24 +18,22 @@ from lossguard.torch.losses import NONE, Progress, Trial
 if TYPE_CHECKING:
     from lossguard.torch.lane import Lane
 
-FIRST = 10
-"""Optimizer steps of the first trial."""
-LEAST = 20
-"""The same of a later one, at least."""
-PART = 0.3
-"""The length of a trial, as a part of the share that trials have had by then."""
-ROOT = 2
-"""Trials may take this many times sqrt(k) steps beside their share."""
 STALL = 0.25
-"""The learned optimizer stalls where its loss falls by less than this power of its age."""
-CLEAR = 0.05
-"""By this part of the loss it has to be better than the fallback to lead on where it stalls."""
+"""The learned optimizer leads while its loss falls at least by this power of its age."""
+PART = 0.6
+"""The length of a trial, as a part of what trials may have cost by then."""
 YOUTH = 16
 """k / 16 is the age that y is taken for when it takes over."""
+SETTLED = 4
+"""Cycles before a lead of y is judged by its loss."""
 RISE = 0.5
 """The part by which the loss may be above that at the snapshot."""
 GAIN = 0.2
 """The part by which it has to be below it for the snapshot to move."""
+YOUNG_GAIN = 0.5
+"""The same until the lead of y is known for longer."""
+LEAST = 10
+"""Optimizer steps of a trial, at least."""
 
 
 class State(NamedTuple):
@@ -48,19 +46,20 @@ class State(NamedTuple):
     level: float = 0.0
     trial: Trial = NONE
     tried: int = 0
-    """Optimizer steps that have been taken on trial."""
+    """Optimizer steps that y has taken on trial."""
 
 
 class Relay:
     """The rules.
 
-    A trial takes 0.3 share k steps, 20 at least, the first one 10. One begins where all of them
-    take at most share k + 2 sqrt(k) steps, one of y where another one could follow, and not before
-    the leader has led for as long.
-
-    The snapshot is where z was when y took over. It moves to x when the loss is a fifth lower, and
-    when z has lost a trial. After a loss of 1.5 times that at the snapshot z goes on from there.
-    When s runs, and when x goes back to it, is the affair of who has the relay.
+    - While z leads, y is tried from time to time, from x with a fresh state: in at most ``share``
+      of the steps, and sqrt(k) more. It leads if it wins (``trial.py``).
+    - y leads while its smoothed loss falls by a power of at least 1/4 of its age, and is not 1.5
+      times what it was at the snapshot. Then z goes on: from x, or, after a rise, from there.
+    - The snapshot is where z was when y took over. It moves to x when the loss is a fifth
+      lower, at first half as high.
+    - When y first takes over, s stays where z was. When it runs, and when x goes back to it, is the
+      affair of who has the relay.
     """
 
     def __init__(self, y: "Lane", z: "Lane", s: "Lane", nt: int, share: float) -> None:
@@ -74,13 +73,15 @@ class Relay:
 
     def begin(self, k: int, s_runs: bool) -> "list[Lane]":
         """The lanes that run in the cycle after k steps of the leader, beside the live one."""
-        if self.state.trial == NONE:
+        if not self.state.learned_leads and self.state.trial == NONE:
             self._begin_trial(k)
-        leads, on_trial = self.state.learned_leads, self.state.trial != NONE
-        y_runs, z_runs = leads or on_trial, not leads or on_trial
-        if z_runs:
+        leads, trial = self.state.learned_leads, self.state.trial
+        if trial != NONE and trial.cycles == 0:
+            self.y.start_at(self.z.point)
+            self.y.forget()
+        if not leads:
             self.z.keep()
-        runs = (self.y, y_runs), (self.z, z_runs), (self.s, s_runs)
+        runs = (self.y, leads or trial != NONE), (self.z, not leads), (self.s, s_runs)
         return [lane for lane, one_runs in runs if one_runs and not lane.live]
 
     def settle(self, seen: Mapping[str, Seen], k: int) -> tuple[Decision, bool]:
@@ -89,28 +90,36 @@ class Relay:
         fine_y, fine_z = y is None or y.fine, z is None or z.fine
         if not fine_z:
             self.z.go_back()
-        leader, challenger = (y, z) if led else (z, y)
+        leader = y if led else z
         assert leader is not None
-        if leader.fine:
-            progress = state.progress.after(mean(leader.losses), self.nt)
-            state = state._replace(progress=progress)
-        on_trial = challenger is not None
-        if on_trial:
-            trial = state.trial.after(challenger.losses, leader.losses)
+        losses, of_y = leader.losses, [] if y is None or led else y.losses
+        if fine_y if led else fine_z:
+            state = state._replace(progress=state.progress.after(mean(losses), self.nt))
+        taken_over = False
+        if state.trial != NONE:
+            trial = state.trial.after(of_y, losses)
             state = state._replace(trial=trial, tried=state.tried + self.nt)
-        self.state = self._settled(state, fine_y, fine_z, k)
+            won, lost = trial.outcome(of_y)
+            taken_over = fine_y and (won or not fine_z)
+            if taken_over:
+                began = Progress.begun(mean(of_y), k // YOUTH)
+                level = state.progress.lasting
+                state = state._replace(learned_leads=True, level=level, progress=began, trial=NONE)
+            elif lost or not fine_y:
+                state = state._replace(trial=NONE)
+        self.state = self._keep_or_hand_over(state, fine_y) if led else state
         decision = Decision(
             used_learned=[led] * self.nt,
-            losses=leader.losses,
+            losses=losses,
             winner=NEITHER,
             gradients=self.nt * len(seen),
             learned_updates=self.nt * (y is not None),
-            learned_loss=mean(y.losses) if on_trial and y else math.nan,
-            fallback_loss=mean(z.losses) if on_trial and z else math.nan,
+            learned_loss=mean(of_y) if of_y else math.nan,
+            fallback_loss=mean(losses) if of_y else math.nan,
             finite_learned=fine_y,
             finite_fallback=fine_z,
         )
-        return decision, self.state.learned_leads and not led and state.on_own
+        return decision, taken_over and state.on_own
 
     def own_path(self, decision: Decision, leaves: bool, back: float | None) -> Decision:
         """x leaves the fallback's own path, is off it beside s, or goes back to s, at its loss."""
@@ -127,67 +136,30 @@ class Relay:
         return decision._replace(winner=LEARNED if self.state.learned_leads else winner)
 
     def _begin_trial(self, k: int) -> None:
-        """If a trial is due, the challenger is at x: y with a fresh memory, or z."""
-        state, leads = self.state, self.state.learned_leads
-        length = -(-(LEAST if k else FIRST) // self.nt)
-        length = max(length, round(PART * self.share * k / self.nt))
-        steps = length * self.nt
-        # A trial of y leaves enough for one of z, should y take over.
-        spent = state.tried + (steps if leads else 2 * steps)
-        due = spent <= self.share * k + ROOT * math.sqrt(k)
-        rested = state.progress.age >= state.progress.later_age + steps
-        due = due and rested and not (leads and self._is_first(state))
-        if not (due or k == 0):
-            return
-        self.state = state._replace(trial=Trial(length))
-        if leads:
-            self.z.start_at(self.y.point)
-            level = min(state.level, state.progress.lasting)
-            self.state = self.state._replace(level=level)
-        else:
-            self.y.start_at(self.z.point)
-            self.y.forget(clock=k)
+        budget = self.share * k + math.sqrt(k)
+        length = max(-(-LEAST // self.nt), round(PART * self.share * k / self.nt))
+        if self.state.tried + length * self.nt <= budget or k == 0:
+            progress = self.state.progress
+            bound = progress.recent if progress.age else math.nan
+            self.state = self.state._replace(trial=Trial(length, bound))
 
-    def _settled(self, state: State, fine_y: bool, fine_z: bool, k: int) -> State:
-        """After a cycle: who leads, from where, and where the snapshot is."""
-        leads, trial, level, progress = (
-            state.learned_leads,
-            state.trial,
-            state.level,
-            state.progress,
-        )
-        recent, lasting, on_trial = progress.recent, progress.lasting, trial != NONE
-        fine_leader, fine_challenger = (fine_y, fine_z) if leads else (fine_z, fine_y)
-        stalls = leads and progress.rate < STALL
-        won, lost = trial.outcome()
-        gives_way = lost and stalls and not trial.mean > CLEAR * abs(recent)
-        won = on_trial and fine_challenger and (won or not fine_leader or gives_way)
-        lost = on_trial and not won and (lost or not fine_challenger)
-        if won:
-            loss = recent + (trial.mean if math.isfinite(trial.mean) else 0)
-            return state._replace(
-                learned_leads=not leads,
-                progress=Progress.begun(loss, 0 if leads else k // YOUTH),
-                level=level if leads else lasting,
-                trial=NONE,
-            )
-        if lost:
-            state = state._replace(trial=NONE)
-        if not leads:
-            return state
-        risen = lasting > level + RISE * abs(level)
-        breaks = not fine_y or risen
-        ends = breaks or (stalls and self._is_first(state))
-        better = not on_trial and lasting < level - GAIN * abs(level)
-        if not breaks and (ends or lost or better):
+    def _keep_or_hand_over(self, state: State, fine: bool) -> State:
+        """After a cycle that y led: it leads on, or z goes on from x or from the snapshot."""
+        progress, level = state.progress, state.level
+        now, young = progress.lasting, progress.earlier_age == 0
+        settled = progress.age >= progress.later_age + SETTLED * self.nt
+        worse = young and settled and progress.recent > level
+        risen = now > level + RISE * abs(level)
+        ends = not fine or worse or risen or progress.rate < STALL
+        gain = YOUNG_GAIN if young else GAIN
+        better = not ends and now < level - gain * abs(level)
+        from_x = better or (ends and fine and not risen)
+        if from_x:
             self.z.start_at(self.y.point)
-            state = state._replace(level=min(level, lasting))
+        if better:
+            return state._replace(level=now)
         if not ends:
             return state
         # z's path goes on from where y has come to: from there it is fast or slow again.
-        began = Progress.begun(level if breaks else recent)
-        return state._replace(learned_leads=False, progress=began, trial=NONE)
-
-    def _is_first(self, state: State) -> bool:
-        """Whether no trial but the first has begun."""
-        return state.tried <= self.nt * -(-FIRST // self.nt)
+        began = Progress.begun(progress.recent if from_x else level)
+        return state._replace(learned_leads=False, progress=began)

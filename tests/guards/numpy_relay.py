@@ -107,6 +107,7 @@ class Relay:
         losses = self.z.run(self.objective, numbers)
         self.curve.add(losses)
         if self.trial is None:
+            self.y.optimizer.schedule_steps += self.nt
             return losses, None
         of_y = self.y.run(self.objective, numbers)
         self.spent += self.nt

@@ -75,15 +75,17 @@ def falls_behind(rate, after):
 
 
 class Late(SGD):
-    """The same in PyTorch: what it counts is in its state, as in optax."""
+    """The same in PyTorch: it counts the steps of the run, as a schedule of optax does."""
 
     def __init__(self, params, rate, after):
         super().__init__(params, lr=rate)
-        self.rate, self.after, self.count = rate, after, 0
+        self.rate, self.after = rate, after
+        self.param_groups[0]["clock"] = 0
 
     def step(self, closure=None):
-        self.param_groups[0]["lr"] = self.rate if self.count < self.after else 1.0
-        self.count += 1
+        (group,) = self.param_groups
+        group["lr"] = self.rate if group["clock"] < self.after else 1.0
+        group["clock"] += 1
         return super().step(closure)
 
 

@@ -71,7 +71,6 @@ def test_its_memory_has_the_shapes_of_the_docstring():
     p.grad = p.detach().clone()
     optimizer.step()
     assert {name: tuple(t.shape) for name, t in optimizer.state[p].items()} == {
-        "step": (),
         "momenta": (3, 6, 2),
         "second_moment": (6, 2),
         "rows": (3, 1, 2),

@@ -117,8 +117,8 @@ class Relay:
         progress = progresses.add(state.progress, losses.mean(), nt)
         progress = select(jnp.where(leads, fine_y, fine_z), progress, state.progress)
         after = state._replace(
-            y=y_after,
-            z=z._replace(state=select(leads, advance_schedules(z.state, nt), z.state)),
+            y=_in_time(y_after, leads | tried, nt),
+            z=_in_time(z, ~leads, nt),
             s=s,
             progress=progress,
             tried=advance(state.tried, jnp.where(tried, nt, 0)),
@@ -207,6 +207,11 @@ class Relay:
         return state._replace(
             z=z, learned_leads=~ends, level=jnp.where(better, now, level), progress=progress
         )
+
+
+def _in_time(lane: Lane, ran: Bool[Array, ""], nt: int) -> Lane:
+    """The lane after a cycle; schedules follow the steps of the run, in cycles of others too."""
+    return lane._replace(state=select(ran, lane.state, advance_schedules(lane.state, nt)))
 
 
 def leader(state: RelayState) -> Params:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ..validation import check_count
 from .mlp_features import (
@@ -66,8 +66,8 @@ class TensorMemory(NamedTuple):
 class MLPState(NamedTuple):
     """The optimizer's memory."""
 
-    step: Int[Array, ""]
-    """Steps taken, int32."""
+    clock: optax.ScaleByScheduleState
+    """Steps taken, as optax's schedules count them: guards set it to the time of the whole run."""
     tensors: PyTree[TensorMemory]
     """As the parameters, with a memory in each tensor's place."""
 
@@ -140,15 +140,16 @@ def mlp_optimizer(weights: MLPWeights) -> optax.GradientTransformation:
     def init(params: PyTree) -> MLPState:
         if any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(params)):
             raise ValueError("params must be real for mlp_optimizer, got complex ones")
-        return MLPState(jnp.zeros((), jnp.int32), jax.tree.map(_no_memory, params))
+        return MLPState(optax.ScaleByScheduleState(jnp.int32(0)), jax.tree.map(_no_memory, params))
 
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None
     ) -> tuple[PyTree, MLPState]:
         if params is None:
             raise ValueError("params must be given to the update of mlp_optimizer, got None")
-        times = jnp.tanh(state.step / jnp.asarray(TIMES, jnp.float32) - 1)
-        ages = jnp.log1p(state.step / jnp.asarray(AGES, jnp.float32))
+        step = state.clock.count
+        times = jnp.tanh(step / jnp.asarray(TIMES, jnp.float32) - 1)
+        ages = jnp.log1p(step / jnp.asarray(AGES, jnp.float32))
         gradients, tree = jax.tree.flatten(updates)
         steps, memories = [], []
         for g, p, memory in zip(
@@ -162,7 +163,8 @@ def mlp_optimizer(weights: MLPWeights) -> optax.GradientTransformation:
             scale = SCALE * jnp.exp(weights.scaling @ jnp.concatenate([sizes, ages]))
             steps.append((-scale * direction * jnp.exp(SCALE * magnitude)).astype(g.dtype))
             memories.append(memory)
-        return tree.unflatten(steps), MLPState(state.step + 1, tree.unflatten(memories))
+        clock = optax.ScaleByScheduleState(optax.safe_increment(step))
+        return tree.unflatten(steps), MLPState(clock, tree.unflatten(memories))
 
     return optax.GradientTransformation(init, update)
 

@@ -103,9 +103,16 @@ class Lane:
         else:
             self._parked = memory
 
-    def forget(self) -> None:
-        """Remember what its optimizer did when the guard was built, mostly nothing."""
-        self.remember(self.inner.fresh())
+    def forget(self, clock: int | None = None) -> None:
+        """Remember what its optimizer did when the guard was built, mostly nothing.
+
+        The clock of a learned optimizer goes on from where it is, or from ``clock``.
+        """
+        memory = self.inner.fresh()
+        for options, now in zip(memory.options, self.memory().options, strict=True):
+            if "clock" in options:
+                options["clock"] = now["clock"] if clock is None else clock
+        self.remember(memory)
 
     def enter(self, *, checking: bool) -> None:
         """Get into the model, with the memory in the optimizer."""

@@ -92,6 +92,8 @@ class Learned(Optimizer):
             for device, params in by_device.items():
                 with _without_autocast(device.type):
                     self._update(params, self._weights_on(device), group)
+            if "clock" in group:
+                group["clock"] += 1
         return loss
 
     def _update(

@@ -44,7 +44,8 @@ class MLPOptimizer(Learned):
 
     The computation and its memory are in float32, also where the step is under autocast. The memory
     takes 16 bytes a coordinate. A matrix of r rows and c columns takes 12 (r + c) more, a vector of
-    n 12 n. A step needs 40 bytes a coordinate of the largest parameter while it runs.
+    n 12 n. A step needs 40 bytes a coordinate of the largest parameter while it runs. t is the
+    ``clock`` of a parameter group, which guards set to the time of the whole run.
 
     Args:
         params: parameters, or groups of them.
@@ -78,7 +79,7 @@ class MLPOptimizer(Learned):
 
     def __init__(self, params: ParamsT, weights: Mapping[str, Tensor], *, lr: float = 1.0) -> None:
         check_positive(lr=lr)
-        super().__init__(params, weights, {"lr": lr})
+        super().__init__(params, weights, {"lr": lr, "clock": 0})
 
     def _check(self, gradient: Tensor) -> None:
         super()._check(gradient)
@@ -95,11 +96,10 @@ class MLPOptimizer(Learned):
         gradients = [p.grad.float().contiguous() for p in params if p.grad is not None]
         states = [self._state(p) for p in params]
         self._remember(states, gradients)
-        scaling = self.weights["scaling"].tolist()
+        scaling, t = self.weights["scaling"].tolist(), group["clock"]
         for p, g, state in zip(params, gradients, states, strict=True):
-            times = torch.tanh(state["step"] / torch.tensor(TIMES) - 1).to(g.device)
-            scale = _scale(scaling, tuple(p.shape), state["step"].item())
-            state["step"] += 1
+            times = torch.tanh(t / torch.tensor(TIMES) - 1).to(g.device)
+            scale = _scale(scaling, tuple(p.shape), t)
             x = _first_layer(weights["mlp.0.weight"], weights["mlp.0.bias"], times, p, g, state)
             for k in range(1, self.layers):
                 weight, bias = (weights[name] for name in mlp_names(k))
@@ -114,7 +114,6 @@ class MLPOptimizer(Learned):
         if not state:
             zeros = torch.zeros(p.shape, device=p.device)
             rows, columns = _means(zeros)
-            state["step"] = torch.zeros(())
             state["momenta"] = torch.stack([zeros] * 3)
             state["second_moment"] = zeros
             state["rows"] = torch.stack([rows] * 3)

@@ -78,7 +78,7 @@ class Relay:
         leads, trial = self.state.learned_leads, self.state.trial
         if trial != NONE and trial.cycles == 0:
             self.y.start_at(self.z.point)
-            self.y.forget()
+            self.y.forget(clock=k)
         if not leads:
             self.z.keep()
         runs = (self.y, leads or trial != NONE), (self.z, not leads), (self.s, s_runs)

@@ -20,7 +20,7 @@ import tiny
 from commands import command, same_curves
 
 import lossguard
-from lossguard import curves, records, rollout, run_folder
+from lossguard import curves, records, rollout, run_commands, run_folder
 from lossguard.config import as_config
 from lossguard.curves import COUNTERS
 from lossguard.experiments import run as running
@@ -295,6 +295,7 @@ def test_stopped_it_leaves_what_was_done_and_goes_on(
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
         patch.setattr(curves, "thin", interrupted)
         patch.setattr(os, "_exit", sys.exit)
+        patch.setattr(run_commands, "which", str)  # it is on the path
         command(patch, *arguments)
     assert caught.value.code == 130
     assert signal.getsignal(number) is before

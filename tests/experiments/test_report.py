@@ -108,9 +108,9 @@ def test_runs_are_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for folder, name, time, settings in (
         ("a", "fig10", "2026-01-02", {}),
         ("b", "mine", "2026-01-02", {}),
-        ("c", "fig03", "2026-01-05", {}),
-        ("d", "fig03", "2026-01-04", {"scaling": "symmetric"}),
-        ("e", "fig03", "2026-01-03", {"scaling": "symmetric"}),
+        ("c", "fig03", "2026-01-05", {"scaling": "standardized"}),
+        ("d", "fig03", "2026-01-04", {}),
+        ("e", "fig03", "2026-01-03", {}),
         ("f", "fig02-moons", "2026-01-02", {}),
     ):
         write_run(tmp_path / folder, curves, name=name, time=time, **settings)

@@ -11,7 +11,7 @@ import optax
 import pytest
 from jaxtyping import Array, Float, PyTree
 
-from lossguard import MLPWeights, init_mlp_weights, mlp_optimizer
+from lossguard import MLPWeights, init_mlp_weights, mlp_optimizer, recommended, rollout
 from lossguard.learned.mlp import MLPLayer
 
 STEPS = 12
@@ -224,3 +224,11 @@ def test_what_it_refuses(mlp_weights: MLPWeights) -> None:
     for name in ("hidden", "layers"):
         with pytest.raises(ValueError, match=rf"^{name} must be an integer of at least 1, got 0$"):
             init_mlp_weights(jax.random.key(0), **{name: 0})
+
+
+def test_in_a_guard_its_clock_is_that_of_the_run(mlp_weights: MLPWeights) -> None:
+    """It loses its trials, and runs in two of twenty cycles."""
+    guard = recommended(mlp_optimizer(mlp_weights), optax.sgd(0.1))
+    state, decisions = rollout(guard, guard.init(jnp.ones(3)), lambda w, i: w @ w, cycles=20)
+    assert decisions.learned_updates.sum() == 20
+    assert state.inner.relay.y.state.clock.count == state.steps == 200

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lossguard.torch import LSTMOptimizer, MLPOptimizer
+from lossguard.torch import LSTMOptimizer, MLPOptimizer, Recommended
 
 SHAPES = [(), (5,), (6, 4), (4, 6), (5, 5), (8, 4, 3, 3), (2, 7, 3), (0, 3)]
 
@@ -141,3 +141,19 @@ def test_errors(arguments, message):
     with pytest.raises(ValueError) as error:
         MLPOptimizer([nn.Parameter(torch.ones(2))], **{"weights": weights_of(), **arguments})
     assert str(error.value) == message
+
+
+def test_in_a_guard_its_clock_is_that_of_the_run():
+    """It loses its trials: the first ten steps, and those from 160 to 170."""
+    p = nn.Parameter(torch.ones(3))
+    learned = MLPOptimizer([p], weights_of())
+    guard = Recommended(learned, torch.optim.SGD([p], lr=0.1), model=None)
+    clocks = []
+    for _ in range(200):
+        for lane in guard.lanes():
+            loss = p.square().sum()
+            loss.backward()
+            lane.step(loss)
+        clocks.append(learned.param_groups[0]["clock"])
+    assert sum(decision.learned_updates for decision in guard.history) == 20
+    assert clocks[149] == 10 and clocks[-1] == 170

@@ -12,6 +12,7 @@ from ..guards.protocol import Decision, Guard, GuardState, Objective
 from ..guards.recommended import recommended
 from ..guards.residual_guard import residual_guard
 from ..guards.sequences import ema
+from ..guards.soundness import renew
 from ..guards.unguarded import unguarded
 from ..learned.pretrained import pretrained
 from ..schedules import paper_decay
@@ -69,7 +70,8 @@ def forgetful(guard: Guard, learned: optax.GradientTransformation) -> Guard:
     """LGL2O whose learned optimizer begins every cycle without memory."""
 
     def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
-        inner = state.inner._replace(learned=learned.init(state.params))
+        fresh = renew(learned, state.params, state.inner.learned)
+        inner = state.inner._replace(learned=fresh)
         return guard.step(state._replace(inner=inner), objective)
 
     return Guard(guard.init, step)

@@ -85,9 +85,7 @@ def advance_schedules(state: PyTree, steps: int) -> PyTree:
     return keep_schedules(state, later)
 
 
-def renew(
-    optimizer: optax.GradientTransformationExtraArgs, params: Params, state: PyTree
-) -> PyTree:
+def renew(optimizer: optax.GradientTransformation, params: Params, state: PyTree) -> PyTree:
     """A fresh state at the parameters, which has the schedules of the old one."""
     return keep_schedules(optimizer.init(params), state)
 

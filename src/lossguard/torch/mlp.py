@@ -97,10 +97,11 @@ class MLPOptimizer(Learned):
         states = [self._state(p) for p in params]
         self._remember(states, gradients)
         scaling, t = self.weights["scaling"].tolist(), group["clock"]
+        first = weights["mlp.0.weight"]
+        times = torch.tanh(t / torch.tensor(TIMES) - 1).to(first.device)
         for p, g, state in zip(params, gradients, states, strict=True):
-            times = torch.tanh(t / torch.tensor(TIMES) - 1).to(g.device)
             scale = _scale(scaling, tuple(p.shape), t)
-            x = _first_layer(weights["mlp.0.weight"], weights["mlp.0.bias"], times, p, g, state)
+            x = _first_layer(first, weights["mlp.0.bias"], times, p, g, state)
             for k in range(1, self.layers):
                 weight, bias = (weights[name] for name in mlp_names(k))
                 x = torch.addmm(bias[:, None], weight, x.relu_())

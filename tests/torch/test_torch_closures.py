@@ -136,10 +136,20 @@ def test_a_body_that_is_left_counts_as_an_error(kind, at):
     run(guard, model, minibatches(20))
 
 
+@pytest.fixture
+def as_ctrl_c():
+    """SIGTERM raises, as in a program that saves what it has before a cluster kills it."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("as_ctrl_c")
 @pytest.mark.parametrize(
     ("kind", "options"), [*((kind, {"nt": 2}) for kind in KINDS), (LossGuard, {"nt": 1, "nc": 2})]
 )
-def test_ctrl_c_leaves_the_model_before_or_after_a_call(kind, options):
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_the_model_before_or_after_a_call(kind, options, which):
     """At lines of the package that a call runs, by a real signal; the last one checks only.
 
     But for ``LossGuard`` the call ends a cycle: after it the decision is there as well.
@@ -162,7 +172,7 @@ def test_ctrl_c_leaves_the_model_before_or_after_a_call(kind, options):
             if event == "line":
                 lines += 1
                 if lines == stop_at:
-                    signal.raise_signal(signal.SIGINT)
+                    signal.raise_signal(which)
             return trace
 
         closure = closure_for(guard, model, batches[1])
@@ -191,7 +201,7 @@ def test_ctrl_c_leaves_the_model_before_or_after_a_call(kind, options):
         probe = torch.ones(2, requires_grad=True)
         probe.sum().backward()  # does nothing while a check's mode is on
         assert probe.grad is not None
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(which) is signal.default_int_handler
     assert set(seen) == ({True} if "nc" in options else {True, False})
     run(guard, model, batches)
 

@@ -239,7 +239,9 @@ def _unpack(
     return Memory(kept, _of_groups(lane.optimizer, rest["options"])), losses
 
 
-def _unpack_state(lane: "Lane", params: list[Tensor], state: list[Saved], others: Saved) -> Saved:
+def _unpack_state(
+    lane: "Lane", params: list[Tensor], state: list[Saved], others: dict[Any, Any]
+) -> dict[Any, Any]:
     """Counts stay on the host, where optimizers without ``capturable`` have them."""
     groups, name = lane.optimizer.param_groups, f"{lane.name}.memory."
     on_device = any(group.get("capturable") or group.get("fused") for group in groups)

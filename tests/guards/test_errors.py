@@ -59,6 +59,10 @@ WRONG = {
         "hidden|0": lambda: init_lstm_weights(KEY, hidden=0),
         "layers|0": lambda: init_lstm_weights(KEY, layers=0),
     },
+    " must be at most 1000000, got ": {
+        "nt|1000001": lambda: recommended(SGD, SGD, nt=10**6 + 1),
+        "nc|2147483647": lambda: loss_guard(SGD, SGD, nc=2**31 - 1),
+    },
     " must be at least one guard, got none": {"guards|": lambda: best_of([])},
     " must have the same nt, got ": {
         "guards|[2, 3]": lambda: step(

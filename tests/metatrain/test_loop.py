@@ -481,6 +481,7 @@ def test_figure_where_all_is_lost(tmp_path: Path) -> None:
             ({name: 1}, f"^{name} must be an integer of at least 2, got 1$")
             for name in loop.LENGTHS
         ),
+        ({"longest": 10**11}, "^longest must be at most 2147483647, got 100000000000$"),
         ({"b2": 1.0}, "^b2 must be at least 0 and below 1, got 1.0$"),
         ({"b2": -0.1}, "^b2 must be at least 0 and below 1, got -0.1$"),
         ({"curriculum": -1}, "^curriculum must be an integer of at least 0, got -1$"),

@@ -22,7 +22,7 @@ from ..tasks.task import Task
 from ..validation import check_count, check_positive, check_real, check_seed
 
 WEIGHTS = "weights.safetensors"
-COUNTS = ("shortest", "meta_steps", "hidden", "layers", "validate_every")
+COUNTS = ("shortest", "longest", "meta_steps", "hidden", "layers", "validate_every")
 """What must be at least 1."""
 LENGTHS = ("truncation", "validation_steps")
 """What must be at least 2: the first loss is before the learned optimizer has done anything."""

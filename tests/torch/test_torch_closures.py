@@ -139,9 +139,12 @@ def test_a_body_that_is_left_counts_as_an_error(kind, at):
 @pytest.fixture
 def as_ctrl_c():
     """SIGTERM raises, as in a program that saves what it has before a cluster kills it."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    for one in before:
+        signal.signal(one, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGTERM, before)
+    for one, handler in before.items():
+        signal.signal(one, handler)
 
 
 @pytest.mark.usefixtures("as_ctrl_c")

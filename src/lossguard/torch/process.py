@@ -56,8 +56,8 @@ def _held(one: signal.Signals) -> Iterator[None]:
         if came > 1:
             before(one, None)
 
-    signal.signal(one, note)
-    try:
+    try:  # another signal may come as soon as this one is held
+        signal.signal(one, note)
         yield
     finally:
         signal.signal(one, before)

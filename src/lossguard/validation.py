@@ -15,6 +15,9 @@ from typing import Any, SupportsFloat
 MOST = 2**31 - 1
 """What is counted in 32 bits."""
 MOST_SEEDS = 10_000
+"""Of runs side by side, of any kind."""
+MOST_HIDDEN, MOST_LAYERS = 10_000, 100
+"""Of a learned optimizer: XLA ends the process over arrays whose size it can't count."""
 
 
 def check_count(name: str, value: int, least: int = 1, most: int = MOST) -> int:
@@ -32,6 +35,12 @@ def check_seed(seed: int, seeds: int = 1) -> None:
     """Require that JAX takes no seed from this one on modulo 2^32, and memory for all of them."""
     check_count("seeds", seeds, most=MOST_SEEDS)
     check_count("seed", seed, least=0, most=2**32 - seeds)
+
+
+def check_network(hidden: int, layers: int) -> None:
+    """Require sizes of a learned optimizer that can be compiled."""
+    check_count("hidden", hidden, most=MOST_HIDDEN)
+    check_count("layers", layers, most=MOST_LAYERS)
 
 
 def check_positive(**values: float) -> None:

@@ -1,4 +1,4 @@
-"""PyTorch: Ctrl-C at a random bytecode of a call, of all Python code that the call runs.
+"""PyTorch: Ctrl-C or SIGTERM at a random bytecode of a call, of all Python code that the call runs.
 
 Held: the model is what it was before the call or is after it, bit by bit; gradients, modes of
 torch and the handler of the signal are as before; training goes on.
@@ -37,8 +37,8 @@ class Stop:
     Half of the time these are of our code only.
     """
 
-    def __init__(self, at: int, everywhere: bool) -> None:
-        self.at, self.everywhere, self.seen = at, everywhere, 0
+    def __init__(self, at: int, everywhere: bool, which: signal.Signals) -> None:
+        self.at, self.everywhere, self.which, self.seen = at, everywhere, which, 0
         self.last: dict[int, int] = {}
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
@@ -50,7 +50,7 @@ class Stop:
             self.last[id(frame)] = frame.f_code.co_code[frame.f_lasti]
             self.seen += before in CODES
             if before in CODES and self.seen == self.at:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(self.which)
         if event in ("exception", "return"):  # a call that raised isn't followed by a signal
             self.last.pop(id(frame), None)
         return self
@@ -59,8 +59,9 @@ class Stop:
 def attempt(seed: int, folder: Path) -> Counter[str]:
     """``MANY`` interrupts of one call; or of ``Rewind.observe``, where it reads."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     rng = random.Random(seed)
+    which = rng.choice((signal.SIGINT, signal.SIGTERM))
+    signal.signal(which, signal.default_int_handler)  # a shell may have it ignored
     torch.manual_seed(seed)
     kind, everywhere = rng.choice([*KINDS, Rewind]), rng.random() < 0.5
     model = mlp(nn.BatchNorm1d(16))
@@ -77,14 +78,14 @@ def attempt(seed: int, folder: Path) -> Counter[str]:
         guard, done = two(kind, model, faster, **options), rng.randrange(1, 30)
         run(guard, model, batches[:done])
     start = copy.deepcopy(guard.state_dict()), copy.deepcopy(model.state_dict())
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(which)
 
     def go(at: int) -> tuple[int, KeyboardInterrupt | None]:
         """One call; how many bytecodes it ran that count, and what interrupted it."""
         model.load_state_dict(start[1])
         guard.load_state_dict(start[0])
         torch.manual_seed(seed)
-        stop, came = Stop(at, everywhere), None
+        stop, came = Stop(at, everywhere, which), None
         closure = closure_for(guard, model, batches[done]) if kind is not Rewind else None
         sys.settrace(stop)
         try:
@@ -107,10 +108,12 @@ def attempt(seed: int, folder: Path) -> Counter[str]:
         now = points(model)
         try:
             assert same(now, before) or same(now, after), "a model between two states"
-            assert signal.getsignal(signal.SIGINT) is handler, "another handler is left"
+            assert signal.getsignal(which) is handler, "another handler is left"
             assert_clean(model)
         except (AssertionError, RuntimeError) as error:
-            error.add_note(f"{kind.__name__} {options} after {done}, at {at} of {total}")
+            error.add_note(
+                f"{kind.__name__} {options} after {done}, {which.name} at {at} of {total}"
+            )
             raise error from came
         if kind is not Rewind:
             run(guard, model, batches[done : done + 3])

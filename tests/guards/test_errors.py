@@ -12,6 +12,7 @@ from lossguard import (
     guarded,
     hedged,
     init_lstm_weights,
+    init_mlp_weights,
     loss_guard,
     recommended,
     residual_guard,
@@ -58,6 +59,14 @@ WRONG = {
         "nt|1.0": lambda: hedged(SGD, SGD, nt=1.0),
         "hidden|0": lambda: init_lstm_weights(KEY, hidden=0),
         "layers|0": lambda: init_lstm_weights(KEY, layers=0),
+    },
+    " must be at most 1000000, got ": {
+        "nt|1000001": lambda: recommended(SGD, SGD, nt=10**6 + 1),
+        "nc|2147483647": lambda: loss_guard(SGD, SGD, nc=2**31 - 1),
+    },
+    " must be at most ": {
+        "hidden|10000, got 2147483647": lambda: init_lstm_weights(KEY, hidden=2**31 - 1),
+        "layers|100, got 101": lambda: init_mlp_weights(KEY, layers=101),
     },
     " must be at least one guard, got none": {"guards|": lambda: best_of([])},
     " must have the same nt, got ": {

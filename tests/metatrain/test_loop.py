@@ -470,7 +470,7 @@ def test_figure_where_all_is_lost(tmp_path: Path) -> None:
     [
         *(
             ({name: 0}, f"^{name} must be an integer of at least 1, got 0$")
-            for name in (*loop.COUNTS, *bptt.COUNTS)
+            for name in (*loop.COUNTS, *bptt.COUNTS, "batch_size", "hidden", "layers")
         ),
         *(
             ({name: value}, f"^{name} must be positive and finite, got {value}$")
@@ -481,6 +481,10 @@ def test_figure_where_all_is_lost(tmp_path: Path) -> None:
             ({name: 1}, f"^{name} must be an integer of at least 2, got 1$")
             for name in loop.LENGTHS
         ),
+        ({"longest": 10**11}, "^longest must be at most 2147483647, got 100000000000$"),
+        ({"hidden": 10_001}, "^hidden must be at most 10000, got 10001$"),
+        ({"layers": 101}, "^layers must be at most 100, got 101$"),
+        ({"optimizees": 10_001}, "^optimizees must be at most 10000, got 10001$"),
         ({"b2": 1.0}, "^b2 must be at least 0 and below 1, got 1.0$"),
         ({"b2": -0.1}, "^b2 must be at least 0 and below 1, got -0.1$"),
         ({"curriculum": -1}, "^curriculum must be an integer of at least 0, got -1$"),

@@ -3,6 +3,8 @@
 import copy
 import io
 import math
+import operator
+from functools import reduce
 
 import torch
 from torch import nn
@@ -200,3 +202,28 @@ class Breaks(Diverges):
     """Its second step leads to infinity."""
 
     at, by = 2, math.inf
+
+
+def entries_of(state, path=()):
+    """The places of all entries of nested dictionaries and lists."""
+    for key in state if isinstance(state, dict) else range(len(state)):
+        yield (*path, key)
+        if isinstance(state[key], (dict, list)):
+            yield from entries_of(state[key], (*path, key))
+
+
+def refusals_of_damaged(one, state):
+    """How often a state that lacks an entry is refused, whole; else it is loaded."""
+    there, refused = one.state_dict(), 0
+    for *path, last in entries_of(state):
+        damaged = copy.deepcopy(state)
+        del reduce(operator.getitem, path, damaged)[last]
+        try:
+            one.load_state_dict(damaged)
+        except ValueError as error:
+            assert " must " in str(error), error
+            assert_same_state(one.state_dict(), there)
+            refused += 1
+        else:
+            one.load_state_dict(there)
+    return refused

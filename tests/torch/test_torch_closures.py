@@ -136,10 +136,23 @@ def test_a_body_that_is_left_counts_as_an_error(kind, at):
     run(guard, model, minibatches(20))
 
 
+@pytest.fixture
+def as_ctrl_c():
+    """SIGTERM raises, as in a program that saves what it has before a cluster kills it."""
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    for one in before:
+        signal.signal(one, signal.default_int_handler)
+    yield
+    for one, handler in before.items():
+        signal.signal(one, handler)
+
+
+@pytest.mark.usefixtures("as_ctrl_c")
 @pytest.mark.parametrize(
     ("kind", "options"), [*((kind, {"nt": 2}) for kind in KINDS), (LossGuard, {"nt": 1, "nc": 2})]
 )
-def test_ctrl_c_leaves_the_model_before_or_after_a_call(kind, options):
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_the_model_before_or_after_a_call(kind, options, which):
     """At lines of the package that a call runs, by a real signal; the last one checks only.
 
     But for ``LossGuard`` the call ends a cycle: after it the decision is there as well.
@@ -162,7 +175,7 @@ def test_ctrl_c_leaves_the_model_before_or_after_a_call(kind, options):
             if event == "line":
                 lines += 1
                 if lines == stop_at:
-                    signal.raise_signal(signal.SIGINT)
+                    signal.raise_signal(which)
             return trace
 
         closure = closure_for(guard, model, batches[1])
@@ -191,7 +204,7 @@ def test_ctrl_c_leaves_the_model_before_or_after_a_call(kind, options):
         probe = torch.ones(2, requires_grad=True)
         probe.sum().backward()  # does nothing while a check's mode is on
         assert probe.grad is not None
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(which) is signal.default_int_handler
     assert set(seen) == ({True} if "nc" in options else {True, False})
     run(guard, model, batches)
 
@@ -321,20 +334,56 @@ class Master(SGD):
         return loss
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_master_weights_go_with_their_lane(kind):
+class Eager(Master):
+    """The same, which copies the parameters when it is built."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr)
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["master"] = p.detach().float().clone()
+
+
+FORGETS = (BestOf, (0.05, 0.3))
+"""The second one is ruined, and begins again."""
+
+
+@pytest.mark.parametrize(("kind", "rates"), [*((kind, (0.7, 0.2)) for kind in KINDS), FORGETS])
+def test_master_weights_go_with_their_lane(kind, rates):
     """Else the next step would undo what the guard has copied into the parameters."""
     ends = []
-    for learned, fallback in ((SGD, SGD), (Master, SGD), (SGD, Master)):
+    pairs = ((SGD, SGD), (Master, SGD), (SGD, Master), (Eager, SGD), (SGD, Eager))
+    for learned, fallback in pairs:
         torch.manual_seed(0)
-        model, makers = mlp(), (partial(learned, lr=0.7), partial(fallback, lr=0.2))
+        model = mlp()
+        makers = (partial(made, lr=lr) for made, lr in zip((learned, fallback), rates, strict=True))
         guard = two(kind, model, *makers, nt=2)
-        run(guard, model, minibatches(60))
+        run(guard, model, minibatches(200 if rates == FORGETS[1] else 60))
         ends.append((model.state_dict(), repr(guard.history)))
         masters = [inner.copies == {"master"} for inner in guard._inners.values()]
-        assert masters == [fallback is Master, learned is Master]
+        assert masters == [fallback is not SGD, learned is not SGD]
     for end in ends[1:]:
         assert_same_state(end, ends[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_of_the_parameters_that_lanes_would_share_are_refused(kind):
+    class Elsewhere(SGD):
+        def __init__(self, params, lr):
+            super().__init__(params, lr=lr)
+            self.anchors = [p.detach().clone() for p in params]  # that stay are no such copies
+            self.masters = [[p.detach().double() for p in params]]
+
+        def step(self, closure=None):
+            with torch.no_grad():
+                for p, master in zip(self.param_groups[0]["params"], *self.masters, strict=True):
+                    master.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+                    p.copy_(master)
+
+    model = mlp()
+    guard = two(kind, model, lambda ps: Elsewhere(ps, lr=0.1), nt=2)
+    message = "optimizer's state, where each lane has its own, got Elsewhere with some in masters"
+    with pytest.raises(ValueError, match=message):
+        run(guard, model, minibatches(2))
 
 
 @pytest.mark.parametrize("kind", KINDS)

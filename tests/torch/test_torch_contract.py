@@ -21,6 +21,7 @@ from models import (
     minibatches,
     mlp,
     quadratic,
+    refusals_of_damaged,
     run,
     spiral,
     two,
@@ -176,6 +177,16 @@ def test_what_is_no_state_of_its_own_is_refused_whole(kind):
         with pytest.raises(ValueError, match=f"^{message}"):
             guard.load_state_dict(state)
         assert_same_state(guard.state_dict(), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_state_is_loaded_whole_or_not_at_all(kind):
+    model = mlp(nn.BatchNorm1d(16))
+    guard = two(kind, model, nt=3)
+    run(guard, model, minibatches(4))
+    before = guard.state_dict()
+    run(guard, model, minibatches(4))
+    assert refusals_of_damaged(guard, before) > 80
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])

@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from models import loss_fn, minibatches, mlp, refusals_of_damaged
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -331,6 +332,22 @@ def test_it_resumes_to_the_last_bit(tmp_path, how, at):
     train(twin, its_optimizer, again, at, 200, fault)
     assert_same(model, twin)
     assert again.scale == rewind.scale and again.thrown == rewind.thrown
+
+
+def test_a_damaged_state_is_loaded_whole_or_not_at_all():
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    rewind = Rewind(model, optimizer, window=64, every=4)
+    states = []
+    for _ in range(2):
+        for batch in minibatches(57):
+            optimizer.zero_grad()
+            loss = loss_fn(model, batch)
+            loss.backward()
+            optimizer.step()
+            rewind.observe(loss.detach())
+        states.append(rewind.state_dict())
+    assert refusals_of_damaged(rewind, states[0]) > 30
 
 
 def test_a_healthy_run_is_the_same_with_it():

@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
-from ..validation import check_kind
+from ..validation import check_count, check_kind
 from .protocol import Decision, Guard, GuardState, Objective, Params, advance, check_loss, following
 from .stacked import check_stacked
+
+LONGEST = 10**6
+"""Minibatches of a cycle, at most: their losses are kept, and counted several times in 32 bits."""
 
 
 class Cycle(NamedTuple):
@@ -36,7 +39,12 @@ def guard_of(
     """The guard that keeps an ``inner`` beside x, of which ``cycle`` makes the next.
 
     A cycle takes nt optimizer steps, and nt + nc minibatches.
+
+    Raises:
+        ValueError: if nt or nc is above ``LONGEST``.
     """
+    for name, count in {"nt": nt, "nc": nc}.items():
+        check_count(name, count, least=0, most=LONGEST)
 
     def init(params: Params) -> GuardState:
         params = as_arrays(params)

@@ -11,7 +11,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ..validation import check_count
+from ..validation import check_network
 from .features import log_and_sign
 
 
@@ -45,8 +45,7 @@ def init_lstm_weights(key: PRNGKeyArray, *, hidden: int = 20, layers: int = 2) -
     >>> init_lstm_weights(jax.random.key(0)).layers[0].weight_ih.shape
     (80, 2)
     """
-    check_count("hidden", hidden)
-    check_count("layers", layers)
+    check_network(hidden, layers)
     bound = hidden**-0.5
 
     def uniform(key: PRNGKeyArray, *shape: int) -> Array:

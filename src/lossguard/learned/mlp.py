@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ..validation import check_count
+from ..validation import check_network
 from .mlp_features import (
     AGES,
     FACTORED_DECAYS,
@@ -83,13 +83,12 @@ def init_mlp_weights(key: PRNGKeyArray, *, hidden: int = 4, layers: int = 2) -> 
         layers: hidden layers.
 
     Raises:
-        ValueError: if hidden or layers is not a positive integer.
+        ValueError: if hidden or layers is not a positive integer, or above 10,000 or 100.
 
     >>> init_mlp_weights(jax.random.key(0)).layers[0].weight.shape
     (4, 39)
     """
-    check_count("hidden", hidden)
-    check_count("layers", layers)
+    check_network(hidden, layers)
     sizes = [FEATURES + len(TIMES), *[hidden] * layers, OUTPUTS]
     made = []
     for inputs, outputs, layer_key in zip(

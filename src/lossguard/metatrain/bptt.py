@@ -15,11 +15,11 @@ from ..learned.pretrained import save_weights
 from ..tasks.datasets import load_dataset
 from ..tasks.models import MLP, ConvNet
 from ..tasks.task import Task
-from ..validation import check_count, check_positive
+from ..validation import MOST_SEEDS, check_count, check_positive
 from .loop import MetaTraining, Method
 from .truncated import Optimizees, meta_gradient, restart_finished, start, unroll
 
-COUNTS = ("batch_size", "optimizees", "validation_optimizees")
+COUNTS = ("optimizees", "validation_optimizees")
 """What must be at least 1."""
 
 
@@ -43,8 +43,9 @@ class LSTMTraining(MetaTraining):
     def check(self) -> None:
         """Refuse what is out of range."""
         super().check()
+        check_count("batch_size", self.batch_size)
         for name in COUNTS:
-            check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name), most=MOST_SEEDS)
         check_positive(scale=self.scale, p=self.p)
 
     def method(self) -> "Backpropagation":

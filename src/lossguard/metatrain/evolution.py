@@ -16,7 +16,7 @@ from ..learned.mlp import SCALE, MLPLayer, MLPWeights, init_mlp_weights, mlp_opt
 from ..learned.pretrained import save_weights
 from ..tasks.datasets import load_dataset
 from ..tasks.task import Task
-from ..validation import check_count, check_positive, check_real
+from ..validation import MOST_SEEDS, check_count, check_positive, check_real
 from .family import Member, Rollout, begin, go_on, meta_loss, reference, relative
 from .loop import MetaTraining, Method
 from .pes import Pairs, pes_gradient, restart_pairs, start_pairs
@@ -49,9 +49,9 @@ class MLPTraining(MetaTraining):
     def check(self) -> None:
         """Refuse what is out of range."""
         super().check()
-        check_count("validation_rollouts", self.validation_rollouts)
+        check_count("validation_rollouts", self.validation_rollouts, most=MOST_SEEDS)
         for member in self.family:
-            check_count("pairs", member.pairs)
+            check_count("pairs", member.pairs, most=MOST_SEEDS)
         check_positive(sigma=self.sigma, begin_rate=self.begin_rate)
         check_real("rescaling", self.rescaling, "at least 1 and finite", lambda v: 1 <= v < np.inf)
         for name in ("family", "held_out"):

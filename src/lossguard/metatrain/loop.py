@@ -19,10 +19,10 @@ from ..checkpoints import Checkpoints
 from ..config import as_config
 from ..progress import Progress, stopping_at_interrupt
 from ..tasks.task import Task
-from ..validation import check_count, check_positive, check_real, check_seed
+from ..validation import check_count, check_network, check_positive, check_real, check_seed
 
 WEIGHTS = "weights.safetensors"
-COUNTS = ("shortest", "meta_steps", "hidden", "layers", "validate_every")
+COUNTS = ("shortest", "longest", "meta_steps", "validate_every")
 """What must be at least 1."""
 LENGTHS = ("truncation", "validation_steps")
 """What must be at least 2: the first loss is before the learned optimizer has done anything."""
@@ -100,6 +100,7 @@ class MetaTraining(ABC):
             check_count(name, getattr(self, name))
         for name in LENGTHS:
             check_count(name, getattr(self, name), least=2)
+        check_network(self.hidden, self.layers)
         check_positive(rate=self.rate)
         if self.clip is not None:
             check_positive(clip=self.clip)

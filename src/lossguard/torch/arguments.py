@@ -3,7 +3,8 @@
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -179,6 +180,16 @@ def compare(losses: Sequence[Tensor]) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+@contextmanager
+def told_if_damaged(name: str) -> Iterator[None]:
+    """Refuse with a sentence what lacks something, or holds something of another kind."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        told = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{name} must be whole, got a damaged one ({told})") from error
 
 
 def tell(error: Exception, lane: object) -> None:

@@ -169,7 +169,7 @@ class Guard(Face):
         self.phase += 1
         if self.phase == 1 and self.steps == 0:
             for lane in self._order:
-                lane.note_copies(lane.point)
+                lane.note_copies(self._leader.before, lane.point)
             arguments.compare([lane.losses[0] for lane in self._order if not lane.switches])
         decision = None
         if self.phase == self.nt + self.nc:

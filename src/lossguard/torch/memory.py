@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from lossguard.torch.rates import options_of, same
-from lossguard.torch.tensors import finite
+from lossguard.torch.tensors import finite, local
 
 
 class Memory(NamedTuple):
@@ -88,6 +91,63 @@ class Inner:
         own = [[options.get(key) for key in self.own] for options in memory.options]
         return finite([*memory.state.values(), own])
 
+    def note_copies(
+        self, memory: Memory, params: list[Tensor], start: list[Tensor], point: list[Tensor]
+    ) -> None:
+        """Note which entries of a memory hold the parameters, as master weights do.
+
+        Args:
+            memory: after its first step.
+            params: the live ones.
+            start: where this step began.
+            point: where it led.
+
+        Raises:
+            ValueError: if the optimizer holds copies elsewhere, which all lanes would share.
+        """
+        steps = zip(params, start, point, strict=False)
+        moved = [v for _, u, v in steps if v.numel() > 1 and not torch.equal(u, v)]
+        for name, held in vars(self.optimizer).items():
+            if name not in ("state", "param_groups") and _holds(held, moved, params):
+                raise ValueError(
+                    "copies of the parameters must be in an optimizer's state, where each lane has "
+                    f"its own, got {type(self.optimizer).__name__} with some in {name}"
+                )
+        alike: dict[str, list[bool]] = {}
+        for entries, value in _entries(memory, params, point):
+            for key, entry in entries.items():
+                if entry.shape == value.shape and entry.numel() > 1:
+                    alike.setdefault(key, []).append(torch.equal(entry.to(value), value))
+        self.copies |= {key for key, flags in alike.items() if all(flags)}
+
+    def move_copies(self, memory: Memory, params: list[Tensor], point: list[Tensor]) -> None:
+        """Have these be the parameters at a point."""
+        for entries, value in _entries(memory, params, point) if self.copies else ():
+            for key in self.copies & entries.keys():
+                entries[key].copy_(value)
+
     def options(self) -> list[dict[str, Any]]:
         """The entries of each group, without its parameters."""
         return [options_of(group) for group in self.optimizer.param_groups]
+
+
+def _entries(
+    memory: Memory, params: list[Tensor], point: list[Tensor]
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """The tensors that are remembered of each parameter, with the parameter's value."""
+    for p, value in zip(params, point, strict=False):
+        entries = memory.state.get(p)
+        if isinstance(entries, dict):
+            yield {k: local(e) for k, e in entries.items() if isinstance(e, Tensor)}, value
+
+
+def _holds(held: Any, values: list[Tensor], params: list[Tensor]) -> bool:
+    """Whether nested containers hold a copy of each value, beside the parameters themselves."""
+    live = {local(p).data_ptr() for p in params}
+    tensors = [local(leaf).detach() for leaf in tree_leaves(held) if isinstance(leaf, Tensor)]
+    copies = [t for t in tensors if t.data_ptr() not in live]
+
+    def is_copied(value: Tensor) -> bool:
+        return any(t.shape == value.shape and torch.equal(t.to(value), value) for t in copies)
+
+    return bool(values) and all(map(is_copied, values))

@@ -227,6 +227,9 @@ class ResidualGuard(Guard):
             evaluated = [*x[:n], *clones(weights.live()[n:])]
             at_z = _after_step(z, evaluated, gradient, loss)
             at_y = _after_step(y, evaluated, gradient, loss)
+            if self.steps + self.phase == 0:
+                z.note_copies(x, at_z)
+                y.note_copies(x, at_y)
             self._randomness.set(start)
             r = self._residual(z, before[z], at_y, closure)
         except BaseException:
@@ -291,14 +294,12 @@ class ResidualGuard(Guard):
 
 def _after_step(lane: Lane, start: Copy, gradient: Gradient, loss: Any) -> Copy:
     """A copy of where one step from ``start`` leads; the model's buffers stay ``start``'s."""
-    weights, blank = lane.weights, not lane.memory().state
+    weights = lane.weights
     weights.write(start)
     lane.move_copies(start)
     for p, g in zip(weights.params, gradient, strict=True):
         p.grad = None if g is None else g.clone()
     lane.update(loss)
-    if blank:
-        lane.note_copies(weights.live())
     return clones(weights.live())
 
 

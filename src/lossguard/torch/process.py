@@ -1,4 +1,4 @@
-"""What belongs to the process and to no lane: its random numbers, and Ctrl-C."""
+"""What belongs to the process and to no lane: its random numbers, Ctrl-C and SIGTERM."""
 
 import signal
 import threading
@@ -32,14 +32,20 @@ class Randomness:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """A block that Ctrl-C waits for: KeyboardInterrupt comes at its end, of a second one at once.
+    """A block that Ctrl-C and SIGTERM wait for: what they raise comes at its end, a second at once.
 
-    In threads other than the main one, which get no interrupts, it does nothing.
+    In threads other than the main one, which get no signals, it does nothing.
 
     >>> with held():
     ...     pass  # what must be done whole
     """
-    before, came = signal.getsignal(signal.SIGINT), 0
+    with _held(signal.SIGINT), _held(signal.SIGTERM):
+        yield
+
+
+@contextmanager
+def _held(one: signal.Signals) -> Iterator[None]:
+    before, came = signal.getsignal(one), 0
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield
         return
@@ -48,12 +54,12 @@ def held() -> Iterator[None]:
         nonlocal came
         came += 1
         if came > 1:
-            before(signal.SIGINT, None)
+            before(one, None)
 
-    signal.signal(signal.SIGINT, note)
-    try:
+    try:  # another signal may come as soon as this one is held
+        signal.signal(one, note)
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(one, before)
         if came:
-            before(signal.SIGINT, None)
+            before(one, None)

@@ -113,8 +113,12 @@ class Rule:
 
     def load(self, numbers: dict[str, dict[str, Any]]) -> None:
         """Know what ``numbers`` returned."""
+        found = {
+            name: {key: copy(numbers[name][key]) for key in known}
+            for name, known in self.numbers().items()
+        }
         for name, part in self._parts().items():
-            vars(part).update({key: copy(value) for key, value in numbers[name].items()})
+            vars(part).update(found[name])
 
     def _parts(self) -> dict[str, Any]:
         return {"rule": self, "alarm": self.alarm, "audits": self.audits}

@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from lossguard.torch.arguments import told_if_damaged
 from lossguard.torch.memory import Memory
 from lossguard.torch.ranks import are_running, check_rank, sharded_as, this_rank
 from lossguard.torch.tensors import clones, local, read, transfer
+from lossguard.validation import check_count
 
 if TYPE_CHECKING:
     from lossguard.torch.guard import Guard
@@ -68,46 +70,54 @@ def load(guard: "Guard", state_dict: Saved) -> None:
     """Go on from a saved state.
 
     Raises:
-        ValueError: if it is of another guard. This one is as it was before, then.
+        ValueError: if it is of another guard, or damaged. This one is as it was before, then.
     """
-    groups = copy.deepcopy(state_dict.get("param_groups", []))
-    numbers = groups[0].pop("guard", {}) if groups else {}
-    params, state = guard._weights.params, _checked(guard, state_dict, groups, numbers)
-    lanes, rank = guard._lanes.values(), numbers["rank"]
-    copies = {
-        name: _values(guard, name, state, buffers, rank)
-        for name, buffers in numbers["buffers"].items()
-    }
-    memories = [_unpack(lane, params, state, numbers["memories"][lane.name]) for lane in lanes]
-    if len(numbers["rules"]) != len(tree_leaves(_rules(guard))):
-        raise ValueError(f"state_dict must have the numbers of a {numbers['kind']}, got others")
-    rules = _filled(_rules(guard), iter(numbers["rules"]))
+    params = guard._weights.params
+    with told_if_damaged("state_dict"):
+        groups = copy.deepcopy(state_dict.get("param_groups", []))
+        numbers = groups[0].pop("guard", {}) if groups else {}
+        state = _checked(guard, state_dict, groups, numbers)
+        copies = {
+            name: _values(guard, name, state, buffers, numbers["rank"])
+            for name, buffers in numbers["buffers"].items()
+        }
+        lanes = []
+        for name, lane in guard._lanes.items():
+            memory, losses = _unpack(lane, params, state, numbers["memories"][name])
+            lanes.append((lane, copies[f"{name}.value"], memory, losses))
+        rules, count = _rules(guard), len(numbers["rules"])
+        if count != len(tree_leaves(rules)):
+            raise ValueError(
+                f"state_dict must have the numbers of a {numbers['kind']}, got {count}"
+            )
+        rules = _filled(rules, iter(numbers["rules"]))
+        inners = []
+        for name, inner in guard._inners.items():
+            own, of_params, options = map(numbers["optimizers"][name].__getitem__, range(3))
+            inners.append((inner, set(own), set(of_params), _of_groups(inner.optimizer, options)))
+        rates = {name: numbers["rates"][name] for name in guard._rates.numbers()}
+        leader, *running = (guard._lanes[n] for n in (numbers["leader"], *numbers["running"]))
+        phase = check_count("phase", numbers["phase"], least=0, most=guard.nt + guard.nc)
+        steps = check_count("steps", numbers["steps"], least=0)
 
     # From here on nothing may fail.
     for name, rule in zip(guard.remembered, rules, strict=True):
         path, _, last = name.rpartition(".")
         setattr(attrgetter(path)(guard) if path else guard, last, rule)
-    for inner, (own, of_params, options) in zip(
-        guard._inners.values(), numbers["optimizers"].values(), strict=True
-    ):
-        inner.own, inner.copies = set(own), set(of_params)
+    for inner, own, of_params, options in inners:
+        inner.own, inner.copies = own, of_params
         for group, entries in zip(inner.optimizer.param_groups, options, strict=True):
-            group.update({k: v for k, v in entries.items() if k not in inner.own})
-    for lane, memory in zip(lanes, memories, strict=True):
-        lane.values = copies[f"{lane.name}.value"]
-        lane.before = copies.get(f"{lane.name}.before", [])
+            group.update({k: v for k, v in entries.items() if k not in own})
+    for lane, value, memory, (lane.losses, lane.checks) in lanes:
+        lane.values, lane.before = value, copies.get(f"{lane.name}.before", [])
         lane.remember(memory)
-        lane.losses, lane.checks = (
-            [torch.tensor(loss, dtype=torch.float64) for loss in losses]
-            for losses in numbers["memories"][lane.name]["losses"]
-        )
-    guard._leader = guard._weights.holder = guard._lanes[numbers["leader"]]
-    guard._weights.write(guard._leader.values)
-    guard._others = [guard._lanes[name] for name in numbers["running"]]
+    guard._leader = guard._weights.holder = leader
+    guard._weights.write(leader.values)
+    guard._others = running
     for group, entries in zip(guard.param_groups, groups, strict=True):
         group.update({k: v for k, v in entries.items() if k != "params"})
-    guard._rates.load(numbers["rates"])
-    guard.phase, guard.steps = numbers["phase"], numbers["steps"]
+    guard._rates.load(rates)
+    guard.phase, guard.steps = phase, steps
 
 
 def _kind(guard: "Guard") -> Saved:
@@ -219,22 +229,41 @@ def _made(lane: "Lane") -> dict[Any, Any]:
     return made.state
 
 
-def _unpack(lane: "Lane", params: list[Tensor], state: list[Saved], rest: Saved) -> Memory:
-    """The inverse. Counts stay on the host, where optimizers without ``capturable`` have them."""
+def _unpack(
+    lane: "Lane", params: list[Tensor], state: list[Saved], rest: Saved
+) -> tuple[Memory, list[list[Tensor]]]:
+    """What a lane remembers, and its losses of the cycle so far, in training and in the check."""
+    rows = rest["losses"][0], rest["losses"][1]
+    losses = [[torch.tensor(float(n), dtype=torch.float64) for n in row] for row in rows]
+    kept = {} if rest["blank"] else _unpack_state(lane, params, state, rest["others"])
+    return Memory(kept, _of_groups(lane.optimizer, rest["options"])), losses
+
+
+def _unpack_state(
+    lane: "Lane", params: list[Tensor], state: list[Saved], others: dict[Any, Any]
+) -> dict[Any, Any]:
+    """Counts stay on the host, where optimizers without ``capturable`` have them."""
     groups, name = lane.optimizer.param_groups, f"{lane.name}.memory."
-    if rest["blank"]:
-        return Memory({}, rest["options"])
     on_device = any(group.get("capturable") or group.get("fused") for group in groups)
     of_params = [
         {key.removeprefix(name): value for key, value in saved.items() if key.startswith(name)}
         for saved in state
     ]
-    kept = rest["others"]  # what parameters share is shared in the copy
-    kept |= {p: made for p, made in zip(params, copy.deepcopy(of_params), strict=True) if made}
+    # what parameters share is shared in the copy
+    of_params = copy.deepcopy(of_params)
+    kept = others | {p: made for p, made in zip(params, of_params, strict=True) if made}
     for p in params:
         for t in tree_leaves(kept.get(p)):
             if isinstance(t, Tensor) and t.device != p.device and (t.dim() or on_device):
                 t.data = t.to(p.device)
     if not kept:
         raise ValueError(f"state_dict must hold {name}* of parameters, got none")
-    return Memory(kept, rest["options"])
+    return kept
+
+
+def _of_groups(optimizer: Optimizer, options: list[Saved]) -> list[Saved]:
+    """Entries of each of its parameter groups."""
+    count = len(optimizer.param_groups)
+    if len(options) != count:
+        raise ValueError(f"state_dict must have entries of {count} groups, got {len(options)}")
+    return [dict(entries) for entries in options]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lossguard.torch.arguments import told_if_damaged
 from lossguard.torch.ranks import check_rank, this_rank
 from lossguard.torch.rates import set_rate
 from lossguard.torch.tensors import are_finite, zero_unsound
@@ -176,23 +177,26 @@ def load(rewind: "Rewind", state: dict[str, Any]) -> None:
     """The inverse; a model or an optimizer is not touched.
 
     Raises:
-        ValueError: if the state is of another model, ``window`` or ``every``, or is no such state.
+        ValueError: if the state is of another model, ``window`` or ``every``, or is no such state,
+            or damaged. The other one is as it was before, then.
     """
-    _check(rewind, state)
-    live = rewind._live
-    rewind._rule.load(state["rule"])
-    rewind._one_by_one = state["one_by_one"]
-    losses = torch.tensor(state["unread"], dtype=torch.float64)
+    with told_if_damaged("state"):
+        _check(rewind, state)
+        live, snapshots = rewind._live, {}
+        for k, which in enumerate(SNAPSHOTS):
+            places, begun = live.save(), state["begun"][k]
+            snapshots[which] = {
+                name: copied(value, places.get(name))
+                for name, value in state[which].items()
+                if begun or not name.startswith("optimizer.")
+            }
+        losses = [torch.tensor(loss, dtype=torch.float64) for loss in state["unread"]]
+        one_by_one = state["one_by_one"]
+        rewind._rule.load(state["rule"])  # whole or not at all
+    rewind._trusted, rewind._candidate = snapshots.values()
     rewind._unread = [(loss, SOUND) for loss in losses]
-    for which, begun in zip(SNAPSHOTS, state["begun"], strict=True):
-        places = live.save()
-        own = {
-            name: copied(value, places.get(name))
-            for name, value in state[which].items()
-            if begun or not name.startswith("optimizer.")
-        }
-        setattr(rewind, f"_{which}", own)
-    rewind._last = live.save() if rewind._one_by_one else None
+    rewind._one_by_one = one_by_one
+    rewind._last = live.save() if one_by_one else None
 
 
 def _check(rewind: "Rewind", state: dict[str, Any]) -> None:

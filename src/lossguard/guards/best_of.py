@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..validation import check_count, check_decay, check_kind, check_share
 from . import trial as trials
-from .cycle import Cycle, as_arrays, check_state, loss_dtype, own_buffers, sum_dtype
+from .cycle import LONGEST, Cycle, as_arrays, check_state, loss_dtype, own_buffers, sum_dtype
 from .lanes import mean_losses
 from .protocol import NEITHER, Decision, Guard, GuardState, Objective, Params, advance, following
 from .soundness import is_sound, keep_schedules, select, with_sound_gradients
@@ -95,7 +95,7 @@ def best_of(
     for one in members:
         check_kind("each of guards", one, Guard, "unguarded(optimizer)")
     share = None if share is None else check_share(share)
-    rules = SideBySide(members, share, check, check_count("nc", nc), check_decay(decay))
+    rules = SideBySide(members, share, check, check_count("nc", nc, most=LONGEST), check_decay(decay))
     return Guard(rules.init, rules.step)
 
 

@@ -245,6 +245,27 @@ def test_an_error_within_a_step_leaves_the_rates():
     assert optimizer.param_groups[0]["lr"] == 1.0
 
 
+def test_a_callback_may_make_the_optimizer_careful():
+    """And may save: the event is over, with the model back and the scale lower."""
+    model, optimizer = one_weight(momentum=0.5)
+    heard = []
+
+    def careful(event):
+        assert rewind.events[-1] is event and rewind.scale == event.scale
+        calls = rewind.state_dict()["rule"]["rule"]["calls"]
+        heard.append((event.kind, model.weight.item(), calls))
+        for group in optimizer.param_groups:
+            group["momentum"] = 0.0
+
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4, callback=careful)
+    drive(rewind, model, optimizer, FALLS[:112])
+    good = model.weight.item()
+    drive(rewind, model, optimizer, FALLS[112:] + HIGH[:8])
+    assert heard == [("return", good, 136)] and len(rewind.events) == 1
+    drive(rewind, model, optimizer, [1.0])
+    assert model.weight.item() == good - rewind._rule._factor
+
+
 def test_an_audit_sees_what_the_losses_do_not():
     model, optimizer = one_weight()
     audits = iter([1.0, 0.5, 0.2, 0.1, *[0.3] * 100])

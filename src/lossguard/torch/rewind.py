@@ -80,6 +80,8 @@ class Rewind:
         audit: the loss on a held minibatch, without gradients; called once every B steps. A
             candidate is only trusted if it isn't worse there than the best trusted one by more than
             ``rise``, and 4 more worse ones than others are an alarm.
+        callback: called with every event, when it is over: to log it, or to make the optimizer's
+            settings careful.
         group: the ranks that decide together; all of them by default.
 
     Attributes:
@@ -112,6 +114,7 @@ class Rewind:
         every: int = 16,
         offload: bool = False,
         audit: Callable[[], Any] | None = None,
+        callback: Callable[[RewindEvent], object] | None = None,
         group: "distributed.ProcessGroup | None" = None,
     ) -> None:
         check_kind("model", model, nn.Module, "nn.Linear(2, 1)")
@@ -121,7 +124,7 @@ class Rewind:
         if self._rule.block % every:
             raise ValueError(f"every must divide window / 4 = {self._rule.block}, got {every}")
         self._live = Live(model, optimizer, schedulers, offload)
-        self._group, self._audit = group, audit
+        self._group, self._audit, self._callback = group, audit, callback
         self._unread: list[tuple[Tensor, Tensor]] = []
         """Losses, and whether the gradients of their steps weren't finite."""
         self.events: list[RewindEvent] = []
@@ -156,12 +159,15 @@ class Rewind:
         Raises:
             ValueError: if there is more than one number.
         """
-        reads = self._one_by_one or len(self._unread) + 1 == self.every
+        reads, before = self._one_by_one or len(self._unread) + 1 == self.every, len(self.events)
         with held() if reads else nullcontext():
             self._unread.append((_number("loss", loss), self._steps.broken))
             self._steps.broken = SOUND
             if reads:
                 self._read()
+        if self._callback is not None:
+            for event in self.events[before:]:
+                self._callback(event)
 
     def state_dict(self) -> dict[str, Any]:
         """All but the events. Load the model's and the optimizer's own states before this one."""

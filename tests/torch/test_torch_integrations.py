@@ -213,21 +213,45 @@ def test_accelerate_with_accumulated_gradients():
     assert optimizer.param_groups[0]["lr"] == 0.1
 
 
-def test_a_guard_refuses_what_accelerate_would_leave_out():
-    """Of 4 accumulated minibatches Accelerate calls an optimizer for the last one only."""
-    accelerate = pytest.importorskip("accelerate")
-    accelerate.Accelerator(cpu=True, gradient_accumulation_steps=4)
-    model = nn.Linear(4, 2)
-    guard = Recommended(*(torch.optim.SGD(model.parameters()) for _ in range(2)), model=model)
-    try:
-        with pytest.raises(ValueError) as error:
-            guard.step(lambda: model(torch.ones(4)).sum())
-    finally:
-        accelerate.state.GradientState._reset_state()
-    assert str(error.value) == (
+ACCELERATE = {
+    "gradient_accumulation_steps": (
+        4,
         "gradient_accumulation_steps must be 1 for Accelerate, got 4: it would leave out the "
-        "guard's calls in between (accumulate in the body, before lane.step)"
-    )
+        "guard's calls in between (accumulate in the body, before lane.step)",
+    ),
+    "mixed_precision": (
+        "fp16",
+        "mixed_precision must be 'no' or 'bf16' for Accelerate, got 'fp16': it would scale the "
+        "gradients of all lanes alike (use torch.autocast, and a GradScaler for each lane)",
+    ),
+}
+
+
+@pytest.mark.parametrize("option", ACCELERATE)
+def test_a_guard_refuses_what_accelerate_would_do_to_it(option):
+    """Of 4 minibatches Accelerate hands on the last call; its scaler steps where there is one."""
+    accelerate = pytest.importorskip("accelerate")
+    value, sentence = ACCELERATE[option]
+
+    def reset():
+        accelerate.state.GradientState._reset_state()
+        accelerate.state.AcceleratorState._reset_state(True)
+
+    reset()
+    model = nn.Linear(4, 2)
+
+    def guard():
+        return Recommended(*(torch.optim.SGD(model.parameters()) for _ in range(2)), model=model)
+
+    before = guard()
+    accelerate.Accelerator(cpu=True, **{option: value})
+    try:
+        for refused in (guard, lambda: before.step(lambda: model(torch.ones(4)).sum())):
+            with pytest.raises(ValueError) as error:
+                refused()
+            assert str(error.value) == sentence
+    finally:
+        reset()
 
 
 def test_a_gradient_scaler_skips_by_itself():

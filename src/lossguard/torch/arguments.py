@@ -99,6 +99,24 @@ def check_model(model: object, params: Sequence[Tensor]) -> None:
         )
 
 
+def check_accelerate() -> None:
+    """Refuse what Accelerate would do to the calls and the gradients of a guard."""
+    accelerate = sys.modules.get("accelerate.state")
+    if accelerate is None:
+        return
+    steps = accelerate.GradientState().num_steps
+    if steps > 1:
+        raise ValueError(
+            f"gradient_accumulation_steps must be 1 for Accelerate, got {steps}: it would "
+            "leave out the guard's calls in between (accumulate in the body, before lane.step)"
+        )
+    if accelerate.is_initialized() and accelerate.AcceleratorState().mixed_precision == "fp16":
+        raise ValueError(
+            "mixed_precision must be 'no' or 'bf16' for Accelerate, got 'fp16': it would scale the "
+            "gradients of all lanes alike (use torch.autocast, and a GradScaler for each lane)"
+        )
+
+
 def check_loop(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> None:
     """Refuse parameters that came later, and gradients from before the minibatch."""
     for one in optimizers:
@@ -108,13 +126,7 @@ def check_loop(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> Non
                 "parameters must be in the optimizers when the guard is built, got "
                 f"{type(one).__name__} with {count} instead of {len(params)}"
             )
-    accelerate = sys.modules.get("accelerate.state")
-    steps = accelerate.GradientState().num_steps if accelerate else 1
-    if steps > 1:
-        raise ValueError(
-            f"gradient_accumulation_steps must be 1 for Accelerate, got {steps}: it would "
-            "leave out the guard's calls in between (accumulate in the body, before lane.step)"
-        )
+    check_accelerate()
     if any(p.grad is not None for p in params):
         raise ValueError(
             "gradients must be computed inside the closure, got some before the step (call "

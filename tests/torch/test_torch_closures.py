@@ -313,6 +313,7 @@ class Master(SGD):
 
     def step(self, closure=None):
         loss = closure() if closure else None
+        self.known = [(p, p.detach()) for p in self.param_groups[0]["params"]]  # no copies
         with torch.no_grad():
             for p in self.param_groups[0]["params"]:
                 master = self.state[p].setdefault("master", p.detach().float().clone())
@@ -343,6 +344,29 @@ def test_master_weights_of_narrow_parameters_go_with_their_lane(kind):
     guard = two(kind, model, lambda ps: Master(ps, lr=0.1), nt=2)
     run(guard, model, [(x.bfloat16(), labels) for x, labels in minibatches(3)])
     assert [*guard._inners.values()][1].copies == {"master"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", ["learned", "fallback"])
+def test_master_weights_that_no_lane_can_have_are_refused(kind, side):
+    class Hides(SGD):
+        """Keeps its copies in an attribute, which no one but itself knows."""
+
+        def step(self, closure=None):
+            params = self.param_groups[0]["params"]
+            self.masters = getattr(self, "masters", [p.detach().clone() for p in params])
+            with torch.no_grad():
+                for p, master in zip(params, self.masters, strict=True):
+                    p.copy_(master.sub_(p.grad, alpha=0.1))
+
+    model = mlp()
+    guard = two(kind, model, **{side: lambda ps: Hides(ps, lr=0.1)}, nt=2)
+    with pytest.raises(ValueError) as error:
+        run(guard, model, minibatches(3))
+    assert str(error.value) == (
+        "optimizers must keep copies of parameters in their state, got Hides with some in an "
+        "attribute, by which it would undo what the guard writes"
+    )
 
 
 @pytest.mark.parametrize("kind", TWO)

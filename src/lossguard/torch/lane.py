@@ -1,6 +1,5 @@
 """A lane: an optimizer's run. Guards run several, and compare their losses."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch.optim import Optimizer
 
 from lossguard.torch.arguments import scalar
 from lossguard.torch.memory import Inner, Memory
-from lossguard.torch.tensors import clones, finite, local, transfer, zero_unsound
+from lossguard.torch.tensors import clones, finite, transfer, zero_unsound
 from lossguard.torch.weights import Copy, Weights
 
 
@@ -185,26 +184,11 @@ class Lane:
 
     def note_copies(self, point: Copy) -> None:
         """Note which entries of its memory hold the parameters, as master weights do."""
-        alike: dict[str, list[bool]] = {}
-        for entries, value in self._entries(point):
-            for key, entry in entries.items():
-                if entry.shape == value.shape and entry.numel() > 1:
-                    alike.setdefault(key, []).append(torch.equal(entry.to(value), value))
-        self.inner.copies |= {key for key, flags in alike.items() if all(flags)}
+        self.inner.note_copies(self.memory(), zip(self.weights.params, point, strict=False))
 
     def move_copies(self, point: Copy) -> None:
         """Have these be the parameters at a point, or the next step would undo the move."""
-        for entries, value in self._entries(point) if self.inner.copies else ():
-            for key in self.inner.copies & entries.keys():
-                entries[key].copy_(value)
-
-    def _entries(self, point: Copy) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """The tensors that it remembers of each parameter, with the parameter's value."""
-        for p, value in zip(self.weights.params, point, strict=False):
-            entries = self.memory().state.get(p)
-            if isinstance(entries, dict):
-                tensors = {k: local(e) for k, e in entries.items() if isinstance(e, Tensor)}
-                yield tensors, value
+        self.inner.move_copies(self.memory(), zip(self.weights.params, point, strict=False))
 
     def __repr__(self) -> str:
         return f"lane {self.name} ({type(self.optimizer).__name__})"

@@ -8,14 +8,20 @@ shared   every other entry of a group (lr, betas, ...): the schedule. It is set 
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from lossguard.torch.rates import options_of, same
-from lossguard.torch.tensors import finite
+from lossguard.torch.tensors import finite, local
+
+MEMORY = ("state", "param_groups")
+"""Attributes of an optimizer of which each lane has its own."""
 
 
 class Memory(NamedTuple):
@@ -88,6 +94,51 @@ class Inner:
         own = [[options.get(key) for key in self.own] for options in memory.options]
         return finite([*memory.state.values(), own])
 
+    def note_copies(self, memory: Memory, values: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Note which entries of a memory hold the parameters, whose values these are.
+
+        Raises:
+            ValueError: if other attributes of the optimizer hold some, where no lane can have them.
+        """
+        attributes = {k: v for k, v in vars(self.optimizer).items() if k not in MEMORY}
+        tensors = [local(leaf) for leaf in tree_leaves(attributes) if isinstance(leaf, Tensor)]
+        params = {
+            local(p).data_ptr() for group in self.optimizer.param_groups for p in group["params"]
+        }
+        hidden = [t for t in tensors if t.layout is torch.strided and t.data_ptr() not in params]
+        alike: dict[str, list[bool]] = {}
+        for p, value in values:
+            if any(_is_copy(tensor, value) for tensor in hidden):
+                raise ValueError(
+                    "optimizers must keep copies of parameters in their state, got "
+                    f"{type(self.optimizer).__name__} with some in an attribute, by which it would "
+                    "undo what the guard writes"
+                )
+            for key, entry in _tensors(memory, p).items():
+                if entry.shape == value.shape and entry.numel() > 1:
+                    alike.setdefault(key, []).append(_is_copy(entry, value))
+        self.copies |= {key for key, flags in alike.items() if all(flags)}
+
+    def move_copies(self, memory: Memory, values: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Have those in a memory be these values."""
+        for p, value in values if self.copies else ():
+            entries = _tensors(memory, p)
+            for key in self.copies & entries.keys():
+                entries[key].copy_(value)
+
     def options(self) -> list[dict[str, Any]]:
         """The entries of each group, without its parameters."""
         return [options_of(group) for group in self.optimizer.param_groups]
+
+
+def _tensors(memory: Memory, p: Tensor) -> dict[str, Tensor]:
+    """What it holds of a parameter, as far as these are tensors."""
+    entries = memory.state.get(p)
+    named = entries.items() if isinstance(entries, dict) else ()
+    return {key: local(entry) for key, entry in named if isinstance(entry, Tensor)}
+
+
+def _is_copy(tensor: Tensor, value: Tensor) -> bool:
+    return (
+        tensor.shape == value.shape and tensor.numel() > 1 and torch.equal(tensor.to(value), value)
+    )

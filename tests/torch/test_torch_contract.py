@@ -255,6 +255,28 @@ def test_a_rate_that_was_0_and_groups_out_of_proportion_are_refused():
         guard.step(closure_for(guard, model, spiral()))
 
 
+def test_an_optimizer_may_find_its_rate_by_itself():
+    """As Adafactor of transformers, whose rate is None: no schedule drives it, which is told."""
+
+    class Own(SGD):
+        def step(self, closure=None):
+            self.param_groups[0]["lr"] = 0.1
+            super().step(closure)
+            self.param_groups[0]["lr"] = None
+
+    def own(ps):
+        optimizer = Own(ps, lr=0.1)
+        optimizer.param_groups[0]["lr"] = None
+        return optimizer
+
+    model = mlp()
+    guard = two(Recommended, model, own, nt=2)
+    run(guard, model, minibatches(4))
+    guard.param_groups[0]["lr"] = 0.1
+    with pytest.warns(RuntimeWarning, match="an optimizer without lr isn't driven by the"):
+        guard.step(closure_for(guard, model, spiral()))
+
+
 def test_a_schedule_is_resumed():
     model, twin = mlp(), mlp()
     guard, other = two(Recommended, model, nt=2), two(Recommended, twin, nt=2)

@@ -460,6 +460,12 @@ def foreign():
     return Rewind(model, torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1))
 
 
+def without_a_rate():
+    model, optimizer = model_and_sgd()
+    optimizer.param_groups[0]["lr"] = None  # as Adafactor of transformers has it
+    return Rewind(model, optimizer)
+
+
 def broken():
     model, optimizer = model_and_sgd()
     nn.init.constant_(model.weight, math.nan)
@@ -486,6 +492,10 @@ WRONG = {
         foreign,
         "optimizer must train parameters of the model, got one of shape (3,) that "
         "model.named_parameters() doesn't have",
+    ),
+    "no rate": (
+        without_a_rate,
+        "optimizer must have a rate, lr, in each of its groups, got one without",
     ),
     "not finite": (broken, "model must be finite, got one that isn't"),
     "window": (

@@ -92,7 +92,7 @@ class Rewind:
 
     Raises:
         ValueError: if an argument is of another kind or out of range, the optimizer trains
-            parameters that the model doesn't have, or the model isn't finite.
+            parameters that the model doesn't have or has no rate, or the model isn't finite.
 
     >>> model = nn.Linear(2, 1)
     >>> rewind = Rewind(model, torch.optim.SGD(model.parameters(), lr=0.1))

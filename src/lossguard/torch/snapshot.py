@@ -38,7 +38,7 @@ class Live:
         offload: keep copies in the host's memory.
 
     Raises:
-        ValueError: if the optimizer has a parameter that the model doesn't have.
+        ValueError: if the optimizer has a parameter that the model doesn't have, or no rate.
     """
 
     def __init__(
@@ -49,6 +49,10 @@ class Live:
         self.names = {param: name for name, param in model.named_parameters()}
         self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         for group in optimizer.param_groups:
+            if group.get("lr") is None:
+                raise ValueError(
+                    "optimizer must have a rate, lr, in each of its groups, got one without"
+                )
             for param in group["params"]:
                 if param not in self.names:
                     raise ValueError(

@@ -133,8 +133,13 @@ def _checked(guard: "Guard", state_dict: Saved, groups: list[Saved], numbers: Sa
     kind, params = _kind(guard), guard._weights.params
     got = {name: numbers.get(name) for name in kind}
     if got != kind:
-        keys = "" if numbers else f", in one with the keys {list(state_dict)}"
-        raise ValueError(f"state_dict must be of a guard with {kind}, got {got}{keys}")
+        other = (
+            f"one with the keys {list(state_dict)} (an optimizer's own goes into the fallback, "
+            "before the guard is built)"
+        )
+        raise ValueError(
+            f"state_dict must be of a guard with {kind}, got {got if numbers else other}"
+        )
     keys = [key for group in groups for key in group["params"]]
     if len(keys) != len(params) or len(groups) != len(guard.param_groups):
         raise ValueError(

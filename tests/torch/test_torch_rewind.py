@@ -407,23 +407,29 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory ne
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
-def test_copies_on_the_host_change_nothing(device):
+@pytest.mark.parametrize("where", ["host", "disk"])
+def test_copies_elsewhere_change_nothing(device, where, tmp_path):
     runs = []
-    for offload in (False, True):
+    for offload in (False, True if where == "host" else tmp_path):
         model, optimizer = network()
         model.to(device)
+        model.register_buffer("empty", torch.ones(0, device=device))
         rewind = Rewind(model, optimizer, window=WINDOW, every=8, offload=offload)
         train(model, optimizer, rewind, 0, 200, range(125, 140))
         runs.append((model, rewind))
     (one, plain), (other, rewind) = runs
     assert_same(one, other)
     assert rewind.events == plain.events != []
-    live = {t.data_ptr() for t in other.state_dict().values()}
+    live = {t.data_ptr() for t in other.state_dict().values() if t.numel()}
     for saved in (rewind._trusted, rewind._candidate):
-        copies = [value for value in saved.values() if isinstance(value, torch.Tensor)]
+        tensors = (value for value in saved.values() if isinstance(value, torch.Tensor))
+        copies = [t for t in tensors if t.numel()]
         assert len(copies) > 2 * len(live) and live.isdisjoint(t.data_ptr() for t in copies)
         assert all(t.device.type == "cpu" for t in copies)
-        assert device == "cpu" or any(t.is_pinned() for t in copies)
+        assert where == "disk" or device == "cpu" or any(t.is_pinned() for t in copies)
+        files = {t.untyped_storage().filename for t in copies}
+        assert files == {None} if where == "host" else len(files) == len(copies)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_masks_may_be_infinite_and_shared_weights_are_copied_once():
@@ -466,6 +472,12 @@ def without_a_rate():
     return Rewind(model, optimizer)
 
 
+def shards():
+    model, optimizer = model_and_sgd()
+    model.weight.to_local = None  # as DTensors have it
+    return Rewind(model, optimizer, offload="folder")
+
+
 def broken():
     model, optimizer = model_and_sgd()
     nn.init.constant_(model.weight, math.nan)
@@ -497,6 +509,7 @@ WRONG = {
         without_a_rate,
         "optimizer must have a rate, lr, in each of its groups, got one without",
     ),
+    "shards": (shards, "offload must be True or False for shards, got 'folder'"),
     "not finite": (broken, "model must be finite, got one that isn't"),
     "window": (
         lambda: Rewind(*model_and_sgd(), window=100),

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lossguard.torch.process import held
 from lossguard.torch.ranks import mean_of_ranks
 from lossguard.torch.rule import Rule
-from lossguard.torch.snapshot import SOUND, CarefulSteps, Live, Saved, load, save
+from lossguard.torch.snapshot import SOUND, CarefulSteps, Live, Offload, Saved, load, save
 from lossguard.torch.tensors import local, stacked
 from lossguard.validation import check_count, check_kind
 
@@ -76,7 +76,8 @@ class Rewind:
         factor: what steps are multiplied by after a return.
         rise: the share of the progress since the start that has to be lost.
         every: calls between two reads; a divisor of window / 4.
-        offload: keep snapshots in the host's memory (pinned, where there is CUDA).
+        offload: keep snapshots in the host's memory (pinned, where there is CUDA), or, if it is
+            the path of a folder, on disk.
         audit: the loss on a held minibatch, without gradients; called once every B steps. A
             candidate is only trusted if it isn't worse there than the best trusted one by more than
             ``rise``, and 4 more worse ones than others are an alarm.
@@ -112,7 +113,7 @@ class Rewind:
         factor: float = 0.5,
         rise: float = 0.05,
         every: int = 16,
-        offload: bool = False,
+        offload: Offload = False,
         audit: Callable[[], Any] | None = None,
         callback: Callable[[RewindEvent], object] | None = None,
         group: "distributed.ProcessGroup | None" = None,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lossguard.torch import Rewind, RewindEvent
 
@@ -229,6 +230,22 @@ def test_a_scheduler_that_is_named_goes_back():
     assert rewind.returns == 1 and scheduler.last_epoch == 112
     expected = 0.5 * (1 + math.cos(math.pi * 112 / 1000))
     assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+
+
+def test_an_average_of_weights_that_is_named_goes_back():
+    model, optimizer = one_weight()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    rewind = Rewind(model, optimizer, schedulers=[average], window=WINDOW, every=4)
+
+    def update():
+        average.update_parameters(model)
+
+    drive(rewind, model, optimizer, FALLS[:112], after=update)
+    before = copy.deepcopy(average.state_dict())
+    drive(rewind, model, optimizer, FALLS[112:] + HIGH[:8], after=update)
+    assert rewind.returns == 1 and model.weight.item() == -112
+    for name, value in average.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_an_error_within_a_step_leaves_the_rates():

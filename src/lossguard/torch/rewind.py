@@ -48,13 +48,6 @@ def _of_rule(name: str, doc: str) -> Any:
 class Rewind:
     """Watches one optimizer: called after the step, it wraps nothing.
 
-        rewind = Rewind(model, optimizer)
-        for x, t in loader:
-            loss = loss_fn(model(x), t)
-            loss.backward()
-            optimizer.step(); scheduler.step(); optimizer.zero_grad()
-            rewind.observe(loss)
-
     Alarm, snapshots, scale and budget are those of ``lossguard.rewind`` (``docs/guards.md``). Here
     the host reads the losses every ``every`` calls, and an alarm waits for that.
 
@@ -96,10 +89,16 @@ class Rewind:
             parameters that the model doesn't have or has no rate, or the model isn't finite.
 
     >>> model = nn.Linear(2, 1)
-    >>> rewind = Rewind(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    >>> rewind.observe(torch.tensor(0.5))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> rewind = Rewind(model, optimizer)
+    >>> for minibatch in range(3):
+    ...     loss = model(torch.ones(2)).square().mean()
+    ...     loss.backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    ...     rewind.observe(loss)
     >>> rewind.calls, rewind.returns, rewind.scale
-    (1, 0, 1.0)
+    (3, 0, 1.0)
     """
 
     def __init__(

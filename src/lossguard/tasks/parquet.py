@@ -20,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from .images import ImageSource, SplitSource
+from .sources import ImageSource, SplitSource
 
 VARIABLE = "LOSSGUARD_DATA"
 

@@ -1,7 +1,6 @@
 """The numbers of many tensors at once."""
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import reduce
 from typing import Any
@@ -51,18 +50,16 @@ def finite(value: Any) -> bool:
 @torch.no_grad()
 def are_finite(tensors: Iterable[Tensor]) -> Tensor:
     """Whether every number is finite, as a tensor: nothing waits for the device."""
-    groups: dict[Any, list[Tensor]] = defaultdict(list)
     flags: list[Tensor] = []
+    with_norms: list[Tensor] = []
     for given in tensors:
         tensor = given if _has_norm(given) else _measurable(given)
         if _has_norm(tensor):
-            groups[tensor.device, tensor.dtype].append(tensor)
+            with_norms.append(tensor)
         elif tensor.is_floating_point() and tensor.numel():
             flags.append(tensor.isfinite().all())
-    for group in groups.values():
-        norms = torch._foreach_norm(group, math.inf)  # pyright: ignore
-        # the largest number, or NaN; no overflow
-        flags.append(torch.stack(norms).amax() < math.inf)
+    if with_norms:  # the largest number, or NaN; no overflow
+        flags.append(nn.utils.get_total_norm(with_norms, math.inf) < math.inf)
     if not flags:
         return torch.tensor(True)
     return flags[0] if len(flags) == 1 else stacked(flags).all()

@@ -70,3 +70,4 @@ def test_private_names_of_pytorch_are_these() -> None:
     assert theirs - {"_asdict", "_replace"} <= set(PRIVATE) <= used
     assert all(f"def {test}(" in tests for test in PRIVATE.values())
     assert not any("gc.get_objects" in text or "scipy" in text for text in FILES.values())
+    assert not any(re.search(r"(from|import) torch[\w.]*\._", text) for text in FILES.values())

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from lossguard.torch.rates import options_of, same
-from lossguard.torch.tensors import finite, local
+from lossguard.torch.tensors import finite, leaves, local
 
 MEMORY = ("state", "param_groups")
 """Attributes of an optimizer of which each lane has its own."""
@@ -101,7 +100,7 @@ class Inner:
             ValueError: if other attributes of the optimizer hold some, where no lane can have them.
         """
         attributes = {k: v for k, v in vars(self.optimizer).items() if k not in MEMORY}
-        tensors = [local(leaf) for leaf in tree_leaves(attributes) if isinstance(leaf, Tensor)]
+        tensors = [local(leaf) for leaf in leaves(attributes) if isinstance(leaf, Tensor)]
         params = {
             local(p).data_ptr() for group in self.optimizer.param_groups for p in group["params"]
         }

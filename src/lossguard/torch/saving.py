@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from lossguard.torch.memory import Memory
 from lossguard.torch.ranks import are_running, check_rank, sharded_as, this_rank
-from lossguard.torch.tensors import clones, local, read, transfer
+from lossguard.torch.tensors import clones, leaves, local, read, transfer
 
 if TYPE_CHECKING:
     from lossguard.torch.guard import Guard
@@ -46,7 +45,7 @@ def save(guard: "Guard") -> Saved:
         "leader": guard._leader.name,
         "running": [lane.name for lane in guard._others],
         "rates": guard._rates.numbers(),
-        "rules": tree_leaves(_rules(guard)),
+        "rules": list(leaves(_rules(guard))),
         "optimizers": {
             name: [sorted(inner.own), sorted(inner.copies), inner.options()]
             for name, inner in guard._inners.items()
@@ -79,7 +78,7 @@ def load(guard: "Guard", state_dict: Saved) -> None:
         for name, buffers in numbers["buffers"].items()
     }
     memories = [_unpack(lane, params, state, numbers["memories"][lane.name]) for lane in lanes]
-    if len(numbers["rules"]) != len(tree_leaves(_rules(guard))):
+    if len(numbers["rules"]) != len(list(leaves(_rules(guard)))):
         raise ValueError(f"state_dict must have the numbers of a {numbers['kind']}, got others")
     rules = _filled(_rules(guard), iter(numbers["rules"]))
 
@@ -237,7 +236,7 @@ def _unpack(lane: "Lane", params: list[Tensor], state: list[Saved], rest: Saved)
     kept = rest["others"]  # what parameters share is shared in the copy
     kept |= {p: made for p, made in zip(params, copy.deepcopy(of_params), strict=True) if made}
     for p in params:
-        for t in tree_leaves(kept.get(p)):
+        for t in leaves(kept.get(p)):
             if isinstance(t, Tensor) and t.device != p.device and (t.dim() or on_device):
                 t.data = t.to(p.device)
     if not kept:

@@ -1,13 +1,13 @@
 """The numbers of many tensors at once."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 ONE = torch.ones(())
 PLAIN = (Tensor, nn.Parameter)
@@ -35,15 +35,28 @@ def transfer(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         ) from error
 
 
+def leaves(value: Any) -> Iterator[Any]:
+    """What nested dictionaries and sequences hold.
+
+    >>> list(leaves({"a": [1, (2, None)], "b": "text"}))
+    [1, 2, None, 'text']
+    """
+    if isinstance(value, (dict, list, tuple, deque)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from leaves(one)
+    else:
+        yield value
+
+
 def finite(value: Any) -> bool:
     """Whether every number in nested containers is finite: one read from each device.
 
     >>> finite({"a": [torch.ones(2), 3.0]}), finite([torch.tensor([1.0, math.nan])])
     (True, False)
     """
-    leaves = tree_leaves(value)
-    numbers = [leaf for leaf in leaves if isinstance(leaf, float)]
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    found = list(leaves(value))
+    numbers = [leaf for leaf in found if isinstance(leaf, float)]
+    tensors = [leaf for leaf in found if isinstance(leaf, Tensor)]
     return all(map(math.isfinite, numbers)) and bool(are_finite(tensors))
 
 

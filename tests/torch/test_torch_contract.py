@@ -207,11 +207,19 @@ def test_one_schedule_drives_all_rates_of_a_function():
     assert [float(rate) for rate in rates] == pytest.approx([0.05, 0.2])  # the tensors themselves
 
 
-def test_each_may_have_a_schedule_of_its_own():
+@pytest.mark.parametrize("first", ["guard", "schedulers"])
+def test_each_may_have_a_schedule_of_its_own(first):
+    """Built before the guard, or after it: a scheduler wraps its optimizer's step."""
     model = mlp()
-    guard = two(BestOf, model, nt=2)
-    optimizers = [inner.optimizer for inner in guard._inners.values()]
-    schedulers = [StepLR(one, 1, gamma) for one, gamma in zip(optimizers, (0.5, 0.1), strict=True)]
+    optimizers = [SGD(model.parameters(), lr=0.3), Adam(model.parameters(), lr=0.05)]
+
+    def schedules():
+        pairs = zip(optimizers, (0.5, 0.1), strict=True)
+        return [StepLR(one, 1, gamma) for one, gamma in pairs]
+
+    schedulers = schedules() if first == "schedulers" else []
+    guard = BestOf(optimizers, model=model, nt=2)
+    schedulers = schedulers or schedules()
     for batch in minibatches(2):
         guard.step(closure_for(guard, model, batch))
         for scheduler in schedulers:

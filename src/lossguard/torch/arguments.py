@@ -58,7 +58,8 @@ def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
 
 def _check_step(name: str, optimizer: Optimizer) -> None:
     """Refuse what needs a closure: it may evaluate again, where a loop's body can't follow."""
-    argument = next(iter(inspect.signature(optimizer.step).parameters.values()), None)
+    arguments = inspect.signature(optimizer.step).parameters.values()
+    argument = next((one for one in arguments if one.name != "self"), None)  # in a scheduler's wrap
     stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     if argument is None or argument.name == "loss" or argument.kind in stars:
         return

@@ -431,10 +431,16 @@ def test_errors_of_arguments():
     one = SGD([w], lr=0.1)
     shared = Adam([w], lr=0.1)
     shared.param_groups = one.param_groups
+    around = SGD([w], lr=0.1)
+    around.fast = Adam([w], lr=0.1)  # as Lookahead and ZeroRedundancyOptimizer have one
     model = mlp()
     cases = [
         (lambda: Recommended(one, one, model=None), "learned must have parameter groups of its ow"),
         (lambda: Recommended(shared, one, model=None), "learned must have parameter groups of its"),
+        (
+            lambda: Recommended(around, one, model=None),
+            "learned must keep all that it remembers in its state, got SGD around Adam",
+        ),
         (lambda: Recommended(SGD([v]), one, model=None), "learned must have the parameters of fal"),
         (
             lambda: Recommended(3, one, model=None),

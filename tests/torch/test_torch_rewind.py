@@ -489,6 +489,13 @@ def without_a_rate():
     return Rewind(model, optimizer)
 
 
+def around():
+    model, optimizer = model_and_sgd()
+    outer = torch.optim.SGD(model.parameters(), lr=0.1)
+    outer.optimizer = optimizer  # as Lookahead has one, with weights of its own beside
+    return Rewind(model, outer)
+
+
 def shards():
     model, optimizer = model_and_sgd()
     model.weight.to_local = None  # as DTensors have it
@@ -521,6 +528,10 @@ WRONG = {
         foreign,
         "optimizer must train parameters of the model, got one of shape (3,) that "
         "model.named_parameters() doesn't have",
+    ),
+    "around": (
+        around,
+        "optimizer must keep all that it remembers in its state, got SGD around SGD",
     ),
     "no rate": (
         without_a_rate,

@@ -35,6 +35,7 @@ def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
             raise ValueError(
                 f"{name} must be a torch.optim.Optimizer and no guard, got {type(one).__name__}"
             )
+        check_wrapped(name, one)
         _check_step(name, one)
         if any(group.get("maximize") for group in one.param_groups):
             raise ValueError(f"{name} must minimize the loss, got one with maximize=True")
@@ -54,6 +55,16 @@ def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
                 f"tensors, got {len(params)}, of which {len(common)} are the same"
             )
     return first
+
+
+def check_wrapped(name: str, optimizer: Any) -> None:
+    """Refuse an optimizer around another one that remembers for itself: it would not go along."""
+    for inner in vars(optimizer).values():
+        if isinstance(inner, Optimizer) and inner.state is not getattr(optimizer, "state", None):
+            raise ValueError(
+                f"{name} must keep all that it remembers in its state, got "
+                f"{type(optimizer).__name__} around {type(inner).__name__}"
+            )
 
 
 def _check_step(name: str, optimizer: Optimizer) -> None:

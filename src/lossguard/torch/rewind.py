@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
+from lossguard.torch.arguments import check_wrapped
 from lossguard.torch.process import held
 from lossguard.torch.ranks import mean_of_ranks
 from lossguard.torch.rule import Rule
@@ -254,6 +255,8 @@ def innermost(optimizer: Any) -> Optimizer:
     """The optimizer beneath wrappers such as Accelerate's and Lightning's, which step that one."""
     inner = optimizer
     while isinstance(getattr(inner, "optimizer", None), Optimizer):
+        check_wrapped("optimizer", inner)
         inner = inner.optimizer
     check_kind("optimizer", inner, Optimizer, "torch.optim.AdamW(model.parameters())")
+    check_wrapped("optimizer", inner)
     return inner

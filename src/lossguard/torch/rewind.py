@@ -74,7 +74,7 @@ class Rewind:
             the path of a folder, on disk.
         audit: the loss on a held minibatch, without gradients; called once every B steps. A
             candidate is only trusted if it isn't worse there than the best trusted one by more than
-            ``rise``, and 4 more worse ones than others are an alarm.
+            four times ``rise``, and 4 more worse ones than others are an alarm.
         callback: called with every event, when it is over: to log it, or to make the optimizer's
             settings careful.
         group: the ranks that decide together; all of them by default.

@@ -326,6 +326,7 @@ class Master(SGD):
 
     def step(self, closure=None):
         loss = closure() if closure else None
+        self.known = [(p, p.detach()) for p in self.param_groups[0]["params"]]  # no copies
         with torch.no_grad():
             for p in self.param_groups[0]["params"]:
                 master = self.state[p].setdefault("master", p.detach().float().clone())
@@ -366,7 +367,8 @@ def test_master_weights_go_with_their_lane(kind, rates):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_copies_of_the_parameters_that_lanes_would_share_are_refused(kind):
+@pytest.mark.parametrize("side", ["learned", "fallback"])
+def test_copies_of_the_parameters_that_lanes_would_share_are_refused(kind, side):
     class Elsewhere(SGD):
         def __init__(self, params, lr):
             super().__init__(params, lr=lr)
@@ -380,7 +382,7 @@ def test_copies_of_the_parameters_that_lanes_would_share_are_refused(kind):
                     p.copy_(master)
 
     model = mlp()
-    guard = two(kind, model, lambda ps: Elsewhere(ps, lr=0.1), nt=2)
+    guard = two(kind, model, **{side: lambda ps: Elsewhere(ps, lr=0.1)}, nt=2)
     message = "optimizer's state, where each lane has its own, got Elsewhere with some in masters"
     with pytest.raises(ValueError, match=message):
         run(guard, model, minibatches(2))
@@ -456,10 +458,16 @@ def test_errors_of_arguments():
     one = SGD([w], lr=0.1)
     shared = Adam([w], lr=0.1)
     shared.param_groups = one.param_groups
+    around = SGD([w], lr=0.1)
+    around.fast = Adam([w], lr=0.1)  # as Lookahead and ZeroRedundancyOptimizer have one
     model = mlp()
     cases = [
         (lambda: Recommended(one, one, model=None), "learned must have parameter groups of its ow"),
         (lambda: Recommended(shared, one, model=None), "learned must have parameter groups of its"),
+        (
+            lambda: Recommended(around, one, model=None),
+            "learned must keep all that it remembers in its state, got SGD around Adam",
+        ),
         (lambda: Recommended(SGD([v]), one, model=None), "learned must have the parameters of fal"),
         (
             lambda: Recommended(3, one, model=None),

@@ -168,7 +168,7 @@ def test_what_is_no_state_of_its_own_is_refused_whole(kind):
         (normed.state_dict(), "state_dict must be of the same model, with 0 buffers"),
         (foreign.state_dict(), rf"state_dict must be of a guard with {{'kind': '{kind.__name__}'"),
         (longer.state_dict(), "state_dict must be of a guard with .*'nt': 3.* got .*'nt': 4"),
-        (SGD(model.parameters()).state_dict(), "state_dict must be of a .* keys .'state', 'param_"),
+        (SGD(model.parameters()).state_dict(), "state_dict must be of a .* before the guard is"),
         (broken, f"state_dict must hold {name} of each parameter"),
     ]
     if kind is not LossGuard:
@@ -218,11 +218,19 @@ def test_one_schedule_drives_all_rates_of_a_function():
     assert [float(rate) for rate in rates] == pytest.approx([0.05, 0.2])  # the tensors themselves
 
 
-def test_each_may_have_a_schedule_of_its_own():
+@pytest.mark.parametrize("first", ["guard", "schedulers"])
+def test_each_may_have_a_schedule_of_its_own(first):
+    """Built before the guard, or after it: a scheduler wraps its optimizer's step."""
     model = mlp()
-    guard = two(BestOf, model, nt=2)
-    optimizers = [inner.optimizer for inner in guard._inners.values()]
-    schedulers = [StepLR(one, 1, gamma) for one, gamma in zip(optimizers, (0.5, 0.1), strict=True)]
+    optimizers = [SGD(model.parameters(), lr=0.3), Adam(model.parameters(), lr=0.05)]
+
+    def schedules():
+        pairs = zip(optimizers, (0.5, 0.1), strict=True)
+        return [StepLR(one, 1, gamma) for one, gamma in pairs]
+
+    schedulers = schedules() if first == "schedulers" else []
+    guard = BestOf(optimizers, model=model, nt=2)
+    schedulers = schedulers or schedules()
     for batch in minibatches(2):
         guard.step(closure_for(guard, model, batch))
         for scheduler in schedulers:
@@ -263,6 +271,28 @@ def test_a_rate_that_was_0_and_groups_out_of_proportion_are_refused():
     assert [*guard._inners.values()][1].optimizer.param_groups[0]["lr"] == pytest.approx(0.005)
     guard.param_groups[0]["lr"] = 0.1
     with pytest.raises(ValueError, match=r"^rates of the guard's groups must change in proportion"):
+        guard.step(closure_for(guard, model, spiral()))
+
+
+def test_an_optimizer_may_find_its_rate_by_itself():
+    """As Adafactor of transformers, whose rate is None: no schedule drives it, which is told."""
+
+    class Own(SGD):
+        def step(self, closure=None):
+            self.param_groups[0]["lr"] = 0.1
+            super().step(closure)
+            self.param_groups[0]["lr"] = None
+
+    def own(ps):
+        optimizer = Own(ps, lr=0.1)
+        optimizer.param_groups[0]["lr"] = None
+        return optimizer
+
+    model = mlp()
+    guard = two(Recommended, model, own, nt=2)
+    run(guard, model, minibatches(4))
+    guard.param_groups[0]["lr"] = 0.1
+    with pytest.warns(RuntimeWarning, match="an optimizer without lr isn't driven by the"):
         guard.step(closure_for(guard, model, spiral()))
 
 

@@ -42,21 +42,28 @@ def module():
     return lightning, Classifier
 
 
-def fit(steps, callback, accumulate=1, rows=4096, **where):
-    lightning, make = module()
-    trainer = lightning.Trainer(
+def loader(rows=4096):
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data(rows)), batch_size=8)
+
+
+def quick(lightning, callback, steps=15, **options):
+    return lightning.Trainer(
         max_steps=steps,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        accumulate_grad_batches=accumulate,
         callbacks=[callback],
+        **options,
     )
+
+
+def fit(steps, callback, accumulate=1, rows=4096, **where):
+    lightning, make = module()
+    trainer = quick(lightning, callback, steps, accumulate_grad_batches=accumulate)
     model = make()
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data(rows)), batch_size=8)
-    trainer.fit(model, loader, **where)
+    trainer.fit(model, loader(rows), **where)
     return trainer, model
 
 
@@ -83,7 +90,34 @@ def test_lightning_resumes(tmp_path):
         assert torch.equal(mine, other)
 
 
-def trainer_of(out, steps, callback, accumulate=1):
+def test_lightning_without_a_loss():
+    """A minibatch that is left out, none yet, and steps that Lightning doesn't take itself."""
+    lightning, make = module()
+
+    class LeavesOut(make):
+        def training_step(self, batch, index):
+            return None if index % 5 == 2 else super().training_step(batch, index)
+
+    callback = lightning_rewind(**OPTIONS)
+    trainer = quick(lightning, callback)
+    assert callback.state_dict() == {}
+    trainer.fit(LeavesOut(), loader())
+    assert callback.rewind.calls == 12 and trainer.global_step == 15
+    model = make()
+    model.automatic_optimization = False
+    with pytest.raises(ValueError) as error:
+        quick(lightning, callback).fit(model, loader())
+    assert str(error.value) == (
+        "automatic_optimization must be True for lightning_rewind, got False (call Rewind.observe "
+        "after the step)"
+    )
+
+
+def named(loss, logits):
+    return {"loss": loss, "logits": logits}
+
+
+def trainer_of(out, steps, callback, accumulate=1, returned=named):
     transformers = pytest.importorskip("transformers")
 
     class Model(nn.Module):
@@ -97,7 +131,7 @@ def trainer_of(out, steps, callback, accumulate=1):
             loss = nn.functional.cross_entropy(logits, labels)
             step = self.seen // accumulate
             self.seen += self.training
-            return {"loss": loss * (30 if step in FAULT else 1), "logits": logits}
+            return returned(loss * (30 if step in FAULT else 1), logits)
 
     x, t = data()
     return transformers.Trainer(
@@ -142,6 +176,21 @@ def test_the_trainer_resumes(tmp_path, monkeypatch):
         assert torch.equal(mine, other)
 
 
+def test_the_trainer_with_models_that_name_no_loss(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    callback = trainer_rewind(**OPTIONS)
+    trainer_of(tmp_path, 15, callback, returned=lambda *both: both).train()
+    assert callback.rewind.calls == 15
+    lost = trainer_of(tmp_path, 15, callback, returned=lambda loss, logits: {"logits": logits})
+    lost.compute_loss = lambda model, inputs, **_: model(**inputs)["logits"].square().sum()
+    with pytest.raises(ValueError) as error:
+        lost.train()
+    assert str(error.value) == (
+        "the model must return its loss for trainer_rewind, got an output without (call "
+        "Rewind.observe in a Trainer's training_step)"
+    )
+
+
 def test_accelerate_with_accumulated_gradients():
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
@@ -164,21 +213,45 @@ def test_accelerate_with_accumulated_gradients():
     assert optimizer.param_groups[0]["lr"] == 0.1
 
 
-def test_a_guard_refuses_what_accelerate_would_leave_out():
-    """Of 4 accumulated minibatches Accelerate calls an optimizer for the last one only."""
-    accelerate = pytest.importorskip("accelerate")
-    accelerate.Accelerator(cpu=True, gradient_accumulation_steps=4)
-    model = nn.Linear(4, 2)
-    guard = Recommended(*(torch.optim.SGD(model.parameters()) for _ in range(2)), model=model)
-    try:
-        with pytest.raises(ValueError) as error:
-            guard.step(lambda: model(torch.ones(4)).sum())
-    finally:
-        accelerate.state.GradientState._reset_state()
-    assert str(error.value) == (
+ACCELERATE = {
+    "gradient_accumulation_steps": (
+        4,
         "gradient_accumulation_steps must be 1 for Accelerate, got 4: it would leave out the "
-        "guard's calls in between (accumulate in the body, before lane.step)"
-    )
+        "guard's calls in between (accumulate in the body, before lane.step)",
+    ),
+    "mixed_precision": (
+        "fp16",
+        "mixed_precision must be 'no' or 'bf16' for Accelerate, got 'fp16': it would scale the "
+        "gradients of all lanes alike (use torch.autocast, and a GradScaler for each lane)",
+    ),
+}
+
+
+@pytest.mark.parametrize("option", ACCELERATE)
+def test_a_guard_refuses_what_accelerate_would_do_to_it(option):
+    """Of 4 minibatches Accelerate hands on the last call; its scaler steps where there is one."""
+    accelerate = pytest.importorskip("accelerate")
+    value, sentence = ACCELERATE[option]
+
+    def reset():
+        accelerate.state.GradientState._reset_state()
+        accelerate.state.AcceleratorState._reset_state(True)
+
+    reset()
+    model = nn.Linear(4, 2)
+
+    def guard():
+        return Recommended(*(torch.optim.SGD(model.parameters()) for _ in range(2)), model=model)
+
+    before = guard()
+    accelerate.Accelerator(cpu=True, **{option: value})
+    try:
+        for refused in (guard, lambda: before.step(lambda: model(torch.ones(4)).sum())):
+            with pytest.raises(ValueError) as error:
+                refused()
+            assert str(error.value) == sentence
+    finally:
+        reset()
 
 
 def test_a_gradient_scaler_skips_by_itself():

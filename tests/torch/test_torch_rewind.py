@@ -10,6 +10,7 @@ import torch
 from models import loss_fn, minibatches, mlp, refusals_of_damaged
 from torch import nn
 from torch.optim import lr_scheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lossguard.torch import Rewind, RewindEvent
 
@@ -232,6 +233,22 @@ def test_a_scheduler_that_is_named_goes_back():
     assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
 
 
+def test_an_average_of_weights_that_is_named_goes_back():
+    model, optimizer = one_weight()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    rewind = Rewind(model, optimizer, schedulers=[average], window=WINDOW, every=4)
+
+    def update():
+        average.update_parameters(model)
+
+    drive(rewind, model, optimizer, FALLS[:112], after=update)
+    before = copy.deepcopy(average.state_dict())
+    drive(rewind, model, optimizer, FALLS[112:] + HIGH[:8], after=update)
+    assert rewind.returns == 1 and model.weight.item() == -112
+    for name, value in average.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 def test_an_error_within_a_step_leaves_the_rates():
     model, optimizer = one_weight()
     rewind = Rewind(model, optimizer, window=WINDOW, every=4)
@@ -246,15 +263,38 @@ def test_an_error_within_a_step_leaves_the_rates():
     assert optimizer.param_groups[0]["lr"] == 1.0
 
 
-def test_an_audit_sees_what_the_losses_do_not():
+def test_a_callback_may_make_the_optimizer_careful():
+    """And may save: the event is over, with the model back and the scale lower."""
+    model, optimizer = one_weight(momentum=0.5)
+    heard = []
+
+    def careful(event):
+        assert rewind.events[-1] is event and rewind.scale == event.scale
+        calls = rewind.state_dict()["rule"]["rule"]["calls"]
+        heard.append((event.kind, model.weight.item(), calls))
+        for group in optimizer.param_groups:
+            group["momentum"] = 0.0
+
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4, callback=careful)
+    drive(rewind, model, optimizer, FALLS[:112])
+    good = model.weight.item()
+    drive(rewind, model, optimizer, FALLS[112:] + HIGH[:8])
+    assert heard == [("return", good, 136)] and len(rewind.events) == 1
+    drive(rewind, model, optimizer, [1.0])
+    assert model.weight.item() == good - rewind._rule._factor
+
+
+@pytest.mark.parametrize(("level", "events"), [(0.3, [("return", "audit", 128)]), (0.25, [])])
+def test_an_audit_sees_what_the_losses_do_not(level, events):
+    """A fifth of the progress from 1.0 to 0.1 is 0.18."""
     model, optimizer = one_weight()
-    audits = iter([1.0, 0.5, 0.2, 0.1, *[0.3] * 100])
+    audits = iter([1.0, 0.5, 0.2, 0.1, *[level] * 100])
     rewind = Rewind(model, optimizer, window=WINDOW, every=4, audit=lambda: next(audits))
     drive(rewind, model, optimizer, [1.0] * 112)
     assert not rewind.events
     drive(rewind, model, optimizer, [1.0] * 16)
-    assert [(e.kind, e.cause, e.call) for e in rewind.events] == [("return", "audit", 128)]
-    assert model.weight == -64
+    assert [(e.kind, e.cause, e.call) for e in rewind.events] == events
+    assert model.weight == (-64 if events else -128)
 
 
 def network(seed=0):
@@ -403,23 +443,29 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory ne
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
-def test_copies_on_the_host_change_nothing(device):
+@pytest.mark.parametrize("where", ["host", "disk"])
+def test_copies_elsewhere_change_nothing(device, where, tmp_path):
     runs = []
-    for offload in (False, True):
+    for offload in (False, True if where == "host" else tmp_path):
         model, optimizer = network()
         model.to(device)
+        model.register_buffer("empty", torch.ones(0, device=device))
         rewind = Rewind(model, optimizer, window=WINDOW, every=8, offload=offload)
         train(model, optimizer, rewind, 0, 200, range(125, 140))
         runs.append((model, rewind))
     (one, plain), (other, rewind) = runs
     assert_same(one, other)
     assert rewind.events == plain.events != []
-    live = {t.data_ptr() for t in other.state_dict().values()}
+    live = {t.data_ptr() for t in other.state_dict().values() if t.numel()}
     for saved in (rewind._trusted, rewind._candidate):
-        copies = [value for value in saved.values() if isinstance(value, torch.Tensor)]
+        tensors = (value for value in saved.values() if isinstance(value, torch.Tensor))
+        copies = [t for t in tensors if t.numel()]
         assert len(copies) > 2 * len(live) and live.isdisjoint(t.data_ptr() for t in copies)
         assert all(t.device.type == "cpu" for t in copies)
-        assert device == "cpu" or any(t.is_pinned() for t in copies)
+        assert where == "disk" or device == "cpu" or any(t.is_pinned() for t in copies)
+        files = {t.untyped_storage().filename for t in copies}
+        assert files == {None} if where == "host" else len(files) == len(copies)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_masks_may_be_infinite_and_shared_weights_are_copied_once():
@@ -456,6 +502,25 @@ def foreign():
     return Rewind(model, torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1))
 
 
+def without_a_rate():
+    model, optimizer = model_and_sgd()
+    optimizer.param_groups[0]["lr"] = None  # as Adafactor of transformers has it
+    return Rewind(model, optimizer)
+
+
+def around():
+    model, optimizer = model_and_sgd()
+    outer = torch.optim.SGD(model.parameters(), lr=0.1)
+    outer.optimizer = optimizer  # as Lookahead has one, with weights of its own beside
+    return Rewind(model, outer)
+
+
+def shards():
+    model, optimizer = model_and_sgd()
+    model.weight.to_local = None  # as DTensors have it
+    return Rewind(model, optimizer, offload="folder")
+
+
 def broken():
     model, optimizer = model_and_sgd()
     nn.init.constant_(model.weight, math.nan)
@@ -483,6 +548,15 @@ WRONG = {
         "optimizer must train parameters of the model, got one of shape (3,) that "
         "model.named_parameters() doesn't have",
     ),
+    "around": (
+        around,
+        "optimizer must keep all that it remembers in its state, got SGD around SGD",
+    ),
+    "no rate": (
+        without_a_rate,
+        "optimizer must have a rate, lr, in each of its groups, got one without",
+    ),
+    "shards": (shards, "offload must be True or False for shards, got 'folder'"),
     "not finite": (broken, "model must be finite, got one that isn't"),
     "window": (
         lambda: Rewind(*model_and_sgd(), window=100),

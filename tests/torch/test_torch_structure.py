@@ -50,7 +50,6 @@ PRIVATE = {
     "_optimizer_load_state_dict_post_hooks": "test_hooks_are_called",
     "_amp_foreach_non_finite_check_and_unscale_": "test_one_bad_number_makes_all_gradients_0",
     "_foreach_copy_": "test_models",
-    "_foreach_norm": "test_finite",
     "_foreach_mul": "test_equals_the_one_in_jax",
     "_foreach_lerp_": "test_equals_the_one_in_jax",
     "_foreach_add_": "test_equals_the_one_in_jax",
@@ -71,3 +70,4 @@ def test_private_names_of_pytorch_are_these() -> None:
     assert theirs - {"_asdict", "_replace"} <= set(PRIVATE) <= used
     assert all(f"def {test}(" in tests for test in PRIVATE.values())
     assert not any("gc.get_objects" in text or "scipy" in text for text in FILES.values())
+    assert not any(re.search(r"(from|import) torch[\w.]*\._", text) for text in FILES.values())

@@ -95,7 +95,8 @@ def best_of(
     for one in members:
         check_kind("each of guards", one, Guard, "unguarded(optimizer)")
     share = None if share is None else check_share(share)
-    rules = SideBySide(members, share, check, check_count("nc", nc, most=LONGEST), check_decay(decay))
+    nc, decay = check_count("nc", nc, most=LONGEST), check_decay(decay)
+    rules = SideBySide(members, share, check, nc, decay)
     return Guard(rules.init, rules.step)
 
 

@@ -36,6 +36,7 @@ def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
             raise ValueError(
                 f"{name} must be a torch.optim.Optimizer and no guard, got {type(one).__name__}"
             )
+        check_wrapped(name, one)
         _check_step(name, one)
         if any(group.get("maximize") for group in one.param_groups):
             raise ValueError(f"{name} must minimize the loss, got one with maximize=True")
@@ -57,9 +58,20 @@ def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
     return first
 
 
+def check_wrapped(name: str, optimizer: Any) -> None:
+    """Refuse an optimizer around another one that remembers for itself: it would not go along."""
+    for inner in vars(optimizer).values():
+        if isinstance(inner, Optimizer) and inner.state is not getattr(optimizer, "state", None):
+            raise ValueError(
+                f"{name} must keep all that it remembers in its state, got "
+                f"{type(optimizer).__name__} around {type(inner).__name__}"
+            )
+
+
 def _check_step(name: str, optimizer: Optimizer) -> None:
     """Refuse what needs a closure: it may evaluate again, where a loop's body can't follow."""
-    argument = next(iter(inspect.signature(optimizer.step).parameters.values()), None)
+    arguments = inspect.signature(optimizer.step).parameters.values()
+    argument = next((one for one in arguments if one.name != "self"), None)  # in a scheduler's wrap
     stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     if argument is None or argument.name == "loss" or argument.kind in stars:
         return
@@ -100,6 +112,24 @@ def check_model(model: object, params: Sequence[Tensor]) -> None:
         )
 
 
+def check_accelerate() -> None:
+    """Refuse what Accelerate would do to the calls and the gradients of a guard."""
+    accelerate = sys.modules.get("accelerate.state")
+    if accelerate is None:
+        return
+    steps = accelerate.GradientState().num_steps
+    if steps > 1:
+        raise ValueError(
+            f"gradient_accumulation_steps must be 1 for Accelerate, got {steps}: it would "
+            "leave out the guard's calls in between (accumulate in the body, before lane.step)"
+        )
+    if accelerate.is_initialized() and accelerate.AcceleratorState().mixed_precision == "fp16":
+        raise ValueError(
+            "mixed_precision must be 'no' or 'bf16' for Accelerate, got 'fp16': it would scale the "
+            "gradients of all lanes alike (use torch.autocast, and a GradScaler for each lane)"
+        )
+
+
 def check_loop(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> None:
     """Refuse parameters that came later, and gradients from before the minibatch."""
     for one in optimizers:
@@ -109,13 +139,7 @@ def check_loop(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> Non
                 "parameters must be in the optimizers when the guard is built, got "
                 f"{type(one).__name__} with {count} instead of {len(params)}"
             )
-    accelerate = sys.modules.get("accelerate.state")
-    steps = accelerate.GradientState().num_steps if accelerate else 1
-    if steps > 1:
-        raise ValueError(
-            f"gradient_accumulation_steps must be 1 for Accelerate, got {steps}: it would "
-            "leave out the guard's calls in between (accumulate in the body, before lane.step)"
-        )
+    check_accelerate()
     if any(p.grad is not None for p in params):
         raise ValueError(
             "gradients must be computed inside the closure, got some before the step (call "

@@ -51,6 +51,7 @@ class Face(Optimizer):
     ) -> None:
         params = arguments.check_optimizers(optimizers)
         arguments.check_model(model, params)
+        arguments.check_accelerate()
         self.nt, self.nc = check_count("nt", nt), nc
         self.phase, self.steps = 0, 0
         self.history: deque[Decision] = deque(maxlen=HISTORY)

@@ -4,6 +4,7 @@
 it is called, not before.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ def lightning_rewind(**options: Any) -> Any:
     """A Lightning ``Callback``: ``Trainer(callbacks=[lightning_rewind()])``.
 
     It observes the loss that ``training_step`` returns, after each step of the module's optimizer;
-    of several minibatches whose gradients are accumulated, the last one's. Its state is in
-    Lightning's checkpoints.
+    of several minibatches whose gradients are accumulated, the last one's; none where it returns
+    None. Its state is in Lightning's checkpoints.
 
     Args:
         options: of ``Rewind``, which is its attribute ``rewind`` once training has begun.
 
     Raises:
-        ValueError: when training begins, if there isn't exactly one optimizer.
+        ValueError: when training begins, if there isn't exactly one optimizer, or optimization is
+            manual.
     """
     from lightning.pytorch.callbacks import Callback
 
@@ -37,6 +39,11 @@ def lightning_rewind(**options: Any) -> Any:
                 raise ValueError(
                     f"the module must have one optimizer, got {len(trainer.optimizers)}"
                 )
+            if not pl_module.automatic_optimization:
+                raise ValueError(
+                    "automatic_optimization must be True for lightning_rewind, got False (call "
+                    "Rewind.observe after the step)"
+                )
             self.rewind = Rewind(pl_module, trainer.optimizers[0], **options)
             self._steps = trainer.global_step
             if self._saved:
@@ -47,13 +54,14 @@ def lightning_rewind(**options: Any) -> Any:
         ) -> None:
             if trainer.global_step > self._steps:  # not while gradients are accumulated
                 self._steps = trainer.global_step
-                self.rewind.observe(outputs["loss"])
+                if outputs:
+                    self.rewind.observe(outputs["loss"])
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             self.rewind.close()
 
         def state_dict(self) -> dict[str, Any]:
-            return self.rewind.state_dict()
+            return self.rewind.state_dict() if hasattr(self, "rewind") else self._saved or {}
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             self._saved = state_dict
@@ -65,11 +73,14 @@ def trainer_rewind(**options: Any) -> Any:
     """A Hugging Face ``TrainerCallback``: ``Trainer(..., callbacks=[trainer_rewind()])``.
 
     The Trainer doesn't tell its callbacks the loss, so this one takes it from the output of the
-    model, which has to have ``loss``: the sum of those between two steps. Its state is in the
-    Trainer's checkpoints, as ``rewind-RANK.pt``.
+    model: the sum of those between two steps. Its state is in the Trainer's checkpoints, as
+    ``rewind-RANK.pt``.
 
     Args:
         options: of ``Rewind``, which is its attribute ``rewind`` once training has begun.
+
+    Raises:
+        ValueError: in training, if the output has no ``loss``, nor begins with it.
     """
     from transformers import TrainerCallback
 
@@ -88,7 +99,7 @@ def trainer_rewind(**options: Any) -> Any:
 
         def _keep(self, model: Any, inputs: Any, output: Any) -> None:
             if model.training:
-                self._losses.append(output["loss"].detach())
+                self._losses.append(_loss_in(output))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.rewind.observe(torch.stack(self._losses).sum())
@@ -102,6 +113,16 @@ def trainer_rewind(**options: Any) -> Any:
             self.rewind.close()
 
     return TrainerRewind()
+
+
+def _loss_in(output: Any) -> torch.Tensor:
+    loss = output.get("loss") if isinstance(output, Mapping) else output[0]
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        raise ValueError(
+            "the model must return its loss for trainer_rewind, got an output without (call "
+            "Rewind.observe in a Trainer's training_step)"
+        )
+    return loss.detach()
 
 
 def _file(args: Any, state: Any) -> Path:

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from lossguard.torch.rates import options_of, same
-from lossguard.torch.tensors import finite, local
+from lossguard.torch.tensors import finite, leaves, local
 
 
 class Memory(NamedTuple):
@@ -144,7 +143,7 @@ def _entries(
 def _holds(held: Any, values: list[Tensor], params: list[Tensor]) -> bool:
     """Whether nested containers hold a copy of each value, beside the parameters themselves."""
     live = {local(p).data_ptr() for p in params}
-    tensors = [local(leaf).detach() for leaf in tree_leaves(held) if isinstance(leaf, Tensor)]
+    tensors = [local(leaf).detach() for leaf in leaves(held) if isinstance(leaf, Tensor)]
     copies = [t for t in tensors if t.data_ptr() not in live]
 
     def is_copied(value: Tensor) -> bool:

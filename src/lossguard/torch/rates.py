@@ -107,12 +107,12 @@ class Rates:
 
 def copied(group: Group) -> Group:
     """A parameter group with the same parameters, and a rate that is a plain number."""
-    numbers = {"lr": _rate(group)} if "lr" in group else {}
+    numbers = {} if _rate(group) is None else {"lr": _rate(group)}
     return {**group, **numbers, "params": list(group["params"])}
 
 
 def _rate(group: Group) -> float | None:
-    return float(group["lr"]) if "lr" in group else None
+    return None if group.get("lr") is None else float(group["lr"])
 
 
 def options_of(group: Group) -> Group:

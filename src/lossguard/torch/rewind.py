@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
+from lossguard.torch.arguments import check_wrapped
 from lossguard.torch.process import held
 from lossguard.torch.ranks import mean_of_ranks
 from lossguard.torch.rule import Rule
-from lossguard.torch.snapshot import SOUND, CarefulSteps, Live, Saved, load, save
+from lossguard.torch.snapshot import SOUND, CarefulSteps, Live, Offload, Saved, load, save
 from lossguard.torch.tensors import local, stacked
 from lossguard.validation import check_count, check_kind
 
@@ -48,13 +49,6 @@ def _of_rule(name: str, doc: str) -> Any:
 class Rewind:
     """Watches one optimizer: called after the step, it wraps nothing.
 
-        rewind = Rewind(model, optimizer)
-        for x, t in loader:
-            loss = loss_fn(model(x), t)
-            loss.backward()
-            optimizer.step(); scheduler.step(); optimizer.zero_grad()
-            rewind.observe(loss)
-
     Alarm, snapshots, scale and budget are those of ``lossguard.rewind`` (``docs/guards.md``). Here
     the host reads the losses every ``every`` calls, and an alarm waits for that.
 
@@ -76,10 +70,13 @@ class Rewind:
         factor: what steps are multiplied by after a return.
         rise: the share of the progress since the start that has to be lost.
         every: calls between two reads; a divisor of window / 4.
-        offload: keep snapshots in the host's memory (pinned, where there is CUDA).
+        offload: keep snapshots in the host's memory (pinned, where there is CUDA), or, if it is
+            the path of a folder, on disk.
         audit: the loss on a held minibatch, without gradients; called once every B steps. A
             candidate is only trusted if it isn't worse there than the best trusted one by more than
-            ``rise``, and 4 more worse ones than others are an alarm.
+            four times ``rise``, and 4 more worse ones than others are an alarm.
+        callback: called with every event, when it is over: to log it, or to make the optimizer's
+            settings careful.
         group: the ranks that decide together; all of them by default.
 
     Attributes:
@@ -90,13 +87,19 @@ class Rewind:
 
     Raises:
         ValueError: if an argument is of another kind or out of range, the optimizer trains
-            parameters that the model doesn't have, or the model isn't finite.
+            parameters that the model doesn't have or has no rate, or the model isn't finite.
 
     >>> model = nn.Linear(2, 1)
-    >>> rewind = Rewind(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    >>> rewind.observe(torch.tensor(0.5))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> rewind = Rewind(model, optimizer)
+    >>> for minibatch in range(3):
+    ...     loss = model(torch.ones(2)).square().mean()
+    ...     loss.backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    ...     rewind.observe(loss)
     >>> rewind.calls, rewind.returns, rewind.scale
-    (1, 0, 1.0)
+    (3, 0, 1.0)
     """
 
     def __init__(
@@ -110,8 +113,9 @@ class Rewind:
         factor: float = 0.5,
         rise: float = 0.05,
         every: int = 16,
-        offload: bool = False,
+        offload: Offload = False,
         audit: Callable[[], Any] | None = None,
+        callback: Callable[[RewindEvent], object] | None = None,
         group: "distributed.ProcessGroup | None" = None,
     ) -> None:
         check_kind("model", model, nn.Module, "nn.Linear(2, 1)")
@@ -121,7 +125,7 @@ class Rewind:
         if self._rule.block % every:
             raise ValueError(f"every must divide window / 4 = {self._rule.block}, got {every}")
         self._live = Live(model, optimizer, schedulers, offload)
-        self._group, self._audit = group, audit
+        self._group, self._audit, self._callback = group, audit, callback
         self._unread: list[tuple[Tensor, Tensor]] = []
         """Losses, and whether the gradients of their steps weren't finite."""
         self.events: list[RewindEvent] = []
@@ -156,12 +160,15 @@ class Rewind:
         Raises:
             ValueError: if there is more than one number.
         """
-        reads = self._one_by_one or len(self._unread) + 1 == self.every
+        reads, before = self._one_by_one or len(self._unread) + 1 == self.every, len(self.events)
         with held() if reads else nullcontext():
             self._unread.append((_number("loss", loss), self._steps.broken))
             self._steps.broken = SOUND
             if reads:
                 self._read()
+        if self._callback is not None:
+            for event in self.events[before:]:
+                self._callback(event)
 
     def state_dict(self) -> dict[str, Any]:
         """All but the events. Load the model's and the optimizer's own states before this one."""
@@ -248,6 +255,8 @@ def innermost(optimizer: Any) -> Optimizer:
     """The optimizer beneath wrappers such as Accelerate's and Lightning's, which step that one."""
     inner = optimizer
     while isinstance(getattr(inner, "optimizer", None), Optimizer):
+        check_wrapped("optimizer", inner)
         inner = inner.optimizer
     check_kind("optimizer", inner, Optimizer, "torch.optim.AdamW(model.parameters())")
+    check_wrapped("optimizer", inner)
     return inner

@@ -18,7 +18,6 @@ SOON = 10
 """Windows. After a return so soon after another one the scale stays lower."""
 DEEPEST = 5
 """How many times ``factor`` lowers it for good at most: data may be broken for long, and heal."""
-
 OPTIONS = ("window", "block", "limit", "rise", "alarm", "audits", "_rho", "_factor")
 
 
@@ -87,7 +86,8 @@ class Rule:
         )
         self._factor = check_fraction("factor", factor)
         self.alarm = Alarm(self.block // 2, rise)
-        self.audits = Alarm(4, rise)  # held data have no noise, so few of them decide
+        # Held data have less noise than minibatches, so few decide; between steps they have some.
+        self.audits = Alarm(4, 4 * rise)
         self.calls = self.returns = self.thrown = self.skipped = 0
         self.age = self.candidate_age = self.in_a_row = self.last_return = 0
         self.losses: list[float] = []

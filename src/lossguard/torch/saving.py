@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from lossguard.torch.arguments import told_if_damaged
 from lossguard.torch.memory import Memory
 from lossguard.torch.ranks import are_running, check_rank, sharded_as, this_rank
-from lossguard.torch.tensors import clones, local, read, transfer
+from lossguard.torch.tensors import clones, leaves, local, read, transfer
 from lossguard.validation import check_count
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def save(guard: "Guard") -> Saved:
         "leader": guard._leader.name,
         "running": [lane.name for lane in guard._others],
         "rates": guard._rates.numbers(),
-        "rules": tree_leaves(_rules(guard)),
+        "rules": list(leaves(_rules(guard))),
         "optimizers": {
             name: [sorted(inner.own), sorted(inner.copies), inner.options()]
             for name, inner in guard._inners.items()
@@ -86,7 +85,7 @@ def load(guard: "Guard", state_dict: Saved) -> None:
             memory, losses = _unpack(lane, params, state, numbers["memories"][name])
             lanes.append((lane, copies[f"{name}.value"], memory, losses))
         rules, count = _rules(guard), len(numbers["rules"])
-        if count != len(tree_leaves(rules)):
+        if count != len(list(leaves(rules))):
             raise ValueError(
                 f"state_dict must have the numbers of a {numbers['kind']}, got {count}"
             )
@@ -143,8 +142,13 @@ def _checked(guard: "Guard", state_dict: Saved, groups: list[Saved], numbers: Sa
     kind, params = _kind(guard), guard._weights.params
     got = {name: numbers.get(name) for name in kind}
     if got != kind:
-        keys = "" if numbers else f", in one with the keys {list(state_dict)}"
-        raise ValueError(f"state_dict must be of a guard with {kind}, got {got}{keys}")
+        other = (
+            f"one with the keys {list(state_dict)} (an optimizer's own goes into the fallback, "
+            "before the guard is built)"
+        )
+        raise ValueError(
+            f"state_dict must be of a guard with {kind}, got {got if numbers else other}"
+        )
     keys = [key for group in groups for key in group["params"]]
     if len(keys) != len(params) or len(groups) != len(guard.param_groups):
         raise ValueError(
@@ -253,7 +257,7 @@ def _unpack_state(
     of_params = copy.deepcopy(of_params)
     kept = others | {p: made for p, made in zip(params, of_params, strict=True) if made}
     for p in params:
-        for t in tree_leaves(kept.get(p)):
+        for t in leaves(kept.get(p)):
             if isinstance(t, Tensor) and t.device != p.device and (t.dim() or on_device):
                 t.data = t.to(p.device)
     if not kept:

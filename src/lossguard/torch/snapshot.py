@@ -6,7 +6,10 @@ finds each of them in the state that it loads into.
 """
 
 import copy
+import os
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +30,9 @@ Saved = dict[str, Any]
 SOUND = torch.tensor(False)
 """Of a step whose gradients were finite."""
 SNAPSHOTS = ("trusted", "candidate")
+Offload = bool | str | os.PathLike[str]
+Place = torch.device | Path | None
+"""Where copies go: None, where the originals are."""
 
 
 class Live:
@@ -36,20 +42,29 @@ class Live:
         model: its parameters and buffers.
         optimizer: of these parameters. Rates and other settings aren't copied.
         also: objects with ``state_dict`` and ``load_state_dict`` that go back too.
-        offload: keep copies in the host's memory.
+        offload: keep copies in the host's memory, or in files of a folder.
 
     Raises:
-        ValueError: if the optimizer has a parameter that the model doesn't have.
+        ValueError: if the optimizer has a parameter that the model doesn't have, or no rate; or a
+            folder is to keep shards.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, also: Sequence[Any], offload: bool
+        self, model: nn.Module, optimizer: Optimizer, also: Sequence[Any], offload: Offload
     ) -> None:
         self.optimizer, self.also = optimizer, also
-        self.host = torch.device("cpu") if offload else None
+        self.place: Place = torch.device("cpu") if offload else None
         self.names = {param: name for name, param in model.named_parameters()}
+        if not isinstance(offload, bool):
+            self.place = Path(offload)
+            if any(hasattr(param, "to_local") for param in self.names):
+                raise ValueError(f"offload must be True or False for shards, got {offload!r}")
         self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         for group in optimizer.param_groups:
+            if group.get("lr") is None:
+                raise ValueError(
+                    "optimizer must have a rate, lr, in each of its groups, got one without"
+                )
             for param in group["params"]:
                 if param not in self.names:
                     raise ValueError(
@@ -71,7 +86,7 @@ class Live:
         for param, name in self.names.items():
             remembered = self.optimizer.state.get(param, {})
             now |= {f"optimizer.{name}.{key}": value for key, value in remembered.items()}
-        saved = {name: copied(value, old.get(name), self.host) for name, value in now.items()}
+        saved = {name: copied(value, old.get(name), self.place) for name, value in now.items()}
         return {**saved, "also": [copy.deepcopy(one.state_dict()) for one in self.also]}
 
     @torch.no_grad()
@@ -143,17 +158,29 @@ class CarefulSteps:
             self._rates = None
 
 
-def copied(value: Any, old: Any = None, device: torch.device | None = None) -> Any:
-    """A copy, in the place of ``old`` if that is such a tensor, else on a device: None, its own."""
+def copied(value: Any, old: Any = None, place: Place = None) -> Any:
+    """A copy, in ``old`` if that is such a tensor, else in a new place."""
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
     if isinstance(old, Tensor) and old.shape == value.shape and old.dtype == value.dtype:
         return old.copy_(value, non_blocking=True)
-    value, device = value.detach(), device or value.device
+    value, device = value.detach(), place or value.device
+    if isinstance(device, Path):
+        return _on_disk(value, device)
     if device.type == "cpu" and value.device.type == "cuda":
         pinned = torch.empty_like(value, device=device, pin_memory=True)
         return pinned.copy_(value, non_blocking=True)
     return value.to(device, copy=True)
+
+
+def _on_disk(value: Tensor, folder: Path) -> Tensor:
+    """A copy in a file that goes with it: nothing of it stays if the process is killed."""
+    if not value.numel():
+        return value.cpu()
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        file.truncate(value.nbytes)
+        mapped = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
+    return mapped.view(value.shape).copy_(value)
 
 
 def save(rewind: "Rewind") -> dict[str, Any]:

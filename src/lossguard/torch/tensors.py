@@ -1,14 +1,13 @@
 """The numbers of many tensors at once."""
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 ONE = torch.ones(())
 PLAIN = (Tensor, nn.Parameter)
@@ -36,33 +35,44 @@ def transfer(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         ) from error
 
 
+def leaves(value: Any) -> Iterator[Any]:
+    """What nested dictionaries and sequences hold.
+
+    >>> list(leaves({"a": [1, (2, None)], "b": "text"}))
+    [1, 2, None, 'text']
+    """
+    if isinstance(value, (dict, list, tuple, deque)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from leaves(one)
+    else:
+        yield value
+
+
 def finite(value: Any) -> bool:
     """Whether every number in nested containers is finite: one read from each device.
 
     >>> finite({"a": [torch.ones(2), 3.0]}), finite([torch.tensor([1.0, math.nan])])
     (True, False)
     """
-    leaves = tree_leaves(value)
-    numbers = [leaf for leaf in leaves if isinstance(leaf, float)]
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    found = list(leaves(value))
+    numbers = [leaf for leaf in found if isinstance(leaf, float)]
+    tensors = [leaf for leaf in found if isinstance(leaf, Tensor)]
     return all(map(math.isfinite, numbers)) and bool(are_finite(tensors))
 
 
 @torch.no_grad()
 def are_finite(tensors: Iterable[Tensor]) -> Tensor:
     """Whether every number is finite, as a tensor: nothing waits for the device."""
-    groups: dict[Any, list[Tensor]] = defaultdict(list)
     flags: list[Tensor] = []
+    with_norms: list[Tensor] = []
     for given in tensors:
         tensor = given if _has_norm(given) else _measurable(given)
         if _has_norm(tensor):
-            groups[tensor.device, tensor.dtype].append(tensor)
+            with_norms.append(tensor)
         elif tensor.is_floating_point() and tensor.numel():
             flags.append(tensor.isfinite().all())
-    for group in groups.values():
-        norms = torch._foreach_norm(group, math.inf)  # pyright: ignore
-        # the largest number, or NaN; no overflow
-        flags.append(torch.stack(norms).amax() < math.inf)
+    if with_norms:  # the largest number, or NaN; no overflow
+        flags.append(nn.utils.get_total_norm(with_norms, math.inf) < math.inf)
     if not flags:
         return torch.tensor(True)
     return flags[0] if len(flags) == 1 else stacked(flags).all()

@@ -41,10 +41,10 @@ def guard_of(
     A cycle takes nt optimizer steps, and nt + nc minibatches.
 
     Raises:
-        ValueError: if nt or nc is above ``LONGEST``.
+        ValueError: if nt is not an integer from 1 to ``LONGEST``, or nc not one from 0 on.
     """
-    for name, count in {"nt": nt, "nc": nc}.items():
-        check_count(name, count, least=0, most=LONGEST)
+    nt = check_count("nt", nt, most=LONGEST)
+    nc = check_count("nc", nc, least=0, most=LONGEST)
 
     def init(params: Params) -> GuardState:
         params = as_arrays(params)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..validation import check_count, check_share
+from ..validation import check_share
 from .cycle import Cycle, guard_of, sum_dtype
 from .lanes import Lane, with_extra_args
 from .protocol import OWN, Decision, Guard, Params, advance
@@ -64,7 +64,7 @@ def hedged(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) ->
     >>> int(decision.winner), float(decision.price())
     (0, 20.0)
     """
-    nt, share = check_count("nt", nt), check_share(share)
+    share = check_share(share)
     learned, fallback = with_extra_args("learned", learned), with_extra_args("fallback", fallback)
     relay = Relay(learned, fallback, share)
     return guard_of(partial(begin, relay), partial(cycle, relay), nt=nt, inner=HedgedState)

@@ -63,7 +63,7 @@ def loss_guard(
     >>> bool(decision.used_learned.all()), round(float(decision.price()), 1)
     (True, 26.7)
     """
-    nt, nc = check_count("nt", nt), check_count("nc", nc)
+    nc = check_count("nc", nc)
     check_choice("loser", loser, get_args(Loser))
     optimizers = with_extra_args("learned", learned), with_extra_args("fallback", fallback)
     return guard_of(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ..validation import check_count, check_share
+from ..validation import check_share
 from . import progress as progresses
 from . import trial as trials
 from .cycle import Cycle, guard_of, sum_dtype
@@ -78,7 +78,7 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
     >>> int(decision.winner), float(decision.price())  # the learned one has won its first trial
     (0, 20.0)
     """
-    nt, share = check_count("nt", nt), check_share(share)
+    share = check_share(share)
     learned, fallback = with_extra_args("learned", learned), with_extra_args("fallback", fallback)
     relay = Relay(learned, fallback, share)
     return guard_of(partial(begin, relay), partial(cycle, relay), nt=nt, inner=RecommendedState)

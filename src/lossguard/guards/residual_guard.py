@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
-from ..validation import check_choice, check_count, check_fraction, check_kind
+from ..validation import check_choice, check_fraction, check_kind
 from .cycle import Cycle, guard_of, sum_dtype
 from .lanes import Lane, Optimizer, propose, with_extra_args
 from .protocol import FALLBACK, LEARNED, NEITHER, Decision, Guard, Objective, Params
@@ -77,7 +77,7 @@ def residual_guard(
     >>> bool(decision.used_learned.all()), int(decision.gradients)
     (True, 20)
     """
-    nt, alpha = check_count("nt", nt), check_fraction("alpha", alpha)
+    alpha = check_fraction("alpha", alpha)
     check_choice("residual", residual, get_args(Residual))
     check_kind("sequence", sequence, TrackingSequence, "ema(0.9)")
     learned = with_extra_args("learned", learned)

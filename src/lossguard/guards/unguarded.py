@@ -5,7 +5,6 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from ..validation import check_count
 from .cycle import Cycle, guard_of
 from .lanes import Lane, is_fine, train, with_extra_args
 from .protocol import Decision, Guard, Params
@@ -32,23 +31,22 @@ def unguarded(optimizer: Any, *, nt: int = 10, trusted: bool = False) -> Guard:
     >>> int(state.steps), int(state.minibatches), float(decision.losses[0])
     (10, 10, 2.0)
     """
-    nt = check_count("nt", nt)
     optimizer = with_extra_args("optimizer", optimizer)
 
     def cycle(x: Params, state: PyTree, now: Cycle) -> tuple[Params, PyTree, Decision]:
         (lane,), losses = train([optimizer], [Lane(x, state)], now)
         finite, nan = is_fine(lane, losses, x), jnp.array(jnp.nan, now.dtype)
         decision = Decision(
-            used_learned=jnp.full(nt, not trusted),
+            used_learned=jnp.full(now.nt, not trusted),
             losses=losses[0],
             learned_loss=nan,
             fallback_loss=nan,
             finite_learned=finite | trusted,
             finite_fallback=finite | (not trusted),
             winner=jnp.int32(0),
-            gradients=jnp.int32(nt),
+            gradients=jnp.int32(now.nt),
             forwards=jnp.int32(0),
-            learned_updates=jnp.int32(0 if trusted else nt),
+            learned_updates=jnp.int32(0 if trusted else now.nt),
         )
         return lane.params, lane.state, decision
 

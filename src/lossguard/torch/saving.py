@@ -107,7 +107,8 @@ def load(guard: "Guard", state_dict: Saved) -> None:
         inner.own, inner.copies = own, of_params
         for group, entries in zip(inner.optimizer.param_groups, options, strict=True):
             group.update({k: v for k, v in entries.items() if k not in own})
-    for lane, value, memory, (lane.losses, lane.checks) in lanes:
+    for lane, value, memory, losses in lanes:
+        lane.losses, lane.checks = losses
         lane.values, lane.before = value, copies.get(f"{lane.name}.before", [])
         lane.remember(memory)
     guard._leader = guard._weights.holder = leader

@@ -82,7 +82,7 @@ class Rule:
             self.start = sorted(losses[: self.block // 8])[(self.block // 8 - 1) // 2]
         if self.score <= self.block // 8:
             median, high = (sorted(losses)[math.ceil(q * self.block) - 1] for q in (0.5, 0.95))
-            self.reference = min(self.reference, median + 3 * (high - median))
+            self.reference = min(self.reference, median + 2 * (high - median))
             if self.candidate is not None:
                 self.trusted, self.in_a_row = self.candidate, 0
         self.candidate = len(self.path)

@@ -2,7 +2,7 @@
 
 A block is B losses of steps that were taken. Letters: m and q the median and the 0.95 quantile of a
 block; a the level at the start, the median of the first B // 8 losses; r the reference, the lowest
-m + 3 (q - m) of all blocks that ended in calm. The threshold is
+m + 2 (q - m) of all blocks that ended in calm. The threshold is
 
     r + rise * max(0, a - r)
 
@@ -75,7 +75,7 @@ def end_block(alarm: Alarm) -> Alarm:
     ordered = jnp.sort(alarm.losses)
     median, high = ordered[-(-size // 2) - 1], ordered[-(-19 * size // 20) - 1]
     level = jnp.sort(alarm.losses[: size // 8])[(size // 8 - 1) // 2]
-    edge = median + 3 * (high - median)
+    edge = median + 2 * (high - median)
     return alarm._replace(
         filled=jnp.int32(0),
         start=jnp.where(jnp.isnan(alarm.start), level, alarm.start),

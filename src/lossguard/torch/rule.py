@@ -1,7 +1,7 @@
 """What ``Rewind`` decides, from losses alone: the rule of ``lossguard.rewind``, in plain numbers.
 
 Letters: T calls, B = window / 4 losses a block. Of a block, m and q are the median and the 0.95
-quantile; r is the lowest m + 3 (q - m) of all blocks that ended in calm; a is the level at the
+quantile; r is the lowest m + 2 (q - m) of all blocks that ended in calm; a is the level at the
 start, the median of the first B // 8 losses.
 """
 
@@ -193,7 +193,7 @@ class Rule:
         self.losses = []
         if alarm.score > size // 8:
             return False
-        alarm.reference = min(alarm.reference, median + 3 * (high - median))
+        alarm.reference = min(alarm.reference, median + 2 * (high - median))
         if self.pending:
             self.audits.reference = min(self.audits.reference, self.audit)
             self.age, self.in_a_row, self.pending = self.candidate_age, 0, False

@@ -151,6 +151,7 @@ def test_numbers_of_the_table() -> None:
     plain, worse, better = report.rows(records)
     assert plain.cells["clean"] == pytest.approx(1) and plain.faults == pytest.approx(2**0.5)
     assert worse.faults == pytest.approx(8**0.5) and better.faults == pytest.approx(0.5**0.5)
+    assert worse.tasks == {"toy": worse.faults}
     assert (plain.front, worse.front, better.front) == (True, False, True)
     # Student's t with one degree of freedom, of the logarithms of 1 and 2.
     assert plain.high / plain.faults == pytest.approx(math.exp(12.706 * math.log(2) / 2), rel=1e-3)
@@ -178,10 +179,14 @@ def test_the_table_is_of_the_runs_that_are_recorded() -> None:
 @recorded
 def test_the_page_shows_that_table() -> None:
     page = (ROOT / "docs" / "stability.md").read_text()
-    lines = page.split("<!-- results/stability -->\n")[1].split("\n\n")[0].splitlines()
-    names, _, *shown = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
     table = pl.read_csv(RECORD / "table.csv")
-    assert [row[0] for row in shown] == table["method"].to_list()
-    for column, name in enumerate(names[1:], start=1):
-        told = [f"{value:.2f}" for value in table[name.replace("x", "rate x").lower()]]
-        assert [row[column] for row in shown] == told, name
+    for part in page.split("<!-- results/stability -->\n")[1:]:
+        lines = part.split("\n\n")[0].splitlines()
+        names, _, *shown = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+        assert [row[0] for row in shown] == table["method"].to_list()
+        for column, name in enumerate(names[1:], start=1):
+            told = [
+                f"{value:.2f}"
+                for value in table[f"rate {name}" if name[0] == "x" else name.lower()]
+            ]
+            assert [row[column] for row in shown] == told, name

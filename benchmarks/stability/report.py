@@ -44,6 +44,7 @@ class Row(NamedTuple):
         cells: final loss, ratio, by the fault's name: geometric means.
         faults, low, high: their geometric mean over the faults, with the 95 % interval of Student's
             t over pairs of task and seed; NaN of a single pair.
+        tasks: ``faults`` of each task by itself.
         seconds: as ``faults``, after as many seconds as AdamW takes for G gradients.
         worst: as ``faults``, of the highest loss after a tenth of the run.
         gradients: a minibatch, on clean data.
@@ -58,6 +59,7 @@ class Row(NamedTuple):
     faults: float
     low: float
     high: float
+    tasks: Mapping[str, float]
     seconds: float
     worst: float
     gradients: float
@@ -132,13 +134,15 @@ def _row(
     clean = [records[Key(task, method, CLEAN.name, seed)] for task, seed in pairs]
     spent = [record["curve"][-1][0] / record["minibatches"] for record in clean]
     times = [costs[task]["time"] * each for (task, _), each in zip(pairs, spent, strict=True)]
-    center, low, high = _interval(over_faults("final"))
+    finals = over_faults("final")
+    of_tasks = {
+        task: [f for f, (t, _) in zip(finals, pairs, strict=True) if t == task] for task in costs
+    }
     return Row(
         method,
         {name: _mean(ratios["final"][name]) for name in names},
-        center,
-        low,
-        high,
+        *_interval(finals),
+        {task: _mean(own) for task, own in of_tasks.items() if own},
         _mean(over_faults("seconds")),
         _mean(over_faults("worst")),
         statistics.fmean(spent),
@@ -176,8 +180,8 @@ def write(records: Records, folder: Path) -> None:
         for key, record in sorted(records.items())
         if key.fault.startswith("tune") or (key.fault != "cost" and (key.task, key.seed) in pairs)
     ]
-    told = [{"method": row.method, **row.cells, **row._asdict()} for row in table]
-    pl.DataFrame(told).drop("cells").write_csv(folder / "table.csv", float_precision=3)
+    told = [{"method": row.method, **row.cells, **row.tasks, **row._asdict()} for row in table]
+    pl.DataFrame(told).drop("cells", "tasks").write_csv(folder / "table.csv", float_precision=3)
     pl.DataFrame(runs).write_csv(folder / "runs.csv", float_precision=5)
     draw(table).savefig(folder / "figure.png", dpi=110)
 

@@ -10,7 +10,7 @@ from ..validation import check_share
 from .cycle import Cycle, guard_of, sum_dtype
 from .lanes import Lane, with_extra_args
 from .protocol import OWN, Decision, Guard, Params, advance
-from .relay import Relay, RelayState, lead_from, leader, own_path
+from .relay import Relay, RelayState, go_back, lead_from, leader
 from .soundness import renew, select
 
 DECAY = 0.7
@@ -82,25 +82,26 @@ def cycle(
     """The relay, beside s while x is off its path."""
     was, led_by_s, runs = inner.relay, inner.regret > 0, ~inner.relay.on_own
     edited = was._replace(s=was.s._replace(params=x))
-    state, leg = relay.step(select(led_by_s, edited, lead_from(was, x)), runs, now)
+    start = select(led_by_s, edited, lead_from(was, x))
+    state, decision, of_s, fine_s = relay.step(start, runs, now)
     x = leader(state)
     renewed = Lane(x, renew(relay.fallback, x, state.s.state))
-    s = select(leg.fine_s, state.s, renewed)
+    state = state._replace(s=select(fine_s, state.s, renewed))
 
-    losses, known = leg.decision.losses, runs & leg.fine_s
-    d = (losses.sum() - leg.of_s.sum()).astype(inner.regret.dtype)
+    d = (decision.losses.sum() - of_s.sum()).astype(inner.regret.dtype)
     d = jnp.where(jnp.isfinite(d), d, jnp.inf)  # x had a loss that isn't finite, and s hadn't
+    known = runs & fine_s
     regret = jnp.where(known, DECAY * inner.regret + d, 0)
     leads = regret > 0
     away = jnp.where(runs, advance(inner.away, 1), 0)
     behind = jnp.where(leads, inner.behind + 1, 0)
     patience = jnp.maximum(LEAST, PATIENCE * away.astype(regret.dtype))
     back = known & ((behind.astype(regret.dtype) >= patience) | jnp.isinf(regret))
-    state, decision = own_path(state, s, leg, back, leg.of_s.mean())
+    state = go_back(state, back, of_s.mean())
     decision = decision._replace(
         used_learned=decision.used_learned & ~leads,
-        losses=jnp.where(leads, leg.of_s, losses),
-        winner=jnp.where(leads, OWN, decision.winner).astype(jnp.int32),
+        losses=jnp.where(leads, of_s, decision.losses),
+        winner=jnp.where(leads | back, OWN, decision.winner).astype(jnp.int32),
     )
     after = HedgedState(state, *(jnp.where(back, 0, one) for one in (regret, away, behind)))
     return select(after.regret > 0, state.s.params, leader(state)), after, decision

@@ -12,8 +12,8 @@ from . import trial as trials
 from .cycle import Cycle, guard_of, sum_dtype
 from .lanes import with_extra_args
 from .progress import Progress
-from .protocol import Decision, Guard, Params, advance
-from .relay import Relay, RelayState, lead_from, leader, own_path
+from .protocol import OWN, Decision, Guard, Params, advance
+from .relay import Relay, RelayState, go_back, lead_from, leader
 from .soundness import select
 from .trial import Trial
 
@@ -97,24 +97,25 @@ def cycle(
     """The relay, and s if it is due."""
     on_own = inner.relay.on_own
     runs = ~on_own & is_due(inner, now.k, relay.share)
-    state, leg = relay.step(lead_from(inner.relay, x), runs, now)
+    state, decision, of_s, fine_s = relay.step(lead_from(inner.relay, x), runs, now)
 
-    losses, fine_z = leg.decision.losses, leg.decision.finite_fallback
-    heard = runs & leg.fine_s
-    against = select(heard, trials.add(inner.against, leg.of_s, losses), inner.against)
-    won, lost = trials.outcome(against, leg.of_s)
-    over = leg.leaves | (heard & (won | lost))
-    loss = jnp.where(heard, leg.of_s, losses).mean()
+    heard = runs & fine_s
+    against = select(heard, trials.add(inner.against, of_s, decision.losses), inner.against)
+    won, lost = trials.outcome(against, of_s)
+    loss = jnp.where(heard, of_s, decision.losses).mean()
     progress = progresses.add(inner.progress, loss, now.nt, memory=0)
-    progress = select(heard | (on_own & fine_z), progress, inner.progress)
-    state, decision = own_path(state, state.s, leg, heard & won, progress.recent)
+    known = heard | (on_own & decision.finite_fallback)
+    progress = select(known, progress, inner.progress)
+    back = heard & won
+    state = go_back(state, back, progress.recent)
+    winner = jnp.where(back, OWN, decision.winner).astype(jnp.int32)
     after = RecommendedState(
         relay=state,
         own_steps=advance(inner.own_steps, jnp.where(on_own | runs, now.nt, 0)),
         progress=progress,
-        against=select(over, new_trial(against.bound), against),
+        against=select(heard & (won | lost), new_trial(against.bound), against),
     )
-    return leader(state), after, decision
+    return leader(state), after, decision._replace(winner=winner)
 
 
 def is_due(inner: RecommendedState, k: Int[Array, ""], share: float) -> Bool[Array, ""]:

@@ -17,7 +17,7 @@ from . import trial as trials
 from .cycle import Cycle, sum_dtype
 from .lanes import Lane, Optimizer, is_fine, train_if
 from .progress import Progress
-from .protocol import FALLBACK, LEARNED, NEITHER, OWN, Decision, Params, advance
+from .protocol import FALLBACK, LEARNED, OWN, Decision, Params, advance
 from .soundness import advance_schedules, renew, renew_if_unsound, select, with_sound_gradients
 from .trial import Trial
 
@@ -58,26 +58,14 @@ class RelayState(NamedTuple):
     """Optimizer steps that y has taken on trial."""
 
 
-class Leg(NamedTuple):
-    """What happened in a cycle."""
-
-    decision: Decision
-    """Of y and z; ``winner`` is yet to be told."""
-    of_s: Float[Array, " nt"]
-    """The losses of s; NaN if it didn't run."""
-    fine_s: Bool[Array, ""]
-    """Whether s stayed finite, if it ran."""
-    leaves: Bool[Array, ""]
-    """Whether y took over from the fallback's own path."""
-
-
 @dataclass(frozen=True)
 class Relay:
     """The rules, of which ``recommended`` tells; trials are those of ``trial.py``.
 
     The snapshot is where z was when y took over. It moves to x when the loss is a fifth lower, at
-    first half as high. After a loss of 1.5 times that at the snapshot z goes on from there. When s
-    runs, and when x goes back to it, is the affair of who has the relay.
+    first half as high. After a loss of 1.5 times that at the snapshot z goes on from there. When y
+    first takes over, s stays where z was. When it runs, and when x goes back to it, is the affair
+    of the guard.
     """
 
     learned: Optimizer
@@ -102,8 +90,13 @@ class Relay:
 
     def step(
         self, state: RelayState, s_runs: Bool[Array, ""], now: Cycle
-    ) -> tuple[RelayState, Leg]:
-        """One cycle. A gradient that isn't finite is one of 0."""
+    ) -> tuple[RelayState, Decision, Float[Array, " nt"], Bool[Array, ""]]:
+        """One cycle. A gradient that isn't finite is one of 0.
+
+        Returns:
+            The state, the decision, the losses of s (NaN if it didn't run), and whether s stayed
+            finite if it ran.
+        """
         nt, leads, dtype = now.nt, state.learned_leads, state.level.dtype
         now = now._replace(objective=with_sound_gradients(now.objective), dtype=dtype)
         y, trial = self._begin_trial(state, now)
@@ -124,8 +117,9 @@ class Relay:
             tried=advance(state.tried, jnp.where(tried, nt, 0)),
         )
         trial = trials.add(trial, of_y, losses)
-        after, won = self._end_trial(after, trial, of_y, fine_y, fine_z, now.k)
+        after = self._end_trial(after, trial, of_y, fine_y, fine_z, now.k)
         after = select(leads, self._keep_or_hand_over(after, fine_y, nt), after)
+        of_z = jnp.where(after.on_own, OWN, FALLBACK)
         decision = Decision(
             used_learned=jnp.full(nt, leads),
             losses=losses,
@@ -133,12 +127,12 @@ class Relay:
             fallback_loss=jnp.where(tried, losses.mean(), jnp.nan),
             finite_learned=fine_y,
             finite_fallback=fine_z,
-            winner=jnp.int32(NEITHER),
+            winner=jnp.where(after.learned_leads, LEARNED, of_z).astype(jnp.int32),
             gradients=nt * (1 + tried.astype(jnp.int32) + s_runs.astype(jnp.int32)),
             forwards=jnp.int32(0),
             learned_updates=nt * (leads | tried).astype(jnp.int32),
         )
-        return after, Leg(decision, of_s, fine_s, won & state.on_own)
+        return after, decision, of_s, fine_s
 
     def _run_fallback(
         self, runs: Bool[Array, ""], lane: Lane, now: Cycle
@@ -172,21 +166,22 @@ class Relay:
         fine_y: Bool[Array, ""],
         fine_z: Bool[Array, ""],
         k: Int[Array, ""],
-    ) -> tuple[RelayState, Bool[Array, ""]]:
-        """After a cycle of a trial, if there is one; and whether y has taken over."""
+    ) -> RelayState:
+        """After a cycle of a trial, if there is one: y takes over, it goes on, or it is over."""
         won, lost = trials.outcome(trial, of_y)
         tried = trial.length > 0
         won, lost = tried & fine_y & (won | ~fine_z), tried & (lost | ~fine_y)
         over = won | lost | ~tried
         none = trials.none(trial.total.dtype)
         began = progresses.begin(of_y.mean(), k // YOUTH)
-        after = state._replace(
+        return state._replace(
+            s=select(won & state.on_own, state.z, state.s),
+            on_own=state.on_own & ~won,
             learned_leads=state.learned_leads | won,
             level=jnp.where(won, state.progress.lasting, state.level),
             progress=select(won, began, state.progress),
             trial=select(over, none, trial),
         )
-        return after, won
 
     def _keep_or_hand_over(self, state: RelayState, fine: Bool[Array, ""], nt: int) -> RelayState:
         """After a cycle that y led: it leads on, or z goes on from x or from the snapshot."""
@@ -228,18 +223,13 @@ def lead_from(state: RelayState, x: Params) -> RelayState:
     )
 
 
-def own_path(
-    state: RelayState, s: Lane, leg: Leg, back: Bool[Array, ""], loss: Float[Array, ""]
-) -> tuple[RelayState, Decision]:
-    """x leaves the fallback's own path, is off it beside s, or goes ``back`` to s, at its loss."""
+def go_back(state: RelayState, back: Bool[Array, ""], loss: Float[Array, ""]) -> RelayState:
+    """x goes on from s, at its loss, on the fallback's own path; or the state as it is."""
     there = state._replace(
-        z=s,
-        s=s,
+        z=state.s,
+        on_own=jnp.array(True),
         learned_leads=jnp.array(False),
         progress=progresses.begin(loss),
         trial=trials.none(loss.dtype),
     )
-    here = state._replace(s=select(leg.leaves, state.z, s))
-    state = select(back, there, here)._replace(on_own=(state.on_own & ~leg.leaves) | back)
-    winner = jnp.where(state.learned_leads, LEARNED, jnp.where(state.on_own, OWN, FALLBACK))
-    return state, leg.decision._replace(winner=winner.astype(jnp.int32))
+    return select(back, there, state)

@@ -82,15 +82,6 @@ def _check_step(name: str, optimizer: Optimizer) -> None:
         )
 
 
-def check_range(kind: str, params: Sequence[Tensor]) -> None:
-    """Refuse float16 for guards whose lanes are lost with a gradient that overflows."""
-    if any(p.dtype == torch.float16 for p in params):
-        raise ValueError(
-            f"parameters must have more range than float16 for {kind}, where a gradient that "
-            "overflows is not left out, got some of float16"
-        )
-
-
 def check_model(model: object, params: Sequence[Tensor]) -> None:
     """Refuse what isn't the parameters' module, and ways to hold parameters that no lane can."""
     if any(hasattr(p, "ds_id") for p in params):

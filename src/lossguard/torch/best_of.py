@@ -127,18 +127,11 @@ class BestOf(Guard):
             raise ValueError(f"check must be None or a function of a number, got {check!r}")
         self.check, self.checks = check, check_count("nc", nc)
         self.share, self.decay = None if share is None else check_share(share), check_decay(decay)
-        names = [str(k) for k in range(len(optimizers))]
-        super().__init__(
-            dict(zip((f"optimizers[{name}]" for name in names), optimizers, strict=True)),
-            {name: f"optimizers[{name}]" for name in names},
-            leader="0",
-            nt=nt,
-            model=model,
-            process_group=process_group,
-            callback=callback,
-        )
-        self.records = [Record() for _ in names]
-        self._spent, self._checked = [0] * len(names), 0
+        named = {f"optimizers[{k}]": one for k, one in enumerate(optimizers)}
+        lanes = {str(k): name for k, name in enumerate(named)}
+        super().__init__(named, lanes, model, nt, process_group=process_group, callback=callback)
+        self.records = [Record() for _ in lanes]
+        self._spent, self._checked = [0] * len(lanes), 0
         """Steps of each beside the leader, and check minibatches so far."""
         self._all = list(self._lanes.values())
 

@@ -14,7 +14,7 @@ from lossguard.torch.decision import Decision, Seen
 from lossguard.torch.face import Face
 from lossguard.torch.lane import Lane
 from lossguard.torch.process import held
-from lossguard.torch.ranks import agree, several
+from lossguard.torch.ranks import mean_of_ranks, several
 from lossguard.torch.relay import Relay
 from lossguard.torch.tensors import read
 from lossguard.validation import check_share
@@ -35,18 +35,25 @@ class Guard(Face):
         self,
         optimizers: Mapping[str, Optimizer],
         lanes: Mapping[str, str],
-        *,
-        leader: str,
-        **options: Any,
+        model: nn.Module | None,
+        nt: int,
+        nc: int = 0,
+        process_group: distributed.ProcessGroup | None = None,
+        callback: Callable[[Decision], object] | None = None,
     ) -> None:
-        super().__init__(optimizers, **options)
+        """The first optimizer's groups are the guard's. The first lane is live."""
+        super().__init__(optimizers, model, nt, nc)
+        self.process_group, self.callback = process_group, callback
         self._lanes = {
             name: Lane(name, self._inners[of], self._weights, forgives=self.forgives)
             for name, of in lanes.items()
         }
-        if not self.forgives:
-            arguments.check_range(type(self).__name__, self._weights.params)
-        self._leader = self._weights.holder = self._lanes[leader]
+        if not self.forgives and any(p.dtype == torch.float16 for p in self._weights.params):
+            raise ValueError(
+                f"parameters must have more range than float16 for {type(self).__name__}, where a "
+                "gradient that overflows is not left out, got some of float16"
+            )
+        self._leader = self._weights.holder = next(iter(self._lanes.values()))
         self._others: list[Lane] = []
         """Those that run beside it in this cycle."""
         self._order: list[Lane] = []
@@ -63,7 +70,7 @@ class Guard(Face):
     def _lead(self, lane: Lane) -> None:
         """Have another lane in the model from now on."""
         if lane is not self._leader:
-            self._weights.put(lane)
+            lane.go_live()
             self._leader, self._weights.jumped = lane, True
 
     def step(self, closure: Closure | None = None) -> Any:  # pyright: ignore
@@ -157,7 +164,7 @@ class Guard(Face):
         order, self._order = self._order, []
         inside = self._weights.holder
         inside.leave()
-        self._weights.put(self._leader, keep=inside.stepped)
+        self._leader.go_live(keep=inside.stepped)
         self._randomness.set(draws)
         if self.phase == self.nt + self.nc or any(lane.begun or lane.stepped for lane in order):
             self.phase = 0
@@ -210,20 +217,19 @@ class Guard(Face):
 def _agreed(ran: Sequence[Lane], group: distributed.ProcessGroup | None) -> dict[str, Seen]:
     """What the lanes have shown, on all ranks; a memory that isn't finite is lost."""
     weights, seen = ran[0].weights, {}
-    numbers, alarms = agree(
-        read([loss for lane in ran for loss in (*lane.losses, *lane.checks)]),
-        [
-            *(not weights.is_finite(lane.point) for lane in ran),
-            *(not lane.inner.is_finite(lane.memory()) for lane in ran),
-        ],
-        group,
-        ran[0].point[0].device,
-    )
-    agreed = iter(numbers)
-    for lane, broken, lost in zip(ran, alarms[: len(ran)], alarms[len(ran) :], strict=True):
-        losses, checks = ([next(agreed) for _ in row] for row in (lane.losses, lane.checks))
-        seen[lane.name] = Seen(losses, checks, not broken)
-        if lost:
+    numbers = [
+        *read([loss for lane in ran for loss in (*lane.losses, *lane.checks)]),
+        *(not weights.is_finite(lane.point) for lane in ran),
+        *(not lane.inner.is_finite(lane.memory()) for lane in ran),
+    ]
+    device = weights.params[0].device if several(group) else None
+    agreed = mean_of_ranks(torch.tensor(numbers, dtype=torch.float64, device=device), group)
+    means = iter(agreed.tolist())
+    rows = [[[next(means) for _ in row] for row in (lane.losses, lane.checks)] for lane in ran]
+    for lane, (losses, checks) in zip(ran, rows, strict=True):  # then what any rank has seen
+        seen[lane.name] = Seen(losses, checks, finite=next(means) == 0)
+    for lane in ran:
+        if next(means) > 0:
             lane.forget()
     return seen
 
@@ -245,14 +251,10 @@ class GuardOfTwo(Guard):
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
         share = check_share(share)
+        optimizers = {"fallback": fallback, "learned": learned}
+        lanes = {"z": "fallback", "y": "learned", "s": "fallback"}
         super().__init__(
-            {"fallback": fallback, "learned": learned},
-            {"y": "learned", "z": "fallback", "s": "fallback"},
-            leader="z",
-            nt=nt,
-            model=model,
-            process_group=process_group,
-            callback=callback,
+            optimizers, lanes, model, nt, process_group=process_group, callback=callback
         )
-        y, z, s = self._lanes.values()
-        self._relay = Relay(y, z, s, self.nt, share)
+        z, y, s = self._lanes.values()
+        self._relay = Relay(z, y, s, self.nt, share)

@@ -62,6 +62,19 @@ class Lane:
         """Where it is: the tensors themselves."""
         return self.weights.live() if self.live else self.values
 
+    def go_live(self, *, keep: bool = True) -> None:
+        """Get into the model; keep where the lane has come to that was there, or forget it."""
+        weights, other = self.weights, self.weights.holder
+        if other is not self:
+            weights.reshard()
+            live = weights.live()
+            if keep and other.values:
+                transfer(other.values, live)
+            elif keep:
+                other.values = clones(live)
+            transfer(live, self.values)
+            weights.holder = self
+
     def begin(self) -> None:
         """Start a cycle."""
         self.losses, self.checks, self.before = [], [], []
@@ -118,7 +131,7 @@ class Lane:
         """Get into the model, with the memory in the optimizer."""
         self.checking, self.begun, self.stepped = checking, False, False
         self.weights.clear_gradients()
-        self.weights.put(self)
+        self.go_live()
         self._buffers = clones(self.weights.buffers())
         if self._parked is not None:
             self.inner.holder._parked = self.inner.exchange(self._parked)

@@ -26,6 +26,8 @@ from lossguard.validation import check_choice, check_count, check_fraction
 
 Loser = Literal["keep", "reset"]
 Gradient = list[Tensor | None]
+LANES = {"z": "fallback", "y": "learned"}
+"""With the optimizer of each; the first is live."""
 
 
 class LossGuard(Guard):
@@ -84,16 +86,9 @@ class LossGuard(Guard):
     ) -> None:
         check_choice("loser", loser, get_args(Loser))
         self.loser = loser
-        super().__init__(
-            {"fallback": fallback, "learned": learned},
-            {"y": "learned", "z": "fallback"},
-            leader="z",
-            nt=nt,
-            nc=check_count("nc", nc),
-            model=model,
-            process_group=process_group,
-            callback=callback,
-        )
+        optimizers = {"fallback": fallback, "learned": learned}
+        check_count("nc", nc)
+        super().__init__(optimizers, LANES, model, nt, nc, process_group, callback)
 
     def _begin(self) -> list[Lane]:
         (other,) = (lane for lane in self._lanes.values() if not lane.live)
@@ -181,14 +176,8 @@ class ResidualGuard(Guard):
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
         self.alpha, self.theta = check_fraction("alpha", alpha), check_fraction("theta", theta)
-        super().__init__(
-            {"fallback": fallback, "learned": learned},
-            {"y": "learned", "z": "fallback"},
-            leader="z",
-            nt=nt,
-            model=model,
-            callback=callback,
-        )
+        optimizers = {"fallback": fallback, "learned": learned}
+        super().__init__(optimizers, LANES, model, nt, callback=callback)
         if any(hasattr(p, "to_local") for p in self._weights.params):
             raise ValueError("parameters must be whole tensors, got sharded ones")
         if any(lane.switches for lane in self._lanes.values()):

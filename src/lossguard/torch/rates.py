@@ -40,9 +40,13 @@ class Rates:
         """Each group of theirs, and the numbers of the guard's groups that it has parameters of."""
         self.base = [_rate(group) for group in groups]
         self.bases = [_rate(group) for group, _ in self.inner]
-        self.set: list[float | None] | None = None
-        """The rates that the optimizers were given, if any were."""
-        self.seen = [options_of(group) for group in groups]
+        self.given = list(self.bases)
+        """The rates that they have, unless somebody else has set them."""
+        self.note()
+
+    def note(self) -> None:
+        """What differs from now on has been set."""
+        self.seen = [options_of(group) for group in self.groups]
 
     def apply(self) -> None:
         """Carry over what has been set since the last time.
@@ -62,16 +66,7 @@ class Rates:
         if any("lr" in changed for changed in changes):
             self._scale()
         if any(changes):
-            self.seen = [options_of(group) for group in self.groups]
-
-    def numbers(self) -> Group:
-        """What a ``state_dict`` holds of it."""
-        return {"base": self.base, "bases": self.bases, "set": self.set}
-
-    def load(self, numbers: Group) -> None:
-        """Go on from ``numbers``, and from groups that are loaded already."""
-        self.base, self.bases, self.set = (numbers[k] for k in ("base", "bases", "set"))
-        self.seen = [options_of(group) for group in self.groups]
+            self.note()
 
     def _scale(self) -> None:
         factors = []
@@ -82,7 +77,7 @@ class Rates:
                     f"{base}"
                 )
             factors.append(float(group["lr"]) / base)
-        if [_rate(group) for group, _ in self.inner] != (self.set or self.bases):
+        if [_rate(group) for group, _ in self.inner] != self.given:
             raise ValueError(
                 "rates must be set in the guard's groups or in its optimizers', got both (a "
                 "scheduler on the guard drives all of them)"
@@ -102,7 +97,7 @@ class Rates:
                     f"one group for them, got factors {[first, *others]}"
                 )
             set_rate(group, base * first)
-        self.set = [_rate(group) for group, _ in self.inner]
+        self.given = [_rate(group) for group, _ in self.inner]
 
 
 def copied(group: Group) -> Group:

@@ -62,7 +62,7 @@ class Relay:
       affair of the guard.
     """
 
-    def __init__(self, y: "Lane", z: "Lane", s: "Lane", nt: int, share: float) -> None:
+    def __init__(self, z: "Lane", y: "Lane", s: "Lane", nt: int, share: float) -> None:
         self.y, self.z, self.s, self.nt, self.share = y, z, s, nt, share
         self.state = State()
 

@@ -10,7 +10,7 @@ So it is what torch.distributed.checkpoint saves under the names of parameters, 
 
 import copy
 from collections.abc import Iterator
-from operator import attrgetter
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,8 +46,7 @@ def save(guard: "Guard") -> Saved:
         "steps": guard.steps,
         "leader": guard._leader.name,
         "running": [lane.name for lane in guard._others],
-        "rates": guard._rates.numbers(),
-        "rules": list(leaves(_rules(guard))),
+        "rules": list(leaves([getattr(*place) for place in _rules(guard)])),
         "optimizers": {
             name: [sorted(inner.own), sorted(inner.copies), inner.options()]
             for name, inner in guard._inners.items()
@@ -84,7 +83,7 @@ def load(guard: "Guard", state_dict: Saved) -> None:
         for name, lane in guard._lanes.items():
             memory, losses = _unpack(lane, params, state, numbers["memories"][name])
             lanes.append((lane, copies[f"{name}.value"], memory, losses))
-        rules, count = _rules(guard), len(numbers["rules"])
+        rules, count = [getattr(*place) for place in _rules(guard)], len(numbers["rules"])
         if count != len(list(leaves(rules))):
             raise ValueError(
                 f"state_dict must have the numbers of a {numbers['kind']}, got {count}"
@@ -94,15 +93,13 @@ def load(guard: "Guard", state_dict: Saved) -> None:
         for name, inner in guard._inners.items():
             own, of_params, options = map(numbers["optimizers"][name].__getitem__, range(3))
             inners.append((inner, set(own), set(of_params), _of_groups(inner.optimizer, options)))
-        rates = {name: numbers["rates"][name] for name in guard._rates.numbers()}
         leader, *running = (guard._lanes[n] for n in (numbers["leader"], *numbers["running"]))
         phase = check_count("phase", numbers["phase"], least=0, most=guard.nt + guard.nc)
         steps = check_count("steps", numbers["steps"], least=0)
 
     # From here on nothing may fail.
-    for name, rule in zip(guard.remembered, rules, strict=True):
-        path, _, last = name.rpartition(".")
-        setattr(attrgetter(path)(guard) if path else guard, last, rule)
+    for (owner, name), rule in zip(_rules(guard), rules, strict=True):
+        setattr(owner, name, rule)
     for inner, own, of_params, options in inners:
         inner.own, inner.copies = own, of_params
         for group, entries in zip(inner.optimizer.param_groups, options, strict=True):
@@ -116,7 +113,7 @@ def load(guard: "Guard", state_dict: Saved) -> None:
     guard._others = running
     for group, entries in zip(guard.param_groups, groups, strict=True):
         group.update({k: v for k, v in entries.items() if k != "params"})
-    guard._rates.load(rates)
+    guard._rates.note()
     guard.phase, guard.steps = phase, steps
 
 
@@ -126,8 +123,11 @@ def _kind(guard: "Guard") -> Saved:
     return {"kind": type(guard).__name__, "lanes": lanes, "nt": guard.nt, "nc": guard.nc}
 
 
-def _rules(guard: "Guard") -> list[Any]:
-    return [attrgetter(name)(guard) for name in guard.remembered]
+def _rules(guard: "Guard") -> list[tuple[Any, str]]:
+    """Who has each number or record that rules and rates remember, and by which name."""
+    names = ("_rates.base", "_rates.bases", "_rates.given", *guard.remembered)
+    paths = [name.split(".") for name in names]
+    return [(reduce(getattr, owners, guard), last) for *owners, last in paths]
 
 
 def _filled(like: Any, numbers: Iterator[Any]) -> Any:

@@ -1,15 +1,12 @@
 """The parameters and buffers of a model, and how another lane's get into it for a while."""
 
 from itertools import compress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lossguard.torch.tensors import clones, finite, local, transfer
-
-if TYPE_CHECKING:
-    from lossguard.torch.lane import Lane
+from lossguard.torch.tensors import finite, local, transfer
 
 Copy = list[Tensor]
 """Parameters first, then buffers; of a sharded parameter this rank's shard alone."""
@@ -44,18 +41,6 @@ class Weights:
         self.reshard()
         transfer(self.live(), values)
         self.jumped = True
-
-    def put(self, lane: "Lane", keep: bool = True) -> None:
-        """Have a lane in the model; keep where the one has come to that was there, or forget it."""
-        if lane is not self.holder:
-            self.reshard()
-            live = self.live()
-            if keep and self.holder.values:
-                transfer(self.holder.values, live)
-            elif keep:
-                self.holder.values = clones(live)
-            transfer(live, lane.values)
-            self.holder = lane
 
     def is_finite(self, values: Copy) -> bool:
         """Whether values are finite, masks aside."""

@@ -18,7 +18,7 @@ SOON = 10
 """Windows. After a return so soon after another one the scale stays lower."""
 DEEPEST = 5
 """How many times ``factor`` lowers it for good at most: data may be broken for long, and heal."""
-OPTIONS = ("window", "block", "limit", "rise", "alarm", "audits", "_rho", "_factor")
+OPTIONS = ("window", "block", "every", "limit", "rise", "alarm", "audits", "_rho", "_factor")
 
 
 class Alarm:
@@ -51,16 +51,19 @@ class Alarm:
 
 
 class Outcome(NamedTuple):
-    """What some losses lead to."""
+    """What some losses lead to.
+
+    Attributes:
+        promotes: whether the candidate becomes trusted.
+        ends: whether a block has ended, so that there may be another candidate.
+        unanswered: whether there was an alarm at which the run can't go back.
+        late: if the run is to go back, steps since the alarm.
+    """
 
     promotes: bool
-    """Whether the candidate becomes trusted."""
     ends: bool
-    """Whether a block has ended, so that there may be another candidate."""
     unanswered: bool
-    """Whether there was an alarm at which the run can't go back."""
     late: int | None
-    """None; or, if the run is to go back, steps since the alarm."""
 
 
 class Rule:
@@ -76,10 +79,13 @@ class Rule:
         ramp, cap: steps since the last alarm, and what the scale rises to.
     """
 
-    def __init__(self, window: int, rho: float, factor: float, rise: float) -> None:
+    def __init__(self, window: int, rho: float, factor: float, rise: float, every: int) -> None:
         if check_count("window", window, least=64) % 8:
             raise ValueError(f"window must be a multiple of 8, got {window!r}")
         self.window, self.block = int(window), int(window) // 4
+        self.every = check_count("every", every)
+        if self.block % every:
+            raise ValueError(f"every must divide window / 4 = {self.block}, got {every}")
         self._rho, rise = (
             check_real(name, value, "at least 0 and below 1", lambda v: 0 <= v < 1)
             for name, value in (("rho", rho), ("rise", rise))
@@ -106,27 +112,26 @@ class Rule:
 
     def numbers(self) -> dict[str, dict[str, Any]]:
         """All that it knows, and none of its options."""
+        parts = {"rule": self, "alarm": self.alarm, "audits": self.audits}
         return {
             name: {key: copy(value) for key, value in vars(part).items() if key not in OPTIONS}
-            for name, part in self._parts().items()
+            for name, part in parts.items()
         }
 
     def load(self, numbers: dict[str, dict[str, Any]]) -> None:
-        """Know what ``numbers`` returned."""
-        found = {
-            name: {key: copy(numbers[name][key]) for key in known}
+        """Know what ``numbers`` returned; all of it, or nothing if it lacks something."""
+        rule, alarm, audits = (
+            {key: copy(numbers[name][key]) for key in known}
             for name, known in self.numbers().items()
-        }
-        for name, part in self._parts().items():
-            vars(part).update(found[name])
+        )
+        vars(self).update(rule)
+        vars(self.alarm).update(alarm)
+        vars(self.audits).update(audits)
 
-    def _parts(self) -> dict[str, Any]:
-        return {"rule": self, "alarm": self.alarm, "audits": self.audits}
-
-    def can_always_return(self, steps: int) -> bool:
-        """Whether the run may go back from wherever it is after so many steps more."""
-        spare = self.allowance - self.thrown - self.age
-        return spare >= steps and self.in_a_row < IN_A_ROW
+    @property
+    def can_always_return(self) -> bool:
+        """Whether the run may go back from wherever it is at the next read."""
+        return self.may_return(self.every)
 
     def hear(self, losses: Sequence[float]) -> Outcome:
         """The losses since the last time; one that isn't finite is of a step that wasn't taken."""

@@ -70,16 +70,13 @@ def check_wrapped(name: str, optimizer: Any) -> None:
 
 def _check_step(name: str, optimizer: Optimizer) -> None:
     """Refuse what needs a closure: it may evaluate again, where a loop's body can't follow."""
-    arguments = inspect.signature(optimizer.step).parameters.values()
-    argument = next((one for one in arguments if one.name != "self"), None)  # in a scheduler's wrap
-    stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    if argument is None or argument.name == "loss" or argument.kind in stars:
-        return
-    if argument.default is argument.empty:
-        raise ValueError(
-            f"{name} must have step(), step(closure=None) or step(loss), as a guard evaluates once "
-            f"a step, got {type(optimizer).__name__} with step({argument})"
-        )
+    for one in inspect.signature(optimizer.step).parameters.values():
+        stars = one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+        if one.default is one.empty and not stars and one.name not in ("self", "loss"):
+            raise ValueError(
+                f"{name} must have step(), step(closure=None) or step(loss), as a guard evaluates "
+                f"once a step, got {type(optimizer).__name__} with step({one})"
+            )
 
 
 def check_model(model: object, params: Sequence[Tensor]) -> None:

@@ -90,13 +90,11 @@ class BestOf(Guard):
     >>> import torch
     >>> w = torch.tensor([4.0], requires_grad=True)
     >>> guard = BestOf(lambda rate: torch.optim.SGD([w], lr=rate), rates=(0.1, 0.4), model=None)
-    >>> def closure():
-    ...     guard.zero_grad()
-    ...     loss = w.square().sum()
-    ...     loss.backward()
-    ...     return loss
     >>> for batch in range(10):
-    ...     loss = guard.step(closure)
+    ...     for lane in guard.lanes():
+    ...         loss = w.square().sum()
+    ...         loss.backward()
+    ...         lane.step(loss)
     >>> guard.last_decision.winner, guard.last_decision.gradients
     (1, 20)
     """

@@ -73,19 +73,15 @@ class Recommended(GuardOfTwo):
     """Of s against x, by their losses alone."""
 
     def _begin(self) -> list[Lane]:
-        off, share = not self._relay.state.on_own, self._share_of_s
-        lanes = self._relay.begin(self.steps, off and self._own_steps < share * self.steps)
-        if self._relay.s in lanes:
-            self._relay.s.keep()
+        relay, now = self._relay, self._relay.state.progress.recent
+        share, more = relay.share, min(1.0, MORE * relay.share)
+        if self._progress.expected_at(more * self.steps) < now - BELOW * abs(now):
+            share = more
+        s_runs = not relay.state.on_own and self._own_steps < share * self.steps
+        lanes = relay.begin(self.steps, s_runs)
+        if relay.s in lanes:
+            relay.s.keep()
         return lanes
-
-    @property
-    def _share_of_s(self) -> float:
-        """Of the steps so far, up to which s runs."""
-        share, now = self._relay.share, self._relay.state.progress.recent
-        more = min(1.0, MORE * share)
-        soon = self._progress.expected_at(more * self.steps)
-        return more if soon < now - BELOW * abs(now) else share
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
         s, relay, on_own = seen.get("s"), self._relay, self._relay.state.on_own

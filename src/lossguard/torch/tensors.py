@@ -103,12 +103,6 @@ def read(scalars: Sequence[Tensor]) -> list[float]:
     return stacked(scalars).tolist() if scalars else []
 
 
-def stored(tensor: Tensor) -> Tensor:
-    """The numbers that a tensor has on this rank; of a sparse one those that it stores."""
-    tensor = local(tensor)
-    return tensor.coalesce().values() if tensor.is_sparse else tensor
-
-
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a distributed tensor, or the tensor itself."""
     if type(tensor) in PLAIN or not hasattr(tensor, "to_local"):
@@ -132,8 +126,9 @@ def _has_norm(tensor: Tensor) -> bool:
 
 
 def _measurable(tensor: Tensor) -> Tensor:
-    """The same numbers in a dtype that has norms: not complex ones, nor those of 8 bits."""
-    tensor = stored(tensor).detach()
+    """The numbers that are here, in a dtype with norms: not complex ones, nor those of 8 bits."""
+    tensor = local(tensor).detach()
+    tensor = tensor.coalesce().values() if tensor.is_sparse else tensor
     if tensor.is_complex():
         return torch.view_as_real(tensor)
     narrow = tensor.element_size() == 1 and tensor.is_floating_point()

@@ -135,11 +135,12 @@ def check_loop(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> Non
         )
 
 
-def checked(closure: Any, hint: str = "") -> Closure:
-    """The closure; refuse what isn't one. The ``hint`` is for those who gave none."""
+def checked(closure: Any) -> Closure:
+    """The closure; refuse what isn't one."""
     if callable(closure):
         return closure
-    got = f"{_described(closure)}{hint if closure is None else ''}"
+    hint = " (float16 needs a loop over guard.lanes())" if closure is None else ""
+    got = f"{_described(closure)}{hint}"
     raise ValueError(f"closure must be a function that returns the loss, got {got}")
 
 

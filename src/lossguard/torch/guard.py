@@ -83,7 +83,7 @@ class Guard(Face):
         Returns:
             The loss of the live lane before its step: of what the model was before this call.
         """
-        closure = arguments.checked(closure, " (float16 needs a loop over guard.lanes())")
+        closure = arguments.checked(closure)
         with closing(Guard.lanes(self)) as lanes:  # a class below may refuse its own
             *_, value = [self._run(lane, closure) for lane in lanes]
         return value.detach().clone() if isinstance(value, Tensor) else value

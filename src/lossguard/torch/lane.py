@@ -16,13 +16,8 @@ class Lane:
     """Where an optimizer is, and what it remembers.
 
     One lane of a guard is *live*: it is in the model, whose own tensors are where it is. Each gets
-    into it while it runs. Several may share an optimizer, each with a memory of its own.
-
-    Args:
-        name: of the lane: y, z, s, or a number.
-        inner: its optimizer.
-        weights: the model.
-        forgives: whether a gradient with a number that isn't finite counts as 0.
+    into it while it runs. Several may share an optimizer, each with a memory of its own. One that
+    forgives takes a gradient with a number that isn't finite for 0.
     """
 
     def __init__(self, name: str, inner: Inner, weights: Weights, *, forgives: bool) -> None:
@@ -162,11 +157,10 @@ class Lane:
         if self.stepped:
             raise ValueError(f"lane.step must be called once for each lane, got again for {self}")
         value = scalar(loss)
-        if not self.checking:
-            self.check_gradients(value)
         if self.checking:
             self.checks.append(value)
         else:
+            self.check_gradients(value)
             self.begun = True  # if the optimizer raises, nobody knows how far it came
             if self.forgives:
                 zero_unsound(self.weights.params)

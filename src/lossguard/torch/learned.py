@@ -16,18 +16,15 @@ from lossguard.learned.weights_file import path_of, read_weights
 class Learned(Optimizer):
     """A learned optimizer of one architecture; a class below says how it updates parameters.
 
-    Args:
-        params: parameters, or groups of them.
-        weights: what meta-training made, by name.
-        defaults: of the entries of a group.
+    Attributes:
+        architecture: as files of weights call it.
+        names: of the weights of a layer, by its number.
+        others: the names of the other weights.
     """
 
     architecture: str
-    """As files of weights call it."""
     names: Callable[[int], Sequence[str]]
-    """Of the weights of a layer."""
     others: tuple[str, ...]
-    """The names of the other weights."""
 
     def __init__(
         self, params: ParamsT, weights: Mapping[str, Tensor], defaults: dict[str, Any]

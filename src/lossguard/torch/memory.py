@@ -21,12 +21,7 @@ from lossguard.torch.tensors import finite, leaves, local
 
 
 class Memory(NamedTuple):
-    """What an optimizer remembers.
-
-    Attributes:
-        state: the optimizer's ``state``, by parameter.
-        options: the entries of each parameter group, without its parameters.
-    """
+    """What an optimizer remembers: its ``state``, and the options of each parameter group."""
 
     state: dict[Any, Any]
     options: list[dict[str, Any]]
@@ -93,13 +88,7 @@ class Inner:
     def note_copies(
         self, memory: Memory, params: list[Tensor], start: list[Tensor], point: list[Tensor]
     ) -> None:
-        """Note which entries of a memory hold the parameters, as master weights do.
-
-        Args:
-            memory: after its first step.
-            params: the live ones.
-            start: where this step began.
-            point: where it led.
+        """Note which entries hold the parameters, after a first step from ``start`` to ``point``.
 
         Raises:
             ValueError: if the optimizer holds copies elsewhere, which all lanes would share.
@@ -126,7 +115,7 @@ class Inner:
                 entries[key].copy_(value)
 
     def options(self) -> list[dict[str, Any]]:
-        """The entries of each group, without its parameters."""
+        """Those of each parameter group."""
         return [options_of(group) for group in self.optimizer.param_groups]
 
 

@@ -23,10 +23,6 @@ class Rates:
         rate of an optimizer  <-  its rate when the guard was built  *  lr / lr_0
 
     Any other option that is set goes to every optimizer that has it.
-
-    Args:
-        groups: the guard's.
-        optimizers: those that it runs.
     """
 
     def __init__(self, groups: list[Group], optimizers: Sequence[Optimizer]) -> None:
@@ -38,8 +34,8 @@ class Rates:
             for group in one.param_groups
         ]
         """Each group of theirs, and the numbers of the guard's groups that it has parameters of."""
-        self.base = [_rate(group) for group in groups]
         self.bases = [_rate(group) for group, _ in self.inner]
+        """Their rates when the guard was built; the first optimizer's were those of ``groups``."""
         self.given = list(self.bases)
         """The rates that they have, unless somebody else has set them."""
         self.note()
@@ -70,7 +66,7 @@ class Rates:
 
     def _scale(self) -> None:
         factors = []
-        for group, base in zip(self.groups, self.base, strict=True):
+        for group, base in zip(self.groups, self.bases, strict=False):
             if not base:
                 raise ValueError(
                     "rates must be positive when the guard is built, to be set in proportion, got "

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lossguard.torch.weights import Copy
 
 Saved = dict[str, Any]
-NUMBERS = ("phase", "steps", "_rates.base", "_rates.bases", "_rates.given")
+NUMBERS = ("phase", "steps", "_rates.bases", "_rates.given")
 """What every guard remembers, beside that of its rules."""
 
 

@@ -29,12 +29,6 @@ Place = torch.device | Path | None
 class Live:
     """What is copied and set back: parameters, buffers, what the optimizer remembers, and others.
 
-    Args:
-        model: its parameters and buffers.
-        optimizer: of these parameters. Rates and other settings aren't copied.
-        also: objects with ``state_dict`` and ``load_state_dict`` that go back too.
-        offload: keep copies in the host's memory, or in files of a folder.
-
     Raises:
         ValueError: if the optimizer has a parameter that the model doesn't have, or no rate; or a
             folder is to keep shards.

@@ -16,11 +16,7 @@ class Weights:
     """The live tensors: what the model is, and what the lane is that is in it.
 
     Another lane is copied into them while it runs, and out again. So a compiled model, a CUDA graph
-    and whoever else holds the tensors see each lane.
-
-    Args:
-        params: the parameters that the optimizers update.
-        model: the module whose buffers belong to a lane, if any.
+    and whoever else holds the tensors see each lane. The model is for its buffers, if any.
     """
 
     def __init__(self, params: list[Tensor], model: nn.Module | None) -> None:

@@ -18,9 +18,6 @@ from lossguard.validation import check_count
 if TYPE_CHECKING:
     from lossguard.torch.lane import Lane
 
-HISTORY = 1000
-"""Decisions that ``history`` keeps."""
-
 
 class Face(Optimizer):
     """An optimizer that has lanes, but doesn't run them: all but ``step`` and ``lanes``.
@@ -38,20 +35,18 @@ class Face(Optimizer):
 
     _lanes: "dict[str, Lane]"
     _leader: "Lane"
+    _others: "list[Lane]"
+    """Those that run beside the leader in this cycle."""
 
     def __init__(
-        self,
-        optimizers: Mapping[str, Optimizer],
-        model: nn.Module | None,
-        nt: int,
-        nc: int,
+        self, optimizers: Mapping[str, Optimizer], model: nn.Module | None, nt: int, nc: int
     ) -> None:
         params = arguments.check_optimizers(optimizers)
         arguments.check_model(model, params)
         arguments.check_accelerate()
         self.nt, self.nc = check_count("nt", nt), nc
         self.phase, self.steps = 0, 0
-        self.history: deque[Decision] = deque(maxlen=HISTORY)
+        self.history: deque[Decision] = deque(maxlen=1000)
         self._inners = {name: Inner(optimizer) for name, optimizer in optimizers.items()}
         first = next(iter(optimizers.values()))
         super().__init__([copied(group) for group in first.param_groups], dict(first.defaults))

@@ -54,8 +54,7 @@ class Guard(Face):
                 "gradient that overflows is not left out, got some of float16"
             )
         self._leader = self._weights.holder = next(iter(self._lanes.values()))
-        self._others: list[Lane] = []
-        """Those that run beside it in this cycle."""
+        self._others = []
         self._order: list[Lane] = []
         """All that run on the minibatch that is under way."""
 
@@ -127,9 +126,8 @@ class Guard(Face):
     def _open(self) -> list[Tensor]:
         """Before a minibatch: the random state that each lane starts from."""
         self._undo(self._randomness.state())  # of a loop that was left, whose generator lives on
-        arguments.check_loop(
-            [inner.optimizer for inner in self._inners.values()], self._weights.params
-        )
+        optimizers = [inner.optimizer for inner in self._inners.values()]
+        arguments.check_loop(optimizers, self._weights.params)
         self._rates.apply()
         if self.phase == 0:
             for lane in self._lanes.values():

@@ -124,7 +124,7 @@ class Lane:
 
     def enter(self, *, checking: bool) -> None:
         """Get into the model, with the memory in the optimizer."""
-        self.checking, self.begun, self.stepped = checking, False, False
+        self.checking = checking
         self.weights.clear_gradients()
         self.go_live()
         self._buffers = clones(self.weights.buffers())

@@ -73,9 +73,14 @@ class Relay:
 
     def begin(self, k: int, s_runs: bool) -> "list[Lane]":
         """The lanes that run in the cycle after k steps of the leader, beside the live one."""
-        if not self.state.learned_leads and self.state.trial == NONE:
-            self._begin_trial(k)
-        leads, trial = self.state.learned_leads, self.state.trial
+        leads, progress = self.state.learned_leads, self.state.progress
+        if not leads and self.state.trial == NONE:
+            length = max(-(-LEAST // self.nt), round(PART * self.share * k / self.nt))
+            budget = self.share * k + math.sqrt(k)
+            if self.state.tried + length * self.nt <= budget or k == 0:
+                bound = progress.recent if progress.age else math.nan
+                self.state = self.state._replace(trial=Trial(length, bound))
+        trial = self.state.trial
         if trial != NONE and trial.cycles == 0:
             self.y.start_at(self.z.point)
             self.y.forget(clock=k)
@@ -129,14 +134,6 @@ class Relay:
         """x goes back to s, at its loss."""
         self.z.become(self.s)
         self.state = State(progress=Progress.begun(loss), tried=self.state.tried)
-
-    def _begin_trial(self, k: int) -> None:
-        budget = self.share * k + math.sqrt(k)
-        length = max(-(-LEAST // self.nt), round(PART * self.share * k / self.nt))
-        if self.state.tried + length * self.nt <= budget or k == 0:
-            progress = self.state.progress
-            bound = progress.recent if progress.age else math.nan
-            self.state = self.state._replace(trial=Trial(length, bound))
 
     def _keep_or_hand_over(self, state: State, fine: bool) -> State:
         """After a cycle that y led: it leads on, or z goes on from x or from the snapshot."""

@@ -23,7 +23,7 @@ from lossguard.torch.ranks import are_running, check_rank, sharded_as, this_rank
 from lossguard.torch.tensors import clones, leaves, local, read, transfer
 
 if TYPE_CHECKING:
-    from lossguard.torch.guard import Guard
+    from lossguard.torch.face import Face
     from lossguard.torch.lane import Lane
     from lossguard.torch.weights import Copy
 
@@ -32,7 +32,7 @@ NUMBERS = ("phase", "steps", "_rates.bases", "_rates.given")
 """What every guard remembers, beside that of its rules."""
 
 
-def save(guard: "Guard") -> Saved:
+def save(guard: "Face") -> Saved:
     """A copy of all that the rest of the run depends on."""
     guard._rates.apply()  # what is set, but not carried over, would be lost
     params, group = guard._weights.params, guard.param_groups[0]
@@ -64,7 +64,7 @@ def save(guard: "Guard") -> Saved:
     return {**saved, "param_groups": copy.deepcopy(saved["param_groups"])}
 
 
-def load(guard: "Guard", state_dict: Saved) -> None:
+def load(guard: "Face", state_dict: Saved) -> None:
     """Go on from a saved state.
 
     Raises:
@@ -108,13 +108,13 @@ def load(guard: "Guard", state_dict: Saved) -> None:
     guard._rates.note()
 
 
-def _kind(guard: "Guard") -> Saved:
+def _kind(guard: "Face") -> Saved:
     """What two guards must have in common."""
     lanes = list(guard._lanes)
     return {"kind": type(guard).__name__, "lanes": lanes, "nt": guard.nt, "nc": guard.nc}
 
 
-def _places(guard: "Guard") -> list[tuple[Any, str]]:
+def _places(guard: "Face") -> list[tuple[Any, str]]:
     """Who has each number, or list or named tuple of them, and by which name."""
     paths = [name.split(".") for name in (*NUMBERS, *guard.remembered)]
     return [(reduce(getattr, owners, guard), last) for *owners, last in paths]
@@ -128,7 +128,7 @@ def _filled(like: Any, numbers: Iterator[Any]) -> Any:
     return type(like)(*items) if isinstance(like, tuple) else items
 
 
-def _checked(guard: "Guard", state_dict: Saved, groups: list[Saved], ours: Saved) -> list[Saved]:
+def _checked(guard: "Face", state_dict: Saved, groups: list[Saved], ours: Saved) -> list[Saved]:
     """What is saved of each parameter; refuse the state of another guard."""
     kind, params = _kind(guard), guard._weights.params
     got: Any = {name: ours.get(name) for name in kind}

@@ -163,16 +163,7 @@ class _NoBackward(TorchFunctionMode):
 
 
 def forward_only(closure: Callable[[], T]) -> T:
-    """The value of ``closure``, whose calls of ``backward`` do nothing.
-
-    >>> weight = torch.ones(3, requires_grad=True)
-    >>> def closure():
-    ...     loss = weight.sum()
-    ...     loss.backward()
-    ...     return loss
-    >>> forward_only(closure), weight.grad
-    (tensor(3.), None)
-    """
+    """The value of ``closure``, whose calls of ``backward`` do nothing."""
     with torch.no_grad(), _NoBackward():
         try:
             return closure()

@@ -8,6 +8,7 @@ start, the median of the first B // 8 losses.
 import math
 from collections.abc import Sequence
 from copy import copy
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from lossguard.validation import check_count, check_fraction, check_real
@@ -18,7 +19,12 @@ SOON = 10
 """Windows. After a return so soon after another one the scale stays lower."""
 DEEPEST = 5
 """How many times ``factor`` lowers it for good at most: data may be broken for long, and heal."""
-OPTIONS = ("window", "block", "every", "limit", "rise", "alarm", "audits", "_rho", "_factor")
+NUMBERS = (
+    "calls", "returns", "thrown", "skipped", "age", "candidate_age", "pending", "losses", "audit",
+    "in_a_row", "last_return", "ramp", "cap", "alarm.start", "alarm.reference", "alarm.score",
+    "audits.start", "audits.reference", "audits.score",
+)  # fmt: skip
+"""All that a rule knows, and none of its options."""
 
 
 class Alarm:
@@ -110,23 +116,16 @@ class Rule:
         """Steps that may be thrown away in so many calls."""
         return self.window + math.floor(self._rho * (1 - 1e-6) * self.calls)
 
-    def numbers(self) -> dict[str, dict[str, Any]]:
-        """All that it knows, and none of its options."""
-        parts = {"rule": self, "alarm": self.alarm, "audits": self.audits}
-        return {
-            name: {key: copy(value) for key, value in vars(part).items() if key not in OPTIONS}
-            for name, part in parts.items()
-        }
+    def numbers(self) -> dict[str, Any]:
+        """All that it knows."""
+        return {name: copy(attrgetter(name)(self)) for name in NUMBERS}
 
-    def load(self, numbers: dict[str, dict[str, Any]]) -> None:
+    def load(self, numbers: dict[str, Any]) -> None:
         """Know what ``numbers`` returned; all of it, or nothing if it lacks something."""
-        rule, alarm, audits = (
-            {key: copy(numbers[name][key]) for key in known}
-            for name, known in self.numbers().items()
-        )
-        vars(self).update(rule)
-        vars(self.alarm).update(alarm)
-        vars(self.audits).update(audits)
+        found = [copy(numbers[name]) for name in NUMBERS]
+        for name, value in zip(NUMBERS, found, strict=True):
+            owner, _, last = name.rpartition(".")
+            setattr(getattr(self, owner) if owner else self, last, value)
 
     @property
     def can_always_return(self) -> bool:

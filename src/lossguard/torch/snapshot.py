@@ -20,7 +20,6 @@ Saved = dict[str, Any]
 ``also``, the states of other objects."""
 SOUND = torch.tensor(False)
 """Of a step whose gradients were finite."""
-SNAPSHOTS = ("trusted", "candidate")
 Offload = bool | str | os.PathLike[str]
 Place = torch.device | Path | None
 """Where copies go: None, where the originals are."""
@@ -97,16 +96,16 @@ class Live:
                 for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                     set_rate(group, float(rate))
 
-    def pack(self, *snapshots: Saved) -> Saved:
+    def pack(self, trusted: Saved, candidate: Saved) -> Saved:
         """Two snapshots, of which the second may be empty, for a ``state_dict``.
 
         Every entry is there from the first step of the optimizer on, whatever has happened, as
         ``torch.distributed.checkpoint`` loads only into entries that are there.
         """
-        begun = [any(key.startswith("optimizer.") for key in one) for one in snapshots]
+        begun = [any(key.startswith("optimizer.") for key in one) for one in (trusted, candidate)]
         now = {} if all(begun) else self.save()  # in the place of what a snapshot hasn't got
-        entries = [{**now, **one} for one in snapshots]
-        return {**dict(zip(SNAPSHOTS, entries, strict=True)), "rank": this_rank(), "begun": begun}
+        both = {"trusted": {**now, **trusted}, "candidate": {**now, **candidate}}
+        return {**both, "begun": begun, "rank": this_rank()}
 
     def unpack(self, state: Saved) -> list[Saved]:
         """Copies of what was packed; nothing is set back.
@@ -123,16 +122,14 @@ class Live:
                     f"got {shape}"
                 )
             check_rank(tensor, saved, state["rank"], "state")
-        snapshots = []
-        for k, which in enumerate(SNAPSHOTS):
-            places, begun = self.save(), state["begun"][k]
-            snapshots.append(
-                {
-                    name: copied(value, places.get(name))
-                    for name, value in state[which].items()
-                    if begun or not name.startswith("optimizer.")
-                }
-            )
+        snapshots = [self.save(), self.save()]
+        for k, which in enumerate(("trusted", "candidate")):
+            begun, places = state["begun"][k], snapshots[k]
+            snapshots[k] = {
+                name: copied(value, places.get(name))
+                for name, value in state[which].items()
+                if begun or not name.startswith("optimizer.")
+            }
         return snapshots
 
 

@@ -60,7 +60,7 @@ class Guard(Face):
 
     def _begin(self) -> list[Lane]:
         """The lanes that run in the cycle beside the live one, where they start from."""
-        raise NotImplementedError
+        return []
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
         """Decide, by what the lanes that ran have shown; call ``_lead`` to have another lane."""
@@ -125,7 +125,8 @@ class Guard(Face):
 
     def _open(self) -> list[Tensor]:
         """Before a minibatch: the random state that each lane starts from."""
-        self._undo(self._randomness.state())  # of a loop that was left, whose generator lives on
+        draws = self._randomness.state()
+        self._undo(draws)  # a loop that was left, whose generator lives on
         optimizers = [inner.optimizer for inner in self._inners.values()]
         arguments.check_loop(optimizers, self._weights.params)
         self._rates.apply()
@@ -136,7 +137,7 @@ class Guard(Face):
         self._order = [*self._others, self._leader]
         for lane in self._order:
             lane.begun = lane.stepped = False
-        return self._randomness.state()
+        return draws
 
     def _run(self, lane: Lane, closure: Closure) -> Any:
         """The value of the closure, or NaN where a lane raises as its numbers aren't finite.
@@ -201,7 +202,7 @@ class Guard(Face):
         """Go on from the state of a guard that was built in the same way.
 
         Raises:
-            ValueError: if it wasn't. The guard is as it was before, then.
+            ValueError: if it wasn't, or the state is damaged. This one is as it was before, then.
         """
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():

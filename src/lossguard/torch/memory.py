@@ -90,8 +90,7 @@ class Inner:
     ) -> None:
         """Note which entries hold the parameters, after a first step from ``start`` to ``point``.
 
-        Raises:
-            ValueError: if the optimizer holds copies elsewhere, which all lanes would share.
+        Refuse copies that the optimizer holds elsewhere, as all lanes would share them.
         """
         steps = zip(params, start, point, strict=False)
         moved = [v for _, u, v in steps if v.numel() > 1 and not torch.equal(u, v)]

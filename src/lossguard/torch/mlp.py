@@ -95,14 +95,15 @@ class MLPOptimizer(Learned):
         first = weights["mlp.0.weight"]
         times = torch.tanh(t / torch.tensor(TIMES) - 1).to(first.device)
         for p, g, state in zip(params, gradients, states, strict=True):
-            scale = _scale(scaling, tuple(p.shape), t)
+            ages = (math.log1p(t / age) for age in AGES)
+            powers = map(operator.mul, scaling, (*size_features(tuple(p.shape)), *ages))
             x = _first_layer(first, weights["mlp.0.bias"], times, p, g, state)
             for k in range(1, self.layers):
                 weight, bias = (weights[name] for name in mlp_names(k))
                 x = torch.addmm(bias[:, None], weight, x.relu_())
             direction, magnitude = x
             step = magnitude.mul_(SCALE).exp_().mul_(direction)
-            step.mul_(group["lr"] * SCALE * scale)
+            step.mul_(group["lr"] * SCALE * math.exp(sum(powers)))
             p.sub_(step.reshape(p.shape).to(p.dtype))
 
     def _state(self, p: Tensor) -> dict[str, Tensor]:
@@ -137,12 +138,6 @@ class MLPOptimizer(Learned):
                 new.append(columns)
         for k, rest in enumerate(factored):
             torch._foreach_lerp_([mean[k] for mean in old], new, rest)  # pyright: ignore
-
-
-def _scale(scaling: list[float], shape: tuple[int, ...], t: float) -> float:
-    """Of the step: powers of the tensor's size and of the time."""
-    features = *size_features(shape), *(math.log1p(t / age) for age in AGES)
-    return math.exp(sum(map(operator.mul, scaling, features)))
 
 
 def _means(squares: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -187,9 +187,6 @@ class ResidualGuard(Guard):
         """Refused: the second evaluation is where the first one leads."""
         raise ValueError("ResidualGuard has no lanes() to loop over: use step(closure)")
 
-    def _begin(self) -> list[Lane]:
-        return []
-
     def _run(self, lane: Lane, closure: Closure) -> Any:
         """A step of both lanes from x, and of the fallback's from y, for the residual there."""
         weights, z, y, n = self._weights, lane, self._lanes["y"], len(self._weights.params)

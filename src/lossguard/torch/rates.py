@@ -45,11 +45,7 @@ class Rates:
         self.seen = [options_of(group) for group in self.groups]
 
     def apply(self) -> None:
-        """Carry over what has been set since the last time.
-
-        Raises:
-            ValueError: if rates were set both here and in an optimizer, or can't be in proportion.
-        """
+        """Carry over what has been set since the last time; refuse rates that were set twice."""
         changes = [
             {key: group[key] for key in seen if key in group and not same(seen[key], group[key])}
             for group, seen in zip(self.groups, self.seen, strict=True)

@@ -65,11 +65,7 @@ def save(guard: "Face") -> Saved:
 
 
 def load(guard: "Face", state_dict: Saved) -> None:
-    """Go on from a saved state.
-
-    Raises:
-        ValueError: if it is of another guard, or damaged. This one is as it was before, then.
-    """
+    """Go on from a saved state, of which nothing is loaded if it is refused."""
     with told_if_damaged("state_dict"):
         groups = copy.deepcopy(state_dict.get("param_groups", []))
         ours = groups[0].pop("guard", {}) if groups else {}

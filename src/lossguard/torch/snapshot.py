@@ -26,12 +26,7 @@ Place = torch.device | Path | None
 
 
 class Live:
-    """What is copied and set back: parameters, buffers, what the optimizer remembers, and others.
-
-    Raises:
-        ValueError: if the optimizer has a parameter that the model doesn't have, or no rate; or a
-            folder is to keep shards.
-    """
+    """What is copied and set back: parameters, buffers, the optimizer's memory, and others."""
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, also: Sequence[Any], offload: Offload
@@ -108,11 +103,7 @@ class Live:
         return {**both, "begun": begun, "rank": this_rank()}
 
     def unpack(self, state: Saved) -> list[Saved]:
-        """Copies of what was packed; nothing is set back.
-
-        Raises:
-            ValueError: if it is of another model, or of another rank's shards.
-        """
+        """Copies of what was packed; refuse what is of another model, or another rank's shards."""
         for name, tensor in self.tensors.items():
             saved = state["trusted"].get(f"model.{name}")
             shape = None if saved is None else tuple(saved.shape)

@@ -80,11 +80,7 @@ def are_finite(tensors: Iterable[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def zero_unsound(params: Iterable[Tensor]) -> Tensor:
-    """Make all gradients 0 if one of them isn't finite, without a wait for the device.
-
-    Returns:
-        Whether that was so, as a tensor.
-    """
+    """Make all gradients 0 if one of them isn't finite; whether that was so. Nothing waits."""
     grads = [local(p.grad) for p in params if p.grad is not None and not p.grad.is_sparse]
     simple = all(g.is_cpu and g.is_contiguous() and _has_norm(g) for g in grads)
     if simple and len({g.dtype for g in grads}) == 1:

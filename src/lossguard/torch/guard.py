@@ -26,8 +26,6 @@ class Guard(Face):
     A cycle is nt minibatches on which lanes step, and nc on which they are only checked.
     """
 
-    trusted: tuple[str, ...] = ()
-    """Lanes whose errors are passed on whatever their numbers are."""
     forgives = True
     """Whether a gradient with a number that isn't finite counts as 0."""
 
@@ -148,8 +146,8 @@ class Guard(Face):
             with torch.enable_grad():
                 value = arguments.forward_only(closure) if lane.checking else closure()
         except Exception as error:
-            passed_on = lane.name in self.trusted or several(self.process_group)
-            if passed_on or not self._weights.have_diverged():
+            trusted = lane.inner is self._inners.get("fallback")
+            if trusted or several(self.process_group) or not self._weights.have_diverged():
                 raise
             arguments.tell(error, lane)
             return lane.miss()
@@ -235,8 +233,6 @@ def _agreed(ran: Sequence[Lane], group: distributed.ProcessGroup | None) -> dict
 
 class GuardOfTwo(Guard):
     """A relay at x, of learned lane y and fallback lane z, beside s, the fallback's own run."""
-
-    trusted = ("z", "s")
 
     def __init__(
         self,

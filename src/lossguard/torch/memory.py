@@ -133,8 +133,7 @@ def _holds(held: Any, values: list[Tensor], params: list[Tensor]) -> bool:
     live = {local(p).data_ptr() for p in params}
     tensors = [local(leaf).detach() for leaf in leaves(held) if isinstance(leaf, Tensor)]
     copies = [t for t in tensors if t.data_ptr() not in live]
-
-    def is_copied(value: Tensor) -> bool:
-        return any(t.shape == value.shape and torch.equal(t.to(value), value) for t in copies)
-
-    return bool(values) and all(map(is_copied, values))
+    return bool(values) and all(
+        any(t.shape == value.shape and torch.equal(t.to(value), value) for t in copies)
+        for value in values
+    )

@@ -66,7 +66,6 @@ class LossGuard(Guard):
     (0, 0.16)
     """
 
-    trusted = ("z",)
     forgives = False
 
     def __init__(

@@ -69,7 +69,8 @@ class Rewind:
         factor: what steps are multiplied by after a return.
         rise: the share of the progress since the start that has to be lost.
         every: calls between two reads; a divisor of window / 4.
-        offload: keep snapshots in the host's memory, or, if it is the path of a folder, on disk.
+        offload: keep snapshots in the host's memory (pinned, where there is CUDA), or, if it is
+            the path of a folder, on disk.
         audit: the loss on a held minibatch, without gradients; called once every B steps. A
             candidate is only trusted if it isn't worse there than the best trusted one by more than
             four times ``rise``, and 4 more worse ones than others are an alarm.
@@ -183,10 +184,9 @@ class Rewind:
             if (theirs := state.get("options")) != self._options:
                 raise ValueError(f"state must be of a Rewind with {self._options}, got {theirs}")
             trusted, candidate = self._live.unpack(state)
-            losses = [torch.tensor(loss, dtype=torch.float64) for loss in state["unread"]]
+            unread = [(torch.tensor(loss, dtype=torch.float64), SOUND) for loss in state["unread"]]
             self._rule.load(state["rule"])  # whole or not at all
-        self._trusted, self._candidate = trusted, candidate
-        self._unread = [(loss, SOUND) for loss in losses]
+        self._trusted, self._candidate, self._unread = trusted, candidate, unread
         self._last = None if self._rule.can_always_return else self._live.save()
 
     def close(self) -> None:
@@ -227,8 +227,7 @@ class Rewind:
 
     def _tell(self, kind: Literal["return", "unanswered"], cause: Cause, thrown: int) -> None:
         rule = self._rule
-        event = RewindEvent(kind, cause, rule.calls, thrown, rule.in_a_row, self.scale)
-        self.events.append(event)
+        self.events.append(RewindEvent(kind, cause, rule.calls, thrown, rule.in_a_row, self.scale))
 
     def _new_candidate(self) -> None:
         """Copy the model as it is now, unless its audit says that it is worse."""

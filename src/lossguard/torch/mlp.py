@@ -110,12 +110,10 @@ class MLPOptimizer(Learned):
         state = self.state[p]
         if not state:
             zeros = torch.zeros(p.shape, device=p.device)
-            rows, columns = _means(zeros)
             state["momenta"] = torch.stack([zeros] * 3)
             state["second_moment"] = zeros
-            state["rows"] = torch.stack([rows] * 3)
-            if columns is not None:
-                state["columns"] = torch.stack([columns] * 3)
+            for name, mean in _means(zeros).items():
+                state[name] = torch.stack([mean] * 3)
         return state
 
     def _remember(self, states: list[dict[str, Tensor]], gradients: list[Tensor]) -> None:
@@ -130,23 +128,23 @@ class MLPOptimizer(Learned):
         torch._foreach_add_(squares, 1e-30)  # pyright: ignore
         old, new = [], []
         for state, square in zip(states, squares, strict=True):
-            rows, columns = _means(square)
-            old.append(state["rows"])
-            new.append(rows)
-            if columns is not None:
-                old.append(state["columns"])
-                new.append(columns)
+            for name, mean in _means(square).items():
+                old.append(state[name])
+                new.append(mean)
         for k, rest in enumerate(factored):
             torch._foreach_lerp_([mean[k] for mean in old], new, rest)  # pyright: ignore
 
 
-def _means(squares: Tensor) -> tuple[Tensor, Tensor | None]:
+def _means(squares: Tensor) -> dict[str, Tensor]:
     """Over the longest and over the second longest axis; the squares themselves of vectors."""
     axes = factored_axes(tuple(squares.shape))
     if axes is None:
-        return squares, None
+        return {"rows": squares}
     shorter, longer = axes
-    return squares.mean(longer, keepdim=True), squares.mean(shorter, keepdim=True)
+    return {
+        "rows": squares.mean(longer, keepdim=True),
+        "columns": squares.mean(shorter, keepdim=True),
+    }
 
 
 def _first_layer(

@@ -245,6 +245,8 @@ class ResidualGuard(Guard):
         with torch.enable_grad():
             loss = closure()
         self._leader.check_gradients(scalar(loss))
+        if isinstance(loss, Tensor):  # which the other evaluation may overwrite
+            loss = loss.detach().clone()
         return loss, [None if p.grad is None else p.grad.detach() for p in self._weights.params]
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:

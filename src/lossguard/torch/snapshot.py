@@ -137,7 +137,8 @@ class CarefulSteps:
     def __init__(self, optimizer: Optimizer, scale: Callable[[], float]) -> None:
         self.broken = SOUND
         self._scale = scale
-        self._rates: list[float | Tensor] | None = None
+        self._rates: list[float | Tensor] = []
+        """Those of the groups between steps, while it multiplies them."""
         self._hooks = (
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -159,10 +160,9 @@ class CarefulSteps:
                 set_rate(group, rate * scale)
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._rates is not None:
-            for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
-                set_rate(group, rate)
-            self._rates = None
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=False):
+            set_rate(group, rate)
+        self._rates = []
 
 
 def copied(value: Any, old: Any = None, place: Place = None) -> Any:

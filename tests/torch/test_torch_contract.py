@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from models import (
@@ -186,6 +187,12 @@ def test_a_damaged_state_is_loaded_whole_or_not_at_all(kind):
     before = guard.state_dict()
     run(guard, model, minibatches(4))
     assert refusals_of_damaged(guard, before) > 80
+
+
+def test_lengths_of_a_cycle_are_plain_numbers():
+    """NumPy's carry a type that ``torch.load`` refuses."""
+    guard = two(LossGuard, mlp(), nt=np.int64(2), nc=np.int64(1))
+    assert type(guard.nt) is type(guard.nc) is int
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])

@@ -47,7 +47,7 @@ class Face(Optimizer):
         self.nt, self.nc = check_count("nt", nt), nc
         self.phase, self.steps = 0, 0
         self.history: deque[Decision] = deque(maxlen=1000)
-        self._inners = {name: Inner(optimizer) for name, optimizer in optimizers.items()}
+        self._inners = {name: Inner(one, params) for name, one in optimizers.items()}
         first = next(iter(optimizers.values()))
         super().__init__([copied(group) for group in first.param_groups], dict(first.defaults))
         self.state.update({p: {} for p in params})  # else checkpointing would step to make some

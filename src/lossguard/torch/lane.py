@@ -192,11 +192,11 @@ class Lane:
 
     def note_copies(self, start: Copy, point: Copy) -> None:
         """Note which entries of its memory hold the parameters, after a step between two points."""
-        self.inner.note_copies(self.memory(), self.weights.params, start, point)
+        self.inner.note_copies(self.memory(), start, point)
 
     def move_copies(self, point: Copy) -> None:
         """Have these be the parameters at a point, or the next step would undo the move."""
-        self.inner.move_copies(self.memory(), self.weights.params, point)
+        self.inner.move_copies(self.memory(), point)
 
     def __repr__(self) -> str:
         return f"lane {self.name} ({type(self.optimizer).__name__})"

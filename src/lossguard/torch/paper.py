@@ -82,8 +82,7 @@ class LossGuard(Guard):
     ) -> None:
         check_choice("loser", loser, get_args(Loser))
         self.loser = loser
-        optimizers = {"fallback": fallback, "learned": learned}
-        check_count("nc", nc)
+        optimizers, nc = {"fallback": fallback, "learned": learned}, check_count("nc", nc)
         super().__init__(optimizers, LANES, model, nt, nc, process_group, callback)
 
     def _begin(self) -> list[Lane]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from models import (
@@ -161,7 +162,7 @@ def test_what_is_no_state_of_its_own_is_refused_whole(kind):
     name = f"{next(iter(guard._lanes))}.value"
     del broken["state"][3][name]
     missing = copy.deepcopy(before)
-    missing["param_groups"][0]["guard"]["rules"] = {"rules": ["something else"]}
+    missing["param_groups"][0]["guard"]["numbers"] = ["something else"]
     refusals = [
         (other.state_dict(), "state_dict must be of 4 parameters in 1 groups"),
         (wide.state_dict(), "state_dict must be of the same model, with a tensor of shape"),
@@ -170,9 +171,8 @@ def test_what_is_no_state_of_its_own_is_refused_whole(kind):
         (longer.state_dict(), "state_dict must be of a guard with .*'nt': 3.* got .*'nt': 4"),
         (SGD(model.parameters()).state_dict(), "state_dict must be of a .* before the guard is"),
         (broken, f"state_dict must hold {name} of each parameter"),
+        (missing, "state_dict must have the numbers of"),
     ]
-    if kind is not LossGuard:
-        refusals.append((missing, "state_dict must have the numbers of"))
     for state, message in refusals:
         with pytest.raises(ValueError, match=f"^{message}"):
             guard.load_state_dict(state)
@@ -187,6 +187,12 @@ def test_a_damaged_state_is_loaded_whole_or_not_at_all(kind):
     before = guard.state_dict()
     run(guard, model, minibatches(4))
     assert refusals_of_damaged(guard, before) > 80
+
+
+def test_lengths_of_a_cycle_are_plain_numbers():
+    """NumPy's carry a type that ``torch.load`` refuses."""
+    guard = two(LossGuard, mlp(), nt=np.int64(2), nc=np.int64(1))
+    assert type(guard.nt) is type(guard.nc) is int
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])

@@ -196,6 +196,21 @@ def test_a_bad_minibatch_does_not_spoil_the_buffers():
     assert_same_state(model.state_dict(), before)
 
 
+def test_a_loss_that_is_overwritten_is_the_one_at_x():
+    """As a CUDA graph leaves it."""
+    w, _ = quadratic(1.0)
+    guard = ResidualGuard(SGD([w], lr=0.1), SGD([w], lr=0.1), nt=1)
+    static = torch.zeros(())
+
+    def closure():
+        loss = w.square().sum()
+        loss.backward()
+        return static.copy_(loss.detach())
+
+    assert guard.step(closure).item() == 1.0
+    assert guard.last_decision.losses == [1.0] and static < 1
+
+
 def test_a_fallback_whose_memory_is_not_finite_begins_anew():
     w, _ = quadratic(1.0)
     guard = ResidualGuard(SGD([w], lr=0.0), SGD([w], lr=0.1, momentum=0.9), nt=1)

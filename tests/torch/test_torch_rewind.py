@@ -270,7 +270,7 @@ def test_a_callback_may_make_the_optimizer_careful():
 
     def careful(event):
         assert rewind.events[-1] is event and rewind.scale == event.scale
-        calls = rewind.state_dict()["rule"]["rule"]["calls"]
+        calls = rewind.state_dict()["rule"]["calls"]
         heard.append((event.kind, model.weight.item(), calls))
         for group in optimizer.param_groups:
             group["momentum"] = 0.0

@@ -70,25 +70,13 @@ def check_wrapped(name: str, optimizer: Any) -> None:
 
 def _check_step(name: str, optimizer: Optimizer) -> None:
     """Refuse what needs a closure: it may evaluate again, where a loop's body can't follow."""
-    arguments = inspect.signature(optimizer.step).parameters.values()
-    argument = next((one for one in arguments if one.name != "self"), None)  # in a scheduler's wrap
-    stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    if argument is None or argument.name == "loss" or argument.kind in stars:
-        return
-    if argument.default is argument.empty:
-        raise ValueError(
-            f"{name} must have step(), step(closure=None) or step(loss), as a guard evaluates once "
-            f"a step, got {type(optimizer).__name__} with step({argument})"
-        )
-
-
-def check_range(kind: str, params: Sequence[Tensor]) -> None:
-    """Refuse float16 for guards whose lanes are lost with a gradient that overflows."""
-    if any(p.dtype == torch.float16 for p in params):
-        raise ValueError(
-            f"parameters must have more range than float16 for {kind}, where a gradient that "
-            "overflows is not left out, got some of float16"
-        )
+    for one in inspect.signature(optimizer.step).parameters.values():
+        stars = one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+        if one.default is one.empty and not stars and one.name not in ("self", "loss"):
+            raise ValueError(
+                f"{name} must have step(), step(closure=None) or step(loss), as a guard evaluates "
+                f"once a step, got {type(optimizer).__name__} with step({one})"
+            )
 
 
 def check_model(model: object, params: Sequence[Tensor]) -> None:
@@ -147,11 +135,12 @@ def check_loop(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> Non
         )
 
 
-def checked(closure: Any, hint: str = "") -> Closure:
-    """The closure; refuse what isn't one. The ``hint`` is for those who gave none."""
+def checked(closure: Any) -> Closure:
+    """The closure; refuse what isn't one."""
     if callable(closure):
         return closure
-    got = f"{_described(closure)}{hint if closure is None else ''}"
+    hint = " (float16 needs a loop over guard.lanes())" if closure is None else ""
+    got = f"{_described(closure)}{hint}"
     raise ValueError(f"closure must be a function that returns the loss, got {got}")
 
 
@@ -174,16 +163,7 @@ class _NoBackward(TorchFunctionMode):
 
 
 def forward_only(closure: Callable[[], T]) -> T:
-    """The value of ``closure``, whose calls of ``backward`` do nothing.
-
-    >>> weight = torch.ones(3, requires_grad=True)
-    >>> def closure():
-    ...     loss = weight.sum()
-    ...     loss.backward()
-    ...     return loss
-    >>> forward_only(closure), weight.grad
-    (tensor(3.), None)
-    """
+    """The value of ``closure``, whose calls of ``backward`` do nothing."""
     with torch.no_grad(), _NoBackward():
         try:
             return closure()

@@ -47,10 +47,6 @@ class Record(NamedTuple):
         mean = known + (d - known) / weight
         return self._replace(mean=mean, weight=weight, lowest=min(self.lowest, mean))
 
-    def begun(self) -> "Record":
-        """That of an optimizer that begins where the one of this record is."""
-        return Record(self.mean, self.weight, self.mean)
-
 
 class BestOf(Guard):
     """Run several optimizers, each on its own path, and follow the one whose losses are lowest.
@@ -87,16 +83,13 @@ class BestOf(Guard):
 
     Memory: one copy of the parameters and buffers for each optimizer, beside the model.
 
-    >>> import torch
     >>> w = torch.tensor([4.0], requires_grad=True)
     >>> guard = BestOf(lambda rate: torch.optim.SGD([w], lr=rate), rates=(0.1, 0.4), model=None)
-    >>> def closure():
-    ...     guard.zero_grad()
-    ...     loss = w.square().sum()
-    ...     loss.backward()
-    ...     return loss
     >>> for batch in range(10):
-    ...     loss = guard.step(closure)
+    ...     for lane in guard.lanes():
+    ...         loss = w.square().sum()
+    ...         loss.backward()
+    ...         lane.step(loss)
     >>> guard.last_decision.winner, guard.last_decision.gradients
     (1, 20)
     """
@@ -127,25 +120,17 @@ class BestOf(Guard):
             raise ValueError(f"check must be None or a function of a number, got {check!r}")
         self.check, self.checks = check, check_count("nc", nc)
         self.share, self.decay = None if share is None else check_share(share), check_decay(decay)
-        names = [str(k) for k in range(len(optimizers))]
-        super().__init__(
-            dict(zip((f"optimizers[{name}]" for name in names), optimizers, strict=True)),
-            {name: f"optimizers[{name}]" for name in names},
-            leader="0",
-            nt=nt,
-            model=model,
-            process_group=process_group,
-            callback=callback,
-        )
-        self.records = [Record() for _ in names]
-        self._spent, self._checked = [0] * len(names), 0
+        named = {f"optimizers[{k}]": one for k, one in enumerate(optimizers)}
+        lanes = {str(k): name for k, name in enumerate(named)}
+        super().__init__(named, lanes, model, nt, process_group=process_group, callback=callback)
+        self.records = [Record() for _ in lanes]
+        self._spent, self._checked = [0] * len(lanes), 0
         """Steps of each beside the leader, and check minibatches so far."""
-        self._all = list(self._lanes.values())
 
     def _begin(self) -> list[Lane]:
         runs = [
             lane
-            for lane, spent in zip(self._all, self._spent, strict=True)
+            for lane, spent in zip(self._lanes.values(), self._spent, strict=True)
             if not lane.live and (self.share is None or spent <= self.share * self.steps)
         ]
         if self.steps == 0:  # weights may have been loaded since the guard was built
@@ -171,7 +156,7 @@ class BestOf(Guard):
         self._checked += self.checks
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
-        leader, lanes, old = int(self._leader.name), self._all, list(self.records)
+        leader, lanes, old = int(self._leader.name), [*self._lanes.values()], list(self.records)
         shown = {int(name): one for name, one in seen.items()}
         d = {k: mean(one.losses if self.check is None else one.checks) for k, one in shown.items()}
         lost = not any(map(math.isfinite, d.values()))  # a minibatch that is lost on all
@@ -192,10 +177,11 @@ class BestOf(Guard):
         again = {k for k, ok in enumerate(fine) if not ok}
         if fine[leader] and not lost:
             again |= self._ruined(shown, fine, leader) - {best}
+        like = self.records[best]
         for k in again:
             lanes[k].start_at(x)
             lanes[k].forget()
-            self.records[k] = self.records[best].begun()
+            self.records[k] = Record(like.mean, like.weight, lowest=like.mean)
         if best != leader:
             self.records = [record._replace(against=NEW) for record in self.records]
         self._lead(lanes[best])

@@ -1,10 +1,10 @@
 """What a guard is to loops and trainers: an optimizer."""
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import distributed, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lossguard.torch import arguments
@@ -17,9 +17,6 @@ from lossguard.validation import check_count
 
 if TYPE_CHECKING:
     from lossguard.torch.lane import Lane
-
-HISTORY = 1000
-"""Decisions that ``history`` keeps."""
 
 
 class Face(Optimizer):
@@ -38,29 +35,21 @@ class Face(Optimizer):
 
     _lanes: "dict[str, Lane]"
     _leader: "Lane"
+    _others: "list[Lane]"
+    """Those that run beside the leader in this cycle."""
 
     def __init__(
-        self,
-        optimizers: Mapping[str, Optimizer],
-        *,
-        nt: int,
-        nc: int = 0,
-        model: nn.Module | None,
-        process_group: distributed.ProcessGroup | None = None,
-        callback: Callable[[Decision], object] | None = None,
+        self, optimizers: Mapping[str, Optimizer], model: nn.Module | None, nt: int, nc: int
     ) -> None:
         params = arguments.check_optimizers(optimizers)
         arguments.check_model(model, params)
         arguments.check_accelerate()
         self.nt, self.nc = check_count("nt", nt), nc
         self.phase, self.steps = 0, 0
-        self.history: deque[Decision] = deque(maxlen=HISTORY)
-        self.process_group, self.callback = process_group, callback
-        self._inners = {name: Inner(optimizer) for name, optimizer in optimizers.items()}
+        self.history: deque[Decision] = deque(maxlen=1000)
+        self._inners = {name: Inner(one, params) for name, one in optimizers.items()}
         first = next(iter(optimizers.values()))
-        self._built = False
         super().__init__([copied(group) for group in first.param_groups], dict(first.defaults))
-        self._built = True
         self.state.update({p: {} for p in params})  # else checkpointing would step to make some
         self._rates = Rates(self.param_groups, list(optimizers.values()))
         self._randomness = Randomness(params)
@@ -82,7 +71,7 @@ class Face(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused, except when the guard is built."""
-        if self._built:
+        if hasattr(self, "_weights"):
             raise ValueError(
                 "parameters must be in the optimizers when the guard is built, got others later: "
                 "build another guard"

@@ -14,7 +14,7 @@ from lossguard.torch.decision import Decision, Seen
 from lossguard.torch.face import Face
 from lossguard.torch.lane import Lane
 from lossguard.torch.process import held
-from lossguard.torch.ranks import agree, several
+from lossguard.torch.ranks import mean_of_ranks, several
 from lossguard.torch.relay import Relay
 from lossguard.torch.tensors import read
 from lossguard.validation import check_share
@@ -26,8 +26,6 @@ class Guard(Face):
     A cycle is nt minibatches on which lanes step, and nc on which they are only checked.
     """
 
-    trusted: tuple[str, ...] = ()
-    """Lanes whose errors are passed on whatever their numbers are."""
     forgives = True
     """Whether a gradient with a number that isn't finite counts as 0."""
 
@@ -35,26 +33,32 @@ class Guard(Face):
         self,
         optimizers: Mapping[str, Optimizer],
         lanes: Mapping[str, str],
-        *,
-        leader: str,
-        **options: Any,
+        model: nn.Module | None,
+        nt: int,
+        nc: int = 0,
+        process_group: distributed.ProcessGroup | None = None,
+        callback: Callable[[Decision], object] | None = None,
     ) -> None:
-        super().__init__(optimizers, **options)
+        """The first optimizer's groups are the guard's. The first lane is live."""
+        super().__init__(optimizers, model, nt, nc)
+        self.process_group, self.callback = process_group, callback
         self._lanes = {
             name: Lane(name, self._inners[of], self._weights, forgives=self.forgives)
             for name, of in lanes.items()
         }
-        if not self.forgives:
-            arguments.check_range(type(self).__name__, self._weights.params)
-        self._leader = self._weights.holder = self._lanes[leader]
-        self._others: list[Lane] = []
-        """Those that run beside it in this cycle."""
+        if not self.forgives and any(p.dtype == torch.float16 for p in self._weights.params):
+            raise ValueError(
+                f"parameters must have more range than float16 for {type(self).__name__}, where a "
+                "gradient that overflows is not left out, got some of float16"
+            )
+        self._leader = self._weights.holder = next(iter(self._lanes.values()))
+        self._others = []
         self._order: list[Lane] = []
         """All that run on the minibatch that is under way."""
 
     def _begin(self) -> list[Lane]:
         """The lanes that run in the cycle beside the live one, where they start from."""
-        raise NotImplementedError
+        return []
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
         """Decide, by what the lanes that ran have shown; call ``_lead`` to have another lane."""
@@ -63,7 +67,7 @@ class Guard(Face):
     def _lead(self, lane: Lane) -> None:
         """Have another lane in the model from now on."""
         if lane is not self._leader:
-            self._weights.put(lane)
+            lane.go_live()
             self._leader, self._weights.jumped = lane, True
 
     def step(self, closure: Closure | None = None) -> Any:  # pyright: ignore
@@ -76,8 +80,8 @@ class Guard(Face):
         Returns:
             The loss of the live lane before its step: of what the model was before this call.
         """
-        closure = arguments.checked(closure, " (float16 needs a loop over guard.lanes())")
-        with closing(self.lanes()) as lanes:
+        closure = arguments.checked(closure)
+        with closing(Guard.lanes(self)) as lanes:  # a class below may refuse its own
             *_, value = [self._run(lane, closure) for lane in lanes]
         return value.detach().clone() if isinstance(value, Tensor) else value
 
@@ -119,10 +123,10 @@ class Guard(Face):
 
     def _open(self) -> list[Tensor]:
         """Before a minibatch: the random state that each lane starts from."""
-        self._undo(self._randomness.state())  # of a loop that was left, whose generator lives on
-        arguments.check_loop(
-            [inner.optimizer for inner in self._inners.values()], self._weights.params
-        )
+        draws = self._randomness.state()
+        self._undo(draws)  # a loop that was left, whose generator lives on
+        optimizers = [inner.optimizer for inner in self._inners.values()]
+        arguments.check_loop(optimizers, self._weights.params)
         self._rates.apply()
         if self.phase == 0:
             for lane in self._lanes.values():
@@ -131,7 +135,7 @@ class Guard(Face):
         self._order = [*self._others, self._leader]
         for lane in self._order:
             lane.begun = lane.stepped = False
-        return self._randomness.state()
+        return draws
 
     def _run(self, lane: Lane, closure: Closure) -> Any:
         """The value of the closure, or NaN where a lane raises as its numbers aren't finite.
@@ -142,8 +146,8 @@ class Guard(Face):
             with torch.enable_grad():
                 value = arguments.forward_only(closure) if lane.checking else closure()
         except Exception as error:
-            passed_on = lane.name in self.trusted or several(self.process_group)
-            if passed_on or not self._weights.have_diverged():
+            trusted = lane.inner is self._inners.get("fallback")
+            if trusted or several(self.process_group) or not self._weights.have_diverged():
                 raise
             arguments.tell(error, lane)
             return lane.miss()
@@ -157,7 +161,7 @@ class Guard(Face):
         order, self._order = self._order, []
         inside = self._weights.holder
         inside.leave()
-        self._weights.put(self._leader, keep=inside.stepped)
+        self._leader.go_live(keep=inside.stepped)
         self._randomness.set(draws)
         if self.phase == self.nt + self.nc or any(lane.begun or lane.stepped for lane in order):
             self.phase = 0
@@ -196,7 +200,7 @@ class Guard(Face):
         """Go on from the state of a guard that was built in the same way.
 
         Raises:
-            ValueError: if it wasn't. The guard is as it was before, then.
+            ValueError: if it wasn't, or the state is damaged. This one is as it was before, then.
         """
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -210,28 +214,25 @@ class Guard(Face):
 def _agreed(ran: Sequence[Lane], group: distributed.ProcessGroup | None) -> dict[str, Seen]:
     """What the lanes have shown, on all ranks; a memory that isn't finite is lost."""
     weights, seen = ran[0].weights, {}
-    numbers, alarms = agree(
-        read([loss for lane in ran for loss in (*lane.losses, *lane.checks)]),
-        [
-            *(not weights.is_finite(lane.point) for lane in ran),
-            *(not lane.inner.is_finite(lane.memory()) for lane in ran),
-        ],
-        group,
-        ran[0].point[0].device,
-    )
-    agreed = iter(numbers)
-    for lane, broken, lost in zip(ran, alarms[: len(ran)], alarms[len(ran) :], strict=True):
-        losses, checks = ([next(agreed) for _ in row] for row in (lane.losses, lane.checks))
-        seen[lane.name] = Seen(losses, checks, not broken)
-        if lost:
+    numbers = [
+        *read([loss for lane in ran for loss in (*lane.losses, *lane.checks)]),
+        *(not weights.is_finite(lane.point) for lane in ran),
+        *(not lane.inner.is_finite(lane.memory()) for lane in ran),
+    ]
+    device = weights.params[0].device if several(group) else None
+    agreed = mean_of_ranks(torch.tensor(numbers, dtype=torch.float64, device=device), group)
+    means = iter(agreed.tolist())
+    rows = [[[next(means) for _ in row] for row in (lane.losses, lane.checks)] for lane in ran]
+    for lane, (losses, checks) in zip(ran, rows, strict=True):  # then what any rank has seen
+        seen[lane.name] = Seen(losses, checks, finite=next(means) == 0)
+    for lane in ran:
+        if next(means) > 0:
             lane.forget()
     return seen
 
 
 class GuardOfTwo(Guard):
     """A relay at x, of learned lane y and fallback lane z, beside s, the fallback's own run."""
-
-    trusted = ("z", "s")
 
     def __init__(
         self,
@@ -245,14 +246,10 @@ class GuardOfTwo(Guard):
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
         share = check_share(share)
+        optimizers = {"fallback": fallback, "learned": learned}
+        lanes = {"z": "fallback", "y": "learned", "s": "fallback"}
         super().__init__(
-            {"fallback": fallback, "learned": learned},
-            {"y": "learned", "z": "fallback", "s": "fallback"},
-            leader="z",
-            nt=nt,
-            model=model,
-            process_group=process_group,
-            callback=callback,
+            optimizers, lanes, model, nt, process_group=process_group, callback=callback
         )
-        y, z, s = self._lanes.values()
-        self._relay = Relay(y, z, s, self.nt, share)
+        z, y, s = self._lanes.values()
+        self._relay = Relay(z, y, s, self.nt, share)

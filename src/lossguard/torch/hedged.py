@@ -63,25 +63,21 @@ class Hedged(GuardOfTwo):
         return self._relay.begin(self.steps, not self._relay.state.on_own)
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
-        s, relay = seen.get("s"), self._relay
-        decision, leaves = relay.settle(seen, self.steps)
-        leads = self._follow(decision.losses, s)
-        patient = self._behind < max(LEAST, PATIENCE * self._away) and math.isfinite(self._regret)
-        back = mean(s.losses) if s is not None and s.fine and not patient else None
-        decision = relay.own_path(decision, leaves, back)
-        self._lead(relay.s if leads and back is None else relay.leader)
-        if back is not None:
-            self._regret, self._away, self._behind = 0.0, 0, 0
-        if leads and s is not None:
+        s, relay, leader = seen.get("s"), self._relay, None
+        decision = relay.settle(seen, self.steps)
+        if s is not None and self._follow(decision.losses, s):
             own = [False] * self.nt
-            return decision._replace(winner=OWN, losses=s.losses, used_learned=own)
+            decision = decision._replace(winner=OWN, losses=s.losses, used_learned=own)
+            if self._behind < max(LEAST, PATIENCE * self._away) and math.isfinite(self._regret):
+                leader = relay.s
+            else:
+                relay.go_back(mean(s.losses))
+                self._regret, self._away, self._behind = 0.0, 0, 0
+        self._lead(leader or relay.leader)
         return decision
 
-    def _follow(self, losses: Sequence[float], s: Seen | None) -> bool:
+    def _follow(self, losses: Sequence[float], s: Seen) -> bool:
         """Add up how x has done against s; whether s leads."""
-        if s is None:
-            self._regret, self._away, self._behind = 0.0, 0, 0
-            return False
         if not s.fine:  # not finite any more: it begins again at x
             self._relay.s.start_at(self._relay.leader.point)
             self._relay.s.forget()

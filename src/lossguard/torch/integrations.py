@@ -87,12 +87,10 @@ def trainer_rewind(**options: Any) -> Any:
     class TrainerRewind(TrainerCallback):
         rewind: Rewind
 
-        def on_train_begin(
-            self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
-        ) -> None:
-            self.rewind = Rewind(model, kwargs["optimizer"], **options)
+        def on_train_begin(self, args: Any, state: Any, control: Any, **running: Any) -> None:
+            self.rewind = Rewind(running["model"], running["optimizer"], **options)
             self._losses: list[torch.Tensor] = []
-            self._hook = model.register_forward_hook(self._keep)
+            self._hook = running["model"].register_forward_hook(self._keep)
             file = _file(args, state)
             if file.exists():
                 self.rewind.load_state_dict(torch.load(file, weights_only=True))

@@ -16,13 +16,8 @@ class Lane:
     """Where an optimizer is, and what it remembers.
 
     One lane of a guard is *live*: it is in the model, whose own tensors are where it is. Each gets
-    into it while it runs. Several may share an optimizer, each with a memory of its own.
-
-    Args:
-        name: of the lane: y, z, s, or a number.
-        inner: its optimizer.
-        weights: the model.
-        forgives: whether a gradient with a number that isn't finite counts as 0.
+    into it while it runs. Several may share an optimizer, each with a memory of its own. One that
+    forgives takes a gradient with a number that isn't finite for 0.
     """
 
     def __init__(self, name: str, inner: Inner, weights: Weights, *, forgives: bool) -> None:
@@ -61,6 +56,19 @@ class Lane:
     def point(self) -> Copy:
         """Where it is: the tensors themselves."""
         return self.weights.live() if self.live else self.values
+
+    def go_live(self, *, keep: bool = True) -> None:
+        """Get into the model; keep where the lane has come to that was there, or forget it."""
+        weights, other = self.weights, self.weights.holder
+        if other is not self:
+            weights.reshard()
+            live = weights.live()
+            if keep and other.values:
+                transfer(other.values, live)
+            elif keep:
+                other.values = clones(live)
+            transfer(live, self.values)
+            weights.holder = self
 
     def begin(self) -> None:
         """Start a cycle."""
@@ -116,9 +124,9 @@ class Lane:
 
     def enter(self, *, checking: bool) -> None:
         """Get into the model, with the memory in the optimizer."""
-        self.checking, self.begun, self.stepped = checking, False, False
+        self.checking = checking
         self.weights.clear_gradients()
-        self.weights.put(self)
+        self.go_live()
         self._buffers = clones(self.weights.buffers())
         if self._parked is not None:
             self.inner.holder._parked = self.inner.exchange(self._parked)
@@ -149,11 +157,10 @@ class Lane:
         if self.stepped:
             raise ValueError(f"lane.step must be called once for each lane, got again for {self}")
         value = scalar(loss)
-        if not self.checking:
-            self.check_gradients(value)
         if self.checking:
             self.checks.append(value)
         else:
+            self.check_gradients(value)
             self.begun = True  # if the optimizer raises, nobody knows how far it came
             if self.forgives:
                 zero_unsound(self.weights.params)
@@ -185,11 +192,11 @@ class Lane:
 
     def note_copies(self, start: Copy, point: Copy) -> None:
         """Note which entries of its memory hold the parameters, after a step between two points."""
-        self.inner.note_copies(self.memory(), self.weights.params, start, point)
+        self.inner.note_copies(self.memory(), start, point)
 
     def move_copies(self, point: Copy) -> None:
         """Have these be the parameters at a point, or the next step would undo the move."""
-        self.inner.move_copies(self.memory(), self.weights.params, point)
+        self.inner.move_copies(self.memory(), point)
 
     def __repr__(self) -> str:
         return f"lane {self.name} ({type(self.optimizer).__name__})"

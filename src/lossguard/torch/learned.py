@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
@@ -16,18 +16,15 @@ from lossguard.learned.weights_file import path_of, read_weights
 class Learned(Optimizer):
     """A learned optimizer of one architecture; a class below says how it updates parameters.
 
-    Args:
-        params: parameters, or groups of them.
-        weights: what meta-training made, by name.
-        defaults: of the entries of a group.
+    Attributes:
+        architecture: as files of weights call it.
+        names: of the weights of a layer, by its number.
+        others: the names of the other weights.
     """
 
     architecture: str
-    """As files of weights call it."""
     names: Callable[[int], Sequence[str]]
-    """Of the weights of a layer."""
     others: tuple[str, ...]
-    """The names of the other weights."""
 
     def __init__(
         self, params: ParamsT, weights: Mapping[str, Tensor], defaults: dict[str, Any]
@@ -40,6 +37,7 @@ class Learned(Optimizer):
             raise ValueError(f"weights must hold {', '.join(needed)}, got none of {missing}")
         self.weights = {name: tensor.detach().float() for name, tensor in weights.items()}
         self._on: dict[torch.device, dict[str, Tensor]] = {}
+        """The weights on each device that has parameters, from its first step on."""
         super().__init__(params, defaults)
 
     @classmethod
@@ -90,8 +88,12 @@ class Learned(Optimizer):
                     self._check(param.grad)
                     by_device.setdefault(param.device, []).append(param)
             for device, params in by_device.items():
-                with _without_autocast(device.type):
-                    self._update(params, self._weights_on(device), group)
+                if device not in self._on:
+                    self._on[device] = {k: tensor.to(device) for k, tensor in self.weights.items()}
+                # Matrix products keep their dtype inside; some kinds of device have no autocast.
+                available = torch.amp.is_autocast_available(device.type)
+                with torch.autocast(device.type, enabled=False) if available else nullcontext():
+                    self._update(params, self._on[device], group)
             if "clock" in group:
                 group["clock"] += 1
         return loss
@@ -108,16 +110,3 @@ class Learned(Optimizer):
             raise ValueError(
                 f"gradients must be real and dense for {type(self).__name__}, got a {kind} one"
             )
-
-    def _weights_on(self, device: torch.device) -> dict[str, Tensor]:
-        """The weights on a parameter's device; each device gets them once."""
-        if device not in self._on:
-            self._on[device] = {name: tensor.to(device) for name, tensor in self.weights.items()}
-        return self._on[device]
-
-
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Matrix products keep their dtype inside; some kinds of device have no autocast."""
-    if not torch.amp.is_autocast_available(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)

@@ -21,12 +21,7 @@ from lossguard.torch.tensors import finite, leaves, local
 
 
 class Memory(NamedTuple):
-    """What an optimizer remembers.
-
-    Attributes:
-        state: the optimizer's ``state``, by parameter.
-        options: the entries of each parameter group, without its parameters.
-    """
+    """What an optimizer remembers: its ``state``, and the options of each parameter group."""
 
     state: dict[Any, Any]
     options: list[dict[str, Any]]
@@ -42,14 +37,15 @@ class Inner:
 
     Attributes:
         optimizer: the optimizer itself; the guard calls its ``step`` and nothing else of it.
+        params: its parameters, in the guard's order.
         takes_loss: whether its step takes the loss, as that of some learned optimizers does.
         own: names of the group entries that its step has been seen to change.
         copies: names of entries of its state that hold the parameters, as master weights do.
         holder: the lane whose memory it has; another lane of it keeps its own meanwhile.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
+    def __init__(self, optimizer: Optimizer, params: list[Tensor]) -> None:
+        self.optimizer, self.params = optimizer, params
         self.takes_loss = "loss" in inspect.signature(optimizer.step).parameters
         self.own: set[str] = set()
         self.copies: set[str] = set()
@@ -90,54 +86,44 @@ class Inner:
         own = [[options.get(key) for key in self.own] for options in memory.options]
         return finite([*memory.state.values(), own])
 
-    def note_copies(
-        self, memory: Memory, params: list[Tensor], start: list[Tensor], point: list[Tensor]
-    ) -> None:
-        """Note which entries of a memory hold the parameters, as master weights do.
+    def note_copies(self, memory: Memory, start: list[Tensor], point: list[Tensor]) -> None:
+        """Note which entries hold the parameters, after a first step from ``start`` to ``point``.
 
-        Args:
-            memory: after its first step.
-            params: the live ones.
-            start: where this step began.
-            point: where it led.
-
-        Raises:
-            ValueError: if the optimizer holds copies elsewhere, which all lanes would share.
+        Refuse copies that the optimizer holds elsewhere, as all lanes would share them.
         """
-        steps = zip(params, start, point, strict=False)
+        steps = zip(self.params, start, point, strict=False)
         moved = [v for _, u, v in steps if v.numel() > 1 and not torch.equal(u, v)]
         for name, held in vars(self.optimizer).items():
-            if name not in ("state", "param_groups") and _holds(held, moved, params):
+            if name not in ("state", "param_groups") and _holds(held, moved, self.params):
                 raise ValueError(
                     "copies of the parameters must be in an optimizer's state, where each lane has "
                     f"its own, got {type(self.optimizer).__name__} with some in {name}"
                 )
         alike: dict[str, list[bool]] = {}
-        for entries, value in _entries(memory, params, point):
+        for entries, value in self._entries(memory, point):
             for key, entry in entries.items():
                 if entry.shape == value.shape and entry.numel() > 1:
                     alike.setdefault(key, []).append(torch.equal(entry.to(value), value))
         self.copies |= {key for key, flags in alike.items() if all(flags)}
 
-    def move_copies(self, memory: Memory, params: list[Tensor], point: list[Tensor]) -> None:
+    def move_copies(self, memory: Memory, point: list[Tensor]) -> None:
         """Have these be the parameters at a point."""
-        for entries, value in _entries(memory, params, point) if self.copies else ():
+        for entries, value in self._entries(memory, point) if self.copies else ():
             for key in self.copies & entries.keys():
                 entries[key].copy_(value)
 
     def options(self) -> list[dict[str, Any]]:
-        """The entries of each group, without its parameters."""
+        """Those of each parameter group."""
         return [options_of(group) for group in self.optimizer.param_groups]
 
-
-def _entries(
-    memory: Memory, params: list[Tensor], point: list[Tensor]
-) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """The tensors that are remembered of each parameter, with the parameter's value."""
-    for p, value in zip(params, point, strict=False):
-        entries = memory.state.get(p)
-        if isinstance(entries, dict):
-            yield {k: local(e) for k, e in entries.items() if isinstance(e, Tensor)}, value
+    def _entries(
+        self, memory: Memory, point: list[Tensor]
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """The tensors that are remembered of each parameter, with the parameter's value."""
+        for p, value in zip(self.params, point, strict=False):
+            entries = memory.state.get(p)
+            if isinstance(entries, dict):
+                yield {k: local(e) for k, e in entries.items() if isinstance(e, Tensor)}, value
 
 
 def _holds(held: Any, values: list[Tensor], params: list[Tensor]) -> bool:
@@ -145,8 +131,7 @@ def _holds(held: Any, values: list[Tensor], params: list[Tensor]) -> bool:
     live = {local(p).data_ptr() for p in params}
     tensors = [local(leaf).detach() for leaf in leaves(held) if isinstance(leaf, Tensor)]
     copies = [t for t in tensors if t.data_ptr() not in live]
-
-    def is_copied(value: Tensor) -> bool:
-        return any(t.shape == value.shape and torch.equal(t.to(value), value) for t in copies)
-
-    return bool(values) and all(map(is_copied, values))
+    return bool(values) and all(
+        any(t.shape == value.shape and torch.equal(t.to(value), value) for t in copies)
+        for value in values
+    )

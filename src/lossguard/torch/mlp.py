@@ -59,17 +59,12 @@ class MLPOptimizer(Learned):
         ValueError: if a tensor of the weights is missing, or lr isn't positive and finite; in
             ``step``, if a gradient is complex, sparse or sharded.
 
-    >>> decays = {"momentum_decays": 3, "second_moment_decay": 1, "factored_decays": 3}
-    >>> weights = {name: -0.3 * torch.ones(k) for name, k in decays.items()}
-    >>> weights["scaling"] = torch.zeros(7)
-    >>> weights["mlp.0.weight"] = torch.zeros(2, 39)
-    >>> weights["mlp.0.bias"] = torch.tensor([500.0, 0.0])  # direction and magnitude
     >>> w = torch.tensor([4.0], requires_grad=True)
-    >>> optimizer = MLPOptimizer([w], weights)
+    >>> optimizer = MLPOptimizer.pretrained([w], "mlp-small")
     >>> w.square().sum().backward()
     >>> optimizer.step()
-    >>> w.item()
-    3.5
+    >>> round(w.item(), 2)
+    3.96
 
     Source: Metz et al., "Practical tradeoffs between memory, compute, and performance in learned
     optimizers", 2022 (small_fc_lopt), which has no scale.
@@ -100,26 +95,25 @@ class MLPOptimizer(Learned):
         first = weights["mlp.0.weight"]
         times = torch.tanh(t / torch.tensor(TIMES) - 1).to(first.device)
         for p, g, state in zip(params, gradients, states, strict=True):
-            scale = _scale(scaling, tuple(p.shape), t)
+            ages = (math.log1p(t / age) for age in AGES)
+            powers = map(operator.mul, scaling, (*size_features(tuple(p.shape)), *ages))
             x = _first_layer(first, weights["mlp.0.bias"], times, p, g, state)
             for k in range(1, self.layers):
                 weight, bias = (weights[name] for name in mlp_names(k))
                 x = torch.addmm(bias[:, None], weight, x.relu_())
             direction, magnitude = x
             step = magnitude.mul_(SCALE).exp_().mul_(direction)
-            step.mul_(group["lr"] * SCALE * scale)
+            step.mul_(group["lr"] * SCALE * math.exp(sum(powers)))
             p.sub_(step.reshape(p.shape).to(p.dtype))
 
     def _state(self, p: Tensor) -> dict[str, Tensor]:
         state = self.state[p]
         if not state:
             zeros = torch.zeros(p.shape, device=p.device)
-            rows, columns = _means(zeros)
             state["momenta"] = torch.stack([zeros] * 3)
             state["second_moment"] = zeros
-            state["rows"] = torch.stack([rows] * 3)
-            if columns is not None:
-                state["columns"] = torch.stack([columns] * 3)
+            for name, mean in _means(zeros).items():
+                state[name] = torch.stack([mean] * 3)
         return state
 
     def _remember(self, states: list[dict[str, Tensor]], gradients: list[Tensor]) -> None:
@@ -134,29 +128,23 @@ class MLPOptimizer(Learned):
         torch._foreach_add_(squares, 1e-30)  # pyright: ignore
         old, new = [], []
         for state, square in zip(states, squares, strict=True):
-            rows, columns = _means(square)
-            old.append(state["rows"])
-            new.append(rows)
-            if columns is not None:
-                old.append(state["columns"])
-                new.append(columns)
+            for name, mean in _means(square).items():
+                old.append(state[name])
+                new.append(mean)
         for k, rest in enumerate(factored):
             torch._foreach_lerp_([mean[k] for mean in old], new, rest)  # pyright: ignore
 
 
-def _scale(scaling: list[float], shape: tuple[int, ...], t: float) -> float:
-    """Of the step: powers of the tensor's size and of the time."""
-    features = *size_features(shape), *(math.log1p(t / age) for age in AGES)
-    return math.exp(sum(map(operator.mul, scaling, features)))
-
-
-def _means(squares: Tensor) -> tuple[Tensor, Tensor | None]:
+def _means(squares: Tensor) -> dict[str, Tensor]:
     """Over the longest and over the second longest axis; the squares themselves of vectors."""
     axes = factored_axes(tuple(squares.shape))
     if axes is None:
-        return squares, None
+        return {"rows": squares}
     shorter, longer = axes
-    return squares.mean(longer, keepdim=True), squares.mean(shorter, keepdim=True)
+    return {
+        "rows": squares.mean(longer, keepdim=True),
+        "columns": squares.mean(shorter, keepdim=True),
+    }
 
 
 def _first_layer(

@@ -8,24 +8,25 @@ far.
 
 import math
 from collections.abc import Callable, Generator, Mapping
-from contextlib import closing
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from lossguard.torch.arguments import Closure, checked, scalar, tell
+from lossguard.torch.arguments import Closure, scalar, tell
 from lossguard.torch.decision import FALLBACK, LEARNED, NEITHER, Decision, Seen, mean
 from lossguard.torch.guard import Guard
 from lossguard.torch.lane import Lane
 from lossguard.torch.memory import Memory
-from lossguard.torch.tensors import clones, read, stored
+from lossguard.torch.tensors import clones, read
 from lossguard.torch.weights import Copy
 from lossguard.validation import check_choice, check_count, check_fraction
 
 Loser = Literal["keep", "reset"]
 Gradient = list[Tensor | None]
+LANES = {"z": "fallback", "y": "learned"}
+"""With the optimizer of each; the first is live."""
 
 
 class LossGuard(Guard):
@@ -56,18 +57,15 @@ class LossGuard(Guard):
     >>> w = torch.tensor([4.0], requires_grad=True)
     >>> learned, fallback = torch.optim.SGD([w], lr=0.4), torch.optim.SGD([w], lr=0.1)
     >>> guard = LossGuard(learned, fallback, nt=2, nc=1, model=None)
-    >>> def closure():
-    ...     guard.zero_grad()
-    ...     loss = w.square().sum()
-    ...     loss.backward()
-    ...     return loss
     >>> for batch in range(3):
-    ...     loss = guard.step(closure)
+    ...     for lane in guard.lanes():
+    ...         loss = w.square().sum()
+    ...         loss.backward()
+    ...         lane.step(loss)
     >>> guard.last_decision.winner, round(float(w.detach()), 4)
     (0, 0.16)
     """
 
-    trusted = ("z",)
     forgives = False
 
     def __init__(
@@ -84,16 +82,8 @@ class LossGuard(Guard):
     ) -> None:
         check_choice("loser", loser, get_args(Loser))
         self.loser = loser
-        super().__init__(
-            {"fallback": fallback, "learned": learned},
-            {"y": "learned", "z": "fallback"},
-            leader="z",
-            nt=nt,
-            nc=check_count("nc", nc),
-            model=model,
-            process_group=process_group,
-            callback=callback,
-        )
+        optimizers, nc = {"fallback": fallback, "learned": learned}, check_count("nc", nc)
+        super().__init__(optimizers, LANES, model, nt, nc, process_group, callback)
 
     def _begin(self) -> list[Lane]:
         (other,) = (lane for lane in self._lanes.values() if not lane.live)
@@ -181,14 +171,8 @@ class ResidualGuard(Guard):
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
         self.alpha, self.theta = check_fraction("alpha", alpha), check_fraction("theta", theta)
-        super().__init__(
-            {"fallback": fallback, "learned": learned},
-            {"y": "learned", "z": "fallback"},
-            leader="z",
-            nt=nt,
-            model=model,
-            callback=callback,
-        )
+        optimizers = {"fallback": fallback, "learned": learned}
+        super().__init__(optimizers, LANES, model, nt, callback=callback)
         if any(hasattr(p, "to_local") for p in self._weights.params):
             raise ValueError("parameters must be whole tensors, got sharded ones")
         if any(lane.switches for lane in self._lanes.values()):
@@ -201,42 +185,28 @@ class ResidualGuard(Guard):
         """Refused: the second evaluation is where the first one leads."""
         raise ValueError("ResidualGuard has no lanes() to loop over: use step(closure)")
 
-    def step(self, closure: Closure | None = None) -> Any:  # pyright: ignore
-        """Take one optimizer step; the closure, as in ``Recommended.step``, is called twice.
-
-        Returns:
-            The loss at x, before the step.
-        """
-        closure, loss = checked(closure), None
-        with closing(super().lanes()) as lanes:
-            for z in lanes:
-                loss = self._minibatch(z, closure)
-        return loss.detach().clone() if isinstance(loss, Tensor) else loss
-
-    def _begin(self) -> list[Lane]:
-        return []
-
-    def _minibatch(self, z: Lane, closure: Closure) -> Any:
-        weights, y, n = self._weights, self._lanes["y"], len(self._weights.params)
-        x, start = clones(weights.live()), self._randomness.state()
-        before = {lane: lane.memory().copy() for lane in (y, z)}
+    def _run(self, lane: Lane, closure: Closure) -> Any:
+        """A step of both lanes from x, and of the fallback's from y, for the residual there."""
+        weights, z, y, n = self._weights, lane, self._lanes["y"], len(self._weights.params)
+        x, draws = clones(weights.live()), self._randomness.state()
+        before = {one: one.memory().copy() for one in (y, z)}
         try:
-            loss = self._evaluate(closure)
-            value, after = scalar(loss), self._randomness.state()
-            gradient = self._gradient()
+            loss, gradient = self._evaluate(closure)
+            drawn = self._randomness.state()
             evaluated = [*x[:n], *clones(weights.live()[n:])]
             at_z = _after_step(z, evaluated, gradient, loss)
             at_y = _after_step(y, evaluated, gradient, loss)
             if self.steps + self.phase == 0:
                 z.note_copies(x, at_z)
                 y.note_copies(x, at_y)
-            self._randomness.set(start)
+            self._randomness.set(draws)
             r = self._residual(z, before[z], at_y, closure)
         except BaseException:
-            for lane, memory in before.items():
-                lane.remember(memory)
+            for one, memory in before.items():
+                one.remember(memory)
             weights.write(x)
             raise
+        self._randomness.set(drawn)
         if not y.inner.is_finite(y.memory()):
             y.forget()
         finite_y = weights.is_finite(at_y) and math.isfinite(r)
@@ -245,10 +215,9 @@ class ResidualGuard(Guard):
         ok = finite_y and 0 < mu < math.inf and r <= self.alpha * mu
         self._mu = self.theta * r + (1 - self.theta) * mu if ok else mu
         weights.write(at_y if ok else at_z if finite_z else x)
-        self._randomness.set(after)
         kept = LEARNED if ok else FALLBACK if finite_z else NEITHER
         self._reports[self.phase] = [kept, finite_y, finite_z]
-        z.losses.append(value)
+        z.losses.append(scalar(loss))
         z.stepped = True
         return loss
 
@@ -256,28 +225,28 @@ class ResidualGuard(Guard):
         """||S(y)||, by a step of the fallback with such a memory; NaN where that raises."""
         self._weights.write(y)
         try:
-            loss = self._evaluate(closure)
+            loss, gradient = self._evaluate(closure)
         except Exception as error:
             if not self._weights.have_diverged():
                 raise
             tell(error, self._lanes["y"])
             return math.nan
-        n, gradient, advanced = len(self._weights.params), self._gradient(), z.memory()
+        n, advanced = len(self._weights.params), z.memory()
         z.remember(memory)
         after = _after_step(z, y, gradient, loss)
         z.remember(advanced)
         return _distance(y[:n], after[:n])
 
-    def _evaluate(self, closure: Closure) -> Any:
+    def _evaluate(self, closure: Closure) -> tuple[Any, Gradient]:
+        """The loss and its gradient, where the model is."""
         self._weights.clear_gradients()
         torch.clear_autocast_cache()  # or autocast would go on with casts of earlier weights
         with torch.enable_grad():
-            value = closure()
-        self._leader.check_gradients(scalar(value))
-        return value
-
-    def _gradient(self) -> Gradient:
-        return [None if p.grad is None else p.grad.detach() for p in self._weights.params]
+            loss = closure()
+        self._leader.check_gradients(scalar(loss))
+        if isinstance(loss, Tensor):  # which the other evaluation may overwrite
+            loss = loss.detach().clone()
+        return loss, [None if p.grad is None else p.grad.detach() for p in self._weights.params]
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
         kept, finite_y, finite_z = zip(*self._reports, strict=True)
@@ -305,6 +274,6 @@ def _after_step(lane: Lane, start: Copy, gradient: Gradient, loss: Any) -> Copy:
 
 def _distance(a: Copy, b: Copy) -> float:
     """The Euclidean norm of a - b: each tensor's in its own precision, at least single."""
-    sizes = [stored(p - q).abs() for p, q in zip(a, b, strict=True)]  # of complex numbers too
+    sizes = [(p - q).abs() for p, q in zip(a, b, strict=True)]  # of complex numbers too
     widened = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in sizes]
     return math.hypot(*read([t.norm() for t in widened]))

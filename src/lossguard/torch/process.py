@@ -35,9 +35,6 @@ def held() -> Iterator[None]:
     """A block that Ctrl-C and SIGTERM wait for: what they raise comes at its end, a second at once.
 
     In threads other than the main one, which get no signals, it does nothing.
-
-    >>> with held():
-    ...     pass  # what must be done whole
     """
     with _held(signal.SIGINT), _held(signal.SIGTERM):
         yield

@@ -1,9 +1,7 @@
 """Several ranks: numbers on which all agree, and shards that belong to one."""
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, distributed
 
 
@@ -32,24 +30,6 @@ def mean_of_ranks(numbers: Tensor, group: distributed.ProcessGroup | None) -> Te
         return numbers
     distributed.all_reduce(numbers, group=group)
     return numbers / distributed.get_world_size(group)
-
-
-def agree(
-    means: Sequence[float],
-    alarms: Sequence[bool],
-    group: distributed.ProcessGroup | None,
-    device: torch.device,
-) -> tuple[list[float], list[bool]]:
-    """The mean of each number over the ranks, and whether any rank raised each alarm.
-
-    >>> agree([0.5, 2.0], [False, True], None, torch.device("cpu"))
-    ([0.5, 2.0], [False, True])
-    """
-    if not several(group):
-        return list(means), list(alarms)
-    packed = torch.tensor([*means, *map(float, alarms)], dtype=torch.float64, device=device)
-    agreed = mean_of_ranks(packed, group).tolist()
-    return agreed[: len(means)], [one > 0 for one in agreed[len(means) :]]
 
 
 def check_rank(ours: Tensor, saved: Any, rank: int, name: str) -> None:

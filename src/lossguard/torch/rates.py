@@ -23,10 +23,6 @@ class Rates:
         rate of an optimizer  <-  its rate when the guard was built  *  lr / lr_0
 
     Any other option that is set goes to every optimizer that has it.
-
-    Args:
-        groups: the guard's.
-        optimizers: those that it runs.
     """
 
     def __init__(self, groups: list[Group], optimizers: Sequence[Optimizer]) -> None:
@@ -38,18 +34,18 @@ class Rates:
             for group in one.param_groups
         ]
         """Each group of theirs, and the numbers of the guard's groups that it has parameters of."""
-        self.base = [_rate(group) for group in groups]
         self.bases = [_rate(group) for group, _ in self.inner]
-        self.set: list[float | None] | None = None
-        """The rates that the optimizers were given, if any were."""
-        self.seen = [options_of(group) for group in groups]
+        """Their rates when the guard was built; the first optimizer's were those of ``groups``."""
+        self.given = list(self.bases)
+        """The rates that they have, unless somebody else has set them."""
+        self.note()
+
+    def note(self) -> None:
+        """What differs from now on has been set."""
+        self.seen = [options_of(group) for group in self.groups]
 
     def apply(self) -> None:
-        """Carry over what has been set since the last time.
-
-        Raises:
-            ValueError: if rates were set both here and in an optimizer, or can't be in proportion.
-        """
+        """Carry over what has been set since the last time; refuse rates that were set twice."""
         changes = [
             {key: group[key] for key in seen if key in group and not same(seen[key], group[key])}
             for group, seen in zip(self.groups, self.seen, strict=True)
@@ -62,27 +58,18 @@ class Rates:
         if any("lr" in changed for changed in changes):
             self._scale()
         if any(changes):
-            self.seen = [options_of(group) for group in self.groups]
-
-    def numbers(self) -> Group:
-        """What a ``state_dict`` holds of it."""
-        return {"base": self.base, "bases": self.bases, "set": self.set}
-
-    def load(self, numbers: Group) -> None:
-        """Go on from ``numbers``, and from groups that are loaded already."""
-        self.base, self.bases, self.set = (numbers[k] for k in ("base", "bases", "set"))
-        self.seen = [options_of(group) for group in self.groups]
+            self.note()
 
     def _scale(self) -> None:
         factors = []
-        for group, base in zip(self.groups, self.base, strict=True):
+        for group, base in zip(self.groups, self.bases, strict=False):
             if not base:
                 raise ValueError(
                     "rates must be positive when the guard is built, to be set in proportion, got "
                     f"{base}"
                 )
             factors.append(float(group["lr"]) / base)
-        if [_rate(group) for group, _ in self.inner] != (self.set or self.bases):
+        if [_rate(group) for group, _ in self.inner] != self.given:
             raise ValueError(
                 "rates must be set in the guard's groups or in its optimizers', got both (a "
                 "scheduler on the guard drives all of them)"
@@ -102,7 +89,7 @@ class Rates:
                     f"one group for them, got factors {[first, *others]}"
                 )
             set_rate(group, base * first)
-        self.set = [_rate(group) for group, _ in self.inner]
+        self.given = [_rate(group) for group, _ in self.inner]
 
 
 def copied(group: Group) -> Group:

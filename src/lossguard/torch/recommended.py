@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from lossguard.torch.decision import Decision, Seen, mean
+from lossguard.torch.decision import OWN, Decision, Seen, mean
 from lossguard.torch.guard import GuardOfTwo
 from lossguard.torch.lane import Lane
 from lossguard.torch.losses import Progress, Trial
@@ -14,6 +14,7 @@ MORE = 5
 """Times ``share``: that of s where, as its losses fall, it would be below x by then."""
 BELOW = 0.1
 """By this part of the loss of x."""
+NEW = Trial(LOOKS, math.inf)
 
 
 class Recommended(GuardOfTwo):
@@ -68,41 +69,37 @@ class Recommended(GuardOfTwo):
     _own_steps = 0
     _progress = Progress.begun(0.0)
     """Of the fallback by itself; not smoothed, as s may run seldom."""
-    _against = Trial(LOOKS, math.inf)
+    _against = NEW
     """Of s against x, by their losses alone."""
 
     def _begin(self) -> list[Lane]:
-        off, share = not self._relay.state.on_own, self._share_of_s
-        lanes = self._relay.begin(self.steps, off and self._own_steps < share * self.steps)
-        if self._relay.s in lanes:
-            self._relay.s.keep()
+        relay, now = self._relay, self._relay.state.progress.recent
+        share, more = relay.share, min(1.0, MORE * relay.share)
+        if self._progress.expected_at(more * self.steps) < now - BELOW * abs(now):
+            share = more
+        s_runs = not relay.state.on_own and self._own_steps < share * self.steps
+        lanes = relay.begin(self.steps, s_runs)
+        if relay.s in lanes:
+            relay.s.keep()
         return lanes
 
-    @property
-    def _share_of_s(self) -> float:
-        """Of the steps so far, up to which s runs."""
-        share, now = self._relay.share, self._relay.state.progress.recent
-        more = min(1.0, MORE * share)
-        soon = self._progress.expected_at(more * self.steps)
-        return more if soon < now - BELOW * abs(now) else share
-
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
-        s, relay, on_own, back = seen.get("s"), self._relay, self._relay.state.on_own, None
-        decision, leaves = relay.settle(seen, self.steps)
-        if s is not None and not s.fine:
-            relay.s.go_back()
-        elif s is not None or (on_own and decision.finite_fallback):
-            losses = decision.losses if s is None else s.losses
-            self._progress = self._progress.after(mean(losses), self.nt, memory=0)
-        if leaves:
-            self._against = Trial(LOOKS, math.inf)
-        elif s is not None and s.fine:
+        s, relay, on_own = seen.get("s"), self._relay, self._relay.state.on_own
+        decision = relay.settle(seen, self.steps)
+        own = seen["z"] if on_own else s
+        if own is not None:
+            self._own_steps += self.nt
+            if own.fine:
+                self._progress = self._progress.after(mean(own.losses), self.nt, memory=0)
+        if s is not None and s.fine:
             self._against = self._against.after(s.losses, decision.losses)
             won, lost = self._against.outcome(s.losses)
             if won or lost:
-                self._against = Trial(LOOKS, math.inf)
-            back = self._progress.recent if won else None
-        self._own_steps += self.nt * (on_own or s is not None)
-        decision = relay.own_path(decision, leaves, back)
+                self._against = NEW
+            if won:
+                relay.go_back(self._progress.recent)
+                decision = decision._replace(winner=OWN)
+        elif s is not None:
+            relay.s.go_back()
         self._lead(relay.leader)
         return decision

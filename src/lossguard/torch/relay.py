@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from lossguard.torch.decision import FALLBACK, LEARNED, NEITHER, OWN, Decision, Seen, mean
+from lossguard.torch.decision import FALLBACK, LEARNED, OWN, Decision, Seen, mean
 from lossguard.torch.losses import NONE, Progress, Trial
 
 if TYPE_CHECKING:
@@ -59,10 +59,10 @@ class Relay:
     - The snapshot is where z was when y took over. It moves to x when the loss is a fifth
       lower, at first half as high.
     - When y first takes over, s stays where z was. When it runs, and when x goes back to it, is the
-      affair of who has the relay.
+      affair of the guard.
     """
 
-    def __init__(self, y: "Lane", z: "Lane", s: "Lane", nt: int, share: float) -> None:
+    def __init__(self, z: "Lane", y: "Lane", s: "Lane", nt: int, share: float) -> None:
         self.y, self.z, self.s, self.nt, self.share = y, z, s, nt, share
         self.state = State()
 
@@ -73,9 +73,14 @@ class Relay:
 
     def begin(self, k: int, s_runs: bool) -> "list[Lane]":
         """The lanes that run in the cycle after k steps of the leader, beside the live one."""
-        if not self.state.learned_leads and self.state.trial == NONE:
-            self._begin_trial(k)
-        leads, trial = self.state.learned_leads, self.state.trial
+        leads, progress = self.state.learned_leads, self.state.progress
+        if not leads and self.state.trial == NONE:
+            length = max(-(-LEAST // self.nt), round(PART * self.share * k / self.nt))
+            budget = self.share * k + math.sqrt(k)
+            if self.state.tried + length * self.nt <= budget or k == 0:
+                bound = progress.recent if progress.age else math.nan
+                self.state = self.state._replace(trial=Trial(length, bound))
+        trial = self.state.trial
         if trial != NONE and trial.cycles == 0:
             self.y.start_at(self.z.point)
             self.y.forget(clock=k)
@@ -84,8 +89,8 @@ class Relay:
         runs = (self.y, leads or trial != NONE), (self.z, not leads), (self.s, s_runs)
         return [lane for lane, one_runs in runs if one_runs and not lane.live]
 
-    def settle(self, seen: Mapping[str, Seen], k: int) -> tuple[Decision, bool]:
-        """After the cycle: what is to be told of it, and whether y takes over from the own path."""
+    def settle(self, seen: Mapping[str, Seen], k: int) -> Decision:
+        """After the cycle: who leads, and what is to be told of it."""
         y, z, state, led = seen.get("y"), seen.get("z"), self.state, self.state.learned_leads
         fine_y, fine_z = y is None or y.fine, z is None or z.fine
         if not fine_z:
@@ -95,23 +100,28 @@ class Relay:
         losses, of_y = leader.losses, [] if y is None or led else y.losses
         if fine_y if led else fine_z:
             state = state._replace(progress=state.progress.after(mean(losses), self.nt))
-        taken_over = False
         if state.trial != NONE:
             trial = state.trial.after(of_y, losses)
             state = state._replace(trial=trial, tried=state.tried + self.nt)
             won, lost = trial.outcome(of_y)
-            taken_over = fine_y and (won or not fine_z)
-            if taken_over:
-                began = Progress.begun(mean(of_y), k // YOUTH)
-                level = state.progress.lasting
-                state = state._replace(learned_leads=True, level=level, progress=began, trial=NONE)
+            if fine_y and (won or not fine_z):
+                if state.on_own:
+                    self.s.become(self.z)
+                state = State(
+                    on_own=False,
+                    learned_leads=True,
+                    progress=Progress.begun(mean(of_y), k // YOUTH),
+                    level=state.progress.lasting,
+                    tried=state.tried,
+                )
             elif lost or not fine_y:
                 state = state._replace(trial=NONE)
-        self.state = self._keep_or_hand_over(state, fine_y) if led else state
-        decision = Decision(
+        self.state = state = self._keep_or_hand_over(state, fine_y) if led else state
+        of_z = OWN if state.on_own else FALLBACK
+        return Decision(
             used_learned=[led] * self.nt,
             losses=losses,
-            winner=NEITHER,
+            winner=LEARNED if state.learned_leads else of_z,
             gradients=self.nt * len(seen),
             learned_updates=self.nt * (y is not None),
             learned_loss=mean(of_y) if of_y else math.nan,
@@ -119,29 +129,11 @@ class Relay:
             finite_learned=fine_y,
             finite_fallback=fine_z,
         )
-        return decision, taken_over and state.on_own
 
-    def own_path(self, decision: Decision, leaves: bool, back: float | None) -> Decision:
-        """x leaves the fallback's own path, is off it beside s, or goes back to s, at its loss."""
-        if leaves:
-            self.s.become(self.z)
-            self.state = self.state._replace(on_own=False)
-        if back is not None:
-            self.z.become(self.s)
-            began = Progress.begun(back)
-            self.state = self.state._replace(
-                on_own=True, learned_leads=False, progress=began, trial=NONE
-            )
-        winner = OWN if self.state.on_own else FALLBACK
-        return decision._replace(winner=LEARNED if self.state.learned_leads else winner)
-
-    def _begin_trial(self, k: int) -> None:
-        budget = self.share * k + math.sqrt(k)
-        length = max(-(-LEAST // self.nt), round(PART * self.share * k / self.nt))
-        if self.state.tried + length * self.nt <= budget or k == 0:
-            progress = self.state.progress
-            bound = progress.recent if progress.age else math.nan
-            self.state = self.state._replace(trial=Trial(length, bound))
+    def go_back(self, loss: float) -> None:
+        """x goes back to s, at its loss."""
+        self.z.become(self.s)
+        self.state = State(progress=Progress.begun(loss), tried=self.state.tried)
 
     def _keep_or_hand_over(self, state: State, fine: bool) -> State:
         """After a cycle that y led: it leads on, or z goes on from x or from the snapshot."""

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from lossguard.torch.arguments import check_wrapped
+from lossguard.torch.arguments import check_wrapped, told_if_damaged
 from lossguard.torch.process import held
 from lossguard.torch.ranks import mean_of_ranks
 from lossguard.torch.rule import Rule
-from lossguard.torch.snapshot import SOUND, CarefulSteps, Live, Offload, Saved, load, save
+from lossguard.torch.snapshot import SOUND, CarefulSteps, Live, Offload, Saved
 from lossguard.torch.tensors import local, stacked
-from lossguard.validation import check_count, check_kind
+from lossguard.validation import check_kind
 
 Cause = Literal["loss", "model", "audit"]
 
@@ -55,16 +55,15 @@ class Rewind:
     - A step whose gradients aren't finite is taken with gradients of 0; nothing waits for that.
     - A model that isn't finite at a read goes back at once. While the budget doesn't allow it, each
       step is read, and one that makes the model not finite is taken back by itself.
-    - After a return the rates in ``param_groups`` are multiplied by ``scale`` during each step, and
-      set back after it: schedulers need to know nothing.
+    - After a return ``scale`` multiplies the rates during each step; schedulers know nothing of it.
     - Under ``torch.distributed`` every rank calls ``observe``. All decide by the mean of their
       losses. FSDP2's shards are copied as shards.
 
     Args:
         model: what is trained. Its parameters and buffers go back.
         optimizer: its memory goes back, its settings don't.
-        schedulers: what else goes back: anything with ``state_dict`` and ``load_state_dict``, such
-            as an average of weights. Data, random numbers and schedulers not named here go on.
+        schedulers: what else goes back, by its ``state_dict``, such as an average of weights. Data,
+            random numbers and schedulers not named here go on.
         window: steps, a multiple of 8, at least 64; a snapshot is trusted after up to half of them.
         rho: the share of all steps that may be thrown away, beside one window.
         factor: what steps are multiplied by after a return.
@@ -75,8 +74,7 @@ class Rewind:
         audit: the loss on a held minibatch, without gradients; called once every B steps. A
             candidate is only trusted if it isn't worse there than the best trusted one by more than
             four times ``rise``, and 4 more worse ones than others are an alarm.
-        callback: called with every event, when it is over: to log it, or to make the optimizer's
-            settings careful.
+        callback: called with every event, when it is over.
         group: the ranks that decide together; all of them by default.
 
     Attributes:
@@ -120,21 +118,19 @@ class Rewind:
     ) -> None:
         check_kind("model", model, nn.Module, "nn.Linear(2, 1)")
         optimizer = innermost(optimizer)
-        self._rule = Rule(window, rho, factor, rise)
-        self.every = check_count("every", every)
-        if self._rule.block % every:
-            raise ValueError(f"every must divide window / 4 = {self._rule.block}, got {every}")
+        self._rule = Rule(window, rho, factor, rise, every)
+        self._options = {"window": self._rule.window, "every": self._rule.every}
         self._live = Live(model, optimizer, schedulers, offload)
         self._group, self._audit, self._callback = group, audit, callback
         self._unread: list[tuple[Tensor, Tensor]] = []
         """Losses, and whether the gradients of their steps weren't finite."""
         self.events: list[RewindEvent] = []
-        self._one_by_one = False
         if not bool(self._live.is_finite()):
             raise ValueError("model must be finite, got one that isn't")
         self._trusted = self._live.save()
-        self._candidate: Saved | None = None
+        self._candidate: Saved = {}
         self._last: Saved | None = None
+        """After the last step, while the run can't always go back and each step is read."""
         self._steps = CarefulSteps(optimizer, lambda: self.scale)
 
     @property
@@ -152,15 +148,13 @@ class Rewind:
     skipped = _of_rule("skipped", "Steps that weren't finite, as far as they were read.")
 
     def observe(self, loss: Any) -> None:
-        """Tell it the loss of a step that was just taken: a number or a tensor with one.
-
-        Args:
-            loss: before the step, as the loop has it.
+        """Tell it the loss of a step that was just taken, before the step, as the loop has it.
 
         Raises:
-            ValueError: if there is more than one number.
+            ValueError: if it isn't one number.
         """
-        reads, before = self._one_by_one or len(self._unread) + 1 == self.every, len(self.events)
+        reads = self._last is not None or len(self._unread) + 1 == self._rule.every
+        before = len(self.events)
         with held() if reads else nullcontext():
             self._unread.append((_number("loss", loss), self._steps.broken))
             self._steps.broken = SOUND
@@ -172,15 +166,28 @@ class Rewind:
 
     def state_dict(self) -> dict[str, Any]:
         """All but the events. Load the model's and the optimizer's own states before this one."""
-        return save(self)
+        return {
+            **self._live.pack(self._trusted, self._candidate),
+            "unread": self._numbers().tolist()[1:],  # waits for copies to the host, too
+            "options": self._options,
+            "rule": self._rule.numbers(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as the one whose ``state_dict`` this is, to the last bit on one device.
 
         Raises:
-            ValueError: if the state lacks something, or is of another model or other options.
+            ValueError: if it lacks something, or is of another model or other options. This one is
+                as it was before, then.
         """
-        load(self, state)
+        with told_if_damaged("state"):
+            if (theirs := state.get("options")) != self._options:
+                raise ValueError(f"state must be of a Rewind with {self._options}, got {theirs}")
+            trusted, candidate = self._live.unpack(state)
+            unread = [(torch.tensor(loss, dtype=torch.float64), SOUND) for loss in state["unread"]]
+            self._rule.load(state["rule"])  # whole or not at all
+        self._trusted, self._candidate, self._unread = trusted, candidate, unread
+        self._last = None if self._rule.can_always_return else self._live.save()
 
     def close(self) -> None:
         """Take the hooks off the optimizer."""
@@ -191,24 +198,21 @@ class Rewind:
         """Hear all losses since the last read; one wait for the device."""
         sound, *losses = mean_of_ranks(self._numbers(), self._group).tolist()
         self._unread, finite = [], sound == 1
-        if not finite and self._one_by_one:
-            assert self._last is not None
+        if not finite and self._last is not None:
             self._live.load(self._last)
-            losses[-1] = math.nan
+            losses[-1], finite = math.nan, True
         outcome = self._rule.hear(losses)
         if outcome.promotes:
-            assert self._candidate is not None
             self._trusted, self._candidate = self._candidate, self._trusted
         if outcome.unanswered:
             self._tell("unanswered", "loss", 0)
         if outcome.late is not None:
             self._go_back("loss", outcome.late)
-        elif not finite and not self._one_by_one:
+        elif not finite:
             self._go_back("model", 0)
         elif outcome.ends:
             self._new_candidate()
-        self._one_by_one = not self._rule.can_always_return(self.every)
-        self._last = self._live.save(self._last) if self._one_by_one else None
+        self._last = None if self._rule.can_always_return else self._live.save(self._last)
 
     def _numbers(self) -> Tensor:
         """Whether the model is finite, and unread losses; NaN where gradients weren't finite."""
@@ -223,8 +227,7 @@ class Rewind:
 
     def _tell(self, kind: Literal["return", "unanswered"], cause: Cause, thrown: int) -> None:
         rule = self._rule
-        event = RewindEvent(kind, cause, rule.calls, thrown, rule.in_a_row, self.scale)
-        self.events.append(event)
+        self.events.append(RewindEvent(kind, cause, rule.calls, thrown, rule.in_a_row, self.scale))
 
     def _new_candidate(self) -> None:
         """Copy the model as it is now, unless its audit says that it is worse."""

@@ -8,6 +8,7 @@ start, the median of the first B // 8 losses.
 import math
 from collections.abc import Sequence
 from copy import copy
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from lossguard.validation import check_count, check_fraction, check_real
@@ -18,7 +19,12 @@ SOON = 10
 """Windows. After a return so soon after another one the scale stays lower."""
 DEEPEST = 5
 """How many times ``factor`` lowers it for good at most: data may be broken for long, and heal."""
-OPTIONS = ("window", "block", "limit", "rise", "alarm", "audits", "_rho", "_factor")
+NUMBERS = (
+    "calls", "returns", "thrown", "skipped", "age", "candidate_age", "pending", "losses", "audit",
+    "in_a_row", "last_return", "ramp", "cap", "alarm.start", "alarm.reference", "alarm.score",
+    "audits.start", "audits.reference", "audits.score",
+)  # fmt: skip
+"""All that a rule knows, and none of its options."""
 
 
 class Alarm:
@@ -51,16 +57,19 @@ class Alarm:
 
 
 class Outcome(NamedTuple):
-    """What some losses lead to."""
+    """What some losses lead to.
+
+    Attributes:
+        promotes: whether the candidate becomes trusted.
+        ends: whether a block has ended, so that there may be another candidate.
+        unanswered: whether there was an alarm at which the run can't go back.
+        late: if the run is to go back, steps since the alarm.
+    """
 
     promotes: bool
-    """Whether the candidate becomes trusted."""
     ends: bool
-    """Whether a block has ended, so that there may be another candidate."""
     unanswered: bool
-    """Whether there was an alarm at which the run can't go back."""
     late: int | None
-    """None; or, if the run is to go back, steps since the alarm."""
 
 
 class Rule:
@@ -76,10 +85,13 @@ class Rule:
         ramp, cap: steps since the last alarm, and what the scale rises to.
     """
 
-    def __init__(self, window: int, rho: float, factor: float, rise: float) -> None:
+    def __init__(self, window: int, rho: float, factor: float, rise: float, every: int) -> None:
         if check_count("window", window, least=64) % 8:
             raise ValueError(f"window must be a multiple of 8, got {window!r}")
         self.window, self.block = int(window), int(window) // 4
+        self.every = check_count("every", every)
+        if self.block % every:
+            raise ValueError(f"every must divide window / 4 = {self.block}, got {every}")
         self._rho, rise = (
             check_real(name, value, "at least 0 and below 1", lambda v: 0 <= v < 1)
             for name, value in (("rho", rho), ("rise", rise))
@@ -104,29 +116,21 @@ class Rule:
         """Steps that may be thrown away in so many calls."""
         return self.window + math.floor(self._rho * (1 - 1e-6) * self.calls)
 
-    def numbers(self) -> dict[str, dict[str, Any]]:
-        """All that it knows, and none of its options."""
-        return {
-            name: {key: copy(value) for key, value in vars(part).items() if key not in OPTIONS}
-            for name, part in self._parts().items()
-        }
+    def numbers(self) -> dict[str, Any]:
+        """All that it knows."""
+        return {name: copy(attrgetter(name)(self)) for name in NUMBERS}
 
-    def load(self, numbers: dict[str, dict[str, Any]]) -> None:
-        """Know what ``numbers`` returned."""
-        found = {
-            name: {key: copy(numbers[name][key]) for key in known}
-            for name, known in self.numbers().items()
-        }
-        for name, part in self._parts().items():
-            vars(part).update(found[name])
+    def load(self, numbers: dict[str, Any]) -> None:
+        """Know what ``numbers`` returned; all of it, or nothing if it lacks something."""
+        found = [copy(numbers[name]) for name in NUMBERS]
+        for name, value in zip(NUMBERS, found, strict=True):
+            owner, _, last = name.rpartition(".")
+            setattr(getattr(self, owner) if owner else self, last, value)
 
-    def _parts(self) -> dict[str, Any]:
-        return {"rule": self, "alarm": self.alarm, "audits": self.audits}
-
-    def can_always_return(self, steps: int) -> bool:
-        """Whether the run may go back from wherever it is after so many steps more."""
-        spare = self.allowance - self.thrown - self.age
-        return spare >= steps and self.in_a_row < IN_A_ROW
+    @property
+    def can_always_return(self) -> bool:
+        """Whether the run may go back from wherever it is at the next read."""
+        return self.may_return(self.every)
 
     def hear(self, losses: Sequence[float]) -> Outcome:
         """The losses since the last time; one that isn't finite is of a step that wasn't taken."""

@@ -3,14 +3,14 @@
     state           by parameter, for each lane: LANE.value, of the leader the model's,
                     LANE.memory.KEY, and within a cycle LANE.before, of those that may go back:
                     plain tensors, or DTensors under fully_shard
-    param_groups    the guard's; the first has numbers and buffers under ``guard``
+    param_groups    the guard's; the first has all else under ``guard``
 
 So it is what torch.distributed.checkpoint saves under the names of parameters, and reshards.
 """
 
 import copy
 from collections.abc import Iterator
-from operator import attrgetter
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,113 +21,99 @@ from lossguard.torch.arguments import told_if_damaged
 from lossguard.torch.memory import Memory
 from lossguard.torch.ranks import are_running, check_rank, sharded_as, this_rank
 from lossguard.torch.tensors import clones, leaves, local, read, transfer
-from lossguard.validation import check_count
 
 if TYPE_CHECKING:
-    from lossguard.torch.guard import Guard
+    from lossguard.torch.face import Face
     from lossguard.torch.lane import Lane
     from lossguard.torch.weights import Copy
 
 Saved = dict[str, Any]
+NUMBERS = ("phase", "steps", "_rates.bases", "_rates.given")
+"""What every guard remembers, beside that of its rules."""
 
 
-def save(guard: "Guard") -> Saved:
+def save(guard: "Face") -> Saved:
     """A copy of all that the rest of the run depends on."""
     guard._rates.apply()  # what is set, but not carried over, would be lost
-    params, group, before = guard._weights.params, guard.param_groups[0], dict(guard.state)
-    state, copies = [{} for _ in params], _copies(guard)
-    for name, values in copies.items():
-        for p, entries, value in zip(params, state, values, strict=False):
-            entries[name] = sharded_as(p, value.clone())
+    params, group = guard._weights.params, guard.param_groups[0]
+    state: list[Saved] = [{} for _ in params]
     group["guard"] = {
         **_kind(guard),
         "rank": this_rank(),
-        "phase": guard.phase,
-        "steps": guard.steps,
         "leader": guard._leader.name,
         "running": [lane.name for lane in guard._others],
-        "rates": guard._rates.numbers(),
-        "rules": list(leaves(_rules(guard))),
+        "numbers": list(leaves([getattr(*place) for place in _places(guard)])),
         "optimizers": {
-            name: [sorted(inner.own), sorted(inner.copies), inner.options()]
+            name: {
+                "own": sorted(inner.own),
+                "copies": sorted(inner.copies),
+                "options": inner.options(),
+            }
             for name, inner in guard._inners.items()
         },
-        "memories": {lane.name: _pack(lane, params, state) for lane in guard._lanes.values()},
-        "buffers": {name: values[len(params) :] for name, values in copies.items()},
+        "rest": {
+            name: _pack(lane, state, within=guard.phase > 0) for name, lane in guard._lanes.items()
+        },
     }
     try:
         guard.state.update(zip(params, state, strict=True))
         saved = Optimizer.state_dict(guard)
     finally:
         del group["guard"]
-        guard.state.clear()
-        guard.state.update(before)
+        guard.state.update({p: {} for p in params})
     return {**saved, "param_groups": copy.deepcopy(saved["param_groups"])}
 
 
-def load(guard: "Guard", state_dict: Saved) -> None:
-    """Go on from a saved state.
-
-    Raises:
-        ValueError: if it is of another guard, or damaged. This one is as it was before, then.
-    """
-    params = guard._weights.params
+def load(guard: "Face", state_dict: Saved) -> None:
+    """Go on from a saved state, of which nothing is loaded if it is refused."""
     with told_if_damaged("state_dict"):
         groups = copy.deepcopy(state_dict.get("param_groups", []))
-        numbers = groups[0].pop("guard", {}) if groups else {}
-        state = _checked(guard, state_dict, groups, numbers)
-        copies = {
-            name: _values(guard, name, state, buffers, numbers["rank"])
-            for name, buffers in numbers["buffers"].items()
-        }
-        lanes = []
-        for name, lane in guard._lanes.items():
-            memory, losses = _unpack(lane, params, state, numbers["memories"][name])
-            lanes.append((lane, copies[f"{name}.value"], memory, losses))
-        rules, count = _rules(guard), len(numbers["rules"])
-        if count != len(list(leaves(rules))):
-            raise ValueError(
-                f"state_dict must have the numbers of a {numbers['kind']}, got {count}"
-            )
-        rules = _filled(rules, iter(numbers["rules"]))
+        ours = groups[0].pop("guard", {}) if groups else {}
+        state = _checked(guard, state_dict, groups, ours)
+        lanes = [
+            (lane, *_unpack(lane, state, ours["rest"][name], ours["rank"]))
+            for name, lane in guard._lanes.items()
+        ]
         inners = []
         for name, inner in guard._inners.items():
-            own, of_params, options = map(numbers["optimizers"][name].__getitem__, range(3))
-            inners.append((inner, set(own), set(of_params), _of_groups(inner.optimizer, options)))
-        rates = {name: numbers["rates"][name] for name in guard._rates.numbers()}
-        leader, *running = (guard._lanes[n] for n in (numbers["leader"], *numbers["running"]))
-        phase = check_count("phase", numbers["phase"], least=0, most=guard.nt + guard.nc)
-        steps = check_count("steps", numbers["steps"], least=0)
+            saved = ours["optimizers"][name]
+            options = _of_groups(inner.optimizer, saved["options"])
+            inners.append((inner, set(saved["own"]), set(saved["copies"]), options))
+        leader, *running = (guard._lanes[n] for n in (ours["leader"], *ours["running"]))
+        places, count = _places(guard), len(ours["numbers"])
+        numbers = [getattr(*place) for place in places]
+        if count != len(list(leaves(numbers))):
+            raise ValueError(f"state_dict must have the numbers of a {ours['kind']}, got {count}")
+        numbers = _filled(numbers, iter(ours["numbers"]))
 
     # From here on nothing may fail.
-    for name, rule in zip(guard.remembered, rules, strict=True):
-        path, _, last = name.rpartition(".")
-        setattr(attrgetter(path)(guard) if path else guard, last, rule)
-    for inner, own, of_params, options in inners:
-        inner.own, inner.copies = own, of_params
+    for (owner, name), number in zip(places, numbers, strict=True):
+        setattr(owner, name, number)
+    for inner, own, copies, options in inners:
+        inner.own, inner.copies = own, copies
         for group, entries in zip(inner.optimizer.param_groups, options, strict=True):
             group.update({k: v for k, v in entries.items() if k not in own})
-    for lane, value, memory, losses in lanes:
-        lane.losses, lane.checks = losses
-        lane.values, lane.before = value, copies.get(f"{lane.name}.before", [])
+    for lane, attributes, memory in lanes:
+        vars(lane).update(attributes)
         lane.remember(memory)
     guard._leader = guard._weights.holder = leader
     guard._weights.write(leader.values)
     guard._others = running
     for group, entries in zip(guard.param_groups, groups, strict=True):
         group.update({k: v for k, v in entries.items() if k != "params"})
-    guard._rates.load(rates)
-    guard.phase, guard.steps = phase, steps
+    guard._rates.note()
 
 
-def _kind(guard: "Guard") -> Saved:
+def _kind(guard: "Face") -> Saved:
     """What two guards must have in common."""
     lanes = list(guard._lanes)
     return {"kind": type(guard).__name__, "lanes": lanes, "nt": guard.nt, "nc": guard.nc}
 
 
-def _rules(guard: "Guard") -> list[Any]:
-    return [attrgetter(name)(guard) for name in guard.remembered]
+def _places(guard: "Face") -> list[tuple[Any, str]]:
+    """Who has each number, or list or named tuple of them, and by which name."""
+    paths = [name.split(".") for name in (*NUMBERS, *guard.remembered)]
+    return [(reduce(getattr, owners, guard), last) for *owners, last in paths]
 
 
 def _filled(like: Any, numbers: Iterator[Any]) -> Any:
@@ -138,18 +124,17 @@ def _filled(like: Any, numbers: Iterator[Any]) -> Any:
     return type(like)(*items) if isinstance(like, tuple) else items
 
 
-def _checked(guard: "Guard", state_dict: Saved, groups: list[Saved], numbers: Saved) -> list[Saved]:
+def _checked(guard: "Face", state_dict: Saved, groups: list[Saved], ours: Saved) -> list[Saved]:
     """What is saved of each parameter; refuse the state of another guard."""
     kind, params = _kind(guard), guard._weights.params
-    got = {name: numbers.get(name) for name in kind}
+    got: Any = {name: ours.get(name) for name in kind}
     if got != kind:
-        other = (
-            f"one with the keys {list(state_dict)} (an optimizer's own goes into the fallback, "
-            "before the guard is built)"
-        )
-        raise ValueError(
-            f"state_dict must be of a guard with {kind}, got {got if numbers else other}"
-        )
+        if not ours:
+            got = (
+                f"one with the keys {list(state_dict)} (an optimizer's own goes into the fallback, "
+                "before the guard is built)"
+            )
+        raise ValueError(f"state_dict must be of a guard with {kind}, got {got}")
     keys = [key for group in groups for key in group["params"]]
     if len(keys) != len(params) or len(groups) != len(guard.param_groups):
         raise ValueError(
@@ -159,21 +144,50 @@ def _checked(guard: "Guard", state_dict: Saved, groups: list[Saved], numbers: Sa
     return [state_dict["state"].get(key, {}) for key in keys]
 
 
-def _copies(guard: "Guard") -> "dict[str, Copy]":
-    """The parameters and buffers of every lane."""
-    copies = {}
-    for lane in guard._lanes.values():
-        copies[f"{lane.name}.value"] = lane.point
-        if guard.phase and lane.before:
-            copies[f"{lane.name}.before"] = lane.before
-    return copies
+def _pack(lane: "Lane", state: list[Saved], *, within: bool) -> Saved:
+    """Of a lane, what is of parameters into ``state``; the rest is returned."""
+    params, before = lane.weights.params, lane.before if within else []
+    copies = {"value": lane.point, "before": before} if before else {"value": lane.point}
+    kept = Memory(_made(lane), []).copy().state
+    for k, (p, entries) in enumerate(zip(params, state, strict=True)):
+        for name, values in copies.items():
+            entries[f"{lane.name}.{name}"] = sharded_as(p, values[k].clone())
+        for key, value in kept.pop(p, {}).items():
+            entries[f"{lane.name}.memory.{key}"] = value
+    return {
+        "buffers": {name: values[len(params) :] for name, values in copies.items()},
+        "blank": not lane.memory().state,
+        "others": kept,
+        "options": lane.memory().options,
+        "losses": read(lane.losses),
+        "checks": read(lane.checks),
+    }
+
+
+def _unpack(
+    lane: "Lane", state: list[Saved], rest: Saved, rank: int
+) -> tuple[dict[str, Any], Memory]:
+    """Attributes of a lane, and what it remembers."""
+    losses, checks = (
+        [torch.tensor(float(loss), dtype=torch.float64) for loss in rest[name]]
+        for name in ("losses", "checks")
+    )
+    before = rest["buffers"].get("before")
+    attributes = {
+        "values": _values(lane, "value", state, rest["buffers"]["value"], rank),
+        "before": [] if before is None else _values(lane, "before", state, before, rank),
+        "losses": losses,
+        "checks": checks,
+    }
+    kept = {} if rest["blank"] else _unpack_state(lane, state, rest["others"])
+    return attributes, Memory(kept, _of_groups(lane.optimizer, rest["options"]))
 
 
 def _values(
-    guard: "Guard", name: str, state: list[Saved], buffers: list[Tensor], rank: int
+    lane: "Lane", which: str, state: list[Saved], buffers: list[Tensor], rank: int
 ) -> "Copy":
-    """One of the copies, in the place, shapes and dtypes of the model."""
-    live, params, saved = guard._weights.live(), guard._weights.params, []
+    """A copy, in the place, shapes and dtypes of the model."""
+    live, params, name, saved = lane.weights.live(), lane.weights.params, f"{lane.name}.{which}", []
     for p, entries, ours in zip(params, state, live, strict=False):
         if name not in entries and p.requires_grad:
             raise ValueError(
@@ -198,20 +212,6 @@ def _values(
     return [s.detach().to(o.device, o.dtype, copy=True) for o, s in zip(live, saved, strict=True)]
 
 
-def _pack(lane: "Lane", params: list[Tensor], state: list[Saved]) -> Saved:
-    """What a lane remembers: of parameters into ``state``, the rest is returned."""
-    kept = Memory(_made(lane), []).copy().state
-    for p, entries in zip(params, state, strict=True):
-        made = kept.pop(p, {}).items()
-        entries.update({f"{lane.name}.memory.{key}": value for key, value in made})
-    return {
-        "blank": not lane.memory().state,
-        "others": kept,
-        "options": lane.memory().options,
-        "losses": [read(lane.losses), read(lane.checks)],
-    }
-
-
 def _made(lane: "Lane") -> dict[Any, Any]:
     """The state of its optimizer; before the first step what such a step makes, where ranks are.
 
@@ -234,28 +234,17 @@ def _made(lane: "Lane") -> dict[Any, Any]:
     return made.state
 
 
-def _unpack(
-    lane: "Lane", params: list[Tensor], state: list[Saved], rest: Saved
-) -> tuple[Memory, list[list[Tensor]]]:
-    """What a lane remembers, and its losses of the cycle so far, in training and in the check."""
-    rows = rest["losses"][0], rest["losses"][1]
-    losses = [[torch.tensor(float(n), dtype=torch.float64) for n in row] for row in rows]
-    kept = {} if rest["blank"] else _unpack_state(lane, params, state, rest["others"])
-    return Memory(kept, _of_groups(lane.optimizer, rest["options"])), losses
-
-
-def _unpack_state(
-    lane: "Lane", params: list[Tensor], state: list[Saved], others: dict[Any, Any]
-) -> dict[Any, Any]:
+def _unpack_state(lane: "Lane", state: list[Saved], others: dict[Any, Any]) -> dict[Any, Any]:
     """Counts stay on the host, where optimizers without ``capturable`` have them."""
-    groups, name = lane.optimizer.param_groups, f"{lane.name}.memory."
+    groups, params = lane.optimizer.param_groups, lane.weights.params
     on_device = any(group.get("capturable") or group.get("fused") for group in groups)
-    of_params = [
-        {key.removeprefix(name): value for key, value in saved.items() if key.startswith(name)}
-        for saved in state
-    ]
-    # what parameters share is shared in the copy
-    of_params = copy.deepcopy(of_params)
+    name = f"{lane.name}.memory."
+    of_params = copy.deepcopy(  # at once: what parameters share is shared in the copy
+        [
+            {key.removeprefix(name): value for key, value in saved.items() if key.startswith(name)}
+            for saved in state
+        ]
+    )
     kept = others | {p: made for p, made in zip(params, of_params, strict=True) if made}
     for p in params:
         for t in leaves(kept.get(p)):

@@ -1,53 +1,32 @@
-"""What ``Rewind`` does to a training run: copies of its state, the way back, and careful steps.
-
-On disk they are tensors under the names of parameters, and plain numbers. Every entry is there from
-the first step of the optimizer on, whatever has happened, so that ``torch.distributed.checkpoint``
-finds each of them in the state that it loads into.
-"""
+"""What ``Rewind`` does to a training run: copies of its state, the way back, and careful steps."""
 
 import copy
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lossguard.torch.arguments import told_if_damaged
 from lossguard.torch.ranks import check_rank, this_rank
 from lossguard.torch.rates import set_rate
 from lossguard.torch.tensors import are_finite, zero_unsound
-
-if TYPE_CHECKING:
-    from lossguard.torch.rewind import Rewind
 
 Saved = dict[str, Any]
 """``model.NAME`` and ``optimizer.NAME.KEY`` of each parameter, ``model.NAME`` of each buffer, and
 ``also``, the states of other objects."""
 SOUND = torch.tensor(False)
 """Of a step whose gradients were finite."""
-SNAPSHOTS = ("trusted", "candidate")
 Offload = bool | str | os.PathLike[str]
 Place = torch.device | Path | None
 """Where copies go: None, where the originals are."""
 
 
 class Live:
-    """What is copied and set back: parameters, buffers, what the optimizer remembers, and others.
-
-    Args:
-        model: its parameters and buffers.
-        optimizer: of these parameters. Rates and other settings aren't copied.
-        also: objects with ``state_dict`` and ``load_state_dict`` that go back too.
-        offload: keep copies in the host's memory, or in files of a folder.
-
-    Raises:
-        ValueError: if the optimizer has a parameter that the model doesn't have, or no rate; or a
-            folder is to keep shards.
-    """
+    """What is copied and set back: parameters, buffers, the optimizer's memory, and others."""
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, also: Sequence[Any], offload: Offload
@@ -100,21 +79,49 @@ class Live:
                 of, _, key = name.removeprefix("optimizer.").rpartition(".")
                 remembered[of][key] = value
         for param, name in self.names.items():
-            if not remembered[name]:
-                self.optimizer.state.pop(param, None)  # before the first step: it begins by itself
-                continue
-            now = self.optimizer.state[param]
-            for key in now.keys() - remembered[name].keys():
-                del now[key]
-            for key, value in remembered[name].items():
+            now = self.optimizer.state.pop(param, {})
+            for key, value in remembered[name].items():  # none before the first step
                 whole = isinstance(value, Tensor) and value.shape == param.shape
-                now[key] = copied(value, now.get(key), param.device if whole else None)
+                place = param.device if whole else None
+                self.optimizer.state[param][key] = copied(value, now.get(key), place)
         for one, its_state in zip(self.also, saved["also"], strict=True):
             one.load_state_dict(copy.deepcopy(its_state))
             if hasattr(one, "get_last_lr"):  # a scheduler, of which the rates are a part
                 rates = one.get_last_lr()
                 for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                     set_rate(group, float(rate))
+
+    def pack(self, trusted: Saved, candidate: Saved) -> Saved:
+        """Two snapshots, of which the second may be empty, for a ``state_dict``.
+
+        Every entry is there from the first step of the optimizer on, whatever has happened, as
+        ``torch.distributed.checkpoint`` loads only into entries that are there.
+        """
+        begun = [any(key.startswith("optimizer.") for key in one) for one in (trusted, candidate)]
+        now = {} if all(begun) else self.save()  # in the place of what a snapshot hasn't got
+        both = {"trusted": {**now, **trusted}, "candidate": {**now, **candidate}}
+        return {**both, "begun": begun, "rank": this_rank()}
+
+    def unpack(self, state: Saved) -> list[Saved]:
+        """Copies of what was packed; refuse what is of another model, or another rank's shards."""
+        for name, tensor in self.tensors.items():
+            saved = state["trusted"].get(f"model.{name}")
+            shape = None if saved is None else tuple(saved.shape)
+            if shape != tuple(tensor.shape):
+                raise ValueError(
+                    f"state must be of this model, whose {name} has shape {tuple(tensor.shape)}, "
+                    f"got {shape}"
+                )
+            check_rank(tensor, saved, state["rank"], "state")
+        snapshots = [self.save(), self.save()]
+        for k, which in enumerate(("trusted", "candidate")):
+            begun, places = state["begun"][k], snapshots[k]
+            snapshots[k] = {
+                name: copied(value, places.get(name))
+                for name, value in state[which].items()
+                if begun or not name.startswith("optimizer.")
+            }
+        return snapshots
 
 
 class CarefulSteps:
@@ -130,7 +137,8 @@ class CarefulSteps:
     def __init__(self, optimizer: Optimizer, scale: Callable[[], float]) -> None:
         self.broken = SOUND
         self._scale = scale
-        self._rates: list[float | Tensor] | None = None
+        self._rates: list[float | Tensor] = []
+        """Those of the groups between steps, while it multiplies them."""
         self._hooks = (
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -152,10 +160,9 @@ class CarefulSteps:
                 set_rate(group, rate * scale)
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._rates is not None:
-            for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
-                set_rate(group, rate)
-            self._rates = None
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=False):
+            set_rate(group, rate)
+        self._rates = []
 
 
 def copied(value: Any, old: Any = None, place: Place = None) -> Any:
@@ -181,65 +188,3 @@ def _on_disk(value: Tensor, folder: Path) -> Tensor:
         file.truncate(value.nbytes)
         mapped = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
     return mapped.view(value.shape).copy_(value)
-
-
-def save(rewind: "Rewind") -> dict[str, Any]:
-    """Both snapshots of a ``Rewind``, and all its numbers."""
-    snapshots = {which: getattr(rewind, f"_{which}") or {} for which in SNAPSHOTS}
-    begun = [any(key.startswith("optimizer.") for key in one) for one in snapshots.values()]
-    # In the place of what a snapshot hasn't got, the present state.
-    now = {} if all(begun) else rewind._live.save()
-    return {
-        **{which: {**now, **one} for which, one in snapshots.items()},
-        "unread": rewind._numbers().tolist()[1:],  # waits for copies to the host, too
-        "rank": this_rank(),
-        "options": _options(rewind),
-        "rule": rewind._rule.numbers(),
-        "one_by_one": rewind._one_by_one,
-        "begun": begun,
-    }
-
-
-def load(rewind: "Rewind", state: dict[str, Any]) -> None:
-    """The inverse; a model or an optimizer is not touched.
-
-    Raises:
-        ValueError: if the state is of another model, ``window`` or ``every``, or is no such state,
-            or damaged. The other one is as it was before, then.
-    """
-    with told_if_damaged("state"):
-        _check(rewind, state)
-        live, snapshots = rewind._live, {}
-        for k, which in enumerate(SNAPSHOTS):
-            places, begun = live.save(), state["begun"][k]
-            snapshots[which] = {
-                name: copied(value, places.get(name))
-                for name, value in state[which].items()
-                if begun or not name.startswith("optimizer.")
-            }
-        losses = [torch.tensor(loss, dtype=torch.float64) for loss in state["unread"]]
-        one_by_one = state["one_by_one"]
-        rewind._rule.load(state["rule"])  # whole or not at all
-    rewind._trusted, rewind._candidate = snapshots.values()
-    rewind._unread = [(loss, SOUND) for loss in losses]
-    rewind._one_by_one = one_by_one
-    rewind._last = live.save() if one_by_one else None
-
-
-def _check(rewind: "Rewind", state: dict[str, Any]) -> None:
-    ours, theirs = _options(rewind), state.get("options")
-    if theirs != ours:
-        raise ValueError(f"state must be of a Rewind with {ours}, got {theirs}")
-    for name, tensor in rewind._live.tensors.items():
-        saved = state["trusted"].get(f"model.{name}")
-        shape = None if saved is None else tuple(saved.shape)
-        if shape != tuple(tensor.shape):
-            raise ValueError(
-                f"state must be of this model, whose {name} has shape {tuple(tensor.shape)}, "
-                f"got {shape}"
-            )
-        check_rank(tensor, saved, state["rank"], "state")
-
-
-def _options(rewind: "Rewind") -> dict[str, int]:
-    return {"window": rewind._rule.window, "every": rewind.every}

@@ -80,11 +80,7 @@ def are_finite(tensors: Iterable[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def zero_unsound(params: Iterable[Tensor]) -> Tensor:
-    """Make all gradients 0 if one of them isn't finite, without a wait for the device.
-
-    Returns:
-        Whether that was so, as a tensor.
-    """
+    """Make all gradients 0 if one of them isn't finite; whether that was so. Nothing waits."""
     grads = [local(p.grad) for p in params if p.grad is not None and not p.grad.is_sparse]
     simple = all(g.is_cpu and g.is_contiguous() and _has_norm(g) for g in grads)
     if simple and len({g.dtype for g in grads}) == 1:
@@ -101,12 +97,6 @@ def zero_unsound(params: Iterable[Tensor]) -> Tensor:
 def read(scalars: Sequence[Tensor]) -> list[float]:
     """Real numbers, all at once, as each read waits for the device."""
     return stacked(scalars).tolist() if scalars else []
-
-
-def stored(tensor: Tensor) -> Tensor:
-    """The numbers that a tensor has on this rank; of a sparse one those that it stores."""
-    tensor = local(tensor)
-    return tensor.coalesce().values() if tensor.is_sparse else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -132,8 +122,9 @@ def _has_norm(tensor: Tensor) -> bool:
 
 
 def _measurable(tensor: Tensor) -> Tensor:
-    """The same numbers in a dtype that has norms: not complex ones, nor those of 8 bits."""
-    tensor = stored(tensor).detach()
+    """The numbers that are here, in a dtype with norms: not complex ones, nor those of 8 bits."""
+    tensor = local(tensor).detach()
+    tensor = tensor.coalesce().values() if tensor.is_sparse else tensor
     if tensor.is_complex():
         return torch.view_as_real(tensor)
     narrow = tensor.element_size() == 1 and tensor.is_floating_point()

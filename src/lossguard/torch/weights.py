@@ -1,15 +1,12 @@
 """The parameters and buffers of a model, and how another lane's get into it for a while."""
 
 from itertools import compress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lossguard.torch.tensors import clones, finite, local, transfer
-
-if TYPE_CHECKING:
-    from lossguard.torch.lane import Lane
+from lossguard.torch.tensors import finite, local, transfer
 
 Copy = list[Tensor]
 """Parameters first, then buffers; of a sharded parameter this rank's shard alone."""
@@ -19,11 +16,7 @@ class Weights:
     """The live tensors: what the model is, and what the lane is that is in it.
 
     Another lane is copied into them while it runs, and out again. So a compiled model, a CUDA graph
-    and whoever else holds the tensors see each lane.
-
-    Args:
-        params: the parameters that the optimizers update.
-        model: the module whose buffers belong to a lane, if any.
+    and whoever else holds the tensors see each lane. The model is for its buffers, if any.
     """
 
     def __init__(self, params: list[Tensor], model: nn.Module | None) -> None:
@@ -44,18 +37,6 @@ class Weights:
         self.reshard()
         transfer(self.live(), values)
         self.jumped = True
-
-    def put(self, lane: "Lane", keep: bool = True) -> None:
-        """Have a lane in the model; keep where the one has come to that was there, or forget it."""
-        if lane is not self.holder:
-            self.reshard()
-            live = self.live()
-            if keep and self.holder.values:
-                transfer(self.holder.values, live)
-            elif keep:
-                self.holder.values = clones(live)
-            transfer(live, lane.values)
-            self.holder = lane
 
     def is_finite(self, values: Copy) -> bool:
         """Whether values are finite, masks aside."""

@@ -201,7 +201,9 @@ def test_it_takes_more_losses_above_than_below(values, returns):
 def test_it_sees_a_rise_of_four_deviations_of_the_noise(deviations, returns):
     """A minibatch's noise has the deviation 0.2; the losses had fallen by 2."""
     rng = np.random.default_rng(0)
-    level = np.concatenate([np.linspace(3, 1, 256), np.ones(256), np.full(64, 1 + 0.2 * deviations)])
+    level = np.concatenate(
+        [np.linspace(3, 1, 256), np.ones(256), np.full(64, 1 + 0.2 * deviations)]
+    )
     _, state = told(lossguard.rewind(optax.sgd(1.0)), level + 0.2 * rng.standard_normal(len(level)))
     assert state.returns == returns
 

@@ -163,6 +163,8 @@ def test_what_is_no_state_of_its_own_is_refused_whole(kind):
     del broken["state"][3][name]
     missing = copy.deepcopy(before)
     missing["param_groups"][0]["guard"]["numbers"] = ["something else"]
+    beyond = copy.deepcopy(before)
+    beyond["param_groups"][0]["guard"]["numbers"][0] = 10**9
     refusals = [
         (other.state_dict(), "state_dict must be of 4 parameters in 1 groups"),
         (wide.state_dict(), "state_dict must be of the same model, with a tensor of shape"),
@@ -172,6 +174,7 @@ def test_what_is_no_state_of_its_own_is_refused_whole(kind):
         (SGD(model.parameters()).state_dict(), "state_dict must be of a .* before the guard is"),
         (broken, f"state_dict must hold {name} of each parameter"),
         (missing, "state_dict must have the numbers of"),
+        (beyond, "phase must be at most"),
     ]
     for state, message in refusals:
         with pytest.raises(ValueError, match=f"^{message}"):

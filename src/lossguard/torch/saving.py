@@ -21,6 +21,7 @@ from lossguard.torch.arguments import told_if_damaged
 from lossguard.torch.memory import Memory
 from lossguard.torch.ranks import are_running, check_rank, sharded_as, this_rank
 from lossguard.torch.tensors import clones, leaves, local, read, transfer
+from lossguard.validation import check_count
 
 if TYPE_CHECKING:
     from lossguard.torch.face import Face
@@ -85,6 +86,8 @@ def load(guard: "Face", state_dict: Saved) -> None:
         if count != len(list(leaves(numbers))):
             raise ValueError(f"state_dict must have the numbers of a {ours['kind']}, got {count}")
         numbers = _filled(numbers, iter(ours["numbers"]))
+        check_count("phase", numbers[0], least=0, most=guard.nt + guard.nc)
+        check_count("steps", numbers[1], least=0)
 
     # From here on nothing may fail.
     for (owner, name), number in zip(places, numbers, strict=True):

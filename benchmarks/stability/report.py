@@ -191,13 +191,13 @@ def draw(table: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(13, 0.34 * len(table) + 1.3), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     _cells(left, table)
-    for row in table:
-        color, place = ("tab:red", (5, -10)) if row.method in OURS else ("tab:gray", (5, 3))
+    for number, row in enumerate(table, 1):
+        color = "tab:red" if row.method in OURS else "tab:gray"
         errors = None if math.isnan(row.low) else [[row.faults - row.low], [row.high - row.faults]]
         right.errorbar(row.time, row.faults, errors, marker="o", color=color, elinewidth=0.8)
         right.annotate(
-            row.method, (row.time, row.faults), place, textcoords="offset points", fontsize=8,
-            color=color, fontweight="bold" if row.front else "normal",
+            str(number), (row.time, row.faults), (4, 4), textcoords="offset points", color=color,
+            fontweight="bold" if row.front else "normal",
         )  # fmt: skip
     right.margins(0.12)
     right.set(xscale="log", yscale="log", xlabel="time of a minibatch / AdamW's, clean data")
@@ -213,10 +213,10 @@ def _cells(axes: Axes, table: Sequence[Row]) -> None:
     highest = max(2.0, *(max(row) for row in values))
     axes.imshow(values, cmap="YlOrRd", norm=LogNorm(1, highest), aspect="auto")
     axes.set_xticks(range(len(values[0])), [*table[0].cells, "faults"], rotation=30, ha="left")
-    axes.set_yticks(range(len(table)), [row.method for row in table])
+    axes.set_yticks(range(len(table)), [f"{row.method}  {k}" for k, row in enumerate(table, 1)])
     axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
-    for label in axes.get_yticklabels():
-        label.set_color("tab:red" if label.get_text() in OURS else "black")
+    for label, row in zip(axes.get_yticklabels(), table, strict=True):
+        label.set_color("tab:red" if row.method in OURS else "black")
     for y, row in enumerate(values):
         for x, value in enumerate(row):
             dark = math.log(max(value, 1)) > 0.6 * math.log(highest)

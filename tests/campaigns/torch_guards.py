@@ -104,7 +104,7 @@ def guarded(rng: random.Random, kind: type) -> str:
     guard = two(kind, model, learned, fallback, **options)
     again: list[int] = []
     if kind is BestOf:  # the fallback is the first: when it begins again it isn't alone any more
-        first = guard._all[0]
+        first = guard._lanes["0"]
         forget = first.forget
         first.forget = lambda: (again.append(guard.steps), forget())
     calls, boom = 0, rng.choice((PAUSE, rng.randrange(1, 3 * STEPS)))

@@ -167,10 +167,15 @@ def test_the_table_is_of_the_runs_that_are_recorded() -> None:
     oracle = runs.filter(method="AdamW", fault="clean").select("task", "seed", oracle="final")
     ratio = (pl.col("final") / pl.col("oracle")).log()
     means = runs.join(oracle, on=["task", "seed"]).group_by("method", "fault").agg(ratio.mean())
-    over = means.filter(pl.col("fault") != "clean").group_by("method").agg(pl.col("final").mean())
+    fault_is_bad = pl.col("fault") != "clean"
+    over = means.filter(fault_is_bad).group_by("method").agg(pl.col("final").mean())
     told = pl.read_csv(RECORD / "table.csv").join(over, on="method")
     assert len(told) == len(run.METHODS)
     np.testing.assert_allclose(told["faults"], told["final"].exp(), rtol=2e-3)
+    for column, is_rate in (("rates", True), ("others", False)):
+        some = means.filter(pl.col("fault").str.starts_with("rate") == is_rate, fault_is_bad)
+        some = told.join(some.group_by("method").agg(part=pl.col("final").mean()), on="method")
+        np.testing.assert_allclose(some[column], some["part"].exp(), rtol=1e-4)
     for fault in BY_NAME:
         cells = told.join(means.filter(fault=fault), on="method")
         np.testing.assert_allclose(cells[fault], cells["final_right"].exp(), rtol=2e-3)

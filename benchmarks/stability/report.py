@@ -24,6 +24,9 @@ from .methods import METHODS, OURS
 LAST = 0.1
 """The part of G over which the final loss is a mean; and at the start, what isn't the way."""
 
+PLACES = ((9, 8), (-9, 8), (-9, -8), (9, -8))
+"""Of numbers at points, in turns: neighbours in the table are often neighbours in the figure."""
+
 
 class Key(NamedTuple):
     """What a record is of; ``fault`` is also "tune" with a rate, or "cost"."""
@@ -202,7 +205,7 @@ def draw(table: Sequence[Row]) -> Figure:
         errors = None if math.isnan(row.low) else [[row.faults - row.low], [row.high - row.faults]]
         right.errorbar(row.time, row.faults, errors, marker="o", color=color, elinewidth=0.8)
         right.annotate(
-            str(number), (row.time, row.faults), (4, 4 if number % 2 else -12),
+            str(number), (row.time, row.faults), PLACES[number % 4], ha="center", va="center",
             textcoords="offset points", color=color,
             fontweight="bold" if row.front else "normal",
         )  # fmt: skip

@@ -126,7 +126,7 @@ class Relay:
         if self.trial is None and (afforded or k == 0):
             self.y.w = self.z.w
             self.y.optimizer.forget()
-            self.trial = Trial(cycles, self.curve.recent if self.curve.age else None)
+            self.trial = Trial(cycles, None if k == 0 else self.curve.recent)
 
     def lead_on_or_stop(self) -> None:
         curve, level = self.curve, self.level

@@ -124,6 +124,13 @@ RELAYS = [
         1,
         EVENTS - {"back to s", "from x"} | {"s breaks"},
     ),
+    (
+        momentum(in_phases(0.02, -0.01, 30)),
+        momentum(decay(0.02)),
+        10,
+        4,  # a trial right after a hand-over is won by less than a tenth
+        EVENTS,
+    ),
 ]
 """Learned optimizer, fallback, nt, seed, and what can be seen in their run."""
 
@@ -131,7 +138,7 @@ RELAYS = [
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("name", "case"),
-    [*(("recommended", case) for case in range(5)), *(("hedged", case) for case in (0, 3, 4))],
+    [*(("recommended", case) for case in range(6)), *(("hedged", case) for case in (0, 3, 4))],
 )
 def test_a_relay_is_its_rules(name, case) -> None:
     learned, fallback, nt, seed, events = RELAYS[case]

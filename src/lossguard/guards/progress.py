@@ -20,7 +20,7 @@ class Progress(NamedTuple):
 
     age: Int[Array, ""]
     recent: Float[Array, ""]
-    """The smoothed loss."""
+    """The smoothed loss; NaN before the first."""
     lasting: Float[Array, ""]
     """The loss smoothed for longer."""
     earlier_age: Int[Array, ""]
@@ -30,6 +30,11 @@ class Progress(NamedTuple):
     later_age: Int[Array, ""]
     """The next mark: there the age had doubled, and ``LEAST`` cycles had passed."""
     later: Float[Array, ""]
+
+
+def unknown(dtype: jnp.dtype) -> Progress:
+    """Of a run that has no loss yet."""
+    return begin(jnp.full((), jnp.nan, dtype))
 
 
 def begin(loss: Float[Array, ""], age: Int[Array, ""] | int = 0) -> Progress:

@@ -86,9 +86,9 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
 
 def begin(relay: Relay, params: Params) -> RecommendedState:
     """x is on the fallback's own path."""
-    zero = jnp.zeros((), sum_dtype(params))
-    none, progress = jnp.int32(0), progresses.begin(zero)
-    return RecommendedState(relay.begin(params), none, progress, new_trial(zero))
+    dtype = sum_dtype(params)
+    unknown, against = progresses.unknown(dtype), new_trial(jnp.zeros((), dtype))
+    return RecommendedState(relay.begin(params), jnp.int32(0), unknown, against)
 
 
 def cycle(

@@ -82,7 +82,7 @@ class Relay:
             s=z,
             on_own=jnp.array(True),
             learned_leads=jnp.array(False),
-            progress=progresses.begin(zero),
+            progress=progresses.unknown(dtype),
             level=zero,
             trial=trials.none(dtype),
             tried=jnp.int32(0),
@@ -152,10 +152,7 @@ class Relay:
         begins = due & ~state.learned_leads & (state.trial.length == 0)
         x = state.z.params
         fresh = renew(self.learned, x, state.y.state)
-        unknown = state.progress.age == 0
-        trial = trials.begin(
-            length.astype(jnp.int32), jnp.where(unknown, jnp.nan, state.progress.recent)
-        )
+        trial = trials.begin(length.astype(jnp.int32), state.progress.recent)
         return select(begins, (Lane(x, fresh), trial), (state.y, state.trial))
 
     def _end_trial(

@@ -84,6 +84,7 @@ class Progress(NamedTuple):
 
     age: int
     recent: float
+    """NaN before the first."""
     lasting: float
     """Smoothed for longer."""
     earlier_age: int

@@ -67,7 +67,7 @@ class Recommended(GuardOfTwo):
     remembered = ("_relay.state", "_own_steps", "_progress", "_against")
 
     _own_steps = 0
-    _progress = Progress.begun(0.0)
+    _progress = Progress.begun(math.nan)
     """Of the fallback by itself; not smoothed, as s may run seldom."""
     _against = NEW
     """Of s against x, by their losses alone."""

@@ -42,7 +42,7 @@ class State(NamedTuple):
     on_own: bool = True
     """Whether x is on the path of s."""
     learned_leads: bool = False
-    progress: Progress = Progress.begun(0.0)
+    progress: Progress = Progress.begun(math.nan)
     level: float = 0.0
     trial: Trial = NONE
     tried: int = 0
@@ -78,8 +78,7 @@ class Relay:
             length = max(-(-LEAST // self.nt), round(PART * self.share * k / self.nt))
             budget = self.share * k + math.sqrt(k)
             if self.state.tried + length * self.nt <= budget or k == 0:
-                bound = progress.recent if progress.age else math.nan
-                self.state = self.state._replace(trial=Trial(length, bound))
+                self.state = self.state._replace(trial=Trial(length, progress.recent))
         trial = self.state.trial
         if trial != NONE and trial.cycles == 0:
             self.y.start_at(self.z.point)

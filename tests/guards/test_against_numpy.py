@@ -84,7 +84,7 @@ def test_loss_guard_is_algorithm_2(learned, fallback, loser, nt, nc) -> None:
 
 
 REPORTED = ("used_learned", "losses", "learned_loss", "fallback_loss", "winner", "gradients")
-REPORTED += ("learned_updates",)
+REPORTED += ("forwards", "learned_updates")
 EVENTS = {"won", "lost", "from x", "from the snapshot", "new snapshot", "back to s"}
 
 
@@ -129,7 +129,14 @@ RELAYS = [
         momentum(decay(0.02)),
         10,
         4,  # a trial right after a hand-over is won by less than a tenth
-        EVENTS,
+        EVENTS | {"passed"},
+    ),
+    (
+        momentum(in_phases(0.6, 0.05, 60)),
+        adam(lambda k: 0.8),  # too noisy to get below where y stalls
+        10,
+        2,
+        EVENTS | {"failed", "stuck"},
     ),
 ]
 """Learned optimizer, fallback, nt, seed, and what can be seen in their run."""
@@ -138,7 +145,7 @@ RELAYS = [
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("name", "case"),
-    [*(("recommended", case) for case in range(6)), *(("hedged", case) for case in (0, 3, 4))],
+    [*(("recommended", case) for case in range(7)), *(("hedged", case) for case in (0, 3, 4, 6))],
 )
 def test_a_relay_is_its_rules(name, case) -> None:
     learned, fallback, nt, seed, events = RELAYS[case]

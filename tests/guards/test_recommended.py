@@ -64,10 +64,29 @@ def test_challengers_have_a_share_of_the_steps(played) -> None:
     of_y, of_s, k = steps_of_challengers(decisions)
     trial = 10
     assert (of_y <= SHARE * k + np.sqrt(k) + trial).all() and (of_s <= 5 * SHARE * k + NT).all()
-    price = decisions.gradients.cumsum(axis=-1)
-    assert (price <= (1 + 6 * SHARE) * k + np.sqrt(k) + trial + NT).all()
+    price = (decisions.gradients + decisions.forwards / 3).cumsum(axis=-1)
+    assert (price <= (1 + 7 * SHARE) * k + np.sqrt(k) + trial + NT).all()
     # With half the share they would not be bounds; test_against_numpy.py sees s exceed its share.
     assert (of_y > SHARE / 2 * k + np.sqrt(k) + trial).any() and (of_s > SHARE / 2 * k + NT).any()
+
+
+def test_where_the_fallback_loses_what_was_won_the_learned_optimizer_leads_again() -> None:
+    """It ends where the noise is the whole loss, so it stalls; the fallback keeps its own noise."""
+    xi = 0.1 * jax.random.normal(jax.random.key(0), (STEPS, 20))
+    learned = optax.stateless(lambda gradient, w: -0.05 * w)
+    guard = lossguard.recommended(learned, optax.sgd(0.5), nt=NT, share=SHARE)
+    objective = lambda w, i: 0.5 * jnp.sum((w - xi[i]) ** 2)  # noqa: E731
+    _, decisions = play(guard, objective, jnp.ones(20), STEPS // NT)
+    k = NT * np.arange(1, STEPS // NT + 1)
+    of_y = np.where(decisions.used_learned[:, 0], 0, decisions.learned_updates).cumsum()
+    of_probations = np.asarray(decisions.forwards / 3).cumsum()
+    assert (of_y + of_probations <= 2 * SHARE * k + np.sqrt(k) + NT).all()
+    assert (of_y + of_probations > SHARE * k + np.sqrt(k) + NT).any()
+    first = np.flatnonzero(np.asarray(decisions.forwards))[0]
+    last = first + round(SHARE * k[first - 2] / NT) - 1  # of its first probation
+    assert (decisions.forwards[first : last + 1] == NT).all() and decisions.forwards[last + 1] == 0
+    assert (decisions.winner[first:last] != 0).all()
+    assert (decisions.winner[last : last + first // 2] == 0).all()
 
 
 def test_x_is_finite(played) -> None:

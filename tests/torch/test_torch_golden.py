@@ -96,12 +96,17 @@ PAIRS = {
     "breaks": (sgd(1e80), sgd(0.1)),
     "the same": (sgd(0.1), sgd(0.1)),
     "late": (falls_behind(0.3, 200), sgd(0.02)),
+    "noisy": (falls_behind(0.05, 250), sgd(0.2, 0.9)),  # with a larger share, back to it at 190
 }
 ALL = list(PAIRS)
 CASES = [
     *((lossguard.recommended, Recommended, {}, pair) for pair in ALL),
-    *((lossguard.recommended, Recommended, {"share": 0.5}, pair) for pair in ("late", "the same")),
+    *(
+        (lossguard.recommended, Recommended, {"share": 0.5}, pair)
+        for pair in ("late", "the same", "noisy")
+    ),
     *((lossguard.hedged, Hedged, {}, pair) for pair in ALL),
+    (lossguard.hedged, Hedged, {"share": 0.5}, "noisy"),
     *((lossguard.loss_guard, LossGuard, {"nc": 5}, pair) for pair in ("breaks", "adam over sgd")),
     (lossguard.loss_guard, LossGuard, {"nc": 5, "loser": "reset"}, "bold sgd over adam"),
     (lossguard.residual_guard, ResidualGuard, {}, "adam over sgd"),

@@ -105,6 +105,17 @@ def train_if(
     return jax.lax.cond(runs, run, lambda lane: (lane, idle), lane)
 
 
+def losses_if(runs: Bool[Array, ""], params: Params, now: Cycle) -> Float[Array, " nt"]:
+    """The loss of a point on each minibatch of a cycle: forward passes only; or NaN, likewise."""
+
+    def run(params: Params) -> Array:
+        each = lambda t: jnp.asarray(now.objective(params, now.i + t), now.dtype)  # noqa: E731
+        return jax.lax.map(each, jnp.arange(now.nt))
+
+    idle = jnp.full(now.nt, jnp.nan, now.dtype)
+    return jax.lax.cond(runs, run, lambda params: idle, params)
+
+
 def mean_losses(points: Sequence[Params], now: Cycle) -> Float[Array, " points"]:
     """The mean loss of each point on the minibatches of a cycle: forward passes only."""
 

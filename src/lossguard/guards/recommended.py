@@ -46,7 +46,9 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
       minibatches. Its state is fresh, its schedules, and the clock of ``mlp_optimizer``, are at the
       time of the whole run. It takes over if it is better by three standard errors.
     - *The learned optimizer.* It leads while its loss falls: by a power of 1/4 of its age at least.
-      When it stalls the fallback goes on from there, or from a snapshot if the loss has risen.
+      When it stalls the fallback goes on from there, or from a snapshot if the loss has risen. It
+      is on probation, for ``share`` of the steps so far: if it ends above the point of the stall by
+      three standard errors, the learned optimizer leads again from that point.
 
     When the learned optimizer first takes over, the fallback's own run stays behind as lane s. It
     runs until it has had ``share`` of the steps, or five times that, if by then its loss, falling
@@ -54,7 +56,8 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
 
     So a cycle costs nt gradients, and nt more for each challenger that runs in it: y on trial while
     the fallback leads, in at most ``share`` of the steps and sqrt(k) more; s while x is off its
-    path, in at most that share. Training losses decide; no minibatch is only checked on.
+    path, in at most that share. A cycle of a probation costs nt forward passes more. Training
+    losses decide; no minibatch is only checked on.
 
     Args:
         learned: the optimizer that is not trusted, an optax transformation.

@@ -1,7 +1,7 @@
 """The relay: a learned optimizer and a fallback take turns at one iterate, x. One of them leads.
 
 x    the parameters of the leader's lane
-y    the learned lane: leads, or is on trial from x
+y    the learned lane: leads, or is on trial from x, or waits where it stalled
 z    the fallback's lane: leads, or is the snapshot that x can go back to while y leads
 s    the fallback by itself, which y has never moved: stays behind when x leaves its path
 """
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from . import progress as progresses
 from . import trial as trials
 from .cycle import Cycle, sum_dtype
-from .lanes import Lane, Optimizer, is_fine, train_if
+from .lanes import Lane, Optimizer, is_fine, losses_if, train_if
 from .progress import Progress
 from .protocol import FALLBACK, LEARNED, OWN, Decision, Params, advance
 from .soundness import advance_schedules, renew, renew_if_unsound, select, with_sound_gradients
@@ -37,6 +37,12 @@ YOUNG_GAIN = 0.5
 """The same until the lead of y is known for longer."""
 LEAST = 10
 """Optimizer steps of a trial, at least."""
+AGAIN = 2
+"""k / 2 is the age that y is taken for when it leads again after a probation of z."""
+WORSE = 0.2
+"""The part by which its loss may then be above that where it stalled."""
+LESS = 0.1
+"""The part by which it has to be lower at the next stall for another probation of z."""
 
 
 class RelayState(NamedTuple):
@@ -51,11 +57,18 @@ class RelayState(NamedTuple):
     learned_leads: Bool[Array, ""]
     progress: Progress
     """Of the leader."""
+    most: Float[Array, ""]
+    """The loss that y has to stay below at first: that of z when y took over."""
+    stalled: Float[Array, ""]
+    """The smoothed loss where y stalled before, if it leads again; else NaN."""
     level: Float[Array, ""]
     """The smoothed loss at the snapshot."""
     trial: Trial
+    """Of y against z; or, on probation, of z against the point where y stalled."""
     tried: Int[Array, ""]
-    """Optimizer steps that y has taken on trial."""
+    """What trials and probations have cost, in gradients: a third for a forward pass."""
+    probation: Bool[Array, ""]
+    """Whether z leads on probation."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,8 @@ class Relay:
     """The rules, of which ``recommended`` tells; trials are those of ``trial.py``.
 
     The snapshot is where z was when y took over. It moves to x when the loss is a fifth lower, at
-    first half as high. After a loss of 1.5 times that at the snapshot z goes on from there. When y
+    first half as high. After a loss of 1.5 times that at the snapshot z goes on from there. Where y
+    stalls it waits while z is on probation; the snapshot is then where it stalled. When y
     first takes over, s stays where z was. When it runs, and when x goes back to it, is the affair
     of the guard.
     """
@@ -83,9 +97,12 @@ class Relay:
             on_own=jnp.array(True),
             learned_leads=jnp.array(False),
             progress=progresses.unknown(dtype),
+            most=zero,
+            stalled=jnp.full_like(zero, jnp.nan),
             level=zero,
             trial=trials.none(dtype),
             tried=jnp.int32(0),
+            probation=jnp.array(False),
         )
 
     def step(
@@ -100,7 +117,7 @@ class Relay:
         nt, leads, dtype = now.nt, state.learned_leads, state.level.dtype
         now = now._replace(objective=with_sound_gradients(now.objective), dtype=dtype)
         y, trial = self._begin_trial(state, now)
-        tried = trial.length > 0
+        tried = (trial.length > 0) & ~state.probation
         z, of_z, fine_z = self._run_fallback(~leads, state.z, now)
         y_after, of_y = train_if(leads | tried, self.learned, y, now)
         s, of_s, fine_s = self._run_fallback(s_runs, state.s, now)
@@ -114,11 +131,14 @@ class Relay:
             z=_in_time(z, ~leads, nt),
             s=s,
             progress=progress,
-            tried=advance(state.tried, jnp.where(tried, nt, 0)),
+            tried=advance(state.tried, nt * tried + -(-nt // 3) * state.probation),
         )
-        trial = trials.add(trial, of_y, losses)
-        after = self._end_trial(after, trial, of_y, fine_y, fine_z, now.k)
-        after = select(leads, self._keep_or_hand_over(after, fine_y, nt), after)
+        tested = trials.add(trial, of_y, losses)
+        ended = self._end_trial(after, tested, of_y, fine_y, fine_z, now.k)
+        kept = self._keep_or_hand_over(after, fine_y, now)
+        stalled = losses_if(state.probation, state.y.params, now)
+        judged = self._end_probation(after, trials.add(trial, of_z, stalled), fine_z, now.k)
+        after = select(leads, kept, select(state.probation, judged, ended))
         of_z = jnp.where(after.on_own, OWN, FALLBACK)
         decision = Decision(
             used_learned=jnp.full(nt, leads),
@@ -129,7 +149,7 @@ class Relay:
             finite_fallback=fine_z,
             winner=jnp.where(after.learned_leads, LEARNED, of_z).astype(jnp.int32),
             gradients=nt * (1 + tried.astype(jnp.int32) + s_runs.astype(jnp.int32)),
-            forwards=jnp.int32(0),
+            forwards=nt * state.probation.astype(jnp.int32),
             learned_updates=nt * (leads | tried).astype(jnp.int32),
         )
         return after, decision, of_s, fine_s
@@ -175,29 +195,64 @@ class Relay:
             s=select(won & state.on_own, state.z, state.s),
             on_own=state.on_own & ~won,
             learned_leads=state.learned_leads | won,
+            most=jnp.where(won, state.progress.lasting, state.most),
+            stalled=jnp.where(won, jnp.nan, state.stalled),
             level=jnp.where(won, state.progress.lasting, state.level),
             progress=select(won, began, state.progress),
             trial=select(over, none, trial),
         )
 
-    def _keep_or_hand_over(self, state: RelayState, fine: Bool[Array, ""], nt: int) -> RelayState:
-        """After a cycle that y led: it leads on, or z goes on from x or from the snapshot."""
-        now, level = state.progress.lasting, state.level
+    def _end_probation(
+        self, state: RelayState, trial: Trial, fine: Bool[Array, ""], k: Int[Array, ""]
+    ) -> RelayState:
+        """After a cycle of z on probation: it leads on, or y does from where it stalled."""
+        mean, error = trials.difference(trial)
+        over = ~fine | (trial.cycles >= trial.length)
+        back = ~fine | (over & (mean > trials.MARGIN * error))
+        leads_on = state._replace(
+            probation=~over, trial=select(over, trials.none(trial.total.dtype), trial)
+        )
+        again = leads_on._replace(
+            z=state.z._replace(params=state.y.params),
+            learned_leads=jnp.array(True),
+            progress=progresses.begin(trial.bound, k // AGAIN),
+            most=trial.bound + WORSE * jnp.abs(trial.bound),
+            level=trial.bound,
+            stalled=trial.bound,
+        )
+        return select(back, again, leads_on)
+
+    def _keep_or_hand_over(
+        self, state: RelayState, fine: Bool[Array, ""], now: Cycle
+    ) -> RelayState:
+        """After a cycle that y led: it leads on, or z goes on from x or from the snapshot.
+
+        From where y stalls z leads on probation, for ``share`` of the steps so far if these are
+        ``SETTLED`` cycles, unless y has come no further since the last.
+        """
+        loss, recent, level = state.progress.lasting, state.progress.recent, state.level
         young = state.progress.earlier_age == 0
-        settled = state.progress.age >= state.progress.later_age + SETTLED * nt
-        worse = young & settled & (state.progress.recent > level)
-        risen = now > level + RISE * jnp.abs(level)
-        ends = ~fine | worse | risen | (progresses.rate(state.progress) < STALL)
+        settled = state.progress.age >= state.progress.later_age + SETTLED * now.nt
+        worse = young & settled & (recent > state.most)
+        risen = loss > level + RISE * jnp.abs(level)
+        stalls = progresses.rate(state.progress) < STALL
+        ends = ~fine | worse | risen | stalls
         gain = jnp.where(young, YOUNG_GAIN, GAIN)
-        better = fine & ~ends & (now < level - gain * jnp.abs(level))
+        better = fine & ~ends & (loss < level - gain * jnp.abs(level))
         from_x = better | (ends & fine & ~risen)
         z = state.z._replace(params=select(from_x, state.y.params, state.z.params))
         # z's path goes on from where y has come to: from there it is fast or slow again.
-        progress = select(
-            ends, progresses.begin(jnp.where(from_x, state.progress.recent, level)), state.progress
-        )
+        progress = select(ends, progresses.begin(jnp.where(from_x, recent, level)), state.progress)
+        length = jnp.round(self.share * now.k.astype(loss.dtype) / now.nt)
+        stuck = recent > state.stalled - LESS * jnp.abs(state.stalled)
+        probation = stalls & fine & ~worse & ~risen & ~stuck & (length >= SETTLED)
         return state._replace(
-            z=z, learned_leads=~ends, level=jnp.where(better, now, level), progress=progress
+            z=z,
+            learned_leads=~ends,
+            level=jnp.where(better, loss, level),
+            progress=progress,
+            probation=probation,
+            trial=select(probation, trials.begin(length.astype(jnp.int32), recent), state.trial),
         )
 
 
@@ -228,5 +283,6 @@ def go_back(state: RelayState, back: Bool[Array, ""], loss: Float[Array, ""]) ->
         learned_leads=jnp.array(False),
         progress=progresses.begin(loss),
         trial=trials.none(loss.dtype),
+        probation=jnp.array(False),
     )
     return select(back, there, state)

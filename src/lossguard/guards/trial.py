@@ -69,10 +69,15 @@ def outcome(
     With m and e the mean of the differences and its standard error: it has lost if m > 3 e at any
     time; it has won at the end if m < -3 e and its last losses are below the bound.
     """
-    n = jnp.maximum(trial.pairs, 2).astype(trial.total.dtype)
-    mean = trial.total / n
-    error = jnp.sqrt(jnp.maximum(trial.squares / n - mean**2, 0) / (n - 1))
+    mean, error = difference(trial)
     last = challenger[len(challenger) // 2 :].mean()
     over = trial.cycles >= trial.length
     won = over & (mean < -MARGIN * error) & (last < trial.bound)
     return won, ~won & (over | ~(mean <= MARGIN * error))
+
+
+def difference(trial: Trial) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The mean of the differences that count, and its standard error."""
+    n = jnp.maximum(trial.pairs, 2).astype(trial.total.dtype)
+    mean = trial.total / n
+    return mean, jnp.sqrt(jnp.maximum(trial.squares / n - mean**2, 0) / (n - 1))

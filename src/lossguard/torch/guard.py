@@ -64,6 +64,10 @@ class Guard(Face):
         """Decide, by what the lanes that ran have shown; call ``_lead`` to have another lane."""
         raise NotImplementedError
 
+    def _checks(self, lane: Lane) -> bool:
+        """Whether a lane that runs only evaluates this minibatch."""
+        return self.checking
+
     def _lead(self, lane: Lane) -> None:
         """Have another lane in the model from now on."""
         if lane is not self._leader:
@@ -105,7 +109,7 @@ class Guard(Face):
                 for lane in self._order:
                     torch.clear_autocast_cache()  # autocast would go on with casts of other weights
                     self._randomness.set(draws)
-                    lane.enter(checking=self.checking)
+                    lane.enter(checking=self._checks(lane))
                     yield lane
                     if not lane.stepped:
                         raise ValueError("the body of guard.lanes() must call lane.step(loss)")
@@ -253,3 +257,6 @@ class GuardOfTwo(Guard):
         )
         z, y, s = self._lanes.values()
         self._relay = Relay(z, y, s, self.nt, share)
+
+    def _checks(self, lane: Lane) -> bool:
+        return lane is self._relay.y and self._relay.state.probation

@@ -110,17 +110,23 @@ class Lane:
         else:
             self._parked = memory
 
-    def forget(self, clock: int | None = None) -> None:
-        """Remember what its optimizer did when the guard was built, mostly nothing.
-
-        The clock of a learned optimizer goes on from where it is, or from ``clock``.
-        """
+    def forget(self) -> None:
+        """Remember what its optimizer did when the guard was built, mostly nothing; not the clock
+        of a learned optimizer, which goes on from where it is."""
         memory = self.inner.fresh()
         for options, now in zip(memory.options, self.memory().options, strict=True):
             if "clock" in options:
-                options["clock"] = now["clock"] if clock is None else clock
+                options["clock"] = now["clock"]
         self.remember(memory)
         self.move_copies(self.point)
+
+    def wind(self, clock: int) -> None:
+        """Set the clock of a learned optimizer, the steps of the run, if it has one."""
+        memory = self.memory()
+        for options in memory.options:
+            if "clock" in options:
+                options["clock"] = clock
+        self.remember(memory)
 
     def enter(self, *, checking: bool) -> None:
         """Get into the model, with the memory in the optimizer."""

@@ -1,7 +1,7 @@
 """The relay: a learned optimizer and a fallback take turns at one iterate, x. One of them leads.
 
 x    where the leader's lane is
-y    the learned lane: leads, or is on trial from x
+y    the learned lane: leads, or is on trial from x, or waits where it stalled
 z    the fallback's lane: leads, or is the snapshot that x can go back to while y leads
 s    the fallback by itself, which y has never moved: stays behind when x leaves its path
 
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from lossguard.torch.decision import FALLBACK, LEARNED, OWN, Decision, Seen, mean
-from lossguard.torch.losses import NONE, Progress, Trial
+from lossguard.torch.losses import MARGIN, NONE, Progress, Trial
 
 if TYPE_CHECKING:
     from lossguard.torch.lane import Lane
@@ -34,6 +34,12 @@ YOUNG_GAIN = 0.5
 """The same until the lead of y is known for longer."""
 LEAST = 10
 """Optimizer steps of a trial, at least."""
+AGAIN = 2
+"""k / 2 is the age that y is taken for when it leads again after a probation of z."""
+WORSE = 0.2
+"""The part by which its loss may then be above that where it stalled."""
+LESS = 0.1
+"""The part by which it has to be lower at the next stall for another probation of z."""
 
 
 class State(NamedTuple):
@@ -43,10 +49,17 @@ class State(NamedTuple):
     """Whether x is on the path of s."""
     learned_leads: bool = False
     progress: Progress = Progress.begun(math.nan)
+    most: float = 0.0
+    """The loss that y has to stay below at first: that of z when y took over."""
+    stalled: float = math.nan
+    """The smoothed loss where y stalled before, if it leads again; else NaN."""
     level: float = 0.0
     trial: Trial = NONE
+    """Of y against z; or, on probation, of z against the point where y stalled."""
     tried: int = 0
-    """Optimizer steps that y has taken on trial."""
+    """What trials and probations have cost, in gradients: a third for a forward pass."""
+    probation: bool = False
+    """Whether z leads on probation."""
 
 
 class Relay:
@@ -56,6 +69,8 @@ class Relay:
       of the steps, and sqrt(k) more. It leads if it wins (``trial.py``).
     - y leads while its smoothed loss falls by a power of at least 1/4 of its age, and is not 1.5
       times what it was at the snapshot. Then z goes on: from x, or, after a rise, from there.
+    - Where y stalls z is on probation, for ``share`` of the steps so far. If it ends above the
+      point of the stall by three standard errors, y leads again from there, which is the snapshot.
     - The snapshot is where z was when y took over. It moves to x when the loss is a fifth
       lower, at first half as high.
     - When y first takes over, s stays where z was. When it runs, and when x goes back to it, is the
@@ -80,9 +95,10 @@ class Relay:
             if self.state.tried + length * self.nt <= budget or k == 0:
                 self.state = self.state._replace(trial=Trial(length, progress.recent))
         trial = self.state.trial
-        if trial != NONE and trial.cycles == 0:
+        if trial != NONE and trial.cycles == 0 and not self.state.probation:
             self.y.start_at(self.z.point)
-            self.y.forget(clock=k)
+            self.y.forget()
+            self.y.wind(k)
         if not leads:
             self.z.keep()
         runs = (self.y, leads or trial != NONE), (self.z, not leads), (self.s, s_runs)
@@ -91,6 +107,7 @@ class Relay:
     def settle(self, seen: Mapping[str, Seen], k: int) -> Decision:
         """After the cycle: who leads, and what is to be told of it."""
         y, z, state, led = seen.get("y"), seen.get("z"), self.state, self.state.learned_leads
+        stalled, y = (y, None) if state.probation else (None, y)
         fine_y, fine_z = y is None or y.fine, z is None or z.fine
         if not fine_z:
             self.z.go_back()
@@ -99,7 +116,9 @@ class Relay:
         losses, of_y = leader.losses, [] if y is None or led else y.losses
         if fine_y if led else fine_z:
             state = state._replace(progress=state.progress.after(mean(losses), self.nt))
-        if state.trial != NONE:
+        if stalled is not None:
+            state = self._end_probation(state, state.trial.after(losses, stalled.checks), fine_z, k)
+        elif state.trial != NONE:
             trial = state.trial.after(of_y, losses)
             state = state._replace(trial=trial, tried=state.tried + self.nt)
             won, lost = trial.outcome(of_y)
@@ -110,18 +129,20 @@ class Relay:
                     on_own=False,
                     learned_leads=True,
                     progress=Progress.begun(mean(of_y), k // YOUTH),
+                    most=state.progress.lasting,
                     level=state.progress.lasting,
                     tried=state.tried,
                 )
             elif lost or not fine_y:
                 state = state._replace(trial=NONE)
-        self.state = state = self._keep_or_hand_over(state, fine_y) if led else state
+        self.state = state = self._keep_or_hand_over(state, fine_y, k) if led else state
         of_z = OWN if state.on_own else FALLBACK
         return Decision(
             used_learned=[led] * self.nt,
             losses=losses,
             winner=LEARNED if state.learned_leads else of_z,
-            gradients=self.nt * len(seen),
+            gradients=self.nt * (len(seen) - (stalled is not None)),
+            forwards=self.nt * (stalled is not None),
             learned_updates=self.nt * (y is not None),
             learned_loss=mean(of_y) if of_y else math.nan,
             fallback_loss=mean(losses) if of_y else math.nan,
@@ -134,14 +155,38 @@ class Relay:
         self.z.become(self.s)
         self.state = State(progress=Progress.begun(loss), tried=self.state.tried)
 
-    def _keep_or_hand_over(self, state: State, fine: bool) -> State:
-        """After a cycle that y led: it leads on, or z goes on from x or from the snapshot."""
+    def _end_probation(self, state: State, trial: Trial, fine: bool, k: int) -> State:
+        """After a cycle of z on probation: it leads on, or y does from where it stalled."""
+        m, error = trial.difference
+        state = state._replace(trial=trial, tried=state.tried + -(-self.nt // 3))
+        if fine and trial.cycles < trial.length:
+            return state
+        state = state._replace(trial=NONE, probation=False)
+        if fine and not m > MARGIN * error:
+            return state
+        self.z.start_at(self.y.point)
+        self.y.wind(k + self.nt)
+        return state._replace(
+            learned_leads=True,
+            progress=Progress.begun(trial.bound, k // AGAIN),
+            most=trial.bound + WORSE * abs(trial.bound),
+            stalled=trial.bound,
+            level=trial.bound,
+        )
+
+    def _keep_or_hand_over(self, state: State, fine: bool, k: int) -> State:
+        """After a cycle that y led: it leads on, or z goes on from x or from the snapshot.
+
+        From where y stalls z leads on probation, for ``share`` of the steps so far if these are
+        ``SETTLED`` cycles, unless y has come no further since the last.
+        """
         progress, level = state.progress, state.level
-        now, young = progress.lasting, progress.earlier_age == 0
+        now, recent, young = progress.lasting, progress.recent, progress.earlier_age == 0
         settled = progress.age >= progress.later_age + SETTLED * self.nt
-        worse = young and settled and progress.recent > level
+        worse = young and settled and recent > state.most
         risen = now > level + RISE * abs(level)
-        ends = not fine or worse or risen or progress.rate < STALL
+        stalls = progress.rate < STALL
+        ends = not fine or worse or risen or stalls
         gain = YOUNG_GAIN if young else GAIN
         better = not ends and now < level - gain * abs(level)
         from_x = better or (ends and fine and not risen)
@@ -152,5 +197,13 @@ class Relay:
         if not ends:
             return state
         # z's path goes on from where y has come to: from there it is fast or slow again.
-        began = Progress.begun(progress.recent if from_x else level)
-        return state._replace(learned_leads=False, progress=began)
+        began = Progress.begun(recent if from_x else level)
+        stuck = recent > state.stalled - LESS * abs(state.stalled)
+        length = round(self.share * k / self.nt)
+        probation = stalls and fine and not (worse or risen or stuck) and length >= SETTLED
+        return state._replace(
+            learned_leads=False,
+            progress=began,
+            probation=probation,
+            trial=Trial(length, recent) if probation else NONE,
+        )

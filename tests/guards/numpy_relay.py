@@ -147,7 +147,7 @@ class Relay:
         if over.mean() > 3 * over.std() / np.sqrt(len(over) - 1):
             self.events = self.events - {"passed"} | {"failed"}
             self.leader, self.z.w = self.y, self.y.w
-            self.curve = Curve(where_y_stalled, k // 2)
+            self.curve = Curve(where_y_stalled, k // 8)
             self.level = self.stalled = where_y_stalled
             self.most = where_y_stalled + abs(where_y_stalled) / 5
 
@@ -163,7 +163,9 @@ class Relay:
             cycles = int(np.round(self.share * k / self.nt))
             if stuck and not (worse or risen):
                 self.events.add("stuck")
-            if not (worse or risen or stuck) and cycles >= 4:
+            spent = self.spent + cycles * np.ceil(self.nt / 3)
+            affordable = spent <= 2 * self.share * k + np.sqrt(k)
+            if not (worse or risen or stuck) and cycles >= 4 and affordable:
                 self.probation = cycles, curve.recent, []
             if risen:
                 self.events.add("from the snapshot")

@@ -132,8 +132,8 @@ RELAYS = [
         EVENTS | {"passed"},
     ),
     (
-        momentum(in_phases(0.6, 0.05, 60)),
-        adam(lambda k: 0.8),  # too noisy to get below where y stalls
+        momentum(in_phases(0.6, 0.02, 100), 0.3),
+        adam(lambda k: 1.0),  # too noisy to get below where y stalls
         10,
         2,
         EVENTS | {"failed", "stuck"},
@@ -145,7 +145,7 @@ RELAYS = [
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("name", "case"),
-    [*(("recommended", case) for case in range(7)), *(("hedged", case) for case in (0, 3, 4, 6))],
+    [*(("recommended", case) for case in range(7)), *(("hedged", case) for case in (0, 3, 4))],
 )
 def test_a_relay_is_its_rules(name, case) -> None:
     learned, fallback, nt, seed, events = RELAYS[case]

@@ -86,7 +86,7 @@ def test_where_the_fallback_loses_what_was_won_the_learned_optimizer_leads_again
     last = first + round(SHARE * k[first - 2] / NT) - 1  # of its first probation
     assert (decisions.forwards[first : last + 1] == NT).all() and decisions.forwards[last + 1] == 0
     assert (decisions.winner[first:last] != 0).all()
-    assert (decisions.winner[last : last + first // 2] == 0).all()
+    assert (decisions.winner[last : last + first // 8] == 0).all()
 
 
 def test_x_is_finite(played) -> None:

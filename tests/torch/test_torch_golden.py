@@ -66,25 +66,25 @@ def sgd(rate, momentum=None):
     return optax.sgd(rate, momentum), lambda params: SGD(params, lr=rate, momentum=momentum or 0)
 
 
-def falls_behind(rate, after):
-    """Good at first, then its rate is that of a run that diverges."""
+def falls_behind(rate, after, later=1.0):
+    """Good at first, then its rate is another one; at 1 the run diverges."""
     return (
-        optax.sgd(lambda t: jnp.where(t < after, rate, 1.0)),
-        lambda params: Late(params, rate, after),
+        optax.sgd(lambda t: jnp.where(t < after, rate, later)),
+        lambda params: Late(params, rate, after, later),
     )
 
 
 class Late(SGD):
     """The same in PyTorch: it counts the steps of the run, as a schedule of optax does."""
 
-    def __init__(self, params, rate, after):
+    def __init__(self, params, rate, after, later):
         super().__init__(params, lr=rate)
-        self.rate, self.after = rate, after
+        self.rate, self.after, self.later = rate, after, later
         self.param_groups[0]["clock"] = 0
 
     def step(self, closure=None):
         (group,) = self.param_groups
-        group["lr"] = self.rate if group["clock"] < self.after else 1.0
+        group["lr"] = self.rate if group["clock"] < self.after else self.later
         group["clock"] += 1
         return super().step(closure)
 
@@ -96,7 +96,7 @@ PAIRS = {
     "breaks": (sgd(1e80), sgd(0.1)),
     "the same": (sgd(0.1), sgd(0.1)),
     "late": (falls_behind(0.3, 200), sgd(0.02)),
-    "noisy": (falls_behind(0.05, 250), sgd(0.2, 0.9)),  # with a larger share, back to it at 190
+    "noisy": (falls_behind(0.05, 200, 0.2), sgd(0.2, 0.9)),  # with a larger share, back to it at 190
 }
 ALL = list(PAIRS)
 CASES = [

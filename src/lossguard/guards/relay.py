@@ -37,8 +37,8 @@ YOUNG_GAIN = 0.5
 """The same until the lead of y is known for longer."""
 LEAST = 10
 """Optimizer steps of a trial, at least."""
-AGAIN = 2
-"""k / 2 is the age that y is taken for when it leads again after a probation of z."""
+AGAIN = 8
+"""k / 8 is the age that y is taken for when it leads again after a probation of z."""
 WORSE = 0.2
 """The part by which its loss may then be above that where it stalled."""
 LESS = 0.1
@@ -131,7 +131,7 @@ class Relay:
             z=_in_time(z, ~leads, nt),
             s=s,
             progress=progress,
-            tried=advance(state.tried, nt * tried + -(-nt // 3) * state.probation),
+            tried=advance(state.tried, nt * tried + _third(nt) * state.probation),
         )
         tested = trials.add(trial, of_y, losses)
         ended = self._end_trial(after, tested, of_y, fine_y, fine_z, now.k)
@@ -243,9 +243,11 @@ class Relay:
         z = state.z._replace(params=select(from_x, state.y.params, state.z.params))
         # z's path goes on from where y has come to: from there it is fast or slow again.
         progress = select(ends, progresses.begin(jnp.where(from_x, recent, level)), state.progress)
-        length = jnp.round(self.share * now.k.astype(loss.dtype) / now.nt)
+        k, tried = (count.astype(loss.dtype) for count in (now.k, state.tried))
+        length = jnp.round(self.share * k / now.nt)
+        affordable = tried + length * _third(now.nt) <= 2 * self.share * k + jnp.sqrt(k)
         stuck = recent > state.stalled - LESS * jnp.abs(state.stalled)
-        probation = stalls & fine & ~worse & ~risen & ~stuck & (length >= SETTLED)
+        probation = stalls & fine & ~(worse | risen | stuck) & affordable & (length >= SETTLED)
         return state._replace(
             z=z,
             learned_leads=~ends,
@@ -254,6 +256,11 @@ class Relay:
             probation=probation,
             trial=select(probation, trials.begin(length.astype(jnp.int32), recent), state.trial),
         )
+
+
+def _third(nt: int) -> int:
+    """What nt forward passes cost, in gradients, rounded up."""
+    return -(-nt // 3)
 
 
 def _in_time(lane: Lane, ran: Bool[Array, ""], nt: int) -> Lane:

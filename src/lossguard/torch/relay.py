@@ -34,8 +34,8 @@ YOUNG_GAIN = 0.5
 """The same until the lead of y is known for longer."""
 LEAST = 10
 """Optimizer steps of a trial, at least."""
-AGAIN = 2
-"""k / 2 is the age that y is taken for when it leads again after a probation of z."""
+AGAIN = 8
+"""k / 8 is the age that y is taken for when it leads again after a probation of z."""
 WORSE = 0.2
 """The part by which its loss may then be above that where it stalled."""
 LESS = 0.1
@@ -79,6 +79,7 @@ class Relay:
 
     def __init__(self, z: "Lane", y: "Lane", s: "Lane", nt: int, share: float) -> None:
         self.y, self.z, self.s, self.nt, self.share = y, z, s, nt, share
+        self._third = -(-nt // 3)
         self.state = State()
 
     @property
@@ -158,7 +159,7 @@ class Relay:
     def _end_probation(self, state: State, trial: Trial, fine: bool, k: int) -> State:
         """After a cycle of z on probation: it leads on, or y does from where it stalled."""
         m, error = trial.difference
-        state = state._replace(trial=trial, tried=state.tried + -(-self.nt // 3))
+        state = state._replace(trial=trial, tried=state.tried + self._third)
         if fine and trial.cycles < trial.length:
             return state
         state = state._replace(trial=NONE, probation=False)
@@ -200,7 +201,9 @@ class Relay:
         began = Progress.begun(recent if from_x else level)
         stuck = recent > state.stalled - LESS * abs(state.stalled)
         length = round(self.share * k / self.nt)
-        probation = stalls and fine and not (worse or risen or stuck) and length >= SETTLED
+        affordable = state.tried + length * self._third <= 2 * self.share * k + math.sqrt(k)
+        probation = affordable and stalls and fine and not (worse or risen or stuck)
+        probation = probation and length >= SETTLED
         return state._replace(
             learned_leads=False,
             progress=began,

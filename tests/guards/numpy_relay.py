@@ -92,7 +92,7 @@ class Relay:
         self.y, self.z = Lane(objective.start, learned), Lane(objective.start, fallback)
         self.leader, self.trial, self.spent = self.z, None, 0
         self.curve, self.level = Curve(0.0), 0.0
-        self.probation = None
+        self.probation = self.stalled = None
 
     def cycle(self, i: int, k: int) -> tuple[list[float], list[float] | None]:
         """The losses of the leader, and of y if it is on trial."""
@@ -119,7 +119,8 @@ class Relay:
             self.events.add(outcome)
         if outcome == "won":
             self.leader, self.level = self.y, self.curve.lasting
-            self.most, self.stalled = self.level, None
+            self.most = self.level
+            self.stalled = None if self.stalled is None or self.stalled > -np.inf else -np.inf
             self.curve = Curve(np.mean(of_y), k // 16)
         return losses, of_y
 
@@ -163,6 +164,8 @@ class Relay:
             cycles = int(np.round(self.share * k / self.nt))
             if stuck and not (worse or risen):
                 self.events.add("stuck")
+            if last is not None and (stuck or worse or risen):
+                self.stalled = -np.inf
             spent = self.spent + cycles * np.ceil(self.nt / 3)
             affordable = spent <= 2 * self.share * k + np.sqrt(k)
             if not (worse or risen or stuck) and cycles >= 4 and affordable:

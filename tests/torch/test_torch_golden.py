@@ -96,7 +96,8 @@ PAIRS = {
     "breaks": (sgd(1e80), sgd(0.1)),
     "the same": (sgd(0.1), sgd(0.1)),
     "late": (falls_behind(0.3, 200), sgd(0.02)),
-    "noisy": (falls_behind(0.05, 200, 0.2), sgd(0.2, 0.9)),  # with a larger share, back to it at 190
+    # With a larger share the fallback is on probation until 190.
+    "noisy": (falls_behind(0.05, 200, 0.2), sgd(0.2, 0.9)),
 }
 ALL = list(PAIRS)
 CASES = [

@@ -60,7 +60,8 @@ class RelayState(NamedTuple):
     most: Float[Array, ""]
     """The loss that y has to stay below at first: that of z when y took over."""
     stalled: Float[Array, ""]
-    """The smoothed loss where y stalled before, if it leads again; else NaN."""
+    """The smoothed loss where y stalled before, if it leads again; else NaN. After a second lead
+    that was no use -inf, for good: no probation any more."""
     level: Float[Array, ""]
     """The smoothed loss at the snapshot."""
     trial: Trial
@@ -196,7 +197,7 @@ class Relay:
             on_own=state.on_own & ~won,
             learned_leads=state.learned_leads | won,
             most=jnp.where(won, state.progress.lasting, state.most),
-            stalled=jnp.where(won, jnp.nan, state.stalled),
+            stalled=jnp.where(won & (state.stalled > -jnp.inf), jnp.nan, state.stalled),
             level=jnp.where(won, state.progress.lasting, state.level),
             progress=select(won, began, state.progress),
             trial=select(over, none, trial),
@@ -228,7 +229,7 @@ class Relay:
         """After a cycle that y led: it leads on, or z goes on from x or from the snapshot.
 
         From where y stalls z leads on probation, for ``share`` of the steps so far if these are
-        ``SETTLED`` cycles, unless y has come no further since the last.
+        ``SETTLED`` cycles, unless a second lead of y was no use.
         """
         loss, recent, level = state.progress.lasting, state.progress.recent, state.level
         young = state.progress.earlier_age == 0
@@ -247,12 +248,14 @@ class Relay:
         length = jnp.round(self.share * k / now.nt)
         affordable = tried + length * _third(now.nt) <= 2 * self.share * k + jnp.sqrt(k)
         stuck = recent > state.stalled - LESS * jnp.abs(state.stalled)
+        in_vain = ends & ~jnp.isnan(state.stalled) & (~fine | worse | risen | stuck)
         probation = stalls & fine & ~(worse | risen | stuck) & affordable & (length >= SETTLED)
         return state._replace(
             z=z,
             learned_leads=~ends,
             level=jnp.where(better, loss, level),
             progress=progress,
+            stalled=jnp.where(in_vain, -jnp.inf, state.stalled),
             probation=probation,
             trial=select(probation, trials.begin(length.astype(jnp.int32), recent), state.trial),
         )

@@ -52,7 +52,8 @@ class State(NamedTuple):
     most: float = 0.0
     """The loss that y has to stay below at first: that of z when y took over."""
     stalled: float = math.nan
-    """The smoothed loss where y stalled before, if it leads again; else NaN."""
+    """The smoothed loss where y stalled before, if it leads again; else NaN. After a second lead
+    that was no use -inf, for good: no probation any more."""
     level: float = 0.0
     trial: Trial = NONE
     """Of y against z; or, on probation, of z against the point where y stalled."""
@@ -132,6 +133,7 @@ class Relay:
                     progress=Progress.begun(mean(of_y), k // YOUTH),
                     most=state.progress.lasting,
                     level=state.progress.lasting,
+                    stalled=state.stalled if state.stalled == -math.inf else math.nan,
                     tried=state.tried,
                 )
             elif lost or not fine_y:
@@ -154,7 +156,8 @@ class Relay:
     def go_back(self, loss: float) -> None:
         """x goes back to s, at its loss."""
         self.z.become(self.s)
-        self.state = State(progress=Progress.begun(loss), tried=self.state.tried)
+        tried, stalled = self.state.tried, self.state.stalled
+        self.state = State(progress=Progress.begun(loss), tried=tried, stalled=stalled)
 
     def _end_probation(self, state: State, trial: Trial, fine: bool, k: int) -> State:
         """After a cycle of z on probation: it leads on, or y does from where it stalled."""
@@ -179,7 +182,7 @@ class Relay:
         """After a cycle that y led: it leads on, or z goes on from x or from the snapshot.
 
         From where y stalls z leads on probation, for ``share`` of the steps so far if these are
-        ``SETTLED`` cycles, unless y has come no further since the last.
+        ``SETTLED`` cycles, unless a second lead of y was no use.
         """
         progress, level = state.progress, state.level
         now, recent, young = progress.lasting, progress.recent, progress.earlier_age == 0
@@ -200,6 +203,7 @@ class Relay:
         # z's path goes on from where y has come to: from there it is fast or slow again.
         began = Progress.begun(recent if from_x else level)
         stuck = recent > state.stalled - LESS * abs(state.stalled)
+        in_vain = not math.isnan(state.stalled) and (not fine or worse or risen or stuck)
         length = round(self.share * k / self.nt)
         affordable = state.tried + length * self._third <= 2 * self.share * k + math.sqrt(k)
         probation = affordable and stalls and fine and not (worse or risen or stuck)
@@ -207,6 +211,7 @@ class Relay:
         return state._replace(
             learned_leads=False,
             progress=began,
+            stalled=-math.inf if in_vain else state.stalled,
             probation=probation,
             trial=Trial(length, recent) if probation else NONE,
         )

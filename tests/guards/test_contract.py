@@ -265,7 +265,7 @@ def test_what_is_counted_is_what_is_computed(guard) -> None:
     state = GUARDS[guard](learned, optax.sgd(0.01)).init(start())
     minibatches = NT + NC * (guard in ("keep", "reset", "best of"))
     lanes = set()
-    for cycle in range(1, 41):
+    for cycle in range(1, 61):
         state, decision = step(state)
         jax.effects_barrier()
         assert len(calls) == decision.gradients + decision.forwards

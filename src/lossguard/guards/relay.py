@@ -127,12 +127,13 @@ class Relay:
         losses = jnp.where(leads, of_y, of_z)
         progress = progresses.add(state.progress, losses.mean(), nt)
         progress = select(jnp.where(leads, fine_y, fine_z), progress, state.progress)
+        spent = jnp.where(tried, nt, jnp.where(state.probation, _third(nt), 0))
         after = state._replace(
             y=_in_time(y_after, leads | tried, nt),
             z=_in_time(z, ~leads, nt),
             s=s,
             progress=progress,
-            tried=advance(state.tried, nt * tried + _third(nt) * state.probation),
+            tried=advance(state.tried, spent),
         )
         tested = trials.add(trial, of_y, losses)
         ended = self._end_trial(after, tested, of_y, fine_y, fine_z, now.k)

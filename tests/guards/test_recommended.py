@@ -81,7 +81,7 @@ def test_where_the_fallback_loses_what_was_won_the_learned_optimizer_leads_again
     of_y = np.where(decisions.used_learned[:, 0], 0, decisions.learned_updates).cumsum()
     of_probations = np.asarray(decisions.forwards / 3).cumsum()
     assert (of_y + of_probations <= 2 * SHARE * k + np.sqrt(k) + NT).all()
-    assert (of_y + of_probations > SHARE * k + np.sqrt(k) + NT).any()
+    assert (of_y + of_probations > SHARE / 2 * k + np.sqrt(k) + NT).any()
     first = np.flatnonzero(np.asarray(decisions.forwards))[0]
     last = first + round(SHARE * k[first - 2] / NT) - 1  # of its first probation
     assert (decisions.forwards[first : last + 1] == NT).all() and decisions.forwards[last + 1] == 0

@@ -135,11 +135,12 @@ class Relay:
             progress=progress,
             tried=advance(state.tried, spent),
         )
-        tested = trials.add(trial, of_y, losses)
-        ended = self._end_trial(after, tested, of_y, fine_y, fine_z, now.k)
-        kept = self._keep_or_hand_over(after, fine_y, now)
         stalled = losses_if(state.probation, state.y.params, now)
-        judged = self._end_probation(after, trials.add(trial, of_z, stalled), fine_z, now.k)
+        sides = select(state.probation, (of_z, stalled), (of_y, losses))
+        trial = trials.add(trial, *sides)
+        ended = self._end_trial(after, trial, of_y, fine_y, fine_z, now.k)
+        judged = self._end_probation(after, trial, fine_z, now.k)
+        kept = self._keep_or_hand_over(after, fine_y, now)
         after = select(leads, kept, select(state.probation, judged, ended))
         of_z = jnp.where(after.on_own, OWN, FALLBACK)
         decision = Decision(

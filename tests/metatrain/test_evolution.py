@@ -104,6 +104,14 @@ def test_stopped_it_goes_on_to_the_same_weights(
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_it_goes_on_from_given_weights(whole: Path, tmp_path: Path) -> None:
+    """With no steps of Adam to speak of they stay as they are."""
+    again = dataclasses.replace(TINY, start_from=str(whole / loop.WEIGHTS), hidden=7, rate=1e-30)
+    folder = metatrain(again, tmp_path / "run").parent
+    for ours, theirs in zip(leaves(folder), leaves(whole), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_rollouts_that_are_over_begin_again() -> None:
     method = dataclasses.replace(TINY, longest=2).method()  # of one piece each
     key = jax.random.key(0)
@@ -147,6 +155,11 @@ def test_it_begins_as_a_momentum_method() -> None:
         ({"sigma": 0.0}, "^sigma must be positive and finite, got 0.0$"),
         ({"begin_rate": -1.0}, "^begin_rate must be positive and finite, got -1.0$"),
         ({"rescaling": 0.5}, "^rescaling must be at least 1 and finite, got 0.5$"),
+        (
+            {"start_from": "lstm-mnist-mlp"},
+            "^start_from must be an MLP optimizer, got lstm-mnist-mlp, an LSTM$",
+        ),
+        ({"start_from": "mlp"}, "^learned optimizer must be one of lstm-.*, got 'mlp'$"),
         ({"family": ()}, "^family must have members of different titles, got none$"),
         (
             {"held_out": (HELD_OUT, HELD_OUT)},

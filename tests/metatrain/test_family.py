@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from lossguard.metatrain.evolution import MLPTraining
 from lossguard.metatrain.family import (
     FLOOR,
     WORST,
@@ -16,7 +17,7 @@ from lossguard.metatrain.family import (
     reference,
     relative,
 )
-from lossguard.metatrain.recipes import mlp_small
+from lossguard.metatrain.recipes import mlp_small, mlp_small_longer
 from lossguard.tasks import MLP, Task, moons
 from lossguard.tasks.goals import CLASSIFICATION
 from lossguard.tasks.models import ReluMLP
@@ -86,8 +87,10 @@ def test_members_have_images_of_the_size_and_titles() -> None:
     assert Member("moons", MLP((3,)), reconstruct=True).title == "moons-mlp-3-auto"
 
 
-def test_nothing_that_mlp_small_is_measured_on_is_trained_or_validated_on() -> None:
-    recipe = mlp_small()
+@pytest.mark.parametrize("recipe", [mlp_small(), mlp_small_longer()])
+def test_nothing_that_mlp_small_is_measured_on_is_trained_or_validated_on(
+    recipe: MLPTraining,
+) -> None:
     members = {(m.dataset, m.model, m.size) for m in (*recipe.family, *recipe.held_out)}
     measured = {(p.dataset, p.model, p.size) for p in PUBLISHED.values()}
     assert not members & (measured | {("mnist", MLP((20,)), None)})

@@ -13,7 +13,8 @@ import tyro
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..learned.mlp import SCALE, MLPLayer, MLPWeights, init_mlp_weights, mlp_optimizer
-from ..learned.pretrained import save_weights
+from ..learned.pretrained import load_weights, save_weights
+from ..learned.weights_file import path_of
 from ..tasks.datasets import load_dataset
 from ..tasks.task import Task
 from ..validation import MOST_SEEDS, check_count, check_positive, check_real
@@ -33,6 +34,9 @@ class MLPTraining(MetaTraining):
     """A meta-training of the MLP optimizer on a family of tasks."""
 
     hidden: int = 4
+    """Units of a layer; ``start_from`` has its own."""
+    start_from: str | None = None
+    """What to go on from: the name of a shipped MLP optimizer, or a file of weights."""
     family: Annotated[tuple[Member, ...], tyro.conf.Suppress] = ()
     """What is trained on."""
     held_out: Annotated[tuple[Member, ...], tyro.conf.Suppress] = ()
@@ -67,13 +71,24 @@ class MLPTraining(MetaTraining):
             {member.title: member.task(load) for member in members}
             for members in (self.family, self.held_out)
         )
-        return Evolution(self, members, held_out)
+        return Evolution(self, self._first_weights(), members, held_out)
+
+    def _first_weights(self) -> MLPWeights | None:
+        """The weights to go on from, if there are any."""
+        if self.start_from is None:
+            return None
+        weights = load_weights(path_of(self.start_from)).weights
+        if not isinstance(weights, MLPWeights):
+            raise ValueError(f"start_from must be an MLP optimizer, got {self.start_from}, an LSTM")
+        return weights
 
 
 class Evolution(Method):
     """Persistent evolution strategies, with N pairs of rollouts on each member of a family."""
 
     config: MLPTraining = eqx.field(static=True)
+    first: MLPWeights | None
+    """What to go on from."""
     family: dict[str, Task]
     held_out: dict[str, Task]
 
@@ -84,9 +99,9 @@ class Evolution(Method):
         return {f"the data of {name}": task for name, task in every.items()}
 
     def start(self, key: PRNGKeyArray) -> tuple[MLPWeights, dict[str, Pairs]]:
-        """A momentum method, and pairs at the start of their rollouts."""
+        """What to go on from, or a momentum method; and pairs at the start of their rollouts."""
         weights_key, first_key = jax.random.split(key)
-        weights = like_momentum(
+        weights = self.first or like_momentum(
             weights_key,
             hidden=self.config.hidden,
             layers=self.config.layers,

@@ -1,5 +1,7 @@
 """How learned optimizers are meta-trained: those that the package ships, and the paper's."""
 
+from dataclasses import replace
+
 from ..tasks.models import MLP, ConvNet, ReluMLP
 from .bptt import LSTMTraining
 from .evolution import MLPTraining
@@ -57,9 +59,9 @@ def cifar10_conv() -> LSTMTraining:
 
 
 def mlp_small() -> MLPTraining:
-    """``mlp-small``: the MLP optimizer and eight shapes of networks on small images.
+    """The MLP optimizer and eight shapes of networks on small images.
 
-    None of them is a task that it is measured on.
+    None of them is a task that ``mlp-small`` is measured on.
     """
     return MLPTraining(
         name="mlp-small",
@@ -90,9 +92,37 @@ def mlp_small() -> MLPTraining:
     )
 
 
+def mlp_small_longer() -> MLPTraining:
+    """What goes on from there, on longer rollouts and two larger autoencoders: ``mlp-small``.
+
+    As it stands it goes on from the shipped weights; ``--start-from`` names others.
+    """
+    begun = mlp_small()
+    larger = (
+        Member("fashion_mnist", ReluMLP((96, 32, 96)), size=20, reconstruct=True, pairs=2),
+        Member("mnist", ReluMLP((96, 24, 96)), size=20, reconstruct=True, pairs=2),
+    )
+    held_out = Member(
+        "fashion_mnist", ReluMLP((80, 24, 80)), size=24, reconstruct=True, batch_size=128
+    )
+    return replace(
+        begun,
+        start_from="mlp-small",
+        longest=20_000,
+        curriculum=0,
+        meta_steps=1500,
+        rate=1e-3,
+        family=(*begun.family, *larger),
+        held_out=(*begun.held_out, held_out),
+        validate_every=250,
+        validation_steps=6000,
+    )
+
+
 RECIPES = {
     "mnist-mlp": mnist_mlp,
     "mnist-mlp-paper": mnist_mlp_paper,
     "cifar10-conv": cifar10_conv,
     "mlp-small": mlp_small,
+    "mlp-small-longer": mlp_small_longer,
 }

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -30,9 +30,8 @@ class Progress:
     def __init__(
         self, label: str, *, total: int, done: int = 0, unit: str = "steps", first: str = ""
     ) -> None:
-        self._console = PlainConsole(stderr=True)
-        label = shown(label)
-        self._label, self._total, self._done, self._unit = label, total, done, unit
+        console = PlainConsole(stderr=True)
+        self._unit, self._first = unit, first
         self._bar = RichProgress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -40,27 +39,27 @@ class Progress:
             TextColumn(unit),
             TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}", markup=False),
-            console=self._console,
+            console=console,
             transient=True,
-            disable=not self._console.is_terminal,
+            disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task(label, total=total, completed=done, figures=first)
-        self._first = first
+        self._bar.add_task(shown(label), total=total, completed=done, figures=first)
 
     def __enter__(self) -> Self:
         self._started = self._said = time.perf_counter()
         self._bar.start()
-        if self._first and not self._console.is_terminal:
-            self._console.print(f"{self._label}: {self._first}", soft_wrap=True)
+        if self._first:
+            self._say(self._first)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+    def _say(self, text: str) -> None:
+        """In a line, where there is no bar."""
+        if self._bar.disable:
+            label = self._bar.tasks[0].description
+            self._bar.console.print(f"{label}: {text}", soft_wrap=True)
 
     @property
     def seconds(self) -> float:
@@ -68,15 +67,12 @@ class Progress:
 
     def advance(self, count: int, **figures: float) -> None:
         """So many more are done, and these are the current figures."""
-        self._done += count
         text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        self._bar.update(self._task, completed=self._done, figures=text)
-        now = time.perf_counter()
-        if not self._console.is_terminal and now - self._said > QUIET_SECONDS:
+        (task,), now = self._bar.tasks, time.perf_counter()
+        self._bar.update(task.id, advance=count, figures=text)
+        if now - self._said > QUIET_SECONDS:
             self._said = now
-            self._console.print(
-                f"{self._label}: {self._done} of {self._total} {self._unit}  {text}", soft_wrap=True
-            )
+            self._say(f"{task.completed} of {task.total} {self._unit}  {text}")
 
 
 @contextmanager

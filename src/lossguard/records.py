@@ -116,7 +116,8 @@ def read_runs(folders: Sequence[Path]) -> tuple[dict[Path, Record], list[str]]:
             raise ValueError(f"there is no folder {folder}")
     found, others = {}, []
     for folder in folders:
-        runs = _runs_in(folder)
+        own = (folder / CONFIG).exists()
+        runs = [] if own else [config.parent for config in sorted(folder.glob(f"*/{CONFIG}"))]
         if not runs:
             found[folder] = read_run(folder)
         for run in runs:
@@ -128,13 +129,6 @@ def read_runs(folders: Sequence[Path]) -> tuple[dict[Path, Record], list[str]]:
         told = "; ".join([f"no run in {', '.join(map(str, folders))} can be read", *others])
         raise ValueError(told)
     return found, others
-
-
-def _runs_in(folder: Path) -> list[Path]:
-    """The folders of runs in a folder that isn't one itself."""
-    if (folder / CONFIG).exists():
-        return []
-    return [config.parent for config in sorted(folder.glob(f"*/{CONFIG}"))]
 
 
 def _read(run: Path) -> Record:

@@ -83,7 +83,8 @@ def open_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False
 def _check_folder(folder: Path, config: Mapping[str, Any], *, resume: bool) -> bool:
     """Whether the folder holds this run; refuse it as ``open_folder`` says."""
     path, is_open = folder / CONFIG, not is_finished(folder)
-    if is_open and (link := next(_links(folder), None)):
+    links = (entry for entry in folder.rglob("*") if entry.is_symlink())
+    if is_open and (link := next(links, None)):
         raise ValueError(f"folder must hold no links, but {link} is one")
     if path.exists():
         if differ := _differing(read_json(path), json.loads(json.dumps(config))):
@@ -98,22 +99,12 @@ def _check_folder(folder: Path, config: Mapping[str, Any], *, resume: bool) -> b
         return True
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder must be empty or hold the same run, but {folder} is a file")
-    if folder.exists() and any(_is_other(entry) for entry in folder.iterdir()):
+    # A run that is killed before its config is written leaves a lock and a part.
+    if folder.exists() and any(e.name != LOCK and not is_part(e) for e in folder.iterdir()):
         raise ValueError(
             f"folder must be empty or hold the same run, but {folder} holds other files"
         )
     return False
-
-
-def _links(folder: Path) -> Iterator[Path]:
-    """The links in a folder and in those in it."""
-    for place, folders, files in os.walk(folder):
-        yield from (Path(place, name) for name in folders + files if Path(place, name).is_symlink())
-
-
-def _is_other(entry: Path) -> bool:
-    """Whether it isn't what a run leaves that is killed before its config is written."""
-    return entry.name != LOCK and not is_part(entry)
 
 
 def _differing(there: dict[str, Any], here: dict[str, Any]) -> str:

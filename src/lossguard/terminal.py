@@ -25,15 +25,10 @@ def shown(text: str) -> str:
     >>> print(shown("Adam\x1b[2J\u202e, naïve"))
     Adam\x1b[2J\u202e, naïve
     """
-    return "".join(letter if _is_seen(letter) else _escaped(letter) for letter in text)
-
-
-def _is_seen(letter: str) -> bool:
-    return letter.isprintable() or letter == "\n"
-
-
-def _escaped(letter: str) -> str:
-    return letter.encode("unicode_escape").decode()
+    seen = (
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
+    return "".join(seen)
 
 
 def tell(text: str) -> None:

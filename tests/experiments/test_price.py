@@ -1,10 +1,13 @@
 """What guards cost and are worth, on made-up evaluations for which the answer is known."""
 
+from pathlib import Path
+
 import numpy as np
 import polars as pl
 import pytest
 
 from lossguard.experiments import price
+from lossguard.records import EVALUATIONS, write_parquet
 
 
 def evaluations(**factors: float) -> pl.DataFrame:
@@ -61,3 +64,16 @@ def test_the_interval_holds_the_slowdown_and_is_a_point_where_seeds_agree() -> N
     each, reference = (price.curves(table, name) for name in ("Dear", "Fallback"))
     low, high = price.interval(each, reference, 1_000.0)
     assert low == pytest.approx(2.0, rel=0.03) and high == pytest.approx(2.0, rel=0.03)
+
+
+def test_a_summary_counts_experiments_and_tells_the_worst(tmp_path: Path) -> None:
+    found = {}
+    for name, factor in (("cheap", 1.1), ("dear", 3.0)):
+        folder = found[name] = tmp_path / name
+        folder.mkdir()
+        table = evaluations(Fallback=0.0, Guard=factor - 1.0)
+        write_parquet(folder / EVALUATIONS, table)
+    _, numbers = price.table(found)
+    fallback, guard = price.summary(numbers).rows()
+    assert fallback[:3] == (price.FALLBACK, 2, 2) and guard[:3] == ("Guard", 2, 1)
+    assert guard[3:] == pytest.approx((2.05, 3.0, 3.0), rel=0.02)

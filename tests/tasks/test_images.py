@@ -153,24 +153,3 @@ def test_every_loader_names_its_data_and_scales_it(made_up: str, load, note: str
     assert symmetric.normalize(unit.train.inputs).max() == pytest.approx(2 * value - 1)
     with pytest.raises(ValueError, match=r"^scaling must be one of unit, .*, got 'none'$"):
         load(scaling="none")
-
-
-@pytest.mark.parametrize("made_up", ["TINY_IMAGENET"], indirect=True)
-def test_tiny_imagenet_draws_classes_by_seed(made_up: str) -> None:
-    data, again, other = (tiny_imagenet(classes=50, seed=seed) for seed in (0, 0, 1))
-    assert data.classes == 50 and data.shape == (3, 3, 3)
-    assert data.note == "50 of 200 classes, seed 0"
-    # A pixel is the class's original number: one for each label, in increasing order.
-    originals = np.asarray(data.test.inputs[:, 0, 0, 0])[np.argsort(data.test.labels)]
-    assert len(originals) == 50 and (np.diff(originals.astype(int)) > 0).all()
-    np.testing.assert_array_equal(data.train.inputs[:, 0, 0, 0], originals[data.train.labels])
-    np.testing.assert_array_equal(data.train.inputs, again.train.inputs)
-    assert not np.array_equal(data.test.inputs, other.test.inputs)
-
-
-@pytest.mark.parametrize("classes", [1, 201])
-def test_tiny_imagenet_names_bad_arguments(classes: int) -> None:
-    with pytest.raises(ValueError, match=rf"^classes must be in 2 \.\. 200, got {classes}$"):
-        tiny_imagenet(classes=classes)
-    with pytest.raises(ValueError, match=r"^seed must be an integer of at least 0, got -1$"):
-        tiny_imagenet(classes=50, seed=-1)

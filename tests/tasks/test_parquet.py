@@ -95,14 +95,6 @@ def test_grey_images_get_the_channels_of_the_source(folder: Path) -> None:
     np.testing.assert_array_equal(load_images(source).train.inputs, grey)
 
 
-def test_selected_classes_are_relabelled_in_the_given_order(folder: Path) -> None:
-    train, test, _ = load_images(SOURCE, selected=[2, 0])
-    kept = np.isin(labels(9), [0, 2])
-    np.testing.assert_array_equal(train.inputs, TRAIN[kept])
-    np.testing.assert_array_equal(train.labels, [1, 0, 1, 0, 1, 0])
-    np.testing.assert_array_equal(test.labels, [1, 0])
-
-
 @pytest.mark.parametrize("quality", [50, 75, 95])
 def test_recompressed_images_are_noted(folder: Path, quality: int) -> None:
     write_train(folder, [encode(image, "JPEG", quality=quality) for image in TRAIN])

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import optax
 import polars as pl
+from rich.console import Group
 from rich.table import Table
 
 from ..curves import PRICE, divided
@@ -37,7 +38,8 @@ GRID = 1.02
 """Prices are looked at in steps of this factor."""
 SMOOTHED = 0.1
 """Losses are means over this last part of the price."""
-
+LATE, BOUND = 1_000, 1.15
+"""From this price on a guard is to be at most so many times slower than its fallback."""
 DRAWS = 200
 """Of seeds, for an interval."""
 
@@ -141,16 +143,11 @@ def slowdown(one: Curve, reference: Curve, price: float) -> float:
     2.0
     """
     target = at(reference._replace(loss=np.minimum.accumulate(reference.loss)), price)
-    loss = np.minimum.accumulate(one.loss)
-    reached = np.flatnonzero(loss <= target * (1 + 1e-12))
-    if np.isnan(target) or not reached.size:
-        return np.nan if np.isnan(target) else np.inf
-    j = int(reached[0])
-    if j == 0:
-        return float(one.price[0] / price)
-    between = (loss[j - 1] - target) / (loss[j - 1] - loss[j])
-    a, b = np.log(one.price[j - 1 : j + 1])
-    return float(np.exp(a + between * (b - a)) / price)
+    if np.isnan(target):
+        return np.nan
+    falling = np.minimum.accumulate(np.where(np.isnan(one.loss), np.inf, one.loss))[::-1]
+    reached = np.interp(target * (1 + 1e-12), falling, np.log(one.price)[::-1], left=np.inf)
+    return float(np.exp(reached) / price)
 
 
 def interval(each: Curve, reference: Curve, price: float) -> tuple[float, float]:
@@ -203,8 +200,8 @@ def price_of_step(evaluations: pl.DataFrame, method: str) -> float:
     return float(spans["price"].max() or np.nan)  # pyright: ignore[reportArgumentType]
 
 
-def table(found: Mapping[str, Path]) -> tuple[Table, pl.DataFrame]:
-    """The whole table: a line for each experiment and method; and its rows as numbers."""
+def table(found: Mapping[str, Path]) -> tuple[Group, pl.DataFrame]:
+    """A line for each experiment and method, and one for each method; and its rows as numbers."""
     every = pl.DataFrame([row for folder in found.values() for row in rows(folder)], Row._fields)
     shown = Table("experiment", "method", "a step", *(f"S({mark:,})" for mark in MARKS))
     for (experiment, method), one in every.group_by("experiment", "method", maintain_order=True):
@@ -214,7 +211,30 @@ def table(found: Mapping[str, Path]) -> tuple[Table, pl.DataFrame]:
         }
         cost = f"{one['price_of_step'][0]:.2f}"
         shown.add_row(str(experiment), str(method), cost, *(cells.get(mark, "") for mark in MARKS))
-    return shown, every
+    late = summary(every)
+    short = Table(*late.columns, title=f"From a price of {LATE:,} on")
+    for one in late.rows():
+        short.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in one))
+    return Group(shown, short), every
+
+
+def summary(every: pl.DataFrame) -> pl.DataFrame:
+    """By method, of the rows of many experiments.
+
+    Columns: ``method``; ``experiments``; those ``within`` the ``BOUND`` at all prices from ``LATE``
+    on; the ``median`` slowdown at ``LATE``; the ``highest`` from there on; the ``price_of_step``,
+    the highest too.
+    """
+    slowdown = pl.col("slowdown")
+    most = slowdown.max().over("method", "experiment")
+    late = every.filter(pl.col("price") >= LATE).with_columns(most=most)
+    return late.group_by("method", maintain_order=True).agg(
+        experiments=pl.col("experiment").n_unique(),
+        within=pl.col("experiment").filter(pl.col("most") <= BOUND).n_unique(),
+        median=slowdown.filter(price=LATE).median(),
+        highest=slowdown.max(),
+        price_of_step=pl.col("price_of_step").nan_max(),
+    )
 
 
 def at_equal_price(reference: str, folder: Path) -> str:

@@ -1,6 +1,5 @@
 """Classification of images: Digits, MNIST, Fashion-MNIST, CIFAR-10 and Tiny ImageNet."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -79,27 +78,13 @@ def cifar10(*, scaling: str = "unit") -> Dataset:
     return _images(CIFAR10, scaling)
 
 
-def tiny_imagenet(*, classes: int = 200, seed: int = 0, scaling: str = "unit") -> Dataset:
+def tiny_imagenet(*, scaling: str = "unit") -> Dataset:
     """Tiny ImageNet: 500 + 50 photographs of each of 200 classes, 64 x 64 x 3 pixels.
 
-    The test split is the original's validation split, whose labels are public. Errors are those of
-    ``mnist``.
-
-    Args:
-        classes: in 2 .. 200. Below 200, ``seed`` draws which; they get the labels 0 .. classes - 1
-            in their original order. The paper's TinyImagenet50 has 50, and doesn't name them.
-        seed: of the classes that are drawn.
-        scaling: as ``mnist`` takes it.
+    The test split is the original's validation split, whose labels are public. Arguments and errors
+    are those of ``mnist``.
     """
-    total = TINY_IMAGENET.classes
-    if not 2 <= classes <= total:
-        raise ValueError(f"classes must be in 2 .. {total}, got {classes}")
-    check_count("seed", seed, least=0)
-    if classes == total:
-        return _images(TINY_IMAGENET, scaling)
-    drawn = np.random.default_rng(seed).choice(total, classes, replace=False)
-    note = f"{classes} of {total} classes, seed {seed}"
-    return _images(TINY_IMAGENET, scaling, selected=sorted(drawn.tolist()), note=note)
+    return _images(TINY_IMAGENET, scaling)
 
 
 def tiny_imagenet50_32px(*, scaling: str = "unit") -> Dataset:
@@ -110,20 +95,18 @@ def tiny_imagenet50_32px(*, scaling: str = "unit") -> Dataset:
     return _images(TINY_IMAGENET50_32PX, scaling, note="50 classes, 32 x 32 pixels")
 
 
-def _images(
-    source: ImageSource, scaling: str, *, selected: Sequence[int] | None = None, note: str = ""
-) -> Dataset:
+def _images(source: ImageSource, scaling: str, *, note: str = "") -> Dataset:
     check_choice("scaling", scaling, PIXEL_SCALINGS)
     with needed(f"the data set {source.name}"):
         from .parquet import load_images
 
-    train, test, encoding = load_images(source, selected)
+    train, test, encoding = load_images(source)
     return make_dataset(
         train,
         test,
         scaling=scaling,
         largest=255,
         name=source.name,
-        classes=source.classes if selected is None else len(selected),
+        classes=source.classes,
         note=", ".join(filter(None, (note, encoding))),
     )

@@ -8,7 +8,6 @@ and a column ``label`` of integers.
 import hashlib
 import io
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,27 +39,20 @@ class LoadedImages(NamedTuple):
     note: str
 
 
-def load_images(source: ImageSource, selected: Sequence[int] | None = None) -> LoadedImages:
+def load_images(source: ImageSource) -> LoadedImages:
     """Both splits of a source, verified.
-
-    Args:
-        source: where from.
-        selected: the classes that are decoded and kept, all by default; selected[j] gets the label
-            j.
 
     Raises:
         ValueError: if the content isn't the data set's.
         ConnectionError: if the data set is neither in the local folder nor to be had from the hub.
     """
     folder = _find(source)
-    train, note = _load_split(folder, source, source.train, selected)
-    test, _ = _load_split(folder, source, source.test, selected)
+    train, note = _load_split(folder, source, source.train)
+    test, _ = _load_split(folder, source, source.test)
     return LoadedImages(train, test, note)
 
 
-def _load_split(
-    folder: Path, source: ImageSource, split: SplitSource, selected: Sequence[int] | None
-) -> tuple[Images, str]:
+def _load_split(folder: Path, source: ImageSource, split: SplitSource) -> tuple[Images, str]:
     files = _files(folder, split.stem)
     if not files:
         raise ValueError(f"{folder} holds {source.train.stem}.parquet but no {split.stem}.parquet")
@@ -69,13 +61,8 @@ def _load_split(
     encoded = [image for images, _ in tables for image in images]
     labels = np.concatenate([labels for _, labels in tables])
     _check_labels(labels, source, split, where)
-    if selected is not None:
-        kept = np.flatnonzero(np.isin(labels, selected))
-        encoded = [encoded[index] for index in kept]
-        order = np.argsort(selected)
-        labels = order[np.searchsorted(selected, labels[kept], sorter=order)]
     images = Images(_decode(encoded, source, where), labels.astype(np.int32))
-    if split.sha256 is not None and selected is None and digest(images) != split.sha256:
+    if split.sha256 is not None and digest(images) != split.sha256:
         raise ValueError(
             f"{where} doesn't hold the {split.stem} split of {source.name}: its images and labels "
             f"have the SHA-256 {digest(images)}, not {split.sha256}"

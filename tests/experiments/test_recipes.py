@@ -87,7 +87,7 @@ def test_recipe_runs(name: str, tmp_path: Path) -> None:
         pytest.skip(f"LOSSGUARD_DATA names no folder with {e.dataset}")
     assert e.name == name and e.learned in pretrained_names()
     assert list(e.guards()) == list(e.methods)
-    short = replace(e, methods=e.methods[:1], steps=20, seeds=2)
+    short = replace(e, methods=e.methods[:1], steps=20, seeds=2, batch_size=8)
     config, made, curves = records.read_run(run(short, tmp_path / "run"))
     assert config["name"] == name and tuple(made["seconds"]) == e.methods[:1]
     assert curves["step"].max() == 20 and curves["seed"].n_unique() == 2

@@ -104,11 +104,10 @@ def test_stopped_it_goes_on_to_the_same_weights(
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_it_goes_on_from_given_weights(whole: Path, tmp_path: Path) -> None:
-    """With no steps of Adam to speak of they stay as they are."""
-    again = dataclasses.replace(TINY, start_from=str(whole / loop.WEIGHTS), hidden=7, rate=1e-30)
-    folder = metatrain(again, tmp_path / "run").parent
-    for ours, theirs in zip(leaves(folder), leaves(whole), strict=True):
+def test_it_goes_on_from_given_weights(whole: Path) -> None:
+    again = dataclasses.replace(TINY, start_from=str(whole / loop.WEIGHTS), hidden=7)
+    weights, _ = again.method().start(jax.random.key(0))
+    for ours, theirs in zip(jax.tree.leaves(weights), leaves(whole), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 

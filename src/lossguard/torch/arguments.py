@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
-from lossguard.torch.tensors import read
+from lossguard.torch.tensors import local, read
 
 Closure = Callable[[], Any]
 T = TypeVar("T")
@@ -144,12 +144,12 @@ def checked(closure: Any) -> Closure:
     raise ValueError(f"closure must be a function that returns the loss, got {got}")
 
 
-def scalar(loss: Any) -> Tensor:
+def scalar(loss: Any, rule: str = "closure must return the loss, one number") -> Tensor:
     """A loss as a tensor without dimensions, which stays if the loss is overwritten."""
     if not isinstance(loss, (Tensor, Real)) or (isinstance(loss, Tensor) and loss.numel() != 1):
-        raise ValueError(f"closure must return the loss, one number, got {_described(loss)}")
+        raise ValueError(f"{rule}, got {_described(loss)}")
     if isinstance(loss, Tensor):
-        return loss.detach().clone().reshape(())
+        return local(loss).detach().clone().reshape(())
     return torch.as_tensor(loss, dtype=torch.float64).reshape(())
 
 

@@ -25,7 +25,7 @@ class Record(NamedTuple):
 
     Attributes:
         mean: D; NaN before its first cycle.
-        weight: W.
+        weight: W; 0 before that.
         lowest: the lowest D since it began.
         against: the leader on trial against it, which wins by its losses alone.
     """
@@ -35,15 +35,10 @@ class Record(NamedTuple):
     lowest: float = math.inf
     against: Trial = NEW
 
-    @property
-    def is_known(self) -> bool:
-        """Whether it has had a cycle."""
-        return not math.isnan(self.mean)
-
     def after(self, d: float, decay: float) -> "Record":
         """After a cycle of mean loss d."""
         weight = decay * self.weight + 1
-        known = self.mean if self.is_known else d
+        known = self.mean if self.weight else d
         mean = known + (d - known) / weight
         return self._replace(mean=mean, weight=weight, lowest=min(self.lowest, mean))
 
@@ -167,11 +162,11 @@ class BestOf(Guard):
         known = list(fine)
         if not fine[leader]:
             began_well = math.isfinite(shown[leader].losses[0])
-            d[leader], known[leader] = old[leader].mean, began_well and old[leader].is_known
+            d[leader], known[leader] = old[leader].mean, began_well and old[leader].weight > 0
         for k in () if lost else shown:
             if known[k]:
                 self.records[k] = old[k].after(d[k], self.decay)
-        may_lead = [k for k in sorted(shown) if known[k] and self.records[k].is_known]
+        may_lead = [k for k in sorted(shown) if known[k] and self.records[k].weight > 0]
         best = min(may_lead, key=lambda k: self.records[k].mean, default=leader)
         x = lanes[best].point if fine[best] else self._leader.before
         again = {k for k, ok in enumerate(fine) if not ok}

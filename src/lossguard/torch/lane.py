@@ -163,16 +163,13 @@ class Lane:
         if self.stepped:
             raise ValueError(f"lane.step must be called once for each lane, got again for {self}")
         value = scalar(loss)
-        if self.checking:
-            self.checks.append(value)
-        else:
+        if not self.checking:
             self.check_gradients(value)
             self.begun = True  # if the optimizer raises, nobody knows how far it came
             if self.forgives:
                 zero_unsound(self.weights.params)
             self.update(loss)
-            self.losses.append(value)
-        self.stepped = True
+        self.note(value)
 
     def check_gradients(self, loss: Tensor) -> None:
         """Refuse a body without a backward pass, which it may leave out for lost losses alone."""
@@ -189,12 +186,11 @@ class Lane:
             for p, before in zip(self.weights.params, trained, strict=True):
                 p.requires_grad_(before)  # whatever the optimizer has done
 
-    def miss(self) -> Tensor:
-        """Note NaN as the loss of a minibatch."""
-        nan = torch.tensor(torch.nan)
-        (self.checks if self.checking else self.losses).append(nan)
+    def note(self, loss: Tensor) -> Tensor:
+        """Note the loss of a minibatch, which is over for the lane."""
+        (self.checks if self.checking else self.losses).append(loss)
         self.stepped = True
-        return nan
+        return loss
 
     def note_copies(self, start: Copy, point: Copy) -> None:
         """Note which entries of its memory hold the parameters, after a step between two points."""

@@ -217,8 +217,7 @@ class ResidualGuard(Guard):
         weights.write(at_y if ok else at_z if finite_z else x)
         kept = LEARNED if ok else FALLBACK if finite_z else NEITHER
         self._reports[self.phase] = [kept, finite_y, finite_z]
-        z.losses.append(scalar(loss))
-        z.stepped = True
+        z.note(scalar(loss))
         return loss
 
     def _residual(self, z: Lane, memory: Memory, y: Copy, closure: Closure) -> float:

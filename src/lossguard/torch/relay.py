@@ -64,18 +64,9 @@ class State(NamedTuple):
 
 
 class Relay:
-    """The rules.
+    """The rules, which ``docs/guards.md`` tells.
 
-    - While z leads, y is tried from time to time, from x with a fresh state: in at most ``share``
-      of the steps, and sqrt(k) more. It leads if it wins (``trial.py``).
-    - y leads while its smoothed loss falls by a power of at least 1/4 of its age, and is not 1.5
-      times what it was at the snapshot. Then z goes on: from x, or, after a rise, from there.
-    - Where y stalls z is on probation, for ``share`` of the steps so far. If it ends above the
-      point of the stall by three standard errors, y leads again from there, which is the snapshot.
-    - The snapshot is where z was when y took over. It moves to x when the loss is a fifth
-      lower, at first half as high.
-    - When y first takes over, s stays where z was. When it runs, and when x goes back to it, is the
-      affair of the guard.
+    When s runs, and when x goes back to it, is the affair of the guard.
     """
 
     def __init__(self, z: "Lane", y: "Lane", s: "Lane", nt: int, share: float) -> None:
@@ -113,9 +104,7 @@ class Relay:
         fine_y, fine_z = y is None or y.fine, z is None or z.fine
         if not fine_z:
             self.z.go_back()
-        leader = y if led else z
-        assert leader is not None
-        losses, of_y = leader.losses, [] if y is None or led else y.losses
+        losses, of_y = seen["y" if led else "z"].losses, [] if y is None or led else y.losses
         if fine_y if led else fine_z:
             state = state._replace(progress=state.progress.after(mean(losses), self.nt))
         if stalled is not None:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from lossguard.torch.arguments import check_wrapped, told_if_damaged
+from lossguard.torch.arguments import check_wrapped, scalar, told_if_damaged
 from lossguard.torch.process import held
 from lossguard.torch.ranks import mean_of_ranks
 from lossguard.torch.rule import Rule
 from lossguard.torch.snapshot import SOUND, CarefulSteps, Live, Offload, Saved
-from lossguard.torch.tensors import local, stacked
+from lossguard.torch.tensors import stacked
 from lossguard.validation import check_kind
 
 Cause = Literal["loss", "model", "audit"]
@@ -156,7 +156,7 @@ class Rewind:
         reads = self._last is not None or len(self._unread) + 1 == self._rule.every
         before = len(self.events)
         with held() if reads else nullcontext():
-            self._unread.append((_number("loss", loss), self._steps.broken))
+            self._unread.append((scalar(loss, "loss must be one number"), self._steps.broken))
             self._steps.broken = SOUND
             if reads:
                 self._read()
@@ -187,7 +187,7 @@ class Rewind:
             unread = [(torch.tensor(loss, dtype=torch.float64), SOUND) for loss in state["unread"]]
             self._rule.load(state["rule"])  # whole or not at all
         self._trusted, self._candidate, self._unread = trusted, candidate, unread
-        self._last = None if self._rule.can_always_return else self._live.save()
+        self._last = None if self._rule.may_return(self._rule.every) else self._live.save()
 
     def close(self) -> None:
         """Take the hooks off the optimizer."""
@@ -201,7 +201,7 @@ class Rewind:
         if not finite and self._last is not None:
             self._live.load(self._last)
             losses[-1], finite = math.nan, True
-        outcome = self._rule.hear(losses)
+        rule, outcome = self._rule, self._rule.hear(losses)
         if outcome.promotes:
             self._trusted, self._candidate = self._candidate, self._trusted
         if outcome.unanswered:
@@ -212,7 +212,7 @@ class Rewind:
             self._go_back("model", 0)
         elif outcome.ends:
             self._new_candidate()
-        self._last = None if self._rule.can_always_return else self._live.save(self._last)
+        self._last = None if rule.may_return(rule.every) else self._live.save(self._last)
 
     def _numbers(self) -> Tensor:
         """Whether the model is finite, and unread losses; NaN where gradients weren't finite."""
@@ -233,7 +233,8 @@ class Rewind:
         """Copy the model as it is now, unless its audit says that it is worse."""
         rule = self._rule
         if self._audit is not None:
-            value = mean_of_ranks(_number("audit", self._audit()), self._group).item()
+            loss = scalar(self._audit(), "audit must return one number")
+            value = mean_of_ranks(loss, self._group).item()
             too_high = rule.hear_audit(value)
             if rule.audits.rings and rule.may_return(0):
                 self._go_back("audit", 0)
@@ -245,13 +246,6 @@ class Rewind:
                 return
         self._candidate = self._live.save(self._candidate)
         rule.candidate_age, rule.pending = 0, True
-
-
-def _number(name: str, value: Any) -> Tensor:
-    value = torch.as_tensor(value)
-    if value.numel() != 1:
-        raise ValueError(f"{name} must be a single number, got shape {tuple(value.shape)}")
-    return local(value).detach().clone().reshape(())
 
 
 def innermost(optimizer: Any) -> Optimizer:

@@ -44,14 +44,6 @@ def save(guard: "Face") -> Saved:
         "leader": guard._leader.name,
         "running": [lane.name for lane in guard._others],
         "numbers": list(leaves([getattr(*place) for place in _places(guard)])),
-        "optimizers": {
-            name: {
-                "own": sorted(inner.own),
-                "copies": sorted(inner.copies),
-                "options": inner.options(),
-            }
-            for name, inner in guard._inners.items()
-        },
         "rest": {
             name: _pack(lane, state, within=guard.phase > 0) for name, lane in guard._lanes.items()
         },
@@ -75,11 +67,6 @@ def load(guard: "Face", state_dict: Saved) -> None:
             (lane, *_unpack(lane, state, ours["rest"][name], ours["rank"]))
             for name, lane in guard._lanes.items()
         ]
-        inners = []
-        for name, inner in guard._inners.items():
-            saved = ours["optimizers"][name]
-            options = _of_groups(inner.optimizer, saved["options"])
-            inners.append((inner, set(saved["own"]), set(saved["copies"]), options))
         leader, *running = (guard._lanes[n] for n in (ours["leader"], *ours["running"]))
         places, count = _places(guard), len(ours["numbers"])
         numbers = [getattr(*place) for place in places]
@@ -92,11 +79,10 @@ def load(guard: "Face", state_dict: Saved) -> None:
     # From here on nothing may fail.
     for (owner, name), number in zip(places, numbers, strict=True):
         setattr(owner, name, number)
-    for inner, own, copies, options in inners:
-        inner.own, inner.copies = own, copies
-        for group, entries in zip(inner.optimizer.param_groups, options, strict=True):
+    for lane, attributes, memory, (own, copies, settings) in lanes:
+        lane.inner.own, lane.inner.copies = own, copies
+        for group, entries in zip(lane.optimizer.param_groups, settings, strict=True):
             group.update({k: v for k, v in entries.items() if k not in own})
-    for lane, attributes, memory in lanes:
         vars(lane).update(attributes)
         lane.remember(memory)
     guard._leader = guard._weights.holder = leader
@@ -162,6 +148,9 @@ def _pack(lane: "Lane", state: list[Saved], *, within: bool) -> Saved:
         "blank": not lane.memory().state,
         "others": kept,
         "options": lane.memory().options,
+        "own": sorted(lane.inner.own),
+        "copies": sorted(lane.inner.copies),
+        "settings": lane.inner.options(),
         "losses": read(lane.losses),
         "checks": read(lane.checks),
     }
@@ -169,8 +158,8 @@ def _pack(lane: "Lane", state: list[Saved], *, within: bool) -> Saved:
 
 def _unpack(
     lane: "Lane", state: list[Saved], rest: Saved, rank: int
-) -> tuple[dict[str, Any], Memory]:
-    """Attributes of a lane, and what it remembers."""
+) -> tuple[dict[str, Any], Memory, tuple[set[str], set[str], list[Saved]]]:
+    """Attributes of a lane, what it remembers, and what its optimizer is known to."""
     losses, checks = (
         [torch.tensor(float(loss), dtype=torch.float64) for loss in rest[name]]
         for name in ("losses", "checks")
@@ -183,7 +172,9 @@ def _unpack(
         "checks": checks,
     }
     kept = {} if rest["blank"] else _unpack_state(lane, state, rest["others"])
-    return attributes, Memory(kept, _of_groups(lane.optimizer, rest["options"]))
+    memory = Memory(kept, _of_groups(lane.optimizer, rest["options"]))
+    settings = _of_groups(lane.optimizer, rest["settings"])
+    return attributes, memory, (set(rest["own"]), set(rest["copies"]), settings)
 
 
 def _values(

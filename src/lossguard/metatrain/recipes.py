@@ -93,9 +93,10 @@ def mlp_small() -> MLPTraining:
 
 
 def mlp_small_longer() -> MLPTraining:
-    """What goes on from there, on longer rollouts and two larger autoencoders: ``mlp-small``.
+    """What goes on from there, on longer rollouts and with two larger autoencoders.
 
-    As it stands it goes on from the shipped weights; ``--start-from`` names others.
+    As it stands it goes on from the shipped weights; ``--start-from`` names others. ``mlp-small``
+    is the mean of two such continuations (``results/metatrain-mlp-small``).
     """
     begun = mlp_small()
     larger = (

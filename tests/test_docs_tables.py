@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 
 from lossguard.experiments import price, tasks
@@ -13,20 +14,20 @@ from lossguard.experiments.claims import Verdict, judge_claims
 from lossguard.experiments.envelope import FILE, envelope, interquartile_mean
 from lossguard.experiments.readings import Reading, judge_readings
 from lossguard.experiments.recipes import IMAGES, POINTS, POLICIES, THETAS
-from lossguard.records import CURVES, EVALUATIONS, read_parquet, read_runs
+from lossguard.records import CURVES, read_parquet, read_runs
 from lossguard.tasks.published import PUBLISHED
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "results").is_dir():
     pytest.skip("there are no records here", allow_module_level=True)
-PAGE = (ROOT / "docs" / "paper.md").read_text()
+PAGE, COSTS = ((ROOT / "docs" / f"{page}.md").read_text() for page in ("paper", "costs"))
 
 
-def table(comment: str) -> list[list[str]]:
-    """The cells of the rows below a comment."""
-    (found,) = re.findall(rf"^<!-- {comment} -->\n\n?((?:\|.*\n)+)", PAGE, re.M)
+def table(comment: str, page: str = PAGE) -> list[list[str]]:
+    """The cells of the head and of the rows below a comment."""
+    (found,) = re.findall(rf"^<!-- {comment} -->\n\n?((?:\|.*\n)+)", page, re.M)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.splitlines()]
-    return rows[2:]
+    return [rows[0], *rows[2:]]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def verdicts() -> list[Verdict]:
 
 def test_claims_are_those_of_the_records(verdicts: list[Verdict]) -> None:
     """Every cell but the cause, which a row has if it is not reproduced, and which has no loss."""
-    rows = table("claims of results")
+    _, *rows = table("claims of results")
     told = [[v.id, v.figure, v.says, v.numbers, v.seeds, v.verdict] for v in verdicts]
     assert [row[:6] for row in rows] == told
     for *_, verdict, cause in rows:
@@ -54,7 +55,7 @@ def test_readings_are_those_of_the_records() -> None:
         found = [one.verdict for one in verdicts[reading] if one.id[0] in figures]
         return f"{found.count('reproduced')} of {len(found) - found.count('not run')}"
 
-    rows = table("readings of results/readings")
+    _, *rows = table("readings of results/readings")
     assert [row[0] for row in rows] == [f"{p}, {t}" for p in POLICIES for t in THETAS]
     for label, *cells in rows:
         policy, theta = label.split(", ")
@@ -86,31 +87,46 @@ def test_size(page: str, most: int) -> None:
     assert (ROOT / "docs" / f"{page}.md").stat().st_size <= most
 
 
-def test_slowdowns_are_those_of_the_records() -> None:
-    """And the prices of a step; not the intervals, which take longer."""
-    text = (ROOT / "docs" / "costs.md").read_text()
-    (found,) = re.findall(r"^<!-- slowdowns of results -->\n((?:\|.*\n)+)", text, re.M)
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.splitlines()]
-    marks = [int(re.sub(r"\D", "", cell)) for cell in lines[0][3:]]
-    for label, method, cost, *told in lines[2:]:
+@pytest.fixture(scope="module")
+def slowdowns() -> pl.DataFrame:
+    """Of all methods in all experiments; not the intervals, which take longer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(price, "DRAWS", 1)
+        return price.table({name: ROOT / "results" / "price" / name for name in price.RECIPES})[1]
+
+
+def told(value: float) -> str:
+    return "never" if np.isinf(value) else f"{value:.2f}"
+
+
+def test_guards_are_those_of_the_records(slowdowns: pl.DataFrame) -> None:
+    _, *rows = table("guards of results", COSTS)
+    found = price.summary(slowdowns).filter(pl.col("method") != price.FALLBACK).rows()
+    for cells, (name, experiments, within, *numbers) in zip(rows, found, strict=True):
+        assert cells == [name, str(experiments), str(within), *map(told, numbers)]
+
+
+def test_slowdowns_are_those_of_the_records(slowdowns: pl.DataFrame) -> None:
+    """And the prices of a step; not the intervals."""
+    head, *rows = table("slowdowns of results", COSTS)
+    marks = [int(re.sub(r"\D", "", cell)) for cell in head[3:]]
+    assert len(rows) == len(price.RECIPES)
+    for label, alone, cost, *cells in rows:
         task, over, learned = label.split(", ")
-        folder = ROOT / "results" / "price" / f"price-{task}-{learned}-{over}"
-        evaluations = read_parquet(folder / EVALUATIONS)
-        own, reference = (price.curves(evaluations, m).mean() for m in (method, price.FALLBACK))
-        assert cost == f"{price.price_of_step(evaluations, method):.2f}"
-        for mark, cell in zip(marks, told, strict=True):
-            value = price.slowdown(own, reference, mark)
-            expected = "never" if np.isinf(value) else f"{value:.2f}"
-            assert not cell or cell.partition(" ")[0].replace("inf", "never") == expected
+        one = slowdowns.filter(experiment=f"price-{task}-{learned}-{over}")
+        found = {(row["method"], row["price"]): row for row in one.to_dicts()}
+        assert alone == told(found["Learned", 1_000]["slowdown"])
+        assert cost == f"{found['Recommended', 1_000]['price_of_step']:.2f}"
+        for mark, cell in zip(marks, cells, strict=True):
+            row = found.get(("Recommended", mark))
+            slowdown = cell.partition(" ")[0].replace("inf", "never")
+            assert slowdown == (told(row["slowdown"]) if row else "")
 
 
 @pytest.mark.skipif(FILE not in os.environ, reason=f"{FILE} names no published file")
 def test_speedups_are_those_of_the_records() -> None:
     text = (ROOT / "docs" / "tasks.md").read_text()
-    (found,) = re.findall(r"^<!-- speedups -->\n((?:\|.*\n)+)", text, re.M)
-    head, _, *lines = (
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in found.splitlines()
-    )
+    head, *lines = table("speedups", text)
     every = {name: ROOT / "results" / name for name in PUBLISHED}
     assert {task.strip("`") for task, *_ in lines} == {*every, "all five"}
     _, numbers = tasks.table(every)
@@ -123,9 +139,9 @@ def test_speedups_are_those_of_the_records() -> None:
                 assert len(each) == len(every)
                 value = interquartile_mean(each, draws=10).value  # the interval takes longer
             elif method == "Adam":
-                table = read_parquet(every[name] / CURVES)
+                own = read_parquet(every[name] / CURVES)
                 kind, rate = tasks.TRIED[name][0]
-                losses = tasks.curves_of(table, f"{kind} {rate:g}").at(at, by)
+                losses = tasks.curves_of(own, f"{kind} {rate:g}").at(at, by)
                 assert losses is not None
                 value = np.mean(envelope(name).steps_to(losses)) / at
             else:

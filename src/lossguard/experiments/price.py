@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import optax
 import polars as pl
+from rich.box import SIMPLE
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..curves import PRICE, divided
 from ..guards.best_of import best_of
@@ -43,6 +44,7 @@ LATE, BOUND = 1_000, 1.15
 DRAWS = 200
 """Of seeds, for an interval."""
 
+TITLE = "slowdown S over the fallback (intervals are in the CSV file)"
 FALLBACK, LEARNED = "Fallback", "Learned"
 
 
@@ -203,19 +205,25 @@ def price_of_step(evaluations: pl.DataFrame, method: str) -> float:
 def table(found: Mapping[str, Path]) -> tuple[Group, pl.DataFrame]:
     """A line for each experiment and method, and one for each method; and its rows as numbers."""
     every = pl.DataFrame([row for folder in found.values() for row in rows(folder)], Row._fields)
-    shown = Table("experiment", "method", "a step", *(f"S({mark:,})" for mark in MARKS))
-    for (experiment, method), one in every.group_by("experiment", "method", maintain_order=True):
-        cells = {
-            row["price"]: f"{row['slowdown']:.2f} ({row['low']:.2f}-{row['high']:.2f})"
-            for row in one.to_dicts()
-        }
-        cost = f"{one['price_of_step'][0]:.2f}"
-        shown.add_row(str(experiment), str(method), cost, *(cells.get(mark, "") for mark in MARKS))
-    late = summary(every)
-    short = Table(*late.columns, title=f"From a price of {LATE:,} on")
-    for one in late.rows():
+    shown = []
+    for (experiment,), rows_of in every.group_by("experiment", maintain_order=True):
+        made = _table("a step", *(f"S({mark})" for mark in MARKS), title=f"{experiment}: {TITLE}")
+        for (method,), one in rows_of.group_by("method", maintain_order=True):
+            cells = {row["price"]: f"{row['slowdown']:.2f}" for row in one.to_dicts()}
+            cost = f"{one['price_of_step'][0]:.2f}"
+            made.add_row(str(method), cost, *(cells.get(mark, "") for mark in MARKS))
+        shown.append(made)
+    heads = "experiments", f"within {BOUND}", f"median S({LATE:,})", "highest S", "a step, up to"
+    short = _table(*heads, title=f"All of them, from a price of {LATE:,} on")
+    for one in summary(every).rows():
         short.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in one))
-    return Group(shown, short), every
+    return Group(*shown, short), every
+
+
+def _table(*heads: str, title: str) -> Table:
+    """One of methods, narrow enough for most terminals."""
+    method = Column("method", no_wrap=True)
+    return Table(method, *heads, title=title, box=SIMPLE, padding=0, collapse_padding=True)
 
 
 def summary(every: pl.DataFrame) -> pl.DataFrame:

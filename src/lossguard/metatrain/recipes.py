@@ -108,6 +108,7 @@ def mlp_small_longer() -> MLPTraining:
     )
     return replace(
         begun,
+        name="mlp-small-longer",
         start_from="mlp-small",
         longest=20_000,
         curriculum=0,

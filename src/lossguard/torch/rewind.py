@@ -187,7 +187,7 @@ class Rewind:
             unread = [(torch.tensor(loss, dtype=torch.float64), SOUND) for loss in state["unread"]]
             self._rule.load(state["rule"])  # whole or not at all
         self._trusted, self._candidate, self._unread = trusted, candidate, unread
-        self._last = None if self._rule.may_return(self._rule.every) else self._live.save()
+        self._last = None if self._rule.can_always_return else self._live.save()
 
     def close(self) -> None:
         """Take the hooks off the optimizer."""
@@ -201,7 +201,7 @@ class Rewind:
         if not finite and self._last is not None:
             self._live.load(self._last)
             losses[-1], finite = math.nan, True
-        rule, outcome = self._rule, self._rule.hear(losses)
+        outcome = self._rule.hear(losses)
         if outcome.promotes:
             self._trusted, self._candidate = self._candidate, self._trusted
         if outcome.unanswered:
@@ -212,7 +212,7 @@ class Rewind:
             self._go_back("model", 0)
         elif outcome.ends:
             self._new_candidate()
-        self._last = None if rule.may_return(rule.every) else self._live.save(self._last)
+        self._last = None if self._rule.can_always_return else self._live.save(self._last)
 
     def _numbers(self) -> Tensor:
         """Whether the model is finite, and unread losses; NaN where gradients weren't finite."""

@@ -127,6 +127,11 @@ class Rule:
             owner, _, last = name.rpartition(".")
             setattr(getattr(self, owner) if owner else self, last, value)
 
+    @property
+    def can_always_return(self) -> bool:
+        """Whether the run may go back from wherever it is at the next read."""
+        return self.may_return(self.every)
+
     def hear(self, losses: Sequence[float]) -> Outcome:
         """The losses since the last time; one that isn't finite is of a step that wasn't taken."""
         self.calls += len(losses)

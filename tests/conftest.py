@@ -15,7 +15,6 @@ from jaxtyping import install_import_hook
 # TaskObjective that holds None and 0.
 CHECKED = (
     "lossguard.guards",
-    "lossguard.learned.features",
     "lossguard.learned.lstm",
     "lossguard.metatrain.bptt",
     "lossguard.metatrain.evolution",

@@ -58,6 +58,7 @@ def test_they_are_optax_schedules() -> None:
     [
         (lambda: lossguard.paper_decay(0.0), "rate must be positive and finite, got 0.0"),
         (lambda: lossguard.paper_decay(1.0, tau=-2.0), "tau must be positive and finite, got -2.0"),
+        (lambda: lossguard.paper_decay(1.0, power=-1), "power must be positive and finite, got -1"),
         (lambda: lossguard.harmonic_decay(-1.0, 5.0), "rate must be positive and finite, got -1.0"),
         (lambda: lossguard.harmonic_decay(1.0, 0.0), "offset must be positive and finite, got 0.0"),
         (lambda: lossguard.paper_decay(float("nan")), "rate must be positive and finite, got nan"),

@@ -9,11 +9,11 @@ from .guards.protocol import Decision as Decision
 from .guards.protocol import Guard as Guard
 from .guards.protocol import GuardState as GuardState
 from .guards.recommended import recommended as recommended
+from .guards.residual_guard import TrackingSequence as TrackingSequence
+from .guards.residual_guard import ema as ema
 from .guards.residual_guard import residual_guard as residual_guard
 from .guards.rewind import RewindState as RewindState
 from .guards.rewind import rewind as rewind
-from .guards.sequences import TrackingSequence as TrackingSequence
-from .guards.sequences import ema as ema
 from .guards.stacked import stacked as stacked
 from .guards.unguarded import unguarded as unguarded
 from .learned.lstm import LSTMWeights as LSTMWeights

@@ -21,7 +21,7 @@ def paper_decay(rate: float, tau: float = 50_000.0, *, power: float = 1.5) -> op
         power: 1.5 in the paper.
 
     Raises:
-        ValueError: if rate or tau is not positive and finite.
+        ValueError: if rate, tau or power is not positive and finite.
 
     Source: the paper's appendix E.
 
@@ -29,7 +29,7 @@ def paper_decay(rate: float, tau: float = 50_000.0, *, power: float = 1.5) -> op
     >>> float(schedule(0)), round(float(schedule(150_000)), 4)
     (3.0, 0.375)
     """
-    check_positive(rate=rate, tau=tau)
+    check_positive(rate=rate, tau=tau, power=power)
     return lambda t: rate / (jnp.asarray(t) / tau + 1) ** power
 
 

@@ -1,7 +1,7 @@
 """What arguments may be, and the sentences that refuse the rest: in JAX and PyTorch the same.
 
-Imports neither, as who uses the one may not have the other. Checks of numbers return plain ones:
-NumPy's carry a type, which a compiled loop or a checkpoint may not take.
+Imports neither, as who uses the one may not have the other. A number that is returned is a plain
+one: NumPy's carries a type, which a compiled loop or a checkpoint may not take.
 """
 
 import contextlib
@@ -25,8 +25,7 @@ def check_count(name: str, value: int, least: int = 1, most: int = MOST) -> int:
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     if value > most:
-        told = repr(value)
-        told = told if len(told) < 80 else f"one of {len(told)} digits"
+        told = repr(value) if value < 10**80 else "one of more than 80 digits"
         raise ValueError(f"{name} must be at most {most}, got {told}")
     return int(value)
 
@@ -59,9 +58,9 @@ def check_decay(decay: float) -> float:
     return check_real("decay", decay, "above 0 and below 1", lambda v: 0 < v < 1)
 
 
-def check_share(share: float) -> float:
-    """Require 0 <= share < 1."""
-    return check_real("share", share, "at least 0 and below 1", lambda v: 0 <= v < 1)
+def check_part(name: str, value: float) -> float:
+    """Require 0 <= value < 1."""
+    return check_real(name, value, "at least 0 and below 1", lambda v: 0 <= v < 1)
 
 
 def check_real(name: str, value: Any, allowed: str, fits: Callable[[Any], bool]) -> float:

@@ -190,11 +190,15 @@ def test_residual_guard_is_gl2o(theta, learned, fallback, residual) -> None:
 def test_a_sequence_may_be_ones_own_and_have_a_memory() -> None:
     """The largest of the residuals accepted last, as in a table of its authors."""
     largest = lossguard.TrackingSequence(
-        lambda mu: jnp.stack([mu, mu]), lambda two, r: jnp.stack([two[1], r]), jnp.max
+        lambda mu: (jnp.int32(0), jnp.stack([mu, mu])),
+        lambda memory, r: (memory[0] + 1, jnp.stack([memory[1][1], r])),
+        lambda memory: memory[1].max(),
     )
     guard = lossguard.residual_guard(optax.sgd(0.5), optax.sgd(0.1), sequence=largest, nt=3)
     state, _ = guard.step(guard.init(jnp.ones(1)), lambda w, i: w @ w / 2)
-    np.testing.assert_allclose(state.inner.memory, [0.025, 0.0125], rtol=1e-6)
+    count, two = state.inner.memory
+    np.testing.assert_allclose(two, [0.025, 0.0125], rtol=1e-6)
+    assert count == 3
 
 
 def test_residual_guard_by_default_is_the_papers_setting() -> None:

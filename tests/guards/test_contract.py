@@ -374,7 +374,7 @@ def test_an_unguarded_step_reports_whose_it_is(trusted) -> None:
     for rate, finite in ((0.1, True), (1e30, False)):
         guard = lossguard.unguarded(optax.sgd(rate), nt=3, trusted=trusted)
         _, d = guard.step(guard.init(jnp.ones(2)), lambda w, i: jnp.sum(w**4))
-        assert d.used_learned.tolist() == [not trusted] * 3
+        assert d.used_learned.tolist() == [not trusted] * 3 and d.winner == trusted
         assert d.learned_updates == (0 if trusted else 3) and d.gradients == 3
         assert (d.finite_learned, d.finite_fallback) == (finite or trusted, finite or not trusted)
 

@@ -18,6 +18,7 @@ from lossguard import (
     residual_guard,
     rewind,
     rollout,
+    stacked,
     unguarded,
 )
 
@@ -67,8 +68,17 @@ WRONG = {
     " must be at most ": {
         "hidden|10000, got 2147483647": lambda: init_lstm_weights(KEY, hidden=2**31 - 1),
         "layers|100, got 101": lambda: init_mlp_weights(KEY, layers=101),
+        "layers|100, got one of more than 80 digits": lambda: init_mlp_weights(
+            KEY, layers=10**5000
+        ),
     },
     " must be at least one guard, got none": {"guards|": lambda: best_of([])},
+    " must be of 2 guards, got one of 1": {
+        "state|": lambda: best_of([ALONE, ALONE]).step(best_of([ALONE]).init(ONES), total)
+    },
+    " must take minibatches 0, 1, 2, ... without end, got stacked ones": {
+        "check|": lambda: best_of([ALONE], check=stacked(total, ONES, 0))
+    },
     " must have the same nt, got ": {
         "guards|[2, 3]": lambda: step(
             total, lambda *_: best_of(unguarded(SGD, nt=nt) for nt in (2, 3))
@@ -124,6 +134,9 @@ WRONG = {
         ),
         "each of guards|Guard such as unguarded(optimizer), got Grad": lambda: best_of([SGD]),
         "each of guards|Guard such as unguarded(optimizer), got <func": lambda: best_of(ALONE),
+        "state|RewindState such as optimizer.init(params), got (": (
+            lambda: rewind(SGD).update(ONES, SGD.init(ONES), ONES, value=1.0)
+        ),
         "state|GuardState such as guard.init(params), got {}": (
             lambda: rollout(ALONE, {}, None, cycles=1)
         ),
@@ -132,10 +145,10 @@ WRONG = {
         ),
     },
     " must be of this guard's own init(params), whose inner is a ": {
-        "state|RecommendedState, got ResidualGuardState(": (
+        "state|RecommendedState, got a ResidualGuardState": (
             lambda: recommended(SGD, SGD).step(residual_guard(SGD, SGD).init(ONES), total)
         ),
-        "state|HedgedState, got RecommendedState(": (
+        "state|HedgedState, got a RecommendedState": (
             lambda: hedged(SGD, SGD).step(recommended(SGD, SGD).init(ONES), total)
         ),
     },

@@ -115,7 +115,9 @@ def test_that_test_fails_where_the_promise_is_broken(monkeypatch, broken):
     if broken == "budget":
         monkeypatch.setattr(module, "allowance", lambda calls, rho, window: calls + window)
     else:
-        monkeypatch.setattr(module.snapshot, "can_return_from", lambda params: jnp.array(True))
+        monkeypatch.setattr(
+            module.snapshot, "can_return_from", lambda params, start: jnp.array(True)
+        )
     with pytest.raises(BaseException) as error:  # Hypothesis raises groups of them
         check_every_run({name: make() for name, make in RUNS.items()})
     assert "assert" in "".join(map(str, getattr(error.value, "exceptions", [error.value])))
@@ -266,6 +268,22 @@ def test_an_edit_from_outside_is_honoured():
     params, state = told(guard, FALLS)
     updates, _ = guard.update(jnp.ones(1), state, params + 7, value=1.0)
     assert optax.apply_updates(params + 7, updates) == params + 6
+
+
+def test_a_mask_among_the_parameters_stays_infinite():
+    optimizer = lossguard.rewind(optax.adam(0.1), window=64)
+    params = {"w": jnp.ones(2), "mask": jnp.array([0.0, -jnp.inf])}
+
+    def step(carry, loss):
+        params, state = carry
+        gradients = {"w": params["w"], "mask": jnp.zeros(2)}
+        updates, state = optimizer.update(gradients, state, params, value=loss)
+        return (optax.apply_updates(params, updates), state), None
+
+    losses = jnp.concatenate([jnp.linspace(1.0, 0.1, 200), jnp.full(40, 9.0)])
+    (after, state), _ = jax.lax.scan(step, (params, optimizer.init(params)), losses)
+    assert state.returns == 1 and state.skipped == 0 and not state.landing
+    assert after["mask"].tolist() == [0.0, -jnp.inf] and jnp.abs(after["w"]).max() < 0.5
 
 
 @partial(jax.vmap, in_axes=(None, 0))

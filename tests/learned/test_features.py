@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lossguard.learned.features import log_and_sign
+from lossguard.learned.lstm import log_and_sign
 
 
 def in_numpy(gradient: np.ndarray, p: float) -> np.ndarray:

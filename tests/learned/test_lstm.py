@@ -11,8 +11,7 @@ from jaxtyping import Array, Float
 from safetensors.torch import load_file
 
 from lossguard import init_lstm_weights, lstm_optimizer, save_weights
-from lossguard.learned.features import log_and_sign
-from lossguard.learned.lstm import LSTMState, LSTMWeights
+from lossguard.learned.lstm import LSTMState, LSTMWeights, log_and_sign
 
 torch = pytest.importorskip("torch")
 
@@ -117,6 +116,12 @@ def test_state_shows_a_gradient_that_is_not_finite(weights: LSTMWeights) -> None
     assert jnp.isfinite(update).tolist() == [True, False, True]
     assert not jnp.isfinite(state.h[0][:, 1]).any()
     assert jnp.isfinite(state.h[0][:, ::2]).all()
+
+
+@pytest.mark.parametrize("number", ["p", "scale"])
+def test_numbers_are_positive(weights: LSTMWeights, number: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{number} must be positive and finite, got 0\.0$"):
+        lstm_optimizer(weights, **{number: 0.0})
 
 
 def test_complex_parameters_are_refused(weights: LSTMWeights) -> None:

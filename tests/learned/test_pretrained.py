@@ -22,6 +22,7 @@ from lossguard import (
     save_weights,
 )
 from lossguard.learned.lstm import LSTMWeights
+from lossguard.learned.mlp import MLPLayer
 from lossguard.learned.weights_file import pretrained_names, pretrained_path
 
 ABOUT = {"architecture": "lstm", "hidden": "20", "layers": "2", "p": "10.0", "scale": "0.1"}
@@ -289,6 +290,17 @@ def test_an_mlp_takes_no_numbers(tmp_path: Path) -> None:
     weights = init_mlp_weights(jax.random.key(0))
     with pytest.raises(ValueError, match=r"^numbers of MLPWeights must be none, got scale$"):
         save_weights(tmp_path / "x", weights, made={}, scale=1.0)
+
+
+def test_layers_that_differ_in_size_are_not_saved(tmp_path: Path) -> None:
+    """``mlp_optimizer`` takes them, and a file has one number for all."""
+    small, large = (init_mlp_weights(jax.random.key(0), hidden=h) for h in (4, 8))
+    first, _, last = small.layers
+    wide = MLPLayer(large.layers[1].weight[:, :4], large.layers[1].bias)
+    mixed = small._replace(layers=(first, wide, last))
+    with pytest.raises(ValueError, match=r"^weights must have mlp\.1\.weight of shape \[4, 4\], "):
+        save_weights(tmp_path / "x", mixed, made={})
+    assert not names_in(tmp_path)
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, weights: LSTMWeights) -> None:

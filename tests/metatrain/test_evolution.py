@@ -151,6 +151,7 @@ def test_it_begins_as_a_momentum_method() -> None:
             "^pairs must be an integer of at least 1, got 0$",
         ),
         ({"validation_rollouts": 0}, "^validation_rollouts must be an integer of at least 1"),
+        ({"hidden": 1}, "^hidden must be an integer of at least 2, got 1$"),
         ({"sigma": 0.0}, "^sigma must be positive and finite, got 0.0$"),
         ({"begin_rate": -1.0}, "^begin_rate must be positive and finite, got -1.0$"),
         ({"rescaling": 0.5}, "^rescaling must be at least 1 and finite, got 0.5$"),

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -357,6 +358,24 @@ def test_stopped_it_goes_on_to_the_same_weights(
     assert made == {**made, **started} and [*made["resumed"][0]] == ["time", "commit"]
     assert load_weights(file).made["time"] == started["time"]
     assert not (file.parent / run_folder.STARTED).exists()
+
+
+@pytest.mark.parametrize("look", [2, 3, 4])
+def test_a_signal_between_two_looks_at_it_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: int
+) -> None:
+    looks: list[int] = []
+
+    @contextmanager
+    def stopping_at_a_look() -> Iterator[Callable[[], bool]]:
+        yield lambda: bool(looks.append(1)) or len(looks) >= look
+
+    done = stopping(monkeypatch, -1, lambda: None)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "stopping_at_interrupt", stopping_at_a_look)
+        metatrain(TINY, tmp_path / "run")
+    metatrain(TINY, tmp_path / "run", resume=True)
+    assert done == [0, 1, 2, 3, 4, 5]
 
 
 def test_what_was_saved_a_minute_ago_is_not_done_again(

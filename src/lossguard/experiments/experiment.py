@@ -10,8 +10,7 @@ import tyro
 from ..guards.loss_guard import loss_guard
 from ..guards.protocol import Decision, Guard, GuardState, Objective
 from ..guards.recommended import recommended
-from ..guards.residual_guard import residual_guard
-from ..guards.sequences import ema
+from ..guards.residual_guard import ema, residual_guard
 from ..guards.soundness import renew
 from ..guards.unguarded import unguarded
 from ..learned.pretrained import pretrained

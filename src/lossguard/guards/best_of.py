@@ -8,16 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ..validation import check_count, check_decay, check_kind, check_share
+from ..validation import check_count, check_decay, check_kind, check_part
 from . import trial as trials
 from .cycle import LONGEST, Cycle, as_arrays, check_state, loss_dtype, own_buffers, sum_dtype
-from .lanes import mean_losses
+from .lanes import losses_at
 from .protocol import NEITHER, Decision, Guard, GuardState, Objective, Params, advance, following
 from .soundness import is_sound, keep_schedules, select, with_sound_gradients
+from .stacked import stacked
 from .trial import Trial
-
-LOOKS = 3
-"""Cycles on which a guard is compared with the leader, to see whether it is ruined."""
 
 
 class BestOfState(NamedTuple):
@@ -37,7 +35,7 @@ class BestOfState(NamedTuple):
     leader: Int[Array, ""]
     """The number of the guard that is followed."""
     checked: Int[Array, ""]
-    """Check minibatches so far."""
+    """The number of the next check minibatch."""
 
 
 def best_of(
@@ -92,9 +90,11 @@ def best_of(
     members = tuple(guards)
     if not members:
         raise ValueError("guards must be at least one guard, got none")
+    if isinstance(check, stacked):
+        raise ValueError("check must take minibatches 0, 1, 2, ... without end, got stacked ones")
     for one in members:
         check_kind("each of guards", one, Guard, "unguarded(optimizer)")
-    share = None if share is None else check_share(share)
+    share = None if share is None else check_part("share", share)
     nc, decay = check_count("nc", nc, most=LONGEST), check_decay(decay)
     rules = SideBySide(members, share, check, nc, decay)
     return Guard(rules.init, rules.step)
@@ -127,7 +127,7 @@ class SideBySide:
             records=unknown,
             weights=jnp.zeros_like(unknown),
             lowest=unknown,
-            against=new_trials(unknown),
+            against=jax.vmap(trials.unbounded)(unknown),
             spent=jnp.zeros(len(self.members), jnp.int32),
             leader=jnp.int32(0),
             checked=jnp.int32(0),
@@ -137,6 +137,9 @@ class SideBySide:
     def step(self, state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
         """A cycle of those that are due."""
         check_state(state, BestOfState)
+        if len(state.inner.members) != len(self.members):
+            counts = len(self.members), len(state.inner.members)
+            raise ValueError("state must be of {} guards, got one of {}".format(*counts))
         objective = with_sound_gradients(objective)
         inner, i = state.inner, state.minibatches
         runs, after = self.are_due(inner, state.steps), []
@@ -144,23 +147,23 @@ class SideBySide:
             edited = select(inner.leader == j, state.params, at.params)  # x may have been edited
             at = at._replace(params=edited, minibatches=i)
             after.append(self.step_if(runs[j], guard, at, objective, inner.checked))
-        states, decisions, now = zip(*after, strict=True)
+        states, decisions, d = zip(*after, strict=True)
         lengths = {len(decision.losses) for decision in decisions}
         if len(lengths) > 1:
             raise ValueError(f"guards must have the same nt, got {sorted(lengths)}")
 
         ran, losses = jnp.array(runs), jnp.stack([decision.losses for decision in decisions])
         sound = jnp.stack([is_sound(at.params, state.params) for at in states])
-        inner, fine, again = self.settle(inner, losses, jnp.stack(now), ran, sound)
+        inner, fine, again = self.settle(inner, losses, jnp.stack(d), ran, sound)
         ends = [select(ok, at.params, state.params) for ok, at in zip(fine, states, strict=True)]
         x, decision = jax.tree.map(
             lambda *leaves: jnp.stack(leaves)[inner.leader], *zip(ends, decisions, strict=True)
         )
         decision = decision._replace(
             winner=jnp.where(fine[inner.leader], inner.leader, NEITHER).astype(jnp.int32),
-            gradients=sum(d.gradients for d in decisions),
-            forwards=sum(d.forwards for d in decisions),
-            learned_updates=sum(d.learned_updates for d in decisions),
+            gradients=sum(one.gradients for one in decisions),
+            forwards=sum(one.forwards for one in decisions),
+            learned_updates=sum(one.learned_updates for one in decisions),
         )
         members = map(renew_if, again, self.members, states, [x] * len(states))
         inner = inner._replace(members=tuple(members), checked=following(inner.checked, self.nc))
@@ -194,7 +197,7 @@ class SideBySide:
             dtype = loss_dtype(self.check, at.params, checked)
             held_out = Cycle(self.check, checked, at.steps, self.nc, dtype)
             decision = decision._replace(forwards=decision.forwards + self.nc)
-            return at, decision, mean_losses([at.params], held_out)[0]
+            return at, decision, losses_at([at.params], held_out).mean()
 
         def idle(at: GuardState) -> tuple[GuardState, Decision, Array]:
             def nothing(one: jax.ShapeDtypeStruct) -> Array:
@@ -211,24 +214,24 @@ class SideBySide:
         self,
         inner: BestOfState,
         losses: Float[Array, "members nt"],
-        now: Float[Array, " members"],
+        d: Float[Array, " members"],
         ran: Bool[Array, " members"],
         sound: Bool[Array, " members"],
     ) -> tuple[BestOfState, Bool[Array, " members"], Bool[Array, " members"]]:
         """What is known after a cycle, and of each whether it is fine, and whether it begins again.
 
-        ``now`` are the d, and ``sound`` are those whose parameters are finite.
+        ``sound`` are those whose parameters are finite.
         """
-        numbers = jnp.arange(len(now))
+        numbers = jnp.arange(len(d))
         leads = numbers == inner.leader
-        lost = ~(jnp.isfinite(now) & ran).any()  # a minibatch that is lost on all
-        fine = ~ran | (sound & (jnp.isfinite(now) | lost))
+        lost = ~(jnp.isfinite(d) & ran).any()  # a minibatch that is lost on all
+        fine = ~ran | (sound & (jnp.isfinite(d) | lost))
         goes_back = leads & ~fine & jnp.isfinite(losses[:, 0]) & ~jnp.isnan(inner.records)
-        now = jnp.where(goes_back, inner.records, now)
+        d = jnp.where(goes_back, inner.records, d)
         counts = ran & ~lost & (fine | goes_back)
         weights = jnp.where(counts, self.decay * inner.weights + 1, inner.weights)
-        known = jnp.where(jnp.isnan(inner.records), now, inner.records)
-        records = jnp.where(counts, known + (now - known) / weights, inner.records)
+        known = jnp.where(jnp.isnan(inner.records), d, inner.records)
+        records = jnp.where(counts, known + (d - known) / weights, inner.records)
         lowest = jnp.fmin(inner.lowest, records)
         may_lead = ran & (fine | goes_back) & ~jnp.isnan(records)
         best = jnp.argmin(jnp.where(may_lead, records, jnp.inf))
@@ -241,23 +244,17 @@ class SideBySide:
         was_as_good = 2 * lowest < records + records[inner.leader]
         again = ~fine | (compared & won & was_as_good & (numbers != best))
         restarts = again | (compared & (won | over)) | (best != inner.leader)
-        choose = jax.vmap(select)
+        choose, fresh = jax.vmap(select), jax.vmap(trials.unbounded)(records)
         spent = advance(inner.spent, losses.shape[1])
         after = inner._replace(
             records=jnp.where(again, records[best], records),
             weights=jnp.where(again, weights[best], weights),
             lowest=jnp.where(again, records[best], lowest),
-            against=choose(restarts, new_trials(records), choose(compared, tried, inner.against)),
+            against=choose(restarts, fresh, choose(compared, tried, inner.against)),
             spent=jnp.where(ran & ~leads, spent, inner.spent),
             leader=best.astype(jnp.int32),
         )
         return after, fine, again
-
-
-def new_trials(records: Float[Array, " members"]) -> Trial:
-    """One for each, which the leader wins by its losses alone."""
-    lengths = jnp.full(len(records), LOOKS, jnp.int32)
-    return jax.vmap(trials.begin)(lengths, jnp.full_like(records, jnp.inf))
 
 
 def renew_if(again: Bool[Array, ""], guard: Guard, was: GuardState, x: Params) -> GuardState:

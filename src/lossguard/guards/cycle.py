@@ -101,7 +101,7 @@ def check_state(state: Any, inner: type = object) -> None:
     if not isinstance(state.inner, inner):
         raise ValueError(
             f"state must be of this guard's own init(params), whose inner is a {inner.__name__}, "
-            f"got {state.inner!r}"
+            f"got a {type(state.inner).__name__}"
         )
 
 

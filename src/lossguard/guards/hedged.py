@@ -6,19 +6,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..validation import check_share
+from ..rules import DECAY, PATIENCE, STRETCH
+from ..validation import check_part
 from .cycle import Cycle, guard_of, sum_dtype
 from .lanes import Lane, with_extra_args
 from .protocol import OWN, Decision, Guard, Params, advance
 from .relay import Relay, RelayState, go_back, lead_from, leader
 from .soundness import renew, select
-
-DECAY = 0.7
-"""Weight of the past in the regret, a cycle."""
-PATIENCE = 0.1
-"""x goes back to s once s has led for this part of the cycles since x left it, at a stretch."""
-LEAST = 3
-"""The least number of these cycles."""
 
 
 class HedgedState(NamedTuple):
@@ -51,12 +45,11 @@ def hedged(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) ->
 
     if the fallback alone stays finite, up to rounding (``docs/guarantees.md``).
 
-    Arguments and errors are those of ``recommended``; ``share`` is for the learned optimizer while
-    it is only on trial.
+    Arguments and errors are those of ``recommended``; ``share`` is for trials and probations.
 
     Price of a step, in gradients: 1 and at most ``share`` on the fallback's path, 2 and at most
-    ``share`` off it; sqrt(k) more in all. Memory: five copies of the parameters, two states of the
-    fallback, one of the learned optimizer.
+    2 ``share`` off it; sqrt(k) more in all. Memory: five copies of the parameters, two states of
+    the fallback, one of the learned optimizer.
 
     >>> import optax
     >>> guard = hedged(optax.sgd(0.4), optax.sgd(0.1))
@@ -64,7 +57,7 @@ def hedged(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) ->
     >>> int(decision.winner), float(decision.price())
     (0, 20.0)
     """
-    share = check_share(share)
+    share = check_part("share", share)
     learned, fallback = with_extra_args("learned", learned), with_extra_args("fallback", fallback)
     relay = Relay(learned, fallback, share)
     return guard_of(partial(begin, relay), partial(cycle, relay), nt=nt, inner=HedgedState)
@@ -95,7 +88,7 @@ def cycle(
     leads = regret > 0
     away = jnp.where(runs, advance(inner.away, 1), 0)
     behind = jnp.where(leads, inner.behind + 1, 0)
-    patience = jnp.maximum(LEAST, PATIENCE * away.astype(regret.dtype))
+    patience = jnp.maximum(STRETCH, PATIENCE * away.astype(regret.dtype))
     back = known & ((behind.astype(regret.dtype) >= patience) | jnp.isinf(regret))
     state = go_back(state, back, of_s.mean())
     decision = decision._replace(

@@ -105,25 +105,19 @@ def train_if(
     return jax.lax.cond(runs, run, lambda lane: (lane, idle), lane)
 
 
+def losses_at(points: Sequence[Params], now: Cycle) -> Float[Array, "nt points"]:
+    """The loss of each point on each minibatch of a cycle: forward passes only."""
+
+    def at(t: Any) -> Array:
+        return jnp.stack([jnp.asarray(now.objective(w, now.i + t), now.dtype) for w in points])
+
+    return jax.lax.map(at, jnp.arange(now.nt))
+
+
 def losses_if(runs: Bool[Array, ""], params: Params, now: Cycle) -> Float[Array, " nt"]:
-    """The loss of a point on each minibatch of a cycle: forward passes only; or NaN, likewise."""
-
-    def run(params: Params) -> Array:
-        each = lambda t: jnp.asarray(now.objective(params, now.i + t), now.dtype)  # noqa: E731
-        return jax.lax.map(each, jnp.arange(now.nt))
-
+    """The same of one point; where it doesn't run: nothing is computed, NaN."""
     idle = jnp.full(now.nt, jnp.nan, now.dtype)
-    return jax.lax.cond(runs, run, lambda params: idle, params)
-
-
-def mean_losses(points: Sequence[Params], now: Cycle) -> Float[Array, " points"]:
-    """The mean loss of each point on the minibatches of a cycle: forward passes only."""
-
-    def add(j: Any, sums: Array) -> Array:
-        losses = [jnp.asarray(now.objective(w, now.i + j), now.dtype) for w in points]
-        return sums + jnp.stack(losses)
-
-    return jax.lax.fori_loop(0, now.nt, add, jnp.zeros(len(points), now.dtype)) / now.nt
+    return jax.lax.cond(runs, lambda w: losses_at([w], now)[:, 0], lambda _: idle, params)
 
 
 def is_fine(lane: Lane, losses: Float[Array, "..."], before: Params) -> Bool[Array, ""]:

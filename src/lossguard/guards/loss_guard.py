@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from ..validation import check_choice, check_count
 from .cycle import Cycle, guard_of
-from .lanes import Lane, Optimizer, is_fine, mean_losses, train, with_extra_args
+from .lanes import Lane, Optimizer, is_fine, losses_at, train, with_extra_args
 from .protocol import FALLBACK, LEARNED, NEITHER, Decision, Guard, Params
 from .soundness import renew, renew_if_unsound, select
 
@@ -86,7 +86,8 @@ def algorithm_2(
     """Lines 10 to 19. Line 21 is where ``guard_of`` goes on to the next minibatches."""
     branches = Lane(x, inner.learned), Lane(x, inner.fallback)  # lines 10, 11
     (y, z), losses = train(optimizers, branches, now)  # lines 12 to 15
-    checks = mean_losses((y.params, z.params), now._replace(i=now.i + now.nt, nt=nc))
+    fresh = now._replace(i=now.i + now.nt, nt=nc)
+    checks = losses_at((y.params, z.params), fresh).mean(axis=0)
 
     finite_y, finite_z = is_fine(y, checks[0], x), is_fine(z, checks[1], x)
     keep_y = finite_y & ((checks[0] < checks[1]) | ~finite_z)  # line 16

@@ -5,14 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ..rules import BETWEEN, LONG_MEMORY, MEMORY
 from .protocol import advance
-
-MEMORY = 0.7
-"""Weight of the past in the smoothed loss, a cycle."""
-LONG_MEMORY = 0.95
-"""The same in the loss that is smoothed for longer."""
-LEAST = 4
-"""Cycles between two marks, at least: a smoothed loss needs some to follow."""
 
 
 class Progress(NamedTuple):
@@ -28,7 +22,7 @@ class Progress(NamedTuple):
     earlier: Float[Array, ""]
     """The smoothed loss there."""
     later_age: Int[Array, ""]
-    """The next mark: there the age had doubled, and ``LEAST`` cycles had passed."""
+    """The next mark: there the age had doubled, and ``BETWEEN`` cycles had passed."""
     later: Float[Array, ""]
 
 
@@ -44,14 +38,14 @@ def begin(loss: Float[Array, ""], age: Int[Array, ""] | int = 0) -> Progress:
 
 
 def add(progress: Progress, loss: Float[Array, ""], nt: int, memory: float = MEMORY) -> Progress:
-    """After a cycle of nt steps whose mean loss is given; without memory nothing is smoothed."""
+    """After a cycle of nt steps of that mean loss; ``memory`` weighs the past in ``recent``."""
     loss, first = loss.astype(progress.recent.dtype), progress.age == 0
     recent, lasting = (
         jnp.where(first, loss, weight * before + (1 - weight) * loss)
         for weight, before in ((memory, progress.recent), (LONG_MEMORY, progress.lasting))
     )
     age = advance(progress.age, nt)
-    mark = (age // 2 >= progress.later_age) & (age >= progress.later_age + LEAST * nt)
+    mark = (age // 2 >= progress.later_age) & (age >= progress.later_age + BETWEEN * nt)
     return Progress(
         age,
         recent,

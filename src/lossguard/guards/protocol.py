@@ -76,8 +76,10 @@ class Guard(NamedTuple):
     step: Callable[[GuardState, Objective], tuple[GuardState, Decision]]
 
 
-def advance(count: Int[Array, "..."], by: Int[Array, ""] | int) -> Int[Array, "..."]:
-    """Counts of steps after ``by`` more; they stay at the largest number."""
+def advance(
+    count: Int[Array, "..."], by: Int[Array, ""] | Bool[Array, ""] | int
+) -> Int[Array, "..."]:
+    """Counts after ``by`` more, one more where it is true; they stay at the largest number."""
     return jnp.where(count > LAST - by, LAST, count + by).astype(jnp.int32)
 
 

@@ -4,9 +4,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
-from ..validation import check_share
+from ..rules import BELOW, MORE
+from ..validation import check_part
 from . import progress as progresses
 from . import trial as trials
 from .cycle import Cycle, guard_of, sum_dtype
@@ -16,13 +17,6 @@ from .protocol import OWN, Decision, Guard, Params, advance
 from .relay import Relay, RelayState, go_back, lead_from, leader
 from .soundness import select
 from .trial import Trial
-
-LOOKS = 3
-"""Cycles on which s is compared with x, each time that it is."""
-MORE = 5
-"""Times ``share``: that of s where, as its losses fall, it would be below x by then."""
-BELOW = 0.1
-"""By this part of the loss of x."""
 
 
 class RecommendedState(NamedTuple):
@@ -81,7 +75,7 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
     >>> int(decision.winner), float(decision.price())  # the learned one has won its first trial
     (0, 20.0)
     """
-    share = check_share(share)
+    share = check_part("share", share)
     learned, fallback = with_extra_args("learned", learned), with_extra_args("fallback", fallback)
     relay = Relay(learned, fallback, share)
     return guard_of(partial(begin, relay), partial(cycle, relay), nt=nt, inner=RecommendedState)
@@ -90,7 +84,7 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
 def begin(relay: Relay, params: Params) -> RecommendedState:
     """x is on the fallback's own path."""
     dtype = sum_dtype(params)
-    unknown, against = progresses.unknown(dtype), new_trial(jnp.zeros((), dtype))
+    unknown, against = progresses.unknown(dtype), trials.unbounded(jnp.zeros((), dtype))
     return RecommendedState(relay.begin(params), jnp.int32(0), unknown, against)
 
 
@@ -116,19 +110,14 @@ def cycle(
         relay=state,
         own_steps=advance(inner.own_steps, jnp.where(on_own | runs, now.nt, 0)),
         progress=progress,
-        against=select(heard & (won | lost), new_trial(against.bound), against),
+        against=select(heard & (won | lost), trials.unbounded(against.bound), against),
     )
     return leader(state), after, decision._replace(winner=winner)
 
 
 def is_due(inner: RecommendedState, k: Int[Array, ""], share: float) -> Bool[Array, ""]:
     """Whether s has had fewer than its part of the k steps so far."""
-    more, now = min(1.0, MORE * share), inner.relay.progress.recent
-    own_steps, k = inner.own_steps.astype(now.dtype), k.astype(now.dtype)
-    soon = progresses.expected_at(inner.progress, more * k) < now - BELOW * jnp.abs(now)
+    more, loss = min(1.0, MORE * share), inner.relay.progress.recent
+    own_steps, k = inner.own_steps.astype(loss.dtype), k.astype(loss.dtype)
+    soon = progresses.expected_at(inner.progress, more * k) < loss - BELOW * jnp.abs(loss)
     return own_steps < jnp.where(soon, more, share) * k
-
-
-def new_trial(like: Float[Array, ""]) -> Trial:
-    """A trial of s against x, which s wins by its losses alone."""
-    return trials.begin(jnp.int32(LOOKS), jnp.full_like(like, jnp.inf))

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from .. import rules
 from . import progress as progresses
 from . import trial as trials
 from .cycle import Cycle, sum_dtype
@@ -20,29 +21,6 @@ from .progress import Progress
 from .protocol import FALLBACK, LEARNED, OWN, Decision, Params, advance
 from .soundness import advance_schedules, renew, renew_if_unsound, select, with_sound_gradients
 from .trial import Trial
-
-STALL = 0.25
-"""The learned optimizer leads while its loss falls at least by this power of its age."""
-PART = 0.6
-"""The length of a trial, as a part of what trials may have cost by then."""
-YOUTH = 16
-"""k / 16 is the age that y is taken for when it takes over."""
-SETTLED = 4
-"""Cycles before a lead of y is judged by its loss."""
-RISE = 0.5
-"""The part by which the loss may be above that at the snapshot."""
-GAIN = 0.2
-"""The part by which it has to be below it for the snapshot to move."""
-YOUNG_GAIN = 0.5
-"""The same until the lead of y is known for longer."""
-LEAST = 10
-"""Optimizer steps of a trial, at least."""
-AGAIN = 8
-"""k / 8 is the age that y is taken for when it leads again after a probation of z."""
-WORSE = 0.2
-"""The part by which its loss may then be above that where it stalled."""
-LESS = 0.1
-"""The part by which it has to be lower at the next stall for another probation of z."""
 
 
 class RelayState(NamedTuple):
@@ -60,13 +38,14 @@ class RelayState(NamedTuple):
     most: Float[Array, ""]
     """The loss that y has to stay below at first: that of z when y took over."""
     stalled: Float[Array, ""]
-    """The smoothed loss where y stalled before, if it leads again; else NaN. After a second lead
-    that was no use -inf, for good: no probation any more."""
+    """The smoothed loss where y stalled before, if it leads again; else NaN."""
+    in_vain: Bool[Array, ""]
+    """Whether a second lead of y was no use: there is no probation any more."""
     level: Float[Array, ""]
     """The smoothed loss at the snapshot."""
     trial: Trial
     """Of y against z; or, on probation, of z against the point where y stalled."""
-    tried: Int[Array, ""]
+    trial_cost: Int[Array, ""]
     """What trials and probations have cost, in gradients: a third for a forward pass."""
     probation: Bool[Array, ""]
     """Whether z leads on probation."""
@@ -100,9 +79,10 @@ class Relay:
             progress=progresses.unknown(dtype),
             most=zero,
             stalled=jnp.full_like(zero, jnp.nan),
+            in_vain=jnp.array(False),
             level=zero,
             trial=trials.none(dtype),
-            tried=jnp.int32(0),
+            trial_cost=jnp.int32(0),
             probation=jnp.array(False),
         )
 
@@ -133,16 +113,15 @@ class Relay:
             z=_in_time(z, ~leads, nt),
             s=s,
             progress=progress,
-            tried=advance(state.tried, spent),
+            trial_cost=advance(state.trial_cost, spent),
         )
-        stalled = losses_if(state.probation, state.y.params, now)
-        sides = select(state.probation, (of_z, stalled), (of_y, losses))
+        of_stall = losses_if(state.probation, state.y.params, now)
+        sides = select(state.probation, (of_z, of_stall), (of_y, losses))
         trial = trials.add(trial, *sides)
         ended = self._end_trial(after, trial, of_y, fine_y, fine_z, now.k)
         judged = self._end_probation(after, trial, fine_z, now.k)
         kept = self._keep_or_hand_over(after, fine_y, now)
         after = select(leads, kept, select(state.probation, judged, ended))
-        of_z = jnp.where(after.on_own, OWN, FALLBACK)
         decision = Decision(
             used_learned=jnp.full(nt, leads),
             losses=losses,
@@ -150,7 +129,9 @@ class Relay:
             fallback_loss=jnp.where(tried, losses.mean(), jnp.nan),
             finite_learned=fine_y,
             finite_fallback=fine_z,
-            winner=jnp.where(after.learned_leads, LEARNED, of_z).astype(jnp.int32),
+            winner=jnp.where(
+                after.learned_leads, LEARNED, jnp.where(after.on_own, OWN, FALLBACK)
+            ).astype(jnp.int32),
             gradients=nt * (1 + tried.astype(jnp.int32) + s_runs.astype(jnp.int32)),
             forwards=nt * state.probation.astype(jnp.int32),
             learned_updates=nt * (leads | tried).astype(jnp.int32),
@@ -169,9 +150,11 @@ class Relay:
 
     def _begin_trial(self, state: RelayState, now: Cycle) -> tuple[Lane, Trial]:
         """y at x with a fresh state, if a trial is due; and the trial."""
-        k, tried = (count.astype(state.level.dtype) for count in (now.k, state.tried))
-        length = jnp.maximum(-(-LEAST // now.nt), jnp.round(PART * self.share * k / now.nt))
-        due = (tried + length * now.nt <= self.share * k + jnp.sqrt(k)) | (now.k == 0)
+        k, cost = (count.astype(state.level.dtype) for count in (now.k, state.trial_cost))
+        length = jnp.maximum(
+            -(-rules.TRIAL_STEPS // now.nt), jnp.round(rules.PART * self.share * k / now.nt)
+        )
+        due = (cost + length * now.nt <= self.share * k + jnp.sqrt(k)) | (now.k == 0)
         begins = due & ~state.learned_leads & (state.trial.length == 0)
         x = state.z.params
         fresh = renew(self.learned, x, state.y.state)
@@ -193,13 +176,13 @@ class Relay:
         won, lost = tried & fine_y & (won | ~fine_z), tried & (lost | ~fine_y)
         over = won | lost | ~tried
         none = trials.none(trial.total.dtype)
-        began = progresses.begin(of_y.mean(), k // YOUTH)
+        began = progresses.begin(of_y.mean(), k // rules.YOUTH)
         return state._replace(
             s=select(won & state.on_own, state.z, state.s),
             on_own=state.on_own & ~won,
             learned_leads=state.learned_leads | won,
             most=jnp.where(won, state.progress.lasting, state.most),
-            stalled=jnp.where(won & (state.stalled > -jnp.inf), jnp.nan, state.stalled),
+            stalled=jnp.where(won, jnp.nan, state.stalled),
             level=jnp.where(won, state.progress.lasting, state.level),
             progress=select(won, began, state.progress),
             trial=select(over, none, trial),
@@ -211,15 +194,15 @@ class Relay:
         """After a cycle of z on probation: it leads on, or y does from where it stalled."""
         mean, error = trials.difference(trial)
         over = ~fine | (trial.cycles >= trial.length)
-        back = ~fine | (over & (mean > trials.MARGIN * error))
+        back = ~fine | (over & (mean > rules.MARGIN * error))
         leads_on = state._replace(
             probation=~over, trial=select(over, trials.none(trial.total.dtype), trial)
         )
         again = leads_on._replace(
             z=state.z._replace(params=state.y.params),
             learned_leads=jnp.array(True),
-            progress=progresses.begin(trial.bound, k // AGAIN),
-            most=trial.bound + WORSE * jnp.abs(trial.bound),
+            progress=progresses.begin(trial.bound, k // rules.AGAIN),
+            most=trial.bound + rules.WORSE * jnp.abs(trial.bound),
             level=trial.bound,
             stalled=trial.bound,
         )
@@ -235,29 +218,31 @@ class Relay:
         """
         loss, recent, level = state.progress.lasting, state.progress.recent, state.level
         young = state.progress.earlier_age == 0
-        settled = state.progress.age >= state.progress.later_age + SETTLED * now.nt
+        settled = state.progress.age >= state.progress.later_age + rules.SETTLED * now.nt
         worse = young & settled & (recent > state.most)
-        risen = loss > level + RISE * jnp.abs(level)
-        stalls = progresses.rate(state.progress) < STALL
+        risen = loss > level + rules.RISE * jnp.abs(level)
+        stalls = progresses.rate(state.progress) < rules.STALL
         ends = ~fine | worse | risen | stalls
-        gain = jnp.where(young, YOUNG_GAIN, GAIN)
+        gain = jnp.where(young, rules.YOUNG_GAIN, rules.GAIN)
         better = fine & ~ends & (loss < level - gain * jnp.abs(level))
         from_x = better | (ends & fine & ~risen)
         z = state.z._replace(params=select(from_x, state.y.params, state.z.params))
         # z's path goes on from where y has come to: from there it is fast or slow again.
         progress = select(ends, progresses.begin(jnp.where(from_x, recent, level)), state.progress)
-        k, tried = (count.astype(loss.dtype) for count in (now.k, state.tried))
+        k, cost = (count.astype(loss.dtype) for count in (now.k, state.trial_cost))
         length = jnp.round(self.share * k / now.nt)
-        affordable = tried + length * _third(now.nt) <= 2 * self.share * k + jnp.sqrt(k)
-        stuck = recent > state.stalled - LESS * jnp.abs(state.stalled)
-        in_vain = ends & ~jnp.isnan(state.stalled) & (~fine | worse | risen | stuck)
-        probation = stalls & fine & ~(worse | risen | stuck) & affordable & (length >= SETTLED)
+        affordable = cost + length * _third(now.nt) <= 2 * self.share * k + jnp.sqrt(k)
+        again = ~jnp.isnan(state.stalled)
+        stuck = recent > state.stalled - rules.LESS * jnp.abs(state.stalled)
+        in_vain = state.in_vain | (ends & again & (~fine | worse | risen | stuck))
+        probation = stalls & fine & ~(worse | risen | in_vain) & affordable
+        probation &= length >= rules.SETTLED
         return state._replace(
             z=z,
             learned_leads=~ends,
             level=jnp.where(better, loss, level),
             progress=progress,
-            stalled=jnp.where(in_vain, -jnp.inf, state.stalled),
+            in_vain=in_vain,
             probation=probation,
             trial=select(probation, trials.begin(length.astype(jnp.int32), recent), state.trial),
         )

@@ -4,6 +4,7 @@ Letters: T the fallback's operator, S(x) = x - T(x) its residual, r the residual
 learned proposal y, mu the bound that a tracking sequence makes of the residuals accepted so far.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -16,10 +17,42 @@ from ..validation import check_choice, check_fraction, check_kind
 from .cycle import Cycle, guard_of, sum_dtype
 from .lanes import Lane, Optimizer, propose, with_extra_args
 from .protocol import FALLBACK, LEARNED, NEITHER, Decision, Guard, Objective, Params
-from .sequences import TrackingSequence, ema
 from .soundness import is_sound, renew_if_unsound, select
 
 Residual = Literal["step", "gradient"]
+
+
+class TrackingSequence(NamedTuple):
+    """The rule for mu, which ``update`` follows on acceptance only.
+
+    Source: Heaton et al., 2020, table 1.
+    """
+
+    init: Callable[[Array], PyTree]
+    """The memory from mu_1."""
+    update: Callable[[PyTree, Array], PyTree]
+    """The memory after one more accepted residual r."""
+    bound: Callable[[PyTree], Array]
+    """mu."""
+
+
+def ema(theta: float) -> TrackingSequence:
+    """EMA(theta): mu <- theta r + (1 - theta) mu; theta weights the new residual.
+
+    The paper's setting is theta = 0.9; read as a decay it is ``ema(0.1)``. ``ema(1.0)`` is the
+    residual accepted last.
+
+    Raises:
+        ValueError: if theta is not above 0 and at most 1.
+
+    >>> import jax.numpy as jnp
+    >>> float(ema(0.75).update(jnp.array(1.0), jnp.array(3.0)))
+    2.5
+    """
+    theta = check_fraction("theta", theta)
+    return TrackingSequence(
+        lambda mu: mu, lambda mu, r: theta * r + (1 - theta) * mu, lambda mu: mu
+    )
 
 
 class ResidualGuardState(NamedTuple):
@@ -36,7 +69,7 @@ def residual_guard(
     fallback: Any,
     *,
     alpha: float = 0.99,
-    sequence: TrackingSequence = ema(0.9),
+    sequence: TrackingSequence = ema(0.9),  # noqa: B008
     residual: Residual = "step",
     nt: int = 10,
 ) -> Guard:
@@ -142,8 +175,7 @@ class GL2O:
             s_x, s_y = optax.tree.sub(x, z), optax.tree.sub(y, after_y)
         else:
             s_x, s_y = gradient, gradient_y
-        bound_type = jax.tree.leaves(inner.memory)[0].dtype
-        mu_1, r = (optax.tree.norm(optax.tree.cast(s, bound_type)) for s in (s_x, s_y))
+        mu_1, r = (optax.tree.norm(optax.tree.cast(s, sum_dtype(x))) for s in (s_x, s_y))
 
         # mu_1 is that of the first step, or of the first whose residual is finite.
         known = jnp.isfinite(self.sequence.bound(inner.memory))

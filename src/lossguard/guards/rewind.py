@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ..validation import check_count, check_fraction, check_real
+from ..rules import DEEPEST, IN_A_ROW, SOON
+from ..validation import check_count, check_fraction, check_kind, check_part
 from . import alarm as alarms
 from . import snapshot
 from .alarm import Alarm
@@ -21,13 +22,6 @@ from .lanes import with_extra_args
 from .protocol import Params, advance
 from .snapshot import Snapshots
 from .soundness import is_sound, keep_schedules, select
-
-IN_A_ROW = 3
-"""Returns to one snapshot. If they don't help, its losses are no measure any more."""
-SOON = 10
-"""Windows. After a return so soon after another one the scale stays lower."""
-DEEPEST = 5
-"""How many times ``factor`` lowers it for good at most: data may be broken for long, and heal."""
 
 
 class RewindState(NamedTuple):
@@ -110,10 +104,7 @@ def rewind(
     """
     if check_count("window", window, least=64) % 8:
         raise ValueError(f"window must be a multiple of 8, got {window!r}")
-    rho, rise = (
-        check_real(name, value, "at least 0 and below 1", lambda v: 0 <= v < 1)
-        for name, value in (("rho", rho), ("rise", rise))
-    )
+    rho, rise = check_part("rho", rho), check_part("rise", rise)
     factor = check_fraction("factor", factor)
     rules = Rules(with_extra_args("optimizer", optimizer), int(window), rho, factor, rise)
     return optax.GradientTransformationExtraArgs(rules.init, rules.update)
@@ -168,6 +159,7 @@ class Rules:
         self, updates: PyTree, state: Any, params: Params | None = None, **extra_args: Any
     ) -> tuple[PyTree, RewindState]:
         """The update that leads to where the run goes on."""
+        check_kind("state", state, RewindState, "optimizer.init(params)")
         x, loss = check_arguments(params, extra_args.get("value"))
         loss = loss.astype(state.alarm.losses.dtype)
         risen = (state.ramp / state.alarm.block).astype(jnp.float32)
@@ -175,10 +167,9 @@ class Rules:
         steps, advanced = self.optimizer.update(updates, state.inner, x, **extra_args)
         steps = jax.tree.map(lambda u, p: scaled(u, scale, p), steps, x)
         ahead = optax.apply_updates(x, steps)
-        sound = (
-            jnp.isfinite(loss) & snapshot.can_return_from(ahead) & is_sound(advanced, state.inner)
-        )
-        before = state._replace(calls=count(state.calls), scale=scale)
+        sound = jnp.isfinite(loss) & snapshot.can_return_from(ahead, x)
+        sound &= is_sound(advanced, state.inner)
+        before = state._replace(calls=advance(state.calls, 1), scale=scale)
         state, takes, returns, ends, promotes = self.decide(before, loss, sound)
         stays = jax.tree.map(jnp.zeros_like, steps), state.inner
         move, inner = select(takes, (steps, advanced), stays)
@@ -226,12 +217,12 @@ class Rules:
         after = state._replace(
             snapshots=state.snapshots._replace(pending=pending),
             alarm=snapshot.only_if(ends, alarms.end_block, alarm),
-            age=jnp.where(promotes, block, jnp.where(returns, 0, count(state.age, takes))),
+            age=jnp.where(promotes, block, jnp.where(returns, 0, advance(state.age, takes))),
             thrown=state.thrown + jnp.where(returns, state.age, 0),
-            returns=count(state.returns, returns),
-            skipped=count(state.skipped, ~(takes | returns | state.landing)),
+            returns=advance(state.returns, returns),
+            skipped=advance(state.skipped, ~(takes | returns | state.landing)),
             last_return=jnp.where(returns, state.calls, state.last_return),
-            unanswered=count(state.unanswered, rings & ~returns),
+            unanswered=advance(state.unanswered, rings & ~returns),
             in_a_row=jnp.where(promotes, 0, in_a_row),
             ramp=jnp.minimum(jnp.where(rings, 0, state.ramp) + takes, block),
             cap=jnp.where(returns & again, lower, state.cap),
@@ -251,11 +242,6 @@ def scaled(step: Array, scale: Float[Array, ""], param: Array) -> Array:
     """
     wide = jnp.promote_types(jnp.promote_types(step.dtype, param.dtype), jnp.float32)
     return (step * scale).astype(wide)
-
-
-def count(number: Int[Array, ""], event: Bool[Array, ""] | bool = True) -> Int[Array, ""]:
-    """One more if the event holds; stays at 2^31 - 1."""
-    return advance(number, jnp.where(event, 1, 0))
 
 
 def check_arguments(params: Params | None, value: Any) -> tuple[Params, Float[Array, ""]]:

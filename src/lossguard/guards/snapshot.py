@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Bool, PyTree
 
 from .protocol import Params
-from .soundness import all_finite
+from .soundness import is_sound
 
 
 class Snapshots(NamedTuple):
@@ -33,12 +33,12 @@ def end_probation(snapshots: Snapshots, point: PyTree, passed: Bool[Array, ""]) 
     return Snapshots(trusted, point, jnp.array(True))
 
 
-def can_return_from(params: Params) -> Bool[Array, ""]:
-    """Whether parameters are finite, and at most half of the largest number.
+def can_return_from(params: Params, start: Params) -> Bool[Array, ""]:
+    """Whether parameters are at most half of the largest number, save for infinities of ``start``.
 
     The difference of two such points is finite, so an update leads from one to the other.
     """
-    return all_finite(jax.tree.map(lambda leaf: 2 * leaf, params))
+    return is_sound(jax.tree.map(lambda leaf: 2 * leaf, params), start)
 
 
 def way_back(point: Params, params: Params, like: PyTree) -> tuple[PyTree, Bool[Array, ""]]:
@@ -46,7 +46,10 @@ def way_back(point: Params, params: Params, like: PyTree) -> tuple[PyTree, Bool[
 
     Rounding misses the point if ``params`` are far larger. A second update from there gets to it.
     """
-    move = jax.tree.map(lambda s, p, u: s.astype(u.dtype) - p.astype(u.dtype), point, params, like)
+    move = jax.tree.map(
+        lambda s, p, u: jnp.where(s == p, 0, s.astype(u.dtype) - p.astype(u.dtype)),
+        *(point, params, like),
+    )
     landed = optax.apply_updates(params, move)
     same = jax.tree.map(lambda a, b: (a == b).all(), landed, point)
     return move, jnp.array(jax.tree.leaves(same)).all()

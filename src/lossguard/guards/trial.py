@@ -5,8 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-MARGIN = 3.0
-"""Standard errors by which a challenger has to be better, or worse, for the trial to end so."""
+from ..rules import LOOKS, MARGIN
 
 
 class Trial(NamedTuple):
@@ -31,6 +30,11 @@ def begin(length: Int[Array, ""], bound: Float[Array, ""]) -> Trial:
     """A trial of so many cycles."""
     zero, nothing = jnp.zeros_like(bound), jnp.int32(0)
     return Trial(nothing, length, nothing, zero, zero, bound)
+
+
+def unbounded(like: Float[Array, ""]) -> Trial:
+    """A trial of ``LOOKS`` cycles, which the challenger wins by its losses alone."""
+    return begin(jnp.int32(LOOKS), jnp.full_like(like, jnp.inf))
 
 
 def none(dtype: jnp.dtype) -> Trial:

@@ -7,7 +7,7 @@ from jaxtyping import PyTree
 
 from .cycle import Cycle, guard_of
 from .lanes import Lane, is_fine, train, with_extra_args
-from .protocol import Decision, Guard, Params
+from .protocol import FALLBACK, LEARNED, Decision, Guard, Params
 
 
 def unguarded(optimizer: Any, *, nt: int = 10, trusted: bool = False) -> Guard:
@@ -43,7 +43,7 @@ def unguarded(optimizer: Any, *, nt: int = 10, trusted: bool = False) -> Guard:
             fallback_loss=nan,
             finite_learned=finite | trusted,
             finite_fallback=finite | (not trusted),
-            winner=jnp.int32(0),
+            winner=jnp.int32(FALLBACK if trusted else LEARNED),
             gradients=jnp.int32(now.nt),
             forwards=jnp.int32(0),
             learned_updates=jnp.int32(0 if trusted else now.nt),

@@ -11,8 +11,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ..validation import check_network
-from .features import log_and_sign
+from ..validation import check_network, check_positive
 
 
 class LSTMLayer(NamedTuple):
@@ -86,7 +85,8 @@ def lstm_optimizer(
     bytes a coordinate for h and as many for c: 320 bytes for the default of two layers of 20.
 
     Raises:
-        ValueError: in ``init``, if parameters are complex.
+        ValueError: if scale or p is not positive and finite; in ``init``, if parameters are
+            complex.
 
     Source: Andrychowicz et al., "Learning to learn by gradient descent by gradient descent", 2016;
     the paper's L2O (section 4).
@@ -97,6 +97,7 @@ def lstm_optimizer(
     >>> updates["w"].shape
     (3, 2)
     """
+    check_positive(scale=scale, p=p)
     hidden = weights.linear_weight.shape[1]
 
     def init(params: PyTree) -> LSTMState:
@@ -122,6 +123,25 @@ def lstm_optimizer(
         return cast, LSTMState(tuple(h), tuple(c))
 
     return optax.GradientTransformation(init, update)
+
+
+def log_and_sign(gradient: Float[Array, " n"], p: float = 10.0) -> Float[Array, "2 n"]:
+    """Two inputs for each coordinate g of a gradient, its magnitude apart from its sign:
+
+        (log|g| / p, sign g)   where |g| >= exp(-p)
+        (-1, exp(p) g)         elsewhere
+
+    Both lie within [-1, 1] for |g| up to exp(p). Source: Andrychowicz et al. 2016, appendix A.
+
+    >>> log_and_sign(jnp.array([1.0, -1.0, 0.0]))
+    Array([[ 0.,  0., -1.],
+           [ 1., -1.,  0.]], dtype=float32)
+    """
+    floor = jnp.exp(-p)
+    magnitude = jnp.abs(gradient)
+    log = jnp.log(jnp.maximum(magnitude, floor)) / p
+    sign = jnp.where(magnitude >= floor, jnp.sign(gradient), gradient * jnp.exp(p))
+    return jnp.stack([log, sign])
 
 
 def lstm_cell(

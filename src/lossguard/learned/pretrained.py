@@ -21,17 +21,11 @@ from .weights_file import ARCHITECTURES, path_of, read_weights
 LearnedWeights = LSTMWeights | MLPWeights
 
 
-class InJAX(NamedTuple):
-    """What makes an architecture's weights and its optimizer."""
-
-    init: Callable[..., Any]
-    optimizer: Callable[..., optax.GradientTransformation]
-
-
-IN_JAX = {
-    "lstm": InJAX(init_lstm_weights, lstm_optimizer),
-    "mlp": InJAX(init_mlp_weights, mlp_optimizer),
+IN_JAX: dict[str, tuple[Callable[..., Any], Callable[..., optax.GradientTransformation]]] = {
+    "lstm": (init_lstm_weights, lstm_optimizer),
+    "mlp": (init_mlp_weights, mlp_optimizer),
 }
+"""What makes an architecture's weights, and its optimizer."""
 
 
 class LearnedOptimizer(NamedTuple):
@@ -45,7 +39,8 @@ class LearnedOptimizer(NamedTuple):
 
     def transformation(self) -> optax.GradientTransformation:
         """The optimizer, ready to use."""
-        return IN_JAX[_sizes(self.weights)[0]].optimizer(self.weights, **self.numbers)
+        _, optimizer = IN_JAX[_sizes(self.weights)[0]]
+        return optimizer(self.weights, **self.numbers)
 
 
 def pretrained(name: str | os.PathLike[str]) -> optax.GradientTransformation:
@@ -75,7 +70,7 @@ def load_weights(path: str | os.PathLike[str]) -> LearnedOptimizer:
         ValueError, OSError: as ``read_weights`` in ``weights_file.py``, which describes such files.
     """
     file = read_weights(path)
-    init = IN_JAX[file.architecture].init
+    init, _ = IN_JAX[file.architecture]
     like = jax.eval_shape(
         lambda key: init(key, hidden=file.hidden, layers=file.layers), jax.random.key(0)
     )
@@ -103,8 +98,8 @@ def save_weights(
         numbers: p and scale of ``lstm_optimizer``; none for ``mlp_optimizer``.
 
     Raises:
-        ValueError: if a weight or a number is not finite, the numbers are not the architecture's,
-            or ``made`` has a name that is taken.
+        ValueError: if a weight or a number is not finite, layers differ in size, the numbers are
+            not the architecture's, or ``made`` has a name that is taken.
         OSError: if the file can't be written.
 
     >>> import tempfile
@@ -123,13 +118,17 @@ def save_weights(
         needed, given = (", ".join(names) or "none" for names in (architecture.numbers, numbers))
         raise ValueError(f"numbers of {type(weights).__name__} must be {needed}, got {given}")
     check_positive(**numbers)
+    shapes = architecture.shapes(hidden, layers)
     tensors = {
         tensor_name: np.ascontiguousarray(leaf, np.float32)
-        for tensor_name, leaf in zip(
-            architecture.shapes(hidden, layers), jax.tree.leaves(weights), strict=True
-        )
+        for tensor_name, leaf in zip(shapes, jax.tree.leaves(weights), strict=True)
     }
     for tensor_name, tensor in tensors.items():
+        if list(tensor.shape) != (right := list(shapes[tensor_name])):
+            raise ValueError(
+                f"weights must have {tensor_name} of shape {right}, as its first layer has "
+                f"{hidden} units, got {list(tensor.shape)}"
+            )
         if not np.isfinite(tensor).all():
             raise ValueError(f"weights must be finite, but {tensor_name} is not")
     about = {"architecture": name, "hidden": str(hidden), "layers": str(layers)}

@@ -34,7 +34,7 @@ class MLPTraining(MetaTraining):
     """A meta-training of the MLP optimizer on a family of tasks."""
 
     hidden: int = 4
-    """Units of a layer; ``start_from`` has its own."""
+    """Units of a layer, at least 2; ``start_from`` has its own, layers too."""
     start_from: str | None = None
     """What to go on from: the name of a shipped MLP optimizer, or a file of weights."""
     family: Annotated[tuple[Member, ...], tyro.conf.Suppress] = ()
@@ -56,6 +56,7 @@ class MLPTraining(MetaTraining):
         check_count("validation_rollouts", self.validation_rollouts, most=MOST_SEEDS)
         for member in self.family:
             check_count("pairs", member.pairs, most=MOST_SEEDS)
+        check_count("hidden", self.hidden, least=2)  # of ``like_momentum``
         check_positive(sigma=self.sigma, begin_rate=self.begin_rate)
         check_real("rescaling", self.rescaling, "at least 1 and finite", lambda v: 1 <= v < np.inf)
         for name in ("family", "held_out"):

@@ -75,7 +75,7 @@ class Rollout(NamedTuple):
     length: Int[Array, ""]
     """Optimizer steps after which the rollout is over."""
     lost: Bool[Array, ""]
-    """Whether the last piece had a loss that was not finite: then it is over as well."""
+    """Whether the last loss was not finite: then it is over as well."""
 
 
 def begin(

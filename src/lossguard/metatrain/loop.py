@@ -19,7 +19,7 @@ from ..checkpoints import Checkpoints
 from ..config import as_config
 from ..progress import Progress, stopping_at_interrupt
 from ..tasks.task import Task
-from ..validation import check_count, check_network, check_positive, check_real, check_seed
+from ..validation import check_count, check_network, check_part, check_positive, check_seed
 
 WEIGHTS = "weights.safetensors"
 COUNTS = ("shortest", "longest", "meta_steps", "validate_every")
@@ -104,7 +104,7 @@ class MetaTraining(ABC):
         check_positive(rate=self.rate)
         if self.clip is not None:
             check_positive(clip=self.clip)
-        check_real("b2", self.b2, "at least 0 and below 1", lambda v: 0 <= v < 1)
+        check_part("b2", self.b2)
         check_count("curriculum", self.curriculum, least=0)
         check_seed(self.seed)
         if self.longest < self.shortest:
@@ -210,7 +210,9 @@ def _train_to_the_end(
     """All meta-steps from the last checkpoint on: the state after them, the curves, the seconds."""
     start_key, train_key, validation_key = jax.random.split(jax.random.key(config.seed), 3)
     every = config.validate_every
-    state, table = _start(config, method, start_key), pl.DataFrame()
+    weights, inner = method.start(start_key)
+    adam = config.optimizer_of_weights().init(weights)
+    state, table = MetaState(weights, adam, inner, weights, jnp.float32(jnp.inf)), pl.DataFrame()
     done, before = 0, jnp.float32(0)
     seen = np.zeros((2, every), np.float32)  # losses and gradient norms since the last validation
     if (found := checkpoints.latest((state, jnp.asarray(seen), before))) is not None:
@@ -232,26 +234,23 @@ def _train_to_the_end(
             done += 1
             if within + 1 == steps:
                 columns = method.validate(state.weights, validation_key)
-                state = _keep(config, state, jnp.float32(columns["validation"].mean()))
+                found = jnp.float32(columns["validation"].mean())
+                if found < state.best_validation if config.select else jnp.isfinite(found):
+                    state = state._replace(best=state.weights, best_validation=found)
                 means = seen[:, :steps].mean(axis=1).tolist()
                 row = {"meta_step": done, "meta_loss": means[0], "gradient_norm": means[1]}
                 row |= {name: losses[None] for name, losses in columns.items()}
                 rows = [table] * (done > every) + [pl.DataFrame(row)]
                 table = pl.concat(rows, how="vertical_relaxed")
             progress.advance(1, loss=float(loss), best=float(state.best_validation))
-            if stopped() or done == config.meta_steps or progress.seconds - saved > SAVE_SECONDS:
+            stop = stopped()
+            if stop or done == config.meta_steps or progress.seconds - saved > SAVE_SECONDS:
                 saved = progress.seconds
                 checkpoints.save(done, (state, jnp.asarray(seen), before + saved), table)
-            if stopped() and done < config.meta_steps:
+            if stop and done < config.meta_steps:
                 raise KeyboardInterrupt
         seconds = float(before) + progress.seconds
     return state, table, seconds
-
-
-def _start(config: MetaTraining, method: Method, key: PRNGKeyArray) -> MetaState:
-    weights, inner = method.start(key)
-    adam = config.optimizer_of_weights().init(weights)
-    return MetaState(weights, adam, inner, weights, jnp.float32(jnp.inf))
 
 
 @eqx.filter_jit
@@ -264,9 +263,3 @@ def _meta_step(
     weights = optax.apply_updates(state.weights, updates)
     state = state._replace(weights=weights, adam=adam, inner=inner)
     return state, loss, optax.tree.norm(gradient)
-
-
-def _keep(config: MetaTraining, state: MetaState, validation: Float[Array, ""]) -> MetaState:
-    if validation < state.best_validation if config.select else jnp.isfinite(validation):
-        return state._replace(best=state.weights, best_validation=validation)
-    return state

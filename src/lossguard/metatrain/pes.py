@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
+from ..guards.soundness import select
+
 Weights = TypeVar("Weights")
 Piece = Callable[[Weights, PyTree], tuple[Float[Array, ""], PyTree]]
 """``piece(weights, inner) -> loss, inner``: the next piece of a rollout of one inner problem."""
@@ -49,11 +51,7 @@ def start_pairs(weights: PyTree, inner: PyTree) -> Pairs:
 
 def restart_pairs(pairs: Pairs, fresh: Pairs, done: Bool[Array, " N"]) -> Pairs:
     """Each pair whose rollout is over replaced by a fresh one, whose perturbations sum up to 0."""
-
-    def chosen(new: Array, old: Array) -> Array:
-        return jnp.where(done.reshape(done.shape + (1,) * (old.ndim - 1)), new, old)
-
-    return jax.tree.map(chosen, fresh, pairs)
+    return jax.vmap(select)(done, fresh, pairs)
 
 
 def pes_gradient(

@@ -20,6 +20,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
+from ..guards.soundness import select
 from ..learned.lstm import LSTMWeights
 from ..tasks.task import Task
 
@@ -54,20 +55,13 @@ def start(
 
 def restart_finished(optimizees: Optimizees, fresh: Optimizees) -> Optimizees:
     """Each optimizee whose rollout is over, replaced by a fresh one."""
-    done = optimizees.step >= optimizees.length
-
-    def per_optimizee(new: Array, old: Array) -> Array:
-        return jnp.where(done.reshape(done.shape + (1,) * (old.ndim - 1)), new, old)
-
-    coordinates, _ = ravel_pytree(
-        jax.tree.map(lambda leaf: per_optimizee(jnp.ones_like(leaf), 0 * leaf), optimizees.params)
-    )
+    done, choose = optimizees.step >= optimizees.length, jax.vmap(select)
+    ones, zeros = (jax.tree.map(of, optimizees.params) for of in (jnp.ones_like, jnp.zeros_like))
+    coordinates, _ = ravel_pytree(choose(done, ones, zeros))
     state = jax.tree.map(
         lambda new, old: jnp.where(coordinates > 0, new, old), fresh.state, optimizees.state
     )
-    others = jax.tree.map(
-        per_optimizee, fresh._replace(state=None), optimizees._replace(state=None)
-    )
+    others = choose(done, fresh._replace(state=None), optimizees._replace(state=None))
     return others._replace(state=state)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..extras import needed
-from ..validation import check_choice, check_count, check_positive, check_real
+from ..validation import check_choice, check_count, check_part, check_positive, check_real
 from .dataset import POINT_SCALINGS, Dataset, make_dataset
 
 
@@ -75,7 +75,7 @@ def circles(
         from sklearn.datasets import make_circles
 
     _check_points(samples, test_samples, noise, seed, scaling)
-    check_real("factor", factor, "at least 0 and below 1", lambda v: 0 <= v < 1)
+    check_part("factor", factor)
     train_seed, test_seed = _two_seeds(seed)
     train = make_circles(samples, noise=noise, factor=factor, random_state=train_seed)
     test = make_circles(test_samples, noise=noise, factor=factor, random_state=test_seed)

@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
+from lossguard.rules import LOOKS
 from lossguard.torch.arguments import scalar
 from lossguard.torch.decision import NEITHER, Decision, Seen, mean
 from lossguard.torch.guard import Guard
 from lossguard.torch.lane import Lane
 from lossguard.torch.losses import Trial
-from lossguard.validation import check_count, check_decay, check_share
+from lossguard.validation import check_count, check_decay, check_part
 
-LOOKS = 3
-"""Cycles on which an optimizer is compared with the leader, to see whether it is ruined."""
 NEW = Trial(LOOKS, math.inf)
 
 
@@ -114,7 +113,10 @@ class BestOf(Guard):
         if not (check is None or callable(check)):
             raise ValueError(f"check must be None or a function of a number, got {check!r}")
         self.check, self.checks = check, check_count("nc", nc)
-        self.share, self.decay = None if share is None else check_share(share), check_decay(decay)
+        self.share, self.decay = (
+            None if share is None else check_part("share", share),
+            check_decay(decay),
+        )
         named = {f"optimizers[{k}]": one for k, one in enumerate(optimizers)}
         lanes = {str(k): name for k, name in enumerate(named)}
         super().__init__(named, lanes, model, nt, process_group=process_group, callback=callback)

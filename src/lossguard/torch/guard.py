@@ -17,7 +17,7 @@ from lossguard.torch.process import held
 from lossguard.torch.ranks import mean_of_ranks, several
 from lossguard.torch.relay import Relay
 from lossguard.torch.tensors import read
-from lossguard.validation import check_share
+from lossguard.validation import check_part
 
 
 class Guard(Face):
@@ -249,7 +249,7 @@ class GuardOfTwo(Guard):
         process_group: distributed.ProcessGroup | None = None,
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
-        share = check_share(share)
+        share = check_part("share", share)
         optimizers = {"fallback": fallback, "learned": learned}
         lanes = {"z": "fallback", "y": "learned", "s": "fallback"}
         super().__init__(

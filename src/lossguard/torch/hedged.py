@@ -3,16 +3,10 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from lossguard.rules import DECAY, PATIENCE, STRETCH
 from lossguard.torch.decision import OWN, Decision, Seen, mean
 from lossguard.torch.guard import GuardOfTwo
 from lossguard.torch.lane import Lane
-
-DECAY = 0.7
-"""Weight of the past in the regret, a cycle."""
-PATIENCE = 0.1
-"""x goes back to s once s has led for this part of the cycles since x left it, at a stretch."""
-LEAST = 3
-"""The least number of these cycles."""
 
 
 class Hedged(GuardOfTwo):
@@ -68,7 +62,7 @@ class Hedged(GuardOfTwo):
         if s is not None and self._follow(decision.losses, s):
             own = [False] * self.nt
             decision = decision._replace(winner=OWN, losses=s.losses, used_learned=own)
-            if self._behind < max(LEAST, PATIENCE * self._away) and math.isfinite(self._regret):
+            if self._behind < max(STRETCH, PATIENCE * self._away) and math.isfinite(self._regret):
                 leader = relay.s
             else:
                 relay.go_back(mean(s.losses))

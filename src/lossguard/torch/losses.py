@@ -7,17 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, Self
 
+from lossguard.rules import BETWEEN, LONG_MEMORY, MARGIN, MEMORY
 from lossguard.torch.decision import mean
-
-MARGIN = 3.0
-"""Standard errors by which a challenger has to be better, or worse, for the trial to end so."""
-
-MEMORY = 0.7
-"""Weight of the past in the smoothed loss, a cycle."""
-LONG_MEMORY = 0.95
-"""The same in the loss that is smoothed for longer."""
-LEAST = 4
-"""Cycles between two marks, at least: a smoothed loss needs some to follow."""
 
 
 class Trial(NamedTuple):
@@ -84,7 +75,7 @@ class Progress(NamedTuple):
     """A run's smoothed loss against its age, in steps: now, at a mark, and at the next one.
 
     The mark is at half of the age at most; its age is 0 until there is one. At the next one the age
-    had doubled, and ``LEAST`` cycles had passed.
+    had doubled, and ``BETWEEN`` cycles had passed.
     """
 
     age: int
@@ -110,7 +101,7 @@ class Progress(NamedTuple):
             for weight, before in ((memory, self.recent), (LONG_MEMORY, self.lasting))
         )
         now = self._replace(age=age, recent=recent, lasting=lasting)
-        if age // 2 < self.later_age or age < self.later_age + LEAST * nt:
+        if age // 2 < self.later_age or age < self.later_age + BETWEEN * nt:
             return now
         return now._replace(
             earlier_age=self.later_age, earlier=self.later, later_age=age, later=recent

@@ -3,17 +3,12 @@
 import math
 from collections.abc import Mapping
 
+from lossguard.rules import BELOW, LOOKS, MORE
 from lossguard.torch.decision import OWN, Decision, Seen, mean
 from lossguard.torch.guard import GuardOfTwo
 from lossguard.torch.lane import Lane
 from lossguard.torch.losses import Progress, Trial
 
-LOOKS = 3
-"""Cycles on which s is compared with x, each time that it is."""
-MORE = 5
-"""Times ``share``: that of s where, as its losses fall, it would be below x by then."""
-BELOW = 0.1
-"""By this part of the loss of x."""
 NEW = Trial(LOOKS, math.inf)
 
 

@@ -12,34 +12,12 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from lossguard import rules
 from lossguard.torch.decision import FALLBACK, LEARNED, OWN, Decision, Seen, mean
-from lossguard.torch.losses import MARGIN, NONE, Progress, Trial
+from lossguard.torch.losses import NONE, Progress, Trial
 
 if TYPE_CHECKING:
     from lossguard.torch.lane import Lane
-
-STALL = 0.25
-"""The learned optimizer leads while its loss falls at least by this power of its age."""
-PART = 0.6
-"""The length of a trial, as a part of what trials may have cost by then."""
-YOUTH = 16
-"""k / 16 is the age that y is taken for when it takes over."""
-SETTLED = 4
-"""Cycles before a lead of y is judged by its loss."""
-RISE = 0.5
-"""The part by which the loss may be above that at the snapshot."""
-GAIN = 0.2
-"""The part by which it has to be below it for the snapshot to move."""
-YOUNG_GAIN = 0.5
-"""The same until the lead of y is known for longer."""
-LEAST = 10
-"""Optimizer steps of a trial, at least."""
-AGAIN = 8
-"""k / 8 is the age that y is taken for when it leads again after a probation of z."""
-WORSE = 0.2
-"""The part by which its loss may then be above that where it stalled."""
-LESS = 0.1
-"""The part by which it has to be lower at the next stall for another probation of z."""
 
 
 class State(NamedTuple):
@@ -52,12 +30,13 @@ class State(NamedTuple):
     most: float = 0.0
     """The loss that y has to stay below at first: that of z when y took over."""
     stalled: float = math.nan
-    """The smoothed loss where y stalled before, if it leads again; else NaN. After a second lead
-    that was no use -inf, for good: no probation any more."""
+    """The smoothed loss where y stalled before, if it leads again; else NaN."""
+    in_vain: bool = False
+    """Whether a second lead of y was no use: there is no probation any more."""
     level: float = 0.0
     trial: Trial = NONE
     """Of y against z; or, on probation, of z against the point where y stalled."""
-    tried: int = 0
+    trial_cost: int = 0
     """What trials and probations have cost, in gradients: a third for a forward pass."""
     probation: bool = False
     """Whether z leads on probation."""
@@ -83,9 +62,11 @@ class Relay:
         """The lanes that run in the cycle after k steps of the leader, beside the live one."""
         leads, progress = self.state.learned_leads, self.state.progress
         if not leads and self.state.trial == NONE:
-            length = max(-(-LEAST // self.nt), round(PART * self.share * k / self.nt))
+            length = max(
+                -(-rules.TRIAL_STEPS // self.nt), round(rules.PART * self.share * k / self.nt)
+            )
             budget = self.share * k + math.sqrt(k)
-            if self.state.tried + length * self.nt <= budget or k == 0:
+            if self.state.trial_cost + length * self.nt <= budget or k == 0:
                 self.state = self.state._replace(trial=Trial(length, progress.recent))
         trial = self.state.trial
         if trial != NONE and trial.cycles == 0 and not self.state.probation:
@@ -111,7 +92,7 @@ class Relay:
             state = self._end_probation(state, state.trial.after(losses, stalled.checks), fine_z, k)
         elif state.trial != NONE:
             trial = state.trial.after(of_y, losses)
-            state = state._replace(trial=trial, tried=state.tried + self.nt)
+            state = state._replace(trial=trial, trial_cost=state.trial_cost + self.nt)
             won, lost = trial.outcome(of_y)
             if fine_y and (won or not fine_z):
                 if state.on_own:
@@ -119,11 +100,11 @@ class Relay:
                 state = State(
                     on_own=False,
                     learned_leads=True,
-                    progress=Progress.begun(mean(of_y), k // YOUTH),
+                    progress=Progress.begun(mean(of_y), k // rules.YOUTH),
                     most=state.progress.lasting,
                     level=state.progress.lasting,
-                    stalled=state.stalled if state.stalled == -math.inf else math.nan,
-                    tried=state.tried,
+                    in_vain=state.in_vain,
+                    trial_cost=state.trial_cost,
                 )
             elif lost or not fine_y:
                 state = state._replace(trial=NONE)
@@ -145,24 +126,24 @@ class Relay:
     def go_back(self, loss: float) -> None:
         """x goes back to s, at its loss."""
         self.z.become(self.s)
-        tried, stalled = self.state.tried, self.state.stalled
-        self.state = State(progress=Progress.begun(loss), tried=tried, stalled=stalled)
+        kept = {name: getattr(self.state, name) for name in ("trial_cost", "stalled", "in_vain")}
+        self.state = State(progress=Progress.begun(loss), **kept)
 
     def _end_probation(self, state: State, trial: Trial, fine: bool, k: int) -> State:
         """After a cycle of z on probation: it leads on, or y does from where it stalled."""
         m, error = trial.difference
-        state = state._replace(trial=trial, tried=state.tried + self._third)
+        state = state._replace(trial=trial, trial_cost=state.trial_cost + self._third)
         if fine and trial.cycles < trial.length:
             return state
         state = state._replace(trial=NONE, probation=False)
-        if fine and not m > MARGIN * error:
+        if fine and not m > rules.MARGIN * error:
             return state
         self.z.start_at(self.y.point)
         self.y.wind(k + self.nt)
         return state._replace(
             learned_leads=True,
-            progress=Progress.begun(trial.bound, k // AGAIN),
-            most=trial.bound + WORSE * abs(trial.bound),
+            progress=Progress.begun(trial.bound, k // rules.AGAIN),
+            most=trial.bound + rules.WORSE * abs(trial.bound),
             stalled=trial.bound,
             level=trial.bound,
         )
@@ -175,12 +156,12 @@ class Relay:
         """
         progress, level = state.progress, state.level
         now, recent, young = progress.lasting, progress.recent, progress.earlier_age == 0
-        settled = progress.age >= progress.later_age + SETTLED * self.nt
+        settled = progress.age >= progress.later_age + rules.SETTLED * self.nt
         worse = young and settled and recent > state.most
-        risen = now > level + RISE * abs(level)
-        stalls = progress.rate < STALL
+        risen = now > level + rules.RISE * abs(level)
+        stalls = progress.rate < rules.STALL
         ends = not fine or worse or risen or stalls
-        gain = YOUNG_GAIN if young else GAIN
+        gain = rules.YOUNG_GAIN if young else rules.GAIN
         better = not ends and now < level - gain * abs(level)
         from_x = better or (ends and fine and not risen)
         if from_x:
@@ -191,16 +172,17 @@ class Relay:
             return state
         # z's path goes on from where y has come to: from there it is fast or slow again.
         began = Progress.begun(recent if from_x else level)
-        stuck = recent > state.stalled - LESS * abs(state.stalled)
-        in_vain = not math.isnan(state.stalled) and (not fine or worse or risen or stuck)
+        again = not math.isnan(state.stalled)
+        stuck = recent > state.stalled - rules.LESS * abs(state.stalled)
+        in_vain = state.in_vain or (again and (not fine or worse or risen or stuck))
         length = round(self.share * k / self.nt)
-        affordable = state.tried + length * self._third <= 2 * self.share * k + math.sqrt(k)
-        probation = affordable and stalls and fine and not (worse or risen or stuck)
-        probation = probation and length >= SETTLED
+        affordable = state.trial_cost + length * self._third <= 2 * self.share * k + math.sqrt(k)
+        probation = affordable and stalls and fine and not (worse or risen or in_vain)
+        probation = probation and length >= rules.SETTLED
         return state._replace(
             learned_leads=False,
             progress=began,
-            stalled=-math.inf if in_vain else state.stalled,
+            in_vain=in_vain,
             probation=probation,
             trial=Trial(length, recent) if probation else NONE,
         )

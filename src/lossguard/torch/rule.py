@@ -11,14 +11,9 @@ from copy import copy
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from lossguard.validation import check_count, check_fraction, check_real
+from lossguard.rules import DEEPEST, IN_A_ROW, SOON
+from lossguard.validation import check_count, check_fraction, check_part
 
-IN_A_ROW = 3
-"""Returns to one snapshot. If they don't help, its losses are no measure any more."""
-SOON = 10
-"""Windows. After a return so soon after another one the scale stays lower."""
-DEEPEST = 5
-"""How many times ``factor`` lowers it for good at most: data may be broken for long, and heal."""
 NUMBERS = (
     "calls", "returns", "thrown", "skipped", "age", "candidate_age", "pending", "losses", "audit",
     "in_a_row", "last_return", "ramp", "cap", "alarm.start", "alarm.reference", "alarm.score",
@@ -92,10 +87,7 @@ class Rule:
         self.every = check_count("every", every)
         if self.block % every:
             raise ValueError(f"every must divide window / 4 = {self.block}, got {every}")
-        self._rho, rise = (
-            check_real(name, value, "at least 0 and below 1", lambda v: 0 <= v < 1)
-            for name, value in (("rho", rho), ("rise", rise))
-        )
+        self._rho, rise = check_part("rho", rho), check_part("rise", rise)
         self._factor = check_fraction("factor", factor)
         self.alarm = Alarm(self.block // 2, rise)
         # Held data have less noise than minibatches, so few decide; between steps they have some.

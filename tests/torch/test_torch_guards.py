@@ -7,7 +7,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import KINDS, TWO, closure_for, loss_fn, minibatches, mlp, quadratic, run, spiral, two
+from models import (
+    KINDS,
+    TWO,
+    closure_for,
+    loss_fn,
+    minibatches,
+    mlp,
+    quadratic,
+    run,
+    spiral,
+    squares,
+    two,
+)
 from torch.optim import SGD, Adam
 
 from lossguard.torch import BestOf, Hedged, LossGuard, Recommended
@@ -254,3 +266,95 @@ def test_a_lane_may_not_be_told_apart_by_its_dropout(kind):
     for _ in range(5):
         alone += [torch.rand(1).item()] * 2
     assert seen == alone
+
+
+@pytest.mark.filterwarnings("ignore:closure gave different losses")
+def test_a_hand_over_from_where_the_model_is_is_no_jump():
+    weight, _ = quadratic(0.0)
+    guard = Recommended(SGD([weight], lr=1.0), SGD([weight], lr=0.01), model=None)
+    assert scripted(guard, {"y": 1.0, "z": 2.0}).jumped
+    while (decision := scripted(guard, {"y": 1.0, "s": 2.0, "z": 2.0})).winner == 0:
+        assert not decision.jumped
+    assert decision.winner == 1 and not decision.jumped  # y has stalled, and z goes on from there
+
+
+@pytest.mark.filterwarnings("ignore:lane y")
+def test_a_return_after_an_error_is_a_jump():
+    weight, closure = quadratic()
+    guard = LossGuard(SGD([weight], lr=0.1), SGD([weight], lr=0.1), model=None, nt=2, nc=1)
+
+    def breaks():
+        loss = closure()
+        if guard.phase == 1:
+            weight.data.fill_(torch.nan)
+            raise RuntimeError("of the program's")
+        return loss
+
+    guard.step(closure)
+    with pytest.raises(RuntimeError, match="of the program's"):
+        for _ in range(2):
+            guard.step(breaks)
+    assert weight.item() == 4.0
+    for _ in range(3):
+        guard.step(closure)
+    assert guard.last_decision.jumped
+
+
+def test_a_loop_that_is_left_after_the_last_step_counts():
+    weight, closure = quadratic()
+    told = []
+    guard = BestOf([SGD([weight], lr=0.1)], model=None, nt=1, callback=told.append)
+    for lane in guard.lanes():
+        lane.step(closure())
+        break
+    assert len(told) == len(guard.history) == 1
+
+
+def test_a_state_within_a_minibatch_is_refused():
+    weight, closure = quadratic()
+    guard = two_rates(weight)
+    for lane in guard.lanes():
+        with pytest.raises(ValueError, match=r"^state_dict must be called between minibatches, "):
+            guard.state_dict()
+        lane.step(closure())
+    guard.state_dict()
+
+
+def two_rates(weight, **options):
+    return Recommended(SGD([weight], lr=0.1), SGD([weight], lr=0.01), model=None, **options)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_scheduler_on_a_guard_in_a_loop_over_lanes_does_not_warn():
+    weight, closure = quadratic()
+    guard = two_rates(weight)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(guard, 0.9)
+    for _ in range(3):
+        for lane in guard.lanes():
+            lane.step(closure())
+        scheduler.step()
+
+
+def test_copies_of_the_parameters_are_seen_after_a_step_that_moves_nothing():
+    """As the first one of a warm-up."""
+
+    class Masters(SGD):
+        def __init__(self, params, lr):
+            super().__init__(params, lr)
+            self.masters = [p.detach().clone() for p in params]
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            (group,) = self.param_groups
+            for p, master in zip(group["params"], self.masters, strict=True):
+                p.copy_(master.add_(p.grad, alpha=-group["lr"]))
+
+    weight = torch.tensor([4.0, 2.0], requires_grad=True)
+    optimizers = Masters([weight], lr=0.0), SGD([weight], lr=0.0)
+    guard = Recommended(*optimizers, model=None)
+    closure = squares(weight)
+    guard.step(closure)
+    for one in optimizers:
+        one.param_groups[0]["lr"] = 0.1
+    with pytest.raises(ValueError, match=r"^copies of the parameters must be in an optimizer's st"):
+        guard.step(closure)

@@ -286,3 +286,34 @@ def test_a_compiled_model():
         optimizer.step()
         rewind.observe(loss * (30 if i in FAULT else 1))
     assert rewind.returns >= 1
+
+
+def test_a_trainer_that_was_interrupted_trains_again(tmp_path):
+    """Its optimizer is the same, and so would be the hooks on it."""
+    callback = trainer_rewind(**OPTIONS)
+    trainer = trainer_of(tmp_path, 10, callback)
+    real, calls = callback.on_step_end, []
+
+    def interrupted(*args, **more):
+        real(*args, **more)
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    callback.on_step_end = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert callback.rewind.calls == 10 and len(trainer.model._forward_hooks) == 0
+    assert len(trainer.optimizer.optimizer._optimizer_step_pre_hooks) == 0
+
+
+def test_lightning_fits_again_without_the_old_state(tmp_path):
+    first, _ = fit(86, lightning_rewind(**OPTIONS), rows=8)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    callback = lightning_rewind(**OPTIONS)
+    half = {"ckpt_path": tmp_path / "half.ckpt", "weights_only": True}
+    fit(90, callback, rows=8, **half)
+    assert callback.rewind.calls == 90
+    fit(10, callback, rows=8)
+    assert callback.rewind.calls == 10

@@ -277,6 +277,31 @@ def test_schedule_free_resumes_bit_by_bit(kind, done):
     assert_resumes(lambda m: two(kind, m, make, nt=3, **options), mlp(), minibatches(30), done)
 
 
+def test_to_evaluate_changes_nothing_of_the_run():
+    """Two lanes of an optimizer with ``eval``; the other one's memory may be in it."""
+    package = pytest.importorskip("schedulefree")
+    runs = []
+    for looks in (False, True):
+        model = mlp()
+        torch.manual_seed(0)
+        for p in model.parameters():
+            nn.init.normal_(p)
+        makers = (lambda ps: Adam(ps, 0.05)), (lambda ps: package.AdamWScheduleFree(ps, 0.001))
+        guard = two(Hedged, model, *makers, nt=2, share=0.5)
+        for batch in minibatches(1) * 300:
+            guard.step(closure_for(guard, model, batch))
+            if looks:
+                guard.eval()
+        runs.append(guard.history)
+        guard.eval()
+        assert guard._leader.inner.holder is guard._leader
+    history, other = runs
+    assert len({d.winner for d in history}) == 3
+    assert [d.winner for d in history] == [d.winner for d in other]
+    for one, mine in zip(history, other, strict=True):
+        assert one.losses == pytest.approx(mine.losses, rel=1e-3)
+
+
 FROM_PYTORCH_OPTIMIZER = ["SOAP", "Lion", "Prodigy", "Adan", "Shampoo", "AdEMAMix"]
 
 

@@ -13,6 +13,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lossguard.torch import Rewind, RewindEvent
+from lossguard.torch.tensors import leaves
 
 FALLS = list(np.linspace(3, 1, 128))
 HIGH = [9.0] * 16
@@ -368,7 +369,7 @@ def test_it_resumes_to_the_last_bit(tmp_path, how, at):
     again, twin, its_optimizer = start(seed=1)
     resume(again, twin, its_optimizer, tmp_path, how)
     assert again._trusted.keys() == first._trusted.keys()
-    assert any(name.startswith("optimizer.") for name in first._trusted) == (at > 64)
+    assert bool(first._trusted["optimizer"]) == (at > 64)
     train(twin, its_optimizer, again, at, 200, fault)
     assert_same(model, twin)
     assert again.scale == rewind.scale and again.thrown == rewind.thrown
@@ -422,7 +423,7 @@ def test_snapshots_take_two_copies():
     train(model, optimizer, rewind, 0, 100)
 
     def size(saved):
-        tensors = (value for value in saved.values() if isinstance(value, torch.Tensor))
+        tensors = (value for value in leaves(saved) if isinstance(value, torch.Tensor))
         return sum(t.numel() * t.element_size() for t in tensors)
 
     live = [*model.state_dict().values()]
@@ -432,7 +433,7 @@ def test_snapshots_take_two_copies():
 
     def places():
         snapshots = (rewind._trusted, rewind._candidate)
-        return {s[name].data_ptr() for s in snapshots for name in s if name.startswith("model.")}
+        return {tensor.data_ptr() for one in snapshots for tensor in one["model"].values()}
 
     kept = places()
     train(model, optimizer, rewind, 100, 200)  # and the same memory is used again
@@ -458,7 +459,7 @@ def test_copies_elsewhere_change_nothing(device, where, tmp_path):
     assert rewind.events == plain.events != []
     live = {t.data_ptr() for t in other.state_dict().values() if t.numel()}
     for saved in (rewind._trusted, rewind._candidate):
-        tensors = (value for value in saved.values() if isinstance(value, torch.Tensor))
+        tensors = (value for value in leaves(saved) if isinstance(value, torch.Tensor))
         copies = [t for t in tensors if t.numel()]
         assert len(copies) > 2 * len(live) and live.isdisjoint(t.data_ptr() for t in copies)
         assert all(t.device.type == "cpu" for t in copies)
@@ -475,10 +476,7 @@ def test_masks_may_be_infinite_and_shared_weights_are_copied_once():
     rewind = Rewind(model, torch.optim.SGD(model.parameters(), lr=0.1), window=WINDOW, every=1)
     rewind.observe(1.0)
     assert not rewind.events
-    assert [*rewind._trusted] == [
-        *map("model.{}".format, ("0.weight", "0.bias", "1.bias", "mask")),
-        "also",
-    ]
+    assert [*rewind._trusted["model"]] == ["0.weight", "0.bias", "1.bias", "mask"]
 
 
 def test_it_leaves_the_optimizer_as_it_was():
@@ -558,6 +556,14 @@ WRONG = {
     ),
     "shards": (shards, "offload must be True or False for shards, got 'folder'"),
     "not finite": (broken, "model must be finite, got one that isn't"),
+    "schedulers": (
+        lambda: loaded(lambda state: state["trusted"]["also"].append({})),
+        "state must have 0 schedulers, got 1",
+    ),
+    "offload": (
+        lambda: Rewind(*model_and_sgd(), offload=None),  # type: ignore
+        "offload must be True, False or a folder, got None",
+    ),
     "window": (
         lambda: Rewind(*model_and_sgd(), window=100),
         "window must be a multiple of 8, got 100",
@@ -584,7 +590,7 @@ WRONG = {
         "'every': 16}",
     ),
     "other model": (
-        lambda: loaded(lambda state: state["trusted"].update({"model.weight": torch.ones(9)})),
+        lambda: loaded(lambda state: state["trusted"]["model"].update(weight=torch.ones(9))),
         "state must be of this model, whose weight has shape (1, 2), got (9,)",
     ),
 }
@@ -596,3 +602,66 @@ def test_what_it_refuses(what):
     with pytest.raises(ValueError) as error:
         call()
     assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize("by", ["position", "name"])
+def test_gradients_that_a_closure_makes_move_nothing_if_they_are_not_finite(by):
+    """As Lightning has every optimizer called."""
+    model, optimizer = one_weight()
+    rewind = Rewind(model, optimizer, every=1, window=WINDOW)
+
+    def closure():
+        model.weight.grad = torch.full_like(model.weight, math.nan)
+        return torch.tensor(1.0)
+
+    if by == "position":
+        assert optimizer.step(closure) == 1.0
+    else:
+        assert optimizer.step(closure=closure) == 1.0
+    rewind.observe(1.0)
+    assert model.weight.item() == 0 and rewind.skipped == 1 and not rewind.events
+
+
+class Counting(torch.optim.SGD):
+    """Its memory is in its groups and under names with dots, as some have it."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        (group,) = self.param_groups
+        group["count"] = group.get("count", 0) + 1
+        for param in group["params"]:
+            param -= group["lr"] * param.grad
+            self.state[param]["of.all"] = torch.tensor(group["count"])
+
+
+def test_all_that_an_optimizer_remembers_goes_back():
+    model, optimizer = one_weight(Counting)
+    model.register_buffer("one_for_many", torch.zeros(1).expand(5), persistent=False)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    drive(rewind, model, optimizer, FALLS)
+    optimizer.param_groups[0]["weight_decay"] = 0.1  # a setting
+    state = copy.deepcopy((model.state_dict(), optimizer.state_dict(), rewind.state_dict()))
+    for resumes in (False, True):
+        if resumes:
+            model, optimizer = one_weight(Counting)
+            model.register_buffer("one_for_many", torch.zeros(1).expand(5), persistent=False)
+            rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+            for one, its_state in zip((model, optimizer, rewind), state, strict=True):
+                one.load_state_dict(its_state)
+        drive(rewind, model, optimizer, HIGH[:8])
+        (event,) = rewind.events
+        group = optimizer.param_groups[0]
+        assert group["count"] == 136 - event.thrown and group["weight_decay"] == 0.1
+        assert optimizer.state[model.weight] == {"of.all": group["count"]}
+
+
+def test_of_two_on_one_optimizer_the_last_one_watches():
+    model, optimizer = one_weight()
+    first = Rewind(model, optimizer, window=WINDOW, every=4)
+    drive(first, model, optimizer, FALLS + HIGH[:8])
+    assert first.scale == 0.5
+    Rewind(model, optimizer, window=WINDOW, every=4)
+    before = model.weight.item()
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    assert model.weight.item() == before - 1

@@ -75,7 +75,7 @@ def test_it_decides_as_the_reference_does(which):
                 rule.scale,
             ), (seed, i)
             assert model.weight.item() == run.points[-1], (seed, i)
-        assert rewind._trusted["model.weight"].item() == run.points[rule.trusted]
+        assert rewind._trusted["model"]["weight"].item() == run.points[rule.trusted]
         kinds = [event.kind for event in rewind.events]
         events += kinds.count("return"), kinds.count("unanswered"), rewind.skipped
     assert (events > 0).all(), events

@@ -21,7 +21,7 @@ T = TypeVar("T")
 SAME = 1e-4
 """The part of a loss by which rounding may change it."""
 NOTE = (
-    "lossguard: the guard only checks here (guard.checking is true), so the closure runs without "
+    "lossguard: the guard only checks here (lane.checking is true), so the closure runs without "
     "gradients: leave out what reads p.grad, and put `with torch.enable_grad():` inside it around "
     "what torch.autograd.grad or retain_grad needs"
 )

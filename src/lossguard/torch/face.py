@@ -24,7 +24,7 @@ class Face(Optimizer):
 
     Attributes:
         nt: train minibatches per cycle.
-        nc: check minibatches per cycle.
+        nc: minibatches per cycle that lanes are only checked on.
         phase: minibatches seen of this cycle; 0 between cycles.
         steps: optimizer steps of the live lane in all cycles so far.
         history: the last 1,000 decisions.
@@ -37,6 +37,8 @@ class Face(Optimizer):
     _leader: "Lane"
     _others: "list[Lane]"
     """Those that run beside the leader in this cycle."""
+    _order: "list[Lane]"
+    """All that run on the minibatch that is under way."""
 
     def __init__(
         self, optimizers: Mapping[str, Optimizer], model: nn.Module | None, nt: int, nc: int
@@ -67,7 +69,7 @@ class Face(Optimizer):
 
     def eval(self) -> None:
         """Have the model be what an optimizer with ``train()`` and ``eval()`` evaluates."""
-        self._leader.switch("eval")
+        self._leader.enter(checking=True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused, except when the guard is built."""

@@ -53,8 +53,9 @@ class Guard(Face):
             )
         self._leader = self._weights.holder = next(iter(self._lanes.values()))
         self._others = []
-        self._order: list[Lane] = []
-        """All that run on the minibatch that is under way."""
+        self._noted = False
+        """Whether it is known which entries of optimizers' memories hold the parameters."""
+        self._order = []
 
     def _begin(self) -> list[Lane]:
         """The lanes that run in the cycle beside the live one, where they start from."""
@@ -71,8 +72,10 @@ class Guard(Face):
     def _lead(self, lane: Lane) -> None:
         """Have another lane in the model from now on."""
         if lane is not self._leader:
+            pairs = zip(lane.values, self._weights.live(), strict=True)
+            self._weights.jumped |= not all(torch.equal(there, here) for there, here in pairs)
             lane.go_live()
-            self._leader, self._weights.jumped = lane, True
+            self._leader = lane
 
     def step(self, closure: Closure | None = None) -> Any:  # pyright: ignore
         """Take one minibatch.
@@ -100,6 +103,9 @@ class Guard(Face):
                 clip(model.parameters())
                 lane.step(loss)
 
+        Where ``lane.checking`` is true nothing but the loss is used, and the price of the decision
+        is that of a body which leaves ``backward`` and the rest out.
+
         Raises:
             ValueError: if there are gradients before it, or the body does not call ``lane.step``.
         """
@@ -114,16 +120,15 @@ class Guard(Face):
                     if not lane.stepped:
                         raise ValueError("the body of guard.lanes() must call lane.step(loss)")
                     lane.leave()
-                decision = self._close()
+                self._close()
             except BaseException as error:
-                if isinstance(error, GeneratorExit) and self._order and self._leader.stepped:
-                    self._leader.leave()  # a loop that was left after the last step
-                    self._close()
-                else:
+                if not (isinstance(error, GeneratorExit) and self._order and self._leader.stepped):
                     self._undo(draws)
-                raise
-        if decision is not None and self.callback is not None:
-            self.callback(decision)
+                    raise
+                self._leader.leave()  # a loop that was left after the last step
+                self._close()
+        if self.phase == 0 and self.callback is not None:
+            self.callback(self.history[-1])
 
     def _open(self) -> list[Tensor]:
         """Before a minibatch: the random state that each lane starts from."""
@@ -172,25 +177,26 @@ class Guard(Face):
             if not self._weights.is_finite(self._weights.live()):
                 self._leader.go_back()
 
-    def _close(self) -> Decision | None:
+    def _close(self) -> None:
         """After a minibatch, on which all lanes have stepped."""
         self.phase += 1
+        self._opt_called = True  # or schedulers on it warn that nobody calls ``step``
+        if not self._noted:
+            start = self._leader.before
+            known = [lane.note_copies(start, lane.point) for lane in self._order]
+            self._noted = all(known)
         if self.phase == 1 and self.steps == 0:
-            for lane in self._order:
-                lane.note_copies(self._leader.before, lane.point)
             arguments.compare([lane.losses[0] for lane in self._order if not lane.switches])
-        decision = None
         if self.phase == self.nt + self.nc:
-            decision = self._decide()
+            self.history.append(self._decide())
             self.phase, self.steps = 0, self.steps + self.nt
-            self.history.append(decision)
         self._order = []
-        return decision
 
     def _decide(self) -> Decision:
         seen = _agreed([self._leader, *self._others], self.process_group)
+        decision = self._settle(seen)._replace(jumped=self._weights.jumped)
         self._weights.jumped = False
-        return self._settle(seen)._replace(jumped=self._weights.jumped)
+        return decision
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of all that the rest of the run depends on, at any point of a cycle.

@@ -48,6 +48,7 @@ def lightning_rewind(**options: Any) -> Any:
             self._steps = trainer.global_step
             if self._saved:
                 self.rewind.load_state_dict(self._saved)
+                self._saved = None
 
         def on_train_batch_end(
             self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -88,6 +89,8 @@ def trainer_rewind(**options: Any) -> Any:
         rewind: Rewind
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **running: Any) -> None:
+            if hasattr(self, "rewind"):
+                self.on_train_end(args, state, control)  # of one that was interrupted
             self.rewind = Rewind(running["model"], running["optimizer"], **options)
             self._losses: list[torch.Tensor] = []
             self._hook = running["model"].register_forward_hook(self._keep)

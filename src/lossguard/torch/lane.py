@@ -75,6 +75,8 @@ class Lane:
         self.losses, self.checks, self.before = [], [], []
         if self.live:
             self.values = []
+            if self.switches:
+                self.enter(checking=False)  # after ``eval``
             self.keep()
 
     def keep(self) -> None:
@@ -90,6 +92,7 @@ class Lane:
         """Be at another point; the memory stays."""
         if self.live:
             self.weights.write(point)
+            self.weights.jumped = True
         else:
             transfer(self.values, point)
         self.move_copies(point)
@@ -192,9 +195,9 @@ class Lane:
         self.stepped = True
         return loss
 
-    def note_copies(self, start: Copy, point: Copy) -> None:
-        """Note which entries of its memory hold the parameters, after a step between two points."""
-        self.inner.note_copies(self.memory(), start, point)
+    def note_copies(self, start: Copy, point: Copy) -> bool:
+        """``Inner.note_copies`` of its memory."""
+        return self.inner.note_copies(self.memory(), start, point)
 
     def move_copies(self, point: Copy) -> None:
         """Have these be the parameters at a point, or the next step would undo the move."""

@@ -86,13 +86,16 @@ class Inner:
         own = [[options.get(key) for key in self.own] for options in memory.options]
         return finite([*memory.state.values(), own])
 
-    def note_copies(self, memory: Memory, start: list[Tensor], point: list[Tensor]) -> None:
-        """Note which entries hold the parameters, after a first step from ``start`` to ``point``.
+    def note_copies(self, memory: Memory, start: list[Tensor], point: list[Tensor]) -> bool:
+        """Note which entries hold the parameters, after steps from ``start`` to ``point``.
 
-        Refuse copies that the optimizer holds elsewhere, as all lanes would share them.
+        Refuse copies that the optimizer holds elsewhere, as all lanes would share them. False if
+        the parameters haven't moved, as at a rate of 0, and so nothing is known.
         """
         steps = zip(self.params, start, point, strict=False)
         moved = [v for _, u, v in steps if v.numel() > 1 and not torch.equal(u, v)]
+        if not moved:
+            return all(p.numel() < 2 for p in self.params)
         for name, held in vars(self.optimizer).items():
             if name not in ("state", "param_groups") and _holds(held, moved, self.params):
                 raise ValueError(
@@ -105,6 +108,7 @@ class Inner:
                 if entry.shape == value.shape and entry.numel() > 1:
                     alike.setdefault(key, []).append(torch.equal(entry.to(value), value))
         self.copies |= {key for key, flags in alike.items() if all(flags)}
+        return True
 
     def move_copies(self, memory: Memory, point: list[Tensor]) -> None:
         """Have these be the parameters at a point."""

@@ -88,6 +88,8 @@ class MLPOptimizer(Learned):
         self, params: list[Tensor], weights: dict[str, Tensor], group: dict[str, Any]
     ) -> None:
         params = [p for p in params if p.numel()]
+        if not params:
+            return
         gradients = [p.grad.float().contiguous() for p in params if p.grad is not None]
         states = [self._state(p) for p in params]
         self._remember(states, gradients)

@@ -19,6 +19,7 @@ from lossguard.torch.decision import FALLBACK, LEARNED, NEITHER, Decision, Seen,
 from lossguard.torch.guard import Guard
 from lossguard.torch.lane import Lane
 from lossguard.torch.memory import Memory
+from lossguard.torch.ranks import several
 from lossguard.torch.tensors import clones, read
 from lossguard.torch.weights import Copy
 from lossguard.validation import check_choice, check_count, check_fraction
@@ -196,9 +197,8 @@ class ResidualGuard(Guard):
             evaluated = [*x[:n], *clones(weights.live()[n:])]
             at_z = _after_step(z, evaluated, gradient, loss)
             at_y = _after_step(y, evaluated, gradient, loss)
-            if self.steps + self.phase == 0:
-                z.note_copies(x, at_z)
-                y.note_copies(x, at_y)
+            if not self._noted:
+                self._noted = z.note_copies(x, at_z) & y.note_copies(x, at_y)
             self._randomness.set(draws)
             r = self._residual(z, before[z], at_y, closure)
         except BaseException:
@@ -226,7 +226,7 @@ class ResidualGuard(Guard):
         try:
             loss, gradient = self._evaluate(closure)
         except Exception as error:
-            if not self._weights.have_diverged():
+            if several(self.process_group) or not self._weights.have_diverged():
                 raise
             tell(error, self._lanes["y"])
             return math.nan

@@ -61,7 +61,7 @@ class Rewind:
 
     Args:
         model: what is trained. Its parameters and buffers go back.
-        optimizer: its memory goes back, its settings don't.
+        optimizer: its memory goes back, its settings don't. Another ``Rewind`` of it is closed.
         schedulers: what else goes back, by its ``state_dict``, such as an average of weights. Data,
             random numbers and schedulers not named here go on.
         window: steps, a multiple of 8, at least 64; a snapshot is trusted after up to half of them.
@@ -80,8 +80,7 @@ class Rewind:
     Attributes:
         events: every ``RewindEvent`` so far.
 
-    Memory: two copies of parameters, buffers and the optimizer's memory; a third one while the
-    budget is spent.
+    Memory: two copies of all that goes back; a third one while the budget is spent.
 
     Raises:
         ValueError: if an argument is of another kind or out of range, the optimizer trains
@@ -131,7 +130,7 @@ class Rewind:
         self._candidate: Saved = {}
         self._last: Saved | None = None
         """After the last step, while the run can't always go back and each step is read."""
-        self._steps = CarefulSteps(optimizer, lambda: self.scale)
+        self._steps = CarefulSteps(optimizer, lambda: self.scale, self._live.own)
 
     @property
     def scale(self) -> float:
@@ -165,7 +164,7 @@ class Rewind:
                 self._callback(event)
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the events. Load the model's and the optimizer's own states before this one."""
+        """All but the events, uncopied. Load the model's and the optimizer's own states first."""
         return {
             **self._live.pack(self._trusted, self._candidate),
             "unread": self._numbers().tolist()[1:],  # waits for copies to the host, too
@@ -183,10 +182,11 @@ class Rewind:
         with told_if_damaged("state"):
             if (theirs := state.get("options")) != self._options:
                 raise ValueError(f"state must be of a Rewind with {self._options}, got {theirs}")
-            trusted, candidate = self._live.unpack(state)
+            trusted, candidate, own = self._live.unpack(state)
             unread = [(torch.tensor(loss, dtype=torch.float64), SOUND) for loss in state["unread"]]
             self._rule.load(state["rule"])  # whole or not at all
         self._trusted, self._candidate, self._unread = trusted, candidate, unread
+        self._live.own.update(own)
         self._last = None if self._rule.can_always_return else self._live.save()
 
     def close(self) -> None:

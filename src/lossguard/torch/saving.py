@@ -35,6 +35,8 @@ NUMBERS = ("phase", "steps", "_rates.bases", "_rates.given")
 
 def save(guard: "Face") -> Saved:
     """A copy of all that the rest of the run depends on."""
+    if guard._order:
+        raise ValueError("state_dict must be called between minibatches, got a call within one")
     guard._rates.apply()  # what is set, but not carried over, would be lost
     params, group = guard._weights.params, guard.param_groups[0]
     state: list[Saved] = [{} for _ in params]

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lossguard.torch.ranks import check_rank, this_rank
-from lossguard.torch.rates import set_rate
-from lossguard.torch.tensors import are_finite, zero_unsound
+from lossguard.torch.rates import options_of, same, set_rate
+from lossguard.torch.tensors import are_finite, is_expanded, zero_unsound
 
 Saved = dict[str, Any]
-"""``model.NAME`` and ``optimizer.NAME.KEY`` of each parameter, ``model.NAME`` of each buffer, and
-``also``, the states of other objects."""
+"""``model``, parameters and buffers by name; ``optimizer``, its memory of each parameter by name;
+``groups``, its settings; ``also``, the states of other objects."""
 SOUND = torch.tensor(False)
 """Of a step whose gradients were finite."""
 Offload = bool | str | os.PathLike[str]
@@ -34,11 +34,16 @@ class Live:
         self.optimizer, self.also = optimizer, also
         self.place: Place = torch.device("cpu") if offload else None
         self.names = {param: name for name, param in model.named_parameters()}
+        if not isinstance(offload, bool | str | os.PathLike):
+            raise ValueError(f"offload must be True, False or a folder, got {offload!r}")
         if not isinstance(offload, bool):
             self.place = Path(offload)
             if any(hasattr(param, "to_local") for param in self.names):
                 raise ValueError(f"offload must be True or False for shards, got {offload!r}")
-        self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        buffers = {name: b for name, b in model.named_buffers() if not is_expanded(b)}
+        self.tensors: dict[str, Tensor] = dict(model.named_parameters()) | buffers
+        self.own: set[str] = set()
+        """What the optimizer's own steps change in its groups, which goes back as well."""
         for group in optimizer.param_groups:
             if group.get("lr") is None:
                 raise ValueError(
@@ -51,7 +56,7 @@ class Live:
                         f"{tuple(param.shape)} that model.named_parameters() doesn't have"
                     )
         # Buffers may be infinite by design, such as masks of attention.
-        finite = [name for name, buffer in model.named_buffers() if bool(are_finite([buffer]))]
+        finite = [name for name, buffer in buffers.items() if bool(are_finite([buffer]))]
         self._checked = [*self.names.values(), *finite]
 
     def is_finite(self) -> Tensor:
@@ -61,26 +66,32 @@ class Live:
     @torch.no_grad()
     def save(self, old: Saved | None = None) -> Saved:
         """A copy, in the tensors of an ``old`` one as far as they fit."""
-        old, now = old or {}, {f"model.{name}": tensor for name, tensor in self.tensors.items()}
-        for param, name in self.names.items():
-            remembered = self.optimizer.state.get(param, {})
-            now |= {f"optimizer.{name}.{key}": value for key, value in remembered.items()}
-        saved = {name: copied(value, old.get(name), self.place) for name, value in now.items()}
-        return {**saved, "also": [copy.deepcopy(one.state_dict()) for one in self.also]}
+        remembered = {
+            name: self.optimizer.state[param]
+            for param, name in self.names.items()
+            if self.optimizer.state.get(param)
+        }
+        now = {"model": self.tensors, "optimizer": remembered}
+        return {
+            **copied(now, old, self.place),
+            "groups": copy.deepcopy([options_of(group) for group in self.optimizer.param_groups]),
+            "also": [copy.deepcopy(one.state_dict()) for one in self.also],
+        }
 
     @torch.no_grad()
     def load(self, saved: Saved) -> None:
         """Set all of it back, in place."""
         for name, tensor in self.tensors.items():
-            tensor.copy_(saved[f"model.{name}"], non_blocking=True)
-        remembered: dict[str, dict[str, Any]] = {name: {} for name in self.names.values()}
-        for name, value in saved.items():
-            if name.startswith("optimizer."):
-                of, _, key = name.removeprefix("optimizer.").rpartition(".")
-                remembered[of][key] = value
+            tensor.copy_(saved["model"][name], non_blocking=True)
+        for group, options in zip(self.optimizer.param_groups, saved["groups"], strict=True):
+            for key in self.own:
+                group.pop(key, None)  # a step makes it
+                if key in options:
+                    group[key] = copy.deepcopy(options[key])
         for param, name in self.names.items():
             now = self.optimizer.state.pop(param, {})
-            for key, value in remembered[name].items():  # none before the first step
+            before = saved["optimizer"].get(name, {})  # none before the first step
+            for key, value in before.items():
                 whole = isinstance(value, Tensor) and value.shape == param.shape
                 place = param.device if whole else None
                 self.optimizer.state[param][key] = copied(value, now.get(key), place)
@@ -97,31 +108,36 @@ class Live:
         Every entry is there from the first step of the optimizer on, whatever has happened, as
         ``torch.distributed.checkpoint`` loads only into entries that are there.
         """
-        begun = [any(key.startswith("optimizer.") for key in one) for one in (trusted, candidate)]
+        begun = [bool(one.get("optimizer")) for one in (trusted, candidate)]
         now = {} if all(begun) else self.save()  # in the place of what a snapshot hasn't got
-        both = {"trusted": {**now, **trusted}, "candidate": {**now, **candidate}}
-        return {**both, "begun": begun, "rank": this_rank()}
+        filled = [
+            one if whole else {**now, **one, "optimizer": now["optimizer"]}
+            for one, whole in zip((trusted, candidate), begun, strict=True)
+        ]
+        both = dict(zip(("trusted", "candidate"), filled, strict=True))
+        return {**both, "begun": begun, "own": " ".join(sorted(self.own)), "rank": this_rank()}
 
-    def unpack(self, state: Saved) -> list[Saved]:
-        """Copies of what was packed; refuse what is of another model, or another rank's shards."""
-        for name, tensor in self.tensors.items():
-            saved = state["trusted"].get(f"model.{name}")
-            shape = None if saved is None else tuple(saved.shape)
-            if shape != tuple(tensor.shape):
-                raise ValueError(
-                    f"state must be of this model, whose {name} has shape {tuple(tensor.shape)}, "
-                    f"got {shape}"
-                )
-            check_rank(tensor, saved, state["rank"], "state")
-        snapshots = [self.save(), self.save()]
+    def unpack(self, state: Saved) -> tuple[Saved, Saved, set[str]]:
+        """Copies of what was packed, and ``own``; refuse another model's, or another rank's."""
+        snapshots: list[Saved] = []
         for k, which in enumerate(("trusted", "candidate")):
-            begun, places = state["begun"][k], snapshots[k]
-            snapshots[k] = {
-                name: copied(value, places.get(name))
-                for name, value in state[which].items()
-                if begun or not name.startswith("optimizer.")
-            }
-        return snapshots
+            whole = {part: state[which][part] for part in ("model", "optimizer", "groups", "also")}
+            for name, tensor in self.tensors.items():
+                saved = whole["model"].get(name)
+                shape = None if saved is None else tuple(saved.shape)
+                if shape != tuple(tensor.shape):
+                    raise ValueError(
+                        f"state must be of this model, whose {name} has shape "
+                        f"{tuple(tensor.shape)}, got {shape}"
+                    )
+                check_rank(tensor, saved, state["rank"], "state")
+            counts = len(self.also), len(whole["also"])
+            if counts[0] != counts[1]:
+                raise ValueError("state must have {} schedulers, got {}".format(*counts))
+            memory = whole["optimizer"] if state["begun"][k] else {}
+            snapshots.append(copied({**whole, "optimizer": memory}, self.save()))
+        trusted, candidate = snapshots
+        return trusted, candidate, set(state["own"].split())
 
 
 class CarefulSteps:
@@ -134,9 +150,14 @@ class CarefulSteps:
         broken: whether the last step's gradients weren't finite, as a tensor on their device.
     """
 
-    def __init__(self, optimizer: Optimizer, scale: Callable[[], float]) -> None:
+    def __init__(self, optimizer: Optimizer, scale: Callable[[], float], own: set[str]) -> None:
+        for hook in [*optimizer._optimizer_step_pre_hooks.values()]:
+            if isinstance(other := getattr(hook, "__self__", None), CarefulSteps):
+                other.remove()  # or both would multiply the rates
         self.broken = SOUND
-        self._scale = scale
+        self._scale, self._own = scale, own
+        self._options: list[Saved] = []
+        """The settings when a step began."""
         self._rates: list[float | Tensor] = []
         """Those of the groups between steps, while it multiplies them."""
         self._hooks = (
@@ -149,24 +170,47 @@ class CarefulSteps:
         for hook in self._hooks:
             hook.remove()
 
-    def _before(self, optimizer: Optimizer, *_: Any) -> None:
+    def _before(self, optimizer: Optimizer, args: tuple, kwargs: Saved) -> tuple | None:
         self._after(optimizer)  # if the last step raised an error half-way
-        self.broken = zero_unsound(p for group in optimizer.param_groups for p in group["params"])
+        changed, (itself, *given) = None, args
+        closure = kwargs.get("closure", given[0] if given else None)
+
+        def sound() -> Any:
+            loss = closure() if callable(closure) else None
+            params = (p for group in optimizer.param_groups for p in group["params"])
+            self.broken = zero_unsound(params)
+            return loss
+
+        if not callable(closure):
+            sound()
+        elif given:
+            changed = (itself, sound, *given[1:]), kwargs
+        else:
+            changed = args, {**kwargs, "closure": sound}
         scale = self._scale()
         if scale != 1:
             rates = [group["lr"] for group in optimizer.param_groups]
             self._rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 set_rate(group, rate * scale)
+        self._options = [dict(group) for group in optimizer.param_groups]
+        return changed
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
+        for group, before in zip(optimizer.param_groups, self._options, strict=False):
+            others = [key for key, value in group.items() if value is not before.get(key)]
+            changed = {key for key in others if not same(before.get(key), group[key])}
+            self._own |= changed - {"lr", "params"}
         for group, rate in zip(optimizer.param_groups, self._rates, strict=False):
             set_rate(group, rate)
-        self._rates = []
+        self._rates, self._options = [], []
 
 
 def copied(value: Any, old: Any = None, place: Place = None) -> Any:
-    """A copy, in ``old`` if that is such a tensor, else in a new place."""
+    """A copy, of tensors in those of ``old`` as far as they fit, else in a new place."""
+    if isinstance(value, dict):
+        places = old if isinstance(old, dict) else {}
+        return {key: copied(one, places.get(key), place) for key, one in value.items()}
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
     if isinstance(old, Tensor) and old.shape == value.shape and old.dtype == value.dtype:

@@ -107,6 +107,14 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.to_local()  # pyright: ignore
 
 
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether one number stands for several, so that nothing can be written to it in place."""
+    if tensor.layout is not torch.strided:
+        return False
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return any(size > 1 and stride == 0 for size, stride in sizes)
+
+
 def stacked(scalars: Sequence[Tensor]) -> Tensor:
     """One tensor of them, of no dtype that is narrower than theirs."""
     device, widest = scalars[0].device, torch.float32

@@ -3,10 +3,9 @@
 from itertools import compress
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lossguard.torch.tensors import finite, local, transfer
+from lossguard.torch.tensors import finite, is_expanded, local, transfer
 
 Copy = list[Tensor]
 """Parameters first, then buffers; of a sharded parameter this rank's shard alone."""
@@ -36,7 +35,6 @@ class Weights:
         """Put values into the model, for good."""
         self.reshard()
         transfer(self.live(), values)
-        self.jumped = True
 
     def is_finite(self, values: Copy) -> bool:
         """Whether values are finite, masks aside."""
@@ -62,12 +60,4 @@ class Weights:
     def buffers(self) -> Copy:
         """The buffers themselves, except those of which one number stands for several."""
         buffers = () if self.model is None else self.model.buffers()
-        return [local(buffer.detach()) for buffer in buffers if not _is_expanded(buffer)]
-
-
-def _is_expanded(tensor: Tensor) -> bool:
-    """Whether one number stands for several, so that nothing can be written to it in place."""
-    if tensor.layout is not torch.strided:
-        return False
-    sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    return any(size > 1 and stride == 0 for size, stride in sizes)
+        return [local(buffer.detach()) for buffer in buffers if not is_expanded(buffer)]

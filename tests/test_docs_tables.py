@@ -14,7 +14,7 @@ from lossguard.experiments.claims import Verdict, judge_claims
 from lossguard.experiments.envelope import FILE, envelope, interquartile_mean
 from lossguard.experiments.readings import Reading, judge_readings
 from lossguard.experiments.recipes import IMAGES, POINTS, POLICIES, THETAS
-from lossguard.records import CURVES, read_parquet, read_runs
+from lossguard.records import CURVES, EVALUATIONS, read_parquet, read_runs
 from lossguard.tasks.published import PUBLISHED
 
 ROOT = Path(__file__).parents[1]
@@ -147,3 +147,29 @@ def test_speedups_are_those_of_the_records() -> None:
             else:
                 value = rows.filter(task=name)["speedup"].to_numpy().mean()
             assert cell.partition(" ")[0] == f"{value:.2f}"
+
+
+def test_a_million_steps_are_as_the_text_says() -> None:
+    """How far the loss rose above its lowest before, from step 150 on and before."""
+    rises, last, count = [], [], 0
+    for folder in sorted(
+        path for path in (ROOT / "results" / "million").iterdir() if path.is_dir()
+    ):
+        for _, one in read_parquet(folder / EVALUATIONS).group_by("seed"):
+            losses = one.sort("step")["train_loss"].to_numpy()
+            steps = one.sort("step")["step"].to_numpy()
+            lowest = np.minimum.accumulate(losses)
+            over = zip(steps[1:], losses[1:] / lowest[:-1], strict=True)
+            rises.append((folder.name, [(int(k), float(r)) for k, r in over]))
+            last.append(losses[-1] == lowest[-1] and steps[-1] == 1_000_000)
+            count = len(steps)
+    late = [(name, k, r) for name, of in rises for k, r in of if k >= 150 and r > 1.1]
+    early = max(r for _, of in rises for k, r in of if k < 150)
+    seeds = sum(any(k >= 150 and r > 1.1 for k, r in of) for _, of in rises)
+    (text,) = re.findall(r"In twenty runs of a million.*?\n\n", COSTS, re.S)
+    numbers = [float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*(?:\.\d+)?", text)]
+    steps = [k for _, k, _ in late]
+    heights = [round(r, 2) for *_, r in late]
+    assert len(rises) == 20 and all(last) and all(name.startswith("circles") for name, *_ in late)
+    told = [count, 150, 1.1, seeds, min(heights), max(heights), min(steps), max(steps)]
+    assert numbers == [*told, 100, round(early, 2)]

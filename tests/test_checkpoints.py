@@ -1,5 +1,6 @@
 """Checkpoints: what is kept, what comes back, and what becomes of one that is damaged."""
 
+import os
 import resource
 import signal
 from pathlib import Path
@@ -106,6 +107,22 @@ def test_ctrl_c_while_one_is_read_leaves_it(saved, monkeypatch, capfd) -> None:
 def damage(checkpoint: Path) -> None:
     """Cut it in half."""
     checkpoint.write_bytes(checkpoint.read_bytes()[: checkpoint.stat().st_size // 2])
+
+
+def test_one_that_cannot_be_read_now_is_left(saved: Path, monkeypatch) -> None:
+    """For want of file descriptors, as on a machine that others use."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    names = sorted(path.name for path in saved.iterdir())
+    folder, free = Checkpoints(saved), os.open(os.devnull, os.O_RDONLY)
+    os.close(free)
+    try:
+        monkeypatch.setattr(folder, "_steps", lambda: [20, 7])  # to list them takes one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+        with pytest.raises(OSError):
+            folder.latest(state(0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert sorted(path.name for path in saved.iterdir()) == names
 
 
 def test_damaged_newest_is_passed_over_aloud(saved, capfd) -> None:

@@ -261,7 +261,7 @@ def test_plot_of_meta_training(main, capsys, tmp_path) -> None:
         (("metatrain", "mnist-mlp", "--seed", str(2**63)), ("seed must be at most 4294967295",)),
         (
             ("run", "fig05", "--model.hidden", "9" * 4_000),
-            ("each of hidden must be at most 2147483647, got one of 4000 digits",),
+            ("each of hidden must be at most 2147483647, got one of many digits",),
         ),
         (
             ("run", "fig05", "--model.hidden", "-1"),

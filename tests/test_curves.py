@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from lossguard import records
-from lossguard.curves import COUNTERS, join, mark_loss, thin, totals
+from lossguard.curves import COUNTERS, divided, join, mark_loss, thin, totals
 from lossguard.guards.protocol import Decision
 
 MEANS = ("loss", "used_learned", "learned_loss", "fallback_loss")
@@ -163,6 +163,11 @@ def test_mark_loss_against_a_hand_made_answer() -> None:
             ("a", 1, pytest.approx(10 + expected)),
             ("b", 0, pytest.approx(20 + expected)),
         ]
+
+
+def test_losses_that_are_not_finite_are_infinitely_worse() -> None:
+    answers = [divided(*pair) for pair in ((2, 4), (np.nan, 1), (1, np.nan), (1, np.inf), (1, 0))]
+    assert answers == [0.5, np.inf, 0.0, 0.0, np.inf] and divided(np.inf, np.inf) == np.inf
 
 
 def test_mark_loss_averages_the_steps_that_were_taken() -> None:

@@ -58,10 +58,13 @@ class Checkpoints:
 
         Raises:
             ValueError: if the newest one that is whole has another structure, shapes or dtypes.
+            OSError: if one can't be read now, such as for want of file descriptors.
         """
         for step in self._steps():
             try:
                 structure, parts = _read(self._path(step))
+            except (OSError, MemoryError):
+                raise  # the file may be whole
             except Exception as error:  # whatever a damaged file makes the reader raise
                 self._set_aside(step, error)
                 continue

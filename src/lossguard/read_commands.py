@@ -21,8 +21,8 @@ def plot(folders: Folders, over: Over = "price") -> None:
         folders: Folders of runs, or folders that hold such folders.
         over: The axis: what was spent, in gradients, or its time; or optimizer steps.
     """
-    for folder in _records(folders):
-        show(folder, over)
+    for folder, record in _records(folders).items():
+        show(folder, over, record)
 
 
 def claims(folders: Folders) -> None:
@@ -92,13 +92,13 @@ def list_all() -> None:
             print(f"  {name:<28}{line}".rstrip())
 
 
-def show(folder: Path, over: Over = "price") -> None:
+def show(folder: Path, over: Over = "price", record: Any = None) -> None:
     """A finished run's figure and its table."""
     from .experiments import figures
     from .metatrain import figure
     from .records import read_run
 
-    record = read_run(folder)
+    record = record or read_run(folder)
     if record.is_meta:
         drawn = figure.plot(folder, record)
     else:

@@ -83,6 +83,9 @@ def read_run(folder: Path) -> Record:
     """
     for name in (CONFIG, MANIFEST, CURVES):
         if not (folder / name).is_file():
+            if (folder / FAILED).is_file():
+                reason = read_json(folder / FAILED).get("reason", "it failed")
+                raise ValueError(f"{folder} is not finished: {reason}")
             raise ValueError(f"{folder} holds no finished run: {name} is missing")
     config, made = read_json(folder / CONFIG), read_json(folder / MANIFEST)
     for name, found in {CONFIG: config, MANIFEST: made}.items():
@@ -117,7 +120,8 @@ def read_runs(folders: Sequence[Path]) -> tuple[dict[Path, Record], list[str]]:
     found, others = {}, []
     for folder in folders:
         own = (folder / CONFIG).exists()
-        runs = [] if own else [config.parent for config in sorted(folder.glob(f"*/{CONFIG}"))]
+        left = (file.parent for name in (CONFIG, FAILED) for file in folder.glob(f"*/{name}"))
+        runs = [] if own else sorted({*left})
         if not runs:
             found[folder] = read_run(folder)
         for run in runs:
@@ -134,11 +138,9 @@ def read_runs(folders: Sequence[Path]) -> tuple[dict[Path, Record], list[str]]:
 def _read(run: Path) -> Record:
     if run.is_symlink():
         raise ValueError(f"{run} is a link: name the folder that it leads to")
-    if (run / MANIFEST).exists():
+    if (run / MANIFEST).exists() or (run / FAILED).exists():
         return read_run(run)
-    told, failed = f"{run} is not finished", run / FAILED
-    reason = f": {read_json(failed).get('reason', 'it failed')}" if failed.exists() else ""
-    raise ValueError(told + reason)
+    raise ValueError(f"{run} is not finished")
 
 
 def _verify(folder: Path, config: Mapping[str, Any], made: Mapping[str, Any]) -> None:

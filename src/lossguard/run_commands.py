@@ -59,7 +59,9 @@ def sweep(arguments: Sequence[str]) -> None:
     options = arguments[len(names) :]
     where, experiments = Sweep(), {}
     for given in [
-        recipe for name in names or arguments[:1] or [""] for recipe in SETS.get(name, (name,))
+        recipe
+        for name in dict.fromkeys(names or arguments[:1] or [""])
+        for recipe in SETS.get(name, (name,))
     ]:
         name, recipe = find_recipe(given, known, "sweep", Experiment, ELSEWHERE)
         where, experiment = override(recipe, where, options, f"sweep {name}")
@@ -103,11 +105,11 @@ def benchmark(
     given = {name: number for name, number in given.items() if number is not None}
     experiments = {name: replace(known[name](), **given) for name in recipes or known}
     _sweep(experiments, Sweep(out, ray))
-    shown, numbers = modules[kind].table({name: out / name for name in experiments})
-    console().print(shown)
+    told, numbers = modules[kind].table({name: out / name for name in experiments})
     file = out / f"{kind}.csv"
     numbers.write_csv(file)
-    print(f"numbers: {file}")
+    console().print(told)
+    print(shown(f"numbers: {file}"))
 
 
 def metatrain(arguments: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -39,6 +40,8 @@ from .records import (
 STARTED = "started.json"
 PASSING = (STARTED, FAILED)
 """What is there until a run is finished."""
+PARTS = ("methods", "evaluated")
+"""Folders of what each method has left, until the run is finished."""
 CPUINFO = Path("/proc/cpuinfo")
 PACKAGES = ("lossguard", "jax", "jaxlib", "optax", "equinox", "numpy", "polars")
 
@@ -52,7 +55,7 @@ def hold_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False
     Raises:
         ValueError, OSError: as ``open_folder``, or if another process holds the folder.
     """
-    _check_folder(folder, config, resume=resume)
+    check_folder(folder, config, resume=resume)
     if is_whole(folder):
         yield True
         return
@@ -75,17 +78,23 @@ def open_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False
             the folder.
         OSError: if it can't be made.
     """
-    if not _check_folder(folder, config, resume=resume):
+    if not check_folder(folder, config, resume=resume):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / CONFIG, config)
 
 
-def _check_folder(folder: Path, config: Mapping[str, Any], *, resume: bool) -> bool:
-    """Whether the folder holds this run; refuse it as ``open_folder`` says."""
+def check_folder(folder: Path, config: Mapping[str, Any], *, resume: bool) -> bool:
+    """Whether the folder holds this run; refuse it as ``open_folder`` says.
+
+    What a run left that failed before it computed anything counts as nothing.
+    """
     path, is_open = folder / CONFIG, not is_finished(folder)
     links = (entry for entry in folder.rglob("*") if entry.is_symlink())
     if is_open and (link := next(links, None)):
         raise ValueError(f"folder must hold no links, but {link} is one")
+    entries = {e.name for e in folder.iterdir() if not is_part(e)} if folder.is_dir() else set()
+    if entries <= {CONFIG, FAILED, LOCK} and FAILED in entries:
+        return False
     if path.exists():
         if differ := _differing(read_json(path), json.loads(json.dumps(config))):
             raise ValueError(
@@ -99,8 +108,7 @@ def _check_folder(folder: Path, config: Mapping[str, Any], *, resume: bool) -> b
         return True
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder must be empty or hold the same run, but {folder} is a file")
-    # A run that is killed before its config is written leaves a lock and a part.
-    if folder.exists() and any(e.name != LOCK and not is_part(e) for e in folder.iterdir()):
+    if not entries <= {LOCK}:  # which a run leaves that is killed before its config is written
         raise ValueError(
             f"folder must be empty or hold the same run, but {folder} holds other files"
         )
@@ -120,7 +128,9 @@ def is_finished(folder: Path) -> bool:
 
 def is_whole(folder: Path) -> bool:
     """Whether it is finished, and a kill just then left nothing that ``_clear`` deletes."""
-    return is_finished(folder) and not any((folder / name).exists() for name in (LOCK, *PASSING))
+    return is_finished(folder) and not any(
+        (folder / name).exists() for name in (LOCK, *PASSING, *PARTS)
+    )
 
 
 def start(folder: Path, *, inputs: Mapping[str, str], **more: Any) -> dict[str, Any]:
@@ -167,6 +177,8 @@ def finish(folder: Path, made: Mapping[str, Any]) -> None:
 
 def _clear(folder: Path) -> None:
     """Delete what a finished run has no more."""
+    for name in PARTS:
+        shutil.rmtree(folder / name, ignore_errors=True)
     for name in PASSING:
         (folder / name).unlink(missing_ok=True)
 

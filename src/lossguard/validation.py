@@ -25,7 +25,7 @@ def check_count(name: str, value: int, least: int = 1, most: int = MOST) -> int:
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     if value > most:
-        told = repr(value) if value < 10**80 else "one of more than 80 digits"
+        told = repr(value) if value < 10**80 else "one of many digits"
         raise ValueError(f"{name} must be at most {most}, got {told}")
     return int(value)
 

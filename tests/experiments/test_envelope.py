@@ -52,6 +52,11 @@ def test_the_mean_is_of_the_middle_half() -> None:
     assert interquartile_mean(scores, draws=10).value == pytest.approx((2 + 3 + 4 + 5) / 4)
 
 
+def test_one_seed_has_no_interval() -> None:
+    value, low, high = interquartile_mean([np.array([1.0]), np.array([3.0])])
+    assert value == 2.0 and np.isnan([low, high]).all()
+
+
 def test_the_interval_draws_seeds_within_tasks_only() -> None:
     """Tasks that differ, but whose seeds agree, leave no uncertainty; seeds that differ do."""
     sure = interquartile_mean([np.full(5, 1.0), np.full(5, 9.0)], draws=50)

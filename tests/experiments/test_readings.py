@@ -25,7 +25,7 @@ Losses = dict[str, float | dict[int, float]]
 """By method: a loss, or the losses from some steps on."""
 
 
-def record(name: str, scaling: str, losses: Losses, **settings: str) -> Record:
+def record(name: str, scaling: str, losses: Losses, **settings: str | int) -> Record:
     """Of two seeds and 1,000 steps."""
     steps, rows = np.arange(1, 1_001), []
     for method, curve in losses.items():
@@ -72,6 +72,16 @@ def test_each_reading_is_judged_by_its_own_methods_and_scalings(judged: list[Jud
     assert every["4a"] == "reproduced"
     absent = found[Reading("symmetric", "none", "reset", "weight")]
     assert {absent[claim] for claim in ("3a", "3c", "3d", "4a")} == {"not run"}
+
+
+def test_runs_with_other_settings_are_no_readings() -> None:
+    judged = judge_readings(
+        {
+            Path("a"): record("fig03", "unit", {"SGDnm": 1.0, "L2O": 0.5}, learned="mlp-small"),
+            Path("b"): record("fig04", "none", {"L2O": 0.5, "GL2O (theta as decay)": 0.6}, nc=100),
+        }
+    )
+    assert all(one.counts["not run"] == len(JUDGED) for one in judged)
 
 
 def test_readings_that_reproduce_more_come_first(judged: list[Judged]) -> None:

@@ -63,14 +63,25 @@ def test_a_folder_in_use_is_told_and_left_as_it_is(tmp_path: Path) -> None:
         assert outcome.state == "failed"
         assert "one is in use by another process" in outcome.reason
         left = sorted(entry.name for entry in (tmp_path / "one").iterdir())
-        assert left == [".lock", "config.json"]
+        assert left == [".lock"]
 
 
 def test_a_folder_of_another_run_stops_all_before_the_start(tmp_path: Path) -> None:
     run_folder.open_folder(tmp_path / "two", {"name": "another"})
     with pytest.raises(ValueError, match=r"holds another, .* in name \(another, not tiny\)"):
         list(sweep({"one": FIRST, "two": SECOND}, tmp_path))
-    assert [entry.name for entry in (tmp_path / "one").iterdir()] == ["config.json"]
+    assert not (tmp_path / "one").exists()
+
+
+def test_settings_that_failed_may_be_corrected(tmp_path: Path) -> None:
+    (bad,) = sweep({"one": dataclasses.replace(FIRST, steps=0)}, tmp_path)
+    assert bad.state == "failed" and "steps must be" in bad.reason
+    with pytest.raises(ValueError, match=r"one is not finished: ValueError: steps must be"):
+        records.read_runs([tmp_path])
+    with pytest.raises(ValueError, match=r"one is not finished: ValueError: steps must be"):
+        records.read_run(tmp_path / "one")
+    (good,) = sweep({"one": FIRST}, tmp_path)
+    assert good.state == "complete" and records.read_run(tmp_path / "one").config["steps"] > 0
 
 
 def test_workers_find_the_modules_of_partial_functions(tmp_path, monkeypatch) -> None:
@@ -88,7 +99,8 @@ def test_command_runs_sets_with_the_same_options(tmp_path, monkeypatch, capsys) 
     made = {"one": lambda: FIRST, "two": lambda: SECOND, "three": lambda: SECOND}
     monkeypatch.setattr("lossguard.experiments.RECIPES", made)
     monkeypatch.setattr(recipes, "SETS", {"both": ("one", "two")})
-    arguments = ("sweep", "both", "one", f"{MODULE}:recipe", "--out", tmp_path, "--steps", 10)
+    mine = f"{MODULE}:recipe"
+    arguments = ("sweep", "both", "one", mine, mine, "--out", tmp_path, "--steps", 10)
     command(monkeypatch, *arguments, "--methods", "Signs")
     out = capsys.readouterr().out
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["one", "recipe", "two"]
@@ -168,7 +180,6 @@ def test_a_killed_sweep_goes_on_from_the_last_checkpoint_that_is_whole(
     methods = tmp_path / "runs" / "recipe" / "methods"
     checkpoints = {int(entry.stem): entry for entry in (methods / "L2O.checkpoints").iterdir()}
     assert sorted(checkpoints) == [tiny.CHUNK, 2 * tiny.CHUNK]
-    finished = (methods / "Signs.parquet").read_bytes()
     newer = checkpoints[2 * tiny.CHUNK]
     newer.write_bytes(newer.read_bytes()[: newer.stat().st_size // 2])
 
@@ -176,7 +187,6 @@ def test_a_killed_sweep_goes_on_from_the_last_checkpoint_that_is_whole(
     monkeypatch.setattr(running, "next_mark", tiny.next_mark)
     command(monkeypatch, "sweep", f"{MODULE}:recipe", "--out", tmp_path / "runs")
     assert "checkpoint 8 is damaged and was passed over" in capfd.readouterr().err
-    assert (methods / "Signs.parquet").read_bytes() == finished
     same_curves(tmp_path / "runs" / "recipe", run(tiny.recipe(), tmp_path / "whole"))
 
 

@@ -6,6 +6,7 @@ over Adam, Adam with two decays and RAdam, each at 15 rates.
 """
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,12 +105,15 @@ def interquartile_mean(scores: Sequence[np.ndarray], *, draws: int = 2_000) -> M
     As their package rliable computes it, which needs arch, pandas and seaborn beside SciPy.
 
     Args:
-        scores: of each task, those of its seeds.
+        scores: of each task, those of its seeds; of one seed there is no interval.
         draws: of the bootstrap.
 
     >>> interquartile_mean([np.array([0.0, 1.0]), np.array([2.0, 100.0])], draws=10).value
     1.5
     """
+
+    if min(map(len, scores)) < 2:
+        return Mean(float(stats.trim_mean(np.concatenate(scores), 0.25)), math.nan, math.nan)
 
     def middle(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
         return stats.trim_mean(np.concatenate(tasks, axis=axis), 0.25, axis=axis)

@@ -251,7 +251,10 @@ def at_equal_price(reference: str, folder: Path) -> str:
     methods = evaluations["method"].unique(maintain_order=True).to_list()
     found = {method: curves(evaluations, method).mean() for method in methods}
     base = found.pop(reference)
-    end = float(min(one.price[-1] for one in (base, *found.values())))
+    every = base, *found.values()
+    end = float(min(one.price[-1] for one in every))
+    if end / 2 < max(one.price[0] for one in every):
+        return "The run is too short to compare its methods at equal price."
     losses = (f"{m} {divided(at(one, end), at(base, end)):.2g}" for m, one in found.items())
     times = (f"{m} {slowdown(one, base, end / 2):.2g}" for m, one in found.items())
     return (

@@ -24,7 +24,9 @@ from .claims import K, Verdict, judge_claims
 from .recipes import IMAGES, PAPERS, POINTS, POLICIES, THETAS
 
 JUDGED = ("3a", "3b", "3c", "3d", "3e", "4a", "4b", "4c", "5a", "5b", "5c", "5d", "5e")
-"""Claims about these figures, but 4d, which needs a million steps and nc = 100."""
+"""Claims about figures 3 to 5, but 4d, which needs a million steps and nc = 100."""
+DECIDED = ("name", "title", "scaling", "loser", "adam_rate", "make_methods")
+"""What a reading sets in a config; in all else it has to be the recipe's."""
 COLORS = {"reproduced": "#4a90c4", "not reproduced": "#e8a078", "not run": "#eeeeee"}
 """Of verdicts."""
 
@@ -102,8 +104,11 @@ def _as_the_figure(figure: str, record: Record, policy: str, theta: str) -> Reco
         names |= {"Adam": adam, f"GL2O, {theta}": "GL2O", f"LGL2O, {policy}": "LGL2O"}
     chosen = curves.filter(pl.col("method").is_in([*names]), pl.col("step") <= K)
     recipe = PAPERS[figure]()
+    if config.get("nc", recipe.nc) != recipe.nc:
+        return None
     methods = [names[method] for method in config["methods"] if method in names]
-    settings = as_config(recipe) | {"methods": methods, "seed": config["seed"]}
+    decided = {name: as_config(recipe)[name] for name in DECIDED}
+    settings = config | decided | {"methods": methods}
     chosen = chosen.with_columns(pl.col("method").replace(names))
     return None if chosen.is_empty() else Record(settings, made, chosen)
 

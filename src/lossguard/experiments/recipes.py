@@ -4,7 +4,7 @@ Below them are the methods that single ones compare: guards by the names that re
 
 Settings are those of the paper's section 4 and its appendices D and E; where they are lost or not
 stated, ``docs/deviations.md`` says what was chosen. The outer-loop curves of figures 2 and 11 are
-the records of ``lossguard metatrain mnist-mlp`` and ``lossguard metatrain cifar10-conv``.
+the records of ``lossguard metatrain mnist-mlp`` and ``cifar10-conv-plain``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -228,6 +228,6 @@ SETS: Mapping[str, tuple[str, ...]] = {
 """Recipes that belong together: the experiments of tables 1 and 2, figure 2, appendix E's grids."""
 ELSEWHERE: Mapping[str, str] = {name: f"sweep {name}" for name in SETS} | {
     "fig02": "sweep fig02, and its outer loop by lossguard metatrain mnist-mlp",
-    "fig11": "metatrain cifar10-conv",
+    "fig11": "metatrain cifar10-conv-plain",
 }
 """Names of figures, tables and sets that are not one experiment, and the command that runs them."""

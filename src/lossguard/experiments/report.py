@@ -28,8 +28,11 @@ from .interactive import interactive
 from .lines import SMOOTHED_FROM
 from .recipes import PAPERS
 
-META = {"mnist-mlp": "2", "cifar10-conv": "11"}
-"""Figures about a meta-training, by what its name contains."""
+META = {
+    **dict.fromkeys(("lstm-mnist-mlp", "lstm-mnist-mlp-paper"), "2"),
+    **dict.fromkeys(("lstm-cifar10-conv", "cifar10-conv-plain"), "11"),
+}
+"""Figures about a meta-training, by its name."""
 PROVENANCE = ("time", "command", "commit", "device", "platform", "versions", "python")
 """What ``run_folder.manifest`` has of every run."""
 
@@ -92,7 +95,7 @@ def _section(folder: Path, record: Record) -> dict[str, Any]:
         "config": json.dumps(config, indent=2),
     }
     if record.is_meta:
-        figure = next((number for part, number in META.items() if part in name), None)
+        figure = META.get(name)
         number = f"fig{int(figure):02}: " if figure else ""
         return about | {
             "name": f"Meta-training of {name}",

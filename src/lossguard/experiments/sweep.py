@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from ..config import as_config
 from ..locks import FolderInUseError
 from ..records import FAILED, write_json
-from ..run_folder import is_whole, open_folder
+from ..run_folder import check_folder, is_whole
 from .experiment import Experiment
 from .run import run
 
@@ -54,7 +54,7 @@ def sweep(
     for name, experiment in experiments.items():
         if folders[name].is_symlink():
             raise ValueError(f"folder must be no link in a sweep, but {folders[name]} is one")
-        open_folder(folders[name], as_config(experiment), resume=True)
+        check_folder(folders[name], as_config(experiment), resume=True)
     spread = None if ray is None else _on_ray(ray)
 
     left: dict[str, tuple[Experiment, Path]] = {}

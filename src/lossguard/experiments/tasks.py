@@ -171,7 +171,7 @@ class Curves(NamedTuple):
         The last loss is of the cycle before the end, and stands for it.
         """
         spent = np.broadcast_to(self.steps, self.loss.shape) if by == "steps" else self.price
-        if (mark > 2 * spent[:, -1] - spent[:, -2]).any():
+        if spent.shape[1] < 2 or (mark > 2 * spent[:, -1] - spent[:, -2]).any():
             return None
         return np.array([np.interp(mark, x, y) for x, y in zip(spent, self.loss, strict=True)])
 

@@ -58,6 +58,23 @@ def cifar10_conv() -> LSTMTraining:
     )
 
 
+def cifar10_conv_plain() -> LSTMTraining:
+    """``fig11``: the same as the paper's text has it, rollouts of 600 steps from the start."""
+    return replace(
+        cifar10_conv(),
+        name="cifar10-conv-plain",
+        optimizees=1,
+        shortest=600,
+        curriculum=0,
+        meta_steps=10_000,
+        rate=1e-4,
+        b2=0.999,
+        clip=None,
+        validate_every=50,
+        validation_optimizees=2,
+    )
+
+
 def mlp_small() -> MLPTraining:
     """The MLP optimizer and eight shapes of networks on small images.
 
@@ -125,6 +142,7 @@ RECIPES = {
     "mnist-mlp": mnist_mlp,
     "mnist-mlp-paper": mnist_mlp_paper,
     "cifar10-conv": cifar10_conv,
+    "cifar10-conv-plain": cifar10_conv_plain,
     "mlp-small": mlp_small,
     "mlp-small-longer": mlp_small_longer,
 }

@@ -16,7 +16,6 @@ import numpy as np
 import polars as pl
 import pytest
 from rich.console import Console
-from rich.table import Column, Table
 from tiny_run import leave
 
 import lossguard
@@ -135,15 +134,9 @@ def test_letters_that_a_terminal_lacks_stop_nothing(main, monkeypatch) -> None:
 @pytest.mark.parametrize(("width", "parts"), [(160, 1), (80, 2)])
 def test_numbers_are_whole_in_a_narrow_terminal(capsys, monkeypatch, width, parts) -> None:
     monkeypatch.setattr(terminal, "console", lambda: Console(width=width))
-    names = (
-        Column("method", no_wrap=True),
-        *(f"loss at {10**k:,}" for k in range(2, 7)),
-        "seconds",
-        "gradients",
-    )
-    table = Table(*names, padding=0)
-    table.add_row("GL2O (theta as decay)", *("0.0001234" for _ in range(5)), "1,234", "2,000,000")
-    terminal.print_summary(table)
+    losses = {f"loss at {10**k:,}": ["0.0001234"] for k in range(2, 7)}
+    costs = {"seconds": ["1,234"], "gradients": ["2,000,000"]}
+    terminal.print_summary("title", {"method": ["GL2O (theta as decay)"], **losses, **costs})
     told = capsys.readouterr().out
     assert "…" not in told and told.count("GL2O (theta as decay)") == parts
     assert told.count("0.0001234") == 5 and "1,234" in told and "2,000,000" in told

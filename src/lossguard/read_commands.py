@@ -103,7 +103,8 @@ def show(folder: Path, over: Over = "price", record: Any = None) -> None:
         drawn = figure.plot(folder, record)
     else:
         drawn = figures.plot(folder, record, over=over)
-        print_summary(figures.summary(record))
+        title = record.config["title"] or record.config["name"]
+        print_summary(title, figures.summary(record).to_dict(as_series=False))
     print(shown(f"figure: {drawn}\nrecords: {folder}"))
 
 

@@ -1,10 +1,11 @@
 """What is shown on a terminal: names are data, and none of their letters is obeyed by it."""
 
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 
@@ -41,17 +42,20 @@ def console() -> PlainConsole:
     return PlainConsole(width=None if sys.stdout.isatty() else 160)
 
 
-def print_summary(table: Table) -> None:
-    """A summary; in two parts, losses and costs, where the terminal has no room for its numbers."""
-    out = console()
+def print_summary(title: str, rows: Mapping[str, Sequence[str]]) -> None:
+    """Columns by name; in two parts, losses and costs, where the terminal has no room for all."""
+    out, (first, *others) = console(), rows
+    losses = [name for name in others if name.startswith("loss")]
+    parts = losses, [name for name in others if name not in losses]
+
+    def table(names: Sequence[str]) -> Table:
+        heads = Column(first, no_wrap=True), *(Column(name, justify="right") for name in names)
+        made = Table(*heads, title=title, padding=0)
+        for row in zip(*(rows[name] for name in (first, *names)), strict=True):
+            made.add_row(*row)
+        return made
+
     with out.capture() as whole:
-        out.print(table)
-    if "…" not in whole.get():
-        out.print(table)
-        return
-    losses = 1 + sum(str(column.header).startswith("loss") for column in table.columns)
-    for columns in (table.columns[:losses], [table.columns[0], *table.columns[losses:]]):
-        part = Table(*(column.copy() for column in columns), title=table.title, padding=0)
-        for row in zip(*(column.cells for column in columns), strict=True):
-            part.add_row(*row)
-        out.print(part)
+        out.print(table(others))
+    for names in (others,) if "…" not in whole.get() else parts:
+        out.print(table(names))

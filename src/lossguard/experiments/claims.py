@@ -161,11 +161,6 @@ def rivals(figure: Figure) -> Sequence[str]:
     return [m for m in GL2O if m in figure.curves] or GL2O[:1]
 
 
-def early_price(name: str) -> Formula:
-    """3d, by one reading of GL2O."""
-    return each(ratio("L2O", [name], [100], "<", 0.7), ratio(name, ["SGDnm"], [100], "<", 1))
-
-
 def noise(figure: Figure) -> Finding:
     """4d, 12b, 13b: LGL2O rises by K or later, for good, and with nc = 100 it doesn't there."""
     few = values(figure, rise("LGL2O"), MARKS) or {K: rise("LGL2O")(figure, K)}
@@ -236,11 +231,6 @@ def after_its_horizon(figure: Figure) -> Finding:
     return Finding(max(ratio, on_test) < 1, numbers, {HORIZON: seeds})
 
 
-def stuck(method: str) -> Formula:
-    """14a, by one method."""
-    return ratio(method, ["LGL2O"], [50_000], ">", 3)
-
-
 def faster(name: str) -> Formula:
     """15, by one reading of GL2O."""
     worst = pl.max_horizontal(over("L2O", name), over("LGL2O", name), over(name, "SGDnm"))
@@ -287,7 +277,8 @@ CLAIMS = [
     Claim("3c", "LGL2O is as good as or better than either part at all times",
           on(3, ratio("LGL2O", PARTS, marks(30, K), "<=", 1.1, beyond=True))),
     Claim("3d", "to step 100 GL2O is better than SGDnm and much worse than L2O",
-          on(3, either(GL2O, early_price))),
+          on(3, either(GL2O, lambda one: each(ratio("L2O", [one], [100], "<", 0.7),
+                                              ratio(one, ["SGDnm"], [100], "<", 1))))),
     Claim("3e", "LGL2O goes over to the fallback",
           on(3, single(_share, lambda f, k: f.share("LGL2O", 0.9 * k, k), K, "<", 0.1))),
     Claim("4a", "LGL2O is comparable to L2O early",
@@ -326,7 +317,8 @@ CLAIMS = [
           on(13, ratio("LGL2O", PARTS, marks(1_000, 30_000), "<", 1))),
     Claim("13b", "LGL2O rises late, for the noise of the check", on(13, noise)),
     Claim("14a", "SGDnm and GL2O get stuck, L2O and LGL2O do not",
-          on(14, stuck("SGDnm"), either(GL2O, stuck))),
+          on(14, ratio("SGDnm", ["LGL2O"], [50_000], ">", 3),
+             either(GL2O, lambda one: ratio(one, ["LGL2O"], [50_000], ">", 3)))),
     Claim("14b", "LGL2O is better than L2O and keeps converging",
           on(14, ratio("LGL2O", ["L2O"], marks(10_000, K), "<", 1, beyond=True), _steady)),
     Claim("15", "L2O and LGL2O are faster than GL2O, all are faster than SGDnm",

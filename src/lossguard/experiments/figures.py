@@ -7,7 +7,6 @@ import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.table import Table
 
 from ..curves import COUNTERS, last_step, mark_loss, over_seeds, step_mean
 from ..drawing import log_losses, save, titled
@@ -92,8 +91,8 @@ def _cut(axes: Axes, low: float | None, high: float | None) -> None:
     axes.set_ylabel(f"Training loss (lines leave at {' and '.join(ends)})")
 
 
-def summary(record: Record) -> Table:
-    """Losses at the marks, and what each method spent; of guards the learned updates.
+def summary(record: Record) -> pl.DataFrame:
+    """Losses at the marks, and what each method spent, as they are shown; a row a method.
 
     Whether one on its own is a learned optimizer is not in older records.
     """
@@ -102,25 +101,26 @@ def summary(record: Record) -> Table:
     steps = curves.group_by("method", "seed").agg(pl.col("step").max())
     steps = dict(steps.group_by("method").agg(pl.col("step").sum()).iter_rows())
     marks = [k for k in (100, 1_000, 10_000, 100_000, 1_000_000) if k < last] + [last]
-    table = Table(title=config["title"] or config["name"], padding=0)
-    table.add_column("method", no_wrap=True)
-    counters = [name.replace("_", " ") for name in COUNTERS]
-    for name in (*(f"loss at {k:,}" for k in marks), "learned", "seconds", "us a step", *counters):
-        table.add_column(name, justify="right")
     losses = {k: over_seeds(mark_loss(curves, k), "loss") for k in marks}
     final = curves.filter(pl.col("step") == pl.col("step").max().over("method"))
     spent = {name: over_seeds(final, name) for name in COUNTERS}
     used = over_seeds(step_mean(curves, "used_learned"), "used_learned")
-    guarded = guards(curves)
+    rows, guarded = [], guards(curves)
     for method in config["methods"]:
         seconds, guard = made["seconds"][method], method in guarded
-        counts = {name: f"{spent[name][method]:,.0f}" for name in COUNTERS}
-        table.add_row(
-            method,
-            *(f"{losses[k][method]:.4g}" if method in losses[k] else "" for k in marks),
-            f"{used[method]:.0%}" if guard else "",
-            f"{seconds:.3g}" if seconds < 10 else f"{seconds:,.0f}",
-            f"{1e6 * seconds / steps[method]:.0f}",
-            *(counts | ({} if guard else {"learned_updates": ""})).values(),
+        reached = {k: losses[k].get(method) for k in marks}
+        counts = {name.replace("_", " "): f"{spent[name][method]:,.0f}" for name in COUNTERS}
+        rows.append(
+            {
+                "method": method,
+                **{
+                    f"loss at {k:,}": "" if loss is None else f"{loss:.4g}"
+                    for k, loss in reached.items()
+                },
+                "learned": f"{used[method]:.0%}" if guard else "",
+                "seconds": f"{seconds:.3g}" if seconds < 10 else f"{seconds:,.0f}",
+                "us a step": f"{1e6 * seconds / steps[method]:.0f}",
+                **counts | ({} if guard else {"learned updates": ""}),
+            }
         )
-    return table
+    return pl.DataFrame(rows)

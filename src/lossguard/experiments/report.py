@@ -33,6 +33,7 @@ META = {
     **dict.fromkeys(("lstm-cifar10-conv", "cifar10-conv-plain"), "11"),
 }
 """Figures about a meta-training, by its name."""
+CAPTION = "Training loss, mean over seeds and over the last tenth of the steps up to a mark"
 PROVENANCE = ("time", "command", "commit", "device", "platform", "versions", "python")
 """What ``run_folder.manifest`` has of every run."""
 
@@ -114,23 +115,11 @@ def _section(folder: Path, record: Record) -> dict[str, Any]:
         "title": f"{titled}, {last_step(curves):,} steps, {seeds}",
         "image": "",
         "lines": interactive(record),
-        "tables": [_summary(record), *_evaluations(folder)],
+        "tables": [(CAPTION, summary(record)), *_evaluations(folder)],
     }
 
 
-Rows = list[list[str]]
-
-
-def _summary(record: Record) -> tuple[str, list[str], Rows]:
-    """The table of ``lossguard plot``: caption, headers, rows."""
-    table = summary(record)
-    columns = [list(column.cells) for column in table.columns]
-    rows = [[str(cell) for cell in row] for row in zip(*columns, strict=True)]
-    caption = "Training loss, mean over seeds and over the last tenth of the steps up to a mark"
-    return caption, [str(column.header) for column in table.columns], rows
-
-
-def _evaluations(folder: Path) -> list[tuple[str, list[str], Rows]]:
+def _evaluations(folder: Path) -> list[tuple[str, pl.DataFrame]]:
     """What the last iterates score on whole splits, if that was recorded."""
     if not (folder / EVALUATIONS).exists():
         return []
@@ -145,6 +134,6 @@ def _evaluations(folder: Path) -> list[tuple[str, list[str], Rows]]:
     except pl.exceptions.PolarsError as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{folder / EVALUATIONS} is not of a run: {reason}") from error
-    rows = [[row[0], *(f"{value:.4g}" for value in row[1:])] for row in means.iter_rows()]
+    shown = means.select("method", pl.col(names).map_elements("{:.4g}".format, pl.String))
     caption = "The last iterate on the whole of both splits, mean over seeds"
-    return [(caption, [name.replace("_", " ") for name in means.columns], rows)]
+    return [(caption, shown.rename({name: name.replace("_", " ") for name in names}))]

@@ -34,12 +34,6 @@ class Published:
     """Height and width to which images are resized, in pixels; None: as they are."""
     goal: Goal = CLASSIFICATION
 
-    def task(self) -> Task:
-        """The task, with its data."""
-        data = first(load_dataset(self.dataset, scaling="unit"), TRAINED_ON)
-        data = data if self.size is None else resized(data, self.size)
-        return Task(data, self.model, goal=self.goal)
-
 
 _AUTOENCODER = ReluMLP((128, 32, 128))
 PUBLISHED: Mapping[str, Published] = MappingProxyType(
@@ -71,7 +65,10 @@ def published_task(name: str) -> Task:
     """
     if name not in PUBLISHED:
         raise ValueError(f"published task must be {one_of(PUBLISHED, name)}")
-    return PUBLISHED[name].task()
+    of = PUBLISHED[name]
+    data = first(load_dataset(of.dataset, scaling="unit"), TRAINED_ON)
+    data = data if of.size is None else resized(data, of.size)
+    return Task(data, of.model, goal=of.goal)
 
 
 def first(data: Dataset, examples: int) -> Dataset:

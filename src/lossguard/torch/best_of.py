@@ -8,15 +8,12 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from lossguard.rules import LOOKS
 from lossguard.torch.arguments import scalar
 from lossguard.torch.decision import NEITHER, Decision, Seen, mean
 from lossguard.torch.guard import Guard
 from lossguard.torch.lane import Lane
-from lossguard.torch.losses import Trial
+from lossguard.torch.losses import UNBOUNDED, Trial
 from lossguard.validation import check_count, check_decay, check_part
-
-NEW = Trial(LOOKS, math.inf)
 
 
 class Record(NamedTuple):
@@ -32,7 +29,7 @@ class Record(NamedTuple):
     mean: float = math.nan
     weight: float = 0.0
     lowest: float = math.inf
-    against: Trial = NEW
+    against: Trial = UNBOUNDED
 
     def after(self, d: float, decay: float) -> "Record":
         """After a cycle of mean loss d."""
@@ -180,7 +177,7 @@ class BestOf(Guard):
             lanes[k].forget()
             self.records[k] = Record(like.mean, like.weight, lowest=like.mean)
         if best != leader:
-            self.records = [record._replace(against=NEW) for record in self.records]
+            self.records = [record._replace(against=UNBOUNDED) for record in self.records]
         self._lead(lanes[best])
         return Decision(
             used_learned=[True] * self.nt,
@@ -200,7 +197,7 @@ class BestOf(Guard):
                 record = self.records[k]
                 against = record.against.after(leading, one.losses)
                 won, over = against.outcome(leading)
-                self.records[k] = record._replace(against=NEW if won or over else against)
+                self.records[k] = record._replace(against=UNBOUNDED if won or over else against)
                 if won and 2 * record.lowest < record.mean + self.records[leader].mean:
                     ruined.add(k)
         return ruined

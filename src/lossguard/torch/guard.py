@@ -183,8 +183,9 @@ class Guard(Face):
         self._opt_called = True  # or schedulers on it warn that nobody calls ``step``
         if not self._noted:
             start = self._leader.before
-            known = [lane.note_copies(start, lane.point) for lane in self._order]
-            self._noted = all(known)
+            self._noted = True
+            for lane in self._order:
+                self._noted &= lane.inner.note_copies(lane.memory(), start, lane.point)
         if self.phase == 1 and self.steps == 0:
             arguments.compare([lane.losses[0] for lane in self._order if not lane.switches])
         if self.phase == self.nt + self.nc:

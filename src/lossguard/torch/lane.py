@@ -95,7 +95,7 @@ class Lane:
             self.weights.jumped = True
         else:
             transfer(self.values, point)
-        self.move_copies(point)
+        self.inner.move_copies(self.memory(), point)
 
     def become(self, other: "Lane") -> None:
         """Be where another lane of the same optimizer is, and remember what it does."""
@@ -121,7 +121,7 @@ class Lane:
             if "clock" in options:
                 options["clock"] = now["clock"]
         self.remember(memory)
-        self.move_copies(self.point)
+        self.inner.move_copies(self.memory(), self.point)
 
     def wind(self, clock: int) -> None:
         """Set the clock of a learned optimizer, the steps of the run, if it has one."""
@@ -194,14 +194,6 @@ class Lane:
         (self.checks if self.checking else self.losses).append(loss)
         self.stepped = True
         return loss
-
-    def note_copies(self, start: Copy, point: Copy) -> bool:
-        """``Inner.note_copies`` of its memory."""
-        return self.inner.note_copies(self.memory(), start, point)
-
-    def move_copies(self, point: Copy) -> None:
-        """Have these be the parameters at a point, or the next step would undo the move."""
-        self.inner.move_copies(self.memory(), point)
 
     def __repr__(self) -> str:
         return f"lane {self.name} ({type(self.optimizer).__name__})"

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, Self
 
-from lossguard.rules import BETWEEN, LONG_MEMORY, MARGIN, MEMORY
+from lossguard.rules import BETWEEN, LONG_MEMORY, LOOKS, MARGIN, MEMORY
 from lossguard.torch.decision import mean
 
 
@@ -69,6 +69,8 @@ class Trial(NamedTuple):
 
 
 NONE = Trial()
+UNBOUNDED = Trial(LOOKS, math.inf)
+"""Which the challenger wins by its losses alone."""
 
 
 class Progress(NamedTuple):

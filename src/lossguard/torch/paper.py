@@ -198,7 +198,10 @@ class ResidualGuard(Guard):
             at_z = _after_step(z, evaluated, gradient, loss)
             at_y = _after_step(y, evaluated, gradient, loss)
             if not self._noted:
-                self._noted = z.note_copies(x, at_z) & y.note_copies(x, at_y)
+                seen = [
+                    one.inner.note_copies(one.memory(), x, at) for one, at in ((z, at_z), (y, at_y))
+                ]
+                self._noted = all(seen)
             self._randomness.set(draws)
             r = self._residual(z, before[z], at_y, closure)
         except BaseException:
@@ -264,7 +267,7 @@ def _after_step(lane: Lane, start: Copy, gradient: Gradient, loss: Any) -> Copy:
     """A copy of where one step from ``start`` leads; the model's buffers stay ``start``'s."""
     weights = lane.weights
     weights.write(start)
-    lane.move_copies(start)
+    lane.inner.move_copies(lane.memory(), start)
     for p, g in zip(weights.params, gradient, strict=True):
         p.grad = None if g is None else g.clone()
     lane.update(loss)

@@ -3,13 +3,11 @@
 import math
 from collections.abc import Mapping
 
-from lossguard.rules import BELOW, LOOKS, MORE
+from lossguard.rules import BELOW, MORE
 from lossguard.torch.decision import OWN, Decision, Seen, mean
 from lossguard.torch.guard import GuardOfTwo
 from lossguard.torch.lane import Lane
-from lossguard.torch.losses import Progress, Trial
-
-NEW = Trial(LOOKS, math.inf)
+from lossguard.torch.losses import UNBOUNDED, Progress
 
 
 class Recommended(GuardOfTwo):
@@ -66,7 +64,7 @@ class Recommended(GuardOfTwo):
     _own_steps = 0
     _progress = Progress.begun(math.nan)
     """Of the fallback by itself; not smoothed, as s may run seldom."""
-    _against = NEW
+    _against = UNBOUNDED
     """Of s against x, by their losses alone."""
 
     def _begin(self) -> list[Lane]:
@@ -92,7 +90,7 @@ class Recommended(GuardOfTwo):
             self._against = self._against.after(s.losses, decision.losses)
             won, lost = self._against.outcome(s.losses)
             if won or lost:
-                self._against = NEW
+                self._against = UNBOUNDED
             if won:
                 relay.go_back(self._progress.recent)
                 decision = decision._replace(winner=OWN)

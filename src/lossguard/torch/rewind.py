@@ -201,16 +201,16 @@ class Rewind:
         if not finite and self._last is not None:
             self._live.load(self._last)
             losses[-1], finite = math.nan, True
-        outcome = self._rule.hear(losses)
-        if outcome.promotes:
+        promotes, ends, unanswered, late = self._rule.hear(losses)
+        if promotes:
             self._trusted, self._candidate = self._candidate, self._trusted
-        if outcome.unanswered:
+        if unanswered:
             self._tell("unanswered", "loss", 0)
-        if outcome.late is not None:
-            self._go_back("loss", outcome.late)
+        if late is not None:
+            self._go_back("loss", late)
         elif not finite:
             self._go_back("model", 0)
-        elif outcome.ends:
+        elif ends:
             self._new_candidate()
         self._last = None if self._rule.can_always_return else self._live.save(self._last)
 

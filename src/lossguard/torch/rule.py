@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from copy import copy
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 from lossguard.rules import DEEPEST, IN_A_ROW, SOON
 from lossguard.validation import check_count, check_fraction, check_part
@@ -49,22 +49,6 @@ class Alarm:
         counts = not value <= self.reference + margin
         self.score = max(0, self.score + (1 if counts else -1))
         return counts
-
-
-class Outcome(NamedTuple):
-    """What some losses lead to.
-
-    Attributes:
-        promotes: whether the candidate becomes trusted.
-        ends: whether a block has ended, so that there may be another candidate.
-        unanswered: whether there was an alarm at which the run can't go back.
-        late: if the run is to go back, steps since the alarm.
-    """
-
-    promotes: bool
-    ends: bool
-    unanswered: bool
-    late: int | None
 
 
 class Rule:
@@ -124,8 +108,14 @@ class Rule:
         """Whether the run may go back from wherever it is at the next read."""
         return self.may_return(self.every)
 
-    def hear(self, losses: Sequence[float]) -> Outcome:
-        """The losses since the last time; one that isn't finite is of a step that wasn't taken."""
+    def hear(self, losses: Sequence[float]) -> tuple[bool, bool, bool, int | None]:
+        """The losses since the last time; one that isn't finite is of a step that wasn't taken.
+
+        Returns:
+            Whether the candidate becomes trusted; whether a block has ended, so that there may be
+            another; whether there was an alarm at which the run can't go back; and, if it is to go
+            back, steps since the alarm.
+        """
         self.calls += len(losses)
         promotes = ends = unanswered = False
         for i, loss in enumerate(losses):
@@ -134,7 +124,7 @@ class Rule:
             if self.alarm.rings:
                 late = sum(map(math.isfinite, losses[i:]))
                 if self.may_return(late):
-                    return Outcome(promotes, False, unanswered, late)
+                    return promotes, False, unanswered, late
                 self.forget()
                 unanswered = True
             self.skipped += not sound
@@ -144,7 +134,7 @@ class Rule:
                 self.losses.append(loss)
             if len(self.losses) == self.block:
                 promotes, ends = self._end_block(), True
-        return Outcome(promotes, ends, unanswered, None)
+        return promotes, ends, unanswered, None
 
     def hear_audit(self, loss: float) -> bool:
         """The loss of a candidate on held data; whether it is too high for one."""

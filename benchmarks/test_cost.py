@@ -85,7 +85,7 @@ def test_idle_lanes(report: Callable[..., None]) -> None:
     def quiet(guard: lossguard.Guard) -> Callable[[], object]:
         state = guard.init(START)
         if hasattr(state.inner, "relay"):
-            relay = state.inner.relay._replace(tried=idle)
+            relay = state.inner.relay._replace(trial_cost=idle)
             state = state._replace(inner=state.inner._replace(relay=relay), steps=jnp.int32(100))
         # Not donated: the same cycles again.
         run = jax.jit(lambda state: rollout(guard, state, objective, cycles=CHUNK))

@@ -17,7 +17,7 @@ from lossguard.torch import Recommended
 
 
 def main(calls: int = 200, seed: int = 0) -> Recommended:
-    """Train, print the last decision, and return the guard."""
+    """Train, print after how many cycles AdamW led, and return the guard."""
     torch.manual_seed(seed)
     accelerator = Accelerator()
     data = images()

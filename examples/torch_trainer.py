@@ -1,6 +1,6 @@
 """The Trainer of Hugging Face transformers: AdamW at two rates, guarded by ``BestOf``.
 
-    pip install --group examples '.[torch]'
+    pip install --group examples '.[experiments,torch]'
     python examples/torch_trainer.py
 
 A guard runs the forward and the backward pass once for each lane, so that its closure is what

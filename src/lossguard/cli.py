@@ -3,7 +3,7 @@
 lossguard demo                  a learned optimizer alone and guarded, in a minute
 lossguard run RECIPE            an experiment of the paper, or path/to/module.py:recipe
 lossguard sweep SET...          sets of recipes, or recipes, one after another or on a cluster
-lossguard benchmark price       what every guard costs and is worth, on five tasks
+lossguard benchmark price       what four guards cost and are worth, on five tasks
 lossguard benchmark tasks       learned optimizers against published baselines, on five tasks
 lossguard metatrain RECIPE      meta-train a learned optimizer
 lossguard plot DIR...           figures and tables from records alone

@@ -83,7 +83,7 @@ def benchmark(
     """Compare guards and their parts alone on several tasks.
 
     Args:
-        kind: "price": all guards, at equal price. "tasks": learned optimizers, alone and guarded,
+        kind: "price": four guards, at equal price. "tasks": learned optimizers, alone and guarded,
             on published tasks with published baselines.
         recipes: Some of its experiments, all by default.
         out: Folder of the folders of its runs, runs/price or runs/tasks. What is complete there is

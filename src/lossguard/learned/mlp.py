@@ -46,7 +46,7 @@ class MLPWeights(NamedTuple):
     second_moment_decay: Float[Array, " 1"]
     factored_decays: Float[Array, " 3"]
     scaling: Float[Array, " 7"]
-    """Powers of a tensor's size and of the time, by which its step is scaled."""
+    """Two factors, and powers of a tensor's size and of the time, by which its step is scaled."""
 
 
 class TensorMemory(NamedTuple):

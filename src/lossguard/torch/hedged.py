@@ -27,13 +27,13 @@ class Hedged(GuardOfTwo):
 
     Args:
         learned, fallback, nt, model, process_group, callback: as in ``Recommended``.
-        share: of the steps, for the learned optimizer while it is only on trial.
+        share: of the steps, for trials and probations.
 
     Raises:
         ValueError: if an argument isn't one of the above.
 
     Price of a step, in gradients: 1 and at most ``share`` on the fallback's path, 2 and at most
-    ``share`` off it. Memory: four copies of the parameters and buffers beside the model, two states
+    2 ``share`` off it; sqrt(k) more in all. Memory: four copies of the parameters and buffers beside the model, two states
     of the fallback, one of the learned optimizer.
 
     >>> import torch

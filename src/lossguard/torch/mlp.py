@@ -52,7 +52,7 @@ class MLPOptimizer(Learned):
         weights: what meta-training made: ``mlp.0.weight`` [H, 39], ``mlp.0.bias`` [H], the same of
             further layers, the last with 2 outputs; ``momentum_decays`` [3],
             ``second_moment_decay`` [1], ``factored_decays`` [3], each the log(1 - decay) / 10;
-            ``scaling`` [7], powers of size and time.
+            ``scaling`` [7], two factors, and powers of size and time.
         lr: factor of the steps, 1 in training; schedulers act on it.
 
     Raises:

@@ -153,3 +153,10 @@ def test_weights_and_biases_takes_them(tmp_path, monkeypatch: pytest.MonkeyPatch
             run.log(scalars(decision), step=step, commit=True)
         assert run.summary["loss"] == 12
     assert list(tmp_path.rglob("*.wandb"))
+
+
+@pytest.mark.parametrize("wrong", [None, 3, (1, 2)])
+def test_what_is_no_decision_is_refused(wrong: object) -> None:
+    kind = type(wrong[0] if isinstance(wrong, tuple) else wrong).__name__
+    with pytest.raises(ValueError, match=rf"^decisions must be a Decision, or .*, got {kind}$"):
+        lossguard.decision_table(wrong)

@@ -42,7 +42,12 @@ def test_jax_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the top down in one namespace; what is trained fits the data."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    data, cycles, host, models, seeds, saving = blocks("docs/jax.md")
+    data, rates, alone, cycles, host, models, seeds, saving = blocks("docs/jax.md")
+    exec(data + rates + alone, names)
+    both = names["both"].init(jnp.zeros(3))
+    both, _ = lossguard.rollout(names["both"], both, names["objective"], cycles=30)
+    for params in (both.params, names["params"]):
+        assert jnp.mean((names["x"] @ params - names["t"]) ** 2) < 0.01
     for block in (data, cycles, host):
         exec(block, names)
         misfit = names["x"] @ names["state"].params - names["t"]

@@ -172,3 +172,15 @@ def test_numpys_integers_are_counts() -> None:
         guard, state, lambda w, i: jnp.sum(w**2), cycles=np.int64(2), most=np.int64(4)
     )
     assert decisions.losses.shape == (2, 2)
+
+
+def test_no_length_below_the_most_is_compiled_for(caplog: pytest.LogCaptureFixture) -> None:
+    """Half a second each, which was in the seconds of a run's first method."""
+    guard, objective = GUARDS["loss guard"](), Counted(jnp.zeros(4), lambda _: None)
+    state, _ = lossguard.rollout(guard, guard.init(jnp.ones(4)), objective, cycles=2, most=9)
+    with jax.log_compiles():
+        for cycles in (3, 4, 5):
+            state, _ = lossguard.rollout(guard, state, objective, cycles=cycles, most=9)
+        assert "Compiling" not in caplog.text
+        jax.jit(lambda x: x + len(caplog.text))(1.0)
+    assert "Compiling" in caplog.text

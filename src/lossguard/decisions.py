@@ -183,9 +183,16 @@ def _draw_prices(axes: "Axes", edges: np.ndarray, table: dict[str, np.ndarray], 
 
 def _stacked(decisions: Any) -> dict[str, np.ndarray]:
     """Their fields, with a leading axis for the cycles."""
-    several = decisions if hasattr(decisions, "losses") else list(decisions)
-    if not several:
-        raise ValueError("decisions must be at least one, got none")
+    several = decisions
+    if not hasattr(decisions, "losses"):
+        several = list(decisions) if isinstance(decisions, Iterable) else [decisions]
+        if not several:
+            raise ValueError("decisions must be at least one, got none")
+        if others := [type(d).__name__ for d in several if not hasattr(d, "losses")]:
+            raise ValueError(
+                "decisions must be a Decision, or a list of them, as rollout returns second, got "
+                f"{others[0]}"
+            )
     names = ("losses", "used_learned", *COLUMNS)
     if isinstance(several, list):
         fields = {name: np.stack([np.asarray(getattr(d, name)) for d in several]) for name in names}

@@ -5,6 +5,8 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from .guards.cycle import check_state
 from .guards.protocol import Decision, Guard, GuardState, Objective
@@ -63,8 +65,15 @@ def rollout(
         raise ValueError(f"cycles must be at most {most}, got {cycles}")
     state, decisions = _loop((guard, objective, jnp.int32(cycles), most), _own(state, objective))
     if cycles < most:
-        decisions = jax.tree.map(lambda leaf: leaf[:cycles], decisions)
+        decisions = jax.tree.map(lambda leaf: _first(leaf, cycles), decisions)
     return state, decisions
+
+
+def _first(leaf: Any, count: int) -> Any:
+    """Its first so many entries; cut on the host if it is there, or each count is compiled."""
+    if isinstance(leaf, Tracer) or not leaf.is_fully_addressable:
+        return leaf[:count]
+    return jax.device_put(np.asarray(leaf)[:count])
 
 
 def _own(state: GuardState, objective: Objective) -> GuardState:

@@ -11,7 +11,16 @@ import optax
 import pytest
 from jaxtyping import Array, Float, PyTree
 
-from lossguard import MLPWeights, init_mlp_weights, mlp_optimizer, recommended, rollout
+from lossguard import (
+    MLPWeights,
+    init_mlp_weights,
+    load_weights,
+    lstm_optimizer,
+    mlp_optimizer,
+    pretrained_path,
+    recommended,
+    rollout,
+)
 from lossguard.learned.mlp import MLPLayer
 
 STEPS = 12
@@ -232,3 +241,11 @@ def test_in_a_guard_its_clock_is_that_of_the_run(mlp_weights: MLPWeights) -> Non
     state, decisions = rollout(guard, guard.init(jnp.ones(3)), lambda w, i: w @ w, cycles=20)
     assert decisions.learned_updates.sum() == 20
     assert state.inner.relay.y.state.clock.count == state.steps == 200
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("make", [mlp_optimizer, lstm_optimizer])
+def test_names_and_files_are_no_weights(make) -> None:
+    for wrong in ("mlp-small", load_weights(pretrained_path("mlp-small"))):
+        with pytest.raises(ValueError, match=r"^weights must be a (MLP|LSTM)Weights such as load"):
+            make(wrong)

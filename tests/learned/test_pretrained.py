@@ -138,10 +138,10 @@ def test_wrong_name_lists_the_right_ones(monkeypatch: pytest.MonkeyPatch, saved:
     monkeypatch.setattr("lossguard.learned.weights_file._folder", lambda: saved.parent)
     assert pretrained_names() == ["mine"]
     with pytest.raises(
-        ValueError, match=r"^learned optimizer must be one of mine, got 'mime' \(did you mean"
+        ValueError, match=r"^learned optimizer must be one of mine, .*, got 'mime' \(did you mean"
     ):
         pretrained("mime")
-    with pytest.raises(ValueError, match=r"^learned optimizer must be one of mine, got '../mine'"):
+    with pytest.raises(ValueError, match=r"^learned optimizer must be one of mine, .*, got"):
         pretrained("../mine")
 
 

@@ -491,8 +491,11 @@ def test_errors_of_arguments():
         (lambda: BestOf([], model=None), "optimizers must be a list of at least one, got"),
         (lambda: BestOf(one, model=None), "optimizers must be a list of at least one, got"),
         (lambda: BestOf([one], rates=(0.1,), model=None), "rates must go with a function of a ra"),
-        (lambda: BestOf(lambda rate: one, model=None), "optimizers must be a list of at least on"),
-        (lambda: BestOf([one], model=None, check=3), "check must be None or a function of a numb"),
+        (
+            lambda: BestOf(lambda rate: one, model=None),
+            "rates must be given with a function of a ra",
+        ),
+        (lambda: BestOf([one], model=None, check=3), "check must be None or a function, got 3"),
         (lambda: BestOf([one], model=None, decay=1.0), "decay must be above 0 and below 1, got"),
         (
             lambda: Hedged(SGD([w]), BestOf([one], model=None), model=None),

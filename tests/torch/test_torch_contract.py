@@ -200,7 +200,9 @@ def test_lengths_of_a_cycle_are_plain_numbers():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
 def test_copies_are_refused(copied):
-    with pytest.raises(ValueError, match=r"^a guard can't be copied or pickled, .* state_dict"):
+    with pytest.raises(
+        ValueError, match=r"^a Recommended can't be copied or pickled: .* state_dict"
+    ):
         copied(two(Recommended, mlp()))
 
 

@@ -358,3 +358,16 @@ def test_copies_of_the_parameters_are_seen_after_a_step_that_moves_nothing():
         one.param_groups[0]["lr"] = 0.1
     with pytest.raises(ValueError, match=r"^copies of the parameters must be in an optimizer's st"):
         guard.step(closure)
+
+
+def test_a_scheduler_begins_where_the_optimizer_of_a_running_job_is():
+    weight, closure = quadratic()
+    fallback, learned = SGD([weight], lr=0.1), SGD([weight], lr=0.3)
+    old = torch.optim.lr_scheduler.ExponentialLR(fallback, 0.5)
+    for _ in range(3):
+        fallback.step()
+        old.step()
+    guard = Recommended(learned, fallback, model=None)
+    torch.optim.lr_scheduler.LambdaLR(guard, lambda k: 0.9**k)
+    guard.step(closure)
+    assert fallback.param_groups[0]["lr"] == 0.0125 and learned.param_groups[0]["lr"] == 0.3

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lossguard.torch import Rewind, RewindEvent
+from lossguard.torch import Recommended, Rewind, RewindEvent
 from lossguard.torch.tensors import leaves
 
 FALLS = list(np.linspace(3, 1, 128))
@@ -513,6 +513,27 @@ def around():
     return Rewind(model, outer)
 
 
+def later():
+    model, optimizer = model_and_sgd()
+    rewind = Rewind(model, optimizer, window=WINDOW, every=16)
+    model.more = nn.Linear(1, 1, bias=False)
+    optimizer.add_param_group({"params": model.more.parameters()})
+    for _ in range(WINDOW):
+        rewind.observe(1.0)
+
+
+def around_a_guard():
+    model, optimizer = model_and_sgd()
+    other = torch.optim.Adam(model.parameters())
+    return Rewind(model, Recommended(other, optimizer, model=model))
+
+
+def of_another():
+    model, optimizer = model_and_sgd()
+    _, other = model_and_sgd()
+    return Rewind(model, optimizer, schedulers=[lr_scheduler.StepLR(other, 5)])
+
+
 def shards():
     model, optimizer = model_and_sgd()
     model.weight.to_local = None  # as DTensors have it
@@ -543,8 +564,8 @@ WRONG = {
     ),
     "foreign": (
         foreign,
-        "optimizer must train parameters of the model, got one of shape (3,) that "
-        "model.named_parameters() doesn't have",
+        "optimizer must train parameters that the model has when Rewind is built, got one of "
+        "shape (3,) that it hadn't",
     ),
     "around": (
         around,
@@ -563,6 +584,31 @@ WRONG = {
     "offload": (
         lambda: Rewind(*model_and_sgd(), offload=None),  # type: ignore
         "offload must be True, False or a folder, got None",
+    ),
+    "later": (
+        later,
+        "optimizer must train parameters that the model has when Rewind is built, got one of "
+        "shape (1, 1) that it hadn't",
+    ),
+    "guard": (
+        around_a_guard,
+        "optimizer must be no guard, got a Recommended",
+    ),
+    "another's scheduler": (
+        of_another,
+        "schedulers must each have a state_dict, and be of this optimizer if of any, got a StepLR",
+    ),
+    "one scheduler": (
+        lambda: Rewind(*model_and_sgd(), schedulers=3),  # type: ignore
+        "schedulers must be a Sequence such as [scheduler], got 3",
+    ),
+    "audit": (
+        lambda: Rewind(*model_and_sgd(), audit=3),  # type: ignore
+        "audit must be None or a function, got 3",
+    ),
+    "folder": (
+        lambda: Rewind(*model_and_sgd(), offload="nowhere"),
+        "offload must be a folder that is there, got 'nowhere'",
     ),
     "window": (
         lambda: Rewind(*model_and_sgd(), window=100),
@@ -665,3 +711,88 @@ def test_of_two_on_one_optimizer_the_last_one_watches():
     model.weight.grad = torch.ones_like(model.weight)
     optimizer.step()
     assert model.weight.item() == before - 1
+
+
+class Assigning(nn.Module):
+    """Its forward pass puts another buffer in the place of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        self.register_buffer("mean", torch.zeros(1))
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        return self.layer(x - self.mean)
+
+
+def test_a_buffer_that_is_assigned_goes_back():
+    torch.manual_seed(0)
+    model = Assigning()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    for step in range(200):
+        x = torch.full((8, 1), math.nan if step == 150 else 1.0)
+        loss = model(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rewind.observe(loss)
+    assert len(rewind.events) == 1 and model.mean.isfinite() and loss.isfinite()
+
+
+def test_weights_that_are_loaded_before_the_first_step_are_what_it_goes_back_to():
+    model, optimizer = one_weight()
+    rewind = Rewind(model, optimizer, window=WINDOW, every=1)
+    model.load_state_dict({"weight": torch.full((1, 1), 7.0)})
+    drive(rewind, model, optimizer, [1.0])
+    model.weight.data.fill_(math.nan)
+    drive(rewind, model, optimizer, [1.0])
+    assert rewind.returns == 1 and model.weight.item() == 7
+
+
+def test_one_that_nobody_has_or_that_is_closed_does_nothing():
+    model, optimizer = one_weight()
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    drive(rewind, model, optimizer, FALLS + HIGH[:8])
+    assert rewind.scale == 0.5
+    rewind.close()
+    with pytest.raises(ValueError, match=r"^Rewind must be open, got one that close"):
+        rewind.observe(1.0)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    drive(rewind, model, optimizer, FALLS + HIGH[:8])
+    assert rewind.scale == 0.5
+    del rewind
+    before = model.weight.item()
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    assert model.weight.item() == before - 1 and not optimizer._optimizer_step_pre_hooks
+
+
+def test_gradients_of_steps_between_two_calls_are_all_looked_at():
+    model, optimizer = one_weight()
+    rewind = Rewind(model, optimizer, window=WINDOW, every=1)
+    for gradient in (math.nan, 1.0):
+        model.weight.grad = torch.full_like(model.weight, gradient)
+        optimizer.step()
+    rewind.observe(1.0)
+    assert rewind.skipped == 1
+
+
+def test_a_sparse_gradient_that_is_not_finite_moves_nothing():
+    model = nn.Embedding(4, 2, sparse=True)
+    optimizer = torch.optim.SparseAdam(model.parameters(), lr=0.1)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=1)
+    before = model.weight.detach().clone()
+    (model(torch.tensor([1, 1])) * math.nan).sum().backward()
+    optimizer.step()
+    rewind.observe(1.0)
+    assert torch.equal(model.weight, before) and rewind.skipped == 1
+
+
+@pytest.mark.parametrize("copies", [copy.deepcopy, copy.copy])
+def test_it_is_not_copied(copies):
+    rewind = Rewind(*model_and_sgd())
+    with pytest.raises(ValueError, match=r"^a Rewind can't be copied or pickled: "):
+        copies(rewind)

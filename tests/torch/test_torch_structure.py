@@ -34,6 +34,7 @@ def test_no_class_is_over_200_lines() -> None:
 
 
 PRIVATE = {
+    "_values": "test_a_sparse_gradient_that_is_not_finite_moves_nothing",
     "_opt_called": "test_a_scheduler_on_a_guard_in_a_loop_over_lanes_does_not_warn",
     "_optimizer_step_pre_hooks": "test_of_two_on_one_optimizer_the_last_one_watches",
     "_optimizer_load_state_dict_pre_hooks": "test_hooks_are_called",

@@ -207,12 +207,18 @@ def table(found: Mapping[str, Path]) -> tuple[Group, pl.DataFrame]:
     every = pl.DataFrame([row for folder in found.values() for row in rows(folder)], Row._fields)
     shown = []
     for (experiment,), rows_of in every.group_by("experiment", maintain_order=True):
-        made = _table("a step", *(f"S({mark})" for mark in MARKS), title=f"{experiment}: {TITLE}")
+        marks = [mark for mark in MARKS if mark in rows_of["price"]]
+        made = _table("a step", *(f"S({mark})" for mark in marks), title=f"{experiment}: {TITLE}")
         for (method,), one in rows_of.group_by("method", maintain_order=True):
             cells = {row["price"]: f"{row['slowdown']:.2f}" for row in one.to_dicts()}
-            cost = f"{one['price_of_step'][0]:.2f}"
-            made.add_row(str(method), cost, *(cells.get(mark, "") for mark in MARKS))
+            cost = one["price_of_step"][0]
+            told = "" if np.isnan(cost) else f"{cost:.2f}"
+            made.add_row(str(method), told, *(cells.get(mark, "") for mark in marks))
         shown.append(made)
+    if summary(every).is_empty():
+        return Group(
+            *shown, f"No run reaches a price of {LATE:,}, where they are summed up."
+        ), every
     heads = "experiments", f"within {BOUND}", f"median S({LATE:,})", "highest S", "a step, up to"
     short = _table(*heads, title=f"All of them, from a price of {LATE:,} on")
     for one in summary(every).rows():

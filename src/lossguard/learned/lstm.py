@@ -11,7 +11,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ..validation import check_network, check_positive
+from ..validation import check_kind, check_network, check_positive
 
 
 class LSTMLayer(NamedTuple):
@@ -85,8 +85,8 @@ def lstm_optimizer(
     bytes a coordinate for h and as many for c: 320 bytes for the default of two layers of 20.
 
     Raises:
-        ValueError: if scale or p is not positive and finite; in ``init``, if parameters are
-            complex.
+        ValueError: if weights are none, or scale or p is not positive and finite; in ``init``, if
+            parameters are complex.
 
     Source: Andrychowicz et al., "Learning to learn by gradient descent by gradient descent", 2016;
     the paper's L2O (section 4).
@@ -97,6 +97,7 @@ def lstm_optimizer(
     >>> updates["w"].shape
     (3, 2)
     """
+    check_kind("weights", weights, LSTMWeights, "load_weights(path).weights")
     check_positive(scale=scale, p=p)
     hidden = weights.linear_weight.shape[1]
 

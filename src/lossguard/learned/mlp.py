@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ..validation import check_network
+from ..validation import check_kind, check_network
 from .mlp_features import (
     AGES,
     FACTORED_DECAYS,
@@ -124,7 +124,8 @@ def mlp_optimizer(weights: MLPWeights) -> optax.GradientTransformation:
     coordinate. A matrix of r rows and c columns takes 12 (r + c) more, a vector of n 12 n.
 
     Raises:
-        ValueError: in ``init``, if parameters are complex; in ``update``, if ``params`` is missing.
+        ValueError: if weights are none; in ``init``, if parameters are complex; in ``update``, if
+            ``params`` is missing.
 
     Source: Metz et al., "Practical tradeoffs between memory, compute, and performance in learned
     optimizers", 2022 (small_fc_lopt), which has no scale.
@@ -135,6 +136,8 @@ def mlp_optimizer(weights: MLPWeights) -> optax.GradientTransformation:
     >>> updates["w"].shape
     (3, 2)
     """
+
+    check_kind("weights", weights, MLPWeights, "load_weights(path).weights")
 
     def init(params: PyTree) -> MLPState:
         if any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(params)):

@@ -79,7 +79,8 @@ def pretrained_path(name: str) -> Path:
     """
     names = pretrained_names()
     if name not in names:
-        raise ValueError(f"learned optimizer must be {one_of(names, name)}")
+        known = one_of((*names, f"a path that ends in {SUFFIX}"), name)
+        raise ValueError(f"learned optimizer must be {known}")
     return _folder() / (name + SUFFIX)
 
 

@@ -242,7 +242,8 @@ def _train_to_the_end(
                 row |= {name: losses[None] for name, losses in columns.items()}
                 rows = [table] * (done > every) + [pl.DataFrame(row)]
                 table = pl.concat(rows, how="vertical_relaxed")
-            progress.advance(1, loss=float(loss), best=float(state.best_validation))
+            best = float(state.best_validation)
+            progress.advance(1, loss=float(loss), **({"best": best} if np.isfinite(best) else {}))
             stop = stopped()
             if stop or done == config.meta_steps or progress.seconds - saved > SAVE_SECONDS:
                 saved = progress.seconds

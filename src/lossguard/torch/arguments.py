@@ -27,6 +27,16 @@ NOTE = (
 )
 
 
+class Uncopied:
+    """What is no longer itself in a copy: its optimizers would have no model, or no hooks."""
+
+    def __getstate__(self) -> Any:
+        raise ValueError(
+            f"a {type(self).__name__} can't be copied or pickled: build another one, and load "
+            "state_dict() into it"
+        )
+
+
 def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
     """The parameters of all optimizers, in the first one's order."""
     seen: dict[int, str] = {}
@@ -56,6 +66,13 @@ def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
                 f"tensors, got {len(params)}, of which {len(common)} are the same"
             )
     return first
+
+
+def check_functions(**given: Any) -> None:
+    """Refuse what is neither None nor a function."""
+    for name, one in given.items():
+        if not (one is None or callable(one)):
+            raise ValueError(f"{name} must be None or a function, got {one!r}")
 
 
 def check_wrapped(name: str, optimizer: Any) -> None:
@@ -154,7 +171,11 @@ def scalar(loss: Any, rule: str = "closure must return the loss, one number") ->
 
 
 def _described(value: Any) -> str:
-    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    return (
+        repr(value) if isinstance(value, (Real, str, type(None))) else f"a {type(value).__name__}"
+    )
 
 
 class _NoBackward(TorchFunctionMode):

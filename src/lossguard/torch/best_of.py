@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from lossguard.torch.arguments import scalar
+from lossguard.torch.arguments import check_functions, scalar
 from lossguard.torch.decision import NEITHER, Decision, Seen, mean
 from lossguard.torch.guard import Guard
 from lossguard.torch.lane import Lane
@@ -102,13 +102,14 @@ class BestOf(Guard):
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
         if callable(optimizers):
+            if not [*rates]:
+                raise ValueError("rates must be given with a function of a rate, got none")
             optimizers = [optimizers(rate) for rate in rates]
         elif rates:
             raise ValueError(f"rates must go with a function of a rate, got {optimizers!r}")
         if isinstance(optimizers, Optimizer) or not [*optimizers]:
             raise ValueError(f"optimizers must be a list of at least one, got {optimizers!r}")
-        if not (check is None or callable(check)):
-            raise ValueError(f"check must be None or a function of a number, got {check!r}")
+        check_functions(check=check)
         self.check, self.checks = check, check_count("nc", nc)
         self.share, self.decay = (
             None if share is None else check_part("share", share),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lossguard.torch.lane import Lane
 
 
-class Face(Optimizer):
+class Face(arguments.Uncopied, Optimizer):
     """An optimizer that has lanes, but doesn't run them: all but ``step`` and ``lanes``.
 
     Attributes:
@@ -79,12 +79,6 @@ class Face(Optimizer):
                 "build another guard"
             )
         super().add_param_group(param_group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        raise ValueError(
-            "a guard can't be copied or pickled, as the copy's optimizers would have no model: "
-            "build another one, and load state_dict() into it"
-        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(repr, self._lanes.values()))})"

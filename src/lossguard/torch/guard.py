@@ -40,6 +40,7 @@ class Guard(Face):
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
         """The first optimizer's groups are the guard's. The first lane is live."""
+        arguments.check_functions(callback=callback)
         super().__init__(optimizers, model, nt, nc)
         self.process_group, self.callback = process_group, callback
         self._lanes = {
@@ -103,8 +104,7 @@ class Guard(Face):
                 clip(model.parameters())
                 lane.step(loss)
 
-        Where ``lane.checking`` is true nothing but the loss is used, and the price of the decision
-        is that of a body which leaves ``backward`` and the rest out.
+        Where ``lane.checking`` is true only the loss counts: leave ``backward`` out there.
 
         Raises:
             ValueError: if there are gradients before it, or the body does not call ``lane.step``.

@@ -4,6 +4,7 @@
 it is called, not before.
 """
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,9 @@ def trainer_rewind(**options: Any) -> Any:
             file = _file(args, state)
             if file.exists():
                 self.rewind.load_state_dict(torch.load(file, weights_only=True))
+            elif state.global_step:
+                told = f"trainer_rewind begins anew, as there is no {file}"
+                warnings.warn(told, RuntimeWarning, stacklevel=2)
 
         def _keep(self, model: Any, inputs: Any, output: Any) -> None:
             if model.training:

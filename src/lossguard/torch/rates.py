@@ -93,9 +93,13 @@ class Rates:
 
 
 def copied(group: Group) -> Group:
-    """A parameter group with the same parameters, and a rate that is a plain number."""
+    """A parameter group with the same parameters, and a rate that is a plain number.
+
+    Schedulers on it begin there, and not at the base of one that the group had before.
+    """
     numbers = {} if _rate(group) is None else {"lr": _rate(group)}
-    return {**group, **numbers, "params": list(group["params"])}
+    kept = {key: value for key, value in group.items() if key != "initial_lr"}
+    return {**kept, **numbers, "params": list(group["params"])}
 
 
 def _rate(group: Group) -> float | None:

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from lossguard.torch.arguments import check_wrapped, scalar, told_if_damaged
+from lossguard.torch.arguments import (
+    Uncopied,
+    check_functions,
+    check_wrapped,
+    scalar,
+    told_if_damaged,
+)
 from lossguard.torch.process import held
 from lossguard.torch.ranks import mean_of_ranks
 from lossguard.torch.rule import Rule
@@ -46,7 +52,7 @@ def _of_rule(name: str, doc: str) -> Any:
     return property(lambda self: getattr(self._rule, name), doc=doc)
 
 
-class Rewind:
+class Rewind(Uncopied):
     """Watches one optimizer: called after the step, it wraps nothing.
 
     Alarm, snapshots, scale and budget are those of ``lossguard.rewind`` (``docs/guards.md``). Here
@@ -74,11 +80,8 @@ class Rewind:
         audit: the loss on a held minibatch, without gradients; called once every B steps. A
             candidate is only trusted if it isn't worse there than the best trusted one by more than
             four times ``rise``, and 4 more worse ones than others are an alarm.
-        callback: called with every event, when it is over.
+        callback: called with every event, when it is over; ``events`` has all of them.
         group: the ranks that decide together; all of them by default.
-
-    Attributes:
-        events: every ``RewindEvent`` so far.
 
     Memory: two copies of all that goes back; a third one while the budget is spent.
 
@@ -117,6 +120,7 @@ class Rewind:
     ) -> None:
         check_kind("model", model, nn.Module, "nn.Linear(2, 1)")
         optimizer = innermost(optimizer)
+        check_functions(audit=audit, callback=callback)
         self._rule = Rule(window, rho, factor, rise, every)
         self._options = {"window": self._rule.window, "every": self._rule.every}
         self._live = Live(model, optimizer, schedulers, offload)
@@ -130,7 +134,7 @@ class Rewind:
         self._candidate: Saved = {}
         self._last: Saved | None = None
         """After the last step, while the run can't always go back and each step is read."""
-        self._steps = CarefulSteps(optimizer, lambda: self.scale, self._live.own)
+        self._steps = CarefulSteps(optimizer, self, self._live.own)
 
     @property
     def scale(self) -> float:
@@ -150,13 +154,12 @@ class Rewind:
         """Tell it the loss of a step that was just taken, before the step, as the loop has it.
 
         Raises:
-            ValueError: if it isn't one number.
+            ValueError: if it isn't one number, or this ``Rewind`` is closed.
         """
         reads = self._last is not None or len(self._unread) + 1 == self._rule.every
         before = len(self.events)
         with held() if reads else nullcontext():
-            self._unread.append((scalar(loss, "loss must be one number"), self._steps.broken))
-            self._steps.broken = SOUND
+            self._unread.append((scalar(loss, "loss must be one number"), self._steps.take()))
             if reads:
                 self._read()
         if self._callback is not None:
@@ -176,8 +179,7 @@ class Rewind:
         """Go on as the one whose ``state_dict`` this is, to the last bit on one device.
 
         Raises:
-            ValueError: if it lacks something, or is of another model or other options. This one is
-                as it was before, then.
+            ValueError: if it is damaged, or of another model or options; nothing is loaded then.
         """
         with told_if_damaged("state"):
             if (theirs := state.get("options")) != self._options:
@@ -188,6 +190,11 @@ class Rewind:
         self._trusted, self._candidate, self._unread = trusted, candidate, unread
         self._live.own.update(own)
         self._last = None if self._rule.can_always_return else self._live.save()
+
+    def begin(self) -> None:
+        """Before the first step: where to go back to, as weights may have been loaded."""
+        if self.calls == 0:
+            self._trusted = self._live.save(self._trusted)
 
     def close(self) -> None:
         """Take the hooks off the optimizer."""
@@ -234,8 +241,7 @@ class Rewind:
         rule = self._rule
         if self._audit is not None:
             loss = scalar(self._audit(), "audit must return one number")
-            value = mean_of_ranks(loss, self._group).item()
-            too_high = rule.hear_audit(value)
+            too_high = rule.hear_audit(mean_of_ranks(loss, self._group).item())
             if rule.audits.rings and rule.may_return(0):
                 self._go_back("audit", 0)
                 return
@@ -251,6 +257,8 @@ class Rewind:
 def innermost(optimizer: Any) -> Optimizer:
     """The optimizer beneath wrappers such as Accelerate's and Lightning's, which step that one."""
     inner = optimizer
+    if hasattr(inner, "lanes"):
+        raise ValueError(f"optimizer must be no guard, got a {type(inner).__name__}")
     while isinstance(getattr(inner, "optimizer", None), Optimizer):
         check_wrapped("optimizer", inner)
         inner = inner.optimizer

@@ -3,7 +3,8 @@
 import copy
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from lossguard.torch.ranks import check_rank, this_rank
 from lossguard.torch.rates import options_of, same, set_rate
 from lossguard.torch.tensors import are_finite, is_expanded, zero_unsound
+from lossguard.validation import check_kind
 
 Saved = dict[str, Any]
 """``model``, parameters and buffers by name; ``optimizer``, its memory of each parameter by name;
@@ -31,17 +33,25 @@ class Live:
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, also: Sequence[Any], offload: Offload
     ) -> None:
-        self.optimizer, self.also = optimizer, also
+        self.model, self.optimizer, self.also = model, optimizer, also
         self.place: Place = torch.device("cpu") if offload else None
         self.names = {param: name for name, param in model.named_parameters()}
         if not isinstance(offload, bool | str | os.PathLike):
             raise ValueError(f"offload must be True, False or a folder, got {offload!r}")
+        check_kind("schedulers", also, Sequence, "[scheduler]")
+        for one in also:
+            of = getattr(one, "optimizer", optimizer)
+            if not callable(getattr(one, "state_dict", None)) or of is not optimizer:
+                raise ValueError(
+                    "schedulers must each have a state_dict, and be of this optimizer if of any, "
+                    f"got a {type(one).__name__}"
+                )
         if not isinstance(offload, bool):
             self.place = Path(offload)
             if any(hasattr(param, "to_local") for param in self.names):
                 raise ValueError(f"offload must be True or False for shards, got {offload!r}")
-        buffers = {name: b for name, b in model.named_buffers() if not is_expanded(b)}
-        self.tensors: dict[str, Tensor] = dict(model.named_parameters()) | buffers
+            if not self.place.is_dir():
+                raise ValueError(f"offload must be a folder that is there, got {str(offload)!r}")
         self.own: set[str] = set()
         """What the optimizer's own steps change in its groups, which goes back as well."""
         for group in optimizer.param_groups:
@@ -49,29 +59,38 @@ class Live:
                 raise ValueError(
                     "optimizer must have a rate, lr, in each of its groups, got one without"
                 )
+        self._check_params()
+        # Buffers may be infinite by design, such as masks of attention.
+        self._infinite = {n for n, b in model.named_buffers() if not bool(are_finite([b]))}
+
+    def _check_params(self) -> None:
+        for group in self.optimizer.param_groups:
             for param in group["params"]:
                 if param not in self.names:
                     raise ValueError(
-                        "optimizer must train parameters of the model, got one of shape "
-                        f"{tuple(param.shape)} that model.named_parameters() doesn't have"
+                        "optimizer must train parameters that the model has when Rewind is built, "
+                        f"got one of shape {tuple(param.shape)} that it hadn't"
                     )
-        # Buffers may be infinite by design, such as masks of attention.
-        finite = [name for name, buffer in buffers.items() if bool(are_finite([buffer]))]
-        self._checked = [*self.names.values(), *finite]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters, and the buffers as they are now: a forward pass may put others there."""
+        buffers = {n: b for n, b in self.model.named_buffers() if not is_expanded(b)}
+        return dict(self.model.named_parameters()) | buffers
 
     def is_finite(self) -> Tensor:
         """Whether the model is, as a tensor on its device: nothing waits for it."""
-        return are_finite(self.tensors[name] for name in self._checked)
+        return are_finite(t for name, t in self.tensors().items() if name not in self._infinite)
 
     @torch.no_grad()
     def save(self, old: Saved | None = None) -> Saved:
         """A copy, in the tensors of an ``old`` one as far as they fit."""
+        self._check_params()
         remembered = {
             name: self.optimizer.state[param]
             for param, name in self.names.items()
             if self.optimizer.state.get(param)
         }
-        now = {"model": self.tensors, "optimizer": remembered}
+        now = {"model": self.tensors(), "optimizer": remembered}
         return {
             **copied(now, old, self.place),
             "groups": copy.deepcopy([options_of(group) for group in self.optimizer.param_groups]),
@@ -81,8 +100,9 @@ class Live:
     @torch.no_grad()
     def load(self, saved: Saved) -> None:
         """Set all of it back, in place."""
-        for name, tensor in self.tensors.items():
-            tensor.copy_(saved["model"][name], non_blocking=True)
+        for name, tensor in self.tensors().items():
+            if name in saved["model"]:  # all but buffers that came later
+                tensor.copy_(saved["model"][name], non_blocking=True)
         for group, options in zip(self.optimizer.param_groups, saved["groups"], strict=True):
             for key in self.own:
                 group.pop(key, None)  # a step makes it
@@ -122,7 +142,7 @@ class Live:
         snapshots: list[Saved] = []
         for k, which in enumerate(("trusted", "candidate")):
             whole = {part: state[which][part] for part in ("model", "optimizer", "groups", "also")}
-            for name, tensor in self.tensors.items():
+            for name, tensor in self.tensors().items():
                 saved = whole["model"].get(name)
                 shape = None if saved is None else tuple(saved.shape)
                 if shape != tuple(tensor.shape):
@@ -141,21 +161,22 @@ class Live:
 
 
 class CarefulSteps:
-    """Hooks of an optimizer: rates times ``scale()`` during a step, and no unsound gradients.
+    """Hooks of an optimizer: rates times ``rewind.scale`` in a step, and no unsound gradients.
 
     Between steps the rates are those that the user and the schedulers set, so that schedulers of
-    every kind go on from their own numbers.
+    every kind go on from their own numbers. Once nobody has the ``Rewind`` any more they are gone.
 
     Attributes:
-        broken: whether the last step's gradients weren't finite, as a tensor on their device.
+        broken: whether gradients weren't finite since it was read, as a tensor on their device.
+        closed: whether they are gone.
     """
 
-    def __init__(self, optimizer: Optimizer, scale: Callable[[], float], own: set[str]) -> None:
+    def __init__(self, optimizer: Optimizer, rewind: Any, own: set[str]) -> None:
         for hook in [*optimizer._optimizer_step_pre_hooks.values()]:
             if isinstance(other := getattr(hook, "__self__", None), CarefulSteps):
                 other.remove()  # or both would multiply the rates
-        self.broken = SOUND
-        self._scale, self._own = scale, own
+        self.broken, self.closed, self._begun = SOUND, False, False
+        self._rewind, self._own = weakref.ref(rewind), own
         self._options: list[Saved] = []
         """The settings when a step began."""
         self._rates: list[float | Tensor] = []
@@ -165,20 +186,37 @@ class CarefulSteps:
             optimizer.register_step_post_hook(self._after),
         )
 
+    def take(self) -> Tensor:
+        """``broken``, which is read."""
+        if self.closed:
+            raise ValueError("Rewind must be open, got one that close() or another one has closed")
+        broken, self.broken = self.broken, SOUND
+        return broken
+
     def remove(self) -> None:
         """Leave the optimizer as it was."""
+        self.closed = True
         for hook in self._hooks:
             hook.remove()
 
     def _before(self, optimizer: Optimizer, args: tuple, kwargs: Saved) -> tuple | None:
         self._after(optimizer)  # if the last step raised an error half-way
+        rewind = self._rewind()
+        if rewind is None:
+            self.remove()
+            return None
+        if not self._begun:
+            self._begun = True
+            rewind.begin()
         changed, (itself, *given) = None, args
         closure = kwargs.get("closure", given[0] if given else None)
 
         def sound() -> Any:
             loss = closure() if callable(closure) else None
-            params = (p for group in optimizer.param_groups for p in group["params"])
-            self.broken = zero_unsound(params)
+            if getattr(optimizer, "found_inf", None) is None:  # else a scaler leaves the step out
+                params = (p for group in optimizer.param_groups for p in group["params"])
+                broken, before = zero_unsound(params), self.broken
+                self.broken = broken if before is SOUND else (before > 0) | (broken > 0)
             return loss
 
         if not callable(closure):
@@ -187,7 +225,7 @@ class CarefulSteps:
             changed = (itself, sound, *given[1:]), kwargs
         else:
             changed = args, {**kwargs, "closure": sound}
-        scale = self._scale()
+        scale = rewind.scale
         if scale != 1:
             rates = [group["lr"] for group in optimizer.param_groups]
             self._rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]

@@ -81,7 +81,7 @@ def are_finite(tensors: Iterable[Tensor]) -> Tensor:
 @torch.no_grad()
 def zero_unsound(params: Iterable[Tensor]) -> Tensor:
     """Make all gradients 0 if one of them isn't finite; whether that was so. Nothing waits."""
-    grads = [local(p.grad) for p in params if p.grad is not None and not p.grad.is_sparse]
+    grads = [_numbers(p.grad) for p in params if p.grad is not None]
     simple = all(g.is_cpu and g.is_contiguous() and _has_norm(g) for g in grads)
     if simple and len({g.dtype for g in grads}) == 1:
         broken = torch.zeros(())  # by one call, where calls are what takes time
@@ -92,6 +92,11 @@ def zero_unsound(params: Iterable[Tensor]) -> Tensor:
         for grad in grads:
             grad.masked_fill_(broken.to(grad.device, torch.bool), 0)
     return broken
+
+
+def _numbers(grad: Tensor) -> Tensor:
+    """Those of a gradient that are here."""
+    return grad._values() if grad.is_sparse else local(grad)
 
 
 def read(scalars: Sequence[Tensor]) -> list[float]:

@@ -40,7 +40,7 @@ from .records import (
 STARTED = "started.json"
 PASSING = (STARTED, FAILED)
 """What is there until a run is finished."""
-PARTS = ("methods", "evaluated")
+PARTS = METHODS, EVALUATED = "methods", "evaluated"
 """Folders of what each method has left, until the run is finished."""
 CPUINFO = Path("/proc/cpuinfo")
 PACKAGES = ("lossguard", "jax", "jaxlib", "optax", "equinox", "numpy", "polars")

@@ -112,12 +112,11 @@ def interquartile_mean(scores: Sequence[np.ndarray], *, draws: int = 2_000) -> M
     1.5
     """
 
-    if min(map(len, scores)) < 2:
-        return Mean(float(stats.trim_mean(np.concatenate(scores), 0.25)), math.nan, math.nan)
-
     def middle(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
         return stats.trim_mean(np.concatenate(tasks, axis=axis), 0.25, axis=axis)
 
+    if min(map(len, scores)) < 2:
+        return Mean(float(middle(*scores)), math.nan, math.nan)
     found = stats.bootstrap(
         tuple(scores), middle, n_resamples=draws, method="percentile", rng=np.random.default_rng(0)
     )

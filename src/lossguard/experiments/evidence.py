@@ -21,7 +21,7 @@ from .recipes import FIRST, PAPERS
 
 MARKS = (30, *(a * 10**n for n in range(2, 7) for a in (1, 3)))
 """Steps at which losses are compared."""
-FREE = ("title", "steps", "seeds", "seed", "methods", "vectorize", "nc", "adam_rate")
+FREE = ("title", "tested_on", "steps", "seeds", "seed", "methods", "vectorize", "nc", "adam_rate")
 """Settings in which a run may differ from its recipe and still be of its figure."""
 FUNCTIONS = ("make_task", "make_methods")
 """Compared only by whether they are this package's: they may have been renamed since the run."""

@@ -115,6 +115,8 @@ class Experiment:
     """Of the recipe; claims about a figure of the paper are judged by records of that name."""
     title: str = ""
     """Of its figure."""
+    tested_on: str = ""
+    """Its data and its model, in words."""
     dataset: str = "spirals"
     scaling: str = "none"
     """Of the inputs, as the data set's loader takes it."""

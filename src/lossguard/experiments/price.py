@@ -215,13 +215,13 @@ def table(found: Mapping[str, Path]) -> tuple[Group, pl.DataFrame]:
             told = "" if np.isnan(cost) else f"{cost:.2f}"
             made.add_row(str(method), told, *(cells.get(mark, "") for mark in marks))
         shown.append(made)
-    if summary(every).is_empty():
-        return Group(
-            *shown, f"No run reaches a price of {LATE:,}, where they are summed up."
-        ), every
+    late = summary(every)
+    if late.is_empty():
+        told = f"No run reaches a price of {LATE:,}, where they are summed up."
+        return Group(*shown, told), every
     heads = "experiments", f"within {BOUND}", f"median S({LATE:,})", "highest S", "a step, up to"
     short = _table(*heads, title=f"All of them, from a price of {LATE:,} on")
-    for one in summary(every).rows():
+    for one in late.rows():
         short.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in one))
     return Group(*shown, short), every
 

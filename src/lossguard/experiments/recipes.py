@@ -59,14 +59,14 @@ IMAGES, POINTS = ("unit", "symmetric", "standardized"), ("none", "standardized")
 def figure(name: str, on: str, dataset: str, steps: int, **settings: Any) -> Experiment:
     """A figure of table 1, which compares the paper's methods."""
     title = f"Learned on MNIST + MLP, tested on {on}"
-    about = {"name": name, "title": title, "dataset": dataset, "steps": steps}
+    about = {"name": name, "title": title, "tested_on": on, "dataset": dataset, "steps": steps}
     return Experiment(**{**about, **JOINT, **settings})
 
 
 def learned_on_cifar10(name: str, table_1: Callable[[], Experiment], **settings: Any) -> Experiment:
     """A figure of table 2: one of table 1 with the other learned optimizer."""
     e = table_1()
-    title = e.title.replace("MNIST + MLP", "CIFAR-10 + ConvNet", 1)
+    title = f"Learned on CIFAR-10 + ConvNet, tested on {e.tested_on}"
     return replace(e, name=name, title=title, learned="lstm-cifar10-conv", **settings)
 
 
@@ -134,8 +134,7 @@ def fig02(dataset: str) -> Experiment:
 def grid(task: str) -> Experiment:
     """Appendix E's grids on one of ``GRIDS``, over 300 steps."""
     e = replace(GRIDS[task](), name=f"grid-{task}", steps=300)
-    on = e.title.partition("tested on ")[2]
-    return with_methods(grid_methods, e, title=f"Grids of appendix E on {on}")
+    return with_methods(grid_methods, e, title=f"Grids of appendix E on {e.tested_on}")
 
 
 def fallback_methods(e: Experiment) -> Methods:

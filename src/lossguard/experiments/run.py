@@ -136,9 +136,9 @@ class _MethodRun:
 
     def __post_init__(self) -> None:
         name = quote(self.method, safe=" ()")
-        self._written = self.folder / "methods" / f"{name}.parquet"
-        self._evaluated = self.folder / "evaluated" / f"{name}.parquet"
-        self._checkpoints = Checkpoints(self.folder / "methods" / f"{name}.checkpoints")
+        self._written = self.folder / run_folder.METHODS / f"{name}.parquet"
+        self._evaluated = self.folder / run_folder.EVALUATED / f"{name}.parquet"
+        self._checkpoints = Checkpoints(self.folder / run_folder.METHODS / f"{name}.checkpoints")
 
     def records(self) -> tuple[pl.DataFrame, pl.DataFrame, float]:
         """Its curves and evaluations, and the seconds that its cycles took, without compilation.

@@ -138,6 +138,7 @@ def task_recipe(name: str) -> Experiment:
     e = Experiment(
         name=name,
         title=f"{name}: learned optimizers alone and guarded over Adam",
+        tested_on=name,
         dataset=task.dataset,
         scaling="unit",
         model=task.model,

@@ -136,7 +136,6 @@ def mlp_optimizer(weights: MLPWeights) -> optax.GradientTransformation:
     >>> updates["w"].shape
     (3, 2)
     """
-
     check_kind("weights", weights, MLPWeights, "load_weights(path).weights")
 
     def init(params: PyTree) -> MLPState:

@@ -234,9 +234,9 @@ def _train_to_the_end(
             done += 1
             if within + 1 == steps:
                 columns = method.validate(state.weights, validation_key)
-                found = jnp.float32(columns["validation"].mean())
-                if found < state.best_validation if config.select else jnp.isfinite(found):
-                    state = state._replace(best=state.weights, best_validation=found)
+                mean = jnp.float32(columns["validation"].mean())
+                if mean < state.best_validation if config.select else jnp.isfinite(mean):
+                    state = state._replace(best=state.weights, best_validation=mean)
                 means = seen[:, :steps].mean(axis=1).tolist()
                 row = {"meta_step": done, "meta_loss": means[0], "gradient_norm": means[1]}
                 row |= {name: losses[None] for name, losses in columns.items()}

@@ -317,3 +317,12 @@ def test_lightning_fits_again_without_the_old_state(tmp_path):
     assert callback.rewind.calls == 90
     fit(10, callback, rows=8)
     assert callback.rewind.calls == 10
+
+
+def test_a_scheduler_may_be_on_what_accelerate_has_made_of_the_optimizer():
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    prepared = accelerate.Accelerator(cpu=True).prepare(optimizer)
+    schedule = torch.optim.lr_scheduler.StepLR(prepared, 5)
+    assert not Rewind(model, prepared, schedulers=[schedule]).events

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from lossguard.torch.tensors import local, read
+from lossguard.validation import check_kind
 
 Closure = Callable[[], Any]
 T = TypeVar("T")
@@ -96,6 +97,19 @@ def _check_step(name: str, optimizer: Optimizer) -> None:
             )
 
 
+def innermost(optimizer: Any) -> Optimizer:
+    """The optimizer beneath wrappers such as Accelerate's and Lightning's, which step that one."""
+    inner = optimizer
+    if hasattr(inner, "lanes"):
+        raise ValueError(f"optimizer must be no guard, got a {type(inner).__name__}")
+    while isinstance(getattr(inner, "optimizer", None), Optimizer):
+        check_wrapped("optimizer", inner)
+        inner = inner.optimizer
+    check_kind("optimizer", inner, Optimizer, "torch.optim.AdamW(model.parameters())")
+    check_wrapped("optimizer", inner)
+    return inner
+
+
 def check_model(model: object, params: Sequence[Tensor]) -> None:
     """Refuse what isn't the parameters' module, and ways to hold parameters that no lane can."""
     if any(hasattr(p, "ds_id") for p in params):
@@ -173,9 +187,8 @@ def scalar(loss: Any, rule: str = "closure must return the loss, one number") ->
 def _described(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}"
-    return (
-        repr(value) if isinstance(value, (Real, str, type(None))) else f"a {type(value).__name__}"
-    )
+    plain = isinstance(value, (Real, str, type(None)))
+    return repr(value) if plain else f"a {type(value).__name__}"
 
 
 class _NoBackward(TorchFunctionMode):

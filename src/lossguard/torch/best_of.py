@@ -111,10 +111,8 @@ class BestOf(Guard):
             raise ValueError(f"optimizers must be a list of at least one, got {optimizers!r}")
         check_functions(check=check)
         self.check, self.checks = check, check_count("nc", nc)
-        self.share, self.decay = (
-            None if share is None else check_part("share", share),
-            check_decay(decay),
-        )
+        self.share = None if share is None else check_part("share", share)
+        self.decay = check_decay(decay)
         named = {f"optimizers[{k}]": one for k, one in enumerate(optimizers)}
         lanes = {str(k): name for k, name in enumerate(named)}
         super().__init__(named, lanes, model, nt, process_group=process_group, callback=callback)

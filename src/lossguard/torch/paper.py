@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lossguard.torch.arguments import Closure, scalar, tell
 from lossguard.torch.decision import FALLBACK, LEARNED, NEITHER, Decision, Seen, mean
 from lossguard.torch.guard import Guard
-from lossguard.torch.lane import Lane
+from lossguard.torch.lane import Lane, note_copies
 from lossguard.torch.memory import Memory
 from lossguard.torch.ranks import several
 from lossguard.torch.tensors import clones, read
@@ -198,10 +198,7 @@ class ResidualGuard(Guard):
             at_z = _after_step(z, evaluated, gradient, loss)
             at_y = _after_step(y, evaluated, gradient, loss)
             if not self._noted:
-                seen = [
-                    one.inner.note_copies(one.memory(), x, at) for one, at in ((z, at_z), (y, at_y))
-                ]
-                self._noted = all(seen)
+                self._noted = note_copies(x, [(z, at_z), (y, at_y)])
             self._randomness.set(draws)
             r = self._residual(z, before[z], at_y, closure)
         except BaseException:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lossguard.torch.arguments import (
     Uncopied,
     check_functions,
-    check_wrapped,
+    innermost,
     scalar,
     told_if_damaged,
 )
@@ -252,16 +252,3 @@ class Rewind(Uncopied):
                 return
         self._candidate = self._live.save(self._candidate)
         rule.candidate_age, rule.pending = 0, True
-
-
-def innermost(optimizer: Any) -> Optimizer:
-    """The optimizer beneath wrappers such as Accelerate's and Lightning's, which step that one."""
-    inner = optimizer
-    if hasattr(inner, "lanes"):
-        raise ValueError(f"optimizer must be no guard, got a {type(inner).__name__}")
-    while isinstance(getattr(inner, "optimizer", None), Optimizer):
-        check_wrapped("optimizer", inner)
-        inner = inner.optimizer
-    check_kind("optimizer", inner, Optimizer, "torch.optim.AdamW(model.parameters())")
-    check_wrapped("optimizer", inner)
-    return inner

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lossguard.torch.arguments import innermost
 from lossguard.torch.ranks import check_rank, this_rank
 from lossguard.torch.rates import options_of, same, set_rate
 from lossguard.torch.tensors import are_finite, is_expanded, zero_unsound
@@ -40,8 +41,9 @@ class Live:
             raise ValueError(f"offload must be True, False or a folder, got {offload!r}")
         check_kind("schedulers", also, Sequence, "[scheduler]")
         for one in also:
-            of = getattr(one, "optimizer", optimizer)
-            if not callable(getattr(one, "state_dict", None)) or of is not optimizer:
+            of = getattr(one, "optimizer", None)
+            other = isinstance(of, Optimizer) and innermost(of) is not optimizer
+            if other or not callable(getattr(one, "state_dict", None)):
                 raise ValueError(
                     "schedulers must each have a state_dict, and be of this optimizer if of any, "
                     f"got a {type(one).__name__}"
@@ -209,22 +211,19 @@ class CarefulSteps:
             self._begun = True
             rewind.begin()
         changed, (itself, *given) = None, args
-        closure = kwargs.get("closure", given[0] if given else None)
+        closure: Any = kwargs.get("closure", given[0] if given else None)
 
         def sound() -> Any:
-            loss = closure() if callable(closure) else None
-            if getattr(optimizer, "found_inf", None) is None:  # else a scaler leaves the step out
-                params = (p for group in optimizer.param_groups for p in group["params"])
-                broken, before = zero_unsound(params), self.broken
-                self.broken = broken if before is SOUND else (before > 0) | (broken > 0)
+            loss = closure()
+            self._look(optimizer)
             return loss
 
         if not callable(closure):
-            sound()
-        elif given:
-            changed = (itself, sound, *given[1:]), kwargs
-        else:
+            self._look(optimizer)
+        elif "closure" in kwargs:
             changed = args, {**kwargs, "closure": sound}
+        else:
+            changed = (itself, sound, *given[1:]), kwargs
         scale = rewind.scale
         if scale != 1:
             rates = [group["lr"] for group in optimizer.param_groups]
@@ -233,6 +232,13 @@ class CarefulSteps:
                 set_rate(group, rate * scale)
         self._options = [dict(group) for group in optimizer.param_groups]
         return changed
+
+    def _look(self, optimizer: Optimizer) -> None:
+        """Make gradients 0 that aren't finite; those that a scaler has found it leaves out."""
+        if getattr(optimizer, "found_inf", None) is None:
+            params = (p for group in optimizer.param_groups for p in group["params"])
+            broken, before = zero_unsound(params), self.broken
+            self.broken = broken if before is SOUND else (before > 0) | (broken > 0)
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
         for group, before in zip(optimizer.param_groups, self._options, strict=False):

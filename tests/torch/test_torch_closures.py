@@ -121,6 +121,14 @@ def test_a_body_that_is_left_counts_as_an_error(kind, at):
             break
         lane.step(loss)
     assert_same_state(model.state_dict(), before)
+    for other in [inner.optimizer for inner in guard._inners.values()]:
+        with pytest.raises(ValueError, match=r"^lane.step\(loss\) must make every step while"):
+            for lane in guard.lanes():
+                loss = loss_fn(model, spiral())
+                loss.backward()
+                other.step()
+                lane.step(loss)
+        assert_same_state(model.state_dict(), before)
     with pytest.raises(ValueError, match=r"^the body of guard.lanes\(\) must call lane.step\(loss"):
         for _ in guard.lanes():
             pass

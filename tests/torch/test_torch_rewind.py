@@ -234,6 +234,74 @@ def test_a_scheduler_that_is_named_goes_back():
     assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_two_optimizers_of_a_model_are_rewound_as_one_of_two_groups_is(offload):
+    runs = []
+    for split in (False, True):
+        torch.manual_seed(0)
+        model = mlp()
+        parts = [
+            {"params": [*layer.parameters()], "lr": rate}
+            for layer, rate in ((model[0], 0.01), (model[2], 0.003))
+        ]
+        groups = [[part] for part in parts] if split else [parts]
+        optimizers = [torch.optim.AdamW(group) for group in groups]
+        schedulers = [lr_scheduler.ExponentialLR(one, 0.999) for one in optimizers]
+        rewind = Rewind(
+            model,
+            optimizers if split else optimizers[0],
+            schedulers=schedulers,
+            window=WINDOW,
+            every=4,
+            offload=offload,
+        )
+        numbers = []
+        for call, batch in enumerate(minibatches(260)):
+            loss = loss_fn(model, batch) * (50 if 150 <= call < 190 else 1)
+            loss.backward()
+            if call == 100:
+                for p in model.parameters():
+                    p.grad.fill_(math.nan)
+            for one in (*optimizers, *schedulers):
+                one.step()
+            for one in optimizers:
+                one.zero_grad()
+            rewind.observe(loss)
+            numbers.append((loss.item(), rewind.scale, schedulers[0].last_epoch))
+            numbers.append([group["lr"] for one in optimizers for group in one.param_groups])
+        assert rewind.returns >= 1 and rewind.skipped == 1
+        saved = rewind.state_dict()
+        runs.append((numbers, rewind.events, saved["trusted"]["model"], [*model.parameters()]))
+    assert runs[0][:2] == runs[1][:2]
+    for ours, theirs in zip(leaves(runs[0][2:]), leaves(runs[1][2:]), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_an_error_within_one_of_two_optimizers_leaves_the_rates_of_both():
+    model = nn.Sequential(*(nn.Linear(1, 1, bias=False, dtype=torch.float64) for _ in range(2)))
+    optimizers = [
+        torch.optim.SGD(one.parameters(), lr=lr) for one, lr in zip(model, (1.0, 0.5), strict=True)
+    ]
+    rewind = Rewind(model, optimizers, window=WINDOW, every=4)
+    for loss in FALLS + HIGH[:8]:
+        for one in optimizers:
+            one.step()
+        rewind.observe(loss)
+    assert rewind.scale == 0.5
+
+    def closure():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizers[0].step(closure)
+    optimizers[1].step()
+    assert [one.param_groups[0]["lr"] for one in optimizers] == [1.0, 0.5]
+    another = Rewind(model, optimizers[1])
+    with pytest.raises(ValueError, match="Rewind must be open"):
+        rewind.observe(1.0)
+    another.observe(1.0)
+
+
 def test_an_average_of_weights_that_is_named_goes_back():
     model, optimizer = one_weight()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))

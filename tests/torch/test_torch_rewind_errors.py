@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +56,18 @@ def of_another():
     model, optimizer = model_and_sgd()
     _, other = model_and_sgd()
     return Rewind(model, optimizer, schedulers=[lr_scheduler.StepLR(other, 5)])
+
+
+def trained_twice():
+    model, optimizer = model_and_sgd()
+    return Rewind(model, [optimizer, torch.optim.Adam(model.parameters())])
+
+
+def of_nobody():
+    model = nn.Linear(2, 1)
+    scheduler = SimpleNamespace(state_dict=dict, get_last_lr=lambda: [0.1])
+    optimizers = [torch.optim.SGD([p], lr=0.1) for p in model.parameters()]
+    return Rewind(model, optimizers, schedulers=[scheduler])
 
 
 def shards():
@@ -120,6 +133,14 @@ WRONG = {
     "another's scheduler": (
         of_another,
         "schedulers must each have a state_dict, and be of this optimizer if of any, got a StepLR",
+    ),
+    "trained twice": (
+        trained_twice,
+        "optimizers must train different parameters, got two that train weight",
+    ),
+    "scheduler of nobody": (
+        of_nobody,
+        "schedulers must have an optimizer where there are several, got a SimpleNamespace without",
     ),
     "one scheduler": (
         lambda: Rewind(*model_and_sgd(), schedulers=3),  # type: ignore

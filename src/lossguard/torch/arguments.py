@@ -3,6 +3,7 @@
 import inspect
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
@@ -108,6 +109,29 @@ def innermost(optimizer: Any) -> Optimizer:
     check_kind("optimizer", inner, Optimizer, "torch.optim.AdamW(model.parameters())")
     check_wrapped("optimizer", inner)
     return inner
+
+
+def all_innermost(optimizers: Any) -> list[Optimizer]:
+    """The same of one, or of each of several."""
+    several = isinstance(optimizers, list | tuple) and len(optimizers) > 0
+    return [innermost(one) for one in (optimizers if several else [optimizers])]
+
+
+def refuse_steps_beside(guard: Any) -> None:
+    """Refuse steps of a guard's optimizers, in a body or closure, that aren't its lanes'."""
+    itself = weakref.ref(guard)
+
+    def refuse(optimizer: Any, *_: Any) -> None:
+        guard = itself()
+        if guard and guard._order and not any(one.steps for one in guard._inners.values()):
+            raise ValueError(
+                "lane.step(loss) must make every step while the guard runs, got "
+                f"{type(optimizer).__name__}.step() in the body or closure (take it out)"
+            )
+
+    for inner in guard._inners.values():
+        hook = innermost(inner.optimizer).register_step_pre_hook(refuse)
+        weakref.finalize(guard, hook.remove)
 
 
 def check_model(model: object, params: Sequence[Tensor]) -> None:

@@ -27,7 +27,7 @@ class Face(arguments.Uncopied, Optimizer):
         nc: minibatches per cycle that lanes are only checked on.
         phase: minibatches seen of this cycle; 0 between cycles.
         steps: optimizer steps of the live lane in all cycles so far.
-        history: the last 1,000 decisions.
+        history: the last 1,000 decisions since it was built; they aren't saved.
     """
 
     remembered: tuple[str, ...] = ()
@@ -56,6 +56,8 @@ class Face(arguments.Uncopied, Optimizer):
         self._rates = Rates(self.param_groups, list(optimizers.values()))
         self._randomness = Randomness(params)
         self._weights = Weights(params, model)
+        self._order = []
+        arguments.refuse_steps_beside(self)
 
     @property
     def checking(self) -> bool:

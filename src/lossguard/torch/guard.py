@@ -56,7 +56,6 @@ class Guard(Face):
         self._others = []
         self._noted = False
         """Whether it is known which entries of optimizers' memories hold the parameters."""
-        self._order = []
 
     def _begin(self) -> list[Lane]:
         """The lanes that run in the cycle beside the live one, where they start from."""
@@ -104,10 +103,12 @@ class Guard(Face):
                 clip(model.parameters())
                 lane.step(loss)
 
-        Where ``lane.checking`` is true only the loss counts: leave ``backward`` out there.
+        Where ``lane.checking`` is true only the loss counts: leave ``backward`` out there. After a
+        ``break`` before the live lane has stepped the minibatch doesn't count, nor, if another one
+        has, its cycle.
 
         Raises:
-            ValueError: if there are gradients before it, or the body does not call ``lane.step``.
+            ValueError: if there are gradients before it, or the body steps but by ``lane.step``.
         """
         with held():
             draws = self._open()

@@ -42,6 +42,7 @@ class Inner:
         own: names of the group entries that its step has been seen to change.
         copies: names of entries of its state that hold the parameters, as master weights do.
         holder: the lane whose memory it has; another lane of it keeps its own meanwhile.
+        steps: whether it is stepped by its lane right now.
     """
 
     def __init__(self, optimizer: Optimizer, params: list[Tensor]) -> None:
@@ -50,13 +51,17 @@ class Inner:
         self.own: set[str] = set()
         self.copies: set[str] = set()
         self.holder: Any = None
+        self.steps = False
         self._fresh = self.memory().copy()
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
         """Note which group entries the optimizer's step inside changes."""
-        before = self.options()
-        yield
+        before, self.steps = self.options(), True
+        try:
+            yield
+        finally:
+            self.steps = False
         for old, new in zip(before, self.options(), strict=True):
             self.own |= {key for key in new if not same(old.get(key), new[key])}
 

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from lossguard.torch.arguments import (
     Uncopied,
+    all_innermost,
     check_functions,
-    innermost,
     scalar,
     told_if_damaged,
 )
@@ -53,7 +53,7 @@ def _of_rule(name: str, doc: str) -> Any:
 
 
 class Rewind(Uncopied):
-    """Watches one optimizer: called after the step, it wraps nothing.
+    """Watches a run: called after the optimizer's step, it wraps nothing.
 
     Alarm, snapshots, scale and budget are those of ``lossguard.rewind`` (``docs/guards.md``). Here
     the host reads the losses every ``every`` calls, and an alarm waits for that.
@@ -67,7 +67,8 @@ class Rewind(Uncopied):
 
     Args:
         model: what is trained. Its parameters and buffers go back.
-        optimizer: its memory goes back, its settings don't. Another ``Rewind`` of it is closed.
+        optimizer: or several that each train a part and all step before ``observe``. The memory
+            goes back, the settings don't. Another ``Rewind`` of one of them is closed.
         schedulers: what else goes back, by its ``state_dict``, such as an average of weights. Data,
             random numbers and schedulers not named here go on.
         window: steps, a multiple of 8, at least 64; a snapshot is trusted after up to half of them.
@@ -75,8 +76,7 @@ class Rewind(Uncopied):
         factor: what steps are multiplied by after a return.
         rise: the share of the progress since the start that has to be lost.
         every: calls between two reads; a divisor of window / 4.
-        offload: keep snapshots in the host's memory (pinned, where there is CUDA), or, if it is
-            the path of a folder, on disk.
+        offload: keep snapshots in the host's memory (pinned for CUDA), or in the folder of a path.
         audit: the loss on a held minibatch, without gradients; called once every B steps. A
             candidate is only trusted if it isn't worse there than the best trusted one by more than
             four times ``rise``, and 4 more worse ones than others are an alarm.
@@ -105,7 +105,7 @@ class Rewind(Uncopied):
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         *,
         schedulers: Sequence[Any] = (),
         window: int = 256,
@@ -119,11 +119,11 @@ class Rewind(Uncopied):
         group: "distributed.ProcessGroup | None" = None,
     ) -> None:
         check_kind("model", model, nn.Module, "nn.Linear(2, 1)")
-        optimizer = innermost(optimizer)
+        optimizers = all_innermost(optimizer)
         check_functions(audit=audit, callback=callback)
         self._rule = Rule(window, rho, factor, rise, every)
         self._options = {"window": self._rule.window, "every": self._rule.every}
-        self._live = Live(model, optimizer, schedulers, offload)
+        self._live = Live(model, optimizers, schedulers, offload)
         self._group, self._audit, self._callback = group, audit, callback
         self._unread: list[tuple[Tensor, Tensor]] = []
         """Losses, and whether the gradients of their steps weren't finite."""
@@ -134,7 +134,7 @@ class Rewind(Uncopied):
         self._candidate: Saved = {}
         self._last: Saved | None = None
         """After the last step, while the run can't always go back and each step is read."""
-        self._steps = CarefulSteps(optimizer, self, self._live.own)
+        self._steps = CarefulSteps(optimizers, self, self._live.own)
 
     @property
     def scale(self) -> float:
@@ -197,7 +197,7 @@ class Rewind(Uncopied):
             self._trusted = self._live.save(self._trusted)
 
     def close(self) -> None:
-        """Take the hooks off the optimizer."""
+        """Take the hooks off the optimizers."""
         self._steps.remove()
 
     @torch.no_grad()

@@ -32,21 +32,29 @@ class Live:
     """What is copied and set back: parameters, buffers, the optimizer's memory, and others."""
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, also: Sequence[Any], offload: Offload
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        also: Sequence[Any],
+        offload: Offload,
     ) -> None:
-        self.model, self.optimizer, self.also = model, optimizer, also
+        self.model, self.optimizers, self.also = model, optimizers, also
         self.place: Place = torch.device("cpu") if offload else None
-        self.names = {param: name for name, param in model.named_parameters()}
+        self.names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
         if not isinstance(offload, bool | str | os.PathLike):
             raise ValueError(f"offload must be True, False or a folder, got {offload!r}")
         check_kind("schedulers", also, Sequence, "[scheduler]")
         for one in also:
-            of = getattr(one, "optimizer", None)
-            other = isinstance(of, Optimizer) and innermost(of) is not optimizer
-            if other or not callable(getattr(one, "state_dict", None)):
+            of = _optimizer_of(one)
+            if not callable(getattr(one, "state_dict", None)) or of not in (None, *optimizers):
                 raise ValueError(
                     "schedulers must each have a state_dict, and be of this optimizer if of any, "
                     f"got a {type(one).__name__}"
+                )
+            if of is None and hasattr(one, "get_last_lr") and len(optimizers) > 1:
+                raise ValueError(
+                    "schedulers must have an optimizer where there are several, got a "
+                    f"{type(one).__name__} without"
                 )
         if not isinstance(offload, bool):
             self.place = Path(offload)
@@ -55,24 +63,36 @@ class Live:
             if not self.place.is_dir():
                 raise ValueError(f"offload must be a folder that is there, got {str(offload)!r}")
         self.own: set[str] = set()
-        """What the optimizer's own steps change in its groups, which goes back as well."""
-        for group in optimizer.param_groups:
+        """What the optimizers' own steps change in their groups, which goes back as well."""
+        for group in self.groups():
             if group.get("lr") is None:
                 raise ValueError(
                     "optimizer must have a rate, lr, in each of its groups, got one without"
                 )
-        self._check_params()
+        self.trained()
         # Buffers may be infinite by design, such as masks of attention.
         self._infinite = {n for n, b in model.named_buffers() if not bool(are_finite([b]))}
 
-    def _check_params(self) -> None:
-        for group in self.optimizer.param_groups:
-            for param in group["params"]:
+    def groups(self) -> list[Saved]:
+        """The parameter groups of all optimizers."""
+        return [group for one in self.optimizers for group in one.param_groups]
+
+    def trained(self) -> dict[Tensor, Optimizer]:
+        """Each parameter that is trained, and by which optimizer."""
+        found: dict[Tensor, Optimizer] = {}
+        for one in self.optimizers:
+            for param in [param for group in one.param_groups for param in group["params"]]:
                 if param not in self.names:
                     raise ValueError(
                         "optimizer must train parameters that the model has when Rewind is built, "
                         f"got one of shape {tuple(param.shape)} that it hadn't"
                     )
+                if found.setdefault(param, one) is not one:
+                    raise ValueError(
+                        "optimizers must train different parameters, got two that train "
+                        f"{self.names[param]}"
+                    )
+        return found
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters, and the buffers as they are now: a forward pass may put others there."""
@@ -86,16 +106,15 @@ class Live:
     @torch.no_grad()
     def save(self, old: Saved | None = None) -> Saved:
         """A copy, in the tensors of an ``old`` one as far as they fit."""
-        self._check_params()
         remembered = {
-            name: self.optimizer.state[param]
-            for param, name in self.names.items()
-            if self.optimizer.state.get(param)
+            self.names[param]: one.state[param]
+            for param, one in self.trained().items()
+            if one.state.get(param)
         }
         now = {"model": self.tensors(), "optimizer": remembered}
         return {
             **copied(now, old, self.place),
-            "groups": copy.deepcopy([options_of(group) for group in self.optimizer.param_groups]),
+            "groups": copy.deepcopy([options_of(group) for group in self.groups()]),
             "also": [copy.deepcopy(one.state_dict()) for one in self.also],
         }
 
@@ -105,23 +124,23 @@ class Live:
         for name, tensor in self.tensors().items():
             if name in saved["model"]:  # all but buffers that came later
                 tensor.copy_(saved["model"][name], non_blocking=True)
-        for group, options in zip(self.optimizer.param_groups, saved["groups"], strict=True):
+        for group, options in zip(self.groups(), saved["groups"], strict=True):
             for key in self.own:
                 group.pop(key, None)  # a step makes it
                 if key in options:
                     group[key] = copy.deepcopy(options[key])
-        for param, name in self.names.items():
-            now = self.optimizer.state.pop(param, {})
-            before = saved["optimizer"].get(name, {})  # none before the first step
+        for param, optimizer in self.trained().items():
+            now = optimizer.state.pop(param, {})
+            before = saved["optimizer"].get(self.names[param], {})  # none before the first step
             for key, value in before.items():
                 whole = isinstance(value, Tensor) and value.shape == param.shape
                 place = param.device if whole else None
-                self.optimizer.state[param][key] = copied(value, now.get(key), place)
+                optimizer.state[param][key] = copied(value, now.get(key), place)
         for one, its_state in zip(self.also, saved["also"], strict=True):
             one.load_state_dict(copy.deepcopy(its_state))
             if hasattr(one, "get_last_lr"):  # a scheduler, of which the rates are a part
-                rates = one.get_last_lr()
-                for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                optimizer, rates = _optimizer_of(one) or self.optimizers[0], one.get_last_lr()
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     set_rate(group, float(rate))
 
     def pack(self, trusted: Saved, candidate: Saved) -> Saved:
@@ -162,8 +181,15 @@ class Live:
         return trusted, candidate, set(state["own"].split())
 
 
+def _optimizer_of(scheduler: Any) -> Optimizer | None:
+    """The one whose rates it sets, beneath wrappers of both; None: it has none that it tells."""
+    inner = getattr(scheduler, "scheduler", scheduler)  # as Accelerate wraps it
+    of = getattr(inner, "optimizer", None)
+    return innermost(of) if isinstance(of, Optimizer) else None
+
+
 class CarefulSteps:
-    """Hooks of an optimizer: rates times ``rewind.scale`` in a step, and no unsound gradients.
+    """Hooks of optimizers: rates times ``rewind.scale`` in a step, and no unsound gradients.
 
     Between steps the rates are those that the user and the schedulers set, so that schedulers of
     every kind go on from their own numbers. Once nobody has the ``Rewind`` any more they are gone.
@@ -173,20 +199,26 @@ class CarefulSteps:
         closed: whether they are gone.
     """
 
-    def __init__(self, optimizer: Optimizer, rewind: Any, own: set[str]) -> None:
-        for hook in [*optimizer._optimizer_step_pre_hooks.values()]:
+    def __init__(self, optimizers: Sequence[Optimizer], rewind: Any, own: set[str]) -> None:
+        for hook in [h for one in optimizers for h in one._optimizer_step_pre_hooks.values()]:
             if isinstance(other := getattr(hook, "__self__", None), CarefulSteps):
                 other.remove()  # or both would multiply the rates
         self.broken, self.closed, self._begun = SOUND, False, False
         self._rewind, self._own = weakref.ref(rewind), own
+        self._groups: list[Saved] = []
+        """Of the optimizer whose step is under way."""
         self._options: list[Saved] = []
-        """The settings when a step began."""
+        """Their settings when it began."""
         self._rates: list[float | Tensor] = []
-        """Those of the groups between steps, while it multiplies them."""
-        self._hooks = (
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
-        )
+        """Their rates between steps, while it multiplies them."""
+        self._hooks = [
+            hook
+            for one in optimizers
+            for hook in (
+                one.register_step_pre_hook(self._before),
+                one.register_step_post_hook(self._after),
+            )
+        ]
 
     def take(self) -> Tensor:
         """``broken``, which is read."""
@@ -196,13 +228,13 @@ class CarefulSteps:
         return broken
 
     def remove(self) -> None:
-        """Leave the optimizer as it was."""
+        """Leave the optimizers as they were."""
         self.closed = True
         for hook in self._hooks:
             hook.remove()
 
     def _before(self, optimizer: Optimizer, args: tuple, kwargs: Saved) -> tuple | None:
-        self._after(optimizer)  # if the last step raised an error half-way
+        self._after()  # if the last step raised an error half-way
         rewind = self._rewind()
         if rewind is None:
             self.remove()
@@ -224,13 +256,13 @@ class CarefulSteps:
             changed = args, {**kwargs, "closure": sound}
         else:
             changed = (itself, sound, *given[1:]), kwargs
-        scale = rewind.scale
+        scale, self._groups = rewind.scale, optimizer.param_groups
         if scale != 1:
-            rates = [group["lr"] for group in optimizer.param_groups]
+            rates = [group["lr"] for group in self._groups]
             self._rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            for group, rate in zip(self._groups, rates, strict=True):
                 set_rate(group, rate * scale)
-        self._options = [dict(group) for group in optimizer.param_groups]
+        self._options = [dict(group) for group in self._groups]
         return changed
 
     def _look(self, optimizer: Optimizer) -> None:
@@ -238,16 +270,18 @@ class CarefulSteps:
         if getattr(optimizer, "found_inf", None) is None:
             params = (p for group in optimizer.param_groups for p in group["params"])
             broken, before = zero_unsound(params), self.broken
-            self.broken = broken if before is SOUND else (before > 0) | (broken > 0)
+            self.broken = (
+                broken if before is SOUND else (before.to(broken.device) > 0) | (broken > 0)
+            )
 
-    def _after(self, optimizer: Optimizer, *_: Any) -> None:
-        for group, before in zip(optimizer.param_groups, self._options, strict=False):
+    def _after(self, *_: Any) -> None:
+        for group, before in zip(self._groups, self._options, strict=False):
             others = [key for key, value in group.items() if value is not before.get(key)]
             changed = {key for key in others if not same(before.get(key), group[key])}
             self._own |= changed - {"lr", "params"}
-        for group, rate in zip(optimizer.param_groups, self._rates, strict=False):
+        for group, rate in zip(self._groups, self._rates, strict=False):
             set_rate(group, rate)
-        self._rates, self._options = [], []
+        self._groups, self._rates, self._options = [], [], []
 
 
 def copied(value: Any, old: Any = None, place: Place = None) -> Any:

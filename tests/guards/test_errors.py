@@ -23,6 +23,8 @@ from lossguard import (
 )
 
 SGD = optax.sgd(0.1)
+SUMS = optax.stateless(lambda updates, _: jnp.sum(updates, keepdims=True))
+"""Whose updates could be broadcast."""
 ALONE = unguarded(SGD)
 ONES = jnp.ones(2)
 KEY = jax.random.key(0)
@@ -42,8 +44,8 @@ def guarded_update(value_fn):
     return optimizer.update(ONES, optimizer.init(ONES), ONES, value_fn=value_fn)
 
 
-def rewound(**arguments):
-    optimizer = rewind(SGD)
+def rewound(of=SGD, **arguments):
+    optimizer = rewind(of)
     return optimizer.update(
         ONES, optimizer.init(ONES), **{"params": ONES, "value": 1.0} | arguments
     )
@@ -149,6 +151,11 @@ WRONG = {
         "state|HedgedState, got a RecommendedState": (
             lambda: hedged(SGD, SGD).step(recommended(SGD, SGD).init(ONES), total)
         ),
+    },
+    " must return updates of the shapes of its gradients, ": {
+        "learned|[(2,)], got [(1,)]": lambda: step(total, lambda *_: recommended(SUMS, SGD)),
+        "fallback|[(2,)], got [(1,)]": lambda: step(total, lambda *_: residual_guard(SGD, SUMS)),
+        "optimizer|[(2,)], got [(1,)]": lambda: rewound(of=SUMS),
     },
     " must hold at least one array, got ": {"params|{}": lambda: loss_guard(SGD, SGD).init({})},
     " must be floating-point arrays, but its leaf ": {

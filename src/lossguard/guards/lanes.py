@@ -36,7 +36,13 @@ def with_extra_args(name: str, optimizer: Any) -> optax.GradientTransformationEx
             for key, value in extra_args.items()
             if key in named or (open_ended and key != "grad_fn")
         }
-        return inner.update(updates, state, params, **usable)
+        made, after = inner.update(updates, state, params, **usable)
+        given, got = ([jnp.shape(leaf) for leaf in jax.tree.leaves(t)] for t in (updates, made))
+        if got != given:  # which might be broadcast where they are added
+            raise ValueError(
+                f"{name} must return updates of the shapes of its gradients, {given}, got {got}"
+            )
+        return made, after
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 

@@ -91,9 +91,9 @@ def test_version(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "fields"),
     [
-        (("run",), ("usage: lossguard run RECIPE", "one of demo, fig03")),
-        (("sweep",), ("usage: lossguard sweep RECIPE... [OPTIONS]", "one of table1")),
-        (("metatrain",), ("usage: lossguard metatrain RECIPE", "one of mnist-mlp")),
+        (("run",), ("usage: lossguard run RECIPE", "one that lossguard list shows")),
+        (("sweep",), ("usage: lossguard sweep RECIPE... [OPTIONS]", "path/to/module.py:fun")),
+        (("metatrain",), ("usage: lossguard metatrain RECIPE", "lists its options")),
         (("list",), ("usage: lossguard list",)),
         (("demo",), ("--steps", "--methods", "--out", "--resume", "--model.hidden")),
         (
@@ -222,12 +222,14 @@ def test_plot_of_meta_training(main, capsys, tmp_path) -> None:
         (("rn",), ("command must be one of demo, run", "got 'rn' (did you mean run?)")),
         (("plot",), ("name the folder of a run, or several",)),
         (("plot", "nowhere"), ("there is no folder nowhere",)),
-        (("run",), ("path/to/module.py:function or one of demo, fig03",)),
+        (("run",), ("run needs a recipe, one that lossguard list shows or path/to/", "got none")),
+        (("run", "mlp-small"), ("mlp-small is run by lossguard metatrain mlp-small",)),
+        (("metatrain", "fig05"), ("fig05 is run by lossguard run fig05",)),
         (("run", "fgi03"), ("got 'fgi03' (did you mean fig03?)",)),
         (("run", "fig02"), ("fig02 is run by lossguard sweep fig02, and its outer loop by",)),
         (("run", "fig11"), ("fig11 is run by lossguard metatrain cifar10-conv",)),
         (("sweep", "fig11"), ("fig11 is run by lossguard metatrain cifar10-conv",)),
-        (("metatrain", "mnist"), ("one of mnist-mlp", "(did you mean mnist-mlp?)")),
+        (("metatrain", "mnist"), ("got 'mnist' (did you mean mnist-mlp?)",)),
         (("run", "no.py:recipe"), ("recipe no.py:recipe can't be read", "no such Python file")),
         (("run", ".py:"), ("can't be read",)),
         (("run", TINY), ("tiny.py: name it, as in ", "tiny.py:my_recipe\n")),
@@ -318,7 +320,7 @@ def test_module_named_like_another_leaves_that_alone(tmp_path: Path, name: str) 
     path.write_text("def recipe():\n    return 'mine'\n")
     before = sys.modules[name]
     for _ in range(2):  # the second time it is there already
-        assert find_recipe(f"{path}:recipe", {}, "run", str) == ("recipe", "mine")
+        assert find_recipe(f"{path}:recipe", {}, "run", str, {}) == ("recipe", "mine")
     assert sys.modules[name] is before
     del sys.modules[f"{name}_"]
 
@@ -328,7 +330,7 @@ def test_modules_of_one_name_are_kept_apart(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "twin.py").write_text(f"def recipe():\n    return {folder!r}\n")
     found = [
-        find_recipe(f"{tmp_path / f / 'twin.py'}:recipe", {}, "run", str)
+        find_recipe(f"{tmp_path / f / 'twin.py'}:recipe", {}, "run", str, {})
         for f in ("a", "b", "b/../a")
     ]
     assert [recipe for _, recipe in found] == ["a", "b", "a"]
@@ -339,7 +341,7 @@ def test_module_may_import_one_beside_it(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "besides.py").write_text("MINE = 'mine'\n")
     (tmp_path / "importing.py").write_text("import besides\ndef recipe(): return besides.MINE\n")
-    found = find_recipe(f"{tmp_path / 'importing.py'}:recipe", {}, "run", str)
+    found = find_recipe(f"{tmp_path / 'importing.py'}:recipe", {}, "run", str, {})
     assert found == ("recipe", "mine")
     del sys.modules["besides"], sys.modules["importing"]
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from .validation import one_of
+from .validation import nearest
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def find_recipe(
     recipes: Mapping[str, Any],
     command: str,
     kind: type,
-    elsewhere: Mapping[str, str] | None = None,
+    elsewhere: Mapping[str, str],
 ) -> tuple[str, Any]:
     """The recipe of that name: one of ours, or ``path/to/module.py:function``.
 
@@ -50,7 +50,7 @@ def find_recipe(
         several = "..." if command == "sweep" else ""
         print(
             f"usage: lossguard {command} RECIPE{several} [OPTIONS]\n\n"
-            f"RECIPE is path/to/module.py:function or one of {', '.join(recipes)}.\n"
+            "RECIPE is one that lossguard list shows, or path/to/module.py:function.\n"
             f"lossguard {command} RECIPE --help lists its options."
         )
         sys.exit(0)
@@ -68,11 +68,14 @@ def find_recipe(
         return function, config
     if name.endswith(".py"):
         raise ValueError(f"{command} needs a function of {name}: name it, as in {name}:my_recipe")
-    if name not in recipes and elsewhere and name in elsewhere:
+    if name not in recipes and name in elsewhere:
         raise ValueError(f"{name} is run by lossguard {elsewhere[name]}")
     if name not in recipes:
-        known = one_of(recipes, name)
-        raise ValueError(f"{command} needs a recipe, path/to/module.py:function or {known}")
+        got = f"{name!r}{nearest(recipes, name)}" if name else "none"
+        raise ValueError(
+            f"{command} needs a recipe, one that lossguard list shows or "
+            f"path/to/module.py:function, got {got}"
+        )
     return name, recipes[name]()
 
 

@@ -74,15 +74,19 @@ def report(folders: Folders, out: Out = Path("report.html")) -> None:
 
 def list_all() -> None:
     """List recipes, data sets and learned optimizers: what there is to name."""
-    from .experiments import RECIPES as EXPERIMENTS
-    from .experiments.recipes import SETS
+    from .experiments import price, tasks
+    from .experiments.recipes import PAPERS, READINGS, SETS
     from .learned.weights_file import pretrained_names
     from .metatrain.recipes import RECIPES as META
     from .tasks.datasets import DATASETS
 
     for title, entries in {
-        "experiments (lossguard run)": {n: f().title for n, f in EXPERIMENTS.items()},
-        "sets of experiments": {name: ", ".join(members) for name, members in SETS.items()},
+        "experiments (lossguard run)": {n: f().title for n, f in (PAPERS | READINGS).items()},
+        "sets of experiments (lossguard sweep)": {n: ", ".join(of) for n, of in SETS.items()},
+        "other experiments (lossguard benchmark, lossguard run)": {
+            "price": ", ".join(price.RECIPES),
+            "tasks": ", ".join(tasks.RECIPES),
+        },
         "meta-training (lossguard metatrain)": {n: _first_line(f) for n, f in META.items()},
         "data sets (--dataset)": {n: _first_line(f) for n, f in DATASETS.items()},
         "learned optimizers (--learned)": dict.fromkeys(pretrained_names(), ""),

@@ -43,16 +43,16 @@ def demo(arguments: Sequence[str]) -> None:
 def run(arguments: Sequence[str]) -> None:
     """One experiment of the paper, or of the user's own module."""
     from .experiments import RECIPES, Experiment
-    from .experiments.recipes import ELSEWHERE
 
-    name, recipe = find_recipe(next(iter(arguments), ""), RECIPES, "run", Experiment, ELSEWHERE)
+    given = next(iter(arguments), "")
+    name, recipe = find_recipe(given, RECIPES, "run", Experiment, _elsewhere())
     _run(*override(recipe, Where(Path("runs") / name), arguments[1:], f"run {name}"))
 
 
 def sweep(arguments: Sequence[str]) -> None:
     """Experiments one after another, or over a cluster: the options apply to each."""
     from .experiments import RECIPES, Experiment
-    from .experiments.recipes import ELSEWHERE, SETS
+    from .experiments.recipes import SETS
 
     known = {**SETS, **RECIPES}
     names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
@@ -63,7 +63,7 @@ def sweep(arguments: Sequence[str]) -> None:
         for name in dict.fromkeys(names or arguments[:1] or [""])
         for recipe in SETS.get(name, (name,))
     ]:
-        name, recipe = find_recipe(given, known, "sweep", Experiment, ELSEWHERE)
+        name, recipe = find_recipe(given, known, "sweep", Experiment, _elsewhere())
         where, experiment = override(recipe, where, options, f"sweep {name}")
         if experiments.setdefault(name, experiment) != experiment:
             raise ValueError(f"recipes must have different names, but two are called {name}")
@@ -114,16 +114,26 @@ def benchmark(
 
 def metatrain(arguments: Sequence[str]) -> None:
     """Meta-train a learned optimizer."""
+    from .experiments import RECIPES as EXPERIMENTS
     from .metatrain import loop
     from .metatrain.recipes import RECIPES
 
-    name, recipe = find_recipe(next(iter(arguments), ""), RECIPES, "metatrain", loop.MetaTraining)
+    given, others = next(iter(arguments), ""), {name: f"run {name}" for name in EXPERIMENTS}
+    name, recipe = find_recipe(given, RECIPES, "metatrain", loop.MetaTraining, others)
     where = Where(Path("runs") / name)
     where, config = override(recipe, where, arguments[1:], f"metatrain {name}")
     with _resumable(where):
         weights = loop.metatrain(config, where.out, resume=where.resume)
     print(shown(f"weights: {weights}"))
     show(where.out)
+
+
+def _elsewhere() -> dict[str, str]:
+    """Names that are no experiment, and the command that runs them."""
+    from .experiments.recipes import ELSEWHERE
+    from .metatrain.recipes import RECIPES
+
+    return {**ELSEWHERE, **{name: f"metatrain {name}" for name in RECIPES}}
 
 
 def _run(where: Where, experiment: Any) -> None:

@@ -129,7 +129,7 @@ def test_command_tells_of_failures_by_its_status(tmp_path, monkeypatch, capsys) 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ((), "sweep needs a recipe, path/to/module.py:function or one of table1"),
+        ((), "sweep needs a recipe, one that lossguard list shows or path/to/module.py:function"),
         (("table3",), "got 'table3' (did you mean table"),
         (("OURS", "THEIRS"), "recipes must have different names, but two are called recipe"),
         (("OURS", "--ray", "local"), "ray needs a package: pip install 'lossguard[ray]'"),

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy import signal, stats
 
 from ..validation import one_of
 
@@ -85,6 +84,8 @@ def smoothed(losses: np.ndarray) -> np.ndarray:
     >>> smoothed(np.array([1.0, 0.0, 0.0])).round(4).tolist()
     [1.0, 0.95, 0.9025]
     """
+    from scipy import signal  # takes a second to import, as all of SciPy
+
     losses = np.asarray(losses, float)
     made, _ = signal.lfilter([1 - DECAY], [1, -DECAY], losses, zi=DECAY * losses[..., :1])
     return made
@@ -111,6 +112,8 @@ def interquartile_mean(scores: Sequence[np.ndarray], *, draws: int = 2_000) -> M
     >>> interquartile_mean([np.array([0.0, 1.0]), np.array([2.0, 100.0])], draws=10).value
     1.5
     """
+
+    from scipy import stats
 
     def middle(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
         return stats.trim_mean(np.concatenate(tasks, axis=axis), 0.25, axis=axis)

@@ -196,7 +196,7 @@ GRIDS: Mapping[str, Callable[[], Experiment]] = {
     "cifar10-conv": fig07,
 }
 """The tasks of appendix E's table, each by a figure that has it."""
-PAPERS: Mapping[str, Callable[[], Experiment]] = {
+PAPERS: dict[str, Callable[[], Experiment]] = {
     recipe().name: recipe
     for recipe in (
         *(demo, fig03, fig04, fig05, fig06, fig07, fig08, fig09, fig10),
@@ -217,8 +217,6 @@ READINGS = {
     for scaling in scalings
 }
 """Of what the paper leaves open; ``readings`` judges them."""
-RECIPES: Mapping[str, Callable[[], Experiment]] = {**PAPERS, **READINGS}
-"""All that ``lossguard run`` knows by name."""
 SETS: Mapping[str, tuple[str, ...]] = {
     "table1": ("fig03", "fig06", "fig04", "fig05", "fig07", "fig08"),
     "table2": ("fig12", "fig13", "fig14", "fig15", "fig16"),

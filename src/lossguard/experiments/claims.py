@@ -16,7 +16,7 @@ import polars as pl
 
 from .. import curves
 from ..records import Record
-from .evidence import MARKS, Evidence, Figure, NotRunError, gather
+from .evidence import MARKS, Evidence, FigureCurves, NotRunError, gather
 from .formulas import (
     Finding,
     Formula,
@@ -136,7 +136,7 @@ def _meta_training(
     return int(steps[-1]), losses, losses[steps > 0.9 * steps[-1]]
 
 
-def carries_over(figure: Figure) -> Finding:
+def carries_over(figure: FigureCurves) -> Finding:
     """2b; a method is a data set here."""
     names = ("fashion_mnist", "moons", "circles", "spirals", "cifar10")
     ratios, seeds = zip(*(from_first(name)(figure, 100) for name in names), strict=True)
@@ -145,7 +145,7 @@ def carries_over(figure: Figure) -> Finding:
     return Finding(passes, f"at 100 over the first loss: {told}", {100: min(seeds)})
 
 
-def fastest(figure: Figure) -> Finding:
+def fastest(figure: FigureCurves) -> Finding:
     """3a, of all but LGL2O, which has L2O as a part."""
     others = ["SGDnm", "Adam", *rivals(figure)]
     finding = ratio("L2O", others, (30, 100, 300), "<", 1)(figure)
@@ -156,12 +156,12 @@ def fastest(figure: Figure) -> Finding:
     return finding._replace(numbers=finding.numbers + told)
 
 
-def rivals(figure: Figure) -> Sequence[str]:
+def rivals(figure: FigureCurves) -> Sequence[str]:
     """The readings of GL2O that were run, the first one if none was."""
     return [m for m in GL2O if m in figure.curves] or GL2O[:1]
 
 
-def noise(figure: Figure) -> Finding:
+def noise(figure: FigureCurves) -> Finding:
     """4d, 12b, 13b: LGL2O rises by K or later, for good, and with nc = 100 it doesn't there."""
     few = values(figure, rise("LGL2O"), MARKS) or {K: rise("LGL2O")(figure, K)}
     many, end = values(figure, rise(NC_100), MARKS), max(few)
@@ -178,7 +178,7 @@ def noise(figure: Figure) -> Finding:
     return Finding(steady, numbers, {end: seeds, last: many[last][1]})
 
 
-def highest(figure: Figure, k: int) -> tuple[float, int]:
+def highest(figure: FigureCurves, k: int) -> tuple[float, int]:
     """5e: the highest loss of L2O up to step k over the first."""
     seeds = figure.seeds(["L2O"], k)
     early = figure.of(["L2O"], seeds).filter(pl.col("step") <= k)
@@ -189,7 +189,7 @@ def highest(figure: Figure, k: int) -> tuple[float, int]:
 def diverges(method: str) -> Formula:
     """6a to 8b: above its first loss, or it rises."""
 
-    def formula(figure: Figure) -> Finding:
+    def formula(figure: FigureCurves) -> Finding:
         finding = above_first(method, 1)(figure)
         return finding._replace(holds=finding.holds or rise(method)(figure, 1_000)[0] > 2)
 
@@ -201,7 +201,7 @@ def above_first(method: str, bound: float) -> Formula:
     return single(f"{method} at 1,000 over its first loss", from_first(method), 1_000, ">", bound)
 
 
-def grid(figure: Figure) -> Finding:
+def grid(figure: FigureCurves) -> Finding:
     """10: the rank of 0.01 and 50,000 where all settings end, and who leads where some go on."""
     methods, chosen = PAPERS["fig10"]().methods, "SGDnm 0.01 tau 50000"
     k, later = figure.last(*methods), max(figure.last(m) for m in methods)
@@ -220,7 +220,7 @@ def grid(figure: Figure) -> Finding:
     return Finding(order[0] == chosen, numbers, {k: seeds})
 
 
-def after_its_horizon(figure: Figure) -> Finding:
+def after_its_horizon(figure: FigureCurves) -> Finding:
     """11b, on one data set."""
     ratio, seeds = from_first("L2O")(figure, HORIZON)
     step, tested = figure.tested("L2O", HORIZON)

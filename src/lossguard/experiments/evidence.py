@@ -32,7 +32,7 @@ class NotRunError(Exception):
 
 
 @dataclass(frozen=True)
-class Figure:
+class FigureCurves:
     """The curves of one figure, of all folders that have some.
 
     A method at another nc or rate of Adam than the recipe's is called so: "LGL2O (nc 100)", "Adam
@@ -115,7 +115,7 @@ def _means(table: pl.DataFrame, column: str) -> dict[str, float]:
 class Evidence(NamedTuple):
     """What the records of several folders hold."""
 
-    figures: Mapping[str, Figure]
+    figures: Mapping[str, FigureCurves]
     """By the name of the recipe; figure 2's first steps are in ``fig02``, by data set."""
     meta: Mapping[str, pl.DataFrame]
     """Curves of meta-training, by the name of what was trained; of several the last given."""
@@ -123,10 +123,10 @@ class Evidence(NamedTuple):
 
 def gather(records: Mapping[Path, Record]) -> Evidence:
     """What the records of these folders say; those of other experiments are passed over."""
-    figures: dict[str, Figure] = {}
+    figures: dict[str, FigureCurves] = {}
     for folder, record in records.items():
         if not record.is_meta and (name := _figure(record.config)):
-            figure = figures.setdefault(name, Figure({}, {}))
+            figure = figures.setdefault(name, FigureCurves({}, {}))
             for (method, seed), curve in _labelled(record).group_by("method", "seed"):
                 seeds, curve = figure.curves.setdefault(str(method), {}), curve.sort("step")
                 if seed not in seeds or curve["step"][-1] >= seeds[seed]["step"][-1]:
@@ -153,7 +153,7 @@ def has_settings(config: Mapping[str, Any]) -> bool:
 
 
 def _labelled(record: Record) -> pl.DataFrame:
-    """The curves, with methods named as in ``Figure``."""
+    """The curves, with methods named as in ``FigureCurves``."""
     config, _, curves = record
     name, labels = config["name"], {}
     if name in PAPERS:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from .evidence import MARKS, Evidence, Figure, NotRunError
+from .evidence import MARKS, Evidence, FigureCurves, NotRunError
 
 HOLDS: Mapping[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
@@ -30,12 +30,14 @@ class Finding(NamedTuple):
     """How many at each mark."""
 
 
-Formula = Callable[[Figure], Finding]
-Value = Callable[[Figure, int], tuple[float, int]]
+Formula = Callable[[FigureCurves], Finding]
+Value = Callable[[FigureCurves, int], tuple[float, int]]
 """At step k, and of how many seeds it is. This and a formula raise ``NotRunError``."""
 
 
-def values(figure: Figure, value: Value, steps: Iterable[int]) -> dict[int, tuple[float, int]]:
+def values(
+    figure: FigureCurves, value: Value, steps: Iterable[int]
+) -> dict[int, tuple[float, int]]:
     """A value at those of these steps that were reached."""
     reached = {}
     for k in steps:
@@ -52,7 +54,7 @@ def at_marks(
     ``holds`` is one of ``HOLDS``; ``beyond`` tells values at later marks, without testing them.
     """
 
-    def formula(figure: Figure) -> Finding:
+    def formula(figure: FigureCurves) -> Finding:
         tested = values(figure, value, marks) or {marks[0]: value(figure, marks[0])}
         later = values(figure, value, (k for k in MARKS if beyond and k > marks[-1]))
         failed = [k for k, (one, _) in tested.items() if not HOLDS[holds](one, bound)]
@@ -77,7 +79,7 @@ def _told(values: Mapping[int, tuple[float, int]], failed: Sequence[int]) -> str
 def single(what: str, value: Value, k: int, holds: str, bound: float) -> Formula:
     """Whether a value keeps a bound at step k, of which its name tells."""
 
-    def formula(figure: Figure) -> Finding:
+    def formula(figure: FigureCurves) -> Finding:
         found, seeds = value(figure, k)
         return Finding(HOLDS[holds](found, bound), f"{what}: {short(found)}", {k: seeds})
 
@@ -88,7 +90,7 @@ def of_losses(expression: pl.Expr, earlier: Sequence[int] = ()) -> Value:
     """Of columns of losses by method, at earlier steps and, in the last row, at step k."""
     methods = [*dict.fromkeys(expression.meta.root_names())]
 
-    def value(figure: Figure, k: int) -> tuple[float, int]:
+    def value(figure: FigureCurves, k: int) -> tuple[float, int]:
         losses, seeds = figure.losses(methods, k, earlier)
         return losses.select(expression)[-1].item(), seeds
 
@@ -137,7 +139,7 @@ def each(*formulas: Formula) -> Formula:
 def either(methods: Sequence[str], formula: Callable[[str], Formula]) -> Formula:
     """By one of these methods at least, of those that were run."""
 
-    def judge(figure: Figure) -> Finding:
+    def judge(figure: FigureCurves) -> Finding:
         run = [method for method in methods if method in figure.curves] or methods[:1]
         return together((found(formula(m), figure) for m in run), order=(True, False, None))
 

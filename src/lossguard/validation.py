@@ -42,6 +42,12 @@ def check_network(hidden: int, layers: int) -> None:
     check_count("layers", layers, most=MOST_LAYERS)
 
 
+def check_lstm(scale: float, p: float) -> None:
+    """Require numbers of an LSTM optimizer; exp(p) and exp(-p) are float32."""
+    check_positive(scale=scale)
+    check_real("p", p, "above 0 and at most 80", lambda v: 0 < v <= 80)
+
+
 def check_positive(**values: float) -> None:
     """Require positive and finite numbers."""
     for name, value in values.items():

@@ -10,7 +10,7 @@ import pytest
 from jaxtyping import Array, Float
 from safetensors.torch import load_file
 
-from lossguard import init_lstm_weights, lstm_optimizer, save_weights
+from lossguard import init_lstm_weights, init_mlp_weights, lstm_optimizer, save_weights
 from lossguard.learned.lstm import LSTMState, LSTMWeights, log_and_sign
 
 torch = pytest.importorskip("torch")
@@ -118,10 +118,22 @@ def test_state_shows_a_gradient_that_is_not_finite(weights: LSTMWeights) -> None
     assert jnp.isfinite(state.h[0][:, ::2]).all()
 
 
-@pytest.mark.parametrize("number", ["p", "scale"])
-def test_numbers_are_positive(weights: LSTMWeights, number: str) -> None:
-    with pytest.raises(ValueError, match=rf"^{number} must be positive and finite, got 0\.0$"):
-        lstm_optimizer(weights, **{number: 0.0})
+def test_numbers_are_positive_and_p_is_one_of_which_float32_has_the_exponential(
+    weights: LSTMWeights,
+) -> None:
+    with pytest.raises(ValueError, match=r"^scale must be positive and finite, got 0\.0$"):
+        lstm_optimizer(weights, scale=0.0)
+    for p in (0.0, 80.1):
+        with pytest.raises(ValueError, match=rf"^p must be above 0 and at most 80, got {p}$"):
+            lstm_optimizer(weights, p=p)
+    assert jnp.isfinite(log_and_sign(jnp.array([0.0, 1e-3]), 80.0)).all()
+    assert float(log_and_sign(jnp.array([1e-35]), 80.0)[1, 0]) == pytest.approx(5.54e-1, rel=1e-2)
+
+
+@pytest.mark.usefixtures("x64")
+def test_weights_are_in_float32_where_others_are_in_float64() -> None:
+    for weights in (init_lstm_weights(jax.random.key(0)), init_mlp_weights(jax.random.key(0))):
+        assert {leaf.dtype for leaf in jax.tree.leaves(weights)} == {jnp.dtype("float32")}
 
 
 def test_complex_parameters_are_refused(weights: LSTMWeights) -> None:

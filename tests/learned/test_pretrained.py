@@ -189,7 +189,7 @@ def test_other_content_is_refused(saved: Path) -> None:
         ({"layers": "999999999999"}, "it lacks"),
         ({"layers": "9" * 4_000}, "layers must be positive and finite, got 9+$"),
         ({"layers": "9" * 5_000}, "Exceeds the limit"),
-        ({"p": "-10"}, "p must be positive and finite, got -10.0"),
+        ({"p": "-10"}, "p must be above 0 and at most 80, got -10.0"),
         ({"scale": "nan"}, "scale must be positive and finite, got nan"),
     ],
 )
@@ -272,7 +272,7 @@ def test_unwritable_place_is_named(tmp_path: Path, weights: LSTMWeights, place: 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"p": 0.0}, "^p must be positive and finite, got 0.0$"),
+        ({"p": 0.0}, "^p must be above 0 and at most 80, got 0.0$"),
         ({"scale": float("inf")}, "^scale must be positive and finite, got inf$"),
         ({"q": 1.0}, "^numbers of LSTMWeights must be p, scale, got p, scale, q$"),
         ({"made": {"p": "10"}}, "^made must map strings other than architecture, .* got 'p': '10'"),

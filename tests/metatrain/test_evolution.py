@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lossguard import load_weights, records
+from lossguard import load_weights, records, run_folder, save_weights
 from lossguard.learned.mlp import mlp_optimizer
 from lossguard.metatrain import figure, loop
 from lossguard.metatrain.evolution import MLPTraining, like_momentum
@@ -111,6 +111,22 @@ def test_it_goes_on_from_given_weights(whole: Path) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_other_weights_than_it_went_on_from_are_refused(whole: Path, tmp_path: Path) -> None:
+    first = tmp_path / "first.safetensors"
+    first.write_bytes((whole / loop.WEIGHTS).read_bytes())
+    config = dataclasses.replace(TINY, start_from=str(first))
+    folder = metatrain(config, tmp_path / "run").parent
+    assert "the file first.safetensors" in records.read_run(folder)[1][records.INPUTS]
+
+    (tmp_path / "again").mkdir()
+    for name in (records.CONFIG, records.MANIFEST):  # as one that was killed before it had saved
+        to = {records.MANIFEST: run_folder.STARTED}.get(name, name)
+        (tmp_path / "again" / to).write_bytes((folder / name).read_bytes())
+    save_weights(first, like_momentum(jax.random.key(1)), made={})
+    with pytest.raises(ValueError, match=r"but the file first\.safetensors changed since"):
+        metatrain(config, tmp_path / "again", resume=True)
+
+
 def test_rollouts_that_are_over_begin_again() -> None:
     method = dataclasses.replace(TINY, longest=2).method()  # of one piece each
     key = jax.random.key(0)
@@ -160,10 +176,10 @@ def test_it_begins_as_a_momentum_method() -> None:
             "^start_from must be an MLP optimizer, got lstm-mnist-mlp, an LSTM$",
         ),
         ({"start_from": "mlp"}, "^learned optimizer must be one of lstm-.*, got 'mlp'$"),
-        ({"family": ()}, "^family must have members of different titles, got none$"),
-        (
-            {"held_out": (HELD_OUT, HELD_OUT)},
-            "^held_out must have members of different titles, got moons-mlp-, moons-mlp-$",
+        ({"family": ()}, "^family must have members, got none$"),
+        *(
+            (held_out, "^family and held_out must have members of different titles, got .* twice$")
+            for held_out in ({"held_out": (HELD_OUT, HELD_OUT)}, {"held_out": TINY.family[:1]})
         ),
     ],
 )

@@ -84,7 +84,10 @@ def test_members_have_images_of_the_size_and_titles() -> None:
     task = member.task()
     assert (task.dataset.shape, task.batch_size, task.goal) == ((4, 4, 1), 32, CLASSIFICATION)
     assert member.title == "digits4-relumlp-16x8"
-    assert Member("moons", MLP((3,)), reconstruct=True).title == "moons-mlp-3-auto"
+    of_points = Member("moons", MLP((3,)), reconstruct=True)
+    assert of_points.title == "moons-mlp-3-auto"
+    with pytest.raises(ValueError, match=r"^what is reconstructed must be images, got moons$"):
+        of_points.task()
 
 
 @pytest.mark.parametrize("recipe", [mlp_small(), mlp_small_longer()])

@@ -31,11 +31,12 @@ from lossguard.config import as_config
 from lossguard.learned.lstm import LSTMWeights
 from lossguard.learned.weights_file import pretrained_names
 from lossguard.metatrain import bptt, figure, loop
-from lossguard.metatrain.bptt import LSTMTraining
+from lossguard.metatrain.bptt import Backpropagation, LSTMTraining
 from lossguard.metatrain.loop import metatrain
 from lossguard.metatrain.recipes import RECIPES
 from lossguard.tasks import MLP, Dataset, Task, load_dataset
 
+VALIDATE = Backpropagation.validate
 TINY = LSTMTraining(
     name="tiny",
     dataset="digits",
@@ -393,6 +394,29 @@ def test_what_was_saved_a_minute_ago_is_not_done_again(
     assert same(load_weights(file).weights, load_weights(whole / loop.WEIGHTS).weights)
 
 
+def test_killed_while_it_validates_it_has_saved(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = stopping(monkeypatch, -1, lambda: None)
+    for lost in range(1, 4):  # its first validation, its second one, ...
+        validations = []
+
+        def validate(*arguments: Any, so_far: list = validations, lost: int = lost) -> Any:
+            so_far.append(1)
+            if len(so_far) == lost:
+                raise OSError("killed")
+            return VALIDATE(*arguments)
+
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
+            patch.setattr(Backpropagation, "validate", validate)
+            metatrain(TINY, tmp_path / str(lost))
+        file = metatrain(TINY, tmp_path / str(lost), resume=True)
+        assert done == [0, 1, 2, 3, 4, 5]
+        done.clear()
+        found, expected = (records.read_run(folder)[2] for folder in (file.parent, whole))
+        assert found.equals(expected)
+
+
 def test_its_progress_moves_with_every_meta_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -493,7 +517,7 @@ def test_figure_where_all_is_lost(tmp_path: Path) -> None:
         ),
         *(
             ({name: value}, f"^{name} must be positive and finite, got {value}$")
-            for name in ("rate", "clip", "scale", "p")
+            for name in ("rate", "clip", "scale")
             for value in (0.0, np.inf)
         ),
         *(

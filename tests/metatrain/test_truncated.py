@@ -171,7 +171,7 @@ def test_restart_replaces_what_is_over_and_nothing_else(setting: Setting) -> Non
         length=jnp.array([20, 20, 20]),
     )
     fresh = at_the_start(task, weights, seed=7, length=jnp.array([30, 40, 50]))
-    after = restart_finished(under_way, fresh)
+    after = restart_finished(under_way, fresh, jnp.array([False, False, False]))
 
     assert after.step.tolist() == [10, 0, 0]
     assert after.length.tolist() == [20, 40, 50]
@@ -195,9 +195,9 @@ def test_restart_gets_rid_of_what_is_not_finite(setting: Setting) -> None:
         lambda leaf: jnp.full_like(leaf, jnp.nan), (optimizees.params, optimizees.state)
     )
     under_way = optimizees._replace(
-        params=broken[0], state=broken[1], step=jnp.array([5, 5, 5]), length=jnp.array([5, 5, 6])
+        params=broken[0], state=broken[1], step=jnp.array([5, 5, 5]), length=jnp.array([5, 6, 6])
     )
-    after = restart_finished(under_way, optimizees)
+    after = restart_finished(under_way, optimizees, jnp.array([False, True, False]))
     for leaf in jax.tree.leaves(after.params):
         assert jnp.isfinite(leaf[:2]).all() and jnp.isnan(leaf[2]).all()
     for memory in jax.tree.leaves(after.state):

@@ -53,6 +53,12 @@ def test_standardization_is_that_of_the_training_split() -> None:
     np.testing.assert_allclose(data.normalize(data.test.inputs), scaled[:4])
 
 
+def test_what_does_not_differ_is_not_standardized() -> None:
+    for points in (np.full((4, 2), 3.7), np.stack([np.zeros(4), np.arange(4.0)], axis=1)):
+        with pytest.raises(ValueError, match=r"^inputs must differ in each channel or coordinate"):
+            made(points.astype(np.float32), "standardized")
+
+
 def test_none_changes_nothing() -> None:
     points = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
     data = made(points, "none")

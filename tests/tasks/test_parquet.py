@@ -300,7 +300,9 @@ def test_an_incomplete_cache_offline_is_an_error(hub: dict[str, Any]) -> None:
 
 
 def test_a_source_without_a_repository_is_local_only(hub: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"^tiny isn't on the hub and must be in the folder tiny/"):
+    with pytest.raises(
+        ConnectionError, match=r"^tiny isn't on the hub and must be in the folder tiny/"
+    ):
         load_images(replace(SOURCE, repository=None))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lossguard.tasks import published
+from lossguard.tasks import moons, published
 from lossguard.tasks.dataset import Dataset, make_dataset
 from lossguard.tasks.goals import RECONSTRUCTION
 from lossguard.tasks.models import ReluMLP
@@ -107,6 +107,11 @@ def test_unknown_names_are_refused() -> None:
 
 
 def test_bad_sizes_are_refused() -> None:
+    for size in (0, -1, 2.5):
+        with pytest.raises(ValueError, match=r"^size must be an integer of at least 1, got"):
+            resized(images(4), size)
+    with pytest.raises(ValueError, match=r"^what is resized must be images, got moons$"):
+        resized(moons(samples=4), 8)
     with pytest.raises(ValueError, match=r"^each of hidden must be an integer of at least 1"):
         ReluMLP((0,)).init((2,), 10, jax.random.key(0))
     assert ReluMLP(()).apply(ReluMLP(()).init((2,), 3, jax.random.key(0)), jnp.ones((4, 2))).shape

@@ -76,9 +76,13 @@ def test_autocast_around_the_step_changes_nothing(make):
 def test_other_gradients_are_refused(make, kind):
     weight = nn.Parameter(torch.ones(2, dtype=torch.complex64 if kind == "complex" else None))
     weight.grad = weight.detach().to_sparse() if kind == "sparse" else weight.detach()
-    optimizer = make(weight)
+    optimizer, other = make(weight), nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": [other]})
+    optimizer.param_groups.reverse()
+    other.grad = torch.ones(2)
     name = type(optimizer).__name__
     with pytest.raises(
         ValueError, match=rf"^gradients must be real and dense for {name}, got a {kind} one$"
     ):
         optimizer.step()
+    assert torch.equal(other, torch.ones(2)) and not optimizer.state

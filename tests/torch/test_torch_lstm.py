@@ -121,7 +121,7 @@ def test_pretrained_refuses_what_jax_does(tmp_path):
     [
         ({"scale": 0.0}, "scale must be positive and finite, got 0.0"),
         ({"scale": math.inf}, "scale must be positive and finite, got inf"),
-        ({"p": -1.0}, "p must be positive and finite, got -1.0"),
+        ({"p": -1.0}, "p must be above 0 and at most 80, got -1.0"),
         (
             {"weights": {"linear.weight": torch.ones(1, 20)}},
             "weights must hold lstm.weight_ih_l0, lstm.weight_hh_l0, lstm.bias_ih_l0, "

@@ -131,9 +131,14 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
         ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
         (
             {"weights": {"mlp.0.weight": torch.ones(2, 39)}},
-            "weights must hold mlp.0.weight, mlp.0.bias, momentum_decays, second_moment_decay, "
-            "factored_decays, scaling, got none of ['mlp.0.bias', 'momentum_decays', "
+            "weights must hold mlp.0.weight, mlp.0.bias, mlp.1.weight, mlp.1.bias, "
+            "momentum_decays, second_moment_decay, factored_decays, scaling, got none of "
+            "['mlp.0.bias', 'mlp.1.weight', 'mlp.1.bias', 'momentum_decays', "
             "'second_moment_decay', 'factored_decays', 'scaling']",
+        ),
+        (
+            {"weights": weights_of() | {"momentum_decays": torch.zeros(2)}},
+            "weights must have momentum_decays of shape [3], got [2]",
         ),
     ],
 )

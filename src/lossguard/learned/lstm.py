@@ -11,7 +11,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ..validation import check_kind, check_network, check_positive
+from ..validation import check_kind, check_lstm, check_network
 
 
 class LSTMLayer(NamedTuple):
@@ -48,7 +48,7 @@ def init_lstm_weights(key: PRNGKeyArray, *, hidden: int = 20, layers: int = 2) -
     bound = hidden**-0.5
 
     def uniform(key: PRNGKeyArray, *shape: int) -> Array:
-        return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+        return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
     *layer_keys, output_key = jax.random.split(key, layers + 1)
     made = []
@@ -85,8 +85,8 @@ def lstm_optimizer(
     bytes a coordinate for h and as many for c: 320 bytes for the default of two layers of 20.
 
     Raises:
-        ValueError: if weights are none, or scale or p is not positive and finite; in ``init``, if
-            parameters are complex.
+        ValueError: if weights are none, scale is not positive and finite, or p not above 0 and at
+            most 80; in ``init``, if parameters are complex.
 
     Source: Andrychowicz et al., "Learning to learn by gradient descent by gradient descent", 2016;
     the paper's L2O (section 4).
@@ -98,7 +98,7 @@ def lstm_optimizer(
     (3, 2)
     """
     check_kind("weights", weights, LSTMWeights, "load_weights(path).weights")
-    check_positive(scale=scale, p=p)
+    check_lstm(scale, p)
     hidden = weights.linear_weight.shape[1]
 
     def init(params: PyTree) -> LSTMState:

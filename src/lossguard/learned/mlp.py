@@ -95,12 +95,13 @@ def init_mlp_weights(key: PRNGKeyArray, *, hidden: int = 4, layers: int = 2) -> 
         sizes, sizes[1:], jax.random.split(key, layers + 1), strict=False
     ):
         weight = jax.random.truncated_normal(layer_key, -2.0, 2.0, (outputs, inputs), jnp.float32)
-        made.append(MLPLayer(weight / math.sqrt(inputs), jnp.zeros(outputs)))
+        made.append(MLPLayer(weight / math.sqrt(inputs), jnp.zeros(outputs, jnp.float32)))
     momentum, second_moment, factored = (
-        jnp.log1p(-jnp.asarray(decays)) / 10
+        jnp.log1p(-jnp.asarray(decays, jnp.float32)) / 10
         for decays in (MOMENTUM_DECAYS, SECOND_MOMENT_DECAY, FACTORED_DECAYS)
     )
-    return MLPWeights(tuple(made), momentum, second_moment, factored, jnp.zeros(SCALING))
+    scaling = jnp.zeros(SCALING, jnp.float32)
+    return MLPWeights(tuple(made), momentum, second_moment, factored, scaling)
 
 
 def mlp_optimizer(weights: MLPWeights) -> optax.GradientTransformation:

@@ -31,7 +31,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from .. import checksums
-from ..validation import check_positive, one_of
+from ..validation import check_lstm, check_positive, one_of
 from .mlp_features import FACTORED_DECAYS, FEATURES, MOMENTUM_DECAYS, OUTPUTS, SCALING, TIMES
 
 SUFFIX = ".safetensors"
@@ -42,7 +42,7 @@ class Architecture(NamedTuple):
     """What the files of one architecture have beside ``NEEDED``."""
 
     numbers: tuple[str, ...]
-    """Further metadata, all positive: arguments of the optimizer."""
+    """Further metadata, numbers: arguments of the optimizer."""
     shapes: Callable[[int, int], dict[str, list[int]]]
     """The tensors by hidden units and layers, in the order of the weights' leaves in JAX."""
 
@@ -64,11 +64,7 @@ def pretrained_names() -> list[str]:
     >>> pretrained_names()
     ['lstm-cifar10-conv', 'lstm-mnist-mlp', 'mlp-small']
     """
-    return sorted(
-        entry.name.removesuffix(SUFFIX)
-        for entry in _folder().iterdir()
-        if entry.name.endswith(SUFFIX)
-    )
+    return sorted(path.stem for path in _folder().glob(f"*{SUFFIX}"))
 
 
 def pretrained_path(name: str) -> Path:
@@ -180,7 +176,9 @@ def _read_metadata(
     numbers = ARCHITECTURES[name].numbers
     values = dict(zip(numbers, map(float, _require(about, numbers)), strict=True))
     hidden, layers = int(about["hidden"]), int(about["layers"])
-    check_positive(hidden=hidden, layers=layers, **values)
+    check_positive(hidden=hidden, layers=layers)
+    if values:
+        check_lstm(**values)
     return name, hidden, layers, values
 
 

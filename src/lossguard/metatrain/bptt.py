@@ -15,7 +15,7 @@ from ..learned.pretrained import save_weights
 from ..tasks.datasets import load_dataset
 from ..tasks.models import MLP, ConvNet
 from ..tasks.task import Task
-from ..validation import MOST_SEEDS, check_count, check_positive
+from ..validation import MOST_SEEDS, check_count, check_lstm
 from .loop import MetaTraining, Method
 from .truncated import Optimizees, meta_gradient, restart_finished, start, unroll
 
@@ -46,7 +46,7 @@ class LSTMTraining(MetaTraining):
         check_count("batch_size", self.batch_size)
         for name in COUNTS:
             check_count(name, getattr(self, name), most=MOST_SEEDS)
-        check_positive(scale=self.scale, p=self.p)
+        check_lstm(self.scale, self.p)
 
     def method(self) -> "Backpropagation":
         """The method, with its tasks loaded; ``others`` scaled as their loaders do by default."""
@@ -99,7 +99,8 @@ class Backpropagation(Method):
             config.optimizer, self.task, weights, inner, config.truncation
         )
         fresh = self.fresh(config.optimizer(weights), key, done)
-        return losses.mean(), gradient, restart_finished(after, fresh)
+        lost = ~jnp.isfinite(losses[-1])
+        return losses.mean(), gradient, restart_finished(after, fresh, lost)
 
     def validate(self, weights: LSTMWeights, key: PRNGKeyArray) -> dict[str, np.ndarray]:
         """``validation`` on the task, and ``validation_NAME`` on the others."""

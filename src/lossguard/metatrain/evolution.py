@@ -60,10 +60,13 @@ class MLPTraining(MetaTraining):
         check_positive(sigma=self.sigma, begin_rate=self.begin_rate)
         check_real("rescaling", self.rescaling, "at least 1 and finite", lambda v: 1 <= v < np.inf)
         for name in ("family", "held_out"):
-            titles = [member.title for member in getattr(self, name)]
-            if not titles or len({*titles}) < len(titles):
-                given = ", ".join(titles) or "none"
-                raise ValueError(f"{name} must have members of different titles, got {given}")
+            if not getattr(self, name):
+                raise ValueError(f"{name} must have members, got none")
+        titles = [member.title for member in (*self.family, *self.held_out)]
+        if twice := [title for title in titles if titles.count(title) > 1]:
+            raise ValueError(
+                f"family and held_out must have members of different titles, got {twice[0]} twice"
+            )
 
     def method(self) -> "Evolution":
         """The method, with its tasks loaded."""

@@ -55,6 +55,8 @@ class Member:
         """The task, with its data from ``load``."""
         data = load(self.dataset)
         data = data if self.size is None else resized(data, self.size)
+        if self.reconstruct and len(data.shape) != 3:
+            raise ValueError(f"what is reconstructed must be images, got {self.dataset}")
         goal = RECONSTRUCTION if self.reconstruct else CLASSIFICATION
         return Task(data, self.model, self.batch_size, goal)
 

@@ -12,7 +12,6 @@ from ..records import Record
 OTHERS_STEPS = 100
 """The optimizer step at which losses on other data sets are compared, where the paper's rollouts
 end."""
-OTHERS = f"Validation loss up to step {OTHERS_STEPS}, over the initial one"
 
 
 def plot(folder: Path, record: Record) -> Path:
@@ -55,7 +54,9 @@ def draw(record: Record) -> Figure:
     for name, over_initial in others.items():
         axes[2].plot(steps, over_initial, label=name, linewidth=1)
     if others:
-        axes[2].set(xlabel="Meta-step", ylabel=OTHERS)
+        last = min(OTHERS_STEPS, validation.shape[1])
+        label = f"Validation loss up to step {last}, over the initial one"
+        axes[2].set(xlabel="Meta-step", ylabel=label)
         axes[2].legend(fontsize=8)
     title = titled(config["name"], made.get("data"))  # older records lack it
     figure.suptitle(title, fontsize=10, parse_math=False)
@@ -77,7 +78,7 @@ def kept(validation: np.ndarray, *, select: bool = True) -> int:
 
 
 def on_others(curves: pl.DataFrame) -> dict[str, np.ndarray]:
-    """``OTHERS`` at each meta-step, by the name of the other data set."""
+    """The loss up to ``OTHERS_STEPS`` over the initial one at each meta-step, by data set."""
     losses = {
         name.removeprefix("validation_"): curves[name].to_numpy()[:, :OTHERS_STEPS]
         for name in curves.columns

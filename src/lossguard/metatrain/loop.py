@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from .. import records, run_folder
 from ..checkpoints import Checkpoints
 from ..config import as_config
+from ..learned.weights_file import noting_weights
 from ..progress import Progress, stopping_at_interrupt
 from ..tasks.task import Task
 from ..validation import check_count, check_network, check_part, check_positive, check_seed
@@ -148,27 +149,30 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
     Leaves ``config.json``, ``manifest.json``, ``curves.parquet`` (columns ``meta_step``,
     ``meta_loss``, ``gradient_norm``, ``validation``: [validation_steps] mean losses a step, and
     ``validation_NAME`` on other tasks) and ``weights.safetensors`` in the folder. It saves
-    once a minute, and when it is stopped by Ctrl-C or SIGTERM. Then, or killed, it goes on with
+    once a minute, before each validation, and when it is stopped by Ctrl-C or SIGTERM, which wait
+    for the end of a validation. Then, or killed, it goes on with
     ``resume``, with the same result as without the stop; of one that is finished nothing is written
     again.
 
     Raises:
         ValueError: if the folder holds another run, or this one and ``resume`` is false, or another
-            process writes to it, or the data changed since it was started, or the config names a
-            data set that does not exist, has a number out of range or holds what JSON can't, or if
-            every validation diverged.
+            process writes to it, or data or weights changed since it was started, or the config
+            names a data set that does not exist, has a number out of range or holds what JSON
+            can't, or if every validation diverged.
     """
     config.check()
     checkpoints = Checkpoints(folder / "checkpoints")
     with stopping_at_interrupt() as stopped:
-        method = config.method()
+        with noting_weights() as noted:
+            method = config.method()
         for task in method.tasks.values():
             _trace_loss(task)
         if stopped():
             raise KeyboardInterrupt
         with run_folder.hold_folder(folder, as_config(config), resume=resume) as finished:
             if not finished:
-                _metatrain(config, method, folder, checkpoints, stopped)
+                weights = {f"the file {name}": " ".join(sorted(of)) for name, of in noted.items()}
+                _metatrain(config, method, folder, weights, checkpoints, stopped)
             checkpoints.delete()  # also those that a kill left of a finished one
     return folder / WEIGHTS
 
@@ -177,13 +181,16 @@ def _metatrain(
     config: MetaTraining,
     method: Method,
     folder: Path,
+    weights: Mapping[str, str],
     checkpoints: Checkpoints,
     stopped: Callable[[], bool],
 ) -> None:
-    """All of it, and what it leaves."""
+    """All of it, and what it leaves; ``weights`` are the checksums of what it goes on from."""
     inputs = {name: task.dataset.checksum() for name, task in method.tasks.items()}
     notes = dict.fromkeys(task.dataset.note for task in method.tasks.values())
-    made = run_folder.start(folder, data=", ".join(filter(None, notes)), inputs=inputs)
+    made = run_folder.start(
+        folder, data=", ".join(filter(None, notes)), inputs={**inputs, **weights}
+    )
     state, table, seconds = _train_to_the_end(config, method, checkpoints, stopped)
     records.write_parquet(folder / records.CURVES, table)
     if not np.isfinite(state.best_validation):
@@ -224,7 +231,20 @@ def _train_to_the_end(
         config.name, total=config.meta_steps, done=done, unit="meta-steps", first=first
     ) as progress:
         saved = 0.0
-        while done < config.meta_steps:
+        while True:
+            validated = table.height * every
+            if validated < done == min(validated + every, config.meta_steps):
+                columns = method.validate(state.weights, validation_key)
+                mean = jnp.float32(columns["validation"].mean())
+                if mean < state.best_validation if config.select else jnp.isfinite(mean):
+                    state = state._replace(best=state.weights, best_validation=mean)
+                means = seen[:, : done - validated].mean(axis=1).tolist()
+                row = {"meta_step": done, "meta_loss": means[0], "gradient_norm": means[1]}
+                row |= {name: losses[None] for name, losses in columns.items()}
+                rows = [table] * (validated > 0) + [pl.DataFrame(row)]
+                table = pl.concat(rows, how="vertical_relaxed")
+            if done == config.meta_steps:
+                break
             begun, within = done - done % every, done % every
             steps = min(every, config.meta_steps - begun)
             keys = jax.random.split(jax.random.fold_in(train_key, begun), steps)
@@ -232,24 +252,15 @@ def _train_to_the_end(
             state, loss, norm = _meta_step(config, method, state, key, jnp.int32(done))
             seen[:, within] = float(loss), float(norm)
             done += 1
-            if within + 1 == steps:
-                columns = method.validate(state.weights, validation_key)
-                mean = jnp.float32(columns["validation"].mean())
-                if mean < state.best_validation if config.select else jnp.isfinite(mean):
-                    state = state._replace(best=state.weights, best_validation=mean)
-                means = seen[:, :steps].mean(axis=1).tolist()
-                row = {"meta_step": done, "meta_loss": means[0], "gradient_norm": means[1]}
-                row |= {name: losses[None] for name, losses in columns.items()}
-                rows = [table] * (done > every) + [pl.DataFrame(row)]
-                table = pl.concat(rows, how="vertical_relaxed")
             best = float(state.best_validation)
             progress.advance(1, loss=float(loss), **({"best": best} if np.isfinite(best) else {}))
             stop = stopped()
-            if stop or done == config.meta_steps or progress.seconds - saved > SAVE_SECONDS:
+            if stop or within + 1 == steps or progress.seconds - saved > SAVE_SECONDS:
                 saved = progress.seconds
                 checkpoints.save(done, (state, jnp.asarray(seen), before + saved), table)
-            if stop and done < config.meta_steps:
+            if stop:
                 raise KeyboardInterrupt
+        checkpoints.save(done, (state, jnp.asarray(seen), before + progress.seconds), table)
         seconds = float(before) + progress.seconds
     return state, table, seconds
 

@@ -59,7 +59,10 @@ def cifar10_conv() -> LSTMTraining:
 
 
 def cifar10_conv_plain() -> LSTMTraining:
-    """``fig11``: the same as the paper's text has it, rollouts of 600 steps from the start."""
+    """``fig11``: one optimizee, rollouts of 600 steps from the start, no clipping.
+
+    So has the paper's text it. There the rate is constant and no weights are selected.
+    """
     return replace(
         cifar10_conv(),
         name="cifar10-conv-plain",

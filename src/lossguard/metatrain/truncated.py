@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
 from ..guards.soundness import select
 from ..learned.lstm import LSTMWeights
@@ -53,9 +53,14 @@ def start(
     return Optimizees(params, optimizer.init(params), order_keys, jnp.zeros_like(length), length)
 
 
-def restart_finished(optimizees: Optimizees, fresh: Optimizees) -> Optimizees:
-    """Each optimizee whose rollout is over, replaced by a fresh one."""
-    done, choose = optimizees.step >= optimizees.length, jax.vmap(select)
+def restart_finished(
+    optimizees: Optimizees, fresh: Optimizees, lost: Bool[Array, " K"]
+) -> Optimizees:
+    """Each optimizee whose rollout is over, or that is lost, replaced by a fresh one.
+
+    The gradient of one that isn't finite would make every other's useless until its rollout ends.
+    """
+    done, choose = (optimizees.step >= optimizees.length) | lost, jax.vmap(select)
     ones, zeros = (jax.tree.map(of, optimizees.params) for of in (jnp.ones_like, jnp.zeros_like))
     coordinates, _ = ravel_pytree(choose(done, ones, zeros))
     state = jax.tree.map(

@@ -106,4 +106,7 @@ def _standardization(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     flat = inputs.reshape(-1, inputs.shape[-1])
     mean = flat.mean(axis=0, dtype=np.float64)
     square = np.einsum("nc,nc->c", flat, flat, dtype=np.float64) / len(flat)
-    return mean, 1 / np.sqrt(square - mean**2)
+    variance = square - mean**2
+    if (variance <= 1e-9 * square).any():  # nothing, or what rounding has left
+        raise ValueError('inputs must differ in each channel or coordinate to be "standardized"')
+    return mean, 1 / np.sqrt(variance)

@@ -54,7 +54,8 @@ def mnist(*, scaling: str = "unit") -> Dataset:
         scaling: "unit", "standardized" or "symmetric".
 
     Raises:
-        ValueError: if an argument is out of range, or the files aren't MNIST.
+        ValueError: if an argument is out of range, ``LOSSGUARD_DATA`` names no folder, or the files
+            aren't MNIST.
         ConnectionError: if it is neither in the folder that ``LOSSGUARD_DATA`` names nor to be had
             from the hub.
     """

@@ -87,7 +87,7 @@ def _find(source: ImageSource) -> Path:
         if _files(folder, source.train.stem):
             return folder
     if source.repository is None:
-        raise ValueError(
+        raise ConnectionError(
             f"{source.name} isn't on the hub and must be in the folder {source.name}/ of the one "
             f"that {VARIABLE} names, now {local!r}"
         )

@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ..validation import one_of
+from ..validation import check_count, one_of
 from .dataset import Dataset, Split
 from .datasets import load_dataset
 from .goals import CLASSIFICATION, RECONSTRUCTION, Goal
@@ -85,10 +85,17 @@ def first(data: Dataset, examples: int) -> Dataset:
 def resized(data: Dataset, size: int) -> Dataset:
     """A data set with images of size x size pixels: bilinear, without smoothing before.
 
+    Raises:
+        ValueError: if size isn't an integer of at least 1, or it has no images.
+
     >>> from lossguard.tasks import digits
     >>> resized(digits(), 4).shape
     (4, 4, 1)
     """
+
+    size = check_count("size", size)
+    if len(data.shape) != 3:
+        raise ValueError(f"what is resized must be images, got {data.name}")
 
     def one(images: jax.Array) -> jax.Array:
         shape = (len(images), size, size, images.shape[-1])

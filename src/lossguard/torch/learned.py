@@ -1,7 +1,7 @@
 """What the learned optimizers share: weights on every device, memory in float32, no autocast."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, Self
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lossguard.learned.weights_file import path_of, read_weights
+from lossguard.learned.weights_file import ARCHITECTURES, path_of, read_weights
 
 
 class Learned(Optimizer):
@@ -18,23 +18,26 @@ class Learned(Optimizer):
 
     Attributes:
         architecture: as files of weights call it.
-        names: of the weights of a layer, by its number.
-        others: the names of the other weights.
+        wide: the name of a tensor of the weights whose last axis has the hidden units.
+        layers: of hidden units.
     """
 
     architecture: str
-    names: Callable[[int], Sequence[str]]
-    others: tuple[str, ...]
+    wide: str
 
     def __init__(
         self, params: ParamsT, weights: Mapping[str, Tensor], defaults: dict[str, Any]
     ) -> None:
-        self.layers = sum(self.names(k)[0] in weights for k in range(len(weights)))
-        of_layers = [name for k in range(max(1, self.layers)) for name in self.names(k)]
-        needed = [*of_layers, *self.others]
-        missing = [name for name in needed if name not in weights]
-        if missing:
+        shapes, self.layers = ARCHITECTURES[self.architecture].shapes, 1
+        while shapes(1, self.layers + 1).keys() <= weights.keys():
+            self.layers += 1
+        needed = shapes(1, self.layers)
+        if missing := [name for name in needed if name not in weights]:
             raise ValueError(f"weights must hold {', '.join(needed)}, got none of {missing}")
+        hidden = weights[self.wide].shape[-1]
+        for name, shape in shapes(hidden, self.layers).items():
+            if (given := list(weights[name].shape)) != shape:
+                raise ValueError(f"weights must have {name} of shape {shape}, got {given}")
         self.weights = {name: tensor.detach().float() for name, tensor in weights.items()}
         self._on: dict[torch.device, dict[str, Tensor]] = {}
         """The weights on each device that has parameters, from its first step on."""
@@ -81,11 +84,13 @@ class Learned(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        params = [p for group in self.param_groups for p in group["params"]]
+        for gradient in [p.grad for p in params if p.grad is not None]:
+            self._check(gradient)  # all of them before any parameter is moved
         for group in self.param_groups:
             by_device: dict[torch.device, list[Tensor]] = {}
             for param in group["params"]:
                 if param.grad is not None:
-                    self._check(param.grad)
                     by_device.setdefault(param.device, []).append(param)
             for device, params in by_device.items():
                 if device not in self._on:

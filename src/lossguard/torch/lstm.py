@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from lossguard.learned.weights_file import lstm_names
 from lossguard.torch.learned import Learned
-from lossguard.validation import check_positive
+from lossguard.validation import check_lstm
 
 
 class LSTMOptimizer(Learned):
@@ -38,7 +38,9 @@ class LSTMOptimizer(Learned):
         p: of the input logarithm; it belongs to the weights too.
 
     Raises:
-        ValueError: if a tensor of the weights is missing, or scale or p isn't positive and finite.
+        ValueError: if a tensor of the weights is missing or of another shape, scale isn't positive
+            and finite, or p not above 0 and at most 80; in ``step``, if a gradient is complex or
+            sparse.
 
     >>> w = torch.tensor([4.0], requires_grad=True)
     >>> optimizer = LSTMOptimizer.pretrained([w], "lstm-mnist-mlp")
@@ -50,7 +52,7 @@ class LSTMOptimizer(Learned):
     Source: Andrychowicz et al., "Learning to learn by gradient descent by gradient descent", 2016.
     """
 
-    architecture, names, others = "lstm", staticmethod(lstm_names), ("linear.weight", "linear.bias")
+    architecture, wide = "lstm", "linear.weight"
 
     def __init__(
         self,
@@ -60,7 +62,7 @@ class LSTMOptimizer(Learned):
         scale: float = 0.1,
         p: float = 10.0,
     ) -> None:
-        check_positive(scale=scale, p=p)
+        check_lstm(scale, p)
         super().__init__(params, weights, {"lr": scale, "p": p})
 
     def _update(

@@ -44,8 +44,9 @@ class MLPOptimizer(Learned):
 
     The computation and its memory are in float32, also where the step is under autocast. The memory
     takes 16 bytes a coordinate. A matrix of r rows and c columns takes 12 (r + c) more, a vector of
-    n 12 n. A step needs 40 bytes a coordinate of the largest parameter while it runs. t is the
-    ``clock`` of a parameter group, which guards set to the time of the whole run.
+    n 12 n. A step needs 4 bytes a coordinate of all parameters while it runs, 8 in bfloat16, and 32
+    of the largest matrix or 84 of the largest vector. t is the ``clock`` of a parameter group,
+    which guards set to the time of the whole run.
 
     Args:
         params: parameters, or groups of them.
@@ -56,8 +57,8 @@ class MLPOptimizer(Learned):
         lr: factor of the steps, 1 in training; schedulers act on it.
 
     Raises:
-        ValueError: if a tensor of the weights is missing, or lr isn't positive and finite; in
-            ``step``, if a gradient is complex, sparse or sharded.
+        ValueError: if a tensor of the weights is missing or of another shape, or lr isn't positive
+            and finite; in ``step``, if a gradient is complex, sparse or sharded.
 
     >>> w = torch.tensor([4.0], requires_grad=True)
     >>> optimizer = MLPOptimizer.pretrained([w], "mlp-small")
@@ -70,7 +71,7 @@ class MLPOptimizer(Learned):
     optimizers", 2022 (small_fc_lopt), which has no scale.
     """
 
-    architecture, names, others = "mlp", staticmethod(mlp_names), (*DECAYS, "scaling")
+    architecture, wide = "mlp", "mlp.0.bias"
 
     def __init__(self, params: ParamsT, weights: Mapping[str, Tensor], *, lr: float = 1.0) -> None:
         check_positive(lr=lr)
@@ -100,7 +101,7 @@ class MLPOptimizer(Learned):
             ages = (math.log1p(t / age) for age in AGES)
             powers = map(operator.mul, scaling, (*size_features(tuple(p.shape)), *ages))
             x = _first_layer(first, weights["mlp.0.bias"], times, p, g, state)
-            for k in range(1, self.layers):
+            for k in range(1, self.layers + 1):
                 weight, bias = (weights[name] for name in mlp_names(k))
                 x = torch.addmm(bias[:, None], weight, x.relu_())
             direction, magnitude = x

@@ -131,16 +131,50 @@ def test_x_stays_if_neither_branch_is_finite(name, minibatch, value) -> None:
 @pytest.mark.parametrize("name", RELAYS)
 @pytest.mark.parametrize("fault", range(len(optimizers.FAULTS)))
 @pytest.mark.parametrize("at", [3, 15])
-def test_a_relay_goes_on_from_the_fallback_where_the_learned_lane_breaks(name, fault, at) -> None:
-    """At its fourth step, on trial, or at its sixteenth, when it leads."""
+def test_a_relay_gets_over_a_learned_lane_that_breaks_once(name, fault, at) -> None:
+    """At its fourth step, on trial; or at its sixteenth, when it leads, and takes it back.
+
+    At the third or fifteenth in its memory, which would be made anew at the end of a cycle.
+    """
+    at -= optimizers.FAULTS[fault] == "state"
     states, decisions = play(name, learned_fault=(at, fault, np.nan), region_value=np.nan)
     _, right = play(name)
     assert (right.winner[4:] == 0).all() and (right.winner[:4] == 2).all()
     cycle = (at + (fault > 0)) // NT  # a bad memory, or a leap, shows in the next step
     winner, finite = np.asarray(decisions.winner), np.asarray(decisions.finite_learned)
     np.testing.assert_array_equal(winner[:cycle], right.winner[:cycle])
-    assert winner[cycle] > 0 and not finite[cycle] and finite[:cycle].all()
+    assert not finite[cycle] and finite[:cycle].all()
     assert excess(states.params[cycle]) < excess(START)
+    if at > 3 and optimizers.FAULTS[fault] != "losses":
+        np.testing.assert_array_equal(states.params[cycle], states.params[cycle - 1])
+        assert (winner[cycle:] == 0).all()
+    else:  # in a trial, or where all losses are lost
+        assert winner[cycle] > 0
+
+
+@pytest.mark.parametrize("name", RELAYS)
+def test_a_relay_goes_on_from_the_fallback_where_the_learned_lane_breaks_again(name) -> None:
+    learned = optax.sgd(lambda t: jnp.where(t < 15, 0.3, jnp.nan))
+    guard = GUARDS[name](learned, optax.sgd(0.1))
+    states, decisions = runs.play(guard, lambda w, i: excess(w), START, CYCLES)
+    lost = np.flatnonzero(~np.asarray(decisions.finite_learned))
+    after = {"recommended": 1, "hedged": 2}[name]  # the snapshot, or s
+    assert lost[:2].tolist() == [7, 8] and decisions.winner[7:9].tolist() == [0, after]
+    np.testing.assert_array_equal(states.params[7], states.params[6])
+    assert jnp.isfinite(states.params).all() and excess(states.params[-1]) < excess(START) / 100
+
+
+@pytest.mark.parametrize("name", RELAYS)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_lost_minibatch_costs_a_relay_one_cycle(name, value) -> None:
+    """Where the learned one leads; on the fallback's path it wins the lead later, if at all."""
+    right, _ = play(name)
+    states, decisions = play(name, minibatch=15, minibatch_value=value)
+    assert (decisions.winner[4:] == 0).all()
+    np.testing.assert_allclose(states.params[-1], right.params[-2], rtol=1e-6)
+    for minibatch in (1, 5):
+        states, decisions = play(name, minibatch=minibatch, minibatch_value=value)
+        assert excess(states.params[-1]) < excess(START) / 100
 
 
 @pytest.mark.parametrize("name", RELAYS)

@@ -1,5 +1,7 @@
 """The PyTorch guards follow the JAX ones: same problem, same optimizers, same decisions."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -225,6 +227,25 @@ def test_gradients_that_are_not_finite_ruin_no_lane(name):
 
     assert_same(finite(), in_jax(theirs, broken_objective))
     assert BROKEN[: NT * CYCLES].sum() > 5
+
+
+@pytest.mark.parametrize("pair", ["bold sgd over adam", "late"])
+@pytest.mark.parametrize("name", ["recommended", "hedged"])
+def test_minibatches_that_are_lost(name, pair):
+    """Of the third cycle, which the learned optimizer leads, and of others, two at a stretch."""
+    lost = np.zeros(len(X), bool)
+    lost[[25, 103, 114, 161, 267, 273, 284, 355]] = True
+    (learned, make_learned), (fallback, make_fallback) = PAIRS[pair]
+    theirs = getattr(lossguard, name)(learned, fallback, nt=NT)
+    kind = {"recommended": Recommended, "hedged": Hedged}[name]
+    winners = assert_same(
+        in_torch(
+            lambda ps: kind(make_learned(ps), make_fallback(ps), model=None, nt=NT),
+            loss_of=lambda params, i: loss_of(params, i) * (math.nan if lost[i] else 1.0),
+        ),
+        in_jax(theirs, lambda w, i: objective(w, i) * jnp.where(jnp.asarray(lost)[i], jnp.nan, 1)),
+    )
+    assert winners[1:3] == [0, 0]
 
 
 def spikes(rate, at, until):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .cycle import Cycle
 from .protocol import Objective, Params
-from .soundness import all_finite, is_sound
+from .soundness import all_finite, is_sound, renew_if_unsound, select
 
 Optimizer = optax.GradientTransformationExtraArgs
 
@@ -98,17 +98,22 @@ def train(
     return lanes, losses.T
 
 
-def train_if(
+def run_if(
     runs: Bool[Array, ""], optimizer: Optimizer, lane: Lane, now: Cycle
-) -> tuple[Lane, Float[Array, " nt"]]:
-    """nt steps of a lane and its losses; where it doesn't run: nothing is computed, NaN."""
+) -> tuple[Lane, Float[Array, " nt"], Bool[Array, ""]]:
+    """nt steps of a lane, its losses, and whether it is fine; if not, it stays where it was.
 
-    def run(lane: Lane) -> tuple[Lane, Array]:
-        (lane,), losses = train([optimizer], [lane], now)
-        return lane, losses[0]
+    Where it doesn't run: nothing is computed, NaN, and it is.
+    """
+
+    def run(lane: Lane) -> tuple[Lane, Array, Array]:
+        (after,), (losses,) = train([optimizer], [lane], now)
+        fine = is_fine(after, losses, lane.params)
+        params = select(fine, after.params, lane.params)
+        return Lane(params, renew_if_unsound(optimizer, params, after.state)), losses, fine
 
     idle = jnp.full(now.nt, jnp.nan, now.dtype)
-    return jax.lax.cond(runs, run, lambda lane: (lane, idle), lane)
+    return jax.lax.cond(runs, run, lambda lane: (lane, idle, jnp.array(True)), lane)
 
 
 def losses_at(points: Sequence[Params], now: Cycle) -> Float[Array, "nt points"]:

@@ -16,10 +16,10 @@ from .. import rules
 from . import progress as progresses
 from . import trial as trials
 from .cycle import Cycle, sum_dtype
-from .lanes import Lane, Optimizer, is_fine, losses_if, train_if
+from .lanes import Lane, Optimizer, losses_if, run_if
 from .progress import Progress
 from .protocol import FALLBACK, LEARNED, OWN, Decision, Params, advance
-from .soundness import advance_schedules, renew, renew_if_unsound, select, with_sound_gradients
+from .soundness import advance_schedules, renew, select, with_sound_gradients
 from .trial import Trial
 
 
@@ -33,6 +33,8 @@ class RelayState(NamedTuple):
     on_own: Bool[Array, ""]
     """Whether x is on the path of s."""
     learned_leads: Bool[Array, ""]
+    failed: Bool[Array, ""]
+    """Whether y leads and wasn't finite in its last cycle, which it took back."""
     progress: Progress
     """Of the leader."""
     most: Float[Array, ""]
@@ -76,6 +78,7 @@ class Relay:
             s=z,
             on_own=jnp.array(True),
             learned_leads=jnp.array(False),
+            failed=jnp.array(False),
             progress=progresses.unknown(dtype),
             most=zero,
             stalled=jnp.full_like(zero, jnp.nan),
@@ -99,10 +102,9 @@ class Relay:
         now = now._replace(objective=with_sound_gradients(now.objective), dtype=dtype)
         y, trial = self._begin_trial(state, now)
         tried = (trial.length > 0) & ~state.probation
-        z, of_z, fine_z = self._run_fallback(~leads, state.z, now)
-        y_after, of_y = train_if(leads | tried, self.learned, y, now)
-        s, of_s, fine_s = self._run_fallback(s_runs, state.s, now)
-        fine_y = ~(leads | tried) | is_fine(y_after, of_y, y.params)
+        z, of_z, fine_z = run_if(~leads, self.fallback, state.z, now)
+        y_after, of_y, fine_y = run_if(leads | tried, self.learned, y, now)
+        s, of_s, fine_s = run_if(s_runs, self.fallback, state.s, now)
 
         losses = jnp.where(leads, of_y, of_z)
         progress = progresses.add(state.progress, losses.mean(), nt)
@@ -120,7 +122,8 @@ class Relay:
         trial = trials.add(trial, *sides)
         ended = self._end_trial(after, trial, of_y, fine_y, fine_z, now.k)
         judged = self._end_probation(after, trial, fine_z, now.k)
-        kept = self._keep_or_hand_over(after, fine_y, now)
+        some = jnp.isfinite(of_y).any()
+        kept = self._keep_or_hand_over(after, fine_y, some, now)
         after = select(leads, kept, select(state.probation, judged, ended))
         decision = Decision(
             used_learned=jnp.full(nt, leads),
@@ -137,16 +140,6 @@ class Relay:
             learned_updates=nt * (leads | tried).astype(jnp.int32),
         )
         return after, decision, of_s, fine_s
-
-    def _run_fallback(
-        self, runs: Bool[Array, ""], lane: Lane, now: Cycle
-    ) -> tuple[Lane, Float[Array, " nt"], Bool[Array, ""]]:
-        """The lane, its losses, and whether it is fine; if not, it stays where it was."""
-        after, losses = train_if(runs, self.fallback, lane, now)
-        fine = ~runs | is_fine(after, losses, lane.params)
-        params = select(fine, after.params, lane.params)
-        state = renew_if_unsound(self.fallback, params, after.state)
-        return Lane(params, state), losses, fine
 
     def _begin_trial(self, state: RelayState, now: Cycle) -> tuple[Lane, Trial]:
         """y at x with a fresh state, if a trial is due; and the trial."""
@@ -181,6 +174,7 @@ class Relay:
             s=select(won & state.on_own, state.z, state.s),
             on_own=state.on_own & ~won,
             learned_leads=state.learned_leads | won,
+            failed=state.failed & ~won,
             most=jnp.where(won, state.progress.lasting, state.most),
             stalled=jnp.where(won, jnp.nan, state.stalled),
             level=jnp.where(won, state.progress.lasting, state.level),
@@ -201,6 +195,7 @@ class Relay:
         again = leads_on._replace(
             z=state.z._replace(params=state.y.params),
             learned_leads=jnp.array(True),
+            failed=jnp.array(False),
             progress=progresses.begin(trial.bound, k // rules.AGAIN),
             most=trial.bound + rules.WORSE * jnp.abs(trial.bound),
             level=trial.bound,
@@ -209,9 +204,12 @@ class Relay:
         return select(back, again, leads_on)
 
     def _keep_or_hand_over(
-        self, state: RelayState, fine: Bool[Array, ""], now: Cycle
+        self, state: RelayState, fine: Bool[Array, ""], some: Bool[Array, ""], now: Cycle
     ) -> RelayState:
         """After a cycle that y led: it leads on, or z goes on from x or from the snapshot.
+
+        Where it wasn't finite y takes the cycle back, as a minibatch may be to blame, if some
+        losses were finite; the second time at a stretch it is over.
 
         From where y stalls z leads on probation, for ``share`` of the steps so far if these are
         ``SETTLED`` cycles, unless a second lead of y was no use.
@@ -222,7 +220,7 @@ class Relay:
         worse = young & settled & (recent > state.most)
         risen = loss > level + rules.RISE * jnp.abs(level)
         stalls = progresses.rate(state.progress) < rules.STALL
-        ends = ~fine | worse | risen | stalls
+        ends = jnp.where(fine, worse | risen | stalls, state.failed | ~some)
         gain = jnp.where(young, rules.YOUNG_GAIN, rules.GAIN)
         better = fine & ~ends & (loss < level - gain * jnp.abs(level))
         from_x = better | (ends & fine & ~risen)
@@ -240,6 +238,7 @@ class Relay:
         return state._replace(
             z=z,
             learned_leads=~ends,
+            failed=~fine & ~ends,
             level=jnp.where(better, loss, level),
             progress=progress,
             in_vain=in_vain,

@@ -26,6 +26,8 @@ class State(NamedTuple):
     on_own: bool = True
     """Whether x is on the path of s."""
     learned_leads: bool = False
+    failed: bool = False
+    """Whether y leads and wasn't finite in its last cycle, which it took back."""
     progress: Progress = Progress.begun(math.nan)
     most: float = 0.0
     """The loss that y has to stay below at first: that of z when y took over."""
@@ -73,8 +75,7 @@ class Relay:
             self.y.start_at(self.z.point)
             self.y.forget()
             self.y.wind(k)
-        if not leads:
-            self.z.keep()
+        self.leader.keep()
         runs = (self.y, leads or trial != NONE), (self.z, not leads), (self.s, s_runs)
         return [lane for lane, one_runs in runs if one_runs and not lane.live]
 
@@ -108,7 +109,10 @@ class Relay:
                 )
             elif lost or not fine_y:
                 state = state._replace(trial=NONE)
-        self.state = state = self._keep_or_hand_over(state, fine_y, k) if led else state
+        if led:
+            some = any(map(math.isfinite, losses))
+            state = self._keep_or_hand_over(state, fine_y, some, k)
+        self.state = state
         of_z = OWN if state.on_own else FALLBACK
         return Decision(
             used_learned=[led] * self.nt,
@@ -142,14 +146,18 @@ class Relay:
         self.y.wind(k + self.nt)
         return state._replace(
             learned_leads=True,
+            failed=False,
             progress=Progress.begun(trial.bound, k // rules.AGAIN),
             most=trial.bound + rules.WORSE * abs(trial.bound),
             stalled=trial.bound,
             level=trial.bound,
         )
 
-    def _keep_or_hand_over(self, state: State, fine: bool, k: int) -> State:
+    def _keep_or_hand_over(self, state: State, fine: bool, some: bool, k: int) -> State:
         """After a cycle that y led: it leads on, or z goes on from x or from the snapshot.
+
+        Where it wasn't finite y takes the cycle back, as a minibatch may be to blame, if some
+        losses were finite; the second time at a stretch it is over.
 
         From where y stalls z leads on probation, for ``share`` of the steps so far if these are
         ``SETTLED`` cycles, unless a second lead of y was no use.
@@ -160,9 +168,12 @@ class Relay:
         worse = young and settled and recent > state.most
         risen = now > level + rules.RISE * abs(level)
         stalls = progress.rate < rules.STALL
-        ends = not fine or worse or risen or stalls
+        ends = worse or risen or stalls if fine else state.failed or not some
+        if not fine and not ends:
+            self.y.go_back()
+        state = state._replace(failed=not fine and not ends)
         gain = rules.YOUNG_GAIN if young else rules.GAIN
-        better = not ends and now < level - gain * abs(level)
+        better = fine and not ends and now < level - gain * abs(level)
         from_x = better or (ends and fine and not risen)
         if from_x:
             self.z.start_at(self.y.point)

@@ -86,7 +86,13 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 def check_kind(name: str, value: Any, kind: type, example: str) -> None:
     """Refuse what is not of a kind, such as a function that makes one and was not called."""
     if not isinstance(value, kind):
-        raise ValueError(f"{name} must be a {kind.__name__} such as {example}, got {value!r}")
+        raise ValueError(f"{name} must be a {kind.__name__} such as {example}, got {told(value)}")
+
+
+def told(value: Any) -> str:
+    """A value in a message: its type where the value fills lines."""
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else f"a {type(value).__name__}"
 
 
 def one_of(known: Collection[str], name: str) -> str:

@@ -132,7 +132,7 @@ WRONG = {
         "state|GuardState such as guard.init(params), got Array([1., 1.]": (
             lambda: ALONE.step(ONES, total)
         ),
-        "each of guards|Guard such as unguarded(optimizer), got Grad": lambda: best_of([SGD]),
+        "each of guards|Guard such as unguarded(optimizer), got a Grad": lambda: best_of([SGD]),
         "each of guards|Guard such as unguarded(optimizer), got <func": lambda: best_of(ALONE),
         "state|RewindState such as optimizer.init(params), got (": (
             lambda: rewind(SGD).update(ONES, SGD.init(ONES), ONES, value=1.0)

@@ -187,7 +187,7 @@ def test_the_trainer_with_models_that_name_no_loss(tmp_path, monkeypatch):
         lost.train()
     assert str(error.value) == (
         "the model must return its loss for trainer_rewind, got an output without (call "
-        "Rewind.observe in a Trainer's training_step)"
+        "Rewind.observe in on_step_end of a callback of your own)"
     )
 
 

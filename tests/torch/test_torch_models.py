@@ -204,8 +204,8 @@ def test_a_scaler_outside_the_lanes_is_refused():
     with pytest.raises(ValueError) as error:
         scaler.step(guard)
     assert str(error.value) == (
-        "closure must be a function that returns the loss, got None (float16 needs a loop over "
-        "guard.lanes())"
+        "closure must be a function that returns the loss, got None (or loop over "
+        "guard.lanes(), as float16 needs)"
     )
 
 

@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lossguard.torch import Rewind, RewindEvent
-from lossguard.torch.tensors import leaves
+from lossguard.torch.tensors import leaves, zero_unsound
 
 FALLS = list(np.linspace(3, 1, 128))
 HIGH = [9.0] * 16
@@ -479,10 +479,91 @@ def test_it_waits_for_the_device_at_reads_only(monkeypatch):
         monkeypatch.setattr(
             torch.Tensor, name, lambda self, real=real: (reads.append(1), real(self))[1]
         )
-    optimizer.step = lambda: None  # Adam's own reads of its step counts
+    found = 0
     for _ in range(64):
+        optimizer.step()
+        before = len(reads)
         rewind.observe(torch.tensor(1.0))
-    assert len(reads) == 4
+        found += len(reads) - before
+    assert found == 4
+    p = nn.Parameter(torch.ones(2, device="meta"))
+    p.grad = torch.ones_like(p)
+    zero_unsound([p])  # in a step; there is nothing to read there
+
+
+def test_inputs_that_are_not_finite_cost_no_more_than_their_steps(caplog):
+    """BatchNorm's statistics are lost in the forward pass, before any gradient."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    for call, (x, t) in enumerate(minibatches(128)):
+        x = x.clone()
+        x[0, 0] = math.nan if call in (50, 51, 90) else x[0, 0]
+        loss = loss_fn(model, (x, t))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rewind.observe(loss)
+        if call % 4 == 3:
+            assert all(torch.isfinite(t).all() for t in model.state_dict().values())
+    told = [RewindEvent("buffers", "model", call, 0, 0, 1.0) for call in (52, 92)]
+    assert rewind.events == told and rewind.skipped == 3 and rewind.scale == 1
+    assert [record.message for record in caplog.records] == [
+        f"Rewind set back the buffers, which were not finite (cause: model, call {call})"
+        for call in (52, 92)
+    ]
+
+
+def test_what_it_does_is_logged(caplog):
+    model, optimizer = one_weight()
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    drive(rewind, model, optimizer, FALLS + HIGH[:8])
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("lossguard.torch.rewind", "WARNING")
+    assert record.message == (
+        "Rewind threw 24 steps away and goes on at 0.5 of the rate (cause: loss, call 136)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("steps", "calls", "told"),
+    [(0, 1, "16 calls for 0 steps"), (1, 2, "16 calls for 8"), (10, 1, "16 calls for 160 steps")],
+)
+def test_calls_and_steps_that_do_not_belong_together_are_told_once(steps, calls, told):
+    model, optimizer = one_weight()
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    with pytest.warns(RuntimeWarning) as caught:
+        for _ in range(64):
+            for _ in range(steps):
+                optimizer.step()
+            for _ in range(calls):
+                rewind.observe(1.0)
+    (warning,) = caught
+    assert str(warning.message).startswith("Rewind.observe must be called once after each opt")
+    assert told in str(warning.message) and warning.filename == __file__
+
+
+def test_no_call_at_all_is_told():
+    model, optimizer = one_weight()
+    rewind = Rewind(model, optimizer)
+    with pytest.warns(RuntimeWarning, match=r"got 0 calls for 256 steps$"):
+        for _ in range(300):
+            optimizer.step()
+    assert rewind.calls == 0
+
+
+def test_an_audit_may_set_the_model_to_evaluation():
+    model = nn.Sequential(nn.Linear(1, 1), nn.Dropout(), nn.Dropout())
+    model[2].eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rewind = Rewind(
+        model, optimizer, window=WINDOW, every=4, audit=lambda: model.eval()(torch.ones(1))
+    )
+    for loss in FALLS:
+        optimizer.step()
+        rewind.observe(loss)
+    assert [module.training for module in model] == [True, True, False]
 
 
 def test_snapshots_take_two_copies():

@@ -43,6 +43,7 @@ def later():
     model.more = nn.Linear(1, 1, bias=False)
     optimizer.add_param_group({"params": model.more.parameters()})
     for _ in range(WINDOW):
+        optimizer.step()
         rewind.observe(1.0)
 
 
@@ -138,6 +139,14 @@ WRONG = {
         trained_twice,
         "optimizers must train different parameters, got two that train weight",
     ),
+    "given twice": (
+        lambda: Rewind((ours := model_and_sgd())[0], [ours[1], ours[1]]),
+        "optimizers must each be given once, got one twice",
+    ),
+    "state dict": (
+        lambda: Rewind(nn.Linear(99, 99).state_dict(), None),  # type: ignore
+        "model must be a Module such as nn.Linear(2, 1), got a OrderedDict",
+    ),
     "scheduler of nobody": (
         of_nobody,
         "schedulers must have an optimizer where there are several, got a SimpleNamespace without",
@@ -181,7 +190,7 @@ WRONG = {
     ),
     "other model": (
         lambda: loaded(lambda state: state["trusted"]["model"].update(weight=torch.ones(9))),
-        "state must be of this model, whose weight has shape (1, 2), got (9,)",
+        "state must be of this model, with weight of shape (1, 2), got shape (9,)",
     ),
 }
 

@@ -114,7 +114,10 @@ def innermost(optimizer: Any) -> Optimizer:
 def all_innermost(optimizers: Any) -> list[Optimizer]:
     """The same of one, or of each of several."""
     several = isinstance(optimizers, list | tuple) and len(optimizers) > 0
-    return [innermost(one) for one in (optimizers if several else [optimizers])]
+    found = [innermost(one) for one in (optimizers if several else [optimizers])]
+    if len({*map(id, found)}) < len(found):
+        raise ValueError("optimizers must each be given once, got one twice")
+    return found
 
 
 def refuse_steps_beside(guard: Any) -> None:
@@ -194,7 +197,7 @@ def checked(closure: Any) -> Closure:
     """The closure; refuse what isn't one."""
     if callable(closure):
         return closure
-    hint = " (float16 needs a loop over guard.lanes())" if closure is None else ""
+    hint = " (or loop over guard.lanes(), as float16 needs)" if closure is None else ""
     got = f"{_described(closure)}{hint}"
     raise ValueError(f"closure must be a function that returns the loss, got {got}")
 
@@ -252,6 +255,23 @@ def told_if_damaged(name: str) -> Iterator[None]:
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         told = f"{type(error).__name__}: {error}"
         raise ValueError(f"{name} must be whole, got a damaged one ({told})") from error
+
+
+def warn_if_left(error: BaseException, stepped: bool, before: int) -> int:
+    """Warn of a second loop at a stretch that is left after a step; how many there are now.
+
+    One alone may be left by an error that the caller knows of.
+    """
+    if not (isinstance(error, GeneratorExit) and error.__context__ is None and stepped):
+        return before
+    if before == 1:
+        warnings.warn(
+            "loops over guard.lanes() were left before their last lane had stepped: such "
+            "minibatches don't count",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return before + 1
 
 
 def tell(error: Exception, lane: object) -> None:

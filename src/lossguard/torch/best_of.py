@@ -13,7 +13,7 @@ from lossguard.torch.decision import NEITHER, Decision, Seen, mean
 from lossguard.torch.guard import Guard
 from lossguard.torch.lane import Lane
 from lossguard.torch.losses import UNBOUNDED, Trial
-from lossguard.validation import check_count, check_decay, check_part
+from lossguard.validation import check_count, check_decay, check_part, told
 
 
 class Record(NamedTuple):
@@ -101,14 +101,18 @@ class BestOf(Guard):
         process_group: distributed.ProcessGroup | None = None,
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
+        if not isinstance(rates, Sequence):
+            raise ValueError(f"rates must be a sequence of numbers, got {rates!r}")
         if callable(optimizers):
             if not [*rates]:
                 raise ValueError("rates must be given with a function of a rate, got none")
             optimizers = [optimizers(rate) for rate in rates]
         elif rates:
-            raise ValueError(f"rates must go with a function of a rate, got {optimizers!r}")
+            got = told(optimizers)
+            raise ValueError(f"rates must go with a function of a rate, got {got}")
         if isinstance(optimizers, Optimizer) or not [*optimizers]:
-            raise ValueError(f"optimizers must be a list of at least one, got {optimizers!r}")
+            got = told(optimizers)
+            raise ValueError(f"optimizers must be a list of at least one, got {got}")
         check_functions(check=check)
         self.check, self.checks = check, check_count("nc", nc)
         self.share = None if share is None else check_part("share", share)

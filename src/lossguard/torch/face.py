@@ -39,6 +39,10 @@ class Face(arguments.Uncopied, Optimizer):
     """Those that run beside the leader in this cycle."""
     _order: "list[Lane]"
     """All that run on the minibatch that is under way."""
+    _left: int
+    """Loops over lanes that were left, at a stretch."""
+    _noted: bool
+    """Whether it is known which entries of optimizers' memories hold the parameters."""
 
     def __init__(
         self, optimizers: Mapping[str, Optimizer], model: nn.Module | None, nt: int, nc: int
@@ -56,7 +60,8 @@ class Face(arguments.Uncopied, Optimizer):
         self._rates = Rates(self.param_groups, list(optimizers.values()))
         self._randomness = Randomness(params)
         self._weights = Weights(params, model)
-        self._order = []
+        self._others, self._order, self._left = [], [], 0
+        self._noted = False
         arguments.refuse_steps_beside(self)
 
     @property

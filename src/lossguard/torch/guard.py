@@ -53,9 +53,6 @@ class Guard(Face):
                 "gradient that overflows is not left out, got some of float16"
             )
         self._leader = self._weights.holder = next(iter(self._lanes.values()))
-        self._others = []
-        self._noted = False
-        """Whether it is known which entries of optimizers' memories hold the parameters."""
 
     def _begin(self) -> list[Lane]:
         """The lanes that run in the cycle beside the live one, where they start from."""
@@ -103,9 +100,8 @@ class Guard(Face):
                 clip(model.parameters())
                 lane.step(loss)
 
-        Where ``lane.checking`` is true only the loss counts: leave ``backward`` out there. After a
-        ``break`` before the live lane has stepped the minibatch doesn't count, nor, if another one
-        has, its cycle.
+        Where ``lane.checking`` is true only the loss counts: leave ``backward`` out there. If the
+        loop is left before the last lane has stepped, the minibatch doesn't count.
 
         Raises:
             ValueError: if there are gradients before it, or the body steps but by ``lane.step``.
@@ -120,10 +116,13 @@ class Guard(Face):
                     yield lane
                     if not lane.stepped:
                         raise ValueError("the body of guard.lanes() must call lane.step(loss)")
+                    self._rates.check()
                     lane.leave()
                 self._close()
             except BaseException as error:
                 if not (isinstance(error, GeneratorExit) and self._order and self._leader.stepped):
+                    stepped = any(lane.stepped for lane in self._order)
+                    self._left = arguments.warn_if_left(error, stepped, self._left)
                     self._undo(draws)
                     raise
                 self._leader.leave()  # a loop that was left after the last step
@@ -190,7 +189,7 @@ class Guard(Face):
         if self.phase == self.nt + self.nc:
             self.history.append(self._decide())
             self.phase, self.steps = 0, self.steps + self.nt
-        self._order = []
+        self._order, self._left = [], 0
 
     def _decide(self) -> Decision:
         seen = _agreed([self._leader, *self._others], self.process_group)

@@ -38,7 +38,8 @@ def lightning_rewind(**options: Any) -> Any:
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             if len(trainer.optimizers) != 1:
                 raise ValueError(
-                    f"the module must have one optimizer, got {len(trainer.optimizers)}"
+                    f"the module must have one optimizer, got {len(trainer.optimizers)} (build "
+                    "Rewind(self, self.optimizers()) in its on_train_start)"
                 )
             if not pl_module.automatic_optimization:
                 raise ValueError(
@@ -75,8 +76,8 @@ def trainer_rewind(**options: Any) -> Any:
     """A Hugging Face ``TrainerCallback``: ``Trainer(..., callbacks=[trainer_rewind()])``.
 
     The Trainer doesn't tell its callbacks the loss, so this one takes it from the output of the
-    model: the sum of those between two steps. Its state is in the Trainer's checkpoints, as
-    ``rewind-RANK.pt``.
+    model: the sum of those between two steps; a ``compute_loss`` of your own is not heard. Its
+    state is in the Trainer's checkpoints, as ``rewind-RANK.pt``.
 
     Args:
         options: of ``Rewind``, which is its attribute ``rewind`` once training has begun.
@@ -125,7 +126,7 @@ def _loss_in(output: Any) -> torch.Tensor:
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         raise ValueError(
             "the model must return its loss for trainer_rewind, got an output without (call "
-            "Rewind.observe in a Trainer's training_step)"
+            "Rewind.observe in on_step_end of a callback of your own)"
         )
     return loss.detach()
 

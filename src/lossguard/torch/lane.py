@@ -178,7 +178,7 @@ class Lane:
     def check_gradients(self, loss: Tensor) -> None:
         """Refuse a body without a backward pass, which it may leave out for lost losses alone."""
         if all(p.grad is None for p in self.weights.params) and finite(loss):
-            raise ValueError("closure must call backward, got no gradients from it")
+            raise ValueError("backward must be called in each body or closure, got no gradients")
 
     def update(self, loss: Any) -> None:
         """A step of its optimizer by the gradients that are there."""

@@ -44,12 +44,24 @@ class Rates:
         """What differs from now on has been set."""
         self.seen = [options_of(group) for group in self.groups]
 
-    def apply(self) -> None:
-        """Carry over what has been set since the last time; refuse rates that were set twice."""
-        changes = [
+    def changes(self) -> list[Group]:
+        """What has been set since the last time, in each of the guard's groups."""
+        return [
             {key: group[key] for key in seen if key in group and not same(seen[key], group[key])}
             for group, seen in zip(self.groups, self.seen, strict=True)
         ]
+
+    def check(self) -> None:
+        """Refuse what was set while lanes run, of which each may be at another rate then."""
+        if any(self.changes()):
+            raise ValueError(
+                "rates must be set between minibatches, got another one in a body or closure (take "
+                "scheduler.step() out of it)"
+            )
+
+    def apply(self) -> None:
+        """Carry over what has been set since the last time; refuse rates that were set twice."""
+        changes = self.changes()
         for k, changed in enumerate(changes):
             for key in changed.keys() - {"lr"}:
                 for group, of in self.inner:

@@ -3,6 +3,7 @@
 Letters: T calls of ``observe``, B = window / 4 losses a block.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -23,16 +24,18 @@ from lossguard.torch.process import held
 from lossguard.torch.ranks import mean_of_ranks
 from lossguard.torch.rule import Rule
 from lossguard.torch.snapshot import SOUND, CarefulSteps, Live, Offload, Saved
-from lossguard.torch.tensors import stacked
 from lossguard.validation import check_kind
 
+LOG = logging.getLogger(__name__)
 Cause = Literal["loss", "model", "audit"]
 
 
 class RewindEvent(NamedTuple):
-    """What ``Rewind`` did: it went back, or there was an alarm at which it didn't.
+    """What ``Rewind`` did; each is logged as a warning of the logger ``lossguard.torch.rewind``.
 
     Attributes:
+        kind: it went back; or there was an alarm at which it didn't; or the buffers alone weren't
+            finite, as after a forward pass of inputs that aren't, and were set back.
         cause: "model" where that wasn't finite.
         call: of ``observe``, from 1.
         thrown: steps that the return threw away.
@@ -40,12 +43,21 @@ class RewindEvent(NamedTuple):
         scale: what the rates are multiplied by in the next step.
     """
 
-    kind: Literal["return", "unanswered"]
+    kind: Literal["return", "unanswered", "buffers"]
     cause: Cause
     call: int
     thrown: int
     in_a_row: int
     scale: float
+
+    def __str__(self) -> str:
+        """One line, for a log."""
+        did = {
+            "return": f"threw {self.thrown} steps away and goes on at {self.scale:.3g} of the rate",
+            "unanswered": "has no steps left that it may throw away, and goes on",
+            "buffers": "set back the buffers, which were not finite",
+        }[self.kind]
+        return f"Rewind {did} (cause: {self.cause}, call {self.call})"
 
 
 def _of_rule(name: str, doc: str) -> Any:
@@ -77,7 +89,7 @@ class Rewind(Uncopied):
         rise: the share of the progress since the start that has to be lost.
         every: calls between two reads; a divisor of window / 4.
         offload: keep snapshots in the host's memory (pinned for CUDA), or in the folder of a path.
-        audit: the loss on a held minibatch, without gradients; called once every B steps. A
+        audit: the loss on a held minibatch, called without gradients once every B steps. A
             candidate is only trusted if it isn't worse there than the best trusted one by more than
             four times ``rise``, and 4 more worse ones than others are an alarm.
         callback: called with every event, when it is over; ``events`` has all of them.
@@ -128,7 +140,7 @@ class Rewind(Uncopied):
         self._unread: list[tuple[Tensor, Tensor]] = []
         """Losses, and whether the gradients of their steps weren't finite."""
         self.events: list[RewindEvent] = []
-        if not bool(self._live.is_finite()):
+        if not all(map(bool, self._live.are_finite())):
             raise ValueError("model must be finite, got one that isn't")
         self._trusted = self._live.save()
         self._candidate: Saved = {}
@@ -162,15 +174,17 @@ class Rewind(Uncopied):
             self._unread.append((scalar(loss, "loss must be one number"), self._steps.take()))
             if reads:
                 self._read()
-        if self._callback is not None:
-            for event in self.events[before:]:
+        for event in self.events[before:]:
+            LOG.warning("%s", event)
+            if self._callback is not None:
                 self._callback(event)
 
     def state_dict(self) -> dict[str, Any]:
         """All but the events, uncopied. Load the model's and the optimizer's own states first."""
+        _, _, *unread = self._live.numbers(self._unread).tolist()  # waits for copies to the host
         return {
             **self._live.pack(self._trusted, self._candidate),
-            "unread": self._numbers().tolist()[1:],  # waits for copies to the host, too
+            "unread": unread,
             "options": self._options,
             "rule": self._rule.numbers(),
         }
@@ -203,12 +217,16 @@ class Rewind(Uncopied):
     @torch.no_grad()
     def _read(self) -> None:
         """Hear all losses since the last read; one wait for the device."""
-        sound, *losses = mean_of_ranks(self._numbers(), self._group).tolist()
+        sound, kept, *losses = mean_of_ranks(self._live.numbers(self._unread), self._group).tolist()
         self._unread, finite = [], sound == 1
+        lost = finite and kept < 1  # a forward pass of inputs that weren't, without a step of them
         if not finite and self._last is not None:
             self._live.load(self._last)
             losses[-1], finite = math.nan, True
         promotes, ends, unanswered, late = self._rule.hear(losses)
+        if lost:
+            self._live.load_buffers(self._last or self._trusted)
+            self._tell("buffers", "model", 0)
         if promotes:
             self._trusted, self._candidate = self._candidate, self._trusted
         if unanswered:
@@ -221,18 +239,11 @@ class Rewind(Uncopied):
             self._new_candidate()
         self._last = None if self._rule.can_always_return else self._live.save(self._last)
 
-    def _numbers(self) -> Tensor:
-        """Whether the model is finite, and unread losses; NaN where gradients weren't finite."""
-        finite = self._live.is_finite()
-        broken = stacked([torch.zeros_like(finite), *(flag for _, flag in self._unread)])
-        numbers = stacked([finite, *(loss for loss, _ in self._unread)])
-        return numbers.masked_fill(broken > 0, math.nan)
-
     def _go_back(self, cause: Cause, late: int) -> None:
         self._live.load(self._trusted)
         self._tell("return", cause, self._rule.go_back(late))
 
-    def _tell(self, kind: Literal["return", "unanswered"], cause: Cause, thrown: int) -> None:
+    def _tell(self, kind: Any, cause: Cause, thrown: int) -> None:
         rule = self._rule
         self.events.append(RewindEvent(kind, cause, rule.calls, thrown, rule.in_a_row, self.scale))
 
@@ -240,7 +251,8 @@ class Rewind(Uncopied):
         """Copy the model as it is now, unless its audit says that it is worse."""
         rule = self._rule
         if self._audit is not None:
-            loss = scalar(self._audit(), "audit must return one number")
+            told = self._live.evaluated(self._audit)
+            loss = scalar(told, "audit must return one number")
             too_high = rule.hear_audit(mean_of_ranks(loss, self._group).item())
             if rule.audits.rings and rule.may_return(0):
                 self._go_back("audit", 0)

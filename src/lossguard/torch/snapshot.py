@@ -1,10 +1,12 @@
 """What ``Rewind`` does to a training run: copies of its state, the way back, and careful steps."""
 
 import copy
+import math
 import os
 import tempfile
+import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch.optim import Optimizer
 from lossguard.torch.arguments import innermost
 from lossguard.torch.ranks import check_rank, this_rank
 from lossguard.torch.rates import options_of, same, set_rate
-from lossguard.torch.tensors import are_finite, is_expanded, zero_unsound
+from lossguard.torch.tensors import are_finite, is_expanded, stacked, zero_unsound
 from lossguard.validation import check_kind
 
 Saved = dict[str, Any]
@@ -23,6 +25,8 @@ Saved = dict[str, Any]
 ``groups``, its settings; ``also``, the states of other objects."""
 SOUND = torch.tensor(False)
 """Of a step whose gradients were finite."""
+JUDGED = 16
+"""Calls between two looks at whether there was a step for each."""
 Offload = bool | str | os.PathLike[str]
 Place = torch.device | Path | None
 """Where copies go: None, where the originals are."""
@@ -99,9 +103,29 @@ class Live:
         buffers = {n: b for n, b in self.model.named_buffers() if not is_expanded(b)}
         return dict(self.model.named_parameters()) | buffers
 
-    def is_finite(self) -> Tensor:
-        """Whether the model is, as a tensor on its device: nothing waits for it."""
-        return are_finite(t for name, t in self.tensors().items() if name not in self._infinite)
+    def are_finite(self) -> tuple[Tensor, Tensor]:
+        """Whether parameters and buffers are, as tensors on their device: nothing waits."""
+        parameters = dict(self.model.named_parameters())
+        buffers = {n: t for n, t in self.tensors().items() if n not in parameters}
+        known = (t for name, t in buffers.items() if name not in self._infinite)
+        return are_finite(parameters.values()), are_finite(known)
+
+    def numbers(self, unread: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """These two, and losses: NaN where the gradients of their steps weren't finite."""
+        finite = self.are_finite()
+        broken = stacked([*map(torch.zeros_like, finite), *(flag for _, flag in unread)])
+        numbers = stacked([*finite, *(loss for loss, _ in unread)])
+        return numbers.masked_fill(broken > 0, math.nan)
+
+    @torch.no_grad()
+    def evaluated(self, audit: Callable[[], Any]) -> Any:
+        """What it returns; the model's modes of training stay."""
+        modes = {module: module.training for module in self.model.modules()}
+        try:
+            return audit()
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
     @torch.no_grad()
     def save(self, old: Saved | None = None) -> Saved:
@@ -119,11 +143,19 @@ class Live:
         }
 
     @torch.no_grad()
+    def load_buffers(self, saved: Saved) -> None:
+        """Set them back alone."""
+        parameters = dict(self.model.named_parameters())
+        for name, tensor in self.tensors().items():
+            if name in saved["model"] and name not in parameters:
+                tensor.copy_(saved["model"][name], non_blocking=True)
+
+    @torch.no_grad()
     def load(self, saved: Saved) -> None:
         """Set all of it back, in place."""
-        for name, tensor in self.tensors().items():
-            if name in saved["model"]:  # all but buffers that came later
-                tensor.copy_(saved["model"][name], non_blocking=True)
+        self.load_buffers(saved)  # all but those that came later
+        for param, name in self.names.items():
+            param.copy_(saved["model"][name], non_blocking=True)
         for group, options in zip(self.groups(), saved["groups"], strict=True):
             for key in self.own:
                 group.pop(key, None)  # a step makes it
@@ -165,11 +197,11 @@ class Live:
             whole = {part: state[which][part] for part in ("model", "optimizer", "groups", "also")}
             for name, tensor in self.tensors().items():
                 saved = whole["model"].get(name)
-                shape = None if saved is None else tuple(saved.shape)
-                if shape != tuple(tensor.shape):
+                got = "one without" if saved is None else f"shape {tuple(saved.shape)}"
+                if got != f"shape {tuple(tensor.shape)}":
                     raise ValueError(
-                        f"state must be of this model, whose {name} has shape "
-                        f"{tuple(tensor.shape)}, got {shape}"
+                        f"state must be of this model, with {name} of shape "
+                        f"{tuple(tensor.shape)}, got {got}"
                     )
                 check_rank(tensor, saved, state["rank"], "state")
             counts = len(self.also), len(whole["also"])
@@ -197,6 +229,9 @@ class CarefulSteps:
     Attributes:
         broken: whether gradients weren't finite since it was read, as a tensor on their device.
         closed: whether they are gone.
+
+    Every ``JUDGED`` calls of ``take`` it warns, once, if there have been about as few steps as
+    none, or several for each; or if there is no call at all.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], rewind: Any, own: set[str]) -> None:
@@ -204,6 +239,7 @@ class CarefulSteps:
             if isinstance(other := getattr(hook, "__self__", None), CarefulSteps):
                 other.remove()  # or both would multiply the rates
         self.broken, self.closed, self._begun = SOUND, False, False
+        self._calls, self._steps = 0, dict.fromkeys(map(id, optimizers), 0)
         self._rewind, self._own = weakref.ref(rewind), own
         self._groups: list[Saved] = []
         """Of the optimizer whose step is under way."""
@@ -224,8 +260,24 @@ class CarefulSteps:
         """``broken``, which is read."""
         if self.closed:
             raise ValueError("Rewind must be open, got one that close() or another one has closed")
+        self._calls += 1
+        if self._calls == JUDGED:
+            self._judge()
         broken, self.broken = self.broken, SOUND
         return broken
+
+    def _judge(self) -> None:
+        steps = self._steps.values()
+        if 2 * max(steps) <= self._calls or min(steps) >= 2 * self._calls:
+            given = f"{self._calls} calls for {max(steps)} steps"
+            warnings.warn(
+                f"Rewind.observe must be called once after each optimizer step, got {given}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            self._calls = JUDGED  # no more of it
+        else:
+            self._calls, self._steps = 0, dict.fromkeys(self._steps, 0)
 
     def remove(self) -> None:
         """Leave the optimizers as they were."""
@@ -242,6 +294,9 @@ class CarefulSteps:
         if not self._begun:
             self._begun = True
             rewind.begin()
+        self._steps[id(optimizer)] += 1
+        if self._calls == 0 and min(self._steps.values()) == JUDGED * JUDGED:
+            self._judge()
         changed, (itself, *given) = None, args
         closure: Any = kwargs.get("closure", given[0] if given else None)
 

@@ -139,15 +139,19 @@ def test_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(names["table"]["step"]) == 50 and names["numbers"]["loss"] == pytest.approx(loss)
 
 
-def test_torch_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_guides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the top down in one namespace, on the CPU."""
     torch = pytest.importorskip("torch")
     monkeypatch.chdir(tmp_path)  # a block saves there
     names: dict[str, Any] = {
+        "torch": torch,
         "model": torch.nn.Linear(3, 1),
         "loader": [(x, x.sum(1, keepdim=True)) for x in torch.randn(20, 8, 3)],
         "loss_fn": torch.nn.functional.mse_loss,
     }
+    for block in blocks("docs/rewind.md"):
+        exec(block, names)
+    assert names["rewind"].calls == 0 and len(names["optimizers"]) == 2
     for block in blocks("docs/torch.md"):
         exec(block.replace('"cuda"', '"cpu"').replace("float16", "bfloat16"), names)
         assert isinstance(names["guard"], torch.optim.Optimizer)

@@ -12,7 +12,7 @@ import pytest
 import lossguard
 from lossguard import paper_decay
 from lossguard.experiments import experiment as experiments
-from lossguard.experiments import recipes
+from lossguard.experiments import price, recipes, tasks
 from lossguard.experiments.experiment import (
     Experiment,
     Methods,
@@ -109,6 +109,46 @@ def test_figure_9s() -> None:
     check(made, "LGL2O over SGD 0.5", GUARD, LEARNED, momentum)
     for rate in (1e-4, 1e-3, 1e-2, 1e-1):
         check(made, f"LGL2O over Adam {rate:g}", GUARD, LEARNED, optax.adam(rate))
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize(("over", "fallback"), [("sgdnm", FALLBACK), ("adam", ADAM)])
+def test_those_compared_at_equal_price(
+    over: str, fallback: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("hedged", "best_of"):
+        monkeypatch.setattr(price, name, lambda *optimizers, **options: (optimizers, options))
+    monkeypatch.setattr(price, "pretrained", {"mine": LEARNED}.__getitem__)
+    made = price.price_methods(over, E)
+    check(made, "Fallback", TRUSTED, fallback)
+    check(made, "Learned", {"nt": 3}, LEARNED)
+    check(made, "Recommended", {"nt": 3}, LEARNED, fallback)
+    check(made, "Hedged", {"nt": 3}, LEARNED, fallback)
+    check(made, "LGL2O", GUARD, LEARNED, fallback)
+    ((both,), options) = made.pop("Best of both")()  # pyright: ignore
+    assert options == {"share": 0.05} and [given for _, given in both] == [TRUSTED, {"nt": 3}]
+    for ((ours,), _), expected in zip(both, (fallback, LEARNED), strict=True):
+        np.testing.assert_allclose(steps_of(ours), steps_of(expected), rtol=1e-6)
+    assert made.keys() == {"Fallback", "Learned", "Recommended", "Hedged", "LGL2O"}
+
+
+@pytest.mark.usefixtures("eager")
+def test_those_of_the_published_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = {"lstm-mnist-mlp": LEARNED, "mlp-small": optax.sgd(9.0)}
+    for module in (experiments, tasks):
+        monkeypatch.setattr(module, "pretrained", weights.__getitem__)
+    monkeypatch.setattr(tasks, "unguarded", lambda *optimizers, **given: (optimizers, given))
+    monkeypatch.setattr(tasks, "rewind", lambda learned: optax.chain(learned, optax.scale(2.0)))
+    monkeypatch.setattr(tasks, "watched", lambda made: made)
+    made = tasks.task_methods(replace(E, name="ImageMLP_FashionMnist8_Relu32"))
+    adam = {rate: optax.adam(rate) for rate in (0.01, 0.03, 0.25)}
+    check(made, "Adam 0.01", TRUSTED, adam[0.01])
+    check(made, "Adam 0.03", TRUSTED, adam[0.03])
+    for name, learned in {"LSTM": LEARNED, "MLP": weights["mlp-small"]}.items():
+        check(made, name, {"nt": 3}, learned)
+        check(made, f"{name}, rewind", {"nt": 3}, optax.chain(learned, optax.scale(2.0)))
+        check(made, f"{name}, guarded", {"nt": 3}, learned, adam[0.25])
+    assert len(made) == 8
 
 
 @pytest.mark.usefixtures("eager")

@@ -16,7 +16,7 @@ import pytest
 from lossguard import records
 from lossguard.experiments import RECIPES
 from lossguard.experiments import experiment as experiments
-from lossguard.experiments.recipes import SETS
+from lossguard.experiments.recipes import PAPERS, SETS
 from lossguard.experiments.run import run
 from lossguard.learned.weights_file import pretrained_names
 from lossguard.tasks import MLP, ConvNet, Dataset, load_dataset, parquet
@@ -79,17 +79,23 @@ def first_examples() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", RECIPES)
+def test_recipe_makes_what_it_names(name: str) -> None:
+    e = RECIPES[name]()
+    assert e.name == name and e.learned in pretrained_names()
+    assert list(e.guards()) == list(e.methods)
+
+
+@pytest.mark.parametrize("name", [*PAPERS, "reading-fig04-none", "price-circles-mnist-sgdnm"])
 def test_recipe_runs(name: str, tmp_path: Path) -> None:
-    """Two cycles of its first method, by its settings and on its data."""
+    """Two cycles of its first method, by its settings and on its data; all at equal price."""
     e = RECIPES[name]()
     here = e.dataset in GENERATED
     if not here and not (Path(os.environ.get("LOSSGUARD_DATA", "")) / e.dataset).is_dir():
         pytest.skip(f"LOSSGUARD_DATA names no folder with {e.dataset}")
-    assert e.name == name and e.learned in pretrained_names()
-    assert list(e.guards()) == list(e.methods)
-    short = replace(e, methods=e.methods[:1], steps=20, seeds=2, batch_size=8)
+    methods = e.methods if name.startswith("price") else e.methods[:1]
+    short = replace(e, methods=methods, steps=20, seeds=2, batch_size=8)
     config, made, curves = records.read_run(run(short, tmp_path / "run"))
-    assert config["name"] == name and tuple(made["seconds"]) == e.methods[:1]
+    assert config["name"] == name and tuple(made["seconds"]) == methods
     assert curves["step"].max() == 20 and curves["seed"].n_unique() == 2
     assert curves["loss"].is_finite().all()
     if e.dataset != "cifar10":  # which may be the original or not

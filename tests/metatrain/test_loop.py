@@ -134,19 +134,6 @@ def test_rollouts_grow_to_the_longest() -> None:
 
 
 @pytest.mark.usefixtures("eager")
-def test_weights_are_trained_by_adam_with_a_clipped_gradient_and_a_decaying_rate() -> None:
-    config = dataclasses.replace(TINY, rate=0.1, b2=0.9, clip=1.0, meta_steps=4)
-    adam, w = config.optimizer_of_weights(), jnp.zeros(2)
-    state, first, second = adam.init(w), np.zeros(2), np.zeros(2)
-    for k, gradient in enumerate(([3.0, -4.0], [0.3, 0.4], [30.0, 40.0])):
-        update, state = adam.update(jnp.array(gradient), state, w)
-        g = np.array(gradient) / max(1.0, np.linalg.norm(gradient))
-        first, second = 0.9 * first + 0.1 * g, 0.9 * second + 0.1 * g**2
-        unbiased = first / (1 - 0.9 ** (k + 1)), second / (1 - 0.9 ** (k + 1))
-        rate = 0.1 * (1 + np.cos(np.pi * k / 4)) / 2
-        np.testing.assert_allclose(update, -rate * unbiased[0] / np.sqrt(unbiased[1]), rtol=1e-4)
-
-
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_gradient_that_is_not_finite_is_left_out(bad: float) -> None:
     """It would spoil the weights for the rest of meta-training."""

@@ -158,6 +158,30 @@ def test_a_body_that_is_left_counts_as_an_error(kind, at):
     run(guard, model, minibatches(20))
 
 
+@pytest.mark.parametrize("body", [False, True])
+def test_a_second_ctrl_c_comes_at_once(body):
+    model, reached = mlp(), []
+    guard = two(Recommended, model, nt=2)
+    run(guard, model, minibatches(3))
+    before = copy.deepcopy(model.state_dict())
+
+    def twice():
+        for _ in range(2):
+            reached.append(1)
+            signal.raise_signal(signal.SIGINT)
+        reached.append("not here")
+
+    with pytest.raises(KeyboardInterrupt):
+        if body:
+            for _ in guard.lanes():
+                twice()
+        else:
+            guard.step(twice)
+    assert reached == [1, 1]
+    assert_same_state(model.state_dict(), before)
+    run(guard, model, minibatches(3))
+
+
 @pytest.fixture
 def as_ctrl_c():
     """SIGTERM raises, as in a program that saves what it has before a cluster kills it."""

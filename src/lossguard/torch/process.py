@@ -51,7 +51,9 @@ def _held(one: signal.Signals) -> Iterator[None]:
         nonlocal came
         came += 1
         if came > 1:
+            came = 0  # if this raises, that was it
             before(one, None)
+            came = 1
 
     try:  # another signal may come as soon as this one is held
         signal.signal(one, note)

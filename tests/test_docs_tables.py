@@ -145,7 +145,11 @@ def test_speedups_are_those_of_the_records() -> None:
                 assert losses is not None
                 value = np.mean(envelope(name).steps_to(losses)) / at
             else:
-                value = rows.filter(task=name)["speedup"].to_numpy().mean()
+                of_task = rows.filter(task=name)["speedup"].to_numpy()
+                assert bool(cell) == bool(len(of_task))
+                value = of_task.mean() if cell else 0.0
+            if not cell:  # the run is not that long
+                continue
             assert cell.partition(" ")[0] == f"{value:.2f}"
 
 

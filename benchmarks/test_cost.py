@@ -73,8 +73,7 @@ def test_compile_time(report: Callable[..., None]) -> None:
             found[name] = seconds
         return found
 
-    first = compile_all()
-    report(compile_all, "each under 10 CPU seconds", **first)
+    report(lambda: None, "each under 10 CPU seconds", **compile_all())
 
 
 def test_idle_lanes(report: Callable[..., None]) -> None:

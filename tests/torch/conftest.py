@@ -1,4 +1,6 @@
-"""One thread and one seed for every PyTorch test."""
+"""One thread and one seed for every PyTorch test, and signals that raise for some."""
+
+import signal
 
 import pytest
 import torch
@@ -8,3 +10,14 @@ import torch
 def _one_thread_and_seed():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def as_ctrl_c():
+    """SIGTERM raises, as in a program that saves what it has before a cluster kills it."""
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    for one in before:
+        signal.signal(one, signal.default_int_handler)
+    yield
+    for one, handler in before.items():
+        signal.signal(one, handler)

@@ -158,6 +158,7 @@ def test_a_body_that_is_left_counts_as_an_error(kind, at):
     run(guard, model, minibatches(20))
 
 
+@pytest.mark.usefixtures("as_ctrl_c")
 @pytest.mark.parametrize("body", [False, True])
 def test_a_second_ctrl_c_comes_at_once(body):
     model, reached = mlp(), []
@@ -180,17 +181,6 @@ def test_a_second_ctrl_c_comes_at_once(body):
     assert reached == [1, 1]
     assert_same_state(model.state_dict(), before)
     run(guard, model, minibatches(3))
-
-
-@pytest.fixture
-def as_ctrl_c():
-    """SIGTERM raises, as in a program that saves what it has before a cluster kills it."""
-    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
-    for one in before:
-        signal.signal(one, signal.default_int_handler)
-    yield
-    for one, handler in before.items():
-        signal.signal(one, handler)
 
 
 @pytest.mark.usefixtures("as_ctrl_c")

@@ -224,3 +224,16 @@ def test_a_fallback_whose_memory_is_not_finite_begins_anew():
         guard.step(closure)
     momentum = guard._lanes["z"].memory().state[w]["momentum_buffer"]
     assert momentum.isfinite().all() and w.isfinite().all()
+
+
+def test_what_it_refuses():
+    model = nn.Linear(2, 1)
+    pair = SGD(model.parameters(), lr=0.1), SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"^ResidualGuard has no lanes\(\) to loop over: use step"):
+        next(iter(ResidualGuard(*pair).lanes()))
+    pair[0].train = pair[0].eval = lambda: None  # as schedule-free ones have
+    with pytest.raises(ValueError, match=r"^optimizers must have no train\(\) and eval\(\), got"):
+        ResidualGuard(*pair)
+    model.weight.to_local = lambda: model.weight  # as shards have
+    with pytest.raises(ValueError, match=r"^parameters must be whole tensors, got sharded ones$"):
+        guards.ResidualGuard(*pair, model=model)

@@ -53,6 +53,7 @@ def test_it_goes_back_and_says_so():
         drive(rewind, model, optimizer, [1.0])
 
 
+@pytest.mark.usefixtures("as_ctrl_c")
 def test_ctrl_c_waits_until_it_is_back():
     class Interrupts:
         def state_dict(self):
@@ -316,20 +317,6 @@ def test_an_average_of_weights_that_is_named_goes_back():
     assert rewind.returns == 1 and model.weight.item() == -112
     for name, value in average.state_dict().items():
         assert torch.equal(value, before[name]), name
-
-
-def test_an_error_within_a_step_leaves_the_rates():
-    model, optimizer = one_weight()
-    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
-    drive(rewind, model, optimizer, FALLS + HIGH[:8])
-
-    def closure():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        optimizer.step(closure)
-    drive(rewind, model, optimizer, [1.0])
-    assert optimizer.param_groups[0]["lr"] == 1.0
 
 
 def test_a_callback_may_make_the_optimizer_careful():

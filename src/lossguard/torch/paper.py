@@ -138,8 +138,8 @@ class ResidualGuard(Guard):
     Raises:
         ValueError: if an argument isn't one of the above.
 
-    Memory: seven copies of the parameters beside the model, while it steps. Cost a step: 2
-    gradients, the second after the learned update.
+    Memory: nine copies of the parameters beside the model and its gradients, while it steps. Cost a
+    step: 2 gradients, the second after the learned update.
 
     Source: Heaton et al., "Safeguarded learned convex optimization", 2020, arXiv 2003.01880; the
     paper's GL2O and appendix E (alpha = 0.99, EMA with theta = 0.9).

@@ -191,6 +191,13 @@ def test_the_trainer_with_models_that_name_no_loss(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("make", [lightning_rewind, trainer_rewind])
+def test_options_that_rewind_does_not_have_are_refused_at_once(make):
+    pytest.importorskip("lightning" if make is lightning_rewind else "transformers")
+    with pytest.raises(ValueError, match=r"^options must each be one of audit, .*mean window\?\)$"):
+        make(windw=3)
+
+
 def test_accelerate_with_accumulated_gradients():
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)

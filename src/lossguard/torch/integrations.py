@@ -4,6 +4,7 @@
 it is called, not before.
 """
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from lossguard.torch.rewind import Rewind
+from lossguard.validation import one_of
 
 
 def lightning_rewind(**options: Any) -> Any:
@@ -25,10 +27,12 @@ def lightning_rewind(**options: Any) -> Any:
         options: of ``Rewind``, which is its attribute ``rewind`` once training has begun.
 
     Raises:
-        ValueError: when training begins, if there isn't exactly one optimizer, or optimization is
-            manual.
+        ValueError: if ``Rewind`` has no such option; when training begins, if there isn't exactly
+            one optimizer, or optimization is manual.
     """
     from lightning.pytorch.callbacks import Callback
+
+    _check(options)
 
     class LightningRewind(Callback):
         rewind: Rewind
@@ -83,9 +87,12 @@ def trainer_rewind(**options: Any) -> Any:
         options: of ``Rewind``, which is its attribute ``rewind`` once training has begun.
 
     Raises:
-        ValueError: in training, if the output has no ``loss``, nor begins with it.
+        ValueError: if ``Rewind`` has no such option; in training, if the output has no ``loss``,
+            nor begins with it.
     """
     from transformers import TrainerCallback
+
+    _check(options)
 
     class TrainerRewind(TrainerCallback):
         rewind: Rewind
@@ -119,6 +126,14 @@ def trainer_rewind(**options: Any) -> Any:
             self.rewind.close()
 
     return TrainerRewind()
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    """Refuse now what ``Rewind`` would refuse when training begins."""
+    known = inspect.signature(Rewind).parameters.keys() - {"model", "optimizer"}
+    for name in options:
+        if name not in known:
+            raise ValueError(f"options must each be {one_of(sorted(known), name)}")
 
 
 def _loss_in(output: Any) -> torch.Tensor:

@@ -320,7 +320,7 @@ def test_module_named_like_another_leaves_that_alone(tmp_path: Path, name: str) 
     path.write_text("def recipe():\n    return 'mine'\n")
     before = sys.modules[name]
     for _ in range(2):  # the second time it is there already
-        assert find_recipe(f"{path}:recipe", {}, "run", str, {}) == ("recipe", "mine")
+        assert find_recipe(f"{path}:recipe", {}, "run", str, dict) == ("recipe", "mine")
     assert sys.modules[name] is before
     del sys.modules[f"{name}_"]
 
@@ -330,7 +330,7 @@ def test_modules_of_one_name_are_kept_apart(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "twin.py").write_text(f"def recipe():\n    return {folder!r}\n")
     found = [
-        find_recipe(f"{tmp_path / f / 'twin.py'}:recipe", {}, "run", str, {})
+        find_recipe(f"{tmp_path / f / 'twin.py'}:recipe", {}, "run", str, dict)
         for f in ("a", "b", "b/../a")
     ]
     assert [recipe for _, recipe in found] == ["a", "b", "a"]
@@ -341,7 +341,7 @@ def test_module_may_import_one_beside_it(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "besides.py").write_text("MINE = 'mine'\n")
     (tmp_path / "importing.py").write_text("import besides\ndef recipe(): return besides.MINE\n")
-    found = find_recipe(f"{tmp_path / 'importing.py'}:recipe", {}, "run", str, {})
+    found = find_recipe(f"{tmp_path / 'importing.py'}:recipe", {}, "run", str, dict)
     assert found == ("recipe", "mine")
     del sys.modules["besides"], sys.modules["importing"]
 

@@ -39,12 +39,12 @@ def find_recipe(
     recipes: Mapping[str, Any],
     command: str,
     kind: type,
-    elsewhere: Mapping[str, str],
+    elsewhere: Callable[[], Mapping[str, str]],
 ) -> tuple[str, Any]:
     """The recipe of that name: one of ours, or ``path/to/module.py:function``.
 
-    Asked for help it tells how to use the command, and exits. ``elsewhere`` are names that another
-    command runs, and that command.
+    Asked for help it tells how to use the command, and exits. ``elsewhere`` makes the names that
+    other commands run, and these commands; it is called for an unknown name alone.
     """
     if name in ("-h", "--help"):
         several = "..." if command == "sweep" else ""
@@ -68,9 +68,9 @@ def find_recipe(
         return function, config
     if name.endswith(".py"):
         raise ValueError(f"{command} needs a function of {name}: name it, as in {name}:my_recipe")
-    if name not in recipes and name in elsewhere:
-        raise ValueError(f"{name} is run by lossguard {elsewhere[name]}")
     if name not in recipes:
+        if other := elsewhere().get(name):
+            raise ValueError(f"{name} is run by lossguard {other}")
         got = f"{name!r}{nearest(recipes, name)}" if name else "none"
         raise ValueError(
             f"{command} needs a recipe, one that lossguard list shows or "

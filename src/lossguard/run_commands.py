@@ -45,7 +45,7 @@ def run(arguments: Sequence[str]) -> None:
     from .experiments import RECIPES, Experiment
 
     given = next(iter(arguments), "")
-    name, recipe = find_recipe(given, RECIPES, "run", Experiment, _elsewhere())
+    name, recipe = find_recipe(given, RECIPES, "run", Experiment, _elsewhere)
     _run(*override(recipe, Where(Path("runs") / name), arguments[1:], f"run {name}"))
 
 
@@ -63,7 +63,7 @@ def sweep(arguments: Sequence[str]) -> None:
         for name in dict.fromkeys(names or arguments[:1] or [""])
         for recipe in SETS.get(name, (name,))
     ]:
-        name, recipe = find_recipe(given, known, "sweep", Experiment, _elsewhere())
+        name, recipe = find_recipe(given, known, "sweep", Experiment, _elsewhere)
         where, experiment = override(recipe, where, options, f"sweep {name}")
         if experiments.setdefault(name, experiment) != experiment:
             raise ValueError(f"recipes must have different names, but two are called {name}")
@@ -114,18 +114,24 @@ def benchmark(
 
 def metatrain(arguments: Sequence[str]) -> None:
     """Meta-train a learned optimizer."""
-    from .experiments import RECIPES as EXPERIMENTS
     from .metatrain import loop
     from .metatrain.recipes import RECIPES
 
-    given, others = next(iter(arguments), ""), {name: f"run {name}" for name in EXPERIMENTS}
-    name, recipe = find_recipe(given, RECIPES, "metatrain", loop.MetaTraining, others)
+    given = next(iter(arguments), "")
+    name, recipe = find_recipe(given, RECIPES, "metatrain", loop.MetaTraining, _experiments)
     where = Where(Path("runs") / name)
     where, config = override(recipe, where, arguments[1:], f"metatrain {name}")
     with _resumable(where):
         weights = loop.metatrain(config, where.out, resume=where.resume)
     print(shown(f"weights: {weights}"))
     show(where.out)
+
+
+def _experiments() -> dict[str, str]:
+    """Names that are no meta-training."""
+    from .experiments import RECIPES
+
+    return {name: f"run {name}" for name in RECIPES}
 
 
 def _elsewhere() -> dict[str, str]:

@@ -13,7 +13,6 @@ from safetensors.numpy import save
 
 from .. import checksums
 from ..files import write_whole
-from ..validation import check_lstm
 from .lstm import LSTMWeights, init_lstm_weights, lstm_optimizer
 from .mlp import MLPWeights, init_mlp_weights, mlp_optimizer
 from .weights_file import ARCHITECTURES, path_of, read_weights
@@ -117,8 +116,7 @@ def save_weights(
     if numbers.keys() != set(architecture.numbers):
         needed, given = (", ".join(names) or "none" for names in (architecture.numbers, numbers))
         raise ValueError(f"numbers of {type(weights).__name__} must be {needed}, got {given}")
-    if numbers:
-        check_lstm(**numbers)
+    architecture.check(**numbers)
     shapes = architecture.shapes(hidden, layers)
     tensors = {
         tensor_name: np.ascontiguousarray(leaf, np.float32)

@@ -19,7 +19,7 @@ imports JAX or PyTorch.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import resources
@@ -43,6 +43,8 @@ class Architecture(NamedTuple):
 
     numbers: tuple[str, ...]
     """Further metadata, numbers: arguments of the optimizer."""
+    check: Callable[..., None]
+    """Refuses numbers out of range."""
     shapes: Callable[[int, int], dict[str, list[int]]]
     """The tensors by hidden units and layers, in the order of the weights' leaves in JAX."""
 
@@ -104,6 +106,11 @@ def noting_weights() -> Iterator[dict[str, set[str]]]:
         yield noted
     finally:
         _NOTED.reset(token)
+
+
+def as_inputs(noted: Mapping[str, set[str]]) -> dict[str, str]:
+    """What was noted, as manifests have checksums: by what it is of."""
+    return {f"the file {name}": " ".join(sorted(sums)) for name, sums in noted.items()}
 
 
 def read_weights(path: str | os.PathLike[str], architecture: str | None = None) -> WeightsFile:
@@ -177,8 +184,7 @@ def _read_metadata(
     values = dict(zip(numbers, map(float, _require(about, numbers)), strict=True))
     hidden, layers = int(about["hidden"]), int(about["layers"])
     check_positive(hidden=hidden, layers=layers)
-    if values:
-        check_lstm(**values)
+    ARCHITECTURES[name].check(**values)
     return name, hidden, layers, values
 
 
@@ -231,6 +237,6 @@ def _mlp_shapes(hidden: int, layers: int) -> dict[str, list[int]]:
 
 
 ARCHITECTURES = {
-    "lstm": Architecture(("p", "scale"), _lstm_shapes),
-    "mlp": Architecture((), _mlp_shapes),
+    "lstm": Architecture(("p", "scale"), check_lstm, _lstm_shapes),
+    "mlp": Architecture((), lambda: None, _mlp_shapes),
 }

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from .. import records, run_folder
 from ..checkpoints import Checkpoints
 from ..config import as_config
-from ..learned.weights_file import noting_weights
+from ..learned.weights_file import as_inputs, noting_weights
 from ..progress import Progress, stopping_at_interrupt
 from ..tasks.task import Task
 from ..validation import check_count, check_network, check_part, check_positive, check_seed
@@ -171,8 +171,7 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
             raise KeyboardInterrupt
         with run_folder.hold_folder(folder, as_config(config), resume=resume) as finished:
             if not finished:
-                weights = {f"the file {name}": " ".join(sorted(of)) for name, of in noted.items()}
-                _metatrain(config, method, folder, weights, checkpoints, stopped)
+                _metatrain(config, method, folder, as_inputs(noted), checkpoints, stopped)
             checkpoints.delete()  # also those that a kill left of a finished one
     return folder / WEIGHTS
 
@@ -231,22 +230,19 @@ def _train_to_the_end(
         config.name, total=config.meta_steps, done=done, unit="meta-steps", first=first
     ) as progress:
         saved = 0.0
-        while True:
-            validated = table.height * every
-            if validated < done == min(validated + every, config.meta_steps):
+        while (begun := table.height * every) < config.meta_steps:  # all before it is validated
+            steps, within = min(every, config.meta_steps - begun), done - begun
+            if within == steps:
                 columns = method.validate(state.weights, validation_key)
                 mean = jnp.float32(columns["validation"].mean())
                 if mean < state.best_validation if config.select else jnp.isfinite(mean):
                     state = state._replace(best=state.weights, best_validation=mean)
-                means = seen[:, : done - validated].mean(axis=1).tolist()
+                means = seen[:, :steps].mean(axis=1).tolist()
                 row = {"meta_step": done, "meta_loss": means[0], "gradient_norm": means[1]}
                 row |= {name: losses[None] for name, losses in columns.items()}
-                rows = [table] * (validated > 0) + [pl.DataFrame(row)]
+                rows = [table] * (begun > 0) + [pl.DataFrame(row)]
                 table = pl.concat(rows, how="vertical_relaxed")
-            if done == config.meta_steps:
-                break
-            begun, within = done - done % every, done % every
-            steps = min(every, config.meta_steps - begun)
+                continue
             keys = jax.random.split(jax.random.fold_in(train_key, begun), steps)
             key = keys[jnp.int32(within)]  # by a plain one, each index is compiled
             state, loss, norm = _meta_step(config, method, state, key, jnp.int32(done))

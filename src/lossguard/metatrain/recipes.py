@@ -61,7 +61,7 @@ def cifar10_conv() -> LSTMTraining:
 def cifar10_conv_plain() -> LSTMTraining:
     """``fig11``: one optimizee, rollouts of 600 steps from the start, no clipping.
 
-    So has the paper's text it. There the rate is constant and no weights are selected.
+    As the paper's text has it, where the rate is constant, though, and no weights are selected.
     """
     return replace(
         cifar10_conv(),

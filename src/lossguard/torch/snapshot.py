@@ -1,11 +1,9 @@
-"""What ``Rewind`` does to a training run: copies of its state, the way back, and careful steps."""
+"""What ``Rewind`` keeps of a training run: copies of its state, and the way back."""
 
 import copy
 import math
 import os
 import tempfile
-import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,17 +14,13 @@ from torch.optim import Optimizer
 
 from lossguard.torch.arguments import innermost
 from lossguard.torch.ranks import check_rank, this_rank
-from lossguard.torch.rates import options_of, same, set_rate
-from lossguard.torch.tensors import are_finite, is_expanded, stacked, zero_unsound
+from lossguard.torch.rates import options_of, set_rate
+from lossguard.torch.tensors import are_finite, is_expanded, stacked
 from lossguard.validation import check_kind
 
 Saved = dict[str, Any]
 """``model``, parameters and buffers by name; ``optimizer``, its memory of each parameter by name;
 ``groups``, its settings; ``also``, the states of other objects."""
-SOUND = torch.tensor(False)
-"""Of a step whose gradients were finite."""
-JUDGED = 16
-"""Calls between two looks at whether there was a step for each."""
 Offload = bool | str | os.PathLike[str]
 Place = torch.device | Path | None
 """Where copies go: None, where the originals are."""
@@ -100,15 +94,16 @@ class Live:
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters, and the buffers as they are now: a forward pass may put others there."""
-        buffers = {n: b for n, b in self.model.named_buffers() if not is_expanded(b)}
-        return dict(self.model.named_parameters()) | buffers
+        return dict(self.model.named_parameters()) | self.buffers()
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Those of which each number is its own."""
+        return {n: b for n, b in self.model.named_buffers() if not is_expanded(b)}
 
     def are_finite(self) -> tuple[Tensor, Tensor]:
         """Whether parameters and buffers are, as tensors on their device: nothing waits."""
-        parameters = dict(self.model.named_parameters())
-        buffers = {n: t for n, t in self.tensors().items() if n not in parameters}
-        known = (t for name, t in buffers.items() if name not in self._infinite)
-        return are_finite(parameters.values()), are_finite(known)
+        known = (b for name, b in self.buffers().items() if name not in self._infinite)
+        return are_finite(self.model.parameters()), are_finite(known)
 
     def numbers(self, unread: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """These two, and losses: NaN where the gradients of their steps weren't finite."""
@@ -145,15 +140,14 @@ class Live:
     @torch.no_grad()
     def load_buffers(self, saved: Saved) -> None:
         """Set them back alone."""
-        parameters = dict(self.model.named_parameters())
-        for name, tensor in self.tensors().items():
-            if name in saved["model"] and name not in parameters:
-                tensor.copy_(saved["model"][name], non_blocking=True)
+        for name, buffer in self.buffers().items():
+            if name in saved["model"]:  # all but those that came later
+                buffer.copy_(saved["model"][name], non_blocking=True)
 
     @torch.no_grad()
     def load(self, saved: Saved) -> None:
         """Set all of it back, in place."""
-        self.load_buffers(saved)  # all but those that came later
+        self.load_buffers(saved)
         for param, name in self.names.items():
             param.copy_(saved["model"][name], non_blocking=True)
         for group, options in zip(self.groups(), saved["groups"], strict=True):
@@ -218,125 +212,6 @@ def _optimizer_of(scheduler: Any) -> Optimizer | None:
     inner = getattr(scheduler, "scheduler", scheduler)  # as Accelerate wraps it
     of = getattr(inner, "optimizer", None)
     return innermost(of) if isinstance(of, Optimizer) else None
-
-
-class CarefulSteps:
-    """Hooks of optimizers: rates times ``rewind.scale`` in a step, and no unsound gradients.
-
-    Between steps the rates are those that the user and the schedulers set, so that schedulers of
-    every kind go on from their own numbers. Once nobody has the ``Rewind`` any more they are gone.
-
-    Attributes:
-        broken: whether gradients weren't finite since it was read, as a tensor on their device.
-        closed: whether they are gone.
-
-    Every ``JUDGED`` calls of ``take`` it warns, once, if there have been about as few steps as
-    none, or several for each; or if there is no call at all.
-    """
-
-    def __init__(self, optimizers: Sequence[Optimizer], rewind: Any, own: set[str]) -> None:
-        for hook in [h for one in optimizers for h in one._optimizer_step_pre_hooks.values()]:
-            if isinstance(other := getattr(hook, "__self__", None), CarefulSteps):
-                other.remove()  # or both would multiply the rates
-        self.broken, self.closed, self._begun = SOUND, False, False
-        self._calls, self._steps = 0, dict.fromkeys(map(id, optimizers), 0)
-        self._rewind, self._own = weakref.ref(rewind), own
-        self._groups: list[Saved] = []
-        """Of the optimizer whose step is under way."""
-        self._options: list[Saved] = []
-        """Their settings when it began."""
-        self._rates: list[float | Tensor] = []
-        """Their rates between steps, while it multiplies them."""
-        self._hooks = [
-            hook
-            for one in optimizers
-            for hook in (
-                one.register_step_pre_hook(self._before),
-                one.register_step_post_hook(self._after),
-            )
-        ]
-
-    def take(self) -> Tensor:
-        """``broken``, which is read."""
-        if self.closed:
-            raise ValueError("Rewind must be open, got one that close() or another one has closed")
-        self._calls += 1
-        if self._calls == JUDGED:
-            self._judge()
-        broken, self.broken = self.broken, SOUND
-        return broken
-
-    def _judge(self) -> None:
-        steps = self._steps.values()
-        if 2 * max(steps) <= self._calls or min(steps) >= 2 * self._calls:
-            given = f"{self._calls} calls for {max(steps)} steps"
-            warnings.warn(
-                f"Rewind.observe must be called once after each optimizer step, got {given}",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-            self._calls = JUDGED  # no more of it
-        else:
-            self._calls, self._steps = 0, dict.fromkeys(self._steps, 0)
-
-    def remove(self) -> None:
-        """Leave the optimizers as they were."""
-        self.closed = True
-        for hook in self._hooks:
-            hook.remove()
-
-    def _before(self, optimizer: Optimizer, args: tuple, kwargs: Saved) -> tuple | None:
-        self._after()  # if the last step raised an error half-way
-        rewind = self._rewind()
-        if rewind is None:
-            self.remove()
-            return None
-        if not self._begun:
-            self._begun = True
-            rewind.begin()
-        self._steps[id(optimizer)] += 1
-        if self._calls == 0 and min(self._steps.values()) == JUDGED * JUDGED:
-            self._judge()
-        changed, (itself, *given) = None, args
-        closure: Any = kwargs.get("closure", given[0] if given else None)
-
-        def sound() -> Any:
-            loss = closure()
-            self._look(optimizer)
-            return loss
-
-        if not callable(closure):
-            self._look(optimizer)
-        elif "closure" in kwargs:
-            changed = args, {**kwargs, "closure": sound}
-        else:
-            changed = (itself, sound, *given[1:]), kwargs
-        scale, self._groups = rewind.scale, optimizer.param_groups
-        if scale != 1:
-            rates = [group["lr"] for group in self._groups]
-            self._rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
-            for group, rate in zip(self._groups, rates, strict=True):
-                set_rate(group, rate * scale)
-        self._options = [dict(group) for group in self._groups]
-        return changed
-
-    def _look(self, optimizer: Optimizer) -> None:
-        """Make gradients 0 that aren't finite; those that a scaler has found it leaves out."""
-        if getattr(optimizer, "found_inf", None) is None:
-            params = (p for group in optimizer.param_groups for p in group["params"])
-            broken, before = zero_unsound(params), self.broken
-            self.broken = (
-                broken if before is SOUND else (before.to(broken.device) > 0) | (broken > 0)
-            )
-
-    def _after(self, *_: Any) -> None:
-        for group, before in zip(self._groups, self._options, strict=False):
-            others = [key for key, value in group.items() if value is not before.get(key)]
-            changed = {key for key in others if not same(before.get(key), group[key])}
-            self._own |= changed - {"lr", "params"}
-        for group, rate in zip(self._groups, self._rates, strict=False):
-            set_rate(group, rate)
-        self._groups, self._rates, self._options = [], [], []
 
 
 def copied(value: Any, old: Any = None, place: Place = None) -> Any:

@@ -1,0 +1,137 @@
+"""What ``Rewind`` does to an optimizer's steps: they are careful ones for a while."""
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lossguard.torch.rates import Group, same, set_rate
+from lossguard.torch.tensors import zero_unsound
+
+SOUND = torch.tensor(False)
+"""Of a step whose gradients were finite."""
+JUDGED = 16
+"""Calls between two looks at whether there was a step for each."""
+
+
+class CarefulSteps:
+    """Hooks of optimizers: rates times ``rewind.scale`` in a step, and no unsound gradients.
+
+    Between steps the rates are those that the user and the schedulers set, so that schedulers of
+    every kind go on from their own numbers. Once nobody has the ``Rewind`` any more they are gone.
+
+    Attributes:
+        broken: whether gradients weren't finite since it was read, as a tensor on their device.
+        closed: whether they are gone.
+
+    After every ``JUDGED`` calls of ``take`` it looks at the steps since: it warns, once, if there
+    were half as many or fewer, or twice as many or more; or of many steps without any call.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], rewind: Any, own: set[str]) -> None:
+        for hook in [h for one in optimizers for h in one._optimizer_step_pre_hooks.values()]:
+            if isinstance(other := getattr(hook, "__self__", None), CarefulSteps):
+                other.remove()  # or both would multiply the rates
+        self.broken, self.closed, self._begun = SOUND, False, False
+        self._calls, self._steps = 0, dict.fromkeys(map(id, optimizers), 0)
+        self._rewind, self._own = weakref.ref(rewind), own
+        self._groups: list[Group] = []
+        """Of the optimizer whose step is under way."""
+        self._options: list[Group] = []
+        """Their settings when it began."""
+        self._rates: list[float | Tensor] = []
+        """Their rates between steps, while it multiplies them."""
+        self._hooks = [
+            hook
+            for one in optimizers
+            for hook in (
+                one.register_step_pre_hook(self._before),
+                one.register_step_post_hook(self._after),
+            )
+        ]
+
+    def take(self) -> Tensor:
+        """``broken``, which is read."""
+        if self.closed:
+            raise ValueError("Rewind must be open, got one that close() or another one has closed")
+        self._calls += 1
+        if self._calls == JUDGED:
+            self._judge()
+        broken, self.broken = self.broken, SOUND
+        return broken
+
+    def _judge(self) -> None:
+        steps = self._steps.values()
+        if 2 * max(steps) <= self._calls or min(steps) >= 2 * self._calls:
+            given = f"{self._calls} calls for {max(steps)} steps"
+            warnings.warn(
+                f"Rewind.observe must be called once after each optimizer step, got {given}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            self._calls = JUDGED  # no more of it
+        else:
+            self._calls, self._steps = 0, dict.fromkeys(self._steps, 0)
+
+    def remove(self) -> None:
+        """Leave the optimizers as they were."""
+        self.closed = True
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        self._after()  # if the last step raised an error half-way
+        rewind = self._rewind()
+        if rewind is None:
+            self.remove()
+            return None
+        if not self._begun:
+            self._begun = True
+            rewind.begin()
+        self._steps[id(optimizer)] += 1
+        if self._calls == 0 and min(self._steps.values()) == JUDGED * JUDGED:
+            self._judge()
+        changed, (itself, *given) = None, args
+        closure: Any = kwargs.get("closure", given[0] if given else None)
+
+        def sound() -> Any:
+            loss = closure()
+            self._look(optimizer)
+            return loss
+
+        if not callable(closure):
+            self._look(optimizer)
+        elif "closure" in kwargs:
+            changed = args, {**kwargs, "closure": sound}
+        else:
+            changed = (itself, sound, *given[1:]), kwargs
+        scale, self._groups = rewind.scale, optimizer.param_groups
+        if scale != 1:
+            rates = [group["lr"] for group in self._groups]
+            self._rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
+            for group, rate in zip(self._groups, rates, strict=True):
+                set_rate(group, rate * scale)
+        self._options = [dict(group) for group in self._groups]
+        return changed
+
+    def _look(self, optimizer: Optimizer) -> None:
+        """Make gradients 0 that aren't finite; those that a scaler has found it leaves out."""
+        if getattr(optimizer, "found_inf", None) is None:
+            params = (p for group in optimizer.param_groups for p in group["params"])
+            broken, before = zero_unsound(params), self.broken
+            self.broken = (
+                broken if before is SOUND else (before.to(broken.device) > 0) | (broken > 0)
+            )
+
+    def _after(self, *_: Any) -> None:
+        for group, before in zip(self._groups, self._options, strict=False):
+            others = [key for key, value in group.items() if value is not before.get(key)]
+            changed = {key for key in others if not same(before.get(key), group[key])}
+            self._own |= changed - {"lr", "params"}
+        for group, rate in zip(self._groups, self._rates, strict=False):
+            set_rate(group, rate)
+        self._groups, self._rates, self._options = [], [], []

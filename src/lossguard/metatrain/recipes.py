@@ -61,7 +61,7 @@ def cifar10_conv() -> LSTMTraining:
 def cifar10_conv_plain() -> LSTMTraining:
     """``fig11``: one optimizee, rollouts of 600 steps from the start, no clipping.
 
-    As the paper's text has it, where the rate is constant, though, and no weights are selected.
+    As the paper's text has it, which leaves the output's ``scale`` open.
     """
     return replace(
         cifar10_conv(),
@@ -71,10 +71,13 @@ def cifar10_conv_plain() -> LSTMTraining:
         curriculum=0,
         meta_steps=10_000,
         rate=1e-4,
+        decay=False,
         b2=0.999,
         clip=None,
         validate_every=50,
+        select=False,
         validation_optimizees=2,
+        scale=0.1,
     )
 
 

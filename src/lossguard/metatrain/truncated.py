@@ -75,22 +75,42 @@ def unroll(
 ) -> tuple[Float[Array, "steps K"], Optimizees]:
     """The training losses of the next ``steps`` steps, and the optimizees after them.
 
-    The optimizees' gradients enter as constants (no second derivatives). Each step is recomputed in
-    the backward pass, so that what is kept fits the cache.
+    The optimizees' gradients enter as constants (no second derivatives). Updates are recomputed in
+    the backward pass, so that what is kept fits the cache; an optimizee's loss and gradient aren't.
     """
 
     def loss(params: PyTree, key: PRNGKeyArray, i: Array) -> Array:
         return task.objective(key)(params, i)
 
     @jax.checkpoint
-    def step(at: Optimizees, _: None) -> tuple[Optimizees, Array]:
-        losses, gradients = jax.vmap(jax.value_and_grad(loss))(at.params, at.key, at.step)
-        updates, state = optimizer.update(jax.lax.stop_gradient(gradients), at.state, at.params)
+    def update(gradients: PyTree, at: Optimizees) -> Optimizees:
+        updates, state = optimizer.update(gradients, at.state, at.params)
         params = optax.apply_updates(at.params, updates)
-        return at._replace(params=params, state=state, step=at.step + 1), losses
+        return at._replace(params=params, state=state, step=at.step + 1)
+
+    def step(at: Optimizees, _: None) -> tuple[Optimizees, Array]:
+        constant = jax.lax.stop_gradient(at.params)
+        losses, gradients = jax.vmap(jax.value_and_grad(loss))(constant, at.key, at.step)
+        return update(gradients, at), _differentiable(at.params, losses, gradients)
 
     after, losses = jax.lax.scan(step, optimizees, length=steps)
     return losses, after
+
+
+@jax.custom_jvp
+def _differentiable(
+    params: PyTree[Float[Array, "K ..."]], losses: Float[Array, " K"], gradients: PyTree
+) -> Float[Array, " K"]:
+    """The losses at ``params``, whose derivative is the gradient that is known already."""
+    del params, gradients
+    return losses
+
+
+@_differentiable.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    _, losses, gradients = primals
+    along = jax.tree.map(lambda g, t: (g * t).reshape(len(g), -1).sum(1), gradients, tangents[0])
+    return losses, sum(jax.tree.leaves(along))
 
 
 def meta_gradient(

@@ -9,7 +9,7 @@ lossguard metatrain RECIPE      meta-train a learned optimizer
 lossguard plot DIR...           figures and tables from records alone
 lossguard claims DIR...         the paper's claims, judged by records
 lossguard readings DIR...       joint readings of the paper, by how many claims each reproduces
-lossguard report DIR...         one page of claims, interactive figures and tables
+lossguard report DIR...         one page of claims, figures and tables
 lossguard list                  recipes, data sets, learned optimizers
 lossguard --version             which release this is
 """

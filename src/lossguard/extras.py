@@ -11,7 +11,6 @@ INSTALLS: Mapping[str, tuple[str, ...]] = {
         "jinja2",
         "markupsafe",
         "PIL",
-        "plotly",
         "polars",
         "rich",
         "sklearn",

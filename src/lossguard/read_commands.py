@@ -61,7 +61,7 @@ def readings(folders: Folders, out: Out = Path("readings.png")) -> None:
 
 
 def report(folders: Folders, out: Out = Path("report.html")) -> None:
-    """Write a page of claims, interactive figures and tables.
+    """Write a page of claims, figures and tables.
 
     Args:
         folders: Folders of runs, or folders that hold such folders.

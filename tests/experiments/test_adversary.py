@@ -95,7 +95,7 @@ def test_what_reads_records_executes_nothing_and_writes_nothing_outside(
         for file in (bad / "figure.png",):
             assert file.is_file() and not file.is_symlink()
     if name == "report":
-        assert "<script>alert(1)" not in told
+        assert "<script" not in told
 
 
 @pytest.mark.parametrize("name", ["plot", "claims", "readings", "report"])

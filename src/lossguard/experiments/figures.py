@@ -23,13 +23,18 @@ LEGEND_LINE = 0.17
 
 
 def plot(folder: Path, record: Record, *, over: Over = "price") -> Path:
-    """Draw a run's figure into its folder, as PNG; returns the file.
+    """Draw a run's figure into its folder, as PNG; returns the file."""
+    return save(draw_run(record, over), folder)
 
-    In the paper's style: log axes, a mean line and a min-max band for each method, and below, on
-    axes of their own, whether loss guards used the learned update (1) or the fallback's (0.5).
+
+def draw_run(record: Record, over: Over = "price") -> Figure:
+    """A run's figure, in the paper's style.
+
+    Log axes, a mean line and a min-max band for each method, and below, on axes of their own,
+    whether loss guards used the learned update (1) or the fallback's (0.5).
     """
     title = titled(record.config["title"] or record.config["name"], record.manifest["data"])
-    return save(draw(record.curves, title, over, record.manifest["seconds"]), folder)
+    return draw(record.curves, title, over, record.manifest["seconds"])
 
 
 def draw(

@@ -1,7 +1,7 @@
 """One page from the records of runs: claims about them, and each run's figure and numbers.
 
-The page holds all that it needs, Plotly included, and is read without a network. What is on it is
-gathered here; how it looks is in ``report.html`` and ``report.css``.
+The page holds all that it needs and runs no script. What is on it is gathered here; how it looks is
+in ``report.html`` and ``report.css``.
 """
 
 import base64
@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 import polars as pl
-from plotly.offline import get_plotlyjs
+from matplotlib.figure import Figure
 
 from ..curves import last_step
 from ..drawing import png
@@ -23,8 +23,7 @@ from ..metatrain import figure as meta
 from ..records import EVALUATIONS, MANIFEST, Record, read_parquet, read_runs
 from .claims import judge_claims
 from .evidence import has_settings
-from .figures import summary
-from .interactive import interactive
+from .figures import draw_run, summary
 from .lines import SMOOTHED_FROM
 from .recipes import PAPERS
 
@@ -77,7 +76,6 @@ def report(folders: Sequence[Path], file: Path) -> Path:
         others=others,
         smoothed_from=SMOOTHED_FROM,
         style=(Path(__file__).parent / "report.css").read_text("utf-8"),
-        plotly=get_plotlyjs(),
     )
     write_whole(file, page.encode(), "the report", make_folder=True)
     return file
@@ -102,21 +100,24 @@ def _section(folder: Path, record: Record) -> dict[str, Any]:
             "name": f"Meta-training of {name}",
             "figure": figure,
             "title": f"{number}Meta-training of {name}, {curves['meta_step'].max():,} meta-steps",
-            "image": base64.b64encode(png(meta.draw(record))).decode(),
-            "lines": "",
+            "image": _encoded(meta.draw(record)),
             "tables": [],
         }
     found = re.match(r"fig0*(\d+)", name)
-    titled = f"{name}: {config['title']}" if config["title"] else name
+    titled = config["title"] or name
+    titled = titled if titled.startswith(name) else f"{name}: {titled}"
     seeds = f"{config['seeds']} seed{'s' * (config['seeds'] > 1)}"
     return about | {
         "name": name,
         "figure": found[1] if found else None,
         "title": f"{titled}, {last_step(curves):,} steps, {seeds}",
-        "image": "",
-        "lines": interactive(record),
+        "image": _encoded(draw_run(record)),
         "tables": [(CAPTION, summary(record)), *_evaluations(folder)],
     }
+
+
+def _encoded(figure: Figure) -> str:
+    return base64.b64encode(png(figure)).decode()
 
 
 def _evaluations(folder: Path) -> list[tuple[str, pl.DataFrame]]:

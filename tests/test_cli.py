@@ -208,9 +208,9 @@ def test_what_a_loss_of_zero_is_over_another_is_told(tmp_path: Path) -> None:
 def test_plot_of_meta_training(main, capsys, tmp_path) -> None:
     folder = tmp_path / "meta"
     run_folder.open_folder(folder, {"name": "lstm-cifar10-conv"})
-    records.write_json(folder / records.MANIFEST, {})
     table = {"meta_step": [1, 2], "meta_loss": [2.0, 0.5], "validation": np.ones((2, 60))}
     records.write_parquet(folder / records.CURVES, pl.DataFrame(table))
+    run_folder.finish(folder, {})
     main("plot", str(folder))
     assert f"figure: {folder}/figure.png" in capsys.readouterr().out
     assert (folder / "figure.png").is_file()

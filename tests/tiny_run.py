@@ -5,6 +5,7 @@ from pathlib import Path
 import polars as pl
 
 from lossguard import records, run_folder
+from lossguard.curves import COUNTERS
 
 CONFIG = {
     "name": "mine",
@@ -15,15 +16,15 @@ CONFIG = {
     "rate": 0.1,
 }
 TABLE = pl.DataFrame(
-    {name: [1, 2] for name in records.EXPERIMENT[records.CURVES]}
-    | {"method": ["a", "b"], "step": [1, 1]}
+    {"method": ["a", "b"], "seed": [0, 0], "step": [1, 1], "loss": [1, 2], "used_learned": [1, 2]}
+    | {name: [1, 2] for name in COUNTERS}
 )
 SECONDS = {"a": 1.5, "b": 2.5}
 
 
 def leave(folder: Path) -> Path:
-    """Its records, without checksums, as tests are to change them."""
+    """Its records."""
     run_folder.open_folder(folder, CONFIG)
     records.write_parquet(folder / records.CURVES, TABLE)
-    records.write_json(folder / records.MANIFEST, run_folder.manifest(seconds=SECONDS, data=""))
+    run_folder.finish(folder, run_folder.manifest(seconds=SECONDS, data=""))
     return folder

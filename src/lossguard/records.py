@@ -13,50 +13,24 @@ is under way its folder holds more (``run_folder``).
 
 Nothing that looks whole is half written: each file is written beside its name and then renamed.
 Tables hold a checksum of their content as well, so that those of a run under way are verified too.
-Records without checksums, as older versions left them, are read as they are.
 """
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import polars as pl
 
 from . import checksums
-from .curves import COUNTERS
 from .files import write_whole
-from .validation import MOST_SEEDS
 
 CONFIG, MANIFEST, CURVES = "config.json", "manifest.json", "curves.parquet"
 EVALUATIONS, FAILED = "evaluations.parquet", "failed.json"
 TABLES = (CURVES, EVALUATIONS)
 INPUTS = "inputs_sha256"
 """The field of a manifest for checksums of what a run reads."""
-KINDS: Mapping[str, tuple[type, ...]] = {
-    **dict.fromkeys(("name", "title", "data", "time"), (str,)),
-    **dict.fromkeys(("seeds", "seed"), (int,)),
-    **dict.fromkeys(("versions", INPUTS, "sha256"), (dict,)),
-    **dict.fromkeys(("methods", "command"), (list, str)),
-    "resumed": (list, dict),
-}
-"""Types of the fields of configs and manifests that are read, and of what lists hold."""
-LARGEST: Mapping[str, int] = {"seed": 2**32 - 1, "seeds": MOST_SEEDS}
-"""What they can be, from 0 on."""
-EXPERIMENT: Mapping[str, Sequence[str]] = {
-    CONFIG: ("name", "title", "methods", "seeds", "seed"),
-    MANIFEST: ("data", "seconds"),
-    CURVES: ("method", "seed", "step", "loss", "used_learned", *COUNTERS),
-}
-META_TRAINING: Mapping[str, Sequence[str]] = {
-    CONFIG: ("name",),
-    MANIFEST: (),
-    CURVES: ("meta_step", "meta_loss", "validation"),
-}
-"""What figures, tables and claims need of the records of either."""
-WHOLE = ("seed", "step", "meta_step")
-"""Columns of curves that count."""
 
 
 class Record(NamedTuple):
@@ -75,11 +49,9 @@ class Record(NamedTuple):
 def read_run(folder: Path) -> Record:
     """The record of a finished run.
 
-    Files whose checksums the manifest has are verified; older manifests have none.
-
     Raises:
-        ValueError: if the folder holds no finished run, or a file of it is damaged or lacks what
-            figures and tables need.
+        ValueError: if the folder holds no finished run, or a file of it is not the one of which the
+            manifest has the checksum.
     """
     for name in (CONFIG, MANIFEST, CURVES):
         if not (folder / name).is_file():
@@ -88,17 +60,8 @@ def read_run(folder: Path) -> Record:
                 raise ValueError(f"{folder} is not finished: {reason}")
             raise ValueError(f"{folder} holds no finished run: {name} is missing")
     config, made = read_json(folder / CONFIG), read_json(folder / MANIFEST)
-    for name, found in {CONFIG: config, MANIFEST: made}.items():
-        check_fields(folder / name, found)
     _verify(folder, config, made)
-    record = Record(config, made, read_parquet(folder / CURVES))
-    needed = META_TRAINING if record.is_meta else EXPERIMENT
-    for name, found in {CONFIG: config, MANIFEST: made, CURVES: record.curves.columns}.items():
-        if missing := [field for field in needed[name] if field not in found]:
-            raise ValueError(f"{folder / name} is not of a run: it lacks {', '.join(missing)}")
-    for name, lack in _lacks(record, needed[CURVES]):
-        raise ValueError(f"{folder / name} is not of this run: it lacks {lack}")
-    return record
+    return Record(config, made, read_parquet(folder / CURVES))
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[dict[Path, Record], list[str]]:
@@ -145,78 +108,20 @@ def _read(run: Path) -> Record:
 
 def _verify(folder: Path, config: Mapping[str, Any], made: Mapping[str, Any]) -> None:
     """Refuse files that aren't those whose checksums a manifest has."""
-    expected = made.get(checksums.NAME, {})
+    expected = made.get(checksums.NAME)
+    if not isinstance(expected, dict):
+        raise ValueError(f"{folder / MANIFEST} is not of a run: it has no checksums")
     others = {name: value for name, value in expected.items() if name != MANIFEST}
-    contents = {CONFIG: config, MANIFEST: {**made, checksums.NAME: others}}
-    for name in (*contents, *TABLES):
-        if name not in expected:
-            continue
-        if not (folder / name).is_file():
+    found = {CONFIG: config, MANIFEST: {**made, checksums.NAME: others}}
+    found = {name: checksums.of_json(content) for name, content in found.items()}
+    found |= {n: checksums.of_file(folder / n) for n in TABLES if (folder / n).is_file()}
+    for name in found | expected:
+        if name not in found:
             raise ValueError(f"{folder} holds no finished run: {name} is missing")
-        found = contents.get(name)
-        found = checksums.of_file(folder / name) if found is None else checksums.of_json(found)
-        if found != expected[name]:
+        if found[name] != expected.get(name):
             raise ValueError(
                 f"{folder / name} is damaged: its SHA-256 is not the one in {MANIFEST}"
             )
-
-
-def check_fields(path: Path, content: Mapping[str, Any]) -> None:
-    """Refuse fields of a config or a manifest whose values can't be."""
-    for field, (kind, *items) in KINDS.items():
-        if field not in content:
-            continue
-        value, most = content[field], LARGEST.get(field)
-        checked = [(field, kind, value)]
-        if items and isinstance(value, kind):
-            checked = [(f"each of {field}", items[0], one) for one in value]
-        for told, right, one in checked:
-            if not isinstance(one, right):
-                reason = f"{told} must be of type {right.__name__}, got {one!r}"
-                raise ValueError(f"{path} is not of a run: {reason}")
-        if most is not None and not 0 <= value <= most:
-            reason = f"{field} must be between 0 and {most}, got {value}"
-            raise ValueError(f"{path} is not of a run: {reason}")
-
-
-def _lacks(record: Record, columns: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """What a record lacks whose fields are all there, and in which file."""
-    config, made, curves = record
-    if curves.is_empty():
-        yield CURVES, "rows"
-    validations = (name for name in curves.columns if name.startswith("validation_"))
-    for name in (*columns, *validations):
-        if curves[name].null_count():
-            yield CURVES, f"values in column {name}"
-        if told := _unlike(name, curves.schema[name]):
-            yield CURVES, f"{told} in column {name}"
-    if record.is_meta:
-        return
-    methods, spent = config["methods"], made["seconds"]
-    if not isinstance(spent, dict) or not all(_is_real(n) for n in spent.values()):
-        yield MANIFEST, "seconds of each method"
-    if not methods:
-        yield CONFIG, "methods"
-    for name, found in {CURVES: {*curves["method"]}, MANIFEST: spent}.items():
-        if missing := [method for method in methods if method not in found]:
-            yield name, f"the methods {', '.join(missing)}"
-
-
-def _unlike(column: str, dtype: pl.DataType) -> str:
-    """What a column should hold, if its type can't hold it."""
-    if column == "method":
-        return "" if dtype == pl.String else "names"
-    if column in WHOLE:
-        return "" if dtype.is_integer() else "whole numbers"
-    if column.startswith("validation"):
-        rows = isinstance(dtype, pl.Array) and dtype.inner.is_numeric()
-        return "" if rows else "rows of numbers"
-    return "" if dtype.is_numeric() else "numbers"
-
-
-def _is_real(number: Any) -> bool:
-    """Whether JSON held a number, and one that a float can be."""
-    return isinstance(number, float) or (isinstance(number, int) and abs(number) < 2**63)
 
 
 def read_parquet(path: Path) -> pl.DataFrame:

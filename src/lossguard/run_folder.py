@@ -32,7 +32,6 @@ from .records import (
     INPUTS,
     MANIFEST,
     TABLES,
-    check_fields,
     read_json,
     write_json,
 )
@@ -146,13 +145,14 @@ def start(folder: Path, *, inputs: Mapping[str, str], **more: Any) -> dict[str, 
         more: fields of the manifest.
 
     Raises:
-        ValueError: if an input has changed since, or ``started.json`` is damaged.
+        ValueError: if an input has changed since, or ``started.json`` is none.
     """
     made = manifest(**more, **{INPUTS: dict(inputs)})
     if (folder / STARTED).exists():
         first = read_json(folder / STARTED)
-        check_fields(folder / STARTED, first)
-        before = first.get(INPUTS, inputs)
+        before, resumed = first.get(INPUTS), first.get("resumed", [])
+        if not (isinstance(before, dict) and isinstance(resumed, list)):
+            raise ValueError(f"{folder / STARTED} is not of a run")
         if changed := [name for name in inputs if before.get(name, inputs[name]) != inputs[name]]:
             raise ValueError(
                 f"a run must go on with what it was started with, but {' and '.join(changed)} "
@@ -160,7 +160,7 @@ def start(folder: Path, *, inputs: Mapping[str, str], **more: Any) -> dict[str, 
                 "there was"
             )
         part = {name: made[name] for name in ("time", "commit")}
-        made = first | {"resumed": [*first.get("resumed", ()), part]}
+        made = first | {"resumed": [*resumed, part]}
     write_json(folder / STARTED, made)
     return made
 

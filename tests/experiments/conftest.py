@@ -43,6 +43,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     evaluated = {"method": ["SGDnm"] * 3, "seed": [0, 0, 1], "cycle": [1, 2, 2], "step": [1, 9, 12]}
     scores = {"test_accuracy": [0.1, 0.5, 0.75]}
     records.write_parquet(folder / "a_run" / records.EVALUATIONS, pl.DataFrame(evaluated | scores))
+    run_folder.finish(folder / "a_run", records.read_json(folder / "a_run" / records.MANIFEST))
     write_meta(folder / "b_meta", "mine")
     run_folder.open_folder(folder / "c_half", {"name": "half"})
     run_folder.open_folder(folder / "d_failed", {"name": "failed"})

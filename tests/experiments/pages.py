@@ -71,7 +71,7 @@ def write(folder: Path, config: dict[str, Any], curves: pl.DataFrame, **made: An
         "device": "cpu (2 cores)",
         "platform": "Linux",
     } | made
-    records.write_json(folder / records.MANIFEST, made)
+    run_folder.finish(folder, made)
     return folder
 
 

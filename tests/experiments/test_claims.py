@@ -62,12 +62,10 @@ def write(
                 )
             )
     run_folder.open_folder(folder, as_config(replace(e, steps=last)))
-    records.write_json(
-        folder / records.MANIFEST, {"data": "", "seconds": dict.fromkeys(methods, 1.0)}
-    )
     records.write_parquet(folder / records.CURVES, pl.concat(tables))
     evaluated = {"method": methods, "seed": 0, "cycle": 60, "step": 600, "test_loss": test_loss}
     records.write_parquet(folder / records.EVALUATIONS, pl.DataFrame(evaluated))
+    run_folder.finish(folder, {"data": "", "seconds": dict.fromkeys(methods, 1.0)})
     return folder
 
 
@@ -297,13 +295,12 @@ def test_a_run_with_other_settings_does_not_speak(tmp_path, settings, verdict) -
 
 def test_functions_may_have_been_renamed(tmp_path: Path) -> None:
     folder = write(tmp_path / "run", "fig05", {"SGDnm": 4.0, "LGL2O": 1.0})
-    config = records.read_json(folder / records.CONFIG)
-    records.write_json(
-        folder / records.CONFIG, config | dict.fromkeys(FUNCTIONS, "lossguard.old:f")
-    )
-    assert judged("5a", folder).verdict == "reproduced"
-    records.write_json(folder / records.CONFIG, config | dict.fromkeys(FUNCTIONS, "mine:f"))
-    assert judged("5a", folder).verdict == "not run"
+    config, made, _ = records.read_run(folder)
+    for function, verdict in (("lossguard.old:f", "reproduced"), ("mine:f", "not run")):
+        renamed = config | dict.fromkeys(FUNCTIONS, function)
+        records.write_json(folder / records.CONFIG, renamed)
+        run_folder.finish(folder, made)
+        assert judged("5a", folder).verdict == verdict
 
 
 def late(few: Curve, many: Curve | None = None, reach: int = 1_000_000, **few_more: Any) -> Runs:
@@ -411,11 +408,11 @@ def write_meta(
     folder: Path, name: str, meta_loss: Sequence[float], validation: Sequence[float], last: int
 ) -> Path:
     run_folder.open_folder(folder, {"name": name})
-    records.write_json(folder / records.MANIFEST, {})
     steps = np.linspace(last / len(meta_loss), last, len(meta_loss)).astype(int)
     table = {"meta_step": steps, "meta_loss": meta_loss}
     table["validation"] = np.outer(validation, np.ones(30))
     records.write_parquet(folder / records.CURVES, pl.DataFrame(table))
+    run_folder.finish(folder, {})
     return folder
 
 

@@ -238,7 +238,7 @@ def folder(tmp_path: Path) -> Path:
     run_folder.open_folder(tmp_path / "run", config)
     records.write_parquet(tmp_path / "run" / records.CURVES, curves_of(methods))
     made = {"data": "", "seconds": {"SGDnm": 0.01234, "LGL2O": 30.0}}
-    records.write_json(tmp_path / "run" / records.MANIFEST, made)
+    run_folder.finish(tmp_path / "run", made)
     return tmp_path / "run"
 
 

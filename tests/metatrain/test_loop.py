@@ -468,12 +468,12 @@ def test_figure_of_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
         figure, "save", lambda of, folder: drawn.append(of) or drawing.save(of, folder)
     )
     run_folder.open_folder(tmp_path / "run", {"name": "mine $_{$"})
-    records.write_json(tmp_path / "run" / records.MANIFEST, {"data": "JPEG q75"})
     validation, moons = 1 + np.random.default_rng(0).random((2, 4, steps))
     validation[2] = np.nan
     columns = {"meta_step": [1, 2, 3, 4], "meta_loss": [4.0, 3.0, 2.0, 1.0]}
     columns |= {"validation": validation, "validation_moons": moons}
     records.write_parquet(tmp_path / "run" / records.CURVES, pl.DataFrame(columns))
+    run_folder.finish(tmp_path / "run", {"data": "JPEG q75"})
     file = figure.plot(tmp_path / "run", records.read_run(tmp_path / "run"))
     assert file.read_bytes().startswith(b"\x89PNG")
 
@@ -489,9 +489,9 @@ def test_figure_of_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
 
 def test_figure_where_all_is_lost(tmp_path: Path) -> None:
     run_folder.open_folder(tmp_path / "run", {"name": "mine"})
-    records.write_json(tmp_path / "run" / records.MANIFEST, {})
     columns = {"meta_step": [1, 2], "meta_loss": [1.0, 1.0], "validation": np.full((2, 60), np.nan)}
     records.write_parquet(tmp_path / "run" / records.CURVES, pl.DataFrame(columns))
+    run_folder.finish(tmp_path / "run", {})
     assert figure.plot(tmp_path / "run", records.read_run(tmp_path / "run")).is_file()
 
 

@@ -58,7 +58,7 @@ def draw(record: Record) -> Figure:
         label = f"Validation loss up to step {last}, over the initial one"
         axes[2].set(xlabel="Meta-step", ylabel=label)
         axes[2].legend(fontsize=8)
-    title = titled(config["name"], made.get("data"))  # older records lack it
+    title = titled(config["name"], made.get("data"))
     figure.suptitle(title, fontsize=10, parse_math=False)
     return figure
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from models import KINDS, loss_fn, minibatches, mlp, two
-from test_torch_rewind import hostile_run
+from rewinding import hostile_run
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 

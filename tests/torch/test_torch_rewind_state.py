@@ -1,0 +1,289 @@
+"""What ``Rewind`` sets back, what it saves, and where its snapshots are."""
+
+import copy
+import math
+
+import pytest
+import torch
+from models import loss_fn, minibatches, mlp, refusals_of_damaged
+from rewinding import FALLS, HIGH, WINDOW, assert_same, drive, network, one_weight, train
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from lossguard.torch import Rewind, RewindEvent
+from lossguard.torch.tensors import leaves
+
+
+def save(rewind, model, optimizer, tmp_path, how):
+    whole = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    whole = {**whole, "rewind": rewind.state_dict()}
+    if how == "torch":
+        torch.save(whole, tmp_path / "state.pt")
+        return
+    from torch.distributed import checkpoint
+
+    checkpoint.save({"rewind": whole.pop("rewind")}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    torch.save(whole, tmp_path / "state.pt")
+
+
+def resume(rewind, model, optimizer, tmp_path, how):
+    whole = torch.load(tmp_path / "state.pt", weights_only=True)
+    model.load_state_dict(whole["model"])
+    optimizer.load_state_dict(whole["optimizer"])
+    if how == "dcp":
+        from torch.distributed import checkpoint
+
+        whole["rewind"] = rewind.state_dict()
+        state = {"rewind": whole["rewind"]}
+        checkpoint.load(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+        whole["rewind"] = state["rewind"]
+    rewind.load_state_dict(whole["rewind"])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("how", "at"), [("torch", 3), ("torch", 70), ("torch", 137), ("dcp", 3), ("dcp", 137)]
+)
+def test_it_resumes_to_the_last_bit(tmp_path, how, at):
+    options = {"window": WINDOW, "every": 8}
+    fault = range(125, 140)
+
+    def start(seed=0):
+        model, optimizer = network(seed)
+        return Rewind(model, optimizer, **options), model, optimizer
+
+    rewind, model, optimizer = start()
+    train(model, optimizer, rewind, 0, 200, fault)
+    assert rewind.returns >= 1
+    first, half, its_optimizer = start()
+    train(half, its_optimizer, first, 0, at, fault)
+    save(first, half, its_optimizer, tmp_path, how)
+    again, twin, its_optimizer = start(seed=1)
+    resume(again, twin, its_optimizer, tmp_path, how)
+    assert again._trusted.keys() == first._trusted.keys()
+    assert bool(first._trusted["optimizer"]) == (at > 64)
+    train(twin, its_optimizer, again, at, 200, fault)
+    assert_same(model, twin)
+    assert again.scale == rewind.scale and again.thrown == rewind.thrown
+
+
+def test_a_damaged_state_is_loaded_whole_or_not_at_all():
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    rewind = Rewind(model, optimizer, window=64, every=4)
+    states = []
+    for _ in range(2):
+        for batch in minibatches(57):
+            optimizer.zero_grad()
+            loss = loss_fn(model, batch)
+            loss.backward()
+            optimizer.step()
+            rewind.observe(loss.detach())
+        states.append(rewind.state_dict())
+    assert refusals_of_damaged(rewind, states[0]) > 30
+
+
+def test_snapshots_take_two_copies():
+    model, optimizer = network()
+    rewind = Rewind(model, optimizer, window=WINDOW, every=16)
+    train(model, optimizer, rewind, 0, 100)
+
+    def size(saved):
+        tensors = (value for value in leaves(saved) if isinstance(value, torch.Tensor))
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    live = [*model.state_dict().values()]
+    live += [t for entry in optimizer.state.values() for t in entry.values()]
+    whole = sum(t.numel() * t.element_size() for t in live)
+    assert size(rewind._trusted) == size(rewind._candidate) == whole and rewind._last is None
+
+    def places():
+        snapshots = (rewind._trusted, rewind._candidate)
+        return {tensor.data_ptr() for one in snapshots for tensor in one["model"].values()}
+
+    kept = places()
+    train(model, optimizer, rewind, 100, 200)  # and the same memory is used again
+    assert places() == kept
+
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs CUDA")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("where", ["host", "disk"])
+def test_copies_elsewhere_change_nothing(device, where, tmp_path):
+    runs = []
+    for offload in (False, True if where == "host" else tmp_path):
+        model, optimizer = network()
+        model.to(device)
+        model.register_buffer("empty", torch.ones(0, device=device))
+        rewind = Rewind(model, optimizer, window=WINDOW, every=8, offload=offload)
+        train(model, optimizer, rewind, 0, 200, range(125, 140))
+        runs.append((model, rewind))
+    (one, plain), (other, rewind) = runs
+    assert_same(one, other)
+    assert rewind.events == plain.events != []
+    live = {t.data_ptr() for t in other.state_dict().values() if t.numel()}
+    for saved in (rewind._trusted, rewind._candidate):
+        tensors = (value for value in leaves(saved) if isinstance(value, torch.Tensor))
+        copies = [t for t in tensors if t.numel()]
+        assert len(copies) > 2 * len(live) and live.isdisjoint(t.data_ptr() for t in copies)
+        assert all(t.device.type == "cpu" for t in copies)
+        assert where == "disk" or device == "cpu" or any(t.is_pinned() for t in copies)
+        files = {t.untyped_storage().filename for t in copies}
+        assert files == {None} if where == "host" else len(files) == len(copies)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_masks_may_be_infinite_and_shared_weights_are_copied_once():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    model.register_buffer("mask", torch.full((4,), -math.inf))
+    rewind = Rewind(model, torch.optim.SGD(model.parameters(), lr=0.1), window=WINDOW, every=1)
+    rewind.observe(1.0)
+    assert not rewind.events
+    assert [*rewind._trusted["model"]] == ["0.weight", "0.bias", "1.bias", "mask"]
+
+
+class Counting(torch.optim.SGD):
+    """Its memory is in its groups and under names with dots, as some have it."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        (group,) = self.param_groups
+        group["count"] = group.get("count", 0) + 1
+        for param in group["params"]:
+            param -= group["lr"] * param.grad
+            self.state[param]["of.all"] = torch.tensor(group["count"])
+
+
+def test_all_that_an_optimizer_remembers_goes_back():
+    model, optimizer = one_weight(Counting)
+    model.register_buffer("one_for_many", torch.zeros(1).expand(5), persistent=False)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    drive(rewind, model, optimizer, FALLS)
+    optimizer.param_groups[0]["weight_decay"] = 0.1  # a setting
+    state = copy.deepcopy((model.state_dict(), optimizer.state_dict(), rewind.state_dict()))
+    for resumes in (False, True):
+        if resumes:
+            model, optimizer = one_weight(Counting)
+            model.register_buffer("one_for_many", torch.zeros(1).expand(5), persistent=False)
+            rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+            for one, its_state in zip((model, optimizer, rewind), state, strict=True):
+                one.load_state_dict(its_state)
+        drive(rewind, model, optimizer, HIGH[:8])
+        (event,) = rewind.events
+        group = optimizer.param_groups[0]
+        assert group["count"] == 136 - event.thrown and group["weight_decay"] == 0.1
+        assert optimizer.state[model.weight] == {"of.all": group["count"]}
+
+
+class Assigning(nn.Module):
+    """Its forward pass puts another buffer in the place of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        self.register_buffer("mean", torch.zeros(1))
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        return self.layer(x - self.mean)
+
+
+def test_a_buffer_that_is_assigned_goes_back():
+    torch.manual_seed(0)
+    model = Assigning()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    for step in range(200):
+        x = torch.full((8, 1), math.nan if step == 150 else 1.0)
+        loss = model(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rewind.observe(loss)
+    assert len(rewind.events) == 1 and model.mean.isfinite() and loss.isfinite()
+
+
+def test_weights_that_are_loaded_before_the_first_step_are_what_it_goes_back_to():
+    model, optimizer = one_weight()
+    rewind = Rewind(model, optimizer, window=WINDOW, every=1)
+    model.load_state_dict({"weight": torch.full((1, 1), 7.0)})
+    drive(rewind, model, optimizer, [1.0])
+    model.weight.data.fill_(math.nan)
+    drive(rewind, model, optimizer, [1.0])
+    assert rewind.returns == 1 and model.weight.item() == 7
+
+
+def test_a_memory_that_is_not_finite_goes_back_with_the_model():
+    model, optimizer = network()
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    train(model, optimizer, rewind, 0, 90)
+    next(iter(optimizer.state.values()))["exp_avg"].fill_(math.nan)
+    train(model, optimizer, rewind, 90, 92)
+    assert [event.cause for event in rewind.events] == ["model"]
+    train(model, optimizer, rewind, 92, 120)
+    assert rewind.returns == 1
+    for state in optimizer.state.values():
+        assert state["exp_avg"].isfinite().all()
+
+
+def test_a_scheduler_that_is_named_goes_back():
+    model, optimizer = one_weight()
+    scheduler = lr_scheduler.CosineAnnealingLR(optimizer, 1000)
+    rewind = Rewind(model, optimizer, schedulers=[scheduler], window=WINDOW, every=4)
+    drive(rewind, model, optimizer, FALLS + HIGH[:8], after=scheduler.step)
+    assert rewind.returns == 1 and scheduler.last_epoch == 112
+    expected = 0.5 * (1 + math.cos(math.pi * 112 / 1000))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+
+
+def test_an_average_of_weights_that_is_named_goes_back():
+    model, optimizer = one_weight()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    rewind = Rewind(model, optimizer, schedulers=[average], window=WINDOW, every=4)
+
+    def update():
+        average.update_parameters(model)
+
+    drive(rewind, model, optimizer, FALLS[:112], after=update)
+    before = copy.deepcopy(average.state_dict())
+    drive(rewind, model, optimizer, FALLS[112:] + HIGH[:8], after=update)
+    assert rewind.returns == 1 and model.weight.item() == -112
+    for name, value in average.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_inputs_that_are_not_finite_cost_no_more_than_their_steps(caplog):
+    """BatchNorm's statistics are lost in the forward pass, before any gradient."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    for call, (x, t) in enumerate(minibatches(128)):
+        x = x.clone()
+        x[0, 0] = math.nan if call in (50, 51, 90) else x[0, 0]
+        loss = loss_fn(model, (x, t))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rewind.observe(loss)
+        if call % 4 == 3:
+            assert all(torch.isfinite(t).all() for t in model.state_dict().values())
+    told = [RewindEvent("buffers", "model", call, 0, 0, 1.0) for call in (52, 92)]
+    assert rewind.events == told and rewind.skipped == 3 and rewind.scale == 1
+    assert [record.message for record in caplog.records] == [
+        f"Rewind set back the buffers, which were not finite (cause: model, call {call})"
+        for call in (52, 92)
+    ]
+
+
+def test_before_the_first_step_there_is_no_memory():
+    model, optimizer = one_weight(torch.optim.Adam)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    drive(rewind, model, optimizer, [math.nan] * 8, gradient=math.inf)
+    assert rewind.returns == 1 and rewind.skipped == 7
+    assert model.weight == 0 and not optimizer.state[model.weight]

@@ -90,9 +90,16 @@ def check_kind(name: str, value: Any, kind: type, example: str) -> None:
 
 
 def told(value: Any) -> str:
-    """A value in a message: its type where the value fills lines."""
-    text = repr(value)
-    return text if len(text) <= 80 and "\n" not in text else f"a {type(value).__name__}"
+    """A value in a message: its type, and its shape if it has one, where the value fills lines.
+
+    >>> import numpy as np
+    >>> told([1, 2]), told(np.ones((3, 4)))
+    ('[1, 2]', 'a ndarray of shape [3, 4]')
+    """
+    text, shape = repr(value), getattr(value, "shape", None)
+    if len(text) <= 80 and "\n" not in text:
+        return text
+    return f"a {type(value).__name__}" + (f" of shape {list(shape)}" if shape else "")
 
 
 def one_of(known: Collection[str], name: str) -> str:

@@ -177,7 +177,7 @@ WRONG = {
     ),
     "loss": (
         lambda: Rewind(*model_and_sgd()).observe(torch.ones(3)),
-        "loss must be one number, got a tensor of shape [3]",
+        "loss must be one number, got tensor([1., 1., 1.])",
     ),
     "no state": (
         lambda: loaded(lambda state: state.clear()),

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from lossguard.torch.tensors import local, read
-from lossguard.validation import check_kind
+from lossguard.validation import check_kind, told
 
 Closure = Callable[[], Any]
 T = TypeVar("T")
@@ -198,24 +198,16 @@ def checked(closure: Any) -> Closure:
     if callable(closure):
         return closure
     hint = " (or loop over guard.lanes(), as float16 needs)" if closure is None else ""
-    got = f"{_described(closure)}{hint}"
-    raise ValueError(f"closure must be a function that returns the loss, got {got}")
+    raise ValueError(f"closure must be a function that returns the loss, got {told(closure)}{hint}")
 
 
 def scalar(loss: Any, rule: str = "closure must return the loss, one number") -> Tensor:
     """A loss as a tensor without dimensions, which stays if the loss is overwritten."""
     if not isinstance(loss, (Tensor, Real)) or (isinstance(loss, Tensor) and loss.numel() != 1):
-        raise ValueError(f"{rule}, got {_described(loss)}")
+        raise ValueError(f"{rule}, got {told(loss)}")
     if isinstance(loss, Tensor):
         return local(loss).detach().clone().reshape(())
     return torch.as_tensor(loss, dtype=torch.float64).reshape(())
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {list(value.shape)}"
-    plain = isinstance(value, (Real, str, type(None)))
-    return repr(value) if plain else f"a {type(value).__name__}"
 
 
 class _NoBackward(TorchFunctionMode):

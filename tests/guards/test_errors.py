@@ -23,6 +23,7 @@ from lossguard import (
 )
 
 SGD = optax.sgd(0.1)
+IN_STEPS = optax.MultiSteps(optax.sgd(optax.linear_schedule(1.0, 0.0, 9)), 4)
 SUMS = optax.stateless(lambda updates, _: jnp.sum(updates, keepdims=True))
 """Whose updates could be broadcast."""
 ALONE = unguarded(SGD)
@@ -156,6 +157,10 @@ WRONG = {
         "learned|[(2,)], got [(1,)]": lambda: step(total, lambda *_: recommended(SUMS, SGD)),
         "fallback|[(2,)], got [(1,)]": lambda: step(total, lambda *_: residual_guard(SGD, SUMS)),
         "optimizer|[(2,)], got [(1,)]": lambda: rewound(of=SUMS),
+    },
+    " must have its schedules outside of optax.MultiSteps, as a guard advances them by mini": {
+        "learned|": lambda: recommended(IN_STEPS, SGD).init(ONES),
+        "fallback|": lambda: hedged(SGD, IN_STEPS).init(ONES),
     },
     " must hold at least one array, got ": {"params|{}": lambda: loss_guard(SGD, SGD).init({})},
     " must be floating-point arrays, but its leaf ": {

@@ -59,6 +59,33 @@ FORMS = {
     ),
 }
 
+GUARDS = {
+    "recommended": lossguard.recommended,
+    "hedged": lossguard.hedged,
+    "loss_guard": lossguard.loss_guard,
+    "residual_guard": lossguard.residual_guard,
+    "best_of": lambda one, other: lossguard.best_of(
+        [lossguard.unguarded(one), lossguard.unguarded(other)]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GUARDS)
+def test_inside_a_guard_it_remembers(name):
+    """Both an optimizer that begins with NaN in its state, and another one in that."""
+    inner = lossguard.rewind(optax.adam(0.1))
+    for optimizer in (inner, lossguard.rewind(inner)):
+        guard = GUARDS[name](optax.sgd(1e-3), optimizer)
+        state, _ = lossguard.rollout(
+            guard, guard.init(jnp.zeros(2)), lambda w, i: jnp.sum((w - 1) ** 2), cycles=10
+        )
+        calls = [
+            s.calls
+            for s in jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, RewindState))
+            if isinstance(s, RewindState)
+        ]
+        assert max(calls) == 100
+
 
 @pytest.mark.parametrize("form", FORMS)
 def test_it_goes_back_in_every_form(form):

@@ -48,10 +48,14 @@ def test_all_finite(tree, finite) -> None:
     ],
 )
 def test_infinities_are_sound_where_a_state_begins_with_them(now, fresh, sound) -> None:
+    """And NaN, if that is asked for."""
+
     def state(value):
         return jnp.array([0.0, value]), jnp.int32(7)
 
     assert bool(is_sound(state(now), state(fresh))) == sound
+    unknown = bool(np.isnan(now) and np.isnan(fresh))
+    assert bool(is_sound(state(now), state(fresh), equal_nan=True)) == (sound or unknown)
 
 
 def rate(k):
@@ -63,6 +67,7 @@ SCHEDULED = {
     "adam": optax.adam(rate),
     "masked": optax.masked(optax.adam(rate), {"w": True}),
     "injected": optax.inject_hyperparams(optax.adam)(learning_rate=rate),
+    "injected integers": optax.inject_hyperparams(optax.adamw)(learning_rate=rate, weight_decay=0),
     "schedule in injected": optax.inject_hyperparams(
         lambda scale: optax.chain(optax.sgd(rate, momentum=0.9), optax.scale(scale))
     )(scale=2.0),
@@ -132,7 +137,7 @@ def test_an_unsound_state_begins_anew_at_the_parameters_but_for_its_schedule(bad
 def test_derivatives_of_every_kind_are_0_where_a_gradient_is_not_finite(w) -> None:
     """The gradient of the sum of roots is 1 / (2 sqrt(w))."""
     w, direction = jnp.array(w), jnp.array([1.0, -2.0])
-    root = with_sound_gradients(lambda params, i: jnp.sqrt(params).sum())
+    root = with_sound_gradients(lambda params, i: jnp.sqrt(params).sum(), w, 0)
     fine = (w > 0).all()
     slope = jnp.where(fine, 0.5 / jnp.sqrt(w), 0)
     np.testing.assert_allclose(jax.grad(root)(w, 0), slope)
@@ -142,6 +147,26 @@ def test_derivatives_of_every_kind_are_0_where_a_gradient_is_not_finite(w) -> No
     if fine:
         curvature = jnp.diag(-0.25 * w**-1.5)
         np.testing.assert_allclose(jax.hessian(root)(w, 0), curvature, rtol=1e-6)
+
+
+def test_a_derivative_by_what_an_objective_closes_over_goes_through_guards() -> None:
+    """And by the minibatches that it is given."""
+    batches = jnp.linspace(1.0, 3.0, 10)
+
+    def after(make, h, batches):
+        loss = lambda w, x: jnp.sum((w - x) ** 2) + h * jnp.sum(w**2)  # noqa: E731
+        guard = make(optax.sgd(0.05), optax.sgd(0.01))
+        state, _ = guard.step(guard.init(jnp.zeros(2)), lossguard.stacked(loss, batches, start=0))
+        return jnp.sum(state.params**2)
+
+    for make in (lossguard.recommended, lossguard.hedged):
+        ours, plain = (
+            jax.grad(lambda *at, one=one: after(one, *at), argnums=(0, 1))(0.1, batches)
+            for one in (make, lambda learned, fallback: lossguard.unguarded(fallback))
+        )
+        for one, other in zip(ours, plain, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5)
+            assert (jnp.abs(one) > 1e-3).all()
 
 
 def test_an_optimizer_may_differentiate_the_objective_forwards() -> None:

@@ -140,7 +140,7 @@ class SideBySide:
         if len(state.inner.members) != len(self.members):
             counts = len(self.members), len(state.inner.members)
             raise ValueError("state must be of {} guards, got one of {}".format(*counts))
-        objective = with_sound_gradients(objective)
+        objective = with_sound_gradients(objective, state.params, state.minibatches)
         inner, i = state.inner, state.minibatches
         runs, after = self.are_due(inner, state.steps), []
         for j, (guard, at) in enumerate(zip(self.members, inner.members, strict=True)):

@@ -19,7 +19,7 @@ from .cycle import Cycle, sum_dtype
 from .lanes import Lane, Optimizer, losses_if, run_if
 from .progress import Progress
 from .protocol import FALLBACK, LEARNED, OWN, Decision, Params, advance
-from .soundness import advance_schedules, renew, select, with_sound_gradients
+from .soundness import advance_schedules, check_schedules, renew, select, with_sound_gradients
 from .trial import Trial
 
 
@@ -71,9 +71,12 @@ class Relay:
     def begin(self, params: Params) -> RelayState:
         """z leads, and there is no trial."""
         dtype = sum_dtype(params)
-        zero, z = jnp.zeros((), dtype), Lane(params, self.fallback.init(params))
+        zero, y = jnp.zeros((), dtype), Lane(params, self.learned.init(params))
+        z = Lane(params, self.fallback.init(params))
+        check_schedules("learned", y.state)
+        check_schedules("fallback", z.state)
         return RelayState(
-            y=Lane(params, self.learned.init(params)),
+            y=y,
             z=z,
             s=z,
             on_own=jnp.array(True),
@@ -99,7 +102,8 @@ class Relay:
             finite if it ran.
         """
         nt, leads, dtype = now.nt, state.learned_leads, state.level.dtype
-        now = now._replace(objective=with_sound_gradients(now.objective), dtype=dtype)
+        sound = with_sound_gradients(now.objective, state.z.params, now.i)
+        now = now._replace(objective=sound, dtype=dtype)
         y, trial = self._begin_trial(state, now)
         tried = (trial.length > 0) & ~state.probation
         z, of_z, fine_z = run_if(~leads, self.fallback, state.z, now)

@@ -74,7 +74,9 @@ def rewind(
     What it returns has to be what is added to the parameters. So it goes around a chain, or at its
     end, not in front of what changes updates. ``optax.MultiSteps`` around it tells it the loss of
     the last minibatch of each step. Schedules of the optimizer go on; a return doesn't set them
-    back. A return takes a second call if rounding has missed the snapshot in the first.
+    back. A return takes a second call if rounding has missed the snapshot in the first. Updates are
+    in float32 at least, which ``optax.apply_if_finite`` refuses for narrower parameters; with
+    ``rewind`` there is no need of it.
 
     Parameters and the optimizer's state are finite after every call if they were at the start, and
     no parameter was above half of its type's largest number then.
@@ -168,7 +170,7 @@ class Rules:
         steps = jax.tree.map(lambda u, p: scaled(u, scale, p), steps, x)
         ahead = optax.apply_updates(x, steps)
         sound = jnp.isfinite(loss) & snapshot.can_return_from(ahead, x)
-        sound &= is_sound(advanced, state.inner)
+        sound &= is_sound(advanced, state.inner, equal_nan=True)
         before = state._replace(calls=advance(state.calls, 1), scale=scale)
         state, takes, returns, ends, promotes = self.decide(before, loss, sound)
         stays = jax.tree.map(jnp.zeros_like, steps), state.inner
@@ -248,7 +250,10 @@ def check_arguments(params: Params | None, value: Any) -> tuple[Params, Float[Ar
     """Refuse what ``update`` can't do without."""
     for name, given in (("params", params), ("value", value)):
         if given is None:
-            raise ValueError(f"{name} must be given: update(updates, state, params, value=loss)")
+            raise ValueError(
+                f"{name} must be given: update(updates, state, params, value=loss) (Flax's "
+                "TrainState.apply_gradients drops value: override it)"
+            )
     shape, dtype = jnp.shape(value), jnp.result_type(value)
     if shape != () or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"value must be a scalar floating-point loss, got {shape} of {dtype}")

@@ -11,6 +11,9 @@ from jaxtyping import Array, Bool, PyTree
 from .protocol import Objective, Params
 from .stacked import stacked
 
+Injected = optax.schedules.InjectStatefulHyperparamsState
+SymbolicZero = jax.custom_derivatives.SymbolicZero
+
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """Whether every floating-point number in a pytree is finite."""
@@ -19,43 +22,86 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
     ).all()
 
 
-def is_sound(tree: PyTree, start: PyTree) -> Bool[Array, ""]:
+def is_sound(tree: PyTree, start: PyTree, *, equal_nan: bool = False) -> Bool[Array, ""]:
     """Whether a pytree is finite, save for infinities that it starts with by design.
 
-    States have such, and masks among the parameters.
+    States have such, and masks among the parameters. States may have NaN as well, for what they
+    don't know yet: ``equal_nan``.
     """
+
+    def fine(now: Array, then: Array) -> Array:
+        as_begun = (now == then) | (jnp.isnan(now) & jnp.isnan(then) if equal_nan else False)
+        return (jnp.isfinite(now) | as_begun).all()
+
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(start), strict=True)
-    return jnp.array(
-        [(jnp.isfinite(now) | (now == then)).all() for now, then in pairs if _is_float(now)]
-    ).all()
+    return jnp.array([fine(now, then) for now, then in pairs if _is_float(now)]).all()
 
 
-def with_sound_gradients(objective: Objective) -> Objective:
+def with_sound_gradients(objective: Objective, params: Params, i: Any) -> Objective:
     """The objective, whose gradient is 0 where any number of it isn't finite.
 
-    One broken minibatch must not ruin a lane. The loss stays as it is, so a guard still sees it.
+    One broken minibatch must not ruin a lane. The loss stays as it is, so a guard still sees it;
+    so do derivatives by all but the parameters, such as what the objective closes over.
 
-    >>> root = with_sound_gradients(lambda params, i: jnp.sqrt(params).sum())
+    Args:
+        objective: as guards take it.
+        params, i: such as it will be called with.
+
+    >>> root = with_sound_gradients(lambda params, i: jnp.sqrt(params).sum(), jnp.ones(2), 0)
     >>> jax.grad(root)(jnp.array([0.0, 4.0]), 0).tolist()
     [0.0, 0.0]
-    >>> jax.grad(root)(jnp.array([4.0]), 0).tolist()
-    [0.25]
+    >>> jax.grad(root)(jnp.array([1.0, 4.0]), 0).tolist()
+    [0.5, 0.25]
     """
     if isinstance(objective, stacked):
-        return dataclasses.replace(objective, loss=with_sound_gradients(objective.loss))
+        batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], objective.batches)
+        sound_loss = with_sound_gradients(objective.loss, params, batch)
+        return dataclasses.replace(objective, loss=sound_loss)
+    # What it closes over is handed in: a rule for derivatives in a branch must not close over it.
+    types, first = jax.tree.map(jnp.result_type, params), i
+    converted, closed = jax.closure_convert(objective, params, i)
 
     @jax.custom_jvp
-    def sound(params: Params, i: Any) -> Array:
-        return objective(params, i)
+    def sound(params: Params, others: tuple) -> Array:
+        return converted(params, *others)
 
-    @sound.defjvp
     def derivative(at: tuple, direction: tuple) -> tuple[Array, Array]:
-        loss, gradient = jax.value_and_grad(objective)(*at)
+        params, others = at
+        loss, gradient = jax.value_and_grad(converted)(params, *others)
         gradient = select(all_finite(gradient), gradient, jax.tree.map(jnp.zeros_like, gradient))
-        slopes = jax.tree.map(lambda g, u: (g * u).sum().astype(loss.dtype), gradient, direction[0])
-        return loss, jax.tree.reduce(jnp.add, slopes)
+        slopes = jax.tree.map(_slope, gradient, direction[0])
+        along = jax.tree.reduce(jnp.add, slopes).astype(loss.dtype)
+        if not all(map(_is_zero, jax.tree.leaves(direction[1], is_leaf=_is_zero))):
+            by_others = jax.tree.map(_instantiated, direction[1], is_leaf=_is_zero)
+            along += jax.jvp(lambda others: converted(params, *others), (others,), (by_others,))[1]
+        return loss, along
 
-    return sound
+    sound.defjvp(derivative, symbolic_zeros=True)
+
+    def sound_objective(params: Params, i: Any) -> Array:
+        # Converted for these types: an optimizer may evaluate in wider ones, by itself.
+        if jax.tree.map(jnp.result_type, params) != types:
+            return objective(params, i)
+        return sound(params, (jax.tree.map(_typed, i, first), *closed))
+
+    return sound_objective
+
+
+def _typed(number: Any, like: Any) -> Any:
+    dtype = jnp.result_type(like)
+    return number if jnp.result_type(number) == dtype else jnp.asarray(number, dtype)
+
+
+def _slope(gradient: Array, direction: Any) -> Array:
+    return jnp.zeros(()) if _is_zero(direction) else (gradient * direction).sum()
+
+
+def _is_zero(direction: Any) -> bool:
+    return isinstance(direction, SymbolicZero)
+
+
+def _instantiated(direction: Any) -> Any:
+    return jnp.zeros(direction.shape, direction.dtype) if _is_zero(direction) else direction
 
 
 def keep_schedules(state: PyTree, advanced: PyTree) -> PyTree:
@@ -64,25 +110,39 @@ def keep_schedules(state: PyTree, advanced: PyTree) -> PyTree:
     In Algorithm 2 the fallback's rate lambda depends on k alone, whoever won the cycles before. In
     optax a schedule, of the rate or of weight decay, has a state that is nothing but a ``count``.
     """
-    injected = optax.schedules.InjectStatefulHyperparamsState
-
-    def is_count(state: PyTree) -> bool:
-        return getattr(state, "_fields", ()) == ("count",)
 
     def keep(old: PyTree, new: PyTree) -> PyTree:
-        if isinstance(old, injected):
+        if isinstance(old, Injected):
             return new._replace(inner_state=keep_schedules(old.inner_state, new.inner_state))
-        return new if is_count(old) else old
+        return new if _is_count(old) else old
 
-    return jax.tree.map(
-        keep, state, advanced, is_leaf=lambda s: isinstance(s, injected) or is_count(s)
-    )
+    return jax.tree.map(keep, state, advanced, is_leaf=_is_schedule)
 
 
 def advance_schedules(state: PyTree, steps: int) -> PyTree:
     """``state`` with the step counts of its schedules ``steps`` later: it was idle meanwhile."""
-    later = jax.tree.map(lambda leaf: leaf + steps if _is_count(leaf) else leaf, state)
-    return keep_schedules(state, later)
+
+    def later(node: PyTree) -> PyTree:
+        if not isinstance(node, Injected):
+            return jax.tree.map(lambda count: count + steps, node) if _is_count(node) else node
+        return node._replace(  # and hyperparameters stay, of which some are integers
+            count=node.count + steps,
+            hyperparams_states=advance_schedules(node.hyperparams_states, steps),
+            inner_state=advance_schedules(node.inner_state, steps),
+        )
+
+    return jax.tree.map(later, state, is_leaf=_is_schedule)
+
+
+def check_schedules(name: str, state: PyTree) -> None:
+    """Refuse a schedule whose steps aren't the run's: it can't be told how many there were."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, optax.MultiStepsState))
+    inner = [node.inner_opt_state for node in nodes if isinstance(node, optax.MultiStepsState)]
+    if any(map(_is_count, jax.tree.leaves(inner, is_leaf=_is_count))):
+        raise ValueError(
+            f"{name} must have its schedules outside of optax.MultiSteps, as a guard advances them "
+            "by minibatches, got one inside (chain MultiSteps with optax.scale_by_schedule)"
+        )
 
 
 def renew(optimizer: optax.GradientTransformation, params: Params, state: PyTree) -> PyTree:
@@ -95,7 +155,7 @@ def renew_if_unsound(
 ) -> PyTree:
     """The state, or a renewed one if it is no longer finite."""
     fresh = optimizer.init(params)
-    return select(is_sound(state, fresh), state, keep_schedules(fresh, state))
+    return select(is_sound(state, fresh, equal_nan=True), state, keep_schedules(fresh, state))
 
 
 def select(condition: Bool[Array, ""], yes: PyTree, no: PyTree) -> PyTree:
@@ -107,5 +167,9 @@ def _is_float(leaf: Array) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
-def _is_count(leaf: Array) -> bool:
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.integer) and jnp.ndim(leaf) == 0
+def _is_count(state: PyTree) -> bool:
+    return getattr(state, "_fields", ()) == ("count",)
+
+
+def _is_schedule(state: PyTree) -> bool:
+    return isinstance(state, Injected) or _is_count(state)

@@ -500,7 +500,7 @@ def test_errors_of_arguments():
     around.fast = Adam([w], lr=0.1)  # as Lookahead and ZeroRedundancyOptimizer have one
     model = mlp()
     cases = [
-        (lambda: Recommended(one, one, model=None), "learned must have parameter groups of its ow"),
+        (lambda: Recommended(one, one, model=None), "fallback, learned must be different optimiz"),
         (lambda: Recommended(shared, one, model=None), "learned must have parameter groups of its"),
         (
             lambda: Recommended(around, one, model=None),

@@ -116,12 +116,10 @@ def test_a_gradient_that_is_not_finite_shows(bad):
 def test_weights_of_another_architecture_are_refused(tmp_path):
     path = saved(tmp_path)
     with pytest.raises(
-        ValueError, match=r"is not: its architecture must be one of lstm, got 'mlp'"
+        ValueError, match=r"^weights must be an LSTM's for LSTMOptimizer, got those"
     ):
         LSTMOptimizer.pretrained([nn.Parameter(torch.ones(2))], path)
-    with pytest.raises(
-        ValueError, match=r"is not: its architecture must be one of mlp, got 'lstm'"
-    ):
+    with pytest.raises(ValueError, match=r"got those of an LSTM \(use LSTMOptimizer\)$"):
         MLPOptimizer.pretrained([nn.Parameter(torch.ones(2))], "lstm-mnist-mlp")
 
 

@@ -8,6 +8,7 @@ import torch
 from models import loss_fn, minibatches, mlp, refusals_of_damaged
 from rewinding import FALLS, HIGH, WINDOW, assert_same, drive, network, one_weight, train
 from torch import nn
+from torch.nn.utils import prune
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -287,3 +288,121 @@ def test_before_the_first_step_there_is_no_memory():
     drive(rewind, model, optimizer, [math.nan] * 8, gradient=math.inf)
     assert rewind.returns == 1 and rewind.skipped == 7
     assert model.weight == 0 and not optimizer.state[model.weight]
+
+
+def goes_wrong(model, optimizer, rewind, inputs, steps, fault=0.0):
+    for _ in range(steps):
+        loss = model(inputs).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rewind.observe(loss + fault)
+
+
+def test_parameters_that_are_unfrozen_go_back_to_a_time_when_they_were_frozen():
+    model = mlp()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW(model[2].parameters())
+    rewind, (x, _) = Rewind(model, optimizer, window=WINDOW), minibatches(1)[0]
+    goes_wrong(model, optimizer, rewind, x, 100)
+    before = model[0].weight.clone()
+    model[0].requires_grad_(True)
+    optimizer.add_param_group({"params": [*model[0].parameters()], "lr": 0.1})
+    goes_wrong(model, optimizer, rewind, x, 12)
+    assert not torch.equal(model[0].weight, before)
+    saved = rewind.state_dict()
+    goes_wrong(model, optimizer, rewind, x, 16, fault=9.0)
+    assert torch.equal(model[0].weight, before) and not optimizer.state[model[0].weight]
+    assert optimizer.state[model[2].weight]["step"] == 96
+    assert optimizer.param_groups[1]["lr"] == 0.1
+    rewind.load_state_dict(saved)
+    goes_wrong(model, optimizer, rewind, x, 200)
+    with_both = rewind.state_dict()
+    again = Rewind(model, torch.optim.AdamW(model[2].parameters()), window=WINDOW)
+    with pytest.raises(ValueError, match=r"^state must have at most 1 parameter groups of an opt"):
+        again.load_state_dict(with_both)
+
+
+class Lazy(nn.Module):
+    """Its first forward pass makes a mask, and longer inputs a longer table."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.layer = nn.BatchNorm1d(4), nn.Linear(4, 1)
+        self.register_buffer("mask", None, persistent=False)
+        self.register_buffer("table", torch.ones(4), persistent=False)
+
+    def forward(self, x):
+        if self.mask is None:
+            self.mask = torch.full((4,), -math.inf)
+        if len(self.table) < len(x):
+            self.table = torch.ones(len(x))
+        return self.layer(self.norm(x)) * self.table[: len(x), None] + self.mask.exp().sum()
+
+
+def test_buffers_that_a_forward_pass_makes_or_makes_longer():
+    model = Lazy()
+    optimizer = torch.optim.Adam(model.parameters())
+    rewind = Rewind(model, optimizer, window=WINDOW)
+    goes_wrong(model, optimizer, rewind, torch.randn(5, 4), 128)
+    assert not rewind.events and model.norm.num_batches_tracked == 128
+    fresh = Lazy()
+    again = Rewind(fresh, torch.optim.Adam(fresh.parameters()), window=WINDOW)
+    again.load_state_dict(rewind.state_dict())
+    for one in (rewind, again):
+        one._live.load(one._trusted)
+        assert one._live.model.norm.num_batches_tracked == 112
+    goes_wrong(model, optimizer, rewind, torch.randn(7, 4), 40, fault=9.0)
+    assert rewind.returns > 0 and model.table.shape == (7,)
+
+
+def test_a_parameter_that_was_renamed_goes_back_and_another_one_is_refused():
+    model, (x, _) = mlp(), minibatches(1)[0]
+    optimizer = torch.optim.Adam(model.parameters())
+    rewind = Rewind(model, optimizer, window=WINDOW)
+    goes_wrong(model, optimizer, rewind, x, 96)
+    prune.l1_unstructured(model[0], "weight", amount=0.3)
+    goes_wrong(model, optimizer, rewind, x, 48)
+    goes_wrong(model, optimizer, rewind, x, 40, fault=9.0)
+    assert rewind.returns > 0
+    model.adapter = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match=r"^model must have the parameters that it had .*adapter"):
+        goes_wrong(model[:3], optimizer, rewind, x, 200)
+
+
+class OfAll(torch.optim.SGD):
+    """Some of its memory is of no parameter."""
+
+    def step(self, closure=None):
+        memory = self.state["all"]
+        memory["steps"] = memory.get("steps", 0) + 1
+        memory["mean"] = torch.tensor(memory["steps"] / 2)
+        return super().step(closure)
+
+
+def test_a_memory_of_no_parameter_goes_back():
+    model, optimizer = one_weight(OfAll)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    drive(rewind, model, optimizer, FALLS)
+    saved = rewind.state_dict()
+    for _ in range(2):
+        drive(rewind, model, optimizer, HIGH[:8])
+        assert optimizer.state["all"] == {"steps": 112, "mean": 56}
+        model, optimizer = one_weight(OfAll)
+        rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+        rewind.load_state_dict(saved)
+    model, optimizer = one_weight(OfAll)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    drive(rewind, model, optimizer, [math.nan] * 8, gradient=math.inf)
+    assert rewind.returns == 1 and not optimizer.state
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_a_sparse_buffer_goes_back():
+    model, optimizer = one_weight()
+    model.register_buffer("graph", torch.eye(3).to_sparse_csr())
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    drive(rewind, model, optimizer, FALLS)
+    model.graph.values().fill_(math.nan)
+    drive(rewind, model, optimizer, [1.0] * 4)
+    assert torch.equal(model.graph.to_dense(), torch.eye(3))

@@ -113,14 +113,10 @@ def as_inputs(noted: Mapping[str, set[str]]) -> dict[str, str]:
     return {f"the file {name}": " ".join(sorted(sums)) for name, sums in noted.items()}
 
 
-def read_weights(path: str | os.PathLike[str], architecture: str | None = None) -> WeightsFile:
+def read_weights(path: str | os.PathLike[str]) -> WeightsFile:
     """Read a file, and check that it is what this module describes.
 
     The checksum is verified, if the file has one.
-
-    Args:
-        path: of the file.
-        architecture: the only one that is allowed, if not all are.
 
     Raises:
         ValueError: if the file is damaged, is not what this module describes, or holds a weight
@@ -133,7 +129,7 @@ def read_weights(path: str | os.PathLike[str], architecture: str | None = None) 
     try:
         with safe_open(path, framework="np") as file:
             about = dict(file.metadata() or {})
-            name, hidden, layers, numbers = _read_metadata(about, architecture)
+            name, hidden, layers, numbers = _read_metadata(about)
             _check_tensors(file, name, hidden, layers)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if about.pop(checksums.NAME, None) not in (None, checksums.of_arrays(tensors, about)):
@@ -172,14 +168,11 @@ def _folder() -> Path:
     return folder
 
 
-def _read_metadata(
-    about: dict[str, str], allowed: str | None
-) -> tuple[str, int, int, dict[str, float]]:
+def _read_metadata(about: dict[str, str]) -> tuple[str, int, int, dict[str, float]]:
     """Architecture, hidden, layers and numbers."""
     name = _require(about, NEEDED)[0]
-    if name not in ARCHITECTURES or name != (allowed or name):
-        known = ARCHITECTURES if allowed is None else (allowed,)
-        raise ValueError(f"its architecture must be {one_of(known, name)}")
+    if name not in ARCHITECTURES:
+        raise ValueError(f"its architecture must be {one_of(ARCHITECTURES, name)}")
     numbers = ARCHITECTURES[name].numbers
     values = dict(zip(numbers, map(float, _require(about, numbers)), strict=True))
     hidden, layers = int(about["hidden"]), int(about["layers"])

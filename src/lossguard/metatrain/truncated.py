@@ -110,7 +110,7 @@ def _differentiable(
 def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     _, losses, gradients = primals
     along = jax.tree.map(lambda g, t: (g * t).reshape(len(g), -1).sum(1), gradients, tangents[0])
-    return losses, sum(jax.tree.leaves(along))
+    return losses, jax.tree.reduce(jnp.add, along)
 
 
 def meta_gradient(

@@ -43,6 +43,8 @@ def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
     """The parameters of all optimizers, in the first one's order."""
     seen: dict[int, str] = {}
     first: list[Tensor] = []
+    if len({*map(id, optimizers.values())}) < len(optimizers):
+        raise ValueError(f"{', '.join(optimizers)} must be different optimizers, got one twice")
     for name, one in optimizers.items():
         if not isinstance(one, Optimizer) or hasattr(one, "lanes"):
             raise ValueError(
@@ -203,7 +205,8 @@ def checked(closure: Any) -> Closure:
 
 def scalar(loss: Any, rule: str = "closure must return the loss, one number") -> Tensor:
     """A loss as a tensor without dimensions, which stays if the loss is overwritten."""
-    if not isinstance(loss, (Tensor, Real)) or (isinstance(loss, Tensor) and loss.numel() != 1):
+    is_tensor = isinstance(loss, Tensor) and not loss.is_complex()
+    if not (loss.numel() == 1 if is_tensor else isinstance(loss, Real)):
         raise ValueError(f"{rule}, got {told(loss)}")
     if isinstance(loss, Tensor):
         return local(loss).detach().clone().reshape(())

@@ -84,7 +84,7 @@ class CarefulSteps:
             hook.remove()
 
     def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        self._after()  # if the last step raised an error half-way
+        self._restore()  # if the last step raised an error half-way, or calls this one
         rewind = self._rewind()
         if rewind is None:
             self.remove()
@@ -92,9 +92,6 @@ class CarefulSteps:
         if not self._begun:
             self._begun = True
             rewind.begin()
-        self._steps[id(optimizer)] += 1
-        if self._calls == 0 and min(self._steps.values()) == JUDGED * JUDGED:
-            self._judge()
         changed, (itself, *given) = None, args
         closure: Any = kwargs.get("closure", given[0] if given else None)
 
@@ -127,7 +124,14 @@ class CarefulSteps:
                 broken if before is SOUND else (before.to(broken.device) > 0) | (broken > 0)
             )
 
-    def _after(self, *_: Any) -> None:
+    def _after(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._groups:  # empty after a step that has called another one of its class
+            self._steps[id(optimizer)] += 1
+            if self._calls == 0 and min(self._steps.values()) == JUDGED * JUDGED:
+                self._judge()
+        self._restore()
+
+    def _restore(self) -> None:
         for group, before in zip(self._groups, self._options, strict=False):
             others = [key for key, value in group.items() if value is not before.get(key)]
             changed = {key for key in others if not same(before.get(key), group[key])}

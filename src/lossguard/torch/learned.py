@@ -57,7 +57,12 @@ class Learned(Optimizer):
                 those of another architecture.
             OSError: if it can't be read.
         """
-        file = read_weights(path_of(name), cls.architecture)
+        file = read_weights(path_of(name))
+        if file.architecture != cls.architecture:
+            raise ValueError(
+                f"weights must be an {cls.architecture.upper()}'s for {cls.__name__}, got those of "
+                f"an {file.architecture.upper()} (use {file.architecture.upper()}Optimizer)"
+            )
         weights = {name: torch.from_numpy(tensor) for name, tensor in file.tensors.items()}
         return cls(params, weights, **file.numbers)  # pyright: ignore - of a class below
 

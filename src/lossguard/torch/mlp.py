@@ -96,7 +96,7 @@ class MLPOptimizer(Learned):
         self._remember(states, gradients)
         scaling, t = self.weights["scaling"].tolist(), group["clock"]
         first = weights["mlp.0.weight"]
-        times = torch.tanh(t / torch.tensor(TIMES) - 1).to(first.device)
+        times = torch.tanh(t / torch.tensor(TIMES, dtype=first.dtype) - 1).to(first.device)
         for p, g, state in zip(params, gradients, states, strict=True):
             ages = (math.log1p(t / age) for age in AGES)
             powers = map(operator.mul, scaling, (*size_features(tuple(p.shape)), *ages))
@@ -112,7 +112,7 @@ class MLPOptimizer(Learned):
     def _state(self, p: Tensor) -> dict[str, Tensor]:
         state = self.state[p]
         if not state:
-            zeros = torch.zeros(p.shape, device=p.device)
+            zeros = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
             state["momenta"] = torch.stack([zeros] * 3)
             state["second_moment"] = zeros
             for name, mean in _means(zeros).items():

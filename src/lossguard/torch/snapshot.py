@@ -19,8 +19,10 @@ from lossguard.torch.tensors import are_finite, is_expanded, stacked
 from lossguard.validation import check_kind
 
 Saved = dict[str, Any]
-"""``model``, parameters and buffers by name; ``optimizer``, its memory of each parameter by name;
-``groups``, its settings; ``also``, the states of other objects."""
+"""``model``, parameters and buffers by name; ``optimizer``, the memory of each parameter by name;
+of each optimizer ``others``, what it remembers beside, and ``groups``, its settings; ``also``, the
+states of other objects."""
+PARTS = ("model", "optimizer", "others", "groups", "also")
 Offload = bool | str | os.PathLike[str]
 Place = torch.device | Path | None
 """Where copies go: None, where the originals are."""
@@ -68,12 +70,18 @@ class Live:
                     "optimizer must have a rate, lr, in each of its groups, got one without"
                 )
         self.trained()
-        # Buffers may be infinite by design, such as masks of attention.
-        self._infinite = {n for n, b in model.named_buffers() if not bool(are_finite([b]))}
+        self._finite: dict[str, bool] = {}
+        """Of each buffer whether it was when it was first seen: masks of attention aren't."""
+        self._see_buffers()
 
     def groups(self) -> list[Saved]:
         """The parameter groups of all optimizers."""
         return [group for one in self.optimizers for group in one.param_groups]
+
+    def _see_buffers(self) -> None:
+        for name, buffer in self.buffers().items():
+            if name not in self._finite:
+                self._finite[name] = bool(are_finite([buffer]))
 
     def trained(self) -> dict[Tensor, Optimizer]:
         """Each parameter that is trained, and by which optimizer."""
@@ -94,7 +102,13 @@ class Live:
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters, and the buffers as they are now: a forward pass may put others there."""
-        return dict(self.model.named_parameters()) | self.buffers()
+        for name, param in self.model.named_parameters():
+            if param not in self.names:
+                raise ValueError(
+                    "model must have the parameters that it had when Rewind was built, got another "
+                    f"one, {name} (build another Rewind)"
+                )
+        return {name: param for param, name in self.names.items()} | self.buffers()
 
     def buffers(self) -> dict[str, Tensor]:
         """Those of which each number is its own."""
@@ -102,7 +116,7 @@ class Live:
 
     def are_finite(self) -> tuple[Tensor, Tensor]:
         """Whether parameters and buffers are, as tensors on their device: nothing waits."""
-        known = (b for name, b in self.buffers().items() if name not in self._infinite)
+        known = (b for name, b in self.buffers().items() if self._finite.get(name))
         return are_finite(self.model.parameters()), are_finite(known)
 
     def numbers(self, unread: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -130,19 +144,23 @@ class Live:
             for param, one in self.trained().items()
             if one.state.get(param)
         }
-        now = {"model": self.tensors(), "optimizer": remembered}
+        others = {str(k): _of_no_parameter(one) for k, one in enumerate(self.optimizers)}
+        self._see_buffers()
+        now = {"model": self.tensors(), "optimizer": remembered, "others": others}
+        groups = [[options_of(group) for group in one.param_groups] for one in self.optimizers]
         return {
             **copied(now, old, self.place),
-            "groups": copy.deepcopy([options_of(group) for group in self.groups()]),
+            "groups": copy.deepcopy(groups),
             "also": [copy.deepcopy(one.state_dict()) for one in self.also],
         }
 
     @torch.no_grad()
     def load_buffers(self, saved: Saved) -> None:
-        """Set them back alone."""
+        """Set them back alone, but for those that came later or have grown since."""
         for name, buffer in self.buffers().items():
-            if name in saved["model"]:  # all but those that came later
-                buffer.copy_(saved["model"][name], non_blocking=True)
+            before = saved["model"].get(name)
+            if before is not None and before.shape == buffer.shape:
+                buffer.copy_(before, non_blocking=True)
 
     @torch.no_grad()
     def load(self, saved: Saved) -> None:
@@ -150,11 +168,16 @@ class Live:
         self.load_buffers(saved)
         for param, name in self.names.items():
             param.copy_(saved["model"][name], non_blocking=True)
-        for group, options in zip(self.groups(), saved["groups"], strict=True):
-            for key in self.own:
-                group.pop(key, None)  # a step makes it
-                if key in options:
-                    group[key] = copy.deepcopy(options[key])
+        for k, (one, settings) in enumerate(zip(self.optimizers, saved["groups"], strict=True)):
+            for group, options in zip(one.param_groups, settings, strict=False):  # or it came later
+                for key in self.own:
+                    group.pop(key, None)  # a step makes it
+                    if key in options:
+                        group[key] = copy.deepcopy(options[key])
+            state: Any = one.state
+            for key in _of_no_parameter(one):
+                del state[key]
+            state.update(copied(saved["others"][str(k)]))
         for param, optimizer in self.trained().items():
             now = optimizer.state.pop(param, {})
             before = saved["optimizer"].get(self.names[param], {})  # none before the first step
@@ -187,10 +210,14 @@ class Live:
     def unpack(self, state: Saved) -> tuple[Saved, Saved, set[str]]:
         """Copies of what was packed, and ``own``; refuse another model's, or another rank's."""
         snapshots: list[Saved] = []
+        kept = {*self.names.values(), *self.model.state_dict()}
         for k, which in enumerate(("trusted", "candidate")):
-            whole = {part: state[which][part] for part in ("model", "optimizer", "groups", "also")}
+            whole = {part: state[which][part] for part in PARTS}
             for name, tensor in self.tensors().items():
                 saved = whole["model"].get(name)
+                if name not in kept and (saved is None or saved.shape != tensor.shape):
+                    whole["model"] = {n: t for n, t in whole["model"].items() if n != name}
+                    continue  # no model's state has it either
                 got = "one without" if saved is None else f"shape {tuple(saved.shape)}"
                 if got != f"shape {tuple(tensor.shape)}":
                     raise ValueError(
@@ -198,13 +225,27 @@ class Live:
                         f"{tuple(tensor.shape)}, got {got}"
                     )
                 check_rank(tensor, saved, state["rank"], "state")
-            counts = len(self.also), len(whole["also"])
-            if counts[0] != counts[1]:
-                raise ValueError("state must have {} schedulers, got {}".format(*counts))
+            for what, ours, its in (
+                ("optimizers", self.optimizers, whole["groups"]),
+                ("schedulers", self.also, whole["also"]),
+            ):
+                if len(ours) != len(its):
+                    raise ValueError(f"state must have {len(ours)} {what}, got {len(its)}")
+            for one, groups in zip(self.optimizers, whole["groups"], strict=True):
+                if len(groups) > len(one.param_groups):
+                    raise ValueError(
+                        f"state must have at most {len(one.param_groups)} parameter groups of an "
+                        f"optimizer, got {len(groups)}"
+                    )
             memory = whole["optimizer"] if state["begun"][k] else {}
             snapshots.append(copied({**whole, "optimizer": memory}, self.save()))
         trusted, candidate = snapshots
         return trusted, candidate, set(state["own"].split())
+
+
+def _of_no_parameter(optimizer: Optimizer) -> Saved:
+    """What an optimizer remembers beside its parameters' memory."""
+    return {key: one for key, one in optimizer.state.items() if not isinstance(key, Tensor)}
 
 
 def _optimizer_of(scheduler: Any) -> Optimizer | None:

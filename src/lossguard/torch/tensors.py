@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ONE = torch.ones(())
+ONE = torch.ones((), dtype=torch.float32)
 PLAIN = (Tensor, nn.Parameter)
 NORMED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -84,7 +84,7 @@ def zero_unsound(params: Iterable[Tensor]) -> Tensor:
     grads = [_numbers(p.grad) for p in params if p.grad is not None]
     simple = all(g.is_cpu and g.is_contiguous() and _has_norm(g) for g in grads)
     if simple and len({g.dtype for g in grads}) == 1:
-        broken = torch.zeros(())  # by one call, where calls are what takes time
+        broken = torch.zeros_like(ONE)  # by one call, where calls are what takes time
         torch._amp_foreach_non_finite_check_and_unscale_(grads, broken, ONE)  # pyright: ignore
     else:
         broken = ~are_finite(grads)
@@ -137,7 +137,8 @@ def _has_norm(tensor: Tensor) -> bool:
 def _measurable(tensor: Tensor) -> Tensor:
     """The numbers that are here, in a dtype with norms: not complex ones, nor those of 8 bits."""
     tensor = local(tensor).detach()
-    tensor = tensor.coalesce().values() if tensor.is_sparse else tensor
+    if tensor.layout is not torch.strided:
+        tensor = (tensor.coalesce() if tensor.is_sparse else tensor).values()
     if tensor.is_complex():
         return torch.view_as_real(tensor)
     narrow = tensor.element_size() == 1 and tensor.is_floating_point()

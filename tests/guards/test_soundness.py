@@ -149,6 +149,17 @@ def test_derivatives_of_every_kind_are_0_where_a_gradient_is_not_finite(w) -> No
         np.testing.assert_allclose(jax.hessian(root)(w, 0), curvature, rtol=1e-6)
 
 
+def test_an_objective_may_come_to_close_over_something_else() -> None:
+    def objective(w, i):
+        return jnp.sum((w - target) ** 2)
+
+    losses = []
+    for target in (1.0, 3.0):
+        guard = lossguard.recommended(optax.sgd(0.05), optax.sgd(0.01))
+        losses.append(guard.step(guard.init(jnp.zeros(1)), objective)[1].losses[0])
+    assert losses == [1, 9]
+
+
 def test_a_derivative_by_what_an_objective_closes_over_goes_through_guards() -> None:
     """And by the minibatches that it is given."""
     batches = jnp.linspace(1.0, 3.0, 10)

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
@@ -59,7 +60,10 @@ def with_sound_gradients(objective: Objective, params: Params, i: Any) -> Object
         return dataclasses.replace(objective, loss=sound_loss)
     # What it closes over is handed in: a rule for derivatives in a branch must not close over it.
     types, first = jax.tree.map(jnp.result_type, params), i
-    converted, closed = jax.closure_convert(objective, params, i)
+    closed, rest = eqx.partition(eqx.filter_closure_convert(objective, params, i), eqx.is_array)
+
+    def converted(params: Params, i: Any, closed: PyTree) -> Array:
+        return eqx.combine(closed, rest)(params, i)
 
     @jax.custom_jvp
     def sound(params: Params, others: tuple) -> Array:
@@ -82,7 +86,7 @@ def with_sound_gradients(objective: Objective, params: Params, i: Any) -> Object
         # Converted for these types: an optimizer may evaluate in wider ones, by itself.
         if jax.tree.map(jnp.result_type, params) != types:
             return objective(params, i)
-        return sound(params, (jax.tree.map(_typed, i, first), *closed))
+        return sound(params, (jax.tree.map(_typed, i, first), closed))
 
     return sound_objective
 

@@ -1,4 +1,4 @@
-"""The command line.
+"""lossguard: use an optimizer that you don't trust, beside one that you do.
 
 lossguard demo                  a learned optimizer alone and guarded, in a minute
 lossguard run RECIPE            an experiment of the paper, or path/to/module.py:recipe

@@ -154,7 +154,7 @@ def test_an_objective_may_come_to_close_over_something_else() -> None:
         return jnp.sum((w - target) ** 2)
 
     losses = []
-    for target in (1.0, 3.0):
+    for target in (1.0, 3.0):  # noqa: B007 - in the objective
         guard = lossguard.recommended(optax.sgd(0.05), optax.sgd(0.01))
         losses.append(guard.step(guard.init(jnp.zeros(1)), objective)[1].losses[0])
     assert losses == [1, 9]

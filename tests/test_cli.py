@@ -385,9 +385,7 @@ def test_damaged_weights(refused: Refused, tmp_path: Path, monkeypatch: pytest.M
 def test_claims(main: Main, capsys: pytest.CaptureFixture[str], finished: Path) -> None:
     before = sorted(finished.iterdir())
     main("claims", "run")
-    out = capsys.readouterr().out
-    for part in ("3c", "plateau", "no run of fig05", "to step", "not run"):
-        assert part in out
+    assert capsys.readouterr().out.startswith("not run: 2a, 2b, 3a, 3b, 3c, ")
     assert sorted(finished.iterdir()) == before
 
 

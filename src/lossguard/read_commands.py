@@ -1,5 +1,6 @@
 """The commands that read records, and what is shown of a run."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,11 +36,17 @@ def claims(folders: Folders) -> None:
     from .experiments.claims import judge_claims
 
     columns = ("claim", "figure", "the paper says", "measured", "seeds", "to step", "verdict")
-    table = Table(*columns, show_lines=True)
+    table, rest = Table(*columns, show_lines=True), []
     for one in judge_claims(records):
+        if one.verdict == "not run" and re.search("(^|: )no ", one.numbers):
+            rest.append(one.id)
+            continue
         mark = f"{one.mark:,}" if one.mark else ""
         table.add_row(one.id, one.figure, one.says, one.numbers, one.seeds, mark, one.verdict)
-    console().print(table)
+    if table.rows:
+        console().print(table)
+    if rest:
+        print(f"not run: {', '.join(rest)}")
 
 
 def readings(folders: Folders, out: Out = Path("readings.png")) -> None:

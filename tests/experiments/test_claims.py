@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from commands import command
 
 from lossguard import records, run_folder
 from lossguard.config import as_config
@@ -445,6 +446,15 @@ def test_meta_training_explodes(tmp_path, meta_loss, last, verdict) -> None:
     run = write_meta(tmp_path / "run", "cifar10-conv-plain", meta_loss, [2.0] * 20, last)
     assert judged("11a", run).verdict == verdict
     assert judged("11a").verdict == "not run"
+
+
+def test_claims_about_other_runs_are_one_line(tmp_path, monkeypatch, capsys) -> None:
+    write(tmp_path / "run", "fig05", {"SGDnm": 4.0, "LGL2O": 1.0})
+    command(monkeypatch, "claims", tmp_path)
+    out = capsys.readouterr().out
+    for part in ("5a", "reproduced", "\nnot run: 2a, 2b, 3a, "):
+        assert part in out
+    assert "5a" not in out.rpartition("not run: ")[2]
 
 
 def test_numbers_are_told(tmp_path: Path) -> None:

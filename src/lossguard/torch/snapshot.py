@@ -64,7 +64,7 @@ class Live:
                 raise ValueError(f"offload must be a folder that is there, got {str(offload)!r}")
         self.own: set[str] = set()
         """What the optimizers' own steps change in their groups, which goes back as well."""
-        for group in self.groups():
+        for group in (group for one in optimizers for group in one.param_groups):
             if group.get("lr") is None:
                 raise ValueError(
                     "optimizer must have a rate, lr, in each of its groups, got one without"
@@ -73,10 +73,6 @@ class Live:
         self._finite: dict[str, bool] = {}
         """Of each buffer whether it was when it was first seen: masks of attention aren't."""
         self._see_buffers()
-
-    def groups(self) -> list[Saved]:
-        """The parameter groups of all optimizers."""
-        return [group for one in self.optimizers for group in one.param_groups]
 
     def _see_buffers(self) -> None:
         for name, buffer in self.buffers().items():
@@ -213,18 +209,7 @@ class Live:
         kept = {*self.names.values(), *self.model.state_dict()}
         for k, which in enumerate(("trusted", "candidate")):
             whole = {part: state[which][part] for part in PARTS}
-            for name, tensor in self.tensors().items():
-                saved = whole["model"].get(name)
-                if name not in kept and (saved is None or saved.shape != tensor.shape):
-                    whole["model"] = {n: t for n, t in whole["model"].items() if n != name}
-                    continue  # no model's state has it either
-                got = "one without" if saved is None else f"shape {tuple(saved.shape)}"
-                if got != f"shape {tuple(tensor.shape)}":
-                    raise ValueError(
-                        f"state must be of this model, with {name} of shape "
-                        f"{tuple(tensor.shape)}, got {got}"
-                    )
-                check_rank(tensor, saved, state["rank"], "state")
+            whole["model"] = _of_model(whole["model"], self.tensors(), kept, state["rank"])
             for what, ours, its in (
                 ("optimizers", self.optimizers, whole["groups"]),
                 ("schedulers", self.also, whole["also"]),
@@ -241,6 +226,29 @@ class Live:
             snapshots.append(copied({**whole, "optimizer": memory}, self.save()))
         trusted, candidate = snapshots
         return trusted, candidate, set(state["own"].split())
+
+
+def _of_model(
+    saved: dict[str, Tensor], live: dict[str, Tensor], kept: set[str], rank: int
+) -> dict[str, Tensor]:
+    """What is saved, if it is of a model with these tensors; those not ``kept`` may be others.
+
+    They are buffers that no model's state has, so a fresh model can't have them in that shape.
+    """
+    found = dict(saved)
+    for name, tensor in live.items():
+        its = found.get(name)
+        got = "one without" if its is None else f"shape {tuple(its.shape)}"
+        if got == f"shape {tuple(tensor.shape)}":
+            check_rank(tensor, its, rank, "state")
+        elif name in kept:
+            raise ValueError(
+                f"state must be of this model, with {name} of shape {tuple(tensor.shape)}, got "
+                f"{got}"
+            )
+        else:
+            found.pop(name, None)
+    return found
 
 
 def _of_no_parameter(optimizer: Optimizer) -> Saved:

@@ -179,6 +179,10 @@ WRONG = {
         lambda: Rewind(*model_and_sgd()).observe(torch.ones(3)),
         "loss must be one number, got tensor([1., 1., 1.])",
     ),
+    "complex loss": (
+        lambda: Rewind(*model_and_sgd()).observe(torch.tensor(1 + 1j)),
+        "loss must be one number, got tensor(1.+1.j)",
+    ),
     "no state": (
         lambda: loaded(lambda state: state.clear()),
         "state must be of a Rewind with {'window': 256, 'every': 16}, got None",

@@ -169,7 +169,7 @@ def test_run_with_overrides_then_plot(refused, main, capsys, tmp_path) -> None:
     )
     refused((*RUN, "--resume"), "out holds another")
     same = made["command"][1:]
-    refused(tuple(same), "out holds this run already: add --resume")
+    refused(tuple(same), "out holds this run already: lossguard plot shows it")
     main(*same, "--resume")
     assert capsys.readouterr().out == out
 
@@ -473,8 +473,8 @@ def test_stopped_it_tells_the_command_that_goes_on(
 
     def stop(_: Any, folder: Path, **__: Any) -> None:
         if begun:
-            saved = "checkpoints" if arguments[0] == "metatrain" else "methods"
-            (folder / saved / "something").mkdir(parents=True)
+            folder.mkdir(parents=True)
+            (folder / records.CONFIG).touch()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "_exit", sys.exit)
@@ -489,7 +489,7 @@ def test_stopped_it_tells_the_command_that_goes_on(
     assert caught.value.code == 130
     if not begun and arguments[0] != "sweep":
         goes_on = None
-    command = goes_on and f"; to go on from the last checkpoint: lossguard {' '.join(goes_on)}"
+    command = goes_on and f"; to go on: lossguard {' '.join(goes_on)}"
     assert capsys.readouterr().err == f"lossguard: stopped{command or ''}\n"
 
 

@@ -99,6 +99,9 @@ def test_manifest_names_the_processor(tmp_path, monkeypatch, content, name) -> N
 
 def test_same_run_is_gone_on_with_when_asked(finished: Path) -> None:
     run_folder.open_folder(finished, CONFIG, resume=True)
+    with pytest.raises(ValueError, match=r"holds this run already: lossguard plot shows it$"):
+        run_folder.open_folder(finished, CONFIG)
+    (finished / records.MANIFEST).unlink()
     with pytest.raises(ValueError, match=r"holds this run already: add --resume to go on with it$"):
         run_folder.open_folder(finished, CONFIG)
 

@@ -68,7 +68,7 @@ def main() -> None:
         tell(f"lossguard: {_sentence(error)}{_place(error, arguments)}")
         sys.exit(2)
     except KeyboardInterrupt as stop:
-        how = f"; to go on from the last checkpoint: {stop}" if stop.args else ""
+        how = f"; to go on: {stop}" if stop.args else ""
         sys.stdout.flush()
         print(f"lossguard: stopped{how}", file=sys.stderr, flush=True)
         os._exit(130)  # torn out of a compilation, JAX may crash where the interpreter ends

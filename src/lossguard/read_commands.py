@@ -90,17 +90,16 @@ def list_all() -> None:
     for title, entries in {
         "experiments (lossguard run)": {n: f().title for n, f in (PAPERS | READINGS).items()},
         "sets of experiments (lossguard sweep)": {n: ", ".join(of) for n, of in SETS.items()},
-        "other experiments (lossguard benchmark, lossguard run)": {
-            "price": ", ".join(price.RECIPES),
-            "tasks": ", ".join(tasks.RECIPES),
-        },
+        "lossguard benchmark price": {n: f().title for n, f in price.RECIPES.items()},
+        "lossguard benchmark tasks": {n: f().title for n, f in tasks.RECIPES.items()},
         "meta-training (lossguard metatrain)": {n: _first_line(f) for n, f in META.items()},
         "data sets (--dataset)": {n: _first_line(f) for n, f in DATASETS.items()},
         "learned optimizers (--learned)": dict.fromkeys(pretrained_names(), ""),
     }.items():
         print(title)
+        width = max(map(len, entries)) + 2
         for name, line in entries.items():
-            print(f"  {name:<28}{line}".rstrip())
+            print(f"  {name:<{width}}{line}".rstrip())
 
 
 def show(folder: Path, over: Over = "price", record: Any = None) -> None:

@@ -64,7 +64,7 @@ def sweep(arguments: Sequence[str]) -> None:
         for recipe in SETS.get(name, (name,))
     ]:
         name, recipe = find_recipe(given, known, "sweep", Experiment, _elsewhere)
-        where, experiment = override(recipe, where, options, f"sweep {name}")
+        where, experiment = override(recipe, where, options, f"sweep {' '.join(names)}")
         if experiments.setdefault(name, experiment) != experiment:
             raise ValueError(f"recipes must have different names, but two are called {name}")
     check_beside(names)
@@ -171,7 +171,7 @@ def _sweep(experiments: Mapping[str, Any], where: Sweep) -> None:
 
 @contextmanager
 def _resumable(where: Where | None = None) -> Iterator[None]:
-    """Ctrl-C inside comes out with the command that goes on, if anything was saved."""
+    """Ctrl-C inside comes out with the command that goes on, if a run has begun."""
     try:
         yield
     except KeyboardInterrupt:
@@ -191,5 +191,7 @@ def program() -> str:
 
 
 def _has_begun(folder: Path) -> bool:
-    """Whether a run left there what can be gone on with."""
-    return any(any((folder / name).glob("*")) for name in ("methods", "checkpoints"))
+    """Whether a run is there that can be gone on with."""
+    from .records import CONFIG
+
+    return (folder / CONFIG).exists()

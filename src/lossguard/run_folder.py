@@ -101,9 +101,8 @@ def check_folder(folder: Path, config: Mapping[str, Any], *, resume: bool) -> bo
                 f"differs in {differ}: choose another --out"
             )
         if not resume:
-            raise ValueError(
-                f"folder {folder} holds this run already: add --resume to go on with it"
-            )
+            how = "add --resume to go on with it" if is_open else "lossguard plot shows it"
+            raise ValueError(f"folder {folder} holds this run already: {how}")
         return True
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder must be empty or hold the same run, but {folder} is a file")

@@ -301,7 +301,7 @@ def test_stopped_it_leaves_what_was_done_and_goes_on(
     assert caught.value.code == 130
     assert signal.getsignal(number) is before
     goes_on = f"lossguard run {MODULE}:recipe --out {tmp_path}/run --resume\n"
-    message = f"lossguard: stopped; to go on from the last checkpoint: {goes_on}"
+    message = f"lossguard: stopped; to go on: {goes_on}"
     assert capfd.readouterr().err.endswith(message)
     left = sorted(entry.name for entry in (tmp_path / "run" / "methods").iterdir())
     assert (
@@ -443,7 +443,7 @@ def test_a_method_that_fails_in_its_first_step_leaves_no_folder(tmp_path: Path) 
 def test_another_experiment_is_refused(whole: Path) -> None:
     with pytest.raises(ValueError, match=r"holds another, which differs in nt \(5, not 6\)"):
         run(dataclasses.replace(tiny.recipe(), nt=6), whole, resume=True)
-    with pytest.raises(ValueError, match="add --resume"):
+    with pytest.raises(ValueError, match="lossguard plot shows it"):
         run(tiny.recipe(), whole)
 
 

@@ -81,7 +81,9 @@ class Trial:
         over = len(self.y) >= self.cycles
         if over and mean < -3 * error and np.mean(of_y[nt // 2 :]) < self.to_beat:
             return "won"
-        return "lost" if over or mean > 3 * error else "goes on"
+        if mean > 3 * error:
+            return "lost"
+        return "level" if over else "goes on"
 
 
 class Relay:
@@ -114,6 +116,16 @@ class Relay:
         of_y = self.y.run(self.objective, numbers)
         self.spent += self.nt
         outcome = self.trial.outcome(of_y, losses)
+        if outcome == "level":
+            outcome = "lost"
+            if self.trial.chance == 1:
+                self.trial.cycles, self.spent, outcome = 2 * self.trial.cycles, 0, "goes on"
+                self.trial.chance = 2
+                self.events.add("tried again")
+        if outcome == "won" and self.trial.chance == 2:
+            enough = np.mean(of_y) < np.mean(losses) * 2 / 3
+            outcome = "won" if enough else "lost"
+            self.events.add("by a third" if enough else "by too little")
         if outcome != "goes on":
             self.trial = None
             self.events.add(outcome)
@@ -131,6 +143,7 @@ class Relay:
             self.y.w = self.z.w
             self.y.optimizer.forget()
             self.trial = Trial(cycles, None if k == 0 else self.curve.recent)
+            self.trial.chance = 1 if k == 0 else 0
 
     def end_probation(self, losses: list[float], numbers: range, k: int) -> None:
         self.on_probation = self.probation is not None

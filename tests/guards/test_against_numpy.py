@@ -138,6 +138,20 @@ RELAYS = [
         2,
         EVENTS | {"failed", "stuck"},
     ),
+    (
+        momentum(in_phases(0.01, 0.005, 200)),
+        momentum(decay(0.01)),
+        10,
+        0,
+        {"tried again", "by too little"},
+    ),
+    (
+        momentum(in_phases(0.03, 0.015, 200), 0.5),
+        momentum(decay(0.003)),
+        4,
+        1,
+        {"tried again", "by a third"},
+    ),
 ]
 """Learned optimizer, fallback, nt, seed, and what can be seen in their run."""
 
@@ -145,7 +159,10 @@ RELAYS = [
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("name", "case"),
-    [*(("recommended", case) for case in range(7)), *(("hedged", case) for case in (0, 3, 4))],
+    [
+        *(("recommended", case) for case in range(len(RELAYS))),
+        *(("hedged", case) for case in (0, 3, 4)),
+    ],
 )
 def test_a_relay_is_its_rules(name, case) -> None:
     learned, fallback, nt, seed, events = RELAYS[case]

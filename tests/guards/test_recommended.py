@@ -62,7 +62,7 @@ def steps_of_challengers(decisions):
 def test_challengers_have_a_share_of_the_steps(played) -> None:
     _, decisions, _ = played
     of_y, of_s, k = steps_of_challengers(decisions)
-    trial = 10
+    trial = 20
     assert (of_y <= SHARE * k + np.sqrt(k) + trial).all() and (of_s <= 5 * SHARE * k + NT).all()
     price = (decisions.gradients + decisions.forwards / 3).cumsum(axis=-1)
     assert (price <= (1 + 7 * SHARE) * k + np.sqrt(k) + trial + NT).all()

@@ -97,6 +97,9 @@ PAIRS = {
     "hopeless": (sgd(1.0), sgd(0.1, 0.9)),
     "breaks": (sgd(1e80), sgd(0.1)),
     "the same": (sgd(0.1), sgd(0.1)),
+    # Ten steps don't decide the first trial, and twenty do, or show too little.
+    "slow": (sgd(0.06, 0.5), sgd(0.03)),
+    "level": (sgd(0.006), sgd(0.004)),
     "late": (falls_behind(0.3, 200), sgd(0.02)),
     # With a larger share the fallback is on probation until 190.
     "noisy": (falls_behind(0.05, 200, 0.2), sgd(0.2, 0.9)),
@@ -183,6 +186,8 @@ def test_two_optimizers(case):
         in_jax(theirs(learned, fallback, nt=NT, **options)),
     )
     assert len(winners) == CYCLES
+    if pair in ("slow", "level"):
+        assert winners[:2] == [2, 0 if pair == "slow" else 2]
 
 
 SEVERAL = [adam(0.02), sgd(0.05), sgd(1e80), sgd(0.3)]

@@ -38,7 +38,8 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
 
     - *The fallback.* Now and then the learned optimizer is tried from x, beside it and on the same
       minibatches. Its state is fresh, its schedules, and the clock of ``mlp_optimizer``, are at the
-      time of the whole run. It takes over if it is better by three standard errors.
+      time of the whole run. It takes over if it is better by three standard errors. The first trial
+      takes ten steps, and ten more if it is level then, in which it has to be lower by a third.
     - *The learned optimizer.* It leads while its loss falls: by a power of 1/4 of its age at least.
       When it stalls the fallback goes on from there, or from a snapshot if the loss has risen. It
       is on probation, for ``share`` of the steps so far: if it ends above the point of the stall by

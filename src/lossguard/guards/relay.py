@@ -124,7 +124,7 @@ class Relay:
         of_stall = losses_if(state.probation, state.y.params, now)
         sides = select(state.probation, (of_z, of_stall), (of_y, losses))
         trial = trials.add(trial, *sides)
-        ended = self._end_trial(after, trial, of_y, fine_y, fine_z, now.k)
+        ended = self._end_trial(after, trial, of_y, of_z, fine_y, fine_z, now.k)
         judged = self._end_probation(after, trial, fine_z, now.k)
         some = jnp.isfinite(of_y).any()
         kept = self._keep_or_hand_over(after, fine_y, some, now)
@@ -163,13 +163,24 @@ class Relay:
         state: RelayState,
         trial: Trial,
         of_y: Float[Array, " nt"],
+        of_z: Float[Array, " nt"],
         fine_y: Bool[Array, ""],
         fine_z: Bool[Array, ""],
         k: Int[Array, ""],
     ) -> RelayState:
-        """After a cycle of a trial, if there is one: y takes over, it goes on, or it is over."""
+        """After a cycle of a trial, if there is one: y takes over, it goes on, or it is over.
+
+        If the first one ends level it goes on for as long again, at no charge; then y has to be
+        lower by ``CLEARLY``.
+        """
         won, lost = trials.outcome(trial, of_y)
-        tried = trial.length > 0
+        nt, tried, level = len(of_y), trial.length > 0, of_z.mean()
+        first = -(-rules.TRIAL_STEPS // nt)
+        age = jnp.where(trial.cycles == k // nt + 1, trial.cycles, 0)  # of the first one alone
+        again = (age == first) & lost & trials.is_level(trial) & fine_y & fine_z
+        unclear = (age == 2 * first) & ~(of_y.mean() < level - rules.CLEARLY * jnp.abs(level))
+        won, lost = won & ~unclear, (lost & ~again) | unclear
+        trial = trial._replace(length=jnp.where(again, 2 * trial.length, trial.length))
         won, lost = tried & fine_y & (won | ~fine_z), tried & (lost | ~fine_y)
         over = won | lost | ~tried
         none = trials.none(trial.total.dtype)
@@ -184,6 +195,7 @@ class Relay:
             level=jnp.where(won, state.progress.lasting, state.level),
             progress=select(won, began, state.progress),
             trial=select(over, none, trial),
+            trial_cost=jnp.where(again, 0, state.trial_cost),
         )
 
     def _end_probation(

@@ -58,7 +58,13 @@ class Trial(NamedTuple):
         last = mean(challenger[len(challenger) // 2 :])
         over = self.cycles >= self.length
         won = over and m < -MARGIN * error and last < self.bound
-        return won, not won and (over or not m <= MARGIN * error)
+        return won, not won and (over or not self.is_level)
+
+    @property
+    def is_level(self) -> bool:
+        """Whether the challenger isn't worse by three standard errors."""
+        m, error = self.difference
+        return m <= MARGIN * error
 
     @property
     def difference(self) -> tuple[float, float]:

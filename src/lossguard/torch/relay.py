@@ -95,7 +95,14 @@ class Relay:
             trial = state.trial.after(of_y, losses)
             state = state._replace(trial=trial, trial_cost=state.trial_cost + self.nt)
             won, lost = trial.outcome(of_y)
-            if fine_y and (won or not fine_z):
+            first, level = -(-rules.TRIAL_STEPS // self.nt), mean(losses)
+            age = trial.cycles if trial.cycles * self.nt == k + self.nt else 0  # of the first alone
+            if age == 2 * first and not mean(of_y) < level - rules.CLEARLY * abs(level):
+                won, lost = False, True
+            if age == first and lost and trial.is_level and fine_y and fine_z:
+                longer = trial._replace(length=2 * trial.length)  # for as long again, at no charge
+                state = state._replace(trial=longer, trial_cost=0)
+            elif fine_y and (won or not fine_z):
                 if state.on_own:
                     self.s.become(self.z)
                 state = State(

@@ -50,8 +50,10 @@ def assert_is_one_process(ranks, single):
         torch.testing.assert_close(ranks[0]["model"][key], value, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [*(("ddp", kind) for kind in [*KINDS, "ResidualGuard"]), *(("fsdp", kind) for kind in KINDS)],
+)
 def test_two_ranks_are_one_process(how, kind, two):
     assert_is_one_process(two[f"{how} {kind}"], alone(kind))
 

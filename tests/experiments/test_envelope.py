@@ -16,7 +16,7 @@ FALLING = Envelope(np.array([0.0, 100, 200, 1_000]), 2.0 ** -np.array([0.0, 1, 2
 
 @pytest.mark.parametrize(
     ("loss", "steps"),
-    [(0.5, 100), (2.0**-1.5, 150), (2.0**-6, 600), (1.5, 0), (0.0, 1_000), (np.inf, 0)],
+    [(0.5, 100), (2.0**-1.5, 150), (2.0**-6, 600), (1.5, 0), (0, 1_000), (np.inf, 0), (np.nan, 0)],
 )
 def test_steps_to_a_loss(loss: float, steps: float) -> None:
     assert float(FALLING.steps_to(loss)) == pytest.approx(steps)

@@ -37,12 +37,7 @@ class Envelope(NamedTuple):
         return float(np.exp(np.interp(step, self.steps, np.log(self.loss))))
 
     def steps_to(self, loss: np.ndarray | float) -> np.ndarray:
-        """Steps to a loss: 0 to one that is higher than the first or not finite, 100,000 at most.
-
-        >>> one = Envelope(np.array([0, 100, 200]), np.array([1.0, 0.1, 0.01]))
-        >>> one.steps_to(np.array([0.1, 0.01, 0.001, 2.0, np.nan])).round(6).tolist()
-        [100.0, 200.0, 200.0, 0.0, 0.0]
-        """
+        """Steps to a loss: 0 to one above the first or not finite, 100,000 at most."""
         with np.errstate(divide="ignore"):  # a loss of 0
             given = np.log(np.where(np.isfinite(loss), loss, np.inf))
         return np.interp(given, np.log(self.loss)[::-1], self.steps[::-1])
@@ -56,13 +51,6 @@ def envelope(task: str) -> Envelope:
 
     Raises:
         ValueError: if ``LOSSGUARD_BASELINES`` names no file, or there is no such task in it.
-
-    >>> import tempfile, unittest.mock
-    >>> with tempfile.NamedTemporaryFile() as file:
-    ...     file.write(b'{"a": [[0, 100], [2.0, 1.0]]}') and file.flush()
-    ...     with unittest.mock.patch.dict(os.environ, {FILE: file.name}):
-    ...         envelope("a").loss
-    array([2., 1.])
     """
     path = Path(os.environ.get(FILE, ""))
     if not path.is_file():
@@ -79,11 +67,7 @@ def envelope(task: str) -> Envelope:
 
 
 def smoothed(losses: np.ndarray) -> np.ndarray:
-    """y <- 0.95 y + 0.05 loss along the last axis, from the first loss on: it lags 190 steps.
-
-    >>> smoothed(np.array([1.0, 0.0, 0.0])).round(4).tolist()
-    [1.0, 0.95, 0.9025]
-    """
+    """y <- 0.95 y + 0.05 loss along the last axis, from the first loss on: it lags 190 steps."""
     from scipy import signal  # takes a second to import, as all of SciPy
 
     losses = np.asarray(losses, float)
@@ -108,11 +92,7 @@ def interquartile_mean(scores: Sequence[np.ndarray], *, draws: int = 2_000) -> M
     Args:
         scores: of each task, those of its seeds; of one seed there is no interval.
         draws: of the bootstrap.
-
-    >>> interquartile_mean([np.array([0.0, 1.0]), np.array([2.0, 100.0])], draws=10).value
-    1.5
     """
-
     from scipy import stats
 
     def middle(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:

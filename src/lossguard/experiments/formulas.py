@@ -188,11 +188,7 @@ def together(
 
 
 def short(value: float) -> str:
-    """Two significant digits.
-
-    >>> [short(value) for value in (0.0149, 4715.0, 23_499.0)]
-    ['0.015', '4700', '2.3e4']
-    """
+    """Two significant digits."""
     if not math.isfinite(value):
         return "inf"
     rounded = float(f"{value:.1e}")

@@ -139,10 +139,6 @@ def slowdown(one: Curve, reference: Curve, price: float) -> float:
     """S: the price at which a curve first reaches the loss of the reference at a price, over that.
 
     Both as running minima. Below 1: faster than the reference. Infinite where it isn't reached.
-
-    >>> reference = Curve(np.array([10.0, 100.0, 1000.0]), np.array([1.0, 0.5, 0.1]))
-    >>> round(slowdown(reference._replace(price=2 * reference.price), reference, 100.0), 3)
-    2.0
     """
     target = at(reference._replace(loss=np.minimum.accumulate(reference.loss)), price)
     if np.isnan(target):

@@ -249,11 +249,7 @@ class _MethodRun:
 
 
 def next_mark(step: int) -> int:
-    """The first step after this one that is one of ``MARKS`` times a power of ten.
-
-    >>> [next_mark(step) for step in (0, 10, 99, 1_000, 1_201)]
-    [1, 12, 100, 1200, 1500]
-    """
+    """The first step after this one that is one of ``MARKS`` times a power of ten."""
     exponents = range(-1, len(str(step)))
     marks = (mark * 10**n for n in exponents for mark in MARKS)
     return next(int(mark) for mark in marks if mark > step and mark == int(mark))

@@ -49,11 +49,7 @@ def exponential(rate: float) -> optax.Schedule:
 
 
 def root(rate: float) -> optax.Schedule:
-    """rate min(k / 1000, sqrt(1000 / k)) at step k, with k = 1 for 0.
-
-    >>> float(root(1.0)(0)), float(root(1.0)(500)), float(root(1.0)(4_000))
-    (0.001..., 0.5, 0.5)
-    """
+    """rate min(k / 1000, sqrt(1000 / k)) at step k, with k = 1 for 0."""
 
     def at(k: Any) -> Any:
         k = jnp.maximum(k, 1)
@@ -107,13 +103,6 @@ def watched(guard: Guard, batches: int = 5) -> Guard:
 
     Before each cycle, the mean over the next minibatches in the order, which are left out of
     training. It stands in each of ``decision.losses``, and what it costs is not counted.
-
-    >>> from lossguard import unguarded
-    >>> guard = watched(unguarded(optax.sgd(0.1), nt=2), batches=3)
-    >>> state = guard.init(jnp.ones(1))
-    >>> state, decision = guard.step(state, lambda params, i: jnp.sum(params**2) + i)
-    >>> decision.losses.tolist(), int(state.minibatches)  # of minibatches 0, 1, 2; then 3, 4
-    ([2.0, 2.0], 5)
     """
 
     def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:

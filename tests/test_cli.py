@@ -382,13 +382,6 @@ def test_damaged_weights(refused: Refused, tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "runs").exists()
 
 
-def test_claims(main: Main, capsys: pytest.CaptureFixture[str], finished: Path) -> None:
-    before = sorted(finished.iterdir())
-    main("claims", "run")
-    assert capsys.readouterr().out.startswith("not run: 2a, 2b, 3a, 3b, 3c, ")
-    assert sorted(finished.iterdir()) == before
-
-
 @pytest.mark.parametrize("command", ["plot", "claims"])
 def test_folder_of_runs(main, capsys, tmp_path, command) -> None:
     """Stands for the finished runs in it; the others are named."""

@@ -144,6 +144,14 @@ def test_unfinished_run_is_refused(finished: Path, name: str) -> None:
         records.read_run(finished)
 
 
+def test_folders_without_a_run_that_can_be_read_are_refused(tmp_path: Path) -> None:
+    run_folder.open_folder(tmp_path / "half", CONFIG)
+    with pytest.raises(ValueError, match=r"half holds no finished run: manifest\.json is missing$"):
+        records.read_runs([tmp_path / "half"])
+    with pytest.raises(ValueError, match=r"^no run in .* can be read; .*half is not finished$"):
+        records.read_runs([tmp_path])
+
+
 @pytest.mark.parametrize("name", ["config.json", "manifest.json", "curves.parquet"])
 @pytest.mark.parametrize(
     "content",
@@ -193,9 +201,3 @@ def test_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"can't write a record: .*file/x\.json'"):
         records.write_json(tmp_path / "file" / "x.json", {})
     assert not (tmp_path / "file").read_bytes()
-
-
-def test_numbers_survive_json(tmp_path: Path) -> None:
-    numbers = {"a": 0.1, "b": 1e-300, "c": 2**53, "d": None, "e": True, "f": "ü"}
-    records.write_json(tmp_path / "x.json", numbers)
-    assert json.loads((tmp_path / "x.json").read_text()) == numbers

@@ -99,12 +99,6 @@ def test_losses_are_those_of_the_published_file() -> None:
     assert envelope("ImageMLP_Mnist_128x128x128_Relu").at(1_957) == pytest.approx(0.051, abs=1e-3)
 
 
-def test_without_the_published_file_it_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(FILE, raising=False)
-    with pytest.raises(ValueError, match=rf"^{FILE} must name the published file .*, got '\.': "):
-        envelope("a")
-
-
 @pytest.mark.usefixtures("file")
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^task of an envelope must be one of a, got 'mnist'"):

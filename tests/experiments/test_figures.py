@@ -1,7 +1,6 @@
 """Figures and tables say what the records say."""
 
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -292,19 +291,6 @@ def test_plot_leaves_one_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert file.read_bytes().startswith(b"\x89PNG")
     labels = set(re.findall(r"\\mathdefault{(.*?)}\$", " ".join(found)))
     assert {"0.1", "1", "10", "100"} <= labels and not any("^" in text for text in labels)
-
-
-def test_full_disk_leaves_the_old_figure(folder: Path) -> None:
-    record = records.read_run(folder)
-    old = figures.plot(folder, record).read_bytes()
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
-    try:
-        with pytest.raises(OSError, match=r"can't write a figure: File too large: .*figure\.png'"):
-            figures.plot(folder, record)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert (folder / "figure.png").read_bytes() == old
 
 
 def test_drawing_leaves_the_users_backend(folder: Path) -> None:

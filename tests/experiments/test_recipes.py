@@ -130,12 +130,6 @@ def test_tables(table: str) -> None:
     assert len(recipes) == len(TABLES[table])
 
 
-def test_sets_name_recipes() -> None:
-    assert all(name in RECIPES for names in SETS.values() for name in names)
-    figures = {f"fig{number:02}" for number in range(3, 17)} - {"fig11"}  # that of meta-training
-    assert figures <= set(RECIPES)
-
-
 def test_grids_are_whole() -> None:
     """All values of appendix E, and the whole rectangle of figure 10."""
     for name in SETS["grids"]:

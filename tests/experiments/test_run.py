@@ -440,13 +440,6 @@ def test_a_method_that_fails_in_its_first_step_leaves_no_folder(tmp_path: Path) 
     assert not (tmp_path / "run").exists()
 
 
-def test_another_experiment_is_refused(whole: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds another, which differs in nt \(5, not 6\)"):
-        run(dataclasses.replace(tiny.recipe(), nt=6), whole, resume=True)
-    with pytest.raises(ValueError, match="lossguard plot shows it"):
-        run(tiny.recipe(), whole)
-
-
 def test_damaged_table_of_a_finished_method_is_named(whole: Path, tmp_path: Path) -> None:
     run_folder.open_folder(tmp_path / "run", as_config(tiny.recipe()))
     (tmp_path / "run" / "methods").mkdir()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from ..config import as_config
-from ..curves import COUNTERS, mark_loss, step_mean
+from ..curves import COUNTERS, mark_loss, over_seeds, step_mean
 from ..records import EVALUATIONS, Record, read_parquet
 from .recipes import FIRST, PAPERS
 
@@ -108,8 +108,8 @@ class FigureCurves:
 
 
 def _means(table: pl.DataFrame, column: str) -> dict[str, float]:
-    means = table.group_by("method").agg(pl.col(column).mean())
-    return {m: value if math.isfinite(value) else math.inf for m, value in means.iter_rows()}
+    means = over_seeds(table, column).items()
+    return {m: value if math.isfinite(value) else math.inf for m, value in means}
 
 
 class Evidence(NamedTuple):

@@ -29,7 +29,7 @@ from ..records import read_run
 from ..tasks.published import PUBLISHED, published_task
 from ..tasks.task import Task
 from .envelope import EVERY, Envelope, envelope, interquartile_mean, smoothed
-from .experiment import Experiment, Method, Methods, alone, learned_alone, ours, with_methods
+from .experiment import Experiment, Methods, alone, learned_alone, ours, with_methods
 
 LEARNED = {"LSTM": "lstm-mnist-mlp", "MLP": "mlp-small"}
 """What is measured, by its name in the tables."""
@@ -87,15 +87,10 @@ def task_methods(e: Experiment) -> Methods:
         own = replace(e, learned=weights)
         made |= {
             name: learned_alone(own),
-            f"{name}, rewind": rewound(own),
+            f"{name}, rewind": lambda w=weights: unguarded(rewind(pretrained(w)), nt=e.nt),
             f"{name}, guarded": ours(own, adam(e.adam_rate)),
         }
     return {name: lambda make=make: watched(make()) for name, make in made.items()}
-
-
-def rewound(e: Experiment) -> Method:
-    """The learned optimizer under ``rewind``."""
-    return lambda: unguarded(rewind(pretrained(e.learned)), nt=e.nt)
 
 
 def watched(guard: Guard, batches: int = 5) -> Guard:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from pages import STEPS, curves_of
 
 from lossguard import records, run_folder
-from lossguard.experiments import Experiment, figures, lines
+from lossguard.experiments import Experiment, figures
 from lossguard.experiments.experiment import paper_methods
 
 
@@ -33,14 +33,14 @@ def test_a_line_is_of_means_over_windows() -> None:
     """Down from the last step; up to 300 of each step. Bands are of all seeds, so averaged."""
     noise = np.random.default_rng(0).random((3, len(STEPS))).astype(np.float32)
     curves = curves_of({"L2O": 1.0}, seeds=3).with_columns(loss=pl.Series(noise.ravel()))
-    (one,) = lines.lines(curves).values()
+    one = figures.lines(curves, "steps")
     each = [naive_windows(STEPS.tolist(), loss) for loss in noise]
-    assert one.at["steps"].tolist() == sorted(each[0])
+    assert one["x"].to_list() == sorted(each[0])
     expected = np.array([[seed[step] for step in sorted(seed)] for seed in each])
-    for found, right in ((one.mean, np.mean), (one.low, np.min), (one.high, np.max)):
-        np.testing.assert_allclose(found, right(expected, axis=0), rtol=1e-6)
+    for name, right in (("loss", np.mean), ("low", np.min), ("high", np.max)):
+        np.testing.assert_allclose(one[name], right(expected, axis=0), rtol=1e-6)
     (axes,) = figures.draw(curves, "Title").axes[:1]
-    np.testing.assert_array_equal(axes.lines[0].get_ydata(), one.mean)
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), one["loss"])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e22])
@@ -49,11 +49,11 @@ def test_what_a_bad_loss_spoils_is_its_window(bad: float) -> None:
     curves = curves_of({"L2O": 1.0}, steps).with_columns(
         loss=pl.when(step=500, seed=1).then(bad).otherwise(0.1)
     )
-    (one,) = lines.lines(curves).values()
-    (spoiled,) = np.flatnonzero(~(one.high < 1))
-    assert one.at["steps"][spoiled - 1] < 500 <= one.at["steps"][spoiled]
-    assert np.isfinite(one.mean[spoiled]) == np.isfinite(bad) == np.isfinite(one.high[spoiled])
-    np.testing.assert_allclose(np.delete(one.mean, spoiled), 0.1, rtol=1e-6)
+    x, mean, high = figures.lines(curves, "steps").select("x", "loss", "high").to_numpy().T
+    (spoiled,) = np.flatnonzero(~(high < 1))
+    assert x[spoiled - 1] < 500 <= x[spoiled]
+    assert np.isfinite(mean[spoiled]) == np.isfinite(bad) == np.isfinite(high[spoiled])
+    np.testing.assert_allclose(np.delete(mean, spoiled), 0.1, rtol=1e-6)
 
 
 def test_draw_has_a_line_and_a_band_for_each_method() -> None:
@@ -69,7 +69,7 @@ def test_draw_has_a_line_and_a_band_for_each_method() -> None:
     for drawn, level in zip(first.lines, (1.0, 2.0, 3.0), strict=True):
         x, y = np.asarray(drawn.get_xdata()), np.asarray(drawn.get_ydata())
         assert set(x) <= set(STEPS) and (x[0], x[-1]) == (1, STEPS[-1])
-        exact = x < lines.SMOOTHED_FROM
+        exact = x < figures.SMOOTHED_FROM
         np.testing.assert_allclose(y[exact], 1.5 * level / np.sqrt(x[exact]), rtol=1e-6)
     assert second.get_ylabel() == "Led by" and len(second.lines) == 2
     x, use = (np.asarray(values) for values in second.lines[0].get_data())
@@ -89,8 +89,8 @@ def test_a_line_goes_on_with_the_seeds_that_do() -> None:
     assert x[-1] == STEPS[-1]
     np.testing.assert_allclose(y[:299], 1.5 / np.sqrt(x[:299]), rtol=1e-6)
     np.testing.assert_allclose(y[x > 500], 1 / np.sqrt(0.95 * x[x > 500]), rtol=0.01)
-    one = lines.lines(curves)["SGDnm"]
-    assert (one.low[-1], one.high[-1]) == (y[-1], y[-1]) and one.high[0] == 2 * one.low[0]
+    low, high = figures.lines(curves, "steps").filter(method="SGDnm").select("low", "high")
+    assert (low[-1], high[-1]) == (y[-1], y[-1]) and high[0] == 2 * low[0]
     table = figures.summary(records.Record(MERGED, {"seconds": SECONDS}, curves))
     assert table["us a step"].to_list() == ["727", "727"]  # four seconds and 5,500 steps
 
@@ -110,7 +110,7 @@ def test_a_variant_looks_like_its_method_but_dashed() -> None:
 def test_a_residual_guard_is_a_guard() -> None:
     """It decides without a forward pass."""
     curves = curves_of({"GL2O": 1.0, "SGDnm": 1.0})
-    assert lines.guards(curves) == ["GL2O"]
+    assert figures.guards(curves.filter(figures.LAST)) == ["GL2O"]
     figure = figures.draw(curves, "Title")
     losses, track = figure.axes
     assert [line.get_color() for line in track.lines] == [losses.lines[0].get_color()]
@@ -214,7 +214,7 @@ def test_nothing_leaves_where_no_first_loss_is_finite(first: float) -> None:
         .then(0)
         .otherwise("loss")
     )
-    assert lines.limits(lines.lines(curves).values()) == (None, None)
+    assert figures.draw(curves, "Title").axes[0].get_ylabel() == "Training loss"
 
 
 def test_a_method_that_diverged_is_drawn() -> None:
@@ -314,6 +314,6 @@ def test_methods_look_alike_in_all_figures() -> None:
         assert len({*drawn.values()}) == len(methods)
         colors.append(drawn["LGL2O"])
     assert colors[0] == colors[1] != colors[2]
-    known = lines.NAMED
+    known = figures.NAMED
     assert {*paper_methods(Experiment("any"))} == {*known}
-    assert len({*known}) == len(known) <= lines.COLORS
+    assert len({*known}) == len(known) <= figures.COLORS

@@ -23,8 +23,7 @@ from ..metatrain import figure as meta
 from ..records import EVALUATIONS, Record, read_parquet, read_runs
 from .claims import judge_claims
 from .evidence import has_settings
-from .figures import draw_run, summary
-from .lines import SMOOTHED_FROM
+from .figures import SMOOTHED_FROM, draw_run, summary
 from .recipes import PAPERS
 
 META = {

@@ -1,6 +1,9 @@
 """The benchmark on published tasks: made-up curves with known answers, and the command itself."""
 
+import json
+import os
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,16 +11,18 @@ import numpy as np
 import optax
 import polars as pl
 import pytest
+from scipy import stats
 
 import lossguard
 from lossguard import cli
 from lossguard.experiments import tasks
-from lossguard.experiments.envelope import FILE, Envelope, smoothed
+from lossguard.experiments.tasks import FILE, Envelope, envelope, interquartile_mean
 from lossguard.tasks import published
 from lossguard.tasks.dataset import Dataset, make_dataset
 
 HALVED = Envelope(np.array([0.0, 100_000]), np.array([1.0, 2.0**-100]))
 """It halves the loss every 1,000 steps."""
+FALLING = Envelope(np.array([0.0, 100, 200, 1_000]), 2.0 ** -np.array([0.0, 1, 2, 10]))
 
 
 def curves(last: int = 2_000, **methods: tuple[float, float]) -> pl.DataFrame:
@@ -54,13 +59,95 @@ def test_speedups_at_equal_steps_and_price() -> None:
     assert {mark for _, _, mark in found} == {500, 1_000, 2_000}
 
 
-def test_a_loss_that_is_not_finite_has_no_speedup() -> None:
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_has_no_speedup(bad: float) -> None:
     table = curves(Bad=(500, 1)).with_columns(
-        loss=pl.when(pl.col("step") > 700).then(float("nan")).otherwise(pl.col("loss"))
+        loss=pl.when(pl.col("step").is_between(700, 800)).then(bad).otherwise("loss")
     )
     found = {row.mark: row for row in tasks.rows("a", table, HALVED) if row.by == "steps"}
     assert found[500].speedup > 1
     assert found[1_000].speedup == 0 and found[1_000].loss == np.inf
+
+
+def test_smoothing_is_the_recursion_of_each_seed() -> None:
+    losses = np.random.default_rng(0).uniform(size=(2, 50))
+    table = curves(500, Any=(500, 1)).sort("seed", "step").with_columns(loss=losses.ravel())
+    smoothed = tasks.curves_of(table.sort("seed", "loss"), "Any").loss  # steps in any order
+    for row, made in zip(losses, smoothed, strict=True):
+        y = row[0]
+        for loss, value in zip(row, made, strict=True):
+            y = y if loss == row[0] else 0.95 * y + 0.05 * loss
+            assert value == pytest.approx(y)
+
+
+@pytest.mark.parametrize(
+    ("loss", "steps"),
+    [(0.5, 100), (2.0**-1.5, 150), (2.0**-6, 600), (1.5, 0), (0, 1_000), (np.inf, 0), (np.nan, 0)],
+)
+def test_steps_to_a_loss(loss: float, steps: float) -> None:
+    assert float(FALLING.steps_to(loss)) == pytest.approx(steps)
+
+
+def test_at_and_steps_to_are_inverse() -> None:
+    for step in (50.0, 150.0, 800.0):
+        assert float(FALLING.steps_to(FALLING.at(step))) == pytest.approx(step)
+
+
+def test_the_mean_is_of_the_middle_half() -> None:
+    scores = [np.array([0.0, 1.0, 2.0, 3.0]), np.array([4.0, 5.0, 6.0, 1_000.0])]
+    assert interquartile_mean(scores, draws=10)[0] == pytest.approx((2 + 3 + 4 + 5) / 4)
+
+
+def test_one_seed_has_no_interval() -> None:
+    value, low, high = interquartile_mean([np.array([1.0]), np.array([3.0])])
+    assert value == 2.0 and np.isnan([low, high]).all()
+
+
+def test_the_interval_draws_seeds_within_tasks_only() -> None:
+    """Tasks that differ, but whose seeds agree, leave no uncertainty; seeds that differ do."""
+    assert interquartile_mean([np.full(5, 1.0), np.full(5, 9.0)], draws=50) == (5.0, 5.0, 5.0)
+    rng = np.random.default_rng(1)
+    normal = [rng.normal(size=500) for _ in range(2)]
+    value, low, high = interquartile_mean(normal, draws=1_000)
+    # The asymptotic variance of a trimmed mean of normals is 1.19 / n for a quarter on each side.
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(1.19 / 1_000), rel=0.2)
+    assert low < value < high
+    assert value == pytest.approx(stats.trim_mean(np.concatenate(normal), 0.25))
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file as the published one, of one task."""
+    path = tmp_path / "baselines.json"
+    path.write_text(json.dumps({"a": [[0, 100], [2.0, 0.5]]}))
+    monkeypatch.setenv(FILE, str(path))
+    return path
+
+
+@pytest.mark.usefixtures("file")
+def test_it_is_read_from_the_published_file() -> None:
+    assert envelope("a").at(50) == pytest.approx(1.0)  # the geometric mean
+
+
+@pytest.mark.skipif(FILE not in os.environ, reason=f"{FILE} names no published file")
+@pytest.mark.parametrize("task", published.PUBLISHED)
+def test_the_published_file_has_every_task(task: str) -> None:
+    one = envelope(task)
+    assert one.steps[0] == 0 and one.steps[-1] == pytest.approx(100_000)
+    assert (np.diff(one.steps) > 0).all() and (np.diff(one.loss) <= 0).all()
+
+
+@pytest.mark.skipif(FILE not in os.environ, reason=f"{FILE} names no published file")
+def test_losses_are_those_of_the_published_file() -> None:
+    """Two that the file has, and whose they are."""
+    assert envelope("ImageMLP_FashionMnist_Relu128x128").at(978) == pytest.approx(0.373, abs=1e-3)
+    assert envelope("ImageMLP_Mnist_128x128x128_Relu").at(1_957) == pytest.approx(0.051, abs=1e-3)
+
+
+@pytest.mark.usefixtures("file")
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^task of an envelope must be one of a, got 'mnist'"):
+        envelope("mnist")
 
 
 def test_watched_losses_are_of_minibatches_that_are_not_trained_on() -> None:
@@ -141,7 +228,7 @@ def test_the_command(tmp_path, monkeypatch, capsys) -> None:
     recorded = pl.read_parquet(tmp_path / name / "curves.parquet")
     losses = recorded.filter(method="LSTM", seed=1)["loss"].to_numpy()[::10]
     row = numbers.filter(method="LSTM", seed=1, by="steps", mark=10)
-    assert row["loss"].item() == pytest.approx(smoothed(losses)[1], rel=1e-6)
+    assert row["loss"].item() == pytest.approx(0.95 * losses[0] + 0.05 * losses[1], rel=1e-6)
 
     monkeypatch.setattr(published, "load_dataset", None)
     cli.main()

@@ -2,10 +2,16 @@
 
 A speedup is the number of steps in which the published envelope reaches one's own loss, over one's
 own steps, or over one's own price: gradient evaluations + forward passes / 3.
+
+The published file is ``learned_optimization/baselines/data/speedup_over_multiple_baselines.json``
+of google/learned_optimization (commit 32186aa). It holds the lowest loss at each number of steps
+over Adam, Adam with two decays and RAdam, each at 15 rates.
 """
 
+import json
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -28,9 +34,13 @@ from ..learned.pretrained import pretrained
 from ..records import read_run
 from ..tasks.published import PUBLISHED, published_task
 from ..tasks.task import Task
-from .envelope import EVERY, Envelope, envelope, interquartile_mean, smoothed
+from ..validation import one_of
 from .experiment import Experiment, Methods, alone, learned_alone, ours, with_methods
 
+FILE = "LOSSGUARD_BASELINES"
+"""The environment variable that names the published file."""
+EVERY = 10
+"""Steps from one loss to the next."""
 LEARNED = {"LSTM": "lstm-mnist-mlp", "MLP": "mlp-small"}
 """What is measured, by its name in the tables."""
 MARKS = (500, 1_000, 2_000, 5_000, 10_000)
@@ -139,6 +149,48 @@ RECIPES = {name: partial(task_recipe, name) for name in PUBLISHED}
 """What ``lossguard benchmark tasks`` runs."""
 
 
+class Envelope(NamedTuple):
+    """The losses of one task."""
+
+    steps: np.ndarray
+    """[points], increasing from 0 to 100,000."""
+    loss: np.ndarray
+    """[points], the mean of five seeds, smoothed as in ``curves_of``; it never rises."""
+
+    def at(self, step: float) -> float:
+        """The loss at a step."""
+        return float(np.exp(np.interp(step, self.steps, np.log(self.loss))))
+
+    def steps_to(self, loss: np.ndarray | float) -> np.ndarray:
+        """Steps to a loss: 0 to one above the first or not finite, 100,000 at most."""
+        with np.errstate(divide="ignore"):  # a loss of 0
+            given = np.log(np.where(np.isfinite(loss), loss, np.inf))
+        return np.interp(given, np.log(self.loss)[::-1], self.steps[::-1])
+
+
+def envelope(task: str) -> Envelope:
+    """The published envelope of a task.
+
+    Args:
+        task: a name of ``lossguard.tasks.published.PUBLISHED``.
+
+    Raises:
+        ValueError: if ``LOSSGUARD_BASELINES`` names no file, or there is no such task in it.
+    """
+    path = Path(os.environ.get(FILE, ""))
+    if not path.is_file():
+        raise ValueError(
+            f"{FILE} must name the published file of baselines, got {str(path)!r}: "
+            "speedup_over_multiple_baselines.json of google/learned_optimization"
+        )
+    content = json.loads(path.read_text())
+    if task not in content:
+        raise ValueError(f"task of an envelope must be {one_of(content, task)}")
+    one = content[task]
+    steps, loss = one.values() if isinstance(one, dict) else one
+    return Envelope(np.array(steps, float), np.array(loss, float))
+
+
 class Curves(NamedTuple):
     """A method's losses, smoothed as those of the envelope."""
 
@@ -161,12 +213,15 @@ class Curves(NamedTuple):
 
 
 def curves_of(table: pl.DataFrame, method: str) -> Curves:
-    """From the curves of a run whose guards are ``watched``: one loss a cycle, taken before it."""
+    """From the curves of a run whose guards are ``watched``: one loss a cycle, taken before it.
+
+    Losses are smoothed, y <- 0.95 y + 0.05 loss from the first one on: they lag 190 steps.
+    """
+    smoothed = pl.col("loss").cast(pl.Float64).ewm_mean(alpha=0.05, adjust=False)
     rows = table.filter(pl.col("method") == method, pl.col("step") % EVERY == 0)
-    rows = rows.with_columns(price=PRICE)
+    rows = rows.with_columns(price=PRICE, loss=smoothed.over("seed", order_by="step"))
     seeds = [one.sort("step") for _, one in rows.group_by("seed", maintain_order=True)]
-    spent = np.array([one["price"].to_numpy() for one in seeds])
-    loss = smoothed(np.array([one["loss"].to_numpy() for one in seeds]))
+    spent, loss = (np.array([one[name].to_numpy() for one in seeds]) for name in ("price", "loss"))
     return Curves(
         steps=seeds[0]["step"].to_numpy() - EVERY,
         price=np.concatenate([np.zeros_like(spent[:, :1]), spent[:, :-1]], axis=1),
@@ -236,5 +291,30 @@ def _means(rows: pl.DataFrame) -> str:
 def _interquartile(rows: pl.DataFrame) -> str:
     """The interquartile mean of all tasks' and seeds' speedups, and its 95 % interval."""
     tasks = [of["speedup"].to_numpy() for _, of in rows.group_by("task", maintain_order=True)]
-    mean = interquartile_mean(tasks)
-    return f"{mean.value:.2f} ({mean.low:.2f}-{mean.high:.2f})"
+    return "{:.2f} ({:.2f}-{:.2f})".format(*interquartile_mean(tasks))
+
+
+def interquartile_mean(
+    scores: Sequence[np.ndarray], *, draws: int = 2_000
+) -> tuple[float, float, float]:
+    """The mean of the middle half of all scores (Agarwal et al., 2021, arXiv 2108.13264).
+
+    And the ends of its 95 % interval, when seeds are drawn again with replacement within each task.
+    As their package rliable computes them, which needs arch, pandas and seaborn beside SciPy.
+
+    Args:
+        scores: of each task, those of its seeds; of one seed there is no interval.
+        draws: of the bootstrap.
+    """
+    from scipy import stats  # takes a second to import, as all of SciPy
+
+    def middle(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
+        return stats.trim_mean(np.concatenate(tasks, axis=axis), 0.25, axis=axis)
+
+    if min(map(len, scores)) < 2:
+        return float(middle(*scores)), math.nan, math.nan
+    found = stats.bootstrap(
+        tuple(scores), middle, n_resamples=draws, method="percentile", rng=np.random.default_rng(0)
+    )
+    low, high = found.confidence_interval
+    return float(middle(*scores)), float(low), float(high)

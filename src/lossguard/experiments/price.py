@@ -43,7 +43,8 @@ LATE, BOUND = 1_000, 1.15
 """From this price on a guard is to be at most so many times slower than its fallback."""
 DRAWS = 200
 """Of seeds, for an interval."""
-
+COLUMNS = ("experiment", "method", "price", "slowdown", "low", "high", "ratio", "price_of_step")
+"""Of ``rows``, and of the CSV file."""
 TITLE = "slowdown S over the fallback (intervals are in the CSV file)"
 FALLBACK, LEARNED = "Fallback", "Learned"
 
@@ -157,24 +158,12 @@ def interval(each: Curve, reference: Curve, price: float) -> tuple[float, float]
     return float(low), float(high)
 
 
-class Row(NamedTuple):
-    """A method of an experiment at a price of the fallback alone."""
+def rows(folder: Path) -> Iterator[tuple[Any, ...]]:
+    """The ``COLUMNS`` of a finished run: its methods at prices of the fallback alone.
 
-    experiment: str
-    method: str
-    price: int
-    slowdown: float
-    low: float
-    """The interval of the slowdown."""
-    high: float
-    ratio: float
-    """Loss at equal price over the fallback's."""
-    price_of_step: float
-    """Mean price of a step from step 1,000 on, the dearest seed."""
-
-
-def rows(folder: Path) -> Iterator[Row]:
-    """All comparisons of a finished run with its fallback."""
+    ``low`` to ``high`` is the slowdown's interval, ``ratio`` the loss at equal price over the
+    fallback's.
+    """
     evaluations = read_parquet(folder / EVALUATIONS)
     fallback = curves(evaluations, FALLBACK)
     for method in evaluations["method"].unique(maintain_order=True).to_list():
@@ -184,7 +173,7 @@ def rows(folder: Path) -> Iterator[Row]:
             base = at(reference, price)
             if not np.isnan(base) and price * 1.1 <= own.price[-1]:
                 found = slowdown(own, reference, price), *interval(each, fallback, price)
-                yield Row(folder.name, method, price, *found, at(own, price) / base, cost)
+                yield folder.name, method, price, *found, at(own, price) / base, cost
 
 
 def price_of_step(evaluations: pl.DataFrame, method: str) -> float:
@@ -200,7 +189,8 @@ def price_of_step(evaluations: pl.DataFrame, method: str) -> float:
 
 def table(found: Mapping[str, Path]) -> tuple[Group, pl.DataFrame]:
     """A line for each experiment and method, and one for each method; and its rows as numbers."""
-    every = pl.DataFrame([row for folder in found.values() for row in rows(folder)], Row._fields)
+    made = [row for folder in found.values() for row in rows(folder)]
+    every = pl.DataFrame(made, COLUMNS, orient="row")
     shown = []
     for (experiment,), rows_of in every.group_by("experiment", maintain_order=True):
         marks = [mark for mark in MARKS if mark in rows_of["price"]]

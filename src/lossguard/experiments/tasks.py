@@ -45,6 +45,8 @@ LEARNED = {"LSTM": "lstm-mnist-mlp", "MLP": "mlp-small"}
 """What is measured, by its name in the tables."""
 MARKS = (500, 1_000, 2_000, 5_000, 10_000)
 """Steps and prices at which losses are compared."""
+COLUMNS = ("task", "method", "by", "mark", "seed", "loss", "speedup")
+"""Of ``rows``, and of the CSV file."""
 TUNED, ENVELOPE = "Tuned", "Published envelope"
 
 
@@ -229,21 +231,11 @@ def curves_of(table: pl.DataFrame, method: str) -> Curves:
     )
 
 
-class Row(NamedTuple):
-    """A seed of a method on a task at a mark."""
+def rows(task: str, table: pl.DataFrame, against: Envelope) -> list[tuple[Any, ...]]:
+    """The ``COLUMNS`` of a run: each seed of each method at marks in ``by``, "steps" or "price".
 
-    task: str
-    method: str
-    by: str
-    """What the mark counts: "steps" or "price"."""
-    mark: int
-    seed: int
-    loss: float
-    speedup: float
-
-
-def rows(task: str, table: pl.DataFrame, against: Envelope) -> list[Row]:
-    """All that a run has of its marks. Of what is tuned, the one that is best at each mark."""
+    Of what is tuned, the one that is best at each mark.
+    """
     tried: dict[str, list[Curves]] = {TUNED: []}
     for name in table["method"].unique(maintain_order=True).to_list():
         label = TUNED if name.rpartition(" ")[0] in HAND_MADE else name
@@ -255,7 +247,7 @@ def rows(task: str, table: pl.DataFrame, against: Envelope) -> list[Row]:
             continue
         losses = min(reached, key=np.mean)
         for seed, (loss, steps) in enumerate(zip(losses, against.steps_to(losses), strict=True)):
-            found.append(Row(task, method, by, mark, seed, float(loss), float(steps) / mark))
+            found.append((task, method, by, mark, seed, float(loss), float(steps) / mark))
     return found
 
 
@@ -263,7 +255,7 @@ def table(found: Mapping[str, Path]) -> tuple[Group, pl.DataFrame]:
     """What is printed, a table for each task and one of all; and its rows as numbers."""
     runs = {task: (read_run(folder).curves, envelope(task)) for task, folder in found.items()}
     made = [row for task, (curves, against) in runs.items() for row in rows(task, curves, against)]
-    every = pl.DataFrame(made, Row._fields, orient="row")
+    every = pl.DataFrame(made, COLUMNS, orient="row")
     shown = []
     for task, (_, against) in runs.items():
         one = _lines(task, every.filter(task=task), _means)

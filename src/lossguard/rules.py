@@ -18,7 +18,7 @@ BETWEEN = 4
 TRIAL_STEPS = 10
 """Optimizer steps of a trial, at least."""
 CLEARLY = 1 / 3
-"""The part by which y has to be below z if the first trial, level at its end, went on as long."""
+"""The part by which y has to be lower if the first trial, undecided at its end, went on as long."""
 PART = 0.6
 """The length of a trial, as a part of what trials may have cost by then."""
 STALL = 0.25

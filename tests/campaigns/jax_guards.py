@@ -129,7 +129,7 @@ def check(found: Any, name: str, options: dict[str, Any], double: bool) -> np.nd
     if name in ("recommended", "hedged"):
         price = np.cumsum(decisions.gradients, axis=1)
         most = (1 + share + min(1, 5 * share) if name == "recommended" else 2 + share) * k
-        wrong |= (price > most + np.sqrt(k) + 10 + 2 * nt).any(axis=1)
+        wrong |= (price > most + np.sqrt(k) + 2 * nt * -(-10 // nt) + nt).any(axis=1)
     if name == "recommended" and double:
         untried = (decisions.winner != 0).cumprod(axis=1).astype(bool) & is_finite(s, alone)
         differs = ~np.isclose(x, s, rtol=1e-6, atol=1e-9).all(axis=2)

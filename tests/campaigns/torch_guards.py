@@ -142,9 +142,10 @@ def guarded(rng: random.Random, kind: type) -> str:
                 assert all(t.isfinite().all() for t in before), "a model that isn't finite"
     if kind in (Recommended, Hedged) and not raised:
         price, k = sum(d.gradients for d in guard.history), guard.steps
-        share = options["share"]
+        nt, share = options["nt"], options["share"]
         most = (2 + share if kind is Hedged else 1 + share + min(1, 5 * share)) * k
-        assert price <= most + math.sqrt(k) + 10 + 2 * options["nt"], "a price above its bound"
+        first = nt * -(-10 // nt)
+        assert price <= most + math.sqrt(k) + 2 * first + nt, "a price above its bound"
     if kind in (Hedged, BestOf) and not raised and not bad and type(model[1]) is nn.Tanh:
         alone = Adam(twin.parameters(), lr=0.01)
         own = [float(step_of(twin, alone, batch)) for batch in batches]

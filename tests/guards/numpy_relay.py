@@ -120,10 +120,11 @@ class Relay:
             outcome = "lost"
             if self.trial.chance == 1:
                 self.trial.cycles, self.spent, outcome = 2 * self.trial.cycles, 0, "goes on"
-                self.trial.chance = 2
+                self.trial.chance, self.trial.to_beat = 2, np.mean(of_y)
                 self.events.add("tried again")
         if outcome == "won" and self.trial.chance == 2:
-            enough = np.mean(of_y) < np.mean(losses) * 2 / 3
+            level = min(np.mean(losses), self.trial.to_beat)
+            enough = np.mean(of_y) < level - abs(level) / 3
             outcome = "won" if enough else "lost"
             self.events.add("by a third" if enough else "by too little")
         if outcome != "goes on":

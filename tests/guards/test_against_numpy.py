@@ -146,10 +146,10 @@ RELAYS = [
         {"tried again", "by too little"},
     ),
     (
-        momentum(in_phases(0.03, 0.015, 200), 0.5),
+        momentum(in_phases(0.003, 0.1, 13)),
         momentum(decay(0.003)),
         4,
-        1,
+        0,
         {"tried again", "by a third"},
     ),
 ]

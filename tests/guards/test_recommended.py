@@ -13,6 +13,7 @@ from problems import trap
 from runs import play
 
 import lossguard
+from lossguard.guards.protocol import OWN
 
 NT, STEPS, SEEDS, SHARE = 10, 6_000, 4, 0.05
 CURVATURES = np.geomspace(1e-4, 1.0, 12, dtype=np.float32)
@@ -62,12 +63,26 @@ def steps_of_challengers(decisions):
 def test_challengers_have_a_share_of_the_steps(played) -> None:
     _, decisions, _ = played
     of_y, of_s, k = steps_of_challengers(decisions)
-    trial = 20
+    trial = 20  # 10 of them not charged; which no run here takes
     assert (of_y <= SHARE * k + np.sqrt(k) + trial).all() and (of_s <= 5 * SHARE * k + NT).all()
     price = (decisions.gradients + decisions.forwards / 3).cumsum(axis=-1)
     assert (price <= (1 + 7 * SHARE) * k + np.sqrt(k) + trial + NT).all()
     # With half the share they would not be bounds; test_against_numpy.py sees s exceed its share.
     assert (of_y > SHARE / 2 * k + np.sqrt(k) + trial).any() and (of_s > SHARE / 2 * k + NT).any()
+
+
+@pytest.mark.parametrize(("nt", "first"), [(1, 10), (3, 12), (50, 50)])
+def test_a_first_trial_that_decides_nothing_takes_as_long_again(nt, first) -> None:
+    """At no charge: the next comes when it would have come anyway. Here it is just not worse."""
+    guard = lossguard.recommended(optax.sgd(5e-5), optax.sgd(4e-5), nt=nt, share=0.0)
+    state = guard.init(jnp.ones(3))
+    cycles = 5 * first**2 // nt
+    _, decisions = lossguard.rollout(guard, state, lambda w, i: jnp.sum(w**2), cycles=cycles)
+    k, of_y = nt * np.arange(1, cycles + 1), decisions.learned_updates.cumsum()
+    assert int(decisions.winner[2 * first // nt]) == OWN
+    assert (of_y[k < 4 * first**2] == np.minimum(k, 2 * first)[k < 4 * first**2]).all()
+    assert of_y[-1] > 2 * first
+    assert (decisions.gradients.cumsum() <= k + np.sqrt(k) + 2 * first + nt).all()
 
 
 def test_where_the_fallback_loses_what_was_won_the_learned_optimizer_leads_again() -> None:

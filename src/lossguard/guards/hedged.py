@@ -48,8 +48,8 @@ def hedged(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) ->
     Arguments and errors are those of ``recommended``; ``share`` is for trials and probations.
 
     Price of a step, in gradients: 1 and at most ``share`` on the fallback's path, 2 and at most
-    2 ``share`` off it; sqrt(k) more in all. Memory: five copies of the parameters, two states of
-    the fallback, one of the learned optimizer.
+    2 ``share`` off it; sqrt(k) + 20 more in all. Memory: five copies of the parameters, two states
+    of the fallback, one of the learned optimizer.
 
     >>> import optax
     >>> guard = hedged(optax.sgd(0.4), optax.sgd(0.1))

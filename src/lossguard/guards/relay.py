@@ -48,7 +48,7 @@ class RelayState(NamedTuple):
     trial: Trial
     """Of y against z; or, on probation, of z against the point where y stalled."""
     trial_cost: Int[Array, ""]
-    """What trials and probations have cost, in gradients: a third for a forward pass."""
+    """What trials and probations are charged, in gradients: a third for a forward pass."""
     probation: Bool[Array, ""]
     """Whether z leads on probation."""
 
@@ -170,21 +170,23 @@ class Relay:
     ) -> RelayState:
         """After a cycle of a trial, if there is one: y takes over, it goes on, or it is over.
 
-        If the first one ends level it goes on for as long again, at no charge; then y has to be
-        lower by ``CLEARLY``.
+        If the first one decides nothing it goes on for as long again, at no charge. Then y also has
+        to end lower by ``CLEARLY`` than z, and than itself where that began.
         """
         won, lost = trials.outcome(trial, of_y)
-        nt, tried, level = len(of_y), trial.length > 0, of_z.mean()
+        nt, tried, mean = len(of_y), trial.length > 0, of_y.mean()
         first = -(-rules.TRIAL_STEPS // nt)
         age = jnp.where(trial.cycles == k // nt + 1, trial.cycles, 0)  # of the first one alone
         again = (age == first) & lost & trials.is_level(trial) & fine_y & fine_z
-        unclear = (age == 2 * first) & ~(of_y.mean() < level - rules.CLEARLY * jnp.abs(level))
+        level = jnp.minimum(of_z.mean(), trial.bound)
+        unclear = (age == 2 * first) & ~(mean < level - rules.CLEARLY * jnp.abs(level))
         won, lost = won & ~unclear, (lost & ~again) | unclear
-        trial = trial._replace(length=jnp.where(again, 2 * trial.length, trial.length))
+        longer = trial._replace(length=2 * trial.length, bound=mean.astype(trial.bound.dtype))
+        trial = select(again, longer, trial)
         won, lost = tried & fine_y & (won | ~fine_z), tried & (lost | ~fine_y)
         over = won | lost | ~tried
         none = trials.none(trial.total.dtype)
-        began = progresses.begin(of_y.mean(), k // rules.YOUTH)
+        began = progresses.begin(mean, k // rules.YOUTH)
         return state._replace(
             s=select(won & state.on_own, state.z, state.s),
             on_own=state.on_own & ~won,

@@ -33,7 +33,7 @@ class Hedged(GuardOfTwo):
         ValueError: if an argument isn't one of the above.
 
     Price of a step, in gradients: 1 and at most ``share`` on the fallback's path, 2 and at most
-    2 ``share`` off it; sqrt(k) more in all. Memory: four copies of the parameters and buffers
+    2 ``share`` off it; sqrt(k) + 20 more in all. Memory: four copies of the parameters and buffers
     beside the model, two states of the fallback, one of the learned optimizer.
 
     >>> import torch

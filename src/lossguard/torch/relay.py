@@ -39,7 +39,7 @@ class State(NamedTuple):
     trial: Trial = NONE
     """Of y against z; or, on probation, of z against the point where y stalled."""
     trial_cost: int = 0
-    """What trials and probations have cost, in gradients: a third for a forward pass."""
+    """What trials and probations are charged, in gradients: a third for a forward pass."""
     probation: bool = False
     """Whether z leads on probation."""
 
@@ -95,12 +95,12 @@ class Relay:
             trial = state.trial.after(of_y, losses)
             state = state._replace(trial=trial, trial_cost=state.trial_cost + self.nt)
             won, lost = trial.outcome(of_y)
-            first, level = -(-rules.TRIAL_STEPS // self.nt), mean(losses)
+            first, level = -(-rules.TRIAL_STEPS // self.nt), min(mean(losses), trial.bound)
             age = trial.cycles if trial.cycles * self.nt == k + self.nt else 0  # of the first alone
             if age == 2 * first and not mean(of_y) < level - rules.CLEARLY * abs(level):
                 won, lost = False, True
             if age == first and lost and trial.is_level and fine_y and fine_z:
-                longer = trial._replace(length=2 * trial.length)  # for as long again, at no charge
+                longer = trial._replace(length=2 * trial.length, bound=mean(of_y))  # at no charge
                 state = state._replace(trial=longer, trial_cost=0)
             elif fine_y and (won or not fine_z):
                 if state.on_own:

@@ -60,7 +60,11 @@ def test_other_files_name_the_version_of_pyproject() -> None:
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("no_such_guard_of_all", ""), ("recomended", r" \(did you mean recommended\?\)")],
+    [
+        ("no_such_guard_of_all", ""),
+        ("recomended", r" \(did you mean recommended\?\)"),
+        ("Rewind", r" \(lossguard.torch has it\)"),
+    ],
 )
 def test_a_name_that_is_not_there(name: str, hint: str) -> None:
     with pytest.raises(AttributeError, match=f"^lossguard has no '{name}'{hint}$"):

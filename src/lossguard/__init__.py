@@ -12,12 +12,15 @@ import lazy_loader
 from .extras import needed
 from .validation import nearest
 
+IN_TORCH = ("BestOf", "Hedged", "LossGuard", "Recommended", "ResidualGuard", "Rewind")
+"""Guards that are missed here."""
 _load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __version__ = metadata.version(__name__)
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
-        raise AttributeError(f"lossguard has no {name!r}{nearest(__all__, name)}", name=name)
+        hint = " (lossguard.torch has it)" if name in IN_TORCH else nearest(__all__, name)
+        raise AttributeError(f"lossguard has no {name!r}{hint}", name=name)
     with needed(f"lossguard.{name}"):
         return _load(name)

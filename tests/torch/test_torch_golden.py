@@ -234,6 +234,25 @@ def test_gradients_that_are_not_finite_ruin_no_lane(name):
     assert BROKEN[: NT * CYCLES].sum() > 5
 
 
+@pytest.mark.parametrize("name", ["recommended", "hedged"])
+def test_minibatches_without_a_finite_loss_are_passed_over(name):
+    """A fifth of them: the run goes on as without, and learns."""
+    (learned, make_learned), (fallback, make_fallback) = adam(0.02), adam(0.003)
+    ours = {"recommended": Recommended, "hedged": Hedged}[name]
+    lost = rng.random(len(X)) < 0.2
+    winners = assert_same(
+        in_torch(
+            lambda params: ours(make_learned(params), make_fallback(params), model=None, nt=NT),
+            loss_of=lambda params, i: loss_of(params, i) * (math.nan if lost[i] else 1.0),
+        ),
+        in_jax(
+            getattr(lossguard, name)(learned, fallback, nt=NT),
+            lambda params, i: objective(params, i) * jnp.where(jnp.asarray(lost)[i], jnp.nan, 1.0),
+        ),
+    )
+    assert winners == [0] * CYCLES
+
+
 @pytest.mark.parametrize("pair", ["bold sgd over adam", "late"])
 @pytest.mark.parametrize("name", ["recommended", "hedged"])
 def test_minibatches_that_are_lost(name, pair):

@@ -76,7 +76,7 @@ def cycle(
     was, led_by_s, runs = inner.relay, inner.regret > 0, ~inner.relay.on_own
     edited = was._replace(s=was.s._replace(params=x))
     start = select(led_by_s, edited, lead_from(was, x))
-    state, decision, of_s, fine_s = relay.step(start, runs, now)
+    state, decision, of_s, fine_s, void = relay.step(start, runs, now)
     x = leader(state)
     renewed = Lane(x, renew(relay.fallback, x, state.s.state))
     state = state._replace(s=select(fine_s, state.s, renewed))
@@ -93,7 +93,7 @@ def cycle(
     state = go_back(state, back, of_s.mean())
     decision = decision._replace(
         used_learned=decision.used_learned & ~leads,
-        losses=jnp.where(leads, of_s, decision.losses),
+        losses=jnp.where(void, jnp.nan, jnp.where(leads, of_s, decision.losses)),
         winner=jnp.where(leads | back, OWN, decision.winner).astype(jnp.int32),
     )
     after = HedgedState(state, *(jnp.where(back, 0, one) for one in (regret, away, behind)))

@@ -103,17 +103,36 @@ def run_if(
 ) -> tuple[Lane, Float[Array, " nt"], Bool[Array, ""]]:
     """nt steps of a lane, its losses, and whether it is fine; if not, it stays where it was.
 
-    Where it doesn't run: nothing is computed, NaN, and it is.
+    It is if its parameters are finite, and one of its losses at least. Where it doesn't run:
+    nothing is computed, NaN, and it is.
     """
 
     def run(lane: Lane) -> tuple[Lane, Array, Array]:
         (after,), (losses,) = train([optimizer], [lane], now)
-        fine = is_fine(after, losses, lane.params)
+        fine = is_sound(after.params, lane.params) & jnp.isfinite(losses).any()
         params = select(fine, after.params, lane.params)
         return Lane(params, renew_if_unsound(optimizer, params, after.state)), losses, fine
 
     idle = jnp.full(now.nt, jnp.nan, now.dtype)
     return jax.lax.cond(runs, run, lambda lane: (lane, idle, jnp.array(True)), lane)
+
+
+def passed_over(
+    *losses: Float[Array, " nt"],
+) -> tuple[Bool[Array, " nt"], list[Float[Array, " nt"]]]:
+    """Minibatches on which no lane has a finite loss, and losses that have a lane's mean there.
+
+    Such a minibatch is itself to blame, and tells nothing. Lanes that don't run have NaN, and keep
+    it, as one does that has no finite loss.
+    """
+    void = ~jnp.stack([jnp.isfinite(one) for one in losses]).any(axis=0)
+
+    def filled(losses: Array) -> Array:
+        finite = jnp.isfinite(losses)
+        mean = jnp.where(finite, losses, 0).sum() / finite.sum(dtype=losses.dtype)
+        return jnp.where(void, mean, losses)
+
+    return void, [filled(one) for one in losses]
 
 
 def losses_at(points: Sequence[Params], now: Cycle) -> Float[Array, "nt points"]:

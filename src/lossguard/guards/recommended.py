@@ -96,7 +96,7 @@ def cycle(
     """The relay, and s if it is due."""
     on_own = inner.relay.on_own
     runs = ~on_own & is_due(inner, now.k, relay.share)
-    state, decision, of_s, fine_s = relay.step(lead_from(inner.relay, x), runs, now)
+    state, decision, of_s, fine_s, void = relay.step(lead_from(inner.relay, x), runs, now)
 
     heard = runs & fine_s
     against = select(heard, trials.add(inner.against, of_s, decision.losses), inner.against)
@@ -114,7 +114,8 @@ def cycle(
         progress=progress,
         against=select(heard & (won | lost), trials.unbounded(against.bound), against),
     )
-    return leader(state), after, decision._replace(winner=winner)
+    losses = jnp.where(void, jnp.nan, decision.losses)
+    return leader(state), after, decision._replace(winner=winner, losses=losses)
 
 
 def is_due(inner: RecommendedState, k: Int[Array, ""], share: float) -> Bool[Array, ""]:

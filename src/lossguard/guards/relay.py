@@ -16,10 +16,17 @@ from .. import rules
 from . import progress as progresses
 from . import trial as trials
 from .cycle import Cycle, sum_dtype
-from .lanes import Lane, Optimizer, losses_if, run_if
+from .lanes import Lane, Optimizer, losses_if, passed_over, run_if
 from .progress import Progress
 from .protocol import FALLBACK, LEARNED, OWN, Decision, Params, advance
-from .soundness import advance_schedules, check_schedules, renew, select, with_sound_gradients
+from .soundness import (
+    advance_schedules,
+    all_finite,
+    check_schedules,
+    renew,
+    select,
+    with_sound_gradients,
+)
 from .trial import Trial
 
 
@@ -94,12 +101,12 @@ class Relay:
 
     def step(
         self, state: RelayState, s_runs: Bool[Array, ""], now: Cycle
-    ) -> tuple[RelayState, Decision, Float[Array, " nt"], Bool[Array, ""]]:
+    ) -> tuple[RelayState, Decision, Float[Array, " nt"], Bool[Array, ""], Bool[Array, " nt"]]:
         """One cycle. A gradient that isn't finite is one of 0.
 
         Returns:
-            The state, the decision, the losses of s (NaN if it didn't run), and whether s stayed
-            finite if it ran.
+            The state, the decision, the losses of s (NaN if it didn't run), whether s stayed
+            finite if it ran, and the minibatches that are passed over: there losses are a mean.
         """
         nt, leads, dtype = now.nt, state.learned_leads, state.level.dtype
         sound = with_sound_gradients(now.objective, state.z.params, now.i)
@@ -109,6 +116,18 @@ class Relay:
         z, of_z, fine_z = run_if(~leads, self.fallback, state.z, now)
         y_after, of_y, fine_y = run_if(leads | tried, self.learned, y, now)
         s, of_s, fine_s = run_if(s_runs, self.fallback, state.s, now)
+        void, (of_y, of_z, of_s) = passed_over(of_y, of_z, of_s)
+        fine_y &= all_finite(of_y) | ~(leads | tried)
+        fine_z &= all_finite(of_z) | leads
+        fine_s &= all_finite(of_s) | ~s_runs
+        y_after, z, s = (
+            after._replace(params=select(fine, after.params, before.params))
+            for fine, after, before in (
+                (fine_y, y_after, y),
+                (fine_z, z, state.z),
+                (fine_s, s, state.s),
+            )
+        )
 
         losses = jnp.where(leads, of_y, of_z)
         progress = progresses.add(state.progress, losses.mean(), nt)
@@ -122,6 +141,7 @@ class Relay:
             trial_cost=advance(state.trial_cost, spent),
         )
         of_stall = losses_if(state.probation, state.y.params, now)
+        of_stall = jnp.where(void, of_z, of_stall)
         sides = select(state.probation, (of_z, of_stall), (of_y, losses))
         trial = trials.add(trial, *sides)
         ended = self._end_trial(after, trial, of_y, of_z, fine_y, fine_z, now.k)
@@ -143,7 +163,7 @@ class Relay:
             forwards=nt * state.probation.astype(jnp.int32),
             learned_updates=nt * (leads | tried).astype(jnp.int32),
         )
-        return after, decision, of_s, fine_s
+        return after, decision, of_s, fine_s, void
 
     def _begin_trial(self, state: RelayState, now: Cycle) -> tuple[Lane, Trial]:
         """y at x with a fresh state, if a trial is due; and the trial."""

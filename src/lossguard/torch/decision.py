@@ -1,8 +1,8 @@
 """What a cycle has shown of the lanes, and what a guard decided at its end."""
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Self
 
 LEARNED, FALLBACK, OWN, NEITHER = 0, 1, 2, -1
 """``Decision.winner``: the learned optimizer's lane, the fallback's from x, the fallback's own; or
@@ -22,6 +22,23 @@ class Seen(NamedTuple):
     def fine(self) -> bool:
         """Whether the losses are finite as well."""
         return self.finite and all(map(math.isfinite, [*self.losses, *self.checks]))
+
+
+def passed_over(seen: Mapping[str, Seen]) -> tuple[list[bool], dict[str, Seen]]:
+    """Minibatches on which no lane has a finite loss, and losses that have a lane's mean there.
+
+    Such a minibatch is itself to blame, and tells nothing. A lane without a finite loss keeps them.
+    """
+    shown = [one.losses for one in seen.values() if one.losses]
+    void = [not any(map(math.isfinite, losses)) for losses in zip(*shown, strict=True)]
+
+    def filled(losses: list[float]) -> list[float]:
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        if not finite:
+            return losses
+        return [mean(finite) if skip else loss for skip, loss in zip(void, losses, strict=True)]
+
+    return void, {name: one._replace(losses=filled(one.losses)) for name, one in seen.items()}
 
 
 class Decision(NamedTuple):
@@ -56,6 +73,11 @@ class Decision(NamedTuple):
     finite_learned: bool = True
     finite_fallback: bool = True
     jumped: bool = False
+
+    def without(self, void: Sequence[bool]) -> Self:
+        """The same with the losses of these minibatches NaN."""
+        losses = zip(void, self.losses, strict=True)
+        return self._replace(losses=[math.nan if skip else loss for skip, loss in losses])
 
     def price(self, u: float = 0.0) -> float:
         """Gradients + forward passes / 3 + learned updates times u: what was spent, in gradients.

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from lossguard.rules import DECAY, PATIENCE, STRETCH
-from lossguard.torch.decision import OWN, Decision, Seen, mean
+from lossguard.torch.decision import OWN, Decision, Seen, mean, passed_over
 from lossguard.torch.guard import GuardOfTwo
 from lossguard.torch.lane import Lane
 
@@ -57,8 +57,9 @@ class Hedged(GuardOfTwo):
         return self._relay.begin(self.steps, not self._relay.state.on_own)
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
+        void, seen = passed_over(seen)
         s, relay, leader = seen.get("s"), self._relay, None
-        decision = relay.settle(seen, self.steps)
+        decision = relay.settle(seen, void, self.steps)
         if s is not None and self._follow(decision.losses, s):
             own = [False] * self.nt
             decision = decision._replace(winner=OWN, losses=s.losses, used_learned=own)
@@ -68,7 +69,7 @@ class Hedged(GuardOfTwo):
                 relay.go_back(mean(s.losses))
                 self._regret, self._away, self._behind = 0.0, 0, 0
         self._lead(leader or relay.leader)
-        return decision
+        return decision.without(void)
 
     def _follow(self, losses: Sequence[float], s: Seen) -> bool:
         """Add up how x has done against s; whether s leads."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from lossguard.rules import BELOW, MORE
-from lossguard.torch.decision import OWN, Decision, Seen, mean
+from lossguard.torch.decision import OWN, Decision, Seen, mean, passed_over
 from lossguard.torch.guard import GuardOfTwo
 from lossguard.torch.lane import Lane
 from lossguard.torch.losses import UNBOUNDED, Progress
@@ -79,8 +79,9 @@ class Recommended(GuardOfTwo):
         return lanes
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
+        void, seen = passed_over(seen)
         s, relay, on_own = seen.get("s"), self._relay, self._relay.state.on_own
-        decision = relay.settle(seen, self.steps)
+        decision = relay.settle(seen, void, self.steps)
         own = seen["z"] if on_own else s
         if own is not None:
             self._own_steps += self.nt
@@ -97,4 +98,4 @@ class Recommended(GuardOfTwo):
         elif s is not None:
             relay.s.go_back()
         self._lead(relay.leader)
-        return decision
+        return decision.without(void)

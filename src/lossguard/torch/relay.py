@@ -9,7 +9,7 @@ The rules are those of ``lossguard.recommended`` and ``lossguard.hedged``.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from lossguard import rules
@@ -79,8 +79,11 @@ class Relay:
         runs = (self.y, leads or trial != NONE), (self.z, not leads), (self.s, s_runs)
         return [lane for lane, one_runs in runs if one_runs and not lane.live]
 
-    def settle(self, seen: Mapping[str, Seen], k: int) -> Decision:
-        """After the cycle: who leads, and what is to be told of it."""
+    def settle(self, seen: Mapping[str, Seen], void: Sequence[bool], k: int) -> Decision:
+        """After the cycle: who leads, and what is to be told of it.
+
+        ``void`` are the minibatches that are passed over: there losses are a mean.
+        """
         y, z, state, led = seen.get("y"), seen.get("z"), self.state, self.state.learned_leads
         stalled, y = (y, None) if state.probation else (None, y)
         fine_y, fine_z = y is None or y.fine, z is None or z.fine
@@ -90,7 +93,8 @@ class Relay:
         if fine_y if led else fine_z:
             state = state._replace(progress=state.progress.after(mean(losses), self.nt))
         if stalled is not None:
-            state = self._end_probation(state, state.trial.after(losses, stalled.checks), fine_z, k)
+            checks = [z if v else y for v, z, y in zip(void, losses, stalled.checks, strict=True)]
+            state = self._end_probation(state, state.trial.after(losses, checks), fine_z, k)
         elif state.trial != NONE:
             trial = state.trial.after(of_y, losses)
             state = state._replace(trial=trial, trial_cost=state.trial_cost + self.nt)

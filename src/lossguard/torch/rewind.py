@@ -55,7 +55,7 @@ class RewindEvent(NamedTuple):
         """One line, for a log."""
         did = {
             "return": f"threw {self.thrown} steps away and goes on at {self.scale:.3g} of the rate",
-            "unanswered": "has no steps left that it may throw away, and goes on",
+            "unanswered": "goes on: its budget is spent, or three returns were no help",
             "buffers": "set back the buffers, which were not finite",
         }[self.kind]
         return f"Rewind {did} (cause: {self.cause}, call {self.call})"

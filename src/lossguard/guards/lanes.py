@@ -135,6 +135,21 @@ def passed_over(
     return void, [filled(one) for one in losses]
 
 
+def keep_if_fine(
+    after: Lane,
+    before: Lane,
+    losses: Float[Array, " nt"],
+    fine: Bool[Array, ""],
+    ran: Bool[Array, ""],
+) -> tuple[Lane, Bool[Array, ""]]:
+    """A lane after ``run_if`` and ``passed_over``, and whether it is fine; if not, it stays, too.
+
+    It isn't if it ran and has a loss left that is not finite, where another lane's is.
+    """
+    fine &= all_finite(losses) | ~ran
+    return after._replace(params=select(fine, after.params, before.params)), fine
+
+
 def losses_at(points: Sequence[Params], now: Cycle) -> Float[Array, "nt points"]:
     """The loss of each point on each minibatch of a cycle: forward passes only."""
 

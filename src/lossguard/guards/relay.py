@@ -16,17 +16,10 @@ from .. import rules
 from . import progress as progresses
 from . import trial as trials
 from .cycle import Cycle, sum_dtype
-from .lanes import Lane, Optimizer, losses_if, passed_over, run_if
+from .lanes import Lane, Optimizer, keep_if_fine, losses_if, passed_over, run_if
 from .progress import Progress
 from .protocol import FALLBACK, LEARNED, OWN, Decision, Params, advance
-from .soundness import (
-    advance_schedules,
-    all_finite,
-    check_schedules,
-    renew,
-    select,
-    with_sound_gradients,
-)
+from .soundness import advance_schedules, check_schedules, renew, select, with_sound_gradients
 from .trial import Trial
 
 
@@ -117,17 +110,9 @@ class Relay:
         y_after, of_y, fine_y = run_if(leads | tried, self.learned, y, now)
         s, of_s, fine_s = run_if(s_runs, self.fallback, state.s, now)
         void, (of_y, of_z, of_s) = passed_over(of_y, of_z, of_s)
-        fine_y &= all_finite(of_y) | ~(leads | tried)
-        fine_z &= all_finite(of_z) | leads
-        fine_s &= all_finite(of_s) | ~s_runs
-        y_after, z, s = (
-            after._replace(params=select(fine, after.params, before.params))
-            for fine, after, before in (
-                (fine_y, y_after, y),
-                (fine_z, z, state.z),
-                (fine_s, s, state.s),
-            )
-        )
+        y_after, fine_y = keep_if_fine(y_after, y, of_y, fine_y, leads | tried)
+        z, fine_z = keep_if_fine(z, state.z, of_z, fine_z, ~leads)
+        s, fine_s = keep_if_fine(s, state.s, of_s, fine_s, s_runs)
 
         losses = jnp.where(leads, of_y, of_z)
         progress = progresses.add(state.progress, losses.mean(), nt)
@@ -246,8 +231,8 @@ class Relay:
     ) -> RelayState:
         """After a cycle that y led: it leads on, or z goes on from x or from the snapshot.
 
-        Where it wasn't finite y takes the cycle back, as a minibatch may be to blame, if some
-        losses were finite; the second time at a stretch it is over.
+        Where it wasn't fine y takes the cycle back if some losses were finite; the second time at
+        a stretch it is over.
 
         From where y stalls z leads on probation, for ``share`` of the steps so far if these are
         ``SETTLED`` cycles, unless a second lead of y was no use.

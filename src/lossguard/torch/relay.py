@@ -93,7 +93,8 @@ class Relay:
         if fine_y if led else fine_z:
             state = state._replace(progress=state.progress.after(mean(losses), self.nt))
         if stalled is not None:
-            checks = [z if v else y for v, z, y in zip(void, losses, stalled.checks, strict=True)]
+            pairs = zip(void, losses, stalled.checks, strict=True)
+            checks = [of_z if skip else of_stall for skip, of_z, of_stall in pairs]
             state = self._end_probation(state, state.trial.after(losses, checks), fine_z, k)
         elif state.trial != NONE:
             trial = state.trial.after(of_y, losses)
@@ -167,8 +168,8 @@ class Relay:
     def _keep_or_hand_over(self, state: State, fine: bool, some: bool, k: int) -> State:
         """After a cycle that y led: it leads on, or z goes on from x or from the snapshot.
 
-        Where it wasn't finite y takes the cycle back, as a minibatch may be to blame, if some
-        losses were finite; the second time at a stretch it is over.
+        Where it wasn't fine y takes the cycle back if some losses were finite; the second time at
+        a stretch it is over.
 
         From where y stalls z leads on probation, for ``share`` of the steps so far if these are
         ``SETTLED`` cycles, unless a second lead of y was no use.

@@ -149,6 +149,12 @@ def test_derivatives_of_every_kind_are_0_where_a_gradient_is_not_finite(w) -> No
         np.testing.assert_allclose(jax.hessian(root)(w, 0), curvature, rtol=1e-6)
 
 
+def test_an_objective_may_return_a_python_number() -> None:
+    constant = with_sound_gradients(lambda w, i: 1.5, jnp.ones(2), 0)
+    value, gradient = jax.value_and_grad(constant)(jnp.ones(2), 0)
+    assert value == 1.5 and not gradient.any()
+
+
 def test_an_objective_may_come_to_close_over_something_else() -> None:
     def objective(w, i):
         return jnp.sum((w - target) ** 2)

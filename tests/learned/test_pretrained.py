@@ -143,6 +143,8 @@ def test_wrong_name_lists_the_right_ones(monkeypatch: pytest.MonkeyPatch, saved:
         pretrained("mime")
     with pytest.raises(ValueError, match=r"^learned optimizer must be one of mine, .*, got"):
         pretrained("../mine")
+    with pytest.raises(ValueError, match=r"^learned optimizer must be a str such as 'mlp-small', "):
+        pretrained(None)  # pyright: ignore
 
 
 @pytest.mark.parametrize("kept", [0, 4, 8, 9, 300, -1])

@@ -63,7 +63,7 @@ def with_sound_gradients(objective: Objective, params: Params, i: Any) -> Object
     closed, rest = eqx.partition(eqx.filter_closure_convert(objective, params, i), eqx.is_array)
 
     def converted(params: Params, i: Any, closed: PyTree) -> Array:
-        return eqx.combine(closed, rest)(params, i)
+        return jnp.asarray(eqx.combine(closed, rest)(params, i))  # some return Python's numbers
 
     @jax.custom_jvp
     def sound(params: Params, others: tuple) -> Array:

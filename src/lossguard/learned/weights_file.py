@@ -31,7 +31,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from .. import checksums
-from ..validation import check_lstm, check_positive, one_of
+from ..validation import check_kind, check_lstm, check_positive, one_of
 from .mlp_features import FACTORED_DECAYS, FEATURES, MOMENTUM_DECAYS, OUTPUTS, SCALING, TIMES
 
 SUFFIX = ".safetensors"
@@ -84,7 +84,8 @@ def pretrained_path(name: str) -> Path:
 
 def path_of(name: str | os.PathLike[str]) -> Path:
     """The file of one of ``pretrained_names()``, or the path of another that ends in ``SUFFIX``."""
-    name = os.fspath(name)
+    name = os.fspath(name) if isinstance(name, os.PathLike) else name
+    check_kind("learned optimizer", name, str, "'mlp-small'")
     return Path(name) if name.endswith(SUFFIX) else pretrained_path(name)
 
 

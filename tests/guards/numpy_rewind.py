@@ -23,7 +23,7 @@ class Rule:
         self.block = window // 4
         self.path: list[float] = []
         self.trusted, self.candidate = 0, None
-        self.reference, self.start = math.inf, None
+        self.reference, self.early, self.start = math.inf, math.inf, None
         self.score, self.in_block, self.ramp = 0, 0, self.block
         self.in_a_row, self.cap, self.last_return = 0, 1.0, None
         self.calls = self.thrown = self.returns = self.skipped = 0
@@ -37,9 +37,10 @@ class Rule:
     @property
     def threshold(self) -> float:
         """Losses above it speak against the run."""
+        lowest = min(self.reference, self.early)
         if self.start is None or not math.isfinite(self.start):
-            return self.reference
-        return self.reference + self.rise * max(0.0, self.start - self.reference)
+            return lowest
+        return lowest + self.rise * max(0.0, self.start - lowest)
 
     def tell(self, loss: float, sound: bool = True, late: int = 0) -> str:
         """One loss, and whether it and the step from where it was measured are finite.
@@ -56,7 +57,7 @@ class Rule:
             if self.in_a_row < 3 and self.thrown + age <= allowed:
                 self._go_back(age)
                 return "return"
-            self.in_a_row, self.reference = 0, math.inf
+            self.in_a_row, self.reference, self.early = 0, math.inf, math.inf
         if not sound:
             self.skipped += 1
             return "skip"
@@ -77,16 +78,21 @@ class Rule:
         del self.path[self.trusted :]
 
     def _end_block(self) -> None:
-        losses = self.path[-self.block :]
+        losses, early = self.path[-self.block :], math.inf
         if self.start is None:
             self.start = sorted(losses[: self.block // 8])[(self.block // 8 - 1) // 2]
+            early = self._bound(losses[3 * self.block // 4 :])
         if self.score <= self.block // 8:
-            median, high = (sorted(losses)[math.ceil(q * self.block) - 1] for q in (0.5, 0.95))
-            self.reference = min(self.reference, median + 2 * (high - median))
+            self.reference, self.early = min(self.reference, self._bound(losses)), early
             if self.candidate is not None:
                 self.trusted, self.in_a_row = self.candidate, 0
         self.candidate = len(self.path)
         self.in_block = 0
+
+    @staticmethod
+    def _bound(losses: list[float]) -> float:
+        median, high = (sorted(losses)[math.ceil(q * len(losses)) - 1] for q in (0.5, 0.95))
+        return median + 2 * (high - median)
 
 
 class Run:

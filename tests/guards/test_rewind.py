@@ -128,13 +128,29 @@ def false_alarms(steps: int, window: int = 256) -> float:
 
     With B = window / 4, on the event that each of the steps / B blocks has its 0.95 quantile at
     level v of the distribution at least, the score is at most a random walk that goes up with
-    probability 1 - v: an excursion of it reaches B / 2 with probability ((1 - v) / v)^(B / 2).
+    probability 1 - v: an excursion of it reaches B / 2 with probability ((1 - v) / v)^(B / 2). The
+    threshold of the first block's last quarter may be at a lower level, but only in the second
+    block unless that ends at a score above B / 8; what follows begins at that score at most.
     """
-    block = window // 4
+    block, levels = window // 4, np.linspace(0.005, 0.995, 199)
     rank = -(-19 * block // 20)
-    v = np.linspace(0.51, 0.99, 200)
-    low = steps / block * stats.beta.cdf(v, rank, block + 1 - rank)
-    return (low + steps * ((1 - v) / v) ** (block // 2)).min()
+    after_early = np.array([passes_a_block(block, 1 - v) for v in levels - levels[0]])
+    quarter = block // 4  # of which the quantile is the highest
+    early = np.cumsum(after_early * np.diff(levels**quarter, prepend=0))
+    low = steps / block * stats.beta.cdf(levels, rank, block + 1 - rank)
+    ratio = (1 - levels) / levels
+    return (low + early + steps * ratio ** (block // 2) + ratio ** (3 * block // 8)).min()
+
+
+def passes_a_block(block: int, up: float) -> float:
+    """The probability that the score reaches block / 2 within a block, or ends above block / 8."""
+    at = np.zeros(block // 2 + 1)
+    at[0] = 1
+    for _ in range(block):
+        after = np.concatenate([[at[0] * (1 - up)], at[:-2] * up, [at[-1] + at[-2] * up]])
+        after[:-2] += at[1:-1] * (1 - up)
+        at = after
+    return at[block // 8 + 1 :].sum()
 
 
 def test_false_alarms_are_rare_for_every_distribution():
@@ -214,6 +230,13 @@ def test_it_sees_a_rise_of_four_deviations_of_the_noise(deviations, returns):
     )
     _, state = told(lossguard.rewind(optax.sgd(1.0)), level + 0.2 * rng.standard_normal(len(level)))
     assert state.returns == returns
+
+
+@pytest.mark.parametrize("at", [70, 90, 110])
+def test_it_sees_a_spike_in_the_second_block_of_a_run_that_fell_within_the_first(at):
+    fast = 0.5 + 2 * np.exp(-np.arange(at) / 15)
+    _, state = TOLD([*fast, *[1.5] * 40])
+    assert state.returns == 1 and state.last_return == at + 32
 
 
 def test_where_it_goes_back_to_and_how_it_goes_on():

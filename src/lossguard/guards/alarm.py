@@ -2,7 +2,8 @@
 
 A block is B losses of steps that were taken. Letters: m and q the median and the 0.95 quantile of a
 block; a the level at the start, the median of the first B // 8 losses; r the reference, the lowest
-m + 2 (q - m) of all blocks that ended in calm. The threshold is
+m + 2 (q - m) of all blocks that ended in calm. Losses fall so fast in the first block that its last
+quarter counts as a block as well, until another block has ended in calm. The threshold is
 
     r + rise * max(0, a - r)
 
@@ -29,6 +30,8 @@ class Alarm(NamedTuple):
     """a, the level at the start; NaN before the end of the first block."""
     reference: Float[Array, ""]
     """r; infinite before the end of the first block, and after ``forget``."""
+    early: Float[Array, ""]
+    """That of the first block's last quarter, while it counts; else infinite."""
     score: Int[Array, ""]
     """Losses above the threshold, less those below it; 0 at least."""
 
@@ -51,16 +54,18 @@ class Alarm(NamedTuple):
 def silent(block: int, dtype: jnp.dtype) -> Alarm:
     """An alarm that has heard nothing."""
     unknown, highest = jnp.array(jnp.nan, dtype), jnp.array(jnp.inf, dtype)
-    return Alarm(jnp.zeros(block, dtype), jnp.int32(0), unknown, highest, jnp.int32(0))
+    none = jnp.int32(0)
+    return Alarm(jnp.zeros(block, dtype), none, unknown, highest, highest, none)
 
 
 def hear(
     alarm: Alarm, loss: Float[Array, ""], sound: Bool[Array, ""], rise: float | Float[Array, ""]
 ) -> Alarm:
     """Count one loss. It counts if it is high, or ``sound`` is false."""
-    progress = alarm.start - alarm.reference
+    reference = jnp.minimum(alarm.reference, alarm.early)
+    progress = alarm.start - reference
     margin = jnp.where(progress > 0, rise * progress, 0)  # of NaN and -inf: 0
-    counts = ~sound | ~(loss <= alarm.reference + margin)
+    counts = ~sound | ~(loss <= reference + margin)
     return alarm._replace(score=jnp.maximum(alarm.score + jnp.where(counts, 1, -1), 0))
 
 
@@ -71,16 +76,23 @@ def keep(alarm: Alarm, loss: Float[Array, ""]) -> Alarm:
 
 def end_block(alarm: Alarm) -> Alarm:
     """Begin a block. The one that ends becomes the reference if it ended in calm and is lower."""
-    size = alarm.block
-    ordered = jnp.sort(alarm.losses)
-    median, high = ordered[-(-size // 2) - 1], ordered[-(-19 * size // 20) - 1]
+    size, is_first = alarm.block, jnp.isnan(alarm.start)
     level = jnp.sort(alarm.losses[: size // 8])[(size // 8 - 1) // 2]
-    edge = median + 2 * (high - median)
+    lowest = jnp.minimum(_edge(alarm.losses), alarm.reference)
+    early = jnp.where(is_first, _edge(alarm.losses[-(size // 4) :]), jnp.inf)
     return alarm._replace(
         filled=jnp.int32(0),
-        start=jnp.where(jnp.isnan(alarm.start), level, alarm.start),
-        reference=jnp.where(alarm.is_calm, jnp.minimum(edge, alarm.reference), alarm.reference),
+        start=jnp.where(is_first, level, alarm.start),
+        reference=jnp.where(alarm.is_calm, lowest, alarm.reference),
+        early=jnp.where(alarm.is_calm, early, alarm.early),
     )
+
+
+def _edge(losses: Float[Array, " n"]) -> Float[Array, ""]:
+    """m + 2 (q - m)."""
+    size, ordered = len(losses), jnp.sort(losses)
+    median, high = ordered[-(-size // 2) - 1], ordered[-(-19 * size // 20) - 1]
+    return median + 2 * (high - median)
 
 
 def quiet(alarm: Alarm, *, forget: bool | Bool[Array, ""]) -> Alarm:
@@ -88,5 +100,6 @@ def quiet(alarm: Alarm, *, forget: bool | Bool[Array, ""]) -> Alarm:
     return alarm._replace(
         filled=jnp.int32(0),
         reference=jnp.where(forget, jnp.inf, alarm.reference).astype(alarm.reference.dtype),
+        early=jnp.where(forget, jnp.inf, alarm.early).astype(alarm.early.dtype),
         score=jnp.int32(0),
     )

@@ -1,8 +1,9 @@
 """What ``Rewind`` decides, from losses alone: the rule of ``lossguard.rewind``, in plain numbers.
 
 Letters: T calls, B = window / 4 losses a block. Of a block, m and q are the median and the 0.95
-quantile; r is the lowest m + 2 (q - m) of all blocks that ended in calm; a is the level at the
-start, the median of the first B // 8 losses.
+quantile; r is the lowest m + 2 (q - m) of all blocks that ended in calm, of which the first one's
+last quarter is one until another has; a is the level at the start, the median of the first B // 8
+losses.
 """
 
 import math
@@ -16,8 +17,8 @@ from lossguard.validation import check_count, check_fraction, check_part
 
 NUMBERS = (
     "calls", "returns", "thrown", "skipped", "age", "candidate_age", "pending", "losses", "audit",
-    "in_a_row", "last_return", "ramp", "cap", "alarm.start", "alarm.reference", "alarm.score",
-    "audits.start", "audits.reference", "audits.score",
+    "in_a_row", "last_return", "ramp", "cap", "alarm.start", "alarm.reference", "alarm.early",
+    "alarm.score", "audits.start", "audits.reference", "audits.score",
 )  # fmt: skip
 """All that a rule knows, and none of its options."""
 
@@ -36,6 +37,7 @@ class Alarm:
     def __init__(self, limit: int, rise: float) -> None:
         self.limit, self.rise = limit, rise
         self.start, self.reference, self.score = math.nan, math.inf, 0
+        self.early = math.inf  # a second reference, for a while
 
     @property
     def rings(self) -> bool:
@@ -44,9 +46,10 @@ class Alarm:
 
     def hear(self, value: float) -> bool:
         """Whether it counts, as one that is NaN does."""
-        progress = self.start - self.reference
+        reference = min(self.reference, self.early)
+        progress = self.start - reference
         margin = self.rise * progress if progress > 0 else 0.0
-        counts = not value <= self.reference + margin
+        counts = not value <= reference + margin
         self.score = max(0, self.score + (1 if counts else -1))
         return counts
 
@@ -151,7 +154,7 @@ class Rule:
     def forget(self) -> None:
         """After an alarm without a return: begin another reference, at a lower scale."""
         self._begin_again()
-        self.alarm.reference = self.audits.reference = math.inf
+        self.alarm.reference = self.alarm.early = self.audits.reference = math.inf
         self.in_a_row = 0
 
     def go_back(self, late: int) -> int:
@@ -172,14 +175,14 @@ class Rule:
 
     def _end_block(self) -> bool:
         """Whether a candidate's probation is over. A calm block may become the reference."""
-        alarm, size, ordered = self.alarm, self.block, sorted(self.losses)
-        median, high = ordered[-(-size // 2) - 1], ordered[-(-19 * size // 20) - 1]
+        alarm, block, losses, self.losses = self.alarm, self.block, self.losses, []
+        early = math.inf
         if math.isnan(alarm.start):
-            alarm.start = sorted(self.losses[: size // 8])[(size // 8 - 1) // 2]
-        self.losses = []
-        if alarm.score > size // 8:
+            alarm.start = sorted(losses[: block // 8])[(block // 8 - 1) // 2]
+            early = _edge(losses[-(block // 4) :])
+        if alarm.score > block // 8:
             return False
-        alarm.reference = min(alarm.reference, median + 2 * (high - median))
+        alarm.reference, alarm.early = min(alarm.reference, _edge(losses)), early
         if self.pending:
             self.audits.reference = min(self.audits.reference, self.audit)
             self.age, self.in_a_row, self.pending = self.candidate_age, 0, False
@@ -189,3 +192,10 @@ class Rule:
     def _begin_again(self) -> None:
         self.alarm.score = self.audits.score = 0
         self.losses, self.pending, self.ramp = [], False, 0
+
+
+def _edge(losses: Sequence[float]) -> float:
+    """m + 2 (q - m)."""
+    size, ordered = len(losses), sorted(losses)
+    median, high = ordered[-(-size // 2) - 1], ordered[-(-19 * size // 20) - 1]
+    return median + 2 * (high - median)

@@ -1,0 +1,85 @@
+"""Copies of the parameters that optimizers keep, such as master weights: each lane has its own."""
+
+from functools import partial
+
+import pytest
+import torch
+from models import KINDS, assert_same_state, minibatches, mlp, run, two
+from torch.optim import SGD
+
+from lossguard.torch import BestOf
+
+
+class Master(SGD):
+    """SGD on weights of its own, in float32, which it copies into the parameters."""
+
+    def step(self, closure=None):
+        loss = closure() if closure else None
+        self.known = [(p, p.detach()) for p in self.param_groups[0]["params"]]  # no copies
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                master = self.state[p].setdefault("master", p.detach().float().clone())
+                master.sub_(p.grad.float(), alpha=self.param_groups[0]["lr"])
+                p.copy_(master)
+        return loss
+
+
+class Eager(Master):
+    """The same, which copies the parameters when it is built."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr)
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["master"] = p.detach().float().clone()
+
+
+FORGETS = (BestOf, (0.05, 0.3))
+"""The second one is ruined, and begins again."""
+
+
+@pytest.mark.parametrize(("kind", "rates"), [*((kind, (0.7, 0.2)) for kind in KINDS), FORGETS])
+def test_master_weights_go_with_their_lane(kind, rates):
+    """Else the next step would undo what the guard has copied into the parameters."""
+    ends = []
+    pairs = ((SGD, SGD), (Master, SGD), (SGD, Master), (Eager, SGD), (SGD, Eager))
+    for learned, fallback in pairs:
+        torch.manual_seed(0)
+        model = mlp()
+        makers = (partial(made, lr=lr) for made, lr in zip((learned, fallback), rates, strict=True))
+        guard = two(kind, model, *makers, nt=2)
+        run(guard, model, minibatches(200 if rates == FORGETS[1] else 60))
+        ends.append((model.state_dict(), repr(guard.history)))
+        masters = [inner.copies == {"master"} for inner in guard._inners.values()]
+        assert masters == [fallback is not SGD, learned is not SGD]
+    for end in ends[1:]:
+        assert_same_state(end, ends[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", ["learned", "fallback"])
+def test_copies_of_the_parameters_that_lanes_would_share_are_refused(kind, side):
+    class Elsewhere(SGD):
+        def __init__(self, params, lr):
+            super().__init__(params, lr=lr)
+            self.anchors = [p.detach().clone() for p in params]  # that stay are no such copies
+            self.masters = [[p.detach().double() for p in params]]
+
+        def step(self, closure=None):
+            with torch.no_grad():
+                for p, master in zip(self.param_groups[0]["params"], *self.masters, strict=True):
+                    master.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+                    p.copy_(master)
+
+    model = mlp()
+    guard = two(kind, model, **{side: lambda ps: Elsewhere(ps, lr=0.1)}, nt=2)
+    message = "optimizer's state, where each lane has its own, got Elsewhere with some in masters"
+    with pytest.raises(ValueError, match=message):
+        run(guard, model, minibatches(2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_master_weights_of_narrow_parameters_go_with_their_lane(kind):
+    model = mlp().bfloat16()
+    guard = two(kind, model, lambda ps: Master(ps, lr=0.1), nt=2)
+    run(guard, model, [(x.bfloat16(), labels) for x, labels in minibatches(3)])
+    assert [*guard._inners.values()][1].copies == {"master"}

@@ -1,0 +1,284 @@
+"""What becomes of the model where a call does not come to its end."""
+
+import copy
+import signal
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from models import (
+    KINDS,
+    TWO,
+    Breaks,
+    assert_same_state,
+    closure_for,
+    loss_fn,
+    minibatches,
+    mlp,
+    run,
+    spiral,
+    two,
+)
+from torch import nn
+from torch.optim import SGD
+
+from lossguard.torch import BestOf, LossGuard, Recommended, ResidualGuard
+
+
+def normed():
+    return mlp(nn.BatchNorm1d(16), nn.Dropout(0.2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_an_error_leaves_the_model_as_it_was(kind, fails_at):
+    """In the first lane that runs, and in the live one, which runs last."""
+    model = normed()
+    guard = two(kind, model, nt=4)
+    run(guard, model, minibatches(2))
+    before, draws, calls = copy.deepcopy(model.state_dict()), torch.get_rng_state(), 0
+
+    def fails():
+        nonlocal calls
+        calls += 1
+        loss = closure_for(guard, model, spiral())()
+        if calls == fails_at:
+            raise KeyError("mine")
+        return loss
+
+    batch = spiral()
+    with pytest.raises(KeyError, match="mine"):
+        guard.step(fails)
+    assert_same_state(model.state_dict(), before)
+    assert all(p.grad is None for p in model.parameters())
+    if fails_at == 1 or kind is ResidualGuard:
+        assert guard.phase == 2
+    torch.set_rng_state(draws)
+    guard.step(closure_for(guard, model, batch))
+    run(guard, model, minibatches(20))
+    assert guard.history
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("of", ["learned", "fallback"])
+def test_an_error_of_an_optimizer_leaves_the_model_as_it_was(kind, of):
+    """Its buffers too, which the forward pass has changed."""
+
+    class Raises(SGD):
+        def step(self, closure=None):
+            if bad:
+                raise KeyError("mine")
+            return super().step(closure)
+
+    model, bad = normed(), False
+    guard = two(kind, model, **{of: lambda ps: Raises(ps, lr=0.1)}, nt=4)
+    run(guard, model, minibatches(2))
+    before, bad = copy.deepcopy(model.state_dict()), True
+    with pytest.raises(KeyError, match="mine"):
+        run(guard, model, minibatches(20))
+    assert_same_state(model.state_dict(), before)
+    bad = False
+    run(guard, model, minibatches(20))
+    assert guard.history
+
+
+@pytest.mark.parametrize("kind", TWO)
+def test_a_failed_first_lane_changes_nothing_at_all(kind):
+    models = [normed() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    guards = [two(kind, model, nt=4) for model in models]
+
+    def fails():
+        loss_fn(models[0], spiral())
+        raise KeyError
+
+    for k, batch in enumerate(minibatches(20)):
+        torch.manual_seed(k)
+        if k % 3 == 0:
+            with pytest.raises(KeyError):
+                guards[0].step(fails)
+        for guard, model in zip(guards, models, strict=True):
+            torch.manual_seed(k)
+            guard.step(closure_for(guard, model, batch))
+    assert_same_state(guards[0].state_dict(), guards[1].state_dict())
+
+
+@pytest.mark.parametrize("kind", TWO)
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_body_that_is_left_counts_as_an_error(kind, at):
+    model = normed()
+    guard = two(kind, model, nt=4)
+    run(guard, model, minibatches(1))
+    before = copy.deepcopy(model.state_dict())
+    told = r"were left before their last lane had stepped: such minibatches don't count"
+    for twice in (False, True):
+        with pytest.warns(RuntimeWarning, match=told) if at and twice else nullcontext():
+            for k, lane in enumerate(guard.lanes()):
+                loss = loss_fn(model, spiral())
+                loss.backward()
+                if k == at:
+                    break
+                lane.step(loss)
+        assert_same_state(model.state_dict(), before)
+    run(guard, model, minibatches(1))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"^rates must be set between minibatches, got another"):
+        for lane in guard.lanes():
+            loss = loss_fn(model, spiral())
+            loss.backward()
+            lane.step(loss)
+            guard.param_groups[0]["lr"] *= 0.5
+    guard.param_groups[0]["lr"] *= 2
+    assert_same_state(model.state_dict(), before)
+    for other in [inner.optimizer for inner in guard._inners.values()]:
+        with pytest.raises(ValueError, match=r"^lane.step\(loss\) must make every step while"):
+            for lane in guard.lanes():
+                loss = loss_fn(model, spiral())
+                loss.backward()
+                other.step()
+                lane.step(loss)
+        assert_same_state(model.state_dict(), before)
+    with pytest.raises(ValueError, match=r"^the body of guard.lanes\(\) must call lane.step\(loss"):
+        for _ in guard.lanes():
+            pass
+    assert_same_state(model.state_dict(), before)
+    with pytest.raises(
+        ValueError, match=r"^lane.step must be called once for each lane, got again"
+    ):
+        for lane in guard.lanes():
+            loss = loss_fn(model, spiral())
+            loss.backward()
+            lane.step(loss)
+            lane.step(loss)
+    run(guard, model, minibatches(20))
+
+
+@pytest.mark.usefixtures("as_ctrl_c")
+@pytest.mark.parametrize("body", [False, True])
+def test_a_second_ctrl_c_comes_at_once(body):
+    model, reached = mlp(), []
+    guard = two(Recommended, model, nt=2)
+    run(guard, model, minibatches(3))
+    before = copy.deepcopy(model.state_dict())
+
+    def twice():
+        for _ in range(2):
+            reached.append(1)
+            signal.raise_signal(signal.SIGINT)
+        reached.append("not here")
+
+    with pytest.raises(KeyboardInterrupt):
+        if body:
+            for _ in guard.lanes():
+                twice()
+        else:
+            guard.step(twice)
+    assert reached == [1, 1]
+    assert_same_state(model.state_dict(), before)
+    run(guard, model, minibatches(3))
+
+
+@pytest.mark.usefixtures("as_ctrl_c")
+@pytest.mark.parametrize(
+    ("kind", "options"), [*((kind, {"nt": 2}) for kind in KINDS), (LossGuard, {"nt": 1, "nc": 2})]
+)
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_the_model_before_or_after_a_call(kind, options, which):
+    """At lines of the package that a call runs, by a real signal; the last one checks only.
+
+    But for ``LossGuard`` the call ends a cycle: after it the decision is there as well.
+    """
+    model = mlp(nn.BatchNorm1d(16))
+    guard = two(kind, model, **options)
+    batches = minibatches(4)
+    run(guard, model, batches[:1])
+    start, seen = guard.state_dict(), []
+
+    def go(stop_at):
+        """One call, with Ctrl-C at a line; how many lines were run, and where the model is."""
+        guard.load_state_dict(start)
+        lines, interrupted = 0, False
+
+        def trace(frame, event, arg):
+            nonlocal lines
+            if "lossguard" not in frame.f_code.co_filename:
+                return None
+            if event == "line":
+                lines += 1
+                if lines == stop_at:
+                    signal.raise_signal(which)
+            return trace
+
+        closure = closure_for(guard, model, batches[1])
+        sys.settrace(trace)
+        try:
+            guard.step(closure)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            sys.settrace(None)
+        return lines, interrupted, copy.deepcopy(model.state_dict())
+
+    before = copy.deepcopy(model.state_dict())
+    total, _, after = go(None)
+    decided = len(guard.history)
+    assert decided == (kind is not LossGuard)
+    for line in range(1, total, max(1, total // 40)):
+        _, interrupted, now = go(line)
+        assert interrupted
+        is_before = all(torch.equal(now[k], before[k]) for k in now)
+        if not is_before:
+            assert_same_state(now, after)
+        assert guard.steps == (0 if is_before else 2 * decided)
+        seen.append(is_before)
+        assert torch.is_grad_enabled() and all(p.grad is None for p in model.parameters())
+        probe = torch.ones(2, requires_grad=True)
+        probe.sum().backward()  # does nothing while a check's mode is on
+        assert probe.grad is not None
+        assert signal.getsignal(which) is signal.default_int_handler
+    assert set(seen) == ({True} if "nc" in options else {True, False})
+    run(guard, model, batches)
+
+
+@pytest.mark.parametrize("kind", [*TWO, ResidualGuard])
+def test_a_learned_lane_that_raises_for_its_numbers_does_not_stop_the_fallback(kind):
+    class Strict(nn.Module):
+        """Raises where its input isn't finite, as distributions and decompositions do."""
+
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x):
+            x = self.net(x)
+            if not x.isfinite().all():
+                raise ValueError("not finite")
+            return x
+
+    model = Strict()
+    guard = two(kind, model, lambda ps: Breaks(ps, lr=0.1), lambda ps: SGD(ps, lr=0.1), nt=4)
+    with pytest.warns(RuntimeWarning, match=r"numbers that aren't finite and raised ValueError"):
+        run(guard, model, minibatches(40))
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert not guard.history[0].finite_learned or kind is BestOf
+    with pytest.raises(KeyError):  # other errors are passed on
+        guard.step(lambda: {}["loss"])
+
+
+def test_a_fallback_that_raises_is_not_left():
+    model = mlp()
+    guard = two(Recommended, model, fallback=lambda ps: Breaks(ps, lr=0.1), nt=4)
+
+    def closure(batch):
+        guard.zero_grad()
+        loss = loss_fn(model, batch)
+        if not loss.isfinite():
+            raise ValueError("mine")
+        loss.backward()
+        return loss
+
+    with pytest.raises(ValueError, match="mine"):
+        for batch in minibatches(4):
+            guard.step(lambda batch=batch: closure(batch))
+    assert all(p.isfinite().all() for p in model.parameters())  # back where the cycle began

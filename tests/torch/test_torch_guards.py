@@ -375,3 +375,15 @@ def test_a_scheduler_begins_where_the_optimizer_of_a_running_job_is():
     torch.optim.lr_scheduler.LambdaLR(guard, lambda k: 0.9**k)
     guard.step(closure)
     assert fallback.param_groups[0]["lr"] == 0.0125 and learned.param_groups[0]["lr"] == 0.3
+
+
+def test_a_scheduler_that_would_multiply_rates_of_0_is_refused():
+    """A warm-up from 0 on the fallback has set its rate before the guard was built."""
+    weight, closure = quadratic()
+    fallback, learned = SGD([weight], lr=0.1), SGD([weight], lr=0.3)
+    torch.optim.lr_scheduler.LambdaLR(fallback, lambda k: k / 10)
+    guard = Recommended(learned, fallback, model=None)
+    guard.step(closure)  # the fallback's own scheduler may go on
+    torch.optim.lr_scheduler.LambdaLR(guard, lambda k: min(1, k / 10))
+    with pytest.raises(ValueError, match=r"^rates must be positive when the guard is built, for a"):
+        guard.step(closure)

@@ -61,6 +61,11 @@ class Rates:
 
     def apply(self) -> None:
         """Carry over what has been set since the last time; refuse rates that were set twice."""
+        if all(group.get("initial_lr") == 0 for group in self.groups):
+            raise ValueError(
+                "rates must be positive when the guard is built, for a scheduler to multiply them, "
+                "got 0 (build the guard before schedulers of its optimizers)"
+            )
         changes = self.changes()
         for k, changed in enumerate(changes):
             for key in changed.keys() - {"lr"}:

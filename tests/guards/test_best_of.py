@@ -250,6 +250,15 @@ def test_schedules_go_on_where_a_guard_begins_again() -> None:
     np.testing.assert_allclose(states.inner.members[0].params, [0, -0.1 * NT], rtol=1e-5)
 
 
+def test_schedules_follow_the_steps_of_the_run_where_a_guard_does_not_run() -> None:
+    rate = optax.sgd(lambda t: 0.1)
+    guards = [unguarded(optimizers.constant(-1.0)), unguarded(rate)]
+    states, _ = play(lossguard.best_of(guards, share=0.05), lambda w, i: w, jnp.float32(0), 50)
+    idle = states.inner.members[1]
+    assert idle.steps[-1] < 10 * NT
+    assert [int(one.count[-1]) for one in idle.inner if one._fields == ("count",)] == [50 * NT]
+
+
 def test_a_minibatch_that_is_lost_on_all_does_not_count() -> None:
     def objective(w, i):
         return jnp.where(i == 2 * NT, jnp.nan, w)

@@ -161,6 +161,7 @@ WRONG = {
     " must have its schedules outside of optax.MultiSteps, as a guard advances them by mini": {
         "learned|": lambda: recommended(IN_STEPS, SGD).init(ONES),
         "fallback|": lambda: hedged(SGD, IN_STEPS).init(ONES),
+        "each of guards|": lambda: best_of([unguarded(IN_STEPS)], share=0.1).init(ONES),
     },
     " must hold at least one array, got ": {"params|{}": lambda: loss_guard(SGD, SGD).init({})},
     " must be floating-point arrays, but its leaf ": {

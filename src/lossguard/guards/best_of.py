@@ -13,7 +13,14 @@ from . import trial as trials
 from .cycle import LONGEST, Cycle, as_arrays, check_state, loss_dtype, own_buffers, sum_dtype
 from .lanes import losses_at
 from .protocol import NEITHER, Decision, Guard, GuardState, Objective, Params, advance, following
-from .soundness import is_sound, keep_schedules, select, with_sound_gradients
+from .soundness import (
+    advance_schedules,
+    check_schedules,
+    is_sound,
+    keep_schedules,
+    select,
+    with_sound_gradients,
+)
 from .stacked import stacked
 from .trial import Trial
 
@@ -65,7 +72,8 @@ def best_of(
 
     Args:
         guards: guards of the same nt. The first is followed where all are level.
-        share: of the cycles, for each guard that doesn't lead. None: all run.
+        share: of the cycles, for each guard that doesn't lead. None: all run. Schedules follow the
+            steps of the run, also where a guard doesn't run.
         check: where data repeat, training losses are lower for whoever overfits. Then d[j] is the
             mean of this objective of x[j] over nc minibatches of its own, 0, 1, 2, ...
         nc: check minibatches a cycle, where there is a ``check``.
@@ -77,8 +85,9 @@ def best_of(
 
     Raises:
         ValueError: if there are no guards, or something else is one of them, share is not at least
-            0 and below 1, nc not an integer of at least 1, or decay not above 0 and below 1; in the
-            first step, if the guards' nt differ.
+            0 and below 1, nc not an integer of at least 1, or decay not above 0 and below 1; in
+            ``init``, if with ``share`` a schedule is inside ``optax.MultiSteps``; in the first
+            step, if the guards' nt differ.
 
     >>> import optax
     >>> from lossguard import recommended, unguarded
@@ -122,8 +131,11 @@ class SideBySide:
         """All are at the parameters, and nothing is known of them."""
         params = as_arrays(params)
         unknown = jnp.full(len(self.members), jnp.nan, sum_dtype(params))
+        members = tuple(guard.init(params) for guard in self.members)
+        if self.share is not None:
+            check_schedules("each of guards", members)
         inner = BestOfState(
-            members=tuple(guard.init(params) for guard in self.members),
+            members=members,
             records=unknown,
             weights=jnp.zeros_like(unknown),
             lowest=unknown,
@@ -205,7 +217,8 @@ class SideBySide:
                 return jnp.full(one.shape, unknown, one.dtype)
 
             _, decision, d = jax.tree.map(nothing, jax.eval_shape(step, at))
-            fine = jnp.array(True)
+            fine, nt = jnp.array(True), len(decision.losses)
+            at = at._replace(inner=advance_schedules(at.inner, nt))
             return at, decision._replace(finite_learned=fine, finite_fallback=fine), d
 
         return step(at) if runs is True else jax.lax.cond(runs, step, idle, at)

@@ -510,3 +510,40 @@ def test_an_optimizer_may_make_its_memory_when_it_is_built(kind):
     assert all(not state["m"].any() for state in lane.memory().state.values())
     run(guard, model, minibatches(3))
     assert len(guard.history) >= 7
+
+
+def test_a_schedule_drives_an_optimizer_that_was_loaded_later_and_skips_empty_groups():
+    """Which has other dictionaries for its groups then."""
+    model = nn.Linear(2, 2, bias=False)
+    groups = [{"params": [model.weight]}, {"params": [], "weight_decay": 0.0}]
+    optimizers = [AdamW([dict(group) for group in groups], lr=rate) for rate in (0.4, 0.1)]
+    guard = Recommended(*optimizers, model=model)
+    for one in optimizers:
+        one.load_state_dict(one.state_dict())
+    guard.param_groups[0]["lr"] = 0.05
+    guard.step(closure_for(guard, model, spiral()))
+    rates = [one.param_groups[0]["lr"] for one in optimizers]
+    assert rates == pytest.approx([0.2, 0.05])
+
+
+def test_a_state_of_other_optimizers_is_refused():
+    model = mlp()
+    guard = two(Recommended, model, nt=2)
+    run(guard, model, minibatches(3))
+    other = two(Recommended, model, AdamW, nt=2)
+    with pytest.raises(ValueError, match=r"^state_dict must be of a guard with .*'AdamW'.*, got "):
+        other.load_state_dict(guard.state_dict())
+
+
+def test_an_optimizer_that_remembers_nothing_is_resumed():
+    """Though it has asked for an entry of its state."""
+
+    class Signs(SGD):
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                assert self.state[p] == {}
+                p.data.sub_(0.01 * p.grad.sign())
+
+    assert_resumes(
+        lambda m: two(Recommended, m, lambda ps: Signs(ps), nt=2), mlp(), minibatches(9), 4
+    )

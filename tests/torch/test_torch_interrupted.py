@@ -3,6 +3,7 @@
 import copy
 import signal
 import sys
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -282,3 +283,34 @@ def test_a_fallback_that_raises_is_not_left():
         for batch in minibatches(4):
             guard.step(lambda batch=batch: closure(batch))
     assert all(p.isfinite().all() for p in model.parameters())  # back where the cycle began
+
+
+@pytest.mark.usefixtures("as_ctrl_c")
+def test_a_signal_in_a_loop_that_is_left_after_its_last_step_comes_soon():
+    """Where a generator is closed what is raised goes nowhere."""
+    model = mlp()
+    guard = two(Recommended, model)
+    with pytest.raises(KeyboardInterrupt):
+        for lane in guard.lanes():
+            loss = loss_fn(model, spiral())
+            loss.backward()
+            lane.step(loss)
+            if lane is guard._leader:
+                signal.raise_signal(signal.SIGINT)
+                break
+        time.sleep(10)
+    assert guard.phase == 1
+
+
+@pytest.mark.usefixtures("as_ctrl_c")
+def test_loops_of_two_guards_may_end_in_any_order():
+    guards = [(two(Recommended, model), model) for model in (mlp(), mlp())]
+    before = signal.getsignal(signal.SIGINT)
+    loops = [guard.lanes() for guard, _ in guards]
+    for lanes in zip(*loops, strict=True):
+        for lane, (_, model) in zip(lanes, guards, strict=True):
+            loss = loss_fn(model, spiral())
+            loss.backward()
+            lane.step(loss)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert [guard.phase for guard, _ in guards] == [1, 1]

@@ -1,11 +1,13 @@
 """Models, precisions and packages of every kind: a guarded run is Algorithm 2 on them too."""
 
 import copy
+import math
 from collections import defaultdict
 
 import pytest
 import torch
 from models import (
+    KINDS,
     TWO,
     algorithm2,
     assert_is_algorithm2,
@@ -341,3 +343,50 @@ def test_a_group_entry_that_the_first_step_makes_is_memory():
         run(guard, model, minibatches(6))
         group = [*guard._inners.values()][1].optimizer.param_groups[0]
         assert {key: value for key, value in group.items() if key == "t"} == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_frozen_parameter_may_be_a_mask(kind):
+    """Which isn't finite, and so says nothing of a lane; one that is trained is refused."""
+    model = mlp()
+    model.mask = nn.Parameter(torch.full((3, 3), -math.inf).triu(1), requires_grad=False)
+    before = copy.deepcopy([p for p in model.parameters() if p.requires_grad])
+    guard = two(kind, model, nt=2)
+    run(guard, model, minibatches(20))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all((p != old).any() for p, old in zip(trained, before, strict=True))
+    assert all(one.winner >= 0 for one in guard.history)
+    model.mask.requires_grad_(True)
+    with pytest.raises(ValueError, match="parameters must be finite, got some that aren't and are"):
+        two(kind, model)
+
+
+@pytest.mark.parametrize("kind", [Recommended, Hedged])
+def test_gradients_may_be_conjugates(kind):
+    weight = torch.ones(3, dtype=torch.complex64, requires_grad=True)
+    guard = kind(SGD([weight], lr=0.02), SGD([weight], lr=0.01), model=None, nt=2)
+
+    def closure():
+        guard.zero_grad()
+        loss = ((weight.conj() * torch.tensor([1 + 2j, 3j, 4])).sum() - 3).abs().square()
+        loss.backward()
+        return loss
+
+    losses = [guard.step(closure).item() for _ in range(20)]
+    assert losses[-1] < losses[0] / 2
+
+
+def test_a_schedule_free_optimizer_of_a_running_job_takes_its_other_iterate_along():
+    package = pytest.importorskip("schedulefree")
+    model = mlp()
+    fallback = package.SGDScheduleFree(model.parameters(), lr=0.1)
+    fallback.train()
+    for batch in minibatches(20):
+        loss_fn(model, batch).backward()
+        fallback.step()
+        fallback.zero_grad()
+    guard = Recommended(SGD(model.parameters(), lr=0.1), fallback, model=model, nt=2)
+    run(guard, model, minibatches(4))
+    guard._lanes["z"].start_at([tensor + 1 for tensor in guard._leader.point])
+    weight = next(model.parameters())
+    assert torch.equal(guard._lanes["z"].memory().state[weight]["z"], weight)

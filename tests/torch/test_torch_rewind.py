@@ -397,3 +397,30 @@ def test_a_sparse_gradient_that_is_not_finite_moves_nothing():
     optimizer.step()
     rewind.observe(1.0)
     assert torch.equal(model.weight, before) and rewind.skipped == 1
+
+
+def test_a_rate_that_groups_share_is_scaled_once():
+    """As PyTorch gives one tensor to all groups."""
+    model, rate = nn.Linear(1, 1, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    groups = [{"params": [model.weight]}, {"params": [model.bias]}]
+    optimizer = torch.optim.SGD(groups, lr=rate)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    drive(rewind, model, optimizer, FALLS + HIGH[:8], gradient=0.0)
+    assert rewind.scale == 0.5
+    before = model.weight.item()
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    assert model.weight.item() == before - 0.5 and rate == 1.0
+
+
+def test_an_error_in_a_closure_leaves_the_rate_at_once():
+    model, optimizer = one_weight()
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    drive(rewind, model, optimizer, FALLS + HIGH[:8])
+
+    def closure():
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        optimizer.step(closure)
+    assert rewind.scale == 0.5 and optimizer.param_groups[0]["lr"] == 1.0

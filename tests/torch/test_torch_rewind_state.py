@@ -1,7 +1,9 @@
 """What ``Rewind`` sets back, what it saves, and where its snapshots are."""
 
 import copy
+import errno
 import math
+import os
 
 import pytest
 import torch
@@ -406,3 +408,32 @@ def test_a_sparse_buffer_goes_back():
     model.graph.values().fill_(math.nan)
     drive(rewind, model, optimizer, [1.0] * 4)
     assert torch.equal(model.graph.to_dense(), torch.eye(3))
+
+
+def test_inputs_that_are_not_finite_in_the_first_minibatch_ruin_no_buffers():
+    """A forward pass has changed them before the first step, which saves where to go back to."""
+    model, optimizer = network()
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    x, t = torch.randn(32, 8), torch.zeros(32, dtype=torch.long)
+    for inputs in (x * math.nan, *[x] * 7):
+        nn.functional.cross_entropy(model(inputs), t).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rewind.observe(1.0)
+    assert [event.kind for event in rewind.events] == ["buffers"]
+    assert all(buffer.isfinite().all() for buffer in model.buffers())
+
+
+def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
+    """Not a signal that ends the process, as where a file without blocks is written to."""
+    asked = []
+
+    def full(number, start, size):
+        asked.append(size)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    model, optimizer = network()
+    with pytest.raises(OSError, match="No space left"):
+        Rewind(model, optimizer, offload=tmp_path)
+    assert asked == [next(model.parameters()).nbytes]

@@ -104,13 +104,14 @@ class BestOf(Guard):
         if not isinstance(rates, Sequence):
             raise ValueError(f"rates must be a sequence of numbers, got {rates!r}")
         if callable(optimizers):
-            if not [*rates]:
+            if not rates:
                 raise ValueError("rates must be given with a function of a rate, got none")
             optimizers = [optimizers(rate) for rate in rates]
         elif rates:
             got = told(optimizers)
             raise ValueError(f"rates must go with a function of a rate, got {got}")
-        if isinstance(optimizers, Optimizer) or not [*optimizers]:
+        optimizers = optimizers if isinstance(optimizers, Optimizer) else [*optimizers]
+        if isinstance(optimizers, Optimizer) or not optimizers:
             got = told(optimizers)
             raise ValueError(f"optimizers must be a list of at least one, got {got}")
         check_functions(check=check)
@@ -148,7 +149,10 @@ class BestOf(Guard):
             torch.clear_autocast_cache()
             lane.enter(checking=True)
             with torch.no_grad():
-                lane.checks = [scalar(check(self._checked + j)) for j in range(self.checks)]
+                lane.checks = [
+                    scalar(check(self._checked + j), "check must return one number")
+                    for j in range(self.checks)
+                ]
             lane.leave()
         self._checked += self.checks
 

@@ -96,7 +96,11 @@ class CarefulSteps:
         closure: Any = kwargs.get("closure", given[0] if given else None)
 
         def sound() -> Any:
-            loss = closure()
+            try:
+                loss = closure()
+            except BaseException:
+                self._restore()  # there may be no other step, but a checkpoint
+                raise
             self._look(optimizer)
             return loss
 
@@ -110,7 +114,7 @@ class CarefulSteps:
         if scale != 1:
             rates = [group["lr"] for group in self._groups]
             self._rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
-            for group, rate in zip(self._groups, rates, strict=True):
+            for group, rate in zip(self._groups, self._rates, strict=True):  # may share a tensor
                 set_rate(group, rate * scale)
         self._options = [dict(group) for group in self._groups]
         return changed

@@ -1,7 +1,7 @@
 """What a guard is to loops and trainers: an optimizer."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -33,6 +33,7 @@ class Face(arguments.Uncopied, Optimizer):
     remembered: tuple[str, ...] = ()
     """What the rules of a guard know, by the names of its attributes."""
 
+    callback: Callable[[Decision], object] | None
     _lanes: "dict[str, Lane]"
     _leader: "Lane"
     _others: "list[Lane]"
@@ -73,6 +74,11 @@ class Face(arguments.Uncopied, Optimizer):
     def last_decision(self) -> Decision | None:
         """That of the last cycle."""
         return self.history[-1] if self.history else None
+
+    def _tell(self) -> None:
+        """Hand on the decision if a cycle is over."""
+        if self.phase == 0 and self.callback is not None:
+            self.callback(self.history[-1])
 
     def eval(self) -> None:
         """Have the model be what an optimizer with ``train()`` and ``eval()`` evaluates."""

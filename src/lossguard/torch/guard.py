@@ -127,8 +127,9 @@ class Guard(Face):
                     raise
                 self._leader.leave()  # a loop that was left after the last step
                 self._close()
-        if self.phase == 0 and self.callback is not None:
-            self.callback(self.history[-1])
+                self._tell()
+                raise  # so that a signal that came is not raised where a generator is closed
+        self._tell()
 
     def _open(self) -> list[Tensor]:
         """Before a minibatch: the random state that each lane starts from."""

@@ -49,7 +49,8 @@ class Inner:
         self.optimizer, self.params = optimizer, params
         self.takes_loss = "loss" in inspect.signature(optimizer.step).parameters
         self.own: set[str] = set()
-        self.copies: set[str] = set()
+        # What schedule-free optimizers train at begins as a copy: seen in their first step alone.
+        self.copies: set[str] = {"z"} if callable(getattr(optimizer, "train", None)) else set()
         self.holder: Any = None
         self.steps = False
         self._fresh = self.memory().copy()

@@ -1,8 +1,10 @@
 """What belongs to the process and to no lane: its random numbers, Ctrl-C and SIGTERM."""
 
+import _thread
 import signal
+import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,25 +42,39 @@ def held() -> Iterator[None]:
         yield
 
 
+class _Holder:
+    """The handler of a signal that some blocks hold, which may end in any order."""
+
+    def __init__(self, one: signal.Signals, before: Callable[..., Any]) -> None:
+        self.one, self.before = one, before
+        self.blocks = self.came = 0
+
+    def __call__(self, *_: object) -> None:
+        self.came += 1
+        if self.came > 1:
+            self.came = 0  # if this raises, that was it
+            self.before(self.one, None)
+            self.came = 1
+
+
 @contextmanager
 def _held(one: signal.Signals) -> Iterator[None]:
-    before, came = signal.getsignal(one), 0
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+    holder = signal.getsignal(one)
+    if threading.current_thread() is not threading.main_thread() or not callable(holder):
         yield
         return
-
-    def note(*which: object) -> None:
-        nonlocal came
-        came += 1
-        if came > 1:
-            came = 0  # if this raises, that was it
-            before(one, None)
-            came = 1
-
+    if not isinstance(holder, _Holder):
+        holder = _Holder(one, holder)
+    holder.blocks += 1
     try:  # another signal may come as soon as this one is held
-        signal.signal(one, note)
+        signal.signal(one, holder)
         yield
     finally:
-        signal.signal(one, before)
-        if came:
-            before(one, None)
+        holder.blocks -= 1
+        if holder.blocks == 0:
+            signal.signal(one, holder.before)
+            if holder.came and isinstance(sys.exception(), GeneratorExit):
+                # What is raised in a generator that is being closed goes nowhere.
+                threading.Timer(0.05, _thread.interrupt_main, (one,)).start()
+            elif holder.came:
+                holder.before(one, None)

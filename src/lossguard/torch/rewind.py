@@ -208,7 +208,7 @@ class Rewind(Uncopied):
 
     def begin(self) -> None:
         """Before the first step: where to go back to, as weights may have been loaded."""
-        if self.calls == 0:
+        if self.calls == 0 and all(map(bool, self._live.are_finite())):
             self._trusted = self._live.save(self._trusted)
 
     def close(self) -> None:

@@ -97,8 +97,9 @@ def load(guard: "Face", state_dict: Saved) -> None:
 
 def _kind(guard: "Face") -> Saved:
     """What two guards must have in common."""
-    lanes = list(guard._lanes)
-    return {"kind": type(guard).__name__, "lanes": lanes, "nt": guard.nt, "nc": guard.nc}
+    optimizers = [type(inner.optimizer).__name__ for inner in guard._inners.values()]
+    lanes = {"lanes": list(guard._lanes), "optimizers": optimizers}
+    return {"kind": type(guard).__name__, **lanes, "nt": guard.nt, "nc": guard.nc}
 
 
 def _places(guard: "Face") -> list[tuple[Any, str]]:
@@ -147,7 +148,7 @@ def _pack(lane: "Lane", state: list[Saved], *, within: bool) -> Saved:
             entries[f"{lane.name}.memory.{key}"] = value
     return {
         "buffers": {name: values[len(params) :] for name, values in copies.items()},
-        "blank": not lane.memory().state,
+        "blank": all(made == {} for made in lane.memory().state.values()),
         "others": kept,
         "options": lane.memory().options,
         "own": sorted(lane.inner.own),

@@ -286,6 +286,9 @@ def _on_disk(value: Tensor, folder: Path) -> Tensor:
     if not value.numel():
         return value.cpu()
     with tempfile.NamedTemporaryFile(dir=folder) as file:
-        file.truncate(value.nbytes)
+        if hasattr(os, "posix_fallocate"):  # or a full disk would end the process
+            os.posix_fallocate(file.fileno(), 0, value.nbytes)
+        else:
+            file.truncate(value.nbytes)
         mapped = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
     return mapped.view(value.shape).copy_(value)

@@ -140,6 +140,6 @@ def _measurable(tensor: Tensor) -> Tensor:
     if tensor.layout is not torch.strided:
         tensor = (tensor.coalesce() if tensor.is_sparse else tensor).values()
     if tensor.is_complex():
-        return torch.view_as_real(tensor)
+        return torch.view_as_real(tensor.resolve_conj())
     narrow = tensor.element_size() == 1 and tensor.is_floating_point()
     return tensor.bfloat16() if narrow else tensor

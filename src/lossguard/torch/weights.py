@@ -24,8 +24,13 @@ class Weights:
         """Whether the model was given another lane's values, or earlier ones."""
         self.holder: Any = None
         """The lane that is in the model."""
-        self._checked = [finite(buffer) for buffer in self.buffers()]
-        """Of each buffer whether it was finite; masks may be infinite."""
+        self._checked = [True] * len(self.live())
+        """Of each tensor whether it was finite; masks may be infinite."""
+        if not finite(self.live()):
+            self._checked = [finite(tensor) for tensor in self.live()]
+            pairs = zip(params, self._checked, strict=False)
+            if any(p.requires_grad and not ok for p, ok in pairs):
+                raise ValueError("parameters must be finite, got some that aren't and are trained")
 
     def live(self) -> Copy:
         """The live tensors themselves."""
@@ -38,8 +43,7 @@ class Weights:
 
     def is_finite(self, values: Copy) -> bool:
         """Whether values are finite, masks aside."""
-        n = len(self.params)
-        return finite([values[:n], list(compress(values[n:], self._checked))])
+        return finite(list(compress(values, self._checked)))
 
     def have_diverged(self) -> bool:
         """Whether the live parameters that are trained, or their gradients, aren't finite."""

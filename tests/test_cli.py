@@ -496,6 +496,12 @@ def test_installed_command(tmp_path: Path, program: tuple[str, ...]) -> None:
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = f"{sys.executable} -m lossguard list | head -1"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert ended.stderr == "" and ended.stdout.count("\n") == 1
+
+
 def test_what_is_told_to_type_runs_where_the_command_is_not_on_the_path(monkeypatch) -> None:
     monkeypatch.setattr(run_commands, "which", lambda _: None)
     told = [*shlex.split(run_commands.program()), "--version"]

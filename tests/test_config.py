@@ -30,6 +30,10 @@ def test_config_has_functions_by_their_names() -> None:
     assert config["make_task"] == f"{__name__}:make_task"
     config = as_config(Experiment("mine", make_task=functools.partial(make_task, hidden=3)))
     assert config["make_task"] == f"{__name__}:make_task(hidden=3)"
+    nested = functools.partial(make_task, make_task, "a", of=functools.partial(make_task, 1))
+    config = as_config(Experiment("mine", make_task=nested))
+    inner = f"'{__name__}:make_task'", "'a'", f"of='{__name__}:make_task(1)'"
+    assert config["make_task"] == f"{__name__}:make_task({', '.join(inner)})"
 
 
 def test_config_has_paths_and_arrays_as_json_does() -> None:

@@ -64,6 +64,8 @@ def main() -> None:
             WITH_RECIPES[name](arguments)
         else:
             tyro.cli(COMMANDS[name], args=arguments, prog=f"lossguard {name}")
+    except BrokenPipeError:  # as of ``| head``, and the interpreter would tell it once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         tell(f"lossguard: {_sentence(error)}{_place(error, arguments)}")
         sys.exit(2)

@@ -28,7 +28,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(v) for v in value]
     if isinstance(value, partial):
-        given = [*map(repr, value.args), *(f"{k}={v!r}" for k, v in value.keywords.items())]
+        given = [repr(_plain(v)) for v in value.args]  # an address would be another one next time
+        given += [f"{k}={_plain(v)!r}" for k, v in value.keywords.items()]
         return f"{_plain(value.func)}({', '.join(given)})"
     if isinstance(value, PathLike):
         return fspath(value)

@@ -403,9 +403,14 @@ def test_a_reading_of_gl2o_is_enough(tmp_path: Path) -> None:
 
 
 def write_meta(
-    folder: Path, name: str, meta_loss: Sequence[float], validation: Sequence[float], last: int
+    folder: Path,
+    name: str,
+    meta_loss: Sequence[float],
+    validation: Sequence[float],
+    last: int,
+    dataset: str | None = None,
 ) -> Path:
-    run_folder.open_folder(folder, {"name": name})
+    run_folder.open_folder(folder, {"name": name} | ({"dataset": dataset} if dataset else {}))
     steps = np.linspace(last / len(meta_loss), last, len(meta_loss)).astype(int)
     table = {"meta_step": steps, "meta_loss": meta_loss}
     table["validation"] = np.outer(validation, np.ones(30))
@@ -427,6 +432,11 @@ def test_meta_training_converges(tmp_path: Path, validation: list[float], verdic
     run = write_meta(tmp_path / "run", "lstm-mnist-mlp", [1.0] * 20, validation, 3_000)
     assert judged("2a", run).verdict == verdict
     assert judged("2a").verdict == "not run"
+    short = write_meta(tmp_path / "short", "lstm-mnist-mlp", [1.0] * 20, validation, 60)
+    assert judged("2a", short).verdict == "not run"
+    given = "lstm-mnist-mlp", [1.0] * 20, validation, 3_000
+    other = write_meta(tmp_path / "other", *given, dataset="digits")
+    assert judged("2a", other).verdict == "not run"
 
 
 @pytest.mark.parametrize(

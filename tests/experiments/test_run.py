@@ -419,6 +419,15 @@ def test_bad_fields_leave_no_folder(tmp_path: Path, changes: dict[str, Any], rea
     assert not (tmp_path / "run").exists()
 
 
+def test_a_method_of_other_cycles_is_refused(tmp_path) -> None:
+    """It would take other steps than the others, and be evaluated at others."""
+    e = dataclasses.replace(tiny.recipe(), methods=("mine",), nt=3)
+    e = dataclasses.replace(e, make_methods=lambda e: {"mine": lossguard.unguarded(optax.sgd(0.1))})
+    with pytest.raises(ValueError, match=r"^method mine must have nt = 3, as .*, got 10$"):
+        run(e, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("made", [lambda: 3, 3])
 def test_a_method_that_makes_no_guard_is_refused(made, tmp_path) -> None:
     e = dataclasses.replace(tiny.recipe(), methods=("mine",), make_methods=lambda e: {"mine": made})
@@ -430,8 +439,8 @@ def test_a_method_that_fails_in_its_first_step_leaves_no_folder(tmp_path: Path) 
     def methods(e: Experiment) -> dict[str, Any]:
         broken = optax.stateless(lambda updates, _: updates["no such leaf"])
         return {
-            "SGD": lambda: lossguard.unguarded(optax.sgd(0.1)),
-            "broken": lambda: lossguard.unguarded(broken),
+            "SGD": lambda: lossguard.unguarded(optax.sgd(0.1), nt=e.nt),
+            "broken": lambda: lossguard.unguarded(broken, nt=e.nt),
         }
 
     e = dataclasses.replace(tiny.recipe(), methods=("SGD", "broken"), make_methods=methods)

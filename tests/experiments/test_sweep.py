@@ -56,6 +56,16 @@ def test_a_failure_is_recorded_until_it_is_mended(tmp_path, monkeypatch) -> None
     assert not (tmp_path / "bad" / "failed.json").exists()
 
 
+def test_a_failure_that_cannot_be_recorded_is_told(tmp_path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lossguard.experiments.sweep.write_json", full)
+    broken = {"a": dataclasses.replace(tiny.recipe(), methods=("nobody",))}
+    (outcome,) = sweep(broken, tmp_path)
+    assert outcome.state == "failed" and "methods must each be one of" in outcome.reason
+
+
 def test_a_folder_in_use_is_told_and_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     with locked(tmp_path / "one"):

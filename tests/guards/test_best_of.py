@@ -328,3 +328,17 @@ def test_one_that_is_ruined_begins_again_at_the_leader(share) -> None:
     moves = np.flatnonzero(np.diff(at[6:])) + 7
     assert (at[6] > 400) and len(moves) == 1 and (decisions.winner[-60:] == 1).all()
     assert at[moves[0]] == states.params[moves[0]]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("options", [{}, {"share": 0.1}, {"check": lambda w, i: wide(w, i)}])
+def test_losses_may_be_wider_than_the_parameters(options) -> None:
+    guards = [unguarded(optax.adam(0.1)), unguarded(optax.sgd(0.01))]
+    guard = lossguard.best_of(guards, **options)
+    state, decisions = lossguard.rollout(guard, guard.init(jnp.zeros(3, "float32")), wide, cycles=3)
+    assert decisions.losses.dtype == jnp.float64 and state.inner.records.dtype == jnp.float32
+    assert decisions.losses[-1, -1] < decisions.losses[0, 0]
+
+
+def wide(w, i):
+    return ((w.astype("float64") - 1) ** 2).sum()

@@ -163,6 +163,7 @@ WRONG = {
         "fallback|": lambda: hedged(SGD, IN_STEPS).init(ONES),
         "each of guards|": lambda: best_of([unguarded(IN_STEPS)], share=0.1).init(ONES),
     },
+    " must be an objective(params, i), got ": {"check|3": lambda: best_of([ALONE], check=3)},
     " must hold at least one array, got ": {"params|{}": lambda: loss_guard(SGD, SGD).init({})},
     " must be floating-point arrays, but its leaf ": {
         "params|['n'] is int32": lambda: ALONE.init({"w": ONES, "n": jnp.arange(3)}),
@@ -180,6 +181,9 @@ WRONG = {
             )
             for n, g in enumerate((loss_guard, recommended, hedged), start=2)
         },
+        "check|(ShapeDtypeStruct": lambda: step(
+            total, lambda *_: best_of([ALONE], check=lambda w, i: (jnp.sum(w), w))
+        ),
         "objective|ShapeDtypeStruct(shape=(), dtype=int32": lambda: step(
             lambda w, i: jnp.argmax(w)
         ),

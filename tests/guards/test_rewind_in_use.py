@@ -129,6 +129,16 @@ def test_half_precision(dtype):
     assert state.alarm.losses.dtype == jnp.float32
 
 
+def test_gradients_may_be_wider_than_the_parameters():
+    params = jnp.ones(3, jnp.bfloat16)
+    optimizer = lossguard.rewind(optax.adam(0.01))
+    state = optimizer.init(params)
+    updates, after = optimizer.update(jnp.ones(3), state, params, value=1.0)
+    assert optax.apply_updates(params, updates).dtype == jnp.bfloat16
+    types = [[leaf.dtype for leaf in jax.tree.leaves(one)] for one in (state, after)]
+    assert types[0] == types[1]
+
+
 def test_it_compiles_once_donates_and_never_waits_for_the_host():
     optimizer = guarded(ADAM)
     step = jax.jit(

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tiny import TINY
+from tiny_training import TINY
 
 from lossguard.metatrain.loop import metatrain
 

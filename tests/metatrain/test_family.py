@@ -18,7 +18,7 @@ from lossguard.metatrain.family import (
     relative,
 )
 from lossguard.metatrain.recipes import mlp_small, mlp_small_longer
-from lossguard.tasks import MLP, Task, moons
+from lossguard.tasks import MLP, ConvNet, Task, moons
 from lossguard.tasks.goals import CLASSIFICATION
 from lossguard.tasks.models import ReluMLP
 from lossguard.tasks.published import PUBLISHED
@@ -88,6 +88,12 @@ def test_members_have_images_of_the_size_and_titles() -> None:
     assert of_points.title == "moons-mlp-3-auto"
     with pytest.raises(ValueError, match=r"^what is reconstructed must be images, got moons$"):
         of_points.task()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_member_of_another_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^model of a member must be an MLP or .*, got ConvNet$"):
+        Member("digits", ConvNet())  # pyright: ignore
 
 
 @pytest.mark.parametrize("recipe", [mlp_small(), mlp_small_longer()])

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import TINY, same
+from tiny_training import TINY, same
 
 from lossguard import init_lstm_weights, load_weights, lstm_optimizer, records, run_folder
 from lossguard.config import as_config

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import TINY, same
+from tiny_training import TINY, same
 
 from lossguard import cli, init_lstm_weights, load_weights, lstm_optimizer, records
 from lossguard.learned.lstm import LSTMWeights

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import TINY, same
+from tiny_training import TINY, same
 
 from lossguard import load_weights, records, run_folder
 from lossguard.metatrain import loop

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lossguard.tasks import MLP, Dataset, Split, Task
 from lossguard.tasks.dataset import make_dataset
 
 
@@ -25,6 +26,15 @@ def made(inputs: np.ndarray, scaling: str, largest: int = 255):
         name="made",
         classes=2,
     )
+
+
+def test_ones_own_may_be_of_numpy_arrays() -> None:
+    split = Split(np.zeros((8, 2), np.float32), np.arange(8) % 2)  # pyright: ignore
+    data = Dataset(split, split, 0.0, 1.0, name="mine", classes=2)  # pyright: ignore
+    task = Task(data, MLP(hidden=(3,)), batch_size=4)
+    objective = task.objective(jax.random.key(0))
+    loss = jax.jit(objective)(task.init(jax.random.key(1)), 0)
+    assert jnp.isfinite(loss) and data.train.labels.dtype == jnp.int32
 
 
 @pytest.mark.parametrize("largest", [16, 255])

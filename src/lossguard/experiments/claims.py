@@ -42,7 +42,7 @@ from .recipes import PAPERS
 
 K = 100_000
 """Where the paper gives no length; what lies beyond is told beside the verdict."""
-META_STEPS = 10_000
+META_STEPS, LEAST_META_STEPS = 10_000, 1_000
 HORIZON = 600
 """Steps of a rollout of meta-training on CIFAR-10 + ConvNet."""
 GL2O = ("GL2O", "GL2O (theta as decay)")
@@ -108,7 +108,8 @@ def converges(evidence: Evidence) -> Finding:
     steps, losses, tenth = _meta_training(evidence, "lstm-mnist-mlp", "validation")
     ratio, spread = tenth.mean() / losses[0], (tenth.max() - tenth.min()) / tenth.mean()
     numbers = f"last tenth of {steps:,} meta-steps over the first: {short(ratio)}"
-    return Finding(bool(ratio < 0.5 and spread < 0.1), f"{numbers}, spread {spread:.0%}")
+    holds = bool(ratio < 0.5 and spread < 0.1) if steps >= LEAST_META_STEPS else None
+    return Finding(holds, f"{numbers}, spread {spread:.0%}")
 
 
 def explodes(evidence: Evidence) -> Finding:

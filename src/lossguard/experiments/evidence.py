@@ -16,6 +16,7 @@ import polars as pl
 
 from ..config import as_config
 from ..curves import COUNTERS, mark_loss, over_seeds, step_mean
+from ..metatrain.recipes import RECIPES
 from ..records import EVALUATIONS, Record, read_parquet
 from .recipes import FIRST, PAPERS
 
@@ -23,6 +24,8 @@ MARKS = (30, *(a * 10**n for n in range(2, 7) for a in (1, 3)))
 """Steps at which losses are compared."""
 FREE = ("title", "tested_on", "steps", "seeds", "seed", "methods", "vectorize", "nc", "adam_rate")
 """Settings in which a run may differ from its recipe and still be of its figure."""
+SETTLED = ("dataset", "batch_size", "optimizees", "truncation", "shortest", "longest", "hidden")
+"""Settings of a meta-training that claims are about."""
 FUNCTIONS = ("make_task", "make_methods")
 """Compared only by whether they are this package's: they may have been renamed since the run."""
 
@@ -131,7 +134,16 @@ def gather(records: Mapping[Path, Record]) -> Evidence:
                 seeds, curve = figure.curves.setdefault(str(method), {}), curve.sort("step")
                 if seed not in seeds or curve["step"][-1] >= seeds[seed]["step"][-1]:
                     seeds[int(seed)], figure.folders[str(method)] = curve, folder
-    return Evidence(figures, {r.config["name"]: r.curves for r in records.values() if r.is_meta})
+    meta = (r for r in records.values() if r.is_meta and _is_of_recipe(r.config))
+    return Evidence(figures, {record.config["name"]: record.curves for record in meta})
+
+
+def _is_of_recipe(config: Mapping[str, Any]) -> bool:
+    """Whether a meta-training, where it tells its ``SETTLED``, has those of a recipe's."""
+    for expected in (as_config(recipe()) for recipe in RECIPES.values()):
+        if expected["name"] == config["name"]:
+            return all(config.get(name, expected[name]) == expected[name] for name in SETTLED)
+    return False
 
 
 def _figure(config: Mapping[str, Any]) -> str | None:

@@ -57,8 +57,8 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
             guards = experiment.guards()
             task = experiment.make_task(experiment)
             _check_task(task)
-            for guard in guards.values():
-                _trace_cycle(guard, task)
+            for method, guard in guards.items():
+                _trace_cycle(method, guard, task, experiment.nt)
         if stopped():
             raise KeyboardInterrupt
         with run_folder.hold_folder(folder, as_config(experiment), resume=resume) as finished:
@@ -113,13 +113,17 @@ def _check_task(task: Any) -> None:
             )
 
 
-def _trace_cycle(guard: Guard, task: Task) -> None:
+def _trace_cycle(method: str, guard: Guard, task: Task, nt: int) -> None:
     """Nothing is computed, but whatever refuses its arguments does so before there is a folder."""
 
     def cycle(key: PRNGKeyArray) -> tuple[GuardState, Decision]:
         return guard.step(guard.init(task.init(key)), task.objective(key))
 
-    jax.eval_shape(cycle, jax.random.key(0))
+    _, decision = jax.eval_shape(cycle, jax.random.key(0))
+    if decision.losses.shape != (nt,):
+        raise ValueError(
+            f"method {method} must have nt = {nt}, as the experiment, got {len(decision.losses)}"
+        )
 
 
 @dataclass

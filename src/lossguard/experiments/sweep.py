@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -94,7 +95,8 @@ def attempt(experiment: Experiment, folder: Path) -> str:
 def _failed(folder: Path, error: Exception) -> str:
     reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
     lines = "".join(traceback.format_exception(error))
-    write_json(folder / FAILED, {"reason": reason, "traceback": lines})
+    with suppress(OSError):  # which may be the reason
+        write_json(folder / FAILED, {"reason": reason, "traceback": lines})
     return reason
 
 

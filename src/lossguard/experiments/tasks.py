@@ -8,7 +8,6 @@ of google/learned_optimization (commit 32186aa). It holds the lowest loss at eac
 over Adam, Adam with two decays and RAdam, each at 15 rates.
 """
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +30,7 @@ from ..guards.protocol import Decision, Guard, GuardState, Objective, following
 from ..guards.rewind import rewind
 from ..guards.unguarded import unguarded
 from ..learned.pretrained import pretrained
-from ..records import read_run
+from ..records import read_json, read_run
 from ..tasks.published import PUBLISHED, published_task
 from ..tasks.task import Task
 from ..validation import one_of
@@ -185,7 +184,7 @@ def envelope(task: str) -> Envelope:
             f"{FILE} must name the published file of baselines, got {str(path)!r}: "
             "speedup_over_multiple_baselines.json of google/learned_optimization"
         )
-    content = json.loads(path.read_text())
+    content = read_json(path)
     if task not in content:
         raise ValueError(f"task of an envelope must be {one_of(content, task)}")
     one = content[task]

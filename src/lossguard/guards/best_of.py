@@ -99,6 +99,8 @@ def best_of(
     members = tuple(guards)
     if not members:
         raise ValueError("guards must be at least one guard, got none")
+    if not (check is None or callable(check)):
+        raise ValueError(f"check must be an objective(params, i), got {check!r}")
     if isinstance(check, stacked):
         raise ValueError("check must take minibatches 0, 1, 2, ... without end, got stacked ones")
     for one in members:
@@ -206,7 +208,7 @@ class SideBySide:
             at, decision = guard.step(at, objective)
             if self.check is None:
                 return at, decision, decision.losses.mean()
-            dtype = loss_dtype(self.check, at.params, checked)
+            dtype = loss_dtype(self.check, at.params, checked, name="check")
             held_out = Cycle(self.check, checked, at.steps, self.nc, dtype)
             decision = decision._replace(forwards=decision.forwards + self.nc)
             return at, decision, losses_at([at.params], held_out).mean()
@@ -235,7 +237,7 @@ class SideBySide:
 
         ``sound`` are those whose parameters are finite.
         """
-        numbers = jnp.arange(len(d))
+        d, numbers = d.astype(inner.records.dtype), jnp.arange(len(d))
         leads = numbers == inner.leader
         lost = ~(jnp.isfinite(d) & ran).any()  # a minibatch that is lost on all
         fine = ~ran | (sound & (jnp.isfinite(d) | lost))

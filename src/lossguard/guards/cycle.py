@@ -105,14 +105,16 @@ def check_state(state: Any, inner: type = object) -> None:
         )
 
 
-def loss_dtype(objective: Objective, params: Params, i: Int[Array, ""]) -> jnp.dtype:
+def loss_dtype(
+    objective: Objective, params: Params, i: Int[Array, ""], *, name: str = "objective"
+) -> jnp.dtype:
     """The dtype in which losses are kept and compared: the objective's, float32 at least.
 
     Raises:
         ValueError: if the objective does not return one floating-point number.
     """
     out = jax.eval_shape(objective, params, i)
-    check_loss("objective", out)
+    check_loss(name, out)
     return jnp.promote_types(out.dtype, jnp.float32)
 
 

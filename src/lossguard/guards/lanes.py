@@ -77,7 +77,7 @@ def propose(
         grad_fn=lambda params, _: jax.grad(objective)(params, i),
     )
     # Some optimizers return a wider dtype than they began with, which a compiled loop can't carry.
-    state = jax.tree.map(_as_before, state, lane.state)
+    state = jax.tree.map(as_before, state, lane.state)
     return Lane(optax.apply_updates(lane.params, updates), state)
 
 
@@ -170,6 +170,7 @@ def is_fine(lane: Lane, losses: Float[Array, "..."], before: Params) -> Bool[Arr
     return is_sound(lane.params, before) & all_finite(losses)
 
 
-def _as_before(new: Array, old: Array) -> Array:
+def as_before(new: Array, old: Array) -> Array:
+    """A leaf of a state, in the dtype that it had."""
     new = jnp.asarray(new)  # some optimizers keep Python's numbers
     return new if new.dtype == old.dtype else new.astype(old.dtype)

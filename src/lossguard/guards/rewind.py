@@ -18,7 +18,7 @@ from . import alarm as alarms
 from . import snapshot
 from .alarm import Alarm
 from .cycle import as_arrays, own_buffers, sum_dtype
-from .lanes import with_extra_args
+from .lanes import as_before, with_extra_args
 from .protocol import Params, advance
 from .snapshot import Snapshots
 from .soundness import is_sound, keep_schedules, select
@@ -71,12 +71,13 @@ def rewind(
     the trusted snapshot. It needs no further gradient, and no forward pass. ``Rules`` says when it
     goes back, where to, and how it goes on: steps thrown away are at most ``rho * T + window``.
 
-    What it returns has to be what is added to the parameters. So it goes around a chain, or at its
-    end, not in front of what changes updates. ``optax.MultiSteps`` around it tells it the loss of
-    the last minibatch of each step. Schedules of the optimizer go on; a return doesn't set them
-    back. A return takes a second call if rounding has missed the snapshot in the first. Updates are
-    in float32 at least, which ``optax.apply_if_finite`` refuses for narrower parameters; with
-    ``rewind`` there is no need of it.
+    What it returns has to be what is added to the parameters, and only what is inside goes back. So
+    it goes around a chain, or after stages that remember nothing, such as clipping.
+    ``optax.MultiSteps`` around it tells it the loss of the last minibatch of each step. Schedules
+    of the optimizer go on; a return doesn't set them back. A return takes a second call if rounding
+    has missed the snapshot in the first. Updates are in float32 at least, which
+    ``optax.apply_if_finite`` refuses for narrower parameters; with ``rewind`` there is no need of
+    it.
 
     Parameters and the optimizer's state are finite after every call if they were at the start, and
     no parameter was above half of its type's largest number then.
@@ -167,6 +168,7 @@ class Rules:
         risen = (state.ramp / state.alarm.block).astype(jnp.float32)
         scale = state.cap * (self.factor + (1 - self.factor) * risen)
         steps, advanced = self.optimizer.update(updates, state.inner, x, **extra_args)
+        advanced = jax.tree.map(as_before, advanced, state.inner)
         steps = jax.tree.map(lambda u, p: scaled(u, scale, p), steps, x)
         ahead = optax.apply_updates(x, steps)
         sound = jnp.isfinite(loss) & snapshot.can_return_from(ahead, x)

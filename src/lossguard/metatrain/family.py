@@ -44,6 +44,11 @@ class Member:
     pairs: int = 4
     """N, pairs of rollouts under way in meta-training."""
 
+    def __post_init__(self) -> None:
+        if not hasattr(self.model, "hidden"):
+            given = type(self.model).__name__
+            raise ValueError(f"model of a member must be an MLP or a ReluMLP, got {given}")
+
     @property
     def title(self) -> str:
         """As in ``mnist8-relumlp-32x32``; ``-auto`` is an autoencoder."""

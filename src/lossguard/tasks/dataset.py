@@ -9,6 +9,8 @@ argument of every loader:
 - "none" leaves points as they are.
 """
 
+from functools import partial
+
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
@@ -16,14 +18,16 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from .. import checksums
 
+_float32 = partial(jnp.asarray, dtype=jnp.float32)
+
 
 class Split(eqx.Module):
     """Examples and the class of each."""
 
-    inputs: Shaped[Array, " n ..."]
+    inputs: Shaped[Array, " n ..."] = eqx.field(converter=jnp.asarray)
     """uint8 [N, H, W, C] images, channels last (float32 if resized), or float32 [N, d] points; not
     scaled."""
-    labels: Int32[Array, " n"]
+    labels: Int32[Array, " n"] = eqx.field(converter=jnp.asarray)
     """[N], in 0 .. classes - 1."""
 
 
@@ -38,9 +42,9 @@ class Dataset(eqx.Module):
 
     train: Split
     test: Split
-    offset: Float32[Array, "..."]
+    offset: Float32[Array, "..."] = eqx.field(converter=_float32)
     """What ``normalize`` subtracts: a scalar, or one number per channel or coordinate."""
-    scale: Float32[Array, "..."]
+    scale: Float32[Array, "..."] = eqx.field(converter=_float32)
     """What it multiplies with then."""
     name: str = eqx.field(static=True)
     classes: int = eqx.field(static=True)
@@ -91,10 +95,10 @@ def make_dataset(
     else:
         offset, scale = 0.0, 1.0
     return Dataset(
-        Split(jnp.asarray(train[0]), jnp.asarray(train[1], jnp.int32)),
-        Split(jnp.asarray(test[0]), jnp.asarray(test[1], jnp.int32)),
-        jnp.asarray(offset, jnp.float32),
-        jnp.asarray(scale, jnp.float32),
+        Split(train[0], jnp.asarray(train[1], jnp.int32)),
+        Split(test[0], jnp.asarray(test[1], jnp.int32)),
+        offset,
+        scale,
         name=name,
         classes=classes,
         note=note,

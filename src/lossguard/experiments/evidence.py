@@ -142,7 +142,8 @@ def _is_of_recipe(config: Mapping[str, Any]) -> bool:
     """Whether a meta-training, where it tells its ``SETTLED``, has those of a recipe's."""
     for expected in (as_config(recipe()) for recipe in RECIPES.values()):
         if expected["name"] == config["name"]:
-            return all(config.get(name, expected[name]) == expected[name] for name in SETTLED)
+            known = [name for name in SETTLED if name in expected and name in config]
+            return all(config[name] == expected[name] for name in known)
     return False
 
 

@@ -29,16 +29,16 @@ class Rates:
         self.groups = groups
         where = {id(p): k for k, group in enumerate(groups) for p in group["params"]}
         self._optimizers = optimizers
-        self._of = [sorted({where[id(p)] for p in group["params"]}) for group in self._groups()]
+        self._of = [sorted({where[id(p)] for p in group["params"]}) for group in self._theirs()]
         """Of each group of theirs the numbers of the guard's groups that it has parameters of."""
-        self.bases = [_rate(group) for group in self._groups()]
+        self.bases = [_rate(group) for group in self._theirs()]
         """Their rates when the guard was built; the first optimizer's were those of ``groups``."""
         self.given = list(self.bases)
         """The rates that they have, unless somebody else has set them."""
         self.note()
 
-    def _groups(self) -> list[Group]:
-        """Theirs: other ones after their ``load_state_dict``."""
+    def _theirs(self) -> list[Group]:
+        """The groups of the optimizers: other ones after their ``load_state_dict``."""
         return [group for one in self._optimizers for group in one.param_groups]
 
     def note(self) -> None:
@@ -70,7 +70,7 @@ class Rates:
         changes = self.changes()
         for k, changed in enumerate(changes):
             for key in changed.keys() - {"lr"}:
-                for group, of in zip(self._groups(), self._of, strict=True):
+                for group, of in zip(self._theirs(), self._of, strict=True):
                     if k in of and key in group:
                         group[key] = changed[key]
         if any("lr" in changed for changed in changes):
@@ -87,12 +87,12 @@ class Rates:
                     f"{base}"
                 )
             factors.append(float(group["lr"]) / base)
-        if [_rate(group) for group in self._groups()] != self.given:
+        if [_rate(group) for group in self._theirs()] != self.given:
             raise ValueError(
                 "rates must be set in the guard's groups or in its optimizers', got both (a "
                 "scheduler on the guard drives all of them)"
             )
-        for group, of, base in zip(self._groups(), self._of, self.bases, strict=True):
+        for group, of, base in zip(self._theirs(), self._of, self.bases, strict=True):
             if not of:
                 continue
             first, *others = (factors[k] for k in of)
@@ -109,7 +109,7 @@ class Rates:
                     f"one group for them, got factors {[first, *others]}"
                 )
             set_rate(group, base * first)
-        self.given = [_rate(group) for group in self._groups()]
+        self.given = [_rate(group) for group in self._theirs()]
 
 
 def copied(group: Group) -> Group:

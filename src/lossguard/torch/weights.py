@@ -24,13 +24,11 @@ class Weights:
         """Whether the model was given another lane's values, or earlier ones."""
         self.holder: Any = None
         """The lane that is in the model."""
-        self._checked = [True] * len(self.live())
+        live = self.live()
+        self._checked = [True] * len(live) if finite(live) else [finite(one) for one in live]
         """Of each tensor whether it was finite; masks may be infinite."""
-        if not finite(self.live()):
-            self._checked = [finite(tensor) for tensor in self.live()]
-            pairs = zip(params, self._checked, strict=False)
-            if any(p.requires_grad and not ok for p, ok in pairs):
-                raise ValueError("parameters must be finite, got some that aren't and are trained")
+        if any(p.requires_grad and not ok for p, ok in zip(params, self._checked, strict=False)):
+            raise ValueError("parameters must be finite, got some that aren't and are trained")
 
     def live(self) -> Copy:
         """The live tensors themselves."""

@@ -51,6 +51,22 @@ def averaged(rank, sharded):
     return numbers, [[*event] for event in rewind.events], whole(model)
 
 
+def moved(rank):
+    """Whether a parameter moves on this rank, though a number in a shard of rank 0 isn't finite."""
+    model = network()
+    fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=1)
+    before = whole(model)
+    model(torch.ones(8, 8)).square().mean().backward()
+    if rank == 0:
+        model[0].weight.grad.to_local()[0, 0] = torch.inf
+    optimizer.step()
+    rewind.observe(1.0)
+    assert rewind.skipped == 1
+    return not all(map(torch.equal, before, whole(model)))
+
+
 def resumed(rank, folder):
     """FSDP2's shards through torch.distributed.checkpoint, and on to the same end."""
 
@@ -93,4 +109,4 @@ def both(rank):
     """What the ranks must agree on; and a checkpoint that goes on."""
     results = {kind: averaged(rank, kind == "sharded") for kind in ("replicated", "sharded")}
     resumed(rank, os.environ["CHECKPOINTS"])
-    return results
+    return results | {"moved": moved(rank)}

@@ -1,5 +1,6 @@
 """Copies of the parameters that optimizers keep, such as master weights: each lane has its own."""
 
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -75,6 +76,23 @@ def test_copies_of_the_parameters_that_lanes_would_share_are_refused(kind, side)
     message = "optimizer's state, where each lane has its own, got Elsewhere with some in masters"
     with pytest.raises(ValueError, match=message):
         run(guard, model, minibatches(2))
+
+
+def test_a_memory_that_is_sparse_holds_no_copy():
+    torch.manual_seed(0)
+    model = torch.nn.Embedding(6, 2, sparse=True)
+    twin, rates = deepcopy(model), (1e-9, 0.1)
+    guard = BestOf([SGD(model.parameters(), lr=lr, momentum=0.9) for lr in rates], model=model)
+    alone = SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    for k in range(40):
+        for lane in guard.lanes():
+            loss = (model(torch.arange(k % 5 + 1)) - 1).square().mean()
+            loss.backward()
+            lane.step(loss)
+        alone.zero_grad()
+        (twin(torch.arange(k % 5 + 1)) - 1).square().mean().backward()
+        alone.step()
+    assert guard.last_decision.winner == 1 and torch.equal(model.weight, twin.weight)
 
 
 @pytest.mark.parametrize("kind", KINDS)

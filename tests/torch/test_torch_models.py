@@ -37,6 +37,71 @@ def fallback(params):
     return SGD([p for p in params if p.requires_grad], lr=0.3, momentum=0.9)
 
 
+def test_gradients_of_what_another_optimizer_steps_are_those_of_the_live_lane():
+    model, x = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)), torch.ones(4, 2)
+    beside = SGD(model[0].parameters(), lr=0.1)
+    guard = BestOf([SGD(model[2].parameters(), lr=lr) for lr in (0.1, 0.01)], model=model)
+    for earlier in (0.0, 0.0, 1.0):  # one that was accumulated before stays
+        beside.zero_grad()
+        model(x).square().mean().backward()
+        expected = [p.grad + earlier for p in model[0].parameters()]
+        model.zero_grad()
+        for p in model[0].parameters():
+            p.grad = torch.full_like(p, earlier) if earlier else None
+        for lane in guard.lanes():
+            loss = model(x).square().mean()
+            loss.backward()
+            lane.step(loss)
+        for p, gradient in zip(model[0].parameters(), expected, strict=True):
+            torch.testing.assert_close(p.grad, gradient)
+        beside.step()
+
+
+class Counting(SGD):
+    """Its counter is a tensor in its group, which a step writes to."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr)
+        self.param_groups[0]["k"] = torch.zeros(())
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        group = self.param_groups[0]
+        group["k"] += 1
+        for p in group["params"]:
+            p -= group["lr"] / group["k"] * p.grad
+
+
+def test_a_counter_that_is_a_tensor_of_a_group_is_each_lanes_own():
+    """The fallback by itself takes the steps that it would alone."""
+    w, v = (nn.Parameter(torch.tensor([4.0])) for _ in range(2))
+    guard = Hedged(SGD([w], lr=0.05), Counting([w], lr=0.01), model=None)
+    alone = Counting([v], lr=0.01)
+    for _ in range(60):
+        for lane in guard.lanes():
+            loss = w.square().sum()
+            loss.backward()
+            lane.step(loss)
+        alone.zero_grad()
+        v.square().sum().backward()
+        alone.step()
+    own = guard._lanes["s"]
+    assert guard.last_decision.winner == 0  # it runs beside another lane of its optimizer
+    assert own.memory().options[0]["k"] == 60 and own.point[0] == v
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_a_buffer_that_is_sparse_and_compressed_is_saved():
+    models, guards = [mlp(), mlp()], []
+    for model in models:
+        model.register_buffer("graph", torch.eye(3).to_sparse_csr())
+        guards.append(two(Recommended, model, nt=2))
+    run(guards[0], models[0], minibatches(5))
+    guards[1].load_state_dict(guards[0].state_dict())
+    losses = [run(*one, minibatches(12)[5:]) for one in zip(guards, models, strict=True)]
+    assert_same_state(*losses)
+
+
 class Tied(nn.Module):
     """Its two layers share a weight."""
 

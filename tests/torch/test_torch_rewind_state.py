@@ -244,6 +244,130 @@ def test_a_scheduler_that_is_named_goes_back():
     assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("names", [("cosine", "plateau"), ("plateau", "cosine"), ("plateau",)])
+def test_rates_go_back_whichever_scheduler_is_named_last(names):
+    model, optimizer = one_weight()
+    named = {
+        "cosine": lr_scheduler.CosineAnnealingLR(optimizer, 1000),
+        "plateau": lr_scheduler.ReduceLROnPlateau(optimizer, patience=50),
+    }
+    schedulers = [named[name] for name in names]
+    rewind = Rewind(model, optimizer, schedulers=schedulers, window=WINDOW, every=4)
+    drive(rewind, model, optimizer, FALLS[:60], after=named["cosine"].step)
+    named["plateau"].step(1.0)  # from here on it thinks that the rate is what it is now
+    drive(rewind, model, optimizer, FALLS[60:] + HIGH[:8], after=named["cosine"].step)
+    expected = 0.5 * (1 + math.cos(math.pi * 112 / 1000))
+    assert rewind.returns == 1
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+
+
+def test_momentum_that_a_scheduler_cycles_goes_back_with_it():
+    model, optimizer = one_weight(torch.optim.Adam, betas=(0.9, 0.99))
+    scheduler = lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=1000)
+    rewind, betas = Rewind(model, optimizer, schedulers=[scheduler], window=WINDOW, every=4), []
+
+    def after():
+        scheduler.step()
+        betas.append(optimizer.param_groups[0]["betas"])
+
+    drive(rewind, model, optimizer, FALLS + HIGH[:8], after=after)
+    assert rewind.returns == 1 and betas[111] != betas[-1]
+    assert optimizer.param_groups[0]["betas"] == betas[111]
+
+
+def test_a_named_scheduler_goes_back_where_a_group_came_later():
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)).double()
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=1.0)
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.99)
+    rewind = Rewind(model, optimizer, schedulers=[scheduler], window=WINDOW, every=4)
+    drive(rewind, model[0], optimizer, FALLS[:120], after=scheduler.step)
+    optimizer.add_param_group({"params": [model[1].weight], "lr": 0.3})
+    drive(rewind, model[0], optimizer, FALLS[120:] + HIGH[:8])
+    assert rewind.returns == 1 and scheduler.last_epoch == 112
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert rates == pytest.approx([0.99**112, 0.3])
+
+
+class Writing(torch.optim.Optimizer):
+    """Its counter is a tensor in its group, which a step writes to."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr, "k": torch.zeros(())})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["k"] += 1
+            for param in group["params"]:
+                param -= group["lr"] / group["k"] * param.grad
+
+
+def test_a_tensor_of_a_group_that_a_step_writes_to_goes_back():
+    model, optimizer = one_weight(Writing)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    drive(rewind, model, optimizer, FALLS + HIGH[:8])
+    assert rewind.returns == 1 and optimizer.param_groups[0]["k"] == 112
+    drive(rewind, model, optimizer, FALLS[:3])
+    assert optimizer.param_groups[0]["k"] == 115
+
+
+def test_a_scheduler_in_a_hook_goes_on_from_its_own_rates():
+    model, optimizer = one_weight()
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.99)
+    optimizer.register_step_post_hook(lambda *_: scheduler.step())
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    drive(rewind, model, optimizer, FALLS + HIGH[:8] + FALLS[-8:])
+    assert rewind.returns == 1 and rewind.scale < 1
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.99**144)
+
+
+@pytest.mark.parametrize("how", ["optimizer", "rewind", "close"])
+def test_an_error_in_a_careful_step_leaves_no_lowered_rate(how):
+    class Stopped(torch.optim.SGD):
+        now = False
+
+        def step(self, closure=None):
+            if self.now:
+                raise KeyboardInterrupt
+            super().step(closure)
+
+    model, optimizer = one_weight(Stopped)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    drive(rewind, model, optimizer, FALLS + HIGH[:8])
+    optimizer.now = True
+    with pytest.raises(KeyboardInterrupt):
+        drive(rewind, model, optimizer, FALLS[:1])
+    assert rewind.scale < 1
+    saved = {"optimizer": optimizer.state_dict, "rewind": rewind.state_dict, "close": rewind.close}
+    saved[how]()
+    assert optimizer.param_groups[0]["lr"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+def test_what_is_sparse_goes_back_from_a_folder_too(tmp_path, layout):
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(6, 2, sparse=True)
+            self.register_buffer("edges", getattr(torch.eye(6), layout)())
+
+    model = Graph()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4, offload=tmp_path)
+    for call, loss in enumerate(FALLS + HIGH[:8]):
+        if call == 112:
+            before = model.embedding.weight.detach().clone()
+            memory = optimizer.state[model.embedding.weight]["momentum_buffer"].to_dense()
+        optimizer.zero_grad()
+        model.embedding(torch.arange(call % 6)).sum().backward()
+        optimizer.step()
+        rewind.observe(loss)
+    assert rewind.returns == 1 and torch.equal(model.embedding.weight, before)
+    now = optimizer.state[model.embedding.weight]["momentum_buffer"].to_dense()
+    assert torch.equal(now, memory) and torch.equal(model.edges.to_dense(), torch.eye(6))
+
+
 def test_an_average_of_weights_that_is_named_goes_back():
     model, optimizer = one_weight()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))

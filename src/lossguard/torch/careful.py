@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.rates import Group, same, set_rate
+from lossguard.torch.rates import Group, changed, noted, set_rate
 from lossguard.torch.tensors import zero_unsound
 
 SOUND = torch.tensor(False)
@@ -41,7 +41,7 @@ class CarefulSteps:
         self._rewind, self._own = weakref.ref(rewind), own
         self._groups: list[Group] = []
         """Of the optimizer whose step is under way."""
-        self._options: list[Group] = []
+        self._options: list[dict[str, tuple[Any, int | None]]] = []
         """Their settings when it began."""
         self._rates: list[float | Tensor] = []
         """Their rates between steps, while it multiplies them."""
@@ -51,8 +51,13 @@ class CarefulSteps:
             for hook in (
                 one.register_step_pre_hook(self._before),
                 one.register_step_post_hook(self._after),
+                one.register_state_dict_pre_hook(lambda _: self.restore()),
             )
         ]
+        for one, hook in zip(optimizers, self._hooks[1::3], strict=True):
+            # Before others, as a scheduler may be stepped in one of them.
+            hooks: Any = one._optimizer_step_post_hooks
+            hooks.move_to_end(hook.id, last=False)
 
     def take(self) -> Tensor:
         """``broken``, which is read."""
@@ -80,11 +85,12 @@ class CarefulSteps:
     def remove(self) -> None:
         """Leave the optimizers as they were."""
         self.closed = True
+        self.restore()
         for hook in self._hooks:
             hook.remove()
 
     def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        self._restore()  # if the last step raised an error half-way, or calls this one
+        self.restore()  # if the last step raised an error half-way, or calls this one
         rewind = self._rewind()
         if rewind is None:
             self.remove()
@@ -99,7 +105,7 @@ class CarefulSteps:
             try:
                 loss = closure()
             except BaseException:
-                self._restore()  # there may be no other step, but a checkpoint
+                self.restore()  # there may be no other step, but a checkpoint
                 raise
             self._look(optimizer)
             return loss
@@ -116,7 +122,7 @@ class CarefulSteps:
             self._rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
             for group, rate in zip(self._groups, self._rates, strict=True):  # may share a tensor
                 set_rate(group, rate * scale)
-        self._options = [dict(group) for group in self._groups]
+        self._options = list(map(noted, self._groups))
         return changed
 
     def _look(self, optimizer: Optimizer) -> None:
@@ -133,13 +139,12 @@ class CarefulSteps:
             self._steps[id(optimizer)] += 1
             if self._calls == 0 and min(self._steps.values()) == JUDGED * JUDGED:
                 self._judge()
-        self._restore()
+        self.restore()
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Set the rates to what they were before the step, also of one that an error has ended."""
         for group, before in zip(self._groups, self._options, strict=False):
-            others = [key for key, value in group.items() if value is not before.get(key)]
-            changed = {key for key in others if not same(before.get(key), group[key])}
-            self._own |= changed - {"lr", "params"}
+            self._own |= changed(before, group) - {"lr"}
         for group, rate in zip(self._groups, self._rates, strict=False):
             set_rate(group, rate)
         self._groups, self._rates, self._options = [], [], []

@@ -69,8 +69,7 @@ class Guard(Face):
     def _lead(self, lane: Lane) -> None:
         """Have another lane in the model from now on."""
         if lane is not self._leader:
-            pairs = zip(lane.values, self._weights.live(), strict=True)
-            self._weights.jumped |= not all(torch.equal(there, here) for there, here in pairs)
+            self._weights.jumped |= not all(map(torch.equal, lane.values, self._weights.live()))
             lane.go_live()
             self._leader = lane
 
@@ -138,6 +137,7 @@ class Guard(Face):
         optimizers = [inner.optimizer for inner in self._inners.values()]
         arguments.check_loop(optimizers, self._weights.params)
         self._rates.apply()
+        self._weights.note_gradients()
         if self.phase == 0:
             for lane in self._lanes.values():
                 lane.begin()
@@ -171,6 +171,7 @@ class Guard(Face):
         order, self._order = self._order, []
         inside = self._weights.holder
         inside.leave()
+        self._weights.reset_gradients()
         self._leader.go_live(keep=inside.stepped)
         self._randomness.set(draws)
         if self.phase == self.nt + self.nc or any(lane.begun or lane.stepped for lane in order):
@@ -182,9 +183,8 @@ class Guard(Face):
         """After a minibatch, on which all lanes have stepped."""
         self.phase += 1
         self._opt_called = True  # or schedulers on it warn that nobody calls ``step``
-        if not self._noted:
-            ran = [(lane, lane.point) for lane in self._order]
-            self._noted = note_copies(self._leader.before, ran)
+        ran = [(lane, lane.point) for lane in self._order]
+        self._noted = self._noted or note_copies(self._leader.before, ran)
         if self.phase == 1 and self.steps == 0:
             arguments.compare([lane.losses[0] for lane in self._order if not lane.switches])
         if self.phase == self.nt + self.nc:

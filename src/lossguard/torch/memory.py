@@ -1,7 +1,7 @@
 """What an optimizer remembers of its own steps, told apart from its schedule.
 
 state    the optimizer's ``state``: momentum, moments, step counters, LSTM cells
-own      entries of a parameter group that the optimizer's own step replaces (schedule-free's ``k``)
+own      entries of a parameter group that the optimizer's own step changes (schedule-free's ``k``)
 shared   every other entry of a group (lr, betas, ...): the schedule. It is set from outside, so
          every lane of the same optimizer sees the same.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.rates import options_of, same
+from lossguard.torch.rates import changed, noted, options_of
 from lossguard.torch.tensors import finite, leaves, local
 
 
@@ -58,13 +58,13 @@ class Inner:
     @contextmanager
     def stepping(self) -> Iterator[None]:
         """Note which group entries the optimizer's step inside changes."""
-        before, self.steps = self.options(), True
+        before, self.steps = list(map(noted, self.optimizer.param_groups)), True
         try:
             yield
         finally:
             self.steps = False
-        for old, new in zip(before, self.options(), strict=True):
-            self.own |= {key for key in new if not same(old.get(key), new[key])}
+        for old, group in zip(before, self.optimizer.param_groups, strict=True):
+            self.own |= changed(old, group)
 
     def fresh(self) -> Memory:
         """As when the guard was built, by when some optimizers have made all that they remember."""
@@ -111,7 +111,7 @@ class Inner:
         alike: dict[str, list[bool]] = {}
         for entries, value in self._entries(memory, point):
             for key, entry in entries.items():
-                if entry.shape == value.shape and entry.numel() > 1:
+                if entry.shape == value.shape and entry.numel() > 1 and not _is_sparse(entry):
                     alike.setdefault(key, []).append(torch.equal(entry.to(value), value))
         self.copies |= {key for key, flags in alike.items() if all(flags)}
         return True
@@ -136,11 +136,15 @@ class Inner:
                 yield {k: local(e) for k, e in entries.items() if isinstance(e, Tensor)}, value
 
 
+def _is_sparse(tensor: Tensor) -> bool:
+    return tensor.layout is not torch.strided
+
+
 def _holds(held: Any, values: list[Tensor], params: list[Tensor]) -> bool:
     """Whether nested containers hold a copy of each value, beside the parameters themselves."""
     live = {local(p).data_ptr() for p in params}
     tensors = [local(leaf).detach() for leaf in leaves(held) if isinstance(leaf, Tensor)]
-    copies = [t for t in tensors if t.data_ptr() not in live]
+    copies = [t for t in tensors if not _is_sparse(t) and t.data_ptr() not in live]
     return bool(values) and all(
         any(t.shape == value.shape and torch.equal(t.to(value), value) for t in copies)
         for value in values

@@ -131,6 +131,23 @@ def options_of(group: Group) -> Group:
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
+def noted(group: Group) -> dict[str, tuple[Any, int | None]]:
+    """The settings of a group, and of tensors among them how often they were written to."""
+    tensors = {k: v._version for k, v in options_of(group).items() if isinstance(v, Tensor)}
+    return {key: (value, tensors.get(key)) for key, value in options_of(group).items()}
+
+
+def changed(before: dict[str, tuple[Any, int | None]], group: Group) -> set[str]:
+    """Names of the settings that aren't as they were noted."""
+    now, unknown = noted(group), (None, None)
+    return {
+        key
+        for key, (value, written) in now.items()
+        for old, before_it in [before.get(key, unknown)]
+        if written != before_it or not same(old, value)
+    }
+
+
 def same(old: Any, new: Any) -> bool:
     """Whether a setting is as it was; what holds tensors only if it is the same object."""
     plain = (int, float, str, tuple, type(None))

@@ -182,6 +182,7 @@ class Rewind(Uncopied):
 
     def state_dict(self) -> dict[str, Any]:
         """All but the events, uncopied. Load the model's and the optimizer's own states first."""
+        self._steps.restore()  # if an error has ended a step
         _, _, *unread = self._live.numbers(self._unread).tolist()  # waits for copies to the host
         return {
             **self._live.pack(self._trusted, self._candidate),
@@ -252,8 +253,7 @@ class Rewind(Uncopied):
         """Copy the model as it is now, unless its audit says that it is worse."""
         rule = self._rule
         if self._audit is not None:
-            told = self._live.evaluated(self._audit)
-            loss = scalar(told, "audit must return one number")
+            loss = scalar(self._live.evaluated(self._audit), "audit must return one number")
             too_high = rule.hear_audit(mean_of_ranks(loss, self._group).item())
             if rule.audits.rings and rule.may_return(0):
                 self._go_back("audit", 0)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lossguard.torch.weights import Copy
 
 Saved = dict[str, Any]
+CSR = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 NUMBERS = ("phase", "steps", "_rates.bases", "_rates.given")
 """What every guard remembers, beside that of its rules."""
 
@@ -56,13 +57,13 @@ def save(guard: "Face") -> Saved:
     finally:
         del group["guard"]
         guard.state.update({p: {} for p in params})
-    return {**saved, "param_groups": copy.deepcopy(saved["param_groups"])}
+    return {**saved, "param_groups": _copied(saved["param_groups"])}
 
 
 def load(guard: "Face", state_dict: Saved) -> None:
     """Go on from a saved state, of which nothing is loaded if it is refused."""
     with told_if_damaged("state_dict"):
-        groups = copy.deepcopy(state_dict.get("param_groups", []))
+        groups = _copied(state_dict.get("param_groups", []))
         ours = groups[0].pop("guard", {}) if groups else {}
         state = _checked(guard, state_dict, groups, ours)
         lanes = [
@@ -93,6 +94,12 @@ def load(guard: "Face", state_dict: Saved) -> None:
     for group, entries in zip(guard.param_groups, groups, strict=True):
         group.update({k: v for k, v in entries.items() if k != "params"})
     guard._rates.note()
+
+
+def _copied(value: Any) -> Any:
+    """A copy of nested containers; ``copy.deepcopy`` can't copy every sparse tensor."""
+    found = [one for one in leaves(value) if isinstance(one, Tensor) and one.layout in CSR]
+    return copy.deepcopy(value, {id(one): one.detach().clone() for one in found})
 
 
 def _kind(guard: "Face") -> Saved:

@@ -183,10 +183,9 @@ class Live:
                 optimizer.state[param][key] = copied(value, now.get(key), place)
         for one, its_state in zip(self.also, saved["also"], strict=True):
             one.load_state_dict(copy.deepcopy(its_state))
-            if hasattr(one, "get_last_lr"):  # a scheduler, of which the rates are a part
-                optimizer, rates = _optimizer_of(one) or self.optimizers[0], one.get_last_lr()
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    set_rate(group, float(rate))
+            if hasattr(one, "get_last_lr"):  # a scheduler, of which what it sets is a part
+                k = self.optimizers.index(_optimizer_of(one) or self.optimizers[0])
+                _set_back(self.optimizers[k], saved["groups"][k])
 
     def pack(self, trusted: Saved, candidate: Saved) -> Saved:
         """Two snapshots, of which the second may be empty, for a ``state_dict``.
@@ -226,6 +225,14 @@ class Live:
             snapshots.append(copied({**whole, "optimizer": memory}, self.save()))
         trusted, candidate = snapshots
         return trusted, candidate, set(state["own"].split())
+
+
+def _set_back(optimizer: Optimizer, settings: list[dict[str, Any]]) -> None:
+    """What schedulers set, in the groups that were there."""
+    for group, options in zip(optimizer.param_groups, settings, strict=False):
+        set_rate(group, float(options["lr"]))
+        cycled = {"momentum", "betas"} & group.keys() & options.keys()
+        group.update({key: options[key] for key in cycled})
 
 
 def _of_model(
@@ -270,11 +277,12 @@ def copied(value: Any, old: Any = None, place: Place = None) -> Any:
         return {key: copied(one, places.get(key), place) for key, one in value.items()}
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
-    if isinstance(old, Tensor) and old.shape == value.shape and old.dtype == value.dtype:
+    strided = value.layout is torch.strided
+    if isinstance(old, Tensor) and (old.shape, old.dtype) == (value.shape, value.dtype) and strided:
         return old.copy_(value, non_blocking=True)
     value, device = value.detach(), place or value.device
     if isinstance(device, Path):
-        return _on_disk(value, device)
+        return _on_disk(value, device) if strided else value.to("cpu", copy=True)
     if device.type == "cpu" and value.device.type == "cuda":
         pinned = torch.empty_like(value, device=device, pin_memory=True)
         return pinned.copy_(value, non_blocking=True)

@@ -181,6 +181,9 @@ WRONG = {
             )
             for n, g in enumerate((loss_guard, recommended, hedged), start=2)
         },
+        "objective|(ShapeDtypeStruct(shape=()": lambda: step(
+            lambda w, i: (jnp.sum(w), w), lambda *_: best_of([ALONE])
+        ),
         "check|(ShapeDtypeStruct": lambda: step(
             total, lambda *_: best_of([ALONE], check=lambda w, i: (jnp.sum(w), w))
         ),

@@ -102,6 +102,13 @@ def test_within_several_steps_it_counts_their_ends():
     assert state_of(state).calls == len(LOSSES) and state_of(state).returns == 1
 
 
+def test_a_guard_gives_it_the_loss_within_several_steps():
+    several = optax.MultiSteps(guarded(ADAM), every_k_schedule=2)
+    guard = lossguard.unguarded(several, nt=10)
+    state, _ = guard.step(guard.init(jnp.ones(2)), lambda w, i: jnp.sum(w**2))
+    assert state_of(state).calls == 5 and (state.params < 1).all()
+
+
 def test_compiled_and_not_it_is_the_same():
     losses = LOSSES[150:168]
     one = play(guarded(ADAM), PARAMS, losses)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ..validation import check_count, check_decay, check_kind, check_part
 from . import trial as trials
 from .cycle import LONGEST, Cycle, as_arrays, check_state, loss_dtype, own_buffers, sum_dtype
-from .lanes import losses_at
+from .lanes import losses_at, passed_over
 from .protocol import NEITHER, Decision, Guard, GuardState, Objective, Params, advance, following
 from .soundness import (
     advance_schedules,
@@ -154,6 +154,7 @@ class SideBySide:
         if len(state.inner.members) != len(self.members):
             counts = len(self.members), len(state.inner.members)
             raise ValueError("state must be of {} guards, got one of {}".format(*counts))
+        loss_dtype(objective, state.params, state.minibatches)
         objective = with_sound_gradients(objective, state.params, state.minibatches)
         inner, i = state.inner, state.minibatches
         runs, after = self.are_due(inner, state.steps), []
@@ -161,14 +162,18 @@ class SideBySide:
             edited = select(inner.leader == j, state.params, at.params)  # x may have been edited
             at = at._replace(params=edited, minibatches=i)
             after.append(self.step_if(runs[j], guard, at, objective, inner.checked))
-        states, decisions, d = zip(*after, strict=True)
+        states, decisions, rows = zip(*after, strict=True)
         lengths = {len(decision.losses) for decision in decisions}
         if len(lengths) > 1:
             raise ValueError(f"guards must have the same nt, got {sorted(lengths)}")
 
-        ran, losses = jnp.array(runs), jnp.stack([decision.losses for decision in decisions])
-        sound = jnp.stack([is_sound(at.params, state.params) for at in states])
-        inner, fine, again = self.settle(inner, losses, jnp.stack(d), ran, sound)
+        void, losses = passed_over(*(decision.losses for decision in decisions))
+        d = jnp.stack(passed_over(*rows)[1]).mean(axis=1)
+        ran, sound = (
+            jnp.array(runs),
+            jnp.stack([is_sound(at.params, state.params) for at in states]),
+        )
+        inner, fine, again = self.settle(inner, jnp.stack(losses), void, d, ran, sound)
         ends = [select(ok, at.params, state.params) for ok, at in zip(fine, states, strict=True)]
         x, decision = jax.tree.map(
             lambda *leaves: jnp.stack(leaves)[inner.leader], *zip(ends, decisions, strict=True)
@@ -201,17 +206,18 @@ class SideBySide:
         at: GuardState,
         objective: Objective,
         checked: Int[Array, ""],
-    ) -> tuple[GuardState, Decision, Float[Array, ""]]:
-        """A cycle of a guard, and d; where it doesn't run nothing is spent, and nothing known."""
+    ) -> tuple[GuardState, Decision, Float[Array, " minibatches"]]:
+        """A cycle of a guard, and losses that d is the mean of; where it doesn't run nothing is
+        spent, and nothing known."""
 
         def step(at: GuardState) -> tuple[GuardState, Decision, Array]:
             at, decision = guard.step(at, objective)
             if self.check is None:
-                return at, decision, decision.losses.mean()
+                return at, decision, decision.losses
             dtype = loss_dtype(self.check, at.params, checked, name="check")
             held_out = Cycle(self.check, checked, at.steps, self.nc, dtype)
             decision = decision._replace(forwards=decision.forwards + self.nc)
-            return at, decision, losses_at([at.params], held_out).mean()
+            return at, decision, losses_at([at.params], held_out)[:, 0]
 
         def idle(at: GuardState) -> tuple[GuardState, Decision, Array]:
             def nothing(one: jax.ShapeDtypeStruct) -> Array:
@@ -229,6 +235,7 @@ class SideBySide:
         self,
         inner: BestOfState,
         losses: Float[Array, "members nt"],
+        void: Bool[Array, " nt"],
         d: Float[Array, " members"],
         ran: Bool[Array, " members"],
         sound: Bool[Array, " members"],
@@ -239,7 +246,7 @@ class SideBySide:
         """
         d, numbers = d.astype(inner.records.dtype), jnp.arange(len(d))
         leads = numbers == inner.leader
-        lost = ~(jnp.isfinite(d) & ran).any()  # a minibatch that is lost on all
+        lost = ~(jnp.isfinite(d) & ran).any()  # all minibatches are, on all
         fine = ~ran | (sound & (jnp.isfinite(d) | lost))
         goes_back = leads & ~fine & jnp.isfinite(losses[:, 0]) & ~jnp.isnan(inner.records)
         d = jnp.where(goes_back, inner.records, d)
@@ -254,7 +261,7 @@ class SideBySide:
 
         compared = counts & fine & ~leads & fine[inner.leader]
         leading = jnp.broadcast_to(losses[inner.leader], losses.shape)
-        tried = jax.vmap(trials.add)(inner.against, leading, losses)
+        tried = jax.vmap(trials.add, (0, 0, 0, None))(inner.against, leading, losses, void)
         won, over = jax.vmap(trials.outcome)(tried, leading)
         was_as_good = 2 * lowest < records + records[inner.leader]
         again = ~fine | (compared & won & was_as_good & (numbers != best))

@@ -81,7 +81,7 @@ def cycle(
     renewed = Lane(x, renew(relay.fallback, x, state.s.state))
     state = state._replace(s=select(fine_s, state.s, renewed))
 
-    d = (decision.losses.sum() - of_s.sum()).astype(inner.regret.dtype)
+    d = jnp.where(void, 0, decision.losses - of_s).sum().astype(inner.regret.dtype)
     d = jnp.where(jnp.isfinite(d), d, jnp.inf)  # x had a loss that isn't finite, and s hadn't
     known = runs & fine_s
     regret = jnp.where(known, DECAY * inner.regret + d, 0)

@@ -24,9 +24,10 @@ def with_extra_args(name: str, optimizer: Any) -> optax.GradientTransformationEx
     """
     if not (callable(getattr(optimizer, "init", None)) and hasattr(optimizer, "update")):
         raise ValueError(f"{name} must be an optax GradientTransformation, got {optimizer!r}")
-    inner = optax.with_extra_args_support(optimizer)
-    named = inspect.signature(inner.update).parameters
+    named = inspect.signature(optimizer.update).parameters
     open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in named.values())
+    # MultiSteps takes them and isn't of optax's class for that.
+    inner = optimizer if open_ended else optax.with_extra_args_support(optimizer)
 
     def update(
         updates: PyTree, state: PyTree, params: Params | None = None, **extra_args: Any
@@ -101,15 +102,14 @@ def train(
 def run_if(
     runs: Bool[Array, ""], optimizer: Optimizer, lane: Lane, now: Cycle
 ) -> tuple[Lane, Float[Array, " nt"], Bool[Array, ""]]:
-    """nt steps of a lane, its losses, and whether it is fine; if not, it stays where it was.
+    """nt steps of a lane, its losses, and whether its parameters are finite; if not, they stay.
 
-    It is if its parameters are finite, and one of its losses at least. Where it doesn't run:
-    nothing is computed, NaN, and it is.
+    Where it doesn't run: nothing is computed, NaN, and they are.
     """
 
     def run(lane: Lane) -> tuple[Lane, Array, Array]:
         (after,), (losses,) = train([optimizer], [lane], now)
-        fine = is_sound(after.params, lane.params) & jnp.isfinite(losses).any()
+        fine = is_sound(after.params, lane.params)
         params = select(fine, after.params, lane.params)
         return Lane(params, renew_if_unsound(optimizer, params, after.state)), losses, fine
 
@@ -122,8 +122,8 @@ def passed_over(
 ) -> tuple[Bool[Array, " nt"], list[Float[Array, " nt"]]]:
     """Minibatches on which no lane has a finite loss, and losses that have a lane's mean there.
 
-    Such a minibatch is itself to blame, and tells nothing. Lanes that don't run have NaN, and keep
-    it, as one does that has no finite loss.
+    Such a minibatch is itself to blame, tells nothing, and counts in no sum. Lanes that don't run
+    have NaN, and keep it, as one does that has no finite loss.
     """
     void = ~jnp.stack([jnp.isfinite(one) for one in losses]).any(axis=0)
 
@@ -141,12 +141,13 @@ def keep_if_fine(
     losses: Float[Array, " nt"],
     fine: Bool[Array, ""],
     ran: Bool[Array, ""],
+    void: Bool[Array, " nt"],
 ) -> tuple[Lane, Bool[Array, ""]]:
     """A lane after ``run_if`` and ``passed_over``, and whether it is fine; if not, it stays, too.
 
-    It isn't if it ran and has a loss left that is not finite, where another lane's is.
+    It isn't if it ran and has a loss that is not finite, where another lane's is.
     """
-    fine &= all_finite(losses) | ~ran
+    fine &= (jnp.isfinite(losses) | void).all() | ~ran
     return after._replace(params=select(fine, after.params, before.params)), fine
 
 

@@ -52,7 +52,8 @@ class Decision(NamedTuple):
     """The lane that ``params`` are of after the cycle: 0 learned, 1 fallback, 2 the fallback by
     itself, -1 where x stayed or went back; with ``best_of`` the number of the guard."""
     gradients: Int[Array, ""]
-    """Gradient evaluations spent."""
+    """Gradient evaluations spent, but for those that an optimizer makes by itself, as a line search
+    does."""
     forwards: Int[Array, ""]
     """Forward passes spent beside them."""
     learned_updates: Int[Array, ""]

@@ -98,14 +98,16 @@ def cycle(
     runs = ~on_own & is_due(inner, now.k, relay.share)
     state, decision, of_s, fine_s, void = relay.step(lead_from(inner.relay, x), runs, now)
 
-    heard = runs & fine_s
-    against = select(heard, trials.add(inner.against, of_s, decision.losses), inner.against)
+    lost = void.all()
+    heard = runs & fine_s & ~lost
+    added = trials.add(inner.against, of_s, decision.losses, void)
+    against = select(heard, added, inner.against)
     won, lost = trials.outcome(against, of_s)
     loss = jnp.where(heard, of_s, decision.losses).mean()
     progress = progresses.add(inner.progress, loss, now.nt, memory=0)
-    known = heard | (on_own & decision.finite_fallback)
+    known = heard | (on_own & decision.finite_fallback & ~lost)
     progress = select(known, progress, inner.progress)
-    back = heard & won
+    back = heard & (won | ~decision.finite_fallback)  # x can't go on where s can
     state = go_back(state, back, progress.recent)
     winner = jnp.where(back, OWN, decision.winner).astype(jnp.int32)
     after = RecommendedState(

@@ -100,6 +100,9 @@ class Relay:
         Returns:
             The state, the decision, the losses of s (NaN if it didn't run), whether s stayed
             finite if it ran, and the minibatches that are passed over: there losses are a mean.
+
+        If all are, z and s are where their steps led, nothing is learned from it, and a leading y
+        isn't fine: who is to blame?
         """
         nt, leads, dtype = now.nt, state.learned_leads, state.level.dtype
         sound = with_sound_gradients(now.objective, state.z.params, now.i)
@@ -110,13 +113,15 @@ class Relay:
         y_after, of_y, fine_y = run_if(leads | tried, self.learned, y, now)
         s, of_s, fine_s = run_if(s_runs, self.fallback, state.s, now)
         void, (of_y, of_z, of_s) = passed_over(of_y, of_z, of_s)
-        y_after, fine_y = keep_if_fine(y_after, y, of_y, fine_y, leads | tried)
-        z, fine_z = keep_if_fine(z, state.z, of_z, fine_z, ~leads)
-        s, fine_s = keep_if_fine(s, state.s, of_s, fine_s, s_runs)
+        lost = void.all()
+        fine_y &= ~(leads & lost)
+        y_after, fine_y = keep_if_fine(y_after, y, of_y, fine_y, leads | tried, void)
+        z, fine_z = keep_if_fine(z, state.z, of_z, fine_z, ~leads, void)
+        s, fine_s = keep_if_fine(s, state.s, of_s, fine_s, s_runs, void)
 
         losses = jnp.where(leads, of_y, of_z)
         progress = progresses.add(state.progress, losses.mean(), nt)
-        progress = select(jnp.where(leads, fine_y, fine_z), progress, state.progress)
+        progress = select(jnp.where(leads, fine_y, fine_z) & ~lost, progress, state.progress)
         spent = jnp.where(tried, nt, jnp.where(state.probation, _third(nt), 0))
         after = state._replace(
             y=_in_time(y_after, leads | tried, nt),
@@ -127,13 +132,13 @@ class Relay:
         )
         of_stall = losses_if(state.probation, state.y.params, now)
         of_stall = jnp.where(void, of_z, of_stall)
-        sides = select(state.probation, (of_z, of_stall), (of_y, losses))
-        trial = trials.add(trial, *sides)
-        ended = self._end_trial(after, trial, of_y, of_z, fine_y, fine_z, now.k)
-        judged = self._end_probation(after, trial, fine_z, now.k)
-        some = jnp.isfinite(of_y).any()
-        kept = self._keep_or_hand_over(after, fine_y, some, now)
-        after = select(leads, kept, select(state.probation, judged, ended))
+        challenger, leader = select(state.probation, (of_z, of_stall), (of_y, losses))
+        added = trials.add(trial, challenger, leader, void)
+        ended = self._end_trial(after, added, of_y, of_z, fine_y, fine_z, now.k)
+        judged = self._end_probation(after, added, fine_z, now.k)
+        nothing = lost & fine_y & fine_z
+        ended = select(nothing, after._replace(trial=trial), select(state.probation, judged, ended))
+        after = select(leads, self._keep_or_hand_over(after, fine_y, lost, now), ended)
         decision = Decision(
             used_learned=jnp.full(nt, leads),
             losses=losses,
@@ -227,12 +232,12 @@ class Relay:
         return select(back, again, leads_on)
 
     def _keep_or_hand_over(
-        self, state: RelayState, fine: Bool[Array, ""], some: Bool[Array, ""], now: Cycle
+        self, state: RelayState, fine: Bool[Array, ""], lost: Bool[Array, ""], now: Cycle
     ) -> RelayState:
         """After a cycle that y led: it leads on, or z goes on from x or from the snapshot.
 
-        Where it wasn't fine y takes the cycle back if some losses were finite; the second time at
-        a stretch it is over.
+        Where it wasn't fine y takes the cycle back; the second time at a stretch it is over, or at
+        once if the cycle is as long as a trial and has no finite loss.
 
         From where y stalls z leads on probation, for ``share`` of the steps so far if these are
         ``SETTLED`` cycles, unless a second lead of y was no use.
@@ -243,7 +248,8 @@ class Relay:
         worse = young & settled & (recent > state.most)
         risen = loss > level + rules.RISE * jnp.abs(level)
         stalls = progresses.rate(state.progress) < rules.STALL
-        ends = jnp.where(fine, worse | risen | stalls, state.failed | ~some)
+        over = state.failed | (lost & (now.nt >= rules.TRIAL_STEPS))
+        ends = jnp.where(fine, worse | risen | stalls, over)
         gain = jnp.where(young, rules.YOUNG_GAIN, rules.GAIN)
         better = fine & ~ends & (loss < level - gain * jnp.abs(level))
         from_x = better | (ends & fine & ~risen)

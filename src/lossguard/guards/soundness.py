@@ -59,7 +59,7 @@ def with_sound_gradients(objective: Objective, params: Params, i: Any) -> Object
         sound_loss = with_sound_gradients(objective.loss, params, batch)
         return dataclasses.replace(objective, loss=sound_loss)
     # What it closes over is handed in: a rule for derivatives in a branch must not close over it.
-    types, first = jax.tree.map(jnp.result_type, params), i
+    types, first = list(map(jnp.result_type, jax.tree.leaves(params))), i
     closed, rest = eqx.partition(eqx.filter_closure_convert(objective, params, i), eqx.is_array)
 
     def converted(params: Params, i: Any, closed: PyTree) -> Array:
@@ -84,7 +84,7 @@ def with_sound_gradients(objective: Objective, params: Params, i: Any) -> Object
 
     def sound_objective(params: Params, i: Any) -> Array:
         # Converted for these types: an optimizer may evaluate in wider ones, by itself.
-        if jax.tree.map(jnp.result_type, params) != types:
+        if list(map(jnp.result_type, jax.tree.leaves(params))) != types:
             return objective(params, i)
         return sound(params, (jax.tree.map(_typed, i, first), closed))
 

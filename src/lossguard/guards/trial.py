@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ..rules import LOOKS, MARGIN
+from .soundness import select
 
 
 class Trial(NamedTuple):
@@ -42,20 +43,26 @@ def none(dtype: jnp.dtype) -> Trial:
     return begin(jnp.int32(0), jnp.zeros((), dtype))
 
 
-def add(trial: Trial, challenger: Float[Array, " nt"], leader: Float[Array, " nt"]) -> Trial:
+def add(
+    trial: Trial,
+    challenger: Float[Array, " nt"],
+    leader: Float[Array, " nt"],
+    void: Bool[Array, " nt"],
+) -> Trial:
     """After a cycle. What counts are the differences in the second half of the trial.
 
     Until the middle those since its first half cycle count: they can end it early. At the start of
-    a run the bound is 0.9 of the first loss (|loss| / 10 below it).
+    a run the bound is 0.9 of the first loss (|loss| / 10 below it). Those on ``void`` minibatches
+    don't count; a cycle that has no others is no part of the trial.
     """
     nt = len(leader)
-    counts = jnp.arange(nt) >= jnp.where(trial.cycles == 0, nt // 2, 0)
+    counts = ~void & (jnp.arange(nt) >= jnp.where(trial.cycles == 0, nt // 2, 0))
     d = jnp.where(counts, (challenger - leader).astype(trial.total.dtype), 0)
     middle = trial.cycles == trial.length // 2
     before = (jnp.where(middle, 0, n) for n in (trial.pairs, trial.total, trial.squares))
     first = leader[0].astype(trial.bound.dtype)
     pairs, total, squares = before
-    return Trial(
+    after = Trial(
         trial.cycles + 1,
         trial.length,
         pairs + counts.sum(dtype=jnp.int32),
@@ -63,6 +70,7 @@ def add(trial: Trial, challenger: Float[Array, " nt"], leader: Float[Array, " nt
         squares + (d**2).sum(),
         jnp.where(jnp.isnan(trial.bound), first - jnp.abs(first) / 10, trial.bound),
     )
+    return select(void.all(), trial, after)
 
 
 def outcome(

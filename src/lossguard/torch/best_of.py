@@ -9,7 +9,7 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from lossguard.torch.arguments import check_functions, scalar
-from lossguard.torch.decision import NEITHER, Decision, Seen, mean
+from lossguard.torch.decision import NEITHER, Decision, Seen, mean, passed_over
 from lossguard.torch.guard import Guard
 from lossguard.torch.lane import Lane
 from lossguard.torch.losses import UNBOUNDED, Trial
@@ -158,9 +158,13 @@ class BestOf(Guard):
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
         leader, lanes, old = int(self._leader.name), [*self._lanes.values()], list(self.records)
-        shown = {int(name): one for name, one in seen.items()}
-        d = {k: mean(one.losses if self.check is None else one.checks) for k, one in shown.items()}
-        lost = not any(map(math.isfinite, d.values()))  # a minibatch that is lost on all
+        void, filled = passed_over(seen)
+        shown = {int(name): one for name, one in filled.items()}
+        if self.check is not None:
+            held_out = {name: one._replace(losses=one.checks) for name, one in seen.items()}
+            filled = passed_over(held_out)[1]
+        d = {int(name): mean(one.losses) for name, one in filled.items()}
+        lost = not any(map(math.isfinite, d.values()))  # all minibatches are, on all
         fine = [True] * len(lanes)
         for k, one in shown.items():
             self._spent[k] += self.nt * (k != leader)
@@ -177,7 +181,7 @@ class BestOf(Guard):
         x = lanes[best].point if fine[best] else self._leader.before
         again = {k for k, ok in enumerate(fine) if not ok}
         if fine[leader] and not lost:
-            again |= self._ruined(shown, fine, leader) - {best}
+            again |= self._ruined(shown, void, fine, leader) - {best}
         like = self.records[best]
         for k in again:
             lanes[k].start_at(x)
@@ -188,21 +192,23 @@ class BestOf(Guard):
         self._lead(lanes[best])
         return Decision(
             used_learned=[True] * self.nt,
-            losses=shown[best].losses,
-            finite_learned=shown[best].fine,
+            losses=seen[str(best)].losses,
+            finite_learned=seen[str(best)].fine,
             winner=best if fine[best] else NEITHER,
             gradients=self.nt * len(seen),
             forwards=0 if self.check is None else self.checks * len(seen),
             learned_updates=self.nt * len(seen),
         )
 
-    def _ruined(self, shown: Mapping[int, Seen], fine: Sequence[bool], leader: int) -> set[int]:
+    def _ruined(
+        self, shown: Mapping[int, Seen], void: Sequence[bool], fine: Sequence[bool], leader: int
+    ) -> set[int]:
         """Those that have lost a trial against the leader, and were once as good as it is."""
         ruined, leading = set(), shown[leader].losses
         for k, one in shown.items():
             if fine[k] and k != leader:
                 record = self.records[k]
-                against = record.against.after(leading, one.losses)
+                against = record.against.after(leading, one.losses, void)
                 won, over = against.outcome(leading)
                 self.records[k] = record._replace(against=UNBOUNDED if won or over else against)
                 if won and 2 * record.lowest < record.mean + self.records[leader].mean:

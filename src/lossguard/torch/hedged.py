@@ -60,7 +60,7 @@ class Hedged(GuardOfTwo):
         void, seen = passed_over(seen)
         s, relay, leader = seen.get("s"), self._relay, None
         decision = relay.settle(seen, void, self.steps)
-        if s is not None and self._follow(decision.losses, s):
+        if s is not None and self._follow(decision.losses, s, void):
             own = [False] * self.nt
             decision = decision._replace(winner=OWN, losses=s.losses, used_learned=own)
             if self._behind < max(STRETCH, PATIENCE * self._away) and math.isfinite(self._regret):
@@ -71,14 +71,15 @@ class Hedged(GuardOfTwo):
         self._lead(leader or relay.leader)
         return decision.without(void)
 
-    def _follow(self, losses: Sequence[float], s: Seen) -> bool:
+    def _follow(self, losses: Sequence[float], s: Seen, void: Sequence[bool]) -> bool:
         """Add up how x has done against s; whether s leads."""
-        if not s.fine:  # not finite any more: it begins again at x
+        fine = s.finite if all(void) else s.fine
+        if not fine:  # not finite any more: it begins again at x
             self._relay.s.start_at(self._relay.leader.point)
             self._relay.s.forget()
-        d = sum(losses) - sum(s.losses)
+        d = sum(x - f for x, f, skip in zip(losses, s.losses, void, strict=True) if not skip)
         d = d if math.isfinite(d) else math.inf  # x had a loss that isn't finite, and s hadn't
-        self._regret = DECAY * self._regret + d if s.fine else 0.0
+        self._regret = DECAY * self._regret + d if fine else 0.0
         self._away += 1
         self._behind = self._behind + 1 if self._regret > 0 else 0
         return self._regret > 0

@@ -29,17 +29,23 @@ class Trial(NamedTuple):
     total: float = 0.0
     squares: float = 0.0
 
-    def after(self, challenger: Sequence[float], leader: Sequence[float]) -> Self:
+    def after(
+        self, challenger: Sequence[float], leader: Sequence[float], void: Sequence[bool]
+    ) -> Self:
         """After a cycle. What counts are the differences in the second half of the trial.
 
         Until the middle those since its first half cycle count: they can end it early. At the start
-        of a run the bound is 0.9 of the first loss (|loss| / 10 below it).
+        of a run the bound is 0.9 of the first loss (|loss| / 10 below it). Those on ``void``
+        minibatches don't count; a cycle that has no others is no part of the trial.
         """
+        if all(void):
+            return self
         bound = leader[0] - abs(leader[0]) / 10 if math.isnan(self.bound) else self.bound
         middle = self.cycles == self.length // 2
         pairs, total, squares = (0, 0.0, 0.0) if middle else (self.pairs, self.total, self.squares)
         first = len(leader) // 2 if self.cycles == 0 else 0
-        d = [c - f for c, f in zip(challenger[first:], leader[first:], strict=True)]
+        rows = [*zip(challenger, leader, void, strict=True)][first:]
+        d = [c - f for c, f, skip in rows if not skip]
         return self._replace(
             bound=bound,
             cycles=self.cycles + 1,

@@ -88,14 +88,14 @@ class Recommended(GuardOfTwo):
             if own.fine:
                 self._progress = self._progress.after(mean(own.losses), self.nt, memory=0)
         if s is not None and s.fine:
-            self._against = self._against.after(s.losses, decision.losses)
+            self._against = self._against.after(s.losses, decision.losses, void)
             won, lost = self._against.outcome(s.losses)
             if won or lost:
                 self._against = UNBOUNDED
-            if won:
+            if won or not decision.finite_fallback:  # x can't go on where s can
                 relay.go_back(self._progress.recent)
                 decision = decision._replace(winner=OWN)
-        elif s is not None:
+        elif s is not None and not (s.finite and all(void)):
             relay.s.go_back()
         self._lead(relay.leader)
         return decision.without(void)

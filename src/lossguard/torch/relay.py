@@ -86,18 +86,23 @@ class Relay:
         """
         y, z, state, led = seen.get("y"), seen.get("z"), self.state, self.state.learned_leads
         stalled, y = (y, None) if state.probation else (None, y)
-        fine_y, fine_z = y is None or y.fine, z is None or z.fine
+        none = all(void)  # is finite, and who is to blame? Not z; nor y, unless it leads
+        fine_y = y is None or (y.finite if none and not led else y.fine)
+        fine_z = z is None or (z.finite if none else z.fine)
         if not fine_z:
             self.z.go_back()
         losses, of_y = seen["y" if led else "z"].losses, [] if y is None or led else y.losses
-        if fine_y if led else fine_z:
+        if (fine_y if led else fine_z) and not none:
             state = state._replace(progress=state.progress.after(mean(losses), self.nt))
-        if stalled is not None:
+        if none and fine_y and fine_z:  # nothing is learned from it
+            cost = self._third if stalled is not None else self.nt * (y is not None and not led)
+            state = state._replace(trial_cost=state.trial_cost + cost)
+        elif stalled is not None:
             pairs = zip(void, losses, stalled.checks, strict=True)
             checks = [of_z if skip else of_stall for skip, of_z, of_stall in pairs]
-            state = self._end_probation(state, state.trial.after(losses, checks), fine_z, k)
+            state = self._end_probation(state, state.trial.after(losses, checks, void), fine_z, k)
         elif state.trial != NONE:
-            trial = state.trial.after(of_y, losses)
+            trial = state.trial.after(of_y, losses, void)
             state = state._replace(trial=trial, trial_cost=state.trial_cost + self.nt)
             won, lost = trial.outcome(of_y)
             first, level = -(-rules.TRIAL_STEPS // self.nt), min(mean(losses), trial.bound)
@@ -122,8 +127,7 @@ class Relay:
             elif lost or not fine_y:
                 state = state._replace(trial=NONE)
         if led:
-            some = any(map(math.isfinite, losses))
-            state = self._keep_or_hand_over(state, fine_y, some, k)
+            state = self._keep_or_hand_over(state, fine_y, none, k)
         self.state = state
         of_z = OWN if state.on_own else FALLBACK
         return Decision(
@@ -165,11 +169,11 @@ class Relay:
             level=trial.bound,
         )
 
-    def _keep_or_hand_over(self, state: State, fine: bool, some: bool, k: int) -> State:
+    def _keep_or_hand_over(self, state: State, fine: bool, lost: bool, k: int) -> State:
         """After a cycle that y led: it leads on, or z goes on from x or from the snapshot.
 
-        Where it wasn't fine y takes the cycle back if some losses were finite; the second time at
-        a stretch it is over.
+        Where it wasn't fine y takes the cycle back; the second time at a stretch it is over, or at
+        once if the cycle is as long as a trial and has no finite loss.
 
         From where y stalls z leads on probation, for ``share`` of the steps so far if these are
         ``SETTLED`` cycles, unless a second lead of y was no use.
@@ -180,7 +184,8 @@ class Relay:
         worse = young and settled and recent > state.most
         risen = now > level + rules.RISE * abs(level)
         stalls = progress.rate < rules.STALL
-        ends = worse or risen or stalls if fine else state.failed or not some
+        over = state.failed or (lost and self.nt >= rules.TRIAL_STEPS)
+        ends = worse or risen or stalls if fine else over
         if not fine and not ends:
             self.y.go_back()
         state = state._replace(failed=not fine and not ends)

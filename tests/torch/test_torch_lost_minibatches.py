@@ -1,0 +1,112 @@
+"""Minibatches on which no lane has a finite loss: they are passed over, and decide nothing."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+
+from lossguard.torch import BestOf, Hedged, Recommended
+from lossguard.torch.losses import Trial
+
+
+class Rule(torch.optim.Optimizer):
+    """Sets each parameter to a function of it and of its gradient."""
+
+    def __init__(self, params, rule):
+        super().__init__(params, {"lr": 1.0})
+        self.rule = rule
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.copy_(self.rule(p, p.grad))
+
+
+def play(guard, loss_of, steps):
+    """The losses that it reports, those that are lost left out."""
+    for k in range(steps):
+        for lane in guard.lanes():
+            loss = loss_of(k)
+            loss.backward()
+            lane.step(loss)
+    losses = [loss for decision in guard.history for loss in decision.losses]
+    return [loss if math.isfinite(loss) else 0.0 for loss in losses]
+
+
+def test_in_a_trial_they_do_not_count():
+    y, z, void = [1.0, 2.0, 9.0, 5.0], [2.0, 2.5, 0.0, 5.5], [False, False, True, False]
+    trial = Trial(length=1, bound=math.inf)
+    counted = trial.after(y, z, void)
+    assert (counted.pairs, counted.total, counted.squares) == (1, -0.5, 0.25)
+    assert trial.after(y, z, [True] * 4) == trial
+
+
+@pytest.mark.parametrize(("nt", "lost"), [(10, range(50, 60)), (1, [57])])
+def test_hedged_keeps_its_promise_over_a_cycle_that_is_lost(nt, lost):
+    w = nn.Parameter(torch.zeros(()))
+    leaps = Rule([w], lambda p, g: torch.ones_like(p))
+
+    def loss_of(k):
+        rise = -w if k < 40 else w if k >= 61 else 0 * w
+        return 5 + rise + (math.inf if k in lost else 0)
+
+    guard = Hedged(leaps, SGD([w], lr=0.0), model=None, nt=nt)
+    reported = play(guard, loss_of, 120)
+    alone = [0.0 if k in lost else 5.0 for k in range(120)]
+    assert all(sum(reported[:k]) <= sum(alone[:k]) + 1e-3 for k in range(0, 121, nt))
+    assert sum(reported[:40]) < 200 and guard._lanes["s"].point == [0]
+
+
+def test_x_is_the_fallbacks_own_run_over_one_that_is_lost():
+    """With cycles of one step."""
+    w, v = (nn.Parameter(torch.full((3,), 4.0)) for _ in range(2))
+    guard = Hedged(SGD([w], lr=1e-9), SGD([w], lr=0.02, momentum=0.9), model=None, nt=1)
+    alone = SGD([v], lr=0.02, momentum=0.9)
+    play(guard, lambda k: w.square().sum() * (math.nan if k == 55 else 1), 100)
+    for k in range(100):
+        alone.zero_grad()
+        (v.square().sum() * (0 if k == 55 else 1)).backward()
+        alone.step()
+    assert guard.last_decision.winner == 2 and torch.equal(w, v)
+
+
+def test_x_goes_back_to_s_where_only_s_has_a_finite_loss():
+    """The learned optimizer leads to where the curve is too steep for the fallback."""
+    w = nn.Parameter(torch.tensor([0.0, 0.001]))
+
+    def loss_of(_):
+        u, v = w
+        loss = 3 - 2 * u.clamp(max=1) + (1 + 99 * u.clamp(0, 1)) * v**2 / 2
+        return loss if v.abs() <= 1e3 else loss * math.nan
+
+    def learned(p, _):
+        return p + torch.tensor([0.05 if p[0] < 1 else 0.0, 0.0])
+
+    def fallback(p, g):
+        return p + torch.tensor([0.001, -0.1 * g[1]])
+
+    guard = Recommended(Rule([w], learned), Rule([w], fallback), model=None)
+    play(guard, loss_of, 600)
+    winners = [decision.winner for decision in guard.history]
+    finite = [all(map(math.isfinite, one.losses)) for one in guard.history]
+    broke = finite.index(False)
+    assert 0 in winners[:broke] and winners[broke + 1] == 2
+    assert loss_of(0).isfinite()
+
+
+@pytest.mark.parametrize("share", [None, 0.05])
+@pytest.mark.parametrize("held_out", [False, True])
+def test_best_of_decides_by_the_others(share, held_out):
+    """One of three minibatches is lost."""
+    w = nn.Parameter(torch.zeros(2))
+
+    def loss_of(k):
+        return (w - 1).square().sum() * (math.nan if k % 3 == 1 else 1)
+
+    check = {"check": loss_of, "nc": 3} if held_out else {}
+    guard = BestOf([SGD([w], lr=lr) for lr in (1e-6, 0.1)], model=None, share=share, **check)
+    play(guard, loss_of, 300)
+    assert guard.last_decision.winner == 1 and all(math.isfinite(r.mean) for r in guard.records)
+    torch.testing.assert_close(w.detach(), torch.ones(2), rtol=0, atol=1e-3)

@@ -160,3 +160,14 @@ def test_what_is_no_decision_is_refused(wrong: object) -> None:
     kind = type(wrong[0] if isinstance(wrong, tuple) else wrong).__name__
     with pytest.raises(ValueError, match=rf"^decisions must be a Decision, or .*, got {kind}$"):
         lossguard.decision_table(wrong)
+
+
+def test_to_plot_needs_no_rich(monkeypatch) -> None:
+    from lossguard.torch import Decision as Plain
+
+    decision = Plain([True] * 2, [2.0, 1.0], winner=0, gradients=2, learned_updates=2)
+    for name in [name for name in sys.modules if name.startswith("lossguard.drawing")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("lossguard.terminal", "rich", "rich.console"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert plot_decisions([decision] * 3).axes

@@ -1,6 +1,7 @@
 """The code in the documentation runs as it stands."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import optax
 import pytest
 
 import lossguard
+from lossguard.experiments.run import run
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,9 +85,11 @@ def test_guides_to_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     wild = names["undo"](optax.sgd(1e30))
     state, _ = lossguard.rollout(wild, wild.init(jnp.zeros(3)), names["objective"], cycles=5)
     np.testing.assert_array_equal(state.params, 0)
-    (recipe,) = blocks("docs/experiments.md")
-    exec(recipe, names)
+    for block in blocks("docs/experiments.md"):
+        exec(block, names)
     assert list(names["my_recipe"]().guards()) == ["lion", "sgd", "both"]
+    own = run(replace(names["on_my_data"](), steps=20, seeds=1), tmp_path / "own")
+    assert own.is_dir()
     (recipe,) = blocks("docs/metatrain.md")
     exec(recipe, names)
     names["mine"]().check()

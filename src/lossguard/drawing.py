@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from .files import write_whole
-from .terminal import shown
 
 
 def titled(title: str, note: str | None) -> str:
@@ -27,6 +26,8 @@ def log_losses(axes: Axes) -> None:
 
 def png(figure: Figure) -> bytes:
     """The figure as a PNG."""
+    from .terminal import shown  # by Rich, which nobody needs to plot decisions
+
     for text in figure.findobj(Text):  # Matplotlib warns of letters that no font has, unescaped
         if (told := shown(text.get_text())) != text.get_text():
             text.set_text(told)

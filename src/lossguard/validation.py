@@ -9,6 +9,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Collection
+from dataclasses import fields
 from numbers import Integral
 from typing import Any, SupportsFloat
 
@@ -100,6 +101,13 @@ def told(value: Any) -> str:
     if len(text) <= 80 and "\n" not in text:
         return text
     return f"a {type(value).__name__}" + (f" of shape {list(shape)}" if shape else "")
+
+
+def freeze_lists(owner: Any) -> None:
+    """Tuples in place of the lists in the fields of a frozen dataclass, for it to hash."""
+    for field in fields(owner):
+        if isinstance(value := getattr(owner, field.name), list):
+            object.__setattr__(owner, field.name, tuple(value))
 
 
 def one_of(known: Collection[str], name: str) -> str:

@@ -380,6 +380,20 @@ def labelled(name: str, labels: tuple[int, int], experiment: Experiment) -> loss
     return dataclasses.replace(task, dataset=dataclasses.replace(task.dataset, **changed))
 
 
+def of_kind(dtype: str, experiment: Experiment) -> lossguard.Task:
+    """Labels of a type that is no integer's."""
+    task = tiny.make_task(experiment)
+    train = Split(task.dataset.train.inputs, task.dataset.train.labels.astype(dtype))
+    return dataclasses.replace(task, dataset=dataclasses.replace(task.dataset, train=train))
+
+
+def narrower(experiment: Experiment) -> lossguard.Task:
+    """The test split has a coordinate less."""
+    task = tiny.make_task(experiment)
+    test = Split(task.dataset.test.inputs[:, :1], task.dataset.test.labels)
+    return dataclasses.replace(task, dataset=dataclasses.replace(task.dataset, test=test))
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -411,6 +425,11 @@ def labelled(name: str, labels: tuple[int, int], experiment: Experiment) -> loss
             )
             for name, low, high in (("train", 1, 2), ("train", -1, 1), ("test", 0, 2))
         ),
+        *(
+            ({"make_task": functools.partial(of_kind, dtype)}, f"^labels of train must .*{dtype}")
+            for dtype in ("bool", "float32")
+        ),
+        ({"make_task": narrower}, r"^inputs of test must be of shape \(2,\), got \(1,\)$"),
     ],
 )
 def test_bad_fields_leave_no_folder(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:

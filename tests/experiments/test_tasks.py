@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -189,6 +190,22 @@ def test_recipes_are_the_published_tasks() -> None:
         assert e.methods[-3:] == ("MLP", "MLP, rewind", "MLP, guarded")
         assert e.name == name
         assert f"Adam {e.adam_rate:g}" in e.methods and e.steps == tasks.MARKS[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dataset": "mnist"}, "dataset of a published task must be 'fashion_mnist', got 'mnist'"),
+        ({"batch_size": 32}, "batch_size of a published task must be 128, got 32"),
+        ({"learned": "lstm-cifar10-conv"}, "learned of a published task must be 'lstm-mnist-mlp'"),
+    ],
+)
+def test_a_published_task_is_as_it_was_published(changes, reason) -> None:
+    experiment = tasks.RECIPES["ImageMLP_FashionMnist8_Relu32"]()
+    with pytest.raises(ValueError, match=f"^{reason}"):
+        experiment.make_task(replace(experiment, **changes))
+    with pytest.raises(ValueError, match=r"^name of a published task must be one of "):
+        replace(experiment, name="mine").guards()
 
 
 def test_the_exponential_decay_loses_three_orders_of_magnitude_in_100_000_steps() -> None:

@@ -17,9 +17,12 @@ from lossguard.config import as_config
 from lossguard.learned.weights_file import pretrained_names
 from lossguard.metatrain import bptt, loop
 from lossguard.metatrain.bptt import LSTMTraining
+from lossguard.metatrain.evolution import MLPTraining
+from lossguard.metatrain.family import Member
 from lossguard.metatrain.loop import metatrain
 from lossguard.metatrain.recipes import RECIPES
 from lossguard.tasks import MLP
+from lossguard.tasks.models import ReluMLP
 
 
 @pytest.mark.usefixtures("eager")
@@ -94,6 +97,15 @@ def test_bad_fields_leave_no_folder(tmp_path: Path, changes: dict[str, Any], rea
     with pytest.raises(ValueError, match=reason):
         metatrain(dataclasses.replace(TINY, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_lists_are_as_good_as_tuples() -> None:
+    member = Member("digits", ReluMLP([16, 8]))
+    one = MLPTraining("mine", family=[member], held_out=[member])
+    member = Member("digits", ReluMLP((16, 8)))
+    other = MLPTraining("mine", family=(member,), held_out=(member,))
+    assert one == other and hash(one) == hash(other)
 
 
 def test_another_run_is_refused(whole: Path) -> None:

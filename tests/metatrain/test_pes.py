@@ -137,3 +137,11 @@ def test_perturbations_have_the_deviation_that_is_asked_for() -> None:
     key = jax.random.key(0)
     _, _, pairs = pes_gradient(lambda w, x: (w.sum(), x), jnp.zeros(100), pairs, key, sigma=0.3)
     assert float(pairs.walked.std()) == pytest.approx(0.3, rel=0.03)
+
+
+@pytest.mark.usefixtures("x64")
+def test_weights_of_single_precision_stay_so() -> None:
+    theta = {name: jnp.float32(value) for name, value in (("log_rate", -1.0), ("slowing", 0.1))}
+    pairs = start_pairs(theta, copies(jnp.ones(2, jnp.float32)))
+    _, gradient, _ = pes_gradient(descent, theta, pairs, jax.random.key(0), sigma=0.01)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}

@@ -63,6 +63,13 @@ def test_standardization_is_that_of_the_training_split() -> None:
     np.testing.assert_allclose(data.normalize(data.test.inputs), scaled[:4])
 
 
+def test_every_input_has_a_label() -> None:
+    with pytest.raises(
+        ValueError, match=r"^labels must be as many as inputs \(3, 2\), got \(4,\)$"
+    ):
+        Split(np.zeros((3, 2), np.float32), np.zeros(4, np.int32))
+
+
 def test_what_does_not_differ_is_not_standardized() -> None:
     for points in (np.full((4, 2), 3.7), np.stack([np.zeros(4), np.arange(4.0)], axis=1)):
         with pytest.raises(ValueError, match=r"^inputs must differ in each channel or coordinate"):

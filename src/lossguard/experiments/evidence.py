@@ -179,7 +179,7 @@ def _labelled(record: Record) -> pl.DataFrame:
             labels["Adam"] = f"Adam {rate:g}"
     return curves.select(
         pl.col("method").replace(labels),
-        (pl.col("seed") + config["seed"]).cast(pl.Int64),
+        pl.col("seed").cast(pl.Int64) + config["seed"],
         "step",
         pl.col("loss", "used_learned", *COUNTERS).cast(pl.Float64),
     )

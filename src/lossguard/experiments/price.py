@@ -243,6 +243,8 @@ def at_equal_price(reference: str, folder: Path) -> str:
     methods = evaluations["method"].unique(maintain_order=True).to_list()
     found = {method: curves(evaluations, method).mean() for method in methods}
     base = found.pop(reference)
+    if not found:
+        return f"There is no other method to compare with {reference}."
     every = base, *found.values()
     end = float(min(one.price[-1] for one in every))
     if end / 2 < max(one.price[0] for one in every):

@@ -19,6 +19,7 @@ from ..guards.protocol import Decision, Guard, GuardState
 from ..learned.weights_file import as_inputs, noting_weights
 from ..progress import Progress, stopping_at_interrupt
 from ..rollout import rollout
+from ..tasks.goals import CLASSIFICATION
 from ..tasks.task import Task
 from ..validation import check_count, check_positive, check_seed
 from .experiment import Experiment
@@ -103,10 +104,17 @@ def _check_task(task: Any) -> None:
     """Its type and labels: one that is no class makes losses NaN, or counts from the last class."""
     if not isinstance(task, Task):
         raise ValueError(f"make_task must return a Task, got {type(task).__name__}")
-    classes = task.dataset.classes
-    for name in ("train", "test"):
+    classes, of_test = task.dataset.classes, task.dataset.test.inputs.shape[1:]
+    if of_test != task.dataset.shape:
+        raise ValueError(f"inputs of test must be of shape {task.dataset.shape}, got {of_test}")
+    for name in ("train", "test") if task.goal is CLASSIFICATION else ():
         labels = np.asarray(getattr(task.dataset, name).labels)
-        if labels.dtype.kind in "iu" and not ((labels >= 0) & (labels < classes)).all():
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            raise ValueError(
+                f"labels of {name} must be a row of integers, got {labels.dtype} of shape "
+                f"{labels.shape}"
+            )
+        if not ((labels >= 0) & (labels < classes)).all():
             raise ValueError(
                 f"labels of {name} must be in 0 .. {classes - 1}, as there are {classes} classes, "
                 f"got {labels.min()} to {labels.max()}"

@@ -46,6 +46,8 @@ MARKS = (500, 1_000, 2_000, 5_000, 10_000)
 """Steps and prices at which losses are compared."""
 COLUMNS = ("task", "method", "by", "mark", "seed", "loss", "speedup")
 """Of ``rows``, and of the CSV file."""
+OF_TASK = ("dataset", "scaling", "model", "batch_size", "learned")
+"""Fields of an experiment that are those of the published task."""
 TUNED, ENVELOPE = "Tuned", "Published envelope"
 
 
@@ -92,7 +94,13 @@ best. The best at a mark is shown, as in the envelope. Guards fall back on the f
 
 
 def task_methods(e: Experiment) -> Methods:
-    """What is tuned; each learned optimizer alone, under ``rewind``, and guarded over Adam."""
+    """What is tuned; each learned optimizer alone, under ``rewind``, and guarded over Adam.
+
+    Raises:
+        ValueError: if the experiment isn't named after a published task.
+    """
+    if e.name not in PUBLISHED:
+        raise ValueError(f"name of a published task must be {one_of(PUBLISHED, e.name)}")
     made = {f"{kind} {rate:g}": alone(e, HAND_MADE[kind](rate)) for kind, rate in TRIED[e.name]}
     for name, weights in LEARNED.items():
         own = replace(e, learned=weights)
@@ -122,15 +130,31 @@ def watched(guard: Guard, batches: int = 5) -> Guard:
 
 
 def task_of(experiment: Experiment) -> Task:
-    """The published task that an experiment is named after."""
+    """The published task that an experiment is named after.
+
+    Raises:
+        ValueError: if the experiment has other data or another model, or there is no envelope.
+    """
+    own = experiment_of(experiment.name)
+    for name in OF_TASK:
+        if getattr(experiment, name) != getattr(own, name):
+            raise ValueError(
+                f"{name} of a published task must be {getattr(own, name)!r}, got "
+                f"{getattr(experiment, name)!r}"
+            )
     envelope(experiment.name)  # a missing file is told before hours of computation
     return published_task(experiment.name)
 
 
 def task_recipe(name: str) -> Experiment:
     """A published task, to 10,000 steps, on five seeds that nothing was chosen with."""
+    return with_methods(task_methods, experiment_of(name))
+
+
+def experiment_of(name: str) -> Experiment:
+    """The same without its methods."""
     task = PUBLISHED[name]
-    e = Experiment(
+    return Experiment(
         name=name,
         title=f"{name}: learned optimizers alone and guarded over Adam",
         tested_on=name,
@@ -143,7 +167,6 @@ def task_recipe(name: str) -> Experiment:
         adam_rate=TRIED[name][0][1],
         make_task=task_of,
     )
-    return with_methods(task_methods, e)
 
 
 RECIPES = {name: partial(task_recipe, name) for name in PUBLISHED}
@@ -282,7 +305,8 @@ def _means(rows: pl.DataFrame) -> str:
 def _interquartile(rows: pl.DataFrame) -> str:
     """The interquartile mean of all tasks' and seeds' speedups, and its 95 % interval."""
     tasks = [of["speedup"].to_numpy() for _, of in rows.group_by("task", maintain_order=True)]
-    return "{:.2f} ({:.2f}-{:.2f})".format(*interquartile_mean(tasks))
+    middle, low, high = interquartile_mean(tasks)
+    return f"{middle:.2f}" if math.isnan(low) else f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
 def interquartile_mean(

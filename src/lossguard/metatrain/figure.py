@@ -55,7 +55,7 @@ def draw(record: Record) -> Figure:
         axes[2].plot(steps, over_initial, label=name, linewidth=1)
     if others:
         last = min(OTHERS_STEPS, validation.shape[1])
-        label = f"Validation loss up to step {last}, over the initial one"
+        label = f"Validation loss at step {last} / first"
         axes[2].set(xlabel="Meta-step", ylabel=label)
         axes[2].legend(fontsize=8)
     title = titled(config["name"], made.get("data"))

@@ -20,7 +20,14 @@ from ..config import as_config
 from ..learned.weights_file import as_inputs, noting_weights
 from ..progress import Progress, stopping_at_interrupt
 from ..tasks.task import Task
-from ..validation import check_count, check_network, check_part, check_positive, check_seed
+from ..validation import (
+    check_count,
+    check_network,
+    check_part,
+    check_positive,
+    check_seed,
+    freeze_lists,
+)
 
 WEIGHTS = "weights.safetensors"
 COUNTS = ("shortest", "longest", "meta_steps", "validate_every")
@@ -90,6 +97,8 @@ class MetaTraining(ABC):
     """The weights kept are those with the lowest mean validation loss; otherwise the last whose
     validation is finite."""
     seed: int = 0
+
+    __post_init__ = freeze_lists
 
     @abstractmethod
     def method(self) -> Method:

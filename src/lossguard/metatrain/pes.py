@@ -85,13 +85,15 @@ def pes_gradient(
     walked = jax.tree.map(jnp.add, pairs.walked, e)
 
     def run(sign: Array, inner: PyTree) -> tuple[Array, PyTree]:
-        perturbed = jax.tree.map(lambda leaf, step: leaf + sign * step, weights, e)
+        perturbed = jax.tree.map(lambda w, step: w + (sign * step).astype(w.dtype), weights, e)
         return jax.vmap(piece)(perturbed, inner)
 
     ours = jax.tree.map(lambda plus, minus: jnp.stack([plus, minus]), pairs.plus, pairs.minus)
     losses, after = jax.vmap(run)(jnp.array([1.0, -1.0]), ours)
     slope = (losses[0] - losses[1]) / (2 * sigma**2)
-    gradient = jax.tree.map(lambda x: jnp.tensordot(slope, x, axes=1) / count, walked)
+    gradient = jax.tree.map(
+        lambda x: (jnp.tensordot(slope, x, axes=1) / count).astype(x.dtype), walked
+    )
     plus, minus = (jax.tree.map(lambda leaf, k=k: leaf[k], after) for k in (0, 1))
     return losses, gradient, Pairs(plus, minus, walked)
 

@@ -30,6 +30,11 @@ class Split(eqx.Module):
     labels: Int32[Array, " n"] = eqx.field(converter=jnp.asarray)
     """[N], in 0 .. classes - 1."""
 
+    def __check_init__(self) -> None:
+        of_inputs, of_labels = jnp.shape(self.inputs), jnp.shape(self.labels)
+        if of_inputs[:1] != of_labels[:1]:
+            raise ValueError(f"labels must be as many as inputs {of_inputs}, got {of_labels}")
+
 
 class Dataset(eqx.Module):
     """A classification data set on the device.

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ..validation import check_count
+from ..validation import check_count, freeze_lists
 
 
 class Model(Protocol):
@@ -36,6 +36,8 @@ class MLP:
 
     hidden: tuple[int, ...] = (20,)
     """Units of each hidden layer."""
+
+    __post_init__ = freeze_lists
 
     def init(
         self, shape: Sequence[int], classes: int, key: PRNGKeyArray
@@ -70,6 +72,8 @@ class ReluMLP:
 
     hidden: tuple[int, ...] = (128, 128)
     """Units of each hidden layer."""
+
+    __post_init__ = freeze_lists
 
     def init(
         self, shape: Sequence[int], classes: int, key: PRNGKeyArray
@@ -121,6 +125,8 @@ class ConvNet:
     channels: tuple[int, ...] = (8, 16, 32)
     kernels: tuple[int, ...] = (5, 3, 3)
     strides: tuple[int, ...] = (2, 2, 2)
+
+    __post_init__ = freeze_lists
 
     def init(
         self, shape: Sequence[int], classes: int, key: PRNGKeyArray

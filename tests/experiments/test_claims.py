@@ -429,12 +429,12 @@ def write_meta(
     ],
 )
 def test_meta_training_converges(tmp_path: Path, validation: list[float], verdict: str) -> None:
-    run = write_meta(tmp_path / "run", "lstm-mnist-mlp", [1.0] * 20, validation, 3_000)
+    run = write_meta(tmp_path / "run", "lstm-mnist-mlp-paper", [1.0] * 20, validation, 10_000)
     assert judged("2a", run).verdict == verdict
     assert judged("2a").verdict == "not run"
-    short = write_meta(tmp_path / "short", "lstm-mnist-mlp", [1.0] * 20, validation, 60)
+    short = write_meta(tmp_path / "short", "lstm-mnist-mlp-paper", [1.0] * 20, validation, 9_000)
     assert judged("2a", short).verdict == "not run"
-    given = "lstm-mnist-mlp", [1.0] * 20, validation, 3_000
+    given = "lstm-mnist-mlp-paper", [1.0] * 20, validation, 10_000
     other = write_meta(tmp_path / "other", *given, dataset="digits")
     assert judged("2a", other).verdict == "not run"
 

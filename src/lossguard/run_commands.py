@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> None:
 
     given = next(iter(arguments), "")
     name, recipe = find_recipe(given, RECIPES, "run", Experiment, _elsewhere)
-    _run(*override(recipe, Where(Path("runs") / name), arguments[1:], f"run {name}"))
+    _run(*override(recipe, Where(Path("runs") / name), arguments[1:], f"run {given}"))
 
 
 def sweep(arguments: Sequence[str]) -> None:
@@ -120,7 +120,7 @@ def metatrain(arguments: Sequence[str]) -> None:
     given = next(iter(arguments), "")
     name, recipe = find_recipe(given, RECIPES, "metatrain", loop.MetaTraining, _experiments)
     where = Where(Path("runs") / name)
-    where, config = override(recipe, where, arguments[1:], f"metatrain {name}")
+    where, config = override(recipe, where, arguments[1:], f"metatrain {given}")
     with _resumable(where):
         weights = loop.metatrain(config, where.out, resume=where.resume)
     print(shown(f"weights: {weights}"))

@@ -198,7 +198,7 @@ class BestOf(Guard):
             gradients=self.nt * len(seen),
             forwards=0 if self.check is None else self.checks * len(seen),
             learned_updates=self.nt * len(seen),
-        )
+        ).without(void)
 
     def _ruined(
         self, shown: Mapping[int, Seen], void: Sequence[bool], fine: Sequence[bool], leader: int

@@ -37,10 +37,12 @@ def fallback(params):
     return SGD([p for p in params if p.requires_grad], lr=0.3, momentum=0.9)
 
 
-def test_gradients_of_what_another_optimizer_steps_are_those_of_the_live_lane():
+@pytest.mark.parametrize("options", [{}, {"nt": 1, "check": lambda k: torch.tensor(1.0)}])
+def test_gradients_of_what_another_optimizer_steps_are_those_of_the_live_lane(options):
     model, x = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)), torch.ones(4, 2)
     beside = SGD(model[0].parameters(), lr=0.1)
-    guard = BestOf([SGD(model[2].parameters(), lr=lr) for lr in (0.1, 0.01)], model=model)
+    optimizers = [SGD(model[2].parameters(), lr=lr) for lr in (0.1, 0.01)]
+    guard = BestOf(optimizers, model=model, **options)
     for earlier in (0.0, 0.0, 1.0):  # one that was accumulated before stays
         beside.zero_grad()
         model(x).square().mean().backward()

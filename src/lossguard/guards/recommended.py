@@ -29,6 +29,8 @@ class RecommendedState(NamedTuple):
     """Of the fallback by itself; not smoothed, as s may run seldom."""
     against: Trial
     """A trial of s against x, in the cycles in which both run."""
+    broken: Bool[Array, ""]
+    """Whether in the last of these z led and had a loss that isn't finite where s had one."""
 
 
 def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) -> Guard:
@@ -87,7 +89,8 @@ def begin(relay: Relay, params: Params) -> RecommendedState:
     """x is on the fallback's own path."""
     dtype = sum_dtype(params)
     unknown, against = progresses.unknown(dtype), trials.unbounded(jnp.zeros((), dtype))
-    return RecommendedState(relay.begin(params), jnp.int32(0), unknown, against)
+    broken = jnp.array(False)
+    return RecommendedState(relay.begin(params), jnp.int32(0), unknown, against, broken)
 
 
 def cycle(
@@ -98,16 +101,17 @@ def cycle(
     runs = ~on_own & is_due(inner, now.k, relay.share)
     state, decision, of_s, fine_s, void = relay.step(lead_from(inner.relay, x), runs, now)
 
-    lost = void.all()
-    heard = runs & fine_s & ~lost
+    none = void.all()  # of the minibatches has a finite loss
+    heard = runs & fine_s & ~none
     added = trials.add(inner.against, of_s, decision.losses, void)
     against = select(heard, added, inner.against)
     won, lost = trials.outcome(against, of_s)
     loss = jnp.where(heard, of_s, decision.losses).mean()
     progress = progresses.add(inner.progress, loss, now.nt, memory=0)
-    known = heard | (on_own & decision.finite_fallback & ~lost)
+    known = heard | (on_own & decision.finite_fallback & ~none)
     progress = select(known, progress, inner.progress)
-    back = heard & (won | ~decision.finite_fallback)  # x can't go on where s can
+    broken = jnp.where(heard, ~decision.finite_fallback & ~state.learned_leads, inner.broken)
+    back = heard & (won | (broken & inner.broken))  # x can't go on where s can
     state = go_back(state, back, progress.recent)
     winner = jnp.where(back, OWN, decision.winner).astype(jnp.int32)
     after = RecommendedState(
@@ -115,6 +119,7 @@ def cycle(
         own_steps=advance(inner.own_steps, jnp.where(on_own | runs, now.nt, 0)),
         progress=progress,
         against=select(heard & (won | lost), trials.unbounded(against.bound), against),
+        broken=broken & ~back,
     )
     losses = jnp.where(void, jnp.nan, decision.losses)
     return leader(state), after, decision._replace(winner=winner, losses=losses)

@@ -101,8 +101,8 @@ class Relay:
             The state, the decision, the losses of s (NaN if it didn't run), whether s stayed
             finite if it ran, and the minibatches that are passed over: there losses are a mean.
 
-        If all are, z and s are where their steps led, nothing is learned from it, and a leading y
-        isn't fine: who is to blame?
+        If all are, z and s are where their steps led, y can't take over, and a leading y isn't
+        fine: who is to blame?
         """
         nt, leads, dtype = now.nt, state.learned_leads, state.level.dtype
         sound = with_sound_gradients(now.objective, state.z.params, now.i)
@@ -133,12 +133,11 @@ class Relay:
         of_stall = losses_if(state.probation, state.y.params, now)
         of_stall = jnp.where(void, of_z, of_stall)
         challenger, leader = select(state.probation, (of_z, of_stall), (of_y, losses))
-        added = trials.add(trial, challenger, leader, void)
-        ended = self._end_trial(after, added, of_y, of_z, fine_y, fine_z, now.k)
-        judged = self._end_probation(after, added, fine_z, now.k)
-        nothing = lost & fine_y & fine_z
-        ended = select(nothing, after._replace(trial=trial), select(state.probation, judged, ended))
-        after = select(leads, self._keep_or_hand_over(after, fine_y, lost, now), ended)
+        trial = trials.add(trial, challenger, leader, void)
+        ended = self._end_trial(after, trial, of_y, of_z, fine_y, fine_z | lost, now.k)
+        judged = self._end_probation(after, trial, fine_z, now.k)
+        kept = self._keep_or_hand_over(after, fine_y, lost, now)
+        after = select(leads, kept, select(state.probation, judged, ended))
         decision = Decision(
             used_learned=jnp.full(nt, leads),
             losses=losses,
@@ -191,7 +190,8 @@ class Relay:
         level = jnp.minimum(of_z.mean(), trial.bound)
         unclear = (age == 2 * first) & ~(mean < level - rules.CLEARLY * jnp.abs(level))
         won, lost = won & ~unclear, (lost & ~again) | unclear
-        longer = trial._replace(length=2 * trial.length, bound=mean.astype(trial.bound.dtype))
+        bound = jnp.where(jnp.isnan(mean), trial.bound, mean).astype(trial.bound.dtype)
+        longer = trial._replace(length=2 * trial.length, bound=bound)
         trial = select(again, longer, trial)
         won, lost = tried & fine_y & (won | ~fine_z), tried & (lost | ~fine_y)
         over = won | lost | ~tried

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ..rules import LOOKS, MARGIN
-from .soundness import select
 
 
 class Trial(NamedTuple):
@@ -53,7 +52,7 @@ def add(
 
     Until the middle those since its first half cycle count: they can end it early. At the start of
     a run the bound is 0.9 of the first loss (|loss| / 10 below it). Those on ``void`` minibatches
-    don't count; a cycle that has no others is no part of the trial.
+    don't count.
     """
     nt = len(leader)
     counts = ~void & (jnp.arange(nt) >= jnp.where(trial.cycles == 0, nt // 2, 0))
@@ -62,7 +61,7 @@ def add(
     before = (jnp.where(middle, 0, n) for n in (trial.pairs, trial.total, trial.squares))
     first = leader[0].astype(trial.bound.dtype)
     pairs, total, squares = before
-    after = Trial(
+    return Trial(
         trial.cycles + 1,
         trial.length,
         pairs + counts.sum(dtype=jnp.int32),
@@ -70,7 +69,6 @@ def add(
         squares + (d**2).sum(),
         jnp.where(jnp.isnan(trial.bound), first - jnp.abs(first) / 10, trial.bound),
     )
-    return select(void.all(), trial, after)
 
 
 def outcome(

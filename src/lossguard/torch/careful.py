@@ -51,7 +51,7 @@ class CarefulSteps:
             for hook in (
                 one.register_step_pre_hook(self._before),
                 one.register_step_post_hook(self._after),
-                one.register_state_dict_pre_hook(lambda _: self.restore()),
+                one.register_state_dict_post_hook(self._saved),
             )
         ]
         for one, hook in zip(optimizers, self._hooks[1::3], strict=True):
@@ -85,12 +85,12 @@ class CarefulSteps:
     def remove(self) -> None:
         """Leave the optimizers as they were."""
         self.closed = True
-        self.restore()
+        self._restore()
         for hook in self._hooks:
             hook.remove()
 
     def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        self.restore()  # if the last step raised an error half-way, or calls this one
+        self._restore()  # if the last step raised an error half-way, or calls this one
         rewind = self._rewind()
         if rewind is None:
             self.remove()
@@ -105,7 +105,7 @@ class CarefulSteps:
             try:
                 loss = closure()
             except BaseException:
-                self.restore()  # there may be no other step, but a checkpoint
+                self._restore()  # there may be no other step, but a checkpoint
                 raise
             self._look(optimizer)
             return loss
@@ -139,10 +139,15 @@ class CarefulSteps:
             self._steps[id(optimizer)] += 1
             if self._calls == 0 and min(self._steps.values()) == JUDGED * JUDGED:
                 self._judge()
-        self.restore()
+        self._restore()
 
-    def restore(self) -> None:
-        """Set the rates to what they were before the step, also of one that an error has ended."""
+    def _saved(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """The rates of between steps, in a state that is saved within one that may be over."""
+        if optimizer.param_groups is self._groups:
+            for group, rate in zip(state["param_groups"], self._rates, strict=False):
+                group["lr"] = rate
+
+    def _restore(self) -> None:
         for group, before in zip(self._groups, self._options, strict=False):
             self._own |= changed(before, group) - {"lr"}
         for group, rate in zip(self._groups, self._rates, strict=False):

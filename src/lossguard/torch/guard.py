@@ -123,6 +123,7 @@ class Guard(Face):
                     stepped = any(lane.stepped for lane in self._order)
                     self._left = arguments.warn_if_left(error, stepped, self._left)
                     self._undo(draws)
+                    self._weights.reset_gradients()
                     raise
                 self._leader.leave()  # a loop that was left after the last step
                 self._close()
@@ -171,7 +172,6 @@ class Guard(Face):
         order, self._order = self._order, []
         inside = self._weights.holder
         inside.leave()
-        self._weights.reset_gradients()
         self._leader.go_live(keep=inside.stepped)
         self._randomness.set(draws)
         if self.phase == self.nt + self.nc or any(lane.begun or lane.stepped for lane in order):
@@ -183,8 +183,9 @@ class Guard(Face):
         """After a minibatch, on which all lanes have stepped."""
         self.phase += 1
         self._opt_called = True  # or schedulers on it warn that nobody calls ``step``
-        ran = [(lane, lane.point) for lane in self._order]
-        self._noted = self._noted or note_copies(self._leader.before, ran)
+        if not self._noted:
+            ran = [(lane, lane.point) for lane in self._order]
+            self._noted = note_copies(self._leader.before, ran)
         if self.phase == 1 and self.steps == 0:
             arguments.compare([lane.losses[0] for lane in self._order if not lane.switches])
         if self.phase == self.nt + self.nc:

@@ -36,10 +36,8 @@ class Trial(NamedTuple):
 
         Until the middle those since its first half cycle count: they can end it early. At the start
         of a run the bound is 0.9 of the first loss (|loss| / 10 below it). Those on ``void``
-        minibatches don't count; a cycle that has no others is no part of the trial.
+        minibatches don't count.
         """
-        if all(void):
-            return self
         bound = leader[0] - abs(leader[0]) / 10 if math.isnan(self.bound) else self.bound
         middle = self.cycles == self.length // 2
         pairs, total, squares = (0, 0.0, 0.0) if middle else (self.pairs, self.total, self.squares)

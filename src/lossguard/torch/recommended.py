@@ -59,9 +59,9 @@ class Recommended(GuardOfTwo):
     (0, 20.0)
     """
 
-    remembered = ("_relay.state", "_own_steps", "_progress", "_against")
+    remembered = ("_relay.state", "_own_steps", "_progress", "_against", "_broken")
 
-    _own_steps = 0
+    _own_steps, _broken = 0, False
     _progress = Progress.begun(math.nan)
     """Of the fallback by itself; not smoothed, as s may run seldom."""
     _against = UNBOUNDED
@@ -92,7 +92,10 @@ class Recommended(GuardOfTwo):
             won, lost = self._against.outcome(s.losses)
             if won or lost:
                 self._against = UNBOUNDED
-            if won or not decision.finite_fallback:  # x can't go on where s can
+            before = self._broken
+            self._broken = not decision.finite_fallback and not relay.state.learned_leads
+            if won or (before and self._broken):  # x can't go on where s can
+                self._broken = False
                 relay.go_back(self._progress.recent)
                 decision = decision._replace(winner=OWN)
         elif s is not None and not (s.finite and all(void)):

@@ -94,10 +94,7 @@ class Relay:
         losses, of_y = seen["y" if led else "z"].losses, [] if y is None or led else y.losses
         if (fine_y if led else fine_z) and not none:
             state = state._replace(progress=state.progress.after(mean(losses), self.nt))
-        if none and fine_y and fine_z:  # nothing is learned from it
-            cost = self._third if stalled is not None else self.nt * (y is not None and not led)
-            state = state._replace(trial_cost=state.trial_cost + cost)
-        elif stalled is not None:
+        if stalled is not None:
             pairs = zip(void, losses, stalled.checks, strict=True)
             checks = [of_z if skip else of_stall for skip, of_z, of_stall in pairs]
             state = self._end_probation(state, state.trial.after(losses, checks, void), fine_z, k)
@@ -109,10 +106,11 @@ class Relay:
             age = trial.cycles if trial.cycles * self.nt == k + self.nt else 0  # of the first alone
             if age == 2 * first and not mean(of_y) < level - rules.CLEARLY * abs(level):
                 won, lost = False, True
-            if age == first and lost and trial.is_level and fine_y and fine_z:
-                longer = trial._replace(length=2 * trial.length, bound=mean(of_y))  # at no charge
+            if age == first and lost and trial.is_level and fine_y and (fine_z or none):
+                bound = trial.bound if math.isnan(mean(of_y)) else mean(of_y)
+                longer = trial._replace(length=2 * trial.length, bound=bound)  # at no charge
                 state = state._replace(trial=longer, trial_cost=0)
-            elif fine_y and (won or not fine_z):
+            elif fine_y and (won or not (fine_z or none)):
                 if state.on_own:
                     self.s.become(self.z)
                 state = State(

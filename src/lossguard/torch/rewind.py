@@ -182,7 +182,6 @@ class Rewind(Uncopied):
 
     def state_dict(self) -> dict[str, Any]:
         """All but the events, uncopied. Load the model's and the optimizer's own states first."""
-        self._steps.restore()  # if an error has ended a step
         _, _, *unread = self._live.numbers(self._unread).tolist()  # waits for copies to the host
         return {
             **self._live.pack(self._trusted, self._candidate),

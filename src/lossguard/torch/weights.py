@@ -24,8 +24,10 @@ class Weights:
         """Whether the model was given another lane's values, or earlier ones."""
         self.holder: Any = None
         """The lane that is in the model."""
-        self._beside: list[tuple[Tensor, Tensor | None]] = []
-        """Parameters of the model that no lane steps, and their gradients before the minibatch."""
+        ours = set(params)
+        self._others = [] if model is None else [p for p in model.parameters() if p not in ours]
+        self.beside: list[tuple[Tensor, Tensor | None]] = []
+        """These, which no lane steps, and their gradients before the minibatch."""
         live = self.live()
         self._checked = [True] * len(live) if finite(live) else [finite(one) for one in live]
         """Of each tensor whether it was finite; masks may be infinite."""
@@ -56,14 +58,12 @@ class Weights:
 
     def note_gradients(self) -> None:
         """Before a minibatch: note those of parameters that other optimizers step."""
-        ours, model = set(self.params), self.model
-        others = () if model is None else (p for p in model.parameters() if p.requires_grad)
-        grads = [(p, p.grad) for p in others if p not in ours]
-        self._beside = [(p, None if grad is None else grad.clone()) for p, grad in grads]
+        grads = [(p, p.grad) for p in self._others if p.requires_grad]
+        self.beside = [(p, None if grad is None else grad.clone()) for p, grad in grads]
 
     def reset_gradients(self) -> None:
         """Set those to what they were, or each lane would add to them."""
-        for p, grad in self._beside:
+        for p, grad in self.beside:
             p.grad = None if grad is None else grad.clone()
 
     def reshard(self) -> None:

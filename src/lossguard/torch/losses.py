@@ -14,7 +14,8 @@ from lossguard.torch.decision import mean
 class Trial(NamedTuple):
     """Challenger against leader, from the same point and on the same minibatches.
 
-    >>> trial = Trial(length=1, bound=2.0).after([3.0, 1.0, 0.9, 0.8], [3.0, 2.5, 2.5, 2.5])
+    >>> void = [False] * 4
+    >>> trial = Trial(length=1, bound=2.0).after([3.0, 1.0, 0.9, 0.8], [3.0, 2.5, 2.5, 2.5], void)
     >>> trial.pairs, trial.outcome([0.8])
     (2, (True, False))
     """

@@ -11,7 +11,6 @@ from models import loss_fn, minibatches, mlp, refusals_of_damaged
 from rewinding import FALLS, HIGH, WINDOW, assert_same, drive, network, one_weight, train
 from torch import nn
 from torch.nn.utils import prune
-from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lossguard.torch import Rewind, RewindEvent
@@ -234,60 +233,6 @@ def test_a_memory_that_is_not_finite_goes_back_with_the_model():
         assert state["exp_avg"].isfinite().all()
 
 
-def test_a_scheduler_that_is_named_goes_back():
-    model, optimizer = one_weight()
-    scheduler = lr_scheduler.CosineAnnealingLR(optimizer, 1000)
-    rewind = Rewind(model, optimizer, schedulers=[scheduler], window=WINDOW, every=4)
-    drive(rewind, model, optimizer, FALLS + HIGH[:8], after=scheduler.step)
-    assert rewind.returns == 1 and scheduler.last_epoch == 112
-    expected = 0.5 * (1 + math.cos(math.pi * 112 / 1000))
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("names", [("cosine", "plateau"), ("plateau", "cosine"), ("plateau",)])
-def test_rates_go_back_whichever_scheduler_is_named_last(names):
-    model, optimizer = one_weight()
-    named = {
-        "cosine": lr_scheduler.CosineAnnealingLR(optimizer, 1000),
-        "plateau": lr_scheduler.ReduceLROnPlateau(optimizer, patience=50),
-    }
-    schedulers = [named[name] for name in names]
-    rewind = Rewind(model, optimizer, schedulers=schedulers, window=WINDOW, every=4)
-    drive(rewind, model, optimizer, FALLS[:60], after=named["cosine"].step)
-    named["plateau"].step(1.0)  # from here on it thinks that the rate is what it is now
-    drive(rewind, model, optimizer, FALLS[60:] + HIGH[:8], after=named["cosine"].step)
-    expected = 0.5 * (1 + math.cos(math.pi * 112 / 1000))
-    assert rewind.returns == 1
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
-
-
-def test_momentum_that_a_scheduler_cycles_goes_back_with_it():
-    model, optimizer = one_weight(torch.optim.Adam, betas=(0.9, 0.99))
-    scheduler = lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=1000)
-    rewind, betas = Rewind(model, optimizer, schedulers=[scheduler], window=WINDOW, every=4), []
-
-    def after():
-        scheduler.step()
-        betas.append(optimizer.param_groups[0]["betas"])
-
-    drive(rewind, model, optimizer, FALLS + HIGH[:8], after=after)
-    assert rewind.returns == 1 and betas[111] != betas[-1]
-    assert optimizer.param_groups[0]["betas"] == betas[111]
-
-
-def test_a_named_scheduler_goes_back_where_a_group_came_later():
-    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)).double()
-    optimizer = torch.optim.SGD(model[0].parameters(), lr=1.0)
-    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.99)
-    rewind = Rewind(model, optimizer, schedulers=[scheduler], window=WINDOW, every=4)
-    drive(rewind, model[0], optimizer, FALLS[:120], after=scheduler.step)
-    optimizer.add_param_group({"params": [model[1].weight], "lr": 0.3})
-    drive(rewind, model[0], optimizer, FALLS[120:] + HIGH[:8])
-    assert rewind.returns == 1 and scheduler.last_epoch == 112
-    rates = [group["lr"] for group in optimizer.param_groups]
-    assert rates == pytest.approx([0.99**112, 0.3])
-
-
 class Writing(torch.optim.Optimizer):
     """Its counter is a tensor in its group, which a step writes to."""
 
@@ -309,49 +254,6 @@ def test_a_tensor_of_a_group_that_a_step_writes_to_goes_back():
     assert rewind.returns == 1 and optimizer.param_groups[0]["k"] == 112
     drive(rewind, model, optimizer, FALLS[:3])
     assert optimizer.param_groups[0]["k"] == 115
-
-
-def test_a_scheduler_in_a_hook_goes_on_from_its_own_rates():
-    model, optimizer = one_weight()
-    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.99)
-    optimizer.register_step_post_hook(lambda *_: scheduler.step())
-    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
-    drive(rewind, model, optimizer, FALLS + HIGH[:8] + FALLS[-8:])
-    assert rewind.returns == 1 and rewind.scale < 1
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.99**144)
-
-
-@pytest.mark.parametrize("how", ["save", "close"])
-def test_an_error_in_a_careful_step_leaves_no_lowered_rate(how):
-    class Stopped(torch.optim.SGD):
-        now = False
-
-        def step(self, closure=None):
-            if self.now:
-                raise KeyboardInterrupt
-            super().step(closure)
-
-    model, optimizer = one_weight(Stopped)
-    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
-    drive(rewind, model, optimizer, FALLS + HIGH[:8])
-    optimizer.now = True
-    with pytest.raises(KeyboardInterrupt):
-        drive(rewind, model, optimizer, FALLS[:1])
-    assert rewind.scale < 1
-    groups = optimizer.state_dict()["param_groups"] if how == "save" else optimizer.param_groups
-    if how == "close":
-        rewind.close()
-    assert groups[0]["lr"] == 1
-
-
-def test_a_state_that_is_saved_within_a_careful_step_leaves_it_careful():
-    model, optimizer = one_weight()
-    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
-    drive(rewind, model, optimizer, FALLS + HIGH[:8])
-    optimizer.register_step_pre_hook(lambda *_: optimizer.state_dict() and None)
-    before, scale = model.weight.item(), rewind.scale
-    drive(rewind, model, optimizer, FALLS[-1:])
-    assert model.weight.item() == before - scale and optimizer.param_groups[0]["lr"] == 1
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")

@@ -134,7 +134,8 @@ class Relay:
         of_stall = jnp.where(void, of_z, of_stall)
         challenger, leader = select(state.probation, (of_z, of_stall), (of_y, losses))
         trial = trials.add(trial, challenger, leader, void)
-        ended = self._end_trial(after, trial, of_y, of_z, fine_y, fine_z | lost, now.k)
+        holds = fine_z | lost  # y takes over from a z that breaks, but not for lost minibatches
+        ended = self._end_trial(after, trial, of_y, of_z, fine_y, holds, now.k)
         judged = self._end_probation(after, trial, fine_z, now.k)
         kept = self._keep_or_hand_over(after, fine_y, lost, now)
         after = select(leads, kept, select(state.probation, judged, ended))

@@ -143,7 +143,8 @@ class BestOf(Guard):
 
     def _measure(self, check: Callable[[int], Tensor]) -> None:
         """The losses of all that ran on the next check minibatches."""
-        draws, self._weights.beside = self._randomness.state(), []
+        draws = self._randomness.state()
+        self._weights.beside = []  # the live lane's gradients of others' parameters stay
         for lane in [*self._others, self._leader]:
             self._randomness.set(draws)
             torch.clear_autocast_cache()

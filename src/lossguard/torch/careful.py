@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.rates import Group, changed, noted, set_rate
+from lossguard.torch.rates import Group, Noted, changes_since, noted, set_rate
 from lossguard.torch.tensors import zero_unsound
 
 SOUND = torch.tensor(False)
@@ -41,7 +41,7 @@ class CarefulSteps:
         self._rewind, self._own = weakref.ref(rewind), own
         self._groups: list[Group] = []
         """Of the optimizer whose step is under way."""
-        self._options: list[dict[str, tuple[Any, int | None]]] = []
+        self._options: list[Noted] = []
         """Their settings when it began."""
         self._rates: list[float | Tensor] = []
         """Their rates between steps, while it multiplies them."""
@@ -149,7 +149,7 @@ class CarefulSteps:
 
     def _restore(self) -> None:
         for group, before in zip(self._groups, self._options, strict=False):
-            self._own |= changed(before, group) - {"lr"}
+            self._own |= changes_since(before, group) - {"lr"}
         for group, rate in zip(self._groups, self._rates, strict=False):
             set_rate(group, rate)
         self._groups, self._rates, self._options = [], [], []

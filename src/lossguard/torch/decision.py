@@ -23,6 +23,11 @@ class Seen(NamedTuple):
         """Whether the losses are finite as well."""
         return self.finite and all(map(math.isfinite, [*self.losses, *self.checks]))
 
+    def is_fine(self, void: Sequence[bool]) -> bool:
+        """Whether they are, of training, where another lane's are: not on ``void`` minibatches."""
+        pairs = zip(void, self.losses, strict=True)
+        return self.finite and all(skip or math.isfinite(loss) for skip, loss in pairs)
+
 
 def passed_over(seen: Mapping[str, Seen]) -> tuple[list[bool], dict[str, Seen]]:
     """Minibatches on which no lane has a finite loss, and losses that have a lane's mean there.

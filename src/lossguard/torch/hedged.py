@@ -73,7 +73,7 @@ class Hedged(GuardOfTwo):
 
     def _follow(self, losses: Sequence[float], s: Seen, void: Sequence[bool]) -> bool:
         """Add up how x has done against s; whether s leads."""
-        fine = s.finite if all(void) else s.fine
+        fine = s.is_fine(void)
         if not fine:  # not finite any more: it begins again at x
             self._relay.s.start_at(self._relay.leader.point)
             self._relay.s.forget()

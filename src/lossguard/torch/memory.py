@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.rates import changed, noted, options_of
+from lossguard.torch.rates import changes_since, noted, options_of
 from lossguard.torch.tensors import finite, leaves, local
 
 
@@ -64,7 +64,7 @@ class Inner:
         finally:
             self.steps = False
         for old, group in zip(before, self.optimizer.param_groups, strict=True):
-            self.own |= changed(old, group)
+            self.own |= changes_since(old, group)
 
     def fresh(self) -> Memory:
         """As when the guard was built, by when some optimizers have made all that they remember."""
@@ -111,7 +111,8 @@ class Inner:
         alike: dict[str, list[bool]] = {}
         for entries, value in self._entries(memory, point):
             for key, entry in entries.items():
-                if entry.shape == value.shape and entry.numel() > 1 and not _is_sparse(entry):
+                whole = entry.shape == value.shape and entry.layout is torch.strided
+                if whole and entry.numel() > 1:
                     alike.setdefault(key, []).append(torch.equal(entry.to(value), value))
         self.copies |= {key for key, flags in alike.items() if all(flags)}
         return True
@@ -136,15 +137,11 @@ class Inner:
                 yield {k: local(e) for k, e in entries.items() if isinstance(e, Tensor)}, value
 
 
-def _is_sparse(tensor: Tensor) -> bool:
-    return tensor.layout is not torch.strided
-
-
 def _holds(held: Any, values: list[Tensor], params: list[Tensor]) -> bool:
     """Whether nested containers hold a copy of each value, beside the parameters themselves."""
     live = {local(p).data_ptr() for p in params}
     tensors = [local(leaf).detach() for leaf in leaves(held) if isinstance(leaf, Tensor)]
-    copies = [t for t in tensors if not _is_sparse(t) and t.data_ptr() not in live]
+    copies = [t for t in tensors if t.layout is torch.strided and t.data_ptr() not in live]
     return bool(values) and all(
         any(t.shape == value.shape and torch.equal(t.to(value), value) for t in copies)
         for value in values

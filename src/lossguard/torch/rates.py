@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 Group = dict[str, Any]
 """A parameter group of an optimizer; but for its parameters they are settings."""
+Noted = dict[str, tuple[Any, int | None]]
 
 
 class Rates:
@@ -131,21 +132,22 @@ def options_of(group: Group) -> Group:
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
-def noted(group: Group) -> dict[str, tuple[Any, int | None]]:
+def noted(group: Group) -> Noted:
     """The settings of a group, and of tensors among them how often they were written to."""
-    tensors = {k: v._version for k, v in options_of(group).items() if isinstance(v, Tensor)}
-    return {key: (value, tensors.get(key)) for key, value in options_of(group).items()}
-
-
-def changed(before: dict[str, tuple[Any, int | None]], group: Group) -> set[str]:
-    """Names of the settings that aren't as they were noted."""
-    now, unknown = noted(group), (None, None)
     return {
-        key
-        for key, (value, written) in now.items()
-        for old, before_it in [before.get(key, unknown)]
-        if written != before_it or not same(old, value)
+        key: (value, value._version if isinstance(value, Tensor) else None)
+        for key, value in options_of(group).items()
     }
+
+
+def changes_since(before: Noted, group: Group) -> set[str]:
+    """Names of the settings that aren't as they were noted."""
+
+    def is_as_before(key: str, value: Any, writes: int | None) -> bool:
+        old, old_writes = before.get(key, (None, None))
+        return writes == old_writes and same(old, value)
+
+    return {key for key, now in noted(group).items() if not is_as_before(key, *now)}
 
 
 def same(old: Any, new: Any) -> bool:

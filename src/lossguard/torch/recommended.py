@@ -98,7 +98,7 @@ class Recommended(GuardOfTwo):
                 self._broken = False
                 relay.go_back(self._progress.recent)
                 decision = decision._replace(winner=OWN)
-        elif s is not None and not (s.finite and all(void)):
+        elif s is not None and not s.is_fine(void):
             relay.s.go_back()
         self._lead(relay.leader)
         return decision.without(void)

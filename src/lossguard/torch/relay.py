@@ -87,8 +87,9 @@ class Relay:
         y, z, state, led = seen.get("y"), seen.get("z"), self.state, self.state.learned_leads
         stalled, y = (y, None) if state.probation else (None, y)
         none = all(void)  # is finite, and who is to blame? Not z; nor y, unless it leads
-        fine_y = y is None or (y.finite if none and not led else y.fine)
-        fine_z = z is None or (z.finite if none else z.fine)
+        fine_y = y is None or (y.is_fine(void) and not (none and led))
+        fine_z = z is None or z.is_fine(void)
+        holds = fine_z or none  # y takes over from a z that breaks, but not for lost minibatches
         if not fine_z:
             self.z.go_back()
         losses, of_y = seen["y" if led else "z"].losses, [] if y is None or led else y.losses
@@ -106,11 +107,11 @@ class Relay:
             age = trial.cycles if trial.cycles * self.nt == k + self.nt else 0  # of the first alone
             if age == 2 * first and not mean(of_y) < level - rules.CLEARLY * abs(level):
                 won, lost = False, True
-            if age == first and lost and trial.is_level and fine_y and (fine_z or none):
+            if age == first and lost and trial.is_level and fine_y and holds:
                 bound = trial.bound if math.isnan(mean(of_y)) else mean(of_y)
                 longer = trial._replace(length=2 * trial.length, bound=bound)  # at no charge
                 state = state._replace(trial=longer, trial_cost=0)
-            elif fine_y and (won or not (fine_z or none)):
+            elif fine_y and (won or not holds):
                 if state.on_own:
                     self.s.become(self.z)
                 state = State(

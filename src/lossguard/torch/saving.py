@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from lossguard.torch.weights import Copy
 
 Saved = dict[str, Any]
-CSR = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 NUMBERS = ("phase", "steps", "_rates.bases", "_rates.given")
 """What every guard remembers, beside that of its rules."""
 
@@ -98,7 +97,7 @@ def load(guard: "Face", state_dict: Saved) -> None:
 
 def _copied(value: Any) -> Any:
     """A copy of nested containers; ``copy.deepcopy`` can't copy every sparse tensor."""
-    found = [one for one in leaves(value) if isinstance(one, Tensor) and one.layout in CSR]
+    found = [one for one in leaves(value) if isinstance(one, Tensor)]
     return copy.deepcopy(value, {id(one): one.detach().clone() for one in found})
 
 

@@ -90,16 +90,22 @@ def zero_unsound(params: Iterable[Tensor]) -> Tensor:
         torch._amp_foreach_non_finite_check_and_unscale_(grads, broken, ONE)  # pyright: ignore
     else:
         broken = ~are_finite(grads)
-    meshes = dict.fromkeys(getattr(grad, "device_mesh", None) for grad in given)
-    for mesh in filter(None, meshes):
-        from torch.distributed.tensor import DTensor, Partial
-
-        most = [Partial("max")] * mesh.ndim
-        broken = DTensor.from_local(broken.float(), mesh, most).full_tensor()
+    broken = _on_any_rank(broken, given)
     if broken.device.type != "cpu" or broken:  # elsewhere to look would be to wait
         for grad in grads:
             grad.masked_fill_(broken.to(grad.device, torch.bool), 0)
     return broken
+
+
+def _on_any_rank(flag: Tensor, tensors: Iterable[Tensor]) -> Tensor:
+    """Whether it is so on any rank that has shards of these: an all-reduce for each mesh."""
+    meshes: dict[Any, None] = {t.device_mesh: None for t in tensors if is_sharded(t)}  # pyright: ignore
+    for mesh in meshes:
+        from torch.distributed.tensor import DTensor, Partial
+
+        most = [Partial("max")] * mesh.ndim
+        flag = DTensor.from_local(flag.float(), mesh, most).full_tensor()
+    return flag
 
 
 def _numbers(grad: Tensor) -> Tensor:
@@ -114,10 +120,15 @@ def read(scalars: Sequence[Tensor]) -> list[float]:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a distributed tensor, or the tensor itself."""
-    if type(tensor) in PLAIN or not hasattr(tensor, "to_local"):
+    if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
         return tensor.to_local()  # pyright: ignore
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a distributed tensor."""
+    return type(tensor) not in PLAIN and hasattr(tensor, "to_local")
 
 
 def is_expanded(tensor: Tensor) -> bool:

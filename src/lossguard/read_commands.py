@@ -10,7 +10,7 @@ from rich.table import Table
 
 from .terminal import console, print_summary, shown, tell
 
-Folders = tyro.conf.Positional[tuple[Path, ...]]
+Folders = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER...")]
 Out = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
 Over = Literal["price", "seconds", "steps"]
 

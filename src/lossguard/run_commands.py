@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from shutil import which
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -19,6 +19,7 @@ from .read_commands import show
 from .terminal import console, shown, tell
 from .validation import one_of
 
+Recipes = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE...")]
 LEGEND = """\
 SGDnm is SGD without momentum, the fallback; L2O the learned optimizer mlp-small alone; LGL2O the
 guard of the paper, and Recommended ours. A price of 1 is a gradient, or three forward passes."""
@@ -73,8 +74,8 @@ def sweep(arguments: Sequence[str]) -> None:
 
 
 def benchmark(
-    kind: tyro.conf.Positional[str],
-    recipes: tyro.conf.Positional[tuple[str, ...]] = (),
+    kind: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="price|tasks")],
+    recipes: Recipes = (),
     out: Path | None = None,
     ray: str | None = None,
     steps: int | None = None,

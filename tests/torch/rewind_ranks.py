@@ -51,8 +51,11 @@ def averaged(rank, sharded):
     return numbers, [[*event] for event in rewind.events], whole(model)
 
 
-def moved(rank):
-    """Whether a parameter moves on this rank, though a number in a shard of rank 0 isn't finite."""
+def moved(rank, alone=False):
+    """Whether a parameter moves on this rank, though a number in a shard of rank 0 isn't finite.
+
+    ``alone``: which has no gradient then on the other rank.
+    """
     model = network()
     fully_shard(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -61,6 +64,8 @@ def moved(rank):
     model(torch.ones(8, 8)).square().mean().backward()
     if rank == 0:
         model[0].weight.grad.to_local()[0, 0] = torch.inf
+    elif alone:
+        optimizer.zero_grad()
     optimizer.step()
     rewind.observe(1.0)
     assert rewind.skipped == 1
@@ -109,4 +114,4 @@ def both(rank):
     """What the ranks must agree on; and a checkpoint that goes on."""
     results = {kind: averaged(rank, kind == "sharded") for kind in ("replicated", "sharded")}
     resumed(rank, os.environ["CHECKPOINTS"])
-    return results | {"moved": moved(rank)}
+    return results | {"moved": moved(rank), "alone": moved(rank, alone=True)}

@@ -257,8 +257,10 @@ def _train_to_the_end(
             state, loss, norm = _meta_step(config, method, state, key, jnp.int32(done))
             seen[:, within] = float(loss), float(norm)
             done += 1
-            best = float(state.best_validation)
-            progress.advance(1, loss=float(loss), **({"best": best} if np.isfinite(best) else {}))
+            figures = {"meta-loss": float(loss)}
+            if np.isfinite(state.best_validation):
+                figures["best validation"] = float(state.best_validation)
+            progress.advance(1, **figures)
             stop = stopped()
             if stop or within + 1 == steps or progress.seconds - saved > SAVE_SECONDS:
                 saved = progress.seconds

@@ -82,15 +82,15 @@ def are_finite(tensors: Iterable[Tensor]) -> Tensor:
 def zero_unsound(params: Iterable[Tensor]) -> Tensor:
     """Make all gradients 0 if one of them isn't finite, also in another rank's shards; whether
     that was so. Nothing waits for the device."""
-    given = [p.grad for p in params if p.grad is not None]
-    grads = list(map(_numbers, given))
+    params = list(params)
+    grads = [_numbers(p.grad) for p in params if p.grad is not None]
     simple = all(g.is_cpu and g.is_contiguous() and _has_norm(g) for g in grads)
     if simple and len({g.dtype for g in grads}) == 1:
         broken = torch.zeros_like(ONE)  # by one call, where calls are what takes time
         torch._amp_foreach_non_finite_check_and_unscale_(grads, broken, ONE)  # pyright: ignore
     else:
         broken = ~are_finite(grads)
-    broken = _on_any_rank(broken, given)
+    broken = _on_any_rank(broken, params)  # by these: a rank may have no gradient
     if broken.device.type != "cpu" or broken:  # elsewhere to look would be to wait
         for grad in grads:
             grad.masked_fill_(broken.to(grad.device, torch.bool), 0)

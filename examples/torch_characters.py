@@ -1,7 +1,7 @@
 """A small character-level transformer under AdamW at two rates, alone and guarded.
 
-At a rate that is too high the loss spikes; at one that is too low it falls slowly, and which is
-which depends on how far one trains. ``BestOf`` follows the better of the two, as far as one goes.
+At a rate that is too high the loss spikes, and at one that is too low it falls slowly. Which of two
+rates is better depends on the length of the run. ``BestOf`` follows the one that is better so far.
 
     python examples/torch_characters.py                             # 0.09 spikes
     python examples/torch_characters.py --careful 0.001 --bold 0.01 # 0.01 is bold, and good

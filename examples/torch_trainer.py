@@ -4,7 +4,7 @@
     python examples/torch_trainer.py
 
 A guard runs the forward and the backward pass once for each lane, so that its closure is what
-``training_step`` does. The closure clips as well, which ``max_grad_norm=0`` keeps the Trainer from.
+``training_step`` does. The closure clips as well; ``max_grad_norm=0`` keeps the Trainer from it.
 The Trainer's schedule, on the guard, drives both rates in proportion.
 """
 

@@ -36,7 +36,7 @@ def hedged(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) ->
         params <- s   if R > 0   else x
 
     x goes on while s leads, and goes back to s if that lasts for a tenth of the cycles since x left
-    the path of s. While x is on that path, x is s, and s costs nothing.
+    the path of s, three at least. While x is on that path, x is s, and s costs nothing.
 
     ``decision.losses`` are those of the lane that leads after the cycle, with hindsight. For these,
     at the end of every cycle and in every run,

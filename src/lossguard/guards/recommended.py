@@ -54,14 +54,14 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
 
     So a cycle costs nt gradients, and nt more for each challenger that runs in it: y on trial while
     the fallback leads, in at most ``share`` of the steps and sqrt(k) + 20 more; s while x is off
-    its path, in at most that share. A cycle of a probation costs nt forward passes more. Training
-    losses decide; no minibatch is only checked on.
+    its path, in at most that share, or five times that as above. A cycle of a probation costs nt
+    forward passes more. Training losses decide; no minibatch is only checked on.
 
     Args:
         learned: the optimizer that is not trusted, an optax transformation.
         fallback: the one that is trusted, likewise.
         nt: optimizer steps a cycle.
-        share: of the steps, for each challenger.
+        share: of the steps, for each challenger; up to five times that for s.
 
     ``decision.losses`` are of the leader before the cycle: x's, without hindsight. ``learned_loss``
     and ``fallback_loss`` are of a trial. A lane that is not finite can't lead, and x stays finite

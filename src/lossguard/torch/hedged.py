@@ -17,9 +17,10 @@ class Hedged(GuardOfTwo):
         R <- 0.7 R + sum_t [F(x, i+t) - F(s, i+t)]    over the nt steps of a cycle
         model <- s   if R > 0   else x
 
-    x goes back to s if s leads for a tenth of the cycles since x left its path. While x is on that
-    path, x is s, and s costs nothing. ``decision.losses`` are those of the lane that leads after
-    the cycle, with hindsight. For these, at the end of every cycle and in every run,
+    x goes back to s if s leads for a tenth of the cycles since x left its path, three at least.
+    While x is on that path, x is s, and s costs nothing. ``decision.losses`` are those of the lane
+    that leads after the cycle, with hindsight. For these, at the end of every cycle and in every
+    run,
 
         sum losses  <=  sum losses of the fallback alone
 

@@ -28,7 +28,7 @@ class Recommended(GuardOfTwo):
         learned: the optimizer that is not trusted.
         fallback: the one that is, over the same parameters.
         nt: optimizer steps, and minibatches, from one decision to the next.
-        share: of the steps, for each challenger.
+        share: of the steps, for each challenger; up to five times that for s.
         model: the module whose buffers (BatchNorm's statistics) belong to a lane; None if the
             parameters are in no module.
         process_group: the ranks that decide together; all of them by default.

@@ -37,7 +37,8 @@ class RewindEvent(NamedTuple):
     Attributes:
         kind: it went back; or there was an alarm at which it didn't; or the buffers alone weren't
             finite, as after a forward pass of inputs that aren't, and were set back.
-        cause: "model" where that wasn't finite.
+        cause: "loss" after an alarm, "audit" after one of the audits, "model" if the model, or only
+            its buffers, weren't finite.
         call: of ``observe``, from 1.
         thrown: steps that the return threw away.
         in_a_row: returns to this snapshot, this one included.
@@ -90,9 +91,9 @@ class Rewind(Uncopied):
         rise: the share of the progress since the start that has to be lost.
         every: calls between two reads; a divisor of window / 4.
         offload: keep snapshots in the host's memory (pinned for CUDA), or in the folder of a path.
-        audit: the loss on a held minibatch, called without gradients once every B steps. A
-            candidate is only trusted if it isn't worse there than the best trusted one by more than
-            four times ``rise``, and 4 more worse ones than others are an alarm.
+        audit: a function that returns the loss on a held-out minibatch, called without gradients
+            every B steps. A candidate that has lost more than four times ``rise`` of the progress
+            there isn't trusted. Four such candidates more than others are an alarm.
         callback: called with every event, when it is over; ``events`` has all of them.
         group: the ranks that decide together; all of them by default.
 

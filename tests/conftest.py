@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -74,3 +75,11 @@ def x64() -> Iterator[None]:
     """Double precision, for comparisons that are exact but for rounding."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """The folder of a finished run."""
+    from tiny_run import leave  # imports the package, which the hook must precede
+
+    return leave(tmp_path / "run")

@@ -206,11 +206,8 @@ def test_what_a_loss_of_zero_is_over_another_is_told(tmp_path: Path) -> None:
 
 
 def test_plot_of_meta_training(main, capsys, tmp_path) -> None:
-    folder = tmp_path / "meta"
-    run_folder.open_folder(folder, {"name": "lstm-cifar10-conv"})
     table = {"meta_step": [1, 2], "meta_loss": [2.0, 0.5], "validation": np.ones((2, 60))}
-    records.write_parquet(folder / records.CURVES, pl.DataFrame(table))
-    run_folder.finish(folder, {})
+    folder = leave(tmp_path / "meta", {"name": "lstm-cifar10-conv"}, pl.DataFrame(table), {})
     main("plot", str(folder))
     assert f"figure: {folder}/figure.png" in capsys.readouterr().out
     assert (folder / "figure.png").is_file()
@@ -418,12 +415,6 @@ def test_damaged_reason_of_a_failure_is_named(main, capsys, finished, content, t
     Path("runs/lost/failed.json").write_text(content)
     main("plot", "runs")
     assert capsys.readouterr().err.splitlines()[0].startswith(told)
-
-
-@pytest.fixture
-def finished(tmp_path: Path) -> Path:
-    """The folder of a finished run."""
-    return leave(tmp_path / "run")
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])

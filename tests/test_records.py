@@ -10,15 +10,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from tiny_run import CONFIG, SECONDS, TABLE, leave
+from tiny_run import CONFIG, SECONDS, TABLE
 
 from lossguard import records, run_folder
-
-
-@pytest.fixture
-def finished(tmp_path: Path) -> Path:
-    """The folder of a finished run."""
-    return leave(tmp_path / "run")
 
 
 def test_round_trip(finished: Path) -> None:

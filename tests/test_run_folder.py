@@ -5,15 +5,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny_run import CONFIG, SECONDS, TABLE, leave
+from tiny_run import CONFIG, SECONDS, TABLE
 
 from lossguard import records, run_folder
-
-
-@pytest.fixture
-def finished(tmp_path: Path) -> Path:
-    """The folder of a finished run."""
-    return leave(tmp_path / "run")
 
 
 @pytest.mark.parametrize("changed", [{"the data": "2"}, {"the data": "2", "the file a": "2"}])

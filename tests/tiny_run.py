@@ -1,6 +1,8 @@
 """A run of two methods and one step: what its folder holds."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -22,9 +24,15 @@ TABLE = pl.DataFrame(
 SECONDS = {"a": 1.5, "b": 2.5}
 
 
-def leave(folder: Path) -> Path:
-    """Its records."""
-    run_folder.open_folder(folder, CONFIG)
-    records.write_parquet(folder / records.CURVES, TABLE)
-    run_folder.finish(folder, run_folder.manifest(seconds=SECONDS, data=""))
+def leave(
+    folder: Path,
+    config: Mapping[str, Any] = CONFIG,
+    curves: pl.DataFrame = TABLE,
+    made: Mapping[str, Any] | None = None,
+) -> Path:
+    """Its records, or those of another run."""
+    made = run_folder.manifest(seconds=SECONDS, data="") if made is None else made
+    run_folder.open_folder(folder, config)
+    records.write_parquet(folder / records.CURVES, curves)
+    run_folder.finish(folder, made)
     return folder

@@ -176,7 +176,9 @@ def _resumable(where: Where | None = None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if where and not _has_begun(where.out):
+        from .records import CONFIG
+
+        if where and not (where.out / CONFIG).exists():
             raise KeyboardInterrupt from None
         given, more = sys.argv[1:], []
         if where and not any(argument.startswith("--out") for argument in given):
@@ -189,10 +191,3 @@ def _resumable(where: Where | None = None) -> Iterator[None]:
 def program() -> str:
     """What to type for this command, which ``make demo`` doesn't put on the path."""
     return "lossguard" if which("lossguard") else f"{shlex.quote(sys.executable)} -m lossguard"
-
-
-def _has_begun(folder: Path) -> bool:
-    """Whether a run is there that can be gone on with."""
-    from .records import CONFIG
-
-    return (folder / CONFIG).exists()

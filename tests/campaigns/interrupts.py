@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -77,6 +78,41 @@ def attempt(seed: int, folder: Path) -> Counter[str]:
         faster = rng.choice((lambda ps: Adam(ps, lr=0.05), lambda ps: SGD(ps, lr=0.01)))
         guard, done = two(kind, model, faster, **options), rng.randrange(1, 30)
         run(guard, model, batches[:done])
+
+    def call() -> None:
+        if kind is Rewind:
+            guard.observe(float("nan"))
+        else:
+            guard.step(closure_for(guard, model, batches[done]))
+
+    def places(total: int) -> list[int]:
+        return [rng.randint(1, total) for _ in range(MANY)]
+
+    tried = Counter[str]()
+    try:
+        for came, is_before in interrupted(guard, model, call, which, places, everywhere):
+            if kind is not Rewind:
+                run(guard, model, batches[done : done + 3])
+            where = "before the call" if is_before else "after it"
+            tried[where if came else "too late"] += 1
+    except Exception as error:
+        error.add_note(f"{kind.__name__} {options} after {done}")
+        raise
+    return tried
+
+
+def interrupted(
+    guard: Any,
+    model: nn.Module,
+    call: Callable[[], None],
+    which: signal.Signals,
+    places: Callable[[int], Iterable[int]],
+    everywhere: bool = False,
+) -> Iterator[tuple[KeyboardInterrupt | None, bool]]:
+    """Interrupt a call, each time from the same state, at places out of so many bytecodes.
+
+    Yields, where all is held, what interrupted it and whether the model is as before the call.
+    """
     start = copy.deepcopy(guard.state_dict()), copy.deepcopy(model.state_dict())
     handler = signal.getsignal(which)
 
@@ -84,12 +120,10 @@ def attempt(seed: int, folder: Path) -> Counter[str]:
         """One call; how many bytecodes it ran that count, and what interrupted it."""
         model.load_state_dict(start[1])
         guard.load_state_dict(start[0])
-        torch.manual_seed(seed)
         stop, came = Stop(at, everywhere, which), None
-        closure = closure_for(guard, model, batches[done]) if kind is not Rewind else None
         sys.settrace(stop)
         try:
-            guard.step(closure) if closure else guard.observe(float("nan"))
+            call()
         except KeyboardInterrupt as interrupt:
             came = interrupt
         finally:
@@ -101,9 +135,8 @@ def attempt(seed: int, folder: Path) -> Counter[str]:
     after = points(model)
     model.load_state_dict(start[1])
     guard.load_state_dict(start[0])
-    before, tried = points(model), Counter[str]()
-    for _ in range(MANY):
-        at = rng.randint(1, total)
+    before = points(model)
+    for at in places(total):
         _, came = go(at)
         now = points(model)
         try:
@@ -111,12 +144,6 @@ def attempt(seed: int, folder: Path) -> Counter[str]:
             assert signal.getsignal(which) is handler, "another handler is left"
             assert_clean(model)
         except (AssertionError, RuntimeError) as error:
-            error.add_note(
-                f"{kind.__name__} {options} after {done}, {which.name} at {at} of {total}"
-            )
+            error.add_note(f"{which.name} at {at} of {total}")
             raise error from came
-        if kind is not Rewind:
-            run(guard, model, batches[done : done + 3])
-        where = "before the call" if same(now, before) else "after it"
-        tried[where if came else "too late"] += 1
-    return tried
+        yield came, same(now, before)

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from tiny_run import leave
 
-from lossguard import records, run_folder
 from lossguard.experiments.claims import Verdict
 
 STEPS = np.array([*range(1, 1001), *range(1010, 5001, 10)])
@@ -60,9 +60,7 @@ def curves_of(
 
 
 def write(folder: Path, config: dict[str, Any], curves: pl.DataFrame, **made: Any) -> Path:
-    run_folder.open_folder(folder, config)
-    records.write_parquet(folder / records.CURVES, curves)
-    made = {
+    about = {
         "time": "2026-01-02T03:04:05Z",
         "command": ["lossguard", "run", "--methods", "LGL2O over Adam"],
         "commit": "0123abc",
@@ -70,9 +68,8 @@ def write(folder: Path, config: dict[str, Any], curves: pl.DataFrame, **made: An
         "versions": {"jax": "0.7"},
         "device": "cpu (2 cores)",
         "platform": "Linux",
-    } | made
-    run_folder.finish(folder, made)
-    return folder
+    }
+    return leave(folder, config, curves, about | made)
 
 
 def write_run(

@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 from commands import command
+from tiny_run import leave
 
 from lossguard import records, run_folder
 from lossguard.config import as_config
@@ -410,13 +411,11 @@ def write_meta(
     last: int,
     dataset: str | None = None,
 ) -> Path:
-    run_folder.open_folder(folder, {"name": name} | ({"dataset": dataset} if dataset else {}))
     steps = np.linspace(last / len(meta_loss), last, len(meta_loss)).astype(int)
     table = {"meta_step": steps, "meta_loss": meta_loss}
     table["validation"] = np.outer(validation, np.ones(30))
-    records.write_parquet(folder / records.CURVES, pl.DataFrame(table))
-    run_folder.finish(folder, {})
-    return folder
+    config = {"name": name} | ({"dataset": dataset} if dataset else {})
+    return leave(folder, config, pl.DataFrame(table), {})
 
 
 @pytest.mark.parametrize(

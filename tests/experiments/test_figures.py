@@ -11,8 +11,9 @@ import polars as pl
 import pytest
 from matplotlib.figure import Figure
 from pages import STEPS, curves_of
+from tiny_run import leave
 
-from lossguard import records, run_folder
+from lossguard import records
 from lossguard.experiments import Experiment, figures
 from lossguard.experiments.experiment import paper_methods
 
@@ -234,11 +235,8 @@ def folder(tmp_path: Path) -> Path:
     """A finished run of two methods with known losses."""
     methods = {"SGDnm": 1.0, "LGL2O": 4.0}
     config = {"name": "known", "title": "", "methods": list(methods), "seeds": 2, "seed": 0}
-    run_folder.open_folder(tmp_path / "run", config)
-    records.write_parquet(tmp_path / "run" / records.CURVES, curves_of(methods))
     made = {"data": "", "seconds": {"SGDnm": 0.01234, "LGL2O": 30.0}}
-    run_folder.finish(tmp_path / "run", made)
-    return tmp_path / "run"
+    return leave(tmp_path / "run", config, curves_of(methods), made)
 
 
 def test_summary_says_what_the_records_say(folder: Path) -> None:

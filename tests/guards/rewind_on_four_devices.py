@@ -1,6 +1,6 @@
 """A program for four devices: over all of them ``rewind`` does what it does on one.
 
-``test_rewind_in_use.py`` runs it.
+``test_devices.py`` runs it.
 """
 
 from functools import partial

@@ -7,8 +7,9 @@ import polars as pl
 import pytest
 from matplotlib.figure import Figure
 
-from lossguard import drawing, records, run_folder
+from lossguard import drawing
 from lossguard.metatrain import figure
+from lossguard.records import Record
 
 
 @pytest.mark.parametrize("steps", [8, 60, 100, 300])
@@ -18,14 +19,12 @@ def test_figure_of_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
     monkeypatch.setattr(
         figure, "save", lambda of, folder: drawn.append(of) or drawing.save(of, folder)
     )
-    run_folder.open_folder(tmp_path / "run", {"name": "mine $_{$"})
     validation, moons = 1 + np.random.default_rng(0).random((2, 4, steps))
     validation[2] = np.nan
     columns = {"meta_step": [1, 2, 3, 4], "meta_loss": [4.0, 3.0, 2.0, 1.0]}
     columns |= {"validation": validation, "validation_moons": moons}
-    records.write_parquet(tmp_path / "run" / records.CURVES, pl.DataFrame(columns))
-    run_folder.finish(tmp_path / "run", {"data": "JPEG q75"})
-    file = figure.plot(tmp_path / "run", records.read_run(tmp_path / "run"))
+    record = Record({"name": "mine $_{$"}, {"data": "JPEG q75"}, pl.DataFrame(columns))
+    file = figure.plot(tmp_path, record)
     assert file.read_bytes().startswith(b"\x89PNG")
 
     assert drawn[0].get_suptitle() == "mine $_{$ (JPEG q75)"
@@ -39,8 +38,6 @@ def test_figure_of_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
 
 
 def test_figure_where_all_is_lost(tmp_path: Path) -> None:
-    run_folder.open_folder(tmp_path / "run", {"name": "mine"})
     columns = {"meta_step": [1, 2], "meta_loss": [1.0, 1.0], "validation": np.full((2, 60), np.nan)}
-    records.write_parquet(tmp_path / "run" / records.CURVES, pl.DataFrame(columns))
-    run_folder.finish(tmp_path / "run", {})
-    assert figure.plot(tmp_path / "run", records.read_run(tmp_path / "run")).is_file()
+    record = Record({"name": "mine"}, {}, pl.DataFrame(columns))
+    assert figure.plot(tmp_path, record).is_file()

@@ -204,6 +204,21 @@ class Breaks(Diverges):
     at, by = 2, math.inf
 
 
+class Writing(SGD):
+    """Its counter is a tensor in its group, which a step writes to."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr)
+        self.param_groups[0]["k"] = torch.zeros(())
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        group = self.param_groups[0]
+        group["k"] += 1
+        for p in group["params"]:
+            p -= group["lr"] / group["k"] * p.grad
+
+
 def entries_of(state, path=()):
     """The places of all entries of nested dictionaries and lists."""
     for key in state if isinstance(state, dict) else range(len(state)):

@@ -1,7 +1,5 @@
 """The PyTorch guards follow the JAX ones: same problem, same optimizers, same decisions."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -106,18 +104,36 @@ PAIRS = {
 }
 ALL = list(PAIRS)
 CASES = [
-    *((lossguard.recommended, Recommended, {}, pair) for pair in ALL),
-    *(
-        (lossguard.recommended, Recommended, {"share": 0.5}, pair)
-        for pair in ("late", "the same", "noisy")
-    ),
-    *((lossguard.hedged, Hedged, {}, pair) for pair in ALL),
-    (lossguard.hedged, Hedged, {"share": 0.5}, "noisy"),
-    *((lossguard.loss_guard, LossGuard, {"nc": 5}, pair) for pair in ("breaks", "adam over sgd")),
-    (lossguard.loss_guard, LossGuard, {"nc": 5, "loser": "reset"}, "bold sgd over adam"),
-    (lossguard.residual_guard, ResidualGuard, {}, "adam over sgd"),
-    (lossguard.residual_guard, ResidualGuard, {}, "breaks"),
+    *(("recommended", {}, pair) for pair in ALL),
+    *(("recommended", {"share": 0.5}, pair) for pair in ("late", "the same", "noisy")),
+    *(("hedged", {}, pair) for pair in ALL),
+    ("hedged", {"share": 0.5}, "noisy"),
+    *(("loss_guard", {"nc": 5}, pair) for pair in ("breaks", "adam over sgd")),
+    ("loss_guard", {"nc": 5, "loser": "reset"}, "bold sgd over adam"),
+    *(("residual_guard", {}, pair) for pair in ("adam over sgd", "breaks")),
 ]
+OURS = {
+    "recommended": Recommended,
+    "hedged": Hedged,
+    "loss_guard": LossGuard,
+    "residual_guard": ResidualGuard,
+}
+
+
+def both(name, pairs, **options):
+    """What makes the guard of these optimizers in PyTorch from parameters; and the one in JAX."""
+    theirs, makers = zip(*pairs, strict=True)
+
+    def build(params):
+        ours = [make(params) for make in makers]
+        if name == "best_of":
+            return BestOf(ours, model=None, nt=NT, **options)
+        return OURS[name](*ours, model=None, nt=NT, **options)
+
+    if name == "best_of":
+        members = [lossguard.unguarded(one, nt=NT) for one in theirs]
+        return build, lossguard.best_of(members, **options)
+    return build, getattr(lossguard, name)(*theirs, nt=NT, **options)
 
 
 def in_jax(guard, objective=objective):
@@ -168,23 +184,11 @@ def assert_same(in_torch, in_jax):
     return winners
 
 
-def name(case):
-    _, kind, options, pair = case
-    return " ".join([kind.__name__, *map(str, options.values()), pair])
-
-
-@pytest.mark.parametrize("case", CASES, ids=name)
-def test_two_optimizers(case):
-    theirs, ours, options, pair = case
-    (learned, make_learned), (fallback, make_fallback) = PAIRS[pair]
-    body = ours is not ResidualGuard and pair == "adam over sgd"
-    winners = assert_same(
-        in_torch(
-            lambda ps: ours(make_learned(ps), make_fallback(ps), model=None, nt=NT, **options),
-            body,
-        ),
-        in_jax(theirs(learned, fallback, nt=NT, **options)),
-    )
+@pytest.mark.parametrize(("name", "options", "pair"), CASES)
+def test_two_optimizers(name, options, pair):
+    build, guard = both(name, PAIRS[pair], **options)
+    body = name != "residual_guard" and pair == "adam over sgd"
+    winners = assert_same(in_torch(build, body), in_jax(guard))
     assert len(winners) == CYCLES
     if pair in ("slow", "level"):
         assert winners[:2] == [2, 0 if pair == "slow" else 2]
@@ -209,20 +213,8 @@ def test_best_of(share, checked):
 
 @pytest.mark.parametrize("name", ["recommended", "hedged", "best_of"])
 def test_gradients_that_are_not_finite_ruin_no_lane(name):
-    (learned, make_learned), (fallback, make_fallback) = adam(0.02), adam(0.003)
-    if name == "best_of":
-        pair = [lossguard.unguarded(one, nt=NT) for one in (fallback, learned)]
-        theirs = lossguard.best_of(pair)
-    else:
-        theirs = getattr(lossguard, name)(learned, fallback, nt=NT)
-
-    def build(params):
-        learned, fallback = make_learned(params), make_fallback(params)
-        if name == "best_of":
-            return BestOf([fallback, learned], model=None, nt=NT)
-        return {"recommended": Recommended, "hedged": Hedged}[name](
-            learned, fallback, model=None, nt=NT
-        )
+    pair = [adam(0.02), adam(0.003)]
+    build, guard = both(name, pair[::-1] if name == "best_of" else pair)
 
     def finite():
         for params, decision in in_torch(build, loss_of=broken_loss_of):
@@ -230,26 +222,24 @@ def test_gradients_that_are_not_finite_ruin_no_lane(name):
             assert decision.finite_learned and decision.finite_fallback
             yield params, decision
 
-    assert_same(finite(), in_jax(theirs, broken_objective))
+    assert_same(finite(), in_jax(guard, broken_objective))
     assert BROKEN[: NT * CYCLES].sum() > 5
+
+
+def winners_without(lost, name, pair):
+    """Where the loss is NaN on these minibatches."""
+    build, guard = both(name, pair)
+    factor = np.where(lost, np.nan, 1.0)
+    return assert_same(
+        in_torch(build, loss_of=lambda params, i: loss_of(params, i) * factor[i]),
+        in_jax(guard, lambda params, i: objective(params, i) * jnp.asarray(factor)[i]),
+    )
 
 
 @pytest.mark.parametrize("name", ["recommended", "hedged"])
 def test_minibatches_without_a_finite_loss_are_passed_over(name):
     """A fifth of them: the run goes on as without, and learns."""
-    (learned, make_learned), (fallback, make_fallback) = adam(0.02), adam(0.003)
-    ours = {"recommended": Recommended, "hedged": Hedged}[name]
-    lost = rng.random(len(X)) < 0.2
-    winners = assert_same(
-        in_torch(
-            lambda params: ours(make_learned(params), make_fallback(params), model=None, nt=NT),
-            loss_of=lambda params, i: loss_of(params, i) * (math.nan if lost[i] else 1.0),
-        ),
-        in_jax(
-            getattr(lossguard, name)(learned, fallback, nt=NT),
-            lambda params, i: objective(params, i) * jnp.where(jnp.asarray(lost)[i], jnp.nan, 1.0),
-        ),
-    )
+    winners = winners_without(rng.random(len(X)) < 0.2, name, [adam(0.02), adam(0.003)])
     assert winners == [0] * CYCLES
 
 
@@ -259,17 +249,7 @@ def test_minibatches_that_are_lost(name, pair):
     """Of the third cycle, which the learned optimizer leads, and of others, two at a stretch."""
     lost = np.zeros(len(X), bool)
     lost[[25, 103, 114, 161, 267, 273, 284, 355]] = True
-    (learned, make_learned), (fallback, make_fallback) = PAIRS[pair]
-    theirs = getattr(lossguard, name)(learned, fallback, nt=NT)
-    kind = {"recommended": Recommended, "hedged": Hedged}[name]
-    winners = assert_same(
-        in_torch(
-            lambda ps: kind(make_learned(ps), make_fallback(ps), model=None, nt=NT),
-            loss_of=lambda params, i: loss_of(params, i) * (math.nan if lost[i] else 1.0),
-        ),
-        in_jax(theirs, lambda w, i: objective(w, i) * jnp.where(jnp.asarray(lost)[i], jnp.nan, 1)),
-    )
-    assert winners[1:3] == [0, 0]
+    assert winners_without(lost, name, PAIRS[pair])[1:3] == [0, 0]
 
 
 def spikes(rate, at, until):
@@ -297,12 +277,6 @@ class Spiking(SGD):
 @pytest.mark.parametrize("share", [None, 0.2])
 def test_best_of_begins_ruined_ones_again(share):
     """The bold one leads, is ruined, and comes back from where the careful one is."""
-    several = [spikes(0.1, 150, 170), sgd(0.01)]
-    theirs = [lossguard.unguarded(optimizer, nt=NT) for optimizer, _ in several]
-
-    def build(params):
-        optimizers = [make(params) for _, make in several]
-        return BestOf(optimizers, model=None, nt=NT, share=share)
-
-    winners = assert_same(in_torch(build), in_jax(lossguard.best_of(theirs, share=share)))
+    build, guard = both("best_of", [spikes(0.1, 150, 170), sgd(0.01)], share=share)
+    winners = assert_same(in_torch(build), in_jax(guard))
     assert winners[14] == 0 and 1 in winners[15:] and (winners[-1] == 0 or share)

@@ -2,7 +2,6 @@
 
 import copy
 import signal
-import sys
 import time
 from contextlib import nullcontext
 
@@ -25,6 +24,7 @@ from torch import nn
 from torch.optim import SGD
 
 from lossguard.torch import BestOf, LossGuard, Recommended, ResidualGuard
+from tests.campaigns.interrupts import interrupted
 
 
 def normed():
@@ -186,59 +186,26 @@ def test_a_second_ctrl_c_comes_at_once(body):
 )
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_the_model_before_or_after_a_call(kind, options, which):
-    """At lines of the package that a call runs, by a real signal; the last one checks only.
+    """As in the campaign, all over the package's code that a call runs; the last one checks only.
 
     But for ``LossGuard`` the call ends a cycle: after it the decision is there as well.
     """
     model = mlp(nn.BatchNorm1d(16))
     guard = two(kind, model, **options)
-    batches = minibatches(4)
+    batches, seen = minibatches(4), set()
     run(guard, model, batches[:1])
-    start, seen = guard.state_dict(), []
 
-    def go(stop_at):
-        """One call, with Ctrl-C at a line; how many lines were run, and where the model is."""
-        guard.load_state_dict(start)
-        lines, interrupted = 0, False
+    def call():
+        guard.step(closure_for(guard, model, batches[1]))
 
-        def trace(frame, event, arg):
-            nonlocal lines
-            if "lossguard" not in frame.f_code.co_filename:
-                return None
-            if event == "line":
-                lines += 1
-                if lines == stop_at:
-                    signal.raise_signal(which)
-            return trace
+    def places(total):
+        return range(1, total, total // 30)
 
-        closure = closure_for(guard, model, batches[1])
-        sys.settrace(trace)
-        try:
-            guard.step(closure)
-        except KeyboardInterrupt:
-            interrupted = True
-        finally:
-            sys.settrace(None)
-        return lines, interrupted, copy.deepcopy(model.state_dict())
-
-    before = copy.deepcopy(model.state_dict())
-    total, _, after = go(None)
-    decided = len(guard.history)
-    assert decided == (kind is not LossGuard)
-    for line in range(1, total, max(1, total // 40)):
-        _, interrupted, now = go(line)
-        assert interrupted
-        is_before = all(torch.equal(now[k], before[k]) for k in now)
-        if not is_before:
-            assert_same_state(now, after)
-        assert guard.steps == (0 if is_before else 2 * decided)
-        seen.append(is_before)
-        assert torch.is_grad_enabled() and all(p.grad is None for p in model.parameters())
-        probe = torch.ones(2, requires_grad=True)
-        probe.sum().backward()  # does nothing while a check's mode is on
-        assert probe.grad is not None
-        assert signal.getsignal(which) is signal.default_int_handler
-    assert set(seen) == ({True} if "nc" in options else {True, False})
+    for came, is_before in interrupted(guard, model, call, which, places):
+        assert came
+        assert guard.steps == (0 if is_before or kind is LossGuard else 2)
+        seen.add(is_before)
+    assert seen == ({True} if "nc" in options else {True, False})
     run(guard, model, batches)
 
 

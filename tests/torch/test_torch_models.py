@@ -9,6 +9,7 @@ import torch
 from models import (
     KINDS,
     TWO,
+    Writing,
     algorithm2,
     assert_is_algorithm2,
     assert_resumes,
@@ -59,26 +60,11 @@ def test_gradients_of_what_another_optimizer_steps_are_those_of_the_live_lane(op
         beside.step()
 
 
-class Counting(SGD):
-    """Its counter is a tensor in its group, which a step writes to."""
-
-    def __init__(self, params, lr):
-        super().__init__(params, lr=lr)
-        self.param_groups[0]["k"] = torch.zeros(())
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        group = self.param_groups[0]
-        group["k"] += 1
-        for p in group["params"]:
-            p -= group["lr"] / group["k"] * p.grad
-
-
 def test_a_counter_that_is_a_tensor_of_a_group_is_each_lanes_own():
     """The fallback by itself takes the steps that it would alone."""
     w, v = (nn.Parameter(torch.tensor([4.0])) for _ in range(2))
-    guard = Hedged(SGD([w], lr=0.05), Counting([w], lr=0.01), model=None)
-    alone = Counting([v], lr=0.01)
+    guard = Hedged(SGD([w], lr=0.05), Writing([w], lr=0.01), model=None)
+    alone = Writing([v], lr=0.01)
     for _ in range(60):
         for lane in guard.lanes():
             loss = w.square().sum()

@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from models import loss_fn, minibatches, mlp, refusals_of_damaged
+from models import Writing, loss_fn, minibatches, mlp, refusals_of_damaged
 from rewinding import FALLS, HIGH, WINDOW, assert_same, drive, network, one_weight, train
 from torch import nn
 from torch.nn.utils import prune
@@ -231,20 +231,6 @@ def test_a_memory_that_is_not_finite_goes_back_with_the_model():
     assert rewind.returns == 1
     for state in optimizer.state.values():
         assert state["exp_avg"].isfinite().all()
-
-
-class Writing(torch.optim.Optimizer):
-    """Its counter is a tensor in its group, which a step writes to."""
-
-    def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr, "k": torch.zeros(())})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            group["k"] += 1
-            for param in group["params"]:
-                param -= group["lr"] / group["k"] * param.grad
 
 
 def test_a_tensor_of_a_group_that_a_step_writes_to_goes_back():

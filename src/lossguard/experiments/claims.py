@@ -34,7 +34,6 @@ from .formulas import (
     rise,
     rises,
     short,
-    single,
     together,
     values,
 )
@@ -200,7 +199,7 @@ def diverges(method: str) -> Formula:
 
 def above_first(method: str, bound: float) -> Formula:
     """Whether Loss(method, 1,000) over its first loss is above a bound."""
-    return single(f"{method} at 1,000 over its first loss", from_first(method), 1_000, ">", bound)
+    return at_marks(f"{method} over its first loss", from_first(method), [1_000], ">", bound)
 
 
 def grid(figure: FigureCurves) -> Finding:
@@ -264,7 +263,7 @@ def marks(first: int, last: int) -> list[int]:
 
 
 _least = of_losses(divided(pl.col("LGL2O").min(), pl.col("L2O").min()), MARKS)
-_share = f"share of learned steps from {int(0.9 * K):,} to {K:,}"
+_share = "share of learned steps over the last tenth"
 _with_adam = "with Adam 0.01 as the fallback over with SGDnm"
 _over_adam = of_losses(over("LGL2O over Adam 0.01", "LGL2O over SGDnm 3"))  # its rate in the paper
 _steady = rises("LGL2O", K, "<=")
@@ -282,7 +281,7 @@ CLAIMS = [
           on(3, either(GL2O, lambda one: each(ratio("L2O", [one], [100], "<", 0.7),
                                               ratio(one, ["SGDnm"], [100], "<", 1))))),
     Claim("3e", "LGL2O goes over to the fallback",
-          on(3, single(_share, lambda f, k: f.share("LGL2O", 0.9 * k, k), K, "<", 0.1))),
+          on(3, at_marks(_share, lambda f, k: f.share("LGL2O", 0.9 * k, k), [K], "<", 0.1))),
     Claim("4a", "LGL2O is comparable to L2O early",
           on(4, ratio("LGL2O", ["L2O"], marks(100, 1_000), "<=", 1.5))),
     Claim("4b", "L2O diverges later", on(4, rises("L2O", K))),
@@ -297,7 +296,7 @@ CLAIMS = [
     Claim("5d", "after 50,000 steps LGL2O is better than both its parts",
           on(5, ratio("LGL2O", PARTS, [K], "<", 0.9, beyond=True))),
     Claim("5e", "the loss of L2O rises considerably at first",
-          on(5, single("the highest loss of 50 steps over the first", highest, 50, ">", 1.5)),
+          on(5, at_marks("the highest loss so far over the first", highest, [50], ">", 1.5)),
           where="section 4"),
     *(claim for n in (6, 7, 8) for claim in (
         Claim(f"{n}a", "L2O diverges very quickly", on(n, diverges("L2O"))),
@@ -313,7 +312,7 @@ CLAIMS = [
     Claim("11b", "its L2O carries over to other data and to the test set",
           on_each([13, 16], after_its_horizon)),
     Claim("12a", "L2O is stable, LGL2O is better in the end",
-          on(12, single("least of LGL2O over least of L2O", _least, K, "<", 1))),
+          on(12, at_marks("least of LGL2O over least of L2O", _least, [K], "<", 1))),
     Claim("12b", "LGL2O rises late, for the noise of the check", on(12, noise)),
     Claim("13a", "until it rises LGL2O is better than both its parts",
           on(13, ratio("LGL2O", PARTS, marks(1_000, 30_000), "<", 1))),

@@ -76,16 +76,6 @@ def _told(values: Mapping[int, tuple[float, int]], failed: Sequence[int]) -> str
     return f"at most {told[highest].replace(' at', ', at')}{last}{fails}"
 
 
-def single(what: str, value: Value, k: int, holds: str, bound: float) -> Formula:
-    """Whether a value keeps a bound at step k, of which its name tells."""
-
-    def formula(figure: FigureCurves) -> Finding:
-        found, seeds = value(figure, k)
-        return Finding(HOLDS[holds](found, bound), f"{what}: {short(found)}", {k: seeds})
-
-    return formula
-
-
 def of_losses(expression: pl.Expr, earlier: Sequence[int] = ()) -> Value:
     """Of columns of losses by method, at earlier steps and, in the last row, at step k."""
     methods = [*dict.fromkeys(expression.meta.root_names())]

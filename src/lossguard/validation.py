@@ -33,7 +33,7 @@ def check_count(name: str, value: int, least: int = 1, most: int = MOST) -> int:
 
 def check_seed(seed: int, seeds: int = 1) -> None:
     """Require that JAX takes no seed from this one on modulo 2^32, and memory for all of them."""
-    check_count("seeds", seeds, most=MOST_SEEDS)
+    seeds = check_count("seeds", seeds, most=MOST_SEEDS)
     check_count("seed", seed, least=0, most=2**32 - seeds)
 
 
@@ -88,6 +88,12 @@ def check_kind(name: str, value: Any, kind: type, example: str) -> None:
     """Refuse what is not of a kind, such as a function that makes one and was not called."""
     if not isinstance(value, kind):
         raise ValueError(f"{name} must be a {kind.__name__} such as {example}, got {told(value)}")
+
+
+def check_function(name: str, value: Any, example: str) -> None:
+    """Refuse what can't be called."""
+    if not callable(value):
+        raise ValueError(f"{name} must be a function {example}, got {told(value)}")
 
 
 def told(value: Any) -> str:

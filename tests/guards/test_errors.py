@@ -40,6 +40,11 @@ def step(objective, guard=loss_guard):
     return made.step(made.init(ONES), objective)
 
 
+def edited(guard, params):
+    state = guard.init(ONES)
+    return guard.step(state._replace(params=params), total)
+
+
 def guarded_update(value_fn):
     optimizer = guarded(SGD, SGD)
     return optimizer.update(ONES, optimizer.init(ONES), ONES, value_fn=value_fn)
@@ -135,6 +140,7 @@ WRONG = {
         ),
         "each of guards|Guard such as unguarded(optimizer), got a Grad": lambda: best_of([SGD]),
         "each of guards|Guard such as unguarded(optimizer), got <func": lambda: best_of(ALONE),
+        "guards|Iterable such as [unguarded(optax.sgd(0.1))], got None": lambda: best_of(None),
         "state|RewindState such as optimizer.init(params), got (": (
             lambda: rewind(SGD).update(ONES, SGD.init(ONES), ONES, value=1.0)
         ),
@@ -164,6 +170,23 @@ WRONG = {
         "each of guards|": lambda: best_of([unguarded(IN_STEPS)], share=0.1).init(ONES),
     },
     " must be an objective(params, i), got ": {"check|3": lambda: best_of([ALONE], check=3)},
+    " must be a function ": {
+        "objective|objective(params, i), got 'f'": lambda: step("f"),
+        "objective|objective(params, i), got None": (
+            lambda: step(None, lambda *_: best_of([ALONE]))
+        ),
+        "loss|loss(params, batch), got 'mse'": lambda: stacked("mse", ONES, 0),
+    },
+    " must be an integer, got ": {
+        "start|Array(0.5": lambda: stacked(total, ONES, 0.5),
+        "start|Array([0]": lambda: stacked(total, ONES, jnp.array([0])),
+    },
+    " must keep the shapes that they had in init, got ": {
+        "state.params|[(1,)]": lambda: edited(recommended(SGD, SGD), jnp.ones(1)),
+        "state.params|[()]": lambda: edited(hedged(SGD, SGD), jnp.ones(())),
+        "state.params|[(3, 2)]": lambda: edited(hedged(SGD, SGD), jnp.ones((3, 2))),
+        "state.params|[(3,)]": lambda: edited(best_of([ALONE]), jnp.ones(3)),
+    },
     " must hold at least one array, got ": {"params|{}": lambda: loss_guard(SGD, SGD).init({})},
     " must be floating-point arrays, but its leaf ": {
         "params|['n'] is int32": lambda: ALONE.init({"w": ONES, "n": jnp.arange(3)}),

@@ -106,6 +106,11 @@ def test_schedules_may_go_on_while_an_optimizer_is_idle(name) -> None:
     np.testing.assert_allclose(later, rate(4) / rate(1) * now, rtol=1e-5)
 
 
+def test_schedules_of_idle_optimizers_stay_at_the_largest_count() -> None:
+    state = optax.ScaleByScheduleState(jnp.int32(2**31 - 5))
+    assert advance_schedules(state, 10).count == 2**31 - 1
+
+
 def test_weight_decay_may_have_a_schedule_too() -> None:
     optimizer = optax.chain(optax.trace(0.9), optax.add_decayed_weights(rate))
     zero, fresh = {"w": jnp.zeros(2)}, optimizer.init(PARAMS)

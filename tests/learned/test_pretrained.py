@@ -185,11 +185,12 @@ def test_other_content_is_refused(saved: Path) -> None:
         ({"architecture": "gru"}, "its architecture must be one of lstm, mlp, got 'gru'"),
         ({"hidden": "many"}, "invalid literal"),
         ({"hidden": "10"}, r"must be F32 \[40, 2\], got F32 \[80, 2\]"),
-        ({"layers": "0"}, "layers must be positive and finite, got 0"),
+        ({"layers": "0"}, "layers must be an integer of at least 1, got 0"),
         ({"layers": "1"}, "it holds lstm.bias_hh_l1, .* which no lstm of 1 layers has"),
         ({"layers": "3"}, "it lacks lstm.bias_hh_l2"),
-        ({"layers": "999999999999"}, "it lacks"),
-        ({"layers": "9" * 4_000}, "layers must be positive and finite, got 9+$"),
+        ({"layers": "101"}, "layers must be at most 100, got 101"),
+        ({"hidden": "10001"}, "hidden must be at most 10000, got 10001"),
+        ({"layers": "9" * 4_000}, "layers must be at most 100, got one of many digits"),
         ({"layers": "9" * 5_000}, "Exceeds the limit"),
         ({"p": "-10"}, "p must be above 0 and at most 80, got -10.0"),
         ({"scale": "nan"}, "scale must be positive and finite, got nan"),
@@ -285,6 +286,15 @@ def test_wrong_arguments_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=reason):
         save_weights(tmp_path / "x", weights, **{"p": 10.0, "scale": 0.1, "made": {}, **arguments})
+    assert not names_in(tmp_path)
+
+
+def test_sizes_that_would_not_load_are_not_saved(tmp_path: Path) -> None:
+    weights = init_mlp_weights(jax.random.key(0))
+    with pytest.raises(ValueError, match=r"^layers must be an integer of at least 1, got 0$"):
+        save_weights(tmp_path / "x", weights._replace(layers=weights.layers[-1:]), made={})
+    with pytest.raises(ValueError, match=r"^weights must be a LSTMWeights such as .*, got None$"):
+        save_weights(tmp_path / "x", None, made={})  # pyright: ignore[reportArgumentType]
     assert not names_in(tmp_path)
 
 

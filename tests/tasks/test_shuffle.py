@@ -48,6 +48,16 @@ def test_minibatches_of_an_epoch_are_disjoint(samples: int, batch_size: int) -> 
         assert rows.min() >= 0 and rows.max() < samples
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint32])
+def test_numpys_numbers_are_numbers(kind: type) -> None:
+    """As that of samples that are counted by NumPy: other types would change the hash."""
+    for i in (0, 7):
+        drawn = minibatch_indices(KEY, i, samples=kind(1000), batch_size=kind(100))
+        expected = minibatch_indices(KEY, i, samples=1000, batch_size=100)
+        np.testing.assert_array_equal(drawn, expected)
+
+
 def test_epochs_and_keys_differ() -> None:
     indices = jax.jit(lambda key, i: minibatch_indices(key, i, samples=1000, batch_size=100))
 

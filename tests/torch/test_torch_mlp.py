@@ -65,6 +65,16 @@ def test_equals_the_one_in_jax(tmp_path, hidden, layers, size):
             torch.testing.assert_close(p.detach() - old, ours, rtol=1e-3, atol=1e-6)
 
 
+def test_a_scale_beyond_all_numbers_is_infinite():
+    """As in JAX: a guard then sees that the lane broke."""
+    p = nn.Parameter(torch.ones(6, 2))
+    scaling = torch.tensor([800.0, 0, 800.0, 0, 0, 0, 0])
+    optimizer = MLPOptimizer([p], weights_of() | {"scaling": scaling})
+    p.grad = p.detach().clone()
+    optimizer.step()
+    assert not p.isfinite().any()
+
+
 def test_its_memory_has_the_shapes_of_the_docstring():
     p = nn.Parameter(torch.randn(6, 2))
     optimizer = MLPOptimizer([p], weights_of())

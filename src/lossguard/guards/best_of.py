@@ -1,6 +1,6 @@
 """Guards side by side, of which the best is followed: a guard of guards."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +10,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..validation import check_count, check_decay, check_kind, check_part
 from . import trial as trials
-from .cycle import LONGEST, Cycle, as_arrays, check_state, loss_dtype, own_buffers, sum_dtype
+from .cycle import (
+    LONGEST,
+    Cycle,
+    as_arrays,
+    check_shapes,
+    check_state,
+    loss_dtype,
+    own_buffers,
+    sum_dtype,
+)
 from .lanes import losses_at, passed_over
 from .protocol import NEITHER, Decision, Guard, GuardState, Objective, Params, advance, following
 from .soundness import (
@@ -96,6 +105,7 @@ def best_of(
     >>> int(decision.winner), int(decision.gradients)
     (1, 20)
     """
+    check_kind("guards", guards, Iterable, "[unguarded(optax.sgd(0.1))]")
     members = tuple(guards)
     if not members:
         raise ValueError("guards must be at least one guard, got none")
@@ -154,6 +164,7 @@ class SideBySide:
         if len(state.inner.members) != len(self.members):
             counts = len(self.members), len(state.inner.members)
             raise ValueError("state must be of {} guards, got one of {}".format(*counts))
+        check_shapes(state, state._replace(params=state.inner.members[0].params))
         loss_dtype(objective, state.params, state.minibatches)
         objective = with_sound_gradients(objective, state.params, state.minibatches)
         inner, i = state.inner, state.minibatches

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
-from ..validation import check_count, check_kind
+from ..validation import check_count, check_function, check_kind
 from .protocol import Decision, Guard, GuardState, Objective, Params, advance, check_loss, following
 from .stacked import check_stacked
 
@@ -57,7 +57,9 @@ def guard_of(
         dtype = loss_dtype(objective, state.params, i)
         now = Cycle(objective, i, k, nt, dtype)
         x, after, decision = cycle(state.params, state.inner, now)
-        return GuardState(x, advance(k, nt), following(i, nt + nc), after), decision
+        after = GuardState(x, advance(k, nt), following(i, nt + nc), after)
+        check_shapes(state, after)
+        return after, decision
 
     return Guard(init, step)
 
@@ -105,14 +107,24 @@ def check_state(state: Any, inner: type = object) -> None:
         )
 
 
+def check_shapes(state: GuardState, kept: GuardState) -> None:
+    """Refuse parameters that were edited to other shapes, as they may have been broadcast."""
+    given, rest, params = (
+        [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (state, kept, state.params)
+    )
+    if given != rest:
+        raise ValueError(f"state.params must keep the shapes that they had in init, got {params}")
+
+
 def loss_dtype(
     objective: Objective, params: Params, i: Int[Array, ""], *, name: str = "objective"
 ) -> jnp.dtype:
     """The dtype in which losses are kept and compared: the objective's, float32 at least.
 
     Raises:
-        ValueError: if the objective does not return one floating-point number.
+        ValueError: if the objective is no function, or doesn't return one floating-point number.
     """
+    check_function(name, objective, f"{name}(params, i)")
     out = jax.eval_shape(objective, params, i)
     check_loss(name, out)
     return jnp.promote_types(out.dtype, jnp.float32)

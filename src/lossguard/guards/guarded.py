@@ -62,19 +62,20 @@ def guarded(learned: Any, fallback: Any) -> optax.GradientTransformationExtraArg
         if params is None or value_fn is None:
             missing = "params" if params is None else "value_fn"
             raise ValueError(f"guarded(...).update needs {missing}, which was not given")
+        start: Params = as_arrays(params)
         extra_args["value_fn"] = value_fn
-        to_y, learned_state = learned.update(updates, state.learned, params, **extra_args)
-        to_z, fallback_state = fallback.update(updates, state.fallback, params, **extra_args)
-        y, z = optax.apply_updates(params, to_y), optax.apply_updates(params, to_z)
+        to_y, learned_state = learned.update(updates, state.learned, start, **extra_args)
+        to_z, fallback_state = fallback.update(updates, state.fallback, start, **extra_args)
+        y, z = optax.apply_updates(start, to_y), optax.apply_updates(start, to_z)
         value_y, value_z = value_fn(y), value_fn(z)
         check_loss("value_fn", value_y)
 
-        finite_y = is_sound(y, params) & jnp.isfinite(value_y)
-        finite_z = is_sound(z, params) & jnp.isfinite(value_z)
+        finite_y = is_sound(y, start) & jnp.isfinite(value_y)
+        finite_z = is_sound(z, start) & jnp.isfinite(value_z)
         use_y = finite_y & ((value_y < value_z) | ~finite_z)
         stay = optax.tree.zeros_like(to_z)
         chosen = select(use_y, to_y, select(finite_z, to_z, stay))
-        x = optax.apply_updates(params, chosen)
+        x = optax.apply_updates(start, chosen)
         learned_state = renew_if_unsound(learned, x, learned_state)
         fallback_state = renew_if_unsound(fallback, x, fallback_state)
         return chosen, GuardedState(learned_state, fallback_state, use_y)

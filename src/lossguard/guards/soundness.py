@@ -1,6 +1,7 @@
 """Which parameters, states and gradients are finite, and what replaces those that aren't."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, PyTree
 
-from .protocol import Objective, Params
+from .protocol import Objective, Params, advance
 from .stacked import stacked
 
 Injected = optax.schedules.InjectStatefulHyperparamsState
@@ -128,14 +129,19 @@ def advance_schedules(state: PyTree, steps: int) -> PyTree:
 
     def later(node: PyTree) -> PyTree:
         if not isinstance(node, Injected):
-            return jax.tree.map(lambda count: count + steps, node) if _is_count(node) else node
+            return jax.tree.map(_later(steps), node) if _is_count(node) else node
         return node._replace(  # and hyperparameters stay, of which some are integers
-            count=node.count + steps,
+            count=_later(steps)(node.count),
             hyperparams_states=advance_schedules(node.hyperparams_states, steps),
             inner_state=advance_schedules(node.inner_state, steps),
         )
 
     return jax.tree.map(later, state, is_leaf=_is_schedule)
+
+
+def _later(steps: int) -> Callable[[Array], Array]:
+    """A count so many steps later, which stays at the largest number, as optax's own do."""
+    return lambda count: advance(count, steps).astype(count.dtype)
 
 
 def check_schedules(name: str, state: PyTree) -> None:

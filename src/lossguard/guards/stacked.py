@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Int, PyTree, Shaped
 
+from ..validation import check_function, told
 from .protocol import Objective, Params, check_loss
 
 
@@ -26,8 +27,9 @@ class stacked(eqx.Module):
         start: the number of the first minibatch.
 
     Raises:
-        ValueError: if ``batches`` holds no arrays, or arrays of different lengths; in a guard's
-            step, if they are fewer than a cycle may take, or the loss is no scalar.
+        ValueError: if loss is no function, start no integer, or ``batches`` holds no arrays, or
+            arrays of different lengths; in a guard's step, if they are fewer than a cycle may take,
+            or the loss is no scalar.
 
     >>> import jax.numpy as jnp
     >>> batches = jnp.array([[1.0, 3.0], [5.0, 7.0]])
@@ -41,6 +43,9 @@ class stacked(eqx.Module):
     start: Int[Array, ""] = eqx.field(converter=jnp.array)
 
     def __check_init__(self) -> None:
+        check_function("loss", self.loss, "loss(params, batch)")
+        if self.start.shape != () or not jnp.issubdtype(self.start.dtype, jnp.integer):
+            raise ValueError(f"start must be an integer, got {told(self.start)}")
         lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(self.batches)}
         if len(lengths) != 1 or () in lengths:
             found = sorted(str(*length) or "none" for length in lengths) or "no arrays"

@@ -99,12 +99,14 @@ def lstm_optimizer(
     """
     check_kind("weights", weights, LSTMWeights, "load_weights(path).weights")
     check_lstm(scale, p)
+    weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), weights)
+    scale, p = float(scale), float(p)
     hidden = weights.linear_weight.shape[1]
 
     def init(params: PyTree) -> LSTMState:
         if any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(params)):
             raise ValueError("params must be real for lstm_optimizer, got complex ones")
-        n = sum(leaf.size for leaf in jax.tree.leaves(params))
+        n = sum(jnp.size(leaf) for leaf in jax.tree.leaves(params))
         zeros = tuple(jnp.zeros((hidden, n), jnp.float32) for _ in weights.layers)
         return LSTMState(h=zeros, c=zeros)
 

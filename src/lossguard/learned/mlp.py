@@ -138,6 +138,7 @@ def mlp_optimizer(weights: MLPWeights) -> optax.GradientTransformation:
     (3, 2)
     """
     check_kind("weights", weights, MLPWeights, "load_weights(path).weights")
+    weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), weights)
 
     def init(params: PyTree) -> MLPState:
         if any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(params)):
@@ -159,7 +160,7 @@ def mlp_optimizer(weights: MLPWeights) -> optax.GradientTransformation:
         ):
             g32 = g.astype(jnp.float32)
             memory = _remember(weights, memory, g32)
-            features = _features(memory, g32, p.astype(jnp.float32))
+            features = _features(memory, g32, jnp.asarray(p, jnp.float32))
             direction, magnitude = _network(weights.layers, features, times)
             sizes = jnp.asarray(size_features(g.shape), jnp.float32)
             scale = SCALE * jnp.exp(weights.scaling @ jnp.concatenate([sizes, ages]))
@@ -173,7 +174,7 @@ def mlp_optimizer(weights: MLPWeights) -> optax.GradientTransformation:
 
 def _no_memory(p: Array) -> TensorMemory:
     zeros = jnp.zeros_like(p, jnp.float32)  # with the parameter's sharding
-    axes = factored_axes(p.shape)
+    axes = factored_axes(jnp.shape(p))
     rows, columns = (zeros,), ()
     if axes:
         shorter, longer = axes

@@ -13,6 +13,7 @@ from safetensors.numpy import save
 
 from .. import checksums
 from ..files import write_whole
+from ..validation import check_kind, check_network
 from .lstm import LSTMWeights, init_lstm_weights, lstm_optimizer
 from .mlp import MLPWeights, init_mlp_weights, mlp_optimizer
 from .weights_file import ARCHITECTURES, path_of, read_weights
@@ -112,6 +113,7 @@ def save_weights(
     """
     path = Path(path)
     name, hidden, layers = _sizes(weights)
+    check_network(hidden, layers)
     architecture = ARCHITECTURES[name]
     if numbers.keys() != set(architecture.numbers):
         needed, given = (", ".join(names) or "none" for names in (architecture.numbers, numbers))
@@ -148,4 +150,5 @@ def _sizes(weights: LearnedWeights) -> tuple[str, int, int]:
     """Architecture, hidden units and layers."""
     if isinstance(weights, MLPWeights):
         return "mlp", len(weights.layers[0].bias), len(weights.layers) - 1
+    check_kind("weights", weights, LSTMWeights, "init_lstm_weights(key)")
     return "lstm", weights.linear_weight.shape[1], len(weights.layers)

@@ -31,7 +31,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from .. import checksums
-from ..validation import check_kind, check_lstm, check_positive, one_of
+from ..validation import check_kind, check_lstm, check_network, one_of
 from .mlp_features import FACTORED_DECAYS, FEATURES, MOMENTUM_DECAYS, OUTPUTS, SCALING, TIMES
 
 SUFFIX = ".safetensors"
@@ -177,7 +177,7 @@ def _read_metadata(about: dict[str, str]) -> tuple[str, int, int, dict[str, floa
     numbers = ARCHITECTURES[name].numbers
     values = dict(zip(numbers, map(float, _require(about, numbers)), strict=True))
     hidden, layers = int(about["hidden"]), int(about["layers"])
-    check_positive(hidden=hidden, layers=layers)
+    check_network(hidden, layers)
     ARCHITECTURES[name].check(**values)
     return name, hidden, layers, values
 

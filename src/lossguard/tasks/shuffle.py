@@ -35,8 +35,8 @@ def minibatch_indices(
     >>> sorted(int(j) for batch in epoch for j in batch)
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     """
-    check_count("samples", samples)
-    if check_count("batch_size", batch_size) > samples:
+    samples, batch_size = check_count("samples", samples), check_count("batch_size", batch_size)
+    if batch_size > samples:
         raise ValueError(f"batch_size must be between 1 and samples = {samples}, got {batch_size}")
     epoch, within = jnp.divmod(jnp.asarray(i, jnp.int32), samples // batch_size)
     positions = within * batch_size + jnp.arange(batch_size)

@@ -106,7 +106,8 @@ class MLPOptimizer(Learned):
                 x = torch.addmm(bias[:, None], weight, x.relu_())
             direction, magnitude = x
             step = magnitude.mul_(SCALE).exp_().mul_(direction)
-            step.mul_(group["lr"] * SCALE * math.exp(sum(powers)))
+            scale = torch.tensor(sum(powers), dtype=torch.float32).exp().item()  # or infinite
+            step.mul_(group["lr"] * SCALE * scale)
             p.sub_(step.reshape(p.shape).to(p.dtype))
 
     def _state(self, p: Tensor) -> dict[str, Tensor]:

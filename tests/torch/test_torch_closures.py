@@ -189,6 +189,7 @@ def test_errors_of_arguments():
         (lambda: LossGuard(SGD([w]), one, model=None, loser="x"), "loser must be one of keep, res"),
         (lambda: BestOf([], model=None), "optimizers must be a list of at least one, got"),
         (lambda: BestOf(one, model=None), "optimizers must be a list of at least one, got"),
+        (lambda: BestOf(None, model=None), "optimizers must be a list of at least one, got None"),
         (lambda: BestOf([one], rates=(0.1,), model=None), "rates must go with a function of a ra"),
         (
             lambda: BestOf(lambda rate: one, model=None),

@@ -236,6 +236,13 @@ def winners_without(lost, name, pair):
     )
 
 
+def test_a_lost_minibatch_costs_gl2o_its_memory_and_no_further_step():
+    """Its fallback has momentum, which isn't finite after one."""
+    lost = np.zeros(len(X), bool)
+    lost[[1, 25, 103, 114]] = True
+    assert 1 in winners_without(lost, "residual_guard", [sgd(0.02), sgd(0.05, 0.9)])
+
+
 @pytest.mark.parametrize("name", ["recommended", "hedged"])
 def test_minibatches_without_a_finite_loss_are_passed_over(name):
     """A fifth of them: the run goes on as without, and learns."""

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -314,14 +315,51 @@ def test_a_loop_that_is_left_after_the_last_step_counts():
     assert len(told) == len(guard.history) == 1
 
 
-def test_a_state_within_a_minibatch_is_refused():
+def test_calls_within_a_minibatch_are_refused():
     weight, closure = quadratic()
     guard = two_rates(weight)
+    saved = guard.state_dict()
+    calls = {
+        "state_dict": guard.state_dict,
+        "load_state_dict": lambda: guard.load_state_dict(saved),
+        "eval": guard.eval,
+    }
     for lane in guard.lanes():
-        with pytest.raises(ValueError, match=r"^state_dict must be called between minibatches, "):
-            guard.state_dict()
+        for name, call in calls.items():
+            with pytest.raises(ValueError, match=rf"^{name} must be called between minibatches, "):
+                call()
         lane.step(closure())
-    guard.state_dict()
+    for call in calls.values():
+        call()
+
+
+@pytest.mark.parametrize("wrong", ["names", "kind"])
+def test_memory_that_can_not_be_saved_is_refused(wrong):
+    """Keys would be strings after loading, and the memory lost."""
+
+    class Odd(SGD):
+        def step(self):
+            for p in self.param_groups[0]["params"]:
+                p.sub_(0.1 * p.grad)
+                self.state[p] = {0: p.grad.clone()} if wrong == "names" else p.grad.clone()
+
+    weight, closure = quadratic()
+    guard = Recommended(SGD([weight], lr=0.1), Odd([weight], lr=0.1), model=None, nt=1)
+    guard.step(closure)
+    told = "memory of a parameter must have strings" if wrong == "names" else "an optimizer's state"
+    with pytest.raises(ValueError, match=f"^{told}"):
+        guard.state_dict()
+
+
+def test_numpys_rates_are_plain_numbers_in_a_state(tmp_path):
+    weight, closure = quadratic()
+    rates = list(np.geomspace(1e-3, 1e-1, 3))
+    guard = BestOf(lambda rate: SGD([weight], lr=rate), rates=rates, model=None)
+    guard.step(closure)
+    torch.save(guard.state_dict(), tmp_path / "guard.pt")
+    guard.load_state_dict(torch.load(tmp_path / "guard.pt", weights_only=True))
+    with pytest.raises(ValueError, match=r"^state_dict must be a dict such as .*, got 'guard.pt'$"):
+        guard.load_state_dict("guard.pt")
 
 
 def two_rates(weight, **options):

@@ -226,6 +226,24 @@ def test_a_fallback_whose_memory_is_not_finite_begins_anew():
     assert momentum.isfinite().all() and w.isfinite().all()
 
 
+def test_gradients_of_what_another_optimizer_steps_are_those_at_x():
+    model, x = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), torch.ones(4, 2)
+    pair = [SGD(model[1].parameters(), lr=lr) for lr in (0.1, 0.01)]
+    guard = guards.ResidualGuard(*pair, model=model, nt=1)
+
+    def closure():
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    closure()
+    expected = [p.grad for p in model[0].parameters()]
+    model.zero_grad()
+    guard.step(closure)
+    for p, gradient in zip(model[0].parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+
+
 def test_what_it_refuses():
     model = nn.Linear(2, 1)
     pair = SGD(model.parameters(), lr=0.1), SGD(model.parameters(), lr=0.1)

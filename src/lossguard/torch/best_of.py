@@ -1,7 +1,7 @@
 """Optimizers side by side, each on its own path, of which the best is followed."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -106,14 +106,15 @@ class BestOf(Guard):
         if callable(optimizers):
             if not rates:
                 raise ValueError("rates must be given with a function of a rate, got none")
-            optimizers = [optimizers(rate) for rate in rates]
+            plain = (rate if isinstance(rate, Tensor) else float(rate) for rate in rates)
+            optimizers = list(map(optimizers, plain))
         elif rates:
             got = told(optimizers)
             raise ValueError(f"rates must go with a function of a rate, got {got}")
-        optimizers = optimizers if isinstance(optimizers, Optimizer) else [*optimizers]
-        if isinstance(optimizers, Optimizer) or not optimizers:
-            got = told(optimizers)
-            raise ValueError(f"optimizers must be a list of at least one, got {got}")
+        if isinstance(optimizers, Optimizer) or not isinstance(optimizers, Iterable):
+            raise ValueError(f"optimizers must be a list of at least one, got {told(optimizers)}")
+        if not (optimizers := [*optimizers]):
+            raise ValueError("optimizers must be a list of at least one, got []")
         check_functions(check=check)
         self.check, self.checks = check, check_count("nc", nc)
         self.share = None if share is None else check_part("share", share)
@@ -144,7 +145,6 @@ class BestOf(Guard):
     def _measure(self, check: Callable[[int], Tensor]) -> None:
         """The losses of all that ran on the next check minibatches."""
         draws = self._randomness.state()
-        self._weights.beside = []  # the live lane's gradients of others' parameters stay
         for lane in [*self._others, self._leader]:
             self._randomness.set(draws)
             torch.clear_autocast_cache()
@@ -194,7 +194,7 @@ class BestOf(Guard):
         return Decision(
             used_learned=[True] * self.nt,
             losses=seen[str(best)].losses,
-            finite_learned=seen[str(best)].fine,
+            finite_learned=seen[str(best)]._replace(checks=[]).fine,
             winner=best if fine[best] else NEITHER,
             gradients=self.nt * len(seen),
             forwards=0 if self.check is None else self.checks * len(seen),

@@ -82,7 +82,13 @@ class Face(arguments.Uncopied, Optimizer):
 
     def eval(self) -> None:
         """Have the model be what an optimizer with ``train()`` and ``eval()`` evaluates."""
+        self.check_between("eval")
         self._leader.enter(checking=True)
+
+    def check_between(self, call: str) -> None:
+        """Refuse a call within a minibatch."""
+        if self._order:
+            raise ValueError(f"{call} must be called between minibatches, got a call within one")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused, except when the guard is built."""

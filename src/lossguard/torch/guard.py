@@ -181,6 +181,7 @@ class Guard(Face):
 
     def _close(self) -> None:
         """After a minibatch, on which all lanes have stepped."""
+        self._weights.beside = []  # the live lane's gradients of others' parameters stay
         self.phase += 1
         self._opt_called = True  # or schedulers on it warn that nobody calls ``step``
         if not self._noted:
@@ -213,9 +214,6 @@ class Guard(Face):
         Raises:
             ValueError: if it wasn't, or the state is damaged. This one is as it was before, then.
         """
-        state_dict = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
         with held():
             saving.load(self, state_dict)
         for hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -137,6 +137,16 @@ class Inner:
                 yield {k: local(e) for k, e in entries.items() if isinstance(e, Tensor)}, value
 
 
+def entries_of(param: Tensor, found: Any) -> dict[Any, Any]:
+    """What is remembered of a parameter, by name; refuse what isn't."""
+    if not isinstance(found, dict):
+        raise ValueError(
+            "an optimizer's state must be a dictionary for each parameter, got a "
+            f"{type(found).__name__} for one of shape {list(param.shape)}"
+        )
+    return found
+
+
 def _holds(held: Any, values: list[Tensor], params: list[Tensor]) -> bool:
     """Whether nested containers hold a copy of each value, beside the parameters themselves."""
     live = {local(p).data_ptr() for p in params}

@@ -207,8 +207,9 @@ class ResidualGuard(Guard):
             weights.write(x)
             raise
         self._randomness.set(drawn)
-        if not y.inner.is_finite(y.memory()):
-            y.forget()
+        for one in (y, z):
+            if not one.inner.is_finite(one.memory()):
+                one.forget()
         finite_y = weights.is_finite(at_y) and math.isfinite(r)
         finite_z = weights.is_finite(at_z)
         mu = self._mu if math.isfinite(self._mu) else _distance(x[:n], at_z[:n])
@@ -222,7 +223,9 @@ class ResidualGuard(Guard):
 
     def _residual(self, z: Lane, memory: Memory, y: Copy, closure: Closure) -> float:
         """||S(y)||, by a step of the fallback with such a memory; NaN where that raises."""
+        beside = self._weights.beside
         self._weights.write(y)
+        self._weights.note_gradients()  # those at x stay
         try:
             loss, gradient = self._evaluate(closure)
         except Exception as error:
@@ -230,6 +233,9 @@ class ResidualGuard(Guard):
                 raise
             tell(error, self._lanes["y"])
             return math.nan
+        finally:
+            self._weights.reset_gradients()
+            self._weights.beside = beside
         n, advanced = len(self._weights.params), z.memory()
         z.remember(memory)
         after = _after_step(z, y, gradient, loss)

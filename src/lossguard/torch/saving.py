@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lossguard.torch.arguments import told_if_damaged
-from lossguard.torch.memory import Memory
+from lossguard.torch.memory import Memory, entries_of
 from lossguard.torch.ranks import are_running, check_rank, sharded_as, this_rank
 from lossguard.torch.tensors import clones, leaves, local, read, transfer
-from lossguard.validation import check_count
+from lossguard.validation import check_count, check_kind
 
 if TYPE_CHECKING:
     from lossguard.torch.face import Face
@@ -35,8 +35,7 @@ NUMBERS = ("phase", "steps", "_rates.bases", "_rates.given")
 
 def save(guard: "Face") -> Saved:
     """A copy of all that the rest of the run depends on."""
-    if guard._order:
-        raise ValueError("state_dict must be called between minibatches, got a call within one")
+    guard.check_between("state_dict")
     guard._rates.apply()  # what is set, but not carried over, would be lost
     params, group = guard._weights.params, guard.param_groups[0]
     state: list[Saved] = [{} for _ in params]
@@ -61,6 +60,11 @@ def save(guard: "Face") -> Saved:
 
 def load(guard: "Face", state_dict: Saved) -> None:
     """Go on from a saved state, of which nothing is loaded if it is refused."""
+    guard.check_between("load_state_dict")
+    check_kind("state_dict", state_dict, dict, "torch.load(path)")
+    state_dict = dict(state_dict)
+    for hook in guard._optimizer_load_state_dict_pre_hooks.values():
+        state_dict = hook(guard, state_dict) or state_dict
     with told_if_damaged("state_dict"):
         groups = _copied(state_dict.get("param_groups", []))
         ours = groups[0].pop("guard", {}) if groups else {}
@@ -150,7 +154,11 @@ def _pack(lane: "Lane", state: list[Saved], *, within: bool) -> Saved:
     for k, (p, entries) in enumerate(zip(params, state, strict=True)):
         for name, values in copies.items():
             entries[f"{lane.name}.{name}"] = sharded_as(p, values[k].clone())
-        for key, value in kept.pop(p, {}).items():
+        for key, value in entries_of(p, kept.pop(p, {})).items():
+            if not isinstance(key, str):
+                raise ValueError(
+                    f"memory of a parameter must have strings as names to be saved, got {key!r}"
+                )
             entries[f"{lane.name}.memory.{key}"] = value
     return {
         "buffers": {name: values[len(params) :] for name, values in copies.items()},

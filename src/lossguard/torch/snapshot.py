@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lossguard.torch.arguments import innermost
+from lossguard.torch.memory import entries_of
 from lossguard.torch.ranks import check_rank, this_rank
 from lossguard.torch.rates import options_of, set_rate
 from lossguard.torch.tensors import are_finite, is_expanded, stacked
@@ -138,7 +139,7 @@ class Live:
         remembered = {
             self.names[param]: one.state[param]
             for param, one in self.trained().items()
-            if one.state.get(param)
+            if entries_of(param, one.state.get(param, {}))
         }
         others = {str(k): _of_no_parameter(one) for k, one in enumerate(self.optimizers)}
         self._see_buffers()

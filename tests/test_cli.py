@@ -1,6 +1,7 @@
 """The command line as a user runs it: what it prints, what it leaves, how it refuses."""
 
 import errno
+import importlib
 import io
 import os
 import shlex
@@ -253,7 +254,7 @@ def test_plot_of_meta_training(main, capsys, tmp_path) -> None:
         (("metatrain", "mnist-mlp", "--seed", str(2**63)), ("seed must be at most 4294967295",)),
         (
             ("run", "fig05", "--model.hidden", "9" * 4_000),
-            ("each of hidden must be at most 2147483647, got one of many digits",),
+            ("each of hidden must be at most 1000000, got one of many digits",),
         ),
         (
             ("run", "fig05", "--model.hidden", "-1"),
@@ -319,7 +320,24 @@ def test_module_named_like_another_leaves_that_alone(tmp_path: Path, name: str) 
     for _ in range(2):  # the second time it is there already
         assert find_recipe(f"{path}:recipe", {}, "run", str, dict) == ("recipe", "mine")
     assert sys.modules[name] is before
-    del sys.modules[f"{name}_"]
+    del sys.modules[str(path)]
+
+
+def test_a_module_with_the_name_of_a_library_does_not_hide_it(tmp_path: Path) -> None:
+    """One that isn't loaded yet. What a record says of the module is its file's name."""
+    path = tmp_path / "telnetlib3000.py"
+    library = tmp_path / "site"
+    library.mkdir()
+    (library / path.name).write_text("THEIRS = True\n")
+    path.write_text("def recipe():\n    return 'mine'\ndef function(): pass\n")
+    sys.path.insert(0, str(library))
+    try:
+        assert find_recipe(f"{path}:recipe", {}, "run", str, dict) == ("recipe", "mine")
+        assert importlib.import_module(path.stem).THEIRS
+        assert sys.modules[str(path)].function.__module__ == path.stem
+    finally:
+        sys.path.remove(str(library))
+        del sys.modules[str(path)], sys.modules[path.stem]
 
 
 def test_modules_of_one_name_are_kept_apart(tmp_path: Path) -> None:
@@ -331,7 +349,7 @@ def test_modules_of_one_name_are_kept_apart(tmp_path: Path) -> None:
         for f in ("a", "b", "b/../a")
     ]
     assert [recipe for _, recipe in found] == ["a", "b", "a"]
-    del sys.modules["twin"], sys.modules["twin_"]
+    del sys.modules["twin"], sys.modules[str(tmp_path / "b" / "twin.py")]
 
 
 def test_module_may_import_one_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,7 +378,8 @@ def test_two_recipes_cannot_import_modules_of_one_name(refused, tmp_path, monkey
     check_beside(both[:1])
     (tmp_path / "b" / "titles.py").unlink()
     check_beside(both)
-    del sys.modules["titles"], sys.modules["twins"], sys.modules["twins_"]
+    del sys.modules["titles"], sys.modules["twins"]
+    del sys.modules[str((tmp_path / "b" / "twins.py").resolve())]
 
 
 def test_bug_in_a_users_module_shows_its_traceback(main: Main, tmp_path: Path) -> None:

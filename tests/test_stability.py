@@ -109,13 +109,16 @@ def test_an_error_is_a_part_of_the_record(monkeypatch: pytest.MonkeyPatch) -> No
     assert made["error"] == "ArithmeticError: no more" and report.final(made) == made["start"]
 
 
-def test_the_command_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_goes_on_where_it_was(tmp_path: Path, monkeypatch, capsys) -> None:
     """What is recorded isn't run again; a line that was cut off is."""
     monkeypatch.setitem(tasks.TASKS, "toy", toy)
     monkeypatch.setattr(command, "RATES", (0.01, 0.03))
     monkeypatch.setattr(command, "ROUNDS", 2)
     words = [str(tmp_path), "--tasks", "toy", "--methods", "AdamW", "Rewind", "--seeds", "7"]
     words += ["--result", str(tmp_path / "result")]
+    with pytest.raises(SystemExit):
+        command.main([*words, "--minutes", "0"])
+    assert "there is no result to leave" in capsys.readouterr().err
     command.main(words)
     file = tmp_path / "runs.jsonl"
     whole = file.read_text()

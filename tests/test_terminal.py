@@ -7,7 +7,7 @@ import pytest
 from rich.table import Table
 
 from lossguard.progress import Progress
-from lossguard.terminal import PlainConsole, shown
+from lossguard.terminal import PlainConsole, console, shown
 
 NAME = "Adam\x1b]0;owned\x07\x1b[2J\x9b31m\r\x00\u202e"
 ESCAPED = r"Adam\x1b]0;owned\x07\x1b[2J\x9b31m\r\x00\u202e"
@@ -26,6 +26,11 @@ def test_a_table_shows_them_escaped() -> None:
     told = out.getvalue()
     assert all(f"{ESCAPED}{k}" in told for k in (1, 2, 3, 4))
     assert not {*"\x1b\x07\x9b\r\x00\u202e"} & {*told}
+
+
+def test_a_closed_stdout_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    console().print("a table")
 
 
 def test_progress_shows_them_escaped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,16 @@ TABLE = pl.DataFrame(
     | {name: [1, 2] for name in COUNTERS}
 )
 SECONDS = {"a": 1.5, "b": 2.5}
+ABOUT = {
+    "time": "2026-01-02T03:04:05Z",
+    "command": ["lossguard", "run", "--methods", "LGL2O over Adam"],
+    "commit": "0123abc",
+    "python": "3.11.7",
+    "versions": {"jax": "0.7"},
+    "device": "cpu (2 cores)",
+    "platform": "Linux",
+}
+"""What a manifest says of every run."""
 
 
 def leave(
@@ -31,7 +41,7 @@ def leave(
     made: Mapping[str, Any] | None = None,
 ) -> Path:
     """Its records, or those of another run."""
-    made = run_folder.manifest(seconds=SECONDS, data="") if made is None else made
+    made = run_folder.manifest(seconds=SECONDS, data="") if made is None else ABOUT | {**made}
     run_folder.open_folder(folder, config)
     records.write_parquet(folder / records.CURVES, curves)
     run_folder.finish(folder, made)

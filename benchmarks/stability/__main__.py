@@ -15,7 +15,7 @@ import torch
 
 from .faults import CLEAN, FAULTS
 from .methods import METHODS, TUNED
-from .report import Key, Records, final, write
+from .report import Key, Records, final, rows, write
 from .run import costs, record
 from .tasks import TASKS
 
@@ -42,20 +42,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     end = time.monotonic() + 60 * asked.minutes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of others' code, several at each intervention
-        rows = {"AdamW", *asked.methods}
-        ran = (missing(journal, name, rows, asked.seeds) for name in asked.tasks)
+        methods = {"AdamW", *asked.methods}
+        ran = (missing(journal, name, methods, asked.seeds) for name in asked.tasks)
         for what in chain.from_iterable(ran):
             print(*what, flush=True)
             if time.monotonic() > end:
                 print("out of time: the same command goes on from here")
                 break
     if asked.result is not None:
+        if not rows(journal.records):
+            parser.exit(1, "no method has all of its runs yet: there is no result to leave\n")
         write(journal.records, asked.result)
 
 
 def missing(journal: "Journal", name: str, methods: set[str], seeds: list[int]) -> Iterator[Key]:
     """Run what has no record, one at a time; yields what it was."""
-    rows = [method for method in METHODS if method in methods]
+    ordered = [method for method in METHODS if method in methods]
     task = functools.cache(TASKS[name])  # data take seconds to decode
     for method in TUNED:
         for seed in TUNING:
@@ -64,15 +66,15 @@ def missing(journal: "Journal", name: str, methods: set[str], seeds: list[int]) 
                 if key not in journal.records:
                     journal.add(key, record(task(), method, CLEAN, rate, seed))
                     yield key
-    rates = {method: good_rate(journal.records, name, method) for method in rows}
-    keys = {method: Key(name, method, "cost", TUNING[0]) for method in rows}
+    rates = {method: good_rate(journal.records, name, method) for method in ordered}
+    keys = {method: Key(name, method, "cost", TUNING[0]) for method in ordered}
     if any(key not in journal.records for key in keys.values()):
         for method, cost in costs(task(), rates, ROUNDS, TUNING[0]).items():
             journal.add(keys[method], {**cost._asdict(), "load": os.getloadavg()[0]})
             yield keys[method]
     for seed in seeds:
         for fault in (CLEAN, *FAULTS):
-            for method in rows:
+            for method in ordered:
                 key = Key(name, method, fault.name, seed)
                 if key not in journal.records:
                     journal.add(key, record(task(), method, fault, rates[method], seed))

@@ -104,7 +104,8 @@ def rows(records: Records) -> list[Row]:
     found = [
         _row(records, method, pairs, names)
         for method in METHODS
-        if all(Key(task, method, name, seed) in records for task, seed in pairs for name in names)
+        if pairs
+        and all(Key(task, method, name, seed) in records for task, seed in pairs for name in names)
     ]
     return [
         row._replace(front=not any(o.time < row.time and o.faults < row.faults for o in found))

@@ -12,6 +12,9 @@ def main() -> None:
             from .cli import main
 
             main()
+    except KeyboardInterrupt:  # while modules load
+        print("lossguard: stopped", file=sys.stderr)
+        sys.exit(130)
     except ModuleNotFoundError as error:
         if "pip install" not in str(error):
             raise

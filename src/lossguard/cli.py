@@ -71,7 +71,8 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt as stop:
         how = f"; to go on: {stop}" if stop.args else ""
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         print(f"lossguard: stopped{how}", file=sys.stderr, flush=True)
         os._exit(130)  # torn out of a compilation, JAX may crash where the interpreter ends
 
@@ -85,7 +86,10 @@ def _sentence(error: Exception) -> str:
 
 def _place(error: Exception, arguments: Sequence[str]) -> str:
     """The line of the user's own module that raised it, or called what did, if one did."""
-    own = {Path(given.rpartition(":")[0]).resolve() for given in arguments if ".py:" in given}
+    try:
+        own = {Path(given.rpartition(":")[0]).resolve() for given in arguments if ".py:" in given}
+    except OSError:  # the current folder is gone
+        return ""
     frames = traceback.extract_tb(error.__traceback__)
     places = [f"{one.filename}, line {one.lineno}" for one in frames if Path(one.filename) in own]
     return f" ({places[-1]})" if places else ""

@@ -108,9 +108,9 @@ def override(config: Any, where: Any, arguments: Sequence[str], program: str) ->
 
 def _load(path: Path, function: str) -> Callable[[], Any]:
     name = path.stem
-    while _file(name) not in (None, path.resolve()):
-        name += "_"  # the name is another module's, for example Python's json
-    spec = importlib.util.spec_from_file_location(name, path)
+    if "." in name or _place(name) not in (None, path.resolve()):
+        name = str(path.resolve())  # the name is another module's, for example Python's json
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise ValueError(f"recipe {path}:{function} can't be read: there is no such Python file")
     try:
@@ -131,6 +131,17 @@ def _required(function: Callable[..., Any]) -> str:
     parameters = inspect.signature(function).parameters.values()
     given = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
     return ", ".join(p.name for p in parameters if p.default is p.empty and p.kind not in given)
+
+
+def _place(module: str) -> Path | None:
+    """The file of a module, loaded or not; None if there is no such module."""
+    if module in sys.modules:
+        return _file(module)
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin or "built in").resolve() if spec else None
 
 
 def _file(module: str) -> Path | None:

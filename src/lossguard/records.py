@@ -24,11 +24,16 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from . import checksums
+from .curves import COUNTERS
 from .files import write_whole
 
 CONFIG, MANIFEST, CURVES = "config.json", "manifest.json", "curves.parquet"
 EVALUATIONS, FAILED = "evaluations.parquet", "failed.json"
 TABLES = (CURVES, EVALUATIONS)
+IN_CONFIG = {"title": str, "methods": list, "seed": int, "seeds": int}
+"""What commands read of the config of an experiment, and of which kind."""
+IN_MANIFEST = {"time": str, "command": list, "versions": dict}
+"""The same of every manifest."""
 INPUTS = "inputs_sha256"
 """The field of a manifest for checksums of what a run reads."""
 
@@ -51,7 +56,7 @@ def read_run(folder: Path) -> Record:
 
     Raises:
         ValueError: if the folder holds no finished run, or a file of it is not the one of which the
-            manifest has the checksum.
+            manifest has the checksum, or lacks what every record has.
     """
     for name in (CONFIG, MANIFEST, CURVES):
         if not (folder / name).is_file():
@@ -61,7 +66,30 @@ def read_run(folder: Path) -> Record:
             raise ValueError(f"{folder} holds no finished run: {name} is missing")
     config, made = read_json(folder / CONFIG), read_json(folder / MANIFEST)
     _verify(folder, config, made)
-    return Record(config, made, read_parquet(folder / CURVES))
+    record = Record(config, made, read_parquet(folder / CURVES))
+    if missing := _missing(record):
+        raise ValueError(f"{folder} is no record: {', '.join(missing)} must be as in records")
+    return record
+
+
+def _missing(record: Record) -> list[str]:
+    """What every record has, and this one lacks or has of another kind."""
+    config, made, curves = record
+    in_config, in_manifest, numbers = {"name": str}, dict(IN_MANIFEST), ("meta_step", "meta_loss")
+    if not record.is_meta:
+        in_config |= IN_CONFIG
+        in_manifest |= {"data": str, "seconds": dict}
+        numbers = ("step", "seed", "loss", "used_learned", *COUNTERS)
+    missing = [n for n, kind in in_config.items() if not isinstance(config.get(n), kind)]
+    missing += [n for n, kind in in_manifest.items() if not isinstance(made.get(n), kind)]
+    missing += [n for n in numbers if not curves.schema.get(n, pl.String()).is_numeric()]
+    if missing or curves.is_empty() or curves[numbers[0]].min() < 0:  # pyright: ignore
+        return missing or ["steps"]
+    if record.is_meta:
+        return []
+    drawn = {*curves.get_column("method", default=pl.Series([""])).to_list()}
+    named = {*map(str, config["methods"])}
+    return [] if named <= drawn <= made["seconds"].keys() else ["methods"]
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[dict[Path, Record], list[str]]:
@@ -133,8 +161,9 @@ def read_parquet(path: Path) -> pl.DataFrame:
     """
     _check_is_file(path)
     try:
-        expected = pl.read_parquet_metadata(path).get(checksums.NAME)
-        table = pl.read_parquet(path)
+        content = path.read_bytes()  # as Polars opens no paths that aren't UTF-8
+        expected = pl.read_parquet_metadata(io.BytesIO(content)).get(checksums.NAME)
+        table = pl.read_parquet(io.BytesIO(content))
         if expected in (None, _checksum(table)):
             return table
         reason = "its content is not that of its SHA-256"

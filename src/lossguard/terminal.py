@@ -38,8 +38,9 @@ def tell(text: str) -> None:
 
 
 def console() -> PlainConsole:
-    """Of stdout; what is piped has room for wide tables."""
-    return PlainConsole(width=None if sys.stdout.isatty() else 160)
+    """Of stdout, which may be closed; what is piped has room for wide tables."""
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    return PlainConsole(width=None if is_terminal else 160)
 
 
 def print_summary(title: str, rows: Mapping[str, Sequence[str]]) -> None:

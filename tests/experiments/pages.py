@@ -60,16 +60,7 @@ def curves_of(
 
 
 def write(folder: Path, config: dict[str, Any], curves: pl.DataFrame, **made: Any) -> Path:
-    about = {
-        "time": "2026-01-02T03:04:05Z",
-        "command": ["lossguard", "run", "--methods", "LGL2O over Adam"],
-        "commit": "0123abc",
-        "python": "3.11.7",
-        "versions": {"jax": "0.7"},
-        "device": "cpu (2 cores)",
-        "platform": "Linux",
-    }
-    return leave(folder, config, curves, about | made)
+    return leave(folder, config, curves, made)
 
 
 def write_run(

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 from commands import command
-from tiny_run import leave
+from tiny_run import ABOUT, leave
 
 from lossguard import records, run_folder
 from lossguard.config import as_config
@@ -67,7 +67,7 @@ def write(
     records.write_parquet(folder / records.CURVES, pl.concat(tables))
     evaluated = {"method": methods, "seed": 0, "cycle": 60, "step": 600, "test_loss": test_loss}
     records.write_parquet(folder / records.EVALUATIONS, pl.DataFrame(evaluated))
-    run_folder.finish(folder, {"data": "", "seconds": dict.fromkeys(methods, 1.0)})
+    run_folder.finish(folder, ABOUT | {"data": "", "seconds": dict.fromkeys(methods, 1.0)})
     return folder
 
 
@@ -353,6 +353,7 @@ SEVERAL: list[tuple[str, str, Runs]] = [
             ("not run", late(RISING, STEADY, 100_000)),  # not as far as it rises
             ("not run", late(RISING)),
             ("not run", late(1.0, last=30_000)),
+            ("not run", late({1: 1.0, 100: 5.0}, 1.0, last=30_000)),  # not late
         )
     ),
     ("A", "reproduced", million({})),

@@ -363,6 +363,20 @@ def test_methods_with_like_names_are_kept_apart(tmp_path: Path) -> None:
     assert plus[0] == minus[0] and (plus[1:] != minus[1:]).all()
 
 
+def test_methods_with_long_names_are_kept_apart_too(tmp_path: Path) -> None:
+    """Beyond what a file may be called: each letter takes nine there."""
+    names = tuple("符号" * 50 + end for end in ("一", "二"))
+    e = dataclasses.replace(tiny.recipe(), steps=5, seeds=1, methods=names, make_methods=renamed)
+    _, _, curves = records.read_run(run(e, tmp_path / "run"))
+    one, two = (curves.filter(method=name)["loss"].to_numpy() for name in names)
+    assert one[0] == two[0] and (one[1:] != two[1:]).all()
+
+
+def renamed(e: Experiment) -> dict[str, Any]:
+    made = tiny.make_methods(e).values()
+    return dict(zip(e.methods, made, strict=False))
+
+
 def test_a_run_in_another_thread(tmp_path: Path) -> None:
     e = dataclasses.replace(tiny.recipe(), steps=3, seeds=1, methods=("Signs",))
     done: list[Path] = []
@@ -416,6 +430,9 @@ def narrower(experiment: Experiment) -> lossguard.Task:
         ({"steps": 2**31}, f"^steps must be at most {2**30}, got {2**31}$"),
         ({"batch_size": 401}, "^batch_size must be between 1 and samples = [0-9]*, got 401"),
         ({"methods": ("SGD",)}, "^methods must each be one of Signs, .*, got 'SGD'"),
+        ({"methods": (1,)}, "^each of methods must be a str such as 'SGDnm', got 1$"),
+        ({"name": 5}, "^name must be a str such as 'mine', got 5$"),
+        ({"loser": "zz", "methods": ("Signs",)}, "^loser must be one of keep, reset, .*, got 'zz'"),
         ({"make_methods": lambda e: None}, "^make_methods must return .*, got NoneType$"),
         ({"make_task": lambda e: None}, "^make_task must return a Task, got NoneType$"),
         *(

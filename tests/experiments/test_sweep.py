@@ -84,14 +84,25 @@ def test_a_folder_of_another_run_stops_all_before_the_start(tmp_path: Path) -> N
 
 
 def test_settings_that_failed_may_be_corrected(tmp_path: Path) -> None:
-    (bad,) = sweep({"one": dataclasses.replace(FIRST, steps=0)}, tmp_path)
-    assert bad.state == "failed" and "steps must be" in bad.reason
-    with pytest.raises(ValueError, match=r"one is not finished: ValueError: steps must be"):
+    (bad,) = sweep({"one": dataclasses.replace(FIRST, methods=("Sgins",))}, tmp_path)
+    assert bad.state == "failed" and "must each be one of" in bad.reason
+    with pytest.raises(
+        ValueError, match=r"one is not finished: ValueError: methods must each be one of"
+    ):
         records.read_runs([tmp_path])
-    with pytest.raises(ValueError, match=r"one is not finished: ValueError: steps must be"):
+    with pytest.raises(
+        ValueError, match=r"one is not finished: ValueError: methods must each be one of"
+    ):
         records.read_run(tmp_path / "one")
     (good,) = sweep({"one": FIRST}, tmp_path)
     assert good.state == "complete" and records.read_run(tmp_path / "one").config["steps"] > 0
+
+
+def test_numbers_out_of_range_are_refused_before_anything_is_run(tmp_path: Path) -> None:
+    bad = {"one": FIRST, "two": dataclasses.replace(SECOND, steps=0)}
+    with pytest.raises(ValueError, match=r"^steps must be an integer of at least 1, got 0$"):
+        next(sweep(bad, tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_workers_find_the_modules_of_partial_functions(tmp_path, monkeypatch) -> None:

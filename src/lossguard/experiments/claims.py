@@ -167,8 +167,8 @@ def noise(figure: FigureCurves) -> Finding:
     many, end = values(figure, rise(NC_100), MARKS), max(few)
     numbers, seeds = f"LGL2O over its least so far: {short(few[end][0])} at {end:,}", few[end][1]
     late = [k for k in few if all(few[j][0] > 2 for j in few if j >= k)]
-    if not late:
-        return Finding(False if end >= K else None, numbers, {end: seeds})
+    if end < K or not late:
+        return Finding(None if end < K else False, numbers, {end: seeds})
     numbers += f", above 2 from {late[0]:,} on; with nc 100: "
     if not many:
         return Finding(None, numbers + "no run", {end: seeds})

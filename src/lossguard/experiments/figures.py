@@ -222,17 +222,18 @@ def summary(record: Record) -> pl.DataFrame:
 
     Whether one on its own is a learned optimizer is not in older records.
     """
-    config, made, curves = record
+    _, made, curves = record
     last = last_step(curves)
     steps = curves.group_by("method", "seed").agg(pl.col("step").max())
     steps = dict(steps.group_by("method").agg(pl.col("step").sum()).iter_rows())
     marks = [k for k in (100, 1_000, 10_000, 100_000, 1_000_000) if k < last] + [last]
-    losses = {k: over_seeds(mark_loss(curves, k), "loss") for k in marks}
+    ends = pl.col("step").max().over("method", "seed")
+    losses = {k: over_seeds(mark_loss(curves.filter(ends >= k), k), "loss") for k in marks}
     final = curves.filter(LAST)
     spent = {name: over_seeds(final, name) for name in COUNTERS}
     used = over_seeds(step_mean(curves, "used_learned"), "used_learned")
     rows, guarded = [], guards(final)
-    for method in config["methods"]:
+    for method in used:
         seconds, guard = made["seconds"][method], method in guarded
         reached = {k: losses[k].get(method) for k in marks}
         counts = {name.replace("_", " "): f"{spent[name][method]:,.0f}" for name in COUNTERS}

@@ -122,7 +122,8 @@ def curves(evaluations: pl.DataFrame, method: str) -> Curve:
         (run["price"].to_numpy(), run["train_loss"].to_numpy())
         for _, run in rows.group_by("seed", maintain_order=True)
     ]
-    first, last = max(price[0] for price, _ in runs), min(price[-1] for price, _ in runs)
+    first = max(price[0] for price, _ in runs)
+    last = max(first, min(price[-1] for price, _ in runs))
     grid = np.geomspace(first, last, max(2, int(np.log(last / first) / np.log(GRID))))
     losses = np.array([np.interp(np.log(grid), np.log(price), loss) for price, loss in runs])
     begin = np.searchsorted(grid, (1 - SMOOTHED) * grid)
@@ -173,7 +174,7 @@ def rows(folder: Path) -> Iterator[tuple[Any, ...]]:
             base = at(reference, price)
             if not np.isnan(base) and price * 1.1 <= own.price[-1]:
                 found = slowdown(own, reference, price), *interval(each, fallback, price)
-                yield folder.name, method, price, *found, at(own, price) / base, cost
+                yield folder.name, method, price, *found, divided(at(own, price), base), cost
 
 
 def price_of_step(evaluations: pl.DataFrame, method: str) -> float:

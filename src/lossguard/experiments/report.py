@@ -73,7 +73,7 @@ def report(folders: Sequence[Path], file: Path) -> Path:
         smoothed_from=SMOOTHED_FROM,
         style=(Path(__file__).parent / "report.css").read_text("utf-8"),
     )
-    write_whole(file, page.encode(), "the report", make_folder=True)
+    write_whole(file, page.encode("utf-8", "backslashreplace"), "the report", make_folder=True)
     return file
 
 

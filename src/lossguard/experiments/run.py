@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import quote
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import PRNGKeyArray, PyTree
 
-from .. import curves, records, run_folder
+from .. import checksums, curves, records, run_folder
 from ..checkpoints import Checkpoints
 from ..config import as_config
 from ..guards.protocol import Decision, Guard, GuardState
@@ -21,8 +21,8 @@ from ..progress import Progress, stopping_at_interrupt
 from ..rollout import rollout
 from ..tasks.goals import CLASSIFICATION
 from ..tasks.task import Task
-from ..validation import check_count, check_positive, check_seed
-from .experiment import Experiment
+from ..validation import check_choice, check_count, check_kind, check_positive, check_seed
+from .experiment import Experiment, Policy
 
 CHUNK = 100
 """Cycles in one compiled loop: what Ctrl-C waits for, and what a progress bar moves by."""
@@ -30,6 +30,8 @@ MARKS = (10, 12, 15, 20, 25, 30, 40, 50, 60, 80)
 """Times a power of ten: the steps at which iterates are evaluated on whole splits."""
 SAVE_SECONDS = 60.0
 """Between two checkpoints."""
+LONGEST_NAME = 100
+"""Of a method's file, in bytes; of a longer one the checksum tells the rest."""
 MOST_STEPS = 2**30
 """Of a method: guards count in 32 bits, and two gradients a step."""
 
@@ -52,7 +54,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
             or ``make_task`` doesn't return a task, or its data a label that is no class, or another
             process writes to the folder, or data or weights changed since the run was started.
     """
-    _check(experiment)
+    check(experiment)
     with stopping_at_interrupt() as stopped:
         with noting_weights() as noted:
             guards = experiment.guards()
@@ -90,8 +92,13 @@ def _run_all(
     run_folder.finish(folder, made | {"seconds": seconds})
 
 
-def _check(experiment: Experiment) -> None:
-    """Its numbers, also those that none of its methods uses."""
+def check(experiment: Experiment) -> None:
+    """Its names and numbers, also those that none of its methods uses."""
+    for name in ("name", "title", "tested_on", "dataset", "scaling"):
+        check_kind(name, getattr(experiment, name), str, "'mine'")
+    for method in experiment.methods:
+        check_kind("each of methods", method, str, "'SGDnm'")
+    check_choice("loser", experiment.loser, get_args(Policy))
     for name in ("batch_size", "nt", "nc"):
         check_count(name, getattr(experiment, name))
     check_seed(experiment.seed, experiment.seeds)
@@ -147,6 +154,8 @@ class _MethodRun:
 
     def __post_init__(self) -> None:
         name = quote(self.method, safe=" ()")
+        if len(name) > LONGEST_NAME:
+            name = f"{name[:LONGEST_NAME]}... {checksums.of_json(self.method)}"
         self._written = self.folder / run_folder.METHODS / f"{name}.parquet"
         self._evaluated = self.folder / run_folder.EVALUATED / f"{name}.parquet"
         self._checkpoints = Checkpoints(self.folder / run_folder.METHODS / f"{name}.checkpoints")

@@ -4,6 +4,7 @@ Each goes into a folder of its own, named after its recipe. The same sweep again
 stopped: what is complete is skipped, what is half done is resumed, what failed is tried again.
 """
 
+import inspect
 import os
 import sys
 import traceback
@@ -18,7 +19,7 @@ from ..locks import FolderInUseError
 from ..records import FAILED, write_json
 from ..run_folder import check_folder, is_whole
 from .experiment import Experiment
-from .run import run
+from .run import check, run
 
 
 class Outcome(NamedTuple):
@@ -48,11 +49,12 @@ def sweep(
             runs them here, one after another.
 
     Raises:
-        ValueError: before anything is run, if a folder holds another run or other files or is a
-            link, or if Ray is asked for and not installed.
+        ValueError: before anything is run, if an experiment has a number out of range, a folder
+            holds another run or other files or is a link, or if Ray is asked for and not installed.
     """
     folders = {name: (out / name).absolute() for name in experiments}
     for name, experiment in experiments.items():
+        check(experiment)
         if folders[name].is_symlink():
             raise ValueError(f"folder must be no link in a sweep, but {folders[name]} is one")
         check_folder(folders[name], as_config(experiment), resume=True)
@@ -139,6 +141,6 @@ def _modules(runs: Runs) -> str:
     """Where workers find the modules that recipes were read from by their paths."""
     given = [f for e, _ in runs.values() for f in (e.make_task, e.make_methods)]
     functions = [f.func if isinstance(f, partial) else f for f in given]
-    files = {sys.modules[f.__module__].__file__ for f in functions if "." not in f.__module__}
-    folders = {str(Path(file).absolute().parent) for file in files if file}
+    files = {inspect.getfile(f) for f in functions if not f.__module__.startswith("lossguard.")}
+    folders = {str(Path(file).absolute().parent) for file in files}
     return os.pathsep.join(sorted(folders | {os.environ.get("PYTHONPATH", "")}))

@@ -20,6 +20,7 @@ from ..config import as_config
 from ..learned.weights_file import as_inputs, noting_weights
 from ..progress import Progress, stopping_at_interrupt
 from ..tasks.task import Task
+from ..terminal import shown
 from ..validation import (
     check_count,
     check_network,
@@ -205,7 +206,7 @@ def _metatrain(
         raise ValueError(f"no validation of {config.name} was finite: there are no weights to keep")
     made |= {"seconds": seconds, "best_validation": float(state.best_validation)}
     provenance = {
-        "made": " ".join(made["command"]),
+        "made": shown(" ".join(made["command"])),
         "commit": str(made["commit"]),
         "time": made["time"],
         "best_validation": f"{float(state.best_validation):.4f}",

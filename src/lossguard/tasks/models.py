@@ -19,6 +19,9 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ..validation import check_count, freeze_lists
 
+MOST_UNITS = 10**6
+"""Of a layer: XLA ends the process over arrays whose size it can't count."""
+
 
 class Model(Protocol):
     """What a task needs of a model: parameters from a key, outputs from parameters and inputs."""
@@ -172,7 +175,7 @@ class ConvNet:
 def _check_counts(**counts: tuple[int, ...]) -> None:
     for name, values in counts.items():
         for value in values:
-            check_count(f"each of {name}", value)
+            check_count(f"each of {name}", value, most=MOST_UNITS)
 
 
 def convolve(

@@ -1,5 +1,6 @@
 """The command line as a user runs it: what it prints, what it leaves, how it refuses."""
 
+import dataclasses
 import errno
 import importlib
 import io
@@ -22,6 +23,7 @@ from tiny_run import leave
 import lossguard
 from lossguard import cli, records, run_commands, run_folder, terminal
 from lossguard.command_line import check_beside, find_recipe
+from lossguard.config import as_config
 from lossguard.experiments import price, run, sweep
 from lossguard.learned import weights_file
 from lossguard.metatrain import loop
@@ -334,10 +336,29 @@ def test_a_module_with_the_name_of_a_library_does_not_hide_it(tmp_path: Path) ->
     try:
         assert find_recipe(f"{path}:recipe", {}, "run", str, dict) == ("recipe", "mine")
         assert importlib.import_module(path.stem).THEIRS
-        assert sys.modules[str(path)].function.__module__ == path.stem
+        function = sys.modules[str(path)].function
+        assert as_config(Named(function)) == {"function": f"{path.stem}:function"}
     finally:
         sys.path.remove(str(library))
         del sys.modules[str(path)], sys.modules[path.stem]
+
+
+@dataclasses.dataclass
+class Named:
+    function: Any
+
+
+def test_a_recipe_may_define_dataclasses_whatever_its_file_is_called(tmp_path: Path) -> None:
+    """Their annotations are looked up by the name of the module."""
+    for name in ("json.py", "my.v2.py"):
+        (tmp_path / name).write_text(
+            "from __future__ import annotations\nfrom dataclasses import KW_ONLY, dataclass\n"
+            "@dataclass\nclass Mine:\n    a: int = 0\n    _: KW_ONLY\n    b: int\n"
+            "def recipe(): return str(Mine(b=1))\n"
+        )
+        found = find_recipe(f"{tmp_path / name}:recipe", {}, "run", str, dict)
+        assert found == ("recipe", "Mine(a=0, b=1)")
+        del sys.modules[str(tmp_path / name)]
 
 
 def test_modules_of_one_name_are_kept_apart(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def _load(path: Path, function: str) -> Callable[[], Any]:
     name = path.stem
     if "." in name or _place(name) not in (None, path.resolve()):
         name = str(path.resolve())  # the name is another module's, for example Python's json
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(name, path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise ValueError(f"recipe {path}:{function} can't be read: there is no such Python file")
     try:
@@ -141,7 +141,7 @@ def _place(module: str) -> Path | None:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
         return None
-    return Path(spec.origin or "built in").resolve() if spec else None
+    return Path(spec.origin).resolve() if spec and spec.origin else None  # a folder has none
 
 
 def _file(module: str) -> Path | None:

@@ -1,9 +1,10 @@
 """The config of a run as its records have it: plain JSON."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
-from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,12 +32,13 @@ def _plain(value: Any) -> Any:
         given = [repr(_plain(v)) for v in value.args]  # an address would be another one next time
         given += [f"{k}={_plain(v)!r}" for k, v in value.keywords.items()]
         return f"{_plain(value.func)}({', '.join(given)})"
-    if isinstance(value, PathLike):
-        return fspath(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if isinstance(value, np.generic | np.ndarray | jax.Array):
         return value.tolist()
     if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}:{value.__qualname__}"
+        module = value.__module__  # a path if the name of its file is another module's
+        return f"{Path(module).stem if os.sep in module else module}:{value.__qualname__}"
     if not isinstance(value, str | int | float | None):
         raise ValueError(
             "a run must be of numbers, strings, paths, arrays, lists, mappings, functions and "

@@ -19,7 +19,7 @@ from .read_commands import show
 from .terminal import console, shown, tell
 from .validation import one_of
 
-Recipes = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE...")]
+Recipes = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RECIPE...]")]
 LEGEND = """\
 SGDnm is SGD without momentum, the fallback; L2O the learned optimizer mlp-small alone; LGL2O the
 guard of the paper, and Recommended ours. A price of 1 is a gradient, or three forward passes."""

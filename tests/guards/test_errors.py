@@ -179,7 +179,7 @@ WRONG = {
     },
     " must be an integer, got ": {
         "start|Array(0.5": lambda: stacked(total, ONES, 0.5),
-        "start|Array([0]": lambda: stacked(total, ONES, jnp.array([0])),
+        "start|Array([0]": lambda: step(stacked(total, jnp.ones((20, 2)), jnp.array([0]))),
     },
     " must keep the shapes that they had in init, got ": {
         "state.params|[(1,)]": lambda: edited(recommended(SGD, SGD), jnp.ones(1)),

@@ -61,6 +61,25 @@ def test_gradients_of_what_another_optimizer_steps_are_those_of_the_live_lane(op
         beside.step()
 
 
+def test_they_are_what_they_were_if_a_check_raises():
+    model, x = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), torch.ones(4, 2)
+    optimizers = [SGD(model[1].parameters(), lr=lr) for lr in (0.1, 0.01)]
+
+    def check(k):
+        raise ArithmeticError
+
+    guard = BestOf(optimizers, model=model, nt=1, check=check)
+
+    def closure():
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    with pytest.raises(ArithmeticError):
+        guard.step(closure)
+    assert all(p.grad is None for p in model[0].parameters())
+
+
 def test_a_counter_that_is_a_tensor_of_a_group_is_each_lanes_own():
     """The fallback by itself takes the steps that it would alone."""
     w, v = (nn.Parameter(torch.tensor([4.0])) for _ in range(2))

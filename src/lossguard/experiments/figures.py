@@ -222,7 +222,7 @@ def summary(record: Record) -> pl.DataFrame:
 
     Whether one on its own is a learned optimizer is not in older records.
     """
-    _, made, curves = record
+    config, made, curves = record
     last = last_step(curves)
     steps = curves.group_by("method", "seed").agg(pl.col("step").max())
     steps = dict(steps.group_by("method").agg(pl.col("step").sum()).iter_rows())
@@ -233,7 +233,7 @@ def summary(record: Record) -> pl.DataFrame:
     spent = {name: over_seeds(final, name) for name in COUNTERS}
     used = over_seeds(step_mean(curves, "used_learned"), "used_learned")
     rows, guarded = [], guards(final)
-    for method in used:
+    for method in sorted(used, key=[*config["methods"], *used].index):
         seconds, guard = made["seconds"][method], method in guarded
         reached = {k: losses[k].get(method) for k in marks}
         counts = {name.replace("_", " "): f"{spent[name][method]:,.0f}" for name in COUNTERS}

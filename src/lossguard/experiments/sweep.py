@@ -119,6 +119,9 @@ def _on_ray(address: str) -> Callable[[Runs], Reasons]:
         return attempt(experiment, folder)
 
     def spread(runs: Runs) -> Reasons:
+        for function in _functions(runs):
+            if os.sep in function.__module__:  # which no worker can import by that name
+                ray.cloudpickle.register_pickle_by_value(sys.modules[function.__module__])
         found = {"env_vars": {"PYTHONPATH": _modules(runs)}}
         with ray.init(address=address, runtime_env=found, log_to_driver=False):
             gpus = 1 if ray.cluster_resources().get("GPU") else 0
@@ -139,8 +142,12 @@ def _on_ray(address: str) -> Callable[[Runs], Reasons]:
 
 def _modules(runs: Runs) -> str:
     """Where workers find the modules that recipes were read from by their paths."""
+    folders = {str(Path(inspect.getfile(f)).absolute().parent) for f in _functions(runs)}
+    return os.pathsep.join(sorted(folders | {os.environ.get("PYTHONPATH", "")}))
+
+
+def _functions(runs: Runs) -> list[Callable[..., Any]]:
+    """Of tasks and methods, those that aren't this package's."""
     given = [f for e, _ in runs.values() for f in (e.make_task, e.make_methods)]
     functions = [f.func if isinstance(f, partial) else f for f in given]
-    files = {inspect.getfile(f) for f in functions if not f.__module__.startswith("lossguard.")}
-    folders = {str(Path(file).absolute().parent) for file in files}
-    return os.pathsep.join(sorted(folders | {os.environ.get("PYTHONPATH", "")}))
+    return [f for f in functions if not f.__module__.startswith("lossguard.")]

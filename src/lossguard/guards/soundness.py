@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, PyTree
 
-from .protocol import Objective, Params, advance
+from .protocol import Objective, Params
 from .stacked import stacked
 
 Injected = optax.schedules.InjectStatefulHyperparamsState
@@ -141,7 +141,13 @@ def advance_schedules(state: PyTree, steps: int) -> PyTree:
 
 def _later(steps: int) -> Callable[[Array], Array]:
     """A count so many steps later, which stays at the largest number, as optax's own do."""
-    return lambda count: advance(count, steps).astype(count.dtype)
+
+    def later(count: Array) -> Array:
+        dtype = jnp.result_type(count)
+        most = jnp.iinfo(dtype).max if jnp.issubdtype(dtype, jnp.integer) else jnp.inf
+        return jnp.where(count > most - steps, most, count + steps).astype(dtype)
+
+    return later
 
 
 def check_schedules(name: str, state: PyTree) -> None:

@@ -44,7 +44,7 @@ class stacked(eqx.Module):
 
     def __check_init__(self) -> None:
         check_function("loss", self.loss, "loss(params, batch)")
-        if self.start.shape != () or not jnp.issubdtype(self.start.dtype, jnp.integer):
+        if not jnp.issubdtype(self.start.dtype, jnp.integer):
             raise ValueError(f"start must be an integer, got {told(self.start)}")
         lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(self.batches)}
         if len(lengths) != 1 or () in lengths:
@@ -65,7 +65,9 @@ class stacked(eqx.Module):
 
 
 def check_stacked(objective: Objective, needed: int) -> None:
-    """Refuse stacked minibatches that are fewer than a cycle may take."""
+    """Refuse stacked minibatches that are fewer than a cycle may take, or begin at several."""
+    if isinstance(objective, stacked) and objective.start.shape != ():
+        raise ValueError(f"start must be an integer, got {told(objective.start)}")
     if isinstance(objective, stacked) and objective.count < needed:
         raise ValueError(
             f"stacked minibatches must be at least {needed}, which a cycle may take, got "

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -106,7 +107,7 @@ class BestOf(Guard):
         if callable(optimizers):
             if not rates:
                 raise ValueError("rates must be given with a function of a rate, got none")
-            plain = (rate if isinstance(rate, Tensor) else float(rate) for rate in rates)
+            plain = (float(rate) if isinstance(rate, Real) else rate for rate in rates)
             optimizers = list(map(optimizers, plain))
         elif rates:
             got = told(optimizers)
@@ -144,17 +145,21 @@ class BestOf(Guard):
 
     def _measure(self, check: Callable[[int], Tensor]) -> None:
         """The losses of all that ran on the next check minibatches."""
-        draws = self._randomness.state()
-        for lane in [*self._others, self._leader]:
-            self._randomness.set(draws)
-            torch.clear_autocast_cache()
-            lane.enter(checking=True)
-            with torch.no_grad():
-                lane.checks = [
-                    scalar(check(self._checked + j), "check must return one number")
-                    for j in range(self.checks)
-                ]
-            lane.leave()
+        draws, beside = self._randomness.state(), self._weights.beside
+        self._weights.beside = []  # the live lane's gradients of others' parameters stay
+        try:
+            for lane in [*self._others, self._leader]:
+                self._randomness.set(draws)
+                torch.clear_autocast_cache()
+                lane.enter(checking=True)
+                with torch.no_grad():
+                    lane.checks = [
+                        scalar(check(self._checked + j), "check must return one number")
+                        for j in range(self.checks)
+                    ]
+                lane.leave()
+        finally:  # or, if the check raises, are what they were
+            self._weights.beside = beside
         self._checked += self.checks
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:

@@ -88,7 +88,10 @@ class Face(arguments.Uncopied, Optimizer):
     def check_between(self, call: str) -> None:
         """Refuse a call within a minibatch."""
         if self._order:
-            raise ValueError(f"{call} must be called between minibatches, got a call within one")
+            raise ValueError(
+                f"{call} must be called between minibatches, got a call within one (or after a "
+                "loop that was left: delete its guard.lanes())"
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused, except when the guard is built."""

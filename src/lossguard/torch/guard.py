@@ -181,7 +181,6 @@ class Guard(Face):
 
     def _close(self) -> None:
         """After a minibatch, on which all lanes have stepped."""
-        self._weights.beside = []  # the live lane's gradients of others' parameters stay
         self.phase += 1
         self._opt_called = True  # or schedulers on it warn that nobody calls ``step``
         if not self._noted:
@@ -192,7 +191,7 @@ class Guard(Face):
         if self.phase == self.nt + self.nc:
             self.history.append(self._decide())
             self.phase, self.steps = 0, self.steps + self.nt
-        self._order, self._left = [], 0
+        self._order, self._left, self._weights.beside = [], 0, []
 
     def _decide(self) -> Decision:
         seen = _agreed([self._leader, *self._others], self.process_group)

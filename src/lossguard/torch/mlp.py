@@ -106,7 +106,8 @@ class MLPOptimizer(Learned):
                 x = torch.addmm(bias[:, None], weight, x.relu_())
             direction, magnitude = x
             step = magnitude.mul_(SCALE).exp_().mul_(direction)
-            scale = torch.tensor(sum(powers), dtype=torch.float32).exp().item()  # or infinite
+            power = torch.tensor(sum(powers), dtype=torch.float32, device="cpu")
+            scale = power.exp().item()  # or infinite
             step.mul_(group["lr"] * SCALE * scale)
             p.sub_(step.reshape(p.shape).to(p.dtype))
 

@@ -105,6 +105,15 @@ def test_numbers_out_of_range_are_refused_before_anything_is_run(tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
+def test_files_that_no_worker_can_import_are_refused(tmp_path, monkeypatch) -> None:
+    """Their modules are named by their paths."""
+    monkeypatch.setattr(sweeping, "_on_ray", lambda address: dict)
+    monkeypatch.setattr(tiny.make_task, "__module__", str(tmp_path / "my.v2.py"))
+    with pytest.raises(ValueError, match=r"must have a name without dots .*, got .*my\.v2\.py$"):
+        next(sweep({"one": tiny.recipe()}, tmp_path / "out", ray="local"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_workers_find_the_modules_of_partial_functions(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("PYTHONPATH", raising=False)
     mine = dataclasses.replace(tiny.recipe(), make_methods=partial(tiny.make_methods))

@@ -126,7 +126,7 @@ def test_its_progress_moves_with_every_meta_step(
 ) -> None:
     told = []
     monkeypatch.setattr(
-        loop.Progress, "advance", lambda _, steps, **now: told.append((steps, now["loss"]))
+        loop.Progress, "advance", lambda _, steps, **now: told.append((steps, now["meta-loss"]))
     )
     metatrain(TINY, tmp_path / "run")
     assert [steps for steps, _ in told] == [1] * 6

@@ -50,7 +50,8 @@ def sweep(
 
     Raises:
         ValueError: before anything is run, if an experiment has a number out of range, a folder
-            holds another run or other files or is a link, or if Ray is asked for and not installed.
+            holds another run or other files or is a link, or if Ray is asked for and not installed,
+            or can't import a recipe's file.
     """
     folders = {name: (out / name).absolute() for name in experiments}
     for name, experiment in experiments.items():
@@ -59,6 +60,11 @@ def sweep(
             raise ValueError(f"folder must be no link in a sweep, but {folders[name]} is one")
         check_folder(folders[name], as_config(experiment), resume=True)
     spread = None if ray is None else _on_ray(ray)
+    if spread and (own := [f for f in _functions(experiments) if os.sep in f.__module__]):
+        raise ValueError(
+            "with Ray the file of a recipe must have a name without dots that no other module has, "
+            f"as workers import it by that, got {own[0].__module__}"
+        )
 
     left: dict[str, tuple[Experiment, Path]] = {}
     for name, experiment in experiments.items():
@@ -119,9 +125,6 @@ def _on_ray(address: str) -> Callable[[Runs], Reasons]:
         return attempt(experiment, folder)
 
     def spread(runs: Runs) -> Reasons:
-        for function in _functions(runs):
-            if os.sep in function.__module__:  # which no worker can import by that name
-                ray.cloudpickle.register_pickle_by_value(sys.modules[function.__module__])
         found = {"env_vars": {"PYTHONPATH": _modules(runs)}}
         with ray.init(address=address, runtime_env=found, log_to_driver=False):
             gpus = 1 if ray.cluster_resources().get("GPU") else 0
@@ -142,12 +145,13 @@ def _on_ray(address: str) -> Callable[[Runs], Reasons]:
 
 def _modules(runs: Runs) -> str:
     """Where workers find the modules that recipes were read from by their paths."""
-    folders = {str(Path(inspect.getfile(f)).absolute().parent) for f in _functions(runs)}
+    experiments = {name: experiment for name, (experiment, _) in runs.items()}
+    folders = {str(Path(inspect.getfile(f)).absolute().parent) for f in _functions(experiments)}
     return os.pathsep.join(sorted(folders | {os.environ.get("PYTHONPATH", "")}))
 
 
-def _functions(runs: Runs) -> list[Callable[..., Any]]:
+def _functions(experiments: Mapping[str, Experiment]) -> list[Callable[..., Any]]:
     """Of tasks and methods, those that aren't this package's."""
-    given = [f for e, _ in runs.values() for f in (e.make_task, e.make_methods)]
+    given = [f for e in experiments.values() for f in (e.make_task, e.make_methods)]
     functions = [f.func if isinstance(f, partial) else f for f in given]
     return [f for f in functions if not f.__module__.startswith("lossguard.")]

@@ -120,8 +120,9 @@ class Evidence(NamedTuple):
 
     figures: Mapping[str, FigureCurves]
     """By the name of the recipe; figure 2's first steps are in ``fig02``, by data set."""
-    meta: Mapping[str, pl.DataFrame]
-    """Curves of meta-training, by the name of what was trained; of several the last given."""
+    meta: Mapping[str, Mapping[int, pl.DataFrame]]
+    """Curves of meta-training, by the name of what was trained and its seed; of several the last
+    given."""
 
 
 def gather(records: Mapping[Path, Record]) -> Evidence:
@@ -134,8 +135,11 @@ def gather(records: Mapping[Path, Record]) -> Evidence:
                 seeds, curve = figure.curves.setdefault(str(method), {}), curve.sort("step")
                 if seed not in seeds or curve["step"][-1] >= seeds[seed]["step"][-1]:
                     seeds[int(seed)], figure.folders[str(method)] = curve, folder
-    meta = (r for r in records.values() if r.is_meta and _is_of_recipe(r.config))
-    return Evidence(figures, {record.config["name"]: record.curves for record in meta})
+    meta: dict[str, dict[int, pl.DataFrame]] = {}
+    for config, _, curves in (record for record in records.values() if record.is_meta):
+        if _is_of_recipe(config):
+            meta.setdefault(config["name"], {})[config.get("seed", 0)] = curves
+    return Evidence(figures, meta)
 
 
 def _is_of_recipe(config: Mapping[str, Any]) -> bool:

@@ -94,6 +94,8 @@ PAIRS = {
     "bold sgd over adam": (sgd(0.3), adam(0.003)),
     "hopeless": (sgd(1.0), sgd(0.1, 0.9)),
     "breaks": (sgd(1e80), sgd(0.1)),
+    "both break": (sgd(1e80), sgd(1e80)),
+    "it breaks late": (adam(0.02), falls_behind(0.05, 100, 1e80)),
     "the same": (sgd(0.1), sgd(0.1)),
     # Ten steps don't decide the first trial, and twenty do, or show too little.
     "slow": (sgd(0.06, 0.5), sgd(0.03)),
@@ -108,7 +110,7 @@ CASES = [
     *(("recommended", {"share": 0.5}, pair) for pair in ("late", "the same", "noisy")),
     *(("hedged", {}, pair) for pair in ALL),
     ("hedged", {"share": 0.5}, "noisy"),
-    *(("loss_guard", {"nc": 5}, pair) for pair in ("breaks", "adam over sgd")),
+    *(("loss_guard", {"nc": 5}, pair) for pair in ("breaks", "both break", "adam over sgd")),
     ("loss_guard", {"nc": 5, "loser": "reset"}, "bold sgd over adam"),
     *(("residual_guard", {}, pair) for pair in ("adam over sgd", "breaks")),
 ]

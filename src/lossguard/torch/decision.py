@@ -32,16 +32,17 @@ class Seen(NamedTuple):
 def passed_over(seen: Mapping[str, Seen]) -> tuple[list[bool], dict[str, Seen]]:
     """Minibatches on which no lane has a finite loss, and losses that have a lane's mean there.
 
-    Such a minibatch is itself to blame, and tells nothing. A lane without a finite loss keeps them.
+    Such a minibatch is itself to blame, and tells nothing. A lane without a finite loss has NaN.
     """
     shown = [one.losses for one in seen.values() if one.losses]
     void = [not any(map(math.isfinite, losses)) for losses in zip(*shown, strict=True)]
 
     def filled(losses: list[float]) -> list[float]:
-        finite = [loss for loss in losses if math.isfinite(loss)]
-        if not finite:
+        if not losses:  # only checked in this cycle
             return losses
-        return [mean(finite) if skip else loss for skip, loss in zip(void, losses, strict=True)]
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        told = mean(finite) if finite else math.nan
+        return [told if skip else loss for skip, loss in zip(void, losses, strict=True)]
 
     return void, {name: one._replace(losses=filled(one.losses)) for name, one in seen.items()}
 

@@ -37,7 +37,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray | jax.Array):
         return value.tolist()
     if callable(value) and hasattr(value, "__qualname__"):
-        module = value.__module__  # a path if the name of its file is another module's
+        module = str(value.__module__)  # a path if the name of its file is another module's
         return f"{Path(module).stem if os.sep in module else module}:{value.__qualname__}"
     if not isinstance(value, str | int | float | None):
         raise ValueError(

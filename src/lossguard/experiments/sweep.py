@@ -60,7 +60,7 @@ def sweep(
             raise ValueError(f"folder must be no link in a sweep, but {folders[name]} is one")
         check_folder(folders[name], as_config(experiment), resume=True)
     spread = None if ray is None else _on_ray(ray)
-    if spread and (own := [f for f in _functions(experiments) if os.sep in f.__module__]):
+    if spread and (own := [f for f in _functions(experiments) if os.sep in str(f.__module__)]):
         raise ValueError(
             "with Ray the file of a recipe must have a name without dots that no other module has, "
             f"as workers import it by that, got {own[0].__module__}"
@@ -154,4 +154,4 @@ def _functions(experiments: Mapping[str, Experiment]) -> list[Callable[..., Any]
     """Of tasks and methods, those that aren't this package's."""
     given = [f for e in experiments.values() for f in (e.make_task, e.make_methods)]
     functions = [f.func if isinstance(f, partial) else f for f in given]
-    return [f for f in functions if not f.__module__.startswith("lossguard.")]
+    return [f for f in functions if not str(f.__module__).startswith("lossguard.")]

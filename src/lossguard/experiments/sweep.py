@@ -8,7 +8,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -60,10 +60,11 @@ def sweep(
             raise ValueError(f"folder must be no link in a sweep, but {folders[name]} is one")
         check_folder(folders[name], as_config(experiment), resume=True)
     spread = None if ray is None else _on_ray(ray)
-    if spread and (own := [f for f in _functions(experiments) if os.sep in str(f.__module__)]):
+    unknown = [f for f in _functions(experiments.values()) if os.sep in str(f.__module__)]
+    if spread and unknown:
         raise ValueError(
             "with Ray the file of a recipe must have a name without dots that no other module has, "
-            f"as workers import it by that, got {own[0].__module__}"
+            f"as workers import it by that, got {unknown[0].__module__}"
         )
 
     left: dict[str, tuple[Experiment, Path]] = {}
@@ -145,13 +146,13 @@ def _on_ray(address: str) -> Callable[[Runs], Reasons]:
 
 def _modules(runs: Runs) -> str:
     """Where workers find the modules that recipes were read from by their paths."""
-    experiments = {name: experiment for name, (experiment, _) in runs.items()}
-    folders = {str(Path(inspect.getfile(f)).absolute().parent) for f in _functions(experiments)}
+    functions = _functions(experiment for experiment, _ in runs.values())
+    folders = {str(Path(inspect.getfile(f)).absolute().parent) for f in functions}
     return os.pathsep.join(sorted(folders | {os.environ.get("PYTHONPATH", "")}))
 
 
-def _functions(experiments: Mapping[str, Experiment]) -> list[Callable[..., Any]]:
+def _functions(experiments: Iterable[Experiment]) -> list[Callable[..., Any]]:
     """Of tasks and methods, those that aren't this package's."""
-    given = [f for e in experiments.values() for f in (e.make_task, e.make_methods)]
+    given = [f for e in experiments for f in (e.make_task, e.make_methods)]
     functions = [f.func if isinstance(f, partial) else f for f in given]
     return [f for f in functions if not str(f.__module__).startswith("lossguard.")]

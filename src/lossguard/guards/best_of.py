@@ -180,10 +180,8 @@ class SideBySide:
 
         void, losses = passed_over(*(decision.losses for decision in decisions))
         d = jnp.stack(passed_over(*rows)[1]).mean(axis=1)
-        ran, sound = (
-            jnp.array(runs),
-            jnp.stack([is_sound(at.params, state.params) for at in states]),
-        )
+        ran = jnp.array(runs)
+        sound = jnp.stack([is_sound(at.params, state.params) for at in states])
         inner, fine, again = self.settle(inner, jnp.stack(losses), void, d, ran, sound)
         ends = [select(ok, at.params, state.params) for ok, at in zip(fine, states, strict=True)]
         x, decision = jax.tree.map(

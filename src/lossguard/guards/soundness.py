@@ -1,7 +1,6 @@
 """Which parameters, states and gradients are finite, and what replaces those that aren't."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -129,9 +128,9 @@ def advance_schedules(state: PyTree, steps: int) -> PyTree:
 
     def later(node: PyTree) -> PyTree:
         if not isinstance(node, Injected):
-            return jax.tree.map(_later(steps), node) if _is_count(node) else node
+            return jax.tree.map(lambda n: _later(n, steps), node) if _is_count(node) else node
         return node._replace(  # and hyperparameters stay, of which some are integers
-            count=_later(steps)(node.count),
+            count=_later(node.count, steps),
             hyperparams_states=advance_schedules(node.hyperparams_states, steps),
             inner_state=advance_schedules(node.inner_state, steps),
         )
@@ -139,15 +138,11 @@ def advance_schedules(state: PyTree, steps: int) -> PyTree:
     return jax.tree.map(later, state, is_leaf=_is_schedule)
 
 
-def _later(steps: int) -> Callable[[Array], Array]:
+def _later(count: Array, steps: int) -> Array:
     """A count so many steps later, which stays at the largest number, as optax's own do."""
-
-    def later(count: Array) -> Array:
-        dtype = jnp.result_type(count)
-        most = jnp.iinfo(dtype).max if jnp.issubdtype(dtype, jnp.integer) else jnp.inf
-        return jnp.where(count > most - steps, most, count + steps).astype(dtype)
-
-    return later
+    dtype = jnp.result_type(count)
+    most = jnp.iinfo(dtype).max if jnp.issubdtype(dtype, jnp.integer) else jnp.inf
+    return jnp.where(count > most - steps, most, count + steps).astype(dtype)
 
 
 def check_schedules(name: str, state: PyTree) -> None:

@@ -66,9 +66,11 @@ class stacked(eqx.Module):
 
 def check_stacked(objective: Objective, needed: int) -> None:
     """Refuse stacked minibatches that are fewer than a cycle may take, or begin at several."""
-    if isinstance(objective, stacked) and objective.start.shape != ():
+    if not isinstance(objective, stacked):
+        return
+    if objective.start.shape != ():
         raise ValueError(f"start must be an integer, got {told(objective.start)}")
-    if isinstance(objective, stacked) and objective.count < needed:
+    if objective.count < needed:
         raise ValueError(
             f"stacked minibatches must be at least {needed}, which a cycle may take, got "
             f"{objective.count}"

@@ -29,6 +29,8 @@ from lossguard.learned.weights_file import mlp_names
 from lossguard.torch.learned import Learned
 from lossguard.validation import check_positive
 
+MOST_POWER = math.log(torch.finfo(torch.float32).max)
+"""exp of more is infinite, as in JAX."""
 DECAYS = ("momentum_decays", "second_moment_decay", "factored_decays")
 
 
@@ -106,8 +108,8 @@ class MLPOptimizer(Learned):
                 x = torch.addmm(bias[:, None], weight, x.relu_())
             direction, magnitude = x
             step = magnitude.mul_(SCALE).exp_().mul_(direction)
-            power = torch.tensor(sum(powers), dtype=torch.float32, device="cpu")
-            scale = power.exp().item()  # or infinite
+            power = sum(powers)
+            scale = math.exp(power) if power <= MOST_POWER else math.inf
             step.mul_(group["lr"] * SCALE * scale)
             p.sub_(step.reshape(p.shape).to(p.dtype))
 

@@ -122,7 +122,7 @@ def test_draw_without_guards_has_one_axis() -> None:
     assert len(figure.axes) == 1
 
 
-@pytest.mark.parametrize(("methods", "bands"), [(5, 5), (6, 0)])
+@pytest.mark.parametrize(("methods", "bands"), [(9, 9), (10, 0)])
 def test_bands_of_many_methods_are_left_out(methods: int, bands: int) -> None:
     """They would hide each other."""
     named = {f"LGL2O over Adam {number}": 1.0 for number in range(methods)}

@@ -21,7 +21,7 @@ WINDOW = 0.1
 CEILING, FLOOR = 10, 1e-8
 """The loss axis ends at these times the highest loss of the first step, if lines go beyond or reach
 0: they would flatten the others."""
-BANDS = 5
+BANDS = 9
 """Of more methods the bands would hide each other."""
 Over = Literal["price", "seconds", "steps"]
 """What losses are drawn against."""

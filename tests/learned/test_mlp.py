@@ -21,7 +21,7 @@ from lossguard import (
     recommended,
     rollout,
 )
-from lossguard.learned.mlp import MLPLayer
+from lossguard.learned.mlp import MLPLayer, SchedulerWeights
 
 STEPS = 12
 SHAPES = [(), (1,), (7,), (5, 3), (3, 5), (4, 4), (1, 6), (3, 3, 4, 8), (6, 2, 3), (50, 2)]
@@ -35,7 +35,11 @@ def mlp_weights() -> MLPWeights:
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noise = [0.02 * jax.random.normal(k, w.shape) for k, w in zip(keys, leaves, strict=True)]
     moved = tree.unflatten([w + n for w, n in zip(leaves, noise, strict=True)])
-    return moved._replace(scaling=jnp.array([0.3, -0.3, -0.5, 0.4, -2.0, 3.0, -5.0]))
+    scheduler = [2 * jax.random.normal(k, w.shape) for k, w in zip(keys, moved.scheduler)]  # noqa: B905
+    return moved._replace(
+        scaling=jnp.array([0.3, -0.3, -0.5, 0.4, -2.0, 3.0, -5.0]),
+        scheduler=SchedulerWeights(*scheduler),
+    )
 
 
 def random_gradients(shape: tuple[int, ...], size: float = 1.0) -> Float[Array, "steps ..."]:
@@ -106,6 +110,7 @@ def test_equals_the_published_code() -> None:
         fresh.second_moment_decay + 0.02,
         fresh.factored_decays - moved,
         jnp.zeros(7),
+        fresh.scheduler,
     )
     gradients = {
         "w": jnp.stack([jnp.float32(cosines((2, 3), 3 * t)) for t in range(10)]),
@@ -167,7 +172,9 @@ def test_keeps_shapes_and_dtypes_of_a_pytree(mlp_weights: MLPWeights) -> None:
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize(("shape", "memory"), [((30, 20), 16 * 600 + 12 * 50), ((7,), 28 * 7)])
+@pytest.mark.parametrize(
+    ("shape", "memory"), [((30, 20), 16 * 600 + 12 * 50 + 32), ((7,), 28 * 7 + 32)]
+)
 def test_memory_is_what_the_docstring_says(shape: tuple[int, ...], memory: int) -> None:
     state = mlp_optimizer(init_mlp_weights(jax.random.key(0))).init(jnp.ones(shape))
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(state.tensors)) == memory

@@ -140,7 +140,25 @@ def test_rollouts_that_are_over_begin_again() -> None:
     for pairs in after.values():
         assert (pairs.plus.step == 2).all() and (pairs.minus.length == 4).all()
         assert jax.tree.leaves(pairs.walked)[0].any()
-    assert all(np.isfinite(leaf).all() and leaf.any() for leaf in jax.tree.leaves(gradient))
+    trained = jax.tree.leaves(gradient._replace(scheduler=None))
+    assert all(np.isfinite(leaf).all() and leaf.any() for leaf in trained)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(gradient.scheduler))
+
+
+@pytest.mark.parametrize("stage", ["rule", "scheduler"])
+def test_a_stage_trains_its_own_part(whole: Path, tmp_path: Path, stage: str) -> None:
+    config = dataclasses.replace(TINY, start_from=str(whole / loop.WEIGHTS), stage=stage)
+    before, after = (
+        load_weights(path).weights
+        for path in (whole / loop.WEIGHTS, metatrain(config, tmp_path / "run"))
+    )
+    for trained, was, now in (
+        (stage == "scheduler", before.scheduler, after.scheduler),
+        (stage == "rule", before._replace(scheduler=None), after._replace(scheduler=None)),
+    ):
+        pairs = zip(jax.tree.leaves(was), jax.tree.leaves(now), strict=True)
+        changed = [not np.array_equal(*pair) for pair in pairs]
+        assert all(changed) if trained else not any(changed)
 
 
 def test_it_begins_as_a_momentum_method() -> None:
@@ -167,6 +185,7 @@ def test_it_begins_as_a_momentum_method() -> None:
             "^pairs must be an integer of at least 1, got 0$",
         ),
         ({"validation_rollouts": 0}, "^validation_rollouts must be an integer of at least 1"),
+        ({"stage": "both"}, "^stage must be one of rule, scheduler, got 'both'$"),
         ({"hidden": 1}, "^hidden must be an integer of at least 2, got 1$"),
         ({"sigma": 0.0}, "^sigma must be positive and finite, got 0.0$"),
         ({"begin_rate": -1.0}, "^begin_rate must be positive and finite, got -1.0$"),
@@ -183,6 +202,7 @@ def test_it_begins_as_a_momentum_method() -> None:
         ),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_fields_leave_no_folder(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         metatrain(dataclasses.replace(TINY, **changes), tmp_path / "run")

@@ -26,7 +26,12 @@ def weights_of(hidden: int = 4, layers: int = 2) -> dict[str, torch.Tensor]:
         "factored_decays": [0.85, 0.99, 0.999],
     }
     made |= {name: torch.tensor(d).neg().log1p() / 10 for name, d in decays.items()}
-    return made | {"scaling": torch.tensor([0.3, -0.3, -0.5, 0.4, -2.0, 3.0, -5.0])}
+    made |= {"scaling": torch.tensor([0.3, -0.3, -0.5, 0.4, -2.0, 3.0, -5.0])}
+    shapes = {"input": (8, 15), "hidden": (8, 8), "bias": (8,), "output": (8,)}
+    return made | {
+        f"scheduler.{name}": torch.randn(shape, generator=generator)
+        for name, shape in shapes.items()
+    }
 
 
 def saved(folder: Path, hidden: int = 4, layers: int = 2) -> Path:
@@ -85,6 +90,7 @@ def test_its_memory_has_the_shapes_of_the_docstring():
         "second_moment": (6, 2),
         "rows": (3, 1, 2),
         "columns": (3, 6, 1),
+        "units": (8,),
     }
 
 
@@ -140,9 +146,11 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
         (
             {"weights": {"mlp.0.weight": torch.ones(2, 39)}},
             "weights must hold mlp.0.weight, mlp.0.bias, mlp.1.weight, mlp.1.bias, "
-            "momentum_decays, second_moment_decay, factored_decays, scaling, got none of "
+            "momentum_decays, second_moment_decay, factored_decays, scaling, scheduler.input, "
+            "scheduler.hidden, scheduler.bias, scheduler.output, got none of "
             "['mlp.0.bias', 'mlp.1.weight', 'mlp.1.bias', 'momentum_decays', "
-            "'second_moment_decay', 'factored_decays', 'scaling']",
+            "'second_moment_decay', 'factored_decays', 'scaling', 'scheduler.input', "
+            "'scheduler.hidden', 'scheduler.bias', 'scheduler.output']",
         ),
         (
             {"weights": weights_of() | {"momentum_decays": torch.zeros(2)}},

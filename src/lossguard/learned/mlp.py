@@ -19,12 +19,17 @@ from .mlp_features import (
     AGES,
     FACTORED_DECAYS,
     FEATURES,
+    LARGEST,
+    LEAKS,
     MOMENTUM_DECAYS,
     OUTPUTS,
     SCALE,
     SCALING,
     SECOND_MOMENT_DECAY,
+    SIGNALS,
     TIMES,
+    TINY,
+    UNITS,
     factored_axes,
     size_features,
 )
@@ -37,6 +42,15 @@ class MLPLayer(NamedTuple):
     bias: Float[Array, " outputs"]
 
 
+class SchedulerWeights(NamedTuple):
+    """A small recurrent network, run on every tensor alike: it scales the tensor's step."""
+
+    input: Float[Array, "8 15"]
+    hidden: Float[Array, "8 8"]
+    bias: Float[Array, " 8"]
+    output: Float[Array, " 8"]
+
+
 class MLPWeights(NamedTuple):
     """What meta-training learns. A decay d is stored as log(1 - d) / 10, below 0."""
 
@@ -47,6 +61,7 @@ class MLPWeights(NamedTuple):
     factored_decays: Float[Array, " 3"]
     scaling: Float[Array, " 7"]
     """Two factors, and powers of a tensor's size and of the time, by which its step is scaled."""
+    scheduler: SchedulerWeights
 
 
 class TensorMemory(NamedTuple):
@@ -61,6 +76,8 @@ class TensorMemory(NamedTuple):
     axes they are of the tensor's shape."""
     columns: tuple[Float[Array, "..."], ...]
     """Likewise over the second longest axis; none with fewer than two axes."""
+    units: Float[Array, " 8"]
+    """Of the scheduler."""
 
 
 class MLPState(NamedTuple):
@@ -75,7 +92,8 @@ class MLPState(NamedTuple):
 def init_mlp_weights(key: PRNGKeyArray, *, hidden: int = 4, layers: int = 2) -> MLPWeights:
     """Fresh weights: normal of deviation 1 / sqrt(inputs), cut at two deviations; biases are zero.
 
-    Before meta-training a step is about 0.001, in a direction that means nothing.
+    Before meta-training a step is about 0.001, in a direction that means nothing. The scheduler's
+    inputs are drawn likewise, all else of it is zero: so its factor is 1.
 
     Args:
         key: draws the weights.
@@ -100,8 +118,11 @@ def init_mlp_weights(key: PRNGKeyArray, *, hidden: int = 4, layers: int = 2) -> 
         jnp.log1p(-jnp.asarray(decays, jnp.float32)) / 10
         for decays in (MOMENTUM_DECAYS, SECOND_MOMENT_DECAY, FACTORED_DECAYS)
     )
-    scaling = jnp.zeros(SCALING, jnp.float32)
-    return MLPWeights(tuple(made), momentum, second_moment, factored, scaling)
+    scaling, units = jnp.zeros(SCALING, jnp.float32), jnp.zeros(UNITS, jnp.float32)
+    drawn = jax.random.normal(jax.random.fold_in(key, layers), (UNITS, SIGNALS), jnp.float32)
+    back = jnp.zeros((UNITS, UNITS), jnp.float32)
+    scheduler = SchedulerWeights(drawn / math.sqrt(SIGNALS), back, units, units)
+    return MLPWeights(tuple(made), momentum, second_moment, factored, scaling, scheduler)
 
 
 def mlp_optimizer(weights: MLPWeights) -> optax.GradientTransformation:
@@ -111,10 +132,12 @@ def mlp_optimizer(weights: MLPWeights) -> optax.GradientTransformation:
 
         direction, magnitude = MLP(features, tanh(t / TIMES - 1))
         update = -0.001 scale direction exp(0.001 magnitude)
-        scale = exp(scaling . (size_features(shape), ln(1 + t / AGES)))
+        scale = exp(scaling . (size_features(shape), ln(1 + t / AGES)) + output . units)
+        units <- units + LEAKS (tanh(input signals + hidden units + bias) - units)
 
     The scale is ours. Large tensors need smaller steps than small ones, and late steps are smaller
-    than early ones. Powers of size and time hold beyond what was trained on. Each feature is
+    than early ones. Powers of size and time hold beyond what was trained on. The units of a tensor
+    follow ``_signals`` of it, such as whether gradients still point the same way. Each feature is
     divided by the root of its mean square over the tensor (of the mean square plus 1e-5). The
     ``update`` needs ``params``.
 
@@ -122,14 +145,16 @@ def mlp_optimizer(weights: MLPWeights) -> optax.GradientTransformation:
         weights: what meta-training made; ``pretrained`` loads files of them.
 
     The computation is in float32, updates have the gradients' dtypes. The state takes 16 bytes a
-    coordinate. A matrix of r rows and c columns takes 12 (r + c) more, a vector of n 12 n.
+    coordinate. A matrix of r rows and c columns takes 12 (r + c) more, a vector of n 12 n; and each
+    tensor 32.
 
     Raises:
         ValueError: if weights are none; in ``init``, if parameters are complex; in ``update``, if
             ``params`` is missing.
 
     Source: Metz et al., "Practical tradeoffs between memory, compute, and performance in learned
-    optimizers", 2022 (small_fc_lopt), which has no scale.
+    optimizers", 2022 (small_fc_lopt), which has no scale. A recurrent network for each tensor is an
+    idea of Celo (Moudgil et al., "Training versatile learned optimizers on a compute diet", 2025).
 
     >>> optimizer = mlp_optimizer(init_mlp_weights(jax.random.key(0)))
     >>> params = {"w": jnp.ones((3, 2))}
@@ -158,12 +183,16 @@ def mlp_optimizer(weights: MLPWeights) -> optax.GradientTransformation:
         for g, p, memory in zip(
             gradients, tree.flatten_up_to(params), tree.flatten_up_to(state.tensors), strict=True
         ):
-            g32 = g.astype(jnp.float32)
-            memory = _remember(weights, memory, g32)
-            features = _features(memory, g32, jnp.asarray(p, jnp.float32))
+            g32, p32 = g.astype(jnp.float32), jnp.asarray(p, jnp.float32)
+            before, memory = memory, _remember(weights, memory, g32)
+            features = _features(memory, g32, p32)
             direction, magnitude = _network(weights.layers, features, times)
             sizes = jnp.asarray(size_features(g.shape), jnp.float32)
-            scale = SCALE * jnp.exp(weights.scaling @ jnp.concatenate([sizes, ages]))
+            signals = _signals(before, memory, g32, p32, sizes, step)
+            units = _schedule(weights.scheduler, before.units, signals)
+            factor = jnp.clip(weights.scheduler.output @ units, -LARGEST, LARGEST)
+            power = weights.scaling @ jnp.concatenate([sizes, ages]) + factor
+            memory, scale = memory._replace(units=units), SCALE * jnp.exp(power)
             steps.append((-scale * direction * jnp.exp(SCALE * magnitude)).astype(g.dtype))
             memories.append(memory)
         clock = optax.ScaleByScheduleState(optax.safe_increment(step))
@@ -180,7 +209,8 @@ def _no_memory(p: Array) -> TensorMemory:
         shorter, longer = axes
         rows = (zeros.sum(longer, keepdims=True),)
         columns = (zeros.sum(shorter, keepdims=True),)
-    return TensorMemory((zeros,) * 3, zeros, rows * 3, columns * 3)
+    units = jnp.zeros(UNITS, jnp.float32)
+    return TensorMemory((zeros,) * 3, zeros, rows * 3, columns * 3, units)
 
 
 def _remember(weights: MLPWeights, memory: TensorMemory, g: Array) -> TensorMemory:
@@ -202,6 +232,7 @@ def _remember(weights: MLPWeights, memory: TensorMemory, g: Array) -> TensorMemo
         second_moment,
         means(weights.factored_decays, memory.rows, rows + 1e-30),
         means(weights.factored_decays, memory.columns, columns + 1e-30),
+        memory.units,
     )
 
 
@@ -216,7 +247,7 @@ def _features(memory: TensorMemory, g: Array, p: Array) -> list[Array]:
     plain one, which is then in the rows' and the columns' place.
     """
     rsqrt = jax.lax.rsqrt
-    m, v, rows, columns = memory
+    m, v, rows, columns, _ = memory
     by_v = rsqrt(v + 1e-6)
     if columns:
         axis = factored_axes(g.shape)
@@ -239,6 +270,47 @@ def _features(memory: TensorMemory, g: Array, p: Array) -> list[Array]:
         *(rsqrt(one + 1e-8) for one in (*rows, *columns)),
         *(one * factor for one, factor in zip(m, of_m, strict=True)),
     ]
+
+
+def _signals(
+    before: TensorMemory, memory: TensorMemory, g: Array, p: Array, sizes: Array, step: Array
+) -> Float[Array, " 15"]:
+    """What the scheduler sees of a tensor after step t, with the momenta m' before it.
+
+        3 cos(g, m'), 3 cos(m_1, p), ln(rms(m) / root mean v)           3, 1, 3
+        ln rms(g) / 3, ln rms(p) / 3, ln rms(m_1) / 3                   3
+        ln(its size) / 3 and whether it is a matrix (size_features)     2
+        ln(1 + t / 10) / 3 - 1, ln(1 + t / 1000) - 1, tanh(t / 30)      3
+
+    Each is cut at ``LARGEST``.
+    """
+
+    def cosine(a: Array, b: Array) -> Array:
+        shrink = (jax.lax.rsqrt(jnp.sum(one * one) + 1e-30) for one in (a, b))
+        return math.prod(shrink, start=jnp.sum(a * b))
+
+    def log(squares: Array) -> Array:
+        return jnp.log(jnp.sum(squares) / max(squares.size, 1) + TINY) / 2
+
+    m, level = memory.momenta, log(memory.second_moment)
+    of_m = [log(one * one) for one in m]
+    signals = [
+        *(3 * cosine(g, one) for one in before.momenta),
+        3 * cosine(m[1], p),
+        *(one - level for one in of_m),
+        *(log(g * g) / 3, log(p * p) / 3, of_m[1] / 3),
+        *((sizes[1] + sizes[3]) / 3, sizes[0]),
+        *(jnp.log1p(step / 10) / 3 - 1, jnp.log1p(step / 1000) - 1, jnp.tanh(step / 30)),
+    ]
+    return jnp.clip(jnp.stack(signals), -LARGEST, LARGEST)
+
+
+def _schedule(
+    weights: SchedulerWeights, units: Float[Array, " 8"], signals: Float[Array, " 15"]
+) -> Float[Array, " 8"]:
+    """The scheduler's units after a step."""
+    towards = jnp.tanh(weights.input @ signals + weights.hidden @ units + weights.bias)
+    return units + jnp.asarray(LEAKS, jnp.float32) * (towards - units)
 
 
 def _network(

@@ -20,6 +20,15 @@ AGES = (100, 1_000, 10_000)
 """Steps from which on each of three powers of the time takes effect."""
 SCALING = 4 + len(AGES)
 """What the size of a tensor's step depends on: its own size, and the time."""
+LEAKS = (0.1, 0.1, 0.03, 0.03, 0.01, 0.01, 0.003, 0.001)
+"""Of the scheduler's units: the share of the way to its input that each goes in a step."""
+UNITS = len(LEAKS)
+SIGNALS = 15
+"""What the scheduler sees of a tensor."""
+LARGEST = 4.0
+"""Of a signal, and of the logarithm of the scheduler's factor."""
+TINY = 1e-20
+"""Added to mean squares before their logarithm is taken."""
 
 
 def size_features(shape: tuple[int, ...]) -> tuple[float, float, float, float]:

@@ -11,6 +11,7 @@ An MLP optimizer, ``mlp`` a list of K + 1 ``torch.nn.Linear``; a decay d is log(
 
     mlp.0.weight [H, 39], mlp.0.bias [H]   as far as mlp.{K-1} with [H, H]   mlp.{K} [2, H] and [2]
     momentum_decays [3]   second_moment_decay [1]   factored_decays [3]   scaling [7]
+    scheduler.input [8, 15]   scheduler.hidden [8, 8]   scheduler.bias [8]   scheduler.output [8]
 
 Metadata, all strings: ``architecture``, "lstm" or "mlp", ``hidden`` = H, ``layers`` = K, of an LSTM
 ``p`` and ``scale``, ``sha256``, the checksum of all that is in the file, and how the weights were
@@ -32,7 +33,16 @@ from safetensors import SafetensorError, safe_open
 
 from .. import checksums
 from ..validation import check_kind, check_lstm, check_network, one_of
-from .mlp_features import FACTORED_DECAYS, FEATURES, MOMENTUM_DECAYS, OUTPUTS, SCALING, TIMES
+from .mlp_features import (
+    FACTORED_DECAYS,
+    FEATURES,
+    MOMENTUM_DECAYS,
+    OUTPUTS,
+    SCALING,
+    SIGNALS,
+    TIMES,
+    UNITS,
+)
 
 SUFFIX = ".safetensors"
 NEEDED = ("architecture", "hidden", "layers")
@@ -227,6 +237,10 @@ def _mlp_shapes(hidden: int, layers: int) -> dict[str, list[int]]:
         "second_moment_decay": [1],
         "factored_decays": [len(FACTORED_DECAYS)],
         "scaling": [SCALING],
+        "scheduler.input": [UNITS, SIGNALS],
+        "scheduler.hidden": [UNITS, UNITS],
+        "scheduler.bias": [UNITS],
+        "scheduler.output": [UNITS],
     }
 
 

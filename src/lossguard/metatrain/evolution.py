@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import equinox as eqx
 import jax
@@ -12,12 +12,19 @@ import numpy as np
 import tyro
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ..learned.mlp import SCALE, MLPLayer, MLPWeights, init_mlp_weights, mlp_optimizer
+from ..learned.mlp import (
+    SCALE,
+    MLPLayer,
+    MLPWeights,
+    SchedulerWeights,
+    init_mlp_weights,
+    mlp_optimizer,
+)
 from ..learned.pretrained import load_weights, save_weights
 from ..learned.weights_file import path_of
 from ..tasks.datasets import load_dataset
 from ..tasks.task import Task
-from ..validation import MOST_SEEDS, check_count, check_positive, check_real
+from ..validation import MOST_SEEDS, check_choice, check_count, check_positive, check_real
 from .family import Member, Rollout, begin, go_on, meta_loss, reference, relative
 from .loop import MetaTraining, Method
 from .pes import Pairs, pes_gradient, restart_pairs, start_pairs
@@ -37,6 +44,8 @@ class MLPTraining(MetaTraining):
     """Units of a layer, at least 2; ``start_from`` has its own, layers too."""
     start_from: str | None = None
     """What to go on from: the name of a shipped MLP optimizer, or a file of weights."""
+    stage: Literal["rule", "scheduler"] = "rule"
+    """What is trained: all but the scheduler, or the scheduler alone."""
     family: Annotated[tuple[Member, ...], tyro.conf.Suppress] = ()
     """What is trained on."""
     held_out: Annotated[tuple[Member, ...], tyro.conf.Suppress] = ()
@@ -57,6 +66,7 @@ class MLPTraining(MetaTraining):
         for member in self.family:
             check_count("pairs", member.pairs, most=MOST_SEEDS)
         check_count("hidden", self.hidden, least=2)  # of ``like_momentum``
+        check_choice("stage", self.stage, ("rule", "scheduler"))
         check_positive(sigma=self.sigma, begin_rate=self.begin_rate)
         check_real("rescaling", self.rescaling, "at least 1 and finite", lambda v: 1 <= v < np.inf)
         for name in ("family", "held_out"):
@@ -131,7 +141,20 @@ class Evolution(Method):
         def one(key: PRNGKeyArray, length: Array) -> Rollout:
             return begin(task, optimizer, key, length, rescaling=config.rescaling)
 
-        return start_pairs(weights, jax.vmap(one)(jax.random.split(key, count), lengths))
+        inner = jax.vmap(one)(jax.random.split(key, count), lengths)
+        return start_pairs(self._trained(weights), inner)
+
+    def _trained(self, weights: MLPWeights) -> SchedulerWeights | MLPWeights:
+        """The part of weights that the stage trains."""
+        if self.config.stage == "scheduler":
+            return weights.scheduler
+        return weights._replace(scheduler=None)  # pyright: ignore - a pytree without leaves
+
+    def _whole(self, weights: MLPWeights, trained: Any) -> MLPWeights:
+        """Weights with that part in its place."""
+        if self.config.stage == "scheduler":
+            return weights._replace(scheduler=trained)
+        return trained._replace(scheduler=weights.scheduler)
 
     def gradient(
         self, weights: MLPWeights, inner: dict[str, Pairs], key: PRNGKeyArray, done: Array
@@ -153,11 +176,15 @@ class Evolution(Method):
         draw_key, fresh_key = jax.random.split(key)
         base = reference(task)
 
-        def piece(weights: MLPWeights, rollout: Rollout) -> tuple[Array, Rollout]:
-            losses, after = go_on(task, mlp_optimizer(weights), rollout, config.truncation)
+        def piece(trained: Any, rollout: Rollout) -> tuple[Array, Rollout]:
+            optimizer = mlp_optimizer(self._whole(weights, trained))
+            losses, after = go_on(task, optimizer, rollout, config.truncation)
             return meta_loss(losses, base), after
 
-        losses, gradient, pairs = pes_gradient(piece, weights, pairs, draw_key, sigma=config.sigma)
+        losses, gradient, pairs = pes_gradient(
+            piece, self._trained(weights), pairs, draw_key, sigma=config.sigma
+        )
+        gradient = self._whole(jax.tree.map(jnp.zeros_like, weights), gradient)
         over = (pairs.plus.step >= pairs.plus.length) | pairs.plus.lost | pairs.minus.lost
         fresh = self._fresh_pairs(name, weights, fresh_key, done)
         return losses.mean(), gradient, restart_pairs(pairs, fresh, over)

@@ -144,6 +144,13 @@ def mlp_small_longer() -> MLPTraining:
     )
 
 
+def mlp_small_scheduler() -> MLPTraining:
+    """The second stage of ``mlp-small``: its scheduler, which scales the steps of a tensor."""
+    return replace(
+        mlp_small_longer(), name="mlp-small-scheduler", stage="scheduler", rate=3e-3, sigma=0.05
+    )
+
+
 RECIPES = {
     "mnist-mlp": mnist_mlp,
     "mnist-mlp-paper": mnist_mlp_paper,
@@ -151,4 +158,5 @@ RECIPES = {
     "cifar10-conv-plain": cifar10_conv_plain,
     "mlp-small": mlp_small,
     "mlp-small-longer": mlp_small_longer,
+    "mlp-small-scheduler": mlp_small_scheduler,
 }

@@ -6,10 +6,10 @@ v   second moment: a running mean of g^2
 V   second moments of the rows and of the columns: running means of means of g^2
 n   coordinates of a parameter
 H   hidden units
+N   parameters
 """
 
 import math
-import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,8 +20,12 @@ from torch.optim.optimizer import ParamsT
 from lossguard.learned.mlp_features import (
     AGES,
     FEATURES,
+    LARGEST,
+    LEAKS,
     SCALE,
     TIMES,
+    TINY,
+    UNITS,
     factored_axes,
     size_features,
 )
@@ -29,8 +33,6 @@ from lossguard.learned.weights_file import mlp_names
 from lossguard.torch.learned import Learned
 from lossguard.validation import check_positive
 
-MOST_POWER = math.log(torch.finfo(torch.float32).max)
-"""exp of more is infinite, as in JAX."""
 DECAYS = ("momentum_decays", "second_moment_decay", "factored_decays")
 
 
@@ -42,20 +44,21 @@ class MLPOptimizer(Learned):
 
         direction, magnitude = MLP(features, tanh(t / TIMES - 1))
         p <- p - lr 0.001 scale direction exp(0.001 magnitude)
-        scale = exp(scaling . (size_features(p.shape), ln(1 + t / AGES)))
+        scale = exp(scaling . (size_features(p.shape), ln(1 + t / AGES)) + output . units)
 
     The computation and its memory are in float32, also where the step is under autocast. The memory
     takes 16 bytes a coordinate. A matrix of r rows and c columns takes 12 (r + c) more, a vector of
-    n 12 n. A step needs 4 bytes a coordinate of all parameters while it runs, 8 in bfloat16, and 32
-    of the largest matrix or 84 of the largest vector. t is the ``clock`` of a parameter group,
-    which guards set to the time of the whole run.
+    n 12 n; and each parameter 32. A step needs 4 bytes a coordinate of all parameters while it
+    runs, 8 in bfloat16, and 32 of the largest matrix or 84 of the largest vector. t is the
+    ``clock`` of a parameter group, which guards set to the time of the whole run.
 
     Args:
         params: parameters, or groups of them.
         weights: what meta-training made: ``mlp.0.weight`` [H, 39], ``mlp.0.bias`` [H], the same of
             further layers, the last with 2 outputs; ``momentum_decays`` [3],
             ``second_moment_decay`` [1], ``factored_decays`` [3], each the log(1 - decay) / 10;
-            ``scaling`` [7], two factors, and powers of size and time.
+            ``scaling`` [7], two factors, and powers of size and time; ``scheduler.input`` [8, 15],
+            ``scheduler.hidden`` [8, 8], ``scheduler.bias`` [8], ``scheduler.output`` [8].
         lr: factor of the steps, 1 in training; schedulers act on it.
 
     Raises:
@@ -95,21 +98,19 @@ class MLPOptimizer(Learned):
             return
         gradients = [p.grad.float().contiguous() for p in params if p.grad is not None]
         states = [self._state(p) for p in params]
+        t, before = group["clock"], _before(states, gradients)
         self._remember(states, gradients)
-        scaling, t = self.weights["scaling"].tolist(), group["clock"]
+        signals = _signals(before, states, gradients, params, t)
+        scales = _scales(weights, [state["units"] for state in states], signals, params, t)
         first = weights["mlp.0.weight"]
         times = torch.tanh(t / torch.tensor(TIMES, dtype=first.dtype) - 1).to(first.device)
-        for p, g, state in zip(params, gradients, states, strict=True):
-            ages = (math.log1p(t / age) for age in AGES)
-            powers = map(operator.mul, scaling, (*size_features(tuple(p.shape)), *ages))
+        for p, g, state, scale in zip(params, gradients, states, scales, strict=True):
             x = _first_layer(first, weights["mlp.0.bias"], times, p, g, state)
             for k in range(1, self.layers + 1):
                 weight, bias = (weights[name] for name in mlp_names(k))
                 x = torch.addmm(bias[:, None], weight, x.relu_())
             direction, magnitude = x
             step = magnitude.mul_(SCALE).exp_().mul_(direction)
-            power = sum(powers)
-            scale = math.exp(power) if power <= MOST_POWER else math.inf
             step.mul_(group["lr"] * SCALE * scale)
             p.sub_(step.reshape(p.shape).to(p.dtype))
 
@@ -121,6 +122,7 @@ class MLPOptimizer(Learned):
             state["second_moment"] = zeros
             for name, mean in _means(zeros).items():
                 state[name] = torch.stack([mean] * 3)
+            state["units"] = zeros.new_zeros(UNITS)
         return state
 
     def _remember(self, states: list[dict[str, Tensor]], gradients: list[Tensor]) -> None:
@@ -152,6 +154,72 @@ def _means(squares: Tensor) -> dict[str, Tensor]:
         "rows": squares.mean(longer, keepdim=True),
         "columns": squares.mean(shorter, keepdim=True),
     }
+
+
+def _before(states: list[dict[str, Tensor]], gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Products of the momenta and g, and the momenta's squared norms, [N, 3]."""
+    momenta = [state["momenta"].reshape(3, -1) for state in states]
+    products = [m @ g.reshape(-1) for m, g in zip(momenta, gradients, strict=True)]
+    return torch.stack(products), _squares(momenta)
+
+
+def _squares(tensors: list[Tensor]) -> Tensor:
+    """Squared norms of rows, [N, rows]."""
+    return torch.stack([torch.linalg.vector_norm(rows, dim=1) for rows in tensors]).square()
+
+
+def _signals(
+    before: tuple[Tensor, Tensor],
+    states: list[dict[str, Tensor]],
+    gradients: list[Tensor],
+    params: list[Tensor],
+    t: int,
+) -> Tensor:
+    """What the scheduler sees, [N, 15], in the order of ``lossguard.learned.mlp``."""
+    m = [state["momenta"].reshape(3, -1) for state in states]
+    flat = [p.float().reshape(1, -1) for p in params]
+    of_g, of_p, of_m = _squares([g.reshape(1, -1) for g in gradients]), _squares(flat), _squares(m)
+    sizes = of_g.new_tensor([size_features(tuple(p.shape)) for p in params])
+    counts = of_g.new_tensor([[p.numel()] for p in params])
+    times = math.log1p(t / 10) / 3 - 1, math.log1p(t / 1000) - 1, math.tanh(t / 30)
+
+    def shrink(squares: Tensor) -> Tensor:
+        return (squares + 1e-30).rsqrt()
+
+    def log(squares: Tensor) -> Tensor:
+        return (squares / counts + TINY).log() / 2
+
+    products, of_old = before
+    along_p = torch.stack([m[1:2] @ p[0] for m, p in zip(m, flat, strict=True)])
+    level = log(torch.stack([state["second_moment"].sum() for state in states])[:, None])
+    signals = (
+        *(3 * products * shrink(of_g) * shrink(of_old),),
+        *(3 * along_p * shrink(of_m[:, 1:2]) * shrink(of_p), log(of_m) - level),
+        *(log(of_g) / 3, log(of_p) / 3, log(of_m[:, 1:2]) / 3),
+        *((sizes[:, 1:2] + sizes[:, 3:]) / 3, sizes[:, :1]),
+        of_g.new_tensor(times).expand(len(params), 3),
+    )
+    return torch.cat(signals, dim=1).clamp(-LARGEST, LARGEST)
+
+
+def _scales(
+    weights: dict[str, Tensor],
+    units: list[Tensor],
+    signals: Tensor,
+    params: list[Tensor],
+    t: int,
+) -> Tensor:
+    """The scales of steps, [N]; the scheduler's units take a step."""
+    into, back, bias, output = (
+        weights[f"scheduler.{name}"] for name in ("input", "hidden", "bias", "output")
+    )
+    old = torch.stack(units)
+    towards = torch.tanh(signals @ into.T + old @ back.T + bias)
+    now = old + old.new_tensor(LEAKS) * (towards - old)
+    torch._foreach_copy_(units, list(now))  # pyright: ignore
+    ages = [math.log1p(t / age) for age in AGES]
+    sizes = now.new_tensor([(*size_features(tuple(p.shape)), *ages) for p in params])
+    return torch.exp(sizes @ weights["scaling"] + (now @ output).clamp(-LARGEST, LARGEST))
 
 
 def _first_layer(

@@ -1,5 +1,6 @@
 """The command line as a user runs it: what it prints, what it leaves, how it refuses."""
 
+import contextlib
 import dataclasses
 import errno
 import importlib
@@ -527,10 +528,45 @@ def test_installed_command(tmp_path: Path, program: tuple[str, ...]) -> None:
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
-    command = f"{sys.executable} -m lossguard list | head -1"
-    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert ended.stderr == "" and ended.stdout.count("\n") == 1
+def in_a_shell(command: str) -> subprocess.CompletedProcess[str]:
+    """With output that is buffered, as of a pipe."""
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    command = f"set -o pipefail; {sys.executable} -m lossguard {command}"
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=buffered)
+
+
+@pytest.mark.parametrize("command", ["list | head -1", "list | true", "--version | true"])
+def test_a_reader_that_leaves_is_no_error(command: str) -> None:
+    ended = in_a_shell(command)
+    assert (ended.stderr, ended.returncode) == ("", 0)
+    assert ended.stdout.count("\n") == command.count("head")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("command", ["list", "--help"])
+def test_output_that_can_not_be_written_is_told_in_a_sentence(command: str) -> None:
+    ended = in_a_shell(f"{command} > /dev/full")
+    assert (ended.stderr, ended.returncode) == ("lossguard: No space left on device\n", 2)
+
+
+def test_ctrl_c_is_told_when_the_reader_has_gone(monkeypatch, capfd) -> None:
+    """As with ``| tee``, which the same Ctrl-C stops."""
+    reading, writing = os.pipe()
+    os.close(reading)
+
+    def stopped() -> None:
+        print("what is not flushed yet")
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "list", stopped)
+    monkeypatch.setattr(sys, "argv", ["lossguard", "list"])
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with contextlib.suppress(BrokenPipeError), os.fdopen(writing, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+    assert caught.value.code == 130
+    assert capfd.readouterr().err == "lossguard: stopped\n"
 
 
 def test_what_is_told_to_type_runs_where_the_command_is_not_on_the_path(monkeypatch) -> None:

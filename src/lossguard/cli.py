@@ -14,6 +14,7 @@ lossguard list                  recipes, data sets, learned optimizers
 lossguard --version             which release this is
 """
 
+import contextlib
 import io
 import os
 import sys
@@ -51,30 +52,48 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # of letters that a terminal doesn't have
         sys.stdout.reconfigure(errors="backslashreplace")
     name, *arguments = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
-        print((__doc__ or "").strip() + "\n\nlossguard COMMAND --help tells more.")
-        return
-    if name == "--version":
-        print(f"lossguard {__version__}")
-        return
     try:
-        if name not in COMMANDS:
-            raise ValueError(f"command must be {one_of(COMMANDS, name)}")
-        if name in WITH_RECIPES:
-            WITH_RECIPES[name](arguments)
-        else:
-            tyro.cli(COMMANDS[name], args=arguments, prog=f"lossguard {name}")
-    except BrokenPipeError:  # as of ``| head``, and the interpreter would tell it once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _run(name, arguments)
+        _flush()
+    except BrokenPipeError:  # as of ``| head``
+        _drop_output()
     except (ValueError, OSError) as error:
         tell(f"lossguard: {_sentence(error)}{_place(error, arguments)}")
+        try:
+            _flush()
+        except OSError:
+            _drop_output()
         sys.exit(2)
     except KeyboardInterrupt as stop:
         how = f"; to go on: {stop}" if stop.args else ""
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        print(f"lossguard: stopped{how}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the same Ctrl-C may have stopped who reads it
+            tell(f"lossguard: stopped{how}")
+            _flush()
         os._exit(130)  # torn out of a compilation, JAX may crash where the interpreter ends
+
+
+def _run(name: str, arguments: list[str]) -> None:
+    if name in ("-h", "--help"):
+        print((__doc__ or "").strip() + "\n\nlossguard COMMAND --help tells more.")
+    elif name == "--version":
+        print(f"lossguard {__version__}")
+    elif name not in COMMANDS:
+        raise ValueError(f"command must be {one_of(COMMANDS, name)}")
+    elif name in WITH_RECIPES:
+        WITH_RECIPES[name](arguments)
+    else:
+        tyro.cli(COMMANDS[name], args=arguments, prog=f"lossguard {name}")
+
+
+def _flush() -> None:
+    """Here, where an error is told in a sentence, not where the interpreter ends."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _drop_output() -> None:
+    """Of what can't be written, which the interpreter would try once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _sentence(error: Exception) -> str:

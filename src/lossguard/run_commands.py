@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import tyro
 
 from .command_line import Sweep, Where, check_beside, find_recipe, override
+from .files import write_whole
 from .read_commands import show
 from .terminal import console, shown, tell
 from .validation import one_of
@@ -107,9 +108,9 @@ def benchmark(
     experiments = {name: replace(known[name](), **given) for name in recipes or known}
     _sweep(experiments, Sweep(out, ray))
     told, numbers = modules[kind].table({name: out / name for name in experiments})
-    file = out / f"{kind}.csv"
-    numbers.write_csv(file)
     console().print(told)
+    file = out / f"{kind}.csv"
+    write_whole(file, numbers.write_csv().encode(), "the table")
     print(shown(f"numbers: {file}"))
 
 

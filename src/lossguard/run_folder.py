@@ -121,7 +121,10 @@ def _differing(there: dict[str, Any], here: dict[str, Any]) -> str:
 
 def is_finished(folder: Path) -> bool:
     """Whether a folder holds the records of a whole run: the manifest is written last."""
-    return all((folder / name).is_file() for name in (CURVES, MANIFEST))
+    if not all((folder / name).is_file() for name in (CURVES, MANIFEST)):
+        return False
+    named = read_json(folder / MANIFEST).get("sha256", {})
+    return all((folder / name).is_file() for name in TABLES if name in named)
 
 
 def is_whole(folder: Path) -> bool:

@@ -141,6 +141,11 @@ def test_command_runs_sets_with_the_same_options(tmp_path, monkeypatch, capsys) 
         assert f"records: {tmp_path / name}\n" in out
     command(monkeypatch, *arguments, "--methods", "Signs")
     assert capsys.readouterr().out.count("complete already") == 3
+    before = records.read_run(tmp_path / "one").curves
+    (tmp_path / "one" / records.EVALUATIONS).unlink()
+    command(monkeypatch, *arguments, "--methods", "Signs")
+    assert capsys.readouterr().out.count("complete already") == 2
+    assert records.read_run(tmp_path / "one").curves.equals(before)
 
 
 def test_command_tells_of_failures_by_its_status(tmp_path, monkeypatch, capsys) -> None:

@@ -249,8 +249,11 @@ def test_the_command(tmp_path, monkeypatch, capsys) -> None:
     assert row["loss"].item() == pytest.approx(0.95 * losses[0] + 0.05 * losses[1], rel=1e-6)
 
     monkeypatch.setattr(published, "load_dataset", None)
+    (tmp_path / "tasks.csv").unlink()
+    (tmp_path / "tasks.csv").symlink_to(tmp_path / "elsewhere")
     cli.main()
     assert "complete already" in capsys.readouterr().out
+    assert (tmp_path / "tasks.csv").is_file() and not (tmp_path / "elsewhere").exists()
 
 
 def test_bad_names_are_refused(monkeypatch, capsys) -> None:

@@ -122,6 +122,20 @@ def test_slowdowns_are_those_of_the_records(slowdowns: pl.DataFrame) -> None:
             assert slowdown == (told(row["slowdown"]) if row else "")
 
 
+def test_how_late_the_guard_follows_is_as_in_the_records(slowdowns: pl.DataFrame) -> None:
+    """S of the guard over that of the learned optimizer alone, where that one is ahead."""
+    both = ["experiment", "price"]
+    alone = slowdowns.filter(method="Learned").select(*both, alone="slowdown")
+    ahead = slowdowns.filter(method="Recommended").join(alone, on=both).filter(pl.col("alone") < 1)
+    ahead = ahead.with_columns(times=pl.col("slowdown") / pl.col("alone"))
+    most = dict(ahead.group_by("experiment").agg(pl.col("times").max()).iter_rows())
+    parts = ("mnist", "fashion", "spirals", "circles", "convnet-mnist", "convnet-cifar10")
+    (_, cells) = table("followed late", COSTS)
+    for part, cell in zip(parts, cells, strict=True):
+        found = [times for name, times in most.items() if name.startswith(f"price-{part}-")]
+        assert cell == f"{max(found):.2g}"
+
+
 @pytest.mark.skipif(FILE not in os.environ, reason=f"{FILE} names no published file")
 def test_speedups_are_those_of_the_records() -> None:
     text = (ROOT / "docs" / "tasks.md").read_text()

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from test_torch_lstm import Reference
@@ -10,6 +11,7 @@ from test_torch_mlp import weights_of
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
+import lossguard
 from lossguard.torch import LSTMOptimizer, MLPOptimizer
 
 
@@ -40,6 +42,65 @@ def test_copies_and_checkpoints_go_on_alike(make):
     expected = run(optimizer, 3)
     for twin in twins:
         assert torch.equal(run(twin, 3), expected)
+
+
+def test_states_go_through_distributed_checkpoints_and_hooks(make):
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    model = nn.Linear(3, 3)
+    twin = copy.deepcopy(model)
+
+    def optimizer_of(model):
+        kind = make(model.weight)
+        kind.add_param_group({"params": [model.bias]})
+        return kind
+
+    optimizer, other = optimizer_of(model), optimizer_of(twin)
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    saved = copy.deepcopy(dcp.get_optimizer_state_dict(model, optimizer))
+    twin.load_state_dict(model.state_dict())
+    dcp.set_optimizer_state_dict(twin, other, saved)
+    seen = []
+    other.register_load_state_dict_pre_hook(lambda _, given: seen.append(given) or {**given})
+    other.load_state_dict(copy.deepcopy(other.state_dict()))
+    assert seen
+    for one, of in ((model, optimizer), (twin, other)):
+        for _ in range(2):
+            of.zero_grad()
+            one(torch.ones(2, 3)).square().sum().backward()
+            of.step()
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+def test_states_of_others_are_refused(make):
+    p = nn.Parameter(torch.ones(3))
+    optimizer, others = make(p), [torch.optim.Adam([p]), make(nn.Parameter(torch.ones(4)))]
+    for other in others:
+        (q,) = other.param_groups[0]["params"]
+        q.grad = torch.ones_like(q)
+        other.step()
+    fresh = copy.deepcopy(optimizer.state_dict())
+    for other in [*others, torch.optim.SGD([p])]:
+        with pytest.raises(ValueError, match=f"^state must be one of {type(optimizer).__name__}"):
+            optimizer.load_state_dict(other.state_dict())
+        assert optimizer.state_dict() == fresh
+
+
+def test_numbers_are_checked_and_plain(make):
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = make(p)
+    for wrong in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"^(lr|scale) must be positive and finite"):
+            optimizer.add_param_group({"params": [q], "lr": wrong})
+    weights = {name: tensor.numpy() for name, tensor in optimizer.weights.items()}
+    rate = {LSTMOptimizer: "scale", MLPOptimizer: "lr"}[type(optimizer)]
+    made = type(optimizer)([q], weights, **{rate: np.float32(0.5)})
+    assert type(made.param_groups[0]["lr"]) is float
+    with pytest.raises(
+        ValueError, match=r"^weights must be a Mapping such as a dictionary of tens"
+    ):
+        type(optimizer)([q], lossguard.load_weights(lossguard.pretrained_path("mlp-small")).weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

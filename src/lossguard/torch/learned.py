@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lossguard.learned.weights_file import ARCHITECTURES, path_of, read_weights
+from lossguard.validation import check_kind
 
 
 class Learned(Optimizer):
@@ -19,15 +20,18 @@ class Learned(Optimizer):
     Attributes:
         architecture: as files of weights call it.
         wide: the name of a tensor of the weights whose last axis has the hidden units.
+        options: what its groups have.
         layers: of hidden units.
     """
 
     architecture: str
     wide: str
+    options: tuple[str, ...]
 
     def __init__(
         self, params: ParamsT, weights: Mapping[str, Tensor], defaults: dict[str, Any]
     ) -> None:
+        check_kind("weights", weights, Mapping, "a dictionary of tensors, or use pretrained()")
         shapes, self.layers = ARCHITECTURES[self.architecture].shapes, 1
         while shapes(1, self.layers + 1).keys() <= weights.keys():
             self.layers += 1
@@ -38,7 +42,8 @@ class Learned(Optimizer):
         for name, shape in shapes(hidden, self.layers).items():
             if (given := list(weights[name].shape)) != shape:
                 raise ValueError(f"weights must have {name} of shape {shape}, got {given}")
-        self.weights = {name: tensor.detach().float() for name, tensor in weights.items()}
+        tensors = {name: torch.as_tensor(tensor) for name, tensor in weights.items()}
+        self.weights = {name: tensor.detach().float() for name, tensor in tensors.items()}
         self._on: dict[torch.device, dict[str, Tensor]] = {}
         """The weights on each device that has parameters, from its first step on."""
         super().__init__(params, defaults)
@@ -70,13 +75,58 @@ class Learned(Optimizer):
         ours = {"weights": self.weights, "layers": self.layers, "_on": {}}
         return {**super().__getstate__(), **ours}
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, whose own numbers must be in range as well."""
+        self._check_numbers(param_group)
+        super().add_param_group(param_group)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned: the memory stays in float32."""
-        super().load_state_dict(state_dict)  # which casts it to the dtype of the parameters
+        """Load what ``state_dict`` returned: the memory stays in float32.
+
+        Raises:
+            ValueError: if it is another optimizer's, or one's with other weights or parameters.
+        """
+        memory: list[tuple[Tensor, dict[str, Tensor]]] = []
+        hook = self.register_load_state_dict_pre_hook(  # after all others, which may change it
+            lambda _, given: memory.extend(self._found(given))
+        )
+        try:
+            super().load_state_dict(state_dict)  # which casts it to the dtype of the parameters
+        finally:
+            hook.remove()
+        for p, found in memory:
+            self.state[p] = {k: v.to(p.device, copy=True) for k, v in found.items()}
+
+    def _found(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """What a state has of each parameter that it has a memory of."""
+        groups, memory = state_dict["param_groups"], []
+        given = [index for group in groups for index in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        for index, state in state_dict["state"].items():
-            device = params[index].device
-            self.state[params[index]] = {k: v.to(device, copy=True) for k, v in state.items()}
+        if any({*self.options} - group.keys() for group in groups):
+            raise ValueError(f"state must be one of {type(self).__name__}, got another optimizer's")
+        for index, p in zip(given, params, strict=False):  # torch refuses other numbers of them
+            if not (found := state_dict["state"].get(index)):
+                continue
+            fresh = self._memory(torch.empty(p.shape, device="meta"))
+            needed, got = (
+                {k: list(getattr(v, "shape", ())) for k, v in sorted(of.items())}
+                for of in (fresh, found)
+            )
+            if needed != got:
+                raise ValueError(
+                    f"state must be one of {type(self).__name__} with these weights, which "
+                    f"remembers {needed} of a parameter of shape {list(p.shape)}, got {got}"
+                )
+            memory.append((p, found))
+        return memory
+
+    def _memory(self, p: Tensor) -> dict[str, Tensor]:
+        """What is remembered of a parameter at first, on its device."""
+        raise NotImplementedError
+
+    def _check_numbers(self, group: dict[str, Any]) -> None:
+        """Refuse numbers of a group that are out of range."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore

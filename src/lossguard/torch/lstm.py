@@ -52,7 +52,7 @@ class LSTMOptimizer(Learned):
     Source: Andrychowicz et al., "Learning to learn by gradient descent by gradient descent", 2016.
     """
 
-    architecture, wide = "lstm", "linear.weight"
+    architecture, wide, options = "lstm", "linear.weight", ("lr", "p")
 
     def __init__(
         self,
@@ -63,7 +63,15 @@ class LSTMOptimizer(Learned):
         p: float = 10.0,
     ) -> None:
         check_lstm(scale, p)
-        super().__init__(params, weights, {"lr": scale, "p": p})
+        lr = scale if isinstance(scale, Tensor) else float(scale)  # NumPy's are not loaded safely
+        super().__init__(params, weights, {"lr": lr, "p": float(p)})
+
+    def _check_numbers(self, group: dict[str, Any]) -> None:
+        check_lstm(group.get("lr", 1.0), group.get("p", 1.0))
+
+    def _memory(self, p: Tensor) -> dict[str, Tensor]:
+        shape = self.layers, self.weights["linear.weight"].shape[1], p.numel()
+        return {name: torch.zeros(shape, device=p.device) for name in ("h", "c")}
 
     def _update(
         self, params: list[Tensor], weights: dict[str, Tensor], group: dict[str, Any]
@@ -73,9 +81,7 @@ class LSTMOptimizer(Learned):
             x = log_and_sign(param.grad.float().flatten(), group["p"])
             state = self.state[param]
             if not state:
-                hidden = weights["linear.weight"].shape[1]
-                for name in ("h", "c"):
-                    state[name] = x.new_zeros(self.layers, hidden, x.shape[1])
+                state.update(self._memory(x[0]))
             for k in range(self.layers):
                 layer = [weights[name] for name in lstm_names(k)]
                 x, c = _cell(layer, x, state["h"][k], state["c"][k])

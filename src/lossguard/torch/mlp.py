@@ -76,11 +76,15 @@ class MLPOptimizer(Learned):
     optimizers", 2022 (small_fc_lopt), which has no scale.
     """
 
-    architecture, wide = "mlp", "mlp.0.bias"
+    architecture, wide, options = "mlp", "mlp.0.bias", ("lr", "clock")
 
     def __init__(self, params: ParamsT, weights: Mapping[str, Tensor], *, lr: float = 1.0) -> None:
         check_positive(lr=lr)
+        lr = lr if isinstance(lr, Tensor) else float(lr)  # NumPy's are not loaded safely
         super().__init__(params, weights, {"lr": lr, "clock": 0})
+
+    def _check_numbers(self, group: dict[str, Any]) -> None:
+        check_positive(lr=group.get("lr", 1.0))
 
     def _check(self, gradient: Tensor) -> None:
         super()._check(gradient)
@@ -97,7 +101,10 @@ class MLPOptimizer(Learned):
         if not params:
             return
         gradients = [p.grad.float().contiguous() for p in params if p.grad is not None]
-        states = [self._state(p) for p in params]
+        for p in params:
+            if not self.state[p]:
+                self.state[p].update(self._memory(p))
+        states = [self.state[p] for p in params]
         t, before = group["clock"], _before(states, gradients)
         self._remember(states, gradients)
         signals = _signals(before, states, gradients, params, t)
@@ -114,16 +121,11 @@ class MLPOptimizer(Learned):
             step.mul_(group["lr"] * SCALE * scale)
             p.sub_(step.reshape(p.shape).to(p.dtype))
 
-    def _state(self, p: Tensor) -> dict[str, Tensor]:
-        state = self.state[p]
-        if not state:
-            zeros = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
-            state["momenta"] = torch.stack([zeros] * 3)
-            state["second_moment"] = zeros
-            for name, mean in _means(zeros).items():
-                state[name] = torch.stack([mean] * 3)
-            state["units"] = zeros.new_zeros(UNITS)
-        return state
+    def _memory(self, p: Tensor) -> dict[str, Tensor]:
+        zeros = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
+        made = {"momenta": torch.stack([zeros] * 3), "second_moment": zeros}
+        made |= {name: torch.stack([mean] * 3) for name, mean in _means(zeros).items()}
+        return made | {"units": zeros.new_zeros(UNITS)}
 
     def _remember(self, states: list[dict[str, Tensor]], gradients: list[Tensor]) -> None:
         """The running means, each of all tensors at once."""

@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 import torch
 from models import KINDS, assert_same_state, minibatches, mlp, run, two
-from torch.optim import SGD
+from torch.optim import SGD, Adam
 
-from lossguard.torch import BestOf
+from lossguard.torch import BestOf, Recommended
 
 
 class Master(SGD):
@@ -32,6 +32,45 @@ class Eager(Master):
         super().__init__(params, lr=lr)
         for p in self.param_groups[0]["params"]:
             self.state[p]["master"] = p.detach().float().clone()
+
+
+class Slow(SGD):
+    """SGD with lookahead: its slow weights begin where the parameters began."""
+
+    def step(self, closure=None):
+        before = [p.detach().clone() for p in self.param_groups[0]["params"]]
+        loss = super().step(closure)
+        with torch.no_grad():
+            for p, start in zip(self.param_groups[0]["params"], before, strict=True):
+                slow = self.state[p].setdefault("slow", start.flatten())
+                self.state[p]["t"] = self.state[p].get("t", 0) + 1
+                if self.state[p]["t"] % 3 == 0:
+                    slow.lerp_(p.flatten(), 0.5)
+                    p.copy_(slow.reshape(p.shape))
+        return loss
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_slow_weights_go_with_their_lane(bias):
+    """Else the model is thrown back at the next of their steps."""
+    generator = torch.Generator().manual_seed(0)
+    model, truth = torch.nn.Linear(20, 1, bias=bias), 3 * torch.randn(20, 1, generator=generator)
+    for p in model.parameters():
+        torch.nn.init.constant_(p, 0.1)
+    learned, fallback = Adam(model.parameters(), lr=0.2), Slow(model.parameters(), lr=0.01)
+    guard, losses = Recommended(learned, fallback, model=model), []
+    for _ in range(400):
+        x = torch.randn(32, 20, generator=generator)
+        y = x @ truth + torch.randn(32, 1, generator=generator)
+        for lane in guard.lanes():
+            loss = (model(x) - y).square().mean()
+            loss.backward()
+            lane.step(loss)
+        losses.append(loss.item())
+    assert guard._inners["fallback"].copies == {"slow"}
+    winners = [decision.winner for decision in guard.history]
+    over = next(10 * k for k in range(1, 40) if winners[k - 1] == 0 and winners[k] != 0)
+    assert max(losses[over : over + 50]) < 2 * max(losses[over - 10 : over])
 
 
 FORGETS = (BestOf, (0.05, 0.3))

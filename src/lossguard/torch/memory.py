@@ -8,9 +8,9 @@ shared   every other entry of a group (lr, betas, ...): the schedule. It is set 
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch.optim import Optimizer
 
 from lossguard.torch.rates import changes_since, noted, options_of
 from lossguard.torch.tensors import finite, leaves, local
+
+T = TypeVar("T")
 
 
 class Memory(NamedTuple):
@@ -109,11 +111,13 @@ class Inner:
                     f"its own, got {type(self.optimizer).__name__} with some in {name}"
                 )
         alike: dict[str, list[bool]] = {}
-        for entries, value in self._entries(memory, point):
+        for entries, (before, value) in self._entries(memory, list(zip(start, point, strict=True))):
             for key, entry in entries.items():
-                whole = entry.shape == value.shape and entry.layout is torch.strided
-                if whole and entry.numel() > 1:
-                    alike.setdefault(key, []).append(torch.equal(entry.to(value), value))
+                whole = entry.numel() == value.numel() > 1 and entry.layout is torch.strided
+                if whole and before.any():  # else every fresh entry is alike
+                    held = entry.reshape(value.shape).to(value)  # slow weights are where it began
+                    same = torch.equal(held, value) or torch.equal(held, before)
+                    alike.setdefault(key, []).append(same)
         self.copies |= {key for key, flags in alike.items() if all(flags)}
         return True
 
@@ -121,16 +125,15 @@ class Inner:
         """Have these be the parameters at a point."""
         for entries, value in self._entries(memory, point) if self.copies else ():
             for key in self.copies & entries.keys():
-                entries[key].copy_(value)
+                if entries[key].numel() == value.numel():
+                    entries[key].copy_(value.reshape(entries[key].shape))
 
     def options(self) -> list[dict[str, Any]]:
         """Those of each parameter group."""
         return [options_of(group) for group in self.optimizer.param_groups]
 
-    def _entries(
-        self, memory: Memory, point: list[Tensor]
-    ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """The tensors that are remembered of each parameter, with the parameter's value."""
+    def _entries(self, memory: Memory, point: Sequence[T]) -> Iterator[tuple[dict[str, Tensor], T]]:
+        """The tensors that are remembered of each parameter, with what is given of it."""
         for p, value in zip(self.params, point, strict=False):
             entries = memory.state.get(p)
             if isinstance(entries, dict):

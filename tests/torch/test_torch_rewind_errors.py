@@ -37,6 +37,18 @@ def around():
     return Rewind(model, outer)
 
 
+def on_meta():
+    model = nn.Linear(2, 1, device="meta")
+    return Rewind(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def lazy():
+    model = nn.LazyLinear(1)
+    return Recommended(
+        *(torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2)), model=model
+    )
+
+
 def later():
     model, optimizer = model_and_sgd()
     rewind = Rewind(model, optimizer, window=WINDOW, every=16)
@@ -107,6 +119,16 @@ WRONG = {
     "around": (
         around,
         "optimizer must keep all that it remembers in its state, got SGD around SGD",
+    ),
+    "on meta": (
+        on_meta,
+        "parameters must hold numbers, got some on the meta device (call to_empty() and initialize "
+        "them first) or of a lazy module (call it once first)",
+    ),
+    "lazy": (
+        lazy,
+        "parameters must hold numbers, got some on the meta device (call to_empty() and initialize "
+        "them first) or of a lazy module (call it once first)",
     ),
     "no rate": (
         without_a_rate,

@@ -75,6 +75,24 @@ def test_a_scheduler_in_a_hook_goes_on_from_its_own_rates():
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.99**144)
 
 
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_rate_that_the_step_itself_changes_goes_on(as_tensor):
+    class Decays(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            for group in self.param_groups:
+                group["lr"] *= 0.99
+
+    model, optimizer = one_weight(Decays, lr=torch.tensor(1.0) if as_tensor else 1.0)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    drive(rewind, model, optimizer, FALLS + HIGH[:8] + FALLS[-8:])
+    assert rewind.returns == 1 and rewind.scale < 1
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.99**144, rel=1e-5)
+    before, scale = model.weight.item(), rewind.scale
+    drive(rewind, model, optimizer, FALLS[-1:])
+    assert before - model.weight.item() == pytest.approx(scale * 0.99**144, rel=1e-5)
+
+
 @pytest.mark.parametrize("how", ["save", "close"])
 def test_an_error_in_a_careful_step_leaves_no_lowered_rate(how):
     class Stopped(torch.optim.SGD):

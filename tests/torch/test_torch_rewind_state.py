@@ -423,6 +423,19 @@ def test_a_memory_of_no_parameter_goes_back():
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_a_buffer_made_under_inference_mode_goes_back():
+    """As Lightning validates: a table may grow in a longer forward pass there."""
+    model, optimizer = one_weight()
+    with torch.inference_mode():
+        model.register_buffer("table", torch.ones(4))
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    drive(rewind, model, optimizer, FALLS)
+    with torch.inference_mode():
+        model.table.fill_(5)
+    drive(rewind, model, optimizer, HIGH)
+    assert rewind.returns and model.table.tolist() == [1.0] * 4
+
+
 def test_a_sparse_buffer_goes_back():
     model, optimizer = one_weight()
     model.register_buffer("graph", torch.eye(3).to_sparse_csr())

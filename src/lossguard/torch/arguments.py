@@ -4,7 +4,7 @@ import inspect
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any, TypeVar
@@ -62,6 +62,7 @@ def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
                 )
         seen |= dict.fromkeys(map(id, one.param_groups), name)
         params = [p for group in one.param_groups for p in group["params"]]
+        check_made(params)
         first = first or params
         common = {id(p) for p in first} & {id(p) for p in params}
         if len(params) != len(first) or len(common) != len(first):
@@ -70,6 +71,15 @@ def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
                 f"tensors, got {len(params)}, of which {len(common)} are the same"
             )
     return first
+
+
+def check_made(params: Iterable[Tensor]) -> None:
+    """Refuse parameters that hold no numbers yet."""
+    if any(p.is_meta or isinstance(p, nn.UninitializedParameter) for p in params):
+        raise ValueError(
+            "parameters must hold numbers, got some on the meta device (call to_empty() and "
+            "initialize them first) or of a lazy module (call it once first)"
+        )
 
 
 def check_functions(**given: Any) -> None:

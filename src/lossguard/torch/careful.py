@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.rates import Group, Noted, changes_since, noted, set_rate
+from lossguard.torch.rates import (
+    Group,
+    Noted,
+    changes_since,
+    copied_rate,
+    noted,
+    set_rate,
+)
 from lossguard.torch.tensors import zero_unsound
 
 SOUND = torch.tensor(False)
@@ -44,6 +51,8 @@ class CarefulSteps:
         self._options: list[Noted] = []
         """Their settings when it began."""
         self._rates: list[float | Tensor] = []
+        self._lowered: tuple[float, list[float | Tensor]] = 1.0, []
+        """What these were multiplied by for the step under way, and the products."""
         """Their rates between steps, while it multiplies them."""
         self._hooks = [
             hook
@@ -118,10 +127,10 @@ class CarefulSteps:
             changed = (itself, sound, *given[1:]), kwargs
         scale, self._groups = rewind.scale, optimizer.param_groups
         if scale != 1:
-            rates = [group["lr"] for group in self._groups]
-            self._rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
+            self._rates = [copied_rate(group) for group in self._groups]
             for group, rate in zip(self._groups, self._rates, strict=True):  # may share a tensor
                 set_rate(group, rate * scale)
+            self._lowered = scale, [copied_rate(group) for group in self._groups]
         self._options = list(map(noted, self._groups))
         return changed
 
@@ -150,6 +159,18 @@ class CarefulSteps:
     def _restore(self) -> None:
         for group, before in zip(self._groups, self._options, strict=False):
             self._own |= changes_since(before, group) - {"lr"}
-        for group, rate in zip(self._groups, self._rates, strict=False):
-            set_rate(group, rate)
+        if self._rates:
+            scale, lowered = self._lowered
+            now = [copied_rate(group) for group in self._groups]
+            for group, *rates in zip(self._groups, self._rates, lowered, now, strict=False):
+                set_rate(group, _raised(scale, *rates))
         self._groups, self._rates, self._options = [], [], []
+
+
+def _raised(
+    scale: float, before: float | Tensor, lowered: float | Tensor, now: float | Tensor
+) -> float | Tensor:
+    """The rate after a step at the ``lowered`` one: as before, or as the step has changed it."""
+    if isinstance(now, Tensor):
+        return torch.where(now == lowered, before, now / scale)
+    return before if now == lowered else now / scale

@@ -156,6 +156,11 @@ def same(old: Any, new: Any) -> bool:
     return old is new or (isinstance(old, plain) and isinstance(new, plain) and old == new)
 
 
+def copied_rate(group: Group) -> float | Tensor:
+    """The rate, which stays what it is if the group's is changed in place."""
+    return group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
+
+
 def set_rate(group: Group, rate: float | Tensor) -> None:
     """Set the rate, which may be a tensor that must stay the same one."""
     if isinstance(group["lr"], Tensor):

@@ -17,6 +17,7 @@ from lossguard.torch.arguments import (
     Uncopied,
     all_innermost,
     check_functions,
+    check_made,
     scalar,
     told_if_damaged,
 )
@@ -133,6 +134,7 @@ class Rewind(Uncopied):
         group: "distributed.ProcessGroup | None" = None,
     ) -> None:
         check_kind("model", model, nn.Module, "nn.Linear(2, 1)")
+        check_made(model.parameters())
         optimizers = all_innermost(optimizer)
         check_functions(audit=audit, callback=callback)
         self._rule = Rule(window, rho, factor, rise, every)

@@ -157,7 +157,8 @@ class Live:
         for name, buffer in self.buffers().items():
             before = saved["model"].get(name)
             if before is not None and before.shape == buffer.shape:
-                buffer.copy_(before, non_blocking=True)
+                with torch.inference_mode(buffer.is_inference()):  # made while it was validated
+                    buffer.copy_(before, non_blocking=True)
 
     @torch.no_grad()
     def load(self, saved: Saved) -> None:

@@ -61,6 +61,9 @@ def test_stacked_and_one_by_one_are_the_same() -> None:
     for name, column in one.items():
         np.testing.assert_allclose(column, other[name], rtol=1e-6)
     assert one["price_of_step"].sum() * 10 == sum(float(d.price()) for d in listed)
+    half = [jax.tree.map(lambda leaf, of=of: leaf[of], stacked) for of in (slice(1), slice(1, 4))]
+    for name, column in decision_table(half).items():
+        np.testing.assert_array_equal(column, other[name])
     last = scalars(decision)
     assert {*last} <= {*one} and last["loss"] == pytest.approx(float(decision.losses.mean()))
 
@@ -115,6 +118,12 @@ def test_refusals() -> None:
     runs = jax.tree.map(lambda *leaves: np.stack([np.stack(leaves)] * 5), *cycles(2))
     with pytest.raises(ValueError, match=r"^decisions must be of one run, got losses of shape"):
         decision_table(runs)
+    none = jax.tree.map(lambda leaf: np.stack([leaf])[:0], cycles(1)[0])
+    with pytest.raises(ValueError, match=r"^decisions must be at least one, got none$"):
+        plot_decisions(none)
+    other = cycles(1)[0]._replace(losses=np.ones(2), used_learned=np.ones(2))
+    with pytest.raises(ValueError, match=r"^decisions must have the same nt, got \[2, 3\]$"):
+        decision_table([*cycles(1), other])
     with pytest.raises(ValueError, match=r"^start must be an integer of at least 0, got -1$"):
         decision_table(cycles(1), start=-1)
     with pytest.raises(ValueError, match=r"^decision must be of one cycle, got 2$"):

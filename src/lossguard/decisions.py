@@ -35,16 +35,16 @@ def decision_table(decisions: Any, *, start: int = 0) -> dict[str, np.ndarray]:
       ``learned_updates``: as ``Decision`` has them.
 
     Args:
-        decisions: of one run: those that ``rollout`` returns stacked, a list of them, the
-            ``history`` of a guard for PyTorch, or a single one.
+        decisions: of one run: those that ``rollout`` returns stacked, or a list of what it
+            returned time after time, or of single ones, as the ``history`` of a guard for PyTorch.
         start: optimizer steps before the first of them.
 
     Returns:
         The columns by name, NumPy arrays of one length.
 
     Raises:
-        ValueError: if there is no decision, they are of several runs, or start isn't an integer of
-            at least 0.
+        ValueError: if there is no decision, they are of several runs or differ in nt, or start
+            isn't an integer of at least 0.
 
     >>> from lossguard.torch import Decision
     >>> lost = Decision([False] * 2, [3.0, 1.0], winner=1, gradients=5, learned_updates=2)
@@ -194,13 +194,16 @@ def _stacked(decisions: Any) -> dict[str, np.ndarray]:
                 f"{others[0]}"
             )
     names = ("losses", "used_learned", *COLUMNS)
-    if isinstance(several, list):
-        fields = {name: np.stack([np.asarray(getattr(d, name)) for d in several]) for name in names}
-    else:
-        fields = {name: np.asarray(getattr(several, name)) for name in names}
-        if fields["losses"].ndim == 1:
-            fields = {name: values[None] for name, values in fields.items()}
-    shape = fields["losses"].shape
-    if len(shape) != 2:
-        raise ValueError(f"decisions must be of one run, got losses of shape {shape}")
-    return fields
+    several = several if isinstance(several, list) else [several]
+    parts = [{name: np.asarray(getattr(d, name)) for name in names} for d in several]
+    for k, part in enumerate(parts):
+        if part["losses"].ndim == 1:
+            parts[k] = {name: values[None] for name, values in part.items()}
+        elif part["losses"].ndim != 2:
+            shape = part["losses"].shape
+            raise ValueError(f"decisions must be of one run, got losses of shape {shape}")
+    if len(lengths := {part["losses"].shape[1] for part in parts}) > 1:
+        raise ValueError(f"decisions must have the same nt, got {sorted(lengths)}")
+    if not any(len(part["losses"]) for part in parts):
+        raise ValueError("decisions must be at least one, got none")
+    return {name: np.concatenate([part[name] for part in parts]) for name in names}

@@ -24,7 +24,14 @@ from ..learned.pretrained import load_weights, save_weights
 from ..learned.weights_file import path_of
 from ..tasks.datasets import load_dataset
 from ..tasks.task import Task
-from ..validation import MOST_SEEDS, check_choice, check_count, check_positive, check_real
+from ..validation import (
+    MOST_SEEDS,
+    check_choice,
+    check_count,
+    check_kind,
+    check_positive,
+    check_real,
+)
 from .family import Member, Rollout, begin, go_on, meta_loss, reference, relative
 from .loop import MetaTraining, Method
 from .pes import Pairs, pes_gradient, restart_pairs, start_pairs
@@ -63,6 +70,11 @@ class MLPTraining(MetaTraining):
         """Refuse what is out of range."""
         super().check()
         check_count("validation_rollouts", self.validation_rollouts, most=MOST_SEEDS)
+        for name in ("family", "held_out"):
+            members = getattr(self, name)
+            check_kind(name, members, tuple, '(Member("digits", ReluMLP((16,))),)')
+            for member in members:
+                check_kind(f"each of {name}", member, Member, 'Member("digits", ReluMLP((16,)))')
         for member in self.family:
             check_count("pairs", member.pairs, most=MOST_SEEDS)
         check_count("hidden", self.hidden, least=2)  # of ``like_momentum``

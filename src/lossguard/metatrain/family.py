@@ -4,7 +4,7 @@ Letters: c the factor of a tensor. A rollout trains w / c in place of w, with c 
 tensor, which makes many tasks of one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from ..tasks.goals import CLASSIFICATION, RECONSTRUCTION
 from ..tasks.models import MLP, ReluMLP
 from ..tasks.published import resized
 from ..tasks.task import Task
+from ..validation import check_kind
 
 WORST = 2.0
 """A loss above so many times its reference counts as this, as does one that isn't finite."""
@@ -48,6 +49,7 @@ class Member:
         if not hasattr(self.model, "hidden"):
             given = type(self.model).__name__
             raise ValueError(f"model of a member must be an MLP or a ReluMLP, got {given}")
+        check_kind("hidden of a model", self.model.hidden, Iterable, "(16, 16)")
 
     @property
     def title(self) -> str:

@@ -92,6 +92,13 @@ def _missing(record: Record) -> list[str]:
     return [] if named <= drawn <= made["seconds"].keys() else ["methods"]
 
 
+def of_seeds(curves: pl.DataFrame) -> dict[int, pl.DataFrame]:
+    """Curves of meta-training by meta-seed, where there is a column ``seed``; else all, as 0's."""
+    if "seed" not in curves.columns:
+        return {0: curves}
+    return {int(seed): own for (seed,), own in curves.group_by("seed", maintain_order=True)}
+
+
 def read_runs(folders: Sequence[Path]) -> tuple[dict[Path, Record], list[str]]:
     """The records of finished runs, each named or in a named folder of runs.
 

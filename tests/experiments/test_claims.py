@@ -450,6 +450,10 @@ def test_meta_training_converges_by_the_mean_of_its_seeds(tmp_path: Path) -> Non
     assert both.verdict == "reproduced" and both.numbers.endswith(
         "over the first: 0.47, spread 0%; of each meta-seed 0.25, 0.7"
     )
+    tables = [records.read_parquet(run / records.CURVES) for run in (one, two)]
+    seeds = [table.with_columns(seed=k) for k, table in enumerate(tables)]
+    together = leave(tmp_path / "both", {"name": name}, pl.concat(seeds), {})
+    assert judged("2a", together) == both
     more = write_meta(tmp_path / "3", name, loss, [2.0, *[1.4] * 19], 10_000, seed=3)
     assert judged("2a", one, two, more).verdict == "not reproduced"
 

@@ -37,6 +37,30 @@ def test_figure_of_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
     np.testing.assert_allclose(others, [moons[:, :100][:, -10:].mean(axis=1) / moons[:, 0]])
 
 
+def test_lines_of_several_seeds_are_means_with_bands() -> None:
+    """The weights kept are those of each seed by itself."""
+    validation, moons = 1 + np.random.default_rng(0).random((2, 3, 2, 60))
+    validation[:, 1] -= [[0.5], [-0.5], [0.5]]  # of seed 1 the first are kept
+    columns = {"seed": [0, 0, 1, 1, 2, 2], "meta_step": [5, 10] * 3, "meta_loss": [6.0, 5] * 3}
+    columns |= {"validation": validation.reshape(6, 60), "validation_moons": moons.reshape(6, 60)}
+    drawn = figure.draw(Record({"name": "mine"}, {}, pl.DataFrame(columns)))
+    assert drawn.get_suptitle() == "mine, 3 meta-seeds"
+    for axes, lines in zip(drawn.axes, (3, 2, 1), strict=True):
+        assert len(axes.lines) == len(axes.collections) == lines
+    left, right, others = drawn.axes
+    np.testing.assert_allclose(
+        left.lines[1].get_ydata(), validation[:, :, :50].mean(axis=2).mean(axis=0)
+    )
+    band = left.collections[1].get_datalim(left.transData)
+    first = validation[:, :, :50].mean(axis=2)
+    np.testing.assert_allclose([band.y0, band.y1], [first.min(), first.max()])
+    each = [validation[0, 1], validation[1, 0], validation[2, 1]]
+    np.testing.assert_allclose(right.lines[1].get_ydata(), np.mean(each, axis=0))
+    assert right.lines[1].get_label() == "meta-step 5 and 10, kept"
+    ratios = moons[:, :, 50:].mean(axis=2) / moons[:, :, 0]
+    np.testing.assert_allclose(others.lines[0].get_ydata(), ratios.mean(axis=0))
+
+
 def test_figure_where_all_is_lost(tmp_path: Path) -> None:
     columns = {"meta_step": [1, 2], "meta_loss": [1.0, 1.0], "validation": np.full((2, 60), np.nan)}
     record = Record({"name": "mine"}, {}, pl.DataFrame(columns))

@@ -17,7 +17,7 @@ import polars as pl
 from ..config import as_config
 from ..curves import COUNTERS, mark_loss, over_seeds, step_mean
 from ..metatrain.recipes import RECIPES
-from ..records import EVALUATIONS, Record, read_parquet
+from ..records import EVALUATIONS, Record, of_seeds, read_parquet
 from .recipes import FIRST, PAPERS
 
 MARKS = (30, *(a * 10**n for n in range(2, 7) for a in (1, 3)))
@@ -138,7 +138,8 @@ def gather(records: Mapping[Path, Record]) -> Evidence:
     meta: dict[str, dict[int, pl.DataFrame]] = {}
     for config, _, curves in (record for record in records.values() if record.is_meta):
         if _is_of_recipe(config):
-            meta.setdefault(config["name"], {})[config.get("seed", 0)] = curves
+            first, seeds = config.get("seed", 0), meta.setdefault(config["name"], {})
+            seeds |= {first + seed: own for seed, own in of_seeds(curves).items()}
     return Evidence(figures, meta)
 
 

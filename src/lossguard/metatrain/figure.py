@@ -1,13 +1,16 @@
 """The outer loop's convergence, from its records: the style of the paper's figures 2 and 11."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+from jaxtyping import Float
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..drawing import log_losses, save, titled
-from ..records import Record
+from ..records import Record, of_seeds
 
 OTHERS_STEPS = 100
 """The optimizer step at which losses on other data sets are compared, where the paper's rollouts
@@ -22,45 +25,59 @@ def plot(folder: Path, record: Record) -> Path:
 def draw(record: Record) -> Figure:
     """The losses of the outer loop, and the optimizee's at first and with the weights kept.
 
-    Where other data sets were validated on, as in figure 2, a third panel shows them.
+    Where other data sets were validated on, as in figure 2, a third panel shows them. Of several
+    meta-seeds (``of_seeds``) lines are means, and bands reach from the least to the largest.
     """
     config, made, curves = record
-    steps = curves["meta_step"].to_numpy()
-    validation = curves["validation"].to_numpy()
-    others = on_others(curves)
+    runs = of_seeds(curves).values()
+    steps = curves["meta_step"].unique(maintain_order=True).to_numpy()
+    training = np.array([one["meta_loss"] for one in runs])
+    validation = np.array([one["validation"] for one in runs])
+    others = on_others(runs)
     panels = 3 if others else 2
     figure = Figure(figsize=(5 * panels, 4), layout="constrained")
     axes = figure.subplots(1, panels)
     left, right = axes[:2]
 
-    if (curves["meta_loss"] > 0).all():  # not a logarithm
-        left.plot(steps, curves["meta_loss"], label="training, all of a rollout", linewidth=1)
-    last = validation.shape[1]
+    if (training > 0).all():  # not a logarithm
+        _line(left, steps, training, "training, all of a rollout")
+    last = validation.shape[2]
     for first in sorted({0, min(50, max(0, last - 50)), max(0, last - 50)}):
-        window = validation[:, first : first + 50]
-        label = f"validation, steps {first + 1} to {first + window.shape[1]}"
-        left.plot(steps, window.mean(axis=1), label=label, linewidth=1)
+        window = validation[:, :, first : first + 50]
+        label = f"validation, steps {first + 1} to {first + window.shape[2]}"
+        _line(left, steps, window.mean(axis=2), label)
     left.set(xlabel="Meta-step", ylabel="Loss")
     left.legend(fontsize=8)
 
-    best = kept(validation, select=config.get("select", True))
-    for row, label in ((0, f"meta-step {steps[0]}"), (best, f"meta-step {steps[best]}, kept")):
-        right.plot(np.arange(1, validation.shape[1] + 1), validation[row], label=label, linewidth=1)
+    best = [kept(own, select=config.get("select", True)) for own in validation]
+    rows = validation[:, 0], np.array([own[b] for own, b in zip(validation, best, strict=True)])
+    ends = " and ".join(str(step) for step in sorted({*steps[best]}))
+    for losses, label in zip(rows, (steps[0], f"{ends}, kept"), strict=True):
+        _line(right, np.arange(1, last + 1), losses, f"meta-step {label}")
     right.set(xlabel="Optimizer step", ylabel="Validation loss", xscale="log")
     right.legend(fontsize=8)
     for panel in (left, right):
         log_losses(panel)
 
     for name, over_initial in others.items():
-        axes[2].plot(steps, over_initial, label=name, linewidth=1)
+        _line(axes[2], steps, over_initial, name)
     if others:
-        last = min(OTHERS_STEPS, validation.shape[1])
+        last = min(OTHERS_STEPS, last)
         label = f"Validation loss at step {last} / first"
         axes[2].set(xlabel="Meta-step", ylabel=label)
         axes[2].legend(fontsize=8)
-    title = titled(config["name"], made.get("data"))
+    seeds = f", {len(runs)} meta-seeds" if len(runs) > 1 else ""
+    title = titled(config["name"] + seeds, made.get("data"))
     figure.suptitle(title, fontsize=10, parse_math=False)
     return figure
+
+
+def _line(axes: Axes, x: np.ndarray, values: Float[np.ndarray, "seeds x"], label: str) -> None:
+    """The mean over seeds, and the band of them."""
+    (line,) = axes.plot(x, values.mean(axis=0), label=label, linewidth=1)
+    if len(values) > 1:
+        low, high, color = values.min(axis=0), values.max(axis=0), line.get_color()
+        axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
 
 
 def kept(validation: np.ndarray, *, select: bool = True) -> int:
@@ -77,11 +94,11 @@ def kept(validation: np.ndarray, *, select: bool = True) -> int:
     return int(np.flatnonzero(np.isfinite(means))[-1]) if np.isfinite(means).any() else 0
 
 
-def on_others(curves: pl.DataFrame) -> dict[str, np.ndarray]:
+def on_others(runs: Collection[pl.DataFrame]) -> dict[str, Float[np.ndarray, "seeds checks"]]:
     """The loss up to ``OTHERS_STEPS`` over the initial one at each meta-step, by data set."""
-    losses = {
-        name.removeprefix("validation_"): curves[name].to_numpy()[:, :OTHERS_STEPS]
-        for name in curves.columns
-        if name.startswith("validation_")
-    }
-    return {name: loss[:, -10:].mean(axis=1) / loss[:, 0] for name, loss in losses.items()}
+    names = [name for name in next(iter(runs)).columns if name.startswith("validation_")]
+    ratios = {}
+    for name in names:
+        loss = np.array([one[name] for one in runs])[:, :, :OTHERS_STEPS]
+        ratios[name.removeprefix("validation_")] = loss[:, :, -10:].mean(axis=2) / loss[:, :, 0]
+    return ratios

@@ -90,6 +90,10 @@ def test_layout_of_an_mlp_is_fixed(tmp_path: Path) -> None:
         "second_moment_decay": (1,),
         "factored_decays": (3,),
         "scaling": (7,),
+        "scheduler.input": (8, 15),
+        "scheduler.hidden": (8, 8),
+        "scheduler.bias": (8,),
+        "scheduler.output": (8,),
     }
     save_file(load_file(path), path, {**found, "layers": "1"})
     refused(path, r"it holds mlp\.2\.bias, mlp\.2\.weight, which no mlp of 1 layers has")

@@ -71,7 +71,8 @@ class LSTMOptimizer(Learned):
 
     def _memory(self, p: Tensor) -> dict[str, Tensor]:
         shape = self.layers, self.weights["linear.weight"].shape[1], p.numel()
-        return {name: torch.zeros(shape, device=p.device) for name in ("h", "c")}
+        zeros = torch.zeros(shape, dtype=torch.float32, device=p.device)
+        return {"h": zeros, "c": zeros.clone()}
 
     def _update(
         self, params: list[Tensor], weights: dict[str, Tensor], group: dict[str, Any]

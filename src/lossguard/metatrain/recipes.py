@@ -119,7 +119,7 @@ def mlp_small_longer() -> MLPTraining:
     """What goes on from there, on longer rollouts and with two larger autoencoders.
 
     As it stands it goes on from the shipped weights; ``--start-from`` names others. ``mlp-small``
-    is the mean of two such continuations (``results/metatrain-mlp-small``).
+    is the mean of two such continuations, and a scheduler (``results/metatrain-mlp-small``).
     """
     begun = mlp_small()
     larger = (
@@ -145,7 +145,10 @@ def mlp_small_longer() -> MLPTraining:
 
 
 def mlp_small_scheduler() -> MLPTraining:
-    """The second stage of ``mlp-small``: its scheduler, which scales the steps of a tensor."""
+    """The second stage of ``mlp-small``: its scheduler, which scales the steps of a tensor.
+
+    As it stands it goes on with the shipped one.
+    """
     return replace(
         mlp_small_longer(), name="mlp-small-scheduler", stage="scheduler", rate=3e-3, sigma=0.05
     )

@@ -37,6 +37,7 @@ def decision_table(decisions: Any, *, start: int = 0) -> dict[str, np.ndarray]:
     Args:
         decisions: of one run: those that ``rollout`` returns stacked, or a list of what it
             returned time after time, or of single ones, as the ``history`` of a guard for PyTorch.
+            Those of several runs under ``vmap`` look like ``rollout``'s: take one run's.
         start: optimizer steps before the first of them.
 
     Returns:

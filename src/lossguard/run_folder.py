@@ -65,6 +65,8 @@ def hold_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False
             part.unlink()
         if finished := is_finished(folder):
             _clear(folder)
+        else:  # of a run that lost a table: else a kill might leave it beside others
+            (folder / MANIFEST).unlink(missing_ok=True)
         yield finished
 
 
@@ -124,6 +126,8 @@ def is_finished(folder: Path) -> bool:
     if not all((folder / name).is_file() for name in (CURVES, MANIFEST)):
         return False
     named = read_json(folder / MANIFEST).get("sha256", {})
+    if not isinstance(named, dict):
+        return False
     return all((folder / name).is_file() for name in TABLES if name in named)
 
 

@@ -61,6 +61,13 @@ def test_lines_of_several_seeds_are_means_with_bands() -> None:
     np.testing.assert_allclose(others.lines[0].get_ydata(), ratios.mean(axis=0))
 
 
+def test_seeds_of_other_lengths_are_refused() -> None:
+    columns = {"seed": [0, 0, 1], "meta_step": [5, 10, 5], "meta_loss": [1.0] * 3}
+    columns |= {"validation": np.ones((3, 60))}
+    with pytest.raises(ValueError, match=r"^meta-seeds of a record must have the same meta-steps$"):
+        figure.draw(Record({"name": "mine"}, {}, pl.DataFrame(columns)))
+
+
 def test_figure_where_all_is_lost(tmp_path: Path) -> None:
     columns = {"meta_step": [1, 2], "meta_loss": [1.0, 1.0], "validation": np.full((2, 60), np.nan)}
     record = Record({"name": "mine"}, {}, pl.DataFrame(columns))

@@ -73,6 +73,18 @@ def test_slow_weights_go_with_their_lane(bias):
     assert max(losses[over : over + 50]) < 2 * max(losses[over - 10 : over])
 
 
+def test_momentum_is_no_copy_where_gradients_are_the_parameters():
+    """As those of half their squared norm."""
+    w = torch.nn.Parameter(torch.arange(1.0, 6.0))
+    guard = BestOf([SGD([w], 0.02, momentum=0.9), SGD([w], 0.01)], model=None)
+    for _ in range(40):
+        for lane in guard.lanes():
+            loss = w.square().sum() / 2
+            loss.backward()
+            lane.step(loss)
+    assert not any(inner.copies for inner in guard._inners.values())
+
+
 FORGETS = (BestOf, (0.05, 0.3))
 """The second one is ruined, and begins again."""
 

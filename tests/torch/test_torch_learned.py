@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 import lossguard
-from lossguard.torch import LSTMOptimizer, MLPOptimizer
+from lossguard.torch import LSTMOptimizer, MLPOptimizer, Recommended
 
 
 @pytest.fixture(params=[LSTMOptimizer, MLPOptimizer])
@@ -85,6 +85,24 @@ def test_states_of_others_are_refused(make):
         with pytest.raises(ValueError, match=f"^state must be one of {type(optimizer).__name__}"):
             optimizer.load_state_dict(other.state_dict())
         assert optimizer.state_dict() == fresh
+
+
+def test_states_of_a_guard_with_other_weights_are_refused(make):
+    def guard_of(learned, p):
+        guard = Recommended(learned, torch.optim.SGD([p], 0.1), model=None)
+        for lane in guard.lanes():
+            loss = p.square().sum()
+            loss.backward()
+            lane.step(loss)
+        return guard
+
+    p = nn.Parameter(torch.ones(3))
+    saved = guard_of(make(p), p).state_dict()
+    for entries in saved["state"].values():
+        for key in [key for key in entries if key.endswith((".memory.c", ".memory.units"))]:
+            del entries[key]
+    with pytest.raises(ValueError, match=f"^state must be one of {type(make(p)).__name__}"):
+        guard_of(make(p), p).load_state_dict(saved)
 
 
 def test_numbers_are_checked_and_plain(make):

@@ -93,6 +93,26 @@ def test_a_rate_that_the_step_itself_changes_goes_on(as_tensor):
     assert before - model.weight.item() == pytest.approx(scale * 0.99**144, rel=1e-5)
 
 
+def test_a_rate_that_the_step_itself_sets_stays_careful():
+    class Scheduled(torch.optim.SGD):
+        count = 0
+
+        def step(self, closure=None):
+            super().step(closure)
+            self.count += 1
+            for group in self.param_groups:
+                group["lr"] = 1 / (1 + self.count / 1000)
+
+    model, optimizer = one_weight(Scheduled)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    drive(rewind, model, optimizer, FALLS + HIGH[:8] + FALLS[-1:])
+    for _ in range(4):
+        before, scale, rate = model.weight.item(), rewind.scale, optimizer.param_groups[0]["lr"]
+        assert scale < 1 and rate == 1 / (1 + optimizer.count / 1000)
+        drive(rewind, model, optimizer, FALLS[-1:])
+        assert before - model.weight.item() == pytest.approx(scale * rate)
+
+
 @pytest.mark.parametrize("how", ["save", "close"])
 def test_an_error_in_a_careful_step_leaves_no_lowered_rate(how):
     class Stopped(torch.optim.SGD):

@@ -432,6 +432,7 @@ def test_a_buffer_made_under_inference_mode_goes_back():
     drive(rewind, model, optimizer, FALLS)
     with torch.inference_mode():
         model.table.fill_(5)
+    model.register_buffer("trained", torch.ones(2, requires_grad=True))
     drive(rewind, model, optimizer, HIGH)
     assert rewind.returns and model.table.tolist() == [1.0] * 4
 

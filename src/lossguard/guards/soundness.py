@@ -152,8 +152,8 @@ def check_schedules(name: str, state: PyTree) -> None:
     if any(map(_is_count, jax.tree.leaves(inner, is_leaf=_is_count))):
         raise ValueError(
             f"{name} must have its schedules outside of optax.MultiSteps, as a guard advances them "
-            "by minibatches, got one inside (chain MultiSteps with optax.scale_by_schedule; the "
-            "clock of a learned optimizer is one too, and can't leave it)"
+            "by minibatches, got one inside (chain MultiSteps with optax.scale_by_schedule; don't "
+            "put a learned optimizer into it: its clock is one)"
         )
 
 

@@ -31,6 +31,8 @@ def draw(record: Record) -> Figure:
     config, made, curves = record
     runs = of_seeds(curves).values()
     steps = curves["meta_step"].unique(maintain_order=True).to_numpy()
+    if any(len(one) != len(steps) for one in runs):
+        raise ValueError("meta-seeds of a record must have the same meta-steps")
     training = np.array([one["meta_loss"] for one in runs])
     validation = np.array([one["validation"] for one in runs])
     others = on_others(runs)

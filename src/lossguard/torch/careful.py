@@ -51,9 +51,9 @@ class CarefulSteps:
         self._options: list[Noted] = []
         """Their settings when it began."""
         self._rates: list[float | Tensor] = []
+        """Their rates between steps, while it multiplies them."""
         self._lowered: tuple[float, list[float | Tensor]] = 1.0, []
         """What these were multiplied by for the step under way, and the products."""
-        """Their rates between steps, while it multiplies them."""
         self._hooks = [
             hook
             for one in optimizers
@@ -170,7 +170,12 @@ class CarefulSteps:
 def _raised(
     scale: float, before: float | Tensor, lowered: float | Tensor, now: float | Tensor
 ) -> float | Tensor:
-    """The rate after a step at the ``lowered`` one: as before, or as the step has changed it."""
+    """The rate after a step at the ``lowered`` one: as before, or as the step has changed it.
+
+    A step multiplies the rate that it had, which is ``lowered``, or sets it anew.
+    """
     if isinstance(now, Tensor):
-        return torch.where(now == lowered, before, now / scale)
-    return before if now == lowered else now / scale
+        anew = (now - before).abs() < (now - lowered).abs()
+        return torch.where(now == lowered, before, torch.where(anew, now, now / scale))
+    anew = abs(now - before) < abs(now - lowered)
+    return before if now == lowered else now if anew else now / scale

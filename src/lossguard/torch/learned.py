@@ -77,7 +77,8 @@ class Learned(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, whose own numbers must be in range as well."""
-        self._check_numbers(param_group)
+        if isinstance(param_group, dict):  # else torch refuses it
+            self._check_numbers(param_group)
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -105,20 +106,23 @@ class Learned(Optimizer):
         if any({*self.options} - group.keys() for group in groups):
             raise ValueError(f"state must be one of {type(self).__name__}, got another optimizer's")
         for index, p in zip(given, params, strict=False):  # torch refuses other numbers of them
-            if not (found := state_dict["state"].get(index)):
-                continue
-            fresh = self._memory(torch.empty(p.shape, device="meta"))
-            needed, got = (
-                {k: list(getattr(v, "shape", ())) for k, v in sorted(of.items())}
-                for of in (fresh, found)
-            )
-            if needed != got:
-                raise ValueError(
-                    f"state must be one of {type(self).__name__} with these weights, which "
-                    f"remembers {needed} of a parameter of shape {list(p.shape)}, got {got}"
-                )
-            memory.append((p, found))
+            if found := state_dict["state"].get(index):
+                self.check_memory(p, found)
+                memory.append((p, found))
         return memory
+
+    def check_memory(self, p: Tensor, found: dict[str, Any]) -> None:
+        """Refuse a memory of a parameter that isn't of this optimizer with these weights."""
+        fresh = self._memory(torch.empty(p.shape, device="meta"))
+        needed, got = (
+            {k: list(getattr(v, "shape", ())) for k, v in sorted(of.items())}
+            for of in (fresh, found)
+        )
+        if needed != got:
+            raise ValueError(
+                f"state must be one of {type(self).__name__} with these weights, which "
+                f"remembers {needed} of a parameter of shape {list(p.shape)}, got {got}"
+            )
 
     def _memory(self, p: Tensor) -> dict[str, Tensor]:
         """What is remembered of a parameter at first, on its device."""

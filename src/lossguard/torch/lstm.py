@@ -67,7 +67,7 @@ class LSTMOptimizer(Learned):
         super().__init__(params, weights, {"lr": lr, "p": float(p)})
 
     def _check_numbers(self, group: dict[str, Any]) -> None:
-        check_lstm(group.get("lr", 1.0), group.get("p", 1.0))
+        check_lstm(group.get("lr") or 1.0, group.get("p", 1.0))
 
     def _memory(self, p: Tensor) -> dict[str, Tensor]:
         shape = self.layers, self.weights["linear.weight"].shape[1], p.numel()

@@ -45,6 +45,8 @@ class Inner:
         copies: names of entries of its state that hold the parameters, as master weights do.
         holder: the lane whose memory it has; another lane of it keeps its own meanwhile.
         steps: whether it is stepped by its lane right now.
+        pulled: whether the gradients of its first step were the parameters themselves, as those of
+            half their squared norm are: then momentum looks like slow weights.
     """
 
     def __init__(self, optimizer: Optimizer, params: list[Tensor]) -> None:
@@ -55,18 +57,25 @@ class Inner:
         self.copies: set[str] = {"z"} if callable(getattr(optimizer, "train", None)) else set()
         self.holder: Any = None
         self.steps = False
+        self.pulled: bool | None = None
         self._fresh = self.memory().copy()
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
         """Note which group entries the optimizer's step inside changes."""
         before, self.steps = list(map(noted, self.optimizer.param_groups)), True
+        if self.pulled is None:
+            self.pulled = self._pulled()
         try:
             yield
         finally:
             self.steps = False
         for old, group in zip(before, self.optimizer.param_groups, strict=True):
             self.own |= changes_since(old, group)
+
+    def _pulled(self) -> bool:
+        known = [(local(p.detach()), local(p.grad)) for p in self.params if p.grad is not None]
+        return all(g.layout is torch.strided and torch.equal(g.to(p), p) for p, g in known)
 
     def fresh(self) -> Memory:
         """As when the guard was built, by when some optimizers have made all that they remember."""
@@ -116,7 +125,8 @@ class Inner:
                 whole = entry.numel() == value.numel() > 1 and entry.layout is torch.strided
                 if whole and before.any():  # else every fresh entry is alike
                     held = entry.reshape(value.shape).to(value)  # slow weights are where it began
-                    same = torch.equal(held, value) or torch.equal(held, before)
+                    slow = not self.pulled and torch.equal(held, before)
+                    same = slow or torch.equal(held, value)
                     alike.setdefault(key, []).append(same)
         self.copies |= {key for key, flags in alike.items() if all(flags)}
         return True

@@ -70,7 +70,7 @@ class MLPOptimizer(Learned):
     >>> w.square().sum().backward()
     >>> optimizer.step()
     >>> round(w.item(), 2)
-    3.96
+    3.97
 
     Source: Metz et al., "Practical tradeoffs between memory, compute, and performance in learned
     optimizers", 2022 (small_fc_lopt), which has no scale.
@@ -84,7 +84,7 @@ class MLPOptimizer(Learned):
         super().__init__(params, weights, {"lr": lr, "clock": 0})
 
     def _check_numbers(self, group: dict[str, Any]) -> None:
-        check_positive(lr=group.get("lr", 1.0))
+        check_positive(lr=group.get("lr") or 1.0)  # 0 as before a warm-up
 
     def _check(self, gradient: Tensor) -> None:
         super()._check(gradient)

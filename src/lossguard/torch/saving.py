@@ -257,6 +257,9 @@ def _unpack_state(lane: "Lane", state: list[Saved], others: dict[Any, Any]) -> d
         ]
     )
     kept = others | {p: made for p, made in zip(params, of_params, strict=True) if made}
+    if check := getattr(lane.optimizer, "check_memory", None):  # of a learned optimizer
+        for p, made in kept.items():
+            check(p, made)
     for p in params:
         for t in leaves(kept.get(p)):
             if isinstance(t, Tensor) and t.device != p.device and (t.dim() or on_device):

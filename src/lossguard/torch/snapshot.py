@@ -157,7 +157,8 @@ class Live:
         for name, buffer in self.buffers().items():
             before = saved["model"].get(name)
             if before is not None and before.shape == buffer.shape:
-                with torch.inference_mode(buffer.is_inference()):  # made while it was validated
+                made_in_validation = torch.inference_mode(buffer.is_inference())
+                with made_in_validation, torch.no_grad():
                     buffer.copy_(before, non_blocking=True)
 
     @torch.no_grad()

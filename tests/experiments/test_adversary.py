@@ -134,6 +134,7 @@ def test_a_config_that_names_other_functions_calls_none(world, refused, name) ->
     ("content", "reason"),
     [
         ('{"resumed": 5}', "started.json is not of a run"),
+        ('{"inputs_sha256": {}, "resumed": []}', "started.json is not of a run"),
         ("[" * 100_000, "started.json is not readable JSON"),
         ("[]", "must hold a JSON object"),
     ],

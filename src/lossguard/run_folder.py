@@ -157,8 +157,8 @@ def start(folder: Path, *, inputs: Mapping[str, str], **more: Any) -> dict[str, 
     if (folder / STARTED).exists():
         first = read_json(folder / STARTED)
         before, resumed = first.get(INPUTS), first.get("resumed", [])
-        of_a_run = isinstance(before, dict) and isinstance(resumed, list)
-        if not (of_a_run and made.keys() <= first.keys()):
+        whole = made.keys() <= first.keys() and isinstance(resumed, list)
+        if not (isinstance(before, dict) and whole):
             raise ValueError(f"{folder / STARTED} is not of a run")
         if changed := [name for name in inputs if before.get(name, inputs[name]) != inputs[name]]:
             raise ValueError(

@@ -75,15 +75,14 @@ class MLPTraining(MetaTraining):
             check_kind(name, members, tuple, '(Member("digits", ReluMLP((16,))),)')
             for member in members:
                 check_kind(f"each of {name}", member, Member, 'Member("digits", ReluMLP((16,)))')
+            if not members:
+                raise ValueError(f"{name} must have members, got none")
         for member in self.family:
             check_count("pairs", member.pairs, most=MOST_SEEDS)
         check_count("hidden", self.hidden, least=2)  # of ``like_momentum``
         check_choice("stage", self.stage, ("rule", "scheduler"))
         check_positive(sigma=self.sigma, begin_rate=self.begin_rate)
         check_real("rescaling", self.rescaling, "at least 1 and finite", lambda v: 1 <= v < np.inf)
-        for name in ("family", "held_out"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} must have members, got none")
         titles = [member.title for member in (*self.family, *self.held_out)]
         if twice := [title for title in titles if titles.count(title) > 1]:
             raise ValueError(

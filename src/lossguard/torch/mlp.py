@@ -195,9 +195,10 @@ def _signals(
     along_p = torch.stack([m[1:2] @ p[0] for m, p in zip(m, flat, strict=True)])
     level = log(torch.stack([state["second_moment"].sum() for state in states])[:, None])
     signals = (
-        *(3 * products * shrink(of_g) * shrink(of_old),),
-        *(3 * along_p * shrink(of_m[:, 1:2]) * shrink(of_p), log(of_m) - level),
-        *(log(of_g) / 3, log(of_p) / 3, log(of_m[:, 1:2]) / 3),
+        3 * products * shrink(of_g) * shrink(of_old),
+        3 * along_p * shrink(of_m[:, 1:2]) * shrink(of_p),
+        log(of_m) - level,
+        *(log(one) / 3 for one in (of_g, of_p, of_m[:, 1:2])),
         *((sizes[:, 1:2] + sizes[:, 3:]) / 3, sizes[:, :1]),
         of_g.new_tensor(times).expand(len(params), 3),
     )

@@ -54,6 +54,10 @@ PATIENCE = 0.1
 STRETCH = 3
 """The least number of these cycles."""
 
+# Best of several, with a share.
+HEAD_START = 100
+"""Steps at first in which all run: who begins slowly may be ahead by then."""
+
 # Rewinding.
 IN_A_ROW = 3
 """Returns to one snapshot. If they don't help, its losses are no measure any more."""

@@ -138,6 +138,7 @@ def test_those_of_the_published_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (experiments, tasks):
         monkeypatch.setattr(module, "pretrained", weights.__getitem__)
     monkeypatch.setattr(tasks, "unguarded", lambda *optimizers, **given: (optimizers, given))
+    monkeypatch.setattr(tasks, "best_of", lambda *guards, **given: (guards, given))
     monkeypatch.setattr(tasks, "rewind", lambda learned: optax.chain(learned, optax.scale(2.0)))
     monkeypatch.setattr(tasks, "watched", lambda made: made)
     made = tasks.task_methods(replace(E, name="ImageMLP_FashionMnist8_Relu32"))
@@ -148,7 +149,11 @@ def test_those_of_the_published_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
         check(made, name, {"nt": 3}, learned)
         check(made, f"{name}, rewind", {"nt": 3}, optax.chain(learned, optax.scale(2.0)))
         check(made, f"{name}, guarded", {"nt": 3}, learned, adam[0.25])
-    assert len(made) == 8
+        ((both,), options) = made[f"{name}, best of"]()  # pyright: ignore
+        assert options == {"share": 0.05}
+        for ((ours,), _), expected in zip(both, (learned, adam[0.25]), strict=True):
+            np.testing.assert_allclose(steps_of(ours), steps_of(expected), rtol=1e-6)
+    assert len(made) == 10
 
 
 @pytest.mark.usefixtures("eager")

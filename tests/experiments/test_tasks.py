@@ -187,7 +187,7 @@ def test_recipes_are_the_published_tasks() -> None:
     assert tasks.RECIPES.keys() == tasks.TRIED.keys() == published.PUBLISHED.keys()
     for name, recipe in tasks.RECIPES.items():
         e = recipe()
-        assert e.methods[-3:] == ("MLP", "MLP, rewind", "MLP, guarded")
+        assert e.methods[-4:] == ("MLP", "MLP, rewind", "MLP, best of", "MLP, guarded")
         assert e.name == name
         assert f"Adam {e.adam_rate:g}" in e.methods and e.steps == tasks.MARKS[-1]
 
@@ -242,7 +242,8 @@ def test_the_command(tmp_path, monkeypatch, capsys) -> None:
     out = capsys.readouterr().out
     assert all(label in out for label in (tasks.ENVELOPE, tasks.TUNED, "LSTM, guarded"))
     numbers = pl.read_csv(tmp_path / "tasks.csv")
-    assert {*numbers["method"]} == {tasks.TUNED, "LSTM", "LSTM, rewind", "LSTM, guarded"}
+    guarded = {f"LSTM, {guard}" for guard in ("rewind", "best of", "guarded")}
+    assert {*numbers["method"]} == {tasks.TUNED, "LSTM", *guarded}
     recorded = pl.read_parquet(tmp_path / name / "curves.parquet")
     losses = recorded.filter(method="LSTM", seed=1)["loss"].to_numpy()[::10]
     row = numbers.filter(method="LSTM", seed=1, by="steps", mark=10)

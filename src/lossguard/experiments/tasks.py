@@ -26,6 +26,7 @@ from rich.console import Group
 from rich.table import Table
 
 from ..curves import PRICE
+from ..guards.best_of import best_of
 from ..guards.protocol import Decision, Guard, GuardState, Objective, following
 from ..guards.rewind import rewind
 from ..guards.unguarded import unguarded
@@ -96,18 +97,23 @@ best. The best at a mark is shown, as in the envelope. Guards fall back on the f
 def task_methods(e: Experiment) -> Methods:
     """What is tuned; each learned optimizer alone, under ``rewind``, and guarded over Adam.
 
+    "best of" is ``best_of`` of it and Adam with ``share=0.05``, "guarded" is ``recommended``.
+
     Raises:
         ValueError: if the experiment isn't named after a published task.
     """
     if e.name not in PUBLISHED:
         raise ValueError(f"name of a published task must be {one_of(PUBLISHED, e.name)}")
     made = {f"{kind} {rate:g}": alone(e, HAND_MADE[kind](rate)) for kind, rate in TRIED[e.name]}
+    fallback = adam(e.adam_rate)
     for name, weights in LEARNED.items():
         own = replace(e, learned=weights)
+        parts = learned_alone(own), alone(e, fallback)
         made |= {
-            name: learned_alone(own),
+            name: parts[0],
             f"{name}, rewind": lambda w=weights: unguarded(rewind(pretrained(w)), nt=e.nt),
-            f"{name}, guarded": ours(own, adam(e.adam_rate)),
+            f"{name}, best of": lambda both=parts: best_of([make() for make in both], share=0.05),
+            f"{name}, guarded": ours(own, fallback),
         }
     return {name: lambda make=make: watched(make()) for name, make in made.items()}
 

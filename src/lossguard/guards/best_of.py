@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ..rules import HEAD_START
 from ..validation import check_count, check_decay, check_kind, check_part
 from . import trial as trials
 from .cycle import (
@@ -47,7 +48,7 @@ class BestOfState(NamedTuple):
     against: Trial
     """The leader on trial against each; leaves have an axis of members."""
     spent: Int[Array, " members"]
-    """Steps of each beside the leader."""
+    """Steps of each beside the leader, after the head start."""
     leader: Int[Array, ""]
     """The number of the guard that is followed."""
     checked: Int[Array, ""]
@@ -81,8 +82,9 @@ def best_of(
 
     Args:
         guards: guards of the same nt. The first is followed where all are level.
-        share: of the cycles, for each guard that doesn't lead. None: all run. Schedules follow the
-            steps of the run, also where a guard doesn't run.
+        share: after 100 steps, in which all run, the part of the cycles in which each guard runs
+            that doesn't lead. None: all run in each. Schedules follow the steps of the run, also
+            where a guard doesn't run.
         check: where data repeat, training losses are lower for whoever overfits. Then d[j] is the
             mean of this objective of x[j] over nc minibatches of its own, 0, 1, 2, ...
         nc: check minibatches a cycle, where there is a ``check``.
@@ -182,7 +184,8 @@ class SideBySide:
         d = jnp.stack(passed_over(*rows)[1]).mean(axis=1)
         ran = jnp.array(runs)
         sound = jnp.stack([is_sound(at.params, state.params) for at in states])
-        inner, fine, again = self.settle(inner, jnp.stack(losses), void, d, ran, sound)
+        shared = ran & (state.steps >= HEAD_START)
+        inner, fine, again = self.settle(inner, jnp.stack(losses), void, d, ran, shared, sound)
         ends = [select(ok, at.params, state.params) for ok, at in zip(fine, states, strict=True)]
         x, decision = jax.tree.map(
             lambda *leaves: jnp.stack(leaves)[inner.leader], *zip(ends, decisions, strict=True)
@@ -204,9 +207,9 @@ class SideBySide:
         """Which guards run in the cycle after k steps."""
         if self.share is None:
             return [True] * len(self.members)
-        dtype = inner.records.dtype
-        behind = inner.spent.astype(dtype) <= self.share * k.astype(dtype)
-        return [*(behind | (jnp.arange(len(behind)) == inner.leader))]
+        spent, k = (count.astype(inner.records.dtype) for count in (inner.spent, k))
+        due = (k < HEAD_START) | (spent <= self.share * (k - HEAD_START))
+        return [*(due | (jnp.arange(len(spent)) == inner.leader))]
 
     def step_if(
         self,
@@ -247,11 +250,13 @@ class SideBySide:
         void: Bool[Array, " nt"],
         d: Float[Array, " members"],
         ran: Bool[Array, " members"],
+        shared: Bool[Array, " members"],
         sound: Bool[Array, " members"],
     ) -> tuple[BestOfState, Bool[Array, " members"], Bool[Array, " members"]]:
         """What is known after a cycle, and of each whether it is fine, and whether it begins again.
 
-        ``sound`` are those whose parameters are finite.
+        ``shared`` are those that ran after the head start, ``sound`` those whose parameters are
+        finite.
         """
         d, numbers = d.astype(inner.records.dtype), jnp.arange(len(d))
         leads = numbers == inner.leader
@@ -282,7 +287,7 @@ class SideBySide:
             weights=jnp.where(again, weights[best], weights),
             lowest=jnp.where(again, records[best], lowest),
             against=choose(restarts, fresh, choose(compared, tried, inner.against)),
-            spent=jnp.where(ran & ~leads, spent, inner.spent),
+            spent=jnp.where(shared & ~leads, spent, inner.spent),
             leader=best.astype(jnp.int32),
         )
         return after, fine, again

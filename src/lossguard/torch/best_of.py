@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
+from lossguard.rules import HEAD_START
 from lossguard.torch.arguments import check_functions, scalar
 from lossguard.torch.decision import NEITHER, Decision, Seen, mean, passed_over
 from lossguard.torch.guard import Guard
@@ -50,15 +51,16 @@ class BestOf(Guard):
 
     Without ``share`` all run in every cycle. Then the losses reported never sum up to more than
     those of any optimizer that stays finite and isn't ruined. They are reported with hindsight: d
-    is known before the leader is chosen. With ``share`` the leader runs, and each of the others in
-    that share of the cycles: so several cost little more than one. Who didn't run can't take over.
+    is known before the leader is chosen. With ``share`` all run in the first 100 steps; after them
+    the leader does, and each of the others in that share of the cycles: so several cost little more
+    than one. Who didn't run can't take over.
 
     Args:
         optimizers: of the same parameters. The first is followed where all are level, and its
             groups are the guard's. Or a function of a rate that makes one.
         rates: for each optimizer that this function is to make.
         model, nt, process_group, callback: as in ``Recommended``.
-        share: of the cycles, for each optimizer that doesn't lead. None: all run.
+        share: of the cycles, for each optimizer that doesn't lead. None: all run in each.
         check: where data repeat, training losses are lower for whoever overfits. Then d is the mean
             of ``check(k)``, the loss at w[j] after the cycle on held-out minibatch number k, over
             nc minibatches 0, 1, 2, ...
@@ -125,13 +127,14 @@ class BestOf(Guard):
         super().__init__(named, lanes, model, nt, process_group=process_group, callback=callback)
         self.records = [Record() for _ in lanes]
         self._spent, self._checked = [0] * len(lanes), 0
-        """Steps of each beside the leader, and check minibatches so far."""
+        """Steps of each beside the leader after the head start, and check minibatches so far."""
 
     def _begin(self) -> list[Lane]:
+        shared = self.steps - HEAD_START
         runs = [
             lane
             for lane, spent in zip(self._lanes.values(), self._spent, strict=True)
-            if not lane.live and (self.share is None or spent <= self.share * self.steps)
+            if not lane.live and (self.share is None or shared < 0 or spent <= self.share * shared)
         ]
         if self.steps == 0:  # weights may have been loaded since the guard was built
             for lane in runs:
@@ -173,7 +176,7 @@ class BestOf(Guard):
         lost = not any(map(math.isfinite, d.values()))  # all minibatches are, on all
         fine = [True] * len(lanes)
         for k, one in shown.items():
-            self._spent[k] += self.nt * (k != leader)
+            self._spent[k] += self.nt * (k != leader and self.steps >= HEAD_START)
             fine[k] = one.finite and (lost or math.isfinite(d[k]))
         known = list(fine)
         if not fine[leader]:

@@ -48,7 +48,7 @@ class BestOfState(NamedTuple):
     against: Trial
     """The leader on trial against each; leaves have an axis of members."""
     spent: Int[Array, " members"]
-    """Steps of each beside the leader, after the head start."""
+    """Steps of each beside the leader, from the end of the head start on."""
     leader: Int[Array, ""]
     """The number of the guard that is followed."""
     checked: Int[Array, ""]
@@ -179,12 +179,13 @@ class SideBySide:
         lengths = {len(decision.losses) for decision in decisions}
         if len(lengths) > 1:
             raise ValueError(f"guards must have the same nt, got {sorted(lengths)}")
+        steps = advance(state.steps, lengths.pop())
 
         void, losses = passed_over(*(decision.losses for decision in decisions))
         d = jnp.stack(passed_over(*rows)[1]).mean(axis=1)
         ran = jnp.array(runs)
         sound = jnp.stack([is_sound(at.params, state.params) for at in states])
-        shared = ran & (state.steps >= HEAD_START)
+        shared = ran & (steps >= HEAD_START)
         inner, fine, again = self.settle(inner, jnp.stack(losses), void, d, ran, shared, sound)
         ends = [select(ok, at.params, state.params) for ok, at in zip(fine, states, strict=True)]
         x, decision = jax.tree.map(
@@ -201,7 +202,7 @@ class SideBySide:
         minibatches = jnp.stack([at.minibatches for at in states])
         begins = (ran & (minibatches < i)).any()  # at minibatch 0 again, for all of them
         i = jnp.where(begins, 0, jnp.where(ran, minibatches, 0).max())
-        return GuardState(x, advance(state.steps, lengths.pop()), i, inner), decision
+        return GuardState(x, steps, i, inner), decision
 
     def are_due(self, inner: BestOfState, k: Int[Array, ""]) -> Sequence[Bool[Array, ""] | bool]:
         """Which guards run in the cycle after k steps."""
@@ -255,8 +256,8 @@ class SideBySide:
     ) -> tuple[BestOfState, Bool[Array, " members"], Bool[Array, " members"]]:
         """What is known after a cycle, and of each whether it is fine, and whether it begins again.
 
-        ``shared`` are those that ran after the head start, ``sound`` those whose parameters are
-        finite.
+        ``shared`` are those whose steps count towards their share, ``sound`` those whose parameters
+        are finite.
         """
         d, numbers = d.astype(inner.records.dtype), jnp.arange(len(d))
         leads = numbers == inner.leader

@@ -127,7 +127,7 @@ class BestOf(Guard):
         super().__init__(named, lanes, model, nt, process_group=process_group, callback=callback)
         self.records = [Record() for _ in lanes]
         self._spent, self._checked = [0] * len(lanes), 0
-        """Steps of each beside the leader after the head start, and check minibatches so far."""
+        """Steps of each beside the leader from the end of the head start on; check minibatches."""
 
     def _begin(self) -> list[Lane]:
         shared = self.steps - HEAD_START
@@ -176,7 +176,7 @@ class BestOf(Guard):
         lost = not any(map(math.isfinite, d.values()))  # all minibatches are, on all
         fine = [True] * len(lanes)
         for k, one in shown.items():
-            self._spent[k] += self.nt * (k != leader and self.steps >= HEAD_START)
+            self._spent[k] += self.nt * (k != leader and self.steps + self.nt >= HEAD_START)
             fine[k] = one.finite and (lost or math.isfinite(d[k]))
         known = list(fine)
         if not fine[leader]:

@@ -11,6 +11,7 @@ from problems import decay, objective_of
 from runs import play
 
 import lossguard
+from lossguard.guards import best_of
 
 NT, NC, CYCLES = 3, 2, 60
 DECAY = 0.7
@@ -91,7 +92,7 @@ def test_with_a_share_only_the_leader_runs_in_every_cycle(share) -> None:
     def objective(w, i):
         return first(w, 0)
 
-    cycles, head_start = 120, 34  # which ends after 102 steps
+    cycles, half, head_start = 120, 17, 34  # after 51 steps, and 102
     alone = [play(guard, objective, start, cycles) for guard in guards]
     best = lossguard.best_of(guards, share=share, decay=DECAY)
     states, decisions = play(best, objective, start, cycles)
@@ -107,6 +108,8 @@ def test_with_a_share_only_the_leader_runs_in_every_cycle(share) -> None:
             own[j] += 1
             spent[j] += cycle >= head_start - 1 and j != leader  # the last of it counts
         leader = min(ran, key=lambda j: sums[j] / weights[j])
+        if cycle == half - 1:
+            sums[:], weights[:] = 0, 0
         assert decisions.winner[cycle] == leader
         assert decisions.gradients[cycle] == NT * len(ran)
         expected = alone[leader][0].params[own[leader] - 1]
@@ -117,6 +120,33 @@ def test_with_a_share_only_the_leader_runs_in_every_cycle(share) -> None:
     taken = [member.steps[-1] for member in states.inner.members]
     assert all(taken[j] <= most for j in range(3) if j not in winners[head_start:])
     assert decisions.gradients.sum() <= k + 3 * most
+
+
+def test_a_bad_start_is_forgotten_within_the_head_start() -> None:
+    """One that stands still for 30 steps, and then is a little lower, is followed after 50."""
+    fast, slow = (
+        optax.sgd(lambda k, at=at, by=by: jnp.where(k == at, by, 0.0))
+        for at, by in ((0, 100.0), (30, 101.0))
+    )
+    guards = [unguarded(fast), unguarded(slow)]
+    winners = {}
+    for share in (None, 0.05):
+        guard = lossguard.best_of(guards, share=share)
+        winners[share] = play(guard, lambda w, i: w, jnp.float32(0), 50)[1].winner
+    assert (winners[0.05][:17] == 0).all() and (winners[0.05][17:] == 1).all()
+    assert (winners[None][:40] == 0).all()
+
+
+def test_turns_before_there_was_a_share_are_not_counted() -> None:
+    """Nor do those of one that begins again come back."""
+    guards = [unguarded(optax.sgd(0.1)), unguarded(optax.sgd(0.01))]
+    state = lossguard.best_of(guards).init(jnp.float32(1))
+    state, _ = lossguard.rollout(lossguard.best_of(guards), state, lambda w, i: w**2, cycles=60)
+    assert state.inner.spent.tolist() == [0, 0]
+    shared = lossguard.best_of(guards, share=0.1)
+    state, _ = lossguard.rollout(shared, shared.init(jnp.float32(1)), lambda w, i: w**2, cycles=60)
+    again = best_of.renew_if(jnp.array(True), shared, state, jnp.float32(3))
+    assert again.params == 3 and again.inner.spent.tolist() == state.inner.spent.tolist() != [0, 0]
 
 
 def test_the_curve_is_not_above_the_best_guards() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lossguard.torch import LSTMOptimizer, MLPOptimizer, Recommended
+from lossguard.torch import BestOf, LSTMOptimizer, MLPOptimizer, Recommended
 
 SHAPES = [(), (5,), (6, 4), (4, 6), (5, 5), (8, 4, 3, 3), (2, 7, 3), (0, 3)]
 
@@ -178,3 +178,17 @@ def test_in_a_guard_its_clock_is_that_of_the_run():
         clocks.append(learned.param_groups[0]["clock"])
     assert sum(decision.learned_updates for decision in guard.history) == 20
     assert clocks[149] == 10 and clocks[-1] == 170
+
+
+def test_where_it_does_not_run_its_clock_goes_on():
+    """It hardly moves, so that Adam leads, and it runs in few cycles after the first 100 steps."""
+    p = nn.Parameter(torch.ones(3))
+    learned = MLPOptimizer([p], weights_of(), lr=1e-6)
+    guard = BestOf([torch.optim.Adam([p], lr=0.01), learned], model=None, share=0.05)
+    for _ in range(300):
+        for lane in guard.lanes():
+            loss = p.square().sum()
+            loss.backward()
+            lane.step(loss)
+    assert sum(decision.gradients for decision in guard.history) == 400
+    assert learned.param_groups[0]["clock"] == 300

@@ -82,9 +82,10 @@ def best_of(
 
     Args:
         guards: guards of the same nt. The first is followed where all are level.
-        share: after 100 steps, in which all run, the part of the cycles in which each guard runs
-            that doesn't lead. None: all run in each. Schedules follow the steps of the run, also
-            where a guard doesn't run.
+        share: the part of the cycles in which each guard runs that doesn't lead, after 100 steps in
+            which all do. 50 steps after the start D begins anew: a bad start is forgotten by then.
+            None: all run in each cycle. Schedules follow the steps of the run, also where a guard
+            doesn't run.
         check: where data repeat, training losses are lower for whoever overfits. Then d[j] is the
             mean of this objective of x[j] over nc minibatches of its own, 0, 1, 2, ...
         nc: check minibatches a cycle, where there is a ``check``.
@@ -185,8 +186,12 @@ class SideBySide:
         d = jnp.stack(passed_over(*rows)[1]).mean(axis=1)
         ran = jnp.array(runs)
         sound = jnp.stack([is_sound(at.params, state.params) for at in states])
-        shared = ran & (steps >= HEAD_START)
+        shared = ran & (steps >= HEAD_START) & (self.share is not None)
         inner, fine, again = self.settle(inner, jnp.stack(losses), void, d, ran, shared, sound)
+        if self.share is not None:  # who leads after the head start is told by its second half
+            half = HEAD_START // 2
+            over = (state.steps < half) & (half <= steps) & (steps < HEAD_START)
+            inner = inner._replace(weights=jnp.where(over, 0, inner.weights))
         ends = [select(ok, at.params, state.params) for ok, at in zip(fine, states, strict=True)]
         x, decision = jax.tree.map(
             lambda *leaves: jnp.stack(leaves)[inner.leader], *zip(ends, decisions, strict=True)
@@ -299,6 +304,8 @@ def renew_if(again: Bool[Array, ""], guard: Guard, was: GuardState, x: Params) -
 
     def renewed() -> GuardState:
         fresh = guard.init(x)._replace(steps=was.steps, minibatches=was.minibatches)
+        if isinstance(was.inner, BestOfState):  # nor do its own members get their shares again
+            fresh = fresh._replace(inner=fresh.inner._replace(spent=was.inner.spent))
         return keep_schedules(fresh, was)
 
     return jax.lax.cond(again, renewed, lambda: was)

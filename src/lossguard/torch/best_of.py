@@ -51,9 +51,10 @@ class BestOf(Guard):
 
     Without ``share`` all run in every cycle. Then the losses reported never sum up to more than
     those of any optimizer that stays finite and isn't ruined. They are reported with hindsight: d
-    is known before the leader is chosen. With ``share`` all run in the first 100 steps; after them
-    the leader does, and each of the others in that share of the cycles: so several cost little more
-    than one. Who didn't run can't take over.
+    is known before the leader is chosen. With ``share`` all run in the first 100 steps; after 50 of
+    them D begins anew: a bad start is forgotten by then. After the 100 the leader runs, and each of
+    the others in that share of the cycles, so that several cost little more than one. Who didn't
+    run can't take over.
 
     Args:
         optimizers: of the same parameters. The first is followed where all are level, and its
@@ -174,18 +175,21 @@ class BestOf(Guard):
             filled = passed_over(held_out)[1]
         d = {int(name): mean(one.losses) for name, one in filled.items()}
         lost = not any(map(math.isfinite, d.values()))  # all minibatches are, on all
+        steps = self.steps + self.nt
+        shared = self.share is not None and steps >= HEAD_START
         fine = [True] * len(lanes)
         for k, one in shown.items():
-            self._spent[k] += self.nt * (k != leader and self.steps + self.nt >= HEAD_START)
+            self._spent[k] += self.nt * (shared and k != leader)
             fine[k] = one.finite and (lost or math.isfinite(d[k]))
         known = list(fine)
         if not fine[leader]:
             began_well = math.isfinite(shown[leader].losses[0])
-            d[leader], known[leader] = old[leader].mean, began_well and old[leader].weight > 0
+            d[leader] = old[leader].mean
+            known[leader] = began_well and not math.isnan(d[leader])
         for k in () if lost else shown:
             if known[k]:
                 self.records[k] = old[k].after(d[k], self.decay)
-        may_lead = [k for k in sorted(shown) if known[k] and self.records[k].weight > 0]
+        may_lead = [k for k in sorted(shown) if known[k] and not math.isnan(self.records[k].mean)]
         best = min(may_lead, key=lambda k: self.records[k].mean, default=leader)
         x = lanes[best].point if fine[best] else self._leader.before
         again = {k for k, ok in enumerate(fine) if not ok}
@@ -198,6 +202,10 @@ class BestOf(Guard):
             self.records[k] = Record(like.mean, like.weight, lowest=like.mean)
         if best != leader:
             self.records = [record._replace(against=UNBOUNDED) for record in self.records]
+        if self.share is not None and self.steps < HEAD_START // 2 <= steps < HEAD_START:
+            self.records = [record._replace(weight=0.0) for record in self.records]
+        for k in {*range(len(lanes))} - {*shown}:
+            lanes[k].wind(self.nt, on=True)
         self._lead(lanes[best])
         return Decision(
             used_learned=[True] * self.nt,

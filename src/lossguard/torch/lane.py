@@ -124,12 +124,15 @@ class Lane:
         self.remember(memory)
         self.inner.move_copies(self.memory(), self.point)
 
-    def wind(self, clock: int) -> None:
-        """Set the clock of a learned optimizer, the steps of the run, if it has one."""
+    def wind(self, clock: int, *, on: bool = False) -> None:
+        """Set the clock of a learned optimizer, the steps of the run, if it has one.
+
+        Or put it on by so much.
+        """
         memory = self.memory()
         for options in memory.options:
             if "clock" in options:
-                options["clock"] = clock
+                options["clock"] = clock + (options["clock"] if on else 0)
         self.remember(memory)
 
     def enter(self, *, checking: bool) -> None:

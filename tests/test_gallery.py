@@ -107,8 +107,9 @@ def test_the_decision_log_is_as_told(names) -> None:
 
 def test_the_highest_rate_leads(names) -> None:
     history = names["lossguard"].decision_table(names["guard"].history)
-    assert (history["winner"][10:] == 2).all()
-    assert 1.15 < history["price_of_step"].mean() < 1.25
+    price = history["price_of_step"]
+    assert (history["winner"] == 2).all()
+    assert (price[:10] == 3).all() and 1.15 < price[10:].mean() < 1.25
 
 
 def test_chance_decides_a_check_near_the_minimum(names) -> None:

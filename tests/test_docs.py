@@ -66,11 +66,16 @@ def test_jax_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_readme(capsys: pytest.CaptureFixture[str]) -> None:
-    """The loop in JAX."""
-    (loop,) = (block for block in blocks("README.md") if "lossguard.torch" not in block)
-    exec(loop, {})
+    """The loop in JAX, and the shipped optimizer in its place."""
+    names: dict[str, Any] = {}
+    loop, pair = (block for block in blocks("README.md") if "lossguard.torch" not in block)
+    exec(loop, names)
     alone, guarded = map(float, capsys.readouterr().out.split())
     assert round(alone, 2) == 0.06 and guarded < alone
+    exec(pair, names)
+    state = names["guard"].init(jnp.zeros(3))
+    state, decisions = lossguard.rollout(names["guard"], state, names["objective"], cycles=30)
+    assert decisions.losses[-1].mean() < 0.01 and decisions.gradients.sum() == 400
 
 
 def test_guides_to_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

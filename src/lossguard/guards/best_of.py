@@ -180,18 +180,16 @@ class SideBySide:
         lengths = {len(decision.losses) for decision in decisions}
         if len(lengths) > 1:
             raise ValueError(f"guards must have the same nt, got {sorted(lengths)}")
-        steps = advance(state.steps, lengths.pop())
+        nt = lengths.pop()
 
         void, losses = passed_over(*(decision.losses for decision in decisions))
         d = jnp.stack(passed_over(*rows)[1]).mean(axis=1)
         ran = jnp.array(runs)
         sound = jnp.stack([is_sound(at.params, state.params) for at in states])
-        shared = ran & (steps >= HEAD_START) & (self.share is not None)
-        inner, fine, again = self.settle(inner, jnp.stack(losses), void, d, ran, shared, sound)
-        if self.share is not None:  # who leads after the head start is told by its second half
-            half = HEAD_START // 2
-            over = (state.steps < half) & (half <= steps) & (steps < HEAD_START)
-            inner = inner._replace(weights=jnp.where(over, 0, inner.weights))
+        beside = ran & (jnp.arange(len(d)) != inner.leader)
+        inner, fine, again = self.settle(inner, jnp.stack(losses), void, d, ran, sound)
+        if self.share is not None:
+            inner = head_start(inner, beside, state.steps, nt)
         ends = [select(ok, at.params, state.params) for ok, at in zip(fine, states, strict=True)]
         x, decision = jax.tree.map(
             lambda *leaves: jnp.stack(leaves)[inner.leader], *zip(ends, decisions, strict=True)
@@ -207,7 +205,7 @@ class SideBySide:
         minibatches = jnp.stack([at.minibatches for at in states])
         begins = (ran & (minibatches < i)).any()  # at minibatch 0 again, for all of them
         i = jnp.where(begins, 0, jnp.where(ran, minibatches, 0).max())
-        return GuardState(x, steps, i, inner), decision
+        return GuardState(x, advance(state.steps, nt), i, inner), decision
 
     def are_due(self, inner: BestOfState, k: Int[Array, ""]) -> Sequence[Bool[Array, ""] | bool]:
         """Which guards run in the cycle after k steps."""
@@ -256,13 +254,11 @@ class SideBySide:
         void: Bool[Array, " nt"],
         d: Float[Array, " members"],
         ran: Bool[Array, " members"],
-        shared: Bool[Array, " members"],
         sound: Bool[Array, " members"],
     ) -> tuple[BestOfState, Bool[Array, " members"], Bool[Array, " members"]]:
         """What is known after a cycle, and of each whether it is fine, and whether it begins again.
 
-        ``shared`` are those whose steps count towards their share, ``sound`` those whose parameters
-        are finite.
+        ``sound`` are those whose parameters are finite.
         """
         d, numbers = d.astype(inner.records.dtype), jnp.arange(len(d))
         leads = numbers == inner.leader
@@ -287,16 +283,30 @@ class SideBySide:
         again = ~fine | (compared & won & was_as_good & (numbers != best))
         restarts = again | (compared & (won | over)) | (best != inner.leader)
         choose, fresh = jax.vmap(select), jax.vmap(trials.unbounded)(records)
-        spent = advance(inner.spent, losses.shape[1])
         after = inner._replace(
             records=jnp.where(again, records[best], records),
             weights=jnp.where(again, weights[best], weights),
             lowest=jnp.where(again, records[best], lowest),
             against=choose(restarts, fresh, choose(compared, tried, inner.against)),
-            spent=jnp.where(shared & ~leads, spent, inner.spent),
             leader=best.astype(jnp.int32),
         )
         return after, fine, again
+
+
+def head_start(
+    inner: BestOfState, beside: Bool[Array, " members"], k: Int[Array, ""], nt: int
+) -> BestOfState:
+    """After a cycle of nt steps from step k: turns count from the end of the head start on.
+
+    Who leads then is told by its second half: D begins anew after the first.
+    """
+    half, after = HEAD_START // 2, advance(k, nt)
+    anew = (k < half) & (half <= after) & (after < HEAD_START)
+    shared = beside & (after >= HEAD_START)
+    return inner._replace(
+        weights=jnp.where(anew, 0, inner.weights),
+        spent=jnp.where(shared, advance(inner.spent, nt), inner.spent),
+    )
 
 
 def renew_if(again: Bool[Array, ""], guard: Guard, was: GuardState, x: Params) -> GuardState:

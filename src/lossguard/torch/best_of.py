@@ -175,11 +175,8 @@ class BestOf(Guard):
             filled = passed_over(held_out)[1]
         d = {int(name): mean(one.losses) for name, one in filled.items()}
         lost = not any(map(math.isfinite, d.values()))  # all minibatches are, on all
-        steps = self.steps + self.nt
-        shared = self.share is not None and steps >= HEAD_START
         fine = [True] * len(lanes)
         for k, one in shown.items():
-            self._spent[k] += self.nt * (shared and k != leader)
             fine[k] = one.finite and (lost or math.isfinite(d[k]))
         known = list(fine)
         if not fine[leader]:
@@ -202,10 +199,10 @@ class BestOf(Guard):
             self.records[k] = Record(like.mean, like.weight, lowest=like.mean)
         if best != leader:
             self.records = [record._replace(against=UNBOUNDED) for record in self.records]
-        if self.share is not None and self.steps < HEAD_START // 2 <= steps < HEAD_START:
-            self.records = [record._replace(weight=0.0) for record in self.records]
-        for k in {*range(len(lanes))} - {*shown}:
-            lanes[k].wind(self.nt, on=True)
+        if self.share is not None:
+            self._head_start({*shown} - {leader})
+            for k in {*range(len(lanes))} - {*shown}:
+                lanes[k].wind(self.nt, on=True)
         self._lead(lanes[best])
         return Decision(
             used_learned=[True] * self.nt,
@@ -216,6 +213,17 @@ class BestOf(Guard):
             forwards=0 if self.check is None else self.checks * len(seen),
             learned_updates=self.nt * len(seen),
         ).without(void)
+
+    def _head_start(self, beside: Iterable[int]) -> None:
+        """After a cycle: turns count from the end of the head start on.
+
+        Who leads then is told by its second half: D begins anew after the first.
+        """
+        half, after = HEAD_START // 2, self.steps + self.nt
+        if self.steps < half <= after < HEAD_START:
+            self.records = [record._replace(weight=0.0) for record in self.records]
+        for k in beside if after >= HEAD_START else ():
+            self._spent[k] += self.nt
 
     def _ruined(
         self, shown: Mapping[int, Seen], void: Sequence[bool], fine: Sequence[bool], leader: int

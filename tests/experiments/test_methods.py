@@ -116,8 +116,8 @@ def test_figure_9s() -> None:
 def test_those_compared_at_equal_price(
     over: str, fallback: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("hedged", "best_of"):
-        monkeypatch.setattr(price, name, lambda *optimizers, **options: (optimizers, options))
+    for module, name in ((price, "hedged"), (experiments, "best_of")):
+        monkeypatch.setattr(module, name, lambda *optimizers, **options: (optimizers, options))
     monkeypatch.setattr(price, "pretrained", {"mine": LEARNED}.__getitem__)
     made = price.price_methods(over, E)
     check(made, "Fallback", TRUSTED, fallback)
@@ -138,7 +138,7 @@ def test_those_of_the_published_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (experiments, tasks):
         monkeypatch.setattr(module, "pretrained", weights.__getitem__)
     monkeypatch.setattr(tasks, "unguarded", lambda *optimizers, **given: (optimizers, given))
-    monkeypatch.setattr(tasks, "best_of", lambda *guards, **given: (guards, given))
+    monkeypatch.setattr(experiments, "best_of", lambda *guards, **given: (guards, given))
     monkeypatch.setattr(tasks, "rewind", lambda learned: optax.chain(learned, optax.scale(2.0)))
     monkeypatch.setattr(tasks, "watched", lambda made: made)
     made = tasks.task_methods(replace(E, name="ImageMLP_FashionMnist8_Relu32"))

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 import optax
 import tyro
 
+from ..guards.best_of import best_of
 from ..guards.loss_guard import loss_guard
 from ..guards.protocol import Decision, Guard, GuardState, Objective
 from ..guards.recommended import recommended
@@ -86,6 +87,11 @@ def rival(e: "Experiment", theta: float) -> Method:
 def ours(e: "Experiment", fallback: optax.GradientTransformation) -> Method:
     """The recommended guard over a fallback."""
     return lambda: recommended(pretrained(e.learned), fallback, nt=e.nt)
+
+
+def best_of_both(*methods: Method) -> Method:
+    """Two that run by themselves: whichever is ahead, the other in a twentieth of the cycles."""
+    return lambda: best_of([make() for make in methods], share=0.05)
 
 
 def paper_methods(e: "Experiment") -> Methods:

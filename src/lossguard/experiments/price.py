@@ -17,7 +17,6 @@ from rich.console import Group
 from rich.table import Column, Table
 
 from ..curves import PRICE, divided
-from ..guards.best_of import best_of
 from ..guards.hedged import hedged
 from ..learned.pretrained import pretrained
 from ..records import EVALUATIONS, read_parquet
@@ -25,6 +24,7 @@ from .experiment import (
     Experiment,
     Methods,
     alone,
+    best_of_both,
     guarded,
     learned_alone,
     ours,
@@ -57,7 +57,7 @@ def price_methods(over: str, e: Experiment) -> Methods:
         "Recommended": ours(e, fallback),
         "Hedged": lambda: hedged(pretrained(e.learned), fallback, nt=e.nt),
         "LGL2O": guarded(e, fallback),
-        "Best of both": lambda: best_of([make() for make in parts.values()], share=0.05),
+        "Best of both": best_of_both(*parts.values()),
     }
 
 

@@ -26,7 +26,6 @@ from rich.console import Group
 from rich.table import Table
 
 from ..curves import PRICE
-from ..guards.best_of import best_of
 from ..guards.protocol import Decision, Guard, GuardState, Objective, following
 from ..guards.rewind import rewind
 from ..guards.unguarded import unguarded
@@ -35,7 +34,15 @@ from ..records import read_json, read_run
 from ..tasks.published import PUBLISHED, published_task
 from ..tasks.task import Task
 from ..validation import one_of
-from .experiment import Experiment, Methods, alone, learned_alone, ours, with_methods
+from .experiment import (
+    Experiment,
+    Methods,
+    alone,
+    best_of_both,
+    learned_alone,
+    ours,
+    with_methods,
+)
 
 FILE = "LOSSGUARD_BASELINES"
 """The environment variable that names the published file."""
@@ -108,11 +115,10 @@ def task_methods(e: Experiment) -> Methods:
     fallback = adam(e.adam_rate)
     for name, weights in LEARNED.items():
         own = replace(e, learned=weights)
-        parts = learned_alone(own), alone(e, fallback)
         made |= {
-            name: parts[0],
+            name: learned_alone(own),
             f"{name}, rewind": lambda w=weights: unguarded(rewind(pretrained(w)), nt=e.nt),
-            f"{name}, best of": lambda both=parts: best_of([make() for make in both], share=0.05),
+            f"{name}, best of": best_of_both(learned_alone(own), alone(e, fallback)),
             f"{name}, guarded": ours(own, fallback),
         }
     return {name: lambda make=make: watched(make()) for name, make in made.items()}

@@ -46,7 +46,9 @@ class Learned(Optimizer):
         self.weights = {name: tensor.detach().float() for name, tensor in tensors.items()}
         self._on: dict[torch.device, dict[str, Tensor]] = {}
         """The weights on each device that has parameters, from its first step on."""
-        super().__init__(params, defaults)
+        lr = defaults["lr"]
+        plain = lr if isinstance(lr, Tensor) else float(lr)  # NumPy's are not loaded safely
+        super().__init__(params, defaults | {"lr": plain})
 
     @classmethod
     def pretrained(cls, params: ParamsT, name: str | os.PathLike[str]) -> Self:

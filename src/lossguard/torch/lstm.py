@@ -63,8 +63,7 @@ class LSTMOptimizer(Learned):
         p: float = 10.0,
     ) -> None:
         check_lstm(scale, p)
-        lr = scale if isinstance(scale, Tensor) else float(scale)  # NumPy's are not loaded safely
-        super().__init__(params, weights, {"lr": lr, "p": float(p)})
+        super().__init__(params, weights, {"lr": scale, "p": float(p)})
 
     def _check_numbers(self, group: dict[str, Any]) -> None:
         check_lstm(group.get("lr") or 1.0, group.get("p", 1.0))

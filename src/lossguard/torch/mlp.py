@@ -80,7 +80,6 @@ class MLPOptimizer(Learned):
 
     def __init__(self, params: ParamsT, weights: Mapping[str, Tensor], *, lr: float = 1.0) -> None:
         check_positive(lr=lr)
-        lr = lr if isinstance(lr, Tensor) else float(lr)  # NumPy's are not loaded safely
         super().__init__(params, weights, {"lr": lr, "clock": 0})
 
     def _check_numbers(self, group: dict[str, Any]) -> None:

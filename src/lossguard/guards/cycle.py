@@ -89,12 +89,7 @@ def own_buffers(tree: PyTree) -> PyTree:
 
     It is of the type that a step returns: a weak type would have the second step compiled again.
     """
-
-    def own(leaf: Array) -> Array:
-        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return jnp.copy(leaf) if is_key else jnp.array(leaf, leaf.dtype)
-
-    return jax.tree.map(lambda leaf: own(jnp.asarray(leaf)), tree)
+    return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.result_type(leaf)), tree)
 
 
 def check_state(state: Any, inner: type = object) -> None:

@@ -77,8 +77,9 @@ def propose(
         value_fn=lambda params: objective(params, i),
         grad_fn=lambda params, _: jax.grad(objective)(params, i),
     )
-    # Some optimizers return a wider dtype than they began with, which a compiled loop can't carry.
-    state = jax.tree.map(as_before, state, lane.state)
+    # Some optimizers return Python's numbers, or a wider dtype than they began with, which a
+    # compiled loop can't carry.
+    state = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), state, lane.state)
     return Lane(optax.apply_updates(lane.params, updates), state)
 
 
@@ -169,9 +170,3 @@ def losses_if(runs: Bool[Array, ""], params: Params, now: Cycle) -> Float[Array,
 def is_fine(lane: Lane, losses: Float[Array, "..."], before: Params) -> Bool[Array, ""]:
     """Whether a lane that ran has finite parameters (but for infinities of before) and losses."""
     return is_sound(lane.params, before) & all_finite(losses)
-
-
-def as_before(new: Array, old: Array) -> Array:
-    """A leaf of a state, in the dtype that it had."""
-    new = jnp.asarray(new)  # some optimizers keep Python's numbers
-    return new if new.dtype == old.dtype else new.astype(old.dtype)

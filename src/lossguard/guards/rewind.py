@@ -18,7 +18,7 @@ from . import alarm as alarms
 from . import snapshot
 from .alarm import Alarm
 from .cycle import as_arrays, own_buffers, sum_dtype
-from .lanes import as_before, with_extra_args
+from .lanes import with_extra_args
 from .protocol import Params, advance
 from .snapshot import Snapshots
 from .soundness import is_sound, keep_schedules, select
@@ -168,7 +168,7 @@ class Rules:
         risen = (state.ramp / state.alarm.block).astype(jnp.float32)
         scale = state.cap * (self.factor + (1 - self.factor) * risen)
         steps, advanced = self.optimizer.update(updates, state.inner, x, **extra_args)
-        advanced = jax.tree.map(as_before, advanced, state.inner)
+        advanced = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), advanced, state.inner)
         steps = jax.tree.map(lambda u, p: scaled(u, scale, p), steps, x)
         ahead = optax.apply_updates(x, steps)
         sound = jnp.isfinite(loss) & snapshot.can_return_from(ahead, x)

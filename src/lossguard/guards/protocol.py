@@ -81,7 +81,7 @@ def advance(
     count: Int[Array, "..."], by: Int[Array, ""] | Bool[Array, ""] | int
 ) -> Int[Array, "..."]:
     """Counts after ``by`` more, one more where it is true; they stay at the largest number."""
-    return jnp.where(count > LAST - by, LAST, count + by).astype(jnp.int32)
+    return jnp.where(count > LAST - by, LAST, count + by).astype(jnp.result_type(count))
 
 
 def following(i: Int[Array, ""], by: int) -> Int[Array, ""]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, PyTree
 
-from .protocol import Objective, Params
+from .protocol import Objective, Params, advance
 from .stacked import stacked
 
 Injected = optax.schedules.InjectStatefulHyperparamsState
@@ -73,10 +73,10 @@ def with_sound_gradients(objective: Objective, params: Params, i: Any) -> Object
         params, others = at
         loss, gradient = jax.value_and_grad(converted)(params, *others)
         gradient = select(all_finite(gradient), gradient, jax.tree.map(jnp.zeros_like, gradient))
-        slopes = jax.tree.map(_slope, gradient, direction[0])
+        by_params, by_others = jax.tree.map(_instantiated, direction, is_leaf=_is_zero)
+        slopes = jax.tree.map(lambda g, d: (g * d).sum(), gradient, by_params)
         along = jax.tree.reduce(jnp.add, slopes).astype(loss.dtype)
         if not all(map(_is_zero, jax.tree.leaves(direction[1], is_leaf=_is_zero))):
-            by_others = jax.tree.map(_instantiated, direction[1], is_leaf=_is_zero)
             along += jax.jvp(lambda others: converted(params, *others), (others,), (by_others,))[1]
         return loss, along
 
@@ -94,10 +94,6 @@ def with_sound_gradients(objective: Objective, params: Params, i: Any) -> Object
 def _typed(number: Any, like: Any) -> Any:
     dtype = jnp.result_type(like)
     return number if jnp.result_type(number) == dtype else jnp.asarray(number, dtype)
-
-
-def _slope(gradient: Array, direction: Any) -> Array:
-    return jnp.zeros(()) if _is_zero(direction) else (gradient * direction).sum()
 
 
 def _is_zero(direction: Any) -> bool:
@@ -127,22 +123,17 @@ def advance_schedules(state: PyTree, steps: int) -> PyTree:
     """``state`` with the step counts of its schedules ``steps`` later: it was idle meanwhile."""
 
     def later(node: PyTree) -> PyTree:
-        if not isinstance(node, Injected):
-            return jax.tree.map(lambda n: _later(n, steps), node) if _is_count(node) else node
-        return node._replace(  # and hyperparameters stay, of which some are integers
-            count=_later(node.count, steps),
-            hyperparams_states=advance_schedules(node.hyperparams_states, steps),
-            inner_state=advance_schedules(node.inner_state, steps),
-        )
+        if _is_count(node):
+            return node._replace(count=advance(node.count, steps))
+        if isinstance(node, Injected):  # hyperparameters stay, of which some are integers
+            return node._replace(
+                count=advance(node.count, steps),
+                hyperparams_states=advance_schedules(node.hyperparams_states, steps),
+                inner_state=advance_schedules(node.inner_state, steps),
+            )
+        return node
 
     return jax.tree.map(later, state, is_leaf=_is_schedule)
-
-
-def _later(count: Array, steps: int) -> Array:
-    """A count so many steps later, which stays at the largest number, as optax's own do."""
-    dtype = jnp.result_type(count)
-    most = jnp.iinfo(dtype).max if jnp.issubdtype(dtype, jnp.integer) else jnp.inf
-    return jnp.where(count > most - steps, most, count + steps).astype(dtype)
 
 
 def check_schedules(name: str, state: PyTree) -> None:

@@ -5,7 +5,7 @@ learned proposal y, mu the bound that a tracking sequence makes of the residuals
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -15,7 +15,7 @@ from jaxtyping import Array, Int, PyTree
 
 from ..validation import check_choice, check_fraction, check_kind
 from .cycle import Cycle, guard_of, sum_dtype
-from .lanes import Lane, Optimizer, propose, with_extra_args
+from .lanes import Lane, propose, with_extra_args
 from .protocol import FALLBACK, LEARNED, NEITHER, Decision, Guard, Objective, Params
 from .soundness import is_sound, renew_if_unsound, select
 
@@ -113,37 +113,17 @@ def residual_guard(
     alpha = check_fraction("alpha", alpha)
     check_choice("residual", residual, get_args(Residual))
     check_kind("sequence", sequence, TrackingSequence, "ema(0.9)")
-    learned = with_extra_args("learned", learned)
-    rules = GL2O(learned, with_extra_args("fallback", fallback), alpha, sequence, residual)
-    return guard_of(rules.begin, rules.cycle, nt=nt, inner=ResidualGuardState)
+    learned, fallback = with_extra_args("learned", learned), with_extra_args("fallback", fallback)
 
-
-@dataclass(frozen=True)
-class GL2O:
-    """The rules."""
-
-    learned: Optimizer
-    fallback: Optimizer
-    alpha: float
-    sequence: TrackingSequence
-    residual: Residual
-
-    def begin(self, params: Params) -> ResidualGuardState:
-        """Nothing is known of mu."""
-        memory = self.sequence.init(jnp.array(jnp.nan, sum_dtype(params)))
-        return ResidualGuardState(self.learned.init(params), self.fallback.init(params), memory)
+    def begin(params: Params) -> ResidualGuardState:
+        memory = sequence.init(jnp.array(jnp.nan, sum_dtype(params)))  # nothing is known of mu
+        return ResidualGuardState(learned.init(params), fallback.init(params), memory)
 
     def cycle(
-        self, x: Params, inner: ResidualGuardState, now: Cycle
+        x: Params, inner: ResidualGuardState, now: Cycle
     ) -> tuple[Params, ResidualGuardState, Decision]:
-        """nt steps."""
-
-        def step(carry: tuple, t: Any) -> tuple[tuple, tuple]:
-            x, inner = carry
-            return self.step(x, inner, now.objective, now.i + t)
-
-        (x, inner), report = jax.lax.scan(step, (x, inner), jnp.arange(now.nt))
-        ok, losses, finite_y, finite_z = report
+        step, numbers = partial(gl2o, now.objective), now.i + jnp.arange(now.nt)
+        (x, inner), (ok, losses, finite_y, finite_z) = jax.lax.scan(step, (x, inner), numbers)
         nan = jnp.array(jnp.nan, now.dtype)
         decision = Decision(
             used_learned=ok,
@@ -159,35 +139,38 @@ class GL2O:
         )
         return x, inner, decision
 
-    def step(
-        self, x: Params, inner: ResidualGuardState, objective: Objective, i: Int[Array, ""]
+    def gl2o(
+        objective: Objective, carry: tuple[Params, ResidualGuardState], i: Int[Array, ""]
     ) -> tuple[tuple[Params, ResidualGuardState], tuple[Array, ...]]:
-        """One of them; and whether y is kept, the loss at x, and whether y and z are finite."""
+        """One step; and whether y is kept, the loss at x, and whether y and z are finite."""
+        x, inner = carry
         loss, gradient = jax.value_and_grad(objective)(x, i)
         at = Lane(x, inner.learned), Lane(x, inner.fallback)
-        y, learned_state = propose(self.learned, at[0], objective, i, loss, gradient)
-        z, fallback_state = propose(self.fallback, at[1], objective, i, loss, gradient)
+        y, learned_state = propose(learned, at[0], objective, i, loss, gradient)
+        z, fallback_state = propose(fallback, at[1], objective, i, loss, gradient)
 
         loss_y, gradient_y = jax.value_and_grad(objective)(y, i)
-        if self.residual == "step":
+        if residual == "step":
             at_y = Lane(y, inner.fallback)
-            after_y, _ = propose(self.fallback, at_y, objective, i, loss_y, gradient_y)
+            after_y, _ = propose(fallback, at_y, objective, i, loss_y, gradient_y)
             s_x, s_y = optax.tree.sub(x, z), optax.tree.sub(y, after_y)
         else:
             s_x, s_y = gradient, gradient_y
         mu_1, r = (optax.tree.norm(optax.tree.cast(s, sum_dtype(x))) for s in (s_x, s_y))
 
         # mu_1 is that of the first step, or of the first whose residual is finite.
-        known = jnp.isfinite(self.sequence.bound(inner.memory))
-        memory = select(known, inner.memory, self.sequence.init(mu_1))
-        mu = self.sequence.bound(memory)
+        known = jnp.isfinite(sequence.bound(inner.memory))
+        memory = select(known, inner.memory, sequence.init(mu_1))
+        mu = sequence.bound(memory)
         finite_y, finite_z = is_sound(y, x) & jnp.isfinite(r), is_sound(z, x)
-        ok = finite_y & jnp.isfinite(mu) & (r <= self.alpha * mu) & (mu > 0)
+        ok = finite_y & jnp.isfinite(mu) & (r <= alpha * mu) & (mu > 0)
 
         x = select(ok, y, select(finite_z, z, x))
         inner = ResidualGuardState(
-            renew_if_unsound(self.learned, x, learned_state),
-            renew_if_unsound(self.fallback, x, fallback_state),
-            select(ok, self.sequence.update(memory, r), memory),
+            renew_if_unsound(learned, x, learned_state),
+            renew_if_unsound(fallback, x, fallback_state),
+            select(ok, sequence.update(memory, r), memory),
         )
         return (x, inner), (ok, loss, finite_y, finite_z)
+
+    return guard_of(begin, cycle, nt=nt, inner=ResidualGuardState)

@@ -161,12 +161,6 @@ def losses_at(points: Sequence[Params], now: Cycle) -> Float[Array, "nt points"]
     return jax.lax.map(at, jnp.arange(now.nt))
 
 
-def losses_if(runs: Bool[Array, ""], params: Params, now: Cycle) -> Float[Array, " nt"]:
-    """The same of one point; where it doesn't run: nothing is computed, NaN."""
-    idle = jnp.full(now.nt, jnp.nan, now.dtype)
-    return jax.lax.cond(runs, lambda w: losses_at([w], now)[:, 0], lambda _: idle, params)
-
-
 def is_fine(lane: Lane, losses: Float[Array, "..."], before: Params) -> Bool[Array, ""]:
     """Whether a lane that ran has finite parameters (but for infinities of before) and losses."""
     return is_sound(lane.params, before) & all_finite(losses)

@@ -9,6 +9,7 @@ s    the fallback by itself, which y has never moved: stays behind when x leaves
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -16,7 +17,7 @@ from .. import rules
 from . import progress as progresses
 from . import trial as trials
 from .cycle import Cycle, sum_dtype
-from .lanes import Lane, Optimizer, keep_if_fine, losses_if, passed_over, run_if
+from .lanes import Lane, Optimizer, keep_if_fine, losses_at, passed_over, run_if
 from .progress import Progress
 from .protocol import FALLBACK, LEARNED, OWN, Decision, Params, advance
 from .soundness import advance_schedules, check_schedules, renew, select, with_sound_gradients
@@ -130,7 +131,9 @@ class Relay:
             progress=progress,
             trial_cost=advance(state.trial_cost, spent),
         )
-        of_stall = losses_if(state.probation, state.y.params, now)
+        of_stall = jax.lax.cond(
+            state.probation, lambda w: losses_at([w], now)[:, 0], lambda _: of_z, state.y.params
+        )
         of_stall = jnp.where(void, of_z, of_stall)
         challenger, leader = select(state.probation, (of_z, of_stall), (of_y, losses))
         trial = trials.add(trial, challenger, leader, void)

@@ -95,11 +95,11 @@ def _edge(losses: Float[Array, " n"]) -> Float[Array, ""]:
     return median + 2 * (high - median)
 
 
-def quiet(alarm: Alarm, *, forget: bool | Bool[Array, ""]) -> Alarm:
+def quiet(alarm: Alarm, *, forget: Bool[Array, ""]) -> Alarm:
     """After an alarm: begin a block at score 0; ``forget`` the reference, or keep it."""
     return alarm._replace(
         filled=jnp.int32(0),
-        reference=jnp.where(forget, jnp.inf, alarm.reference).astype(alarm.reference.dtype),
-        early=jnp.where(forget, jnp.inf, alarm.early).astype(alarm.early.dtype),
+        reference=jnp.where(forget, jnp.inf, alarm.reference),
+        early=jnp.where(forget, jnp.inf, alarm.early),
         score=jnp.int32(0),
     )

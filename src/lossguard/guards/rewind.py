@@ -185,8 +185,8 @@ class Rules:
             return move, keep_schedules(memory, inner), snapshots, ~lands
 
         def ends_block(move: PyTree, inner: PyTree, snapshots: Snapshots, misses: Array) -> tuple:
-            here = snapshot.end_probation(snapshots, (ahead, advanced), promotes)
-            return move, inner, here, misses
+            kept = jax.lax.cond(promotes, lambda: snapshots.candidate, lambda: snapshots.trusted)
+            return move, inner, Snapshots(kept, (ahead, advanced), jnp.array(True)), misses
 
         move, inner, snapshots, misses = snapshot.only_if(
             back | ends,

@@ -27,12 +27,6 @@ class Snapshots(NamedTuple):
     """Whether there is a candidate. If not, its place holds anything."""
 
 
-def end_probation(snapshots: Snapshots, point: PyTree, passed: Bool[Array, ""]) -> Snapshots:
-    """Make the candidate trusted if it passed, and ``point`` the candidate."""
-    trusted = jax.lax.cond(passed, lambda: snapshots.candidate, lambda: snapshots.trusted)
-    return Snapshots(trusted, point, jnp.array(True))
-
-
 def can_return_from(params: Params, start: Params) -> Bool[Array, ""]:
     """Whether parameters are at most half of the largest number, save for infinities of ``start``.
 

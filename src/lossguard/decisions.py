@@ -184,25 +184,22 @@ def _draw_prices(axes: "Axes", edges: np.ndarray, table: dict[str, np.ndarray], 
 
 def _stacked(decisions: Any) -> dict[str, np.ndarray]:
     """Their fields, with a leading axis for the cycles."""
-    several = decisions
-    if not hasattr(decisions, "losses"):
-        several = list(decisions) if isinstance(decisions, Iterable) else [decisions]
-        if not several:
-            raise ValueError("decisions must be at least one, got none")
-        if others := [type(d).__name__ for d in several if not hasattr(d, "losses")]:
-            raise ValueError(
-                "decisions must be a Decision, or a list of them, as rollout returns second, got "
-                f"{others[0]}"
-            )
+    listed = isinstance(decisions, Iterable) and not hasattr(decisions, "losses")
+    several = list(decisions) if listed else [decisions]
+    if others := [type(d).__name__ for d in several if not hasattr(d, "losses")]:
+        raise ValueError(
+            "decisions must be a Decision, or a list of them, as rollout returns second, got "
+            f"{others[0]}"
+        )
     names = ("losses", "used_learned", *COLUMNS)
-    several = several if isinstance(several, list) else [several]
-    parts = [{name: np.asarray(getattr(d, name)) for name in names} for d in several]
-    for k, part in enumerate(parts):
-        if part["losses"].ndim == 1:
-            parts[k] = {name: values[None] for name, values in part.items()}
-        elif part["losses"].ndim != 2:
-            shape = part["losses"].shape
+    parts = []
+    for decision in several:
+        part = {name: np.asarray(getattr(decision, name)) for name in names}
+        shape = part["losses"].shape
+        if len(shape) not in (1, 2):
             raise ValueError(f"decisions must be of one run, got losses of shape {shape}")
+        one = len(shape) == 1
+        parts.append({name: values[None] if one else values for name, values in part.items()})
     if len(lengths := {part["losses"].shape[1] for part in parts}) > 1:
         raise ValueError(f"decisions must have the same nt, got {sorted(lengths)}")
     if not any(len(part["losses"]) for part in parts):

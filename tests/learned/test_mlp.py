@@ -64,29 +64,28 @@ def updates_of(
     return updates, state
 
 
-@pytest.mark.parametrize("size", [1e-4, 1.0, 100.0])
-def test_equals_the_equations(mlp_weights: MLPWeights, size: float) -> None:
-    params = [np.random.default_rng(0).normal(size=shape) for shape in SHAPES]
-    gradients = [random_gradients(shape, size) for shape in SHAPES]
-    ours, _ = updates_of(mlp_optimizer(mlp_weights), jax.tree.map(jnp.float32, params), gradients)
+def assert_equal(weights: MLPWeights, params: list[np.ndarray], size: float = 1.0) -> None:
+    """Each update of each tensor is that of the equations."""
+    gradients = [random_gradients(p.shape, size) for p in params]
+    ours, _ = updates_of(mlp_optimizer(weights), jax.tree.map(jnp.float32, params), gradients)
     for p, of_tensor, updates in zip(params, gradients, ours, strict=True):
         memory = mlp_reference.start(p)
         for gradient, update in zip(np.asarray(of_tensor), updates, strict=True):
-            expected, memory = mlp_reference.step(mlp_weights, memory, gradient, p)
+            expected, memory = mlp_reference.step(weights, memory, gradient, p)
             p = p + expected
             np.testing.assert_allclose(update, expected, rtol=2e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 100.0])
+def test_equals_the_equations(mlp_weights: MLPWeights, size: float) -> None:
+    params = [np.asarray(np.random.default_rng(0).normal(size=shape)) for shape in SHAPES]
+    assert_equal(mlp_weights, params, size)
 
 
 @pytest.mark.parametrize(("hidden", "layers"), [(7, 1), (3, 3)])
 def test_equals_the_equations_with_other_sizes(hidden: int, layers: int) -> None:
     weights = init_mlp_weights(jax.random.key(4), hidden=hidden, layers=layers)
-    p, gradients = np.ones((4, 3)), random_gradients((4, 3))
-    ours, _ = updates_of(mlp_optimizer(weights), jnp.ones((4, 3)), gradients)
-    memory = mlp_reference.start(p)
-    for gradient, update in zip(np.asarray(gradients), ours, strict=True):
-        expected, memory = mlp_reference.step(weights, memory, gradient, p)
-        p = p + expected
-        np.testing.assert_allclose(update, expected, rtol=2e-4, atol=1e-7)
+    assert_equal(weights, [np.ones((4, 3))])
 
 
 def test_equals_the_published_code() -> None:

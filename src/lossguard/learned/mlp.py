@@ -7,6 +7,7 @@ Letters: g gradient, p parameter, m momenta, v second moment, t steps taken so f
 
 import functools
 import math
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -109,9 +110,8 @@ def init_mlp_weights(key: PRNGKeyArray, *, hidden: int = 4, layers: int = 2) -> 
     check_network(hidden, layers)
     sizes = [FEATURES + len(TIMES), *[hidden] * layers, OUTPUTS]
     made = []
-    for inputs, outputs, layer_key in zip(
-        sizes, sizes[1:], jax.random.split(key, layers + 1), strict=False
-    ):
+    keys = jax.random.split(key, layers + 1)
+    for layer_key, (inputs, outputs) in zip(keys, pairwise(sizes), strict=True):
         weight = jax.random.truncated_normal(layer_key, -2.0, 2.0, (outputs, inputs), jnp.float32)
         made.append(MLPLayer(weight / math.sqrt(inputs), jnp.zeros(outputs, jnp.float32)))
     momentum, second_moment, factored = (

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,9 +72,8 @@ def load_weights(path: str | os.PathLike[str]) -> LearnedOptimizer:
     """
     file = read_weights(path)
     init, _ = IN_JAX[file.architecture]
-    like = jax.eval_shape(
-        lambda key: init(key, hidden=file.hidden, layers=file.layers), jax.random.key(0)
-    )
+    sized = partial(init, hidden=file.hidden, layers=file.layers)
+    like = jax.eval_shape(sized, jax.random.key(0))
     names = ARCHITECTURES[file.architecture].shapes(file.hidden, file.layers)
     leaves = [jnp.asarray(file.tensors[name]) for name in names]
     weights = jax.tree.unflatten(jax.tree.structure(like), leaves)

@@ -1,4 +1,4 @@
-"""A program for four devices: over all of them guards do what they do on one.
+"""A program for four devices: over all of them guards and ``rewind`` do what they do on one.
 
 ``test_devices.py`` runs it.
 """
@@ -18,6 +18,9 @@ CYCLES = 8
 ADAM, SGD = optax.adam(0.05), optax.sgd(0.1, momentum=0.9)
 RECOMMENDED = lossguard.recommended(ADAM, optax.sgd(0.01), nt=2)
 PAPERS = lossguard.loss_guard(ADAM, SGD, nt=2, nc=1)
+REWIND = lossguard.rewind(optax.adam(0.01), window=64)
+RISES = jnp.concatenate([jnp.linspace(3, 1, 150), jnp.full(12, 9.0), jnp.ones(20)])
+"""Losses at which it goes back once."""
 
 KEYS = jax.random.split(jax.random.key(0), 4)
 X = jax.random.normal(KEYS[0], (40, 8, 6))
@@ -103,9 +106,40 @@ def test_losses_are_averaged_under_shard_map(guard) -> None:
     assert_same(play(lambda state: step(state, x, t), state), alone(guard))
 
 
+@jax.jit
+def step_of_rewind(params, state, value):
+    gradient = jax.tree.map(jnp.sin, params)
+    # One shard alone is not finite, and all of them must skip the step.
+    gradient["a"] = gradient["a"].at[0, 7].add(jnp.where(state.calls == 20, jnp.nan, 0))
+    updates, state = REWIND.update(gradient, state, params, value=value)
+    return optax.apply_updates(params, updates), state
+
+
+def rewound(params):
+    state = REWIND.init(params)
+    for value in RISES:
+        # One step at a time: four devices of two cores share threads, and steps that are started
+        # ahead can take the thread that an all-reduce waits for.
+        params, state = jax.block_until_ready(step_of_rewind(params, state, value))
+    return params, state
+
+
+def test_rewind_skips_and_goes_back_on_all_shards() -> None:
+    on = partial(NamedSharding, mesh_of(AxisType.Auto))
+    shardings = {name: on(spec) for name, spec in SPECS.items()}
+    params, state = rewound(jax.device_put(START, shardings))
+    assert state.returns == 1 and state.skipped == 1
+    same = partial(np.testing.assert_allclose, rtol=1e-5)
+    jax.tree.map(same, (params, state), rewound(START))
+    for name, sharding in shardings.items():
+        for leaf in (params[name], state.snapshots.trusted[0][name], state.inner[0].mu[name]):
+            assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), (name, leaf.sharding)
+
+
 if __name__ == "__main__":
     jax.monitoring.register_event_duration_secs_listener(note)
     assert len({int(decision.winner) for decision in alone(RECOMMENDED)[1]}) > 1
     test_parameters_and_minibatches_are_sharded(RECOMMENDED, AxisType.Auto)
     test_parameters_and_minibatches_are_sharded(PAPERS, AxisType.Explicit)
     test_losses_are_averaged_under_shard_map(PAPERS)
+    test_rewind_skips_and_goes_back_on_all_shards()

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 
+from ..validation import MOST
+
 Params = PyTree[Shaped[ArrayLike, "..."]]
 Objective = Callable[[Any, Any], Array]
 """``objective(params, i)``: the scalar loss on minibatch number i, which may be ignored."""
@@ -15,8 +17,6 @@ Objective = Callable[[Any, Any], Array]
 LEARNED, FALLBACK, OWN, NEITHER = 0, 1, 2, -1
 """``Decision.winner``: the learned optimizer's lane, the fallback's from x, the fallback's own; or
 x stayed, or went back."""
-LAST = 2**31 - 1
-"""The largest count of 32 bits."""
 
 
 class GuardState(NamedTuple):
@@ -81,12 +81,12 @@ def advance(
     count: Int[Array, "..."], by: Int[Array, ""] | Bool[Array, ""] | int
 ) -> Int[Array, "..."]:
     """Counts after ``by`` more, one more where it is true; they stay at the largest number."""
-    return jnp.where(count > LAST - by, LAST, count + by).astype(jnp.result_type(count))
+    return jnp.where(count > MOST - by, MOST, count + by).astype(jnp.result_type(count))
 
 
 def following(i: Int[Array, ""], by: int) -> Int[Array, ""]:
     """The number of the minibatch ``by`` later; 0 if a cycle from there would pass the largest."""
-    return jnp.where(i > LAST - 2 * by, 0, i + by).astype(jnp.int32)
+    return jnp.where(i > MOST - 2 * by, 0, i + by).astype(jnp.int32)
 
 
 def check_loss(name: str, loss: Any) -> None:

@@ -59,8 +59,10 @@ def with_sound_gradients(objective: Objective, params: Params, i: Any) -> Object
         sound_loss = with_sound_gradients(objective.loss, params, batch)
         return dataclasses.replace(objective, loss=sound_loss)
     # What it closes over is handed in: a rule for derivatives in a branch must not close over it.
-    types, first = list(map(jnp.result_type, jax.tree.leaves(params))), i
-    closed, rest = eqx.partition(eqx.filter_closure_convert(objective, params, i), eqx.is_array)
+    types = list(map(jnp.result_type, jax.tree.leaves(params)))
+    first = jax.tree.map(jnp.asarray, i)
+    convert = eqx.filter_closure_convert(objective, params, first)
+    closed, rest = eqx.partition(convert, eqx.is_array)
 
     def converted(params: Params, i: Any, closed: PyTree) -> Array:
         return jnp.asarray(eqx.combine(closed, rest)(params, i))  # some return Python's numbers
@@ -86,14 +88,10 @@ def with_sound_gradients(objective: Objective, params: Params, i: Any) -> Object
         # Converted for these types: an optimizer may evaluate in wider ones, by itself.
         if list(map(jnp.result_type, jax.tree.leaves(params))) != types:
             return objective(params, i)
-        return sound(params, (jax.tree.map(_typed, i, first), closed))
+        typed = jax.tree.map(lambda number, like: jnp.asarray(number, like.dtype), i, first)
+        return sound(params, (typed, closed))
 
     return sound_objective
-
-
-def _typed(number: Any, like: Any) -> Any:
-    dtype = jnp.result_type(like)
-    return number if jnp.result_type(number) == dtype else jnp.asarray(number, dtype)
 
 
 def _is_zero(direction: Any) -> bool:

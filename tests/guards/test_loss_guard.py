@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optimizers
 import pytest
 
 import lossguard
@@ -107,19 +106,3 @@ def test_both_lanes_see_the_same_minibatches_and_every_minibatch_is_seen_once(
         assert decision.winner == (0 if learned_rate < fallback_rate else 1)
         seen = 2.0 ** np.arange(first, first + nt)
         np.testing.assert_array_equal(decision.losses - seen, [kept if cycle else 0, kept, kept])
-
-
-@pytest.mark.usefixtures("eager")
-def test_the_learned_optimizer_may_be_bad_for_ever() -> None:
-    """Then x is where the fallback alone would be."""
-    guard = lossguard.loss_guard(optimizers.constant(5.0), optax.adam(0.1), nt=2, nc=1)
-    alone = lossguard.unguarded(optax.adam(0.1), nt=2)
-
-    def objective(w, i):
-        return jnp.sum(w**2)
-
-    guarded, unguarded = guard.init(jnp.ones(3)), alone.init(jnp.ones(3))
-    for _ in range(5):
-        guarded, _ = guard.step(guarded, objective)
-        unguarded, _ = alone.step(unguarded, objective)
-    np.testing.assert_allclose(guarded.params, unguarded.params, rtol=1e-6)

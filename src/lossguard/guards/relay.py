@@ -204,8 +204,7 @@ class Relay:
         return state._replace(
             s=select(won & state.on_own, state.z, state.s),
             on_own=state.on_own & ~won,
-            learned_leads=state.learned_leads | won,
-            failed=state.failed & ~won,
+            learned_leads=won,
             most=jnp.where(won, state.progress.lasting, state.most),
             stalled=jnp.where(won, jnp.nan, state.stalled),
             level=jnp.where(won, state.progress.lasting, state.level),
@@ -227,7 +226,6 @@ class Relay:
         again = leads_on._replace(
             z=state.z._replace(params=state.y.params),
             learned_leads=jnp.array(True),
-            failed=jnp.array(False),
             progress=progresses.begin(trial.bound, k // rules.AGAIN),
             most=trial.bound + rules.WORSE * jnp.abs(trial.bound),
             level=trial.bound,
@@ -310,6 +308,7 @@ def go_back(state: RelayState, back: Bool[Array, ""], loss: Float[Array, ""]) ->
         z=state.s,
         on_own=jnp.array(True),
         learned_leads=jnp.array(False),
+        failed=jnp.array(False),
         progress=progresses.begin(loss),
         trial=trials.none(loss.dtype),
         probation=jnp.array(False),

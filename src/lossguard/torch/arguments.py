@@ -262,21 +262,15 @@ def told_if_damaged(name: str) -> Iterator[None]:
         raise ValueError(f"{name} must be whole, got a damaged one ({told})") from error
 
 
-def warn_if_left(error: BaseException, stepped: bool, before: int) -> int:
-    """Warn of a second loop at a stretch that is left after a step; how many there are now.
-
-    One alone may be left by an error that the caller knows of.
-    """
-    if not (isinstance(error, GeneratorExit) and error.__context__ is None and stepped):
-        return before
-    if before == 1:
+def warn_if_left(loops: int) -> None:
+    """Warn of a second loop that was left; one alone may be, by an error that the caller knows."""
+    if loops == 2:
         warnings.warn(
             "loops over guard.lanes() were left before their last lane had stepped: such "
             "minibatches don't count",
             RuntimeWarning,
             stacklevel=3,
         )
-    return before + 1
 
 
 def tell(error: Exception, lane: object) -> None:

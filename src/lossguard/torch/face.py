@@ -36,14 +36,6 @@ class Face(arguments.Uncopied, Optimizer):
     callback: Callable[[Decision], object] | None
     _lanes: "dict[str, Lane]"
     _leader: "Lane"
-    _others: "list[Lane]"
-    """Those that run beside the leader in this cycle."""
-    _order: "list[Lane]"
-    """All that run on the minibatch that is under way."""
-    _left: int
-    """Loops over lanes that were left, at a stretch."""
-    _noted: bool
-    """Whether it is known which entries of optimizers' memories hold the parameters."""
 
     def __init__(
         self, optimizers: Mapping[str, Optimizer], model: nn.Module | None, nt: int, nc: int
@@ -61,8 +53,14 @@ class Face(arguments.Uncopied, Optimizer):
         self._rates = Rates(self.param_groups, list(optimizers.values()))
         self._randomness = Randomness(params)
         self._weights = Weights(params, model)
-        self._others, self._order, self._left = [], [], 0
+        self._others: list[Lane] = []
+        """Those that run beside the leader in this cycle."""
+        self._order: list[Lane] = []
+        """All that run on the minibatch that is under way."""
+        self._left = 0
+        """Loops over lanes that were left, at a stretch."""
         self._noted = False
+        """Whether it is known which entries of optimizers' memories hold the parameters."""
         arguments.refuse_steps_beside(self)
 
     @property

@@ -120,8 +120,10 @@ class Guard(Face):
                 self._close()
             except BaseException as error:
                 if not (isinstance(error, GeneratorExit) and self._order and self._leader.stepped):
-                    stepped = any(lane.stepped for lane in self._order)
-                    self._left = arguments.warn_if_left(error, stepped, self._left)
+                    left = isinstance(error, GeneratorExit) and error.__context__ is None
+                    if left and any(lane.stepped for lane in self._order):
+                        self._left += 1
+                        arguments.warn_if_left(self._left)
                     self._undo(draws)
                     self._weights.reset_gradients()
                     raise

@@ -1,7 +1,7 @@
 """Optimizers side by side, each on its own path, of which the best is followed."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import NamedTuple
 
@@ -113,12 +113,10 @@ class BestOf(Guard):
             plain = (float(rate) if isinstance(rate, Real) else rate for rate in rates)
             optimizers = list(map(optimizers, plain))
         elif rates:
-            got = told(optimizers)
-            raise ValueError(f"rates must go with a function of a rate, got {got}")
-        if isinstance(optimizers, Optimizer) or not isinstance(optimizers, Iterable):
+            raise ValueError(f"rates must go with a function of a rate, got {told(optimizers)}")
+        several = isinstance(optimizers, Iterable) and not isinstance(optimizers, Optimizer)
+        if not several or not (optimizers := [*optimizers]):
             raise ValueError(f"optimizers must be a list of at least one, got {told(optimizers)}")
-        if not (optimizers := [*optimizers]):
-            raise ValueError("optimizers must be a list of at least one, got []")
         check_functions(check=check)
         self.check, self.checks = check, check_count("nc", nc)
         self.share = None if share is None else check_part("share", share)
@@ -200,21 +198,19 @@ class BestOf(Guard):
         if best != leader:
             self.records = [record._replace(against=UNBOUNDED) for record in self.records]
         if self.share is not None:
-            self._head_start({*shown} - {leader})
-            for k in {*range(len(lanes))} - {*shown}:
-                lanes[k].wind(self.nt, on=True)
+            self._take_turns(shown, leader)
         self._lead(lanes[best])
         return Decision(
             used_learned=[True] * self.nt,
             losses=seen[str(best)].losses,
-            finite_learned=seen[str(best)]._replace(checks=[]).fine,
+            finite_learned=seen[str(best)].fine,
             winner=best if fine[best] else NEITHER,
             gradients=self.nt * len(seen),
             forwards=0 if self.check is None else self.checks * len(seen),
             learned_updates=self.nt * len(seen),
         ).without(void)
 
-    def _head_start(self, beside: Iterable[int]) -> None:
+    def _take_turns(self, ran: Collection[int], leader: int) -> None:
         """After a cycle: turns count from the end of the head start on.
 
         Who leads then is told by its second half: D begins anew after the first.
@@ -222,8 +218,11 @@ class BestOf(Guard):
         half, after = HEAD_START // 2, self.steps + self.nt
         if self.steps < half <= after < HEAD_START:
             self.records = [record._replace(weight=0.0) for record in self.records]
-        for k in beside if after >= HEAD_START else ():
-            self._spent[k] += self.nt
+        for k, lane in enumerate(self._lanes.values()):
+            if k not in ran:
+                lane.wind(self.nt, on=True)
+            elif k != leader and after >= HEAD_START:
+                self._spent[k] += self.nt
 
     def _ruined(
         self, shown: Mapping[int, Seen], void: Sequence[bool], fine: Sequence[bool], leader: int

@@ -20,8 +20,8 @@ class Seen(NamedTuple):
 
     @property
     def fine(self) -> bool:
-        """Whether the losses are finite as well."""
-        return self.finite and all(map(math.isfinite, [*self.losses, *self.checks]))
+        """Whether the losses of training are finite as well."""
+        return self.finite and all(map(math.isfinite, self.losses))
 
     def is_fine(self, void: Sequence[bool]) -> bool:
         """Whether they are, of training, where another lane's are: not on ``void`` minibatches."""

@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.rates import (
-    Group,
-    Noted,
-    changes_since,
-    copied_rate,
-    noted,
-    set_rate,
-)
+from lossguard.torch.rates import Group, Noted, changes_since, copied_rate, noted, set_rate
 from lossguard.torch.tensors import zero_unsound
 
 SOUND = torch.tensor(False)
@@ -54,19 +47,13 @@ class CarefulSteps:
         """Their rates between steps, while it multiplies them."""
         self._lowered: tuple[float, list[float | Tensor]] = 1.0, []
         """What these were multiplied by for the step under way, and the products."""
-        self._hooks = [
-            hook
-            for one in optimizers
-            for hook in (
-                one.register_step_pre_hook(self._before),
-                one.register_step_post_hook(self._after),
-                one.register_state_dict_post_hook(self._saved),
-            )
-        ]
-        for one, hook in zip(optimizers, self._hooks[1::3], strict=True):
-            # Before others, as a scheduler may be stepped in one of them.
+        self._hooks = []
+        for one in optimizers:
+            before = one.register_step_pre_hook(self._before)
+            after = one.register_step_post_hook(self._after)
             hooks: Any = one._optimizer_step_post_hooks
-            hooks.move_to_end(hook.id, last=False)
+            hooks.move_to_end(after.id, last=False)  # before others, which may step a scheduler
+            self._hooks += [before, after, one.register_state_dict_post_hook(self._saved)]
 
     def take(self) -> Tensor:
         """``broken``, which is read."""
@@ -107,7 +94,7 @@ class CarefulSteps:
         if not self._begun:
             self._begun = True
             rewind.begin()
-        changed, (itself, *given) = None, args
+        itself, *given = args
         closure: Any = kwargs.get("closure", given[0] if given else None)
 
         def sound() -> Any:
@@ -122,9 +109,9 @@ class CarefulSteps:
         if not callable(closure):
             self._look(optimizer)
         elif "closure" in kwargs:
-            changed = args, {**kwargs, "closure": sound}
+            kwargs = {**kwargs, "closure": sound}
         else:
-            changed = (itself, sound, *given[1:]), kwargs
+            args = (itself, sound, *given[1:])
         scale, self._groups = rewind.scale, optimizer.param_groups
         if scale != 1:
             self._rates = [copied_rate(group) for group in self._groups]
@@ -132,7 +119,7 @@ class CarefulSteps:
                 set_rate(group, rate * scale)
             self._lowered = scale, [copied_rate(group) for group in self._groups]
         self._options = list(map(noted, self._groups))
-        return changed
+        return args, kwargs
 
     def _look(self, optimizer: Optimizer) -> None:
         """Make gradients 0 that aren't finite; those that a scaler has found it leaves out."""

@@ -9,7 +9,7 @@ So it is what torch.distributed.checkpoint saves under the names of parameters, 
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +69,8 @@ def load(guard: "Face", state_dict: Saved) -> None:
         groups = _copied(state_dict.get("param_groups", []))
         ours = groups[0].pop("guard", {}) if groups else {}
         state = _checked(guard, state_dict, groups, ours)
-        lanes = [
-            (lane, *_unpack(lane, state, ours["rest"][name], ours["rank"]))
+        loads = [
+            _unpack(lane, state, ours["rest"][name], ours["rank"])
             for name, lane in guard._lanes.items()
         ]
         leader, *running = (guard._lanes[n] for n in (ours["leader"], *ours["running"]))
@@ -85,12 +85,8 @@ def load(guard: "Face", state_dict: Saved) -> None:
     # From here on nothing may fail.
     for (owner, name), number in zip(places, numbers, strict=True):
         setattr(owner, name, number)
-    for lane, attributes, memory, (own, copies, settings) in lanes:
-        lane.inner.own, lane.inner.copies = own, copies
-        for group, entries in zip(lane.optimizer.param_groups, settings, strict=True):
-            group.update({k: v for k, v in entries.items() if k not in own})
-        vars(lane).update(attributes)
-        lane.remember(memory)
+    for load_lane in loads:
+        load_lane()
     guard._leader = guard._weights.holder = leader
     guard._weights.write(leader.values)
     guard._others = running
@@ -173,25 +169,30 @@ def _pack(lane: "Lane", state: list[Saved], *, within: bool) -> Saved:
     }
 
 
-def _unpack(
-    lane: "Lane", state: list[Saved], rest: Saved, rank: int
-) -> tuple[dict[str, Any], Memory, tuple[set[str], set[str], list[Saved]]]:
-    """Attributes of a lane, what it remembers, and what its optimizer is known to."""
+def _unpack(lane: "Lane", state: list[Saved], rest: Saved, rank: int) -> Callable[[], None]:
+    """What has the lane be what is saved of it, and can't fail."""
     losses, checks = (
         [torch.tensor(float(loss), dtype=torch.float64) for loss in rest[name]]
         for name in ("losses", "checks")
     )
-    before = rest["buffers"].get("before")
-    attributes = {
-        "values": _values(lane, "value", state, rest["buffers"]["value"], rank),
-        "before": [] if before is None else _values(lane, "before", state, before, rank),
-        "losses": losses,
-        "checks": checks,
-    }
+    buffers = rest["buffers"]
+    values = _values(lane, "value", state, buffers["value"], rank)
+    before = []
+    if "before" in buffers:
+        before = _values(lane, "before", state, buffers["before"], rank)
     kept = {} if rest["blank"] else _unpack_state(lane, state, rest["others"])
     memory = Memory(kept, _of_groups(lane.optimizer, rest["options"]))
     settings = _of_groups(lane.optimizer, rest["settings"])
-    return attributes, memory, (set(rest["own"]), set(rest["copies"]), settings)
+    own, copies = set(rest["own"]), set(rest["copies"])
+
+    def load_lane() -> None:
+        lane.values, lane.before, lane.losses, lane.checks = values, before, losses, checks
+        lane.inner.own, lane.inner.copies = own, copies
+        for group, entries in zip(lane.optimizer.param_groups, settings, strict=True):
+            group.update({k: v for k, v in entries.items() if k not in own})
+        lane.remember(memory)
+
+    return load_lane
 
 
 def _values(

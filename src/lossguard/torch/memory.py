@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.rates import changes_since, noted, options_of
+from lossguard.torch.rates import changes_since, noted, options_of, set_back
 from lossguard.torch.tensors import finite, leaves, local
 
 T = TypeVar("T")
@@ -90,12 +90,7 @@ class Inner:
         state, previous = self.optimizer.state, self.memory()
         state.clear()
         state.update(memory.state)
-        for group, options in zip(self.optimizer.param_groups, memory.options, strict=True):
-            for key in self.own:
-                if key in options:
-                    group[key] = options[key]
-                else:
-                    group.pop(key, None)  # a step makes it
+        set_back(self.optimizer.param_groups, memory.options, self.own)
         return previous
 
     def is_finite(self, memory: Memory) -> bool:

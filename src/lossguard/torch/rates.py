@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -148,6 +148,15 @@ def changes_since(before: Noted, group: Group) -> set[str]:
         return writes == old_writes and same(old, value)
 
     return {key for key, now in noted(group).items() if not is_as_before(key, *now)}
+
+
+def set_back(groups: Iterable[Group], options: Iterable[Group], names: Iterable[str]) -> None:
+    """Set these settings to what they were, in the groups that there were."""
+    for group, before in zip(groups, options, strict=False):
+        for name in names:
+            group.pop(name, None)  # a step makes it
+            if name in before:
+                group[name] = before[name]
 
 
 def same(old: Any, new: Any) -> bool:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lossguard.torch.arguments import innermost
 from lossguard.torch.memory import entries_of
 from lossguard.torch.ranks import check_rank, this_rank
-from lossguard.torch.rates import options_of, set_rate
+from lossguard.torch.rates import options_of, set_back, set_rate
 from lossguard.torch.tensors import are_finite, is_expanded, stacked
 from lossguard.validation import check_kind
 
@@ -168,11 +168,7 @@ class Live:
         for param, name in self.names.items():
             param.copy_(saved["model"][name], non_blocking=True)
         for k, (one, settings) in enumerate(zip(self.optimizers, saved["groups"], strict=True)):
-            for group, options in zip(one.param_groups, settings, strict=False):  # or it came later
-                for key in self.own:
-                    group.pop(key, None)  # a step makes it
-                    if key in options:
-                        group[key] = copy.deepcopy(options[key])
+            set_back(one.param_groups, copy.deepcopy(settings), self.own)
             state: Any = one.state
             for key in _of_no_parameter(one):
                 del state[key]

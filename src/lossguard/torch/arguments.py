@@ -52,15 +52,14 @@ def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
             )
         check_wrapped(name, one)
         _check_step(name, one)
-        if any(group.get("maximize") for group in one.param_groups):
-            raise ValueError(f"{name} must minimize the loss, got one with maximize=True")
         for group in one.param_groups:
-            if id(group) in seen:
+            if group.get("maximize"):
+                raise ValueError(f"{name} must minimize the loss, got one with maximize=True")
+            if (owner := seen.setdefault(id(group), name)) != name:
                 raise ValueError(
                     f"{name} must have parameter groups of its own, got a dictionary that is "
-                    f"{seen[id(group)]}'s too: their rates would be one (copy the groups)"
+                    f"{owner}'s too: their rates would be one (copy the groups)"
                 )
-        seen |= dict.fromkeys(map(id, one.param_groups), name)
         params = [p for group in one.param_groups for p in group["params"]]
         check_made(params)
         first = first or params

@@ -165,7 +165,7 @@ class BestOf(Guard):
         self._checked += self.checks
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
-        leader, lanes, old = int(self._leader.name), [*self._lanes.values()], list(self.records)
+        leader, lanes = int(self._leader.name), [*self._lanes.values()]
         void, filled = passed_over(seen)
         shown = {int(name): one for name, one in filled.items()}
         if self.check is not None:
@@ -179,11 +179,11 @@ class BestOf(Guard):
         known = list(fine)
         if not fine[leader]:
             began_well = math.isfinite(shown[leader].losses[0])
-            d[leader] = old[leader].mean
+            d[leader] = self.records[leader].mean
             known[leader] = began_well and not math.isnan(d[leader])
         for k in () if lost else shown:
             if known[k]:
-                self.records[k] = old[k].after(d[k], self.decay)
+                self.records[k] = self.records[k].after(d[k], self.decay)
         may_lead = [k for k in sorted(shown) if known[k] and not math.isnan(self.records[k].mean)]
         best = min(may_lead, key=lambda k: self.records[k].mean, default=leader)
         x = lanes[best].point if fine[best] else self._leader.before

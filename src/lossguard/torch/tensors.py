@@ -83,7 +83,8 @@ def zero_unsound(params: Iterable[Tensor]) -> Tensor:
     """Make all gradients 0 if one of them isn't finite, also in another rank's shards; whether
     that was so. Nothing waits for the device."""
     params = list(params)
-    grads = [_numbers(p.grad) for p in params if p.grad is not None]
+    given = [p.grad for p in params if p.grad is not None]
+    grads = [grad._values() if grad.is_sparse else local(grad) for grad in given]
     simple = all(g.is_cpu and g.is_contiguous() and _has_norm(g) for g in grads)
     if simple and len({g.dtype for g in grads}) == 1:
         broken = torch.zeros_like(ONE)  # by one call, where calls are what takes time
@@ -106,11 +107,6 @@ def _on_any_rank(flag: Tensor, tensors: Iterable[Tensor]) -> Tensor:
         most = [Partial("max")] * mesh.ndim
         flag = DTensor.from_local(flag.float(), mesh, most).full_tensor()
     return flag
-
-
-def _numbers(grad: Tensor) -> Tensor:
-    """Those of a gradient that are here."""
-    return grad._values() if grad.is_sparse else local(grad)
 
 
 def read(scalars: Sequence[Tensor]) -> list[float]:

@@ -38,11 +38,10 @@ def passed_over(seen: Mapping[str, Seen]) -> tuple[list[bool], dict[str, Seen]]:
     void = [not any(map(math.isfinite, losses)) for losses in zip(*shown, strict=True)]
 
     def filled(losses: list[float]) -> list[float]:
-        if not losses:  # only checked in this cycle
-            return losses
         finite = [loss for loss in losses if math.isfinite(loss)]
         told = mean(finite) if finite else math.nan
-        return [told if skip else loss for skip, loss in zip(void, losses, strict=True)]
+        pairs = zip(void, losses, strict=False)  # there are none if it was only checked
+        return [told if skip else loss for skip, loss in pairs]
 
     return void, {name: one._replace(losses=filled(one.losses)) for name, one in seen.items()}
 

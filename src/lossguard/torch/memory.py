@@ -65,17 +65,15 @@ class Inner:
         """Note which group entries the optimizer's step inside changes."""
         before, self.steps = list(map(noted, self.optimizer.param_groups)), True
         if self.pulled is None:
-            self.pulled = self._pulled()
+            known = [(local(p.detach()), local(p.grad)) for p in self.params if p.grad is not None]
+            plain = all(g.layout is torch.strided for _, g in known)
+            self.pulled = plain and all(torch.equal(g.to(p), p) for p, g in known)
         try:
             yield
         finally:
             self.steps = False
         for old, group in zip(before, self.optimizer.param_groups, strict=True):
             self.own |= changes_since(old, group)
-
-    def _pulled(self) -> bool:
-        known = [(local(p.detach()), local(p.grad)) for p in self.params if p.grad is not None]
-        return all(g.layout is torch.strided and torch.equal(g.to(p), p) for p, g in known)
 
     def fresh(self) -> Memory:
         """As when the guard was built, by when some optimizers have made all that they remember."""
@@ -160,7 +158,7 @@ def _holds(held: Any, values: list[Tensor], params: list[Tensor]) -> bool:
     live = {local(p).data_ptr() for p in params}
     tensors = [local(leaf).detach() for leaf in leaves(held) if isinstance(leaf, Tensor)]
     copies = [t for t in tensors if t.layout is torch.strided and t.data_ptr() not in live]
-    return bool(values) and all(
+    return all(
         any(t.shape == value.shape and torch.equal(t.to(value), value) for t in copies)
         for value in values
     )

@@ -29,7 +29,7 @@ class Weights:
         self.beside: list[tuple[Tensor, Tensor | None]] = []
         """These, which no lane steps, and their gradients before the minibatch."""
         live = self.live()
-        self._checked = [True] * len(live) if finite(live) else [finite(one) for one in live]
+        self._checked = [finite(one) for one in live]
         """Of each tensor whether it was finite; masks may be infinite."""
         if any(p.requires_grad and not ok for p, ok in zip(params, self._checked, strict=False)):
             raise ValueError("parameters must be finite, got some that aren't and are trained")

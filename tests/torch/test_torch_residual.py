@@ -104,13 +104,6 @@ def test_errors(arguments, message):
     assert str(error.value) == message
 
 
-def test_it_has_no_loop_over_lanes():
-    weight, _ = quadratic()
-    guard = ResidualGuard(SGD([weight], lr=0.4), SGD([weight], lr=0.1))
-    with pytest.raises(ValueError, match=r"^ResidualGuard has no lanes\(\) to loop over"):
-        guard.lanes()
-
-
 class Rises(SGD):
     """Multiplies the parameters by 1.5."""
 

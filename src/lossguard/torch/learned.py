@@ -115,11 +115,8 @@ class Learned(Optimizer):
 
     def check_memory(self, p: Tensor, found: dict[str, Any]) -> None:
         """Refuse a memory of a parameter that isn't of this optimizer with these weights."""
-        fresh = self._memory(torch.empty(p.shape, device="meta"))
-        needed, got = (
-            {k: list(getattr(v, "shape", ())) for k, v in sorted(of.items())}
-            for of in (fresh, found)
-        )
+        needed = {name: [*shape] for name, shape in sorted(self._shapes(p).items())}
+        got = {name: [*getattr(one, "shape", ())] for name, one in sorted(found.items())}
         if needed != got:
             raise ValueError(
                 f"state must be one of {type(self).__name__} with these weights, which "
@@ -127,7 +124,14 @@ class Learned(Optimizer):
             )
 
     def _memory(self, p: Tensor) -> dict[str, Tensor]:
-        """What is remembered of a parameter at first, on its device."""
+        """What is remembered of a parameter: zeros on its device at first."""
+        if not (state := self.state[p]):
+            for name, shape in self._shapes(p).items():
+                state[name] = torch.zeros(shape, dtype=torch.float32, device=p.device)
+        return state
+
+    def _shapes(self, p: Tensor) -> dict[str, tuple[int, ...]]:
+        """Those of what is remembered of a parameter."""
         raise NotImplementedError
 
     def _check_numbers(self, group: dict[str, Any]) -> None:

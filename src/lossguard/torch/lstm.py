@@ -68,10 +68,9 @@ class LSTMOptimizer(Learned):
     def _check_numbers(self, group: dict[str, Any]) -> None:
         check_lstm(group.get("lr") or 1.0, group.get("p", 1.0))
 
-    def _memory(self, p: Tensor) -> dict[str, Tensor]:
+    def _shapes(self, p: Tensor) -> dict[str, tuple[int, ...]]:
         shape = self.layers, self.weights["linear.weight"].shape[1], p.numel()
-        zeros = torch.zeros(shape, dtype=torch.float32, device=p.device)
-        return {"h": zeros, "c": zeros.clone()}
+        return {"h": shape, "c": shape}
 
     def _update(
         self, params: list[Tensor], weights: dict[str, Tensor], group: dict[str, Any]
@@ -79,9 +78,7 @@ class LSTMOptimizer(Learned):
         for param in params:
             assert param.grad is not None
             x = log_and_sign(param.grad.float().flatten(), group["p"])
-            state = self.state[param]
-            if not state:
-                state.update(self._memory(x[0]))
+            state = self._memory(param)
             for k in range(self.layers):
                 layer = [weights[name] for name in lstm_names(k)]
                 x, c = _cell(layer, x, state["h"][k], state["c"][k])

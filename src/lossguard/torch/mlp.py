@@ -100,10 +100,7 @@ class MLPOptimizer(Learned):
         if not params:
             return
         gradients = [p.grad.float().contiguous() for p in params if p.grad is not None]
-        for p in params:
-            if not self.state[p]:
-                self.state[p].update(self._memory(p))
-        states = [self.state[p] for p in params]
+        states = [self._memory(p) for p in params]
         t, before = group["clock"], _before(states, gradients)
         self._remember(states, gradients)
         signals = _signals(before, states, gradients, params, t)
@@ -120,11 +117,11 @@ class MLPOptimizer(Learned):
             step.mul_(group["lr"] * SCALE * scale)
             p.sub_(step.reshape(p.shape).to(p.dtype))
 
-    def _memory(self, p: Tensor) -> dict[str, Tensor]:
-        zeros = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
-        made = {"momenta": torch.stack([zeros] * 3), "second_moment": zeros}
-        made |= {name: torch.stack([mean] * 3) for name, mean in _means(zeros).items()}
-        return made | {"units": zeros.new_zeros(UNITS)}
+    def _shapes(self, p: Tensor) -> dict[str, tuple[int, ...]]:
+        means = _means(torch.empty(p.shape, device="meta"))
+        shapes = {"momenta": (3, *p.shape), "second_moment": (*p.shape,)}
+        shapes |= {name: (3, *mean.shape) for name, mean in means.items()}
+        return shapes | {"units": (UNITS,)}
 
     def _remember(self, states: list[dict[str, Tensor]], gradients: list[Tensor]) -> None:
         """The running means, each of all tensors at once."""

@@ -39,14 +39,26 @@ def loss_fn(model, batch):
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
+def backward(loss):
+    """The loss, once its gradients are there."""
+    loss.backward()
+    return loss
+
+
+def step_by(optimizer, loss):
+    """A step of an optimizer by itself; the loss before it."""
+    optimizer.zero_grad()
+    backward(loss)
+    optimizer.step()
+    return loss
+
+
 def closure_for(guard, model, batch):
     """What a training loop passes to ``step``."""
 
     def closure():
         guard.zero_grad()
-        loss = loss_fn(model, batch)
-        loss.backward()
-        return loss
+        return backward(loss_fn(model, batch))
 
     return closure
 
@@ -63,13 +75,7 @@ def quadratic(w=4.0):
 
 def squares(*weights):
     """A closure of the sum of all squares."""
-
-    def closure():
-        loss = sum(weight.square().sum() for weight in weights)
-        loss.backward()
-        return loss
-
-    return closure
+    return lambda: backward(sum(weight.square().sum() for weight in weights))
 
 
 def assert_same_state(actual, expected):
@@ -142,9 +148,7 @@ def algorithm2(model, learned, fallback, batches, *, nt, nc, loser="keep", loss_
                 buffers = [b.clone() for b in branch.buffers()]
                 loss = loss_fn(branch, batch)
                 if t < nt:
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
+                    step_by(optimizer, loss)
                     continue
                 losses.append(loss.item())
                 for buffer, before in zip(branch.buffers(), buffers, strict=True):
@@ -166,14 +170,7 @@ def assert_is_algorithm2(model, learned, fallback, batches, *, loss_fn=loss_fn, 
     states = []
     for batch in batches:
         torch.manual_seed(int(torch.randint(1 << 30, ())))
-
-        def closure(batch=batch):
-            guard.zero_grad()
-            loss = loss_fn(model, batch)
-            loss.backward()
-            return loss
-
-        guard.step(closure)
+        guard.step(lambda batch=batch: backward(loss_fn(model, batch)))
         if guard.phase == 0:
             states.append(copy.deepcopy(model.state_dict()))
     assert [d.winner for d in guard.history] == [winner for _, winner in expected]

@@ -9,6 +9,7 @@ from models import (
     KINDS,
     TWO,
     assert_same_state,
+    backward,
     closure_for,
     loss_fn,
     minibatches,
@@ -77,9 +78,7 @@ def test_a_minibatch_drawn_in_the_closure_is_told_at_once(kind, where):
         if where == "prefetched":
             held.append(batch)
             batch = held.pop(0)
-        loss = loss_fn(model, batch)
-        loss.backward()
-        return loss
+        return backward(loss_fn(model, batch))
 
     with pytest.warns(RuntimeWarning, match="closure gave different losses at the same parameters"):
         guard.step(closure)

@@ -15,6 +15,7 @@ from models import (
     assert_is_algorithm2,
     assert_resumes,
     assert_same_state,
+    backward,
     closure_for,
     loss_fn,
     minibatches,
@@ -23,6 +24,7 @@ from models import (
     refusals_of_damaged,
     run,
     spiral,
+    step_by,
     two,
 )
 from torch import nn
@@ -75,14 +77,8 @@ def test_sparse_gradients():
         LossGuard, embedding, lambda ps: torch.optim.SparseAdam(ps, lr=0.1),
         lambda ps: SGD(ps, lr=0.1), nt=3, nc=2,
     )  # fmt: skip
-
-    def closure():
-        loss = embedding(torch.tensor([1, 2])).square().sum()
-        loss.backward()
-        return loss
-
     for _ in range(10):
-        guard.step(closure)
+        guard.step(lambda: backward(embedding(torch.tensor([1, 2])).square().sum()))
     assert {d.winner for d in guard.history} == {0, 1}
 
 
@@ -393,8 +389,7 @@ def test_bodies_of_a_loop_do_what_closures_do(kind):
         returned = guards[0].step(closure_for(guards[0], models[0], batch))
         torch.manual_seed(1)
         for lane in guards[1].lanes():
-            loss = loss_fn(models[1], batch)
-            loss.backward()
+            loss = backward(loss_fn(models[1], batch))
             lane.step(loss)
         assert torch.equal(returned, loss)  # of the live lane, which is the last
     assert_same_state(models[1].state_dict(), models[0].state_dict())
@@ -476,9 +471,7 @@ def test_a_running_job_can_be_put_under_a_guard():
     model = mlp()
     fallback = AdamW(model.parameters(), lr=0.01)
     for batch in minibatches(5):
-        fallback.zero_grad()
-        loss_fn(model, batch).backward()
-        fallback.step()
+        step_by(fallback, loss_fn(model, batch))
     fallback.zero_grad()
     guard = Recommended(SGD(model.parameters(), lr=1e-9), fallback, model=model)
     run(guard, model, minibatches(20))

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from models import KINDS, assert_same_state, minibatches, mlp, run, two
+from models import KINDS, assert_same_state, backward, minibatches, mlp, run, step_by, two
 from torch.optim import SGD, Adam
 
 from lossguard.torch import BestOf, Recommended
@@ -63,8 +63,7 @@ def test_slow_weights_go_with_their_lane(bias):
         x = torch.randn(32, 20, generator=generator)
         y = x @ truth + torch.randn(32, 1, generator=generator)
         for lane in guard.lanes():
-            loss = (model(x) - y).square().mean()
-            loss.backward()
+            loss = backward((model(x) - y).square().mean())
             lane.step(loss)
         losses.append(loss.item())
     assert guard._inners["fallback"].copies == {"slow"}
@@ -78,10 +77,7 @@ def test_momentum_is_no_copy_where_gradients_are_the_parameters():
     w = torch.nn.Parameter(torch.arange(1.0, 6.0))
     guard = BestOf([SGD([w], 0.02, momentum=0.9), SGD([w], 0.01)], model=None)
     for _ in range(40):
-        for lane in guard.lanes():
-            loss = w.square().sum() / 2
-            loss.backward()
-            lane.step(loss)
+        guard.step(lambda: backward(w.square().sum() / 2))
     assert not any(inner.copies for inner in guard._inners.values())
 
 
@@ -137,12 +133,8 @@ def test_a_memory_that_is_sparse_holds_no_copy():
     alone = SGD(twin.parameters(), lr=0.1, momentum=0.9)
     for k in range(40):
         for lane in guard.lanes():
-            loss = (model(torch.arange(k % 5 + 1)) - 1).square().mean()
-            loss.backward()
-            lane.step(loss)
-        alone.zero_grad()
-        (twin(torch.arange(k % 5 + 1)) - 1).square().mean().backward()
-        alone.step()
+            lane.step(backward((model(torch.arange(k % 5 + 1)) - 1).square().mean()))
+        step_by(alone, (twin(torch.arange(k % 5 + 1)) - 1).square().mean())
     assert guard.last_decision.winner == 1 and torch.equal(model.weight, twin.weight)
 
 

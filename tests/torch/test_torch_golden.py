@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from models import backward
 from torch.optim import SGD, Adam
 
 from lossguard.torch import BestOf, Hedged, LossGuard, Recommended, ResidualGuard
@@ -152,17 +153,11 @@ def in_torch(build, body=False, loss_of=loss_of):
     params = [torch.tensor(p, requires_grad=True) for p in START]
     guard = build(params)
     for i in range(len(X)):
-
-        def closure(i=i):
-            loss = loss_of(params, i)
-            loss.backward()
-            return loss
-
         if body:
             for lane in guard.lanes():
-                lane.step(closure())
+                lane.step(backward(loss_of(params, i)))
         else:
-            guard.step(closure)
+            guard.step(lambda i=i: backward(loss_of(params, i)))
         if guard.phase == 0:
             yield [p.detach().numpy().copy() for p in params], guard.last_decision
         if len(guard.history) == CYCLES:

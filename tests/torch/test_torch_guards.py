@@ -18,6 +18,7 @@ from models import (
     run,
     spiral,
     squares,
+    step_by,
     two,
 )
 from torch.optim import SGD, Adam
@@ -58,11 +59,7 @@ def test_the_live_lane_takes_the_steps_that_its_optimizer_would_alone():
     homes = [p.data_ptr() for p in model.parameters()]
     for batch in minibatches(60) * 4:
         returned = guard.step(closure_for(guard, model, batch))
-        alone.zero_grad()
-        loss = loss_fn(twin, batch)
-        loss.backward()
-        alone.step()
-        assert torch.equal(returned, loss)
+        assert torch.equal(returned, step_by(alone, loss_fn(twin, batch)))
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             assert torch.equal(p, q)
     assert homes == [p.data_ptr() for p in model.parameters()]
@@ -119,11 +116,7 @@ def test_promises_hold_against_hostile_optimizers(deeds, kind, seed):
     alone, sums = SGD(twin.parameters(), lr=0.1), 0.0
     for batch in minibatches(40):
         guard.step(closure_for(guard, model, batch))
-        alone.zero_grad()
-        loss = loss_fn(twin, batch)
-        loss.backward()
-        alone.step()
-        sums += loss.item()
+        sums += step_by(alone, loss_fn(twin, batch)).item()
         if guard.phase == 0:
             assert all(p.isfinite().all() and p.requires_grad for p in model.parameters())
             if kind is Hedged:

@@ -12,6 +12,7 @@ from models import (
     TWO,
     Breaks,
     assert_same_state,
+    backward,
     closure_for,
     loss_fn,
     minibatches,
@@ -116,8 +117,7 @@ def test_a_body_that_is_left_counts_as_an_error(kind, at):
     for twice in (False, True):
         with pytest.warns(RuntimeWarning, match=told) if at and twice else nullcontext():
             for k, lane in enumerate(guard.lanes()):
-                loss = loss_fn(model, spiral())
-                loss.backward()
+                loss = backward(loss_fn(model, spiral()))
                 if k == at:
                     break
                 lane.step(loss)
@@ -126,17 +126,14 @@ def test_a_body_that_is_left_counts_as_an_error(kind, at):
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"^rates must be set between minibatches, got another"):
         for lane in guard.lanes():
-            loss = loss_fn(model, spiral())
-            loss.backward()
-            lane.step(loss)
+            lane.step(backward(loss_fn(model, spiral())))
             guard.param_groups[0]["lr"] *= 0.5
     guard.param_groups[0]["lr"] *= 2
     assert_same_state(model.state_dict(), before)
     for other in [inner.optimizer for inner in guard._inners.values()]:
         with pytest.raises(ValueError, match=r"^lane.step\(loss\) must make every step while"):
             for lane in guard.lanes():
-                loss = loss_fn(model, spiral())
-                loss.backward()
+                loss = backward(loss_fn(model, spiral()))
                 other.step()
                 lane.step(loss)
         assert_same_state(model.state_dict(), before)
@@ -148,8 +145,7 @@ def test_a_body_that_is_left_counts_as_an_error(kind, at):
         ValueError, match=r"^lane.step must be called once for each lane, got again"
     ):
         for lane in guard.lanes():
-            loss = loss_fn(model, spiral())
-            loss.backward()
+            loss = backward(loss_fn(model, spiral()))
             lane.step(loss)
             lane.step(loss)
     run(guard, model, minibatches(20))
@@ -259,9 +255,7 @@ def test_a_signal_in_a_loop_that_is_left_after_its_last_step_comes_soon():
     guard = two(Recommended, model)
     with pytest.raises(KeyboardInterrupt):
         for lane in guard.lanes():
-            loss = loss_fn(model, spiral())
-            loss.backward()
-            lane.step(loss)
+            lane.step(backward(loss_fn(model, spiral())))
             if lane is guard._leader:
                 signal.raise_signal(signal.SIGINT)
                 break
@@ -276,8 +270,6 @@ def test_loops_of_two_guards_may_end_in_any_order():
     loops = [guard.lanes() for guard, _ in guards]
     for lanes in zip(*loops, strict=True):
         for lane, (_, model) in zip(lanes, guards, strict=True):
-            loss = loss_fn(model, spiral())
-            loss.backward()
-            lane.step(loss)
+            lane.step(backward(loss_fn(model, spiral())))
     assert signal.getsignal(signal.SIGINT) is before
     assert [guard.phase for guard, _ in guards] == [1, 1]

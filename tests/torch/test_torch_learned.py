@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from models import squares
 from test_torch_lstm import Reference
 from test_torch_mlp import weights_of
 from torch import nn
@@ -90,10 +91,7 @@ def test_states_of_others_are_refused(make):
 def test_states_of_a_guard_with_other_weights_are_refused(make):
     def guard_of(learned, p):
         guard = Recommended(learned, torch.optim.SGD([p], 0.1), model=None)
-        for lane in guard.lanes():
-            loss = p.square().sum()
-            loss.backward()
-            lane.step(loss)
+        guard.step(squares(p))
         return guard
 
     p = nn.Parameter(torch.ones(3))

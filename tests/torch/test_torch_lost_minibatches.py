@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from models import backward, step_by
 from torch import nn
 from torch.optim import SGD
 
@@ -28,9 +29,7 @@ def play(guard, loss_of, steps):
     """The losses that it reports, those that are lost left out."""
     for k in range(steps):
         for lane in guard.lanes():
-            loss = loss_of(k)
-            loss.backward()
-            lane.step(loss)
+            lane.step(backward(loss_of(k)))
     losses = [loss for decision in guard.history for loss in decision.losses]
     return [loss if math.isfinite(loss) else 0.0 for loss in losses]
 
@@ -66,9 +65,7 @@ def test_x_is_the_fallbacks_own_run_over_one_that_is_lost():
     alone = SGD([v], lr=0.02, momentum=0.9)
     play(guard, lambda k: w.square().sum() * (math.nan if k == 55 else 1), 100)
     for k in range(100):
-        alone.zero_grad()
-        (v.square().sum() * (0 if k == 55 else 1)).backward()
-        alone.step()
+        step_by(alone, v.square().sum() * (0 if k == 55 else 1))
     assert guard.last_decision.winner == 2 and torch.equal(w, v)
 
 

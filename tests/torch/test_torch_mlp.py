@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import squares
 from torch import nn
 
 from lossguard.torch import BestOf, LSTMOptimizer, MLPOptimizer, Recommended
@@ -171,10 +172,7 @@ def test_in_a_guard_its_clock_is_that_of_the_run():
     guard = Recommended(learned, torch.optim.SGD([p], lr=0.1), model=None)
     clocks = []
     for _ in range(200):
-        for lane in guard.lanes():
-            loss = p.square().sum()
-            loss.backward()
-            lane.step(loss)
+        guard.step(squares(p))
         clocks.append(learned.param_groups[0]["clock"])
     assert sum(decision.learned_updates for decision in guard.history) == 20
     assert clocks[149] == 10 and clocks[-1] == 170
@@ -186,9 +184,6 @@ def test_where_it_does_not_run_its_clock_goes_on():
     learned = MLPOptimizer([p], weights_of(), lr=1e-6)
     guard = BestOf([torch.optim.Adam([p], lr=0.01), learned], model=None, share=0.05)
     for _ in range(300):
-        for lane in guard.lanes():
-            loss = p.square().sum()
-            loss.backward()
-            lane.step(loss)
+        guard.step(squares(p))
     assert sum(decision.gradients for decision in guard.history) == 400
     assert learned.param_groups[0]["clock"] == 300

@@ -14,12 +14,15 @@ from models import (
     assert_is_algorithm2,
     assert_resumes,
     assert_same_state,
+    backward,
     closure_for,
     loss_fn,
     minibatches,
     mlp,
     run,
     spiral,
+    squares,
+    step_by,
     two,
 )
 from torch import nn
@@ -52,9 +55,7 @@ def test_gradients_of_what_another_optimizer_steps_are_those_of_the_live_lane(op
         for p in model[0].parameters():
             p.grad = torch.full_like(p, earlier) if earlier else None
         for lane in guard.lanes():
-            loss = model(x).square().mean()
-            loss.backward()
-            lane.step(loss)
+            lane.step(backward(model(x).square().mean()))
         guard.eval()  # as trainers do before they validate
         for p, gradient in zip(model[0].parameters(), expected, strict=True):
             torch.testing.assert_close(p.grad, gradient)
@@ -69,14 +70,8 @@ def test_they_are_what_they_were_if_a_check_raises():
         raise ArithmeticError
 
     guard = BestOf(optimizers, model=model, nt=1, check=check)
-
-    def closure():
-        loss = model(x).square().mean()
-        loss.backward()
-        return loss
-
     with pytest.raises(ArithmeticError):
-        guard.step(closure)
+        guard.step(lambda: backward(model(x).square().mean()))
     assert all(p.grad is None for p in model[0].parameters())
 
 
@@ -86,13 +81,8 @@ def test_a_counter_that_is_a_tensor_of_a_group_is_each_lanes_own():
     guard = Hedged(SGD([w], lr=0.05), Writing([w], lr=0.01), model=None)
     alone = Writing([v], lr=0.01)
     for _ in range(60):
-        for lane in guard.lanes():
-            loss = w.square().sum()
-            loss.backward()
-            lane.step(loss)
-        alone.zero_grad()
-        v.square().sum().backward()
-        alone.step()
+        guard.step(squares(w))
+        step_by(alone, v.square().sum())
     own = guard._lanes["s"]
     assert guard.last_decision.winner == 0  # it runs beside another lane of its optimizer
     assert own.memory().options[0]["k"] == 60 and own.point[0] == v
@@ -228,14 +218,8 @@ def test_autocast_uses_the_weights_of_the_branch(outside):
     guard = two(LossGuard, model, learned, fallback, nt=3, nc=2)
     with torch.autocast("cpu", torch.bfloat16, enabled=outside):
         for batch in batches:
-
-            def closure(batch=batch):
-                guard.zero_grad()
-                loss = (loss_fn if outside else cast_loss)(model, batch)
-                loss.backward()
-                return loss
-
-            guard.step(closure)
+            loss_of = loss_fn if outside else cast_loss
+            guard.step(lambda batch=batch, loss_of=loss_of: backward(loss_of(model, batch)))
     assert [d.winner for d in guard.history] == [winner for _, winner in expected]
     for key, value in model.state_dict().items():
         torch.testing.assert_close(value, expected[-1][0][key], rtol=1e-3, atol=1e-4)
@@ -322,19 +306,15 @@ def test_schedule_free_goes_on_by_itself(name):
     alone.train()
     guard = two(BestOf, model, lambda ps: SGD(ps, lr=0.0), lambda ps: make(ps, lr=0.05), nt=3)
     for batch in minibatches(20):
-        alone.zero_grad()
-        loss_fn(twin, batch).backward()
-        alone.step()
+        step_by(alone, loss_fn(twin, batch))
         guard.step(closure_for(guard, model, batch))
     assert_same_state(model.state_dict(), twin.state_dict())
     alone.eval()
     guard.eval()
     assert_same_state(model.state_dict(), twin.state_dict())
     alone.train()
-    alone.zero_grad()
     batch = spiral()
-    loss_fn(twin, batch).backward()
-    alone.step()
+    step_by(alone, loss_fn(twin, batch))
     guard.step(closure_for(guard, model, batch))  # back by itself
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
@@ -440,10 +420,8 @@ def test_gradients_may_be_conjugates(kind):
     guard = kind(SGD([weight], lr=0.02), SGD([weight], lr=0.01), model=None, nt=2)
 
     def closure():
-        guard.zero_grad()
-        loss = ((weight.conj() * torch.tensor([1 + 2j, 3j, 4])).sum() - 3).abs().square()
-        loss.backward()
-        return loss
+        product = (weight.conj() * torch.tensor([1 + 2j, 3j, 4])).sum()
+        return backward((product - 3).abs().square())
 
     losses = [guard.step(closure).item() for _ in range(20)]
     assert losses[-1] < losses[0] / 2
@@ -455,9 +433,8 @@ def test_a_schedule_free_optimizer_of_a_running_job_takes_its_other_iterate_alon
     fallback = package.SGDScheduleFree(model.parameters(), lr=0.1)
     fallback.train()
     for batch in minibatches(20):
-        loss_fn(model, batch).backward()
-        fallback.step()
-        fallback.zero_grad()
+        step_by(fallback, loss_fn(model, batch))
+    fallback.zero_grad()
     guard = Recommended(SGD(model.parameters(), lr=0.1), fallback, model=model, nt=2)
     run(guard, model, minibatches(4))
     guard._lanes["z"].start_at([tensor + 1 for tensor in guard._leader.point])

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from models import assert_same_state, quadratic, squares
+from models import assert_same_state, backward, quadratic, squares
 from torch import nn
 from torch.optim import SGD
 
@@ -54,14 +54,8 @@ def test_quadratic(theta, alpha):
         theta=theta,
         nt=len(RATES),
     )
-
-    def closure():
-        loss = weight.square().sum() / 2
-        loss.backward()
-        return loss
-
     for _ in RATES:
-        guard.step(closure)
+        guard.step(lambda: backward(weight.square().sum() / 2))
     decision = guard.last_decision
     assert decision.used_learned == kept
     assert weight.item() == pytest.approx(w, rel=1e-5)
@@ -71,20 +65,14 @@ def test_quadratic(theta, alpha):
 
 def test_not_finite_proposals():
     weight = torch.tensor([3.0], requires_grad=True)
-
-    def closure():
-        loss = weight.square().sum() / 2
-        loss.backward()
-        return loss
-
     learned, fallback = SGD([weight], lr=1.0), SGD([weight], lr=0.1)
     learned.param_groups[0]["lr"] = math.nan
     guard = ResidualGuard(learned, fallback, nt=1)
-    guard.step(closure)
+    guard.step(lambda: backward(weight.square().sum() / 2))
     assert guard.last_decision.winner == 1 and not guard.last_decision.finite_learned
     assert weight.item() == pytest.approx(2.7)
     fallback.param_groups[0]["lr"] = math.inf
-    guard.step(closure)
+    guard.step(lambda: backward(weight.square().sum() / 2))
     assert guard.last_decision.winner == -1
     assert weight.item() == pytest.approx(2.7)
 
@@ -120,8 +108,7 @@ def test_a_first_residual_that_is_not_finite_is_no_bound(value):
         calls = []
 
         def closure(weight=weight, calls=calls):
-            loss = weight.square().sum()
-            loss.backward()
+            loss = backward(weight.square().sum())
             calls.append(1)
             if len(calls) == 1:
                 weight.grad.fill_(value)
@@ -144,13 +131,7 @@ def test_steps_that_are_lost_in_rounding_are_no_reason_to_accept():
 def test_residuals_of_complex_parameters_have_both_parts():
     weight = torch.tensor([1j, 2j], requires_grad=True)
     guard = ResidualGuard(SGD([weight], lr=5.0), SGD([weight], lr=0.1), nt=1)
-
-    def closure():
-        loss = weight.abs().square().sum()
-        loss.backward()
-        return loss
-
-    guard.step(closure)
+    guard.step(lambda: backward(weight.abs().square().sum()))
     assert not guard.last_decision.used_learned[0]
     assert guard._mu == pytest.approx(0.2 * math.sqrt(5))
 
@@ -173,8 +154,7 @@ def test_a_bad_minibatch_does_not_spoil_the_buffers():
     batch = torch.randn(8, 2)
 
     def closure(factor, fails=False):
-        loss = model(factor * batch).square().mean()
-        loss.backward()
+        loss = backward(model(factor * batch).square().mean())
         if fails:
             raise KeyError
         return loss
@@ -194,13 +174,8 @@ def test_a_loss_that_is_overwritten_is_the_one_at_x():
     w, _ = quadratic(1.0)
     guard = ResidualGuard(SGD([w], lr=0.1), SGD([w], lr=0.1), nt=1)
     static = torch.zeros(())
-
-    def closure():
-        loss = w.square().sum()
-        loss.backward()
-        return static.copy_(loss.detach())
-
-    assert guard.step(closure).item() == 1.0
+    loss = guard.step(lambda: static.copy_(backward(w.square().sum()).detach()))
+    assert loss.item() == 1.0
     assert guard.last_decision.losses == [1.0] and static < 1
 
 
@@ -208,13 +183,7 @@ def test_a_fallback_whose_memory_is_not_finite_begins_anew():
     w, _ = quadratic(1.0)
     guard = ResidualGuard(SGD([w], lr=0.0), SGD([w], lr=0.1, momentum=0.9), nt=1)
     for factor in (1.0, math.inf, 1.0):
-
-        def closure(factor=factor):
-            loss = factor * w.square().sum()
-            loss.backward()
-            return loss
-
-        guard.step(closure)
+        guard.step(lambda factor=factor: backward(factor * w.square().sum()))
     momentum = guard._lanes["z"].memory().state[w]["momentum_buffer"]
     assert momentum.isfinite().all() and w.isfinite().all()
 
@@ -223,16 +192,10 @@ def test_gradients_of_what_another_optimizer_steps_are_those_at_x():
     model, x = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), torch.ones(4, 2)
     pair = [SGD(model[1].parameters(), lr=lr) for lr in (0.1, 0.01)]
     guard = guards.ResidualGuard(*pair, model=model, nt=1)
-
-    def closure():
-        loss = model(x).square().mean()
-        loss.backward()
-        return loss
-
-    closure()
+    backward(model(x).square().mean())
     expected = [p.grad for p in model[0].parameters()]
     model.zero_grad()
-    guard.step(closure)
+    guard.step(lambda: backward(model(x).square().mean()))
     for p, gradient in zip(model[0].parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, gradient)
 

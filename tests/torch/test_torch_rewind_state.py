@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from models import Writing, loss_fn, minibatches, mlp, refusals_of_damaged
+from models import Writing, loss_fn, minibatches, mlp, refusals_of_damaged, step_by
 from rewinding import FALLS, HIGH, WINDOW, assert_same, drive, network, one_weight, train
 from torch import nn
 from torch.nn.utils import prune
@@ -77,11 +77,7 @@ def test_a_damaged_state_is_loaded_whole_or_not_at_all():
     states = []
     for _ in range(2):
         for batch in minibatches(57):
-            optimizer.zero_grad()
-            loss = loss_fn(model, batch)
-            loss.backward()
-            optimizer.step()
-            rewind.observe(loss.detach())
+            rewind.observe(step_by(optimizer, loss_fn(model, batch)).detach())
         states.append(rewind.state_dict())
     assert refusals_of_damaged(rewind, states[0]) > 30
 
@@ -202,10 +198,7 @@ def test_a_buffer_that_is_assigned_goes_back():
     rewind = Rewind(model, optimizer, window=WINDOW, every=4)
     for step in range(200):
         x = torch.full((8, 1), math.nan if step == 150 else 1.0)
-        loss = model(x).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        loss = step_by(optimizer, model(x).square().mean())
         rewind.observe(loss)
     assert len(rewind.events) == 1 and model.mean.isfinite() and loss.isfinite()
 
@@ -258,9 +251,7 @@ def test_what_is_sparse_goes_back_from_a_folder_too(tmp_path, layout):
         if call == 112:
             before = model.embedding.weight.detach().clone()
             memory = optimizer.state[model.embedding.weight]["momentum_buffer"].to_dense()
-        optimizer.zero_grad()
-        model.embedding(torch.arange(call % 6)).sum().backward()
-        optimizer.step()
+        step_by(optimizer, model.embedding(torch.arange(call % 6)).sum())
         rewind.observe(loss)
     assert rewind.returns == 1 and torch.equal(model.embedding.weight, before)
     now = optimizer.state[model.embedding.weight]["momentum_buffer"].to_dense()
@@ -292,11 +283,7 @@ def test_inputs_that_are_not_finite_cost_no_more_than_their_steps(caplog):
     for call, (x, t) in enumerate(minibatches(128)):
         x = x.clone()
         x[0, 0] = math.nan if call in (50, 51, 90) else x[0, 0]
-        loss = loss_fn(model, (x, t))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        rewind.observe(loss)
+        rewind.observe(step_by(optimizer, loss_fn(model, (x, t))))
         if call % 4 == 3:
             assert all(torch.isfinite(t).all() for t in model.state_dict().values())
     told = [RewindEvent("buffers", "model", call, 0, 0, 1.0) for call in (52, 92)]
@@ -317,11 +304,7 @@ def test_before_the_first_step_there_is_no_memory():
 
 def goes_wrong(model, optimizer, rewind, inputs, steps, fault=0.0):
     for _ in range(steps):
-        loss = model(inputs).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        rewind.observe(loss + fault)
+        rewind.observe(step_by(optimizer, model(inputs).square().mean()) + fault)
 
 
 def test_parameters_that_are_unfrozen_go_back_to_a_time_when_they_were_frozen():

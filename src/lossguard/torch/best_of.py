@@ -147,21 +147,17 @@ class BestOf(Guard):
 
     def _measure(self, check: Callable[[int], Tensor]) -> None:
         """The losses of all that ran on the next check minibatches."""
-        draws, beside = self._randomness.state(), self._weights.beside
-        self._weights.beside = []  # the live lane's gradients of others' parameters stay
-        try:
-            for lane in [*self._others, self._leader]:
-                self._randomness.set(draws)
-                torch.clear_autocast_cache()
-                lane.enter(checking=True)
-                with torch.no_grad():
-                    lane.checks = [
-                        scalar(check(self._checked + j), "check must return one number")
-                        for j in range(self.checks)
-                    ]
-                lane.leave()
-        finally:  # or, if the check raises, are what they were
-            self._weights.beside = beside
+        draws = self._randomness.state()
+        for lane in self._order:
+            self._randomness.set(draws)
+            torch.clear_autocast_cache()
+            lane.enter(checking=True)
+            with torch.no_grad():
+                lane.checks = [
+                    scalar(check(self._checked + j), "check must return one number")
+                    for j in range(self.checks)
+                ]
+            lane.leave()
         self._checked += self.checks
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:

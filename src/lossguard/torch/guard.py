@@ -17,6 +17,7 @@ from lossguard.torch.process import held
 from lossguard.torch.ranks import mean_of_ranks, several
 from lossguard.torch.relay import Relay
 from lossguard.torch.tensors import read
+from lossguard.torch.weights import Beside
 from lossguard.validation import check_part
 
 
@@ -106,11 +107,12 @@ class Guard(Face):
             ValueError: if there are gradients before it, or the body steps but by ``lane.step``.
         """
         with held():
-            draws = self._open()
+            draws, beside = self._open()
             try:
                 for lane in self._order:
                     torch.clear_autocast_cache()  # autocast would go on with casts of other weights
                     self._randomness.set(draws)
+                    self._weights.reset_gradients(beside)
                     lane.enter(checking=self._checks(lane))
                     yield lane
                     if not lane.stepped:
@@ -125,7 +127,7 @@ class Guard(Face):
                         self._left += 1
                         arguments.warn_if_left(self._left)
                     self._undo(draws)
-                    self._weights.reset_gradients()
+                    self._weights.reset_gradients(beside)
                     raise
                 self._leader.leave()  # a loop that was left after the last step
                 self._close()
@@ -133,14 +135,14 @@ class Guard(Face):
                 raise  # so that a signal that came is not raised where a generator is closed
         self._tell()
 
-    def _open(self) -> list[Tensor]:
-        """Before a minibatch: the random state that each lane starts from."""
+    def _open(self) -> tuple[list[Tensor], Beside]:
+        """Before a minibatch: random state, and gradients, that each lane starts from."""
         draws = self._randomness.state()
         self._undo(draws)  # a loop that was left, whose generator lives on
         optimizers = [inner.optimizer for inner in self._inners.values()]
         arguments.check_loop(optimizers, self._weights.params)
         self._rates.apply()
-        self._weights.note_gradients()
+        beside = self._weights.gradients_beside()
         if self.phase == 0:
             for lane in self._lanes.values():
                 lane.begin()
@@ -148,7 +150,7 @@ class Guard(Face):
         self._order = [*self._others, self._leader]
         for lane in self._order:
             lane.begun = lane.stepped = False
-        return draws
+        return draws, beside
 
     def _run(self, lane: Lane, closure: Closure) -> Any:
         """The value of the closure, or NaN where a lane raises as its numbers aren't finite.
@@ -193,7 +195,7 @@ class Guard(Face):
         if self.phase == self.nt + self.nc:
             self.history.append(self._decide())
             self.phase, self.steps = 0, self.steps + self.nt
-        self._order, self._left, self._weights.beside = [], 0, []
+        self._order, self._left = [], 0
 
     def _decide(self) -> Decision:
         seen = _agreed([self._leader, *self._others], self.process_group)

@@ -139,7 +139,6 @@ class Lane:
         """Get into the model, with the memory in the optimizer."""
         self.checking = checking
         self.weights.clear_gradients()
-        self.weights.reset_gradients()
         self.go_live()
         self._buffers = clones(self.weights.buffers())
         if self._parked is not None:

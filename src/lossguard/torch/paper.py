@@ -223,9 +223,8 @@ class ResidualGuard(Guard):
 
     def _residual(self, z: Lane, memory: Memory, y: Copy, closure: Closure) -> float:
         """||S(y)||, by a step of the fallback with such a memory; NaN where that raises."""
-        beside = self._weights.beside
+        beside = self._weights.gradients_beside()  # those at x stay
         self._weights.write(y)
-        self._weights.note_gradients()  # those at x stay
         try:
             loss, gradient = self._evaluate(closure)
         except Exception as error:
@@ -234,8 +233,7 @@ class ResidualGuard(Guard):
             tell(error, self._lanes["y"])
             return math.nan
         finally:
-            self._weights.reset_gradients()
-            self._weights.beside = beside
+            self._weights.reset_gradients(beside)
         n, advanced = len(self._weights.params), z.memory()
         z.remember(memory)
         after = _after_step(z, y, gradient, loss)

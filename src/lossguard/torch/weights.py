@@ -9,6 +9,7 @@ from lossguard.torch.tensors import finite, is_expanded, local, transfer
 
 Copy = list[Tensor]
 """Parameters first, then buffers; of a sharded parameter this rank's shard alone."""
+Beside = list[tuple[Tensor, Tensor | None]]
 
 
 class Weights:
@@ -26,8 +27,6 @@ class Weights:
         """The lane that is in the model."""
         ours = set(params)
         self._others = [] if model is None else [p for p in model.parameters() if p not in ours]
-        self.beside: list[tuple[Tensor, Tensor | None]] = []
-        """These, which no lane steps, and their gradients before the minibatch."""
         live = self.live()
         self._checked = [finite(one) for one in live]
         """Of each tensor whether it was finite; masks may be infinite."""
@@ -56,14 +55,14 @@ class Weights:
         for p in self.params:
             p.grad = None
 
-    def note_gradients(self) -> None:
-        """Before a minibatch: note those of parameters that other optimizers step."""
+    def gradients_beside(self) -> Beside:
+        """Those of parameters that other optimizers step, and no lane."""
         grads = [(p, p.grad) for p in self._others if p.requires_grad]
-        self.beside = [(p, None if grad is None else grad.clone()) for p, grad in grads]
+        return [(p, None if grad is None else grad.clone()) for p, grad in grads]
 
-    def reset_gradients(self) -> None:
+    def reset_gradients(self, beside: Beside) -> None:
         """Set those to what they were, or each lane would add to them."""
-        for p, grad in self.beside:
+        for p, grad in beside:
             p.grad = None if grad is None else grad.clone()
 
     def reshard(self) -> None:

@@ -150,7 +150,6 @@ class BestOf(Guard):
         draws = self._randomness.state()
         for lane in self._order:
             self._randomness.set(draws)
-            torch.clear_autocast_cache()
             lane.enter(checking=True)
             with torch.no_grad():
                 lane.checks = [

@@ -110,7 +110,6 @@ class Guard(Face):
             draws, beside = self._open()
             try:
                 for lane in self._order:
-                    torch.clear_autocast_cache()  # autocast would go on with casts of other weights
                     self._randomness.set(draws)
                     self._weights.reset_gradients(beside)
                     lane.enter(checking=self._checks(lane))

@@ -138,6 +138,7 @@ class Lane:
     def enter(self, *, checking: bool) -> None:
         """Get into the model, with the memory in the optimizer."""
         self.checking = checking
+        torch.clear_autocast_cache()  # autocast would go on with casts of other weights
         self.weights.clear_gradients()
         self.go_live()
         self._buffers = clones(self.weights.buffers())

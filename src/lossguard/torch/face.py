@@ -99,6 +99,3 @@ class Face(arguments.Uncopied, Optimizer):
                 "build another guard"
             )
         super().add_param_group(param_group)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(map(repr, self._lanes.values()))})"

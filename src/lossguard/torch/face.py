@@ -59,8 +59,6 @@ class Face(arguments.Uncopied, Optimizer):
         """All that run on the minibatch that is under way."""
         self._left = 0
         """Loops over lanes that were left, at a stretch."""
-        self._noted = False
-        """Whether it is known which entries of optimizers' memories hold the parameters."""
         arguments.refuse_steps_beside(self)
 
     @property

@@ -12,7 +12,7 @@ from lossguard.torch import arguments, saving
 from lossguard.torch.arguments import Closure
 from lossguard.torch.decision import Decision, Seen
 from lossguard.torch.face import Face
-from lossguard.torch.lane import Lane, note_copies
+from lossguard.torch.lane import Lane
 from lossguard.torch.process import held
 from lossguard.torch.ranks import mean_of_ranks, several
 from lossguard.torch.relay import Relay
@@ -186,9 +186,8 @@ class Guard(Face):
         """After a minibatch, on which all lanes have stepped."""
         self.phase += 1
         self._opt_called = True  # or schedulers on it warn that nobody calls ``step``
-        if not self._noted:
-            ran = [(lane, lane.point) for lane in self._order]
-            self._noted = note_copies(self._leader.before, ran)
+        for lane in [one for one in self._order if not one.inner.noted]:
+            lane.inner.note_copies(lane.memory(), self._leader.before, lane.point)
         if self.phase == 1 and self.steps == 0:
             arguments.compare([lane.losses[0] for lane in self._order if not lane.switches])
         if self.phase == self.nt + self.nc:

@@ -1,6 +1,5 @@
 """A lane: an optimizer's run. Guards run several, and compare their losses."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -202,9 +201,3 @@ class Lane:
 
     def __repr__(self) -> str:
         return f"lane {self.name} ({type(self.optimizer).__name__})"
-
-
-def note_copies(start: Copy, ran: Sequence[tuple[Lane, Copy]]) -> bool:
-    """``Inner.note_copies`` of lanes that came from ``start`` to a point; whether all is known."""
-    known = [lane.inner.note_copies(lane.memory(), start, point) for lane, point in ran]
-    return all(known)

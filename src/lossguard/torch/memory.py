@@ -43,6 +43,7 @@ class Inner:
         takes_loss: whether its step takes the loss, as that of some learned optimizers does.
         own: names of the group entries that its step has been seen to change.
         copies: names of entries of its state that hold the parameters, as master weights do.
+        noted: whether these are known, as they are after the first step that moves parameters.
         holder: the lane whose memory it has; another lane of it keeps its own meanwhile.
         steps: whether it is stepped by its lane right now.
         pulled: whether the gradients of its first step were the parameters themselves, as those of
@@ -55,6 +56,7 @@ class Inner:
         self.own: set[str] = set()
         # What schedule-free optimizers train at begins as a copy: seen in their first step alone.
         self.copies: set[str] = {"z"} if callable(getattr(optimizer, "train", None)) else set()
+        self.noted = False
         self.holder: Any = None
         self.steps = False
         self.pulled: bool | None = None
@@ -96,16 +98,17 @@ class Inner:
         own = [[options.get(key) for key in self.own] for options in memory.options]
         return finite([*memory.state.values(), own])
 
-    def note_copies(self, memory: Memory, start: list[Tensor], point: list[Tensor]) -> bool:
+    def note_copies(self, memory: Memory, start: list[Tensor], point: list[Tensor]) -> None:
         """Note which entries hold the parameters, after steps from ``start`` to ``point``.
 
-        Refuse copies that the optimizer holds elsewhere, as all lanes would share them. False if
-        the parameters haven't moved, as at a rate of 0, and so nothing is known.
+        Refuse copies that the optimizer holds elsewhere, as all lanes would share them. If the
+        parameters haven't moved, as at a rate of 0, nothing is known yet.
         """
         steps = zip(self.params, start, point, strict=False)
         moved = [v for _, u, v in steps if v.numel() > 1 and not torch.equal(u, v)]
         if not moved:
-            return all(p.numel() < 2 for p in self.params)
+            self.noted = all(p.numel() < 2 for p in self.params)
+            return
         for name, held in vars(self.optimizer).items():
             if name not in ("state", "param_groups") and _holds(held, moved, self.params):
                 raise ValueError(
@@ -122,7 +125,7 @@ class Inner:
                     same = slow or torch.equal(held, value)
                     alike.setdefault(key, []).append(same)
         self.copies |= {key for key, flags in alike.items() if all(flags)}
-        return True
+        self.noted = True
 
     def move_copies(self, memory: Memory, point: list[Tensor]) -> None:
         """Have these be the parameters at a point."""

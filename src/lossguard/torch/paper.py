@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lossguard.torch.arguments import Closure, scalar, tell
 from lossguard.torch.decision import FALLBACK, LEARNED, NEITHER, Decision, Seen, mean
 from lossguard.torch.guard import Guard
-from lossguard.torch.lane import Lane, note_copies
+from lossguard.torch.lane import Lane
 from lossguard.torch.memory import Memory
 from lossguard.torch.ranks import several
 from lossguard.torch.tensors import clones, read
@@ -197,8 +197,9 @@ class ResidualGuard(Guard):
             evaluated = [*x[:n], *clones(weights.live()[n:])]
             at_z = _after_step(z, evaluated, gradient, loss)
             at_y = _after_step(y, evaluated, gradient, loss)
-            if not self._noted:
-                self._noted = note_copies(x, [(z, at_z), (y, at_y)])
+            for one, at in ((z, at_z), (y, at_y)):
+                if not one.inner.noted:
+                    one.inner.note_copies(one.memory(), x, at)
             self._randomness.set(draws)
             r = self._residual(z, before[z], at_y, closure)
         except BaseException:

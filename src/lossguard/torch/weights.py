@@ -28,7 +28,7 @@ class Weights:
         ours = set(params)
         self._others = [] if model is None else [p for p in model.parameters() if p not in ours]
         live = self.live()
-        self._checked = [finite(one) for one in live]
+        self._checked = [True] * len(live) if finite(live) else [finite(one) for one in live]
         """Of each tensor whether it was finite; masks may be infinite."""
         if any(p.requires_grad and not ok for p, ok in zip(params, self._checked, strict=False)):
             raise ValueError("parameters must be finite, got some that aren't and are trained")

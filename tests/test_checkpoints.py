@@ -51,7 +51,7 @@ def table(rows: int) -> pl.DataFrame:
     )
 
 
-def same(found: tuple[int, State, pl.DataFrame] | None, step: int) -> None:
+def same(found: tuple[Any, ...] | None, step: int) -> None:
     assert found is not None
     assert found[0] == step
     expected = state(step)
@@ -83,6 +83,12 @@ def test_nothing_is_found_and_made_where_there_is_none(tmp_path: Path) -> None:
 
 def test_newest_comes_back_to_the_bit(saved: Path) -> None:
     same(Checkpoints(saved).latest(state(0)), 20)
+
+
+def test_several_tables_come_back_in_their_order(tmp_path: Path) -> None:
+    Checkpoints(tmp_path).save(1, state(1), table(2), table(0), table(3))
+    found = Checkpoints(tmp_path).latest(state(0))
+    assert found is not None and [one.height for one in found[2:]] == [2, 0, 3]
 
 
 def test_last_two_are_kept(saved: Path) -> None:
@@ -216,14 +222,6 @@ def test_all_damaged_is_as_none(saved: Path, capfd: pytest.CaptureFixture[str]) 
 def test_half_written_one_is_no_checkpoint(saved: Path) -> None:
     (saved / ".0123456789abcdef.part").write_bytes(b"half")
     same(Checkpoints(saved).latest(state(0)), 20)
-
-
-def test_delete_removes_all(saved: Path) -> None:
-    checkpoints = Checkpoints(saved)
-    checkpoints.delete()
-    assert not saved.exists()
-    checkpoints.delete()
-    assert Checkpoints(saved).latest(state(0)) is None
 
 
 def test_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """Checkpoints of long computations: whole or not there, the last two kept, a damaged one told."""
 
 import io
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,37 +20,35 @@ from .terminal import PlainConsole
 
 SUFFIX = ".safetensors"
 KEPT = 2
-STRUCTURE = "structure"
+STATE, STRUCTURE = "state", "structure"
 
 
 class Checkpoints:
-    """A folder of numbered checkpoints: a pytree of arrays, and a table, in a file each.
+    """A folder of numbered checkpoints: a pytree of arrays, and tables, in a file each.
 
-    A file holds the leaves as Equinox writes them, the table as Parquet, the structure of the
+    A file holds the leaves as Equinox writes them, the tables as Parquet, the structure of the
     pytree, and a checksum of all this, which is verified.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def save(self, step: int, state: PyTree, table: pl.DataFrame) -> None:
+    def save(self, step: int, state: PyTree, *tables: pl.DataFrame) -> None:
         """Write checkpoint number ``step`` and drop the third last.
 
         Raises:
             OSError: if it can't be written, for example on a full disk; the others are left.
         """
-        parts = {
-            "state": _written(lambda file: eqx.tree_serialise_leaves(file, _without_keys(state))),
-            "table": _written(table.write_parquet),
-        }
+        parts = {f"table {k}": _written(table.write_parquet) for k, table in enumerate(tables)}
+        parts[STATE] = _written(lambda f: eqx.tree_serialise_leaves(f, _without_keys(state)))
         about = {STRUCTURE: _structure(state)}
         about[checksums.NAME] = checksums.of_arrays(parts, about)
         write_whole(self._path(step), save(parts, about), "a checkpoint", make_folder=True)
         for old in self._steps()[KEPT:]:
             self._path(old).unlink()
 
-    def latest(self, template: PyTree) -> tuple[int, PyTree, pl.DataFrame] | None:
-        """The newest checkpoint that is whole: its number, its pytree and its table.
+    def latest(self, template: PyTree) -> tuple[int, PyTree, *tuple[pl.DataFrame, ...]] | None:
+        """The newest checkpoint that is whole: its number, its pytree and its tables.
 
         ``template`` gives the structure, shapes and dtypes. None if there is no checkpoint. Those
         that can't be read are named on stderr and renamed: they are about to be written again.
@@ -73,13 +70,10 @@ class Checkpoints:
                     "checkpoint must have the structure, shapes and dtypes of what goes on from "
                     f"it, but {self._path(step)} has others: another version wrote it"
                 )
-            leaves = eqx.tree_deserialise_leaves(parts["state"], _without_keys(template))
-            return step, _with_keys(leaves, template), pl.read_parquet(parts["table"])
+            leaves = eqx.tree_deserialise_leaves(parts.pop(STATE), _without_keys(template))
+            tables = [pl.read_parquet(parts[name]) for name in sorted(parts)]
+            return step, _with_keys(leaves, template), *tables
         return None
-
-    def delete(self) -> None:
-        """Remove all of them, once the computation is done."""
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _path(self, step: int) -> Path:
         return self._folder / f"{step}{SUFFIX}"
@@ -111,7 +105,7 @@ def _read(path: Path) -> tuple[str, dict[str, io.BytesIO]]:
     """The structure and the parts of a checkpoint, whose checksum is right."""
     with safe_open(path, framework="np") as file:
         about = dict(file.metadata())
-        parts = {name: file.get_tensor(name) for name in ("state", "table")}
+        parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if about.pop(checksums.NAME) != checksums.of_arrays(parts, about):
         raise ValueError("its content is not that of its SHA-256")
     return about[STRUCTURE], {name: io.BytesIO(part.tobytes()) for name, part in parts.items()}

@@ -3,6 +3,7 @@
 Beside its records (``records``) it holds
 
     started.json   until it is finished: the manifest so far
+    checkpoints    until it is finished: all that is computed so far
     .lock          while a process writes to the folder
     failed.json    why the last attempt of a sweep failed, if it did
 """
@@ -39,8 +40,7 @@ from .records import (
 STARTED = "started.json"
 PASSING = (STARTED, FAILED)
 """What is there until a run is finished."""
-PARTS = METHODS, EVALUATED = "methods", "evaluated"
-"""Folders of what each method has left, until the run is finished."""
+CHECKPOINTS = "checkpoints"
 CPUINFO = Path("/proc/cpuinfo")
 PACKAGES = ("lossguard", "jax", "jaxlib", "optax", "equinox", "numpy", "polars")
 
@@ -134,7 +134,7 @@ def is_finished(folder: Path) -> bool:
 def is_whole(folder: Path) -> bool:
     """Whether it is finished, and a kill just then left nothing that ``_clear`` deletes."""
     return is_finished(folder) and not any(
-        (folder / name).exists() for name in (LOCK, *PASSING, *PARTS)
+        (folder / name).exists() for name in (LOCK, *PASSING, CHECKPOINTS)
     )
 
 
@@ -184,8 +184,7 @@ def finish(folder: Path, made: Mapping[str, Any]) -> None:
 
 def _clear(folder: Path) -> None:
     """Delete what a finished run has no more."""
-    for name in PARTS:
-        shutil.rmtree(folder / name, ignore_errors=True)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     for name in PASSING:
         (folder / name).unlink(missing_ok=True)
 

@@ -100,7 +100,7 @@ def test_what_reads_records_executes_nothing_and_writes_nothing_outside(
 
 
 @pytest.mark.parametrize("name", ["run", "sweep"])
-@pytest.mark.parametrize("link", ["methods", "evaluated", "methods/Signs.checkpoints", "other"])
+@pytest.mark.parametrize("link", ["checkpoints", "checkpoints/0", "other"])
 def test_a_run_does_not_go_on_where_links_lead_out(world, refused, name, link) -> None:
     folder = Path("out/recipe")
     place = folder / link

@@ -158,11 +158,6 @@ def test_what_was_evaluated_after_the_last_checkpoint_is_there_once(tmp_path, mo
     with monkeypatch.context() as patch, pytest.raises(OSError, match=r"^full$"):
         patch.setattr(running.Checkpoints, "save", save_once)
         run(e, tmp_path / "run")
-    evaluated = tmp_path / "run" / "evaluated" / "Signs.parquet"
-    aside = evaluated.rename(tmp_path / "aside")
-    with pytest.raises(OSError, match=r"evaluated/Signs\.parquet"):  # they can't be made again
-        run(e, tmp_path / "run", resume=True)
-    aside.rename(evaluated)
     folder = run(e, tmp_path / "run", resume=True)
     evaluations = records.read_parquet(folder / records.EVALUATIONS)
     assert evaluations["step"].to_list() == [10, 20, 30, 40, 50, 60]
@@ -266,7 +261,7 @@ def test_all_methods_start_alike(whole: Path) -> None:
 def went_on(folder: Path, whole: Path) -> None:
     """To the same curves, and with nothing left over."""
     same_curves(folder, whole)
-    assert not any((folder / name).exists() for name in run_folder.PARTS)
+    assert not (folder / run_folder.CHECKPOINTS).exists()
 
 
 def test_a_finished_run_is_left_as_it_is(whole: Path) -> None:
@@ -303,14 +298,9 @@ def test_stopped_it_leaves_what_was_done_and_goes_on(
     goes_on = f"lossguard run {MODULE}:recipe --out {tmp_path}/run --resume\n"
     message = f"lossguard: stopped; to go on: {goes_on}"
     assert capfd.readouterr().err.endswith(message)
-    left = sorted(entry.name for entry in (tmp_path / "run" / "methods").iterdir())
-    assert (
-        left == (["L2O.checkpoints", "Signs.parquet"], ["L2O.parquet", "Signs.parquet"])[chunk - 2]
-    )
+    left = sorted((tmp_path / "run" / run_folder.CHECKPOINTS).rglob("*.safetensors"))
+    assert [f"{path.parent.name}/{path.stem}" for path in left] == ["0/12", f"1/{4 * chunk}"]
 
-    left_over = tmp_path / "run" / "methods" / "Signs.checkpoints"
-    left_over.mkdir()  # by a kill just before they were deleted
-    (left_over / "4.safetensors").touch()
     with monkeypatch.context() as patch:
         patch.setattr(curves, "thin", lambda *given: calls.append(given) or thin(*given))
         command(patch, *arguments, "--resume")
@@ -346,12 +336,12 @@ def test_full_disk_is_told_and_the_run_goes_on_later(whole, tmp_path, monkeypatc
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
         write = records._write
         patch.setattr(
-            records, "_write", lambda p, c: (full if p.name == "L2O.parquet" else write)(p, c)
+            records, "_write", lambda p, c: (full if p.name == "curves.parquet" else write)(p, c)
         )
         command(patch, *arguments)
     assert caught.value.code == 2
     *_, last = capsys.readouterr().err.splitlines()
-    assert "No space left on device" in last and "L2O.parquet" in last
+    assert "No space left on device" in last and "curves.parquet" in last
     command(monkeypatch, *arguments, "--resume")
     went_on(tmp_path / "run", whole)
 
@@ -361,20 +351,6 @@ def test_methods_with_like_names_are_kept_apart(tmp_path: Path) -> None:
     _, _, curves = records.read_run(run(e, tmp_path / "run"))
     plus, minus = (curves.filter(pl.col("method") == m)["loss"].to_numpy() for m in e.methods)
     assert plus[0] == minus[0] and (plus[1:] != minus[1:]).all()
-
-
-def test_methods_with_long_names_are_kept_apart_too(tmp_path: Path) -> None:
-    """Beyond what a file may be called: each letter takes nine there."""
-    names = tuple("符号" * 50 + end for end in ("一", "二"))
-    e = dataclasses.replace(tiny.recipe(), steps=5, seeds=1, methods=names, make_methods=renamed)
-    _, _, curves = records.read_run(run(e, tmp_path / "run"))
-    one, two = (curves.filter(method=name)["loss"].to_numpy() for name in names)
-    assert one[0] == two[0] and (one[1:] != two[1:]).all()
-
-
-def renamed(e: Experiment) -> dict[str, Any]:
-    made = tiny.make_methods(e).values()
-    return dict(zip(e.methods, made, strict=False))
 
 
 def test_a_run_in_another_thread(tmp_path: Path) -> None:
@@ -483,15 +459,6 @@ def test_a_method_that_fails_in_its_first_step_leaves_no_folder(tmp_path: Path) 
     with pytest.raises(TypeError):
         run(e, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_damaged_table_of_a_finished_method_is_named(whole: Path, tmp_path: Path) -> None:
-    run_folder.open_folder(tmp_path / "run", as_config(tiny.recipe()))
-    (tmp_path / "run" / "methods").mkdir()
-    content = (whole / records.CURVES).read_bytes()
-    (tmp_path / "run" / "methods" / "Signs.parquet").write_bytes(content[:-9])
-    with pytest.raises(ValueError, match=r"Signs\.parquet is not a readable Parquet file"):
-        run(tiny.recipe(), tmp_path / "run", resume=True)
 
 
 class OtherMLP:

@@ -186,19 +186,19 @@ import os, signal, sys
 
 sys.path.insert(0, {folder!r})
 import tiny
-from lossguard import records
+from lossguard import checkpoints
 from lossguard.experiments import run
 
 def recipe():
     run.CHUNK, run.SAVE_SECONDS, run.next_mark = tiny.CHUNK, 0.0, tiny.next_mark
-    write = records.write_parquet
+    write = checkpoints.write_whole
 
-    def die(path, table):
-        if path.parent.name == "methods" and path.name == "L2O.parquet":
+    def die(path, *content, **options):
+        if path.parent.name == "1" and path.stem == str(3 * tiny.CHUNK):
             os.kill(os.getpid(), signal.SIGKILL)
-        write(path, table)
+        write(path, *content, **options)
 
-    records.write_parquet = die
+    checkpoints.write_whole = die
     return tiny.recipe()
 """
 
@@ -212,8 +212,8 @@ def test_a_killed_sweep_goes_on_from_the_last_checkpoint_that_is_whole(
     arguments = (f"{tmp_path / 'dying.py'}:recipe", "--out", str(tmp_path / "runs"))
     killed = subprocess.run([*program, *arguments], capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    methods = tmp_path / "runs" / "recipe" / "methods"
-    checkpoints = {int(entry.stem): entry for entry in (methods / "L2O.checkpoints").iterdir()}
+    left = tmp_path / "runs" / "recipe" / "checkpoints" / "1"
+    checkpoints = {int(entry.stem): entry for entry in left.iterdir()}
     assert sorted(checkpoints) == [tiny.CHUNK, 2 * tiny.CHUNK]
     newer = checkpoints[2 * tiny.CHUNK]
     newer.write_bytes(newer.read_bytes()[: newer.stat().st_size // 2])

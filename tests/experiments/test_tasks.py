@@ -275,4 +275,4 @@ def test_a_missing_file_is_told_before_anything_is_run(tmp_path, monkeypatch, ca
         cli.main()
     assert caught.value.code == 1
     assert f"{FILE} must name the published file" in capsys.readouterr().err
-    assert not (tmp_path / name / "methods").exists()
+    assert not (tmp_path / name / "checkpoints").exists()

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
-from urllib.parse import quote
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import PRNGKeyArray, PyTree
 
-from .. import checksums, curves, records, run_folder
+from .. import curves, records, run_folder
 from ..checkpoints import Checkpoints
 from ..config import as_config
 from ..guards.protocol import Decision, Guard, GuardState
@@ -30,8 +29,6 @@ MARKS = (10, 12, 15, 20, 25, 30, 40, 50, 60, 80)
 """Times a power of ten: the steps at which iterates are evaluated on whole splits."""
 SAVE_SECONDS = 60.0
 """Between two checkpoints."""
-LONGEST_NAME = 100
-"""Of a method's file, in bytes; of a longer one the checksum tells the rest."""
 MOST_STEPS = 2**30
 """Of a method: guards count in 32 bits, and two gradients a step."""
 
@@ -82,8 +79,9 @@ def _run_all(
     """Every method, one after another, and the records of them all."""
     made = run_folder.start(folder, data=task.dataset.note, inputs=inputs)
     tables, evaluations, seconds = [], [], {}
-    for method, guard in guards.items():
-        under_way = _MethodRun(experiment, method, guard, task, folder, stopped)
+    for number, (method, guard) in enumerate(guards.items()):
+        checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS / str(number))
+        under_way = _MethodRun(experiment, method, guard, task, checkpoints, stopped)
         table, evaluated, seconds[method] = under_way.records()
         tables.append(table)
         evaluations.append(evaluated)
@@ -149,31 +147,23 @@ class _MethodRun:
     method: str
     guard: Guard
     task: Task
-    folder: Path
+    checkpoints: Checkpoints
+    """The last one is of its end, so that it is not run again."""
     stopped: Callable[[], bool]
-
-    def __post_init__(self) -> None:
-        name = quote(self.method, safe=" ()")
-        if len(name) > LONGEST_NAME:
-            name = f"{name[:LONGEST_NAME]}... {checksums.of_json(self.method)}"
-        self._written = self.folder / run_folder.METHODS / f"{name}.parquet"
-        self._evaluated = self.folder / run_folder.EVALUATED / f"{name}.parquet"
-        self._checkpoints = Checkpoints(self.folder / run_folder.METHODS / f"{name}.checkpoints")
 
     def records(self) -> tuple[pl.DataFrame, pl.DataFrame, float]:
         """Its curves and evaluations, and the seconds that its cycles took, without compilation.
 
         It is run first, unless it has been.
         """
-        if not self._written.exists():
-            self._start()
-            if self.stopped():
-                raise KeyboardInterrupt
-            self._run()
-        self._checkpoints.delete()  # or a kill just before left them
-        table = records.read_parquet(self._written)
-        evaluations = records.read_parquet(self._evaluated)
-        return table.drop("seconds"), evaluations, float(table["seconds"][0])
+        self._start()
+        if self.stopped():
+            raise KeyboardInterrupt
+        nt = self.experiment.nt
+        steps = -(-self.experiment.steps // nt) * nt
+        if self._taken < steps:
+            self._run(steps)
+        return curves.join(self._chunks, self.method), pl.concat(self._evaluations), self._seconds
 
     def _start(self) -> None:
         """At the start, or at the last checkpoint."""
@@ -183,23 +173,19 @@ class _MethodRun:
         )(jnp.asarray(seeds))
         self._state = jax.jit(jax.vmap(lambda key: self.guard.init(self.task.init(key))))(init_keys)
         self._cycles, self._chunks, self._evaluations, self._seconds = 0, [], [], 0.0
-        if (found := self._checkpoints.latest((self._state, jnp.zeros(2)))) is None:
-            return
-        self._cycles, (self._state, (seconds, evaluated)), table = found
-        self._seconds, self._chunks = float(seconds), [table]
-        if evaluated:
-            evaluations = records.read_parquet(self._evaluated)
-            self._evaluations = [evaluations.filter(pl.col("cycle") <= self._cycles)]
+        if (found := self.checkpoints.latest((self._state, jnp.float32(0)))) is not None:
+            self._cycles, (self._state, seconds), table, evaluations = found
+            self._seconds, self._chunks = float(seconds), [table]
+            self._evaluations = [evaluations] if evaluations.height else []
 
     @property
     def _taken(self) -> int:
         """The optimizer steps that every seed has taken."""
         return int(np.asarray(self._state.steps).min())
 
-    def _run(self) -> None:
+    def _run(self, steps: int) -> None:
         """To the end, or until Ctrl-C."""
         nt = self.experiment.nt
-        steps = -(-self.experiment.steps // nt) * nt
         with Progress(self.method, total=steps, done=self._taken, first="compiling") as progress:
             self._rollouts(jax.tree.map(jnp.copy, self._state), 1)  # compiles
             saved = progress.seconds
@@ -215,18 +201,14 @@ class _MethodRun:
                     learned=float(np.mean(decisions.used_learned)),
                     price=float(np.mean(decisions.price())) / nt,
                 )
-                finished = self._taken >= steps
                 if self._taken >= goal:
                     self._evaluate()
-                if (self.stopped() or progress.seconds - saved > SAVE_SECONDS) and not finished:
+                stop, finished = self.stopped(), self._taken >= steps
+                if stop or finished or progress.seconds - saved > SAVE_SECONDS:
                     saved = progress.seconds
                     self._save()
-                if self.stopped() and not finished:
+                if stop:
                     raise KeyboardInterrupt
-        table = curves.join(self._chunks, self.method)
-        records.write_parquet(self._written, table.with_columns(seconds=pl.lit(self._seconds)))
-        if self.stopped():
-            raise KeyboardInterrupt
 
     def _advance(self, cycles: int) -> Decision:
         """So many cycles of every seed."""
@@ -260,13 +242,13 @@ class _MethodRun:
             place = {"method": self.method, "seed": seed, "cycle": self._cycles, "step": int(step)}
             rows.append(place | spent[seed] | values)
         self._evaluations.append(pl.DataFrame(rows))
-        records.write_parquet(self._evaluated, pl.concat(self._evaluations))
 
     def _save(self) -> None:
         """A checkpoint."""
         self._chunks = [pl.concat(self._chunks)]
-        numbers = jnp.array([self._seconds, len(self._evaluations)])
-        self._checkpoints.save(self._cycles, (self._state, numbers), self._chunks[0])
+        evaluations = pl.concat(self._evaluations or [pl.DataFrame()])
+        state = self._state, jnp.float32(self._seconds)
+        self.checkpoints.save(self._cycles, state, *self._chunks, evaluations)
 
 
 def next_mark(step: int) -> int:

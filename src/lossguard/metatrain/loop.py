@@ -171,7 +171,6 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
             can't, or if every validation diverged.
     """
     config.check()
-    checkpoints = Checkpoints(folder / "checkpoints")
     with stopping_at_interrupt() as stopped:
         with noting_weights() as noted:
             method = config.method()
@@ -181,8 +180,7 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
             raise KeyboardInterrupt
         with run_folder.hold_folder(folder, as_config(config), resume=resume) as finished:
             if not finished:
-                _metatrain(config, method, folder, as_inputs(noted), checkpoints, stopped)
-            checkpoints.delete()  # also those that a kill left of a finished one
+                _metatrain(config, method, folder, as_inputs(noted), stopped)
     return folder / WEIGHTS
 
 
@@ -191,7 +189,6 @@ def _metatrain(
     method: Method,
     folder: Path,
     weights: Mapping[str, str],
-    checkpoints: Checkpoints,
     stopped: Callable[[], bool],
 ) -> None:
     """All of it, and what it leaves; ``weights`` are the checksums of what it goes on from."""
@@ -200,6 +197,7 @@ def _metatrain(
     made = run_folder.start(
         folder, data=", ".join(filter(None, notes)), inputs={**inputs, **weights}
     )
+    checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS)
     state, table, seconds = _train_to_the_end(config, method, checkpoints, stopped)
     records.write_parquet(folder / records.CURVES, table)
     if not np.isfinite(state.best_validation):

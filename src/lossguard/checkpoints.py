@@ -40,7 +40,7 @@ class Checkpoints:
             OSError: if it can't be written, for example on a full disk; the others are left.
         """
         parts = {f"table {k}": _written(table.write_parquet) for k, table in enumerate(tables)}
-        parts[STATE] = _written(lambda f: eqx.tree_serialise_leaves(f, _without_keys(state)))
+        parts[STATE] = _written(lambda file: eqx.tree_serialise_leaves(file, state, _write_leaf))
         about = {STRUCTURE: _structure(state)}
         about[checksums.NAME] = checksums.of_arrays(parts, about)
         write_whole(self._path(step), save(parts, about), "a checkpoint", make_folder=True)
@@ -70,9 +70,8 @@ class Checkpoints:
                     "checkpoint must have the structure, shapes and dtypes of what goes on from "
                     f"it, but {self._path(step)} has others: another version wrote it"
                 )
-            leaves = eqx.tree_deserialise_leaves(parts.pop(STATE), _without_keys(template))
-            tables = [pl.read_parquet(parts[name]) for name in sorted(parts)]
-            return step, _with_keys(leaves, template), *tables
+            state = eqx.tree_deserialise_leaves(parts.pop(STATE), template, _read_leaf)
+            return step, state, *(pl.read_parquet(parts[name]) for name in sorted(parts))
         return None
 
     def _path(self, step: int) -> Path:
@@ -117,17 +116,14 @@ def _structure(tree: PyTree) -> str:
     return "\n".join(f"{jax.tree_util.keystr(at)} {x.dtype}{x.shape}" for at, x in leaves)
 
 
-def _without_keys(tree: PyTree) -> PyTree:
-    """Random keys as their numbers."""
-    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
+def _write_leaf(file: Any, leaf: Any) -> None:
+    """As Equinox does; of random keys their numbers."""
+    jnp.save(file, jax.random.key_data(leaf) if _is_key(leaf) else leaf)
 
 
-def _with_keys(numbers: PyTree, template: PyTree) -> PyTree:
-    def as_key(leaf: Any, like: Any) -> Any:
-        impl = jax.random.key_impl(like) if _is_key(like) else None
-        return leaf if impl is None else jax.random.wrap_key_data(leaf, impl=impl)
-
-    return jax.tree.map(as_key, numbers, template)
+def _read_leaf(file: Any, like: Any) -> Any:
+    leaf = jnp.load(file)
+    return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(like)) if _is_key(like) else leaf
 
 
 def _is_key(leaf: Any) -> bool:

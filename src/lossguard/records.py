@@ -12,7 +12,6 @@ manifest has ``runs``, each with its methods, seeds, steps, command, commit and 
 is under way its folder holds more (``run_folder``).
 
 Nothing that looks whole is half written: each file is written beside its name and then renamed.
-Tables hold a checksum of their content as well, so that those of a run under way are verified too.
 """
 
 import io
@@ -160,23 +159,19 @@ def _verify(folder: Path, config: Mapping[str, Any], made: Mapping[str, Any]) ->
 
 
 def read_parquet(path: Path) -> pl.DataFrame:
-    """A table from disk; its checksum is verified if it has one, as those of ``write_parquet`` do.
+    """A table from disk. ``read_run`` verifies those of a run.
 
     Raises:
         ValueError: if the file is damaged.
         OSError: if there is none.
     """
     _check_is_file(path)
+    content = path.read_bytes()  # as Polars opens no paths that aren't UTF-8
     try:
-        content = path.read_bytes()  # as Polars opens no paths that aren't UTF-8
-        expected = pl.read_parquet_metadata(io.BytesIO(content)).get(checksums.NAME)
-        table = pl.read_parquet(io.BytesIO(content))
-        if expected in (None, _checksum(table)):
-            return table
-        reason = "its content is not that of its SHA-256"
+        return pl.read_parquet(io.BytesIO(content))
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         reason = " ".join(str(error).split())
-    raise ValueError(f"{path} is not a readable Parquet file: {reason}")
+        raise ValueError(f"{path} is not a readable Parquet file: {reason}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -208,15 +203,10 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_parquet(path: Path, table: pl.DataFrame) -> None:
-    """A table and its checksum, whole or not at all."""
+    """A table, whole or not at all."""
     buffer = io.BytesIO()  # Polars reports a full disk as a damaged file
-    about = {checksums.NAME: _checksum(table)}
-    table.write_parquet(buffer, compression="zstd", compression_level=9, metadata=about)
+    table.write_parquet(buffer, compression="zstd", compression_level=9)
     _write(path, buffer.getvalue())
-
-
-def _checksum(table: pl.DataFrame) -> str:
-    return checksums.of_arrays({name: table[name].to_numpy() for name in table.columns})
 
 
 def _write(path: Path, content: bytes) -> None:

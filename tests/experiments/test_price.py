@@ -5,9 +5,11 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from tiny_run import leave
 
+from lossguard import run_folder
 from lossguard.experiments import price
-from lossguard.records import EVALUATIONS, write_parquet
+from lossguard.records import EVALUATIONS, MANIFEST, read_json, write_parquet
 
 
 def evaluations(**factors: float) -> pl.DataFrame:
@@ -69,10 +71,12 @@ def test_the_interval_holds_the_slowdown_and_is_a_point_where_seeds_agree() -> N
 def test_a_summary_counts_experiments_and_tells_the_worst(tmp_path: Path) -> None:
     found = {}
     for name, factor in (("cheap", 1.1), ("dear", 3.0)):
-        folder = found[name] = tmp_path / name
-        folder.mkdir()
+        folder = found[name] = leave(tmp_path / name)
         table = evaluations(Fallback=0.0, Guard=factor - 1.0)
         write_parquet(folder / EVALUATIONS, table)
+        with pytest.raises(ValueError, match=r"evaluations\.parquet is damaged"):
+            price.table({name: folder})
+        run_folder.finish(folder, read_json(folder / MANIFEST))
     _, numbers = price.table(found)
     fallback, guard = price.summary(numbers).rows()
     assert fallback[:3] == (price.FALLBACK, 2, 2) and guard[:3] == ("Guard", 2, 1)

@@ -19,7 +19,7 @@ from rich.table import Column, Table
 from ..curves import PRICE, divided
 from ..guards.hedged import hedged
 from ..learned.pretrained import pretrained
-from ..records import EVALUATIONS, read_parquet
+from ..records import EVALUATIONS, read_parquet, read_run
 from .experiment import (
     Experiment,
     Methods,
@@ -165,6 +165,7 @@ def rows(folder: Path) -> Iterator[tuple[Any, ...]]:
     ``low`` to ``high`` is the slowdown's interval, ``ratio`` the loss at equal price over the
     fallback's.
     """
+    read_run(folder)  # verifies all tables
     evaluations = read_parquet(folder / EVALUATIONS)
     fallback = curves(evaluations, FALLBACK)
     for method in evaluations["method"].unique(maintain_order=True).to_list():

@@ -84,7 +84,8 @@ def check_beside(names: Sequence[str]) -> None:
     files = {Path(name.rpartition(":")[0]).resolve() for name in names if ".py:" in name}
     for one, other in itertools.permutations({file.parent for file in files}, 2):
         for file in {*one.glob("*.py")} - files:
-            if file == _file(file.stem) and (other / file.name).exists():
+            loaded = file.stem in sys.modules and file == _place(file.stem)
+            if loaded and (other / file.name).exists():
                 raise ValueError(
                     "recipes must not import modules of one name from different folders, but "
                     f"beside them are {file} and {other / file.name}: run them one by one"
@@ -136,16 +137,9 @@ def _required(function: Callable[..., Any]) -> str:
 def _place(module: str) -> Path | None:
     """The file of a module, loaded or not; None if there is no such module."""
     if module in sys.modules:
-        return _file(module)
+        return Path(getattr(sys.modules[module], "__file__", None) or "built in").resolve()
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
         return None
     return Path(spec.origin).resolve() if spec and spec.origin else None  # a folder has none
-
-
-def _file(module: str) -> Path | None:
-    """The file of a loaded module; None if there is no such module."""
-    if module not in sys.modules:
-        return None
-    return Path(getattr(sys.modules[module], "__file__", None) or "built in").resolve()

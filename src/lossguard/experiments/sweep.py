@@ -59,9 +59,9 @@ def sweep(
         if folders[name].is_symlink():
             raise ValueError(f"folder must be no link in a sweep, but {folders[name]} is one")
         check_folder(folders[name], as_config(experiment), resume=True)
-    spread = None if ray is None else _on_ray(ray)
+    spread = _one_after_another if ray is None else _on_ray(ray)
     unknown = [f for f in _functions(experiments.values()) if os.sep in str(f.__module__)]
-    if spread and unknown:
+    if ray is not None and unknown:
         raise ValueError(
             "with Ray the file of a recipe must have a name without dots that no other module has, "
             f"as workers import it by that, got {unknown[0].__module__}"
@@ -73,7 +73,7 @@ def sweep(
             yield Outcome(name, out / name, "skipped")
         else:
             left[name] = experiment, folders[name]
-    for name, reason in _one_after_another(left) if spread is None else spread(left):
+    for name, reason in spread(left):
         yield Outcome(name, out / name, "failed" if reason else "complete", reason)
 
 

@@ -346,13 +346,6 @@ def test_full_disk_is_told_and_the_run_goes_on_later(whole, tmp_path, monkeypatc
     went_on(tmp_path / "run", whole)
 
 
-def test_methods_with_like_names_are_kept_apart(tmp_path: Path) -> None:
-    e = dataclasses.replace(tiny.recipe(), steps=5, seeds=1, methods=("Signs+", "Signs [/-] :x:"))
-    _, _, curves = records.read_run(run(e, tmp_path / "run"))
-    plus, minus = (curves.filter(pl.col("method") == m)["loss"].to_numpy() for m in e.methods)
-    assert plus[0] == minus[0] and (plus[1:] != minus[1:]).all()
-
-
 def test_a_run_in_another_thread(tmp_path: Path) -> None:
     e = dataclasses.replace(tiny.recipe(), steps=3, seeds=1, methods=("Signs",))
     done: list[Path] = []

@@ -60,7 +60,6 @@ def guards(nt: int, nc: int, loser: Loser) -> dict[str, lossguard.Guard]:
     learned = lossguard.lstm_optimizer(weights)
     return {
         "Signs": lossguard.unguarded(signs, nt=nt),
-        "Signs+": lossguard.unguarded(optax.sgd(0.1), nt=nt),
         "Signs [/-] :x:": lossguard.unguarded(optax.sgd(0.2), nt=nt),
         "L2O": lossguard.unguarded(learned, nt=nt),
         "LGL2O": lossguard.loss_guard(learned, signs, nt=nt, nc=nc, loser=loser),

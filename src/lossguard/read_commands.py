@@ -104,18 +104,18 @@ def list_all() -> None:
 
 def show(folder: Path, over: Over = "price", record: Any = None) -> None:
     """A finished run's figure and its table."""
+    from .drawing import save
     from .experiments import figures
     from .metatrain import figure
     from .records import read_run
 
     record = record or read_run(folder)
-    if record.is_meta:
-        drawn = figure.plot(folder, record)
-    else:
-        drawn = figures.plot(folder, record, over=over)
+    drawn = figure.draw(record) if record.is_meta else figures.draw_run(record, over)
+    file = save(drawn, folder)
+    if not record.is_meta:
         title = record.config["title"] or record.config["name"]
         print_summary(title, figures.summary(record).to_dict(as_series=False))
-    print(shown(f"figure: {drawn}\nrecords: {folder}"))
+    print(shown(f"figure: {file}\nrecords: {folder}"))
 
 
 def _records(folders: Sequence[Path]) -> dict[Path, Any]:

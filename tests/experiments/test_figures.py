@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from pages import STEPS, curves_of
 from tiny_run import leave
 
-from lossguard import records
+from lossguard import drawing, records
 from lossguard.experiments import Experiment, figures
 from lossguard.experiments.experiment import paper_methods
 
@@ -199,9 +199,9 @@ def test_what_is_zero_leaves_at_the_bottom(factor: float, ends: str) -> None:
 def test_what_a_logarithmic_axis_cannot_show_is_drawn(folder: Path, loss: float) -> None:
     config, made, curves = records.read_run(folder)
     curves = curves.with_columns(loss=pl.lit(loss, pl.Float32))
-    assert figures.plot(folder, records.Record(config, made, curves)).is_file()
+    assert drawing.save(figures.draw_run(records.Record(config, made, curves)), folder).is_file()
     alone = curves.with_columns(gradients=1.0 * pl.col("step"), forwards=pl.lit(0.0))
-    assert figures.plot(folder, records.Record(config, made, alone)).is_file()
+    assert drawing.save(figures.draw_run(records.Record(config, made, alone)), folder).is_file()
 
 
 @pytest.mark.parametrize("first", [np.nan, np.inf])
@@ -284,7 +284,7 @@ def test_plot_leaves_one_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(Figure, "savefig", spy)
     before = {*folder.iterdir()}
-    file = figures.plot(folder, records.read_run(folder))
+    file = drawing.save(figures.draw_run(records.read_run(folder)), folder)
     assert {*folder.iterdir()} - before == {file} == {folder / "figure.png"}
     assert file.read_bytes().startswith(b"\x89PNG")
     labels = set(re.findall(r"\\mathdefault{(.*?)}\$", " ".join(found)))
@@ -294,8 +294,9 @@ def test_plot_leaves_one_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_drawing_leaves_the_users_backend(folder: Path) -> None:
     code = (
         "import matplotlib; matplotlib.use('svg'); from pathlib import Path\n"
-        "from lossguard import records; from lossguard.experiments import figures\n"
-        f"folder = Path({str(folder)!r}); figures.plot(folder, records.read_run(folder))\n"
+        "from lossguard import drawing, records; from lossguard.experiments import figures\n"
+        f"folder = Path({str(folder)!r})\n"
+        "drawing.save(figures.draw_run(records.read_run(folder)), folder)\n"
         "print(matplotlib.get_backend())"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -75,13 +75,6 @@ def test_each_method_is_evaluated_where_it_ended(tmp_path, monkeypatch) -> None:
         assert f'<tr><th scope="row">{method}</th><td>{loss}</td></tr>' in text
 
 
-def test_figure_of_a_meta_training_is_left_as_png(tmp_path: Path) -> None:
-    folder = write_meta(tmp_path / "run", "mine")
-    file = figure.plot(folder, records.read_run(folder))
-    assert file == tmp_path / "run" / "figure.png"
-    assert file.read_bytes().startswith(b"\x89PNG")
-
-
 def test_runs_are_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a figure first the runs with its recipe's settings, then the latest."""
     monkeypatch.setattr(reporting, "judge_claims", lambda records: VERDICTS)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from lossguard import load_weights, records, run_folder, save_weights
+from lossguard.drawing import save
 from lossguard.learned.mlp import mlp_optimizer
 from lossguard.metatrain import figure, loop
 from lossguard.metatrain.evolution import MLPTraining, like_momentum
@@ -60,7 +61,7 @@ def test_records(whole: Path) -> None:
     assert made["best_validation"] == pytest.approx(
         curves["validation"].to_numpy().mean(axis=1).min(), rel=1e-5
     )
-    assert figure.plot(whole, records.read_run(whole)).is_file()
+    assert save(figure.draw(records.read_run(whole)), whole).is_file()
 
 
 def test_kept_weights_have_the_validation_that_is_told(whole: Path) -> None:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -11,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..curves import COUNTERS, PRICE, last_step, mark_loss, over_seeds, step_mean
-from ..drawing import log_losses, save, titled
+from ..drawing import log_losses, titled
 from ..records import Record
 
 SMOOTHED_FROM = 300
@@ -52,11 +51,6 @@ LEGEND_LINE = 0.17
 """Height in inches."""
 LAST = pl.col("step") == pl.col("step").max().over("method")
 """The rows in which a method ends."""
-
-
-def plot(folder: Path, record: Record, *, over: Over = "price") -> Path:
-    """Draw a run's figure into its folder, as PNG; returns the file."""
-    return save(draw_run(record, over), folder)
 
 
 def draw_run(record: Record, over: Over = "price") -> Figure:

@@ -1,7 +1,6 @@
 """The outer loop's convergence, from its records: the style of the paper's figures 2 and 11."""
 
 from collections.abc import Collection
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -9,17 +8,12 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..drawing import log_losses, save, titled
+from ..drawing import log_losses, titled
 from ..records import Record, of_seeds
 
 OTHERS_STEPS = 100
 """The optimizer step at which losses on other data sets are compared, where the paper's rollouts
 end."""
-
-
-def plot(folder: Path, record: Record) -> Path:
-    """Draw a meta-training run's figure into its folder, as PNG; returns the file."""
-    return save(draw(record), folder)
 
 
 def draw(record: Record) -> Figure:

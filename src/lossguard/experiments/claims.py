@@ -7,7 +7,7 @@ the verdicts.
 Letters: m a method, k an optimizer step, K the step at which an end is judged.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -157,18 +157,13 @@ def carries_over(figure: FigureCurves) -> Finding:
 
 def fastest(figure: FigureCurves) -> Finding:
     """3a, of all but LGL2O, which has L2O as a part."""
-    others = ["SGDnm", "Adam", *rivals(figure)]
+    others = ["SGDnm", "Adam", *figure.run(GL2O)]
     finding = ratio("L2O", others, (30, 100, 300), "<", 1)(figure)
     leads = of_losses(over("L2O", "SGDnm", "Adam"))
     steps = range(30, min(figure.last("L2O", "SGDnm", "Adam"), 10_000) + 1, 10)
     ahead = [k for k in steps if leads(figure, k)[0] < 1]
     told = f"; ahead of SGDnm and Adam at {ahead[-1]:,} for the last time" if ahead else ""
     return finding._replace(numbers=finding.numbers + told)
-
-
-def rivals(figure: FigureCurves) -> Sequence[str]:
-    """The readings of GL2O that were run, the first one if none was."""
-    return [m for m in GL2O if m in figure.curves] or GL2O[:1]
 
 
 def noise(figure: FigureCurves) -> Finding:
@@ -252,7 +247,7 @@ def faster(name: str) -> Formula:
 def counted(evidence: Evidence) -> Finding:
     """S3, on the first figure that has both guards."""
     for name, figure in sorted(evidence.figures.items()):
-        rival = rivals(figure)[0]
+        rival = figure.run(GL2O)[0]
         if {"LGL2O", rival} <= figure.curves.keys():
             counts = *figure.spent("LGL2O"), *figure.spent(rival)
             told = "LGL2O {:.3g} gradients and {:.3g} forward passes, GL2O {:.3g} and {:.3g}"

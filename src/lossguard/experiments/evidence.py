@@ -47,6 +47,10 @@ class FigureCurves:
     folders: dict[str, Path]
     """Where each method is."""
 
+    def run(self, methods: Sequence[str]) -> Sequence[str]:
+        """Those of these methods that were run, the first one if none was."""
+        return [m for m in methods if m in self.curves] or methods[:1]
+
     def lasts(self, method: str) -> dict[int, int]:
         """The last step of each seed of a method."""
         return {seed: curve["step"][-1] for seed, curve in self.curves.get(method, {}).items()}

@@ -130,8 +130,8 @@ def either(methods: Sequence[str], formula: Callable[[str], Formula]) -> Formula
     """By one of these methods at least, of those that were run."""
 
     def judge(figure: FigureCurves) -> Finding:
-        run = [method for method in methods if method in figure.curves] or methods[:1]
-        return together((found(formula(m), figure) for m in run), order=(True, False, None))
+        told = (found(formula(m), figure) for m in figure.run(methods))
+        return together(told, order=(True, False, None))
 
     return judge
 

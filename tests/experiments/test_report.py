@@ -45,6 +45,7 @@ def test_page_tells_how_a_run_was_made(page: Path) -> None:
         "<dd>cpu (2 cores), Linux</dd>",
         "<dd>Python 3.11.7, jax 0.7</dd>",
         "&#34;name&#34;: &#34;fig03&#34;",
+        "Where there are 9 methods or\nfewer, bands reach",
         "<th>loss at 5,000</th>",
         '<tr><th scope="row">SGDnm</th><td>0.625</td></tr>',
         "c_half is not finished</li>",

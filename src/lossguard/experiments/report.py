@@ -23,7 +23,7 @@ from ..metatrain import figure as meta
 from ..records import EVALUATIONS, Record, read_parquet, read_runs
 from .claims import judge_claims
 from .evidence import has_settings
-from .figures import SMOOTHED_FROM, draw_run, summary
+from .figures import BANDS, SMOOTHED_FROM, draw_run, summary
 from .recipes import PAPERS
 
 META = {
@@ -71,6 +71,7 @@ def report(folders: Sequence[Path], file: Path) -> Path:
         runs=runs,
         others=others,
         smoothed_from=SMOOTHED_FROM,
+        bands=BANDS,
         style=(Path(__file__).parent / "report.css").read_text("utf-8"),
     )
     write_whole(file, page.encode("utf-8", "backslashreplace"), "the report", make_folder=True)

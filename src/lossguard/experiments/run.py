@@ -159,10 +159,9 @@ class _MethodRun:
         self._start()
         if self.stopped():
             raise KeyboardInterrupt
-        nt = self.experiment.nt
-        steps = -(-self.experiment.steps // nt) * nt
-        if self._taken < steps:
-            self._run(steps)
+        cycles = -(-self.experiment.steps // self.experiment.nt)
+        if self._cycles < cycles:
+            self._run(cycles)
         return curves.join(self._chunks, self.method), pl.concat(self._evaluations), self._seconds
 
     def _start(self) -> None:
@@ -178,32 +177,27 @@ class _MethodRun:
             self._seconds, self._chunks = float(seconds), [table]
             self._evaluations = [evaluations] if evaluations.height else []
 
-    @property
-    def _taken(self) -> int:
-        """The optimizer steps that every seed has taken."""
-        return int(np.asarray(self._state.steps).min())
-
-    def _run(self, steps: int) -> None:
-        """To the end, or until Ctrl-C."""
+    def _run(self, end: int) -> None:
+        """To the end, in cycles, or until Ctrl-C."""
         nt = self.experiment.nt
-        with Progress(self.method, total=steps, done=self._taken, first="compiling") as progress:
+        total, done = end * nt, self._cycles * nt
+        with Progress(self.method, total=total, done=done, first="compiling") as progress:
             self._rollouts(jax.tree.map(jnp.copy, self._state), 1)  # compiles
             saved = progress.seconds
-            while (taken := self._taken) < steps:
-                goal = min(next_mark(taken), steps)
-                cycles = min(CHUNK, -(-(goal - taken) // nt))
-                began = progress.seconds
+            while self._cycles < end:
+                goal = min(-(-next_mark(self._cycles * nt) // nt), end)
+                cycles, began = min(CHUNK, goal - self._cycles), progress.seconds
                 decisions = self._advance(cycles)
                 self._seconds += progress.seconds - began
                 progress.advance(
-                    self._taken - taken,
+                    cycles * nt,
                     loss=float(np.mean(decisions.losses)),
                     learned=float(np.mean(decisions.used_learned)),
                     price=float(np.mean(decisions.price())) / nt,
                 )
-                if self._taken >= goal:
+                if self._cycles == goal:
                     self._evaluate()
-                stop, finished = self.stopped(), self._taken >= steps
+                stop, finished = self.stopped(), self._cycles == end
                 if stop or finished or progress.seconds - saved > SAVE_SECONDS:
                     saved = progress.seconds
                     self._save()
@@ -235,12 +229,12 @@ class _MethodRun:
 
     def _evaluate(self) -> None:
         """Losses and accuracies on the whole of both splits, a row for each seed."""
-        rows, spent = [], curves.totals(self._chunks[-1]).to_dicts()
-        for seed, step in enumerate(np.asarray(self._state.steps)):
+        rows, step = [], self._cycles * self.experiment.nt
+        for seed, spent in enumerate(curves.totals(self._chunks[-1]).to_dicts()):
             params = _of_seed(self._state.params, seed)
             values = {name: float(value) for name, value in self.task.evaluate(params).items()}
-            place = {"method": self.method, "seed": seed, "cycle": self._cycles, "step": int(step)}
-            rows.append(place | spent[seed] | values)
+            place = {"method": self.method, "seed": seed, "cycle": self._cycles, "step": step}
+            rows.append(place | spent | values)
         self._evaluations.append(pl.DataFrame(rows))
 
     def _save(self) -> None:

@@ -308,6 +308,20 @@ def test_a_loop_that_is_left_after_the_last_step_counts():
     assert len(told) == len(guard.history) == 1
 
 
+def test_a_loop_that_is_left_and_closed_late_leaves_the_next_one_alone():
+    weight, closure = quadratic()
+    guard = BestOf([SGD([weight], lr=0.1)], model=None, nt=1)
+    left = guard.lanes()
+    next(left)
+    for lane in guard.lanes():
+        drawn = torch.rand(1)
+        loss = closure()
+        left.close()
+        assert drawn != torch.rand(1)
+        lane.step(loss)
+    assert guard.steps == 1
+
+
 def test_calls_within_a_minibatch_are_refused():
     weight, closure = quadratic()
     guard = two_rates(weight)

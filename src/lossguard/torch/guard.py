@@ -108,8 +108,9 @@ class Guard(Face):
         """
         with held():
             draws, beside = self._open()
+            order = self._order
             try:
-                for lane in self._order:
+                for lane in order:
                     self._randomness.set(draws)
                     self._weights.reset_gradients(beside)
                     lane.enter(checking=self._checks(lane))
@@ -120,9 +121,11 @@ class Guard(Face):
                     lane.leave()
                 self._close()
             except BaseException as error:
-                if not (isinstance(error, GeneratorExit) and self._order and self._leader.stepped):
+                if self._order is not order:  # closed late, while another loop is under way
+                    raise
+                if not (isinstance(error, GeneratorExit) and self._leader.stepped):
                     left = isinstance(error, GeneratorExit) and error.__context__ is None
-                    if left and any(lane.stepped for lane in self._order):
+                    if left and any(lane.stepped for lane in order):
                         self._left += 1
                         arguments.warn_if_left(self._left)
                     self._undo(draws)

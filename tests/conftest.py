@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -83,3 +83,35 @@ def finished(tmp_path: Path) -> Path:
     from tiny_run import leave  # imports the package, which the hook must precede
 
     return leave(tmp_path / "run")
+
+
+@pytest.fixture
+def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs ``lossguard``, which is on the path, with arguments in an empty folder."""
+    from lossguard import cli, run_commands  # the hook must precede these too
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_commands, "which", lambda name: name)
+
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["lossguard", *arguments])
+        cli.main()
+
+    return run
+
+
+@pytest.fixture
+def refused(main: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """Bad arguments: one sentence on stderr that names some parts, status 2, and nothing else."""
+
+    def run(arguments: tuple[str, ...], *parts: str) -> None:
+        with pytest.raises(SystemExit) as caught:
+            main(*arguments)
+        assert caught.value.code == 2
+        out, err = capsys.readouterr()
+        assert err.startswith("lossguard: ") and err.count("\n") == 1 and err.endswith("\n")
+        assert not out
+        for part in parts:
+            assert part in err
+
+    return run

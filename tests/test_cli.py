@@ -1,9 +1,7 @@
 """The command line as a user runs it: what it prints, what it leaves, how it refuses."""
 
 import contextlib
-import dataclasses
 import errno
-import importlib
 import io
 import os
 import shlex
@@ -23,8 +21,6 @@ from tiny_run import leave
 
 import lossguard
 from lossguard import cli, records, run_commands, run_folder, terminal
-from lossguard.command_line import check_beside, find_recipe
-from lossguard.config import as_config
 from lossguard.experiments import price, run, sweep
 from lossguard.learned import weights_file
 from lossguard.metatrain import loop
@@ -33,36 +29,6 @@ TINY = str(Path(__file__).parent / "experiments" / "tiny.py")
 RUN = ("run", f"{TINY}:recipe", "--out", "out")
 
 Main = Refused = Callable[..., None]
-
-
-@pytest.fixture
-def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Main:
-    """Runs ``lossguard``, which is on the path, with arguments in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_commands, "which", lambda name: name)
-
-    def run(*arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["lossguard", *arguments])
-        cli.main()
-
-    return run
-
-
-@pytest.fixture
-def refused(main: Main, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Bad arguments: one sentence on stderr that names some parts, status 2, and nothing else."""
-
-    def run(arguments: tuple[str, ...], *parts: str) -> None:
-        with pytest.raises(SystemExit) as caught:
-            main(*arguments)
-        assert caught.value.code == 2
-        out, err = capsys.readouterr()
-        assert err.startswith("lossguard: ") and err.count("\n") == 1 and err.endswith("\n")
-        assert not out
-        for part in parts:
-            assert part in err
-
-    return run
 
 
 def test_list(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
@@ -300,114 +266,6 @@ def test_bad_options(main, capsys, tmp_path, arguments) -> None:
     out, err = capsys.readouterr()
     assert arguments[-1] in err and "Traceback" not in out + err
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("code", "reason"),
-    [
-        ("def recipe(:", "invalid syntax"),
-        ("import no_such_package\n", "No module named 'no_such_package'"),
-        ("x = '\0'", "null bytes"),
-    ],
-)
-def test_unreadable_module(refused: Refused, tmp_path: Path, code: str, reason: str) -> None:
-    (tmp_path / "mine.py").write_text(code)
-    refused(("run", "mine.py:recipe"), "mine.py:recipe can't be read", reason)
-
-
-@pytest.mark.parametrize("name", ["json", "sys"])
-def test_module_named_like_another_leaves_that_alone(tmp_path: Path, name: str) -> None:
-    path = tmp_path / f"{name}.py"
-    path.write_text("def recipe():\n    return 'mine'\n")
-    before = sys.modules[name]
-    for _ in range(2):  # the second time it is there already
-        assert find_recipe(f"{path}:recipe", {}, "run", str, dict) == ("recipe", "mine")
-    assert sys.modules[name] is before
-    del sys.modules[str(path)]
-
-
-def test_a_module_with_the_name_of_a_library_does_not_hide_it(tmp_path: Path) -> None:
-    """One that isn't loaded yet. What a record says of the module is its file's name."""
-    path = tmp_path / "telnetlib3000.py"
-    library = tmp_path / "site"
-    library.mkdir()
-    (library / path.name).write_text("THEIRS = True\n")
-    path.write_text("def recipe():\n    return 'mine'\ndef function(): pass\n")
-    sys.path.insert(0, str(library))
-    try:
-        assert find_recipe(f"{path}:recipe", {}, "run", str, dict) == ("recipe", "mine")
-        assert importlib.import_module(path.stem).THEIRS
-        function = sys.modules[str(path)].function
-        assert as_config(Named(function)) == {"function": f"{path.stem}:function"}
-    finally:
-        sys.path.remove(str(library))
-        del sys.modules[str(path)], sys.modules[path.stem]
-
-
-@dataclasses.dataclass
-class Named:
-    function: Any
-
-
-def test_a_recipe_may_define_dataclasses_whatever_its_file_is_called(tmp_path: Path) -> None:
-    """Their annotations are looked up by the name of the module."""
-    for name in ("json.py", "my.v2.py"):
-        (tmp_path / name).write_text(
-            "from __future__ import annotations\nfrom dataclasses import KW_ONLY, dataclass\n"
-            "@dataclass\nclass Mine:\n    a: int = 0\n    _: KW_ONLY\n    b: int\n"
-            "def recipe(): return str(Mine(b=1))\n"
-        )
-        found = find_recipe(f"{tmp_path / name}:recipe", {}, "run", str, dict)
-        assert found == ("recipe", "Mine(a=0, b=1)")
-        del sys.modules[str(tmp_path / name)]
-
-
-def test_modules_of_one_name_are_kept_apart(tmp_path: Path) -> None:
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "twin.py").write_text(f"def recipe():\n    return {folder!r}\n")
-    found = [
-        find_recipe(f"{tmp_path / f / 'twin.py'}:recipe", {}, "run", str, dict)
-        for f in ("a", "b", "b/../a")
-    ]
-    assert [recipe for _, recipe in found] == ["a", "b", "a"]
-    del sys.modules["twin"], sys.modules[str(tmp_path / "b" / "twin.py")]
-
-
-def test_module_may_import_one_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "besides.py").write_text("MINE = 'mine'\n")
-    (tmp_path / "importing.py").write_text("import besides\ndef recipe(): return besides.MINE\n")
-    found = find_recipe(f"{tmp_path / 'importing.py'}:recipe", {}, "run", str, dict)
-    assert found == ("recipe", "mine")
-    del sys.modules["besides"], sys.modules["importing"]
-
-
-def test_two_recipes_cannot_import_modules_of_one_name(refused, tmp_path, monkeypatch) -> None:
-    """From different folders: the second would get the first one's. Their own names may be one."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "titles.py").write_text(f"TITLE = {folder!r}\n")
-        (tmp_path / folder / "twins.py").write_text(
-            "import titles\nfrom lossguard.experiments import Experiment\n"
-            f"def {folder}():\n    return Experiment({folder!r}, title=titles.TITLE)\n"
-        )
-    both = "a/twins.py:a", "b/twins.py:b"
-    told = f"beside them are {tmp_path}/a/titles.py and {tmp_path}/b/titles.py: run them one by one"
-    refused(("sweep", *both), told)
-    assert not (tmp_path / "runs").exists()
-    check_beside(both[:1])
-    (tmp_path / "b" / "titles.py").unlink()
-    check_beside(both)
-    del sys.modules["titles"], sys.modules["twins"]
-    del sys.modules[str((tmp_path / "b" / "twins.py").resolve())]
-
-
-def test_bug_in_a_users_module_shows_its_traceback(main: Main, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("def recipe():\n    return {}['x']\n")
-    with pytest.raises(KeyError):
-        main("run", "mine.py:recipe")
 
 
 def test_damaged_weights(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

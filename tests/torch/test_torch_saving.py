@@ -1,0 +1,173 @@
+"""What a guard saves: whole, its own, and enough to go on from bit by bit."""
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from models import (
+    KINDS,
+    assert_resumes,
+    assert_same_state,
+    minibatches,
+    mlp,
+    quadratic,
+    refusals_of_damaged,
+    run,
+    two,
+)
+from torch import nn
+from torch.optim import SGD, AdamW
+
+from lossguard.torch import BestOf, Hedged, LossGuard, Recommended, ResidualGuard
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("done", [0, 1, 4, 9, 33])
+def test_resumes_bit_by_bit_at_any_point_of_a_cycle(kind, done):
+    model = mlp(nn.BatchNorm1d(16), nn.Dropout(0.2))
+    options = {LossGuard: {"nc": 2}, ResidualGuard: {}}.get(kind, {"share": 0.5})
+    history = assert_resumes(lambda m: two(kind, m, nt=4, **options), model, minibatches(), done)
+    assert len(history) >= 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_dict_shares_nothing_with_the_guard(kind):
+    model = mlp()
+    guard = two(kind, model, nt=3)
+    run(guard, model, minibatches(4))
+    saved = guard.state_dict()
+    before = copy.deepcopy(saved)
+    run(guard, model, minibatches(4))
+    assert_same_state(saved, before)
+    guard.load_state_dict(saved)
+    run(guard, model, minibatches(4))
+    assert_same_state(saved, before)
+
+
+def test_a_state_is_of_plain_tensors_by_parameter():
+    model = mlp()
+    guard = two(Recommended, model, nt=3)
+    run(guard, model, minibatches(4))
+    state = guard.state_dict()["state"]
+    assert list(state) == [0, 1, 2, 3]
+    for p, entries in zip(model.parameters(), state.values(), strict=True):
+        assert all(isinstance(value, torch.Tensor) for value in entries.values())
+        for name in ("y.value", "z.value", "s.value", "y.memory.exp_avg"):
+            assert entries[name].shape == p.shape
+
+
+def test_loading_keeps_the_dtype_of_states():
+    class Precise(SGD):
+        """Keeps its momentum in single precision, beside a count and a list, as SOAP does."""
+
+        def step(self, closure=None):
+            loss = closure() if closure else None
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    state = self.state[p]
+                    state.setdefault("m", torch.zeros_like(p, dtype=torch.float32))
+                    state.setdefault("all", [torch.zeros(2), None, "text"])
+                    state["m"].mul_(0.9).add_(p.grad.float())
+                    state["all"][0] += 0.1
+                    p.sub_(0.1 * state["m"].to(p.dtype))
+            return loss
+
+    model = mlp().bfloat16()
+    batches = [(x.bfloat16(), labels) for x, labels in minibatches(30)]
+    assert_resumes(
+        lambda m: two(Recommended, m, lambda ps: Precise(ps, lr=0.1), nt=4), model, batches, 13
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_state_of_its_own_is_refused_whole(kind):
+    model = mlp()
+    guard = two(kind, model, nt=3)
+    run(guard, model, minibatches(4))
+    before = guard.state_dict()
+    other = two(kind, nn.Linear(2, 2), nt=3)
+    wide = two(kind, nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)), nt=3)
+    normed = two(kind, mlp(nn.BatchNorm1d(16, affine=False)), nt=3)
+    foreign = two(LossGuard if kind is not LossGuard else Hedged, mlp(), nt=3)
+    longer = two(kind, mlp(), nt=4)
+    another = two(kind, mlp(), AdamW, nt=3)
+    broken = copy.deepcopy(before)
+    name = f"{next(iter(guard._lanes))}.value"
+    del broken["state"][3][name]
+    missing = copy.deepcopy(before)
+    missing["param_groups"][0]["guard"]["numbers"] = ["something else"]
+    beyond = copy.deepcopy(before)
+    beyond["param_groups"][0]["guard"]["numbers"][0] = 10**9
+    refusals = [
+        (other.state_dict(), "state_dict must be of 4 parameters in 1 groups"),
+        (wide.state_dict(), "state_dict must be of the same model, with a tensor of shape"),
+        (normed.state_dict(), "state_dict must be of the same model, with 0 buffers"),
+        (foreign.state_dict(), rf"state_dict must be of a guard with {{'kind': '{kind.__name__}'"),
+        (longer.state_dict(), "state_dict must be of a guard with .*'nt': 3.* got .*'nt': 4"),
+        (another.state_dict(), "state_dict must be of a guard with .*'Adam'.* got .*'AdamW'"),
+        (SGD(model.parameters()).state_dict(), "state_dict must be of a .* before the guard is"),
+        (broken, f"state_dict must hold {name} of each parameter"),
+        (missing, "state_dict must have the numbers of"),
+        (beyond, "phase must be at most"),
+    ]
+    for state, message in refusals:
+        with pytest.raises(ValueError, match=f"^{message}"):
+            guard.load_state_dict(state)
+        assert_same_state(guard.state_dict(), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_state_is_loaded_whole_or_not_at_all(kind):
+    model = mlp(nn.BatchNorm1d(16))
+    guard = two(kind, model, nt=3)
+    run(guard, model, minibatches(4))
+    before = guard.state_dict()
+    run(guard, model, minibatches(4))
+    assert refusals_of_damaged(guard, before) > 80
+
+
+def test_lengths_of_a_cycle_are_plain_numbers():
+    """NumPy's carry a type that ``torch.load`` refuses."""
+    guard = two(LossGuard, mlp(), nt=np.int64(2), nc=np.int64(1))
+    assert type(guard.nt) is type(guard.nc) is int
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_copies_are_refused(copied):
+    with pytest.raises(
+        ValueError, match=r"^a Recommended can't be copied or pickled: .* state_dict"
+    ):
+        copied(two(Recommended, mlp()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_history_is_bounded_and_not_saved(kind):
+    weight, closure = quadratic(1.0)
+    optimizers = SGD([weight], lr=0.01), SGD([weight], lr=0.001)
+    options = {"nc": 1} if kind is LossGuard else {}
+    args = [optimizers] if kind is BestOf else optimizers
+    guard = kind(*args, model=None, nt=1, **options)
+    assert guard.history.maxlen == 1000
+    for _ in range(100 if kind is not BestOf else 1100):
+        guard.step(closure)
+    assert len(guard.history) in (50, 100, 1000)
+    file = io.BytesIO()
+    torch.save(guard.state_dict(), file)
+    assert file.tell() < 12_000
+
+
+def test_an_optimizer_that_remembers_nothing_is_resumed():
+    """Though it has asked for an entry of its state."""
+
+    class Signs(SGD):
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                assert self.state[p] == {}
+                p.data.sub_(0.01 * p.grad.sign())
+
+    assert_resumes(
+        lambda m: two(Recommended, m, lambda ps: Signs(ps), nt=2), mlp(), minibatches(9), 4
+    )

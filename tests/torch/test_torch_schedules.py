@@ -1,0 +1,147 @@
+"""Schedulers on a guard, and on its optimizers."""
+
+import pytest
+import torch
+from models import (
+    closure_for,
+    minibatches,
+    mlp,
+    quadratic,
+    run,
+    spiral,
+    two,
+)
+from torch import nn
+from torch.optim import SGD, Adam, AdamW
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
+
+from lossguard.torch import BestOf, Recommended
+
+
+def test_one_schedule_drives_both_in_proportion():
+    model = mlp()
+    guard = two(Recommended, model, nt=2)
+    fallback, learned = (inner.optimizer for inner in guard._inners.values())
+    scheduler = LambdaLR(guard, lambda t: min(1, t / 4))  # a warm-up from 0
+    seen = []
+    for batch in minibatches(6):
+        guard.step(closure_for(guard, model, batch))
+        seen.append((learned.param_groups[0]["lr"], fallback.param_groups[0]["lr"]))
+        scheduler.step()
+    factors = [0, 0.25, 0.5, 0.75, 1, 1]
+    assert seen == [pytest.approx((0.05 * f, 0.3 * f)) for f in factors]
+
+
+def test_one_schedule_drives_all_rates_of_a_function():
+    weight, closure = quadratic(1.0)
+    rates = [torch.tensor(0.1), torch.tensor(0.4)]
+    guard = BestOf(lambda rate: AdamW([weight], lr=rate), rates=rates, model=None, nt=1)
+    guard.param_groups[0]["lr"] = 0.05
+    guard.step(closure)
+    assert [float(rate) for rate in rates] == pytest.approx([0.05, 0.2])  # the tensors themselves
+
+
+@pytest.mark.parametrize("first", ["guard", "schedulers"])
+def test_each_may_have_a_schedule_of_its_own(first):
+    """Built before the guard, or after it: a scheduler wraps its optimizer's step."""
+    model = mlp()
+    optimizers = [SGD(model.parameters(), lr=0.3), Adam(model.parameters(), lr=0.05)]
+
+    def schedules():
+        pairs = zip(optimizers, (0.5, 0.1), strict=True)
+        return [StepLR(one, 1, gamma) for one, gamma in pairs]
+
+    schedulers = schedules() if first == "schedulers" else []
+    guard = BestOf(optimizers, model=model, nt=2)
+    schedulers = schedulers or schedules()
+    for batch in minibatches(2):
+        guard.step(closure_for(guard, model, batch))
+        for scheduler in schedulers:
+            scheduler.step()
+    rates = [one.param_groups[0]["lr"] for one in optimizers]
+    assert rates == pytest.approx([0.3 * 0.25, 0.05 * 0.01])
+    guard.param_groups[0]["lr"] = 0.1
+    with pytest.raises(ValueError, match=r"^rates must be set in the guard's groups or in its opt"):
+        guard.step(closure_for(guard, model, spiral()))
+
+
+def test_other_options_are_handed_on_to_who_has_them():
+    model = mlp()
+    guard = two(Recommended, model, lambda ps: Adam(ps, lr=0.1, weight_decay=0.1))
+    OneCycleLR(guard, max_lr=0.3, total_steps=10)  # of momentum too, which Adam hasn't
+    guard.param_groups[0]["weight_decay"] = 0.5
+    guard.step(closure_for(guard, model, spiral()))
+    fallback, learned = (inner.optimizer.param_groups[0] for inner in guard._inners.values())
+    assert learned["weight_decay"] == fallback["weight_decay"] == 0.5
+    assert fallback["momentum"] == 0.95 and "momentum" not in learned
+    assert fallback["lr"] == pytest.approx(0.3 / 25)
+    assert learned["lr"] == pytest.approx(0.1 / 25)
+
+
+def test_a_rate_that_was_0_and_groups_out_of_proportion_are_refused():
+    model = mlp()
+    guard = two(Recommended, model, fallback=lambda ps: SGD(ps, lr=0.0))
+    guard.param_groups[0]["lr"] = 0.1
+    with pytest.raises(ValueError, match=r"^rates must be positive when the guard is built"):
+        guard.step(closure_for(guard, model, spiral()))
+
+    def split(ps):
+        return SGD([{"params": ps[:2]}, {"params": ps[2:], "lr": 0.2}], lr=0.1)
+
+    guard = two(Recommended, model, fallback=split)
+    guard.param_groups[0]["lr"], guard.param_groups[1]["lr"] = 0.01, 0.02
+    guard.step(closure_for(guard, model, spiral()))  # both a tenth
+    assert [*guard._inners.values()][1].optimizer.param_groups[0]["lr"] == pytest.approx(0.005)
+    guard.param_groups[0]["lr"] = 0.1
+    with pytest.raises(ValueError, match=r"^rates of the guard's groups must change in proportion"):
+        guard.step(closure_for(guard, model, spiral()))
+
+
+def test_an_optimizer_may_find_its_rate_by_itself():
+    """As Adafactor of transformers, whose rate is None: no schedule drives it, which is told."""
+
+    class Own(SGD):
+        def step(self, closure=None):
+            self.param_groups[0]["lr"] = 0.1
+            super().step(closure)
+            self.param_groups[0]["lr"] = None
+
+    def own(ps):
+        optimizer = Own(ps, lr=0.1)
+        optimizer.param_groups[0]["lr"] = None
+        return optimizer
+
+    model = mlp()
+    guard = two(Recommended, model, own, nt=2)
+    run(guard, model, minibatches(4))
+    guard.param_groups[0]["lr"] = 0.1
+    with pytest.warns(RuntimeWarning, match="an optimizer without lr isn't driven by the"):
+        guard.step(closure_for(guard, model, spiral()))
+
+
+def test_a_schedule_is_resumed():
+    model, twin = mlp(), mlp()
+    guard, other = two(Recommended, model, nt=2), two(Recommended, twin, nt=2)
+    guard.param_groups[0]["lr"] = 0.15
+    guard.step(closure_for(guard, model, spiral()))
+    guard.param_groups[0]["lr"] = 0.1  # as a scheduler does after the step
+    other.load_state_dict(guard.state_dict())
+    assert [*other._inners.values()][1].optimizer.param_groups[0]["lr"] == pytest.approx(0.05 / 3)
+    for one, its_model in ((guard, model), (other, twin)):
+        one.param_groups[0]["lr"] = 0.03
+        one.step(closure_for(one, its_model, spiral()))
+        assert [*one._inners.values()][1].optimizer.param_groups[0]["lr"] == pytest.approx(0.005)
+
+
+def test_a_schedule_drives_an_optimizer_that_was_loaded_later_and_skips_empty_groups():
+    """Which has other dictionaries for its groups then."""
+    model = nn.Linear(2, 2, bias=False)
+    groups = [{"params": [model.weight]}, {"params": [], "weight_decay": 0.0}]
+    optimizers = [AdamW([dict(group) for group in groups], lr=rate) for rate in (0.4, 0.1)]
+    guard = Recommended(*optimizers, model=model)
+    for one in optimizers:
+        one.load_state_dict(one.state_dict())
+    guard.param_groups[0]["lr"] = 0.05
+    guard.step(closure_for(guard, model, spiral()))
+    rates = [one.param_groups[0]["lr"] for one in optimizers]
+    assert rates == pytest.approx([0.2, 0.05])

@@ -202,18 +202,22 @@ class Breaks(Diverges):
 
 
 class Writing(SGD):
-    """Its counter is a tensor in its group, which a step writes to."""
+    """Its counter is in its group, in a tensor or a list, to which a step writes."""
 
-    def __init__(self, params, lr):
+    def __init__(self, params, lr, counter=torch.zeros):
         super().__init__(params, lr=lr)
-        self.param_groups[0]["k"] = torch.zeros(())
+        self.param_groups[0]["k"] = counter(1)
 
     @torch.no_grad()
     def step(self, closure=None):
         group = self.param_groups[0]
-        group["k"] += 1
+        group["k"][0] += 1
         for p in group["params"]:
-            p -= group["lr"] / group["k"] * p.grad
+            p -= group["lr"] / group["k"][0] * p.grad
+
+
+WRITTEN = torch.zeros, lambda n: [0] * n
+"""What its counter may be in."""
 
 
 def entries_of(state, path=()):

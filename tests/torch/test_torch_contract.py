@@ -97,6 +97,21 @@ def test_hooks_are_called(kind):
     ]  # fmt: skip
 
 
+def test_hooks_of_steps_are_called_in_loops_too():
+    weight, closure = quadratic()
+    guard, calls = BestOf([SGD([weight], lr=0.1)], model=None), []
+    guard.register_step_pre_hook(lambda *_: calls.append("before"))
+    guard.register_step_post_hook(lambda *_: calls.append(guard.phase))
+    for lane in guard.lanes():
+        lane.step(closure())
+    for lane in guard.lanes():
+        lane.step(closure())
+        break  # after its last step: it counts
+    for _ in guard.lanes():
+        break
+    assert calls == ["before", 1, "before", 2, "before"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_waits_for_the_garbage_collector(kind):
     """Published training scripts switch it off; what is left for it are copies of a model."""

@@ -21,10 +21,12 @@ from models import (
     step_by,
     two,
 )
+from torch import nn
 from torch.optim import SGD, Adam
 
 from lossguard.torch import BestOf, Hedged, LossGuard, Recommended
 from lossguard.torch.lane import Lane
+from lossguard.torch.losses import Progress
 
 
 @pytest.mark.parametrize("leads", ["fallback", "learned"])
@@ -233,6 +235,28 @@ def test_best_of_checks_on_held_out_minibatches_by_their_numbers(monkeypatch):
     guard.check = check
     run(guard, model, minibatches(4))
     assert len(guard.history) == decided + 2
+
+
+@pytest.mark.parametrize("lowest", [1e-310, 1e-150])
+def test_losses_that_fall_to_next_to_nothing_are_extrapolated(lowest):
+    """In double precision; Python raises where a power or a logarithm has no number."""
+    fell = Progress(1000, lowest, lowest, earlier_age=250, earlier=1e300, later_age=500, later=1.0)
+    rose = fell._replace(recent=1e300, earlier=lowest)
+    assert fell.rate == -rose.rate > 300
+    assert fell.expected_at(1.0) == rose.expected_at(1e6) == math.inf
+    assert fell.expected_at(1e6) == 0
+
+
+def test_a_check_may_set_the_mode_which_is_set_back():
+    model = mlp(nn.Dropout(0.5))
+    model[0].eval()  # a part that is frozen
+    before = [module.training for module in model.modules()]
+
+    def check(k):
+        return loss_fn(model.eval(), spiral())
+
+    run(two(BestOf, model, nt=2, check=check), model, minibatches(2))
+    assert [module.training for module in model.modules()] == before
 
 
 def test_best_of_follows_weights_that_are_loaded_before_the_first_call():

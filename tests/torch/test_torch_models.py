@@ -9,6 +9,7 @@ import torch
 from models import (
     KINDS,
     TWO,
+    WRITTEN,
     Writing,
     algorithm2,
     assert_is_algorithm2,
@@ -75,17 +76,18 @@ def test_they_are_what_they_were_if_a_check_raises():
     assert all(p.grad is None for p in model[0].parameters())
 
 
-def test_a_counter_that_is_a_tensor_of_a_group_is_each_lanes_own():
+@pytest.mark.parametrize("counter", WRITTEN)
+def test_a_counter_that_a_step_writes_to_is_each_lanes_own(counter):
     """The fallback by itself takes the steps that it would alone."""
     w, v = (nn.Parameter(torch.tensor([4.0])) for _ in range(2))
-    guard = Hedged(SGD([w], lr=0.05), Writing([w], lr=0.01), model=None)
+    guard = Hedged(SGD([w], lr=0.05), Writing([w], lr=0.01, counter=counter), model=None)
     alone = Writing([v], lr=0.01)
     for _ in range(60):
         guard.step(squares(w))
         step_by(alone, v.square().sum())
     own = guard._lanes["s"]
     assert guard.last_decision.winner == 0  # it runs beside another lane of its optimizer
-    assert own.memory().options[0]["k"] == 60 and own.point[0] == v
+    assert own.memory().options[0]["k"][0] == 60 and own.point[0] == v
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")

@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from models import Writing, loss_fn, minibatches, mlp, refusals_of_damaged, step_by
+from models import WRITTEN, Writing, loss_fn, minibatches, mlp, refusals_of_damaged, step_by
 from rewinding import FALLS, HIGH, WINDOW, assert_same, drive, network, one_weight, train
 from torch import nn
 from torch.nn.utils import prune
@@ -226,13 +226,28 @@ def test_a_memory_that_is_not_finite_goes_back_with_the_model():
         assert state["exp_avg"].isfinite().all()
 
 
-def test_a_tensor_of_a_group_that_a_step_writes_to_goes_back():
-    model, optimizer = one_weight(Writing)
+def test_tensors_in_lists_are_copied_elsewhere_too(tmp_path):
+    model, optimizer = one_weight()
+    held = optimizer.state[model.weight]["factors"] = [torch.ones(3), (torch.zeros(2),)]
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4, offload=tmp_path)
+    drive(rewind, model, optimizer, FALLS)
+    files = [one.untyped_storage().filename for one in leaves(rewind._trusted["optimizer"])]
+    assert len({*files}) == 2 and None not in files
+    held[0].add_(1)
+    held[1][0].fill_(5)
+    drive(rewind, model, optimizer, HIGH[:8])
+    first, (second,) = optimizer.state[model.weight]["factors"]
+    assert rewind.returns == 1 and first.tolist() == [1, 1, 1] and second.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("counter", WRITTEN)
+def test_what_a_step_writes_to_in_a_group_goes_back(counter):
+    model, optimizer = one_weight(Writing, counter=counter)
     rewind = Rewind(model, optimizer, window=WINDOW, every=4)
     drive(rewind, model, optimizer, FALLS + HIGH[:8])
-    assert rewind.returns == 1 and optimizer.param_groups[0]["k"] == 112
+    assert rewind.returns == 1 and optimizer.param_groups[0]["k"][0] == 112
     drive(rewind, model, optimizer, FALLS[:3])
-    assert optimizer.param_groups[0]["k"] == 115
+    assert optimizer.param_groups[0]["k"][0] == 115
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")

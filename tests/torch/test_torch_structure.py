@@ -36,7 +36,7 @@ def test_no_class_is_over_200_lines() -> None:
 PRIVATE = {
     "_values": "test_a_sparse_gradient_that_is_not_finite_moves_nothing",
     "_opt_called": "test_a_scheduler_on_a_guard_in_a_loop_over_lanes_does_not_warn",
-    "_version": "test_a_tensor_of_a_group_that_a_step_writes_to_goes_back",
+    "_version": "test_what_a_step_writes_to_in_a_group_goes_back",
     "_optimizer_step_pre_hooks": "test_where_it_has_ended_steps_are_as_they_were",
     "_optimizer_step_post_hooks": "test_a_scheduler_in_a_hook_goes_on_from_its_own_rates",
     "_optimizer_load_state_dict_pre_hooks": "test_hooks_are_called",

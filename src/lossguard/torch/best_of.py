@@ -15,6 +15,7 @@ from lossguard.torch.decision import NEITHER, Decision, Seen, mean, passed_over
 from lossguard.torch.guard import Guard
 from lossguard.torch.lane import Lane
 from lossguard.torch.losses import UNBOUNDED, Trial
+from lossguard.torch.process import modes_kept
 from lossguard.validation import check_count, check_decay, check_part, told
 
 
@@ -151,7 +152,7 @@ class BestOf(Guard):
         for lane in self._order:
             self._randomness.set(draws)
             lane.enter(checking=True)
-            with torch.no_grad():
+            with torch.no_grad(), modes_kept(self._weights.model):
                 lane.checks = [
                     scalar(check(self._checked + j), "check must return one number")
                     for j in range(self.checks)

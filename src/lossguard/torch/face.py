@@ -71,6 +71,16 @@ class Face(arguments.Uncopied, Optimizer):
         """That of the last cycle."""
         return self.history[-1] if self.history else None
 
+    def _call(self, hooks: Mapping[int, Callable[..., object]]) -> None:
+        """Hooks of ``step``."""
+        for hook in [*hooks.values()]:
+            hook(self, (self,), {})
+
+    def _tell_hooks(self) -> None:
+        """``_tell``, and the hooks after a step: PyTorch calls them after ``step`` alone."""
+        self._tell()
+        self._call(self._optimizer_step_post_hooks)
+
     def _tell(self) -> None:
         """Hand on the decision if a cycle is over."""
         if self.phase == 0 and self.callback is not None:

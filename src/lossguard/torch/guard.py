@@ -48,11 +48,8 @@ class Guard(Face):
             name: Lane(name, self._inners[of], self._weights, forgives=self.forgives)
             for name, of in lanes.items()
         }
-        if not self.forgives and any(p.dtype == torch.float16 for p in self._weights.params):
-            raise ValueError(
-                f"parameters must have more range than float16 for {type(self).__name__}, where a "
-                "gradient that overflows is not left out, got some of float16"
-            )
+        if not self.forgives:
+            arguments.check_range(type(self).__name__, self._weights.params)
         self._leader = self._weights.holder = next(iter(self._lanes.values()))
 
     def _begin(self) -> list[Lane]:
@@ -75,17 +72,14 @@ class Guard(Face):
             self._leader = lane
 
     def step(self, closure: Closure | None = None) -> Any:  # pyright: ignore
-        """Take one minibatch.
+        """Take one minibatch; returns the loss of the live lane before its step.
 
         Args:
             closure: evaluates the loss, calls ``backward`` and returns the loss; called once for
                 each lane that runs, the live one last, after gradients were cleared.
-
-        Returns:
-            The loss of the live lane before its step: of what the model was before this call.
         """
         closure = arguments.checked(closure)
-        with closing(Guard.lanes(self)) as lanes:  # a class below may refuse its own
+        with closing(self._loop(self._tell)) as lanes:
             *_, value = [self._run(lane, closure) for lane in lanes]
         return value.detach().clone() if isinstance(value, Tensor) else value
 
@@ -106,6 +100,11 @@ class Guard(Face):
         Raises:
             ValueError: if there are gradients before it, or the body steps but by ``lane.step``.
         """
+        self._call(self._optimizer_step_pre_hooks)
+        yield from self._loop(self._tell_hooks)
+
+    def _loop(self, tell: Callable[[], None]) -> Generator[Lane, None, None]:
+        """``lanes``; ``tell`` is called once the minibatch counts."""
         with held():
             draws, beside = self._open()
             order = self._order
@@ -133,9 +132,9 @@ class Guard(Face):
                     raise
                 self._leader.leave()  # a loop that was left after the last step
                 self._close()
-                self._tell()
+                tell()
                 raise  # so that a signal that came is not raised where a generator is closed
-        self._tell()
+        tell()
 
     def _open(self) -> tuple[list[Tensor], Beside]:
         """Before a minibatch: random state, and gradients, that each lane starts from."""

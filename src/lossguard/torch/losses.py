@@ -133,7 +133,8 @@ class Progress(NamedTuple):
             return 1.0
         if not (self.recent > 0 and self.earlier > 0):
             return float(self.recent < self.earlier)
-        return math.log(self.earlier / self.recent) / math.log(self.age / self.earlier_age)
+        fallen = math.log(self.earlier) - math.log(self.recent)
+        return fallen / math.log(self.age / self.earlier_age)
 
     def expected_at(self, age: float) -> float:
         """The loss at an age if it goes on falling by its power of the age.
@@ -142,4 +143,7 @@ class Progress(NamedTuple):
         """
         if not (self.recent > 0 and age > 0):
             return self.recent
-        return self.recent * (self.age / age) ** self.rate
+        try:
+            return self.recent * (self.age / age) ** self.rate
+        except OverflowError:
+            return math.inf

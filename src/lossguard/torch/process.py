@@ -1,4 +1,4 @@
-"""What belongs to the process and to no lane: its random numbers, Ctrl-C and SIGTERM."""
+"""What belongs to no lane: random numbers, modes of training, Ctrl-C and SIGTERM."""
 
 import _thread
 import signal
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Randomness:
@@ -30,6 +30,17 @@ class Randomness:
         """Put every generator back to a state that ``state`` returned."""
         for (module, which), state in zip(self.generators, states, strict=True):
             module.set_rng_state(state, *which)
+
+
+@contextmanager
+def modes_kept(model: nn.Module | None) -> Iterator[None]:
+    """A block after which each module is in the mode, of training or not, that it had before."""
+    modes = {} if model is None else {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @contextmanager

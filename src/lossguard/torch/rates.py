@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 Group = dict[str, Any]
 """A parameter group of an optimizer; but for its parameters they are settings."""
-Noted = dict[str, tuple[Any, int | None]]
+Noted = dict[str, list[tuple[Any, int | None]]]
 
 
 class Rates:
@@ -133,21 +133,26 @@ def options_of(group: Group) -> Group:
 
 
 def noted(group: Group) -> Noted:
-    """The settings of a group, and of tensors among them how often they were written to."""
-    return {
-        key: (value, value._version if isinstance(value, Tensor) else None)
-        for key, value in options_of(group).items()
-    }
+    """What the settings of a group hold, and of tensors how often they were written to."""
+    return {key: _held(value) for key, value in options_of(group).items()}
+
+
+def _held(value: Any) -> list[tuple[Any, int | None]]:
+    if isinstance(value, dict | list | tuple):
+        inside = value.values() if isinstance(value, dict) else value
+        return [pair for one in inside for pair in _held(one)]
+    return [(value, value._version if isinstance(value, Tensor) else None)]
 
 
 def changes_since(before: Noted, group: Group) -> set[str]:
     """Names of the settings that aren't as they were noted."""
 
-    def is_as_before(key: str, value: Any, writes: int | None) -> bool:
-        old, old_writes = before.get(key, (None, None))
-        return writes == old_writes and same(old, value)
+    def is_as_before(key: str, now: list[tuple[Any, int | None]]) -> bool:
+        old = before.get(key, [(None, None)])
+        pairs = zip(old, now, strict=False)
+        return len(old) == len(now) and all(w == v and same(a, b) for (a, w), (b, v) in pairs)
 
-    return {key for key, now in noted(group).items() if not is_as_before(key, *now)}
+    return {key for key, now in noted(group).items() if not is_as_before(key, now)}
 
 
 def set_back(groups: Iterable[Group], options: Iterable[Group], names: Iterable[str]) -> None:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lossguard.torch.arguments import innermost
 from lossguard.torch.memory import entries_of
+from lossguard.torch.process import modes_kept
 from lossguard.torch.ranks import check_rank, this_rank
 from lossguard.torch.rates import options_of, set_back, set_rate
 from lossguard.torch.tensors import are_finite, is_expanded, stacked
@@ -126,12 +127,8 @@ class Live:
     @torch.no_grad()
     def evaluated(self, audit: Callable[[], Any]) -> Any:
         """What it returns; the model's modes of training stay."""
-        modes = {module: module.training for module in self.model.modules()}
-        try:
+        with modes_kept(self.model):
             return audit()
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
 
     @torch.no_grad()
     def save(self, old: Saved | None = None) -> Saved:
@@ -178,7 +175,7 @@ class Live:
             before = saved["optimizer"].get(self.names[param], {})  # none before the first step
             for key, value in before.items():
                 whole = isinstance(value, Tensor) and value.shape == param.shape
-                place = param.device if whole else None
+                place = param.device if whole or isinstance(value, list | tuple) else None
                 optimizer.state[param][key] = copied(value, now.get(key), place)
         for one, its_state in zip(self.also, saved["also"], strict=True):
             one.load_state_dict(copy.deepcopy(its_state))
@@ -274,6 +271,10 @@ def copied(value: Any, old: Any = None, place: Place = None) -> Any:
     if isinstance(value, dict):
         places = old if isinstance(old, dict) else {}
         return {key: copied(one, places.get(key), place) for key, one in value.items()}
+    if type(value) in (list, tuple):
+        fits = isinstance(old, list | tuple) and len(old) == len(value)
+        pairs = zip(value, old if fits else [None] * len(value), strict=True)
+        return type(value)([copied(one, there, place) for one, there in pairs])
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
     strided = value.layout is torch.strided

@@ -91,6 +91,19 @@ def test_several_tables_come_back_in_their_order(tmp_path: Path) -> None:
     assert found is not None and [one.height for one in found[2:]] == [2, 0, 3]
 
 
+def test_types_that_numpy_lacks_come_back(tmp_path: Path) -> None:
+    types = jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.bfloat16, jnp.int4, jnp.uint2, jnp.bool
+    kept = {str(n): jnp.array([0, 1, 1, 0], dtype) for n, dtype in enumerate(types)}
+    kept |= {"none": jnp.ones((2, 0)), "one": jnp.array(2.5), "numpy": np.arange(3)}
+    Checkpoints(tmp_path).save(1, kept)
+    template = jax.tree.map(jnp.zeros_like, kept) | {"numpy": np.zeros(3, int)}
+    found = Checkpoints(tmp_path).latest(template)
+    assert found is not None
+    for name, leaf in found[1].items():
+        assert (leaf.dtype, leaf.shape) == (kept[name].dtype, kept[name].shape)
+        assert (leaf == kept[name]).all()
+
+
 def test_last_two_are_kept(saved: Path) -> None:
     assert sorted(entry.name for entry in saved.iterdir()) == ["20.safetensors", "7.safetensors"]
 

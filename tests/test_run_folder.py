@@ -135,7 +135,22 @@ def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:
         run_folder.open_folder(tmp_path, CONFIG)
     with pytest.raises(ValueError, match=r"^folder must be .*thesis\.tex is a file$"):
         run_folder.open_folder(tmp_path / "thesis.tex", CONFIG)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "link").symlink_to("thesis.tex")
+    with pytest.raises(ValueError, match=r"^folder must be .*, but .* holds other files$"):
+        run_folder.open_folder(tmp_path, CONFIG)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link", "thesis.tex"]
+
+
+def test_a_run_that_failed_before_it_computed_anything_is_none(tmp_path: Path) -> None:
+    run_folder.open_folder(tmp_path, CONFIG)
+    run_folder.start(tmp_path, inputs={"the data": "a"})
+    other = {**CONFIG, "rate": 0.3, "methods": ["a"]}
+    with pytest.raises(ValueError, match="holds another"):
+        run_folder.open_folder(tmp_path, other)
+    (tmp_path / records.FAILED).write_text("{}")
+    run_folder.open_folder(tmp_path, other)
+    assert "resumed" not in run_folder.start(tmp_path, inputs={"the data": "b"})
+    assert records.read_json(tmp_path / records.CONFIG) == other
 
 
 def test_folder_of_a_run_killed_at_its_first_write_is_used(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ STATE, STRUCTURE = "state", "structure"
 class Checkpoints:
     """A folder of numbered checkpoints: a pytree of arrays, and tables, in a file each.
 
-    A file holds the leaves as Equinox writes them, the tables as Parquet, the structure of the
+    A file holds the bytes of the leaves, the tables as Parquet, the structure of the
     pytree, and a checksum of all this, which is verified.
     """
 
@@ -117,13 +117,17 @@ def _structure(tree: PyTree) -> str:
 
 
 def _write_leaf(file: Any, leaf: Any) -> None:
-    """As Equinox does; of random keys their numbers."""
-    jnp.save(file, jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+    """Its bytes, as NumPy's files hold some of JAX's types in no other way."""
+    numbers = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+    np.save(file, np.frombuffer(numbers.tobytes(), np.uint8))
 
 
 def _read_leaf(file: Any, like: Any) -> Any:
-    leaf = jnp.load(file)
-    return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(like)) if _is_key(like) else leaf
+    numbers = jax.random.key_data(like) if _is_key(like) else like
+    found = np.load(file).view(numbers.dtype).reshape(numbers.shape)
+    if _is_key(like):
+        return jax.random.wrap_key_data(jnp.asarray(found), impl=jax.random.key_impl(like))
+    return found if isinstance(like, np.ndarray) else jnp.asarray(found)
 
 
 def _is_key(leaf: Any) -> bool:

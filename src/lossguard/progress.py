@@ -2,10 +2,11 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Self
 
@@ -81,7 +82,8 @@ def stopping_at_interrupt() -> Iterator[Callable[[], bool]]:
 
     For loops that must not be torn apart in the middle of an iteration, and for JAX, which loses a
     Ctrl-C that comes in the middle of Python's collection of garbage. Signals go to the main
-    thread: in any other this changes nothing.
+    thread: in any other this changes nothing, nor where a signal is ignored, as in a shell's
+    background.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -92,15 +94,18 @@ def stopping_at_interrupt() -> Iterator[Callable[[], bool]]:
         nonlocal stopped
         stopped = True
         put_back()
-        os.write(2, STOPPING)  # to stderr: nothing else is safe in a signal handler
+        if sys.stderr is not None:  # else 2 may be a file of the run
+            with suppress(OSError):  # the same Ctrl-C may have stopped who reads it
+                os.write(2, STOPPING)  # nothing else is safe in a signal handler
 
     def put_back() -> None:
         for one, handler in before.items():
             signal.signal(one, handler)
 
-    before = {one: signal.getsignal(one) for one in STOPS}
+    handlers = {one: signal.getsignal(one) for one in STOPS}
+    before = {one: handler for one, handler in handlers.items() if handler != signal.SIG_IGN}
     try:
-        for one in STOPS:
+        for one in before:
             signal.signal(one, stop)
         yield lambda: stopped
     finally:

@@ -81,6 +81,7 @@ def open_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False
     """
     if not check_folder(folder, config, resume=resume):
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / STARTED).unlink(missing_ok=True)
         write_json(folder / CONFIG, config)
 
 
@@ -89,30 +90,30 @@ def check_folder(folder: Path, config: Mapping[str, Any], *, resume: bool) -> bo
 
     What a run left that failed before it computed anything counts as nothing.
     """
-    path, is_open = folder / CONFIG, not is_finished(folder)
-    links = (entry for entry in folder.rglob("*") if entry.is_symlink())
-    if is_open and (link := next(links, None)):
-        raise ValueError(f"folder must hold no links, but {link} is one")
-    entries = {e.name for e in folder.iterdir() if not is_part(e)} if folder.is_dir() else set()
-    if entries <= {CONFIG, FAILED, LOCK} and FAILED in entries:
-        return False
-    if path.exists():
-        if differ := _differing(read_json(path), json.loads(json.dumps(config))):
-            raise ValueError(
-                f"folder must be empty or hold the same run, but {folder} holds another, which "
-                f"differs in {differ}: choose another --out"
-            )
-        if not resume:
-            how = "add --resume to go on with it" if is_open else "lossguard plot shows it"
-            raise ValueError(f"folder {folder} holds this run already: {how}")
-        return True
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder must be empty or hold the same run, but {folder} is a file")
-    if not entries <= {LOCK}:  # which a run leaves that is killed before its config is written
+    entries = {e.name for e in folder.iterdir() if not is_part(e)} if folder.is_dir() else set()
+    failed = FAILED in entries and entries <= {CONFIG, FAILED, STARTED, LOCK}
+    is_new = failed or entries <= {LOCK}  # as of one that is killed before its config is written
+    if not is_new and CONFIG not in entries:
         raise ValueError(
             f"folder must be empty or hold the same run, but {folder} holds other files"
         )
-    return False
+    is_open = not is_finished(folder)
+    links = (entry for entry in folder.rglob("*") if entry.is_symlink())
+    if is_open and (link := next(links, None)):
+        raise ValueError(f"folder must hold no links, but {link} is one")
+    if is_new:
+        return False
+    if differ := _differing(read_json(folder / CONFIG), json.loads(json.dumps(config))):
+        raise ValueError(
+            f"folder must be empty or hold the same run, but {folder} holds another, which "
+            f"differs in {differ}: choose another --out"
+        )
+    if not resume:
+        how = "add --resume to go on with it" if is_open else "lossguard plot shows it"
+        raise ValueError(f"folder {folder} holds this run already: {how}")
+    return True
 
 
 def _differing(there: dict[str, Any], here: dict[str, Any]) -> str:

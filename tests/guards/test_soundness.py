@@ -109,6 +109,9 @@ def test_schedules_may_go_on_while_an_optimizer_is_idle(name) -> None:
 def test_schedules_of_idle_optimizers_stay_at_the_largest_count() -> None:
     state = optax.ScaleByScheduleState(jnp.int32(2**31 - 5))
     assert advance_schedules(state, 10).count == 2**31 - 1
+    for dtype in ("int8", "int16"):  # of somebody's own
+        state = optax.ScaleByScheduleState(jnp.array([3, 120], dtype))
+        assert advance_schedules(state, 10).count.tolist() == [13, 127 if dtype == "int8" else 130]
 
 
 def test_weight_decay_may_have_a_schedule_too() -> None:

@@ -1,6 +1,7 @@
 """Meta-training end to end, on few and small steps."""
 
 import dataclasses
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -124,6 +125,13 @@ def test_weights_are_usable_and_say_how_they_were_made(whole: Path) -> None:
         "best_validation": f"{made['best_validation']:.4f}",
     }
     assert not same(found.weights, init_lstm_weights(jax.random.key(0), hidden=4, layers=1))
+
+
+def test_weights_that_were_lost_are_not_told_to_be_there(whole: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "run")
+    (folder / loop.WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=r"run has lost its weights\.safetensors: choose another"):
+        metatrain(TINY, folder, resume=True)
 
 
 def test_kept_weights_have_the_validation_that_is_told(whole: Path) -> None:

@@ -81,7 +81,9 @@ def advance(
     count: Int[Array, "..."], by: Int[Array, ""] | Bool[Array, ""] | int
 ) -> Int[Array, "..."]:
     """Counts after ``by`` more, one more where it is true; they stay at the largest number."""
-    return jnp.where(count > MOST - by, MOST, count + by).astype(jnp.result_type(count))
+    dtype = jnp.result_type(count)
+    most = min(MOST, jnp.iinfo(dtype).max) if jnp.issubdtype(dtype, jnp.integer) else MOST
+    return jnp.where(count > most - by, most, count + by).astype(dtype)
 
 
 def following(i: Int[Array, ""], by: int) -> Int[Array, ""]:

@@ -122,7 +122,7 @@ def advance_schedules(state: PyTree, steps: int) -> PyTree:
 
     def later(node: PyTree) -> PyTree:
         if _is_count(node):
-            return node._replace(count=advance(node.count, steps))
+            return jax.tree.map(lambda count: advance(count, steps), node)
         if isinstance(node, Injected):  # hyperparameters stay, of which some are integers
             return node._replace(
                 count=advance(node.count, steps),

@@ -181,6 +181,8 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
         with run_folder.hold_folder(folder, as_config(config), resume=resume) as finished:
             if not finished:
                 _metatrain(config, method, folder, as_inputs(noted), stopped)
+        if not (folder / WEIGHTS).exists():
+            raise ValueError(f"folder {folder} has lost its {WEIGHTS}: choose another --out")
     return folder / WEIGHTS
 
 

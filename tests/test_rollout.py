@@ -1,6 +1,10 @@
 """The one inner loop equals a Python loop, compiles once, and leaves no copies."""
 
+import dataclasses
+import gc
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,6 +15,7 @@ import pytest
 from jaxtyping import Array
 
 import lossguard
+from lossguard.rollout import KEPT
 
 CYCLES = 4
 GUARDS = {
@@ -184,3 +189,38 @@ def test_no_length_below_the_most_is_compiled_for(caplog: pytest.LogCaptureFixtu
         assert "Compiling" not in caplog.text
         jax.jit(lambda x: x + len(caplog.text))(1.0)
     assert "Compiling" in caplog.text
+
+
+def test_what_an_objective_holds_goes_with_it() -> None:
+    """Save for the last few, whose compiled code is kept."""
+    guard, alive = lossguard.unguarded(optax.sgd(0.1)), []
+    for k in range(KEPT + 3):
+
+        def objective(params: Any, i: Any, k: int = k) -> Any:
+            return jnp.sum((params - k) ** 2)
+
+        alive.append(weakref.ref(objective))
+        lossguard.rollout(guard, guard.init(jnp.ones(2)), objective, cycles=1)
+    del objective
+    gc.collect()
+    assert [one() is not None for one in alive] == [False] * 3 + [True] * KEPT
+
+
+def test_an_objective_that_has_no_hash_is_refused() -> None:
+    @dataclasses.dataclass
+    class Objective:
+        shift: float
+
+        def __call__(self, params: Any, i: Any) -> Any:
+            return jnp.sum((params - self.shift) ** 2)
+
+    guard = lossguard.unguarded(optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"^objective must be hashable, or a pytree .*Objective: "):
+        lossguard.rollout(guard, guard.init(jnp.ones(2)), Objective(1.0), cycles=1)
+
+
+def test_nothing_is_moved_unasked() -> None:
+    guard = lossguard.unguarded(optax.sgd(0.1))
+    state = guard.init(jnp.ones(2))
+    with jax.transfer_guard("disallow"):
+        lossguard.rollout(guard, state, lambda params, i: jnp.sum(params**2), cycles=1)

@@ -1,5 +1,8 @@
 """The one inner loop: guard steps, compiled into a scan."""
 
+import warnings
+from collections.abc import Callable, Hashable
+from functools import lru_cache, partial
 from typing import Any
 
 import equinox as eqx
@@ -12,21 +15,42 @@ from .guards.cycle import check_state
 from .guards.protocol import Decision, Guard, GuardState, Objective
 from .validation import check_count, check_kind
 
+KEPT = 8
+"""Compiled loops, and so objectives and the data that their functions hold."""
 
-@eqx.filter_jit(donate="all-except-first")
-def _loop(kept: tuple, state: GuardState) -> tuple[GuardState, Decision]:
-    """The loop in a buffer for ``most`` decisions. All that is not to be donated is ``kept``."""
-    guard, objective, cycles, most = kept
-    step = jax.jit(lambda state: guard.step(state, objective))  # traced once for both uses
-    _, shapes = jax.eval_shape(step, state)
-    none = jax.tree.map(lambda leaf: jnp.zeros((most, *leaf.shape), leaf.dtype), shapes)
 
-    def body(cycle: Any, carry: tuple[GuardState, Decision]) -> tuple[GuardState, Decision]:
-        state, decision = step(carry[0])
-        put = jax.tree.map(lambda out, leaf: out.at[cycle].set(leaf), carry[1], decision)
-        return state, put
+@lru_cache(maxsize=KEPT)
+def _loop_of(guard: Guard, static: Hashable, tree: Any, most: int) -> Callable[..., Any]:
+    """The loop in a buffer for ``most`` decisions; of the objective all but its arrays."""
 
-    return jax.lax.fori_loop(0, cycles, body, (state, none))
+    @partial(jax.jit, donate_argnums=2)
+    def loop(arrays: list[Any], cycles: Any, state: GuardState) -> tuple[GuardState, Decision]:
+        objective = tree.unflatten(eqx.combine(arrays, [*static]))  # pyright: ignore
+        step = jax.jit(lambda state: guard.step(state, objective))  # traced once for both uses
+        _, shapes = jax.eval_shape(step, state)
+        none = jax.tree.map(lambda leaf: jnp.zeros((most, *leaf.shape), leaf.dtype), shapes)
+
+        def body(cycle: Any, carry: tuple[GuardState, Decision]) -> tuple[GuardState, Decision]:
+            state, decision = step(carry[0])
+            put = jax.tree.map(lambda out, leaf: out.at[cycle].set(leaf), carry[1], decision)
+            return state, put
+
+        return jax.lax.fori_loop(0, cycles, body, (state, none))
+
+    return loop
+
+
+def _loop(guard: Guard, objective: Objective, most: int) -> Callable[..., Any]:
+    """The same with the objective's arrays given: what is left takes cycles and the state."""
+    leaves, tree = jax.tree.flatten(objective)
+    arrays, static = eqx.partition(leaves, eqx.is_array)
+    try:
+        return partial(_loop_of(guard, tuple(static), tree, most), arrays)
+    except TypeError as error:
+        raise ValueError(
+            "objective must be hashable, or a pytree (jax.tree_util.Partial, equinox.Module), got "
+            f"{type(objective).__name__}: {error}"
+        ) from error
 
 
 def rollout(
@@ -38,7 +62,8 @@ def rollout(
         guard: any guard. Use the same object again to use its compiled code again.
         state: where to start. Its buffers are donated: use the returned state from then on.
         objective: ``objective(params, i)``. If it is a pytree, its arrays are arguments of the
-            compiled code, which serves other data of the same shapes too.
+            compiled code, which serves other data of the same shapes too. What a function holds is
+            read when it is compiled: data that change must be a pytree's.
         cycles: how many steps of the guard, each a cycle.
         most: compile for up to so many cycles, so that calls with fewer use the same code; by
             default for ``cycles``.
@@ -48,7 +73,7 @@ def rollout(
 
     Raises:
         ValueError: if guard or state is no such thing, cycles or most is not an integer of at least
-            1 or is above 2^31 - 1, or cycles is above most.
+            1 or is above 2^31 - 1, or cycles is above most, or the objective can't be hashed.
 
     >>> import jax.numpy as jnp, lossguard, optax
     >>> guard = lossguard.unguarded(optax.sgd(0.1))
@@ -63,7 +88,10 @@ def rollout(
     most = cycles if most is None else check_count("most", most)
     if cycles > most:
         raise ValueError(f"cycles must be at most {most}, got {cycles}")
-    state, decisions = _loop((guard, objective, jnp.int32(cycles), most), _own(state, objective))
+    loop, count = _loop(guard, objective, most), jax.device_put(np.int32(cycles))
+    with warnings.catch_warnings():  # under vmap a count of all seeds has no place in one of each
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+        state, decisions = loop(count, _own(state, objective))
     if cycles < most:
         decisions = jax.tree.map(lambda leaf: _first(leaf, cycles), decisions)
     return state, decisions

@@ -362,6 +362,22 @@ def test_an_unguarded_step_is_the_optax_loop(name) -> None:
     )
 
 
+def test_the_first_arguments_of_an_update_may_have_any_names() -> None:
+    """Also those of what a guard gives by name."""
+
+    def update(grad, grad_fn, value=None, **_):
+        return jax.tree.map(lambda g: -0.1 * g, grad), grad_fn
+
+    def update_with_value(value_fn, state, params=None, *, value):
+        return jax.tree.map(lambda g: -0.1 * g * value / value, value_fn), state
+
+    for one in (update, update_with_value):
+        optimizer = optax.GradientTransformationExtraArgs(optax.sgd(0.1).init, one)
+        guard = lossguard.unguarded(optimizer, nt=1)
+        state, _ = guard.step(guard.init(jnp.ones(2)), lambda w, i: jnp.sum(w**2))
+        np.testing.assert_allclose(state.params, 0.8 * jnp.ones(2), rtol=1e-6)
+
+
 @pytest.mark.parametrize("trusted", [False, True])
 def test_an_unguarded_step_reports_whose_it_is(trusted) -> None:
     """Also where it isn't finite."""

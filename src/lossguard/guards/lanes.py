@@ -24,8 +24,11 @@ def with_extra_args(name: str, optimizer: Any) -> optax.GradientTransformationEx
     """
     if not (callable(getattr(optimizer, "init", None)) and hasattr(optimizer, "update")):
         raise ValueError(f"{name} must be an optax GradientTransformation, got {optimizer!r}")
-    named = inspect.signature(optimizer.update).parameters
-    open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in named.values())
+    given = inspect.signature(optimizer.update).parameters
+    open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in given.values())
+    places = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    first = [key for key, one in given.items() if one.kind in places][:3]
+    named = given.keys() - first  # these are updates, state and params, whatever they are called
     # MultiSteps takes them and isn't of optax's class for that.
     inner = optimizer if open_ended else optax.with_extra_args_support(optimizer)
 
@@ -35,7 +38,7 @@ def with_extra_args(name: str, optimizer: Any) -> optax.GradientTransformationEx
         usable = {
             key: value
             for key, value in extra_args.items()
-            if key in named or (open_ended and key != "grad_fn")
+            if key in named or (open_ended and key != "grad_fn" and key not in first)
         }
         made, after = inner.update(updates, state, params, **usable)
         given, got = ([jnp.shape(leaf) for leaf in jax.tree.leaves(t)] for t in (updates, made))

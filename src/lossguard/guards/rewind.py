@@ -236,7 +236,7 @@ class Rules:
 
 def allowance(calls: Int[Array, ""], rho: float, window: int) -> Int[Array, ""]:
     """Steps that may be thrown away in so many calls; rounded down, as float32 may round up."""
-    return window + jnp.floor(rho * (1 - 1e-6) * calls).astype(jnp.int32)
+    return window + jnp.floor(rho * (1 - 1e-6) * calls.astype(jnp.float32)).astype(jnp.int32)
 
 
 def scaled(step: Array, scale: Float[Array, ""], param: Array) -> Array:

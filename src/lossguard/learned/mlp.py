@@ -176,8 +176,9 @@ def mlp_optimizer(weights: MLPWeights) -> optax.GradientTransformation:
         if params is None:
             raise ValueError("params must be given to the update of mlp_optimizer, got None")
         step = state.clock.count
-        times = jnp.tanh(step / jnp.asarray(TIMES, jnp.float32) - 1)
-        ages = jnp.log1p(step / jnp.asarray(AGES, jnp.float32))
+        t = step.astype(jnp.float32)
+        times = jnp.tanh(t / jnp.asarray(TIMES, jnp.float32) - 1)
+        ages = jnp.log1p(t / jnp.asarray(AGES, jnp.float32))
         gradients, tree = jax.tree.flatten(updates)
         steps, memories = [], []
         for g, p, memory in zip(

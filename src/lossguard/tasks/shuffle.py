@@ -39,7 +39,7 @@ def minibatch_indices(
     if batch_size > samples:
         raise ValueError(f"batch_size must be between 1 and samples = {samples}, got {batch_size}")
     epoch, within = jnp.divmod(jnp.asarray(i, jnp.int32), samples // batch_size)
-    positions = within * batch_size + jnp.arange(batch_size)
+    positions = within * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
     return permuted(key, epoch, positions, samples)
 
 

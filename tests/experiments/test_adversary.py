@@ -106,6 +106,7 @@ def test_a_run_does_not_go_on_where_links_lead_out(world, refused, name, link) -
     place = folder / link
     place.parent.mkdir(parents=True)
     place.symlink_to(world / "outside", target_is_directory=True)
+    (folder / records.CONFIG).write_text("{}")  # as of a run under way
     before = content(world)
     arguments = (RUN, "--out", folder, "--resume") if name == "run" else (RUN, "--out", "out")
     assert "folder must hold no links, but " in refused(name, *arguments)

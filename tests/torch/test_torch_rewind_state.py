@@ -435,6 +435,7 @@ def test_a_buffer_made_under_inference_mode_goes_back():
     assert rewind.returns and model.table.tolist() == [1.0] * 4
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")  # once in a process, by whichever test is first
 def test_a_sparse_buffer_goes_back():
     model, optimizer = one_weight()
     model.register_buffer("graph", torch.eye(3).to_sparse_csr())

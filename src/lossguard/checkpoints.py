@@ -26,8 +26,8 @@ STATE, STRUCTURE = "state", "structure"
 class Checkpoints:
     """A folder of numbered checkpoints: a pytree of arrays, and tables, in a file each.
 
-    A file holds the bytes of the leaves, the tables as Parquet, the structure of the
-    pytree, and a checksum of all this, which is verified.
+    A file holds the bytes of the leaves, the tables as Parquet, the structure of the pytree, and a
+    checksum of all this, which is verified.
     """
 
     def __init__(self, folder: Path) -> None:

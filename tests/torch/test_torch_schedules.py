@@ -2,15 +2,7 @@
 
 import pytest
 import torch
-from models import (
-    closure_for,
-    minibatches,
-    mlp,
-    quadratic,
-    run,
-    spiral,
-    two,
-)
+from models import closure_for, minibatches, mlp, quadratic, run, spiral, two
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR

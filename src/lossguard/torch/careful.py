@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.rates import Group, Noted, changes_since, copied_rate, noted, set_rate
+from lossguard.torch.memory import Noted, changes_since, noted
+from lossguard.torch.rates import Group, copied_rate, set_rate
 from lossguard.torch.tensors import zero_unsound
 
 SOUND = torch.tensor(False)

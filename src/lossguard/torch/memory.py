@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.rates import changes_since, noted, options_of, set_back
+from lossguard.torch.rates import Group, options_of, same, set_back
 from lossguard.torch.tensors import finite, leaves, local
 
 T = TypeVar("T")
+Noted = dict[str, list[tuple[Any, int | None]]]
 
 
 class Memory(NamedTuple):
@@ -144,6 +145,29 @@ class Inner:
             entries = memory.state.get(p)
             if isinstance(entries, dict):
                 yield {k: local(e) for k, e in entries.items() if isinstance(e, Tensor)}, value
+
+
+def noted(group: Group) -> Noted:
+    """What the settings of a group hold, and of tensors how often they were written to."""
+
+    def written(leaf: Any) -> int | None:
+        return leaf._version if isinstance(leaf, Tensor) else None
+
+    return {
+        key: [(leaf, written(leaf)) for leaf in leaves(value)]
+        for key, value in options_of(group).items()
+    }
+
+
+def changes_since(before: Noted, group: Group) -> set[str]:
+    """Names of the settings that aren't as they were noted."""
+
+    def is_as_before(key: str, now: list[tuple[Any, int | None]]) -> bool:
+        old = before.get(key, [(None, None)])
+        pairs = zip(old, now, strict=False)
+        return len(old) == len(now) and all(w == v and same(a, b) for (a, w), (b, v) in pairs)
+
+    return {key for key, now in noted(group).items() if not is_as_before(key, now)}
 
 
 def entries_of(param: Tensor, found: Any) -> dict[Any, Any]:

@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 Group = dict[str, Any]
 """A parameter group of an optimizer; but for its parameters they are settings."""
-Noted = dict[str, list[tuple[Any, int | None]]]
 
 
 class Rates:
@@ -130,29 +129,6 @@ def _rate(group: Group) -> float | None:
 def options_of(group: Group) -> Group:
     """The settings of a group."""
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
-
-
-def noted(group: Group) -> Noted:
-    """What the settings of a group hold, and of tensors how often they were written to."""
-    return {key: _held(value) for key, value in options_of(group).items()}
-
-
-def _held(value: Any) -> list[tuple[Any, int | None]]:
-    if isinstance(value, dict | list | tuple):
-        inside = value.values() if isinstance(value, dict) else value
-        return [pair for one in inside for pair in _held(one)]
-    return [(value, value._version if isinstance(value, Tensor) else None)]
-
-
-def changes_since(before: Noted, group: Group) -> set[str]:
-    """Names of the settings that aren't as they were noted."""
-
-    def is_as_before(key: str, now: list[tuple[Any, int | None]]) -> bool:
-        old = before.get(key, [(None, None)])
-        pairs = zip(old, now, strict=False)
-        return len(old) == len(now) and all(w == v and same(a, b) for (a, w), (b, v) in pairs)
-
-    return {key for key, now in noted(group).items() if not is_as_before(key, now)}
 
 
 def set_back(groups: Iterable[Group], options: Iterable[Group], names: Iterable[str]) -> None:

@@ -53,6 +53,14 @@ def test_they_are_optax_schedules() -> None:
         np.testing.assert_allclose(update, -3.0 / (t + 1) ** 1.5, rtol=1e-6)
 
 
+@pytest.mark.parametrize("make", [lossguard.paper_decay, lossguard.harmonic_decay])
+def test_rates_side_by_side_under_strict_promotion(make) -> None:
+    rates = jnp.array([0.1, 0.3])
+    with jax.numpy_dtype_promotion("strict"):
+        found = jax.vmap(lambda rate: make(rate, 20.0)(jnp.int32(10)))(rates)
+    np.testing.assert_allclose(found, [make(0.1, 20.0)(10), make(0.3, 20.0)(10)], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

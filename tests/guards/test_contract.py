@@ -274,6 +274,8 @@ def test_what_is_counted_is_what_is_computed(guard) -> None:
         if guard in SPENT:
             assert spent == SPENT[guard]
         assert float(decision.price()) == pytest.approx(spent[0] + spent[1] / 3)
+        with jax.numpy_dtype_promotion("strict"):
+            assert decision.price().dtype == jnp.float32
         assert float(decision.price(0.5)) == pytest.approx(spent[0] + spent[1] / 3 + spent[2] / 2)
         lanes.add((int(decision.gradients) // NT, int(decision.learned_updates) // NT))
         calls.clear()

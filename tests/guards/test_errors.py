@@ -100,6 +100,11 @@ WRONG = {
         "params|": lambda: rewound(params=None),
         "value|": lambda: rewound(value=None),
     },
+    " must keep the structure, shapes and types that they had in init, got ": {
+        "params|float16[2]": lambda: rewound(params=ONES.astype(jnp.float16)),
+        "params|float32[3]": lambda: rewound(params=jnp.ones(3)),
+        "params|['float32[2]']": lambda: rewound(params=[ONES]),
+    },
     " must be at least 0 and below 1, got ": {
         "share|1.0": lambda: recommended(SGD, SGD, share=1.0),
         "share|-0.1": lambda: hedged(SGD, SGD, share=-0.1),

@@ -64,7 +64,8 @@ class Decision(NamedTuple):
 
         u is the measured cost of one learned update in gradients of the task; 0: not counted.
         """
-        return self.gradients + self.forwards / 3 + u * self.learned_updates
+        # Quotients are floats: strict promotion adds no integers to these.
+        return self.gradients / 1 + self.forwards / 3 + u * (self.learned_updates / 1)
 
 
 class Guard(NamedTuple):

@@ -164,6 +164,11 @@ class Rules:
         """The update that leads to where the run goes on."""
         check_kind("state", state, RewindState, "optimizer.init(params)")
         x, loss = check_arguments(params, extra_args.get("value"))
+        if kinds(x) != kinds(state.snapshots.trusted[0]):
+            raise ValueError(
+                "params must keep the structure, shapes and types that they had in init, got "
+                f"{kinds(x)}"
+            )
         loss = loss.astype(state.alarm.losses.dtype)
         risen = (state.ramp / state.alarm.block).astype(jnp.float32)
         scale = state.cap * (self.factor + (1 - self.factor) * risen)
@@ -237,6 +242,11 @@ class Rules:
 def allowance(calls: Int[Array, ""], rho: float, window: int) -> Int[Array, ""]:
     """Steps that may be thrown away in so many calls; rounded down, as float32 may round up."""
     return window + jnp.floor(rho * (1 - 1e-6) * calls.astype(jnp.float32)).astype(jnp.int32)
+
+
+def kinds(params: Params) -> PyTree:
+    """The shape and type of each leaf."""
+    return jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", params)
 
 
 def scaled(step: Array, scale: Float[Array, ""], param: Array) -> Array:

@@ -25,8 +25,8 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 from lossguard.torch import BestOf, Hedged, LossGuard, Recommended
-from lossguard.torch.lane import Lane
-from lossguard.torch.losses import Progress
+from lossguard.torch.guards.lane import Lane
+from lossguard.torch.guards.losses import Progress
 
 
 @pytest.mark.parametrize("leads", ["fallback", "learned"])

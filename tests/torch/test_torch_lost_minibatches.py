@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import SGD
 
 from lossguard.torch import BestOf, Hedged, Recommended
-from lossguard.torch.losses import Trial
+from lossguard.torch.guards.losses import Trial
 
 
 class Rule(torch.optim.Optimizer):

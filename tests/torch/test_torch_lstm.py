@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 from lossguard.torch import LSTMOptimizer
-from lossguard.torch.lstm import log_and_sign
+from lossguard.torch.learned.lstm import log_and_sign
 
 
 class Reference(nn.Module):

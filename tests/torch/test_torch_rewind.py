@@ -99,7 +99,7 @@ def test_where_no_step_is_finite_none_is_taken():
 
 def test_that_test_fails_where_the_budget_is_broken(monkeypatch):
     allowance = property(lambda self: self.window + self.calls)
-    monkeypatch.setattr("lossguard.torch.rule.Rule.allowance", allowance)
+    monkeypatch.setattr("lossguard.torch.rewind.rule.Rule.allowance", allowance)
     assert max(hostile_run(seed, 4, [])[0] for seed in range(4)) > 0
 
 

@@ -8,14 +8,19 @@ from pathlib import Path
 import lossguard.torch
 
 FOLDER = Path(lossguard.torch.__file__).parent
-FILES = {path.stem: path.read_text() for path in FOLDER.glob("*.py") if path.stem != "__init__"}
+FILES = {
+    ".".join(path.relative_to(FOLDER).with_suffix("").parts): path.read_text()
+    for path in FOLDER.rglob("*.py")
+    if path.stem != "__init__"
+}
 
 
 @cache
 def floor(name: str) -> int:
     """1 for what imports nothing of the package."""
-    beneath = re.findall(r"^from lossguard\.torch(?:\.(\w+))? import (\w+)", FILES[name], re.M)
-    names = {module or item for module, item in beneath}
+    beneath = re.findall(r"^from (lossguard\.torch[\w.]*) import (\w+)", FILES[name], re.M)
+    named = {word for module, item in beneath for word in (module, f"{module}.{item}")}
+    names = FILES.keys() & {word.removeprefix("lossguard.torch.") for word in named}
     return 1 + max((floor(one) for one in names), default=0)
 
 

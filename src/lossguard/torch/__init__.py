@@ -8,13 +8,13 @@ import lossguard.extras
 with lossguard.extras.needed("lossguard.torch"):
     import torch  # noqa: F401 - before what needs it and knows no extras
 
-from lossguard.torch.best_of import BestOf as BestOf
-from lossguard.torch.decision import Decision as Decision
-from lossguard.torch.hedged import Hedged as Hedged
-from lossguard.torch.lstm import LSTMOptimizer as LSTMOptimizer
-from lossguard.torch.mlp import MLPOptimizer as MLPOptimizer
-from lossguard.torch.paper import LossGuard as LossGuard
-from lossguard.torch.paper import ResidualGuard as ResidualGuard
-from lossguard.torch.recommended import Recommended as Recommended
-from lossguard.torch.rewind import Rewind as Rewind
-from lossguard.torch.rewind import RewindEvent as RewindEvent
+from lossguard.torch.guards.best_of import BestOf as BestOf
+from lossguard.torch.guards.decision import Decision as Decision
+from lossguard.torch.guards.hedged import Hedged as Hedged
+from lossguard.torch.guards.paper import LossGuard as LossGuard
+from lossguard.torch.guards.paper import ResidualGuard as ResidualGuard
+from lossguard.torch.guards.recommended import Recommended as Recommended
+from lossguard.torch.learned.lstm import LSTMOptimizer as LSTMOptimizer
+from lossguard.torch.learned.mlp import MLPOptimizer as MLPOptimizer
+from lossguard.torch.rewind.rewind import Rewind as Rewind
+from lossguard.torch.rewind.rewind import RewindEvent as RewindEvent

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lossguard.torch.rewind import Rewind
+from lossguard.torch.rewind.rewind import Rewind
 from lossguard.validation import one_of
 
 

@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 
 from lossguard.rules import HEAD_START
 from lossguard.torch.arguments import check_functions, scalar
-from lossguard.torch.decision import NEITHER, Decision, Seen, mean, passed_over
-from lossguard.torch.guard import Guard
-from lossguard.torch.lane import Lane
-from lossguard.torch.losses import UNBOUNDED, Trial
+from lossguard.torch.guards.decision import NEITHER, Decision, Seen, mean, passed_over
+from lossguard.torch.guards.guard import Guard
+from lossguard.torch.guards.lane import Lane
+from lossguard.torch.guards.losses import UNBOUNDED, Trial
 from lossguard.torch.process import modes_kept
 from lossguard.validation import check_count, check_decay, check_part, told
 

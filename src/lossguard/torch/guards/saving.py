@@ -24,9 +24,9 @@ from lossguard.torch.tensors import clones, leaves, local, read, transfer
 from lossguard.validation import check_count, check_kind
 
 if TYPE_CHECKING:
-    from lossguard.torch.face import Face
-    from lossguard.torch.lane import Lane
-    from lossguard.torch.weights import Copy
+    from lossguard.torch.guards.face import Face
+    from lossguard.torch.guards.lane import Lane
+    from lossguard.torch.guards.weights import Copy
 
 Saved = dict[str, Any]
 NUMBERS = ("phase", "steps", "_rates.bases", "_rates.given")

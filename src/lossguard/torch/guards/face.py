@@ -8,15 +8,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lossguard.torch import arguments
-from lossguard.torch.decision import Decision
+from lossguard.torch.guards.decision import Decision
+from lossguard.torch.guards.weights import Weights
 from lossguard.torch.memory import Inner
 from lossguard.torch.process import Randomness
 from lossguard.torch.rates import Rates, copied
-from lossguard.torch.weights import Weights
 from lossguard.validation import check_count
 
 if TYPE_CHECKING:
-    from lossguard.torch.lane import Lane
+    from lossguard.torch.guards.lane import Lane
 
 
 class Face(arguments.Uncopied, Optimizer):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lossguard.learned.weights_file import lstm_names
-from lossguard.torch.learned import Learned
+from lossguard.torch.learned.base import Learned
 from lossguard.validation import check_lstm
 
 

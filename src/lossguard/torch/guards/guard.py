@@ -8,16 +8,17 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from lossguard.torch import arguments, saving
+from lossguard.torch import arguments
 from lossguard.torch.arguments import Closure
-from lossguard.torch.decision import Decision, Seen
-from lossguard.torch.face import Face
-from lossguard.torch.lane import Lane
+from lossguard.torch.guards import saving
+from lossguard.torch.guards.decision import Decision, Seen
+from lossguard.torch.guards.face import Face
+from lossguard.torch.guards.lane import Lane
+from lossguard.torch.guards.relay import Relay
+from lossguard.torch.guards.weights import Beside
 from lossguard.torch.process import held
 from lossguard.torch.ranks import mean_of_ranks, several
-from lossguard.torch.relay import Relay
 from lossguard.torch.tensors import read
-from lossguard.torch.weights import Beside
 from lossguard.validation import check_part
 
 

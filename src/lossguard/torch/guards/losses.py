@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 from lossguard.rules import BETWEEN, LONG_MEMORY, LOOKS, MARGIN, MEMORY
-from lossguard.torch.decision import mean
+from lossguard.torch.guards.decision import mean
 
 
 class Trial(NamedTuple):

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lossguard.torch.arguments import scalar
+from lossguard.torch.guards.weights import Copy, Weights
 from lossguard.torch.memory import Inner, Memory
 from lossguard.torch.tensors import clones, finite, transfer, zero_unsound
-from lossguard.torch.weights import Copy, Weights
 
 
 class Lane:

@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from lossguard.rules import DECAY, PATIENCE, STRETCH
-from lossguard.torch.decision import OWN, Decision, Seen, mean, passed_over
-from lossguard.torch.guard import GuardOfTwo
-from lossguard.torch.lane import Lane
+from lossguard.torch.guards.decision import OWN, Decision, Seen, mean, passed_over
+from lossguard.torch.guards.guard import GuardOfTwo
+from lossguard.torch.guards.lane import Lane
 
 
 class Hedged(GuardOfTwo):

@@ -15,13 +15,13 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from lossguard.torch.arguments import Closure, scalar, tell
-from lossguard.torch.decision import FALLBACK, LEARNED, NEITHER, Decision, Seen, mean
-from lossguard.torch.guard import Guard
-from lossguard.torch.lane import Lane
+from lossguard.torch.guards.decision import FALLBACK, LEARNED, NEITHER, Decision, Seen, mean
+from lossguard.torch.guards.guard import Guard
+from lossguard.torch.guards.lane import Lane
+from lossguard.torch.guards.weights import Copy
 from lossguard.torch.memory import Memory
 from lossguard.torch.ranks import several
 from lossguard.torch.tensors import clones, read
-from lossguard.torch.weights import Copy
 from lossguard.validation import check_choice, check_count, check_fraction
 
 Loser = Literal["keep", "reset"]

@@ -21,14 +21,14 @@ from lossguard.torch.arguments import (
     scalar,
     told_if_damaged,
 )
-from lossguard.torch.careful import SOUND, CarefulSteps
 from lossguard.torch.process import held
 from lossguard.torch.ranks import mean_of_ranks
-from lossguard.torch.rule import Rule
-from lossguard.torch.snapshot import Live, Offload, Saved
+from lossguard.torch.rewind.careful import SOUND, CarefulSteps
+from lossguard.torch.rewind.rule import Rule
+from lossguard.torch.rewind.snapshot import Live, Offload, Saved
 from lossguard.validation import check_kind
 
-LOG = logging.getLogger(__name__)
+LOG = logging.getLogger("lossguard.torch.rewind")
 Cause = Literal["loss", "model", "audit"]
 
 

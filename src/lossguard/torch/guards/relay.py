@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from lossguard import rules
-from lossguard.torch.decision import FALLBACK, LEARNED, OWN, Decision, Seen, mean
-from lossguard.torch.losses import NONE, Progress, Trial
+from lossguard.torch.guards.decision import FALLBACK, LEARNED, OWN, Decision, Seen, mean
+from lossguard.torch.guards.losses import NONE, Progress, Trial
 
 if TYPE_CHECKING:
-    from lossguard.torch.lane import Lane
+    from lossguard.torch.guards.lane import Lane
 
 
 class State(NamedTuple):

@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping
 
 from lossguard.rules import BELOW, MORE
-from lossguard.torch.decision import OWN, Decision, Seen, mean, passed_over
-from lossguard.torch.guard import GuardOfTwo
-from lossguard.torch.lane import Lane
-from lossguard.torch.losses import UNBOUNDED, Progress
+from lossguard.torch.guards.decision import OWN, Decision, Seen, mean, passed_over
+from lossguard.torch.guards.guard import GuardOfTwo
+from lossguard.torch.guards.lane import Lane
+from lossguard.torch.guards.losses import UNBOUNDED, Progress
 
 
 class Recommended(GuardOfTwo):

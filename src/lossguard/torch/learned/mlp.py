@@ -30,7 +30,7 @@ from lossguard.learned.mlp_features import (
     size_features,
 )
 from lossguard.learned.weights_file import mlp_names
-from lossguard.torch.learned import Learned
+from lossguard.torch.learned.base import Learned
 from lossguard.validation import check_positive
 
 DECAYS = ("momentum_decays", "second_moment_decay", "factored_decays")

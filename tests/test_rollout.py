@@ -206,6 +206,16 @@ def test_what_an_objective_holds_goes_with_it() -> None:
     assert [one() is not None for one in alive] == [False] * 3 + [True] * KEPT
 
 
+def test_equal_parts_of_other_types_are_not_taken_for_each_other() -> None:
+    def objective(scale: Any, params: Any, i: Any) -> Any:
+        return jnp.sum(params**2) if scale is True else scale * jnp.sum(params)
+
+    guard = lossguard.unguarded(optax.sgd(0.1))
+    for scale, first in ((1.0, 4.0), (True, 8.0), (1, 4.0)):
+        start, loss = guard.init(2 * jnp.ones(2)), jax.tree_util.Partial(objective, scale)
+        assert lossguard.rollout(guard, start, loss, cycles=1)[1].losses[0, 0] == first
+
+
 def test_an_objective_that_has_no_hash_is_refused() -> None:
     @dataclasses.dataclass
     class Objective:

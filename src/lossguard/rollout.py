@@ -20,8 +20,13 @@ KEPT = 8
 
 
 @lru_cache(maxsize=KEPT)
-def _loop_of(guard: Guard, static: Hashable, tree: Any, most: int) -> Callable[..., Any]:
-    """The loop in a buffer for ``most`` decisions; of the objective all but its arrays."""
+def _loop_of(
+    guard: Guard, static: Hashable, types: Hashable, tree: Any, most: int
+) -> Callable[..., Any]:
+    """The loop in a buffer for ``most`` decisions; of the objective all but its arrays.
+
+    With the types, since 1 and True are equal and not the same.
+    """
 
     @partial(jax.jit, donate_argnums=2)
     def loop(arrays: list[Any], cycles: Any, state: GuardState) -> tuple[GuardState, Decision]:
@@ -45,7 +50,7 @@ def _loop(guard: Guard, objective: Objective, most: int) -> Callable[..., Any]:
     leaves, tree = jax.tree.flatten(objective)
     arrays, static = eqx.partition(leaves, eqx.is_array)
     try:
-        return partial(_loop_of(guard, tuple(static), tree, most), arrays)
+        return partial(_loop_of(guard, (*static,), (*map(type, static),), tree, most), arrays)
     except TypeError as error:
         raise ValueError(
             "objective must be hashable, or a pytree (jax.tree_util.Partial, equinox.Module), got "

@@ -207,6 +207,24 @@ def test_is_vmapped_and_differentiated_over_weights() -> None:
         assert getattr(slopes, name).sum() == pytest.approx(float(slope), rel=0.05)
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_empty_array_changes_nothing() -> None:
+    p, weights = jnp.ones((4, 3)), init_mlp_weights(jax.random.key(0))
+
+    def moved(weights: MLPWeights, params: PyTree) -> Array:
+        optimizer = mlp_optimizer(weights)
+        updates, _ = optimizer.update(params, optimizer.init(params), params)
+        return updates["p"].sum()
+
+    with jax.debug_nans():
+        slopes, expected = (
+            jax.jit(jax.grad(moved))(weights, {"p": p, **more})
+            for more in ({"empty": jnp.zeros(0), "none": jnp.zeros((0, 3))}, {})
+        )
+    for ours, theirs in zip(jax.tree.leaves(slopes), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
 def test_a_stored_decay_above_zero_counts_as_zero() -> None:
     weights = init_mlp_weights(jax.random.key(0))
     above = weights._replace(momentum_decays=jnp.full(3, 0.1))

@@ -319,6 +319,12 @@ def test_layers_that_differ_in_size_are_not_saved(tmp_path: Path) -> None:
     assert not names_in(tmp_path)
 
 
+def test_complex_weights_are_not_saved(tmp_path: Path, weights: LSTMWeights) -> None:
+    bad = weights._replace(linear_bias=jnp.array([1j]))  # pyright: ignore
+    with pytest.raises(ValueError, match=r"^weights must be real, got complex ones$"):
+        save_weights(tmp_path / "x", bad, p=10, scale=0.1, made={})
+
+
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, weights: LSTMWeights) -> None:
     bad = weights._replace(linear_bias=jnp.array([jnp.nan]))
     with pytest.raises(ValueError, match=r"^weights must be finite, but linear\.bias is not$"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jaxtyping import Array, PyTree
 
-from lossguard.tasks import MLP, Task, TaskObjective, digits, spirals
+from lossguard.tasks import MLP, Dataset, Split, Task, TaskObjective, digits, spirals
 from lossguard.tasks.shuffle import minibatch_indices
 
 
@@ -107,3 +107,19 @@ def test_init_is_a_pure_function_of_the_key(task: Task, seed: int) -> None:
     for x, y, z in zip(*map(jax.tree.leaves, (a, b, other)), strict=True):
         np.testing.assert_array_equal(x, y)
         assert (x != z).all()
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [
+        ([-1, 1], "^labels of test must be in 0 .. 1, as there are 2 classes, got -1 to 1$"),
+        ([1, 2], "^labels of test must be in 0 .. 1, as there are 2 classes, got 1 to 2$"),
+        ([True, False], "^labels of test must be a row of integers, got bool of shape"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(labels: list[int], reason: str) -> None:
+    x = jnp.zeros((2, 3))
+    right, wrong = Split(x, jnp.array([0, 1])), Split(x, jnp.asarray(labels))
+    data = Dataset(right, wrong, jnp.zeros(()), jnp.ones(()), name="mine", classes=2)
+    with pytest.raises(ValueError, match=reason):
+        Task(data, MLP((4,)))

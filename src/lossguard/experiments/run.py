@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ from ..guards.protocol import Decision, Guard, GuardState
 from ..learned.weights_file import as_inputs, noting_weights
 from ..progress import Progress, stopping_at_interrupt
 from ..rollout import rollout
-from ..tasks.goals import CLASSIFICATION
 from ..tasks.task import Task
 from ..validation import check_choice, check_count, check_kind, check_positive, check_seed
 from .experiment import Experiment, Policy
@@ -48,15 +47,16 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
     Raises:
         ValueError: if the folder holds another run, or this one and ``resume`` is false, or the
             experiment names a method or data set that does not exist or has a number out of range,
-            or ``make_task`` doesn't return a task, or its data a label that is no class, or another
-            process writes to the folder, or data or weights changed since the run was started.
+            or ``make_task`` doesn't return a task, or another process writes to the folder, or data
+            or weights changed since the run was started.
     """
     check(experiment)
     with stopping_at_interrupt() as stopped:
         with noting_weights() as noted:
             guards = experiment.guards()
             task = experiment.make_task(experiment)
-            _check_task(task)
+            if not isinstance(task, Task):
+                raise ValueError(f"make_task must return a Task, got {type(task).__name__}")
             for method, guard in guards.items():
                 _trace_cycle(method, guard, task, experiment.nt)
         if stopped():
@@ -103,27 +103,6 @@ def check(experiment: Experiment) -> None:
     check_count("steps", experiment.steps, most=MOST_STEPS)
     for name in ("sgd_rate", "sgd_tau", "adam_rate"):
         check_positive(**{name: getattr(experiment, name)})
-
-
-def _check_task(task: Any) -> None:
-    """Its type and labels: one that is no class makes losses NaN, or counts from the last class."""
-    if not isinstance(task, Task):
-        raise ValueError(f"make_task must return a Task, got {type(task).__name__}")
-    classes, of_test = task.dataset.classes, task.dataset.test.inputs.shape[1:]
-    if of_test != task.dataset.shape:
-        raise ValueError(f"inputs of test must be of shape {task.dataset.shape}, got {of_test}")
-    for name in ("train", "test") if task.goal is CLASSIFICATION else ():
-        labels = np.asarray(getattr(task.dataset, name).labels)
-        if labels.ndim != 1 or labels.dtype.kind not in "iu":
-            raise ValueError(
-                f"labels of {name} must be a row of integers, got {labels.dtype} of shape "
-                f"{labels.shape}"
-            )
-        if not ((labels >= 0) & (labels < classes)).all():
-            raise ValueError(
-                f"labels of {name} must be in 0 .. {classes - 1}, as there are {classes} classes, "
-                f"got {labels.min()} to {labels.max()}"
-            )
 
 
 def _trace_cycle(method: str, guard: Guard, task: Task, nt: int) -> None:

@@ -323,7 +323,8 @@ def _network(
     [coordinates, features] is in memory.
     """
     first, *others = layers
-    scales = jnp.stack([jax.lax.rsqrt(1e-5 + jnp.mean(f * f)) for f in features])
+    means = [jnp.sum(f * f) / max(f.size, 1) for f in features]
+    scales = jax.lax.rsqrt(1e-5 + jnp.stack(means))
     weight = first.weight[:, : len(features)] * scales
     bias = first.weight[:, len(features) :] @ times + first.bias
     outputs = [

@@ -119,6 +119,8 @@ def save_weights(
         needed, given = (", ".join(names) or "none" for names in (architecture.numbers, numbers))
         raise ValueError(f"numbers of {type(weights).__name__} must be {needed}, got {given}")
     architecture.check(**numbers)
+    if any(map(np.iscomplexobj, jax.tree.leaves(weights))):
+        raise ValueError("weights must be real, got complex ones")
     shapes = architecture.shapes(hidden, layers)
     tensors = {
         tensor_name: np.ascontiguousarray(leaf, np.float32)

@@ -250,11 +250,11 @@ def like_momentum(
     """
     drawn = init_mlp_weights(key, hidden=hidden, layers=layers)
     made = [MLPLayer(noise * layer.weight, layer.bias) for layer in drawn.layers]
-    carried = jnp.array([1.0, -1.0])
+    carried = jnp.array([1.0, -1.0], jnp.float32)
     for k, (weight, bias) in enumerate(made[:-1]):
-        rows = jnp.zeros((2, weight.shape[1]))
+        rows = jnp.zeros((2, weight.shape[1]), jnp.float32)
         rows = rows.at[:, FEATURE].set(carried) if k == 0 else rows.at[:, :2].set(jnp.eye(2))
         made[k] = MLPLayer(weight.at[:2].set(rows), bias)
     weight, bias = made[-1]
     made[-1] = MLPLayer(weight.at[0, :2].set(rate / SCALE * carried), bias)
-    return drawn._replace(layers=tuple(made), scaling=jnp.array(BEGIN_SCALING))
+    return drawn._replace(layers=tuple(made), scaling=jnp.array(BEGIN_SCALING, jnp.float32))

@@ -56,6 +56,10 @@ class Dataset(eqx.Module):
     note: str = eqx.field(static=True, default="")
     """What a figure must say about the data where it isn't the original, as in "JPEG q75"."""
 
+    def __check_init__(self) -> None:
+        if (of_test := self.test.inputs.shape[1:]) != self.shape:
+            raise ValueError(f"inputs of test must be of shape {self.shape}, got {of_test}")
+
     def normalize(self, inputs: Shaped[Array, "..."]) -> Float[Array, "..."]:
         """Raw inputs of shape [..., *shape] as the model sees them: (inputs - offset) scale."""
         return (inputs.astype(jnp.float32) - self.offset) * self.scale

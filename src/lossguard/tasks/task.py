@@ -2,6 +2,8 @@
 
 import equinox as eqx
 import jax
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .dataset import Dataset, Split
@@ -12,6 +14,9 @@ from .shuffle import minibatch_indices
 
 class Task(eqx.Module):
     """A data set, a model, and what is asked of it: classification unless ``goal`` says else.
+
+    Raises:
+        ValueError: if a label of a classification is no class.
 
     >>> from lossguard.tasks import MLP, spirals
     >>> task = Task(spirals(samples=1000), MLP())
@@ -25,6 +30,25 @@ class Task(eqx.Module):
     model: Model = eqx.field(static=True)
     batch_size: int = eqx.field(static=True, default=128)
     goal: Goal = eqx.field(static=True, default=CLASSIFICATION)
+
+    def __check_init__(self) -> None:
+        """A label that is no class would make losses NaN, or count from the last class."""
+        classes = self.dataset.classes
+        for name in ("train", "test") if self.goal is CLASSIFICATION else ():
+            labels = getattr(self.dataset, name).labels
+            if isinstance(labels, Tracer):
+                continue
+            if labels.ndim != 1 or np.dtype(labels.dtype).kind not in "iu":
+                raise ValueError(
+                    f"labels of {name} must be a row of integers, got {labels.dtype} of shape "
+                    f"{labels.shape}"
+                )
+            numbers = np.asarray(labels)
+            if not ((numbers >= 0) & (numbers < classes)).all():
+                raise ValueError(
+                    f"labels of {name} must be in 0 .. {classes - 1}, as there are {classes} "
+                    f"classes, got {numbers.min()} to {numbers.max()}"
+                )
 
     def init(self, key: PRNGKeyArray) -> PyTree[Float[Array, "..."]]:
         """Parameters, drawn as the model draws them."""

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from lossguard import records
-from lossguard.experiments import RECIPES, price
+from lossguard.experiments import RECIPES, price, report
 
 RESULTS = Path(__file__).parents[1] / "results"
 if not RESULTS.is_dir():
@@ -47,6 +48,19 @@ def test_each_has_all_parts(folder: Path) -> None:
     for run in record.manifest.get("runs", [record.manifest]):
         assert {"time", "command", "commit", "device", "versions"} <= run.keys()
         assert len(run["commit"]) == 40 and "/" not in " ".join(run["command"]).replace("runs/", "")
+
+
+def test_a_page_shows_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its figures and claims, which take long and have tests of their own."""
+    monkeypatch.setattr(report, "_encoded", lambda figure: "")
+    monkeypatch.setattr(report, "judge_claims", lambda records: [])
+    for name in ("draw_run", "summary"):
+        monkeypatch.setattr(report, name, lambda record: pl.DataFrame())
+    page = report.report([RESULTS], tmp_path / "report.html").read_text()
+    assert page.count("Put together from") == sum(
+        "runs" in records.read_run(folder).manifest for folder in FOLDERS
+    )
+    assert "seeds 0 (2026" in page
 
 
 @pytest.mark.parametrize("name", NESTED)

@@ -24,6 +24,7 @@ from lossguard import (
 
 SGD = optax.sgd(0.1)
 IN_STEPS = optax.MultiSteps(optax.sgd(optax.linear_schedule(1.0, 0.0, 9)), 4)
+LOOKAHEAD = optax.chain(optax.clip(1.0), optax.lookahead(SGD, 5, 0.5))
 SUMS = optax.stateless(lambda updates, _: jnp.sum(updates, keepdims=True))
 """Whose updates could be broadcast."""
 ALONE = unguarded(SGD)
@@ -163,6 +164,11 @@ WRONG = {
         "state|HedgedState, got a RecommendedState": (
             lambda: hedged(SGD, SGD).step(recommended(SGD, SGD).init(ONES), total)
         ),
+    },
+    " must have one set of parameters, got an optax.lookahead, which has two": {
+        "learned|": lambda: recommended(LOOKAHEAD, SGD).init(ONES),
+        "fallback|": lambda: residual_guard(SGD, LOOKAHEAD).init(ONES),
+        "optimizer|": lambda: rewind(LOOKAHEAD).init(ONES),
     },
     " must return updates of the shapes of its gradients, ": {
         "learned|[(2,)], got [(1,)]": lambda: step(total, lambda *_: recommended(SUMS, SGD)),

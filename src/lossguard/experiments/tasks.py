@@ -213,10 +213,10 @@ def envelope(task: str) -> Envelope:
     Raises:
         ValueError: if ``LOSSGUARD_BASELINES`` names no file, or there is no such task in it.
     """
-    path = Path(os.environ.get(FILE, ""))
-    if not path.is_file():
+    given = os.environ.get(FILE, "")
+    if not (path := Path(given)).is_file():
         raise ValueError(
-            f"{FILE} must name the published file of baselines, got {str(path)!r}: "
+            f"{FILE} must name the published file of baselines, got {given!r}: "
             "speedup_over_multiple_baselines.json of google/learned_optimization"
         )
     content = read_json(path)

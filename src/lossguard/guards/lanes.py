@@ -48,7 +48,16 @@ def with_extra_args(name: str, optimizer: Any) -> optax.GradientTransformationEx
             )
         return made, after
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    def init(params: Params) -> PyTree:
+        state = inner.init(params)
+        nodes = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, optax.LookaheadState))
+        if any(isinstance(node, optax.LookaheadState) for node in nodes):
+            raise ValueError(
+                f"{name} must have one set of parameters, got an optax.lookahead, which has two"
+            )
+        return state
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 class Lane(NamedTuple):

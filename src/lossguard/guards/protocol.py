@@ -50,7 +50,9 @@ class Decision(NamedTuple):
     """Whether the fallback's had."""
     winner: Int[Array, ""]
     """The lane that ``params`` are of after the cycle: 0 learned, 1 fallback, 2 the fallback by
-    itself, -1 where x stayed or went back; with ``best_of`` the number of the guard."""
+    itself, -1 where x stayed or went back; with ``best_of`` the number of the guard. Of
+    ``recommended`` and ``hedged`` it is never -1: ``finite_learned`` and ``finite_fallback`` tell
+    that a lane took its cycle back."""
     gradients: Int[Array, ""]
     """Gradient evaluations spent, but for those that an optimizer makes by itself, as a line search
     does."""

@@ -55,7 +55,9 @@ class Decision(NamedTuple):
         used_learned: nt flags: whether each step of the lane that ``losses`` are of was learned.
         losses: nt training losses, each before its step. Of which lane, the guard says.
         winner: the lane that the model has after the cycle: 0 learned, 1 fallback, 2 the fallback
-            by itself, -1 where x stayed or went back; with ``BestOf`` the optimizer's number.
+            by itself, -1 where x stayed or went back (never with ``Recommended`` and ``Hedged``,
+            where flags tell that a lane took its cycle back); with ``BestOf`` the optimizer's
+            number.
         gradients: gradients evaluated, in all lanes.
         learned_updates: steps of learned optimizers, kept or not.
         forwards: losses evaluated without a gradient, in all lanes.

@@ -66,7 +66,10 @@ class Hostile(torch.optim.Optimizer):
 
 
 def hostile_run(seed, every, checks, steps=1200, rho=0.05):
-    """The largest excess over the budget, and how often the model wasn't finite after a read."""
+    """The largest excess over the budget, and how often the model wasn't finite after a read.
+
+    Steps that were undone are counted in a buffer of the model, which goes back with it.
+    """
     rng = np.random.default_rng(seed)
     kind = ("broken", "saw", "rare", "all")[seed % 4]
     moves = rng.standard_normal(steps)
@@ -80,12 +83,17 @@ def hostile_run(seed, every, checks, steps=1200, rho=0.05):
         values[rng.random(steps) < 0.3] = np.nan
         moves[rng.random(steps) < 0.01] = np.nan
     model, _ = one_weight()
+    model.register_buffer("taken", torch.zeros((), dtype=torch.float64))
     optimizer = Hostile(model.parameters(), moves)
     rewind = Rewind(model, optimizer, window=WINDOW, every=every, rho=rho)
-    excess, infinite = -math.inf, 0
+    excess, infinite, taken = -math.inf, 0, 0
     for value in values:
         optimizer.step()
+        alone = rewind._last is not None and not bool(model.weight.isfinite())
+        taken += not alone  # or it is taken back by itself
+        model.taken += not alone
         rewind.observe(value)
+        assert taken - model.taken == rewind.thrown
         excess = max(excess, rewind.thrown - rho * rewind.calls - WINDOW)
         infinite += not rewind._unread and not bool(model.weight.isfinite().all())
     checks.append((rewind.returns, rewind.skipped, rewind.thrown))

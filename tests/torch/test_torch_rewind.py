@@ -75,6 +75,16 @@ def test_in_every_run_it_is_finite_and_throws_away_no_more_than_it_may(every):
     assert np.max(seen, axis=0)[2] > WINDOW and (np.max(seen, axis=0) > 0).all()
 
 
+def test_a_step_whose_loss_alone_is_not_finite_is_taken_and_counts():
+    """As where a loss overflows in half precision, and its gradients don't."""
+    model, optimizer = one_weight()
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    drive(rewind, model, optimizer, FALLS + 400 * [math.inf])
+    undone = len(FALLS) + 400 + model.weight.item()  # each step took 1 off, but slower ones less
+    assert rewind.skipped == 0 and undone >= rewind.thrown > 32
+    assert rewind.thrown <= 0.1 * rewind.calls + WINDOW and rewind.events[-1].kind == "unanswered"
+
+
 def test_where_no_step_is_finite_none_is_taken():
     """Three returns throw 4 steps away each; then each step is taken back by itself, and skipped.
 

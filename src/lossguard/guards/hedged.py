@@ -47,9 +47,9 @@ def hedged(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) ->
 
     Arguments and errors are those of ``recommended``; ``share`` is for trials and probations.
 
-    Price of a step, in gradients: 1 and at most ``share`` on the fallback's path, 2 and at most
-    2 ``share`` off it; sqrt(k) + 20 more in all. Memory: five copies of the parameters, two states
-    of the fallback, one of the learned optimizer.
+    Price in gradients: 1 a step on the fallback's path, 2 off it, and in k steps at most
+    2 ``share`` k + sqrt(k) + 2 first more, first being ten steps, rounded up to whole cycles.
+    Memory: five copies of the parameters, two states of the fallback, one of the learned optimizer.
 
     >>> import optax
     >>> guard = hedged(optax.sgd(0.4), optax.sgd(0.1))

@@ -53,9 +53,10 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
     on as it does, would be a tenth below that of x. x goes back to it if it wins a trial against x.
 
     So a cycle costs nt gradients, and nt more for each challenger that runs in it: y on trial while
-    the fallback leads, in at most ``share`` of the steps and sqrt(k) + 20 more; s while x is off
-    its path, in at most that share, or five times that as above. A cycle of a probation costs nt
-    forward passes more. Training losses decide; no minibatch is only checked on.
+    the fallback leads, in at most ``share`` of the steps and sqrt(k) + 20 more (tens rounded up to
+    whole cycles); s while x is off its path, in at most that share, or five times that as above. A
+    cycle of a probation costs nt forward passes more. Training losses decide; no minibatch is only
+    checked on.
 
     Args:
         learned: the optimizer that is not trusted, an optax transformation.

@@ -33,9 +33,10 @@ class Hedged(GuardOfTwo):
     Raises:
         ValueError: if an argument isn't one of the above.
 
-    Price of a step, in gradients: 1 and at most ``share`` on the fallback's path, 2 and at most
-    2 ``share`` off it; sqrt(k) + 20 more in all. Memory: four copies of the parameters and buffers
-    beside the model, two states of the fallback, one of the learned optimizer.
+    Price in gradients: 1 a step on the fallback's path, 2 off it, and in k steps at most
+    2 ``share`` k + sqrt(k) + 2 first more, first being ten steps, rounded up to whole cycles.
+    Memory: four copies of the parameters and buffers beside the model, two states of the fallback,
+    one of the learned optimizer.
 
     >>> import torch
     >>> w = torch.tensor([4.0], requires_grad=True)

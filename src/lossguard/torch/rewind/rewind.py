@@ -4,7 +4,6 @@ Letters: T calls of ``observe``, B = window / 4 losses a block.
 """
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
@@ -23,7 +22,7 @@ from lossguard.torch.arguments import (
 )
 from lossguard.torch.process import held
 from lossguard.torch.ranks import mean_of_ranks
-from lossguard.torch.rewind.careful import SOUND, CarefulSteps
+from lossguard.torch.rewind.careful import CarefulSteps
 from lossguard.torch.rewind.rule import Rule
 from lossguard.torch.rewind.snapshot import Live, Offload, Saved
 from lossguard.validation import check_kind
@@ -146,8 +145,7 @@ class Rewind(Uncopied):
         self.events: list[RewindEvent] = []
         if not all(map(bool, self._live.are_finite())):
             raise ValueError("model must be finite, got one that isn't")
-        self._trusted = self._live.save()
-        self._candidate: Saved = {}
+        self._trusted, self._candidate = self._live.save(), Saved()
         self._last: Saved | None = None
         """After the last step, while the run can't always go back and each step is read."""
         self._steps = CarefulSteps(optimizers, self, self._live.own)
@@ -164,7 +162,7 @@ class Rewind(Uncopied):
 
     returns = _of_rule("returns", "How often it has gone back.")
     thrown = _of_rule("thrown", "Steps thrown away: at most rho T + window in every run.")
-    skipped = _of_rule("skipped", "Steps that weren't finite, as far as they were read.")
+    skipped = _of_rule("skipped", "Steps that weren't finite nor taken, as far as they were read.")
 
     def observe(self, loss: Any) -> None:
         """Tell it the loss of a step that was just taken, before the step, as the loop has it.
@@ -203,7 +201,8 @@ class Rewind(Uncopied):
             if (theirs := state.get("options")) != self._options:
                 raise ValueError(f"state must be of a Rewind with {self._options}, got {theirs}")
             trusted, candidate, own = self._live.unpack(state)
-            unread = [(torch.tensor(loss, dtype=torch.float64), SOUND) for loss in state["unread"]]
+            told = [torch.tensor(one, dtype=torch.float64) for one in state["unread"]]
+            unread = [(told[k], told[k + 1]) for k in range(0, len(told), 2)]
             self._rule.load(state["rule"])  # whole or not at all
         self._trusted, self._candidate, self._unread = trusted, candidate, unread
         self._live.own.update(own)
@@ -221,14 +220,14 @@ class Rewind(Uncopied):
     @torch.no_grad()
     def _read(self) -> None:
         """Hear all losses since the last read; one wait for the device."""
-        sound, kept, *losses = mean_of_ranks(self._live.numbers(self._unread), self._group).tolist()
+        sound, kept, *told = mean_of_ranks(self._live.numbers(self._unread), self._group).tolist()
+        losses, skipped = told[::2], [flag > 0 for flag in told[1::2]]
         self._unread, finite = [], sound == 1
-        lost = finite and kept < 1  # a forward pass of inputs that weren't, without a step of them
         if not finite and self._last is not None:
             self._live.load(self._last)
-            losses[-1], finite = math.nan, True
-        promotes, ends, unanswered, late = self._rule.hear(losses)
-        if lost:
+            skipped[-1], finite = True, True
+        promotes, ends, unanswered, late = self._rule.hear(losses, skipped)
+        if sound == 1 and kept < 1:  # after a forward pass of inputs that weren't, without a step
             self._live.load_buffers(self._last or self._trusted)
             self._tell("buffers", "model", 0)
         if promotes:

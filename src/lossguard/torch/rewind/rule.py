@@ -59,7 +59,7 @@ class Rule:
 
     Attributes:
         calls: T, those whose losses it has heard.
-        returns, thrown, skipped: returns, steps thrown away, losses that weren't finite.
+        returns, thrown, skipped: returns, steps thrown away, steps that were not taken.
         age, candidate_age: steps since the trusted snapshot and since the candidate.
         pending: whether there is a candidate.
         losses, audit: those of the present block, and the last audit.
@@ -111,8 +111,10 @@ class Rule:
         """Whether the run may go back from wherever it is at the next read."""
         return self.may_return(self.every)
 
-    def hear(self, losses: Sequence[float]) -> tuple[bool, bool, bool, int | None]:
-        """The losses since the last time; one that isn't finite is of a step that wasn't taken.
+    def hear(
+        self, losses: Sequence[float], skipped: Sequence[bool]
+    ) -> tuple[bool, bool, bool, int | None]:
+        """The losses since the last time, and of which steps that weren't taken.
 
         Returns:
             Whether the candidate becomes trusted; whether a block has ended, so that there may be
@@ -121,19 +123,19 @@ class Rule:
         """
         self.calls += len(losses)
         promotes = ends = unanswered = False
-        for i, loss in enumerate(losses):
-            sound = math.isfinite(loss)
+        for i, (loss, skips) in enumerate(zip(losses, skipped, strict=True)):
+            sound = math.isfinite(loss) and not skips
             self.alarm.hear(loss if sound else math.nan)
             if self.alarm.rings:
-                late = sum(map(math.isfinite, losses[i:]))
+                late = skipped[i:].count(False)
                 if self.may_return(late):
                     return promotes, False, unanswered, late
                 self.forget()
                 unanswered = True
-            self.skipped += not sound
+            self.skipped += skips
+            self.age, self.candidate_age = self.age + (not skips), self.candidate_age + (not skips)
+            self.ramp += not skips
             if sound:
-                self.age, self.candidate_age = self.age + 1, self.candidate_age + 1
-                self.ramp += 1
                 self.losses.append(loss)
             if len(self.losses) == self.block:
                 promotes, ends = self._end_block(), True

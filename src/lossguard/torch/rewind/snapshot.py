@@ -1,10 +1,10 @@
 """What ``Rewind`` keeps of a training run: copies of its state, and the way back."""
 
 import copy
-import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +118,8 @@ class Live:
         return are_finite(self.model.parameters()), are_finite(known)
 
     def numbers(self, unread: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """These two, and losses: NaN where the gradients of their steps weren't finite."""
-        finite = self.are_finite()
-        broken = stacked([*map(torch.zeros_like, finite), *(flag for _, flag in unread)])
-        numbers = stacked([*finite, *(loss for loss, _ in unread)])
-        return numbers.masked_fill(broken > 0, math.nan)
+        """These two, and losses, each with whether the gradients of its step weren't finite."""
+        return stacked([*self.are_finite(), *chain.from_iterable(unread)])
 
     @torch.no_grad()
     def evaluated(self, audit: Callable[[], Any]) -> Any:

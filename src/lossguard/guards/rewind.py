@@ -90,7 +90,8 @@ def rewind(
         factor: what the step is multiplied by after a return.
         rise: which share of the progress since the start has to be lost.
 
-    Memory: two copies of the parameters and of the optimizer's state, and window / 4 numbers.
+    Memory: two copies of the parameters and of the optimizer's state, and window / 4 numbers; while
+    a step is computed one copy more, and two of the parameters.
 
     Raises:
         ValueError: if the optimizer is no transformation, a number is out of range, params is
@@ -141,7 +142,7 @@ class Rules:
         none, whole = jnp.int32(0), jnp.float32(1)
         state = RewindState(
             inner=inner,
-            snapshots=Snapshots(point, point, jnp.array(False)),
+            snapshots=Snapshots((point, point), jnp.array(False), jnp.array(False)),
             alarm=alarms.silent(block, sum_dtype(params)),
             calls=none,
             age=none,
@@ -164,7 +165,7 @@ class Rules:
         """The update that leads to where the run goes on."""
         check_kind("state", state, RewindState, "optimizer.init(params)")
         x, loss = check_arguments(params, extra_args.get("value"))
-        if kinds(x) != kinds(state.snapshots.trusted[0]):
+        if kinds(x) != kinds(state.snapshots.slots[0][0]):
             raise ValueError(
                 "params must keep the structure, shapes and types that they had in init, got "
                 f"{kinds(x)}"
@@ -184,20 +185,21 @@ class Rules:
         move, inner = select(takes, (steps, advanced), stays)
         back = returns | before.landing
 
-        def goes_back(move: PyTree, inner: PyTree, snapshots: Snapshots, _: Array) -> tuple:
-            point, memory = snapshots.trusted
-            move, lands = snapshot.way_back(point, x, move)
-            return move, keep_schedules(memory, inner), snapshots, ~lands
-
-        def ends_block(move: PyTree, inner: PyTree, snapshots: Snapshots, misses: Array) -> tuple:
-            kept = jax.lax.cond(promotes, lambda: snapshots.candidate, lambda: snapshots.trusted)
-            return move, inner, Snapshots(kept, (ahead, advanced), jnp.array(True)), misses
-
-        move, inner, snapshots, misses = snapshot.only_if(
-            back | ends,
-            lambda all_of_it: jax.lax.cond(back, goes_back, ends_block, *all_of_it),
-            (move, inner, state.snapshots, jnp.array(False)),
+        was, ends = state.snapshots, ends & ~back
+        second = was.second ^ (promotes & ends)
+        slots = tuple(  # a loop each: together they would be copied in every step
+            snapshot.only_if(ends & other, lambda _: (ahead, advanced), slot)
+            for other, slot in zip((second, ~second), was.slots, strict=True)
         )
+        snapshots = Snapshots(slots, second, was.pending | ends)
+
+        def goes_back(now: tuple) -> tuple:
+            point, memory = snapshots.trusted
+            move, lands = snapshot.way_back(point, x, now[0])
+            return move, keep_schedules(memory, now[1]), ~lands
+
+        now = move, inner, jnp.array(False)
+        move, inner, misses = jax.lax.cond(back, goes_back, lambda now: now, now)
         landing = misses & ~before.landing
         return move, state._replace(inner=inner, snapshots=snapshots, landing=landing)
 

@@ -19,12 +19,19 @@ from .soundness import is_sound
 class Snapshots(NamedTuple):
     """Two copies of a point: any pytree of arrays."""
 
-    trusted: PyTree
-    """Where one goes back to."""
-    candidate: PyTree
-    """What becomes trusted if its probation goes well."""
+    slots: tuple[PyTree, PyTree]
+    """The trusted one, where one goes back to, and the candidate, which becomes trusted if its
+    probation goes well. Which is which changes then, so that nothing is copied."""
+    second: Bool[Array, ""]
+    """Whether the second one is trusted."""
     pending: Bool[Array, ""]
     """Whether there is a candidate. If not, its place holds anything."""
+
+    @property
+    def trusted(self) -> PyTree:
+        """Where one goes back to."""
+        first, second = self.slots
+        return jax.lax.cond(self.second, lambda: second, lambda: first)
 
 
 def can_return_from(params: Params, start: Params) -> Bool[Array, ""]:

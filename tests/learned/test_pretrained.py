@@ -330,3 +330,10 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, weights: LSTM
     with pytest.raises(ValueError, match=r"^weights must be finite, but linear\.bias is not$"):
         save_weights(tmp_path / "x", bad, p=10, scale=0.1, made={})
     assert not names_in(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["lstm-mnist-mlp", "mlp-small"])
+def test_products_are_in_single_precision_on_all_devices(name: str) -> None:
+    optimizer, w = pretrained(name), jnp.ones((3, 2))
+    made = str(jax.make_jaxpr(optimizer.update)(w, optimizer.init(w), w))
+    assert made.count("dot_general[") == made.count("precision=(Precision.HIGHEST") > 0

@@ -110,6 +110,7 @@ def lstm_optimizer(
         zeros = tuple(jnp.zeros((hidden, n), jnp.float32) for _ in weights.layers)
         return LSTMState(h=zeros, c=zeros)
 
+    @jax.default_matmul_precision("highest")  # some accelerators have less by default
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None
     ) -> tuple[PyTree, LSTMState]:

@@ -170,6 +170,7 @@ def mlp_optimizer(weights: MLPWeights) -> optax.GradientTransformation:
             raise ValueError("params must be real for mlp_optimizer, got complex ones")
         return MLPState(optax.ScaleByScheduleState(jnp.int32(0)), jax.tree.map(_no_memory, params))
 
+    @jax.default_matmul_precision("highest")  # some accelerators have less by default
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None
     ) -> tuple[PyTree, MLPState]:

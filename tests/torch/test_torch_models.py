@@ -294,6 +294,28 @@ def test_a_buffer_of_one_number_for_many_is_left_alone():
     run(two(Recommended, model, nt=2), model, minibatches(8))
 
 
+@pytest.mark.parametrize("kind", TWO)
+def test_between_minibatches_there_are_as_many_copies_of_buffers_as_of_parameters(kind):
+    model = mlp(nn.BatchNorm1d(16))
+    guard = two(kind, model)
+    run(guard, model, minibatches(5))
+    copies = [lane.values + lane.before + lane._buffers for lane in guard._lanes.values()]
+    kept = sum(len(one) for one in copies)
+    assert kept % len(model.state_dict()) == 0 and 2 <= kept // len(model.state_dict()) <= 5
+
+
+def test_a_decision_that_raises_after_checks_tells_its_own_error(monkeypatch):
+    model = mlp(nn.BatchNorm1d(16))
+    guard, batches = two(LossGuard, model, nt=2), minibatches(12)
+
+    def raises(*_):
+        raise RuntimeError("a rank is lost")
+
+    monkeypatch.setattr(guard, "_settle", raises)
+    with pytest.raises(RuntimeError, match="a rank is lost"):
+        run(guard, model, batches)
+
+
 SCHEDULE_FREE = ["SGDScheduleFree", "AdamWScheduleFree", "RAdamScheduleFree"]
 
 

@@ -77,7 +77,8 @@ class BestOf(Guard):
     Raises:
         ValueError: if an argument isn't one of the above.
 
-    Memory: one copy of the parameters and buffers for each optimizer, beside the model.
+    Memory: one copy of the parameters and buffers for each optimizer, beside the model, and another
+    one while a lane runs that isn't live.
 
     >>> w = torch.tensor([4.0], requires_grad=True)
     >>> guard = BestOf(lambda rate: torch.optim.SGD([w], lr=rate), rates=(0.1, 0.4), model=None)

@@ -35,8 +35,8 @@ class Hedged(GuardOfTwo):
 
     Price in gradients: 1 a step on the fallback's path, 2 off it, and in k steps at most
     2 ``share`` k + sqrt(k) + 2 first more, first being ten steps, rounded up to whole cycles.
-    Memory: four copies of the parameters and buffers beside the model, two states of the fallback,
-    one of the learned optimizer.
+    Memory: four copies of the parameters and buffers beside the model, a fifth one while another
+    lane runs, two states of the fallback, one of the learned optimizer.
 
     >>> import torch
     >>> w = torch.tensor([4.0], requires_grad=True)

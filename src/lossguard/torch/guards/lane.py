@@ -155,8 +155,9 @@ class Lane:
     def leave(self) -> None:
         """End a minibatch. Without a step it changes no buffers."""
         self.weights.clear_gradients()
-        if self.checking or not self.stepped:
+        if self._buffers and (self.checking or not self.stepped):
             transfer(self.weights.buffers(), self._buffers)
+        self._buffers = []
 
     def step(self, loss: Any) -> None:
         """One optimizer step by the gradients that ``backward`` has left; once in a loop's body.

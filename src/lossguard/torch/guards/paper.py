@@ -52,7 +52,8 @@ class LossGuard(Guard):
     Raises:
         ValueError: if an argument isn't one of the above.
 
-    Memory: two copies of the parameters and buffers beside the model, and both optimizer states.
+    Memory: two copies of the parameters and buffers beside the model, a third one while the other
+    lane runs, and both optimizer states.
     Cost a cycle: 2 nt gradients, nt learned updates, 2 nc forward passes. Source: Algorithm 2.
 
     >>> w = torch.tensor([4.0], requires_grad=True)

@@ -43,7 +43,7 @@ class Recommended(GuardOfTwo):
         ValueError: if an argument isn't one of the above.
 
     Memory: three copies of the parameters and buffers beside the model, two states of the fallback,
-    one of the learned optimizer; while s runs a fourth copy.
+    one of the learned optimizer; a fourth copy while a challenger runs, a fifth while s does.
 
     >>> import torch
     >>> w = torch.tensor([4.0], requires_grad=True)

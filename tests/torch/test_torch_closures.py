@@ -19,7 +19,6 @@ from models import (
     spiral,
     two,
 )
-from torch import nn
 from torch.optim import SGD, Adam
 
 from lossguard.torch import BestOf, Hedged, LossGuard, Recommended, ResidualGuard
@@ -217,13 +216,12 @@ def test_errors_of_arguments():
 
 @pytest.mark.parametrize("kind", TWO)
 def test_what_no_lane_can_take_over_is_refused(kind):
-    class FullyShardedDataParallel(nn.Sequential):
-        """Stands in for the wrapper of that name, which needs a process group."""
-
+    model = mlp()
+    model[0].weight._fsdp_flattened = True  # as FullyShardedDataParallel marks parameters
     with pytest.raises(
         ValueError, match=r"^model must be sharded by fully_shard, if it is, got Ful"
     ):
-        two(kind, FullyShardedDataParallel(mlp()))
+        two(kind, model)
     model = mlp()
     model[0].weight.ds_id = 3  # as DeepSpeed marks what it has partitioned
     with pytest.raises(

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.optim import lr_scheduler
 
 from lossguard.torch import Recommended, Rewind
@@ -89,6 +90,18 @@ def shards():
     return Rewind(model, optimizer, offload="folder")
 
 
+def flattened():
+    """The mark is FullyShardedDataParallel's own, of every version since 2.8."""
+    backend = {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
+    distributed.init_process_group("gloo", **backend)
+    try:
+        options = {"sharding_strategy": ShardingStrategy.NO_SHARD, "device_id": torch.device("cpu")}
+        model = FullyShardedDataParallel(nn.Linear(2, 1), **options)
+        return Rewind(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    finally:
+        distributed.destroy_process_group()
+
+
 def broken():
     model, optimizer = model_and_sgd()
     nn.init.constant_(model.weight, math.nan)
@@ -135,6 +148,11 @@ WRONG = {
         "optimizer must have a rate, lr, in each of its groups, got one without",
     ),
     "shards": (shards, "offload must be True or False for shards, got 'folder'"),
+    "flattened": (
+        flattened,
+        "model must be sharded by fully_shard, if it is, got FullyShardedDataParallel, whose "
+        "parameters are parts of flat ones",
+    ),
     "not finite": (broken, "model must be finite, got one that isn't"),
     "schedulers": (
         lambda: loaded(lambda state: state["trusted"]["also"].append({})),

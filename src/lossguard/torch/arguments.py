@@ -73,7 +73,15 @@ def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
 
 
 def check_made(params: Iterable[Tensor]) -> None:
-    """Refuse parameters that hold no numbers yet."""
+    """Refuse parameters that hold no numbers yet, or whose numbers are held elsewhere."""
+    params = list(params)
+    if any(hasattr(p, "ds_id") for p in params):
+        raise ValueError("parameters must be PyTorch's own, got some that DeepSpeed has taken over")
+    if any(getattr(p, "_fsdp_flattened", False) for p in params):
+        raise ValueError(
+            "model must be sharded by fully_shard, if it is, got FullyShardedDataParallel, whose "
+            "parameters are parts of flat ones"
+        )
     if any(p.is_meta or isinstance(p, nn.UninitializedParameter) for p in params):
         raise ValueError(
             "parameters must hold numbers, got some on the meta device (call to_empty() and "
@@ -158,9 +166,7 @@ def refuse_steps_beside(guard: Any) -> None:
 
 
 def check_model(model: object, params: Sequence[Tensor]) -> None:
-    """Refuse what isn't the parameters' module, and ways to hold parameters that no lane can."""
-    if any(hasattr(p, "ds_id") for p in params):
-        raise ValueError("parameters must be PyTorch's own, got some that DeepSpeed has taken over")
+    """Refuse what isn't the parameters' module."""
     if model is None:
         if any(hasattr(p, "to_local") for p in params):
             raise ValueError("model must be the sharded module if parameters are sharded, got None")
@@ -170,11 +176,6 @@ def check_model(model: object, params: Sequence[Tensor]) -> None:
         raise ValueError(
             "model must be an nn.Module that holds parameters of the optimizers, got "
             f"{'one without' if isinstance(model, nn.Module) else repr(model)}"
-        )
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        raise ValueError(
-            "model must be sharded by fully_shard, if it is, got FullyShardedDataParallel, whose "
-            "flat parameters no lane can take over"
         )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import squares
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from lossguard.torch import BestOf, LSTMOptimizer, MLPOptimizer, Recommended
 
@@ -163,6 +164,27 @@ def test_errors(arguments, message):
     with pytest.raises(ValueError) as error:
         MLPOptimizer([nn.Parameter(torch.ones(2))], **{"weights": weights_of(), **arguments})
     assert str(error.value) == message
+
+
+def test_a_step_copies_nothing_from_the_host():
+    """Which would wait for the device."""
+    params = [nn.Parameter(torch.ones(shape)) for shape in SHAPES]
+    optimizer = MLPOptimizer(params, weights_of())
+    called: list[str] = []
+
+    class Noted(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            called.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    for _ in range(2):  # the first step makes what stays
+        for p in params:
+            p.grad = torch.ones_like(p)
+        called.clear()
+        with Noted():
+            optimizer.step()
+    assert len(called) > 100
+    assert not {"tensor", "as_tensor", "new_tensor", "from_numpy"} & {*called}
 
 
 def test_in_a_guard_its_clock_is_that_of_the_run():

@@ -10,7 +10,7 @@ N   parameters
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,10 @@ from lossguard.learned.weights_file import mlp_names
 from lossguard.torch.learned.base import Learned
 from lossguard.validation import check_positive
 
+CONSTANTS = {
+    name: torch.tensor(numbers, dtype=torch.float32, device="cpu")
+    for name, numbers in (("times", TIMES), ("leaks", LEAKS))
+}
 DECAYS = ("momentum_decays", "second_moment_decay", "factored_decays")
 
 
@@ -77,6 +81,7 @@ class MLPOptimizer(Learned):
     """
 
     architecture, wide, options = "mlp", "mlp.0.bias", ("lr", "clock")
+    constants = CONSTANTS
 
     def __init__(self, params: ParamsT, weights: Mapping[str, Tensor], *, lr: float = 1.0) -> None:
         check_positive(lr=lr)
@@ -103,10 +108,11 @@ class MLPOptimizer(Learned):
         states = [self._memory(p) for p in params]
         t, before = group["clock"], _before(states, gradients)
         self._remember(states, gradients)
-        signals = _signals(before, states, gradients, params, t)
-        scales = _scales(weights, [state["units"] for state in states], signals, params, t)
+        sizes = torch.stack([_sizes(weights, p) for p in params])
+        signals = _signals(before, states, gradients, params, sizes, t)
+        scales = _scales(weights, [state["units"] for state in states], signals, sizes, t)
         first = weights["mlp.0.weight"]
-        times = torch.tanh(t / torch.tensor(TIMES, dtype=first.dtype) - 1).to(first.device)
+        times = torch.tanh(t / weights["times"] - 1)
         for p, g, state, scale in zip(params, gradients, states, scales, strict=True):
             x = _first_layer(first, weights["mlp.0.bias"], times, p, g, state)
             for k in range(1, self.layers + 1):
@@ -166,19 +172,36 @@ def _squares(tensors: list[Tensor]) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(rows, dim=1) for rows in tensors]).square()
 
 
+def _sizes(weights: dict[str, Tensor], p: Tensor) -> Tensor:
+    """The features of its size, and n: from the host once for each shape, then beside the weights.
+
+    To copy from the host is to wait for the device.
+    """
+    name = f"sizes of {tuple(p.shape)}"
+    if name not in weights:
+        numbers = [*size_features(tuple(p.shape)), p.numel()]
+        weights[name] = torch.tensor(numbers, dtype=torch.float32, device=p.device)
+    return weights[name]
+
+
+def _columns(like: Tensor, numbers: Sequence[float]) -> list[Tensor]:
+    """Each number in a column as long as another tensor, [N, 1], not copied from the host."""
+    return [like.new_full((len(like), 1), number) for number in numbers]
+
+
 def _signals(
     before: tuple[Tensor, Tensor],
     states: list[dict[str, Tensor]],
     gradients: list[Tensor],
     params: list[Tensor],
+    sizes: Tensor,
     t: int,
 ) -> Tensor:
     """What the scheduler sees, [N, 15], in the order of ``lossguard.learned.mlp``."""
     m = [state["momenta"].reshape(3, -1) for state in states]
     flat = [p.float().reshape(1, -1) for p in params]
     of_g, of_p, of_m = _squares([g.reshape(1, -1) for g in gradients]), _squares(flat), _squares(m)
-    sizes = of_g.new_tensor([size_features(tuple(p.shape)) for p in params])
-    counts = of_g.new_tensor([[p.numel()] for p in params])
+    sizes, counts = sizes[:, :-1], sizes[:, -1:]
     times = math.log1p(t / 10) / 3 - 1, math.log1p(t / 1000) - 1, math.tanh(t / 30)
 
     def shrink(squares: Tensor) -> Tensor:
@@ -196,7 +219,7 @@ def _signals(
         log(of_m) - level,
         *(log(one) / 3 for one in (of_g, of_p, of_m[:, 1:2])),
         *((sizes[:, 1:2] + sizes[:, 3:]) / 3, sizes[:, :1]),
-        of_g.new_tensor(times).expand(len(params), 3),
+        *_columns(of_g, times),
     )
     return torch.cat(signals, dim=1).clamp(-LARGEST, LARGEST)
 
@@ -205,7 +228,7 @@ def _scales(
     weights: dict[str, Tensor],
     units: list[Tensor],
     signals: Tensor,
-    params: list[Tensor],
+    sizes: Tensor,
     t: int,
 ) -> Tensor:
     """The scales of steps, [N]; the scheduler's units take a step."""
@@ -214,11 +237,11 @@ def _scales(
     )
     old = torch.stack(units)
     towards = torch.tanh(signals @ into.T + old @ back.T + bias)
-    now = old + old.new_tensor(LEAKS) * (towards - old)
+    now = old + weights["leaks"] * (towards - old)
     torch._foreach_copy_(units, list(now))  # pyright: ignore
-    ages = [math.log1p(t / age) for age in AGES]
-    sizes = now.new_tensor([(*size_features(tuple(p.shape)), *ages) for p in params])
-    return torch.exp(sizes @ weights["scaling"] + (now @ output).clamp(-LARGEST, LARGEST))
+    ages = _columns(now, [math.log1p(t / age) for age in AGES])
+    features = torch.cat([sizes[:, :-1], *ages], dim=1)
+    return torch.exp(features @ weights["scaling"] + (now @ output).clamp(-LARGEST, LARGEST))
 
 
 def _first_layer(

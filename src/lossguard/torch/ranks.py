@@ -23,11 +23,17 @@ def this_rank() -> int:
 def mean_of_ranks(numbers: Tensor, group: distributed.ProcessGroup | None) -> Tensor:
     """The mean of each number over the ranks: one all-reduce, which every rank has to reach.
 
+    It is on the host if the group has a backend for it, wherever the numbers are: ranks may differ.
     Ranks weigh the same whatever the sizes of their shards, as in DistributedDataParallel's mean of
     gradients.
     """
     if not several(group):
         return numbers
+    backends = distributed.get_backend_config(group).split(",")  # such as cpu:gloo,cuda:nccl
+    kinds = [one.split(":")[0] for one in backends]
+    kind = "cpu" if "cpu" in kinds else kinds[0]
+    if numbers.device.type != kind:  # the device of that kind that a rank is on may not be current
+        numbers = numbers.to(kind)
     distributed.all_reduce(numbers, group=group)
     return numbers / distributed.get_world_size(group)
 

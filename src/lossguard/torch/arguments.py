@@ -229,7 +229,7 @@ def scalar(loss: Any, rule: str = "closure must return the loss, one number") ->
         raise ValueError(f"{rule}, got {told(loss)}")
     if isinstance(loss, Tensor):
         return local(loss).detach().clone().reshape(())
-    return torch.as_tensor(loss, dtype=torch.float64).reshape(())
+    return torch.tensor(float(loss), dtype=torch.float64, device="cpu")
 
 
 class _NoBackward(TorchFunctionMode):

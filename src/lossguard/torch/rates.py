@@ -154,6 +154,6 @@ def copied_rate(group: Group) -> float | Tensor:
 def set_rate(group: Group, rate: float | Tensor) -> None:
     """Set the rate, which may be a tensor that must stay the same one."""
     if isinstance(group["lr"], Tensor):
-        group["lr"].copy_(torch.as_tensor(rate))
+        group["lr"].copy_(torch.as_tensor(rate, device=group["lr"].device))
     else:
         group["lr"] = rate

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ONE = torch.ones((), dtype=torch.float32)
+ONE = torch.ones((), dtype=torch.float32, device="cpu")
 PLAIN = (Tensor, nn.Parameter)
 NORMED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -74,7 +74,7 @@ def are_finite(tensors: Iterable[Tensor]) -> Tensor:
     if with_norms:  # the largest number, or NaN; no overflow
         flags.append(nn.utils.get_total_norm(with_norms, math.inf) < math.inf)
     if not flags:
-        return torch.tensor(True)
+        return torch.tensor(True, device="cpu")
     return flags[0] if len(flags) == 1 else stacked(flags).all()
 
 

@@ -167,7 +167,7 @@ class Guard(Face):
             if trusted or several(self.process_group) or not self._weights.have_diverged():
                 raise
             arguments.tell(error, lane)
-            return lane.note(torch.tensor(torch.nan))
+            return lane.note(arguments.scalar(torch.nan))
         lane.step(value)
         return value
 
@@ -232,8 +232,7 @@ def _agreed(ran: Sequence[Lane], group: distributed.ProcessGroup | None) -> dict
         *(not weights.is_finite(lane.point) for lane in ran),
         *(not lane.inner.is_finite(lane.memory()) for lane in ran),
     ]
-    device = weights.params[0].device if several(group) else None
-    agreed = mean_of_ranks(torch.tensor(numbers, dtype=torch.float64, device=device), group)
+    agreed = mean_of_ranks(torch.tensor(numbers, dtype=torch.float64, device="cpu"), group)
     means = iter(agreed.tolist())
     rows = [[[next(means) for _ in row] for row in (lane.losses, lane.checks)] for lane in ran]
     for lane, (losses, checks) in zip(ran, rows, strict=True):  # then what any rank has seen

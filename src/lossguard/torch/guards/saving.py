@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.arguments import told_if_damaged
+from lossguard.torch.arguments import scalar, told_if_damaged
 from lossguard.torch.memory import Memory, entries_of
 from lossguard.torch.ranks import are_running, check_rank, sharded_as, this_rank
 from lossguard.torch.tensors import clones, leaves, local, read, transfer
@@ -171,10 +171,7 @@ def _pack(lane: "Lane", state: list[Saved], *, within: bool) -> Saved:
 
 def _unpack(lane: "Lane", state: list[Saved], rest: Saved, rank: int) -> Callable[[], None]:
     """What has the lane be what is saved of it, and can't fail."""
-    losses, checks = (
-        [torch.tensor(float(loss), dtype=torch.float64) for loss in rest[name]]
-        for name in ("losses", "checks")
-    )
+    losses, checks = ([scalar(float(loss)) for loss in rest[name]] for name in ("losses", "checks"))
     buffers = rest["buffers"]
     values = _values(lane, "value", state, buffers["value"], rank)
     before = []

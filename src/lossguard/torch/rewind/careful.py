@@ -13,7 +13,7 @@ from lossguard.torch.memory import Noted, changes_since, noted
 from lossguard.torch.rates import Group, copied_rate, set_rate
 from lossguard.torch.tensors import zero_unsound
 
-SOUND = torch.tensor(False)
+SOUND = torch.tensor(False, device="cpu")
 """Of a step whose gradients were finite."""
 JUDGED = 16
 """Calls between two looks at whether there was a step for each."""

@@ -201,7 +201,7 @@ class Rewind(Uncopied):
             if (theirs := state.get("options")) != self._options:
                 raise ValueError(f"state must be of a Rewind with {self._options}, got {theirs}")
             trusted, candidate, own = self._live.unpack(state)
-            told = [torch.tensor(one, dtype=torch.float64) for one in state["unread"]]
+            told = [scalar(float(one)) for one in state["unread"]]
             unread = [(told[k], told[k + 1]) for k in range(0, len(told), 2)]
             self._rule.load(state["rule"])  # whole or not at all
         self._trusted, self._candidate, self._unread = trusted, candidate, unread

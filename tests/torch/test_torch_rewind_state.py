@@ -14,6 +14,7 @@ from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lossguard.torch import Rewind, RewindEvent
+from lossguard.torch.rewind.snapshot import Live, copied
 from lossguard.torch.tensors import leaves
 
 
@@ -273,10 +274,15 @@ def test_what_is_sparse_goes_back_from_a_folder_too(tmp_path, layout):
     assert torch.equal(now, memory) and torch.equal(model.edges.to_dense(), torch.eye(6))
 
 
-def test_an_average_of_weights_that_is_named_goes_back():
+@pytest.mark.parametrize("offload", [False, True])
+def test_an_average_of_weights_that_is_named_goes_back(offload, tmp_path):
     model, optimizer = one_weight()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
-    rewind = Rewind(model, optimizer, schedulers=[average], window=WINDOW, every=4)
+    options = {"window": WINDOW, "every": 4, "offload": tmp_path if offload else False}
+    rewind = Rewind(model, optimizer, schedulers=[average], **options)
+    (saved,) = rewind._trusted["also"]
+    assert saved._metadata.keys() == average.state_dict()._metadata.keys()
+    assert all((t.untyped_storage().filename is not None) == offload for t in saved.values())
 
     def update():
         average.update_parameters(model)
@@ -444,6 +450,41 @@ def test_a_sparse_buffer_goes_back():
     model.graph.values().fill_(math.nan)
     drive(rewind, model, optimizer, [1.0] * 4)
     assert torch.equal(model.graph.to_dense(), torch.eye(3))
+
+
+def test_what_is_sparse_is_not_pinned(monkeypatch):
+    sparse = torch.eye(3).to_sparse()
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))  # as it is on a GPU
+    made = copied(sparse, None, torch.device("cpu"))
+    monkeypatch.undo()
+    assert torch.equal(made.to_dense(), torch.eye(3)) and made is not sparse
+
+
+def test_a_state_is_loaded_after_copies_that_are_still_under_way(monkeypatch):
+    """As copies from a GPU into the host's memory may be, until the host waits for it."""
+    model, optimizer = network()
+    rewind = Rewind(model, optimizer, window=WINDOW, every=8)
+    train(model, optimizer, rewind, 0, 80)
+    state = copy.deepcopy(rewind.state_dict())
+    train(model, optimizer, rewind, 80, 120)
+    save, are_finite, under_way = Live.save, Live.are_finite, []
+
+    def save_late(self, old=None):
+        saved = save(self, old)
+        under_way.append((copy.deepcopy(saved), saved))
+        return saved
+
+    def wait(self=None):
+        while under_way:
+            copied(*under_way.pop())
+        return self and are_finite(self)
+
+    monkeypatch.setattr(Live, "save", save_late)
+    monkeypatch.setattr(Live, "are_finite", wait)
+    rewind.load_state_dict(state)
+    wait()
+    for name, value in rewind._trusted["model"].items():
+        assert torch.equal(value, state["trusted"]["model"][name]), name
 
 
 def test_inputs_that_are_not_finite_in_the_first_minibatch_ruin_no_buffers():

@@ -138,12 +138,9 @@ class Live:
         others = {str(k): _of_no_parameter(one) for k, one in enumerate(self.optimizers)}
         self._see_buffers()
         now = {"model": self.tensors(), "optimizer": remembered, "others": others}
+        now["also"] = [one.state_dict() for one in self.also]
         groups = [[options_of(group) for group in one.param_groups] for one in self.optimizers]
-        return {
-            **copied(now, old, self.place),
-            "groups": copy.deepcopy(groups),
-            "also": [copy.deepcopy(one.state_dict()) for one in self.also],
-        }
+        return {**copied(now, old, self.place), "groups": copy.deepcopy(groups)}
 
     @torch.no_grad()
     def load_buffers(self, saved: Saved) -> None:
@@ -175,7 +172,8 @@ class Live:
                 place = param.device if whole or isinstance(value, list | tuple) else None
                 optimizer.state[param][key] = copied(value, now.get(key), place)
         for one, its_state in zip(self.also, saved["also"], strict=True):
-            one.load_state_dict(copy.deepcopy(its_state))
+            place = copy.deepcopy(one.state_dict())  # on the devices where it has its tensors
+            one.load_state_dict(copied(its_state, place))
             if hasattr(one, "get_last_lr"):  # a scheduler, of which what it sets is a part
                 k = self.optimizers.index(_optimizer_of(one) or self.optimizers[0])
                 _set_back(self.optimizers[k], saved["groups"][k])
@@ -215,7 +213,9 @@ class Live:
                         f"optimizer, got {len(groups)}"
                     )
             memory = whole["optimizer"] if state["begun"][k] else {}
-            snapshots.append(copied({**whole, "optimizer": memory}, self.save()))
+            place = self.save()
+            all(map(bool, self.are_finite()))  # waits for copies, which would come later than these
+            snapshots.append(copied({**whole, "optimizer": memory}, place))
         trusted, candidate = snapshots
         return trusted, candidate, set(state["own"].split())
 
@@ -267,7 +267,9 @@ def copied(value: Any, old: Any = None, place: Place = None) -> Any:
     """A copy, of tensors in those of ``old`` as far as they fit, else in a new place."""
     if isinstance(value, dict):
         places = old if isinstance(old, dict) else {}
-        return {key: copied(one, places.get(key), place) for key, one in value.items()}
+        made = copy.copy(value)  # of its kind: a module's state has more than entries
+        made.update({key: copied(one, places.get(key), place) for key, one in value.items()})
+        return made
     if type(value) in (list, tuple):
         fits = isinstance(old, list | tuple) and len(old) == len(value)
         pairs = zip(value, old if fits else [None] * len(value), strict=True)
@@ -280,7 +282,7 @@ def copied(value: Any, old: Any = None, place: Place = None) -> Any:
     value, device = value.detach(), place or value.device
     if isinstance(device, Path):
         return _on_disk(value, device) if strided else value.to("cpu", copy=True)
-    if device.type == "cpu" and value.device.type == "cuda":
+    if strided and device.type == "cpu" and value.device.type == "cuda":
         pinned = torch.empty_like(value, device=device, pin_memory=True)
         return pinned.copy_(value, non_blocking=True)
     return value.to(device, copy=True)

@@ -1,5 +1,7 @@
 """``Rewind`` under Lightning, the Hugging Face Trainer and Accelerate, in AMP and accumulation."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from models import step_by
@@ -168,13 +170,35 @@ def test_the_trainer_resumes(tmp_path, monkeypatch):
     whole = trainer_rewind(**OPTIONS)
     trainer = trainer_of(tmp_path, 150, whole)
     trainer.train()
+    load, places = torch.load, {}
+
+    def noted(file, *args, **options):
+        places[getattr(file, "name", file)] = options.get("map_location")
+        return load(file, *args, **options)
+
+    monkeypatch.setattr(torch, "load", noted)
     rest = trainer_rewind(**OPTIONS)
     again = trainer_of(tmp_path, 150, rest)
     again.model.seen = 86
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-86"))
     assert rest.rewind.events == whole.rewind.events and rest.rewind.calls == 150
+    assert places["rewind-0.pt"] == "cpu"  # there may be fewer devices than before
     for mine, other in zip(again.model.parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(mine, other)
+
+
+def test_losses_of_several_devices_are_added_up(tmp_path):
+    """As nn.DataParallel has them, which the Trainer takes if it sees several GPUs."""
+    pytest.importorskip("transformers")
+    callback, model = trainer_rewind(**OPTIONS), nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    args = SimpleNamespace(output_dir=tmp_path, process_index=0)
+    state = SimpleNamespace(global_step=0)
+    callback.on_train_begin(args, state, None, model=model, optimizer=optimizer)
+    callback._losses += [torch.ones((), device="meta"), torch.ones(())]
+    optimizer.step()
+    callback.on_step_end(args, state, None)
+    assert callback.rewind.calls == 1
 
 
 def test_the_trainer_with_models_that_name_no_loss(tmp_path, monkeypatch):

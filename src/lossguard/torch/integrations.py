@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lossguard.torch.rewind.rewind import Rewind
+from lossguard.torch.tensors import stacked
 from lossguard.validation import one_of
 
 
@@ -105,7 +106,8 @@ def trainer_rewind(**options: Any) -> Any:
             self._hook = running["model"].register_forward_hook(self._keep)
             file = _file(args, state)
             if file.exists():
-                self.rewind.load_state_dict(torch.load(file, weights_only=True))
+                saved = torch.load(file, weights_only=True, map_location="cpu")
+                self.rewind.load_state_dict(saved)
             elif state.global_step:
                 told = f"trainer_rewind begins anew, as there is no {file}"
                 warnings.warn(told, RuntimeWarning, stacklevel=2)
@@ -115,7 +117,7 @@ def trainer_rewind(**options: Any) -> Any:
                 self._losses.append(_loss_in(output))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.rewind.observe(torch.stack(self._losses).sum())
+            self.rewind.observe(stacked(self._losses).sum())
             self._losses.clear()
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -247,6 +247,21 @@ def test_what_it_refuses(what):
     assert str(error.value) == sentence
 
 
+def test_a_step_in_the_capture_of_a_graph_is_refused(monkeypatch):
+    model, optimizer = model_and_sgd()
+    rewind = Rewind(model, optimizer)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(ValueError) as error:
+        optimizer.step()
+    assert str(error.value) == (
+        "optimizer.step must be called outside of a CUDA graph for Rewind, got a step in its "
+        "capture: no hooks run where it is replayed (capture only forward and backward)"
+    )
+    rewind.close()
+    optimizer.step()
+
+
 @pytest.mark.parametrize("copies", [copy.deepcopy, copy.copy])
 def test_it_is_not_copied(copies):
     rewind = Rewind(*model_and_sgd())

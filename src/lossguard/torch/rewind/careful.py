@@ -92,6 +92,11 @@ class CarefulSteps:
         if rewind is None:
             self.remove()
             return None
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "optimizer.step must be called outside of a CUDA graph for Rewind, got a step in "
+                "its capture: no hooks run where it is replayed (capture only forward and backward)"
+            )
         if not self._begun:
             self._begun = True
             rewind.begin()

@@ -2,16 +2,19 @@
 
 import math
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
 from models import squares
 from torch.optim import SGD
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lossguard.torch import LossGuard
 from lossguard.torch.memory import Memory
-from lossguard.torch.tensors import finite, zero_unsound
+from lossguard.torch.process import Randomness
+from lossguard.torch.tensors import are_finite, finite, zero_unsound
 
 
 class Subclass(torch.Tensor):
@@ -70,6 +73,48 @@ def test_one_bad_number_makes_all_gradients_0(kinds, bad):
     for p in params[:-1]:
         assert torch.equal(p.grad, torch.full_like(p, 2 if bad is None else 0))
     assert not zero_unsound([params[-1]])
+
+
+def test_no_norm_tells_what_is_finite_on_mps(monkeypatch):
+    """There the largest of several numbers leaves NaN out."""
+    numbers = [torch.tensor([1.0, math.nan]), torch.ones(2)]
+    zero = torch.zeros(())
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda tensors, order: zero)
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("mps"))
+    monkeypatch.setattr("lossguard.torch.tensors.stacked", torch.stack)
+    flag = are_finite(numbers)
+    monkeypatch.undo()
+    assert not flag
+
+
+def test_a_flag_is_copied_to_a_device_once():
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(9)]
+    for p in params:
+        p.grad = torch.full_like(p, math.nan)
+    copies = []
+
+    class Noted(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            copies.append(func is torch.Tensor.to)
+            return func(*args, **(kwargs or {}))
+
+    with Noted():
+        assert zero_unsound(params)
+    assert sum(copies) == 1 and all(p.grad.tolist() == [0, 0] for p in params)
+
+
+def test_random_numbers_are_drawn_where_shards_are_gathered():
+    mesh = SimpleNamespace(device_type="cuda")
+    offloaded = SimpleNamespace(device=torch.device("cpu"), device_mesh=mesh)
+    there = SimpleNamespace(device=torch.device("cuda:1"), device_mesh=mesh)
+    plain = torch.ones(1)
+    of = {"offloaded": [offloaded], "there": [there], "plain": [plain]}
+    kept = {name: Randomness(params).generators[1:] for name, params in of.items()}
+    assert kept == {
+        "offloaded": [(torch.cuda, [torch.device("cuda")])],
+        "there": [(torch.cuda, [torch.device("cuda:1")])],
+        "plain": [],
+    }
 
 
 def test_a_gradient_may_have_one_number_for_several_places():

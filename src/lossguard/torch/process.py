@@ -16,9 +16,9 @@ class Randomness:
     """The generators that a forward pass may draw from: the CPU's, and of each device of params."""
 
     def __init__(self, params: Iterable[Tensor]) -> None:
-        devices = {p.device for p in params if p.device.type in ("cuda", "xpu", "mps")}
+        devices = {_draws_on(p) for p in params}
         self.generators: list[tuple[Any, list[Any]]] = [(torch, [])]
-        for device in sorted(devices, key=str):
+        for device in sorted((d for d in devices if d.type in ("cuda", "xpu", "mps")), key=str):
             which = [] if device.type == "mps" else [device]
             self.generators.append((torch.get_device_module(device), which))
 
@@ -30,6 +30,14 @@ class Randomness:
         """Put every generator back to a state that ``state`` returned."""
         for (module, which), state in zip(self.generators, states, strict=True):
             module.set_rng_state(state, *which)
+
+
+def _draws_on(param: Tensor) -> torch.device:
+    """Where a forward pass with it is: shards on the host are gathered on their mesh's devices."""
+    mesh: Any = getattr(param, "device_mesh", None)
+    if mesh is None or mesh.device_type == param.device.type:
+        return param.device
+    return torch.device(mesh.device_type)
 
 
 @contextmanager

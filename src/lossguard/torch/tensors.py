@@ -93,8 +93,9 @@ def zero_unsound(params: Iterable[Tensor]) -> Tensor:
         broken = ~are_finite(grads)
     broken = _on_any_rank(broken, params)  # by these: a rank may have no gradient
     if broken.device.type != "cpu" or broken:  # elsewhere to look would be to wait
+        on = {device: broken.to(device, torch.bool) for device in {g.device for g in grads}}
         for grad in grads:
-            grad.masked_fill_(broken.to(grad.device, torch.bool), 0)
+            grad.masked_fill_(on[grad.device], 0)
     return broken
 
 
@@ -144,8 +145,9 @@ def stacked(scalars: Sequence[Tensor]) -> Tensor:
 
 
 def _has_norm(tensor: Tensor) -> bool:
-    """Whether it is a plain one with numbers of a kind that norms are made for."""
+    """Whether it is a plain one with numbers of a kind that norms are made for, and NaN shows."""
     plain = type(tensor) in PLAIN and tensor.layout is torch.strided
+    plain = plain and tensor.device.type != "mps"  # where the largest number is that beside NaN
     return plain and tensor.dtype in NORMED and tensor.numel() > 0
 
 

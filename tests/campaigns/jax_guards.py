@@ -109,7 +109,8 @@ def run(one: dict[str, Any], name: str, problem: str, fallback: str, dtype: Any,
             state, decision = guard.step(state, objective)
             more = jnp.int32(0)
             if guard is under_attack and name == "rewind":
-                more = state.inner.thrown
+                (on_path, _), (clock, _) = state.inner.inner  # the clock goes on where y goes back
+                more = jnp.stack([state.inner.thrown, clock.count - on_path])
             elif guard is under_attack and name == "best_of":
                 more = jnp.stack([member.params for member in state.inner.members])
             return state, (state.params, decision, more)
@@ -145,7 +146,8 @@ def check(found: Any, name: str, options: dict[str, Any], double: bool) -> np.nd
                 counts &= by_itself.cumprod(axis=1).astype(bool)
             wrong |= (counts & ~(above <= 1e-9 * size + 1e-9)).any(axis=1)
     if name == "rewind":
-        wrong |= (more > options["rho"] * k + 64).any(axis=1)
+        wrong |= (more > options["rho"] * k[:, None] + 64).any(axis=(1, 2))
+        wrong |= (more[..., 0] != more[..., 1]).any(axis=1)
     return wrong
 
 

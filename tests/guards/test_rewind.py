@@ -34,8 +34,15 @@ def losses_for(kind, value, key):
     return jnp.stack([value * jnp.ones(STEPS), *told.values()])[kind]
 
 
+COUNTER = optax.GradientTransformation(
+    lambda params: jnp.int32(0), lambda updates, count, params=None: (updates, count + 1)
+)
+"""Changes nothing, and counts the steps taken; a return sets its count back."""
+
+
 def run(optimizer, kind, key, **options):
-    """Each point, and after each call what there was thrown away."""
+    """After each call: the point, what there was thrown away by its own count, and COUNTER's."""
+    optimizer = optax.chain(COUNTER, optimizer)
     guard = lossguard.rewind(optimizer, window=WINDOW, rho=RHO, **options)
     start = {"w": jnp.array([3.0, -1.0]), "b": jnp.zeros(())}
     told = losses_for(kind, 0.0, key)
@@ -46,7 +53,7 @@ def run(optimizer, kind, key, **options):
         value = jnp.where(kind == 0, value, told[i])
         updates, state = guard.update(gradient, state, params, value=value)
         params = optax.apply_updates(params, updates)
-        return (params, state), (params, state.thrown, state.age)
+        return (params, state), (params, state.thrown, state.inner[0])
 
     return jax.lax.scan(step, (start, guard.init(start)), jnp.arange(STEPS))
 
@@ -65,8 +72,9 @@ def check_every_run(runs) -> list:
     """The promises, whatever the optimizer and the losses; and what the runs were like."""
     seen = []
 
-    def promises(points, thrown):
+    def promises(points, thrown, taken):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(points))
+        assert (thrown == np.maximum(-np.diff(taken, prepend=0), 0).cumsum()).all()
         assert (thrown <= RHO * np.arange(1, STEPS + 1) + WINDOW).all()
 
     @EXAMPLES
@@ -76,10 +84,8 @@ def check_every_run(runs) -> list:
         seed=st.integers(0, 99),
     )
     def hostile_ones(which, kind, seed):
-        (_, state), (points, thrown, _) = jax.device_get(
-            runs["hostile"](which, kind, jax.random.key(seed))
-        )
-        promises(points, thrown)
+        (_, state), told = jax.device_get(runs["hostile"](which, kind, jax.random.key(seed)))
+        promises(*told)
         seen.append((state.returns, state.skipped, state.unanswered, state.thrown))
 
     @EXAMPLES
@@ -92,10 +98,8 @@ def check_every_run(runs) -> list:
     )
     def faulty_ones(which, kind, seed, at, value):
         key = jax.random.key(seed)
-        (_, state), (points, thrown, _) = jax.device_get(
-            runs["faulty"](which, kind, key, at, jnp.float32(value))
-        )
-        promises(points, thrown)
+        (_, state), told = jax.device_get(runs["faulty"](which, kind, key, at, jnp.float32(value)))
+        promises(*told)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.inner))
         seen.append((state.returns, state.skipped, state.unanswered, state.thrown))
 

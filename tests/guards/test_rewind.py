@@ -13,6 +13,7 @@ from optimizers import FAULTS, HOSTILE, faulty, hostile
 from scipy import stats
 
 import lossguard
+from lossguard.guards import alarm as alarms
 from lossguard.guards import rewind as module
 
 STEPS, WINDOW, RHO = 600, 64, 0.05
@@ -135,29 +136,51 @@ def false_alarms(steps: int, window: int = 256) -> float:
     probability 1 - v: an excursion of it reaches B / 2 with probability ((1 - v) / v)^(B / 2). The
     threshold of the first block's last quarter may be at a lower level, but only in the second
     block unless that ends at a score above B / 8; what follows begins at that score at most.
+    The ranks of the quantiles, B / 2 and B / 8 are what the alarm has.
     """
-    block, levels = window // 4, np.linspace(0.005, 0.995, 199)
-    rank = -(-19 * block // 20)
-    after_early = np.array([passes_a_block(block, 1 - v) for v in levels - levels[0]])
-    quarter = block // 4  # of which the quantile is the highest
-    early = np.cumsum(after_early * np.diff(levels**quarter, prepend=0))
+    alarm, levels = silent(window), np.linspace(0.005, 0.995, 199)
+    block = alarm.block
+    scores = [alarm._replace(score=jnp.int32(score)) for score in range(block)]
+    limit = [bool(one.rings) for one in scores].index(True)
+    calm = [bool(one.is_calm) for one in scores].index(False) - 1
+    rank, early_rank = ranks(alarm)
+    after_early = np.array([passes_a_block(block, 1 - v, limit, calm) for v in levels - levels[0]])
+    below = stats.beta.cdf(levels, early_rank, block // 4 + 1 - early_rank)
+    early = np.cumsum(after_early * np.diff(below, prepend=0))
     low = steps / block * stats.beta.cdf(levels, rank, block + 1 - rank)
     ratio = (1 - levels) / levels
-    return (low + early + steps * ratio ** (block // 2) + ratio ** (3 * block // 8)).min()
+    return (low + early + steps * ratio**limit + ratio ** (limit - calm)).min()
 
 
-def passes_a_block(block: int, up: float) -> float:
-    """The probability that the score reaches block / 2 within a block, or ends above block / 8."""
-    at = np.zeros(block // 2 + 1)
+def silent(window: int) -> alarms.Alarm:
+    """The alarm at the start of a run."""
+    return lossguard.rewind(optax.sgd(1.0), window=window).init(jnp.zeros(1)).alarm
+
+
+def ranks(alarm: alarms.Alarm) -> tuple[int, int]:
+    """How many losses of a block, and of its last quarter, are at the threshold or below it.
+
+    Blocks of 0, then of 1, have the threshold 0 if the ones are few enough.
+    """
+    block, ones = alarm.block, np.arange(alarm.block // 2)
+    losses = (np.arange(block) >= block - ones[:, None]).astype(np.float32)
+    ended = jax.vmap(lambda one: alarms.end_block(alarm._replace(losses=one)))(losses)
+    return block - ones[ended.reference == 0].max(), block // 4 - ones[ended.early == 0].max()
+
+
+def passes_a_block(block: int, up: float, limit: int, calm: int) -> float:
+    """The probability that the score reaches the limit within a block, or isn't calm at its end."""
+    at = np.zeros(limit + 1)
     at[0] = 1
     for _ in range(block):
         after = np.concatenate([[at[0] * (1 - up)], at[:-2] * up, [at[-1] + at[-2] * up]])
         after[:-2] += at[1:-1] * (1 - up)
         at = after
-    return at[block // 8 + 1 :].sum()
+    return at[calm + 1 :].sum()
 
 
 def test_false_alarms_are_rare_for_every_distribution():
+    assert ranks(silent(256)) == (61, 16)
     assert false_alarms(10**6) < 0.001
     assert false_alarms(10**6, window=64) > 1  # no promise of so short a window
 

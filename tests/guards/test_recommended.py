@@ -10,7 +10,7 @@ import optax
 import optimizers
 import pytest
 from problems import trap
-from runs import play
+from runs import check_price, play, relapses
 
 import lossguard
 from lossguard.guards.protocol import OWN
@@ -52,23 +52,21 @@ def played():
     return run(SHARE)
 
 
-def steps_of_challengers(decisions):
-    """Of y on trial and of s, so far, [hostile, seeds, cycles]; and k."""
-    on_trial = decisions.learned_updates * ~decisions.used_learned[..., 0]
-    of_s = decisions.gradients - NT - on_trial
-    k = NT * np.arange(1, STEPS // NT + 1)
-    return on_trial.cumsum(axis=-1), of_s.cumsum(axis=-1), k
-
-
 def test_challengers_have_a_share_of_the_steps(played) -> None:
     _, decisions, _ = played
-    of_y, of_s, k = steps_of_challengers(decisions)
-    trial = 20  # 10 of them not charged; which no run here takes
-    assert (of_y <= SHARE * k + np.sqrt(k) + trial).all() and (of_s <= 5 * SHARE * k + NT).all()
-    price = (decisions.gradients + decisions.forwards / 3).cumsum(axis=-1)
-    assert (price <= (1 + 7 * SHARE) * k + np.sqrt(k) + trial + NT).all()
-    # With half the share they would not be bounds; test_against_numpy.py sees s exceed its share.
-    assert (of_y > SHARE / 2 * k + np.sqrt(k) + trial).any() and (of_s > SHARE / 2 * k + NT).any()
+    of_s, trials, _ = check_price(decisions, NT, SHARE)
+    k = NT * np.arange(1, STEPS // NT + 1)
+    assert (of_s <= 5 * SHARE * k + NT).all() and (of_s > SHARE / 2 * k + NT).any()
+    assert trials > 0.9
+
+
+def test_s_and_probations_have_what_they_may_and_no_more() -> None:
+    nt, k = 4, np.arange(4, STEPS + 4, 4)
+    runs = relapses(lossguard.recommended, nt=nt, share=SHARE)
+    for part, decisions in zip((5 * SHARE, SHARE), runs, strict=True):
+        of_s, _, probations = check_price(decisions, nt, SHARE)
+        assert probations > 0.9
+        assert (of_s <= part * k + nt).all() and (of_s >= part * k - 4 * nt)[k > 1_000].all()
 
 
 @pytest.mark.parametrize(("nt", "first"), [(1, 10), (3, 12), (50, 50)])

@@ -7,7 +7,7 @@ import optax
 import optimizers
 import pytest
 from problems import CONVEX, noisy, trap, valleys
-from runs import play
+from runs import check_price, play, relapses
 
 import lossguard
 
@@ -68,9 +68,19 @@ def test_the_sum_of_its_losses_is_not_above_the_fallbacks(name, fallback, double
         above, scale, decisions = above_the_fallback(name, fallback)
     assert (above <= (1e-12 if double else 1e-5) * scale).all()
     assert (decisions.winner == 0).any() and above.min() < -1e-3 * scale.max()
+    check_price(decisions, NT, 0.2)
     off_path = decisions.gradients - decisions.learned_updates > NT
     s_leads = (off_path & (decisions.winner == 2)).any()  # beside x
     assert s_leads or name == "ridge"
+
+
+def test_its_price_is_that_of_x_and_s_and_of_trials_and_probations() -> None:
+    """s runs while x is off its path: from the first trial on, until s has been ahead for long."""
+    low, high = relapses(lossguard.hedged, nt=NT, share=0.05)
+    of_s, trials, _ = check_price(low, NT, 0.05)
+    assert of_s[-1] == 3 * NT and trials > 0.9
+    of_s, _, probations = check_price(high, NT, 0.05)
+    assert (of_s[3:] == NT * np.arange(1, len(of_s) - 2)).all() and probations > 0.9
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])

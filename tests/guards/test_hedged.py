@@ -83,6 +83,17 @@ def test_its_price_is_that_of_x_and_s_and_of_trials_and_probations() -> None:
     assert (of_s[3:] == NT * np.arange(1, len(of_s) - 2)).all() and probations > 0.9
 
 
+def test_s_is_returned_where_x_is_worse_by_little_for_ever() -> None:
+    """By 0.001 at every step, from its second cycle on."""
+
+    def objective(w, i):
+        return jnp.where(i < 10, 1 - w / 10, jnp.where(w > 0, 1.001, 1.0))
+
+    guard = lossguard.hedged(optimizers.constant(1.0), optimizers.constant(0.0), nt=10)
+    _, decisions = play(guard, objective, jnp.float32(0), 1_000)
+    assert decisions.winner[0] == 0 and (decisions.losses[1:] == 1.0).all()
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_losses_of_half_precision_are_told_and_summed_in_single_precision(dtype) -> None:
     """In their own, sums of 600 of them would be off by a percent and more."""

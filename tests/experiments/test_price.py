@@ -81,3 +81,11 @@ def test_a_summary_counts_experiments_and_tells_the_worst(tmp_path: Path) -> Non
     fallback, guard = price.summary(numbers).rows()
     assert fallback[:3] == (price.FALLBACK, 2, 2) and guard[:3] == ("Guard", 2, 1)
     assert guard[3:] == pytest.approx((2.05, 3.0, 3.0), rel=0.02)
+
+
+def test_methods_are_summed_up_at_the_prices_that_all_have() -> None:
+    """A dear one goes on further, and would be judged where the others aren't."""
+    found = (("Fallback", 1_000, 1.0), ("Dear", 1_000, 1.1), ("Dear", 2_000, 9.0))
+    rows = [("task", method, mark, s, s, s, 1.0, 1.0) for method, mark, s in found]
+    every = pl.DataFrame(rows, price.COLUMNS, orient="row")
+    assert price.summary(every)["highest"].to_list() == [1.0, 1.1]

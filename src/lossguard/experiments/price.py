@@ -62,7 +62,7 @@ def price_methods(over: str, e: Experiment) -> Methods:
 
 
 def price_recipe(task: str, over: str, learned: str) -> Experiment:
-    """A task of ``TASKS``, a fallback, a learned optimizer; on seeds that nothing was chosen with.
+    """A task of ``TASKS``, a fallback, a learned optimizer; on seeds that no rate was chosen with.
 
     20 seeds on points, five on images.
     """
@@ -221,7 +221,7 @@ def _table(*heads: str, title: str) -> Table:
 
 
 def summary(every: pl.DataFrame) -> pl.DataFrame:
-    """By method, of the rows of many experiments.
+    """By method, of the rows of many experiments, at the prices that all methods of one have.
 
     Columns: ``method``; ``experiments``; those ``within`` the ``BOUND`` at all prices from ``LATE``
     on; the ``median`` slowdown at ``LATE``; the ``highest`` from there on; the ``price_of_step``,
@@ -229,7 +229,10 @@ def summary(every: pl.DataFrame) -> pl.DataFrame:
     """
     slowdown = pl.col("slowdown")
     most = slowdown.max().over("method", "experiment")
-    late = every.filter(pl.col("price") >= LATE).with_columns(most=most)
+    shared = pl.col("method").n_unique().over("experiment", "price")
+    late = every.filter(
+        pl.col("price") >= LATE, shared == pl.col("method").n_unique().over("experiment")
+    ).with_columns(most=most)
     return late.group_by("method", maintain_order=True).agg(
         experiments=pl.col("experiment").n_unique(),
         within=pl.col("experiment").filter(pl.col("most") <= BOUND).n_unique(),

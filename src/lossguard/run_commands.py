@@ -174,6 +174,8 @@ def _sweep(experiments: Mapping[str, Any], where: Sweep) -> None:
 @contextmanager
 def _resumable(where: Where | None = None) -> Iterator[None]:
     """Ctrl-C inside comes out with the command that goes on, if a run has begun."""
+    if where and where.resume and not where.out.exists():
+        tell(f"lossguard: {where.out} holds no run to go on with: it begins")
     try:
         yield
     except KeyboardInterrupt:

@@ -75,7 +75,8 @@ def check_real(name: str, value: Any, allowed: str, fits: Callable[[Any], bool])
     with contextlib.suppress(OverflowError):  # of an integer beyond all floats
         if isinstance(value, SupportsFloat) and fits(value):
             return float(value)
-    raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    number = "a number " * isinstance(value, str)
+    raise ValueError(f"{name} must be {number}{allowed}, got {value!r}")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

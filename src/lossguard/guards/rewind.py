@@ -198,6 +198,7 @@ class Rules:
             move, lands = snapshot.way_back(point, x, now[0])
             return move, keep_schedules(memory, now[1]), ~lands
 
+        # No loop: XLA would compute the way back in every step, ahead of it.
         now = move, inner, jnp.array(False)
         move, inner, misses = jax.lax.cond(back, goes_back, lambda now: now, now)
         landing = misses & ~before.landing

@@ -133,8 +133,9 @@ class Rule:
                 self.forget()
                 unanswered = True
             self.skipped += skips
-            self.age, self.candidate_age = self.age + (not skips), self.candidate_age + (not skips)
-            self.ramp += not skips
+            if not skips:
+                self.age, self.candidate_age = self.age + 1, self.candidate_age + 1
+                self.ramp += 1
             if sound:
                 self.losses.append(loss)
             if len(self.losses) == self.block:

@@ -1,5 +1,6 @@
 """``benchmarks/stability``: its faults, its runs and its numbers, on four clouds of points."""
 
+import gzip
 import json
 import math
 from collections.abc import Iterator
@@ -87,6 +88,28 @@ def test_a_run_is_the_loop_that_one_would_write() -> None:
     assert made["error"] == "" and made["minibatches"] == 120
 
 
+def test_statistics_of_batchnorm_are_those_of_averaged_parameters() -> None:
+    """An average of twice the weights has means that are twice as large."""
+    task = toy()._replace(model=lambda: torch.nn.Sequential(toy().model(), torch.nn.BatchNorm1d(4)))
+    training = run.Training(task, "AdamW", CLEAN, 0.03, 5)
+    linear, normalized = training.model  # pyright: ignore[reportGeneralTypeIssues]
+
+    class Average:
+        def eval(self) -> None:
+            linear.weight.data *= 2
+
+        def train(self) -> None:
+            linear.weight.data /= 2
+
+    training.method = training.method._replace(average=Average())
+    before = linear.weight.clone()
+    training.held_loss()
+    x, _ = task.draw(np.random.default_rng(9), 10_000)
+    mean = (2 * x @ before.T + linear.bias).mean(0)
+    torch.testing.assert_close(normalized.running_mean, mean, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(linear.weight, before)
+
+
 def test_runs_have_as_many_gradients_and_survive_what_they_can() -> None:
     """NaN gradients ruin AdamW, not Rewind; a guard of two lanes takes fewer minibatches."""
     task, nan = toy(), BY_NAME["nan"]
@@ -128,10 +151,12 @@ def test_the_command_goes_on_where_it_was(tmp_path: Path, monkeypatch, capsys) -
     file.write_text(whole[:-10])
     command.main(words)
     again = [json.loads(text.splitlines()[-1]) for text in (whole, file.read_text())]
+    kept = gzip.decompress((tmp_path / "result" / "runs.jsonl.gz").read_bytes()).decode()
+    assert sorted(kept.splitlines()) == sorted(file.read_text().splitlines())
     assert again[0] | {"seconds": 0} == again[1] | {"seconds": 0}
     assert sorted(path.name for path in (tmp_path / "result").iterdir()) == [
         "figure.png",
-        "runs.csv",
+        "runs.jsonl.gz",
         "table.csv",
     ]
 

@@ -59,14 +59,14 @@ class Method(NamedTuple):
     Attributes:
         schedule: the user's, stepped before each minibatch.
         step: takes one minibatch.
-        acted: how often it has intervened so far.
-        optimizer: what is switched to evaluation and back, if it knows that.
+        acted: how often it has intervened so far, if that is counted.
+        average: an optimizer that is switched to averaged parameters for evaluation, and back.
     """
 
     schedule: Schedule
     step: Callable[[Gradient], object]
-    acted: Callable[[], int] = int
-    optimizer: Any = None
+    acted: Callable[[], int | None] = lambda: None
+    average: Any = None
 
 
 def _nothing(_: Tensor) -> None: ...
@@ -79,7 +79,7 @@ def _loop(
     before: Callable[[Tensor], object] = _nothing,
     takes: Callable[[Tensor], bool] = lambda _: True,
     after: Callable[[Tensor], object] = _nothing,
-    acted: Callable[[], int] = int,
+    acted: Callable[[], int | None] = lambda: None,
 ) -> Method:
     """The usual one; each function is called with the minibatch's loss, where it says."""
 
@@ -90,12 +90,17 @@ def _loop(
             optimizer.step()
         after(loss)
 
-    return Method(scheduled(optimizer), step, acted, optimizer)
+    return Method(scheduled(optimizer), step, acted)
 
 
 def adamw(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
     """AdamW alone."""
     return _loop(AdamW(model.parameters(), r), scheduled)
+
+
+def careful(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
+    """AdamW alone at r / 10."""
+    return adamw(model, r / 10, scheduled)
 
 
 def clipping(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
@@ -148,7 +153,7 @@ def schedule_free(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
 
     optimizer = AdamWScheduleFree(model.parameters(), r, warmup_steps=50)
     optimizer.train()
-    return _loop(optimizer, scheduled)
+    return _loop(optimizer, scheduled)._replace(average=optimizer)
 
 
 def arc(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
@@ -225,7 +230,7 @@ def restart(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
             return
         if len(recent) == 20:
             best = min(best, mean)
-        if steps % 50 == 0:
+        if steps % 50 == 0 and all(p.isfinite().all() for p in model.parameters()):
             saved.append(copied())
 
     return _loop(optimizer, lambda _: schedule, after=after, acted=lambda: schedule.halved)
@@ -253,7 +258,7 @@ def _guarded(guard: Any, scheduled: Scheduled) -> Method:
     def jumps() -> int:
         return sum(decision.jumped for decision in guard.history)
 
-    return Method(scheduled(guard), guard.step, jumps, guard)
+    return Method(scheduled(guard), guard.step, jumps)
 
 
 def recommended(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
@@ -276,6 +281,7 @@ def best_of(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
 
 METHODS: dict[str, Callable[[nn.Module, float, Scheduled], Method]] = {
     "AdamW": adamw,
+    "AdamW at r / 10": careful,
     "clipping": clipping,
     "skip at 6 sigma": skip_step,
     "ZClip": zclip,

@@ -5,6 +5,8 @@ isn't finite, counts as that before training. Ratios are to the oracle: AdamW on
 good rate, with the same seed.
 """
 
+import gzip
+import json
 import math
 import statistics
 from collections import Counter
@@ -54,7 +56,7 @@ class Row(NamedTuple):
         gradients: a minibatch, on clean data.
         time: a minibatch, on clean data, in units of AdamW's.
         copies: held between steps, the model included, in copies of the parameters.
-        acted: interventions in 1,000 minibatches of clean data.
+        acted: interventions in 1,000 minibatches of clean data; None where they aren't counted.
         front: whether no row with less ``time`` has lower ``faults``.
     """
 
@@ -71,7 +73,7 @@ class Row(NamedTuple):
     gradients: float
     time: float
     copies: float
-    acted: float
+    acted: float | None
     front: bool = False
 
 
@@ -158,8 +160,15 @@ def _row(
         statistics.fmean(spent),
         _mean(times),
         statistics.fmean(cost["copies"] for cost in costs.values()),
-        1000 * sum(one["acted"] for one in clean) / sum(one["minibatches"] for one in clean),
+        _in_a_thousand(clean),
     )
+
+
+def _in_a_thousand(clean: Sequence[Mapping[str, Any]]) -> float | None:
+    if any(record["acted"] is None for record in clean):
+        return None
+    taken = sum(record["minibatches"] for record in clean)
+    return 1000 * sum(record["acted"] for record in clean) / taken
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -177,22 +186,14 @@ def _interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def write(records: Records, folder: Path) -> None:
-    """``table.csv`` of methods, ``runs.csv`` of runs, and ``figure.png``."""
+    """``table.csv`` of methods, ``runs.jsonl.gz`` of all that was run, and ``figure.png``."""
     folder.mkdir(parents=True, exist_ok=True)
-    table, pairs = rows(records), _pairs(records)
-    runs = [
-        {
-            **key._asdict(),
-            "final": final(record),
-            "worst": worst(record),
-            **{name: value for name, value in record.items() if name != "curve"},
-        }
-        for key, record in sorted(records.items())
-        if key.fault.startswith("tune") or (key.fault != "cost" and (key.task, key.seed) in pairs)
-    ]
+    table = rows(records)
+    lines = [json.dumps({**key._asdict(), **record}) for key, record in sorted(records.items())]
+    runs = "".join(f"{line}\n" for line in lines).encode()
+    (folder / "runs.jsonl.gz").write_bytes(gzip.compress(runs, mtime=0))
     told = [{"method": row.method, **row.cells, **row.tasks, **row._asdict()} for row in table]
     pl.DataFrame(told).drop("cells", "tasks").write_csv(folder / "table.csv", float_precision=5)
-    pl.DataFrame(runs).write_csv(folder / "runs.csv", float_precision=5)
     draw(table).savefig(folder / "figure.png", dpi=110)
 
 

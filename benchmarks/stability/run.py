@@ -22,6 +22,8 @@ from .tasks import Batch, Task
 
 MARKS = 40
 """Evaluations of held-out data in a run, evenly over its gradients."""
+STATISTICS = 50
+"""Minibatches from which BatchNorm's are computed again, as schedulefree's page asks."""
 BLOCK = 64
 """Minibatches between two looks at the clock: all periods of ``Rewind`` divide it."""
 
@@ -59,16 +61,25 @@ class Training:
 
     def held_loss(self) -> float:
         """Of the model as it would be saved now."""
-        switches = hasattr(self.method.optimizer, "eval")
-        if switches:
-            self.method.optimizer.eval()
+        average = self.method.average
+        if average is not None:
+            average.eval()
+            self._renew_statistics()
         self.model.eval()
         with torch.no_grad():
             loss = _loss(self.model, self.task.held).item()
         self.model.train()
-        if switches and hasattr(self.method.optimizer, "train"):
-            self.method.optimizer.train()
+        if average is not None:
+            average.train()
         return loss
+
+    def _renew_statistics(self) -> None:
+        """Those of BatchNorm, which are of the parameters that are trained, not of the average."""
+        if any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in self.model.modules()):
+            random = np.random.default_rng(self.seed)
+            with torch.no_grad():
+                for _ in range(STATISTICS):
+                    self.model(self.task.draw(random)[0])
 
     def forget(self) -> None:
         """Let go of the last minibatch and its gradients."""

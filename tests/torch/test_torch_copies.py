@@ -6,9 +6,10 @@ from functools import partial
 import pytest
 import torch
 from models import KINDS, assert_same_state, backward, minibatches, mlp, run, step_by, two
+from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam
 
-from lossguard.torch import BestOf, Recommended
+from lossguard.torch import BestOf, Recommended, Rewind
 
 
 class Master(SGD):
@@ -81,6 +82,7 @@ def test_momentum_is_no_copy_where_gradients_are_the_parameters():
     assert not any(inner.copies for inner in guard._inners.values())
 
 
+IN_MASTERS = "in an optimizer's state, which goes where they go, got Elsewhere with some in masters"
 FORGETS = (BestOf, (0.05, 0.3))
 """The second one is ruined, and begins again."""
 
@@ -103,26 +105,49 @@ def test_master_weights_go_with_their_lane(kind, rates):
         assert_same_state(end, ends[0])
 
 
+class Elsewhere(SGD):
+    """Master weights that are not in its state, beside copies that stay where they began."""
+
+    def __init__(self, params, lr):
+        params = list(params)
+        super().__init__(params, lr=lr)
+        self.anchors = [p.detach().clone() for p in params]
+        self.masters = [[p.detach().double() for p in params]]
+
+    def step(self, closure=None):
+        if not self.masters:
+            return super().step(closure)
+        with torch.no_grad():
+            for p, master in zip(self.param_groups[0]["params"], *self.masters, strict=True):
+                master.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+                p.copy_(master)
+        return None
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("side", ["learned", "fallback"])
 def test_copies_of_the_parameters_that_lanes_would_share_are_refused(kind, side):
-    class Elsewhere(SGD):
-        def __init__(self, params, lr):
-            super().__init__(params, lr=lr)
-            self.anchors = [p.detach().clone() for p in params]  # that stay are no such copies
-            self.masters = [[p.detach().double() for p in params]]
-
-        def step(self, closure=None):
-            with torch.no_grad():
-                for p, master in zip(self.param_groups[0]["params"], *self.masters, strict=True):
-                    master.sub_(p.grad, alpha=self.param_groups[0]["lr"])
-                    p.copy_(master)
-
     model = mlp()
     guard = two(kind, model, **{side: lambda ps: Elsewhere(ps, lr=0.1)}, nt=2)
-    message = "optimizer's state, where each lane has its own, got Elsewhere with some in masters"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=IN_MASTERS):
         run(guard, model, minibatches(2))
+
+
+def test_copies_that_would_undo_a_rewind_are_refused():
+    """Before there is a snapshot to go back to but the start; what stays where it began is none."""
+
+    def train(*, masters):
+        model = mlp()
+        optimizer = Elsewhere(model.parameters(), lr=0.1)
+        optimizer.masters = optimizer.masters if masters else []
+        rewind = Rewind(model, optimizer, window=64)
+        for x, labels in minibatches(40):
+            step_by(optimizer, cross_entropy(model(x), labels))
+            rewind.observe(1.0)
+
+    with pytest.raises(ValueError, match=IN_MASTERS):
+        train(masters=True)
+    train(masters=False)
 
 
 def test_a_memory_that_is_sparse_holds_no_copy():

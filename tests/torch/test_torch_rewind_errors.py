@@ -38,6 +38,13 @@ def around():
     return Rewind(model, outer)
 
 
+def around_several():
+    model, optimizer = model_and_sgd()
+    outer = torch.optim.SGD(model.parameters(), lr=0.1)
+    outer.parts = {"one": [optimizer]}  # as containers of optimizers have them
+    return Rewind(model, outer)
+
+
 def on_meta():
     model = nn.Linear(2, 1, device="meta")
     return Rewind(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -131,6 +138,10 @@ WRONG = {
     ),
     "around": (
         around,
+        "optimizer must keep all that it remembers in its state, got SGD around SGD",
+    ),
+    "around several": (
+        around_several,
         "optimizer must keep all that it remembers in its state, got SGD around SGD",
     ),
     "on meta": (

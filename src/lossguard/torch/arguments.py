@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
-from lossguard.torch.tensors import local, read
+from lossguard.torch.tensors import leaves, local, read
 from lossguard.validation import check_kind, told
 
 Closure = Callable[[], Any]
@@ -106,8 +106,9 @@ def check_functions(**given: Any) -> None:
 
 
 def check_wrapped(name: str, optimizer: Any) -> None:
-    """Refuse an optimizer around another one that remembers for itself: it would not go along."""
-    for inner in vars(optimizer).values():
+    """Refuse an optimizer around others that remember for themselves: they would not go along."""
+    held = [one for name, one in vars(optimizer).items() if name not in ("state", "param_groups")]
+    for inner in leaves(held):
         if isinstance(inner, Optimizer) and inner.state is not getattr(optimizer, "state", None):
             raise ValueError(
                 f"{name} must keep all that it remembers in its state, got "

@@ -8,7 +8,7 @@ shared   every other entry of a group (lr, betas, ...): the schedule. It is set 
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -110,12 +110,7 @@ class Inner:
         if not moved:
             self.noted = all(p.numel() < 2 for p in self.params)
             return
-        for name, held in vars(self.optimizer).items():
-            if name not in ("state", "param_groups") and _holds(held, moved, self.params):
-                raise ValueError(
-                    "copies of the parameters must be in an optimizer's state, where each lane has "
-                    f"its own, got {type(self.optimizer).__name__} with some in {name}"
-                )
+        refuse_copies(self.optimizer, moved, self.params)
         alike: dict[str, list[bool]] = {}
         for entries, (before, value) in self._entries(memory, list(zip(start, point, strict=True))):
             for key, entry in entries.items():
@@ -178,6 +173,17 @@ def entries_of(param: Tensor, found: Any) -> dict[Any, Any]:
             f"{type(found).__name__} for one of shape {list(param.shape)}"
         )
     return found
+
+
+def refuse_copies(optimizer: Optimizer, moved: list[Tensor], params: Iterable[Tensor]) -> None:
+    """Refuse copies of parameters that have moved, where they would undo what is set back."""
+    params = list(params)
+    for name, held in vars(optimizer).items():
+        if name not in ("state", "param_groups") and _holds(held, moved, params):
+            raise ValueError(
+                "copies of the parameters must be in an optimizer's state, which goes where they "
+                f"go, got {type(optimizer).__name__} with some in {name}"
+            )
 
 
 def _holds(held: Any, values: list[Tensor], params: list[Tensor]) -> bool:

@@ -264,5 +264,5 @@ class Rewind(Uncopied):
                 self._tell("unanswered", "audit", 0)
             if too_high:
                 return
-        self._candidate = self._live.save(self._candidate)
+        self._candidate = self._live.save(self._candidate, since=self._trusted)
         rule.candidate_age, rule.pending = 0, True

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lossguard.torch.arguments import innermost
-from lossguard.torch.memory import entries_of
+from lossguard.torch.memory import entries_of, refuse_copies
 from lossguard.torch.process import modes_kept
 from lossguard.torch.ranks import check_rank, this_rank
 from lossguard.torch.rates import options_of, set_back, set_rate
-from lossguard.torch.tensors import are_finite, is_expanded, stacked
+from lossguard.torch.tensors import are_finite, is_expanded, local, stacked
 from lossguard.validation import check_kind
 
 Saved = dict[str, Any]
@@ -128,8 +128,15 @@ class Live:
             return audit()
 
     @torch.no_grad()
-    def save(self, old: Saved | None = None) -> Saved:
-        """A copy, in the tensors of an ``old`` one as far as they fit."""
+    def save(self, old: Saved | None = None, since: Saved | None = None) -> Saved:
+        """A copy, in the tensors of an ``old`` one as far as they fit.
+
+        The first one ``since`` another refuses optimizers whose steps would undo a return.
+        """
+        if since is not None and not old:
+            _refuse_copies(
+                self.trained(), {p: since["model"][name] for p, name in self.names.items()}
+            )
         remembered = {
             self.names[param]: one.state[param]
             for param, one in self.trained().items()
@@ -218,6 +225,17 @@ class Live:
             snapshots.append(copied({**whole, "optimizer": memory}, place))
         trusted, candidate = snapshots
         return trusted, candidate, set(state["own"].split())
+
+
+def _refuse_copies(trained: dict[Tensor, Optimizer], earlier: dict[Tensor, Tensor]) -> None:
+    """Refuse optimizers that hold the parameters elsewhere, where these have moved since."""
+    moved: dict[Optimizer, list[Tensor]] = {}
+    for param, one in trained.items():
+        now, then = local(param.detach()), local(earlier[param])
+        if now.numel() > 1 and not torch.equal(now, then.to(now.device)):
+            moved.setdefault(one, []).append(now)
+    for one, values in moved.items():
+        refuse_copies(one, values, trained)
 
 
 def _set_back(optimizer: Optimizer, settings: list[dict[str, Any]]) -> None:

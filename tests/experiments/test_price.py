@@ -78,14 +78,49 @@ def test_a_summary_counts_experiments_and_tells_the_worst(tmp_path: Path) -> Non
             price.table({name: folder})
         run_folder.finish(folder, read_json(folder / MANIFEST))
     _, numbers = price.table(found)
-    fallback, guard = price.summary(numbers).rows()
-    assert fallback[:3] == (price.FALLBACK, 2, 2) and guard[:3] == ("Guard", 2, 1)
-    assert guard[3:] == pytest.approx((2.05, 3.0, 3.0), rel=0.02)
+    fallback, guard = price.summary(numbers).rows(named=True)
+    assert price.summed_up(fallback)[:3] == [price.FALLBACK, "2", "2"]
+    assert price.summed_up(guard)[:3] == ["Guard", "2", "1"] and guard["reached"]
+    numbers = guard["median"], guard["highest"], guard["price_of_step"]
+    assert numbers == pytest.approx((2.05, 3.0, 3.0), rel=0.02)
 
 
-def test_methods_are_summed_up_at_the_prices_that_all_have() -> None:
-    """A dear one goes on further, and would be judged where the others aren't."""
-    found = (("Fallback", 1_000, 1.0), ("Dear", 1_000, 1.1), ("Dear", 2_000, 9.0))
-    rows = [("task", method, mark, s, s, s, 1.0, 1.0) for method, mark, s in found]
-    every = pl.DataFrame(rows, price.COLUMNS, orient="row")
-    assert price.summary(every)["highest"].to_list() == [1.0, 1.1]
+def test_the_highest_slowdown_is_of_all_prices_not_of_the_marks() -> None:
+    """1 at 1,000, 2,000 and 5,000, and 1.5 at 3,500, where a curve stands still for a while."""
+    prices = np.geomspace(10, 20_000, 2_000)
+    reference = price.Curve(prices, 1 / prices)
+    still = (prices > 2_333) & (prices < 3_500)
+    one = price.Curve(prices, np.where(still, 1 / 2_333, 1 / prices))
+    for mark in (1_000, 2_000, 3_500, 5_000):
+        assert price.slowdown(one, reference, mark) == pytest.approx(1.0, rel=0.01)
+    found, reached = price.highest(one, reference, 20_000)
+    assert found == pytest.approx(1.5, rel=0.02) and reached
+
+
+def test_a_loss_that_is_not_reached_counts_by_the_end_of_the_curve() -> None:
+    """At the shared end it is too late to say so: prices end where 1.15 times them is the end."""
+    prices = np.geomspace(10, 20_000, 2_000)
+    reference = price.Curve(prices, 1 / prices)
+    stuck = price.Curve(prices, np.maximum(1 / prices, 1 / 8_000))
+    found, reached = price.highest(stuck, reference, 20_000)
+    assert found == pytest.approx(20_000 / 8_000, rel=0.03) and not reached
+    assert price.highest(stuck, reference, 8_000)[0] == pytest.approx(1.0)
+    row = {"method": "Guard", "experiments": 1, "within": 0, "median": np.inf, "highest": found}
+    told = price.summed_up(row | {"reached": reached, "price_of_step": 1.0})
+    assert told == ["Guard", "1", "0", "never", f"> {found:.2f}", "1.00"]
+
+
+def test_methods_are_summed_up_at_the_prices_that_all_have(tmp_path: Path) -> None:
+    """A dear one goes on further, where the loss of the fallback would be reached by nobody."""
+    folder = leave(tmp_path / "run")
+    table = evaluations(Fallback=0.0, Dear=2.0)
+    falls = pl.when(pl.col("step") > 18_000).then(0.1 * pl.col("train_loss"))
+    is_fallback = pl.col("method") == "Fallback"
+    table = table.with_columns(
+        train_loss=pl.when(is_fallback).then(falls.otherwise("train_loss")).otherwise("train_loss")
+    )
+    write_parquet(folder / EVALUATIONS, table)
+    run_folder.finish(folder, read_json(folder / MANIFEST))
+    _, numbers = price.table({"run": folder})
+    dear = price.summary(numbers).row(1, named=True)
+    assert dear["highest"] == pytest.approx(3.0, rel=0.02) and dear["reached"]

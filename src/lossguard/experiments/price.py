@@ -43,7 +43,10 @@ LATE, BOUND = 1_000, 1.15
 """From this price on a guard is to be at most so many times slower than its fallback."""
 DRAWS = 200
 """Of seeds, for an interval."""
-COLUMNS = ("experiment", "method", "price", "slowdown", "low", "high", "ratio", "price_of_step")
+COLUMNS = (
+    "experiment", "method", "price", "slowdown", "low", "high", "ratio", "price_of_step",
+    "highest", "reached",
+)  # fmt: skip
 """Of ``rows``, and of the CSV file."""
 TITLE = "slowdown S over the fallback (intervals are in the CSV file)"
 FALLBACK, LEARNED = "Fallback", "Learned"
@@ -159,23 +162,39 @@ def interval(each: Curve, reference: Curve, price: float) -> tuple[float, float]
     return float(low), float(high)
 
 
+def highest(one: Curve, reference: Curve, end: float) -> tuple[float, bool]:
+    """The highest S of all prices from ``LATE`` on, and whether that loss was reached.
+
+    To the price at which a run that ends at ``end`` could still show that S is above the ``BOUND``.
+    If it was not reached, S is at least that: the end of the curve over the price.
+    """
+    prices = np.geomspace(LATE, end / BOUND, 1 + int(np.log(end / BOUND / LATE) / np.log(GRID)))
+    times = [(slowdown(one, reference, price), one.price[-1] / price) for price in prices]
+    return max((min(s, least), s < np.inf) for s, least in times)
+
+
 def rows(folder: Path) -> Iterator[tuple[Any, ...]]:
     """The ``COLUMNS`` of a finished run: its methods at prices of the fallback alone.
 
     ``low`` to ``high`` is the slowdown's interval, ``ratio`` the loss at equal price over the
-    fallback's.
+    fallback's. ``highest`` is of all prices from ``LATE`` on that all methods get to, not of the
+    ``MARKS`` alone; where it was not ``reached`` it is at least that. None in shorter runs.
     """
     read_run(folder)  # verifies all tables
     evaluations = read_parquet(folder / EVALUATIONS)
-    fallback = curves(evaluations, FALLBACK)
-    for method in evaluations["method"].unique(maintain_order=True).to_list():
-        each, cost = curves(evaluations, method), price_of_step(evaluations, method)
-        own, reference = each.mean(), fallback.mean()
+    methods = evaluations["method"].unique(maintain_order=True).to_list()
+    found = {method: curves(evaluations, method) for method in methods}
+    fallback = found[FALLBACK]
+    reference, end = fallback.mean(), float(min(each.price[-1] for each in found.values()))
+    for method, each in found.items():
+        own, cost = each.mean(), price_of_step(evaluations, method)
+        most = highest(own, reference, end) if end > BOUND * LATE else (None, None)
         for price in MARKS:
             base = at(reference, price)
             if not np.isnan(base) and price * 1.1 <= own.price[-1]:
-                found = slowdown(own, reference, price), *interval(each, fallback, price)
-                yield folder.name, method, price, *found, divided(at(own, price), base), cost
+                times = slowdown(own, reference, price), *interval(each, fallback, price)
+                ratio = divided(at(own, price), base)
+                yield folder.name, method, price, *times, ratio, cost, *most
 
 
 def price_of_step(evaluations: pl.DataFrame, method: str) -> float:
@@ -192,7 +211,7 @@ def price_of_step(evaluations: pl.DataFrame, method: str) -> float:
 def table(found: Mapping[str, Path]) -> tuple[Group, pl.DataFrame]:
     """A line for each experiment and method, and one for each method; and its rows as numbers."""
     made = [row for folder in found.values() for row in rows(folder)]
-    every = pl.DataFrame(made, COLUMNS, orient="row")
+    every = pl.DataFrame(made, COLUMNS, orient="row", infer_schema_length=None)
     shown = []
     for (experiment,), rows_of in every.group_by("experiment", maintain_order=True):
         marks = [mark for mark in MARKS if mark in rows_of["price"]]
@@ -208,9 +227,9 @@ def table(found: Mapping[str, Path]) -> tuple[Group, pl.DataFrame]:
         told = f"No run reaches a price of {LATE:,}, where they are summed up."
         return Group(*shown, told), every
     heads = "experiments", f"within {BOUND}", f"median S({LATE:,})", "highest S", "a step, up to"
-    short = _table(*heads, title=f"All of them, from a price of {LATE:,} on")
-    for one in late.rows():
-        short.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in one))
+    short = _table(*heads, title=f"All of them, at every price from {LATE:,} on")
+    for one in late.rows(named=True):
+        short.add_row(*summed_up(one))
     return Group(*shown, short), every
 
 
@@ -221,25 +240,29 @@ def _table(*heads: str, title: str) -> Table:
 
 
 def summary(every: pl.DataFrame) -> pl.DataFrame:
-    """By method, of the rows of many experiments, at the prices that all methods of one have.
+    """By method, of the rows of many experiments.
 
     Columns: ``method``; ``experiments``; those ``within`` the ``BOUND`` at all prices from ``LATE``
-    on; the ``median`` slowdown at ``LATE``; the ``highest`` from there on; the ``price_of_step``,
-    the highest too.
+    on; the ``median`` slowdown at ``LATE``; the ``highest`` from there on, and whether it was
+    ``reached``; the ``price_of_step``, the highest too.
     """
-    slowdown = pl.col("slowdown")
-    most = slowdown.max().over("method", "experiment")
-    shared = pl.col("method").n_unique().over("experiment", "price")
-    late = every.filter(
-        pl.col("price") >= LATE, shared == pl.col("method").n_unique().over("experiment")
-    ).with_columns(most=most)
+    late = every.filter(pl.col("highest").is_not_null(), price=LATE)
+    most = pl.col("highest").arg_max()
     return late.group_by("method", maintain_order=True).agg(
-        experiments=pl.col("experiment").n_unique(),
-        within=pl.col("experiment").filter(pl.col("most") <= BOUND).n_unique(),
-        median=slowdown.filter(price=LATE).median(),
-        highest=slowdown.max(),
+        experiments=pl.len(),
+        within=(pl.col("reached") & (pl.col("highest") <= BOUND)).sum(),
+        median=pl.col("slowdown").median(),
+        highest=pl.col("highest").get(most),
+        reached=pl.col("reached").get(most),
         price_of_step=pl.col("price_of_step").nan_max(),
     )
+
+
+def summed_up(row: Mapping[str, Any]) -> list[str]:
+    """The cells of a row of ``summary``; "> 2.00" where that loss was not reached."""
+    highest = f"{'' if row['reached'] else '> '}{row['highest']:.2f}"
+    told = f"{row['median']:.2f}".replace("inf", "never"), highest, f"{row['price_of_step']:.2f}"
+    return [row["method"], str(row["experiments"]), str(row["within"]), *told]
 
 
 def at_equal_price(reference: str, folder: Path) -> str:

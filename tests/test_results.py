@@ -4,6 +4,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from PIL import Image
 
 from lossguard import records
 from lossguard.experiments import RECIPES, price, report
@@ -48,6 +49,13 @@ def test_each_has_all_parts(folder: Path) -> None:
     for run in record.manifest.get("runs", [record.manifest]):
         assert {"time", "command", "commit", "device", "versions"} <= run.keys()
         assert len(run["commit"]) == 40 and "/" not in " ".join(run["command"]).replace("runs/", "")
+
+
+@pytest.mark.parametrize("folder", RESULTS.glob("fig??"), ids=lambda folder: folder.name)
+def test_figures_of_the_paper_are_over_steps(folder: Path) -> None:
+    """As the paper has them, and the text that stands beside them."""
+    with Image.open(folder / "figure.png") as image:
+        assert image.info["Description"] == "Optimizer step"
 
 
 def test_a_page_shows_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,15 +25,16 @@ def log_losses(axes: Axes) -> None:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG."""
+    """The figure as a PNG; its description is what its axes are over."""
     from .terminal import shown  # by Rich, which nobody needs to plot decisions
 
     for text in figure.findobj(Text):  # Matplotlib warns of letters that no font has, unescaped
         if (told := shown(text.get_text())) != text.get_text():
             text.set_text(told)
     drawn = io.BytesIO()
+    told = {"Description": ", ".join(filter(None, (axes.get_xlabel() for axes in figure.axes)))}
     with mpl.rc_context({"axes.formatter.min_exponent": 4}):  # 0.001 to 1000 are plain numbers
-        figure.savefig(drawn, format="png", dpi=150)
+        figure.savefig(drawn, format="png", dpi=150, metadata=told)
     return drawn.getvalue()
 
 

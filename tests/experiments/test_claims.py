@@ -16,8 +16,8 @@ from lossguard import records, run_folder
 from lossguard.config import as_config
 from lossguard.curves import COUNTERS
 from lossguard.experiments.claims import CLAIMS, Verdict, judge_claims
-from lossguard.experiments.evidence import FUNCTIONS, MARKS, gather
-from lossguard.experiments.formulas import short
+from lossguard.experiments.evidence import FUNCTIONS, MARKS, gather, interval
+from lossguard.experiments.formulas import over, short
 from lossguard.experiments.recipes import PAPERS, SETS
 
 Curve = float | Mapping[int, float]
@@ -500,6 +500,33 @@ def test_numbers_are_told(tmp_path: Path) -> None:
         100_000,
         "reproduced",
     )
+
+
+def test_an_interval_is_told_where_other_seeds_might_decide(tmp_path: Path) -> None:
+    """Of five runs on Circles one is stuck: without it LGL2O would be level with L2O."""
+    stuck, level = {"L2O": 1.0, "LGL2O": 9.0}, {"L2O": 1.0, "LGL2O": 1.0}
+    one = write(tmp_path / "one", "fig04", stuck, each_seed=(1.0,))
+    others = write(tmp_path / "others", "fig04", level, each_seed=4 * (1.0,), seed=1)
+    verdict = judged("4a", one, others)
+    assert verdict.verdict == "not reproduced" and verdict.seeds == "5"
+    # The mean of five draws of (9, 1, 1, 1, 1): 33 % have no 9, and 1 % have four or more.
+    assert verdict.numbers.startswith("LGL2O over L2O: 2.6 (1 to 5.8) at 100")
+    decided = judged("4a", others)
+    assert decided.verdict == "reproduced" and "(" not in decided.numbers
+
+
+def test_an_interval_is_that_of_a_bootstrap() -> None:
+    """Of a ratio of means, by NumPy; where a loss is not finite it reaches to infinity."""
+    random = np.random.default_rng(1)
+    a, b = random.normal(2.0, 0.5, 8), random.normal(1.0, 0.1, 8)
+    each = pl.DataFrame({"step": 100, "seed": range(8), "A": a, "B": b})
+    drawn = random.integers(8, size=(20_000, 8))
+    expected = np.quantile(a[drawn].mean(axis=1) / b[drawn].mean(axis=1), (0.025, 0.975))
+    found = interval(each, over("A", "B"))
+    np.testing.assert_allclose(found, expected, rtol=0.03)
+    lost = each.with_columns(A=pl.when(pl.col("seed") == 0).then(math.nan).otherwise("A"))
+    low, high = interval(lost, over("A", "B"))
+    assert low < expected[1] and high == math.inf
 
 
 def test_a_grid_that_went_on_is_told(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import polars as pl
 
 from ..config import as_config
@@ -22,6 +23,8 @@ from .recipes import FIRST, PAPERS
 
 MARKS = (30, *(a * 10**n for n in range(2, 7) for a in (1, 3)))
 """Steps at which losses are compared."""
+DRAWS = 1_000
+"""Of seeds, for an interval."""
 FREE = ("title", "tested_on", "steps", "seeds", "seed", "methods", "vectorize", "nc", "adam_rate")
 """Settings in which a run may differ from its recipe and still be of its figure."""
 SETTLED = ("dataset", "batch_size", "optimizees", "truncation", "shortest", "longest", "hidden")
@@ -79,19 +82,27 @@ class FigureCurves:
         A column for each method; a row for each earlier step below k, of the same seeds, and the
         last for k. Infinite where a mean is not finite, so that it is worse than any other.
         """
-        seeds, rows = self.seeds(methods, k), []
-        curves = self.of(methods, seeds)
+        each = self.of_seeds(methods, k, earlier)
+        means = each.group_by("step", maintain_order=True).agg(pl.col(methods).mean())
+        return means.select(_or_inf(pl.col(methods))), each["seed"].n_unique()
+
+    def of_seeds(self, methods: Sequence[str], k: int, earlier: Sequence[int] = ()) -> pl.DataFrame:
+        """The same of each seed: columns ``step``, ``seed``, and one for each method."""
+        curves, tables = self.of(methods, self.seeds(methods, k)), []
         for j in (*(j for j in earlier if j < k), k):
-            rows.append(_means(mark_loss(curves, j), "loss"))
-            if rows[-1].keys() != {*methods}:
+            table = mark_loss(curves, j).pivot("method", index="seed", values="loss")
+            if {*table.columns} != {"seed", *methods} or table.null_count().row(0).count(0) < len(
+                table.columns
+            ):
                 raise NotRunError(f"{' and '.join(methods)} have no loss at {j:,}")
-        return pl.DataFrame(rows), len(seeds)
+            tables.append(table.select(pl.lit(j).alias("step"), "seed", *methods))
+        return pl.concat(tables)
 
     def share(self, method: str, first: float, last: float) -> tuple[float, int]:
         """Share of learned steps from the first to the last, and over how many seeds."""
         seeds = self.seeds([method], last)
         table = step_mean(self.of([method], seeds), "used_learned", first=first, last=last)
-        return _means(table, "used_learned")[method], len(seeds)
+        return over_seeds(table, "used_learned")[method], len(seeds)
 
     def spent(self, method: str) -> tuple[float, float]:
         """Gradients and forward passes a step, of the longest curve."""
@@ -114,9 +125,28 @@ class FigureCurves:
         return pl.concat(self.curves[m][seed] for m in methods for seed in seeds)
 
 
-def _means(table: pl.DataFrame, column: str) -> dict[str, float]:
-    means = over_seeds(table, column).items()
-    return {m: value if math.isfinite(value) else math.inf for m, value in means}
+def interval(each: pl.DataFrame, expression: pl.Expr) -> tuple[float, float]:
+    """The middle 95 % of what an expression makes of mean losses at the last step.
+
+    Args:
+        each: losses as ``FigureCurves.of_seeds`` gives them; ``DRAWS`` times as many seeds as there
+            are is drawn from them, with replacement.
+        expression: of columns of mean losses, a row for each step.
+    """
+    methods = each.columns[2:]
+    losses = each.select(methods).to_numpy().reshape(-1, each["seed"].n_unique(), len(methods))
+    count = losses.shape[1]
+    drawn = np.random.default_rng(0).integers(count, size=(DRAWS, count))
+    means = losses[:, drawn].mean(axis=2).swapaxes(0, 1)  # [draws, steps, methods]
+    table = pl.DataFrame(means.reshape(-1, len(methods)), methods).select(_or_inf(pl.all()))
+    table = table.with_columns(draw=np.arange(DRAWS).repeat(len(losses)))
+    found = table.group_by("draw").agg(value=expression.last())["value"]
+    low, high = (found.quantile(part, "nearest") for part in (0.025, 0.975))
+    return float(low), float(high)  # pyright: ignore[reportArgumentType]
+
+
+def _or_inf(column: pl.Expr) -> pl.Expr:
+    return pl.when(column.is_finite()).then(column).otherwise(math.inf)
 
 
 class Evidence(NamedTuple):

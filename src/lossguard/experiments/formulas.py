@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from .evidence import MARKS, Evidence, FigureCurves, NotRunError
+from .evidence import MARKS, Evidence, FigureCurves, NotRunError, interval
 
 HOLDS: Mapping[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
@@ -31,13 +31,23 @@ class Finding(NamedTuple):
 
 
 Formula = Callable[[FigureCurves], Finding]
-Value = Callable[[FigureCurves, int], tuple[float, int]]
-"""At step k, and of how many seeds it is. This and a formula raise ``NotRunError``."""
 
 
-def values(
-    figure: FigureCurves, value: Value, steps: Iterable[int]
-) -> dict[int, tuple[float, int]]:
+class Measured(NamedTuple):
+    """A value at step k."""
+
+    value: float
+    seeds: int
+    """Of how many seeds it is."""
+    interval: Callable[[], tuple[float, float]] | None = None
+    """Computes its 95 % interval over them."""
+
+
+Value = Callable[[FigureCurves, int], Measured]
+"""This and a formula raise ``NotRunError``."""
+
+
+def values(figure: FigureCurves, value: Value, steps: Iterable[int]) -> dict[int, Measured]:
     """A value at those of these steps that were reached."""
     reached = {}
     for k in steps:
@@ -57,32 +67,44 @@ def at_marks(
     def formula(figure: FigureCurves) -> Finding:
         tested = values(figure, value, marks) or {marks[0]: value(figure, marks[0])}
         later = values(figure, value, (k for k in MARKS if beyond and k > marks[-1]))
-        failed = [k for k, (one, _) in tested.items() if not HOLDS[holds](one, bound)]
-        told = _told(tested, failed) + (f"; beyond: {_told(later, [])}" if later else "")
+        failed = [k for k, one in tested.items() if not HOLDS[holds](one.value, bound)]
+        told = _told(tested, failed, bound) + (f"; beyond: {_told(later, [])}" if later else "")
         outcome = False if failed else True if len(tested) == len(marks) else None
-        return Finding(outcome, f"{what}: {told}", {k: seeds for k, (_, seeds) in tested.items()})
+        return Finding(outcome, f"{what}: {told}", {k: one.seeds for k, one in tested.items()})
 
     return formula
 
 
-def _told(values: Mapping[int, tuple[float, int]], failed: Sequence[int]) -> str:
+def _told(values: Mapping[int, Measured], failed: Sequence[int], bound: float = math.nan) -> str:
     """Three values one by one; of more the highest, the last, and where they fail first."""
-    told = {k: f"{short(one)} at {k:,}" for k, (one, _) in values.items()}
     if len(values) <= 3:
-        return ", ".join(told.values())
-    highest = max(values, key=lambda k: values[k])
-    last = f"; {told[max(values)]}" if highest != max(values) else ""
+        return ", ".join(f"{_number(one, bound)} at {k:,}" for k, one in values.items())
+    highest, end = max(values, key=lambda k: values[k].value), max(values)
+    last = f"; {_number(values[end], bound)} at {end:,}" if highest != end else ""
     fails = f"; fails at {failed[0]:,} first" if failed else ""
-    return f"at most {told[highest].replace(' at', ', at')}{last}{fails}"
+    return f"at most {_number(values[highest], bound)}, at {highest:,}{last}{fails}"
+
+
+def _number(one: Measured, bound: float) -> str:
+    """A value, and its interval if the bound is in it: other seeds might decide otherwise."""
+    if one.interval is not None and one.seeds > 1 and not math.isnan(bound):
+        low, high = one.interval()
+        if low <= bound <= high and short(low) != short(high):
+            return f"{short(one.value)} ({short(low)} to {short(high)})"
+    return short(one.value)
 
 
 def of_losses(expression: pl.Expr, earlier: Sequence[int] = ()) -> Value:
     """Of columns of losses by method, at earlier steps and, in the last row, at step k."""
     methods = [*dict.fromkeys(expression.meta.root_names())]
 
-    def value(figure: FigureCurves, k: int) -> tuple[float, int]:
+    def value(figure: FigureCurves, k: int) -> Measured:
         losses, seeds = figure.losses(methods, k, earlier)
-        return losses.select(expression)[-1].item(), seeds
+
+        def spread() -> tuple[float, float]:
+            return interval(figure.of_seeds(methods, k, earlier), expression)
+
+        return Measured(losses.select(expression)[-1].item(), seeds, spread)
 
     return value
 

@@ -1,6 +1,12 @@
-"""The pages of the site, in ``build/docs``: those of docs/ with what they show of other folders."""
+"""The pages of the site, in ``build/docs``: those of docs/ with what they show of other folders.
 
+``python site/pages.py README.md`` has a file say how a release is installed, as the site does.
+"""
+
+import re
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -8,7 +14,7 @@ PAGES = ROOT / "build" / "docs"
 
 
 def gather() -> None:
-    """Copy them, the changelog, and the figures that they show."""
+    """Copy them, the changelog, and the records' figures; make a page of all records."""
     shutil.rmtree(PAGES, ignore_errors=True)
     shutil.copytree(ROOT / "docs", PAGES)
     shutil.copy(ROOT / "CHANGELOG.md", PAGES / "changelog.md")
@@ -16,9 +22,30 @@ def gather() -> None:
         copy = PAGES / file.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, copy)
+    (PAGES / "results.md").write_text("\n\n".join(results()))
     for page in PAGES.glob("*.md"):
-        page.write_text(page.read_text().replace("](../results/", "](results/"))
+        page.write_text(released(page.read_text().replace("](../results/", "](results/")))
+
+
+def results() -> Iterator[str]:
+    """Of each folder what its README says, and its figure."""
+    yield "# What is in the records?"
+    yield "The folder `results` of the repository holds the numbers behind these pages."
+    for readme in sorted(ROOT.glob("results/*/README.md")):
+        name, text = readme.parent.name, readme.read_text().removeprefix("# ")
+        yield f"## {text.strip()}"
+        yield f"![{name}](results/{name}/figure.png)"
+
+
+def released(text: str) -> str:
+    """With an installation from an index in place of one from a checkout."""
+    text = text.replace("In a checkout of the repository, with", "With")
+    text = text.replace("' in this repository", "'").replace("| `.` |", "| `lossguard` |")
+    return re.sub(r"(pip install |`)'\.\[([a-z,]+)\]'", r"\1'lossguard[\2]'", text)
 
 
 if __name__ == "__main__":
-    gather()
+    for name in sys.argv[1:]:
+        Path(name).write_text(released(Path(name).read_text()))
+    if not sys.argv[1:]:
+        gather()

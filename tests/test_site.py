@@ -57,6 +57,27 @@ def test_all_that_it_shows_is_there(site: Path) -> None:
     assert missing == []
 
 
+def test_all_records_are_on_it(site: Path) -> None:
+    """Each with its figure."""
+    text = (site / "results" / "index.html").read_text()
+    folders = [path.parent.name for path in (ROOT / "results").glob("*/figure.png")]
+    assert len(folders) > 20 and all(f"results/{name}/figure.png" in text for name in folders)
+
+
+def test_it_says_how_a_release_is_installed(site: Path, tmp_path: Path) -> None:
+    """As does the README of a release."""
+    readme = tmp_path / "README.md"
+    shutil.copy(ROOT / "README.md", readme)
+    subprocess.run([sys.executable, ROOT / "site" / "pages.py", readme], check=True)
+    pages = [readme, *(site.parent / "docs").glob("*.md")]
+    told = {page.stem: page.read_text() for page in pages}
+    assert [
+        name for name, text in told.items() if re.search(r"(pip install |`)'?\.[`\[]", text)
+    ] == []
+    for name in ("README", "index", "torch", "rewind"):
+        assert "'lossguard[torch]'" in told[name]
+
+
 def test_docstrings_are_on_it(site: Path) -> None:
     """With their examples as code."""
     text = (site / "api" / "index.html").read_text()

@@ -111,7 +111,7 @@ def test_runs_are_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_claims_are_those_about_the_runs(tmp_path: Path) -> None:
     """The real ones: of one's own runs there are none, of figure 3 its own."""
     curves = curves_of(["SGDnm"], np.arange(1, 20))
-    own = write_run(tmp_path / "own", curves, name="mine")
+    own = write_run(tmp_path / "own", curves, name="fig5_mine")
     text = report([own], tmp_path / "own.html").read_text()
     assert 'id="claims"' not in text and "not run" not in text and "<h1>Runs</h1>" in text
     figure_3 = write_run(tmp_path / "three", curves)

@@ -98,7 +98,7 @@ def _section(folder: Path, record: Record) -> dict[str, Any]:
             "image": _encoded(meta.draw(record)),
             "tables": [],
         }
-    found = re.match(r"fig0*(\d+)", name)
+    found = re.match(r"fig0*(\d+)", name) if name in PAPERS or name == "fig02" else None
     titled = config["title"] or name
     titled = titled if titled.startswith(name) else f"{name}: {titled}"
     seeds = f"{config['seeds']} seed{'s' * (config['seeds'] > 1)}"

@@ -166,6 +166,34 @@ def test_speedups_are_those_of_the_records() -> None:
             assert cell == (f"{of_task.mean():.2f}" if len(of_task) else "")
 
 
+@pytest.mark.skipif(FILE not in os.environ, reason=f"{FILE} names no published file")
+def test_what_updates_cost_is_counted_as_the_text_says() -> None:
+    """With the gradients that an update of ``mlp-small`` takes the time of; and Tuned lands."""
+    text = (ROOT / "docs" / "tasks.md").read_text()
+    (told,) = re.findall(r"an update costs (.*?)\. Its update takes", text, re.S)
+    low, high, *speeds = map(float, re.findall(r"\d\.\d+", told))
+    tables = {name: read_parquet(ROOT / "results" / name / CURVES) for name in PUBLISHED}
+
+    def speed(mark: int, update: float) -> float:
+        each = []
+        for name, table in tables.items():
+            paid = pl.col("gradients") + update * pl.col("learned_updates")
+            curves = tasks.curves_of(table.with_columns(gradients=paid), "MLP")
+            losses = curves.at(mark, "price")
+            assert losses is not None
+            each.append(envelope(name).steps_to(losses) / mark)
+        return interquartile_mean(each, draws=10)[0]
+
+    found = [speed(mark, update) for mark in (2_000, 10_000) for update in (low, high)]
+    assert speeds == [round(one, 2) for one in found]
+    _, numbers = tasks.table({name: ROOT / "results" / name for name in PUBLISHED})
+    tuned = numbers.filter(method=tasks.TUNED, by="steps").group_by("task", "mark")
+    for task, mark, loss in tuned.agg(pl.col("loss").mean()).iter_rows():
+        over = loss / envelope(task).at(mark)
+        most = 1.04 if "_Mnist_128x128x128" not in task or mark <= 2_000 else 1.16
+        assert over <= most or mark == 10_000, (task, mark, over)
+
+
 def test_a_million_steps_are_as_the_text_says() -> None:
     """How far the loss rose above its lowest before, from step 150 on and before."""
     rises, last, count = [], [], 0

@@ -51,7 +51,7 @@ def test_each_has_all_parts(folder: Path) -> None:
         assert len(run["commit"]) == 40 and "/" not in " ".join(run["command"]).replace("runs/", "")
 
 
-@pytest.mark.parametrize("folder", RESULTS.glob("fig??"), ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", sorted(RESULTS.glob("fig??")), ids=lambda folder: folder.name)
 def test_figures_of_the_paper_are_over_steps(folder: Path) -> None:
     """As the paper has them, and the text that stands beside them."""
     with Image.open(folder / "figure.png") as image:

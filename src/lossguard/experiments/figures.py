@@ -26,7 +26,7 @@ Over = Literal["price", "seconds", "steps"]
 """What losses are drawn against."""
 LABELS: Mapping[Over, str] = {
     "price": "Price: gradients, and a third for each forward pass",
-    "seconds": "Seconds of one seed",
+    "seconds": "Seconds of one seed, in proportion to the price",
     "steps": "Optimizer step",
 }
 NAMED = (

@@ -23,7 +23,8 @@ class GuardState(NamedTuple):
     """Where a guard stands between two cycles."""
 
     params: Params
-    """The parameters to evaluate and to save. What is put here from outside is gone on from."""
+    """The parameters to evaluate and to save. What is put here from outside the leader goes on
+    from; other runs, of guards that have some, are where they were."""
     steps: Int[Array, ""]
     """k, optimizer steps taken so far (int32; it stays at 2^31 - 1)."""
     minibatches: Int[Array, ""]
@@ -39,7 +40,7 @@ class Decision(NamedTuple):
     """Whether each step of the lane that ``losses`` are of was the learned optimizer's."""
     losses: Float[Array, " nt"]
     """Training loss before each step. Of which lane, the guard says: of the leader before the
-    cycle, or, with hindsight, of the branch that was kept."""
+    cycle, or, with hindsight, of the branch that was kept; or taken back, if ``winner`` is -1."""
     learned_loss: Float[Array, ""]
     """Mean loss by which the learned lane was compared."""
     fallback_loss: Float[Array, ""]

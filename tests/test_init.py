@@ -79,3 +79,10 @@ def test_importing_the_package_imports_no_framework() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_guards_for_torch_are_imported_where_they_are_used() -> None:
+    """As other names are, and no sooner."""
+    pytest.importorskip("torch")
+    program = "import sys, lossguard; assert 'torch' not in sys.modules; lossguard.torch.Rewind"
+    subprocess.run([sys.executable, "-c", program], check=True)

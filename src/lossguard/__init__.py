@@ -4,6 +4,7 @@ The public names are those of ``__init__.pyi``, where type checkers read them to
 on first use, so that ``lossguard.torch`` works without JAX, and this without either.
 """
 
+import importlib
 from importlib import metadata
 from typing import Any
 
@@ -19,6 +20,8 @@ __version__ = metadata.version(__name__)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "torch":
+        return importlib.import_module("lossguard.torch")
     if name not in __all__:
         hint = " (lossguard.torch has it)" if name in IN_TORCH else nearest(__all__, name)
         raise AttributeError(f"lossguard has no {name!r}{hint}", name=name)

@@ -74,7 +74,7 @@ def pretrained_names() -> list[str]:
     """The learned optimizers that the package ships.
 
     >>> pretrained_names()
-    ['lstm-cifar10-conv', 'lstm-mnist-mlp', 'mlp-small']
+    ['lstm-cifar10-conv', 'lstm-mnist-mlp', 'lstm-mnist-mlp-paper', 'mlp-small']
     """
     return sorted(path.stem for path in _folder().glob(f"*{SUFFIX}"))
 

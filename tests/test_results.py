@@ -15,7 +15,7 @@ if not RESULTS.is_dir():
 NESTED = {"million": price.RECIPES, "price": price.RECIPES, "readings": RECIPES}
 """Records of several runs, each in a folder of its own, and the recipes of these."""
 OTHERS = {
-    "stability": ["README.md", "figure.png", "runs.csv", "table.csv"],
+    "stability": ["README.md", "figure.png", "runs.jsonl.gz", "table.csv"],
     "million": ["README.md", "figure.png"],
     "price": ["README.md", "figure.png"],
     "readings": ["README.md", "figure.png"],

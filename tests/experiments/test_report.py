@@ -64,16 +64,18 @@ def test_each_run_is_shown_as_its_figure(page: Path) -> None:
 
 
 def test_each_method_is_evaluated_where_it_ended(tmp_path, monkeypatch) -> None:
-    """One whose cycles are longer has fewer of them."""
+    """One whose cycles are longer has fewer of them; and both are compared at equal price."""
     monkeypatch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
     run = write_run(tmp_path / "run", curves_of(["SGDnm", "LGL2O"], np.arange(1, 11)))
-    table = {"method": ["SGDnm", "SGDnm", "LGL2O"], "seed": [0, 0, 0], "cycle": [1, 4, 2]}
-    table |= {"step": [5, 20, 20], "test_loss": [3.0, 2.0, 1.0]}
+    table = {"method": ["SGDnm", "SGDnm", "LGL2O", "LGL2O"], "seed": 0, "cycle": [1, 4, 1, 2]}
+    table |= {"step": [5, 20, 10, 20], "gradients": [5, 20, 10, 40], "forwards": 0}
+    table |= {"train_loss": [4.0, 4.0, 6.0, 6.0], "test_loss": [3.0, 2.0, 1.5, 1.0]}
     records.write_parquet(run / records.EVALUATIONS, pl.DataFrame(table))
     run_folder.finish(run, records.read_json(run / records.MANIFEST))
     text = report([run], tmp_path / "report.html").read_text()
-    for method, loss in (("SGDnm", 2), ("LGL2O", 1)):
-        assert f'<tr><th scope="row">{method}</th><td>{loss}</td></tr>' in text
+    for method, train, test in (("SGDnm", 4, 2), ("LGL2O", 6, 1)):
+        assert f'<tr><th scope="row">{method}</th><td>{train}</td><td>{test}</td></tr>' in text
+    assert "After a price of 20 gradients, loss over that of SGDnm: LGL2O 1.5</p>" in text
 
 
 def test_runs_are_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

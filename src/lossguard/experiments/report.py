@@ -24,6 +24,7 @@ from ..records import EVALUATIONS, Record, read_parquet, read_runs
 from .claims import judge_claims
 from .evidence import has_settings
 from .figures import BANDS, SMOOTHED_FROM, draw_run, summary
+from .price import at_equal_price
 from .recipes import PAPERS
 
 META = {
@@ -97,6 +98,7 @@ def _section(folder: Path, record: Record) -> dict[str, Any]:
             "title": f"{number}Meta-training of {name}, {curves['meta_step'].max():,} meta-steps",
             "image": _encoded(meta.draw(record)),
             "tables": [],
+            "worth": "",
         }
     found = re.match(r"fig0*(\d+)", name) if name in PAPERS or name == "fig02" else None
     titled = config["title"] or name
@@ -108,11 +110,21 @@ def _section(folder: Path, record: Record) -> dict[str, Any]:
         "title": f"{titled}, {last_step(curves):,} steps, {seeds}",
         "image": _encoded(draw_run(record)),
         "tables": [(CAPTION, summary(record)), *_evaluations(folder)],
+        "worth": _worth(folder),
     }
 
 
 def _encoded(figure: Figure) -> str:
     return base64.b64encode(png(figure)).decode()
+
+
+def _worth(folder: Path) -> str:
+    """What the methods are worth at equal price, beside the first, if that was recorded."""
+    if not (folder / EVALUATIONS).exists():
+        return ""
+    table = read_parquet(folder / EVALUATIONS)
+    first, *others = table["method"].unique(maintain_order=True)
+    return at_equal_price(first, folder) if others and "gradients" in table.columns else ""
 
 
 def _evaluations(folder: Path) -> list[tuple[str, pl.DataFrame]]:

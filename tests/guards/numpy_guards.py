@@ -106,6 +106,7 @@ def loss_guard(objective, learned, fallback, *, nt: int, nc: int, loser: str, cy
             "losses": losses_y if won else losses_z,
             "learned_loss": learned_loss,
             "fallback_loss": fallback_loss,
+            "winner": 0 if won else 1,
         }
 
 

@@ -78,9 +78,20 @@ def test_loss_guard_is_algorithm_2(learned, fallback, loser, nt, nc) -> None:
     expected = numpy_guards.loss_guard(
         problem, numpy_learned, numpy_fallback, **options, cycles=CYCLES
     )
-    assert_equal(
-        guard, problem, expected, ("used_learned", "losses", "learned_loss", "fallback_loss")
-    )
+    names = ("used_learned", "losses", "learned_loss", "fallback_loss", "winner")
+    assert_equal(guard, problem, expected, names)
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("loser", ["keep", "reset"])
+def test_ties_go_to_the_fallback(loser) -> None:
+    guard = lossguard.loss_guard(optax.sgd(0.1), optax.sgd(0.1), nt=2, nc=2, loser=loser)
+    state = guard.init(jnp.ones(3))
+    for _ in range(4):
+        state, decision = guard.step(state, lambda w, i: jnp.sum(w**2))
+        assert decision.learned_loss == decision.fallback_loss
+        assert not decision.used_learned.any()
+        assert decision.winner == 1
 
 
 REPORTED = ("used_learned", "losses", "learned_loss", "fallback_loss", "winner", "gradients")

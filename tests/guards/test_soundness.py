@@ -71,6 +71,8 @@ SCHEDULED = {
     "schedule in injected": optax.inject_hyperparams(
         lambda scale: optax.chain(optax.sgd(rate, momentum=0.9), optax.scale(scale))
     )(scale=2.0),
+    "partitioned": optax.partition({"a": optax.sgd(rate, momentum=0.9)}, {"w": "a"}),
+    "in MultiSteps": optax.MultiSteps(optax.sgd(rate, momentum=0.9), 1).gradient_transformation(),
 }
 PARAMS = {"w": jnp.array([1.0, -2.0])}
 

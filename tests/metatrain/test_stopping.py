@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_training import TINY, same
+from tiny_training import TINY, same, stopping
 
 from lossguard import load_weights, records, run_folder
 from lossguard.metatrain import loop
@@ -18,20 +18,6 @@ from lossguard.metatrain.loop import metatrain
 from lossguard.tasks import Dataset
 
 VALIDATE = Backpropagation.validate
-
-
-def stopping(monkeypatch: pytest.MonkeyPatch, at: int, stop: Callable[[], None]) -> list[int]:
-    """Have something happen within a meta-step; returns the list of those that are done."""
-    step, done = loop._meta_step, []
-
-    def stepped(*arguments: Any) -> Any:
-        done.append(int(arguments[-1]))
-        if len(done) == at:
-            stop()
-        return step(*arguments)
-
-    monkeypatch.setattr(loop, "_meta_step", stepped)
-    return done
 
 
 @pytest.mark.parametrize(

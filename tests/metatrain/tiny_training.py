@@ -1,9 +1,14 @@
-"""A meta-training of few and small steps."""
+"""A meta-training of few and small steps, and how tests stop one."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
+import pytest
+from jaxtyping import PyTree
 
-from lossguard.learned.lstm import LSTMWeights
+from lossguard.metatrain import loop
 from lossguard.metatrain.bptt import LSTMTraining
 from lossguard.tasks import MLP
 
@@ -27,6 +32,20 @@ TINY = LSTMTraining(
 )
 
 
-def same(a: LSTMWeights, b: LSTMWeights) -> bool:
+def same(a: PyTree, b: PyTree) -> bool:
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return all(np.array_equal(x, y) for x, y in pairs)
+
+
+def stopping(monkeypatch: pytest.MonkeyPatch, at: int, stop: Callable[[], None]) -> list[int]:
+    """Have something happen within a meta-step; returns the list of those that are done."""
+    step, done = loop._meta_step, []
+
+    def stepped(*arguments: Any) -> Any:
+        done.append(int(arguments[-1]))
+        if len(done) == at:
+            stop()
+        return step(*arguments)
+
+    monkeypatch.setattr(loop, "_meta_step", stepped)
+    return done

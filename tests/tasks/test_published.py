@@ -114,4 +114,5 @@ def test_bad_sizes_are_refused() -> None:
         resized(moons(samples=4), 8)
     with pytest.raises(ValueError, match=r"^each of hidden must be an integer of at least 1"):
         ReluMLP((0,)).init((2,), 10, jax.random.key(0))
-    assert ReluMLP(()).apply(ReluMLP(()).init((2,), 3, jax.random.key(0)), jnp.ones((4, 2))).shape
+    params = ReluMLP(()).init((2,), 3, jax.random.key(0))
+    assert ReluMLP(()).apply(params, jnp.ones((4, 2))).shape == (4, 3)

@@ -211,17 +211,6 @@ def test_the_first_cycle_counts_as_much_as_any_other() -> None:
     assert decisions.winner.tolist() == [0, 1, 1, 1]  # its sums: -1, then -0.9 + 1, and so on
 
 
-def test_members_share_minibatches() -> None:
-    """One guard checks, the other doesn't: both go on after the check."""
-    start, objective = problem_and_objective()
-    guards = [lossguard.loss_guard(optax.adam(0.1), optax.sgd(0.1), nt=NT, nc=NC)]
-    guards += [unguarded(optax.sgd(0.1))]
-    states, decisions = play(lossguard.best_of(guards), objective, start, 5)
-    np.testing.assert_array_equal(states.minibatches, (NT + NC) * np.arange(1, 6))
-    assert (decisions.gradients == 3 * NT).all() and (decisions.forwards == 2 * NC).all()
-    assert (decisions.learned_updates == 2 * NT).all()
-
-
 def test_it_tells_whether_it_follows_a_trusted_member() -> None:
     """Both are the same optimizers as without ``trusted``, under other names."""
     start, objective = problem_and_objective()

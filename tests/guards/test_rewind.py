@@ -14,7 +14,6 @@ from scipy import stats
 
 import lossguard
 from lossguard.guards import alarm as alarms
-from lossguard.guards import rewind as module
 
 STEPS, WINDOW, RHO = 600, 64, 0.05
 EXAMPLES = settings(max_examples=60, phases=[Phase.generate])  # the first that fails is enough
@@ -41,10 +40,10 @@ COUNTER = optax.GradientTransformation(
 """Changes nothing, and counts the steps taken; a return sets its count back."""
 
 
-def run(optimizer, kind, key, **options):
+def run(optimizer, kind, key):
     """After each call: the point, what there was thrown away by its own count, and COUNTER's."""
     optimizer = optax.chain(COUNTER, optimizer)
-    guard = lossguard.rewind(optimizer, window=WINDOW, rho=RHO, **options)
+    guard = lossguard.rewind(optimizer, window=WINDOW, rho=RHO)
     start = {"w": jnp.array([3.0, -1.0]), "b": jnp.zeros(())}
     told = losses_for(kind, 0.0, key)
 
@@ -59,24 +58,25 @@ def run(optimizer, kind, key, **options):
     return jax.lax.scan(step, (start, guard.init(start)), jnp.arange(STEPS))
 
 
-RUNS = {
-    "hostile": lambda: jax.jit(lambda which, kind, key: run(hostile(which, turn=200), kind, key)),
-    "faulty": lambda: jax.jit(
-        lambda which, kind, key, at, value: run(
-            faulty(0.1, at=at, fault=which, value=value), kind, key
-        )
-    ),
-}
+@jax.jit
+def hostile_run(which, kind, key):
+    return run(hostile(which, turn=200), kind, key)
 
 
-def check_every_run(runs) -> list:
-    """The promises, whatever the optimizer and the losses; and what the runs were like."""
+@jax.jit
+def faulty_run(which, kind, key, at, value):
+    return run(faulty(0.1, at=at, fault=which, value=value), kind, key)
+
+
+def check_promises(points, thrown, taken):
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(points))
+    assert (thrown == np.maximum(-np.diff(taken, prepend=0), 0).cumsum()).all()
+    assert (thrown <= RHO * np.arange(1, STEPS + 1) + WINDOW).all()
+
+
+def test_in_every_run_it_is_finite_and_throws_away_no_more_than_it_may():
+    """Whatever the optimizer and the losses."""
     seen = []
-
-    def promises(points, thrown, taken):
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(points))
-        assert (thrown == np.maximum(-np.diff(taken, prepend=0), 0).cumsum()).all()
-        assert (thrown <= RHO * np.arange(1, STEPS + 1) + WINDOW).all()
 
     @EXAMPLES
     @given(
@@ -85,8 +85,8 @@ def check_every_run(runs) -> list:
         seed=st.integers(0, 99),
     )
     def hostile_ones(which, kind, seed):
-        (_, state), told = jax.device_get(runs["hostile"](which, kind, jax.random.key(seed)))
-        promises(*told)
+        (_, state), told = jax.device_get(hostile_run(which, kind, jax.random.key(seed)))
+        check_promises(*told)
         seen.append((state.returns, state.skipped, state.unanswered, state.thrown))
 
     @EXAMPLES
@@ -99,33 +99,16 @@ def check_every_run(runs) -> list:
     )
     def faulty_ones(which, kind, seed, at, value):
         key = jax.random.key(seed)
-        (_, state), told = jax.device_get(runs["faulty"](which, kind, key, at, jnp.float32(value)))
-        promises(*told)
+        (_, state), told = jax.device_get(faulty_run(which, kind, key, at, jnp.float32(value)))
+        check_promises(*told)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.inner))
         seen.append((state.returns, state.skipped, state.unanswered, state.thrown))
 
     hostile_ones()
     faulty_ones()
-    return seen
-
-
-def test_in_every_run_it_is_finite_and_throws_away_no_more_than_it_may():
-    seen = np.array(check_every_run({name: make() for name, make in RUNS.items()}))
-    assert (seen > 0).any(axis=0).all()  # returns, skipped steps, alarms beyond the budget
-    assert seen[:, 3].max() > WINDOW  # and more thrown away than one window
-
-
-@pytest.mark.parametrize("broken", ["budget", "finiteness"])
-def test_that_test_fails_where_the_promise_is_broken(monkeypatch, broken):
-    if broken == "budget":
-        monkeypatch.setattr(module, "allowance", lambda calls, rho, window: calls + window)
-    else:
-        monkeypatch.setattr(
-            module.snapshot, "can_return_from", lambda params, start: jnp.array(True)
-        )
-    with pytest.raises(BaseException) as error:  # Hypothesis raises groups of them
-        check_every_run({name: make() for name, make in RUNS.items()})
-    assert "assert" in "".join(map(str, getattr(error.value, "exceptions", [error.value])))
+    numbers = np.array(seen)
+    assert (numbers > 0).any(axis=0).all()  # returns, skipped steps, alarms beyond the budget
+    assert numbers[:, 3].max() > WINDOW  # and more thrown away than one window
 
 
 def false_alarms(steps: int, window: int = 256) -> float:
@@ -264,28 +247,6 @@ def test_it_sees_a_spike_in_the_second_block_of_a_run_that_fell_within_the_first
     fast = 0.5 + 2 * np.exp(-np.arange(at) / 15)
     _, state = TOLD([*fast, *[1.5] * 40])
     assert state.returns == 1 and state.last_return == at + 32
-
-
-def test_where_it_goes_back_to_and_how_it_goes_on():
-    """Snapshots are at 0, 64, 128 ...; at 256 the one at 192 is trusted, not that at 256."""
-    guard = lossguard.rewind(optax.sgd(1.0), factor=0.25)
-    params, state = told(guard, [*FALLS, *([9.0] * 32)])
-    assert params == -192.0 and state.thrown == 95 and state.last_return == 288
-    assert state.inner == optax.sgd(1.0).init(params)
-    scales = []
-    for _ in range(66):
-        updates, state = jax.jit(guard.update)(jnp.ones(1), state, params, value=1.0)
-        params = optax.apply_updates(params, updates)
-        scales.append(float(state.scale))
-    np.testing.assert_allclose(scales, np.minimum(1, 0.25 + 0.75 * np.arange(66) / 64))
-
-
-def test_after_returns_in_a_row_the_step_stays_lower():
-    guard = lossguard.rewind(optax.sgd(1.0))
-    _, state = told(guard, [*FALLS, *([9.0] * 96)])
-    assert state.returns == 3 and state.cap == 0.25 and state.unanswered == 0
-    _, state = told(guard, [*FALLS, *([9.0] * 400)])
-    assert state.returns == 3 and state.cap == 0.25 and state.unanswered == 1
 
 
 def test_rounding_is_corrected_in_a_second_call():

@@ -1,7 +1,4 @@
-"""``rewind`` step by step against the rule in plain Python.
-
-All numbers are sums of powers of two, so both are exact and must be equal to the last bit.
-"""
+"""``rewind`` step by step against the rule in plain Python: both are exact, to the last bit."""
 
 from functools import partial
 
@@ -11,18 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from hypothesis import given, settings
-from numpy_rewind import Run
+from numpy_rewind import KINDS, OPTIONS, Run, losses_of
 
 import lossguard
 
 RATE = 0.25
-KINDS = ("flat", "falls", "rises", "spikes", "infinite", "broken", "lower")
-LENGTH = 600
-OPTIONS = (
-    {"window": 64},
-    {"window": 128, "rho": 0.5, "factor": 0.25, "rise": 0.125},
-    {"window": 64, "rho": 0.0, "rise": 0.0},
-)
 
 
 def turning() -> optax.GradientTransformation:
@@ -37,13 +27,14 @@ def turning() -> optax.GradientTransformation:
 @partial(jax.jit, static_argnames="which")
 def play(losses, gradients, start, which):
     """Where it is before each step and what it tells, and the last parameters and state."""
-    optimizer = lossguard.rewind(turning(), **{"rise": 1 / 16} | OPTIONS[which])
+    optimizer = lossguard.rewind(turning(), **OPTIONS[which])
 
     def step(carry, given):
         params, state = carry
         loss, gradient = given
         updates, state = optimizer.update(gradient, state, params, value=loss)
-        told = state.returns, state.thrown, state.skipped, state.scale, state.alarm.score
+        told = state.returns, state.unanswered, state.thrown, state.skipped
+        told += state.scale, state.alarm.score
         return (optax.apply_updates(params, updates), state), (params, told)
 
     return jax.lax.scan(step, (start, optimizer.init(start)), (losses, gradients))
@@ -55,33 +46,15 @@ def reference(losses, gradients, start, which):
         x, turn = x - scale * RATE * (1 + turn) * gradients[i], (turn + 1) % 3
         return losses[i], (x, turn), bool(np.isfinite([losses[i], *x]).all())
 
-    run = Run((start, 0), advance, **{"rise": 1 / 16} | OPTIONS[which])
+    run = Run((start, 0), advance, **OPTIONS[which])
     points, told = [], []
     for i in range(len(losses)):
         points.append(run.points[-1][0])
         rule, scale = run.rule, run.rule.scale
         run.step(i)
-        told.append((rule.returns, rule.thrown, rule.skipped, scale, rule.score))
+        counts = rule.returns, rule.unanswered, rule.thrown, rule.skipped
+        told.append((*counts, scale, rule.score))
     return np.array(points), [np.array(column) for column in zip(*told, strict=True)], run
-
-
-def losses_of(kinds, seed):
-    """Losses and gradients that behave in each part of a run as it says."""
-    rng = np.random.default_rng(seed)
-    noise = rng.integers(0, 64, LENGTH) / 64
-    gradients = rng.integers(-8, 9, (LENGTH, 2)) / 8.0
-    level, levels = 16.0, np.empty(LENGTH)
-    for rows, kind in zip(np.array_split(np.arange(LENGTH), len(kinds)), kinds, strict=True):
-        count = np.arange(len(rows))
-        slope = {"falls": -1 / 32, "rises": 1 / 16}.get(kind, 0.0)
-        level += {"lower": -2.0, "spikes": 8.0}.get(kind, 0.0)
-        levels[rows] = level + slope * count
-        level = levels[rows[-1]] - (8.0 if kind == "spikes" else 0.0)
-        if kind == "infinite":
-            levels[rows[count % 3 > 0]] = np.inf
-        if kind == "broken":
-            gradients[rows[count % 4 > 0]] = np.nan
-    return levels + noise, gradients
 
 
 def test_every_step_is_the_references():

@@ -1,11 +1,22 @@
 """The rule of ``rewind`` in plain Python, with every iterate and every loss kept in lists.
 
-``Rule`` decides from the losses alone; PyTorch's tests hold ``lossguard.torch.Rewind`` to it too.
+``Rule`` decides from the losses alone. JAX and PyTorch are held to it, on losses and gradients that
+are sums of powers of two.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
+
+KINDS = ("flat", "falls", "rises", "spikes", "infinite", "broken", "lower")
+LENGTH = 600
+OPTIONS = (
+    {"window": 64, "rise": 1 / 16},
+    {"window": 128, "rho": 0.5, "factor": 0.25, "rise": 0.125},
+    {"window": 64, "rho": 0.0, "rise": 0.0},
+)
 
 
 class Rule:
@@ -26,7 +37,7 @@ class Rule:
         self.reference, self.early, self.start = math.inf, math.inf, None
         self.score, self.in_block, self.ramp = 0, 0, self.block
         self.in_a_row, self.cap, self.last_return = 0, 1.0, None
-        self.calls = self.thrown = self.returns = self.skipped = 0
+        self.calls = self.thrown = self.returns = self.unanswered = self.skipped = 0
 
     @property
     def scale(self) -> float:
@@ -57,6 +68,7 @@ class Rule:
             if self.in_a_row < 3 and self.thrown + age <= allowed:
                 self._go_back(age)
                 return "return"
+            self.unanswered += 1
             self.in_a_row, self.reference, self.early = 0, math.inf, math.inf
         if not sound:
             self.skipped += 1
@@ -122,3 +134,22 @@ class Run:
             self.points.append(point)
         del self.points[len(self.rule.path) + 1 :]
         return told
+
+
+def losses_of(kinds: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Losses and gradients that behave in each part of a run as it says."""
+    rng = np.random.default_rng(seed)
+    noise = rng.integers(0, 64, LENGTH) / 64
+    gradients = rng.integers(-8, 9, (LENGTH, 2)) / 8.0
+    level, levels = 16.0, np.empty(LENGTH)
+    for rows, kind in zip(np.array_split(np.arange(LENGTH), len(kinds)), kinds, strict=True):
+        count = np.arange(len(rows))
+        slope = {"falls": -1 / 32, "rises": 1 / 16}.get(kind, 0.0)
+        level += {"lower": -2.0, "spikes": 8.0}.get(kind, 0.0)
+        levels[rows] = level + slope * count
+        level = levels[rows[-1]] - (8.0 if kind == "spikes" else 0.0)
+        if kind == "infinite":
+            levels[rows[count % 3 > 0]] = np.inf
+        if kind == "broken":
+            gradients[rows[count % 4 > 0]] = np.nan
+    return levels + noise, gradients

@@ -1,11 +1,9 @@
-"""The features against NumPy, and their bounds."""
+"""The features against NumPy, and where they are not finite."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lossguard.learned.lstm import log_and_sign
 
@@ -27,11 +25,6 @@ def test_equals_numpy(p: float) -> None:
     np.testing.assert_allclose(
         log_and_sign(jnp.asarray(gradient), p), in_numpy(gradient, p), rtol=1e-5, atol=2e-6
     )
-
-
-@given(st.floats(-22026.0, 22026.0, width=32, allow_subnormal=False))
-def test_lies_within_one_up_to_exp_p(g: float) -> None:
-    assert np.abs(log_and_sign(jnp.array([g], jnp.float32))).max() <= 1 + 1e-5
 
 
 @pytest.mark.parametrize("g", [jnp.nan, jnp.inf, -jnp.inf])

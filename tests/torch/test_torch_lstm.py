@@ -60,13 +60,19 @@ def test_features_at_the_floor():
 
 
 def test_schedulers_act_on_the_scale():
-    p = nn.Parameter(torch.zeros(1))
-    optimizer = LSTMOptimizer([p], Reference().state_dict(), scale=0.4)
-    scheduler = StepLR(optimizer, 1, gamma=0.5)
-    p.grad = torch.ones(1)
-    optimizer.step()
-    scheduler.step()
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.2)
+    weights, steps = Reference().state_dict(), []
+    for gamma in (1.0, 0.5):
+        p = nn.Parameter(torch.zeros(1))
+        optimizer = LSTMOptimizer([p], weights, scale=0.4)
+        scheduler = StepLR(optimizer, 1, gamma=gamma)
+        p.grad = torch.ones(1)
+        for _ in range(3):
+            before = p.item()
+            optimizer.step()
+            scheduler.step()
+            steps.append(p.item() - before)
+    (first, second, third), scheduled = steps[:3], steps[3:]
+    assert scheduled == pytest.approx([first, second / 2, third / 4], rel=1e-4) and second != 0
 
 
 def test_parameters_of_any_shape_and_dtype():

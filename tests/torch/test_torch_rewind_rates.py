@@ -11,16 +11,6 @@ from torch.optim import lr_scheduler
 from lossguard.torch import Rewind
 
 
-def test_a_scheduler_that_is_named_goes_back():
-    model, optimizer = one_weight()
-    scheduler = lr_scheduler.CosineAnnealingLR(optimizer, 1000)
-    rewind = Rewind(model, optimizer, schedulers=[scheduler], window=WINDOW, every=4)
-    drive(rewind, model, optimizer, FALLS + HIGH[:8], after=scheduler.step)
-    assert rewind.returns == 1 and scheduler.last_epoch == 112
-    expected = 0.5 * (1 + math.cos(math.pi * 112 / 1000))
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
-
-
 @pytest.mark.parametrize("names", [("cosine", "plateau"), ("plateau", "cosine"), ("plateau",)])
 def test_rates_go_back_whichever_scheduler_is_named_last(names):
     model, optimizer = one_weight()

@@ -117,8 +117,9 @@ def test_what_a_step_writes_to_in_a_group_goes_back(counter):
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
-def test_what_is_sparse_goes_back_from_a_folder_too(tmp_path, layout):
+def test_what_is_sparse_goes_back(tmp_path, layout, offload):
     class Graph(nn.Module):
         def __init__(self):
             super().__init__()
@@ -127,16 +128,23 @@ def test_what_is_sparse_goes_back_from_a_folder_too(tmp_path, layout):
 
     model = Graph()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    rewind = Rewind(model, optimizer, window=WINDOW, every=4, offload=tmp_path)
+    options = {"window": WINDOW, "every": 4, "offload": tmp_path if offload else False}
+    rewind = Rewind(model, optimizer, **options)
     for call, loss in enumerate(FALLS + HIGH[:8]):
         if call == 112:
             before = model.embedding.weight.detach().clone()
             memory = optimizer.state[model.embedding.weight]["momentum_buffer"].to_dense()
+            model.edges.values().fill_(7.0)
         step_by(optimizer, model.embedding(torch.arange(call % 6)).sum())
         rewind.observe(loss)
     assert rewind.returns == 1 and torch.equal(model.embedding.weight, before)
     now = optimizer.state[model.embedding.weight]["momentum_buffer"].to_dense()
     assert torch.equal(now, memory) and torch.equal(model.edges.to_dense(), torch.eye(6))
+    model.edges.values().fill_(math.nan)  # which is set back by itself
+    for _ in range(4):
+        step_by(optimizer, model.embedding(torch.arange(3)).sum())
+        rewind.observe(1.0)
+    assert rewind.returns == 1 and torch.equal(model.edges.to_dense(), torch.eye(6))
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -304,17 +312,6 @@ def test_a_buffer_made_under_inference_mode_goes_back():
     model.register_buffer("trained", torch.ones(2, requires_grad=True))
     drive(rewind, model, optimizer, HIGH)
     assert rewind.returns and model.table.tolist() == [1.0] * 4
-
-
-@pytest.mark.filterwarnings("ignore:Sparse CSR")  # once in a process, by whichever test is first
-def test_a_sparse_buffer_goes_back():
-    model, optimizer = one_weight()
-    model.register_buffer("graph", torch.eye(3).to_sparse_csr())
-    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
-    drive(rewind, model, optimizer, FALLS)
-    model.graph.values().fill_(math.nan)
-    drive(rewind, model, optimizer, [1.0] * 4)
-    assert torch.equal(model.graph.to_dense(), torch.eye(3))
 
 
 def test_inputs_that_are_not_finite_in_the_first_minibatch_ruin_no_buffers():

@@ -46,9 +46,9 @@ def edited(guard, params):
     return guard.step(state._replace(params=params), total)
 
 
-def guarded_update(value_fn):
+def guarded_update(value_fn, params=ONES):
     optimizer = guarded(SGD, SGD)
-    return optimizer.update(ONES, optimizer.init(ONES), ONES, value_fn=value_fn)
+    return optimizer.update(ONES, optimizer.init(ONES), params, value_fn=value_fn)
 
 
 def rewound(of=SGD, **arguments):
@@ -194,6 +194,15 @@ WRONG = {
         "start|Array(0.5": lambda: stacked(total, ONES, 0.5),
         "start|Array([0]": lambda: step(stacked(total, jnp.ones((20, 2)), jnp.array([0]))),
     },
+    " must be arrays that share the length of axis 0, got ": {
+        "batches|['3', '4']": lambda: stacked(total, (jnp.ones((3, 2)), jnp.ones(4)), 0),
+        "batches|['3', 'none']": lambda: stacked(total, (jnp.ones(3), jnp.array(1.0)), 0),
+        "batches|no arrays": lambda: stacked(total, {}, 0),
+    },
+    ".update needs ": {
+        "guarded(...)|value_fn, which was not given": lambda: guarded_update(None),
+        "guarded(...)|params, which was not given": lambda: guarded_update(total, params=None),
+    },
     " must keep the shapes that they had in init, got ": {
         "state.params|[(1,)]": lambda: edited(recommended(SGD, SGD), jnp.ones(1)),
         "state.params|[()]": lambda: edited(hedged(SGD, SGD), jnp.ones(())),
@@ -209,6 +218,8 @@ WRONG = {
         "params|['f'] is 'relu'": lambda: loss_guard(SGD, SGD).init({"w": ONES, "f": "relu"}),
     },
     " must return a scalar floating-point loss, got ": {
+        "loss|(": lambda: stacked(lambda w, x: (jnp.sum(w), w), ONES, 0)(ONES, 0),
+        "loss|1.0": lambda: stacked(lambda w, x: 1.0, ONES, 0)(ONES, 0),
         "value_fn|[": lambda: guarded_update(lambda w: w**2),
         "value_fn|(": lambda: guarded_update(lambda w: (jnp.sum(w), w)),
         **{

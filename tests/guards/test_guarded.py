@@ -119,11 +119,3 @@ def test_what_is_not_finite_is_not_taken(bad, fault, value) -> None:
 def test_ties_go_to_the_fallback() -> None:
     _, used = run(lossguard.guarded(optax.sgd(0.1), optax.sgd(0.1)), f, 3)
     assert used == [False] * 3
-
-
-@pytest.mark.parametrize(("given", "missing"), [({}, "value_fn"), ({"params": None}, "params")])
-def test_what_update_needs(given, missing) -> None:
-    optimizer = lossguard.guarded(optax.sgd(0.1), optax.sgd(0.1))
-    arguments = {"params": START} | given
-    with pytest.raises(ValueError, match=f"update needs {missing}, which was not given"):
-        optimizer.update(START, optimizer.init(START), **arguments)

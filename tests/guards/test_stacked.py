@@ -63,20 +63,6 @@ def test_a_loop_fed_from_the_host_is_the_loop_on_the_device() -> None:
     np.testing.assert_allclose(state.params, whole.params, rtol=1e-6)
 
 
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(
-    ("stack", "message"),
-    [
-        ((jnp.ones((3, 2)), jnp.ones(4)), r"share the length of axis 0, got \['3', '4'\]"),
-        ((jnp.ones((3, 2)), jnp.array(1.0)), "share the length of axis 0, got .*'none'"),
-        ({}, "share the length of axis 0, got no arrays"),
-    ],
-)
-def test_minibatches_that_are_not_stacked(stack, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        lossguard.stacked(loss, stack, 0)
-
-
 SGD = optax.sgd(0.1)
 
 
@@ -107,13 +93,6 @@ def test_the_state_may_be_donated_beside_minibatches_that_start_at_its_own() -> 
     for _ in range(2):
         state, _ = step(state, lossguard.stacked(loss, batches(2), start=state.minibatches))
     assert state.minibatches == 4
-
-
-@pytest.mark.parametrize("wrong", [lambda w, batch: (jnp.sum(w), w), lambda w, batch: 1.0])
-def test_a_loss_that_is_no_scalar_array(wrong) -> None:
-    objective = lossguard.stacked(wrong, batches(2), 0)
-    with pytest.raises(ValueError, match=r"^loss must return a scalar floating-point loss, got "):
-        objective(jnp.ones(3), 0)
 
 
 @pytest.mark.parametrize("name", ["recommended", "hedged", "residual_guard"])

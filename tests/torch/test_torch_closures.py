@@ -184,6 +184,14 @@ def test_errors_of_arguments():
             lambda: ResidualGuard(SGD([half]), SGD([half]), model=None),
             "parameters must have more range than float16 for ResidualGuard, where a gradient that",
         ),
+        (
+            lambda: ResidualGuard(SGD([w]), one, model=None, alpha=0.0),
+            "alpha must be above 0 and at most 1, got 0.0",
+        ),
+        (
+            lambda: ResidualGuard(SGD([w]), one, model=None, theta=1.5),
+            "theta must be above 0 and at most 1, got 1.5",
+        ),
         (lambda: LossGuard(SGD([w]), one, model=None, loser="x"), "loser must be one of keep, res"),
         (lambda: BestOf([], model=None), "optimizers must be a list of at least one, got"),
         (lambda: BestOf(one, model=None), "optimizers must be a list of at least one, got"),

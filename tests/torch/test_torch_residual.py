@@ -77,21 +77,6 @@ def test_not_finite_proposals():
     assert weight.item() == pytest.approx(2.7)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"alpha": 0.0}, "alpha must be above 0 and at most 1, got 0.0"),
-        ({"theta": 1.5}, "theta must be above 0 and at most 1, got 1.5"),
-    ],
-    ids=["alpha", "theta"],
-)
-def test_errors(arguments, message):
-    weight = torch.ones(1, requires_grad=True)
-    with pytest.raises(ValueError) as error:
-        ResidualGuard(SGD([weight], lr=1.0), SGD([weight], lr=1.0), **arguments)
-    assert str(error.value) == message
-
-
 class Rises(SGD):
     """Multiplies the parameters by 1.5."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from models import KINDS, loss_fn, minibatches, mlp, two
+from models import KINDS, loss_fn, minibatches, mlp, step_by, two
 from rewinding import hostile_run
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
@@ -148,7 +148,7 @@ def guarded(rng: random.Random, kind: type) -> str:
         assert price <= most + math.sqrt(k) + 2 * first + nt, "a price above its bound"
     if kind in (Hedged, BestOf) and not raised and not bad and type(model[1]) is nn.Tanh:
         alone = Adam(twin.parameters(), lr=0.01)
-        own = [float(step_of(twin, alone, batch)) for batch in batches]
+        own = [step_by(alone, loss_fn(twin, batch)).item() for batch in batches]
         reported = [loss for decision in guard.history for loss in decision.losses]
         back = [options["nt"] * k for k, one in enumerate(guard.history) if one.winner < 0]
         last = min([len(reported), *(again + back if kind is BestOf else [])])
@@ -164,15 +164,6 @@ def rewound(rng: random.Random) -> str:
     assert infinite == 0, "a model that isn't finite"
     assert excess <= 0, "more discarded than the budget"
     return "Rewind"
-
-
-def step_of(model: nn.Module, optimizer: Optimizer, batch: Any) -> Any:
-    """A plain training step; its loss before."""
-    optimizer.zero_grad()
-    loss = loss_fn(model, batch)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
 
 
 def points(model: nn.Module) -> list[torch.Tensor]:

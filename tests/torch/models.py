@@ -53,6 +53,20 @@ def step_by(optimizer, loss):
     return loss
 
 
+def quick(lightning, steps, *callbacks, **options):
+    """Lightning's trainer, which writes and shows nothing."""
+    return lightning.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+        **options,
+    )
+
+
 def closure_for(guard, model, batch):
     """What a training loop passes to ``step``."""
 

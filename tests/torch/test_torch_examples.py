@@ -9,6 +9,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from models import quick
 
 from lossguard.torch import Recommended
 
@@ -100,26 +101,16 @@ def test_lightning_resumes_within_a_cycle(example, tmp_path):
     data = torch.randn(96, 1, 4, 4), torch.randint(0, 10, (96,))
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), batch_size=96)
 
-    def trainer(steps):
-        return lightning.Trainer(
-            max_steps=steps,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-
     lightning.seed_everything(0, verbose=False)
     model = module.Classifier(16)
-    whole = trainer(34)
+    whole = quick(lightning, 34)
     whole.fit(model, loader)
 
     lightning.seed_everything(0, verbose=False)
-    first = trainer(24)
+    first = quick(lightning, 24)
     first.fit(module.Classifier(16), loader)
     first.save_checkpoint(tmp_path / "guard.ckpt")
-    twin, second = module.Classifier(16), trainer(34)
+    twin, second = module.Classifier(16), quick(lightning, 34)
     second.fit(twin, loader, ckpt_path=tmp_path / "guard.ckpt", weights_only=True)
     assert second.optimizers[0].phase == whole.optimizers[0].phase == 4
     for key, value in model.state_dict().items():
@@ -132,15 +123,7 @@ def test_lightning_must_not_accumulate_for_the_guard(example):
     module = example("torch_lightning")
     data = torch.randn(16, 1, 4, 4), torch.randint(0, 10, (16,))
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), batch_size=4)
-    trainer = lightning.Trainer(
-        max_steps=1,
-        accelerator="cpu",
-        accumulate_grad_batches=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quick(lightning, 1, accumulate_grad_batches=2)
     with pytest.raises(ValueError) as error:
         trainer.fit(module.Classifier(16), loader)
     assert str(error.value) == (

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import step_by
+from models import quick, step_by
 from torch import nn
 
 from lossguard.torch import Recommended, Rewind
@@ -49,22 +49,9 @@ def loader(rows=4096):
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data(rows)), batch_size=8)
 
 
-def quick(lightning, callback, steps=15, **options):
-    return lightning.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[callback],
-        **options,
-    )
-
-
 def fit(steps, callback, accumulate=1, rows=4096, **where):
     lightning, make = module()
-    trainer = quick(lightning, callback, steps, accumulate_grad_batches=accumulate)
+    trainer = quick(lightning, steps, callback, accumulate_grad_batches=accumulate)
     model = make()
     trainer.fit(model, loader(rows), **where)
     return trainer, model
@@ -102,14 +89,14 @@ def test_lightning_without_a_loss():
             return None if index % 5 == 2 else super().training_step(batch, index)
 
     callback = lightning_rewind(**OPTIONS)
-    trainer = quick(lightning, callback)
+    trainer = quick(lightning, 15, callback)
     assert callback.state_dict() == {}
     trainer.fit(LeavesOut(), loader())
     assert callback.rewind.calls == 12 and trainer.global_step == 15
     model = make()
     model.automatic_optimization = False
     with pytest.raises(ValueError) as error:
-        quick(lightning, callback).fit(model, loader())
+        quick(lightning, 15, callback).fit(model, loader())
     assert str(error.value) == (
         "automatic_optimization must be True for lightning_rewind, got False (call Rewind.observe "
         "after the step)"

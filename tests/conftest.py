@@ -93,8 +93,8 @@ def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_commands, "which", lambda name: name)
 
-    def run(*arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["lossguard", *arguments])
+    def run(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["lossguard", *map(str, arguments)])
         cli.main()
 
     return run
@@ -104,7 +104,7 @@ def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
 def refused(main: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
     """Bad arguments: one sentence on stderr that names some parts, status 2, and nothing else."""
 
-    def run(arguments: tuple[str, ...], *parts: str) -> None:
+    def run(arguments: tuple[object, ...], *parts: str) -> None:
         with pytest.raises(SystemExit) as caught:
             main(*arguments)
         assert caught.value.code == 2

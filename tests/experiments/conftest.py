@@ -1,13 +1,11 @@
 """What several test files of this folder use."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import polars as pl
 import pytest
-from commands import command
 from jax.experimental.compilation_cache import compilation_cache
 from pages import SPEND, VERDICTS, curves_of, write_meta, write_run
 
@@ -51,18 +49,3 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reporting, "judge_claims", lambda records: VERDICTS[: 2 + len(records)])
         return report([folder], folder.parent / "pages" / "report.html")
-
-
-@pytest.fixture
-def refused(monkeypatch, capsys) -> Callable[..., str]:
-    """Runs ``lossguard`` with bad arguments: one sentence on stderr, which it returns, status 2."""
-
-    def run(*arguments: Any) -> str:
-        with pytest.raises(SystemExit) as caught:
-            command(monkeypatch, *arguments)
-        assert caught.value.code == 2
-        err = capsys.readouterr().err
-        assert err.count("\n") == 1 and err.startswith("lossguard: ")
-        return err
-
-    return run

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from commands import command
 from pages import curves_of, write_run
 
 from lossguard.curves import COUNTERS
@@ -101,11 +100,11 @@ def test_map_shows_the_claims_that_were_judged(judged: list[Judged]) -> None:
         assert [[*COLORS][code] for code in row] == [outcome[name] for name in names]
 
 
-def test_command(tmp_path, monkeypatch, capsys) -> None:
+def test_command(main, tmp_path, capsys) -> None:
     run = write_run(
         tmp_path / "run", curves_of(["SGDnm"]), name="reading-fig03-unit", scaling="unit"
     )
-    command(monkeypatch, "readings", run, "-o", tmp_path / "map.png")
+    main("readings", run, "-o", tmp_path / "map.png")
     *readings, told = capsys.readouterr().out.splitlines()
     assert len(readings) == len(ALL) and all(line.endswith(": 0 of 0") for line in readings)
     assert told == f"figure: {tmp_path / 'map.png'}"

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from commands import command
 from pages import VERDICTS, curves_of, write_meta, write_run
 
 from lossguard import records, run_folder
@@ -133,10 +132,10 @@ def test_what_a_run_is_put_together_from_is_told(tmp_path, monkeypatch) -> None:
     assert "LGL2O (1 seeds to 20, 2026-01-01, commit abc)" in text
 
 
-def test_command(page, tmp_path, monkeypatch, capsys) -> None:
+def test_command(page, main, tmp_path, capsys) -> None:
     """With the real claims."""
     folder = page.parent.parent / "runs" / "a_run"
-    command(monkeypatch, "report", folder, "-o", tmp_path / "r")
+    main("report", folder, "-o", tmp_path / "r")
     assert capsys.readouterr().out == f"report: {tmp_path / 'r'}\n"
     assert (tmp_path / "r").read_text().count("<img src=") == 1
     assert '<th scope="row">3a</th>' in (tmp_path / "r").read_text()
@@ -144,4 +143,4 @@ def test_command(page, tmp_path, monkeypatch, capsys) -> None:
 
 def test_a_page_is_not_a_folder(tmp_path, refused) -> None:
     told = f"lossguard: out must be a file, but {tmp_path} is a folder\n"
-    assert refused("report", "half", "-o", tmp_path) == told
+    refused(("report", "half", "-o", tmp_path), told)

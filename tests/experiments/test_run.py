@@ -17,10 +17,10 @@ import optax
 import polars as pl
 import pytest
 import tiny
-from commands import command, same_curves
+from commands import same_curves
 
 import lossguard
-from lossguard import curves, records, rollout, run_commands, run_folder
+from lossguard import curves, records, rollout, run_folder
 from lossguard.config import as_config
 from lossguard.curves import COUNTERS
 from lossguard.experiments import run as running
@@ -53,10 +53,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_progress_is_of_the_steps_that_were_taken(monkeypatch, tmp_path) -> None:
     told = []
-    monkeypatch.setattr(running.Progress, "advance", lambda _, steps, **now: told.append(now))
+    monkeypatch.setattr(
+        running.Progress, "advance", lambda _, steps, **now: told.append((steps, now))
+    )
     run(dataclasses.replace(tiny.recipe(), methods=("L2O",)), tmp_path / "run")
-    assert len(told) >= 3
-    assert all(np.isfinite(now["loss"]) and now["learned"] == 1 == now["price"] for now in told)
+    assert [steps for steps, _ in told] == 3 * [20]
+    assert all(np.isfinite(now["loss"]) and now["learned"] == 1 == now["price"] for _, now in told)
 
 
 def test_records_of_a_run(whole: Path) -> None:
@@ -276,7 +278,7 @@ def test_a_finished_run_is_left_as_it_is(whole: Path) -> None:
     ids=["in the middle", "at the end of a method", "by kill"],
 )
 def test_stopped_it_leaves_what_was_done_and_goes_on(
-    whole, tmp_path, monkeypatch, capfd, chunk, number
+    whole, tmp_path, main, monkeypatch, capfd, chunk, number
 ) -> None:
     arguments = ("run", f"{MODULE}:recipe", "--out", tmp_path / "run")
     thin, calls = curves.thin, []
@@ -291,8 +293,7 @@ def test_stopped_it_leaves_what_was_done_and_goes_on(
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
         patch.setattr(curves, "thin", interrupted)
         patch.setattr(os, "_exit", sys.exit)
-        patch.setattr(run_commands, "which", str)  # it is on the path
-        command(patch, *arguments)
+        main(*arguments)
     assert caught.value.code == 130
     assert signal.getsignal(number) is before
     goes_on = f"lossguard run {MODULE}:recipe --out {tmp_path}/run --resume\n"
@@ -303,7 +304,7 @@ def test_stopped_it_leaves_what_was_done_and_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(curves, "thin", lambda *given: calls.append(given) or thin(*given))
-        command(patch, *arguments, "--resume")
+        main(*arguments, "--resume")
     went_on(tmp_path / "run", whole)
     assert len(calls) == 9  # no chunk was done twice
 
@@ -327,7 +328,9 @@ def test_ctrl_c_is_heard_while_the_task_is_made(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_full_disk_is_told_and_the_run_goes_on_later(whole, tmp_path, monkeypatch, capsys) -> None:
+def test_full_disk_is_told_and_the_run_goes_on_later(
+    whole, tmp_path, main, monkeypatch, capsys
+) -> None:
     arguments = ("run", f"{MODULE}:recipe", "--out", tmp_path / "run")
 
     def full(path: Path, content: bytes) -> None:
@@ -338,11 +341,11 @@ def test_full_disk_is_told_and_the_run_goes_on_later(whole, tmp_path, monkeypatc
         patch.setattr(
             records, "_write", lambda p, c: (full if p.name == "curves.parquet" else write)(p, c)
         )
-        command(patch, *arguments)
+        main(*arguments)
     assert caught.value.code == 2
     *_, last = capsys.readouterr().err.splitlines()
     assert "No space left on device" in last and "curves.parquet" in last
-    command(monkeypatch, *arguments, "--resume")
+    main(*arguments, "--resume")
     went_on(tmp_path / "run", whole)
 
 
@@ -368,6 +371,17 @@ def of_kind(dtype: str, experiment: Experiment) -> lossguard.Task:
     task = tiny.make_task(experiment)
     train = Split(task.dataset.train.inputs, task.dataset.train.labels.astype(dtype))
     return dataclasses.replace(task, dataset=dataclasses.replace(task.dataset, train=train))
+
+
+class OtherMLP:
+    """A model that is no dataclass."""
+
+    init, apply = MLP().init, MLP().apply
+
+
+def mine(made: Any) -> dict[str, Any]:
+    """Fields of an experiment of one method."""
+    return {"methods": ("mine",), "make_methods": lambda e: {"mine": made}}
 
 
 def narrower(experiment: Experiment) -> lossguard.Task:
@@ -416,28 +430,24 @@ def narrower(experiment: Experiment) -> lossguard.Task:
             for dtype in ("bool", "float32")
         ),
         ({"make_task": narrower}, r"^inputs of test must be of shape \(2,\), got \(1,\)$"),
+        (  # it would take other steps than the others, and be evaluated at others
+            {"nt": 3, **mine(lossguard.unguarded(optax.sgd(0.1)))},
+            "^method mine must have nt = 3, as .*, got 10$",
+        ),
+        *(
+            (mine(made), "^method mine must be a Guard such as .*, got 3$")
+            for made in (lambda: 3, 3)
+        ),
+        *(
+            (changes, "^a run must be of numbers, .*, but holds ")
+            for changes in ({"model": OtherMLP()}, {"methods": {"Signs"}})
+        ),
     ],
 )
 def test_bad_fields_leave_no_folder(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         run(dataclasses.replace(tiny.recipe(), **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_method_of_other_cycles_is_refused(tmp_path) -> None:
-    """It would take other steps than the others, and be evaluated at others."""
-    e = dataclasses.replace(tiny.recipe(), methods=("mine",), nt=3)
-    e = dataclasses.replace(e, make_methods=lambda e: {"mine": lossguard.unguarded(optax.sgd(0.1))})
-    with pytest.raises(ValueError, match=r"^method mine must have nt = 3, as .*, got 10$"):
-        run(e, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("made", [lambda: 3, 3])
-def test_a_method_that_makes_no_guard_is_refused(made, tmp_path) -> None:
-    e = dataclasses.replace(tiny.recipe(), methods=("mine",), make_methods=lambda e: {"mine": made})
-    with pytest.raises(ValueError, match=r"^method mine must be a Guard such as .*, got 3$"):
-        run(e, tmp_path / "run")
 
 
 def test_a_method_that_fails_in_its_first_step_leaves_no_folder(tmp_path: Path) -> None:
@@ -451,17 +461,4 @@ def test_a_method_that_fails_in_its_first_step_leaves_no_folder(tmp_path: Path) 
     e = dataclasses.replace(tiny.recipe(), methods=("SGD", "broken"), make_methods=methods)
     with pytest.raises(TypeError):
         run(e, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-class OtherMLP:
-    """A model that is no dataclass."""
-
-    init, apply = MLP().init, MLP().apply
-
-
-@pytest.mark.parametrize("changes", [{"model": OtherMLP()}, {"methods": {"Signs"}}])
-def test_what_json_cannot_hold_leaves_no_folder(tmp_path: Path, changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"^a run must be of numbers, .*, but holds "):
-        run(dataclasses.replace(tiny.recipe(), **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -71,13 +71,14 @@ def test_a_name_that_is_not_there(name: str, hint: str) -> None:
         getattr(lossguard, name)
 
 
-def test_importing_the_package_imports_no_framework() -> None:
+@pytest.mark.parametrize("package", ["lossguard", "lossguard.torch"])
+def test_importing_a_package_imports_no_other_framework(package: str) -> None:
     """Each takes a second or more, and users of one may not have the other."""
-    program = (
-        "import sys, lossguard\n"
-        "heavy = {'jax', 'torch', 'equinox', 'optax', 'scipy', 'rich'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
+    heavy = {"jax", "torch", "equinox", "optax", "scipy", "polars", "matplotlib", "rich"}
+    if package == "lossguard.torch":
+        pytest.importorskip("torch")
+        heavy.remove("torch")
+    program = f"import sys, {package}\nfound = {heavy} & {{*sys.modules}}\nassert not found, found"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

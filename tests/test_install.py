@@ -20,7 +20,6 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 OF_JAX = {"jax", "jaxlib", "optax", "equinox", "jaxtyping"}
-HEAVY = {*OF_JAX, "torch", "scipy", "polars", "matplotlib", "rich", "sklearn"}
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +154,7 @@ def test_torch(environment: Environment) -> None:
     """Nothing of JAX, and no SciPy."""
     assert not environment.packages & {*OF_JAX, "scipy", "polars", "matplotlib"}
     environment.runs(
-        "import sys, torch, lossguard.torch\n"
-        f"found = {HEAVY - {'torch'}} & {{*sys.modules}}\n"
-        "assert not found, found\n"
+        "import torch, lossguard.torch\n"
         "w = torch.nn.Parameter(torch.ones(3))\n"
         "optimizer = lossguard.torch.LSTMOptimizer.pretrained([w], 'lstm-mnist-mlp')\n"
         "w.square().sum().backward()\n"

@@ -3,7 +3,7 @@
     python -m benchmarks.false_alarms [a folder for what is done, to go on from]
 
 An alarm is raised at a score of 32, with the defaults; the table has the highest that there was.
-Half an hour of a core, at rates at which each optimizer trains well.
+A quarter of an hour of a core, at rates at which each optimizer trains well.
 """
 
 import json
@@ -25,8 +25,8 @@ TASKS = {
     "Spirals": ("spirals", "none", MLP(), 100_000),
     "MNIST": ("mnist", "unit", MLP(), 50_000),
     "Fashion-MNIST": ("fashion_mnist", "unit", MLP(), 50_000),
-    "MNIST, ConvNet": ("mnist", "unit", ConvNet(), 3_000),
-    "CIFAR-10, ConvNet": ("cifar10", "unit", ConvNet(), 3_000),
+    "MNIST, ConvNet": ("mnist", "unit", ConvNet(), 1_000),
+    "CIFAR-10, ConvNet": ("cifar10", "unit", ConvNet(), 1_000),
 }
 """Data set, scaling, model, and steps of each run."""
 OPTIMIZERS = {
@@ -79,7 +79,7 @@ def main(folder: Path | None) -> None:
             if file:
                 with file.open("a") as out:
                     out.write(json.dumps(row) + "\n")
-    print("| task | steps of all runs | alarms | highest score of 32: SGD | momentum | Adam |")
+    print("| task | steps of all runs | alarms | highest count of 32: SGD | momentum | Adam |")
     print("|---|---|---|---|---|---|")
     for name in TASKS:
         rows = [row for row in done.values() if row[0] == name]

@@ -190,16 +190,17 @@ def test_numbers_of_the_table() -> None:
 
 @pytest.fixture(scope="module")
 def finals() -> pl.DataFrame:
-    """``final`` of each run of the results: the mean of the last four of its 40 losses."""
+    """``final`` of each run of the results: the mean of its losses over the last tenth."""
     if not RECORD.is_dir():
         pytest.skip("there are no records here")
     lines = gzip.decompress((RECORD / "runs.jsonl.gz").read_bytes()).decode().splitlines()
     rows = []
     for one in map(json.loads, lines):
         if one["fault"] in BY_NAME:
-            known = [min(loss, one["start"]) for _, loss in one["curve"][-4:]]
+            last = 0.9 * one["curve"][-1][0]
+            known = [min(loss, one["start"]) for spent, loss in one["curve"] if spent > last]
             known = [one["start"] if math.isnan(loss) else loss for loss in known]
-            final = one["start"] if one["error"] else sum(known) / 4
+            final = one["start"] if one["error"] else sum(known) / len(known)
             rows.append({name: one[name] for name in Key._fields} | {"final": final})
     return pl.DataFrame(rows)
 

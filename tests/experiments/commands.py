@@ -1,19 +1,10 @@
-"""The command, and the records that it leaves, as several tests here want them."""
+"""The records that a command leaves, as several tests here want them."""
 
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pytest
 
-from lossguard import cli, records
-
-
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
-    """Run ``lossguard`` with these arguments."""
-    monkeypatch.setattr(sys, "argv", ["lossguard", *map(str, arguments)])
-    cli.main()
+from lossguard import records
 
 
 def same_curves(folder: Path, expected: Path) -> None:

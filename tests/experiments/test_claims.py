@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from commands import command
 from tiny_run import ABOUT, leave
 
 from lossguard import records, run_folder
@@ -257,7 +256,8 @@ def test_of_each_mark_the_most_seeds_speak(tmp_path: Path) -> None:
     write(tmp_path / "one", "fig07", {"SGDnm": 1.0, "LGL2O": {1: 6.0, 10_000: 1.0}}, each_seed=[1])
     found = judged("7c", tmp_path)
     assert found.seeds == "5, 1 from 10,000" and found.mark == 100_000
-    assert found.numbers == "LGL2O over SGDnm: at most 2, at 100; 1 at 100,000; fails at 100 first"
+    told = "LGL2O over SGDnm: at most 2 (1 to 4), at 100; 1 at 100,000; fails at 100 first"
+    assert found.numbers == told
     assert found.verdict == "not reproduced"
 
 
@@ -474,13 +474,13 @@ def test_meta_training_explodes(tmp_path, meta_loss, last, verdict) -> None:
     assert judged("11a").verdict == "not run"
 
 
-def test_claims_about_other_runs_are_one_line(tmp_path, monkeypatch, capsys) -> None:
+def test_claims_about_other_runs_are_one_line(tmp_path, main, capsys) -> None:
     write(tmp_path / "other", "demo", TWO)
-    command(monkeypatch, "claims", tmp_path)
+    main("claims", tmp_path)
     assert capsys.readouterr().out.startswith("not run: 2a, 2b, 3a, ")
     write(tmp_path / "run", "fig05", {"SGDnm": 4.0, "LGL2O": 1.0})
     before = sorted(tmp_path.rglob("*"))
-    command(monkeypatch, "claims", tmp_path)
+    main("claims", tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
     out = capsys.readouterr().out
     for part in ("5a", "reproduced", "\nnot run: 2a, 2b, 3a, "):

@@ -32,9 +32,9 @@ def png(figure: Figure) -> bytes:
         if (told := shown(text.get_text())) != text.get_text():
             text.set_text(told)
     drawn = io.BytesIO()
-    told = {"Description": ", ".join(filter(None, (axes.get_xlabel() for axes in figure.axes)))}
+    about = {"Description": ", ".join(filter(None, (axes.get_xlabel() for axes in figure.axes)))}
     with mpl.rc_context({"axes.formatter.min_exponent": 4}):  # 0.001 to 1000 are plain numbers
-        figure.savefig(drawn, format="png", dpi=150, metadata=told)
+        figure.savefig(drawn, format="png", dpi=150, metadata=about)
     return drawn.getvalue()
 
 

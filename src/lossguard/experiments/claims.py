@@ -150,13 +150,12 @@ def _meta_training(
 def carries_over(figure: FigureCurves) -> Finding:
     """2b; a method is a data set here."""
     names = ("fashion_mnist", "moons", "circles", "spirals", "cifar10")
-    found = [from_first(name)(figure, 100) for name in names]
-    ratios = [one.value for one in found]
+    measured = [from_first(name)(figure, 100) for name in names]
+    ratios = [one.value for one in measured]
     told = ", ".join(f"{n} {short(one)}" for n, one in zip(names, ratios, strict=True))
     passes = max(ratios[:3]) < min(0.8, *ratios[3:])
-    return Finding(
-        passes, f"at 100 over the first loss: {told}", {100: min(one.seeds for one in found)}
-    )
+    seeds = min(one.seeds for one in measured)
+    return Finding(passes, f"at 100 over the first loss: {told}", {100: seeds})
 
 
 def fastest(figure: FigureCurves) -> Finding:

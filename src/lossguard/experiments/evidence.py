@@ -83,19 +83,18 @@ class FigureCurves:
         last for k. Infinite where a mean is not finite, so that it is worse than any other.
         """
         each = self.of_seeds(methods, k, earlier)
-        means = each.group_by("step", maintain_order=True).agg(pl.col(methods).mean())
-        return means.select(_or_inf(pl.col(methods))), each["seed"].n_unique()
+        return mean_losses(each), each["seed"].n_unique()
 
     def of_seeds(self, methods: Sequence[str], k: int, earlier: Sequence[int] = ()) -> pl.DataFrame:
         """The same of each seed: columns ``step``, ``seed``, and one for each method."""
-        curves, tables = self.of(methods, self.seeds(methods, k)), []
+        seeds, tables = self.seeds(methods, k), []
+        curves = self.of(methods, seeds)
         for j in (*(j for j in earlier if j < k), k):
-            table = mark_loss(curves, j).pivot("method", index="seed", values="loss")
-            if {*table.columns} != {"seed", *methods} or table.null_count().row(0).count(0) < len(
-                table.columns
-            ):
+            table = mark_loss(curves, j)
+            if len(table) < len(methods) * len(seeds):
                 raise NotRunError(f"{' and '.join(methods)} have no loss at {j:,}")
-            tables.append(table.select(pl.lit(j).alias("step"), "seed", *methods))
+            wide = table.pivot("method", index="seed", values="loss")
+            tables.append(wide.select(pl.lit(j).alias("step"), "seed", *methods))
         return pl.concat(tables)
 
     def share(self, method: str, first: float, last: float) -> tuple[float, int]:
@@ -123,6 +122,12 @@ class FigureCurves:
     def of(self, methods: Sequence[str], seeds: Sequence[int]) -> pl.DataFrame:
         """The curves of these methods and seeds, one after another."""
         return pl.concat(self.curves[m][seed] for m in methods for seed in seeds)
+
+
+def mean_losses(each: pl.DataFrame) -> pl.DataFrame:
+    """Over the seeds, a row for each step of what ``FigureCurves.of_seeds`` gives."""
+    means = each.group_by("step", maintain_order=True).agg(pl.all().exclude("seed").mean())
+    return means.select(_or_inf(pl.all().exclude("step")))
 
 
 def interval(each: pl.DataFrame, expression: pl.Expr) -> tuple[float, float]:
@@ -189,9 +194,13 @@ def _is_of_recipe(config: Mapping[str, Any]) -> bool:
 def _figure(config: Mapping[str, Any]) -> str | None:
     """The figure that a run is of, if it has the settings of its recipe but for ``FREE``."""
     name = config["name"]
-    if name == "fig02":  # put together from runs on several data sets
-        return name
-    of_paper = name.startswith("fig") and name in PAPERS and has_settings(config)
+    return figure_of(name) if name == "fig02" or (name in PAPERS and has_settings(config)) else None
+
+
+def figure_of(name: str) -> str | None:
+    """The figure of the paper that a run of this name is of, such as "fig02"."""
+    together = name == "fig02"  # from runs on several data sets
+    of_paper = together or (name in PAPERS and name.startswith("fig"))
     return name.partition("-")[0] if of_paper else None
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from .evidence import MARKS, Evidence, FigureCurves, NotRunError, interval
+from .evidence import MARKS, Evidence, FigureCurves, NotRunError, interval, mean_losses
 
 HOLDS: Mapping[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
@@ -99,12 +99,9 @@ def of_losses(expression: pl.Expr, earlier: Sequence[int] = ()) -> Value:
     methods = [*dict.fromkeys(expression.meta.root_names())]
 
     def value(figure: FigureCurves, k: int) -> Measured:
-        losses, seeds = figure.losses(methods, k, earlier)
-
-        def spread() -> tuple[float, float]:
-            return interval(figure.of_seeds(methods, k, earlier), expression)
-
-        return Measured(losses.select(expression)[-1].item(), seeds, spread)
+        each = figure.of_seeds(methods, k, earlier)
+        found = mean_losses(each).select(expression)[-1].item()
+        return Measured(found, each["seed"].n_unique(), lambda: interval(each, expression))
 
     return value
 

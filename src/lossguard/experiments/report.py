@@ -6,7 +6,6 @@ in ``report.html`` and ``report.css``.
 
 import base64
 import json
-import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from ..files import write_whole
 from ..metatrain import figure as meta
 from ..records import EVALUATIONS, Record, read_parquet, read_runs
 from .claims import judge_claims
-from .evidence import has_settings
+from .evidence import figure_of, has_settings
 from .figures import BANDS, SMOOTHED_FROM, draw_run, summary
 from .price import at_equal_price
 from .recipes import PAPERS
@@ -100,13 +99,13 @@ def _section(folder: Path, record: Record) -> dict[str, Any]:
             "tables": [],
             "worth": "",
         }
-    found = re.match(r"fig0*(\d+)", name) if name in PAPERS or name == "fig02" else None
+    figure = figure_of(name)
     titled = config["title"] or name
     titled = titled if titled.startswith(name) else f"{name}: {titled}"
     seeds = f"{config['seeds']} seed{'s' * (config['seeds'] > 1)}"
     return about | {
         "name": name,
-        "figure": found[1] if found else None,
+        "figure": figure and str(int(figure.removeprefix("fig"))),
         "title": f"{titled}, {last_step(curves):,} steps, {seeds}",
         "image": _encoded(draw_run(record)),
         "tables": [(CAPTION, summary(record)), *_evaluations(folder)],

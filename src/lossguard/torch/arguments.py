@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
+from lossguard.torch.rates import beside_state
 from lossguard.torch.tensors import leaves, local, read
 from lossguard.validation import check_kind, told
 
@@ -107,8 +108,7 @@ def check_functions(**given: Any) -> None:
 
 def check_wrapped(name: str, optimizer: Any) -> None:
     """Refuse an optimizer around others that remember for themselves: they would not go along."""
-    held = [one for name, one in vars(optimizer).items() if name not in ("state", "param_groups")]
-    for inner in leaves(held):
+    for inner in leaves(beside_state(optimizer)):
         if isinstance(inner, Optimizer) and inner.state is not getattr(optimizer, "state", None):
             raise ValueError(
                 f"{name} must keep all that it remembers in its state, got "

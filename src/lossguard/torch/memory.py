@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.rates import Group, options_of, same, set_back
+from lossguard.torch.rates import Group, beside_state, options_of, same, set_back
 from lossguard.torch.tensors import finite, leaves, local
 
 T = TypeVar("T")
@@ -178,8 +178,8 @@ def entries_of(param: Tensor, found: Any) -> dict[Any, Any]:
 def refuse_copies(optimizer: Optimizer, moved: list[Tensor], params: Iterable[Tensor]) -> None:
     """Refuse copies of parameters that have moved, where they would undo what is set back."""
     params = list(params)
-    for name, held in vars(optimizer).items():
-        if name not in ("state", "param_groups") and _holds(held, moved, params):
+    for name, held in beside_state(optimizer).items():
+        if _holds(held, moved, params):
             raise ValueError(
                 "copies of the parameters must be in an optimizer's state, which goes where they "
                 f"go, got {type(optimizer).__name__} with some in {name}"

@@ -126,6 +126,11 @@ def _rate(group: Group) -> float | None:
     return None if group.get("lr") is None else float(group["lr"])
 
 
+def beside_state(optimizer: Any) -> dict[str, Any]:
+    """What an optimizer holds beside its state and its groups, by attribute."""
+    return {k: one for k, one in vars(optimizer).items() if k not in ("state", "param_groups")}
+
+
 def options_of(group: Group) -> Group:
     """The settings of a group."""
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}

@@ -29,6 +29,9 @@ pytestmark = pytest.mark.usefixtures("eager")
         (jnp.array(INF), False),
         (jnp.array(-INF), False),
         ({"w": jnp.ones(2), "b": jnp.array(NAN, jnp.bfloat16)}, False),
+        (jnp.array([3e38, 3e38]), True),
+        (jnp.array([INF, -INF, 1.0]), False),
+        (jnp.array([1.0, complex(0, INF)]), False),
     ],
 )
 def test_all_finite(tree, finite) -> None:

@@ -176,31 +176,36 @@ class Rules:
         steps, advanced = self.optimizer.update(updates, state.inner, x, **extra_args)
         advanced = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), advanced, state.inner)
         steps = jax.tree.map(lambda u, p: scaled(u, scale, p), steps, x)
-        ahead = optax.apply_updates(x, steps)
-        sound = jnp.isfinite(loss) & snapshot.can_return_from(ahead, x)
+        sound = jnp.isfinite(loss)
+        sound &= snapshot.can_return_from(optax.apply_updates(x, steps), x)
         sound &= is_sound(advanced, state.inner, equal_nan=True)
         before = state._replace(calls=advance(state.calls, 1), scale=scale)
         state, takes, returns, ends, promotes = self.decide(before, loss, sound)
-        stays = jax.tree.map(jnp.zeros_like, steps), state.inner
-        move, inner = select(takes, (steps, advanced), stays)
-        back = returns | before.landing
-
-        was, ends = state.snapshots, ends & ~back
+        back, was = returns | before.landing, state.snapshots
+        ends &= ~back
         second = was.second ^ (promotes & ends)
+
+        def candidate(_: PyTree, x: Params, steps: PyTree, advanced: PyTree) -> PyTree:
+            return optax.apply_updates(x, steps), advanced
+
         slots = tuple(  # a loop each: together they would be copied in every step
-            snapshot.only_if(ends & other, lambda _: (ahead, advanced), slot)
+            snapshot.only_if(ends & other, candidate, slot, x, steps, advanced)
             for other, slot in zip((second, ~second), was.slots, strict=True)
         )
         snapshots = Snapshots(slots, second, was.pending | ends)
 
-        def goes_back(now: tuple) -> tuple:
+        def elsewhere(now: tuple, x: Params, stays: PyTree, snapshots: Snapshots) -> tuple:
+            steps, advanced, _ = now
+            inner = select(takes, advanced, stays)
             point, memory = snapshots.trusted
-            move, lands = snapshot.way_back(point, x, now[0])
-            return move, keep_schedules(memory, now[1]), ~lands
+            move, lands = snapshot.way_back(point, x, steps)
+            move = jax.tree.map(lambda way: jnp.where(back, way, 0), move)
+            return move, select(back, keep_schedules(memory, inner), inner), back & ~lands
 
-        # No loop: XLA would compute the way back in every step, ahead of it.
-        now = move, inner, jnp.array(False)
-        move, inner, misses = jax.lax.cond(back, goes_back, lambda now: now, now)
+        now = steps, advanced, jnp.array(False)
+        move, inner, misses = snapshot.only_if(
+            ~takes | back, elsewhere, now, x, before.inner, snapshots
+        )
         landing = misses & ~before.landing
         return move, state._replace(inner=inner, snapshots=snapshots, landing=landing)
 

@@ -56,9 +56,16 @@ def way_back(point: Params, params: Params, like: PyTree) -> tuple[PyTree, Bool[
     return move, jnp.array(jax.tree.leaves(same)).all()
 
 
-def only_if(condition: Bool[Array, ""], change: Callable[[PyTree], PyTree], tree: PyTree) -> PyTree:
-    """``change(tree)`` where the condition holds, else the tree.
+def only_if(
+    condition: Bool[Array, ""], change: Callable[..., PyTree], tree: PyTree, *given: PyTree
+) -> PyTree:
+    """``change(tree, *given)`` where the condition holds, else the tree.
 
-    A loop of one round or none. Unlike ``lax.cond`` it doesn't copy the tree if there is none.
+    A loop of one round or none. Unlike ``lax.cond`` it doesn't copy the tree if there is none. What
+    it computes from is handed in: of what a loop closes over XLA computes ahead of it, each time.
     """
-    return jax.lax.fori_loop(0, condition.astype(int), lambda _, tree: change(tree), tree)
+
+    barrier = jax.lax.optimization_barrier
+    return jax.lax.fori_loop(
+        0, condition.astype(int), lambda k, tree: change(tree, *barrier((k, given))[1]), tree
+    )

@@ -1,6 +1,7 @@
 """Which parameters, states and gradients are finite, and what replaces those that aren't."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -18,9 +19,8 @@ SymbolicZero = jax.custom_derivatives.SymbolicZero
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """Whether every floating-point number in a pytree is finite."""
-    return jnp.array(
-        [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree) if _is_float(leaf)]
-    ).all()
+    leaves = list(filter(_is_float, jax.tree.leaves(tree)))
+    return _are_finite(leaves, lambda: [jnp.isfinite(leaf).all() for leaf in leaves])
 
 
 def is_sound(tree: PyTree, start: PyTree, *, equal_nan: bool = False) -> Bool[Array, ""]:
@@ -35,7 +35,18 @@ def is_sound(tree: PyTree, start: PyTree, *, equal_nan: bool = False) -> Bool[Ar
         return (jnp.isfinite(now) | as_begun).all()
 
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(start), strict=True)
-    return jnp.array([fine(now, then) for now, then in pairs if _is_float(now)]).all()
+    floats = [(now, then) for now, then in pairs if _is_float(now)]
+    return _are_finite([now for now, _ in floats], lambda: [fine(*pair) for pair in floats])
+
+
+def _are_finite(leaves: list[Array], exactly: Callable[[], list[Array]]) -> Bool[Array, ""]:
+    """Whether all are, by their sums, which take a third of the time; ``exactly`` where one isn't.
+
+    A sum of which a part isn't finite isn't either; it may also have overflown.
+    """
+    sums = [leaf.sum(dtype=jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves]
+    finite = jnp.isfinite(jnp.array(sums)).all()
+    return jax.lax.cond(finite, lambda: finite, lambda: jnp.array(exactly()).all())
 
 
 def with_sound_gradients(objective: Objective, params: Params, i: Any) -> Objective:

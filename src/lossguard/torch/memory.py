@@ -20,7 +20,9 @@ from lossguard.torch.rates import Group, beside_state, options_of, same, set_bac
 from lossguard.torch.tensors import finite, leaves, local
 
 T = TypeVar("T")
-Noted = dict[str, list[tuple[Any, int | None]]]
+Noted = dict[str, Any]
+FIXED = {bool, int, float, str, type(None)}
+"""Types of settings that are noted as they are: a step can but put others in their place."""
 
 
 class Memory(NamedTuple):
@@ -149,7 +151,7 @@ def noted(group: Group) -> Noted:
         return leaf._version if isinstance(leaf, Tensor) else None
 
     return {
-        key: [(leaf, written(leaf)) for leaf in leaves(value)]
+        key: value if type(value) in FIXED else [(leaf, written(leaf)) for leaf in leaves(value)]
         for key, value in options_of(group).items()
     }
 
@@ -157,8 +159,10 @@ def noted(group: Group) -> Noted:
 def changes_since(before: Noted, group: Group) -> set[str]:
     """Names of the settings that aren't as they were noted."""
 
-    def is_as_before(key: str, now: list[tuple[Any, int | None]]) -> bool:
-        old = before.get(key, [(None, None)])
+    def is_as_before(key: str, now: Any) -> bool:
+        old = before.get(key)
+        if not (isinstance(old, list) and isinstance(now, list)):
+            return same(old, now)
         pairs = zip(old, now, strict=False)
         return len(old) == len(now) and all(w == v and same(a, b) for (a, w), (b, v) in pairs)
 

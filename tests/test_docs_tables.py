@@ -47,7 +47,7 @@ def test_claims_are_those_of_the_records(verdicts: list[Verdict]) -> None:
 
 def test_readings_are_those_of_the_records() -> None:
     """The counts of claims about images and about points, and the reading that is named as best."""
-    names = ("readings", "fig03", "fig04", "fig05")
+    names = ("readings", "fig03", "fig04", "fig04-early", "fig05")
     judged = judge_readings(read_runs([ROOT / "results" / name for name in names])[0])
     verdicts = {one.reading: one.verdicts for one in judged}
 

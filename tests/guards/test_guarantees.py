@@ -235,3 +235,33 @@ def test_without_a_guard_they_are_hostile() -> None:
     hostile = jax.jit(lambda which: alone(optimizers.hostile(which, turn=50)))
     for which, name in enumerate(optimizers.HOSTILE):
         assert not hostile(which) <= 2 * sgd, name
+
+
+def stands_still(steps: int) -> optax.GradientTransformation:
+    """Until that step, which leads to 0."""
+
+    def update(gradient, count, params):
+        move = jnp.where(count + 1 == steps, -params, jnp.zeros_like(params))
+        return move, count + 1
+
+    return optax.GradientTransformation(lambda params: jnp.int32(0), update)
+
+
+@pytest.mark.parametrize("make", [lossguard.recommended, lossguard.hedged])
+def test_a_small_price_is_no_match_for_who_needs_long(make) -> None:
+    """The instance of ``docs/guarantees.md``, section 4.
+
+    Of k steps at most 0.05 k + sqrt(k) go to the one that is behind, so it comes to its step N only
+    after k*, where these are N.
+    """
+    fallback, n = optax.sgd(1e-5), 300
+    k = next(k for k in range(10**5) if 0.05 * k + k**0.5 >= n)
+    assert k > 14 * n
+    start, objective = jnp.ones(1), lambda params, i: jnp.sum(params**2)
+    alone = lossguard.unguarded(stands_still(n))
+    states, _ = play(alone, objective, start, n // 10)
+    assert states.params[-1] == 0 and states.params[-2] == 1
+    guard = make(stands_still(n), fallback)
+    states, decisions = play(guard, objective, start, k // 10)
+    assert 0 < decisions.learned_updates.sum() < n and decisions.price().sum() > 14 * n
+    assert (states.params > 0.9).all()

@@ -3,6 +3,7 @@
 import importlib
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -147,3 +148,18 @@ def test_the_trainer_resumes_within_a_cycle(example, tmp_path, monkeypatch, caps
     assert whole.state.log_history[-1]["train_loss"] < 4.5  # ln 128 = 4.85 before the first step
     with pytest.raises(ValueError, match=r"^gradient_accumulation_steps must be 1, got 4"):
         main(steps=26, out=tmp_path, accumulate=4)
+
+
+def test_fsdp2_by_torchrun(tmp_path):
+    """Two processes go back once, after the spike; one goes on from where they were."""
+    of_ranks = []
+    for ranks in (2, 1):
+        run = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        program = [EXAMPLES / "torch_fsdp2.py", "--folder", tmp_path / "checkpoint"]
+        command = [sys.executable, "-m", *run, *program]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        of_ranks += re.findall(r"step (\d+): loss ([\d.]+), returns (\d)", done.stdout)
+    assert [int(step) for step, *_ in of_ranks] == list(range(100, 900, 100))
+    assert [int(returns) for *_, returns in of_ranks] == [0] * 2 + [1] * 6
+    assert float(of_ranks[-1][1]) < 0.5 * float(of_ranks[1][1])

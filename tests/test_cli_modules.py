@@ -34,7 +34,7 @@ def test_module_named_like_another_leaves_that_alone(tmp_path: Path, name: str) 
     path.write_text("def recipe():\n    return 'mine'\n")
     before = sys.modules[name]
     for _ in range(2):  # the second time it is there already
-        assert find_recipe(f"{path}:recipe", {}, "run", str, dict) == ("recipe", "mine")
+        assert find_recipe(f"{path}:recipe", {}, "run", str) == ("recipe", "mine")
     assert sys.modules[name] is before
     del sys.modules[str(path)]
 
@@ -48,7 +48,7 @@ def test_a_module_with_the_name_of_a_library_does_not_hide_it(tmp_path: Path) ->
     path.write_text("def recipe():\n    return 'mine'\ndef function(): pass\n")
     sys.path.insert(0, str(library))
     try:
-        assert find_recipe(f"{path}:recipe", {}, "run", str, dict) == ("recipe", "mine")
+        assert find_recipe(f"{path}:recipe", {}, "run", str) == ("recipe", "mine")
         assert importlib.import_module(path.stem).THEIRS
         function = sys.modules[str(path)].function
         assert as_config(Named(function)) == {"function": f"{path.stem}:function"}
@@ -70,7 +70,7 @@ def test_a_recipe_may_define_dataclasses_whatever_its_file_is_called(tmp_path: P
             "@dataclass\nclass Mine:\n    a: int = 0\n    _: KW_ONLY\n    b: int\n"
             "def recipe(): return str(Mine(b=1))\n"
         )
-        found = find_recipe(f"{tmp_path / name}:recipe", {}, "run", str, dict)
+        found = find_recipe(f"{tmp_path / name}:recipe", {}, "run", str)
         assert found == ("recipe", "Mine(a=0, b=1)")
         del sys.modules[str(tmp_path / name)]
 
@@ -80,7 +80,7 @@ def test_modules_of_one_name_are_kept_apart(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "twin.py").write_text(f"def recipe():\n    return {folder!r}\n")
     found = [
-        find_recipe(f"{tmp_path / f / 'twin.py'}:recipe", {}, "run", str, dict)
+        find_recipe(f"{tmp_path / f / 'twin.py'}:recipe", {}, "run", str)
         for f in ("a", "b", "b/../a")
     ]
     assert [recipe for _, recipe in found] == ["a", "b", "a"]
@@ -91,7 +91,7 @@ def test_module_may_import_one_beside_it(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "besides.py").write_text("MINE = 'mine'\n")
     (tmp_path / "importing.py").write_text("import besides\ndef recipe(): return besides.MINE\n")
-    found = find_recipe(f"{tmp_path / 'importing.py'}:recipe", {}, "run", str, dict)
+    found = find_recipe(f"{tmp_path / 'importing.py'}:recipe", {}, "run", str)
     assert found == ("recipe", "mine")
     del sys.modules["besides"], sys.modules["importing"]
 

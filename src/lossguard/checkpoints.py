@@ -16,7 +16,7 @@ from safetensors.numpy import save
 
 from . import checksums
 from .files import write_whole
-from .terminal import PlainConsole
+from .terminal import tell
 
 SUFFIX = ".safetensors"
 KEPT = 2
@@ -87,11 +87,7 @@ class Checkpoints:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         damaged = self._folder / f"{step}.damaged"
         self._path(step).replace(damaged)
-        PlainConsole(stderr=True).print(
-            f"checkpoint {step} is damaged and was passed over, it is now {damaged}: {reason}",
-            style="yellow",
-            soft_wrap=True,
-        )
+        tell(f"checkpoint {step} is damaged and was passed over, it is now {damaged}: {reason}")
 
 
 def _written(write: Callable[[io.BytesIO], Any]) -> np.ndarray:

@@ -31,20 +31,13 @@ from .terminal import tell
 from .validation import one_of
 
 WITH_RECIPES: Mapping[str, Callable[[Sequence[str]], None]] = {
-    "demo": demo,
-    "run": run,
-    "sweep": sweep,
-    "metatrain": metatrain,
+    one.__name__: one for one in (demo, run, sweep, metatrain)
 }
 """Their options are those of a recipe."""
-COMMANDS: Mapping[str, Callable[..., None]] = WITH_RECIPES | {
-    "benchmark": benchmark,
-    "plot": plot,
-    "claims": claims,
-    "readings": readings,
-    "report": report,
-    "list": list_all,
+OTHERS: Mapping[str, Callable[..., None]] = {
+    one.__name__: one for one in (benchmark, plot, claims, readings, report)
 }
+COMMANDS = {**WITH_RECIPES, **OTHERS, "list": list_all}
 
 
 def main() -> None:

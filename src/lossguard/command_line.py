@@ -34,17 +34,10 @@ class Sweep:
     """Address of a Ray cluster to spread the runs over, or "auto" or "local"."""
 
 
-def find_recipe(
-    name: str,
-    recipes: Mapping[str, Any],
-    command: str,
-    kind: type,
-    elsewhere: Callable[[], Mapping[str, str]],
-) -> tuple[str, Any]:
+def find_recipe(name: str, recipes: Mapping[str, Any], command: str, kind: type) -> tuple[str, Any]:
     """The recipe of that name: one of ours, or ``path/to/module.py:function``.
 
-    Asked for help it tells how to use the command, and exits. ``elsewhere`` makes the names that
-    other commands run, and these commands; it is called for an unknown name alone.
+    Asked for help it tells how to use the command, and exits.
     """
     if name in ("-h", "--help"):
         several = "..." if command == "sweep" else ""
@@ -69,7 +62,12 @@ def find_recipe(
     if name.endswith(".py"):
         raise ValueError(f"{command} needs a function of {name}: name it, as in {name}:my_recipe")
     if name not in recipes:
-        if other := elsewhere().get(name):
+        from .experiments import RECIPES
+        from .experiments.recipes import ELSEWHERE
+        from .metatrain.recipes import RECIPES as META
+
+        runs = {n: f"run {n}" for n in RECIPES} | {n: f"metatrain {n}" for n in META}
+        if other := {**runs, **ELSEWHERE}.get(name):
             raise ValueError(f"{name} is run by lossguard {other}")
         got = f"{name!r}{nearest(recipes, name)}" if name else "none"
         raise ValueError(

@@ -45,19 +45,6 @@ def _loop_of(
     return loop
 
 
-def _loop(guard: Guard, objective: Objective, most: int) -> Callable[..., Any]:
-    """The same with the objective's arrays given: what is left takes cycles and the state."""
-    leaves, tree = jax.tree.flatten(objective)
-    arrays, static = eqx.partition(leaves, eqx.is_array)
-    try:
-        return partial(_loop_of(guard, (*static,), (*map(type, static),), tree, most), arrays)
-    except TypeError as error:
-        raise ValueError(
-            "objective must be hashable, or a pytree (jax.tree_util.Partial, equinox.Module), got "
-            f"{type(objective).__name__}: {error}"
-        ) from error
-
-
 def rollout(
     guard: Guard, state: GuardState, objective: Objective, *, cycles: int, most: int | None = None
 ) -> tuple[GuardState, Decision]:
@@ -93,10 +80,19 @@ def rollout(
     most = cycles if most is None else check_count("most", most)
     if cycles > most:
         raise ValueError(f"cycles must be at most {most}, got {cycles}")
-    loop, count = _loop(guard, objective, most), jax.device_put(np.int32(cycles))
+    leaves, tree = jax.tree.flatten(objective)
+    arrays, static = eqx.partition(leaves, eqx.is_array)
+    try:
+        loop = _loop_of(guard, (*static,), (*map(type, static),), tree, most)
+    except TypeError as error:
+        raise ValueError(
+            "objective must be hashable, or a pytree (jax.tree_util.Partial, equinox.Module), got "
+            f"{type(objective).__name__}: {error}"
+        ) from error
+    count = jax.device_put(np.int32(cycles))
     with warnings.catch_warnings():  # under vmap a count of all seeds has no place in one of each
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-        state, decisions = loop(count, _own(state, objective))
+        state, decisions = loop(arrays, count, _own(state, objective))
     if cycles < most:
         decisions = jax.tree.map(lambda leaf: _first(leaf, cycles), decisions)
     return state, decisions

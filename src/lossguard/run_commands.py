@@ -47,7 +47,7 @@ def run(arguments: Sequence[str]) -> None:
     from .experiments import RECIPES, Experiment
 
     given = next(iter(arguments), "")
-    name, recipe = find_recipe(given, RECIPES, "run", Experiment, _elsewhere)
+    name, recipe = find_recipe(given, RECIPES, "run", Experiment)
     _run(*override(recipe, Where(Path("runs") / name), arguments[1:], f"run {given}"))
 
 
@@ -65,7 +65,7 @@ def sweep(arguments: Sequence[str]) -> None:
         for name in dict.fromkeys(names or arguments[:1] or [""])
         for recipe in SETS.get(name, (name,))
     ]:
-        name, recipe = find_recipe(given, known, "sweep", Experiment, _elsewhere)
+        name, recipe = find_recipe(given, known, "sweep", Experiment)
         where, experiment = override(recipe, where, options, f"sweep {' '.join(names)}")
         if experiments.setdefault(name, experiment) != experiment:
             raise ValueError(f"recipes must have different names, but two are called {name}")
@@ -120,28 +120,13 @@ def metatrain(arguments: Sequence[str]) -> None:
     from .metatrain.recipes import RECIPES
 
     given = next(iter(arguments), "")
-    name, recipe = find_recipe(given, RECIPES, "metatrain", loop.MetaTraining, _experiments)
+    name, recipe = find_recipe(given, RECIPES, "metatrain", loop.MetaTraining)
     where = Where(Path("runs") / name)
     where, config = override(recipe, where, arguments[1:], f"metatrain {given}")
     with _resumable(where):
         weights = loop.metatrain(config, where.out, resume=where.resume)
     print(shown(f"weights: {weights}"))
     show(where.out)
-
-
-def _experiments() -> dict[str, str]:
-    """Names that are no meta-training."""
-    from .experiments import RECIPES
-
-    return {name: f"run {name}" for name in RECIPES}
-
-
-def _elsewhere() -> dict[str, str]:
-    """Names that are no experiment, and the command that runs them."""
-    from .experiments.recipes import ELSEWHERE
-    from .metatrain.recipes import RECIPES
-
-    return {**ELSEWHERE, **{name: f"metatrain {name}" for name in RECIPES}}
 
 
 def _run(where: Where, experiment: Any) -> None:

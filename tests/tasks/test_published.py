@@ -12,7 +12,7 @@ from lossguard.tasks import moons, published
 from lossguard.tasks.dataset import Dataset, make_dataset
 from lossguard.tasks.goals import RECONSTRUCTION
 from lossguard.tasks.models import ReluMLP
-from lossguard.tasks.published import PUBLISHED, first, published_task, resized
+from lossguard.tasks.published import PUBLISHED, published_task, resized
 from lossguard.tasks.task import Task
 
 
@@ -67,10 +67,14 @@ def test_resizing_is_pytorch_s_bilinear_without_antialiasing() -> None:
     np.testing.assert_array_equal(small.train.labels, data.train.labels)
 
 
-def test_the_first_examples_stay_as_they_are() -> None:
+def test_the_first_examples_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     data = images(20)
-    np.testing.assert_array_equal(first(data, 7).train.inputs, data.train.inputs[:7])
-    np.testing.assert_array_equal(first(data, 7).test.labels, data.test.labels)
+    monkeypatch.setattr(published, "load_dataset", lambda name, scaling: data)
+    monkeypatch.setattr(published, "TRAINED_ON", 7)
+    found = published_task("ImageMLP_Mnist_128x128x128_Relu").dataset
+    np.testing.assert_array_equal(found.train.inputs, data.train.inputs[:7])
+    np.testing.assert_array_equal(found.train.labels, data.train.labels[:7])
+    np.testing.assert_array_equal(found.test.labels, data.test.labels)
 
 
 def test_layers_begin_as_haiku_s() -> None:

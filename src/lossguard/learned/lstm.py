@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ..validation import check_kind, check_lstm, check_network
+from .weights_file import ARCHITECTURES
 
 
 class LSTMLayer(NamedTuple):
@@ -46,25 +47,16 @@ def init_lstm_weights(key: PRNGKeyArray, *, hidden: int = 20, layers: int = 2) -
     """
     check_network(hidden, layers)
     bound = hidden**-0.5
-
-    def uniform(key: PRNGKeyArray, *shape: int) -> Array:
-        return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-
     *layer_keys, output_key = jax.random.split(key, layers + 1)
-    made = []
-    for number, layer_key in enumerate(layer_keys):
-        k = jax.random.split(layer_key, 4)
-        inputs = hidden if number else 2
-        made.append(
-            LSTMLayer(
-                weight_ih=uniform(k[0], 4 * hidden, inputs),
-                weight_hh=uniform(k[1], 4 * hidden, hidden),
-                bias_ih=uniform(k[2], 4 * hidden),
-                bias_hh=uniform(k[3], 4 * hidden),
-            )
-        )
-    k = jax.random.split(output_key)
-    return LSTMWeights(tuple(made), uniform(k[0], 1, hidden), uniform(k[1], 1))
+    keys = [k for one in layer_keys for k in jax.random.split(one, 4)]
+    keys += [*jax.random.split(output_key)]
+    shapes = ARCHITECTURES["lstm"].shapes(hidden, layers).values()
+    leaves = [
+        jax.random.uniform(k, tuple(shape), jnp.float32, -bound, bound)
+        for k, shape in zip(keys, shapes, strict=True)
+    ]
+    made = tuple(LSTMLayer(*leaves[k : k + 4]) for k in range(0, 4 * layers, 4))
+    return LSTMWeights(made, *leaves[-2:])
 
 
 def lstm_optimizer(

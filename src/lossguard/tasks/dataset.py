@@ -95,14 +95,8 @@ def make_dataset(
     note: str = "",
 ) -> Dataset:
     """A data set of (inputs, labels); ``largest`` is the largest value that a pixel can have."""
-    if scaling == "unit":
-        offset, scale = 0.0, 1 / largest
-    elif scaling == "symmetric":
-        offset, scale = largest / 2, 2 / largest
-    elif scaling == "standardized":
-        offset, scale = _standardization(train[0])
-    else:
-        offset, scale = 0.0, 1.0
+    of = {"none": (0.0, 1.0), "unit": (0.0, 1 / largest), "symmetric": (largest / 2, 2 / largest)}
+    offset, scale = of.get(scaling) or _standardization(train[0])
     return Dataset(
         Split(train[0], jnp.asarray(train[1], jnp.int32)),
         Split(test[0], jnp.asarray(test[1], jnp.int32)),

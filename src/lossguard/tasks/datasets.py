@@ -10,18 +10,10 @@ from .dataset import Dataset
 from .images import cifar10, digits, fashion_mnist, mnist, tiny_imagenet, tiny_imagenet50_32px
 from .points import circles, moons, spirals
 
+POINTS = spirals, circles, moons
+IMAGES = digits, mnist, fashion_mnist, cifar10, tiny_imagenet, tiny_imagenet50_32px
 DATASETS: Mapping[str, Callable[..., Dataset]] = MappingProxyType(
-    {
-        "spirals": spirals,
-        "circles": circles,
-        "moons": moons,
-        "digits": digits,
-        "mnist": mnist,
-        "fashion_mnist": fashion_mnist,
-        "cifar10": cifar10,
-        "tiny_imagenet": tiny_imagenet,
-        "tiny_imagenet50_32px": tiny_imagenet50_32px,
-    }
+    {loader.__name__: loader for loader in POINTS + IMAGES}
 )
 
 

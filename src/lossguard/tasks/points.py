@@ -1,6 +1,7 @@
 """Classification of points in the plane: Spirals, Circles and Moons."""
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -71,15 +72,9 @@ def circles(
 
     ``factor`` is in [0, 1). The other arguments and errors are those of ``spirals``.
     """
-    with needed("the data set circles"):  # takes a second to import
-        from sklearn.datasets import make_circles
-
-    _check_points(samples, test_samples, noise, seed, scaling)
     check_part("factor", factor)
-    train_seed, test_seed = _two_seeds(seed)
-    train = make_circles(samples, noise=noise, factor=factor, random_state=train_seed)
-    test = make_circles(test_samples, noise=noise, factor=factor, random_state=test_seed)
-    return _points("circles", train, test, scaling)
+    sizes = samples, test_samples
+    return _of_sklearn("circles", sizes, noise, seed, scaling, factor=factor)
 
 
 def moons(
@@ -94,14 +89,21 @@ def moons(
 
     Arguments and errors are those of ``spirals``.
     """
-    with needed("the data set moons"):  # takes a second to import
-        from sklearn.datasets import make_moons
+    return _of_sklearn("moons", (samples, test_samples), noise, seed, scaling)
 
-    _check_points(samples, test_samples, noise, seed, scaling)
-    train_seed, test_seed = _two_seeds(seed)
-    train = make_moons(samples, noise=noise, random_state=train_seed)
-    test = make_moons(test_samples, noise=noise, random_state=test_seed)
-    return _points("moons", train, test, scaling)
+
+def _of_sklearn(
+    name: str, sizes: tuple[int, int], noise: float, seed: int, scaling: str, **shape: float
+) -> Dataset:
+    """Two draws of its ``make_NAME``, with seeds of their own."""
+    with needed(f"the data set {name}"):  # takes a second to import
+        from sklearn import datasets
+
+    _check_points(*sizes, noise, seed, scaling)
+    seeds = np.random.SeedSequence(seed).generate_state(2)
+    make = partial(getattr(datasets, f"make_{name}"), noise=noise, **shape)
+    train, test = (make(n, random_state=int(s)) for n, s in zip(sizes, seeds, strict=True))
+    return _points(name, train, test, scaling)
 
 
 # scikit-learn's annotations are wider than what it returns.
@@ -115,12 +117,6 @@ def _points(name: str, train: tuple[Any, Any], test: tuple[Any, Any], scaling: s
         name=name,
         classes=2,
     )
-
-
-def _two_seeds(seed: int) -> tuple[int, int]:
-    """Independent seeds for the two splits."""
-    train, test = np.random.SeedSequence(seed).generate_state(2)
-    return int(train), int(test)
 
 
 def _check_points(samples: int, test_samples: int, noise: float, seed: int, scaling: str) -> None:

@@ -66,20 +66,11 @@ def published_task(name: str) -> Task:
     if name not in PUBLISHED:
         raise ValueError(f"published task must be {one_of(PUBLISHED, name)}")
     of = PUBLISHED[name]
-    data = first(load_dataset(of.dataset, scaling="unit"), TRAINED_ON)
+    data = load_dataset(of.dataset, scaling="unit")
+    train = Split(data.train.inputs[:TRAINED_ON], data.train.labels[:TRAINED_ON])
+    data = eqx.tree_at(lambda it: it.train, data, train)
     data = data if of.size is None else resized(data, of.size)
     return Task(data, of.model, goal=of.goal)
-
-
-def first(data: Dataset, examples: int) -> Dataset:
-    """A data set with the first so many examples of its training split.
-
-    >>> from lossguard.tasks import digits
-    >>> len(first(digits(), 100).train.labels)
-    100
-    """
-    train = Split(data.train.inputs[:examples], data.train.labels[:examples])
-    return eqx.tree_at(lambda it: it.train, data, train)
 
 
 def resized(data: Dataset, size: int) -> Dataset:
@@ -101,5 +92,4 @@ def resized(data: Dataset, size: int) -> Dataset:
         shape = (len(images), size, size, images.shape[-1])
         return jax.image.resize(images.astype(jnp.float32), shape, "bilinear", antialias=False)
 
-    both = lambda it: (it.train.inputs, it.test.inputs)  # noqa: E731
-    return eqx.tree_at(both, data, tuple(one(images) for images in both(data)))
+    return eqx.tree_at(lambda it: (it.train.inputs, it.test.inputs), data, replace_fn=one)

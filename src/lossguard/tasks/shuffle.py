@@ -59,15 +59,11 @@ def permuted(
             radix, other = other, radix
         return left + a * right  # ROUNDS is even: the halves are back in their places
 
-    def outside(x: UInt32[Array, " m"]) -> Array:
-        return jnp.any(x >= n)
-
-    def walk(x: UInt32[Array, " m"]) -> UInt32[Array, " m"]:
-        return jnp.where(x >= n, encrypt(x), x)
-
     x = encrypt(positions.astype(jnp.uint32))
     if a * b > n:
-        x = jax.lax.while_loop(outside, walk, x)
+        x = jax.lax.while_loop(
+            lambda x: jnp.any(x >= n), lambda x: jnp.where(x >= n, encrypt(x), x), x
+        )
     return x.astype(jnp.int32)
 
 

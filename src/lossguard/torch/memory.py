@@ -181,21 +181,15 @@ def entries_of(param: Tensor, found: Any) -> dict[Any, Any]:
 
 def refuse_copies(optimizer: Optimizer, moved: list[Tensor], params: Iterable[Tensor]) -> None:
     """Refuse copies of parameters that have moved, where they would undo what is set back."""
-    params = list(params)
+    live = {local(p).data_ptr() for p in params}
     for name, held in beside_state(optimizer).items():
-        if _holds(held, moved, params):
+        tensors = [local(leaf).detach() for leaf in leaves(held) if isinstance(leaf, Tensor)]
+        copies = [t for t in tensors if t.layout is torch.strided and t.data_ptr() not in live]
+        if all(
+            any(t.shape == value.shape and torch.equal(t.to(value), value) for t in copies)
+            for value in moved
+        ):
             raise ValueError(
                 "copies of the parameters must be in an optimizer's state, which goes where they "
                 f"go, got {type(optimizer).__name__} with some in {name}"
             )
-
-
-def _holds(held: Any, values: list[Tensor], params: list[Tensor]) -> bool:
-    """Whether nested containers hold a copy of each value, beside the parameters themselves."""
-    live = {local(p).data_ptr() for p in params}
-    tensors = [local(leaf).detach() for leaf in leaves(held) if isinstance(leaf, Tensor)]
-    copies = [t for t in tensors if t.layout is torch.strided and t.data_ptr() not in live]
-    return all(
-        any(t.shape == value.shape and torch.equal(t.to(value), value) for t in copies)
-        for value in values
-    )

@@ -20,7 +20,7 @@ from lossguard.torch.arguments import (
     scalar,
     told_if_damaged,
 )
-from lossguard.torch.process import held
+from lossguard.torch.process import held, modes_kept
 from lossguard.torch.ranks import mean_of_ranks
 from lossguard.torch.rewind.careful import CarefulSteps
 from lossguard.torch.rewind.rule import Rule
@@ -184,12 +184,9 @@ class Rewind(Uncopied):
     def state_dict(self) -> dict[str, Any]:
         """All but the events, uncopied. Load the model's and the optimizer's own states first."""
         _, _, *unread = self._live.numbers(self._unread).tolist()  # waits for copies to the host
-        return {
-            **self._live.pack(self._trusted, self._candidate),
-            "unread": unread,
-            "options": self._options,
-            "rule": self._rule.numbers(),
-        }
+        packed = self._live.pack(self._trusted, self._candidate)
+        rest = {"unread": unread, "options": self._options, "rule": self._rule.numbers()}
+        return packed | rest
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as the one whose ``state_dict`` this is, to the last bit on one device.
@@ -254,7 +251,8 @@ class Rewind(Uncopied):
         """Copy the model as it is now, unless its audit says that it is worse."""
         rule = self._rule
         if self._audit is not None:
-            loss = scalar(self._live.evaluated(self._audit), "audit must return one number")
+            with modes_kept(self._live.model):
+                loss = scalar(self._audit(), "audit must return one number")
             too_high = rule.hear_audit(mean_of_ranks(loss, self._group).item())
             if rule.audits.rings and rule.may_return(0):
                 self._go_back("audit", 0)

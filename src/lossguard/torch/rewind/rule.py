@@ -90,11 +90,6 @@ class Rule:
         risen = min(1.0, (self.ramp + unheard) / self.block)
         return self.cap * (self._factor + (1 - self._factor) * risen)
 
-    @property
-    def allowance(self) -> int:
-        """Steps that may be thrown away in so many calls."""
-        return self.window + math.floor(self._rho * (1 - 1e-6) * self.calls)
-
     def numbers(self) -> dict[str, Any]:
         """All that it knows."""
         return {name: copy(attrgetter(name)(self)) for name in NUMBERS}
@@ -151,7 +146,8 @@ class Rule:
 
     def may_return(self, late: int) -> bool:
         """Whether the budget allows a return that throws away ``late`` steps more than ``age``."""
-        affordable = self.thrown + self.age + late <= self.allowance
+        allowance = self.window + math.floor(self._rho * (1 - 1e-6) * self.calls)
+        affordable = self.thrown + self.age + late <= allowance
         return affordable and self.in_a_row < IN_A_ROW
 
     def forget(self) -> None:

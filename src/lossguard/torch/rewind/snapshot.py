@@ -3,7 +3,7 @@
 import copy
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 from lossguard.torch.arguments import innermost
 from lossguard.torch.memory import entries_of, refuse_copies
-from lossguard.torch.process import modes_kept
 from lossguard.torch.ranks import check_rank, this_rank
 from lossguard.torch.rates import options_of, set_back, set_rate
 from lossguard.torch.tensors import are_finite, is_expanded, local, stacked
@@ -122,21 +121,19 @@ class Live:
         return stacked([*self.are_finite(), *chain.from_iterable(unread)])
 
     @torch.no_grad()
-    def evaluated(self, audit: Callable[[], Any]) -> Any:
-        """What it returns; the model's modes of training stay."""
-        with modes_kept(self.model):
-            return audit()
-
-    @torch.no_grad()
     def save(self, old: Saved | None = None, since: Saved | None = None) -> Saved:
         """A copy, in the tensors of an ``old`` one as far as they fit.
 
         The first one ``since`` another refuses optimizers whose steps would undo a return.
         """
         if since is not None and not old:
-            _refuse_copies(
-                self.trained(), {p: since["model"][name] for p, name in self.names.items()}
-            )
+            moved: dict[Optimizer, list[Tensor]] = {}
+            for param, one in self.trained().items():
+                now, then = local(param.detach()), local(since["model"][self.names[param]])
+                if now.numel() > 1 and not torch.equal(now, then.to(now.device)):
+                    moved.setdefault(one, []).append(now)
+            for one, values in moved.items():
+                refuse_copies(one, values, self.names)
         remembered = {
             self.names[param]: one.state[param]
             for param, one in self.trained().items()
@@ -225,17 +222,6 @@ class Live:
             snapshots.append(copied({**whole, "optimizer": memory}, place))
         trusted, candidate = snapshots
         return trusted, candidate, set(state["own"].split())
-
-
-def _refuse_copies(trained: dict[Tensor, Optimizer], earlier: dict[Tensor, Tensor]) -> None:
-    """Refuse optimizers that hold the parameters elsewhere, where these have moved since."""
-    moved: dict[Optimizer, list[Tensor]] = {}
-    for param, one in trained.items():
-        now, then = local(param.detach()), local(earlier[param])
-        if now.numel() > 1 and not torch.equal(now, then.to(now.device)):
-            moved.setdefault(one, []).append(now)
-    for one, values in moved.items():
-        refuse_copies(one, values, trained)
 
 
 def _set_back(optimizer: Optimizer, settings: list[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ import statistics
 import tempfile
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -254,23 +255,13 @@ def clipped_rewind(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
 
 def _guarded(guard: Any, scheduled: Scheduled) -> Method:
     """A guard over several AdamW."""
-
-    def jumps() -> int:
-        return sum(decision.jumped for decision in guard.history)
-
-    return Method(scheduled(guard), guard.step, jumps)
+    return Method(scheduled(guard), guard.step, lambda: sum(d.jumped for d in guard.history))
 
 
-def recommended(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
+def over_careful(guard: Any, model: nn.Module, r: float, scheduled: Scheduled) -> Method:
     """Rates r over r / 10."""
     bold, careful = (AdamW(model.parameters(), rate) for rate in (r, r / 10))
-    return _guarded(Recommended(bold, careful, model=model), scheduled)
-
-
-def hedged(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
-    """Rates r over r / 10."""
-    bold, careful = (AdamW(model.parameters(), rate) for rate in (r, r / 10))
-    return _guarded(Hedged(bold, careful, model=model), scheduled)
+    return _guarded(guard(bold, careful, model=model), scheduled)
 
 
 def best_of(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
@@ -293,9 +284,9 @@ METHODS: dict[str, Callable[[nn.Module, float, Scheduled], Method]] = {
     "restart by hand": restart,
     "Rewind": rewind,
     "clipping + Rewind": clipped_rewind,
-    "Recommended": recommended,
+    "Recommended": partial(over_careful, Recommended),
     "BestOf": best_of,
-    "Hedged": hedged,
+    "Hedged": partial(over_careful, Hedged),
 }
 TUNED = ("AdamW", "schedule-free")
 """Methods with a good rate of their own; AdamW's is that of all others."""

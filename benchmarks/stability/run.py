@@ -7,7 +7,6 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -167,15 +166,11 @@ def costs(task: Task, rates: dict[str, float], rounds: int, seed: int) -> dict[s
             ratios[name].append(seconds / times["AdamW"])
     weights = sum(p.nbytes for p in runs["AdamW"].model.parameters())
     copies = [(after - before) / weights for before, after in pairwise(held.values())]
-    return {
-        name: Cost(*_quartiles(values), copies=round(own, 2))
-        for (name, values), own in zip(ratios.items(), copies, strict=True)
-    }
-
-
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    low, median, high = statistics.quantiles(values, n=4)
-    return median, low, high
+    found = {}
+    for (name, values), own in zip(ratios.items(), copies, strict=True):
+        low, median, high = statistics.quantiles(values, n=4)
+        found[name] = Cost(median, low, high, round(own, 2))
+    return found
 
 
 def _seconds(training: Training) -> float:

@@ -16,7 +16,7 @@ import polars as pl
 
 from .. import curves
 from ..records import Record
-from .evidence import MARKS, Evidence, FigureCurves, NotRunError, gather
+from .evidence import MARKS, Evidence, FigureCurves, NotRunError, gather, mean_losses
 from .formulas import (
     Finding,
     Formula,
@@ -214,8 +214,8 @@ def grid(figure: FigureCurves) -> Finding:
     """10: the rank of 0.01 and 50,000 where all settings end, and who leads where some go on."""
     methods, chosen = PAPERS["fig10"]().methods, "SGDnm 0.01 tau 50000"
     k, later = figure.last(*methods), max(figure.last(m) for m in methods)
-    losses, seeds = figure.losses(methods, k)
-    of = losses.row(-1, named=True)
+    of_each = figure.of_seeds(methods, k)
+    of = mean_losses(of_each).row(-1, named=True)
     order = sorted(methods, key=lambda m: of[m])
     spread = curves.divided(of[order[-1]], of[order[0]]) - 1
     numbers = (
@@ -223,17 +223,17 @@ def grid(figure: FigureCurves) -> Finding:
         f"{order[0]}, the worst {spread:.1%} above it"
     )
     if went_on := [m for m in methods if figure.last(m) == later > k]:
-        more = figure.losses(went_on, later)[0].row(-1, named=True)
+        more = mean_losses(figure.of_seeds(went_on, later)).row(-1, named=True)
         best = min(went_on, key=lambda m: more[m])
         numbers += f"; of {len(went_on)} that went on to {later:,} the best is {best}"
-    return Finding(order[0] == chosen, numbers, {k: seeds})
+    return Finding(order[0] == chosen, numbers, {k: of_each["seed"].n_unique()})
 
 
 def after_its_horizon(figure: FigureCurves) -> Finding:
     """11b, on one data set."""
     ratio, seeds, _ = from_first("L2O")(figure, HORIZON)
     step, tested = figure.tested("L2O", HORIZON)
-    losses, _ = figure.losses(["L2O"], HORIZON, [1])
+    losses = mean_losses(figure.of_seeds(["L2O"], HORIZON, [1]))
     on_test = curves.divided(tested, losses["L2O"][0])
     numbers = f"L2O over its first loss: {short(ratio)} at {HORIZON}, on the test set "
     numbers += f"{short(on_test)} at {step:,}"

@@ -74,26 +74,16 @@ class FigureCurves:
         shared = set.intersection(*map(set, ends))
         return max((min(one[seed] for one in ends) for seed in shared), default=0)
 
-    def losses(
-        self, methods: Sequence[str], k: int, earlier: Sequence[int] = ()
-    ) -> tuple[pl.DataFrame, int]:
-        """Loss(m, k), and of how many seeds: those with which all of these methods reached k.
-
-        A column for each method; a row for each earlier step below k, of the same seeds, and the
-        last for k. Infinite where a mean is not finite, so that it is worse than any other.
-        """
-        each = self.of_seeds(methods, k, earlier)
-        return mean_losses(each), each["seed"].n_unique()
-
     def of_seeds(self, methods: Sequence[str], k: int, earlier: Sequence[int] = ()) -> pl.DataFrame:
-        """The same of each seed: columns ``step``, ``seed``, and one for each method."""
+        """Loss(m, k) of each seed with which all of these methods reached k.
+
+        Columns ``step``, ``seed``, and one for each method; rows for each earlier step below k, of
+        the same seeds, and the last for k.
+        """
         seeds, tables = self.seeds(methods, k), []
         curves = self.of(methods, seeds)
         for j in (*(j for j in earlier if j < k), k):
-            table = mark_loss(curves, j)
-            if len(table) < len(methods) * len(seeds):
-                raise NotRunError(f"{' and '.join(methods)} have no loss at {j:,}")
-            wide = table.pivot("method", index="seed", values="loss")
+            wide = mark_loss(curves, j).pivot("method", index="seed", values="loss")
             tables.append(wide.select(pl.lit(j).alias("step"), "seed", *methods))
         return pl.concat(tables)
 
@@ -125,7 +115,10 @@ class FigureCurves:
 
 
 def mean_losses(each: pl.DataFrame) -> pl.DataFrame:
-    """Over the seeds, a row for each step of what ``FigureCurves.of_seeds`` gives."""
+    """Over the seeds, a row for each step of what ``FigureCurves.of_seeds`` gives.
+
+    Infinite where a mean is not finite, so that it is worse than any other.
+    """
     means = each.group_by("step", maintain_order=True).agg(pl.all().exclude("seed").mean())
     return means.select(_or_inf(pl.all().exclude("step")))
 

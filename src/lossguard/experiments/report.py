@@ -99,7 +99,7 @@ def _section(folder: Path, record: Record) -> dict[str, Any]:
             "tables": [],
             "worth": "",
         }
-    figure = figure_of(name)
+    figure, (scores, worth) = figure_of(name), _evaluations(folder)
     titled = config["title"] or name
     titled = titled if titled.startswith(name) else f"{name}: {titled}"
     seeds = f"{config['seeds']} seed{'s' * (config['seeds'] > 1)}"
@@ -108,8 +108,8 @@ def _section(folder: Path, record: Record) -> dict[str, Any]:
         "figure": figure and str(int(figure.removeprefix("fig"))),
         "title": f"{titled}, {last_step(curves):,} steps, {seeds}",
         "image": _encoded(draw_run(record)),
-        "tables": [(CAPTION, summary(record)), *_evaluations(folder)],
-        "worth": _worth(folder),
+        "tables": [(CAPTION, summary(record)), *scores],
+        "worth": worth,
     }
 
 
@@ -117,23 +117,16 @@ def _encoded(figure: Figure) -> str:
     return base64.b64encode(png(figure)).decode()
 
 
-def _worth(folder: Path) -> str:
-    """What the methods are worth at equal price, beside the first, if that was recorded."""
+def _evaluations(folder: Path) -> tuple[list[tuple[str, pl.DataFrame]], str]:
+    """Scores of the last iterates on whole splits, and worth at equal price, if recorded."""
     if not (folder / EVALUATIONS).exists():
-        return ""
-    table = read_parquet(folder / EVALUATIONS)
-    first, *others = table["method"].unique(maintain_order=True)
-    return at_equal_price(first, folder) if others and "gradients" in table.columns else ""
-
-
-def _evaluations(folder: Path) -> list[tuple[str, pl.DataFrame]]:
-    """What the last iterates score on whole splits, if that was recorded."""
-    if not (folder / EVALUATIONS).exists():
-        return []
+        return [], ""
     table = read_parquet(folder / EVALUATIONS)
     names = [name for name in table.columns if name.endswith(("_loss", "_accuracy"))]
     last = table.filter(pl.col("cycle") == pl.col("cycle").max().over("method"))
     means = last.group_by("method", maintain_order=True).agg(pl.col(names).mean())
     shown = means.select("method", pl.col(names).map_elements("{:.4g}".format, pl.String))
     caption = "The last iterate on the whole of both splits, mean over seeds"
-    return [(caption, shown.rename({name: name.replace("_", " ") for name in names}))]
+    first, *others = means["method"]
+    worth = at_equal_price(first, folder) if others and "gradients" in table.columns else ""
+    return [(caption, shown.rename({name: name.replace("_", " ") for name in names}))], worth

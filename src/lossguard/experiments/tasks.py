@@ -147,7 +147,7 @@ def task_of(experiment: Experiment) -> Task:
     Raises:
         ValueError: if the experiment has other data or another model, or there is no envelope.
     """
-    own = experiment_of(experiment.name)
+    own = task_recipe(experiment.name)
     for name in OF_TASK:
         if getattr(experiment, name) != getattr(own, name):
             raise ValueError(
@@ -160,13 +160,8 @@ def task_of(experiment: Experiment) -> Task:
 
 def task_recipe(name: str) -> Experiment:
     """A published task, to 10,000 steps, on five seeds that nothing was chosen with."""
-    return with_methods(task_methods, experiment_of(name))
-
-
-def experiment_of(name: str) -> Experiment:
-    """The same without its methods."""
     task = PUBLISHED[name]
-    return Experiment(
+    e = Experiment(
         name=name,
         title=f"{name}: learned optimizers alone and guarded over Adam",
         tested_on=name,
@@ -179,6 +174,7 @@ def experiment_of(name: str) -> Experiment:
         adam_rate=TRIED[name][0][1],
         make_task=task_of,
     )
+    return with_methods(task_methods, e)
 
 
 RECIPES = {name: partial(task_recipe, name) for name in PUBLISHED}

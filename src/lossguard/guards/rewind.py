@@ -176,8 +176,9 @@ class Rules:
         steps, advanced = self.optimizer.update(updates, state.inner, x, **extra_args)
         advanced = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), advanced, state.inner)
         steps = jax.tree.map(lambda u, p: scaled(u, scale, p), steps, x)
-        sound = jnp.isfinite(loss)
-        sound &= snapshot.can_return_from(optax.apply_updates(x, steps), x)
+        # At most half of the largest number: the way between two such points is finite.
+        twice = jax.tree.map(lambda leaf: 2 * leaf, optax.apply_updates(x, steps))
+        sound = jnp.isfinite(loss) & is_sound(twice, x)
         sound &= is_sound(advanced, state.inner, equal_nan=True)
         before = state._replace(calls=advance(state.calls, 1), scale=scale)
         state, takes, returns, ends, promotes = self.decide(before, loss, sound)

@@ -13,7 +13,6 @@ import optax
 from jaxtyping import Array, Bool, PyTree
 
 from .protocol import Params
-from .soundness import is_sound
 
 
 class Snapshots(NamedTuple):
@@ -32,14 +31,6 @@ class Snapshots(NamedTuple):
         """Where one goes back to."""
         first, second = self.slots
         return jax.lax.cond(self.second, lambda: second, lambda: first)
-
-
-def can_return_from(params: Params, start: Params) -> Bool[Array, ""]:
-    """Whether parameters are at most half of the largest number, save for infinities of ``start``.
-
-    The difference of two such points is finite, so an update leads from one to the other.
-    """
-    return is_sound(jax.tree.map(lambda leaf: 2 * leaf, params), start)
 
 
 def way_back(point: Params, params: Params, like: PyTree) -> tuple[PyTree, Bool[Array, ""]]:

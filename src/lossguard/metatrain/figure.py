@@ -1,9 +1,6 @@
 """The outer loop's convergence, from its records: the style of the paper's figures 2 and 11."""
 
-from collections.abc import Collection
-
 import numpy as np
-import polars as pl
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -29,8 +26,8 @@ def draw(record: Record) -> Figure:
         raise ValueError("meta-seeds of a record must have the same meta-steps")
     training = np.array([one["meta_loss"] for one in runs])
     validation = np.array([one["validation"] for one in runs])
-    others = on_others(runs)
-    panels = 3 if others else 2
+    names = [name for name in curves.columns if name.startswith("validation_")]
+    panels = 3 if names else 2
     figure = Figure(figsize=(5 * panels, 4), layout="constrained")
     axes = figure.subplots(1, panels)
     left, right = axes[:2]
@@ -55,9 +52,11 @@ def draw(record: Record) -> Figure:
     for panel in (left, right):
         log_losses(panel)
 
-    for name, over_initial in others.items():
-        _line(axes[2], steps, over_initial, name)
-    if others:
+    for name in names:
+        loss = np.array([one[name] for one in runs])[:, :, :OTHERS_STEPS]
+        over_initial = loss[:, :, -10:].mean(axis=2) / loss[:, :, 0]
+        _line(axes[2], steps, over_initial, name.removeprefix("validation_"))
+    if names:
         last = min(OTHERS_STEPS, last)
         label = f"Validation loss at step {last} / first"
         axes[2].set(xlabel="Meta-step", ylabel=label)
@@ -88,13 +87,3 @@ def kept(validation: np.ndarray, *, select: bool = True) -> int:
     if select:
         return int(np.argmin(np.where(np.isnan(means), np.inf, means)))
     return int(np.flatnonzero(np.isfinite(means))[-1]) if np.isfinite(means).any() else 0
-
-
-def on_others(runs: Collection[pl.DataFrame]) -> dict[str, Float[np.ndarray, "seeds checks"]]:
-    """The loss up to ``OTHERS_STEPS`` over the initial one at each meta-step, by data set."""
-    names = [name for name in next(iter(runs)).columns if name.startswith("validation_")]
-    ratios = {}
-    for name in names:
-        loss = np.array([one[name] for one in runs])[:, :, :OTHERS_STEPS]
-        ratios[name.removeprefix("validation_")] = loss[:, :, -10:].mean(axis=2) / loss[:, :, 0]
-    return ratios

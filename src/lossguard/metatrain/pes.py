@@ -22,6 +22,7 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from ..guards.soundness import select
@@ -81,7 +82,7 @@ def pes_gradient(
     True
     """
     count = jax.tree.leaves(pairs.walked)[0].shape[0]
-    e = _normal(key, weights, count, sigma)
+    e = optax.tree.scale(sigma, optax.tree.random_like(key, pairs.walked))
     walked = jax.tree.map(jnp.add, pairs.walked, e)
 
     def run(sign: Array, inner: PyTree) -> tuple[Array, PyTree]:
@@ -96,14 +97,3 @@ def pes_gradient(
     )
     plus, minus = (jax.tree.map(lambda leaf, k=k: leaf[k], after) for k in (0, 1))
     return losses, gradient, Pairs(plus, minus, walked)
-
-
-def _normal(key: PRNGKeyArray, weights: Weights, count: int, sigma: float) -> Weights:
-    """[count, ...] perturbations of every leaf."""
-    leaves, structure = jax.tree.flatten(weights)
-    keys = jax.random.split(key, len(leaves))
-    drawn = [
-        sigma * jax.random.normal(k, (count, *leaf.shape), leaf.dtype)
-        for k, leaf in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, drawn)

@@ -91,15 +91,6 @@ def test_manifest_names_the_processor(tmp_path, monkeypatch, content, name) -> N
     assert run_folder.manifest()["device"] == f"{name} (2 cores)"
 
 
-def test_same_run_is_gone_on_with_when_asked(finished: Path) -> None:
-    run_folder.open_folder(finished, CONFIG, resume=True)
-    with pytest.raises(ValueError, match=r"holds this run already: lossguard plot shows it$"):
-        run_folder.open_folder(finished, CONFIG)
-    (finished / records.MANIFEST).unlink()
-    with pytest.raises(ValueError, match=r"holds this run already: add --resume to go on with it$"):
-        run_folder.open_folder(finished, CONFIG)
-
-
 def test_manifest_has_the_commit_of_every_part(tmp_path, monkeypatch) -> None:
     run_folder.open_folder(tmp_path, CONFIG)
     for commit in "abc":
@@ -115,18 +106,6 @@ def test_manifest_has_the_commit_of_every_part(tmp_path, monkeypatch) -> None:
     _, found, _ = records.read_run(tmp_path)
     assert (found["commit"], found["data"], found["seconds"]) == ("a", "a", SECONDS)
     assert [part["commit"] for part in found["resumed"]] == ["b", "c"]
-
-
-@pytest.mark.parametrize("resume", [False, True])
-def test_folder_of_another_run_is_refused(finished: Path, resume: bool) -> None:
-    before = (finished / records.CONFIG).read_bytes()
-    with pytest.raises(
-        ValueError,
-        match=r"^folder must be empty or hold the same run, but .*run holds another, which differs "
-        r"in seeds \(1, not 2\) and rate \(0\.1, not 0\.2\): choose another --out$",
-    ):
-        run_folder.open_folder(finished, {**CONFIG, "seeds": 2, "rate": 0.2}, resume=resume)
-    assert (finished / records.CONFIG).read_bytes() == before
 
 
 def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ from lossguard.curves import COUNTERS
 from lossguard.experiments import run as running
 from lossguard.experiments.experiment import Experiment, paper_methods
 from lossguard.experiments.run import run
-from lossguard.locks import locked
 from lossguard.tasks.dataset import Split
 from lossguard.tasks.models import MLP
 from lossguard.tasks.task import TaskObjective
@@ -243,21 +242,6 @@ def test_other_weights_than_a_run_was_started_with_are_refused(
     _, made, _ = records.read_run(run(e, tmp_path / "run", resume=True))
     assert {*made["inputs_sha256"]} == {"the data", "the file mine.safetensors"}
     assert {*made["sha256"]} == {*records.TABLES, records.CONFIG, records.MANIFEST}
-
-
-def test_two_that_resume_one_run_are_told_of_each_other(tmp_path, monkeypatch) -> None:
-    e = stopped_at_once(monkeypatch, tmp_path / "run")
-    with locked(tmp_path / "run"), pytest.raises(ValueError, match="is in use by another process"):
-        run(e, tmp_path / "run", resume=True)
-    run(e, tmp_path / "run", resume=True)
-    assert not (tmp_path / "run" / ".lock").exists()
-
-
-def test_all_methods_start_alike(whole: Path) -> None:
-    _, _, curves = records.read_run(whole)
-    first = curves.filter(pl.col("step") == 1).group_by("seed").agg(pl.col("loss").n_unique())
-    assert first["loss"].to_list() == [1, 1]
-    assert curves.filter(pl.col("step") == 1)["loss"].n_unique() == 2
 
 
 def went_on(folder: Path, whole: Path) -> None:

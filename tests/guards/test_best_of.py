@@ -283,15 +283,6 @@ def test_schedules_follow_the_steps_of_the_run_where_a_guard_does_not_run() -> N
     assert [int(one.count[-1]) for one in idle.inner if one._fields == ("count",)] == [90 * NT]
 
 
-def test_a_minibatch_that_is_lost_on_all_does_not_count() -> None:
-    def objective(w, i):
-        return jnp.where(i == 2 * NT, jnp.nan, w)
-
-    guards = [unguarded(optimizers.constant(-0.01)), unguarded(optimizers.constant(-1.0))]
-    _, decisions = play(lossguard.best_of(guards), objective, jnp.float32(0), 10)
-    assert (decisions.winner[-5:] == 1).all()
-
-
 def test_it_may_be_nested() -> None:
     """The outer one follows the inner one, which follows its second."""
     start, objective = problem_and_objective()

@@ -36,7 +36,7 @@ def test_stopped_it_goes_on_to_the_same_weights(
     with pytest.raises(KeyboardInterrupt):
         metatrain(TINY, tmp_path / "run")
     started = json.loads((tmp_path / "run" / run_folder.STARTED).read_text())
-    with pytest.raises(ValueError, match="add --resume"):
+    with pytest.raises(ValueError, match=r"add --resume to go on with it$"):
         metatrain(TINY, tmp_path / "run")
     file = metatrain(TINY, tmp_path / "run", resume=True)
     assert done == [0, 1, 2, 3, 4, 5]

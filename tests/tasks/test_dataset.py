@@ -54,15 +54,6 @@ def test_standardized_pixels_have_mean_0_and_deviation_1_per_channel() -> None:
     np.testing.assert_allclose(1 / data.scale, inputs.std((0, 1, 2)), rtol=1e-6)
 
 
-def test_standardization_is_that_of_the_training_split() -> None:
-    points = np.random.default_rng(0).normal(3, 2, (500, 2)).astype(np.float32)
-    data = made(points, "standardized")
-    scaled = data.normalize(data.train.inputs)
-    np.testing.assert_allclose(scaled.mean(0), 0, atol=1e-5)
-    np.testing.assert_allclose(scaled.std(0), 1, atol=1e-5)
-    np.testing.assert_allclose(data.normalize(data.test.inputs), scaled[:4])
-
-
 def test_every_input_has_a_label() -> None:
     with pytest.raises(
         ValueError, match=r"^labels must be as many as inputs \(3, 2\), got \(4,\)$"
@@ -74,12 +65,6 @@ def test_what_does_not_differ_is_not_standardized() -> None:
     for points in (np.full((4, 2), 3.7), np.stack([np.zeros(4), np.arange(4.0)], axis=1)):
         with pytest.raises(ValueError, match=r"^inputs must differ in each channel or coordinate"):
             made(points.astype(np.float32), "standardized")
-
-
-def test_none_changes_nothing() -> None:
-    points = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
-    data = made(points, "none")
-    np.testing.assert_array_equal(data.normalize(data.train.inputs), points)
 
 
 def test_it_is_stored_raw_and_normalized_inside_compiled_code() -> None:

@@ -75,21 +75,6 @@ def test_schedulers_act_on_the_scale():
     assert scheduled == pytest.approx([first, second / 2, third / 4], rel=1e-4) and second != 0
 
 
-def test_parameters_of_any_shape_and_dtype():
-    weights = Reference().state_dict()
-    scalar, half = (
-        nn.Parameter(torch.tensor(1.0)),
-        nn.Parameter(torch.ones(2, dtype=torch.bfloat16)),
-    )
-    idle = nn.Parameter(torch.ones(2))
-    optimizer = LSTMOptimizer([scalar, half, idle], weights)
-    scalar.grad, half.grad = torch.tensor(1.0), torch.ones(2, dtype=torch.bfloat16)
-    optimizer.step()
-    assert scalar.shape == () and half.dtype == torch.bfloat16
-    assert optimizer.state[half]["h"].dtype == torch.float32
-    assert idle not in optimizer.state and torch.equal(idle.detach(), torch.ones(2))
-
-
 ABOUT = {"architecture": "lstm", "hidden": "20", "layers": "2", "p": "9.0", "scale": "0.05"}
 
 
@@ -106,20 +91,6 @@ def test_pretrained_reads_what_is_shipped_and_files_of_ones_own(tmp_path, monkey
     assert optimizer.param_groups[0]["lr"] == 0.05 and optimizer.param_groups[0]["p"] == 9.0
     for name, tensor in weights.items():
         assert torch.equal(optimizer.weights[name], tensor)
-
-
-def test_pretrained_refuses_what_jax_does(tmp_path):
-    """One function reads for both; tests/learned/test_pretrained.py has all that it refuses."""
-    from safetensors.torch import save_file
-
-    weights = {name: tensor.contiguous() for name, tensor in Reference().state_dict().items()}
-    weights["linear.bias"] = torch.tensor([math.nan])
-    path = tmp_path / "own.safetensors"
-    save_file(weights, path, ABOUT)
-    with pytest.raises(ValueError, match=r"own\.safetensors is not: its tensor linear\.bias"):
-        LSTMOptimizer.pretrained([nn.Parameter(torch.ones(2))], path)
-    with pytest.raises(ValueError, match=r"^learned optimizer must be .* \(did you mean lstm"):
-        LSTMOptimizer.pretrained([nn.Parameter(torch.ones(2))], "lstm-mnist")
 
 
 @pytest.mark.parametrize(

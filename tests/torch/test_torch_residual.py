@@ -164,15 +164,6 @@ def test_a_loss_that_is_overwritten_is_the_one_at_x():
     assert guard.last_decision.losses == [1.0] and static < 1
 
 
-def test_a_fallback_whose_memory_is_not_finite_begins_anew():
-    w, _ = quadratic(1.0)
-    guard = ResidualGuard(SGD([w], lr=0.0), SGD([w], lr=0.1, momentum=0.9), nt=1)
-    for factor in (1.0, math.inf, 1.0):
-        guard.step(lambda factor=factor: backward(factor * w.square().sum()))
-    momentum = guard._lanes["z"].memory().state[w]["momentum_buffer"]
-    assert momentum.isfinite().all() and w.isfinite().all()
-
-
 def test_gradients_of_what_another_optimizer_steps_are_those_at_x():
     model, x = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), torch.ones(4, 2)
     pair = [SGD(model[1].parameters(), lr=lr) for lr in (0.1, 0.01)]

@@ -28,7 +28,7 @@ from . import __version__
 from .read_commands import claims, list_all, plot, readings, report
 from .run_commands import benchmark, demo, metatrain, run, sweep
 from .terminal import tell
-from .validation import one_of
+from .validation import check_choice
 
 WITH_RECIPES: Mapping[str, Callable[[Sequence[str]], None]] = {
     one.__name__: one for one in (demo, run, sweep, metatrain)
@@ -70,11 +70,10 @@ def _run(name: str, arguments: list[str]) -> None:
         print((__doc__ or "").strip() + "\n\nlossguard COMMAND --help tells more.")
     elif name == "--version":
         print(f"lossguard {__version__}")
-    elif name not in COMMANDS:
-        raise ValueError(f"command must be {one_of(COMMANDS, name)}")
     elif name in WITH_RECIPES:
         WITH_RECIPES[name](arguments)
     else:
+        check_choice("command", name, COMMANDS)
         tyro.cli(COMMANDS[name], args=arguments, prog=f"lossguard {name}")
 
 

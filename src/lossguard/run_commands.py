@@ -18,7 +18,7 @@ from .command_line import Sweep, Where, check_beside, find_recipe, override
 from .files import write_whole
 from .read_commands import show
 from .terminal import console, shown, tell
-from .validation import one_of
+from .validation import check_choice, one_of
 
 Recipes = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RECIPE...]")]
 LEGEND = """\
@@ -97,8 +97,7 @@ def benchmark(
     from .experiments import price, tasks
 
     modules = {"price": price, "tasks": tasks}
-    if kind not in modules:
-        raise ValueError(f"benchmark must be {one_of(modules, kind)}")
+    check_choice("benchmark", kind, modules)
     known, out = modules[kind].RECIPES, out or Path("runs") / kind
     for name in recipes:
         if name not in known:

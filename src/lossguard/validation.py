@@ -79,10 +79,10 @@ def check_real(name: str, value: Any, allowed: str, fits: Callable[[Any], bool])
     raise ValueError(f"{name} must be {number}{allowed}, got {value!r}")
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Refuse what is not one of a few words."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name} must be {one_of(choices, value)}")
 
 
 def check_kind(name: str, value: Any, kind: type, example: str) -> None:
@@ -117,7 +117,7 @@ def freeze_lists(owner: Any) -> None:
             object.__setattr__(owner, field.name, tuple(value))
 
 
-def one_of(known: Collection[str], name: str) -> str:
+def one_of(known: Collection[str], name: Any) -> str:
     """What may be named, for a message: all of it, what was given, and the nearest.
 
     >>> one_of(("fig04", "fig05"), "fig5")
@@ -126,10 +126,10 @@ def one_of(known: Collection[str], name: str) -> str:
     return f"one of {', '.join(known)}, got {name!r}{nearest(known, name)}"
 
 
-def nearest(known: Collection[str], name: str) -> str:
+def nearest(known: Collection[str], name: Any) -> str:
     """Of what may be named, what comes nearest, for the end of a message; or nothing."""
     plain = {_plain(one): one for one in known}
-    near = difflib.get_close_matches(_plain(name), plain, n=1)
+    near = difflib.get_close_matches(_plain(str(name)), plain, n=1)
     return f" (did you mean {plain[near[0]]}?)" if near else ""
 
 

@@ -33,7 +33,7 @@ from ..learned.pretrained import pretrained
 from ..records import read_json, read_run
 from ..tasks.published import PUBLISHED, published_task
 from ..tasks.task import Task
-from ..validation import one_of
+from ..validation import check_choice
 from .experiment import (
     Experiment,
     Methods,
@@ -109,8 +109,7 @@ def task_methods(e: Experiment) -> Methods:
     Raises:
         ValueError: if the experiment isn't named after a published task.
     """
-    if e.name not in PUBLISHED:
-        raise ValueError(f"name of a published task must be {one_of(PUBLISHED, e.name)}")
+    check_choice("name of a published task", e.name, PUBLISHED)
     made = {f"{kind} {rate:g}": alone(e, HAND_MADE[kind](rate)) for kind, rate in TRIED[e.name]}
     fallback = adam(e.adam_rate)
     for name, weights in LEARNED.items():
@@ -216,8 +215,7 @@ def envelope(task: str) -> Envelope:
             "speedup_over_multiple_baselines.json of google/learned_optimization"
         )
     content = read_json(path)
-    if task not in content:
-        raise ValueError(f"task of an envelope must be {one_of(content, task)}")
+    check_choice("task of an envelope", task, content)
     one = content[task]
     steps, loss = one.values() if isinstance(one, dict) else one
     return Envelope(np.array(steps, float), np.array(loss, float))

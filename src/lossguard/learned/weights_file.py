@@ -32,7 +32,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from .. import checksums
-from ..validation import check_kind, check_lstm, check_network, one_of
+from ..validation import check_choice, check_kind, check_lstm, check_network
 from .mlp_features import (
     FACTORED_DECAYS,
     FEATURES,
@@ -85,10 +85,7 @@ def pretrained_path(name: str) -> Path:
     Raises:
         ValueError: if there is none of that name.
     """
-    names = pretrained_names()
-    if name not in names:
-        known = one_of((*names, f"a path that ends in {SUFFIX}"), name)
-        raise ValueError(f"learned optimizer must be {known}")
+    check_choice("learned optimizer", name, (*pretrained_names(), f"a path that ends in {SUFFIX}"))
     return _folder() / (name + SUFFIX)
 
 
@@ -182,8 +179,7 @@ def _folder() -> Path:
 def _read_metadata(about: dict[str, str]) -> tuple[str, int, int, dict[str, float]]:
     """Architecture, hidden, layers and numbers."""
     name = _require(about, NEEDED)[0]
-    if name not in ARCHITECTURES:
-        raise ValueError(f"its architecture must be {one_of(ARCHITECTURES, name)}")
+    check_choice("its architecture", name, ARCHITECTURES)
     numbers = ARCHITECTURES[name].numbers
     values = dict(zip(numbers, map(float, _require(about, numbers)), strict=True))
     hidden, layers = int(about["hidden"]), int(about["layers"])

@@ -1,7 +1,7 @@
 """Meta-training of the MLP optimizer by persistent evolution strategies, on a family of tasks."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -96,16 +96,12 @@ class MLPTraining(MetaTraining):
             {member.title: member.task(load) for member in members}
             for members in (self.family, self.held_out)
         )
-        return Evolution(self, self._first_weights(), members, held_out)
-
-    def _first_weights(self) -> MLPWeights | None:
-        """The weights to go on from, if there are any."""
-        if self.start_from is None:
-            return None
-        weights = load_weights(path_of(self.start_from)).weights
-        if not isinstance(weights, MLPWeights):
+        weights = (
+            None if self.start_from is None else load_weights(path_of(self.start_from)).weights
+        )
+        if not isinstance(weights, MLPWeights | None):
             raise ValueError(f"start_from must be an MLP optimizer, got {self.start_from}, an LSTM")
-        return weights
+        return Evolution(self, weights, members, held_out)
 
 
 class Evolution(Method):
@@ -148,11 +144,8 @@ class Evolution(Method):
         count = next(member.pairs for member in config.family if member.title == name)
         length_key, key = jax.random.split(key)
         lengths = config.lengths(length_key, count, done)
-
-        def one(key: PRNGKeyArray, length: Array) -> Rollout:
-            return begin(task, optimizer, key, length, rescaling=config.rescaling)
-
-        inner = jax.vmap(one)(jax.random.split(key, count), lengths)
+        fresh = partial(begin, task, optimizer, rescaling=config.rescaling)
+        inner = jax.vmap(fresh)(jax.random.split(key, count), lengths)
         return start_pairs(self._trained(weights), inner)
 
     def _trained(self, weights: MLPWeights) -> SchedulerWeights | MLPWeights:

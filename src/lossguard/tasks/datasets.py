@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ..validation import one_of
+from ..validation import check_choice
 from .dataset import Dataset
 from .images import cifar10, digits, fashion_mnist, mnist, tiny_imagenet, tiny_imagenet50_32px
 from .points import circles, moons, spirals
@@ -33,11 +33,9 @@ def load_dataset(name: str, **options: Any) -> Dataset:
     Traceback (most recent call last):
     ValueError: data set must be one of spirals, ..., got 'spiral' (did you mean spirals?)
     """
-    if name not in DATASETS:
-        raise ValueError(f"data set must be {one_of(DATASETS, name)}")
+    check_choice("data set", name, DATASETS)
     loader = DATASETS[name]
     known = inspect.signature(loader).parameters
     for option in options:
-        if option not in known:
-            raise ValueError(f"an option of {name} must be {one_of(known, option)}")
+        check_choice(f"an option of {name}", option, known)
     return loader(**options)

@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ..validation import check_count, one_of
+from ..validation import check_choice, check_count
 from .dataset import Dataset, Split
 from .datasets import load_dataset
 from .goals import CLASSIFICATION, RECONSTRUCTION, Goal
@@ -63,8 +63,7 @@ def published_task(name: str) -> Task:
     Traceback (most recent call last):
     ValueError: published task must be one of ImageMLP_FashionMnist_Relu128x128, ...
     """
-    if name not in PUBLISHED:
-        raise ValueError(f"published task must be {one_of(PUBLISHED, name)}")
+    check_choice("published task", name, PUBLISHED)
     of = PUBLISHED[name]
     data = load_dataset(of.dataset, scaling="unit")
     train = Split(data.train.inputs[:TRAINED_ON], data.train.labels[:TRAINED_ON])

@@ -16,7 +16,10 @@ class Randomness:
     """The generators that a forward pass may draw from: the CPU's, and of each device of params."""
 
     def __init__(self, params: Iterable[Tensor]) -> None:
-        devices = {_draws_on(p) for p in params}
+        devices: set[torch.device] = set()
+        for p in params:  # shards on the host are gathered on their mesh's devices
+            kind = getattr(getattr(p, "device_mesh", None), "device_type", p.device.type)
+            devices.add(p.device if kind == p.device.type else torch.device(kind))
         self.generators: list[tuple[Any, list[Any]]] = [(torch, [])]
         for device in sorted((d for d in devices if d.type in ("cuda", "xpu", "mps")), key=str):
             which = [] if device.type == "mps" else [device]
@@ -30,14 +33,6 @@ class Randomness:
         """Put every generator back to a state that ``state`` returned."""
         for (module, which), state in zip(self.generators, states, strict=True):
             module.set_rng_state(state, *which)
-
-
-def _draws_on(param: Tensor) -> torch.device:
-    """Where a forward pass with it is: shards on the host are gathered on their mesh's devices."""
-    mesh: Any = getattr(param, "device_mesh", None)
-    if mesh is None or mesh.device_type == param.device.type:
-        return param.device
-    return torch.device(mesh.device_type)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Experiments end to end: their records, and what survives Ctrl-C and kill."""
 
 import dataclasses
-import functools
 import gc
 import os
 import signal
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import polars as pl
@@ -342,21 +340,6 @@ def test_a_run_in_another_thread(tmp_path: Path) -> None:
     assert records.read_run(done[0])[2]["step"].to_list() == [1, 2, 3, 4, 5]  # a whole cycle
 
 
-def labelled(name: str, labels: tuple[int, int], experiment: Experiment) -> lossguard.Task:
-    """Two classes, of these labels in a split."""
-    task = tiny.make_task(experiment)
-    split = getattr(task.dataset, name)
-    changed = {name: Split(split.inputs, jnp.asarray(labels)[split.labels])}
-    return dataclasses.replace(task, dataset=dataclasses.replace(task.dataset, **changed))
-
-
-def of_kind(dtype: str, experiment: Experiment) -> lossguard.Task:
-    """Labels of a type that is no integer's."""
-    task = tiny.make_task(experiment)
-    train = Split(task.dataset.train.inputs, task.dataset.train.labels.astype(dtype))
-    return dataclasses.replace(task, dataset=dataclasses.replace(task.dataset, train=train))
-
-
 class OtherMLP:
     """A model that is no dataclass."""
 
@@ -402,17 +385,6 @@ def narrower(experiment: Experiment) -> lossguard.Task:
         ({"loser": "zz", "methods": ("Signs",)}, "^loser must be one of keep, reset, .*, got 'zz'"),
         ({"make_methods": lambda e: None}, "^make_methods must return .*, got NoneType$"),
         ({"make_task": lambda e: None}, "^make_task must return a Task, got NoneType$"),
-        *(
-            (
-                {"make_task": functools.partial(labelled, name, (low, high))},
-                f"^labels of {name} must be in 0 .. 1, as .* 2 classes, got {low} to {high}$",
-            )
-            for name, low, high in (("train", 1, 2), ("train", -1, 1), ("test", 0, 2))
-        ),
-        *(
-            ({"make_task": functools.partial(of_kind, dtype)}, f"^labels of train must .*{dtype}")
-            for dtype in ("bool", "float32")
-        ),
         ({"make_task": narrower}, r"^inputs of test must be of shape \(2,\), got \(1,\)$"),
         (  # it would take other steps than the others, and be evaluated at others
             {"nt": 3, **mine(lossguard.unguarded(optax.sgd(0.1)))},

@@ -276,15 +276,15 @@ def test_layers_that_differ_in_size_are_not_saved(tmp_path: Path) -> None:
     assert not names_in(tmp_path)
 
 
-def test_complex_weights_are_not_saved(tmp_path: Path, weights: LSTMWeights) -> None:
-    bad = weights._replace(linear_bias=jnp.array([1j]))  # pyright: ignore
-    with pytest.raises(ValueError, match=r"^weights must be real, got complex ones$"):
-        save_weights(tmp_path / "x", bad, p=10, scale=0.1, made={})
-
-
-def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, weights: LSTMWeights) -> None:
-    bad = weights._replace(linear_bias=jnp.array([jnp.nan]))
-    with pytest.raises(ValueError, match=r"^weights must be finite, but linear\.bias is not$"):
+@pytest.mark.parametrize(
+    ("bias", "reason"),
+    [(1j, r"real, got complex ones$"), (jnp.nan, r"finite, but linear\.bias is not$")],
+)
+def test_weights_that_are_no_finite_numbers_are_not_saved(
+    bias: complex, reason: str, tmp_path: Path, weights: LSTMWeights
+) -> None:
+    bad = weights._replace(linear_bias=jnp.array([bias]))
+    with pytest.raises(ValueError, match=rf"^weights must be {reason}"):
         save_weights(tmp_path / "x", bad, p=10, scale=0.1, made={})
     assert not names_in(tmp_path)
 

@@ -76,17 +76,20 @@ def test_init_is_a_pure_function_of_the_key(task: Task, seed: int) -> None:
         assert (x != z).all()
 
 
+@pytest.mark.parametrize("name", ["train", "test"])
 @pytest.mark.parametrize(
     ("labels", "reason"),
     [
-        ([-1, 1], "^labels of test must be in 0 .. 1, as there are 2 classes, got -1 to 1$"),
-        ([1, 2], "^labels of test must be in 0 .. 1, as there are 2 classes, got 1 to 2$"),
-        ([True, False], "^labels of test must be a row of integers, got bool of shape"),
+        ([-1, 1], "in 0 .. 1, as there are 2 classes, got -1 to 1$"),
+        ([1, 2], "in 0 .. 1, as there are 2 classes, got 1 to 2$"),
+        ([True, False], "a row of integers, got bool of shape"),
+        ([0.0, 1.0], "a row of integers, got float32 of shape"),
     ],
 )
-def test_labels_that_are_no_classes_are_refused(labels: list[int], reason: str) -> None:
+def test_labels_that_are_no_classes_are_refused(labels: list, reason: str, name: str) -> None:
     x = jnp.zeros((2, 3))
     right, wrong = Split(x, jnp.array([0, 1])), Split(x, jnp.asarray(labels))
-    data = Dataset(right, wrong, jnp.zeros(()), jnp.ones(()), name="mine", classes=2)
-    with pytest.raises(ValueError, match=reason):
+    splits = {"train": right, "test": right, name: wrong}
+    data = Dataset(**splits, offset=jnp.zeros(()), scale=jnp.ones(()), name="mine", classes=2)
+    with pytest.raises(ValueError, match=f"^labels of {name} must be {reason}"):
         Task(data, MLP((4,)))

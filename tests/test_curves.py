@@ -83,10 +83,16 @@ def reference(decisions: Decision) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize("sizes", [[130], [1, 33, 7, 89]])
-def test_curves_are_those_of_a_loop(sizes: list[int]) -> None:
-    decisions = made_up(3, 130, 10)
-    curves = join(in_chunks(decisions, sizes), "LGL2O")
+@pytest.mark.parametrize(
+    ("nt", "sizes"),
+    [(10, [130]), (10, [1, 33, 7, 89]), (7, [145, 8, 37])],  # the last cut a bin of ten steps
+)
+def test_curves_are_those_of_a_loop(nt: int, sizes: list[int]) -> None:
+    """Also where a checkpoint has joined parts of them."""
+    decisions = made_up(3, sum(sizes), nt)
+    *first, last = chunks = in_chunks(decisions, sizes)
+    curves = join(chunks, "LGL2O")
+    assert not first or join([pl.concat(first), last], "LGL2O").equals(curves)
     expected = pl.DataFrame(reference(decisions))
     assert curves["method"].unique().to_list() == ["LGL2O"]
     for name in ("seed", "step"):
@@ -95,17 +101,6 @@ def test_curves_are_those_of_a_loop(sizes: list[int]) -> None:
         np.testing.assert_allclose(curves[name], expected[name], rtol=1e-5, atol=1e-6)
     for name in COUNTERS:
         np.testing.assert_allclose(curves[name], expected[name], rtol=1e-12)
-
-
-def test_chunks_that_cut_a_bin_are_joined_by_checkpointed_parts_too() -> None:
-    """Of ten steps, the ones up to 1,020 and 1,080: chunks end at 1,015 and at 1,071."""
-    decisions = made_up(3, 190, 7)
-    first, second, third = in_chunks(decisions, [145, 8, 37])
-    whole, expected = join([first, second, third], "m"), pl.DataFrame(reference(decisions))
-    np.testing.assert_array_equal(whole["step"], expected["step"])
-    for name in (*MEANS, *COUNTERS):
-        np.testing.assert_allclose(whole[name], expected[name], rtol=1e-5, atol=1e-6)
-    assert join([pl.concat([first, second]), third], "m").equals(whole)
 
 
 @pytest.mark.parametrize(

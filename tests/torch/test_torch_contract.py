@@ -99,7 +99,9 @@ def test_hooks_are_called(kind):
 
 def test_hooks_of_steps_are_called_in_loops_too():
     weight, closure = quadratic()
-    guard, calls = BestOf([SGD([weight], lr=0.1)], model=None), []
+    calls = []
+    sgd, tells = SGD([weight], lr=0.1), lambda _: calls.append("told")
+    guard = BestOf([sgd], model=None, nt=2, callback=tells)
     guard.register_step_pre_hook(lambda *_: calls.append("before"))
     guard.register_step_post_hook(lambda *_: calls.append(guard.phase))
     for lane in guard.lanes():
@@ -109,7 +111,7 @@ def test_hooks_of_steps_are_called_in_loops_too():
         break  # after its last step: it counts
     for _ in guard.lanes():
         break
-    assert calls == ["before", 1, "before", 2, "before"]
+    assert calls == ["before", 1, "before", "told", 0, "before"] and len(guard.history) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

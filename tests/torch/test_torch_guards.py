@@ -325,16 +325,6 @@ def test_a_return_after_an_error_is_a_jump():
     assert guard.last_decision.jumped
 
 
-def test_a_loop_that_is_left_after_the_last_step_counts():
-    weight, closure = quadratic()
-    told = []
-    guard = BestOf([SGD([weight], lr=0.1)], model=None, nt=1, callback=told.append)
-    for lane in guard.lanes():
-        lane.step(closure())
-        break
-    assert len(told) == len(guard.history) == 1
-
-
 def test_a_loop_that_is_left_and_closed_late_leaves_the_next_one_alone():
     weight, closure = quadratic()
     guard = BestOf([SGD([weight], lr=0.1)], model=None, nt=1)

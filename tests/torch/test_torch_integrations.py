@@ -78,6 +78,9 @@ def test_lightning_resumes(tmp_path):
     assert rest.rewind.events == whole.rewind.events
     for mine, other in zip(twin.parameters(), model.parameters(), strict=True):
         assert torch.equal(mine, other)
+    assert rest.rewind.calls == 150
+    fit(10, rest, rows=8)  # without the old state
+    assert rest.rewind.calls == 10
 
 
 def test_lightning_without_a_loss():
@@ -322,17 +325,6 @@ def test_a_trainer_that_was_interrupted_trains_again(tmp_path):
     trainer.train()
     assert callback.rewind.calls == 10 and len(trainer.model._forward_hooks) == 0
     assert len(trainer.optimizer.optimizer._optimizer_step_pre_hooks) == 0
-
-
-def test_lightning_fits_again_without_the_old_state(tmp_path):
-    first, _ = fit(86, lightning_rewind(**OPTIONS), rows=8)
-    first.save_checkpoint(tmp_path / "half.ckpt")
-    callback = lightning_rewind(**OPTIONS)
-    half = {"ckpt_path": tmp_path / "half.ckpt", "weights_only": True}
-    fit(90, callback, rows=8, **half)
-    assert callback.rewind.calls == 90
-    fit(10, callback, rows=8)
-    assert callback.rewind.calls == 10
 
 
 def test_a_scheduler_may_be_on_what_accelerate_has_made_of_the_optimizer():

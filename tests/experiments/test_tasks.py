@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import pytest
 from scipy import stats
 
 import lossguard
-from lossguard import cli
 from lossguard.experiments import tasks
 from lossguard.experiments.tasks import FILE, Envelope, envelope, interquartile_mean
 from lossguard.tasks import published
@@ -227,7 +225,7 @@ def small(name: str, *, scaling: str) -> Dataset:
     return make_dataset(both, both, scaling=scaling, largest=255, name=name, classes=10)
 
 
-def test_the_command(tmp_path, monkeypatch, capsys) -> None:
+def test_the_command(main, tmp_path, monkeypatch, capsys) -> None:
     """On made-up images; a second time nothing is run again."""
     name = "ImageMLP_FashionMnist8_Relu32"
     monkeypatch.setattr(published, "load_dataset", small)
@@ -236,9 +234,8 @@ def test_the_command(tmp_path, monkeypatch, capsys) -> None:
     known = Envelope(np.array([0.0, 100]), np.array([3.0, 1.0]))
     monkeypatch.setattr(tasks, "envelope", lambda task: known)
     monkeypatch.setitem(tasks.TRIED, name, (("Adam", 0.01),))
-    given = ("--steps", "40", "--seeds", "2", "--out", str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["lossguard", "benchmark", "tasks", name, *given])
-    cli.main()
+    command = ("benchmark", "tasks", name, "--steps", "40", "--seeds", "2", "--out", tmp_path)
+    main(*command)
     out = capsys.readouterr().out
     assert all(label in out for label in (tasks.ENVELOPE, tasks.TUNED, "LSTM, guarded"))
     numbers = pl.read_csv(tmp_path / "tasks.csv")
@@ -252,27 +249,22 @@ def test_the_command(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(published, "load_dataset", None)
     (tmp_path / "tasks.csv").unlink()
     (tmp_path / "tasks.csv").symlink_to(tmp_path / "elsewhere")
-    cli.main()
+    main(*command)
     assert "complete already" in capsys.readouterr().out
     assert (tmp_path / "tasks.csv").is_file() and not (tmp_path / "elsewhere").exists()
 
 
-def test_bad_names_are_refused(monkeypatch, capsys) -> None:
-    for arguments, part in ((("task",), "did you mean tasks?"), (("tasks", "x"), "ImageMLP_")):
-        monkeypatch.setattr(sys, "argv", ["lossguard", "benchmark", *arguments])
-        with pytest.raises(SystemExit):
-            cli.main()
-        assert part in capsys.readouterr().err
+def test_bad_names_are_refused(refused) -> None:
+    refused(("benchmark", "task"), "did you mean tasks?")
+    refused(("benchmark", "tasks", "x"), "ImageMLP_")
 
 
-def test_a_missing_file_is_told_before_anything_is_run(tmp_path, monkeypatch, capsys) -> None:
+def test_a_missing_file_is_told_before_anything_is_run(main, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.delenv(FILE, raising=False)
     monkeypatch.setattr(published, "load_dataset", small)
     name = "ImageMLP_FashionMnist8_Relu32"
-    given = ["lossguard", "benchmark", "tasks", name, "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", given)
     with pytest.raises(SystemExit) as caught:
-        cli.main()
+        main("benchmark", "tasks", name, "--out", tmp_path)
     assert caught.value.code == 1
     assert f"{FILE} must name the published file" in capsys.readouterr().err
     assert not (tmp_path / name / "checkpoints").exists()

@@ -15,7 +15,7 @@ import optax
 import pytest
 from tiny_training import TINY, same
 
-from lossguard import cli, init_lstm_weights, load_weights, lstm_optimizer, records
+from lossguard import init_lstm_weights, load_weights, lstm_optimizer, records
 from lossguard.learned.lstm import LSTMWeights
 from lossguard.metatrain import bptt, loop
 from lossguard.metatrain.bptt import LSTMTraining
@@ -230,16 +230,14 @@ def test_no_weights_are_kept_if_all_diverged(
 
 
 def test_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    main: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine.py").write_text(
         "from lossguard.metatrain.bptt import LSTMTraining\n"
         "from lossguard.tasks import MLP\n"
         f"def recipe():\n    return {TINY}\n"
     )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lossguard", "metatrain", "mine.py:recipe", "--out", "out"])
-    cli.main()
+    main("metatrain", "mine.py:recipe", "--out", "out")
     out = capsys.readouterr().out
     assert out == "weights: out/weights.safetensors\nfigure: out/figure.png\nrecords: out\n"
     assert load_weights("out/weights.safetensors").made["made"] == " ".join(sys.argv)

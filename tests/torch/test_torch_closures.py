@@ -122,21 +122,6 @@ def test_errors_in_a_check_tell_of_it():
 
 
 @pytest.mark.parametrize("kind", TWO)
-def test_an_optimizer_may_not_switch_gradients_off(kind):
-    class Freezes(SGD):
-        def step(self, closure=None):
-            loss = super().step(closure)
-            for p in self.param_groups[0]["params"]:
-                p.requires_grad_(False)
-            return loss
-
-    model = mlp()
-    guard = two(kind, model, lambda ps: Freezes(ps, lr=0.1), nt=2)
-    run(guard, model, minibatches(12))
-    assert all(p.requires_grad for p in model.parameters())
-
-
-@pytest.mark.parametrize("kind", TWO)
 def test_edits_of_the_model_between_calls_are_gone_on_from(kind):
     """An exponential average that is swapped in, a projection: the model is the live lane."""
     model = mlp()

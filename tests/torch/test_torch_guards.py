@@ -112,6 +112,7 @@ DEEDS = ["descend", "ascend", "explode", "nan", "inf", "replace", "freeze", "sta
     seed=st.integers(0, 5),
 )
 @example(deeds=["descend"] * 12 + ["ascend"] * 28, kind=Hedged, alike=True, seed=0)  # s is needed
+@example(deeds=["freeze"], kind=LossGuard, alike=False, seed=0)
 def test_promises_hold_against_hostile_optimizers(deeds, kind, alike, seed):
     """Where minibatches are alike a learned optimizer that descends soon leads."""
     torch.manual_seed(seed)

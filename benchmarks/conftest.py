@@ -10,6 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -45,6 +46,20 @@ def torch_candidates(run: Run) -> dict[str, Run]:
 
     cores = len(os.sched_getaffinity(0))
     return {f"torch, threads: {n}": with_threads(n) for n in sorted({1, cores})}
+
+
+def guards_of(learned: Any, fallback: Any) -> dict[str, Any]:
+    """Every guard of two optimizers, by name."""
+    import lossguard  # takes JAX
+
+    alone = lossguard.unguarded(fallback, trusted=True), lossguard.unguarded(learned)
+    return {
+        "loss_guard": lossguard.loss_guard(learned, fallback),
+        "residual_guard": lossguard.residual_guard(learned, fallback),
+        "recommended": lossguard.recommended(learned, fallback),
+        "hedged": lossguard.hedged(learned, fallback),
+        "best_of": lossguard.best_of(alone, share=0.05),
+    }
 
 
 @pytest.fixture

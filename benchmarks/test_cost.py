@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import milliseconds
+from conftest import guards_of, milliseconds
 
 import lossguard
 from lossguard import rollout
@@ -40,14 +40,8 @@ def guards() -> dict[str, lossguard.Guard]:
     return {
         "alone": lossguard.unguarded(fallback),
         "learned": lossguard.unguarded(learned),
-        "loss_guard": lossguard.loss_guard(learned, fallback),
-        "residual_guard": lossguard.residual_guard(learned, fallback),
-        "recommended": lossguard.recommended(learned, fallback),
-        "hedged": lossguard.hedged(learned, fallback),
         "rewind": lossguard.unguarded(lossguard.rewind(learned)),
-        "best_of": lossguard.best_of(
-            [lossguard.unguarded(fallback), lossguard.unguarded(learned)], share=0.05
-        ),
+        **guards_of(learned, fallback),
     }
 
 

@@ -195,17 +195,15 @@ class Rules:
         )
         snapshots = Snapshots(slots, second, was.pending | ends)
 
-        def elsewhere(now: tuple, x: Params, stays: PyTree, snapshots: Snapshots) -> tuple:
-            steps, advanced, _ = now
-            inner = select(takes, advanced, stays)
+        def stays_or_goes_back(now: tuple, x: Params, inner: PyTree, snapshots: Snapshots) -> tuple:
             point, memory = snapshots.trusted
-            move, lands = snapshot.way_back(point, x, steps)
+            move, lands = snapshot.way_back(point, x, now[0])
             move = jax.tree.map(lambda way: jnp.where(back, way, 0), move)
             return move, select(back, keep_schedules(memory, inner), inner), back & ~lands
 
         now = steps, advanced, jnp.array(False)
         move, inner, misses = snapshot.only_if(
-            ~takes | back, elsewhere, now, x, before.inner, snapshots
+            ~takes, stays_or_goes_back, now, x, before.inner, snapshots
         )
         landing = misses & ~before.landing
         return move, state._replace(inner=inner, snapshots=snapshots, landing=landing)

@@ -262,5 +262,7 @@ class Rewind(Uncopied):
                 self._tell("unanswered", "audit", 0)
             if too_high:
                 return
-        self._candidate = self._live.save(self._candidate, since=self._trusted)
+        if not self._candidate:
+            self._live.refuse_copies(self._trusted)
+        self._candidate = self._live.save(self._candidate)
         rule.candidate_age, rule.pending = 0, True

@@ -121,19 +121,19 @@ class Live:
         return stacked([*self.are_finite(), *chain.from_iterable(unread)])
 
     @torch.no_grad()
-    def save(self, old: Saved | None = None, since: Saved | None = None) -> Saved:
-        """A copy, in the tensors of an ``old`` one as far as they fit.
+    def refuse_copies(self, since: Saved) -> None:
+        """Refuse optimizers whose steps would undo a return, by what has moved since a snapshot."""
+        moved: dict[Optimizer, list[Tensor]] = {}
+        for param, one in self.trained().items():
+            now, then = local(param.detach()), local(since["model"][self.names[param]])
+            if now.numel() > 1 and not torch.equal(now, then.to(now.device)):
+                moved.setdefault(one, []).append(now)
+        for one, values in moved.items():
+            refuse_copies(one, values, self.names)
 
-        The first one ``since`` another refuses optimizers whose steps would undo a return.
-        """
-        if since is not None and not old:
-            moved: dict[Optimizer, list[Tensor]] = {}
-            for param, one in self.trained().items():
-                now, then = local(param.detach()), local(since["model"][self.names[param]])
-                if now.numel() > 1 and not torch.equal(now, then.to(now.device)):
-                    moved.setdefault(one, []).append(now)
-            for one, values in moved.items():
-                refuse_copies(one, values, self.names)
+    @torch.no_grad()
+    def save(self, old: Saved | None = None) -> Saved:
+        """A copy, in the tensors of an ``old`` one as far as they fit."""
         remembered = {
             self.names[param]: one.state[param]
             for param, one in self.trained().items()

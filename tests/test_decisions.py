@@ -112,6 +112,29 @@ def test_a_figure_shows_what_the_table_says() -> None:
     assert top == pytest.approx(2)  # (4 + 6 / 3) / 3
 
 
+def test_a_run_without_decisions_shows_its_losses() -> None:
+    torch = pytest.importorskip("torch")
+    from lossguard.torch import Rewind
+
+    w = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(w.parameters(), lr=0.1)
+    rewind, losses = Rewind(w, optimizer, every=1), []
+    for k in range(200):
+        loss = w.weight.square().sum() + 1
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if k == 150:
+            torch.nn.init.constant_(w.weight, float("nan"))
+        rewind.observe(loss)
+        losses.append(loss.detach())
+    returns = [event.call for event in rewind.events if event.kind == "return"]
+    (axes,) = plot_decisions(losses, returns=returns, start=10).axes
+    drawn, back = axes.lines
+    assert drawn.get_ydata().tolist() == [float(loss) for loss in losses]
+    assert drawn.get_xdata()[0] == 10 and back.get_xdata()[0] == returns[0] == 151
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"^decisions must be at least one, got none$"):
         decision_table([])
@@ -121,6 +144,8 @@ def test_refusals() -> None:
     none = jax.tree.map(lambda leaf: np.stack([leaf])[:0], cycles(1)[0])
     with pytest.raises(ValueError, match=r"^decisions must be at least one, got none$"):
         plot_decisions(none)
+    with pytest.raises(ValueError, match=r"^decisions must be a Decision, or a list .*, got str$"):
+        plot_decisions(["loss"])
     other = cycles(1)[0]._replace(losses=np.ones(2), used_learned=np.ones(2))
     with pytest.raises(ValueError, match=r"^decisions must have the same nt, got \[2, 3\]$"):
         decision_table([*cycles(1), other])

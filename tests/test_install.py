@@ -97,7 +97,11 @@ def test_base(environment: Environment) -> None:
         if file.locate().is_file()
     )
     assert size < 100e6
-    environment.runs("import lossguard; assert lossguard.__version__ and dir(lossguard)")
+    environment.runs(
+        "import lossguard, pydoc\n"
+        "assert pydoc.render_doc(lossguard) and lossguard.__version__\n"
+        "assert [getattr(lossguard, name) for name in dir(lossguard)]"
+    )
     began = time.perf_counter()
     environment.runs("import lossguard")
     assert time.perf_counter() - began < 1
@@ -133,7 +137,8 @@ def test_jax(environment: Environment) -> None:
     assert not environment.packages & {"polars", "matplotlib", "torch", "tyro", "rich"}
     environment.runs(
         "import jax.numpy as jnp, lossguard, optax\n"
-        "for name in dir(lossguard): getattr(lossguard, name)\n"
+        "for name in lossguard.__all__: getattr(lossguard, name)\n"
+        "assert {*lossguard.__all__} <= {*dir(lossguard)} and lossguard.tasks.mnist\n"
         "learned = lossguard.pretrained('lstm-mnist-mlp')\n"
         "guard = lossguard.unguarded(learned)\n"
         "state = guard.init(jnp.ones(2))\n"

@@ -5,7 +5,7 @@ on first use, so that ``lossguard.torch`` works without JAX, and this without ei
 """
 
 import importlib
-from importlib import metadata
+from importlib import metadata, util
 from typing import Any
 
 import lazy_loader
@@ -15,13 +15,23 @@ from .validation import nearest
 
 IN_TORCH = ("BestOf", "Hedged", "LossGuard", "Recommended", "ResidualGuard", "Rewind")
 """Guards that are missed here."""
-_load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+PARTS = ("experiments", "metatrain", "tasks", "torch")
+"""Packages in this one."""
+WITHOUT_JAX = ("decision_table", "plot_decisions", "pretrained_names", "pretrained_path", "scalars")
+"""Public names that need none."""
+_load, _names, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __version__ = metadata.version(__name__)
 
 
+def __dir__() -> list[str]:
+    """What can be had here: ``help`` and tools that complete names get all that is listed."""
+    return _names() if util.find_spec("jax") else [*WITHOUT_JAX]
+
+
 def __getattr__(name: str) -> Any:
-    if name == "torch":
-        return importlib.import_module("lossguard.torch")
+    if name in PARTS:
+        with needed(f"lossguard.{name}"):
+            return importlib.import_module(f"lossguard.{name}")
     if name not in __all__:
         hint = " (lossguard.torch has it)" if name in IN_TORCH else nearest(__all__, name)
         raise AttributeError(f"lossguard has no {name!r}{hint}", name=name)

@@ -102,7 +102,8 @@ def plot_decisions(
     """One figure: the loss, whose parameters the guard returned, and what each step cost.
 
     Args:
-        decisions: as for ``decision_table``.
+        decisions: as for ``decision_table``. Or the losses of a run that has none, as with
+            ``Rewind``, a number for each step: then the figure has nothing but these.
         names: of the lanes, from ``winner`` 0 on. With ``best_of`` those of its members.
         returns: steps at which a run was set back, drawn as lines, such as
             ``[e.call for e in rewind.events if e.kind == "return"]``.
@@ -119,31 +120,49 @@ def plot_decisions(
     >>> lost = Decision([False] * 2, [3.0, 1.0], winner=1, gradients=5, learned_updates=2)
     >>> [axes.get_ylabel() for axes in plot_decisions([lost, lost]).axes]
     ['Training loss', 'Returned', 'Price of a step']
+    >>> [axes.get_ylabel() for axes in plot_decisions([3.0, 9.0, 2.0], returns=[2]).axes]
+    ['Training loss']
     """
     with needed("lossguard.plot_decisions"):
         from matplotlib.figure import Figure
 
         from .drawing import log_losses
-    table, losses = decision_table(decisions, start=start), _stacked(decisions)["losses"]
-    if (most := table["winner"].max()) >= len(names):
-        raise ValueError(f"names must have one for each winner, 0 to {most}, got {tuple(names)!r}")
-    figure = Figure(figsize=(7, 5.5), layout="constrained")
-    loss, leader, price = figure.subplots(
-        3, sharex=True, gridspec_kw={"height_ratios": [4, 1.4, 1.6]}
-    )
+    figure, table, losses = Figure(layout="constrained"), None, _losses(decisions)
+    if losses is not None:
+        last = loss = figure.subplots()
+    else:
+        table, losses = decision_table(decisions, start=start), _stacked(decisions)["losses"]
+        if (most := table["winner"].max()) >= len(names):
+            told = f"0 to {most}, got {tuple(names)!r}"
+            raise ValueError(f"names must have one for each winner, {told}")
+        loss, leader, last = figure.subplots(
+            3, sharex=True, gridspec_kw={"height_ratios": [4, 1.4, 1.6]}
+        )
+        edges = np.append(start, table["step"])
+        _draw_winners(leader, edges, table["winner"], names)
+        _draw_prices(last, edges, table, losses.shape[1])
+    figure.set_size_inches(7, 5.5 if table else 3)
     each = start + np.arange(losses.size)
     loss.plot(each, losses.ravel(), color="0.75", lw=0.6, label="before each step")
-    loss.plot(table["step"], table["loss"], color="black", lw=1.4, label="mean of a cycle")
+    if table:
+        loss.plot(table["step"], table["loss"], color="black", lw=1.4, label="mean of a cycle")
     log_losses(loss)
     for k, step in enumerate(returns):
         loss.axvline(step, color="C3", ls="--", lw=1, label="" if k else "set back")
     loss.set(ylabel="Training loss")
     loss.legend(frameon=False, loc="upper right")
-    edges = np.append(start, table["step"])
-    _draw_winners(leader, edges, table["winner"], names)
-    _draw_prices(price, edges, table, losses.shape[1])
-    price.set(xlabel="Optimizer step", xlim=(edges[0], edges[-1]))
+    last.set(xlabel="Optimizer step", xlim=(start, start + losses.size))
     return figure
+
+
+def _losses(given: Any) -> np.ndarray | None:
+    """The losses of a run, if it has no decisions."""
+    if hasattr(given, "losses"):
+        return None
+    try:
+        return np.array([float(one) for one in given]) if len(given) else None
+    except (TypeError, ValueError):
+        return None
 
 
 def _draw_winners(

@@ -201,9 +201,30 @@ def test_the_trainer_with_models_that_name_no_loss(tmp_path, monkeypatch):
     with pytest.raises(ValueError) as error:
         lost.train()
     assert str(error.value) == (
-        "the model must return its loss for trainer_rewind, got an output without (call "
-        "Rewind.observe in on_step_end of a callback of your own)"
+        "the model must return its loss for trainer_rewind, got an output without (where the "
+        "Trainer computes it: callback.listen(trainer))"
     )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_trainer_computes_the_loss(tmp_path, monkeypatch, smoothing):
+    """It takes the labels away before the model sees them, where it smooths them."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    callback, told = trainer_rewind(**OPTIONS), []
+    trainer = trainer_of(tmp_path, 43, callback)
+    forward = trainer.model.forward
+    trainer.model.forward = lambda x, labels=None: forward(x, torch.zeros(len(x)).long())
+    trainer.args.label_smoothing_factor = smoothing
+    if smoothing:
+        transformers = pytest.importorskip("transformers")
+        trainer.label_smoother = transformers.trainer_pt_utils.LabelSmoother(smoothing)
+    step = trainer.training_step
+    trainer.training_step = lambda *given: told.append(step(*given)) or told[-1]
+    callback.listen(trainer)
+    trainer.train()
+    trainer.evaluate(trainer.train_dataset[:8])
+    heard = [float(loss) for loss, _ in callback.rewind._unread]
+    assert heard == [float(loss) for loss in told[-3:]] and callback.rewind.calls == 43
 
 
 @pytest.mark.parametrize("make", [lightning_rewind, trainer_rewind])

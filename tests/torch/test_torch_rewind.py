@@ -75,6 +75,20 @@ def test_in_every_run_it_is_finite_and_throws_away_no_more_than_it_may(every):
     assert np.max(seen, axis=0)[2] > WINDOW and (np.max(seen, axis=0) > 0).all()
 
 
+def test_a_step_after_a_return_has_no_gradient_of_before_it():
+    """In a loop that calls it too early: with that gradient the run would be ruined anew."""
+    model, optimizer = one_weight()
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    for k in range(160):
+        ruins = 128 <= k < 136
+        optimizer.zero_grad()
+        (model.weight.sum() * (1e6 if ruins else 0.01)).backward()
+        rewind.observe(9.0 if ruins else 1.0)
+        optimizer.step()
+    assert [event.call for event in rewind.events] == [136]
+    assert -2 < model.weight.item() < 0
+
+
 def test_a_step_whose_loss_alone_is_not_finite_is_taken_and_counts():
     """As where a loss overflows in half precision, and its gradients don't."""
     model, optimizer = one_weight()

@@ -81,7 +81,8 @@ def trainer_rewind(**options: Any) -> Any:
     """A Hugging Face ``TrainerCallback``: ``Trainer(..., callbacks=[trainer_rewind()])``.
 
     The Trainer doesn't tell its callbacks the loss, so this one takes it from the output of the
-    model: the sum of those between two steps; a ``compute_loss`` of your own is not heard. Its
+    model: the sum of those between two steps. Where the model doesn't compute it, as with
+    ``label_smoothing_factor`` or a ``compute_loss`` of your own: ``callback.listen(trainer)``. Its
     state is in the Trainer's checkpoints, as ``rewind-RANK.pt``.
 
     Args:
@@ -97,13 +98,26 @@ def trainer_rewind(**options: Any) -> Any:
 
     class TrainerRewind(TrainerCallback):
         rewind: Rewind
+        _listens = False
+
+        def listen(self, trainer: Any) -> None:
+            """From now on hear what the trainer's ``compute_loss`` returns."""
+            compute, self._listens = trainer.compute_loss, True
+
+            def heard(model: Any, *inputs: Any, **options: Any) -> Any:
+                result = compute(model, *inputs, **options)
+                self._keep(model, inputs, result if isinstance(result, tuple) else (result,))
+                return result
+
+            trainer.compute_loss = heard
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **running: Any) -> None:
             if hasattr(self, "rewind"):
                 self.on_train_end(args, state, control)  # of one that was interrupted
             self.rewind = Rewind(running["model"], running["optimizer"], **options)
             self._losses: list[torch.Tensor] = []
-            self._hook = running["model"].register_forward_hook(self._keep)
+            hear = (lambda *_: None) if self._listens else self._keep
+            self._hook = running["model"].register_forward_hook(hear)
             file = _file(args, state)
             if file.exists():
                 saved = torch.load(file, weights_only=True, map_location="cpu")
@@ -142,8 +156,8 @@ def _loss_in(output: Any) -> torch.Tensor:
     loss = output.get("loss") if isinstance(output, Mapping) else output[0]
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         raise ValueError(
-            "the model must return its loss for trainer_rewind, got an output without (call "
-            "Rewind.observe in on_step_end of a callback of your own)"
+            "the model must return its loss for trainer_rewind, got an output without (where the "
+            "Trainer computes it: callback.listen(trainer))"
         )
     return loss.detach()
 

@@ -162,6 +162,8 @@ class Live:
         self.load_buffers(saved)
         for param, name in self.names.items():
             param.copy_(saved["model"][name], non_blocking=True)
+            if param.grad is not None:  # of where it was: there may be a step before the next one
+                param.grad.zero_()
         for k, (one, settings) in enumerate(zip(self.optimizers, saved["groups"], strict=True)):
             set_back(one.param_groups, copy.deepcopy(settings), self.own)
             state: Any = one.state

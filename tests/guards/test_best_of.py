@@ -262,6 +262,22 @@ def test_what_was_not_finite_begins_again_where_the_followed_one_is() -> None:
     np.testing.assert_array_equal(states.inner.members[0].steps, NT * np.arange(1, 6))
 
 
+def test_a_guard_that_begins_again_gets_no_budget_anew() -> None:
+    """What it may spend on trials, and on the fallback by itself, is a part of the whole run."""
+    relay = lossguard.recommended(optax.sgd(1e-6), optax.sgd(1e-3), nt=NT)
+    outer = lossguard.best_of([unguarded(optax.sgd(1e-3)), lossguard.best_of([relay])])
+    state, objective = outer.init(jnp.ones(2)), lambda w, i: jnp.sum(w**2)
+    state, _ = lossguard.rollout(outer, state, objective, cycles=100)
+    alone, nested = state.inner.members
+    broken = nested._replace(params=jnp.full(2, jnp.nan))
+    state = state._replace(inner=state.inner._replace(members=(alone, broken)))
+    again, decision = outer.step(state, objective)
+    (spent,), (kept,) = (at.inner.members[1].inner.members for at in (state, again))
+    assert decision.winner == 0 and kept.steps == spent.steps + NT
+    assert kept.inner.relay.trial_cost >= spent.inner.relay.trial_cost > 0
+    assert kept.inner.own_steps >= spent.inner.own_steps > 0
+
+
 def test_schedules_go_on_where_a_guard_begins_again() -> None:
     """The rate is 1 in the first cycle, from which the loss becomes infinite, and 0.1 after it."""
     rate = optax.sgd(lambda t: jnp.where(t < NT, 1.0, 0.1))

@@ -182,6 +182,9 @@ WRONG = {
         "fallback|": lambda: hedged(SGD, IN_STEPS).init(ONES),
         "each of guards|": lambda: best_of([unguarded(IN_STEPS)], share=0.1).init(ONES),
     },
+    " must go with check=, whose minibatches it counts, got ": {
+        "nc|3": lambda: best_of([ALONE], nc=3)
+    },
     " must be an objective(params, i), got ": {"check|3": lambda: best_of([ALONE], check=3)},
     " must be a function ": {
         "objective|objective(params, i), got 'f'": lambda: step("f"),
@@ -262,7 +265,13 @@ def test_bad_input(sentence) -> None:
         lambda three, part: loss_guard(SGD, SGD, nt=three, nc=three),
         lambda three, part: recommended(SGD, SGD, nt=three, share=part),
         lambda three, part: hedged(SGD, SGD, nt=three, share=part),
-        lambda three, part: best_of([unguarded(SGD, nt=three)], share=part, nc=three, decay=part),
+        lambda three, part: best_of(
+            [unguarded(SGD, nt=three)],
+            share=part,
+            check=lambda w, i: jnp.sum(w**2),
+            nc=three,
+            decay=part,
+        ),
     ],
 )
 @pytest.mark.usefixtures("x64")

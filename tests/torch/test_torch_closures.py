@@ -161,6 +161,7 @@ def test_errors_of_arguments():
         (lambda: Hedged(SGD([w]), one, model=None, nt=0), "nt must be an integer of at least 1, g"),
         (lambda: Hedged(SGD([w]), one, model=None, share=1.0), "share must be at least 0 and belo"),
         (lambda: LossGuard(SGD([w]), one, model=None, nc=0), "nc must be an integer of at least 1"),
+        (lambda: BestOf([one], model=None, nc=3), "nc must go with check=, whose minibatches it "),
         (
             lambda: LossGuard(SGD([half]), SGD([half]), model=None),
             "parameters must have more range than float16 for LossGuard, where a gradient that ove",

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,7 @@ class BestOfState(NamedTuple):
     """The number of the guard that is followed."""
     checked: Int[Array, ""]
     """The number of the next check minibatch."""
+    GOES_ON = ("spent",)
 
 
 def best_of(
@@ -60,7 +61,7 @@ def best_of(
     *,
     share: float | None = None,
     check: Objective | None = None,
-    nc: int = 2,
+    nc: int | None = None,
     decay: float = 0.9,
 ) -> Guard:
     """Run several guards, each on its own path, and follow the one whose recent losses are lowest.
@@ -88,7 +89,7 @@ def best_of(
             doesn't run.
         check: where data repeat, training losses are lower for whoever overfits. Then d[j] is the
             mean of this objective of x[j] over nc minibatches of its own, 0, 1, 2, ...
-        nc: check minibatches a cycle, where there is a ``check``.
+        nc: check minibatches a cycle, with a ``check``; None for two.
         decay: D remembers about 1 / (1 - decay) cycles.
 
     ``decision.winner`` numbers the guards, -1 where x goes back to where the cycle began;
@@ -97,9 +98,9 @@ def best_of(
 
     Raises:
         ValueError: if there are no guards, or something else is one of them, share is not at least
-            0 and below 1, nc not an integer of at least 1, or decay not above 0 and below 1; in
-            ``init``, if with ``share`` a schedule is inside ``optax.MultiSteps``; in the first
-            step, if the guards' nt differ.
+            0 and below 1, nc not an integer of at least 1 or given without a check, or decay not
+            above 0 and below 1; in ``init``, if with ``share`` a schedule is inside
+            ``optax.MultiSteps``; in the first step, if the guards' nt differ.
 
     >>> import optax
     >>> from lossguard import recommended, unguarded
@@ -119,7 +120,9 @@ def best_of(
     for one in members:
         check_kind("each of guards", one, Guard, "unguarded(optimizer)")
     share = None if share is None else check_part("share", share)
-    nc, decay = check_count("nc", nc, most=LONGEST), check_decay(decay)
+    if check is None and nc is not None:
+        raise ValueError(f"nc must go with check=, whose minibatches it counts, got {nc!r}")
+    nc, decay = check_count("nc", 2 if nc is None else nc, most=LONGEST), check_decay(decay)
     rules = SideBySide(members, share, check, nc, decay)
     return Guard(rules.init, rules.step)
 
@@ -313,9 +316,17 @@ def renew_if(again: Bool[Array, ""], guard: Guard, was: GuardState, x: Params) -
     """A guard's first state, at x, with the counts and schedules that it had; or what it was."""
 
     def renewed() -> GuardState:
-        fresh = guard.init(x)._replace(steps=was.steps, minibatches=was.minibatches)
-        if isinstance(was.inner, BestOfState):  # nor do its own members get their shares again
-            fresh = fresh._replace(inner=fresh.inner._replace(spent=was.inner.spent))
-        return keep_schedules(fresh, was)
+        return keep_schedules(keep_counts(guard.init(x), was), was)
 
     return jax.lax.cond(again, renewed, lambda: was)
+
+
+def keep_counts(fresh: Any, was: Any) -> Any:
+    """A first state, with what its guards have counted and spent: each names it in ``GOES_ON``."""
+    if not isinstance(fresh, tuple):
+        return fresh
+    kept = list(map(keep_counts, fresh, was))
+    if not hasattr(fresh, "_fields"):
+        return tuple(kept)
+    names = getattr(fresh, "GOES_ON", ())
+    return fresh._make(kept)._replace(**{name: getattr(was, name) for name in names})

@@ -31,6 +31,8 @@ class GuardState(NamedTuple):
     """The number of the next minibatch (int32; near 2^31 - 1 it begins at 0 again)."""
     inner: PyTree
     """What the guard itself keeps: optimizer states and the like."""
+    GOES_ON = ("steps", "minibatches")
+    """Fields that go on where the guard begins again; parts of ``inner`` name theirs likewise."""
 
 
 class Decision(NamedTuple):

@@ -31,6 +31,7 @@ class RecommendedState(NamedTuple):
     """A trial of s against x, in the cycles in which both run."""
     broken: Bool[Array, ""]
     """Whether in the last of these z led and had a loss that isn't finite where s had one."""
+    GOES_ON = ("own_steps",)
 
 
 def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) -> Guard:

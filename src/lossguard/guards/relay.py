@@ -52,6 +52,7 @@ class RelayState(NamedTuple):
     """What trials and probations are charged, in gradients: a third for a forward pass."""
     probation: Bool[Array, ""]
     """Whether z leads on probation."""
+    GOES_ON = ("trial_cost",)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class BestOf(Guard):
         check: where data repeat, training losses are lower for whoever overfits. Then d is the mean
             of ``check(k)``, the loss at w[j] after the cycle on held-out minibatch number k, over
             nc minibatches 0, 1, 2, ...
-        nc: check minibatches a cycle, where there is a ``check``.
+        nc: check minibatches a cycle, with a ``check``; None for two.
         decay: D remembers about 1 / (1 - decay) cycles.
 
     An optimizer begins again at the model, with the record of the one that is followed, if it isn't
@@ -102,7 +102,7 @@ class BestOf(Guard):
         nt: int = 10,
         share: float | None = None,
         check: Callable[[int], Tensor] | None = None,
-        nc: int = 2,
+        nc: int | None = None,
         decay: float = 0.9,
         process_group: distributed.ProcessGroup | None = None,
         callback: Callable[[Decision], object] | None = None,
@@ -120,7 +120,9 @@ class BestOf(Guard):
         if not several or not (optimizers := [*optimizers]):
             raise ValueError(f"optimizers must be a list of at least one, got {told(optimizers)}")
         check_functions(check=check)
-        self.check, self.checks = check, check_count("nc", nc)
+        if check is None and nc is not None:
+            raise ValueError(f"nc must go with check=, whose minibatches it counts, got {nc!r}")
+        self.check, self.checks = check, check_count("nc", 2 if nc is None else nc)
         self.share = None if share is None else check_part("share", share)
         self.decay = check_decay(decay)
         named = {f"optimizers[{k}]": one for k, one in enumerate(optimizers)}

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from tiny_run import leave
+from tiny_run import SECONDS, leave
 
 from lossguard import run_folder
 from lossguard.experiments import price
@@ -76,11 +76,13 @@ def test_a_summary_counts_experiments_and_tells_the_worst(tmp_path: Path) -> Non
         write_parquet(folder / EVALUATIONS, table)
         with pytest.raises(ValueError, match=r"evaluations\.parquet is damaged"):
             price.table({name: folder})
-        run_folder.finish(folder, read_json(folder / MANIFEST))
+        seconds = {"seconds": SECONDS | {price.FALLBACK: 2.0, "Guard": factor}}
+        run_folder.finish(folder, read_json(folder / MANIFEST) | seconds)
     _, numbers = price.table(found)
     fallback, guard = price.summary(numbers).rows(named=True)
     assert price.summed_up(fallback)[:3] == [price.FALLBACK, "2", "2"]
     assert price.summed_up(guard)[:3] == ["Guard", "2", "1"] and guard["reached"]
+    assert price.summed_up(guard)[-1] == "0.6 to 1.5"
     numbers = guard["median"], guard["highest"], guard["price_of_step"]
     assert numbers == pytest.approx((2.05, 3.0, 3.0), rel=0.02)
 
@@ -106,8 +108,9 @@ def test_a_loss_that_is_not_reached_counts_by_the_end_of_the_curve() -> None:
     assert found == pytest.approx(20_000 / 8_000, rel=0.03) and not reached
     assert price.highest(stuck, reference, 8_000)[0] == pytest.approx(1.0)
     row = {"method": "Guard", "experiments": 1, "within": 0, "median": np.inf, "highest": found}
-    told = price.summed_up(row | {"reached": reached, "price_of_step": 1.0})
-    assert told == ["Guard", "1", "0", "never", f"> {found:.2f}", "1.00"]
+    costs = {"price_of_step": 1.0, "least": 1.0, "most": 2.0}
+    told = price.summed_up(row | {"reached": reached} | costs)
+    assert told == ["Guard", "1", "0", "never", f"> {found:.2f}", "1.00", "1.0 to 2.0"]
 
 
 def test_methods_are_summed_up_at_the_prices_that_all_have(tmp_path: Path) -> None:
@@ -120,7 +123,8 @@ def test_methods_are_summed_up_at_the_prices_that_all_have(tmp_path: Path) -> No
         train_loss=pl.when(is_fallback).then(falls.otherwise("train_loss")).otherwise("train_loss")
     )
     write_parquet(folder / EVALUATIONS, table)
-    run_folder.finish(folder, read_json(folder / MANIFEST))
+    seconds = {"seconds": SECONDS | dict.fromkeys((price.FALLBACK, "Dear"), 1.0)}
+    run_folder.finish(folder, read_json(folder / MANIFEST) | seconds)
     _, numbers = price.table({"run": folder})
     dear = price.summary(numbers).row(1, named=True)
     assert dear["highest"] == pytest.approx(3.0, rel=0.02) and dear["reached"]

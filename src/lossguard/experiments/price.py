@@ -45,7 +45,7 @@ DRAWS = 200
 """Of seeds, for an interval."""
 COLUMNS = (
     "experiment", "method", "price", "slowdown", "low", "high", "ratio", "price_of_step",
-    "highest", "reached",
+    "highest", "reached", "seconds",
 )  # fmt: skip
 """Of ``rows``, and of the CSV file."""
 TITLE = "slowdown S over the fallback (intervals are in the CSV file)"
@@ -179,8 +179,9 @@ def rows(folder: Path) -> Iterator[tuple[Any, ...]]:
     ``low`` to ``high`` is the slowdown's interval, ``ratio`` the loss at equal price over the
     fallback's. ``highest`` is of all prices from ``LATE`` on that all methods get to, not of the
     ``MARKS`` alone; where it was not ``reached`` it is at least that. None in shorter runs.
+    ``seconds`` are those of the whole run over the fallback's, without compiling and evaluating.
     """
-    read_run(folder)  # verifies all tables
+    seconds = read_run(folder).manifest["seconds"]
     evaluations = read_parquet(folder / EVALUATIONS)
     methods = evaluations["method"].unique(maintain_order=True).to_list()
     found = {method: curves(evaluations, method) for method in methods}
@@ -194,7 +195,8 @@ def rows(folder: Path) -> Iterator[tuple[Any, ...]]:
             if not np.isnan(base) and price * 1.1 <= own.price[-1]:
                 times = slowdown(own, reference, price), *interval(each, fallback, price)
                 ratio = divided(at(own, price), base)
-                yield folder.name, method, price, *times, ratio, cost, *most
+                longer = divided(seconds[method], seconds[FALLBACK])
+                yield folder.name, method, price, *times, ratio, cost, *most, longer
 
 
 def price_of_step(evaluations: pl.DataFrame, method: str) -> float:
@@ -227,7 +229,7 @@ def table(found: Mapping[str, Path]) -> tuple[Group, pl.DataFrame]:
         told = f"No run reaches a price of {LATE:,}, where they are summed up."
         return Group(*shown, told), every
     heads = "experiments", f"within {BOUND}", f"median S({LATE:,})", "highest S", "a step, up to"
-    short = _table(*heads, title=f"All of them, at every price from {LATE:,} on")
+    short = _table(*heads, "seconds", title=f"All of them, at every price from {LATE:,} on")
     for one in late.rows(named=True):
         short.add_row(*summed_up(one))
     return Group(*shown, short), every
@@ -244,7 +246,7 @@ def summary(every: pl.DataFrame) -> pl.DataFrame:
 
     Columns: ``method``; ``experiments``; those ``within`` the ``BOUND`` at all prices from ``LATE``
     on; the ``median`` slowdown at ``LATE``; the ``highest`` from there on, and whether it was
-    ``reached``; the ``price_of_step``, the highest too.
+    ``reached``; the ``price_of_step``, the highest too; the ``least`` and the ``most`` seconds.
     """
     late = every.filter(pl.col("highest").is_not_null(), price=LATE)
     most = pl.col("highest").arg_max()
@@ -255,6 +257,8 @@ def summary(every: pl.DataFrame) -> pl.DataFrame:
         highest=pl.col("highest").get(most),
         reached=pl.col("reached").get(most),
         price_of_step=pl.col("price_of_step").nan_max(),
+        least=pl.col("seconds").min(),
+        most=pl.col("seconds").max(),
     )
 
 
@@ -262,7 +266,8 @@ def summed_up(row: Mapping[str, Any]) -> list[str]:
     """The cells of a row of ``summary``; "> 2.00" where that loss was not reached."""
     highest = f"{'' if row['reached'] else '> '}{row['highest']:.2f}"
     told = f"{row['median']:.2f}".replace("inf", "never"), highest, f"{row['price_of_step']:.2f}"
-    return [row["method"], str(row["experiments"]), str(row["within"]), *told]
+    seconds = f"{row['least']:.1f} to {row['most']:.1f}"
+    return [row["method"], str(row["experiments"]), str(row["within"]), *told, seconds]
 
 
 def at_equal_price(reference: str, folder: Path) -> str:

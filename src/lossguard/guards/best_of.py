@@ -325,8 +325,7 @@ def keep_counts(fresh: Any, was: Any) -> Any:
     """A first state, with what its guards have counted and spent: each names it in ``GOES_ON``."""
     if not isinstance(fresh, tuple):
         return fresh
-    kept = list(map(keep_counts, fresh, was))
-    if not hasattr(fresh, "_fields"):
-        return tuple(kept)
-    names = getattr(fresh, "GOES_ON", ())
-    return fresh._make(kept)._replace(**{name: getattr(was, name) for name in names})
+    goes_on, names = getattr(fresh, "GOES_ON", ()), getattr(fresh, "_fields", (None,) * len(fresh))
+    parts = zip(names, fresh, was, strict=True)
+    made = [old if name in goes_on else keep_counts(new, old) for name, new, old in parts]
+    return getattr(fresh, "_make", tuple)(made)

@@ -32,6 +32,14 @@ def test_figure_of_any_length(tmp_path: Path, steps: int) -> None:
     np.testing.assert_allclose(others, [moons[:, :100][:, -10:].mean(axis=1) / moons[:, 0]])
 
 
+def test_fresh_weights_are_drawn_and_not_kept() -> None:
+    columns = {"meta_step": [0, 5, 10], "meta_loss": [np.nan, 6.0, 5.0]}
+    columns |= {"validation": np.outer([1.0, 3.0, 2.0], np.ones(60))}
+    left, right = figure.draw(Record({"name": "mine"}, {}, pl.DataFrame(columns))).axes
+    np.testing.assert_array_equal(left.lines[0].get_ydata(), columns["meta_loss"])
+    assert [line.get_label() for line in right.lines] == ["meta-step 0", "meta-step 10, kept"]
+
+
 def test_lines_of_several_seeds_are_means_with_bands() -> None:
     """The weights kept are those of each seed by itself."""
     validation, moons = 1 + np.random.default_rng(0).random((2, 3, 2, 60))

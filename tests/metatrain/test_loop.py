@@ -27,12 +27,15 @@ from lossguard.tasks import MLP, Dataset, Task, load_dataset
 def test_records(whole: Path) -> None:
     config, made, curves = records.read_run(whole)
     assert config == {**asdict(TINY), "model": {"kind": "MLP", "hidden": [5]}, "others": []}
-    assert curves["meta_step"].to_list() == [2, 4, 6]
-    assert curves["validation"].to_numpy().shape == (3, 8)
-    numbers = curves.select("meta_loss", "gradient_norm").to_numpy()
-    assert np.isfinite(numbers).all() and (numbers > 0).all()
-    means = curves["validation"].to_numpy().mean(axis=1)
+    assert curves["meta_step"].to_list() == [0, 2, 4, 6]
+    assert curves["validation"].to_numpy().shape == (4, 8)
+    before, *numbers = curves.select("meta_loss", "gradient_norm").to_numpy()
+    assert np.isnan(before).all() and (np.array(numbers) > 0).all()
+    means = curves["validation"].to_numpy().mean(axis=1)[1:]
     assert made["best_validation"] == pytest.approx(means.min(), rel=1e-6)
+    method, keys = TINY.method(), jax.random.split(jax.random.key(TINY.seed), 3)
+    fresh = method.validate(method.start(keys[0])[0], keys[2])["validation"]
+    np.testing.assert_allclose(curves["validation"][0], fresh, rtol=1e-6)
     assert made["data"] == ""  # digits are as they were
     assert not (whole / "checkpoints").exists()
 
@@ -70,7 +73,7 @@ def test_a_meta_step_goes_on_from_the_one_before(
     done, losses, norms = np.array(told).T
     assert done.tolist() == [0, 1, 2, 3, 4, 5]
     for name, values in (("meta_loss", losses), ("gradient_norm", norms)):
-        np.testing.assert_allclose(curves[name], values.reshape(3, 2).mean(axis=1), rtol=1e-6)
+        np.testing.assert_allclose(curves[name][1:], values.reshape(3, 2).mean(axis=1), rtol=1e-6)
     assert curves.equals(records.read_run(whole)[2])
 
 
@@ -107,7 +110,7 @@ def test_other_data_is_validated_on_and_changes_nothing(whole: Path, tmp_path: P
     file = metatrain(dataclasses.replace(TINY, others=("moons",)), tmp_path / "run")
     curves = records.read_run(file.parent)[2]
     moons = curves["validation_moons"].to_numpy()
-    assert moons.shape == (3, 8) and np.isfinite(moons).all()
+    assert moons.shape == (4, 8) and np.isfinite(moons).all()
     np.testing.assert_allclose(moons[:, 0], first_losses(load_dataset("moons")), rtol=1e-5)
     assert same(load_weights(file).weights, load_weights(whole / loop.WEIGHTS).weights)
     assert records.read_run(whole)[2].equals(curves.drop("validation_moons"))
@@ -159,11 +162,11 @@ def test_kept_weights_have_the_validation_that_is_told(whole: Path) -> None:
 
 
 def answering(answers: list[float], seen: list[LSTMWeights]) -> Callable[..., Any]:
-    """A validation that gives these answers, and remembers of what."""
+    """A validation that gives these answers, but the least of fresh weights; and notes of what."""
 
     def validate(config: LSTMTraining, task: Any, weights: LSTMWeights, key: Any) -> np.ndarray:
         seen.append(jax.tree.map(np.asarray, weights))
-        return np.full(config.validation_steps, answers[len(seen) - 1])
+        return np.full(config.validation_steps, [0.1, *answers][len(seen) - 1])
 
     return validate
 
@@ -179,7 +182,7 @@ def test_lowest_validation_is_kept(
     monkeypatch.setattr(bptt, "_validate", answering(answers, seen))
     file = metatrain(TINY, tmp_path / "run")
     assert [same(load_weights(file).weights, weights) for weights in seen] == [
-        number == kept for number in range(3)
+        number == kept + 1 for number in range(4)
     ]
 
 
@@ -190,7 +193,7 @@ def test_last_weights_are_kept_if_none_are_selected(
     seen: list[LSTMWeights] = []
     monkeypatch.setattr(bptt, "_validate", answering(answers, seen))
     file = metatrain(dataclasses.replace(TINY, select=False), tmp_path / "run")
-    assert same(load_weights(file).weights, seen[kept])
+    assert same(load_weights(file).weights, seen[kept + 1])
     manifest = records.read_run(tmp_path / "run").manifest
     assert manifest["best_validation"] == answers[kept]
 

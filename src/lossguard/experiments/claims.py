@@ -113,12 +113,13 @@ def converges(evidence: Evidence) -> Finding:
     if len(losses) > 1:
         each = ", ".join(map(short, losses[:, late].mean(axis=1) / losses[:, 0]))
         numbers += f"; of each meta-seed {each}"
-    return Finding(bool(ratio < 0.5 and spread < 0.1) if steps >= META_STEPS else None, numbers)
+    holds = bool(ratio < 0.5 and spread < 0.1) if steps >= META_STEPS else None
+    return Finding(holds, numbers, {steps: len(losses)})
 
 
 def explodes(evidence: Evidence) -> Finding:
     """11a, on the plain recipe."""
-    steps, each, late = _meta_training(evidence, "cifar10-conv-plain", "meta_loss")
+    steps, each, late = _meta_training(evidence, "cifar10-conv-plain", "meta_loss", after=0)
     losses, tenth = each.mean(axis=0), each[:, late].mean(axis=0)
     tables = evidence.meta["cifar10-conv-plain"].values()
     first = np.mean([table["validation"][0][0] for table in tables])
@@ -128,16 +129,18 @@ def explodes(evidence: Evidence) -> Finding:
     )
     if steps < META_STEPS:
         return Finding(None, f"{numbers} of {META_STEPS:,}")
-    return Finding(bool(losses[0] > 100 * first and (tenth < first).all()), numbers)
+    holds = bool(losses[0] > 100 * first and (tenth < first).all())
+    return Finding(holds, numbers, {steps: len(each)})
 
 
 def _meta_training(
-    evidence: Evidence, name: str, column: str
+    evidence: Evidence, name: str, column: str, after: int = -1
 ) -> tuple[int, np.ndarray, np.ndarray]:
     """The number of meta-steps, losses [seeds, checks], and which checks are of the last tenth."""
     if name not in evidence.meta:
         raise NotRunError(f"no meta-training of {name}")
-    tables = [evidence.meta[name][seed] for seed in sorted(evidence.meta[name])]
+    each = (evidence.meta[name][seed] for seed in sorted(evidence.meta[name]))
+    tables = [table.filter(pl.col("meta_step") > after) for table in each]
     steps = max((table["meta_step"].to_numpy() for table in tables), key=lambda own: own[-1])
     losses = [
         table[column].to_numpy().reshape(len(steps), -1).mean(axis=1)

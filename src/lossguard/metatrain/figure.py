@@ -32,7 +32,7 @@ def draw(record: Record) -> Figure:
     axes = figure.subplots(1, panels)
     left, right = axes[:2]
 
-    if (training > 0).all():  # not a logarithm
+    if not (training <= 0).any():  # not a logarithm
         _line(left, steps, training, "training, all of a rollout")
     last = validation.shape[2]
     for first in sorted({0, min(50, max(0, last - 50)), max(0, last - 50)}):
@@ -42,7 +42,8 @@ def draw(record: Record) -> Figure:
     left.set(xlabel="Meta-step", ylabel="Loss")
     left.legend(fontsize=8)
 
-    best = [kept(own, select=config.get("select", True)) for own in validation]
+    fresh = int(steps[0] == 0)  # which are not kept
+    best = [fresh + kept(own[fresh:], select=config.get("select", True)) for own in validation]
     rows = validation[:, 0], np.array([own[b] for own, b in zip(validation, best, strict=True)])
     ends = " and ".join(str(step) for step in sorted({*steps[best]}))
     for losses, label in zip(rows, (steps[0], f"{ends}, kept"), strict=True):

@@ -158,7 +158,8 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
 
     Leaves ``config.json``, ``manifest.json``, ``curves.parquet`` (columns ``meta_step``,
     ``meta_loss``, ``gradient_norm``, ``validation``: [validation_steps] mean losses a step, and
-    ``validation_NAME`` on other tasks) and ``weights.safetensors`` in the folder. It saves
+    ``validation_NAME`` on other tasks; at meta-step 0 it is validated alone) and
+    ``weights.safetensors`` in the folder. It saves
     once a minute, before each validation, and when it is stopped by Ctrl-C or SIGTERM, which wait
     for the end of a validation. Then, or killed, it goes on with
     ``resume``, with the same result as without the stop; of one that is finished nothing is written
@@ -236,11 +237,17 @@ def _train_to_the_end(
         seen = np.array(seen)
     first = "" if done else "compiling"
 
+    def row(step: int, loss: float, norm: float, columns: Mapping[str, np.ndarray]) -> pl.DataFrame:
+        losses = {name: column[None] for name, column in columns.items()}
+        return pl.DataFrame({"meta_step": step, "meta_loss": loss, "gradient_norm": norm} | losses)
+
     with Progress(
         config.name, total=config.meta_steps, done=done, unit="meta-steps", first=first
     ) as progress:
         saved = 0.0
-        while (begun := table.height * every) < config.meta_steps:  # all before it is validated
+        if table.is_empty():
+            table = row(0, np.nan, np.nan, method.validate(weights, validation_key))
+        while (begun := (table.height - 1) * every) < config.meta_steps:  # up to it is validated
             steps, within = min(every, config.meta_steps - begun), done - begun
             if within == steps:
                 columns = method.validate(state.weights, validation_key)
@@ -248,10 +255,7 @@ def _train_to_the_end(
                 if mean < state.best_validation if config.select else jnp.isfinite(mean):
                     state = state._replace(best=state.weights, best_validation=mean)
                 means = seen[:, :steps].mean(axis=1).tolist()
-                row = {"meta_step": done, "meta_loss": means[0], "gradient_norm": means[1]}
-                row |= {name: losses[None] for name, losses in columns.items()}
-                rows = [table] * (begun > 0) + [pl.DataFrame(row)]
-                table = pl.concat(rows, how="vertical_relaxed")
+                table = pl.concat([table, row(done, *means, columns)], how="vertical_relaxed")
                 continue
             keys = jax.random.split(jax.random.fold_in(train_key, begun), steps)
             key = keys[jnp.int32(within)]  # by a plain one, each index is compiled

@@ -393,6 +393,16 @@ def test_claims_about_more(tmp_path: Path, claim: str, verdict: str, runs: Runs)
     assert found.verdict == verdict, found.numbers
 
 
+def test_a_rise_that_other_seeds_might_not_show_has_its_interval(tmp_path: Path) -> None:
+    for seed, end in enumerate((3.6, 1.0)):
+        curves: dict[str, Curve] = {"LGL2O": {1: 9.0, 1_000: 1.0, 100_000: end}}
+        write(tmp_path / f"{seed}", "fig04", curves, each_seed=(1.0,), seed=seed)
+    assert judged("4d", tmp_path).numbers == (
+        "LGL2O over its least so far: 2.3 (1 to 3.6) at 1,000,000, above 2 from 100,000 on; with "
+        "nc 100: no run"
+    )
+
+
 def test_a_reading_of_gl2o_is_enough(tmp_path: Path) -> None:
     """And one that was not run is passed over."""
     curves: dict[str, Curve] = {"L2O": 0.6, "GL2O": 2.0, "SGDnm": 1.0}

@@ -27,6 +27,7 @@ from .formulas import (
     either,
     found,
     from_first,
+    number,
     of_losses,
     on,
     on_each,
@@ -176,7 +177,7 @@ def noise(figure: FigureCurves) -> Finding:
     """4d, 12b, 13b: LGL2O rises by K or later, for good, and with nc = 100 it doesn't there."""
     few = values(figure, rise("LGL2O"), MARKS) or {K: rise("LGL2O")(figure, K)}
     many, end = values(figure, rise(NC_100), MARKS), max(few)
-    numbers = f"LGL2O over its least so far: {short(few[end].value)} at {end:,}"
+    numbers = f"LGL2O over its least so far: {number(few[end], 2)} at {end:,}"
     late, seeds = [k for k in few if all(few[j].value > 2 for j in few if j >= k)], few[end].seeds
     if end < K or not late:
         return Finding(None if end < K else False, numbers, {end: seeds})
@@ -185,7 +186,7 @@ def noise(figure: FigureCurves) -> Finding:
         return Finding(None, numbers + "no run", {end: seeds})
     last = max(many)
     steady = all(many[k].value <= 2 for k in many if k >= late[0]) if last >= late[0] else None
-    numbers += f"{short(many[last].value)} at {last:,}"
+    numbers += f"{number(many[last], 2)} at {last:,}"
     return Finding(steady, numbers, {end: seeds, last: many[last].seeds})
 
 

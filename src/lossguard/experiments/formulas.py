@@ -78,14 +78,14 @@ def at_marks(
 def _told(values: Mapping[int, Measured], failed: Sequence[int], bound: float = math.nan) -> str:
     """Three values one by one; of more the highest, the last, and where they fail first."""
     if len(values) <= 3:
-        return ", ".join(f"{_number(one, bound)} at {k:,}" for k, one in values.items())
+        return ", ".join(f"{number(one, bound)} at {k:,}" for k, one in values.items())
     highest, end = max(values, key=lambda k: values[k].value), max(values)
-    last = f"; {_number(values[end], bound)} at {end:,}" if highest != end else ""
+    last = f"; {number(values[end], bound)} at {end:,}" if highest != end else ""
     fails = f"; fails at {failed[0]:,} first" if failed else ""
-    return f"at most {_number(values[highest], bound)}, at {highest:,}{last}{fails}"
+    return f"at most {number(values[highest], bound)}, at {highest:,}{last}{fails}"
 
 
-def _number(one: Measured, bound: float) -> str:
+def number(one: Measured, bound: float) -> str:
     """A value, and its interval if the bound is in it: other seeds might decide otherwise."""
     if one.interval is not None and one.seeds > 1 and not math.isnan(bound):
         low, high = one.interval()

@@ -196,6 +196,26 @@ def test_speedups_are_those_of_the_records() -> None:
             assert cell == (f"{of_task.mean():.2f}" if len(of_task) else "")
 
 
+def test_slowdowns_over_adam_are_those_of_the_records() -> None:
+    """The highest of all prices from 1,000 on, as in the table of costs."""
+
+    def curve(table: pl.DataFrame, method: str) -> price.Curve:
+        one = tasks.curves_of(table, method)
+        grid = np.geomspace(100, one.price[:, -1].min(), 1_000)
+        losses = [np.interp(grid, *seed) for seed in zip(one.price, one.loss, strict=True)]
+        return price.Curve(grid, np.mean(losses, axis=0))
+
+    _, *rows = table("slowdowns over Adam", (ROOT / "docs" / "tasks.md").read_text())
+    for k, name in enumerate(PUBLISHED, 1):
+        curves = read_parquet(ROOT / "results" / name / CURVES)
+        kind, rate = tasks.TRIED[name][0]
+        adam = curve(curves, f"{kind} {rate:g}")
+        for method, *cells in rows:
+            one = curve(curves, method)
+            highest, _ = price.highest(one, adam, one.price[-1])
+            assert cells[k - 1] == f"{highest:.2f}", (name, method)
+
+
 @pytest.mark.skipif(FILE not in os.environ, reason=f"{FILE} names no published file")
 def test_what_updates_cost_is_counted_as_the_text_says() -> None:
     """With the gradients that an update of ``mlp-small`` takes the time of; and Tuned lands."""

@@ -6,8 +6,10 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from lossguard import records
+from lossguard import pretrained_names, pretrained_path, records
 from lossguard.experiments import RECIPES, price, report
+from lossguard.learned.weights_file import as_inputs, noting_weights, read_weights
+from lossguard.records import read_json
 
 RESULTS = Path(__file__).parents[1] / "results"
 if not RESULTS.is_dir():
@@ -87,6 +89,19 @@ def test_nested_ones_are_small_and_can_be_read(name: str) -> None:
             assert record.config[setting] == getattr(recipe, setting)
     files = [path for path in (RESULTS / name).rglob("*") if path.is_file()]
     assert sum(file.stat().st_size for file in files) < 2_000_000
+
+
+def test_weights_that_a_record_names_are_those_that_are_shipped() -> None:
+    with noting_weights() as noted:
+        for name in pretrained_names():
+            read_weights(pretrained_path(name))
+    shipped, named = as_inputs(noted), 0
+    for file in RESULTS.rglob("manifest.json"):
+        inputs = read_json(file).get("inputs_sha256", {})
+        for name in inputs.keys() & shipped.keys():
+            assert inputs[name] == shipped[name], file
+            named += 1
+    assert named > 10
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

@@ -72,6 +72,44 @@ def test_equals_the_one_in_jax(tmp_path, hidden, layers, size):
             torch.testing.assert_close(p.detach() - old, ours, rtol=1e-3, atol=1e-6)
 
 
+def test_what_is_shipped_trains_as_in_jax():
+    """The losses of a regression over 100 steps."""
+    jax = pytest.importorskip("jax")
+    optax = pytest.importorskip("optax")
+    import lossguard
+
+    generator = torch.Generator().manual_seed(0)
+    x, t = (torch.randn(64, n, generator=generator) for n in (8, 3))
+    params = [nn.Parameter(0.3 * torch.randn(s, generator=generator)) for s in ((8, 6), (6, 3))]
+    theirs, data = (
+        [jax.numpy.asarray(one.detach().numpy()) for one in of] for of in (params, (x, t))
+    )
+    optimizer, reference = (
+        MLPOptimizer.pretrained(params, "mlp-small"),
+        lossguard.pretrained("mlp-small"),
+    )
+
+    @jax.jit
+    def step(params, state):
+        def objective(params):
+            return ((jax.numpy.tanh(data[0] @ params[0]) @ params[1] - data[1]) ** 2).mean()
+
+        loss, gradients = jax.value_and_grad(objective)(params)
+        updates, state = reference.update(gradients, state, params)
+        return loss, optax.apply_updates(params, updates), state
+
+    state, losses, expected = reference.init(theirs), [], []
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = ((x @ params[0]).tanh() @ params[1] - t).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        loss, theirs, state = step(theirs, state)
+        expected.append(float(loss))
+    assert losses == pytest.approx(expected, rel=1e-3) and losses[-1] < 0.8 * losses[0]
+
+
 def test_a_scale_beyond_all_numbers_is_infinite():
     """As in JAX: a guard then sees that the lane broke."""
     p = nn.Parameter(torch.ones(6, 2))

@@ -91,6 +91,18 @@ def test_nested_ones_are_small_and_can_be_read(name: str) -> None:
     assert sum(file.stat().st_size for file in files) < 2_000_000
 
 
+def test_no_learned_optimizer_made_the_steps_of_sgd_or_adam_alone() -> None:
+    hand_made, seen = r"^(SGDnm|Adam|RAdam|Fallback)(,? [a-z0-9. ]+)?$", 0
+    for file in RESULTS.rglob("curves.parquet"):
+        if "method" in (curves := pl.read_parquet(file)).columns:
+            own = curves.filter(pl.col("method").str.contains(hand_made))
+            assert own.filter(pl.col("used_learned") + pl.col("learned_updates") > 0).is_empty(), (
+                file
+            )
+            seen += own["method"].n_unique()
+    assert seen > 100
+
+
 def test_weights_that_a_record_names_are_those_that_are_shipped() -> None:
     with noting_weights() as noted:
         for name in pretrained_names():

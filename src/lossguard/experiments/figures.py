@@ -212,10 +212,7 @@ def _look(method: str) -> tuple[str, str] | None:
 
 
 def summary(record: Record) -> pl.DataFrame:
-    """Losses at the marks, and what each method spent, as they are shown; a row a method.
-
-    Whether one on its own is a learned optimizer is not in older records.
-    """
+    """Losses at the marks, and what each method spent, as they are shown; a row a method."""
     config, made, curves = record
     last = last_step(curves)
     steps = curves.group_by("method", "seed").agg(pl.col("step").max())
@@ -226,9 +223,9 @@ def summary(record: Record) -> pl.DataFrame:
     final = curves.filter(LAST)
     spent = {name: over_seeds(final, name) for name in COUNTERS}
     used = over_seeds(step_mean(curves, "used_learned"), "used_learned")
-    rows, guarded = [], guards(final)
+    rows = []
     for method in sorted(used, key=[*config["methods"], *used].index):
-        seconds, guard = made["seconds"][method], method in guarded
+        seconds = made["seconds"][method]
         reached = {k: losses[k].get(method) for k in marks}
         counts = {name.replace("_", " "): f"{spent[name][method]:,.0f}" for name in COUNTERS}
         rows.append(
@@ -238,10 +235,10 @@ def summary(record: Record) -> pl.DataFrame:
                     f"loss at {k:,}": "" if loss is None else f"{loss:.4g}"
                     for k, loss in reached.items()
                 },
-                "learned": f"{used[method]:.0%}" if guard else "",
+                "learned": f"{used[method]:.0%}",
                 "seconds": f"{seconds:.3g}" if seconds < 10 else f"{seconds:,.0f}",
                 "us a step": f"{1e6 * seconds / steps[method]:.0f}",
-                **counts | ({} if guard else {"learned updates": ""}),
+                **counts,
             }
         )
     return pl.DataFrame(rows)

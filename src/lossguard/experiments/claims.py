@@ -111,9 +111,6 @@ def converges(evidence: Evidence) -> Finding:
     ratio, spread = tenth.mean() / mean[0], (tenth.max() - tenth.min()) / tenth.mean()
     numbers = f"last tenth of {steps:,} meta-steps over the first: {short(ratio)}"
     numbers += f", spread {spread:.0%}"
-    if len(losses) > 1:
-        each = ", ".join(map(short, losses[:, late].mean(axis=1) / losses[:, 0]))
-        numbers += f"; of each meta-seed {each}"
     holds = bool(ratio < 0.5 and spread < 0.1) if steps >= META_STEPS else None
     return Finding(holds, numbers, {steps: len(losses)})
 

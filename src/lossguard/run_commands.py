@@ -39,7 +39,7 @@ def demo(arguments: Sequence[str]) -> None:
 
     told = at_equal_price(experiment.methods[0], where.out)
     more = f"{program()} report {shlex.quote(str(where.out))}"
-    print(shown(f"{told}\nNext: a loop of your own (README.md); or all of this on a page: {more}"))
+    print(shown(f"{told}\nNext: a loop as in the README; or all of this on a page: {more}"))
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -78,7 +78,7 @@ def test_each_method_is_evaluated_where_it_ended(tmp_path, monkeypatch) -> None:
 
 
 def test_runs_are_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a figure first the runs with its recipe's settings, then the latest."""
+    """Of a figure first those with its recipe's settings, then the latest; meta-training last."""
     monkeypatch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
     curves = curves_of(["SGDnm"], np.arange(1, 20))
     for folder, name, time, settings in (
@@ -95,18 +95,18 @@ def test_runs_are_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     text = report([tmp_path], tmp_path / "report.html").read_text()
     found = re.findall(r'id="run-(\d)">\n<h2>(.*?)(?:: .*)? <span class="folder">(.)<', text)
     assert found == [
-        ("1", "fig02", "h"),
-        ("2", "fig02-moons", "f"),
-        ("3", "fig03", "d"),
-        ("4", "fig03", "e"),
-        ("5", "fig03", "c"),
-        ("6", "fig10", "a"),
-        ("7", "fig11", "g"),
-        ("8", "mine", "b"),
+        ("1", "fig02-moons", "f"),
+        ("2", "fig03", "d"),
+        ("3", "fig03", "e"),
+        ("4", "fig03", "c"),
+        ("5", "fig10", "a"),
+        ("6", "mine", "b"),
+        ("7", "fig02", "h"),
+        ("8", "fig11", "g"),
     ]
     assert "<h2>fig11: Meta-training of lstm-cifar10-conv, 15 meta-steps <" in text
     links = re.findall(r'<td data-label="Figure">(.*)</td>', text)
-    assert links == 3 * ['<a href="#run-3">3</a>']
+    assert links == 3 * ['<a href="#run-2">3</a>']
 
 
 def test_claims_are_those_about_the_runs(tmp_path: Path) -> None:

@@ -46,9 +46,10 @@ def report(folders: Sequence[Path], file: Path) -> Path:
         raise ValueError(f"out must be a file, but {file} is a folder")
     records, others = read_runs(folders)
     runs = [_section(folder, record) for folder, record in records.items()]
-    # By the paper's figure; of one first what has its recipe's settings, then the latest.
+    # Meta-trainings last; by the paper's figure; its recipe's settings first, then the latest.
     runs.sort(key=lambda run: run["made"]["time"], reverse=True)
     runs.sort(key=lambda run: (float(run["figure"] or "inf"), run["name"], not run["by_recipe"]))
+    runs.sort(key=lambda run: not run["tables"])
     for number, run in enumerate(runs, 1):
         run["id"] = f"run-{number}"
     figures = {run["figure"]: run["id"] for run in reversed(runs) if run["figure"]}

@@ -92,13 +92,7 @@ _OF_CLASSIFIERS = (("Adam", 0.003), ("Adam, exponential", 0.003))
 _OF_AUTOENCODERS = (("Adam", 0.01), ("RAdam", 0.01), ("Adam, root", 0.03))
 TRIED: Mapping[str, tuple[tuple[str, float], ...]] = {
     "ImageMLP_FashionMnist_Relu128x128": _OF_CLASSIFIERS,
-    "ImageMLP_Mnist_128x128x128_Relu": (
-        *_OF_CLASSIFIERS,
-        ("Adam, exponential", 0.001),
-        ("RAdam", 0.001),
-        ("Adam", 0.001),
-        ("Adam, root", 0.01),
-    ),
+    "ImageMLP_Mnist_128x128x128_Relu": (*_OF_CLASSIFIERS, ("Adam, exponential", 0.001)),
     "ImageMLP_FashionMnist8_Relu32": (("Adam", 0.01), ("Adam", 0.03)),
     "ImageMLPAE_FashionMnist_128x32x128_bs128": _OF_AUTOENCODERS,
     "ImageMLPAE_Mnist_128x32x128_bs128": _OF_AUTOENCODERS,

@@ -1,6 +1,7 @@
 """The pages of the site, in ``build/docs``: those of docs/ with what they show of other folders.
 
-``python site/pages.py README.md`` has a file say how a release is installed, as the site does.
+``python site/pages.py README.md URL TAG`` makes a file one for an index, which shows it without the
+repository at that address.
 """
 
 import re
@@ -44,8 +45,17 @@ def released(text: str) -> str:
     return re.sub(r"(pip install |`)'\.\[([a-z,]+)\]'", r"\1'lossguard[\2]'", text)
 
 
+def indexed(text: str, address: str, tag: str) -> str:
+    """The same, with links and images by absolute addresses."""
+    for mark, kind in (("!", "raw"), ("", "blob")):
+        local = rf"{mark}\[([^][]*)\]\(([^:()]+)\)"
+        text = re.sub(local, rf"{mark}[\1]({address}/{kind}/{tag}/\2)", text)
+    return released(text)
+
+
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        Path(name).write_text(released(Path(name).read_text()))
-    if not sys.argv[1:]:
+    if sys.argv[1:]:
+        name, *where = sys.argv[1:]
+        Path(name).write_text(indexed(Path(name).read_text(), *where))
+    else:
         gather()

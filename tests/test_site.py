@@ -65,10 +65,18 @@ def test_all_records_are_on_it(site: Path) -> None:
 
 
 def test_it_says_how_a_release_is_installed(site: Path, tmp_path: Path) -> None:
-    """As does the README of a release."""
-    readme = tmp_path / "README.md"
+    """As does the README of a release, whose links lead to the repository."""
+    readme, address = tmp_path / "README.md", "https://example.org/lossguard"
     shutil.copy(ROOT / "README.md", readme)
-    subprocess.run([sys.executable, ROOT / "site" / "pages.py", readme], check=True)
+    program = [sys.executable, ROOT / "site" / "pages.py", readme, address, "v1"]
+    subprocess.run(program, check=True)
+    links = re.findall(r"(!?)\[[^][]*\]\(([^)]*)\)", readme.read_text())
+    assert len(links) > 20 and all(link.startswith("https://") for _, link in links)
+    for mark, link in links:
+        kind, place = ("raw", "results/") if mark else ("blob", "")
+        if link.startswith(address):
+            assert link.startswith(f"{address}/{kind}/v1/{place}")
+            assert (ROOT / link.partition("/v1/")[2].partition("#")[0]).exists(), link
     pages = [readme, *(site.parent / "docs").glob("*.md")]
     told = {page.stem: page.read_text() for page in pages}
     assert [

@@ -1,7 +1,8 @@
 """PyTorch: Ctrl-C or SIGTERM at a random bytecode of a call, of all Python code that the call runs.
 
-Held: the model is what it was before the call or is after it, bit by bit; gradients, modes of
-torch and the handler of the signal are as before; training goes on.
+Held: the model, and the memory of a plain optimizer, are what they were before the call or are
+after it, bit by bit; gradients, modes of torch and the handler of the signal are as before;
+training goes on.
 """
 
 import copy
@@ -16,9 +17,9 @@ from types import FrameType
 from typing import Any
 
 import torch
-from models import KINDS, closure_for, minibatches, mlp, run, two
+from models import KINDS, closure_for, loss_fn, minibatches, mlp, run, two
 from torch import nn
-from torch.optim import SGD, Adam
+from torch.optim import SGD, Adam, Optimizer
 
 from lossguard.torch import LossGuard, Rewind
 
@@ -68,19 +69,20 @@ def attempt(seed: int, folder: Path) -> Counter[str]:
     model = mlp(nn.BatchNorm1d(16))
     batches = minibatches(80)
     options = {"nt": rng.choice((1, 2, 3))} | ({"nc": 1} if kind is LossGuard else {})
+    optimizer, done = None, rng.randrange(1, 30)
     if kind is Rewind:
         optimizer = Adam(model.parameters(), lr=0.05)
         guard: Any = Rewind(model, optimizer, window=64, every=1)
-        done = 0
+        learn(guard, model, optimizer, batches[: 40 + done])
         with torch.no_grad():
             model[0].bias.fill_(torch.nan)  # so that it goes back
     else:
         faster = rng.choice((lambda ps: Adam(ps, lr=0.05), lambda ps: SGD(ps, lr=0.01)))
-        guard, done = two(kind, model, faster, **options), rng.randrange(1, 30)
+        guard = two(kind, model, faster, **options)
         run(guard, model, batches[:done])
 
     def call() -> None:
-        if kind is Rewind:
+        if optimizer:
             guard.observe(float("nan"))
         else:
             guard.step(closure_for(guard, model, batches[done]))
@@ -90,8 +92,12 @@ def attempt(seed: int, folder: Path) -> Counter[str]:
 
     tried = Counter[str]()
     try:
-        for came, is_before in interrupted(guard, model, call, which, places, everywhere):
-            if kind is not Rewind:
+        for came, is_before in interrupted(
+            guard, model, call, which, places, everywhere, optimizer
+        ):
+            if optimizer:
+                learn(guard, model, optimizer, batches[done : done + 3])
+            else:
                 run(guard, model, batches[done : done + 3])
             where = "before the call" if is_before else "after it"
             tried[where if came else "too late"] += 1
@@ -101,6 +107,22 @@ def attempt(seed: int, folder: Path) -> Counter[str]:
     return tried
 
 
+def learn(rewind: Rewind, model: nn.Module, optimizer: Optimizer, batches: Iterable[Any]) -> None:
+    """A few steps of a plain optimizer, watched."""
+    for batch in batches:
+        loss = loss_fn(model, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rewind.observe(loss)
+
+
+def memory(optimizer: Optimizer | None) -> list[torch.Tensor]:
+    """Copies of what it remembers."""
+    state = optimizer.state.values() if optimizer else ()
+    return [t.clone() for one in state for t in one.values()]
+
+
 def interrupted(
     guard: Any,
     model: nn.Module,
@@ -108,18 +130,27 @@ def interrupted(
     which: signal.Signals,
     places: Callable[[int], Iterable[int]],
     everywhere: bool = False,
+    optimizer: Optimizer | None = None,
 ) -> Iterator[tuple[KeyboardInterrupt | None, bool]]:
     """Interrupt a call, each time from the same state, at places out of so many bytecodes.
 
-    Yields, where all is held, what interrupted it and whether the model is as before the call.
+    ``optimizer`` is one that isn't a part of the guard. Yields, where all is held, what interrupted
+    it and whether the model is as before the call.
     """
-    start = copy.deepcopy(guard.state_dict()), copy.deepcopy(model.state_dict())
+    parts = [part for part in (model, optimizer, guard) if part is not None]
+    start = [copy.deepcopy(part.state_dict()) for part in parts]
     handler = signal.getsignal(which)
+
+    def begin() -> None:
+        for part, state in zip(parts, start, strict=True):
+            part.load_state_dict(copy.deepcopy(state))
+
+    def now() -> list[torch.Tensor]:
+        return points(model) + memory(optimizer)
 
     def go(at: int) -> tuple[int, KeyboardInterrupt | None]:
         """One call; how many bytecodes it ran that count, and what interrupted it."""
-        model.load_state_dict(start[1])
-        guard.load_state_dict(start[0])
+        begin()
         stop, came = Stop(at, everywhere, which), None
         sys.settrace(stop)
         try:
@@ -132,18 +163,17 @@ def interrupted(
         return stop.seen, came
 
     total, _ = go(-1)
-    after = points(model)
-    model.load_state_dict(start[1])
-    guard.load_state_dict(start[0])
-    before = points(model)
+    after = now()
+    begin()
+    before = now()
     for at in places(total):
         _, came = go(at)
-        now = points(model)
+        found = now()
         try:
-            assert same(now, before) or same(now, after), "a model between two states"
+            assert same(found, before) or same(found, after), "a model between two states"
             assert signal.getsignal(which) is handler, "another handler is left"
             assert_clean(model)
         except (AssertionError, RuntimeError) as error:
             error.add_note(f"{which.name} at {at} of {total}")
             raise error from came
-        yield came, same(now, before)
+        yield came, same(found, before)

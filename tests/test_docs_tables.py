@@ -102,6 +102,8 @@ def test_guards_are_those_of_the_records(slowdowns: pl.DataFrame) -> None:
     _, *rows = table("guards of results", COSTS)
     found = price.summary(slowdowns).filter(pl.col("method") != price.FALLBACK)
     assert rows == [price.summed_up(row) for row in found.rows(named=True)]
+    seconds = price.summed_up(found.row(by_predicate=pl.col("method") == "Recommended", named=True))
+    assert f"{seconds[-1]} times the seconds" in (ROOT / "README.md").read_text()
 
 
 def test_the_first_paragraph_counts_them(slowdowns: pl.DataFrame) -> None:

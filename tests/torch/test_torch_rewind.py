@@ -23,6 +23,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from lossguard.torch import Rewind, RewindEvent
+from lossguard.torch.rewind.rule import Rule
 from lossguard.torch.tensors import leaves, zero_unsound
 
 
@@ -73,6 +74,12 @@ def test_in_every_run_it_is_finite_and_throws_away_no_more_than_it_may(every):
         excess, infinite = hostile_run(seed, every, seen)
         assert excess <= 0 and infinite == 0, seed
     assert np.max(seen, axis=0)[2] > WINDOW and (np.max(seen, axis=0) > 0).all()
+
+
+def test_a_budget_that_is_not_kept_is_seen(monkeypatch):
+    """By the same runs: the bound is one that can be broken."""
+    monkeypatch.setattr(Rule, "may_return", lambda *_: True)
+    assert max(hostile_run(seed, 4, [])[0] for seed in range(4)) > 0
 
 
 def test_a_step_after_a_return_has_no_gradient_of_before_it():

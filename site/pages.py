@@ -47,10 +47,8 @@ def released(text: str) -> str:
 
 def indexed(text: str, address: str, tag: str) -> str:
     """The same, with links and images by absolute addresses."""
-    for mark, kind in (("!", "raw"), ("", "blob")):
-        local = rf"{mark}\[([^][]*)\]\(([^:()]+)\)"
-        text = re.sub(local, rf"{mark}[\1]({address}/{kind}/{tag}/\2)", text)
-    return released(text)
+    text = re.sub(r"(!\[[^]]*\]\()([^:)]+\))", rf"\1{address}/raw/{tag}/\2", text)
+    return released(re.sub(r"(\]\()([^:)]+\))", rf"\1{address}/blob/{tag}/\2", text))
 
 
 if __name__ == "__main__":

@@ -127,12 +127,12 @@ def test_a_run_without_decisions_shows_its_losses() -> None:
         if k == 150:
             torch.nn.init.constant_(w.weight, float("nan"))
         rewind.observe(loss)
-        losses.append(loss.detach())
+        losses.append(loss)
     returns = [event.call for event in rewind.events if event.kind == "return"]
-    (axes,) = plot_decisions(losses, returns=returns, start=10).axes
+    (axes,) = plot_decisions(losses, returns=returns).axes
     drawn, back = axes.lines
-    assert drawn.get_ydata().tolist() == [float(loss) for loss in losses]
-    assert drawn.get_xdata()[0] == 10 and back.get_xdata()[0] == returns[0] == 151
+    assert drawn.get_ydata().tolist() == [loss.item() for loss in losses]
+    assert drawn.get_xdata()[0] == 0 and back.get_xdata()[0] == returns[0] == 151
 
 
 def test_refusals() -> None:
@@ -145,7 +145,9 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"^decisions must be at least one, got none$"):
         plot_decisions(none)
     with pytest.raises(ValueError, match=r"^decisions must be a Decision, or a list .*, got str$"):
-        plot_decisions(["loss"])
+        plot_decisions(["1.0"])
+    with pytest.raises(ValueError, match=r"^start must be an integer of at least 0, got -3$"):
+        plot_decisions([1.0, 2.0], start=-3)
     other = cycles(1)[0]._replace(losses=np.ones(2), used_learned=np.ones(2))
     with pytest.raises(ValueError, match=r"^decisions must have the same nt, got \[2, 3\]$"):
         decision_table([*cycles(1), other])

@@ -10,7 +10,7 @@ from typing import Any
 
 import lazy_loader
 
-from .extras import needed
+from .extras import INSTALLS, needed
 from .validation import nearest
 
 IN_TORCH = ("BestOf", "Hedged", "LossGuard", "Recommended", "ResidualGuard", "Rewind")
@@ -25,7 +25,8 @@ __version__ = metadata.version(__name__)
 
 def __dir__() -> list[str]:
     """What can be had here: ``help`` and tools that complete names get all that is listed."""
-    return _names() if util.find_spec("jax") else [*WITHOUT_JAX]
+    of_jax = INSTALLS["'lossguard[jax]'"]
+    return _names() if all(map(util.find_spec, of_jax)) else [*WITHOUT_JAX]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ Takes the decisions of both frameworks, and imports neither.
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -123,6 +124,7 @@ def plot_decisions(
     >>> [axes.get_ylabel() for axes in plot_decisions([3.0, 9.0, 2.0], returns=[2]).axes]
     ['Training loss']
     """
+    check_count("start", start, least=0)
     with needed("lossguard.plot_decisions"):
         from matplotlib.figure import Figure
 
@@ -157,12 +159,11 @@ def plot_decisions(
 
 def _losses(given: Any) -> np.ndarray | None:
     """The losses of a run, if it has no decisions."""
-    if hasattr(given, "losses"):
-        return None
-    try:
-        return np.array([float(one) for one in given]) if len(given) else None
-    except (TypeError, ValueError):
-        return None
+    listed = isinstance(given, Iterable) and not hasattr(given, "losses")
+    numbers = list(given) if listed else []
+    plain = [one.item() if getattr(one, "ndim", None) == 0 else one for one in numbers]
+    whole = bool(plain) and all(isinstance(one, Real) for one in plain)
+    return np.array(plain, float) if whole else None
 
 
 def _draw_winners(

@@ -73,7 +73,8 @@ def attempt(seed: int, folder: Path) -> Counter[str]:
     if kind is Rewind:
         optimizer = Adam(model.parameters(), lr=0.05)
         guard: Any = Rewind(model, optimizer, window=64, every=1)
-        learn(guard, model, optimizer, batches[: 40 + done])
+        done += 40
+        learn(guard, model, optimizer, batches[:done])
         with torch.no_grad():
             model[0].bias.fill_(torch.nan)  # so that it goes back
     else:

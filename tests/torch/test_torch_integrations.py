@@ -221,10 +221,14 @@ def test_the_trainer_computes_the_loss(tmp_path, monkeypatch, smoothing):
     step = trainer.training_step
     trainer.training_step = lambda *given: told.append(step(*given)) or told[-1]
     callback.listen(trainer)
+    callback.listen(trainer)
     trainer.train()
     trainer.evaluate(trainer.train_dataset[:8])
+    assert not callback._losses
     heard = [float(loss) for loss, _ in callback.rewind._unread]
     assert heard == [float(loss) for loss in told[-3:]] and callback.rewind.calls == 43
+    trainer_of(tmp_path, 15, callback).train()  # another one, whose model computes the loss
+    assert callback.rewind.calls == 15
 
 
 @pytest.mark.parametrize("make", [lightning_rewind, trainer_rewind])

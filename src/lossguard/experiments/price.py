@@ -45,7 +45,7 @@ DRAWS = 200
 """Of seeds, for an interval."""
 COLUMNS = (
     "experiment", "method", "price", "slowdown", "low", "high", "ratio", "price_of_step",
-    "highest", "reached", "seconds",
+    "highest", "reached", "times_seconds",
 )  # fmt: skip
 """Of ``rows``, and of the CSV file."""
 TITLE = "slowdown S over the fallback (intervals are in the CSV file)"
@@ -179,7 +179,8 @@ def rows(folder: Path) -> Iterator[tuple[Any, ...]]:
     ``low`` to ``high`` is the slowdown's interval, ``ratio`` the loss at equal price over the
     fallback's. ``highest`` is of all prices from ``LATE`` on that all methods get to, not of the
     ``MARKS`` alone; where it was not ``reached`` it is at least that. None in shorter runs.
-    ``seconds`` are those of the whole run over the fallback's, without compiling and evaluating.
+    ``times_seconds`` are the seconds of the whole run, without compiling and evaluating, over the
+    fallback's.
     """
     seconds = read_run(folder).manifest["seconds"]
     evaluations = read_parquet(folder / EVALUATIONS)
@@ -229,7 +230,9 @@ def table(found: Mapping[str, Path]) -> tuple[Group, pl.DataFrame]:
         told = f"No run reaches a price of {LATE:,}, where they are summed up."
         return Group(*shown, told), every
     heads = "experiments", f"within {BOUND}", f"median S({LATE:,})", "highest S", "a step, up to"
-    short = _table(*heads, "seconds", title=f"All of them, at every price from {LATE:,} on")
+    short = _table(
+        *heads, "times the seconds", title=f"All of them, at every price from {LATE:,} on"
+    )
     for one in late.rows(named=True):
         short.add_row(*summed_up(one))
     return Group(*shown, short), every
@@ -246,7 +249,8 @@ def summary(every: pl.DataFrame) -> pl.DataFrame:
 
     Columns: ``method``; ``experiments``; those ``within`` the ``BOUND`` at all prices from ``LATE``
     on; the ``median`` slowdown at ``LATE``; the ``highest`` from there on, and whether it was
-    ``reached``; the ``price_of_step``, the highest too; the ``least`` and the ``most`` seconds.
+    ``reached``; the ``price_of_step``, the highest too; the ``least`` and the ``most`` of
+    ``times_seconds``.
     """
     late = every.filter(pl.col("highest").is_not_null(), price=LATE)
     most = pl.col("highest").arg_max()
@@ -257,8 +261,8 @@ def summary(every: pl.DataFrame) -> pl.DataFrame:
         highest=pl.col("highest").get(most),
         reached=pl.col("reached").get(most),
         price_of_step=pl.col("price_of_step").nan_max(),
-        least=pl.col("seconds").min(),
-        most=pl.col("seconds").max(),
+        least=pl.col("times_seconds").min(),
+        most=pl.col("times_seconds").max(),
     )
 
 

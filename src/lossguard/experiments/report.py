@@ -48,8 +48,14 @@ def report(folders: Sequence[Path], file: Path) -> Path:
     runs = [_section(folder, record) for folder, record in records.items()]
     # Meta-trainings last; by the paper's figure; its recipe's settings first, then the latest.
     runs.sort(key=lambda run: run["made"]["time"], reverse=True)
-    runs.sort(key=lambda run: (float(run["figure"] or "inf"), run["name"], not run["by_recipe"]))
-    runs.sort(key=lambda run: not run["tables"])
+    runs.sort(
+        key=lambda run: (
+            not run["tables"],
+            float(run["figure"] or "inf"),
+            run["name"],
+            not run["by_recipe"],
+        )
+    )
     for number, run in enumerate(runs, 1):
         run["id"] = f"run-{number}"
     figures = {run["figure"]: run["id"] for run in reversed(runs) if run["figure"]}

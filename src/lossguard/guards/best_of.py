@@ -53,7 +53,7 @@ class BestOfState(NamedTuple):
     """The number of the guard that is followed."""
     checked: Int[Array, ""]
     """The number of the next check minibatch."""
-    GOES_ON = ("spent",)
+    GOES_ON = ("spent", "checked")
 
 
 def best_of(
@@ -323,9 +323,16 @@ def renew_if(again: Bool[Array, ""], guard: Guard, was: GuardState, x: Params) -
 
 def keep_counts(fresh: Any, was: Any) -> Any:
     """A first state, with what its guards have counted and spent: each names it in ``GOES_ON``."""
-    if not isinstance(fresh, tuple):
-        return fresh
-    goes_on, names = getattr(fresh, "GOES_ON", ()), getattr(fresh, "_fields", (None,) * len(fresh))
-    parts = zip(names, fresh, was, strict=True)
-    made = [old if name in goes_on else keep_counts(new, old) for name, new, old in parts]
-    return getattr(fresh, "_make", tuple)(made)
+
+    def keep(new: Any, old: Any) -> Any:
+        if not _counts(new):
+            return new
+        parts = ((name, getattr(new, name), getattr(old, name)) for name in new._fields)
+        goes_on = new.GOES_ON
+        return new._make(b if n in goes_on else keep_counts(a, b) for n, a, b in parts)
+
+    return jax.tree.map(keep, fresh, was, is_leaf=_counts)
+
+
+def _counts(part: Any) -> bool:
+    return hasattr(part, "GOES_ON")

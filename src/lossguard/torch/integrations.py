@@ -95,18 +95,28 @@ def trainer_rewind(**options: Any) -> Any:
     from transformers import TrainerCallback
 
     _check(options)
+    listened = []
 
     class TrainerRewind(TrainerCallback):
         rewind: Rewind
-        _listens = False
+        _computes = False
+        """Whether what a model returns is a part of a loss that is heard."""
 
         def listen(self, trainer: Any) -> None:
             """From now on hear what the trainer's ``compute_loss`` returns."""
-            compute, self._listens = trainer.compute_loss, True
+            if trainer in listened:
+                return
+            compute = trainer.compute_loss
+            listened.append(trainer)
 
             def heard(model: Any, *inputs: Any, **options: Any) -> Any:
-                result = compute(model, *inputs, **options)
-                self._keep(model, inputs, result if isinstance(result, tuple) else (result,))
+                self._computes = True
+                try:
+                    result = compute(model, *inputs, **options)
+                finally:
+                    self._computes = False
+                if model.training:
+                    self._losses.append(result.detach().mean())
                 return result
 
             trainer.compute_loss = heard
@@ -116,8 +126,7 @@ def trainer_rewind(**options: Any) -> Any:
                 self.on_train_end(args, state, control)  # of one that was interrupted
             self.rewind = Rewind(running["model"], running["optimizer"], **options)
             self._losses: list[torch.Tensor] = []
-            hear = (lambda *_: None) if self._listens else self._keep
-            self._hook = running["model"].register_forward_hook(hear)
+            self._hook = running["model"].register_forward_hook(self._keep)
             file = _file(args, state)
             if file.exists():
                 saved = torch.load(file, weights_only=True, map_location="cpu")
@@ -127,7 +136,7 @@ def trainer_rewind(**options: Any) -> Any:
                 warnings.warn(told, RuntimeWarning, stacklevel=2)
 
         def _keep(self, model: Any, inputs: Any, output: Any) -> None:
-            if model.training:
+            if model.training and not self._computes:
                 self._losses.append(_loss_in(output))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -4,6 +4,7 @@
 repository at that address.
 """
 
+import json
 import re
 import shutil
 import sys
@@ -26,6 +27,23 @@ def gather() -> None:
     (PAGES / "results.md").write_text("\n\n".join(results()))
     for page in PAGES.glob("*.md"):
         page.write_text(released(page.read_text().replace("](../results/", "](results/")))
+    for page in PAGES.glob("gallery*.md"):
+        text = page.read_text()
+        page.with_suffix(".ipynb").write_text(notebook(text))
+        title, rest = text.split("\n", 1)
+        page.write_text(f"{title}\n\n[As a notebook]({page.stem}.ipynb)\n{rest}")
+
+
+def notebook(page: str) -> str:
+    """A page to run: its code in cells, between its text."""
+    cells = []
+    for k, part in enumerate(re.split(r"```python\n(.*?)```\n", page, flags=re.DOTALL)):
+        cell = {"metadata": {}, "source": part.strip()}
+        if k % 2:
+            cells.append(cell | {"cell_type": "code", "execution_count": None, "outputs": []})
+        else:
+            cells.append(cell | {"cell_type": "markdown"})
+    return json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 4})
 
 
 def results() -> Iterator[str]:

@@ -7,17 +7,23 @@ import pytest
 from PIL import Image
 
 from lossguard import pretrained_names, pretrained_path, records
-from lossguard.experiments import RECIPES, price, report
+from lossguard.experiments import RECIPES, price, report, tasks
 from lossguard.learned.weights_file import as_inputs, noting_weights, read_weights
 from lossguard.records import read_json
 
 RESULTS = Path(__file__).parents[1] / "results"
 if not RESULTS.is_dir():
     pytest.skip("there are no records here", allow_module_level=True)
-NESTED = {"million": price.RECIPES, "price": price.RECIPES, "readings": RECIPES}
+NESTED = {
+    "long": tasks.RECIPES,
+    "million": price.RECIPES,
+    "price": price.RECIPES,
+    "readings": RECIPES,
+}
 """Records of several runs, each in a folder of its own, and the recipes of these."""
 OTHERS = {
     "stability": ["README.md", "figure.png", "runs.jsonl.gz", "table.csv"],
+    "long": ["README.md", "figure.png"],
     "million": ["README.md", "figure.png"],
     "price": ["README.md", "figure.png"],
     "readings": ["README.md", "figure.png"],

@@ -1,6 +1,7 @@
 """The site of the documentation builds without a warning, and needs nothing from elsewhere."""
 
 import html
+import json
 import re
 import shutil
 import subprocess
@@ -62,6 +63,16 @@ def test_all_records_are_on_it(site: Path) -> None:
     text = (site / "results" / "index.html").read_text()
     folders = [path.parent.name for path in (ROOT / "results").glob("*/figure.png")]
     assert len(folders) > 20 and all(f"results/{name}/figure.png" in text for name in folders)
+
+
+@pytest.mark.parametrize("name", ["gallery", "gallery_torch"])
+def test_a_gallery_is_a_notebook_too(site: Path, name: str) -> None:
+    """Of the same code, which other tests run."""
+    book = json.loads((site / f"{name}.ipynb").read_text())
+    code = [cell["source"] for cell in book["cells"] if cell["cell_type"] == "code"]
+    page = (ROOT / "docs" / f"{name}.md").read_text()
+    assert code == [block.strip() for block in re.findall(r"```python\n(.*?)```", page, re.S)]
+    assert len(code) >= 4 and f'href="../{name}.ipynb"' in (site / name / "index.html").read_text()
 
 
 def test_it_says_how_a_release_is_installed(site: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import quick, step_by
+from models import quick
 from torch import nn
 
 from lossguard.torch import Recommended, Rewind
@@ -301,8 +301,9 @@ def test_a_guard_refuses_what_accelerate_would_do_to_it(option):
         reset()
 
 
-def test_a_gradient_scaler_skips_by_itself():
-    """In float16 the scaler skips a step that overflows; the loss alone says nothing of it."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_gradient_scaler_skips_by_itself(dtype):
+    """It skips a step that overflows; the loss alone says nothing of it."""
     model = nn.Linear(4, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -310,7 +311,7 @@ def test_a_gradient_scaler_skips_by_itself():
     x, t = data()
     for i in range(150):
         rows = slice(8 * i, 8 * i + 8)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype):
             loss = nn.functional.cross_entropy(model(x[rows]), t[rows])
         optimizer.zero_grad()
         scaler.scale(loss * (torch.inf if i == 50 else 1)).backward()
@@ -321,15 +322,21 @@ def test_a_gradient_scaler_skips_by_itself():
     assert rewind.returns >= 1 and scaler.get_scale() == 2.0**9
 
 
-def test_a_compiled_model():
+@pytest.mark.parametrize("of_step", [False, True])
+def test_what_is_compiled(of_step):
+    """The model, and in some loops the optimizer's step as well."""
     model = torch.compile(nn.Linear(4, 2), backend="eager")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     rewind = Rewind(model, optimizer, **OPTIONS)
+    step = torch.compile(optimizer.step, backend="eager") if of_step else optimizer.step
     x, t = data()
     for i in range(150):
         loss = nn.functional.cross_entropy(model(x[8 * i : 8 * i + 8]), t[8 * i : 8 * i + 8])
-        rewind.observe(step_by(optimizer, loss) * (30 if i in FAULT else 1))
-    assert rewind.returns >= 1
+        optimizer.zero_grad()
+        loss.backward()
+        step()
+        rewind.observe(loss * (30 if i in FAULT else 1))
+    assert rewind.returns >= 1 and rewind.calls == 150
 
 
 def test_a_trainer_that_was_interrupted_trains_again(tmp_path):

@@ -198,6 +198,28 @@ def test_speedups_are_those_of_the_records() -> None:
             assert cell == (f"{of_task.mean():.2f}" if len(of_task) else "")
 
 
+def test_mlp_small_does_not_diverge_beyond_its_longest_rollout() -> None:
+    """Means of 1,000 steps over the lowest before: the last one, and the highest on the way."""
+    last, highest = 0.0, {}
+    for name in PUBLISHED:
+        curve = read_parquet(ROOT / "results" / "long" / name / CURVES).sort("step")
+        steps, losses = curve["step"].to_numpy(), curve["loss"].to_numpy()
+        assert steps[-1] == 200_000
+        ends = np.searchsorted(steps, np.arange(1_000, 200_001, 1_000))
+        sums = np.cumsum(losses * np.diff(steps, prepend=0))[ends]
+        means = np.diff(sums, prepend=0) / 1_000
+        over = means[1:] / np.minimum.accumulate(means)[:-1]
+        last, highest[name] = max(last, over[-1]), over.max()
+    of_mnist = highest.pop("ImageMLP_Mnist_128x128x128_Relu")
+    (told,) = re.findall(
+        r"1,000 steps is at most.*?(\d+) %.*?up to (\d+) %.*?up to (\d+) %",
+        (ROOT / "docs" / "tasks.md").read_text(),
+        re.S,
+    )
+    found = (last, max(highest.values()), of_mnist)
+    assert [int(one) for one in told] == [round(100 * (one - 1)) for one in found]
+
+
 def test_slowdowns_over_adam_are_those_of_the_records() -> None:
     """The highest of all prices from 1,000 on, as in the table of costs."""
 

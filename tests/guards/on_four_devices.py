@@ -17,7 +17,9 @@ import lossguard
 CYCLES = 8
 ADAM, SGD = optax.adam(0.05), optax.sgd(0.1, momentum=0.9)
 RECOMMENDED = lossguard.recommended(ADAM, optax.sgd(0.01), nt=2)
+HEDGED = lossguard.hedged(ADAM, optax.sgd(0.01), nt=2)
 PAPERS = lossguard.loss_guard(ADAM, SGD, nt=2, nc=1)
+BEST = lossguard.best_of([PAPERS, lossguard.unguarded(SGD, nt=2)], share=0.1)
 REWIND = lossguard.rewind(optax.adam(0.01), window=64)
 RISES = jnp.concatenate([jnp.linspace(3, 1, 150), jnp.full(12, 9.0), jnp.ones(20)])
 """Losses at which it goes back once."""
@@ -139,7 +141,8 @@ def test_rewind_skips_and_goes_back_on_all_shards() -> None:
 if __name__ == "__main__":
     jax.monitoring.register_event_duration_secs_listener(note)
     assert len({int(decision.winner) for decision in alone(RECOMMENDED)[1]}) > 1
-    test_parameters_and_minibatches_are_sharded(RECOMMENDED, AxisType.Auto)
+    for guard in (RECOMMENDED, HEDGED, BEST):
+        test_parameters_and_minibatches_are_sharded(guard, AxisType.Auto)
     test_parameters_and_minibatches_are_sharded(PAPERS, AxisType.Explicit)
     test_losses_are_averaged_under_shard_map(PAPERS)
     test_rewind_skips_and_goes_back_on_all_shards()

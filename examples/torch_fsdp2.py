@@ -3,6 +3,7 @@
 torchrun --standalone --nproc-per-node 2 examples/torch_fsdp2.py
 """
 
+import gc
 from pathlib import Path
 
 import torch
@@ -19,6 +20,13 @@ def main(steps: int = 400, folder: Path = Path("checkpoint")) -> None:
     """Go on from the folder, train, save there. From step 250 to 260 the rate is too high."""
     cuda = torch.cuda.is_available()
     distributed.init_process_group("nccl" if cuda else "gloo")
+    train(steps, folder, cuda)
+    gc.collect()  # of the model, which holds the group, whose threads Python must outlive
+    distributed.destroy_process_group()
+
+
+def train(steps: int, folder: Path, cuda: bool) -> None:
+    """All of it, in a function of its own, so that nothing is left of it afterwards."""
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     if cuda:
         torch.cuda.set_device(rank % torch.cuda.device_count())
@@ -61,7 +69,6 @@ def main(steps: int = 400, folder: Path = Path("checkpoint")) -> None:
             print(f"step {step + 1}: loss {loss.item():.3f}, returns {rewind.returns}", flush=True)
     checkpoint.save(state(), checkpoint_id=folder)
     distributed.barrier()
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

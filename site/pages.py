@@ -26,12 +26,12 @@ def gather() -> None:
         shutil.copy(file, copy)
     (PAGES / "results.md").write_text("\n\n".join(results()))
     for page in PAGES.glob("*.md"):
-        page.write_text(released(page.read_text().replace("](../results/", "](results/")))
-    for page in PAGES.glob("gallery*.md"):
-        text = page.read_text()
-        page.with_suffix(".ipynb").write_text(notebook(text))
-        title, rest = text.split("\n", 1)
-        page.write_text(f"{title}\n\n[As a notebook]({page.stem}.ipynb)\n{rest}")
+        text = released(page.read_text().replace("](../results/", "](results/"))
+        if page.stem.startswith("gallery"):
+            page.with_suffix(".ipynb").write_text(notebook(text))
+            title, rest = text.split("\n", 1)
+            text = f"{title}\n\n[As a notebook]({page.stem}.ipynb)\n{rest}"
+        page.write_text(text)
 
 
 def notebook(page: str) -> str:

@@ -31,6 +31,13 @@ def check_count(name: str, value: int, least: int = 1, most: int = MOST) -> int:
     return int(value)
 
 
+def check_nc(nc: int | None, check: Any, most: int = MOST) -> int:
+    """Require minibatches of a check, two if ``nc`` is None, only where there is a check."""
+    if check is None and nc is not None:
+        raise ValueError(f"nc must go with check=, whose minibatches it counts, got {nc!r}")
+    return check_count("nc", 2 if nc is None else nc, most=most)
+
+
 def check_seed(seed: int, seeds: int = 1) -> None:
     """Require that JAX takes no seed from this one on modulo 2^32, and memory for all of them."""
     seeds = check_count("seeds", seeds, most=MOST_SEEDS)

@@ -191,12 +191,12 @@ def rows(folder: Path) -> Iterator[tuple[Any, ...]]:
     for method, each in found.items():
         own, cost = each.mean(), price_of_step(evaluations, method)
         most = highest(own, reference, end) if end > BOUND * LATE else (None, None)
+        longer = divided(seconds[method], seconds[FALLBACK])
         for price in MARKS:
             base = at(reference, price)
             if not np.isnan(base) and price * 1.1 <= own.price[-1]:
                 times = slowdown(own, reference, price), *interval(each, fallback, price)
                 ratio = divided(at(own, price), base)
-                longer = divided(seconds[method], seconds[FALLBACK])
                 yield folder.name, method, price, *times, ratio, cost, *most, longer
 
 

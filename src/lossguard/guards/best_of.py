@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ..rules import HEAD_START
-from ..validation import check_count, check_decay, check_kind, check_part
+from ..validation import check_decay, check_kind, check_nc, check_part
 from . import trial as trials
 from .cycle import (
     LONGEST,
@@ -120,9 +120,7 @@ def best_of(
     for one in members:
         check_kind("each of guards", one, Guard, "unguarded(optimizer)")
     share = None if share is None else check_part("share", share)
-    if check is None and nc is not None:
-        raise ValueError(f"nc must go with check=, whose minibatches it counts, got {nc!r}")
-    nc, decay = check_count("nc", 2 if nc is None else nc, most=LONGEST), check_decay(decay)
+    nc, decay = check_nc(nc, check, most=LONGEST), check_decay(decay)
     rules = SideBySide(members, share, check, nc, decay)
     return Guard(rules.init, rules.step)
 
@@ -327,9 +325,8 @@ def keep_counts(fresh: Any, was: Any) -> Any:
     def keep(new: Any, old: Any) -> Any:
         if not _counts(new):
             return new
-        parts = ((name, getattr(new, name), getattr(old, name)) for name in new._fields)
-        goes_on = new.GOES_ON
-        return new._make(b if n in goes_on else keep_counts(a, b) for n, a, b in parts)
+        pairs = zip(new._fields, new, old, strict=True)
+        return new._make(b if n in new.GOES_ON else keep_counts(a, b) for n, a, b in pairs)
 
     return jax.tree.map(keep, fresh, was, is_leaf=_counts)
 

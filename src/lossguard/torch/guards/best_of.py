@@ -16,7 +16,7 @@ from lossguard.torch.guards.guard import Guard
 from lossguard.torch.guards.lane import Lane
 from lossguard.torch.guards.losses import UNBOUNDED, Trial
 from lossguard.torch.process import modes_kept
-from lossguard.validation import check_count, check_decay, check_part, told
+from lossguard.validation import check_decay, check_nc, check_part, told
 
 
 class Record(NamedTuple):
@@ -120,9 +120,7 @@ class BestOf(Guard):
         if not several or not (optimizers := [*optimizers]):
             raise ValueError(f"optimizers must be a list of at least one, got {told(optimizers)}")
         check_functions(check=check)
-        if check is None and nc is not None:
-            raise ValueError(f"nc must go with check=, whose minibatches it counts, got {nc!r}")
-        self.check, self.checks = check, check_count("nc", 2 if nc is None else nc)
+        self.check, self.checks = check, check_nc(nc, check)
         self.share = None if share is None else check_part("share", share)
         self.decay = check_decay(decay)
         named = {f"optimizers[{k}]": one for k, one in enumerate(optimizers)}

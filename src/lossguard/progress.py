@@ -66,9 +66,10 @@ class Progress:
     def seconds(self) -> float:
         return time.perf_counter() - self._started
 
-    def advance(self, count: int, **figures: float) -> None:
+    def advance(self, count: int, **figures: float | str) -> None:
         """So many more are done, and these are the current figures."""
-        text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        told = (f"{k} {v if isinstance(v, str) else format(v, '.4g')}" for k, v in figures.items())
+        text = "  ".join(told)
         (task,), now = self._bar.tasks, time.perf_counter()
         self._bar.update(task.id, advance=count, figures=text)
         if now - self._said > QUIET_SECONDS:

@@ -171,7 +171,7 @@ class _MethodRun:
                 progress.advance(
                     cycles * nt,
                     loss=float(np.mean(decisions.losses)),
-                    learned=float(np.mean(decisions.used_learned)),
+                    leader=leader(float(np.mean(decisions.used_learned))),
                     price=float(np.mean(decisions.price())) / nt,
                 )
                 if self._cycles == goal:
@@ -222,6 +222,15 @@ class _MethodRun:
         evaluations = pl.concat(self._evaluations or [pl.DataFrame()])
         state = self._state, jnp.float32(self._seconds)
         self.checkpoints.save(self._cycles, state, *self._chunks, evaluations)
+
+
+def leader(learned: float) -> str:
+    """Who led, of the part of the steps that were the learned optimizer's.
+
+    >>> leader(1.0), leader(0.0), leader(0.4)
+    ('learned', 'fallback', 'learned in 40%')
+    """
+    return "learned" if learned == 1 else f"learned in {learned:.0%}" if learned else "fallback"
 
 
 def next_mark(step: int) -> int:

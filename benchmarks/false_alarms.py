@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from lossguard import rewind
-from lossguard.guards.rewind import RewindState
+from lossguard.rewinding.rewind import RewindState
 from lossguard.tasks import MLP, ConvNet, Task, load_dataset
 
 TASKS = {

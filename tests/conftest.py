@@ -23,6 +23,7 @@ CHECKED = (
     "lossguard.metatrain.loop",
     "lossguard.metatrain.pes",
     "lossguard.metatrain.truncated",
+    "lossguard.rewinding",
     "lossguard.rollout",
     "lossguard.schedules",
     "lossguard.tasks.dataset",

@@ -12,8 +12,6 @@ from .guards.recommended import recommended as recommended
 from .guards.residual_guard import TrackingSequence as TrackingSequence
 from .guards.residual_guard import ema as ema
 from .guards.residual_guard import residual_guard as residual_guard
-from .guards.rewind import RewindState as RewindState
-from .guards.rewind import rewind as rewind
 from .guards.stacked import stacked as stacked
 from .guards.unguarded import unguarded as unguarded
 from .learned.lstm import LSTMWeights as LSTMWeights
@@ -28,6 +26,8 @@ from .learned.pretrained import pretrained as pretrained
 from .learned.pretrained import save_weights as save_weights
 from .learned.weights_file import pretrained_names as pretrained_names
 from .learned.weights_file import pretrained_path as pretrained_path
+from .rewinding.rewind import RewindState as RewindState
+from .rewinding.rewind import rewind as rewind
 from .rollout import rollout as rollout
 from .schedules import harmonic_decay as harmonic_decay
 from .schedules import paper_decay as paper_decay

@@ -27,10 +27,10 @@ from rich.table import Table
 
 from ..curves import PRICE
 from ..guards.protocol import Decision, Guard, GuardState, Objective, following
-from ..guards.rewind import rewind
 from ..guards.unguarded import unguarded
 from ..learned.pretrained import pretrained
 from ..records import read_json, read_run
+from ..rewinding.rewind import rewind
 from ..tasks.published import PUBLISHED, published_task
 from ..tasks.task import Task
 from ..validation import check_choice

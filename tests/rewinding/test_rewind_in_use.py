@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import lossguard
-from lossguard.guards.rewind import RewindState
+from lossguard.rewinding.rewind import RewindState
 
 LOSSES = jnp.concatenate([jnp.linspace(3, 1, 150), jnp.full(12, 9.0), jnp.ones(20)])
 WINDOW = 64

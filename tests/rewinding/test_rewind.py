@@ -13,7 +13,7 @@ from optimizers import FAULTS, HOSTILE, faulty, hostile
 from scipy import stats
 
 import lossguard
-from lossguard.guards import alarm as alarms
+from lossguard.rewinding import alarm as alarms
 
 STEPS, WINDOW, RHO = 600, 64, 0.05
 EXAMPLES = settings(max_examples=60, phases=[Phase.generate])  # the first that fails is enough

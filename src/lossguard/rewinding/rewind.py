@@ -12,16 +12,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from ..guards.cycle import as_arrays, own_buffers, sum_dtype
+from ..guards.lanes import with_extra_args
+from ..guards.protocol import Params, advance
+from ..guards.soundness import is_sound, keep_schedules, select
 from ..rules import DEEPEST, IN_A_ROW, SOON
 from ..validation import check_count, check_fraction, check_kind, check_part
 from . import alarm as alarms
 from . import snapshot
 from .alarm import Alarm
-from .cycle import as_arrays, own_buffers, sum_dtype
-from .lanes import with_extra_args
-from .protocol import Params, advance
 from .snapshot import Snapshots
-from .soundness import is_sound, keep_schedules, select
 
 
 class RewindState(NamedTuple):

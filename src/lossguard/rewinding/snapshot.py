@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, PyTree
 
-from .protocol import Params
+from ..guards.protocol import Params
 
 
 class Snapshots(NamedTuple):

@@ -258,7 +258,7 @@ def test_what_updates_cost_is_counted_as_the_text_says() -> None:
             each.append(envelope(name).steps_to(losses) / mark)
         return interquartile_mean(each, draws=10)[0]
 
-    found = [speed(mark, update) for mark in (2_000, 10_000) for update in (low, high)]
+    found = [speed(mark, update) for mark in (2_000, 10_000) for update in (high, low)]
     assert speeds == [round(one, 2) for one in found]
     _, numbers = tasks.table({name: ROOT / "results" / name for name in PUBLISHED})
     tuned = numbers.filter(method=tasks.TUNED, by="steps").group_by("task", "mark")

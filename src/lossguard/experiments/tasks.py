@@ -217,7 +217,7 @@ def envelope(task: str) -> Envelope:
     check_choice("task of an envelope", task, content)
     one = content[task]
     steps, loss = one.values() if isinstance(one, dict) else one
-    return Envelope(np.array(steps, float), np.array(loss, float))
+    return Envelope(np.rint(steps), np.array(loss, float))  # copies differ in their last digits
 
 
 class Curves(NamedTuple):

@@ -63,8 +63,12 @@ def write(
             )
     run_folder.open_folder(folder, as_config(replace(e, steps=last)))
     records.write_parquet(folder / records.CURVES, pl.concat(tables))
-    evaluated = {"method": methods, "seed": 0, "cycle": 60, "step": 600, "test_loss": test_loss}
-    records.write_parquet(folder / records.EVALUATIONS, pl.DataFrame(evaluated))
+    on_test = (0, 600, 99.0), (0, 700, test_loss), (1, 700, test_loss)  # one seed alone at 600
+    evaluated = [(m, seed, k // 10, k, loss) for m in methods for seed, k, loss in on_test]
+    names = ["method", "seed", "cycle", "step", "test_loss"]
+    records.write_parquet(
+        folder / records.EVALUATIONS, pl.DataFrame(evaluated, names, orient="row")
+    )
     run_folder.finish(folder, ABOUT | {"data": "", "seconds": dict.fromkeys(methods, 1.0)})
     return folder
 

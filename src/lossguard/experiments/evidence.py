@@ -100,14 +100,15 @@ class FigureCurves:
         return tuple(last[name][0] / last["step"][0] for name in ("gradients", "forwards"))
 
     def tested(self, method: str, first: int) -> tuple[int, float]:
-        """The step at which it was first evaluated from a step on, and its mean test loss there."""
+        """The first step from one on at which all seeds were evaluated, and the mean test loss."""
         file = self.folders.get(method, Path()) / EVALUATIONS
         table = read_parquet(file) if file.exists() else pl.DataFrame({"method": [], "step": []})
         table = table.filter(pl.col("method") == method, pl.col("step") >= first)
         if table.is_empty():
             raise NotRunError(f"{method} was not tested at {first:,} or later")
-        at = table.filter(pl.col("step") == pl.col("step").min())
-        return int(at["step"][0]), float(at["test_loss"].mean())  # pyright: ignore
+        means = table.group_by("step").agg(pl.col("test_loss").mean(), seeds=pl.len()).sort("step")
+        at = means.filter(pl.col("seeds") == pl.col("seeds").max()).row(0, named=True)
+        return at["step"], at["test_loss"]
 
     def of(self, methods: Sequence[str], seeds: Sequence[int]) -> pl.DataFrame:
         """The curves of these methods and seeds, one after another."""

@@ -1,5 +1,7 @@
 """The PyTorch guards follow the JAX ones: same problem, same optimizers, same decisions."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -67,25 +69,25 @@ def sgd(rate, momentum=None):
     return optax.sgd(rate, momentum), lambda params: SGD(params, lr=rate, momentum=momentum or 0)
 
 
-def falls_behind(rate, after, later=1.0):
-    """Good at first, then its rate is another one; at 1 the run diverges."""
-    return (
-        optax.sgd(lambda t: jnp.where(t < after, rate, later)),
-        lambda params: Late(params, rate, after, later),
-    )
+def falls_behind(rate, after, later=1.0, until=math.inf):
+    """For a while its rate is another one; at 1 the run diverges."""
+
+    def schedule(t):
+        return jnp.where((t >= after) & (t < until), later, rate)
+
+    return optax.sgd(schedule), lambda params: Scheduled(params, schedule)
 
 
-class Late(SGD):
+class Scheduled(SGD):
     """The same in PyTorch: it counts the steps of the run, as a schedule of optax does."""
 
-    def __init__(self, params, rate, after, later):
-        super().__init__(params, lr=rate)
-        self.rate, self.after, self.later = rate, after, later
-        self.param_groups[0]["clock"] = 0
+    def __init__(self, params, schedule):
+        super().__init__(params)
+        self.schedule, self.param_groups[0]["clock"] = schedule, 0
 
     def step(self, closure=None):
         (group,) = self.param_groups
-        group["lr"] = self.rate if group["clock"] < self.after else self.later
+        group["lr"] = float(self.schedule(group["clock"]))
         group["clock"] += 1
         return super().step(closure)
 
@@ -256,31 +258,9 @@ def test_minibatches_that_are_lost(name, pair):
     assert winners_without(lost, name, PAIRS[pair])[1:3] == [0, 0]
 
 
-def spikes(rate, at, until):
-    """Its rate is 50 times as high for a while, which ruins it."""
-
-    def schedule(t):
-        return jnp.where((t >= at) & (t < until), 50 * rate, rate)
-
-    return optax.sgd(schedule), lambda params: Spiking(params, rate, at, until)
-
-
-class Spiking(SGD):
-    """The same in PyTorch."""
-
-    def __init__(self, params, rate, at, until):
-        super().__init__(params, lr=rate)
-        self.rate, self.span, self.count = rate, range(at, until), 0
-
-    def step(self, closure=None):
-        self.param_groups[0]["lr"] = self.rate * (50 if self.count in self.span else 1)
-        self.count += 1
-        return super().step(closure)
-
-
 @pytest.mark.parametrize("share", [None, 0.2])
 def test_best_of_begins_ruined_ones_again(share):
     """The bold one leads, is ruined, and comes back from where the careful one is."""
-    build, guard = both("best_of", [spikes(0.1, 150, 170), sgd(0.01)], share=share)
+    build, guard = both("best_of", [falls_behind(0.1, 150, 5.0, 170), sgd(0.01)], share=share)
     winners = assert_same(in_torch(build), in_jax(guard))
     assert winners[14] == 0 and 1 in winners[15:] and (winners[-1] == 0 or share)

@@ -4,8 +4,10 @@ import copy
 import io
 import math
 import operator
+import re
 from functools import reduce
 
+import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Adam
@@ -33,6 +35,12 @@ def minibatches(count=60):
 def mlp(*extra):
     """Two inputs, 16 hidden units, two classes; ``extra`` comes before the nonlinearity."""
     return nn.Sequential(nn.Linear(2, 16), *extra, nn.Tanh(), nn.Linear(16, 2))
+
+
+def twins(*extra):
+    """Two of them that are alike."""
+    model = mlp(*extra)
+    return model, copy.deepcopy(model)
 
 
 def loss_fn(model, batch):
@@ -119,6 +127,17 @@ def two(kind, model, learned=None, fallback=None, **options):
     return kind(*optimizers, model=model, **options)
 
 
+def two_rates(kind, weight, *rates, **options):
+    """A guard of SGD over SGD on a weight that is in no module."""
+    optimizers = [SGD([weight], lr=rate) for rate in rates]
+    return kind(*[optimizers] if kind is BestOf else optimizers, model=None, **options)
+
+
+def refuses(start, end=""):
+    """A block that is refused with a sentence that begins like this; "$": that is this."""
+    return pytest.raises(ValueError, match=f"^{re.escape(start)}{end}")
+
+
 def assert_resumes(build, model, batches, done):
     """A guard that was saved after some minibatches goes on elsewhere, bit by bit."""
     twin = copy.deepcopy(model)
@@ -192,19 +211,6 @@ def assert_is_algorithm2(model, learned, fallback, batches, *, loss_fn=loss_fn, 
         for key, value in theirs.items():
             torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-5)
     return guard
-
-
-class Breaks(SGD):
-    """Its second step leads to infinity."""
-
-    def step(self, closure=None):
-        loss = super().step(closure)
-        self.taken = getattr(self, "taken", 0) + 1
-        if self.taken == 2:
-            with torch.no_grad():
-                for p in self.param_groups[0]["params"]:
-                    p.add_(math.inf)
-        return loss
 
 
 class Writing(SGD):

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from models import KINDS, assert_same_state, backward, minibatches, mlp, run, step_by, two
+from models import KINDS, assert_same_state, backward, minibatches, mlp, run, squares, step_by, two
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam
 
@@ -16,14 +16,11 @@ class Master(SGD):
     """SGD on weights of its own, in float32, which it copies into the parameters."""
 
     def step(self, closure=None):
-        loss = closure() if closure else None
         self.known = [(p, p.detach()) for p in self.param_groups[0]["params"]]  # no copies
-        with torch.no_grad():
-            for p in self.param_groups[0]["params"]:
-                master = self.state[p].setdefault("master", p.detach().float().clone())
-                master.sub_(p.grad.float(), alpha=self.param_groups[0]["lr"])
-                p.copy_(master)
-        return loss
+        for p in self.param_groups[0]["params"]:
+            master = self.state[p].setdefault("master", p.detach().float().clone())
+            master.sub_(p.grad.float(), alpha=self.param_groups[0]["lr"])
+            p.copy_(master)
 
 
 class Eager(Master):
@@ -131,6 +128,18 @@ def test_copies_of_the_parameters_that_lanes_would_share_are_refused(kind, side)
     guard = two(kind, model, **{side: lambda ps: Elsewhere(ps, lr=0.1)}, nt=2)
     with pytest.raises(ValueError, match=IN_MASTERS):
         run(guard, model, minibatches(2))
+
+
+def test_copies_of_the_parameters_are_seen_after_a_step_that_moves_nothing():
+    """As the first one of a warm-up."""
+    weight = torch.tensor([4.0, 2.0], requires_grad=True)
+    optimizers = Elsewhere([weight], lr=0.0), SGD([weight], lr=0.0)
+    guard = Recommended(*optimizers, model=None)
+    guard.step(squares(weight))
+    for one in optimizers:
+        one.param_groups[0]["lr"] = 0.1
+    with pytest.raises(ValueError, match=IN_MASTERS):
+        guard.step(squares(weight))
 
 
 def test_copies_that_would_undo_a_rewind_are_refused():

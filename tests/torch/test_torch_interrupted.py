@@ -1,6 +1,7 @@
 """What becomes of the model where a call does not come to its end."""
 
 import copy
+import math
 import signal
 import time
 from contextlib import nullcontext
@@ -10,15 +11,16 @@ import torch
 from models import (
     KINDS,
     TWO,
-    Breaks,
     assert_same_state,
     backward,
     closure_for,
     loss_fn,
     minibatches,
     mlp,
+    refuses,
     run,
     spiral,
+    twins,
     two,
 )
 from torch import nn
@@ -26,6 +28,20 @@ from torch.optim import SGD
 
 from lossguard.torch import BestOf, LossGuard, Recommended, ResidualGuard
 from tests.campaigns.interrupts import interrupted
+
+
+class Breaks(SGD):
+    """Its second step leads to infinity."""
+
+    taken = 0
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        self.taken += 1
+        if self.taken == 2:
+            for p in self.param_groups[0]["params"]:
+                p.data.add_(math.inf)
+        return loss
 
 
 def normed():
@@ -87,8 +103,7 @@ def test_an_error_of_an_optimizer_leaves_the_model_as_it_was(kind, of):
 
 @pytest.mark.parametrize("kind", TWO)
 def test_a_failed_first_lane_changes_nothing_at_all(kind):
-    models = [normed() for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
+    models = twins(nn.BatchNorm1d(16), nn.Dropout(0.2))
     guards = [two(kind, model, nt=4) for model in models]
 
     def fails():
@@ -141,9 +156,7 @@ def test_a_body_that_is_left_counts_as_an_error(kind, at):
         for _ in guard.lanes():
             pass
     assert_same_state(model.state_dict(), before)
-    with pytest.raises(
-        ValueError, match=r"^lane.step must be called once for each lane, got again"
-    ):
+    with refuses("lane.step must be called once for each lane, got again"):
         for lane in guard.lanes():
             loss = backward(loss_fn(model, spiral()))
             lane.step(loss)
@@ -205,7 +218,7 @@ def test_a_signal_leaves_the_model_before_or_after_a_call(kind, options, which):
     run(guard, model, batches)
 
 
-@pytest.mark.parametrize("kind", [*TWO, ResidualGuard])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_learned_lane_that_raises_for_its_numbers_does_not_stop_the_fallback(kind):
     class Strict(nn.Module):
         """Raises where its input isn't finite, as distributions and decompositions do."""
@@ -259,7 +272,8 @@ def test_a_signal_in_a_loop_that_is_left_after_its_last_step_comes_soon():
             if lane is guard._leader:
                 signal.raise_signal(signal.SIGINT)
                 break
-        time.sleep(10)
+        for _ in range(1000):  # one long sleep would be left at its end alone
+            time.sleep(0.01)
     assert guard.phase == 1
 
 

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from models import squares
+from models import refuses, squares
 from test_torch_lstm import Reference
 from test_torch_mlp import weights_of
 from torch import nn
@@ -113,9 +113,7 @@ def test_numbers_are_checked_and_plain(make):
     rate = {LSTMOptimizer: "scale", MLPOptimizer: "lr"}[type(optimizer)]
     made = type(optimizer)([q], weights, **{rate: np.float32(0.5)})
     assert type(made.param_groups[0]["lr"]) is float
-    with pytest.raises(
-        ValueError, match=r"^weights must be a Mapping such as a dictionary of tens"
-    ):
+    with refuses("weights must be a Mapping such as a dictionary of tens"):
         type(optimizer)([q], lossguard.load_weights(lossguard.pretrained_path("mlp-small")).weights)
 
 
@@ -158,8 +156,6 @@ def test_other_gradients_are_refused(make, kind):
     optimizer.param_groups.reverse()
     other.grad = torch.ones(2)
     name = type(optimizer).__name__
-    with pytest.raises(
-        ValueError, match=rf"^gradients must be real and dense for {name}, got a {kind} one$"
-    ):
+    with refuses(f"gradients must be real and dense for {name}, got a {kind} one", "$"):
         optimizer.step()
     assert torch.equal(other, torch.ones(2)) and not optimizer.state

@@ -13,7 +13,6 @@ from torch.optim import SGD
 from lossguard import torch as guards
 
 ResidualGuard = partial(guards.ResidualGuard, model=None)
-LossGuard = partial(guards.LossGuard, model=None)
 
 
 class Scripted(SGD):

@@ -15,8 +15,10 @@ from models import (
     mlp,
     quadratic,
     refusals_of_damaged,
+    refuses,
     run,
     two,
+    two_rates,
 )
 from torch import nn
 from torch.optim import SGD, AdamW
@@ -64,16 +66,13 @@ def test_loading_keeps_the_dtype_of_states():
         """Keeps its momentum in single precision, beside a count and a list, as SOAP does."""
 
         def step(self, closure=None):
-            loss = closure() if closure else None
-            with torch.no_grad():
-                for p in self.param_groups[0]["params"]:
-                    state = self.state[p]
-                    state.setdefault("m", torch.zeros_like(p, dtype=torch.float32))
-                    state.setdefault("all", [torch.zeros(2), None, "text"])
-                    state["m"].mul_(0.9).add_(p.grad.float())
-                    state["all"][0] += 0.1
-                    p.sub_(0.1 * state["m"].to(p.dtype))
-            return loss
+            for p in self.param_groups[0]["params"]:
+                state = self.state[p]
+                state.setdefault("m", torch.zeros_like(p, dtype=torch.float32))
+                state.setdefault("all", [torch.zeros(2), None, "text"])
+                state["m"].mul_(0.9).add_(p.grad.float())
+                state["all"][0] += 0.1
+                p.sub_(0.1 * state["m"].to(p.dtype))
 
     model = mlp().bfloat16()
     batches = [(x.bfloat16(), labels) for x, labels in minibatches(30)]
@@ -94,9 +93,9 @@ def test_what_is_no_state_of_its_own_is_refused_whole(kind):
     foreign = two(LossGuard if kind is not LossGuard else Hedged, mlp(), nt=3)
     longer = two(kind, mlp(), nt=4)
     another = two(kind, mlp(), AdamW, nt=3)
-    broken = copy.deepcopy(before)
-    name = f"{next(iter(guard._lanes))}.value"
-    del broken["state"][3][name]
+    broken = {f"{guard._leader.name}.{name}": copy.deepcopy(before) for name in ("value", "before")}
+    for name, state in broken.items():
+        del state["state"][3][name]
     missing = copy.deepcopy(before)
     missing["param_groups"][0]["guard"]["numbers"] = ["something else"]
     beyond = copy.deepcopy(before)
@@ -109,7 +108,10 @@ def test_what_is_no_state_of_its_own_is_refused_whole(kind):
         (longer.state_dict(), "state_dict must be of a guard with .*'nt': 3.* got .*'nt': 4"),
         (another.state_dict(), "state_dict must be of a guard with .*'Adam'.* got .*'AdamW'"),
         (SGD(model.parameters()).state_dict(), "state_dict must be of a .* before the guard is"),
-        (broken, f"state_dict must hold {name} of each parameter"),
+        *(
+            (one, rf"state_dict must hold {k} of .*\(save between two c")
+            for k, one in broken.items()
+        ),
         (missing, "state_dict must have the numbers of"),
         (beyond, "phase must be at most"),
     ]
@@ -137,19 +139,15 @@ def test_lengths_of_a_cycle_are_plain_numbers():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
 def test_copies_are_refused(copied):
-    with pytest.raises(
-        ValueError, match=r"^a Recommended can't be copied or pickled: .* state_dict"
-    ):
+    with refuses("a Recommended can't be copied or pickled: build another one, and load state_di"):
         copied(two(Recommended, mlp()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_history_is_bounded_and_not_saved(kind):
     weight, closure = quadratic(1.0)
-    optimizers = SGD([weight], lr=0.01), SGD([weight], lr=0.001)
     options = {"nc": 1} if kind is LossGuard else {}
-    args = [optimizers] if kind is BestOf else optimizers
-    guard = kind(*args, model=None, nt=1, **options)
+    guard = two_rates(kind, weight, 0.01, 0.001, nt=1, **options)
     assert guard.history.maxlen == 1000
     for _ in range(100 if kind is not BestOf else 1100):
         guard.step(closure)
@@ -168,6 +166,4 @@ def test_an_optimizer_that_remembers_nothing_is_resumed():
                 assert self.state[p] == {}
                 p.data.sub_(0.01 * p.grad.sign())
 
-    assert_resumes(
-        lambda m: two(Recommended, m, lambda ps: Signs(ps), nt=2), mlp(), minibatches(9), 4
-    )
+    assert_resumes(lambda m: two(Recommended, m, Signs, nt=2), mlp(), minibatches(9), 4)

@@ -19,6 +19,12 @@ def one_weight(optimizer=torch.optim.SGD, **settings):
     return model, optimizer(model.parameters(), **{"lr": 1.0} | settings)
 
 
+def watched(*optimizer, every=4, **settings):
+    """A ``Rewind`` of one weight, the model and its optimizer."""
+    model, optimizer = one_weight(*optimizer, **settings)
+    return Rewind(model, optimizer, window=WINDOW, every=every), model, optimizer
+
+
 def drive(rewind, model, optimizer, losses, gradient=1.0, after=lambda: None):
     for loss in losses:
         model.weight.grad = torch.full_like(model.weight, gradient)

@@ -18,6 +18,7 @@ from rewinding import (
     network,
     one_weight,
     train,
+    watched,
 )
 from torch import nn
 from torch.optim import lr_scheduler
@@ -28,8 +29,7 @@ from lossguard.torch.tensors import leaves, zero_unsound
 
 
 def test_it_goes_back_and_says_so(caplog):
-    model, optimizer = one_weight(momentum=0.5)
-    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    rewind, model, optimizer = watched(momentum=0.5)
     drive(rewind, model, optimizer, FALLS[:112])
     momentum = optimizer.state[model.weight]["momentum_buffer"].clone()
     weight = model.weight.clone()
@@ -84,8 +84,7 @@ def test_a_budget_that_is_not_kept_is_seen(monkeypatch):
 
 def test_a_step_after_a_return_has_no_gradient_of_before_it():
     """In a loop that calls it too early: with that gradient the run would be ruined anew."""
-    model, optimizer = one_weight()
-    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    rewind, model, optimizer = watched()
     for k in range(160):
         ruins = 128 <= k < 136
         optimizer.zero_grad()
@@ -98,8 +97,7 @@ def test_a_step_after_a_return_has_no_gradient_of_before_it():
 
 def test_a_step_whose_loss_alone_is_not_finite_is_taken_and_counts():
     """As where a loss overflows in half precision, and its gradients don't."""
-    model, optimizer = one_weight()
-    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    rewind, model, optimizer = watched()
     drive(rewind, model, optimizer, FALLS + 400 * [math.inf])
     undone = len(FALLS) + 400 + model.weight.item()  # each step took 1 off, but slower ones less
     assert rewind.skipped == 0 and undone >= rewind.thrown > 32
@@ -314,8 +312,7 @@ def test_it_waits_for_the_device_at_reads_only(monkeypatch):
     [(0, 1, "16 calls for 0 steps"), (1, 2, "16 calls for 8"), (10, 1, "16 calls for 160 steps")],
 )
 def test_calls_and_steps_that_do_not_belong_together_are_told_once(steps, calls, told):
-    model, optimizer = one_weight()
-    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    rewind, _, optimizer = watched()
     with pytest.warns(RuntimeWarning) as caught:
         for _ in range(64):
             for _ in range(steps):
@@ -351,8 +348,7 @@ def test_an_audit_may_set_the_model_to_evaluation():
 
 @pytest.mark.parametrize("how", ["closed", "another", "nobody has it"])
 def test_where_it_has_ended_steps_are_as_they_were(how):
-    model, optimizer = one_weight()
-    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    rewind, model, optimizer = watched()
     drive(rewind, model, optimizer, FALLS + HIGH[:8])
     assert rewind.scale == 0.5
     if how == "closed":
@@ -376,24 +372,20 @@ def test_where_it_has_ended_steps_are_as_they_were(how):
 @pytest.mark.parametrize("by", ["position", "name"])
 def test_gradients_that_a_closure_makes_move_nothing_if_they_are_not_finite(by):
     """As Lightning has every optimizer called."""
-    model, optimizer = one_weight()
-    rewind = Rewind(model, optimizer, every=1, window=WINDOW)
+    rewind, model, optimizer = watched(every=1)
 
     def closure():
         model.weight.grad = torch.full_like(model.weight, math.nan)
         return torch.tensor(1.0)
 
-    if by == "position":
-        assert optimizer.step(closure) == 1.0
-    else:
-        assert optimizer.step(closure=closure) == 1.0
+    result = optimizer.step(closure) if by == "position" else optimizer.step(closure=closure)
+    assert result == 1.0
     rewind.observe(1.0)
     assert model.weight.item() == 0 and rewind.skipped == 1 and not rewind.events
 
 
 def test_gradients_of_steps_between_two_calls_are_all_looked_at():
-    model, optimizer = one_weight()
-    rewind = Rewind(model, optimizer, window=WINDOW, every=1)
+    rewind, model, optimizer = watched(every=1)
     for gradient in (math.nan, 1.0):
         model.weight.grad = torch.full_like(model.weight, gradient)
         optimizer.step()

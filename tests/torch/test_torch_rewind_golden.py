@@ -4,16 +4,9 @@ import numpy as np
 import pytest
 import torch
 from numpy_rewind import KINDS, OPTIONS, Run, losses_of
+from rewinding import drive, one_weight
 
 from lossguard.torch import Rewind
-
-
-def play(rewind, model, optimizer, losses, gradients):
-    for loss, gradient in zip(losses, gradients, strict=True):
-        model.weight.grad = torch.full_like(model.weight, gradient)
-        optimizer.step()
-        rewind.observe(torch.tensor(loss))
-        yield
 
 
 @pytest.mark.parametrize("which", range(len(OPTIONS)))
@@ -29,12 +22,11 @@ def test_it_decides_as_the_reference_does(which):
         def advance(x, i, scale, losses=losses, gradients=gradients):
             return losses[i], x - scale * gradients[i], bool(np.isfinite(losses[i]))
 
-        run = Run(1.0, advance, late=True, **OPTIONS[which])
-        model = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
-        torch.nn.init.ones_(model.weight)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        run = Run(0.0, advance, late=True, **OPTIONS[which])
+        model, optimizer = one_weight()
         rewind = Rewind(model, optimizer, every=1, **OPTIONS[which])
-        for i, _ in enumerate(play(rewind, model, optimizer, losses, gradients)):
+        for i, (loss, gradient) in enumerate(zip(losses, gradients, strict=True)):
+            drive(rewind, model, optimizer, [torch.tensor(loss)], gradient)
             run.step(i)
             rule = run.rule
             assert (rewind.returns, rewind.thrown, rewind.skipped, rewind.scale) == (

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from rewinding import FALLS, HIGH, WINDOW, drive, one_weight
+from rewinding import FALLS, HIGH, WINDOW, drive, one_weight, watched
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -73,8 +73,7 @@ def test_a_rate_that_the_step_itself_changes_goes_on(as_tensor):
             for group in self.param_groups:
                 group["lr"] *= 0.99
 
-    model, optimizer = one_weight(Decays, lr=torch.tensor(1.0) if as_tensor else 1.0)
-    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    rewind, model, optimizer = watched(Decays, lr=torch.tensor(1.0) if as_tensor else 1.0)
     drive(rewind, model, optimizer, FALLS + HIGH[:8] + FALLS[-8:])
     assert rewind.returns == 1 and rewind.scale < 1
     assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.99**144, rel=1e-5)
@@ -93,8 +92,7 @@ def test_a_rate_that_the_step_itself_sets_stays_careful():
             for group in self.param_groups:
                 group["lr"] = 1 / (1 + self.count / 1000)
 
-    model, optimizer = one_weight(Scheduled)
-    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    rewind, model, optimizer = watched(Scheduled)
     drive(rewind, model, optimizer, FALLS + HIGH[:8] + FALLS[-1:])
     for _ in range(4):
         before, scale, rate = model.weight.item(), rewind.scale, optimizer.param_groups[0]["lr"]
@@ -113,8 +111,7 @@ def test_an_error_in_a_careful_step_leaves_no_lowered_rate(how):
                 raise KeyboardInterrupt
             super().step(closure)
 
-    model, optimizer = one_weight(Stopped)
-    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    rewind, model, optimizer = watched(Stopped)
     drive(rewind, model, optimizer, FALLS + HIGH[:8])
     optimizer.now = True
     with pytest.raises(KeyboardInterrupt):
@@ -127,8 +124,7 @@ def test_an_error_in_a_careful_step_leaves_no_lowered_rate(how):
 
 
 def test_a_state_that_is_saved_within_a_careful_step_leaves_it_careful():
-    model, optimizer = one_weight()
-    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    rewind, model, optimizer = watched()
     drive(rewind, model, optimizer, FALLS + HIGH[:8])
     optimizer.register_step_pre_hook(lambda *_: optimizer.state_dict() and None)
     before, scale = model.weight.item(), rewind.scale

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from models import WRITTEN, Writing, loss_fn, minibatches, mlp, step_by
-from rewinding import FALLS, HIGH, WINDOW, drive, network, one_weight, train
+from rewinding import FALLS, HIGH, WINDOW, drive, network, one_weight, train, watched
 from torch import nn
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -84,8 +84,7 @@ def test_a_buffer_that_is_assigned_goes_back():
 
 
 def test_weights_that_are_loaded_before_the_first_step_are_what_it_goes_back_to():
-    model, optimizer = one_weight()
-    rewind = Rewind(model, optimizer, window=WINDOW, every=1)
+    rewind, model, optimizer = watched(every=1)
     model.load_state_dict({"weight": torch.full((1, 1), 7.0)})
     drive(rewind, model, optimizer, [1.0])
     model.weight.data.fill_(math.nan)
@@ -108,8 +107,7 @@ def test_a_memory_that_is_not_finite_goes_back_with_the_model():
 
 @pytest.mark.parametrize("counter", WRITTEN)
 def test_what_a_step_writes_to_in_a_group_goes_back(counter):
-    model, optimizer = one_weight(Writing, counter=counter)
-    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    rewind, model, optimizer = watched(Writing, counter=counter)
     drive(rewind, model, optimizer, FALLS + HIGH[:8])
     assert rewind.returns == 1 and optimizer.param_groups[0]["k"][0] == 112
     drive(rewind, model, optimizer, FALLS[:3])
@@ -275,23 +273,19 @@ class OfAll(torch.optim.SGD):
 
 
 def test_a_memory_of_no_parameter_goes_back():
-    model, optimizer = one_weight(OfAll)
-    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    rewind, model, optimizer = watched(OfAll)
     drive(rewind, model, optimizer, FALLS)
     saved = rewind.state_dict()
     for _ in range(2):
         drive(rewind, model, optimizer, HIGH[:8])
         assert optimizer.state["all"] == {"steps": 112, "mean": 56}
-        model, optimizer = one_weight(OfAll)
-        rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+        rewind, model, optimizer = watched(OfAll)
         rewind.load_state_dict(saved)
-    model, optimizer = one_weight(OfAll, momentum=0.9)  # nor is there any before the first step
-    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    rewind, model, optimizer = watched(OfAll, momentum=0.9)  # nor is any before the first step
     drive(rewind, model, optimizer, [math.nan] * 8, gradient=math.inf)
     assert rewind.returns == 1 and not optimizer.state
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR")
 def test_a_buffer_made_under_inference_mode_goes_back():
     """As Lightning validates: a table may grow in a longer forward pass there."""
     model, optimizer = one_weight()

@@ -1,4 +1,4 @@
-"""One thread and one seed for every PyTorch test, and signals that raise for some."""
+"""One thread, one seed and no hub for every PyTorch test, and signals that raise for some."""
 
 import signal
 
@@ -7,7 +7,8 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_seed():
+def _one_thread_one_seed_no_hub(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     torch.set_num_threads(1)
     torch.manual_seed(0)
 

@@ -194,23 +194,22 @@ def algorithm2(model, learned, fallback, batches, *, nt, nc, loser="keep", loss_
         yield copy.deepcopy(x.state_dict()), winner
 
 
-def assert_is_algorithm2(model, learned, fallback, batches, *, loss_fn=loss_fn, **options):
+def assert_is_algorithm2(model, learned, fallback, batches, **options):
     """A guarded run has the same winners and parameters."""
     torch.manual_seed(1)
-    expected = list(algorithm2(model, learned, fallback, batches, loss_fn=loss_fn, **options))
+    expected = list(algorithm2(model, learned, fallback, batches, **options))
     guard = two(LossGuard, model, learned, fallback, **options)
     torch.manual_seed(1)
     states = []
     for batch in batches:
         torch.manual_seed(int(torch.randint(1 << 30, ())))
-        guard.step(lambda batch=batch: backward(loss_fn(model, batch)))
+        guard.step(closure_for(guard, model, batch))
         if guard.phase == 0:
             states.append(copy.deepcopy(model.state_dict()))
     assert [d.winner for d in guard.history] == [winner for _, winner in expected]
     for ours, (theirs, _) in zip(states, expected, strict=True):
         for key, value in theirs.items():
             torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-5)
-    return guard
 
 
 class Writing(SGD):

@@ -8,7 +8,7 @@ import torch
 from models import backward
 from torch.optim import SGD, Adam
 
-from lossguard.torch import BestOf, Hedged, LossGuard, Recommended, ResidualGuard
+from lossguard import torch as guards
 
 jax = pytest.importorskip("jax")
 
@@ -117,12 +117,6 @@ CASES = [
     ("loss_guard", {"nc": 5, "loser": "reset"}, "bold sgd over adam"),
     *(("residual_guard", {}, pair) for pair in ("adam over sgd", "breaks")),
 ]
-OURS = {
-    "recommended": Recommended,
-    "hedged": Hedged,
-    "loss_guard": LossGuard,
-    "residual_guard": ResidualGuard,
-}
 
 
 def both(name, pairs, **options):
@@ -130,10 +124,9 @@ def both(name, pairs, **options):
     theirs, makers = zip(*pairs, strict=True)
 
     def build(params):
-        ours = [make(params) for make in makers]
-        if name == "best_of":
-            return BestOf(ours, model=None, nt=NT, **options)
-        return OURS[name](*ours, model=None, nt=NT, **options)
+        ours, kind = [make(params) for make in makers], name.title().replace("_", "")
+        given = [ours] if name == "best_of" else ours
+        return getattr(guards, kind)(*given, model=None, nt=NT, **options)
 
     if name == "best_of":
         members = [lossguard.unguarded(one, nt=NT) for one in theirs]
@@ -204,7 +197,7 @@ def test_best_of(share, checked):
     def build(params):
         ours = {"check": lambda j: loss_of(params, j + 7)} if checked else {}
         optimizers = [make(params) for _, make in SEVERAL]
-        return BestOf(optimizers, model=None, nt=NT, share=share, **ours)
+        return guards.BestOf(optimizers, model=None, nt=NT, share=share, **ours)
 
     winners = assert_same(in_torch(build), in_jax(lossguard.best_of(theirs, share=share, **check)))
     assert len(winners) == CYCLES

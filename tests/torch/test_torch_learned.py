@@ -45,6 +45,22 @@ def test_copies_and_checkpoints_go_on_alike(make):
         assert torch.equal(run(twin, 3), expected)
 
 
+def test_schedulers_act_on_the_step(make):
+    """Both are where the other one is before each step, as they see where they are."""
+    plain, scheduled = (nn.Parameter(torch.zeros(3, 2, dtype=torch.float64)) for _ in range(2))
+    optimizers = make(plain), make(scheduled)
+    scheduler = StepLR(optimizers[1], 1, gamma=0.5)
+    for k in range(3):
+        scheduled.data.copy_(before := plain.detach().clone())
+        for p, optimizer in zip((plain, scheduled), optimizers, strict=True):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        scheduler.step()
+        step = plain.detach() - before
+        assert step.all()
+        torch.testing.assert_close(scheduled.detach() - before, step / 2**k)
+
+
 def test_states_go_through_distributed_checkpoints_and_hooks(make):
     from torch.distributed.checkpoint import state_dict as dcp
 

@@ -340,18 +340,6 @@ def test_schedule_free_goes_on_by_itself(name):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", TWO)
-@pytest.mark.parametrize("done", [6, 7])
-def test_schedule_free_resumes_bit_by_bit(kind, done):
-    package = pytest.importorskip("schedulefree")
-
-    def make(params):
-        return package.AdamWScheduleFree(params, lr=0.05, warmup_steps=3)
-
-    options = {"nc": 2} if kind is LossGuard else {}
-    assert_resumes(lambda m: two(kind, m, make, nt=3, **options), mlp(), minibatches(30), done)
-
-
 def test_to_evaluate_changes_nothing_of_the_run():
     """Two lanes of an optimizer with ``eval``; the other one's memory may be in it."""
     package = pytest.importorskip("schedulefree")
@@ -377,19 +365,26 @@ def test_to_evaluate_changes_nothing_of_the_run():
         assert one.losses == pytest.approx(mine.losses, rel=1e-3)
 
 
-FROM_PYTORCH_OPTIMIZER = ["SOAP", "Lion", "Prodigy", "Adan", "Shampoo", "AdEMAMix"]
+OTHERS = ["SOAP", "Lion", "Prodigy", "Adan", "Shampoo", "AdEMAMix"]
 
 
-@pytest.mark.parametrize("name", FROM_PYTORCH_OPTIMIZER)
 @pytest.mark.parametrize("kind", TWO)
-def test_pytorch_optimizer_resumes_bit_by_bit(kind, name):
-    package = pytest.importorskip("pytorch_optimizer")
+@pytest.mark.parametrize(
+    ("package", "name", "settings", "done"),
+    [
+        *(("pytorch_optimizer", name, {"lr": 0.01}, 13) for name in OTHERS),
+        ("schedulefree", "AdamWScheduleFree", {"lr": 0.05, "warmup_steps": 3}, 6),
+        ("schedulefree", "AdamWScheduleFree", {"lr": 0.05, "warmup_steps": 3}, 7),
+    ],
+)
+def test_optimizers_of_packages_resume_bit_by_bit(kind, package, name, settings, done):
+    make = getattr(pytest.importorskip(package), name)
 
-    def make(params):
-        return getattr(package, name)(params, lr=0.01)
+    def build(model):
+        options = {"nc": 2} if kind is LossGuard else {"share": 0.5}
+        return two(kind, model, lambda ps: make(ps, **settings), nt=3, **options)
 
-    options = {"nc": 2} if kind is LossGuard else {"share": 0.5}
-    assert_resumes(lambda m: two(kind, m, make, nt=3, **options), mlp(), minibatches(30), 13)
+    assert_resumes(build, mlp(), minibatches(30), done)
 
 
 def test_a_group_entry_that_the_first_step_makes_is_memory():

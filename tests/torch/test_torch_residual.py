@@ -46,13 +46,8 @@ def test_quadratic(theta, alpha):
         kept.append(ok)
 
     weight = torch.tensor([3.0], requires_grad=True, dtype=torch.float64)
-    guard = ResidualGuard(
-        Scripted([weight], RATES),
-        SGD([weight], lr=lr, momentum=momentum),
-        alpha=alpha,
-        theta=theta,
-        nt=len(RATES),
-    )
+    pair = Scripted([weight], RATES), SGD([weight], lr=lr, momentum=momentum)
+    guard = ResidualGuard(*pair, alpha=alpha, theta=theta, nt=len(RATES))
     for _ in RATES:
         guard.step(lambda: backward(weight.square().sum() / 2))
     decision = guard.last_decision

@@ -185,14 +185,8 @@ def test_two_optimizers_of_a_model_are_rewound_as_one_of_two_groups_is(offload):
         groups = [[part] for part in parts] if split else [parts]
         optimizers = [torch.optim.AdamW(group) for group in groups]
         schedulers = [lr_scheduler.ExponentialLR(one, 0.999) for one in optimizers]
-        rewind = Rewind(
-            model,
-            optimizers if split else optimizers[0],
-            schedulers=schedulers,
-            window=WINDOW,
-            every=4,
-            offload=offload,
-        )
+        options = {"schedulers": schedulers, "offload": offload, "window": WINDOW, "every": 4}
+        rewind = Rewind(model, optimizers if split else optimizers[0], **options)
         numbers = []
         for call, batch in enumerate(minibatches(260)):
             loss = loss_fn(model, batch) * (50 if 150 <= call < 190 else 1)

@@ -177,29 +177,33 @@ def whole():
     return DistributedDataParallel(mlp())
 
 
-def saved_and_loaded(rank, kind, make, folder, reshard):
+def states(model, guard):
+    ours, of_guard = names.get_model_state_dict(model), names.get_optimizer_state_dict(model, guard)
+    return {"model": ours, "guard": of_guard}
+
+
+def loaded(kind, model, folder):
+    """A guard of a fresh model, both of which are then as saved."""
+    guard = build(kind, model)
+    state = states(model, guard)
+    checkpoint.load(state, checkpoint_id=folder)
+    names.set_model_state_dict(model, state["model"])
+    names.set_optimizer_state_dict(model, guard, state["guard"])
+    return guard
+
+
+def saved_and_loaded(rank, kind, make, folder):
     """torch.distributed.checkpoint between two cycles: whether a fresh guard goes on bit by bit."""
     batches = shards(rank, distributed.get_world_size())
     model = make()
     guard = build(kind, model)
     run(guard, model, batches[:30])
-    state = {
-        "model": names.get_model_state_dict(model),
-        "guard": names.get_optimizer_state_dict(model, guard),
-    }
-    checkpoint.save(state, checkpoint_id=folder)
+    checkpoint.save(states(model, guard), checkpoint_id=folder)
     run(guard, model, batches[30:])
 
     torch.manual_seed(9)
-    twin = reshard()
-    other = build(kind, twin)
-    state = {
-        "model": names.get_model_state_dict(twin),
-        "guard": names.get_optimizer_state_dict(twin, other),
-    }
-    checkpoint.load(state, checkpoint_id=folder)
-    names.set_model_state_dict(twin, state["model"])
-    names.set_optimizer_state_dict(twin, other, state["guard"])
+    twin = make()
+    other = loaded(kind, twin, folder)
     run(other, twin, batches[30:])
     return [report(guard, model.state_dict()), report(other, twin.state_dict())]
 
@@ -216,10 +220,10 @@ def two(rank):
         ask(f"ddp {kind}", ddp, kind)
         ask(f"fsdp {kind}", fsdp, kind)
         folder = os.environ["CHECKPOINTS"]
-        ask(f"dcp {kind}", saved_and_loaded, kind, sharded, f"{folder}/{kind}", sharded)
+        ask(f"dcp {kind}", saved_and_loaded, kind, sharded, f"{folder}/{kind}")
     ask("ddp ResidualGuard", ddp, "ResidualGuard")
     ask("unequal", ddp, "LossGuard", [16, 8])
-    ask("dcp whole", saved_and_loaded, "Recommended", whole, f"{folder}/whole", whole)
+    ask("dcp whole", saved_and_loaded, "Recommended", whole, f"{folder}/whole")
     for scenario in (ddp_nan, ddp_raises, fsdp_needs_the_model, fsdp_foreign):
         ask(scenario.__name__, scenario)
     return answers
@@ -231,14 +235,7 @@ def one(rank):
     answers = {}
     for kind in KINDS:
         model = sharded()
-        guard = build(kind, model)
-        state = {
-            "model": names.get_model_state_dict(model),
-            "guard": names.get_optimizer_state_dict(model, guard),
-        }
-        checkpoint.load(state, checkpoint_id=f"{os.environ['CHECKPOINTS']}/{kind}")
-        names.set_model_state_dict(model, state["model"])
-        names.set_optimizer_state_dict(model, guard, state["guard"])
+        guard = loaded(kind, model, f"{os.environ['CHECKPOINTS']}/{kind}")
         run(guard, model, data()[30:])
         answers[kind] = report(guard, model.state_dict())
     return answers

@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import loss_fn, minibatches, mlp, refusals_of_damaged, step_by
 from rewinding import FALLS, HIGH, WINDOW, assert_same, drive, network, one_weight, train
+from torch.distributed import checkpoint
 
 from lossguard.torch import Rewind
 from lossguard.torch.rewind.snapshot import Live, copied
@@ -15,29 +16,22 @@ from lossguard.torch.tensors import leaves
 
 
 def save(rewind, model, optimizer, tmp_path, how):
-    whole = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    whole = {**whole, "rewind": rewind.state_dict()}
-    if how == "torch":
-        torch.save(whole, tmp_path / "state.pt")
-        return
-    from torch.distributed import checkpoint
-
-    checkpoint.save({"rewind": whole.pop("rewind")}, checkpoint_id=tmp_path / "dcp", no_dist=True)
-    torch.save(whole, tmp_path / "state.pt")
+    state = {"rewind": rewind.state_dict()}
+    if how == "dcp":
+        checkpoint.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+        state = {}
+    parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(parts | state, tmp_path / "state.pt")
 
 
 def resume(rewind, model, optimizer, tmp_path, how):
-    whole = torch.load(tmp_path / "state.pt", weights_only=True)
-    model.load_state_dict(whole["model"])
-    optimizer.load_state_dict(whole["optimizer"])
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
     if how == "dcp":
-        from torch.distributed import checkpoint
-
-        whole["rewind"] = rewind.state_dict()
-        state = {"rewind": whole["rewind"]}
+        state = {"rewind": rewind.state_dict()}
         checkpoint.load(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
-        whole["rewind"] = state["rewind"]
-    rewind.load_state_dict(whole["rewind"])
+    rewind.load_state_dict(state["rewind"])
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -87,12 +87,8 @@ def test_what_is_no_state_of_its_own_is_refused_whole(kind):
     guard = two(kind, model, nt=3)
     run(guard, model, minibatches(4))
     before = guard.state_dict()
-    other = two(kind, nn.Linear(2, 2), nt=3)
-    wide = two(kind, nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)), nt=3)
-    normed = two(kind, mlp(nn.BatchNorm1d(16, affine=False)), nt=3)
-    foreign = two(LossGuard if kind is not LossGuard else Hedged, mlp(), nt=3)
-    longer = two(kind, mlp(), nt=4)
-    another = two(kind, mlp(), AdamW, nt=3)
+    wide = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+    foreign = LossGuard if kind is not LossGuard else Hedged
     broken = {f"{guard._leader.name}.{name}": copy.deepcopy(before) for name in ("value", "before")}
     for name, state in broken.items():
         del state["state"][3][name]
@@ -100,14 +96,17 @@ def test_what_is_no_state_of_its_own_is_refused_whole(kind):
     missing["param_groups"][0]["guard"]["numbers"] = ["something else"]
     beyond = copy.deepcopy(before)
     beyond["param_groups"][0]["guard"]["numbers"][0] = 10**9
+    others = [
+        (two(kind, nn.Linear(2, 2), nt=3), "of 4 parameters in 1 groups"),
+        (two(kind, wide, nt=3), "of the same model, with a tensor of shape"),
+        (two(kind, mlp(nn.BatchNorm1d(16, affine=False)), nt=3), "of the same model, with 0 buffe"),
+        (two(foreign, mlp(), nt=3), f"of a guard with {{'kind': '{kind.__name__}'"),
+        (two(kind, mlp(), nt=4), "of a guard with .*'nt': 3.* got .*'nt': 4"),
+        (two(kind, mlp(), AdamW, nt=3), "of a guard with .*'Adam'.* got .*'AdamW'"),
+        (SGD(model.parameters()), "of a .* before the guard is"),
+    ]
     refusals = [
-        (other.state_dict(), "state_dict must be of 4 parameters in 1 groups"),
-        (wide.state_dict(), "state_dict must be of the same model, with a tensor of shape"),
-        (normed.state_dict(), "state_dict must be of the same model, with 0 buffers"),
-        (foreign.state_dict(), rf"state_dict must be of a guard with {{'kind': '{kind.__name__}'"),
-        (longer.state_dict(), "state_dict must be of a guard with .*'nt': 3.* got .*'nt': 4"),
-        (another.state_dict(), "state_dict must be of a guard with .*'Adam'.* got .*'AdamW'"),
-        (SGD(model.parameters()).state_dict(), "state_dict must be of a .* before the guard is"),
+        *((one.state_dict(), f"state_dict must be {what}") for one, what in others),
         *(
             (one, rf"state_dict must hold {k} of .*\(save between two c")
             for k, one in broken.items()

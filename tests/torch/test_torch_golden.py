@@ -119,18 +119,20 @@ CASES = [
 ]
 
 
-def both(name, pairs, **options):
+def both(name, pairs, checked=False, **options):
     """What makes the guard of these optimizers in PyTorch from parameters; and the one in JAX."""
     theirs, makers = zip(*pairs, strict=True)
 
     def build(params):
         ours, kind = [make(params) for make in makers], name.title().replace("_", "")
         given = [ours] if name == "best_of" else ours
-        return getattr(guards, kind)(*given, model=None, nt=NT, **options)
+        check = {"check": lambda j: loss_of(params, j + 7)} if checked else {}
+        return getattr(guards, kind)(*given, model=None, nt=NT, **options, **check)
 
     if name == "best_of":
         members = [lossguard.unguarded(one, nt=NT) for one in theirs]
-        return build, lossguard.best_of(members, **options)
+        check = {"check": lambda params, j: objective(params, j + 7)} if checked else {}
+        return build, lossguard.best_of(members, **options, **check)
     return build, getattr(lossguard, name)(*theirs, nt=NT, **options)
 
 
@@ -186,21 +188,11 @@ def test_two_optimizers(name, options, pair):
         assert winners[:2] == [2, 0 if pair == "slow" else 2]
 
 
-SEVERAL = [adam(0.02), sgd(0.05), sgd(1e80), sgd(0.3)]
-
-
 @pytest.mark.parametrize(("share", "checked"), [(None, False), (0.25, True)])
 def test_best_of(share, checked):
-    theirs = [lossguard.unguarded(optimizer, nt=NT) for optimizer, _ in SEVERAL]
-    check = {"check": lambda params, j: objective(params, j + 7)} if checked else {}
-
-    def build(params):
-        ours = {"check": lambda j: loss_of(params, j + 7)} if checked else {}
-        optimizers = [make(params) for _, make in SEVERAL]
-        return guards.BestOf(optimizers, model=None, nt=NT, share=share, **ours)
-
-    winners = assert_same(in_torch(build), in_jax(lossguard.best_of(theirs, share=share, **check)))
-    assert len(winners) == CYCLES
+    several = [adam(0.02), sgd(0.05), sgd(1e80), sgd(0.3)]
+    build, guard = both("best_of", several, checked, share=share)
+    assert len(assert_same(in_torch(build), in_jax(guard))) == CYCLES
 
 
 @pytest.mark.parametrize("name", ["recommended", "hedged", "best_of"])

@@ -223,17 +223,27 @@ def test_options_that_rewind_does_not_have_are_refused_at_once(make):
         make(windw=3)
 
 
-def test_accelerate_with_accumulated_gradients():
-    accelerate = pytest.importorskip("accelerate")
+@pytest.fixture
+def accelerate():
+    """What it is told is the process's, where other guards would refuse it."""
+    package = pytest.importorskip("accelerate")
+
+    def reset():
+        package.state.GradientState._reset_state()
+        package.state.AcceleratorState._reset_state(True)
+
+    reset()
+    yield package
+    reset()
+
+
+def test_accelerate_with_accumulated_gradients(accelerate):
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = nn.Linear(4, 2)
-    x, t = data()
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, t), batch_size=8)
-    model, optimizer, loader = accelerator.prepare(
-        model, torch.optim.SGD(model.parameters(), lr=0.1), loader
-    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer, batches = accelerator.prepare(model, optimizer, loader())
     rewind = Rewind(model, optimizer, **OPTIONS)
-    for i, (x, t) in enumerate(loader):
+    for i, (x, t) in enumerate(batches):
         with accelerator.accumulate(model):
             loss = nn.functional.cross_entropy(model(x), t) * (30 if i // 2 in FAULT else 1)
             accelerator.backward(loss)
@@ -254,15 +264,8 @@ def test_accelerate_with_accumulated_gradients():
         "gradients of all lanes alike (use torch.autocast, and a GradScaler for each lane)"),
     ],
 )  # fmt: skip
-def test_a_guard_refuses_what_accelerate_would_do_to_it(option, value, rule):
+def test_a_guard_refuses_what_accelerate_would_do_to_it(accelerate, option, value, rule):
     """Of 4 minibatches Accelerate hands on the last call; its scaler steps where there is one."""
-    accelerate = pytest.importorskip("accelerate")
-
-    def reset():
-        accelerate.state.GradientState._reset_state()
-        accelerate.state.AcceleratorState._reset_state(True)
-
-    reset()
     model = nn.Linear(4, 2)
 
     def guard():
@@ -270,12 +273,9 @@ def test_a_guard_refuses_what_accelerate_would_do_to_it(option, value, rule):
 
     before = guard()
     accelerate.Accelerator(cpu=True, **{option: value})
-    try:
-        for refused in (guard, lambda: before.step(lambda: model(torch.ones(4)).sum())):
-            with refuses(f"{option} must be {rule}", "$"):
-                refused()
-    finally:
-        reset()
+    for refused in (guard, lambda: before.step(lambda: model(torch.ones(4)).sum())):
+        with refuses(f"{option} must be {rule}", "$"):
+            refused()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -336,8 +336,7 @@ def test_a_trainer_that_was_interrupted_trains_again(tmp_path):
     assert len(trainer.optimizer.optimizer._optimizer_step_pre_hooks) == 0
 
 
-def test_a_scheduler_may_be_on_what_accelerate_has_made_of_the_optimizer():
-    accelerate = pytest.importorskip("accelerate")
+def test_a_scheduler_may_be_on_what_accelerate_has_made_of_the_optimizer(accelerate):
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     prepared = accelerate.Accelerator(cpu=True).prepare(optimizer)

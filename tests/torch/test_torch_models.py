@@ -33,7 +33,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD, Adam
 from torch.utils.checkpoint import checkpoint
 
-from lossguard.torch import BestOf, Hedged, LossGuard, Recommended
+from lossguard.torch import BestOf, Hedged, LossGuard, Recommended, ResidualGuard
 
 
 def learned(params):
@@ -44,12 +44,20 @@ def fallback(params):
     return SGD([p for p in params if p.requires_grad], lr=0.3, momentum=0.9)
 
 
-@pytest.mark.parametrize("options", [{}, {"nt": 1, "check": lambda k: torch.tensor(1.0)}])
-def test_gradients_of_what_another_optimizer_steps_are_those_of_the_live_lane(options):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (BestOf, {}),
+        (BestOf, {"nt": 1, "check": lambda k: torch.tensor(1.0)}),
+        (ResidualGuard, {"nt": 1}),
+    ],
+)
+def test_gradients_of_what_another_optimizer_steps_are_those_of_the_live_lane(kind, options):
+    """Of ``ResidualGuard`` they are those at x."""
     model, x = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)), torch.ones(4, 2)
     beside = SGD(model[0].parameters(), lr=0.1)
     optimizers = [SGD(model[2].parameters(), lr=lr) for lr in (0.1, 0.01)]
-    guard = BestOf(optimizers, model=model, **options)
+    guard = kind(*[optimizers] if kind is BestOf else optimizers, model=model, **options)
     for earlier in (0.0, 0.0, 1.0):  # one that was accumulated before stays
         beside.zero_grad()
         model(x).square().mean().backward()
@@ -57,8 +65,7 @@ def test_gradients_of_what_another_optimizer_steps_are_those_of_the_live_lane(op
         model.zero_grad()
         for p in model[0].parameters():
             p.grad = torch.full_like(p, earlier) if earlier else None
-        for lane in guard.lanes():
-            lane.step(backward(model(x).square().mean()))
+        guard.step(lambda: backward(model(x).square().mean()))
         guard.eval()  # as trainers do before they validate
         for p, gradient in zip(model[0].parameters(), expected, strict=True):
             torch.testing.assert_close(p.grad, gradient)
@@ -313,10 +320,7 @@ def test_a_decision_that_raises_after_checks_tells_its_own_error(monkeypatch):
         run(guard, model, batches)
 
 
-SCHEDULE_FREE = ["SGDScheduleFree", "AdamWScheduleFree", "RAdamScheduleFree"]
-
-
-@pytest.mark.parametrize("name", SCHEDULE_FREE)
+@pytest.mark.parametrize("name", ["SGDScheduleFree", "AdamWScheduleFree", "RAdamScheduleFree"])
 def test_schedule_free_goes_on_by_itself(name):
     """It is in its training mode within calls; ``eval`` has the model be what it evaluates."""
     package = pytest.importorskip("schedulefree")
@@ -345,10 +349,8 @@ def test_to_evaluate_changes_nothing_of_the_run():
     package = pytest.importorskip("schedulefree")
     runs = []
     for looks in (False, True):
-        model = mlp()
         torch.manual_seed(0)
-        for p in model.parameters():
-            nn.init.normal_(p)
+        model = mlp()
         makers = (lambda ps: Adam(ps, 0.05)), (lambda ps: package.AdamWScheduleFree(ps, 0.001))
         guard = two(Hedged, model, *makers, nt=2, share=0.5)
         for batch in minibatches(1) * 300:

@@ -25,7 +25,7 @@ def test_masks_may_be_infinite_and_shared_weights_are_copied_once():
 
 
 class Counting(torch.optim.SGD):
-    """Its memory is in its groups and under names with dots, as some have it."""
+    """Its memory is in its groups, of no parameter, and under names with dots, as some have it."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -34,6 +34,9 @@ class Counting(torch.optim.SGD):
         for param in group["params"]:
             param -= group["lr"] * param.grad
             self.state[param]["of.all"] = torch.tensor(group["count"])
+        memory = self.state["all"]
+        memory["steps"] = memory.get("steps", 0) + 1
+        memory["mean"] = torch.tensor(memory["steps"] / 2)
 
 
 def test_all_that_an_optimizer_remembers_goes_back():
@@ -55,6 +58,13 @@ def test_all_that_an_optimizer_remembers_goes_back():
         group = optimizer.param_groups[0]
         assert group["count"] == 136 - event.thrown and group["weight_decay"] == 0.1
         assert optimizer.state[model.weight] == {"of.all": group["count"]}
+        assert optimizer.state["all"] == {"steps": 112, "mean": 56}
+
+
+def test_a_memory_that_came_after_the_start_goes():
+    rewind, model, optimizer = watched(Counting)
+    drive(rewind, model, optimizer, [math.nan] * 8, gradient=math.inf)
+    assert rewind.returns == 1 and not optimizer.state
 
 
 class Assigning(nn.Module):
@@ -260,30 +270,6 @@ def test_a_parameter_that_was_renamed_goes_back_and_another_one_is_refused():
     model.adapter = nn.Linear(2, 1)
     with pytest.raises(ValueError, match=r"^model must have the parameters that it had .*adapter"):
         goes_wrong(model[:3], optimizer, rewind, x, 200)
-
-
-class OfAll(torch.optim.SGD):
-    """Some of its memory is of no parameter."""
-
-    def step(self, closure=None):
-        memory = self.state["all"]
-        memory["steps"] = memory.get("steps", 0) + 1
-        memory["mean"] = torch.tensor(memory["steps"] / 2)
-        return super().step(closure)
-
-
-def test_a_memory_of_no_parameter_goes_back():
-    rewind, model, optimizer = watched(OfAll)
-    drive(rewind, model, optimizer, FALLS)
-    saved = rewind.state_dict()
-    for _ in range(2):
-        drive(rewind, model, optimizer, HIGH[:8])
-        assert optimizer.state["all"] == {"steps": 112, "mean": 56}
-        rewind, model, optimizer = watched(OfAll)
-        rewind.load_state_dict(saved)
-    rewind, model, optimizer = watched(OfAll, momentum=0.9)  # nor is any before the first step
-    drive(rewind, model, optimizer, [math.nan] * 8, gradient=math.inf)
-    assert rewind.returns == 1 and not optimizer.state
 
 
 def test_a_buffer_made_under_inference_mode_goes_back():

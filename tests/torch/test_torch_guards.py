@@ -53,8 +53,7 @@ def test_the_live_lane_takes_the_steps_that_its_optimizer_would_alone():
     for batch in minibatches(60) * 4:
         returned = guard.step(closure_for(guard, model, batch))
         assert torch.equal(returned, step_by(alone, loss_fn(twin, batch)))
-        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-            assert torch.equal(p, q)
+        assert all(map(torch.equal, model.parameters(), twin.parameters()))
     assert homes == [p.data_ptr() for p in model.parameters()]
     assert not any(d.jumped for d in guard.history)
     assert sum(d.learned_updates for d in guard.history) > 0

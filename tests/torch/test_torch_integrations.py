@@ -67,8 +67,7 @@ def test_lightning_resumes(tmp_path):
     half = {"ckpt_path": tmp_path / "half.ckpt", "weights_only": True}
     _, twin = fit(150, rest, rows=8, **half)
     assert rest.rewind.events == whole.rewind.events
-    for mine, other in zip(twin.parameters(), model.parameters(), strict=True):
-        assert torch.equal(mine, other)
+    assert all(map(torch.equal, twin.parameters(), model.parameters()))
     assert rest.rewind.calls == 150
     fit(10, rest, rows=8)  # without the old state
     assert rest.rewind.calls == 10
@@ -163,8 +162,7 @@ def test_the_trainer_resumes(tmp_path, monkeypatch):
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-86"))
     assert rest.rewind.events == whole.rewind.events and rest.rewind.calls == 150
     assert places["rewind-0.pt"] == "cpu"  # there may be fewer devices than before
-    for mine, other in zip(again.model.parameters(), trainer.model.parameters(), strict=True):
-        assert torch.equal(mine, other)
+    assert all(map(torch.equal, again.model.parameters(), trainer.model.parameters()))
 
 
 def test_losses_of_several_devices_are_added_up(tmp_path):

@@ -67,7 +67,7 @@ def price_methods(over: str, e: Experiment) -> Methods:
 def price_recipe(task: str, over: str, learned: str) -> Experiment:
     """A task of ``TASKS``, a fallback, a learned optimizer; on seeds that no rate was chosen with.
 
-    20 seeds on points, five on images.
+    20 seeds, five with the ConvNet.
     """
     e, points = TASKS[task](), task in ("spirals", "circles")
     return with_methods(
@@ -78,7 +78,7 @@ def price_recipe(task: str, over: str, learned: str) -> Experiment:
         scaling="none" if points else "unit",
         loser="keep",
         seed=6_000,
-        seeds=20 if points else 5,
+        seeds=5 if task == "convnet" else 20,
         steps=STEPS[task],
     )
 

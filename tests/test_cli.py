@@ -78,13 +78,16 @@ def test_version(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
         (("report",), ("usage: lossguard report", "Folders of runs", "--out")),
     ],
 )
-def test_help_of_options(main, capsys, arguments, fields) -> None:
+def test_help_of_options(main, capsys, tmp_path, monkeypatch, arguments, fields) -> None:
+    """For which no folder is made, as there is one for the demo."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(SystemExit) as caught:
         main(*arguments, "--help")
     assert caught.value.code == 0
     out = capsys.readouterr().out
     assert all(field in out for field in fields)
     assert ">>>" not in out and "pyright" not in out  # from docstrings and comments
+    assert not list(tmp_path.iterdir())
 
 
 def test_names_are_shown_as_they_are(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,13 +145,6 @@ def test_run_with_overrides_then_plot(refused, main, capsys, tmp_path) -> None:
     refused(tuple(same), "out holds this run already: lossguard plot shows it")
     main(*same, "--resume")
     assert capsys.readouterr().out == out
-
-
-def test_help_of_the_demo_makes_no_folder(main, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with pytest.raises(SystemExit):
-        main("demo", "--help")
-    assert not list(tmp_path.iterdir())
 
 
 def test_demo_in_short(main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

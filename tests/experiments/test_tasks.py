@@ -86,11 +86,8 @@ def test_smoothing_is_the_recursion_of_each_seed() -> None:
 )
 def test_steps_to_a_loss(loss: float, steps: float) -> None:
     assert float(FALLING.steps_to(loss)) == pytest.approx(steps)
-
-
-def test_at_and_steps_to_are_inverse() -> None:
-    for step in (50.0, 150.0, 800.0):
-        assert float(FALLING.steps_to(FALLING.at(step))) == pytest.approx(step)
+    if 0 < steps < 1_000:
+        assert float(FALLING.at(steps)) == pytest.approx(loss)
 
 
 def test_the_mean_is_of_the_middle_half() -> None:

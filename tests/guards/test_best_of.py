@@ -226,17 +226,6 @@ def test_it_tells_whether_it_follows_a_trusted_member() -> None:
     assert (told.learned_updates == NT).all() and (plain.learned_updates == 2 * NT).all()
 
 
-def test_a_list_of_one_is_the_one() -> None:
-    start, objective = problem_and_objective()
-    one = lossguard.loss_guard(optax.adam(0.4), optax.sgd(0.1), nt=NT)
-    (state, alone), (same, both) = (
-        play(guard, objective, start, CYCLES) for guard in (one, lossguard.best_of([one]))
-    )
-    np.testing.assert_allclose(same.params, state.params, rtol=1e-6)
-    np.testing.assert_array_equal(both.used_learned, alone.used_learned)
-    np.testing.assert_array_equal(both.gradients, alone.gradients)
-
-
 @pytest.mark.parametrize("check", [None, lambda w, i: jnp.sum(w**2)])
 def test_a_guard_whose_end_is_not_finite_is_not_followed(check) -> None:
     """Its losses, which are taken before the steps, are the lower ones."""

@@ -16,7 +16,6 @@ from runs import play
 from scipy import optimize, stats
 
 import lossguard
-from lossguard.guards.guarded import GuardedState
 
 STEPS = 150
 
@@ -29,7 +28,6 @@ def by_guarded(problem, learned, fallback, start):
         x, state = carry
         updates, state = optimizer.update(jax.grad(problem)(x), state, x, value_fn=problem)
         x = optax.apply_updates(x, updates)
-        assert isinstance(state, GuardedState)
         return (x, state), (problem.excess(x), state.used_learned)
 
     return jax.lax.scan(step, (start, optimizer.init(start)), length=STEPS)[1]

@@ -67,11 +67,9 @@ def test_two_objectives_compile_apart(task: Task, params: PyTree) -> None:
     assert one != other and len({one, other}) == 2
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_init_is_a_pure_function_of_the_key(task: Task, seed: int) -> None:
-    a, b = (task.init(jax.random.key(k)) for k in (seed, seed))
-    other = task.init(jax.random.key(seed + 1))
-    for x, y, z in zip(*map(jax.tree.leaves, (a, b, other)), strict=True):
+def test_init_is_a_pure_function_of_the_key(task: Task) -> None:
+    made = (task.init(jax.random.key(k)) for k in (0, 0, 1))
+    for x, y, z in zip(*map(jax.tree.leaves, made), strict=True):
         np.testing.assert_array_equal(x, y)
         assert (x != z).all()
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from optimizers import constant
+from optimizers import HOSTILE, constant
 
 import lossguard
 
@@ -17,6 +17,13 @@ def play(guard: lossguard.Guard, objective, start, cycles: int):
         return state, (state, decision)
 
     return jax.jit(lambda start: jax.lax.scan(step, guard.init(start), length=cycles)[1])(start)
+
+
+def over_hostile(one, others, names=HOSTILE):
+    """``one(which, other)`` for each hostile optimizer, or some, and each of others, compiled."""
+    which = jnp.array([HOSTILE.index(name) for name in names])
+    over_others = jax.vmap(one, in_axes=(None, 0))
+    return jax.jit(jax.vmap(over_others, in_axes=(0, None)))(which, others)
 
 
 def relapses(guard_of, *, nt: int, share: float):

@@ -12,7 +12,7 @@ import optax
 import optimizers
 import pytest
 from problems import CONVEX, noisy, quadratic
-from runs import play
+from runs import over_hostile, play
 from scipy import optimize, stats
 
 import lossguard
@@ -74,10 +74,7 @@ def test_theorem_5(name, by) -> None:
         learned = optimizers.hostile(which, 1 / problem.L)
         return by(problem, learned, optax.sgd(a / problem.L), start)
 
-    over_a = jax.vmap(one, in_axes=(None, 0))
-    excess, used = jax.jit(jax.vmap(over_a, in_axes=(0, None)))(
-        jnp.arange(len(optimizers.HOSTILE)), a
-    )
+    excess, used = over_hostile(one, a)
     factor = 1 - 2 * problem.mu * a / problem.L * (1 - a / 2)
     bound = factor[:, None] ** jnp.arange(1, STEPS + 1) * problem.excess(start)
     assert jnp.all(excess <= bound + 1e-14)
@@ -156,10 +153,7 @@ def noisy_run(problem, rate, *, nt: int):
         states, decisions = play(guard, objective, far(problem), cycles)
         return jax.vmap(problem.excess)(states.params), decisions.used_learned[:, 0]
 
-    over_keys = jax.vmap(one, in_axes=(None, 0))
-    excess, used = jax.jit(jax.vmap(over_keys, in_axes=(0, None)))(
-        jnp.arange(len(optimizers.HOSTILE)), jax.random.split(jax.random.key(1), seeds)
-    )
+    excess, used = over_hostile(one, jax.random.split(jax.random.key(1), seeds))
     before, after = np.split(used[optimizers.HOSTILE.index("turns")], [well_behaved], axis=1)
     assert 0 < before.mean() < 1 and not after.any()
     assert jnp.isfinite(excess).all()
@@ -200,10 +194,7 @@ def test_wrong_decisions_add_up_to_a_floor(exact) -> None:
         return jax.lax.scan(step, guard.init(far(problem)), length=cycles)[1]
 
     names = ["ascends", "wanders", "turns", "dawdles"]
-    which = jnp.array([optimizers.HOSTILE.index(name) for name in names])
-    over_keys = jax.vmap(one, in_axes=(None, 0))
-    keys = jax.random.split(jax.random.key(3), seeds)
-    excess, tau = jax.jit(jax.vmap(over_keys, in_axes=(0, None)))(which, keys)
+    excess, tau = over_hostile(one, jax.random.split(jax.random.key(3), seeds), names)
     c = -optimize.minimize_scalar(lambda u: -u * stats.norm.sf(u), (0, 5), method="golden").fun
     mu, L = float(problem.mu), float(problem.L)
     q = 1 - 2 * mu * r * (1 - r * L / 2) if exact else 1 - mu * r

@@ -7,7 +7,7 @@ import optax
 import optimizers
 import pytest
 from problems import CONVEX, noisy, trap, valleys
-from runs import check_price, play, relapses
+from runs import check_price, over_hostile, play, relapses
 
 import lossguard
 
@@ -44,9 +44,8 @@ def above_the_fallback(name: str, fallback: str):
         guard = lossguard.unguarded(trusted, nt=NT)
         return play(guard, objective_of(key), start, CYCLES)[1].losses
 
-    keys, which = jax.random.split(jax.random.key(0), SEEDS), jnp.arange(len(optimizers.HOSTILE))
-    over_keys = jax.vmap(one, in_axes=(None, 0))
-    decisions = jax.jit(jax.vmap(over_keys, in_axes=(0, None)))(which, keys)
+    keys = jax.random.split(jax.random.key(0), SEEDS)
+    decisions = over_hostile(one, keys)
     alone = np.asarray(jax.jit(jax.vmap(by_itself))(keys), np.float64)
     reported = np.asarray(decisions.losses, np.float64)
     above = (reported - alone).sum(axis=-1).cumsum(axis=-1)

@@ -10,7 +10,7 @@ import optax
 import optimizers
 import pytest
 from problems import trap
-from runs import check_price, play, relapses
+from runs import check_price, over_hostile, play, relapses
 
 import lossguard
 from lossguard.guards.protocol import OWN
@@ -40,9 +40,8 @@ def run(share: float):
         learned = optimizers.hostile(which, 1.0)
         return curve(lossguard.recommended(learned, fallback, nt=NT, share=share), key)
 
-    keys, which = jax.random.split(jax.random.key(0), SEEDS), jnp.arange(len(optimizers.HOSTILE))
-    over_keys = jax.vmap(guarded, in_axes=(None, 0))
-    loss, decisions = jax.jit(jax.vmap(over_keys, in_axes=(0, None)))(which, keys)
+    keys = jax.random.split(jax.random.key(0), SEEDS)
+    loss, decisions = over_hostile(guarded, keys)
     alone, _ = jax.jit(jax.vmap(lambda key: curve(lossguard.unguarded(fallback, nt=NT), key)))(keys)
     return np.asarray(loss), jax.tree.map(np.asarray, decisions), np.asarray(alone)
 

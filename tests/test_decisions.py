@@ -135,28 +135,27 @@ def test_a_run_without_decisions_shows_its_losses() -> None:
     assert drawn.get_xdata()[0] == 0 and back.get_xdata()[0] == returns[0] == 151
 
 
+def refused(reason: str, function, given, **options) -> None:
+    with pytest.raises(ValueError, match=f"^{reason}"):
+        function(given, **options)
+
+
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match=r"^decisions must be at least one, got none$"):
-        decision_table([])
     runs = jax.tree.map(lambda *leaves: np.stack([np.stack(leaves)] * 5), *cycles(2))
-    with pytest.raises(ValueError, match=r"^decisions must be of one run, got losses of shape"):
-        decision_table(runs)
     none = jax.tree.map(lambda leaf: np.stack([leaf])[:0], cycles(1)[0])
-    with pytest.raises(ValueError, match=r"^decisions must be at least one, got none$"):
-        plot_decisions(none)
-    with pytest.raises(ValueError, match=r"^decisions must be a Decision, or a list .*, got str$"):
-        plot_decisions(["1.0"])
-    with pytest.raises(ValueError, match=r"^start must be an integer of at least 0, got -3$"):
-        plot_decisions([1.0, 2.0], start=-3)
     other = cycles(1)[0]._replace(losses=np.ones(2), used_learned=np.ones(2))
-    with pytest.raises(ValueError, match=r"^decisions must have the same nt, got \[2, 3\]$"):
-        decision_table([*cycles(1), other])
-    with pytest.raises(ValueError, match=r"^start must be an integer of at least 0, got -1$"):
-        decision_table(cycles(1), start=-1)
-    with pytest.raises(ValueError, match=r"^decision must be of one cycle, got 2$"):
-        scalars(cycles(2))
-    with pytest.raises(ValueError, match=r"^names must have one for each winner, 0 to 2, got \('a"):
-        plot_decisions(cycles(1, [2]), names=["a", "b"])
+    refused("decisions must be at least one, got none$", decision_table, [])
+    refused("decisions must be at least one, got none$", plot_decisions, none)
+    refused("decisions must be of one run, got losses of shape", decision_table, runs)
+    refused("decisions must be a Decision, or a list .*, got str$", plot_decisions, ["1.0"])
+    for wrong, kind in ((None, "NoneType"), (3, "int"), ((1, 2), "int")):
+        refused(f"decisions must be a Decision, or .*, got {kind}$", decision_table, wrong)
+    refused("start must be an integer of at least 0, got -3$", plot_decisions, [1.0, 2.0], start=-3)
+    refused("start must be an integer of at least 0, got -1$", decision_table, cycles(1), start=-1)
+    refused(r"decisions must have the same nt, got \[2, 3\]$", decision_table, [*cycles(1), other])
+    refused("decision must be of one cycle, got 2$", scalars, cycles(2))
+    named = r"names must have one for each winner, 0 to 2, got \('a"
+    refused(named, plot_decisions, cycles(1, [2]), names=["a", "b"])
 
 
 def test_matplotlib_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,13 +188,6 @@ def test_weights_and_biases_takes_them(tmp_path, monkeypatch: pytest.MonkeyPatch
             run.log(scalars(decision), step=step, commit=True)
         assert run.summary["loss"] == 12
     assert list(tmp_path.rglob("*.wandb"))
-
-
-@pytest.mark.parametrize("wrong", [None, 3, (1, 2)])
-def test_what_is_no_decision_is_refused(wrong: object) -> None:
-    kind = type(wrong[0] if isinstance(wrong, tuple) else wrong).__name__
-    with pytest.raises(ValueError, match=rf"^decisions must be a Decision, or .*, got {kind}$"):
-        lossguard.decision_table(wrong)
 
 
 def test_to_plot_needs_no_rich(monkeypatch) -> None:

@@ -241,18 +241,9 @@ def folder(tmp_path: Path) -> Path:
 
 def test_summary_says_what_the_records_say(folder: Path) -> None:
     table = figures.summary(records.read_run(folder))
-    assert table.columns == [
-        "method",
-        "loss at 100",
-        "loss at 1,000",
-        "loss at 5,000",
-        "learned",
-        "seconds",
-        "us a step",
-        "gradients",
-        "forwards",
-        "learned updates",
-    ]
+    columns = ["method", "loss at 100", "loss at 1,000", "loss at 5,000", "learned", "seconds"]
+    columns += ["us a step", "gradients", "forwards", "learned updates"]
+    assert table.columns == columns
     assert table["method"].to_list() == ["SGDnm", "LGL2O"]
     for k, steps in ((100, range(90, 101)), (1000, range(900, 1001))):
         loss = np.mean([1.5 / np.sqrt(step) for step in steps])
@@ -268,10 +259,7 @@ def test_summary_has_the_last_step_once(folder: Path) -> None:
     config, made, curves = records.read_run(folder)
     curves = curves.filter(pl.col("step") <= 1000)
     headers = figures.summary(records.Record(config, made, curves)).columns
-    assert [header for header in headers if "loss" in header] == [
-        "loss at 100",
-        "loss at 1,000",
-    ]
+    assert [header for header in headers if "loss" in header] == ["loss at 100", "loss at 1,000"]
 
 
 def test_plot_leaves_one_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

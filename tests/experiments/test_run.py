@@ -95,14 +95,7 @@ def test_curves_are_those_of_a_plain_rollout(whole: Path) -> None:
     np.testing.assert_allclose(rows["learned_loss"][::5], decisions.learned_loss, rtol=1e-4)
 
     evaluations = records.read_parquet(whole / records.EVALUATIONS)
-    assert evaluations.filter(pl.col("method") == "LGL2O")["step"].to_list() == [
-        20,
-        20,
-        40,
-        40,
-        60,
-        60,
-    ]
+    assert evaluations.filter(method="LGL2O")["step"].to_list() == [20, 20, 40, 40, 60, 60]
     assert evaluations.filter(method="LGL2O", step=60)["test_loss"].n_unique() == 2
     (last,) = evaluations.filter(method="LGL2O", seed=1, step=60).rows(named=True)
     logits = task.model.apply(state.params, task.dataset.normalize(task.dataset.test.inputs))
@@ -112,21 +105,17 @@ def test_curves_are_those_of_a_plain_rollout(whole: Path) -> None:
     assert last["test_loss"] == pytest.approx(-log_p[np.arange(len(labels)), labels].mean(), 1e-4)
 
 
-def test_seeds_are_those_of_the_experiment(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "seeds"), [({"seed": 1, "seeds": 1}, [1]), ({"vectorize": True}, [0, 1])]
+)
+def test_seeds_alone_or_side_by_side_are_those_after_another(
+    whole, tmp_path, changes, seeds
+) -> None:
     """Seed 1 alone is the second of seeds 0 and 1."""
-    e = dataclasses.replace(tiny.recipe(), seed=1, seeds=1, methods=("Signs",))
-    _, _, curves = records.read_run(run(e, tmp_path / "run"))
-    _, _, both = records.read_run(whole)
-    second = both.filter(pl.col("method") == "Signs", pl.col("seed") == 1)
-    np.testing.assert_allclose(curves["loss"], second["loss"], rtol=1e-5)
-
-
-def test_seeds_side_by_side_are_those_one_after_another(whole: Path, tmp_path: Path) -> None:
-    e = dataclasses.replace(tiny.recipe(), vectorize=True, methods=("Signs",))
-    _, _, curves = records.read_run(run(e, tmp_path / "run"))
-    _, _, expected = records.read_run(whole)
-    expected = expected.filter(pl.col("method") == "Signs")
-    np.testing.assert_allclose(curves["loss"], expected["loss"], rtol=1e-4)
+    e = dataclasses.replace(tiny.recipe(), methods=("Signs",), **changes)
+    found, both = (records.read_run(folder).curves for folder in (run(e, tmp_path / "run"), whole))
+    expected = both.filter(pl.col("seed").is_in(seeds), method="Signs")
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
 
 
 def test_it_is_evaluated_at_marks_and_at_the_end(tmp_path, monkeypatch) -> None:

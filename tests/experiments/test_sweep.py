@@ -86,14 +86,10 @@ def test_a_folder_of_another_run_stops_all_before_the_start(tmp_path: Path) -> N
 def test_settings_that_failed_may_be_corrected(tmp_path: Path) -> None:
     (bad,) = sweep({"one": dataclasses.replace(FIRST, methods=("Sgins",))}, tmp_path)
     assert bad.state == "failed" and "must each be one of" in bad.reason
-    with pytest.raises(
-        ValueError, match=r"one is not finished: ValueError: methods must each be one of"
-    ):
-        records.read_runs([tmp_path])
-    with pytest.raises(
-        ValueError, match=r"one is not finished: ValueError: methods must each be one of"
-    ):
-        records.read_run(tmp_path / "one")
+    reason = r"one is not finished: ValueError: methods must each be one of"
+    for read, place in ((records.read_runs, [tmp_path]), (records.read_run, tmp_path / "one")):
+        with pytest.raises(ValueError, match=reason):
+            read(place)
     (good,) = sweep({"one": FIRST}, tmp_path)
     assert good.state == "complete" and records.read_run(tmp_path / "one").config["steps"] > 0
 

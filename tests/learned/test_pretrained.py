@@ -23,6 +23,12 @@ from lossguard.learned.lstm import LSTMWeights
 from lossguard.learned.mlp import MLPLayer
 from lossguard.learned.weights_file import pretrained_names, pretrained_path
 
+LSTM, MLP = init_lstm_weights(jax.random.key(0)), init_mlp_weights(jax.random.key(0))
+LSTM_OF_NAN = LSTM._replace(linear_bias=jnp.array([jnp.nan]))
+MLP_OF_1 = MLP._replace(layers=MLP.layers[-1:])
+WIDE = init_mlp_weights(jax.random.key(0), hidden=8).layers[1]
+MIXED = MLP._replace(layers=(MLP.layers[0], MLPLayer(WIDE.weight[:, :4], WIDE.bias), MLP.layers[2]))
+"""Layers that differ in size: ``mlp_optimizer`` takes them, and a file has one number for all."""
 ABOUT = {"architecture": "lstm", "hidden": "20", "layers": "2", "p": "10.0", "scale": "0.1"}
 
 
@@ -234,58 +240,28 @@ def test_unwritable_place_is_named(tmp_path: Path, weights: LSTMWeights, place: 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "reason"),
+    ("weights", "arguments", "reason"),
     [
-        ({"p": 0.0}, "^p must be above 0 and at most 80, got 0.0$"),
-        ({"scale": float("inf")}, "^scale must be positive and finite, got inf$"),
-        ({"q": 1.0}, "^numbers of LSTMWeights must be p, scale, got p, scale, q$"),
-        ({"made": {"p": "10"}}, "^made must map strings other than architecture, .* got 'p': '10'"),
+        (LSTM, {"p": 0.0}, "p must be above 0 and at most 80, got 0.0$"),
+        (LSTM, {"scale": np.inf}, "scale must be positive and finite, got inf$"),
+        (LSTM, {"q": 1.0}, "numbers of LSTMWeights must be p, scale, got p, scale, q$"),
+        (
+            LSTM,
+            {"made": {"p": "10"}},
+            "made must map strings other than architecture, .* got 'p': '10'",
+        ),
+        (LSTM._replace(linear_bias=jnp.array([1j])), {}, "weights must be real, got complex ones$"),
+        (LSTM_OF_NAN, {}, r"weights must be finite, but linear\.bias is not$"),
+        (MLP, {"scale": 1.0}, "numbers of MLPWeights must be none, got scale$"),
+        (MLP_OF_1, {}, "layers must be an integer of at least 1, got 0$"),
+        (MIXED, {}, r"weights must have mlp\.1\.weight of shape \[4, 4\], "),
+        (None, {}, "weights must be a LSTMWeights such as .*, got None$"),
     ],
 )
-def test_wrong_arguments_are_refused(
-    tmp_path: Path, weights: LSTMWeights, arguments: dict[str, Any], reason: str
-) -> None:
-    with pytest.raises(ValueError, match=reason):
-        save_weights(tmp_path / "x", weights, **{"p": 10.0, "scale": 0.1, "made": {}, **arguments})
-    assert not names_in(tmp_path)
-
-
-def test_sizes_that_would_not_load_are_not_saved(tmp_path: Path) -> None:
-    weights = init_mlp_weights(jax.random.key(0))
-    with pytest.raises(ValueError, match=r"^layers must be an integer of at least 1, got 0$"):
-        save_weights(tmp_path / "x", weights._replace(layers=weights.layers[-1:]), made={})
-    with pytest.raises(ValueError, match=r"^weights must be a LSTMWeights such as .*, got None$"):
-        save_weights(tmp_path / "x", None, made={})  # pyright: ignore[reportArgumentType]
-    assert not names_in(tmp_path)
-
-
-def test_an_mlp_takes_no_numbers(tmp_path: Path) -> None:
-    weights = init_mlp_weights(jax.random.key(0))
-    with pytest.raises(ValueError, match=r"^numbers of MLPWeights must be none, got scale$"):
-        save_weights(tmp_path / "x", weights, made={}, scale=1.0)
-
-
-def test_layers_that_differ_in_size_are_not_saved(tmp_path: Path) -> None:
-    """``mlp_optimizer`` takes them, and a file has one number for all."""
-    small, large = (init_mlp_weights(jax.random.key(0), hidden=h) for h in (4, 8))
-    first, _, last = small.layers
-    wide = MLPLayer(large.layers[1].weight[:, :4], large.layers[1].bias)
-    mixed = small._replace(layers=(first, wide, last))
-    with pytest.raises(ValueError, match=r"^weights must have mlp\.1\.weight of shape \[4, 4\], "):
-        save_weights(tmp_path / "x", mixed, made={})
-    assert not names_in(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("bias", "reason"),
-    [(1j, r"real, got complex ones$"), (jnp.nan, r"finite, but linear\.bias is not$")],
-)
-def test_weights_that_are_no_finite_numbers_are_not_saved(
-    bias: complex, reason: str, tmp_path: Path, weights: LSTMWeights
-) -> None:
-    bad = weights._replace(linear_bias=jnp.array([bias]))
-    with pytest.raises(ValueError, match=rf"^weights must be {reason}"):
-        save_weights(tmp_path / "x", bad, p=10, scale=0.1, made={})
+def test_what_would_not_load_is_not_saved(tmp_path, weights, arguments, reason) -> None:
+    numbers = {"p": 10.0, "scale": 0.1} if isinstance(weights, LSTMWeights) else {}
+    with pytest.raises(ValueError, match=f"^{reason}"):
+        save_weights(tmp_path / "x", weights, **{"made": {}, **numbers, **arguments})
     assert not names_in(tmp_path)
 
 

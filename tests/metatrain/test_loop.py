@@ -172,30 +172,24 @@ def answering(answers: list[float], seen: list[LSTMWeights]) -> Callable[..., An
 
 
 @pytest.mark.parametrize(
-    ("answers", "kept"),
-    [((3, 1, 2), 1), ((1, 2, 3), 0), ((np.nan, np.inf, 5), 2), ((2, np.nan, 2), 0)],
+    ("answers", "select", "kept"),
+    [
+        ((3, 1, 2), True, 1),
+        ((1, 2, 3), True, 0),
+        ((np.nan, np.inf, 5), True, 2),
+        ((2, np.nan, 2), True, 0),
+        ((1, 2, 3), False, 2),
+        ((3, 1, np.nan), False, 1),
+    ],
 )
-def test_lowest_validation_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: list[float], kept: int
-) -> None:
+def test_lowest_or_last_weights_are_kept(tmp_path, monkeypatch, answers, select, kept) -> None:
     seen: list[LSTMWeights] = []
     monkeypatch.setattr(bptt, "_validate", answering(answers, seen))
-    file = metatrain(TINY, tmp_path / "run")
+    file = metatrain(dataclasses.replace(TINY, select=select), tmp_path / "run")
     assert [same(load_weights(file).weights, weights) for weights in seen] == [
         number == kept + 1 for number in range(4)
     ]
-
-
-@pytest.mark.parametrize(("answers", "kept"), [((1, 2, 3), 2), ((3, 1, np.nan), 1)])
-def test_last_weights_are_kept_if_none_are_selected(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: list[float], kept: int
-) -> None:
-    seen: list[LSTMWeights] = []
-    monkeypatch.setattr(bptt, "_validate", answering(answers, seen))
-    file = metatrain(dataclasses.replace(TINY, select=False), tmp_path / "run")
-    assert same(load_weights(file).weights, seen[kept + 1])
-    manifest = records.read_run(tmp_path / "run").manifest
-    assert manifest["best_validation"] == answers[kept]
+    assert records.read_run(tmp_path / "run").manifest["best_validation"] == answers[kept]
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])

@@ -126,35 +126,24 @@ def test_counts_its_parameters(model: Model, shape: tuple[int, ...], parameters:
 @pytest.mark.parametrize(
     ("model", "shape", "reason"),
     [
-        (MLP((5, 0)), (2,), "each of hidden must be an integer of at least 1, got 0"),
-        (MLP((-1,)), (2,), "each of hidden must be an integer of at least 1, got -1"),
-        (
-            ConvNet((8,), (3,), (0,)),
-            (8, 8, 1),
-            "each of strides must be an integer of at least 1, got 0",
-        ),
-        (
-            ConvNet((8,), (-3,), (1,)),
-            (8, 8, 1),
-            "each of kernels must be an integer of at least 1, got -3",
-        ),
-        (
-            ConvNet((0,), (3,), (1,)),
-            (8, 8, 1),
-            "each of channels must be an integer of at least 1, got 0",
+        *(
+            (model, (8, 8, 1), f"each of {name} must be an integer of at least 1, got {value}")
+            for model, name, value in (
+                (MLP((5, 0)), "hidden", 0),
+                (MLP((-1,)), "hidden", -1),
+                (ConvNet((8,), (3,), (0,)), "strides", 0),
+                (ConvNet((8,), (-3,), (1,)), "kernels", -3),
+                (ConvNet((0,), (3,), (1,)), "channels", 0),
+            )
         ),
         (ConvNet((8,)), (8, 8, 1), "channels, kernels and strides must be equally many, got .*"),
         (ConvNet(), (2,), r"inputs .* must be \[height, width, channels\], got \(2,\)"),
+        (ConvNet(), (8, 8, 1), r"inputs of shape \(8, 8, 1\) are too small for ConvNet.*"),
     ],
 )
 def test_bad_fields_are_refused(model: Model, shape: tuple[int, ...], reason: str) -> None:
     with pytest.raises(ValueError, match=f"^{reason}$"):
         model.init(shape, 10, jax.random.key(0))
-
-
-def test_too_small_inputs_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^inputs of shape \(8, 8, 1\) are too small for ConvNet"):
-        ConvNet().init((8, 8, 1), 10, jax.random.key(0))
 
 
 @pytest.mark.parametrize(

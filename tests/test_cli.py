@@ -66,10 +66,7 @@ def test_version(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
         (("metatrain",), ("usage: lossguard metatrain RECIPE", "lists its options")),
         (("list",), ("usage: lossguard list",)),
         (("demo",), ("--steps", "--methods", "--out", "--resume", "--model.hidden")),
-        (
-            ("run", "fig03"),
-            ("--dataset", "--sgd-rate", "--loser {keep,reset,reset in every"),
-        ),
+        (("run", "fig03"), ("--dataset", "--sgd-rate", "--loser {keep,reset,reset in every")),
         (("run", f"{TINY}:recipe"), ("--steps", "--nt", "--nc")),
         (("metatrain", "mnist-mlp"), ("--meta-steps", "--truncation", "--validate-every")),
         (("plot",), ("usage: lossguard plot", "Folders of runs", "--over {price,seconds,steps}")),

@@ -121,8 +121,7 @@ def test_folders_without_a_run_that_can_be_read_are_refused(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["config.json", "manifest.json", "curves.parquet"])
 @pytest.mark.parametrize(
-    "content",
-    [b"", b"{", b"[]\n", b"\xff\xfe\x00", b"PAR1 and PAR1", b"[" * 100_000, b"9" * 5_000],
+    "content", [b"", b"{", b"[]\n", b"\xff\xfe\x00", b"PAR1 and PAR1", b"[" * 100_000, b"9" * 5_000]
 )
 def test_damaged_file_is_named(finished: Path, name: str, content: bytes) -> None:
     (finished / name).write_bytes(content)

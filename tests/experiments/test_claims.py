@@ -233,10 +233,7 @@ def test_what_was_not_reached_is_not_run(claim: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("claim", "recipe", "curves"),
-    [
-        ("3c", "fig03", TWO | {"LGL2O": 1.0}),
-        ("7c", "fig07", {"SGDnm": 1.0, "LGL2O": 1.0}),
-    ],
+    [("3c", "fig03", TWO | {"LGL2O": 1.0}), ("7c", "fig07", {"SGDnm": 1.0, "LGL2O": 1.0})],
 )
 def test_a_mark_that_fails_decides_and_one_that_is_missing_leaves_it_open(
     tmp_path, claim, recipe, curves

@@ -13,13 +13,7 @@ import lossguard
 from lossguard import paper_decay
 from lossguard.experiments import experiment as experiments
 from lossguard.experiments import price, recipes, tasks
-from lossguard.experiments.experiment import (
-    Experiment,
-    Methods,
-    Policy,
-    named_task,
-    paper_methods,
-)
+from lossguard.experiments.experiment import Experiment, Methods, Policy, named_task, paper_methods
 from lossguard.tasks import MLP
 
 E = Experiment(

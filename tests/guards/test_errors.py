@@ -120,11 +120,9 @@ WRONG = {
         "theta|-1.0": lambda: ema(-1.0),
         "factor|0": lambda: rewind(SGD, factor=0),
     },
-    " must be above 0 and below 1, got ": {
-        "decay|1.0": lambda: best_of([ALONE], decay=1.0),
-    },
+    " must be above 0 and below 1, got ": {"decay|1.0": lambda: best_of([ALONE], decay=1.0)},
     " must be a number above 0 and below 1, got ": {
-        "decay|'0.9'": lambda: best_of([ALONE], decay="0.9"),
+        "decay|'0.9'": lambda: best_of([ALONE], decay="0.9")
     },
     " must be one of ": {
         "loser|keep, reset, got 'forget'": lambda: loss_guard(SGD, SGD, loser="forget"),

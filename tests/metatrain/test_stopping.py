@@ -24,11 +24,7 @@ VALIDATE = Backpropagation.validate
     ("at", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM), (3, signal.SIGINT)]
 )
 def test_stopped_it_goes_on_to_the_same_weights(
-    whole: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    at: int,
-    number: signal.Signals,
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, number: signal.Signals
 ) -> None:
     """Between two validations, and at one; no meta-step is lost."""
     monkeypatch.setattr(loop.Progress, "seconds", 10.0)  # of each part

@@ -11,12 +11,7 @@ import pytest
 from jaxtyping import Array, PyTree
 
 from lossguard import LSTMWeights, init_lstm_weights, lstm_optimizer
-from lossguard.metatrain.truncated import (
-    Optimizees,
-    meta_gradient,
-    restart_finished,
-    start,
-)
+from lossguard.metatrain.truncated import Optimizees, meta_gradient, restart_finished, start
 from lossguard.tasks import MLP, Task, digits
 from lossguard.tasks.shuffle import minibatch_indices
 

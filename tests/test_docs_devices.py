@@ -4,6 +4,7 @@ import re
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import equinox as eqx
@@ -70,8 +71,5 @@ def test_processes_do_what_one_does(tmp_path: Path, guard: str, counts: tuple[in
         for said in train(count, several, guard, seeds=seeds):
             assert_close(said, expected)
         assert "after" in expected
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
-            saved(one, guard),
-            saved(several, guard),
-        )
+        close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
+        jax.tree.map(close, saved(one, guard), saved(several, guard))

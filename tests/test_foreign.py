@@ -3,6 +3,7 @@
 import importlib
 import re
 import sys
+from functools import partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -164,9 +165,7 @@ def test_learned_optimization(name: str) -> None:
         own = optimizer.update(own, gradient, loss=loss, key=jax.random.key(i))
     params = optimizer.get_params(own)
     assert float(jnp.abs(params["w"] - PARAMS["w"]).max()) > 1e-4
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), state.params, params
-    )
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), state.params, params)
     assert_follows_the_better(learned)
 
 
@@ -214,10 +213,7 @@ def test_evosax(name: str) -> None:
             [objective(jax.tree.map(lambda leaf, j=j: leaf[j], population), i) for j in range(16)]
         )
         own, _ = strategy.tell(tell, population, losses, own, options)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
-        state.params,
-        strategy.get_mean(own),
-    )
+    close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
+    jax.tree.map(close, state.params, strategy.get_mean(own))
     assert objective(state.params, 0) < objective(PARAMS, 0)
     assert_follows_the_better(learned)

@@ -13,9 +13,10 @@ import lossguard
 from lossguard import paper_decay
 from lossguard.experiments import experiment as experiments
 from lossguard.experiments import price, recipes, tasks
-from lossguard.experiments.experiment import Experiment, Methods, Policy, named_task, paper_methods
+from lossguard.experiments.experiment import Experiment, Methods, named_task, paper_methods
 from lossguard.tasks import MLP
 
+pytestmark = pytest.mark.usefixtures("eager")
 E = Experiment(
     "any", nt=3, nc=2, loser="reset", learned="mine", sgd_rate=0.5, sgd_tau=4.0, adam_rate=0.25
 )
@@ -53,7 +54,6 @@ def check(made: Methods, name: str, options: Any, *optimizers: Any) -> None:
         np.testing.assert_allclose(steps_of(ours), steps_of(expected), rtol=1e-6, err_msg=name)
 
 
-@pytest.mark.usefixtures("eager")
 def test_the_papers() -> None:
     made = paper_methods(E)
     check(made, "SGDnm", TRUSTED, FALLBACK)
@@ -67,13 +67,10 @@ def test_the_papers() -> None:
     check(made, "Recommended over Adam", {"nt": 3}, LEARNED, ADAM)
 
 
-@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize(
     ("loser", "after"), [("keep", [-6, -21, -45]), ("reset in every cycle", [-6, -12, -18])]
 )
-def test_the_memory_of_the_learned_optimizer(
-    loser: Policy, after: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_memory_of_the_learned_optimizer(loser, after, monkeypatch) -> None:
     """Its steps are its number since it began, three a cycle, which always wins."""
     counting = optax.GradientTransformation(
         lambda params: jnp.int32(0),
@@ -95,7 +92,6 @@ def test_what_becomes_of_memory_is_checked() -> None:
         experiments.guarded(e, FALLBACK)()
 
 
-@pytest.mark.usefixtures("eager")
 def test_figure_9s() -> None:
     made = recipes.fallback_methods(E)
     check(made, "LGL2O over SGDnm 0.5", GUARD, LEARNED, FALLBACK)
@@ -105,11 +101,8 @@ def test_figure_9s() -> None:
         check(made, f"LGL2O over Adam {rate:g}", GUARD, LEARNED, optax.adam(rate))
 
 
-@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize(("over", "fallback"), [("sgdnm", FALLBACK), ("adam", ADAM)])
-def test_those_compared_at_equal_price(
-    over: str, fallback: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_those_compared_at_equal_price(over, fallback, monkeypatch) -> None:
     for module, name in ((price, "hedged"), (experiments, "best_of")):
         monkeypatch.setattr(module, name, lambda *optimizers, **options: (optimizers, options))
     monkeypatch.setattr(price, "pretrained", {"mine": LEARNED}.__getitem__)
@@ -126,7 +119,6 @@ def test_those_compared_at_equal_price(
     assert made.keys() == {"Fallback", "Learned", "Recommended", "Hedged", "LGL2O"}
 
 
-@pytest.mark.usefixtures("eager")
 def test_those_of_the_published_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = {"lstm-mnist-mlp": LEARNED, "mlp-small": optax.sgd(9.0)}
     for module in (experiments, tasks):
@@ -151,7 +143,6 @@ def test_those_of_the_published_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(made) == 8
 
 
-@pytest.mark.usefixtures("eager")
 def test_grids() -> None:
     for tau in (2_000, 50_000):
         name = f"tau {tau}"

@@ -39,7 +39,7 @@ def test_each_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert [outcome.state for outcome in sweep(both, out)] == ["skipped", "skipped"]
 
 
-def test_a_failure_is_recorded_until_it_is_mended(tmp_path, monkeypatch) -> None:
+def test_a_failure_is_recorded_until_it_is_mended(tmp_path: Path) -> None:
     def broken(experiment: Experiment) -> Task:
         raise KeyError("no\nsuch data")
 

@@ -4,7 +4,7 @@ A step compiled and vmapped over seeds equals the same step run seed by seed and
 operation; it compiles once; dtypes, structure and counters are kept.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import equinox as eqx
 import jax
@@ -122,13 +122,9 @@ def test_compiled_and_vmapped_equals_one_by_one(guard, learned, fallback) -> Non
             state = jax.tree.map(lambda leaf: leaf[seed], fast.pop(0)[0])
         for states, decisions in fast:
             state, decision = guard.step(state, Objective(keys[seed]))
-            jax.tree.map(
-                lambda slow, fast: np.testing.assert_allclose(
-                    slow, fast[seed], rtol=1e-4, atol=1e-5
-                ),
-                comparable((state, decision)),
-                comparable((states, decisions)),
-            )
+            fast_one = jax.tree.map(lambda leaf: leaf[seed], (states, decisions))
+            close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+            jax.tree.map(close, comparable((state, decision)), comparable(fast_one))
 
 
 def squares(params, i):
@@ -363,9 +359,7 @@ def test_an_unguarded_step_is_the_optax_loop(name) -> None:
     for i in range(3):
         params, state, value = step(params, state, i)
         np.testing.assert_allclose(decision.losses[i], value, rtol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got.params, params
-    )
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), got.params, params)
 
 
 def test_the_first_arguments_of_an_update_may_have_any_names() -> None:

@@ -254,7 +254,7 @@ def test_bad_input(sentence) -> None:
     assert str(error.value).startswith(sentence)
 
 
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("unchecked", "x64")
 @pytest.mark.parametrize(
     "make",
     [
@@ -272,7 +272,6 @@ def test_bad_input(sentence) -> None:
         ),
     ],
 )
-@pytest.mark.usefixtures("x64")
 def test_numpys_numbers_are_numbers(make) -> None:
     """Whose types would otherwise change those of a float32 state."""
     guard = make(np.int64(3), np.float64(0.5))

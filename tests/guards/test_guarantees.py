@@ -17,6 +17,7 @@ from scipy import optimize, stats
 
 import lossguard
 
+pytestmark = pytest.mark.usefixtures("x64")
 STEPS = 150
 
 
@@ -40,7 +41,6 @@ def by_loss_guard(problem, learned, fallback, start):
     return jax.vmap(problem.excess)(states.params), decisions.used_learned[:, 0]
 
 
-@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", CONVEX)
 def test_the_problems_are_what_the_theorems_ask_for(name) -> None:
     """And what follows: mu/2 d^2 <= E <= L/2 d^2, and 2 mu E <= ||grad f||^2 <= 2 L E."""
@@ -56,7 +56,6 @@ def test_the_problems_are_what_the_theorems_ask_for(name) -> None:
         assert 2 * mu * problem.excess(far) <= slope <= 2 * L * problem.excess(far)
 
 
-@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("by", [by_guarded, by_loss_guard])
 @pytest.mark.parametrize("name", CONVEX)
 def test_theorem_5(name, by) -> None:
@@ -84,7 +83,6 @@ def test_theorem_5(name, by) -> None:
     assert not (used & (excess > 1e-12))[ascends].any()
 
 
-@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("name", "nt"), [("quadratic", 1), ("ridge", 1), ("quadratic", 4)])
 def test_theorem_7(name, nt) -> None:
     """E[E_k] <= C / (k + k0) for SGD with rate c / (k + k0), checks that are exact, and hostility.
@@ -110,7 +108,6 @@ def test_theorem_7(name, nt) -> None:
     assert jnp.all(excess.mean(axis=1) <= C / (nt * jnp.arange(1, cycles + 1) + k0))
 
 
-@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("nt", [1, 4])
 def test_a_constant_rate_has_a_floor(nt) -> None:
     """E[E_k] <= (1 - mu r)^k E_0 + r L s^2 / (2 mu): the line above, summed as it stands."""
@@ -160,7 +157,6 @@ def noisy_run(problem, rate, *, nt: int):
     return cycles, excess
 
 
-@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("exact", [True, False], ids=["exact gradients", "noisy gradients"])
 def test_wrong_decisions_add_up_to_a_floor(exact) -> None:
     """E[E_K] <= q^K E_0 + sum_k q^(K - 1 - k) (b + e_k) where checks are noisy.
@@ -209,7 +205,6 @@ def test_wrong_decisions_add_up_to_a_floor(exact) -> None:
     assert excess[wanders, :, -20:].mean() > bound[wanders] / 4
 
 
-@pytest.mark.usefixtures("x64")
 def test_without_a_guard_they_are_hostile() -> None:
     """What the guarantees are worth: each of these optimizers ends farther than SGD alone."""
     problem = CONVEX["quadratic"]()

@@ -24,8 +24,9 @@ def whole(w: jax.Array) -> jax.Array:
     return 0.5 * jnp.sum(CURVATURES * w**2)
 
 
-def run(share: float):
-    """Of every hostile optimizer and seed: decisions, and the loss after each cycle; and the
+@pytest.fixture(scope="module")
+def played():
+    """Of every hostile optimizer and seed: the loss after each cycle, decisions; and the
     fallback's."""
     start, fallback = jnp.ones(len(CURVATURES)), optax.sgd(0.5)
 
@@ -38,17 +39,12 @@ def run(share: float):
 
     def guarded(which, key):
         learned = optimizers.hostile(which, 1.0)
-        return curve(lossguard.recommended(learned, fallback, nt=NT, share=share), key)
+        return curve(lossguard.recommended(learned, fallback, nt=NT, share=SHARE), key)
 
     keys = jax.random.split(jax.random.key(0), SEEDS)
     loss, decisions = over_hostile(guarded, keys)
     alone, _ = jax.jit(jax.vmap(lambda key: curve(lossguard.unguarded(fallback, nt=NT), key)))(keys)
     return np.asarray(loss), jax.tree.map(np.asarray, decisions), np.asarray(alone)
-
-
-@pytest.fixture(scope="module")
-def played():
-    return run(SHARE)
 
 
 def test_challengers_have_a_share_of_the_steps(played) -> None:

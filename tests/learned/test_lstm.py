@@ -1,7 +1,5 @@
 """The LSTM optimizer against PyTorch's LSTM, step by step."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,9 +36,7 @@ class InTorch(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("hidden", "layers", "p"), [(20, 2, 10.0), (6, 1, 7.0), (8, 3, 10.0)])
-def test_equals_torch_with_the_saved_weights(
-    tmp_path: Path, gradients: Array, hidden: int, layers: int, p: float
-) -> None:
+def test_equals_torch_with_the_saved_weights(tmp_path, gradients, hidden, layers, p) -> None:
     weights = init_lstm_weights(jax.random.key(1), hidden=hidden, layers=layers)
     path = tmp_path / "weights.safetensors"
     save_weights(path, weights, p=p, scale=0.1, made={})
@@ -111,9 +107,7 @@ def test_state_shows_a_gradient_that_is_not_finite(weights: LSTMWeights) -> None
     assert jnp.isfinite(state.h[0][:, ::2]).all()
 
 
-def test_numbers_are_positive_and_p_is_one_of_which_float32_has_the_exponential(
-    weights: LSTMWeights,
-) -> None:
+def test_numbers_are_positive_and_p_is_one_of_which_float32_has_the_exponential(weights) -> None:
     with pytest.raises(ValueError, match=r"^scale must be positive and finite, got 0\.0$"):
         lstm_optimizer(weights, scale=0.0)
     for p in (0.0, 80.1):

@@ -39,41 +39,34 @@ def saved(tmp_path: Path, weights: LSTMWeights) -> Path:
     return path
 
 
-def test_round_trip_is_exact(saved: Path, weights: LSTMWeights) -> None:
-    loaded = load_weights(saved)
+@pytest.mark.parametrize(
+    ("weights", "numbers"),
+    [
+        (LSTM, {"p": 10, "scale": 0.1}),
+        (init_lstm_weights(jax.random.key(2), hidden=4, layers=1), {"p": 7, "scale": 0.02}),
+        *(
+            (init_mlp_weights(jax.random.key(2), hidden=hidden, layers=layers), {})
+            for hidden, layers in ((4, 2), (7, 1), (3, 3))
+        ),
+    ],
+)
+def test_round_trip_is_exact(tmp_path, weights, numbers) -> None:
+    """And the optimizer has the numbers of the file."""
+    path = tmp_path / "small.safetensors"
+    save_weights(path, weights, made={"seed": "2"}, **numbers)
+    loaded = load_weights(path)
+    assert loaded[1:] == (numbers, {"seed": "2"})
     assert jax.tree.structure(loaded.weights) == jax.tree.structure(weights)
     for ours, theirs in zip(jax.tree.leaves(loaded.weights), jax.tree.leaves(weights), strict=True):
         assert ours.dtype == theirs.dtype
         np.testing.assert_array_equal(ours, theirs)
-    assert loaded[1:] == ({"p": 10.0, "scale": 0.1}, {"command": "lossguard metatrain x"})
-
-
-def test_loaded_optimizer_uses_p_and_scale_of_the_file(tmp_path: Path) -> None:
-    weights = init_lstm_weights(jax.random.key(2), hidden=4, layers=1)
-    path = tmp_path / "small.safetensors"
-    save_weights(path, weights, p=7, scale=0.02, made={})
     gradient = jnp.array([1e-4, -3.0])
-    ours, theirs = load_weights(path).transformation(), lstm_optimizer(weights, scale=0.02, p=7)
-    update, _ = ours.update(gradient, ours.init(gradient))
-    expected, _ = theirs.update(gradient, theirs.init(gradient))
-    np.testing.assert_array_equal(update, expected)
-
-
-@pytest.mark.parametrize(("hidden", "layers"), [(4, 2), (7, 1), (3, 3)])
-def test_weights_of_an_mlp_round_trip(tmp_path: Path, hidden: int, layers: int) -> None:
-    weights = init_mlp_weights(jax.random.key(2), hidden=hidden, layers=layers)
-    path = tmp_path / "mlp.safetensors"
-    save_weights(path, weights, made={"seed": "2"})
-    loaded = load_weights(path)
-    assert loaded[1:] == ({}, {"seed": "2"})
-    same = jax.tree.map(
-        lambda a, b: a.dtype == b.dtype and bool((a == b).all()), loaded[0], weights
+    of_file, right = (
+        pretrained(path),
+        (lstm_optimizer if numbers else mlp_optimizer)(weights, **numbers),
     )
-    assert all(jax.tree.leaves(same))
-    ones = jnp.ones((2, 3))
-    ours, theirs = pretrained(path), mlp_optimizer(weights)
-    update, _ = ours.update(ones, ours.init(ones), ones)
-    np.testing.assert_array_equal(update, theirs.update(ones, theirs.init(ones), ones)[0])
+    found, expected = (o.update(gradient, o.init(gradient), gradient)[0] for o in (of_file, right))
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_layout_of_an_mlp_is_fixed(tmp_path: Path) -> None:
@@ -200,9 +193,7 @@ def test_missing_metadata_are_refused(saved: Path) -> None:
         ("linear.bias", np.full(1, np.inf, np.float32), "its tensor linear.bias is not finite"),
     ],
 )
-def test_wrong_tensors_are_refused(
-    saved: Path, name: str, tensor: np.ndarray | None, reason: str
-) -> None:
+def test_wrong_tensors_are_refused(saved, name, tensor, reason) -> None:
     tensors = {**load_file(saved), name: tensor}
     save_file({k: v for k, v in tensors.items() if v is not None}, saved, ABOUT)
     refused(saved, reason)

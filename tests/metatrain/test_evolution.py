@@ -81,9 +81,7 @@ def test_kept_weights_have_the_validation_that_is_told(whole: Path) -> None:
     assert np.mean(each) == pytest.approx(made["best_validation"], rel=1e-4)
 
 
-def test_stopped_it_goes_on_to_the_same_weights(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_it_goes_on_to_the_same_weights(whole, tmp_path, monkeypatch) -> None:
     done = stopping(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt):
         metatrain(TINY, tmp_path / "run")

@@ -51,9 +51,7 @@ def first_losses(dataset: Dataset) -> np.floating:
     return np.mean(losses)
 
 
-def test_a_meta_step_goes_on_from_the_one_before(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_meta_step_goes_on_from_the_one_before(whole, tmp_path, monkeypatch) -> None:
     """With a key of its own, Adam and the curriculum where they were, and fresh optimizees."""
     step, keys, told = loop._meta_step, set(), []
 
@@ -217,18 +215,14 @@ def test_the_papers_recipe_does_nothing_that_the_paper_does_not_state() -> None:
     assert (config.model, config.hidden, config.layers) == (MLP((20,)), 20, 2)
 
 
-def test_no_weights_are_kept_if_all_diverged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_weights_are_kept_if_all_diverged(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(bptt, "_validate", answering([np.nan] * 3, []))
     with pytest.raises(ValueError, match=r"^no validation of tiny was finite: "):
         metatrain(TINY, tmp_path / "run")
     assert not (tmp_path / "run" / loop.WEIGHTS).exists()
 
 
-def test_command_line(
-    main: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_line(main, tmp_path, capsys) -> None:
     (tmp_path / "mine.py").write_text(
         "from lossguard.metatrain.bptt import LSTMTraining\n"
         "from lossguard.tasks import MLP\n"

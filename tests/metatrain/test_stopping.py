@@ -23,9 +23,7 @@ VALIDATE = Backpropagation.validate
 @pytest.mark.parametrize(
     ("at", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM), (3, signal.SIGINT)]
 )
-def test_stopped_it_goes_on_to_the_same_weights(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, number: signal.Signals
-) -> None:
+def test_stopped_it_goes_on_to_the_same_weights(whole, tmp_path, monkeypatch, at, number) -> None:
     """Between two validations, and at one; no meta-step is lost."""
     monkeypatch.setattr(loop.Progress, "seconds", 10.0)  # of each part
     done = stopping(monkeypatch, at, lambda: signal.raise_signal(number))
@@ -48,9 +46,7 @@ def test_stopped_it_goes_on_to_the_same_weights(
 
 
 @pytest.mark.parametrize("look", [2, 3, 4])
-def test_a_signal_between_two_looks_at_it_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: int
-) -> None:
+def test_a_signal_between_two_looks_at_it_loses_nothing(tmp_path, monkeypatch, look) -> None:
     looks: list[int] = []
 
     @contextmanager
@@ -65,9 +61,7 @@ def test_a_signal_between_two_looks_at_it_loses_nothing(
     assert done == [0, 1, 2, 3, 4, 5]
 
 
-def test_what_was_saved_a_minute_ago_is_not_done_again(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_saved_a_minute_ago_is_not_done_again(whole, tmp_path, monkeypatch) -> None:
     def lost() -> None:
         raise OSError("the disk is gone")
 
@@ -80,9 +74,7 @@ def test_what_was_saved_a_minute_ago_is_not_done_again(
     assert same(load_weights(file).weights, load_weights(whole / loop.WEIGHTS).weights)
 
 
-def test_killed_while_it_validates_it_has_saved(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_while_it_validates_it_has_saved(whole, tmp_path, monkeypatch) -> None:
     done = stopping(monkeypatch, -1, lambda: None)
     for lost in range(1, 4):  # its first validation, its second one, ...
         validations = []
@@ -103,9 +95,7 @@ def test_killed_while_it_validates_it_has_saved(
         assert found.equals(expected)
 
 
-def test_its_progress_moves_with_every_meta_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_its_progress_moves_with_every_meta_step(tmp_path, monkeypatch) -> None:
     told = []
     monkeypatch.setattr(
         loop.Progress, "advance", lambda _, steps, **now: told.append((steps, now["meta-loss"]))
@@ -115,9 +105,7 @@ def test_its_progress_moves_with_every_meta_step(
     assert np.isfinite([loss for _, loss in told]).all()
 
 
-def test_other_data_than_it_was_started_with_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_data_than_it_was_started_with_is_refused(tmp_path, monkeypatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stopping(patch, 1, lambda: signal.raise_signal(signal.SIGINT))
         metatrain(TINY, tmp_path / "run")

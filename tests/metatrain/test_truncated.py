@@ -114,9 +114,7 @@ def in_torch(setting: Setting, pieces: int) -> tuple[np.ndarray, list[Any]]:
     return losses.detach().numpy(), [g.numpy() for g in torch.autograd.grad(last, learned)]
 
 
-def test_equals_torch_over_two_pieces(
-    setting: Setting, piece: tuple[Array, LSTMWeights, Optimizees]
-) -> None:
+def test_equals_torch_over_two_pieces(setting, piece) -> None:
     losses, first, after = piece
     more, second, _ = a_piece(setting.task, setting.weights, after)
     for pieces, ours, gradient in ((1, losses, first), (2, more, second)):
@@ -128,9 +126,7 @@ def test_equals_torch_over_two_pieces(
 
 
 @pytest.mark.parametrize("step", [20, 25])
-def test_restart_replaces_what_is_over_or_lost_and_nothing_else(
-    setting: Setting, step: int
-) -> None:
+def test_restart_replaces_what_is_over_or_lost_and_nothing_else(setting, step) -> None:
     task, weights, optimizees = setting
     params, state = jax.tree.map(
         lambda leaf: jnp.full_like(leaf, jnp.nan), (optimizees.params, optimizees.state)

@@ -133,12 +133,8 @@ def squares(params, i):
 
 def comparable(tree):
     """Random keys as numbers."""
-    return jax.tree.map(
-        lambda leaf: (
-            jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-        ),
-        tree,
-    )
+    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noqa: E731
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, tree)
 
 
 DTYPES = {"bfloat16": (jnp.bfloat16, jnp.bfloat16), "mixed": (jnp.bfloat16, jnp.float32)}

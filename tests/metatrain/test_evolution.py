@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_training import same, stopping
+from tiny_training import mean_loss, same, stopping
 
 from lossguard import load_weights, records, run_folder, save_weights
 from lossguard.drawing import save
@@ -62,23 +62,16 @@ def test_records(whole: Path) -> None:
 
 
 def test_kept_weights_have_the_validation_that_is_told(whole: Path) -> None:
-    """An independent loop over the validation's rollouts."""
-    task, weights = HELD_OUT.task(), load_weights(whole / loop.WEIGHTS).weights
-    optimizer = mlp_optimizer(weights)
+    """By an independent loop."""
+    task, optimizer = HELD_OUT.task(), mlp_optimizer(load_weights(whole / loop.WEIGHTS).weights)
     _, _, validation_key = jax.random.split(jax.random.key(TINY.seed), 3)
-    update = jax.jit(optimizer.update)
-    each = []
-    for key in jax.random.split(validation_key, TINY.validation_rollouts):
-        init_key, _, order_key = jax.random.split(key, 3)
-        params, objective = task.init(init_key), task.objective(order_key)
-        state, slope = optimizer.init(params), jax.jit(jax.value_and_grad(objective))
-        for i in range(TINY.validation_steps):
-            loss, gradient = slope(params, i)
-            updates, state = update(gradient, state, params)
-            params = jax.tree.map(jnp.add, params, updates)
-            each.append(float(loss / reference(task)))
+    keys = [
+        jax.random.split(key, 3)[::2]
+        for key in jax.random.split(validation_key, TINY.validation_rollouts)
+    ]
+    expected = mean_loss(task, optimizer, keys, TINY.validation_steps) / reference(task)
     _, made, _ = records.read_run(whole)
-    assert np.mean(each) == pytest.approx(made["best_validation"], rel=1e-4)
+    assert expected == pytest.approx(made["best_validation"], rel=1e-4)
 
 
 def test_stopped_it_goes_on_to_the_same_weights(whole, tmp_path, monkeypatch) -> None:

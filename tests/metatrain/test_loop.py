@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_training import TINY, same
+from tiny_training import TINY, mean_loss, same
 
 from lossguard import init_lstm_weights, load_weights, lstm_optimizer, records
 from lossguard.learned.lstm import LSTMWeights
@@ -21,7 +21,7 @@ from lossguard.metatrain import bptt, loop
 from lossguard.metatrain.bptt import LSTMTraining
 from lossguard.metatrain.loop import metatrain
 from lossguard.metatrain.recipes import RECIPES
-from lossguard.tasks import MLP, Dataset, Task, load_dataset
+from lossguard.tasks import MLP, Task, load_dataset
 
 
 def test_records(whole: Path) -> None:
@@ -40,15 +40,12 @@ def test_records(whole: Path) -> None:
     assert not (whole / "checkpoints").exists()
 
 
-def first_losses(dataset: Dataset) -> np.floating:
-    """The mean loss of the validation's optimizees before their first step."""
-    task = Task(dataset, TINY.model, TINY.batch_size)
+def validated(task: Task, weights: LSTMWeights, steps: int) -> np.floating:
+    """The mean loss of the validation's optimizees."""
+    optimizer = lstm_optimizer(weights, scale=TINY.scale, p=TINY.p)
     _, _, validation_key = jax.random.split(jax.random.key(TINY.seed), 3)
-    losses = []
-    for key in jax.random.split(validation_key, TINY.validation_optimizees):
-        init_key, order_key = jax.random.split(key)
-        losses.append(task.objective(order_key)(task.init(init_key), 0))
-    return np.mean(losses)
+    keys = jax.random.split(validation_key, TINY.validation_optimizees)
+    return mean_loss(task, optimizer, map(jax.random.split, keys), steps)
 
 
 def test_a_meta_step_goes_on_from_the_one_before(whole, tmp_path, monkeypatch) -> None:
@@ -109,8 +106,9 @@ def test_other_data_is_validated_on_and_changes_nothing(whole: Path, tmp_path: P
     curves = records.read_run(file.parent)[2]
     moons = curves["validation_moons"].to_numpy()
     assert moons.shape == (4, 8) and np.isfinite(moons).all()
-    np.testing.assert_allclose(moons[:, 0], first_losses(load_dataset("moons")), rtol=1e-5)
-    assert same(load_weights(file).weights, load_weights(whole / loop.WEIGHTS).weights)
+    task, weights = Task(load_dataset("moons"), TINY.model, 16), load_weights(file).weights
+    np.testing.assert_allclose(moons[:, 0], validated(task, weights, steps=1), rtol=1e-5)
+    assert same(weights, load_weights(whole / loop.WEIGHTS).weights)
     assert records.read_run(whole)[2].equals(curves.drop("validation_moons"))
 
 
@@ -136,27 +134,11 @@ def test_weights_that_were_lost_are_not_told_to_be_there(whole: Path, tmp_path: 
 
 
 def test_kept_weights_have_the_validation_that_is_told(whole: Path) -> None:
-    """An independent loop over the validation's optimizees."""
+    """By an independent loop."""
     _, made, _ = records.read_run(whole)
     weights = load_weights(whole / loop.WEIGHTS).weights
-    optimizer = lstm_optimizer(weights, scale=TINY.scale, p=TINY.p)
-    task = TINY.method().task
-    _, _, validation_key = jax.random.split(jax.random.key(TINY.seed), 3)
-
-    @jax.jit
-    def losses(key: jax.Array) -> jax.Array:
-        init_key, order_key = jax.random.split(key)
-        params = task.init(init_key)
-        state, objective, seen = optimizer.init(params), task.objective(order_key), []
-        for i in range(TINY.validation_steps):
-            loss, gradient = jax.value_and_grad(objective)(params, i)
-            updates, state = optimizer.update(gradient, state, params)
-            params = jax.tree.map(jnp.add, params, updates)
-            seen.append(loss)
-        return jnp.stack(seen)
-
-    each = [losses(key) for key in jax.random.split(validation_key, TINY.validation_optimizees)]
-    np.testing.assert_allclose(np.mean(each), made["best_validation"], rtol=1e-5)
+    expected = validated(TINY.method().task, weights, TINY.validation_steps)
+    np.testing.assert_allclose(made["best_validation"], expected, rtol=1e-5)
 
 
 def answering(answers: list[float], seen: list[LSTMWeights]) -> Callable[..., Any]:

@@ -4,13 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxtyping import PyTree
+from optax import GradientTransformation
 
 from lossguard.metatrain import loop
 from lossguard.metatrain.bptt import LSTMTraining
-from lossguard.tasks import MLP
+from lossguard.tasks import MLP, Task
 
 TINY = LSTMTraining(
     name="tiny",
@@ -35,6 +37,21 @@ TINY = LSTMTraining(
 def same(a: PyTree, b: PyTree) -> bool:
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return all(np.array_equal(x, y) for x, y in pairs)
+
+
+def mean_loss(task: Task, optimizer: GradientTransformation, keys: Any, steps: int) -> np.floating:
+    """Of rollouts from pairs of keys, for parameters and minibatches, by a plain loop."""
+    slope = jax.jit(lambda key, *at: jax.value_and_grad(task.objective(key))(*at))
+    update, losses = jax.jit(optimizer.update), []
+    for init_key, order_key in keys:
+        params = task.init(init_key)
+        state = optimizer.init(params)
+        for i in range(steps):
+            loss, gradient = slope(order_key, params, i)
+            updates, state = update(gradient, state, params)
+            params = jax.tree.map(jnp.add, params, updates)
+            losses.append(loss)
+    return np.mean(losses)
 
 
 def stopping(monkeypatch: pytest.MonkeyPatch, at: int, stop: Callable[[], None]) -> list[int]:

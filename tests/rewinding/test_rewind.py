@@ -78,34 +78,26 @@ def test_in_every_run_it_is_finite_and_throws_away_no_more_than_it_may():
     """Whatever the optimizer and the losses."""
     seen = []
 
-    @EXAMPLES
-    @given(
-        which=st.sampled_from(range(len(HOSTILE))),
-        kind=st.sampled_from(range(len(LOSSES))),
-        seed=st.integers(0, 99),
-    )
-    def hostile_ones(which, kind, seed):
-        (_, state), told = jax.device_get(hostile_run(which, kind, jax.random.key(seed)))
-        check_promises(*told)
-        seen.append((state.returns, state.skipped, state.unanswered, state.thrown))
+    def check(play, names, *others):
+        @EXAMPLES
+        @given(
+            which=st.sampled_from(range(len(names))),
+            kind=st.sampled_from(range(len(LOSSES))),
+            seed=st.integers(0, 99),
+            more=st.tuples(*others),
+        )
+        def one(which, kind, seed, more):
+            (_, state), told = jax.device_get(play(which, kind, jax.random.key(seed), *more))
+            check_promises(*told)
+            if play is faulty_run:
+                assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.inner))
+            seen.append((state.returns, state.skipped, state.unanswered, state.thrown))
 
-    @EXAMPLES
-    @given(
-        which=st.sampled_from(range(len(FAULTS))),
-        kind=st.sampled_from(range(len(LOSSES))),
-        seed=st.integers(0, 99),
-        at=st.integers(0, STEPS - 1),
-        value=st.sampled_from([np.nan, np.inf, -np.inf, 1e38, -3e38, 1e6, 1.0]),
-    )
-    def faulty_ones(which, kind, seed, at, value):
-        key = jax.random.key(seed)
-        (_, state), told = jax.device_get(faulty_run(which, kind, key, at, jnp.float32(value)))
-        check_promises(*told)
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.inner))
-        seen.append((state.returns, state.skipped, state.unanswered, state.thrown))
+        one()
 
-    hostile_ones()
-    faulty_ones()
+    values = st.sampled_from(np.float32([np.nan, np.inf, -np.inf, 1e38, -3e38, 1e6, 1.0]))
+    check(hostile_run, HOSTILE)
+    check(faulty_run, FAULTS, st.integers(0, STEPS - 1), values)
     numbers = np.array(seen)
     assert (numbers > 0).any(axis=0).all()  # returns, skipped steps, alarms beyond the budget
     assert numbers[:, 3].max() > WINDOW  # and more thrown away than one window

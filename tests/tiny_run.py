@@ -39,10 +39,13 @@ def leave(
     config: Mapping[str, Any] = CONFIG,
     curves: pl.DataFrame = TABLE,
     made: Mapping[str, Any] | None = None,
+    evaluations: pl.DataFrame | None = None,
 ) -> Path:
     """Its records, or those of another run."""
     made = run_folder.manifest(seconds=SECONDS, data="") if made is None else ABOUT | {**made}
     run_folder.open_folder(folder, config)
     records.write_parquet(folder / records.CURVES, curves)
+    if evaluations is not None:
+        records.write_parquet(folder / records.EVALUATIONS, evaluations)
     run_folder.finish(folder, made)
     return folder

@@ -37,11 +37,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a folder with a run, a meta-training and two that are not finished."""
     folder = tmp_path_factory.mktemp("report") / "runs"
-    write_run(folder / "a_run", curves_of(list(SPEND)))
     evaluated = {"method": ["SGDnm"] * 3, "seed": [0, 0, 1], "cycle": [1, 2, 2], "step": [1, 9, 12]}
-    scores = {"test_accuracy": [0.1, 0.5, 0.75]}
-    records.write_parquet(folder / "a_run" / records.EVALUATIONS, pl.DataFrame(evaluated | scores))
-    run_folder.finish(folder / "a_run", records.read_json(folder / "a_run" / records.MANIFEST))
+    evaluations = pl.DataFrame(evaluated | {"test_accuracy": [0.1, 0.5, 0.75]})
+    write_run(folder / "a_run", curves_of(list(SPEND)), evaluations=evaluations)
     write_meta(folder / "b_meta", "mine")
     run_folder.open_folder(folder / "c_half", {"name": "half"})
     run_folder.open_folder(folder / "d_failed", {"name": "failed"})

@@ -59,24 +59,22 @@ def curves_of(
     return pl.concat(tables)
 
 
-def write(folder: Path, config: dict[str, Any], curves: pl.DataFrame, **made: Any) -> Path:
-    return leave(folder, config, curves, made)
-
-
 def write_run(
     folder: Path,
     curves: pl.DataFrame,
     *,
     name: str = "fig03",
-    time: str = "2026-01-02T03:04:05Z",
+    evaluations: pl.DataFrame | None = None,
+    changes: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Path:
+    """``changes`` are those of its manifest."""
     methods = curves["method"].unique(maintain_order=True).to_list()
     config = {"name": name, "title": TITLE, "methods": methods}
     config |= {"seeds": curves["seed"].n_unique(), "seed": 7, **settings}
-    made = {"data": "CIFAR-10 as JPEG q75", "seconds": dict.fromkeys(methods, 10.0), "time": time}
-    made |= {"resumed": [{"time": "2026-01-03", "commit": "4567def"}]}
-    return write(folder, config, curves, **made)
+    made = {"data": "CIFAR-10 as JPEG q75", "seconds": dict.fromkeys(methods, 10.0)}
+    made |= {"resumed": [{"time": "2026-01-03", "commit": "4567def"}], **(changes or {})}
+    return leave(folder, config, curves, made, evaluations)
 
 
 def write_meta(folder: Path, name: str) -> Path:
@@ -85,4 +83,4 @@ def write_meta(folder: Path, name: str) -> Path:
     columns = {"meta_step": [5, 10, 15], "meta_loss": [3.0, np.inf, 1.0], "validation": validation}
     moons = np.where(np.arange(60) < 50, 1, [[0.9], [0.5], [2.0]])
     curves = pl.DataFrame(columns | {"validation_moons": moons})
-    return write(folder, {"name": name}, curves, seconds=3.0, best_validation=1.5)
+    return leave(folder, {"name": name}, curves, {"seconds": 3.0, "best_validation": 1.5})

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from tiny_run import ABOUT, leave
+from tiny_run import leave
 
 from lossguard import records, run_folder
 from lossguard.config import as_config
@@ -61,16 +61,13 @@ def write(
                     *((counts.get(name, 0.0) * pl.col("step")).alias(name) for name in COUNTERS),
                 )
             )
-    run_folder.open_folder(folder, as_config(replace(e, steps=last)))
-    records.write_parquet(folder / records.CURVES, pl.concat(tables))
     on_test = (0, 600, 99.0), (0, 700, test_loss), (1, 700, test_loss)  # one seed alone at 600
     evaluated = [(m, seed, k // 10, k, loss) for m in methods for seed, k, loss in on_test]
     names = ["method", "seed", "cycle", "step", "test_loss"]
-    records.write_parquet(
-        folder / records.EVALUATIONS, pl.DataFrame(evaluated, names, orient="row")
-    )
-    run_folder.finish(folder, ABOUT | {"data": "", "seconds": dict.fromkeys(methods, 1.0)})
-    return folder
+    made = {"data": "", "seconds": dict.fromkeys(methods, 1.0)}
+    config = as_config(replace(e, steps=last))
+    evaluations = pl.DataFrame(evaluated, names, orient="row")
+    return leave(folder, config, pl.concat(tables), made, evaluations)
 
 
 def judged(claim: str, *folders: Path) -> Verdict:

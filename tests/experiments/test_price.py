@@ -115,16 +115,11 @@ def test_a_loss_that_is_not_reached_counts_by_the_end_of_the_curve() -> None:
 
 def test_methods_are_summed_up_at_the_prices_that_all_have(tmp_path: Path) -> None:
     """A dear one goes on further, where the loss of the fallback would be reached by nobody."""
-    folder = leave(tmp_path / "run")
-    table = evaluations(Fallback=0.0, Dear=2.0)
-    falls = pl.when(pl.col("step") > 18_000).then(0.1 * pl.col("train_loss"))
-    is_fallback = pl.col("method") == "Fallback"
-    table = table.with_columns(
-        train_loss=pl.when(is_fallback).then(falls.otherwise("train_loss")).otherwise("train_loss")
-    )
-    write_parquet(folder / EVALUATIONS, table)
-    seconds = {"seconds": SECONDS | dict.fromkeys((price.FALLBACK, "Dear"), 1.0)}
-    run_folder.finish(folder, read_json(folder / MANIFEST) | seconds)
+    falls = (pl.col("method") == "Fallback") & (pl.col("step") > 18_000)
+    loss = pl.when(falls).then(0.1 * pl.col("train_loss")).otherwise("train_loss")
+    table = evaluations(Fallback=0.0, Dear=2.0).with_columns(train_loss=loss)
+    made = {"data": "", "seconds": SECONDS | dict.fromkeys((price.FALLBACK, "Dear"), 1.0)}
+    folder = leave(tmp_path / "run", made=made, evaluations=table)
     _, numbers = price.table({"run": folder})
     dear = price.summary(numbers).row(1, named=True)
     assert dear["highest"] == pytest.approx(3.0, rel=0.02) and dear["reached"]

@@ -1,7 +1,6 @@
 """The page says what the records say."""
 
 import base64
-import json
 import re
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import polars as pl
 import pytest
 from pages import VERDICTS, curves_of, write_meta, write_run
 
-from lossguard import records, run_folder
+from lossguard import records
 from lossguard.drawing import png
 from lossguard.experiments import figures
 from lossguard.experiments import report as reporting
@@ -21,10 +20,8 @@ from lossguard.metatrain import figure
 def test_a_part_of_no_known_commit_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a package that was installed from a file."""
     monkeypatch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
-    run = write_run(tmp_path / "run", curves_of(["SGDnm"], np.arange(1, 20)))
-    made = json.loads((run / records.MANIFEST).read_text())
-    made |= {"commit": None, "resumed": [{"time": "2026-01-03", "commit": None}, {}]}
-    run_folder.finish(run, made)
+    made = {"commit": None, "resumed": [{"time": "2026-01-03", "commit": None}, {}]}
+    run = write_run(tmp_path / "run", curves_of(["SGDnm"], np.arange(1, 20)), changes=made)
     text = report([run], tmp_path / "report.html").read_text()
     assert "<dt>Commit</dt><dd>unknown</dd>" in text
     told = "2026-01-03 (commit unknown), unknown (commit unknown)"
@@ -65,12 +62,11 @@ def test_each_run_is_shown_as_its_figure(page: Path) -> None:
 def test_each_method_is_evaluated_where_it_ended(tmp_path, monkeypatch) -> None:
     """One whose cycles are longer has fewer of them; and both are compared at equal price."""
     monkeypatch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
-    run = write_run(tmp_path / "run", curves_of(["SGDnm", "LGL2O"], np.arange(1, 11)))
+    curves = curves_of(["SGDnm", "LGL2O"], np.arange(1, 11))
     table = {"method": ["SGDnm", "SGDnm", "LGL2O", "LGL2O"], "seed": 0, "cycle": [1, 4, 1, 2]}
     table |= {"step": [5, 20, 10, 20], "gradients": [5, 20, 10, 40], "forwards": 0}
     table |= {"train_loss": [4.0, 4.0, 6.0, 6.0], "test_loss": [3.0, 2.0, 1.5, 1.0]}
-    records.write_parquet(run / records.EVALUATIONS, pl.DataFrame(table))
-    run_folder.finish(run, records.read_json(run / records.MANIFEST))
+    run = write_run(tmp_path / "run", curves, evaluations=pl.DataFrame(table))
     text = report([run], tmp_path / "report.html").read_text()
     for method, train, test in (("SGDnm", 4, 2), ("LGL2O", 6, 1)):
         assert f'<tr><th scope="row">{method}</th><td>{train}</td><td>{test}</td></tr>' in text
@@ -89,7 +85,7 @@ def test_runs_are_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("e", "fig03", "2026-01-03", {}),
         ("f", "fig02-moons", "2026-01-02", {}),
     ):
-        write_run(tmp_path / folder, curves, name=name, time=time, **settings)
+        write_run(tmp_path / folder, curves, name=name, changes={"time": time}, **settings)
     write_meta(tmp_path / "g", "lstm-cifar10-conv")
     write_meta(tmp_path / "h", "lstm-mnist-mlp")
     text = report([tmp_path], tmp_path / "report.html").read_text()
@@ -122,12 +118,9 @@ def test_claims_are_those_about_the_runs(tmp_path: Path) -> None:
 
 def test_what_a_run_is_put_together_from_is_told(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
-    run = write_run(tmp_path / "run", curves_of(["LGL2O"], np.arange(1, 21)))
-    parts = [
-        {"methods": ["LGL2O"], "seeds": [1], "steps": 20, "time": "2026-01-01", "commit": "abc"}
-    ]
-    made = records.read_json(run / records.MANIFEST) | {"runs": parts}
-    run_folder.finish(run, made)
+    part = {"methods": ["LGL2O"], "seeds": [1], "steps": 20, "time": "2026-01-01", "commit": "abc"}
+    curves = curves_of(["LGL2O"], np.arange(1, 21))
+    run = write_run(tmp_path / "run", curves, changes={"runs": [part]})
     text = report([run], tmp_path / "report.html").read_text()
     assert "LGL2O (1 seeds to 20, 2026-01-01, commit abc)" in text
 

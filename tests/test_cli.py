@@ -34,15 +34,8 @@ Main = Refused = Callable[..., None]
 def test_list(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
     main("list")
     out = capsys.readouterr().out
-    for name in (
-        "demo",
-        "fig05",
-        "table1",
-        "mnist-mlp",
-        "spirals",
-        "tiny_imagenet",
-        "lstm-mnist-mlp",
-    ):
+    names = "demo", "fig05", "table1", "mnist-mlp", "spirals", "tiny_imagenet", "lstm-mnist-mlp"
+    for name in names:
         assert f"\n  {name} " in out or f"\n  {name}\n" in out
 
 

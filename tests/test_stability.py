@@ -154,11 +154,8 @@ def test_the_command_goes_on_where_it_was(tmp_path: Path, monkeypatch, capsys) -
     kept = gzip.decompress((tmp_path / "result" / "runs.jsonl.gz").read_bytes()).decode()
     assert sorted(kept.splitlines()) == sorted(file.read_text().splitlines())
     assert again[0] | {"seconds": 0} == again[1] | {"seconds": 0}
-    assert sorted(path.name for path in (tmp_path / "result").iterdir()) == [
-        "figure.png",
-        "runs.jsonl.gz",
-        "table.csv",
-    ]
+    files = {path.name for path in (tmp_path / "result").iterdir()}
+    assert files == {"figure.png", "runs.jsonl.gz", "table.csv"}
 
 
 def test_numbers_of_the_table() -> None:

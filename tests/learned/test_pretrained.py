@@ -61,11 +61,9 @@ def test_round_trip_is_exact(tmp_path, weights, numbers) -> None:
         assert ours.dtype == theirs.dtype
         np.testing.assert_array_equal(ours, theirs)
     gradient = jnp.array([1e-4, -3.0])
-    of_file, right = (
-        pretrained(path),
-        (lstm_optimizer if numbers else mlp_optimizer)(weights, **numbers),
-    )
-    found, expected = (o.update(gradient, o.init(gradient), gradient)[0] for o in (of_file, right))
+    make = lstm_optimizer if numbers else mlp_optimizer
+    both = pretrained(path), make(weights, **numbers)
+    found, expected = (one.update(gradient, one.init(gradient), gradient)[0] for one in both)
     np.testing.assert_array_equal(found, expected)
 
 

@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,8 @@ from lossguard.metatrain import loop
 TINY = str(Path(__file__).parent / "experiments" / "tiny.py")
 RUN = ("run", f"{TINY}:recipe", "--out", "out")
 
-Main = Refused = Callable[..., None]
 
-
-def test_list(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list(main, capsys: pytest.CaptureFixture[str]) -> None:
     main("list")
     out = capsys.readouterr().out
     names = "demo", "fig05", "table1", "mnist-mlp", "spirals", "tiny_imagenet", "lstm-mnist-mlp"
@@ -40,13 +37,13 @@ def test_list(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("arguments", [(), ("-h",), ("--help",)])
-def test_help(main: Main, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
+def test_help(main, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
     main(*arguments)
     out = capsys.readouterr().out
     assert all(f"lossguard {name} " in out for name in cli.COMMANDS)
 
 
-def test_version(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+def test_version(main, capsys: pytest.CaptureFixture[str]) -> None:
     main("--version")
     assert capsys.readouterr().out == f"lossguard {metadata.version('lossguard')}\n"
 
@@ -80,7 +77,7 @@ def test_help_of_options(main, capsys, tmp_path, monkeypatch, arguments, fields)
     assert not list(tmp_path.iterdir())
 
 
-def test_names_are_shown_as_they_are(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_are_shown_as_they_are(main, capsys: pytest.CaptureFixture[str]) -> None:
     main(*RUN, "--steps", "5", "--seeds", "1", "--methods", "Signs [/-] :x:")
     out, err = capsys.readouterr()
     assert "Signs [/-] :x:" in out and err == "Signs [/-] :x:: compiling\n"
@@ -137,7 +134,7 @@ def test_run_with_overrides_then_plot(refused, main, capsys, tmp_path) -> None:
     assert capsys.readouterr().out == out
 
 
-def test_demo_in_short(main: Main, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_demo_in_short(main, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     methods = ("SGDnm", "L2O")
     main("demo", "--steps", "20", "--seeds", "2", "--methods", *methods, "--out", "here")
     out = capsys.readouterr().out
@@ -254,7 +251,7 @@ def test_bad_options(main, capsys, tmp_path, arguments) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_damaged_weights(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_weights(refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = tmp_path / "shipped" / "lstm-mnist-mlp.safetensors"
     shipped.parent.mkdir()
     shutil.copy(weights_file.pretrained_path("lstm-mnist-mlp"), shipped)

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,6 @@ import pytest
 
 from lossguard.command_line import check_beside, find_recipe
 from lossguard.config import as_config
-
-Main = Refused = Callable[..., None]
 
 
 @pytest.mark.parametrize(
@@ -23,7 +20,7 @@ Main = Refused = Callable[..., None]
         ("x = '\0'", "null bytes"),
     ],
 )
-def test_unreadable_module(refused: Refused, tmp_path: Path, code: str, reason: str) -> None:
+def test_unreadable_module(refused, tmp_path: Path, code: str, reason: str) -> None:
     (tmp_path / "mine.py").write_text(code)
     refused(("run", "mine.py:recipe"), "mine.py:recipe can't be read", reason)
 
@@ -117,7 +114,7 @@ def test_two_recipes_cannot_import_modules_of_one_name(refused, tmp_path, monkey
     del sys.modules[str((tmp_path / "b" / "twins.py").resolve())]
 
 
-def test_bug_in_a_users_module_shows_its_traceback(main: Main, tmp_path: Path) -> None:
+def test_bug_in_a_users_module_shows_its_traceback(main, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def recipe():\n    return {}['x']\n")
     with pytest.raises(KeyError):
         main("run", "mine.py:recipe")

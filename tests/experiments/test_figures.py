@@ -195,7 +195,6 @@ def test_what_is_zero_leaves_at_the_bottom(factor: float, ends: str) -> None:
 
 
 @pytest.mark.parametrize("loss", [np.nan, np.inf, 0.0])
-@pytest.mark.filterwarnings("error")
 def test_what_a_logarithmic_axis_cannot_show_is_drawn(folder: Path, loss: float) -> None:
     config, made, curves = records.read_run(folder)
     curves = curves.with_columns(loss=pl.lit(loss, pl.Float32))

@@ -239,15 +239,19 @@ def test_a_guard_whose_end_is_not_finite_is_not_followed(check) -> None:
 
 
 def test_what_was_not_finite_begins_again_where_the_followed_one_is() -> None:
-    """It loses cycle 2, begins again at x with the record that x has, and is ahead from there."""
+    """It loses cycle 2, begins again at x with the record that x has, and is ahead from there.
+
+    Its rate, which is 2 from the fourth cycle on, goes on.
+    """
+    rate = optax.sgd(lambda t: jnp.where(t < 3 * NT, 1.0, 2.0))
 
     def objective(w, i):
         return jnp.where((w < -1) & (i == 2 * NT), jnp.nan, w)
 
-    guards = [unguarded(optimizers.constant(-1.0)), unguarded(optimizers.constant(-0.01))]
+    guards = [unguarded(rate), unguarded(optimizers.constant(-0.01))]
     states, decisions = play(lossguard.best_of(guards), objective, jnp.float32(0), 5)
     np.testing.assert_array_equal(decisions.winner, [0, 0, 1, 0, 0])
-    np.testing.assert_allclose(states.params, [-3, -6, -0.09, -3.09, -6.09], rtol=1e-5)
+    np.testing.assert_allclose(states.params, [-3, -6, -0.09, -6.09, -12.09], rtol=1e-5)
     np.testing.assert_array_equal(states.inner.members[0].steps, NT * np.arange(1, 6))
 
 
@@ -265,18 +269,6 @@ def test_a_guard_that_begins_again_gets_no_budget_anew() -> None:
     assert decision.winner == 0 and kept.steps == spent.steps + NT
     assert kept.inner.relay.trial_cost >= spent.inner.relay.trial_cost > 0
     assert kept.inner.own_steps >= spent.inner.own_steps > 0
-
-
-def test_schedules_go_on_where_a_guard_begins_again() -> None:
-    """The rate is 1 in the first cycle, from which the loss becomes infinite, and 0.1 after it."""
-    rate = optax.sgd(lambda t: jnp.where(t < NT, 1.0, 0.1))
-    guards = [unguarded(rate), unguarded(optimizers.constant(0.0))]
-
-    def objective(w, i):
-        return jnp.where(w <= -2, jnp.inf, w)
-
-    states, _ = play(lossguard.best_of(guards), objective, jnp.float32(0), 2)
-    np.testing.assert_allclose(states.inner.members[0].params, [0, -0.1 * NT], rtol=1e-5)
 
 
 def test_schedules_follow_the_steps_of_the_run_where_a_guard_does_not_run() -> None:

@@ -24,19 +24,6 @@ def test_what_a_run_was_started_with_must_be_as_it_was(tmp_path, changed) -> Non
         run_folder.start(tmp_path, inputs=inputs | changed)
 
 
-def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
-    with run_folder.hold_folder(tmp_path / "run", CONFIG) as finished:
-        assert not finished
-        reason = r"^folder must be used by one run at a time, but .*run is in use by another "
-        with (
-            pytest.raises(ValueError, match=reason),
-            run_folder.hold_folder(tmp_path / "run", CONFIG, resume=True),
-        ):
-            pass
-    with run_folder.hold_folder(tmp_path / "run", CONFIG, resume=True) as finished:
-        assert not finished
-
-
 def test_a_finished_run_needs_no_lock(finished: Path) -> None:
     """Its folder may be one that can't be written to."""
     before = sorted(finished.iterdir())

@@ -22,16 +22,13 @@ VERDICTS = [
 
 
 def curves_of(
-    methods: Sequence[str] | Mapping[str, float],
-    steps: np.ndarray = STEPS,
-    seeds: int = 2,
-    lost: int = 3000,
+    methods: Sequence[str] | Mapping[str, float], steps: np.ndarray = STEPS, seeds: int = 2
 ) -> pl.DataFrame:
     """Losses (1 + seed) level / sqrt(step); the learned update is used every other step.
 
     ``methods`` with their levels, or all at 1. SGDnm takes a gradient a step, others two and a
     forward pass, but for GL2O, which checks nothing, and Backoff, which takes one after step 1000
-    and whose second seed is lost from a step on.
+    and whose second seed is lost from step 3000 on.
     """
     levels = methods if isinstance(methods, Mapping) else dict.fromkeys(methods, 1.0)
     tables = []
@@ -41,21 +38,18 @@ def curves_of(
             loss, gradients = (1 + seed) * level / np.sqrt(steps), spend * steps
             if method == "Backoff":
                 gradients = np.where(steps <= 1000, 2 * steps, 1000 + steps)
-                loss = np.where((steps >= lost) & (seed == 1), np.nan, loss)
+                loss = np.where((steps >= 3000) & (seed == 1), np.nan, loss)
             columns = {
+                "method": method,
+                "seed": seed,
+                "step": steps,
                 "loss": loss.astype(np.float32),
                 "used_learned": (np.arange(len(steps)) % 2).astype(np.float32),
                 "gradients": gradients.astype(float),
                 "forwards": (spend - 1) * steps * (method != "GL2O"),
                 "learned_updates": 1.0 * steps,
             }
-            tables.append(
-                pl.DataFrame({"step": steps, **columns}).select(
-                    pl.lit(method).alias("method"),
-                    pl.lit(seed).cast(pl.Int32).alias("seed"),
-                    pl.all(),
-                )
-            )
+            tables.append(pl.DataFrame(columns))
     return pl.concat(tables)
 
 

@@ -50,17 +50,10 @@ def write(
         points = curve if isinstance(curve, Mapping) else {1: curve}
         losses = np.array([points[max(k for k in points if k <= step)] for step in steps])
         counts = dict(zip(COUNTERS, (spent or {}).get(method, ()), strict=False))
+        columns = {name: counts.get(name, 0.0) * np.array(steps) for name in COUNTERS}
+        columns |= {"method": method, "step": steps, "used_learned": used}
         for seed, factor in enumerate(each_seed):
-            tables.append(
-                pl.DataFrame({"step": steps, "loss": factor * losses}).select(
-                    pl.lit(method).alias("method"),
-                    pl.lit(seed).alias("seed"),
-                    "step",
-                    "loss",
-                    pl.lit(used).alias("used_learned"),
-                    *((counts.get(name, 0.0) * pl.col("step")).alias(name) for name in COUNTERS),
-                )
-            )
+            tables.append(pl.DataFrame(columns | {"seed": seed, "loss": factor * losses}))
     on_test = (0, 600, 99.0), (0, 700, test_loss), (1, 700, test_loss)  # one seed alone at 600
     evaluated = [(m, seed, k // 10, k, loss) for m in methods for seed, k, loss in on_test]
     names = ["method", "seed", "cycle", "step", "test_loss"]

@@ -1,9 +1,10 @@
-"""A run of two methods and one step: what its folder holds."""
+"""A run of two methods and one step: what its folder holds; and whether two hold the same."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from lossguard import records, run_folder
@@ -49,3 +50,12 @@ def leave(
         records.write_parquet(folder / records.EVALUATIONS, evaluations)
     run_folder.finish(folder, made)
     return folder
+
+
+def same_curves(folder: Path, expected: Path) -> None:
+    """Two runs have the same curves and evaluations, bit by bit."""
+    for name in (records.CURVES, records.EVALUATIONS):
+        found, right = (records.read_parquet(f / name) for f in (folder, expected))
+        assert found.schema == right.schema
+        for column in right.columns:
+            np.testing.assert_array_equal(found[column], right[column])  # NaN equals NaN

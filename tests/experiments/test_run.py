@@ -15,7 +15,7 @@ import optax
 import polars as pl
 import pytest
 import tiny
-from commands import same_curves
+from tiny_run import same_curves
 
 import lossguard
 from lossguard import curves, records, rollout, run_folder

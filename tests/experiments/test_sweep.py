@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from commands import same_curves
+from tiny_run import same_curves
 
 from lossguard import Task, records, run_folder
 from lossguard.experiments import Experiment, recipes

@@ -181,10 +181,8 @@ def test_name_of_the_damaged_one_is_told_as_it_is(tmp_path, capfd) -> None:
     ids=["shape", "leaves", "dtype", "structure"],
 )
 def test_checkpoint_of_another_structure_is_refused_and_left(saved, other, capfd) -> None:
-    with pytest.raises(
-        ValueError,
-        match=r"^checkpoint must have the structure.*, but .*/20.safetensors has others: [^\n]*$",
-    ):
+    reason = r"^checkpoint must have the structure.*, but .*/20.safetensors has others: [^\n]*$"
+    with pytest.raises(ValueError, match=reason):
         Checkpoints(saved).latest(other)
     assert not capfd.readouterr().err
     same(Checkpoints(saved).latest(state(0)), 20)

@@ -232,9 +232,8 @@ def test_a_mark_that_fails_decides_and_one_that_is_missing_leaves_it_open(
     open_ = judged(claim, write(tmp_path / "open", recipe, curves, last=3_000))
     assert (open_.verdict, open_.mark) == ("not run", 3_000)
     bad = curves | {"LGL2O": {1: 1.0, 1_000: 2.5, 3_000: 0.1}}
-    assert (
-        judged(claim, write(tmp_path / "bad", recipe, bad, last=3_000)).verdict == "not reproduced"
-    )
+    found = judged(claim, write(tmp_path / "bad", recipe, bad, last=3_000))
+    assert found.verdict == "not reproduced"
 
 
 def test_of_each_mark_the_most_seeds_speak(tmp_path: Path) -> None:

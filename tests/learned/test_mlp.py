@@ -234,9 +234,8 @@ def test_what_it_refuses(mlp_weights: MLPWeights) -> None:
     optimizer = mlp_optimizer(mlp_weights)
     with pytest.raises(ValueError, match=r"^params must be real for mlp_optimizer, got complex"):
         optimizer.init(jnp.ones(2, jnp.complex64))
-    with pytest.raises(
-        ValueError, match=r"^params must be given to the update of mlp_optimizer, got None$"
-    ):
+    reason = r"^params must be given to the update of mlp_optimizer, got None$"
+    with pytest.raises(ValueError, match=reason):
         optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)))
     for name in ("hidden", "layers"):
         with pytest.raises(ValueError, match=rf"^{name} must be an integer of at least 1, got 0$"):

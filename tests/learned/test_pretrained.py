@@ -110,9 +110,8 @@ def test_everything_shipped_loads_and_says_how_it_was_made() -> None:
 def test_wrong_name_lists_the_right_ones(monkeypatch: pytest.MonkeyPatch, saved: Path) -> None:
     monkeypatch.setattr("lossguard.learned.weights_file._folder", lambda: saved.parent)
     assert pretrained_names() == ["mine"]
-    with pytest.raises(
-        ValueError, match=r"^learned optimizer must be one of mine, .*, got 'mime' \(did you mean"
-    ):
+    reason = r"^learned optimizer must be one of mine, .*, got 'mime' \(did you mean"
+    with pytest.raises(ValueError, match=reason):
         pretrained("mime")
     with pytest.raises(ValueError, match=r"^learned optimizer must be one of mine, .*, got"):
         pretrained("../mine")

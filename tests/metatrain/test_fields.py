@@ -115,9 +115,8 @@ class Wider(MLP):
 
 def test_another_model_is_refused(whole: Path) -> None:
     wider = dataclasses.replace(TINY, model=Wider(hidden=TINY.model.hidden))
-    with pytest.raises(
-        ValueError, match=r"holds another, which differs in model \(.*'MLP'.*, not .*'Wider'"
-    ):
+    reason = r"holds another, which differs in model \(.*'MLP'.*, not .*'Wider'"
+    with pytest.raises(ValueError, match=reason):
         metatrain(wider, whole, resume=True)
 
 

@@ -55,9 +55,8 @@ def test_standardized_pixels_have_mean_0_and_deviation_1_per_channel() -> None:
 
 
 def test_every_input_has_a_label() -> None:
-    with pytest.raises(
-        ValueError, match=r"^labels must be as many as inputs \(3, 2\), got \(4,\)$"
-    ):
+    reason = r"^labels must be as many as inputs \(3, 2\), got \(4,\)$"
+    with pytest.raises(ValueError, match=reason):
         Split(np.zeros((3, 2), np.float32), np.zeros(4, np.int32))
 
 

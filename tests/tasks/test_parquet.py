@@ -125,9 +125,8 @@ def test_a_single_changed_pixel_or_label_is_refused(folder: Path) -> None:
     changed = TRAIN.copy()
     changed[3, 1, 2, 0] ^= 1
     write_train(folder, [encode(image) for image in changed])
-    with pytest.raises(
-        ValueError, match=rf"train\.parquet doesn't hold the train split of tiny.*not {exact}$"
-    ):
+    reason = rf"train\.parquet doesn't hold the train split of tiny.*not {exact}$"
+    with pytest.raises(ValueError, match=reason):
         load_images(source)
     write_train(folder, [encode(image) for image in TRAIN], [1, 0, 2, 0, 1, 2, 0, 1, 2])
     with pytest.raises(ValueError, match=r"train\.parquet doesn't hold the train split of tiny"):
@@ -231,9 +230,8 @@ def test_a_missing_split_is_named(folder: Path) -> None:
 
 def test_a_local_folder_that_does_not_exist_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("LOSSGUARD_DATA", str(tmp_path / "nowhere"))
-    with pytest.raises(
-        ValueError, match=r"^LOSSGUARD_DATA must name an existing folder, got '.*nowhere'$"
-    ):
+    reason = r"^LOSSGUARD_DATA must name an existing folder, got '.*nowhere'$"
+    with pytest.raises(ValueError, match=reason):
         load_images(SOURCE)
 
 
@@ -300,9 +298,8 @@ def test_an_incomplete_cache_offline_is_an_error(hub: dict[str, Any]) -> None:
 
 
 def test_a_source_without_a_repository_is_local_only(hub: dict[str, Any]) -> None:
-    with pytest.raises(
-        ConnectionError, match=r"^tiny isn't on the hub and must be in the folder tiny/"
-    ):
+    reason = r"^tiny isn't on the hub and must be in the folder tiny/"
+    with pytest.raises(ConnectionError, match=reason):
         load_images(replace(SOURCE, repository=None))
 
 

@@ -113,6 +113,18 @@ def test_promises_hold_against_hostile_optimizers(deeds, kind, alike, seed):
     assert guard.history
 
 
+@pytest.mark.parametrize("kind", TWO)
+def test_where_both_optimizers_break_the_model_stays_finite(kind):
+    model = mlp()
+    breaks = ["descend"] * 7 + ["inf"]  # in every second cycle
+    guard = two(kind, model, *[lambda ps: Hostile(ps, breaks)] * 2, nt=4)
+    for batch in minibatches(64):
+        guard.step(closure_for(guard, model, batch))
+        if guard.phase == 0:
+            assert all(p.isfinite().all() for p in model.parameters())
+    assert {d.finite_learned and d.finite_fallback for d in guard.history} == {True, False}
+
+
 def scripted(guard, losses):
     """A cycle in which lanes report the losses that are given by their names."""
     for _ in range(guard.nt):

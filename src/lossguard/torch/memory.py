@@ -105,12 +105,11 @@ class Inner:
         """Note which entries hold the parameters, after steps from ``start`` to ``point``.
 
         Refuse copies that the optimizer holds elsewhere, as all lanes would share them. If the
-        parameters haven't moved, as at a rate of 0, nothing is known yet.
+        parameters haven't moved, as at a rate of 0, or are single numbers, nothing is known yet.
         """
         steps = zip(self.params, start, point, strict=False)
         moved = [v for _, u, v in steps if v.numel() > 1 and not torch.equal(u, v)]
         if not moved:
-            self.noted = all(p.numel() < 2 for p in self.params)
             return
         refuse_copies(self.optimizer, moved, self.params)
         alike: dict[str, list[bool]] = {}

@@ -21,8 +21,6 @@ def clones(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def transfer(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copy values into tensors, all at once."""
-    if not targets and not values:
-        return
     try:
         with torch.no_grad():
             torch._foreach_copy_(targets, values)  # pyright: ignore

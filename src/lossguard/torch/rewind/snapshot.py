@@ -70,15 +70,8 @@ class Live:
                 raise ValueError(
                     "optimizer must have a rate, lr, in each of its groups, got one without"
                 )
-        self.trained()
         self._finite: dict[str, bool] = {}
         """Of each buffer whether it was when it was first seen: masks of attention aren't."""
-        self._see_buffers()
-
-    def _see_buffers(self) -> None:
-        for name, buffer in self.buffers().items():
-            if name not in self._finite:
-                self._finite[name] = bool(are_finite([buffer]))
 
     def trained(self) -> dict[Tensor, Optimizer]:
         """Each parameter that is trained, and by which optimizer."""
@@ -140,7 +133,9 @@ class Live:
             if entries_of(param, one.state.get(param, {}))
         }
         others = {str(k): _of_no_parameter(one) for k, one in enumerate(self.optimizers)}
-        self._see_buffers()
+        for name, buffer in self.buffers().items():
+            if name not in self._finite:
+                self._finite[name] = bool(are_finite([buffer]))
         now = {"model": self.tensors(), "optimizer": remembered, "others": others}
         now["also"] = [one.state_dict() for one in self.also]
         groups = [[options_of(group) for group in one.param_groups] for one in self.optimizers]
@@ -205,7 +200,7 @@ class Live:
         kept = {*self.names.values(), *self.model.state_dict()}
         for k, which in enumerate(("trusted", "candidate")):
             whole = {part: state[which][part] for part in PARTS}
-            whole["model"] = _of_model(whole["model"], self.tensors(), kept, state["rank"])
+            _check_model(whole["model"], self.tensors(), kept, state["rank"])
             for what, ours, its in (
                 ("optimizers", self.optimizers, whole["groups"]),
                 ("schedulers", self.also, whole["also"]),
@@ -234,16 +229,15 @@ def _set_back(optimizer: Optimizer, settings: list[dict[str, Any]]) -> None:
         group.update({key: options[key] for key in cycled})
 
 
-def _of_model(
+def _check_model(
     saved: dict[str, Tensor], live: dict[str, Tensor], kept: set[str], rank: int
-) -> dict[str, Tensor]:
-    """What is saved, if it is of a model with these tensors; those not ``kept`` may be others.
+) -> None:
+    """Refuse what is not of a model with these tensors; those not ``kept`` may be others.
 
     They are buffers that no model's state has, so a fresh model can't have them in that shape.
     """
-    found = dict(saved)
     for name, tensor in live.items():
-        its = found.get(name)
+        its = saved.get(name)
         got = "one without" if its is None else f"shape {tuple(its.shape)}"
         if got == f"shape {tuple(tensor.shape)}":
             check_rank(tensor, its, rank, "state")
@@ -252,9 +246,6 @@ def _of_model(
                 f"state must be of this model, with {name} of shape {tuple(tensor.shape)}, got "
                 f"{got}"
             )
-        else:
-            found.pop(name, None)
-    return found
 
 
 def _of_no_parameter(optimizer: Optimizer) -> Saved:

@@ -75,6 +75,15 @@ def falls_behind(rate, after, later=1.0, until=math.inf):
     def schedule(t):
         return jnp.where((t >= after) & (t < until), later, rate)
 
+    return scheduled(schedule)
+
+
+def breaks_cycles(rate, after):
+    """From a step on the last step of each cycle leads to infinity."""
+    return scheduled(lambda t: jnp.where((t >= after) & (t % NT == NT - 1), jnp.inf, rate))
+
+
+def scheduled(schedule):
     return optax.sgd(schedule), lambda params: Scheduled(params, schedule)
 
 
@@ -106,11 +115,15 @@ PAIRS = {
     "late": (falls_behind(0.3, 200), sgd(0.02)),
     # With a larger share the fallback is on probation until 190.
     "noisy": (falls_behind(0.05, 200, 0.2), sgd(0.2, 0.9)),
+    # The same; then the learned optimizer, which leads again, breaks twice.
+    "noisy, breaks": (breaks_cycles(0.05, 210), sgd(0.2, 0.9)),
+    # The fallback passes its probation.
+    "stalls": (falls_behind(0.3, 20, 1e-6), sgd(0.02)),
 }
-ALL = list(PAIRS)
+ALL = list(PAIRS)[:-2]
 CASES = [
     *(("recommended", {}, pair) for pair in ALL),
-    *(("recommended", {"share": 0.5}, pair) for pair in ("late", "the same", "noisy")),
+    *(("recommended", {"share": 0.5}, pair) for pair in ("late", "the same", *list(PAIRS)[-3:])),
     *(("hedged", {}, pair) for pair in ALL),
     ("hedged", {"share": 0.5}, "noisy"),
     *(("loss_guard", {"nc": 5}, pair) for pair in ("breaks", "both break", "adam over sgd")),

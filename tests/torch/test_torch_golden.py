@@ -256,6 +256,16 @@ def test_minibatches_that_are_lost(name, pair):
     assert winners_without(lost, name, PAIRS[pair])[1:3] == [0, 0]
 
 
+@pytest.mark.parametrize("step", [5, 155])
+@pytest.mark.parametrize("share", [None, 0.2])
+def test_best_of_begins_broken_ones_again(share, step):
+    """At first from where the careful one is, later from where the cycle began that it led."""
+    bold = falls_behind(0.1, step, math.inf, step + 1)
+    build, guard = both("best_of", [sgd(0.01), bold], share=share)
+    winners = assert_same(in_torch(build), in_jax(guard))
+    assert winners[14:18] == [1, -1 if step == 155 else 1, 1, 1]
+
+
 @pytest.mark.parametrize("share", [None, 0.2])
 def test_best_of_begins_ruined_ones_again(share):
     """The bold one leads, is ruined, and comes back from where the careful one is."""

@@ -236,6 +236,36 @@ def test_best_of_checks_on_held_out_minibatches_by_their_numbers(monkeypatch):
     assert len(guard.history) == decided + 2
 
 
+def test_checks_draw_alike_for_all_and_leave_no_trace():
+    """Of models that are checked in training mode."""
+    model = mlp(nn.BatchNorm1d(16), nn.Dropout(0.5))
+    alike = [SGD(model.parameters(), lr=0.1) for _ in range(2)]
+    guard = BestOf(alike, model=model, nt=2, check=lambda k: loss_fn(model, spiral()))
+    run(guard, model, minibatches(8))
+    first, second = guard.records
+    assert first[:3] == second[:3] and first.weight > 3  # mean, weight, lowest
+    assert model[1].num_batches_tracked == 8
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_held_out_losses_decide_alone(sign):
+    """Where they are the better for whoever stands still, that one is followed."""
+    model = mlp()
+    optimizers = [SGD(model.parameters(), lr=rate) for rate in (0.3, 0.0)]
+    check = lambda k: sign * loss_fn(model, spiral())  # noqa: E731
+    guard = BestOf(optimizers, model=model, nt=2, check=check)
+    run(guard, model, minibatches(1) * 20)
+    assert guard.last_decision.winner == (0 if sign == 1 else 1)
+
+
+def test_a_memory_that_is_not_finite_is_forgotten():
+    model = mlp()
+    ruined = Hostile(model.parameters(), ["descend"] * 3 + ["state"])
+    guard = BestOf([ruined, SGD(model.parameters(), lr=0.1)], model=model, nt=4)
+    run(guard, model, minibatches(4))
+    assert not ruined.state and guard.last_decision.finite_learned
+
+
 @pytest.mark.parametrize("lowest", [1e-310, 1e-150])
 def test_losses_that_fall_to_next_to_nothing_are_extrapolated(lowest):
     """In double precision; Python raises where a power or a logarithm has no number."""

@@ -55,14 +55,23 @@ def test_a_named_scheduler_goes_back_where_a_group_came_later():
     assert rates == pytest.approx([0.99**112, 0.3])
 
 
-def test_a_scheduler_in_a_hook_goes_on_from_its_own_rates():
+@pytest.mark.parametrize(
+    ("make", "rate"),
+    [
+        (lambda optimizer: lr_scheduler.ExponentialLR(optimizer, 0.99), 0.99**144),
+        (lambda optimizer: lr_scheduler.MultiStepLR(optimizer, [140], 0.5), 0.5),
+        (lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda k: 0.5 + 0.5 * (k < 140)), 0.5),
+    ],
+)
+def test_a_scheduler_in_a_hook_goes_on_from_its_own_rates(make, rate):
+    """Also from one that it sets where careful steps are at about that rate."""
     model, optimizer = one_weight()
-    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.99)
+    scheduler = make(optimizer)
     optimizer.register_step_post_hook(lambda *_: scheduler.step())
     rewind = Rewind(model, optimizer, window=WINDOW, every=4)
     drive(rewind, model, optimizer, FALLS + HIGH[:8] + FALLS[-8:])
     assert rewind.returns == 1 and rewind.scale < 1
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.99**144)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])

@@ -117,15 +117,20 @@ PAIRS = {
     "noisy": (falls_behind(0.05, 200, 0.2), sgd(0.2, 0.9)),
     # The same; then the learned optimizer, which leads again, breaks twice.
     "noisy, breaks": (breaks_cycles(0.05, 210), sgd(0.2, 0.9)),
+    # The fallback's own run breaks, while the learned optimizer leads.
+    "own run breaks": (sgd(0.3), falls_behind(0.02, 105, math.inf, 106)),
     # The fallback passes its probation.
     "stalls": (falls_behind(0.3, 20, 1e-6), sgd(0.02)),
 }
-ALL = list(PAIRS)[:-2]
+ALL = list(PAIRS)[:-3]
 CASES = [
     *(("recommended", {}, pair) for pair in ALL),
-    *(("recommended", {"share": 0.5}, pair) for pair in ("late", "the same", *list(PAIRS)[-3:])),
+    *(
+        ("recommended", {"share": 0.5}, pair)
+        for pair in ("late", "the same", "noisy", "noisy, breaks", "stalls")
+    ),
     *(("hedged", {}, pair) for pair in ALL),
-    ("hedged", {"share": 0.5}, "noisy"),
+    *(("hedged", {"share": 0.5}, pair) for pair in ("noisy", "own run breaks")),
     *(("loss_guard", {"nc": 5}, pair) for pair in ("breaks", "both break", "adam over sgd")),
     ("loss_guard", {"nc": 5, "loser": "reset"}, "bold sgd over adam"),
     *(("residual_guard", {}, pair) for pair in ("adam over sgd", "breaks")),

@@ -154,6 +154,15 @@ def test_recommended_goes_back_to_the_fallbacks_own_run():
 
 
 @pytest.mark.filterwarnings("ignore:closure gave different losses")
+def test_the_fallbacks_own_run_takes_a_broken_cycle_back():
+    weight, _ = quadratic(0.0)
+    guard = two_rates(Recommended, weight, 1.0, 0.01, share=0.5)
+    scripted(guard, {"y": 1.0, "z": 2.0})
+    ran = [scripted(guard, {"y": 1.0 / k, "s": math.inf}).gradients for k in range(2, 8)]
+    assert 20 in ran and guard._lanes["s"].point[0].item() == pytest.approx(-0.1)
+
+
+@pytest.mark.filterwarnings("ignore:closure gave different losses")
 def test_hedged_gives_the_fallbacks_own_run_while_that_leads():
     weight, _ = quadratic(0.0)
     guard = two_rates(Hedged, weight, 1.0, 0.01)

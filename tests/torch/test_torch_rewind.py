@@ -268,6 +268,14 @@ def test_an_audit_sees_what_the_losses_do_not(level, events):
     assert model.weight == (-64 if events else -128)
 
 
+@pytest.mark.parametrize(("level", "returns"), [(3.0, 0), (8.0, 1)])
+def test_in_the_second_block_the_end_of_the_first_is_the_reference(level, returns):
+    """From 10 to 1: medians and 0.95 quantiles are 5.2 and 10 of all, 1.6 and 2.8 of these four."""
+    rewind, model, optimizer = watched()
+    drive(rewind, model, optimizer, [*np.linspace(10, 1, 16), *[level] * 8])
+    assert rewind.returns == returns
+
+
 def test_a_healthy_run_is_the_same_with_it():
     model, optimizer = network()
     rewind = Rewind(model, optimizer)

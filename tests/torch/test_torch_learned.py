@@ -24,6 +24,20 @@ def make(request):
     return lambda p: kind([p], weights)
 
 
+def test_a_closure_is_evaluated_with_gradients(make):
+    p, q = (nn.Parameter(torch.ones(2, 3)) for _ in range(2))
+    alone, by_hand = make(p), make(q)
+    q.square().sum().backward()
+    by_hand.step()
+
+    def closure():
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    assert alone.step(closure).item() == 6 and torch.equal(p, q)
+
+
 def test_copies_and_checkpoints_go_on_alike(make):
     p = nn.Parameter(torch.randn(6, 3))
     optimizer = make(p)

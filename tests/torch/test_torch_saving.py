@@ -35,12 +35,25 @@ def test_resumes_bit_by_bit_at_any_point_of_a_cycle(kind, done):
     assert len(history) >= 10
 
 
+def test_rates_that_were_set_in_the_guards_groups_are_saved():
+    """Of the guard, and of the optimizers that it drives."""
+    guards = [two(Recommended, mlp()) for _ in range(2)]
+    guards[0].param_groups[0]["lr"] /= 2
+    guards[1].load_state_dict(guards[0].state_dict())
+    first, second = (
+        [o.param_groups[0]["lr"] for o in (g, *(inner.optimizer for inner in g._inners.values()))]
+        for g in guards
+    )
+    assert first == second
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_state_dict_shares_nothing_with_the_guard(kind):
     model = mlp()
     guard = two(kind, model, nt=3)
     run(guard, model, minibatches(4))
     saved = guard.state_dict()
+    assert "guard" not in guard.param_groups[0] and not any(guard.state.values())  # no copies stay
     before = copy.deepcopy(saved)
     run(guard, model, minibatches(4))
     assert_same_state(saved, before)

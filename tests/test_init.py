@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 
 import pytest
@@ -43,6 +43,10 @@ def test_the_documentation_lists_each_name_once(page, package, names) -> None:
     text = (Path(__file__).parents[1] / "docs" / page).read_text()
     found = re.findall(rf"^::: {re.escape(package)}\.(\w+)$", text, re.M)
     assert sorted(found) == sorted(names)
+
+
+def test_version() -> None:
+    assert lossguard.__version__ == metadata.version("lossguard")
 
 
 def test_other_files_name_the_version_of_pyproject() -> None:

@@ -110,7 +110,11 @@ def test_other_data_than_it_was_started_with_is_refused(tmp_path, monkeypatch) -
         stopping(patch, 1, lambda: signal.raise_signal(signal.SIGINT))
         metatrain(TINY, tmp_path / "run")
     monkeypatch.setattr(Dataset, "checksum", lambda _: "of other data")
-    with pytest.raises(ValueError, match=r"^a run must go on with .*, but the data changed since"):
+    with pytest.raises(
+        ValueError,
+        match=r"^a run must go on with what it was started with, but the data changed since .*run "
+        r"was started: choose another --out, or put back what there was$",
+    ):
         metatrain(TINY, tmp_path / "run", resume=True)
 
 

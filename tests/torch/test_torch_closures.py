@@ -134,6 +134,7 @@ def test_errors_of_arguments():
     other, uphill, guard = SGD([w]), SGD([w], maximize=True), BestOf([one], model=None)
     pair, halves = (other, one), (SGD([half]), SGD([half]))
     kept, plain = "all that it remembers in its state", "a torch.optim.Optimizer and no guard"
+    range_for = "parameters must have more range than float16 for {}, where a gradient that ove"
     cases = [
         (Recommended, (one, one), {}, "fallback, learned must be different optimiz"),
         (Recommended, (shared, one), {}, "learned must have parameter groups of its"),
@@ -148,8 +149,8 @@ def test_errors_of_arguments():
         (Hedged, pair, {"share": 1.0}, "share must be at least 0 and belo"),
         (LossGuard, pair, {"nc": 0}, "nc must be an integer of at least 1"),
         (LossGuard, pair, {"loser": "x"}, "loser must be one of keep, res"),
-        (LossGuard, halves, {}, "parameters must have more range than float16 for LossGuard, wh"),
-        (ResidualGuard, halves, {}, "parameters must have more range than float16 for ResidualG"),
+        (LossGuard, halves, {}, range_for.format("LossGuard")),
+        (ResidualGuard, halves, {}, range_for.format("ResidualGuard")),
         (ResidualGuard, pair, {"alpha": 0.0}, "alpha must be above 0 and at most 1, got 0.0"),
         (ResidualGuard, pair, {"theta": 1.5}, "theta must be above 0 and at most 1, got 1.5"),
         (BestOf, ([],), {}, "optimizers must be a list of at least one, got []"),

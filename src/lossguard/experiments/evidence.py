@@ -100,7 +100,7 @@ class FigureCurves:
         return tuple(last[name][0] / last["step"][0] for name in ("gradients", "forwards"))
 
     def tested(self, method: str, first: int) -> tuple[int, float]:
-        """The first step from one on at which all seeds were evaluated, and the mean test loss."""
+        """The first step from one on with a test loss of the most seeds, and the mean there."""
         file = self.folders.get(method, Path()) / EVALUATIONS
         table = read_parquet(file) if file.exists() else pl.DataFrame({"method": [], "step": []})
         table = table.filter(pl.col("method") == method, pl.col("step") >= first)

@@ -230,7 +230,7 @@ def leader(learned: float) -> str:
     >>> leader(1.0), leader(0.0), leader(0.4)
     ('learned', 'fallback', 'learned in 40%')
     """
-    return "learned" if learned == 1 else f"learned in {learned:.0%}" if learned else "fallback"
+    return {1.0: "learned", 0.0: "fallback"}.get(learned, f"learned in {learned:.0%}")
 
 
 def next_mark(step: int) -> int:

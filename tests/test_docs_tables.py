@@ -13,7 +13,7 @@ import pytest
 from lossguard.experiments import price, tasks
 from lossguard.experiments.claims import Verdict, judge_claims
 from lossguard.experiments.readings import Reading, judge_readings
-from lossguard.experiments.recipes import IMAGES, POINTS, POLICIES, THETAS
+from lossguard.experiments.recipes import IMAGES, POINTS, POLICIES, RULES
 from lossguard.experiments.tasks import FILE, envelope, interquartile_mean
 from lossguard.records import CURVES, EVALUATIONS, read_parquet, read_runs
 from lossguard.tasks.published import PUBLISHED
@@ -57,7 +57,7 @@ def test_readings_are_those_of_the_records() -> None:
         return f"{found.count('reproduced')} of {len(found) - found.count('not run')}"
 
     _, *rows = table("readings of results/readings")
-    assert [row[0] for row in rows] == [f"{p}, {t}" for p in POLICIES for t in THETAS]
+    assert [row[0] for row in rows] == [f"{p}, {t}" for p in POLICIES for t in RULES]
     for label, *cells in rows:
         policy, theta = label.split(", ")
         images = [cell(Reading(one, "none", policy, theta), "3") for one in IMAGES]

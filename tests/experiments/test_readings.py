@@ -112,7 +112,7 @@ def test_command(main, tmp_path, capsys) -> None:
 
 
 def test_recipes_have_every_policy_and_both_thetas() -> None:
-    assert len(READINGS) == sum(len(scalings) for _, scalings, _ in READ.values())
+    assert len(READINGS) == sum(len(scalings) for _, scalings, *_ in READ.values())
     for name, recipe in READINGS.items():
         e = recipe()
         assert e.name == name and name.endswith(e.scaling)

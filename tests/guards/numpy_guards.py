@@ -111,9 +111,9 @@ def loss_guard(objective, learned, fallback, *, nt: int, nc: int, loser: str, cy
 
 
 def residual_guard(
-    objective, learned, fallback, *, alpha: float, theta: float, residual: str, nt: int, cycles: int
+    objective, learned, fallback, *, alpha, theta, residual: str, every: bool, nt: int, cycles: int
 ):
-    """GL2O: yields after every nt steps what a guard has to report."""
+    """GL2O: yields after every nt steps what a guard has to report; mu may follow every step."""
     x, i, mu = objective.start, 0, None
 
     def s(w: np.ndarray) -> np.ndarray:
@@ -127,12 +127,12 @@ def residual_guard(
                 mu = np.linalg.norm(s(x))
             losses.append(objective.loss(x, i))
             y = learned.step(x, objective.gradient(x, i))
-            r = np.linalg.norm(s(y))
+            own, r = np.linalg.norm(s(x)), np.linalg.norm(s(y))
             ok = r <= alpha * mu
             z = fallback.step(x, objective.gradient(x, i))
             x = y if ok else z
-            if ok:
-                mu = theta * r + (1 - theta) * mu
+            if ok or every:
+                mu = theta * (r if ok else own) + (1 - theta) * mu
             used.append(ok)
             i += 1
         yield {"x": x, "used_learned": used, "losses": losses}

@@ -192,26 +192,27 @@ def test_a_relay_is_its_rules(name, case) -> None:
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    ("theta", "learned", "fallback", "residual"),
+    ("theta", "learned", "fallback", "residual", "every"),
     [
-        (0.6, "adam", "momentum", "step"),
-        (1.0, "adam", "momentum", "step"),
-        (0.6, "momentum", "adam", "step"),
-        (0.6, "adam", "momentum", "gradient"),
+        (0.6, "adam", "momentum", "step", False),
+        (1.0, "adam", "momentum", "step", False),
+        (0.6, "momentum", "adam", "step", False),
+        (0.6, "adam", "momentum", "gradient", False),
+        (0.6, "adam", "momentum", "step", True),
     ],
 )
-def test_residual_guard_is_gl2o(theta, learned, fallback, residual) -> None:
+def test_residual_guard_is_gl2o(theta, learned, fallback, residual, every) -> None:
     nt, options = 4, {"alpha": 0.99, "residual": residual}
     problem = numpy_guards.Objective(seed=1, minibatches=CYCLES * nt)
     (numpy_learned, optax_learned) = OPTIMIZERS[learned]()
     (numpy_fallback, optax_fallback) = OPTIMIZERS[fallback]()
     sequence = lossguard.ema(theta)
+    sequence = sequence._replace(reject=sequence.update) if every else sequence
     guard = lossguard.residual_guard(
         optax_learned, optax_fallback, sequence=sequence, nt=nt, **options
     )
-    expected = numpy_guards.residual_guard(
-        problem, numpy_learned, numpy_fallback, theta=theta, nt=nt, cycles=CYCLES, **options
-    )
+    options |= {"theta": theta, "every": every, "nt": nt, "cycles": CYCLES}
+    expected = numpy_guards.residual_guard(problem, numpy_learned, numpy_fallback, **options)
     assert_equal(guard, problem, expected, ("used_learned", "losses"))
 
 

@@ -11,7 +11,7 @@ from ..guards.best_of import best_of
 from ..guards.loss_guard import loss_guard
 from ..guards.protocol import Decision, Guard, GuardState, Objective
 from ..guards.recommended import recommended
-from ..guards.residual_guard import ema, residual_guard
+from ..guards.residual_guard import TrackingSequence, ema, residual_guard
 from ..guards.soundness import renew
 from ..guards.unguarded import unguarded
 from ..learned.pretrained import pretrained
@@ -77,10 +77,10 @@ def forgetful(guard: Guard, learned: optax.GradientTransformation) -> Guard:
     return Guard(guard.init, step)
 
 
-def rival(e: "Experiment", theta: float) -> Method:
-    """GL2O, with the weight of the new residual."""
+def rival(e: "Experiment", sequence: TrackingSequence) -> Method:
+    """GL2O over SGDnm."""
     return lambda: residual_guard(
-        pretrained(e.learned), sgd_fallback(e), sequence=ema(theta), nt=e.nt
+        pretrained(e.learned), sgd_fallback(e), sequence=sequence, nt=e.nt
     )
 
 
@@ -101,8 +101,8 @@ def paper_methods(e: "Experiment") -> Methods:
         "SGDnm": alone(e, sgd),
         "Adam": alone(e, adam),
         "L2O": learned_alone(e),
-        "GL2O": rival(e, 0.9),
-        "GL2O (theta as decay)": rival(e, 0.1),
+        "GL2O": rival(e, ema(0.9)),
+        "GL2O (theta as decay)": rival(e, ema(0.1)),
         "LGL2O": guarded(e, sgd),
         "LGL2O over Adam": guarded(e, adam),
         "Recommended": ours(e, sgd),

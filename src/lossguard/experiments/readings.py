@@ -21,7 +21,7 @@ from matplotlib.patches import Patch
 from ..config import as_config
 from ..records import Record
 from .claims import K, Verdict, judge_claims
-from .recipes import IMAGES, PAPERS, POINTS, POLICIES, THETAS
+from .recipes import IMAGES, PAPERS, POINTS, POLICIES, RULES
 
 JUDGED = ("3a", "3b", "3c", "3d", "3e", "4a", "4b", "4c", "5a", "5b", "5c", "5d", "5e")
 """Claims about figures 3 to 5, but 4d, which needs a million steps and nc = 100."""
@@ -41,10 +41,10 @@ class Reading(NamedTuple):
     policy: str
     """One of ``POLICIES``."""
     theta: str
-    """One of ``THETAS``."""
+    """One of ``RULES``."""
 
 
-ALL = [Reading(*one) for one in product(IMAGES, POINTS, POLICIES, THETAS)]
+ALL = [Reading(*one) for one in product(IMAGES, POINTS, POLICIES, RULES)]
 
 
 class Judged(NamedTuple):

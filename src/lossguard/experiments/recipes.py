@@ -15,8 +15,11 @@ from typing import Any, get_args
 
 import optax
 
+from ..guards.residual_guard import TrackingSequence, ema
 from ..schedules import paper_decay
 from ..tasks.models import ConvNet
+from ..tasks.published import resized
+from ..tasks.task import Task
 from .experiment import (
     Experiment,
     Methods,
@@ -24,6 +27,7 @@ from .experiment import (
     alone,
     guarded,
     learned_alone,
+    named_task,
     rival,
     sgd_fallback,
     with_methods,
@@ -48,10 +52,21 @@ ADAM_RATES = (1e-4, 1e-3, 1e-2, 1e-1)
 CONV_RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """SGDnm's learning rates in figure 10's grid."""
 
+
+def every_step(sequence: TrackingSequence) -> TrackingSequence:
+    """The same that follows the residuals of rejected steps too."""
+    return sequence._replace(reject=sequence.update)
+
+
 POLICIES: Sequence[Policy] = get_args(Policy)
 """Of the LSTM's memory: kept by a branch that lost, fresh after a loss, or fresh in every cycle."""
-THETAS: Mapping[str, float] = {"weight": 0.9, "decay": 0.1}
-"""The weight of the new residual, by what the paper's 0.9 is."""
+RULES: Mapping[str, TrackingSequence] = {
+    "weight": ema(0.9),
+    "decay": ema(0.1),
+    "weight, every step": every_step(ema(0.9)),
+    "decay, every step": every_step(ema(0.1)),
+}
+"""Of GL2O's mu: what the paper's 0.9 is, and whether it follows accepted steps alone."""
 IMAGES, POINTS = ("unit", "symmetric", "standardized"), ("none", "standardized")
 """Scalings. Points as they are lie within about [-1, 1]."""
 
@@ -164,24 +179,32 @@ def rate_methods(e: Experiment) -> Methods:
 
 def reading(figure: str, scaling: str) -> Experiment:
     """A figure of ``READ`` in one scaling, its methods in every policy and with both thetas."""
-    recipe, _, rate = READ[figure]
+    recipe, _, steps, rate = READ[figure]
     e = recipe()
     return with_methods(
         reading_methods,
-        replace(e, name=f"reading-{figure}-{scaling}", steps=100_000, adam_rate=rate),
+        replace(e, name=f"reading-{figure}-{scaling}", steps=steps, adam_rate=rate),
         title=f"{e.title}: readings, inputs {scaling}",
         scaling=scaling,
+        make_task=upsampled_task if figure == "fig08" else e.make_task,
     )
 
 
+def upsampled_task(e: Experiment) -> Task:
+    """With the paper's 64 x 64 pixels, made of 32 x 32, so that its ConvNet has the same head."""
+    task = named_task(e)
+    note = f"{task.dataset.note}, resized to 64 x 64"
+    return replace(task, dataset=replace(resized(task.dataset, 64), note=note))
+
+
 def reading_methods(e: Experiment) -> Methods:
-    """The paper's methods; LGL2O by policies, GL2O by thetas."""
+    """The paper's methods; LGL2O by policies, GL2O by rules."""
     sgd = sgd_fallback(e)
     return {
         "SGDnm": alone(e, sgd),
         "Adam": alone(e, optax.adam(e.adam_rate)),
         "L2O": learned_alone(e),
-        **{f"GL2O, {name}": rival(e, theta) for name, theta in THETAS.items()},
+        **{f"GL2O, {name}": rival(e, sequence) for name, sequence in RULES.items()},
         **{f"LGL2O, {policy}": guarded(replace(e, loser=policy), sgd) for policy in POLICIES},
     }
 
@@ -205,15 +228,18 @@ PAPERS: dict[str, Callable[[], Experiment]] = {
         *(partial(grid, task) for task in GRIDS),
     )
 }
-READ: Mapping[str, tuple[Callable[[], Experiment], Sequence[str], float]] = {
-    "fig03": (fig03, IMAGES, 0.001),
-    "fig04": (fig04, POINTS, 0.01),
-    "fig05": (fig05, POINTS, 0.01),
+READ: Mapping[str, tuple[Callable[[], Experiment], Sequence[str], int, float]] = {
+    "fig03": (fig03, IMAGES, 100_000, 0.001),
+    "fig04": (fig04, POINTS, 100_000, 0.01),
+    "fig05": (fig05, POINTS, 100_000, 0.01),
+    "fig06": (fig06, IMAGES, 1_000, 0.01),
+    "fig07": (fig07, IMAGES, 1_000, 0.001),
+    "fig08": (fig08, IMAGES, 1_000, 0.001),
 }
-"""Figures that are run in several scalings, these, and Adam's rate there in appendix E."""
+"""Figures that are run in several scalings, these, their steps, and Adam's rate in appendix E."""
 READINGS = {
     f"reading-{figure}-{scaling}": partial(reading, figure, scaling)
-    for figure, (_, scalings, _) in READ.items()
+    for figure, (_, scalings, _, _) in READ.items()
     for scaling in scalings
 }
 """Of what the paper leaves open; ``readings`` judges them."""

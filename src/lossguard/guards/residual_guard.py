@@ -23,7 +23,7 @@ Residual = Literal["step", "gradient"]
 
 
 class TrackingSequence(NamedTuple):
-    """The rule for mu, which ``update`` follows on acceptance only.
+    """The rule for mu, which in theirs follows the accepted residuals only.
 
     Source: Heaton et al., 2020, table 1.
     """
@@ -34,6 +34,8 @@ class TrackingSequence(NamedTuple):
     """The memory after one more accepted residual r."""
     bound: Callable[[PyTree], Array]
     """mu."""
+    reject: Callable[[PyTree, Array], PyTree] = lambda memory, _: memory
+    """The memory after a rejected step, of the fallback's residual ||S(x)|| there."""
 
 
 def ema(theta: float) -> TrackingSequence:
@@ -77,7 +79,7 @@ def residual_guard(
 
         mu_1 = ||S(x_1)||
         y = learned(x);  r = ||S(y)||;  ok = r <= alpha mu
-        x <- y if ok else T(x);   if ok: mu <- update(mu, r)
+        x <- y if ok else T(x);   mu <- update(mu, r) if ok else reject(mu, ||S(x)||)
 
     All of a step is on one minibatch; ||.|| is over all parameters. One step of the guard is nt of
     these optimizer steps. The test at y uses a copy of the fallback's state, which itself advances
@@ -156,11 +158,11 @@ def residual_guard(
             s_x, s_y = optax.tree.sub(x, z), optax.tree.sub(y, after_y)
         else:
             s_x, s_y = gradient, gradient_y
-        mu_1, r = (optax.tree.norm(optax.tree.cast(s, sum_dtype(x))) for s in (s_x, s_y))
+        own, r = (optax.tree.norm(optax.tree.cast(s, sum_dtype(x))) for s in (s_x, s_y))
 
         # mu_1 is that of the first step, or of the first whose residual is finite.
         known = jnp.isfinite(sequence.bound(inner.memory))
-        memory = select(known, inner.memory, sequence.init(mu_1))
+        memory = select(known, inner.memory, sequence.init(own))
         mu = sequence.bound(memory)
         finite_y, finite_z = is_sound(y, x) & jnp.isfinite(r), is_sound(z, x)
         ok = finite_y & jnp.isfinite(mu) & (r <= alpha * mu) & (mu > 0)
@@ -169,7 +171,7 @@ def residual_guard(
         inner = ResidualGuardState(
             renew_if_unsound(learned, x, learned_state),
             renew_if_unsound(fallback, x, fallback_state),
-            select(ok, sequence.update(memory, r), memory),
+            select(ok, sequence.update(memory, r), sequence.reject(memory, own)),
         )
         return (x, inner), (ok, loss, finite_y, finite_z)
 

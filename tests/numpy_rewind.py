@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-KINDS = ("flat", "falls", "rises", "spikes", "infinite", "broken", "lower")
+KINDS = ("flat", "falls", "rises", "spikes", "infinite", "broken", "lower", "void")
 LENGTH = 600
 OPTIONS = (
     {"window": 64, "rise": 1 / 16},
@@ -37,7 +37,7 @@ class Rule:
         self.reference, self.early, self.start = math.inf, math.inf, None
         self.score, self.in_block, self.ramp = 0, 0, self.block
         self.in_a_row, self.cap, self.last_return = 0, 1.0, None
-        self.calls = self.thrown = self.returns = self.unanswered = self.skipped = 0
+        self.calls = self.thrown = self.returns = self.unanswered = self.skipped = self.idle = 0
 
     @property
     def scale(self) -> float:
@@ -61,8 +61,10 @@ class Rule:
         self.calls += 1
         bad = not sound or loss > self.threshold
         self.score = max(0, self.score + (1 if bad else -1))
+        age = len(self.path) - self.trusted + late
+        if self.score >= self.block // 2 and age == 0:
+            self.score, self.idle = 0, self.idle + 1  # there is nothing to throw away
         if self.score >= self.block // 2:
-            age = len(self.path) - self.trusted + late
             self.score, self.in_block, self.ramp, self.candidate = 0, 0, 0, None
             allowed = self.window + math.floor(self.rho * (1 - 1e-6) * self.calls)
             if self.in_a_row < 3 and self.thrown + age <= allowed:
@@ -150,6 +152,6 @@ def losses_of(kinds: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
         level = levels[rows[-1]] - (8.0 if kind == "spikes" else 0.0)
         if kind == "infinite":
             levels[rows[count % 3 > 0]] = np.inf
-        if kind == "broken":
-            gradients[rows[count % 4 > 0]] = np.nan
+        if kind in ("broken", "void"):
+            gradients[rows[count % 4 > 0] if kind == "broken" else rows] = np.nan
     return levels + noise, gradients

@@ -58,7 +58,7 @@ def reference(losses, gradients, start, which):
 
 
 def test_every_step_is_the_references():
-    events = np.zeros((len(OPTIONS), 4), int)
+    events = np.zeros((len(OPTIONS), 5), int)
 
     @settings(max_examples=100)
     @given(
@@ -78,8 +78,8 @@ def test_every_step_is_the_references():
         for mine, other in (((params, state.inner), -1), (saved, index)):
             np.testing.assert_array_equal(mine[0], run.points[other][0])
             assert mine[1] == run.points[other][1]
-        seen = state.returns, state.unanswered, state.skipped, state.cap < 1
+        seen = state.returns, state.unanswered, state.skipped, run.rule.idle, state.cap < 1
         events[which] += np.array(seen) > 0
 
     check()
-    assert (events[:2] > 0).all() and (events[2, :3] > 0).all(), events
+    assert (events[:2] > 0).all() and (events[2, :4] > 0).all(), events

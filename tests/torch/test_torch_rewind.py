@@ -105,25 +105,31 @@ def test_a_step_whose_loss_alone_is_not_finite_is_taken_and_counts():
 
 
 def test_where_no_step_is_finite_none_is_taken():
-    """Three returns throw 4 steps away each; then each step is taken back by itself, and skipped.
-
-    After 8 of these there is an alarm, and what was known of the losses is forgotten.
-    """
+    """Three returns throw 4 steps away each; then each step is taken back by itself."""
     model, _ = one_weight()
     optimizer = Hostile(model.parameters(), [math.nan] * 400)
     rewind = Rewind(model, optimizer, window=WINDOW, every=4)
     for _ in range(400):
         optimizer.step()
         rewind.observe(1.0)
-    assert model.weight == 0 and rewind.scale == 0.5**6
-    events = rewind.events
-    assert [(event.call, event.in_a_row) for event in events[:5]] == [
-        *((4, 1), (8, 2), (12, 3)),
-        *((20, 0), (24, 1)),
+    assert model.weight == 0 and rewind.scale == 0.5**3
+    assert [(e.call, e.in_a_row, e.cause) for e in rewind.events] == [
+        *((4, 1, "model"), (8, 2, "model"), (12, 3, "model"))
     ]
-    thrown = 4 * sum(event.cause == "model" for event in events)
-    alarms = sum(event.kind == "return" and event.cause == "loss" for event in events)
-    assert rewind.thrown == thrown and rewind.skipped == 400 - thrown - alarms
+    assert (rewind.thrown, rewind.skipped) == (12, 400 - 12)
+
+
+def test_minibatches_that_are_not_finite_lower_the_rate_once():
+    """The first alarm throws away what was learned since the snapshot; after it nothing was."""
+    rewind, model, optimizer = watched()
+    drive(rewind, model, optimizer, FALLS)
+    drive(rewind, model, optimizer, [math.nan] * 200, gradient=math.nan)
+    (event,) = rewind.events
+    assert event.kind == "return" and event.skipped > 0 and rewind.skipped > 190
+    assert str(event).endswith(f", {event.skipped} steps not finite so far)")
+    assert rewind.scale == 0.5
+    drive(rewind, model, optimizer, [1.0] * 64)
+    assert rewind.scale == 1 and len(rewind.events) == 1
 
 
 SCHEDULES = {

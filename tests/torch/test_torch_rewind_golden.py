@@ -15,7 +15,7 @@ known = attrgetter("returns", "thrown", "skipped", "scale")
 
 @pytest.mark.parametrize("which", range(len(OPTIONS)))
 def test_it_decides_as_the_reference_does(which):
-    events = np.zeros(3, int)
+    events = np.zeros(4, int)
     for seed in range(8):
         rng = np.random.default_rng(seed)
         kinds = [kind for kind in KINDS if kind != "infinite"]  # it takes such steps
@@ -36,5 +36,6 @@ def test_it_decides_as_the_reference_does(which):
             assert model.weight.item() == run.points[-1], (seed, i)
         assert rewind._trusted["model"]["weight"].item() == run.points[run.rule.trusted]
         kinds = [event.kind for event in rewind.events]
-        events += kinds.count("return"), kinds.count("unanswered"), rewind.skipped
+        told = kinds.count("return"), kinds.count("unanswered")
+        events += *told, rewind.skipped, run.rule.idle
     assert (events > 0).all(), events

@@ -74,15 +74,29 @@ def test_a_scheduler_in_a_hook_goes_on_from_its_own_rates(make, rate):
     assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
 
 
-@pytest.mark.parametrize("as_tensor", [False, True])
-def test_a_rate_that_the_step_itself_changes_goes_on(as_tensor):
-    class Decays(torch.optim.SGD):
-        def step(self, closure=None):
-            super().step(closure)
-            for group in self.param_groups:
-                group["lr"] *= 0.99
+class Decays(torch.optim.Optimizer):
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
 
-    rewind, model, optimizer = watched(Decays, lr=torch.tensor(1.0) if as_tensor else 1.0)
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                param -= group["lr"] * param.grad
+            group["lr"] *= 0.99
+
+
+class DecaysAfterAnother(torch.optim.SGD):
+    def step(self, closure=None):
+        super().step(closure)  # whose hooks run, too
+        for group in self.param_groups:
+            group["lr"] *= 0.99
+
+
+@pytest.mark.parametrize("kind", [Decays, DecaysAfterAnother])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_rate_that_the_step_itself_changes_goes_on(kind, as_tensor):
+    rewind, model, optimizer = watched(kind, lr=torch.tensor(1.0) if as_tensor else 1.0)
     drive(rewind, model, optimizer, FALLS + HIGH[:8] + FALLS[-8:])
     assert rewind.returns == 1 and rewind.scale < 1
     assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.99**144, rel=1e-5)

@@ -63,7 +63,7 @@ def test_all_that_an_optimizer_remembers_goes_back():
 
 def test_a_memory_that_came_after_the_start_goes():
     rewind, model, optimizer = watched(Counting)
-    drive(rewind, model, optimizer, [math.nan] * 8, gradient=math.inf)
+    drive(rewind, model, optimizer, [math.nan] * 8)
     assert rewind.returns == 1 and not optimizer.state
 
 
@@ -187,11 +187,13 @@ def test_inputs_that_are_not_finite_cost_no_more_than_their_steps(caplog):
         rewind.observe(step_by(optimizer, loss_fn(model, (x, t))))
         if call % 4 == 3:
             assert all(torch.isfinite(t).all() for t in model.state_dict().values())
-    told = [RewindEvent("buffers", "model", call, 0, 0, 1.0) for call in (52, 92)]
+    calls = ((52, 2), (92, 3))
+    told = [RewindEvent("buffers", "model", call, 0, 0, 1.0, n) for call, n in calls]
     assert rewind.events == told and rewind.skipped == 3 and rewind.scale == 1
     assert [record.message for record in caplog.records] == [
-        f"Rewind set back the buffers, which were not finite (cause: model, call {call})"
-        for call in (52, 92)
+        "Rewind set back the buffers, which were not finite "
+        f"(cause: model, call {call}, {count} steps not finite so far)"
+        for call, count in calls
     ]
 
 

@@ -71,8 +71,9 @@ def rewind(
     the trusted snapshot. It needs no further gradient, and no forward pass. ``Rules`` says when it
     goes back, where to, and how it goes on: steps thrown away are at most ``rho * T + window``.
 
-    What it returns has to be what is added to the parameters, and only what is inside goes back. So
-    it goes around a chain, or after stages that remember nothing, such as clipping.
+    What it returns has to be what is added to the parameters, unchanged: a stage behind it in a
+    chain, such as clipping or a rate, would cut a return short. And only what is inside goes back.
+    So it goes around a chain, or last after stages that remember nothing, such as clipping.
     ``optax.MultiSteps`` around it tells it the loss of the last minibatch of each step. Schedules
     of the optimizer go on; a return doesn't set them back. A return takes a second call if rounding
     has missed the snapshot in the first. Updates are in float32 at least, which
@@ -126,6 +127,7 @@ class Rules:
       ten windows after another one multiplies both by ``factor``, for good, five times at most.
     - **Budget.** Steps thrown away are at most ``rho * T + window`` in every run. An alarm beyond
       that, or after three returns in a row, lowers the scale and begins another reference.
+    - An alarm where no step was taken since the snapshot does nothing: minibatches are to blame.
     """
 
     optimizer: optax.GradientTransformationExtraArgs
@@ -217,11 +219,12 @@ class Rules:
         """
         block, hears = state.alarm.block, ~state.landing
         alarm = select(hears, alarms.hear(state.alarm, loss, sound, self.rise), state.alarm)
-        rings = alarm.rings & hears
+        rang = alarm.rings & hears
+        rings = rang & (state.age > 0)  # else there is nothing to throw away
         affordable = state.age <= allowance(state.calls, self.rho, self.window) - state.thrown
         returns = rings & affordable & (state.in_a_row < IN_A_ROW)
         takes = sound & ~returns & hears
-        alarm = select(rings, alarms.quiet(alarm, forget=~returns), alarm)
+        alarm = select(rang, alarms.quiet(alarm, forget=rings & ~returns), alarm)
         alarm = select(takes, alarms.keep(alarm, loss), alarm)
         ends = alarm.filled == block
         promotes = ends & alarm.is_calm & state.snapshots.pending

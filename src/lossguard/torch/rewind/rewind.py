@@ -43,6 +43,7 @@ class RewindEvent(NamedTuple):
         thrown: steps that the return threw away.
         in_a_row: returns to this snapshot, this one included.
         scale: what the rates are multiplied by in the next step.
+        skipped: steps so far whose gradients weren't finite, or that were taken back by themselves.
     """
 
     kind: Literal["return", "unanswered", "buffers"]
@@ -51,6 +52,7 @@ class RewindEvent(NamedTuple):
     thrown: int
     in_a_row: int
     scale: float
+    skipped: int = 0
 
     def __str__(self) -> str:
         """One line, for a log."""
@@ -59,7 +61,8 @@ class RewindEvent(NamedTuple):
             "unanswered": "goes on: its budget is spent, or three returns were no help",
             "buffers": "set back the buffers, which were not finite",
         }[self.kind]
-        return f"Rewind {did} (cause: {self.cause}, call {self.call})"
+        skipped = f", {self.skipped} steps not finite so far" if self.skipped else ""
+        return f"Rewind {did} (cause: {self.cause}, call {self.call}{skipped})"
 
 
 def _of_rule(name: str, doc: str) -> Any:
@@ -245,7 +248,8 @@ class Rewind(Uncopied):
 
     def _tell(self, kind: Any, cause: Cause, thrown: int) -> None:
         rule = self._rule
-        self.events.append(RewindEvent(kind, cause, rule.calls, thrown, rule.in_a_row, self.scale))
+        numbers = rule.calls, thrown, rule.in_a_row, self.scale, rule.skipped
+        self.events.append(RewindEvent(kind, cause, *numbers))
 
     def _new_candidate(self) -> None:
         """Copy the model as it is now, unless its audit says that it is worse."""

@@ -123,10 +123,13 @@ class Rule:
             self.alarm.hear(loss if sound else math.nan)
             if self.alarm.rings:
                 late = skipped[i:].count(False)
-                if self.may_return(late):
+                if self.age + late == 0:
+                    self.alarm.score = 0  # nothing to throw away: minibatches are to blame
+                elif self.may_return(late):
                     return promotes, False, unanswered, late
-                self.forget()
-                unanswered = True
+                else:
+                    self.forget()
+                    unanswered = True
             self.skipped += skips
             if not skips:
                 self.age, self.candidate_age = self.age + 1, self.candidate_age + 1

@@ -158,6 +158,12 @@ def test_errors_of_arguments():
         (BestOf, (None,), {}, "optimizers must be a list of at least one, got None"),
         (BestOf, ([one],), {"rates": (0.1,)}, "rates must go with a function of a ra"),
         (BestOf, (lambda rate: one,), {}, "rates must be given with a function of a ra"),
+        (
+            BestOf,
+            (lambda rate: SGD(one.param_groups, lr=0.1),),
+            {"rates": (0.1, 0.2)},
+            "a function of a rate must use it, got 0.1 for 0.2 too",
+        ),
         (BestOf, ([one],), {"nc": 3}, "nc must go with check=, whose minibatches it "),
         (BestOf, ([one],), {"check": 3}, "check must be None or a function, got 3"),
         (BestOf, ([one],), {"decay": 1.0}, "decay must be above 0 and below 1, got"),

@@ -102,6 +102,14 @@ def around_a_guard():
     Rewind(model, Recommended(other, optimizer, model=model))
 
 
+@told("optimizer must be no guard's, got one of a Recommended")
+def around_one_of_a_guard():
+    model, optimizer = model_and_sgd()
+    guard = Recommended(torch.optim.Adam(model.parameters()), optimizer, model=model)
+    Rewind(model, optimizer)
+    assert guard
+
+
 @told("schedulers must each have a state_dict, and be of this optimizer if of any, got a StepLR")
 def of_another():
     model, optimizer = model_and_sgd()

@@ -73,6 +73,14 @@ def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
     return first
 
 
+def check_rates(rates: Sequence[Any], made: Sequence[Any]) -> None:
+    """Refuse optimizers of different rates that a function has made with the same ones."""
+    found = [[group.get("lr") for group in getattr(one, "param_groups", ())] for one in made]
+    for k, (rate, theirs) in enumerate(zip(rates, found, strict=True)):
+        if rate not in rates[:k] and theirs in found[:k] and any(theirs):
+            raise ValueError(f"a function of a rate must use it, got {theirs[0]} for {rate} too")
+
+
 def check_made(params: Iterable[Tensor]) -> None:
     """Refuse parameters that hold no numbers yet, or whose numbers are held elsewhere."""
     params = list(params)
@@ -146,6 +154,9 @@ def all_innermost(optimizers: Any) -> list[Optimizer]:
     found = [innermost(one) for one in (optimizers if several else [optimizers])]
     if len({*map(id, found)}) < len(found):
         raise ValueError("optimizers must each be given once, got one twice")
+    for hook in [h for one in found for h in one._optimizer_step_pre_hooks.values()]:
+        if (guard := getattr(hook, "guard", lambda: None)()) is not None:
+            raise ValueError(f"optimizer must be no guard's, got one of a {type(guard).__name__}")
     return found
 
 
@@ -161,6 +172,7 @@ def refuse_steps_beside(guard: Any) -> None:
                 f"{type(optimizer).__name__}.step() in the body or closure (take it out)"
             )
 
+    refuse.guard = itself  # pyright: ignore[reportFunctionMemberAccess]
     for inner in guard._inners.values():
         hook = innermost(inner.optimizer).register_step_pre_hook(refuse)
         weakref.finalize(guard, hook.remove)

@@ -10,7 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from lossguard.rules import HEAD_START
-from lossguard.torch.arguments import check_functions, scalar
+from lossguard.torch.arguments import check_functions, check_rates, scalar
 from lossguard.torch.guards.decision import NEITHER, Decision, Seen, mean, passed_over
 from lossguard.torch.guards.guard import Guard
 from lossguard.torch.guards.lane import Lane
@@ -114,6 +114,7 @@ class BestOf(Guard):
                 raise ValueError("rates must be given with a function of a rate, got none")
             plain = (float(rate) if isinstance(rate, Real) else rate for rate in rates)
             optimizers = list(map(optimizers, plain))
+            check_rates(rates, optimizers)
         elif rates:
             raise ValueError(f"rates must go with a function of a rate, got {told(optimizers)}")
         several = isinstance(optimizers, Iterable) and not isinstance(optimizers, Optimizer)

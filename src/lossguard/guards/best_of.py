@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -312,24 +312,4 @@ def head_start(
 
 def renew_if(again: Bool[Array, ""], guard: Guard, was: GuardState, x: Params) -> GuardState:
     """A guard's first state, at x, with the counts and schedules that it had; or what it was."""
-
-    def renewed() -> GuardState:
-        return keep_schedules(keep_counts(guard.init(x), was), was)
-
-    return jax.lax.cond(again, renewed, lambda: was)
-
-
-def keep_counts(fresh: Any, was: Any) -> Any:
-    """A first state, with what its guards have counted and spent: each names it in ``GOES_ON``."""
-
-    def keep(new: Any, old: Any) -> Any:
-        if not _counts(new):
-            return new
-        pairs = zip(new._fields, new, old, strict=True)
-        return new._make(b if n in new.GOES_ON else keep_counts(a, b) for n, a, b in pairs)
-
-    return jax.tree.map(keep, fresh, was, is_leaf=_counts)
-
-
-def _counts(part: Any) -> bool:
-    return hasattr(part, "GOES_ON")
+    return jax.lax.cond(again, lambda: keep_schedules(guard.init(x), was), lambda: was)

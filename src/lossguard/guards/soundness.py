@@ -118,14 +118,21 @@ def keep_schedules(state: PyTree, advanced: PyTree) -> PyTree:
 
     In Algorithm 2 the fallback's rate lambda depends on k alone, whoever won the cycles before. In
     optax a schedule, of the rate or of weight decay, has a state that is nothing but a ``count``.
+    Parts of a guard's state name in ``GOES_ON`` what else is taken from there.
     """
 
     def keep(old: PyTree, new: PyTree) -> PyTree:
         if isinstance(old, Injected):
             return new._replace(inner_state=keep_schedules(old.inner_state, new.inner_state))
+        if hasattr(old, "GOES_ON"):
+            fields = zip(old._fields, old, new, strict=True)
+            return old._make(b if n in old.GOES_ON else keep_schedules(a, b) for n, a, b in fields)
         return new if _is_count(old) else old
 
-    return jax.tree.map(keep, state, advanced, is_leaf=_is_schedule)
+    def is_leaf(part: PyTree) -> bool:
+        return _is_schedule(part) or hasattr(part, "GOES_ON")
+
+    return jax.tree.map(keep, state, advanced, is_leaf=is_leaf)
 
 
 def advance_schedules(state: PyTree, steps: int) -> PyTree:

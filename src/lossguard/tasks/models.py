@@ -9,7 +9,7 @@ does: uniform within 1 / sqrt(fan-in).
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import equinox as eqx
 import jax
@@ -33,12 +33,35 @@ class Model(Protocol):
     ) -> Float[Array, "batch classes"]: ...
 
 
+class FullyConnected:
+    """What both kinds of fully connected layers do with their parameters."""
+
+    activation: ClassVar[Callable[[Array], Array]]
+    """Between two layers."""
+
+    def apply(
+        self, params: tuple[eqx.nn.Linear, ...], inputs: Float[Array, "batch ..."]
+    ) -> Float[Array, "batch classes"]:
+        """The outputs of a batch.
+
+        >>> model = MLP(hidden=(20,))
+        >>> params = model.init((28, 28, 1), 10, jax.random.key(0))
+        >>> model.apply(params, jnp.zeros((128, 28, 28, 1))).shape
+        (128, 10)
+        """
+        x = inputs.reshape(inputs.shape[0], -1)
+        for layer in params[:-1]:
+            x = type(self).activation(jax.vmap(layer)(x))
+        return jax.vmap(params[-1])(x)
+
+
 @dataclass(frozen=True)
-class MLP:
+class MLP(FullyConnected):
     """Fully connected layers with sigmoids between them (paper, section 4)."""
 
     hidden: tuple[int, ...] = (20,)
     """Units of each hidden layer."""
+    activation = staticmethod(jax.nn.sigmoid)
 
     __post_init__ = freeze_lists
 
@@ -52,21 +75,9 @@ class MLP:
             eqx.nn.Linear(m, n, key=k) for (m, n), k in zip(pairwise(sizes), keys, strict=True)
         )
 
-    def apply(
-        self, params: tuple[eqx.nn.Linear, ...], inputs: Float[Array, "batch ..."]
-    ) -> Float[Array, "batch classes"]:
-        """The logits of a batch.
-
-        >>> model = MLP(hidden=(20,))
-        >>> params = model.init((28, 28, 1), 10, jax.random.key(0))
-        >>> model.apply(params, jnp.zeros((128, 28, 28, 1))).shape
-        (128, 10)
-        """
-        return _fully_connected(params, inputs, jax.nn.sigmoid)
-
 
 @dataclass(frozen=True)
-class ReluMLP:
+class ReluMLP(FullyConnected):
     """Fully connected layers with ReLUs between them, which begin as Haiku's do.
 
     Weights are normal of deviation 1 / sqrt(fan-in), drawn again beyond two deviations; biases are
@@ -75,6 +86,7 @@ class ReluMLP:
 
     hidden: tuple[int, ...] = (128, 128)
     """Units of each hidden layer."""
+    activation = staticmethod(jax.nn.relu)
 
     __post_init__ = freeze_lists
 
@@ -85,18 +97,6 @@ class ReluMLP:
         keys = jax.random.split(key, len(params))
         return tuple(_as_haiku(layer, k) for layer, k in zip(params, keys, strict=True))
 
-    def apply(
-        self, params: tuple[eqx.nn.Linear, ...], inputs: Float[Array, "batch ..."]
-    ) -> Float[Array, "batch classes"]:
-        """The outputs of a batch.
-
-        >>> model = ReluMLP(hidden=(128, 128))
-        >>> params = model.init((28, 28, 1), 10, jax.random.key(0))
-        >>> model.apply(params, jnp.zeros((128, 28, 28, 1))).shape
-        (128, 10)
-        """
-        return _fully_connected(params, inputs, jax.nn.relu)
-
 
 def _as_haiku(layer: eqx.nn.Linear, key: PRNGKeyArray) -> eqx.nn.Linear:
     """A layer of the same sizes, drawn as Haiku draws it."""
@@ -104,17 +104,6 @@ def _as_haiku(layer: eqx.nn.Linear, key: PRNGKeyArray) -> eqx.nn.Linear:
     normal = jax.random.truncated_normal(key, -2, 2, layer.weight.shape)
     drawn = normal / layer.weight.shape[1] ** 0.5, jnp.zeros_like(layer.bias)
     return eqx.tree_at(lambda it: (it.weight, it.bias), layer, drawn)
-
-
-def _fully_connected(
-    params: tuple[eqx.nn.Linear, ...],
-    inputs: Float[Array, "batch ..."],
-    activation: Callable[[Array], Array],
-) -> Float[Array, "batch classes"]:
-    x = inputs.reshape(inputs.shape[0], -1)
-    for layer in params[:-1]:
-        x = activation(jax.vmap(layer)(x))
-    return jax.vmap(params[-1])(x)
 
 
 @dataclass(frozen=True)

@@ -40,21 +40,20 @@ def test_the_training_split_does_not_depend_on_the_size_of_the_other(load) -> No
     np.testing.assert_array_equal(small.train.inputs, large.train.inputs)
 
 
-@pytest.mark.parametrize("turns", [0.5, 1.5, 3.0])
-def test_spirals_lie_on_arms_whose_radius_is_proportional_to_the_angle(turns: float) -> None:
-    points, labels = arrays(spirals(turns=turns, noise=0.0).train)
+def test_spirals_lie_on_arms_whose_radius_is_proportional_to_the_angle() -> None:
+    points, labels = arrays(spirals(noise=0.0).train)
     radius = np.hypot(*points.T)
     angle = np.arctan2(points[:, 1], points[:, 0])
-    difference = angle - (2 * np.pi * turns * radius + np.pi * labels)
+    difference = angle - (3 * np.pi * radius + np.pi * labels)
     np.testing.assert_allclose(np.exp(1j * difference), 1, atol=1e-3)
     assert radius.max() <= 1 + 1e-6
     assert np.mean(radius < 0.5) == pytest.approx(0.25, abs=0.02)  # r = sqrt(u)
 
 
-def test_circles_have_the_radii_1_and_factor() -> None:
-    data = circles(noise=0.0, factor=0.25)
+def test_circles_have_the_radii_1_and_a_half() -> None:
+    data = circles(noise=0.0)
     for points, labels in map(arrays, (data.train, data.test)):
-        np.testing.assert_allclose(np.hypot(*points.T), np.where(labels == 0, 1, 0.25), atol=1e-6)
+        np.testing.assert_allclose(np.hypot(*points.T), np.where(labels == 0, 1, 0.5), atol=1e-6)
 
 
 def test_moons_are_half_circles() -> None:
@@ -97,11 +96,3 @@ def test_bad_arguments_are_named(load, options: dict[str, Any], message: str) ->
     with pytest.raises(ValueError) as caught:
         load(**options)
     assert str(caught.value) == message
-
-
-def test_bad_arguments_of_one_loader_are_named() -> None:
-    for turns in (0.0, float("inf")):
-        with pytest.raises(ValueError, match=rf"^turns must be positive and finite, got {turns}$"):
-            spirals(turns=turns)
-    with pytest.raises(ValueError, match=r"^factor must be at least 0 and below 1, got 1\.0$"):
-        circles(factor=1.0)

@@ -5,38 +5,30 @@ from typing import Any
 import numpy as np
 
 from ..extras import needed
-from ..validation import check_choice, check_count
+from ..validation import check_choice
 from .dataset import PIXEL_SCALINGS, Dataset, make_dataset
-from .sources import (
-    CIFAR10,
-    FASHION_MNIST,
-    MNIST,
-    TINY_IMAGENET,
-    TINY_IMAGENET50_32PX,
-    ImageSource,
-)
+from .sources import CIFAR10, FASHION_MNIST, MNIST, TINY_IMAGENET, TINY_IMAGENET50_32PX, ImageSource
+
+DIGITS_TEST = 360
+"""Images of its test split."""
 
 
-def digits(*, test_samples: int = 360, seed: int = 0, scaling: str = "unit") -> Dataset:
+def digits(*, scaling: str = "unit") -> Dataset:
     """Scikit-learn's ``load_digits``: 1,797 grey images of 8 x 8 pixels with the values 0 to 16.
 
-    It has no test split of its own: ``seed`` draws ``test_samples`` of its images.
+    It has no test split of its own: ``DIGITS_TEST`` of its images are drawn, always the same.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if there is no such scaling.
     """
     with needed("the data set digits"):  # takes a second to import
         from sklearn.datasets import load_digits
 
     check_choice("scaling", scaling, PIXEL_SCALINGS)
     bunch: Any = load_digits()
-    count = len(bunch.target)
-    if check_count("test_samples", test_samples) >= count:
-        raise ValueError(f"test_samples must be in 1 .. {count - 1}, got {test_samples}")
-    check_count("seed", seed, least=0)
     inputs, labels = bunch.images[..., None].astype(np.uint8), bunch.target
-    order = np.random.default_rng(seed).permutation(count)
-    test, train = order[:test_samples], order[test_samples:]
+    order = np.random.default_rng(0).permutation(len(labels))
+    test, train = order[:DIGITS_TEST], order[DIGITS_TEST:]
     return make_dataset(
         (inputs[train], labels[train]),
         (inputs[test], labels[test]),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..extras import needed
-from ..validation import check_choice, check_count, check_part, check_positive, check_real
+from ..validation import check_choice, check_count, check_real
 from .dataset import POINT_SCALINGS, Dataset, make_dataset
 
 
@@ -15,7 +15,6 @@ def spirals(
     *,
     samples: int = 10_000,
     test_samples: int = 2_000,
-    turns: float = 1.5,
     noise: float = 0.02,
     seed: int = 0,
     scaling: str = "none",
@@ -24,16 +23,15 @@ def spirals(
 
     With u uniform on [0, 1], e standard normal in two dimensions and c the class, 0 or 1::
 
-        r = sqrt(u),  a = 2 pi turns r + pi c,  x = r (cos a, sin a) + noise e
+        r = sqrt(u),  a = 3 pi r + pi c,  x = r (cos a, sin a) + noise e
 
     so that the radius is proportional to the angle, and the root spreads the points evenly along
-    the arms, but for the innermost turn. The arms are 1 / (2 turns) apart. The classes are
-    balanced. The paper doesn't define its Spirals, and scikit-learn has none.
+    the arms, but for the innermost turn. Each arm turns one and a half times; the arms are 1/3
+    apart. Classes are balanced. The paper doesn't define its Spirals, and scikit-learn has none.
 
     Args:
         samples: points of the training split.
         test_samples: points of the test split.
-        turns: of each arm around the origin.
         noise: deviation of each coordinate.
         seed: of all draws.
         scaling: "none" or "standardized".
@@ -46,13 +44,12 @@ def spirals(
     (True, 500)
     """
     _check_points(samples, test_samples, noise, seed, scaling)
-    check_positive(turns=turns)
     rng = np.random.default_rng(seed)
 
     def arms(count: int) -> tuple[np.ndarray, np.ndarray]:
         label = np.arange(count) % 2
         radius = np.sqrt(rng.uniform(size=count))
-        angle = 2 * np.pi * turns * radius + np.pi * label
+        angle = 3 * np.pi * radius + np.pi * label
         arm = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
         return arm + noise * rng.standard_normal((count, 2)), label
 
@@ -64,17 +61,14 @@ def circles(
     samples: int = 10_000,
     test_samples: int = 2_000,
     noise: float = 0.05,
-    factor: float = 0.5,
     seed: int = 0,
     scaling: str = "none",
 ) -> Dataset:
-    """Scikit-learn's ``make_circles``: a circle of radius 1 and one of radius ``factor`` inside it.
+    """Scikit-learn's ``make_circles``: a circle of radius 1 and one of radius 1/2 inside it.
 
-    ``factor`` is in [0, 1). The other arguments and errors are those of ``spirals``.
+    Arguments and errors are those of ``spirals``.
     """
-    check_part("factor", factor)
-    sizes = samples, test_samples
-    return _of_sklearn("circles", sizes, noise, seed, scaling, factor=factor)
+    return _of_sklearn("circles", (samples, test_samples), noise, seed, scaling, factor=0.5)
 
 
 def moons(
@@ -108,15 +102,8 @@ def _of_sklearn(
 
 # scikit-learn's annotations are wider than what it returns.
 def _points(name: str, train: tuple[Any, Any], test: tuple[Any, Any], scaling: str) -> Dataset:
-    (train_points, train_labels), (test_points, test_labels) = train, test
-    return make_dataset(
-        (train_points.astype(np.float32), train_labels),
-        (test_points.astype(np.float32), test_labels),
-        scaling=scaling,
-        largest=1,
-        name=name,
-        classes=2,
-    )
+    train, test = ((points.astype(np.float32), labels) for points, labels in (train, test))
+    return make_dataset(train, test, scaling=scaling, largest=1, name=name, classes=2)
 
 
 def _check_points(samples: int, test_samples: int, noise: float, seed: int, scaling: str) -> None:

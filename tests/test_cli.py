@@ -256,7 +256,7 @@ def test_damaged_weights(refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     shipped.parent.mkdir()
     shutil.copy(weights_file.pretrained_path("lstm-mnist-mlp"), shipped)
     shipped.write_bytes(shipped.read_bytes()[:-100])
-    monkeypatch.setattr(weights_file, "_folder", lambda: shipped.parent)
+    monkeypatch.setattr(weights_file, "SHIPPED", shipped.parent)
     refused(("run", "fig05"), "weights must be a complete .safetensors file")
     assert not (tmp_path / "runs").exists()
 

@@ -108,7 +108,7 @@ def test_everything_shipped_loads_and_says_how_it_was_made() -> None:
 
 
 def test_wrong_name_lists_the_right_ones(monkeypatch: pytest.MonkeyPatch, saved: Path) -> None:
-    monkeypatch.setattr("lossguard.learned.weights_file._folder", lambda: saved.parent)
+    monkeypatch.setattr("lossguard.learned.weights_file.SHIPPED", saved.parent)
     assert pretrained_names() == ["mine"]
     reason = r"^learned optimizer must be one of mine, .*, got 'mime' \(did you mean"
     with pytest.raises(ValueError, match=reason):

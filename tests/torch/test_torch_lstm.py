@@ -62,7 +62,7 @@ def test_pretrained_reads_what_is_shipped_and_files_of_ones_own(tmp_path, monkey
     weights = {name: tensor.contiguous() for name, tensor in Reference().state_dict().items()}
     path = tmp_path / "mine.safetensors"
     save_file(weights, path, ABOUT)
-    monkeypatch.setattr("lossguard.learned.weights_file._folder", lambda: tmp_path)
+    monkeypatch.setattr("lossguard.learned.weights_file.SHIPPED", tmp_path)
     given = {"mine": "mine", "path": path, "string": str(path)}[name]
     optimizer = LSTMOptimizer.pretrained([nn.Parameter(torch.ones(2))], given)
     assert optimizer.param_groups[0]["lr"] == 0.05 and optimizer.param_groups[0]["p"] == 9.0

@@ -15,7 +15,7 @@ from .. import curves, records, run_folder
 from ..checkpoints import Checkpoints
 from ..config import as_config
 from ..guards.protocol import Decision, Guard, GuardState
-from ..learned.weights_file import as_inputs, noting_weights
+from ..learned.weights_file import noting_weights
 from ..progress import Progress, stopping_at_interrupt
 from ..rollout import rollout
 from ..tasks.task import Task
@@ -63,7 +63,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
             raise KeyboardInterrupt
         with run_folder.hold_folder(folder, as_config(experiment), resume=resume) as finished:
             if not finished:
-                inputs = {"the data": task.dataset.checksum()} | as_inputs(noted)
+                inputs = {"the data": task.dataset.checksum()} | noted
                 _run_all(experiment, guards, task, folder, inputs, stopped)
     return folder
 

@@ -20,10 +20,9 @@ imports JAX or PyTorch.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +44,7 @@ from .mlp_features import (
 )
 
 SUFFIX = ".safetensors"
+SHIPPED = Path(__file__).parent / "weights"
 NEEDED = ("architecture", "hidden", "layers")
 
 
@@ -76,7 +76,7 @@ def pretrained_names() -> list[str]:
     >>> pretrained_names()
     ['lstm-cifar10-conv', 'lstm-mnist-mlp', 'lstm-mnist-mlp-paper', 'mlp-small']
     """
-    return sorted(path.stem for path in _folder().glob(f"*{SUFFIX}"))
+    return sorted(path.stem for path in SHIPPED.glob(f"*{SUFFIX}"))
 
 
 def pretrained_path(name: str) -> Path:
@@ -86,7 +86,7 @@ def pretrained_path(name: str) -> Path:
         ValueError: if there is none of that name.
     """
     check_choice("learned optimizer", name, (*pretrained_names(), f"a path that ends in {SUFFIX}"))
-    return _folder() / (name + SUFFIX)
+    return SHIPPED / (name + SUFFIX)
 
 
 def path_of(name: str | os.PathLike[str]) -> Path:
@@ -96,29 +96,26 @@ def path_of(name: str | os.PathLike[str]) -> Path:
     return Path(name) if name.endswith(SUFFIX) else pretrained_path(name)
 
 
-_NOTED: ContextVar[dict[str, set[str]] | None] = ContextVar("noted", default=None)
+_NOTED: ContextVar[dict[str, str] | None] = ContextVar("noted", default=None)
 
 
 @contextmanager
-def noting_weights() -> Iterator[dict[str, set[str]]]:
+def noting_weights() -> Iterator[dict[str, str]]:
     """Inside, checksums of all weights and numbers that are read are noted, by their files' names.
+
+    As manifests have checksums: by what they are of, several of one name in a row.
 
     >>> with noting_weights() as noted:
     ...     _ = read_weights(pretrained_path("mlp-small"))
     >>> {name: len(sums) for name, sums in noted.items()}
-    {'mlp-small.safetensors': 1}
+    {'the file mlp-small.safetensors': 64}
     """
-    noted: dict[str, set[str]] = {}
+    noted: dict[str, str] = {}
     token = _NOTED.set(noted)
     try:
         yield noted
     finally:
         _NOTED.reset(token)
-
-
-def as_inputs(noted: Mapping[str, set[str]]) -> dict[str, str]:
-    """What was noted, as manifests have checksums: by what it is of."""
-    return {f"the file {name}": " ".join(sorted(sums)) for name, sums in noted.items()}
 
 
 def read_weights(path: str | os.PathLike[str]) -> WeightsFile:
@@ -153,7 +150,9 @@ def read_weights(path: str | os.PathLike[str]) -> WeightsFile:
         ) from error
     if (noted := _NOTED.get()) is not None:
         used = {key: repr(number) for key, number in numbers.items()}
-        noted.setdefault(path.name, set()).add(checksums.of_arrays(tensors, used))
+        what = f"the file {path.name}"
+        sums = {*noted.get(what, "").split(), checksums.of_arrays(tensors, used)}
+        noted[what] = " ".join(sorted(sums))
     made = {key: value for key, value in about.items() if key not in (*NEEDED, *numbers)}
     return WeightsFile(name, hidden, layers, numbers, tensors, made)
 
@@ -167,13 +166,6 @@ def lstm_names(layer: int) -> list[str]:
 def mlp_names(layer: int) -> list[str]:
     """The tensors of one layer of an MLP."""
     return [f"mlp.{layer}.weight", f"mlp.{layer}.bias"]
-
-
-def _folder() -> Path:
-    """Where the package keeps the files it ships."""
-    folder = resources.files("lossguard") / "learned" / "weights"
-    assert isinstance(folder, Path)  # the package is never imported from an archive
-    return folder
 
 
 def _read_metadata(about: dict[str, str]) -> tuple[str, int, int, dict[str, float]]:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from .. import records, run_folder
 from ..checkpoints import Checkpoints
 from ..config import as_config
-from ..learned.weights_file import as_inputs, noting_weights
+from ..learned.weights_file import noting_weights
 from ..progress import Progress, stopping_at_interrupt
 from ..tasks.task import Task
 from ..terminal import shown
@@ -181,7 +181,7 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
             raise KeyboardInterrupt
         with run_folder.hold_folder(folder, as_config(config), resume=resume) as finished:
             if not finished:
-                _metatrain(config, method, folder, as_inputs(noted), stopped)
+                _metatrain(config, method, folder, noted, stopped)
         if not (folder / WEIGHTS).exists():
             raise ValueError(f"folder {folder} has lost its {WEIGHTS}: choose another --out")
     return folder / WEIGHTS

@@ -34,10 +34,8 @@ WITH_RECIPES: Mapping[str, Callable[[Sequence[str]], None]] = {
     one.__name__: one for one in (demo, run, sweep, metatrain)
 }
 """Their options are those of a recipe."""
-OTHERS: Mapping[str, Callable[..., None]] = {
-    one.__name__: one for one in (benchmark, plot, claims, readings, report)
-}
-COMMANDS = {**WITH_RECIPES, **OTHERS, "list": list_all}
+OTHERS = {one.__name__: one for one in (benchmark, plot, claims, readings, report)}
+COMMANDS: Mapping[str, Callable[..., None]] = {**WITH_RECIPES, **OTHERS, "list": list_all}
 
 
 def main() -> None:

@@ -26,16 +26,7 @@ import jax
 from . import checksums
 from .files import is_part
 from .locks import LOCK, locked
-from .records import (
-    CONFIG,
-    CURVES,
-    FAILED,
-    INPUTS,
-    MANIFEST,
-    TABLES,
-    read_json,
-    write_json,
-)
+from .records import CONFIG, CURVES, FAILED, INPUTS, MANIFEST, TABLES, read_json, write_json
 
 STARTED = "started.json"
 PASSING = (STARTED, FAILED)

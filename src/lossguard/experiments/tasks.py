@@ -34,15 +34,7 @@ from ..rewinding.rewind import rewind
 from ..tasks.published import PUBLISHED, published_task
 from ..tasks.task import Task
 from ..validation import check_choice
-from .experiment import (
-    Experiment,
-    Methods,
-    alone,
-    best_of_both,
-    learned_alone,
-    ours,
-    with_methods,
-)
+from .experiment import Experiment, Methods, alone, best_of_both, learned_alone, ours, with_methods
 
 FILE = "LOSSGUARD_BASELINES"
 """The environment variable that names the published file."""

@@ -14,7 +14,6 @@ from .protocol import Objective, Params, advance
 from .stacked import stacked
 
 Injected = optax.schedules.InjectStatefulHyperparamsState
-SymbolicZero = jax.custom_derivatives.SymbolicZero
 
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
@@ -72,28 +71,29 @@ def with_sound_gradients(objective: Objective, params: Params, i: Any) -> Object
     # What it closes over is handed in: a rule for derivatives in a branch must not close over it.
     types = list(map(jnp.result_type, jax.tree.leaves(params)))
     first = jax.tree.map(jnp.asarray, i)
-    convert = eqx.filter_closure_convert(objective, params, first)
-    closed, rest = eqx.partition(convert, eqx.is_array)
+    closed = eqx.filter_closure_convert(objective, params, first)
 
-    def converted(params: Params, i: Any, closed: PyTree) -> Array:
-        return jnp.asarray(eqx.combine(closed, rest)(params, i))  # some return Python's numbers
+    def value(params: Params, i: Any, closed: Any) -> Array:
+        return jnp.asarray(closed(params, i))  # some return Python's numbers
 
-    @jax.custom_jvp
+    @eqx.filter_custom_jvp
     def sound(params: Params, others: tuple) -> Array:
-        return converted(params, *others)
+        return value(params, *others)
 
-    def derivative(at: tuple, direction: tuple) -> tuple[Array, Array]:
-        params, others = at
-        loss, gradient = jax.value_and_grad(converted)(params, *others)
+    @sound.def_jvp
+    def _(at: tuple, direction: tuple) -> tuple[Array, Array]:
+        (params, others), (by_params, by_others) = at, direction  # None where it is 0
+        loss, gradient = jax.value_and_grad(value)(params, *others)
         gradient = select(all_finite(gradient), gradient, jax.tree.map(jnp.zeros_like, gradient))
-        by_params, by_others = jax.tree.map(_instantiated, direction, is_leaf=_is_zero)
-        slopes = jax.tree.map(lambda g, d: (g * d).sum(), gradient, by_params)
-        along = jax.tree.reduce(jnp.add, slopes).astype(loss.dtype)
-        if not all(map(_is_zero, jax.tree.leaves(direction[1], is_leaf=_is_zero))):
-            along += jax.jvp(lambda others: converted(params, *others), (others,), (by_others,))[1]
+        slopes = jax.tree.map(lambda g, d: 0 if d is None else (g * d).sum(), gradient, by_params)
+        along = jnp.asarray(jax.tree.reduce(jnp.add, slopes), loss.dtype)
+        if jax.tree.leaves(by_others):
+            moves = jax.tree.map(lambda _, d: d is not None, others, by_others)
+            moving, rest = eqx.partition(others, moves)
+            along += jax.jvp(
+                lambda moving: value(params, *eqx.combine(moving, rest)), (moving,), (by_others,)
+            )[1]
         return loss, along
-
-    sound.defjvp(derivative, symbolic_zeros=True)
 
     def sound_objective(params: Params, i: Any) -> Array:
         # Converted for these types: an optimizer may evaluate in wider ones, by itself.
@@ -103,14 +103,6 @@ def with_sound_gradients(objective: Objective, params: Params, i: Any) -> Object
         return sound(params, (typed, closed))
 
     return sound_objective
-
-
-def _is_zero(direction: Any) -> bool:
-    return isinstance(direction, SymbolicZero)
-
-
-def _instantiated(direction: Any) -> Any:
-    return jnp.zeros(direction.shape, direction.dtype) if _is_zero(direction) else direction
 
 
 def keep_schedules(state: PyTree, advanced: PyTree) -> PyTree:

@@ -81,11 +81,7 @@ def load_weights(path: str | os.PathLike[str]) -> LearnedOptimizer:
 
 
 def save_weights(
-    path: str | os.PathLike[str],
-    weights: LearnedWeights,
-    *,
-    made: dict[str, str],
-    **numbers: float,
+    path: str | os.PathLike[str], weights: LearnedWeights, *, made: dict[str, str], **numbers: float
 ) -> None:
     """Write weights with everything that makes them usable; a file of that name is replaced.
 
@@ -122,11 +118,9 @@ def save_weights(
     if any(map(np.iscomplexobj, jax.tree.leaves(weights))):
         raise ValueError("weights must be real, got complex ones")
     shapes = architecture.shapes(hidden, layers)
-    tensors = {
-        tensor_name: np.ascontiguousarray(leaf, np.float32)
-        for tensor_name, leaf in zip(shapes, jax.tree.leaves(weights), strict=True)
-    }
-    for tensor_name, tensor in tensors.items():
+    tensors: dict[str, np.ndarray] = {}
+    for tensor_name, leaf in zip(shapes, jax.tree.leaves(weights), strict=True):
+        tensors[tensor_name] = tensor = np.ascontiguousarray(leaf, np.float32)
         if list(tensor.shape) != (right := list(shapes[tensor_name])):
             raise ValueError(
                 f"weights must have {tensor_name} of shape {right}, as its first layer has "

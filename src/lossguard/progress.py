@@ -103,8 +103,7 @@ def stopping_at_interrupt() -> Iterator[Callable[[], bool]]:
         for one, handler in before.items():
             signal.signal(one, handler)
 
-    handlers = {one: signal.getsignal(one) for one in STOPS}
-    before = {one: handler for one, handler in handlers.items() if handler != signal.SIG_IGN}
+    before = {one: now for one in STOPS if (now := signal.getsignal(one)) != signal.SIG_IGN}
     try:
         for one in before:
             signal.signal(one, stop)

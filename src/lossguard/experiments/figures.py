@@ -226,15 +226,12 @@ def summary(record: Record) -> pl.DataFrame:
     rows = []
     for method in sorted(used, key=[*config["methods"], *used].index):
         seconds = made["seconds"][method]
-        reached = {k: losses[k].get(method) for k in marks}
+        told = {k: f"{of[method]:.4g}" if method in of else "" for k, of in losses.items()}
         counts = {name.replace("_", " "): f"{spent[name][method]:,.0f}" for name in COUNTERS}
         rows.append(
             {
                 "method": method,
-                **{
-                    f"loss at {k:,}": "" if loss is None else f"{loss:.4g}"
-                    for k, loss in reached.items()
-                },
+                **{f"loss at {k:,}": loss for k, loss in told.items()},
                 "learned": f"{used[method]:.0%}",
                 "seconds": f"{seconds:.3g}" if seconds < 10 else f"{seconds:,.0f}",
                 "us a step": f"{1e6 * seconds / steps[method]:.0f}",

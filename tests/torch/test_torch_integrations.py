@@ -93,11 +93,7 @@ def test_lightning_without_a_loss():
         quick(lightning, 15, callback).fit(model, loader())
 
 
-def named(loss, logits):
-    return {"loss": loss, "logits": logits}
-
-
-def trainer_of(out, steps, callback, accumulate=1, returned=named):
+def trainer_of(out, steps, accumulate=1):
     transformers = pytest.importorskip("transformers")
 
     class Model(nn.Module):
@@ -111,7 +107,7 @@ def trainer_of(out, steps, callback, accumulate=1, returned=named):
             loss = nn.functional.cross_entropy(logits, labels)
             step = self.seen // accumulate
             self.seen += self.training
-            return returned(loss * (30 if step in FAULT else 1), logits)
+            return {"loss": loss * (30 if step in FAULT else 1), "logits": logits}
 
     x, t = data()
     return transformers.Trainer(
@@ -127,7 +123,6 @@ def trainer_of(out, steps, callback, accumulate=1, returned=named):
             use_cpu=True,
         ),
         train_dataset=[{"x": a, "labels": b} for a, b in zip(x, t, strict=True)],
-        callbacks=[callback],
     )
 
 
@@ -135,19 +130,21 @@ def trainer_of(out, steps, callback, accumulate=1, returned=named):
 @pytest.mark.parametrize("trainer", ["lightning", "transformers"])
 def test_trainers(tmp_path, trainer, accumulate):
     pytest.importorskip(trainer)
-    callback = (lightning_rewind if trainer == "lightning" else trainer_rewind)(**OPTIONS)
     if trainer == "lightning":
+        callback = lightning_rewind(**OPTIONS)
         steps = fit(150, callback, accumulate)[0].global_step
     else:
-        steps = trainer_of(tmp_path, 150, callback, accumulate).train().global_step
+        made = trainer_of(tmp_path, 150, accumulate)
+        callback = trainer_rewind(made, **OPTIONS)
+        steps = made.train().global_step
     rewind = callback.rewind
     assert rewind.calls == steps == 150
     assert rewind.events[0].kind == "return" and 90 < rewind.events[0].call <= 104
 
 
 def test_the_trainer_resumes(tmp_path, monkeypatch):
-    whole = trainer_rewind(**OPTIONS)
-    trainer = trainer_of(tmp_path, 150, whole)
+    trainer = trainer_of(tmp_path, 150)
+    whole = trainer_rewind(trainer, **OPTIONS)
     trainer.train()
     load, places = torch.load, {}
 
@@ -156,8 +153,8 @@ def test_the_trainer_resumes(tmp_path, monkeypatch):
         return load(file, *args, **options)
 
     monkeypatch.setattr(torch, "load", noted)
-    rest = trainer_rewind(**OPTIONS)
-    again = trainer_of(tmp_path, 150, rest)
+    again = trainer_of(tmp_path, 150)
+    rest = trainer_rewind(again, **OPTIONS)
     again.model.seen = 86
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-86"))
     assert rest.rewind.events == whole.rewind.events and rest.rewind.calls == 150
@@ -168,33 +165,23 @@ def test_the_trainer_resumes(tmp_path, monkeypatch):
 def test_losses_of_several_devices_are_added_up(tmp_path):
     """As nn.DataParallel has them, which the Trainer takes if it sees several GPUs."""
     pytest.importorskip("transformers")
-    callback, model = trainer_rewind(**OPTIONS), nn.Linear(2, 1)
+    model, told = nn.Linear(2, 1), [torch.ones(2), torch.ones(2, device="meta")]
+    trainer = SimpleNamespace(compute_loss=lambda model: told.pop(), add_callback=lambda one: None)
+    callback = trainer_rewind(trainer, **OPTIONS)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     args = SimpleNamespace(output_dir=tmp_path, process_index=0)
     state = SimpleNamespace(global_step=0)
     callback.on_train_begin(args, state, None, model=model, optimizer=optimizer)
-    callback._losses += [torch.ones((), device="meta"), torch.ones(())]
+    assert [trainer.compute_loss(model).shape for _ in range(2)] == [(2,), (2,)]
     optimizer.step()
     callback.on_step_end(args, state, None)
     assert callback.rewind.calls == 1
 
 
-def test_the_trainer_with_models_that_name_no_loss(tmp_path):
-    callback = trainer_rewind(**OPTIONS)
-    trainer_of(tmp_path, 15, callback, returned=lambda *both: both).train()
-    assert callback.rewind.calls == 15
-    lost = trainer_of(tmp_path, 15, callback, returned=lambda loss, logits: {"logits": logits})
-    lost.compute_loss = lambda model, inputs, **_: model(**inputs)["logits"].square().sum()
-    told = "the model must return its loss for trainer_rewind, got an output without"
-    with refuses(f"{told} (where the Trainer computes it: callback.listen(trainer))", "$"):
-        lost.train()
-
-
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_trainer_computes_the_loss(tmp_path, smoothing):
-    """It takes the labels away before the model sees them, where it smooths them."""
-    callback, told = trainer_rewind(**OPTIONS), []
-    trainer = trainer_of(tmp_path, 43, callback)
+def test_the_trainer_hears_the_loss_that_it_computes(tmp_path, smoothing):
+    """Where it smooths them, it takes the labels away before the model sees them."""
+    trainer, told = trainer_of(tmp_path, 43), []
     forward = trainer.model.forward
     trainer.model.forward = lambda x, labels=None: forward(x, torch.zeros(len(x)).long())
     trainer.args.label_smoothing_factor = smoothing
@@ -203,22 +190,19 @@ def test_the_trainer_computes_the_loss(tmp_path, smoothing):
         trainer.label_smoother = transformers.trainer_pt_utils.LabelSmoother(smoothing)
     step = trainer.training_step
     trainer.training_step = lambda *given: told.append(step(*given)) or told[-1]
-    callback.listen(trainer)
-    callback.listen(trainer)
+    callback = trainer_rewind(trainer, **OPTIONS)
     trainer.train()
     trainer.evaluate(trainer.train_dataset[:8])
-    assert not callback._losses
     heard = [float(loss) for loss, _ in callback.rewind._unread]
     assert heard == [float(loss) for loss in told[-3:]] and callback.rewind.calls == 43
-    trainer_of(tmp_path, 15, callback).train()  # another one, whose model computes the loss
-    assert callback.rewind.calls == 15
 
 
 @pytest.mark.parametrize("make", [lightning_rewind, trainer_rewind])
 def test_options_that_rewind_does_not_have_are_refused_at_once(make):
     pytest.importorskip("lightning" if make is lightning_rewind else "transformers")
+    given = [] if make is lightning_rewind else [SimpleNamespace(compute_loss=None)]
     with pytest.raises(ValueError, match=r"^options must each be one of audit, .*mean window\?\)$"):
-        make(windw=3)
+        make(*given, windw=3)
 
 
 @pytest.fixture
@@ -316,8 +300,8 @@ def test_what_is_compiled(of_step):
 
 def test_a_trainer_that_was_interrupted_trains_again(tmp_path):
     """Its optimizer is the same, and so would be the hooks on it."""
-    callback = trainer_rewind(**OPTIONS)
-    trainer = trainer_of(tmp_path, 10, callback)
+    trainer = trainer_of(tmp_path, 10)
+    callback = trainer_rewind(trainer, **OPTIONS)
     real, calls = callback.on_step_end, []
 
     def interrupted(*args, **more):
@@ -330,7 +314,7 @@ def test_a_trainer_that_was_interrupted_trains_again(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     trainer.train()
-    assert callback.rewind.calls == 10 and len(trainer.model._forward_hooks) == 0
+    assert callback.rewind.calls == 10
     assert len(trainer.optimizer.optimizer._optimizer_step_pre_hooks) == 0
 
 

@@ -77,56 +77,39 @@ def lightning_rewind(**options: Any) -> Any:
     return LightningRewind()
 
 
-def trainer_rewind(**options: Any) -> Any:
-    """A Hugging Face ``TrainerCallback``: ``Trainer(..., callbacks=[trainer_rewind()])``.
+def trainer_rewind(trainer: Any, **options: Any) -> Any:
+    """``Rewind`` in a Hugging Face ``Trainer``: ``trainer_rewind(trainer)`` before it trains.
 
-    The Trainer doesn't tell its callbacks the loss, so this one takes it from the output of the
-    model: the sum of those between two steps. Where the model doesn't compute it, as with
-    ``label_smoothing_factor`` or a ``compute_loss`` of your own: ``callback.listen(trainer)``. Its
-    state is in the Trainer's checkpoints, as ``rewind-RANK.pt``.
+    It adds a ``TrainerCallback``, which it returns. Callbacks aren't told the loss, so it hears
+    what the trainer's ``compute_loss`` returns, label smoothing and one of your own included: the
+    sum of those between two steps. Its state is in the Trainer's checkpoints, as
+    ``rewind-RANK.pt``.
 
     Args:
-        options: of ``Rewind``, which is its attribute ``rewind`` once training has begun.
+        trainer: not to be given a ``compute_loss`` or an optimizer of your own afterwards.
+        options: of ``Rewind``, which is the attribute ``rewind`` of the callback in training.
 
     Raises:
-        ValueError: if ``Rewind`` has no such option; in training, if the output has no ``loss``,
-            nor begins with it.
+        ValueError: if ``Rewind`` has no such option.
     """
     from transformers import TrainerCallback
 
     _check(options)
-    listened = []
+    losses: list[torch.Tensor] = []
+    compute = trainer.compute_loss
+
+    def heard(model: Any, *inputs: Any, **more: Any) -> Any:
+        result = compute(model, *inputs, **more)
+        if model.training:
+            losses.append(result.detach().mean())
+        return result
 
     class TrainerRewind(TrainerCallback):
         rewind: Rewind
-        _computes = False
-        """Whether what a model returns is a part of a loss that is heard."""
-
-        def listen(self, trainer: Any) -> None:
-            """From now on hear what the trainer's ``compute_loss`` returns."""
-            if trainer in listened:
-                return
-            compute = trainer.compute_loss
-            listened.append(trainer)
-
-            def heard(model: Any, *inputs: Any, **options: Any) -> Any:
-                self._computes = True
-                try:
-                    result = compute(model, *inputs, **options)
-                finally:
-                    self._computes = False
-                if model.training:
-                    self._losses.append(result.detach().mean())
-                return result
-
-            trainer.compute_loss = heard
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **running: Any) -> None:
-            if hasattr(self, "rewind"):
-                self.on_train_end(args, state, control)  # of one that was interrupted
+            losses.clear()  # of a run that was interrupted, which has not closed its own
             self.rewind = Rewind(running["model"], running["optimizer"], **options)
-            self._losses: list[torch.Tensor] = []
-            self._hook = running["model"].register_forward_hook(self._keep)
             file = _file(args, state)
             if file.exists():
                 saved = torch.load(file, weights_only=True, map_location="cpu")
@@ -135,22 +118,19 @@ def trainer_rewind(**options: Any) -> Any:
                 told = f"trainer_rewind begins anew, as there is no {file}"
                 warnings.warn(told, RuntimeWarning, stacklevel=2)
 
-        def _keep(self, model: Any, inputs: Any, output: Any) -> None:
-            if model.training and not self._computes:
-                self._losses.append(_loss_in(output))
-
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.rewind.observe(stacked(self._losses).sum())
-            self._losses.clear()
+            self.rewind.observe(stacked(losses).sum())
+            losses.clear()
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             torch.save(self.rewind.state_dict(), _file(args, state))
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self._hook.remove()
             self.rewind.close()
 
-    return TrainerRewind()
+    trainer.compute_loss = heard
+    trainer.add_callback(callback := TrainerRewind())
+    return callback
 
 
 def _check(options: Mapping[str, Any]) -> None:
@@ -159,16 +139,6 @@ def _check(options: Mapping[str, Any]) -> None:
     for name in options:
         if name not in known:
             raise ValueError(f"options must each be {one_of(sorted(known), name)}")
-
-
-def _loss_in(output: Any) -> torch.Tensor:
-    loss = output.get("loss") if isinstance(output, Mapping) else output[0]
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        raise ValueError(
-            "the model must return its loss for trainer_rewind, got an output without (where the "
-            "Trainer computes it: callback.listen(trainer))"
-        )
-    return loss.detach()
 
 
 def _file(args: Any, state: Any) -> Path:

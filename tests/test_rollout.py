@@ -140,6 +140,8 @@ def test_buffers_of_the_state_are_donated_and_no_others() -> None:
     assert not params.is_deleted()
     assert not objective.target.is_deleted()
     assert not after.params.is_deleted()
+    with pytest.raises(ValueError, match=r"^state must be the one that was returned last, got one"):
+        lossguard.rollout(GUARD, state, objective, cycles=1)
 
 
 def test_an_objective_may_hold_what_the_state_does() -> None:

@@ -105,7 +105,8 @@ def plot_decisions(
     Args:
         decisions: as for ``decision_table``. Or the losses of a run that has none, as with
             ``Rewind``, a number for each step: then the figure has nothing but these.
-        names: of the lanes, from ``winner`` 0 on. With ``best_of`` those of its members.
+        names: of the lanes, from ``winner`` 0 on. With ``best_of`` give those of its members: else
+            they get the names of other guards' lanes.
         returns: steps at which a run was set back, drawn as lines, such as
             ``[e.call for e in rewind.events if e.kind == "return"]``.
         start: optimizer steps before the first decision.

@@ -16,7 +16,7 @@ Over = Literal["price", "seconds", "steps"]
 
 
 def plot(folders: Folders, over: Over = "price") -> None:
-    """Draw a figure of each run into its folder.
+    """Draw a figure of each run into its folder, in place of its figure.png.
 
     Args:
         folders: Folders of runs, or folders that hold such folders.

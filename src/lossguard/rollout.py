@@ -76,12 +76,15 @@ def rollout(
     """
     check_kind("guard", guard, Guard, "recommended(learned, fallback)")
     check_state(state)
+    leaves = [leaf for leaf in jax.tree.leaves(state) if not isinstance(leaf, Tracer)]
+    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves):
+        raise ValueError("state must be the one that was returned last, got one given away")
     cycles = check_count("cycles", cycles)
     most = cycles if most is None else check_count("most", most)
     if cycles > most:
         raise ValueError(f"cycles must be at most {most}, got {cycles}")
-    leaves, tree = jax.tree.flatten(objective)
-    arrays, static = eqx.partition(leaves, eqx.is_array)
+    parts, tree = jax.tree.flatten(objective)
+    arrays, static = eqx.partition(parts, eqx.is_array)
     try:
         loop = _loop_of(guard, (*static,), (*map(type, static),), tree, most)
     except TypeError as error:

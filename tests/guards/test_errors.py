@@ -130,7 +130,7 @@ WRONG = {
     },
     " must be an optax GradientTransformation, got ": {
         "learned|<function sgd": lambda: residual_guard(optax.sgd, SGD),
-        "learned|Guard(init=": lambda: recommended(ALONE, SGD),
+        "learned|a guard (give its optimizer)": lambda: recommended(ALONE, SGD),
         "learned|3": lambda: loss_guard(3, SGD),
         "fallback|None": lambda: loss_guard(SGD, None),
         "fallback|'sgd'": lambda: guarded(SGD, "sgd"),

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .cycle import Cycle
-from .protocol import Objective, Params
+from .protocol import Guard, Objective, Params
 from .soundness import all_finite, is_sound, renew_if_unsound, select
 
 Optimizer = optax.GradientTransformationExtraArgs
@@ -23,7 +23,8 @@ def with_extra_args(name: str, optimizer: Any) -> optax.GradientTransformationEx
     line searches of optax refuse it.
     """
     if not (callable(getattr(optimizer, "init", None)) and hasattr(optimizer, "update")):
-        raise ValueError(f"{name} must be an optax GradientTransformation, got {optimizer!r}")
+        got = "a guard (give its optimizer)" if isinstance(optimizer, Guard) else repr(optimizer)
+        raise ValueError(f"{name} must be an optax GradientTransformation, got {got}")
     given = inspect.signature(optimizer.update).parameters
     open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in given.values())
     places = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD

@@ -35,6 +35,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(experiments, name, made)
     monkeypatch.setattr(experiments, "pretrained", {"mine": LEARNED}.__getitem__)
     monkeypatch.setattr(experiments, "ema", lambda theta: theta)
+    monkeypatch.setattr(experiments, "every_step", lambda sequence: (sequence, "every"))
 
 
 def steps_of(optimizer: optax.GradientTransformation) -> list[float]:
@@ -61,6 +62,7 @@ def test_the_papers() -> None:
     check(made, "L2O", {"nt": 3}, LEARNED)
     check(made, "GL2O", {"nt": 3, "sequence": 0.9}, LEARNED, FALLBACK)
     check(made, "GL2O (theta as decay)", {"nt": 3, "sequence": 0.1}, LEARNED, FALLBACK)
+    check(made, "GL2O (every step)", {"nt": 3, "sequence": (0.9, "every")}, LEARNED, FALLBACK)
     check(made, "LGL2O", GUARD, LEARNED, FALLBACK)
     check(made, "LGL2O over Adam", GUARD, LEARNED, ADAM)
     check(made, "Recommended", {"nt": 3}, LEARNED, FALLBACK)

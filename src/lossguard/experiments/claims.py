@@ -46,7 +46,7 @@ K = 100_000
 META_STEPS = 10_000
 HORIZON = 600
 """Steps of a rollout of meta-training on CIFAR-10 + ConvNet."""
-GL2O = ("GL2O", "GL2O (theta as decay)")
+GL2O = ("GL2O", "GL2O (theta as decay)", "GL2O (every step)")
 """Readings of the rival: a claim about it is reproduced if it is so by one that was run."""
 PARTS = ("L2O", "SGDnm")
 NC_100 = "LGL2O (nc 100)"

@@ -84,6 +84,11 @@ def rival(e: "Experiment", sequence: TrackingSequence) -> Method:
     )
 
 
+def every_step(sequence: TrackingSequence) -> TrackingSequence:
+    """The same that follows the residuals of rejected steps too."""
+    return sequence._replace(reject=sequence.update)
+
+
 def ours(e: "Experiment", fallback: optax.GradientTransformation) -> Method:
     """The recommended guard over a fallback."""
     return lambda: recommended(pretrained(e.learned), fallback, nt=e.nt)
@@ -103,6 +108,7 @@ def paper_methods(e: "Experiment") -> Methods:
         "L2O": learned_alone(e),
         "GL2O": rival(e, ema(0.9)),
         "GL2O (theta as decay)": rival(e, ema(0.1)),
+        "GL2O (every step)": rival(e, every_step(ema(0.9))),
         "LGL2O": guarded(e, sgd),
         "LGL2O over Adam": guarded(e, adam),
         "Recommended": ours(e, sgd),

@@ -37,6 +37,7 @@ NAMED = (
     "Adam",
     "GL2O",
     "GL2O (theta as decay)",
+    "GL2O (every step)",
     "LGL2O over Adam",
     "Recommended over Adam",
 )

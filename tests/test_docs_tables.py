@@ -12,8 +12,8 @@ import pytest
 
 from lossguard.experiments import price, tasks
 from lossguard.experiments.claims import Verdict, judge_claims
-from lossguard.experiments.readings import Reading, judge_readings
-from lossguard.experiments.recipes import IMAGES, POINTS, POLICIES, RULES
+from lossguard.experiments.readings import ABOUT, joint_readings, judge_readings
+from lossguard.experiments.recipes import IMAGES, POINTS
 from lossguard.experiments.tasks import FILE, envelope, interquartile_mean
 from lossguard.records import CURVES, EVALUATIONS, read_parquet, read_runs
 from lossguard.tasks.published import PUBLISHED
@@ -39,8 +39,8 @@ def verdicts() -> list[Verdict]:
 def test_claims_are_those_of_the_records(verdicts: list[Verdict]) -> None:
     """Every cell but the cause, which a row has if it is not reproduced, and which has no loss."""
     _, *rows = table("claims of results")
-    told = [[v.id, v.figure, v.says, v.numbers, v.seeds, v.verdict] for v in verdicts]
-    assert [row[:6] for row in rows] == told
+    told = [[v.id, v.says, v.numbers, v.seeds, v.verdict] for v in verdicts]
+    assert [row[:5] for row in rows] == told
     for *_, verdict, cause in rows:
         assert bool(cause) == (verdict != "reproduced")
         assert not re.search(r"\d\.\d", cause)
@@ -48,25 +48,29 @@ def test_claims_are_those_of_the_records(verdicts: list[Verdict]) -> None:
 
 def test_readings_are_those_of_the_records() -> None:
     """The counts of claims about images and about points, and the reading that is named as best."""
-    names = ("readings", "fig03", "fig03-early", "fig04", "fig04-early", "fig05")
-    judged = judge_readings(read_runs([ROOT / "results" / name for name in names])[0])
-    verdicts = {one.reading: one.verdicts for one in judged}
-
-    def cell(reading: Reading, figures: str) -> str:
-        found = [one.verdict for one in verdicts[reading] if one.id[0] in figures]
-        return f"{found.count('reproduced')} of {len(found) - found.count('not run')}"
-
+    names = ("readings", "fig03", "fig03-early", "fig04", "fig04-early", "fig05", "fig06", "fig07")
+    parts = judge_readings(read_runs([ROOT / "results" / name for name in names])[0])
+    counts = {part[:4]: "{} of {}".format(*part.counts) for part in parts}
+    scalings = [(one, True) for one in IMAGES] + [(one, False) for one in POINTS]
     _, *rows = table("readings of results/readings")
-    assert [row[0] for row in rows] == [f"{p}, {t}" for p in POLICIES for t in RULES]
-    for label, *cells in rows:
-        policy, theta = label.split(", ")
-        images = [cell(Reading(one, "none", policy, theta), "3") for one in IMAGES]
-        points = [cell(Reading("unit", one, policy, theta), "45") for one in POINTS]
-        assert cells == images + points
-    (told,) = re.findall(r"reproduce most: (\d+ of \d+)", PAGE)
-    assert str(judged[0]).endswith(told)
-    assert judged[0].reading == ("symmetric", "none", "reset in every cycle", "decay")
-    assert judged[0].counts["reproduced"] > judged[1].counts["reproduced"]
+    assert rows == [
+        [
+            ", ".join(filter(None, (method, variant))),
+            *(counts[*s, method, variant] for s in scalings),
+        ]
+        for method, (variants, _) in ABOUT.items()
+        for variant in variants
+    ]
+    readings = joint_readings(parts)
+    best = [one for one in readings if one.reproduced == readings[0].reproduced]
+    (told,) = re.findall(r"Three readings reproduce most: (\d+ of \d+)", PAGE)
+    assert len(best) == 3 and told == f"{best[0].reproduced} of {best[0].judged}"
+    assert {(one.images, one.rule.endswith("every step")) for one in best} == {("symmetric", True)}
+    own = "symmetric", "none", "reset in every cycle", "weight, every step"
+    assert own in [one[:4] for one in best]
+    others = [one.reproduced for one in readings if not one.rule.endswith("every step")]
+    (told,) = re.findall(r"only accepted steps count, it is at most\s(\d+)", PAGE)
+    assert max(others) == int(told)
 
 
 def test_counts(verdicts: list[Verdict]) -> None:
@@ -79,7 +83,7 @@ def test_rows_named_in_the_text_are_as_it_says(verdicts: list[Verdict]) -> None:
     outcome = {verdict.id: verdict.verdict for verdict in verdicts}
     (failing,) = re.findall(r"\*\*What does not\.\*\*(.*?)\n\n", PAGE, re.S)
     named = re.findall(r"\b(\d+[a-e]|A)\b", failing)
-    assert len(named) == 9 and {outcome[name] for name in named} == {"not reproduced"}
+    assert len(named) == 7 and {outcome[name] for name in named} == {"not reproduced"}
     assert {*re.findall(r"\b(\d+[a-e])\b", PAGE)} <= outcome.keys()
 
 

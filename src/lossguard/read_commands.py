@@ -57,12 +57,12 @@ def readings(folders: Folders, out: Out = Path("readings.png")) -> None:
         out: A map of all readings and claims.
     """
     from .drawing import png
-    from .experiments.readings import draw_readings, judge_readings
+    from .experiments.readings import draw_readings, joint_readings, judge_readings
     from .files import write_whole
 
-    judged = judge_readings(_records(folders))
-    write_whole(out, png(draw_readings(judged)), "a figure", make_folder=True)
-    for one in judged:
+    parts = judge_readings(_records(folders))
+    write_whole(out, png(draw_readings(parts)), "a figure", make_folder=True)
+    for one in joint_readings(parts):
         print(one)
     print(shown(f"figure: {out}"))
 

@@ -9,15 +9,15 @@ from pages import curves_of, write_run
 
 from lossguard.curves import COUNTERS
 from lossguard.experiments.readings import (
-    ALL,
+    ABOUT,
     COLORS,
     JUDGED,
-    Judged,
-    Reading,
+    Part,
     draw_readings,
+    joint_readings,
     judge_readings,
 )
-from lossguard.experiments.recipes import POLICIES, READ, READINGS
+from lossguard.experiments.recipes import IMAGES, POINTS, POLICIES, READ, READINGS, RULES
 from lossguard.records import Record
 
 Losses = dict[str, float | dict[int, float]]
@@ -44,60 +44,84 @@ FOLDERS = {
     Path("b"): record("reading-fig03-symmetric", "symmetric", {"SGDnm": 1.0}),
     Path("c"): record("reading-fig05-none", "none", {"Adam": {1: 2.0, 100: 1.1}}),
     Path("d"): record("reading-fig05-standardized", "standardized", {"Adam": {1: 2.0, 100: 0.9}}),
-    Path("e"): record("fig04", "none", {"L2O": 0.5, "GL2O (theta as decay)": 0.6}),
+    Path("e"): record(
+        "fig04", "none", {"L2O": 0.5, "GL2O (theta as decay)": 0.6, "GL2O (every step)": 0.7}
+    ),
     Path("f"): record("fig04", "none", {"LGL2O": 0.6}, loser="reset in every cycle"),
     Path("g"): record("reading-fig04-none", "none", {"GL2O, weight": 0.4}),
+    Path("h"): record("reading-fig06-unit", "unit", {"SGDnm": 1.0, "LGL2O, keep": 1.0}),
+    Path("i"): record("fig06", "unit", {"L2O": {1: 1.0, 900: 9.0}, "GL2O": 1.0}),
+    Path("j"): record("fig08", "unit", {"L2O": {1: 1.0, 900: 9.0}}),
 }
 
 
 @pytest.fixture(scope="module")
-def judged() -> list[Judged]:
+def parts() -> list[Part]:
     return judge_readings(FOLDERS)
 
 
-def test_each_reading_is_judged_by_its_own_methods_and_scalings(judged: list[Judged]) -> None:
-    """A figure's own run speaks for the policy that it has."""
-    found = {one.reading: {v.id: v.verdict for v in one.verdicts} for one in judged}
-    assert {*found} == {*ALL} and {tuple(one) for one in found.values()} == {JUDGED}
-    keep = found[Reading("unit", "none", "keep", "weight")]
-    reset = found[Reading("unit", "standardized", "reset", "decay")]
-    assert (keep["3c"], reset["3c"]) == ("not reproduced", "not run")  # which ends at 1,000
-    assert (keep["3d"], reset["3d"]) == ("reproduced", "not reproduced")
-    assert (keep["5b"], reset["5b"]) == ("reproduced", "not reproduced")
-    assert (keep["4c"], reset["4c"]) == ("not reproduced", "not run")
-    assert found[Reading("unit", "none", "keep", "decay")]["4c"] == "reproduced"
-    assert (keep["4a"], reset["4a"]) == ("not run", "not run")
-    every = found[Reading("symmetric", "none", "reset in every cycle", "weight")]
-    assert every["4a"] == "reproduced"
-    absent = found[Reading("symmetric", "none", "reset", "weight")]
-    assert {absent[claim] for claim in ("3a", "3c", "3d", "4a")} == {"not run"}
+def outcomes(parts: list[Part]) -> dict[str, dict[str, str]]:
+    """By the part as it is drawn, of images first: what became of each claim."""
+    return {
+        f"{'images' if part.of_images else 'points'}, {part}": {
+            one.id: one.verdict for one in part.verdicts
+        }
+        for part in parts
+    }
+
+
+def test_each_part_is_judged_by_its_own_methods_and_scaling(parts: list[Part]) -> None:
+    """A figure's own run speaks for the policy and the rule that it has; not that of figure 8."""
+    found = outcomes(parts)
+    assert len(found) == (len(IMAGES) + len(POINTS)) * (1 + len(POLICIES) + len(RULES))
+    judged = {name for of in found.values() for name in of}
+    assert judged == {claim.id for claim in JUDGED} == {n for _, of in ABOUT.values() for n in of}
+    yes, no, none = "reproduced", "not reproduced", "not run"
+    assert found["images, unit, LGL2O, keep"] == {
+        "3c": no, "3e": none, "6c": yes, "7c": none, "8c": none
+    }  # fmt: skip
+    assert found["images, unit, LGL2O, reset"]["3c"] == none  # which ends at 1,000
+    assert [found[f"images, unit, GL2O, {rule}"]["3d"] for rule in RULES] == [yes, no, none, none]
+    assert [found[f"images, unit, GL2O, {rule}"]["6b"] for rule in RULES] == [no, none, none, none]
+    assert found["images, unit, L2O"] == {"3b": none, "6a": yes, "7a": none, "8a": none}
+    assert [found[f"points, {one}, L2O"]["5b"] for one in POINTS] == [yes, no]
+    assert [found[f"points, none, GL2O, {rule}"]["4c"] for rule in RULES] == [no, yes, yes, none]
+    assert [found[f"points, none, LGL2O, {one}"]["4a"] for one in POLICIES] == [none, none, yes]
+    assert {*found["images, symmetric, LGL2O, reset"].values()} == {none}
+    assert {*found["images, standardized, L2O"].values()} == {none}
 
 
 def test_runs_with_other_settings_are_no_readings() -> None:
-    judged = judge_readings(
+    parts = judge_readings(
         {
             Path("a"): record("fig03", "unit", {"SGDnm": 1.0, "L2O": 0.5}, learned="mlp-small"),
             Path("b"): record("fig04", "none", {"L2O": 0.5, "GL2O (theta as decay)": 0.6}, nc=100),
         }
     )
-    assert all(one.counts["not run"] == len(JUDGED) for one in judged)
+    assert {part.counts for part in parts} == {(0, 0)}
 
 
-def test_readings_that_reproduce_more_come_first(judged: list[Judged]) -> None:
-    counts = [one.counts["reproduced"] for one in judged]
+def test_a_joint_reading_counts_the_claims_of_its_parts(parts: list[Part]) -> None:
+    readings = joint_readings(parts)
+    assert len({one[:4] for one in readings}) == 3 * 2 * 3 * 4 == len(readings)
+    counts = [one.reproduced for one in readings]
     assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
-    assert judged[0].reading[:3] == ("unit", "none", "reset in every cycle")
-    assert str(judged[0]) == ", ".join(judged[0].reading) + ": 4 of 5"
+    of = {one[:4]: str(one) for one in readings}
+    assert of["unit", "none", "keep", "weight"] == "unit, none, keep, weight: 5 of 8"
+    # Of images 3a, not 3d, and 6a; of points 4a, 4c and 5b.
+    assert of["unit", "none", "reset in every cycle", "decay"].endswith(": 5 of 6")
 
 
-def test_map_shows_the_claims_that_were_judged(judged: list[Judged]) -> None:
-    (axes,) = draw_readings(judged).axes
-    names = [label.get_text() for label in axes.get_xticklabels()]
-    assert names == ["3a", "3c", "3d", "4a", "4c", "5b"]
-    drawn = np.asarray(axes.collections[0].get_array()).reshape(len(judged), len(names))
-    for row, one in zip(drawn, judged, strict=True):
-        outcome = {verdict.id: verdict.verdict for verdict in one.verdicts}
-        assert [[*COLORS][code] for code in row] == [outcome[name] for name in names]
+def test_map_shows_the_claims_that_were_judged(parts: list[Part]) -> None:
+    found, panels = outcomes(parts), draw_readings(parts).axes
+    drawn = [[one.get_text() for one in axes.get_xticklabels()] for axes in panels]
+    assert drawn == [["3a", "3c", "3d", "6a", "6b", "6c"], ["4a", "4c", "5b"]]
+    for axes, names, kind in zip(panels, drawn, ("images", "points"), strict=True):
+        rows = [f"{kind}, {one.get_text()}" for one in axes.get_yticklabels()]
+        assert rows == [row for row in found if row.startswith(kind)]
+        codes = np.ma.asarray(axes.collections[0].get_array()).reshape(len(rows), len(names))
+        shown = [[None if c is np.ma.masked else [*COLORS][c] for c in row] for row in codes]
+        assert shown == [[found[row].get(name) for name in names] for row in rows]
 
 
 def test_command(main, tmp_path, capsys) -> None:
@@ -106,15 +130,15 @@ def test_command(main, tmp_path, capsys) -> None:
     )
     main("readings", run, "-o", tmp_path / "map.png")
     *readings, told = capsys.readouterr().out.splitlines()
-    assert len(readings) == len(ALL) and all(line.endswith(": 0 of 0") for line in readings)
+    assert len(readings) == 3 * 2 * 3 * 4 and all(line.endswith(": 0 of 0") for line in readings)
     assert told == f"figure: {tmp_path / 'map.png'}"
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_recipes_have_every_policy_and_both_thetas() -> None:
+def test_recipes_have_every_policy_and_every_rule() -> None:
     assert len(READINGS) == sum(len(scalings) for _, scalings, *_ in READ.values())
     for name, recipe in READINGS.items():
         e = recipe()
         assert e.name == name and name.endswith(e.scaling)
         assert {f"LGL2O, {policy}" for policy in POLICIES} < {*e.methods}
-        assert {"GL2O, weight", "GL2O, decay"} < {*e.methods}
+        assert {f"GL2O, {rule}" for rule in RULES} < {*e.methods}

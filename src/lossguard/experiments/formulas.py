@@ -132,7 +132,7 @@ def ratio(
 
 def rises(method: str, k: int, holds: str = ">") -> Formula:
     """Whether a method is above twice its least loss at step k, or with "<=" isn't."""
-    return at_marks(f"{method} over its least so far", rise(method), [k], holds, 2, beyond=True)
+    return at_marks(f"{method} over its least", rise(method), [k], holds, 2, beyond=True)
 
 
 def from_first(method: str) -> Value:
@@ -146,11 +146,11 @@ def each(*formulas: Formula) -> Formula:
 
 
 def either(methods: Sequence[str], formula: Callable[[str], Formula]) -> Formula:
-    """By one of these methods at least, of those that were run."""
+    """By one of these methods at least, of those that were run; then only such are told."""
 
     def judge(figure: FigureCurves) -> Finding:
-        told = (found(formula(m), figure) for m in figure.run(methods))
-        return together(told, order=(True, False, None))
+        several = [found(formula(m), figure) for m in figure.run(methods)]
+        return together([one for one in several if one.holds] or several)
 
     return judge
 
@@ -185,14 +185,12 @@ def found(judge: Callable[[Any], Finding], what: Any) -> Finding:
         return Finding(None, str(error))
 
 
-def together(
-    findings: Iterable[Finding], *, order: Sequence[bool | None] = (False, None, True)
-) -> Finding:
-    """Several as one: the outcome that is first in the order. At a mark the fewest seeds count."""
+def together(findings: Iterable[Finding]) -> Finding:
+    """Several as one: one that fails decides, then one not run. Fewest seeds at a mark count."""
     several, seeds = list(findings), {}
     for k, count in (item for one in several for item in one.seeds.items()):
         seeds[k] = min(count, seeds.get(k, count))
-    holds = min((one.holds for one in several), key=order.index)
+    holds = min((one.holds for one in several), key=(False, None, True).index)
     return Finding(holds, "; ".join(one.numbers for one in several), seeds)
 
 

@@ -1,13 +1,12 @@
 """Joint readings of what the paper leaves open, and the claims that each of them reproduces.
 
 The paper states neither the scaling of inputs, nor what becomes of the losing branch's LSTM, nor
-which of two weights theta is. One run of a figure in one scaling holds its methods in all policies
-and with both thetas; a reading picks one scaling of images, one of points, one policy, one theta.
+what GL2O's mu follows. Of these a claim depends on the scaling, and on the policy if it is about
+LGL2O, or on the rule if it is about GL2O. So it is judged once for each part of a reading, and a
+joint reading is one of each: a scaling of images, one of points, one policy, one rule.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -20,19 +19,63 @@ from matplotlib.patches import Patch
 
 from ..config import as_config
 from ..records import Record
-from .claims import K, Verdict, judge_claims
-from .recipes import IMAGES, PAPERS, POINTS, POLICIES, RULES
+from .claims import CLAIMS, Claim, K, Verdict, judge_claims, tracks
+from .evidence import figure_of
+from .formulas import on
+from .recipes import IMAGES, PAPERS, POINTS, POLICIES, READ, READINGS, RULES
 
-JUDGED = ("3a", "3b", "3c", "3d", "3e", "4a", "4b", "4c", "5a", "5b", "5c", "5d", "5e")
-"""Claims about figures 3 to 5, but 4d, which needs a million steps and nc = 100."""
-DECIDED = ("name", "title", "scaling", "loser", "adam_rate", "make_methods")
+SHORT = 1_000
+"""Steps of the runs on ConvNets, up to which their LGL2O is judged here."""
+ABOUT: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
+    "L2O": ([""], ("3b", "4b", "5b", "5e", "6a", "7a", "8a")),
+    "LGL2O": (POLICIES, ("3c", "3e", "4a", "5a", "5c", "5d", "6c", "7c", "8c")),
+    "GL2O": ([*RULES], ("3a", "3d", "4c", "6b", "7b", "8b")),
+}
+"""By the method that claims are about: its variants, and the claims. Not 4d, which needs a million
+steps and nc = 100."""
+JUDGED = [
+    Claim(claim.id, claim.says, on(int(claim.id[0]), tracks(SHORT)))
+    if claim.id in ("6c", "7c", "8c")
+    else claim
+    for claim in CLAIMS
+    if any(claim.id in names for _, names in ABOUT.values())
+]
+OWN = {
+    "weight": "GL2O",
+    "decay": "GL2O (theta as decay)",
+    "weight, every step": "GL2O (every step)",
+}
+"""GL2O by its rule in the figures' own runs."""
+DECIDED = ("name", "title", "scaling", "loser", "adam_rate", "make_task", "make_methods")
 """What a reading sets in a config; in all else it has to be the recipe's."""
 COLORS = {"reproduced": "#4a90c4", "not reproduced": "#e8a078", "not run": "#eeeeee"}
 """Of verdicts."""
 
 
+class Part(NamedTuple):
+    """What one scaling and one variant of a method make of the claims about that method."""
+
+    scaling: str
+    """One of ``IMAGES`` or, of points, of ``POINTS``; "standardized" is of both."""
+    of_images: bool
+    method: str
+    """One of ``ABOUT``; L2O stands for SGDnm and Adam too."""
+    variant: str
+    """One of ``POLICIES`` or ``RULES``; nothing for L2O."""
+    verdicts: Sequence[Verdict]
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Of how many claims it reproduces how many that were run."""
+        outcomes = [one.verdict for one in self.verdicts]
+        return outcomes.count("reproduced"), len(outcomes) - outcomes.count("not run")
+
+    def __str__(self) -> str:
+        return ", ".join(filter(None, (self.scaling, self.method, self.variant)))
+
+
 class Reading(NamedTuple):
-    """What the paper leaves open, all of it decided."""
+    """What the paper leaves open, all of it decided, and the claims that it reproduces."""
 
     images: str
     """One of ``IMAGES``."""
@@ -40,94 +83,105 @@ class Reading(NamedTuple):
     """One of ``POINTS``."""
     policy: str
     """One of ``POLICIES``."""
-    theta: str
+    rule: str
     """One of ``RULES``."""
-
-
-ALL = [Reading(*one) for one in product(IMAGES, POINTS, POLICIES, RULES)]
-
-
-class Judged(NamedTuple):
-    """A reading and what it makes of the claims in ``JUDGED``."""
-
-    reading: Reading
-    verdicts: Sequence[Verdict]
-
-    @property
-    def counts(self) -> Counter[str]:
-        """How many claims have each verdict."""
-        return Counter(verdict.verdict for verdict in self.verdicts)
+    reproduced: int
+    judged: int
 
     def __str__(self) -> str:
-        known = len(self.verdicts) - self.counts["not run"]
-        return f"{', '.join(self.reading)}: {self.counts['reproduced']} of {known}"
+        return f"{', '.join(self[:4])}: {self.reproduced} of {self.judged}"
 
 
-def judge_readings(records: Mapping[Path, Record]) -> list[Judged]:
-    """Every reading, those first that reproduce the most claims; curves speak up to step ``K``.
+def judge_readings(records: Mapping[Path, Record]) -> list[Part]:
+    """Every part of a reading; curves speak up to step ``K``.
 
     Args:
         records: of the recipes in ``READINGS``, and of the figures that they read.
     """
-
-    @cache
-    def about(figure: str, scaling: str, policy: str, theta: str) -> list[Verdict]:
-        found = {
-            folder: _as_the_figure(figure, record, policy, theta)
-            for folder, record in records.items()
-            if record.config["name"] in (figure, f"reading-{figure}-{scaling}")
-            and record.config.get("scaling") == scaling
-        }
-        verdicts = judge_claims({folder: one for folder, one in found.items() if one})
-        return [one for one in verdicts if one.id in JUDGED and one.id[0] == figure[-1]]
-
-    judged = []
-    for one in ALL:
-        scalings = {"fig03": one.images, "fig04": one.points, "fig05": one.points}
-        parts = [about(figure, s, one.policy, one.theta) for figure, s in scalings.items()]
-        judged.append(Judged(one, [verdict for part in parts for verdict in part]))
-    return sorted(judged, key=lambda one: -one.counts["reproduced"])
+    parts = []
+    for of_images, scalings in ((True, IMAGES), (False, POINTS)):
+        figures = [name for name, (_, own, *_) in READ.items() if (own is IMAGES) == of_images]
+        for scaling, (method, (variants, names)) in product(scalings, ABOUT.items()):
+            claims = [one for one in JUDGED if one.id in names and f"fig0{one.id[0]}" in figures]
+            for variant in variants:
+                found = {
+                    folder: _as_the_figure(record, method, variant)
+                    for folder, record in records.items()
+                    if _figure(record) in figures and record.config.get("scaling") == scaling
+                }
+                verdicts = judge_claims({f: one for f, one in found.items() if one}, claims)
+                parts.append(Part(scaling, of_images, method, variant, verdicts))
+    return parts
 
 
-def _as_the_figure(figure: str, record: Record, policy: str, theta: str) -> Record | None:
-    """The record of a reading as one of the figure's recipe; None if it has none of the methods.
+def joint_readings(parts: Sequence[Part]) -> list[Reading]:
+    """Those that reproduce the most claims first."""
+    counts = {part[:4]: part.counts for part in parts}
+    readings = []
+    for images, points, policy, rule in product(IMAGES, POINTS, POLICIES, RULES):
+        chosen = [
+            counts[scaling, of_images, method, variant]
+            for scaling, of_images in ((images, True), (points, False))
+            for method, variant in (("L2O", ""), ("LGL2O", policy), ("GL2O", rule))
+        ]
+        reproduced, judged = map(sum, zip(*chosen, strict=True))
+        readings.append(Reading(images, points, policy, rule, reproduced, judged))
+    return sorted(readings, key=lambda one: -one.reproduced)
 
-    The figure's own runs have one policy and one theta, and Adam at other rates.
+
+def _figure(record: Record) -> str | None:
+    """The figure that a record reads, or is of; its own runs of figure 8 have other pixels."""
+    name = record.config["name"]
+    if name in READINGS:
+        return name.split("-")[1]
+    return figure_of(name) if name != "fig08" else None
+
+
+def _as_the_figure(record: Record, method: str, variant: str) -> Record | None:
+    """The record as one of the figure's recipe; None if it has none of the methods.
+
+    The figure's own runs have one policy, some of the rules, and Adam at other rates.
     """
     config, made, curves = record
+    figure = str(_figure(record))
+    recipe = PAPERS[figure]()
     names = {"SGDnm": "SGDnm", "L2O": "L2O", "Adam 0.01": "Adam 0.01"}
     if config["name"] == figure:
-        names |= {"GL2O (theta as decay)": "GL2O"} if theta == "decay" else {}
-        names |= {"LGL2O": "LGL2O"} if policy == config.get("loser") else {}
+        names |= {OWN[variant]: "GL2O"} if variant in OWN else {}
+        names |= {"LGL2O": "LGL2O"} if variant == config.get("loser", recipe.loser) else {}
     else:
         adam = "Adam 0.01" if figure == "fig05" else "Adam"  # as claims call it
-        names |= {"Adam": adam, f"GL2O, {theta}": "GL2O", f"LGL2O, {policy}": "LGL2O"}
+        names |= {"Adam": adam, f"{method}, {variant}": method}
     chosen = curves.filter(pl.col("method").is_in([*names]), pl.col("step") <= K)
-    recipe = PAPERS[figure]()
-    if config.get("nc", recipe.nc) != recipe.nc:
+    if config.get("nc", recipe.nc) != recipe.nc or chosen.is_empty():
         return None
     methods = [names[method] for method in config["methods"] if method in names]
     decided = {name: as_config(recipe)[name] for name in DECIDED}
-    settings = config | decided | {"methods": methods}
     chosen = chosen.with_columns(pl.col("method").replace(names))
-    return None if chosen.is_empty() else Record(settings, made, chosen)
+    return Record(config | decided | {"methods": methods}, made, chosen)
 
 
-def draw_readings(judged: Sequence[Judged]) -> Figure:
-    """Each reading, a row, against each claim that a record can judge, a column."""
-    columns = zip(*(one.verdicts for one in judged), strict=True)
-    shown = [n for n, column in enumerate(columns) if {v.verdict for v in column} != {"not run"}]
-    codes = [[[*COLORS].index(one.verdicts[n].verdict) for n in shown] for one in judged]
-    figure = Figure(figsize=(9, 1.5 + 0.2 * len(judged)), layout="constrained")
-    axes = figure.subplots()
+def draw_readings(parts: Sequence[Part]) -> Figure:
+    """Each part of a reading, a row, against the claims that a record can judge, the columns."""
+    sides = [[part for part in parts if part.of_images == of_images] for of_images in (True, False)]
+    figure = Figure(figsize=(9, 1.5 + 0.19 * len(parts)), layout="constrained")
+    ratios = [len(side) for side in sides]
     colors = ListedColormap([*COLORS.values()])
-    axes.pcolormesh(np.array(codes), cmap=colors, vmin=0, vmax=len(COLORS) - 1, edgecolors="white")
-    axes.invert_yaxis()
-    axes.set_xticks(np.arange(len(shown)) + 0.5, [judged[0].verdicts[n].id for n in shown])
-    axes.xaxis.tick_top()
-    axes.set_yticks(np.arange(len(judged)) + 0.5, [str(one) for one in judged], fontsize=7)
+    for axes, side, title in zip(
+        figure.subplots(2, height_ratios=ratios), sides, ("images", "points"), strict=True
+    ):
+        outcomes = [{one.id: one.verdict for one in part.verdicts} for part in side]
+        run = {id for of in outcomes for id, verdict in of.items() if verdict != "not run"}
+        shown = [claim.id for claim in JUDGED if claim.id in run]
+        rows = [[[*COLORS, None].index(of.get(id)) for id in shown] for of in outcomes]
+        codes = np.ma.masked_equal(np.array(rows), len(COLORS)).reshape(len(side), -1)
+        axes.pcolormesh(codes, cmap=colors, vmin=0, vmax=len(COLORS) - 1, edgecolors="white")
+        axes.invert_yaxis()
+        axes.set_xticks(np.arange(len(shown)) + 0.5, shown)
+        axes.xaxis.tick_top()
+        axes.set_yticks(np.arange(len(side)) + 0.5, [str(part) for part in side], fontsize=7)
+        axes.set_ylabel(title)
     patches = [Patch(color=color, label=name) for name, color in COLORS.items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    axes.set_ylabel("Images, points, LSTM of the loser, theta: claims reproduced of those judged")
-    axes.set_title("Joint readings of the paper: claims about figures 3, 4 and 5", fontsize=10)
+    figure.suptitle("Readings of the paper: claims about figures 3 to 8", fontsize=10)
     return figure

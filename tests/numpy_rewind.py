@@ -62,8 +62,8 @@ class Rule:
         bad = not sound or loss > self.threshold
         self.score = max(0, self.score + (1 if bad else -1))
         age = len(self.path) - self.trusted + late
-        if self.score >= self.block // 2 and age == 0:
-            self.score, self.idle = 0, self.idle + 1  # there is nothing to throw away
+        if self.score >= self.block // 2 and age == late and not math.isfinite(loss):
+            self.score, self.idle = 0, self.idle + 1  # there is nothing to mend
         if self.score >= self.block // 2:
             self.score, self.in_block, self.ramp, self.candidate = 0, 0, 0, None
             allowed = self.window + math.floor(self.rho * (1 - 1e-6) * self.calls)
@@ -154,4 +154,6 @@ def losses_of(kinds: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
             levels[rows[count % 3 > 0]] = np.inf
         if kind in ("broken", "void"):
             gradients[rows[count % 4 > 0] if kind == "broken" else rows] = np.nan
+        if kind == "void":
+            levels[rows] = np.inf
     return levels + noise, gradients

@@ -162,7 +162,7 @@ def test_errors_of_arguments():
             BestOf,
             (lambda rate: SGD(one.param_groups, lr=0.1),),
             {"rates": (0.1, 0.2)},
-            "a function of a rate must use it, got 0.1 for 0.2 too",
+            "a function of a rate must use it, got for 0.2 what 0.1 gives",
         ),
         (BestOf, ([one],), {"nc": 3}, "nc must go with check=, whose minibatches it "),
         (BestOf, ([one],), {"check": 3}, "check must be None or a function, got 3"),

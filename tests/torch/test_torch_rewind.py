@@ -105,31 +105,59 @@ def test_a_step_whose_loss_alone_is_not_finite_is_taken_and_counts():
 
 
 def test_where_no_step_is_finite_none_is_taken():
-    """Three returns throw 4 steps away each; then each step is taken back by itself."""
+    """Three returns throw 4 steps away each; then each step is taken back by itself, and skipped.
+
+    After 8 of these there is an alarm, and what was known of the losses is forgotten.
+    """
     model, _ = one_weight()
     optimizer = Hostile(model.parameters(), [math.nan] * 400)
     rewind = Rewind(model, optimizer, window=WINDOW, every=4)
     for _ in range(400):
         optimizer.step()
         rewind.observe(1.0)
-    assert model.weight == 0 and rewind.scale == 0.5**3
-    assert [(e.call, e.in_a_row, e.cause) for e in rewind.events] == [
-        *((4, 1, "model"), (8, 2, "model"), (12, 3, "model"))
+    assert model.weight == 0 and rewind.scale == 0.5**6
+    events = rewind.events
+    assert [(event.call, event.in_a_row) for event in events[:5]] == [
+        *((4, 1), (8, 2), (12, 3)),
+        *((20, 0), (24, 1)),
     ]
-    assert (rewind.thrown, rewind.skipped) == (12, 400 - 12)
+    thrown = 4 * sum(event.cause == "model" for event in events)
+    alarms = sum(event.kind == "return" and event.cause == "loss" for event in events)
+    assert rewind.thrown == thrown and rewind.skipped == 400 - thrown - alarms
 
 
 def test_minibatches_that_are_not_finite_lower_the_rate_once():
-    """The first alarm throws away what was learned since the snapshot; after it nothing was."""
-    rewind, model, optimizer = watched()
+    """The first alarm throws away what was learned since the snapshot; after it nothing was.
+
+    Weight decay goes on in steps without gradients, and is taken back.
+    """
+    rewind, model, optimizer = watched(torch.optim.AdamW, weight_decay=0.1)
     drive(rewind, model, optimizer, FALLS)
-    drive(rewind, model, optimizer, [math.nan] * 200, gradient=math.nan)
-    (event,) = rewind.events
-    assert event.kind == "return" and event.skipped > 0 and rewind.skipped > 190
-    assert str(event).endswith(f", {event.skipped} steps not finite so far)")
-    assert rewind.scale == 0.5
+    drive(rewind, model, optimizer, [math.nan] * 8, gradient=math.nan)
+    before = model.weight.item()
+    drive(rewind, model, optimizer, [math.nan] * 192, gradient=math.nan)
+    first, *idle = rewind.events
+    assert first.kind == "return" and [event.kind for event in idle] == ["idle"] * 24
+    assert [event.call for event in idle] == list(range(144, 329, 8))
+    assert 170 < idle[-1].skipped <= rewind.skipped and model.weight.item() == before
+    assert str(idle[-1]) == (
+        "Rewind set the model back, at the same rate: no step since then was finite (cause: loss, "
+        f"call 328, {idle[-1].skipped} steps not finite so far)"
+    )
+    assert rewind.scale == 0.5 and rewind.returns == 1
     drive(rewind, model, optimizer, [1.0] * 64)
-    assert rewind.scale == 1 and len(rewind.events) == 1
+    assert rewind.scale == 1 and len(rewind.events) == 25
+
+
+def test_steps_after_minibatches_that_are_not_finite_are_kept():
+    """An alarm that is read late, when good steps have followed."""
+    rewind, model, optimizer = watched(every=16)
+    drive(rewind, model, optimizer, FALLS)
+    drive(rewind, model, optimizer, [math.nan] * 24, gradient=math.nan)
+    drive(rewind, model, optimizer, [1.0] * 8)
+    assert [event.call for event in rewind.events] == [144]
+    drive(rewind, model, optimizer, [math.nan] * 8, gradient=math.nan)
+    assert len(rewind.events) == 1
 
 
 SCHEDULES = {

@@ -110,6 +110,14 @@ def around_one_of_a_guard():
     assert guard
 
 
+@told("fallback must be watched by no Rewind, got one that is (close it)")
+def under_a_guard():
+    model, optimizer = model_and_sgd()
+    rewind = Rewind(model, optimizer)
+    Recommended(torch.optim.Adam(model.parameters()), optimizer, model=model)
+    assert rewind
+
+
 @told("schedulers must each have a state_dict, and be of this optimizer if of any, got a StepLR")
 def of_another():
     model, optimizer = model_and_sgd()

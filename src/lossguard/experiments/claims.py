@@ -91,8 +91,8 @@ def judge_claims(
 
     Those of other experiments are passed over. By default the claims are ``CLAIMS``.
     """
-    evidence = gather(records)
-    return [_verdict(one, found(one.judge, evidence)) for one in claims or CLAIMS]
+    evidence, chosen = gather(records), CLAIMS if claims is None else claims
+    return [_verdict(one, found(one.judge, evidence)) for one in chosen]
 
 
 def _verdict(claim: Claim, finding: Finding) -> Verdict:

@@ -43,7 +43,7 @@ EARLIER: Mapping[str, Any] = {
     "scaling": "unit",
     "loser": "keep",
 }
-"""The same of figures that were not run in that reading: those on ConvNets, and 12."""
+"""The same of figures that were not run at length in that reading: those on ConvNets, and 12."""
 CONVNET_5 = ConvNet((8, 16, 32, 32, 64), (3, 3, 3, 3, 1), (2, 2, 2, 1, 1))
 """The optimizee on TinyImagenet50."""
 TAUS = (2_000, 5_000, 10_000, 20_000, 50_000)
@@ -174,7 +174,7 @@ def rate_methods(e: Experiment) -> Methods:
 
 
 def reading(figure: str, scaling: str) -> Experiment:
-    """A figure of ``READ`` in one scaling, its methods in every policy and with both thetas."""
+    """A figure of ``READ`` in one scaling, its methods in every policy and by every rule."""
     recipe, _, steps, rate = READ[figure]
     e = recipe()
     return with_methods(

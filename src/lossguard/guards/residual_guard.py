@@ -35,7 +35,7 @@ class TrackingSequence(NamedTuple):
     bound: Callable[[PyTree], Array]
     """mu."""
     reject: Callable[[PyTree, Array], PyTree] = lambda memory, _: memory
-    """The memory after a rejected step, of the fallback's residual ||S(x)|| there."""
+    """The memory after a rejected step, of the fallback's residual ||S(x)|| there, if finite."""
 
 
 def ema(theta: float) -> TrackingSequence:
@@ -92,7 +92,7 @@ def residual_guard(
         learned: the optimizer that is not trusted, an optax transformation.
         fallback: the one that is, likewise.
         alpha: 1 - delta, how much smaller than mu a residual has to be.
-        sequence: how mu follows the residuals accepted; ``ema(0.9)`` by default.
+        sequence: how mu follows residuals, by default those accepted; ``ema(0.9)`` by default.
         residual: "step", S(y) is the fallback's update (for SGD: the rate times the gradient), or
             "gradient", the gradient without the rate.
         nt: optimizer steps a cycle.
@@ -167,11 +167,12 @@ def residual_guard(
         finite_y, finite_z = is_sound(y, x) & jnp.isfinite(r), is_sound(z, x)
         ok = finite_y & jnp.isfinite(mu) & (r <= alpha * mu) & (mu > 0)
 
+        passed = sequence.reject(memory, own)
         x = select(ok, y, select(finite_z, z, x))
         inner = ResidualGuardState(
             renew_if_unsound(learned, x, learned_state),
             renew_if_unsound(fallback, x, fallback_state),
-            select(ok, sequence.update(memory, r), sequence.reject(memory, own)),
+            select(ok, sequence.update(memory, r), select(jnp.isfinite(own), passed, memory)),
         )
         return (x, inner), (ok, loss, finite_y, finite_z)
 

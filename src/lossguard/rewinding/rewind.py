@@ -127,7 +127,8 @@ class Rules:
       ten windows after another one multiplies both by ``factor``, for good, five times at most.
     - **Budget.** Steps thrown away are at most ``rho * T + window`` in every run. An alarm beyond
       that, or after three returns in a row, lowers the scale and begins another reference.
-    - An alarm where no step was taken since the snapshot does nothing: minibatches are to blame.
+    - An alarm at a loss that isn't finite, where no step was taken since the snapshot, does
+      nothing: the minibatches are to blame.
     """
 
     optimizer: optax.GradientTransformationExtraArgs
@@ -220,7 +221,7 @@ class Rules:
         block, hears = state.alarm.block, ~state.landing
         alarm = select(hears, alarms.hear(state.alarm, loss, sound, self.rise), state.alarm)
         rang = alarm.rings & hears
-        rings = rang & (state.age > 0)  # else there is nothing to throw away
+        rings = rang & ((state.age > 0) | jnp.isfinite(loss))  # else there is nothing to mend
         affordable = state.age <= allowance(state.calls, self.rho, self.window) - state.thrown
         returns = rings & affordable & (state.in_a_row < IN_A_ROW)
         takes = sound & ~returns & hears

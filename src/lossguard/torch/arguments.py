@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
-from lossguard.torch.rates import beside_state
+from lossguard.torch.rates import beside_state, options_of
 from lossguard.torch.tensors import leaves, local, read
 from lossguard.validation import check_kind, told
 
@@ -53,6 +53,7 @@ def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
             )
         check_wrapped(name, one)
         _check_step(name, one)
+        _check_watched(name, one)
         for group in one.param_groups:
             if group.get("maximize"):
                 raise ValueError(f"{name} must minimize the loss, got one with maximize=True")
@@ -74,11 +75,12 @@ def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
 
 
 def check_rates(rates: Sequence[Any], made: Sequence[Any]) -> None:
-    """Refuse optimizers of different rates that a function has made with the same ones."""
-    found = [[group.get("lr") for group in getattr(one, "param_groups", ())] for one in made]
+    """Refuse optimizers that a function has made with the same settings for different rates."""
+    found = [str(list(map(options_of, getattr(one, "param_groups", ())))) for one in made]
     for k, (rate, theirs) in enumerate(zip(rates, found, strict=True)):
-        if rate not in rates[:k] and theirs in found[:k] and any(theirs):
-            raise ValueError(f"a function of a rate must use it, got {theirs[0]} for {rate} too")
+        if rate not in rates[:k] and theirs in found[:k]:
+            same = rates[found.index(theirs)]
+            raise ValueError(f"a function of a rate must use it, got for {rate} what {same} gives")
 
 
 def check_made(params: Iterable[Tensor]) -> None:
@@ -133,6 +135,14 @@ def _check_step(name: str, optimizer: Optimizer) -> None:
                 f"{name} must have step(), step(closure=None) or step(loss), as a guard evaluates "
                 f"once a step, got {type(optimizer).__name__} with step({one})"
             )
+
+
+def _check_watched(name: str, optimizer: Optimizer) -> None:
+    """Refuse one whose ``Rewind`` would set the model back under a guard."""
+    for hook in optimizer._optimizer_step_pre_hooks.values():
+        owner: Any = getattr(hook, "__self__", None)
+        if getattr(owner, "closed", True) is False and owner._rewind() is not None:
+            raise ValueError(f"{name} must be watched by no Rewind, got one that is (close it)")
 
 
 def innermost(optimizer: Any) -> Optimizer:

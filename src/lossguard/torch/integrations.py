@@ -86,11 +86,11 @@ def trainer_rewind(trainer: Any, **options: Any) -> Any:
     ``rewind-RANK.pt``.
 
     Args:
-        trainer: not to be given a ``compute_loss`` or an optimizer of your own afterwards.
+        trainer: not to be given a ``compute_loss`` of your own afterwards.
         options: of ``Rewind``, which is the attribute ``rewind`` of the callback in training.
 
     Raises:
-        ValueError: if ``Rewind`` has no such option.
+        ValueError: if ``Rewind`` has no such option; in training, if it hears no loss.
     """
     from transformers import TrainerCallback
 
@@ -101,7 +101,8 @@ def trainer_rewind(trainer: Any, **options: Any) -> Any:
     def heard(model: Any, *inputs: Any, **more: Any) -> Any:
         result = compute(model, *inputs, **more)
         if model.training:
-            losses.append(result.detach().mean())
+            loss = result[0] if isinstance(result, tuple) else result
+            losses.append(loss.detach().mean())
         return result
 
     class TrainerRewind(TrainerCallback):
@@ -119,6 +120,10 @@ def trainer_rewind(trainer: Any, **options: Any) -> Any:
                 warnings.warn(told, RuntimeWarning, stacklevel=2)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if not losses:
+                raise ValueError(
+                    "trainer.compute_loss must stay the one of trainer_rewind, got a step without"
+                )
             self.rewind.observe(stacked(losses).sum())
             losses.clear()
 

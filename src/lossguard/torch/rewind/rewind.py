@@ -35,8 +35,9 @@ class RewindEvent(NamedTuple):
     """What ``Rewind`` did; each is logged as a warning of the logger ``lossguard.torch.rewind``.
 
     Attributes:
-        kind: it went back; or there was an alarm at which it didn't; or the buffers alone weren't
-            finite, as after a forward pass of inputs that aren't, and were set back.
+        kind: it went back; or there was an alarm at which it didn't; or no step since the snapshot
+            was finite, which is set back at the same rate; or the buffers alone weren't finite, as
+            after a forward pass of inputs that aren't, and were set back.
         cause: "loss" after an alarm, "audit" after one of the audits, "model" if the model, or only
             its buffers, weren't finite.
         call: of ``observe``, from 1.
@@ -46,7 +47,7 @@ class RewindEvent(NamedTuple):
         skipped: steps so far whose gradients weren't finite, or that were taken back by themselves.
     """
 
-    kind: Literal["return", "unanswered", "buffers"]
+    kind: Literal["return", "unanswered", "idle", "buffers"]
     cause: Cause
     call: int
     thrown: int
@@ -59,6 +60,7 @@ class RewindEvent(NamedTuple):
         did = {
             "return": f"threw {self.thrown} steps away and goes on at {self.scale:.3g} of the rate",
             "unanswered": "goes on: its budget is spent, or three returns were no help",
+            "idle": "set the model back, at the same rate: no step since then was finite",
             "buffers": "set back the buffers, which were not finite",
         }[self.kind]
         skipped = f", {self.skipped} steps not finite so far" if self.skipped else ""
@@ -79,6 +81,7 @@ class Rewind(Uncopied):
     - A model that isn't finite at a read goes back at once. While the budget doesn't allow it, each
       step is read, and one that makes the model not finite is taken back by itself.
     - After a return ``scale`` multiplies the rates during each step; schedulers know nothing of it.
+    - Memory: two copies of all that goes back; a third one while the budget is spent.
     - Under ``torch.distributed`` every rank calls ``observe``. All decide by the mean of their
       losses. FSDP2's shards are copied as shards.
 
@@ -99,8 +102,6 @@ class Rewind(Uncopied):
             there isn't trusted. Four such candidates more than others are an alarm.
         callback: called with every event, when it is over; ``events`` has all of them.
         group: the ranks that decide together; all of them by default.
-
-    Memory: two copies of all that goes back; a third one while the budget is spent.
 
     Raises:
         ValueError: if an argument is of another kind or out of range, the optimizer trains
@@ -187,9 +188,8 @@ class Rewind(Uncopied):
     def state_dict(self) -> dict[str, Any]:
         """All but the events, uncopied. Load the model's and the optimizer's own states first."""
         _, _, *unread = self._live.numbers(self._unread).tolist()  # waits for copies to the host
-        packed = self._live.pack(self._trusted, self._candidate)
         rest = {"unread": unread, "options": self._options, "rule": self._rule.numbers()}
-        return packed | rest
+        return self._live.pack(self._trusted, self._candidate) | rest
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as the one whose ``state_dict`` this is, to the last bit on one device.
@@ -240,6 +240,9 @@ class Rewind(Uncopied):
             self._go_back("model", 0)
         elif ends:
             self._new_candidate()
+        elif self._rule.idle and self._rule.age == 0:
+            self._live.load(self._trusted)  # momentum and weight decay have moved it
+            self._tell("idle", "loss", 0)
         self._last = None if self._rule.can_always_return else self._live.save(self._last)
 
     def _go_back(self, cause: Cause, late: int) -> None:
@@ -247,8 +250,7 @@ class Rewind(Uncopied):
         self._tell("return", cause, self._rule.go_back(late))
 
     def _tell(self, kind: Any, cause: Cause, thrown: int) -> None:
-        rule = self._rule
-        numbers = rule.calls, thrown, rule.in_a_row, self.scale, rule.skipped
+        numbers = self.calls, thrown, self._rule.in_a_row, self.scale, self.skipped
         self.events.append(RewindEvent(kind, cause, *numbers))
 
     def _new_candidate(self) -> None:
@@ -260,8 +262,7 @@ class Rewind(Uncopied):
             too_high = rule.hear_audit(mean_of_ranks(loss, self._group).item())
             if rule.audits.rings and rule.may_return(0):
                 self._go_back("audit", 0)
-                return
-            if rule.audits.rings:
+            elif rule.audits.rings:
                 rule.forget()
                 self._tell("unanswered", "audit", 0)
             if too_high:

@@ -65,7 +65,11 @@ class Rule:
         losses, audit: those of the present block, and the last audit.
         in_a_row, last_return: returns to the trusted snapshot, and the call of the last one.
         ramp, cap: steps since the last alarm, and what the scale rises to.
+        idle: whether there was an alarm, of those heard last, at a loss that isn't finite where no
+            step was taken since the snapshot: the minibatches are to blame.
     """
+
+    idle = False
 
     def __init__(self, window: int, rho: float, factor: float, rise: float, every: int) -> None:
         if check_count("window", window, least=64) % 8:
@@ -116,15 +120,15 @@ class Rule:
             another; whether there was an alarm at which the run can't go back; and, if it is to go
             back, steps since the alarm.
         """
-        self.calls += len(losses)
+        self.calls, self.idle = self.calls + len(losses), False
         promotes = ends = unanswered = False
         for i, (loss, skips) in enumerate(zip(losses, skipped, strict=True)):
             sound = math.isfinite(loss) and not skips
             self.alarm.hear(loss if sound else math.nan)
             if self.alarm.rings:
                 late = skipped[i:].count(False)
-                if self.age + late == 0:
-                    self.alarm.score = 0  # nothing to throw away: minibatches are to blame
+                if self.age == 0 and not math.isfinite(loss):
+                    self.alarm.score, self.idle = 0, True
                 elif self.may_return(late):
                     return promotes, False, unanswered, late
                 else:

@@ -130,6 +130,7 @@ class Rule:
                 if self.age == 0 and not math.isfinite(loss):
                     self.alarm.score, self.idle = 0, True
                 elif self.may_return(late):
+                    self.skipped += skipped[i + 1 :].count(True)
                     return promotes, False, unanswered, late
                 else:
                     self.forget()

@@ -19,7 +19,7 @@ from matplotlib.patches import Patch
 
 from ..config import as_config
 from ..records import Record
-from .claims import CLAIMS, Claim, K, Verdict, judge_claims, tracks
+from .claims import CLAIMS, K, Verdict, judge_claims, tracks
 from .evidence import figure_of
 from .formulas import on
 from .recipes import IMAGES, PAPERS, POINTS, POLICIES, READ, READINGS, RULES
@@ -34,7 +34,7 @@ ABOUT: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
 """By the method that claims are about: its variants, and the claims. Not 4d, which needs a million
 steps and nc = 100."""
 JUDGED = [
-    Claim(claim.id, claim.says, on(int(claim.id[0]), tracks(SHORT)))
+    claim._replace(judge=on(int(claim.id[0]), tracks(SHORT)))
     if claim.id in ("6c", "7c", "8c")
     else claim
     for claim in CLAIMS

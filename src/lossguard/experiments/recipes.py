@@ -53,7 +53,6 @@ ADAM_RATES = (1e-4, 1e-3, 1e-2, 1e-1)
 CONV_RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """SGDnm's learning rates in figure 10's grid."""
 
-
 POLICIES: Sequence[Policy] = get_args(Policy)
 """Of the LSTM's memory: kept by a branch that lost, fresh after a loss, or fresh in every cycle."""
 RULES: Mapping[str, TrackingSequence] = {

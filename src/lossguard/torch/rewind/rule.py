@@ -69,8 +69,6 @@ class Rule:
             step was taken since the snapshot: the minibatches are to blame.
     """
 
-    idle = False
-
     def __init__(self, window: int, rho: float, factor: float, rise: float, every: int) -> None:
         if check_count("window", window, least=64) % 8:
             raise ValueError(f"window must be a multiple of 8, got {window!r}")
@@ -86,7 +84,7 @@ class Rule:
         self.calls = self.returns = self.thrown = self.skipped = 0
         self.age = self.candidate_age = self.in_a_row = self.last_return = 0
         self.losses: list[float] = []
-        self.pending, self.audit = False, math.nan
+        self.pending, self.idle, self.audit = False, False, math.nan
         self.ramp, self.cap = self.block, 1.0
 
     def scale(self, unheard: int) -> float:

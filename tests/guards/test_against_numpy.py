@@ -230,6 +230,18 @@ def test_a_sequence_may_be_ones_own_and_have_a_memory() -> None:
     assert count == 3
 
 
+def test_a_residual_that_is_not_finite_reaches_no_sequence() -> None:
+    """Of rejected steps, which one that follows every step is told of."""
+    half = lossguard.ema(0.5)
+    every = half._replace(reject=half.update)
+    guard = lossguard.residual_guard(optax.sgd(-1.0), optax.sgd(0.1), sequence=every, nt=1)
+    state, known = guard.init(jnp.ones(1)), []
+    for _ in range(3):
+        state, _ = guard.step(state, lambda w, i: w @ w / jnp.where(i == 1, jnp.nan, 2))
+        known.append(float(state.inner.memory))
+    np.testing.assert_allclose(known, [0.1, 0.1, 0.095], rtol=1e-6)
+
+
 def test_residual_guard_by_default_is_the_papers_setting() -> None:
     """EMA with theta = 0.9, alpha = 0.99."""
     problem = numpy_guards.Objective(seed=2, minibatches=100)

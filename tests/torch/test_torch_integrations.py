@@ -176,6 +176,15 @@ def test_losses_of_several_devices_are_added_up(tmp_path):
     optimizer.step()
     callback.on_step_end(args, state, None)
     assert callback.rewind.calls == 1
+    told.append((torch.ones(2), "outputs"))
+    trainer.compute_loss(model)
+    optimizer.step()
+    callback.on_step_end(args, state, None)
+    assert callback.rewind.calls == 2
+    with refuses(
+        "trainer.compute_loss must stay the one of trainer_rewind, got a step without", "$"
+    ):
+        callback.on_step_end(args, state, None)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

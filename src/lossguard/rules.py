@@ -33,12 +33,6 @@ GAIN = 0.2
 """The part by which it has to be below it for the snapshot to move."""
 YOUNG_GAIN = 0.5
 """The same until the lead of y is known for longer."""
-AGAIN = 8
-"""k / 8 is the age that y is taken for when it leads again after a probation of z."""
-WORSE = 0.2
-"""The part by which its loss may then be above that where it stalled."""
-LESS = 0.1
-"""The part by which it has to be lower at the next stall for another probation of z."""
 
 # The recommended guard: s is the fallback by itself, x the leader's iterate.
 MORE = 5

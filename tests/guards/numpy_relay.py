@@ -94,7 +94,6 @@ class Relay:
         self.y, self.z = Lane(objective.start, learned), Lane(objective.start, fallback)
         self.leader, self.trial, self.spent = self.z, None, 0
         self.curve, self.level = Curve(0.0), 0.0
-        self.probation = self.stalled = None
 
     def cycle(self, i: int, k: int) -> tuple[list[float], list[float] | None]:
         """The losses of the leader, and of y if it is on trial."""
@@ -104,12 +103,11 @@ class Relay:
             losses = self.y.run(self.objective, numbers)
             self.z.optimizer.schedule_steps += self.nt
             self.curve.add(losses)
-            self.lead_on_or_stop(k)
+            self.lead_on_or_stop()
             return losses, None
         self.begin_trial(k)
         losses = self.z.run(self.objective, numbers)
         self.curve.add(losses)
-        self.end_probation(losses, numbers, k)
         if self.trial is None:
             self.y.optimizer.schedule_steps += self.nt
             return losses, None
@@ -133,57 +131,26 @@ class Relay:
         if outcome == "won":
             self.leader, self.level = self.y, self.curve.lasting
             self.most = self.level
-            self.stalled = None if self.stalled is None or self.stalled > -np.inf else -np.inf
             self.curve = Curve(np.mean(of_y), k // 16)
         return losses, of_y
 
     def begin_trial(self, k: int) -> None:
         cycles = max(int(np.ceil(10 / self.nt)), int(np.round(0.6 * self.share * k / self.nt)))
         afforded = self.spent + cycles * self.nt <= self.share * k + np.sqrt(k)
-        if self.trial is None and self.probation is None and (afforded or k == 0):
+        if self.trial is None and (afforded or k == 0):
             self.y.w = self.z.w
             self.y.optimizer.forget()
             self.trial = Trial(cycles, None if k == 0 else self.curve.recent)
             self.trial.chance = 1 if k == 0 else 0
 
-    def end_probation(self, losses: list[float], numbers: range, k: int) -> None:
-        self.on_probation = self.probation is not None
-        if not self.on_probation:
-            return
-        self.spent += int(np.ceil(self.nt / 3))
-        cycles, where_y_stalled, all_d = self.probation
-        stalled = [self.objective.loss(self.y.w, i) for i in numbers]
-        all_d.append(np.subtract(losses, stalled))
-        if len(all_d) < cycles:
-            return
-        over = np.ravel(all_d[cycles // 2 :])
-        self.probation = None
-        self.events.add("passed")
-        if over.mean() > 3 * over.std() / np.sqrt(len(over) - 1):
-            self.events = self.events - {"passed"} | {"failed"}
-            self.leader, self.z.w = self.y, self.y.w
-            self.curve = Curve(where_y_stalled, k // 8)
-            self.level = self.stalled = where_y_stalled
-            self.most = where_y_stalled + abs(where_y_stalled) / 5
-
-    def lead_on_or_stop(self, k: int) -> None:
+    def lead_on_or_stop(self) -> None:
         curve, level = self.curve, self.level
         young = curve.mark is None
         settled = curve.age >= curve.marks[-1][0] + 4 * self.nt
         risen = curve.lasting > level + abs(level) / 2
         worse = young and settled and curve.recent > self.most
         if worse or risen or curve.power() < 0.25:
-            self.leader, last = self.z, self.stalled
-            stuck = last is not None and curve.recent > last - abs(last) / 10
-            cycles = int(np.round(self.share * k / self.nt))
-            if stuck and not (worse or risen):
-                self.events.add("stuck")
-            if last is not None and (stuck or worse or risen):
-                self.stalled = -np.inf
-            spent = self.spent + cycles * np.ceil(self.nt / 3)
-            affordable = spent <= 2 * self.share * k + np.sqrt(k)
-            if not (worse or risen or stuck) and cycles >= 4 and affordable:
-                self.probation = cycles, curve.recent, []
+            self.leader = self.z
             if risen:
                 self.events.add("from the snapshot")
                 self.curve = Curve(level)
@@ -197,7 +164,7 @@ class Relay:
     def go_to(self, s: Lane, loss: float) -> None:
         self.events.add("back to s")
         self.z = self.leader = deepcopy(s)
-        self.curve, self.trial, self.probation = Curve(loss), None, None
+        self.curve, self.trial = Curve(loss), None
 
 
 def recommended(objective, learned, fallback, *, nt: int, share: float, cycles: int):
@@ -274,7 +241,7 @@ def told(x: Relay, losses: list[float], of_y: list[float] | None, own: bool, s_r
         "fallback_loss": np.nan if of_y is None else np.mean(losses),
         "winner": 0 if x.leader is x.y else 2 if own else 1,
         "gradients": nt * (1 + (of_y is not None) + s_ran),
-        "forwards": nt * (not learned and x.on_probation),
+        "forwards": 0,
         "learned_updates": nt * (learned or of_y is not None),
         "events": x.events,
     }

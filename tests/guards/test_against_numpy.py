@@ -140,14 +140,7 @@ RELAYS = [
         momentum(decay(0.02)),
         10,
         4,  # a trial right after a hand-over is won by less than a tenth
-        EVENTS | {"passed"},
-    ),
-    (
-        momentum(in_phases(0.6, 0.02, 100), 0.3),
-        adam(lambda k: 1.0),  # too noisy to get below where y stalls
-        10,
-        2,
-        EVENTS | {"failed", "stuck"},
+        EVENTS,
     ),
     (
         momentum(in_phases(0.01, 0.005, 200)),

@@ -49,18 +49,18 @@ def played():
 
 def test_challengers_have_a_share_of_the_steps(played) -> None:
     _, decisions, _ = played
-    of_s, trials, _ = check_price(decisions, NT, SHARE)
+    of_s, trials = check_price(decisions, NT, SHARE)
     k = NT * np.arange(1, STEPS // NT + 1)
     assert (of_s <= 5 * SHARE * k + NT).all() and (of_s > SHARE / 2 * k + NT).any()
     assert trials > 0.9
 
 
-def test_s_and_probations_have_what_they_may_and_no_more() -> None:
+def test_s_and_trials_have_what_they_may_and_no_more() -> None:
     nt, k = 4, np.arange(4, STEPS + 4, 4)
     runs = relapses(lossguard.recommended, nt=nt, share=SHARE)
     for part, decisions in zip((5 * SHARE, SHARE), runs, strict=True):
-        of_s, _, probations = check_price(decisions, nt, SHARE)
-        assert probations > 0.9
+        of_s, trials = check_price(decisions, nt, SHARE)
+        assert trials > 0.9
         assert (of_s <= part * k + nt).all() and (of_s >= part * k - 4 * nt)[k > 1_000].all()
 
 
@@ -76,25 +76,6 @@ def test_a_first_trial_that_decides_nothing_takes_as_long_again(nt, first) -> No
     assert (of_y[k < 4 * first**2] == np.minimum(k, 2 * first)[k < 4 * first**2]).all()
     assert of_y[-1] > 2 * first
     assert (decisions.gradients.cumsum() <= k + np.sqrt(k) + 2 * first + nt).all()
-
-
-def test_where_the_fallback_loses_what_was_won_the_learned_optimizer_leads_again() -> None:
-    """It ends where the noise is the whole loss, so it stalls; the fallback keeps its own noise."""
-    xi = 0.1 * jax.random.normal(jax.random.key(0), (STEPS, 20))
-    learned = optax.stateless(lambda gradient, w: -0.05 * w)
-    guard = lossguard.recommended(learned, optax.sgd(0.5), nt=NT, share=SHARE)
-    objective = lambda w, i: 0.5 * jnp.sum((w - xi[i]) ** 2)  # noqa: E731
-    _, decisions = play(guard, objective, jnp.ones(20), STEPS // NT)
-    k = NT * np.arange(1, STEPS // NT + 1)
-    of_y = np.where(decisions.used_learned[:, 0], 0, decisions.learned_updates).cumsum()
-    of_probations = np.asarray(decisions.forwards / 3).cumsum()
-    assert (of_y + of_probations <= 2 * SHARE * k + np.sqrt(k) + NT).all()
-    assert (of_y + of_probations > SHARE / 2 * k + np.sqrt(k) + NT).any()
-    first = np.flatnonzero(np.asarray(decisions.forwards))[0]
-    last = first + round(SHARE * k[first - 2] / NT) - 1  # of its first probation
-    assert (decisions.forwards[first : last + 1] == NT).all() and decisions.forwards[last + 1] == 0
-    assert (decisions.winner[first:last] != 0).all()
-    assert (decisions.winner[last : last + first // 8] == 0).all()
 
 
 def test_x_is_finite(played) -> None:

@@ -113,16 +113,14 @@ PAIRS = {
     "slow": (sgd(0.06, 0.5), sgd(0.03)),
     "level": (sgd(0.006), sgd(0.004)),
     "late": (falls_behind(0.3, 200), sgd(0.02)),
-    # With a larger share the fallback is on probation until 190.
     "noisy": (falls_behind(0.05, 200, 0.2), sgd(0.2, 0.9)),
 }
 ALL = list(PAIRS)
 PAIRS |= {
-    # As "noisy"; then the learned optimizer, which leads again, breaks twice.
+    # As "noisy"; then the learned optimizer breaks twice.
     "noisy, breaks": (breaks_cycles(0.05, 210), sgd(0.2, 0.9)),
     # The fallback's own run breaks, while the learned optimizer leads.
     "own run breaks": (sgd(0.3), falls_behind(0.02, 105, math.inf, 106)),
-    # The fallback passes its probation.
     "stalls": (falls_behind(0.3, 20, 1e-6), sgd(0.02)),
 }
 CASES = [

@@ -45,9 +45,7 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
       takes ten steps, and if these decide nothing ten more. In these it also has to be lower by a
       third, than the fallback and than itself in the ten before.
     - *The learned optimizer.* It leads while its loss falls: by a power of 1/4 of its age at least.
-      When it stalls the fallback goes on from there, or from a snapshot if the loss has risen. It
-      is on probation, for ``share`` of the steps so far: if it ends above the point of the stall by
-      three standard errors, the learned optimizer leads again from that point.
+      When it stalls the fallback goes on from there, or from a snapshot if the loss has risen.
 
     When the learned optimizer first takes over, the fallback's own run stays behind as lane s. It
     runs until it has had ``share`` of the steps, or five times that, if by then its loss, falling
@@ -55,9 +53,8 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
 
     So a cycle costs nt gradients, and nt more for each challenger that runs in it: y on trial while
     the fallback leads, in at most ``share`` of the steps and sqrt(k) + 20 more (tens rounded up to
-    whole cycles); s while x is off its path, in at most that share, or five times that as above. A
-    cycle of a probation costs nt forward passes more. Training losses decide; no minibatch is only
-    checked on.
+    whole cycles); s while x is off its path, in at most that share, or five times that as above.
+    Training losses decide; no minibatch is only checked on.
 
     Args:
         learned: the optimizer that is not trusted, an optax transformation.

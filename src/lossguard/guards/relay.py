@@ -1,7 +1,7 @@
 """The relay: a learned optimizer and a fallback take turns at one iterate, x. One of them leads.
 
 x    the parameters of the leader's lane
-y    the learned lane: leads, or is on trial from x, or waits where it stalled
+y    the learned lane: leads, or is on trial from x
 z    the fallback's lane: leads, or is the snapshot that x can go back to while y leads
 s    the fallback by itself, which y has never moved: stays behind when x leaves its path
 """
@@ -9,7 +9,6 @@ s    the fallback by itself, which y has never moved: stays behind when x leaves
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -17,7 +16,7 @@ from .. import rules
 from . import progress as progresses
 from . import trial as trials
 from .cycle import Cycle, sum_dtype
-from .lanes import Lane, Optimizer, keep_if_fine, losses_at, passed_over, run_if
+from .lanes import Lane, Optimizer, keep_if_fine, passed_over, run_if
 from .progress import Progress
 from .protocol import FALLBACK, LEARNED, OWN, Decision, Params, advance
 from .soundness import advance_schedules, check_schedules, renew, select, with_sound_gradients
@@ -40,18 +39,12 @@ class RelayState(NamedTuple):
     """Of the leader."""
     most: Float[Array, ""]
     """The loss that y has to stay below at first: that of z when y took over."""
-    stalled: Float[Array, ""]
-    """The smoothed loss where y stalled before, if it leads again; else NaN."""
-    in_vain: Bool[Array, ""]
-    """Whether a second lead of y was no use: there is no probation any more."""
     level: Float[Array, ""]
     """The smoothed loss at the snapshot."""
     trial: Trial
-    """Of y against z; or, on probation, of z against the point where y stalled."""
+    """Of y against z."""
     trial_cost: Int[Array, ""]
-    """What trials and probations are charged, in gradients: a third for a forward pass."""
-    probation: Bool[Array, ""]
-    """Whether z leads on probation."""
+    """Steps that trials are charged."""
     GOES_ON = ("trial_cost",)
 
 
@@ -60,10 +53,9 @@ class Relay:
     """The rules, of which ``recommended`` tells; trials are those of ``trial.py``.
 
     The snapshot is where z was when y took over. It moves to x when the loss is a fifth lower, at
-    first half as high. After a loss of 1.5 times that at the snapshot z goes on from there. Where y
-    stalls it waits while z is on probation; the snapshot is then where it stalled. When y
-    first takes over, s stays where z was. When it runs, and when x goes back to it, is the affair
-    of the guard.
+    first half as high. After a loss of 1.5 times that at the snapshot z goes on from there, and
+    where y stalls from x. When y first takes over, s stays where z was. When it runs, and when x
+    goes back to it, is the affair of the guard.
     """
 
     learned: Optimizer
@@ -86,12 +78,9 @@ class Relay:
             failed=jnp.array(False),
             progress=progresses.unknown(dtype),
             most=zero,
-            stalled=jnp.full_like(zero, jnp.nan),
-            in_vain=jnp.array(False),
             level=zero,
             trial=trials.none(dtype),
             trial_cost=jnp.int32(0),
-            probation=jnp.array(False),
         )
 
     def step(
@@ -110,7 +99,7 @@ class Relay:
         sound = with_sound_gradients(now.objective, state.z.params, now.i)
         now = now._replace(objective=sound, dtype=dtype)
         y, trial = self._begin_trial(state, now)
-        tried = (trial.length > 0) & ~state.probation
+        tried = trial.length > 0
         z, of_z, fine_z = run_if(~leads, self.fallback, state.z, now)
         y_after, of_y, fine_y = run_if(leads | tried, self.learned, y, now)
         s, of_s, fine_s = run_if(s_runs, self.fallback, state.s, now)
@@ -124,25 +113,18 @@ class Relay:
         losses = jnp.where(leads, of_y, of_z)
         progress = progresses.add(state.progress, losses.mean(), nt)
         progress = select(jnp.where(leads, fine_y, fine_z) & ~lost, progress, state.progress)
-        spent = jnp.where(tried, nt, jnp.where(state.probation, _third(nt), 0))
         after = state._replace(
             y=_in_time(y_after, leads | tried, nt),
             z=_in_time(z, ~leads, nt),
             s=s,
             progress=progress,
-            trial_cost=advance(state.trial_cost, spent),
+            trial_cost=advance(state.trial_cost, jnp.where(tried, nt, 0)),
         )
-        of_stall = jax.lax.cond(
-            state.probation, lambda w: losses_at([w], now)[:, 0], lambda _: of_z, state.y.params
-        )
-        of_stall = jnp.where(void, of_z, of_stall)
-        challenger, leader = select(state.probation, (of_z, of_stall), (of_y, losses))
-        trial = trials.add(trial, challenger, leader, void)
+        trial = trials.add(trial, of_y, losses, void)
         holds = fine_z | lost  # y takes over from a z that breaks, but not for lost minibatches
         ended = self._end_trial(after, trial, of_y, of_z, fine_y, holds, now.k)
-        judged = self._end_probation(after, trial, fine_z, now.k)
-        kept = self._keep_or_hand_over(after, fine_y, lost, now)
-        after = select(leads, kept, select(state.probation, judged, ended))
+        kept = self._keep_or_hand_over(after, fine_y, lost, nt)
+        after = select(leads, kept, ended)
         decision = Decision(
             used_learned=jnp.full(nt, leads),
             losses=losses,
@@ -154,7 +136,7 @@ class Relay:
                 after.learned_leads, LEARNED, jnp.where(after.on_own, OWN, FALLBACK)
             ).astype(jnp.int32),
             gradients=nt * (1 + tried.astype(jnp.int32) + s_runs.astype(jnp.int32)),
-            forwards=nt * state.probation.astype(jnp.int32),
+            forwards=jnp.int32(0),
             learned_updates=nt * (leads | tried).astype(jnp.int32),
         )
         return after, decision, of_s, fine_s, void
@@ -207,51 +189,27 @@ class Relay:
             on_own=state.on_own & ~won,
             learned_leads=won,
             most=jnp.where(won, state.progress.lasting, state.most),
-            stalled=jnp.where(won, jnp.nan, state.stalled),
             level=jnp.where(won, state.progress.lasting, state.level),
             progress=select(won, began, state.progress),
             trial=select(over, none, trial),
             trial_cost=jnp.where(again, 0, state.trial_cost),
         )
 
-    def _end_probation(
-        self, state: RelayState, trial: Trial, fine: Bool[Array, ""], k: Int[Array, ""]
-    ) -> RelayState:
-        """After a cycle of z on probation: it leads on, or y does from where it stalled."""
-        mean, error = trials.difference(trial)
-        over = ~fine | (trial.cycles >= trial.length)
-        back = ~fine | (over & (mean > rules.MARGIN * error))
-        leads_on = state._replace(
-            probation=~over, trial=select(over, trials.none(trial.total.dtype), trial)
-        )
-        again = leads_on._replace(
-            z=state.z._replace(params=state.y.params),
-            learned_leads=jnp.array(True),
-            progress=progresses.begin(trial.bound, k // rules.AGAIN),
-            most=trial.bound + rules.WORSE * jnp.abs(trial.bound),
-            level=trial.bound,
-            stalled=trial.bound,
-        )
-        return select(back, again, leads_on)
-
     def _keep_or_hand_over(
-        self, state: RelayState, fine: Bool[Array, ""], lost: Bool[Array, ""], now: Cycle
+        self, state: RelayState, fine: Bool[Array, ""], lost: Bool[Array, ""], nt: int
     ) -> RelayState:
         """After a cycle that y led: it leads on, or z goes on from x or from the snapshot.
 
         Where it wasn't fine y takes the cycle back; the second time at a stretch it is over, or at
         once if the cycle is as long as a trial and has no finite loss.
-
-        From where y stalls z leads on probation, for ``share`` of the steps so far if these are
-        ``SETTLED`` cycles, unless a second lead of y was no use.
         """
         loss, recent, level = state.progress.lasting, state.progress.recent, state.level
         young = state.progress.earlier_age == 0
-        settled = state.progress.age >= state.progress.later_age + rules.SETTLED * now.nt
+        settled = state.progress.age >= state.progress.later_age + rules.SETTLED * nt
         worse = young & settled & (recent > state.most)
         risen = loss > level + rules.RISE * jnp.abs(level)
         stalls = progresses.rate(state.progress) < rules.STALL
-        over = state.failed | (lost & (now.nt >= rules.TRIAL_STEPS))
+        over = state.failed | (lost & (nt >= rules.TRIAL_STEPS))
         ends = jnp.where(fine, worse | risen | stalls, over)
         gain = jnp.where(young, rules.YOUNG_GAIN, rules.GAIN)
         better = fine & ~ends & (loss < level - gain * jnp.abs(level))
@@ -259,29 +217,13 @@ class Relay:
         z = state.z._replace(params=select(from_x, state.y.params, state.z.params))
         # z's path goes on from where y has come to: from there it is fast or slow again.
         progress = select(ends, progresses.begin(jnp.where(from_x, recent, level)), state.progress)
-        k, cost = (count.astype(loss.dtype) for count in (now.k, state.trial_cost))
-        length = jnp.round(self.share * k / now.nt)
-        affordable = cost + length * _third(now.nt) <= 2 * self.share * k + jnp.sqrt(k)
-        again = ~jnp.isnan(state.stalled)
-        stuck = recent > state.stalled - rules.LESS * jnp.abs(state.stalled)
-        in_vain = state.in_vain | (ends & again & (~fine | worse | risen | stuck))
-        probation = stalls & fine & ~(worse | risen | in_vain) & affordable
-        probation &= length >= rules.SETTLED
         return state._replace(
             z=z,
             learned_leads=~ends,
             failed=~fine & ~ends,
             level=jnp.where(better, loss, level),
             progress=progress,
-            in_vain=in_vain,
-            probation=probation,
-            trial=select(probation, trials.begin(length.astype(jnp.int32), recent), state.trial),
         )
-
-
-def _third(nt: int) -> int:
-    """What nt forward passes cost, in gradients, rounded up."""
-    return -(-nt // 3)
 
 
 def _in_time(lane: Lane, ran: Bool[Array, ""], nt: int) -> Lane:
@@ -312,6 +254,5 @@ def go_back(state: RelayState, back: Bool[Array, ""], loss: Float[Array, ""]) ->
         failed=jnp.array(False),
         progress=progresses.begin(loss),
         trial=trials.none(loss.dtype),
-        probation=jnp.array(False),
     )
     return select(back, there, state)

@@ -34,14 +34,13 @@ def passed_over(seen: Mapping[str, Seen]) -> tuple[list[bool], dict[str, Seen]]:
 
     Such a minibatch is itself to blame, and tells nothing. A lane without a finite loss has NaN.
     """
-    shown = [one.losses for one in seen.values() if one.losses]
+    shown = [one.losses for one in seen.values()]
     void = [not any(map(math.isfinite, losses)) for losses in zip(*shown, strict=True)]
 
     def filled(losses: list[float]) -> list[float]:
         finite = [loss for loss in losses if math.isfinite(loss)]
         told = mean(finite) if finite else math.nan
-        pairs = zip(void, losses, strict=False)  # there are none if it was only checked
-        return [told if skip else loss for skip, loss in pairs]
+        return [told if skip else loss for skip, loss in zip(void, losses, strict=True)]
 
     return void, {name: one._replace(losses=filled(one.losses)) for name, one in seen.items()}
 

@@ -61,10 +61,6 @@ class Guard(Face):
         """Decide, by what the lanes that ran have shown; call ``_lead`` to have another lane."""
         raise NotImplementedError
 
-    def _checks(self, lane: Lane) -> bool:
-        """Whether a lane that runs only evaluates this minibatch."""
-        return self.checking
-
     def _lead(self, lane: Lane) -> None:
         """Have another lane in the model from now on."""
         if lane is not self._leader:
@@ -113,7 +109,7 @@ class Guard(Face):
                 for lane in order:
                     self._randomness.set(draws)
                     self._weights.reset_gradients(beside)
-                    lane.enter(checking=self._checks(lane))
+                    lane.enter(checking=self.checking)
                     yield lane
                     if not lane.stepped:
                         raise ValueError("the body of guard.lanes() must call lane.step(loss)")
@@ -265,6 +261,3 @@ class GuardOfTwo(Guard):
         )
         z, y, s = self._lanes.values()
         self._relay = Relay(z, y, s, self.nt, share)
-
-    def _checks(self, lane: Lane) -> bool:
-        return lane is self._relay.y and self._relay.state.probation

@@ -28,13 +28,13 @@ class Hedged(GuardOfTwo):
 
     Args:
         learned, fallback, nt, model, process_group, callback: as in ``Recommended``.
-        share: of the steps, for trials and probations.
+        share: of the steps, for trials.
 
     Raises:
         ValueError: if an argument isn't one of the above.
 
     Price in gradients: 1 a step on the fallback's path, 2 off it, and in k steps at most
-    2 ``share`` k + sqrt(k) + 2 first more, first being ten steps, rounded up to whole cycles.
+    ``share`` k + sqrt(k) + 2 first more, first being ten steps, rounded up to whole cycles.
     Memory: four copies of the parameters and buffers beside the model, a fifth one while another
     lane runs, two states of the fallback, one of the learned optimizer.
 

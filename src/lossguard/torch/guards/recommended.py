@@ -14,16 +14,14 @@ class Recommended(GuardOfTwo):
     """Whoever leads runs; a challenger runs in a small share of the steps.
 
     The model is the leader's: the fallback's, beside which the learned optimizer is tried now and
-    then; or the learned one's, from when it wins a trial until its losses stall. If the fallback
-    then stays above the point of the stall, the learned one leads again from there. Meanwhile the
+    then; or the learned one's, from when it wins a trial until its losses stall. Meanwhile the
     fallback's own run stays behind as lane s, and the model goes back to it if that wins a trial.
     The rules are those of ``lossguard.recommended``; ``docs/guards.md`` tells them.
 
     A step costs one gradient, and one more for each challenger that runs in the cycle: y on trial,
     in at most ``share`` of the steps and sqrt(k) + 20 more (tens rounded up to whole cycles), k
     being the steps so far; s, in at most that share, or five times that where it would soon be a
-    tenth below the model. While the fallback is on probation after a stall, the loss there is
-    evaluated too, forward only.
+    tenth below the model.
 
     Args:
         learned: the optimizer that is not trusted.

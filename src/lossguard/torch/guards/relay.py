@@ -1,7 +1,7 @@
 """The relay: a learned optimizer and a fallback take turns at one iterate, x. One of them leads.
 
 x    where the leader's lane is
-y    the learned lane: leads, or is on trial from x, or waits where it stalled
+y    the learned lane: leads, or is on trial from x
 z    the fallback's lane: leads, or is the snapshot that x can go back to while y leads
 s    the fallback by itself, which y has never moved: stays behind when x leaves its path
 
@@ -31,17 +31,11 @@ class State(NamedTuple):
     progress: Progress = Progress.begun(math.nan)
     most: float = 0.0
     """The loss that y has to stay below at first: that of z when y took over."""
-    stalled: float = math.nan
-    """The smoothed loss where y stalled before, if it leads again; else NaN."""
-    in_vain: bool = False
-    """Whether a second lead of y was no use: there is no probation any more."""
     level: float = 0.0
     trial: Trial = NONE
-    """Of y against z; or, on probation, of z against the point where y stalled."""
+    """Of y against z."""
     trial_cost: int = 0
-    """What trials and probations are charged, in gradients: a third for a forward pass."""
-    probation: bool = False
-    """Whether z leads on probation."""
+    """Steps that trials are charged."""
 
 
 class Relay:
@@ -52,7 +46,6 @@ class Relay:
 
     def __init__(self, z: "Lane", y: "Lane", s: "Lane", nt: int, share: float) -> None:
         self.y, self.z, self.s, self.nt, self.share = y, z, s, nt, share
-        self._third = -(-nt // 3)
         self.state = State()
 
     @property
@@ -71,7 +64,7 @@ class Relay:
             if self.state.trial_cost + length * self.nt <= budget or k == 0:
                 self.state = self.state._replace(trial=Trial(length, progress.recent))
         trial = self.state.trial
-        if trial != NONE and trial.cycles == 0 and not self.state.probation:
+        if trial != NONE and trial.cycles == 0:
             self.y.start_at(self.z.point)
             self.y.forget()
             self.y.wind(k)
@@ -85,7 +78,6 @@ class Relay:
         ``void`` are the minibatches that are passed over: there losses are a mean.
         """
         y, z, state, led = seen.get("y"), seen.get("z"), self.state, self.state.learned_leads
-        stalled, y = (y, None) if state.probation else (None, y)
         none = all(void)  # is finite, and who is to blame? Not z; nor y, unless it leads
         fine_y = y is None or (y.is_fine(void) and not (none and led))
         fine_z = z is None or z.is_fine(void)
@@ -95,11 +87,7 @@ class Relay:
         losses, of_y = seen["y" if led else "z"].losses, [] if y is None or led else y.losses
         if (fine_y if led else fine_z) and not none:
             state = state._replace(progress=state.progress.after(mean(losses), self.nt))
-        if stalled is not None:
-            pairs = zip(void, losses, stalled.checks, strict=True)
-            checks = [of_z if skip else of_stall for skip, of_z, of_stall in pairs]
-            state = self._end_probation(state, state.trial.after(losses, checks, void), fine_z, k)
-        elif state.trial != NONE:
+        if state.trial != NONE:
             trial = state.trial.after(of_y, losses, void)
             state = state._replace(trial=trial, trial_cost=state.trial_cost + self.nt)
             won, lost = trial.outcome(of_y)
@@ -120,21 +108,19 @@ class Relay:
                     progress=Progress.begun(mean(of_y), k // rules.YOUTH),
                     most=state.progress.lasting,
                     level=state.progress.lasting,
-                    in_vain=state.in_vain,
                     trial_cost=state.trial_cost,
                 )
             elif lost or not fine_y:
                 state = state._replace(trial=NONE)
         if led:
-            state = self._keep_or_hand_over(state, fine_y, none, k)
+            state = self._keep_or_hand_over(state, fine_y, none)
         self.state = state
         of_z = OWN if state.on_own else FALLBACK
         return Decision(
             used_learned=[led] * self.nt,
             losses=losses,
             winner=LEARNED if state.learned_leads else of_z,
-            gradients=self.nt * (len(seen) - (stalled is not None)),
-            forwards=self.nt * (stalled is not None),
+            gradients=self.nt * len(seen),
             learned_updates=self.nt * (y is not None),
             learned_loss=mean(of_y) if of_y else math.nan,
             fallback_loss=mean(losses) if of_y else math.nan,
@@ -145,37 +131,13 @@ class Relay:
     def go_back(self, loss: float) -> None:
         """x goes back to s, at its loss."""
         self.z.become(self.s)
-        kept = {name: getattr(self.state, name) for name in ("trial_cost", "stalled", "in_vain")}
-        self.state = State(progress=Progress.begun(loss), **kept)
+        self.state = State(progress=Progress.begun(loss), trial_cost=self.state.trial_cost)
 
-    def _end_probation(self, state: State, trial: Trial, fine: bool, k: int) -> State:
-        """After a cycle of z on probation: it leads on, or y does from where it stalled."""
-        m, error = trial.difference
-        state = state._replace(trial=trial, trial_cost=state.trial_cost + self._third)
-        if fine and trial.cycles < trial.length:
-            return state
-        state = state._replace(trial=NONE, probation=False)
-        if fine and not m > rules.MARGIN * error:
-            return state
-        self.z.start_at(self.y.point)
-        self.y.wind(k + self.nt)
-        return state._replace(
-            learned_leads=True,
-            failed=False,
-            progress=Progress.begun(trial.bound, k // rules.AGAIN),
-            most=trial.bound + rules.WORSE * abs(trial.bound),
-            stalled=trial.bound,
-            level=trial.bound,
-        )
-
-    def _keep_or_hand_over(self, state: State, fine: bool, lost: bool, k: int) -> State:
+    def _keep_or_hand_over(self, state: State, fine: bool, lost: bool) -> State:
         """After a cycle that y led: it leads on, or z goes on from x or from the snapshot.
 
         Where it wasn't fine y takes the cycle back; the second time at a stretch it is over, or at
         once if the cycle is as long as a trial and has no finite loss.
-
-        From where y stalls z leads on probation, for ``share`` of the steps so far if these are
-        ``SETTLED`` cycles, unless a second lead of y was no use.
         """
         progress, level = state.progress, state.level
         now, recent, young = progress.lasting, progress.recent, progress.earlier_age == 0
@@ -199,17 +161,4 @@ class Relay:
             return state
         # z's path goes on from where y has come to: from there it is fast or slow again.
         began = Progress.begun(recent if from_x else level)
-        again = not math.isnan(state.stalled)
-        stuck = recent > state.stalled - rules.LESS * abs(state.stalled)
-        in_vain = state.in_vain or (again and (not fine or worse or risen or stuck))
-        length = round(self.share * k / self.nt)
-        affordable = state.trial_cost + length * self._third <= 2 * self.share * k + math.sqrt(k)
-        probation = affordable and stalls and fine and not (worse or risen or in_vain)
-        probation = probation and length >= rules.SETTLED
-        return state._replace(
-            learned_leads=False,
-            progress=began,
-            in_vain=in_vain,
-            probation=probation,
-            trial=Trial(length, recent) if probation else NONE,
-        )
+        return state._replace(learned_leads=False, progress=began)

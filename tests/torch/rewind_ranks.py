@@ -3,7 +3,9 @@
 import copy
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 from models import refuses
 from torch import distributed, nn
@@ -12,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from lossguard.torch import Rewind
+from lossguard.torch.integrations import trainer_rewind
 
 WINDOW, EVERY, STEPS = 64, 8, 180
 
@@ -50,6 +53,24 @@ def averaged(rank, sharded):
     train(rewind, model, optimizer, 0, STEPS, rank)
     numbers = (rewind.returns, rewind.thrown, rewind.skipped, rewind.scale)
     return numbers, [[*event] for event in rewind.events], whole(model)
+
+
+def in_a_trainer(rank):
+    """A checkpoint of one process is resumed by two."""
+    model, folder = network(), Path(os.environ["CHECKPOINTS"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    checkpoint = folder / "checkpoint-20"
+    state = SimpleNamespace(global_step=20)
+    args = SimpleNamespace(output_dir=folder, process_index=rank)
+    if rank == 0:
+        checkpoint.mkdir()
+        torch.save({}, checkpoint / "rewind-0.pt")
+    distributed.barrier()
+    trainer = SimpleNamespace(compute_loss=None, train=None, add_callback=lambda one: None)
+    callback = trainer_rewind(trainer, window=WINDOW, every=EVERY)
+    told = "begins anew, as there is no .* on every rank"
+    with pytest.warns(RuntimeWarning, match=told):
+        callback.on_train_begin(args, state, None, model=model, optimizer=optimizer)
 
 
 def moved(rank, alone=False):

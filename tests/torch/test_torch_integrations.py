@@ -1,6 +1,7 @@
 """``Rewind`` under Lightning, the Hugging Face Trainer and Accelerate, in AMP and accumulation."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -153,7 +154,10 @@ def test_the_trainer_resumes(tmp_path, monkeypatch):
         return load(file, *args, **options)
 
     monkeypatch.setattr(torch, "load", noted)
-    again = trainer_of(tmp_path, 150)
+    other = trainer_of(tmp_path / "other", 86)
+    trainer_rewind(other, **OPTIONS)  # leaves a checkpoint of its own after as many steps
+    other.train()
+    again = trainer_of(tmp_path / "other", 150)
     rest = trainer_rewind(again, **OPTIONS)
     again.model.seen = 86
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-86"))
@@ -166,7 +170,9 @@ def test_losses_of_several_devices_are_added_up(tmp_path):
     """As nn.DataParallel has them, which the Trainer takes if it sees several GPUs."""
     pytest.importorskip("transformers")
     model, told = nn.Linear(2, 1), [torch.ones(2), torch.ones(2, device="meta")]
-    trainer = SimpleNamespace(compute_loss=lambda model: told.pop(), add_callback=lambda one: None)
+    trainer = SimpleNamespace(
+        compute_loss=lambda model: told.pop(), train=None, add_callback=lambda one: None
+    )
     callback = trainer_rewind(trainer, **OPTIONS)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     args = SimpleNamespace(output_dir=tmp_path, process_index=0)
@@ -185,6 +191,8 @@ def test_losses_of_several_devices_are_added_up(tmp_path):
         "trainer.compute_loss must stay the one of trainer_rewind, got a step without", "$"
     ):
         callback.on_step_end(args, state, None)
+    with pytest.warns(RuntimeWarning, match=r"isn't saved, as there is no .*checkpoint-0$"):
+        callback.on_save(args, state, None)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -325,6 +333,37 @@ def test_a_trainer_that_was_interrupted_trains_again(tmp_path):
     trainer.train()
     assert callback.rewind.calls == 10
     assert len(trainer.optimizer.optimizer._optimizer_step_pre_hooks) == 0
+
+
+def test_what_lightning_makes_of_a_guard_has_no_counts_of_its_own():
+    """It takes the guard's class as a base, and a copy of the guard's attributes."""
+    pytest.importorskip("lightning")
+    from lightning.pytorch.core.optimizer import LightningOptimizer
+
+    model = nn.Linear(4, 2)
+    bold, careful = (torch.optim.SGD(model.parameters(), lr=lr) for lr in (0.1, 0.01))
+    guard = Recommended(bold, careful, model=model)
+    wrapped: Any = LightningOptimizer(guard)
+    for call, name in (
+        (lambda: next(wrapped.lanes()), "lanes"),
+        (lambda: wrapped.load_state_dict(guard.state_dict()), "load_state_dict"),
+    ):
+        with refuses(f"{name} must be called on the guard itself, got a LightningRecommended", ""):
+            call()
+
+
+def test_a_guard_may_be_built_over_what_accelerate_has_prepared(accelerate):
+    model = nn.Linear(4, 2)
+    pair = [torch.optim.SGD(model.parameters(), lr=lr) for lr in (0.1, 0.01)]
+    guard = Recommended(*accelerate.Accelerator(cpu=True).prepare(*pair), model=model)
+
+    def closure():
+        guard.zero_grad()
+        loss = model(torch.ones(4)).square().sum()
+        loss.backward()
+        return loss
+
+    assert guard.step(closure) > guard.step(closure)
 
 
 def test_a_scheduler_may_be_on_what_accelerate_has_made_of_the_optimizer(accelerate):

@@ -243,6 +243,23 @@ def test_a_learned_lane_that_raises_for_its_numbers_does_not_stop_the_fallback(k
         guard.step(lambda: {}["loss"])
 
 
+def test_a_check_that_raises_where_numbers_are_not_finite_loses_that_lane():
+    model, held_out = mlp(), minibatches(1)[0]
+
+    def check(k):
+        loss = loss_fn(model, held_out)
+        if not loss.isfinite():
+            raise ValueError("mine")
+        return loss
+
+    pair = [SGD(model.parameters(), lr=0.1), Breaks(model.parameters(), lr=0.1)]
+    guard = BestOf(pair, model=model, nt=4, check=check)
+    with pytest.warns(RuntimeWarning, match=r"numbers that aren't finite and raised ValueError"):
+        run(guard, model, minibatches(40))
+    assert [one.winner for one in guard.history] == [0] * 10
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_a_fallback_that_raises_is_not_left():
     model = mlp()
     guard = two(Recommended, model, fallback=lambda ps: Breaks(ps, lr=0.1), nt=4)

@@ -7,6 +7,11 @@ from ranks import spawn
 pytest.importorskip("torch.distributed.fsdp", reason="fully_shard needs PyTorch 2.6")
 
 
+def test_the_trainer_begins_anew_on_all_ranks_if_one_has_no_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("CHECKPOINTS", str(tmp_path))
+    assert spawn("rewind_ranks.in_a_trainer", 2, tmp_path) == [0, 0]
+
+
 def test_two_ranks_decide_the_same_and_resume(tmp_path, monkeypatch):
     monkeypatch.setenv("CHECKPOINTS", str(tmp_path))
     assert spawn("rewind_ranks.both", 2, tmp_path) == [0, 0]

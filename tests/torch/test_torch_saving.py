@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from lossguard.torch import BestOf, Hedged, LossGuard, Recommended, ResidualGuard
+from lossguard.torch.guards import saving
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -33,6 +35,23 @@ def test_resumes_bit_by_bit_at_any_point_of_a_cycle(kind, done):
     options = {LossGuard: {"nc": 2}, ResidualGuard: {}}.get(kind, {"share": 0.5})
     history = assert_resumes(lambda m: two(kind, m, nt=4, **options), model, minibatches(), done)
     assert len(history) >= 10
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_what_is_loaded_goes_to_the_device_of_its_parameter(monkeypatch, shape):
+    """As there is one here, tensors that are moved are noted. Counts stay on the host."""
+    moved = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, device: moved.append((t, device)) or t)
+    p = torch.zeros(shape, device="meta")
+    lane = SimpleNamespace(
+        name="z",
+        optimizer=SimpleNamespace(param_groups=[{}]),
+        weights=SimpleNamespace(params=[p]),
+    )
+    saved = {"z.memory.step": torch.ones(()), "z.memory.exp_avg": torch.ones(shape)}
+    loaded = saving._unpack_state(lane, [saved], {})[p]
+    ((tensor, device),) = moved
+    assert tensor is loaded["exp_avg"] and device == p.device
 
 
 def test_rates_that_were_set_in_the_guards_groups_are_saved():

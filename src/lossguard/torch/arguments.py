@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch.overrides import TorchFunctionMode
 from lossguard.torch.rates import beside_state, options_of
 from lossguard.torch.tensors import leaves, local, read
 from lossguard.validation import check_kind, told
+
+if TYPE_CHECKING:
+    from lossguard.torch.guards.lane import Lane
 
 Closure = Callable[[], Any]
 T = TypeVar("T")
@@ -139,7 +142,7 @@ def _check_step(name: str, optimizer: Optimizer) -> None:
 
 def _check_watched(name: str, optimizer: Optimizer) -> None:
     """Refuse one whose ``Rewind`` would set the model back under a guard."""
-    for hook in optimizer._optimizer_step_pre_hooks.values():
+    for hook in innermost(optimizer)._optimizer_step_pre_hooks.values():
         owner: Any = getattr(hook, "__self__", None)
         if getattr(owner, "closed", True) is False and owner._rewind() is not None:
             raise ValueError(f"{name} must be watched by no Rewind, got one that is (close it)")
@@ -305,11 +308,17 @@ def warn_if_left(loops: int) -> None:
         )
 
 
-def tell(error: Exception, lane: object) -> None:
-    """Warn that a lane's minibatch is lost to an error."""
+def lost(error: Exception, lane: "Lane", *, passed_on: bool) -> Tensor:
+    """NaN for the loss of a lane that raises because its numbers aren't finite, with a warning.
+
+    Such an error would come again in every cycle. Any other is passed on.
+    """
+    if passed_on or not lane.weights.have_diverged():
+        raise error
     warnings.warn(
         f"{lane} has numbers that aren't finite and raised {type(error).__name__}: such "
         "minibatches count as lost for it",
         RuntimeWarning,
-        stacklevel=2,
+        stacklevel=3,
     )
+    return scalar(torch.nan)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lossguard.torch.ranks import mean_of_ranks
 from lossguard.torch.rewind.rewind import Rewind
 from lossguard.torch.tensors import stacked
 from lossguard.validation import one_of
@@ -83,10 +84,10 @@ def trainer_rewind(trainer: Any, **options: Any) -> Any:
     It adds a ``TrainerCallback``, which it returns. Callbacks aren't told the loss, so it hears
     what the trainer's ``compute_loss`` returns, label smoothing and one of your own included: the
     sum of those between two steps. Its state is in the Trainer's checkpoints, as
-    ``rewind-RANK.pt``.
+    ``rewind-RANK.pt``; with more processes than there were it begins anew.
 
     Args:
-        trainer: not to be given a ``compute_loss`` of your own afterwards.
+        trainer: not to be given a ``compute_loss`` or ``train`` of your own afterwards.
         options: of ``Rewind``, which is the attribute ``rewind`` of the callback in training.
 
     Raises:
@@ -96,7 +97,13 @@ def trainer_rewind(trainer: Any, **options: Any) -> Any:
 
     _check(options)
     losses: list[torch.Tensor] = []
-    compute = trainer.compute_loss
+    compute, train, resumed = trainer.compute_loss, trainer.train, ""
+
+    def noting(resume_from_checkpoint: str | bool | None = None, *others: Any, **more: Any) -> Any:
+        nonlocal resumed
+        given = resume_from_checkpoint
+        resumed = "" if given is None or isinstance(given, bool) else given
+        return train(given, *others, **more)
 
     def heard(model: Any, *inputs: Any, **more: Any) -> Any:
         result = compute(model, *inputs, **more)
@@ -111,12 +118,15 @@ def trainer_rewind(trainer: Any, **options: Any) -> Any:
         def on_train_begin(self, args: Any, state: Any, control: Any, **running: Any) -> None:
             losses.clear()  # of a run that was interrupted, which has not closed its own
             self.rewind = Rewind(running["model"], running["optimizer"], **options)
-            file = _file(args, state)
-            if file.exists():
+            if not state.global_step:
+                return
+            file = (Path(resumed) if resumed else _folder(args, state)) / _name(args)
+            found = torch.tensor(float(file.exists()))
+            if mean_of_ranks(found, options.get("process_group")) == 1:
                 saved = torch.load(file, weights_only=True, map_location="cpu")
                 self.rewind.load_state_dict(saved)
-            elif state.global_step:
-                told = f"trainer_rewind begins anew, as there is no {file}"
+            else:
+                told = f"trainer_rewind begins anew, as there is no {file} on every rank"
                 warnings.warn(told, RuntimeWarning, stacklevel=2)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -128,12 +138,17 @@ def trainer_rewind(trainer: Any, **options: Any) -> Any:
             losses.clear()
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            torch.save(self.rewind.state_dict(), _file(args, state))
+            folder = _folder(args, state)
+            if folder.is_dir():
+                torch.save(self.rewind.state_dict(), folder / _name(args))
+            else:  # as in a search, whose runs have folders of their own
+                told = f"trainer_rewind isn't saved, as there is no {folder}"
+                warnings.warn(told, RuntimeWarning, stacklevel=2)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.rewind.close()
 
-    trainer.compute_loss = heard
+    trainer.compute_loss, trainer.train = heard, noting
     trainer.add_callback(callback := TrainerRewind())
     return callback
 
@@ -146,6 +161,9 @@ def _check(options: Mapping[str, Any]) -> None:
             raise ValueError(f"options must each be {one_of(sorted(known), name)}")
 
 
-def _file(args: Any, state: Any) -> Path:
-    folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-    return folder / f"rewind-{args.process_index}.pt"
+def _folder(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _name(args: Any) -> str:
+    return f"rewind-{args.process_index}.pt"

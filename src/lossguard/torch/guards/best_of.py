@@ -155,10 +155,12 @@ class BestOf(Guard):
             self._randomness.set(draws)
             lane.enter(checking=True)
             with torch.no_grad(), modes_kept(self._weights.model):
-                lane.checks = [
-                    scalar(check(self._checked + j), "check must return one number")
-                    for j in range(self.checks)
-                ]
+                for j in range(self.checks):
+                    try:
+                        value = check(self._checked + j)
+                    except Exception as error:
+                        value = self._lost(lane, error)
+                    lane.checks.append(scalar(value, "check must return one number"))
             lane.leave()
         self._checked += self.checks
 

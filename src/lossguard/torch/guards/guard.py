@@ -97,6 +97,7 @@ class Guard(Face):
         Raises:
             ValueError: if there are gradients before it, or the body steps but by ``lane.step``.
         """
+        self.check_itself("lanes")
         self._call(self._optimizer_step_pre_hooks)
         yield from self._loop(self._tell_hooks)
 
@@ -151,21 +152,19 @@ class Guard(Face):
         return draws, beside
 
     def _run(self, lane: Lane, closure: Closure) -> Any:
-        """The value of the closure, or NaN where a lane raises as its numbers aren't finite.
-
-        Such an error would come again in every cycle, and other ranks would not know of it.
-        """
+        """The value of the closure, after a step."""
         try:
             with torch.enable_grad():
                 value = arguments.forward_only(closure) if lane.checking else closure()
         except Exception as error:
-            trusted = lane.inner is self._inners.get("fallback")
-            if trusted or several(self.process_group) or not self._weights.have_diverged():
-                raise
-            arguments.tell(error, lane)
-            return lane.note(arguments.scalar(torch.nan))
+            return lane.note(self._lost(lane, error))
         lane.step(value)
         return value
+
+    def _lost(self, lane: Lane, error: Exception) -> Tensor:
+        """NaN for its loss, if the lane may raise; other ranks would not know of it."""
+        trusted = lane.inner is self._inners.get("fallback")
+        return arguments.lost(error, lane, passed_on=trusted or several(self.process_group))
 
     def _undo(self, draws: list[Tensor]) -> None:
         """After an error the minibatch doesn't count; if a step was begun, nor does the cycle."""
@@ -214,6 +213,7 @@ class Guard(Face):
         Raises:
             ValueError: if it wasn't, or the state is damaged. This one is as it was before, then.
         """
+        self.check_itself("load_state_dict")
         with held():
             saving.load(self, state_dict)
         for hook in self._optimizer_load_state_dict_post_hooks.values():

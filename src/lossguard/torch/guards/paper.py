@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from lossguard.torch.arguments import Closure, scalar, tell
+from lossguard.torch.arguments import Closure, lost, scalar
 from lossguard.torch.guards.decision import FALLBACK, LEARNED, NEITHER, Decision, Seen, mean
 from lossguard.torch.guards.guard import Guard
 from lossguard.torch.guards.lane import Lane
@@ -230,10 +230,8 @@ class ResidualGuard(Guard):
         try:
             loss, gradient = self._evaluate(closure)
         except Exception as error:
-            if several(self.process_group) or not self._weights.have_diverged():
-                raise
-            tell(error, self._lanes["y"])
-            return math.nan
+            passed_on = several(self.process_group)
+            return float(lost(error, self._lanes["y"], passed_on=passed_on))
         finally:
             self._weights.reset_gradients(beside)
         n, advanced = len(self._weights.params), z.memory()

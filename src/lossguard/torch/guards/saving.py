@@ -259,9 +259,11 @@ def _unpack_state(lane: "Lane", state: list[Saved], others: dict[Any, Any]) -> d
         for p, made in kept.items():
             check(p, made)
     for p in params:
-        for t in leaves(kept.get(p)):
-            if isinstance(t, Tensor) and t.device != p.device and (t.dim() or on_device):
-                t.data = t.to(p.device)
+        for key, made in (kept.get(p) or {}).items():
+            moves = on_device or (p.dim() == 0 and key != "step")  # what has no dimension
+            for t in leaves(made):
+                if isinstance(t, Tensor) and t.device != p.device and (t.dim() or moves):
+                    t.data = t.to(p.device)
     if not kept:
         raise ValueError(f"state_dict must hold {name}* of parameters, got none")
     return kept

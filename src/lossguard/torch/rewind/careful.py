@@ -23,11 +23,11 @@ class CarefulSteps:
     """Hooks of optimizers: rates times ``rewind.scale`` in a step, and no unsound gradients.
 
     Between steps the rates are those that the user and the schedulers set, so that schedulers of
-    every kind go on from their own numbers. Once nobody has the ``Rewind`` any more they are gone.
+    every kind go on from their own numbers. Once nobody has the ``Rewind`` they do nothing.
 
     Attributes:
         broken: whether gradients weren't finite since it was read, as a tensor on their device.
-        closed: whether they are gone.
+        closed: whether they do nothing any more.
 
     After every ``JUDGED`` calls of ``take`` it looks at the steps since: it warns, once, if there
     were half as many or fewer, or twice as many or more; or of many steps without any call.
@@ -89,8 +89,8 @@ class CarefulSteps:
     def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         self._restore()  # if the last step raised an error half-way, or calls this one
         rewind = self._rewind()
-        if rewind is None:
-            self.remove()
+        if rewind is None:  # a hook that is removed in a step would end PyTorch's loop over them
+            self.closed = True
             return None
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise ValueError(

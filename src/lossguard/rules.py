@@ -17,16 +17,12 @@ BETWEEN = 4
 # The relay: y is the learned lane, z the fallback's, k the steps so far.
 TRIAL_STEPS = 10
 """Optimizer steps of a trial, at least."""
-CLEARLY = 1 / 3
-"""The part by which y has to be lower if the first trial, undecided at its end, went on as long."""
 PART = 0.6
 """The length of a trial, as a part of what trials may have cost by then."""
 STALL = 0.25
 """The learned optimizer leads while its loss falls at least by this power of its age."""
 YOUTH = 16
 """k / 16 is the age that y is taken for when it takes over."""
-SETTLED = 4
-"""Cycles before a lead of y is judged by its loss."""
 RISE = 0.5
 """The part by which the loss may be above that at the snapshot."""
 GAIN = 0.2

@@ -81,9 +81,7 @@ class Trial:
         over = len(self.y) >= self.cycles
         if over and mean < -3 * error and np.mean(of_y[nt // 2 :]) < self.to_beat:
             return "won"
-        if mean > 3 * error:
-            return "lost"
-        return "level" if over else "goes on"
+        return "lost" if over or mean > 3 * error else "goes on"
 
 
 class Relay:
@@ -114,23 +112,11 @@ class Relay:
         of_y = self.y.run(self.objective, numbers)
         self.spent += self.nt
         outcome = self.trial.outcome(of_y, losses)
-        if outcome == "level":
-            outcome = "lost"
-            if self.trial.chance == 1:
-                self.trial.cycles, self.spent, outcome = 2 * self.trial.cycles, 0, "goes on"
-                self.trial.chance, self.trial.to_beat = 2, np.mean(of_y)
-                self.events.add("tried again")
-        if outcome == "won" and self.trial.chance == 2:
-            level = min(np.mean(losses), self.trial.to_beat)
-            enough = np.mean(of_y) < level - abs(level) / 3
-            outcome = "won" if enough else "lost"
-            self.events.add("by a third" if enough else "by too little")
         if outcome != "goes on":
             self.trial = None
             self.events.add(outcome)
         if outcome == "won":
             self.leader, self.level = self.y, self.curve.lasting
-            self.most = self.level
             self.curve = Curve(np.mean(of_y), k // 16)
         return losses, of_y
 
@@ -141,15 +127,12 @@ class Relay:
             self.y.w = self.z.w
             self.y.optimizer.forget()
             self.trial = Trial(cycles, None if k == 0 else self.curve.recent)
-            self.trial.chance = 1 if k == 0 else 0
 
     def lead_on_or_stop(self) -> None:
         curve, level = self.curve, self.level
         young = curve.mark is None
-        settled = curve.age >= curve.marks[-1][0] + 4 * self.nt
         risen = curve.lasting > level + abs(level) / 2
-        worse = young and settled and curve.recent > self.most
-        if worse or risen or curve.power() < 0.25:
+        if risen or curve.power() < 0.25:
             self.leader = self.z
             if risen:
                 self.events.add("from the snapshot")

@@ -142,20 +142,6 @@ RELAYS = [
         4,  # a trial right after a hand-over is won by less than a tenth
         EVENTS,
     ),
-    (
-        momentum(in_phases(0.01, 0.005, 200)),
-        momentum(decay(0.01)),
-        10,
-        0,
-        {"tried again", "by too little"},
-    ),
-    (
-        momentum(in_phases(0.003, 0.1, 13)),
-        momentum(decay(0.003)),
-        4,
-        0,
-        {"tried again", "by a third"},
-    ),
 ]
 """Learned optimizer, fallback, nt, seed, and what can be seen in their run."""
 

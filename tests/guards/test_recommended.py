@@ -65,17 +65,17 @@ def test_s_and_trials_have_what_they_may_and_no_more() -> None:
 
 
 @pytest.mark.parametrize(("nt", "first"), [(1, 10), (3, 12), (50, 50)])
-def test_a_first_trial_that_decides_nothing_takes_as_long_again(nt, first) -> None:
-    """At no charge: the next comes when it would have come anyway. Here it is just not worse."""
+def test_trials_take_ten_steps_in_whole_cycles_and_come_when_the_budget_allows(nt, first) -> None:
+    """Of a share of 0: the first at once, the second after as many steps squared and four times."""
     guard = lossguard.recommended(optax.sgd(5e-5), optax.sgd(4e-5), nt=nt, share=0.0)
     state = guard.init(jnp.ones(3))
     cycles = 5 * first**2 // nt
     _, decisions = lossguard.rollout(guard, state, lambda w, i: jnp.sum(w**2), cycles=cycles)
     k, of_y = nt * np.arange(1, cycles + 1), decisions.learned_updates.cumsum()
-    assert int(decisions.winner[2 * first // nt]) == OWN
-    assert (of_y[k < 4 * first**2] == np.minimum(k, 2 * first)[k < 4 * first**2]).all()
-    assert of_y[-1] > 2 * first
-    assert (decisions.gradients.cumsum() <= k + np.sqrt(k) + 2 * first + nt).all()
+    assert int(decisions.winner[first // nt]) == OWN
+    early = k < 4 * first**2
+    assert (of_y[early] == np.minimum(k, first)[early]).all()
+    assert of_y[-1] >= 2 * first
 
 
 def test_x_is_finite(played) -> None:

@@ -109,26 +109,20 @@ PAIRS = {
     "both break": (sgd(1e80), sgd(1e80)),
     "it breaks late": (adam(0.02), falls_behind(0.05, 100, 1e80)),
     "the same": (sgd(0.1), sgd(0.1)),
-    # Ten steps don't decide the first trial, and twenty do, or show too little.
-    "slow": (sgd(0.06, 0.5), sgd(0.03)),
-    "level": (sgd(0.006), sgd(0.004)),
     "late": (falls_behind(0.3, 200), sgd(0.02)),
     "noisy": (falls_behind(0.05, 200, 0.2), sgd(0.2, 0.9)),
 }
 ALL = list(PAIRS)
 PAIRS |= {
-    # As "noisy"; then the learned optimizer breaks twice.
-    "noisy, breaks": (breaks_cycles(0.05, 210), sgd(0.2, 0.9)),
+    # The learned optimizer leads, and breaks twice.
+    "breaks late": (breaks_cycles(0.3, 60), sgd(0.02)),
     # The fallback's own run breaks, while the learned optimizer leads.
     "own run breaks": (sgd(0.3), falls_behind(0.02, 105, math.inf, 106)),
-    "stalls": (falls_behind(0.3, 20, 1e-6), sgd(0.02)),
 }
 CASES = [
     *(("recommended", {}, pair) for pair in ALL),
-    *(
-        ("recommended", {"share": 0.5}, pair)
-        for pair in ("late", "the same", "noisy", "noisy, breaks", "stalls")
-    ),
+    *(("recommended", {"share": 0.5}, pair) for pair in ("late", "the same", "noisy")),
+    *((name, {}, "breaks late") for name in ("recommended", "hedged")),
     *(("hedged", {}, pair) for pair in ALL),
     *(("hedged", {"share": 0.5}, pair) for pair in ("noisy", "own run breaks")),
     *(("loss_guard", {"nc": 5}, pair) for pair in ("breaks", "both break", "adam over sgd")),
@@ -202,8 +196,8 @@ def test_two_optimizers(name, options, pair):
     body = name != "residual_guard" and pair == "adam over sgd"
     winners = assert_same(in_torch(build, body), in_jax(guard))
     assert len(winners) == CYCLES
-    if pair in ("slow", "level"):
-        assert winners[:2] == [2, 0 if pair == "slow" else 2]
+    if pair == "breaks late":
+        assert winners[5] == 0 and not {*winners[8:]} <= {0}
 
 
 @pytest.mark.parametrize(("share", "checked"), [(None, False), (0.25, True)])

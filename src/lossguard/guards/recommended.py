@@ -42,8 +42,7 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
     - *The fallback.* Now and then the learned optimizer is tried from x, beside it and on the same
       minibatches. Its state is fresh, its schedules, and the clock of ``mlp_optimizer``, are at the
       time of the whole run. It takes over if it is better by three standard errors. The first trial
-      takes ten steps, and if these decide nothing ten more. In these it also has to be lower by a
-      third, than the fallback and than itself in the ten before.
+      takes ten steps.
     - *The learned optimizer.* It leads while its loss falls: by a power of 1/4 of its age at least.
       When it stalls the fallback goes on from there, or from a snapshot if the loss has risen.
 
@@ -52,7 +51,7 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
     on as it does, would be a tenth below that of x. x goes back to it if it wins a trial against x.
 
     So a cycle costs nt gradients, and nt more for each challenger that runs in it: y on trial while
-    the fallback leads, in at most ``share`` of the steps and sqrt(k) + 20 more (tens rounded up to
+    the fallback leads, in at most ``share`` of the steps and sqrt(k) + 10 more (tens rounded up to
     whole cycles); s while x is off its path, in at most that share, or five times that as above.
     Training losses decide; no minibatch is only checked on.
 

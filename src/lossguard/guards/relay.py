@@ -37,8 +37,6 @@ class RelayState(NamedTuple):
     """Whether y leads and wasn't finite in its last cycle, which it took back."""
     progress: Progress
     """Of the leader."""
-    most: Float[Array, ""]
-    """The loss that y has to stay below at first: that of z when y took over."""
     level: Float[Array, ""]
     """The smoothed loss at the snapshot."""
     trial: Trial
@@ -65,7 +63,7 @@ class Relay:
     def begin(self, params: Params) -> RelayState:
         """z leads, and there is no trial."""
         dtype = sum_dtype(params)
-        zero, y = jnp.zeros((), dtype), Lane(params, self.learned.init(params))
+        y = Lane(params, self.learned.init(params))
         z = Lane(params, self.fallback.init(params))
         check_schedules("learned", y.state)
         check_schedules("fallback", z.state)
@@ -77,8 +75,7 @@ class Relay:
             learned_leads=jnp.array(False),
             failed=jnp.array(False),
             progress=progresses.unknown(dtype),
-            most=zero,
-            level=zero,
+            level=jnp.zeros((), dtype),
             trial=trials.none(dtype),
             trial_cost=jnp.int32(0),
         )
@@ -122,7 +119,7 @@ class Relay:
         )
         trial = trials.add(trial, of_y, losses, void)
         holds = fine_z | lost  # y takes over from a z that breaks, but not for lost minibatches
-        ended = self._end_trial(after, trial, of_y, of_z, fine_y, holds, now.k)
+        ended = self._end_trial(after, trial, of_y, fine_y, holds, now.k)
         kept = self._keep_or_hand_over(after, fine_y, lost, nt)
         after = select(leads, kept, ended)
         decision = Decision(
@@ -159,40 +156,24 @@ class Relay:
         state: RelayState,
         trial: Trial,
         of_y: Float[Array, " nt"],
-        of_z: Float[Array, " nt"],
         fine_y: Bool[Array, ""],
         fine_z: Bool[Array, ""],
         k: Int[Array, ""],
     ) -> RelayState:
-        """After a cycle of a trial, if there is one: y takes over, it goes on, or it is over.
-
-        If the first one decides nothing it goes on for as long again, at no charge. Then y also has
-        to end lower by ``CLEARLY`` than z, and than itself where that began.
-        """
+        """After a cycle of a trial, if there is one: y takes over, it goes on, or it is over."""
         won, lost = trials.outcome(trial, of_y)
-        nt, tried, mean = len(of_y), trial.length > 0, of_y.mean()
-        first = -(-rules.TRIAL_STEPS // nt)
-        age = jnp.where(trial.cycles == k // nt + 1, trial.cycles, 0)  # of the first one alone
-        again = (age == first) & lost & trials.is_level(trial) & fine_y & fine_z
-        level = jnp.minimum(of_z.mean(), trial.bound)
-        unclear = (age == 2 * first) & ~(mean < level - rules.CLEARLY * jnp.abs(level))
-        won, lost = won & ~unclear, (lost & ~again) | unclear
-        bound = jnp.where(jnp.isnan(mean), trial.bound, mean).astype(trial.bound.dtype)
-        longer = trial._replace(length=2 * trial.length, bound=bound)
-        trial = select(again, longer, trial)
+        tried = trial.length > 0
         won, lost = tried & fine_y & (won | ~fine_z), tried & (lost | ~fine_y)
         over = won | lost | ~tried
         none = trials.none(trial.total.dtype)
-        began = progresses.begin(mean, k // rules.YOUTH)
+        began = progresses.begin(of_y.mean(), k // rules.YOUTH)
         return state._replace(
             s=select(won & state.on_own, state.z, state.s),
             on_own=state.on_own & ~won,
             learned_leads=won,
-            most=jnp.where(won, state.progress.lasting, state.most),
             level=jnp.where(won, state.progress.lasting, state.level),
             progress=select(won, began, state.progress),
             trial=select(over, none, trial),
-            trial_cost=jnp.where(again, 0, state.trial_cost),
         )
 
     def _keep_or_hand_over(
@@ -205,12 +186,10 @@ class Relay:
         """
         loss, recent, level = state.progress.lasting, state.progress.recent, state.level
         young = state.progress.earlier_age == 0
-        settled = state.progress.age >= state.progress.later_age + rules.SETTLED * nt
-        worse = young & settled & (recent > state.most)
         risen = loss > level + rules.RISE * jnp.abs(level)
         stalls = progresses.rate(state.progress) < rules.STALL
         over = state.failed | (lost & (nt >= rules.TRIAL_STEPS))
-        ends = jnp.where(fine, worse | risen | stalls, over)
+        ends = jnp.where(fine, risen | stalls, over)
         gain = jnp.where(young, rules.YOUNG_GAIN, rules.GAIN)
         better = fine & ~ends & (loss < level - gain * jnp.abs(level))
         from_x = better | (ends & fine & ~risen)

@@ -83,13 +83,7 @@ def outcome(
     last = challenger[len(challenger) // 2 :].mean()
     over = trial.cycles >= trial.length
     won = over & (mean < -MARGIN * error) & (last < trial.bound)
-    return won, ~won & (over | ~is_level(trial))
-
-
-def is_level(trial: Trial) -> Bool[Array, ""]:
-    """Whether the challenger isn't worse by three standard errors."""
-    mean, error = difference(trial)
-    return mean <= MARGIN * error
+    return won, ~won & (over | ~(mean <= MARGIN * error))
 
 
 def difference(trial: Trial) -> tuple[Float[Array, ""], Float[Array, ""]]:

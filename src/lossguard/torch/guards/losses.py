@@ -59,24 +59,13 @@ class Trial(NamedTuple):
         With m and e the mean of the differences and its standard error: it has lost if m > 3 e at
         any time; it has won at the end if m < -3 e and its last losses are below the bound.
         """
-        m, error = self.difference
+        n = max(self.pairs, 2)
+        m = self.total / n
+        error = math.sqrt(max(self.squares / n - m * m, 0) / (n - 1))
         last = mean(challenger[len(challenger) // 2 :])
         over = self.cycles >= self.length
         won = over and m < -MARGIN * error and last < self.bound
-        return won, not won and (over or not self.is_level)
-
-    @property
-    def is_level(self) -> bool:
-        """Whether the challenger isn't worse by three standard errors."""
-        m, error = self.difference
-        return m <= MARGIN * error
-
-    @property
-    def difference(self) -> tuple[float, float]:
-        """The mean of the differences that count, and its standard error."""
-        n = max(self.pairs, 2)
-        m = self.total / n
-        return m, math.sqrt(max(self.squares / n - m * m, 0) / (n - 1))
+        return won, not won and (over or not m <= MARGIN * error)
 
 
 NONE = Trial()

@@ -19,7 +19,7 @@ class Recommended(GuardOfTwo):
     The rules are those of ``lossguard.recommended``; ``docs/guards.md`` tells them.
 
     A step costs one gradient, and one more for each challenger that runs in the cycle: y on trial,
-    in at most ``share`` of the steps and sqrt(k) + 20 more (tens rounded up to whole cycles), k
+    in at most ``share`` of the steps and sqrt(k) + 10 more (tens rounded up to whole cycles), k
     being the steps so far; s, in at most that share, or five times that where it would soon be a
     tenth below the model.
 

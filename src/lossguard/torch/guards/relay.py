@@ -29,8 +29,6 @@ class State(NamedTuple):
     failed: bool = False
     """Whether y leads and wasn't finite in its last cycle, which it took back."""
     progress: Progress = Progress.begun(math.nan)
-    most: float = 0.0
-    """The loss that y has to stay below at first: that of z when y took over."""
     level: float = 0.0
     trial: Trial = NONE
     """Of y against z."""
@@ -91,22 +89,13 @@ class Relay:
             trial = state.trial.after(of_y, losses, void)
             state = state._replace(trial=trial, trial_cost=state.trial_cost + self.nt)
             won, lost = trial.outcome(of_y)
-            first, level = -(-rules.TRIAL_STEPS // self.nt), min(mean(losses), trial.bound)
-            age = trial.cycles if trial.cycles * self.nt == k + self.nt else 0  # of the first alone
-            if age == 2 * first and not mean(of_y) < level - rules.CLEARLY * abs(level):
-                won, lost = False, True
-            if age == first and lost and trial.is_level and fine_y and holds:
-                bound = trial.bound if math.isnan(mean(of_y)) else mean(of_y)
-                longer = trial._replace(length=2 * trial.length, bound=bound)  # at no charge
-                state = state._replace(trial=longer, trial_cost=0)
-            elif fine_y and (won or not holds):
+            if fine_y and (won or not holds):
                 if state.on_own:
                     self.s.become(self.z)
                 state = State(
                     on_own=False,
                     learned_leads=True,
                     progress=Progress.begun(mean(of_y), k // rules.YOUTH),
-                    most=state.progress.lasting,
                     level=state.progress.lasting,
                     trial_cost=state.trial_cost,
                 )
@@ -141,12 +130,10 @@ class Relay:
         """
         progress, level = state.progress, state.level
         now, recent, young = progress.lasting, progress.recent, progress.earlier_age == 0
-        settled = progress.age >= progress.later_age + rules.SETTLED * self.nt
-        worse = young and settled and recent > state.most
         risen = now > level + rules.RISE * abs(level)
         stalls = progress.rate < rules.STALL
         over = state.failed or (lost and self.nt >= rules.TRIAL_STEPS)
-        ends = worse or risen or stalls if fine else over
+        ends = risen or stalls if fine else over
         if not fine and not ends:
             self.y.go_back()
         state = state._replace(failed=not fine and not ends)

@@ -89,7 +89,7 @@ def test_a_history_of_torch() -> None:
     assert table["step"].tolist() == [2, 4]
     assert table["price_of_step"].tolist() == [d.price() / 2 for d in guard.history]
     assert table["winner"].tolist() == [0, 0]  # the bold rate halves more in a step
-    plot_decisions(guard.history)
+    plot_decisions(one for one in guard.history)
 
 
 def test_scalars_leave_out_what_does_not_apply() -> None:

@@ -3,7 +3,7 @@
 Takes the decisions of both frameworks, and imports neither.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -130,6 +130,8 @@ def plot_decisions(
         from matplotlib.figure import Figure
 
         from .drawing import log_losses
+    if isinstance(decisions, Iterator):
+        decisions = list(decisions)
     figure, table, losses = Figure(layout="constrained"), None, _losses(decisions)
     if losses is not None:
         last = loss = figure.subplots()

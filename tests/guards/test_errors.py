@@ -94,17 +94,18 @@ WRONG = {
     " must be ": {
         "window|an integer of at least 64, got 8": lambda: rewind(SGD, window=8),
         "window|a multiple of 8, got 100": lambda: rewind(SGD, window=100),
-        "value|a scalar floating-point loss, got (2,) of": lambda: rewound(value=ONES),
-        "value|a scalar floating-point loss, got () of int32": lambda: rewound(value=1),
+        "value|a scalar floating-point loss, got Array([1., 1.]": lambda: rewound(value=ONES),
+        "value|a scalar floating-point loss, got 1": lambda: rewound(value=1),
+        "value|a scalar floating-point loss, got (1.0, 'aux')": lambda: rewound(value=(1.0, "aux")),
     },
     " must be given: update(updates, state, params, value=loss)": {
         "params|": lambda: rewound(params=None),
         "value|": lambda: rewound(value=None),
     },
     " must keep the structure, shapes and types that they had in init, got ": {
-        "params|float16[2]": lambda: rewound(params=ONES.astype(jnp.float16)),
-        "params|float32[3]": lambda: rewound(params=jnp.ones(3)),
-        "params|['float32[2]']": lambda: rewound(params=[ONES]),
+        "params|['float16[2]'] in PyTreeDef(*)": lambda: rewound(params=ONES.astype(jnp.float16)),
+        "params|['float32[3]']": lambda: rewound(params=jnp.ones(3)),
+        "params|['float32[2]'] in PyTreeDef([*])": lambda: rewound(params=[ONES]),
     },
     " must be at least 0 and below 1, got ": {
         "share|1.0": lambda: recommended(SGD, SGD, share=1.0),
@@ -204,11 +205,14 @@ WRONG = {
         "guarded(...)|value_fn, which was not given": lambda: guarded_update(None),
         "guarded(...)|params, which was not given": lambda: guarded_update(total, params=None),
     },
-    " must keep the shapes that they had in init, got ": {
-        "state.params|[(1,)]": lambda: edited(recommended(SGD, SGD), jnp.ones(1)),
-        "state.params|[()]": lambda: edited(hedged(SGD, SGD), jnp.ones(())),
-        "state.params|[(3, 2)]": lambda: edited(hedged(SGD, SGD), jnp.ones((3, 2))),
-        "state.params|[(3,)]": lambda: edited(best_of([ALONE]), jnp.ones(3)),
+    " must keep the shapes and types that they had in init, got ": {
+        "state.params|['float32[1]']": lambda: edited(recommended(SGD, SGD), jnp.ones(1)),
+        "state.params|['float32[]']": lambda: edited(hedged(SGD, SGD), jnp.ones(())),
+        "state.params|['float32[3, 2]']": lambda: edited(hedged(SGD, SGD), jnp.ones((3, 2))),
+        "state.params|['float32[3]']": lambda: edited(best_of([ALONE]), jnp.ones(3)),
+        "state.params|['bfloat16[2]']": (
+            lambda: edited(recommended(SGD, SGD), ONES.astype(jnp.bfloat16))
+        ),
     },
     " must hold at least one array, got ": {"params|{}": lambda: loss_guard(SGD, SGD).init({})},
     " must be floating-point arrays, but its leaf ": {

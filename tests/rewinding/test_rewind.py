@@ -316,6 +316,66 @@ def valley(optimizer, jump):
     return loss(x), state
 
 
+def trained(optimizer, params, loss_of, steps):
+    """The parameters and the state after so many steps."""
+
+    def step(carry, _):
+        params, state = carry
+        loss, gradient = jax.value_and_grad(loss_of)(params)
+        updates, state = optimizer.update(gradient, state, params, value=loss)
+        return (optax.apply_updates(params, updates), state), None
+
+    start = params, optimizer.init(params)
+    return jax.jit(lambda start: jax.lax.scan(step, start, length=steps)[0])(start)
+
+
+def test_a_state_may_be_infinite_again_where_it_was_at_the_start():
+    """As a lowest loss that begins anew every ten steps."""
+
+    def update(gradient, state, params=None, *, value, **_):
+        count, lowest = state
+        lowest = jnp.where(count % 10 == 9, jnp.inf, jnp.minimum(lowest, value))
+        return -0.1 * gradient, (count + 1, lowest)
+
+    start = jnp.int32(0), jnp.float32(jnp.inf)
+    lowest = optax.GradientTransformationExtraArgs(lambda params: start, update)
+    params, state = trained(
+        lossguard.rewind(lowest), jnp.zeros(2), lambda w: jnp.sum((w - 3) ** 2), 50
+    )
+    assert state.skipped == 0 and jnp.abs(params - 3).max() < 1e-3
+
+
+def test_a_frozen_parameter_may_be_as_low_as_its_type_goes():
+    """As an additive mask, which moves nowhere, so that there is no way back."""
+    params = {"w": jnp.ones(2), "mask": jnp.full(2, jnp.finfo(jnp.float32).min)}
+    kinds = {"w": optax.adam(0.1), "mask": optax.set_to_zero()}
+    optimizer = optax.multi_transform(kinds, {"w": "w", "mask": "mask"})
+    found, state = trained(
+        lossguard.rewind(optimizer), params, lambda p: jnp.sum((p["w"] - 3) ** 2), 100
+    )
+    assert state.skipped == 0 and jnp.abs(found["w"] - 3).max() < 0.1
+    assert (found["mask"] == params["mask"]).all()
+
+
+def test_parameters_may_be_of_a_class_that_compares_by_identity():
+    @jax.tree_util.register_pytree_node_class
+    class Net:
+        def __init__(self, w):
+            self.w = w
+
+        def tree_flatten(self):
+            return (self.w,), None
+
+        @classmethod
+        def tree_unflatten(cls, _, children):
+            return cls(*children)
+
+    found, _ = trained(
+        lossguard.rewind(optax.adam(0.1)), Net(jnp.ones(2)), lambda net: jnp.sum(net.w**2), 9
+    )
+    assert (jnp.abs(found.w) < 1).all()
+
+
 def test_after_a_jump_of_the_rate_it_recovers():
     optimizer = optax.sgd(optax.linear_schedule(0.3, 0.0, 2000))
     jump = jnp.array([False, True])

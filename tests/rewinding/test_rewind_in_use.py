@@ -86,6 +86,14 @@ def test_it_goes_back_in_every_form(form):
     assert state.thrown <= WINDOW + 0.1 * state.calls
 
 
+def test_in_a_guard_its_optimizer_gets_what_it_wants():
+    """A function of the gradient, which optax's opaque SAM names, and ``rewind`` hands on."""
+    sam = optax.contrib.sam(optax.sgd(0.05), optax.sgd(0.01), opaque_mode=True)
+    guard = lossguard.unguarded(lossguard.rewind(sam))
+    state, _ = guard.step(guard.init(jnp.ones(3)), lambda w, i: jnp.sum(w**2))
+    assert (jnp.abs(state.params) < 1).all()
+
+
 def test_within_several_steps_it_counts_their_ends():
     steps = optax.MultiSteps(guarded(ADAM), every_k_schedule=3)
     optimizer = optax.GradientTransformationExtraArgs(steps.init, steps.update)

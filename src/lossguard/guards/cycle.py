@@ -103,12 +103,15 @@ def check_state(state: Any, inner: type = object) -> None:
 
 
 def check_shapes(state: GuardState, kept: GuardState) -> None:
-    """Refuse parameters that were edited to other shapes, as they may have been broadcast."""
+    """Refuse parameters that were edited to other shapes or types: they may have been broadcast."""
     given, rest, params = (
-        [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (state, kept, state.params)
+        [f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}" for leaf in jax.tree.leaves(tree)]
+        for tree in (state, kept, state.params)
     )
     if given != rest:
-        raise ValueError(f"state.params must keep the shapes that they had in init, got {params}")
+        raise ValueError(
+            f"state.params must keep the shapes and types that they had in init, got {params}"
+        )
 
 
 def loss_dtype(

@@ -22,20 +22,31 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
     return _are_finite(leaves, lambda: [jnp.isfinite(leaf).all() for leaf in leaves])
 
 
-def is_sound(tree: PyTree, start: PyTree, *, equal_nan: bool = False) -> Bool[Array, ""]:
+def is_sound(
+    tree: PyTree,
+    start: PyTree,
+    *,
+    equal_nan: bool = False,
+    or_as: Callable[[], PyTree] | None = None,
+) -> Bool[Array, ""]:
     """Whether a pytree is finite, save for infinities that it starts with by design.
 
     States have such, and masks among the parameters. States may have NaN as well, for what they
-    don't know yet: ``equal_nan``.
+    don't know yet: ``equal_nan``. ``or_as`` makes another start, which is computed if need be.
     """
 
-    def fine(now: Array, then: Array) -> Array:
-        as_begun = (now == then) | (jnp.isnan(now) & jnp.isnan(then) if equal_nan else False)
-        return (jnp.isfinite(now) | as_begun).all()
+    def fine(now: Array, *starts: Array) -> Array:
+        sound = jnp.isfinite(now)
+        for then in starts:
+            sound |= (now == then) | (jnp.isnan(now) & jnp.isnan(then) if equal_nan else False)
+        return sound.all()
 
-    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(start), strict=True)
-    floats = [(now, then) for now, then in pairs if _is_float(now)]
-    return _are_finite([now for now, _ in floats], lambda: [fine(*pair) for pair in floats])
+    def exactly() -> list[Array]:
+        starts = [start] if or_as is None else [start, or_as()]
+        rows = zip(*map(jax.tree.leaves, (tree, *starts)), strict=True)
+        return [fine(*row) for row in rows if _is_float(row[0])]
+
+    return _are_finite(list(filter(_is_float, jax.tree.leaves(tree))), exactly)
 
 
 def _are_finite(leaves: list[Array], exactly: Callable[[], list[Array]]) -> Bool[Array, ""]:

@@ -5,10 +5,12 @@ back to. Letters: T calls of ``update``, B = window / 4 steps a block.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -17,7 +19,7 @@ from ..guards.lanes import with_extra_args
 from ..guards.protocol import Params, advance
 from ..guards.soundness import is_sound, keep_schedules, select
 from ..rules import DEEPEST, IN_A_ROW, SOON
-from ..validation import check_count, check_fraction, check_kind, check_part
+from ..validation import check_count, check_fraction, check_kind, check_part, told
 from . import alarm as alarms
 from . import snapshot
 from .alarm import Alarm
@@ -74,14 +76,16 @@ def rewind(
     What it returns has to be what is added to the parameters, unchanged: a stage behind it in a
     chain, such as clipping or a rate, would cut a return short. And only what is inside goes back.
     So it goes around a chain, or last after stages that remember nothing, such as clipping.
-    ``optax.MultiSteps`` around it tells it the loss of the last minibatch of each step. Schedules
+    ``optax.MultiSteps`` around it tells it the loss of the last minibatch of each step. Compute
+    gradients yourself, not by ``optax.value_and_grad_from_state``: a line search remembers those of
+    where it would have gone. Schedules
     of the optimizer go on; a return doesn't set them back. A return takes a second call if rounding
     has missed the snapshot in the first. Updates are in float32 at least, which
     ``optax.apply_if_finite`` refuses for narrower parameters; with ``rewind`` there is no need of
     it.
 
     Parameters and the optimizer's state are finite after every call if they were at the start, and
-    no parameter was above half of its type's largest number then.
+    no parameter that moves was above half of its type's largest number then.
 
     Args:
         optimizer: an optax transformation. ``value`` and other arguments by name are passed on.
@@ -121,8 +125,8 @@ class Rules:
 
     - **Alarm.** ``alarm.py`` has the rule: window / 8 more losses above than below a robust
       threshold. Single outliers, and spikes that end sooner by themselves, raise none.
-    - **Snapshots.** Every B steps there is a candidate. After B more it is trusted, if fewer than
-      B / 8 losses have spoken against it.
+    - **Snapshots.** Every B steps there is a candidate. After B more it is trusted, if of their
+      losses those above the threshold are by B / 8 more than those below it at most.
     - **Afterwards** the scale is ``factor`` and rises to 1 within B steps. Each return less than
       ten windows after another one multiplies both by ``factor``, for good, five times at most.
     - **Budget.** Steps thrown away are at most ``rho * T + window`` in every run. An alarm beyond
@@ -163,16 +167,24 @@ class Rules:
         return own_buffers(state)
 
     def update(
-        self, updates: PyTree, state: Any, params: Params | None = None, **extra_args: Any
+        self,
+        updates: PyTree,
+        state: Any,
+        params: Params | None = None,
+        *,
+        grad_fn: Any = None,
+        **extra_args: Any,
     ) -> tuple[PyTree, RewindState]:
         """The update that leads to where the run goes on."""
         check_kind("state", state, RewindState, "optimizer.init(params)")
         x, loss = check_arguments(params, extra_args.get("value"))
-        if kinds(x) != kinds(state.snapshots.slots[0][0]):
+        if (given := kinds(x)) != kinds(state.snapshots.slots[0][0]):
             raise ValueError(
                 "params must keep the structure, shapes and types that they had in init, got "
-                f"{kinds(x)}"
+                "{} in {}".format(*given)
             )
+        if grad_fn is not None:  # which the optimizer has asked for
+            extra_args["grad_fn"] = grad_fn
         loss = loss.astype(state.alarm.losses.dtype)
         risen = (state.ramp / state.alarm.block).astype(jnp.float32)
         scale = state.cap * (self.factor + (1 - self.factor) * risen)
@@ -180,9 +192,12 @@ class Rules:
         advanced = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), advanced, state.inner)
         steps = jax.tree.map(lambda u, p: scaled(u, scale, p), steps, x)
         # At most half of the largest number: the way between two such points is finite.
-        twice = jax.tree.map(lambda leaf: 2 * leaf, optax.apply_updates(x, steps))
+        twice = jax.tree.map(
+            lambda new, old: jnp.where(new == old, old, 2 * new), optax.apply_updates(x, steps), x
+        )
         sound = jnp.isfinite(loss) & is_sound(twice, x)
-        sound &= is_sound(advanced, state.inner, equal_nan=True)
+        fresh = partial(self.optimizer.init, x)
+        sound &= is_sound(advanced, state.inner, equal_nan=True, or_as=fresh)
         before = state._replace(calls=advance(state.calls, 1), scale=scale)
         state, takes, returns, ends, promotes = self.decide(before, loss, sound)
         back, was = returns | before.landing, state.snapshots
@@ -255,9 +270,10 @@ def allowance(calls: Int[Array, ""], rho: float, window: int) -> Int[Array, ""]:
     return window + jnp.floor(rho * (1 - 1e-6) * calls.astype(jnp.float32)).astype(jnp.int32)
 
 
-def kinds(params: Params) -> PyTree:
-    """The shape and type of each leaf."""
-    return jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", params)
+def kinds(params: Params) -> tuple[list[str], Any]:
+    """The shape and type of each leaf, and the structure."""
+    leaves, structure = jax.tree.flatten(params)
+    return [f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves], structure
 
 
 def scaled(step: Array, scale: Float[Array, ""], param: Array) -> Array:
@@ -277,7 +293,11 @@ def check_arguments(params: Params | None, value: Any) -> tuple[Params, Float[Ar
                 f"{name} must be given: update(updates, state, params, value=loss) (Flax's "
                 "TrainState.apply_gradients drops value: override it)"
             )
-    shape, dtype = jnp.shape(value), jnp.result_type(value)
-    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"value must be a scalar floating-point loss, got {shape} of {dtype}")
+    is_number = isinstance(value, jax.Array | np.ndarray | np.generic | float)
+    if (
+        not is_number
+        or jnp.shape(value)
+        or not jnp.issubdtype(jnp.result_type(value), jnp.floating)
+    ):
+        raise ValueError(f"value must be a scalar floating-point loss, got {told(value)}")
     return as_arrays(params), jnp.asarray(value)

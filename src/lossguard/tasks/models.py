@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ..validation import check_count, freeze_lists
+from ..validation import check_count, check_kind, freeze_lists
 
 MOST_UNITS = 10**6
 """Of a layer: XLA ends the process over arrays whose size it can't count."""
@@ -163,6 +163,7 @@ class ConvNet:
 
 def _check_counts(**counts: tuple[int, ...]) -> None:
     for name, values in counts.items():
+        check_kind(name, values, tuple, "(20,)")
         for value in values:
             check_count(f"each of {name}", value, most=MOST_UNITS)
 

@@ -1,16 +1,12 @@
-"""The command line as a user runs it: what it prints, what it leaves, how it refuses."""
+"""The command line as a user runs it: what it prints, and what it leaves."""
 
-import contextlib
-import errno
 import io
-import os
 import shlex
 import shutil
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -20,9 +16,7 @@ from tiny_run import leave
 
 import lossguard
 from lossguard import cli, records, run_commands, run_folder, terminal
-from lossguard.experiments import price, run, sweep
-from lossguard.learned import weights_file
-from lossguard.metatrain import loop
+from lossguard.experiments import price
 
 TINY = str(Path(__file__).parent / "experiments" / "tiny.py")
 RUN = ("run", f"{TINY}:recipe", "--out", "out")
@@ -166,101 +160,6 @@ def test_plot_of_meta_training(main, capsys, tmp_path) -> None:
     assert (folder / "figure.png").is_file()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        (("rn",), ("command must be one of demo, run", "got 'rn' (did you mean run?)")),
-        (("plot",), ("name the folder of a run, or several",)),
-        (("plot", "nowhere"), ("there is no folder nowhere",)),
-        (("run",), ("run needs a recipe, one that lossguard list shows or path/to/", "got none")),
-        (("run", "mlp-small"), ("mlp-small is run by lossguard metatrain mlp-small",)),
-        (("metatrain", "fig05"), ("fig05 is run by lossguard run fig05",)),
-        (("run", "fgi03"), ("got 'fgi03' (did you mean fig03?)",)),
-        (("run", "fig02"), ("fig02 is run by lossguard sweep fig02, and its outer loop by",)),
-        (("run", "fig11"), ("fig11 is run by lossguard metatrain cifar10-conv",)),
-        (("sweep", "fig11"), ("fig11 is run by lossguard metatrain cifar10-conv",)),
-        (("metatrain", "mnist"), ("got 'mnist' (did you mean mnist-mlp?)",)),
-        (("run", "no.py:recipe"), ("recipe no.py:recipe can't be read", "no such Python file")),
-        (("run", ".py:"), ("can't be read",)),
-        (("run", TINY), ("tiny.py: name it, as in ", "tiny.py:my_recipe\n")),
-        (("run", f"{TINY}:recipes"), ("tiny.py:recipes can't be read", "no such function")),
-        (("run", f"{TINY}:CHUNK"), ("no such function",)),
-        (("run", f"{TINY}:number"), ("must return the Experiment that run takes, got int",)),
-        (("run", f"{TINY}:make_task"), ("tiny.py:make_task must take no arguments", "experiment")),
-        (("metatrain", f"{TINY}:recipe"), ("the MetaTraining that metatrain", "got Experiment")),
-        (("run", "fig05", "--dataset", "spiral"), ("got 'spiral'", "(did you mean spirals?)")),
-        (("run", "fig05", "--scaling", "unit"), ("scaling must be one of none, standardized",)),
-        (("run", "fig5"), ("got 'fig5' (did you mean fig05?)",)),
-        (
-            ("run", "fig05", "--methods", "SGDnm", "Adm"),
-            ("methods must each be one of SGDnm", "got 'Adm' (did you mean Adam?)"),
-        ),
-        (("run", "fig05", "--methods", "sgdnm"), ("got 'sgdnm' (did you mean SGDnm?)",)),
-        (("run", "fig09", "--methods", "LGL2O over adam .01"), ("mean LGL2O over Adam 0.01?)",)),
-        (("run", "fig05", "--methods"), ("methods must be one or more, each once, got none",)),
-        (("run", "fig05", "--methods", "Adam", "Adam"), ("each once, got Adam Adam",)),
-        (
-            ("run", "fig05", "--learned", "lstm"),
-            ("must be one of lstm-cifar10-conv, lstm-mnist-mlp", "got 'lstm'"),
-        ),
-        (("metatrain", "mnist-mlp", "--seed", str(2**63)), ("seed must be at most 4294967295",)),
-        (
-            ("run", "fig05", "--model.hidden", "9" * 4_000),
-            ("each of hidden must be at most 1000000, got one of many digits",),
-        ),
-        (
-            ("run", "fig05", "--model.hidden", "-1"),
-            ("each of hidden must be an integer of at least 1, got -1",),
-        ),
-        (("metatrain", "mnist-mlp", "--dataset", "mnits"), ("(did you mean mnist?",)),
-        (("metatrain", "mnist-mlp", "--meta-steps", "0"), ("meta_steps must be an integer of",)),
-        (("metatrain", "mnist-mlp", "--validate-every", "0"), ("validate_every must be an",)),
-        (("metatrain", "mnist-mlp", "--longest", "50"), ("longest must be at least shortest",)),
-    ],
-    ids=lambda value: " ".join(value).replace(TINY, "tiny.py") if value[0].islower() else "",
-)
-def test_bad_input(refused, tmp_path, arguments, parts) -> None:
-    refused(arguments, *parts)
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_error_in_ones_own_module_is_told_with_its_place(refused, tmp_path) -> None:
-    module = tmp_path / "of_my_own.py"
-    module.write_text("def recipe():\n    a, b = (1, 2, 3)\n")
-    place = f"too many values to unpack (expected 2) ({module}, line 2)"
-    refused(("run", f"{module}:recipe"), place)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("run", "fig05", "--stesp", "3"),
-        ("run", "fig05", "--steps", "many"),
-        ("run", "fig05", "--loser", "kept"),
-        ("metatrain", "mnist-mlp", "surplus"),
-        ("claims", "results", "--steps", "3"),
-        ("list", "all"),
-    ],
-)
-def test_bad_options(main, capsys, tmp_path, arguments) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(*arguments)
-    assert caught.value.code == 2
-    out, err = capsys.readouterr()
-    assert arguments[-1] in err and "Traceback" not in out + err
-    assert not list(tmp_path.iterdir())
-
-
-def test_damaged_weights(refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shipped = tmp_path / "shipped" / "lstm-mnist-mlp.safetensors"
-    shipped.parent.mkdir()
-    shutil.copy(weights_file.pretrained_path("lstm-mnist-mlp"), shipped)
-    shipped.write_bytes(shipped.read_bytes()[:-100])
-    monkeypatch.setattr(weights_file, "SHIPPED", shipped.parent)
-    refused(("run", "fig05"), "weights must be a complete .safetensors file")
-    assert not (tmp_path / "runs").exists()
-
-
 @pytest.mark.parametrize("command", ["plot", "claims"])
 def test_folder_of_runs(main, capsys, tmp_path, command) -> None:
     """Stands for the finished runs in it; the others are named."""
@@ -284,85 +183,6 @@ def test_folder_of_runs(main, capsys, tmp_path, command) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        ("{", "runs/lost/failed.json is not readable JSON: "),
-        ("[]", "runs/lost/failed.json must hold a JSON object, but holds list"),
-        ("{}", "runs/lost is not finished: it failed"),
-    ],
-)
-def test_damaged_reason_of_a_failure_is_named(main, capsys, finished, content, told) -> None:
-    shutil.copytree(finished, "runs/whole")
-    run_folder.open_folder(Path("runs/lost"), {})
-    Path("runs/lost/failed.json").write_text(content)
-    main("plot", "runs")
-    assert capsys.readouterr().err.splitlines()[0].startswith(told)
-
-
-@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
-def test_folder_that_cannot_be_made(refused, tmp_path, monkeypatch, code) -> None:
-    def fail(path: Path, *_: Any, **__: Any) -> None:
-        raise OSError(code, os.strerror(code), str(path))
-
-    monkeypatch.setattr(Path, "mkdir", fail)
-    refused(RUN, f"lossguard: {os.strerror(code)}: out")
-    assert not list(tmp_path.iterdir())
-
-
-def test_error_of_the_system_without_a_path(refused, monkeypatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(run_folder, "open_folder", full)
-    refused(RUN, "lossguard: No space left on device\n")
-
-
-@pytest.mark.parametrize("begun", [True, False])
-@pytest.mark.parametrize(
-    ("arguments", "goes_on"),
-    [
-        (RUN, (*RUN, "--resume")),
-        (("run", "fig05"), ("run", "fig05", "--out", "runs/fig05", "--resume")),
-        (("demo",), ("demo", "--out", "lossguard-demo-aa", "--resume")),
-        (
-            ("metatrain", "mnist-mlp", "--resume"),
-            ("metatrain", "mnist-mlp", "--resume", "--out", "runs/mnist-mlp"),
-        ),
-        (("sweep", "fig05", "fig09"), ("sweep", "fig05", "fig09")),
-        (("plot", "runs"), None),
-    ],
-)
-def test_stopped_it_tells_the_command_that_goes_on(
-    main, capsys, monkeypatch, arguments, goes_on, begun
-) -> None:
-    """If there is anything to go on with."""
-
-    def stop(_: Any, folder: Path, **__: Any) -> None:
-        if begun:
-            folder.mkdir(parents=True)
-            (folder / records.CONFIG).touch()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "_exit", sys.exit)
-    monkeypatch.setattr(run, "run", stop)
-    monkeypatch.setattr(sweep, "sweep", stop)
-    monkeypatch.setattr(loop, "metatrain", stop)
-    monkeypatch.setattr(records, "read_runs", lambda _: stop(_, Path("unused")))
-    monkeypatch.setattr("tempfile.tempdir", ".")
-    monkeypatch.setattr("secrets.token_hex", lambda _: "aa")
-    with pytest.raises(SystemExit) as caught:
-        main(*arguments)
-    assert caught.value.code == 130
-    if not begun and arguments[0] != "sweep":
-        goes_on = None
-    command = goes_on and f"; to go on: lossguard {' '.join(goes_on)}"
-    told = capsys.readouterr().err.splitlines()
-    if arguments[-1] == "--resume":  # a folder that isn't there may be a mistyped one
-        assert told.pop(0) == "lossguard: runs/mnist-mlp holds no run to go on with: it begins"
-    assert told == [f"lossguard: stopped{command or ''}"]
-
-
-@pytest.mark.parametrize(
     "program", [(Path(sys.executable).with_name("lossguard"),), (sys.executable, "-m", "lossguard")]
 )
 def test_installed_command(tmp_path: Path, program: tuple[str, ...]) -> None:
@@ -370,47 +190,6 @@ def test_installed_command(tmp_path: Path, program: tuple[str, ...]) -> None:
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.startswith("lossguard: command must be one of ")
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
-
-
-def in_a_shell(command: str) -> subprocess.CompletedProcess[str]:
-    """With output that is buffered, as of a pipe."""
-    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
-    command = f"set -o pipefail; {sys.executable} -m lossguard {command}"
-    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=buffered)
-
-
-@pytest.mark.parametrize("command", ["list | head -1", "list | true", "--version | true"])
-def test_a_reader_that_leaves_is_no_error(command: str) -> None:
-    ended = in_a_shell(command)
-    assert (ended.stderr, ended.returncode) == ("", 0)
-    assert ended.stdout.count("\n") == command.count("head")
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-@pytest.mark.parametrize("command", ["list", "--help"])
-def test_output_that_can_not_be_written_is_told_in_a_sentence(command: str) -> None:
-    ended = in_a_shell(f"{command} > /dev/full")
-    assert (ended.stderr, ended.returncode) == ("lossguard: No space left on device\n", 2)
-
-
-def test_ctrl_c_is_told_when_the_reader_has_gone(monkeypatch, capfd) -> None:
-    """As with ``| tee``, which the same Ctrl-C stops."""
-    reading, writing = os.pipe()
-    os.close(reading)
-
-    def stopped() -> None:
-        print("what is not flushed yet")
-        raise KeyboardInterrupt
-
-    monkeypatch.setitem(cli.COMMANDS, "list", stopped)
-    monkeypatch.setattr(sys, "argv", ["lossguard", "list"])
-    monkeypatch.setattr(os, "_exit", sys.exit)
-    with contextlib.suppress(BrokenPipeError), os.fdopen(writing, "w") as gone:
-        monkeypatch.setattr(sys, "stdout", gone)
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-    assert caught.value.code == 130
-    assert capfd.readouterr().err == "lossguard: stopped\n"
 
 
 def test_what_is_told_to_type_runs_where_the_command_is_not_on_the_path(monkeypatch) -> None:

@@ -1,4 +1,4 @@
-"""Optimizers that do the guards the worst that an optimizer can do."""
+"""Optimizers that do the guards the worst that an optimizer can do, and unusual parameters."""
 
 from typing import NamedTuple
 
@@ -94,3 +94,18 @@ def hostile(
         return jax.tree.map(one, updates), (steps + 1, memory)
 
     return optax.GradientTransformation(init, step)
+
+
+@jax.tree_util.register_pytree_node_class
+class Weights:
+    """Parameters of a class that compares by identity."""
+
+    def __init__(self, w):
+        self.w = w
+
+    def tree_flatten(self):
+        return (self.w,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)

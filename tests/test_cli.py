@@ -12,14 +12,11 @@ import numpy as np
 import polars as pl
 import pytest
 from rich.console import Console
-from tiny_run import leave
+from tiny_run import RUN, TINY, leave
 
 import lossguard
 from lossguard import cli, records, run_commands, run_folder, terminal
 from lossguard.experiments import price
-
-TINY = str(Path(__file__).parent / "experiments" / "tiny.py")
-RUN = ("run", f"{TINY}:recipe", "--out", "out")
 
 
 def test_list(main, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_run import RUN, TINY
 
 from lossguard import run_folder
 from lossguard.learned import weights_file
-
-TINY = str(Path(__file__).parent / "experiments" / "tiny.py")
-RUN = ("run", f"{TINY}:recipe", "--out", "out")
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_run import RUN
 
 from lossguard import cli, records
 from lossguard.experiments import run, sweep
 from lossguard.metatrain import loop
-
-TINY = str(Path(__file__).parent / "experiments" / "tiny.py")
-RUN = ("run", f"{TINY}:recipe", "--out", "out")
 
 
 @pytest.mark.parametrize("begun", [True, False])

@@ -10,6 +10,9 @@ import polars as pl
 from lossguard import records, run_folder
 from lossguard.curves import COUNTERS
 
+TINY = str(Path(__file__).parent / "experiments" / "tiny.py")
+RUN = ("run", f"{TINY}:recipe", "--out", "out")
+"""The file of a small recipe, and a command that runs it."""
 CONFIG = {
     "name": "mine",
     "title": "naïve",

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optimizers import Weights
 
 import lossguard
 from lossguard.guards import trial as trials
@@ -159,21 +160,6 @@ def test_best_of_decides_by_the_others(share, held_out) -> None:
     _, state, decisions = told(guard, objective, jnp.zeros(2), 30)
     assert decisions.winner[-1] == 1 and np.isfinite(state.inner.records).all()
     np.testing.assert_allclose(state.params, 1, atol=1e-3)
-
-
-@jax.tree_util.register_pytree_node_class
-class Weights:
-    """Parameters of a class that compares by identity."""
-
-    def __init__(self, w):
-        self.w = w
-
-    def tree_flatten(self):
-        return (self.w,), None
-
-    @classmethod
-    def tree_unflatten(cls, _, children):
-        return cls(*children)
 
 
 def test_parameters_of_ones_own_class_are_stepped_over_a_gradient_that_is_not_finite() -> None:

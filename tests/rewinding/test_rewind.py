@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from hypothesis import Phase, given, settings
-from optimizers import FAULTS, HOSTILE, faulty, hostile
+from optimizers import FAULTS, HOSTILE, Weights, faulty, hostile
 from scipy import stats
 
 import lossguard
@@ -358,21 +358,8 @@ def test_a_frozen_parameter_may_be_as_low_as_its_type_goes():
 
 
 def test_parameters_may_be_of_a_class_that_compares_by_identity():
-    @jax.tree_util.register_pytree_node_class
-    class Net:
-        def __init__(self, w):
-            self.w = w
-
-        def tree_flatten(self):
-            return (self.w,), None
-
-        @classmethod
-        def tree_unflatten(cls, _, children):
-            return cls(*children)
-
-    found, _ = trained(
-        lossguard.rewind(optax.adam(0.1)), Net(jnp.ones(2)), lambda net: jnp.sum(net.w**2), 9
-    )
+    start = Weights(jnp.ones(2))
+    found, _ = trained(lossguard.rewind(optax.adam(0.1)), start, lambda p: jnp.sum(p.w**2), 9)
     assert (jnp.abs(found.w) < 1).all()
 
 

@@ -1,6 +1,7 @@
 """Curves: what guards decided, thinned to what figures, tables and claims need."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -116,23 +117,28 @@ def over_seeds(table: pl.DataFrame, column: str) -> dict[str, float]:
 
 
 def step_mean(
-    curves: pl.DataFrame, column: str, *, first: float = 0, last: float = math.inf
+    curves: pl.DataFrame, column: str | Sequence[str], *, first: float = 0, last: float = math.inf
 ) -> pl.DataFrame:
-    """The mean of a column over the steps from ``first`` to ``last``, by method and seed.
+    """The mean of columns over the steps from ``first`` to ``last``, by method and seed.
 
-    Bins are weighted by those of their steps that are inside. Columns ``method``, ``seed``, and the
-    one named.
+    Bins are weighted by those of their steps that are inside. Columns ``method``, ``seed``, and
+    those named.
     """
-    both = ("method", "seed")
-    before = pl.col("step").shift(1, fill_value=0).over(both)
-    begin = pl.max_horizontal(before, pl.lit(math.ceil(first) - 1))
+    if "before" not in curves.columns:
+        curves = with_bins(curves)
+    begin = pl.max_horizontal("before", pl.lit(math.ceil(first) - 1))
     width = pl.min_horizontal("step", pl.lit(last)) - begin
     return (
-        curves.with_columns(width=width)
-        .filter(pl.col("width") > 0)
-        .group_by(both, maintain_order=True)
+        curves.filter(width > 0)
+        .with_columns(width=width)
+        .group_by("method", "seed", maintain_order=True)
         .agg((pl.col(column) * pl.col("width")).sum() / pl.col("width").sum())
     )
+
+
+def with_bins(curves: pl.DataFrame) -> pl.DataFrame:
+    """With ``before``, the step at which the last bin ended: for many a ``step_mean``."""
+    return curves.with_columns(before=pl.col("step").shift(1, fill_value=0).over("method", "seed"))
 
 
 def divided(a: float, b: float) -> float:

@@ -50,20 +50,23 @@ def claims(folders: Folders) -> None:
 
 
 def readings(folders: Folders, out: Out = Path("readings.png")) -> None:
-    """Judge joint readings of the paper by their runs.
+    """Judge readings of what the paper leaves open by their runs.
 
     Args:
         folders: Folders of runs, or folders that hold such folders.
         out: A map of all readings and claims.
     """
     from .drawing import png
-    from .experiments.readings import draw_readings, joint_readings, judge_readings
+    from .experiments.readings import counts, draw_readings, judge_readings
     from .files import write_whole
 
-    parts = judge_readings(_records(folders))
-    write_whole(out, png(draw_readings(parts)), "a figure", make_folder=True)
-    for one in joint_readings(parts):
-        print(one)
+    judged = judge_readings(_records(folders))
+    write_whole(out, png(draw_readings(judged)), "a figure", make_folder=True)
+    reproduced = counts(judged)
+    table = Table(*reproduced.columns, title="claims reproduced, of those run")
+    for row in reproduced.rows():
+        table.add_row(*row)
+    console().print(table)
     print(shown(f"figure: {out}"))
 
 

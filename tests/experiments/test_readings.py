@@ -12,9 +12,8 @@ from lossguard.experiments.readings import (
     ABOUT,
     COLORS,
     JUDGED,
-    Part,
+    counts,
     draw_readings,
-    joint_readings,
     judge_readings,
 )
 from lossguard.experiments.recipes import IMAGES, POINTS, POLICIES, READ, READINGS, RULES
@@ -56,26 +55,26 @@ FOLDERS = {
 
 
 @pytest.fixture(scope="module")
-def parts() -> list[Part]:
+def judged() -> pl.DataFrame:
     return judge_readings(FOLDERS)
 
 
-def outcomes(parts: list[Part]) -> dict[str, dict[str, str]]:
-    """By the part as it is drawn, of images first: what became of each claim."""
-    return {
-        f"{'images' if part.of_images else 'points'}, {part}": {
-            one.id: one.verdict for one in part.verdicts
-        }
-        for part in parts
-    }
+def outcomes(judged: pl.DataFrame) -> dict[str, dict[str, str]]:
+    """By the part as it is drawn: what became of each claim."""
+    found: dict[str, dict[str, str]] = {}
+    for inputs, about, claim, verdict in judged.rows():
+        found.setdefault(f"{inputs}, {about}", {})[claim] = verdict
+    return found
 
 
-def test_each_part_is_judged_by_its_own_methods_and_scaling(parts: list[Part]) -> None:
+def test_each_part_is_judged_by_its_own_methods_and_scaling(judged: pl.DataFrame) -> None:
     """A figure's own run speaks for the policy and the rule that it has; not that of figure 8."""
-    found = outcomes(parts)
+    found = outcomes(judged)
     assert len(found) == (len(IMAGES) + len(POINTS)) * (1 + len(POLICIES) + len(RULES))
-    judged = {name for of in found.values() for name in of}
-    assert judged == {claim.id for claim in JUDGED} == {n for _, of in ABOUT.values() for n in of}
+    names = {name for of in found.values() for name in of}
+    assert (
+        names == {one.id for one in JUDGED} == {n for _, of in ABOUT.values() for n in of.split()}
+    )
     yes, no, none = "reproduced", "not reproduced", "not run"
     assert found["images, unit, LGL2O, keep"] == {
         "3c": no, "3e": none, "6c": yes, "7c": none, "8c": none
@@ -92,33 +91,32 @@ def test_each_part_is_judged_by_its_own_methods_and_scaling(parts: list[Part]) -
 
 
 def test_runs_with_other_settings_are_no_readings() -> None:
-    parts = judge_readings(
+    judged = judge_readings(
         {
             Path("a"): record("fig03", "unit", {"SGDnm": 1.0, "L2O": 0.5}, learned="mlp-small"),
             Path("b"): record("fig04", "none", {"L2O": 0.5, "GL2O (theta as decay)": 0.6}, nc=100),
         }
     )
-    assert {part.counts for part in parts} == {(0, 0)}
+    assert {*judged["verdict"]} == {"not run"}
 
 
-def test_a_joint_reading_counts_the_claims_of_its_parts(parts: list[Part]) -> None:
-    readings = joint_readings(parts)
-    assert len({one[:4] for one in readings}) == 3 * 2 * 3 * 4 == len(readings)
-    counts = [one.reproduced for one in readings]
-    assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
-    of = {one[:4]: str(one) for one in readings}
-    assert of["unit", "none", "keep", "weight"] == "unit, none, keep, weight: 5 of 8"
-    # Of images 3a, not 3d, and 6a; of points 4a, 4c and 5b.
-    assert of["unit", "none", "reset in every cycle", "decay"].endswith(": 5 of 6")
+def test_claims_are_counted(judged: pl.DataFrame) -> None:
+    """Of images 3a and 6a, not 3d, of points 4a, 4c and 5b."""
+    found = {row.pop("about"): row for row in counts(judged).to_dicts()}
+    assert [*found["L2O"].values()] == ["1 of 1", "0 of 0", "0 of 0", "1 of 1", "0 of 1"]
+    assert found["LGL2O, keep"]["images, unit"] == "1 of 2"
+    assert found["GL2O, weight"]["images, unit"] == "2 of 3"
+    assert found["LGL2O, reset in every cycle"]["points, none"] == "1 of 1"
 
 
-def test_map_shows_the_claims_that_were_judged(parts: list[Part]) -> None:
-    found, panels = outcomes(parts), draw_readings(parts).axes
+def test_map_shows_the_claims_that_were_judged(judged: pl.DataFrame) -> None:
+    found, panels = outcomes(judged), draw_readings(judged).axes
     drawn = [[one.get_text() for one in axes.get_xticklabels()] for axes in panels]
     assert drawn == [["3a", "3c", "3d", "6a", "6b", "6c"], ["4a", "4c", "5b"]]
     for axes, names, kind in zip(panels, drawn, ("images", "points"), strict=True):
-        rows = [f"{kind}, {one.get_text()}" for one in axes.get_yticklabels()]
-        assert rows == [row for row in found if row.startswith(kind)]
+        rows = [one.get_text() for one in axes.get_yticklabels()]
+        assert [row.removesuffix(", ") for row in found if row.startswith(kind)] == rows
+        found |= {row.removesuffix(", "): of for row, of in found.items()}
         codes = np.ma.asarray(axes.collections[0].get_array()).reshape(len(rows), len(names))
         shown = [[None if c is np.ma.masked else [*COLORS][c] for c in row] for row in codes]
         assert shown == [[found[row].get(name) for name in names] for row in rows]
@@ -129,8 +127,8 @@ def test_command(main, tmp_path, capsys) -> None:
         tmp_path / "run", curves_of(["SGDnm"]), name="reading-fig03-unit", scaling="unit"
     )
     main("readings", run, "-o", tmp_path / "map.png")
-    *readings, told = capsys.readouterr().out.splitlines()
-    assert len(readings) == 3 * 2 * 3 * 4 and all(line.endswith(": 0 of 0") for line in readings)
+    *table, told = capsys.readouterr().out.splitlines()
+    assert "\n".join(table).count("0 of 0") == (3 + 2) * (1 + 3 + 4)
     assert told == f"figure: {tmp_path / 'map.png'}"
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 

@@ -1,15 +1,14 @@
-"""Joint readings of what the paper leaves open, and the claims that each of them reproduces.
+"""Readings of what the paper leaves open, and the claims that each of them reproduces.
 
 The paper states neither the scaling of inputs, nor what becomes of the losing branch's LSTM, nor
 what GL2O's mu follows. Of these a claim depends on the scaling, and on the policy if it is about
-LGL2O, or on the rule if it is about GL2O. So it is judged once for each part of a reading, and a
-joint reading is one of each: a scaling of images, one of points, one policy, one rule.
+LGL2O, or on the rule if it is about GL2O. So it is judged once for each scaling and each of these.
+A joint reading is one scaling of images, one of points, one policy, one rule.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -17,28 +16,24 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ..config import as_config
 from ..records import Record
-from .claims import CLAIMS, K, Verdict, judge_claims, tracks
-from .evidence import figure_of
-from .formulas import on
+from .claims import CLAIMS, K, judge, tracks
+from .evidence import at_marks, figure_of, has_settings, labelled
 from .recipes import IMAGES, PAPERS, POINTS, POLICIES, READ, READINGS, RULES
 
 SHORT = 1_000
 """Steps of the runs on ConvNets, up to which their LGL2O is judged here."""
-ABOUT: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
-    "L2O": ([""], ("3b", "4b", "5b", "5e", "6a", "7a", "8a")),
-    "LGL2O": (POLICIES, ("3c", "3e", "4a", "5a", "5c", "5d", "6c", "7c", "8c")),
-    "GL2O": ([*RULES], ("3a", "3d", "4c", "6b", "7b", "8b")),
+ABOUT: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "L2O": (("",), "3b 4b 5b 5e 6a 7a 8a"),
+    "LGL2O": (tuple(POLICIES), "3c 3e 4a 5a 5c 5d 6c 7c 8c"),
+    "GL2O": (tuple(RULES), "3a 3d 4c 6b 7b 8b"),
 }
-"""By the method that claims are about: its variants, and the claims. Not 4d, which needs a million
-steps and nc = 100."""
+"""By the method that claims are about, where L2O stands for SGDnm and Adam too: its variants, and
+the claims. Not 4d, which needs a million steps and nc = 100."""
 JUDGED = [
-    claim._replace(judge=on(int(claim.id[0]), tracks(SHORT)))
-    if claim.id in ("6c", "7c", "8c")
-    else claim
+    claim._replace(formulas=[tracks(SHORT)]) if claim.id in ("6c", "7c", "8c") else claim
     for claim in CLAIMS
-    if any(claim.id in names for _, names in ABOUT.values())
+    if any(claim.id in names.split() for _, names in ABOUT.values())
 ]
 OWN = {
     "weight": "GL2O",
@@ -46,141 +41,97 @@ OWN = {
     "weight, every step": "GL2O (every step)",
 }
 """GL2O by its rule in the figures' own runs."""
-DECIDED = ("name", "title", "scaling", "loser", "adam_rate", "make_task", "make_methods")
-"""What a reading sets in a config; in all else it has to be the recipe's."""
 COLORS = {"reproduced": "#4a90c4", "not reproduced": "#e8a078", "not run": "#eeeeee"}
 """Of verdicts."""
 
 
-class Part(NamedTuple):
-    """What one scaling and one variant of a method make of the claims about that method."""
-
-    scaling: str
-    """One of ``IMAGES`` or, of points, of ``POINTS``; "standardized" is of both."""
-    of_images: bool
-    method: str
-    """One of ``ABOUT``; L2O stands for SGDnm and Adam too."""
-    variant: str
-    """One of ``POLICIES`` or ``RULES``; nothing for L2O."""
-    verdicts: Sequence[Verdict]
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """Of how many claims it reproduces how many that were run."""
-        outcomes = [one.verdict for one in self.verdicts]
-        return outcomes.count("reproduced"), len(outcomes) - outcomes.count("not run")
-
-    def __str__(self) -> str:
-        return ", ".join(filter(None, (self.scaling, self.method, self.variant)))
-
-
-class Reading(NamedTuple):
-    """What the paper leaves open, all of it decided, and the claims that it reproduces."""
-
-    images: str
-    """One of ``IMAGES``."""
-    points: str
-    """One of ``POINTS``."""
-    policy: str
-    """One of ``POLICIES``."""
-    rule: str
-    """One of ``RULES``."""
-    reproduced: int
-    judged: int
-
-    def __str__(self) -> str:
-        return f"{', '.join(self[:4])}: {self.reproduced} of {self.judged}"
-
-
-def judge_readings(records: Mapping[Path, Record]) -> list[Part]:
-    """Every part of a reading; curves speak up to step ``K``.
+def judge_readings(records: Mapping[Path, Record]) -> pl.DataFrame:
+    """What becomes of each claim in each part of a reading.
 
     Args:
-        records: of the recipes in ``READINGS``, and of the figures that they read.
+        records: of the recipes in ``READINGS``, and of the figures that they read; curves speak up
+            to step ``K``.
+
+    Returns:
+        Columns ``inputs``, as "images, unit"; ``about``, as "LGL2O, keep"; ``claim``; ``verdict``.
     """
-    parts = []
-    for of_images, scalings in ((True, IMAGES), (False, POINTS)):
-        figures = [name for name, (_, own, *_) in READ.items() if (own is IMAGES) == of_images]
+    rows = []
+    for kind, scalings in (("images", IMAGES), ("points", POINTS)):
         for scaling, (method, (variants, names)) in product(scalings, ABOUT.items()):
-            claims = [one for one in JUDGED if one.id in names and f"fig0{one.id[0]}" in figures]
             for variant in variants:
-                found = {
-                    folder: _as_the_figure(record, method, variant)
-                    for folder, record in records.items()
-                    if _figure(record) in figures and record.config.get("scaling") == scaling
-                }
-                verdicts = judge_claims({f: one for f, one in found.items() if one}, claims)
-                parts.append(Part(scaling, of_images, method, variant, verdicts))
-    return parts
+                tables: dict[str, list[pl.DataFrame]] = {}
+                for name, table in _as_the_figures(records, method, variant, scaling):
+                    tables.setdefault(name, []).append(table)
+                evidence = {name: at_marks(own) for name, own in tables.items()}
+                about = ", ".join(filter(None, (method, variant)))
+                rows += [
+                    (f"{kind}, {scaling}", about, one.id, judge(one, evidence).verdict)
+                    for one in JUDGED
+                    if one.id in names.split() and (READ[one.figures[0]][1] is scalings)
+                ]
+    return pl.DataFrame(rows, ["inputs", "about", "claim", "verdict"], orient="row")
 
 
-def joint_readings(parts: Sequence[Part]) -> list[Reading]:
-    """Those that reproduce the most claims first."""
-    counts = {part[:4]: part.counts for part in parts}
-    readings = []
-    for images, points, policy, rule in product(IMAGES, POINTS, POLICIES, RULES):
-        chosen = [
-            counts[scaling, of_images, method, variant]
-            for scaling, of_images in ((images, True), (points, False))
-            for method, variant in (("L2O", ""), ("LGL2O", policy), ("GL2O", rule))
-        ]
-        reproduced, judged = map(sum, zip(*chosen, strict=True))
-        readings.append(Reading(images, points, policy, rule, reproduced, judged))
-    return sorted(readings, key=lambda one: -one.reproduced)
+def _as_the_figures(
+    records: Mapping[Path, Record], method: str, variant: str, scaling: str
+) -> Iterator[tuple[str, pl.DataFrame]]:
+    """Figures and curves of one scaling, with methods named as claims call them.
 
-
-def _figure(record: Record) -> str | None:
-    """The figure that a record reads, or is of; its own runs of figure 8 have other pixels."""
-    name = record.config["name"]
-    if name in READINGS:
-        return name.split("-")[1]
-    return figure_of(name) if name != "fig08" else None
-
-
-def _as_the_figure(record: Record, method: str, variant: str) -> Record | None:
-    """The record as one of the figure's recipe; None if it has none of the methods.
-
-    The figure's own runs have one policy, some of the rules, and Adam at other rates.
+    A figure's own runs have one policy, some of the rules, and Adam at other rates; those of figure
+    8 have other pixels.
     """
-    config, made, curves = record
-    figure = str(_figure(record))
-    recipe = PAPERS[figure]()
-    names = {"SGDnm": "SGDnm", "L2O": "L2O", "Adam 0.01": "Adam 0.01"}
-    if config["name"] == figure:
-        names |= {OWN[variant]: "GL2O"} if variant in OWN else {}
-        names |= {"LGL2O": "LGL2O"} if variant == config.get("loser", recipe.loser) else {}
-    else:
-        adam = "Adam 0.01" if figure == "fig05" else "Adam"  # as claims call it
-        names |= {"Adam": adam, f"{method}, {variant}": method}
-    chosen = curves.filter(pl.col("method").is_in([*names]), pl.col("step") <= K)
-    if config.get("nc", recipe.nc) != recipe.nc or chosen.is_empty():
-        return None
-    methods = [names[method] for method in config["methods"] if method in names]
-    decided = {name: as_config(recipe)[name] for name in DECIDED}
-    chosen = chosen.with_columns(pl.col("method").replace(names))
-    return Record(config | decided | {"methods": methods}, made, chosen)
+    for record in records.values():
+        config = record.config
+        own = config["name"] not in READINGS
+        name = figure_of(config["name"]) if own else config["name"].split("-")[1]
+        if name not in READ or (own and name == "fig08") or config.get("scaling") != scaling:
+            continue
+        recipe = PAPERS[name]()
+        labels = {"SGDnm": "SGDnm", "L2O": "L2O", "Adam 0.01": "Adam 0.01"}
+        if not own:
+            adam = "Adam 0.01" if name == "fig05" else "Adam"  # as claims call it
+            labels |= {"Adam": adam, f"{method}, {variant}": method}
+        elif variant in OWN:
+            labels |= {OWN[variant]: "GL2O"}
+        elif variant == config.get("loser", recipe.loser):
+            labels |= {"LGL2O": "LGL2O"}
+        curves = record.curves.filter(pl.col("method").is_in([*labels]), pl.col("step") <= K)
+        decided = {"name": name, "scaling": recipe.scaling, "loser": recipe.loser, "nc": recipe.nc}
+        same = has_settings(config | decided) and config.get("nc", recipe.nc) == recipe.nc
+        if same and not curves.is_empty():
+            yield name, labelled(record._replace(curves=curves), labels)
 
 
-def draw_readings(parts: Sequence[Part]) -> Figure:
+def counts(judged: pl.DataFrame) -> pl.DataFrame:
+    """Of ``judge_readings``: a row for each ``about``, a column for each scaling of inputs.
+
+    A cell says how many claims are reproduced, of those run, as "4 of 5".
+    """
+    verdict = pl.col("verdict")
+    reproduced, run = (verdict == "reproduced").sum(), (verdict != "not run").sum()
+    cells = judged.group_by("inputs", "about", maintain_order=True).agg(
+        cell=pl.format("{} of {}", reproduced, run)
+    )
+    return cells.pivot("inputs", index="about", values="cell")
+
+
+def draw_readings(judged: pl.DataFrame) -> Figure:
     """Each part of a reading, a row, against the claims that a record can judge, the columns."""
-    sides = [[part for part in parts if part.of_images == of_images] for of_images in (True, False)]
+    parts = judged.pivot("claim", index=("inputs", "about"), values="verdict")
+    sides = [parts.filter(pl.col("inputs").str.starts_with(kind)) for kind in ("images", "points")]
     figure = Figure(figsize=(9, 1.5 + 0.19 * len(parts)), layout="constrained")
-    ratios = [len(side) for side in sides]
     colors = ListedColormap([*COLORS.values()])
-    for axes, side, title in zip(
-        figure.subplots(2, height_ratios=ratios), sides, ("images", "points"), strict=True
-    ):
-        outcomes = [{one.id: one.verdict for one in part.verdicts} for part in side]
-        run = {id for of in outcomes for id, verdict in of.items() if verdict != "not run"}
-        shown = [claim.id for claim in JUDGED if claim.id in run]
-        rows = [[[*COLORS, None].index(of.get(id)) for id in shown] for of in outcomes]
-        codes = np.ma.masked_equal(np.array(rows), len(COLORS)).reshape(len(side), -1)
+    panels = figure.subplots(2, height_ratios=[*map(len, sides)])
+    for axes, side in zip(panels, sides, strict=True):
+        run = [one.id for one in JUDGED if {*side[one.id].drop_nulls()} - {"not run"}]
+        codes = [[[*COLORS, None].index(verdict) for verdict in row] for row in side[run].rows()]
+        codes = np.ma.masked_equal(np.array(codes), len(COLORS)).reshape(len(side), -1)
         axes.pcolormesh(codes, cmap=colors, vmin=0, vmax=len(COLORS) - 1, edgecolors="white")
         axes.invert_yaxis()
-        axes.set_xticks(np.arange(len(shown)) + 0.5, shown)
+        axes.set_xticks(np.arange(len(run)) + 0.5, run)
         axes.xaxis.tick_top()
-        axes.set_yticks(np.arange(len(side)) + 0.5, [str(part) for part in side], fontsize=7)
-        axes.set_ylabel(title)
+        rows = [", ".join(row) for row in side["inputs", "about"].rows()]
+        axes.set_yticks(np.arange(len(side)) + 0.5, rows, fontsize=7)
     patches = [Patch(color=color, label=name) for name, color in COLORS.items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.suptitle("Readings of the paper: claims about figures 3 to 8", fontsize=10)

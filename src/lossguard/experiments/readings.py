@@ -84,7 +84,9 @@ def _as_the_figures(
         config = record.config
         own = config["name"] not in READINGS
         name = figure_of(config["name"]) if own else config["name"].split("-")[1]
-        if name not in READ or (own and name == "fig08") or config.get("scaling") != scaling:
+        if not name or name not in READ or (own and name == "fig08"):
+            continue
+        if config.get("scaling") != scaling:
             continue
         recipe = PAPERS[name]()
         labels = {"SGDnm": "SGDnm", "L2O": "L2O", "Adam 0.01": "Adam 0.01"}

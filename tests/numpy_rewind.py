@@ -53,16 +53,17 @@ class Rule:
             return lowest
         return lowest + self.rise * max(0.0, self.start - lowest)
 
-    def tell(self, loss: float, sound: bool = True, late: int = 0) -> str:
+    def tell(self, loss: float, sound: bool = True, late: int = 0, given: bool = True) -> str:
         """One loss, and whether it and the step from where it was measured are finite.
 
-        PyTorch is ``late`` by 1: a step is taken before its loss is told, and thrown away as well.
+        ``given`` says whether the loss and its gradient are. PyTorch is ``late`` by 1: a step is
+        taken before its loss is told, and thrown away as well.
         """
         self.calls += 1
         bad = not sound or loss > self.threshold
         self.score = max(0, self.score + (1 if bad else -1))
         age = len(self.path) - self.trusted + late
-        if self.score >= self.block // 2 and age == late and not math.isfinite(loss):
+        if self.score >= self.block // 2 and age == late and not given:
             self.score, self.idle = 0, self.idle + 1  # there is nothing to mend
         if self.score >= self.block // 2:
             self.score, self.in_block, self.ramp, self.candidate = 0, 0, 0, None
@@ -114,15 +115,15 @@ class Run:
 
     Args:
         start: the first point, anything that ``advance`` knows.
-        advance: ``advance(point, i, scale)``: loss on minibatch i, the point after the step, and
-            whether both are finite.
+        advance: ``advance(point, i, scale)``: loss on minibatch i, the point after the step,
+            whether both are finite, and whether the loss and its gradient are.
         late: whether a step is taken before its loss is told.
     """
 
     def __init__(
         self,
         start: Any,
-        advance: Callable[..., tuple[float, Any, bool]],
+        advance: Callable[..., tuple[float, Any, bool, bool]],
         late: bool = False,
         **options: Any,
     ):
@@ -130,8 +131,8 @@ class Run:
 
     def step(self, i: int) -> str:
         """One minibatch."""
-        loss, point, sound = self.advance(self.points[-1], i, self.rule.scale)
-        told = self.rule.tell(loss, sound, late=int(self.late and sound))
+        loss, point, sound, given = self.advance(self.points[-1], i, self.rule.scale)
+        told = self.rule.tell(loss, sound, int(self.late and sound), given)
         if told == "take":
             self.points.append(point)
         del self.points[len(self.rule.path) + 1 :]

@@ -103,7 +103,7 @@ def test_guides_to_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_skeletons_of_optimizers() -> None:
     """Both fit their data alone and guarded, and the one for PyTorch is its formula."""
-    of_jax, of_torch = blocks("docs/own_optimizer.md")
+    of_jax, of_torch, in_parts = blocks("docs/own_optimizer.md")
     names: dict[str, Any] = {}
     exec(of_jax, names)
     alone = lossguard.unguarded(names["mine"](jnp.array([0.1, 3.0])))
@@ -124,6 +124,14 @@ def test_skeletons_of_optimizers() -> None:
         momentum = 0.9 * momentum + 0.1 * np.array(gradient)
         expected -= 0.1 * np.tanh(3 * momentum)
     np.testing.assert_allclose(w.detach(), expected, rtol=1e-6)
+    exec(in_parts, names)
+    names["guard"].param_groups[0]["lr"] *= 0.5
+    for _ in range(50):
+        loss = names["guard"].step(names["closure"])
+    assert loss < 0.1 and sum(d.learned_updates for d in names["guard"].history) > 0
+    rates = [group["lr"] for group in names["learned"].param_groups]
+    assert rates == [0.05, 0.005] and len(names["learned"].state) == 2
+    names["guard"].load_state_dict(names["guard"].state_dict())
 
 
 def test_readme_in_torch(capsys: pytest.CaptureFixture[str]) -> None:

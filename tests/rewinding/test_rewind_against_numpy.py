@@ -44,7 +44,8 @@ def reference(losses, gradients, start, which):
     def advance(point, i, scale):
         x, turn = point
         x, turn = x - scale * RATE * (1 + turn) * gradients[i], (turn + 1) % 3
-        return losses[i], (x, turn), bool(np.isfinite([losses[i], *x]).all())
+        sound, given = (np.isfinite([losses[i], *of]).all() for of in (x, gradients[i]))
+        return losses[i], (x, turn), bool(sound), bool(given)
 
     run = Run((start, 0), advance, **OPTIONS[which])
     points, told = [], []

@@ -121,7 +121,7 @@ def test_lightning_must_not_accumulate_for_the_guard(example):
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), batch_size=4)
     trainer = quick(lightning, 1, accumulate_grad_batches=2)
     told = "gradients must be computed inside the closure, got some before the step"
-    with refuses(f"{told} (call zero_grad before it, and accumulate inside the closure)", "$"):
+    with refuses(f"{told} (call zero_grad, which sets them to None, before it, and acc"):
         trainer.fit(module.Classifier(16), loader)
 
 

@@ -116,3 +116,26 @@ def test_the_price_is_bounded_where_all_are_lost(kind):
     play(guard, lambda k: w.square().sum() * (math.inf if k >= 5 else 1), 900)
     spent = sum(decision.gradients for decision in guard.history)
     assert spent <= 1.05 * 900 + math.sqrt(900) + 30 and w.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [Recommended, Hedged, BestOf])
+def test_inputs_that_are_not_finite_leave_batch_norm_and_the_run_as_they_are(kind):
+    """In their forward pass its statistics become NaN, which would lose the whole cycle."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 1))
+    pair = torch.optim.Adam(model.parameters(), lr=0.03), SGD(model.parameters(), lr=0.05)
+    guard = kind(list(pair), model=model) if kind is BestOf else kind(*pair, model=model)
+    losses = []
+    for k in range(200):
+        x = torch.randn(64, 3)
+        t = x.sum(1, keepdim=True)
+        if k % 10 == 3:
+            x[0, 0] = math.nan
+        for lane in guard.lanes():
+            loss = nn.functional.mse_loss(model(x), t)
+            lane.step(backward(loss))
+        losses.append(loss.item())
+    assert [k for k, loss in enumerate(losses) if math.isnan(loss)] == list(range(3, 200, 10))
+    cycles = [d for d in guard.history if d.finite_learned and d.finite_fallback]
+    assert len(cycles) == len(guard.history) or kind is BestOf  # which tells of the losses too
+    assert losses[-1] < 0.1 * losses[0] and all(b.isfinite().all() for b in model.buffers())

@@ -118,7 +118,10 @@ def under_a_guard():
     assert rewind
 
 
-@told("schedulers must each have a state_dict, and be of this optimizer if of any, got a StepLR")
+@told(
+    "schedulers must each have state_dict and load_state_dict, and be of this optimizer if of any, "
+    "got a StepLR"
+)
 def of_another():
     model, optimizer = model_and_sgd()
     _, other = model_and_sgd()
@@ -131,6 +134,15 @@ def trained_twice():
     Rewind(model, [optimizer, torch.optim.Adam(model.parameters())])
 
 
+@told(
+    "schedulers must each have state_dict and load_state_dict, and be of this optimizer if of any, "
+    "got a SimpleNamespace"
+)
+def of_which_nothing_is_loaded():
+    model, optimizer = model_and_sgd()
+    Rewind(model, optimizer, schedulers=[SimpleNamespace(state_dict=dict)])
+
+
 @told("optimizers must each be given once, got one twice")
 def given_twice():
     model, optimizer = model_and_sgd()
@@ -140,7 +152,7 @@ def given_twice():
 @told("schedulers must have an optimizer where there are several, got a SimpleNamespace without")
 def of_nobody():
     model = nn.Linear(2, 1)
-    scheduler = SimpleNamespace(state_dict=dict, get_last_lr=lambda: [0.1])
+    scheduler = SimpleNamespace(state_dict=dict, load_state_dict=id, get_last_lr=lambda: [0.1])
     optimizers = [torch.optim.SGD([p], lr=0.1) for p in model.parameters()]
     Rewind(model, optimizers, schedulers=[scheduler])
 

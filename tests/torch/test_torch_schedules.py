@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from models import closure_for, minibatches, mlp, quadratic, run, spiral, two
+from models import backward, closure_for, minibatches, mlp, quadratic, run, spiral, two
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
 
-from lossguard.torch import BestOf, Recommended
+from lossguard.torch import BestOf, Hedged, Recommended
 
 
 def test_one_schedule_drives_both_in_proportion():
@@ -137,3 +137,21 @@ def test_a_schedule_drives_an_optimizer_that_was_loaded_later_and_skips_empty_gr
     guard.step(closure_for(guard, model, spiral()))
     rates = [one.param_groups[0]["lr"] for one in optimizers]
     assert rates == pytest.approx([0.2, 0.05])
+
+
+def test_a_group_at_rate_0_stays_there():
+    """Such as a frozen part, beside one that the schedule on the guard drives."""
+    v, w = (nn.Parameter(torch.ones(2)) for _ in range(2))
+
+    def optimizer(rate):
+        return SGD([{"params": [v], "lr": 0.0}, {"params": [w], "lr": rate}])
+
+    one, other = optimizer(0.2), optimizer(0.1)
+    guard = Hedged(one, other, model=None)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(guard, 0.5)
+    for _ in range(3):
+        for lane in guard.lanes():
+            lane.step(backward((v + w).square().sum()))
+        schedule.step()
+    assert [group["lr"] for group in one.param_groups] == [0, 0.05]
+    assert torch.equal(v, torch.ones(2)) and (w < 1).all()

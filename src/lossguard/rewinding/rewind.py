@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ..guards.cycle import as_arrays, own_buffers, sum_dtype
 from ..guards.lanes import with_extra_args
 from ..guards.protocol import Params, advance
-from ..guards.soundness import is_sound, keep_schedules, select
+from ..guards.soundness import all_finite, is_sound, keep_schedules, select
 from ..rules import DEEPEST, IN_A_ROW, SOON
 from ..validation import check_count, check_fraction, check_kind, check_part, told
 from . import alarm as alarms
@@ -131,8 +131,8 @@ class Rules:
       ten windows after another one multiplies both by ``factor``, for good, five times at most.
     - **Budget.** Steps thrown away are at most ``rho * T + window`` in every run. An alarm beyond
       that, or after three returns in a row, lowers the scale and begins another reference.
-    - An alarm at a loss that isn't finite, where no step was taken since the snapshot, does
-      nothing: the minibatches are to blame.
+    - An alarm at a loss or a gradient that isn't finite, where no step was taken since the
+      snapshot, does nothing: the minibatches are to blame.
     """
 
     optimizer: optax.GradientTransformationExtraArgs
@@ -199,7 +199,7 @@ class Rules:
         fresh = partial(self.optimizer.init, x)
         sound &= is_sound(advanced, state.inner, equal_nan=True, or_as=fresh)
         before = state._replace(calls=advance(state.calls, 1), scale=scale)
-        state, takes, returns, ends, promotes = self.decide(before, loss, sound)
+        state, takes, returns, ends, promotes = self.decide(before, loss, sound, updates)
         back, was = returns | before.landing, state.snapshots
         ends &= ~back
         second = was.second ^ (promotes & ends)
@@ -227,7 +227,7 @@ class Rules:
         return move, state._replace(inner=inner, snapshots=snapshots, landing=landing)
 
     def decide(
-        self, state: RewindState, loss: Float[Array, ""], sound: Bool[Array, ""]
+        self, state: RewindState, loss: Float[Array, ""], sound: Bool[Array, ""], gradients: PyTree
     ) -> tuple[RewindState, Array, Array, Array, Array]:
         """The counts after a step, and whether it is taken, goes back, ends a block, promotes.
 
@@ -236,7 +236,9 @@ class Rules:
         block, hears = state.alarm.block, ~state.landing
         alarm = select(hears, alarms.hear(state.alarm, loss, sound, self.rise), state.alarm)
         rang = alarm.rings & hears
-        rings = rang & ((state.age > 0) | jnp.isfinite(loss))  # else there is nothing to mend
+        no_step = rang & (state.age == 0)  # since the snapshot: is there anything to mend?
+        given = jax.lax.cond(no_step, all_finite, lambda _: jnp.array(True), (loss, gradients))
+        rings = rang & (~no_step | given)
         affordable = state.age <= allowance(state.calls, self.rho, self.window) - state.thrown
         returns = rings & affordable & (state.in_a_row < IN_A_ROW)
         takes = sound & ~returns & hears

@@ -191,17 +191,17 @@ def refuse_steps_beside(guard: Any) -> None:
         weakref.finalize(guard, hook.remove)
 
 
-def check_model(model: object, params: Sequence[Tensor]) -> None:
+def check_model(model: Any, params: Sequence[Tensor]) -> None:
     """Refuse what isn't the parameters' module."""
     if model is None:
         if any(hasattr(p, "to_local") for p in params):
             raise ValueError("model must be the sharded module if parameters are sharded, got None")
         return
-    ours = {id(p) for p in params}
-    if not isinstance(model, nn.Module) or ours.isdisjoint(map(id, model.parameters())):
+    check_kind("model", model, nn.Module, "nn.ModuleList([encoder, head])")
+    if missing := len({*map(id, params)} - {*map(id, model.parameters())}):
         raise ValueError(
-            "model must be an nn.Module that holds parameters of the optimizers, got "
-            f"{'one without' if isinstance(model, nn.Module) else repr(model)}"
+            "model must hold all parameters of the optimizers, as its buffers go with them, got "
+            f"{missing} beside it (nn.ModuleList([encoder, head]) holds those of two)"
         )
 
 
@@ -236,7 +236,7 @@ def check_loop(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> Non
     if any(p.grad is not None for p in params):
         raise ValueError(
             "gradients must be computed inside the closure, got some before the step (call "
-            "zero_grad before it, and accumulate inside the closure)"
+            "zero_grad, which sets them to None, before it, and accumulate inside the closure)"
         )
 
 

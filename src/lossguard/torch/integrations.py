@@ -67,6 +67,7 @@ def lightning_rewind(**options: Any) -> Any:
                     self.rewind.observe(outputs["loss"])
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            self.rewind.read()
             self.rewind.close()
 
         def state_dict(self) -> dict[str, Any]:
@@ -146,6 +147,7 @@ def trainer_rewind(trainer: Any, **options: Any) -> Any:
                 warnings.warn(told, RuntimeWarning, stacklevel=2)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.rewind.read()
             self.rewind.close()
 
     trainer.compute_loss, trainer.train = heard, noting

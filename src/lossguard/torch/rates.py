@@ -81,6 +81,9 @@ class Rates:
     def _scale(self) -> None:
         factors = []
         for group, base in zip(self.groups, self.bases, strict=False):
+            if base == group["lr"] == 0:
+                factors.append(math.nan)
+                continue
             if not base:
                 raise ValueError(
                     "rates must be positive when the guard is built, to be set in proportion, got "
@@ -95,7 +98,8 @@ class Rates:
         for group, of, base in zip(self._theirs(), self._of, self.bases, strict=True):
             if not of:
                 continue
-            first, *others = (factors[k] for k in of)
+            known = [factors[k] for k in of if not math.isnan(factors[k])]
+            first, *others = known or [1.0]
             if base is None:
                 warnings.warn(
                     "an optimizer without lr isn't driven by the guard's schedule",

@@ -107,13 +107,13 @@ class BestOf(Guard):
         process_group: distributed.ProcessGroup | None = None,
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
-        if not isinstance(rates, Sequence):
+        if not isinstance(rates, Iterable):
             raise ValueError(f"rates must be a sequence of numbers, got {rates!r}")
+        rates = [float(rate) if isinstance(rate, Real) else rate for rate in rates]
         if callable(optimizers):
             if not rates:
                 raise ValueError("rates must be given with a function of a rate, got none")
-            plain = (float(rate) if isinstance(rate, Real) else rate for rate in rates)
-            optimizers = list(map(optimizers, plain))
+            optimizers = list(map(optimizers, rates))
             check_rates(rates, optimizers)
         elif rates:
             raise ValueError(f"rates must go with a function of a rate, got {told(optimizers)}")

@@ -175,7 +175,7 @@ class Lane:
             self.check_gradients(value)
             self.begun = True  # if the optimizer raises, nobody knows how far it came
             if self.forgives:
-                zero_unsound(self.weights.params)
+                self.weights.mend(self._buffers, zero_unsound(self.weights.params))
             self.update(loss)
         self.note(value)
 

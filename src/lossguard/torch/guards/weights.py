@@ -3,6 +3,7 @@
 from itertools import compress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lossguard.torch.tensors import finite, is_expanded, local, transfer
@@ -49,6 +50,16 @@ class Weights:
     def have_diverged(self) -> bool:
         """Whether the live parameters that are trained, or their gradients, aren't finite."""
         return not finite([(p.detach(), p.grad) for p in self.params if p.requires_grad])
+
+    def mend(self, buffers: Copy, broken: Tensor) -> None:
+        """After a broken minibatch, numbers that it has made infinite as in a copy of the buffers.
+
+        Statistics of BatchNorm are such numbers, if inputs aren't finite.
+        """
+        if broken.device.type != "cpu" or broken:  # elsewhere to look would be to wait
+            for buffer, before in zip(self.buffers(), buffers, strict=False):
+                if buffer.shape == before.shape:
+                    buffer.copy_(torch.where(buffer.isfinite(), buffer, before))
 
     def clear_gradients(self) -> None:
         """Forget the gradients, so that none leaks from one lane into another."""

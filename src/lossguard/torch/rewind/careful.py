@@ -29,8 +29,9 @@ class CarefulSteps:
         broken: whether gradients weren't finite since it was read, as a tensor on their device.
         closed: whether they do nothing any more.
 
-    After every ``JUDGED`` calls of ``take`` it looks at the steps since: it warns, once, if there
-    were half as many or fewer, or twice as many or more; or of many steps without any call.
+    After every ``JUDGED`` calls of ``take`` it looks at the steps since: it warns, once, if twice
+    in a row there were half as many or fewer, as a GradScaler leaves some out at first, or twice
+    as many or more; or of many steps without any call.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], rewind: Any, own: set[str]) -> None:
@@ -38,7 +39,7 @@ class CarefulSteps:
             if isinstance(other := getattr(hook, "__self__", None), CarefulSteps):
                 other.remove()  # or both would multiply the rates
         self.broken, self.closed, self._begun = SOUND, False, False
-        self._calls, self._steps = 0, dict.fromkeys(map(id, optimizers), 0)
+        self._calls, self._steps, self._odd = 0, dict.fromkeys(map(id, optimizers), 0), False
         self._rewind, self._own = weakref.ref(rewind), own
         self._groups: list[Group] = []
         """Of the optimizer whose step is under way."""
@@ -67,8 +68,9 @@ class CarefulSteps:
         return broken
 
     def _judge(self) -> None:
-        steps = self._steps.values()
-        if 2 * max(steps) <= self._calls or min(steps) >= 2 * self._calls:
+        steps, before = self._steps.values(), self._odd
+        self._odd = 2 * max(steps) <= self._calls or min(steps) >= 2 * self._calls
+        if self._odd and (before or self._calls == 0):
             given = f"{self._calls} calls for {max(steps)} steps"
             warnings.warn(
                 f"Rewind.observe must be called once after each optimizer step, got {given}",

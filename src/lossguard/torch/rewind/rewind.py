@@ -5,7 +5,6 @@ Letters: T calls of ``observe``, B = window / 4 losses a block.
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -82,8 +81,7 @@ class Rewind(Uncopied):
       step is read, and one that makes the model not finite is taken back by itself.
     - After a return ``scale`` multiplies the rates during each step; schedulers know nothing of it.
     - Memory: two copies of all that goes back; a third one while the budget is spent.
-    - Under ``torch.distributed`` every rank calls ``observe``. All decide by the mean of their
-      losses. FSDP2's shards are copied as shards.
+    - Under ``torch.distributed`` every rank calls it. All decide by the mean of their losses.
 
     Args:
         model: what is trained. Its parameters and buffers go back.
@@ -101,7 +99,7 @@ class Rewind(Uncopied):
             every B steps. A candidate that has lost more than four times ``rise`` of the progress
             there isn't trusted. Four such candidates more than others are an alarm.
         callback: called with every event, when it is over; ``events`` has all of them.
-        group: the ranks that decide together; all of them by default.
+        process_group: the ranks that decide together; all of them by default.
 
     Raises:
         ValueError: if an argument is of another kind or out of range, the optimizer trains
@@ -134,7 +132,7 @@ class Rewind(Uncopied):
         offload: Offload = False,
         audit: Callable[[], Any] | None = None,
         callback: Callable[[RewindEvent], object] | None = None,
-        group: "distributed.ProcessGroup | None" = None,
+        process_group: "distributed.ProcessGroup | None" = None,
     ) -> None:
         check_kind("model", model, nn.Module, "nn.Linear(2, 1)")
         check_made(model.parameters())
@@ -143,7 +141,7 @@ class Rewind(Uncopied):
         self._rule = Rule(window, rho, factor, rise, every)
         self._options = {"window": self._rule.window, "every": self._rule.every}
         self._live = Live(model, optimizers, schedulers, offload)
-        self._group, self._audit, self._callback = group, audit, callback
+        self._group, self._audit, self._callback = process_group, audit, callback
         self._unread: list[tuple[Tensor, Tensor]] = []
         """Losses, and whether the gradients of their steps weren't finite."""
         self.events: list[RewindEvent] = []
@@ -169,16 +167,16 @@ class Rewind(Uncopied):
     skipped = _of_rule("skipped", "Steps that weren't finite nor taken, as far as they were read.")
 
     def observe(self, loss: Any) -> None:
-        """Tell it the loss of a step that was just taken, before the step, as the loop has it.
+        """Tell it the loss, one number, of a step that was just taken, from before the step."""
+        self._unread.append((scalar(loss, "loss must be one number"), self._steps.take()))
+        if self._last is not None or self.calls % self._rule.every == 0:
+            self.read()
 
-        Raises:
-            ValueError: if it isn't one number, or this ``Rewind`` is closed.
-        """
-        reads = self._last is not None or len(self._unread) + 1 == self._rule.every
+    def read(self) -> None:
+        """Read now, on every rank: at the end, or before the model is tested or saved by itself."""
         before = len(self.events)
-        with held() if reads else nullcontext():
-            self._unread.append((scalar(loss, "loss must be one number"), self._steps.take()))
-            if reads:
+        with held():
+            if self._unread:
                 self._read()
         for event in self.events[before:]:
             LOG.warning("%s", event)
@@ -223,10 +221,11 @@ class Rewind(Uncopied):
         sound, kept, *told = mean_of_ranks(self._live.numbers(self._unread), self._group).tolist()
         losses, skipped = told[::2], [flag > 0 for flag in told[1::2]]
         self._unread, finite = [], sound == 1
-        if not finite and self._last is not None:
+        undone = not finite and self._last is not None
+        if undone:
             self._live.load(self._last)
-            skipped[-1], finite = True, True
-        promotes, ends, unanswered, late = self._rule.hear(losses, skipped)
+            undone, skipped[-1], finite = not skipped[-1], True, True
+        promotes, ends, unanswered, late = self._rule.hear(losses, skipped, undone=undone)
         if sound == 1 and kept < 1:  # after a forward pass of inputs that weren't, without a step
             self._live.load_buffers(self._last or self._trusted)
             self._tell("buffers", "model", 0)

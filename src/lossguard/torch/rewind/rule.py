@@ -65,8 +65,8 @@ class Rule:
         losses, audit: those of the present block, and the last audit.
         in_a_row, last_return: returns to the trusted snapshot, and the call of the last one.
         ramp, cap: steps since the last alarm, and what the scale rises to.
-        idle: whether there was an alarm, of those heard last, at a loss that isn't finite where no
-            step was taken since the snapshot: the minibatches are to blame.
+        idle: whether there was an alarm, of those heard last, at a loss or gradients that aren't
+            finite, where no step was taken since the snapshot: the minibatches are to blame.
     """
 
     def __init__(self, window: int, rho: float, factor: float, rise: float, every: int) -> None:
@@ -109,9 +109,12 @@ class Rule:
         return self.may_return(self.every)
 
     def hear(
-        self, losses: Sequence[float], skipped: Sequence[bool]
+        self, losses: Sequence[float], skipped: Sequence[bool], *, undone: bool = False
     ) -> tuple[bool, bool, bool, int | None]:
         """The losses since the last time, and of which steps that weren't taken.
+
+        Such a step had gradients that weren't finite; or, the last one, was ``undone`` because the
+        model was not finite after it.
 
         Returns:
             Whether the candidate becomes trusted; whether a block has ended, so that there may be
@@ -125,7 +128,10 @@ class Rule:
             self.alarm.hear(loss if sound else math.nan)
             if self.alarm.rings:
                 late = skipped[i:].count(False)
-                if self.age == 0 and not math.isfinite(loss):
+                spoilt = not math.isfinite(loss) or (
+                    skips and not (undone and not skipped[i + 1 :])
+                )
+                if self.age == 0 and spoilt:
                     self.alarm.score, self.idle = 0, True
                 elif self.may_return(late):
                     self.skipped += skipped[i + 1 :].count(True)

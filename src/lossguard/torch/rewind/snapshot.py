@@ -47,10 +47,11 @@ class Live:
         check_kind("schedulers", also, Sequence, "[scheduler]")
         for one in also:
             of = _optimizer_of(one)
-            if not callable(getattr(one, "state_dict", None)) or of not in (None, *optimizers):
+            saves = [callable(getattr(one, f"{how}state_dict", None)) for how in ("", "load_")]
+            if not all(saves) or of not in (None, *optimizers):
                 raise ValueError(
-                    "schedulers must each have a state_dict, and be of this optimizer if of any, "
-                    f"got a {type(one).__name__}"
+                    "schedulers must each have state_dict and load_state_dict, and be of this "
+                    f"optimizer if of any, got a {type(one).__name__}"
                 )
             if of is None and hasattr(one, "get_last_lr") and len(optimizers) > 1:
                 raise ValueError(

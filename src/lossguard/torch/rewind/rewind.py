@@ -221,8 +221,8 @@ class Rewind(Uncopied):
         sound, kept, *told = mean_of_ranks(self._live.numbers(self._unread), self._group).tolist()
         losses, skipped = told[::2], [flag > 0 for flag in told[1::2]]
         self._unread, finite = [], sound == 1
-        undone = not finite and self._last is not None
-        if undone:
+        undone = False
+        if not finite and self._last is not None:
             self._live.load(self._last)
             undone, skipped[-1], finite = not skipped[-1], True, True
         promotes, ends, unanswered, late = self._rule.hear(losses, skipped, undone=undone)

@@ -112,6 +112,11 @@ def test_a_figure_shows_what_the_table_says() -> None:
     assert top == pytest.approx(2)  # (4 + 6 / 3) / 3
 
 
+def test_losses_below_0_are_drawn_whole() -> None:
+    scales = [plot_decisions(losses).axes[0].get_yscale() for losses in ([2, 0.5, 0], [2, -0.5])]
+    assert scales == ["log", "linear"]
+
+
 def test_a_run_without_decisions_shows_its_losses() -> None:
     torch = pytest.importorskip("torch")
     from lossguard.torch import Rewind

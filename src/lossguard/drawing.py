@@ -18,9 +18,11 @@ def titled(title: str, note: str | None) -> str:
 
 
 def log_losses(axes: Axes) -> None:
-    """A logarithmic axis for the lines drawn, if one of them has a point that it can show."""
+    """A logarithmic axis for the lines drawn, if they are above 0, or go down to it."""
     drawn = [np.asarray(line.get_ydata(), float) for line in axes.lines]
-    if any((np.isfinite(values) & (values > 0)).any() for values in drawn):
+    values = np.concatenate([[], *drawn])
+    values = values[np.isfinite(values)]
+    if (values > 0).any() and not (values < 0).any():
         axes.set_yscale("log")
 
 

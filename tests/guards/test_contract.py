@@ -5,6 +5,7 @@ operation; it compiles once; dtypes, structure and counters are kept.
 """
 
 from functools import cache, partial
+from itertools import product
 
 import equinox as eqx
 import jax
@@ -367,8 +368,9 @@ def test_the_first_arguments_of_an_update_may_have_any_names() -> None:
     def update_with_value(value_fn, state, params=None, *, value):
         return jax.tree.map(lambda g: -0.1 * g * value / value, value_fn), state
 
-    for one in (update, update_with_value):
-        optimizer = optax.GradientTransformationExtraArgs(optax.sgd(0.1).init, one)
+    both = optax.GradientTransformation, optax.GradientTransformationExtraArgs
+    for one, kind in product((update, update_with_value), both):
+        optimizer = kind(optax.sgd(0.1).init, one)
         guard = lossguard.unguarded(optimizer, nt=1)
         state, _ = guard.step(guard.init(jnp.ones(2)), lambda w, i: jnp.sum(w**2))
         np.testing.assert_allclose(state.params, 0.8 * jnp.ones(2), rtol=1e-6)

@@ -79,7 +79,10 @@ WRONG = {
         "layers|100, got 101": lambda: init_mlp_weights(KEY, layers=101),
         "layers|100, got one of many digits": lambda: init_mlp_weights(KEY, layers=10**5000),
     },
-    " must be at least one guard, got none": {"guards|": lambda: best_of([])},
+    " must be a sequence of at least one guard, got ": {
+        "guards|none": lambda: best_of([]),
+        "guards|one without brackets": lambda: best_of(ALONE),
+    },
     " must be of 2 guards, got one of 1": {
         "state|": lambda: best_of([ALONE, ALONE]).step(best_of([ALONE]).init(ONES), total)
     },
@@ -146,7 +149,9 @@ WRONG = {
             lambda: ALONE.step(ONES, total)
         ),
         "each of guards|Guard such as unguarded(optimizer), got a Grad": lambda: best_of([SGD]),
-        "each of guards|Guard such as unguarded(optimizer), got <func": lambda: best_of(ALONE),
+        "each of guards|Guard such as unguarded(optimizer), got <func": lambda: best_of(
+            [optax.sgd]
+        ),
         "guards|Iterable such as [unguarded(optax.sgd(0.1))], got None": lambda: best_of(None),
         "state|RewindState such as optimizer.init(params), got (": (
             lambda: rewind(SGD).update(ONES, SGD.init(ONES), ONES, value=1.0)

@@ -94,6 +94,13 @@ def test_in_a_guard_its_optimizer_gets_what_it_wants():
     assert (jnp.abs(state.params) < 1).all()
 
 
+def test_it_needs_no_implicit_promotion():
+    optimizer, params = lossguard.rewind(optax.sgd(0.1)), jnp.ones(2)
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        state = optimizer.init(params)
+        optimizer.update(params, state, params, value=jnp.float32(1))
+
+
 def test_within_several_steps_it_counts_their_ends():
     steps = optax.MultiSteps(guarded(ADAM), every_k_schedule=3)
     optimizer = optax.GradientTransformationExtraArgs(steps.init, steps.update)

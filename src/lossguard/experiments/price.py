@@ -287,10 +287,11 @@ def at_equal_price(reference: str, folder: Path) -> str:
     if end / 2 < max(one.price[0] for one in every):
         return "The run is too short to compare its methods at equal price."
     losses = (f"{m} {divided(at(one, end), at(base, end)):.2g}" for m, one in found.items())
-    times = (f"{m} {slowdown(one, base, end / 2):.2g}" for m, one in found.items())
+    slower = ((m, slowdown(one, base, end / 2)) for m, one in found.items())
+    times = (f"{m} {'never' if np.isinf(s) else format(s, '.2g')}" for m, s in slower)
     return (
         f"After a price of {end:,.0f} gradients, loss over that of {reference}: "
         f"{', '.join(losses)}\n"
-        f"Price at which the loss of {reference} after {end / 2:,.0f} is reached, over that price: "
-        f"{', '.join(times)}"
+        f"Price at which the lowest loss of {reference} up to {end / 2:,.0f} is reached, over that "
+        f"price: {', '.join(times)}"
     )

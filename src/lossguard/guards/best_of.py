@@ -110,9 +110,10 @@ def best_of(
     (1, 20)
     """
     check_kind("guards", guards, Iterable, "[unguarded(optax.sgd(0.1))]")
-    members = tuple(guards)
+    members = () if isinstance(guards, Guard) else tuple(guards)
     if not members:
-        raise ValueError("guards must be at least one guard, got none")
+        got = "one without brackets" if isinstance(guards, Guard) else "none"
+        raise ValueError(f"guards must be a sequence of at least one guard, got {got}")
     if not (check is None or callable(check)):
         raise ValueError(f"check must be an objective(params, i), got {check!r}")
     if isinstance(check, stacked):

@@ -31,7 +31,7 @@ def with_extra_args(name: str, optimizer: Any) -> optax.GradientTransformationEx
     first = [key for key, one in given.items() if one.kind in places][:3]
     named = given.keys() - first  # these are updates, state and params, whatever they are called
     # MultiSteps takes them and isn't of optax's class for that.
-    inner = optimizer if open_ended else optax.with_extra_args_support(optimizer)
+    inner = optimizer if open_ended or named else optax.with_extra_args_support(optimizer)
 
     def update(
         updates: PyTree, state: PyTree, params: Params | None = None, **extra_args: Any

@@ -261,7 +261,7 @@ class Rules:
             last_return=jnp.where(returns, state.calls, state.last_return),
             unanswered=advance(state.unanswered, rings & ~returns),
             in_a_row=jnp.where(promotes, 0, in_a_row),
-            ramp=jnp.minimum(jnp.where(rings, 0, state.ramp) + takes, block),
+            ramp=jnp.minimum(advance(jnp.where(rings, 0, state.ramp), takes), block),
             cap=jnp.where(returns & again, lower, state.cap),
         )
         return after, takes, returns, ends, promotes

@@ -43,7 +43,7 @@ EARLIER: Mapping[str, Any] = {
     "scaling": "unit",
     "loser": "keep",
 }
-"""The same of figures that were not run at length in that reading: 7, 8, 12, 13 and 16."""
+"""The same of figures that were not run at length in that reading: 8, 12, 13 and 16."""
 CONVNET_5 = ConvNet((8, 16, 32, 32, 64), (3, 3, 3, 3, 1), (2, 2, 2, 1, 1))
 """The optimizee on TinyImagenet50."""
 TAUS = (2_000, 5_000, 10_000, 20_000, 50_000)
@@ -93,7 +93,14 @@ fig05 = partial(figure, "fig05", "Spirals + MLP", "spirals", 1_000_000, adam_rat
 # Out of distribution: the optimizee, then data too.
 fig06 = partial(figure, "fig06", "MNIST + ConvNet", "mnist", 100_000, **CONV, scaling="symmetric")
 fig07 = partial(
-    figure, "fig07", "CIFAR-10 + ConvNet", "cifar10", 100_000, **EARLIER, **CONV, adam_rate=0.001
+    figure,
+    "fig07",
+    "CIFAR-10 + ConvNet",
+    "cifar10",
+    100_000,
+    **CONV,
+    scaling="symmetric",
+    adam_rate=0.001,
 )
 fig08 = partial(
     figure,
@@ -108,7 +115,8 @@ fig12 = partial(learned_on_cifar10, "fig12", fig03, **EARLIER)
 fig13 = partial(learned_on_cifar10, "fig13", fig06, **EARLIER, **SLOWER)
 fig14 = partial(learned_on_cifar10, "fig14", fig05)
 fig15 = partial(learned_on_cifar10, "fig15", fig04)
-fig16 = partial(learned_on_cifar10, "fig16", fig07, **SLOWER)  # in distribution
+# In distribution.
+fig16 = partial(learned_on_cifar10, "fig16", fig07, **EARLIER, **SLOWER)
 
 
 def demo() -> Experiment:

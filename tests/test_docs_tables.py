@@ -164,6 +164,20 @@ def test_the_luck_of_the_seeds_is_that_of_the_records(kind: str, tasks: tuple[st
     assert reached and f"{low:.2f} to {high:.2f} on {kind}" in " ".join(COSTS.split())
 
 
+def test_a_dearer_copy_of_the_fallback_has_the_slowdown_that_is_told() -> None:
+    found: dict[str, set[str]] = {}
+    for name in price.RECIPES:
+        own = read_parquet(ROOT / "results" / "price" / name / EVALUATIONS)
+        own = own.filter(method=price.FALLBACK)
+        dearer = own.with_columns(forwards=(0.21 * pl.col("gradients")).round())
+        pair = [price.curves(one, price.FALLBACK).mean() for one in (dearer, own)]
+        highest, reached = price.highest(*pair, pair[1].price[-1])
+        kind = "convnet over adam" if "convnet" in name and name.endswith("adam") else "elsewhere"
+        found.setdefault(kind, set()).add(f"{highest:.2f}" if reached else "never")
+    assert found == {"convnet over adam": {"1.34"}, "elsewhere": {"1.07"}}
+    assert "a highest S of 1.34, elsewhere 1.07" in " ".join(COSTS.split())
+
+
 def test_how_late_the_guard_follows_is_as_in_the_records() -> None:
     """S of the guard over that of the learned optimizer alone, where that one is ahead."""
 

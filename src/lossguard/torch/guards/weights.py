@@ -52,14 +52,15 @@ class Weights:
         return not finite([(p.detach(), p.grad) for p in self.params if p.requires_grad])
 
     def mend(self, buffers: Copy, broken: Tensor) -> None:
-        """After a broken minibatch, numbers that it has made infinite as in a copy of the buffers.
+        """Take the buffers back to a copy if a minibatch is broken.
 
-        Statistics of BatchNorm are such numbers, if inputs aren't finite.
+        Inputs that aren't finite have made statistics of BatchNorm so, in the forward pass.
         """
         if broken.device.type != "cpu" or broken:  # elsewhere to look would be to wait
             for buffer, before in zip(self.buffers(), buffers, strict=False):
                 if buffer.shape == before.shape:
-                    buffer.copy_(torch.where(buffer.isfinite(), buffer, before))
+                    flag = broken.to(buffer.device, torch.bool)
+                    torch.where(flag, before, buffer, out=buffer)
 
     def clear_gradients(self) -> None:
         """Forget the gradients, so that none leaks from one lane into another."""

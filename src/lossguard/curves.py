@@ -102,12 +102,12 @@ def join(chunks: list[pl.DataFrame], method: str) -> pl.DataFrame:
     )
 
 
-def mark_loss(curves: pl.DataFrame, k: int) -> pl.DataFrame:
+def mark_loss(curves: pl.DataFrame, k: int, columns: str | Sequence[str] = "loss") -> pl.DataFrame:
     """Loss(m, k): the mean training loss over the steps in [0.9 k, k], by method and seed.
 
-    Columns ``method``, ``seed``, ``loss``.
+    Columns ``method``, ``seed``, ``loss``, or others in its place, of which it is the mean too.
     """
-    return step_mean(curves, "loss", first=0.9 * k - 1e-9, last=k)
+    return step_mean(curves, columns, first=0.9 * k - 1e-9, last=k)
 
 
 def over_seeds(table: pl.DataFrame, column: str) -> dict[str, float]:

@@ -167,15 +167,14 @@ def _told(values: Mapping[int, Measured], failed: Sequence[int], bound: float = 
     def number(k: int) -> str:
         value, low, high = (short(one) for one in (values[k].value, *values[k][2:]))
         open_ = values[k].low <= bound <= values[k].high and low != high
-        return f"{value} ({low} to {high}) at" if open_ else f"{value} at"
+        return f"{value} ({low} to {high})" if open_ else value
 
     if len(values) <= 3:
-        return ", ".join(f"{number(k)} {k:,}" for k in values)
+        return ", ".join(f"{number(k)} at {k:,}" for k in values)
     highest, end = max(values, key=lambda k: values[k].value), max(values)
-    last = f"; {number(end)} {end:,}" if highest != end else ""
+    last = f"; {number(end)} at {end:,}" if highest != end else ""
     fails = f"; fails at {failed[0]:,} first" if failed else ""
-    highest = f"at most {number(highest).removesuffix(' at')}, at {highest:,}"
-    return f"{highest}{last}{fails}"
+    return f"at most {number(highest)}, at {highest:,}{last}{fails}"
 
 
 def short(value: float) -> str:

@@ -15,14 +15,14 @@ import numpy as np
 import polars as pl
 
 from ..config import as_config
-from ..curves import step_mean, with_bins
+from ..curves import mark_loss, with_bins
 from ..metatrain.recipes import RECIPES
 from ..records import EVALUATIONS, Record, of_seeds, read_parquet
 from .recipes import FIRST, PAPERS
 
 MARKS = (30, *(a * 10**n for n in range(2, 7) for a in (1, 3)))
 """Steps at which losses are compared."""
-ALSO = (*range(1, 10), 10, 20, 40, 50, 600, 700, 800, 900, 50_000, 120_000)
+ALSO = (*range(1, 11), 20, 40, 50, 600, 700, 800, 900, 50_000, 120_000)
 """Further ones, for single claims."""
 MEANS = ("loss", "used_learned", "gradients", "forwards")
 """What is known of a method at a mark, over the same steps; the last two are those of a step."""
@@ -118,11 +118,11 @@ def gather(records: Mapping[Path, Record]) -> dict[str, Evidence]:
             evaluations = read_parquet(tested) if tested.exists() else None
             runs.setdefault(figure, []).append(labelled(record, _labels(record), evaluations))
     trained = {name: pl.concat(own.values()).sort("step", "seed") for name, own in meta.items()}
-    evidence = {name: at_marks(tables) for name, tables in runs.items()}
+    evidence = {name: of_curves(tables) for name, tables in runs.items()}
     return evidence | {name: Evidence(table) for name, table in trained.items()}
 
 
-def at_marks(tables: Sequence[pl.DataFrame]) -> Evidence:
+def of_curves(tables: Sequence[pl.DataFrame]) -> Evidence:
     """Curves of a figure, ``labelled``: of a method and seed the longest, of several the last."""
     both = ("method", "seed")
     curves = pl.concat(table.with_columns(run=number) for number, table in enumerate(tables))
@@ -130,7 +130,7 @@ def at_marks(tables: Sequence[pl.DataFrame]) -> Evidence:
     curves = curves.join(ends.group_by(both).last(), on=(*both, "run")).sort(*both, "step")
     curves = with_bins(curves)
     rows = [
-        step_mean(curves.filter(pl.col("end") >= k), MEANS, first=0.9 * k - 1e-9, last=k)
+        mark_loss(curves.filter(pl.col("end") >= k), k, MEANS)
         .join(curves.filter(step=k).select(*both, "test_loss"), on=both, how="left")
         .with_columns(step=pl.lit(k, pl.Int64))
         for k in sorted({*MARKS, *ALSO})

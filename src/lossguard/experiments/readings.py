@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 
 from ..records import Record
 from .claims import CLAIMS, K, judge, tracks
-from .evidence import at_marks, figure_of, has_settings, labelled
+from .evidence import figure_of, has_settings, labelled, of_curves
 from .recipes import IMAGES, PAPERS, POINTS, POLICIES, READ, READINGS, RULES
 
 SHORT = 1_000
@@ -62,7 +62,7 @@ def judge_readings(records: Mapping[Path, Record]) -> pl.DataFrame:
                 tables: dict[str, list[pl.DataFrame]] = {}
                 for name, table in _as_the_figures(records, method, variant, scaling):
                     tables.setdefault(name, []).append(table)
-                evidence = {name: at_marks(own) for name, own in tables.items()}
+                evidence = {name: of_curves(own) for name, own in tables.items()}
                 about = ", ".join(filter(None, (method, variant)))
                 rows += [
                     (f"{kind}, {scaling}", about, one.id, judge(one, evidence).verdict)

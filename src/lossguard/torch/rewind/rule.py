@@ -128,9 +128,8 @@ class Rule:
             self.alarm.hear(loss if sound else math.nan)
             if self.alarm.rings:
                 late = skipped[i:].count(False)
-                spoilt = not math.isfinite(loss) or (
-                    skips and not (undone and not skipped[i + 1 :])
-                )
+                of_step = undone and i == len(losses) - 1  # its gradients were finite
+                spoilt = not math.isfinite(loss) or (skips and not of_step)
                 if self.age == 0 and spoilt:
                     self.alarm.score, self.idle = 0, True
                 elif self.may_return(late):

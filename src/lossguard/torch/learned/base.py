@@ -21,14 +21,12 @@ class Learned(Optimizer):
         architecture: as files of weights call it.
         wide: the name of a tensor of the weights whose last axis has the hidden units.
         options: what its groups have.
-        constants: tensors beside the weights.
         layers: of hidden units.
     """
 
     architecture: str
     wide: str
     options: tuple[str, ...]
-    constants: Mapping[str, Tensor] = {}
 
     def __init__(
         self, params: ParamsT, weights: Mapping[str, Tensor], defaults: dict[str, Any]
@@ -47,7 +45,7 @@ class Learned(Optimizer):
         tensors = {name: torch.as_tensor(tensor, device="cpu") for name, tensor in weights.items()}
         self.weights = {name: tensor.detach().float() for name, tensor in tensors.items()}
         self._on: dict[torch.device, dict[str, Tensor]] = {}
-        """The weights, and what else doesn't change, on each device that has parameters."""
+        """The weights on each device that has parameters."""
         lr = defaults["lr"]
         plain = lr if isinstance(lr, Tensor) else float(lr)  # NumPy's are not loaded safely
         super().__init__(params, defaults | {"lr": plain})
@@ -161,8 +159,7 @@ class Learned(Optimizer):
                     by_device.setdefault(param.device, []).append(param)
             for device, params in by_device.items():
                 if device not in self._on:
-                    fixed = {**self.weights, **self.constants}
-                    self._on[device] = {k: tensor.to(device) for k, tensor in fixed.items()}
+                    self._on[device] = {k: t.to(device) for k, t in self.weights.items()}
                 # Matrix products keep their dtype inside; some kinds of device have no autocast.
                 available = torch.amp.is_autocast_available(device.type)
                 with torch.autocast(device.type, enabled=False) if available else nullcontext():

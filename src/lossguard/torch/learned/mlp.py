@@ -33,10 +33,6 @@ from lossguard.learned.weights_file import mlp_names
 from lossguard.torch.learned.base import Learned
 from lossguard.validation import check_positive
 
-CONSTANTS = {
-    name: torch.tensor(numbers, dtype=torch.float32, device="cpu")
-    for name, numbers in (("times", TIMES), ("leaks", LEAKS))
-}
 DECAYS = ("momentum_decays", "second_moment_decay", "factored_decays")
 
 
@@ -81,11 +77,12 @@ class MLPOptimizer(Learned):
     """
 
     architecture, wide, options = "mlp", "mlp.0.bias", ("lr", "clock")
-    constants = CONSTANTS
 
     def __init__(self, params: ParamsT, weights: Mapping[str, Tensor], *, lr: float = 1.0) -> None:
         check_positive(lr=lr)
         super().__init__(params, weights, {"lr": lr, "clock": 0})
+        for name, numbers in (("times", TIMES), ("leaks", LEAKS)):
+            self.weights[name] = torch.tensor(numbers, dtype=torch.float32, device="cpu")
 
     def _check_numbers(self, group: dict[str, Any]) -> None:
         check_positive(lr=group.get("lr") or 1.0)  # 0 as before a warm-up

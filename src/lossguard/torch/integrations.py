@@ -121,7 +121,7 @@ def trainer_rewind(trainer: Any, **options: Any) -> Any:
             self.rewind = Rewind(running["model"], running["optimizer"], **options)
             if not state.global_step:
                 return
-            file = (Path(resumed) if resumed else _folder(args, state)) / _name(args)
+            file = _file(args, state, resumed)
             found = torch.tensor(float(file.exists()))
             if mean_of_ranks(found, options.get("process_group")) == 1:
                 saved = torch.load(file, weights_only=True, map_location="cpu")
@@ -139,11 +139,11 @@ def trainer_rewind(trainer: Any, **options: Any) -> Any:
             losses.clear()
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            folder = _folder(args, state)
-            if folder.is_dir():
-                torch.save(self.rewind.state_dict(), folder / _name(args))
+            file = _file(args, state)
+            if file.parent.is_dir():
+                torch.save(self.rewind.state_dict(), file)
             else:  # as in a search, whose runs have folders of their own
-                told = f"trainer_rewind isn't saved, as there is no {folder}"
+                told = f"trainer_rewind isn't saved, as there is no {file.parent}"
                 warnings.warn(told, RuntimeWarning, stacklevel=2)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -163,9 +163,7 @@ def _check(options: Mapping[str, Any]) -> None:
             raise ValueError(f"options must each be {one_of(sorted(known), name)}")
 
 
-def _folder(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
-
-
-def _name(args: Any) -> str:
-    return f"rewind-{args.process_index}.pt"
+def _file(args: Any, state: Any, folder: str = "") -> Path:
+    """Where its state is, in a checkpoint's folder: that of this step, unless another is given."""
+    of_step = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    return Path(folder or of_step) / f"rewind-{args.process_index}.pt"

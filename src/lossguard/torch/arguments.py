@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
+from lossguard.torch.ranks import several
 from lossguard.torch.rates import beside_state, options_of
 from lossguard.torch.tensors import leaves, local, read
 from lossguard.validation import check_kind, told
@@ -308,17 +309,19 @@ def warn_if_left(loops: int) -> None:
         )
 
 
-def lost(error: Exception, lane: "Lane", *, passed_on: bool) -> Tensor:
+def lost_loss(guard: Any, lane: "Lane", error: Exception) -> Tensor:
     """NaN for the loss of a lane that raises because its numbers aren't finite, with a warning.
 
-    Such an error would come again in every cycle. Any other is passed on.
+    Such an error would come again in every cycle. Any other is passed on, and so are the fallback's
+    and, of several ranks, all: the others would not know of it.
     """
-    if passed_on or not lane.weights.have_diverged():
+    trusted = lane.inner is guard._inners.get("fallback")
+    if trusted or several(guard.process_group) or not lane.weights.have_diverged():
         raise error
     warnings.warn(
         f"{lane} has numbers that aren't finite and raised {type(error).__name__}: such "
         "minibatches count as lost for it",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=2,
     )
     return scalar(torch.nan)

@@ -10,7 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from lossguard.rules import HEAD_START
-from lossguard.torch.arguments import check_functions, check_rates, scalar
+from lossguard.torch.arguments import check_functions, check_rates, lost_loss, scalar
 from lossguard.torch.guards.decision import NEITHER, Decision, Seen, mean, passed_over
 from lossguard.torch.guards.guard import Guard
 from lossguard.torch.guards.lane import Lane
@@ -159,7 +159,7 @@ class BestOf(Guard):
                     try:
                         value = check(self._checked + j)
                     except Exception as error:
-                        value = self._lost(lane, error)
+                        value = lost_loss(self, lane, error)
                     lane.checks.append(scalar(value, "check must return one number"))
             lane.leave()
         self._checked += self.checks

@@ -17,7 +17,7 @@ from lossguard.torch.guards.lane import Lane
 from lossguard.torch.guards.relay import Relay
 from lossguard.torch.guards.weights import Beside
 from lossguard.torch.process import held
-from lossguard.torch.ranks import mean_of_ranks, several
+from lossguard.torch.ranks import mean_of_ranks
 from lossguard.torch.tensors import read
 from lossguard.validation import check_part
 
@@ -157,14 +157,9 @@ class Guard(Face):
             with torch.enable_grad():
                 value = arguments.forward_only(closure) if lane.checking else closure()
         except Exception as error:
-            return lane.note(self._lost(lane, error))
+            return lane.note(arguments.lost_loss(self, lane, error))
         lane.step(value)
         return value
-
-    def _lost(self, lane: Lane, error: Exception) -> Tensor:
-        """NaN for its loss, if the lane may raise; other ranks would not know of it."""
-        trusted = lane.inner is self._inners.get("fallback")
-        return arguments.lost(error, lane, passed_on=trusted or several(self.process_group))
 
     def _undo(self, draws: list[Tensor]) -> None:
         """After an error the minibatch doesn't count; if a step was begun, nor does the cycle."""

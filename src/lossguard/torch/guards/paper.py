@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from lossguard.torch.arguments import Closure, lost, scalar
+from lossguard.torch.arguments import Closure, lost_loss, scalar
 from lossguard.torch.guards.decision import FALLBACK, LEARNED, NEITHER, Decision, Seen, mean
 from lossguard.torch.guards.guard import Guard
 from lossguard.torch.guards.lane import Lane
 from lossguard.torch.guards.weights import Copy
 from lossguard.torch.memory import Memory
-from lossguard.torch.ranks import several
 from lossguard.torch.tensors import clones, read
 from lossguard.validation import check_choice, check_count, check_fraction
 
@@ -230,8 +229,7 @@ class ResidualGuard(Guard):
         try:
             loss, gradient = self._evaluate(closure)
         except Exception as error:
-            passed_on = several(self.process_group)
-            return float(lost(error, self._lanes["y"], passed_on=passed_on))
+            return float(lost_loss(self, self._lanes["y"], error))
         finally:
             self._weights.reset_gradients(beside)
         n, advanced = len(self._weights.params), z.memory()

@@ -172,19 +172,16 @@ def _pack(lane: "Lane", state: list[Saved], *, within: bool) -> Saved:
 def _unpack(lane: "Lane", state: list[Saved], rest: Saved, rank: int) -> Callable[[], None]:
     """What has the lane be what is saved of it, and can't fail."""
     losses, checks = ([scalar(float(loss)) for loss in rest[name]] for name in ("losses", "checks"))
-    buffers = rest["buffers"]
-    values = _values(lane, "value", state, buffers["value"], rank)
-    before = []
-    if "before" in buffers:
-        before = _values(lane, "before", state, buffers["before"], rank)
+    copies = {name: _values(lane, name, state, of, rank) for name, of in rest["buffers"].items()}
+    values, before = copies["value"], copies.get("before", [])
     kept = {} if rest["blank"] else _unpack_state(lane, state, rest["others"])
     memory = Memory(kept, _of_groups(lane.optimizer, rest["options"]))
     settings = _of_groups(lane.optimizer, rest["settings"])
-    own, copies = set(rest["own"]), set(rest["copies"])
+    own, noted = set(rest["own"]), set(rest["copies"])
 
     def load_lane() -> None:
         lane.values, lane.before, lane.losses, lane.checks = values, before, losses, checks
-        lane.inner.own, lane.inner.copies = own, copies
+        lane.inner.own, lane.inner.copies = own, noted
         for group, entries in zip(lane.optimizer.param_groups, settings, strict=True):
             group.update({k: v for k, v in entries.items() if k not in own})
         lane.remember(memory)

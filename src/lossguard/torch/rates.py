@@ -79,17 +79,15 @@ class Rates:
             self.note()
 
     def _scale(self) -> None:
-        factors = []
-        for group, base in zip(self.groups, self.bases, strict=False):
-            if base == group["lr"] == 0:
-                factors.append(math.nan)
-                continue
-            if not base:
+        factors: dict[int, float] = {}
+        for k, (group, base) in enumerate(zip(self.groups, self.bases, strict=False)):
+            if base:
+                factors[k] = float(group["lr"]) / base
+            elif base is None or group["lr"] != 0:
                 raise ValueError(
                     "rates must be positive when the guard is built, to be set in proportion, got "
                     f"{base}"
                 )
-            factors.append(float(group["lr"]) / base)
         if [_rate(group) for group in self._theirs()] != self.given:
             raise ValueError(
                 "rates must be set in the guard's groups or in its optimizers', got both (a "
@@ -98,8 +96,7 @@ class Rates:
         for group, of, base in zip(self._theirs(), self._of, self.bases, strict=True):
             if not of:
                 continue
-            known = [factors[k] for k in of if not math.isnan(factors[k])]
-            first, *others = known or [1.0]
+            first, *others = [factors[k] for k in of if k in factors] or [1.0]
             if base is None:
                 warnings.warn(
                     "an optimizer without lr isn't driven by the guard's schedule",

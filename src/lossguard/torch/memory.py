@@ -44,6 +44,7 @@ class Inner:
         optimizer: the optimizer itself; the guard calls its ``step`` and nothing else of it.
         params: its parameters, in the guard's order.
         takes_loss: whether its step takes the loss, as that of some learned optimizers does.
+        switches: whether it trains at another iterate than the one that it evaluates.
         own: names of the group entries that its step has been seen to change.
         copies: names of entries of its state that hold the parameters, as master weights do.
         noted: whether these are known, as they are after the first step that moves parameters.
@@ -56,9 +57,10 @@ class Inner:
     def __init__(self, optimizer: Optimizer, params: list[Tensor]) -> None:
         self.optimizer, self.params = optimizer, params
         self.takes_loss = "loss" in inspect.signature(optimizer.step).parameters
+        self.switches = callable(getattr(optimizer, "train", None))
         self.own: set[str] = set()
         # What schedule-free optimizers train at begins as a copy: seen in their first step alone.
-        self.copies: set[str] = {"z"} if callable(getattr(optimizer, "train", None)) else set()
+        self.copies: set[str] = {"z"} if self.switches else set()
         self.noted = False
         self.holder: Any = None
         self.steps = False
@@ -86,7 +88,8 @@ class Inner:
 
     def memory(self) -> Memory:
         """The memory itself."""
-        return Memory(dict(self.optimizer.state), self.options())
+        options = list(map(options_of, self.optimizer.param_groups))
+        return Memory(dict(self.optimizer.state), options)
 
     def exchange(self, memory: Memory) -> Memory:
         """Put ``memory`` itself in place and return what was there; the schedule stays."""
@@ -130,10 +133,6 @@ class Inner:
             for key in self.copies & entries.keys():
                 if entries[key].numel() == value.numel():
                     entries[key].copy_(value.reshape(entries[key].shape))
-
-    def options(self) -> list[dict[str, Any]]:
-        """Those of each parameter group."""
-        return [options_of(group) for group in self.optimizer.param_groups]
 
     def _entries(self, memory: Memory, point: Sequence[T]) -> Iterator[tuple[dict[str, Tensor], T]]:
         """The tensors that are remembered of each parameter, with what is given of it."""

@@ -182,7 +182,7 @@ class Guard(Face):
         for lane in [one for one in self._order if not one.inner.noted]:
             lane.inner.note_copies(lane.memory(), self._leader.before, lane.point)
         if self.phase == 1 and self.steps == 0:
-            arguments.compare([lane.losses[0] for lane in self._order if not lane.switches])
+            arguments.compare([lane.losses[0] for lane in self._order if not lane.inner.switches])
         if self.phase == self.nt + self.nc:
             self.history.append(self._decide())
             self.phase, self.steps = 0, self.steps + self.nt

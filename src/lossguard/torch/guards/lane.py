@@ -43,11 +43,6 @@ class Lane:
         return self.inner.optimizer
 
     @property
-    def switches(self) -> bool:
-        """Whether its optimizer trains at another iterate than the one that it evaluates."""
-        return callable(getattr(self.optimizer, "train", None))
-
-    @property
     def live(self) -> bool:
         """Whether it is in the model."""
         return self.weights.holder is self
@@ -75,7 +70,7 @@ class Lane:
         self.losses, self.checks, self.before = [], [], []
         if self.live:
             self.values = []
-            if self.switches:
+            if self.inner.switches:
                 self.enter(checking=False)  # after ``eval``
             self.keep()
 
@@ -148,7 +143,7 @@ class Lane:
 
     def switch(self, mode: str) -> None:
         """Have its optimizer train or evaluate, if these are two iterates."""
-        if self.switches:
+        if self.inner.switches:
             with torch.no_grad(), self.inner.stepping():
                 getattr(self.optimizer, mode)()
 

@@ -176,7 +176,7 @@ class ResidualGuard(Guard):
         super().__init__(optimizers, LANES, model, nt, callback=callback)
         if any(hasattr(p, "to_local") for p in self._weights.params):
             raise ValueError("parameters must be whole tensors, got sharded ones")
-        if any(lane.switches for lane in self._lanes.values()):
+        if any(inner.switches for inner in self._inners.values()):
             raise ValueError("optimizers must have no train() and eval(), got one that switches")
         self._mu = math.nan
         self._reports = [[NEITHER, True, True]] * self.nt

@@ -163,7 +163,7 @@ def _pack(lane: "Lane", state: list[Saved], *, within: bool) -> Saved:
         "options": lane.memory().options,
         "own": sorted(lane.inner.own),
         "copies": sorted(lane.inner.copies),
-        "settings": lane.inner.options(),
+        "settings": lane.inner.memory().options,
         "losses": read(lane.losses),
         "checks": read(lane.checks),
     }

@@ -128,24 +128,20 @@ class Relay:
         Where it wasn't fine y takes the cycle back; the second time at a stretch it is over, or at
         once if the cycle is as long as a trial and has no finite loss.
         """
-        progress, level = state.progress, state.level
-        now, recent, young = progress.lasting, progress.recent, progress.earlier_age == 0
-        risen = now > level + rules.RISE * abs(level)
-        stalls = progress.rate < rules.STALL
-        over = state.failed or (lost and self.nt >= rules.TRIAL_STEPS)
-        ends = risen or stalls if fine else over
-        if not fine and not ends:
+        if not fine and not (state.failed or (lost and self.nt >= rules.TRIAL_STEPS)):
             self.y.go_back()
-        state = state._replace(failed=not fine and not ends)
-        gain = rules.YOUNG_GAIN if young else rules.GAIN
-        better = fine and not ends and now < level - gain * abs(level)
-        from_x = better or (ends and fine and not risen)
-        if from_x:
+            return state._replace(failed=True)
+        state, progress, level = state._replace(failed=False), state.progress, state.level
+        now = progress.lasting
+        breaks = not fine or now > level + rules.RISE * abs(level)
+        if breaks or progress.rate < rules.STALL:
+            if not breaks:
+                self.z.start_at(self.y.point)
+            # z's path goes on from where y has come to: from there it is fast or slow again.
+            began = Progress.begun(level if breaks else progress.recent)
+            return state._replace(learned_leads=False, progress=began)
+        gain = rules.YOUNG_GAIN if progress.earlier_age == 0 else rules.GAIN
+        if now < level - gain * abs(level):
             self.z.start_at(self.y.point)
-        if better:
             return state._replace(level=now)
-        if not ends:
-            return state
-        # z's path goes on from where y has come to: from there it is fast or slow again.
-        began = Progress.begun(recent if from_x else level)
-        return state._replace(learned_leads=False, progress=began)
+        return state

@@ -173,23 +173,20 @@ class BestOf(Guard):
             filled = passed_over(held_out)[1]
         d = {int(name): mean(one.losses) for name, one in filled.items()}
         lost = not any(map(math.isfinite, d.values()))  # all minibatches are, on all
-        fine = [True] * len(lanes)
-        for k, one in shown.items():
-            fine[k] = one.finite and (lost or math.isfinite(d[k]))
-        known = list(fine)
-        if not fine[leader]:
-            began_well = math.isfinite(shown[leader].losses[0])
+        fine = {k: one for k, one in shown.items() if one.finite and (lost or math.isfinite(d[k]))}
+        known = {*fine}
+        if leader not in fine:
             d[leader] = self.records[leader].mean
-            known[leader] = began_well and not math.isnan(d[leader])
-        for k in () if lost else shown:
-            if known[k]:
-                self.records[k] = self.records[k].after(d[k], self.decay)
-        may_lead = [k for k in sorted(shown) if known[k] and not math.isnan(self.records[k].mean)]
+            if math.isfinite(shown[leader].losses[0]) and not math.isnan(d[leader]):
+                known.add(leader)
+        for k in () if lost else known:
+            self.records[k] = self.records[k].after(d[k], self.decay)
+        may_lead = [k for k in sorted(known) if not math.isnan(self.records[k].mean)]
         best = min(may_lead, key=lambda k: self.records[k].mean, default=leader)
-        x = lanes[best].point if fine[best] else self._leader.before
-        again = {k for k, ok in enumerate(fine) if not ok}
-        if fine[leader] and not lost:
-            again |= self._ruined(shown, void, fine, leader) - {best}
+        x = lanes[best].point if best in fine else self._leader.before
+        again = shown.keys() - fine.keys()
+        if leader in fine and not lost:
+            again |= self._ruined(fine, void, leader) - {best}
         like = self.records[best]
         for k in again:
             lanes[k].start_at(x)
@@ -204,7 +201,7 @@ class BestOf(Guard):
             used_learned=[True] * self.nt,
             losses=seen[str(best)].losses,
             finite_learned=seen[str(best)].fine,
-            winner=best if fine[best] else NEITHER,
+            winner=best if best in fine else NEITHER,
             gradients=self.nt * len(seen),
             forwards=0 if self.check is None else self.checks * len(seen),
             learned_updates=self.nt * len(seen),
@@ -224,13 +221,11 @@ class BestOf(Guard):
             elif k != leader and after >= HEAD_START:
                 self._spent[k] += self.nt
 
-    def _ruined(
-        self, shown: Mapping[int, Seen], void: Sequence[bool], fine: Sequence[bool], leader: int
-    ) -> set[int]:
+    def _ruined(self, fine: Mapping[int, Seen], void: Sequence[bool], leader: int) -> set[int]:
         """Those that have lost a trial against the leader, and were once as good as it is."""
-        ruined, leading = set(), shown[leader].losses
-        for k, one in shown.items():
-            if fine[k] and k != leader:
+        ruined, leading = set(), fine[leader].losses
+        for k, one in fine.items():
+            if k != leader:
                 record = self.records[k]
                 against = record.against.after(leading, one.losses, void)
                 won, over = against.outcome(leading)

@@ -18,7 +18,7 @@ from lossguard.torch.guards.relay import Relay
 from lossguard.torch.guards.weights import Beside
 from lossguard.torch.process import held
 from lossguard.torch.ranks import mean_of_ranks
-from lossguard.torch.tensors import read
+from lossguard.torch.tensors import stacked
 from lossguard.validation import check_part
 
 
@@ -217,19 +217,17 @@ class Guard(Face):
 
 def _agreed(ran: Sequence[Lane], group: distributed.ProcessGroup | None) -> dict[str, Seen]:
     """What the lanes have shown, on all ranks; a memory that isn't finite is lost."""
-    weights, seen = ran[0].weights, {}
-    numbers = [
-        *read([loss for lane in ran for loss in (*lane.losses, *lane.checks)]),
-        *(not weights.is_finite(lane.point) for lane in ran),
-        *(not lane.inner.is_finite(lane.memory()) for lane in ran),
+    losses = stacked([loss for lane in ran for loss in (*lane.losses, *lane.checks)])
+    rows = [
+        [*told, not lane.weights.is_finite(lane.point), not lane.inner.is_finite(lane.memory())]
+        for lane, told in zip(ran, losses.reshape(len(ran), -1).tolist(), strict=True)
     ]
-    agreed = mean_of_ranks(torch.tensor(numbers, dtype=torch.float64, device="cpu"), group)
-    means = iter(agreed.tolist())
-    rows = [[[next(means) for _ in row] for row in (lane.losses, lane.checks)] for lane in ran]
-    for lane, (losses, checks) in zip(ran, rows, strict=True):  # then what any rank has seen
-        seen[lane.name] = Seen(losses, checks, finite=next(means) == 0)
-    for lane in ran:
-        if next(means) > 0:
+    agreed = mean_of_ranks(torch.tensor(rows, dtype=torch.float64, device="cpu"), group)
+    seen = {}
+    for lane, (*told, broken, lost) in zip(ran, agreed.tolist(), strict=True):
+        nt = len(lane.losses)
+        seen[lane.name] = Seen(told[:nt], told[nt:], finite=broken == 0)  # on any rank
+        if lost > 0:
             lane.forget()
     return seen
 

@@ -117,8 +117,7 @@ class BestOf(Guard):
             check_rates(rates, optimizers)
         elif rates:
             raise ValueError(f"rates must go with a function of a rate, got {told(optimizers)}")
-        several = isinstance(optimizers, Iterable) and not isinstance(optimizers, Optimizer)
-        if not several or not (optimizers := [*optimizers]):
+        if not isinstance(optimizers, Iterable) or not (optimizers := [*optimizers]):
             raise ValueError(f"optimizers must be a list of at least one, got {told(optimizers)}")
         check_functions(check=check)
         self.check, self.checks = check, check_nc(nc, check)

@@ -10,7 +10,11 @@ from rich.table import Table
 
 from .terminal import console, print_summary, shown, tell
 
-Folders = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER...")]
+Folders = Annotated[
+    tuple[Path, ...],
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="FOLDER...", help="Folders of runs, or folders that hold such folders."),
+]
 Out = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
 Over = Literal["price", "seconds", "steps"]
 
@@ -19,7 +23,6 @@ def plot(folders: Folders, over: Over = "price") -> None:
     """Draw a figure of each run into its folder, in place of its figure.png.
 
     Args:
-        folders: Folders of runs, or folders that hold such folders.
         over: The axis: what was spent, in gradients, or its time; or optimizer steps.
     """
     for folder, record in _records(folders).items():
@@ -27,11 +30,7 @@ def plot(folders: Folders, over: Over = "price") -> None:
 
 
 def claims(folders: Folders) -> None:
-    """Judge the paper's claims by these runs.
-
-    Args:
-        folders: Folders of runs, or folders that hold such folders.
-    """
+    """Judge the paper's claims by these runs."""
     records = _records(folders)
     from .experiments.claims import judge_claims
 
@@ -53,7 +52,6 @@ def readings(folders: Folders, out: Out = Path("readings.png")) -> None:
     """Judge readings of what the paper leaves open by their runs.
 
     Args:
-        folders: Folders of runs, or folders that hold such folders.
         out: A map of all readings and claims.
     """
     from .drawing import png
@@ -74,7 +72,6 @@ def report(folders: Folders, out: Out = Path("report.html")) -> None:
     """Write a page of claims, figures and tables.
 
     Args:
-        folders: Folders of runs, or folders that hold such folders.
         out: The page.
     """
     from .experiments.report import report

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.table import Table
 
-from .terminal import console, print_summary, shown, tell
+from .terminal import console, print_summary, shown, table, tell
 
 Folders = Annotated[
     tuple[Path, ...],
@@ -35,15 +34,14 @@ def claims(folders: Folders) -> None:
     from .experiments.claims import judge_claims
 
     columns = ("claim", "figure", "the paper says", "measured", "seeds", "to step", "verdict")
-    table, rest = Table(*columns, show_lines=True), []
+    rows, rest = [], []
     for one in judge_claims(records):
         if one.verdict == "not run" and re.search("(^|: )no ", one.numbers):
             rest.append(one.id)
-            continue
-        mark = f"{one.mark:,}" if one.mark else ""
-        table.add_row(one.id, one.figure, one.says, one.numbers, one.seeds, mark, one.verdict)
-    if table.rows:
-        console().print(table)
+        else:
+            rows.append(one._replace(mark=f"{one.mark:,}" if one.mark else ""))
+    if rows:
+        console().print(table(columns, rows, show_lines=True))
     if rest:
         print(f"not run: {', '.join(rest)}")
 
@@ -60,11 +58,9 @@ def readings(folders: Folders, out: Out = Path("readings.png")) -> None:
 
     judged = judge_readings(_records(folders))
     write_whole(out, png(draw_readings(judged)), "a figure", make_folder=True)
-    reproduced = counts(judged)
-    table = Table(*reproduced.columns, title="claims reproduced, of those run")
-    for row in reproduced.rows():
-        table.add_row(*row)
-    console().print(table)
+    found = counts(judged)
+    title = "claims reproduced, of those run"
+    console().print(table(found.columns, found.rows(), title=title))
     print(shown(f"figure: {out}"))
 
 

@@ -1,8 +1,8 @@
 """What is shown on a terminal: names are data, and none of their letters is obeyed by it."""
 
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -43,20 +43,30 @@ def console() -> PlainConsole:
     return PlainConsole(width=None if is_terminal else 160)
 
 
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    justify: Literal["left", "right"] = "left",
+    **options: Any,
+) -> Table:
+    """Of text and numbers, with nothing where one is missing; the first column is not wrapped."""
+    first, *others = columns
+    heads = (Column(name, justify=justify) for name in others)
+    made = Table(Column(first, no_wrap=True), *heads, **options)
+    for row in rows:
+        made.add_row(*("" if cell is None else str(cell) for cell in row))
+    return made
+
+
 def print_summary(title: str, rows: Mapping[str, Sequence[str]]) -> None:
     """Columns by name; in two parts, losses and costs, where the terminal has no room for all."""
     out, (first, *others) = console(), rows
     losses = [name for name in others if name.startswith("loss")]
-    parts = losses, [name for name in others if name not in losses]
-
-    def table(names: Sequence[str]) -> Table:
-        heads = Column(first, no_wrap=True), *(Column(name, justify="right") for name in names)
-        made = Table(*heads, title=title, padding=0)
-        for row in zip(*(rows[name] for name in (first, *names)), strict=True):
-            made.add_row(*row)
-        return made
-
+    parts = []
+    for names in (others, losses, [name for name in others if name not in losses]):
+        columns = zip(*(rows[name] for name in (first, *names)), strict=True)
+        parts.append(table((first, *names), columns, "right", title=title, padding=0))
     with out.capture() as whole:
-        out.print(table(others))
-    for names in (others,) if "…" not in whole.get() else parts:
-        out.print(table(names))
+        out.print(parts[0])
+    for part in parts[1:] if "…" in whole.get() else parts[:1]:
+        out.print(part)

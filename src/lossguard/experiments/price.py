@@ -14,8 +14,8 @@ import optax
 import polars as pl
 from rich.box import SIMPLE
 from rich.console import Group
-from rich.table import Column, Table
 
+from .. import terminal
 from ..curves import PRICE, divided
 from ..guards.hedged import hedged
 from ..learned.pretrained import pretrained
@@ -215,33 +215,24 @@ def table(found: Mapping[str, Path]) -> tuple[Group, pl.DataFrame]:
     """A line for each experiment and method, and one for each method; and its rows as numbers."""
     made = [row for folder in found.values() for row in rows(folder)]
     every = pl.DataFrame(made, COLUMNS, orient="row", infer_schema_length=None)
-    shown = []
-    for (experiment,), rows_of in every.group_by("experiment", maintain_order=True):
-        marks = [mark for mark in MARKS if mark in rows_of["price"]]
-        made = _table("a step", *(f"S({mark})" for mark in marks), title=f"{experiment}: {TITLE}")
-        for (method,), one in rows_of.group_by("method", maintain_order=True):
-            cells = {row["price"]: f"{row['slowdown']:.2f}" for row in one.to_dicts()}
-            cost = one["price_of_step"][0]
-            told = "" if np.isnan(cost) else f"{cost:.2f}"
-            made.add_row(str(method), told, *(cells.get(mark, "") for mark in marks))
-        shown.append(made)
-    late = summary(every)
-    if late.is_empty():
-        told = f"No run reaches a price of {LATE:,}, where they are summed up."
-        return Group(*shown, told), every
+    told = every.select(
+        "experiment",
+        "method",
+        pl.col("price_of_step").fill_nan(None).alias("a step"),
+        pl.format("S({})", "price").alias("mark"),
+        "slowdown",
+    ).with_columns(pl.col("a step", "slowdown").map_elements("{:.2f}".format, pl.String))
+    parts = {
+        f"{experiment}: {TITLE}": own.pivot("mark", index=("method", "a step"), values="slowdown")
+        for (experiment,), own in told.partition_by("experiment", as_dict=True).items()
+    }
+    late = [summed_up(row) for row in summary(every).rows(named=True)]
     heads = "experiments", f"within {BOUND}", f"median S({LATE:,})", "highest S", "a step, up to"
-    short = _table(
-        *heads, "times the seconds", title=f"All of them, at every price from {LATE:,} on"
-    )
-    for one in late.rows(named=True):
-        short.add_row(*summed_up(one))
-    return Group(*shown, short), every
-
-
-def _table(*heads: str, title: str) -> Table:
-    """One of methods, narrow enough for most terminals."""
-    method = Column("method", no_wrap=True)
-    return Table(method, *heads, title=title, box=SIMPLE, padding=0, collapse_padding=True)
+    title = f"All of them, at every price from {LATE:,} on"
+    parts[title] = pl.DataFrame(late, ("method", *heads, "times the seconds"), orient="row")
+    narrow = {"box": SIMPLE, "padding": 0, "collapse_padding": True}
+    shown = (terminal.table(of.columns, of.rows(), title=t, **narrow) for t, of in parts.items())
+    return Group(*shown), every
 
 
 def summary(every: pl.DataFrame) -> pl.DataFrame:

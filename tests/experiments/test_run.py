@@ -153,16 +153,16 @@ def test_seconds_are_of_the_cycles_alone(tmp_path, monkeypatch, stopped) -> None
     class Clock(running.Progress):
         seconds = 7.0
 
-    def advance(self: Any, cycles: int) -> Any:
-        calls.append(cycles)
+    def chunk(*given: Any) -> pl.DataFrame:
+        calls.append(given)
         if len(calls) == 2 and stopped:
             os.kill(os.getpid(), signal.SIGINT)
         Clock.seconds += 1.0
-        return chunk(self, cycles)
+        return thin(*given)
 
-    calls, chunk = [], running._MethodRun._advance
+    calls, thin = [], curves.thin
     monkeypatch.setattr(running, "Progress", Clock)
-    monkeypatch.setattr(running._MethodRun, "_advance", advance)
+    monkeypatch.setattr(curves, "thin", chunk)
     e = dataclasses.replace(tiny.recipe(), methods=("Signs",))
     if stopped:
         with pytest.raises(KeyboardInterrupt):

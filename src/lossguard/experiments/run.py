@@ -1,7 +1,7 @@
 """Run an experiment: its methods one after another, seed by seed in chunks; records on disk."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -81,8 +81,9 @@ def _run_all(
     tables, evaluations, seconds = [], [], {}
     for number, (method, guard) in enumerate(guards.items()):
         checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS / str(number))
-        under_way = _MethodRun(experiment, method, guard, task, checkpoints, stopped)
-        table, evaluated, seconds[method] = under_way.records()
+        table, evaluated, seconds[method] = _run_method(
+            experiment, method, guard, task, checkpoints, stopped
+        )
         tables.append(table)
         evaluations.append(evaluated)
     records.write_parquet(folder / records.EVALUATIONS, pl.concat(evaluations))
@@ -118,110 +119,81 @@ def _trace_cycle(method: str, guard: Guard, task: Task, nt: int) -> None:
         )
 
 
-@dataclass
-class _MethodRun:
-    """A method of an experiment under way: where its seeds are, and its records so far."""
+def _run_method(
+    experiment: Experiment,
+    method: str,
+    guard: Guard,
+    task: Task,
+    checkpoints: Checkpoints,
+    stopped: Callable[[], bool],
+) -> tuple[pl.DataFrame, pl.DataFrame, float]:
+    """Its curves and evaluations, and the seconds that its cycles took, without compilation.
 
-    experiment: Experiment
-    method: str
-    guard: Guard
-    task: Task
-    checkpoints: Checkpoints
-    """The last one is of its end, so that it is not run again."""
-    stopped: Callable[[], bool]
+    It goes on from its last checkpoint. There is one of its end, so that it is not run again.
+    """
+    nt, end = experiment.nt, -(-experiment.steps // experiment.nt)
+    seeds = jnp.asarray(experiment.seed + np.arange(experiment.seeds))
+    keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)), out_axes=1)(seeds)
+    state = jax.jit(jax.vmap(lambda key: guard.init(task.init(key))))(keys[0])
+    done, seconds, chunks, evaluations = 0, 0.0, [], []
+    if (found := checkpoints.latest((state, jnp.float32(0)))) is not None:
+        done, (state, spent), *tables = found
+        seconds = float(spent)
+        chunks, evaluations = ([table] if table.height else [] for table in tables)
+    if stopped():
+        raise KeyboardInterrupt
+    if done == end:
+        return curves.join(chunks, method), pl.concat(evaluations), seconds
+    advance = partial(_advance, guard, task, keys[1], experiment.vectorize)
+    with Progress(method, total=end * nt, done=done * nt, first="compiling") as progress:
+        advance(jax.tree.map(jnp.copy, state), 1)  # compiles
+        saved = progress.seconds
+        while done < end:
+            goal = min(-(-next_mark(done * nt) // nt), end)
+            cycles, began = min(CHUNK, goal - done), progress.seconds
+            before = np.asarray(state.steps)
+            state, decisions = advance(state, cycles)
+            spent = curves.totals(chunks[-1]) if chunks else None
+            chunks.append(curves.thin(decisions, before, spent))
+            done += cycles
+            seconds += progress.seconds - began
+            progress.advance(
+                cycles * nt,
+                loss=float(np.mean(decisions.losses)),
+                leader=leader(float(np.mean(decisions.used_learned))),
+                price=float(np.mean(decisions.price())) / nt,
+            )
+            if done == goal:
+                for seed, counts in enumerate(curves.totals(chunks[-1]).to_dicts()):
+                    place = {"method": method, "seed": seed, "cycle": done, "step": done * nt}
+                    scores = task.evaluate(_of_seed(state.params, seed))
+                    scores = {name: float(score) for name, score in scores.items()}
+                    evaluations.append(pl.DataFrame(place | counts | scores))
+            stop = stopped()
+            if stop or done == end or progress.seconds - saved > SAVE_SECONDS:
+                saved, chunks = progress.seconds, [pl.concat(chunks)]
+                evaluated = pl.concat(evaluations or [pl.DataFrame()])
+                checkpoints.save(done, (state, jnp.float32(seconds)), *chunks, evaluated)
+            if stop:
+                raise KeyboardInterrupt
+    return curves.join(chunks, method), pl.concat(evaluations), seconds
 
-    def records(self) -> tuple[pl.DataFrame, pl.DataFrame, float]:
-        """Its curves and evaluations, and the seconds that its cycles took, without compilation.
 
-        It is run first, unless it has been.
-        """
-        self._start()
-        if self.stopped():
-            raise KeyboardInterrupt
-        cycles = -(-self.experiment.steps // self.experiment.nt)
-        if self._cycles < cycles:
-            self._run(cycles)
-        return curves.join(self._chunks, self.method), pl.concat(self._evaluations), self._seconds
+def _advance(
+    guard: Guard, task: Task, keys: PRNGKeyArray, vectorize: bool, start: GuardState, cycles: int
+) -> tuple[GuardState, Decision]:
+    """So many cycles of every seed, all at once or one after another."""
 
-    def _start(self) -> None:
-        """At the start, or at the last checkpoint."""
-        seeds = self.experiment.seed + np.arange(self.experiment.seeds)
-        init_keys, self._order_keys = jax.vmap(
-            lambda seed: jax.random.split(jax.random.key(seed)), out_axes=1
-        )(jnp.asarray(seeds))
-        self._state = jax.jit(jax.vmap(lambda key: self.guard.init(self.task.init(key))))(init_keys)
-        self._cycles, self._chunks, self._evaluations, self._seconds = 0, [], [], 0.0
-        if (found := self.checkpoints.latest((self._state, jnp.float32(0)))) is not None:
-            self._cycles, (self._state, seconds), table, evaluations = found
-            self._seconds, self._chunks = float(seconds), [table]
-            self._evaluations = [evaluations] if evaluations.height else []
+    def one(state: GuardState, key: PRNGKeyArray) -> tuple[GuardState, Decision]:
+        return rollout(guard, state, task.objective(key), cycles=cycles, most=CHUNK)
 
-    def _run(self, end: int) -> None:
-        """To the end, in cycles, or until Ctrl-C."""
-        nt = self.experiment.nt
-        total, done = end * nt, self._cycles * nt
-        with Progress(self.method, total=total, done=done, first="compiling") as progress:
-            self._rollouts(jax.tree.map(jnp.copy, self._state), 1)  # compiles
-            saved = progress.seconds
-            while self._cycles < end:
-                goal = min(-(-next_mark(self._cycles * nt) // nt), end)
-                cycles, began = min(CHUNK, goal - self._cycles), progress.seconds
-                decisions = self._advance(cycles)
-                self._seconds += progress.seconds - began
-                progress.advance(
-                    cycles * nt,
-                    loss=float(np.mean(decisions.losses)),
-                    leader=leader(float(np.mean(decisions.used_learned))),
-                    price=float(np.mean(decisions.price())) / nt,
-                )
-                if self._cycles == goal:
-                    self._evaluate()
-                stop, finished = self.stopped(), self._cycles == end
-                if stop or finished or progress.seconds - saved > SAVE_SECONDS:
-                    saved = progress.seconds
-                    self._save()
-                if stop:
-                    raise KeyboardInterrupt
-
-    def _advance(self, cycles: int) -> Decision:
-        """So many cycles of every seed."""
-        before = np.asarray(self._state.steps)
-        self._state, decisions = self._rollouts(self._state, cycles)
-        spent = curves.totals(self._chunks[-1]) if self._chunks else None
-        self._chunks.append(curves.thin(decisions, before, spent))
-        self._cycles += cycles
-        return decisions
-
-    def _rollouts(self, start: GuardState, cycles: int) -> tuple[GuardState, Decision]:
-        """A rollout of every seed, all at once or one after another."""
-
-        def one(state: GuardState, key: PRNGKeyArray) -> tuple[GuardState, Decision]:
-            return rollout(self.guard, state, self.task.objective(key), cycles=cycles, most=CHUNK)
-
-        if self.experiment.vectorize:
-            return jax.vmap(one)(start, self._order_keys)
-        done = [one(_of_seed(start, k), key) for k, key in enumerate(self._order_keys)]
-        states, decisions = zip(*done, strict=True)
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), jax.tree.map(
-            lambda *leaves: np.stack(leaves), *decisions
-        )
-
-    def _evaluate(self) -> None:
-        """Losses and accuracies on the whole of both splits, a row for each seed."""
-        rows, step = [], self._cycles * self.experiment.nt
-        for seed, spent in enumerate(curves.totals(self._chunks[-1]).to_dicts()):
-            params = _of_seed(self._state.params, seed)
-            values = {name: float(value) for name, value in self.task.evaluate(params).items()}
-            place = {"method": self.method, "seed": seed, "cycle": self._cycles, "step": step}
-            rows.append(place | spent | values)
-        self._evaluations.append(pl.DataFrame(rows))
-
-    def _save(self) -> None:
-        """A checkpoint."""
-        self._chunks = [pl.concat(self._chunks)]
-        evaluations = pl.concat(self._evaluations or [pl.DataFrame()])
-        state = self._state, jnp.float32(self._seconds)
-        self.checkpoints.save(self._cycles, state, *self._chunks, evaluations)
+    if vectorize:
+        return jax.vmap(one)(start, keys)
+    each = [one(_of_seed(start, k), key) for k, key in enumerate(keys)]
+    states, decisions = zip(*each, strict=True)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), jax.tree.map(
+        lambda *leaves: np.stack(leaves), *decisions
+    )
 
 
 def leader(learned: float) -> str:

@@ -215,28 +215,22 @@ def _look(method: str) -> tuple[str, str] | None:
 def summary(record: Record) -> pl.DataFrame:
     """Losses at the marks, and what each method spent, as they are shown; a row a method."""
     config, made, curves = record
-    last = last_step(curves)
-    steps = curves.group_by("method", "seed").agg(pl.col("step").max())
-    steps = dict(steps.group_by("method").agg(pl.col("step").sum()).iter_rows())
+    last, ends = last_step(curves), pl.col("step").max().over("method", "seed")
     marks = [k for k in (100, 1_000, 10_000, 100_000, 1_000_000) if k < last] + [last]
-    ends = pl.col("step").max().over("method", "seed")
     losses = {k: over_seeds(mark_loss(curves.filter(ends >= k), k), "loss") for k in marks}
-    final = curves.filter(LAST)
-    spent = {name: over_seeds(final, name) for name in COUNTERS}
     used = over_seeds(step_mean(curves, "used_learned"), "used_learned")
-    rows = []
-    for method in sorted(used, key=[*config["methods"], *used].index):
-        seconds = made["seconds"][method]
-        told = {k: f"{of[method]:.4g}" if method in of else "" for k, of in losses.items()}
-        counts = {name.replace("_", " "): f"{spent[name][method]:,.0f}" for name in COUNTERS}
-        rows.append(
-            {
-                "method": method,
-                **{f"loss at {k:,}": loss for k, loss in told.items()},
-                "learned": f"{used[method]:.0%}",
-                "seconds": f"{seconds:.3g}" if seconds < 10 else f"{seconds:,.0f}",
-                "us a step": f"{1e6 * seconds / steps[method]:.0f}",
-                **counts,
-            }
-        )
-    return pl.DataFrame(rows)
+    steps = dict(curves.filter(step=ends).group_by("method").agg(pl.col("step").sum()).iter_rows())
+    seconds = {method: made["seconds"][method] for method in used}
+    spent = {name: over_seeds(curves.filter(LAST), name) for name in COUNTERS}
+    columns = {f"loss at {k:,}": ("{:.4g}", of) for k, of in losses.items()} | {
+        "learned": ("{:.0%}", used),
+        "seconds": ("{}", {m: f"{s:.3g}" if s < 10 else f"{s:,.0f}" for m, s in seconds.items()}),
+        "us a step": ("{:.0f}", {m: 1e6 * s / steps[m] for m, s in seconds.items()}),
+        **{name.replace("_", " "): ("{:,.0f}", of) for name, of in spent.items()},
+    }
+    methods = sorted(used, key=[*config["methods"], *used].index)
+    cells = {
+        name: [told.format(of[method]) if method in of else "" for method in methods]
+        for name, (told, of) in columns.items()
+    }
+    return pl.DataFrame({"method": methods} | cells)

@@ -113,7 +113,7 @@ def gather(records: Mapping[Path, Record]) -> dict[str, Evidence]:
         name = record.config["name"]
         if record.is_meta and _is_of_recipe(record.config):
             meta.setdefault(name, {}).update(_losses(record))
-        elif not record.is_meta and (figure := _figure(record.config)):
+        elif not record.is_meta and has_settings(record.config) and (figure := figure_of(name)):
             tested = folder / EVALUATIONS
             evaluations = read_parquet(tested) if tested.exists() else None
             runs.setdefault(figure, []).append(labelled(record, _labels(record), evaluations))
@@ -199,21 +199,19 @@ def _is_of_recipe(config: Mapping[str, Any]) -> bool:
     return False
 
 
-def _figure(config: Mapping[str, Any]) -> str | None:
-    """The figure that a run is of, if it has the settings of its recipe but for ``FREE``."""
-    name = config["name"]
-    return figure_of(name) if name == "fig02" or (name in PAPERS and has_settings(config)) else None
-
-
 def figure_of(name: str) -> str | None:
     """The figure of the paper that a run of this name is of, such as "fig02"."""
-    together = name == "fig02"  # from runs on several data sets
-    of_paper = together or (name in PAPERS and name.startswith("fig"))
-    return name.partition("-")[0] if of_paper else None
+    of_paper = name in PAPERS and name.startswith("fig")
+    return name.partition("-")[0] if of_paper or name == "fig02" else None
 
 
 def has_settings(config: Mapping[str, Any]) -> bool:
-    """Whether a run has the settings of the recipe that it is named after, but for ``FREE``."""
+    """Whether a run has the settings of the recipe that it is named after, but for ``FREE``.
+
+    As does one that isn't named after any, such as "fig02", put together from several data sets.
+    """
+    if config["name"] not in PAPERS:
+        return True
     expected = as_config(PAPERS[config["name"]]())
     found = expected | dict(config)
     for name in FUNCTIONS:

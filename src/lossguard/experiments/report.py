@@ -24,7 +24,6 @@ from .claims import judge_claims
 from .evidence import figure_of, has_settings
 from .figures import BANDS, SMOOTHED_FROM, draw_run, summary
 from .price import at_equal_price
-from .recipes import PAPERS
 
 META = {
     **dict.fromkeys(("lstm-mnist-mlp", "lstm-mnist-mlp-paper"), "2"),
@@ -91,7 +90,7 @@ def _section(folder: Path, record: Record) -> dict[str, Any]:
     name = config["name"]
     about = {
         "folder": folder.name,
-        "by_recipe": name not in PAPERS or has_settings(config),
+        "by_recipe": has_settings(config),
         "made": made,
         "config": json.dumps(config, indent=2),
     }

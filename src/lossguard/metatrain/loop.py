@@ -245,10 +245,8 @@ def _train_to_the_end(
         config.name, total=config.meta_steps, done=done, unit="meta-steps", first=first
     ) as progress:
         saved = 0.0
-        if table.is_empty() or table["meta_step"][0] > 0:  # fresh, or begun by an earlier version
-            first_row = row(0, np.nan, np.nan, method.validate(weights, validation_key))
-            rest = [] if table.is_empty() else [table]
-            table = pl.concat([first_row, *rest], how="vertical_relaxed")
+        if table.is_empty():
+            table = row(0, np.nan, np.nan, method.validate(weights, validation_key))
         while (begun := (table.height - 1) * every) < config.meta_steps:  # up to it is validated
             steps, within = min(every, config.meta_steps - begun), done - begun
             if within == steps:

@@ -1,11 +1,9 @@
 """Checkpoints of long computations: whole or not there, the last two kept, a damaged one told."""
 
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +18,7 @@ from .terminal import tell
 
 SUFFIX = ".safetensors"
 KEPT = 2
-STATE, STRUCTURE = "state", "structure"
+LEAF, TABLE, STRUCTURE = "leaf", "table", "structure"
 
 
 class Checkpoints:
@@ -39,8 +37,10 @@ class Checkpoints:
         Raises:
             OSError: if it can't be written, for example on a full disk; the others are left.
         """
-        parts = {f"table {k}": _written(table.write_parquet) for k, table in enumerate(tables)}
-        parts[STATE] = _written(lambda file: eqx.tree_serialise_leaves(file, state, _write_leaf))
+        parts = {f"{LEAF} {k}": _bytes(leaf) for k, leaf in enumerate(jax.tree.leaves(state))}
+        for k, table in enumerate(tables):
+            table.write_parquet(buffer := io.BytesIO())
+            parts[f"{TABLE} {k}"] = np.frombuffer(buffer.getbuffer(), np.uint8)
         about = {STRUCTURE: _structure(state)}
         about[checksums.NAME] = checksums.of_arrays(parts, about)
         write_whole(self._path(step), save(parts, about), "a checkpoint", make_folder=True)
@@ -70,8 +70,10 @@ class Checkpoints:
                     "checkpoint must have the structure, shapes and dtypes of what goes on from "
                     f"it, but {self._path(step)} has others: another version wrote it"
                 )
-            state = eqx.tree_deserialise_leaves(parts.pop(STATE), template, _read_leaf)
-            return step, state, *(pl.read_parquet(parts[name]) for name in sorted(parts))
+            likes, tree = jax.tree.flatten(template)
+            leaves = [_leaf(parts.pop(f"{LEAF} {k}"), like) for k, like in enumerate(likes)]
+            tables = (pl.read_parquet(parts[name].tobytes()) for name in sorted(parts))
+            return step, tree.unflatten(leaves), *tables
         return None
 
     def _path(self, step: int) -> Path:
@@ -90,20 +92,14 @@ class Checkpoints:
         tell(f"checkpoint {step} is damaged and was passed over, it is now {damaged}: {reason}")
 
 
-def _written(write: Callable[[io.BytesIO], Any]) -> np.ndarray:
-    """What is written to a file, as bytes."""
-    write(buffer := io.BytesIO())
-    return np.frombuffer(buffer.getbuffer(), np.uint8)
-
-
-def _read(path: Path) -> tuple[str, dict[str, io.BytesIO]]:
+def _read(path: Path) -> tuple[str, dict[str, np.ndarray]]:
     """The structure and the parts of a checkpoint, whose checksum is right."""
     with safe_open(path, framework="np") as file:
         about = dict(file.metadata())
         parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if about.pop(checksums.NAME) != checksums.of_arrays(parts, about):
         raise ValueError("its content is not that of its SHA-256")
-    return about[STRUCTURE], {name: io.BytesIO(part.tobytes()) for name, part in parts.items()}
+    return about[STRUCTURE], parts
 
 
 def _structure(tree: PyTree) -> str:
@@ -112,15 +108,15 @@ def _structure(tree: PyTree) -> str:
     return "\n".join(f"{jax.tree_util.keystr(at)} {x.dtype}{x.shape}" for at, x in leaves)
 
 
-def _write_leaf(file: Any, leaf: Any) -> None:
-    """Its bytes, as NumPy's files hold some of JAX's types in no other way."""
+def _bytes(leaf: Any) -> np.ndarray:
+    """The only way in which NumPy holds some of JAX's types."""
     numbers = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
-    np.save(file, np.frombuffer(numbers.tobytes(), np.uint8))
+    return np.frombuffer(numbers.tobytes(), np.uint8)
 
 
-def _read_leaf(file: Any, like: Any) -> Any:
+def _leaf(part: np.ndarray, like: Any) -> Any:
     numbers = jax.random.key_data(like) if _is_key(like) else like
-    found = np.load(file).view(numbers.dtype).reshape(numbers.shape)
+    found = part.view(numbers.dtype).reshape(numbers.shape)
     if _is_key(like):
         return jax.random.wrap_key_data(jnp.asarray(found), impl=jax.random.key_impl(like))
     return found if isinstance(like, np.ndarray) else jnp.asarray(found)

@@ -50,8 +50,10 @@ def find_recipe(name: str, recipes: Mapping[str, Any], command: str, kind: type)
     if ".py:" in name:
         path, function = name.rsplit(":", 1)
         make = _load(Path(path), function)
-        if needed := _required(make):
-            raise ValueError(f"recipe {name} must take no arguments, but needs {needed}")
+        try:
+            inspect.signature(make).bind()
+        except TypeError as error:
+            raise ValueError(f"recipe {name} must take no arguments, but is {error}") from error
         config = make()
         if not isinstance(config, kind):
             raise ValueError(
@@ -123,13 +125,6 @@ def _load(path: Path, function: str) -> Callable[[], Any]:
     if not callable(getattr(sys.modules[name], function, None)):
         raise ValueError(f"recipe {path}:{function} can't be read: the file has no such function")
     return getattr(sys.modules[name], function)
-
-
-def _required(function: Callable[..., Any]) -> str:
-    """The arguments that a function can't be called without."""
-    parameters = inspect.signature(function).parameters.values()
-    given = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
-    return ", ".join(p.name for p in parameters if p.default is p.empty and p.kind not in given)
 
 
 def _place(module: str) -> Path | None:

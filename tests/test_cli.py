@@ -174,7 +174,7 @@ def test_folder_of_runs(main, capsys, tmp_path, command) -> None:
     main(command, "runs")
     assert [file.exists() for file in drawn] == [command == "plot"] * 2
     half, lost, torn, *_ = capsys.readouterr().err.splitlines()
-    assert half == "runs/half is not finished"
+    assert half == "runs/half holds no finished run: manifest.json is missing"
     assert lost == "runs/lost is not finished: no luck"
     assert torn.startswith("runs/torn/curves.parquet is damaged: its SHA-256 is not the one ")
 

@@ -123,21 +123,15 @@ def read_runs(folders: Sequence[Path]) -> tuple[dict[Path, Record], list[str]]:
             found[folder] = read_run(folder)
         for run in runs:
             try:
-                found[run] = _read(run)
+                if run.is_symlink():
+                    raise ValueError(f"{run} is a link: name the folder that it leads to")
+                found[run] = read_run(run)
             except ValueError as error:
                 others.append(str(error))
     if not found:
         told = "; ".join([f"no run in {', '.join(map(str, folders))} can be read", *others])
         raise ValueError(told)
     return found, others
-
-
-def _read(run: Path) -> Record:
-    if run.is_symlink():
-        raise ValueError(f"{run} is a link: name the folder that it leads to")
-    if (run / MANIFEST).exists() or (run / FAILED).exists():
-        return read_run(run)
-    raise ValueError(f"{run} is not finished")
 
 
 def _verify(folder: Path, config: Mapping[str, Any], made: Mapping[str, Any]) -> None:

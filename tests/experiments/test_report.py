@@ -44,7 +44,7 @@ def test_page_tells_how_a_run_was_made(page: Path) -> None:
         "Where there are 9 methods or\nfewer, bands reach",
         "<th>loss at 5,000</th>",
         '<tr><th scope="row">SGDnm</th><td>0.625</td></tr>',
-        "c_half is not finished</li>",
+        "c_half holds no finished run: manifest.json is missing</li>",
         "d_failed is not finished: OSError: no &lt; data</li>",
     ):
         assert part in text

@@ -25,6 +25,7 @@ import polars as pl
 from rich.console import Group
 from rich.table import Table
 
+from .. import terminal
 from ..curves import PRICE
 from ..guards.protocol import Decision, Guard, GuardState, Objective, following
 from ..guards.unguarded import unguarded
@@ -286,11 +287,10 @@ def table(found: Mapping[str, Path]) -> tuple[Group, pl.DataFrame]:
 
 def _lines(title: str, numbers: pl.DataFrame, cell: Callable[[pl.DataFrame], str]) -> Table:
     """A line for each method at equal steps and at equal price."""
-    shown = Table("method", "at equal", *(f"{mark:,}" for mark in MARKS), title=title)
-    for names, one in numbers.group_by("method", "by", maintain_order=True):
-        cells = {mark: cell(of) for (mark,), of in one.group_by("mark")}
-        shown.add_row(*map(str, names), *(cells.get(mark, "") for mark in MARKS))
-    return shown
+    cells = {of: cell(one) for of, one in numbers.group_by("method", "by", "mark")}
+    names = numbers.select("method", "by").unique(maintain_order=True).rows()
+    rows = ((*name, *(cells.get((*name, mark)) for mark in MARKS)) for name in names)
+    return terminal.table(("method", "at equal", *map("{:,}".format, MARKS)), rows, title=title)
 
 
 def _means(rows: pl.DataFrame) -> str:

@@ -40,7 +40,7 @@ from lossguard.learned import weights_file
         (("run", "fig5"), ("got 'fig5' (did you mean fig05?)",)),
         (
             ("run", "fig05", "--methods", "SGDnm", "Adm"),
-            ("methods must each be one of SGDnm", "got 'Adm' (did you mean Adam?)"),
+            ("each of methods must be one of SGDnm", "got 'Adm' (did you mean Adam?)"),
         ),
         (("run", "fig05", "--methods", "sgdnm"), ("got 'sgdnm' (did you mean SGDnm?)",)),
         (("run", "fig09", "--methods", "LGL2O over adam .01"), ("mean LGL2O over Adam 0.01?)",)),

@@ -18,7 +18,7 @@ from .command_line import Sweep, Where, check_beside, find_recipe, override
 from .files import write_whole
 from .read_commands import show
 from .terminal import console, shown, tell
-from .validation import check_choice, one_of
+from .validation import check_choice
 
 Recipes = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RECIPE...]")]
 LEGEND = """\
@@ -100,8 +100,7 @@ def benchmark(
     check_choice("benchmark", kind, modules)
     known, out = modules[kind].RECIPES, out or Path("runs") / kind
     for name in recipes:
-        if name not in known:
-            raise ValueError(f"recipes must each be {one_of(known, name)}")
+        check_choice("each of recipes", name, known)
     given = {"steps": steps, "seeds": seeds}
     given = {name: number for name, number in given.items() if number is not None}
     experiments = {name: replace(known[name](), **given) for name in recipes or known}

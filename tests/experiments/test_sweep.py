@@ -61,7 +61,7 @@ def test_a_failure_that_cannot_be_recorded_is_told(tmp_path, monkeypatch) -> Non
     monkeypatch.setattr("lossguard.experiments.sweep.write_json", full)
     broken = {"a": dataclasses.replace(tiny.recipe(), methods=("nobody",))}
     (outcome,) = sweep(broken, tmp_path)
-    assert outcome.state == "failed" and "methods must each be one of" in outcome.reason
+    assert outcome.state == "failed" and "each of methods must be one of" in outcome.reason
 
 
 def test_a_folder_in_use_is_told_and_left_as_it_is(tmp_path: Path) -> None:
@@ -83,8 +83,8 @@ def test_a_folder_of_another_run_stops_all_before_the_start(tmp_path: Path) -> N
 
 def test_settings_that_failed_may_be_corrected(tmp_path: Path) -> None:
     (bad,) = sweep({"one": dataclasses.replace(FIRST, methods=("Sgins",))}, tmp_path)
-    assert bad.state == "failed" and "must each be one of" in bad.reason
-    reason = r"one is not finished: ValueError: methods must each be one of"
+    assert bad.state == "failed" and "must be one of" in bad.reason
+    reason = r"one is not finished: ValueError: each of methods must be one of"
     for read, place in ((records.read_runs, [tmp_path]), (records.read_run, tmp_path / "one")):
         with pytest.raises(ValueError, match=reason):
             read(place)
@@ -151,7 +151,7 @@ def test_command_tells_of_failures_by_its_status(main, tmp_path, monkeypatch, ca
     assert caught.value.code == 1
     out, err = capsys.readouterr()
     assert f"records: {tmp_path / 'right'}\n" in out
-    assert "wrong: ValueError: methods must each be one of Signs" in err
+    assert "wrong: ValueError: each of methods must be one of Signs" in err
     assert err.endswith("lossguard: 1 of 2 runs failed\n")
 
 
@@ -252,7 +252,7 @@ def test_two_workers_of_a_cluster_leave_the_same_records(
         main(*arguments, "--ray", "local")
     assert caught.value.code == 1
     assert not ray.is_initialized()
-    assert "wrong: ValueError: methods must each be one of Signs" in capsys.readouterr().err
+    assert "wrong: ValueError: each of methods must be one of Signs" in capsys.readouterr().err
     failure = json.loads((tmp_path / "there" / "wrong" / "failed.json").read_text())
     assert "in guards" in failure["traceback"]
 

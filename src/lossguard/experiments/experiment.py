@@ -19,7 +19,7 @@ from ..schedules import paper_decay
 from ..tasks.datasets import load_dataset
 from ..tasks.models import MLP, ConvNet, ReluMLP
 from ..tasks.task import Task
-from ..validation import check_choice, check_kind, one_of
+from ..validation import check_choice, check_kind
 
 
 def named_task(experiment: "Experiment") -> Task:
@@ -166,20 +166,15 @@ class Experiment:
                 make a guard, or it returns no mapping.
         """
         known = self.make_methods(self)
-        if not isinstance(known, Mapping):
-            raise ValueError(
-                f"make_methods must return guards by their names, got {type(known).__name__}"
-            )
+        check_kind("result of make_methods", known, Mapping, "{'mine': unguarded(optimizer)}")
         for method in self.methods:
-            if method not in known:
-                raise ValueError(f"methods must each be {one_of(known, method)}")
+            check_choice("each of methods", method, known)
         if not self.methods or len({*self.methods}) < len(self.methods):
             given = " ".join(self.methods) or "none"
             raise ValueError(f"methods must be one or more, each once, got {given}")
         made: dict[str, Any] = {}
         for method in self.methods:
-            make = known[method]
-            made[method] = make() if callable(make) else make
+            made[method] = known[method]() if callable(known[method]) else known[method]
             check_kind(f"method {method}", made[method], Guard, "unguarded(optimizer)")
         return made
 

@@ -55,8 +55,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
         with noting_weights() as noted:
             guards = experiment.guards()
             task = experiment.make_task(experiment)
-            if not isinstance(task, Task):
-                raise ValueError(f"make_task must return a Task, got {type(task).__name__}")
+            check_kind("result of make_task", task, Task, "Task(dataset, MLP())")
             for method, guard in guards.items():
                 _trace_cycle(method, guard, task, experiment.nt)
         if stopped():

@@ -115,12 +115,10 @@ def _differing(there: dict[str, Any], here: dict[str, Any]) -> str:
 
 def is_finished(folder: Path) -> bool:
     """Whether a folder holds the records of a whole run: the manifest is written last."""
-    if not all((folder / name).is_file() for name in (CURVES, MANIFEST)):
+    if not (folder / MANIFEST).is_file():
         return False
-    named = read_json(folder / MANIFEST).get("sha256", {})
-    if not isinstance(named, dict):
-        return False
-    return all((folder / name).is_file() for name in TABLES if name in named)
+    named = {CURVES, *read_json(folder / MANIFEST).get(checksums.NAME, ())}
+    return all((folder / name).is_file() for name in named & {*TABLES})
 
 
 def is_whole(folder: Path) -> bool:

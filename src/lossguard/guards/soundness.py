@@ -1,7 +1,7 @@
 """Which parameters, states and gradients are finite, and what replaces those that aren't."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -12,8 +12,6 @@ from jaxtyping import Array, Bool, PyTree
 
 from .protocol import Objective, Params, advance
 from .stacked import stacked
-
-Injected = optax.schedules.InjectStatefulHyperparamsState
 
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
@@ -125,34 +123,21 @@ def keep_schedules(state: PyTree, advanced: PyTree) -> PyTree:
     """
 
     def keep(old: PyTree, new: PyTree) -> PyTree:
-        if isinstance(old, Injected):
-            return new._replace(inner_state=keep_schedules(old.inner_state, new.inner_state))
-        if hasattr(old, "GOES_ON"):
-            fields = zip(old._fields, old, new, strict=True)
-            return old._make(b if n in old.GOES_ON else keep_schedules(a, b) for n, a, b in fields)
-        return new if _is_count(old) else old
+        if not (names := _go_on(old)):
+            return old
+        fields = zip(old._fields, old, new, strict=True)
+        return old._make(b if n in names else keep_schedules(a, b) for n, a, b in fields)
 
-    def is_leaf(part: PyTree) -> bool:
-        return _is_schedule(part) or hasattr(part, "GOES_ON")
-
-    return jax.tree.map(keep, state, advanced, is_leaf=is_leaf)
+    return jax.tree.map(keep, state, advanced, is_leaf=lambda part: bool(_go_on(part)))
 
 
 def advance_schedules(state: PyTree, steps: int) -> PyTree:
     """``state`` with the step counts of its schedules ``steps`` later: it was idle meanwhile."""
 
-    def later(node: PyTree) -> PyTree:
-        if _is_count(node):
-            return jax.tree.map(lambda count: advance(count, steps), node)
-        if isinstance(node, Injected):  # hyperparameters stay, of which some are integers
-            return node._replace(
-                count=advance(node.count, steps),
-                hyperparams_states=advance_schedules(node.hyperparams_states, steps),
-                inner_state=advance_schedules(node.inner_state, steps),
-            )
-        return node
+    def later(part: PyTree) -> PyTree:
+        return jax.tree.map(lambda n: advance(n, steps), part) if _is_count(part) else part
 
-    return jax.tree.map(later, state, is_leaf=_is_schedule)
+    return jax.tree.map(later, state, is_leaf=_is_count)
 
 
 def check_schedules(name: str, state: PyTree) -> None:
@@ -193,5 +178,8 @@ def _is_count(state: PyTree) -> bool:
     return getattr(state, "_fields", ()) == ("count",)
 
 
-def _is_schedule(state: PyTree) -> bool:
-    return isinstance(state, Injected) or _is_count(state)
+def _go_on(state: PyTree) -> Sequence[str]:
+    """The fields of a state that go on where it begins again."""
+    if isinstance(state, optax.schedules.InjectStatefulHyperparamsState):
+        return "count", "hyperparams", "hyperparams_states"
+    return state._fields if _is_count(state) else getattr(state, "GOES_ON", ())

@@ -16,14 +16,12 @@ from .stacked import stacked
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """Whether every floating-point number in a pytree is finite."""
-    leaves = list(filter(_is_float, jax.tree.leaves(tree)))
-    return _are_finite(leaves, lambda: [jnp.isfinite(leaf).all() for leaf in leaves])
+    return is_sound(tree)
 
 
 def is_sound(
     tree: PyTree,
-    start: PyTree,
-    *,
+    *starts: PyTree,
     equal_nan: bool = False,
     or_as: Callable[[], PyTree] | None = None,
 ) -> Bool[Array, ""]:
@@ -39,22 +37,17 @@ def is_sound(
             sound |= (now == then) | (jnp.isnan(now) & jnp.isnan(then) if equal_nan else False)
         return sound.all()
 
-    def exactly() -> list[Array]:
-        starts = [start] if or_as is None else [start, or_as()]
-        rows = zip(*map(jax.tree.leaves, (tree, *starts)), strict=True)
-        return [fine(*row) for row in rows if _is_float(row[0])]
+    def exactly() -> Array:
+        made = [] if or_as is None else [or_as()]
+        rows = zip(*map(jax.tree.leaves, (tree, *starts, *made)), strict=True)
+        return jnp.array([fine(*row) for row in rows if _is_float(row[0])]).all()
 
-    return _are_finite(list(filter(_is_float, jax.tree.leaves(tree))), exactly)
-
-
-def _are_finite(leaves: list[Array], exactly: Callable[[], list[Array]]) -> Bool[Array, ""]:
-    """Whether all are, by their sums, which take a third of the time; ``exactly`` where one isn't.
-
-    A sum of which a part isn't finite isn't either; it may also have overflown.
-    """
+    # By sums, in a third of the time. One of which a part isn't finite isn't either; it may also
+    # have overflown.
+    leaves = filter(_is_float, jax.tree.leaves(tree))
     sums = [leaf.sum(dtype=jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves]
     finite = jnp.isfinite(jnp.array(sums)).all()
-    return jax.lax.cond(finite, lambda: finite, lambda: jnp.array(exactly()).all())
+    return jax.lax.cond(finite, lambda: finite, exactly)
 
 
 def with_sound_gradients(objective: Objective, params: Params, i: Any) -> Objective:

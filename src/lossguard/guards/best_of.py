@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ from .soundness import (
     advance_schedules,
     check_schedules,
     is_sound,
-    keep_schedules,
+    renew,
     select,
     with_sound_gradients,
 )
@@ -202,8 +203,11 @@ class SideBySide:
             forwards=sum(one.forwards for one in decisions),
             learned_updates=sum(one.learned_updates for one in decisions),
         )
-        members = map(renew_if, again, self.members, states, [x] * len(states))
-        inner = inner._replace(members=tuple(members), checked=following(inner.checked, self.nc))
+        members = tuple(
+            jax.lax.cond(begins, partial(renew, guard, x), lambda at: at, at)
+            for begins, guard, at in zip(again, self.members, states, strict=True)
+        )
+        inner = inner._replace(members=members, checked=following(inner.checked, self.nc))
         minibatches = jnp.stack([at.minibatches for at in states])
         begins = (ran & (minibatches < i)).any()  # at minibatch 0 again, for all of them
         i = jnp.where(begins, 0, jnp.where(ran, minibatches, 0).max())
@@ -309,8 +313,3 @@ def head_start(
         weights=jnp.where(anew, 0, inner.weights),
         spent=jnp.where(shared, advance(inner.spent, nt), inner.spent),
     )
-
-
-def renew_if(again: Bool[Array, ""], guard: Guard, was: GuardState, x: Params) -> GuardState:
-    """A guard's first state, at x, with the counts and schedules that it had; or what it was."""
-    return jax.lax.cond(again, lambda: keep_schedules(guard.init(x), was), lambda: was)

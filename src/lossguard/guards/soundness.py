@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, PyTree
 
-from .protocol import Objective, Params, advance
+from .protocol import Guard, Objective, Params, advance
 from .stacked import stacked
 
 
@@ -145,8 +145,8 @@ def check_schedules(name: str, state: PyTree) -> None:
         )
 
 
-def renew(optimizer: optax.GradientTransformation, params: Params, state: PyTree) -> PyTree:
-    """A fresh state at the parameters, which has the schedules of the old one."""
+def renew(optimizer: optax.GradientTransformation | Guard, params: Params, state: PyTree) -> PyTree:
+    """A fresh state at the parameters, which has the schedules and counts of the old one."""
     return keep_schedules(optimizer.init(params), state)
 
 

@@ -104,14 +104,16 @@ def check_state(state: Any, inner: type = object) -> None:
 
 def check_shapes(state: GuardState, kept: GuardState) -> None:
     """Refuse parameters that were edited to other shapes or types: they may have been broadcast."""
-    given, rest, params = (
-        [f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}" for leaf in jax.tree.leaves(tree)]
-        for tree in (state, kept, state.params)
-    )
-    if given != rest:
+    if kinds(state) != kinds(kept):
         raise ValueError(
-            f"state.params must keep the shapes and types that they had in init, got {params}"
+            "state.params must keep the shapes and types that they had in init, got "
+            f"{kinds(state.params)}"
         )
+
+
+def kinds(tree: PyTree) -> list[str]:
+    """The type and shape of each leaf."""
+    return [f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}" for leaf in jax.tree.leaves(tree)]
 
 
 def loss_dtype(

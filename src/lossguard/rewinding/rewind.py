@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ..guards.cycle import as_arrays, own_buffers, sum_dtype
+from ..guards.cycle import as_arrays, kinds, own_buffers, sum_dtype
 from ..guards.lanes import with_extra_args
 from ..guards.protocol import Params, advance
 from ..guards.soundness import all_finite, is_sound, keep_schedules, select
@@ -178,7 +178,8 @@ class Rules:
         """The update that leads to where the run goes on."""
         check_kind("state", state, RewindState, "optimizer.init(params)")
         x, loss = check_arguments(params, extra_args.get("value"))
-        if (given := kinds(x)) != kinds(state.snapshots.slots[0][0]):
+        given, kept = ((kinds(p), jax.tree.structure(p)) for p in (x, state.snapshots.slots[0][0]))
+        if given != kept:
             raise ValueError(
                 "params must keep the structure, shapes and types that they had in init, got "
                 "{} in {}".format(*given)
@@ -270,12 +271,6 @@ class Rules:
 def allowance(calls: Int[Array, ""], rho: float, window: int) -> Int[Array, ""]:
     """Steps that may be thrown away in so many calls; rounded down, as float32 may round up."""
     return window + jnp.floor(rho * (1 - 1e-6) * calls.astype(jnp.float32)).astype(jnp.int32)
-
-
-def kinds(params: Params) -> tuple[list[str], Any]:
-    """The shape and type of each leaf, and the structure."""
-    leaves, structure = jax.tree.flatten(params)
-    return [f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves], structure
 
 
 def scaled(step: Array, scale: Float[Array, ""], param: Array) -> Array:

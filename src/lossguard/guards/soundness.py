@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -90,11 +91,7 @@ def with_sound_gradients(objective: Objective, params: Params, i: Any) -> Object
         slopes = jax.tree.map(lambda g, d: 0 if d is None else (g * d).sum(), gradient, by_params)
         along = jnp.asarray(jax.tree.reduce(jnp.add, slopes), loss.dtype)
         if jax.tree.leaves(by_others):
-            moves = jax.tree.map(lambda _, d: d is not None, others, by_others)
-            moving, rest = eqx.partition(others, moves)
-            along += jax.jvp(
-                lambda moving: value(params, *eqx.combine(moving, rest)), (moving,), (by_others,)
-            )[1]
+            along += eqx.filter_jvp(partial(value, params), others, by_others)[1]
         return loss, along
 
     def sound_objective(params: Params, i: Any) -> Array:

@@ -291,10 +291,7 @@ def check_arguments(params: Params | None, value: Any) -> tuple[Params, Float[Ar
                 "TrainState.apply_gradients drops value: override it)"
             )
     is_number = isinstance(value, jax.Array | np.ndarray | np.generic | float)
-    if (
-        not is_number
-        or jnp.shape(value)
-        or not jnp.issubdtype(jnp.result_type(value), jnp.floating)
-    ):
+    is_scalar = is_number and not jnp.shape(value)
+    if not (is_scalar and jnp.issubdtype(jnp.result_type(value), jnp.floating)):
         raise ValueError(f"value must be a scalar floating-point loss, got {told(value)}")
     return as_arrays(params), jnp.asarray(value)

@@ -68,6 +68,13 @@ def test_stacked_and_one_by_one_are_the_same() -> None:
     assert {*last} <= {*one} and last["loss"] == pytest.approx(float(decision.losses.mean()))
 
 
+def test_a_minibatch_that_is_passed_over_counts_in_no_mean() -> None:
+    losses = [[1, np.nan, 3], [np.nan] * 3, [1, np.inf, np.nan]]
+    pairs = zip(cycles(3), losses, strict=True)
+    several = [decision._replace(losses=np.array(row)) for decision, row in pairs]
+    np.testing.assert_array_equal(decision_table(several)["loss"], [2, np.nan, np.inf])
+
+
 def test_a_history_of_torch() -> None:
     torch = pytest.importorskip("torch")
     from lossguard.torch import LossGuard

@@ -29,7 +29,7 @@ def decision_table(decisions: Any, *, start: int = 0) -> dict[str, np.ndarray]:
     """Decisions as columns, a row for each cycle: ``polars.DataFrame(decision_table(decisions))``.
 
     - ``step``: optimizer steps by the end of the cycle,
-    - ``loss``: the mean of the cycle's losses,
+    - ``loss``: the mean of the cycle's losses, without those that are NaN,
     - ``learned``: the part of its steps that were the learned optimizer's,
     - ``price_of_step``: gradients, and a third for each forward pass, for each of its steps,
     - ``learned_loss``, ``fallback_loss``, ``winner``, ``gradients``, ``forwards`` and
@@ -55,10 +55,12 @@ def decision_table(decisions: Any, *, start: int = 0) -> dict[str, np.ndarray]:
     ([2, 4], [2.0, 2.0], [2.5, 2.5])
     """
     start, fields = check_count("start", start, least=0), _stacked(decisions)
-    cycles, nt = fields["losses"].shape
+    losses, known = fields["losses"], ~np.isnan(fields["losses"])
+    sums, nothing = losses.sum(axis=1, where=known), np.full(len(losses), np.nan)
+    cycles, nt = losses.shape
     return {
         "step": start + nt * np.arange(1, cycles + 1),
-        "loss": fields["losses"].mean(axis=1),
+        "loss": np.divide(sums, known.sum(axis=1), out=nothing, where=known.any(axis=1)),
         "learned": fields["used_learned"].mean(axis=1),
         "price_of_step": (fields["gradients"] + fields["forwards"] / 3) / nt,
     } | {name: fields[name] for name in COLUMNS}

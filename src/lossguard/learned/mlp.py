@@ -326,7 +326,7 @@ def _network(
     first, *others = layers
     means = [jnp.sum(f * f) / max(f.size, 1) for f in features]
     scales = jax.lax.rsqrt(1e-5 + jnp.stack(means))
-    weight = first.weight[:, : len(features)] * scales
+    weight = first.weight[:, : len(features)] * scales[None]
     bias = first.weight[:, len(features) :] @ times + first.bias
     outputs = [
         _by_size([w * f for w, f in zip(row, features, strict=True)]) + b

@@ -70,6 +70,19 @@ def test_other_options_are_handed_on_to_who_has_them():
     assert learned["lr"] == pytest.approx(0.1 / 25)
 
 
+def test_of_betas_only_the_momentum_that_is_cycled_is_handed_on():
+    model = mlp()
+    betas = ((0.9, 0.999), (0.8, 0.95))
+    optimizers = [Adam(model.parameters(), lr=0.1, betas=pair) for pair in betas]
+    optimizers.append(Adam(model.parameters(), lr=0.1))
+    optimizers[2].param_groups[0]["betas"] = (0.7, 0.9, 0.99)  # as Adan has
+    guard = BestOf(optimizers, model=model)
+    OneCycleLR(guard, max_lr=0.3, total_steps=10)
+    guard._rates.apply()
+    made = [one.param_groups[0]["betas"] for one in optimizers]
+    assert made == [(0.95, 0.999), (0.95, 0.95), (0.95, 0.9, 0.99)]
+
+
 def test_a_rate_that_was_0_and_groups_out_of_proportion_are_refused():
     model = mlp()
     guard = two(Recommended, model, fallback=lambda ps: SGD(ps, lr=0.0))

@@ -72,7 +72,7 @@ class Rates:
             for key in changed.keys() - {"lr"}:
                 for group, of in zip(self._theirs(), self._of, strict=True):
                     if k in of and key in group:
-                        group[key] = changed[key]
+                        group[key] = _carried(self.seen[k][key], changed[key], group[key])
         if any("lr" in changed for changed in changes):
             self._scale()
         if any(changes):
@@ -111,6 +111,15 @@ class Rates:
                 )
             set_rate(group, base * first)
         self.given = [_rate(group) for group in self._theirs()]
+
+
+def _carried(before: Any, now: Any, theirs: Any) -> Any:
+    """An option that was set; of betas those that were, as by a scheduler that cycles momentum."""
+    if not all(isinstance(one, tuple | list) for one in (before, now, theirs)):
+        return now
+    rows = zip(theirs, before, now, strict=False)
+    made = [its if same(was, new) else new for its, was, new in rows]
+    return type(theirs)([*made, *theirs[len(made) :]])
 
 
 def copied(group: Group) -> Group:

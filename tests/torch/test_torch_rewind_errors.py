@@ -15,7 +15,11 @@ from torch.optim import lr_scheduler
 from lossguard.torch import Recommended, Rewind
 
 HADNT = "optimizer must train parameters that the model has when Rewind is built, got one of shape"
-AROUND = "optimizer must keep all that it remembers in its state, got SGD around SGD"
+OF_TWO = "(nn.ModuleList([model, loss]) has those of two)"
+AROUND = (
+    "optimizer must keep all that it remembers in its state, got SGD around SGD (give the inner "
+    "one)"
+)
 EMPTY = (
     "parameters must hold numbers, got some on the meta device (call to_empty() and initialize "
     "them first) or of a lazy module (call it once first)"
@@ -43,7 +47,7 @@ def no_optimizer():
     Rewind(nn.Linear(2, 1), None)  # type: ignore
 
 
-@told(f"{HADNT} (3,) that it hadn't")
+@told(f"{HADNT} (3,) that it hadn't {OF_TWO}")
 def foreign():
     model, _ = model_and_sgd()
     Rewind(model, torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1))
@@ -84,7 +88,7 @@ def lazy():
     Recommended(*(torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2)), model=model)
 
 
-@told(f"{HADNT} (1, 1) that it hadn't")
+@told(f"{HADNT} (1, 1) that it hadn't {OF_TWO}")
 def later():
     model, optimizer = model_and_sgd()
     rewind = Rewind(model, optimizer, window=WINDOW, every=16)

@@ -18,10 +18,11 @@ def test_masks_may_be_infinite_and_shared_weights_are_copied_once():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
     model.register_buffer("mask", torch.full((4,), -math.inf))
+    model.frozen = nn.Parameter(model.mask.clone(), requires_grad=False)
     rewind = Rewind(model, torch.optim.SGD(model.parameters(), lr=0.1), window=WINDOW, every=1)
     rewind.observe(1.0)
     assert not rewind.events
-    assert [*rewind._trusted["model"]] == ["0.weight", "0.bias", "1.bias", "mask"]
+    assert [*rewind._trusted["model"]] == ["frozen", "0.weight", "0.bias", "1.bias", "mask"]
 
 
 class Counting(torch.optim.SGD):
@@ -285,6 +286,22 @@ def test_a_buffer_made_under_inference_mode_goes_back():
     model.register_buffer("trained", torch.ones(2, requires_grad=True))
     drive(rewind, model, optimizer, HIGH)
     assert rewind.returns and model.table.tolist() == [1.0] * 4
+
+
+def test_it_may_be_built_and_read_in_inference_mode():
+    model, optimizer = one_weight(momentum=0.9)
+
+    def read():
+        with torch.inference_mode():
+            rewind.read()
+
+    with torch.inference_mode():
+        rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    for losses in (FALLS, HIGH, FALLS):
+        drive(rewind, model, optimizer, losses, after=read)
+    assert rewind.returns
+    for tensor in [*rewind._trusted["model"].values(), *optimizer.state[model.weight].values()]:
+        assert not tensor.is_inference()
 
 
 def test_inputs_that_are_not_finite_in_the_first_minibatch_ruin_no_buffers():

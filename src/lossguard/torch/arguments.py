@@ -126,7 +126,7 @@ def check_wrapped(name: str, optimizer: Any) -> None:
         if isinstance(inner, Optimizer) and inner.state is not getattr(optimizer, "state", None):
             raise ValueError(
                 f"{name} must keep all that it remembers in its state, got "
-                f"{type(optimizer).__name__} around {type(inner).__name__}"
+                f"{type(optimizer).__name__} around {type(inner).__name__} (give the inner one)"
             )
 
 

@@ -73,6 +73,10 @@ class Live:
                 )
         self._finite: dict[str, bool] = {}
         """Of each buffer whether it was when it was first seen: masks of attention aren't."""
+        frozen = [param for param in self.names if not param.requires_grad]
+        masks = [] if are_finite(frozen) else [p for p in frozen if not are_finite([p])]
+        self._masks = {*masks}
+        """Parameters that are such."""
 
     def trained(self) -> dict[Tensor, Optimizer]:
         """Each parameter that is trained, and by which optimizer."""
@@ -82,7 +86,8 @@ class Live:
                 if param not in self.names:
                     raise ValueError(
                         "optimizer must train parameters that the model has when Rewind is built, "
-                        f"got one of shape {tuple(param.shape)} that it hadn't"
+                        f"got one of shape {tuple(param.shape)} that it hadn't "
+                        "(nn.ModuleList([model, loss]) has those of two)"
                     )
                 if found.setdefault(param, one) is not one:
                     raise ValueError(
@@ -108,7 +113,8 @@ class Live:
     def are_finite(self) -> tuple[Tensor, Tensor]:
         """Whether parameters and buffers are, as tensors on their device: nothing waits."""
         known = (b for name, b in self.buffers().items() if self._finite.get(name))
-        return are_finite(self.model.parameters()), are_finite(known)
+        params = (param for param in self.model.parameters() if param not in self._masks)
+        return are_finite(params), are_finite(known)
 
     def numbers(self, unread: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """These two, and losses, each with whether the gradients of its step weren't finite."""
@@ -125,6 +131,7 @@ class Live:
         for one, values in moved.items():
             refuse_copies(one, values, self.names)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def save(self, old: Saved | None = None) -> Saved:
         """A copy, in the tensors of an ``old`` one as far as they fit."""
@@ -152,6 +159,7 @@ class Live:
                 with made_in_validation, torch.no_grad():
                     buffer.copy_(before, non_blocking=True)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def load(self, saved: Saved) -> None:
         """Set all of it back, in place."""

@@ -147,6 +147,11 @@ def test_what_a_loss_of_zero_is_over_another_is_told(tmp_path: Path) -> None:
     records.write_parquet(tmp_path / records.EVALUATIONS, pl.concat(runs))
     assert "loss over that of a: b inf\n" in price.at_equal_price("a", tmp_path)
     assert "loss over that of b: a 0\n" in price.at_equal_price("b", tmp_path)
+    lost = pl.when(pl.col("method") == "a").then(np.nan).otherwise("train_loss")
+    runs = pl.concat(runs).with_columns(train_loss=lost)
+    records.write_parquet(tmp_path / records.EVALUATIONS, runs)
+    assert price.at_equal_price("a", tmp_path).startswith("a diverges at once: ")
+    assert "loss over that of b: a inf\n" in price.at_equal_price("b", tmp_path)
 
 
 def test_plot_of_meta_training(main, capsys, tmp_path) -> None:

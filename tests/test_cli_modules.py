@@ -18,6 +18,7 @@ from lossguard.config import as_config
         ("def recipe(:", "invalid syntax"),
         ("import no_such_package\n", "No module named 'no_such_package'"),
         ("x = '\0'", "null bytes"),
+        ("x = 1\ny = z\n", "mine.py, line 2)"),
     ],
 )
 def test_unreadable_module(refused, tmp_path: Path, code: str, reason: str) -> None:

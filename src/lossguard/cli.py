@@ -99,6 +99,7 @@ def _place(error: Exception, arguments: Sequence[str]) -> str:
         own = {Path(given.rpartition(":")[0]).resolve() for given in arguments if ".py:" in given}
     except OSError:  # the current folder is gone
         return ""
-    frames = traceback.extract_tb(error.__traceback__)
+    tracebacks = error.__traceback__, getattr(error.__cause__, "__traceback__", None)
+    frames = [frame for one in tracebacks for frame in traceback.extract_tb(one)]
     places = [f"{one.filename}, line {one.lineno}" for one in frames if Path(one.filename) in own]
     return f" ({places[-1]})" if places else ""

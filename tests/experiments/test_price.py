@@ -61,6 +61,15 @@ def test_what_is_never_reached_is_infinite_and_what_is_unknown_is_not_a_number()
     assert np.isnan(price.slowdown(reference, reference, 1e6))
 
 
+def test_a_reference_that_diverges_has_the_lowest_loss_before() -> None:
+    reference = price.curves(evaluations(Fallback=1.0), "Fallback").mean()
+    late = reference._replace(loss=np.where(reference.price > 500, np.nan, reference.loss))
+    end = reference.price[reference.price <= 500][-1] / 1_000
+    assert price.slowdown(reference, late, 1_000.0) == pytest.approx(end, rel=1e-3)
+    never = reference._replace(loss=np.full_like(reference.loss, np.nan))
+    assert np.isnan(price.slowdown(reference, never, 1_000.0))
+
+
 def test_the_interval_holds_the_slowdown_and_is_a_point_where_seeds_agree() -> None:
     table = evaluations(Fallback=1.0, Dear=3.0)
     each, reference = (price.curves(table, name) for name in ("Dear", "Fallback"))

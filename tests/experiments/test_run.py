@@ -362,6 +362,7 @@ def narrower(experiment: Experiment) -> lossguard.Task:
         ({"steps": 2**31}, f"^steps must be at most {2**30}, got {2**31}$"),
         ({"batch_size": 401}, "^batch_size must be between 1 and samples = [0-9]*, got 401"),
         ({"methods": ("SGD",)}, "^each of methods must be one of Signs, .*, got 'SGD'"),
+        ({"methods": "SGD"}, r"^methods must be a tuple of names, such as \('SGD',\), got a name "),
         ({"methods": (1,)}, "^each of methods must be a str such as 'SGDnm', got 1$"),
         ({"name": 5}, "^name must be a str such as 'mine', got 5$"),
         ({"loser": "zz", "methods": ("Signs",)}, "^loser must be one of keep, reset, .*, got 'zz'"),

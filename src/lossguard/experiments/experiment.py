@@ -158,6 +158,11 @@ class Experiment:
     make_methods: Annotated[MakeMethods, tyro.conf.Suppress] = paper_methods
     """Name to guard, for ``methods`` to choose from. Put your own optimizers in here."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.methods, str):
+            names = f"({self.methods!r},)"
+            raise ValueError(f"methods must be a tuple of names, such as {names}, got a name alone")
+
     def guards(self) -> dict[str, Guard]:
         """The guards of ``methods``, in their order.
 

@@ -143,13 +143,17 @@ def at(one: Curve, price: float) -> float:
 def slowdown(one: Curve, reference: Curve, price: float) -> float:
     """S: the price at which a curve first reaches the loss of the reference at a price, over that.
 
-    Both as running minima. Below 1: faster than the reference. Infinite where it isn't reached.
+    Both as running minima. Below 1: faster than the reference. Infinite where it isn't reached, NaN
+    beyond the end, and where the reference has no loss that is finite.
     """
-    target = at(reference._replace(loss=np.minimum.accumulate(reference.loss)), price)
-    if np.isnan(target):
+    lowest, own = (
+        np.minimum.accumulate(np.where(np.isnan(of.loss), np.inf, of.loss))
+        for of in (reference, one)
+    )
+    target = at(reference._replace(loss=lowest), price)
+    if not np.isfinite(target):
         return np.nan
-    falling = np.minimum.accumulate(np.where(np.isnan(one.loss), np.inf, one.loss))[::-1]
-    reached = np.interp(target * (1 + 1e-12), falling, np.log(one.price)[::-1], left=np.inf)
+    reached = np.interp(target * (1 + 1e-12), own[::-1], np.log(one.price)[::-1], left=np.inf)
     return float(np.exp(reached) / price)
 
 
@@ -277,6 +281,8 @@ def at_equal_price(reference: str, folder: Path) -> str:
     end = float(min(one.price[-1] for one in every))
     if end / 2 < max(one.price[0] for one in every):
         return "The run is too short to compare its methods at equal price."
+    if not np.isfinite(slowdown(base, base, end / 2)):
+        return f"{reference} diverges at once: there is nothing to compare with."
     losses = (f"{m} {divided(at(one, end), at(base, end)):.2g}" for m, one in found.items())
     slower = ((m, slowdown(one, base, end / 2)) for m, one in found.items())
     times = (f"{m} {'never' if np.isinf(s) else format(s, '.2g')}" for m, s in slower)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from .guards.cycle import check_state
 from .guards.protocol import Decision, Guard, GuardState, Objective
 from .validation import check_count, check_kind
 
@@ -75,7 +74,7 @@ def rollout(
     (30, (3, 10))
     """
     check_kind("guard", guard, Guard, "recommended(learned, fallback)")
-    check_state(state)
+    check_kind("state", state, GuardState, "guard.init(params)")
     leaves = [leaf for leaf in jax.tree.leaves(state) if not isinstance(leaf, Tracer)]
     if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves):
         raise ValueError("state must be the one that was returned last, got one given away")

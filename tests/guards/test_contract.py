@@ -245,6 +245,31 @@ def counted(name: str):
     return guard, jax.jit(lambda state: guard.step(state, objective), donate_argnums=0), calls
 
 
+@pytest.mark.parametrize("guard", ["recommended", "hedged", "keep", "unguarded"])
+def test_an_optimizer_begins_anew_only_where_its_run_does(guard) -> None:
+    """So that an ``init`` may be dear, such as one that decomposes matrices."""
+    begun: list[int] = []
+
+    def init(params):
+        jax.debug.callback(lambda: begun.append(1))
+        return {"scale": jnp.ones(())}
+
+    def update(gradients, state, params=None):
+        return jax.tree.map(jnp.zeros_like, gradients), state  # it never wins
+
+    made = GUARDS[guard](optax.GradientTransformation(init, update), optax.sgd(0.01))
+    state, tried = made.init(start()), 0
+    step = jax.jit(lambda state: made.step(state, squares))
+    for _ in range(60):
+        state, decision = step(state)
+        tried += int(decision.learned_updates > 0)
+    jax.effects_barrier()
+    if guard in RELAYS:
+        assert 1 < len(begun) <= tried < 30
+    else:
+        assert len(begun) == 1
+
+
 SPENT = {
     "keep": (2 * NT, 2 * NC, NT),
     "reset": (2 * NT, 2 * NC, NT),

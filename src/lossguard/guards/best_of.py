@@ -16,7 +16,6 @@ from .cycle import (
     LONGEST,
     Cycle,
     as_arrays,
-    check_shapes,
     check_state,
     loss_dtype,
     own_buffers,
@@ -166,11 +165,7 @@ class SideBySide:
 
     def step(self, state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
         """A cycle of those that are due."""
-        check_state(state, BestOfState)
-        if len(state.inner.members) != len(self.members):
-            counts = len(self.members), len(state.inner.members)
-            raise ValueError("state must be of {} guards, got one of {}".format(*counts))
-        check_shapes(state, state._replace(params=state.inner.members[0].params))
+        check_state(state, self.init)
         loss_dtype(objective, state.params, state.minibatches)
         objective = with_sound_gradients(objective, state.params, state.minibatches)
         inner, i = state.inner, state.minibatches

@@ -34,9 +34,8 @@ def guard_of(
     *,
     nt: int,
     nc: int = 0,
-    inner: type = object,
 ) -> Guard:
-    """The guard that keeps an ``inner`` beside x, of which ``cycle`` makes the next.
+    """The guard that keeps what ``begin`` makes beside x, of which ``cycle`` makes the next.
 
     A cycle takes nt optimizer steps, and nt + nc minibatches.
 
@@ -51,15 +50,13 @@ def guard_of(
         return own_buffers(GuardState(params, jnp.int32(0), jnp.int32(0), begin(params)))
 
     def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
-        check_state(state, inner)
+        check_state(state, init)
         check_stacked(objective, nt + nc)
         i, k = state.minibatches, state.steps
         dtype = loss_dtype(objective, state.params, i)
         now = Cycle(objective, i, k, nt, dtype)
         x, after, decision = cycle(state.params, state.inner, now)
-        after = GuardState(x, advance(k, nt), following(i, nt + nc), after)
-        check_shapes(state, after)
-        return after, decision
+        return GuardState(x, advance(k, nt), following(i, nt + nc), after), decision
 
     return Guard(init, step)
 
@@ -92,28 +89,20 @@ def own_buffers(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.result_type(leaf)), tree)
 
 
-def check_state(state: Any, inner: type = object) -> None:
-    """Refuse what is no state, or has another kind of ``inner``."""
+def check_state(state: Any, init: Callable[[Params], GuardState]) -> None:
+    """Refuse what is no state, is another guard's, or has parameters of other shapes or types."""
     check_kind("state", state, GuardState, "guard.init(params)")
-    if not isinstance(state.inner, inner):
+    if kinds(state.inner) != kinds(jax.eval_shape(init, state.params).inner):
         raise ValueError(
-            f"state must be of this guard's own init(params), whose inner is a {inner.__name__}, "
-            f"got a {type(state.inner).__name__}"
+            "state must be of this guard's own init(params), with its optimizers and the shapes "
+            f"and types of those params, got another one, with {kinds(state.params)[0]} now"
         )
 
 
-def check_shapes(state: GuardState, kept: GuardState) -> None:
-    """Refuse parameters that were edited to other shapes or types: they may have been broadcast."""
-    if kinds(state) != kinds(kept):
-        raise ValueError(
-            "state.params must keep the shapes and types that they had in init, got "
-            f"{kinds(state.params)}"
-        )
-
-
-def kinds(tree: PyTree) -> list[str]:
-    """The type and shape of each leaf."""
-    return [f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}" for leaf in jax.tree.leaves(tree)]
+def kinds(tree: PyTree) -> tuple[list[str], Any]:
+    """The type and shape of each leaf, and the structure."""
+    leaves, structure = jax.tree.flatten(tree)
+    return [f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}" for leaf in leaves], structure
 
 
 def loss_dtype(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .cycle import Cycle
 from .protocol import Guard, Objective, Params
-from .soundness import all_finite, is_sound, renew_if_unsound, select
+from .soundness import all_finite, is_sound, renew_if_unsound, select, typed_as
 
 Optimizer = optax.GradientTransformationExtraArgs
 
@@ -90,10 +90,7 @@ def propose(
         value_fn=lambda params: objective(params, i),
         grad_fn=lambda params, _: jax.grad(objective)(params, i),
     )
-    # Some optimizers return Python's numbers, or a wider dtype than they began with, which a
-    # compiled loop can't carry.
-    state = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), state, lane.state)
-    return Lane(optax.apply_updates(lane.params, updates), state)
+    return Lane(optax.apply_updates(lane.params, updates), typed_as(lane.state, state))
 
 
 def train(

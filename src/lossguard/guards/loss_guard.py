@@ -100,7 +100,7 @@ def loss_guard(
         )
         return x, inner, decision
 
-    return guard_of(begin, algorithm_2, nt=nt, nc=nc, inner=LossGuardState)
+    return guard_of(begin, algorithm_2, nt=nt, nc=nc)
 
 
 def after(

@@ -80,7 +80,7 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
     share = check_part("share", share)
     learned, fallback = with_extra_args("learned", learned), with_extra_args("fallback", fallback)
     relay = Relay(learned, fallback, share)
-    return guard_of(partial(begin, relay), partial(cycle, relay), nt=nt, inner=RecommendedState)
+    return guard_of(partial(begin, relay), partial(cycle, relay), nt=nt)
 
 
 def begin(relay: Relay, params: Params) -> RecommendedState:

@@ -9,6 +9,7 @@ s    the fallback by itself, which y has never moved: stays behind when x leaves
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -146,10 +147,12 @@ class Relay:
         )
         due = (cost + length * now.nt <= self.share * k + jnp.sqrt(k)) | (now.k == 0)
         begins = due & ~state.learned_leads & (state.trial.length == 0)
-        x = state.z.params
-        fresh = renew(self.learned, x, state.y.state)
-        trial = trials.begin(length.astype(jnp.int32), state.progress.recent)
-        return select(begins, (Lane(x, fresh), trial), (state.y, state.trial))
+
+        def begin() -> tuple[Lane, Trial]:
+            fresh = Lane(state.z.params, renew(self.learned, state.z.params, state.y.state))
+            return fresh, trials.begin(length.astype(jnp.int32), state.progress.recent)
+
+        return jax.lax.cond(begins, begin, lambda: (state.y, state.trial))
 
     def _end_trial(
         self,

@@ -176,4 +176,4 @@ def residual_guard(
         )
         return (x, inner), (ok, loss, finite_y, finite_z)
 
-    return guard_of(begin, cycle, nt=nt, inner=ResidualGuardState)
+    return guard_of(begin, cycle, nt=nt)

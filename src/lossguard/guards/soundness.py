@@ -144,15 +144,23 @@ def check_schedules(name: str, state: PyTree) -> None:
 
 def renew(optimizer: optax.GradientTransformation | Guard, params: Params, state: PyTree) -> PyTree:
     """A fresh state at the parameters, which has the schedules and counts of the old one."""
-    return keep_schedules(optimizer.init(params), state)
+    return typed_as(state, keep_schedules(optimizer.init(params), state))
+
+
+def typed_as(before: PyTree, state: PyTree) -> PyTree:
+    """A state in the types of another, as a compiled loop carries it.
+
+    Some optimizers begin with or return Python's numbers, or a wider dtype.
+    """
+    return jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), before, state)
 
 
 def renew_if_unsound(
     optimizer: optax.GradientTransformationExtraArgs, params: Params, state: PyTree
 ) -> PyTree:
     """The state, or a renewed one if it is no longer finite."""
-    fresh = optimizer.init(params)
-    return select(is_sound(state, fresh, equal_nan=True), state, keep_schedules(fresh, state))
+    sound = is_sound(state, equal_nan=True, or_as=partial(optimizer.init, params))
+    return jax.lax.cond(sound, lambda: state, partial(renew, optimizer, params, state))
 
 
 def select(condition: Bool[Array, ""], yes: PyTree, no: PyTree) -> PyTree:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ..guards.cycle import as_arrays, kinds, own_buffers, sum_dtype
 from ..guards.lanes import with_extra_args
 from ..guards.protocol import Params, advance
-from ..guards.soundness import all_finite, is_sound, keep_schedules, select
+from ..guards.soundness import all_finite, is_sound, keep_schedules, select, typed_as
 from ..rules import DEEPEST, IN_A_ROW, SOON
 from ..validation import check_count, check_fraction, check_kind, check_part, told
 from . import alarm as alarms
@@ -178,26 +178,27 @@ class Rules:
         """The update that leads to where the run goes on."""
         check_kind("state", state, RewindState, "optimizer.init(params)")
         x, loss = check_arguments(params, extra_args.get("value"))
-        given, kept = ((kinds(p), jax.tree.structure(p)) for p in (x, state.snapshots.slots[0][0]))
-        if given != kept:
+        fresh = partial(self.optimizer.init, x)
+        if (given := kinds(x)) != kinds(state.snapshots.slots[0][0]):
             raise ValueError(
                 "params must keep the structure, shapes and types that they had in init, got "
                 "{} in {}".format(*given)
             )
+        if kinds(state.inner) != kinds(jax.eval_shape(fresh)):
+            raise ValueError("state must be of this optimizer's own init(params), got another one")
         if grad_fn is not None:  # which the optimizer has asked for
             extra_args["grad_fn"] = grad_fn
         loss = loss.astype(state.alarm.losses.dtype)
         risen = (state.ramp / state.alarm.block).astype(jnp.float32)
         scale = state.cap * (self.factor + (1 - self.factor) * risen)
         steps, advanced = self.optimizer.update(updates, state.inner, x, **extra_args)
-        advanced = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), advanced, state.inner)
+        advanced = typed_as(state.inner, advanced)
         steps = jax.tree.map(lambda u, p: scaled(u, scale, p), steps, x)
         # At most half of the largest number: the way between two such points is finite.
         twice = jax.tree.map(
             lambda new, old: jnp.where(new == old, old, 2 * new), optax.apply_updates(x, steps), x
         )
         sound = jnp.isfinite(loss) & is_sound(twice, x)
-        fresh = partial(self.optimizer.init, x)
         sound &= is_sound(advanced, state.inner, equal_nan=True, or_as=fresh)
         before = state._replace(calls=advance(state.calls, 1), scale=scale)
         state, takes, returns, ends, promotes = self.decide(before, loss, sound, updates)

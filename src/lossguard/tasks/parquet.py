@@ -57,7 +57,9 @@ def _load_split(folder: Path, source: ImageSource, split: SplitSource) -> tuple[
     if not files:
         raise ValueError(f"{folder} holds {source.train.stem}.parquet but no {split.stem}.parquet")
     where = str(files[0]) if len(files) == 1 else f"{files[0]} and its other shards"
-    encoded, labels = _read(files, where)
+    tables = [_read(file) for file in files]
+    encoded = [image for images, _ in tables for image in images]
+    labels = np.concatenate([labels for _, labels in tables])
     _check_labels(labels, source, split, where)
     images = Images(_decode(encoded, source, where), labels.astype(np.int32))
     if split.sha256 is not None and digest(images) != split.sha256:
@@ -119,23 +121,23 @@ def _files(folder: Path, stem: str) -> list[Path]:
     return [whole] if whole.is_file() else sorted(folder.glob(f"{stem}-*-of-*.parquet"))
 
 
-def _read(files: list[Path], where: str) -> tuple[list[bytes], Int64[np.ndarray, " n"]]:
-    """The encoded images and the labels."""
+def _read(file: Path) -> tuple[list[bytes], Int64[np.ndarray, " n"]]:
+    """The encoded images and the labels of one Parquet file."""
     try:
-        table = pl.read_parquet(files)
+        table = pl.read_parquet(file)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
-        raise ValueError(f"{where} can't be read as Parquet ({_first_line(error)})") from error
+        raise ValueError(f"{file} can't be read as Parquet ({_first_line(error)})") from error
     image = "image" if "image" in table.columns else "img"
     images, labels = table.schema.get(image), table.schema.get("label")
     encoded = isinstance(images, pl.Struct) and images.to_schema().get("bytes") == pl.Binary
     if not (encoded and labels is not None and labels.is_integer()):
         raise ValueError(
-            f"{where} must have a column 'image' or 'img' of structs with binary 'bytes', and a "
+            f"{file} must have a column 'image' or 'img' of structs with binary 'bytes', and a "
             f"column 'label' of integers, got {dict(table.schema)}"
         )
     encoded, labels = table[image].struct.field("bytes"), table["label"]
     if encoded.null_count() or labels.null_count():
-        raise ValueError(f"{where} has rows without an image or without a label")
+        raise ValueError(f"{file} has rows without an image or without a label")
     return encoded.to_list(), labels.to_numpy().astype(np.int64)
 
 
@@ -167,8 +169,15 @@ def _decode(encoded: list[bytes], source: ImageSource, where: str) -> UInt8[np.n
     mode = "L" if channels == 1 else "RGB"
     pixels = np.empty((len(encoded), *source.shape), np.uint8)
     console = Console(stderr=True)
-    shown = {"console": console, "transient": True, "disable": not console.is_terminal}
-    for index, image_bytes in enumerate(track(encoded, f"Decoding {source.name}", **shown)):
+    progress = track(
+        enumerate(encoded),
+        description=f"Decoding {source.name}",
+        total=len(encoded),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    for index, image_bytes in progress:
         try:
             image = Image.open(io.BytesIO(image_bytes), formats=("PNG", "JPEG"))
             if image.mode.startswith("I"):  # converting would clip

@@ -45,8 +45,8 @@ def main() -> int:
 
 def prepare() -> None:
     """What the tests have by themselves: their modules, and compilation that is quick."""
-    sys.path[:0] = [str(HERE.parent / name) for name in ("guards", "metatrain", "experiments")]
-    sys.path.insert(0, str(HERE.parent / "torch"))
+    folders = ("torch", "guards", "metatrain", "experiments", "")
+    sys.path[:0] = [str(HERE.parent / name) for name in folders]
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     os.environ.setdefault("XLA_FLAGS", quick)
     signal.signal(signal.SIGALRM, hangs)

@@ -91,12 +91,13 @@ def test_a_table_that_a_manifest_has_not_is_refused(verified: Path) -> None:
         records.read_run(verified)
 
 
-@pytest.mark.parametrize("sums", [{}, {"sha256": ["curves.parquet"]}])
+@pytest.mark.parametrize("sums", [{}, {"sha256": ["curves.parquet"]}, {"sha256": None}])
 def test_a_manifest_without_checksums_is_refused(finished: Path, sums: dict[str, Any]) -> None:
     made = run_folder.manifest(seconds=SECONDS, data="") | sums
     records.write_json(finished / records.MANIFEST, made)
     with pytest.raises(ValueError, match=r"manifest\.json is not of a run: it has no checksums$"):
         records.read_run(finished)
+    assert run_folder.is_finished(finished)  # so that it isn't run again, but refused
 
 
 @pytest.mark.parametrize("name", ["config.json", "manifest.json", "curves.parquet"])

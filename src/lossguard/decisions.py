@@ -56,8 +56,9 @@ def decision_table(decisions: Any, *, start: int = 0) -> dict[str, np.ndarray]:
     """
     start, fields = check_count("start", start, least=0), _stacked(decisions)
     losses, known = fields["losses"], ~np.isnan(fields["losses"])
-    sums, nothing = losses.sum(axis=1, where=known), np.full(len(losses), np.nan)
     cycles, nt = losses.shape
+    sums = losses.sum(axis=1, where=known)
+    nothing = np.full(cycles, np.nan, np.result_type(losses, np.float32))
     return {
         "step": start + nt * np.arange(1, cycles + 1),
         "loss": np.divide(sums, known.sum(axis=1), out=nothing, where=known.any(axis=1)),

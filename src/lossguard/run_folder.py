@@ -117,7 +117,8 @@ def is_finished(folder: Path) -> bool:
     """Whether a folder holds the records of a whole run: the manifest is written last."""
     if not (folder / MANIFEST).is_file():
         return False
-    named = {CURVES, *read_json(folder / MANIFEST).get(checksums.NAME, ())}
+    sums = read_json(folder / MANIFEST).get(checksums.NAME)
+    named = {CURVES, *(sums if isinstance(sums, dict) else ())}
     return all((folder / name).is_file() for name in named & {*TABLES})
 
 

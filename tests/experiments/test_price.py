@@ -132,3 +132,13 @@ def test_methods_are_summed_up_at_the_prices_that_all_have(tmp_path: Path) -> No
     _, numbers = price.table({"run": folder})
     dear = price.summary(numbers).row(1, named=True)
     assert dear["highest"] == pytest.approx(3.0, rel=0.02) and dear["reached"]
+
+
+def test_prices_after_a_divergence_of_the_fallback_are_told(tmp_path: Path) -> None:
+    lost = (pl.col("method") == "Fallback") & (pl.col("step") > 250)
+    loss = pl.when(lost).then(np.nan).otherwise("train_loss")
+    table = evaluations(Fallback=0.0, Other=0.0).with_columns(train_loss=loss)
+    made = {"data": "", "seconds": SECONDS | dict.fromkeys((price.FALLBACK, "Other"), 1.0)}
+    rows = price.rows(leave(tmp_path / "run", made=made, evaluations=table))
+    found = {row[2]: row[3] for row in rows if row[1] == "Other"}
+    assert found[200] == pytest.approx(1.0, rel=0.02) and found[10_000] < 0.05

@@ -19,9 +19,13 @@ def test_masks_may_be_infinite_and_shared_weights_are_copied_once():
     model[1].weight = model[0].weight
     model.register_buffer("mask", torch.full((4,), -math.inf))
     model.frozen = nn.Parameter(model.mask.clone(), requires_grad=False)
-    rewind = Rewind(model, torch.optim.SGD(model.parameters(), lr=0.1), window=WINDOW, every=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=1)
     rewind.observe(1.0)
     assert not rewind.events
+    model.frozen[0] = math.nan
+    with pytest.raises(ValueError, match=r"^model must be finite, got one that isn't$"):
+        Rewind(model, optimizer)
     assert [*rewind._trusted["model"]] == ["frozen", "0.weight", "0.bias", "1.bias", "mask"]
 
 

@@ -197,11 +197,11 @@ def rows(folder: Path) -> Iterator[tuple[Any, ...]]:
         most = highest(own, reference, end) if end > BOUND * LATE else (None, None)
         longer = divided(seconds[method], seconds[FALLBACK])
         for price in MARKS:
-            base = at(reference, price)
-            if not np.isnan(base) and price * 1.1 <= own.price[-1]:
-                times = slowdown(own, reference, price), *interval(each, fallback, price)
-                ratio = divided(at(own, price), base)
-                yield folder.name, method, price, *times, ratio, cost, *most, longer
+            slower = slowdown(own, reference, price)
+            if not np.isnan(slower) and price * 1.1 <= own.price[-1]:
+                ends = interval(each, fallback, price)
+                ratio = divided(at(own, price), at(reference, price))
+                yield folder.name, method, price, slower, *ends, ratio, cost, *most, longer
 
 
 def price_of_step(evaluations: pl.DataFrame, method: str) -> float:

@@ -139,6 +139,7 @@ def _run_method(
         done, (state, spent), *tables = found
         seconds = float(spent)
         chunks, evaluations = ([table] if table.height else [] for table in tables)
+        del found, tables  # they hold another copy of the state
     if stopped():
         raise KeyboardInterrupt
     if done == end:

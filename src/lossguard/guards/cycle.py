@@ -95,14 +95,15 @@ def check_state(state: Any, init: Callable[[Params], GuardState]) -> None:
     if kinds(state.inner) != kinds(jax.eval_shape(init, state.params).inner):
         raise ValueError(
             "state must be of this guard's own init(params), with its optimizers and the shapes "
-            f"and types of those params, got another one, with {kinds(state.params)[0]} now"
+            f"and types of those params, got another one, with {kinds(state.params)} now"
         )
 
 
-def kinds(tree: PyTree) -> tuple[list[str], Any]:
-    """The type and shape of each leaf, and the structure."""
-    leaves, structure = jax.tree.flatten(tree)
-    return [f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}" for leaf in leaves], structure
+def kinds(tree: PyTree) -> list[str]:
+    """The place, type and shape of each leaf. What is static may differ: each init may make it."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    told = [(jax.tree_util.keystr(at), jnp.result_type(x), [*jnp.shape(x)]) for at, x in leaves]
+    return [f"{place} {dtype}{shape}".lstrip() for place, dtype, shape in told]
 
 
 def loss_dtype(

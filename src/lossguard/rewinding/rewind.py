@@ -182,7 +182,7 @@ class Rules:
         if (given := kinds(x)) != kinds(state.snapshots.slots[0][0]):
             raise ValueError(
                 "params must keep the structure, shapes and types that they had in init, got "
-                "{} in {}".format(*given)
+                f"{given}"
             )
         if kinds(state.inner) != kinds(jax.eval_shape(fresh)):
             raise ValueError("state must be of this optimizer's own init(params), got another one")

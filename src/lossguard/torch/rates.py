@@ -22,7 +22,8 @@ class Rates:
 
         rate of an optimizer  <-  its rate when the guard was built  *  lr / lr_0
 
-    Any other option that is set goes to every optimizer that has it.
+    Any other option that is set goes to every optimizer that has it; of a tuple, such as Adam's
+    betas, the entries that were changed.
     """
 
     def __init__(self, groups: list[Group], optimizers: Sequence[Optimizer]) -> None:
@@ -114,12 +115,12 @@ class Rates:
 
 
 def _carried(before: Any, now: Any, theirs: Any) -> Any:
-    """An option that was set; of betas those that were, as by a scheduler that cycles momentum."""
+    """An option that was set; of several numbers those that were, as where momentum is cycled."""
     if not all(isinstance(one, tuple | list) for one in (before, now, theirs)):
         return now
     rows = zip(theirs, before, now, strict=False)
     made = [its if same(was, new) else new for its, was, new in rows]
-    return type(theirs)([*made, *theirs[len(made) :]])
+    return (list if isinstance(theirs, list) else tuple)([*made, *theirs[len(made) :]])
 
 
 def copied(group: Group) -> Group:

@@ -103,7 +103,8 @@ class Rewind(Uncopied):
 
     Raises:
         ValueError: if an argument is of another kind or out of range, the optimizer trains
-            parameters that the model doesn't have or has no rate, or the model isn't finite.
+            parameters that the model doesn't have or has no rate, or the model isn't finite; frozen
+            infinities are taken for masks.
 
     >>> model = nn.Linear(2, 1)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -76,6 +76,32 @@ def test_a_minibatch_drawn_in_the_closure_is_told_at_once(kind, where):
     guard.step(closure)  # and only once
 
 
+@pytest.mark.parametrize("kind", TWO)
+def test_a_teacher_that_a_forward_pass_moves_is_told_unless_each_lane_has_its_own(kind, recwarn):
+    told = []
+    for own in (False, True):
+        model = mlp()
+        model.teacher = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
+        given = [p for p in model.parameters() if own or p is not model.teacher]
+        optimizers = SGD(given, lr=0.1), SGD(given, lr=0.01)
+        guard = (
+            BestOf(optimizers, model=model) if kind is BestOf else kind(*optimizers, model=model)
+        )
+
+        def closure(model=model):
+            with torch.no_grad():
+                model.teacher.lerp_(model[0].bias[:2], 0.1)
+            return backward(loss_fn(model, spiral()))
+
+        for _ in range(2):
+            guard.step(closure)
+        told.append([str(one.message) for one in recwarn.list])
+        recwarn.clear()
+    (warning,), none = told
+    assert warning.startswith("closure changed parameters that no optimizer has, such as one of sh")
+    assert not none
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("number", [float, np.float64])
 def test_a_loss_may_be_a_number(kind, number):

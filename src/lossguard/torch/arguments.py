@@ -288,6 +288,17 @@ def compare(losses: Sequence[Tensor]) -> None:
         )
 
 
+def warn_if_written(shared: Iterable[tuple[Tensor, int]]) -> None:
+    """Warn if parameters that all lanes share were written to, in each lane anew."""
+    if written := [list(p.shape) for p, before in shared if p._version != before]:
+        warnings.warn(
+            f"closure changed parameters that no optimizer has, such as one of shape {written[0]}: "
+            "all lanes share them (give them to all optimizers, with requires_grad_(False))",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
 @contextmanager
 def told_if_damaged(name: str) -> Iterator[None]:
     """Refuse with a sentence what lacks something, or holds something of another kind."""

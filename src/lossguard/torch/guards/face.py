@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lossguard.torch import arguments
@@ -57,6 +57,8 @@ class Face(arguments.Uncopied, Optimizer):
         """Those that run beside the leader in this cycle."""
         self._order: list[Lane] = []
         """All that run on the minibatch that is under way."""
+        self._shared: list[tuple[Tensor, int]] = []
+        """What no lane has, and how often it had been written to when the cycle began."""
         self._left = 0
         """Loops over lanes that were left, at a stretch."""
         arguments.refuse_steps_beside(self)

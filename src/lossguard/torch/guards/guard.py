@@ -146,6 +146,7 @@ class Guard(Face):
             for lane in self._lanes.values():
                 lane.begin()
             self._others = self._begin()
+            self._shared = self._weights.note_shared()
         self._order = [*self._others, self._leader]
         for lane in self._order:
             lane.begun = lane.stepped = False
@@ -183,6 +184,7 @@ class Guard(Face):
             lane.inner.note_copies(lane.memory(), self._leader.before, lane.point)
         if self.phase == 1 and self.steps == 0:
             arguments.compare([lane.losses[0] for lane in self._order if not lane.inner.switches])
+            arguments.warn_if_written(self._shared)
         if self.phase == self.nt + self.nc:
             self.history.append(self._decide())
             self.phase, self.steps = 0, self.steps + self.nt

@@ -72,6 +72,10 @@ class Weights:
         grads = [(p, p.grad) for p in self._others if p.requires_grad]
         return [(p, None if grad is None else grad.clone()) for p, grad in grads]
 
+    def note_shared(self) -> list[tuple[Tensor, int]]:
+        """The parameters that nobody steps, and how often they were written to."""
+        return [(p, p._version) for p in self._others if not p.requires_grad]
+
     def reset_gradients(self, beside: Beside) -> None:
         """Set those to what they were, or each lane would add to them."""
         for p, grad in beside:

@@ -102,9 +102,8 @@ class Rewind(Uncopied):
         process_group: the ranks that decide together; all of them by default.
 
     Raises:
-        ValueError: if an argument is of another kind or out of range, the optimizer trains
-            parameters that the model doesn't have or has no rate, or the model isn't finite; frozen
-            infinities are taken for masks.
+        ValueError: if an argument is of another kind or out of range, the optimizer has no rate or
+            trains parameters that the model hasn't, or the model, but for masks, isn't finite.
 
     >>> model = nn.Linear(2, 1)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -134,12 +134,7 @@ def _run_method(
     seeds = jnp.asarray(experiment.seed + np.arange(experiment.seeds))
     keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)), out_axes=1)(seeds)
     state = jax.jit(jax.vmap(lambda key: guard.init(task.init(key))))(keys[0])
-    done, seconds, chunks, evaluations = 0, 0.0, [], []
-    if (found := checkpoints.latest((state, jnp.float32(0)))) is not None:
-        done, (state, spent), *tables = found
-        seconds = float(spent)
-        chunks, evaluations = ([table] if table.height else [] for table in tables)
-        del found, tables  # they hold another copy of the state
+    done, state, seconds, chunks, evaluations = _last(checkpoints, state)
     if stopped():
         raise KeyboardInterrupt
     if done == end:
@@ -177,6 +172,18 @@ def _run_method(
             if stop:
                 raise KeyboardInterrupt
     return curves.join(chunks, method), pl.concat(evaluations), seconds
+
+
+def _last(
+    checkpoints: Checkpoints, state: GuardState
+) -> tuple[int, GuardState, float, list[pl.DataFrame], list[pl.DataFrame]]:
+    """Cycles, state, seconds, curves and evaluations of the last checkpoint, or of the start."""
+    found = checkpoints.latest((state, jnp.float32(0)))
+    if found is None:
+        return 0, state, 0.0, [], []
+    done, (state, seconds), *tables = found
+    chunks, evaluations = ([table] if table.height else [] for table in tables)
+    return done, state, float(seconds), chunks, evaluations
 
 
 def _advance(

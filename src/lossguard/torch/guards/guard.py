@@ -146,7 +146,7 @@ class Guard(Face):
             for lane in self._lanes.values():
                 lane.begin()
             self._others = self._begin()
-            self._shared = self._weights.note_shared()
+            self._shared = [] if self.steps else self._weights.note_shared()
         self._order = [*self._others, self._leader]
         for lane in self._order:
             lane.begun = lane.stepped = False

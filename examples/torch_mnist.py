@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch_data import images, minibatches
 
-from lossguard.torch import Decision, LSTMOptimizer, Recommended
+from lossguard.torch import Decision, MLPOptimizer, Recommended
 
 LEADS = {0: "learned", 1: "fallback from there", 2: "fallback by itself"}
 
@@ -24,7 +24,7 @@ def main(calls: int = 300, seed: int = 0) -> Recommended:
     data = images()
     torch.manual_seed(seed)
     model = network(data[0][0].numel())
-    learned = LSTMOptimizer.pretrained(model.parameters(), "lstm-mnist-mlp")
+    learned = MLPOptimizer.pretrained(model.parameters(), "mlp-small")
     fallback = torch.optim.SGD(model.parameters(), lr=1.0)
     guard = Recommended(
         learned, fallback, model=model, callback=lambda decision: report(guard.steps, decision)

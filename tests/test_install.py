@@ -161,7 +161,7 @@ def test_torch(environment: Environment) -> None:
     environment.runs(
         "import torch, lossguard.torch\n"
         "w = torch.nn.Parameter(torch.ones(3))\n"
-        "optimizer = lossguard.torch.LSTMOptimizer.pretrained([w], 'lstm-mnist-mlp')\n"
+        "optimizer = lossguard.torch.MLPOptimizer.pretrained([w], 'mlp-small')\n"
         "w.square().sum().backward()\n"
         "optimizer.step()\n"
         "assert w.isfinite().all() and (w < 1).all()"

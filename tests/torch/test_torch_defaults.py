@@ -7,11 +7,7 @@ import torch
 from models import KINDS, closure_for, loss_fn, minibatches, mlp, step_by, two
 from torch.optim import SGD
 
-from lossguard.torch import LSTMOptimizer, MLPOptimizer, Rewind
-
-SHIPPED = pytest.mark.parametrize(
-    ("learned", "weights"), [(MLPOptimizer, "mlp-small"), (LSTMOptimizer, "lstm-mnist-mlp")]
-)
+from lossguard.torch import MLPOptimizer, Rewind
 
 
 @pytest.fixture
@@ -53,11 +49,10 @@ def test_guards_run_and_resume_elsewhere(kind):
 
 
 @pytest.mark.usefixtures("elsewhere")
-@SHIPPED
-def test_learned_optimizers_run_elsewhere(learned, weights):
+def test_learned_optimizers_run_elsewhere():
     model, batches = mlp(), minibatches(3)
     torch.set_default_device("meta")
-    optimizer = learned.pretrained(model.parameters(), weights)
+    optimizer = MLPOptimizer.pretrained(model.parameters(), "mlp-small")
     for batch in batches:
         step_by(optimizer, loss_fn(model, batch))
     assert all(p.isfinite().all() for p in model.parameters())
@@ -66,13 +61,12 @@ def test_learned_optimizers_run_elsewhere(learned, weights):
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("kind", [*KINDS, Rewind])
-@SHIPPED
-def test_guards_and_learned_optimizers_keep_their_type(kind, learned, weights, narrow):
+def test_guards_and_learned_optimizers_keep_their_type(kind, narrow):
     model = mlp().float() if narrow else mlp()
     dtype = torch.float32 if narrow else torch.float64
 
     def make(params):
-        return learned.pretrained(params, weights)
+        return MLPOptimizer.pretrained(params, "mlp-small")
 
     optimizer = make(model.parameters())
     rewind = Rewind(model, optimizer) if kind is Rewind else None

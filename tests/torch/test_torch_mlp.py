@@ -1,16 +1,20 @@
-"""The MLP optimizer computes what the one in JAX does, from the same file."""
+"""The MLP optimizer computes what the one in JAX does; copies, checkpoints, what is refused."""
 
+import copy
 import math
+import pickle
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from models import refuses, squares
 from torch import nn
+from torch.optim.lr_scheduler import StepLR
 from torch.overrides import TorchFunctionMode
 
-from lossguard.torch import BestOf, LSTMOptimizer, MLPOptimizer, Recommended
+from lossguard.torch import BestOf, MLPOptimizer, Recommended
 
 SHAPES = [(), (5,), (6, 4), (4, 6), (5, 5), (8, 4, 3, 3), (2, 7, 3), (0, 3)]
 
@@ -42,6 +46,11 @@ def saved(folder: Path, hidden: int = 4, layers: int = 2) -> Path:
     about = {"architecture": "mlp", "hidden": str(hidden), "layers": str(layers)}
     save_file(weights_of(hidden, layers), folder / "mlp.safetensors", about)
     return folder / "mlp.safetensors"
+
+
+def make(p: nn.Parameter) -> MLPOptimizer:
+    """Each time with the same weights."""
+    return MLPOptimizer([p], weights_of())
 
 
 @pytest.mark.parametrize(("hidden", "layers"), [(4, 2), (6, 1), (3, 3)])
@@ -156,11 +165,8 @@ def test_a_gradient_that_is_not_finite_shows(bad):
     assert not optimizer.state[p]["momenta"].isfinite().all()
 
 
-def test_weights_of_another_architecture_are_refused(tmp_path):
-    path = saved(tmp_path)
-    with refuses("weights must be an LSTM's for LSTMOptimizer, got those"):
-        LSTMOptimizer.pretrained([nn.Parameter(torch.ones(2))], path)
-    with pytest.raises(ValueError, match=r"got those of an LSTM \(use LSTMOptimizer\)$"):
+def test_weights_of_another_architecture_are_refused():
+    with refuses("weights must be an MLP's for MLPOptimizer, got those of an LSTM (which is for"):
         MLPOptimizer.pretrained([nn.Parameter(torch.ones(2))], "lstm-mnist-mlp")
 
 
@@ -231,3 +237,169 @@ def test_where_it_does_not_run_its_clock_goes_on():
         guard.step(squares(p))
     assert sum(decision.gradients for decision in guard.history) == 400
     assert learned.param_groups[0]["clock"] == 300
+
+
+def test_a_closure_is_evaluated_with_gradients():
+    p, q = (nn.Parameter(torch.ones(2, 3)) for _ in range(2))
+    alone, by_hand = make(p), make(q)
+    q.square().sum().backward()
+    by_hand.step()
+
+    def closure():
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    assert alone.step(closure).item() == 6 and torch.equal(p, q)
+
+
+def test_copies_and_checkpoints_go_on_alike():
+    p = nn.Parameter(torch.randn(6, 3))
+    optimizer = make(p)
+    StepLR(optimizer, 100)  # replaces the optimizer's step
+
+    def run(optimizer, steps):
+        (p,) = optimizer.param_groups[0]["params"]
+        for _ in range(steps):
+            p.grad = p.detach().clone()
+            optimizer.step()
+        return p.detach()
+
+    run(optimizer, 3)
+    twins = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
+    twins.append(make(nn.Parameter(p.detach().clone())))
+    twins[-1].load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    expected = run(optimizer, 3)
+    for twin in twins:
+        assert torch.equal(run(twin, 3), expected)
+
+
+def test_schedulers_act_on_the_step():
+    """Both are where the other one is before each step, as they see where they are."""
+    plain, scheduled = (nn.Parameter(torch.zeros(3, 2, dtype=torch.float64)) for _ in range(2))
+    optimizers = make(plain), make(scheduled)
+    scheduler = StepLR(optimizers[1], 1, gamma=0.5)
+    for k in range(3):
+        scheduled.data.copy_(before := plain.detach().clone())
+        for p, optimizer in zip((plain, scheduled), optimizers, strict=True):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        scheduler.step()
+        step = plain.detach() - before
+        assert step.all()
+        torch.testing.assert_close(scheduled.detach() - before, step / 2**k)
+
+
+def test_states_go_through_distributed_checkpoints_and_hooks():
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    model = nn.Linear(3, 3)
+    twin = copy.deepcopy(model)
+
+    def optimizer_of(model):
+        kind = make(model.weight)
+        kind.add_param_group({"params": [model.bias]})
+        return kind
+
+    optimizer, other = optimizer_of(model), optimizer_of(twin)
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    saved = copy.deepcopy(dcp.get_optimizer_state_dict(model, optimizer))
+    twin.load_state_dict(model.state_dict())
+    dcp.set_optimizer_state_dict(twin, other, saved)
+    seen = []
+    other.register_load_state_dict_pre_hook(lambda _, given: seen.append(given) or {**given})
+    other.load_state_dict(copy.deepcopy(other.state_dict()))
+    assert seen
+    for one, of in ((model, optimizer), (twin, other)):
+        for _ in range(2):
+            of.zero_grad()
+            one(torch.ones(2, 3)).square().sum().backward()
+            of.step()
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+def test_states_of_others_are_refused():
+    p = nn.Parameter(torch.ones(3))
+    optimizer, others = make(p), [torch.optim.Adam([p]), make(nn.Parameter(torch.ones(4)))]
+    for other in others:
+        (q,) = other.param_groups[0]["params"]
+        q.grad = torch.ones_like(q)
+        other.step()
+    fresh = copy.deepcopy(optimizer.state_dict())
+    for other in [*others, torch.optim.SGD([p])]:
+        with pytest.raises(ValueError, match=r"^state must be one of MLPOptimizer"):
+            optimizer.load_state_dict(other.state_dict())
+        assert optimizer.state_dict() == fresh
+
+
+def test_states_of_a_guard_with_other_weights_are_refused():
+    def guard_of(learned, p):
+        guard = Recommended(learned, torch.optim.SGD([p], 0.1), model=None)
+        guard.step(squares(p))
+        return guard
+
+    p = nn.Parameter(torch.ones(3))
+    saved = guard_of(make(p), p).state_dict()
+    for entries in saved["state"].values():
+        for key in [key for key in entries if key.endswith(".memory.units")]:
+            del entries[key]
+    with pytest.raises(ValueError, match=r"^state must be one of MLPOptimizer"):
+        guard_of(make(p), p).load_state_dict(saved)
+
+
+def test_numbers_are_checked_and_plain():
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = make(p)
+    for wrong in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"^lr must be positive and finite"):
+            optimizer.add_param_group({"params": [q], "lr": wrong})
+    weights = {name: tensor.numpy() for name, tensor in weights_of().items()}
+    made = MLPOptimizer([q], weights, lr=np.float32(0.5))  # pyright: ignore
+    assert type(made.param_groups[0]["lr"]) is float
+    with refuses("weights must be a Mapping such as a dictionary of tens"):
+        MLPOptimizer([q], [*weights.values()])  # pyright: ignore
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_memory_is_in_float32_and_stays_so(dtype):
+    p = nn.Parameter(torch.randn(6, 2, dtype=dtype))
+    optimizer = make(p)
+    p.grad = p.detach().clone()
+    optimizer.step()
+    q = nn.Parameter(p.detach().clone())
+    twin = make(q)
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    p.grad = q.grad = p.detach().clone()
+    optimizer.step()
+    twin.step()
+    assert p.dtype == dtype and torch.equal(p, q)
+    assert twin.state[q].keys() == optimizer.state[p].keys() and twin.state[q]
+    for name, tensor in twin.state[q].items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, optimizer.state[p][name])
+
+
+def test_autocast_around_the_step_changes_nothing():
+    params = [nn.Parameter(torch.ones(3, 2)) for _ in range(2)]
+    for p, enabled in zip(params, (False, True), strict=True):
+        optimizer = make(p)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            for _ in range(2):
+                p.grad = p.detach().clone()
+                optimizer.step()
+    assert torch.equal(*params)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "complex"])
+def test_other_gradients_are_refused(kind):
+    weight = nn.Parameter(torch.ones(2, dtype=torch.complex64 if kind == "complex" else None))
+    weight.grad = weight.detach().to_sparse() if kind == "sparse" else weight.detach()
+    optimizer, other = make(weight), nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": [other]})
+    optimizer.param_groups.reverse()
+    other.grad = torch.ones(2)
+    rule = "gradients must be real, dense and whole for MLPOptimizer"
+    with refuses(f"{rule}, got a {kind} one", "$"):
+        optimizer.step()
+    assert torch.equal(other, torch.ones(2)) and not optimizer.state

@@ -14,7 +14,6 @@ from lossguard.torch.guards.hedged import Hedged as Hedged
 from lossguard.torch.guards.paper import LossGuard as LossGuard
 from lossguard.torch.guards.paper import ResidualGuard as ResidualGuard
 from lossguard.torch.guards.recommended import Recommended as Recommended
-from lossguard.torch.learned.lstm import LSTMOptimizer as LSTMOptimizer
-from lossguard.torch.learned.mlp import MLPOptimizer as MLPOptimizer
+from lossguard.torch.mlp import MLPOptimizer as MLPOptimizer
 from lossguard.torch.rewind.rewind import Rewind as Rewind
 from lossguard.torch.rewind.rewind import RewindEvent as RewindEvent

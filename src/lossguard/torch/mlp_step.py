@@ -1,4 +1,4 @@
-"""The MLP optimizer of Metz et al. (2022) as a ``torch.optim.Optimizer``.
+"""The arithmetic of a step of ``MLPOptimizer``, of all parameters of one device at once.
 
 g   gradient of a parameter p
 m   momenta: three running means of g
@@ -10,139 +10,80 @@ N   parameters
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from lossguard.learned.mlp_features import (
     AGES,
     FEATURES,
     LARGEST,
-    LEAKS,
     SCALE,
-    TIMES,
     TINY,
     UNITS,
     factored_axes,
     size_features,
 )
 from lossguard.learned.weights_file import mlp_names
-from lossguard.torch.learned.base import Learned
-from lossguard.validation import check_positive
 
 DECAYS = ("momentum_decays", "second_moment_decay", "factored_decays")
 
 
-class MLPOptimizer(Learned):
-    """A small learned optimizer: one tiny network, run on every coordinate alike.
+def shapes(p: Tensor) -> dict[str, tuple[int, ...]]:
+    """Those of what is remembered of a parameter."""
+    means = _means(torch.empty(p.shape, device="meta"))
+    made = {"momenta": (3, *p.shape), "second_moment": (*p.shape,)}
+    return made | {name: (3, *mean.shape) for name, mean in means.items()} | {"units": (UNITS,)}
 
-    For each coordinate, from the features and steps t of ``lossguard.mlp_optimizer``, which
-    computes the same:
 
-        direction, magnitude = MLP(features, tanh(t / TIMES - 1))
-        p <- p - lr 0.001 scale direction exp(0.001 magnitude)
-        scale = exp(scaling . (size_features(p.shape), ln(1 + t / AGES)) + output . units)
+def step(
+    params: list[Tensor],
+    states: list[dict[str, Tensor]],
+    weights: dict[str, Tensor],
+    rests: list[list[float]],
+    lr: float,
+    t: int,
+) -> None:
+    """Move the parameters, and what is remembered of them; t steps are behind them.
 
-    The computation and its memory are in float32, also where the step is under autocast. The memory
-    takes 16 bytes a coordinate. A matrix of r rows and c columns takes 12 (r + c) more, a vector of
-    n 12 n; and each parameter 32. A step needs 4 bytes a coordinate of all parameters while it
-    runs, 8 in bfloat16, and 32 of the largest matrix or 84 of the largest vector. t is the
-    ``clock`` of a parameter group, which guards set to the time of the whole run.
-
-    Args:
-        params: parameters, or groups of them.
-        weights: what meta-training made: ``mlp.0.weight`` [H, 39], ``mlp.0.bias`` [H], the same of
-            further layers, the last with 2 outputs; ``momentum_decays`` [3],
-            ``second_moment_decay`` [1], ``factored_decays`` [3], each the log(1 - decay) / 10;
-            ``scaling`` [7], two factors, and powers of size and time; ``scheduler.input`` [8, 15],
-            ``scheduler.hidden`` [8, 8], ``scheduler.bias`` [8], ``scheduler.output`` [8].
-        lr: factor of the steps, 1 in training; schedulers act on it.
-
-    Raises:
-        ValueError: if a tensor of the weights is missing or of another shape, or lr isn't positive
-            and finite; in ``step``, if a gradient is complex, sparse or sharded.
-
-    >>> w = torch.tensor([4.0], requires_grad=True)
-    >>> optimizer = MLPOptimizer.pretrained([w], "mlp-small")
-    >>> w.square().sum().backward()
-    >>> optimizer.step()
-    >>> round(w.item(), 2)
-    3.97
-
-    Source: Metz et al., "Practical tradeoffs between memory, compute, and performance in learned
-    optimizers", 2022 (small_fc_lopt), which has no scale.
+    ``rests`` are 1 - decay, of ``DECAYS``.
     """
+    gradients = [p.grad.float().contiguous() for p in params if p.grad is not None]
+    before = _before(states, gradients)
+    _remember(rests, states, gradients)
+    sizes = torch.stack([_sizes(weights, p) for p in params])
+    signals = _signals(before, states, gradients, params, sizes, t)
+    scales = _scales(weights, [state["units"] for state in states], signals, sizes, t)
+    times = torch.tanh(t / weights["times"] - 1)
+    for p, g, state, scale in zip(params, gradients, states, scales, strict=True):
+        x, k = _first_layer(weights, times, p, g, state), 1
+        while mlp_names(k)[0] in weights:
+            weight, bias = (weights[name] for name in mlp_names(k))
+            x, k = torch.addmm(bias[:, None], weight, x.relu_()), k + 1
+        direction, magnitude = x
+        moved = magnitude.mul_(SCALE).exp_().mul_(direction)
+        moved.mul_(lr * SCALE * scale)
+        p.sub_(moved.reshape(p.shape).to(p.dtype))
 
-    architecture, wide, options = "mlp", "mlp.0.bias", ("lr", "clock")
 
-    def __init__(self, params: ParamsT, weights: Mapping[str, Tensor], *, lr: float = 1.0) -> None:
-        check_positive(lr=lr)
-        super().__init__(params, weights, {"lr": lr, "clock": 0})
-        for name, numbers in (("times", TIMES), ("leaks", LEAKS)):
-            self.weights[name] = torch.tensor(numbers, dtype=torch.float32, device="cpu")
-
-    def _check_numbers(self, group: dict[str, Any]) -> None:
-        check_positive(lr=group.get("lr") or 1.0)  # 0 as before a warm-up
-
-    def _check(self, gradient: Tensor) -> None:
-        super()._check(gradient)
-        if hasattr(gradient, "to_local"):
-            raise ValueError(
-                "gradients must be whole for MLPOptimizer, which normalizes over all of a tensor, "
-                "got a sharded one"
-            )
-
-    def _update(
-        self, params: list[Tensor], weights: dict[str, Tensor], group: dict[str, Any]
-    ) -> None:
-        params = [p for p in params if p.numel()]
-        if not params:
-            return
-        gradients = [p.grad.float().contiguous() for p in params if p.grad is not None]
-        states = [self._memory(p) for p in params]
-        t, before = group["clock"], _before(states, gradients)
-        self._remember(states, gradients)
-        sizes = torch.stack([_sizes(weights, p) for p in params])
-        signals = _signals(before, states, gradients, params, sizes, t)
-        scales = _scales(weights, [state["units"] for state in states], signals, sizes, t)
-        first = weights["mlp.0.weight"]
-        times = torch.tanh(t / weights["times"] - 1)
-        for p, g, state, scale in zip(params, gradients, states, scales, strict=True):
-            x = _first_layer(first, weights["mlp.0.bias"], times, p, g, state)
-            for k in range(1, self.layers + 1):
-                weight, bias = (weights[name] for name in mlp_names(k))
-                x = torch.addmm(bias[:, None], weight, x.relu_())
-            direction, magnitude = x
-            step = magnitude.mul_(SCALE).exp_().mul_(direction)
-            step.mul_(group["lr"] * SCALE * scale)
-            p.sub_(step.reshape(p.shape).to(p.dtype))
-
-    def _shapes(self, p: Tensor) -> dict[str, tuple[int, ...]]:
-        means = _means(torch.empty(p.shape, device="meta"))
-        shapes = {"momenta": (3, *p.shape), "second_moment": (*p.shape,)}
-        shapes |= {name: (3, *mean.shape) for name, mean in means.items()}
-        return shapes | {"units": (UNITS,)}
-
-    def _remember(self, states: list[dict[str, Tensor]], gradients: list[Tensor]) -> None:
-        """The running means, each of all tensors at once."""
-        momentum, second_moment, factored = (
-            torch.exp(10 * self.weights[name].clamp(max=0)).tolist() for name in DECAYS
-        )
-        for k, rest in enumerate(momentum):
-            torch._foreach_lerp_([s["momenta"][k] for s in states], gradients, rest)  # pyright: ignore
-        squares = torch._foreach_mul(gradients, gradients)  # pyright: ignore
-        torch._foreach_lerp_([s["second_moment"] for s in states], squares, *second_moment)  # pyright: ignore
-        torch._foreach_add_(squares, 1e-30)  # pyright: ignore
-        old, new = [], []
-        for state, square in zip(states, squares, strict=True):
-            for name, mean in _means(square).items():
-                old.append(state[name])
-                new.append(mean)
-        for k, rest in enumerate(factored):
-            torch._foreach_lerp_([mean[k] for mean in old], new, rest)  # pyright: ignore
+def _remember(
+    rests: list[list[float]], states: list[dict[str, Tensor]], gradients: list[Tensor]
+) -> None:
+    """The running means, each of all tensors at once."""
+    momentum, second_moment, factored = rests
+    for k, rest in enumerate(momentum):
+        torch._foreach_lerp_([s["momenta"][k] for s in states], gradients, rest)  # pyright: ignore
+    squares = torch._foreach_mul(gradients, gradients)  # pyright: ignore
+    torch._foreach_lerp_([s["second_moment"] for s in states], squares, *second_moment)  # pyright: ignore
+    torch._foreach_add_(squares, 1e-30)  # pyright: ignore
+    old, new = [], []
+    for state, square in zip(states, squares, strict=True):
+        for name, mean in _means(square).items():
+            old.append(state[name])
+            new.append(mean)
+    for k, rest in enumerate(factored):
+        torch._foreach_lerp_([mean[k] for mean in old], new, rest)  # pyright: ignore
 
 
 def _means(squares: Tensor) -> dict[str, Tensor]:
@@ -242,13 +183,14 @@ def _scales(
 
 
 def _first_layer(
-    weight: Tensor, bias: Tensor, times: Tensor, p: Tensor, g: Tensor, state: dict[str, Tensor]
+    weights: dict[str, Tensor], times: Tensor, p: Tensor, g: Tensor, state: dict[str, Tensor]
 ) -> Tensor:
     """Weight times features, [H, n], a few features at a time: never all of them in memory.
 
     The order of the features is that of ``lossguard.learned.mlp``. Products go into one buffer:
     fresh memory costs more than the arithmetic.
     """
+    weight, bias = (weights[name] for name in mlp_names(0))
     m, v, rows = state["momenta"], state["second_moment"], state["rows"]
     if "columns" in state:
         columns = state["columns"]

@@ -1,0 +1,205 @@
+"""The MLP optimizer of Metz et al. (2022) as a ``torch.optim.Optimizer``."""
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from lossguard.learned.mlp_features import LEAKS, TIMES
+from lossguard.learned.weights_file import ARCHITECTURES, path_of, read_weights
+from lossguard.torch.mlp_step import DECAYS, shapes, step
+from lossguard.validation import check_kind, check_positive
+
+SHAPES = ARCHITECTURES["mlp"].shapes
+
+
+class MLPOptimizer(Optimizer):
+    """A small learned optimizer: one tiny network, run on every coordinate alike.
+
+    For each coordinate, from the features and steps t of ``lossguard.mlp_optimizer``, which
+    computes the same:
+
+        direction, magnitude = MLP(features, tanh(t / TIMES - 1))
+        p <- p - lr 0.001 scale direction exp(0.001 magnitude)
+        scale = exp(scaling . (size_features(p.shape), ln(1 + t / AGES)) + output . units)
+
+    The computation and its memory are in float32, also where the step is under autocast. The memory
+    takes 16 bytes a coordinate. A matrix of r rows and c columns takes 12 (r + c) more, a vector of
+    n 12 n; and each parameter 32. A step needs 4 bytes a coordinate of all parameters while it
+    runs, 8 in bfloat16, and 32 of the largest matrix or 84 of the largest vector. t is the
+    ``clock`` of a parameter group, which guards set to the time of the whole run.
+
+    Args:
+        params: parameters, or groups of them.
+        weights: what meta-training made: ``mlp.0.weight`` [H, 39], ``mlp.0.bias`` [H], the same of
+            further layers, the last with 2 outputs; ``momentum_decays`` [3],
+            ``second_moment_decay`` [1], ``factored_decays`` [3], each the log(1 - decay) / 10;
+            ``scaling`` [7], two factors, and powers of size and time; ``scheduler.input`` [8, 15],
+            ``scheduler.hidden`` [8, 8], ``scheduler.bias`` [8], ``scheduler.output`` [8].
+        lr: factor of the steps, 1 in training; schedulers act on it.
+
+    Raises:
+        ValueError: if a tensor of the weights is missing or of another shape, or lr isn't positive
+            and finite; in ``step``, if a gradient is complex, sparse or sharded.
+
+    >>> w = torch.tensor([4.0], requires_grad=True)
+    >>> optimizer = MLPOptimizer.pretrained([w], "mlp-small")
+    >>> w.square().sum().backward()
+    >>> optimizer.step()
+    >>> round(w.item(), 2)
+    3.97
+
+    Source: Metz et al., "Practical tradeoffs between memory, compute, and performance in learned
+    optimizers", 2022 (small_fc_lopt), which has no scale.
+    """
+
+    def __init__(self, params: ParamsT, weights: Mapping[str, Tensor], *, lr: float = 1.0) -> None:
+        check_positive(lr=lr)
+        check_kind("weights", weights, Mapping, "a dictionary of tensors, or use pretrained()")
+        layers = 1
+        while SHAPES(1, layers + 1).keys() <= weights.keys():
+            layers += 1
+        needed = [*SHAPES(1, layers)]
+        if missing := [name for name in needed if name not in weights]:
+            raise ValueError(f"weights must hold {', '.join(needed)}, got none of {missing}")
+        for name, shape in SHAPES(len(weights["mlp.0.bias"]), layers).items():
+            if (given := list(weights[name].shape)) != shape:
+                raise ValueError(f"weights must have {name} of shape {shape}, got {given}")
+        tensors = {name: torch.as_tensor(tensor, device="cpu") for name, tensor in weights.items()}
+        self.weights = {name: tensor.detach().float() for name, tensor in tensors.items()}
+        for name, numbers in (("times", TIMES), ("leaks", LEAKS)):
+            self.weights[name] = torch.tensor(numbers, dtype=torch.float32, device="cpu")
+        self._rests = [torch.exp(10 * self.weights[name].clamp(max=0)).tolist() for name in DECAYS]
+        self._on: dict[torch.device, dict[str, Tensor]] = {}
+        """The weights on each device that has parameters."""
+        plain = lr if isinstance(lr, Tensor) else float(lr)  # NumPy's are not loaded safely
+        super().__init__(params, {"lr": plain, "clock": 0})
+
+    @classmethod
+    def pretrained(cls, params: ParamsT, name: str | os.PathLike[str]) -> Self:
+        """With weights that the package ships, or your own.
+
+        Args:
+            params: what it is to optimize.
+            name: "mlp-small", or the path of what meta-training left, which ends in
+                ``.safetensors``.
+
+        Raises:
+            ValueError: if there are none of that name, the file is damaged, or its weights are an
+                LSTM's.
+            OSError: if it can't be read.
+        """
+        file = read_weights(path_of(name))
+        if file.architecture != "mlp":
+            raise ValueError(
+                "weights must be an MLP's for MLPOptimizer, got those of an LSTM (which is for "
+                "JAX: lossguard.pretrained)"
+            )
+        return cls(params, {name: torch.from_numpy(one) for name, one in file.tensors.items()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        ours = {"weights": self.weights, "_rests": self._rests, "_on": {}}
+        return {**super().__getstate__(), **ours}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, whose rate must be in range as well."""
+        if isinstance(param_group, dict):  # else torch refuses it
+            check_positive(lr=param_group.get("lr") or 1.0)  # 0 as before a warm-up
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned: the memory stays in float32.
+
+        Raises:
+            ValueError: if it is another optimizer's, or one's of other parameters.
+        """
+        memory: list[tuple[Tensor, dict[str, Tensor]]] = []
+        hook = self.register_load_state_dict_pre_hook(  # after all others, which may change it
+            lambda _, given: memory.extend(self._found(given))
+        )
+        try:
+            super().load_state_dict(state_dict)  # which casts it to the dtype of the parameters
+        finally:
+            hook.remove()
+        for p, found in memory:
+            self.state[p] = {k: v.to(p.device, copy=True) for k, v in found.items()}
+
+    def _found(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """What a state has of each parameter that it has a memory of."""
+        groups, memory = state_dict["param_groups"], []
+        given = [index for group in groups for index in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        if any("clock" not in group for group in groups):
+            raise ValueError("state must be one of MLPOptimizer, got another optimizer's")
+        for index, p in zip(given, params, strict=False):  # torch refuses other numbers of them
+            if found := state_dict["state"].get(index):
+                self.check_memory(p, found)
+                memory.append((p, found))
+        return memory
+
+    def check_memory(self, p: Tensor, found: dict[str, Any]) -> None:
+        """Refuse a memory of a parameter that isn't of this optimizer."""
+        needed = {name: [*shape] for name, shape in sorted(shapes(p).items())}
+        got = {name: [*getattr(one, "shape", ())] for name, one in sorted(found.items())}
+        if needed != got:
+            raise ValueError(
+                f"state must be one of MLPOptimizer, which remembers {needed} of a parameter of "
+                f"shape {list(p.shape)}, got {got}"
+            )
+
+    def _memory(self, p: Tensor) -> dict[str, Tensor]:
+        """What is remembered of a parameter: zeros on its device at first."""
+        if not (state := self.state[p]):
+            for name, shape in shapes(p).items():
+                state[name] = torch.zeros(shape, dtype=torch.float32, device=p.device)
+        return state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore
+        """Take one step.
+
+        Args:
+            closure: evaluates the loss, calls ``backward`` and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:  # all of them before any parameter is moved
+            for p in group["params"]:
+                if p.grad is not None:
+                    _check(p.grad)
+        for group in self.param_groups:
+            by_device: dict[torch.device, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None and p.numel():
+                    by_device.setdefault(p.device, []).append(p)
+            for device, params in by_device.items():
+                if device not in self._on:
+                    self._on[device] = {k: t.to(device) for k, t in self.weights.items()}
+                states = [self._memory(p) for p in params]
+                # Matrix products keep their dtype inside; some kinds of device have no autocast.
+                available = torch.amp.is_autocast_available(device.type)
+                with torch.autocast(device.type, enabled=False) if available else nullcontext():
+                    lr, t = group["lr"], group["clock"]
+                    step(params, states, self._on[device], self._rests, lr, t)
+            group["clock"] += 1
+        return loss
+
+
+def _check(gradient: Tensor) -> None:
+    """Refuse what it can't compute with: it normalizes over all of a tensor."""
+    for is_so, kind in (
+        (gradient.is_sparse, "sparse"),
+        (gradient.is_complex(), "complex"),
+        (hasattr(gradient, "to_local"), "sharded"),
+    ):
+        if is_so:
+            raise ValueError(
+                f"gradients must be real, dense and whole for MLPOptimizer, got a {kind} one"
+            )

@@ -61,6 +61,6 @@ def check_price(decisions, nt: int, share: float):
     of_s = np.cumsum(decisions.gradients - nt - of_y, axis=-1)
     of_y, price = of_y.cumsum(axis=-1), np.cumsum(decisions.price(), axis=-1)
     for_trials = share * k + np.sqrt(k)
-    assert (of_y <= for_trials + first).all()
+    assert (of_y <= np.maximum(first, for_trials)).all()
     np.testing.assert_allclose(price, k + of_s + of_y)
     return of_s, ((k > 1_000) * of_y / for_trials).max()

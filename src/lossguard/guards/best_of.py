@@ -77,8 +77,9 @@ def best_of(
 
         sum_c decay^(C-c) d[followed in c](c)  <=  min_j sum_c decay^(C-c) d[j](c)
 
-    over the guards that were finite and not ruined ("be the leader": Kalai and Vempala, 2005): with
-    hindsight, as d is known before the leader is chosen. With ``share`` only who runs can be it.
+    over the guards that were not ruined, if all stay finite ("be the leader": Kalai and Vempala,
+    2005): with hindsight, d being known before the leader is chosen. With ``share`` only who runs
+    can be it.
     Who isn't finite, or is ruined, begins again at x: ``SideBySide`` says when.
 
     Args:

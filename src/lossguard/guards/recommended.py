@@ -51,8 +51,8 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
     on as it does, would be a tenth below that of x. x goes back to it if it wins a trial against x.
 
     So a cycle costs nt gradients, and nt more for each challenger that runs in it: y on trial while
-    the fallback leads, in at most ``share`` of the steps and sqrt(k) + 10 more (tens rounded up to
-    whole cycles); s while x is off its path, in at most that share, or five times that as above.
+    the fallback leads, of k steps in at most ``share`` k + sqrt(k), or in the first trial's ten
+    (rounded up to whole cycles); s while x is off its path, as above.
     Training losses decide; no minibatch is only checked on.
 
     Args:

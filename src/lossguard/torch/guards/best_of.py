@@ -50,12 +50,12 @@ class BestOf(Guard):
         W[j] <- decay W[j] + 1;   D[j] <- D[j] + (d - D[j]) / W[j]
         model <- w[j] of the lowest D[j]
 
-    Without ``share`` all run in every cycle. Then, without ``check``, the losses reported never sum
-    up to more than those of any optimizer that stays finite and isn't ruined. They are reported
-    with hindsight: d is known before the leader is chosen. With ``share`` all run in the first 100
-    steps; after 50 of them D begins anew: a bad start is forgotten by then. After the 100 the
-    leader runs, and each of the others in that share of the cycles, so that several cost little
-    more than one. Who didn't run can't take over.
+    Without ``share`` all run in every cycle. Then, without ``check``, the cycles' mean losses that
+    are reported never sum up to more than those of any optimizer that isn't ruined, if all stay
+    finite. They are reported with hindsight: d is known before the leader is chosen. With ``share``
+    all run in the first 100 steps; after 50 of them D begins anew: a bad start is forgotten by
+    then. After the 100 the leader runs, and each of the others in that share of the cycles, so that
+    several cost little more than one. Who didn't run can't take over.
 
     Args:
         optimizers: of the same parameters. The first is followed where all are level, and its

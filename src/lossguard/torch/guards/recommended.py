@@ -19,9 +19,9 @@ class Recommended(GuardOfTwo):
     The rules are those of ``lossguard.recommended``; ``docs/guards.md`` tells them.
 
     A step costs one gradient, and one more for each challenger that runs in the cycle: y on trial,
-    in at most ``share`` of the steps and sqrt(k) + 10 more (tens rounded up to whole cycles), k
-    being the steps so far; s, in at most that share, or five times that where it would soon be a
-    tenth below the model.
+    of k steps in at most ``share`` k + sqrt(k), or in the first trial's ten (rounded up to whole
+    cycles); s, in at most ``share`` k, or five times that where it would soon be a tenth below the
+    model.
 
     Args:
         learned: the optimizer that is not trusted.

@@ -164,7 +164,9 @@ class Rewind(Uncopied):
 
     returns = _of_rule("returns", "How often it has gone back.")
     thrown = _of_rule("thrown", "Steps thrown away: at most rho T + window in every run.")
-    skipped = _of_rule("skipped", "Steps that weren't finite nor taken, as far as they were read.")
+    skipped = _of_rule(
+        "skipped", "Steps, as far as read, whose gradients or model were not finite."
+    )
 
     def observe(self, loss: Any) -> None:
         """Tell it the loss, one number, of a step that was just taken, from before the step."""

@@ -59,7 +59,7 @@ class Rule:
 
     Attributes:
         calls: T, those whose losses it has heard.
-        returns, thrown, skipped: returns, steps thrown away, steps that were not taken.
+        returns, thrown, skipped: returns, steps thrown away, steps that were not finite.
         age, candidate_age: steps since the trusted snapshot and since the candidate.
         pending: whether there is a candidate.
         losses, audit: those of the present block, and the last audit.

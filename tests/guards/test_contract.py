@@ -6,6 +6,7 @@ operation; it compiles once; dtypes, structure and counters are kept.
 
 from functools import cache, partial
 from itertools import product
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -229,6 +230,52 @@ def test_programs_stay_small_and_convert_nothing_unasked(guard) -> None:
         state = made.init(start())
         jax.eval_shape(lambda state: made.step(state, objective), state)
     assert len(objectives) <= 6 and len(updates) <= 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("guard", GUARDS)
+def test_numbers_keep_their_types(guard, dtype) -> None:
+    """Also where integers are of 64 bits by default: the minibatch's and the counts are of 32."""
+
+    def objective(params, i):
+        assert i.dtype == jnp.int32
+        return jnp.sum(params**2)
+
+    with jax.enable_x64(dtype == "float64"), jax.numpy_dtype_promotion("strict"):
+        made = GUARDS[guard](optax.sgd(R), optax.sgd(R))
+        state = made.init(jnp.ones(2, dtype))
+        after, decision = jax.eval_shape(lambda state: made.step(state, objective), state)
+    before, after = ([leaf.dtype for leaf in jax.tree.leaves(one)] for one in (state, after))
+    assert after == before
+    assert decision.losses.dtype == max(dtype, "float32")  # by name
+    counts = decision.winner, decision.gradients, decision.forwards, decision.learned_updates
+    assert {count.dtype for count in counts} == {jnp.dtype("int32")}
+
+
+class Counts(NamedTuple):
+    """Parameters; what Adam remembers of them has the same fields."""
+
+    count: jax.Array
+
+
+class Others(NamedTuple):
+    """The same under another name."""
+
+    weight: jax.Array
+
+
+@pytest.mark.parametrize("guard", [*RELAYS, "best of with share", "reset"])
+def test_parameters_may_have_the_name_of_a_schedules_count(guard) -> None:
+    made = GUARDS[guard](optax.adam(lambda k: jnp.where(k < 20, 0.3, -0.1)), optax.adam(0.1))
+
+    def objective(params, i):
+        return jnp.sum(params[0] ** 2)
+
+    ends = []
+    for kind in (Counts, Others):
+        state, _ = lossguard.rollout(made, made.init(kind(jnp.ones(2))), objective, cycles=30)
+        ends.append(jax.tree.leaves(state))
+    jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
 @cache

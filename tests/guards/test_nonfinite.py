@@ -204,6 +204,17 @@ def test_the_residual_guard_gets_over_a_bad_minibatch(minibatch, value) -> None:
     assert np.isfinite(states.params).all()
 
 
+@pytest.mark.parametrize("fallback", [optax.linear_schedule(0.0, 0.1, 50), 0.0])
+def test_the_residual_guard_waits_for_a_fallback_that_moves(fallback) -> None:
+    """A warm-up from 0 begins with a residual of 0, which is no bound."""
+    guard = lossguard.residual_guard(optax.sgd(0.3), optax.sgd(fallback))
+    _, decisions = lossguard.rollout(
+        guard, guard.init(jnp.ones(2)), lambda w, i: jnp.sum(w**2), cycles=3
+    )
+    assert not decisions.used_learned[0, 0]
+    assert decisions.used_learned.any() == (fallback != 0.0)
+
+
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("name", [*RELAYS, "best_of", "stacked"])
 def test_a_gradient_that_is_not_finite_is_one_of_0(name) -> None:

@@ -24,6 +24,21 @@ def whole(w: jax.Array) -> jax.Array:
     return 0.5 * jnp.sum(CURVATURES * w**2)
 
 
+@pytest.mark.parametrize("c", [1e-30, 1e20, 1e30])
+def test_what_decides_does_not_depend_on_the_unit_of_the_loss(c) -> None:
+    """Whose square may overflow, or vanish."""
+
+    def winners(c):
+        guard = lossguard.recommended(optax.sgd(0.1 / c), optax.sgd(0.03 / c))
+
+        def objective(w, i):
+            return c * jnp.sum((w - 0.1 * jax.random.normal(jax.random.key(i), (2,))) ** 2)
+
+        return play(guard, objective, jnp.ones(2), 40)[1].winner.tolist()
+
+    assert winners(c) == winners(1.0) and len({*winners(1.0)}) > 1
+
+
 @pytest.fixture(scope="module")
 def played():
     """Of every hostile optimizer and seed: the loss after each cycle, decisions; and the

@@ -132,7 +132,7 @@ def test_errors_in_a_check_tell_of_it():
 
     with pytest.raises(RuntimeError, match="does not require grad") as error:
         guard.step(closure)
-    assert "the guard only checks here" in error.value.__notes__[0]
+    assert "only the loss is needed here" in error.value.__notes__[0]
 
 
 @pytest.mark.parametrize("kind", TWO)

@@ -9,7 +9,7 @@ from models import KINDS, assert_same_state, backward, minibatches, mlp, run, sq
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam
 
-from lossguard.torch import BestOf, Recommended, Rewind
+from lossguard.torch import BestOf, Recommended, ResidualGuard, Rewind
 
 
 class Master(SGD):
@@ -48,14 +48,26 @@ class Slow(SGD):
         return loss
 
 
+class Averaged(SGD):
+    """Dual averaging: steps are from where it began, by the sum of all gradients."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            start = self.state[p].setdefault("start", p.detach().clone())
+            total = self.state[p].setdefault("sum", torch.zeros_like(p))
+            p.copy_(start - self.param_groups[0]["lr"] * total.add_(p.grad))
+
+
+@pytest.mark.parametrize("kind", [Slow, Averaged])
 @pytest.mark.parametrize("bias", [False, True])
-def test_slow_weights_go_with_their_lane(bias):
-    """Else the model is thrown back at the next of their steps."""
+def test_slow_weights_and_starts_go_with_their_lane(kind, bias):
+    """Else the model is thrown back, or away, at the next of their steps."""
     generator = torch.Generator().manual_seed(0)
     model, truth = torch.nn.Linear(20, 1, bias=bias), 3 * torch.randn(20, 1, generator=generator)
     for p in model.parameters():
         torch.nn.init.constant_(p, 0.1)
-    learned, fallback = Adam(model.parameters(), lr=0.2), Slow(model.parameters(), lr=0.01)
+    learned, fallback = Adam(model.parameters(), lr=0.2), kind(model.parameters(), lr=0.01)
     guard, losses = Recommended(learned, fallback, model=model), []
     for _ in range(400):
         x = torch.randn(32, 20, generator=generator)
@@ -64,10 +76,29 @@ def test_slow_weights_go_with_their_lane(bias):
             loss = backward((model(x) - y).square().mean())
             lane.step(loss)
         losses.append(loss.item())
-    assert guard._inners["fallback"].copies == {"slow"}
+    assert guard._inners["fallback"].copies == {"slow" if kind is Slow else "start"}
     winners = [decision.winner for decision in guard.history]
     over = next(10 * k for k in range(1, 40) if winners[k - 1] == 0 and winners[k] != 0)
     assert max(losses[over : over + 50]) < 2 * max(losses[over - 10 : over])
+
+
+@pytest.mark.parametrize("make", [partial(Averaged, lr=0.01), partial(Slow, lr=0.01)])
+def test_under_the_residual_guard_it_stays_where_it_is(make):
+    """A fallback of which every step is kept goes as it does alone."""
+    ends = []
+    for guarded in (False, True):
+        w = torch.nn.Parameter(torch.tensor([4.0, -1.0]))
+        alone = make([w])
+        learned = SGD([w], lr=0.0)
+        guard = ResidualGuard(learned, alone, model=None, nt=1, alpha=1e-6)
+        for _ in range(20):
+            guard.zero_grad()
+            if guarded:
+                guard.step(lambda w=w: backward(w.square().sum()))
+            else:
+                step_by(alone, w.square().sum())
+        ends.append(w.detach())
+    assert torch.equal(*ends)
 
 
 def test_momentum_is_no_copy_where_gradients_are_the_parameters():

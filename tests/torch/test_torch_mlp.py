@@ -403,3 +403,19 @@ def test_other_gradients_are_refused(kind):
     with refuses(f"{rule}, got a {kind} one", "$"):
         optimizer.step()
     assert torch.equal(other, torch.ones(2)) and not optimizer.state
+
+
+def test_what_it_is_given_is_copied_and_made_plain():
+    given, p = weights_of(), nn.Parameter(torch.ones(3, 2))
+    optimizer = MLPOptimizer([{"params": [p], "lr": np.float64(0.5)}], given)
+    for tensor in given.values():
+        tensor.zero_()
+    assert all(map(torch.equal, map(optimizer.weights.get, given), weights_of().values()))
+    assert type(optimizer.param_groups[0]["lr"]) is float
+
+
+def test_a_step_in_the_capture_of_a_graph_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with refuses("optimizer.step must be called outside of a CUDA graph for MLPOptimizer"):
+        make(nn.Parameter(torch.ones(2))).step()

@@ -57,6 +57,33 @@ def test_quadratic(theta, alpha):
     assert set(kept) == {True, False}
 
 
+def test_what_a_forward_pass_changes_is_where_the_step_begins():
+    """As an embedding's ``max_norm`` does."""
+    ends = []
+    for guarded in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(4, 2, max_norm=0.5), nn.Flatten(), nn.Linear(2, 1))
+        alone, x = SGD(model.parameters(), lr=0.1), torch.tensor([[0], [1], [2]])
+        guard, learned = alone, SGD(model.parameters(), lr=0.0)
+        if guarded:
+            guard = guards.ResidualGuard(learned, alone, model=model, nt=1, alpha=1e-6)
+        for _ in range(5):
+            guard.zero_grad()
+            guard.step(lambda model=model, x=x: backward((model(x) - 1).square().mean()))
+        ends.append([p.detach() for p in model.parameters()])
+    assert all(map(torch.equal, *ends))
+
+
+def test_a_fallback_that_does_not_move_at_first_is_no_bound():
+    weight, closure = quadratic(1.0)
+    fallback = SGD([weight], lr=0.0)
+    guard = ResidualGuard(SGD([weight], lr=0.5), fallback, nt=4)
+    for step in range(4):
+        fallback.param_groups[0]["lr"] = 0.1 * (step > 1)
+        guard.step(closure)
+    assert guard.last_decision.used_learned == [False, False, True, True]
+
+
 def test_not_finite_proposals():
     weight = torch.tensor([3.0], requires_grad=True)
     learned, fallback = SGD([weight], lr=1.0), SGD([weight], lr=0.1)

@@ -24,6 +24,20 @@ def test_one_schedule_drives_both_in_proportion():
     assert seen == [pytest.approx((0.05 * f, 0.3 * f)) for f in factors]
 
 
+def test_a_schedule_whose_rates_are_tensors_drives_both():
+    """It changes them in place."""
+    model = mlp()
+    guard = two(Recommended, model, nt=2)
+    fallback, learned = (inner.optimizer for inner in guard._inners.values())
+    scheduler = LambdaLR(guard, lambda t: torch.tensor(0.5) ** t)
+    for batch in minibatches(3):
+        guard.step(closure_for(guard, model, batch))
+        scheduler.step()
+    guard.step(closure_for(guard, model, batch))
+    rates = learned.param_groups[0]["lr"], fallback.param_groups[0]["lr"]
+    assert rates == pytest.approx((0.05 / 8, 0.3 / 8))
+
+
 def test_one_schedule_drives_all_rates_of_a_function():
     weight, closure = quadratic(1.0)
     rates = [torch.tensor(0.1), torch.tensor(0.4)]

@@ -185,7 +185,7 @@ class SideBySide:
         d = jnp.stack(passed_over(*rows)[1]).mean(axis=1)
         ran = jnp.array(runs)
         sound = jnp.stack([is_sound(at.params, state.params) for at in states])
-        beside = ran & (jnp.arange(len(d)) != inner.leader)
+        beside = ran & (jnp.arange(len(d), dtype=jnp.int32) != inner.leader)
         inner, fine, again = self.settle(inner, jnp.stack(losses), void, d, ran, sound)
         if self.share is not None:
             inner = head_start(inner, beside, state.steps, nt)
@@ -215,7 +215,7 @@ class SideBySide:
             return [True] * len(self.members)
         spent, k = (count.astype(inner.records.dtype) for count in (inner.spent, k))
         due = (k < HEAD_START) | (spent <= self.share * (k - HEAD_START))
-        return [*(due | (jnp.arange(len(spent)) == inner.leader))]
+        return [*(due | (jnp.arange(len(spent), dtype=jnp.int32) == inner.leader))]
 
     def step_if(
         self,
@@ -262,7 +262,7 @@ class SideBySide:
 
         ``sound`` are those whose parameters are finite.
         """
-        d, numbers = d.astype(inner.records.dtype), jnp.arange(len(d))
+        d, numbers = d.astype(inner.records.dtype), jnp.arange(len(d), dtype=jnp.int32)
         leads = numbers == inner.leader
         lost = ~(jnp.isfinite(d) & ran).any()  # all minibatches are, on all
         fine = ~ran | (sound & (jnp.isfinite(d) | lost))
@@ -274,7 +274,7 @@ class SideBySide:
         records = jnp.where(counts, known + (d - known) / weights, inner.records)
         lowest = jnp.fmin(inner.lowest, records)
         may_lead = ran & (fine | goes_back) & ~jnp.isnan(records)
-        best = jnp.argmin(jnp.where(may_lead, records, jnp.inf))
+        best = jnp.argmin(jnp.where(may_lead, records, jnp.inf)).astype(jnp.int32)
         best = jnp.where(may_lead.any(), best, inner.leader)
 
         compared = counts & fine & ~leads & fine[inner.leader]
@@ -290,7 +290,7 @@ class SideBySide:
             weights=jnp.where(again, weights[best], weights),
             lowest=jnp.where(again, records[best], lowest),
             against=choose(restarts, fresh, choose(compared, tried, inner.against)),
-            leader=best.astype(jnp.int32),
+            leader=best,
         )
         return after, fine, again
 

@@ -9,7 +9,17 @@ import numpy as np
 from jaxtyping import Array, Int, PyTree
 
 from ..validation import check_count, check_function, check_kind
-from .protocol import Decision, Guard, GuardState, Objective, Params, advance, check_loss, following
+from .protocol import (
+    Decision,
+    Guard,
+    GuardState,
+    Objective,
+    Params,
+    advance,
+    check_loss,
+    following,
+    wide,
+)
 from .stacked import check_stacked
 
 LONGEST = 10**6
@@ -117,9 +127,9 @@ def loss_dtype(
     check_function(name, objective, f"{name}(params, i)")
     out = jax.eval_shape(objective, params, i)
     check_loss(name, out)
-    return jnp.promote_types(out.dtype, jnp.float32)
+    return wide(out.dtype)
 
 
 def sum_dtype(params: Params) -> jnp.dtype:
     """The dtype of what a guard adds up or follows over cycles: the widest, float32 at least."""
-    return jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+    return wide(*jax.tree.leaves(params))

@@ -106,7 +106,7 @@ def train(
             losses.append(jnp.asarray(loss, now.dtype))
         return tuple(after), jnp.stack(losses)
 
-    lanes, losses = jax.lax.scan(step, tuple(lanes), jnp.arange(now.nt))
+    lanes, losses = jax.lax.scan(step, tuple(lanes), jnp.arange(now.nt, dtype=jnp.int32))
     return lanes, losses.T
 
 
@@ -168,7 +168,7 @@ def losses_at(points: Sequence[Params], now: Cycle) -> Float[Array, "nt points"]
     def at(t: Any) -> Array:
         return jnp.stack([jnp.asarray(now.objective(w, now.i + t), now.dtype) for w in points])
 
-    return jax.lax.map(at, jnp.arange(now.nt))
+    return jax.lax.map(at, jnp.arange(now.nt, dtype=jnp.int32))
 
 
 def is_fine(lane: Lane, losses: Float[Array, "..."], before: Params) -> Bool[Array, ""]:

@@ -66,7 +66,7 @@ def rate(progress: Progress) -> Float[Array, ""]:
     positive = (progress.recent > 0) & (progress.earlier > 0)
     drop = jnp.log(jnp.where(positive, progress.earlier / progress.recent, 1))
     times = jnp.where(known, progress.age / jnp.maximum(progress.earlier_age, 1), 2)
-    a = jnp.where(positive, drop / jnp.log(times), fell.astype(drop.dtype))
+    a = jnp.where(positive, drop / jnp.log(times).astype(drop.dtype), fell.astype(drop.dtype))
     return jnp.where(known, a, 1)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
@@ -96,6 +97,12 @@ def advance(
 def following(i: Int[Array, ""], by: int) -> Int[Array, ""]:
     """The number of the minibatch ``by`` later; 0 if a cycle from there would pass the largest."""
     return jnp.where(i > MOST - 2 * by, 0, i + by).astype(jnp.int32)
+
+
+def wide(*dtypes: Any) -> jnp.dtype:
+    """The widest of these, float32 at least; under strict promotion too."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(jnp.float32, *dtypes)
 
 
 def check_loss(name: str, loss: Any) -> None:

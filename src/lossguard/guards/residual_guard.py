@@ -85,8 +85,7 @@ def residual_guard(
     these optimizer steps. The test at y uses a copy of the fallback's state, which itself advances
     once a step, from x, whatever was kept; the learned state runs on likewise. A proposal that is
     not finite is rejected; if the fallback's step isn't finite either, x stays. Nothing is accepted
-    until ||S(x)|| was finite once: then it becomes mu_1; nor while mu is 0, as it is where steps
-    are lost in rounding.
+    until ||S(x)|| is finite and above 0, as it isn't in a warm-up's first step: then it is mu_1.
 
     Args:
         learned: the optimizer that is not trusted, an optax transformation.
@@ -94,7 +93,8 @@ def residual_guard(
         alpha: 1 - delta, how much smaller than mu a residual has to be.
         sequence: how mu follows residuals, by default those accepted; ``ema(0.9)`` by default.
         residual: "step", S(y) is the fallback's update (for SGD: the rate times the gradient), or
-            "gradient", the gradient without the rate.
+            "gradient", the gradient without the rate, for a fallback that rests in some steps, as
+            one in ``optax.MultiSteps`` does.
         nt: optimizer steps a cycle.
 
     Cost a step: 2 gradients, the second after the learned update, which came after the first.
@@ -124,7 +124,7 @@ def residual_guard(
     def cycle(
         x: Params, inner: ResidualGuardState, now: Cycle
     ) -> tuple[Params, ResidualGuardState, Decision]:
-        step, numbers = partial(gl2o, now.objective), now.i + jnp.arange(now.nt)
+        step, numbers = partial(gl2o, now.objective), now.i + jnp.arange(now.nt, dtype=jnp.int32)
         (x, inner), (ok, losses, finite_y, finite_z) = jax.lax.scan(step, (x, inner), numbers)
         nan = jnp.array(jnp.nan, now.dtype)
         decision = Decision(
@@ -134,7 +134,9 @@ def residual_guard(
             fallback_loss=nan,
             finite_learned=finite_y.all(),
             finite_fallback=finite_z.all(),
-            winner=jnp.where(ok[-1], LEARNED, jnp.where(finite_z[-1], FALLBACK, NEITHER)),
+            winner=jnp.where(ok[-1], LEARNED, jnp.where(finite_z[-1], FALLBACK, NEITHER)).astype(
+                jnp.int32
+            ),
             gradients=jnp.int32(2 * now.nt),
             forwards=jnp.int32(0),
             learned_updates=jnp.int32(now.nt),
@@ -160,8 +162,9 @@ def residual_guard(
             s_x, s_y = gradient, gradient_y
         own, r = (optax.tree.norm(optax.tree.cast(s, sum_dtype(x))) for s in (s_x, s_y))
 
-        # mu_1 is that of the first step, or of the first whose residual is finite.
-        known = jnp.isfinite(sequence.bound(inner.memory))
+        # mu_1 is that of the first step whose residual is finite and above 0.
+        bound = sequence.bound(inner.memory)
+        known = jnp.isfinite(bound) & (bound > 0)
         memory = select(known, inner.memory, sequence.init(own))
         mu = sequence.bound(memory)
         finite_y, finite_z = is_sound(y, x) & jnp.isfinite(r), is_sound(z, x)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, PyTree
 
-from .protocol import Guard, Objective, Params, advance
+from .protocol import Guard, Objective, Params, advance, wide
 from .stacked import stacked
 
 
@@ -46,7 +46,7 @@ def is_sound(
     # By sums, in a third of the time. One of which a part isn't finite isn't either; it may also
     # have overflown.
     leaves = filter(_is_float, jax.tree.leaves(tree))
-    sums = [leaf.sum(dtype=jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves]
+    sums = [leaf.sum(dtype=wide(leaf.dtype)) for leaf in leaves]
     finite = jnp.isfinite(jnp.array(sums)).all()
     return jax.lax.cond(finite, lambda: finite, exactly)
 
@@ -173,7 +173,10 @@ def _is_float(leaf: Array) -> bool:
 
 
 def _is_count(state: PyTree) -> bool:
-    return getattr(state, "_fields", ()) == ("count",)
+    """Whether it is a schedule's. What remembers a parameter called so is no integer."""
+    if getattr(state, "_fields", ()) != ("count",) or jnp.shape(state.count) != ():
+        return False
+    return jnp.issubdtype(jnp.result_type(state.count), jnp.integer)
 
 
 def _go_on(state: PyTree) -> Sequence[str]:

@@ -19,8 +19,8 @@ class Trial(NamedTuple):
     """Of the paired differences, challenger - leader, that are counted."""
     total: Float[Array, ""]
     """The sum of these differences."""
-    squares: Float[Array, ""]
-    """The sum of their squares."""
+    size: Float[Array, ""]
+    """Their Euclidean norm: squares might overflow, or vanish."""
     bound: Float[Array, ""]
     """The leader's smoothed loss when it began, which the challenger has to be below; NaN until
     the first loss of a run is known."""
@@ -55,18 +55,20 @@ def add(
     don't count.
     """
     nt = len(leader)
-    counts = ~void & (jnp.arange(nt) >= jnp.where(trial.cycles == 0, nt // 2, 0))
+    counts = ~void & (jnp.arange(nt, dtype=jnp.int32) >= jnp.where(trial.cycles == 0, nt // 2, 0))
     d = jnp.where(counts, (challenger - leader).astype(trial.total.dtype), 0)
     middle = trial.cycles == trial.length // 2
-    before = (jnp.where(middle, 0, n) for n in (trial.pairs, trial.total, trial.squares))
+    before = (jnp.where(middle, 0, n) for n in (trial.pairs, trial.total, trial.size))
     first = leader[0].astype(trial.bound.dtype)
-    pairs, total, squares = before
+    pairs, total, size = before
+    most = jnp.maximum(size, jnp.abs(d).max())
+    unit = jnp.where(jnp.isfinite(most) & (most > 0), most, 1)
     return Trial(
         trial.cycles + 1,
         trial.length,
         pairs + counts.sum(dtype=jnp.int32),
         total + d.sum(),
-        squares + (d**2).sum(),
+        unit * jnp.sqrt((size / unit) ** 2 + ((d / unit) ** 2).sum()),
         jnp.where(jnp.isnan(trial.bound), first - jnp.abs(first) / 10, trial.bound),
     )
 
@@ -90,4 +92,5 @@ def difference(trial: Trial) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The mean of the differences that count, and its standard error."""
     n = jnp.maximum(trial.pairs, 2).astype(trial.total.dtype)
     mean = trial.total / n
-    return mean, jnp.sqrt(jnp.maximum(trial.squares / n - mean**2, 0) / (n - 1))
+    part = mean / jnp.where(trial.size > 0, trial.size, 1)
+    return mean, trial.size * jnp.sqrt(jnp.maximum(1 / n - part**2, 0) / (n - 1))

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..guards.cycle import as_arrays, kinds, own_buffers, sum_dtype
 from ..guards.lanes import with_extra_args
-from ..guards.protocol import Params, advance
+from ..guards.protocol import Params, advance, wide
 from ..guards.soundness import all_finite, is_sound, keep_schedules, select, typed_as
 from ..rules import DEEPEST, IN_A_ROW, SOON
 from ..validation import check_count, check_fraction, check_kind, check_part, told
@@ -279,8 +279,7 @@ def scaled(step: Array, scale: Float[Array, ""], param: Array) -> Array:
 
     Of fewer than 32 bits it wouldn't: within a compiled program such differences aren't rounded.
     """
-    wide = jnp.promote_types(jnp.promote_types(step.dtype, param.dtype), jnp.float32)
-    return (step * scale).astype(wide)
+    return jnp.asarray(step, wide(step, param)) * scale.astype(wide(step, param))
 
 
 def check_arguments(params: Params | None, value: Any) -> tuple[Params, Float[Array, ""]]:

@@ -28,9 +28,9 @@ T = TypeVar("T")
 SAME = 1e-4
 """The part of a loss by which rounding may change it."""
 NOTE = (
-    "lossguard: the guard only checks here (lane.checking is true), so the closure runs without "
-    "gradients: leave out what reads p.grad, and put `with torch.enable_grad():` inside it around "
-    "what torch.autograd.grad or retain_grad needs"
+    "lossguard: only the loss is needed here (in a guard lane.checking is true), so this runs "
+    "without gradients: leave out what reads p.grad, and put `with torch.enable_grad():` inside it "
+    "around what torch.autograd.grad or retain_grad needs"
 )
 
 
@@ -264,15 +264,22 @@ class _NoBackward(TorchFunctionMode):
         return None if func is Tensor.backward else func(*args, **(kwargs or {}))
 
 
-def forward_only(closure: Callable[[], T]) -> T:
-    """The value of ``closure``, whose calls of ``backward`` do nothing."""
-    with torch.no_grad(), _NoBackward():
+@contextmanager
+def without_gradients() -> Iterator[None]:
+    """A block for losses alone; what fails in it is told so."""
+    with torch.no_grad():
         try:
-            return closure()
+            yield
         except Exception as error:
-            if not isinstance(error, StopIteration):  # the closure's own stream has ended
+            if not isinstance(error, StopIteration):  # the caller's own stream has ended
                 error.add_note(NOTE)
             raise
+
+
+def forward_only(closure: Callable[[], T]) -> T:
+    """The value of ``closure``, whose calls of ``backward`` do nothing."""
+    with without_gradients(), _NoBackward():
+        return closure()
 
 
 def compare(losses: Sequence[Tensor]) -> None:

@@ -46,7 +46,8 @@ class Inner:
         takes_loss: whether its step takes the loss, as that of some learned optimizers does.
         switches: whether it trains at another iterate than the one that it evaluates.
         own: names of the group entries that its step has been seen to change.
-        copies: names of entries of its state that hold the parameters, as master weights do.
+        copies: names of entries of its state that hold the parameters, of now or of earlier.
+        masters: those of now, as master weights are; others are slow weights, or where it began.
         noted: whether these are known, as they are after the first step that moves parameters.
         holder: the lane whose memory it has; another lane of it keeps its own meanwhile.
         steps: whether it is stepped by its lane right now.
@@ -61,6 +62,7 @@ class Inner:
         self.own: set[str] = set()
         # What schedule-free optimizers train at begins as a copy: seen in their first step alone.
         self.copies: set[str] = {"z"} if self.switches else set()
+        self.masters = set(self.copies)
         self.noted = False
         self.holder: Any = None
         self.steps = False
@@ -115,24 +117,35 @@ class Inner:
         if not moved:
             return
         refuse_copies(self.optimizer, moved, self.params)
-        alike: dict[str, list[bool]] = {}
+        alike: dict[str, list[tuple[bool, bool]]] = {}
         for entries, (before, value) in self._entries(memory, list(zip(start, point, strict=True))):
             for key, entry in entries.items():
                 whole = entry.numel() == value.numel() > 1 and entry.layout is torch.strided
                 if whole and before.any():  # else every fresh entry is alike
                     held = entry.reshape(value.shape).to(value)  # slow weights are where it began
                     slow = not self.pulled and torch.equal(held, before)
-                    same = slow or torch.equal(held, value)
-                    alike.setdefault(key, []).append(same)
-        self.copies |= {key for key, flags in alike.items() if all(flags)}
+                    now = torch.equal(held, value)
+                    alike.setdefault(key, []).append((slow or now, now))
+        self.copies |= {key for key, flags in alike.items() if all(one for one, _ in flags)}
+        self.masters |= {key for key in self.copies & alike.keys() if all(m for _, m in alike[key])}
         self.noted = True
 
-    def move_copies(self, memory: Memory, point: list[Tensor]) -> None:
-        """Have these be the parameters at a point."""
-        for entries, value in self._entries(memory, point) if self.copies else ():
+    def move_copies(
+        self, memory: Memory, point: list[Tensor], start: list[Tensor] | None = None
+    ) -> None:
+        """Have these be the parameters at a point; or those that aren't masters go as far as it is
+        from the ``start``, which leaves what the optimizer computes from their distance."""
+        moves = zip(point, point if start is None else start, strict=False)
+        for entries, (value, was) in self._entries(memory, list(moves)) if self.copies else ():
             for key in self.copies & entries.keys():
-                if entries[key].numel() == value.numel():
-                    entries[key].copy_(value.reshape(entries[key].shape))
+                entry = entries[key]
+                if entry.numel() != value.numel():
+                    continue
+                here = value.reshape(entry.shape).to(entry)
+                if key not in self.masters and start is not None:
+                    there = entry + (here - was.reshape(entry.shape).to(entry))
+                    here = torch.where(there.isfinite(), there, here)
+                entry.copy_(here)
 
     def _entries(self, memory: Memory, point: Sequence[T]) -> Iterator[tuple[dict[str, Tensor], T]]:
         """The tensors that are remembered of each parameter, with what is given of it."""

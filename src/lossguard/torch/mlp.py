@@ -71,14 +71,14 @@ class MLPOptimizer(Optimizer):
             if (given := list(weights[name].shape)) != shape:
                 raise ValueError(f"weights must have {name} of shape {shape}, got {given}")
         tensors = {name: torch.as_tensor(tensor, device="cpu") for name, tensor in weights.items()}
-        self.weights = {name: tensor.detach().float() for name, tensor in tensors.items()}
+        copied = {name: t.detach().to(torch.float32, copy=True) for name, t in tensors.items()}
+        self.weights = copied
         for name, numbers in (("times", TIMES), ("leaks", LEAKS)):
             self.weights[name] = torch.tensor(numbers, dtype=torch.float32, device="cpu")
         self._rests = [torch.exp(10 * self.weights[name].clamp(max=0)).tolist() for name in DECAYS]
         self._on: dict[torch.device, dict[str, Tensor]] = {}
         """The weights on each device that has parameters."""
-        plain = lr if isinstance(lr, Tensor) else float(lr)  # NumPy's are not loaded safely
-        super().__init__(params, {"lr": plain, "clock": 0})
+        super().__init__(params, {"lr": _plain(lr), "clock": 0})
 
     @classmethod
     def pretrained(cls, params: ParamsT, name: str | os.PathLike[str]) -> Self:
@@ -108,8 +108,9 @@ class MLPOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, whose rate must be in range as well."""
-        if isinstance(param_group, dict):  # else torch refuses it
-            check_positive(lr=param_group.get("lr") or 1.0)  # 0 as before a warm-up
+        if isinstance(param_group, dict) and "lr" in param_group:  # no dict torch refuses
+            check_positive(lr=param_group["lr"] or 1.0)  # 0 as before a warm-up
+            param_group["lr"] = _plain(param_group["lr"])
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -166,6 +167,11 @@ class MLPOptimizer(Optimizer):
         Args:
             closure: evaluates the loss, calls ``backward`` and returns the loss.
         """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "optimizer.step must be called outside of a CUDA graph for MLPOptimizer, got a "
+                "step in its capture: its time would stand still where it is replayed"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -190,6 +196,11 @@ class MLPOptimizer(Optimizer):
                     step(params, states, self._on[device], self._rests, lr, t)
             group["clock"] += 1
         return loss
+
+
+def _plain(rate: Any) -> float | Tensor:
+    """A rate that can be loaded safely, as NumPy's can't."""
+    return rate if isinstance(rate, Tensor) else float(rate)
 
 
 def _check(gradient: Tensor) -> None:

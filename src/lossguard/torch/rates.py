@@ -45,12 +45,17 @@ class Rates:
     def note(self) -> None:
         """What differs from now on has been set."""
         self.seen = [options_of(group) for group in self.groups]
+        self._written = list(map(_written, self.groups))
 
     def changes(self) -> list[Group]:
         """What has been set since the last time, in each of the guard's groups."""
         return [
-            {key: group[key] for key in seen if key in group and not same(seen[key], group[key])}
-            for group, seen in zip(self.groups, self.seen, strict=True)
+            {
+                key: group[key]
+                for key in seen.keys() & group.keys()
+                if not same(seen[key], group[key]) or (key == "lr" and _written(group) != written)
+            }
+            for group, seen, written in zip(self.groups, self.seen, self._written, strict=True)
         ]
 
     def check(self) -> None:
@@ -135,6 +140,11 @@ def copied(group: Group) -> Group:
 
 def _rate(group: Group) -> float | None:
     return None if group.get("lr") is None else float(group["lr"])
+
+
+def _written(group: Group) -> int | None:
+    """How often a rate that is a tensor was written to: some schedulers change it in place."""
+    return getattr(group.get("lr"), "_version", None)
 
 
 def beside_state(optimizer: Any) -> dict[str, Any]:

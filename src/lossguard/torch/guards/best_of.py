@@ -5,12 +5,17 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from lossguard.rules import HEAD_START
-from lossguard.torch.arguments import check_functions, check_rates, lost_loss, scalar
+from lossguard.torch.arguments import (
+    check_functions,
+    check_rates,
+    lost_loss,
+    scalar,
+    without_gradients,
+)
 from lossguard.torch.guards.decision import NEITHER, Decision, Seen, mean, passed_over
 from lossguard.torch.guards.guard import Guard
 from lossguard.torch.guards.lane import Lane
@@ -153,7 +158,7 @@ class BestOf(Guard):
         for lane in self._order:
             self._randomness.set(draws)
             lane.enter(checking=True)
-            with torch.no_grad(), modes_kept(self._weights.model):
+            with without_gradients(), modes_kept(self._weights.model):
                 for j in range(self.checks):
                     try:
                         value = check(self._checked + j)

@@ -85,12 +85,12 @@ class Lane:
 
     def start_at(self, point: Copy) -> None:
         """Be at another point; the memory stays."""
+        self.inner.move_copies(self.memory(), point, self.point)
         if self.live:
             self.weights.write(point)
             self.weights.jumped = True
         else:
             transfer(self.values, point)
-        self.inner.move_copies(self.memory(), point)
 
     def become(self, other: "Lane") -> None:
         """Be where another lane of the same optimizer is, and remember what it does."""

@@ -194,7 +194,7 @@ class ResidualGuard(Guard):
         try:
             loss, gradient = self._evaluate(closure)
             drawn = self._randomness.state()
-            evaluated = [*x[:n], *clones(weights.live()[n:])]
+            evaluated = clones(weights.live())  # which a forward pass may have changed
             at_z = _after_step(z, evaluated, gradient, loss)
             at_y = _after_step(y, evaluated, gradient, loss)
             for one, at in ((z, at_z), (y, at_y)):
@@ -213,7 +213,8 @@ class ResidualGuard(Guard):
                 one.forget()
         finite_y = weights.is_finite(at_y) and math.isfinite(r)
         finite_z = weights.is_finite(at_z)
-        mu = self._mu if math.isfinite(self._mu) else _distance(x[:n], at_z[:n])
+        known = 0 < self._mu < math.inf
+        mu = self._mu if known else _distance(evaluated[:n], at_z[:n])
         ok = finite_y and 0 < mu < math.inf and r <= self.alpha * mu
         self._mu = self.theta * r + (1 - self.theta) * mu if ok else mu
         weights.write(at_y if ok else at_z if finite_z else x)
@@ -233,10 +234,11 @@ class ResidualGuard(Guard):
         finally:
             self._weights.reset_gradients(beside)
         n, advanced = len(self._weights.params), z.memory()
+        evaluated = clones(self._weights.live())
         z.remember(memory)
-        after = _after_step(z, y, gradient, loss)
+        after = _after_step(z, evaluated, gradient, loss)
         z.remember(advanced)
-        return _distance(y[:n], after[:n])
+        return _distance(evaluated[:n], after[:n])
 
     def _evaluate(self, closure: Closure) -> tuple[Any, Gradient]:
         """The loss and its gradient, where the model is."""
@@ -266,7 +268,7 @@ def _after_step(lane: Lane, start: Copy, gradient: Gradient, loss: Any) -> Copy:
     """A copy of where one step from ``start`` leads; the model's buffers stay ``start``'s."""
     weights = lane.weights
     weights.write(start)
-    lane.inner.move_copies(lane.memory(), start)
+    lane.inner.move_copies(lane.memory(), start, start)
     for p, g in zip(weights.params, gradient, strict=True):
         p.grad = None if g is None else g.clone()
     lane.update(loss)

@@ -163,6 +163,7 @@ def _pack(lane: "Lane", state: list[Saved], *, within: bool) -> Saved:
         "options": lane.memory().options,
         "own": sorted(lane.inner.own),
         "copies": sorted(lane.inner.copies),
+        "masters": sorted(lane.inner.masters),
         "settings": lane.inner.memory().options,
         "losses": read(lane.losses),
         "checks": read(lane.checks),
@@ -177,11 +178,11 @@ def _unpack(lane: "Lane", state: list[Saved], rest: Saved, rank: int) -> Callabl
     kept = {} if rest["blank"] else _unpack_state(lane, state, rest["others"])
     memory = Memory(kept, _of_groups(lane.optimizer, rest["options"]))
     settings = _of_groups(lane.optimizer, rest["settings"])
-    own, noted = set(rest["own"]), set(rest["copies"])
+    own, copied, masters = (set(rest[name]) for name in ("own", "copies", "masters"))
 
     def load_lane() -> None:
         lane.values, lane.before, lane.losses, lane.checks = values, before, losses, checks
-        lane.inner.own, lane.inner.copies = own, noted
+        lane.inner.own, lane.inner.copies, lane.inner.masters = own, copied, masters
         for group, entries in zip(lane.optimizer.param_groups, settings, strict=True):
             group.update({k: v for k, v in entries.items() if k not in own})
         lane.remember(memory)

@@ -18,6 +18,7 @@ from lossguard.torch.arguments import (
     check_made,
     scalar,
     told_if_damaged,
+    without_gradients,
 )
 from lossguard.torch.process import held, modes_kept
 from lossguard.torch.ranks import mean_of_ranks
@@ -164,9 +165,7 @@ class Rewind(Uncopied):
 
     returns = _of_rule("returns", "How often it has gone back.")
     thrown = _of_rule("thrown", "Steps thrown away: at most rho T + window in every run.")
-    skipped = _of_rule(
-        "skipped", "Steps, as far as read, whose gradients or model were not finite."
-    )
+    skipped = _of_rule("skipped", "Steps, of those read, that were not finite.")
 
     def observe(self, loss: Any) -> None:
         """Tell it the loss, one number, of a step that was just taken, from before the step."""
@@ -258,7 +257,7 @@ class Rewind(Uncopied):
         """Copy the model as it is now, unless its audit says that it is worse."""
         rule = self._rule
         if self._audit is not None:
-            with modes_kept(self._live.model):
+            with without_gradients(), modes_kept(self._live.model):
                 loss = scalar(self._audit(), "audit must return one number")
             too_high = rule.hear_audit(mean_of_ranks(loss, self._group).item())
             if rule.audits.rings and rule.may_return(0):

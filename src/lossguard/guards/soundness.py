@@ -174,9 +174,8 @@ def _is_float(leaf: Array) -> bool:
 
 def _is_count(state: PyTree) -> bool:
     """Whether it is a schedule's. What remembers a parameter called so is no integer."""
-    if getattr(state, "_fields", ()) != ("count",) or jnp.shape(state.count) != ():
-        return False
-    return jnp.issubdtype(jnp.result_type(state.count), jnp.integer)
+    named = getattr(state, "_fields", ()) == ("count",)
+    return named and jnp.issubdtype(jnp.result_type(state.count), jnp.integer)
 
 
 def _go_on(state: PyTree) -> Sequence[str]:

@@ -85,6 +85,7 @@ class BestOf(Guard):
     Memory: one copy of the parameters and buffers for each optimizer, beside the model, and another
     one while a lane runs that isn't live.
 
+    >>> import torch
     >>> w = torch.tensor([4.0], requires_grad=True)
     >>> guard = BestOf(lambda rate: torch.optim.SGD([w], lr=rate), rates=(0.1, 0.4), model=None)
     >>> for batch in range(10):

@@ -236,7 +236,7 @@ def test_a_small_price_is_no_match_for_who_needs_long(make) -> None:
     """The instance of ``docs/guarantees.md``, section 4.
 
     Of k steps at most 0.05 k + sqrt(k) go to the one that is behind, so it comes to its step N only
-    after k, where these are N: at 14 times the price.
+    where 0.05 k + sqrt(k) >= N: here k > 14 N.
     """
     fallback, n = optax.sgd(1e-5), 300
     k = next(k for k in range(10**5) if 0.05 * k + k**0.5 >= n)

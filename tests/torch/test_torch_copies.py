@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -82,23 +83,51 @@ def test_slow_weights_and_starts_go_with_their_lane(kind, bias):
     assert max(losses[over : over + 50]) < 2 * max(losses[over - 10 : over])
 
 
-@pytest.mark.parametrize("make", [partial(Averaged, lr=0.01), partial(Slow, lr=0.01)])
-def test_under_the_residual_guard_it_stays_where_it_is(make):
-    """A fallback of which every step is kept goes as it does alone."""
+@pytest.mark.parametrize("kind", [Averaged, Slow])
+@pytest.mark.parametrize("bold", [0.0, 0.2])
+def test_under_the_residual_guard_they_go_with_x(kind, bold):
+    """A fallback of which every step is kept goes as it does alone; and from learned steps on."""
     ends = []
     for guarded in (False, True):
         w = torch.nn.Parameter(torch.tensor([4.0, -1.0]))
-        alone = make([w])
-        learned = SGD([w], lr=0.0)
-        guard = ResidualGuard(learned, alone, model=None, nt=1, alpha=1e-6)
+        alone, learned = kind([w], lr=0.01), SGD([w], lr=bold)
+        guard = ResidualGuard(learned, alone, model=None, nt=1, alpha=0.9 if bold else 1e-6)
+        losses, used = [], []
         for _ in range(20):
             guard.zero_grad()
+            losses.append(w.square().sum().item())
             if guarded:
                 guard.step(lambda w=w: backward(w.square().sum()))
+                used += guard.last_decision.used_learned
             else:
                 step_by(alone, w.square().sum())
         ends.append(w.detach())
-    assert torch.equal(*ends)
+    assert all(later < 1.3 * before for before, later in pairwise(losses))
+    assert any(used) == (bold > 0)
+    assert torch.equal(*ends) == (bold == 0)
+
+
+@pytest.mark.parametrize("kind", [Averaged, Slow, Master])
+def test_they_are_saved(kind):
+    """In a cycle that the learned optimizer leads: later the fallback goes on from there."""
+    ends, saved, known = [], {}, []
+    for resumed in (False, True):
+        w = torch.nn.Parameter(torch.tensor([4.0, -1.0]))
+        learned, fallback = SGD([w], lr=0.1), kind([w], lr=0.01)
+        guard, k = Recommended(learned, fallback, model=None), 0
+        if resumed:
+            guard.load_state_dict(saved)
+            k = 25
+        for step in range(k, 200):
+            if step == 25:
+                saved = saved or deepcopy(guard.state_dict())
+                known.append([(one.copies, one.masters) for one in guard._inners.values()])
+            learned.param_groups[0]["lr"] = 0.1 if step < 40 else -0.05
+            guard.step(squares(w))
+        ends.append(w.detach())
+        winners = [decision.winner for decision in guard.history]
+    assert torch.equal(*ends) and {0, 1} <= {*winners}
+    assert known[0] == known[1] and known[0][0][0] != set()
 
 
 def test_momentum_is_no_copy_where_gradients_are_the_parameters():

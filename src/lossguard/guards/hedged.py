@@ -47,8 +47,8 @@ def hedged(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) ->
 
     Arguments and errors are those of ``recommended``; ``share`` is for trials.
 
-    Price in gradients: 1 a step on the fallback's path, 2 off it; beside that of k steps those on
-    trial, at most ``share`` k + sqrt(k), or the first trial's ten (rounded up to whole cycles).
+    Price in gradients: 1 a step on the fallback's path, 2 off it; and 1 for each step on trial, at
+    most max(first, ``share`` k + sqrt(k)) of k, first being ten, rounded up to whole cycles.
     Memory: five copies of the parameters, two states of the fallback, one of the learned optimizer.
 
     >>> import optax

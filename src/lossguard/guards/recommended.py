@@ -51,9 +51,9 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
     on as it does, would be a tenth below that of x. x goes back to it if it wins a trial against x.
 
     So a cycle costs nt gradients, and nt more for each challenger that runs in it: y on trial while
-    the fallback leads, of k steps in at most ``share`` k + sqrt(k), or in the first trial's ten
-    (rounded up to whole cycles); s while x is off its path, as above.
-    Training losses decide; no minibatch is only checked on.
+    the fallback leads, in at most max(first, ``share`` k + sqrt(k)) of k steps, first being ten,
+    rounded up to whole cycles; s while x is off its path, in at most ``share`` k of them, or five
+    times that as above. Training losses decide; no minibatch is only checked on.
 
     Args:
         learned: the optimizer that is not trusted, an optax transformation.

@@ -174,8 +174,8 @@ def _is_float(leaf: Array) -> bool:
 
 def _is_count(state: PyTree) -> bool:
     """Whether it is a schedule's. What remembers a parameter called so is no integer."""
-    named = getattr(state, "_fields", ()) == ("count",)
-    return named and jnp.issubdtype(jnp.result_type(state.count), jnp.integer)
+    count = state.count if getattr(state, "_fields", ()) == ("count",) else None
+    return hasattr(count, "dtype") and jnp.issubdtype(count.dtype, jnp.integer)
 
 
 def _go_on(state: PyTree) -> Sequence[str]:

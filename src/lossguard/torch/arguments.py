@@ -266,13 +266,12 @@ class _NoBackward(TorchFunctionMode):
 
 @contextmanager
 def without_gradients() -> Iterator[None]:
-    """A block for losses alone; what fails in it is told so."""
+    """A block for losses alone; PyTorch's errors in it tell so."""
     with torch.no_grad():
         try:
             yield
-        except Exception as error:
-            if not isinstance(error, StopIteration):  # the caller's own stream has ended
-                error.add_note(NOTE)
+        except RuntimeError as error:
+            error.add_note(NOTE)
             raise
 
 

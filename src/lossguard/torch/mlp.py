@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from lossguard.learned.mlp_features import LEAKS, TIMES
 from lossguard.learned.weights_file import ARCHITECTURES, path_of, read_weights
-from lossguard.torch.mlp_step import DECAYS, shapes, step
+from lossguard.torch.mlp_step import DECAYS, move, shapes
 from lossguard.validation import check_kind, check_positive
 
 SHAPES = ARCHITECTURES["mlp"].shapes
@@ -61,18 +61,17 @@ class MLPOptimizer(Optimizer):
     def __init__(self, params: ParamsT, weights: Mapping[str, Tensor], *, lr: float = 1.0) -> None:
         check_positive(lr=lr)
         check_kind("weights", weights, Mapping, "a dictionary of tensors, or use pretrained()")
-        layers = 1
-        while SHAPES(1, layers + 1).keys() <= weights.keys():
-            layers += 1
-        needed = [*SHAPES(1, layers)]
+        self.layers = 1
+        while SHAPES(1, self.layers + 1).keys() <= weights.keys():
+            self.layers += 1
+        needed = [*SHAPES(1, self.layers)]
         if missing := [name for name in needed if name not in weights]:
             raise ValueError(f"weights must hold {', '.join(needed)}, got none of {missing}")
-        for name, shape in SHAPES(len(weights["mlp.0.bias"]), layers).items():
+        for name, shape in SHAPES(len(weights["mlp.0.bias"]), self.layers).items():
             if (given := list(weights[name].shape)) != shape:
                 raise ValueError(f"weights must have {name} of shape {shape}, got {given}")
         tensors = {name: torch.as_tensor(tensor, device="cpu") for name, tensor in weights.items()}
-        copied = {name: t.detach().to(torch.float32, copy=True) for name, t in tensors.items()}
-        self.weights = copied
+        self.weights = {k: t.detach().to(torch.float32, copy=True) for k, t in tensors.items()}
         for name, numbers in (("times", TIMES), ("leaks", LEAKS)):
             self.weights[name] = torch.tensor(numbers, dtype=torch.float32, device="cpu")
         self._rests = [torch.exp(10 * self.weights[name].clamp(max=0)).tolist() for name in DECAYS]
@@ -103,12 +102,12 @@ class MLPOptimizer(Optimizer):
         return cls(params, {name: torch.from_numpy(one) for name, one in file.tensors.items()})
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = {"weights": self.weights, "_rests": self._rests, "_on": {}}
+        ours = {"weights": self.weights, "_rests": self._rests, "layers": self.layers, "_on": {}}
         return {**super().__getstate__(), **ours}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, whose rate must be in range as well."""
-        if isinstance(param_group, dict) and "lr" in param_group:  # no dict torch refuses
+        if isinstance(param_group, dict) and "lr" in param_group:  # torch refuses what is no dict
             check_positive(lr=param_group["lr"] or 1.0)  # 0 as before a warm-up
             param_group["lr"] = _plain(param_group["lr"])
         super().add_param_group(param_group)
@@ -193,7 +192,7 @@ class MLPOptimizer(Optimizer):
                 available = torch.amp.is_autocast_available(device.type)
                 with torch.autocast(device.type, enabled=False) if available else nullcontext():
                     lr, t = group["lr"], group["clock"]
-                    step(params, states, self._on[device], self._rests, lr, t)
+                    move(params, states, self._on[device], self._rests, self.layers, lr, t)
             group["clock"] += 1
         return loss
 

@@ -37,11 +37,12 @@ def shapes(p: Tensor) -> dict[str, tuple[int, ...]]:
     return made | {name: (3, *mean.shape) for name, mean in means.items()} | {"units": (UNITS,)}
 
 
-def step(
+def move(
     params: list[Tensor],
     states: list[dict[str, Tensor]],
     weights: dict[str, Tensor],
     rests: list[list[float]],
+    layers: int,
     lr: float,
     t: int,
 ) -> None:
@@ -57,10 +58,10 @@ def step(
     scales = _scales(weights, [state["units"] for state in states], signals, sizes, t)
     times = torch.tanh(t / weights["times"] - 1)
     for p, g, state, scale in zip(params, gradients, states, scales, strict=True):
-        x, k = _first_layer(weights, times, p, g, state), 1
-        while mlp_names(k)[0] in weights:
+        x = _first_layer(weights, times, p, g, state)
+        for k in range(1, layers + 1):
             weight, bias = (weights[name] for name in mlp_names(k))
-            x, k = torch.addmm(bias[:, None], weight, x.relu_()), k + 1
+            x = torch.addmm(bias[:, None], weight, x.relu_())
         direction, magnitude = x
         moved = magnitude.mul_(SCALE).exp_().mul_(direction)
         moved.mul_(lr * SCALE * scale)

@@ -144,7 +144,8 @@ def _rate(group: Group) -> float | None:
 
 def _written(group: Group) -> int | None:
     """How often a rate that is a tensor was written to: some schedulers change it in place."""
-    return getattr(group.get("lr"), "_version", None)
+    rate = group.get("lr")
+    return rate._version if isinstance(rate, Tensor) and not rate.is_inference() else None
 
 
 def beside_state(optimizer: Any) -> dict[str, Any]:

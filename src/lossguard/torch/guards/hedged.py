@@ -33,8 +33,8 @@ class Hedged(GuardOfTwo):
     Raises:
         ValueError: if an argument isn't one of the above.
 
-    Price in gradients: 1 a step on the fallback's path, 2 off it; beside that of k steps those on
-    trial, at most ``share`` k + sqrt(k), or the first trial's ten (rounded up to whole cycles).
+    Price in gradients: 1 a step on the fallback's path, 2 off it; and 1 for each step on trial, at
+    most max(first, ``share`` k + sqrt(k)) of k, first being ten, rounded up to whole cycles.
     Memory: four copies of the parameters and buffers beside the model, a fifth one while another
     lane runs, two states of the fallback, one of the learned optimizer.
 

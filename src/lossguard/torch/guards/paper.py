@@ -192,56 +192,61 @@ class ResidualGuard(Guard):
         x, draws = clones(weights.live()), self._randomness.state()
         before = {one: one.memory().copy() for one in (y, z)}
         try:
-            loss, gradient = self._evaluate(closure)
+            loss, gradient, here = self._evaluate(closure, x)
             drawn = self._randomness.state()
-            evaluated = clones(weights.live())  # which a forward pass may have changed
-            at_z = _after_step(z, evaluated, gradient, loss)
-            at_y = _after_step(y, evaluated, gradient, loss)
+            at_z = _after_step(z, here, here, gradient, loss)
+            at_y = _after_step(y, here, here, gradient, loss)
             for one, at in ((z, at_z), (y, at_y)):
                 if not one.inner.noted:
                     one.inner.note_copies(one.memory(), x, at)
             self._randomness.set(draws)
-            r = self._residual(z, before[z], at_y, closure)
+            r = self._residual(z, before[z], here, at_y, closure)
         except BaseException:
             for one, memory in before.items():
                 one.remember(memory)
             weights.write(x)
             raise
         self._randomness.set(drawn)
-        for one in (y, z):
-            if not one.inner.is_finite(one.memory()):
-                one.forget()
         finite_y = weights.is_finite(at_y) and math.isfinite(r)
         finite_z = weights.is_finite(at_z)
         known = 0 < self._mu < math.inf
-        mu = self._mu if known else _distance(evaluated[:n], at_z[:n])
+        mu = self._mu if known else _distance(here[:n], at_z[:n])
         ok = finite_y and 0 < mu < math.inf and r <= self.alpha * mu
         self._mu = self.theta * r + (1 - self.theta) * mu if ok else mu
-        weights.write(at_y if ok else at_z if finite_z else x)
+        point = at_y if ok else at_z if finite_z else x
+        weights.write(point)
+        for one, at in ((y, at_y), (z, at_z)):
+            if one.inner.is_finite(one.memory()):
+                one.inner.move_copies(one.memory(), point, at)
+            else:
+                one.forget()
+                one.inner.move_copies(one.memory(), point)
         kept = LEARNED if ok else FALLBACK if finite_z else NEITHER
         self._reports[self.phase] = [kept, finite_y, finite_z]
         z.note(scalar(loss))
         return loss
 
-    def _residual(self, z: Lane, memory: Memory, y: Copy, closure: Closure) -> float:
-        """||S(y)||, by a step of the fallback with such a memory; NaN where that raises."""
+    def _residual(self, z: Lane, memory: Memory, x: Copy, y: Copy, closure: Closure) -> float:
+        """||S(y)||, by a step of the fallback with its memory at x; NaN where that raises."""
         beside = self._weights.gradients_beside()  # those at x stay
         self._weights.write(y)
         try:
-            loss, gradient = self._evaluate(closure)
+            loss, gradient, here = self._evaluate(closure, y)
         except Exception as error:
             return float(lost_loss(self, self._lanes["y"], error))
         finally:
             self._weights.reset_gradients(beside)
         n, advanced = len(self._weights.params), z.memory()
-        evaluated = clones(self._weights.live())
         z.remember(memory)
-        after = _after_step(z, evaluated, gradient, loss)
+        after = _after_step(z, here, x, gradient, loss)
         z.remember(advanced)
-        return _distance(evaluated[:n], after[:n])
+        return _distance(here[:n], after[:n])
 
-    def _evaluate(self, closure: Closure) -> tuple[Any, Gradient]:
-        """The loss and its gradient, where the model is."""
+    def _evaluate(self, closure: Closure, at: Copy) -> tuple[Any, Gradient, Copy]:
+        """The loss and its gradient where the model is, ``at``; and that, as a forward pass has
+        left it."""
+        params = self._weights.params
+        written = [p._version for p in params]
         self._weights.clear_gradients()
         torch.clear_autocast_cache()  # or autocast would go on with casts of earlier weights
         with torch.enable_grad():
@@ -249,7 +254,11 @@ class ResidualGuard(Guard):
         self._leader.check_gradients(scalar(loss))
         if isinstance(loss, Tensor):  # which the other evaluation may overwrite
             loss = loss.detach().clone()
-        return loss, [None if p.grad is None else p.grad.detach() for p in self._weights.params]
+        live = self._weights.live()
+        rows = zip(params, written, at, live, strict=False)
+        here = [t.clone() if p._version != before else a for p, before, a, t in rows]
+        gradient = [None if p.grad is None else p.grad.detach() for p in params]
+        return loss, gradient, [*here, *clones(live[len(params) :])]
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
         kept, finite_y, finite_z = zip(*self._reports, strict=True)
@@ -264,11 +273,12 @@ class ResidualGuard(Guard):
         )
 
 
-def _after_step(lane: Lane, start: Copy, gradient: Gradient, loss: Any) -> Copy:
-    """A copy of where one step from ``start`` leads; the model's buffers stay ``start``'s."""
+def _after_step(lane: Lane, start: Copy, was: Copy, gradient: Gradient, loss: Any) -> Copy:
+    """A copy of where one step from ``start`` leads; the model's buffers stay ``start``'s. The
+    lane's memory is of the point where it ``was``."""
     weights = lane.weights
     weights.write(start)
-    lane.inner.move_copies(lane.memory(), start, start)
+    lane.inner.move_copies(lane.memory(), start, was)
     for p, g in zip(weights.params, gradient, strict=True):
         p.grad = None if g is None else g.clone()
     lane.update(loss)

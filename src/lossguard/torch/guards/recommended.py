@@ -19,9 +19,9 @@ class Recommended(GuardOfTwo):
     The rules are those of ``lossguard.recommended``; ``docs/guards.md`` tells them.
 
     A step costs one gradient, and one more for each challenger that runs in the cycle: y on trial,
-    of k steps in at most ``share`` k + sqrt(k), or in the first trial's ten (rounded up to whole
-    cycles); s, in at most ``share`` k, or five times that where it would soon be a tenth below the
-    model.
+    in at most max(first, ``share`` k + sqrt(k)) of k steps, first being ten, rounded up to whole
+    cycles; s, in at most ``share`` k of them, or five times that where it would soon be a tenth
+    below the model.
 
     Args:
         learned: the optimizer that is not trusted.

@@ -174,8 +174,9 @@ def _is_float(leaf: Array) -> bool:
 
 def _is_count(state: PyTree) -> bool:
     """Whether it is a schedule's. What remembers a parameter called so is no integer."""
-    count = state.count if getattr(state, "_fields", ()) == ("count",) else None
-    return hasattr(count, "dtype") and jnp.issubdtype(count.dtype, jnp.integer)
+    named = getattr(state, "_fields", ()) == ("count",)
+    dtype = getattr(state.count, "dtype", None) if named else None
+    return dtype is not None and jnp.issubdtype(dtype, jnp.integer)
 
 
 def _go_on(state: PyTree) -> Sequence[str]:

@@ -79,8 +79,7 @@ def best_of(
 
     over the guards that were not ruined, if all stay finite ("be the leader": Kalai and Vempala,
     2005): with hindsight, d being known before the leader is chosen. With ``share`` only who runs
-    can be it.
-    Who isn't finite, or is ruined, begins again at x: ``SideBySide`` says when.
+    can be it. Who isn't finite, or is ruined, begins again at x: ``SideBySide`` says when.
 
     Args:
         guards: guards of the same nt. The first is followed where all are level.
@@ -194,7 +193,7 @@ class SideBySide:
             lambda *leaves: jnp.stack(leaves)[inner.leader], *zip(ends, decisions, strict=True)
         )
         decision = decision._replace(
-            winner=jnp.where(fine[inner.leader], inner.leader, NEITHER).astype(jnp.int32),
+            winner=jnp.where(fine[inner.leader], inner.leader, NEITHER),
             gradients=sum(one.gradients for one in decisions),
             forwards=sum(one.forwards for one in decisions),
             learned_updates=sum(one.learned_updates for one in decisions),

@@ -93,9 +93,7 @@ def loss_guard(
             fallback_loss=checks[1],
             finite_learned=finite_y,
             finite_fallback=finite_z,
-            winner=jnp.where(keep_y, LEARNED, jnp.where(finite_z, FALLBACK, NEITHER)).astype(
-                jnp.int32
-            ),
+            winner=jnp.where(keep_y, LEARNED, jnp.where(finite_z, FALLBACK, NEITHER)),
             gradients=jnp.int32(2 * now.nt),
             forwards=jnp.int32(2 * nc),
             learned_updates=jnp.int32(now.nt),

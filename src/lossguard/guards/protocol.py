@@ -15,7 +15,7 @@ Objective = Callable[[Any, Any], Array]
 """``objective(params, i)``: the scalar loss on minibatch number i, which may be ignored."""
 
 
-LEARNED, FALLBACK, OWN, NEITHER = 0, 1, 2, -1
+LEARNED, FALLBACK, OWN, NEITHER = map(np.int32, (0, 1, 2, -1))
 """``Decision.winner``: the learned optimizer's lane, the fallback's from x, the fallback's own; or
 x stayed, or went back."""
 

@@ -130,9 +130,7 @@ class Relay:
             fallback_loss=jnp.where(tried, losses.mean(), jnp.nan),
             finite_learned=fine_y,
             finite_fallback=fine_z,
-            winner=jnp.where(
-                after.learned_leads, LEARNED, jnp.where(after.on_own, OWN, FALLBACK)
-            ).astype(jnp.int32),
+            winner=jnp.where(after.learned_leads, LEARNED, jnp.where(after.on_own, OWN, FALLBACK)),
             gradients=nt * (1 + tried.astype(jnp.int32) + s_runs.astype(jnp.int32)),
             forwards=jnp.int32(0),
             learned_updates=nt * (leads | tried).astype(jnp.int32),

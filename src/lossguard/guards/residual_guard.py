@@ -134,9 +134,7 @@ def residual_guard(
             fallback_loss=nan,
             finite_learned=finite_y.all(),
             finite_fallback=finite_z.all(),
-            winner=jnp.where(ok[-1], LEARNED, jnp.where(finite_z[-1], FALLBACK, NEITHER)).astype(
-                jnp.int32
-            ),
+            winner=jnp.where(ok[-1], LEARNED, jnp.where(finite_z[-1], FALLBACK, NEITHER)),
             gradients=jnp.int32(2 * now.nt),
             forwards=jnp.int32(0),
             learned_updates=jnp.int32(now.nt),

@@ -22,7 +22,7 @@ from lossguard.experiments import price
 def test_list(main, capsys: pytest.CaptureFixture[str]) -> None:
     main("list")
     out = capsys.readouterr().out
-    names = "demo", "fig05", "table1", "mnist-mlp", "spirals", "tiny_imagenet", "lstm-mnist-mlp"
+    names = "demo", "fig05", "table1", "mnist-mlp", "spirals", "fashion_mnist", "lstm-mnist-mlp"
     for name in names:
         assert f"\n  {name} " in out or f"\n  {name}\n" in out
 

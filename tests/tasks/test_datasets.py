@@ -28,7 +28,7 @@ def test_options_reach_the_loader() -> None:
     [
         ("minst", " (did you mean mnist?)"),
         ("cifar-10", " (did you mean cifar10?)"),
-        ("imagenet", " (did you mean tiny_imagenet?)"),
+        ("fashion_mist", " (did you mean fashion_mnist?)"),
         ("xyz", ""),
     ],
 )

@@ -11,7 +11,6 @@ from .datasets import load_dataset as load_dataset
 from .datasets import mnist as mnist
 from .datasets import moons as moons
 from .datasets import spirals as spirals
-from .datasets import tiny_imagenet as tiny_imagenet
 from .datasets import tiny_imagenet50_32px as tiny_imagenet50_32px
 from .goals import CLASSIFICATION as CLASSIFICATION
 from .goals import RECONSTRUCTION as RECONSTRUCTION

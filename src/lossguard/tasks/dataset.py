@@ -54,7 +54,7 @@ class Dataset(eqx.Module):
     name: str = eqx.field(static=True)
     classes: int = eqx.field(static=True)
     note: str = eqx.field(static=True, default="")
-    """What a figure must say about the data where it isn't the original, as in "JPEG q75"."""
+    """What a figure must say about the data where it isn't the original, as in "JPEG"."""
 
     def __check_init__(self) -> None:
         if (of_test := self.test.inputs.shape[1:]) != self.shape:

@@ -1,4 +1,4 @@
-"""Classification of images: Digits, MNIST, Fashion-MNIST, CIFAR-10 and Tiny ImageNet."""
+"""Classification of images: Digits, MNIST, Fashion-MNIST, CIFAR-10, and a part of Tiny ImageNet."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import numpy as np
 from ..extras import needed
 from ..validation import check_choice
 from .dataset import PIXEL_SCALINGS, Dataset, make_dataset
-from .sources import CIFAR10, FASHION_MNIST, MNIST, TINY_IMAGENET, TINY_IMAGENET50_32PX, ImageSource
+from .sources import CIFAR10, FASHION_MNIST, MNIST, TINY_IMAGENET50_32PX, ImageSource
 
 DIGITS_TEST = 360
 """Images of its test split."""
@@ -69,15 +69,6 @@ def cifar10(*, scaling: str = "unit") -> Dataset:
     ``note`` says so.
     """
     return _images(CIFAR10, scaling)
-
-
-def tiny_imagenet(*, scaling: str = "unit") -> Dataset:
-    """Tiny ImageNet: 500 + 50 photographs of each of 200 classes, 64 x 64 x 3 pixels.
-
-    The test split is the original's validation split, whose labels are public. Arguments and errors
-    are those of ``mnist``.
-    """
-    return _images(TINY_IMAGENET, scaling)
 
 
 def tiny_imagenet50_32px(*, scaling: str = "unit") -> Dataset:

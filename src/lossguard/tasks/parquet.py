@@ -8,13 +8,14 @@ and a column ``label`` of integers.
 import hashlib
 import io
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import huggingface_hub
 import numpy as np
 import polars as pl
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Int32, UInt8
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -32,7 +33,7 @@ class Images(NamedTuple):
 
 
 class LoadedImages(NamedTuple):
-    """Both splits, and what is to be said about their encoding ("" where it is the original's)."""
+    """Both splits; "JPEG" where images arrived with loss, else ""."""
 
     train: Images
     test: Images
@@ -57,17 +58,25 @@ def _load_split(folder: Path, source: ImageSource, split: SplitSource) -> tuple[
     if not files:
         raise ValueError(f"{folder} holds {source.train.stem}.parquet but no {split.stem}.parquet")
     where = str(files[0]) if len(files) == 1 else f"{files[0]} and its other shards"
-    tables = [_read(file) for file in files]
-    encoded = [image for images, _ in tables for image in images]
-    labels = np.concatenate([labels for _, labels in tables])
-    _check_labels(labels, source, split, where)
-    images = Images(_decode(encoded, source, where), labels.astype(np.int32))
+    try:
+        images, note = _read(files, source)
+    # What damaged files raise depends on where the damage is; a panic is no Exception.
+    except (Exception, pl.exceptions.PanicException) as error:
+        raise ValueError(
+            f"{where} can't be read as images of {source.name} ({_first_line(error)})"
+        ) from error
+    labels, classes = images.labels, np.arange(source.classes)
+    if len(labels) != split.examples or not np.array_equal(np.unique(labels), classes):
+        raise ValueError(
+            f"{where} must hold {split.examples} images with labels 0 to {classes[-1]}, the "
+            f"{split.stem} split of {source.name}, got {len(labels)} with {np.unique(labels)}"
+        )
     if split.sha256 is not None and digest(images) != split.sha256:
         raise ValueError(
             f"{where} doesn't hold the {split.stem} split of {source.name}: its images and labels "
             f"have the SHA-256 {digest(images)}, not {split.sha256}"
         )
-    return images, _encoding_note(encoded[0], source)
+    return images, note
 
 
 def digest(images: Images) -> str:
@@ -121,95 +130,29 @@ def _files(folder: Path, stem: str) -> list[Path]:
     return [whole] if whole.is_file() else sorted(folder.glob(f"{stem}-*-of-*.parquet"))
 
 
-def _read(file: Path) -> tuple[list[bytes], Int64[np.ndarray, " n"]]:
-    """The encoded images and the labels of one Parquet file."""
-    try:
-        table = pl.read_parquet(file)
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
-        raise ValueError(f"{file} can't be read as Parquet ({_first_line(error)})") from error
-    image = "image" if "image" in table.columns else "img"
-    images, labels = table.schema.get(image), table.schema.get("label")
-    encoded = isinstance(images, pl.Struct) and images.to_schema().get("bytes") == pl.Binary
-    if not (encoded and labels is not None and labels.is_integer()):
-        raise ValueError(
-            f"{file} must have a column 'image' or 'img' of structs with binary 'bytes', and a "
-            f"column 'label' of integers, got {dict(table.schema)}"
-        )
-    encoded, labels = table[image].struct.field("bytes"), table["label"]
-    if encoded.null_count() or labels.null_count():
-        raise ValueError(f"{file} has rows without an image or without a label")
-    return encoded.to_list(), labels.to_numpy().astype(np.int64)
+def _read(files: Sequence[Path], source: ImageSource) -> tuple[Images, str]:
+    """The rows that have an image and a label; "JPEG" where some are: no original is."""
+    table = pl.concat([pl.read_parquet(file) for file in files])
+    column = "image" if "image" in table.columns else "img"
+    rows = table.select(pl.col(column).struct.field("bytes"), pl.col("label")).drop_nulls()
+    pixels = np.empty((len(rows), *source.shape), np.uint8)
+    jpeg = False
+    for index, encoded in enumerate(_shown(rows["bytes"].to_list(), source.name)):
+        image = Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG"))
+        jpeg |= image.format == "JPEG"
+        if image.size != (source.shape[1], source.shape[0]):
+            raise ValueError(f"image {index} has {image.width} x {image.height} pixels")
+        mode = "L" if source.shape[2] == 1 else "RGB"
+        pixels[index] = np.asarray(image.convert(mode)).reshape(source.shape)
+    labels = rows["label"].cast(pl.Int32).to_numpy()
+    return Images(pixels, labels), "JPEG" if jpeg else ""
 
 
-def _check_labels(
-    labels: Int64[np.ndarray, " n"], source: ImageSource, split: SplitSource, where: str
-) -> None:
-    if len(labels) != split.examples:
-        raise ValueError(
-            f"{where} has {len(labels)} images, but the {split.stem} split of {source.name} has "
-            f"{split.examples}"
-        )
-    if labels.min() < 0 or labels.max() >= source.classes:
-        raise ValueError(
-            f"{where} has labels from {labels.min()} to {labels.max()}, but those of {source.name} "
-            f"go from 0 to {source.classes - 1}"
-        )
-    counts = np.bincount(labels, minlength=source.classes)
-    each = split.examples // source.classes
-    if split.sha256 is None and (counts != each).any():
-        raise ValueError(
-            f"{where} has {counts.min()} to {counts.max()} images of a class, but the "
-            f"{split.stem} split of {source.name} has {each} of every class"
-        )
-
-
-def _decode(encoded: list[bytes], source: ImageSource, where: str) -> UInt8[np.ndarray, "n h w c"]:
-    """The pixels. One thread: for images this small, Python's lock makes several slower."""
-    height, width, channels = source.shape
-    mode = "L" if channels == 1 else "RGB"
-    pixels = np.empty((len(encoded), *source.shape), np.uint8)
+def _shown(encoded: list[bytes], name: str) -> Iterable[bytes]:
+    """With a bar on a terminal: decoding takes seconds."""
     console = Console(stderr=True)
-    progress = track(
-        enumerate(encoded),
-        description=f"Decoding {source.name}",
-        total=len(encoded),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    for index, image_bytes in progress:
-        try:
-            image = Image.open(io.BytesIO(image_bytes), formats=("PNG", "JPEG"))
-            if image.mode.startswith("I"):  # converting would clip
-                raise ValueError("16 bits a pixel, not 8")
-            image = image if image.mode == mode else image.convert(mode)
-            decoded = np.asarray(image)
-        # What a damaged file raises depends on its format and on where the damage is.
-        except Exception as error:
-            raise ValueError(
-                f"{where} has an unreadable image in row {index} of those read "
-                f"({_first_line(error)})"
-            ) from error
-        if decoded.shape[:2] != (height, width):
-            raise ValueError(
-                f"{where} has an image of {decoded.shape[1]} x {decoded.shape[0]} pixels, but "
-                f"those of {source.name} have {width} x {height}"
-            )
-        pixels[index] = decoded.reshape(source.shape)
-    return pixels
-
-
-def _encoding_note(encoded: bytes, source: ImageSource) -> str:
-    """Says so, with its quality, where a lossless original arrived as JPEG."""
-    image = Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG"))
-    if source.encoding == "JPEG" or image.format != "JPEG":
-        return ""
-    for quality in range(100, 0, -1):
-        sample = io.BytesIO()
-        Image.new(image.mode, (8, 8)).save(sample, "JPEG", quality=quality)
-        if getattr(Image.open(sample), "quantization", None) == getattr(image, "quantization", {}):
-            return f"JPEG q{quality}"
-    return "JPEG"
+    hidden = not console.is_terminal
+    return track(encoded, f"Decoding {name}", console=console, transient=True, disable=hidden)
 
 
 def _first_line(error: BaseException) -> str:

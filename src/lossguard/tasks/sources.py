@@ -31,8 +31,6 @@ class ImageSource:
     classes: int
     train: SplitSource
     test: SplitSource
-    encoding: str = "PNG"
-    """Of the original images, "PNG" or "JPEG"."""
 
 
 MNIST = ImageSource(
@@ -71,17 +69,6 @@ CIFAR10 = ImageSource(
     classes=10,
     train=SplitSource("train", 50_000),
     test=SplitSource("test", 10_000),
-)
-
-TINY_IMAGENET = ImageSource(
-    name="tiny_imagenet",
-    repository="zh-plus/tiny-imagenet",
-    folder="data",
-    shape=(64, 64, 3),
-    classes=200,
-    train=SplitSource("train", 100_000),
-    test=SplitSource("valid", 10_000),
-    encoding="JPEG",
 )
 
 TINY_IMAGENET50_32PX = ImageSource(

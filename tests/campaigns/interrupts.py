@@ -21,7 +21,7 @@ from models import KINDS, closure_for, loss_fn, minibatches, mlp, run, two
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
-from lossguard.torch import LossGuard, Rewind
+from lossguard.torch import Rewind
 
 from .torch_guards import assert_clean, points, same
 
@@ -68,7 +68,7 @@ def attempt(seed: int, folder: Path) -> Counter[str]:
     kind, everywhere = rng.choice([*KINDS, Rewind]), rng.random() < 0.5
     model = mlp(nn.BatchNorm1d(16))
     batches = minibatches(80)
-    options = {"nt": rng.choice((1, 2, 3))} | ({"nc": 1} if kind is LossGuard else {})
+    options = {"nt": rng.choice((1, 2, 3))}
     optimizer, done = None, rng.randrange(1, 30)
     if kind is Rewind:
         optimizer = Adam(model.parameters(), lr=0.05)

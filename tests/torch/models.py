@@ -122,14 +122,35 @@ def two(kind, model, learned=None, fallback=None, **options):
     learned = learned or (lambda ps: Adam(ps, lr=0.05))
     fallback = fallback or (lambda ps: SGD(ps, lr=0.3, momentum=0.9))
     optimizers = learned(list(model.parameters())), fallback(list(model.parameters()))
-    if kind is BestOf:
-        return BestOf(optimizers[::-1], model=model, **options)
-    return kind(*optimizers, model=model, **options)
+    return guard_of(kind, optimizers[:: -1 if kind is BestOf else 1], model, **options)
+
+
+def guard_of(kind, optimizers, model, **options):
+    """A guard of these optimizers."""
+    if kind is LossGuard:
+        options = {"check": check_of(model), "nc": 2} | options
+    return kind(*[optimizers] if kind is BestOf else optimizers, model=model, **options)
+
+
+def check_of(model, batches=(), loss_fn=loss_fn):
+    """The loss on minibatch number k of these, or of some that are drawn by their numbers."""
+
+    def check(k):
+        if batches:
+            return loss_fn(model, batches[k])
+        with torch.random.fork_rng(), torch.device("cpu"):
+            torch.manual_seed(1000 + k)
+            x, labels = spiral()
+        return loss_fn(model, (x.to(next(model.parameters()).dtype), labels))
+
+    return check
 
 
 def two_rates(kind, weight, *rates, **options):
     """A guard of SGD over SGD on a weight that is in no module."""
     optimizers = [SGD([weight], lr=rate) for rate in rates]
+    if kind is LossGuard:
+        options = {"check": lambda k: weight.square().sum(), "nc": 1} | options
     return kind(*[optimizers] if kind is BestOf else optimizers, model=None, **options)
 
 
@@ -163,21 +184,22 @@ def assert_resumes(build, model, batches, done):
 def algorithm2(model, learned, fallback, batches, *, nt, nc, loser="keep", loss_fn=loss_fn):
     """x and the winner after each cycle of Algorithm 2, by the letter.
 
-    It shares no code with the guard: each branch has a model and an optimizer of its own.
+    It shares no code with the guard: each branch has a model and an optimizer of its own. Random
+    numbers are by the number of the minibatch.
     """
     x, branches = copy.deepcopy(model), [copy.deepcopy(model) for _ in range(2)]
     makers = zip((learned, fallback), branches, strict=True)
     optimizers = [make(list(branch.parameters())) for make, branch in makers]
     fresh = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
-    stream = iter(batches)
+    stream = enumerate(batches)
     for _ in range(len(batches) // (nt + nc)):
         for branch in branches:
             branch.load_state_dict(x.state_dict())
         checks = [[], []]
         for t in range(nt + nc):
-            batch, seed = next(stream), int(torch.randint(1 << 30, ()))
+            i, batch = next(stream)
             for branch, optimizer, losses in zip(branches, optimizers, checks, strict=True):
-                torch.manual_seed(seed)
+                torch.manual_seed(i)
                 buffers = [b.clone() for b in branch.buffers()]
                 loss = loss_fn(branch, batch)
                 if t < nt:
@@ -194,18 +216,26 @@ def algorithm2(model, learned, fallback, batches, *, nt, nc, loser="keep", loss_
         yield copy.deepcopy(x.state_dict()), winner
 
 
-def assert_is_algorithm2(model, learned, fallback, batches, **options):
-    """A guarded run has the same winners and parameters."""
-    torch.manual_seed(1)
-    expected = list(algorithm2(model, learned, fallback, batches, **options))
-    guard = two(LossGuard, model, learned, fallback, **options)
-    torch.manual_seed(1)
+def assert_is_algorithm2(
+    model, learned, fallback, batches, *, nt, nc, loser="keep", loss_fn=loss_fn
+):
+    """A guarded run has the same winners and parameters; its checks are of the same list."""
+    settings = {"nt": nt, "nc": nc, "loser": loser}
+    expected = list(algorithm2(model, learned, fallback, batches, loss_fn=loss_fn, **settings))
+
+    def check(k):
+        i = k // nc * (nt + nc) + nt + k % nc
+        torch.manual_seed(i)
+        return loss_fn(model, batches[i])
+
+    guard = two(LossGuard, model, learned, fallback, check=check, **settings)
     states = []
-    for batch in batches:
-        torch.manual_seed(int(torch.randint(1 << 30, ())))
-        guard.step(closure_for(guard, model, batch))
-        if guard.phase == 0:
-            states.append(copy.deepcopy(model.state_dict()))
+    for i, batch in enumerate(batches):
+        if i % (nt + nc) < nt:
+            torch.manual_seed(i)
+            guard.step(lambda batch=batch: backward(loss_fn(model, batch)))
+            if guard.phase == 0:
+                states.append(copy.deepcopy(model.state_dict()))
     assert [d.winner for d in guard.history] == [winner for _, winner in expected]
     for ours, (theirs, _) in zip(states, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

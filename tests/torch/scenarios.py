@@ -5,7 +5,7 @@ import math
 import os
 
 import torch
-from models import loss_fn, mlp, run, spiral
+from models import check_of, loss_fn, mlp, run, spiral
 from torch import distributed
 from torch.distributed import checkpoint
 from torch.distributed import fsdp as sharding
@@ -26,8 +26,8 @@ def build(kind, model, **options):
         return BestOf([careful, bold], model=model, nt=NT, decay=0.5, **options)
     if kind == "ResidualGuard":
         return ResidualGuard(bold, careful, model=model, nt=NT)
-    more = {"nc": 2} if kind == "LossGuard" else {"share": 0.3}
-    return KINDS[kind](bold, careful, model=model, nt=NT, **more, **options)
+    more = {"check": check_of(model), "nc": 2} if kind == "LossGuard" else {"share": 0.3}
+    return KINDS[kind](bold, careful, model=model, nt=NT, **more | options)
 
 
 def data():
@@ -69,19 +69,15 @@ def ddp(rank, kind, sizes=None, group=None):
 def ddp_nan(rank):
     """Rank 1's check loss is NaN: the learned branch's in the second cycle, both in the third."""
     model = DistributedDataParallel(mlp())
-    guard = build("LossGuard", model)
-    for i, batch in enumerate(shards(rank, distributed.get_world_size())):
-        cycle, t = divmod(i, NT + 2)
+    clean = check_of(model)
 
-        def closure(batch=batch, cycle=cycle, t=t):
-            guard.zero_grad()
-            loss = loss_fn(model, batch)
-            loss.backward()
-            learned = guard._weights.holder.name == "y"
-            poisoned = rank == 1 and t >= NT and (cycle == 2 or (cycle == 1 and learned))
-            return loss * math.nan if poisoned else loss
+    def check(k):
+        cycle, learned = k // 2, guard._weights.holder.name == "y"
+        poisoned = rank == 1 and (cycle == 2 or (cycle == 1 and learned))
+        return clean(k) * math.nan if poisoned else clean(k)
 
-        guard.step(closure)
+    guard = build("LossGuard", model, check=check)
+    run(guard, model, shards(rank, distributed.get_world_size()))
     return report(guard, model.module.state_dict())
 
 

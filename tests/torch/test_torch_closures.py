@@ -11,6 +11,7 @@ from models import (
     assert_same_state,
     backward,
     closure_for,
+    guard_of,
     loss_fn,
     minibatches,
     mlp,
@@ -84,9 +85,7 @@ def test_a_teacher_that_a_forward_pass_moves_is_told_unless_each_lane_has_its_ow
         model.teacher = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
         given = [p for p in model.parameters() if own or p is not model.teacher]
         optimizers = SGD(given, lr=0.1), SGD(given, lr=0.01)
-        guard = (
-            BestOf(optimizers, model=model) if kind is BestOf else kind(*optimizers, model=model)
-        )
+        guard = guard_of(kind, optimizers, model)
 
         def closure(model=model):
             with torch.no_grad():
@@ -122,16 +121,15 @@ def test_a_closure_may_write_all_losses_to_one_tensor(kind):
 
 def test_errors_in_a_check_tell_of_it():
     model = mlp()
-    guard = two(LossGuard, model, nt=1, nc=1)
-    run(guard, model, minibatches(1))
 
-    def closure():
+    def check(k):
         loss = loss_fn(model, spiral())
         torch.autograd.grad(loss, list(model.parameters()))
         return loss
 
+    guard = two(LossGuard, model, nt=1, check=check)
     with pytest.raises(RuntimeError, match="does not require grad") as error:
-        guard.step(closure)
+        run(guard, model, minibatches(1))
     assert "only the loss is needed here" in error.value.__notes__[0]
 
 
@@ -183,9 +181,11 @@ def test_errors_of_arguments():
         ),
         (Hedged, pair, {"nt": 0}, "nt must be an integer of at least 1, g"),
         (Hedged, pair, {"share": 1.0}, "share must be at least 0 and belo"),
-        (LossGuard, pair, {"nc": 0}, "nc must be an integer of at least 1"),
-        (LossGuard, pair, {"loser": "x"}, "loser must be one of keep, res"),
-        (LossGuard, halves, {}, range_for.format("LossGuard")),
+        (LossGuard, pair, {"check": None}, "nc must go with check=, whose minibatches it "),
+        (LossGuard, pair, {"check": 3}, "check must be None or a function, got 3"),
+        (LossGuard, pair, {"check": max, "nc": 0}, "nc must be an integer of at least 1"),
+        (LossGuard, pair, {"check": max, "loser": "x"}, "loser must be one of keep, res"),
+        (LossGuard, halves, {"check": max}, range_for.format("LossGuard")),
         (ResidualGuard, halves, {}, range_for.format("ResidualGuard")),
         (ResidualGuard, pair, {"alpha": 0.0}, "alpha must be above 0 and at most 1, got 0.0"),
         (ResidualGuard, pair, {"theta": 1.5}, "theta must be above 0 and at most 1, got 1.5"),

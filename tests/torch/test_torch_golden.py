@@ -139,6 +139,8 @@ def both(name, pairs, checked=False, **options):
         ours, kind = [make(params) for make in makers], name.title().replace("_", "")
         given = [ours] if name == "best_of" else ours
         check = {"check": lambda j: loss_of(params, j + 7)} if checked else {}
+        if kind == "LossGuard":
+            check = {"check": lambda k: loss_of(params, k // 5 * 15 + 10 + k % 5)}  # as in JAX
         return getattr(guards, kind)(*given, model=None, nt=NT, **options, **check)
 
     if name == "best_of":
@@ -161,7 +163,8 @@ def in_torch(build, body=False, loss_of=loss_of):
     """The same, by closures or by bodies of a loop."""
     params = [torch.tensor(p, requires_grad=True) for p in START]
     guard = build(params)
-    for i in range(len(X)):
+    checks = isinstance(guard, guards.LossGuard)
+    for i in (i for i in range(len(X)) if not checks or i % 15 < 10):
         if body:
             for lane in guard.lanes():
                 lane.step(backward(loss_of(params, i)))

@@ -26,7 +26,7 @@ from models import (
 from torch import nn
 from torch.optim import SGD
 
-from lossguard.torch import BestOf, LossGuard, Recommended, ResidualGuard
+from lossguard.torch import BestOf, Recommended, ResidualGuard
 from tests.campaigns.interrupts import interrupted
 
 
@@ -190,17 +190,15 @@ def test_a_second_ctrl_c_comes_at_once(body):
 
 
 @pytest.mark.usefixtures("as_ctrl_c")
-@pytest.mark.parametrize(
-    ("kind", "options"), [*((kind, {"nt": 2}) for kind in KINDS), (LossGuard, {"nt": 1, "nc": 2})]
-)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_the_model_before_or_after_a_call(kind, options, which):
-    """As in the campaign, all over the package's code that a call runs; the last one checks only.
+def test_a_signal_leaves_the_model_before_or_after_a_call(kind, which):
+    """As in the campaign, all over the package's code that a call runs.
 
-    But for ``LossGuard`` the call ends a cycle: after it the decision is there as well.
+    The call ends a cycle: after it the decision is there as well.
     """
     model = mlp(nn.BatchNorm1d(16))
-    guard = two(kind, model, **options)
+    guard = two(kind, model, nt=2)
     batches, seen = minibatches(4), set()
     run(guard, model, batches[:1])
 
@@ -212,9 +210,9 @@ def test_a_signal_leaves_the_model_before_or_after_a_call(kind, options, which):
 
     for came, is_before in interrupted(guard, model, call, which, places):
         assert came
-        assert guard.steps == (0 if is_before or kind is LossGuard else 2)
+        assert guard.steps == (0 if is_before else 2)
         seen.add(is_before)
-    assert seen == ({True} if "nc" in options else {True, False})
+    assert seen == {True, False}
     run(guard, model, batches)
 
 

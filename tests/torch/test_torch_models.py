@@ -16,7 +16,9 @@ from models import (
     assert_resumes,
     assert_same_state,
     backward,
+    check_of,
     closure_for,
+    guard_of,
     loss_fn,
     minibatches,
     mlp,
@@ -57,7 +59,7 @@ def test_gradients_of_what_another_optimizer_steps_are_those_of_the_live_lane(ki
     model, x = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)), torch.ones(4, 2)
     beside = SGD(model[0].parameters(), lr=0.1)
     optimizers = [SGD(model[2].parameters(), lr=lr) for lr in (0.1, 0.01)]
-    guard = kind(*[optimizers] if kind is BestOf else optimizers, model=model, **options)
+    guard = guard_of(kind, optimizers, model, **options)
     for earlier in (0.0, 0.0, 1.0):  # one that was accumulated before stays
         beside.zero_grad()
         model(x).square().mean().backward()
@@ -190,7 +192,7 @@ def test_models(name):
 @pytest.mark.parametrize("name", ["flat", "frozen", "recurrent"])
 @pytest.mark.parametrize("kind", TWO)
 def test_they_resume(kind, name):
-    options = {"nc": 2} if kind is LossGuard else {"share": 0.5}
+    options = {} if kind is LossGuard else {"share": 0.5}
 
     def build(model):
         return two(kind, model, learned, fallback, nt=4, **options)
@@ -206,8 +208,12 @@ def test_compiled_models_are_compiled_once_per_mode():
         return graph
 
     model, twin = twins()
-    guards = [two(LossGuard, m, nt=3, nc=2) for m in (model, twin)]
-    run(guards[0], torch.compile(model, backend=backend), minibatches(20))
+    fast = torch.compile(model, backend=backend)
+    guards = [
+        two(LossGuard, m, nt=3, check=check_of(called))
+        for m, called in ((model, fast), (twin, twin))
+    ]
+    run(guards[0], fast, minibatches(20))
     run(guards[1], twin, minibatches(20))
     assert len(compiled) == 2  # with gradients, and without
     assert_same_state(model.state_dict(), twin.state_dict())
@@ -224,11 +230,13 @@ def test_autocast_uses_the_weights_of_the_branch(outside):
             return loss_fn(model, batch)
 
     expected = list(algorithm2(model, learned, fallback, batches, loss_fn=cast_loss, nt=3, nc=2))
-    guard = two(LossGuard, model, learned, fallback, nt=3, nc=2)
+    loss_of = loss_fn if outside else cast_loss
+    trained, held_out = ([b for i, b in enumerate(batches) if (i % 5 < 3) == one] for one in (1, 0))
+    check = check_of(model, held_out, loss_of)
+    guard = two(LossGuard, model, learned, fallback, nt=3, check=check)
     with torch.autocast("cpu", torch.bfloat16, enabled=outside):
-        for batch in batches:
-            loss_of = loss_fn if outside else cast_loss
-            guard.step(lambda batch=batch, loss_of=loss_of: backward(loss_of(model, batch)))
+        for batch in trained:
+            guard.step(lambda batch=batch: backward(loss_of(model, batch)))
     assert [d.winner for d in guard.history] == [winner for _, winner in expected]
     torch.testing.assert_close(model.state_dict(), expected[-1][0], rtol=1e-3, atol=1e-4)
 
@@ -380,7 +388,7 @@ def test_optimizers_of_packages_resume_bit_by_bit(kind, package, name, settings,
     make = getattr(pytest.importorskip(package), name)
 
     def build(model):
-        options = {"nc": 2} if kind is LossGuard else {"share": 0.5}
+        options = {} if kind is LossGuard else {"share": 0.5}
         return two(kind, model, lambda ps: make(ps, **settings), nt=3, **options)
 
     assert_resumes(build, mlp(), minibatches(30), done)
@@ -399,8 +407,8 @@ def test_a_group_entry_that_the_first_step_makes_is_memory():
 
     for loser, expected in (("reset", {}), ("keep", {"t": 4})):
         model = mlp()
-        guard = two(LossGuard, model, lambda ps: Counting(ps, lr=5.0), nt=2, nc=1, loser=loser)
-        run(guard, model, minibatches(6))
+        guard = two(LossGuard, model, lambda ps: Counting(ps, lr=5.0), nt=2, loser=loser)
+        run(guard, model, minibatches(4))
         group = [*guard._inners.values()][1].optimizer.param_groups[0]
         assert {key: value for key, value in group.items() if key == "t"} == expected
 

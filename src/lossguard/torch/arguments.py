@@ -7,12 +7,11 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 
 from lossguard.torch.ranks import several
 from lossguard.torch.rates import beside_state, options_of
@@ -23,14 +22,12 @@ if TYPE_CHECKING:
     from lossguard.torch.guards.lane import Lane
 
 Closure = Callable[[], Any]
-T = TypeVar("T")
 
 SAME = 1e-4
 """The part of a loss by which rounding may change it."""
 NOTE = (
-    "lossguard: only the loss is needed here (in a guard lane.checking is true), so this runs "
-    "without gradients: leave out what reads p.grad, and put `with torch.enable_grad():` inside it "
-    "around what torch.autograd.grad or retain_grad needs"
+    "lossguard: only the loss is needed here, so this runs without gradients: put `with "
+    "torch.enable_grad():` around what needs them"
 )
 
 
@@ -259,11 +256,6 @@ def scalar(loss: Any, rule: str = "closure must return the loss, one number") ->
     return torch.tensor(float(loss), dtype=torch.float64, device="cpu")
 
 
-class _NoBackward(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return None if func is Tensor.backward else func(*args, **(kwargs or {}))
-
-
 @contextmanager
 def without_gradients() -> Iterator[None]:
     """A block for losses alone; PyTorch's errors in it tell so."""
@@ -273,12 +265,6 @@ def without_gradients() -> Iterator[None]:
         except RuntimeError as error:
             error.add_note(NOTE)
             raise
-
-
-def forward_only(closure: Callable[[], T]) -> T:
-    """The value of ``closure``, whose calls of ``backward`` do nothing."""
-    with without_gradients(), _NoBackward():
-        return closure()
 
 
 def compare(losses: Sequence[Tensor]) -> None:

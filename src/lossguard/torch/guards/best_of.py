@@ -9,18 +9,11 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from lossguard.rules import HEAD_START
-from lossguard.torch.arguments import (
-    check_functions,
-    check_rates,
-    lost_loss,
-    scalar,
-    without_gradients,
-)
+from lossguard.torch.arguments import check_rates
 from lossguard.torch.guards.decision import NEITHER, Decision, Seen, mean, passed_over
 from lossguard.torch.guards.guard import Guard
 from lossguard.torch.guards.lane import Lane
 from lossguard.torch.guards.losses import UNBOUNDED, Trial
-from lossguard.torch.process import modes_kept
 from lossguard.validation import check_decay, check_nc, check_part, told
 
 
@@ -97,7 +90,7 @@ class BestOf(Guard):
     (1, 20)
     """
 
-    remembered = ("records", "_spent", "_checked")
+    remembered = ("records", "_spent")
 
     def __init__(
         self,
@@ -125,16 +118,15 @@ class BestOf(Guard):
             raise ValueError(f"rates must go with a function of a rate, got {told(optimizers)}")
         if not isinstance(optimizers, Iterable) or not (optimizers := [*optimizers]):
             raise ValueError(f"optimizers must be a list of at least one, got {told(optimizers)}")
-        check_functions(check=check)
-        self.check, self.checks = check, check_nc(nc, check)
+        nc = check_nc(nc, check)
         self.share = None if share is None else check_part("share", share)
         self.decay = check_decay(decay)
         named = {f"optimizers[{k}]": one for k, one in enumerate(optimizers)}
         lanes = {str(k): name for k, name in enumerate(named)}
-        super().__init__(named, lanes, model, nt, process_group=process_group, callback=callback)
+        super().__init__(named, lanes, model, nt, check, nc, process_group, callback)
         self.records = [Record() for _ in lanes]
-        self._spent, self._checked = [0] * len(lanes), 0
-        """Steps of each beside the leader from the end of the head start on; check minibatches."""
+        self._spent = [0] * len(lanes)
+        """Steps of each beside the leader from the end of the head start on."""
 
     def _begin(self) -> list[Lane]:
         shared = self.steps - HEAD_START
@@ -147,27 +139,6 @@ class BestOf(Guard):
             for lane in runs:
                 lane.start_at(self._leader.point)
         return runs
-
-    def _decide(self) -> Decision:
-        if self.check is not None:
-            self._measure(self.check)
-        return super()._decide()
-
-    def _measure(self, check: Callable[[int], Tensor]) -> None:
-        """The losses of all that ran on the next check minibatches."""
-        draws = self._randomness.state()
-        for lane in self._order:
-            self._randomness.set(draws)
-            lane.enter(checking=True)
-            with without_gradients(), modes_kept(self._weights.model):
-                for j in range(self.checks):
-                    try:
-                        value = check(self._checked + j)
-                    except Exception as error:
-                        value = lost_loss(self, lane, error)
-                    lane.checks.append(scalar(value, "check must return one number"))
-            lane.leave()
-        self._checked += self.checks
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
         leader, lanes = int(self._leader.name), [*self._lanes.values()]
@@ -208,7 +179,7 @@ class BestOf(Guard):
             finite_learned=seen[str(best)].fine,
             winner=best if best in fine else NEITHER,
             gradients=self.nt * len(seen),
-            forwards=0 if self.check is None else self.checks * len(seen),
+            forwards=0 if self.check is None else self.nc * len(seen),
             learned_updates=self.nt * len(seen),
         ).without(void)
 

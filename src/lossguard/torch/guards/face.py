@@ -24,7 +24,7 @@ class Face(arguments.Uncopied, Optimizer):
 
     Attributes:
         nt: train minibatches per cycle.
-        nc: minibatches per cycle that lanes are only checked on.
+        nc: check minibatches per cycle, where there is a ``check``; ``checked``: so far.
         phase: minibatches seen of this cycle; 0 between cycles.
         steps: optimizer steps of the live lane in all cycles so far.
         history: the last 1,000 decisions since it was built; they aren't saved.
@@ -33,17 +33,18 @@ class Face(arguments.Uncopied, Optimizer):
     remembered: tuple[str, ...] = ()
     """What the rules of a guard know, by the names of its attributes."""
 
+    nc: int
     callback: Callable[[Decision], object] | None
     _lanes: "dict[str, Lane]"
     _leader: "Lane"
 
     def __init__(
-        self, optimizers: Mapping[str, Optimizer], model: nn.Module | None, nt: int, nc: int
+        self, optimizers: Mapping[str, Optimizer], model: nn.Module | None, nt: int
     ) -> None:
         params = arguments.check_optimizers(optimizers)
         arguments.check_model(model, params)
         arguments.check_accelerate()
-        self.nt, self.nc = check_count("nt", nt), nc
+        self.nt = check_count("nt", nt)
         self.phase, self.steps = 0, 0
         self.history: deque[Decision] = deque(maxlen=1000)
         self._inners = {name: Inner(one, params) for name, one in optimizers.items()}
@@ -62,11 +63,6 @@ class Face(arguments.Uncopied, Optimizer):
         self._left = 0
         """Loops over lanes that were left, at a stretch."""
         arguments.refuse_steps_beside(self)
-
-    @property
-    def checking(self) -> bool:
-        """Whether only the loss of the next minibatch is evaluated."""
-        return self.phase >= self.nt
 
     @property
     def last_decision(self) -> Decision | None:
@@ -91,7 +87,7 @@ class Face(arguments.Uncopied, Optimizer):
     def eval(self) -> None:
         """Have the model be what an optimizer with ``train()`` and ``eval()`` evaluates."""
         self.check_between("eval")
-        self._leader.enter(checking=True)
+        self._leader.enter("eval")
 
     def check_itself(self, call: str) -> None:
         """Refuse a call on what Lightning makes of a guard, whose counts are not the guard's."""

@@ -9,14 +9,14 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from lossguard.torch import arguments
-from lossguard.torch.arguments import Closure
+from lossguard.torch.arguments import Closure, scalar
 from lossguard.torch.guards import saving
 from lossguard.torch.guards.decision import Decision, Seen
 from lossguard.torch.guards.face import Face
 from lossguard.torch.guards.lane import Lane
 from lossguard.torch.guards.relay import Relay
 from lossguard.torch.guards.weights import Beside
-from lossguard.torch.process import held
+from lossguard.torch.process import held, modes_kept
 from lossguard.torch.ranks import mean_of_ranks
 from lossguard.torch.tensors import stacked
 from lossguard.validation import check_part
@@ -25,7 +25,8 @@ from lossguard.validation import check_part
 class Guard(Face):
     """An optimizer that runs lanes, of which the live one is what the model is.
 
-    A cycle is nt minibatches on which lanes step, and nc on which they are only checked.
+    A cycle is nt minibatches on which lanes step. Where there is a ``check``, they are compared on
+    nc of its minibatches then.
     """
 
     forgives = True
@@ -37,13 +38,16 @@ class Guard(Face):
         lanes: Mapping[str, str],
         model: nn.Module | None,
         nt: int,
+        check: Callable[[int], Tensor] | None = None,
         nc: int = 0,
         process_group: distributed.ProcessGroup | None = None,
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
         """The first optimizer's groups are the guard's. The first lane is live."""
-        arguments.check_functions(callback=callback)
-        super().__init__(optimizers, model, nt, nc)
+        arguments.check_functions(check=check, callback=callback)
+        super().__init__(optimizers, model, nt)
+        self.check, self.nc = check, nc
+        self.checked = 0
         self.process_group, self.callback = process_group, callback
         self._lanes = {
             name: Lane(name, self._inners[of], self._weights, forgives=self.forgives)
@@ -91,8 +95,7 @@ class Guard(Face):
                 clip(model.parameters())
                 lane.step(loss)
 
-        Where ``lane.checking`` is true only the loss counts: leave ``backward`` out there. If the
-        loop is left before the last lane has stepped, the minibatch doesn't count.
+        If the loop is left before the last lane has stepped, the minibatch doesn't count.
 
         Raises:
             ValueError: if there are gradients before it, or the body steps but by ``lane.step``.
@@ -110,12 +113,12 @@ class Guard(Face):
                 for lane in order:
                     self._randomness.set(draws)
                     self._weights.reset_gradients(beside)
-                    lane.enter(checking=self.checking)
+                    lane.enter()
                     yield lane
                     if not lane.stepped:
                         raise ValueError("the body of guard.lanes() must call lane.step(loss)")
                     self._rates.check()
-                    lane.leave()
+                    lane.leave(keep=True)
                 self._close()
             except BaseException as error:
                 if self._order is not order:  # closed late, while another loop is under way
@@ -128,7 +131,7 @@ class Guard(Face):
                     self._undo(draws)
                     self._weights.reset_gradients(beside)
                     raise
-                self._leader.leave()  # a loop that was left after the last step
+                self._leader.leave(keep=True)  # a loop that was left after the last step
                 self._close()
                 tell()
                 raise  # so that a signal that came is not raised where a generator is closed
@@ -156,7 +159,7 @@ class Guard(Face):
         """The value of the closure, after a step."""
         try:
             with torch.enable_grad():
-                value = arguments.forward_only(closure) if lane.checking else closure()
+                value = closure()
         except Exception as error:
             return lane.note(arguments.lost_loss(self, lane, error))
         lane.step(value)
@@ -168,10 +171,10 @@ class Guard(Face):
             return
         order, self._order = self._order, []
         inside = self._weights.holder
-        inside.leave()
+        inside.leave(keep=inside.stepped)
         self._leader.go_live(keep=inside.stepped)
         self._randomness.set(draws)
-        if self.phase == self.nt + self.nc or any(lane.begun or lane.stepped for lane in order):
+        if self.phase == self.nt or any(lane.begun or lane.stepped for lane in order):
             self.phase = 0
             if not self._weights.is_finite(self._weights.live()):
                 self._leader.go_back()
@@ -185,12 +188,14 @@ class Guard(Face):
         if self.phase == 1 and self.steps == 0:
             arguments.compare([lane.losses[0] for lane in self._order if not lane.inner.switches])
             arguments.warn_if_written(self._shared)
-        if self.phase == self.nt + self.nc:
+        if self.phase == self.nt:
             self.history.append(self._decide())
             self.phase, self.steps = 0, self.steps + self.nt
         self._order, self._left = [], 0
 
     def _decide(self) -> Decision:
+        if self.check is not None:
+            _measure(self, self.check)
         seen = _agreed([self._leader, *self._others], self.process_group)
         decision = self._settle(seen)._replace(jumped=self._weights.jumped)
         self._weights.jumped = False
@@ -215,6 +220,29 @@ class Guard(Face):
             saving.load(self, state_dict)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
+
+
+def _measure(guard: Guard, check: Callable[[int], Tensor]) -> None:
+    """The losses on the next check minibatches, of all lanes that ran."""
+    draws = guard._randomness.state()
+    for lane in guard._order:
+        guard._randomness.set(draws)
+        lane.enter("eval")
+        try:
+            with arguments.without_gradients(), modes_kept(guard._weights.model):
+                for k in range(guard.checked, guard.checked + guard.nc):
+                    lane.checks.append(_checked(guard, lane, check, k))
+        finally:
+            lane.leave(keep=False)
+    guard.checked += guard.nc
+
+
+def _checked(guard: Guard, lane: Lane, check: Callable[[int], Tensor], k: int) -> Tensor:
+    try:
+        value = check(k)
+    except Exception as error:
+        value = arguments.lost_loss(guard, lane, error)
+    return scalar(value, "check must return one number")
 
 
 def _agreed(ran: Sequence[Lane], group: distributed.ProcessGroup | None) -> dict[str, Seen]:

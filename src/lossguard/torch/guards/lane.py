@@ -1,6 +1,6 @@
 """A lane: an optimizer's run. Guards run several, and compare their losses."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from lossguard.torch.arguments import scalar
 from lossguard.torch.guards.weights import Copy, Weights
 from lossguard.torch.memory import Inner, Memory
 from lossguard.torch.tensors import clones, finite, transfer, zero_unsound
+
+Mode = Literal["train", "eval"]
+"""Of an optimizer whose iterates to train and to evaluate are two."""
 
 
 class Lane:
@@ -30,7 +33,7 @@ class Lane:
         """Those of the model when it got into it."""
         self.losses: list[Tensor] = []
         self.checks: list[Tensor] = []
-        self.checking = self.begun = self.stepped = False
+        self.begun = self.stepped = False
         self._parked: Memory | None = None
         if inner.holder is None:
             inner.holder = self
@@ -71,7 +74,7 @@ class Lane:
         if self.live:
             self.values = []
             if self.inner.switches:
-                self.enter(checking=False)  # after ``eval``
+                self.enter()  # after ``eval``
             self.keep()
 
     def keep(self) -> None:
@@ -129,9 +132,8 @@ class Lane:
                 options["clock"] = clock + (options["clock"] if on else 0)
         self.remember(memory)
 
-    def enter(self, *, checking: bool) -> None:
+    def enter(self, mode: Mode = "train") -> None:
         """Get into the model, with the memory in the optimizer."""
-        self.checking = checking
         torch.clear_autocast_cache()  # autocast would go on with casts of other weights
         self.weights.clear_gradients()
         self.go_live()
@@ -139,18 +141,18 @@ class Lane:
         if self._parked is not None:
             self.inner.holder._parked = self.inner.exchange(self._parked)
             self.inner.holder, self._parked = self, None
-        self.switch("eval" if checking else "train")
+        self.switch(mode)
 
-    def switch(self, mode: str) -> None:
+    def switch(self, mode: Mode) -> None:
         """Have its optimizer train or evaluate, if these are two iterates."""
         if self.inner.switches:
             with torch.no_grad(), self.inner.stepping():
                 getattr(self.optimizer, mode)()
 
-    def leave(self) -> None:
-        """End a minibatch. Without a step it changes no buffers."""
+    def leave(self, *, keep: bool) -> None:
+        """End a minibatch; keep what it has made of the buffers, or undo that."""
         self.weights.clear_gradients()
-        if self._buffers and (self.checking or not self.stepped):
+        if self._buffers and not keep:
             transfer(self.weights.buffers(), self._buffers)
         self._buffers = []
 
@@ -158,7 +160,7 @@ class Lane:
         """One optimizer step by the gradients that ``backward`` has left; once in a loop's body.
 
         Args:
-            loss: of the minibatch before the step, unscaled. In a check only this is used.
+            loss: of the minibatch before the step, unscaled.
 
         Raises:
             ValueError: if it isn't one number, there are no gradients, or the lane has stepped.
@@ -166,12 +168,11 @@ class Lane:
         if self.stepped:
             raise ValueError(f"lane.step must be called once for each lane, got again for {self}")
         value = scalar(loss)
-        if not self.checking:
-            self.check_gradients(value)
-            self.begun = True  # if the optimizer raises, nobody knows how far it came
-            if self.forgives:
-                self.weights.mend(self._buffers, zero_unsound(self.weights.params))
-            self.update(loss)
+        self.check_gradients(value)
+        self.begun = True  # if the optimizer raises, nobody knows how far it came
+        if self.forgives:
+            self.weights.mend(self._buffers, zero_unsound(self.weights.params))
+        self.update(loss)
         self.note(value)
 
     def check_gradients(self, loss: Tensor) -> None:
@@ -191,7 +192,7 @@ class Lane:
 
     def note(self, loss: Tensor) -> Tensor:
         """Note the loss of a minibatch, which is over for the lane."""
-        (self.checks if self.checking else self.losses).append(loss)
+        self.losses.append(loss)
         self.stepped = True
         return loss
 

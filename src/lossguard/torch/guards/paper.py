@@ -1,9 +1,9 @@
 """The guards of the paper: Algorithm 2 (LGL2O), and its rival GL2O of Heaton et al. 2020.
 
 Letters: x the kept iterate, y the learned branch or proposal, z the fallback's, nt optimizer steps
-a cycle, nc check minibatches, i the number of a minibatch. Of GL2O: T the fallback's operator,
-S(x) = x - T(x) its residual, r the residual's norm at y, mu a running mean of those accepted so
-far.
+a cycle, nc check minibatches, i and k the numbers of minibatches. Of GL2O: T the fallback's
+operator, S(x) = x - T(x) its residual, r the residual's norm at y, mu a running mean of those
+accepted so far.
 """
 
 import math
@@ -21,7 +21,7 @@ from lossguard.torch.guards.lane import Lane
 from lossguard.torch.guards.weights import Copy
 from lossguard.torch.memory import Memory
 from lossguard.torch.tensors import clones, read
-from lossguard.validation import check_choice, check_count, check_fraction
+from lossguard.validation import check_choice, check_fraction, check_nc
 
 Loser = Literal["keep", "reset"]
 Gradient = list[Tensor | None]
@@ -34,16 +34,17 @@ class LossGuard(Guard):
 
         y <- x;  z <- x
         for t in 0 .. nt-1:  y <- learned(y, grad F(y, i+t));  z <- fallback(z, grad F(z, i+t))
-        x <- y   if mean_j F(y, i+nt+j) < mean_j F(z, i+nt+j),  j in 0 .. nc-1,   else z
-        i <- i + nt + nc
+        x <- y   if mean_j G(y, k+j) < mean_j G(z, k+j),  j in 0 .. nc-1,   else z
+        i <- i + nt;  k <- k + nc
 
-    The first nt calls of a cycle train both branches, the next nc only evaluate them, without
-    gradients (``guard.checking``), and the last decides. Within a cycle the model is the branch
-    that was kept last; at its end it is x. What isn't finite is treated as in
+    Each call trains both branches, and the last of a cycle decides. Within a cycle the model is the
+    branch that was kept last; at its end it is x. What isn't finite is treated as in
     ``lossguard.loss_guard``.
 
     Args:
         learned, fallback, model, process_group, callback: as in ``Recommended``.
+        check: G: a function of a number k that returns the model's loss on check minibatch k, the
+            same for both branches. In the paper these are fresh ones of the training data.
         nt, nc: optimizer steps and check minibatches a cycle.
         loser: the optimizer state of the branch that lost. "keep": it runs on from its own nt
             steps; "reset": as at the start.
@@ -57,8 +58,8 @@ class LossGuard(Guard):
 
     >>> w = torch.tensor([4.0], requires_grad=True)
     >>> learned, fallback = torch.optim.SGD([w], lr=0.4), torch.optim.SGD([w], lr=0.1)
-    >>> guard = LossGuard(learned, fallback, nt=2, nc=1, model=None)
-    >>> for batch in range(3):
+    >>> guard = LossGuard(learned, fallback, model=None, check=lambda k: w.square().sum(), nt=2)
+    >>> for batch in range(2):
     ...     for lane in guard.lanes():
     ...         loss = w.square().sum()
     ...         loss.backward()
@@ -75,6 +76,7 @@ class LossGuard(Guard):
         fallback: Optimizer,
         *,
         model: nn.Module | None,
+        check: Callable[[int], Tensor],
         nt: int = 10,
         nc: int = 10,
         loser: Loser = "keep",
@@ -83,8 +85,8 @@ class LossGuard(Guard):
     ) -> None:
         check_choice("loser", loser, get_args(Loser))
         self.loser = loser
-        optimizers, nc = {"fallback": fallback, "learned": learned}, check_count("nc", nc)
-        super().__init__(optimizers, LANES, model, nt, nc, process_group, callback)
+        optimizers, nc = {"fallback": fallback, "learned": learned}, check_nc(nc, check)
+        super().__init__(optimizers, LANES, model, nt, check, nc, process_group, callback)
 
     def _begin(self) -> list[Lane]:
         (other,) = (lane for lane in self._lanes.values() if not lane.live)

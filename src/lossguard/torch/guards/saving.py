@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lossguard.torch.guards.weights import Copy
 
 Saved = dict[str, Any]
-NUMBERS = ("phase", "steps", "_rates.bases", "_rates.given")
+NUMBERS = ("phase", "steps", "checked", "_rates.bases", "_rates.given")
 """What every guard remembers, beside that of its rules."""
 
 
@@ -79,7 +79,7 @@ def load(guard: "Face", state_dict: Saved) -> None:
         if count != len(list(leaves(numbers))):
             raise ValueError(f"state_dict must have the numbers of a {ours['kind']}, got {count}")
         numbers = _filled(numbers, iter(ours["numbers"]))
-        check_count("phase", numbers[0], least=0, most=guard.nt + guard.nc)
+        check_count("phase", numbers[0], least=0, most=guard.nt)
         check_count("steps", numbers[1], least=0)
 
     # From here on nothing may fail.
@@ -166,13 +166,12 @@ def _pack(lane: "Lane", state: list[Saved], *, within: bool) -> Saved:
         "masters": sorted(lane.inner.masters),
         "settings": lane.inner.memory().options,
         "losses": read(lane.losses),
-        "checks": read(lane.checks),
     }
 
 
 def _unpack(lane: "Lane", state: list[Saved], rest: Saved, rank: int) -> Callable[[], None]:
     """What has the lane be what is saved of it, and can't fail."""
-    losses, checks = ([scalar(float(loss)) for loss in rest[name]] for name in ("losses", "checks"))
+    losses = [scalar(float(loss)) for loss in rest["losses"]]
     copies = {name: _values(lane, name, state, of, rank) for name, of in rest["buffers"].items()}
     values, before = copies["value"], copies.get("before", [])
     kept = {} if rest["blank"] else _unpack_state(lane, state, rest["others"])
@@ -181,7 +180,7 @@ def _unpack(lane: "Lane", state: list[Saved], rest: Saved, rank: int) -> Callabl
     own, copied, masters = (set(rest[name]) for name in ("own", "copies", "masters"))
 
     def load_lane() -> None:
-        lane.values, lane.before, lane.losses, lane.checks = values, before, losses, checks
+        lane.values, lane.before, lane.losses = values, before, losses
         lane.inner.own, lane.inner.copies, lane.inner.masters = own, copied, masters
         for group, entries in zip(lane.optimizer.param_groups, settings, strict=True):
             group.update({k: v for k, v in entries.items() if k not in own})

@@ -29,9 +29,7 @@ from lossguard.tasks.models import ReluMLP
 def test_settings_reach_the_task_and_the_optimizer() -> None:
     config = dataclasses.replace(TINY, scaling="symmetric", scale=0.02, p=7.0)
     task = config.method().task
-    other = dataclasses.replace(TINY, others=("moons",)).method().others
     assert (float(task.dataset.offset), task.batch_size, task.model) == (8, 16, TINY.model)
-    assert (other["moons"].batch_size, other["moons"].model) == (16, TINY.model)
     weights, gradient = init_lstm_weights(jax.random.key(0), hidden=4), jnp.array([1e-4, -3.0])
     updates = [
         optimizer.update(gradient, optimizer.init(gradient))[0]

@@ -21,12 +21,12 @@ from lossguard.metatrain import bptt, loop
 from lossguard.metatrain.bptt import LSTMTraining
 from lossguard.metatrain.loop import metatrain
 from lossguard.metatrain.recipes import RECIPES
-from lossguard.tasks import MLP, Task, load_dataset
+from lossguard.tasks import MLP, Task
 
 
 def test_records(whole: Path) -> None:
     config, made, curves = records.read_run(whole)
-    assert config == {**asdict(TINY), "model": {"kind": "MLP", "hidden": [5]}, "others": []}
+    assert config == {**asdict(TINY), "model": {"kind": "MLP", "hidden": [5]}}
     assert curves["meta_step"].to_list() == [0, 2, 4, 6]
     assert curves["validation"].to_numpy().shape == (4, 8)
     before, *numbers = curves.select("meta_loss", "gradient_norm").to_numpy()
@@ -99,17 +99,6 @@ def test_a_gradient_that_is_not_finite_is_left_out(bad: float) -> None:
     then, _ = adam.update(gradient, after, w)
     np.testing.assert_array_equal(nothing, [0.0, 0.0])
     np.testing.assert_array_equal(then, twice)
-
-
-def test_other_data_is_validated_on_and_changes_nothing(whole: Path, tmp_path: Path) -> None:
-    file = metatrain(dataclasses.replace(TINY, others=("moons",)), tmp_path / "run")
-    curves = records.read_run(file.parent)[2]
-    moons = curves["validation_moons"].to_numpy()
-    assert moons.shape == (4, 8) and np.isfinite(moons).all()
-    task, weights = Task(load_dataset("moons"), TINY.model, 16), load_weights(file).weights
-    np.testing.assert_allclose(moons[:, 0], validated(task, weights, steps=1), rtol=1e-5)
-    assert same(weights, load_weights(whole / loop.WEIGHTS).weights)
-    assert records.read_run(whole)[2].equals(curves.drop("validation_moons"))
 
 
 def test_weights_are_usable_and_say_how_they_were_made(whole: Path) -> None:

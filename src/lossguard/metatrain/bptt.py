@@ -37,8 +37,6 @@ class LSTMTraining(MetaTraining):
     scale: float = 0.1
     p: float = 10.0
     validation_optimizees: int = 4
-    others: tuple[str, ...] = ()
-    """Other data sets that are validated on as well, as in figure 2; they don't choose weights."""
 
     def check(self) -> None:
         """Refuse what is out of range."""
@@ -49,12 +47,9 @@ class LSTMTraining(MetaTraining):
         check_lstm(self.scale, self.p)
 
     def method(self) -> "Backpropagation":
-        """The method, with its tasks loaded; ``others`` scaled as their loaders do by default."""
-        task = Task(load_dataset(self.dataset, scaling=self.scaling), self.model, self.batch_size)
-        others = {
-            name: Task(load_dataset(name), self.model, self.batch_size) for name in self.others
-        }
-        return Backpropagation(self, task, others)
+        """The method, with its task loaded."""
+        data = load_dataset(self.dataset, scaling=self.scaling)
+        return Backpropagation(self, Task(data, self.model, self.batch_size))
 
     def optimizer(self, weights: LSTMWeights) -> optax.GradientTransformation:
         """The learned optimizer that these weights make."""
@@ -66,13 +61,11 @@ class Backpropagation(Method):
 
     config: LSTMTraining = eqx.field(static=True)
     task: Task
-    others: dict[str, Task]
 
     @property
     def tasks(self) -> dict[str, Task]:
         """By the names of their data in messages."""
-        others = {f"the data of {name}": other for name, other in self.others.items()}
-        return {"the data": self.task} | others
+        return {"the data": self.task}
 
     def start(self, key: PRNGKeyArray) -> tuple[LSTMWeights, Optimizees]:
         """Fresh weights, and fresh optimizees."""
@@ -103,12 +96,8 @@ class Backpropagation(Method):
         return losses.mean(), gradient, restart_finished(after, fresh, lost)
 
     def validate(self, weights: LSTMWeights, key: PRNGKeyArray) -> dict[str, np.ndarray]:
-        """``validation`` on the task, and ``validation_NAME`` on the others."""
-        tasks = {"": self.task} | {f"_{name}": other for name, other in self.others.items()}
-        return {
-            f"validation{name}": np.asarray(_validate(self.config, task, weights, key))
-            for name, task in tasks.items()
-        }
+        """``validation`` on the task."""
+        return {"validation": np.asarray(_validate(self.config, self.task, weights, key))}
 
     def save(self, path: Path, weights: LSTMWeights, made: dict[str, str]) -> None:
         """Write the weights, and what they were trained on."""

@@ -150,8 +150,8 @@ def test_keeps_shapes_and_dtypes_of_a_pytree(mlp_weights: MLPWeights) -> None:
     assert jax.tree.map(lambda u: (u.shape, u.dtype), updates) == jax.tree.map(
         lambda p: (p.shape, p.dtype), params
     )
-    memory = state.tensors["w"]
-    assert memory.rows[0].shape == (1, 2) and memory.columns[0].shape == (3, 1)
+    rows, columns = state.tensors.rows[0], state.tensors.columns[0]
+    assert rows["w"].shape == (1, 2) and columns["w"].shape == (3, 1)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.tensors)} == {jnp.dtype(jnp.float32)}
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
@@ -226,8 +226,52 @@ def test_a_gradient_that_is_not_finite_shows(mlp_weights: MLPWeights, bad: float
     gradients = {"w": jnp.ones((3, 2)).at[1, 1].set(bad), "v": jnp.ones(2)}
     updates, state = optimizer.update(gradients, optimizer.init(params), params)
     assert jnp.isnan(updates["w"][1, 1]) and jnp.isfinite(updates["v"]).all()
-    assert not jnp.isfinite(state.tensors["w"].momenta[0]).all()
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.tensors["v"]))
+    finite = jax.tree.map(lambda leaf: bool(jnp.isfinite(leaf).all()), state.tensors)
+    assert not finite.momenta[0]["w"] and not finite.second_moment["w"]
+    assert finite.momenta[0]["v"] and finite.second_moment["v"]
+
+
+def test_a_zero_tensor_has_a_derivative(mlp_weights: MLPWeights) -> None:
+    """As biases are at first, and momenta."""
+    optimizer = mlp_optimizer(mlp_weights)
+
+    def moved(slope: Array) -> Array:
+        w, state = jnp.zeros(3), optimizer.init(jnp.zeros(3))
+        for _ in range(2):
+            updates, state = optimizer.update(slope * jnp.array([0.0, 1.0, 2.0]), state, w)
+            w = optax.apply_updates(w, updates)
+        return w
+
+    for slope in (0.0, 1.0):
+        _, derivative = jax.jvp(moved, (jnp.float32(slope),), (jnp.float32(1),))
+        assert jnp.isfinite(derivative).all()
+
+
+def test_an_equinox_model_may_be_the_params(mlp_weights: MLPWeights) -> None:
+    """As with optax: what has no gradient may be anything."""
+    optimizer = mlp_optimizer(mlp_weights)
+    gradients = {"w": jnp.ones((3, 2)), "activation": None}
+    params = gradients | {"activation": jax.nn.relu}
+    updates, _ = optimizer.update(gradients, optimizer.init(gradients), params)
+    expected, _ = optimizer.update(gradients, optimizer.init(gradients), gradients)
+    assert updates["activation"] is None
+    np.testing.assert_array_equal(updates["w"], expected["w"])
+
+
+def test_its_steps_in_flax_are_its_own(mlp_weights: MLPWeights) -> None:
+    """``nnx.Optimizer`` makes its own containers of all that is within a tree of parameters."""
+    nnx = pytest.importorskip("flax.nnx")
+    optimizer, x = mlp_optimizer(mlp_weights), jnp.cos(jnp.arange(32.0)).reshape(8, 4)
+    model = nnx.Linear(4, 1, rngs=nnx.Rngs(0))
+    w, b = model.kernel[...], model.bias[...]
+    state, inside = optimizer.init((w, b)), nnx.Optimizer(model, optimizer, wrt=nnx.Param)
+    for _ in range(4):
+        inside.update(model, nnx.grad(lambda model: jnp.mean((model(x) - 1) ** 2))(model))
+        gradients = jax.grad(lambda p: jnp.mean((x @ p[0] + p[1] - 1) ** 2))((w, b))
+        updates, state = optimizer.update(gradients, state, (w, b))
+        w, b = optax.apply_updates((w, b), updates)
+        np.testing.assert_allclose(model.kernel[...], w, rtol=1e-5)
+        np.testing.assert_allclose(model.bias[...], b, rtol=1e-5)
 
 
 def test_what_it_refuses(mlp_weights: MLPWeights) -> None:

@@ -11,25 +11,39 @@ from lossguard.metatrain import figure
 from lossguard.records import Record
 
 
-@pytest.mark.parametrize("steps", [8, 60, 100, 300])
+@pytest.mark.parametrize("steps", [12, 60, 100, 300])
 def test_figure_of_any_length(tmp_path: Path, steps: int) -> None:
     """The lines are the record's: windows of 50 validation steps, the row that was kept."""
     validation, moons = 1 + np.random.default_rng(0).random((2, 4, steps))
     validation[2] = np.nan
     columns = {"meta_step": [1, 2, 3, 4], "meta_loss": [4.0, 3.0, 2.0, 1.0]}
     columns |= {"validation": validation, "validation_moons": moons}
-    record = Record({"name": "mine $_{$"}, {"data": "JPEG q75"}, pl.DataFrame(columns))
+    record = Record({"name": "mine $_{$"}, {"data": "JPEG"}, pl.DataFrame(columns))
     drawn = figure.draw(record)
     assert save(drawn, tmp_path).read_bytes().startswith(b"\x89PNG")
 
-    assert drawn.get_suptitle() == "mine $_{$ (JPEG q75)"
+    assert drawn.get_suptitle() == "mine $_{$ (JPEG)"
+    assert drawn.axes[2].get_ylabel() == f"Mean of steps {steps - 9} to {steps} / first"
     left, right, others = ([line.get_ydata() for line in of.lines] for of in drawn.axes)
-    first = {8: [0], 60: [0, 10], 100: [0, 50], 300: [0, 50, 250]}[steps]
+    first = {12: [0], 60: [0, 10], 100: [0, 50], 300: [0, 50, 250]}[steps]
     means = [validation[:, i : i + 50].mean(axis=1) for i in first]
     np.testing.assert_allclose(left, [[4.0, 3.0, 2.0, 1.0], *means])
     kept = np.nanargmin(validation.mean(axis=1))
     np.testing.assert_array_equal(right, [validation[0], validation[kept]])
-    np.testing.assert_allclose(others, [moons[:, :100][:, -10:].mean(axis=1) / moons[:, 0]])
+    np.testing.assert_allclose(others, [moons[:, -10:].mean(axis=1) / moons[:, 0]])
+
+
+def test_logarithms_are_not_drawn_as_losses() -> None:
+    """Nor where the family's diverge, and they are above zero."""
+    columns = {"meta_step": [1, 2], "meta_loss": [0.7, 0.8], "validation": np.ones((2, 60))}
+    left, right = figure.draw(
+        Record({"name": "mine", "family": []}, {}, pl.DataFrame(columns))
+    ).axes
+    assert [line.get_label() for line in left.lines] == [
+        "validation, steps 1 to 50", "validation, steps 11 to 60",
+    ]  # fmt: skip
+    assert left.get_ylabel() == "Loss over reference"
+    assert right.get_ylabel() == "Validation loss over reference"
 
 
 def test_fresh_weights_are_drawn_and_not_kept() -> None:

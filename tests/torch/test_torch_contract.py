@@ -188,7 +188,8 @@ def test_optimizers_with_other_conventions_of_step():
             super().step()
 
     class Polyak(SGD):
-        def step(self, loss):
+        def step(self, closure=None, *, loss):
+            assert closure is None
             square = sum(p.grad.square().sum() for p in self.param_groups[0]["params"])
             self.param_groups[0]["lr"] = (loss / square).item()
             super().step()

@@ -60,7 +60,7 @@ class MLPTraining(MetaTraining):
     sigma: float = 0.03
     """Deviation of the perturbations."""
     rescaling: float = 2.0
-    """The factors c lie between 1 / rescaling and rescaling."""
+    """Each tensor of a rollout is rescaled by a factor c between 1 / rescaling and rescaling."""
     begin_rate: float = 0.005
     """Step size of the momentum method as which the learned optimizer begins."""
     validation_rollouts: int = 2

@@ -19,7 +19,7 @@ from ..tasks.goals import CLASSIFICATION, RECONSTRUCTION
 from ..tasks.models import MLP, ReluMLP
 from ..tasks.published import resized
 from ..tasks.task import Task
-from ..validation import check_kind
+from ..validation import check_kind, told
 
 WORST = 2.0
 """A loss above so many times its reference counts as this, as does one that isn't finite."""
@@ -46,9 +46,11 @@ class Member:
     """N, pairs of rollouts under way in meta-training."""
 
     def __post_init__(self) -> None:
-        if not hasattr(self.model, "hidden"):
-            given = type(self.model).__name__
-            raise ValueError(f"model of a member must be an MLP or a ReluMLP, got {given}")
+        if not isinstance(self.model, MLP | ReluMLP):
+            raise ValueError(
+                "model of a member must be an MLP or a ReluMLP such as ReluMLP((16,)), got "
+                f"{told(self.model)}"
+            )
         check_kind("hidden of a model", self.model.hidden, Iterable, "(16, 16)")
 
     @property

@@ -8,16 +8,13 @@ from matplotlib.figure import Figure
 from ..drawing import log_losses, titled
 from ..records import Record, of_seeds
 
-OTHERS_STEPS = 100
-"""The optimizer step at which losses on other data sets are compared, where the paper's rollouts
-end."""
-
 
 def draw(record: Record) -> Figure:
     """The losses of the outer loop, and the optimizee's at first and with the weights kept.
 
-    Where other data sets were validated on, as in figure 2, a third panel shows them. Of several
-    meta-seeds (``of_seeds``) lines are means, and bands reach from the least to the largest.
+    Of a family of tasks losses are over a reference, and a third panel shows each held-out task.
+    Of several meta-seeds (``of_seeds``) lines are means, and bands reach from the least to the
+    largest.
     """
     config, made, curves = record
     runs = of_seeds(curves).values()
@@ -32,14 +29,16 @@ def draw(record: Record) -> Figure:
     axes = figure.subplots(1, panels)
     left, right = axes[:2]
 
-    if not (training <= 0).any():  # not a logarithm
+    family = "family" in config  # whose training losses are logarithms
+    loss = "loss over reference" if family else "loss"
+    if not family:
         _line(left, steps, training, "training, all of a rollout")
     last = validation.shape[2]
     for first in sorted({0, min(50, max(0, last - 50)), max(0, last - 50)}):
         window = validation[:, :, first : first + 50]
         label = f"validation, steps {first + 1} to {first + window.shape[2]}"
         _line(left, steps, window.mean(axis=2), label)
-    left.set(xlabel="Meta-step", ylabel="Loss")
+    left.set(xlabel="Meta-step", ylabel=loss.capitalize())
     left.legend(fontsize=8)
 
     fresh = int(steps[0] == 0)  # which are not kept
@@ -48,19 +47,17 @@ def draw(record: Record) -> Figure:
     ends = " and ".join(str(step) for step in sorted({*steps[best]}))
     for losses, label in zip(rows, (steps[0], f"{ends}, kept"), strict=True):
         _line(right, np.arange(1, last + 1), losses, f"meta-step {label}")
-    right.set(xlabel="Optimizer step", ylabel="Validation loss", xscale="log")
+    right.set(xlabel="Optimizer step", ylabel=f"Validation {loss}", xscale="log")
     right.legend(fontsize=8)
     for panel in (left, right):
         log_losses(panel)
 
     for name in names:
-        loss = np.array([one[name] for one in runs])[:, :, :OTHERS_STEPS]
-        over_initial = loss[:, :, -10:].mean(axis=2) / loss[:, :, 0]
+        losses = np.array([one[name] for one in runs])
+        over_initial = losses[:, :, -10:].mean(axis=2) / losses[:, :, 0]
         _line(axes[2], steps, over_initial, name.removeprefix("validation_"))
     if names:
-        last = min(OTHERS_STEPS, last)
-        label = f"Validation loss at step {last} / first"
-        axes[2].set(xlabel="Meta-step", ylabel=label)
+        axes[2].set(xlabel="Meta-step", ylabel=f"Mean of steps {last - 9} to {last} / first")
         axes[2].legend(fontsize=8)
     seeds = f", {len(runs)} meta-seeds" if len(runs) > 1 else ""
     title = titled(config["name"] + seeds, made.get("data"))

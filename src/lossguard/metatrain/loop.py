@@ -35,6 +35,8 @@ COUNTS = ("shortest", "longest", "meta_steps", "validate_every")
 """What must be at least 1."""
 LENGTHS = ("truncation", "validation_steps")
 """What must be at least 2: the first loss is before the learned optimizer has done anything."""
+MOST = 10**9
+"""Of these, and of ``curriculum``: two of them are counted in 32 bits."""
 SAVE_SECONDS = 60.0
 """Between two checkpoints."""
 
@@ -108,15 +110,15 @@ class MetaTraining(ABC):
     def check(self) -> None:
         """Refuse what is out of range."""
         for name in COUNTS:
-            check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name), most=MOST)
         for name in LENGTHS:
-            check_count(name, getattr(self, name), least=2)
+            check_count(name, getattr(self, name), least=2, most=MOST)
         check_network(self.hidden, self.layers)
         check_positive(rate=self.rate)
         if self.clip is not None:
             check_positive(clip=self.clip)
         check_part("b2", self.b2)
-        check_count("curriculum", self.curriculum, least=0)
+        check_count("curriculum", self.curriculum, least=0, most=MOST)
         check_seed(self.seed)
         if self.longest < self.shortest:
             raise ValueError(

@@ -31,8 +31,8 @@ class MLPOptimizer(Optimizer):
     The computation and its memory are in float32, also where the step is under autocast. The memory
     takes 16 bytes a coordinate. A matrix of r rows and c columns takes 12 (r + c) more, a vector of
     n 12 n; and each parameter 32. A step needs 4 bytes a coordinate of all parameters while it
-    runs, 8 in bfloat16, and 32 of the largest matrix or 84 of the largest vector. t is the
-    ``clock`` of a parameter group, which guards set to the time of the whole run.
+    runs, 8 in bfloat16, and 28 of the largest matrix, or 68 of the largest vector or matrix of few
+    columns. t is the ``clock`` of a parameter group, which guards set to the time of the whole run.
 
     Args:
         params: parameters, or groups of them.

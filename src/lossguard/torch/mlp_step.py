@@ -144,7 +144,7 @@ def _signals(
     times = math.log1p(t / 10) / 3 - 1, math.log1p(t / 1000) - 1, math.tanh(t / 30)
 
     def shrink(squares: Tensor) -> Tensor:
-        return (squares + 1e-30).rsqrt()
+        return (squares + 1e-24).rsqrt()
 
     def log(squares: Tensor) -> Tensor:
         return (squares / counts + TINY).log() / 2

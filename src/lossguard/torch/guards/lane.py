@@ -185,7 +185,7 @@ class Lane:
         trained = [p.requires_grad for p in self.weights.params]
         try:
             with torch.no_grad(), self.inner.stepping():
-                self.optimizer.step(*((loss,) if self.inner.takes_loss else ()))
+                self.optimizer.step(**({"loss": loss} if self.inner.takes_loss else {}))
         finally:
             for p, before in zip(self.weights.params, trained, strict=True):
                 p.requires_grad_(before)  # whatever the optimizer has done

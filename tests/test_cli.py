@@ -5,7 +5,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +31,6 @@ def test_help(main, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ..
     main(*arguments)
     out = capsys.readouterr().out
     assert all(f"lossguard {name} " in out for name in cli.COMMANDS)
-
-
-def test_version(main, capsys: pytest.CaptureFixture[str]) -> None:
-    main("--version")
-    assert capsys.readouterr().out == f"lossguard {metadata.version('lossguard')}\n"
 
 
 @pytest.mark.parametrize(

@@ -115,15 +115,6 @@ def test_images_may_be_wider_or_higher(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "shape", "parameters"),
-    [(MLP(), (28, 28, 1), 15_910), (MLP(), (2,), 270), (CONVNET3, (32, 32, 3), 7_706)],
-)
-def test_counts_its_parameters(model: Model, shape: tuple[int, ...], parameters: int) -> None:
-    params = model.init(shape, 10, jax.random.key(0))
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
-
-
-@pytest.mark.parametrize(
     ("model", "shape", "reason"),
     [
         *(

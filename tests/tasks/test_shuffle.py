@@ -137,26 +137,6 @@ def in_bulk(table: np.ndarray, degrees: int) -> bool:
     return 0.0005 < stats.chi2.cdf(statistic, degrees) < 0.9995
 
 
-@pytest.mark.parametrize("n", [10_007, 50_000, 60_000])
-def test_has_no_serial_correlation(n: int) -> None:
-    values = permutation(KEY, n).astype(float)
-    values = (values - values.mean()) / values.std()
-    root = np.sqrt(n)
-    lags = [1, 2, 3, 10, 128, round(root), round(root) + 1, n // 2]
-    correlations = np.array([np.mean(values[lag:] * values[:-lag]) for lag in lags])
-    assert np.abs(correlations * root).max() < 4
-
-
-def test_minibatches_are_spread_over_the_data() -> None:
-    """Deviation of the mean of the first 100 minibatches from n / 2, in standard errors."""
-    n, size = 60_000, 128
-    draw = jax.vmap(lambda i: minibatch_indices(KEY, i, samples=n, batch_size=size))
-    means = np.asarray(draw(jnp.arange(100))).mean(axis=1)
-    scores = (means - n / 2) / (n / np.sqrt(12 * size))
-    assert np.abs(scores).max() < 4.5
-    assert scores.std() == pytest.approx(1, abs=0.3)
-
-
 @pytest.mark.parametrize(
     ("samples", "batch_size", "message"),
     [

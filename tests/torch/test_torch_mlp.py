@@ -3,8 +3,6 @@
 import copy
 import math
 import pickle
-from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,38 +12,16 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 from torch.overrides import TorchFunctionMode
 
+from lossguard.learned.weights_file import path_of, read_weights
 from lossguard.torch import BestOf, MLPOptimizer, Recommended
 
 SHAPES = [(), (5,), (6, 4), (4, 6), (5, 5), (8, 4, 3, 3), (2, 7, 3), (0, 3)]
 
 
-def weights_of(hidden: int = 4, layers: int = 2) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    sizes = [39, *[hidden] * layers, 2]
-    made = {}
-    for k, (inputs, outputs) in enumerate(pairwise(sizes)):
-        made[f"mlp.{k}.weight"] = torch.randn(outputs, inputs, generator=generator) * inputs**-0.5
-        made[f"mlp.{k}.bias"] = torch.randn(outputs, generator=generator)
-    decays = {
-        "momentum_decays": [0.8, 0.95, 0.998],
-        "second_moment_decay": [0.99],
-        "factored_decays": [0.85, 0.99, 0.999],
-    }
-    made |= {name: torch.tensor(d).neg().log1p() / 10 for name, d in decays.items()}
-    made |= {"scaling": torch.tensor([0.3, -0.3, -0.5, 0.4, -2.0, 3.0, -5.0])}
-    shapes = {"input": (8, 15), "hidden": (8, 8), "bias": (8,), "output": (8,)}
-    return made | {
-        f"scheduler.{name}": torch.randn(shape, generator=generator)
-        for name, shape in shapes.items()
-    }
-
-
-def saved(folder: Path, hidden: int = 4, layers: int = 2) -> Path:
-    from safetensors.torch import save_file
-
-    about = {"architecture": "mlp", "hidden": str(hidden), "layers": str(layers)}
-    save_file(weights_of(hidden, layers), folder / "mlp.safetensors", about)
-    return folder / "mlp.safetensors"
+def weights_of() -> dict[str, torch.Tensor]:
+    """What is shipped, each time anew."""
+    tensors = read_weights(path_of("mlp-small")).tensors
+    return {name: torch.from_numpy(tensor.copy()) for name, tensor in tensors.items()}
 
 
 def make(p: nn.Parameter) -> MLPOptimizer:
@@ -60,7 +36,10 @@ def test_equals_the_one_in_jax(tmp_path, hidden, layers, size):
     optax = pytest.importorskip("optax")
     import lossguard
 
-    path = saved(tmp_path, hidden, layers)
+    path, key = tmp_path / "mlp.safetensors", jax.random.key(0)
+    weights = lossguard.init_mlp_weights(key, hidden=hidden, layers=layers)
+    noisy = jax.tree.map(lambda w: w + 0.1 * jax.random.normal(key, w.shape), weights)
+    lossguard.save_weights(path, noisy, made={})
     generator = torch.Generator().manual_seed(1)
     params = [nn.Parameter(torch.randn(s, generator=generator)) for s in SHAPES]
     optimizer = MLPOptimizer.pretrained(params, path)
@@ -355,8 +334,12 @@ def test_numbers_are_checked_and_plain():
         with pytest.raises(ValueError, match=r"^lr must be positive and finite"):
             optimizer.add_param_group({"params": [q], "lr": wrong})
     weights = {name: tensor.numpy() for name, tensor in weights_of().items()}
-    made = MLPOptimizer([q], weights, lr=np.float32(0.5))  # pyright: ignore
-    assert type(made.param_groups[0]["lr"]) is float
+    groups = [{"params": [p]}, {"params": [q], "lr": np.float64(0.5)}]
+    made = MLPOptimizer(groups, weights, lr=np.float32(0.5))  # pyright: ignore
+    assert all(type(group["lr"]) is float for group in made.param_groups)
+    for array in weights.values():
+        array.fill(0)
+    assert all(torch.equal(made.weights[name], t) for name, t in weights_of().items())
     with refuses("weights must be a Mapping such as a dictionary of tens"):
         MLPOptimizer([q], [*weights.values()])  # pyright: ignore
 
@@ -403,15 +386,6 @@ def test_other_gradients_are_refused(kind):
     with refuses(f"{rule}, got a {kind} one", "$"):
         optimizer.step()
     assert torch.equal(other, torch.ones(2)) and not optimizer.state
-
-
-def test_what_it_is_given_is_copied_and_made_plain():
-    given, p = weights_of(), nn.Parameter(torch.ones(3, 2))
-    optimizer = MLPOptimizer([{"params": [p], "lr": np.float64(0.5)}], given)
-    for tensor in given.values():
-        tensor.zero_()
-    assert all(map(torch.equal, map(optimizer.weights.get, given), weights_of().values()))
-    assert type(optimizer.param_groups[0]["lr"]) is float
 
 
 def test_a_step_in_the_capture_of_a_graph_is_refused(monkeypatch):

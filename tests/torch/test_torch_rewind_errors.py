@@ -10,7 +10,7 @@ from models import refuses
 from rewinding import WINDOW
 from torch import distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
-from torch.optim import lr_scheduler
+from torch.optim import SGD, lr_scheduler
 
 from lossguard.torch import Recommended, Rewind
 
@@ -24,71 +24,27 @@ EMPTY = (
     "parameters must hold numbers, got some on the meta device (call to_empty() and initialize "
     "them first) or of a lazy module (call it once first)"
 )
-WRONG = []
 
 
-def told(sentence):
-    """What the call below is refused with."""
-    return lambda call: WRONG.append((call, sentence)) or call
-
-
-def model_and_sgd():
+def model_and_sgd(**marks):
+    """``marks`` are attributes of the weight."""
     model = nn.Linear(2, 1)
+    for name, value in marks.items():
+        setattr(model.weight, name, value)
     return model, torch.optim.SGD(model.parameters(), lr=0.1)
 
 
-@told("model must be a Module such as nn.Linear(2, 1), got 'model'")
-def no_model():
-    Rewind("model", None)  # type: ignore
+def around(**inside):
+    """An optimizer that holds others."""
+    model, outer = model_and_sgd()
+    vars(outer).update(inside)
+    return Rewind(model, outer)
 
 
-@told("optimizer must be a Optimizer such as torch.optim.AdamW(model.parameters()), got None")
-def no_optimizer():
-    Rewind(nn.Linear(2, 1), None)  # type: ignore
+def guard_of(model, optimizer):
+    return Recommended(torch.optim.Adam(model.parameters()), optimizer, model=model)
 
 
-@told(f"{HADNT} (3,) that it hadn't {OF_TWO}")
-def foreign():
-    model, _ = model_and_sgd()
-    Rewind(model, torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1))
-
-
-@told("optimizer must have a rate, lr, in each of its groups, got one without")
-def without_a_rate():
-    model, optimizer = model_and_sgd()
-    optimizer.param_groups[0]["lr"] = None  # as Adafactor of transformers has it
-    Rewind(model, optimizer)
-
-
-@told(AROUND)
-def around():
-    model, optimizer = model_and_sgd()
-    outer = torch.optim.SGD(model.parameters(), lr=0.1)
-    outer.optimizer = optimizer  # as Lookahead has one, with weights of its own beside
-    Rewind(model, outer)
-
-
-@told(AROUND)
-def around_several():
-    model, optimizer = model_and_sgd()
-    outer = torch.optim.SGD(model.parameters(), lr=0.1)
-    outer.parts = {"one": [optimizer]}  # as containers of optimizers have them
-    Rewind(model, outer)
-
-
-@told(EMPTY)
-def on_meta():
-    model = nn.Linear(2, 1, device="meta")
-    Rewind(model, torch.optim.SGD(model.parameters(), lr=0.1))
-
-
-@told(EMPTY)
-def lazy():
-    model = nn.LazyLinear(1)
-    Recommended(*(torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2)), model=model)
-
-
-@told(f"{HADNT} (1, 1) that it hadn't {OF_TWO}")
 def later():
     model, optimizer = model_and_sgd()
     rewind = Rewind(model, optimizer, window=WINDOW, every=16)
@@ -99,79 +55,6 @@ def later():
         rewind.observe(1.0)
 
 
-@told("optimizer must be no guard, got a Recommended")
-def around_a_guard():
-    model, optimizer = model_and_sgd()
-    other = torch.optim.Adam(model.parameters())
-    Rewind(model, Recommended(other, optimizer, model=model))
-
-
-@told("optimizer must be no guard's, got one of a Recommended")
-def around_one_of_a_guard():
-    model, optimizer = model_and_sgd()
-    guard = Recommended(torch.optim.Adam(model.parameters()), optimizer, model=model)
-    Rewind(model, optimizer)
-    assert guard
-
-
-@told("fallback must be watched by no Rewind, got one that is (close it)")
-def under_a_guard():
-    model, optimizer = model_and_sgd()
-    rewind = Rewind(model, optimizer)
-    Recommended(torch.optim.Adam(model.parameters()), optimizer, model=model)
-    assert rewind
-
-
-@told(
-    "schedulers must each have state_dict and load_state_dict, and be of this optimizer if of any, "
-    "got a StepLR"
-)
-def of_another():
-    model, optimizer = model_and_sgd()
-    _, other = model_and_sgd()
-    Rewind(model, optimizer, schedulers=[lr_scheduler.StepLR(other, 5)])
-
-
-@told("optimizers must train different parameters, got two that train weight")
-def trained_twice():
-    model, optimizer = model_and_sgd()
-    Rewind(model, [optimizer, torch.optim.Adam(model.parameters())])
-
-
-@told(
-    "schedulers must each have state_dict and load_state_dict, and be of this optimizer if of any, "
-    "got a SimpleNamespace"
-)
-def of_which_nothing_is_loaded():
-    model, optimizer = model_and_sgd()
-    Rewind(model, optimizer, schedulers=[SimpleNamespace(state_dict=dict)])
-
-
-@told("optimizers must each be given once, got one twice")
-def given_twice():
-    model, optimizer = model_and_sgd()
-    Rewind(model, [optimizer, optimizer])
-
-
-@told("schedulers must have an optimizer where there are several, got a SimpleNamespace without")
-def of_nobody():
-    model = nn.Linear(2, 1)
-    scheduler = SimpleNamespace(state_dict=dict, load_state_dict=id, get_last_lr=lambda: [0.1])
-    optimizers = [torch.optim.SGD([p], lr=0.1) for p in model.parameters()]
-    Rewind(model, optimizers, schedulers=[scheduler])
-
-
-@told("offload must be True or False for shards, got 'folder'")
-def shards():
-    model, optimizer = model_and_sgd()
-    model.weight.to_local = None  # as DTensors have it
-    Rewind(model, optimizer, offload="folder")
-
-
-@told(
-    "model must be sharded by fully_shard, if it is, got FullyShardedDataParallel, whose "
-    "parameters are parts of flat ones"
-)
 def flattened():
     """The mark is FullyShardedDataParallel's own, of every version since 2.8."""
     backend = {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
@@ -184,17 +67,82 @@ def flattened():
         distributed.destroy_process_group()
 
 
-@told("model must be finite, got one that isn't")
-def broken():
-    model, optimizer = model_and_sgd()
-    nn.init.constant_(model.weight, math.nan)
+def without_a_rate(model, optimizer):
+    optimizer.param_groups[0]["lr"] = None  # as Adafactor of transformers has it
     Rewind(model, optimizer)
 
 
-@pytest.mark.parametrize(("call", "sentence"), WRONG)
-def test_what_it_refuses(call, sentence):
+SCHEDULER = SimpleNamespace(state_dict=dict, load_state_dict=id, get_last_lr=lambda: [0.1])
+STEPS_OF_ANOTHER = (
+    "schedulers must each have state_dict and load_state_dict, and be of this optimizer if of any, "
+    "got a "
+)
+FLAT = (
+    "model must be sharded by fully_shard, if it is, got FullyShardedDataParallel, whose "
+    "parameters are parts of flat ones"
+)
+# The sentence, and what is refused with it, of a model and its optimizer.
+WRONG = [
+    (
+        "model must be a Module such as nn.Linear(2, 1), got 'model'",
+        lambda m, o: Rewind("model", o),
+    ),
+    (
+        "optimizer must be a Optimizer such as torch.optim.AdamW(model.parameters()), got None",
+        lambda m, o: Rewind(m, None),
+    ),
+    (
+        f"{HADNT} (3,) that it hadn't {OF_TWO}",
+        lambda m, o: Rewind(m, SGD([nn.Parameter(torch.ones(3))])),
+    ),
+    ("optimizer must have a rate, lr, in each of its groups, got one without", without_a_rate),
+    (AROUND, lambda m, o: around(optimizer=o)),  # as Lookahead has one
+    (AROUND, lambda m, o: around(parts={"one": [o]})),  # as containers of optimizers have them
+    (EMPTY, lambda m, o: Rewind(m := m.to("meta"), SGD(m.parameters()))),
+    (EMPTY, lambda m, o: guard_of(m := nn.LazyLinear(1), SGD(m.parameters()))),
+    (f"{HADNT} (1, 1) that it hadn't {OF_TWO}", lambda m, o: later()),
+    ("optimizer must be no guard, got a Recommended", lambda m, o: Rewind(m, guard_of(m, o))),
+    (
+        "optimizer must be no guard's, got one of a Recommended",
+        lambda m, o: [guard_of(m, o), Rewind(m, o)],
+    ),
+    (
+        "fallback must be watched by no Rewind, got one that is (close it)",
+        lambda m, o: [Rewind(m, o), guard_of(m, o)],
+    ),
+    (
+        f"{STEPS_OF_ANOTHER}StepLR",
+        lambda m, o: Rewind(m, o, schedulers=[lr_scheduler.StepLR(model_and_sgd()[1], 5)]),
+    ),
+    (
+        f"{STEPS_OF_ANOTHER}SimpleNamespace",
+        lambda m, o: Rewind(m, o, schedulers=[SimpleNamespace(state_dict=dict)]),
+    ),
+    (
+        "optimizers must train different parameters, got two that train weight",
+        lambda m, o: Rewind(m, [o, torch.optim.Adam(m.parameters())]),
+    ),
+    ("optimizers must each be given once, got one twice", lambda m, o: Rewind(m, [o, o])),
+    (
+        "schedulers must have an optimizer where there are several, got a SimpleNamespace without",
+        lambda m, o: Rewind(m, [SGD([p]) for p in m.parameters()], schedulers=[SCHEDULER]),
+    ),
+    (
+        "offload must be True or False for shards, got 'folder'",  # as DTensors have it
+        lambda m, o: Rewind(*model_and_sgd(to_local=None), offload="folder"),
+    ),
+    (FLAT, lambda m, o: flattened()),
+    (
+        "model must be finite, got one that isn't",
+        lambda m, o: [nn.init.constant_(m.weight, math.nan), Rewind(m, o)],
+    ),
+]
+
+
+@pytest.mark.parametrize(("sentence", "call"), WRONG)
+def test_what_it_refuses(sentence, call):
     with refuses(sentence, "$"):
-        call()
+        call(*model_and_sgd())
 
 
 @pytest.mark.parametrize(

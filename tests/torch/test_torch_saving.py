@@ -54,18 +54,6 @@ def test_what_is_loaded_goes_to_the_device_of_its_parameter(monkeypatch, shape):
     assert tensor is loaded["exp_avg"] and device == p.device
 
 
-def test_rates_that_were_set_in_the_guards_groups_are_saved():
-    """Of the guard, and of the optimizers that it drives."""
-    guards = [two(Recommended, mlp()) for _ in range(2)]
-    guards[0].param_groups[0]["lr"] /= 2
-    guards[1].load_state_dict(guards[0].state_dict())
-    first, second = (
-        [o.param_groups[0]["lr"] for o in (g, *(inner.optimizer for inner in g._inners.values()))]
-        for g in guards
-    )
-    assert first == second
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_state_dict_shares_nothing_with_the_guard(kind):
     model = mlp()

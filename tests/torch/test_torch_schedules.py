@@ -145,6 +145,7 @@ def test_a_schedule_is_resumed():
     guard.step(closure_for(guard, model, spiral()))
     guard.param_groups[0]["lr"] = 0.1  # as a scheduler does after the step
     other.load_state_dict(guard.state_dict())
+    assert other.param_groups[0]["lr"] == 0.1
     assert [*other._inners.values()][1].optimizer.param_groups[0]["lr"] == pytest.approx(0.05 / 3)
     for one, its_model in ((guard, model), (other, twin)):
         one.param_groups[0]["lr"] = 0.03

@@ -118,6 +118,7 @@ PAIRS |= {
     "breaks late": (breaks_cycles(0.3, 60), sgd(0.02)),
     # The fallback's own run breaks, while the learned optimizer leads.
     "own run breaks": (sgd(0.3), falls_behind(0.02, 105, math.inf, 106)),
+    "it breaks at once": (sgd(0.01), falls_behind(0.3, 5, math.inf, 6)),
     # The learned optimizer wins its first trial, and is then slower.
     "s gets ahead": (sgd(0.02), falls_behind(0.001, 60, 0.3)),
 }
@@ -230,9 +231,9 @@ def test_gradients_that_are_not_finite_ruin_no_lane(name):
     assert BROKEN[: NT * CYCLES].sum() > 5
 
 
-def winners_without(lost, name, pair):
+def winners_without(lost, name, pair, **options):
     """Where the loss is NaN on these minibatches."""
-    build, guard = both(name, pair)
+    build, guard = both(name, pair, **options)
     factor = np.where(lost, np.nan, 1.0)
     return assert_same(
         in_torch(build, loss_of=lambda params, i: loss_of(params, i) * factor[i]),
@@ -261,6 +262,26 @@ def test_minibatches_that_are_lost(name, pair):
     lost = np.zeros(len(X), bool)
     lost[[25, 103, 114, 161, 267, 273, 284, 355]] = True
     assert winners_without(lost, name, PAIRS[pair])[1:3] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("first", "name", "options", "pair"),
+    [
+        (0, "recommended", {}, "it breaks at once"),
+        (0, "recommended", {"share": 0.5}, "late"),
+        (20, "hedged", {}, "bold sgd over adam"),
+        (20, "best_of", {}, "late"),
+    ],
+)
+def test_cycles_that_are_lost(first, name, options, pair):
+    """The first one, with its trial, or one that the learned optimizer leads; then others."""
+    lost = np.zeros(len(X), bool)
+    lost[[*range(first, first + 10), *range(60, 70), *range(130, 150)]] = True
+    winners = winners_without(lost, name, PAIRS[pair], **options)
+    if first == 0:
+        assert winners[0] == 2  # the lost minibatches are to blame, though z breaks
+    else:
+        assert winners[:2] == [0, 0]
 
 
 @pytest.mark.parametrize("step", [5, 155])

@@ -103,16 +103,31 @@ def test_types_that_numpy_lacks_come_back(tmp_path: Path) -> None:
 def test_ctrl_c_while_one_is_read_leaves_it(saved, monkeypatch, capfd) -> None:
     read = checkpointing._read
 
-    def interrupted(path: Path) -> Any:
+    def interrupted(*arguments: Any) -> Any:
         monkeypatch.setattr(checkpointing, "_read", read)  # a second one would end the tests
         signal.raise_signal(signal.SIGINT)
-        return read(path)
+        return read(*arguments)
 
     monkeypatch.setattr(checkpointing, "_read", interrupted)
     with stopping_at_interrupt() as stopped:
         same(Checkpoints(saved).latest(state(0)), 20)
         assert stopped()
     assert capfd.readouterr().err == STOPPING.decode()
+
+
+@pytest.mark.parametrize("kind", ["renamed", "pipe", "folder"])
+def test_what_is_no_checkpoint_of_that_number_is_passed_over(saved, capfd, kind) -> None:
+    """A run whose checkpoint has a higher number would count as further than it is."""
+    other = saved / "99.safetensors"
+    if kind == "renamed":
+        other.write_bytes((saved / "20.safetensors").read_bytes())
+    elif kind == "pipe":
+        os.mkfifo(other)
+    else:
+        other.mkdir()
+    same(Checkpoints(saved).latest(state(0)), 20)
+    reason = "it is number 20" if kind == "renamed" else "it is not a file"
+    assert capfd.readouterr().err.endswith(f": {reason}\n")
 
 
 def damage(checkpoint: Path) -> None:

@@ -16,6 +16,7 @@ from tiny_run import RUN, TINY, leave
 import lossguard
 from lossguard import cli, records, run_commands, run_folder, terminal
 from lossguard.experiments import price
+from lossguard.experiments.recipes import fig05
 
 
 def test_list(main, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,3 +193,14 @@ def test_what_is_told_to_type_runs_where_the_command_is_not_on_the_path(monkeypa
     monkeypatch.setattr(run_commands, "which", lambda _: None)
     told = [*shlex.split(run_commands.program()), "--version"]
     assert subprocess.check_output(told, text=True) == f"lossguard {lossguard.__version__}\n"
+
+
+def test_a_title_tells_what_options_have_changed(monkeypatch) -> None:
+    made = []
+    monkeypatch.setattr(run_commands, "_run", lambda where, experiment: made.append(experiment))
+    run_commands.run(["fig05", "--dataset", "circles", "--steps", "10", "--model.hidden", "3"])
+    run_commands.run(["fig05", "--dataset", "circles", "--title", "Mine"])
+    run_commands.run(["fig05", "--steps", "10"])
+    plain = fig05().title
+    titles = [f"{plain}; here dataset circles, another model", "Mine", plain]
+    assert [one.title for one in made] == titles

@@ -10,6 +10,7 @@ import pytest
 
 from lossguard.command_line import check_beside, find_recipe
 from lossguard.config import as_config
+from lossguard.experiments import Experiment
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,18 @@ def test_module_named_like_another_leaves_that_alone(tmp_path: Path, name: str) 
         assert find_recipe(f"{path}:recipe", {}, "run", str) == ("recipe", "mine")
     assert sys.modules[name] is before
     del sys.modules[str(path)]
+
+
+def test_a_field_that_there_is_not_is_told_with_the_nearest(tmp_path: Path) -> None:
+    path = tmp_path / "misspelt.py"
+    path.write_text(
+        "from lossguard.experiments import Experiment\n"
+        "def recipe():\n    return Experiment(name='mine', datset='moons')\n"
+    )
+    reason = r"misspelt\.py:recipe gives datset, but there is no such field \(did you mean dataset"
+    with pytest.raises(ValueError, match=reason):
+        find_recipe(f"{path}:recipe", {}, "run", Experiment)
+    del sys.modules["misspelt"]
 
 
 def test_a_module_with_the_name_of_a_library_does_not_hide_it(tmp_path: Path) -> None:

@@ -74,6 +74,20 @@ def test_a_reader_that_leaves_is_no_error(command: str) -> None:
     assert ended.stdout.count("\n") == command.count("head")
 
 
+def test_a_reader_that_leaves_a_computation_is_told_by_the_status(monkeypatch) -> None:
+    """It may not have done all of it."""
+
+    def reads_no_more(arguments: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setitem(cli.WITH_RECIPES, "sweep", reads_no_more)
+    monkeypatch.setattr(sys, "argv", ["lossguard", "sweep", "table1"])
+    monkeypatch.setattr(cli, "_drop_output", lambda: None)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 @pytest.mark.parametrize("command", ["list", "--help"])
 def test_output_that_can_not_be_written_is_told_in_a_sentence(command: str) -> None:

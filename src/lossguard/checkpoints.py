@@ -18,14 +18,14 @@ from .terminal import tell
 
 SUFFIX = ".safetensors"
 KEPT = 2
-LEAF, TABLE, STRUCTURE = "leaf", "table", "structure"
+LEAF, TABLE, STRUCTURE, NUMBER = "leaf", "table", "structure", "number"
 
 
 class Checkpoints:
     """A folder of numbered checkpoints: a pytree of arrays, and tables, in a file each.
 
-    A file holds the bytes of the leaves, the tables as Parquet, the structure of the pytree, and a
-    checksum of all this, which is verified.
+    A file holds the bytes of the leaves, the tables as Parquet, the structure of the pytree, its
+    number, and a checksum of all this, which is verified.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,7 +41,7 @@ class Checkpoints:
         for k, table in enumerate(tables):
             table.write_parquet(buffer := io.BytesIO())
             parts[f"{TABLE} {k}"] = np.frombuffer(buffer.getbuffer(), np.uint8)
-        about = {STRUCTURE: _structure(state)}
+        about = {STRUCTURE: _structure(state), NUMBER: str(step)}
         about[checksums.NAME] = checksums.of_arrays(parts, about)
         write_whole(self._path(step), save(parts, about), "a checkpoint", make_folder=True)
         for old in self._steps()[KEPT:]:
@@ -59,7 +59,7 @@ class Checkpoints:
         """
         for step in self._steps():
             try:
-                structure, parts = _read(self._path(step))
+                structure, parts = _read(self._path(step), step)
             except (OSError, MemoryError):
                 raise  # the file may be whole
             except Exception as error:  # whatever a damaged file makes the reader raise
@@ -92,13 +92,17 @@ class Checkpoints:
         tell(f"checkpoint {step} is damaged and was passed over, it is now {damaged}: {reason}")
 
 
-def _read(path: Path) -> tuple[str, dict[str, np.ndarray]]:
-    """The structure and the parts of a checkpoint, whose checksum is right."""
+def _read(path: Path, step: int) -> tuple[str, dict[str, np.ndarray]]:
+    """The structure and the parts of a checkpoint, whose number and checksum are right."""
+    if not path.is_file():  # but a pipe, which has no end
+        raise ValueError("it is not a file")
     with safe_open(path, framework="np") as file:
         about = dict(file.metadata())
         parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if about.pop(checksums.NAME) != checksums.of_arrays(parts, about):
         raise ValueError("its content is not that of its SHA-256")
+    if about[NUMBER] != str(step):
+        raise ValueError(f"it is number {about[NUMBER]}")
     return about[STRUCTURE], parts
 
 

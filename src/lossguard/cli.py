@@ -48,8 +48,11 @@ def main() -> None:
         _flush()
     except BrokenPipeError:  # as of ``| head``
         _drop_output()
+        if name in WITH_RECIPES or name == "benchmark":  # which may not have done all
+            sys.exit(1)
     except (ValueError, OSError) as error:
-        tell(f"lossguard: {_sentence(error)}{_place(error, arguments)}")
+        with contextlib.suppress(OSError):
+            tell(f"lossguard: {_sentence(error)}{_place(error, arguments)}")
         try:
             _flush()
         except OSError:

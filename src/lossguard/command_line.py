@@ -3,9 +3,10 @@
 import importlib.util
 import inspect
 import itertools
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,7 +55,10 @@ def find_recipe(name: str, recipes: Mapping[str, Any], command: str, kind: type)
             inspect.signature(make).bind()
         except TypeError as error:
             raise ValueError(f"recipe {name} must take no arguments, but is {error}") from error
-        config = make()
+        try:
+            config = make()
+        except TypeError as error:
+            raise _misspelt(name, error, kind) from error
         if not isinstance(config, kind):
             raise ValueError(
                 f"recipe {name} must return the {kind.__name__} that {command} takes, "
@@ -77,6 +81,16 @@ def find_recipe(name: str, recipes: Mapping[str, Any], command: str, kind: type)
             f"path/to/module.py:function, got {got}"
         )
     return name, recipes[name]()
+
+
+def _misspelt(name: str, error: TypeError, kind: type) -> Exception:
+    """What to raise for a recipe that gives a field that there is not; else the error itself."""
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if found is None:
+        return error
+    known = {field.name for one in (kind, *kind.__subclasses__()) for field in fields(one)}
+    near = nearest(known, found[1])
+    return ValueError(f"recipe {name} gives {found[1]}, but there is no such field{near}")
 
 
 def check_beside(names: Sequence[str]) -> None:

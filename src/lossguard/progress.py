@@ -60,7 +60,8 @@ class Progress:
         """In a line, where there is no bar."""
         if self._bar.disable:
             label = self._bar.tasks[0].description
-            self._bar.console.print(f"{label}: {text}", soft_wrap=True)
+            with suppress(OSError):  # nobody reads it: the run goes on
+                self._bar.console.print(f"{label}: {text}", soft_wrap=True)
 
     @property
     def seconds(self) -> float:

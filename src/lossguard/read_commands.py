@@ -57,6 +57,8 @@ def readings(folders: Folders, out: Out = Path("readings.png")) -> None:
     from .files import write_whole
 
     judged = judge_readings(_records(folders))
+    if (judged["verdict"] == "not run").all():
+        raise ValueError("none of these runs is one of a reading")
     write_whole(out, png(draw_readings(judged)), "a figure", make_folder=True)
     found = counts(judged)
     title = "claims reproduced, of those run"

@@ -32,7 +32,7 @@ def demo(arguments: Sequence[str]) -> None:
     from .experiments.recipes import demo as recipe
 
     out = Path(tempfile.gettempdir(), f"lossguard-demo-{secrets.token_hex(4)}")
-    where, experiment = override(recipe(), Where(out), arguments, "demo")
+    where, experiment = _changed(recipe(), Where(out), arguments, "demo")
     print(LEGEND)
     _run(where, experiment)
     from .experiments.price import at_equal_price
@@ -48,7 +48,7 @@ def run(arguments: Sequence[str]) -> None:
 
     given = next(iter(arguments), "")
     name, recipe = find_recipe(given, RECIPES, "run", Experiment)
-    _run(*override(recipe, Where(Path("runs") / name), arguments[1:], f"run {given}"))
+    _run(*_changed(recipe, Where(Path("runs") / name), arguments[1:], f"run {given}"))
 
 
 def sweep(arguments: Sequence[str]) -> None:
@@ -66,12 +66,26 @@ def sweep(arguments: Sequence[str]) -> None:
         for recipe in SETS.get(name, (name,))
     ]:
         name, recipe = find_recipe(given, known, "sweep", Experiment)
-        where, experiment = override(recipe, where, options, f"sweep {' '.join(names)}")
+        where, experiment = _changed(recipe, where, options, f"sweep {' '.join(names)}")
         if experiments.setdefault(name, experiment) != experiment:
             raise ValueError(f"recipes must have different names, but two are called {name}")
     check_beside(names)
 
     _sweep(experiments, where)
+
+
+def _changed(recipe: Any, where: Any, arguments: Sequence[str], program: str) -> tuple[Any, Any]:
+    """``override``; where options change what the title is about, it says so."""
+    where, experiment = override(recipe, where, arguments, program)
+    told = []
+    for name in ("dataset", "learned", "model", "scaling"):
+        now = getattr(experiment, name)
+        if now != getattr(recipe, name):
+            told.append(f"{name} {now}" if isinstance(now, str) else f"another {name}")
+    if told and experiment.title == recipe.title:
+        title = f"{experiment.title or experiment.name}; here {', '.join(told)}"
+        experiment = replace(experiment, title=title)
+    return where, experiment
 
 
 def benchmark(

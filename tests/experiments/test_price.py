@@ -53,6 +53,23 @@ def test_a_curve_is_the_mean_of_the_seeds_over_the_last_tenth() -> None:
     assert price.at(one, 1_000.0) == pytest.approx(expected, rel=0.01)
 
 
+def test_at_equal_price_who_ends_early_is_left_out_and_told(tmp_path: Path) -> None:
+    """Or all others would be compared at the end of the shortest."""
+    table = evaluations(A=0.0, B=1.0, C=0.0)
+    short = (pl.col("method") == "C") & (pl.col("step") > 5_000)
+    write_parquet(tmp_path / EVALUATIONS, table.filter(~short))
+    told = price.at_equal_price("A", tmp_path)
+    assert told.startswith("After a price of 20,000 gradients, loss over that of A: B 2\n")
+    assert told.endswith("\nNot compared, as they end earlier: C")
+    write_parquet(tmp_path / EVALUATIONS, table.filter(~short, pl.col("method") != "B"))
+    told = "There is no other method that goes on as far to compare with A."
+    assert price.at_equal_price("A", tmp_path) == told
+    free = table.with_columns(gradients=0, forwards=0)
+    write_parquet(tmp_path / EVALUATIONS, free)
+    told = "A method that costs nothing can't be compared at equal price."
+    assert price.at_equal_price("A", tmp_path) == told
+
+
 def test_what_is_never_reached_is_infinite_and_what_is_unknown_is_not_a_number() -> None:
     table = evaluations(Fallback=1.0)
     reference = price.curves(table, "Fallback").mean()

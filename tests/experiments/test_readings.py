@@ -122,14 +122,22 @@ def test_map_shows_the_claims_that_were_judged(judged: pl.DataFrame) -> None:
 
 
 def test_command(main, tmp_path, capsys) -> None:
-    run = write_run(
-        tmp_path / "run", curves_of(["SGDnm"]), name="reading-fig03-unit", scaling="unit"
-    )
+    curves, about = FOLDERS[Path("a")].curves, {"name": "reading-fig03-unit", "scaling": "unit"}
+    run = write_run(tmp_path / "run", curves, **about)
     main("readings", run, "-o", tmp_path / "map.png")
     *table, told = capsys.readouterr().out.splitlines()
-    assert "\n".join(table).count("0 of 0") == (3 + 2) * (1 + 3 + 4)
+    assert 0 < "\n".join(table).count("0 of 0") < (3 + 2) * (1 + 3 + 4)
     assert told == f"figure: {tmp_path / 'map.png'}"
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_of_no_reading_leave_the_map_as_it_is(main, tmp_path, capsys) -> None:
+    run = write_run(tmp_path / "run", curves_of(["SGDnm"]), name="mine")
+    (tmp_path / "map.png").write_text("precious")
+    with pytest.raises(SystemExit):
+        main("readings", run, "-o", tmp_path / "map.png")
+    assert capsys.readouterr().err == "lossguard: none of these runs is one of a reading\n"
+    assert (tmp_path / "map.png").read_text() == "precious"
 
 
 def test_recipes_have_every_policy_and_every_rule() -> None:

@@ -48,8 +48,9 @@ def first_examples() -> Iterator[None]:
     """
     decode = parquet._decode
 
-    def first(encoded: list[bytes], source: parquet.ImageSource, where: str) -> np.ndarray:
-        return np.resize(decode(encoded[:256], source, where), (len(encoded), *source.shape))
+    def first(encoded: list[bytes], source: parquet.ImageSource) -> tuple[np.ndarray, str]:
+        pixels, note = decode(encoded[:256], source)
+        return np.resize(pixels, (len(encoded), *source.shape)), note
 
     @cache
     def load(name: str, **options: Any) -> Dataset:

@@ -43,7 +43,7 @@ def test_page_tells_how_a_run_was_made(page: Path) -> None:
         "&#34;name&#34;: &#34;fig03&#34;",
         "Where there are 9 methods or\nfewer, bands reach",
         "<th>loss at 5,000</th>",
-        '<tr><th scope="row">SGDnm</th><td>0.625</td></tr>',
+        '<tr><th scope="row">SGDnm</th><td>12</td><td>0.625</td></tr>',
         "c_half holds no finished run: manifest.json is missing</li>",
         "d_failed is not finished: OSError: no &lt; data</li>",
     ):
@@ -69,8 +69,23 @@ def test_each_method_is_evaluated_where_it_ended(tmp_path, monkeypatch) -> None:
     run = write_run(tmp_path / "run", curves, evaluations=pl.DataFrame(table))
     text = report([run], tmp_path / "report.html").read_text()
     for method, train, test in (("SGDnm", 4, 2), ("LGL2O", 6, 1)):
-        assert f'<tr><th scope="row">{method}</th><td>{train}</td><td>{test}</td></tr>' in text
+        assert (
+            f'<tr><th scope="row">{method}</th><td>20</td><td>{train}</td><td>{test}</td></tr>'
+            in text
+        )
     assert "After a price of 20 gradients, loss over that of SGDnm: LGL2O 1.5</p>" in text
+
+
+def test_a_strange_record_leaves_the_others_on_the_page(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
+    write_run(tmp_path / "runs" / "fine", curves_of(["SGDnm"], np.arange(1, 11)))
+    table = pl.DataFrame({"method": ["SGDnm"], "test_loss": [1.0]})
+    strange = tmp_path / "runs" / "strange"
+    write_run(strange, curves_of(["SGDnm"], np.arange(1, 11)), evaluations=table)
+    text = report([tmp_path / "runs"], tmp_path / "report.html").read_text()
+    assert "10 steps, 2 seeds" in text and "strange can&#39;t be shown: ColumnNotFound" in text
+    with pytest.raises(ValueError, match=r"strange can't be shown: ColumnNotFoundError: "):
+        report([strange], tmp_path / "report.html")
 
 
 def test_runs_are_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,11 @@ def test_weights_are_usable_and_say_how_they_were_made(whole: Path) -> None:
 
 def test_weights_that_were_lost_are_not_told_to_be_there(whole: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(whole, tmp_path / "run")
-    (folder / loop.WEIGHTS).unlink()
+    file = folder / loop.WEIGHTS
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"^weights must be a complete \.safetensors file"):
+        metatrain(TINY, folder, resume=True)
+    file.unlink()
     with pytest.raises(ValueError, match=r"run has lost its weights\.safetensors: choose another"):
         metatrain(TINY, folder, resume=True)
 

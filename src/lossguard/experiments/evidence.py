@@ -111,7 +111,7 @@ def gather(records: Mapping[Path, Record]) -> dict[str, Evidence]:
     meta: dict[str, dict[int, pl.DataFrame]] = {}
     for folder, record in records.items():
         name = record.config["name"]
-        if record.is_meta and _is_of_recipe(record.config):
+        if record.is_meta and is_of_recipe(record.config):
             meta.setdefault(name, {}).update(_losses(record))
         elif not record.is_meta and has_settings(record.config) and (figure := figure_of(name)):
             tested = folder / EVALUATIONS
@@ -190,7 +190,7 @@ def _losses(record: Record) -> dict[int, pl.DataFrame]:
     return tables
 
 
-def _is_of_recipe(config: Mapping[str, Any]) -> bool:
+def is_of_recipe(config: Mapping[str, Any]) -> bool:
     """Whether a meta-training, where it tells its ``SETTLED``, has those of a recipe's."""
     for expected in (as_config(recipe()) for recipe in RECIPES.values()):
         if expected["name"] == config["name"]:

@@ -19,7 +19,7 @@ from ..schedules import paper_decay
 from ..tasks.datasets import load_dataset
 from ..tasks.models import MLP, ConvNet, ReluMLP
 from ..tasks.task import Task
-from ..validation import check_choice, check_kind
+from ..validation import check_choice, check_kind, freeze_lists
 
 
 def named_task(experiment: "Experiment") -> Task:
@@ -127,23 +127,28 @@ class Experiment:
     """Of the recipe; claims about a figure of the paper are judged by records of that name."""
     title: str = ""
     """Of its figure."""
-    tested_on: str = ""
+    tested_on: Annotated[str, tyro.conf.Suppress] = ""
     """Its data and its model, in words."""
     dataset: str = "spirals"
+    """A name that lossguard list shows."""
     scaling: str = "none"
-    """Of the inputs, as the data set's loader takes it."""
+    """Of the inputs: unit, symmetric or standardized; of points none or standardized."""
     model: MLP | ReluMLP | ConvNet = MLP()
+    """What is trained."""
     batch_size: int = 128
+    """Examples of a minibatch."""
     steps: int = 20_000
     """Optimizer steps of each method, rounded up to whole cycles."""
     seeds: int = 5
+    """How many runs of each method."""
     seed: int = 0
     """The first seed."""
     methods: tuple[str, ...] = ("SGDnm", "Adam", "L2O", "GL2O", "LGL2O")
+    """Names of what is compared; a wrong one is told with those that there are."""
     vectorize: bool = False
     """Seeds side by side, which pays on accelerators only: what guards skip is then computed."""
     learned: str = "lstm-mnist-mlp"
-    """A name that ``lossguard list`` shows, or a path/to/weights.safetensors."""
+    """A learned optimizer: a name that lossguard list shows, or a path/to/weights.safetensors."""
     nt: int = 10
     """Optimizer steps a cycle."""
     nc: int = 10
@@ -151,9 +156,11 @@ class Experiment:
     loser: Policy = "keep"
     """What becomes of the losing branch's optimizer state, or of the learned optimizer's."""
     sgd_rate: float = 3.0
+    """Of SGDnm, the guards' fallback, at the start."""
     sgd_tau: float = 50_000.0
     """Time scale of SGDnm's decay, in steps."""
     adam_rate: float = 0.01
+    """Of Adam."""
     make_task: Annotated[Callable[["Experiment"], Task], tyro.conf.Suppress] = named_task
     make_methods: Annotated[MakeMethods, tyro.conf.Suppress] = paper_methods
     """Name to guard, for ``methods`` to choose from. Put your own optimizers in here."""
@@ -162,6 +169,7 @@ class Experiment:
         if isinstance(self.methods, str):
             names = f"({self.methods!r},)"
             raise ValueError(f"methods must be a tuple of names, such as {names}, got a name alone")
+        freeze_lists(self)
 
     def guards(self) -> dict[str, Guard]:
         """The guards of ``methods``, in their order.

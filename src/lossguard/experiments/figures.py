@@ -41,7 +41,7 @@ NAMED = (
     "LGL2O over Adam",
     "Recommended over Adam",
 )
-"""Methods that have a color of their own, the same in all figures."""
+"""Methods that have a color of their own, the same in all figures of these alone."""
 COLORS = 10
 DASHES = ("-", "--", "-.", ":")
 WIDTHS = 3.0, 0.9
@@ -132,7 +132,9 @@ def lines(
     loss, price = pl.col("loss"), pl.col("price")
     spent = curves.group_by("method", "seed").agg(price=PRICE.max())
     spent = spent.group_by("method").agg(price.sum())
-    rates = {m: (seconds or {}).get(m, math.nan) / whole for m, whole in spent.iter_rows()}
+    rates = {
+        m: (seconds or {}).get(m, math.nan) / (whole or math.nan) for m, whole in spent.iter_rows()
+    }
     of_price = price * pl.col("method").replace_strict(rates)
     return (
         _windows(curves)

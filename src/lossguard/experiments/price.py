@@ -273,10 +273,15 @@ def at_equal_price(reference: str, folder: Path) -> str:
     """What each method of a run is worth beside the first, when both have spent the same."""
     evaluations = read_parquet(folder / EVALUATIONS)
     methods = evaluations["method"].unique(maintain_order=True).to_list()
+    if (evaluations.select(price=PRICE)["price"] <= 0).any():
+        return "A method that costs nothing can't be compared at equal price."
     found = {method: curves(evaluations, method).mean() for method in methods}
     base = found.pop(reference)
+    short = [method for method, one in found.items() if one.price[-1] < base.price[-1] / 2]
+    found = {method: one for method, one in found.items() if method not in short}
     if not found:
-        return f"There is no other method to compare with {reference}."
+        more = " that goes on as far" if short else ""
+        return f"There is no other method{more} to compare with {reference}."
     every = base, *found.values()
     end = float(min(one.price[-1] for one in every))
     if end / 2 < max(one.price[0] for one in every):
@@ -286,9 +291,10 @@ def at_equal_price(reference: str, folder: Path) -> str:
     losses = (f"{m} {divided(at(one, end), at(base, end)):.2g}" for m, one in found.items())
     slower = ((m, slowdown(one, base, end / 2)) for m, one in found.items())
     times = (f"{m} {'never' if np.isinf(s) else format(s, '.2g')}" for m, s in slower)
+    left_out = f"\nNot compared, as they end earlier: {'; '.join(short)}" if short else ""
     return (
         f"After a price of {end:,.0f} gradients, loss over that of {reference}: "
-        f"{', '.join(losses)}\n"
+        f"{'; '.join(losses)}\n"
         f"Price at which the lowest loss of {reference} up to {end / 2:,.0f} is reached, over that "
-        f"price: {', '.join(times)}"
+        f"price: {'; '.join(times)}{left_out}"
     )

@@ -21,7 +21,7 @@ from ..files import write_whole
 from ..metatrain import figure as meta
 from ..records import EVALUATIONS, Record, read_parquet, read_runs
 from .claims import judge_claims
-from .evidence import figure_of, has_settings
+from .evidence import figure_of, has_settings, is_of_recipe
 from .figures import BANDS, SMOOTHED_FROM, draw_run, summary
 from .price import at_equal_price
 
@@ -44,7 +44,14 @@ def report(folders: Sequence[Path], file: Path) -> Path:
     if file.is_dir():  # found out now, not after the claims are judged
         raise ValueError(f"out must be a file, but {file} is a folder")
     records, others = read_runs(folders)
-    runs = [_section(folder, record) for folder, record in records.items()]
+    runs = []
+    for folder, record in records.items():
+        try:
+            runs.append(_section(folder, record))
+        except Exception as error:  # whatever a strange record makes fail, the others are shown
+            others.append(f"{folder} can't be shown: {type(error).__name__}: {error}")
+    if not runs:
+        raise ValueError("; ".join(others))
     # Meta-trainings last; by the paper's figure; its recipe's settings first, then the latest.
     runs.sort(key=lambda run: run["made"]["time"], reverse=True)
     runs.sort(
@@ -95,7 +102,7 @@ def _section(folder: Path, record: Record) -> dict[str, Any]:
         "config": json.dumps(config, indent=2),
     }
     if record.is_meta:
-        figure = META.get(name)
+        figure = META.get(name) if is_of_recipe(config) else None
         number = f"fig{int(figure):02}: " if figure else ""
         return about | {
             "name": f"Meta-training of {name}",
@@ -108,11 +115,13 @@ def _section(folder: Path, record: Record) -> dict[str, Any]:
     figure, (scores, worth) = figure_of(name), _evaluations(folder)
     titled = config["title"] or name
     titled = titled if titled.startswith(name) else f"{name}: {titled}"
-    seeds = f"{config['seeds']} seed{'s' * (config['seeds'] > 1)}"
+    steps = last_step(curves)
+    whole = curves.filter(step=steps)["seed"].n_unique()  # of those put together some end earlier
+    seeds = f"{whole} seed{'s' * (whole > 1)}"
     return about | {
         "name": name,
         "figure": figure and str(int(figure.removeprefix("fig"))),
-        "title": f"{titled}, {last_step(curves):,} steps, {seeds}",
+        "title": f"{titled}, {steps:,} steps, {seeds}",
         "image": _encoded(draw_run(record)),
         "tables": [(CAPTION, summary(record)), *scores],
         "worth": worth,
@@ -130,8 +139,10 @@ def _evaluations(folder: Path) -> tuple[list[tuple[str, pl.DataFrame]], str]:
     table = read_parquet(folder / EVALUATIONS)
     names = [name for name in table.columns if name.endswith(("_loss", "_accuracy"))]
     last = table.filter(pl.col("cycle") == pl.col("cycle").max().over("method"))
-    means = last.group_by("method", maintain_order=True).agg(pl.col(names).mean())
-    shown = means.select("method", pl.col(names).map_elements("{:.4g}".format, pl.String))
+    of_each = last.group_by("method", maintain_order=True)
+    means = of_each.agg(pl.col("step").max(), pl.col(names).mean())
+    at = pl.col("step").map_elements("{:,}".format, pl.String).alias("at step")
+    shown = means.select("method", at, pl.col(names).map_elements("{:.4g}".format, pl.String))
     caption = "The last iterate on the whole of both splits, mean over seeds"
     first, *others = means["method"]
     worth = at_equal_price(first, folder) if others and "gradients" in table.columns else ""

@@ -19,7 +19,15 @@ from ..learned.weights_file import noting_weights
 from ..progress import Progress, stopping_at_interrupt
 from ..rollout import rollout
 from ..tasks.task import Task
-from ..validation import check_choice, check_count, check_kind, check_positive, check_seed
+from ..validation import (
+    check_choice,
+    check_count,
+    check_function,
+    check_kind,
+    check_positive,
+    check_seed,
+    told,
+)
 from .experiment import Experiment, Policy
 
 CHUNK = 100
@@ -94,6 +102,10 @@ def check(experiment: Experiment) -> None:
     """Its names and numbers, also those that none of its methods uses."""
     for name in ("name", "title", "tested_on", "dataset", "scaling"):
         check_kind(name, getattr(experiment, name), str, "'mine'")
+    if isinstance(experiment.model, type) or not hasattr(experiment.model, "init"):
+        given = told(experiment.model)
+        raise ValueError(f"model must be a model such as MLP((20,)), got {given}")
+    check_function("make_methods", experiment.make_methods, "of the experiment")
     for method in experiment.methods:
         check_kind("each of methods", method, str, "'SGDnm'")
     check_choice("loser", experiment.loser, get_args(Policy))

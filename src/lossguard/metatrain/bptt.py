@@ -35,7 +35,9 @@ class LSTMTraining(MetaTraining):
     optimizees: int = 2
     """K, optimizees under way side by side."""
     scale: float = 0.1
+    """Of the learned optimizer's steps."""
     p: float = 10.0
+    """The scale of the logarithm in its inputs."""
     validation_optimizees: int = 4
 
     def check(self) -> None:

@@ -17,12 +17,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from .. import records, run_folder
 from ..checkpoints import Checkpoints
 from ..config import as_config
+from ..learned.pretrained import load_weights
 from ..learned.weights_file import noting_weights
 from ..progress import Progress, stopping_at_interrupt
 from ..tasks.task import Task
 from ..terminal import shown
 from ..validation import (
     check_count,
+    check_kind,
     check_network,
     check_part,
     check_positive,
@@ -92,8 +94,11 @@ class MetaTraining(ABC):
     clip: float | None = 1.0
     """Largest norm of a meta-gradient; None leaves it as it is."""
     hidden: int = 20
+    """Units of each layer of the learned optimizer."""
     layers: int = 2
+    """Of the learned optimizer."""
     validate_every: int = 100
+    """Meta-steps between two validations."""
     validation_steps: int = 300
     """Optimizer steps of a validation."""
     select: bool = True
@@ -109,6 +114,7 @@ class MetaTraining(ABC):
 
     def check(self) -> None:
         """Refuse what is out of range."""
+        check_kind("name", self.name, str, "'mine'")
         for name in COUNTS:
             check_count(name, getattr(self, name), most=MOST)
         for name in LENGTHS:
@@ -161,11 +167,10 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
     Leaves ``config.json``, ``manifest.json``, ``curves.parquet`` (columns ``meta_step``,
     ``meta_loss``, ``gradient_norm``, ``validation``: [validation_steps] mean losses a step, and
     ``validation_NAME`` on other tasks; at meta-step 0 it is validated alone) and
-    ``weights.safetensors`` in the folder. It saves
-    once a minute, before each validation, and when it is stopped by Ctrl-C or SIGTERM, which wait
-    for the end of a validation. Then, or killed, it goes on with
-    ``resume``, with the same result as without the stop; of one that is finished nothing is written
-    again.
+    ``weights.safetensors`` in the folder. It saves once a minute, before each validation, and when
+    it is stopped by Ctrl-C or SIGTERM, which wait for the end of a validation. Then, or killed, it
+    goes on with ``resume``, with the same result as without the stop; of one that is finished
+    nothing is written again.
 
     Raises:
         ValueError: if the folder holds another run, or this one and ``resume`` is false, or another
@@ -186,6 +191,7 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
                 _metatrain(config, method, folder, noted, stopped)
         if not (folder / WEIGHTS).exists():
             raise ValueError(f"folder {folder} has lost its {WEIGHTS}: choose another --out")
+        load_weights(folder / WEIGHTS)  # refuses damaged ones of an earlier call
     return folder / WEIGHTS
 
 

@@ -135,17 +135,22 @@ def _read(files: Sequence[Path], source: ImageSource) -> tuple[Images, str]:
     table = pl.concat([pl.read_parquet(file) for file in files])
     column = "image" if "image" in table.columns else "img"
     rows = table.select(pl.col(column).struct.field("bytes"), pl.col("label")).drop_nulls()
-    pixels = np.empty((len(rows), *source.shape), np.uint8)
-    jpeg = False
-    for index, encoded in enumerate(_shown(rows["bytes"].to_list(), source.name)):
-        image = Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG"))
-        jpeg |= image.format == "JPEG"
-        if image.size != (source.shape[1], source.shape[0]):
+    pixels, note = _decode(rows["bytes"].to_list(), source)
+    return Images(pixels, rows["label"].cast(pl.Int32).to_numpy()), note
+
+
+def _decode(encoded: list[bytes], source: ImageSource) -> tuple[UInt8[np.ndarray, "n h w c"], str]:
+    """One thread: for images this small, Python's lock makes several slower."""
+    height, width, channels = source.shape
+    pixels, note = np.empty((len(encoded), *source.shape), np.uint8), ""
+    for index, one in enumerate(_shown(encoded, source.name)):
+        image = Image.open(io.BytesIO(one), formats=("PNG", "JPEG"))
+        note = "JPEG" if image.format == "JPEG" else note
+        if image.size != (width, height):
             raise ValueError(f"image {index} has {image.width} x {image.height} pixels")
-        mode = "L" if source.shape[2] == 1 else "RGB"
+        mode = "L" if channels == 1 else "RGB"
         pixels[index] = np.asarray(image.convert(mode)).reshape(source.shape)
-    labels = rows["label"].cast(pl.Int32).to_numpy()
-    return Images(pixels, labels), "JPEG" if jpeg else ""
+    return pixels, note
 
 
 def _shown(encoded: list[bytes], name: str) -> Iterable[bytes]:

@@ -31,7 +31,8 @@ EVALUATIONS, FAILED = "evaluations.parquet", "failed.json"
 TABLES = (CURVES, EVALUATIONS)
 IN_CONFIG = {"title": str, "methods": list, "seed": int, "seeds": int}
 """What commands read of the config of an experiment, and of which kind."""
-IN_MANIFEST = {"time": str, "command": list, "versions": dict}
+IN_MANIFEST = dict.fromkeys(("time", "device", "platform", "python"), str)
+IN_MANIFEST |= {"command": list, "versions": dict}
 """The same of every manifest."""
 INPUTS = "inputs_sha256"
 """The field of a manifest for checksums of what a run reads."""

@@ -113,6 +113,16 @@ def test_a_summary_counts_experiments_and_tells_the_worst(tmp_path: Path) -> Non
     assert numbers == pytest.approx((2.05, 3.0, 3.0), rel=0.02)
 
 
+@pytest.mark.parametrize(("last", "told"), [(60, "Too short: "), (600, f"run: {price.TITLE}")])
+def test_of_short_runs_there_is_no_empty_table(tmp_path, last, told) -> None:
+    table = evaluations(Fallback=0.0, Guard=1.0).filter(pl.col("step") <= last)
+    made = {"data": "", "seconds": SECONDS | dict.fromkeys((price.FALLBACK, "Guard"), 1.0)}
+    group, numbers = price.table({"run": leave(tmp_path / "run", made=made, evaluations=table)})
+    (shown,) = group.renderables
+    assert (shown if isinstance(shown, str) else shown.title).startswith(told)
+    assert numbers.is_empty() == (last == 60)
+
+
 def test_the_highest_slowdown_is_of_all_prices_not_of_the_marks() -> None:
     """1 at 1,000, 2,000 and 5,000, and 1.5 at 3,500, where a curve stands still for a while."""
     prices = np.geomspace(10, 20_000, 2_000)

@@ -243,6 +243,9 @@ def test_the_command(main, tmp_path, monkeypatch, capsys) -> None:
     assert row["loss"].item() == pytest.approx(0.95 * losses[0] + 0.05 * losses[1], rel=1e-6)
 
     monkeypatch.setattr(published, "load_dataset", None)
+    monkeypatch.setattr(tasks, "MARKS", (500,))
+    main(*command)
+    assert "Too short: there are numbers from step 500 on." in capsys.readouterr().out
     (tmp_path / "tasks.csv").unlink()
     (tmp_path / "tasks.csv").symlink_to(tmp_path / "elsewhere")
     main(*command)

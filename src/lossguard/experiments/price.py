@@ -219,6 +219,8 @@ def table(found: Mapping[str, Path]) -> tuple[Group, pl.DataFrame]:
     """A line for each experiment and method, and one for each method; and its rows as numbers."""
     made = [row for folder in found.values() for row in rows(folder)]
     every = pl.DataFrame(made, COLUMNS, orient="row", infer_schema_length=None)
+    if every.is_empty():
+        return Group(f"Too short: there are numbers from a price of {MARKS[0]:,.0f} on."), every
     told = every.select(
         "experiment",
         "method",
@@ -233,7 +235,8 @@ def table(found: Mapping[str, Path]) -> tuple[Group, pl.DataFrame]:
     late = [summed_up(row) for row in summary(every).rows(named=True)]
     heads = "experiments", f"within {BOUND}", f"median S({LATE:,})", "highest S", "a step, up to"
     title = f"All of them, at every price from {LATE:,} on"
-    parts[title] = pl.DataFrame(late, ("method", *heads, "times the seconds"), orient="row")
+    if late:
+        parts[title] = pl.DataFrame(late, ("method", *heads, "times the seconds"), orient="row")
     narrow = {"box": SIMPLE, "padding": 0, "collapse_padding": True}
     shown = (terminal.table(of.columns, of.rows(), title=t, **narrow) for t, of in parts.items())
     return Group(*shown), every

@@ -47,6 +47,10 @@ def test_a_field_that_there_is_not_is_told_with_the_nearest(tmp_path: Path) -> N
     reason = r"misspelt\.py:recipe gives datset, but there is no such field \(did you mean dataset"
     with pytest.raises(ValueError, match=reason):
         find_recipe(f"{path}:recipe", {}, "run", Experiment)
+    path.write_text("def recipe():\n    return dict(int(bases=3))\n")
+    del sys.modules["misspelt"]
+    with pytest.raises(TypeError, match=r"'bases'"):  # not a recipe's field
+        find_recipe(f"{path}:recipe", {}, "run", Experiment)
     del sys.modules["misspelt"]
 
 

@@ -101,8 +101,8 @@ def _read(path: Path, step: int) -> tuple[str, dict[str, np.ndarray]]:
         parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if about.pop(checksums.NAME) != checksums.of_arrays(parts, about):
         raise ValueError("its content is not that of its SHA-256")
-    if about[NUMBER] != str(step):
-        raise ValueError(f"it is number {about[NUMBER]}")
+    if (number := about.get(NUMBER, str(step))) != str(step):
+        raise ValueError(f"it is number {number}")
     return about[STRUCTURE], parts
 
 

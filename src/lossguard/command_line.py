@@ -58,7 +58,8 @@ def find_recipe(name: str, recipes: Mapping[str, Any], command: str, kind: type)
         try:
             config = make()
         except TypeError as error:
-            raise _misspelt(name, error, kind) from error
+            _check_fields(name, error, kind)
+            raise
         if not isinstance(config, kind):
             raise ValueError(
                 f"recipe {name} must return the {kind.__name__} that {command} takes, "
@@ -83,14 +84,14 @@ def find_recipe(name: str, recipes: Mapping[str, Any], command: str, kind: type)
     return name, recipes[name]()
 
 
-def _misspelt(name: str, error: TypeError, kind: type) -> Exception:
-    """What to raise for a recipe that gives a field that there is not; else the error itself."""
-    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-    if found is None:
-        return error
-    known = {field.name for one in (kind, *kind.__subclasses__()) for field in fields(one)}
-    near = nearest(known, found[1])
-    return ValueError(f"recipe {name} gives {found[1]}, but there is no such field{near}")
+def _check_fields(name: str, error: TypeError, kind: type) -> None:
+    """Refuse a recipe that gives a field that there is not, if that is the error."""
+    for one in (kind, *kind.__subclasses__()):
+        init = rf"^{one.__name__}\.__init__\(\) got an unexpected keyword argument '(\w+)'"
+        if found := re.search(init, str(error)):
+            near = nearest([field.name for field in fields(one)], found[1])
+            told = f"recipe {name} gives {found[1]}, but there is no such field{near}"
+            raise ValueError(told) from error
 
 
 def check_beside(names: Sequence[str]) -> None:

@@ -66,7 +66,7 @@ def write_run(
     methods = curves["method"].unique(maintain_order=True).to_list()
     config = {"name": name, "title": TITLE, "methods": methods}
     config |= {"seeds": curves["seed"].n_unique(), "seed": 7, **settings}
-    made = {"data": "CIFAR-10 as JPEG q75", "seconds": dict.fromkeys(methods, 10.0)}
+    made = {"data": "CIFAR-10 as JPEG", "seconds": dict.fromkeys(methods, 10.0)}
     made |= {"resumed": [{"time": "2026-01-03", "commit": "4567def"}], **(changes or {})}
     return leave(folder, config, curves, made, evaluations)
 

@@ -59,10 +59,10 @@ def test_what_a_bad_loss_spoils_is_its_window(bad: float) -> None:
 
 def test_draw_has_a_line_and_a_band_for_each_method() -> None:
     curves = curves_of({"SGDnm": 1.0, "LGL2O": 2.0, "LGL2O over Adam": 3.0})
-    figure = figures.draw(curves, "Title (JPEG q75)")
+    figure = figures.draw(curves, "Title (JPEG)")
     first, second = figure.axes
     assert (first.get_xscale(), first.get_yscale()) == ("log", "log")
-    assert first.get_title() == "Title (JPEG q75)"
+    assert first.get_title() == "Title (JPEG)"
     assert [line.get_label() for line in first.lines] == ["SGDnm", "LGL2O", "LGL2O over Adam"]
     assert len(first.collections) == 3
     widths = [line.get_linewidth() for line in first.lines]
@@ -155,7 +155,7 @@ def test_names_are_shown_as_they_are() -> None:
 def test_title_and_legend_keep_clear(methods: list[str]) -> None:
     curves = curves_of(dict.fromkeys(methods, 1.0), np.arange(1, 20), seeds=1)
     title = "Learned on MNIST + MLP, tested on TinyImagenet50 + ConvNet"
-    figure = figures.draw(curves, f"{title} (50 classes, 32 x 32 pixels, JPEG q75)")
+    figure = figures.draw(curves, f"{title} (50 classes, 32 x 32 pixels, JPEG)")
     figure.draw_without_rendering()
     title, legend = figure.axes[0].title.get_window_extent(), figure.legends[0].get_window_extent()
     assert title.x0 >= 0 and title.x1 <= figure.bbox.x1 and title.y1 <= figure.bbox.y1

@@ -129,20 +129,27 @@ def test_a_single_changed_pixel_or_label_is_refused(folder: Path) -> None:
 
 
 GOOD = [encode(image) for image in TRAIN]
-WRONG = "must hold 9 images with labels 0 to 2, the train split of tiny, got "
+WRONG = "must hold the train split of tiny, 9 images with labels 0 to 2, got "
+GREY = pixels(1, (6, 4, 1))[0]
 UNREADABLE = "can't be read as images of tiny ("
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (table(GOOD[:6], labels(6)), f"{WRONG}6 with [0 1 2]"),
-        (table(GOOD, labels(9)).clear(), f"{WRONG}0 with []"),
-        (table([*GOOD[:8], None], labels(9)), f"{WRONG}8 with [0 1 2]"),
-        (table(GOOD, [*labels(8), None]), f"{WRONG}8 with [0 1 2]"),
-        (table(GOOD, [0] * 9), f"{WRONG}9 with [0]"),
-        (table(GOOD, [0, 1, 3] * 3), f"{WRONG}9 with [0 1 3]"),
-        (table(GOOD, [-1, 1, 2] * 3), f"{WRONG}9 with [-1  1  2]"),
+        (table(GOOD[:6], labels(6)), f"{WRONG}[2 2 2] with labels [0 1 2]"),
+        (table(GOOD, labels(9)).clear(), f"{WRONG}[] with labels []"),
+        (table([*GOOD[:8], None], labels(9)), f"{WRONG}[3 3 2] with labels [0 1 2]"),
+        (table(GOOD, [*labels(8), None]), f"{WRONG}[3 3 2] with labels [0 1 2]"),
+        (table(GOOD, [0] * 9), f"{WRONG}[9] with labels [0]"),
+        (table(GOOD, [0, 0, *labels(7)]), f"{WRONG}[5 2 2] with labels [0 1 2]"),
+        (table(GOOD, [0, 1, 3] * 3), f"{WRONG}[3 3 3] with labels [0 1 3]"),
+        (table(GOOD, [-1, 1, 2] * 3), f"{WRONG}[3 3 3] with labels [-1  1  2]"),
+        (table(GOOD, [0.0, 1.5, 2.0] * 3), f"{UNREADABLE}labels must be integers, got Float64)"),
+        (
+            table([*GOOD[:4], encode(257 * GREY.astype(np.uint16)), *GOOD[5:]], labels(9)),
+            f"{UNREADABLE}image 4 has 16 bits a pixel)",
+        ),
         (table(GOOD, [2**32, 1, 2] * 3), UNREADABLE),
         (
             table([encode(image) for image in pixels(9, (4, 6, 3))], labels(9)),

@@ -12,6 +12,7 @@ from models import (
     KINDS,
     assert_resumes,
     assert_same_state,
+    check_of,
     minibatches,
     mlp,
     quadratic,
@@ -32,9 +33,23 @@ from lossguard.torch.guards import saving
 @pytest.mark.parametrize("done", [0, 1, 4, 9, 33])
 def test_resumes_bit_by_bit_at_any_point_of_a_cycle(kind, done):
     model = mlp(nn.BatchNorm1d(16), nn.Dropout(0.2))
-    options = {LossGuard: {}, ResidualGuard: {}}.get(kind, {"share": 0.5})
+    options = {} if kind in (LossGuard, ResidualGuard) else {"share": 0.5}
     history = assert_resumes(lambda m: two(kind, m, nt=4, **options), model, minibatches(), done)
     assert len(history) >= 10
+
+
+@pytest.mark.parametrize("kind", [LossGuard, BestOf])
+def test_a_guard_that_has_decided_may_go_back_into_an_earlier_cycle(kind):
+    model = mlp()
+    guard = two(kind, model, nt=2, check=check_of(model), nc=2)
+    batches = minibatches(8)
+    run(guard, model, batches[:5])
+    before, decisions = guard.state_dict(), []
+    for _ in range(2):
+        guard.load_state_dict(before)
+        run(guard, model, batches[5:])
+        decisions.append([*guard.history][-2:])
+    assert str(decisions[0]) == str(decisions[1])
 
 
 @pytest.mark.parametrize("shape", [(), (3,)])

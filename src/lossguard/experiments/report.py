@@ -44,10 +44,11 @@ def report(folders: Sequence[Path], file: Path) -> Path:
     if file.is_dir():  # found out now, not after the claims are judged
         raise ValueError(f"out must be a file, but {file} is a folder")
     records, others = read_runs(folders)
-    runs = []
+    runs, shown = [], {}
     for folder, record in records.items():
         try:
             runs.append(_section(folder, record))
+            shown[folder] = record
         except Exception as error:  # whatever a strange record makes fail, the others are shown
             others.append(f"{folder} can't be shown: {type(error).__name__}: {error}")
     if not runs:
@@ -67,7 +68,7 @@ def report(folders: Sequence[Path], file: Path) -> Path:
     figures = {run["figure"]: run["id"] for run in reversed(runs) if run["figure"]}
     claims = [
         claim
-        for claim in judge_claims(records)
+        for claim in judge_claims(shown)
         if claim.figure in figures or claim.verdict != "not run"
     ]
     environment = jinja2.Environment(

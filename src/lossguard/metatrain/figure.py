@@ -57,7 +57,9 @@ def draw(record: Record) -> Figure:
         over_initial = losses[:, :, -10:].mean(axis=2) / losses[:, :, 0]
         _line(axes[2], steps, over_initial, name.removeprefix("validation_"))
     if names:
-        axes[2].set(xlabel="Meta-step", ylabel=f"Mean of steps {last - 9} to {last} / first")
+        axes[2].set(
+            xlabel="Meta-step", ylabel=f"Mean of steps {max(1, last - 9)} to {last} / first"
+        )
         axes[2].legend(fontsize=8)
     seeds = f", {len(runs)} meta-seeds" if len(runs) > 1 else ""
     title = titled(config["name"] + seeds, made.get("data"))

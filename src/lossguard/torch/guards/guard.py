@@ -227,6 +227,7 @@ def _measure(guard: Guard, check: Callable[[int], Tensor]) -> None:
     draws = guard._randomness.state()
     for lane in guard._order:
         guard._randomness.set(draws)
+        lane.checks = []
         lane.enter("eval")
         try:
             with arguments.without_gradients(), modes_kept(guard._weights.model):

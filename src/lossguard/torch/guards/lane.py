@@ -70,7 +70,7 @@ class Lane:
 
     def begin(self) -> None:
         """Start a cycle."""
-        self.losses, self.checks, self.before = [], [], []
+        self.losses, self.before = [], []
         if self.live:
             self.values = []
             if self.inner.switches:

@@ -21,7 +21,7 @@ from lossguard.torch.guards.lane import Lane
 from lossguard.torch.guards.weights import Copy
 from lossguard.torch.memory import Memory
 from lossguard.torch.tensors import clones, read
-from lossguard.validation import check_choice, check_fraction, check_nc
+from lossguard.validation import check_choice, check_count, check_fraction, check_function
 
 Loser = Literal["keep", "reset"]
 Gradient = list[Tensor | None]
@@ -84,8 +84,9 @@ class LossGuard(Guard):
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
         check_choice("loser", loser, get_args(Loser))
+        check_function("check", check, "of a number")
         self.loser = loser
-        optimizers, nc = {"fallback": fallback, "learned": learned}, check_nc(nc, check)
+        optimizers, nc = {"fallback": fallback, "learned": learned}, check_count("nc", nc)
         super().__init__(optimizers, LANES, model, nt, check, nc, process_group, callback)
 
     def _begin(self) -> list[Lane]:

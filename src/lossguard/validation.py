@@ -32,9 +32,11 @@ def check_count(name: str, value: int, least: int = 1, most: int = MOST) -> int:
 
 
 def check_nc(nc: int | None, check: Any, most: int = MOST) -> int:
-    """Require minibatches of a check, two if ``nc`` is None, only where there is a check."""
+    """Require minibatches of a check, two if ``nc`` is None; none where there is no check."""
     if check is None and nc is not None:
         raise ValueError(f"nc must go with check=, whose minibatches it counts, got {nc!r}")
+    if check is None:
+        return 0
     return check_count("nc", 2 if nc is None else nc, most=most)
 
 

@@ -151,7 +151,7 @@ def two_rates(kind, weight, *rates, **options):
     optimizers = [SGD([weight], lr=rate) for rate in rates]
     if kind is LossGuard:
         options = {"check": lambda k: weight.square().sum(), "nc": 1} | options
-    return kind(*[optimizers] if kind is BestOf else optimizers, model=None, **options)
+    return guard_of(kind, optimizers, None, **options)
 
 
 def refuses(start, end=""):

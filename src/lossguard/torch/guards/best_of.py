@@ -118,7 +118,7 @@ class BestOf(Guard):
             raise ValueError(f"rates must go with a function of a rate, got {told(optimizers)}")
         if not isinstance(optimizers, Iterable) or not (optimizers := [*optimizers]):
             raise ValueError(f"optimizers must be a list of at least one, got {told(optimizers)}")
-        nc = check_nc(nc, check) if check is not None or nc is not None else 0
+        nc = check_nc(nc, check)
         self.share = None if share is None else check_part("share", share)
         self.decay = check_decay(decay)
         named = {f"optimizers[{k}]": one for k, one in enumerate(optimizers)}

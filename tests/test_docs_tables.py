@@ -10,10 +10,9 @@ import numpy as np
 import polars as pl
 import pytest
 
+from benchmarks.readings import POLICIES, RULES, counts, judge_readings
 from lossguard.experiments import price, tasks
 from lossguard.experiments.claims import Verdict, judge_claims
-from lossguard.experiments.readings import counts, judge_readings
-from lossguard.experiments.recipes import POLICIES, RULES
 from lossguard.experiments.tasks import FILE, envelope, interquartile_mean
 from lossguard.records import CURVES, EVALUATIONS, read_parquet, read_runs
 from lossguard.tasks.published import PUBLISHED
@@ -49,7 +48,8 @@ def test_claims_are_those_of_the_records(verdicts: list[Verdict]) -> None:
 def test_readings_are_those_of_the_records() -> None:
     """The reading that is named as best, and its count of claims."""
     names = ("readings", "fig03", "fig03-early", "fig04", "fig04-early", "fig05", "fig06", "fig07")
-    found = counts(judge_readings(read_runs([ROOT / "results" / name for name in names])[0]))
+    folders = [ROOT / "results" / name for name in names]
+    found = counts(judge_readings(read_runs(folders)[0]))
     reproduced, run = (
         {row[0]: [int(cell.split(" of ")[at]) for cell in row[1:]] for row in found.rows()}
         for at in (0, 1)

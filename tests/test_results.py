@@ -6,8 +6,9 @@ import polars as pl
 import pytest
 from PIL import Image
 
+from benchmarks.readings import READINGS
 from lossguard import pretrained_names, pretrained_path, records
-from lossguard.experiments import RECIPES, price, report, tasks
+from lossguard.experiments import price, report, tasks
 from lossguard.learned.weights_file import noting_weights, read_weights
 from lossguard.records import read_json
 
@@ -18,7 +19,7 @@ NESTED = {
     "long": tasks.RECIPES,
     "million": price.RECIPES,
     "price": price.RECIPES,
-    "readings": RECIPES,
+    "readings": {f"reading-{name}": recipe for name, recipe in READINGS.items()},
 }
 """Records of several runs, each in a folder of its own, and the recipes of these."""
 OTHERS = {

@@ -8,7 +8,6 @@ lossguard benchmark tasks       learned optimizers against published baselines, 
 lossguard metatrain RECIPE      meta-train a learned optimizer
 lossguard plot DIR...           figures and tables from records alone
 lossguard claims DIR...         the paper's claims, judged by records
-lossguard readings DIR...       joint readings of the paper, by how many claims each reproduces
 lossguard report DIR...         one page of claims, figures and tables
 lossguard list                  recipes, data sets, learned optimizers
 lossguard --version             which release this is
@@ -25,7 +24,7 @@ from pathlib import Path
 import tyro
 
 from . import __version__
-from .read_commands import claims, list_all, plot, readings, report
+from .read_commands import claims, list_all, plot, report
 from .run_commands import benchmark, demo, metatrain, run, sweep
 from .terminal import tell
 from .validation import check_choice
@@ -34,7 +33,7 @@ WITH_RECIPES: Mapping[str, Callable[[Sequence[str]], None]] = {
     one.__name__: one for one in (demo, run, sweep, metatrain)
 }
 """Their options are those of a recipe."""
-OTHERS = {one.__name__: one for one in (benchmark, plot, claims, readings, report)}
+OTHERS = {one.__name__: one for one in (benchmark, plot, claims, report)}
 COMMANDS: Mapping[str, Callable[..., None]] = {**WITH_RECIPES, **OTHERS, "list": list_all}
 
 

@@ -46,26 +46,6 @@ def claims(folders: Folders) -> None:
         print(f"not run: {', '.join(rest)}")
 
 
-def readings(folders: Folders, out: Out = Path("readings.png")) -> None:
-    """Judge readings of what the paper leaves open by their runs.
-
-    Args:
-        out: A map of all readings and claims.
-    """
-    from .drawing import png
-    from .experiments.readings import counts, draw_readings, judge_readings
-    from .files import write_whole
-
-    judged = judge_readings(_records(folders))
-    if (judged["verdict"] == "not run").all():
-        raise ValueError("none of these runs is one of a reading")
-    write_whole(out, png(draw_readings(judged)), "a figure", make_folder=True)
-    found = counts(judged)
-    title = "claims reproduced, of those run"
-    console().print(table(found.columns, found.rows(), title=title))
-    print(shown(f"figure: {out}"))
-
-
 def report(folders: Folders, out: Out = Path("report.html")) -> None:
     """Write a page of claims, figures and tables.
 
@@ -80,13 +60,13 @@ def report(folders: Folders, out: Out = Path("report.html")) -> None:
 def list_all() -> None:
     """List recipes, data sets and learned optimizers: what there is to name."""
     from .experiments import price, tasks
-    from .experiments.recipes import PAPERS, READINGS, SETS
+    from .experiments.recipes import PAPERS, SETS
     from .learned.weights_file import pretrained_names
     from .metatrain.recipes import RECIPES as META
     from .tasks.datasets import DATASETS
 
     for title, entries in {
-        "experiments (lossguard run)": {n: f().title for n, f in (PAPERS | READINGS).items()},
+        "experiments (lossguard run)": {n: f().title for n, f in PAPERS.items()},
         "sets of experiments (lossguard sweep)": {n: ", ".join(of) for n, of in SETS.items()},
         "lossguard benchmark price": {n: f().title for n, f in price.RECIPES.items()},
         "lossguard benchmark tasks": {n: f().title for n, f in tasks.RECIPES.items()},

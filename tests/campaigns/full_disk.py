@@ -25,7 +25,7 @@ from lossguard.metatrain.recipes import RECIPES
 
 from .killed import META, content, go
 
-COMMANDS = {"plot": 4, "readings": 5, "report": 5, "metatrain": 54, "run": 65, "sweep": 67}
+COMMANDS = {"plot": 4, "report": 5, "metatrain": 54, "run": 65, "sweep": 67}
 """And how many writes each has, and one more, at which the disk is not full."""
 WRITES = [(kind, at) for kind, many in COMMANDS.items() for at in range(many)]
 RECIPE = f"{tiny.__file__}:recipe"
@@ -93,7 +93,6 @@ def attempt(seed: int, folder: Path) -> Counter[str]:
         "sweep": ("sweep", RECIPE, "--out", place),
         "metatrain": ("metatrain", "tiny", "--out", place),
         "plot": ("plot", place),
-        "readings": ("readings", finished, "--out", place),
         "report": ("report", finished, "--out", place),
     }
     if kind == "plot":

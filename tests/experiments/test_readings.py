@@ -7,16 +7,22 @@ import polars as pl
 import pytest
 from pages import curves_of, write_run
 
-from lossguard.curves import COUNTERS
-from lossguard.experiments.readings import (
+from benchmarks.readings import (
     ABOUT,
     COLORS,
+    IMAGES,
     JUDGED,
+    POINTS,
+    POLICIES,
+    READ,
+    READINGS,
+    RULES,
     counts,
     draw_readings,
     judge_readings,
+    main,
 )
-from lossguard.experiments.recipes import IMAGES, POINTS, POLICIES, READ, READINGS, RULES
+from lossguard.curves import COUNTERS
 from lossguard.records import Record
 
 Losses = dict[str, float | dict[int, float]]
@@ -121,22 +127,20 @@ def test_map_shows_the_claims_that_were_judged(judged: pl.DataFrame) -> None:
         assert shown == [[found[row].get(name) for name in names] for row in rows]
 
 
-def test_command(main, tmp_path, capsys) -> None:
+def test_command(tmp_path, capsys) -> None:
     curves, about = FOLDERS[Path("a")].curves, {"name": "reading-fig03-unit", "scaling": "unit"}
     run = write_run(tmp_path / "run", curves, **about)
-    main("readings", run, "-o", tmp_path / "map.png")
-    *table, told = capsys.readouterr().out.splitlines()
-    assert 0 < "\n".join(table).count("0 of 0") < (3 + 2) * (1 + 3 + 4)
-    assert told == f"figure: {tmp_path / 'map.png'}"
+    main([str(run), "--out", str(tmp_path / "map.png")])
+    assert 0 < capsys.readouterr().out.count("0 of 0") < (3 + 2) * (1 + 3 + 4)
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_runs_of_no_reading_leave_the_map_as_it_is(main, tmp_path, capsys) -> None:
+def test_runs_of_no_reading_leave_the_map_as_it_is(tmp_path, capsys) -> None:
     run = write_run(tmp_path / "run", curves_of(["SGDnm"]), name="mine")
     (tmp_path / "map.png").write_text("precious")
     with pytest.raises(SystemExit):
-        main("readings", run, "-o", tmp_path / "map.png")
-    assert capsys.readouterr().err == "lossguard: none of these runs is one of a reading\n"
+        main([str(run), "--out", str(tmp_path / "map.png")])
+    assert capsys.readouterr().err == "none of these runs is one of a reading\n"
     assert (tmp_path / "map.png").read_text() == "precious"
 
 
@@ -144,6 +148,7 @@ def test_recipes_have_every_policy_and_every_rule() -> None:
     assert len(READINGS) == sum(len(scalings) for _, scalings, *_ in READ.values())
     for name, recipe in READINGS.items():
         e = recipe()
-        assert e.name == name and name.endswith(e.scaling)
+        assert e.name == f"reading-{name}" and name.endswith(e.scaling)
+        assert list(e.guards()) == list(e.methods)
         assert {f"LGL2O, {policy}" for policy in POLICIES} < {*e.methods}
         assert {f"GL2O, {rule}" for rule in RULES} < {*e.methods}

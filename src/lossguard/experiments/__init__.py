@@ -4,11 +4,10 @@ from collections.abc import Callable, Mapping
 
 from . import price, tasks
 from .experiment import Experiment as Experiment
-from .recipes import PAPERS, READINGS
+from .recipes import PAPERS
 
 RECIPES: Mapping[str, Callable[[], Experiment]] = {
     **PAPERS,
-    **READINGS,
     **price.RECIPES,
     **tasks.RECIPES,
 }

@@ -7,15 +7,14 @@ stated, ``docs/deviations.md`` says what was chosen. The outer-loop curves of fi
 the records of ``lossguard metatrain mnist-mlp`` and ``cifar10-conv-plain``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Any, get_args
+from typing import Any
 
 import optax
 
-from ..guards.residual_guard import TrackingSequence, ema
 from ..schedules import paper_decay
 from ..tasks.models import ConvNet
 from ..tasks.published import resized
@@ -23,14 +22,9 @@ from ..tasks.task import Task
 from .experiment import (
     Experiment,
     Methods,
-    Policy,
     alone,
-    every_step,
     guarded,
-    learned_alone,
     named_task,
-    rival,
-    sgd_fallback,
     with_methods,
 )
 
@@ -53,18 +47,6 @@ ADAM_RATES = (1e-4, 1e-3, 1e-2, 1e-1)
 CONV_RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """SGDnm's learning rates in figure 10's grid."""
 
-POLICIES: Sequence[Policy] = get_args(Policy)
-"""Of the LSTM's memory: kept by a branch that lost, fresh after a loss, or fresh in every cycle."""
-RULES: Mapping[str, TrackingSequence] = {
-    "weight": ema(0.9),
-    "decay": ema(0.1),
-    "weight, every step": every_step(ema(0.9)),
-    "decay, every step": every_step(ema(0.1)),
-}
-"""Of GL2O's mu: what the paper's 0.9 is, and whether it follows accepted steps alone."""
-IMAGES, POINTS = ("unit", "symmetric", "standardized"), ("none", "standardized")
-"""Scalings. Points as they are lie within about [-1, 1]."""
-
 
 def figure(name: str, on: str, dataset: str, steps: int, **settings: Any) -> Experiment:
     """A figure of table 1, which compares the paper's methods."""
@@ -78,6 +60,13 @@ def learned_on_cifar10(name: str, table_1: Callable[[], Experiment], **settings:
     e = table_1()
     title = f"Learned on CIFAR-10 + ConvNet, tested on {e.tested_on}"
     return replace(e, name=name, title=title, learned="lstm-cifar10-conv", **settings)
+
+
+def upsampled_task(e: Experiment) -> Task:
+    """With the paper's 64 x 64 pixels, made of 32 x 32, so that its ConvNet has the same head."""
+    task = named_task(e)
+    note = f"{task.dataset.note}, resized to 64 x 64"
+    return replace(task, dataset=replace(resized(task.dataset, 64), note=note))
 
 
 CONV: Mapping[str, Any] = {"model": ConvNet(), "sgd_rate": 0.01}
@@ -182,38 +171,6 @@ def rate_methods(e: Experiment) -> Methods:
     }
 
 
-def reading(figure: str, scaling: str) -> Experiment:
-    """A figure of ``READ`` in one scaling, its methods in every policy and by every rule."""
-    recipe, _, steps, rate = READ[figure]
-    e = recipe()
-    return with_methods(
-        reading_methods,
-        replace(e, name=f"reading-{figure}-{scaling}", steps=steps, adam_rate=rate),
-        title=f"{e.title}: readings, inputs {scaling}",
-        scaling=scaling,
-        make_task=upsampled_task if figure == "fig08" else e.make_task,
-    )
-
-
-def upsampled_task(e: Experiment) -> Task:
-    """With the paper's 64 x 64 pixels, made of 32 x 32, so that its ConvNet has the same head."""
-    task = named_task(e)
-    note = f"{task.dataset.note}, resized to 64 x 64"
-    return replace(task, dataset=replace(resized(task.dataset, 64), note=note))
-
-
-def reading_methods(e: Experiment) -> Methods:
-    """The paper's methods; LGL2O by policies, GL2O by rules."""
-    sgd = sgd_fallback(e)
-    return {
-        "SGDnm": alone(e, sgd),
-        "Adam": alone(e, optax.adam(e.adam_rate)),
-        "L2O": learned_alone(e),
-        **{f"GL2O, {name}": rival(e, sequence) for name, sequence in RULES.items()},
-        **{f"LGL2O, {policy}": guarded(replace(e, loser=policy), sgd) for policy in POLICIES},
-    }
-
-
 FIRST = ("mnist", "fashion_mnist", "moons", "circles", "spirals", "cifar10")
 """The data sets of figure 2."""
 GRIDS: Mapping[str, Callable[[], Experiment]] = {
@@ -233,21 +190,6 @@ PAPERS: dict[str, Callable[[], Experiment]] = {
         *(partial(grid, task) for task in GRIDS),
     )
 }
-READ: Mapping[str, tuple[Callable[[], Experiment], Sequence[str], int, float]] = {
-    "fig03": (fig03, IMAGES, 100_000, 0.001),
-    "fig04": (fig04, POINTS, 100_000, 0.01),
-    "fig05": (fig05, POINTS, 100_000, 0.01),
-    "fig06": (fig06, IMAGES, 1_000, 0.01),
-    "fig07": (fig07, IMAGES, 1_000, 0.001),
-    "fig08": (fig08, IMAGES, 1_000, 0.001),
-}
-"""Figures that are run in several scalings, these, their steps, and Adam's rate in appendix E."""
-READINGS = {
-    f"reading-{figure}-{scaling}": partial(reading, figure, scaling)
-    for figure, (_, scalings, _, _) in READ.items()
-    for scaling in scalings
-}
-"""Of what the paper leaves open; ``readings`` judges them."""
 SETS: Mapping[str, tuple[str, ...]] = {
     "table1": ("fig03", "fig06", "fig04", "fig05", "fig07", "fig08"),
     "table2": ("fig12", "fig13", "fig14", "fig15", "fig16"),

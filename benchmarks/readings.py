@@ -1,25 +1,104 @@
 """Readings of what the paper leaves open, and the claims that each of them reproduces.
 
+    python -m benchmarks.readings results results/readings          judge what was run
+    python -m benchmarks.readings runs/readings --run fig05-none    run some into that folder first
+
 The paper states neither the scaling of inputs, nor what becomes of the losing branch's LSTM, nor
 what GL2O's mu follows. Of these a claim depends on the scaling, and on the policy if it is about
 LGL2O, or on the rule if it is about GL2O. So it is judged once for each scaling and each of these.
 A joint reading is one scaling of images, one of points, one policy, one rule.
 """
 
-from collections.abc import Iterator, Mapping
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
+import optax
 import polars as pl
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ..records import Record
-from .claims import CLAIMS, K, judge, tracks
-from .evidence import figure_of, has_settings, labelled, of_curves
-from .recipes import IMAGES, PAPERS, POINTS, POLICIES, READ, READINGS, RULES
+from lossguard.drawing import png
+from lossguard.experiments import recipes
+from lossguard.experiments.claims import CLAIMS, K, judge, tracks
+from lossguard.experiments.evidence import figure_of, has_settings, labelled, of_curves
+from lossguard.experiments.experiment import (
+    Experiment,
+    Methods,
+    Policy,
+    alone,
+    every_step,
+    guarded,
+    learned_alone,
+    rival,
+    sgd_fallback,
+    with_methods,
+)
+from lossguard.experiments.sweep import sweep
+from lossguard.files import write_whole
+from lossguard.guards.residual_guard import TrackingSequence, ema
+from lossguard.records import Record, read_runs
+from lossguard.terminal import console, table
+
+POLICIES: Sequence[Policy] = get_args(Policy)
+"""Of the LSTM's memory: kept by a branch that lost, fresh after a loss, or fresh in every cycle."""
+RULES: Mapping[str, TrackingSequence] = {
+    "weight": ema(0.9),
+    "decay": ema(0.1),
+    "weight, every step": every_step(ema(0.9)),
+    "decay, every step": every_step(ema(0.1)),
+}
+"""Of GL2O's mu: what the paper's 0.9 is, and whether it follows accepted steps alone."""
+IMAGES, POINTS = ("unit", "symmetric", "standardized"), ("none", "standardized")
+"""Scalings. Points as they are lie within about [-1, 1]."""
+READ: Mapping[str, tuple[Callable[[], Experiment], Sequence[str], int, float]] = {
+    "fig03": (recipes.fig03, IMAGES, 100_000, 0.001),
+    "fig04": (recipes.fig04, POINTS, 100_000, 0.01),
+    "fig05": (recipes.fig05, POINTS, 100_000, 0.01),
+    "fig06": (recipes.fig06, IMAGES, 1_000, 0.01),
+    "fig07": (recipes.fig07, IMAGES, 1_000, 0.001),
+    "fig08": (recipes.fig08, IMAGES, 1_000, 0.001),
+}
+"""Figures that are run in several scalings, these, their steps, and Adam's rate in appendix E."""
+
+
+def reading(figure: str, scaling: str) -> Experiment:
+    """A figure of ``READ`` in one scaling, its methods in every policy and by every rule."""
+    recipe, _, steps, rate = READ[figure]
+    e = recipe()
+    return with_methods(
+        reading_methods,
+        replace(e, name=f"reading-{figure}-{scaling}", steps=steps, adam_rate=rate),
+        title=f"{e.title}: readings, inputs {scaling}",
+        scaling=scaling,
+        make_task=recipes.upsampled_task if figure == "fig08" else e.make_task,
+    )
+
+
+def reading_methods(e: Experiment) -> Methods:
+    """The paper's methods; LGL2O by policies, GL2O by rules."""
+    sgd = sgd_fallback(e)
+    return {
+        "SGDnm": alone(e, sgd),
+        "Adam": alone(e, optax.adam(e.adam_rate)),
+        "L2O": learned_alone(e),
+        **{f"GL2O, {name}": rival(e, sequence) for name, sequence in RULES.items()},
+        **{f"LGL2O, {policy}": guarded(replace(e, loser=policy), sgd) for policy in POLICIES},
+    }
+
+
+READINGS: Mapping[str, Callable[[], Experiment]] = {
+    f"{figure}-{scaling}": partial(reading, figure, scaling)
+    for figure, (_, scalings, _, _) in READ.items()
+    for scaling in scalings
+}
+"""By the folders of their records."""
 
 SHORT = 1_000
 """Steps of the runs on ConvNets, up to which their LGL2O is judged here."""
@@ -49,8 +128,7 @@ def judge_readings(records: Mapping[Path, Record]) -> pl.DataFrame:
     """What becomes of each claim in each part of a reading.
 
     Args:
-        records: of the recipes in ``READINGS``, and of the figures that they read; curves speak up
-            to step ``K``.
+        records: of readings, and of the figures that they read; curves speak up to step ``K``.
 
     Returns:
         Columns ``inputs``, as "images, unit"; ``about``, as "LGL2O, keep"; ``claim``; ``verdict``.
@@ -60,8 +138,8 @@ def judge_readings(records: Mapping[Path, Record]) -> pl.DataFrame:
         for scaling, (method, (variants, names)) in product(scalings, ABOUT.items()):
             for variant in variants:
                 tables: dict[str, list[pl.DataFrame]] = {}
-                for name, table in _as_the_figures(records, method, variant, scaling):
-                    tables.setdefault(name, []).append(table)
+                for name, one in _as_the_figures(records, method, variant, scaling):
+                    tables.setdefault(name, []).append(one)
                 evidence = {name: of_curves(own) for name, own in tables.items()}
                 about = ", ".join(filter(None, (method, variant)))
                 rows += [
@@ -82,13 +160,13 @@ def _as_the_figures(
     """
     for record in records.values():
         config = record.config
-        own = config["name"] not in READINGS
+        own = config["name"].removeprefix("reading-") not in READINGS
         name = figure_of(config["name"]) if own else config["name"].split("-")[1]
         if not name or name not in READ or (own and name == "fig08"):
             continue
         if config.get("scaling") != scaling:
             continue
-        recipe = PAPERS[name]()
+        recipe = recipes.PAPERS[name]()
         labels = {"SGDnm": "SGDnm", "L2O": "L2O", "Adam 0.01": "Adam 0.01"}
         if not own:
             adam = "Adam 0.01" if name == "fig05" else "Adam"  # as claims call it
@@ -138,3 +216,29 @@ def draw_readings(judged: pl.DataFrame) -> Figure:
     figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.suptitle("Readings of the paper: claims about figures 3 to 8", fontsize=10)
     return figure
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is asked for, and judge; ``arguments`` are those of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.readings", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("folders", type=Path, nargs="+", help="of records, and of such folders")
+    parser.add_argument("--run", nargs="+", default=[], choices=READINGS, metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("readings.png"), help="the map")
+    asked = parser.parse_args(arguments)
+    experiments = {name: replace(READINGS[name](), seeds=asked.seeds) for name in asked.run}
+    for outcome in sweep(experiments, asked.folders[0]):
+        print(f"{outcome.name}: {outcome.state} {outcome.reason}")
+    records, others = read_runs(asked.folders)
+    print(*others, sep="\n", end="\n" if others else "")
+    judged = judge_readings(records)
+    if (judged["verdict"] == "not run").all():
+        parser.exit(1, "none of these runs is one of a reading\n")
+    write_whole(asked.out, png(draw_readings(judged)), "a figure", make_folder=True)
+    found = counts(judged)
+    console().print(table(found.columns, found.rows(), title="claims reproduced, of those run"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""A plain training loop with a guard in it: the shipped learned optimizer, guarded by SGD.
+"""A plain training loop with a guard in it: `mlp-small`, a learned optimizer, guarded by SGD.
 
 python examples/torch_mnist.py
 """

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_docs import blocks
 
 GALLERY = Path(__file__).parents[1] / "docs" / "gallery"
@@ -42,6 +43,15 @@ def test_it_makes_the_figures_of_the_page(names) -> None:
     made = {path.name: path for path in names["folder"].iterdir()}
     assert {*made} == {path.name for path in GALLERY.iterdir()}
     assert sum(path.stat().st_size for path in GALLERY.iterdir()) < 200_000
+    for name, path in made.items():
+        np.testing.assert_allclose(gray(path), gray(GALLERY / name), atol=80, err_msg=name)
+
+
+def gray(path: Path) -> np.ndarray:
+    """Means of squares of 20 pixels, from 0 to 255."""
+    with Image.open(path) as image:
+        size = image.width // 20, image.height // 20
+        return np.asarray(image.convert("L").resize(size, Image.Resampling.BOX), float)
 
 
 def test_rewind_ends_the_spike(names) -> None:

@@ -16,7 +16,7 @@ from lossguard import load_weights, records, run_folder, save_weights
 from lossguard.drawing import save
 from lossguard.learned.mlp import mlp_optimizer
 from lossguard.metatrain import figure, loop
-from lossguard.metatrain.evolution import MLPTraining, like_momentum
+from lossguard.metatrain.evolution import VALIDATION_ROLLOUTS, MLPTraining, like_momentum
 from lossguard.metatrain.family import Member, reference
 from lossguard.metatrain.loop import metatrain
 from lossguard.tasks import MLP
@@ -67,7 +67,7 @@ def test_kept_weights_have_the_validation_that_is_told(whole: Path) -> None:
     _, _, validation_key = jax.random.split(jax.random.key(TINY.seed), 3)
     keys = [
         jax.random.split(key, 3)[::2]
-        for key in jax.random.split(validation_key, TINY.validation_rollouts)
+        for key in jax.random.split(validation_key, VALIDATION_ROLLOUTS)
     ]
     expected = mean_loss(task, optimizer, keys, TINY.validation_steps) / reference(task)
     _, made, _ = records.read_run(whole)
@@ -157,14 +157,11 @@ def test_it_begins_as_a_momentum_method() -> None:
             {"family": (Member("moons", MLP(()), pairs=0),)},
             "^pairs must be an integer of at least 1, got 0$",
         ),
-        ({"validation_rollouts": 0}, "^validation_rollouts must be an integer of at least 1"),
         ({"family": HELD_OUT}, r"^family must be a tuple such as \(Member\("),
         ({"held_out": ("digits",)}, r"^each of held_out must be a Member such as Member\("),
         ({"stage": "both"}, "^stage must be one of rule, scheduler, got 'both'$"),
         ({"hidden": 1}, "^hidden must be an integer of at least 2, got 1$"),
         ({"sigma": 0.0}, "^sigma must be positive and finite, got 0.0$"),
-        ({"begin_rate": -1.0}, "^begin_rate must be positive and finite, got -1.0$"),
-        ({"rescaling": 0.5}, "^rescaling must be at least 1 and finite, got 0.5$"),
         (
             {"start_from": "lstm-mnist-mlp"},
             "^start_from must be an MLP optimizer, got lstm-mnist-mlp, an LSTM$",

@@ -24,14 +24,7 @@ from ..learned.pretrained import load_weights, save_weights
 from ..learned.weights_file import path_of
 from ..tasks.datasets import load_dataset
 from ..tasks.task import Task
-from ..validation import (
-    MOST_SEEDS,
-    check_choice,
-    check_count,
-    check_kind,
-    check_positive,
-    check_real,
-)
+from ..validation import MOST_SEEDS, check_choice, check_count, check_kind, check_positive
 from .family import Member, Rollout, begin, go_on, meta_loss, reference, relative
 from .loop import MetaTraining, Method
 from .pes import Pairs, pes_gradient, restart_pairs, start_pairs
@@ -41,6 +34,10 @@ FEATURE = 2
 BEGIN_SCALING = (0.0, -0.25, 0.0, 0.0, 0.0, -0.5, -0.5)
 """Its ``scaling`` at the start. Steps of matrices of n coordinates shrink by n^(-1/4), all of them
 by t^(-1/2) from 1,000 on and by 1 / t from 10,000 on."""
+RESCALING = 2.0
+"""Each tensor of a rollout that is trained on is rescaled by a factor from 1/2 to 2."""
+VALIDATION_ROLLOUTS = 2
+"""On each held-out member."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +56,10 @@ class MLPTraining(MetaTraining):
     """What is validated on."""
     sigma: float = 0.03
     """Deviation of the perturbations."""
-    rescaling: float = 2.0
-    """Each tensor of a rollout is rescaled by a factor c between 1 / rescaling and rescaling."""
-    begin_rate: float = 0.005
-    """Step size of the momentum method as which the learned optimizer begins."""
-    validation_rollouts: int = 2
-    """On each held-out member."""
 
     def check(self) -> None:
         """Refuse what is out of range."""
         super().check()
-        check_count("validation_rollouts", self.validation_rollouts, most=MOST_SEEDS)
         for name in ("family", "held_out"):
             members = getattr(self, name)
             check_kind(name, members, tuple, '(Member("digits", ReluMLP((16,))),)')
@@ -81,8 +71,7 @@ class MLPTraining(MetaTraining):
             check_count("pairs", member.pairs, most=MOST_SEEDS)
         check_count("hidden", self.hidden, least=2)  # of ``like_momentum``
         check_choice("stage", self.stage, ("rule", "scheduler"))
-        check_positive(sigma=self.sigma, begin_rate=self.begin_rate)
-        check_real("rescaling", self.rescaling, "at least 1 and finite", lambda v: 1 <= v < np.inf)
+        check_positive(sigma=self.sigma)
         titles = [member.title for member in (*self.family, *self.held_out)]
         if twice := [title for title in titles if titles.count(title) > 1]:
             raise ValueError(
@@ -123,10 +112,7 @@ class Evolution(Method):
         """What to go on from, or a momentum method; and pairs at the start of their rollouts."""
         weights_key, first_key = jax.random.split(key)
         weights = self.first or like_momentum(
-            weights_key,
-            hidden=self.config.hidden,
-            layers=self.config.layers,
-            rate=self.config.begin_rate,
+            weights_key, hidden=self.config.hidden, layers=self.config.layers
         )
         return weights, self._fresh(weights, first_key, jnp.int32(0))
 
@@ -144,7 +130,7 @@ class Evolution(Method):
         count = next(member.pairs for member in config.family if member.title == name)
         length_key, key = jax.random.split(key)
         lengths = config.lengths(length_key, count, done)
-        fresh = partial(begin, task, optimizer, rescaling=config.rescaling)
+        fresh = partial(begin, task, optimizer, rescaling=RESCALING)
         inner = jax.vmap(fresh)(jax.random.split(key, count), lengths)
         return start_pairs(self._trained(weights), inner)
 
@@ -219,7 +205,7 @@ def _validate(
         rollout = begin(task, optimizer, key, length)
         return go_on(task, optimizer, rollout, config.validation_steps)[0]
 
-    losses = jax.vmap(one)(jax.random.split(key, config.validation_rollouts))
+    losses = jax.vmap(one)(jax.random.split(key, VALIDATION_ROLLOUTS))
     return relative(losses, reference(task)).mean(axis=0)
 
 

@@ -204,6 +204,20 @@ def test_an_objective_that_has_no_hash_is_refused() -> None:
         lossguard.rollout(guard, guard.init(jnp.ones(2)), Objective(1.0), cycles=1)
 
 
+def test_a_guard_that_has_no_hash_is_refused() -> None:
+    @dataclasses.dataclass
+    class Step:
+        of: lossguard.Guard
+
+        def __call__(self, state: Any, objective: Any) -> Any:
+            return self.of.step(state, objective)
+
+    plain = lossguard.unguarded(optax.sgd(0.1))
+    guard = lossguard.Guard(plain.init, Step(plain))
+    with pytest.raises(ValueError, match=r"^guard must be of hashable functions, got .*'Step'$"):
+        lossguard.rollout(guard, guard.init(jnp.ones(2)), lambda w, i: jnp.sum(w**2), cycles=1)
+
+
 def test_nothing_is_moved_unasked() -> None:
     guard = lossguard.unguarded(optax.sgd(0.1))
     state = guard.init(jnp.ones(2))

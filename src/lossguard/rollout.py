@@ -24,7 +24,7 @@ def _loop_of(
 ) -> Callable[..., Any]:
     """The loop in a buffer for ``most`` decisions; of the objective all but its arrays.
 
-    With the types, since 1 and True are equal and not the same.
+    With the types of its leaves, since 1 and True are equal and not the same.
     """
 
     @partial(jax.jit, donate_argnums=2)
@@ -87,6 +87,10 @@ def rollout(
     try:
         loop = _loop_of(guard, (*static,), (*map(type, static),), tree, most)
     except TypeError as error:
+        try:
+            hash(guard)
+        except TypeError as of_guard:
+            raise ValueError(f"guard must be of hashable functions, got {of_guard}") from error
         raise ValueError(
             "objective must be hashable, or a pytree (jax.tree_util.Partial, equinox.Module), got "
             f"{type(objective).__name__}: {error}"
@@ -104,7 +108,8 @@ def _first(leaf: Any, count: int) -> Any:
     """Its first so many entries; cut on the host if it is there, or each count is compiled."""
     if isinstance(leaf, Tracer) or not leaf.is_fully_addressable:
         return leaf[:count]
-    return jax.device_put(np.asarray(leaf)[:count])
+    of_one = len(leaf.sharding.device_set) == 1
+    return jax.device_put(np.asarray(leaf)[:count], leaf.sharding if of_one else None)
 
 
 def _own(state: GuardState, objective: Objective) -> GuardState:

@@ -24,7 +24,7 @@ STALL = 0.25
 YOUTH = 16
 """k / 16 is the age that y is taken for when it takes over."""
 RISE = 0.5
-"""The part by which the loss may be above that at the snapshot."""
+"""The part by which the loss may be above that at the snapshot, or above a trial's bound."""
 GAIN = 0.2
 """The part by which it has to be below it for the snapshot to move."""
 YOUNG_GAIN = 0.5

@@ -170,6 +170,25 @@ def test_a_relay_is_its_rules(name, case) -> None:
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["recommended", "hedged"])
+def test_a_fallback_that_diverges_is_left_in_the_first_trial(name) -> None:
+    """Though differences that grow at each step have a standard error as large as their mean."""
+    problem = numpy_guards.Objective(0, minibatches=200, noise=0.05)
+    (in_numpy, learned), (fallback_in_numpy, fallback) = (
+        momentum(decay(0.2))(),
+        momentum(decay(3.0))(),
+    )
+    options = {"nt": 10, "share": 0.05}
+    guard = getattr(lossguard, name)(learned, fallback, **options)
+    reference = getattr(numpy_relay, name)
+    expected = list(reference(problem, in_numpy, fallback_in_numpy, **options, cycles=20))
+    assert_equal(guard, problem, expected, REPORTED)
+    first = expected[0]
+    assert "won" in first["events"] and first["losses"][-1] > 10 * first["losses"][0]
+    assert expected[-1]["winner"] == 0
+
+
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("theta", "learned", "fallback", "residual", "every"),
     [

@@ -119,6 +119,13 @@ def test_losses_of_half_precision_are_told_and_summed_in_single_precision(dtype)
         assert (reported - sums <= 1e-5 * np.abs(sums)).all()
 
 
+def test_x_goes_on_where_s_diverges() -> None:
+    """Also when sums of the losses of s overflow; then s begins again at x."""
+    guard = lossguard.hedged(optax.sgd(0.02), optax.sgd(1.05))
+    _, decisions = play(guard, lambda w, i: jnp.sum(w**2), jnp.ones(2), 60)
+    assert (decisions.winner == 0).all() and decisions.losses[-1, -1] < 1e-15
+
+
 @pytest.mark.parametrize("decay", [0.7, 1.2])
 def test_where_x_is_trapped_s_is_returned(decay, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a regret that grows by itself it isn't: the bound is one that can be broken."""

@@ -105,6 +105,7 @@ PAIRS = {
     "adam over sgd": (adam(0.02), sgd(0.05)),
     "bold sgd over adam": (sgd(0.3), adam(0.003)),
     "hopeless": (sgd(1.0), sgd(0.1, 0.9)),
+    "diverges": (sgd(0.1), sgd(1.0)),
     "breaks": (sgd(1e80), sgd(0.1)),
     "both break": (sgd(1e80), sgd(1e80)),
     "it breaks late": (adam(0.02), falls_behind(0.05, 100, 1e80)),
@@ -205,6 +206,8 @@ def test_two_optimizers(name, options, pair):
     body = name != "residual_guard" and pair == "adam over sgd"
     winners = assert_same(in_torch(build, body), in_jax(guard))
     assert len(winners) == CYCLES
+    if pair == "diverges":
+        assert winners[0] == 0 or name != "recommended"
     if pair == "breaks late":
         assert winners[5] == 0 and not {*winners[8:]} <= {0}
 

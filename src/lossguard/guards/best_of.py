@@ -94,7 +94,8 @@ def best_of(
 
     ``decision.winner`` numbers the guards, -1 where x goes back to where the cycle began;
     ``gradients``, ``forwards`` and ``learned_updates`` are sums, the rest is of who is followed.
-    Memory and cost: those of the guards together; with a check nc forward passes of each that runs.
+    Memory: that of the guards, and one copy of the parameters. Cost: that of the guards; with a
+    check nc forward passes of each that runs.
 
     Raises:
         ValueError: if there are no guards, or something else is one of them, share is not at least
@@ -279,7 +280,7 @@ class SideBySide:
         compared = counts & fine & ~leads & fine[inner.leader]
         leading = jnp.broadcast_to(losses[inner.leader], losses.shape)
         tried = jax.vmap(trials.add, (0, 0, 0, None))(inner.against, leading, losses, void)
-        won, over = jax.vmap(trials.outcome)(tried, leading)
+        won, over = jax.vmap(trials.outcome)(tried, leading, losses)
         was_as_good = 2 * lowest < records + records[inner.leader]
         again = ~fine | (compared & won & was_as_good & (numbers != best))
         restarts = again | (compared & (won | over)) | (best != inner.leader)

@@ -49,7 +49,7 @@ def hedged(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) ->
 
     Price in gradients: 1 a step on the fallback's path, 2 off it; and 1 for each step on trial, at
     most max(first, ``share`` k + sqrt(k)) of k, first being ten, rounded up to whole cycles.
-    Memory: five copies of the parameters, two states of the fallback, one of the learned optimizer.
+    Memory: four copies of the parameters, two states of the fallback, one of the learned optimizer.
 
     >>> import optax
     >>> guard = hedged(optax.sgd(0.4), optax.sgd(0.1))
@@ -82,7 +82,8 @@ def cycle(
     state = state._replace(s=select(fine_s, state.s, renewed))
 
     d = jnp.where(void, 0, decision.losses - of_s).sum().astype(inner.regret.dtype)
-    d = jnp.where(jnp.isfinite(d), d, jnp.inf)  # x had a loss that isn't finite, and s hadn't
+    least = jnp.finfo(d.dtype).min / 8  # so that R stays finite where s diverges
+    d = jnp.where(jnp.isfinite(d) | (d < 0), jnp.maximum(d, least), jnp.inf)
     known = runs & fine_s
     regret = jnp.where(known, DECAY * inner.regret + d, 0)
     leads = regret > 0

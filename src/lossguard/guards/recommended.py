@@ -103,7 +103,7 @@ def cycle(
     heard = runs & fine_s & ~none
     added = trials.add(inner.against, of_s, decision.losses, void)
     against = select(heard, added, inner.against)
-    won, lost = trials.outcome(against, of_s)
+    won, lost = trials.outcome(against, of_s, decision.losses)
     loss = jnp.where(heard, of_s, decision.losses).mean()
     progress = progresses.add(inner.progress, loss, now.nt, memory=0)
     known = heard | (on_own & decision.finite_fallback & ~none)

@@ -57,7 +57,7 @@ class stacked(eqx.Module):
         return len(jax.tree.leaves(self.batches)[0])
 
     def __call__(self, params: Params, i: Int[Array, ""] | int) -> Array:
-        row = i - self.start
+        row = i - self.start.astype(jnp.int32)
         loss = self.loss(params, jax.tree.map(lambda leaf: jnp.asarray(leaf)[row], self.batches))
         check_loss("loss", loss)
         there = (row >= 0) & (row < self.count)

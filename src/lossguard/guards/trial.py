@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ..rules import LOOKS, MARGIN
+from ..rules import LOOKS, MARGIN, RISE
 
 
 class Trial(NamedTuple):
@@ -74,17 +74,22 @@ def add(
 
 
 def outcome(
-    trial: Trial, challenger: Float[Array, " nt"]
+    trial: Trial, challenger: Float[Array, " nt"], leader: Float[Array, " nt"]
 ) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
     """Whether the challenger has won, and whether it has lost; neither: the trial goes on.
 
     With m and e the mean of the differences and its standard error: it has lost if m > 3 e at any
-    time; it has won at the end if m < -3 e and its last losses are below the bound.
+    time; it has won at the end if its last losses are below the bound, and m < -3 e; or if they
+    are, and below the leader's one by one, which have risen by half above it: differences that grow
+    with each step of a leader that diverges have a large e.
     """
     mean, error = difference(trial)
-    last = challenger[len(challenger) // 2 :].mean()
+    half = len(leader) // 2
+    last, against = challenger[half:], leader[half:]
+    risen = against.mean() > trial.bound + RISE * jnp.abs(trial.bound)
+    better = (mean < -MARGIN * error) | (risen & (last < against).all())
     over = trial.cycles >= trial.length
-    won = over & (mean < -MARGIN * error) & (last < trial.bound)
+    won = over & better & (last.mean() < trial.bound)
     return won, ~won & (over | ~(mean <= MARGIN * error))
 
 

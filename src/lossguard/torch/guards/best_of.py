@@ -204,7 +204,7 @@ class BestOf(Guard):
             if k != leader:
                 record = self.records[k]
                 against = record.against.after(leading, one.losses, void)
-                won, over = against.outcome(leading)
+                won, over = against.outcome(leading, one.losses)
                 self.records[k] = record._replace(against=UNBOUNDED if won or over else against)
                 if won and 2 * record.lowest < record.mean + self.records[leader].mean:
                     ruined.add(k)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, Self
 
-from lossguard.rules import BETWEEN, LONG_MEMORY, LOOKS, MARGIN, MEMORY
+from lossguard.rules import BETWEEN, LONG_MEMORY, LOOKS, MARGIN, MEMORY, RISE
 from lossguard.torch.guards.decision import mean
 
 
@@ -16,7 +16,7 @@ class Trial(NamedTuple):
 
     >>> void = [False] * 4
     >>> trial = Trial(length=1, bound=2.0).after([3.0, 1.0, 0.9, 0.8], [3.0, 2.5, 2.5, 2.5], void)
-    >>> trial.pairs, trial.outcome([0.8])
+    >>> trial.pairs, trial.outcome([0.8], [2.5])
     (2, (True, False))
     """
 
@@ -53,18 +53,23 @@ class Trial(NamedTuple):
             squares=squares + sum(one * one for one in d),
         )
 
-    def outcome(self, challenger: Sequence[float]) -> tuple[bool, bool]:
+    def outcome(self, challenger: Sequence[float], leader: Sequence[float]) -> tuple[bool, bool]:
         """Whether the challenger has won, and whether it has lost; neither: the trial goes on.
 
         With m and e the mean of the differences and its standard error: it has lost if m > 3 e at
-        any time; it has won at the end if m < -3 e and its last losses are below the bound.
+        any time; it has won at the end if its last losses are below the bound, and m < -3 e; or if
+        they are, and below the leader's one by one, which have risen by half above it: differences
+        that grow with each step of a leader that diverges have a large e.
         """
         n = max(self.pairs, 2)
         m = self.total / n
         error = math.sqrt(max(self.squares / n - m * m, 0) / (n - 1))
-        last = mean(challenger[len(challenger) // 2 :])
+        half = len(leader) // 2
+        last, against = challenger[half:], leader[half:]
+        risen = mean(against) > self.bound + RISE * abs(self.bound)
+        ahead = risen and all(c < f for c, f in zip(last, against, strict=True))
         over = self.cycles >= self.length
-        won = over and m < -MARGIN * error and last < self.bound
+        won = over and (m < -MARGIN * error or ahead) and mean(last) < self.bound
         return won, not won and (over or not m <= MARGIN * error)
 
 

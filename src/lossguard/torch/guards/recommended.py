@@ -88,7 +88,7 @@ class Recommended(GuardOfTwo):
                 self._progress = self._progress.after(mean(own.losses), self.nt, memory=0)
         if s is not None and s.fine:
             self._against = self._against.after(s.losses, decision.losses, void)
-            won, lost = self._against.outcome(s.losses)
+            won, lost = self._against.outcome(s.losses, decision.losses)
             if won or lost:
                 self._against = UNBOUNDED
             before = self._broken

@@ -88,7 +88,7 @@ class Relay:
         if state.trial != NONE:
             trial = state.trial.after(of_y, losses, void)
             state = state._replace(trial=trial, trial_cost=state.trial_cost + self.nt)
-            won, lost = trial.outcome(of_y)
+            won, lost = trial.outcome(of_y, losses)
             if fine_y and (won or not holds):
                 if state.on_own:
                     self.s.become(self.z)

@@ -12,8 +12,11 @@ import numpy as np
 import polars as pl
 import pytest
 from jaxtyping import Array, PRNGKeyArray
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from lossguard import checkpoints as checkpointing
+from lossguard import checksums
 from lossguard.checkpoints import Checkpoints
 from lossguard.progress import STOPPING, stopping_at_interrupt
 
@@ -128,6 +131,19 @@ def test_what_is_no_checkpoint_of_that_number_is_passed_over(saved, capfd, kind)
     same(Checkpoints(saved).latest(state(0)), 20)
     reason = "it is number 20" if kind == "renamed" else "it is not a file"
     assert capfd.readouterr().err.endswith(f": {reason}\n")
+
+
+@pytest.mark.parametrize("part", ["leaf 0", "table 0"])
+def test_one_whose_parts_are_not_those_that_it_tells_is_passed_over(saved, capfd, part) -> None:
+    """Though its checksum is right."""
+    newest = saved / "20.safetensors"
+    with safe_open(newest, framework="np") as file:
+        about, parts = dict(file.metadata()), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+    parts[part] = parts[part][:1]
+    about.pop(checksums.NAME)
+    newest.write_bytes(save(parts, about | {checksums.NAME: checksums.of_arrays(parts, about)}))
+    same(Checkpoints(saved).latest(state(0)), 7)
+    assert "checkpoint 20 is damaged and was passed over" in capfd.readouterr().err
 
 
 def damage(checkpoint: Path) -> None:

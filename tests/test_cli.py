@@ -142,6 +142,11 @@ def test_what_a_loss_of_zero_is_over_another_is_told(tmp_path: Path) -> None:
     records.write_parquet(tmp_path / records.EVALUATIONS, pl.concat(runs))
     assert "loss over that of a: b inf\n" in price.at_equal_price("a", tmp_path)
     assert "loss over that of b: a 0\n" in price.at_equal_price("b", tmp_path)
+    below = pl.concat(runs).with_columns(pl.col("train_loss") - 2)
+    records.write_parquet(tmp_path / records.EVALUATIONS, below)
+    assert price.at_equal_price("a", tmp_path).startswith("Losses below 0 have no ratios: ")
+    one = price.curves(below, "a").mean()
+    assert price.slowdown(one, one, 20.0) <= 1
     lost = pl.when(pl.col("method") == "a").then(np.nan).otherwise("train_loss")
     runs = pl.concat(runs).with_columns(train_loss=lost)
     records.write_parquet(tmp_path / records.EVALUATIONS, runs)
@@ -204,3 +209,10 @@ def test_a_title_tells_what_options_have_changed(monkeypatch) -> None:
     plain = fig05().title
     titles = [f"{plain}; here dataset circles, another model", "Mine", plain]
     assert [one.title for one in made] == titles
+
+
+def test_methods_whose_names_tell_an_option_go_with_it(monkeypatch) -> None:
+    made = []
+    monkeypatch.setattr(run_commands, "_run", lambda where, experiment: made.append(experiment))
+    run_commands.run(["fig09", "--sgd-rate", "1"])
+    assert made[0].methods[0] == "LGL2O over SGDnm 1" and len(made[0].methods) == 6

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lossguard.config import as_config
 from lossguard.experiments.experiment import Experiment
@@ -23,6 +24,12 @@ def test_config_is_plain_and_tells_models_apart() -> None:
         config = as_config(replace(run, model=ConvNet()))
         assert config["model"]["kind"] == "ConvNet"
         assert 60 in config.values() and "kind" not in config
+
+
+def test_what_json_has_no_names_for_is_refused() -> None:
+    given = functools.partial(make_task, {(1, 2): 3})
+    with pytest.raises(ValueError, match=r"^names in a mapping of a run must be strings, got "):
+        as_config(Experiment("mine", make_task=given))
 
 
 def test_config_has_functions_by_their_names() -> None:

@@ -60,20 +60,19 @@ class Checkpoints:
         for step in self._steps():
             try:
                 structure, parts = _read(self._path(step), step)
+                fits = structure == _structure(template)
+                found = _unpack(parts, template) if fits else ()
             except (OSError, MemoryError):
                 raise  # the file may be whole
             except Exception as error:  # whatever a damaged file makes the reader raise
                 self._set_aside(step, error)
                 continue
-            if structure != _structure(template):
+            if not fits:
                 raise ValueError(
                     "checkpoint must have the structure, shapes and dtypes of what goes on from "
                     f"it, but {self._path(step)} has others: another version wrote it"
                 )
-            likes, tree = jax.tree.flatten(template)
-            leaves = [_leaf(parts.pop(f"{LEAF} {k}"), like) for k, like in enumerate(likes)]
-            tables = (pl.read_parquet(parts[name].tobytes()) for name in sorted(parts))
-            return step, tree.unflatten(leaves), *tables
+            return step, *found
         return None
 
     def _path(self, step: int) -> Path:
@@ -104,6 +103,14 @@ def _read(path: Path, step: int) -> tuple[str, dict[str, np.ndarray]]:
     if (number := about.get(NUMBER, str(step))) != str(step):
         raise ValueError(f"it is number {number}")
     return about[STRUCTURE], parts
+
+
+def _unpack(parts: dict[str, np.ndarray], template: PyTree) -> tuple[Any, ...]:
+    """The pytree and the tables."""
+    likes, tree = jax.tree.flatten(template)
+    leaves = [_leaf(parts.pop(f"{LEAF} {k}"), like) for k, like in enumerate(likes)]
+    tables = [pl.read_parquet(parts[name].tobytes()) for name in sorted(parts)]
+    return tree.unflatten(leaves), *tables
 
 
 def _structure(tree: PyTree) -> str:

@@ -24,8 +24,12 @@ def plot(folders: Folders, over: Over = "price") -> None:
     Args:
         over: The axis: what was spent, in gradients, or its time; or optimizer steps.
     """
-    for folder, record in _records(folders).items():
-        show(folder, over, record)
+    records = _records(folders)
+    strange = {folder: why for folder in records if (why := _shown(folder, over, records[folder]))}
+    for folder, why in strange.items():
+        tell(f"{folder} can't be shown: {why}")
+    if len(strange) == len(records):
+        raise ValueError("none of these runs can be shown")
 
 
 def claims(folders: Folders) -> None:
@@ -78,6 +82,17 @@ def list_all() -> None:
         width = max(map(len, entries)) + 2
         for name, line in entries.items():
             print(f"  {name:<{width}}{line}".rstrip())
+
+
+def _shown(folder: Path, over: Over, record: Any) -> str:
+    """Show a run; or why that can't be done: whatever a strange record makes fail."""
+    try:
+        show(folder, over, record)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def show(folder: Path, over: Over = "price", record: Any = None) -> None:

@@ -67,7 +67,11 @@ def read_run(folder: Path) -> Record:
     config, made = read_json(folder / CONFIG), read_json(folder / MANIFEST)
     _verify(folder, config, made)
     record = Record(config, made, read_parquet(folder / CURVES))
-    if missing := _missing(record):
+    try:
+        missing = _missing(record)
+    except Exception as error:  # of whatever kind its fields are
+        raise ValueError(f"{folder} is no record: {type(error).__name__}: {error}") from error
+    if missing:
         raise ValueError(f"{folder} is no record: {', '.join(missing)} must be as in records")
     return record
 
@@ -83,8 +87,12 @@ def _missing(record: Record) -> list[str]:
     missing = [n for n, kind in in_config.items() if not isinstance(config.get(n), kind)]
     missing += [n for n, kind in in_manifest.items() if not isinstance(made.get(n), kind)]
     missing += [n for n in numbers if not curves.schema.get(n, pl.String()).is_numeric()]
-    if missing or curves.is_empty() or curves[numbers[0]].min() < 0:  # pyright: ignore
-        return missing or ["steps"]
+    if missing:
+        return missing
+    known = curves.select(numbers).null_count().sum_horizontal().item() == 0
+    steps = curves[numbers[0]].cast(pl.Int64)
+    if curves.is_empty() or not known or (steps < 0).any():
+        return ["steps"]
     if record.is_meta:
         return []
     drawn = {*curves.get_column("method", default=pl.Series([""])).to_list()}

@@ -77,6 +77,10 @@ def sweep(arguments: Sequence[str]) -> None:
 def _changed(recipe: Any, where: Any, arguments: Sequence[str], program: str) -> tuple[Any, Any]:
     """``override``; where options change what the title is about, it says so."""
     where, experiment = override(recipe, where, arguments, program)
+    before, now = (e.make_methods(e) for e in (recipe, experiment))
+    all_of_them = isinstance(before, Mapping) and recipe.methods == tuple(before)
+    if all_of_them and experiment.methods == recipe.methods:
+        experiment = replace(experiment, methods=tuple(now))  # their names may tell an option
     told = []
     for name in ("dataset", "learned", "model", "scaling"):
         now = getattr(experiment, name)

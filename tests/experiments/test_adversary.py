@@ -93,7 +93,31 @@ def test_what_reads_records_executes_nothing_and_writes_nothing_outside(
     if name == "plot":
         assert (bad / "figure.png").is_file() and not (bad / "figure.png").is_symlink()
     if name == "report":
-        assert "<script" not in told
+        assert "<script" not in told and not {"\x1b", "\x07"} & {*told}
+
+
+def test_a_strange_record_leaves_the_others_shown(world, main, capsys) -> None:
+    """Whatever of it each command stumbles over; of one alone it says that none is left."""
+    curves = curves_of(["SGDnm"])
+    write_run(Path("runs/good"), curves, name="fig03")
+    write_run(Path("runs/a"), curves, name="fig03", changes={"command": [1, 2]})
+    write_run(Path("runs/b"), curves, name="fig03", changes={"seconds": {"SGDnm": "x"}})
+    write_run(Path("runs/c"), pl.concat([curves, curves]), name="fig03")
+    write_run(Path("runs/d"), curves.with_columns(step=None).cast({"step": pl.Int64}))
+    main("report", "runs")
+    page = Path("report.html").read_text()
+    assert 'id="run-1"' in page and "runs/a can&#39;t be shown: TypeError: " in page
+    main("claims", "runs")
+    assert "runs/c can't be judged: ValueError: a step of a seed is there twice" in (
+        capsys.readouterr().err
+    )
+    main("plot", "runs")
+    out, err = capsys.readouterr()
+    assert "runs/good/figure.png" in out and "runs/b can't be shown: " in err
+    assert "runs/d is no record: steps must be as in records" in err
+    with pytest.raises(SystemExit):
+        main("plot", "runs/b")
+    assert capsys.readouterr().err.endswith("lossguard: none of these runs can be shown\n")
 
 
 @pytest.mark.parametrize("name", ["run", "sweep"])

@@ -364,6 +364,7 @@ def narrower(experiment: Experiment) -> lossguard.Task:
         ({"methods": ("SGD",)}, "^each of methods must be one of Signs, .*, got 'SGD'"),
         ({"methods": "SGD"}, r"^methods must be a tuple of names, such as \('SGD',\), got a name "),
         ({"methods": (1,)}, "^each of methods must be a str such as 'SGDnm', got 1$"),
+        ({"methods": ("\ud800",)}, "^each of methods must be text, got half a letter in "),
         ({"name": 5}, "^name must be a str such as 'mine', got 5$"),
         ({"loser": "zz", "methods": ("Signs",)}, "^loser must be one of keep, reset, .*, got 'zz'"),
         ({"make_methods": lambda e: None}, "^result of make_methods must be .*, got None$"),

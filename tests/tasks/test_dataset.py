@@ -37,6 +37,16 @@ def test_ones_own_may_be_of_numpy_arrays() -> None:
     assert jnp.isfinite(loss) and data.train.labels.dtype == jnp.int32
 
 
+def test_whole_numbers_beyond_32_bits_do_not_wrap() -> None:
+    """Inputs become floats; labels are refused."""
+    split = Split(np.array([[2**40 + 5, 1_700_000_000_000]]), np.array([0]))  # pyright: ignore
+    np.testing.assert_allclose(split.inputs, [[2.0**40, 1.7e12]], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"^labels must fit into 32 bits, got 0 to 4294967296$"):
+        Split(np.zeros((2, 1)), np.array([0, 2**32]))  # pyright: ignore
+    with pytest.raises(ValueError, match=r"^inputs must be real, got complex ones$"):
+        Split(np.ones((1, 1), complex), np.array([0]))  # pyright: ignore
+
+
 @pytest.mark.parametrize("largest", [16, 255])
 @pytest.mark.parametrize(("scaling", "low"), [("unit", 0.0), ("symmetric", -1.0)])
 def test_pixels_are_mapped_to_the_interval(scaling: str, low: float, largest: int) -> None:

@@ -18,6 +18,7 @@ from ..config import as_config
 from ..curves import mark_loss, with_bins
 from ..metatrain.recipes import RECIPES
 from ..records import EVALUATIONS, Record, of_seeds, read_parquet
+from ..terminal import tell
 from .recipes import FIRST, PAPERS
 
 MARKS = (30, *(a * 10**n for n in range(2, 7) for a in (1, 3)))
@@ -111,12 +112,18 @@ def gather(records: Mapping[Path, Record]) -> dict[str, Evidence]:
     meta: dict[str, dict[int, pl.DataFrame]] = {}
     for folder, record in records.items():
         name = record.config["name"]
-        if record.is_meta and is_of_recipe(record.config):
-            meta.setdefault(name, {}).update(_losses(record))
-        elif not record.is_meta and has_settings(record.config) and (figure := figure_of(name)):
-            tested = folder / EVALUATIONS
-            evaluations = read_parquet(tested) if tested.exists() else None
-            runs.setdefault(figure, []).append(labelled(record, _labels(record), evaluations))
+        try:
+            if record.is_meta and is_of_recipe(record.config):
+                meta.setdefault(name, {}).update(_losses(record))
+            elif not record.is_meta and has_settings(record.config) and (figure := figure_of(name)):
+                tested = folder / EVALUATIONS
+                evaluations = read_parquet(tested) if tested.exists() else None
+                own = labelled(record, _labels(record), evaluations)
+                runs.setdefault(figure, []).append(own)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # whatever a strange record makes fail
+            tell(f"{folder} can't be judged: {type(error).__name__}: {error}")
     trained = {name: pl.concat(own.values()).sort("step", "seed") for name, own in meta.items()}
     evidence = {name: of_curves(tables) for name, tables in runs.items()}
     return evidence | {name: Evidence(table) for name, table in trained.items()}
@@ -150,8 +157,10 @@ def labelled(
     if evaluations is not None and "test_loss" in evaluations.columns:
         tested = evaluations.with_columns(counts).select(*place, "test_loss")
         curves = curves.drop("test_loss").join(tested, on=place, how="left")
+    if curves.select(place).is_duplicated().any():
+        raise ValueError("a step of a seed is there twice")
     return curves.select(
-        pl.col("method").replace(labels),
+        pl.col("method").cast(pl.String).replace(labels),
         pl.col("seed") + record.config["seed"],
         "step",
         pl.col(*MEANS, "test_loss").cast(pl.Float64),

@@ -153,7 +153,9 @@ def slowdown(one: Curve, reference: Curve, price: float) -> float:
     target = at(reference._replace(loss=lowest), price)
     if not np.isfinite(target):
         return np.nan
-    reached = np.interp(target * (1 + 1e-12), own[::-1], np.log(one.price)[::-1], left=np.inf)
+    reached = np.interp(
+        target + 1e-12 * abs(target), own[::-1], np.log(one.price)[::-1], left=np.inf
+    )
     return float(np.exp(reached) / price)
 
 
@@ -291,6 +293,8 @@ def at_equal_price(reference: str, folder: Path) -> str:
         return "The run is too short to compare its methods at equal price."
     if not np.isfinite(slowdown(base, base, end / 2)):
         return f"{reference} diverges at once: there is nothing to compare with."
+    if any(at(one, end) < 0 for one in every):
+        return "Losses below 0 have no ratios: there is nothing to compare."
     losses = (f"{m} {divided(at(one, end), at(base, end)):.2g}" for m, one in found.items())
     slower = ((m, slowdown(one, base, end / 2)) for m, one in found.items())
     times = (f"{m} {'never' if np.isinf(s) else format(s, '.2g')}" for m, s in slower)

@@ -20,6 +20,7 @@ from ..drawing import png
 from ..files import write_whole
 from ..metatrain import figure as meta
 from ..records import EVALUATIONS, Record, read_parquet, read_runs
+from ..terminal import shown
 from .claims import judge_claims
 from .evidence import figure_of, has_settings, is_of_recipe
 from .figures import BANDS, SMOOTHED_FROM, draw_run, summary
@@ -44,11 +45,13 @@ def report(folders: Sequence[Path], file: Path) -> Path:
     if file.is_dir():  # found out now, not after the claims are judged
         raise ValueError(f"out must be a file, but {file} is a folder")
     records, others = read_runs(folders)
-    runs, shown = [], {}
+    runs, read = [], {}
     for folder, record in records.items():
         try:
-            runs.append(_section(folder, record))
-            shown[folder] = record
+            section = _section(folder, record) | {"id": ""}
+            _page(runs=[section], claims=[], figures={}, others=[])
+            runs.append(section)
+            read[folder] = record
         except Exception as error:  # whatever a strange record makes fail, the others are shown
             others.append(f"{folder} can't be shown: {type(error).__name__}: {error}")
     if not runs:
@@ -68,28 +71,31 @@ def report(folders: Sequence[Path], file: Path) -> Path:
     figures = {run["figure"]: run["id"] for run in reversed(runs) if run["figure"]}
     claims = [
         claim
-        for claim in judge_claims(shown)
+        for claim in judge_claims(read)
         if claim.figure in figures or claim.verdict != "not run"
     ]
+    page = _page(claims=claims, figures=figures, runs=runs, others=others)
+    write_whole(file, page.encode("utf-8", "backslashreplace"), "the report", make_folder=True)
+    return file
+
+
+def _page(**content: Any) -> str:
+    """The page; of what records hold it shows control characters, and obeys none."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=lambda value: shown(value) if type(value) is str else value,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["shell"] = shlex.join
-    page = environment.get_template("report.html").render(
-        claims=claims,
-        figures=figures,
-        runs=runs,
-        others=others,
+    return environment.get_template("report.html").render(
+        **content,
         smoothed_from=SMOOTHED_FROM,
         bands=BANDS,
         style=(Path(__file__).parent / "report.css").read_text("utf-8"),
     )
-    write_whole(file, page.encode("utf-8", "backslashreplace"), "the report", make_folder=True)
-    return file
 
 
 def _section(folder: Path, record: Record) -> dict[str, Any]:

@@ -108,6 +108,8 @@ def check(experiment: Experiment) -> None:
     check_function("make_methods", experiment.make_methods, "of the experiment")
     for method in experiment.methods:
         check_kind("each of methods", method, str, "'SGDnm'")
+        if any("\ud800" <= letter <= "\udfff" for letter in method):
+            raise ValueError(f"each of methods must be text, got half a letter in {method!r}")
     check_choice("loser", experiment.loser, get_args(Policy))
     for name in ("batch_size", "nt", "nc"):
         check_count(name, getattr(experiment, name))

@@ -234,7 +234,7 @@ def _train_to_the_end(
 ) -> tuple[MetaState, pl.DataFrame, float]:
     """All meta-steps from the last checkpoint on: the state after them, the curves, the seconds."""
     start_key, train_key, validation_key = jax.random.split(jax.random.key(config.seed), 3)
-    every = config.validate_every
+    every = min(config.validate_every, config.meta_steps)
     weights, inner = method.start(start_key)
     adam = config.optimizer_of_weights().init(weights)
     state, table = MetaState(weights, adam, inner, weights, jnp.float32(jnp.inf)), pl.DataFrame()

@@ -14,20 +14,37 @@ from functools import partial
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int32, Shaped
+from jaxtyping import Array, ArrayLike, Float, Float32, Int32, Shaped
 
 from .. import checksums
+from ..validation import MOST
 
 _float32 = partial(jnp.asarray, dtype=jnp.float32)
+
+
+def _inputs(inputs: ArrayLike) -> Array:
+    """Numbers that JAX would cut to 32 bits become floats."""
+    if np.iscomplexobj(inputs):
+        raise ValueError("inputs must be real, got complex ones")
+    wide = isinstance(inputs, np.ndarray) and inputs.dtype.kind in "iu" and inputs.itemsize > 2
+    return jnp.asarray(inputs, jnp.float32) if wide else jnp.asarray(inputs)
+
+
+def _labels(labels: ArrayLike) -> Array:
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu" and labels.size:
+        low, high = int(labels.min()), int(labels.max())
+        if not -MOST <= low <= high <= MOST:
+            raise ValueError(f"labels must fit into 32 bits, got {low} to {high}")
+    return jnp.asarray(labels)
 
 
 class Split(eqx.Module):
     """Examples and the class of each."""
 
-    inputs: Shaped[Array, " n ..."] = eqx.field(converter=jnp.asarray)
+    inputs: Shaped[Array, " n ..."] = eqx.field(converter=_inputs)
     """uint8 [N, H, W, C] images, channels last (float32 if resized), or float32 [N, d] points; not
     scaled."""
-    labels: Int32[Array, " n"] = eqx.field(converter=jnp.asarray)
+    labels: Int32[Array, " n"] = eqx.field(converter=_labels)
     """[N], in 0 .. classes - 1."""
 
     def __check_init__(self) -> None:

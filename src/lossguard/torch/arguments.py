@@ -301,17 +301,6 @@ def told_if_damaged(name: str) -> Iterator[None]:
         raise ValueError(f"{name} must be whole, got a damaged one ({told})") from error
 
 
-def warn_if_left(loops: int) -> None:
-    """Warn of a second loop that was left; one alone may be, by an error that the caller knows."""
-    if loops == 2:
-        warnings.warn(
-            "loops over guard.lanes() were left before their last lane had stepped: such "
-            "minibatches don't count",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-
-
 def lost_loss(guard: Any, lane: "Lane", error: Exception) -> Tensor:
     """NaN for the loss of a lane that raises because its numbers aren't finite, with a warning.
 

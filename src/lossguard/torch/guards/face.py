@@ -60,8 +60,6 @@ class Face(arguments.Uncopied, Optimizer):
         """All that run on the minibatch that is under way."""
         self._shared: list[tuple[Tensor, int]] = []
         """What no lane has, and how often it had been written to when the run began."""
-        self._left = 0
-        """Loops over lanes that were left, at a stretch."""
         arguments.refuse_steps_beside(self)
 
     @property

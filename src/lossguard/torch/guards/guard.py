@@ -124,10 +124,6 @@ class Guard(Face):
                 if self._order is not order:  # closed late, while another loop is under way
                     raise
                 if not (isinstance(error, GeneratorExit) and self._leader.stepped):
-                    left = isinstance(error, GeneratorExit) and error.__context__ is None
-                    if left and any(lane.stepped for lane in order):
-                        self._left += 1
-                        arguments.warn_if_left(self._left)
                     self._undo(draws)
                     self._weights.reset_gradients(beside)
                     raise
@@ -191,7 +187,7 @@ class Guard(Face):
         if self.phase == self.nt:
             self.history.append(self._decide())
             self.phase, self.steps = 0, self.steps + self.nt
-        self._order, self._left = [], 0
+        self._order = []
 
     def _decide(self) -> Decision:
         if self.check is not None:

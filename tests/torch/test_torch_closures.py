@@ -119,20 +119,6 @@ def test_a_closure_may_write_all_losses_to_one_tensor(kind):
     assert_same_state(models[1].state_dict(), models[0].state_dict())
 
 
-def test_errors_in_a_check_tell_of_it():
-    model = mlp()
-
-    def check(k):
-        loss = loss_fn(model, spiral())
-        torch.autograd.grad(loss, list(model.parameters()))
-        return loss
-
-    guard = two(LossGuard, model, nt=1, check=check)
-    with pytest.raises(RuntimeError, match="does not require grad") as error:
-        run(guard, model, minibatches(1))
-    assert "only the loss is needed here" in error.value.__notes__[0]
-
-
 @pytest.mark.parametrize("kind", TWO)
 def test_edits_of_the_model_between_calls_are_gone_on_from(kind):
     """An exponential average that is swapped in, a projection: the model is the live lane."""

@@ -25,10 +25,6 @@ Closure = Callable[[], Any]
 
 SAME = 1e-4
 """The part of a loss by which rounding may change it."""
-NOTE = (
-    "lossguard: only the loss is needed here, so this runs without gradients: put `with "
-    "torch.enable_grad():` around what needs them"
-)
 
 
 class Uncopied:
@@ -254,17 +250,6 @@ def scalar(loss: Any, rule: str = "closure must return the loss, one number") ->
     if isinstance(loss, Tensor):
         return local(loss).detach().clone().reshape(())
     return torch.tensor(float(loss), dtype=torch.float64, device="cpu")
-
-
-@contextmanager
-def without_gradients() -> Iterator[None]:
-    """A block for losses alone; PyTorch's errors in it tell so."""
-    with torch.no_grad():
-        try:
-            yield
-        except RuntimeError as error:
-            error.add_note(NOTE)
-            raise
 
 
 def compare(losses: Sequence[Tensor]) -> None:

@@ -226,7 +226,7 @@ def _measure(guard: Guard, check: Callable[[int], Tensor]) -> None:
         lane.checks = []
         lane.enter("eval")
         try:
-            with arguments.without_gradients(), modes_kept(guard._weights.model):
+            with torch.no_grad(), modes_kept(guard._weights.model):
                 for k in range(guard.checked, guard.checked + guard.nc):
                     lane.checks.append(_checked(guard, lane, check, k))
         finally:

@@ -18,7 +18,6 @@ from lossguard.torch.arguments import (
     check_made,
     scalar,
     told_if_damaged,
-    without_gradients,
 )
 from lossguard.torch.process import held, modes_kept
 from lossguard.torch.ranks import mean_of_ranks
@@ -257,7 +256,7 @@ class Rewind(Uncopied):
         """Copy the model as it is now, unless its audit says that it is worse."""
         rule = self._rule
         if self._audit is not None:
-            with without_gradients(), modes_kept(self._live.model):
+            with modes_kept(self._live.model):
                 loss = scalar(self._audit(), "audit must return one number")
             too_high = rule.hear_audit(mean_of_ranks(loss, self._group).item())
             if rule.audits.rings and rule.may_return(0):

@@ -97,15 +97,6 @@ def check_made(params: Iterable[Tensor]) -> None:
         )
 
 
-def check_range(name: str, params: Iterable[Tensor]) -> None:
-    """Refuse what overflows as a matter of course."""
-    if any(p.dtype == torch.float16 for p in params):
-        raise ValueError(
-            f"parameters must have more range than float16 for {name}, where a gradient that "
-            "overflows is not left out, got some of float16"
-        )
-
-
 def check_functions(**given: Any) -> None:
     """Refuse what is neither None nor a function."""
     for name, one in given.items():

@@ -53,8 +53,11 @@ class Guard(Face):
             name: Lane(name, self._inners[of], self._weights, forgives=self.forgives)
             for name, of in lanes.items()
         }
-        if not self.forgives:
-            arguments.check_range(type(self).__name__, self._weights.params)
+        if not self.forgives and any(p.dtype == torch.float16 for p in self._weights.params):
+            raise ValueError(
+                f"parameters must have more range than float16 for {type(self).__name__}, where a "
+                "gradient that overflows is not left out, got some of float16"
+            )
         self._leader = self._weights.holder = next(iter(self._lanes.values()))
 
     def _begin(self) -> list[Lane]:

@@ -73,9 +73,8 @@ class Live:
                 )
         self._finite: dict[str, bool] = {}
         """Of each buffer whether it was when it was first seen: masks of attention aren't."""
-        frozen = [param for param in self.names if not param.requires_grad]
-        infinite = [] if are_finite(frozen) else [p for p in frozen if not are_finite([p])]
-        self._masks = {p for p in infinite if not local(p).isnan().any()}
+        frozen = (param for param in self.names if not param.requires_grad)
+        self._masks = {p for p in frozen if not (are_finite([p]) or local(p).isnan().any())}
         """Parameters that are such."""
 
     def trained(self) -> dict[Tensor, Optimizer]:

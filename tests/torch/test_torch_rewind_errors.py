@@ -72,7 +72,6 @@ def without_a_rate(model, optimizer):
     Rewind(model, optimizer)
 
 
-SCHEDULER = SimpleNamespace(state_dict=dict, load_state_dict=id, get_last_lr=lambda: [0.1])
 STEPS_OF_ANOTHER = (
     "schedulers must each have state_dict and load_state_dict, and be of this optimizer if of any, "
     "got a "
@@ -123,10 +122,6 @@ WRONG = [
         lambda m, o: Rewind(m, [o, torch.optim.Adam(m.parameters())]),
     ),
     ("optimizers must each be given once, got one twice", lambda m, o: Rewind(m, [o, o])),
-    (
-        "schedulers must have an optimizer where there are several, got a SimpleNamespace without",
-        lambda m, o: Rewind(m, [SGD([p]) for p in m.parameters()], schedulers=[SCHEDULER]),
-    ),
     (
         "offload must be True or False for shards, got 'folder'",  # as DTensors have it
         lambda m, o: Rewind(*model_and_sgd(to_local=None), offload="folder"),

@@ -1,6 +1,7 @@
 """Rates, of which ``Rewind`` has a step take a part: between steps they are the schedulers'."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,6 +73,17 @@ def test_a_scheduler_in_a_hook_goes_on_from_its_own_rates(make, rate):
     drive(rewind, model, optimizer, FALLS + HIGH[:8] + FALLS[-8:])
     assert rewind.returns == 1 and rewind.scale < 1
     assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+
+
+def test_a_named_scheduler_that_tells_no_optimizer_is_of_all_of_them():
+    model = nn.Linear(2, 1)
+    optimizers = [torch.optim.SGD([p], lr=0.1) for p in model.parameters()]
+    scheduler = SimpleNamespace(state_dict=dict, load_state_dict=id, get_last_lr=lambda: [0.1])
+    rewind = Rewind(model, optimizers, schedulers=[scheduler])
+    for one in optimizers:
+        one.param_groups[0]["lr"] = 0.2
+    rewind._live.load(rewind._trusted)
+    assert [one.param_groups[0]["lr"] for one in optimizers] == [0.1, 0.1]
 
 
 class Decays(torch.optim.Optimizer):

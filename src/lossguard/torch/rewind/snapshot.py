@@ -43,17 +43,11 @@ class Live:
             raise ValueError(f"offload must be True, False or a folder, got {offload!r}")
         check_kind("schedulers", also, Sequence, "[scheduler]")
         for one in also:
-            of = _optimizer_of(one)
             saves = [callable(getattr(one, f"{how}state_dict", None)) for how in ("", "load_")]
-            if not all(saves) or of not in (None, *optimizers):
+            if not all(saves) or _optimizer_of(one) not in (None, *optimizers):
                 raise ValueError(
                     "schedulers must each have state_dict and load_state_dict, and be of this "
                     f"optimizer if of any, got a {type(one).__name__}"
-                )
-            if of is None and hasattr(one, "get_last_lr") and len(optimizers) > 1:
-                raise ValueError(
-                    "schedulers must have an optimizer where there are several, got a "
-                    f"{type(one).__name__} without"
                 )
         if not isinstance(offload, bool):
             self.place = Path(offload)
@@ -181,8 +175,9 @@ class Live:
             place = copy.deepcopy(one.state_dict())  # on the devices where it has its tensors
             one.load_state_dict(copied(its_state, place))
             if hasattr(one, "get_last_lr"):  # a scheduler, of which what it sets is a part
-                k = self.optimizers.index(_optimizer_of(one) or self.optimizers[0])
-                _set_back(self.optimizers[k], saved["groups"][k])
+                for optimizer, settings in zip(self.optimizers, saved["groups"], strict=True):
+                    if _optimizer_of(one) in (None, optimizer):
+                        _set_back(optimizer, settings)
 
     def pack(self, trusted: Saved, candidate: Saved) -> Saved:
         """Two snapshots, of which the second may be empty, for a ``state_dict``.

@@ -89,8 +89,8 @@ def test_lightning_without_a_loss():
     assert callback.rewind.calls == 12 and trainer.global_step == 15
     model = make()
     model.automatic_optimization = False
-    told = "automatic_optimization must be True for lightning_rewind, got False"
-    with refuses(f"{told} (call Rewind.observe after the step)", "$"):
+    told = "the module must have one optimizer, and automatic_optimization=True, got 1 and False"
+    with refuses(f"{told} (build Rewind(self, self.optimizers()) in its on_train_start, and "):
         quick(lightning, 15, callback).fit(model, loader())
 
 

@@ -42,15 +42,12 @@ def lightning_rewind(**options: Any) -> Any:
         _steps = 0
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            if len(trainer.optimizers) != 1:
+            count, automatic = len(trainer.optimizers), pl_module.automatic_optimization
+            if count != 1 or not automatic:
                 raise ValueError(
-                    f"the module must have one optimizer, got {len(trainer.optimizers)} (build "
-                    "Rewind(self, self.optimizers()) in its on_train_start)"
-                )
-            if not pl_module.automatic_optimization:
-                raise ValueError(
-                    "automatic_optimization must be True for lightning_rewind, got False (call "
-                    "Rewind.observe after the step)"
+                    "the module must have one optimizer, and automatic_optimization=True, got "
+                    f"{count} and {automatic} (build Rewind(self, self.optimizers()) in its "
+                    "on_train_start, and call observe after the steps)"
                 )
             self.rewind = Rewind(pl_module, trainer.optimizers[0], **options)
             self._steps = trainer.global_step

@@ -178,7 +178,7 @@ def test_errors_of_arguments():
         (BestOf, (one,), {}, "optimizers must be a list of at least one, got"),
         (BestOf, (None,), {}, "optimizers must be a list of at least one, got None"),
         (BestOf, ([one],), {"rates": (0.1,)}, "rates must go with a function of a ra"),
-        (BestOf, (lambda rate: one,), {}, "rates must be given with a function of a ra"),
+        (BestOf, (lambda rate: one,), {}, "rates must go with a function of a rate, got [] a"),
         (
             BestOf,
             (lambda rate: SGD(one.param_groups, lr=0.1),),

@@ -106,16 +106,14 @@ class BestOf(Guard):
         process_group: distributed.ProcessGroup | None = None,
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
-        if not isinstance(rates, Iterable):
-            raise ValueError(f"rates must be a sequence of numbers, got {rates!r}")
         rates = [float(rate) if isinstance(rate, Real) else rate for rate in rates]
+        if callable(optimizers) != bool(rates):
+            raise ValueError(
+                f"rates must go with a function of a rate, got {rates} and {told(optimizers)}"
+            )
         if callable(optimizers):
-            if not rates:
-                raise ValueError("rates must be given with a function of a rate, got none")
             optimizers = list(map(optimizers, rates))
             check_rates(rates, optimizers)
-        elif rates:
-            raise ValueError(f"rates must go with a function of a rate, got {told(optimizers)}")
         if not isinstance(optimizers, Iterable) or not (optimizers := [*optimizers]):
             raise ValueError(f"optimizers must be a list of at least one, got {told(optimizers)}")
         nc = check_nc(nc, check)

@@ -95,8 +95,6 @@ class Rates:
                 "scheduler on the guard drives all of them)"
             )
         for group, of, base in zip(self._theirs(), self._of, self.bases, strict=True):
-            if not of:
-                continue
             first, *others = [factors[k] for k in of if k in factors] or [1.0]
             if base is None:
                 warnings.warn(

@@ -12,7 +12,7 @@ from lossguard.torch import arguments
 from lossguard.torch.arguments import Closure, scalar
 from lossguard.torch.guards import saving
 from lossguard.torch.guards.decision import Decision, Seen
-from lossguard.torch.guards.face import Face
+from lossguard.torch.guards.face import Face, Hooks
 from lossguard.torch.guards.lane import Lane
 from lossguard.torch.guards.relay import Relay
 from lossguard.torch.guards.weights import Beside
@@ -83,7 +83,7 @@ class Guard(Face):
                 each lane that runs, the live one last, after gradients were cleared.
         """
         closure = arguments.checked(closure)
-        with closing(self._loop(self._tell)) as lanes:
+        with closing(self._loop({})) as lanes:
             *_, value = [self._run(lane, closure) for lane in lanes]
         return value.detach().clone() if isinstance(value, Tensor) else value
 
@@ -105,10 +105,10 @@ class Guard(Face):
         """
         self.check_itself("lanes")
         self._call(self._optimizer_step_pre_hooks)
-        yield from self._loop(self._tell_hooks)
+        yield from self._loop(self._optimizer_step_post_hooks)
 
-    def _loop(self, tell: Callable[[], None]) -> Generator[Lane, None, None]:
-        """``lanes``; ``tell`` is called once the minibatch counts."""
+    def _loop(self, hooks: Hooks) -> Generator[Lane, None, None]:
+        """``lanes``; the hooks are called once the minibatch counts."""
         with held():
             draws, beside = self._open()
             order = self._order
@@ -132,9 +132,9 @@ class Guard(Face):
                     raise
                 self._leader.leave(keep=True)  # a loop that was left after the last step
                 self._close()
-                tell()
+                self._tell(hooks)
                 raise  # so that a signal that came is not raised where a generator is closed
-        tell()
+        self._tell(hooks)
 
     def _open(self) -> tuple[list[Tensor], Beside]:
         """Before a minibatch: random state, and gradients, that each lane starts from."""

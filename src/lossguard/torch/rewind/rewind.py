@@ -74,14 +74,12 @@ class Rewind(Uncopied):
     """Watches a run: called after the optimizer's step, it wraps nothing.
 
     Alarm, snapshots, scale and budget are those of ``lossguard.rewind`` (``docs/guards.md``). Here
-    the host reads the losses every ``every`` calls, and an alarm waits for that.
+    the host reads the losses every ``every`` calls, and an alarm, and a model that isn't finite,
+    wait for that. ``docs/rewind.md`` tells what it does and sees.
 
-    - A step whose gradients aren't finite is taken with gradients of 0; nothing waits for that.
-    - A model that isn't finite at a read goes back at once. While the budget doesn't allow it, each
-      step is read, and one that makes the model not finite is taken back by itself.
-    - After a return ``scale`` multiplies the rates during each step; schedulers know nothing of it.
-    - Memory: two copies of all that goes back; a third one while the budget is spent.
-    - Under ``torch.distributed`` every rank calls it. All decide by the mean of their losses.
+    Memory: two copies of all that goes back; a third one while the budget is spent, where each step
+    is read, and one that makes the model not finite is taken back by itself. Under
+    ``torch.distributed`` every rank calls it. All decide by the mean of their losses.
 
     Args:
         model: what is trained. Its parameters and buffers go back.

@@ -292,6 +292,16 @@ def test_a_buffer_made_under_inference_mode_goes_back():
     assert rewind.returns and model.table.tolist() == [1.0] * 4
 
 
+def test_a_rate_made_under_inference_mode_is_lowered_and_raised():
+    model, optimizer = one_weight()
+    with torch.inference_mode():
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    for losses in (FALLS, HIGH):
+        drive(rewind, model, optimizer, losses)
+    assert rewind.returns and float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.1)
+
+
 def test_it_may_be_built_and_read_in_inference_mode():
     model, optimizer = one_weight(momentum=0.9)
 

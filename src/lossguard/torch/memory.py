@@ -153,7 +153,8 @@ def noted(group: Group) -> Noted:
     """What the settings of a group hold, and of tensors how often they were written to."""
 
     def written(leaf: Any) -> int | None:
-        return leaf._version if isinstance(leaf, Tensor) else None
+        tracked = isinstance(leaf, Tensor) and not leaf.is_inference()
+        return leaf._version if tracked else None
 
     return {
         key: value if type(value) in FIXED else [(leaf, written(leaf)) for leaf in leaves(value)]

@@ -168,6 +168,7 @@ def copied_rate(group: Group) -> float | Tensor:
 def set_rate(group: Group, rate: float | Tensor) -> None:
     """Set the rate, which may be a tensor that must stay the same one."""
     if isinstance(group["lr"], Tensor):
-        group["lr"].copy_(torch.as_tensor(rate, device=group["lr"].device))
+        with torch.inference_mode(group["lr"].is_inference()):
+            group["lr"].copy_(torch.as_tensor(rate, device=group["lr"].device))
     else:
         group["lr"] = rate

@@ -156,6 +156,7 @@ def test_mark_loss_against_a_hand_made_answer() -> None:
 def test_losses_that_are_not_finite_are_infinitely_worse() -> None:
     answers = [divided(*pair) for pair in ((2, 4), (np.nan, 1), (1, np.nan), (1, np.inf), (1, 0))]
     assert answers == [0.5, np.inf, 0.0, 0.0, np.inf] and divided(np.inf, np.inf) == np.inf
+    assert divided(-1, 0) == -np.inf and divided(0, 0) == 1
 
 
 def test_mark_loss_averages_the_steps_that_were_taken() -> None:

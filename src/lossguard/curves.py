@@ -145,6 +145,8 @@ def divided(a: float, b: float) -> float:
     """a / b, where a loss that is not finite is infinitely worse than any, its like included."""
     if not math.isfinite(a) or (b == 0 and a > 0):
         return math.inf
+    if b == 0 and a < 0:
+        return -math.inf
     if not math.isfinite(b):
         return 0.0
     return 1.0 if a == b else a / b

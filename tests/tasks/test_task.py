@@ -7,6 +7,7 @@ import pytest
 from jaxtyping import Array, PyTree
 
 from lossguard.tasks import MLP, Dataset, Split, Task, TaskObjective, digits
+from lossguard.tasks.goals import Goal
 from lossguard.tasks.shuffle import minibatch_indices
 
 
@@ -91,3 +92,19 @@ def test_labels_that_are_no_classes_are_refused(labels: list, reason: str, name:
     data = Dataset(**splits, offset=jnp.zeros(()), scale=jnp.ones(()), name="mine", classes=2)
     with pytest.raises(ValueError, match=f"^labels of {name} must be {reason}"):
         Task(data, MLP((4,)))
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        lambda outputs, inputs, labels: {"error": outputs.sum(axis=1)},
+        lambda outputs, inputs, labels: {"loss": outputs.sum()},
+        lambda outputs, inputs, labels: {"loss": outputs.sum(axis=1), "more": outputs},
+    ],
+)
+def test_scores_of_ones_own_goal_have_a_loss_and_a_number_for_each_example(scores) -> None:
+    split = Split(np.zeros((8, 2), np.float32), np.arange(8) % 2)
+    data = Dataset(split, split, 0.0, 1.0, name="mine", classes=2)
+    task = Task(data, MLP(hidden=(3,)), batch_size=4, goal=Goal(lambda _: 3, scores))
+    with pytest.raises(ValueError, match=r"^scores of goal must have a loss, and all one number"):
+        task.objective(jax.random.key(0))(task.init(jax.random.key(1)), 0)

@@ -2,6 +2,7 @@
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
@@ -86,7 +87,14 @@ class Task(eqx.Module):
 
     def _scores(self, params: PyTree, inputs: Array, labels: Int[Array, " batch"]) -> Scores:
         scaled = self.dataset.normalize(inputs)
-        return self.goal.scores(self.model.apply(params, scaled), scaled, labels)
+        scores = self.goal.scores(self.model.apply(params, scaled), scaled, labels)
+        shapes = {name: jnp.shape(values) for name, values in scores.items()}
+        if "loss" not in shapes or {*shapes.values()} != {(len(inputs),)}:
+            raise ValueError(
+                "scores of goal must have a loss, and all one number for each example, got "
+                f"{shapes} of {len(inputs)}"
+            )
+        return scores
 
 
 class TaskObjective(eqx.Module):

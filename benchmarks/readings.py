@@ -77,7 +77,6 @@ def reading(figure: str, scaling: str) -> Experiment:
         replace(e, name=f"reading-{figure}-{scaling}", steps=steps, adam_rate=rate),
         title=f"{e.title}: readings, inputs {scaling}",
         scaling=scaling,
-        make_task=recipes.upsampled_task if figure == "fig08" else e.make_task,
     )
 
 
@@ -155,14 +154,13 @@ def _as_the_figures(
 ) -> Iterator[tuple[str, pl.DataFrame]]:
     """Figures and curves of one scaling, with methods named as claims call them.
 
-    A figure's own runs have one policy, some of the rules, and Adam at other rates; those of figure
-    8 have other pixels.
+    A figure's own runs have one policy, some of the rules, and Adam at other rates.
     """
     for record in records.values():
         config = record.config
         own = config["name"].removeprefix("reading-") not in READINGS
         name = figure_of(config["name"]) if own else config["name"].split("-")[1]
-        if not name or name not in READ or (own and name == "fig08"):
+        if not name or name not in READ:
             continue
         if config.get("scaling") != scaling:
             continue

@@ -74,7 +74,7 @@ def outcomes(judged: pl.DataFrame) -> dict[str, dict[str, str]]:
 
 
 def test_each_part_is_judged_by_its_own_methods_and_scaling(judged: pl.DataFrame) -> None:
-    """A figure's own run speaks for the policy and the rule that it has; not that of figure 8."""
+    """A figure's own run speaks for the policy and the rule that it has."""
     found = outcomes(judged)
     assert len(found) == (len(IMAGES) + len(POINTS)) * (1 + len(POLICIES) + len(RULES))
     names = {name for of in found.values() for name in of}
@@ -88,7 +88,7 @@ def test_each_part_is_judged_by_its_own_methods_and_scaling(judged: pl.DataFrame
     assert found["images, unit, LGL2O, reset"]["3c"] == none  # which ends at 1,000
     assert [found[f"images, unit, GL2O, {rule}"]["3d"] for rule in RULES] == [yes, no, none, none]
     assert [found[f"images, unit, GL2O, {rule}"]["6b"] for rule in RULES] == [no, none, none, none]
-    assert found["images, unit, L2O"] == {"3b": none, "6a": yes, "7a": none, "8a": none}
+    assert found["images, unit, L2O"] == {"3b": none, "6a": yes, "7a": none, "8a": yes}
     assert [found[f"points, {one}, L2O"]["5b"] for one in POINTS] == [yes, no]
     assert [found[f"points, none, GL2O, {rule}"]["4c"] for rule in RULES] == [no, yes, yes, none]
     assert [found[f"points, none, LGL2O, {one}"]["4a"] for one in POLICIES] == [none, none, yes]
@@ -107,9 +107,9 @@ def test_runs_with_other_settings_are_no_readings() -> None:
 
 
 def test_claims_are_counted(judged: pl.DataFrame) -> None:
-    """Of images 3a and 6a, not 3d, of points 4a, 4c and 5b."""
+    """Of images 3a, 6a and 8a, not 3d, of points 4a, 4c and 5b."""
     found = {row.pop("about"): row for row in counts(judged).to_dicts()}
-    assert [*found["L2O"].values()] == ["1 of 1", "0 of 0", "0 of 0", "1 of 1", "0 of 1"]
+    assert [*found["L2O"].values()] == ["2 of 2", "0 of 0", "0 of 0", "1 of 1", "0 of 1"]
     assert found["LGL2O, keep"]["images, unit"] == "1 of 2"
     assert found["GL2O, weight"]["images, unit"] == "2 of 3"
     assert found["LGL2O, reset in every cycle"]["points, none"] == "1 of 1"
@@ -118,7 +118,7 @@ def test_claims_are_counted(judged: pl.DataFrame) -> None:
 def test_map_shows_the_claims_that_were_judged(judged: pl.DataFrame) -> None:
     found, panels = outcomes(judged), draw_readings(judged).axes
     drawn = [[one.get_text() for one in axes.get_xticklabels()] for axes in panels]
-    assert drawn == [["3a", "3c", "3d", "6a", "6b", "6c"], ["4a", "4c", "5b"]]
+    assert drawn == [["3a", "3c", "3d", "6a", "6b", "6c", "8a"], ["4a", "4c", "5b"]]
     for axes, names, kind in zip(panels, drawn, ("images", "points"), strict=True):
         rows = [one.get_text() for one in axes.get_yticklabels()]
         assert rows == [row for row in found if row.startswith(kind)]

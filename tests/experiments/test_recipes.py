@@ -87,6 +87,7 @@ def test_recipe_runs(name: str, tmp_path: Path) -> None:
     assert curves["loss"].is_finite().all()
     if e.dataset != "cifar10":  # which may be the original or not
         assert bool(made["data"]) == (e.dataset == "tiny_imagenet50_32px")
+    assert ("resized to 64 x 64" in made["data"]) == (name == "fig08")
 
 
 @pytest.mark.parametrize("name", [*SETS["table1"], *SETS["table2"]])

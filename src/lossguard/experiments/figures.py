@@ -98,7 +98,7 @@ def draw(
     top.set(xscale="log", ylabel="Training loss")
     log_losses(top)
     _cut(top, points)
-    top.set_title(title, fontsize=10, parse_math=False)
+    top.set_title(title, fontsize=min(10, 900 / max(len(title), 1)), parse_math=False)
     if guarded:
         bottom.set(ylim=(0.45, 1.05), ylabel="Led by")
         bottom.set_yticks([0.5, 1.0], ["fallback", "learned"])

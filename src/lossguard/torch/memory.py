@@ -51,6 +51,8 @@ class Inner:
         noted: whether these are known, as they are after the first step that moves parameters.
         holder: the lane whose memory it has; another lane of it keeps its own meanwhile.
         steps: whether it is stepped by its lane right now.
+        pulled: whether the gradients of its first step were the parameters themselves, as those of
+            half their squared norm are: then momentum looks like slow weights.
     """
 
     def __init__(self, optimizer: Optimizer, params: list[Tensor]) -> None:
@@ -64,12 +66,17 @@ class Inner:
         self.noted = False
         self.holder: Any = None
         self.steps = False
+        self.pulled: bool | None = None
         self._fresh = self.memory().copy()
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
         """Note which group entries the optimizer's step inside changes."""
         before, self.steps = list(map(noted, self.optimizer.param_groups)), True
+        if self.pulled is None:
+            known = [(local(p.detach()), local(p.grad)) for p in self.params if p.grad is not None]
+            plain = all(g.layout is torch.strided for _, g in known)
+            self.pulled = plain and all(torch.equal(g.to(p), p) for p, g in known)
         try:
             yield
         finally:
@@ -116,8 +123,7 @@ class Inner:
                 whole = entry.numel() == value.numel() > 1 and entry.layout is torch.strided
                 if whole and before.any():  # else every fresh entry is alike
                     held = entry.reshape(value.shape).to(value)  # slow weights are where it began
-                    # The first momentum is the gradient: of half the squared norm, the parameters.
-                    slow = "momentum" not in str(key) and torch.equal(held, before)
+                    slow = not self.pulled and torch.equal(held, before)
                     now = torch.equal(held, value)
                     alike.setdefault(key, []).append((slow or now, now))
         self.copies |= {key for key, flags in alike.items() if all(one for one, _ in flags)}

@@ -327,16 +327,21 @@ def test_states_of_a_guard_with_other_weights_are_refused():
         guard_of(make(p), p).load_state_dict(saved)
 
 
-def test_numbers_are_plain_and_copied():
-    p = nn.Parameter(torch.ones(3))
+def test_numbers_are_checked_and_plain():
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = make(p)
+    for wrong in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"^lr must be positive and finite"):
+            optimizer.add_param_group({"params": [q], "lr": wrong})
     weights = {name: tensor.numpy() for name, tensor in weights_of().items()}
-    made = MLPOptimizer([p], weights, lr=np.float32(0.5))  # pyright: ignore
-    assert type(made.param_groups[0]["lr"]) is float
+    groups = [{"params": [p]}, {"params": [q], "lr": np.float64(0.5)}]
+    made = MLPOptimizer(groups, weights, lr=np.float32(0.5))  # pyright: ignore
+    assert all(type(group["lr"]) is float for group in made.param_groups)
     for array in weights.values():
         array.fill(0)
     assert all(torch.equal(made.weights[name], t) for name, t in weights_of().items())
     with refuses("weights must be a Mapping such as a dictionary of tens"):
-        MLPOptimizer([p], [*weights.values()])  # pyright: ignore
+        MLPOptimizer([q], [*weights.values()])  # pyright: ignore
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

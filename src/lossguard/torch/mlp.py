@@ -77,8 +77,7 @@ class MLPOptimizer(Optimizer):
         self._rests = [torch.exp(10 * self.weights[name].clamp(max=0)).tolist() for name in DECAYS]
         self._on: dict[torch.device, dict[str, Tensor]] = {}
         """The weights on each device that has parameters."""
-        rate = lr if isinstance(lr, Tensor) else float(lr)  # NumPy's can't be loaded safely
-        super().__init__(params, {"lr": rate, "clock": 0})
+        super().__init__(params, {"lr": _plain(lr), "clock": 0})
 
     @classmethod
     def pretrained(cls, params: ParamsT, name: str | os.PathLike[str]) -> Self:
@@ -105,6 +104,13 @@ class MLPOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         ours = {"weights": self.weights, "_rests": self._rests, "layers": self.layers, "_on": {}}
         return {**super().__getstate__(), **ours}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, whose rate must be in range as well."""
+        if isinstance(param_group, dict) and "lr" in param_group:  # torch refuses what is no dict
+            check_positive(lr=param_group["lr"] or 1.0)  # 0 as before a warm-up
+            param_group["lr"] = _plain(param_group["lr"])
+        super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned: the memory stays in float32.
@@ -189,6 +195,11 @@ class MLPOptimizer(Optimizer):
                     move(params, states, self._on[device], self._rests, self.layers, lr, t)
             group["clock"] += 1
         return loss
+
+
+def _plain(rate: Any) -> float | Tensor:
+    """A rate that can be loaded safely, as NumPy's can't."""
+    return rate if isinstance(rate, Tensor) else float(rate)
 
 
 def _check(gradient: Tensor) -> None:

@@ -11,8 +11,8 @@ from rewinding import FALLS, HIGH, WINDOW, assert_same, drive, network, one_weig
 from torch.distributed import checkpoint
 
 from lossguard.torch import Rewind
-from lossguard.torch.rewind.snapshot import Live
-from lossguard.torch.tensors import copied, leaves
+from lossguard.torch.rewind.snapshot import Live, copied
+from lossguard.torch.tensors import leaves
 
 
 def save(rewind, model, optimizer, tmp_path, how):

@@ -1,13 +1,9 @@
 """The numbers of many tensors at once."""
 
-import copy
 import math
-import os
-import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +11,6 @@ from torch import Tensor, nn
 
 ONE = torch.ones((), dtype=torch.float32, device="cpu")
 PLAIN = (Tensor, nn.Parameter)
-Place = torch.device | Path | None
-"""Where copies go: None, where the originals are."""
 NORMED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -37,44 +31,6 @@ def transfer(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
             "model must keep the number and the shapes of its buffers, got others than before: "
             "have those that a forward pass makes, such as masks, made before the guard is built"
         ) from error
-
-
-def copied(value: Any, old: Any = None, place: Place = None) -> Any:
-    """A copy, of tensors in those of ``old`` as far as they fit, else in a new place."""
-    if isinstance(value, dict):
-        places = old if isinstance(old, dict) else {}
-        made = copy.copy(value)  # of its kind: a module's state has more than entries
-        made.update({key: copied(one, places.get(key), place) for key, one in value.items()})
-        return made
-    if type(value) in (list, tuple):
-        fits = isinstance(old, list | tuple) and len(old) == len(value)
-        pairs = zip(value, old if fits else [None] * len(value), strict=True)
-        return type(value)([copied(one, there, place) for one, there in pairs])
-    if not isinstance(value, Tensor):
-        return copy.deepcopy(value)
-    strided = value.layout is torch.strided
-    if isinstance(old, Tensor) and (old.shape, old.dtype) == (value.shape, value.dtype) and strided:
-        return old.copy_(value, non_blocking=True)
-    value, device = value.detach(), place or value.device
-    if isinstance(device, Path):
-        return _on_disk(value, device) if strided else value.to("cpu", copy=True)
-    if strided and device.type == "cpu" and value.device.type == "cuda":
-        pinned = torch.empty_like(value, device=device, pin_memory=True)
-        return pinned.copy_(value, non_blocking=True)
-    return value.to(device, copy=True)
-
-
-def _on_disk(value: Tensor, folder: Path) -> Tensor:
-    """A copy in a file that goes with it: nothing of it stays if the process is killed."""
-    if not value.numel():
-        return value.cpu()
-    with tempfile.NamedTemporaryFile(dir=folder) as file:
-        if hasattr(os, "posix_fallocate"):  # or a full disk would end the process
-            os.posix_fallocate(file.fileno(), 0, value.nbytes)
-        else:
-            file.truncate(value.nbytes)
-        mapped = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
-    return mapped.view(value.shape).copy_(value)
 
 
 def leaves(value: Any) -> Iterator[Any]:

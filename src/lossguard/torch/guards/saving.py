@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from lossguard.torch.arguments import scalar, told_if_damaged
 from lossguard.torch.memory import Memory, entries_of
 from lossguard.torch.ranks import are_running, check_rank, sharded_as, this_rank
-from lossguard.torch.tensors import clones, copied, leaves, local, read, transfer
+from lossguard.torch.tensors import clones, leaves, local, read, transfer
 from lossguard.validation import check_count, check_kind
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def save(guard: "Face") -> Saved:
     finally:
         del group["guard"]
         guard.state.update({p: {} for p in params})
-    return {**saved, "param_groups": copied(saved["param_groups"])}
+    return {**saved, "param_groups": _copied(saved["param_groups"])}
 
 
 def load(guard: "Face", state_dict: Saved) -> None:
@@ -66,7 +66,7 @@ def load(guard: "Face", state_dict: Saved) -> None:
     for hook in guard._optimizer_load_state_dict_pre_hooks.values():
         state_dict = hook(guard, state_dict) or state_dict
     with told_if_damaged("state_dict"):
-        groups = copied(state_dict.get("param_groups", []))
+        groups = _copied(state_dict.get("param_groups", []))
         ours = groups[0].pop("guard", {}) if groups else {}
         state = _checked(guard, state_dict, groups, ours)
         loads = [
@@ -93,6 +93,12 @@ def load(guard: "Face", state_dict: Saved) -> None:
     for group, entries in zip(guard.param_groups, groups, strict=True):
         group.update({k: v for k, v in entries.items() if k != "params"})
     guard._rates.note()
+
+
+def _copied(value: Any) -> Any:
+    """A copy of nested containers; ``copy.deepcopy`` can't copy every sparse tensor."""
+    found = [one for one in leaves(value) if isinstance(one, Tensor)]
+    return copy.deepcopy(value, {id(one): one.detach().clone() for one in found})
 
 
 def _kind(guard: "Face") -> Saved:
@@ -171,11 +177,11 @@ def _unpack(lane: "Lane", state: list[Saved], rest: Saved, rank: int) -> Callabl
     kept = {} if rest["blank"] else _unpack_state(lane, state, rest["others"])
     memory = Memory(kept, _of_groups(lane.optimizer, rest["options"]))
     settings = _of_groups(lane.optimizer, rest["settings"])
-    own, held, masters = (set(rest[name]) for name in ("own", "copies", "masters"))
+    own, copied, masters = (set(rest[name]) for name in ("own", "copies", "masters"))
 
     def load_lane() -> None:
         lane.values, lane.before, lane.losses = values, before, losses
-        lane.inner.own, lane.inner.copies, lane.inner.masters = own, held, masters
+        lane.inner.own, lane.inner.copies, lane.inner.masters = own, copied, masters
         for group, entries in zip(lane.optimizer.param_groups, settings, strict=True):
             group.update({k: v for k, v in entries.items() if k not in own})
         lane.remember(memory)

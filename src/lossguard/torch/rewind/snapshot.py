@@ -2,6 +2,7 @@
 
 import copy
 import os
+import tempfile
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -15,7 +16,7 @@ from lossguard.torch.arguments import innermost
 from lossguard.torch.memory import entries_of, refuse_copies
 from lossguard.torch.ranks import check_rank, this_rank
 from lossguard.torch.rates import options_of, set_back, set_rate
-from lossguard.torch.tensors import Place, are_finite, copied, is_expanded, local, stacked
+from lossguard.torch.tensors import are_finite, is_expanded, local, stacked
 from lossguard.validation import check_kind
 
 Saved = dict[str, Any]
@@ -24,6 +25,8 @@ of each optimizer ``others``, what it remembers beside, and ``groups``, its sett
 states of other objects."""
 PARTS = ("model", "optimizer", "others", "groups", "also")
 Offload = bool | str | os.PathLike[str]
+Place = torch.device | Path | None
+"""Where copies go: None, where the originals are."""
 
 
 class Live:
@@ -258,3 +261,41 @@ def _optimizer_of(scheduler: Any) -> Optimizer | None:
     inner = getattr(scheduler, "scheduler", scheduler)  # as Accelerate wraps it
     of = getattr(inner, "optimizer", None)
     return innermost(of) if isinstance(of, Optimizer) else None
+
+
+def copied(value: Any, old: Any = None, place: Place = None) -> Any:
+    """A copy, of tensors in those of ``old`` as far as they fit, else in a new place."""
+    if isinstance(value, dict):
+        places = old if isinstance(old, dict) else {}
+        made = copy.copy(value)  # of its kind: a module's state has more than entries
+        made.update({key: copied(one, places.get(key), place) for key, one in value.items()})
+        return made
+    if type(value) in (list, tuple):
+        fits = isinstance(old, list | tuple) and len(old) == len(value)
+        pairs = zip(value, old if fits else [None] * len(value), strict=True)
+        return type(value)([copied(one, there, place) for one, there in pairs])
+    if not isinstance(value, Tensor):
+        return copy.deepcopy(value)
+    strided = value.layout is torch.strided
+    if isinstance(old, Tensor) and (old.shape, old.dtype) == (value.shape, value.dtype) and strided:
+        return old.copy_(value, non_blocking=True)
+    value, device = value.detach(), place or value.device
+    if isinstance(device, Path):
+        return _on_disk(value, device) if strided else value.to("cpu", copy=True)
+    if strided and device.type == "cpu" and value.device.type == "cuda":
+        pinned = torch.empty_like(value, device=device, pin_memory=True)
+        return pinned.copy_(value, non_blocking=True)
+    return value.to(device, copy=True)
+
+
+def _on_disk(value: Tensor, folder: Path) -> Tensor:
+    """A copy in a file that goes with it: nothing of it stays if the process is killed."""
+    if not value.numel():
+        return value.cpu()
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):  # or a full disk would end the process
+            os.posix_fallocate(file.fileno(), 0, value.nbytes)
+        else:
+            file.truncate(value.nbytes)
+        mapped = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
+    return mapped.view(value.shape).copy_(value)

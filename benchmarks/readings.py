@@ -24,6 +24,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from lossguard.config import as_config
 from lossguard.drawing import png
 from lossguard.experiments import recipes
 from lossguard.experiments.claims import CLAIMS, K, judge, tracks
@@ -175,6 +176,8 @@ def _as_the_figures(
             labels |= {"LGL2O": "LGL2O"}
         curves = record.curves.filter(pl.col("method").is_in([*labels]), pl.col("step") <= K)
         decided = {"name": name, "scaling": recipe.scaling, "loser": recipe.loser, "nc": recipe.nc}
+        if not own:  # whose methods are those of here
+            decided["make_methods"] = as_config(recipe)["make_methods"]
         same = has_settings(config | decided) and config.get("nc", recipe.nc) == recipe.nc
         if same and not curves.is_empty():
             yield name, labelled(record._replace(curves=curves), labels)

@@ -28,7 +28,7 @@ def test_config_is_plain_and_tells_models_apart() -> None:
 
 def test_what_json_has_no_names_for_is_refused() -> None:
     given = functools.partial(make_task, {(1, 2): 3})
-    with pytest.raises(ValueError, match=r"^names in a mapping of a run must be strings, got "):
+    with pytest.raises(ValueError, match=r"^names in a mapping must be strings or numbers, got "):
         as_config(Experiment("mine", make_task=given))
 
 

@@ -40,6 +40,13 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert heading in anchors, f"{page} links to {target}#{heading}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_tables_are_whole(page: Path) -> None:
+    """A blank line would make text of the rows after it."""
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.S)
+    assert not re.search(r"^\|.*\|\n\n+\|(?!.*\n\|[ :-]*-)", text, re.M)
+
+
 def test_jax_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the top down in one namespace; what is trained fits the data."""
     monkeypatch.chdir(tmp_path)

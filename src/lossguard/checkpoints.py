@@ -62,9 +62,12 @@ class Checkpoints:
                 structure, parts = _read(self._path(step), step)
                 fits = structure == _structure(template)
                 found = _unpack(parts, template) if fits else ()
-            except (OSError, MemoryError):
+            except (OSError, MemoryError, jax.errors.JaxRuntimeError):
                 raise  # the file may be whole
-            except Exception as error:  # whatever a damaged file makes the reader raise
+            except (
+                Exception,
+                pl.exceptions.PanicException,
+            ) as error:  # by a damaged file
                 self._set_aside(step, error)
                 continue
             if not fits:

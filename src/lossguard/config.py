@@ -26,7 +26,7 @@ def _plain(value: Any) -> Any:
         return {"kind": type(value).__name__} | as_config(value)
     if isinstance(value, Mapping):
         if strange := [k for k in value if not isinstance(k, str | int | float | None)]:
-            raise ValueError(f"names in a mapping of a run must be strings, got {strange[0]!r}")
+            raise ValueError(f"names in a mapping must be strings or numbers, got {strange[0]!r}")
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
         return [_plain(v) for v in value]

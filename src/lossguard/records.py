@@ -89,9 +89,9 @@ def _missing(record: Record) -> list[str]:
     missing += [n for n in numbers if not curves.schema.get(n, pl.String()).is_numeric()]
     if missing:
         return missing
-    known = curves.select(numbers).null_count().sum_horizontal().item() == 0
-    steps = curves[numbers[0]].cast(pl.Int64)
-    if curves.is_empty() or not known or (steps < 0).any():
+    if missing := [n for n in numbers if curves[n].null_count()]:
+        return missing
+    if curves.is_empty() or (curves[numbers[0]].cast(pl.Int64) < 0).any():
         return ["steps"]
     if record.is_meta:
         return []

@@ -3,6 +3,8 @@
 # A trial of a challenger against the leader.
 MARGIN = 3.0
 """Standard errors by which a challenger has to be better, or worse, for the trial to end so."""
+DIVERGED = 9.0
+"""The part by which a leader that diverges is above a trial's bound."""
 LOOKS = 3
 """Cycles on which a lane that seldom runs is compared with the leader, each time that it is."""
 
@@ -24,7 +26,7 @@ STALL = 0.25
 YOUTH = 16
 """k / 16 is the age that y is taken for when it takes over."""
 RISE = 0.5
-"""The part by which the loss may be above that at the snapshot, or above a trial's bound."""
+"""The part by which the loss may be above that at the snapshot."""
 GAIN = 0.2
 """The part by which it has to be below it for the snapshot to move."""
 YOUNG_GAIN = 0.5

@@ -77,10 +77,8 @@ def sweep(arguments: Sequence[str]) -> None:
 def _changed(recipe: Any, where: Any, arguments: Sequence[str], program: str) -> tuple[Any, Any]:
     """``override``; where options change what the title is about, it says so."""
     where, experiment = override(recipe, where, arguments, program)
-    before, now = (e.make_methods(e) for e in (recipe, experiment))
-    all_of_them = isinstance(before, Mapping) and recipe.methods == tuple(before)
-    if all_of_them and experiment.methods == recipe.methods:
-        experiment = replace(experiment, methods=tuple(now))  # their names may tell an option
+    if experiment != recipe and experiment.methods == recipe.methods:
+        experiment = _named_again(recipe, experiment)
     told = []
     for name in ("dataset", "learned", "model", "scaling"):
         now = getattr(experiment, name)
@@ -90,6 +88,15 @@ def _changed(recipe: Any, where: Any, arguments: Sequence[str], program: str) ->
         title = f"{experiment.title or experiment.name}; here {', '.join(told)}"
         experiment = replace(experiment, title=title)
     return where, experiment
+
+
+def _named_again(recipe: Any, experiment: Any) -> Any:
+    """With the names that all of its methods have now: they may tell an option."""
+    try:
+        before, now = (tuple(e.make_methods(e)) for e in (recipe, experiment))
+    except Exception:  # which is told where it is run
+        return experiment
+    return replace(experiment, methods=now) if recipe.methods == before else experiment
 
 
 def benchmark(

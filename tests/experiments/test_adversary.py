@@ -12,9 +12,11 @@ import polars as pl
 import pytest
 import tiny
 from pages import curves_of, write_meta, write_run
+from tiny_run import leave
 
 from lossguard import records, run_folder
 from lossguard.config import as_config
+from lossguard.metatrain.recipes import cifar10_conv_plain
 
 NAMES = (
     "Adam\x1b]0;owned\x07\x1b[2J",
@@ -103,18 +105,20 @@ def test_a_strange_record_leaves_the_others_shown(world, main, capsys) -> None:
     write_run(Path("runs/a"), curves, name="fig03", changes={"command": [1, 2]})
     write_run(Path("runs/b"), curves, name="fig03", changes={"seconds": {"SGDnm": "x"}})
     write_run(Path("runs/c"), pl.concat([curves, curves]), name="fig03")
+    meta = pl.DataFrame({"meta_step": [1], "meta_loss": [1.0]})
+    leave(Path("runs/e"), as_config(cifar10_conv_plain()), meta, {})
     write_run(Path("runs/d"), curves.with_columns(step=None).cast({"step": pl.Int64}))
     main("report", "runs")
     page = Path("report.html").read_text()
     assert 'id="run-1"' in page and "runs/a can&#39;t be shown: TypeError: " in page
     main("claims", "runs")
-    assert "runs/c can't be judged: ValueError: a step of a seed is there twice" in (
-        capsys.readouterr().err
-    )
+    err = capsys.readouterr().err
+    assert "runs/c can't be judged: ValueError: a step of a seed is there twice" in err
+    assert "runs/e can't be judged: ColumnNotFoundError: " in err
     main("plot", "runs")
     out, err = capsys.readouterr()
     assert "runs/good/figure.png" in out and "runs/b can't be shown: " in err
-    assert "runs/d is no record: steps must be as in records" in err
+    assert "runs/d is no record: step must be as in records" in err
     with pytest.raises(SystemExit):
         main("plot", "runs/b")
     assert capsys.readouterr().err.endswith("lossguard: none of these runs can be shown\n")

@@ -22,6 +22,7 @@ from benchmarks.readings import (
     judge_readings,
     main,
 )
+from lossguard.config import as_config
 from lossguard.curves import COUNTERS
 from lossguard.records import Record
 
@@ -129,7 +130,8 @@ def test_map_shows_the_claims_that_were_judged(judged: pl.DataFrame) -> None:
 
 def test_command(tmp_path, capsys) -> None:
     curves, about = FOLDERS[Path("a")].curves, {"name": "reading-fig03-unit", "scaling": "unit"}
-    run = write_run(tmp_path / "run", curves, **about)
+    config = as_config(READINGS["fig03-unit"]())
+    run = write_run(tmp_path / "run", curves, **(config | about | {"methods": [*PARTS, *GUARDS]}))
     main([str(run), "--out", str(tmp_path / "map.png")])
     assert 0 < capsys.readouterr().out.count("0 of 0") < (3 + 2) * (1 + 3 + 4)
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")

@@ -80,7 +80,7 @@ class Trial:
         mean, error = d.mean(), d.std() / np.sqrt(len(d) - 1)
         over = len(self.y) >= self.cycles
         last, others = np.array(of_y[nt // 2 :]), np.array(of_z[nt // 2 :])
-        diverges = others.mean() - self.to_beat > abs(self.to_beat) / 2 and (last < others).all()
+        diverges = others.mean() - self.to_beat > 9 * abs(self.to_beat) and (last < others).all()
         if over and (mean < -3 * error or diverges) and last.mean() < self.to_beat:
             return "won"
         return "lost" if over or mean > 3 * error else "goes on"

@@ -25,7 +25,7 @@ from models import (
 from torch import nn
 from torch.optim import SGD, Adam
 
-from lossguard.torch import BestOf, LossGuard, Recommended
+from lossguard.torch import BestOf, Hedged, LossGuard, Recommended
 from lossguard.torch.guards.lane import Lane
 from lossguard.torch.guards.losses import Progress
 from tests.campaigns import torch_guards
@@ -92,6 +92,18 @@ def scripted(guard, losses):
                 p.grad = torch.ones_like(p)
             lane.step(losses[lane.name])
     return guard.last_decision
+
+
+def test_hedged_stays_at_x_where_s_diverges():
+    """Also when sums of the losses of s overflow."""
+    w = torch.full((2,), 7e69, dtype=torch.float64, requires_grad=True)
+    guard = Hedged(SGD([w], lr=0.02), SGD([w], lr=1.05), model=None)
+    for _ in range(2300):
+        for lane in guard.lanes():
+            loss = w.square().sum()
+            loss.backward()
+            lane.step(loss)
+    assert {decision.winner for decision in guard.history} == {0}
 
 
 @pytest.mark.filterwarnings("ignore:closure gave different losses")

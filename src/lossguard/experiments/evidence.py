@@ -114,7 +114,8 @@ def gather(records: Mapping[Path, Record]) -> dict[str, Evidence]:
         name = record.config["name"]
         try:
             if record.is_meta and is_of_recipe(record.config):
-                meta.setdefault(name, {}).update(_losses(record))
+                of_seed = _losses(record)
+                meta.setdefault(name, {}).update(of_seed)
             elif not record.is_meta and has_settings(record.config) and (figure := figure_of(name)):
                 tested = folder / EVALUATIONS
                 evaluations = read_parquet(tested) if tested.exists() else None

@@ -149,8 +149,8 @@ def _evaluations(folder: Path) -> tuple[list[tuple[str, pl.DataFrame]], str]:
     of_each = last.group_by("method", maintain_order=True)
     means = of_each.agg(pl.col("step").max(), pl.col(names).mean())
     at = pl.col("step").map_elements("{:,}".format, pl.String).alias("at step")
-    shown = means.select("method", at, pl.col(names).map_elements("{:.4g}".format, pl.String))
+    told = means.select("method", at, pl.col(names).map_elements("{:.4g}".format, pl.String))
     caption = "The last iterate on the whole of both splits, mean over seeds"
     first, *others = means["method"]
     worth = at_equal_price(first, folder) if others and "gradients" in table.columns else ""
-    return [(caption, shown.rename({name: name.replace("_", " ") for name in names}))], worth
+    return [(caption, told.rename({name: name.replace("_", " ") for name in names}))], worth

@@ -41,8 +41,8 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
 
     - *The fallback.* Now and then the learned optimizer is tried from x, beside it and on the same
       minibatches. Its state is fresh, its schedules, and the clock of ``mlp_optimizer``, are at the
-      time of the whole run. It takes over if it is better by three standard errors. The first trial
-      takes ten steps.
+      time of the whole run. It takes over if it is better by three standard errors, or if the
+      fallback diverges. The first trial takes ten steps.
     - *The learned optimizer.* It leads while its loss falls: by a power of 1/4 of its age at least.
       When it stalls the fallback goes on from there, or from a snapshot if the loss has risen.
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ..rules import LOOKS, MARGIN, RISE
+from ..rules import DIVERGED, LOOKS, MARGIN
 
 
 class Trial(NamedTuple):
@@ -80,13 +80,13 @@ def outcome(
 
     With m and e the mean of the differences and its standard error: it has lost if m > 3 e at any
     time; it has won at the end if its last losses are below the bound, and m < -3 e; or if they
-    are, and below the leader's one by one, which have risen by half above it: differences that grow
-    with each step of a leader that diverges have a large e.
+    are, and below the leader's one by one, which have risen to ten times that: differences that
+    grow with each step of a leader that diverges have a large e.
     """
     mean, error = difference(trial)
     half = len(leader) // 2
     last, against = challenger[half:], leader[half:]
-    risen = against.mean() > trial.bound + RISE * jnp.abs(trial.bound)
+    risen = against.mean() > trial.bound + DIVERGED * jnp.abs(trial.bound)
     better = (mean < -MARGIN * error) | (risen & (last < against).all())
     over = trial.cycles >= trial.length
     won = over & better & (last.mean() < trial.bound)

@@ -26,7 +26,7 @@ def _inputs(inputs: ArrayLike) -> Array:
     """Numbers that JAX would cut to 32 bits become floats."""
     if np.iscomplexobj(inputs):
         raise ValueError("inputs must be real, got complex ones")
-    wide = isinstance(inputs, np.ndarray) and inputs.dtype.kind in "iu" and inputs.itemsize > 2
+    wide = isinstance(inputs, np.ndarray) and inputs.dtype.kind in "iu" and inputs.itemsize > 4
     return jnp.asarray(inputs, jnp.float32) if wide else jnp.asarray(inputs)
 
 

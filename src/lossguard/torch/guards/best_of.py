@@ -106,6 +106,8 @@ class BestOf(Guard):
         process_group: distributed.ProcessGroup | None = None,
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
+        if not isinstance(rates, Iterable):
+            raise ValueError(f"rates must be a sequence of numbers, got {rates!r}")
         rates = [float(rate) if isinstance(rate, Real) else rate for rate in rates]
         if callable(optimizers) != bool(rates):
             raise ValueError(

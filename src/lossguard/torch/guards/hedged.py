@@ -1,6 +1,7 @@
 """The guard for where optimizer steps are scarce: never above the fallback after as many steps."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 
 from lossguard.rules import DECAY, PATIENCE, STRETCH
@@ -80,7 +81,8 @@ class Hedged(GuardOfTwo):
             self._relay.s.start_at(self._relay.leader.point)
             self._relay.s.forget()
         d = sum(x - f for x, f, skip in zip(losses, s.losses, void, strict=True) if not skip)
-        d = d if math.isfinite(d) else math.inf  # x had a loss that isn't finite, and s hadn't
+        least = -sys.float_info.max / 8  # so that R stays finite where s diverges
+        d = max(d, least) if math.isfinite(d) or d < 0 else math.inf
         self._regret = DECAY * self._regret + d if fine else 0.0
         self._away += 1
         self._behind = self._behind + 1 if self._regret > 0 else 0

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, Self
 
-from lossguard.rules import BETWEEN, LONG_MEMORY, LOOKS, MARGIN, MEMORY, RISE
+from lossguard.rules import BETWEEN, DIVERGED, LONG_MEMORY, LOOKS, MARGIN, MEMORY
 from lossguard.torch.guards.decision import mean
 
 
@@ -58,7 +58,7 @@ class Trial(NamedTuple):
 
         With m and e the mean of the differences and its standard error: it has lost if m > 3 e at
         any time; it has won at the end if its last losses are below the bound, and m < -3 e; or if
-        they are, and below the leader's one by one, which have risen by half above it: differences
+        they are, and below the leader's one by one, which have risen to ten times that: differences
         that grow with each step of a leader that diverges have a large e.
         """
         n = max(self.pairs, 2)
@@ -66,7 +66,7 @@ class Trial(NamedTuple):
         error = math.sqrt(max(self.squares / n - m * m, 0) / (n - 1))
         half = len(leader) // 2
         last, against = challenger[half:], leader[half:]
-        risen = mean(against) > self.bound + RISE * abs(self.bound)
+        risen = mean(against) > self.bound + DIVERGED * abs(self.bound)
         ahead = risen and all(c < f for c, f in zip(last, against, strict=True))
         over = self.cycles >= self.length
         won = over and (m < -MARGIN * error or ahead) and mean(last) < self.bound

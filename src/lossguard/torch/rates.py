@@ -43,14 +43,19 @@ class Rates:
         return [group for one in self._optimizers for group in one.param_groups]
 
     def note(self) -> None:
-        """What differs from now on has been set; some schedulers set a tensor in place."""
-        self.seen = [options_of(copied(group)) for group in self.groups]
+        """What differs from now on has been set."""
+        self.seen = [options_of(group) for group in self.groups]
+        self._written = list(map(_written, self.groups))
 
     def changes(self) -> list[Group]:
         """What has been set since the last time, in each of the guard's groups."""
         return [
-            {key: now[key] for key in seen.keys() & now.keys() if not same(seen[key], now[key])}
-            for seen, now in zip(self.seen, map(copied, self.groups), strict=True)
+            {
+                key: group[key]
+                for key in seen.keys() & group.keys()
+                if not same(seen[key], group[key]) or (key == "lr" and _written(group) != written)
+            }
+            for group, seen, written in zip(self.groups, self.seen, self._written, strict=True)
         ]
 
     def check(self) -> None:
@@ -133,6 +138,12 @@ def copied(group: Group) -> Group:
 
 def _rate(group: Group) -> float | None:
     return None if group.get("lr") is None else float(group["lr"])
+
+
+def _written(group: Group) -> int | None:
+    """How often a rate that is a tensor was written to: some schedulers change it in place."""
+    rate = group.get("lr")
+    return rate._version if isinstance(rate, Tensor) and not rate.is_inference() else None
 
 
 def beside_state(optimizer: Any) -> dict[str, Any]:

@@ -64,10 +64,7 @@ class Checkpoints:
                 found = _unpack(parts, template) if fits else ()
             except (OSError, MemoryError, jax.errors.JaxRuntimeError):
                 raise  # the file may be whole
-            except (
-                Exception,
-                pl.exceptions.PanicException,
-            ) as error:  # by a damaged file
+            except (Exception, pl.exceptions.PanicException) as error:  # by a damaged file
                 self._set_aside(step, error)
                 continue
             if not fits:

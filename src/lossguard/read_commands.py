@@ -24,11 +24,8 @@ def plot(folders: Folders, over: Over = "price") -> None:
     Args:
         over: The axis: what was spent, in gradients, or its time; or optimizer steps.
     """
-    records = _records(folders)
-    strange = {folder: why for folder in records if (why := _shown(folder, over, records[folder]))}
-    for folder, why in strange.items():
-        tell(f"{folder} can't be shown: {why}")
-    if len(strange) == len(records):
+    found = [_is_shown(folder, over, record) for folder, record in _records(folders).items()]
+    if not any(found):
         raise ValueError("none of these runs can be shown")
 
 
@@ -84,15 +81,16 @@ def list_all() -> None:
             print(f"  {name:<{width}}{line}".rstrip())
 
 
-def _shown(folder: Path, over: Over, record: Any) -> str:
-    """Show a run; or why that can't be done: whatever a strange record makes fail."""
+def _is_shown(folder: Path, over: Over, record: Any) -> bool:
+    """Show a run; or tell why that can't be done: whatever a strange record makes fail."""
     try:
         show(folder, over, record)
     except (OSError, MemoryError):
         raise
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+        tell(f"{folder} can't be shown: {type(error).__name__}: {error}")
+        return False
+    return True
 
 
 def show(folder: Path, over: Over = "price", record: Any = None) -> None:

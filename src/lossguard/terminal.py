@@ -26,6 +26,8 @@ def shown(text: str) -> str:
     >>> print(shown("Adam\x1b[2J\u202e, naïve"))
     Adam\x1b[2J\u202e, naïve
     """
+    if text.isprintable():  # most are, and some are images of a report
+        return text
     seen = (
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
     )

@@ -129,8 +129,7 @@ def fig09() -> Experiment:
 def fig10() -> Experiment:
     """TinyImagenet50 + the deeper ConvNet: the grid of SGDnm's rate and decay."""
     title = "Rate and decay of SGDnm on TinyImagenet50 + ConvNet"
-    e = replace(fig08(), name="fig10", scaling="unit", loser="keep")
-    e = replace(e, make_task=named_task)
+    e = replace(fig08(), name="fig10", scaling="unit", loser="keep", make_task=named_task)
     return with_methods(rate_methods, e, title=title, steps=1_000)
 
 

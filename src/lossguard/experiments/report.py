@@ -8,6 +8,7 @@ import base64
 import json
 import shlex
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,9 @@ def report(folders: Sequence[Path], file: Path) -> Path:
     return file
 
 
-def _page(**content: Any) -> str:
-    """The page; of what records hold it shows control characters, and obeys none."""
+@cache
+def _template() -> jinja2.Template:
+    """The page's; of what records hold it shows control characters, and obeys none."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -90,7 +92,11 @@ def _page(**content: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["shell"] = shlex.join
-    return environment.get_template("report.html").render(
+    return environment.get_template("report.html")
+
+
+def _page(**content: Any) -> str:
+    return _template().render(
         **content,
         smoothed_from=SMOOTHED_FROM,
         bands=BANDS,

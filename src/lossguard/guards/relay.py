@@ -120,7 +120,7 @@ class Relay:
         )
         trial = trials.add(trial, of_y, losses, void)
         holds = fine_z | lost  # y takes over from a z that breaks, but not for lost minibatches
-        ended = self._end_trial(after, trial, (of_y, losses), fine_y, holds, now.k)
+        ended = self._end_trial(after, trial, of_y, losses, fine_y, holds, now.k)
         kept = self._keep_or_hand_over(after, fine_y, lost, nt)
         after = select(leads, kept, ended)
         decision = Decision(
@@ -156,21 +156,19 @@ class Relay:
         self,
         state: RelayState,
         trial: Trial,
-        told: tuple[Float[Array, " nt"], Float[Array, " nt"]],
+        of_y: Float[Array, " nt"],
+        of_z: Float[Array, " nt"],
         fine_y: Bool[Array, ""],
         fine_z: Bool[Array, ""],
         k: Int[Array, ""],
     ) -> RelayState:
-        """After a cycle of a trial, if there is one: y takes over, it goes on, or it is over.
-
-        ``told`` are the losses of y and z.
-        """
-        won, lost = trials.outcome(trial, *told)
+        """After a cycle of a trial, if there is one: y takes over, it goes on, or it is over."""
+        won, lost = trials.outcome(trial, of_y, of_z)
         tried = trial.length > 0
         won, lost = tried & fine_y & (won | ~fine_z), tried & (lost | ~fine_y)
         over = won | lost | ~tried
         none = trials.none(trial.total.dtype)
-        began = progresses.begin(told[0].mean(), k // rules.YOUTH)
+        began = progresses.begin(of_y.mean(), k // rules.YOUTH)
         return state._replace(
             s=select(won & state.on_own, state.z, state.s),
             on_own=state.on_own & ~won,

@@ -101,9 +101,9 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def held_bytes() -> int:
-    """Of all tensors that Python holds, gradients apart."""
+    """Of all tensors that hold numbers, not those of a compiler; gradients apart."""
     gc.collect()
-    tensors = [one for one in gc.get_objects() if issubclass(type(one), Tensor)]
+    tensors = [one for one in gc.get_objects() if type(one) in (Tensor, nn.Parameter)]
     storages = [one.untyped_storage() for one in tensors if one.layout == torch.strided]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 

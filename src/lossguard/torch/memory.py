@@ -171,14 +171,17 @@ def noted(group: Group) -> Noted:
 def changes_since(before: Noted, group: Group) -> set[str]:
     """Names of the settings that aren't as they were noted."""
 
-    def is_as_before(key: str, now: Any) -> bool:
-        old = before.get(key)
+    def is_as_before(old: Any, now: Any) -> bool:
         if not (isinstance(old, list) and isinstance(now, list)):
             return same(old, now)
         pairs = zip(old, now, strict=False)
         return len(old) == len(now) and all(w == v and same(a, b) for (a, w), (b, v) in pairs)
 
-    return {key for key, now in noted(group).items() if not is_as_before(key, now)}
+    return {
+        key
+        for key, now in noted(group).items()
+        if (old := before.get(key)) is not now and not is_as_before(old, now)
+    }
 
 
 def entries_of(param: Tensor, found: Any) -> dict[Any, Any]:

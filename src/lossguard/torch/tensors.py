@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 ONE = torch.ones((), dtype=torch.float32, device="cpu")
-PLAIN = (Tensor, nn.Parameter)
-NORMED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PLAIN = {Tensor, nn.Parameter}
+NORMED = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def clones(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -64,8 +64,11 @@ def are_finite(tensors: Iterable[Tensor]) -> Tensor:
     flags: list[Tensor] = []
     with_norms: list[Tensor] = []
     for given in tensors:
-        tensor = given if _has_norm(given) else _measurable(given)
-        if _has_norm(tensor):
+        tensor, normed = given, _has_norm(given)
+        if not normed:
+            tensor = _measurable(given)
+            normed = _has_norm(tensor)
+        if normed:
             with_norms.append(tensor)
         elif tensor.is_floating_point() and tensor.numel():
             flags.append(tensor.isfinite().all())
@@ -81,13 +84,10 @@ def zero_unsound(params: Iterable[Tensor]) -> Tensor:
     """Make all gradients 0 if one of them isn't finite, also in another rank's shards; whether
     that was so. Nothing waits for the device."""
     params = list(params)
-    given = [p.grad for p in params if p.grad is not None]
-    grads = [grad._values() if grad.is_sparse else local(grad) for grad in given]
-    simple = all(g.is_cpu and g.is_contiguous() and _has_norm(g) for g in grads)
-    if simple and len({g.dtype for g in grads}) == 1:
-        broken = torch.zeros_like(ONE)  # by one call, where calls are what takes time
-        torch._amp_foreach_non_finite_check_and_unscale_(grads, broken, ONE)  # pyright: ignore
-    else:
+    grads = [grad for p in params if (grad := p.grad) is not None]
+    broken = _unsound_at_once(grads)
+    if broken is None:
+        grads = [grad._values() if grad.is_sparse else local(grad) for grad in grads]
         broken = ~are_finite(grads)
     broken = _on_any_rank(broken, params)  # by these: a rank may have no gradient
     if broken.device.type != "cpu" or broken:  # elsewhere to look would be to wait
@@ -97,8 +97,21 @@ def zero_unsound(params: Iterable[Tensor]) -> Tensor:
     return broken
 
 
-def _on_any_rank(flag: Tensor, tensors: Iterable[Tensor]) -> Tensor:
+def _unsound_at_once(grads: list[Tensor]) -> Tensor | None:
+    """Whether a number isn't finite, by one call, where calls are what takes time; or None."""
+    if not grads or not grads[0].is_cpu or not {*map(type, grads)} <= PLAIN:
+        return None
+    broken = torch.zeros_like(ONE)
+    try:
+        torch._amp_foreach_non_finite_check_and_unscale_(grads, broken, ONE)  # pyright: ignore
+    except RuntimeError:  # of another dtype, sparse, elsewhere, or with a number for several places
+        return None
+    return broken
+
+
+def _on_any_rank(flag: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Whether it is so on any rank that has shards of these: an all-reduce for each mesh."""
+    tensors = () if {*map(type, tensors)} <= PLAIN else tensors
     meshes: dict[Any, None] = {t.device_mesh: None for t in tensors if is_sharded(t)}  # pyright: ignore
     for mesh in meshes:
         from torch.distributed.tensor import DTensor, Partial
@@ -144,9 +157,9 @@ def stacked(scalars: Sequence[Tensor]) -> Tensor:
 
 def _has_norm(tensor: Tensor) -> bool:
     """Whether it is a plain one with numbers of a kind that norms are made for, and NaN shows."""
-    plain = type(tensor) in PLAIN and tensor.layout is torch.strided
-    plain = plain and tensor.device.type != "mps"  # where the largest number is that beside NaN
-    return plain and tensor.dtype in NORMED and tensor.numel() > 0
+    plain = type(tensor) in PLAIN and tensor.dtype in NORMED and tensor.layout is torch.strided
+    # On mps the largest number is that beside NaN.
+    return plain and tensor.numel() > 0 and not tensor.is_mps
 
 
 def _measurable(tensor: Tensor) -> Tensor:

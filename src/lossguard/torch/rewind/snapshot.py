@@ -68,8 +68,9 @@ class Live:
         self._finite: dict[str, bool] = {}
         """Of each buffer whether it was when it was first seen: masks of attention aren't."""
         frozen = (param for param in self.names if not param.requires_grad)
-        self._masks = {p for p in frozen if not (are_finite([p]) or local(p).isnan().any())}
-        """Parameters that are such."""
+        masks = {p for p in frozen if not (are_finite([p]) or local(p).isnan().any())}
+        self._numbers = [param for param in self.names if param not in masks]
+        """Parameters that aren't such."""
 
     def trained(self) -> dict[Tensor, Optimizer]:
         """Each parameter that is trained, and by which optimizer."""
@@ -106,8 +107,7 @@ class Live:
     def are_finite(self) -> tuple[Tensor, Tensor]:
         """Whether parameters and buffers are, as tensors on their device: nothing waits."""
         known = (b for name, b in self.buffers().items() if self._finite.get(name))
-        params = (param for param in self.model.parameters() if param not in self._masks)
-        return are_finite(params), are_finite(known)
+        return are_finite(self._numbers), are_finite(known)
 
     def numbers(self, unread: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """These two, and losses, each with whether the gradients of its step weren't finite."""

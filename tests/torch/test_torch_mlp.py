@@ -389,7 +389,7 @@ def test_other_gradients_are_refused(kind):
 
 
 def test_a_step_in_the_capture_of_a_graph_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with refuses("optimizer.step must be called outside of a CUDA graph for MLPOptimizer"):
         make(nn.Parameter(torch.ones(2))).step()

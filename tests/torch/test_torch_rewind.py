@@ -327,6 +327,7 @@ def test_a_healthy_run_is_the_same_with_it():
 def test_it_waits_for_the_device_at_reads_only(monkeypatch):
     model, optimizer = network()
     rewind = Rewind(model, optimizer, window=WINDOW, every=16)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)  # as on another device
     reads = []
     for name in ("item", "tolist", "__bool__", "__float__"):
         real = getattr(torch.Tensor, name)
@@ -443,6 +444,26 @@ def test_gradients_that_a_closure_makes_move_nothing_if_they_are_not_finite(by):
     assert result == 1.0
     rewind.observe(1.0)
     assert model.weight.item() == 0 and rewind.skipped == 1 and not rewind.events
+
+
+@pytest.mark.parametrize("bad", [(), (0,), (1,), (0, 1)])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_step_counts_once_whichever_optimizers_gradients_are_not_finite(
+    bad, elsewhere, monkeypatch
+):
+    if elsewhere:  # as on another device, where flags and losses are tensors
+        monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in model]
+    rewind = Rewind(model, optimizers, window=WINDOW, every=4)
+    for step in range(4):
+        for k, part in enumerate(model):
+            value = math.nan if step == 2 and k in bad else 1.0
+            part.weight.grad = torch.full_like(part.weight, value)
+            optimizers[k].step()
+        rewind.observe(torch.tensor(1.0) if step % 2 else 1.0)
+    assert rewind.skipped == bool(bad) and rewind.calls == 4
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
 def test_gradients_of_steps_between_two_calls_are_all_looked_at():

@@ -189,7 +189,7 @@ def test_states_that_it_refuses(change, sentence):
 def test_a_step_in_the_capture_of_a_graph_is_refused(monkeypatch):
     model, optimizer = model_and_sgd()
     rewind = Rewind(model, optimizer)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with refuses(
         "optimizer.step must be called outside of a CUDA graph for Rewind, got a step in its "

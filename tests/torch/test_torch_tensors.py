@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lossguard.torch import LossGuard
-from lossguard.torch.memory import Memory
+from lossguard.torch.memory import Memory, changes_since, noted
 from lossguard.torch.process import Randomness
 from lossguard.torch.tensors import are_finite, finite, zero_unsound
 
@@ -172,3 +172,28 @@ def test_a_state_that_parameters_share_is_shared_after_loading():
             guard.step(squares(*pair))
         ends.append([p.item() for p in pair])
     assert ends[0] == ends[1] and guard.last_decision.winner == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (None, lambda group: None),
+        (None, lambda group: group.update(lr=0.5 * 0.2, betas=(0.9, 0.5 + 0.49))),
+        (None, lambda group: group.update(steps=[3, 4], params=[1])),
+        ("lr", lambda group: group.update(lr=0.2)),
+        ("betas", lambda group: group.update(betas=(0.9, 0.9))),
+        ("betas", lambda group: group.update(betas=0.9)),
+        ("steps", lambda group: group["steps"].append(5)),
+        ("scale", lambda group: group["scale"].mul_(1)),
+        ("scale", lambda group: group.update(scale=group["scale"].clone())),
+        ("k", lambda group: group.update(k=1)),
+        ("foreach", lambda group: group.update(foreach=True)),
+    ],
+)
+def test_settings_that_a_step_changes_are_named(name, change):
+    steps, scale = [3, 4], torch.ones(2)
+    group = {"params": [0], "lr": 0.1, "betas": (0.9, 0.99), "foreach": None}
+    group |= {"steps": steps, "scale": scale}
+    before = noted(group)
+    change(group)
+    assert changes_since(before, group) == ({name} - {None})

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lossguard.torch.ranks import several
 from lossguard.torch.rates import beside_state, options_of
-from lossguard.torch.tensors import leaves, local, read
+from lossguard.torch.tensors import Number, leaves, local, read
 from lossguard.validation import check_kind, told
 
 if TYPE_CHECKING:
@@ -241,6 +241,14 @@ def scalar(loss: Any, rule: str = "closure must return the loss, one number") ->
     if isinstance(loss, Tensor):
         return local(loss).detach().clone().reshape(())
     return torch.tensor(float(loss), dtype=torch.float64, device="cpu")
+
+
+def number(loss: Any, rule: str) -> Number:
+    """A loss as it is known on the host; as a tensor where one would have to wait for it."""
+    if type(loss) is Tensor and loss.is_cpu and loss.dim() == 0 and not loss.is_complex():
+        return loss.item()
+    value = scalar(loss, rule)
+    return value.item() if value.is_cpu else value
 
 
 def compare(losses: Sequence[Tensor]) -> None:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.rates import Group, beside_state, options_of, same, set_back
+from lossguard.torch.rates import PARAMS, Group, beside_state, options_of, same, set_back
 from lossguard.torch.tensors import finite, leaves, local
 
 T = TypeVar("T")
-Noted = dict[str, Any]
+Noted = tuple[Group, dict[str, list[Any]]]
 FIXED = {bool, int, float, str, type(None)}
-"""Types of settings that are noted as they are: a step can but put others in their place."""
+"""Types of settings that no step can change in place."""
 
 
 class Memory(NamedTuple):
@@ -156,32 +156,34 @@ class Inner:
 
 
 def noted(group: Group) -> Noted:
-    """What the settings of a group hold, and of tensors how often they were written to."""
+    """The settings of a group, and what those hold that may be changed in place."""
+    loose = (key for key, value in group.items() if type(value) not in FIXED)
+    return group.copy(), {key: _held(group[key]) for key in loose if key not in PARAMS}
+
+
+def changes_since(before: Noted, group: Group) -> set[str]:
+    """Names of the settings that aren't as they were noted."""
+    settings, loose = before
+
+    def is_as_before(key: str, now: Any) -> bool:
+        if key not in loose:
+            return key in PARAMS or same(settings.get(key), now)
+        old, new = loose[key], _held(now)
+        pairs = zip(old, new, strict=False)
+        return len(old) == len(new) and all(w == v and same(a, b) for (a, w), (b, v) in pairs)
+
+    news = (key for key, now in group.items() if key in loose or settings.get(key) is not now)
+    return {key for key in news if not is_as_before(key, group[key])}
+
+
+def _held(value: Any) -> list[tuple[Any, int | None]]:
+    """What a setting holds, and of tensors how often they were written to."""
 
     def written(leaf: Any) -> int | None:
         tracked = isinstance(leaf, Tensor) and not leaf.is_inference()
         return leaf._version if tracked else None
 
-    return {
-        key: value if type(value) in FIXED else [(leaf, written(leaf)) for leaf in leaves(value)]
-        for key, value in options_of(group).items()
-    }
-
-
-def changes_since(before: Noted, group: Group) -> set[str]:
-    """Names of the settings that aren't as they were noted."""
-
-    def is_as_before(old: Any, now: Any) -> bool:
-        if not (isinstance(old, list) and isinstance(now, list)):
-            return same(old, now)
-        pairs = zip(old, now, strict=False)
-        return len(old) == len(now) and all(w == v and same(a, b) for (a, w), (b, v) in pairs)
-
-    return {
-        key
-        for key, now in noted(group).items()
-        if (old := before.get(key)) is not now and not is_as_before(old, now)
-    }
+    return [(leaf, written(leaf)) for leaf in leaves(value)]
 
 
 def entries_of(param: Tensor, found: Any) -> dict[Any, Any]:

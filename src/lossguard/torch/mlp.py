@@ -166,7 +166,7 @@ class MLPOptimizer(Optimizer):
         Args:
             closure: evaluates the loss, calls ``backward`` and returns the loss.
         """
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise ValueError(
                 "optimizer.step must be called outside of a CUDA graph for MLPOptimizer, got a "
                 "step in its capture: its time would stand still where it is replayed"

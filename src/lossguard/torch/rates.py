@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 Group = dict[str, Any]
 """A parameter group of an optimizer; but for its parameters they are settings."""
+PARAMS = {"params", "param_names"}
 
 
 class Rates:
@@ -153,7 +154,7 @@ def beside_state(optimizer: Any) -> dict[str, Any]:
 
 def options_of(group: Group) -> Group:
     """The settings of a group."""
-    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    return {key: value for key, value in group.items() if key not in PARAMS}
 
 
 def set_back(groups: Iterable[Group], options: Iterable[Group], names: Iterable[str]) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 ONE = torch.ones((), dtype=torch.float32, device="cpu")
+Number = Tensor | float
+"""A tensor without dimensions, on a device that is waited for; or what is known on the host."""
 PLAIN = {Tensor, nn.Parameter}
 NORMED = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
@@ -80,7 +82,7 @@ def are_finite(tensors: Iterable[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def zero_unsound(params: Iterable[Tensor]) -> Tensor:
+def zero_unsound(params: Iterable[Tensor]) -> Number:
     """Make all gradients 0 if one of them isn't finite, also in another rank's shards; whether
     that was so. Nothing waits for the device."""
     params = list(params)
@@ -90,11 +92,12 @@ def zero_unsound(params: Iterable[Tensor]) -> Tensor:
         grads = [grad._values() if grad.is_sparse else local(grad) for grad in grads]
         broken = ~are_finite(grads)
     broken = _on_any_rank(broken, params)  # by these: a rank may have no gradient
-    if broken.device.type != "cpu" or broken:  # elsewhere to look would be to wait
-        on = {device: broken.to(device, torch.bool) for device in {g.device for g in grads}}
-        for grad in grads:
-            grad.masked_fill_(on[grad.device], 0)
-    return broken
+    if broken.is_cpu and not broken:  # elsewhere to look would be to wait
+        return False
+    on = {device: broken.to(device, torch.bool) for device in {g.device for g in grads}}
+    for grad in grads:
+        grad.masked_fill_(on[grad.device], 0)
+    return True if broken.is_cpu else broken
 
 
 def _unsound_at_once(grads: list[Tensor]) -> Tensor | None:
@@ -147,12 +150,16 @@ def is_expanded(tensor: Tensor) -> bool:
     return any(size > 1 and stride == 0 for size, stride in sizes)
 
 
-def stacked(scalars: Sequence[Tensor]) -> Tensor:
+def stacked(scalars: Sequence[Number]) -> Tensor:
     """One tensor of them, of no dtype that is narrower than theirs."""
-    device, widest = scalars[0].device, torch.float32
+    devices = [one.device for one in scalars if isinstance(one, Tensor)]
+    if not devices:
+        return torch.tensor(scalars, dtype=torch.float64, device="cpu")
+    device, widest = devices[0], torch.float32
     if device.type != "mps":  # which has no double precision
-        widest = reduce(torch.promote_types, {one.dtype for one in scalars}, widest)
-    return torch.stack([one.to(device, widest) for one in scalars])
+        kinds = {one.dtype if isinstance(one, Tensor) else torch.float64 for one in scalars}
+        widest = reduce(torch.promote_types, kinds, widest)
+    return torch.stack([torch.as_tensor(one, dtype=widest, device=device) for one in scalars])
 
 
 def _has_norm(tensor: Tensor) -> bool:

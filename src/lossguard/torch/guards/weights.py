@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossguard.torch.tensors import finite, is_expanded, local, transfer
+from lossguard.torch.tensors import Number, finite, is_expanded, local, transfer
 
 Copy = list[Tensor]
 """Parameters first, then buffers; of a sharded parameter this rank's shard alone."""
@@ -51,15 +51,15 @@ class Weights:
         """Whether the live parameters that are trained, or their gradients, aren't finite."""
         return not finite([(p.detach(), p.grad) for p in self.params if p.requires_grad])
 
-    def mend(self, buffers: Copy, broken: Tensor) -> None:
+    def mend(self, buffers: Copy, broken: Number) -> None:
         """Take the buffers back to a copy if a minibatch is broken.
 
         Inputs that aren't finite have made statistics of BatchNorm so, in the forward pass.
         """
-        if broken.device.type != "cpu" or broken:  # elsewhere to look would be to wait
+        if broken is not False:
             for buffer, before in zip(self.buffers(), buffers, strict=False):
                 if buffer.shape == before.shape:
-                    flag = broken.to(buffer.device, torch.bool)
+                    flag = torch.as_tensor(broken, dtype=torch.bool, device=buffer.device)
                     torch.where(flag, before, buffer, out=buffer)
 
     def clear_gradients(self) -> None:

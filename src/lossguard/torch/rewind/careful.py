@@ -11,10 +11,8 @@ from torch.optim import Optimizer
 
 from lossguard.torch.memory import Noted, changes_since, noted
 from lossguard.torch.rates import Group, copied_rate, set_rate
-from lossguard.torch.tensors import zero_unsound
+from lossguard.torch.tensors import Number, zero_unsound
 
-SOUND = torch.tensor(False, device="cpu")
-"""Of a step whose gradients were finite."""
 JUDGED = 16
 """Calls between two looks at whether there was a step for each."""
 
@@ -26,7 +24,7 @@ class CarefulSteps:
     every kind go on from their own numbers. Once nobody has the ``Rewind`` they do nothing.
 
     Attributes:
-        broken: whether gradients weren't finite since it was read, as a tensor on their device.
+        broken: whether gradients weren't finite since it was read.
         closed: whether they do nothing any more.
 
     After every ``JUDGED`` calls of ``take`` it looks at the steps since: it warns, once, if twice
@@ -38,7 +36,8 @@ class CarefulSteps:
         for hook in [h for one in optimizers for h in one._optimizer_step_pre_hooks.values()]:
             if isinstance(other := getattr(hook, "__self__", None), CarefulSteps):
                 other.remove()  # or both would multiply the rates
-        self.broken, self.closed, self._begun = SOUND, False, False
+        self.broken: Number = False
+        self.closed, self._begun = False, False
         self._calls, self._steps, self._odd = 0, dict.fromkeys(map(id, optimizers), 0), False
         self._rewind, self._own = weakref.ref(rewind), own
         self._groups: list[Group] = []
@@ -57,14 +56,14 @@ class CarefulSteps:
             hooks.move_to_end(after.id, last=False)  # before others, which may step a scheduler
             self._hooks += [before, after, one.register_state_dict_post_hook(self._saved)]
 
-    def take(self) -> Tensor:
+    def take(self) -> Number:
         """``broken``, which is read."""
         if self.closed:
             raise ValueError("Rewind must be open, got one that close() or another one has closed")
         self._calls += 1
         if self._calls == JUDGED:
             self._judge()
-        broken, self.broken = self.broken, SOUND
+        broken, self.broken = self.broken, False
         return broken
 
     def _judge(self) -> None:
@@ -94,7 +93,7 @@ class CarefulSteps:
         if rewind is None:  # a hook that is removed in a step would end PyTorch's loop over them
             self.closed = True
             return None
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise ValueError(
                 "optimizer.step must be called outside of a CUDA graph for Rewind, got a step in "
                 "its capture: no hooks run where it is replayed (capture only forward and backward)"
@@ -133,10 +132,7 @@ class CarefulSteps:
         """Make gradients 0 that aren't finite; those that a scaler has found it leaves out."""
         if getattr(optimizer, "found_inf", None) is None:
             params = (p for group in optimizer.param_groups for p in group["params"])
-            broken, before = zero_unsound(params), self.broken
-            self.broken = (
-                broken if before is SOUND else (before.to(broken.device) > 0) | (broken > 0)
-            )
+            self.broken = _either(self.broken, zero_unsound(params))
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
         if self._groups:  # empty after a step that has called another one of its class
@@ -160,6 +156,14 @@ class CarefulSteps:
             for group, *rates in zip(self._groups, self._rates, lowered, now, strict=False):
                 set_rate(group, _raised(scale, *rates))
         self._groups, self._rates, self._options = [], [], []
+
+
+def _either(one: Number, other: Number) -> Number:
+    """Whether one of two flags isn't 0; nothing waits."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return (one.to(other.device) > 0) | (other > 0)
+    plain, rest = (other, one) if isinstance(one, Tensor) else (one, other)
+    return plain or rest
 
 
 def _raised(

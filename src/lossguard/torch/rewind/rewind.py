@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.optim import Optimizer
 
 from lossguard.torch.arguments import (
@@ -16,6 +16,7 @@ from lossguard.torch.arguments import (
     all_innermost,
     check_functions,
     check_made,
+    number,
     scalar,
     told_if_damaged,
 )
@@ -24,6 +25,7 @@ from lossguard.torch.ranks import mean_of_ranks
 from lossguard.torch.rewind.careful import CarefulSteps
 from lossguard.torch.rewind.rule import Rule
 from lossguard.torch.rewind.snapshot import Live, Offload, Saved
+from lossguard.torch.tensors import Number
 from lossguard.validation import check_kind
 
 LOG = logging.getLogger("lossguard.torch.rewind")
@@ -140,7 +142,7 @@ class Rewind(Uncopied):
         self._options = {"window": self._rule.window, "every": self._rule.every}
         self._live = Live(model, optimizers, schedulers, offload)
         self._group, self._audit, self._callback = process_group, audit, callback
-        self._unread: list[tuple[Tensor, Tensor]] = []
+        self._unread: list[tuple[Number, Number]] = []
         """Losses, and whether the gradients of their steps weren't finite."""
         self.events: list[RewindEvent] = []
         if not all(map(bool, self._live.are_finite())):
@@ -166,7 +168,7 @@ class Rewind(Uncopied):
 
     def observe(self, loss: Any) -> None:
         """Tell it the loss, one number, of a step that was just taken, from before the step."""
-        self._unread.append((scalar(loss, "loss must be one number"), self._steps.take()))
+        self._unread.append((number(loss, "loss must be one number"), self._steps.take()))
         if self._last is not None or self.calls % self._rule.every == 0:
             self.read()
 
@@ -197,7 +199,7 @@ class Rewind(Uncopied):
             if (theirs := state.get("options")) != self._options:
                 raise ValueError(f"state must be of a Rewind with {self._options}, got {theirs}")
             trusted, candidate, own = self._live.unpack(state)
-            told = [scalar(float(one)) for one in state["unread"]]
+            told: list[Number] = list(map(float, state["unread"]))
             unread = [(told[k], told[k + 1]) for k in range(0, len(told), 2)]
             self._rule.load(state["rule"])  # whole or not at all
         self._trusted, self._candidate, self._unread = trusted, candidate, unread

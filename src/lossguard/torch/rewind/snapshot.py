@@ -16,7 +16,7 @@ from lossguard.torch.arguments import innermost
 from lossguard.torch.memory import entries_of, refuse_copies
 from lossguard.torch.ranks import check_rank, this_rank
 from lossguard.torch.rates import options_of, set_back, set_rate
-from lossguard.torch.tensors import are_finite, is_expanded, local, stacked
+from lossguard.torch.tensors import Number, are_finite, is_expanded, local, stacked
 from lossguard.validation import check_kind
 
 Saved = dict[str, Any]
@@ -109,9 +109,10 @@ class Live:
         known = (b for name, b in self.buffers().items() if self._finite.get(name))
         return are_finite(self._numbers), are_finite(known)
 
-    def numbers(self, unread: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def numbers(self, unread: Sequence[tuple[Number, Number]]) -> Tensor:
         """These two, and losses, each with whether the gradients of its step weren't finite."""
-        return stacked([*self.are_finite(), *chain.from_iterable(unread)])
+        sound = [bool(one) if one.is_cpu else one for one in self.are_finite()]
+        return stacked([*sound, *chain.from_iterable(unread)])
 
     @torch.no_grad()
     def refuse_copies(self, since: Saved) -> None:

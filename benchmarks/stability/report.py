@@ -26,9 +26,6 @@ from .methods import METHODS, OURS
 LAST = 0.1
 """The part of G over which the final loss is a mean; and at the start, what isn't the way."""
 
-PLACES = ((9, 8), (-9, 8), (-9, -8), (9, -8))
-"""Of numbers at points, in turns: neighbours in the table are often neighbours in the figure."""
-
 
 class Key(NamedTuple):
     """What a record is of; ``fault`` is also "tune" with a rate, or "cost"."""
@@ -205,11 +202,13 @@ def draw(table: Sequence[Row]) -> Figure:
     for number, row in enumerate(table, 1):
         color = "tab:red" if row.method in OURS else "tab:gray"
         errors = None if math.isnan(row.low) else [[row.faults - row.low], [row.high - row.faults]]
-        right.errorbar(row.time, row.faults, errors, marker="o", color=color, elinewidth=0.8)
-        right.annotate(
-            str(number), (row.time, row.faults), PLACES[number % 4], ha="center", va="center",
-            textcoords="offset points", color=color,
-            fontweight="bold" if row.front else "normal",
+        right.errorbar(
+            row.time, row.faults, errors, marker="o", color=color, elinewidth=0.8, markersize=11,
+            markeredgecolor="black" if row.front else "white",
+        )  # fmt: skip
+        right.text(
+            row.time, row.faults, str(number), ha="center", va="center_baseline", fontsize=7,
+            color="white", zorder=3,
         )  # fmt: skip
     right.margins(0.12)
     right.set(xscale="log", yscale="log", xlabel="time of a minibatch / AdamW's, clean data")
@@ -217,7 +216,7 @@ def draw(table: Sequence[Row]) -> Figure:
     for axis in (right.xaxis, right.yaxis):
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("")
-    right.set_title("mean over the faults (red: ours; bold: on the front)", fontsize=10)
+    right.set_title("mean over the faults (red: ours; black edge: on the front)", fontsize=10)
     return figure
 
 

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lossguard.torch import Rewind
 from lossguard.torch.integrations import trainer_rewind
+from lossguard.torch.ranks import mean_of_ranks
 
 WINDOW, EVERY, STEPS = 64, 8, 180
 
@@ -131,4 +132,6 @@ def both(rank):
     """What the ranks must agree on; and a checkpoint that goes on."""
     results = {kind: averaged(rank, kind == "sharded") for kind in ("replicated", "sharded")}
     resumed(rank, os.environ["CHECKPOINTS"])
+    numbers = torch.tensor([1.0 + rank], dtype=(torch.float32, torch.float64)[rank])
+    results["mean"] = mean_of_ranks(numbers, None).tolist()  # as of ranks on other devices
     return results | {"moved": moved(rank), "alone": moved(rank, alone=True)}

@@ -304,8 +304,10 @@ def test_a_gradient_scaler_skips_by_itself(dtype):
 
 @pytest.mark.parametrize("of_step", [False, True])
 def test_what_is_compiled(of_step):
-    """The model, and in some loops the optimizer's step as well."""
-    model = torch.compile(nn.Linear(4, 2), backend="eager")
+    """The model, and in some loops the optimizer's step as well, which has a complex gradient."""
+    net = nn.Linear(4, 2)
+    net.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    model = torch.compile(net, backend="eager")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     rewind = Rewind(model, optimizer, **OPTIONS)
     step = torch.compile(optimizer.step, backend="eager") if of_step else optimizer.step
@@ -313,7 +315,7 @@ def test_what_is_compiled(of_step):
     for i in range(150):
         loss = nn.functional.cross_entropy(model(x[8 * i : 8 * i + 8]), t[8 * i : 8 * i + 8])
         optimizer.zero_grad()
-        loss.backward()
+        (loss + net.phase.abs().square().sum()).backward()
         step()
         rewind.observe(loss * (30 if i in FAULT else 1))
     assert rewind.returns >= 1 and rewind.calls == 150

@@ -118,9 +118,14 @@ def test_the_price_is_bounded_where_all_are_lost(kind):
     assert spent <= 1.05 * 900 + math.sqrt(900) + 30 and w.isfinite().all()
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize("kind", [Recommended, Hedged, BestOf])
-def test_inputs_that_are_not_finite_leave_batch_norm_and_the_run_as_they_are(kind):
+def test_inputs_that_are_not_finite_leave_batch_norm_and_the_run_as_they_are(
+    kind, elsewhere, monkeypatch
+):
     """In their forward pass its statistics become NaN, which would lose the whole cycle."""
+    if elsewhere:  # as on another device, whose flags nobody waits for
+        monkeypatch.setattr(torch.Tensor, "is_cpu", False)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 1))
     pair = torch.optim.Adam(model.parameters(), lr=0.03), SGD(model.parameters(), lr=0.05)

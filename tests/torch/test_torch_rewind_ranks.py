@@ -17,6 +17,7 @@ def test_two_ranks_decide_the_same_and_resume(tmp_path, monkeypatch):
     assert spawn("rewind_ranks.both", 2, tmp_path) == [0, 0]
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert not any(rank[what] for rank in (one, other) for what in ("moved", "alone"))
+    assert one["mean"] == other["mean"] == [1.5]
     for kind in ("replicated", "sharded"):
         numbers, events, weights = one[kind]
         assert numbers == other[kind][0] and events == other[kind][1]

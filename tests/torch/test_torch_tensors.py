@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lossguard.torch import LossGuard
 from lossguard.torch.memory import Memory, changes_since, noted
 from lossguard.torch.process import Randomness
-from lossguard.torch.tensors import are_finite, finite, zero_unsound
+from lossguard.torch.tensors import are_finite, finite, stacked, zero_unsound
 
 
 class Subclass(torch.Tensor):
@@ -64,15 +64,24 @@ def test_finite(value, expected):
 )
 def test_one_bad_number_makes_all_gradients_0(kinds, bad):
     params = [torch.nn.Parameter(torch.ones(2, 3, dtype=kind)) for kind in kinds]
-    for p in params:
-        p.grad = torch.full_like(p, 2)
     params.append(torch.nn.Parameter(torch.ones(4)))  # that has none
-    if bad is not None:
-        params[0].grad[0, 1] = bad
-    assert bool(zero_unsound(params)) == (bad is not None)
-    for p in params[:-1]:
-        assert torch.equal(p.grad, torch.full_like(p, 2 if bad is None else 0))
+    for of in params[:-1]:
+        for p in params[:-1]:
+            p.grad = torch.full_like(p, 2)
+        if bad is not None:
+            of.grad[0, 1] = bad
+        assert bool(zero_unsound(params)) == (bad is not None)
+        for p in params[:-1]:
+            assert torch.equal(p.grad, torch.full_like(p, 2 if bad is None else 0))
     assert not zero_unsound([params[-1]])
+
+
+def test_numbers_of_the_host_make_those_of_a_device_no_wider():
+    """Some devices have no double precision; on the host a loss may be of it."""
+    there = torch.ones((), device="meta")
+    assert stacked([there, True, 0.1]).dtype == torch.float32
+    assert stacked([0.1, there.double()]).dtype == torch.float64
+    assert stacked([True, 0.1]).tolist() == [1.0, 0.1]
 
 
 def test_no_norm_tells_what_is_finite_on_mps(monkeypatch):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, distributed
 
 
@@ -23,7 +24,8 @@ def this_rank() -> int:
 def mean_of_ranks(numbers: Tensor, group: distributed.ProcessGroup | None) -> Tensor:
     """The mean of each number over the ranks: one all-reduce, which every rank has to reach.
 
-    It is on the host if the group has a backend for it, wherever the numbers are: ranks may differ.
+    It is on the host if the group has a backend for it, wherever the numbers are and of whatever
+    dtype: ranks may differ.
     Ranks weigh the same whatever the sizes of their shards, as in DistributedDataParallel's mean of
     gradients.
     """
@@ -32,7 +34,9 @@ def mean_of_ranks(numbers: Tensor, group: distributed.ProcessGroup | None) -> Te
     backends = distributed.get_backend_config(group).split(",")  # such as cpu:gloo,cuda:nccl
     kinds = [one.split(":")[0] for one in backends]
     kind = "cpu" if "cpu" in kinds else kinds[0]
-    if numbers.device.type != kind:  # the device of that kind that a rank is on may not be current
+    if kind == "cpu":
+        numbers = numbers.to(kind, torch.float64)
+    elif numbers.device.type != kind:  # that of this kind that a rank is on may not be current
         numbers = numbers.to(kind)
     distributed.all_reduce(numbers, group=group)
     return numbers / distributed.get_world_size(group)

@@ -86,10 +86,13 @@ def zero_unsound(params: Iterable[Tensor]) -> Number:
     """Make all gradients 0 if one of them isn't finite, also in another rank's shards; whether
     that was so. Nothing waits for the device."""
     params = list(params)
-    grads = [grad for p in params if (grad := p.grad) is not None]
+    grads = given = [grad for p in params if (grad := p.grad) is not None]
     broken = _unsound_at_once(grads)
     if broken is None:
-        grads = [grad._values() if grad.is_sparse else local(grad) for grad in grads]
+        grads = [grad._values() if grad.is_sparse else local(grad) for grad in given]
+        if any(grad is not before for grad, before in zip(grads, given, strict=True)):
+            broken = _unsound_at_once(grads)
+    if broken is None:
         broken = ~are_finite(grads)
     broken = _on_any_rank(broken, params)  # by these: a rank may have no gradient
     if broken.is_cpu and not broken:  # elsewhere to look would be to wait
@@ -102,6 +105,8 @@ def zero_unsound(params: Iterable[Tensor]) -> Number:
 
 def _unsound_at_once(grads: list[Tensor]) -> Tensor | None:
     """Whether a number isn't finite, by one call, where calls are what takes time; or None."""
+    if torch.compiler.is_compiling():  # it would be refused where nobody asks for another way
+        return None
     if not grads or not grads[0].is_cpu or not {*map(type, grads)} <= PLAIN:
         return None
     broken = torch.zeros_like(ONE)
@@ -151,14 +156,13 @@ def is_expanded(tensor: Tensor) -> bool:
 
 
 def stacked(scalars: Sequence[Number]) -> Tensor:
-    """One tensor of them, of no dtype that is narrower than theirs."""
-    devices = [one.device for one in scalars if isinstance(one, Tensor)]
-    if not devices:
+    """One tensor of them, of no dtype that is narrower than those of the tensors."""
+    tensors = [one for one in scalars if isinstance(one, Tensor)]
+    if not tensors:
         return torch.tensor(scalars, dtype=torch.float64, device="cpu")
-    device, widest = devices[0], torch.float32
+    device, widest = tensors[0].device, torch.float32
     if device.type != "mps":  # which has no double precision
-        kinds = {one.dtype if isinstance(one, Tensor) else torch.float64 for one in scalars}
-        widest = reduce(torch.promote_types, kinds, widest)
+        widest = reduce(torch.promote_types, {one.dtype for one in tensors}, widest)
     return torch.stack([torch.as_tensor(one, dtype=widest, device=device) for one in scalars])
 
 

@@ -127,7 +127,7 @@ def _carried(before: Any, now: Any, theirs: Any) -> Any:
     return (list if isinstance(theirs, list) else tuple)([*made, *theirs[len(made) :]])
 
 
-def copied(group: Group) -> Group:
+def group_copy(group: Group) -> Group:
     """A parameter group with the same parameters, and a rate that is a plain number.
 
     Schedulers on it begin there, and not at the base of one that the group had before.

@@ -12,7 +12,7 @@ from lossguard.torch.guards.decision import Decision
 from lossguard.torch.guards.weights import Weights
 from lossguard.torch.memory import Inner
 from lossguard.torch.process import Randomness
-from lossguard.torch.rates import Rates, copied
+from lossguard.torch.rates import Rates, group_copy
 from lossguard.validation import check_count
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Face(arguments.Uncopied, Optimizer):
         self.history: deque[Decision] = deque(maxlen=1000)
         self._inners = {name: Inner(one, params) for name, one in optimizers.items()}
         first = next(iter(optimizers.values()))
-        super().__init__([copied(group) for group in first.param_groups], dict(first.defaults))
+        super().__init__([group_copy(group) for group in first.param_groups], dict(first.defaults))
         self.state.update({p: {} for p in params})  # else checkpointing would step to make some
         self._rates = Rates(self.param_groups, list(optimizers.values()))
         self._randomness = Randomness(params)

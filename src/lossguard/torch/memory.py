@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.rates import PARAMS, Group, beside_state, options_of, same, set_back
+from lossguard.torch.rates import PARAMS, Group, beside_state, options_of, same, set_back, written
 from lossguard.torch.tensors import finite, leaves, local
 
 T = TypeVar("T")
@@ -157,8 +157,8 @@ class Inner:
 
 def noted(group: Group) -> Noted:
     """The settings of a group, and what those hold that may be changed in place."""
-    loose = (key for key, value in group.items() if type(value) not in FIXED)
-    return group.copy(), {key: _held(group[key]) for key in loose if key not in PARAMS}
+    loose = {k: _held(v) for k, v in group.items() if type(v) not in FIXED and k not in PARAMS}
+    return group.copy(), loose
 
 
 def changes_since(before: Noted, group: Group) -> set[str]:
@@ -178,11 +178,6 @@ def changes_since(before: Noted, group: Group) -> set[str]:
 
 def _held(value: Any) -> list[tuple[Any, int | None]]:
     """What a setting holds, and of tensors how often they were written to."""
-
-    def written(leaf: Any) -> int | None:
-        tracked = isinstance(leaf, Tensor) and not leaf.is_inference()
-        return leaf._version if tracked else None
-
     return [(leaf, written(leaf)) for leaf in leaves(value)]
 
 

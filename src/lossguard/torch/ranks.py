@@ -25,9 +25,8 @@ def mean_of_ranks(numbers: Tensor, group: distributed.ProcessGroup | None) -> Te
     """The mean of each number over the ranks: one all-reduce, which every rank has to reach.
 
     It is on the host if the group has a backend for it, wherever the numbers are and of whatever
-    dtype: ranks may differ.
-    Ranks weigh the same whatever the sizes of their shards, as in DistributedDataParallel's mean of
-    gradients.
+    dtype: ranks may differ. They weigh the same whatever the sizes of their shards, as in
+    DistributedDataParallel's mean of gradients.
     """
     if not several(group):
         return numbers

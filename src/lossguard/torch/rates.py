@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 Group = dict[str, Any]
 """A parameter group of an optimizer; but for its parameters they are settings."""
 PARAMS = {"params", "param_names"}
+"""Its entries that are no settings."""
 
 
 class Rates:
@@ -46,7 +47,7 @@ class Rates:
     def note(self) -> None:
         """What differs from now on has been set."""
         self.seen = [options_of(group) for group in self.groups]
-        self._written = list(map(_written, self.groups))
+        self._written = [written(group.get("lr")) for group in self.groups]
 
     def changes(self) -> list[Group]:
         """What has been set since the last time, in each of the guard's groups."""
@@ -54,9 +55,9 @@ class Rates:
             {
                 key: group[key]
                 for key in seen.keys() & group.keys()
-                if not same(seen[key], group[key]) or (key == "lr" and _written(group) != written)
+                if not same(seen[key], group[key]) or (key == "lr" and written(group[key]) != then)
             }
-            for group, seen, written in zip(self.groups, self.seen, self._written, strict=True)
+            for group, seen, then in zip(self.groups, self.seen, self._written, strict=True)
         ]
 
     def check(self) -> None:
@@ -141,10 +142,9 @@ def _rate(group: Group) -> float | None:
     return None if group.get("lr") is None else float(group["lr"])
 
 
-def _written(group: Group) -> int | None:
-    """How often a rate that is a tensor was written to: some schedulers change it in place."""
-    rate = group.get("lr")
-    return rate._version if isinstance(rate, Tensor) and not rate.is_inference() else None
+def written(value: Any) -> int | None:
+    """How often a tensor was written to: some schedulers change rates in place."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
 
 
 def beside_state(optimizer: Any) -> dict[str, Any]:

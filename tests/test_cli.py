@@ -11,10 +11,10 @@ import numpy as np
 import polars as pl
 import pytest
 from rich.console import Console
-from tiny_run import RUN, TINY, leave
+from tiny_run import RUN, TINY, leave, open_folder
 
 import lossguard
-from lossguard import cli, records, run_commands, run_folder, terminal
+from lossguard import cli, records, run_commands, terminal
 from lossguard.experiments import price
 from lossguard.experiments.recipes import fig05
 
@@ -170,8 +170,8 @@ def test_folder_of_runs(main, capsys, tmp_path, command) -> None:
     drawn = [tmp_path / "runs" / name / "figure.png" for name in ("a", "b")]
     for file in drawn:
         file.unlink()
-    run_folder.open_folder(tmp_path / "runs" / "half", {})
-    run_folder.open_folder(tmp_path / "runs" / "lost", {})
+    open_folder(tmp_path / "runs" / "half", {})
+    open_folder(tmp_path / "runs" / "lost", {})
     records.write_json(tmp_path / "runs" / "lost" / "failed.json", {"reason": "no luck"})
     shutil.copytree(tmp_path / "runs" / "a", tmp_path / "runs" / "torn")
     (tmp_path / "runs" / "torn" / "curves.parquet").write_bytes(b"PAR1")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import RUN, TINY
+from tiny_run import RUN, TINY, open_folder
 
 from lossguard import run_folder
 from lossguard.learned import weights_file
@@ -118,7 +118,7 @@ def test_damaged_weights(refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 )
 def test_damaged_reason_of_a_failure_is_named(main, capsys, finished, content, told) -> None:
     shutil.copytree(finished, "runs/whole")
-    run_folder.open_folder(Path("runs/lost"), {})
+    open_folder(Path("runs/lost"), {})
     Path("runs/lost/failed.json").write_text(content)
     main("plot", "runs")
     assert capsys.readouterr().err.splitlines()[0].startswith(told)
@@ -138,5 +138,5 @@ def test_error_of_the_system_without_a_path(refused, monkeypatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(run_folder, "open_folder", full)
+    monkeypatch.setattr(run_folder, "hold_folder", full)
     refused(RUN, "lossguard: No space left on device\n")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from tiny_run import CONFIG, SECONDS, TABLE, leave
+from tiny_run import CONFIG, SECONDS, TABLE, leave, open_folder
 
 from lossguard import records, run_folder
 
@@ -108,7 +108,7 @@ def test_unfinished_run_is_refused(finished: Path, name: str) -> None:
 
 
 def test_folders_without_a_run_that_can_be_read_are_refused(tmp_path: Path) -> None:
-    run_folder.open_folder(tmp_path / "half", CONFIG)
+    open_folder(tmp_path / "half", CONFIG)
     told = r"half holds no finished run: manifest\.json is missing$"
     with pytest.raises(ValueError, match=told):
         records.read_runs([tmp_path / "half"])
@@ -127,7 +127,7 @@ def test_damaged_file_is_named(finished: Path, name: str, content: bytes) -> Non
     assert "\n" not in str(caught.value)
     if name == records.CONFIG:
         with pytest.raises(ValueError, match=r"config\.json (is not|must hold)"):
-            run_folder.open_folder(finished, CONFIG, resume=True)
+            open_folder(finished, CONFIG, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny_run import CONFIG, SECONDS, TABLE
+from tiny_run import CONFIG, SECONDS, TABLE, open_folder
 
 from lossguard import records, run_folder
 
@@ -32,20 +32,6 @@ def test_a_finished_run_needs_no_lock(finished: Path) -> None:
         run_folder.hold_folder(finished, CONFIG, resume=True) as two,
     ):
         assert one and two and sorted(finished.iterdir()) == before
-
-
-@pytest.mark.parametrize(
-    "left", [[".lock"], [".lock", "started.json"], ["failed.json"], ["checkpoints/9.safetensors"]]
-)
-def test_what_a_kill_left_of_a_finished_run_goes(finished, left) -> None:
-    """It was killed after the manifest was there, but before these were deleted."""
-    before = sorted(finished.iterdir())
-    for name in left:
-        (finished / name).parent.mkdir(exist_ok=True)
-        (finished / name).write_text("{}")
-    with run_folder.hold_folder(finished, CONFIG, resume=True) as one:
-        assert one
-    assert sorted(finished.iterdir()) == before
 
 
 def test_the_commit_of_a_repository_around_it_is_not_its_own(tmp_path, monkeypatch) -> None:
@@ -82,11 +68,11 @@ def test_manifest_names_the_processor(tmp_path, monkeypatch, content, name) -> N
 
 
 def test_manifest_has_the_commit_of_every_part(tmp_path, monkeypatch) -> None:
-    run_folder.open_folder(tmp_path, CONFIG)
+    open_folder(tmp_path, CONFIG)
     for commit in "abc":
         monkeypatch.setattr(run_folder, "_commit", lambda commit=commit: commit)
         made = run_folder.start(tmp_path, inputs={}, data=commit)
-        run_folder.open_folder(tmp_path, CONFIG, resume=True)
+        open_folder(tmp_path, CONFIG, resume=True)
         assert not run_folder.is_finished(tmp_path)
     records.write_parquet(tmp_path / records.CURVES, TABLE)
     assert not run_folder.is_finished(tmp_path)
@@ -101,23 +87,23 @@ def test_manifest_has_the_commit_of_every_part(tmp_path, monkeypatch) -> None:
 def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ValueError, match=r"^folder must be .*, but .* holds other files$"):
-        run_folder.open_folder(tmp_path, CONFIG)
+        open_folder(tmp_path, CONFIG)
     with pytest.raises(ValueError, match=r"^folder must be .*thesis\.tex is a file$"):
-        run_folder.open_folder(tmp_path / "thesis.tex", CONFIG)
+        open_folder(tmp_path / "thesis.tex", CONFIG)
     (tmp_path / "link").symlink_to("thesis.tex")
     with pytest.raises(ValueError, match=r"^folder must be .*, but .* holds other files$"):
-        run_folder.open_folder(tmp_path, CONFIG)
+        open_folder(tmp_path, CONFIG)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link", "thesis.tex"]
 
 
 def test_a_run_that_failed_before_it_computed_anything_is_none(tmp_path: Path) -> None:
-    run_folder.open_folder(tmp_path, CONFIG)
+    open_folder(tmp_path, CONFIG)
     run_folder.start(tmp_path, inputs={"the data": "a"})
     other = {**CONFIG, "rate": 0.3, "methods": ["a"]}
     with pytest.raises(ValueError, match="holds another"):
-        run_folder.open_folder(tmp_path, other)
+        open_folder(tmp_path, other)
     (tmp_path / records.FAILED).write_text("{}")
-    run_folder.open_folder(tmp_path, other)
+    open_folder(tmp_path, other)
     assert "resumed" not in run_folder.start(tmp_path, inputs={"the data": "b"})
     assert records.read_json(tmp_path / records.CONFIG) == other
 

@@ -38,6 +38,12 @@ ABOUT = {
 """What a manifest says of every run."""
 
 
+def open_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False) -> None:
+    """As a run does that ends at once."""
+    with run_folder.hold_folder(folder, config, resume=resume):
+        pass
+
+
 def leave(
     folder: Path,
     config: Mapping[str, Any] = CONFIG,
@@ -47,7 +53,7 @@ def leave(
 ) -> Path:
     """Its records, or those of another run."""
     made = run_folder.manifest(seconds=SECONDS, data="") if made is None else ABOUT | {**made}
-    run_folder.open_folder(folder, config)
+    open_folder(folder, config)
     records.write_parquet(folder / records.CURVES, curves)
     if evaluations is not None:
         records.write_parquet(folder / records.EVALUATIONS, evaluations)

@@ -26,7 +26,7 @@ import jax
 from . import checksums
 from .files import is_part
 from .locks import LOCK, locked
-from .records import CONFIG, CURVES, FAILED, INPUTS, MANIFEST, TABLES, read_json, write_json
+from .records import CONFIG, FAILED, INPUTS, MANIFEST, TABLES, read_json, write_json
 
 STARTED = "started.json"
 PASSING = (STARTED, FAILED)
@@ -38,46 +38,33 @@ PACKAGES = ("lossguard", "jax", "jaxlib", "optax", "equinox", "numpy", "polars")
 
 @contextlib.contextmanager
 def hold_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False) -> Iterator[bool]:
-    """``open_folder``, locked against other processes; yields whether the run is finished.
+    """Make the folder of a run and put its config there, or go on with the same run's.
 
-    The folder of a finished run is neither locked nor written to, unless a kill left something.
+    It is locked against other processes; yields whether the run is finished. The folder of a
+    finished one is neither locked nor written to.
 
     Raises:
-        ValueError, OSError: as ``open_folder``, or if another process holds the folder.
+        ValueError: if the folder holds another run, or this one and ``resume`` is false, or its
+            config is damaged, or another process holds it, or the run isn't finished and a link is
+            in it: it might lead out of the folder.
+        OSError: if it can't be made.
     """
     check_folder(folder, config, resume=resume)
-    if is_whole(folder):
+    if is_finished(folder):
         yield True
         return
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        open_folder(folder, config, resume=resume)
+        if not check_folder(folder, config, resume=resume):
+            (folder / STARTED).unlink(missing_ok=True)
+            write_json(folder / CONFIG, config)
         for part in filter(is_part, folder.rglob(".*.part")):
             part.unlink()
-        if finished := is_finished(folder):
-            _clear(folder)
-        else:  # of a run that lost a table: else a kill might leave it beside others
-            (folder / MANIFEST).unlink(missing_ok=True)
-        yield finished
-
-
-def open_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False) -> None:
-    """Make the folder of a run and put its config there, or go on with the same run's.
-
-    Raises:
-        ValueError: if the folder holds another run, or this one and ``resume`` is false, or its
-            config is damaged, or the run isn't finished and a link is in it: it might lead out of
-            the folder.
-        OSError: if it can't be made.
-    """
-    if not check_folder(folder, config, resume=resume):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / STARTED).unlink(missing_ok=True)
-        write_json(folder / CONFIG, config)
+        yield is_finished(folder)
 
 
 def check_folder(folder: Path, config: Mapping[str, Any], *, resume: bool) -> bool:
-    """Whether the folder holds this run; refuse it as ``open_folder`` says.
+    """Whether the folder holds this run; refuse it as ``hold_folder`` says.
 
     What a run left that failed before it computed anything counts as nothing.
     """
@@ -115,18 +102,7 @@ def _differing(there: dict[str, Any], here: dict[str, Any]) -> str:
 
 def is_finished(folder: Path) -> bool:
     """Whether a folder holds the records of a whole run: the manifest is written last."""
-    if not (folder / MANIFEST).is_file():
-        return False
-    sums = read_json(folder / MANIFEST).get(checksums.NAME)
-    named = {CURVES, *(sums if isinstance(sums, dict) else ())}
-    return all((folder / name).is_file() for name in named & {*TABLES})
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether it is finished, and a kill just then left nothing that ``_clear`` deletes."""
-    return is_finished(folder) and not any(
-        (folder / name).exists() for name in (LOCK, *PASSING, CHECKPOINTS)
-    )
+    return (folder / MANIFEST).is_file()
 
 
 def start(folder: Path, *, inputs: Mapping[str, str], **more: Any) -> dict[str, Any]:
@@ -170,11 +146,6 @@ def finish(folder: Path, made: Mapping[str, Any]) -> None:
     sums[CONFIG] = checksums.of_json(read_json(folder / CONFIG))
     own = {MANIFEST: checksums.of_json({**made, checksums.NAME: sums})}
     write_json(folder / MANIFEST, {**made, checksums.NAME: sums | own})
-    _clear(folder)
-
-
-def _clear(folder: Path) -> None:
-    """Delete what a finished run has no more."""
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     for name in PASSING:
         (folder / name).unlink(missing_ok=True)

@@ -8,8 +8,9 @@ import polars as pl
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from pages import SPEND, VERDICTS, curves_of, write_meta, write_run
+from tiny_run import open_folder
 
-from lossguard import records, run_folder
+from lossguard import records
 from lossguard.experiments import report as reporting
 from lossguard.experiments.report import report
 
@@ -41,8 +42,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     evaluations = pl.DataFrame(evaluated | {"test_accuracy": [0.1, 0.5, 0.75]})
     write_run(folder / "a_run", curves_of(list(SPEND)), evaluations=evaluations)
     write_meta(folder / "b_meta", "mine")
-    run_folder.open_folder(folder / "c_half", {"name": "half"})
-    run_folder.open_folder(folder / "d_failed", {"name": "failed"})
+    open_folder(folder / "c_half", {"name": "half"})
+    open_folder(folder / "d_failed", {"name": "failed"})
     records.write_json(folder / "d_failed" / "failed.json", {"reason": "OSError: no < data"})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reporting, "judge_claims", lambda records: VERDICTS[: 2 + len(records)])

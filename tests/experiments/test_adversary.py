@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 import tiny
 from pages import curves_of, write_meta, write_run
-from tiny_run import leave
+from tiny_run import leave, open_folder
 
 from lossguard import records, run_folder
 from lossguard.config import as_config
@@ -149,7 +149,7 @@ def test_a_sweep_does_not_run_in_a_link(world, refused) -> None:
 @pytest.mark.parametrize("name", ["run", "sweep"])
 def test_a_config_that_names_other_functions_calls_none(world, refused, name) -> None:
     """What runs is the recipe that the command names: a config is only compared with it."""
-    run_folder.open_folder(Path("out/recipe"), {"name": "tiny", "methods": ["Signs"], **CALLED})
+    open_folder(Path("out/recipe"), {"name": "tiny", "methods": ["Signs"], **CALLED})
     out = "out/recipe" if name == "run" else "out"
     arguments = (name, RUN, "--out", out, *["--resume"] * (name == "run"))
     refused(arguments, "make_task (os:system, not tiny:make_task)")
@@ -165,6 +165,6 @@ def test_a_config_that_names_other_functions_calls_none(world, refused, name) ->
     ],
 )
 def test_a_manifest_so_far_that_cannot_be_is_refused(world, refused, content, reason) -> None:
-    run_folder.open_folder(Path("out"), as_config(tiny.recipe()))
+    open_folder(Path("out"), as_config(tiny.recipe()))
     Path("out", run_folder.STARTED).write_text(content)
     refused(("run", RUN, "--out", "out", "--resume"), reason)

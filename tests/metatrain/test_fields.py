@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_run import open_folder
 from tiny_training import TINY, same
 
-from lossguard import init_lstm_weights, load_weights, lstm_optimizer, records, run_folder
+from lossguard import init_lstm_weights, load_weights, lstm_optimizer, records
 from lossguard.config import as_config
 from lossguard.learned.weights_file import pretrained_names
 from lossguard.metatrain import bptt, loop
@@ -134,7 +135,7 @@ def test_fields_of_ones_own(whole: Path, tmp_path: Path) -> None:
     """A path is told, and goes on; what JSON can't hold leaves no folder."""
     given = {f.name: getattr(TINY, f.name) for f in dataclasses.fields(TINY)}
     mine = OfAFile(**given, file=Path("words.txt"))
-    run_folder.open_folder(tmp_path / "run", as_config(mine))
+    open_folder(tmp_path / "run", as_config(mine))
     file = metatrain(mine, tmp_path / "run", resume=True)
     assert records.read_run(file.parent).config["file"] == "words.txt"
     assert same(load_weights(file).weights, load_weights(whole / loop.WEIGHTS).weights)

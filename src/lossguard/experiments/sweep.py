@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 from ..config import as_config
 from ..locks import FolderInUseError
 from ..records import FAILED, write_json
-from ..run_folder import check_folder, is_whole
+from ..run_folder import check_folder, is_finished
 from .experiment import Experiment
 from .run import check, run
 
@@ -69,7 +69,7 @@ def sweep(
 
     left: dict[str, tuple[Experiment, Path]] = {}
     for name, experiment in experiments.items():
-        if is_whole(folders[name]):
+        if is_finished(folders[name]):
             yield Outcome(name, out / name, "skipped")
         else:
             left[name] = experiment, folders[name]

@@ -56,6 +56,17 @@ def test_a_named_scheduler_goes_back_where_a_group_came_later():
     assert rates == pytest.approx([0.99**112, 0.3])
 
 
+def test_a_milestone_that_was_passed_and_undone_is_passed_once():
+    model, optimizer = one_weight()
+    scheduler = lr_scheduler.MultiStepLR(optimizer, [50, 120], 0.5)
+    rewind = Rewind(model, optimizer, schedulers=[scheduler], window=WINDOW, every=4)
+    drive(rewind, model, optimizer, FALLS + HIGH[:8], after=scheduler.step)
+    assert rewind.returns == 1 and scheduler.last_epoch == 112
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    drive(rewind, model, optimizer, [1.0] * 40, after=scheduler.step)
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
 @pytest.mark.parametrize(
     ("make", "rate"),
     [

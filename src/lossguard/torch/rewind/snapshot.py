@@ -269,7 +269,8 @@ def copied(value: Any, old: Any = None, place: Place = None) -> Any:
     if isinstance(value, dict):
         places = old if isinstance(old, dict) else {}
         made = copy.copy(value)  # of its kind: a module's state has more than entries
-        made.update({key: copied(one, places.get(key), place) for key, one in value.items()})
+        for key, one in value.items():  # a Counter's ``update`` adds
+            made[key] = copied(one, places.get(key), place)
         return made
     if type(value) in (list, tuple):
         fits = isinstance(old, list | tuple) and len(old) == len(value)

@@ -112,6 +112,24 @@ def test_a_buffer_that_is_sparse_and_compressed_is_saved():
     assert_same_state(*losses)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+@pytest.mark.parametrize("kind", [Recommended, LossGuard])
+def test_a_buffer_that_is_sparse_stands_beside_what_is_not_finite(kind, layout):
+    """And beside lanes with equal parameters, which are compared."""
+    model = mlp()
+    model.register_buffer("graph", getattr(torch.eye(3), layout)())
+    pair = [SGD(model.parameters(), lr=rate) for rate in (0.1, 0.01)]
+    guard = guard_of(kind, pair, model, nt=1)
+    losses = run(guard, model, minibatches(3))
+    for optimizer in pair:
+        optimizer.param_groups[0]["lr"] = 0.0
+    x, labels = minibatches(1)[0]
+    losses += run(guard, model, [(x, labels), (x * math.nan, labels), (x, labels)])
+    assert torch.stack(losses).isfinite().tolist() == [*[True] * 4, False, True]
+    assert torch.equal(model.graph.to_dense(), torch.eye(3))
+
+
 class Tied(nn.Module):
     """Its two layers share a weight."""
 

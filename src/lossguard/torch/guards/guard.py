@@ -71,7 +71,8 @@ class Guard(Face):
     def _lead(self, lane: Lane) -> None:
         """Have another lane in the model from now on."""
         if lane is not self._leader:
-            self._weights.jumped |= not all(map(torch.equal, lane.values, self._weights.live()))
+            params = lane.values[: len(self._weights.params)]
+            self._weights.jumped |= not all(map(torch.equal, params, self._weights.live()))
             lane.go_live()
             self._leader = lane
 

@@ -58,7 +58,7 @@ class Weights:
         """
         if broken is not False:
             for buffer, before in zip(self.buffers(), buffers, strict=False):
-                if buffer.shape == before.shape:
+                if buffer.shape == before.shape and buffer.layout is torch.strided:
                     flag = torch.as_tensor(broken, dtype=torch.bool, device=buffer.device)
                     torch.where(flag, before, buffer, out=buffer)
 

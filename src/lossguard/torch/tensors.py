@@ -63,19 +63,13 @@ def finite(value: Any) -> bool:
 @torch.no_grad()
 def are_finite(tensors: Iterable[Tensor]) -> Tensor:
     """Whether every number is finite, as a tensor: nothing waits for the device."""
-    flags: list[Tensor] = []
-    with_norms: list[Tensor] = []
-    for given in tensors:
-        tensor, normed = given, _has_norm(given)
-        if not normed:
-            tensor = _measurable(given)
-            normed = _has_norm(tensor)
-        if normed:
-            with_norms.append(tensor)
-        elif tensor.is_floating_point() and tensor.numel():
-            flags.append(tensor.isfinite().all())
-    if with_norms:  # the largest number, or NaN; no overflow
-        flags.append(nn.utils.get_total_norm(with_norms, math.inf) < math.inf)
+    parts = [part for one in tensors if (part := _measurable(one)).is_floating_point()]
+    # On mps the largest number is that beside NaN; others may have no norms.
+    apart = [part for part in parts if part.is_mps or type(part) not in PLAIN]
+    normed = [part for part in parts if not part.is_mps and type(part) in PLAIN and part.numel()]
+    flags = [part.isfinite().all() for part in apart]
+    if normed:  # the largest number, or NaN; no overflow
+        flags.append(nn.utils.get_total_norm(normed, math.inf) < math.inf)
     if not flags:
         return torch.tensor(True, device="cpu")
     return flags[0] if len(flags) == 1 else stacked(flags).all()
@@ -86,13 +80,10 @@ def zero_unsound(params: Iterable[Tensor]) -> Number:
     """Make all gradients 0 if one of them isn't finite, also in another rank's shards; whether
     that was so. Nothing waits for the device."""
     params = list(params)
-    grads = given = [grad for p in params if (grad := p.grad) is not None]
+    grads = [grad for p in params if (grad := p.grad) is not None]
     broken = _unsound_at_once(grads)
     if broken is None:
-        grads = [grad._values() if grad.is_sparse else local(grad) for grad in given]
-        if any(grad is not before for grad, before in zip(grads, given, strict=True)):
-            broken = _unsound_at_once(grads)
-    if broken is None:
+        grads = [grad._values() if grad.is_sparse else local(grad) for grad in grads]
         broken = ~are_finite(grads)
     broken = _on_any_rank(broken, params)  # by these: a rank may have no gradient
     if broken.is_cpu and not broken:  # elsewhere to look would be to wait
@@ -166,15 +157,10 @@ def stacked(scalars: Sequence[Number]) -> Tensor:
     return torch.stack([torch.as_tensor(one, dtype=widest, device=device) for one in scalars])
 
 
-def _has_norm(tensor: Tensor) -> bool:
-    """Whether it is a plain one with numbers of a kind that norms are made for, and NaN shows."""
-    plain = type(tensor) in PLAIN and tensor.dtype in NORMED and tensor.layout is torch.strided
-    # On mps the largest number is that beside NaN.
-    return plain and tensor.numel() > 0 and not tensor.is_mps
-
-
 def _measurable(tensor: Tensor) -> Tensor:
     """The numbers that are here, in a dtype with norms: not complex ones, nor those of 8 bits."""
+    if type(tensor) in PLAIN and tensor.dtype in NORMED and tensor.layout is torch.strided:
+        return tensor
     tensor = local(tensor).detach()
     if tensor.layout is not torch.strided:
         tensor = (tensor.coalesce() if tensor.is_sparse else tensor).values()

@@ -6,7 +6,6 @@ it is called, not before.
 
 import inspect
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 from lossguard.torch.ranks import mean_of_ranks
 from lossguard.torch.rewind.rewind import Rewind
 from lossguard.torch.tensors import stacked
-from lossguard.validation import one_of
 
 
 def lightning_rewind(**options: Any) -> Any:
@@ -29,12 +27,13 @@ def lightning_rewind(**options: Any) -> Any:
         options: of ``Rewind``, which is its attribute ``rewind`` once training has begun.
 
     Raises:
-        ValueError: if ``Rewind`` has no such option; when training begins, if there isn't exactly
-            one optimizer, or optimization is manual.
+        TypeError: if ``Rewind`` has no such option.
+        ValueError: when training begins, if there isn't exactly one optimizer, or optimization is
+            manual.
     """
     from lightning.pytorch.callbacks import Callback
 
-    _check(options)
+    inspect.signature(Rewind).bind(None, None, **options)  # refused now, not when training begins
 
     class LightningRewind(Callback):
         rewind: Rewind
@@ -89,11 +88,12 @@ def trainer_rewind(trainer: Any, **options: Any) -> Any:
         options: of ``Rewind``, which is the attribute ``rewind`` of the callback in training.
 
     Raises:
-        ValueError: if ``Rewind`` has no such option; in training, if it hears no loss.
+        TypeError: if ``Rewind`` has no such option.
+        ValueError: in training, if it hears no loss.
     """
     from transformers import TrainerCallback
 
-    _check(options)
+    inspect.signature(Rewind).bind(None, None, **options)  # refused now, not when training begins
     losses: list[torch.Tensor] = []
     compute, train, resumed = trainer.compute_loss, trainer.train, ""
 
@@ -150,14 +150,6 @@ def trainer_rewind(trainer: Any, **options: Any) -> Any:
     trainer.compute_loss, trainer.train = heard, noting
     trainer.add_callback(callback := TrainerRewind())
     return callback
-
-
-def _check(options: Mapping[str, Any]) -> None:
-    """Refuse now what ``Rewind`` would refuse when training begins."""
-    known = inspect.signature(Rewind).parameters.keys() - {"model", "optimizer"}
-    for name in options:
-        if name not in known:
-            raise ValueError(f"options must each be {one_of(sorted(known), name)}")
 
 
 def _file(args: Any, state: Any, folder: str = "") -> Path:

@@ -85,15 +85,6 @@ class Face(arguments.Uncopied, Optimizer):
         self.check_between("eval")
         self._leader.enter("eval")
 
-    def check_itself(self, call: str) -> None:
-        """Refuse a call on what Lightning makes of a guard, whose counts are not the guard's."""
-        if isinstance(self.__dict__.get("_optimizer"), Face):
-            raise ValueError(
-                f"{call} must be called on the guard itself, got a {type(self).__name__} around it "
-                "(Lightning: self.optimizers(use_pl_optimizer=False); Fabric: the guard that was "
-                "given to setup)"
-            )
-
     def check_between(self, call: str) -> None:
         """Refuse a call within a minibatch."""
         if self._order:

@@ -104,9 +104,9 @@ class Guard(Face):
         Raises:
             ValueError: if there are gradients before it, or the body steps but by ``lane.step``.
         """
-        self.check_itself("lanes")
-        self._call(self._optimizer_step_pre_hooks)
-        yield from self._loop(self._optimizer_step_post_hooks)
+        itself = vars(self).get("_optimizer", self)  # beneath what Lightning makes of it
+        itself._call(itself._optimizer_step_pre_hooks)
+        yield from itself._loop(itself._optimizer_step_post_hooks)
 
     def _loop(self, hooks: Hooks) -> Generator[Lane, None, None]:
         """``lanes``; the hooks are called once the minibatch counts."""
@@ -215,9 +215,8 @@ class Guard(Face):
         Raises:
             ValueError: if it wasn't, or the state is damaged. This one is as it was before, then.
         """
-        self.check_itself("load_state_dict")
         with held():
-            saving.load(self, state_dict)
+            saving.load(vars(self).get("_optimizer", self), state_dict)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

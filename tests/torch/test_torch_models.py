@@ -10,6 +10,7 @@ from models import (
     KINDS,
     TWO,
     WRITTEN,
+    Differences,
     Writing,
     algorithm2,
     assert_is_algorithm2,
@@ -128,6 +129,26 @@ def test_a_buffer_that_is_sparse_stands_beside_what_is_not_finite(kind, layout):
     losses += run(guard, model, [(x, labels), (x * math.nan, labels), (x, labels)])
     assert torch.stack(losses).isfinite().tolist() == [*[True] * 4, False, True]
     assert torch.equal(model.graph.to_dense(), torch.eye(3))
+
+
+def test_a_buffer_that_is_the_input_belongs_to_the_user():
+    """Lanes that get into the model would write to it, and the fallback have others' inputs."""
+    torch.manual_seed(0)
+    data = torch.randn(30, 4, 2)
+    before, model = data.clone(), Differences()
+    alone = copy.deepcopy(model)
+    idle, sgd, its = (
+        SGD(m.parameters(), lr=lr) for m, lr in ((model, 1e-6), (model, 0.01), (alone, 0.01))
+    )
+    guard = Recommended(idle, sgd, model=model)
+    for x in data:
+        for lane in guard.lanes():
+            loss = model(x).square().mean()
+            loss.backward()
+            lane.step(loss)
+        step_by(its, alone(x).square().mean())
+    assert torch.equal(data, before)
+    assert_same_state(model.state_dict(), alone.state_dict())
 
 
 class Tied(nn.Module):

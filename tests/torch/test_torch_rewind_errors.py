@@ -21,8 +21,8 @@ AROUND = (
     "one)"
 )
 EMPTY = (
-    "parameters must hold numbers, got some on the meta device (call to_empty() and initialize "
-    "them first) or of a lazy module (call it once first)"
+    "parameters and buffers must hold numbers, got some on the meta device (call to_empty() and "
+    "initialize them first) or of a lazy module (call it once first)"
 )
 
 
@@ -99,6 +99,8 @@ WRONG = [
     (AROUND, lambda m, o: around(parts={"one": [o]})),  # as containers of optimizers have them
     (EMPTY, lambda m, o: Rewind(m := m.to("meta"), SGD(m.parameters()))),
     (EMPTY, lambda m, o: guard_of(m := nn.LazyLinear(1), SGD(m.parameters()))),
+    (EMPTY, lambda m, o: Rewind(nn.Sequential(m, nn.LazyBatchNorm1d(affine=False)), o)),
+    (EMPTY, lambda m, o: guard_of(nn.Sequential(m, nn.LazyBatchNorm1d(affine=False)), o)),
     (f"{HADNT} (1, 1) that it hadn't {OF_TWO}", lambda m, o: later()),
     ("optimizer must be no guard, got a Recommended", lambda m, o: Rewind(m, guard_of(m, o))),
     (

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from models import WRITTEN, Writing, loss_fn, minibatches, mlp, step_by
+from models import WRITTEN, Differences, Writing, loss_fn, minibatches, mlp, step_by
 from rewinding import FALLS, HIGH, WINDOW, drive, network, one_weight, train, watched
 from torch import nn
 from torch.nn.utils import prune
@@ -202,6 +202,35 @@ def test_inputs_that_are_not_finite_cost_no_more_than_their_steps(caplog):
     ]
 
 
+def test_a_buffer_that_is_the_input_belongs_to_the_user():
+    torch.manual_seed(0)
+    data, model = torch.randn(136, 4, 2), Differences()
+    before, optimizer = data.clone(), torch.optim.SGD(model.parameters(), lr=0.01)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    for x, loss in zip(data, FALLS + HIGH[:8], strict=True):
+        step_by(optimizer, model(x).square().mean())
+        rewind.observe(loss)
+    assert rewind.returns == 1 and torch.equal(data, before)
+    assert torch.equal(model.last, data[111])
+
+
+def test_a_memory_that_a_finite_gradient_makes_infinite_goes_back():
+    """AdamW would stand still for ever, at a loss that is no higher than it was."""
+    model, optimizer = one_weight(torch.optim.AdamW, lr=0.01)
+    rewind = Rewind(model.float(), optimizer, window=WINDOW, every=4)
+    drive(rewind, model, optimizer, [1.0] * 70)
+    drive(rewind, model, optimizer, [1.0], gradient=1e25)
+    assert optimizer.state[model.weight]["exp_avg_sq"].isinf()
+    drive(rewind, model, optimizer, [1.0] * 9)
+    (event,) = rewind.events
+    assert (event.kind, event.cause, event.call, event.thrown) == ("return", "model", 80, 16)
+    assert optimizer.state[model.weight]["exp_avg_sq"].isfinite()
+    # What was infinite when it was first seen is the optimizer's affair, and no cause.
+    optimizer.state[model.weight]["best"] = torch.tensor(math.inf)
+    drive(rewind, model, optimizer, [1.0] * 64)
+    assert len(rewind.events) == 1
+
+
 def goes_wrong(model, optimizer, rewind, inputs, steps, fault=0.0):
     for _ in range(steps):
         rewind.observe(step_by(optimizer, model(inputs).square().mean()) + fault)
@@ -276,6 +305,16 @@ def test_a_parameter_that_was_renamed_goes_back_and_another_one_is_refused():
     model.adapter = nn.Linear(2, 1)
     with pytest.raises(ValueError, match=r"^model must have the parameters that it had .*adapter"):
         goes_wrong(model[:3], optimizer, rewind, x, 200)
+
+
+def test_a_parameter_that_got_another_shape_is_refused():
+    """As resize_token_embeddings of transformers makes it; one row would be put in all places."""
+    table = nn.Embedding(1, 3)
+    optimizer = torch.optim.SGD(table.parameters(), lr=0.01)
+    rewind = Rewind(table, optimizer, window=WINDOW)
+    table.weight.data = torch.randn(6, 3)
+    with pytest.raises(ValueError, match=r"^model must have .* or of another shape, weight"):
+        goes_wrong(table, optimizer, rewind, torch.arange(2), 96)
 
 
 def test_a_buffer_made_under_inference_mode_goes_back():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lossguard.torch.ranks import several
@@ -90,10 +91,10 @@ def check_made(params: Iterable[Tensor]) -> None:
             "model must be sharded by fully_shard, if it is, got FullyShardedDataParallel, whose "
             "parameters are parts of flat ones"
         )
-    if any(p.is_meta or isinstance(p, nn.UninitializedParameter) for p in params):
+    if any(p.is_meta or is_lazy(p) for p in params):
         raise ValueError(
-            "parameters must hold numbers, got some on the meta device (call to_empty() and "
-            "initialize them first) or of a lazy module (call it once first)"
+            "parameters and buffers must hold numbers, got some on the meta device (call "
+            "to_empty() and initialize them first) or of a lazy module (call it once first)"
         )
 
 
@@ -183,6 +184,7 @@ def check_model(model: Any, params: Sequence[Tensor]) -> None:
             raise ValueError("model must be the sharded module if parameters are sharded, got None")
         return
     check_kind("model", model, nn.Module, "nn.ModuleList([encoder, head])")
+    check_made(model.buffers())
     if missing := len({*map(id, params)} - {*map(id, model.parameters())}):
         raise ValueError(
             "model must hold all parameters of the optimizers, as its buffers go with them, got "

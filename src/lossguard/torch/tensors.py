@@ -146,6 +146,22 @@ def is_expanded(tensor: Tensor) -> bool:
     return any(size > 1 and stride == 0 for size, stride in sizes)
 
 
+@torch.no_grad()
+def own_buffers(model: nn.Module, known: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The buffers of which each number is its own, by name, to be written to.
+
+    Where a forward pass has put another tensor than is ``known``, such as its input, which is the
+    user's, the model gets a copy of it.
+    """
+    found = {name: b for name, b in model.named_buffers() if not is_expanded(b)}
+    for name, buffer in found.items():
+        if known.get(name) is not buffer:
+            module, _, its_name = name.rpartition(".")
+            found[name] = known[name] = buffer.detach().clone()
+            setattr(model.get_submodule(module), its_name, known[name])
+    return found
+
+
 def stacked(scalars: Sequence[Number]) -> Tensor:
     """One tensor of them, of no dtype that is narrower than those of the tensors."""
     tensors = [one for one in scalars if isinstance(one, Tensor)]

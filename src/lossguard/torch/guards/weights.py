@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossguard.torch.tensors import Number, finite, is_expanded, local, transfer
+from lossguard.torch.tensors import Number, finite, local, own_buffers, transfer
 
 Copy = list[Tensor]
 """Parameters first, then buffers; of a sharded parameter this rank's shard alone."""
@@ -22,6 +22,7 @@ class Weights:
 
     def __init__(self, params: list[Tensor], model: nn.Module | None) -> None:
         self.params, self.model = params, model
+        self._buffers = {} if model is None else dict(model.named_buffers())
         self.jumped = False
         """Whether the model was given another lane's values, or earlier ones."""
         self.holder: Any = None
@@ -90,5 +91,5 @@ class Weights:
 
     def buffers(self) -> Copy:
         """The buffers themselves, except those of which one number stands for several."""
-        buffers = () if self.model is None else self.model.buffers()
-        return [local(buffer.detach()) for buffer in buffers if not is_expanded(buffer)]
+        buffers = {} if self.model is None else own_buffers(self.model, self._buffers)
+        return [local(buffer.detach()) for buffer in buffers.values()]

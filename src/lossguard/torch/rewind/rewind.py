@@ -39,8 +39,8 @@ class RewindEvent(NamedTuple):
         kind: it went back; or there was an alarm at which it didn't; or no step since the snapshot
             was finite, which is set back at the same rate; or the buffers alone weren't finite, as
             after a forward pass of inputs that aren't, and were set back.
-        cause: "loss" after an alarm, "audit" after one of the audits, "model" if the model, or only
-            its buffers, weren't finite.
+        cause: "loss" after an alarm, "audit" after one of the audits, "model" if the model, only
+            its buffers, or the optimizer's memory, weren't finite.
         call: of ``observe``, from 1.
         thrown: steps that the return threw away.
         in_a_row: returns to this snapshot, this one included.
@@ -135,7 +135,7 @@ class Rewind(Uncopied):
         process_group: "distributed.ProcessGroup | None" = None,
     ) -> None:
         check_kind("model", model, nn.Module, "nn.Linear(2, 1)")
-        check_made(model.parameters())
+        check_made([*model.parameters(), *model.buffers()])
         optimizers = all_innermost(optimizer)
         check_functions(audit=audit, callback=callback)
         self._rule = Rule(window, rho, factor, rise, every)
@@ -185,7 +185,7 @@ class Rewind(Uncopied):
 
     def state_dict(self) -> dict[str, Any]:
         """All but the events, uncopied. Load the model's and the optimizer's own states first."""
-        _, _, *unread = self._live.numbers(self._unread).tolist()  # waits for copies to the host
+        _, _, _, *unread = self._live.numbers(self._unread).tolist()  # waits for copies to the host
         rest = {"unread": unread, "options": self._options, "rule": self._rule.numbers()}
         return self._live.pack(self._trusted, self._candidate) | rest
 
@@ -218,10 +218,10 @@ class Rewind(Uncopied):
     @torch.no_grad()
     def _read(self) -> None:
         """Hear all losses since the last read; one wait for the device."""
-        sound, kept, *told = mean_of_ranks(self._live.numbers(self._unread), self._group).tolist()
+        numbers = self._live.numbers(self._unread, memory=self._rule.may_end(len(self._unread)))
+        sound, kept, remembers, *told = mean_of_ranks(numbers, self._group).tolist()
         losses, skipped = told[::2], [flag > 0 for flag in told[1::2]]
-        self._unread, finite = [], sound == 1
-        undone = False
+        self._unread, finite, undone = [], sound == 1, False
         if not finite and self._last is not None:
             self._live.load(self._last)
             undone, skipped[-1], finite = not skipped[-1], True, True
@@ -237,8 +237,10 @@ class Rewind(Uncopied):
             self._go_back("loss", late)
         elif not finite:
             self._go_back("model", 0)
-        elif ends:
+        elif ends and remembers == 1:
             self._new_candidate()
+        elif ends and self._rule.may_return(0):  # its steps are 0 from now on, or soon NaN
+            self._go_back("model", 0)
         elif self._rule.idle and self._rule.age == 0:
             self._live.load(self._trusted)  # momentum and weight decay have moved it
             self._tell("idle", "loss", 0)

@@ -108,6 +108,10 @@ class Rule:
         """Whether the run may go back from wherever it is at the next read."""
         return self.may_return(self.every)
 
+    def may_end(self, unheard: int) -> bool:
+        """Whether so many more losses may end the block."""
+        return len(self.losses) + unheard >= self.block
+
     def hear(
         self, losses: Sequence[float], skipped: Sequence[bool], *, undone: bool = False
     ) -> tuple[bool, bool, bool, int | None]:

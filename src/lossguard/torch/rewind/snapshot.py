@@ -16,7 +16,7 @@ from lossguard.torch.arguments import innermost
 from lossguard.torch.memory import entries_of, refuse_copies
 from lossguard.torch.ranks import check_rank, this_rank
 from lossguard.torch.rates import options_of, set_back, set_rate
-from lossguard.torch.tensors import Number, are_finite, is_expanded, local, stacked
+from lossguard.torch.tensors import Number, are_finite, is_expanded, local, own_buffers, stacked
 from lossguard.validation import check_kind
 
 Saved = dict[str, Any]
@@ -40,24 +40,12 @@ class Live:
         offload: Offload,
     ) -> None:
         self.model, self.optimizers, self.also = model, optimizers, also
-        self.place: Place = torch.device("cpu") if offload else None
         self.names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
-        if not isinstance(offload, bool | str | os.PathLike):
-            raise ValueError(f"offload must be True, False or a folder, got {offload!r}")
-        check_kind("schedulers", also, Sequence, "[scheduler]")
-        for one in also:
-            saves = [callable(getattr(one, f"{how}state_dict", None)) for how in ("", "load_")]
-            if not all(saves) or _optimizer_of(one) not in (None, *optimizers):
-                raise ValueError(
-                    "schedulers must each have state_dict and load_state_dict, and be of this "
-                    f"optimizer if of any, got a {type(one).__name__}"
-                )
-        if not isinstance(offload, bool):
-            self.place = Path(offload)
-            if any(hasattr(param, "to_local") for param in self.names):
-                raise ValueError(f"offload must be True or False for shards, got {offload!r}")
-            if not self.place.is_dir():
-                raise ValueError(f"offload must be a folder that is there, got {str(offload)!r}")
+        self._shapes = {param: param.shape for param in self.names}
+        self._buffers = dict(model.named_buffers())
+        _check_schedulers(also, optimizers)
+        sharded = any(hasattr(param, "to_local") for param in self.names)
+        self.place = _place_of(offload, sharded=sharded)
         self.own: set[str] = set()
         """What the optimizers' own steps change in their groups, which goes back as well."""
         for group in (group for one in optimizers for group in one.param_groups):
@@ -66,7 +54,8 @@ class Live:
                     "optimizer must have a rate, lr, in each of its groups, got one without"
                 )
         self._finite: dict[str, bool] = {}
-        """Of each buffer whether it was when it was first seen: masks of attention aren't."""
+        """Of each buffer, and each memory of a parameter, whether it was when it was first seen:
+        masks of attention aren't."""
         frozen = (param for param in self.names if not param.requires_grad)
         masks = {p for p in frozen if not (are_finite([p]) or local(p).isnan().any())}
         self._numbers = [param for param in self.names if param not in masks]
@@ -93,10 +82,10 @@ class Live:
     def tensors(self) -> dict[str, Tensor]:
         """Parameters, and the buffers as they are now: a forward pass may put others there."""
         for name, param in self.model.named_parameters():
-            if param not in self.names:
+            if self._shapes.get(param) != param.shape:
                 raise ValueError(
                     "model must have the parameters that it had when Rewind was built, got another "
-                    f"one, {name} (build another Rewind)"
+                    f"one, or of another shape, {name} (build another Rewind)"
                 )
         return {name: param for param, name in self.names.items()} | self.buffers()
 
@@ -109,9 +98,27 @@ class Live:
         known = (b for name, b in self.buffers().items() if self._finite.get(name))
         return are_finite(self._numbers), are_finite(known)
 
-    def numbers(self, unread: Sequence[tuple[Number, Number]]) -> Tensor:
-        """These two, and losses, each with whether the gradients of its step weren't finite."""
-        sound = [bool(one) if one.is_cpu else one for one in self.are_finite()]
+    def _were_finite(self, tensors: dict[str, Tensor]) -> list[Tensor]:
+        """Those that were finite when they were first seen."""
+        for name in tensors.keys() - self._finite.keys():
+            self._finite[name] = bool(are_finite([tensors[name]]))
+        return [one for name, one in tensors.items() if self._finite[name]]
+
+    def remembers_numbers(self) -> Tensor:
+        """Whether what the optimizers remember of each parameter is finite."""
+        memory = {
+            f"{self.names[param]} {key}": value
+            for param, one in self.trained().items()
+            for key, value in one.state.get(param, {}).items()
+            if isinstance(value, Tensor)
+        }
+        return are_finite(self._were_finite(memory))
+
+    def numbers(self, unread: Sequence[tuple[Number, Number]], *, memory: bool = False) -> Tensor:
+        """These two, whether the optimizers' memory is, if asked for, and losses, each with
+        whether the gradients of its step weren't finite."""
+        third = self.remembers_numbers() if memory else torch.tensor(True, device="cpu")
+        sound = [bool(one) if one.is_cpu else one for one in (*self.are_finite(), third)]
         return stacked([*sound, *chain.from_iterable(unread)])
 
     @torch.no_grad()
@@ -135,9 +142,7 @@ class Live:
             if entries_of(param, one.state.get(param, {}))
         }
         others = {str(k): _of_no_parameter(one) for k, one in enumerate(self.optimizers)}
-        for name, buffer in self.buffers().items():
-            if name not in self._finite:
-                self._finite[name] = bool(are_finite([buffer]))
+        self._were_finite(self.buffers())
         now = {"model": self.tensors(), "optimizer": remembered, "others": others}
         now["also"] = [one.state_dict() for one in self.also]
         groups = [[options_of(group) for group in one.param_groups] for one in self.optimizers]
@@ -146,7 +151,7 @@ class Live:
     @torch.no_grad()
     def load_buffers(self, saved: Saved) -> None:
         """Set them back alone, but for those that came later or have grown since."""
-        for name, buffer in self.buffers().items():
+        for name, buffer in own_buffers(self.model, self._buffers).items():
             before = saved["model"].get(name)
             if before is not None and before.shape == buffer.shape:
                 made_in_validation = torch.inference_mode(buffer.is_inference())
@@ -157,6 +162,7 @@ class Live:
     @torch.no_grad()
     def load(self, saved: Saved) -> None:
         """Set all of it back, in place."""
+        self.tensors()  # the shapes are as they were
         self.load_buffers(saved)
         for param, name in self.names.items():
             param.copy_(saved["model"][name], non_blocking=True)
@@ -223,6 +229,31 @@ class Live:
             snapshots.append(copied({**whole, "optimizer": memory}, place))
         trusted, candidate = snapshots
         return trusted, candidate, set(state["own"].split())
+
+
+def _check_schedulers(schedulers: Any, optimizers: Sequence[Optimizer]) -> None:
+    """Refuse what can't be saved and set back, or is another optimizer's."""
+    check_kind("schedulers", schedulers, Sequence, "[scheduler]")
+    for one in schedulers:
+        saves = [callable(getattr(one, f"{how}state_dict", None)) for how in ("", "load_")]
+        if not all(saves) or _optimizer_of(one) not in (None, *optimizers):
+            raise ValueError(
+                "schedulers must each have state_dict and load_state_dict, and be of this "
+                f"optimizer if of any, got a {type(one).__name__}"
+            )
+
+
+def _place_of(offload: Any, *, sharded: bool) -> Place:
+    """Where the copies go."""
+    if isinstance(offload, bool):
+        return torch.device("cpu") if offload else None
+    if not isinstance(offload, str | os.PathLike):
+        raise ValueError(f"offload must be True, False or a folder, got {offload!r}")
+    if sharded:
+        raise ValueError(f"offload must be True or False for shards, got {offload!r}")
+    if not Path(offload).is_dir():
+        raise ValueError(f"offload must be a folder that is there, got {str(offload)!r}")
+    return Path(offload)
 
 
 def _set_back(optimizer: Optimizer, settings: list[dict[str, Any]]) -> None:

@@ -225,10 +225,41 @@ def test_a_memory_that_a_finite_gradient_makes_infinite_goes_back():
     (event,) = rewind.events
     assert (event.kind, event.cause, event.call, event.thrown) == ("return", "model", 80, 16)
     assert optimizer.state[model.weight]["exp_avg_sq"].isfinite()
-    # What was infinite when it was first seen is the optimizer's affair, and no cause.
-    optimizer.state[model.weight]["best"] = torch.tensor(math.inf)
-    drive(rewind, model, optimizer, [1.0] * 64)
-    assert len(rewind.events) == 1
+    assert rewind.thrown == 16
+
+
+def test_an_infinite_memory_is_seen_after_a_resume_and_in_the_first_block():
+    for burst, before in ((70, 72), (6, 10)):
+        model, optimizer = one_weight(torch.optim.AdamW, lr=0.01)
+        rewind = Rewind(model.float(), optimizer, window=WINDOW, every=4)
+        drive(rewind, model, optimizer, [1.0] * burst)
+        drive(rewind, model, optimizer, [1.0], gradient=1e25)
+        drive(rewind, model, optimizer, [1.0] * (before - burst - 1))
+        model, twin = copy.deepcopy(model), rewind
+        optimizer_state, state = copy.deepcopy(optimizer.state_dict()), rewind.state_dict()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        optimizer.load_state_dict(optimizer_state)
+        rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+        rewind.load_state_dict(copy.deepcopy(state))
+        drive(rewind, model, optimizer, [1.0] * 32)
+        assert rewind.returns == 1 and twin.returns == 0
+        assert optimizer.state[model.weight]["exp_avg_sq"].isfinite()
+
+
+def test_a_memory_that_no_return_makes_finite_is_the_optimizers_affair():
+    """After three returns to where it was not there yet."""
+
+    class Bounds(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            for p in self.param_groups[0]["params"]:
+                self.state[p]["least"] = torch.tensor(math.inf)
+
+    model, optimizer = one_weight(Bounds)
+    rewind = Rewind(model, optimizer, window=WINDOW, every=4)
+    drive(rewind, model, optimizer, [1.0] * 400)
+    assert [event.cause for event in rewind.events] == ["model"] * 3
+    assert rewind._trusted["optimizer"] and rewind.thrown == 48
 
 
 def goes_wrong(model, optimizer, rewind, inputs, steps, fault=0.0):

@@ -154,11 +154,14 @@ def own_buffers(model: nn.Module, known: dict[str, Tensor]) -> dict[str, Tensor]
     user's, the model gets a copy of it.
     """
     found = {name: b for name, b in model.named_buffers() if not is_expanded(b)}
-    for name, buffer in found.items():
-        if known.get(name) is not buffer:
-            module, _, its_name = name.rpartition(".")
-            found[name] = known[name] = buffer.detach().clone()
-            setattr(model.get_submodule(module), its_name, known[name])
+    others = {b: b.detach().clone() for name, b in found.items() if known.get(name) is not b}
+    if others:
+        for module in model.modules():  # several may have the same one
+            for key, buffer in module._buffers.items():
+                if buffer is not None and buffer in others:
+                    module._buffers[key] = others[buffer]
+        found = {name: others.get(buffer, buffer) for name, buffer in found.items()}
+        known.update(found)
     return found
 
 

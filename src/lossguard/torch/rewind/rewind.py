@@ -237,10 +237,10 @@ class Rewind(Uncopied):
             self._go_back("loss", late)
         elif not finite:
             self._go_back("model", 0)
-        elif ends and remembers == 1:
+        elif ends and remembers < 1 and self._live.has_lost(self._trusted, self._group):
+            self._go_back("model", 0)  # steps are 0 from now on, or soon NaN
+        elif ends:
             self._new_candidate()
-        elif ends and self._rule.may_return(0):  # its steps are 0 from now on, or soon NaN
-            self._go_back("model", 0)
         elif self._rule.idle and self._rule.age == 0:
             self._live.load(self._trusted)  # momentum and weight decay have moved it
             self._tell("idle", "loss", 0)

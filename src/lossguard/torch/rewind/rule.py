@@ -109,8 +109,8 @@ class Rule:
         return self.may_return(self.every)
 
     def may_end(self, unheard: int) -> bool:
-        """Whether so many more losses may end the block."""
-        return len(self.losses) + unheard >= self.block
+        """Whether so many more losses may end the block, and the run may go back then."""
+        return len(self.losses) + unheard >= self.block and self.can_always_return
 
     def hear(
         self, losses: Sequence[float], skipped: Sequence[bool], *, undone: bool = False

@@ -14,9 +14,18 @@ from torch.optim import Optimizer
 
 from lossguard.torch.arguments import innermost
 from lossguard.torch.memory import entries_of, refuse_copies
-from lossguard.torch.ranks import check_rank, this_rank
+from lossguard.torch.ranks import check_rank, mean_of_ranks, this_rank
 from lossguard.torch.rates import options_of, set_back, set_rate
-from lossguard.torch.tensors import Number, are_finite, is_expanded, local, own_buffers, stacked
+from lossguard.torch.tensors import (
+    PLAIN,
+    Number,
+    are_finite,
+    is_expanded,
+    is_sharded,
+    local,
+    own_buffers,
+    stacked,
+)
 from lossguard.validation import check_kind
 
 Saved = dict[str, Any]
@@ -43,19 +52,14 @@ class Live:
         self.names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
         self._shapes = {param: param.shape for param in self.names}
         self._buffers = dict(model.named_buffers())
+        _check_rates(optimizers)
         _check_schedulers(also, optimizers)
         sharded = any(hasattr(param, "to_local") for param in self.names)
         self.place = _place_of(offload, sharded=sharded)
         self.own: set[str] = set()
         """What the optimizers' own steps change in their groups, which goes back as well."""
-        for group in (group for one in optimizers for group in one.param_groups):
-            if group.get("lr") is None:
-                raise ValueError(
-                    "optimizer must have a rate, lr, in each of its groups, got one without"
-                )
         self._finite: dict[str, bool] = {}
-        """Of each buffer, and each memory of a parameter, whether it was when it was first seen:
-        masks of attention aren't."""
+        """Of each buffer whether it was when it was first seen: masks of attention aren't."""
         frozen = (param for param in self.names if not param.requires_grad)
         masks = {p for p in frozen if not (are_finite([p]) or local(p).isnan().any())}
         self._numbers = [param for param in self.names if param not in masks]
@@ -98,26 +102,28 @@ class Live:
         known = (b for name, b in self.buffers().items() if self._finite.get(name))
         return are_finite(self._numbers), are_finite(known)
 
-    def _were_finite(self, tensors: dict[str, Tensor]) -> list[Tensor]:
-        """Those that were finite when they were first seen."""
-        for name in tensors.keys() - self._finite.keys():
-            self._finite[name] = bool(are_finite([tensors[name]]))
-        return [one for name, one in tensors.items() if self._finite[name]]
-
-    def remembers_numbers(self) -> Tensor:
-        """Whether what the optimizers remember of each parameter is finite."""
-        memory = {
-            f"{self.names[param]} {key}": value
+    def memory(self) -> dict[tuple[str, str], Tensor]:
+        """What the optimizers remember of each parameter, by its name and their own."""
+        return {
+            (self.names[param], key): value
             for param, one in self.trained().items()
             for key, value in one.state.get(param, {}).items()
-            if isinstance(value, Tensor)
+            if (type(value) in PLAIN and not value.is_meta) or is_sharded(value)
         }
-        return are_finite(self._were_finite(memory))
+
+    def has_lost(self, since: Saved, group: Any) -> bool:
+        """Whether on any rank a memory isn't finite that was so in a snapshot, or wasn't there."""
+        lost = False
+        for (name, key), value in self.memory().items():
+            before = since["optimizer"].get(name, {}).get(key)
+            if not are_finite([value]):
+                lost |= before is None or bool(are_finite([before]))
+        return mean_of_ranks(torch.tensor(float(lost), device="cpu"), group).item() > 0
 
     def numbers(self, unread: Sequence[tuple[Number, Number]], *, memory: bool = False) -> Tensor:
         """These two, whether the optimizers' memory is, if asked for, and losses, each with
         whether the gradients of its step weren't finite."""
-        third = self.remembers_numbers() if memory else torch.tensor(True, device="cpu")
+        third = are_finite(self.memory().values() if memory else ())
         sound = [bool(one) if one.is_cpu else one for one in (*self.are_finite(), third)]
         return stacked([*sound, *chain.from_iterable(unread)])
 
@@ -142,7 +148,9 @@ class Live:
             if entries_of(param, one.state.get(param, {}))
         }
         others = {str(k): _of_no_parameter(one) for k, one in enumerate(self.optimizers)}
-        self._were_finite(self.buffers())
+        for name, buffer in self.buffers().items():
+            if name not in self._finite:
+                self._finite[name] = bool(are_finite([buffer]))
         now = {"model": self.tensors(), "optimizer": remembered, "others": others}
         now["also"] = [one.state_dict() for one in self.also]
         groups = [[options_of(group) for group in one.param_groups] for one in self.optimizers]
@@ -229,6 +237,12 @@ class Live:
             snapshots.append(copied({**whole, "optimizer": memory}, place))
         trusted, candidate = snapshots
         return trusted, candidate, set(state["own"].split())
+
+
+def _check_rates(optimizers: Sequence[Optimizer]) -> None:
+    """Refuse optimizers without a rate to lower."""
+    if any(group.get("lr") is None for one in optimizers for group in one.param_groups):
+        raise ValueError("optimizer must have a rate, lr, in each of its groups, got one without")
 
 
 def _check_schedulers(schedulers: Any, optimizers: Sequence[Optimizer]) -> None:

@@ -146,14 +146,19 @@ def is_expanded(tensor: Tensor) -> bool:
     return any(size > 1 and stride == 0 for size, stride in sizes)
 
 
+def buffers_of(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers of which each number is its own, by name."""
+    return {name: buffer for name, buffer in model.named_buffers() if not is_expanded(buffer)}
+
+
 @torch.no_grad()
 def own_buffers(model: nn.Module, known: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The buffers of which each number is its own, by name, to be written to.
+    """``buffers_of``, to be written to.
 
     Where a forward pass has put another tensor than is ``known``, such as its input, which is the
     user's, the model gets a copy of it.
     """
-    found = {name: b for name, b in model.named_buffers() if not is_expanded(b)}
+    found = buffers_of(model)
     others = {b: b.detach().clone() for name, b in found.items() if known.get(name) is not b}
     if others:
         for module in model.modules():  # several may have the same one

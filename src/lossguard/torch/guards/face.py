@@ -85,6 +85,11 @@ class Face(arguments.Uncopied, Optimizer):
         self.check_between("eval")
         self._leader.enter("eval")
 
+    @property
+    def itself(self) -> Any:
+        """The guard, also beneath what Lightning makes of it: that has a copy of its attributes."""
+        return vars(self).get("_optimizer", self)
+
     def check_between(self, call: str) -> None:
         """Refuse a call within a minibatch."""
         if self._order:

@@ -104,9 +104,9 @@ class Guard(Face):
         Raises:
             ValueError: if there are gradients before it, or the body steps but by ``lane.step``.
         """
-        itself = vars(self).get("_optimizer", self)  # beneath what Lightning makes of it
-        itself._call(itself._optimizer_step_pre_hooks)
-        yield from itself._loop(itself._optimizer_step_post_hooks)
+        guard = self.itself
+        guard._call(guard._optimizer_step_pre_hooks)
+        yield from guard._loop(guard._optimizer_step_post_hooks)
 
     def _loop(self, hooks: Hooks) -> Generator[Lane, None, None]:
         """``lanes``; the hooks are called once the minibatch counts."""
@@ -216,7 +216,7 @@ class Guard(Face):
             ValueError: if it wasn't, or the state is damaged. This one is as it was before, then.
         """
         with held():
-            saving.load(vars(self).get("_optimizer", self), state_dict)
+            saving.load(self.itself, state_dict)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

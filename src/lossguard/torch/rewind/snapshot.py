@@ -20,7 +20,8 @@ from lossguard.torch.tensors import (
     PLAIN,
     Number,
     are_finite,
-    is_expanded,
+    buffers_of,
+    finite,
     is_sharded,
     local,
     own_buffers,
@@ -83,23 +84,23 @@ class Live:
                     )
         return found
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Parameters, and the buffers as they are now: a forward pass may put others there."""
+    def check_parameters(self) -> None:
+        """Refuse a model that has others than when ``Rewind`` was built, or of other shapes."""
         for name, param in self.model.named_parameters():
             if self._shapes.get(param) != param.shape:
                 raise ValueError(
                     "model must have the parameters that it had when Rewind was built, got another "
                     f"one, or of another shape, {name} (build another Rewind)"
                 )
-        return {name: param for param, name in self.names.items()} | self.buffers()
 
-    def buffers(self) -> dict[str, Tensor]:
-        """Those of which each number is its own."""
-        return {n: b for n, b in self.model.named_buffers() if not is_expanded(b)}
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters, and the buffers as they are now: a forward pass may put others there."""
+        self.check_parameters()
+        return {name: param for param, name in self.names.items()} | buffers_of(self.model)
 
     def are_finite(self) -> tuple[Tensor, Tensor]:
         """Whether parameters and buffers are, as tensors on their device: nothing waits."""
-        known = (b for name, b in self.buffers().items() if self._finite.get(name))
+        known = (b for name, b in buffers_of(self.model).items() if self._finite.get(name))
         return are_finite(self._numbers), are_finite(known)
 
     def memory(self) -> dict[tuple[str, str], Tensor]:
@@ -116,8 +117,7 @@ class Live:
         lost = False
         for (name, key), value in self.memory().items():
             before = since["optimizer"].get(name, {}).get(key)
-            if not are_finite([value]):
-                lost |= before is None or bool(are_finite([before]))
+            lost |= not finite(value) and (before is None or finite(before))
         return mean_of_ranks(torch.tensor(float(lost), device="cpu"), group).item() > 0
 
     def numbers(self, unread: Sequence[tuple[Number, Number]], *, memory: bool = False) -> Tensor:
@@ -148,7 +148,7 @@ class Live:
             if entries_of(param, one.state.get(param, {}))
         }
         others = {str(k): _of_no_parameter(one) for k, one in enumerate(self.optimizers)}
-        for name, buffer in self.buffers().items():
+        for name, buffer in buffers_of(self.model).items():
             if name not in self._finite:
                 self._finite[name] = bool(are_finite([buffer]))
         now = {"model": self.tensors(), "optimizer": remembered, "others": others}
@@ -170,7 +170,7 @@ class Live:
     @torch.no_grad()
     def load(self, saved: Saved) -> None:
         """Set all of it back, in place."""
-        self.tensors()  # the shapes are as they were
+        self.check_parameters()
         self.load_buffers(saved)
         for param, name in self.names.items():
             param.copy_(saved["model"][name], non_blocking=True)

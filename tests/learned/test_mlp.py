@@ -64,28 +64,29 @@ def updates_of(
     return updates, state
 
 
-def assert_equal(weights: MLPWeights, params: list[np.ndarray], size: float = 1.0) -> None:
-    """Each update of each tensor is that of the equations."""
-    gradients = [random_gradients(p.shape, size) for p in params]
-    ours, _ = updates_of(mlp_optimizer(weights), jax.tree.map(jnp.float32, params), gradients)
-    for p, of_tensor, updates in zip(params, gradients, ours, strict=True):
-        memory = mlp_reference.start(p)
-        for gradient, update in zip(np.asarray(of_tensor), updates, strict=True):
-            expected, memory = mlp_reference.step(weights, memory, gradient, p)
-            p = p + expected
-            np.testing.assert_allclose(update, expected, rtol=2e-4, atol=1e-7)
+def assert_equal(weights: MLPWeights, params: list[np.ndarray], *sizes: float) -> None:
+    """Each update of each tensor is that of the equations, under gradients of these sizes."""
+    optimizer = mlp_optimizer(weights)
+    for size in sizes:
+        gradients = [random_gradients(p.shape, size) for p in params]
+        ours, _ = updates_of(optimizer, jax.tree.map(jnp.float32, params), gradients)
+        for p, of_tensor, updates in zip(params, gradients, ours, strict=True):
+            memory = mlp_reference.start(p)
+            for gradient, update in zip(np.asarray(of_tensor), updates, strict=True):
+                expected, memory = mlp_reference.step(weights, memory, gradient, p)
+                p = p + expected
+                np.testing.assert_allclose(update, expected, rtol=2e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("size", [1e-4, 1.0, 100.0])
-def test_equals_the_equations(mlp_weights: MLPWeights, size: float) -> None:
+def test_equals_the_equations(mlp_weights: MLPWeights) -> None:
     params = [np.asarray(np.random.default_rng(0).normal(size=shape)) for shape in SHAPES]
-    assert_equal(mlp_weights, params, size)
+    assert_equal(mlp_weights, params, 1e-4, 1.0, 100.0)
 
 
 @pytest.mark.parametrize(("hidden", "layers"), [(7, 1), (3, 3)])
 def test_equals_the_equations_with_other_sizes(hidden: int, layers: int) -> None:
     weights = init_mlp_weights(jax.random.key(4), hidden=hidden, layers=layers)
-    assert_equal(weights, [np.ones((4, 3))])
+    assert_equal(weights, [np.ones((4, 3))], 1.0)
 
 
 def test_equals_the_published_code() -> None:
@@ -193,7 +194,7 @@ def test_is_vmapped_and_differentiated_over_weights() -> None:
 
 
 def test_an_empty_array_changes_nothing() -> None:
-    p, weights = jnp.ones((4, 3)), init_mlp_weights(jax.random.key(0))
+    p, weights = jnp.ones((4, 3)), init_mlp_weights(jax.random.key(0), hidden=2, layers=1)
 
     def moved(weights: MLPWeights, params: PyTree) -> Array:
         optimizer = mlp_optimizer(weights)
@@ -203,7 +204,7 @@ def test_an_empty_array_changes_nothing() -> None:
     with jax.debug_nans():
         slopes, expected = (
             jax.jit(jax.grad(moved))(weights, {"p": p, **more})
-            for more in ({"empty": jnp.zeros(0), "none": jnp.zeros((0, 3))}, {})
+            for more in ({"none": jnp.zeros((0, 3))}, {})
         )
     for ours, theirs in zip(jax.tree.leaves(slopes), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)

@@ -40,6 +40,8 @@ TINY = MLPTraining(
     sigma=0.02,
 )
 
+SHORT = dataclasses.replace(TINY, family=TINY.family[:1], meta_steps=2)
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -87,7 +89,7 @@ def test_stopped_it_goes_on_to_the_same_weights(whole, tmp_path, monkeypatch) ->
 def test_other_weights_than_it_went_on_from_are_refused(whole: Path, tmp_path: Path) -> None:
     first = tmp_path / "first.safetensors"
     first.write_bytes((whole / loop.WEIGHTS).read_bytes())
-    config = dataclasses.replace(TINY, start_from=str(first))
+    config = dataclasses.replace(SHORT, start_from=str(first))
     folder = metatrain(config, tmp_path / "run").parent
     assert "the file first.safetensors" in records.read_run(folder)[1][records.INPUTS]
 
@@ -101,13 +103,13 @@ def test_other_weights_than_it_went_on_from_are_refused(whole: Path, tmp_path: P
 
 
 def test_rollouts_that_are_over_begin_again() -> None:
-    method = dataclasses.replace(TINY, longest=2).method()  # of one piece each
+    method = dataclasses.replace(SHORT, longest=2).method()  # of one piece each
     key = jax.random.key(0)
     weights, inner = method.start(key)
     _, _, after = eqx.filter_jit(method.gradient)(weights, inner, key, jnp.int32(0))
     for pairs in after.values():
         assert not pairs.plus.step.any() and not jax.tree.leaves(pairs.walked)[0].any()
-    longer = dataclasses.replace(TINY, shortest=4, longest=4).method()
+    longer = dataclasses.replace(SHORT, shortest=4, longest=4).method()
     weights, inner = longer.start(key)
     _, gradient, after = eqx.filter_jit(longer.gradient)(weights, inner, key, jnp.int32(0))
     for pairs in after.values():
@@ -122,7 +124,7 @@ def test_rollouts_that_are_over_begin_again() -> None:
 def test_a_stage_trains_its_own_part(whole: Path, tmp_path: Path, stage: str) -> None:
     """Of given weights, whatever their size."""
     given = whole / loop.WEIGHTS
-    config = dataclasses.replace(TINY, start_from=str(given), stage=stage, hidden=7)
+    config = dataclasses.replace(SHORT, start_from=str(given), stage=stage, hidden=7)
     files = given, metatrain(config, tmp_path / "run")
     before, after = (load_weights(file).weights for file in files)
     for trained, was, now in (

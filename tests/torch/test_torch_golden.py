@@ -1,6 +1,8 @@
 """The PyTorch guards follow the JAX ones: same problem, same optimizers, same decisions."""
 
 import math
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -60,45 +62,63 @@ def broken_loss_of(params, i):
     return loss_of(params, i) + torch.sqrt(fine + 0 * params[0].sum()) - fine
 
 
-def adam(rate):
+class AdamOf(NamedTuple):
     """Optax adds its epsilon to the same root as PyTorch."""
-    return optax.adam(rate), lambda params: Adam(params, lr=rate)
+
+    rate: float
+
+    def in_optax(self):
+        return optax.adam(self.rate)
+
+    def in_torch(self, params):
+        return Adam(params, lr=self.rate)
+
+
+class SGDOf(NamedTuple):
+    rates: np.ndarray
+    """Of each step."""
+    momentum: float | None = None
+
+    def in_optax(self):
+        return optax.sgd(lambda t: self.rates[t], self.momentum)
+
+    def in_torch(self, params):
+        first, momentum = float(self.rates[0]), self.momentum or 0
+        if (self.rates == first).all():
+            return SGD(params, lr=first, momentum=momentum)
+        return Scheduled(params, self.rates)
+
+
+class Scheduled(SGD):
+    """It counts the steps of the run, as a schedule of optax does."""
+
+    def __init__(self, params, rates):
+        super().__init__(params)
+        self.rates, self.param_groups[0]["clock"] = rates, 0
+
+    def step(self, closure=None):
+        (group,) = self.param_groups
+        group["lr"] = float(self.rates[group["clock"]])
+        group["clock"] += 1
+        return super().step(closure)
+
+
+STEPS = np.arange(len(X))
+adam = AdamOf
 
 
 def sgd(rate, momentum=None):
-    return optax.sgd(rate, momentum), lambda params: SGD(params, lr=rate, momentum=momentum or 0)
+    return SGDOf(np.full(len(X), rate), momentum)
 
 
 def falls_behind(rate, after, later=1.0, until=math.inf):
     """For a while its rate is another one; at 1 the run diverges."""
-
-    def schedule(t):
-        return jnp.where((t >= after) & (t < until), later, rate)
-
-    return scheduled(schedule)
+    return SGDOf(np.where((after <= STEPS) & (until > STEPS), later, rate))
 
 
 def breaks_cycles(rate, after):
     """From a step on the last step of each cycle leads to infinity."""
-    return scheduled(lambda t: jnp.where((t >= after) & (t % NT == NT - 1), jnp.inf, rate))
-
-
-def scheduled(schedule):
-    return optax.sgd(schedule), lambda params: Scheduled(params, schedule)
-
-
-class Scheduled(SGD):
-    """The same in PyTorch: it counts the steps of the run, as a schedule of optax does."""
-
-    def __init__(self, params, schedule):
-        super().__init__(params)
-        self.schedule, self.param_groups[0]["clock"] = schedule, 0
-
-    def step(self, closure=None):
-        (group,) = self.param_groups
-        group["lr"] = float(self.schedule(group["clock"]))
-        group["clock"] += 1
-        return super().step(closure)
+    return SGDOf(np.where((after <= STEPS) & (STEPS % NT == NT - 1), np.inf, rate))
 
 
 PAIRS = {
@@ -135,34 +155,47 @@ CASES = [
 ]
 
 
-def both(name, pairs, checked=False, **options):
-    """What makes the guard of these optimizers in PyTorch from parameters; and the one in JAX.
+def in_pytorch(name, optimizers, checked=False, **options):
+    """What makes the guard of these optimizers from parameters.
 
     ``checked``: by held-out losses that rank them the other way round.
     """
-    theirs, makers = zip(*pairs, strict=True)
 
     def build(params):
-        ours, kind = [make(params) for make in makers], name.title().replace("_", "")
+        ours, kind = [one.in_torch(params) for one in optimizers], name.title().replace("_", "")
         given = [ours] if name == "best_of" else ours
         check = {"check": lambda j: -loss_of(params, j + 7)} if checked else {}
         if kind == "LossGuard":
             check = {"check": lambda k: loss_of(params, k // 5 * 15 + 10 + k % 5)}  # as in JAX
         return getattr(guards, kind)(*given, model=None, nt=NT, **options, **check)
 
+    return build
+
+
+def guard_of(name, optimizers, checked=False, **options):
+    """The same in JAX."""
+    theirs = [one.in_optax() for one in optimizers]
     if name == "best_of":
         members = [lossguard.unguarded(one, nt=NT) for one in theirs]
         check = {"check": lambda params, j: -objective(params, j + 7)} if checked else {}
-        return build, lossguard.best_of(members, **options, **check)
-    return build, getattr(lossguard, name)(*theirs, nt=NT, **options)
+        return lossguard.best_of(members, **options, **check)
+    return getattr(lossguard, name)(*theirs, nt=NT, **options)
 
 
-def in_jax(guard, objective=objective):
-    """The parameters and the decision after each cycle."""
-    state = guard.init(tuple(map(jnp.asarray, START)))
-    step = jax.jit(lambda state: guard.step(state, objective))
+@partial(jax.jit, static_argnames=("name", "objective", "options"))
+def cycle(name, objective, options, optimizers, factors, state):
+    """One program for all optimizers of a kind: rates are its arguments."""
+    guard = guard_of(name, optimizers, **dict(options))
+    return guard.step(state, lambda params, i: objective(params, i) * factors[i])
+
+
+def in_jax(name, optimizers, objective=objective, factors=None, **options):
+    """The parameters and the decision after each cycle; losses are times factors, if given."""
+    factors = np.ones(len(X)) if factors is None else factors
+    given = tuple(options.items())
+    state = guard_of(name, optimizers, **options).init(tuple(map(jnp.asarray, START)))
     for _ in range(CYCLES):
-        state, decision = step(state)
+        state, decision = cycle(name, objective, given, tuple(optimizers), factors, state)
         yield state.params, decision
 
 
@@ -200,11 +233,24 @@ def assert_same(in_torch, in_jax):
     return winners
 
 
+def compare(name, optimizers, body=False, factors=None, **options):
+    """The winners, which are the same in both."""
+
+    def times_factor(params, i):
+        return loss_of(params, i) * factors[i]
+
+    made = in_torch(
+        in_pytorch(name, optimizers, **options),
+        body,
+        loss_of if factors is None else times_factor,
+    )
+    return assert_same(made, in_jax(name, optimizers, factors=factors, **options))
+
+
 @pytest.mark.parametrize(("name", "options", "pair"), CASES)
 def test_two_optimizers(name, options, pair):
-    build, guard = both(name, PAIRS[pair], **options)
     body = name != "residual_guard" and pair == "adam over sgd"
-    winners = assert_same(in_torch(build, body), in_jax(guard))
+    winners = compare(name, PAIRS[pair], body, **options)
     assert len(winners) == CYCLES
     if pair == "diverges":
         assert winners[0] == 0 or name != "recommended"
@@ -215,33 +261,27 @@ def test_two_optimizers(name, options, pair):
 @pytest.mark.parametrize(("share", "checked"), [(None, False), (0.25, True)])
 def test_best_of(share, checked):
     several = [adam(0.02), sgd(0.05), sgd(1e80), sgd(0.3)]
-    build, guard = both("best_of", several, checked, share=share)
-    assert len(assert_same(in_torch(build), in_jax(guard))) == CYCLES
+    assert len(compare("best_of", several, share=share, checked=checked)) == CYCLES
 
 
 @pytest.mark.parametrize("name", ["recommended", "hedged", "best_of"])
 def test_gradients_that_are_not_finite_ruin_no_lane(name):
     pair = [adam(0.02), adam(0.003)]
-    build, guard = both(name, pair[::-1] if name == "best_of" else pair)
+    pair = pair[::-1] if name == "best_of" else pair
 
     def finite():
-        for params, decision in in_torch(build, loss_of=broken_loss_of):
+        for params, decision in in_torch(in_pytorch(name, pair), loss_of=broken_loss_of):
             assert all(np.isfinite(p).all() for p in params)
             assert decision.finite_learned and decision.finite_fallback
             yield params, decision
 
-    assert_same(finite(), in_jax(guard, broken_objective))
+    assert_same(finite(), in_jax(name, pair, broken_objective))
     assert BROKEN[: NT * CYCLES].sum() > 5
 
 
 def winners_without(lost, name, pair, **options):
     """Where the loss is NaN on these minibatches."""
-    build, guard = both(name, pair, **options)
-    factor = np.where(lost, np.nan, 1.0)
-    return assert_same(
-        in_torch(build, loss_of=lambda params, i: loss_of(params, i) * factor[i]),
-        in_jax(guard, lambda params, i: objective(params, i) * jnp.asarray(factor)[i]),
-    )
+    return compare(name, pair, factors=np.where(lost, np.nan, 1.0), **options)
 
 
 def test_a_lost_minibatch_costs_gl2o_its_memory_and_no_further_step():
@@ -292,14 +332,13 @@ def test_cycles_that_are_lost(first, name, options, pair):
 def test_best_of_begins_broken_ones_again(share, step):
     """At first from where the careful one is, later from where the cycle began that it led."""
     bold = falls_behind(0.1, step, math.inf, step + 1)
-    build, guard = both("best_of", [sgd(0.01), bold], share=share)
-    winners = assert_same(in_torch(build), in_jax(guard))
+    winners = compare("best_of", [sgd(0.01), bold], share=share)
     assert winners[14:18] == [1, -1 if step == 155 else 1, 1, 1]
 
 
 @pytest.mark.parametrize("share", [None, 0.2])
 def test_best_of_begins_ruined_ones_again(share):
     """The bold one leads, is ruined, and comes back from where the careful one is."""
-    build, guard = both("best_of", [falls_behind(0.1, 150, 5.0, 170), sgd(0.01)], share=share)
-    winners = assert_same(in_torch(build), in_jax(guard))
+    bold = falls_behind(0.1, 150, 5.0, 170)
+    winners = compare("best_of", [bold, sgd(0.01)], share=share)
     assert winners[14] == 0 and 1 in winners[15:] and (winners[-1] == 0 or share)

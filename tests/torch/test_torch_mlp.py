@@ -29,9 +29,9 @@ def make(p: nn.Parameter) -> MLPOptimizer:
     return MLPOptimizer([p], weights_of())
 
 
-@pytest.mark.parametrize(("hidden", "layers"), [(4, 2), (6, 1), (3, 3)])
-@pytest.mark.parametrize("size", [1e-3, 1.0])
-def test_equals_the_one_in_jax(tmp_path, hidden, layers, size):
+@pytest.mark.parametrize(("hidden", "layers"), [(6, 1), (3, 3)])
+def test_equals_the_one_in_jax(tmp_path, hidden, layers):
+    """Under small gradients and large ones."""
     jax = pytest.importorskip("jax")
     optax = pytest.importorskip("optax")
     import lossguard
@@ -40,24 +40,25 @@ def test_equals_the_one_in_jax(tmp_path, hidden, layers, size):
     weights = lossguard.init_mlp_weights(key, hidden=hidden, layers=layers)
     noisy = jax.tree.map(lambda w: w + 0.1 * jax.random.normal(key, w.shape), weights)
     lossguard.save_weights(path, noisy, made={})
-    generator = torch.Generator().manual_seed(1)
-    params = [nn.Parameter(torch.randn(s, generator=generator)) for s in SHAPES]
-    optimizer = MLPOptimizer.pretrained(params, path)
     reference = lossguard.pretrained(path)
-    theirs = [jax.numpy.asarray(p.detach().numpy()) for p in params]
-    state = reference.init(theirs)
     update = jax.jit(reference.update)
-    for _ in range(8):
-        before = [p.detach().clone() for p in params]
-        for p in params:
-            p.grad = size * torch.randn(p.shape, generator=generator)
-        optimizer.step()
-        gradients = [jax.numpy.asarray(p.grad.numpy()) for p in params]
-        updates, state = update(gradients, state, theirs)
-        theirs = optax.apply_updates(theirs, updates)
-        for p, old, expected in zip(params, before, updates, strict=True):
-            ours = torch.from_numpy(jax.device_get(expected).copy())
-            torch.testing.assert_close(p.detach() - old, ours, rtol=1e-3, atol=1e-6)
+    generator = torch.Generator().manual_seed(1)
+    for size in (1e-3, 1.0):
+        params = [nn.Parameter(torch.randn(s, generator=generator)) for s in SHAPES]
+        optimizer = MLPOptimizer.pretrained(params, path)
+        theirs = [jax.numpy.asarray(p.detach().numpy()) for p in params]
+        state = reference.init(theirs)
+        for _ in range(8):
+            before = [p.detach().clone() for p in params]
+            for p in params:
+                p.grad = size * torch.randn(p.shape, generator=generator)
+            optimizer.step()
+            gradients = [jax.numpy.asarray(p.grad.numpy()) for p in params]
+            updates, state = update(gradients, state, theirs)
+            theirs = optax.apply_updates(theirs, updates)
+            for p, old, expected in zip(params, before, updates, strict=True):
+                ours = torch.from_numpy(jax.device_get(expected).copy())
+                torch.testing.assert_close(p.detach() - old, ours, rtol=1e-3, atol=1e-6)
 
 
 def test_what_is_shipped_trains_as_in_jax():

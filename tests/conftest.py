@@ -1,6 +1,7 @@
 """Shapes and types in the package's signatures are checked at run time in every test."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -47,6 +48,9 @@ if "XLA_FLAGS" not in os.environ:  # it is in the environment of what this proce
     trial = [sys.executable, "-c", "import jax; jax.devices()"]
     knows = subprocess.run(trial, env={**os.environ, "XLA_FLAGS": FLAGS}, capture_output=True)
     os.environ["XLA_FLAGS"] = FLAGS if knows.returncode == 0 else ""
+
+# A shell has what it runs in the background ignore Ctrl-C, which some tests press.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # They have no doctests, and of two that are named on one command line only one could be imported.
 collect_ignore_glob = ["*conftest.py", "campaigns/*"]

@@ -260,13 +260,14 @@ def test_a_guard_that_begins_again_gets_no_budget_anew() -> None:
     relay = lossguard.recommended(optax.sgd(1e-6), optax.sgd(1e-3), nt=NT)
     outer = lossguard.best_of([unguarded(optax.sgd(1e-3)), lossguard.best_of([relay])])
     state, objective = outer.init(jnp.ones(2)), lambda w, i: jnp.sum(w**2)
-    state, _ = lossguard.rollout(outer, state, objective, cycles=100)
+    state, _ = lossguard.rollout(outer, state, objective, cycles=100, most=100)
     alone, nested = state.inner.members
     broken = nested._replace(params=jnp.full(2, jnp.nan))
     state = state._replace(inner=state.inner._replace(members=(alone, broken)))
-    again, decision = outer.step(state, objective)
+    copy = jax.tree.map(jnp.copy, state)
+    again, decisions = lossguard.rollout(outer, copy, objective, cycles=1, most=100)
     (spent,), (kept,) = (at.inner.members[1].inner.members for at in (state, again))
-    assert decision.winner == 0 and kept.steps == spent.steps + NT
+    assert decisions.winner == 0 and kept.steps == spent.steps + NT
     assert kept.inner.relay.trial_cost >= spent.inner.relay.trial_cost > 0
     assert kept.inner.own_steps >= spent.inner.own_steps > 0
 

@@ -251,6 +251,21 @@ def test_mlp_small_does_not_diverge_beyond_its_longest_rollout() -> None:
     assert [int(one) for one in told] == [round(100 * (one - 1)) for one in found]
 
 
+def test_the_lstm_rises_as_the_text_says() -> None:
+    """Means over seeds; all five tasks, of which one is named."""
+    text = " ".join((ROOT / "docs" / "tasks.md").read_text().split())
+    (told,) = re.findall(r"half above its least loss within .*? above its first loss .*?\.", text)
+    half, of_one, first = (int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*00", told))
+    for name in PUBLISHED:
+        curve = read_parquet(ROOT / "results" / name / CURVES).filter(method="LSTM")
+        means = curve.group_by("step").agg(pl.col("loss").mean()).sort("step")
+        steps, losses = means["step"].to_numpy(), means["loss"].to_numpy()
+        least = np.minimum.accumulate(losses)
+        within = of_one if name == "ImageMLPAE_Mnist_128x32x128_bs128" else half
+        assert steps[np.argmax(losses > 1.5 * least)] <= within, name
+        assert losses[0] < losses[steps <= first].max()
+
+
 def test_slowdowns_over_adam_are_those_of_the_records() -> None:
     """The highest of all prices from 1,000 on, as in the table of costs."""
 

@@ -87,6 +87,8 @@ def test_members_have_images_of_the_size_and_titles() -> None:
     assert of_points.title == "moons-mlp-3-auto"
     with pytest.raises(ValueError, match=r"^what is reconstructed must be images, got moons$"):
         of_points.task()
+    with pytest.raises(ValueError, match=r"^size must be None for digits, whose images are as lar"):
+        Member("digits", MLP((3,)), size=8).task()  # or it could be held out from itself
 
 
 @pytest.mark.usefixtures("unchecked")

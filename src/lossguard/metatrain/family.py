@@ -63,6 +63,8 @@ class Member:
     def task(self, load: Callable[[str], Dataset] = load_dataset) -> Task:
         """The task, with its data from ``load``."""
         data = load(self.dataset)
+        if data.shape[:2] == (self.size, self.size):  # of one task there would be two titles
+            raise ValueError(f"size must be None for {self.dataset}, whose images are as large")
         data = data if self.size is None else resized(data, self.size)
         if self.reconstruct and len(data.shape) != 3:
             raise ValueError(f"what is reconstructed must be images, got {self.dataset}")

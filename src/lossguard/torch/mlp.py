@@ -22,7 +22,8 @@ class MLPOptimizer(Optimizer):
     """A small learned optimizer: one tiny network, run on every coordinate alike.
 
     For each coordinate, from the features and steps t of ``lossguard.mlp_optimizer``, which
-    computes the same:
+    computes the same of tensors in the same layout (of a square matrix, rows and columns are told
+    apart by their place, so steps of one and its transpose differ, by a tenth in the mean):
 
         direction, magnitude = MLP(features, tanh(t / TIMES - 1))
         p <- p - lr 0.001 scale direction exp(0.001 magnitude)

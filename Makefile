@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Modules are compiled when they are first imported: to compile all takes longer than to download them.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: demo test docs bench campaigns foreign clean
 
@@ -31,7 +33,7 @@ FOREIGN := google/learned_optimization amoudgl/celo Belilovsky-Lab/pylo
 CLONES := $(addprefix build/foreign/,$(FOREIGN))
 empty :=
 foreign: $(VENV)/tested $(CLONES)
-	$(BIN)/python -m pip install --quiet --group foreign
+	$(INSTALL) --group foreign
 	PYTHONPATH=$(subst $(empty) $(empty),:,$(CLONES)) $(BIN)/pytest tests/test_foreign.py tests/torch/test_torch_foreign.py
 
 $(CLONES):
@@ -44,16 +46,16 @@ $(VENV)/bin/python:
 
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml
 	@echo 'Installing JAX, Matplotlib and what else the demo needs: about 1 GB, in a minute or two'
-	$(BIN)/python -m pip install --quiet --editable '.[experiments]'
+	$(INSTALL) --editable '.[experiments]'
 	touch $@
 
 $(VENV)/tested: $(VENV)/bin/python pyproject.toml
 	@echo 'Installing what the tests need, PyTorch included: several GB, in several minutes'
-	$(BIN)/python -m pip install --quiet --editable '.[all]' --group test
+	$(INSTALL) --editable '.[all]' --group test
 	touch $@ $(VENV)/installed
 
 $(VENV)/documented: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --group docs
+	$(INSTALL) --group docs
 	touch $@
 
 clean:

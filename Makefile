@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Modules are compiled when they are first imported: to compile all takes longer than to download them.
+# Modules are compiled when they are first imported, and kept: to compile all takes longer than to download them.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: demo test docs bench campaigns foreign clean

@@ -103,7 +103,7 @@ class Scheduled(SGD):
         return super().step(closure)
 
 
-STEPS = np.arange(len(X))
+STEPS, ONES = np.arange(len(X)), np.ones(len(X))
 adam = AdamOf
 
 
@@ -189,9 +189,8 @@ def cycle(name, objective, options, optimizers, factors, state):
     return guard.step(state, lambda params, i: objective(params, i) * factors[i])
 
 
-def in_jax(name, optimizers, objective=objective, factors=None, **options):
-    """The parameters and the decision after each cycle; losses are times factors, if given."""
-    factors = np.ones(len(X)) if factors is None else factors
+def in_jax(name, optimizers, objective=objective, factors=ONES, **options):
+    """The parameters and the decision after each cycle; losses are times factors."""
     given = tuple(options.items())
     state = guard_of(name, optimizers, **options).init(tuple(map(jnp.asarray, START)))
     for _ in range(CYCLES):
@@ -233,17 +232,10 @@ def assert_same(in_torch, in_jax):
     return winners
 
 
-def compare(name, optimizers, body=False, factors=None, **options):
+def compare(name, optimizers, body=False, factors=ONES, **options):
     """The winners, which are the same in both."""
-
-    def times_factor(params, i):
-        return loss_of(params, i) * factors[i]
-
-    made = in_torch(
-        in_pytorch(name, optimizers, **options),
-        body,
-        loss_of if factors is None else times_factor,
-    )
+    build = in_pytorch(name, optimizers, **options)
+    made = in_torch(build, body, lambda params, i: loss_of(params, i) * factors[i])
     return assert_same(made, in_jax(name, optimizers, factors=factors, **options))
 
 

@@ -116,6 +116,22 @@ def test_a_rate_that_was_0_and_groups_out_of_proportion_are_refused():
         guard.step(closure_for(guard, model, spiral()))
 
 
+@pytest.mark.parametrize("rate", [float("nan"), torch.tensor(float("inf"))])
+def test_a_rate_that_is_not_finite_reaches_nobody(rate):
+    model = mlp()
+    guard = two(Recommended, model)
+    guard.param_groups[0]["lr"] = rate
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"^rates must be finite, got (nan|inf)$"):
+        guard.step(closure_for(guard, model, spiral()))
+    optimizers = [inner.optimizer for inner in guard._inners.values()]
+    assert [one.param_groups[0]["lr"] for one in optimizers] == [0.3, 0.05]
+    assert all(map(torch.equal, before, model.parameters()))
+    guard.param_groups[0]["lr"] = 0.15
+    guard.step(closure_for(guard, model, spiral()))
+    assert [one.param_groups[0]["lr"] for one in optimizers] == pytest.approx([0.15, 0.025])
+
+
 def test_an_optimizer_may_find_its_rate_by_itself():
     """As Adafactor of transformers, whose rate is None: no schedule drives it, which is told."""
 

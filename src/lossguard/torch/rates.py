@@ -90,9 +90,10 @@ class Rates:
         factors: dict[int, float] = {}
         for k, (group, base) in enumerate(zip(self.groups, self.bases, strict=False)):
             if base:
-                factors[k] = float(group["lr"]) / base
-                if not math.isfinite(factors[k]):
-                    raise ValueError(f"rates must be finite, got {float(group['lr'])}")
+                rate = float(group["lr"])
+                if not math.isfinite(rate):
+                    raise ValueError(f"rates must be finite, got {rate}")
+                factors[k] = rate / base
             elif base is None or group["lr"] != 0:
                 raise ValueError(
                     "rates must be positive when the guard is built, to be set in proportion, got "

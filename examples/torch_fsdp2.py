@@ -16,8 +16,8 @@ from torch.distributed.fsdp import fully_shard
 from lossguard.torch import Rewind
 
 
-def main(steps: int = 400, folder: Path = Path("checkpoint")) -> None:
-    """Go on from the folder, train, save there. From step 250 to 260 the rate is too high."""
+def main(steps: int = 300, folder: Path = Path("checkpoint")) -> None:
+    """Go on from the folder, train, save there. From step 150 to 160 the rate is too high."""
     cuda = torch.cuda.is_available()
     distributed.init_process_group("nccl" if cuda else "gloo")
     train(steps, folder, cuda)
@@ -56,7 +56,7 @@ def train(steps: int, folder: Path, cuda: bool) -> None:
         rewind.load_state_dict(saved["rewind"])
     begin = rewind.calls
     for step in range(begin, begin + steps):
-        optimizer.param_groups[0]["lr"] = 0.3 if 250 <= step < 260 else 3e-3
+        optimizer.param_groups[0]["lr"] = 0.3 if 150 <= step < 160 else 3e-3
         draw = torch.Generator().manual_seed(ranks * step + rank)  # each rank its own minibatch
         x = torch.randn(64, 16, generator=draw).to(device)
         loss = nn.functional.mse_loss(model(x), x.sin().sum(1, keepdim=True))

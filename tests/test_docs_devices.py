@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import numpy as np
 import optax
+import pytest
 
 import lossguard
 
@@ -18,11 +19,16 @@ PAGE = Path(__file__).parents[1] / "docs/devices.md"
 SHOWN = "lossguard.recommended(optax.adam(0.05), optax.sgd(0.01))"
 
 
+def program(*, seeds: bool) -> str:
+    """The page's, with or without the seeds side by side."""
+    begin, more = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+    assert SHOWN in begin
+    return begin + (more if seeds else "")
+
+
 def train(count: int, folder: Path, *, seeds: bool) -> list[str]:
     """What each of so many processes prints; they share a folder."""
-    program, more = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
-    assert SHOWN in program
-    (folder / "train.py").write_text(program + (more if seeds else ""))
+    (folder / "train.py").write_text(program(seeds=seeds))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -55,13 +61,19 @@ def saved(folder: Path) -> lossguard.GuardState:
     return eqx.tree_deserialise_leaves(folder / "state.eqx", made.init(like))
 
 
-def test_processes_do_what_one_does(tmp_path: Path) -> None:
-    """Two begin, four go on from where they ended."""
+def test_processes_do_what_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two begin, four go on from where they ended; this one does both alone."""
     one, several = tmp_path / "one", tmp_path / "several"
     one.mkdir()
     several.mkdir()
+    monkeypatch.setattr(sys, "argv", ["train.py", "not used by one", "1", "0"])
     for count in (2, 4):
-        (expected,) = train(1, one, seeds=count == 2)
+        with monkeypatch.context() as there:
+            there.chdir(one)
+            exec(program(seeds=count == 2), {})
+        expected = capsys.readouterr().out
         for said in train(count, several, seeds=count == 2):
             assert_close(said, expected)
         assert "after" in expected

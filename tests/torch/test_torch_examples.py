@@ -143,7 +143,7 @@ def test_the_trainer_resumes_within_a_cycle(example, tmp_path, capsys):
 def test_fsdp2_by_torchrun(tmp_path):
     """Two processes go back once, after the spike; one goes on from where they were."""
     of_ranks = []
-    for ranks, steps in ((2, 300), (1, 200)):
+    for ranks, steps in ((2, 200), (1, 300)):
         run = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         program = [EXAMPLES / "torch_fsdp2.py", "--folder", tmp_path / "checkpoint"]
         command = [sys.executable, "-m", *run, *program, f"--steps={steps}"]
@@ -151,5 +151,5 @@ def test_fsdp2_by_torchrun(tmp_path):
         assert done.returncode == 0, done.stderr
         of_ranks += re.findall(r"step (\d+): loss ([\d.]+), returns (\d)", done.stdout)
     assert [int(step) for step, *_ in of_ranks] == [100, 200, 300, 400, 500]
-    assert [int(returns) for *_, returns in of_ranks] == [0, 0, 1, 1, 1]
+    assert [int(returns) for *_, returns in of_ranks] == [0, 1, 1, 1, 1]
     assert float(of_ranks[-1][1]) < 0.5 * float(of_ranks[1][1])

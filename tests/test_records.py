@@ -130,35 +130,6 @@ def test_damaged_file_is_named(finished: Path, name: str, content: bytes) -> Non
             open_folder(finished, CONFIG, resume=True)
 
 
-@pytest.mark.parametrize(
-    ("config", "made", "curves", "told"),
-    [
-        ({"title": None}, {}, {}, "title"),
-        ({"methods": "a"}, {}, {}, "methods"),
-        ({"methods": ("a", "c")}, {}, {}, "methods"),
-        ({"seed": "0"}, {"seconds": 5}, {}, "seed, seconds"),
-        ({}, {"seconds": {"a": 1.0}}, {}, "methods"),
-        ({}, {"time": 5, "command": "lossguard", "data": None}, {}, "time, command, data"),
-        ({}, {}, {"loss": ["1", "2"], "step": [True, False]}, "step, loss"),
-        ({}, {}, {"step": [-1, 1]}, "steps"),
-        ({}, {}, {"method": [1, 2]}, "methods"),
-    ],
-)
-def test_what_is_not_as_in_records_is_told(tmp_path, config, made, curves, told) -> None:
-    """Such as records that somebody made by hand, with the right checksums."""
-    made = {"data": "", "seconds": SECONDS} | made
-    curves = TABLE.with_columns(**{name: pl.Series(column) for name, column in curves.items()})
-    folder = leave(tmp_path / "run", CONFIG | config, curves, made)
-    with pytest.raises(ValueError, match=rf"run is no record: {told} must be as in records$"):
-        records.read_run(folder)
-
-
-def test_a_record_without_rows_is_refused(tmp_path) -> None:
-    folder = leave(tmp_path / "run", CONFIG, TABLE.clear(), {"data": "", "seconds": SECONDS})
-    with pytest.raises(ValueError, match=r"run is no record: steps must be as in records$"):
-        records.read_run(folder)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
 def test_a_folder_whose_name_is_no_text(tmp_path) -> None:
     folder = leave(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff")), CONFIG, TABLE)

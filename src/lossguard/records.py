@@ -23,17 +23,11 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from . import checksums
-from .curves import COUNTERS
 from .files import write_whole
 
 CONFIG, MANIFEST, CURVES = "config.json", "manifest.json", "curves.parquet"
 EVALUATIONS, FAILED = "evaluations.parquet", "failed.json"
 TABLES = (CURVES, EVALUATIONS)
-IN_CONFIG = {"title": str, "methods": list, "seed": int, "seeds": int}
-"""What commands read of the config of an experiment, and of which kind."""
-IN_MANIFEST = dict.fromkeys(("time", "device", "platform", "python"), str)
-IN_MANIFEST |= {"command": list, "versions": dict}
-"""The same of every manifest."""
 INPUTS = "inputs_sha256"
 """The field of a manifest for checksums of what a run reads."""
 
@@ -56,7 +50,7 @@ def read_run(folder: Path) -> Record:
 
     Raises:
         ValueError: if the folder holds no finished run, or a file of it is not the one of which the
-            manifest has the checksum, or lacks what every record has.
+            manifest has the checksum.
     """
     for name in (CONFIG, MANIFEST, CURVES):
         if not (folder / name).is_file():
@@ -66,38 +60,7 @@ def read_run(folder: Path) -> Record:
             raise ValueError(f"{folder} holds no finished run: {name} is missing")
     config, made = read_json(folder / CONFIG), read_json(folder / MANIFEST)
     _verify(folder, config, made)
-    record = Record(config, made, read_parquet(folder / CURVES))
-    try:
-        missing = _missing(record)
-    except Exception as error:  # of whatever kind its fields are
-        raise ValueError(f"{folder} is no record: {type(error).__name__}: {error}") from error
-    if missing:
-        raise ValueError(f"{folder} is no record: {', '.join(missing)} must be as in records")
-    return record
-
-
-def _missing(record: Record) -> list[str]:
-    """What every record has, and this one lacks or has of another kind."""
-    config, made, curves = record
-    in_config, in_manifest, numbers = {"name": str}, dict(IN_MANIFEST), ("meta_step", "meta_loss")
-    if not record.is_meta:
-        in_config |= IN_CONFIG
-        in_manifest |= {"data": str, "seconds": dict}
-        numbers = ("step", "seed", "loss", "used_learned", *COUNTERS)
-    missing = [n for n, kind in in_config.items() if not isinstance(config.get(n), kind)]
-    missing += [n for n, kind in in_manifest.items() if not isinstance(made.get(n), kind)]
-    missing += [n for n in numbers if not curves.schema.get(n, pl.String()).is_numeric()]
-    if missing:
-        return missing
-    if missing := [n for n in numbers if curves[n].null_count()]:
-        return missing
-    if curves.is_empty() or (curves[numbers[0]].cast(pl.Int64) < 0).any():
-        return ["steps"]
-    if record.is_meta:
-        return []
-    drawn = {*curves.get_column("method", default=pl.Series([""])).to_list()}
-    named = {*map(str, config["methods"])}
-    return [] if named <= drawn <= made["seconds"].keys() else ["methods"]
+    return Record(config, made, read_parquet(folder / CURVES))
 
 
 def of_seeds(curves: pl.DataFrame) -> dict[int, pl.DataFrame]:

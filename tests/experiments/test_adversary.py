@@ -118,10 +118,61 @@ def test_a_strange_record_leaves_the_others_shown(world, main, capsys) -> None:
     main("plot", "runs")
     out, err = capsys.readouterr()
     assert "runs/good/figure.png" in out and "runs/b can't be shown: " in err
-    assert "runs/d is no record: step must be as in records" in err
+    assert "runs/d can't be shown: " in err
     with pytest.raises(SystemExit):
         main("plot", "runs/b")
     assert capsys.readouterr().err.endswith("lossguard: none of these runs can be shown\n")
+
+
+STRANGE = {
+    "title": {"title": None},
+    "name": {"name": ["fig03"]},
+    "methods": {"methods": 5},
+    "no method drawn": {"methods": ("a", "c")},
+    "seed": {"seed": "x"},
+    "half a seed": {"seed": 0.5},
+    "seconds": {"changes": {"seconds": 5}},
+    "no seconds": {"changes": {"seconds": {"a": 1.0}}},
+    "time": {"changes": {"time": 5, "data": None}},
+    "command": {"changes": {"command": "lossguard"}},
+    "versions": {"changes": {"versions": "3"}},
+}
+"""What is strange in a config, or in ``changes`` of a manifest."""
+STRANGE_COLUMNS = {
+    "words": pl.lit("x").alias("loss"),
+    "numbers as words": pl.col("loss").cast(pl.String),
+    "truth": (pl.col("step") > 2).alias("step"),
+    "below 0": pl.col("step") * -1,
+    "nothing": pl.lit(None, pl.Int64).alias("step"),
+    "no seed": pl.lit(None, pl.Int64).alias("seed"),
+    "no losses": pl.lit(None, pl.Float32).alias("loss"),
+    "lists": pl.concat_list("loss").alias("loss"),
+    "method": pl.lit(1).alias("method"),
+}
+"""The same of its curves."""
+
+
+def test_no_strange_record_ends_what_is_told_of_others(world, main, capsys) -> None:
+    """Such as somebody made by hand, with the right checksums."""
+    curves = curves_of(["SGDnm", "L2O"], np.arange(1, 31))
+    write_run(Path("runs/good"), curves)
+    for name, how in STRANGE.items():
+        write_run(Path("runs") / name, curves, **how)
+    for name, column in STRANGE_COLUMNS.items():
+        write_run(Path("runs") / name, curves.with_columns(column))
+    for name in curves.columns:
+        write_run(Path("runs") / f"without {name}", curves, name="fig03")
+        folder = Path("runs") / f"without {name}"
+        records.write_parquet(folder / records.CURVES, curves.drop(name))
+        run_folder.finish(folder, records.read_json(folder / records.MANIFEST))
+    write_run(Path("runs/empty"), curves.clear())
+    main("plot", "runs")
+    assert "records: runs/good\n" in capsys.readouterr().out
+    main("report", "runs")
+    assert '<span class="folder">good</span>' in Path("report.html").read_text()
+    main("claims", "runs")
+    assert "verdict" in capsys.readouterr().out
+    main("claims", "runs/empty")
 
 
 @pytest.mark.parametrize("name", ["run", "sweep"])

@@ -111,8 +111,8 @@ def gather(records: Mapping[Path, Record]) -> dict[str, Evidence]:
     runs: dict[str, list[pl.DataFrame]] = {}
     meta: dict[str, dict[int, pl.DataFrame]] = {}
     for folder, record in records.items():
-        name = record.config["name"]
         try:
+            name = record.config["name"]
             if record.is_meta and is_of_recipe(record.config):
                 of_seed = _losses(record)
                 meta.setdefault(name, {}).update(of_seed)
@@ -162,7 +162,7 @@ def labelled(
         raise ValueError("a step of a seed is there twice")
     return curves.select(
         pl.col("method").cast(pl.String).replace(labels),
-        pl.col("seed") + record.config["seed"],
+        (pl.col("seed") + record.config["seed"]).cast(pl.Int64),
         "step",
         pl.col(*MEANS, "test_loss").cast(pl.Float64),
     )

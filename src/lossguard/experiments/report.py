@@ -58,7 +58,7 @@ def report(folders: Sequence[Path], file: Path) -> Path:
     if not runs:
         raise ValueError("; ".join(others))
     # Meta-trainings last; by the paper's figure; its recipe's settings first, then the latest.
-    runs.sort(key=lambda run: run["made"]["time"], reverse=True)
+    runs.sort(key=lambda run: str(run["made"]["time"]), reverse=True)
     runs.sort(
         key=lambda run: (
             not run["tables"],

@@ -2,12 +2,13 @@
 
 import contextlib
 import os
-import re
 import secrets
 from pathlib import Path
 
 EXCLUSIVE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
 """A new file, never one that is there already or that a link leads to."""
+PARTS = f".{'[0-9a-f]' * 16}.part"
+"""The names of files that aren't whole yet, for a glob: a process that is killed leaves one."""
 
 
 def write_whole(path: Path, content: bytes, what: str, *, make_folder: bool = False) -> None:
@@ -34,12 +35,3 @@ def write_whole(path: Path, content: bytes, what: str, *, make_folder: bool = Fa
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-
-
-def is_part(path: Path) -> bool:
-    """Whether a file has the name of one that wasn't whole yet, left by a process that was killed.
-
-    >>> is_part(Path(".0123456789abcdef.part")), is_part(Path("curves.parquet"))
-    (True, False)
-    """
-    return re.fullmatch(r"\.[0-9a-f]{16}\.part", path.name) is not None

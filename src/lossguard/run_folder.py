@@ -24,8 +24,8 @@ from typing import Any
 import jax
 
 from . import checksums
-from .files import is_part
-from .locks import LOCK, locked
+from .files import PARTS
+from .locks import locked
 from .records import CONFIG, FAILED, INPUTS, MANIFEST, TABLES, read_json, write_json
 
 STARTED = "started.json"
@@ -58,7 +58,7 @@ def hold_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False
         if not check_folder(folder, config, resume=resume):
             (folder / STARTED).unlink(missing_ok=True)
             write_json(folder / CONFIG, config)
-        for part in filter(is_part, folder.rglob(".*.part")):
+        for part in folder.rglob(PARTS):
             part.unlink()
         yield is_finished(folder)
 
@@ -66,13 +66,15 @@ def hold_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False
 def check_folder(folder: Path, config: Mapping[str, Any], *, resume: bool) -> bool:
     """Whether the folder holds this run; refuse it as ``hold_folder`` says.
 
-    What a run left that failed before it computed anything counts as nothing.
+    What a run left that failed before it computed anything counts as nothing, as do hidden files,
+    such as those of one that is killed before its config is written.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder must be empty or hold the same run, but {folder} is a file")
-    entries = {e.name for e in folder.iterdir() if not is_part(e)} if folder.is_dir() else set()
-    failed = FAILED in entries and entries <= {CONFIG, FAILED, STARTED, LOCK}
-    is_new = failed or entries <= {LOCK}  # as of one that is killed before its config is written
+    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    entries = {name for name in names if not name.startswith(".")}
+    failed = FAILED in entries and entries <= {CONFIG, FAILED, STARTED}
+    is_new = failed or not entries
     if not is_new and CONFIG not in entries:
         raise ValueError(
             f"folder must be empty or hold the same run, but {folder} holds other files"

@@ -1,6 +1,8 @@
 """The folder of a run under way is the run's alone, and says how the run was made."""
 
+import contextlib
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +10,7 @@ import pytest
 from tiny_run import CONFIG, SECONDS, TABLE, open_folder
 
 from lossguard import records, run_folder
+from lossguard.locks import locked
 
 
 @pytest.mark.parametrize("changed", [{"the data": "2"}, {"the data": "2", "the file a": "2"}])
@@ -114,4 +117,26 @@ def test_folder_of_a_run_killed_at_its_first_write_is_used(tmp_path: Path) -> No
     with run_folder.hold_folder(tmp_path, CONFIG, resume=True) as finished:
         assert not finished
     left = sorted(entry.name for entry in tmp_path.iterdir())
-    assert left == [".DS_Store", records.CONFIG]
+    assert left == [".DS_Store", ".lock", records.CONFIG]
+
+
+@pytest.mark.parametrize("opened", ["before", "after"])
+def test_who_waits_for_the_lock_of_a_run_that_ends_finds_it_finished(
+    finished, monkeypatch, opened
+) -> None:
+    """Whether the lock was opened before the run's end deletes it, or after."""
+    made = records.read_json(finished / records.MANIFEST)
+    (finished / records.MANIFEST).unlink()
+
+    @contextlib.contextmanager
+    def late(folder: Path) -> Iterator[None]:
+        if opened == "after":
+            run_folder.finish(finished, made)
+        with locked(folder):
+            if opened == "before":
+                run_folder.finish(finished, made)
+            yield
+
+    monkeypatch.setattr(run_folder, "locked", late)
+    with run_folder.hold_folder(finished, CONFIG, resume=True) as found:
+        assert found

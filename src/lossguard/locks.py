@@ -7,7 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LOCK = ".lock"
-"""A file of this name is in the folder while it is locked, and after a kill."""
+"""A file of this name is in the folder from when it is locked first.
+
+It stays when the lock is let go: who deletes it must have left the folder such that others who
+then lock it, by this file or by a new one, have nothing to write to it."""
 
 
 class FolderInUseError(ValueError):
@@ -29,15 +32,10 @@ def locked(folder: Path) -> Iterator[None]:
     Traceback (most recent call last):
     lossguard.locks.FolderInUseError: folder must be used by one run at a time, but ... is in use...
     """
-    path = folder / LOCK
-    file = _lock(path)
-    while not _is_at(path, file):  # the one before deleted it just now
-        os.close(file)
-        file = _lock(path)
+    file = _lock(folder / LOCK)
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
         os.close(file)
 
 
@@ -57,11 +55,3 @@ def _lock(path: Path) -> int:
         os.close(file)
         raise OSError(error.errno, f"can't lock the folder: {error.strerror}", str(path)) from error
     return file
-
-
-def _is_at(path: Path, file: int) -> bool:
-    """Whether an open file is the one that has this name."""
-    try:
-        return os.path.samestat(os.fstat(file), path.lstat())
-    except FileNotFoundError:
-        return False

@@ -4,7 +4,7 @@ Beside its records (``records``) it holds
 
     started.json   until it is finished: the manifest so far
     checkpoints    until it is finished: all that is computed so far
-    .lock          while a process writes to the folder
+    .lock          until it is finished: locked while a process writes to the folder
     failed.json    why the last attempt of a sweep failed, if it did
 """
 
@@ -25,12 +25,13 @@ import jax
 
 from . import checksums
 from .files import PARTS
-from .locks import locked
+from .locks import LOCK, locked
 from .records import CONFIG, FAILED, INPUTS, MANIFEST, TABLES, read_json, write_json
 
 STARTED = "started.json"
-PASSING = (STARTED, FAILED)
-"""What is there until a run is finished."""
+PASSING = (STARTED, FAILED, LOCK)
+"""What is there until a run is finished. The lock is the last to go: from then on another process
+can hold the folder, and sees that it is finished."""
 CHECKPOINTS = "checkpoints"
 CPUINFO = Path("/proc/cpuinfo")
 PACKAGES = ("lossguard", "jax", "jaxlib", "optax", "equinox", "numpy", "polars")

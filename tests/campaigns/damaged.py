@@ -55,7 +55,7 @@ def attempt(seed: int, folder: Path) -> Counter[str]:
     expected = content(untouched() / ("finished" if kind != "." else "weights") / kind)
     for _ in range(MANY if stage != "stopped" else 2):
         shutil.copytree(untouched() / stage / kind, place)
-        files = sorted(f for f in place.rglob("*") if f.is_file())
+        files = sorted(f for f in place.rglob("*") if f.is_file() and f.stat().st_size)
         if stage == "finished":
             files = [file for file in files if file.parent == place]  # no other is read
         file = rng.choice(files)

@@ -91,7 +91,17 @@ def finished(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Python files of a test's folder are imported by this test alone."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for name, module in [*sys.modules.items()]:
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_modules: None) -> Callable[..., None]:
     """Runs ``lossguard``, which is on the path, with arguments in an empty folder."""
     from lossguard import cli, run_commands  # the hook must precede these too
 

@@ -33,7 +33,7 @@ from lossguard.learned import weights_file
         (("run", f"{TINY}:recipes"), ("tiny.py:recipes can't be read", "no such function")),
         (("run", f"{TINY}:CHUNK"), ("no such function",)),
         (("run", f"{TINY}:number"), ("must return the Experiment that run takes, got int",)),
-        (("run", f"{TINY}:make_task"), ("tiny.py:make_task must take no arguments", "experiment")),
+        (("run", f"{TINY}:make_task"), ("tiny.py:make_task: ", "missing 1 required", "experiment")),
         (("metatrain", f"{TINY}:recipe"), ("the MetaTraining that metatrain", "got Experiment")),
         (("run", "fig05", "--dataset", "spiral"), ("got 'spiral'", "(did you mean spirals?)")),
         (("run", "fig05", "--scaling", "unit"), ("scaling must be one of none, standardized",)),

@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,8 +38,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray | jax.Array):
         return value.tolist()
     if callable(value) and hasattr(value, "__qualname__"):
-        module = str(value.__module__)  # a path if the name of its file is another module's
-        return f"{Path(module).stem if os.sep in module else module}:{value.__qualname__}"
+        return f"{value.__module__}:{value.__qualname__}"
     if not isinstance(value, str | int | float | None):
         raise ValueError(
             "a run must be of numbers, strings, paths, arrays, lists, mappings, functions and "

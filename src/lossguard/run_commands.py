@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from .command_line import Sweep, Where, check_beside, find_recipe, override
+from .command_line import Sweep, Where, find_recipe, override
 from .files import write_whole
 from .read_commands import show
 from .terminal import console, shown, tell
@@ -59,6 +59,10 @@ def sweep(arguments: Sequence[str]) -> None:
     known = {**SETS, **RECIPES}
     names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     options = arguments[len(names) :]
+    folders = {Path(name.rpartition(":")[0]).resolve().parent for name in names if ".py:" in name}
+    if len(folders) > 1:  # the modules beside them may have one name
+        told = " and ".join(sorted(map(str, folders)))
+        raise ValueError(f"recipes of a sweep must be in files of one folder, got {told}")
     where, experiments = Sweep(), {}
     for given in [
         recipe
@@ -69,8 +73,6 @@ def sweep(arguments: Sequence[str]) -> None:
         where, experiment = _changed(recipe, where, options, f"sweep {' '.join(names)}")
         if experiments.setdefault(name, experiment) != experiment:
             raise ValueError(f"recipes must have different names, but two are called {name}")
-    check_beside(names)
-
     _sweep(experiments, where)
 
 

@@ -5,7 +5,6 @@ import json
 import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -99,26 +98,6 @@ def test_numbers_out_of_range_are_refused_before_anything_is_run(tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
-def test_files_that_no_worker_can_import_are_refused(tmp_path, monkeypatch) -> None:
-    """Their modules are named by their paths."""
-    monkeypatch.setattr(sweeping, "_on_ray", lambda address: dict)
-    monkeypatch.setattr(tiny.make_task, "__module__", str(tmp_path / "my.v2.py"))
-    with pytest.raises(ValueError, match=r"must have a name without dots .*, got .*my\.v2\.py$"):
-        next(sweep({"one": tiny.recipe()}, tmp_path / "out", ray="local"))
-    assert not (tmp_path / "out").exists()
-
-
-def test_workers_find_the_modules_of_partial_functions(tmp_path, monkeypatch) -> None:
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    mine = dataclasses.replace(tiny.recipe(), make_methods=partial(tiny.make_methods))
-    ours = {"make_task": recipes.fig05().make_task, "make_methods": recipes.fig05().make_methods}
-    runs = {"a": (dataclasses.replace(mine, make_task=ours["make_task"]), tmp_path)}
-    folder = str(Path(tiny.__file__).absolute().parent)
-    assert sweeping._modules(runs).strip(":") == folder
-    runs = {"a": (dataclasses.replace(mine, **ours), tmp_path)}
-    assert not sweeping._modules(runs)
-
-
 def test_command_runs_sets_with_the_same_options(main, tmp_path, monkeypatch, capsys) -> None:
     made = {"one": lambda: FIRST, "two": lambda: SECOND, "three": lambda: SECOND}
     monkeypatch.setattr("lossguard.experiments.RECIPES", made)
@@ -155,18 +134,21 @@ def test_command_tells_of_failures_by_its_status(main, tmp_path, monkeypatch, ca
     [
         ((), "sweep needs a recipe, one that lossguard list shows or path/to/module.py:function"),
         (("table3",), "got 'table3' (did you mean table"),
-        (("OURS", "THEIRS"), "recipes must have different names, but two are called recipe"),
+        (("mine.py:recipe", "theirs.py:recipe"), "different names, but two are called recipe"),
         (("OURS", "--ray", "local"), "ray needs a package: pip install 'lossguard[ray]'"),
     ],
 )
 def test_bad_input(tmp_path, monkeypatch, refused, arguments, reason) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    Path("theirs.py").write_text(
-        "from lossguard.experiments import Experiment\ndef recipe(): return Experiment('theirs')\n"
-    )
-    named = {"OURS": f"{MODULE}:recipe", "THEIRS": "theirs.py:recipe"}
-    refused(("sweep", *(named.get(one, one) for one in arguments)), reason)
-    assert {entry.name for entry in tmp_path.iterdir()} <= {"theirs.py", "__pycache__"}
+    for name in ("mine", "theirs"):
+        Path(f"{name}.py").write_text(
+            "from lossguard.experiments import Experiment\n"
+            f"def recipe(): return Experiment({name!r})\n"
+        )
+    named = (one.replace("OURS", f"{MODULE}:recipe") for one in arguments)
+    refused(("sweep", *named), reason)
+    left = {entry.name for entry in tmp_path.iterdir()}
+    assert left <= {"mine.py", "theirs.py", "__pycache__"}
 
 
 DYING = """

@@ -4,13 +4,11 @@ Each goes into a folder of its own, named after its recipe. The same sweep again
 stopped: what is complete is skipped, what is half done is resumed, what failed is tried again.
 """
 
-import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -50,8 +48,7 @@ def sweep(
 
     Raises:
         ValueError: before anything is run, if an experiment has a number out of range, a folder
-            holds another run or other files or is a link, or if Ray is asked for and not installed,
-            or can't import a recipe's file.
+            holds another run or other files or is a link, or if Ray is asked for and not installed.
     """
     folders = {name: (out / name).absolute() for name in experiments}
     for name, experiment in experiments.items():
@@ -60,12 +57,6 @@ def sweep(
             raise ValueError(f"folder must be no link in a sweep, but {folders[name]} is one")
         check_folder(folders[name], as_config(experiment), resume=True)
     spread = _one_after_another if ray is None else _on_ray(ray)
-    unknown = [f for f in _functions(experiments.values()) if os.sep in str(f.__module__)]
-    if ray is not None and unknown:
-        raise ValueError(
-            "with Ray the file of a recipe must have a name without dots that no other module has, "
-            f"as workers import it by that, got {unknown[0].__module__}"
-        )
 
     left: dict[str, tuple[Experiment, Path]] = {}
     for name, experiment in experiments.items():
@@ -126,7 +117,7 @@ def _on_ray(address: str) -> Callable[[Runs], Reasons]:
         return attempt(experiment, folder)
 
     def spread(runs: Runs) -> Reasons:
-        found = {"env_vars": {"PYTHONPATH": _modules(runs)}}
+        found = {"env_vars": {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}}
         with ray.init(address=address, runtime_env=found, log_to_driver=False):
             gpus = 1 if ray.cluster_resources().get("GPU") else 0
             task = ray.remote(num_gpus=gpus)(attempt_there)
@@ -142,17 +133,3 @@ def _on_ray(address: str) -> Callable[[Runs], Reasons]:
                     yield name, _failed(runs[name][1], error)
 
     return spread
-
-
-def _modules(runs: Runs) -> str:
-    """Where workers find the modules that recipes were read from by their paths."""
-    functions = _functions(experiment for experiment, _ in runs.values())
-    folders = {str(Path(inspect.getfile(f)).absolute().parent) for f in functions}
-    return os.pathsep.join(sorted(folders | {os.environ.get("PYTHONPATH", "")}))
-
-
-def _functions(experiments: Iterable[Experiment]) -> list[Callable[..., Any]]:
-    """Of tasks and methods, those that aren't this package's."""
-    given = [f for e in experiments for f in (e.make_task, e.make_methods)]
-    functions = [f.func if isinstance(f, partial) else f for f in given]
-    return [f for f in functions if not str(f.__module__).startswith("lossguard.")]

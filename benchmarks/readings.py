@@ -39,7 +39,6 @@ from lossguard.experiments.experiment import (
     learned_alone,
     rival,
     sgd_fallback,
-    with_methods,
 )
 from lossguard.experiments.sweep import sweep
 from lossguard.files import write_whole
@@ -73,9 +72,13 @@ def reading(figure: str, scaling: str) -> Experiment:
     """A figure of ``READ`` in one scaling, its methods in every policy and by every rule."""
     recipe, _, steps, rate = READ[figure]
     e = recipe()
-    return with_methods(
-        reading_methods,
-        replace(e, name=f"reading-{figure}-{scaling}", steps=steps, adam_rate=rate),
+    return replace(
+        e,
+        name=f"reading-{figure}-{scaling}",
+        steps=steps,
+        adam_rate=rate,
+        methods=(),
+        make_methods=reading_methods,
         title=f"{e.title}: readings, inputs {scaling}",
         scaling=scaling,
     )

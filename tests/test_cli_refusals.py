@@ -44,7 +44,6 @@ from lossguard.learned import weights_file
         ),
         (("run", "fig05", "--methods", "sgdnm"), ("got 'sgdnm' (did you mean SGDnm?)",)),
         (("run", "fig09", "--methods", "LGL2O over adam .01"), ("mean LGL2O over Adam 0.01?)",)),
-        (("run", "fig05", "--methods"), ("methods must be one or more, each once, got none",)),
         (("run", "fig05", "--methods", "Adam", "Adam"), ("each once, got Adam Adam",)),
         (
             ("run", "fig05", "--learned", "lstm"),

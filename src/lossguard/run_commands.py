@@ -37,7 +37,7 @@ def demo(arguments: Sequence[str]) -> None:
     _run(where, experiment)
     from .experiments.price import at_equal_price
 
-    told = at_equal_price(experiment.methods[0], where.out)
+    told = at_equal_price(experiment.names()[0], where.out)
     more = f"{program()} report {shlex.quote(str(where.out))}"
     print(shown(f"{told}\nNext: a loop as in the README; or all of this on a page: {more}"))
 
@@ -79,8 +79,6 @@ def sweep(arguments: Sequence[str]) -> None:
 def _changed(recipe: Any, where: Any, arguments: Sequence[str], program: str) -> tuple[Any, Any]:
     """``override``; where options change what the title is about, it says so."""
     where, experiment = override(recipe, where, arguments, program)
-    if experiment != recipe and experiment.methods == recipe.methods:
-        experiment = _named_again(recipe, experiment)
     told = []
     for name in ("dataset", "learned", "model", "scaling"):
         now = getattr(experiment, name)
@@ -90,15 +88,6 @@ def _changed(recipe: Any, where: Any, arguments: Sequence[str], program: str) ->
         title = f"{experiment.title or experiment.name}; here {', '.join(told)}"
         experiment = replace(experiment, title=title)
     return where, experiment
-
-
-def _named_again(recipe: Any, experiment: Any) -> Any:
-    """With the names that all of its methods have now: they may tell an option."""
-    try:
-        before, now = (tuple(e.make_methods(e)) for e in (recipe, experiment))
-    except Exception:  # which is told where it is run
-        return experiment
-    return replace(experiment, methods=now) if recipe.methods == before else experiment
 
 
 def benchmark(

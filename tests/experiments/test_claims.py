@@ -70,7 +70,7 @@ def judged(claim: str, *folders: Path) -> Verdict:
 
 TWO: dict[str, Curve] = {"SGDnm": 1.0, "L2O": 2.0}
 RIVALS: dict[str, Curve] = {"SGDnm": 1.0, "Adam": 1.0, "GL2O": 1.0}
-GRID: dict[str, Curve] = dict.fromkeys(PAPERS["fig10"]().methods, 1.06)
+GRID: dict[str, Curve] = dict.fromkeys(PAPERS["fig10"]().names(), 1.06)
 NINE: dict[str, Curve] = {"LGL2O over SGDnm 3": 1.0, "LGL2O over Adam 0.01": 0.9}
 SPENT = {"LGL2O": (2.0, 2.0), "GL2O": (2.0, 0.0)}
 

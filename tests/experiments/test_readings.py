@@ -151,6 +151,6 @@ def test_recipes_have_every_policy_and_every_rule() -> None:
     for name, recipe in READINGS.items():
         e = recipe()
         assert e.name == f"reading-{name}" and name.endswith(e.scaling)
-        assert list(e.guards()) == list(e.methods)
-        assert {f"LGL2O, {policy}" for policy in POLICIES} < {*e.methods}
-        assert {f"GL2O, {rule}" for rule in RULES} < {*e.methods}
+        assert tuple(e.guards()) == e.names()
+        assert {f"LGL2O, {policy}" for policy in POLICIES} < {*e.names()}
+        assert {f"GL2O, {rule}" for rule in RULES} < {*e.names()}

@@ -71,7 +71,7 @@ def first_examples() -> Iterator[None]:
 def test_recipe_makes_what_it_names(name: str) -> None:
     e = RECIPES[name]()
     assert e.name == name and e.learned in pretrained_names()
-    assert list(e.guards()) == list(e.methods)
+    assert tuple(e.guards()) == e.names()
 
 
 def recipe_here(name: str) -> Experiment:
@@ -105,7 +105,7 @@ def test_its_methods_fit_its_task(name: str) -> None:
 def test_recipe_runs(name: str, tmp_path: Path) -> None:
     """Two cycles of its first method, by its settings and on its data; at equal price of three."""
     e = recipe_here(name)
-    methods = e.methods[: 3 if name.startswith("price") else 1]
+    methods = e.names()[: 3 if name.startswith("price") else 1]
     short = replace(e, methods=methods, steps=20, seeds=2, batch_size=8)
     config, made, curves = records.read_run(run(short, tmp_path / "run"))
     assert config["name"] == name and tuple(made["seconds"]) == methods
@@ -147,9 +147,9 @@ def test_grids_are_whole() -> None:
     adams = [f"Adam {rate}" for rate in ("0.0001", "0.001", "0.01", "0.1")]
     for name in SETS["grids"]:
         e = RECIPES[name]()
-        assert e.steps == 300 and e.methods == (*taus, *adams)
-    assert len(set(RECIPES["fig10"]().methods)) == 5 * 5
-    assert "SGDnm 0.01 tau 50000" in RECIPES["fig10"]().methods
+        assert e.steps == 300 and e.names() == (*taus, *adams)
+    assert len(set(RECIPES["fig10"]().names())) == 5 * 5
+    assert "SGDnm 0.01 tau 50000" in RECIPES["fig10"]().names()
 
 
 def test_the_demo_shows_the_recommended_guard_beside_the_papers() -> None:

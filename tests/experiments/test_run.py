@@ -362,6 +362,10 @@ def narrower(experiment: Experiment) -> lossguard.Task:
         ({"steps": 2**31}, f"^steps must be at most {2**30}, got {2**31}$"),
         ({"batch_size": 401}, "^batch_size must be between 1 and samples = [0-9]*, got 401"),
         ({"methods": ("SGD",)}, "^each of methods must be one of Signs, .*, got 'SGD'"),
+        (
+            {"methods": (), "make_methods": lambda e: {}},
+            "^methods must be one or more, .* got none$",
+        ),
         ({"methods": "SGD"}, r"^methods must be a tuple of names, such as \('SGD',\), got a name "),
         ({"methods": (1,)}, "^each of methods must be a str such as 'SGDnm', got 1$"),
         ({"methods": ("\ud800",)}, "^each of methods must be text, got half a letter in "),

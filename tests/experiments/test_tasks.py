@@ -182,9 +182,9 @@ def test_recipes_are_the_published_tasks() -> None:
     assert tasks.RECIPES.keys() == tasks.TRIED.keys() == published.PUBLISHED.keys()
     for name, recipe in tasks.RECIPES.items():
         e = recipe()
-        assert e.methods[-4:] == ("MLP", "MLP, rewind", "MLP, best of", "MLP, guarded")
+        assert e.names()[-4:] == ("MLP", "MLP, rewind", "MLP, best of", "MLP, guarded")
         assert e.name == name
-        assert f"Adam {e.adam_rate:g}" in e.methods and e.steps == tasks.MARKS[-1]
+        assert f"Adam {e.adam_rate:g}" in e.names() and e.steps == tasks.MARKS[-1]
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,7 @@ _carried = divided(
     pl.max_horizontal(map(from_first, _on)), pl.min_horizontal(0.8, *map(from_first, _not_on))
 )
 _leads = pl.col("step").filter(over("L2O", "SGDnm", "Adam") < 1).max().fill_null(0)
-_rank = 1 + pl.sum_horizontal(loss(m) < loss(CHOSEN) for m in PAPERS["fig10"]().methods)
+_rank = 1 + pl.sum_horizontal(loss(m) < loss(CHOSEN) for m in PAPERS["fig10"]().names())
 _tested = divided(pl.col("test_loss_L2O"), loss("L2O").first())
 _over_adam = over("LGL2O over Adam 0.01", "LGL2O over SGDnm 3")  # its rate in the paper
 _rises_late = [rises("LGL2O", K), rises(NC_100, K, "<=")]

@@ -176,7 +176,8 @@ def _labels(record: Record) -> dict[str, str]:
         if name.removeprefix("fig02-") in FIRST:
             labels = {"L2O": name.removeprefix("fig02-")}
         if (nc := config.get("nc", recipe.nc)) != recipe.nc:
-            labels |= {m: f"{m} (nc {nc})" for m in config["methods"] if m.startswith("LGL2O")}
+            methods = record.curves["method"].unique()
+            labels |= {m: f"{m} (nc {nc})" for m in methods if m.startswith("LGL2O")}
         if (rate := config.get("adam_rate", recipe.adam_rate)) != recipe.adam_rate:
             labels["Adam"] = f"Adam {rate:g}"
     return labels

@@ -1,7 +1,7 @@
 """What an experiment is: a task, a length, and the methods that it compares, by name."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
 import optax
@@ -144,7 +144,7 @@ class Experiment:
     seed: int = 0
     """The first seed."""
     methods: tuple[str, ...] = ("SGDnm", "Adam", "L2O", "GL2O", "LGL2O")
-    """Names of what is compared; a wrong one is told with those that there are."""
+    """Names of what is compared, all if none is named; a wrong one is told with all there are."""
     vectorize: bool = False
     """Seeds side by side, which pays on accelerators only: what guards skip is then computed."""
     learned: str = "lstm-mnist-mlp"
@@ -171,8 +171,12 @@ class Experiment:
             raise ValueError(f"methods must be a tuple of names, such as {names}, got a name alone")
         freeze_lists(self)
 
+    def names(self) -> tuple[str, ...]:
+        """Of ``methods``, or of all that ``make_methods`` makes."""
+        return self.methods or tuple(self.make_methods(self))
+
     def guards(self) -> dict[str, Guard]:
-        """The guards of ``methods``, in their order.
+        """The guards of ``names``, in their order.
 
         Raises:
             ValueError: if there is no method, one twice, or one of which ``make_methods`` doesn't
@@ -180,19 +184,14 @@ class Experiment:
         """
         known = self.make_methods(self)
         check_kind("result of make_methods", known, Mapping, "{'mine': unguarded(optimizer)}")
-        for method in self.methods:
+        names = self.methods or tuple(known)
+        for method in names:
             check_choice("each of methods", method, known)
-        if not self.methods or len({*self.methods}) < len(self.methods):
-            given = " ".join(self.methods) or "none"
+        if not names or len({*names}) < len(names):
+            given = " ".join(names) or "none"
             raise ValueError(f"methods must be one or more, each once, got {given}")
         made: dict[str, Any] = {}
-        for method in self.methods:
+        for method in names:
             made[method] = known[method]() if callable(known[method]) else known[method]
             check_kind(f"method {method}", made[method], Guard, "unguarded(optimizer)")
         return made
-
-
-def with_methods(make_methods: MakeMethods, experiment: Experiment, **changes: Any) -> Experiment:
-    """An experiment with every method that a function makes."""
-    made = tuple(make_methods(experiment))
-    return replace(experiment, methods=made, make_methods=make_methods, **changes)

@@ -29,7 +29,6 @@ from .experiment import (
     learned_alone,
     ours,
     sgd_fallback,
-    with_methods,
 )
 from .recipes import fig03, fig04, fig05, fig06
 
@@ -70,9 +69,11 @@ def price_recipe(task: str, over: str, learned: str) -> Experiment:
     20 seeds, five with the ConvNet.
     """
     e, points = TASKS[task](), task in ("spirals", "circles")
-    return with_methods(
-        partial(price_methods, over),
-        replace(e, name=f"price-{task}-{learned.split('-')[1]}-{over}"),
+    return replace(
+        e,
+        name=f"price-{task}-{learned.split('-')[1]}-{over}",
+        methods=(),
+        make_methods=partial(price_methods, over),
         title=f"{learned} over {over} on {task}, at equal price",
         learned=learned,
         scaling="none" if points else "unit",

@@ -19,14 +19,7 @@ from ..schedules import paper_decay
 from ..tasks.models import ConvNet
 from ..tasks.published import resized
 from ..tasks.task import Task
-from .experiment import (
-    Experiment,
-    Methods,
-    alone,
-    guarded,
-    named_task,
-    with_methods,
-)
+from .experiment import Experiment, Methods, alone, guarded, named_task
 
 PAPER = ("SGDnm", "Adam", "L2O", "GL2O (every step)", "LGL2O")
 """What each of the paper's figures compares."""
@@ -114,15 +107,17 @@ def demo() -> Experiment:
 
 def fig09() -> Experiment:
     """Spirals + MLP with other fallbacks: SGD with momentum, and Adam."""
-    e = replace(fig05(), name="fig09", steps=120_000)
-    return with_methods(fallback_methods, e, title=f"{e.title}: LGL2O over other fallbacks")
+    e = fig05()
+    title = f"{e.title}: LGL2O over other fallbacks"
+    made = {"methods": (), "make_methods": fallback_methods}
+    return replace(e, name="fig09", title=title, steps=120_000, **made)
 
 
 def fig10() -> Experiment:
     """TinyImagenet50 + the deeper ConvNet: the grid of SGDnm's rate and decay."""
     title = "Rate and decay of SGDnm on TinyImagenet50 + ConvNet"
-    e = replace(fig08(), name="fig10", scaling="unit", loser="keep", make_task=named_task)
-    return with_methods(rate_methods, e, title=title, steps=1_000)
+    e = replace(fig08(), name="fig10", title=title, steps=1_000, scaling="unit", loser="keep")
+    return replace(e, methods=(), make_methods=rate_methods, make_task=named_task)
 
 
 def fig02(dataset: str) -> Experiment:
@@ -139,8 +134,9 @@ def fig02(dataset: str) -> Experiment:
 
 def grid(task: str) -> Experiment:
     """Appendix E's grids on one of ``GRIDS``, over 300 steps."""
-    e = replace(GRIDS[task](), name=f"grid-{task}", steps=300)
-    return with_methods(grid_methods, e, title=f"Grids of appendix E on {e.tested_on}")
+    e = GRIDS[task]()
+    e = replace(e, name=f"grid-{task}", title=f"Grids of appendix E on {e.tested_on}", steps=300)
+    return replace(e, methods=(), make_methods=grid_methods)
 
 
 def fallback_methods(e: Experiment) -> Methods:

@@ -35,7 +35,7 @@ from ..rewinding.rewind import rewind
 from ..tasks.published import PUBLISHED, published_task
 from ..tasks.task import Task
 from ..validation import check_choice
-from .experiment import Experiment, Methods, alone, best_of_both, learned_alone, ours, with_methods
+from .experiment import Experiment, Methods, alone, best_of_both, learned_alone, ours
 
 FILE = "LOSSGUARD_BASELINES"
 """The environment variable that names the published file."""
@@ -152,7 +152,7 @@ def task_of(experiment: Experiment) -> Task:
 def task_recipe(name: str) -> Experiment:
     """A published task, to 10,000 steps, on five seeds that nothing was chosen with."""
     task = PUBLISHED[name]
-    e = Experiment(
+    return Experiment(
         name=name,
         title=f"{name}: learned optimizers alone and guarded over Adam",
         tested_on=name,
@@ -163,9 +163,10 @@ def task_recipe(name: str) -> Experiment:
         seed=5_000,
         nt=EVERY,
         adam_rate=TRIED[name][0][1],
+        methods=(),
+        make_methods=task_methods,
         make_task=task_of,
     )
-    return with_methods(task_methods, e)
 
 
 RECIPES = {name: partial(task_recipe, name) for name in PUBLISHED}

@@ -53,10 +53,8 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
     the same curves to the bit; of one that is finished nothing is written again.
 
     Raises:
-        ValueError: if the folder holds another run, or this one and ``resume`` is false, or the
-            experiment names a method or data set that does not exist or has a number out of range,
-            or ``make_task`` doesn't return a task, or another process writes to the folder, or data
-            or weights changed since the run was started.
+        ValueError: as ``hold_folder`` and ``start`` of ``run_folder``, or if the experiment names a
+            method or data set that does not exist or has a number out of range.
     """
     check(experiment)
     with stopping_at_interrupt() as stopped:

@@ -47,8 +47,8 @@ def sweep(
             runs them here, one after another.
 
     Raises:
-        ValueError: before anything is run, if an experiment has a number out of range, a folder
-            holds another run or other files or is a link, or if Ray is asked for and not installed.
+        ValueError: before anything is run, as ``check`` and ``check_folder``, or if a folder is a
+            link, or Ray is asked for and not installed.
     """
     folders = {name: (out / name).absolute() for name in experiments}
     for name, experiment in experiments.items():

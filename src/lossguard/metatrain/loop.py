@@ -173,10 +173,9 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
     nothing is written again.
 
     Raises:
-        ValueError: if the folder holds another run, or this one and ``resume`` is false, or another
-            process writes to it, or data or weights changed since it was started, or the config
-            names a data set that does not exist, has a number out of range or holds what JSON
-            can't, or if every validation diverged.
+        ValueError: as ``hold_folder`` and ``start`` of ``run_folder``, or if the config names a
+            data set that does not exist or has a number out of range, or if every validation
+            diverged.
     """
     config.check()
     with stopping_at_interrupt() as stopped:

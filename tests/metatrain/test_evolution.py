@@ -159,8 +159,6 @@ def test_it_begins_as_a_momentum_method() -> None:
             {"family": (Member("moons", MLP(()), pairs=0),)},
             "^pairs must be an integer of at least 1, got 0$",
         ),
-        ({"family": HELD_OUT}, r"^family must be a tuple such as \(Member\("),
-        ({"held_out": ("digits",)}, r"^each of held_out must be a Member such as Member\("),
         ({"stage": "both"}, "^stage must be one of rule, scheduler, got 'both'$"),
         ({"hidden": 1}, "^hidden must be an integer of at least 2, got 1$"),
         ({"sigma": 0.0}, "^sigma must be positive and finite, got 0.0$"),

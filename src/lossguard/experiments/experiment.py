@@ -19,7 +19,7 @@ from ..schedules import paper_decay
 from ..tasks.datasets import load_dataset
 from ..tasks.models import MLP, ConvNet, ReluMLP
 from ..tasks.task import Task
-from ..validation import check_choice, check_kind, freeze_lists
+from ..validation import check_choice, freeze_lists
 
 
 def named_task(experiment: "Experiment") -> Task:
@@ -165,11 +165,7 @@ class Experiment:
     make_methods: Annotated[MakeMethods, tyro.conf.Suppress] = paper_methods
     """Name to guard, for ``methods`` to choose from. Put your own optimizers in here."""
 
-    def __post_init__(self) -> None:
-        if isinstance(self.methods, str):
-            names = f"({self.methods!r},)"
-            raise ValueError(f"methods must be a tuple of names, such as {names}, got a name alone")
-        freeze_lists(self)
+    __post_init__ = freeze_lists
 
     def names(self) -> tuple[str, ...]:
         """Of ``methods``, or of all that ``make_methods`` makes."""
@@ -179,19 +175,16 @@ class Experiment:
         """The guards of ``names``, in their order.
 
         Raises:
-            ValueError: if there is no method, one twice, or one of which ``make_methods`` doesn't
-                make a guard, or it returns no mapping.
+            ValueError: if there is no method, one twice, or one that ``make_methods`` doesn't have.
         """
         known = self.make_methods(self)
-        check_kind("result of make_methods", known, Mapping, "{'mine': unguarded(optimizer)}")
         names = self.methods or tuple(known)
         for method in names:
             check_choice("each of methods", method, known)
         if not names or len({*names}) < len(names):
             given = " ".join(names) or "none"
             raise ValueError(f"methods must be one or more, each once, got {given}")
-        made: dict[str, Any] = {}
-        for method in names:
-            made[method] = known[method]() if callable(known[method]) else known[method]
-            check_kind(f"method {method}", made[method], Guard, "unguarded(optimizer)")
+        made: dict[str, Any] = {
+            name: known[name]() if callable(known[name]) else known[name] for name in names
+        }
         return made

@@ -4,7 +4,7 @@ Letters: c the factor of a tensor. A rollout trains w / c in place of w, with c 
 tensor, which makes many tasks of one.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +19,6 @@ from ..tasks.goals import CLASSIFICATION, RECONSTRUCTION
 from ..tasks.models import MLP, ReluMLP
 from ..tasks.published import resized
 from ..tasks.task import Task
-from ..validation import check_kind, told
 
 WORST = 2.0
 """A loss above so many times its reference counts as this, as does one that isn't finite."""
@@ -44,14 +43,6 @@ class Member:
     batch_size: int = 64
     pairs: int = 4
     """N, pairs of rollouts under way in meta-training."""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.model, MLP | ReluMLP):
-            raise ValueError(
-                "model of a member must be an MLP or a ReluMLP such as ReluMLP((16,)), got "
-                f"{told(self.model)}"
-            )
-        check_kind("hidden of a model", self.model.hidden, Iterable, "(16, 16)")
 
     @property
     def title(self) -> str:

@@ -24,7 +24,6 @@ from ..tasks.task import Task
 from ..terminal import shown
 from ..validation import (
     check_count,
-    check_kind,
     check_network,
     check_part,
     check_positive,
@@ -114,7 +113,6 @@ class MetaTraining(ABC):
 
     def check(self) -> None:
         """Refuse what is out of range."""
-        check_kind("name", self.name, str, "'mine'")
         for name in COUNTS:
             check_count(name, getattr(self, name), most=MOST)
         for name in LENGTHS:

@@ -24,11 +24,10 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from lossguard.config import as_config
 from lossguard.drawing import png
 from lossguard.experiments import recipes
 from lossguard.experiments.claims import CLAIMS, K, judge, tracks
-from lossguard.experiments.evidence import figure_of, has_settings, labelled, of_curves
+from lossguard.experiments.evidence import labelled, of_curves
 from lossguard.experiments.experiment import (
     Experiment,
     Methods,
@@ -75,6 +74,7 @@ def reading(figure: str, scaling: str) -> Experiment:
     return replace(
         e,
         name=f"reading-{figure}-{scaling}",
+        figure="",
         steps=steps,
         adam_rate=rate,
         methods=(),
@@ -163,10 +163,8 @@ def _as_the_figures(
     for record in records.values():
         config = record.config
         own = config["name"].removeprefix("reading-") not in READINGS
-        name = figure_of(config["name"]) if own else config["name"].split("-")[1]
-        if not name or name not in READ:
-            continue
-        if config.get("scaling") != scaling:
+        name = config.get("figure") if own else config["name"].split("-")[1]
+        if name not in READ or config.get("scaling") != scaling:
             continue
         recipe = recipes.PAPERS[name]()
         labels = {"SGDnm": "SGDnm", "L2O": "L2O", "Adam 0.01": "Adam 0.01"}
@@ -178,11 +176,7 @@ def _as_the_figures(
         elif variant == config.get("loser", recipe.loser):
             labels |= {"LGL2O": "LGL2O"}
         curves = record.curves.filter(pl.col("method").is_in([*labels]), pl.col("step") <= K)
-        decided = {"name": name, "scaling": recipe.scaling, "loser": recipe.loser, "nc": recipe.nc}
-        if not own:  # whose methods are those of here
-            decided["make_methods"] = as_config(recipe)["make_methods"]
-        same = has_settings(config | decided) and config.get("nc", recipe.nc) == recipe.nc
-        if same and not curves.is_empty():
+        if config.get("nc", recipe.nc) == recipe.nc and not curves.is_empty():
             yield name, labelled(record._replace(curves=curves), labels)
 
 

@@ -17,6 +17,7 @@ import lossguard
 from lossguard import cli, records, run_commands, terminal
 from lossguard.experiments import price
 from lossguard.experiments.recipes import fig05
+from lossguard.metatrain import loop
 
 
 def test_list(main, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,6 +210,24 @@ def test_a_title_tells_what_options_have_changed(monkeypatch) -> None:
     plain = fig05().title
     titles = [f"{plain}; here dataset circles, another model", "Mine", plain]
     assert [one.title for one in made] == titles
+
+
+def test_a_run_with_other_settings_is_of_no_figure(monkeypatch) -> None:
+    made = []
+    monkeypatch.setattr(run_commands, "_run", lambda where, experiment: made.append(experiment))
+    monkeypatch.setattr(loop, "metatrain", lambda config, *_, **__: made.append(config))
+    monkeypatch.setattr(run_commands, "show", lambda folder: None)
+    kept = "--steps 10 --seeds 2 --seed 3 --nc 100 --adam-rate 0.01 --title a --vectorize"
+    run_commands.run(["fig05", *kept.split(), "--methods", "SGDnm"])
+    run_commands.metatrain(["cifar10-conv-plain", "--seed", "3", "--meta-steps", "10"])
+    assert [one.figure for one in made] == ["fig05", "fig11"]
+    made.clear()
+    for changed in ("--batch-size 64", "--loser reset", "--scaling standardized", "--sgd-tau 2e4"):
+        run_commands.run(["fig05", *changed.split()])
+    run_commands.run(["fig05", "--model.hidden", "3"])
+    run_commands.metatrain(["cifar10-conv-plain", "--hidden", "10"])
+    run_commands.metatrain(["mnist-mlp-paper", "--dataset", "digits"])
+    assert [one.figure for one in made] == [""] * 7
 
 
 def test_methods_whose_names_tell_an_option_go_with_it(monkeypatch) -> None:

@@ -3,13 +3,16 @@
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from .validation import nearest
+
+FREE = ("title", "steps", "seeds", "seed", "methods", "vectorize", "nc", "adam_rate", "meta_steps")
+"""Options with which a run is still of the figure of its recipe."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,10 @@ def find_recipe(name: str, recipes: Mapping[str, Any], command: str, kind: type)
 
 
 def override(config: Any, where: Any, arguments: Sequence[str], program: str) -> tuple[Any, Any]:
-    """Where to put a run, and its config, with the fields replaced that the command line names."""
+    """Where to put a run, and its config, with the fields replaced that the command line names.
+
+    It is of a figure of the paper no more if others than ``FREE`` are.
+    """
     place = tyro.conf.OmitArgPrefixes[type(where)]
     kind = Annotated[type(config), tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
     both = make_dataclass("Arguments", [("where", place), ("config", kind)], frozen=True)
@@ -88,7 +94,11 @@ def override(config: Any, where: Any, arguments: Sequence[str], program: str) ->
         prog=f"lossguard {program}",
         description="",
     )
-    return parsed.where, parsed.config
+    made = parsed.config
+    settings = [f.name for f in fields(made) if f.name not in FREE] if made.figure else []
+    if any(getattr(made, name) != getattr(config, name) for name in settings):
+        made = replace(made, figure="")
+    return parsed.where, made
 
 
 def _load(path: Path, function: str) -> Callable[[], Any]:

@@ -62,19 +62,22 @@ def write_run(
     changes: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Path:
-    """``changes`` are those of its manifest."""
+    """Of figure 3 by default; ``changes`` are those of its manifest."""
     methods = curves["method"].unique(maintain_order=True).to_list()
     config = {"name": name, "title": TITLE, "methods": methods}
+    config |= {"figure": name} if name == "fig03" else {}
     config |= {"seeds": curves["seed"].n_unique(), "seed": 7, **settings}
     made = {"data": "CIFAR-10 as JPEG", "seconds": dict.fromkeys(methods, 10.0)}
     made |= {"resumed": [{"time": "2026-01-03", "commit": "4567def"}], **(changes or {})}
     return leave(folder, config, curves, made, evaluations)
 
 
-def write_meta(folder: Path, name: str) -> Path:
+def write_meta(folder: Path, name: str, figure: str = "") -> Path:
     """The weights of its second check are kept, which halve the loss on Moons."""
     validation = np.outer([2.0, 1.0, 3.0], np.linspace(2, 1, 60))
     columns = {"meta_step": [5, 10, 15], "meta_loss": [3.0, np.inf, 1.0], "validation": validation}
     moons = np.where(np.arange(60) < 50, 1, [[0.9], [0.5], [2.0]])
     curves = pl.DataFrame(columns | {"validation_moons": moons})
-    return leave(folder, {"name": name}, curves, {"seconds": 3.0, "best_validation": 1.5})
+    return leave(
+        folder, {"name": name, "figure": figure}, curves, {"seconds": 3.0, "best_validation": 1.5}
+    )

@@ -40,6 +40,7 @@ def record(name: str, scaling: str, losses: Losses, **settings: str | int) -> Re
         one = pl.DataFrame(columns | dict.fromkeys(COUNTERS, steps))
         rows += [one.with_columns(method=pl.lit(method), seed=pl.lit(seed)) for seed in (0, 1)]
     config = {"name": name, "scaling": scaling, "methods": [*losses], "seeds": 2, "seed": 0}
+    config |= {"figure": name} if name.startswith("fig") else {}
     return Record(config | settings, {}, pl.concat(rows))
 
 
@@ -100,7 +101,7 @@ def test_each_part_is_judged_by_its_own_methods_and_scaling(judged: pl.DataFrame
 def test_runs_with_other_settings_are_no_readings() -> None:
     judged = judge_readings(
         {
-            Path("a"): record("fig03", "unit", {"SGDnm": 1.0, "L2O": 0.5}, learned="mlp-small"),
+            Path("a"): record("fig03", "unit", {"SGDnm": 1.0, "L2O": 0.5}, figure=""),
             Path("b"): record("fig04", "none", {"L2O": 0.5, "GL2O (theta as decay)": 0.6}, nc=100),
         }
     )

@@ -88,28 +88,28 @@ def test_a_strange_record_leaves_the_others_on_the_page(tmp_path) -> None:
 
 
 def test_runs_are_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a figure first those with its recipe's settings, then the latest; meta-training last."""
+    """By figure, the latest first; then those of none; meta-training last."""
     monkeypatch.setattr(reporting, "judge_claims", lambda records: VERDICTS)
     curves = curves_of(["SGDnm"], np.arange(1, 20))
     for folder, name, time, settings in (
-        ("a", "fig10", "2026-01-02", {}),
+        ("a", "fig10", "2026-01-02", {"figure": "fig10"}),
         ("b", "mine", "2026-01-02", {}),
-        ("c", "fig03", "2026-01-05", {"scaling": "standardized"}),
+        ("c", "fig03", "2026-01-05", {"figure": ""}),
         ("d", "fig03", "2026-01-04", {}),
         ("e", "fig03", "2026-01-03", {}),
-        ("f", "fig02-moons", "2026-01-02", {}),
+        ("f", "fig02-moons", "2026-01-02", {"figure": "fig02"}),
     ):
         write_run(tmp_path / folder, curves, name=name, changes={"time": time}, **settings)
-    write_meta(tmp_path / "g", "lstm-cifar10-conv")
-    write_meta(tmp_path / "h", "lstm-mnist-mlp")
+    write_meta(tmp_path / "g", "lstm-cifar10-conv", "fig11")
+    write_meta(tmp_path / "h", "lstm-mnist-mlp", "fig02")
     text = report([tmp_path], tmp_path / "report.html").read_text()
     found = re.findall(r'id="run-(\d)">\n<h2>(.*?)(?:: .*)? <span class="folder">(.)<', text)
     assert found == [
         ("1", "fig02-moons", "f"),
         ("2", "fig03", "d"),
         ("3", "fig03", "e"),
-        ("4", "fig03", "c"),
-        ("5", "fig10", "a"),
+        ("4", "fig10", "a"),
+        ("5", "fig03", "c"),
         ("6", "mine", "b"),
         ("7", "fig02", "h"),
         ("8", "fig11", "g"),

@@ -9,17 +9,15 @@ Letters: m a method, k an optimizer step, or a meta-step.
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 
-from ..config import as_config
 from ..curves import mark_loss, with_bins
-from ..metatrain.recipes import RECIPES
 from ..records import EVALUATIONS, Record, of_seeds, read_parquet
 from ..terminal import tell
-from .recipes import FIRST, PAPERS
+from .recipes import PAPERS
 
 MARKS = (30, *(a * 10**n for n in range(2, 7) for a in (1, 3)))
 """Steps at which losses are compared."""
@@ -30,12 +28,6 @@ MEANS = ("loss", "used_learned", "gradients", "forwards")
 PREFIX = f"^({'|'.join((*MEANS, 'test_loss'))})_"
 DRAWS = 1_000
 """Of seeds, for an interval."""
-FREE = ("title", "tested_on", "steps", "seeds", "seed", "methods", "vectorize", "nc", "adam_rate")
-"""Settings in which a run may differ from its recipe and still be of its figure."""
-SETTLED = ("dataset", "batch_size", "optimizees", "truncation", "shortest", "longest", "hidden")
-"""Settings of a meta-training that claims are about."""
-FUNCTIONS = ("make_task", "make_methods")
-"""Compared only by whether they are this package's: they may have been renamed since the run."""
 
 
 class NotRunError(Exception):
@@ -104,7 +96,7 @@ class Evidence(NamedTuple):
 
 
 def gather(records: Mapping[Path, Record]) -> dict[str, Evidence]:
-    """What records say, by the name of the recipe; those of other experiments are passed over.
+    """What records of a figure say, by the figure, or by the name of the meta-training.
 
     Figure 2's first steps are in ``fig02``, by data set.
     """
@@ -112,11 +104,11 @@ def gather(records: Mapping[Path, Record]) -> dict[str, Evidence]:
     meta: dict[str, dict[int, pl.DataFrame]] = {}
     for folder, record in records.items():
         try:
-            name = record.config["name"]
-            if record.is_meta and is_of_recipe(record.config):
+            figure = record.config.get("figure")
+            if figure and record.is_meta:
                 of_seed = _losses(record)
-                meta.setdefault(name, {}).update(of_seed)
-            elif not record.is_meta and has_settings(record.config) and (figure := figure_of(name)):
+                meta.setdefault(record.config["name"], {}).update(of_seed)
+            elif figure:
                 tested = folder / EVALUATIONS
                 evaluations = read_parquet(tested) if tested.exists() else None
                 own = labelled(record, _labels(record), evaluations)
@@ -173,8 +165,8 @@ def _labels(record: Record) -> dict[str, str]:
     config, labels = record.config, {}
     if (name := config["name"]) in PAPERS:
         recipe = PAPERS[name]()
-        if name.removeprefix("fig02-") in FIRST:
-            labels = {"L2O": name.removeprefix("fig02-")}
+        if config["figure"] == "fig02":
+            labels = {"L2O": config["dataset"]}
         if (nc := config.get("nc", recipe.nc)) != recipe.nc:
             methods = record.curves["method"].unique()
             labels |= {m: f"{m} (nc {nc})" for m in methods if m.startswith("LGL2O")}
@@ -199,32 +191,3 @@ def _losses(record: Record) -> dict[int, pl.DataFrame]:
             pl.all().cast(pl.Float64),
         )
     return tables
-
-
-def is_of_recipe(config: Mapping[str, Any]) -> bool:
-    """Whether a meta-training, where it tells its ``SETTLED``, has those of a recipe's."""
-    for expected in (as_config(recipe()) for recipe in RECIPES.values()):
-        if expected["name"] == config["name"]:
-            known = [name for name in SETTLED if name in expected and name in config]
-            return all(config[name] == expected[name] for name in known)
-    return False
-
-
-def figure_of(name: str) -> str | None:
-    """The figure of the paper that a run of this name is of, such as "fig02"."""
-    of_paper = name in PAPERS and name.startswith("fig")
-    return name.partition("-")[0] if of_paper or name == "fig02" else None
-
-
-def has_settings(config: Mapping[str, Any]) -> bool:
-    """Whether a run has the settings of the recipe that it is named after, but for ``FREE``.
-
-    As does one that isn't named after any, such as "fig02", put together from several data sets.
-    """
-    if config["name"] not in PAPERS:
-        return True
-    expected = as_config(PAPERS[config["name"]]())
-    found = expected | dict(config)
-    for name in FUNCTIONS:
-        found[name] = expected[name] if found[name].startswith("lossguard.") else found[name]
-    return all(found[name] == expected[name] for name in expected if name not in FREE)

@@ -124,11 +124,13 @@ class Experiment:
     """Everything that the records of an experiment depend on; the defaults are the paper's."""
 
     name: str
-    """Of the recipe; claims about a figure of the paper are judged by records of that name."""
+    """Of the recipe."""
     title: str = ""
     """Of its figure."""
     tested_on: Annotated[str, tyro.conf.Suppress] = ""
     """Its data and its model, in words."""
+    figure: Annotated[str, tyro.conf.Suppress] = ""
+    """Of the paper, as "fig05", if its records are to judge the claims about one."""
     dataset: str = "spirals"
     """A name that lossguard list shows."""
     scaling: str = "none"

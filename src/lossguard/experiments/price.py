@@ -75,6 +75,7 @@ def price_recipe(task: str, over: str, learned: str) -> Experiment:
         methods=(),
         make_methods=partial(price_methods, over),
         title=f"{learned} over {over} on {task}, at equal price",
+        figure="",
         learned=learned,
         scaling="none" if points else "unit",
         loser="keep",

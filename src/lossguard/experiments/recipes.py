@@ -38,15 +38,16 @@ CONV_RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 def figure(name: str, on: str, dataset: str, steps: int, **settings: Any) -> Experiment:
     """A figure of table 1, which compares the paper's methods."""
     title = f"Learned on MNIST + MLP, tested on {on}"
-    about = {"name": name, "title": title, "tested_on": on, "dataset": dataset, "steps": steps}
-    return Experiment(**{**about, **JOINT, **settings})
+    about = {"name": name, "title": title, "tested_on": on, "figure": name}
+    return Experiment(**{**about, "dataset": dataset, "steps": steps, **JOINT, **settings})
 
 
 def learned_on_cifar10(name: str, table_1: Callable[[], Experiment], **settings: Any) -> Experiment:
     """A figure of table 2: one of table 1 with the other learned optimizer."""
     e = table_1()
     title = f"Learned on CIFAR-10 + ConvNet, tested on {e.tested_on}"
-    return replace(e, name=name, title=title, learned="lstm-cifar10-conv", **settings)
+    about = {"name": name, "title": title, "figure": name}
+    return replace(e, **about, learned="lstm-cifar10-conv", **settings)
 
 
 def upsampled_task(e: Experiment) -> Task:
@@ -101,23 +102,24 @@ def demo() -> Experiment:
     """A learned optimizer far from what it was trained on, alone and guarded, on Circles."""
     methods = ("SGDnm", "L2O", "LGL2O", "Recommended")
     title = "mlp-small, meta-trained on small images, tested on Circles + MLP"
-    made = replace(fig15(), name="demo", title=title, steps=10_000, seeds=3, methods=methods)
-    return replace(made, learned="mlp-small", loser="keep")
+    made = replace(fig15(), name="demo", title=title, figure="", learned="mlp-small", loser="keep")
+    return replace(made, steps=10_000, seeds=3, methods=methods)
 
 
 def fig09() -> Experiment:
     """Spirals + MLP with other fallbacks: SGD with momentum, and Adam."""
     e = fig05()
     title = f"{e.title}: LGL2O over other fallbacks"
-    made = {"methods": (), "make_methods": fallback_methods}
-    return replace(e, name="fig09", title=title, steps=120_000, **made)
+    e = replace(e, name="fig09", title=title, figure="fig09", steps=120_000)
+    return replace(e, methods=(), make_methods=fallback_methods)
 
 
 def fig10() -> Experiment:
     """TinyImagenet50 + the deeper ConvNet: the grid of SGDnm's rate and decay."""
     title = "Rate and decay of SGDnm on TinyImagenet50 + ConvNet"
-    e = replace(fig08(), name="fig10", title=title, steps=1_000, scaling="unit", loser="keep")
-    return replace(e, methods=(), make_methods=rate_methods, make_task=named_task)
+    e = replace(fig08(), name="fig10", title=title, figure="fig10", steps=1_000)
+    e = replace(e, scaling="unit", loser="keep", make_task=named_task)
+    return replace(e, methods=(), make_methods=rate_methods)
 
 
 def fig02(dataset: str) -> Experiment:
@@ -125,6 +127,7 @@ def fig02(dataset: str) -> Experiment:
     return Experiment(
         name=f"fig02-{dataset}",
         title=f"Learned on MNIST + MLP, the first steps on {dataset} + MLP",
+        figure="fig02",
         dataset=dataset,
         scaling="none" if dataset in ("moons", "circles", "spirals") else "symmetric",
         steps=100,
@@ -135,7 +138,8 @@ def fig02(dataset: str) -> Experiment:
 def grid(task: str) -> Experiment:
     """Appendix E's grids on one of ``GRIDS``, over 300 steps."""
     e = GRIDS[task]()
-    e = replace(e, name=f"grid-{task}", title=f"Grids of appendix E on {e.tested_on}", steps=300)
+    title = f"Grids of appendix E on {e.tested_on}"
+    e = replace(e, name=f"grid-{task}", title=title, figure="", steps=300)
     return replace(e, methods=(), make_methods=grid_methods)
 
 

@@ -23,15 +23,9 @@ from ..metatrain import figure as meta
 from ..records import EVALUATIONS, Record, read_parquet, read_runs
 from ..terminal import shown
 from .claims import judge_claims
-from .evidence import figure_of, has_settings, is_of_recipe
 from .figures import BANDS, SMOOTHED_FROM, draw_run, summary
 from .price import at_equal_price
 
-META = {
-    **dict.fromkeys(("lstm-mnist-mlp", "lstm-mnist-mlp-paper"), "2"),
-    **dict.fromkeys(("lstm-cifar10-conv", "cifar10-conv-plain"), "11"),
-}
-"""Figures about a meta-training, by its name."""
 CAPTION = "Training loss, mean over seeds and over the last tenth of the steps up to a mark"
 
 
@@ -57,16 +51,9 @@ def report(folders: Sequence[Path], file: Path) -> Path:
             others.append(f"{folder} can't be shown: {type(error).__name__}: {error}")
     if not runs:
         raise ValueError("; ".join(others))
-    # Meta-trainings last; by the paper's figure; its recipe's settings first, then the latest.
+    # Meta-trainings last; by the paper's figure; then the latest.
     runs.sort(key=lambda run: str(run["made"]["time"]), reverse=True)
-    runs.sort(
-        key=lambda run: (
-            not run["tables"],
-            float(run["figure"] or "inf"),
-            run["name"],
-            not run["by_recipe"],
-        )
-    )
+    runs.sort(key=lambda run: (not run["tables"], float(run["figure"] or "inf"), run["name"]))
     for number, run in enumerate(runs, 1):
         run["id"] = f"run-{number}"
     figures = {run["figure"]: run["id"] for run in reversed(runs) if run["figure"]}
@@ -107,25 +94,23 @@ def _page(**content: Any) -> str:
 def _section(folder: Path, record: Record) -> dict[str, Any]:
     """What the page says about one run."""
     config, made, curves = record
-    name = config["name"]
+    name, figure = config["name"], config.get("figure", "")
     about = {
         "folder": folder.name,
-        "by_recipe": has_settings(config),
+        "figure": figure and str(int(figure.removeprefix("fig"))),
         "made": made,
         "config": json.dumps(config, indent=2),
     }
     if record.is_meta:
-        figure = META.get(name) if is_of_recipe(config) else None
-        number = f"fig{int(figure):02}: " if figure else ""
+        number = f"{figure}: " if figure else ""
         return about | {
             "name": f"Meta-training of {name}",
-            "figure": figure,
             "title": f"{number}Meta-training of {name}, {curves['meta_step'].max():,} meta-steps",
             "image": _encoded(meta.draw(record)),
             "tables": [],
             "worth": "",
         }
-    figure, (scores, worth) = figure_of(name), _evaluations(folder)
+    scores, worth = _evaluations(folder)
     titled = config["title"] or name
     titled = titled if titled.startswith(name) else f"{name}: {titled}"
     steps = last_step(curves)
@@ -133,7 +118,6 @@ def _section(folder: Path, record: Record) -> dict[str, Any]:
     seeds = f"{whole} seed{'s' * (whole > 1)}"
     return about | {
         "name": name,
-        "figure": figure and str(int(figure.removeprefix("fig"))),
         "title": f"{titled}, {steps:,} steps, {seeds}",
         "image": _encoded(draw_run(record)),
         "tables": [(CAPTION, summary(record)), *scores],

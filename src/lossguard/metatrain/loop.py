@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import equinox as eqx
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import polars as pl
+import tyro
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .. import records, run_folder
@@ -76,6 +77,8 @@ class MetaTraining(ABC):
 
     name: str
     """What the learned optimizer is called."""
+    figure: Annotated[str, tyro.conf.Suppress] = ""
+    """Of the paper, as "fig11", if its records are about one."""
     truncation: int = 50
     """Optimizer steps of a piece."""
     shortest: int = 100

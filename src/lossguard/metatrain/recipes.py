@@ -10,7 +10,7 @@ from .family import Member
 
 def mnist_mlp() -> LSTMTraining:
     """``lstm-mnist-mlp``: MNIST and the MLP with 20 hidden units (paper, section 4)."""
-    return LSTMTraining(name="lstm-mnist-mlp")
+    return LSTMTraining(name="lstm-mnist-mlp", figure="fig02")
 
 
 def mnist_mlp_paper() -> LSTMTraining:
@@ -21,6 +21,7 @@ def mnist_mlp_paper() -> LSTMTraining:
     """
     return LSTMTraining(
         name="lstm-mnist-mlp-paper",
+        figure="fig02",
         scaling="unit",
         optimizees=1,
         truncation=20,
@@ -46,6 +47,7 @@ def cifar10_conv() -> LSTMTraining:
     """
     return LSTMTraining(
         name="lstm-cifar10-conv",
+        figure="fig11",
         dataset="cifar10",
         model=ConvNet(),
         truncation=20,

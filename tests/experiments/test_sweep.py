@@ -201,10 +201,10 @@ from dataclasses import replace
 import tiny
 
 def one():
-    return replace(tiny.recipe(), seeds=1)
+    return replace(tiny.recipe(), seeds=1, methods=("LGL2O",))
 
 def two():
-    return tiny.recipe()
+    return replace(tiny.recipe(), methods=("LGL2O",))
 
 def wrong():
     return replace(tiny.recipe(), methods=("SGD",))
@@ -234,7 +234,7 @@ def test_two_workers_of_a_cluster_leave_the_same_records(
     assert "in guards" in failure["traceback"]
 
     for name, seeds in (("one", 1), ("two", 2)):
-        alone = dataclasses.replace(tiny.recipe(), seeds=seeds, steps=40)
+        alone = dataclasses.replace(tiny.recipe(), seeds=seeds, steps=40, methods=("LGL2O",))
         here = run(alone, tmp_path / "here" / name)
         same_curves(tmp_path / "there" / name, here)
         (config, made, _), (right, _, _) = map(records.read_run, (tmp_path / "there" / name, here))

@@ -37,6 +37,16 @@ def test_a_finished_run_needs_no_lock(finished: Path) -> None:
         assert one and two and sorted(finished.iterdir()) == before
 
 
+def test_what_a_kill_at_the_end_of_a_run_left_is_deleted(finished: Path) -> None:
+    before = sorted(finished.iterdir())
+    for name in run_folder.PASSING:
+        (finished / name).write_text("{}")
+    (finished / run_folder.CHECKPOINTS).mkdir()
+    with run_folder.hold_folder(finished, CONFIG, resume=True) as found:
+        assert found
+    assert sorted(finished.iterdir()) == before
+
+
 def test_the_commit_of_a_repository_around_it_is_not_its_own(tmp_path, monkeypatch) -> None:
     """Such as one whose virtual environment it is installed in."""
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]

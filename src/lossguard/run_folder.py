@@ -42,7 +42,7 @@ def hold_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False
     """Make the folder of a run and put its config there, or go on with the same run's.
 
     It is locked against other processes; yields whether the run is finished. The folder of a
-    finished one is neither locked nor written to.
+    finished one is neither locked nor written to, but rid of what a kill at its end has left.
 
     Raises:
         ValueError: if the folder holds another run, or this one and ``resume`` is false, or its
@@ -52,6 +52,7 @@ def hold_folder(folder: Path, config: Mapping[str, Any], *, resume: bool = False
     """
     check_folder(folder, config, resume=resume)
     if is_finished(folder):
+        _tidy(folder)
         yield True
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,9 +150,15 @@ def finish(folder: Path, made: Mapping[str, Any]) -> None:
     sums[CONFIG] = checksums.of_json(read_json(folder / CONFIG))
     own = {MANIFEST: checksums.of_json({**made, checksums.NAME: sums})}
     write_json(folder / MANIFEST, {**made, checksums.NAME: sums | own})
+    _tidy(folder)
+
+
+def _tidy(folder: Path) -> None:
+    """Delete what is there until a run is finished, as far as it can be deleted."""
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     for name in PASSING:
-        (folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
 
 
 def manifest(**more: Any) -> dict[str, Any]:

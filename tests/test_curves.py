@@ -19,14 +19,11 @@ MEANS = ("loss", "used_learned", "learned_loss", "fallback_loss")
 def made_up(seeds: int, cycles: int, nt: int) -> Decision:
     """Decisions [seeds, cycles, nt], drawn at random."""
     rng, shape = np.random.default_rng(0), (seeds, cycles)
-    flags = np.ones(shape, bool)
     return Decision(
         used_learned=rng.random((*shape, nt)) < 0.5,
         losses=rng.normal(size=(*shape, nt)).astype(np.float32),
         learned_loss=rng.normal(size=shape).astype(np.float32),
         fallback_loss=rng.normal(size=shape).astype(np.float32),
-        finite_learned=flags,
-        finite_fallback=flags,
         winner=np.zeros(shape, np.int32),
         gradients=np.full(shape, 2 * nt, np.int32),
         forwards=rng.integers(0, 9, shape).astype(np.int32),

@@ -77,10 +77,7 @@ def test_unequal_shards(two):
 def test_one_rank_whose_loss_turns_nan(two):
     ranks = two["ddp_nan"]
     assert_ranks_agree(ranks)
-    history = ranks[0]["history"]
     assert winners(ranks[0])[1:3] == [1, -1]
-    assert [d["finite_learned"] for d in history[:4]] == [True, False, False, True]
-    assert [d["finite_fallback"] for d in history[:4]] == [True, True, False, True]
 
 
 def test_what_one_lane_raises_is_passed_on(two):

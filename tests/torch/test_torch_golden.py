@@ -264,7 +264,6 @@ def test_gradients_that_are_not_finite_ruin_no_lane(name):
     def finite():
         for params, decision in in_torch(in_pytorch(name, pair), loss_of=broken_loss_of):
             assert all(np.isfinite(p).all() for p in params)
-            assert decision.finite_learned and decision.finite_fallback
             yield params, decision
 
     assert_same(finite(), in_jax(name, pair, broken_objective))

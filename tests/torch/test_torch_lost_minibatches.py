@@ -141,6 +141,4 @@ def test_inputs_that_are_not_finite_leave_batch_norm_and_the_run_as_they_are(
             lane.step(backward(loss))
         losses.append(loss.item())
     assert [k for k, loss in enumerate(losses) if math.isnan(loss)] == list(range(3, 200, 10))
-    cycles = [d for d in guard.history if d.finite_learned and d.finite_fallback]
-    assert len(cycles) == len(guard.history) or kind is BestOf  # which tells of the losses too
     assert losses[-1] < 0.1 * losses[0] and all(b.isfinite().all() for b in model.buffers())

@@ -243,9 +243,8 @@ class SideBySide:
                 return jnp.full(one.shape, unknown, one.dtype)
 
             _, decision, d = jax.tree.map(nothing, jax.eval_shape(step, at))
-            fine, nt = jnp.array(True), len(decision.losses)
-            at = at._replace(inner=advance_schedules(at.inner, nt))
-            return at, decision._replace(finite_learned=fine, finite_fallback=fine), d
+            at = at._replace(inner=advance_schedules(at.inner, len(decision.losses)))
+            return at, decision, d
 
         return step(at) if runs is True else jax.lax.cond(runs, step, idle, at)
 

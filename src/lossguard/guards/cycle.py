@@ -66,6 +66,7 @@ def guard_of(
         dtype = loss_dtype(objective, state.params, i)
         now = Cycle(objective, i, k, nt, dtype)
         x, after, decision = cycle(state.params, state.inner, now)
+        decision = jax.tree.map(jnp.asarray, decision)
         return GuardState(x, advance(k, nt), following(i, nt + nc), after), decision
 
     return Guard(init, step)

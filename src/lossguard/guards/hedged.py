@@ -76,7 +76,7 @@ def cycle(
     was, led_by_s, runs = inner.relay, inner.regret > 0, ~inner.relay.on_own
     edited = was._replace(s=was.s._replace(params=x))
     start = select(led_by_s, edited, lead_from(was, x))
-    state, decision, of_s, fine_s, void = relay.step(start, runs, now)
+    state, decision, of_s, (_, fine_s), void = relay.step(start, runs, now)
     x = leader(state)
     renewed = Lane(x, renew(relay.fallback, x, state.s.state))
     state = state._replace(s=select(fine_s, state.s, renewed))

@@ -89,12 +89,10 @@ def loss_guard(
         decision = Decision(
             used_learned=jnp.full(now.nt, keep_y),
             losses=jnp.where(keep_y, losses[0], losses[1]),
-            learned_loss=checks[0],
-            fallback_loss=checks[1],
-            finite_learned=finite_y,
-            finite_fallback=finite_z,
             winner=jnp.where(keep_y, LEARNED, jnp.where(finite_z, FALLBACK, NEITHER)),
             gradients=jnp.int32(2 * now.nt),
+            learned_loss=checks[0],
+            fallback_loss=checks[1],
             forwards=jnp.int32(2 * nc),
             learned_updates=jnp.int32(now.nt),
         )

@@ -1,5 +1,6 @@
 """What every guard is: two pure functions, the state between them, and what a step reports."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,32 +38,27 @@ class GuardState(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What happened in one cycle. Losses are NaN, and flags true, where they do not apply."""
+    """What happened in one cycle."""
 
     used_learned: Bool[Array, " nt"]
     """Whether each step of the lane that ``losses`` are of was the learned optimizer's."""
     losses: Float[Array, " nt"]
     """Training loss before each step. Of which lane, the guard says: of the leader before the
     cycle, or, with hindsight, of the branch that was kept; or taken back, if ``winner`` is -1."""
-    learned_loss: Float[Array, ""]
-    """Mean loss by which the learned lane was compared."""
-    fallback_loss: Float[Array, ""]
-    """That of the fallback's on the same minibatches."""
-    finite_learned: Bool[Array, ""]
-    """Whether the learned lane had finite parameters and losses."""
-    finite_fallback: Bool[Array, ""]
-    """Whether the fallback's had."""
     winner: Int[Array, ""]
     """The lane that ``params`` are of after the cycle: 0 learned, 1 fallback, 2 the fallback by
     itself, -1 where x stayed or went back; with ``best_of`` the number of the guard. Of
-    ``recommended`` and ``hedged`` it is never -1: ``finite_learned`` and ``finite_fallback`` tell
-    that a lane took its cycle back."""
+    ``recommended`` and ``hedged`` it is never -1."""
     gradients: Int[Array, ""]
     """Gradient evaluations spent, but for those that an optimizer makes by itself, as a line search
     does."""
-    forwards: Int[Array, ""]
-    """Forward passes spent beside them."""
-    learned_updates: Int[Array, ""]
+    learned_loss: Float[Array, ""] | float = math.nan
+    """Mean loss by which the learned lane was compared, if one was."""
+    fallback_loss: Float[Array, ""] | float = math.nan
+    """That of the fallback's on the same minibatches."""
+    forwards: Int[Array, ""] | np.int32 = np.int32(0)
+    """Forward passes spent beside the gradients."""
+    learned_updates: Int[Array, ""] | np.int32 = np.int32(0)
     """Updates computed by learned optimizers, kept or not."""
 
     def price(self, u: float = 0.0) -> Array | np.ndarray:

@@ -97,7 +97,7 @@ def cycle(
     """The relay, and s if it is due."""
     on_own = inner.relay.on_own
     runs = ~on_own & is_due(inner, now.k, relay.share)
-    state, decision, of_s, fine_s, void = relay.step(lead_from(inner.relay, x), runs, now)
+    state, decision, of_s, (fine_z, fine_s), void = relay.step(lead_from(inner.relay, x), runs, now)
 
     none = void.all()  # of the minibatches has a finite loss
     heard = runs & fine_s & ~none
@@ -106,9 +106,9 @@ def cycle(
     won, lost = trials.outcome(against, of_s, decision.losses)
     loss = jnp.where(heard, of_s, decision.losses).mean()
     progress = progresses.add(inner.progress, loss, now.nt, memory=0)
-    known = heard | (on_own & decision.finite_fallback & ~none)
+    known = heard | (on_own & fine_z & ~none)
     progress = select(known, progress, inner.progress)
-    broken = jnp.where(heard, ~decision.finite_fallback & ~state.learned_leads, inner.broken)
+    broken = jnp.where(heard, ~fine_z & ~state.learned_leads, inner.broken)
     back = heard & (won | (broken & inner.broken))  # x can't go on where s can
     state = go_back(state, back, progress.recent)
     winner = jnp.where(back, OWN, decision.winner).astype(jnp.int32)

@@ -83,12 +83,12 @@ class Relay:
 
     def step(
         self, state: RelayState, s_runs: Bool[Array, ""], now: Cycle
-    ) -> tuple[RelayState, Decision, Float[Array, " nt"], Bool[Array, ""], Bool[Array, " nt"]]:
+    ) -> tuple[RelayState, Decision, Float[Array, " nt"], Bool[Array, " 2"], Bool[Array, " nt"]]:
         """One cycle. A gradient that isn't finite is one of 0.
 
         Returns:
-            The state, the decision, the losses of s (NaN if it didn't run), whether s stayed
-            finite if it ran, and the minibatches that are passed over: there losses are a mean.
+            The state, the decision, the losses of s (NaN if it didn't run), whether z and s stayed
+            finite if they ran, and the minibatches that are passed over: there losses are a mean.
 
         If all are, z and s are where their steps led, y can't take over, and a leading y isn't
         fine: who is to blame?
@@ -126,16 +126,13 @@ class Relay:
         decision = Decision(
             used_learned=jnp.full(nt, leads),
             losses=losses,
-            learned_loss=jnp.where(tried, of_y.mean(), jnp.nan),
-            fallback_loss=jnp.where(tried, losses.mean(), jnp.nan),
-            finite_learned=fine_y,
-            finite_fallback=fine_z,
             winner=jnp.where(after.learned_leads, LEARNED, jnp.where(after.on_own, OWN, FALLBACK)),
             gradients=nt * (1 + tried.astype(jnp.int32) + s_runs.astype(jnp.int32)),
-            forwards=jnp.int32(0),
+            learned_loss=jnp.where(tried, of_y.mean(), jnp.nan),
+            fallback_loss=jnp.where(tried, losses.mean(), jnp.nan),
             learned_updates=nt * (leads | tried).astype(jnp.int32),
         )
-        return after, decision, of_s, fine_s, void
+        return after, decision, of_s, jnp.stack([fine_z, fine_s]), void
 
     def _begin_trial(self, state: RelayState, now: Cycle) -> tuple[Lane, Trial]:
         """y at x with a fresh state, if a trial is due; and the trial."""

@@ -125,18 +125,12 @@ def residual_guard(
         x: Params, inner: ResidualGuardState, now: Cycle
     ) -> tuple[Params, ResidualGuardState, Decision]:
         step, numbers = partial(gl2o, now.objective), now.i + jnp.arange(now.nt, dtype=jnp.int32)
-        (x, inner), (ok, losses, finite_y, finite_z) = jax.lax.scan(step, (x, inner), numbers)
-        nan = jnp.array(jnp.nan, now.dtype)
+        (x, inner), (ok, losses, finite_z) = jax.lax.scan(step, (x, inner), numbers)
         decision = Decision(
             used_learned=ok,
             losses=losses.astype(now.dtype),
-            learned_loss=nan,
-            fallback_loss=nan,
-            finite_learned=finite_y.all(),
-            finite_fallback=finite_z.all(),
             winner=jnp.where(ok[-1], LEARNED, jnp.where(finite_z[-1], FALLBACK, NEITHER)),
             gradients=jnp.int32(2 * now.nt),
-            forwards=jnp.int32(0),
             learned_updates=jnp.int32(now.nt),
         )
         return x, inner, decision
@@ -144,7 +138,7 @@ def residual_guard(
     def gl2o(
         objective: Objective, carry: tuple[Params, ResidualGuardState], i: Int[Array, ""]
     ) -> tuple[tuple[Params, ResidualGuardState], tuple[Array, ...]]:
-        """One step; and whether y is kept, the loss at x, and whether y and z are finite."""
+        """One step; and whether y is kept, the loss at x, and whether z is finite."""
         x, inner = carry
         loss, gradient = jax.value_and_grad(objective)(x, i)
         at = Lane(x, inner.learned), Lane(x, inner.fallback)
@@ -175,6 +169,6 @@ def residual_guard(
             renew_if_unsound(fallback, x, fallback_state),
             select(ok, sequence.update(memory, r), select(jnp.isfinite(own), passed, memory)),
         )
-        return (x, inner), (ok, loss, finite_y, finite_z)
+        return (x, inner), (ok, loss, finite_z)
 
     return guard_of(begin, cycle, nt=nt)

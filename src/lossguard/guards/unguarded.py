@@ -6,21 +6,21 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from .cycle import Cycle, guard_of
-from .lanes import Lane, is_fine, train, with_extra_args
+from .lanes import Lane, train, with_extra_args
 from .protocol import FALLBACK, LEARNED, Decision, Guard, Params
 
 
 def unguarded(optimizer: Any, *, nt: int = 10, trusted: bool = False) -> Guard:
     """One optimizer on its own; a step is nt of its steps, on minibatches i .. i+nt-1.
 
-    Nothing is checked: parameters may become infinite, which the decision reports.
+    Nothing is checked: parameters may become infinite.
 
     Args:
         optimizer: an optax transformation.
         nt: optimizer steps a cycle.
         trusted: whether it counts as the fallback in decisions, not as learned: ``used_learned`` is
-            false then, there are no ``learned_updates``, and ``finite_fallback`` is its own. So
-            ``best_of`` of a learned optimizer and a trusted one tells which of them it follows.
+            false then, and there are no ``learned_updates``. So ``best_of`` of a learned optimizer
+            and a trusted one tells which of them it follows.
 
     Raises:
         ValueError: if nt is below 1.
@@ -35,17 +35,11 @@ def unguarded(optimizer: Any, *, nt: int = 10, trusted: bool = False) -> Guard:
 
     def cycle(x: Params, state: PyTree, now: Cycle) -> tuple[Params, PyTree, Decision]:
         (lane,), losses = train([optimizer], [Lane(x, state)], now)
-        finite, nan = is_fine(lane, losses, x), jnp.array(jnp.nan, now.dtype)
         decision = Decision(
             used_learned=jnp.full(now.nt, not trusted),
             losses=losses[0],
-            learned_loss=nan,
-            fallback_loss=nan,
-            finite_learned=finite | trusted,
-            finite_fallback=finite | (not trusted),
             winner=jnp.int32(FALLBACK if trusted else LEARNED),
             gradients=jnp.int32(now.nt),
-            forwards=jnp.int32(0),
             learned_updates=jnp.int32(0 if trusted else now.nt),
         )
         return lane.params, lane.state, decision

@@ -176,7 +176,6 @@ class BestOf(Guard):
         return Decision(
             used_learned=[True] * self.nt,
             losses=seen[str(best)].losses,
-            finite_learned=seen[str(best)].fine,
             winner=best if best in fine else NEITHER,
             gradients=self.nt * len(seen),
             forwards=self.nc * len(seen),

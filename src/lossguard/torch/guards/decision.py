@@ -48,22 +48,17 @@ def passed_over(seen: Mapping[str, Seen]) -> tuple[list[bool], dict[str, Seen]]:
 class Decision(NamedTuple):
     """A plain record of one cycle; a list of them is a table for pandas or polars.
 
-    Losses are NaN, and flags true, where they don't apply.
-
     Attributes:
         used_learned: nt flags: whether each step of the lane that ``losses`` are of was learned.
         losses: nt training losses, each before its step. Of which lane, the guard says.
         winner: the lane that the model has after the cycle: 0 learned, 1 fallback, 2 the fallback
-            by itself, -1 where x stayed or went back (never with ``Recommended`` and ``Hedged``,
-            where flags tell that a lane took its cycle back); with ``BestOf`` the optimizer's
-            number.
+            by itself, -1 where x stayed or went back (never with ``Recommended`` and ``Hedged``);
+            with ``BestOf`` the optimizer's number.
         gradients: gradients evaluated, in all lanes.
         learned_updates: steps of learned optimizers, kept or not.
         forwards: losses evaluated without a gradient, in all lanes.
-        learned_loss: the mean loss by which the learned lane was compared.
+        learned_loss: the mean loss by which the learned lane was compared; NaN if none was.
         fallback_loss: the same of the fallback's, on the same minibatches.
-        finite_learned: whether the learned lane had finite parameters and losses.
-        finite_fallback: whether the fallback's had.
         jumped: whether the model's parameters were replaced by another lane's, or an earlier
             point: a moving average of weights should begin again there.
     """
@@ -76,8 +71,6 @@ class Decision(NamedTuple):
     forwards: int = 0
     learned_loss: float = math.nan
     fallback_loss: float = math.nan
-    finite_learned: bool = True
-    finite_fallback: bool = True
     jumped: bool = False
 
     def without(self, void: Sequence[bool]) -> Self:

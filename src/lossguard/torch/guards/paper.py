@@ -113,8 +113,6 @@ class LossGuard(Guard):
             losses=y.losses if keep_y else z.losses,
             learned_loss=check_y,
             fallback_loss=check_z,
-            finite_learned=finite_y,
-            finite_fallback=finite_z,
             winner=LEARNED if keep_y else FALLBACK if finite_z else NEITHER,
             gradients=2 * nt,
             forwards=2 * self.nc,
@@ -161,7 +159,7 @@ class ResidualGuard(Guard):
     """
 
     forgives = False
-    remembered = ("_mu", "_reports")
+    remembered = ("_mu", "_kept")
 
     def __init__(
         self,
@@ -182,8 +180,8 @@ class ResidualGuard(Guard):
         if any(inner.switches for inner in self._inners.values()):
             raise ValueError("optimizers must have no train() and eval(), got one that switches")
         self._mu = math.nan
-        self._reports = [[NEITHER, True, True]] * self.nt
-        """Of each step of a cycle: who was kept, and whether y and z were finite."""
+        self._kept = [NEITHER] * self.nt
+        """Who was, of each step of a cycle."""
 
     def lanes(self) -> Generator[Lane, None, None]:
         """Refused: the second evaluation is where the first one leads."""
@@ -224,8 +222,7 @@ class ResidualGuard(Guard):
             else:
                 one.forget()
                 one.inner.move_copies(one.memory(), point)
-        kept = LEARNED if ok else FALLBACK if finite_z else NEITHER
-        self._reports[self.phase] = [kept, finite_y, finite_z]
+        self._kept[self.phase] = LEARNED if ok else FALLBACK if finite_z else NEITHER
         z.note(scalar(loss))
         return loss
 
@@ -264,13 +261,10 @@ class ResidualGuard(Guard):
         return loss, gradient, [*here, *clones(live[len(params) :])]
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
-        kept, finite_y, finite_z = zip(*self._reports, strict=True)
         return Decision(
-            used_learned=[one == LEARNED for one in kept],
+            used_learned=[one == LEARNED for one in self._kept],
             losses=seen["z"].losses,
-            finite_learned=all(finite_y),
-            finite_fallback=all(finite_z),
-            winner=kept[-1],
+            winner=self._kept[-1],
             gradients=2 * self.nt,
             learned_updates=self.nt,
         )

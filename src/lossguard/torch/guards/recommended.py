@@ -91,8 +91,9 @@ class Recommended(GuardOfTwo):
             won, lost = self._against.outcome(s.losses, decision.losses)
             if won or lost:
                 self._against = UNBOUNDED
-            before = self._broken
-            self._broken = not decision.finite_fallback and not relay.state.learned_leads
+            before, z = self._broken, seen.get("z")
+            z_breaks = z is not None and not z.is_fine(void)
+            self._broken = z_breaks and not relay.state.learned_leads
             if won or (before and self._broken):  # x can't go on where s can
                 self._broken = False
                 relay.go_back(self._progress.recent)

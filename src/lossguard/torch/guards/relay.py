@@ -113,8 +113,6 @@ class Relay:
             learned_updates=self.nt * (y is not None),
             learned_loss=mean(of_y) if of_y else math.nan,
             fallback_loss=mean(losses) if of_y else math.nan,
-            finite_learned=fine_y,
-            finite_fallback=fine_z,
         )
 
     def go_back(self, loss: float) -> None:

@@ -157,11 +157,6 @@ WRONG = {
             lambda: rollout(recommended, None, None, cycles=1)
         ),
     },
-    " must have one set of parameters, got an optax.lookahead, which has two": {
-        "learned|": lambda: recommended(LOOKAHEAD, SGD).init(ONES),
-        "fallback|": lambda: residual_guard(SGD, LOOKAHEAD).init(ONES),
-        "optimizer|": lambda: rewind(LOOKAHEAD).init(ONES),
-    },
     " must return updates of the shapes of its gradients, ": {
         "learned|[(2,)], got [(1,)]": lambda: step(total, lambda *_: recommended(SUMS, SGD)),
         "fallback|[(2,)], got [(1,)]": lambda: step(total, lambda *_: residual_guard(SGD, SUMS)),
@@ -288,6 +283,15 @@ def test_parameters_of_other_shapes_or_types_are_refused(make, params) -> None:
     told = re.escape(f", got another one, with ['{params.dtype}{[*params.shape]}'] now")
     with pytest.raises(ValueError, match=f"{told}$"):
         guard.step(guard.init(ONES)._replace(params=params), total)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda one: recommended(one, SGD), lambda one: residual_guard(SGD, one), unguarded]
+)
+def test_optax_refuses_a_lookahead_by_itself(make) -> None:
+    """It has two sets of parameters."""
+    with pytest.raises(AttributeError, match=r"no attribute '?fast"):
+        step(total, lambda *_: make(LOOKAHEAD))
 
 
 @pytest.mark.usefixtures("unchecked", "x64")

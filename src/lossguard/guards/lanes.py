@@ -30,8 +30,6 @@ def with_extra_args(name: str, optimizer: Any) -> optax.GradientTransformationEx
     places = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     first = [key for key, one in given.items() if one.kind in places][:3]
     named = given.keys() - first  # these are updates, state and params, whatever they are called
-    # MultiSteps takes them and isn't of optax's class for that.
-    inner = optimizer if open_ended or named else optax.with_extra_args_support(optimizer)
 
     def update(
         updates: PyTree, state: PyTree, params: Params | None = None, **extra_args: Any
@@ -41,7 +39,7 @@ def with_extra_args(name: str, optimizer: Any) -> optax.GradientTransformationEx
             for key, value in extra_args.items()
             if key in named or (open_ended and key != "grad_fn" and key not in first)
         }
-        made, after = inner.update(updates, state, params, **usable)
+        made, after = optimizer.update(updates, state, params, **usable)
         given, got = ([jnp.shape(leaf) for leaf in jax.tree.leaves(t)] for t in (updates, made))
         if got != given:  # which might be broadcast where they are added
             raise ValueError(
@@ -49,16 +47,7 @@ def with_extra_args(name: str, optimizer: Any) -> optax.GradientTransformationEx
             )
         return made, after
 
-    def init(params: Params) -> PyTree:
-        state = inner.init(params)
-        nodes = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, optax.LookaheadState))
-        if any(isinstance(node, optax.LookaheadState) for node in nodes):
-            raise ValueError(
-                f"{name} must have one set of parameters, got an optax.lookahead, which has two"
-            )
-        return state
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
 class Lane(NamedTuple):

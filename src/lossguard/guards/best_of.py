@@ -16,10 +16,9 @@ from .cycle import (
     LONGEST,
     Cycle,
     as_arrays,
+    check_objective,
     check_state,
-    loss_dtype,
     own_buffers,
-    sum_dtype,
 )
 from .lanes import losses_at, passed_over
 from .protocol import NEITHER, Decision, Guard, GuardState, Objective, Params, advance, following
@@ -148,7 +147,7 @@ class SideBySide:
     def init(self, params: Params) -> GuardState:
         """All are at the parameters, and nothing is known of them."""
         params = as_arrays(params)
-        unknown = jnp.full(len(self.members), jnp.nan, sum_dtype(params))
+        unknown = jnp.full(len(self.members), jnp.nan, float)
         members = tuple(guard.init(params) for guard in self.members)
         if self.share is not None:
             check_schedules("each of guards", members)
@@ -157,7 +156,7 @@ class SideBySide:
             records=unknown,
             weights=jnp.zeros_like(unknown),
             lowest=unknown,
-            against=jax.vmap(trials.unbounded)(unknown),
+            against=each(trials.unbounded(), len(self.members)),
             spent=jnp.zeros(len(self.members), jnp.int32),
             leader=jnp.int32(0),
             checked=jnp.int32(0),
@@ -167,7 +166,7 @@ class SideBySide:
     def step(self, state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
         """A cycle of those that are due."""
         check_state(state, self.init)
-        loss_dtype(objective, state.params, state.minibatches)
+        check_objective(objective, state.params, state.minibatches)
         objective = with_sound_gradients(objective, state.params, state.minibatches)
         inner, i = state.inner, state.minibatches
         runs, after = self.are_due(inner, state.steps), []
@@ -213,7 +212,7 @@ class SideBySide:
         """Which guards run in the cycle after k steps."""
         if self.share is None:
             return [True] * len(self.members)
-        spent, k = (count.astype(inner.records.dtype) for count in (inner.spent, k))
+        spent, k = (count.astype(float) for count in (inner.spent, k))
         due = (k < HEAD_START) | (spent <= self.share * (k - HEAD_START))
         return [*(due | (jnp.arange(len(spent), dtype=jnp.int32) == inner.leader))]
 
@@ -232,8 +231,8 @@ class SideBySide:
             at, decision = guard.step(at, objective)
             if self.check is None:
                 return at, decision, decision.losses
-            dtype = loss_dtype(self.check, at.params, checked, name="check")
-            held_out = Cycle(self.check, checked, at.steps, self.nc, dtype)
+            check_objective(self.check, at.params, checked, name="check")
+            held_out = Cycle(self.check, checked, at.steps, self.nc)
             decision = decision._replace(forwards=decision.forwards + self.nc)
             return at, decision, losses_at([at.params], held_out)[:, 0]
 
@@ -261,7 +260,7 @@ class SideBySide:
 
         ``sound`` are those whose parameters are finite.
         """
-        d, numbers = d.astype(inner.records.dtype), jnp.arange(len(d), dtype=jnp.int32)
+        numbers = jnp.arange(len(d), dtype=jnp.int32)
         leads = numbers == inner.leader
         lost = ~(jnp.isfinite(d) & ran).any()  # all minibatches are, on all
         fine = ~ran | (sound & (jnp.isfinite(d) | lost))
@@ -283,7 +282,7 @@ class SideBySide:
         was_as_good = 2 * lowest < records + records[inner.leader]
         again = ~fine | (compared & won & was_as_good & (numbers != best))
         restarts = again | (compared & (won | over)) | (best != inner.leader)
-        choose, fresh = jax.vmap(select), jax.vmap(trials.unbounded)(records)
+        choose, fresh = jax.vmap(select), each(trials.unbounded(), len(d))
         after = inner._replace(
             records=jnp.where(again, records[best], records),
             weights=jnp.where(again, weights[best], weights),
@@ -292,6 +291,11 @@ class SideBySide:
             leader=best,
         )
         return after, fine, again
+
+
+def each(trial: Trial, members: int) -> Trial:
+    """The same for each member."""
+    return jax.tree.map(lambda leaf: jnp.full(members, leaf), trial)
 
 
 def head_start(

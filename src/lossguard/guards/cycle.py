@@ -18,7 +18,6 @@ from .protocol import (
     advance,
     check_loss,
     following,
-    wide,
 )
 from .stacked import check_stacked
 
@@ -34,8 +33,6 @@ class Cycle(NamedTuple):
     k: Int[Array, ""]
     """Optimizer steps before it."""
     nt: int
-    dtype: jnp.dtype
-    """Of losses."""
 
 
 def guard_of(
@@ -63,9 +60,8 @@ def guard_of(
         check_state(state, init)
         check_stacked(objective, nt + nc)
         i, k = state.minibatches, state.steps
-        dtype = loss_dtype(objective, state.params, i)
-        now = Cycle(objective, i, k, nt, dtype)
-        x, after, decision = cycle(state.params, state.inner, now)
+        check_objective(objective, state.params, i)
+        x, after, decision = cycle(state.params, state.inner, Cycle(objective, i, k, nt))
         decision = jax.tree.map(jnp.asarray, decision)
         return GuardState(x, advance(k, nt), following(i, nt + nc), after), decision
 
@@ -117,20 +113,9 @@ def kinds(tree: PyTree) -> list[str]:
     return [f"{place} {dtype}{shape}".lstrip() for place, dtype, shape in told]
 
 
-def loss_dtype(
+def check_objective(
     objective: Objective, params: Params, i: Int[Array, ""], *, name: str = "objective"
-) -> jnp.dtype:
-    """The dtype in which losses are kept and compared: the objective's, float32 at least.
-
-    Raises:
-        ValueError: if the objective is no function, or doesn't return one floating-point number.
-    """
+) -> None:
+    """Refuse what is no function, or doesn't return one floating-point number."""
     check_function(name, objective, f"{name}(params, i)")
-    out = jax.eval_shape(objective, params, i)
-    check_loss(name, out)
-    return wide(out.dtype)
-
-
-def sum_dtype(params: Params) -> jnp.dtype:
-    """The dtype of what a guard adds up or follows over cycles: the widest, float32 at least."""
-    return wide(*jax.tree.leaves(params))
+    check_loss(name, jax.eval_shape(objective, params, i))

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from ..rules import DECAY, PATIENCE, STRETCH
 from ..validation import check_part
-from .cycle import Cycle, guard_of, sum_dtype
+from .cycle import Cycle, guard_of
 from .lanes import Lane, with_extra_args
 from .protocol import OWN, Decision, Guard, Params, advance
 from .relay import Relay, RelayState, go_back, lead_from, leader
@@ -65,7 +65,7 @@ def hedged(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) ->
 
 def begin(relay: Relay, params: Params) -> HedgedState:
     """x is on the fallback's own path."""
-    none, regret = jnp.int32(0), jnp.zeros((), sum_dtype(params))
+    none, regret = jnp.int32(0), jnp.zeros(())
     return HedgedState(relay.begin(params), regret, none, none)
 
 
@@ -81,7 +81,7 @@ def cycle(
     renewed = Lane(x, renew(relay.fallback, x, state.s.state))
     state = state._replace(s=select(fine_s, state.s, renewed))
 
-    d = jnp.where(void, 0, decision.losses - of_s).sum().astype(inner.regret.dtype)
+    d = jnp.where(void, 0, decision.losses - of_s).sum()
     least = jnp.finfo(d.dtype).min / 8  # so that R stays finite where s diverges
     d = jnp.where(jnp.isfinite(d) | (d < 0), jnp.maximum(d, least), jnp.inf)
     known = runs & fine_s
@@ -89,8 +89,8 @@ def cycle(
     leads = regret > 0
     away = jnp.where(runs, advance(inner.away, 1), 0)
     behind = jnp.where(leads, inner.behind + 1, 0)
-    patience = jnp.maximum(STRETCH, PATIENCE * away.astype(regret.dtype))
-    back = known & ((behind.astype(regret.dtype) >= patience) | jnp.isinf(regret))
+    patience = jnp.maximum(STRETCH, PATIENCE * away.astype(float))
+    back = known & ((behind.astype(float) >= patience) | jnp.isinf(regret))
     state = go_back(state, back, of_s.mean())
     decision = decision._replace(
         used_learned=decision.used_learned & ~leads,

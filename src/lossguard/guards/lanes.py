@@ -92,7 +92,7 @@ def train(
         for optimizer, lane in zip(optimizers, lanes, strict=True):
             loss, gradient = jax.value_and_grad(now.objective)(lane.params, now.i + t)
             after.append(propose(optimizer, lane, now.objective, now.i + t, loss, gradient))
-            losses.append(jnp.asarray(loss, now.dtype))
+            losses.append(jnp.asarray(loss, float))
         return tuple(after), jnp.stack(losses)
 
     lanes, losses = jax.lax.scan(step, tuple(lanes), jnp.arange(now.nt, dtype=jnp.int32))
@@ -113,7 +113,7 @@ def run_if(
         params = select(fine, after.params, lane.params)
         return Lane(params, renew_if_unsound(optimizer, params, after.state)), losses, fine
 
-    idle = jnp.full(now.nt, jnp.nan, now.dtype)
+    idle = jnp.full(now.nt, jnp.nan, float)
     return jax.lax.cond(runs, run, lambda lane: (lane, idle, jnp.array(True)), lane)
 
 
@@ -155,7 +155,7 @@ def losses_at(points: Sequence[Params], now: Cycle) -> Float[Array, "nt points"]
     """The loss of each point on each minibatch of a cycle: forward passes only."""
 
     def at(t: Any) -> Array:
-        return jnp.stack([jnp.asarray(now.objective(w, now.i + t), now.dtype) for w in points])
+        return jnp.stack([jnp.asarray(now.objective(w, now.i + t), float) for w in points])
 
     return jax.lax.map(at, jnp.arange(now.nt, dtype=jnp.int32))
 

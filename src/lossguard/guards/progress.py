@@ -26,9 +26,9 @@ class Progress(NamedTuple):
     later: Float[Array, ""]
 
 
-def unknown(dtype: jnp.dtype) -> Progress:
+def unknown() -> Progress:
     """Of a run that has no loss yet."""
-    return begin(jnp.full((), jnp.nan, dtype))
+    return begin(jnp.array(jnp.nan, float))
 
 
 def begin(loss: Float[Array, ""], age: Int[Array, ""] | int = 0) -> Progress:
@@ -39,7 +39,7 @@ def begin(loss: Float[Array, ""], age: Int[Array, ""] | int = 0) -> Progress:
 
 def add(progress: Progress, loss: Float[Array, ""], nt: int, memory: float = MEMORY) -> Progress:
     """After a cycle of nt steps of that mean loss; ``memory`` weighs the past in ``recent``."""
-    loss, first = loss.astype(progress.recent.dtype), progress.age == 0
+    first = progress.age == 0
     recent, lasting = (
         jnp.where(first, loss, weight * before + (1 - weight) * loss)
         for weight, before in ((memory, progress.recent), (LONG_MEMORY, progress.lasting))
@@ -65,8 +65,12 @@ def rate(progress: Progress) -> Float[Array, ""]:
     known, fell = progress.earlier_age > 0, progress.recent < progress.earlier
     positive = (progress.recent > 0) & (progress.earlier > 0)
     drop = jnp.log(jnp.where(positive, progress.earlier / progress.recent, 1))
-    times = jnp.where(known, progress.age / jnp.maximum(progress.earlier_age, 1), 2)
-    a = jnp.where(positive, drop / jnp.log(times).astype(drop.dtype), fell.astype(drop.dtype))
+    age, earlier_age = (
+        progress.age.astype(float),
+        jnp.maximum(progress.earlier_age, 1).astype(float),
+    )
+    times = jnp.where(known, age / earlier_age, 2)
+    a = jnp.where(positive, drop / jnp.log(times), fell.astype(float))
     return jnp.where(known, a, 1)
 
 
@@ -75,6 +79,6 @@ def expected_at(progress: Progress, age: Float[Array, ""]) -> Float[Array, ""]:
 
     Where losses are not positive: the smoothed loss as it is.
     """
-    own = jnp.maximum(progress.age, 1).astype(progress.recent.dtype)
+    own = jnp.maximum(progress.age, 1).astype(float)
     later = progress.recent * (own / age) ** rate(progress)
     return jnp.where((progress.recent > 0) & (age > 0), later, progress.recent)

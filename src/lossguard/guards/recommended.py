@@ -10,7 +10,7 @@ from ..rules import BELOW, MORE
 from ..validation import check_part
 from . import progress as progresses
 from . import trial as trials
-from .cycle import Cycle, guard_of, sum_dtype
+from .cycle import Cycle, guard_of
 from .lanes import with_extra_args
 from .progress import Progress
 from .protocol import OWN, Decision, Guard, Params, advance
@@ -85,9 +85,7 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
 
 def begin(relay: Relay, params: Params) -> RecommendedState:
     """x is on the fallback's own path."""
-    dtype = sum_dtype(params)
-    unknown, against = progresses.unknown(dtype), trials.unbounded(jnp.zeros((), dtype))
-    broken = jnp.array(False)
+    unknown, against, broken = progresses.unknown(), trials.unbounded(), jnp.array(False)
     return RecommendedState(relay.begin(params), jnp.int32(0), unknown, against, broken)
 
 
@@ -116,7 +114,7 @@ def cycle(
         relay=state,
         own_steps=advance(inner.own_steps, jnp.where(on_own | runs, now.nt, 0)),
         progress=progress,
-        against=select(heard & (won | lost), trials.unbounded(against.bound), against),
+        against=select(heard & (won | lost), trials.unbounded(), against),
         broken=broken & ~back,
     )
     losses = jnp.where(void, jnp.nan, decision.losses)
@@ -126,6 +124,6 @@ def cycle(
 def is_due(inner: RecommendedState, k: Int[Array, ""], share: float) -> Bool[Array, ""]:
     """Whether s has had fewer than its part of the k steps so far."""
     more, loss = min(1.0, MORE * share), inner.relay.progress.recent
-    own_steps, k = inner.own_steps.astype(loss.dtype), k.astype(loss.dtype)
+    own_steps, k = inner.own_steps.astype(float), k.astype(float)
     soon = progresses.expected_at(inner.progress, more * k) < loss - BELOW * jnp.abs(loss)
     return own_steps < jnp.where(soon, more, share) * k

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from .. import rules
 from . import progress as progresses
 from . import trial as trials
-from .cycle import Cycle, sum_dtype
+from .cycle import Cycle
 from .lanes import Lane, Optimizer, keep_if_fine, passed_over, run_if
 from .progress import Progress
 from .protocol import FALLBACK, LEARNED, OWN, Decision, Params, advance
@@ -63,7 +63,6 @@ class Relay:
 
     def begin(self, params: Params) -> RelayState:
         """z leads, and there is no trial."""
-        dtype = sum_dtype(params)
         y = Lane(params, self.learned.init(params))
         z = Lane(params, self.fallback.init(params))
         check_schedules("learned", y.state)
@@ -75,9 +74,9 @@ class Relay:
             on_own=jnp.array(True),
             learned_leads=jnp.array(False),
             failed=jnp.array(False),
-            progress=progresses.unknown(dtype),
-            level=jnp.zeros((), dtype),
-            trial=trials.none(dtype),
+            progress=progresses.unknown(),
+            level=jnp.zeros(()),
+            trial=trials.none(),
             trial_cost=jnp.int32(0),
         )
 
@@ -93,9 +92,9 @@ class Relay:
         If all are, z and s are where their steps led, y can't take over, and a leading y isn't
         fine: who is to blame?
         """
-        nt, leads, dtype = now.nt, state.learned_leads, state.level.dtype
+        nt, leads = now.nt, state.learned_leads
         sound = with_sound_gradients(now.objective, state.z.params, now.i)
-        now = now._replace(objective=sound, dtype=dtype)
+        now = now._replace(objective=sound)
         y, trial = self._begin_trial(state, now)
         tried = trial.length > 0
         z, of_z, fine_z = run_if(~leads, self.fallback, state.z, now)
@@ -136,7 +135,7 @@ class Relay:
 
     def _begin_trial(self, state: RelayState, now: Cycle) -> tuple[Lane, Trial]:
         """y at x with a fresh state, if a trial is due; and the trial."""
-        k, cost = (count.astype(state.level.dtype) for count in (now.k, state.trial_cost))
+        k, cost = (count.astype(float) for count in (now.k, state.trial_cost))
         length = jnp.maximum(
             -(-rules.TRIAL_STEPS // now.nt), jnp.round(rules.PART * self.share * k / now.nt)
         )
@@ -164,7 +163,6 @@ class Relay:
         tried = trial.length > 0
         won, lost = tried & fine_y & (won | ~fine_z), tried & (lost | ~fine_y)
         over = won | lost | ~tried
-        none = trials.none(trial.total.dtype)
         began = progresses.begin(of_y.mean(), k // rules.YOUTH)
         return state._replace(
             s=select(won & state.on_own, state.z, state.s),
@@ -172,7 +170,7 @@ class Relay:
             learned_leads=won,
             level=jnp.where(won, state.progress.lasting, state.level),
             progress=select(won, began, state.progress),
-            trial=select(over, none, trial),
+            trial=select(over, trials.none(), trial),
         )
 
     def _keep_or_hand_over(
@@ -231,6 +229,6 @@ def go_back(state: RelayState, back: Bool[Array, ""], loss: Float[Array, ""]) ->
         learned_leads=jnp.array(False),
         failed=jnp.array(False),
         progress=progresses.begin(loss),
-        trial=trials.none(loss.dtype),
+        trial=trials.none(),
     )
     return select(back, there, state)

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Int, PyTree
 
 from ..validation import check_choice, check_fraction, check_kind
-from .cycle import Cycle, guard_of, sum_dtype
+from .cycle import Cycle, guard_of
 from .lanes import Lane, propose, with_extra_args
 from .protocol import FALLBACK, LEARNED, NEITHER, Decision, Guard, Objective, Params
 from .soundness import is_sound, renew_if_unsound, select
@@ -118,7 +118,7 @@ def residual_guard(
     learned, fallback = with_extra_args("learned", learned), with_extra_args("fallback", fallback)
 
     def begin(params: Params) -> ResidualGuardState:
-        memory = sequence.init(jnp.array(jnp.nan, sum_dtype(params)))  # nothing is known of mu
+        memory = sequence.init(jnp.array(jnp.nan, float))  # nothing is known of mu
         return ResidualGuardState(learned.init(params), fallback.init(params), memory)
 
     def cycle(
@@ -128,7 +128,7 @@ def residual_guard(
         (x, inner), (ok, losses, finite_z) = jax.lax.scan(step, (x, inner), numbers)
         decision = Decision(
             used_learned=ok,
-            losses=losses.astype(now.dtype),
+            losses=losses.astype(float),
             winner=jnp.where(ok[-1], LEARNED, jnp.where(finite_z[-1], FALLBACK, NEITHER)),
             gradients=jnp.int32(2 * now.nt),
             learned_updates=jnp.int32(now.nt),
@@ -152,7 +152,7 @@ def residual_guard(
             s_x, s_y = optax.tree.sub(x, z), optax.tree.sub(y, after_y)
         else:
             s_x, s_y = gradient, gradient_y
-        own, r = (optax.tree.norm(optax.tree.cast(s, sum_dtype(x))) for s in (s_x, s_y))
+        own, r = (optax.tree.norm(optax.tree.cast(s, float)) for s in (s_x, s_y))
 
         # mu_1 is that of the first step whose residual is finite and above 0.
         bound = sequence.bound(inner.memory)

@@ -32,14 +32,14 @@ def begin(length: Int[Array, ""], bound: Float[Array, ""]) -> Trial:
     return Trial(nothing, length, nothing, zero, zero, bound)
 
 
-def unbounded(like: Float[Array, ""]) -> Trial:
+def unbounded() -> Trial:
     """A trial of ``LOOKS`` cycles, which the challenger wins by its losses alone."""
-    return begin(jnp.int32(LOOKS), jnp.full_like(like, jnp.inf))
+    return begin(jnp.int32(LOOKS), jnp.array(jnp.inf, float))
 
 
-def none(dtype: jnp.dtype) -> Trial:
+def none() -> Trial:
     """No trial."""
-    return begin(jnp.int32(0), jnp.zeros((), dtype))
+    return begin(jnp.int32(0), jnp.zeros(()))
 
 
 def add(
@@ -56,10 +56,10 @@ def add(
     """
     nt = len(leader)
     counts = ~void & (jnp.arange(nt, dtype=jnp.int32) >= jnp.where(trial.cycles == 0, nt // 2, 0))
-    d = jnp.where(counts, (challenger - leader).astype(trial.total.dtype), 0)
+    d = jnp.where(counts, challenger - leader, 0)
     middle = trial.cycles == trial.length // 2
     before = (jnp.where(middle, 0, n) for n in (trial.pairs, trial.total, trial.size))
-    first = leader[0].astype(trial.bound.dtype)
+    first = leader[0]
     pairs, total, size = before
     most = jnp.maximum(size, jnp.abs(d).max())
     unit = jnp.where(jnp.isfinite(most) & (most > 0), most, 1)
@@ -95,7 +95,7 @@ def outcome(
 
 def difference(trial: Trial) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The mean of the differences that count, and its standard error."""
-    n = jnp.maximum(trial.pairs, 2).astype(trial.total.dtype)
+    n = jnp.maximum(trial.pairs, 2).astype(float)
     mean = trial.total / n
     part = mean / jnp.where(trial.size > 0, trial.size, 1)
     return mean, trial.size * jnp.sqrt(jnp.maximum(1 / n - part**2, 0) / (n - 1))

@@ -51,11 +51,10 @@ class Alarm(NamedTuple):
         return self.score <= self.block // 8
 
 
-def silent(block: int, dtype: jnp.dtype) -> Alarm:
+def silent(block: int) -> Alarm:
     """An alarm that has heard nothing."""
-    unknown, highest = jnp.array(jnp.nan, dtype), jnp.array(jnp.inf, dtype)
-    none = jnp.int32(0)
-    return Alarm(jnp.zeros(block, dtype), none, unknown, highest, highest, none)
+    none, unknown, highest = jnp.int32(0), jnp.array(jnp.nan, float), jnp.array(jnp.inf, float)
+    return Alarm(jnp.zeros(block), none, unknown, highest, highest, none)
 
 
 def hear(

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ..guards.cycle import as_arrays, kinds, own_buffers, sum_dtype
+from ..guards.cycle import as_arrays, kinds, own_buffers
 from ..guards.lanes import with_extra_args
 from ..guards.protocol import Params, advance, wide
 from ..guards.soundness import all_finite, is_sound, keep_schedules, select, typed_as
@@ -150,7 +150,7 @@ class Rules:
         state = RewindState(
             inner=inner,
             snapshots=Snapshots((point, point), jnp.array(False), jnp.array(False)),
-            alarm=alarms.silent(block, sum_dtype(params)),
+            alarm=alarms.silent(block),
             calls=none,
             age=none,
             thrown=none,
@@ -188,7 +188,7 @@ class Rules:
             raise ValueError("state must be of this optimizer's own init(params), got another one")
         if grad_fn is not None:  # which the optimizer has asked for
             extra_args["grad_fn"] = grad_fn
-        loss = loss.astype(state.alarm.losses.dtype)
+        loss = loss.astype(float)
         risen = (state.ramp / state.alarm.block).astype(jnp.float32)
         scale = state.cap * (self.factor + (1 - self.factor) * risen)
         steps, advanced = self.optimizer.update(updates, state.inner, x, **extra_args)

@@ -183,7 +183,7 @@ class SideBySide:
         void, losses = passed_over(*(decision.losses for decision in decisions))
         d = jnp.stack(passed_over(*rows)[1]).mean(axis=1)
         ran = jnp.array(runs)
-        sound = jnp.stack([is_sound(at.params, state.params) for at in states])
+        sound = jnp.stack([is_sound(at.params, lambda: state.params) for at in states])
         beside = ran & (jnp.arange(len(d), dtype=jnp.int32) != inner.leader)
         inner, fine, again = self.settle(inner, jnp.stack(losses), void, d, ran, sound)
         if self.share is not None:

@@ -70,8 +70,8 @@ def guarded(learned: Any, fallback: Any) -> optax.GradientTransformationExtraArg
         value_y, value_z = value_fn(y), value_fn(z)
         check_loss("value_fn", value_y)
 
-        finite_y = is_sound(y, start) & jnp.isfinite(value_y)
-        finite_z = is_sound(z, start) & jnp.isfinite(value_z)
+        finite_y = is_sound(y, lambda: start) & jnp.isfinite(value_y)
+        finite_z = is_sound(z, lambda: start) & jnp.isfinite(value_z)
         use_y = finite_y & ((value_y < value_z) | ~finite_z)
         stay = optax.tree.zeros_like(to_z)
         chosen = select(use_y, to_y, select(finite_z, to_z, stay))

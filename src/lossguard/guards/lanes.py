@@ -109,7 +109,7 @@ def run_if(
 
     def run(lane: Lane) -> tuple[Lane, Array, Array]:
         (after,), (losses,) = train([optimizer], [lane], now)
-        fine = is_sound(after.params, lane.params)
+        fine = is_sound(after.params, lambda: lane.params)
         params = select(fine, after.params, lane.params)
         return Lane(params, renew_if_unsound(optimizer, params, after.state)), losses, fine
 
@@ -161,5 +161,5 @@ def losses_at(points: Sequence[Params], now: Cycle) -> Float[Array, "nt points"]
 
 
 def is_fine(lane: Lane, losses: Float[Array, "..."], before: Params) -> Bool[Array, ""]:
-    """Whether a lane that ran has finite parameters (but for infinities of before) and losses."""
-    return is_sound(lane.params, before) & all_finite(losses)
+    """Whether a lane that ran has finite losses, and parameters where those before are."""
+    return is_sound(lane.params, lambda: before) & all_finite(losses)

@@ -159,7 +159,7 @@ def residual_guard(
         known = jnp.isfinite(bound) & (bound > 0)
         memory = select(known, inner.memory, sequence.init(own))
         mu = sequence.bound(memory)
-        finite_y, finite_z = is_sound(y, x) & jnp.isfinite(r), is_sound(z, x)
+        finite_y, finite_z = is_sound(y, lambda: x) & jnp.isfinite(r), is_sound(z, lambda: x)
         ok = finite_y & jnp.isfinite(mu) & (r <= alpha * mu) & (mu > 0)
 
         passed = sequence.reject(memory, own)

@@ -17,31 +17,20 @@ from .stacked import stacked
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """Whether every floating-point number in a pytree is finite."""
-    return is_sound(tree)
+    return is_sound(tree, lambda: jax.tree.map(lambda _: 0.0, tree))
 
 
-def is_sound(
-    tree: PyTree,
-    *starts: PyTree,
-    equal_nan: bool = False,
-    or_as: Callable[[], PyTree] | None = None,
-) -> Bool[Array, ""]:
-    """Whether a pytree is finite, save for infinities that it starts with by design.
+def is_sound(tree: PyTree, like: Callable[[], PyTree]) -> Bool[Array, ""]:
+    """Whether each number of a pytree is finite that is finite in ``like()``, where it began.
 
-    States have such, and masks among the parameters. States may have NaN as well, for what they
-    don't know yet: ``equal_nan``. ``or_as`` makes another start, which is computed if need be.
+    Others may be anything: a state's best loss so far begins at infinity, what it doesn't know yet
+    is NaN, and among parameters there are masks. ``like`` is computed if need be.
     """
 
-    def fine(now: Array, *starts: Array) -> Array:
-        sound = jnp.isfinite(now)
-        for then in starts:
-            sound |= (now == then) | (jnp.isnan(now) & jnp.isnan(then) if equal_nan else False)
-        return sound.all()
-
     def exactly() -> Array:
-        made = [] if or_as is None else [or_as()]
-        rows = zip(*map(jax.tree.leaves, (tree, *starts, *made)), strict=True)
-        return jnp.array([fine(*row) for row in rows if _is_float(row[0])]).all()
+        rows = zip(jax.tree.leaves(tree), jax.tree.leaves(like()), strict=True)
+        fine = [(jnp.isfinite(a) | ~jnp.isfinite(b)).all() for a, b in rows if _is_float(a)]
+        return jnp.array(fine).all()
 
     # By sums, in a third of the time. One of which a part isn't finite isn't either; it may also
     # have overflown.
@@ -159,7 +148,7 @@ def renew_if_unsound(
     optimizer: optax.GradientTransformationExtraArgs, params: Params, state: PyTree
 ) -> PyTree:
     """The state, or a renewed one if it is no longer finite."""
-    sound = is_sound(state, equal_nan=True, or_as=partial(optimizer.init, params))
+    sound = is_sound(state, partial(optimizer.init, params))
     return jax.lax.cond(sound, lambda: state, partial(renew, optimizer, params, state))
 
 

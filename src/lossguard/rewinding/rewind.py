@@ -198,8 +198,7 @@ class Rules:
         twice = jax.tree.map(
             lambda new, old: jnp.where(new == old, old, 2 * new), optax.apply_updates(x, steps), x
         )
-        sound = jnp.isfinite(loss) & is_sound(twice, x)
-        sound &= is_sound(advanced, state.inner, equal_nan=True, or_as=fresh)
+        sound = jnp.isfinite(loss) & is_sound(twice, lambda: x) & is_sound(advanced, fresh)
         before = state._replace(calls=advance(state.calls, 1), scale=scale)
         state, takes, returns, ends, promotes = self.decide(before, loss, sound, updates)
         back, was = returns | before.landing, state.snapshots

@@ -28,7 +28,7 @@ from .soundness import (
     is_sound,
     renew,
     select,
-    with_sound_gradients,
+    sound,
 )
 from .stacked import stacked
 from .trial import Trial
@@ -167,8 +167,7 @@ class SideBySide:
         """A cycle of those that are due."""
         check_state(state, self.init)
         check_objective(objective, state.params, state.minibatches)
-        objective = with_sound_gradients(objective, state.params, state.minibatches)
-        inner, i = state.inner, state.minibatches
+        objective, inner, i = sound(objective), state.inner, state.minibatches
         runs, after = self.are_due(inner, state.steps), []
         for j, (guard, at) in enumerate(zip(self.members, inner.members, strict=True)):
             edited = select(inner.leader == j, state.params, at.params)  # x may have been edited
@@ -183,9 +182,9 @@ class SideBySide:
         void, losses = passed_over(*(decision.losses for decision in decisions))
         d = jnp.stack(passed_over(*rows)[1]).mean(axis=1)
         ran = jnp.array(runs)
-        sound = jnp.stack([is_sound(at.params, lambda: state.params) for at in states])
+        finite = jnp.stack([is_sound(at.params, lambda: state.params) for at in states])
         beside = ran & (jnp.arange(len(d), dtype=jnp.int32) != inner.leader)
-        inner, fine, again = self.settle(inner, jnp.stack(losses), void, d, ran, sound)
+        inner, fine, again = self.settle(inner, jnp.stack(losses), void, d, ran, finite)
         if self.share is not None:
             inner = head_start(inner, beside, state.steps, nt)
         ends = [select(ok, at.params, state.params) for ok, at in zip(fine, states, strict=True)]
@@ -254,16 +253,16 @@ class SideBySide:
         void: Bool[Array, " nt"],
         d: Float[Array, " members"],
         ran: Bool[Array, " members"],
-        sound: Bool[Array, " members"],
+        finite: Bool[Array, " members"],
     ) -> tuple[BestOfState, Bool[Array, " members"], Bool[Array, " members"]]:
         """What is known after a cycle, and of each whether it is fine, and whether it begins again.
 
-        ``sound`` are those whose parameters are finite.
+        ``finite`` are those whose parameters are.
         """
         numbers = jnp.arange(len(d), dtype=jnp.int32)
         leads = numbers == inner.leader
         lost = ~(jnp.isfinite(d) & ran).any()  # all minibatches are, on all
-        fine = ~ran | (sound & (jnp.isfinite(d) | lost))
+        fine = ~ran | (finite & (jnp.isfinite(d) | lost))
         goes_back = leads & ~fine & jnp.isfinite(losses[:, 0]) & ~jnp.isnan(inner.records)
         d = jnp.where(goes_back, inner.records, d)
         counts = ran & ~lost & (fine | goes_back)

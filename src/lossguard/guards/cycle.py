@@ -19,6 +19,7 @@ from .protocol import (
     check_loss,
     following,
 )
+from .soundness import plain
 from .stacked import check_stacked
 
 LONGEST = 10**6
@@ -58,9 +59,10 @@ def guard_of(
 
     def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
         check_state(state, init)
-        check_stacked(objective, nt + nc)
+        given = plain(objective)  # the same for all members of best_of: JAX traces it once
+        check_stacked(given, nt + nc)
         i, k = state.minibatches, state.steps
-        check_objective(objective, state.params, i)
+        check_objective(given, state.params, i)
         x, after, decision = cycle(state.params, state.inner, Cycle(objective, i, k, nt))
         decision = jax.tree.map(jnp.asarray, decision)
         return GuardState(x, advance(k, nt), following(i, nt + nc), after), decision

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .cycle import Cycle
 from .protocol import Guard, Objective, Params
-from .soundness import all_finite, is_sound, renew_if_unsound, select, typed_as
+from .soundness import all_finite, evaluate, is_sound, renew_if_unsound, select, typed_as
 
 Optimizer = optax.GradientTransformationExtraArgs
 
@@ -77,7 +77,7 @@ def propose(
         value=loss,
         grad=gradient,
         value_fn=lambda params: objective(params, i),
-        grad_fn=lambda params, _: jax.grad(objective)(params, i),
+        grad_fn=lambda params, _: evaluate(objective, params, i)[1],
     )
     return Lane(optax.apply_updates(lane.params, updates), typed_as(lane.state, state))
 
@@ -90,7 +90,7 @@ def train(
     def step(lanes: tuple[Lane, ...], t: Any) -> tuple[tuple[Lane, ...], Array]:
         after, losses = [], []
         for optimizer, lane in zip(optimizers, lanes, strict=True):
-            loss, gradient = jax.value_and_grad(now.objective)(lane.params, now.i + t)
+            loss, gradient = evaluate(now.objective, lane.params, now.i + t)
             after.append(propose(optimizer, lane, now.objective, now.i + t, loss, gradient))
             losses.append(jnp.asarray(loss, float))
         return tuple(after), jnp.stack(losses)

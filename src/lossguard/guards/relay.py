@@ -20,7 +20,7 @@ from .cycle import Cycle
 from .lanes import Lane, Optimizer, keep_if_fine, passed_over, run_if
 from .progress import Progress
 from .protocol import FALLBACK, LEARNED, OWN, Decision, Params, advance
-from .soundness import advance_schedules, check_schedules, renew, select, with_sound_gradients
+from .soundness import advance_schedules, check_schedules, renew, select, sound
 from .trial import Trial
 
 
@@ -93,8 +93,7 @@ class Relay:
         fine: who is to blame?
         """
         nt, leads = now.nt, state.learned_leads
-        sound = with_sound_gradients(now.objective, state.z.params, now.i)
-        now = now._replace(objective=sound)
+        now = now._replace(objective=sound(now.objective))
         y, trial = self._begin_trial(state, now)
         tried = trial.length > 0
         z, of_z, fine_z = run_if(~leads, self.fallback, state.z, now)

@@ -17,7 +17,7 @@ from ..validation import check_choice, check_fraction, check_kind
 from .cycle import Cycle, guard_of
 from .lanes import Lane, propose, with_extra_args
 from .protocol import FALLBACK, LEARNED, NEITHER, Decision, Guard, Objective, Params
-from .soundness import is_sound, renew_if_unsound, select
+from .soundness import evaluate, is_sound, renew_if_unsound, select
 
 Residual = Literal["step", "gradient"]
 
@@ -140,12 +140,12 @@ def residual_guard(
     ) -> tuple[tuple[Params, ResidualGuardState], tuple[Array, ...]]:
         """One step; and whether y is kept, the loss at x, and whether z is finite."""
         x, inner = carry
-        loss, gradient = jax.value_and_grad(objective)(x, i)
+        loss, gradient = evaluate(objective, x, i)
         at = Lane(x, inner.learned), Lane(x, inner.fallback)
         y, learned_state = propose(learned, at[0], objective, i, loss, gradient)
         z, fallback_state = propose(fallback, at[1], objective, i, loss, gradient)
 
-        loss_y, gradient_y = jax.value_and_grad(objective)(y, i)
+        loss_y, gradient_y = evaluate(objective, y, i)
         if residual == "step":
             at_y = Lane(y, inner.fallback)
             after_y, _ = propose(fallback, at_y, objective, i, loss_y, gradient_y)

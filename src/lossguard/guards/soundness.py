@@ -1,15 +1,13 @@
 """Which parameters, states and gradients are finite, and what replaces those that aren't."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .protocol import Guard, Objective, Params, advance, wide
 from .stacked import stacked
@@ -40,57 +38,45 @@ def is_sound(tree: PyTree, like: Callable[[], PyTree]) -> Bool[Array, ""]:
     return jax.lax.cond(finite, lambda: finite, exactly)
 
 
-def with_sound_gradients(objective: Objective, params: Params, i: Any) -> Objective:
-    """The objective, whose gradient is 0 where any number of it isn't finite.
+@dataclass(frozen=True)
+class sound:
+    """The objective, whose gradient ``evaluate`` takes for 0 where a number of it isn't finite.
 
     One broken minibatch must not ruin a lane. The loss stays as it is, so a guard still sees it;
-    so do derivatives by all but the parameters, such as what the objective closes over.
-
-    Args:
-        objective: as guards take it.
-        params, i: such as it will be called with.
-
-    >>> root = with_sound_gradients(lambda params, i: jnp.sqrt(params).sum(), jnp.ones(2), 0)
-    >>> jax.grad(root)(jnp.array([0.0, 4.0]), 0).tolist()
-    [0.0, 0.0]
-    >>> jax.grad(root)(jnp.array([1.0, 4.0]), 0).tolist()
-    [0.5, 0.25]
+    and so does a gradient beyond the end of ``stacked`` minibatches, where no lane may go on.
     """
-    if isinstance(objective, stacked):
-        batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], objective.batches)
-        sound_loss = with_sound_gradients(objective.loss, params, batch)
-        return dataclasses.replace(objective, loss=sound_loss)
-    # What it closes over is handed in: a rule for derivatives in a branch must not close over it.
-    types = list(map(jnp.result_type, jax.tree.leaves(params)))
-    first = jax.tree.map(jnp.asarray, i)
-    closed = eqx.filter_closure_convert(objective, params, first)
 
-    def value(params: Params, i: Any, closed: Any) -> Array:
-        return jnp.asarray(closed(params, i))  # some return Python's numbers
+    objective: Objective
 
-    @eqx.filter_custom_jvp
-    def sound(params: Params, others: tuple) -> Array:
-        return value(params, *others)
+    def __call__(self, params: Params, i: Int[Array, ""] | int) -> Array:
+        return jnp.asarray(self.objective(params, i))  # some return Python's numbers
 
-    @sound.def_jvp
-    def _(at: tuple, direction: tuple) -> tuple[Array, Array]:
-        (params, others), (by_params, by_others) = at, direction  # None where it is 0
-        loss, gradient = jax.value_and_grad(value)(params, *others)
-        gradient = select(all_finite(gradient), gradient, jax.tree.map(jnp.zeros_like, gradient))
-        slopes = jax.tree.map(lambda g, d: 0 if d is None else (g * d).sum(), gradient, by_params)
-        along = jnp.asarray(jax.tree.reduce(jnp.add, slopes), loss.dtype)
-        if jax.tree.leaves(by_others):
-            along += eqx.filter_jvp(partial(value, params), others, by_others)[1]
-        return loss, along
 
-    def sound_objective(params: Params, i: Any) -> Array:
-        # Converted for these types: an optimizer may evaluate in wider ones, by itself.
-        if list(map(jnp.result_type, jax.tree.leaves(params))) != types:
-            return objective(params, i)
-        typed = jax.tree.map(lambda number, like: jnp.asarray(number, like.dtype), i, first)
-        return sound(params, (typed, closed))
+def plain(objective: Objective) -> Objective:
+    """The objective as it was given."""
+    while isinstance(objective, sound):
+        objective = objective.objective
+    return objective
 
-    return sound_objective
+
+def evaluate(
+    objective: Objective, params: Params, i: Int[Array, ""] | int
+) -> tuple[Float[Array, ""], Params]:
+    """The loss and its gradient.
+
+    >>> def root(params, i):
+    ...     return jnp.sqrt(params).sum()
+    >>> for objective in (root, sound(root)):
+    ...     evaluate(objective, jnp.array([0.0, 4.0]), 0)[1].tolist()
+    [inf, 0.25]
+    [0.0, 0.0]
+    """
+    loss, gradient = jax.value_and_grad(objective)(params, i)
+    if isinstance(objective, sound):
+        given, zero = plain(objective), jax.tree.map(jnp.zeros_like, gradient)
+        beyond = isinstance(given, stacked) and ~given.holds(i)
+        gradient = select(all_finite(gradient) | beyond, gradient, zero)
+    return loss, gradient
 
 
 def keep_schedules(state: PyTree, advanced: PyTree) -> PyTree:

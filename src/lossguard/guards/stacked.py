@@ -6,7 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Int, PyTree, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Int, PyTree, Shaped
 
 from ..validation import check_function, told
 from .protocol import Objective, Params, check_loss
@@ -56,12 +56,18 @@ class stacked(eqx.Module):
         """How many minibatches there are."""
         return len(jax.tree.leaves(self.batches)[0])
 
+    def holds(self, i: Int[Array, ""] | int) -> Bool[Array, ""]:
+        """Whether minibatch number i is in the stack."""
+        row = i - self.start.astype(jnp.int32)
+        return (row >= 0) & (row < self.count)
+
     def __call__(self, params: Params, i: Int[Array, ""] | int) -> Array:
         row = i - self.start.astype(jnp.int32)
         loss = self.loss(params, jax.tree.map(lambda leaf: jnp.asarray(leaf)[row], self.batches))
         check_loss("loss", loss)
-        there = (row >= 0) & (row < self.count)
-        return loss * jnp.where(there, 1, jnp.nan).astype(loss.dtype)  # its gradient is NaN too
+        return loss * jnp.where(self.holds(i), 1, jnp.nan).astype(
+            loss.dtype
+        )  # its gradient is NaN too
 
 
 def check_stacked(objective: Objective, needed: int) -> None:

@@ -29,19 +29,28 @@ def told(guard, objective, start, cycles):
     return np.where(np.isfinite(losses), losses, 0).sum(axis=1).cumsum(), state, decisions
 
 
-def test_in_a_trial_they_do_not_count() -> None:
-    rng = np.random.default_rng(0)
-    y, z = jnp.array(rng.standard_normal((2, 4, 10)), jnp.float32)
-    void = jnp.array(rng.random((4, 10)) < 0.4)
-    trial = trials.begin(jnp.int32(4), jnp.float32(jnp.inf))
-    for of_y, of_z, skip in zip(y, z, void, strict=True):
-        trial = trials.add(trial, jnp.where(skip, 100.0, of_y), jnp.where(skip, 9.0, of_z), skip)
-    d = (y - z)[2:][~void[2:]]
-    mean, error = trials.difference(trial)
-    assert trial.pairs == len(d) and trial.cycles == 4
-    np.testing.assert_allclose([mean, error], [d.mean(), d.std() / np.sqrt(len(d) - 1)], rtol=1e-5)
-    again = trials.add(trial, y[0], z[0], jnp.full(10, True))
-    assert again.cycles == 5 and again.pairs == trial.pairs and again.total == trial.total
+@pytest.mark.parametrize("lost", [np.nan, np.inf, -np.inf])
+def test_in_a_trial_they_cancel(lost) -> None:
+    """A loss that only one lane has lost decides nothing, all of a cycle decide."""
+    y, z = jnp.array(np.random.default_rng(0).standard_normal((2, 10)), jnp.float32)
+
+    def played(y, z):
+        trial = trials.begin(jnp.int32(1), jnp.float32(jnp.inf))
+        return trials.add(trial, y, z), trials.outcome(trials.add(trial, y, z), y, z)
+
+    at = jnp.arange(10) == 7
+    both, _ = played(jnp.where(at, lost, y), jnp.where(at, jnp.nan, z))
+    level, _ = played(jnp.where(at, z, y), z)
+    assert both.total == level.total and both.size == level.size
+    for of_y, of_z in ((jnp.where(at, lost, y), z), (z - 1, jnp.where(at, lost, z))):
+        trial, (won, _) = played(of_y, of_z)
+        mean, error = trials.difference(trial)
+        np.testing.assert_allclose(jnp.abs(mean), error, rtol=1e-3)
+        assert not won
+    won, _ = played(y, jnp.full(10, lost))[1]
+    assert won
+    _, lost_it = played(jnp.full(10, lost), z)[1]
+    assert lost_it
 
 
 @pytest.mark.parametrize(("nt", "numbers"), [(10, range(50, 60)), (1, [57])])
@@ -111,7 +120,7 @@ def test_x_goes_back_to_s_where_only_s_has_a_finite_loss() -> None:
     _, state, decisions = told(guard, objective, (jnp.float32(0.0), jnp.float32(0.001)), 60)
     broke = np.flatnonzero(np.isnan(decisions.losses).any(axis=1))[0]
     assert decisions.winner[:broke].tolist().count(0) > 0
-    assert 2 in decisions.winner[broke + 1 : broke + 4].tolist()
+    assert 2 in decisions.winner[broke + 1 : broke + 6].tolist()
     assert jnp.isfinite(objective(state.params, 0))
 
 

@@ -34,12 +34,16 @@ def play(guard, loss_of, steps):
     return [loss if math.isfinite(loss) else 0.0 for loss in losses]
 
 
-def test_in_a_trial_they_do_not_count():
-    y, z, void = [1.0, 2.0, 9.0, 5.0], [2.0, 2.5, 0.0, 5.5], [False, False, True, False]
-    trial = Trial(length=1, bound=math.inf)
-    counted = trial.after(y, z, void)
-    assert (counted.pairs, counted.total, counted.squares) == (1, -0.5, 0.25)
-    assert trial.after(y, z, [True] * 4) == trial._replace(cycles=1, bound=trial.bound)
+@pytest.mark.parametrize("lost", [math.nan, math.inf, -math.inf])
+def test_in_a_trial_they_cancel(lost):
+    """A loss that only one lane has lost decides nothing, all of a cycle decide."""
+    y, z, start = [1.0, 2.0, 9.0, 5.0], [2.0, 2.5, 0.0, 5.5], Trial(length=1, bound=math.inf)
+    one_of_y, one_of_z = [*y[:2], lost, y[3]], [*z[:2], lost, z[3]]
+    both = start.after(one_of_y, one_of_z)
+    assert (both.pairs, both.total, both.size) == (2, -0.5, 0.5)
+    assert not start.after(y, one_of_z).outcome(y, one_of_z)[0]
+    assert start.after(y, [lost] * 4).outcome(y, [lost] * 4) == (True, False)
+    assert start.after([lost] * 4, z).outcome([lost] * 4, z) == (False, True)
 
 
 @pytest.mark.parametrize(("nt", "lost"), [(10, range(50, 60)), (1, [57])])
@@ -89,7 +93,7 @@ def test_x_goes_back_to_s_where_only_s_has_a_finite_loss():
     winners = [decision.winner for decision in guard.history]
     finite = [all(map(math.isfinite, one.losses)) for one in guard.history]
     broke = finite.index(False)
-    assert 0 in winners[:broke] and 2 in winners[broke + 1 : broke + 4]
+    assert 0 in winners[:broke] and 2 in winners[broke + 1 : broke + 6]
     assert loss_of(0).isfinite()
 
 

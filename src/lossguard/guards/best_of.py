@@ -20,7 +20,7 @@ from .cycle import (
     check_state,
     own_buffers,
 )
-from .lanes import losses_at, passed_over
+from .lanes import losses_at
 from .protocol import NEITHER, Decision, Guard, GuardState, Objective, Params, advance, following
 from .soundness import (
     advance_schedules,
@@ -179,12 +179,11 @@ class SideBySide:
             raise ValueError(f"guards must have the same nt, got {sorted(lengths)}")
         nt = lengths.pop()
 
-        void, losses = passed_over(*(decision.losses for decision in decisions))
-        d = jnp.stack(passed_over(*rows)[1]).mean(axis=1)
+        losses, d = jnp.stack([decision.losses for decision in decisions]), means(jnp.stack(rows))
         ran = jnp.array(runs)
         finite = jnp.stack([is_sound(at.params, lambda: state.params) for at in states])
         beside = ran & (jnp.arange(len(d), dtype=jnp.int32) != inner.leader)
-        inner, fine, again = self.settle(inner, jnp.stack(losses), void, d, ran, finite)
+        inner, fine, again = self.settle(inner, losses, d, ran, finite)
         if self.share is not None:
             inner = head_start(inner, beside, state.steps, nt)
         ends = [select(ok, at.params, state.params) for ok, at in zip(fine, states, strict=True)]
@@ -250,7 +249,6 @@ class SideBySide:
         self,
         inner: BestOfState,
         losses: Float[Array, "members nt"],
-        void: Bool[Array, " nt"],
         d: Float[Array, " members"],
         ran: Bool[Array, " members"],
         finite: Bool[Array, " members"],
@@ -276,7 +274,7 @@ class SideBySide:
 
         compared = counts & fine & ~leads & fine[inner.leader]
         leading = jnp.broadcast_to(losses[inner.leader], losses.shape)
-        tried = jax.vmap(trials.add, (0, 0, 0, None))(inner.against, leading, losses, void)
+        tried = jax.vmap(trials.add)(inner.against, leading, losses)
         won, over = jax.vmap(trials.outcome)(tried, leading, losses)
         was_as_good = 2 * lowest < records + records[inner.leader]
         again = ~fine | (compared & won & was_as_good & (numbers != best))
@@ -290,6 +288,13 @@ class SideBySide:
             leader=best,
         )
         return after, fine, again
+
+
+def means(losses: Float[Array, "members minibatches"]) -> Float[Array, " members"]:
+    """Of each over the minibatches on which any has a finite loss: the others tell nothing."""
+    known = jnp.isfinite(losses).any(axis=0)
+    own = jax.vmap(trials.finite_mean)(losses)
+    return jnp.where(known, losses, own[:, None]).mean(axis=1)
 
 
 def each(trial: Trial, members: int) -> Trial:

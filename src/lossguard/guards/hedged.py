@@ -13,6 +13,7 @@ from .lanes import Lane, with_extra_args
 from .protocol import OWN, Decision, Guard, Params, advance
 from .relay import Relay, RelayState, go_back, lead_from, leader
 from .soundness import renew, select
+from .trial import bounded, finite_mean
 
 
 class HedgedState(NamedTuple):
@@ -76,25 +77,23 @@ def cycle(
     was, led_by_s, runs = inner.relay, inner.regret > 0, ~inner.relay.on_own
     edited = was._replace(s=was.s._replace(params=x))
     start = select(led_by_s, edited, lead_from(was, x))
-    state, decision, of_s, (_, fine_s), void = relay.step(start, runs, now)
-    x = leader(state)
+    state, decision, of_s = relay.step(start, runs, now)
+    x, finite = leader(state), jnp.isfinite(of_s)
+    breaks = runs & ~finite.any() & jnp.isfinite(decision.losses).any()
     renewed = Lane(x, renew(relay.fallback, x, state.s.state))
-    state = state._replace(s=select(fine_s, state.s, renewed))
+    state = state._replace(s=select(breaks, renewed, state.s))
 
-    d = jnp.where(void, 0, decision.losses - of_s).sum()
-    least = jnp.finfo(d.dtype).min / 8  # so that R stays finite where s diverges
-    d = jnp.where(jnp.isfinite(d) | (d < 0), jnp.maximum(d, least), jnp.inf)
-    known = runs & fine_s
-    regret = jnp.where(known, DECAY * inner.regret + d, 0)
+    d = jnp.where(finite, bounded(decision.losses) - bounded(of_s), 0).sum()
+    regret = jnp.where(runs & ~breaks, DECAY * inner.regret + d, 0)
     leads = regret > 0
     away = jnp.where(runs, advance(inner.away, 1), 0)
     behind = jnp.where(leads, inner.behind + 1, 0)
     patience = jnp.maximum(STRETCH, PATIENCE * away.astype(float))
-    back = known & ((behind.astype(float) >= patience) | jnp.isinf(regret))
-    state = go_back(state, back, of_s.mean())
+    back = finite.any() & (behind.astype(float) >= patience)
+    state = go_back(state, back, finite_mean(of_s))
     decision = decision._replace(
         used_learned=decision.used_learned & ~leads,
-        losses=jnp.where(void, jnp.nan, jnp.where(leads, of_s, decision.losses)),
+        losses=jnp.where(leads, of_s, decision.losses),
         winner=jnp.where(leads | back, OWN, decision.winner).astype(jnp.int32),
     )
     after = HedgedState(state, *(jnp.where(back, 0, one) for one in (regret, away, behind)))

@@ -101,54 +101,21 @@ def train(
 
 def run_if(
     runs: Bool[Array, ""], optimizer: Optimizer, lane: Lane, now: Cycle
-) -> tuple[Lane, Float[Array, " nt"], Bool[Array, ""]]:
-    """nt steps of a lane, its losses, and whether its parameters are finite; if not, they stay.
+) -> tuple[Lane, Float[Array, " nt"]]:
+    """nt steps of a lane, and its losses.
 
-    Where it doesn't run: nothing is computed, NaN, and they are.
+    If its parameters end up not finite they stay where they were, and all its losses are infinite.
+    Where it doesn't run nothing is computed, and they are NaN.
     """
 
-    def run(lane: Lane) -> tuple[Lane, Array, Array]:
+    def run(lane: Lane) -> tuple[Lane, Array]:
         (after,), (losses,) = train([optimizer], [lane], now)
         fine = is_sound(after.params, lambda: lane.params)
         params = select(fine, after.params, lane.params)
-        return Lane(params, renew_if_unsound(optimizer, params, after.state)), losses, fine
+        state = renew_if_unsound(optimizer, params, after.state)
+        return Lane(params, state), jnp.where(fine, losses, jnp.inf)
 
-    idle = jnp.full(now.nt, jnp.nan, float)
-    return jax.lax.cond(runs, run, lambda lane: (lane, idle, jnp.array(True)), lane)
-
-
-def passed_over(
-    *losses: Float[Array, " nt"],
-) -> tuple[Bool[Array, " nt"], list[Float[Array, " nt"]]]:
-    """Minibatches on which no lane has a finite loss, and losses that have a lane's mean there.
-
-    Such a minibatch is itself to blame, tells nothing, and counts in no sum. Lanes that don't run
-    have NaN, and keep it, as one does that has no finite loss.
-    """
-    void = ~jnp.stack([jnp.isfinite(one) for one in losses]).any(axis=0)
-
-    def filled(losses: Array) -> Array:
-        finite = jnp.isfinite(losses)
-        mean = jnp.where(finite, losses, 0).sum() / finite.sum(dtype=losses.dtype)
-        return jnp.where(void, mean, losses)
-
-    return void, [filled(one) for one in losses]
-
-
-def keep_if_fine(
-    after: Lane,
-    before: Lane,
-    losses: Float[Array, " nt"],
-    fine: Bool[Array, ""],
-    ran: Bool[Array, ""],
-    void: Bool[Array, " nt"],
-) -> tuple[Lane, Bool[Array, ""]]:
-    """A lane after ``run_if`` and ``passed_over``, and whether it is fine; if not, it stays, too.
-
-    It isn't if it ran and has a loss that is not finite, where another lane's is.
-    """
-    fine &= (jnp.isfinite(losses) | void).all() | ~ran
-    return after._replace(params=select(fine, after.params, before.params)), fine
+    return jax.lax.cond(runs, run, lambda lane: (lane, jnp.full(now.nt, jnp.nan, float)), lane)
 
 
 def losses_at(points: Sequence[Params], now: Cycle) -> Float[Array, "nt points"]:

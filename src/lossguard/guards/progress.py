@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from ..rules import BETWEEN, LONG_MEMORY, MEMORY
 from .protocol import advance
+from .soundness import select
 
 
 class Progress(NamedTuple):
@@ -38,7 +39,10 @@ def begin(loss: Float[Array, ""], age: Int[Array, ""] | int = 0) -> Progress:
 
 
 def add(progress: Progress, loss: Float[Array, ""], nt: int, memory: float = MEMORY) -> Progress:
-    """After a cycle of nt steps of that mean loss; ``memory`` weighs the past in ``recent``."""
+    """After a cycle of nt steps of that mean loss; ``memory`` weighs the past in ``recent``.
+
+    Where the loss is NaN nothing was seen, and the run is as it was.
+    """
     first = progress.age == 0
     recent, lasting = (
         jnp.where(first, loss, weight * before + (1 - weight) * loss)
@@ -46,7 +50,7 @@ def add(progress: Progress, loss: Float[Array, ""], nt: int, memory: float = MEM
     )
     age = advance(progress.age, nt)
     mark = (age // 2 >= progress.later_age) & (age >= progress.later_age + BETWEEN * nt)
-    return Progress(
+    after = Progress(
         age,
         recent,
         lasting,
@@ -55,6 +59,7 @@ def add(progress: Progress, loss: Float[Array, ""], nt: int, memory: float = MEM
         jnp.where(mark, age, progress.later_age),
         jnp.where(mark, recent, progress.later),
     )
+    return select(jnp.isnan(loss), progress, after)
 
 
 def rate(progress: Progress) -> Float[Array, ""]:

@@ -16,7 +16,7 @@ from .progress import Progress
 from .protocol import OWN, Decision, Guard, Params, advance
 from .relay import Relay, RelayState, go_back, lead_from, leader
 from .soundness import select
-from .trial import Trial
+from .trial import Trial, finite_mean
 
 
 class RecommendedState(NamedTuple):
@@ -29,8 +29,6 @@ class RecommendedState(NamedTuple):
     """Of the fallback by itself; not smoothed, as s may run seldom."""
     against: Trial
     """A trial of s against x, in the cycles in which both run."""
-    broken: Bool[Array, ""]
-    """Whether in the last of these z led and had a loss that isn't finite where s had one."""
     GOES_ON = ("own_steps",)
 
 
@@ -85,8 +83,8 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
 
 def begin(relay: Relay, params: Params) -> RecommendedState:
     """x is on the fallback's own path."""
-    unknown, against, broken = progresses.unknown(), trials.unbounded(), jnp.array(False)
-    return RecommendedState(relay.begin(params), jnp.int32(0), unknown, against, broken)
+    unknown, against = progresses.unknown(), trials.unbounded()
+    return RecommendedState(relay.begin(params), jnp.int32(0), unknown, against)
 
 
 def cycle(
@@ -95,30 +93,24 @@ def cycle(
     """The relay, and s if it is due."""
     on_own = inner.relay.on_own
     runs = ~on_own & is_due(inner, now.k, relay.share)
-    state, decision, of_s, (fine_z, fine_s), void = relay.step(lead_from(inner.relay, x), runs, now)
+    state, decision, of_s = relay.step(lead_from(inner.relay, x), runs, now)
 
-    none = void.all()  # of the minibatches has a finite loss
-    heard = runs & fine_s & ~none
-    added = trials.add(inner.against, of_s, decision.losses, void)
-    against = select(heard, added, inner.against)
+    added = trials.add(inner.against, of_s, decision.losses)
+    against = select(runs, added, inner.against)
     won, lost = trials.outcome(against, of_s, decision.losses)
-    loss = jnp.where(heard, of_s, decision.losses).mean()
+    loss = finite_mean(jnp.where(runs, of_s, decision.losses))
     progress = progresses.add(inner.progress, loss, now.nt, memory=0)
-    known = heard | (on_own & fine_z & ~none)
-    progress = select(known, progress, inner.progress)
-    broken = jnp.where(heard, ~fine_z & ~state.learned_leads, inner.broken)
-    back = heard & (won | (broken & inner.broken))  # x can't go on where s can
+    progress = select(runs | on_own, progress, inner.progress)
+    back = runs & won
     state = go_back(state, back, progress.recent)
     winner = jnp.where(back, OWN, decision.winner).astype(jnp.int32)
     after = RecommendedState(
         relay=state,
         own_steps=advance(inner.own_steps, jnp.where(on_own | runs, now.nt, 0)),
         progress=progress,
-        against=select(heard & (won | lost), trials.unbounded(), against),
-        broken=broken & ~back,
+        against=select(runs & (won | lost), trials.unbounded(), against),
     )
-    losses = jnp.where(void, jnp.nan, decision.losses)
-    return leader(state), after, decision._replace(winner=winner, losses=losses)
+    return leader(state), after, decision._replace(winner=winner)
 
 
 def is_due(inner: RecommendedState, k: Int[Array, ""], share: float) -> Bool[Array, ""]:

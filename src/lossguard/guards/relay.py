@@ -17,11 +17,11 @@ from .. import rules
 from . import progress as progresses
 from . import trial as trials
 from .cycle import Cycle
-from .lanes import Lane, Optimizer, keep_if_fine, passed_over, run_if
+from .lanes import Lane, Optimizer, run_if
 from .progress import Progress
 from .protocol import FALLBACK, LEARNED, OWN, Decision, Params, advance
 from .soundness import advance_schedules, check_schedules, renew, select, sound
-from .trial import Trial
+from .trial import Trial, finite_mean
 
 
 class RelayState(NamedTuple):
@@ -34,8 +34,6 @@ class RelayState(NamedTuple):
     on_own: Bool[Array, ""]
     """Whether x is on the path of s."""
     learned_leads: Bool[Array, ""]
-    failed: Bool[Array, ""]
-    """Whether y leads and wasn't finite in its last cycle, which it took back."""
     progress: Progress
     """Of the leader."""
     level: Float[Array, ""]
@@ -73,7 +71,6 @@ class Relay:
             s=z,
             on_own=jnp.array(True),
             learned_leads=jnp.array(False),
-            failed=jnp.array(False),
             progress=progresses.unknown(),
             level=jnp.zeros(()),
             trial=trials.none(),
@@ -82,55 +79,39 @@ class Relay:
 
     def step(
         self, state: RelayState, s_runs: Bool[Array, ""], now: Cycle
-    ) -> tuple[RelayState, Decision, Float[Array, " nt"], Bool[Array, " 2"], Bool[Array, " nt"]]:
+    ) -> tuple[RelayState, Decision, Float[Array, " nt"]]:
         """One cycle. A gradient that isn't finite is one of 0.
 
         Returns:
-            The state, the decision, the losses of s (NaN if it didn't run), whether z and s stayed
-            finite if they ran, and the minibatches that are passed over: there losses are a mean.
-
-        If all are, z and s are where their steps led, y can't take over, and a leading y isn't
-        fine: who is to blame?
+            The state, the decision, and the losses of s (NaN if it didn't run).
         """
         nt, leads = now.nt, state.learned_leads
         now = now._replace(objective=sound(now.objective))
         y, trial = self._begin_trial(state, now)
         tried = trial.length > 0
-        z, of_z, fine_z = run_if(~leads, self.fallback, state.z, now)
-        y_after, of_y, fine_y = run_if(leads | tried, self.learned, y, now)
-        s, of_s, fine_s = run_if(s_runs, self.fallback, state.s, now)
-        void, (of_y, of_z, of_s) = passed_over(of_y, of_z, of_s)
-        lost = void.all()
-        fine_y &= ~(leads & lost)
-        y_after, fine_y = keep_if_fine(y_after, y, of_y, fine_y, leads | tried, void)
-        z, fine_z = keep_if_fine(z, state.z, of_z, fine_z, ~leads, void)
-        s, fine_s = keep_if_fine(s, state.s, of_s, fine_s, s_runs, void)
-
+        z, of_z = run_if(~leads, self.fallback, state.z, now)
+        y, of_y = run_if(leads | tried, self.learned, y, now)
+        s, of_s = run_if(s_runs, self.fallback, state.s, now)
         losses = jnp.where(leads, of_y, of_z)
-        progress = progresses.add(state.progress, losses.mean(), nt)
-        progress = select(jnp.where(leads, fine_y, fine_z) & ~lost, progress, state.progress)
         after = state._replace(
-            y=_in_time(y_after, leads | tried, nt),
+            y=_in_time(y, leads | tried, nt),
             z=_in_time(z, ~leads, nt),
             s=s,
-            progress=progress,
+            progress=progresses.add(state.progress, finite_mean(losses), nt),
             trial_cost=advance(state.trial_cost, jnp.where(tried, nt, 0)),
         )
-        trial = trials.add(trial, of_y, losses, void)
-        holds = fine_z | lost  # y takes over from a z that breaks, but not for lost minibatches
-        ended = self._end_trial(after, trial, of_y, losses, fine_y, holds, now.k)
-        kept = self._keep_or_hand_over(after, fine_y, lost, nt)
-        after = select(leads, kept, ended)
+        ended = self._end_trial(after, trials.add(trial, of_y, losses), of_y, losses, now.k)
+        after = select(leads, self._keep_or_hand_over(after, of_y), ended)
         decision = Decision(
             used_learned=jnp.full(nt, leads),
             losses=losses,
             winner=jnp.where(after.learned_leads, LEARNED, jnp.where(after.on_own, OWN, FALLBACK)),
             gradients=nt * (1 + tried.astype(jnp.int32) + s_runs.astype(jnp.int32)),
-            learned_loss=jnp.where(tried, of_y.mean(), jnp.nan),
-            fallback_loss=jnp.where(tried, losses.mean(), jnp.nan),
+            learned_loss=jnp.where(tried, finite_mean(of_y), jnp.nan),
+            fallback_loss=jnp.where(tried, finite_mean(losses), jnp.nan),
             learned_updates=nt * (leads | tried).astype(jnp.int32),
         )
-        return after, decision, of_s, jnp.stack([fine_z, fine_s]), void
+        return after, decision, of_s
 
     def _begin_trial(self, state: RelayState, now: Cycle) -> tuple[Lane, Trial]:
         """y at x with a fresh state, if a trial is due; and the trial."""
@@ -153,16 +134,13 @@ class Relay:
         trial: Trial,
         of_y: Float[Array, " nt"],
         of_z: Float[Array, " nt"],
-        fine_y: Bool[Array, ""],
-        fine_z: Bool[Array, ""],
         k: Int[Array, ""],
     ) -> RelayState:
         """After a cycle of a trial, if there is one: y takes over, it goes on, or it is over."""
         won, lost = trials.outcome(trial, of_y, of_z)
-        tried = trial.length > 0
-        won, lost = tried & fine_y & (won | ~fine_z), tried & (lost | ~fine_y)
-        over = won | lost | ~tried
-        began = progresses.begin(of_y.mean(), k // rules.YOUTH)
+        tried, breaks = trial.length > 0, ~jnp.isfinite(of_y).any() & jnp.isfinite(of_z).any()
+        won, over = tried & won, won | lost | breaks | ~tried
+        began = progresses.begin(finite_mean(of_y), k // rules.YOUTH)
         return state._replace(
             s=select(won & state.on_own, state.z, state.s),
             on_own=state.on_own & ~won,
@@ -172,30 +150,25 @@ class Relay:
             trial=select(over, trials.none(), trial),
         )
 
-    def _keep_or_hand_over(
-        self, state: RelayState, fine: Bool[Array, ""], lost: Bool[Array, ""], nt: int
-    ) -> RelayState:
+    def _keep_or_hand_over(self, state: RelayState, of_y: Float[Array, " nt"]) -> RelayState:
         """After a cycle that y led: it leads on, or z goes on from x or from the snapshot.
 
-        Where it wasn't fine y takes the cycle back; the second time at a stretch it is over, or at
-        once if the cycle is as long as a trial and has no finite loss.
+        Where its last loss isn't finite, x is no point to go on from.
         """
         loss, recent, level = state.progress.lasting, state.progress.recent, state.level
         young = state.progress.earlier_age == 0
-        risen = loss > level + rules.RISE * jnp.abs(level)
-        stalls = progresses.rate(state.progress) < rules.STALL
-        over = state.failed | (lost & (nt >= rules.TRIAL_STEPS))
-        ends = jnp.where(fine, risen | stalls, over)
+        finite = jnp.isfinite(of_y)
+        risen = ~finite.any() | (loss > level + rules.RISE * jnp.abs(level))
+        ends = risen | (finite[-1] & (progresses.rate(state.progress) < rules.STALL))
         gain = jnp.where(young, rules.YOUNG_GAIN, rules.GAIN)
-        better = fine & ~ends & (loss < level - gain * jnp.abs(level))
-        from_x = better | (ends & fine & ~risen)
+        better = ~ends & finite[-1] & (loss < level - gain * jnp.abs(level))
+        from_x = better | (ends & ~risen)
         z = state.z._replace(params=select(from_x, state.y.params, state.z.params))
         # z's path goes on from where y has come to: from there it is fast or slow again.
         progress = select(ends, progresses.begin(jnp.where(from_x, recent, level)), state.progress)
         return state._replace(
             z=z,
             learned_leads=~ends,
-            failed=~fine & ~ends,
             level=jnp.where(better, loss, level),
             progress=progress,
         )
@@ -226,7 +199,6 @@ def go_back(state: RelayState, back: Bool[Array, ""], loss: Float[Array, ""]) ->
         z=state.s,
         on_own=jnp.array(True),
         learned_leads=jnp.array(False),
-        failed=jnp.array(False),
         progress=progresses.begin(loss),
         trial=trials.none(),
     )

@@ -26,6 +26,22 @@ class Trial(NamedTuple):
     the first loss of a run is known."""
 
 
+def bounded(losses: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Losses that can be added up: one that isn't finite is a huge one.
+
+    So it cancels where both lanes have it, and a single one decides no trial: among n pairs its
+    difference is as large as its standard error.
+    """
+    most = jnp.finfo(losses.dtype).max / 2**23
+    return jnp.where(jnp.isfinite(losses), jnp.clip(losses, -most, most), most)
+
+
+def finite_mean(losses: Float[Array, " nt"]) -> Float[Array, ""]:
+    """The mean of those that are finite; NaN if none is."""
+    finite = jnp.isfinite(losses)
+    return jnp.where(finite, losses, jnp.mean(losses, where=finite)).mean()
+
+
 def begin(length: Int[Array, ""], bound: Float[Array, ""]) -> Trial:
     """A trial of so many cycles."""
     zero, nothing = jnp.zeros_like(bound), jnp.int32(0)
@@ -42,20 +58,14 @@ def none() -> Trial:
     return begin(jnp.int32(0), jnp.zeros(()))
 
 
-def add(
-    trial: Trial,
-    challenger: Float[Array, " nt"],
-    leader: Float[Array, " nt"],
-    void: Bool[Array, " nt"],
-) -> Trial:
+def add(trial: Trial, challenger: Float[Array, " nt"], leader: Float[Array, " nt"]) -> Trial:
     """After a cycle. What counts are the differences in the second half of the trial.
 
     Until the middle those since its first half cycle count: they can end it early. At the start of
-    a run the bound is 0.9 of the first loss (|loss| / 10 below it). Those on ``void`` minibatches
-    don't count.
+    a run the bound is 0.9 of the first loss (|loss| / 10 below it).
     """
-    nt = len(leader)
-    counts = ~void & (jnp.arange(nt, dtype=jnp.int32) >= jnp.where(trial.cycles == 0, nt // 2, 0))
+    nt, challenger, leader = len(leader), bounded(challenger), bounded(leader)
+    counts = jnp.arange(nt, dtype=jnp.int32) >= jnp.where(trial.cycles == 0, nt // 2, 0)
     d = jnp.where(counts, challenger - leader, 0)
     middle = trial.cycles == trial.length // 2
     before = (jnp.where(middle, 0, n) for n in (trial.pairs, trial.total, trial.size))
@@ -85,11 +95,11 @@ def outcome(
     """
     mean, error = difference(trial)
     half = len(leader) // 2
-    last, against = challenger[half:], leader[half:]
+    last, against = bounded(challenger[half:]), bounded(leader[half:])
     risen = against.mean() > trial.bound + DIVERGED * jnp.abs(trial.bound)
     better = (mean < -MARGIN * error) | (risen & (last < against).all())
     over = trial.cycles >= trial.length
-    won = over & better & (last.mean() < trial.bound)
+    won = over & better & (finite_mean(challenger[half:]) < trial.bound)
     return won, ~won & (over | ~(mean <= MARGIN * error))
 
 

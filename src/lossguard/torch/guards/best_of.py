@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import compress
 from numbers import Real
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 
 from lossguard.rules import HEAD_START
 from lossguard.torch.arguments import check_rates
-from lossguard.torch.guards.decision import NEITHER, Decision, Seen, mean, passed_over
+from lossguard.torch.guards.decision import NEITHER, Decision, Seen, any_finite, mean
 from lossguard.torch.guards.guard import Guard
 from lossguard.torch.guards.lane import Lane
 from lossguard.torch.guards.losses import UNBOUNDED, Trial
@@ -38,6 +39,15 @@ class Record(NamedTuple):
         known = self.mean if self.weight else d
         mean = known + (d - known) / weight
         return self._replace(mean=mean, weight=weight, lowest=min(self.lowest, mean))
+
+
+def means(losses: Mapping[int, Sequence[float]]) -> dict[int, float]:
+    """Of each over the minibatches on which any has a finite loss: the others tell nothing."""
+    known = [any_finite(row) for row in zip(*losses.values(), strict=True)]
+    return {
+        k: mean([*compress(own, known)]) if any_finite(own) else math.nan
+        for k, own in losses.items()
+    }
 
 
 class BestOf(Guard):
@@ -142,12 +152,8 @@ class BestOf(Guard):
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
         leader, lanes = int(self._leader.name), [*self._lanes.values()]
-        void, filled = passed_over(seen)
-        shown = {int(name): one for name, one in filled.items()}
-        if self.check is not None:
-            held_out = {name: one._replace(losses=one.checks) for name, one in seen.items()}
-            filled = passed_over(held_out)[1]
-        d = {int(name): mean(one.losses) for name, one in filled.items()}
+        shown = {int(name): one for name, one in seen.items()}
+        d = means({k: one.losses if self.check is None else one.checks for k, one in shown.items()})
         lost = not any(map(math.isfinite, d.values()))  # all minibatches are, on all
         fine = {k: one for k, one in shown.items() if one.finite and (lost or math.isfinite(d[k]))}
         known = {*fine}
@@ -162,7 +168,7 @@ class BestOf(Guard):
         x = lanes[best].point if best in fine else self._leader.before
         again = shown.keys() - fine.keys()
         if leader in fine and not lost:
-            again |= self._ruined(fine, void, leader) - {best}
+            again |= self._ruined(fine, leader) - {best}
         like = self.records[best]
         for k in again:
             lanes[k].start_at(x)
@@ -180,7 +186,7 @@ class BestOf(Guard):
             gradients=self.nt * len(seen),
             forwards=self.nc * len(seen),
             learned_updates=self.nt * len(seen),
-        ).without(void)
+        )
 
     def _take_turns(self, ran: Collection[int], leader: int) -> None:
         """After a cycle: turns count from the end of the head start on.
@@ -196,13 +202,13 @@ class BestOf(Guard):
             elif k != leader and after >= HEAD_START:
                 self._spent[k] += self.nt
 
-    def _ruined(self, fine: Mapping[int, Seen], void: Sequence[bool], leader: int) -> set[int]:
+    def _ruined(self, fine: Mapping[int, Seen], leader: int) -> set[int]:
         """Those that have lost a trial against the leader, and were once as good as it is."""
         ruined, leading = set(), fine[leader].losses
         for k, one in fine.items():
             if k != leader:
                 record = self.records[k]
-                against = record.against.after(leading, one.losses, void)
+                against = record.against.after(leading, one.losses)
                 won, over = against.outcome(leading, one.losses)
                 self.records[k] = record._replace(against=UNBOUNDED if won or over else against)
                 if won and 2 * record.lowest < record.mean + self.records[leader].mean:

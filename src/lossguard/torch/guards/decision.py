@@ -1,8 +1,9 @@
 """What a cycle has shown of the lanes, and what a guard decided at its end."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Self
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
 
 LEARNED, FALLBACK, OWN, NEITHER = 0, 1, 2, -1
 """``Decision.winner``: the learned optimizer's lane, the fallback's from x, the fallback's own; or
@@ -19,30 +20,9 @@ class Seen(NamedTuple):
     """Whether parameters and buffers are."""
 
     @property
-    def fine(self) -> bool:
-        """Whether the losses of training are finite as well."""
-        return self.finite and all(map(math.isfinite, self.losses))
-
-    def is_fine(self, void: Sequence[bool]) -> bool:
-        """Whether they are, of training, where another lane's are: not on ``void`` minibatches."""
-        pairs = zip(void, self.losses, strict=True)
-        return self.finite and all(skip or math.isfinite(loss) for skip, loss in pairs)
-
-
-def passed_over(seen: Mapping[str, Seen]) -> tuple[list[bool], dict[str, Seen]]:
-    """Minibatches on which no lane has a finite loss, and losses that have a lane's mean there.
-
-    Such a minibatch is itself to blame, and tells nothing. A lane without a finite loss has NaN.
-    """
-    shown = [one.losses for one in seen.values()]
-    void = [not any(map(math.isfinite, losses)) for losses in zip(*shown, strict=True)]
-
-    def filled(losses: list[float]) -> list[float]:
-        finite = [loss for loss in losses if math.isfinite(loss)]
-        told = mean(finite) if finite else math.nan
-        return [told if skip else loss for skip, loss in zip(void, losses, strict=True)]
-
-    return void, {name: one._replace(losses=filled(one.losses)) for name, one in seen.items()}
+    def told(self) -> list[float]:
+        """The losses of training; all of them are infinite if the cycle ended not finite."""
+        return self.losses if self.finite else [math.inf] * len(self.losses)
 
 
 class Decision(NamedTuple):
@@ -73,11 +53,6 @@ class Decision(NamedTuple):
     fallback_loss: float = math.nan
     jumped: bool = False
 
-    def without(self, void: Sequence[bool]) -> Self:
-        """The same with the losses of these minibatches NaN."""
-        losses = zip(void, self.losses, strict=True)
-        return self._replace(losses=[math.nan if skip else loss for skip, loss in losses])
-
     def price(self, u: float = 0.0) -> float:
         """Gradients + forward passes / 3 + learned updates times u: what was spent, in gradients.
 
@@ -94,3 +69,29 @@ def mean(losses: Sequence[float]) -> float:
     (inf, nan)
     """
     return sum(losses) / len(losses)
+
+
+def any_finite(losses: Sequence[float]) -> bool:
+    """Whether one of them is."""
+    return any(map(math.isfinite, losses))
+
+
+def finite_mean(losses: Sequence[float]) -> float:
+    """The mean of those that are finite; NaN if none is.
+
+    >>> finite_mean([1.0, math.inf, 3.0]), finite_mean([math.inf])
+    (2.0, nan)
+    """
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return mean(finite) if finite else math.nan
+
+
+def bounded(losses: Sequence[float]) -> list[float]:
+    """Losses that can be added up: one that isn't finite is a huge one.
+
+    >>> a, b = bounded([math.nan, 1.0])
+    >>> 1e300 < a < math.inf, b
+    (True, 1.0)
+    """
+    most = sys.float_info.max / 2**23
+    return [max(-most, min(loss, most)) if math.isfinite(loss) else most for loss in losses]

@@ -1,11 +1,10 @@
 """The guard for where optimizer steps are scarce: never above the fallback after as many steps."""
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 
 from lossguard.rules import DECAY, PATIENCE, STRETCH
-from lossguard.torch.guards.decision import OWN, Decision, Seen, mean, passed_over
+from lossguard.torch.guards.decision import OWN, Decision, Seen, any_finite, bounded, finite_mean
 from lossguard.torch.guards.guard import GuardOfTwo
 from lossguard.torch.guards.lane import Lane
 
@@ -60,30 +59,28 @@ class Hedged(GuardOfTwo):
         return self._relay.begin(self.steps, not self._relay.state.on_own)
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
-        void, seen = passed_over(seen)
         s, relay, leader = seen.get("s"), self._relay, None
-        decision = relay.settle(seen, void, self.steps)
-        if s is not None and self._follow(decision.losses, s, void):
+        decision = relay.settle(seen, self.steps)
+        if s is not None and self._follow(decision.losses, s):
             own = [False] * self.nt
-            decision = decision._replace(winner=OWN, losses=s.losses, used_learned=own)
-            if self._behind < max(STRETCH, PATIENCE * self._away) and math.isfinite(self._regret):
+            decision = decision._replace(winner=OWN, losses=s.told, used_learned=own)
+            if self._behind < max(STRETCH, PATIENCE * self._away) or not any_finite(s.told):
                 leader = relay.s
             else:
-                relay.go_back(mean(s.losses))
+                relay.go_back(finite_mean(s.told))
                 self._regret, self._away, self._behind = 0.0, 0, 0
         self._lead(leader or relay.leader)
-        return decision.without(void)
+        return decision
 
-    def _follow(self, losses: Sequence[float], s: Seen, void: Sequence[bool]) -> bool:
+    def _follow(self, losses: Sequence[float], s: Seen) -> bool:
         """Add up how x has done against s; whether s leads."""
-        fine = s.is_fine(void)
-        if not fine:  # not finite any more: it begins again at x
+        breaks = not any_finite(s.told) and any_finite(losses)
+        if breaks or not s.finite:  # not finite any more: it begins again at x
             self._relay.s.start_at(self._relay.leader.point)
             self._relay.s.forget()
-        d = sum(x - f for x, f, skip in zip(losses, s.losses, void, strict=True) if not skip)
-        least = -sys.float_info.max / 8  # so that R stays finite where s diverges
-        d = max(d, least) if math.isfinite(d) or d < 0 else math.inf
-        self._regret = DECAY * self._regret + d if fine else 0.0
+        rows = zip(bounded(losses), bounded(s.told), map(math.isfinite, s.told), strict=True)
+        d = sum(x - f for x, f, finite in rows if finite)
+        self._regret = 0.0 if breaks else DECAY * self._regret + d
         self._away += 1
         self._behind = self._behind + 1 if self._regret > 0 else 0
         return self._regret > 0

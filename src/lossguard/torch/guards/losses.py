@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 from lossguard.rules import BETWEEN, DIVERGED, LONG_MEMORY, LOOKS, MARGIN, MEMORY
-from lossguard.torch.guards.decision import mean
+from lossguard.torch.guards.decision import bounded, finite_mean, mean
 
 
 class Trial(NamedTuple):
     """Challenger against leader, from the same point and on the same minibatches.
 
-    >>> void = [False] * 4
-    >>> trial = Trial(length=1, bound=2.0).after([3.0, 1.0, 0.9, 0.8], [3.0, 2.5, 2.5, 2.5], void)
+    >>> trial = Trial(length=1, bound=2.0).after([3.0, 1.0, 0.9, 0.8], [3.0, 2.5, 2.5, 2.5])
     >>> trial.pairs, trial.outcome([0.8], [2.5])
     (2, (True, False))
     """
@@ -26,31 +25,28 @@ class Trial(NamedTuple):
     """What the challenger has to be below; NaN until the first loss of a run is known."""
     cycles: int = 0
     pairs: int = 0
-    """Of the paired differences, challenger - leader, that are counted; their sum; squares' sum."""
+    """Of the paired differences, challenger - leader, that are counted; their sum, and norm."""
     total: float = 0.0
-    squares: float = 0.0
+    size: float = 0.0
 
-    def after(
-        self, challenger: Sequence[float], leader: Sequence[float], void: Sequence[bool]
-    ) -> Self:
+    def after(self, challenger: Sequence[float], leader: Sequence[float]) -> Self:
         """After a cycle. What counts are the differences in the second half of the trial.
 
         Until the middle those since its first half cycle count: they can end it early. At the start
-        of a run the bound is 0.9 of the first loss (|loss| / 10 below it). Those on ``void``
-        minibatches don't count.
+        of a run the bound is 0.9 of the first loss (|loss| / 10 below it).
         """
+        challenger, leader = bounded(challenger), bounded(leader)
         bound = leader[0] - abs(leader[0]) / 10 if math.isnan(self.bound) else self.bound
         middle = self.cycles == self.length // 2
-        pairs, total, squares = (0, 0.0, 0.0) if middle else (self.pairs, self.total, self.squares)
+        pairs, total, size = (0, 0.0, 0.0) if middle else (self.pairs, self.total, self.size)
         first = len(leader) // 2 if self.cycles == 0 else 0
-        rows = [*zip(challenger, leader, void, strict=True)][first:]
-        d = [c - f for c, f, skip in rows if not skip]
+        d = [c - f for c, f in zip(challenger[first:], leader[first:], strict=True)]
         return self._replace(
             bound=bound,
             cycles=self.cycles + 1,
             pairs=pairs + len(d),
             total=total + sum(d),
-            squares=squares + sum(one * one for one in d),
+            size=math.hypot(size, *d),
         )
 
     def outcome(self, challenger: Sequence[float], leader: Sequence[float]) -> tuple[bool, bool]:
@@ -63,13 +59,16 @@ class Trial(NamedTuple):
         """
         n = max(self.pairs, 2)
         m = self.total / n
-        error = math.sqrt(max(self.squares / n - m * m, 0) / (n - 1))
+        part = m / (self.size or 1)
+        error = self.size * math.sqrt(max(1 / n - part * part, 0) / (n - 1))
         half = len(leader) // 2
-        last, against = challenger[half:], leader[half:]
+        last, against = bounded(challenger[half:]), bounded(leader[half:])
         risen = mean(against) > self.bound + DIVERGED * abs(self.bound)
         ahead = risen and all(c < f for c, f in zip(last, against, strict=True))
         over = self.cycles >= self.length
-        won = over and (m < -MARGIN * error or ahead) and mean(last) < self.bound
+        won = (
+            over and (m < -MARGIN * error or ahead) and finite_mean(challenger[half:]) < self.bound
+        )
         return won, not won and (over or not m <= MARGIN * error)
 
 
@@ -101,7 +100,12 @@ class Progress(NamedTuple):
         return cls(age, loss, loss, 0, loss, age, loss)
 
     def after(self, loss: float, nt: int, memory: float = MEMORY) -> Self:
-        """After a cycle of nt steps of that mean loss; without memory nothing is smoothed."""
+        """After a cycle of nt steps of that mean loss; without memory nothing is smoothed.
+
+        Where the loss is NaN nothing was seen, and the run is as it was.
+        """
+        if math.isnan(loss):
+            return self
         age = self.age + nt
         recent, lasting = (
             weight * before + (1 - weight) * loss if self.age else loss

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from lossguard.rules import BELOW, MORE
-from lossguard.torch.guards.decision import OWN, Decision, Seen, mean, passed_over
+from lossguard.torch.guards.decision import OWN, Decision, Seen, finite_mean
 from lossguard.torch.guards.guard import GuardOfTwo
 from lossguard.torch.guards.lane import Lane
 from lossguard.torch.guards.losses import UNBOUNDED, Progress
@@ -58,9 +58,9 @@ class Recommended(GuardOfTwo):
     (0, 20.0)
     """
 
-    remembered = ("_relay.state", "_own_steps", "_progress", "_against", "_broken")
+    remembered = ("_relay.state", "_own_steps", "_progress", "_against")
 
-    _own_steps, _broken = 0, False
+    _own_steps = 0
     _progress = Progress.begun(math.nan)
     """Of the fallback by itself; not smoothed, as s may run seldom."""
     _against = UNBOUNDED
@@ -78,27 +78,21 @@ class Recommended(GuardOfTwo):
         return lanes
 
     def _settle(self, seen: Mapping[str, Seen]) -> Decision:
-        void, seen = passed_over(seen)
         s, relay, on_own = seen.get("s"), self._relay, self._relay.state.on_own
-        decision = relay.settle(seen, void, self.steps)
-        own = seen["z"] if on_own else s
-        if own is not None:
+        decision = relay.settle(seen, self.steps)
+        if on_own or s is not None:
+            own = decision.losses if s is None else s.told
             self._own_steps += self.nt
-            if own.fine:
-                self._progress = self._progress.after(mean(own.losses), self.nt, memory=0)
-        if s is not None and s.fine:
-            self._against = self._against.after(s.losses, decision.losses, void)
-            won, lost = self._against.outcome(s.losses, decision.losses)
+            self._progress = self._progress.after(finite_mean(own), self.nt, memory=0)
+        if s is not None:
+            if not s.finite:
+                relay.s.go_back()
+            self._against = self._against.after(s.told, decision.losses)
+            won, lost = self._against.outcome(s.told, decision.losses)
             if won or lost:
                 self._against = UNBOUNDED
-            before, z = self._broken, seen.get("z")
-            z_breaks = z is not None and not z.is_fine(void)
-            self._broken = z_breaks and not relay.state.learned_leads
-            if won or (before and self._broken):  # x can't go on where s can
-                self._broken = False
+            if won:
                 relay.go_back(self._progress.recent)
                 decision = decision._replace(winner=OWN)
-        elif s is not None and not s.is_fine(void):
-            relay.s.go_back()
         self._lead(relay.leader)
-        return decision.without(void)
+        return decision

@@ -13,7 +13,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from lossguard import rules
-from lossguard.torch.guards.decision import FALLBACK, LEARNED, OWN, Decision, Seen, mean
+from lossguard.torch.guards.decision import (
+    FALLBACK,
+    LEARNED,
+    OWN,
+    Decision,
+    Seen,
+    any_finite,
+    finite_mean,
+)
 from lossguard.torch.guards.losses import NONE, Progress, Trial
 
 if TYPE_CHECKING:
@@ -26,8 +34,6 @@ class State(NamedTuple):
     on_own: bool = True
     """Whether x is on the path of s."""
     learned_leads: bool = False
-    failed: bool = False
-    """Whether y leads and wasn't finite in its last cycle, which it took back."""
     progress: Progress = Progress.begun(math.nan)
     level: float = 0.0
     trial: Trial = NONE
@@ -70,39 +76,33 @@ class Relay:
         runs = (self.y, leads or trial != NONE), (self.z, not leads), (self.s, s_runs)
         return [lane for lane, one_runs in runs if one_runs and not lane.live]
 
-    def settle(self, seen: Mapping[str, Seen], void: Sequence[bool], k: int) -> Decision:
-        """After the cycle: who leads, and what is to be told of it.
-
-        ``void`` are the minibatches that are passed over: there losses are a mean.
-        """
+    def settle(self, seen: Mapping[str, Seen], k: int) -> Decision:
+        """After the cycle: who leads, and what is to be told of it."""
         y, z, state, led = seen.get("y"), seen.get("z"), self.state, self.state.learned_leads
-        none = all(void)  # is finite, and who is to blame? Not z; nor y, unless it leads
-        fine_y = y is None or (y.is_fine(void) and not (none and led))
-        fine_z = z is None or z.is_fine(void)
-        holds = fine_z or none  # y takes over from a z that breaks, but not for lost minibatches
-        if not fine_z:
-            self.z.go_back()
-        losses, of_y = seen["y" if led else "z"].losses, [] if y is None or led else y.losses
-        if (fine_y if led else fine_z) and not none:
-            state = state._replace(progress=state.progress.after(mean(losses), self.nt))
+        for lane, one in ((self.z, z), (self.y, y)):
+            if one is not None and not one.finite:
+                lane.go_back()
+        losses, of_y = seen["y" if led else "z"].told, [] if y is None or led else y.told
+        progress = state.progress.after(finite_mean(losses), self.nt)
+        state = state._replace(progress=progress)
         if state.trial != NONE:
-            trial = state.trial.after(of_y, losses, void)
+            trial = state.trial.after(of_y, losses)
             state = state._replace(trial=trial, trial_cost=state.trial_cost + self.nt)
             won, lost = trial.outcome(of_y, losses)
-            if fine_y and (won or not holds):
+            if won:
                 if state.on_own:
                     self.s.become(self.z)
                 state = State(
                     on_own=False,
                     learned_leads=True,
-                    progress=Progress.begun(mean(of_y), k // rules.YOUTH),
+                    progress=Progress.begun(finite_mean(of_y), k // rules.YOUTH),
                     level=state.progress.lasting,
                     trial_cost=state.trial_cost,
                 )
-            elif lost or not fine_y:
+            elif lost or (not any_finite(of_y) and any_finite(losses)):
                 state = state._replace(trial=NONE)
         if led:
-            state = self._keep_or_hand_over(state, fine_y, none)
+            state = self._keep_or_hand_over(state, losses)
         self.state = state
         of_z = OWN if state.on_own else FALLBACK
         return Decision(
@@ -111,8 +111,8 @@ class Relay:
             winner=LEARNED if state.learned_leads else of_z,
             gradients=self.nt * len(seen),
             learned_updates=self.nt * (y is not None),
-            learned_loss=mean(of_y) if of_y else math.nan,
-            fallback_loss=mean(losses) if of_y else math.nan,
+            learned_loss=finite_mean(of_y),
+            fallback_loss=finite_mean(losses) if of_y else math.nan,
         )
 
     def go_back(self, loss: float) -> None:
@@ -120,26 +120,22 @@ class Relay:
         self.z.become(self.s)
         self.state = State(progress=Progress.begun(loss), trial_cost=self.state.trial_cost)
 
-    def _keep_or_hand_over(self, state: State, fine: bool, lost: bool) -> State:
+    def _keep_or_hand_over(self, state: State, of_y: Sequence[float]) -> State:
         """After a cycle that y led: it leads on, or z goes on from x or from the snapshot.
 
-        Where it wasn't fine y takes the cycle back; the second time at a stretch it is over, or at
-        once if the cycle is as long as a trial and has no finite loss.
+        Where its last loss isn't finite, x is no point to go on from.
         """
-        if not fine and not (state.failed or (lost and self.nt >= rules.TRIAL_STEPS)):
-            self.y.go_back()
-            return state._replace(failed=True)
-        state, progress, level = state._replace(failed=False), state.progress, state.level
+        progress, level, here = state.progress, state.level, math.isfinite(of_y[-1])
         now = progress.lasting
-        breaks = not fine or now > level + rules.RISE * abs(level)
-        if breaks or progress.rate < rules.STALL:
-            if not breaks:
+        risen = not any_finite(of_y) or now > level + rules.RISE * abs(level)
+        if risen or (here and progress.rate < rules.STALL):
+            if not risen:
                 self.z.start_at(self.y.point)
             # z's path goes on from where y has come to: from there it is fast or slow again.
-            began = Progress.begun(level if breaks else progress.recent)
+            began = Progress.begun(level if risen else progress.recent)
             return state._replace(learned_leads=False, progress=began)
         gain = rules.YOUNG_GAIN if progress.earlier_age == 0 else rules.GAIN
-        if now < level - gain * abs(level):
+        if here and now < level - gain * abs(level):
             self.z.start_at(self.y.point)
             return state._replace(level=now)
         return state

@@ -78,7 +78,9 @@ def best_of(
 
     over the guards that were not ruined, if all stay finite ("be the leader": Kalai and Vempala,
     2005): with hindsight, d being known before the leader is chosen. With ``share`` only who runs
-    can be it. Who isn't finite, or is ruined, begins again at x: ``SideBySide`` says when.
+    can be it. Who isn't finite, or is ruined, begins again at x, with its schedules and the record
+    of who is followed. It is ruined if on three cycles the leader was better by three standard
+    errors, and its lowest D is nearer to the leader's than to its own of now.
 
     Args:
         guards: guards of the same nt. The first is followed where all are level.
@@ -130,12 +132,9 @@ def best_of(
 class SideBySide:
     """The rules.
 
-    A guard begins again at x, with its schedules and the record of the one that is followed, if its
-    losses or parameters aren't finite, or if it is ruined: on three cycles the leader was better by
-    three standard errors, and its lowest D is nearer to the leader's than to its own of now. Where
-    the leader isn't finite at the end of a cycle that began well, that cycle counts as its D: so x
-    goes back to where the cycle began, unless another D is lower. A minibatch that is lost on all
-    doesn't count.
+    Where the leader isn't finite at the end of a cycle that began well, that cycle counts as its D:
+    so x goes back to where the cycle began, unless another D is lower. A minibatch that is lost on
+    all doesn't count.
     """
 
     members: tuple[Guard, ...]

@@ -46,11 +46,8 @@ def hedged(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) ->
 
     if the fallback alone stays finite, up to rounding (``docs/guarantees.md``).
 
-    Arguments and errors are those of ``recommended``; ``share`` is for trials.
-
-    Price in gradients: 1 a step on the fallback's path, 2 off it; and 1 for each step on trial, at
-    most max(first, ``share`` k + sqrt(k)) of k, first being ten, rounded up to whole cycles.
-    Memory: four copies of the parameters, two states of the fallback, one of the learned optimizer.
+    Arguments, errors and memory are those of ``recommended``; ``share`` is for trials, which cost
+    as much as there. Price in gradients beside them: 1 a step on the fallback's path, 2 off it.
 
     >>> import optax
     >>> guard = hedged(optax.sgd(0.4), optax.sgd(0.1))

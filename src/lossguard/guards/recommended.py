@@ -35,23 +35,15 @@ class RecommendedState(NamedTuple):
 def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) -> Guard:
     """Whoever leads runs; a challenger runs in a small share of the steps.
 
-    x is the leader's, who is one of two:
+    x is where the fallback is, until the learned optimizer, on trial from there, is better by three
+    standard errors. From then on x is where that one is, until its loss stalls or rises. Meanwhile
+    the fallback's own run stays behind as lane s; x goes back to it if it wins a trial against x.
+    ``docs/guards.md`` has the rules.
 
-    - *The fallback.* Now and then the learned optimizer is tried from x, beside it and on the same
-      minibatches. Its state is fresh, its schedules, and the clock of ``mlp_optimizer``, are at the
-      time of the whole run. It takes over if it is better by three standard errors, or if the
-      fallback diverges. The first trial takes ten steps.
-    - *The learned optimizer.* It leads while its loss falls: by a power of 1/4 of its age at least.
-      When it stalls the fallback goes on from there, or from a snapshot if the loss has risen.
-
-    When the learned optimizer first takes over, the fallback's own run stays behind as lane s. It
-    runs until it has had ``share`` of the steps, or five times that, if by then its loss, falling
-    on as it does, would be a tenth below that of x. x goes back to it if it wins a trial against x.
-
-    So a cycle costs nt gradients, and nt more for each challenger that runs in it: y on trial while
-    the fallback leads, in at most max(first, ``share`` k + sqrt(k)) of k steps, first being ten,
-    rounded up to whole cycles; s while x is off its path, in at most ``share`` k of them, or five
-    times that as above. Training losses decide; no minibatch is only checked on.
+    A cycle costs nt gradients, and nt more for each challenger that runs in it: the learned one on
+    trial, in at most max(first, ``share`` k + sqrt(k)) of k steps, first being ten, rounded up to
+    whole cycles; s while x is off its path, in at most ``share`` k of them, or five times that if
+    by then its loss, falling on as it does, would be a tenth below that of x.
 
     Args:
         learned: the optimizer that is not trusted, an optax transformation.

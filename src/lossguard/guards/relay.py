@@ -49,10 +49,8 @@ class RelayState(NamedTuple):
 class Relay:
     """The rules, of which ``recommended`` tells; trials are those of ``trial.py``.
 
-    The snapshot is where z was when y took over. It moves to x when the loss is a fifth lower, at
-    first half as high. After a loss of 1.5 times that at the snapshot z goes on from there, and
-    where y stalls from x. When y first takes over, s stays where z was. When it runs, and when x
-    goes back to it, is the affair of the guard.
+    When y first takes over, s stays where z was. When it runs, and when x goes back to it, is the
+    affair of the guard. ``docs/guards.md`` tells the rest.
     """
 
     learned: Optimizer

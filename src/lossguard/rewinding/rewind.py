@@ -73,16 +73,14 @@ def rewind(
     the trusted snapshot. It needs no further gradient, and no forward pass. ``Rules`` says when it
     goes back, where to, and how it goes on: steps thrown away are at most ``rho * T + window``.
 
-    What it returns has to be what is added to the parameters, unchanged: a stage behind it in a
-    chain, such as clipping or a rate, would cut a return short. And only what is inside goes back.
-    So it goes around a chain, or last after stages that remember nothing, such as clipping.
+    It goes around a chain, or last after stages that remember nothing, such as clipping: what it
+    returns has to be what is added to the parameters, and only what is inside goes back.
     ``optax.MultiSteps`` around it tells it the loss of the last minibatch of each step. Compute
     gradients yourself, not by ``optax.value_and_grad_from_state``: a line search remembers those of
-    where it would have gone. Schedules
-    of the optimizer go on; a return doesn't set them back. A return takes a second call if rounding
-    has missed the snapshot in the first. Updates are in float32 at least, which
-    ``optax.apply_if_finite`` refuses for narrower parameters; with ``rewind`` there is no need of
-    it.
+    where it would have gone. Schedules of the optimizer go on; a return doesn't set them back. A
+    return takes a second call if rounding has missed the snapshot in the first. Updates are in
+    float32 at least, which ``optax.apply_if_finite`` refuses for narrower parameters; with
+    ``rewind`` there is no need of it.
 
     Parameters and the optimizer's state are finite after every call if they were at the start, and
     no parameter that moves was above half of its type's largest number then.
@@ -121,10 +119,8 @@ def rewind(
 
 @dataclass(frozen=True)
 class Rules:
-    """The rules.
+    """The rules, beside those of ``alarm.py``.
 
-    - **Alarm.** ``alarm.py`` has the rule: window / 8 more losses above than below a robust
-      threshold. Single outliers, and spikes that end sooner by themselves, raise none.
     - **Snapshots.** Every B steps there is a candidate. After B more it is trusted, if of their
       losses those above the threshold are by B / 8 more than those below it at most.
     - **Afterwards** the scale is ``factor`` and rises to 1 within B steps. Each return less than

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lossguard.torch import LossGuard
-from lossguard.torch.memory import Memory, changes_since, noted
+from lossguard.torch.memory import Inner, Memory
 from lossguard.torch.process import Randomness
 from lossguard.torch.tensors import are_finite, finite, stacked, zero_unsound
 
@@ -183,26 +183,33 @@ def test_a_state_that_parameters_share_is_shared_after_loading():
     assert ends[0] == ends[1] and guard.last_decision.winner == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        (None, lambda group: None),
-        (None, lambda group: group.update(lr=0.5 * 0.2, betas=(0.9, 0.5 + 0.49))),
-        (None, lambda group: group.update(steps=[3, 4], params=[1])),
-        ("lr", lambda group: group.update(lr=0.2)),
-        ("betas", lambda group: group.update(betas=(0.9, 0.9))),
-        ("betas", lambda group: group.update(betas=0.9)),
-        ("steps", lambda group: group["steps"].append(5)),
-        ("scale", lambda group: group["scale"].mul_(1)),
-        ("scale", lambda group: group.update(scale=group["scale"].clone())),
-        ("k", lambda group: group.update(k=1)),
-        ("foreach", lambda group: group.update(foreach=True)),
-    ],
-)
-def test_settings_that_a_step_changes_are_named(name, change):
-    steps, scale = [3, 4], torch.ones(2)
-    group = {"params": [0], "lr": 0.1, "betas": (0.9, 0.99), "foreach": None}
-    group |= {"steps": steps, "scale": scale}
-    before = noted(group)
-    change(group)
-    assert changes_since(before, group) == ({name} - {None})
+class Counts(SGD):
+    """Whose group has a bound that is infinite, and a number that its steps change."""
+
+    def __init__(self, params, number):
+        super().__init__(params, lr=0.1)
+        self.param_groups[0] |= {"bound": math.inf, "number": number}
+
+
+@pytest.mark.parametrize(("made", "is_finite"), [(1.0, True), (math.nan, False)])
+def test_of_a_group_what_was_given_may_be_infinite(made, is_finite):
+    p = torch.ones(2, requires_grad=True)
+    inner = Inner(Counts([p], 0.0), [p])
+    group = inner.optimizer.param_groups[0]
+    group["lr"], group["number"] = math.inf, made  # a rate is no memory
+    assert inner.is_finite(inner.memory()) == is_finite
+    group["made"] = math.inf
+    assert not inner.is_finite(inner.memory())
+
+
+def test_of_a_group_lanes_share_the_settings_alone():
+    p = torch.ones(2, requires_grad=True)
+    inner = Inner(Counts([p], 0.0), [p])
+    group = inner.optimizer.param_groups[0]
+    group |= {"lr": 0.2, "initial_lr": 0.3, "number": 5.0, "made": 1}
+    kept = inner.exchange(inner.fresh())
+    assert (group["lr"], group["initial_lr"], group["number"]) == (0.2, 0.3, 0.0)
+    assert "made" not in group
+    group["lr"] = 0.4
+    inner.exchange(kept)
+    assert (group["lr"], group["number"], group["made"]) == (0.4, 5.0, 1)

@@ -1,9 +1,8 @@
 """What an optimizer remembers of its own steps, told apart from its schedule.
 
 state    the optimizer's ``state``: momentum, moments, step counters, LSTM cells
-own      entries of a parameter group that the optimizer's own step changes (schedule-free's ``k``)
-shared   every other entry of a group (lr, betas, ...): the schedule. It is set from outside, so
-         every lane of the same optimizer sees the same.
+groups   entries of its parameter groups that are no ``SETTINGS``, as schedule-free's ``k`` is none.
+         Those (lr, betas, ...) are set from outside: every lane of the optimizer sees the same.
 """
 
 import copy
@@ -16,13 +15,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.rates import PARAMS, Group, beside_state, options_of, same, set_back, written
+from lossguard.torch.rates import SETTINGS, beside_state, options_of, same, set_back
 from lossguard.torch.tensors import finite, leaves, local
 
 T = TypeVar("T")
-Noted = tuple[Group, dict[str, list[Any]]]
-FIXED = {bool, int, float, str, type(None)}
-"""Types of settings that no step can change in place."""
 
 
 class Memory(NamedTuple):
@@ -45,7 +41,6 @@ class Inner:
         params: its parameters, in the guard's order.
         takes_loss: whether its step takes the loss, as that of some learned optimizers does.
         switches: whether it trains at another iterate than the one that it evaluates.
-        own: names of the group entries that its step has been seen to change.
         copies: names of entries of its state that hold the parameters, of now or of earlier.
         masters: those of now, as master weights are; others are slow weights, or where it began.
         noted: whether these are known, as they are after the first step that moves parameters.
@@ -59,7 +54,6 @@ class Inner:
         self.optimizer, self.params = optimizer, params
         self.takes_loss = "loss" in inspect.signature(optimizer.step).parameters
         self.switches = callable(getattr(optimizer, "train", None))
-        self.own: set[str] = set()
         # What schedule-free optimizers train at begins as a copy: seen in their first step alone.
         self.copies: set[str] = {"z"} if self.switches else set()
         self.masters = set(self.copies)
@@ -71,8 +65,8 @@ class Inner:
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
-        """Note which group entries the optimizer's step inside changes."""
-        before, self.steps = list(map(noted, self.optimizer.param_groups)), True
+        """A block in which its lane steps it."""
+        self.steps = True
         if self.pulled is None:
             known = [(local(p.detach()), local(p.grad)) for p in self.params if p.grad is not None]
             plain = all(g.layout is torch.strided for _, g in known)
@@ -81,8 +75,6 @@ class Inner:
             yield
         finally:
             self.steps = False
-        for old, group in zip(before, self.optimizer.param_groups, strict=True):
-            self.own |= changes_since(old, group)
 
     def fresh(self) -> Memory:
         """As when the guard was built, by when some optimizers have made all that they remember."""
@@ -98,13 +90,17 @@ class Inner:
         state, previous = self.optimizer.state, self.memory()
         state.clear()
         state.update(memory.state)
-        set_back(self.optimizer.param_groups, memory.options, self.own)
+        set_back(self.optimizer.param_groups, memory.options)
         return previous
 
     def is_finite(self, memory: Memory) -> bool:
-        """Whether every number in a memory is finite."""
-        own = [[options.get(key) for key in self.own] for options in memory.options]
-        return finite([*memory.state.values(), own])
+        """Whether every number in a memory is finite, but for what was given, such as bounds."""
+        groups = zip(memory.options, self._fresh.options, strict=False)
+        made = [
+            [one for key, one in now.items() if key not in SETTINGS and not same(one, was.get(key))]
+            for now, was in groups
+        ]
+        return finite([*memory.state.values(), made])
 
     def note_copies(self, memory: Memory, start: list[Tensor], point: list[Tensor]) -> None:
         """Note which entries hold the parameters, after steps from ``start`` to ``point``.
@@ -153,32 +149,6 @@ class Inner:
             entries = memory.state.get(p)
             if isinstance(entries, dict):
                 yield {k: local(e) for k, e in entries.items() if isinstance(e, Tensor)}, value
-
-
-def noted(group: Group) -> Noted:
-    """The settings of a group, and what those hold that may be changed in place."""
-    loose = {k: _held(v) for k, v in group.items() if type(v) not in FIXED and k not in PARAMS}
-    return group.copy(), loose
-
-
-def changes_since(before: Noted, group: Group) -> set[str]:
-    """Names of the settings that aren't as they were noted."""
-    settings, loose = before
-
-    def is_as_before(key: str, now: Any) -> bool:
-        if key not in loose:
-            return key in PARAMS or same(settings.get(key), now)
-        old, new = loose[key], _held(now)
-        pairs = zip(old, new, strict=False)
-        return len(old) == len(new) and all(w == v and same(a, b) for (a, w), (b, v) in pairs)
-
-    news = (key for key, now in group.items() if key in loose or settings.get(key) is not now)
-    return {key for key in news if not is_as_before(key, group[key])}
-
-
-def _held(value: Any) -> list[tuple[Any, int | None]]:
-    """What a setting holds, and of tensors how often they were written to."""
-    return [(leaf, written(leaf)) for leaf in leaves(value)]
 
 
 def entries_of(param: Tensor, found: Any) -> dict[Any, Any]:

@@ -10,9 +10,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 Group = dict[str, Any]
-"""A parameter group of an optimizer; but for its parameters they are settings."""
+"""A parameter group of an optimizer."""
 PARAMS = {"params", "param_names"}
-"""Its entries that are no settings."""
+SETTINGS = PARAMS | {
+    "lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum",
+    "momentum", "betas", "weight_decay", "eps", "name",
+}  # fmt: skip
+"""Its entries that are set from outside. All others count as what the optimizer remembers: a step
+may change them, as it does counters, and estimates of the rate."""
 
 
 class Rates:
@@ -156,17 +161,19 @@ def beside_state(optimizer: Any) -> dict[str, Any]:
 
 
 def options_of(group: Group) -> Group:
-    """The settings of a group."""
+    """The entries of a group but for its parameters."""
     return {key: value for key, value in group.items() if key not in PARAMS}
 
 
-def set_back(groups: Iterable[Group], options: Iterable[Group], names: Iterable[str]) -> None:
-    """Set these settings to what they were, in the groups that there were."""
+def set_back(groups: Iterable[Group], options: Iterable[Group], *, settings: bool = False) -> None:
+    """Set what is remembered in the groups that there were to what it was; and the settings."""
     for group, before in zip(groups, options, strict=False):
-        for name in names:
-            group.pop(name, None)  # a step makes it
-            if name in before:
-                group[name] = before[name]
+        for name in group.keys() - SETTINGS - before.keys():
+            del group[name]  # which a step has made
+        if settings:
+            set_rate(group, float(before["lr"]))
+        left = {"lr"} if settings else SETTINGS
+        group.update({name: value for name, value in before.items() if name not in left})
 
 
 def same(old: Any, new: Any) -> bool:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from lossguard.torch.arguments import scalar, told_if_damaged
 from lossguard.torch.memory import Memory, entries_of
 from lossguard.torch.ranks import are_running, check_rank, sharded_as, this_rank
+from lossguard.torch.rates import SETTINGS
 from lossguard.torch.tensors import clones, leaves, local, read, transfer
 from lossguard.validation import check_count, check_kind
 
@@ -161,7 +162,6 @@ def _pack(lane: "Lane", state: list[Saved], *, within: bool) -> Saved:
         "blank": all(made == {} for made in lane.memory().state.values()),
         "others": kept,
         "options": lane.memory().options,
-        "own": sorted(lane.inner.own),
         "copies": sorted(lane.inner.copies),
         "masters": sorted(lane.inner.masters),
         "settings": lane.inner.memory().options,
@@ -177,13 +177,13 @@ def _unpack(lane: "Lane", state: list[Saved], rest: Saved, rank: int) -> Callabl
     kept = {} if rest["blank"] else _unpack_state(lane, state, rest["others"])
     memory = Memory(kept, _of_groups(lane.optimizer, rest["options"]))
     settings = _of_groups(lane.optimizer, rest["settings"])
-    own, copied, masters = (set(rest[name]) for name in ("own", "copies", "masters"))
+    copied, masters = (set(rest[name]) for name in ("copies", "masters"))
 
     def load_lane() -> None:
         lane.values, lane.before, lane.losses = values, before, losses
-        lane.inner.own, lane.inner.copies, lane.inner.masters = own, copied, masters
+        lane.inner.copies, lane.inner.masters = copied, masters
         for group, entries in zip(lane.optimizer.param_groups, settings, strict=True):
-            group.update({k: v for k, v in entries.items() if k not in own})
+            group.update({k: v for k, v in entries.items() if k in SETTINGS})
         lane.remember(memory)
 
     return load_lane

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.memory import Noted, changes_since, noted
 from lossguard.torch.rates import Group, copied_rate, set_rate
 from lossguard.torch.tensors import Number, zero_unsound
 
@@ -32,18 +31,16 @@ class CarefulSteps:
     as many or more; or of many steps without any call.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], rewind: Any, own: set[str]) -> None:
+    def __init__(self, optimizers: Sequence[Optimizer], rewind: Any) -> None:
         for hook in [h for one in optimizers for h in one._optimizer_step_pre_hooks.values()]:
             if isinstance(other := getattr(hook, "__self__", None), CarefulSteps):
                 other.remove()  # or both would multiply the rates
         self.broken: Number = False
         self.closed, self._begun = False, False
         self._calls, self._steps, self._odd = 0, dict.fromkeys(map(id, optimizers), 0), False
-        self._rewind, self._own = weakref.ref(rewind), own
+        self._rewind = weakref.ref(rewind)
         self._groups: list[Group] = []
         """Of the optimizer whose step is under way."""
-        self._options: list[Noted] = []
-        """Their settings when it began."""
         self._rates: list[float | Tensor] = []
         """Their rates between steps, while it multiplies them."""
         self._lowered: tuple[float, list[float | Tensor]] = 1.0, []
@@ -125,7 +122,6 @@ class CarefulSteps:
             for group, rate in zip(self._groups, self._rates, strict=True):  # may share a tensor
                 set_rate(group, rate * scale)
             self._lowered = scale, [copied_rate(group) for group in self._groups]
-        self._options = list(map(noted, self._groups))
         return args, kwargs
 
     def _look(self, optimizer: Optimizer) -> None:
@@ -148,14 +144,12 @@ class CarefulSteps:
                 group["lr"] = rate
 
     def _restore(self) -> None:
-        for group, before in zip(self._groups, self._options, strict=False):
-            self._own |= changes_since(before, group) - {"lr"}
         if self._rates:
             scale, lowered = self._lowered
             now = [copied_rate(group) for group in self._groups]
             for group, *rates in zip(self._groups, self._rates, lowered, now, strict=False):
                 set_rate(group, _raised(scale, *rates))
-        self._groups, self._rates, self._options = [], [], []
+        self._groups, self._rates = [], []
 
 
 def _either(one: Number, other: Number) -> Number:

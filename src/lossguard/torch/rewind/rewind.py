@@ -86,7 +86,7 @@ class Rewind(Uncopied):
     Args:
         model: what is trained. Its parameters and buffers go back.
         optimizer: or several that each train a part and all step before ``observe``. The memory
-            goes back, the settings don't. Another ``Rewind`` of one of them is closed.
+            goes back, rates and other settings don't. Another ``Rewind`` of one of them is closed.
         schedulers: what else goes back, by its ``state_dict``, such as an average of weights. Data,
             random numbers and schedulers not named here go on.
         window: steps, a multiple of 8, at least 64; a snapshot is trusted after up to half of them.
@@ -150,7 +150,7 @@ class Rewind(Uncopied):
         self._trusted, self._candidate = self._live.save(), Saved()
         self._last: Saved | None = None
         """After the last step, while the run can't always go back and each step is read."""
-        self._steps = CarefulSteps(optimizers, self, self._live.own)
+        self._steps = CarefulSteps(optimizers, self)
 
     @property
     def scale(self) -> float:
@@ -198,12 +198,11 @@ class Rewind(Uncopied):
         with told_if_damaged("state"):
             if (theirs := state.get("options")) != self._options:
                 raise ValueError(f"state must be of a Rewind with {self._options}, got {theirs}")
-            trusted, candidate, own = self._live.unpack(state)
+            trusted, candidate = self._live.unpack(state)
             told: list[Number] = list(map(float, state["unread"]))
             unread = [(told[k], told[k + 1]) for k in range(0, len(told), 2)]
             self._rule.load(state["rule"])  # whole or not at all
         self._trusted, self._candidate, self._unread = trusted, candidate, unread
-        self._live.own.update(own)
         self._last = None if self._rule.can_always_return else self._live.save()
 
     def begin(self) -> None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lossguard.torch.arguments import innermost
 from lossguard.torch.memory import entries_of, refuse_copies
 from lossguard.torch.ranks import check_rank, mean_of_ranks, this_rank
-from lossguard.torch.rates import options_of, set_back, set_rate
+from lossguard.torch.rates import options_of, set_back
 from lossguard.torch.tensors import (
     PLAIN,
     Number,
@@ -31,8 +31,8 @@ from lossguard.validation import check_kind
 
 Saved = dict[str, Any]
 """``model``, parameters and buffers by name; ``optimizer``, the memory of each parameter by name;
-of each optimizer ``others``, what it remembers beside, and ``groups``, its settings; ``also``, the
-states of other objects."""
+of each optimizer ``others``, what it remembers beside, and ``groups``, without parameters;
+``also``, the states of other objects."""
 PARTS = ("model", "optimizer", "others", "groups", "also")
 Offload = bool | str | os.PathLike[str]
 Place = torch.device | Path | None
@@ -57,8 +57,6 @@ class Live:
         _check_schedulers(also, optimizers)
         sharded = any(hasattr(param, "to_local") for param in self.names)
         self.place = _place_of(offload, sharded=sharded)
-        self.own: set[str] = set()
-        """What the optimizers' own steps change in their groups, which goes back as well."""
         self._finite: dict[str, bool] = {}
         """Of each buffer whether it was when it was first seen: masks of attention aren't."""
         frozen = (param for param in self.names if not param.requires_grad)
@@ -176,8 +174,9 @@ class Live:
             param.copy_(saved["model"][name], non_blocking=True)
             if param.grad is not None:  # of where it was: there may be a step before the next one
                 param.grad.zero_()
-        for k, (one, settings) in enumerate(zip(self.optimizers, saved["groups"], strict=True)):
-            set_back(one.param_groups, copy.deepcopy(settings), self.own)
+        groups = copy.deepcopy(saved["groups"])
+        for k, (one, its_groups) in enumerate(zip(self.optimizers, groups, strict=True)):
+            set_back(one.param_groups, its_groups)
             state: Any = one.state
             for key in _of_no_parameter(one):
                 del state[key]
@@ -193,9 +192,9 @@ class Live:
             place = copy.deepcopy(one.state_dict())  # on the devices where it has its tensors
             one.load_state_dict(copied(its_state, place))
             if hasattr(one, "get_last_lr"):  # a scheduler, of which what it sets is a part
-                for optimizer, settings in zip(self.optimizers, saved["groups"], strict=True):
+                for optimizer, its_groups in zip(self.optimizers, groups, strict=True):
                     if _optimizer_of(one) in (None, optimizer):
-                        _set_back(optimizer, settings)
+                        set_back(optimizer.param_groups, its_groups, settings=True)
 
     def pack(self, trusted: Saved, candidate: Saved) -> Saved:
         """Two snapshots, of which the second may be empty, for a ``state_dict``.
@@ -210,10 +209,10 @@ class Live:
             for one, whole in zip((trusted, candidate), begun, strict=True)
         ]
         both = dict(zip(("trusted", "candidate"), filled, strict=True))
-        return {**both, "begun": begun, "own": " ".join(sorted(self.own)), "rank": this_rank()}
+        return {**both, "begun": begun, "rank": this_rank()}
 
-    def unpack(self, state: Saved) -> tuple[Saved, Saved, set[str]]:
-        """Copies of what was packed, and ``own``; refuse another model's, or another rank's."""
+    def unpack(self, state: Saved) -> tuple[Saved, Saved]:
+        """Copies of what was packed; refuse another model's, or another rank's."""
         snapshots: list[Saved] = []
         kept = {*self.names.values(), *self.model.state_dict()}
         for k, which in enumerate(("trusted", "candidate")):
@@ -236,7 +235,7 @@ class Live:
             all(map(bool, self.are_finite()))  # waits for copies, which would come later than these
             snapshots.append(copied({**whole, "optimizer": memory}, place))
         trusted, candidate = snapshots
-        return trusted, candidate, set(state["own"].split())
+        return trusted, candidate
 
 
 def _check_rates(optimizers: Sequence[Optimizer]) -> None:
@@ -268,14 +267,6 @@ def _place_of(offload: Any, *, sharded: bool) -> Place:
     if not Path(offload).is_dir():
         raise ValueError(f"offload must be a folder that is there, got {str(offload)!r}")
     return Path(offload)
-
-
-def _set_back(optimizer: Optimizer, settings: list[dict[str, Any]]) -> None:
-    """What schedulers set, in the groups that were there."""
-    for group, options in zip(optimizer.param_groups, settings, strict=False):
-        set_rate(group, float(options["lr"]))
-        cycled = {"momentum", "betas"} & group.keys() & options.keys()
-        group.update({key: options[key] for key in cycled})
 
 
 def _check_model(

@@ -43,8 +43,6 @@ class CarefulSteps:
         """Of the optimizer whose step is under way."""
         self._rates: list[float | Tensor] = []
         """Their rates between steps, while it multiplies them."""
-        self._lowered: tuple[float, list[float | Tensor]] = 1.0, []
-        """What these were multiplied by for the step under way, and the products."""
         self._hooks = []
         for one in optimizers:
             before = one.register_step_pre_hook(self._before)
@@ -121,7 +119,6 @@ class CarefulSteps:
             self._rates = [copied_rate(group) for group in self._groups]
             for group, rate in zip(self._groups, self._rates, strict=True):  # may share a tensor
                 set_rate(group, rate * scale)
-            self._lowered = scale, [copied_rate(group) for group in self._groups]
         return args, kwargs
 
     def _look(self, optimizer: Optimizer) -> None:
@@ -144,11 +141,8 @@ class CarefulSteps:
                 group["lr"] = rate
 
     def _restore(self) -> None:
-        if self._rates:
-            scale, lowered = self._lowered
-            now = [copied_rate(group) for group in self._groups]
-            for group, *rates in zip(self._groups, self._rates, lowered, now, strict=False):
-                set_rate(group, _raised(scale, *rates))
+        for group, rate in zip(self._groups, self._rates, strict=False):
+            set_rate(group, rate)
         self._groups, self._rates = [], []
 
 
@@ -158,17 +152,3 @@ def _either(one: Number, other: Number) -> Number:
         return (one.to(other.device) > 0) | (other > 0)
     plain, rest = (other, one) if isinstance(one, Tensor) else (one, other)
     return plain or rest
-
-
-def _raised(
-    scale: float, before: float | Tensor, lowered: float | Tensor, now: float | Tensor
-) -> float | Tensor:
-    """The rate after a step at the ``lowered`` one: as before, or as the step has changed it.
-
-    A step multiplies the rate that it had, which is ``lowered``, or sets it anew.
-    """
-    if isinstance(now, Tensor):
-        anew = (now - before).abs() < (now - lowered).abs()
-        return torch.where(now == lowered, before, torch.where(anew, now, now / scale))
-    anew = abs(now - before) < abs(now - lowered)
-    return before if now == lowered else now if anew else now / scale

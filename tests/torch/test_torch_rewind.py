@@ -402,15 +402,6 @@ def test_what_is_unread_is_saved():
     assert (twin.calls, twin.skipped) == (2, 2)
 
 
-def test_no_call_at_all_is_told():
-    model, optimizer = one_weight()
-    rewind = Rewind(model, optimizer)
-    with pytest.warns(RuntimeWarning, match=r"got 0 calls for 256 steps$"):
-        for _ in range(300):
-            optimizer.step()
-    assert rewind.calls == 0
-
-
 def test_an_audit_may_set_the_model_to_evaluation():
     model = nn.Sequential(nn.Linear(1, 1), nn.Dropout(), nn.Dropout())
     model[2].eval()

@@ -13,7 +13,7 @@ from lossguard.torch.rates import Group, copied_rate, set_rate
 from lossguard.torch.tensors import Number, zero_unsound
 
 JUDGED = 16
-"""Calls between two looks at whether there was a step for each."""
+"""Calls that are compared with the steps between them, after as many that aren't."""
 
 
 class CarefulSteps:
@@ -26,9 +26,8 @@ class CarefulSteps:
         broken: whether gradients weren't finite since it was read.
         closed: whether they do nothing any more.
 
-    After every ``JUDGED`` calls of ``take`` it looks at the steps since: it warns, once, if twice
-    in a row there were half as many or fewer, as a GradScaler leaves some out at first, or twice
-    as many or more; or of many steps without any call.
+    It warns if in the second ``JUDGED`` calls of ``take`` there are half as many steps or fewer, or
+    twice as many or more. In the first a GradScaler may leave some out.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], rewind: Any) -> None:
@@ -37,7 +36,7 @@ class CarefulSteps:
                 other.remove()  # or both would multiply the rates
         self.broken: Number = False
         self.closed, self._begun = False, False
-        self._calls, self._steps, self._odd = 0, dict.fromkeys(map(id, optimizers), 0), False
+        self._calls, self._steps = 0, dict.fromkeys(map(id, optimizers), 0)
         self._rewind = weakref.ref(rewind)
         self._groups: list[Group] = []
         """Of the optimizer whose step is under way."""
@@ -57,23 +56,18 @@ class CarefulSteps:
             raise ValueError("Rewind must be open, got one that close() or another one has closed")
         self._calls += 1
         if self._calls == JUDGED:
-            self._judge()
+            self._steps = dict.fromkeys(self._steps, 0)
+        elif self._calls == 2 * JUDGED:
+            most, least = max(self._steps.values()), min(self._steps.values())
+            if 2 * most <= JUDGED or least >= 2 * JUDGED:
+                warnings.warn(
+                    "Rewind.observe must be called once after each optimizer step, got "
+                    f"{JUDGED} calls for {most} steps",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
         broken, self.broken = self.broken, False
         return broken
-
-    def _judge(self) -> None:
-        steps, before = self._steps.values(), self._odd
-        self._odd = 2 * max(steps) <= self._calls or min(steps) >= 2 * self._calls
-        if self._odd and (before or self._calls == 0):
-            given = f"{self._calls} calls for {max(steps)} steps"
-            warnings.warn(
-                f"Rewind.observe must be called once after each optimizer step, got {given}",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-            self._calls = JUDGED  # no more of it
-        else:
-            self._calls, self._steps = 0, dict.fromkeys(self._steps, 0)
 
     def remove(self) -> None:
         """Leave the optimizers as they were."""
@@ -130,8 +124,6 @@ class CarefulSteps:
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
         if self._groups:  # empty after a step that has called another one of its class
             self._steps[id(optimizer)] += 1
-            if self._calls == 0 and min(self._steps.values()) == JUDGED * JUDGED:
-                self._judge()
         self._restore()
 
     def _saved(self, optimizer: Optimizer, state: dict[str, Any]) -> None:

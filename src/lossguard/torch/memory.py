@@ -42,12 +42,9 @@ class Inner:
         takes_loss: whether its step takes the loss, as that of some learned optimizers does.
         switches: whether it trains at another iterate than the one that it evaluates.
         copies: names of entries of its state that hold the parameters, of now or of earlier.
-        masters: those of now, as master weights are; others are slow weights, or where it began.
-        noted: whether these are known, as they are after the first step that moves parameters.
+        noted: whether these are known, as they are once steps have moved the parameters.
         holder: the lane whose memory it has; another lane of it keeps its own meanwhile.
         steps: whether it is stepped by its lane right now.
-        pulled: whether the gradients of its first step were the parameters themselves, as those of
-            half their squared norm are: then momentum looks like slow weights.
     """
 
     def __init__(self, optimizer: Optimizer, params: list[Tensor]) -> None:
@@ -56,21 +53,15 @@ class Inner:
         self.switches = callable(getattr(optimizer, "train", None))
         # What schedule-free optimizers train at begins as a copy: seen in their first step alone.
         self.copies: set[str] = {"z"} if self.switches else set()
-        self.masters = set(self.copies)
         self.noted = False
         self.holder: Any = None
         self.steps = False
-        self.pulled: bool | None = None
         self._fresh = self.memory().copy()
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
         """A block in which its lane steps it."""
         self.steps = True
-        if self.pulled is None:
-            known = [(local(p.detach()), local(p.grad)) for p in self.params if p.grad is not None]
-            plain = all(g.layout is torch.strided for _, g in known)
-            self.pulled = plain and all(torch.equal(g.to(p), p) for p, g in known)
         try:
             yield
         finally:
@@ -102,35 +93,38 @@ class Inner:
         ]
         return finite([*memory.state.values(), made])
 
-    def note_copies(self, memory: Memory, start: list[Tensor], point: list[Tensor]) -> None:
+    def note_copies(
+        self, memory: Memory, start: list[Tensor], point: list[Tensor], *, first: bool
+    ) -> None:
         """Note which entries hold the parameters, after steps from ``start`` to ``point``.
 
         Refuse copies that the optimizer holds elsewhere, as all lanes would share them. If the
         parameters haven't moved, as at a rate of 0, or are single numbers, nothing is known yet.
+        After the ``first`` step momentum is the gradient, which may be the start itself, as that of
+        half the squared norm is: what is like the start is told from the second one on.
         """
         steps = zip(self.params, start, point, strict=False)
         moved = [v for _, u, v in steps if v.numel() > 1 and not torch.equal(u, v)]
         if not moved:
             return
         refuse_copies(self.optimizer, moved, self.params)
-        alike: dict[str, list[tuple[bool, bool]]] = {}
+        alike: dict[str, list[bool]] = {}
         for entries, (before, value) in self._entries(memory, list(zip(start, point, strict=True))):
             for key, entry in entries.items():
                 whole = entry.numel() == value.numel() > 1 and entry.layout is torch.strided
                 if whole and before.any():  # else every fresh entry is alike
                     held = entry.reshape(value.shape).to(value)  # slow weights are where it began
-                    slow = not self.pulled and torch.equal(held, before)
-                    now = torch.equal(held, value)
-                    alike.setdefault(key, []).append((slow or now, now))
-        self.copies |= {key for key, flags in alike.items() if all(one for one, _ in flags)}
-        self.masters |= {key for key in self.copies & alike.keys() if all(m for _, m in alike[key])}
-        self.noted = True
+                    slow = not first and torch.equal(held, before)
+                    alike.setdefault(key, []).append(slow or torch.equal(held, value))
+        self.copies |= {key for key, flags in alike.items() if all(flags)}
+        self.noted = not first
 
     def move_copies(
         self, memory: Memory, point: list[Tensor], start: list[Tensor] | None = None
     ) -> None:
-        """Have these be the parameters at a point; or those that aren't masters go as far as it is
-        from the ``start``, which leaves what the optimizer computes from their distance."""
+        """Have these be the parameters at a point. Numbers that aren't those at the ``start``, if
+        it is known, go as far as it is from there, which leaves what the optimizer computes from
+        their distance; but not what it trains at, if it evaluates elsewhere."""
         moves = zip(point, point if start is None else start, strict=False)
         for entries, (value, was) in self._entries(memory, list(moves)) if self.copies else ():
             for key in self.copies & entries.keys():
@@ -138,9 +132,11 @@ class Inner:
                 if entry.numel() != value.numel():
                     continue
                 here = value.reshape(entry.shape).to(entry)
-                if key not in self.masters and start is not None:
-                    there = entry + (here - was.reshape(entry.shape).to(entry))
-                    here = torch.where(there.isfinite(), there, here)
+                if start is not None and not self.switches:
+                    was = was.reshape(entry.shape)
+                    there = entry + (here - was.to(entry))
+                    is_master = entry.to(was) == was  # in their dtype, which may be narrower
+                    here = torch.where(there.isfinite() & ~is_master, there, here)
                 entry.copy_(here)
 
     def _entries(self, memory: Memory, point: Sequence[T]) -> Iterator[tuple[dict[str, Tensor], T]]:

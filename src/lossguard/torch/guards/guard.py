@@ -183,8 +183,9 @@ class Guard(Face):
         """After a minibatch, on which all lanes have stepped."""
         self.phase += 1
         self._opt_called = True  # or schedulers on it warn that nobody calls ``step``
+        first = self.phase < min(2, self.nt)
         for lane in [one for one in self._order if not one.inner.noted]:
-            lane.inner.note_copies(lane.memory(), self._leader.before, lane.point)
+            lane.inner.note_copies(lane.memory(), self._leader.before, lane.point, first=first)
         if self.phase == 1 and self.steps == 0:
             arguments.compare([lane.losses[0] for lane in self._order if not lane.inner.switches])
             arguments.warn_if_written(self._shared)

@@ -197,9 +197,10 @@ class ResidualGuard(Guard):
             drawn = self._randomness.state()
             at_z = _after_step(z, here, here, gradient, loss)
             at_y = _after_step(y, here, here, gradient, loss)
+            first = self.phase + 1 < min(2, self.nt)
             for one, at in ((z, at_z), (y, at_y)):
                 if not one.inner.noted:
-                    one.inner.note_copies(one.memory(), x, at)
+                    one.inner.note_copies(one.memory(), z.before, at, first=first)
             self._randomness.set(draws)
             r = self._residual(z, before[z], here, at_y, closure)
         except BaseException:

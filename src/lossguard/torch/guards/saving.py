@@ -163,7 +163,6 @@ def _pack(lane: "Lane", state: list[Saved], *, within: bool) -> Saved:
         "others": kept,
         "options": lane.memory().options,
         "copies": sorted(lane.inner.copies),
-        "masters": sorted(lane.inner.masters),
         "settings": lane.inner.memory().options,
         "losses": read(lane.losses),
     }
@@ -177,11 +176,11 @@ def _unpack(lane: "Lane", state: list[Saved], rest: Saved, rank: int) -> Callabl
     kept = {} if rest["blank"] else _unpack_state(lane, state, rest["others"])
     memory = Memory(kept, _of_groups(lane.optimizer, rest["options"]))
     settings = _of_groups(lane.optimizer, rest["settings"])
-    copied, masters = (set(rest[name]) for name in ("copies", "masters"))
+    copied = set(rest["copies"])
 
     def load_lane() -> None:
         lane.values, lane.before, lane.losses = values, before, losses
-        lane.inner.copies, lane.inner.masters = copied, masters
+        lane.inner.copies = copied
         for group, entries in zip(lane.optimizer.param_groups, settings, strict=True):
             group.update({k: v for k, v in entries.items() if k in SETTINGS})
         lane.remember(memory)

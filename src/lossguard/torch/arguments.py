@@ -73,7 +73,6 @@ def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
 
 
 def check_rates(rates: Sequence[Any], made: Sequence[Any]) -> None:
-    """Refuse optimizers that a function has made with the same settings for different rates."""
     found = [str(list(map(options_of, getattr(one, "param_groups", ())))) for one in made]
     for k, (rate, theirs) in enumerate(zip(rates, found, strict=True)):
         if rate not in rates[:k] and theirs in found[:k]:
@@ -82,7 +81,6 @@ def check_rates(rates: Sequence[Any], made: Sequence[Any]) -> None:
 
 
 def check_made(params: Iterable[Tensor]) -> None:
-    """Refuse parameters that hold no numbers yet, or whose numbers are held elsewhere."""
     params = list(params)
     if any(hasattr(p, "ds_id") for p in params):
         raise ValueError("parameters must be PyTorch's own, got some that DeepSpeed has taken over")
@@ -99,7 +97,6 @@ def check_made(params: Iterable[Tensor]) -> None:
 
 
 def check_functions(**given: Any) -> None:
-    """Refuse what is neither None nor a function."""
     for name, one in given.items():
         if not (one is None or callable(one)):
             raise ValueError(f"{name} must be None or a function, got {one!r}")
@@ -148,7 +145,6 @@ def innermost(optimizer: Any) -> Optimizer:
 
 
 def all_innermost(optimizers: Any) -> list[Optimizer]:
-    """The same of one, or of each of several."""
     several = isinstance(optimizers, list | tuple) and len(optimizers) > 0
     found = [innermost(one) for one in (optimizers if several else [optimizers])]
     if len({*map(id, found)}) < len(found):
@@ -178,7 +174,6 @@ def refuse_steps_beside(guard: Any) -> None:
 
 
 def check_model(model: Any, params: Sequence[Tensor]) -> None:
-    """Refuse what isn't the parameters' module."""
     if model is None:
         if any(hasattr(p, "to_local") for p in params):
             raise ValueError("model must be the sharded module if parameters are sharded, got None")
@@ -193,7 +188,6 @@ def check_model(model: Any, params: Sequence[Tensor]) -> None:
 
 
 def check_accelerate() -> None:
-    """Refuse what Accelerate would do to the calls and the gradients of a guard."""
     accelerate = sys.modules.get("accelerate.state")
     if accelerate is None:
         return
@@ -211,7 +205,6 @@ def check_accelerate() -> None:
 
 
 def check_loop(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> None:
-    """Refuse parameters that came later, and gradients from before the minibatch."""
     for one in optimizers:
         count = sum(len(group["params"]) for group in one.param_groups)
         if count != len(params):
@@ -228,7 +221,6 @@ def check_loop(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> Non
 
 
 def checked(closure: Any) -> Closure:
-    """The closure; refuse what isn't one."""
     if callable(closure):
         return closure
     hint = " (or loop over guard.lanes(), as float16 needs)" if closure is None else ""
@@ -269,7 +261,6 @@ def compare(losses: Sequence[Tensor]) -> None:
 
 
 def warn_if_written(shared: Iterable[tuple[Tensor, int]]) -> None:
-    """Warn if parameters that all lanes share were written to, in each lane anew."""
     if written := [list(p.shape) for p, before in shared if p._version != before]:
         warnings.warn(
             f"closure changed parameters that no optimizer has, such as one of shape {written[0]}: "

@@ -28,7 +28,6 @@ class Memory(NamedTuple):
     options: list[dict[str, Any]]
 
     def copy(self) -> "Memory":
-        """A memory that shares nothing with this one."""
         kept = {id(p): p for p in self.state}
         return copy.deepcopy(self, kept)
 
@@ -60,7 +59,6 @@ class Inner:
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
-        """A block in which its lane steps it."""
         self.steps = True
         try:
             yield
@@ -148,7 +146,6 @@ class Inner:
 
 
 def entries_of(param: Tensor, found: Any) -> dict[Any, Any]:
-    """What is remembered of a parameter, by name; refuse what isn't."""
     if not isinstance(found, dict):
         raise ValueError(
             "an optimizer's state must be a dictionary for each parameter, got a "

@@ -26,11 +26,9 @@ class Randomness:
             self.generators.append((torch.get_device_module(device), which))
 
     def state(self) -> list[Tensor]:
-        """The state of every generator."""
         return [module.get_rng_state(*which) for module, which in self.generators]
 
     def set(self, states: list[Tensor]) -> None:
-        """Put every generator back to a state that ``state`` returned."""
         for (module, which), state in zip(self.generators, states, strict=True):
             module.set_rng_state(state, *which)
 

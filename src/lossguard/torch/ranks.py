@@ -7,17 +7,14 @@ from torch import Tensor, distributed
 
 
 def are_running() -> bool:
-    """Whether there is a process group."""
     return distributed.is_available() and distributed.is_initialized()
 
 
 def several(group: distributed.ProcessGroup | None) -> bool:
-    """Whether there are other ranks."""
     return are_running() and distributed.get_world_size(group) > 1
 
 
 def this_rank() -> int:
-    """The number of this one."""
     return distributed.get_rank() if are_running() else 0
 
 

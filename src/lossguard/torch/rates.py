@@ -161,7 +161,6 @@ def beside_state(optimizer: Any) -> dict[str, Any]:
 
 
 def options_of(group: Group) -> Group:
-    """The entries of a group but for its parameters."""
     return {key: value for key, value in group.items() if key not in PARAMS}
 
 

@@ -17,7 +17,6 @@ NORMED = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def clones(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """A copy of each."""
     return [tensor.clone() for tensor in tensors]
 
 
@@ -126,7 +125,6 @@ def read(scalars: Sequence[Tensor]) -> list[float]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a distributed tensor, or the tensor itself."""
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
@@ -134,7 +132,6 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a distributed tensor."""
     return type(tensor) not in PLAIN and hasattr(tensor, "to_local")
 
 

@@ -91,7 +91,6 @@ class Face(arguments.Uncopied, Optimizer):
         return vars(self).get("_optimizer", self)
 
     def check_between(self, call: str) -> None:
-        """Refuse a call within a minibatch."""
         if self._order:
             raise ValueError(
                 f"{call} must be called between minibatches, got a call within one (or after a "

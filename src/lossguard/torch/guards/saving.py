@@ -124,7 +124,6 @@ def _filled(like: Any, numbers: Iterator[Any]) -> Any:
 
 
 def _checked(guard: "Face", state_dict: Saved, groups: list[Saved], ours: Saved) -> list[Saved]:
-    """What is saved of each parameter; refuse the state of another guard."""
     kind, params = _kind(guard), guard._weights.params
     got: Any = {name: ours.get(name) for name in kind}
     if got != kind:
@@ -266,7 +265,6 @@ def _unpack_state(lane: "Lane", state: list[Saved], others: dict[Any, Any]) -> d
 
 
 def _of_groups(optimizer: Optimizer, options: list[Saved]) -> list[Saved]:
-    """Entries of each of its parameter groups."""
     count = len(optimizer.param_groups)
     if len(options) != count:
         raise ValueError(f"state_dict must have entries of {count} groups, got {len(options)}")

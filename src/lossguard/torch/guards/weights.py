@@ -36,16 +36,13 @@ class Weights:
             raise ValueError("parameters must be finite, got some that aren't and are trained")
 
     def live(self) -> Copy:
-        """The live tensors themselves."""
         return [*(local(p.detach()) for p in self.params), *self.buffers()]
 
     def write(self, values: Copy) -> None:
-        """Put values into the model, for good."""
         self.reshard()
         transfer(self.live(), values)
 
     def is_finite(self, values: Copy) -> bool:
-        """Whether values are finite, masks aside."""
         return finite(list(compress(values, self._checked)))
 
     def have_diverged(self) -> bool:

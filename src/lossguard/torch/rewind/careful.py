@@ -70,7 +70,6 @@ class CarefulSteps:
         return broken
 
     def remove(self) -> None:
-        """Leave the optimizers as they were."""
         self.closed = True
         self._restore()
         for hook in self._hooks:

@@ -41,7 +41,6 @@ class Alarm:
 
     @property
     def rings(self) -> bool:
-        """Whether there is an alarm."""
         return self.score >= self.limit
 
     def hear(self, value: float) -> bool:
@@ -93,7 +92,6 @@ class Rule:
         return self.cap * (self._factor + (1 - self._factor) * risen)
 
     def numbers(self) -> dict[str, Any]:
-        """All that it knows."""
         return {name: copy(attrgetter(name)(self)) for name in NUMBERS}
 
     def load(self, numbers: dict[str, Any]) -> None:

@@ -65,7 +65,6 @@ class Live:
         """Parameters that aren't such."""
 
     def trained(self) -> dict[Tensor, Optimizer]:
-        """Each parameter that is trained, and by which optimizer."""
         found: dict[Tensor, Optimizer] = {}
         for one in self.optimizers:
             for param in [param for group in one.param_groups for param in group["params"]]:
@@ -83,7 +82,6 @@ class Live:
         return found
 
     def check_parameters(self) -> None:
-        """Refuse a model that has others than when ``Rewind`` was built, or of other shapes."""
         for name, param in self.model.named_parameters():
             if self._shapes.get(param) != param.shape:
                 raise ValueError(
@@ -167,7 +165,6 @@ class Live:
     @torch.inference_mode(False)
     @torch.no_grad()
     def load(self, saved: Saved) -> None:
-        """Set all of it back, in place."""
         self.check_parameters()
         self.load_buffers(saved)
         for param, name in self.names.items():
@@ -239,13 +236,11 @@ class Live:
 
 
 def _check_rates(optimizers: Sequence[Optimizer]) -> None:
-    """Refuse optimizers without a rate to lower."""
     if any(group.get("lr") is None for one in optimizers for group in one.param_groups):
         raise ValueError("optimizer must have a rate, lr, in each of its groups, got one without")
 
 
 def _check_schedulers(schedulers: Any, optimizers: Sequence[Optimizer]) -> None:
-    """Refuse what can't be saved and set back, or is another optimizer's."""
     check_kind("schedulers", schedulers, Sequence, "[scheduler]")
     for one in schedulers:
         saves = [callable(getattr(one, f"{how}state_dict", None)) for how in ("", "load_")]
@@ -257,7 +252,6 @@ def _check_schedulers(schedulers: Any, optimizers: Sequence[Optimizer]) -> None:
 
 
 def _place_of(offload: Any, *, sharded: bool) -> Place:
-    """Where the copies go."""
     if isinstance(offload, bool):
         return torch.device("cpu") if offload else None
     if not isinstance(offload, str | os.PathLike):
@@ -289,7 +283,6 @@ def _check_model(
 
 
 def _of_no_parameter(optimizer: Optimizer) -> Saved:
-    """What an optimizer remembers beside its parameters' memory."""
     return {key: one for key, one in optimizer.state.items() if not isinstance(key, Tensor)}
 
 

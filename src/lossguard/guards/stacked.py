@@ -65,9 +65,8 @@ class stacked(eqx.Module):
         row = i - self.start.astype(jnp.int32)
         loss = self.loss(params, jax.tree.map(lambda leaf: jnp.asarray(leaf)[row], self.batches))
         check_loss("loss", loss)
-        return loss * jnp.where(self.holds(i), 1, jnp.nan).astype(
-            loss.dtype
-        )  # its gradient is NaN too
+        known = jnp.where(self.holds(i), 1, jnp.nan)  # where it isn't the gradient is NaN too
+        return loss * known.astype(loss.dtype)
 
 
 def check_stacked(objective: Objective, needed: int) -> None:

@@ -13,7 +13,7 @@ from .lanes import Lane, with_extra_args
 from .protocol import OWN, Decision, Guard, Params, advance
 from .relay import Relay, RelayState, go_back, lead_from, leader
 from .soundness import renew, select
-from .trial import bounded, finite_mean
+from .trial import bounded, breaks, finite_mean
 
 
 class HedgedState(NamedTuple):
@@ -76,12 +76,12 @@ def cycle(
     start = select(led_by_s, edited, lead_from(was, x))
     state, decision, of_s = relay.step(start, runs, now)
     x, finite = leader(state), jnp.isfinite(of_s)
-    breaks = runs & ~finite.any() & jnp.isfinite(decision.losses).any()
+    broken = runs & breaks(of_s, decision.losses)
     renewed = Lane(x, renew(relay.fallback, x, state.s.state))
-    state = state._replace(s=select(breaks, renewed, state.s))
+    state = state._replace(s=select(broken, renewed, state.s))
 
     d = jnp.where(finite, bounded(decision.losses) - bounded(of_s), 0).sum()
-    regret = jnp.where(runs & ~breaks, DECAY * inner.regret + d, 0)
+    regret = jnp.where(runs & ~broken, DECAY * inner.regret + d, 0)
     leads = regret > 0
     away = jnp.where(runs, advance(inner.away, 1), 0)
     behind = jnp.where(leads, inner.behind + 1, 0)

@@ -136,8 +136,8 @@ class Relay:
     ) -> RelayState:
         """After a cycle of a trial, if there is one: y takes over, it goes on, or it is over."""
         won, lost = trials.outcome(trial, of_y, of_z)
-        tried, breaks = trial.length > 0, ~jnp.isfinite(of_y).any() & jnp.isfinite(of_z).any()
-        won, over = tried & won, won | lost | breaks | ~tried
+        tried = trial.length > 0
+        won, over = tried & won, won | lost | trials.breaks(of_y, of_z) | ~tried
         began = progresses.begin(finite_mean(of_y), k // rules.YOUTH)
         return state._replace(
             s=select(won & state.on_own, state.z, state.s),

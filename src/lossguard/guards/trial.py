@@ -36,6 +36,11 @@ def bounded(losses: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(jnp.isfinite(losses), jnp.clip(losses, -most, most), most)
 
 
+def breaks(losses: Float[Array, " nt"], others: Float[Array, " nt"]) -> Bool[Array, ""]:
+    """Whether a lane has no finite loss in a cycle in which another one has."""
+    return ~jnp.isfinite(losses).any() & jnp.isfinite(others).any()
+
+
 def finite_mean(losses: Float[Array, " nt"]) -> Float[Array, ""]:
     """The mean of those that are finite; NaN if none is."""
     finite = jnp.isfinite(losses)

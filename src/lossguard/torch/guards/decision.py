@@ -76,6 +76,11 @@ def any_finite(losses: Sequence[float]) -> bool:
     return any(map(math.isfinite, losses))
 
 
+def breaks(losses: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether a lane has no finite loss in a cycle in which another one has."""
+    return not any_finite(losses) and any_finite(others)
+
+
 def finite_mean(losses: Sequence[float]) -> float:
     """The mean of those that are finite; NaN if none is.
 

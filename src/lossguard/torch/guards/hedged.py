@@ -4,7 +4,15 @@ import math
 from collections.abc import Mapping, Sequence
 
 from lossguard.rules import DECAY, PATIENCE, STRETCH
-from lossguard.torch.guards.decision import OWN, Decision, Seen, any_finite, bounded, finite_mean
+from lossguard.torch.guards.decision import (
+    OWN,
+    Decision,
+    Seen,
+    any_finite,
+    bounded,
+    breaks,
+    finite_mean,
+)
 from lossguard.torch.guards.guard import GuardOfTwo
 from lossguard.torch.guards.lane import Lane
 
@@ -74,13 +82,13 @@ class Hedged(GuardOfTwo):
 
     def _follow(self, losses: Sequence[float], s: Seen) -> bool:
         """Add up how x has done against s; whether s leads."""
-        breaks = not any_finite(s.told) and any_finite(losses)
-        if breaks or not s.finite:  # not finite any more: it begins again at x
+        broken = breaks(s.told, losses)
+        if broken or not s.finite:  # not finite any more: it begins again at x
             self._relay.s.start_at(self._relay.leader.point)
             self._relay.s.forget()
         rows = zip(bounded(losses), bounded(s.told), map(math.isfinite, s.told), strict=True)
         d = sum(x - f for x, f, finite in rows if finite)
-        self._regret = 0.0 if breaks else DECAY * self._regret + d
+        self._regret = 0.0 if broken else DECAY * self._regret + d
         self._away += 1
         self._behind = self._behind + 1 if self._regret > 0 else 0
         return self._regret > 0

@@ -20,6 +20,7 @@ from lossguard.torch.guards.decision import (
     Decision,
     Seen,
     any_finite,
+    breaks,
     finite_mean,
 )
 from lossguard.torch.guards.losses import NONE, Progress, Trial
@@ -99,7 +100,7 @@ class Relay:
                     level=state.progress.lasting,
                     trial_cost=state.trial_cost,
                 )
-            elif lost or (not any_finite(of_y) and any_finite(losses)):
+            elif lost or breaks(of_y, losses):
                 state = state._replace(trial=NONE)
         if led:
             state = self._keep_or_hand_over(state, losses)

@@ -141,10 +141,16 @@ class Relay:
                 self.curve = Curve(level)
             else:
                 self.events.add("from x")
-                self.z.w, self.curve = self.y.w, Curve(curve.recent)
+                self.curve = Curve(curve.recent)
+                self.have_z_at_x()
         elif curve.lasting < level - abs(level) * (0.5 if young else 0.2):
             self.events.add("new snapshot")
-            self.z.w, self.level = self.y.w, curve.lasting
+            self.level = curve.lasting
+            self.have_z_at_x()
+
+    def have_z_at_x(self) -> None:
+        self.z.w = self.y.w
+        self.z.optimizer.forget()
 
     def go_to(self, s: Lane, loss: float) -> None:
         self.events.add("back to s")

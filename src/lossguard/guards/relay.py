@@ -151,7 +151,8 @@ class Relay:
     def _keep_or_hand_over(self, state: RelayState, of_y: Float[Array, " nt"]) -> RelayState:
         """After a cycle that y led: it leads on, or z goes on from x or from the snapshot.
 
-        Where its last loss isn't finite, x is no point to go on from.
+        Where its last loss isn't finite, x is no point to go on from. What z remembers is of where
+        it was: Adam's moments, of gradients there, would hold it back at x for thousands of steps.
         """
         loss, recent, level = state.progress.lasting, state.progress.recent, state.level
         young = state.progress.earlier_age == 0
@@ -161,7 +162,7 @@ class Relay:
         gain = jnp.where(young, rules.YOUNG_GAIN, rules.GAIN)
         better = ~ends & finite[-1] & (loss < level - gain * jnp.abs(level))
         from_x = better | (ends & ~risen)
-        z = state.z._replace(params=select(from_x, state.y.params, state.z.params))
+        z = jax.lax.cond(from_x, self._fresh_at, lambda _, z: z, state.y.params, state.z)
         # z's path goes on from where y has come to: from there it is fast or slow again.
         progress = select(ends, progresses.begin(jnp.where(from_x, recent, level)), state.progress)
         return state._replace(
@@ -170,6 +171,9 @@ class Relay:
             level=jnp.where(better, loss, level),
             progress=progress,
         )
+
+    def _fresh_at(self, x: Params, z: Lane) -> Lane:
+        return Lane(x, renew(self.fallback, x, z.state))
 
 
 def _in_time(lane: Lane, ran: Bool[Array, ""], nt: int) -> Lane:

@@ -95,6 +95,11 @@ class Lane:
         else:
             transfer(self.values, point)
 
+    def start_afresh_at(self, point: Copy) -> None:
+        """Be at another point, and remember nothing."""
+        self.start_at(point)
+        self.forget()
+
     def become(self, other: "Lane") -> None:
         """Be where another lane of the same optimizer is, and remember what it does."""
         self.start_at(other.point)

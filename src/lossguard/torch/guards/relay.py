@@ -70,8 +70,7 @@ class Relay:
                 self.state = self.state._replace(trial=Trial(length, progress.recent))
         trial = self.state.trial
         if trial != NONE and trial.cycles == 0:
-            self.y.start_at(self.z.point)
-            self.y.forget()
+            self.y.start_afresh_at(self.z.point)
             self.y.wind(k)
         self.leader.keep()
         runs = (self.y, leads or trial != NONE), (self.z, not leads), (self.s, s_runs)
@@ -124,19 +123,20 @@ class Relay:
     def _keep_or_hand_over(self, state: State, of_y: Sequence[float]) -> State:
         """After a cycle that y led: it leads on, or z goes on from x or from the snapshot.
 
-        Where its last loss isn't finite, x is no point to go on from.
+        Where its last loss isn't finite, x is no point to go on from. What z remembers is of where
+        it was: Adam's moments, of gradients there, would hold it back at x for thousands of steps.
         """
         progress, level, here = state.progress, state.level, math.isfinite(of_y[-1])
         now = progress.lasting
         risen = not any_finite(of_y) or now > level + rules.RISE * abs(level)
         if risen or (here and progress.rate < rules.STALL):
             if not risen:
-                self.z.start_at(self.y.point)
+                self.z.start_afresh_at(self.y.point)
             # z's path goes on from where y has come to: from there it is fast or slow again.
             began = Progress.begun(level if risen else progress.recent)
             return state._replace(learned_leads=False, progress=began)
         gain = rules.YOUNG_GAIN if progress.earlier_age == 0 else rules.GAIN
         if here and now < level - gain * abs(level):
-            self.z.start_at(self.y.point)
+            self.z.start_afresh_at(self.y.point)
             return state._replace(level=now)
         return state

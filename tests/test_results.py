@@ -72,7 +72,7 @@ def test_a_page_shows_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(report, "_encoded", lambda figure: "")
     monkeypatch.setattr(report, "judge_claims", lambda records: [])
     for name in ("draw_run", "summary"):
-        monkeypatch.setattr(report, name, lambda record: pl.DataFrame())
+        monkeypatch.setattr(report, name, lambda *_: pl.DataFrame())
     page = report.report([RESULTS], tmp_path / "report.html").read_text()
     assert page.count("Put together from") == sum(
         "runs" in records.read_run(folder).manifest for folder in FOLDERS

@@ -19,10 +19,10 @@ Over = Literal["price", "seconds", "steps"]
 
 
 def plot(folders: Folders, over: Over = "price") -> None:
-    """Draw a figure of each run into its folder, in place of its figure.png.
+    """Draw a figure of each run into its folder, in place of its figure.png, and print its table.
 
     Args:
-        over: The axis: what was spent, in gradients, or its time; or optimizer steps.
+        over: The axis of both: what was spent, in gradients, or its time; or optimizer steps.
     """
     found = [_is_shown(folder, over, record) for folder, record in _records(folders).items()]
     if not any(found):
@@ -94,7 +94,7 @@ def _is_shown(folder: Path, over: Over, record: Any) -> bool:
 
 
 def show(folder: Path, over: Over = "price", record: Any = None) -> None:
-    """A finished run's figure and its table."""
+    """A finished run's figure and its table, over the same axis."""
     from .drawing import save
     from .experiments import figures
     from .metatrain import figure
@@ -105,7 +105,7 @@ def show(folder: Path, over: Over = "price", record: Any = None) -> None:
     file = save(drawn, folder)
     if not record.is_meta:
         title = record.config["title"] or record.config["name"]
-        print_summary(title, figures.summary(record).to_dict(as_series=False))
+        print_summary(title, figures.summary(record, over).to_dict(as_series=False))
     print(shown(f"figure: {file}\nrecords: {folder}"))
 
 

@@ -239,7 +239,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_summary_says_what_the_records_say(folder: Path) -> None:
-    table = figures.summary(records.read_run(folder))
+    table = figures.summary(records.read_run(folder), "steps")
     columns = ["method", "loss at 100", "loss at 1,000", "loss at 5,000", "learned", "seconds"]
     columns += ["us a step", "gradients", "forwards", "learned updates"]
     assert table.columns == columns
@@ -254,10 +254,34 @@ def test_summary_says_what_the_records_say(folder: Path) -> None:
     assert table["learned updates"].to_list() == ["5,000", "5,000"]
 
 
+def test_summary_is_over_what_was_spent(folder: Path) -> None:
+    """A step of LGL2O costs 7 / 3 here; two seeds of 5,000 steps take four seconds."""
+    record = records.read_run(folder)
+    table = figures.summary(record)
+    losses = ["loss at 100", "loss at 1,000", "loss at 10,000"]  # LGL2O alone gets to the last one
+    assert table.columns[1:5] == [losses[0], losses[1], "loss at 5,000", losses[2]]
+    assert table["loss at 10,000"][0] == ""
+    expected = [f"{mean_loss(1.0, 900, 1000):.4g}", f"{4 * mean_loss(7 / 3, 900, 1000):.4g}"]
+    assert table["loss at 1,000"].to_list() == expected
+    record = records.Record(record.config, {"seconds": SECONDS}, record.curves)
+    table = figures.summary(record, "seconds")
+    at = [name for name in table.columns if "loss" in name]
+    assert at == ["loss at 0.1 s", "loss at 1 s", "loss at 2 s"]
+    loss = mean_loss(0.4, 900, 1000)  # milliseconds a step
+    assert table["loss at 1 s"].to_list() == [f"{loss:.4g}", f"{4 * loss:.4g}"]
+
+
+def mean_loss(cost: float, first: float, last: float) -> float:
+    """Of SGDnm, over the part of an axis on which a step takes so much."""
+    ends = cost * STEPS
+    inside = np.minimum(ends, last) - np.maximum(ends - cost * np.diff(STEPS, prepend=0), first - 1)
+    return float(np.average(1.5 / np.sqrt(STEPS), weights=np.maximum(inside, 0)))
+
+
 def test_summary_has_the_last_step_once(folder: Path) -> None:
     config, made, curves = records.read_run(folder)
     curves = curves.filter(pl.col("step") <= 1000)
-    headers = figures.summary(records.Record(config, made, curves)).columns
+    headers = figures.summary(records.Record(config, made, curves), "steps").columns
     assert [header for header in headers if "loss" in header] == ["loss at 100", "loss at 1,000"]
 
 

@@ -50,6 +50,8 @@ LEGEND_WIDTH, LEGEND_SAMPLE = 120, 8
 """In letters: room for a line of the legend, and what a method needs beside its name."""
 LEGEND_LINE = 0.17
 """Height in inches."""
+MILLI = 1_000
+"""Seconds are looked up in thousandths."""
 LAST = pl.col("step") == pl.col("step").max().over("method")
 """The rows in which a method ends."""
 
@@ -130,12 +132,7 @@ def lines(
         seconds: of all seeds of each method together, for that axis: in proportion to the price.
     """
     loss, price = pl.col("loss"), pl.col("price")
-    spent = curves.group_by("method", "seed").agg(price=PRICE.max())
-    spent = spent.group_by("method").agg(price.sum())
-    rates = {
-        m: (seconds or {}).get(m, math.nan) / (whole or math.nan) for m, whole in spent.iter_rows()
-    }
-    of_price = price * pl.col("method").replace_strict(rates)
+    x = axis(curves, over, seconds, price)
     return (
         _windows(curves)
         .group_by("method", "step")
@@ -146,9 +143,22 @@ def lines(
             low=loss.nan_min(),
             high=loss.nan_max(),
         )
-        .with_columns(x={"price": price, "seconds": of_price, "steps": pl.col("step")}[over])
+        .with_columns(x=x)
         .sort("step")
     )
+
+
+def axis(
+    curves: pl.DataFrame, over: Over, seconds: Mapping[str, float] | None, price: pl.Expr
+) -> pl.Expr:
+    """Where points are on an axis, of methods whose ``curves`` and ``seconds`` are these."""
+    spent = curves.group_by("method", "seed").agg(price=PRICE.max())
+    spent = spent.group_by("method").agg(pl.col("price").sum())
+    rates = {
+        m: (seconds or {}).get(m, math.nan) / (whole or math.nan) for m, whole in spent.iter_rows()
+    }
+    of_price = price * pl.col("method").replace_strict(rates)
+    return {"price": price, "seconds": of_price, "steps": pl.col("step")}[over]
 
 
 def _windows(curves: pl.DataFrame) -> pl.DataFrame:
@@ -214,17 +224,25 @@ def _look(method: str) -> tuple[str, str] | None:
     return None
 
 
-def summary(record: Record) -> pl.DataFrame:
-    """Losses at the marks, and what each method spent, as they are shown; a row a method."""
+def summary(record: Record, over: Over = "price") -> pl.DataFrame:
+    """Losses at the marks, and what each method spent, as they are shown; a row a method.
+
+    Marks are powers of ten, and the end; for price and seconds that to which all methods get.
+    """
     config, made, curves = record
-    last, ends = last_step(curves), pl.col("step").max().over("method", "seed")
-    marks = [k for k in (100, 1_000, 10_000, 100_000, 1_000_000) if k < last] + [last]
-    losses = {k: over_seeds(mark_loss(curves.filter(ends >= k), k), "loss") for k in marks}
+    ends = pl.col("step").max().over("method", "seed")
+    unit = MILLI if over == "seconds" else 1
+    at = curves.with_columns(step=(unit * axis(curves, over, made["seconds"], PRICE)).round(6))
+    reached = at.group_by("method", "seed").agg(pl.col("step").max())["step"].to_numpy()
+    last = int(reached.max() if over == "steps" else reached.min())
+    marks = sorted({10**n for n in range(2, 7) if 10**n <= reached.max()} | {last})
+    losses = {k: over_seeds(mark_loss(at.filter(ends >= k), k), "loss") for k in marks}
     used = over_seeds(step_mean(curves, "used_learned"), "used_learned")
     steps = dict(curves.filter(step=ends).group_by("method").agg(pl.col("step").sum()).iter_rows())
     seconds = {method: made["seconds"][method] for method in used}
     spent = {name: over_seeds(curves.filter(LAST), name) for name in COUNTERS}
-    columns = {f"loss at {k:,}": ("{:.4g}", of) for k, of in losses.items()} | {
+    told = {k: f"{k / MILLI:g} s" if over == "seconds" else f"{k:,}" for k in marks}
+    columns = {f"loss at {told[k]}": ("{:.4g}", of) for k, of in losses.items()} | {
         "learned": ("{:.0%}", used),
         "seconds": ("{}", {m: f"{s:.3g}" if s < 10 else f"{s:,.0f}" for m, s in seconds.items()}),
         "us a step": ("{:.0f}", {m: 1e6 * s / steps[m] for m, s in seconds.items()}),
@@ -232,7 +250,7 @@ def summary(record: Record) -> pl.DataFrame:
     }
     methods = sorted(used, key=[*config["methods"], *used].index)
     cells = {
-        name: [told.format(of[method]) if method in of else "" for method in methods]
-        for name, (told, of) in columns.items()
+        name: [form.format(of[method]) if method in of else "" for method in methods]
+        for name, (form, of) in columns.items()
     }
     return pl.DataFrame({"method": methods} | cells)

@@ -120,7 +120,7 @@ def _section(folder: Path, record: Record) -> dict[str, Any]:
         "name": name,
         "title": f"{titled}, {steps:,} steps, {seeds}",
         "image": _encoded(draw_run(record)),
-        "tables": [(CAPTION, summary(record)), *scores],
+        "tables": [(CAPTION, summary(record, "steps")), *scores],
         "worth": worth,
     }
 

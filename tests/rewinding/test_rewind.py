@@ -265,6 +265,29 @@ def test_rounding_is_corrected_in_a_second_call():
         assert all((one == other).all() for one, other in pairs)
 
 
+def test_the_way_back_from_a_huge_number_is_finite():
+    """A step to above half of the largest number isn't taken: the way back might overflow."""
+    largest = float(jnp.finfo(jnp.float32).max)
+
+    def update(updates, count, params=None):
+        return updates + jnp.where(count == 300, 0.97 * largest, 0.0), count + 1
+
+    jumps = optax.GradientTransformation(lambda params: jnp.int32(0), update)
+    guard = lossguard.rewind(jumps, window=64)
+
+    def step(carry, value):
+        params, state = carry
+        updates, state = guard.update(jnp.zeros(1), state, params, value=value)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params
+
+    start = jnp.array([-0.44 * largest])
+    falls, high = jnp.linspace(3, 1, 302), jnp.full(100, 9.0)
+    (_, state), points = jax.lax.scan(step, (start, guard.init(start)), jnp.append(falls, high))
+    assert state.skipped > 0 and state.returns > 0
+    assert (jnp.abs(points) <= largest / 2).all()
+
+
 def test_a_schedule_goes_on_where_the_rest_goes_back():
     optimizer = optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(lambda k: 1.0))
     _, state = told(lossguard.rewind(optimizer), [*FALLS, *([9.0] * 32)])

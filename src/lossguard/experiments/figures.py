@@ -9,7 +9,7 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..curves import COUNTERS, PRICE, last_step, mark_loss, over_seeds, step_mean
+from ..curves import COUNTERS, PRICE, mark_loss, over_seeds, step_mean
 from ..drawing import log_losses, titled
 from ..records import Record
 

@@ -125,8 +125,8 @@ def test_demo_in_short(main, capsys: pytest.CaptureFixture[str], tmp_path: Path)
     methods = ("SGDnm", "L2O")
     main("demo", "--steps", "20", "--seeds", "2", "--methods", *methods, "--out", "here")
     out = capsys.readouterr().out
-    assert out.startswith("SGDnm is SGD without momentum, the fallback; L2O the learned optimizer")
-    assert "mlp-small, meta-trained on small images, tested on Circles + MLP" in out
+    assert out.startswith("SGDnm is SGD without momentum, the fallback; L2O the paper's learned")
+    assert "Learned on MNIST + MLP, tested on Circles + MLP" in out
     table = records.read_parquet(tmp_path / "here" / records.EVALUATIONS)
     sgd, l2o = (price.at(price.curves(table, name).mean(), 20.0) for name in methods)
     told = f"After a price of 20 gradients, loss over that of SGDnm: L2O {l2o / sgd:.2g}\n"

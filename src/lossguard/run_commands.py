@@ -22,8 +22,9 @@ from .validation import check_choice
 
 Recipes = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RECIPE...]")]
 LEGEND = """\
-SGDnm is SGD without momentum, the fallback; L2O the learned optimizer mlp-small alone; LGL2O the
-guard of the paper, and Recommended ours. A price of 1 is a gradient, or three forward passes."""
+SGDnm is SGD without momentum, the fallback; L2O the paper's learned optimizer alone; LGL2O the
+guard of the paper, and Recommended ours. A price of 1 is a gradient, or three forward passes.
+This is a good case: docs/costs.md has twenty."""
 """What the names in the demo mean."""
 
 

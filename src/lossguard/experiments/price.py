@@ -305,6 +305,6 @@ def at_equal_price(reference: str, folder: Path) -> str:
     return (
         f"After a price of {end:,.0f} gradients, loss over that of {reference}: "
         f"{'; '.join(losses)}\n"
-        f"Price at which the lowest loss of {reference} up to {end / 2:,.0f} is reached, over that "
-        f"price: {'; '.join(times)}{left_out}"
+        f"Part of {end / 2:,.0f} gradients that it takes to reach the lowest loss that "
+        f"{reference} has by then: {'; '.join(times)}{left_out}"
     )

@@ -101,8 +101,7 @@ fig16 = partial(learned_on_cifar10, "fig16", fig07, **SLOWER)
 def demo() -> Experiment:
     """A learned optimizer far from what it was trained on, alone and guarded, on Circles."""
     methods = ("SGDnm", "L2O", "LGL2O", "Recommended")
-    title = "mlp-small, meta-trained on small images, tested on Circles + MLP"
-    made = replace(fig15(), name="demo", title=title, figure="", learned="mlp-small", loser="keep")
+    made = replace(fig04(), name="demo", figure="", loser="keep")
     return replace(made, steps=10_000, seeds=3, methods=methods)
 
 

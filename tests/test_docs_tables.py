@@ -115,9 +115,9 @@ def test_the_first_paragraph_counts_them(slowdowns: pl.DataFrame) -> None:
     reached = above.filter("reached")
     most = f"{reached['highest'].max():.2f}"
     told = (20 - len(above), len(reached), len(above) - len(reached), most)
-    assert told == (13, 4, 3, "1.33")
+    assert told == (13, 5, 2, "1.28")
     readme = (ROOT / "README.md").read_text()
-    assert "In 13 of 20 combinations" in COSTS and "four others" in COSTS and "33 %" in COSTS
+    assert "In 13 of 20 combinations" in COSTS and "five others" in COSTS and "28 %" in COSTS
     assert "on 7 of 20 combinations" in readme
     images = above.filter(pl.col("experiment").str.contains("-(mnist|fashion)-.*-"))["experiment"]
     assert len(images) == 3
@@ -160,21 +160,8 @@ def test_the_luck_of_the_seeds_is_that_of_the_records(kind: str, tasks: tuple[st
         one, other = every.mean(slice(10)), every.mean(slice(10, 20))
         found += [price.highest(*pair, one.price[-1]) for pair in ((one, other), (other, one))]
     (low, _), (high, reached) = min(found), max(found)
-    assert reached and f"{low:.2f} to {high:.2f} on {kind}" in " ".join(COSTS.split())
-
-
-def test_a_dearer_copy_of_the_fallback_has_the_slowdown_that_is_told() -> None:
-    found: dict[str, set[str]] = {}
-    for name in price.RECIPES:
-        own = read_parquet(ROOT / "results" / "price" / name / EVALUATIONS)
-        own = own.filter(method=price.FALLBACK)
-        dearer = own.with_columns(forwards=(0.21 * pl.col("gradients")).round())
-        pair = [price.curves(one, price.FALLBACK).mean() for one in (dearer, own)]
-        highest, reached = price.highest(*pair, pair[1].price[-1])
-        kind = "convnet over adam" if "convnet" in name and name.endswith("adam") else "elsewhere"
-        found.setdefault(kind, set()).add(f"{highest:.2f}" if reached else "never")
-    assert found == {"convnet over adam": {"1.34"}, "elsewhere": {"1.07"}}
-    assert "a highest S of 1.34, on the other tasks 1.07" in " ".join(COSTS.split())
+    told = f"{low:.2f} to {'' if reached else 'more than '}{high:.2f} on {kind}"
+    assert told in " ".join(COSTS.split())
 
 
 def test_how_late_the_guard_follows_is_as_in_the_records() -> None:

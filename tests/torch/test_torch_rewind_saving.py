@@ -34,6 +34,10 @@ def resume(rewind, model, optimizer, tmp_path, how):
     rewind.load_state_dict(state["rewind"])
 
 
+def memories(rewind):
+    return [saved.get("optimizer", {}) for saved in (rewind._trusted, rewind._candidate)]
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("how", "at"), [("torch", 3), ("torch", 70), ("torch", 137), ("dcp", 3), ("dcp", 137)]
@@ -56,6 +60,8 @@ def test_it_resumes_to_the_last_bit(tmp_path, how, at):
     resume(again, twin, its_optimizer, tmp_path, how)
     assert again._trusted.keys() == first._trusted.keys()
     assert bool(first._trusted["optimizer"]) == (at > 64)
+    for saved, loaded in zip(memories(first), memories(again), strict=True):
+        torch.testing.assert_close(loaded, saved, rtol=0, atol=0)
     train(twin, its_optimizer, again, at, 200, fault)
     assert_same(model, twin)
     assert again.scale == rewind.scale and again.thrown == rewind.thrown

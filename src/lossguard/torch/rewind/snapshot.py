@@ -197,12 +197,13 @@ class Live:
         """Two snapshots, of which the second may be empty, for a ``state_dict``.
 
         Every entry is there from the first step of the optimizer on, whatever has happened, as
-        ``torch.distributed.checkpoint`` loads only into entries that are there.
+        ``torch.distributed.checkpoint`` loads only into entries that are there. No tensor is
+        in both, or the second's numbers would be loaded into the first as well.
         """
         begun = [bool(one.get("optimizer")) for one in (trusted, candidate)]
         now = {} if all(begun) else self.save()  # in the place of what a snapshot hasn't got
         filled = [
-            one if whole else {**now, **one, "optimizer": now["optimizer"]}
+            one if whole else {**now, **one, "optimizer": copied(now["optimizer"])}
             for one, whole in zip((trusted, candidate), begun, strict=True)
         ]
         both = dict(zip(("trusted", "candidate"), filled, strict=True))

@@ -94,7 +94,30 @@ def test_lightning_without_a_loss():
         quick(lightning, 15, callback).fit(model, loader())
 
 
-def trainer_of(out, steps, accumulate=1):
+def test_lightning_validates_nothing_that_is_not_read():
+    """Nor does the end of training, where averaged weights may be in the model."""
+    lightning, make = module()
+    callback, unread = lightning_rewind(**OPTIONS), []
+
+    class Validated(make):
+        def validation_step(self, batch, index):
+            return super().training_step(batch, index)
+
+    class Looks(lightning.Callback):
+        def on_validation_epoch_start(self, trainer, pl_module):
+            if not trainer.sanity_checking:
+                unread.append((trainer.global_step, len(callback.rewind._unread)))
+
+        def on_train_end(self, trainer, pl_module):
+            self.on_validation_epoch_start(trainer, pl_module)
+
+    often = {"val_check_interval": 7, "limit_val_batches": 1}
+    trainer = quick(lightning, 18, Looks(), callback, **often)
+    trainer.fit(Validated(), loader(), loader(8))
+    assert unread == [(7, 0), (14, 0), (18, 0)]
+
+
+def trainer_of(out, steps, accumulate=1, **options):
     transformers = pytest.importorskip("transformers")
 
     class Model(nn.Module):
@@ -118,12 +141,14 @@ def trainer_of(out, steps, accumulate=1):
             max_steps=steps,
             per_device_train_batch_size=8,
             gradient_accumulation_steps=accumulate,
-            save_steps=86,
+            save_steps=options.pop("save_steps", 86),
             learning_rate=0.05,
             report_to="none",
             use_cpu=True,
+            **options,
         ),
         train_dataset=[{"x": a, "labels": b} for a, b in zip(x, t, strict=True)],
+        eval_dataset=[{"x": x[0], "labels": t[0]}],
     )
 
 
@@ -166,6 +191,25 @@ def test_the_trainer_resumes(tmp_path, monkeypatch):
     assert all(map(torch.equal, again.model.parameters(), trainer.model.parameters()))
 
 
+def test_the_trainer_evaluates_and_saves_nothing_that_is_not_read(tmp_path):
+    """Nor does the end of training, where the best model has been loaded."""
+    transformers = pytest.importorskip("transformers")
+    often = {"eval_strategy": "steps", "eval_steps": 7, "save_steps": 14}
+    trainer = trainer_of(tmp_path, 18, load_best_model_at_end=True, **often)
+    unread = []
+
+    class Looks(transformers.TrainerCallback):
+        def on_evaluate(self, args, state, control, **_):
+            unread.append((state.global_step, len(callback.rewind._unread)))
+
+        on_save = on_train_end = on_evaluate
+
+    trainer.add_callback(Looks())
+    callback = trainer_rewind(trainer, **OPTIONS)
+    trainer.train()
+    assert unread == [(7, 0), (14, 0), (14, 0), (18, 0), (18, 0), (18, 0)]
+
+
 def test_losses_of_several_devices_are_added_up(tmp_path):
     """As nn.DataParallel has them, which the Trainer takes if it sees several GPUs."""
     pytest.importorskip("transformers")
@@ -177,20 +221,21 @@ def test_losses_of_several_devices_are_added_up(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     args = SimpleNamespace(output_dir=tmp_path, process_index=0)
     state = SimpleNamespace(global_step=0)
+    control = SimpleNamespace(should_evaluate=False, should_save=False, should_training_stop=False)
     callback.on_train_begin(args, state, None, model=model, optimizer=optimizer)
     assert [trainer.compute_loss(model).shape for _ in range(2)] == [(2,), (2,)]
     optimizer.step()
-    callback.on_step_end(args, state, None)
+    callback.on_step_end(args, state, control)
     assert callback.rewind.calls == 1
     told.append((torch.ones(2), "outputs"))
     trainer.compute_loss(model)
     optimizer.step()
-    callback.on_step_end(args, state, None)
+    callback.on_step_end(args, state, control)
     assert callback.rewind.calls == 2
     with refuses(
         "trainer.compute_loss must stay the one of trainer_rewind, got a step without", "$"
     ):
-        callback.on_step_end(args, state, None)
+        callback.on_step_end(args, state, control)
     with pytest.warns(RuntimeWarning, match=r"isn't saved, as there is no .*checkpoint-0$"):
         callback.on_save(args, state, None)
 

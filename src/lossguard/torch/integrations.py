@@ -21,7 +21,8 @@ def lightning_rewind(**options: Any) -> Any:
 
     It observes the loss that ``training_step`` returns, after each step of the module's optimizer;
     of several minibatches whose gradients are accumulated, the last one's; none where it returns
-    None. Its state is in Lightning's checkpoints.
+    None. Its state is in Lightning's checkpoints. It reads the losses before a validation and when
+    an epoch ends, before they are saved there.
 
     Args:
         options: of ``Rewind``, which is its attribute ``rewind`` once training has begun.
@@ -62,8 +63,14 @@ def lightning_rewind(**options: Any) -> Any:
                 if outputs:
                     self.rewind.observe(outputs["loss"])
 
+        def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.state.fn == "fit" and not trainer.sanity_checking:
+                self.rewind.read()
+
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            self.rewind.read()  # not in on_train_end, where averaged weights may be in the model
+
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            self.rewind.read()
             self.rewind.close()
 
         def state_dict(self) -> dict[str, Any]:
@@ -80,8 +87,9 @@ def trainer_rewind(trainer: Any, **options: Any) -> Any:
 
     It adds a ``TrainerCallback``, which it returns. Callbacks aren't told the loss, so it hears
     what the trainer's ``compute_loss`` returns, label smoothing and one of your own included: the
-    sum of those between two steps. Its state is in the Trainer's checkpoints, as
-    ``rewind-RANK.pt``; with more processes than there were it begins anew.
+    sum of those between two steps. It reads them before the model is evaluated or saved. Its state
+    is in the Trainer's checkpoints, as ``rewind-RANK.pt``; with more processes than there were it
+    begins anew.
 
     Args:
         trainer: not to be given a ``compute_loss`` or ``train`` of your own afterwards.
@@ -134,6 +142,15 @@ def trainer_rewind(trainer: Any, **options: Any) -> Any:
                 )
             self.rewind.observe(stacked(losses).sum())
             losses.clear()
+            self._read_if_due(control)
+
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self._read_if_due(control)
+
+        def _read_if_due(self, control: Any) -> None:
+            """Not in on_train_end, where the best model may have been loaded."""
+            if control.should_evaluate or control.should_save or control.should_training_stop:
+                self.rewind.read()
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             file = _file(args, state)
@@ -144,7 +161,6 @@ def trainer_rewind(trainer: Any, **options: Any) -> Any:
                 warnings.warn(told, RuntimeWarning, stacklevel=2)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.rewind.read()
             self.rewind.close()
 
     trainer.compute_loss, trainer.train = heard, noting

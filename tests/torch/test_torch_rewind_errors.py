@@ -17,8 +17,8 @@ from lossguard.torch import Recommended, Rewind
 HADNT = "optimizer must train parameters that the model has when Rewind is built, got one of shape"
 OF_TWO = "(nn.ModuleList([model, loss]) has those of two)"
 AROUND = (
-    "optimizer must keep all that it remembers in its state, got SGD around SGD (give the inner "
-    "one)"
+    "optimizer must keep all that it remembers in its state, got SGD around SGD (build the "
+    "optimizer without SGD; if that only holds several, give Rewind a list of these)"
 )
 EMPTY = (
     "parameters and buffers must hold numbers, got some on the meta device (call to_empty() and "

@@ -106,9 +106,11 @@ def check_wrapped(name: str, optimizer: Any) -> None:
     """Refuse an optimizer around others that remember for themselves: they would not go along."""
     for inner in leaves(beside_state(optimizer)):
         if isinstance(inner, Optimizer) and inner.state is not getattr(optimizer, "state", None):
+            outer = type(optimizer).__name__
             raise ValueError(
-                f"{name} must keep all that it remembers in its state, got "
-                f"{type(optimizer).__name__} around {type(inner).__name__} (give the inner one)"
+                f"{name} must keep all that it remembers in its state, got {outer} around "
+                f"{type(inner).__name__} (build the optimizer without {outer}; if that only holds "
+                "several, give Rewind a list of these)"
             )
 
 

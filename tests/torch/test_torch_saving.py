@@ -23,6 +23,8 @@ from models import (
     two_rates,
 )
 from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import state_dict as names
 from torch.optim import SGD, AdamW
 
 from lossguard.torch import BestOf, Hedged, LossGuard, Recommended, ResidualGuard
@@ -188,6 +190,44 @@ def test_history_is_bounded_and_not_saved(kind):
     file = io.BytesIO()
     torch.save(guard.state_dict(), file)
     assert file.tell() < 12_000
+
+
+def by_names(model, guard):
+    return {"guard": names.get_optimizer_state_dict(model, guard)}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("norm", [(), (nn.BatchNorm1d(16),)])
+def test_a_distributed_checkpoint_needs_no_ranks(kind, norm, tmp_path):
+    """Between two cycles; what is saved within one is refused."""
+    model, batches = mlp(*copy.deepcopy(norm)), minibatches(30)
+    guard, twin = two(kind, model, nt=4), copy.deepcopy(model)
+    run(guard, model, batches[:12])
+    checkpoint.save(by_names(model, guard), checkpoint_id=tmp_path / "between", no_dist=True)
+    run(guard, model, batches[12:14])
+    checkpoint.save(by_names(model, guard), checkpoint_id=tmp_path / "within", no_dist=True)
+    run(guard, model, batches[14:])
+    other = two(kind, twin, nt=4)
+    within, between = by_names(twin, other), by_names(twin, other)
+    checkpoint.load(within, checkpoint_id=tmp_path / "within", no_dist=True)
+    with pytest.raises(ValueError, match=r"^state_dict must hold .\.before of each parameter"):
+        names.set_optimizer_state_dict(twin, other, within["guard"])
+    checkpoint.load(between, checkpoint_id=tmp_path / "between", no_dist=True)
+    names.set_optimizer_state_dict(twin, other, between["guard"])
+    run(other, twin, batches[12:])
+    assert_same_state(other.state_dict(), guard.state_dict())
+
+
+def test_steps_that_a_fresh_guard_takes_to_be_saved_draw_nothing():
+    class Noisy(SGD):
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                self.state[p]["noise"] = torch.randn(3)
+
+    guard, before = two(Recommended, mlp(), Noisy, Noisy), torch.get_rng_state()
+    assert guard.state_dict()["state"][0]["y.memory.noise"].any()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_an_optimizer_that_remembers_nothing_is_resumed():

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lossguard.torch.arguments import scalar, told_if_damaged
 from lossguard.torch.memory import Memory, entries_of
-from lossguard.torch.ranks import are_running, check_rank, sharded_as, this_rank
+from lossguard.torch.ranks import check_rank, sharded_as, this_rank
 from lossguard.torch.rates import SETTINGS
 from lossguard.torch.tensors import clones, leaves, local, read, transfer
 from lossguard.validation import check_count, check_kind
@@ -39,6 +39,7 @@ def save(guard: "Face") -> Saved:
     guard.check_between("state_dict")
     guard._rates.apply()  # what is set, but not carried over, would be lost
     params, group = guard._weights.params, guard.param_groups[0]
+    draws = guard._randomness.state()
     state: list[Saved] = [{} for _ in params]
     group["guard"] = {
         **_kind(guard),
@@ -50,6 +51,7 @@ def save(guard: "Face") -> Saved:
             name: _pack(lane, state, within=guard.phase > 0) for name, lane in guard._lanes.items()
         },
     }
+    guard._randomness.set(draws)  # of which steps that some lanes take to be saved may draw
     try:
         guard.state.update(zip(params, state, strict=True))
         saved = Optimizer.state_dict(guard)
@@ -157,6 +159,7 @@ def _pack(lane: "Lane", state: list[Saved], *, within: bool) -> Saved:
                 )
             entries[f"{lane.name}.memory.{key}"] = value
     return {
+        "before": bool(before),
         "buffers": {name: values[len(params) :] for name, values in copies.items()},
         "blank": all(made == {} for made in lane.memory().state.values()),
         "others": kept,
@@ -170,8 +173,10 @@ def _pack(lane: "Lane", state: list[Saved], *, within: bool) -> Saved:
 def _unpack(lane: "Lane", state: list[Saved], rest: Saved, rank: int) -> Callable[[], None]:
     """What has the lane be what is saved of it, and can't fail."""
     losses = [scalar(float(loss)) for loss in rest["losses"]]
-    copies = {name: _values(lane, name, state, of, rank) for name, of in rest["buffers"].items()}
-    values, before = copies["value"], copies.get("before", [])
+    values, before = [
+        _values(lane, name, state, rest["buffers"].get(name, []), rank) if there else []
+        for name, there in (("value", True), ("before", rest["before"]))
+    ]
     kept = {} if rest["blank"] else _unpack_state(lane, state, rest["others"])
     memory = Memory(kept, _of_groups(lane.optimizer, rest["options"]))
     settings = _of_groups(lane.optimizer, rest["settings"])
@@ -217,12 +222,11 @@ def _values(
 
 
 def _made(lane: "Lane") -> dict[Any, Any]:
-    """The state of its optimizer; before the first step what such a step makes, where ranks are.
+    """The state of its optimizer; before the first step what such a step makes.
 
     torch.distributed.checkpoint loads only what is there on both sides.
     """
-    state = lane.memory().state or lane.inner.memory().state
-    if state or not are_running():
+    if state := lane.memory().state or lane.inner.memory().state:
         return state
     weights, previous = lane.weights, lane.inner.memory()
     values = clones(weights.live())

@@ -120,6 +120,29 @@ def test_a_failed_first_lane_changes_nothing_at_all(kind):
     assert_same_state(guards[0].state_dict(), guards[1].state_dict())
 
 
+def test_loops_that_are_always_left_are_told_of_once():
+    model = mlp()
+    guard = two(BestOf, model)
+
+    def leave(lanes):
+        for lane in lanes:
+            lane.step(backward(loss_fn(model, spiral())))
+            break
+
+    kept = []
+    for _ in range(2):
+        for _ in range(9):
+            leave(guard.lanes())
+        kept.append(guard.lanes())
+        leave(kept[-1])  # by a generator that lives on
+        with pytest.warns(RuntimeWarning, match=r"^the last 10 minibatches were left before"):
+            leave(guard.lanes())
+        leave(guard.lanes())
+        run(guard, model, minibatches(1))
+        assert guard.phase == 1
+        guard.load_state_dict(two(BestOf, mlp()).state_dict())
+
+
 @pytest.mark.parametrize("kind", TWO)
 @pytest.mark.parametrize("at", [0, 1])
 def test_a_body_that_is_left_counts_as_an_error(kind, at):

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Closure = Callable[[], Any]
 
+LEFT = 10
+"""Minibatches in a row that may be left early, as by errors that are handled, without a warning."""
 SAME = 1e-4
 """The part of a loss by which rounding may change it."""
 
@@ -267,6 +269,17 @@ def warn_if_written(shared: Iterable[tuple[Tensor, int]]) -> None:
         warnings.warn(
             f"closure changed parameters that no optimizer has, such as one of shape {written[0]}: "
             "all lanes share them (give them to all optimizers, with requires_grad_(False))",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def warn_if_left(left: int) -> None:
+    """Warn once of a loop that is always left too early: it can't tell ``break`` from an error."""
+    if left == LEFT:
+        warnings.warn(
+            f"the last {left} minibatches were left before their last lane had stepped, by break "
+            "or an error: none of them counts (let loops over guard.lanes() come to their end)",
             RuntimeWarning,
             stacklevel=2,
         )

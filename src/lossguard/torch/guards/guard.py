@@ -49,6 +49,8 @@ class Guard(Face):
         self.check, self.nc = check, nc
         self.checked = 0
         self.process_group, self.callback = process_group, callback
+        self._left = 0
+        """Minibatches in a row that were left before the last lane had stepped."""
         self._lanes = {
             name: Lane(name, self._inners[of], self._weights, forgives=self.forgives)
             for name, of in lanes.items()
@@ -99,7 +101,8 @@ class Guard(Face):
                 clip(model.parameters())
                 lane.step(loss)
 
-        If the loop is left before the last lane has stepped, the minibatch doesn't count.
+        If the loop is left before the last lane has stepped, the minibatch doesn't count. After
+        ten such minibatches in a row it warns.
 
         Raises:
             ValueError: if there are gradients before it, or the body steps but by ``lane.step``.
@@ -141,6 +144,7 @@ class Guard(Face):
         """Before a minibatch: random state, and gradients, that each lane starts from."""
         draws = self._randomness.state()
         self._undo(draws)  # a loop that was left, whose generator lives on
+        arguments.warn_if_left(self._left)
         optimizers = [inner.optimizer for inner in self._inners.values()]
         arguments.check_loop(optimizers, self._weights.params)
         self._rates.apply()
@@ -169,6 +173,7 @@ class Guard(Face):
         """After an error the minibatch doesn't count; if a step was begun, nor does the cycle."""
         if not self._order:
             return
+        self._left += 1
         order, self._order = self._order, []
         inside = self._weights.holder
         inside.leave(keep=inside.stepped)
@@ -182,6 +187,7 @@ class Guard(Face):
     def _close(self) -> None:
         """After a minibatch, on which all lanes have stepped."""
         self.phase += 1
+        self._left = 0
         self._opt_called = True  # or schedulers on it warn that nobody calls ``step``
         first = self.phase < min(2, self.nt)
         for lane in [one for one in self._order if not one.inner.noted]:

@@ -1,6 +1,7 @@
 """What a closure may do, and what is refused."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -178,7 +179,12 @@ def test_errors_of_arguments():
         (BestOf, (one,), {}, "optimizers must be a list of at least one, got"),
         (BestOf, (None,), {}, "optimizers must be a list of at least one, got None"),
         (BestOf, ([one],), {"rates": (0.1,)}, "rates must go with a function of a ra"),
-        (BestOf, (lambda rate: one,), {}, "rates must go with a function of a rate, got [] a"),
+        (
+            BestOf,
+            (lambda rate: one,),
+            {},
+            "rates must go with a function of a rate, got none (give rates=(...))",
+        ),
         (
             BestOf,
             (lambda rate: SGD(one.param_groups, lr=0.1),),
@@ -198,6 +204,13 @@ def test_errors_of_arguments():
     one.add_param_group({"params": [v]})
     with pytest.raises(ValueError, match=r"^parameters must be in .* got SGD with 2 instead of 1$"):
         guard.step(lambda: None)
+
+
+def test_a_guard_without_a_model_is_told_of_as_one():
+    given: Any = [SGD([torch.ones(1, requires_grad=True)]) for _ in range(2)]
+    for kind in (Recommended, Hedged):
+        with pytest.raises(TypeError, match=r"^guard.__init__\(\) missing 1 .* argument: 'model'$"):
+            kind(*given)
 
 
 @pytest.mark.parametrize("kind", TWO)

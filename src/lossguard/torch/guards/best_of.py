@@ -119,7 +119,9 @@ class BestOf(Guard):
         if not isinstance(rates, Iterable):
             raise ValueError(f"rates must be a sequence of numbers, got {rates!r}")
         rates = [float(rate) if isinstance(rate, Real) else rate for rate in rates]
-        if callable(optimizers) != bool(rates):
+        if callable(optimizers) and not rates:
+            raise ValueError("rates must go with a function of a rate, got none (give rates=(...))")
+        if rates and not callable(optimizers):
             raise ValueError(
                 f"rates must go with a function of a rate, got {rates} and {told(optimizers)}"
             )

@@ -372,6 +372,7 @@ def narrower(experiment: Experiment) -> lossguard.Task:
             {"nt": 3, **mine(lossguard.unguarded(optax.sgd(0.1)))},
             "^method mine must have nt = 3, as .*, got 10$",
         ),
+        (mine(optax.sgd(0.1)), "^method mine must be a Guard such as unguarded"),
         *(
             (changes, "^a run must be of numbers, .*, but holds ")
             for changes in ({"model": OtherMLP()}, {"methods": {"Signs"}})

@@ -19,7 +19,7 @@ from ..schedules import paper_decay
 from ..tasks.datasets import load_dataset
 from ..tasks.models import MLP, ConvNet, ReluMLP
 from ..tasks.task import Task
-from ..validation import check_choice, freeze_lists
+from ..validation import check_choice, check_kind, freeze_lists
 
 
 def named_task(experiment: "Experiment") -> Task:
@@ -177,7 +177,8 @@ class Experiment:
         """The guards of ``names``, in their order.
 
         Raises:
-            ValueError: if there is no method, one twice, or one that ``make_methods`` doesn't have.
+            ValueError: if there is no method, one twice, one that ``make_methods`` doesn't have, or
+                one that is no guard.
         """
         known = self.make_methods(self)
         names = self.methods or tuple(known)
@@ -189,4 +190,6 @@ class Experiment:
         made: dict[str, Any] = {
             name: known[name]() if callable(known[name]) else known[name] for name in names
         }
+        for name, guard in made.items():
+            check_kind(f"method {name}", guard, Guard, "unguarded(optimizer)")
         return made

@@ -62,6 +62,8 @@ class Face(arguments.Uncopied, Optimizer):
         """All that run on the minibatch that is under way."""
         self._shared: list[tuple[Tensor, int]] = []
         """What no lane has, and how often it had been written to when the run began."""
+        self._left = 0
+        """Minibatches in a row that were left before the last lane had stepped."""
         arguments.refuse_steps_beside(self)
 
     @property

@@ -49,8 +49,6 @@ class Guard(Face):
         self.check, self.nc = check, nc
         self.checked = 0
         self.process_group, self.callback = process_group, callback
-        self._left = 0
-        """Minibatches in a row that were left before the last lane had stepped."""
         self._lanes = {
             name: Lane(name, self._inners[of], self._weights, forgives=self.forgives)
             for name, of in lanes.items()
@@ -101,8 +99,7 @@ class Guard(Face):
                 clip(model.parameters())
                 lane.step(loss)
 
-        If the loop is left before the last lane has stepped, the minibatch doesn't count. After
-        ten such minibatches in a row it warns.
+        A loop that is left before the last lane has stepped doesn't count; ten in a row warn.
 
         Raises:
             ValueError: if there are gradients before it, or the body steps but by ``lane.step``.
@@ -186,8 +183,7 @@ class Guard(Face):
 
     def _close(self) -> None:
         """After a minibatch, on which all lanes have stepped."""
-        self.phase += 1
-        self._left = 0
+        self.phase, self._left = self.phase + 1, 0
         self._opt_called = True  # or schedulers on it warn that nobody calls ``step``
         first = self.phase < min(2, self.nt)
         for lane in [one for one in self._order if not one.inner.noted]:

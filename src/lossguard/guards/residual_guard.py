@@ -5,6 +5,7 @@ learned proposal y, mu the bound that a tracking sequence makes of the residuals
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -15,7 +16,7 @@ from jaxtyping import Array, Int, PyTree
 
 from ..validation import check_choice, check_fraction, check_kind
 from .cycle import Cycle, guard_of
-from .lanes import Lane, propose, with_extra_args
+from .lanes import Lane, Optimizer, propose, with_extra_args
 from .protocol import FALLBACK, LEARNED, NEITHER, Decision, Guard, Objective, Params
 from .soundness import evaluate, is_sound, renew_if_unsound, select
 
@@ -116,15 +117,31 @@ def residual_guard(
     check_choice("residual", residual, get_args(Residual))
     check_kind("sequence", sequence, TrackingSequence, "ema(0.9)")
     learned, fallback = with_extra_args("learned", learned), with_extra_args("fallback", fallback)
+    rules = SafeL2O(learned, fallback, alpha, sequence, residual)
+    return guard_of(rules.begin, rules.cycle, nt=nt)
 
-    def begin(params: Params) -> ResidualGuardState:
-        memory = sequence.init(jnp.array(jnp.nan, float))  # nothing is known of mu
-        return ResidualGuardState(learned.init(params), fallback.init(params), memory)
+
+@dataclass(frozen=True)
+class SafeL2O:
+    """The rules: of a cycle, and of each of its steps."""
+
+    learned: Optimizer
+    fallback: Optimizer
+    alpha: float
+    sequence: TrackingSequence
+    residual: Residual
+
+    def begin(self, params: Params) -> ResidualGuardState:
+        """Nothing is known of mu."""
+        memory = self.sequence.init(jnp.array(jnp.nan, float))
+        return ResidualGuardState(self.learned.init(params), self.fallback.init(params), memory)
 
     def cycle(
-        x: Params, inner: ResidualGuardState, now: Cycle
+        self, x: Params, inner: ResidualGuardState, now: Cycle
     ) -> tuple[Params, ResidualGuardState, Decision]:
-        step, numbers = partial(gl2o, now.objective), now.i + jnp.arange(now.nt, dtype=jnp.int32)
+        """nt steps."""
+        numbers = now.i + jnp.arange(now.nt, dtype=jnp.int32)
+        step = partial(self.step, now.objective)
         (x, inner), (ok, losses, finite_z) = jax.lax.scan(step, (x, inner), numbers)
         decision = Decision(
             used_learned=ok,
@@ -135,40 +152,38 @@ def residual_guard(
         )
         return x, inner, decision
 
-    def gl2o(
-        objective: Objective, carry: tuple[Params, ResidualGuardState], i: Int[Array, ""]
+    def step(
+        self, objective: Objective, carry: tuple[Params, ResidualGuardState], i: Int[Array, ""]
     ) -> tuple[tuple[Params, ResidualGuardState], tuple[Array, ...]]:
         """One step; and whether y is kept, the loss at x, and whether z is finite."""
         x, inner = carry
         loss, gradient = evaluate(objective, x, i)
         at = Lane(x, inner.learned), Lane(x, inner.fallback)
-        y, learned_state = propose(learned, at[0], objective, i, loss, gradient)
-        z, fallback_state = propose(fallback, at[1], objective, i, loss, gradient)
+        y, learned_state = propose(self.learned, at[0], objective, i, loss, gradient)
+        z, fallback_state = propose(self.fallback, at[1], objective, i, loss, gradient)
 
         loss_y, gradient_y = evaluate(objective, y, i)
-        if residual == "step":
+        if self.residual == "step":
             at_y = Lane(y, inner.fallback)
-            after_y, _ = propose(fallback, at_y, objective, i, loss_y, gradient_y)
+            after_y, _ = propose(self.fallback, at_y, objective, i, loss_y, gradient_y)
             s_x, s_y = optax.tree.sub(x, z), optax.tree.sub(y, after_y)
         else:
             s_x, s_y = gradient, gradient_y
         own, r = (optax.tree.norm(optax.tree.cast(s, float)) for s in (s_x, s_y))
 
         # mu_1 is that of the first step whose residual is finite and above 0.
-        bound = sequence.bound(inner.memory)
+        bound = self.sequence.bound(inner.memory)
         known = jnp.isfinite(bound) & (bound > 0)
-        memory = select(known, inner.memory, sequence.init(own))
-        mu = sequence.bound(memory)
+        memory = select(known, inner.memory, self.sequence.init(own))
+        mu = self.sequence.bound(memory)
         finite_y, finite_z = is_sound(y, lambda: x) & jnp.isfinite(r), is_sound(z, lambda: x)
-        ok = finite_y & jnp.isfinite(mu) & (r <= alpha * mu) & (mu > 0)
+        ok = finite_y & jnp.isfinite(mu) & (r <= self.alpha * mu) & (mu > 0)
 
-        passed = sequence.reject(memory, own)
+        passed = self.sequence.reject(memory, own)
         x = select(ok, y, select(finite_z, z, x))
         inner = ResidualGuardState(
-            renew_if_unsound(learned, x, learned_state),
-            renew_if_unsound(fallback, x, fallback_state),
-            select(ok, sequence.update(memory, r), select(jnp.isfinite(own), passed, memory)),
+            renew_if_unsound(self.learned, x, learned_state),
+            renew_if_unsound(self.fallback, x, fallback_state),
+            select(ok, self.sequence.update(memory, r), select(jnp.isfinite(own), passed, memory)),
         )
         return (x, inner), (ok, loss, finite_z)
-
-    return guard_of(begin, cycle, nt=nt)

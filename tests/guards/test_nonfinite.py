@@ -117,6 +117,7 @@ def test_x_stays_if_neither_branch_is_finite(name, minibatch, value) -> None:
     np.testing.assert_array_equal(decisions.winner[:3], [0, -1, 0])
     np.testing.assert_array_equal(states.params[0], states.params[1])
     assert not decisions.used_learned[1].any()
+    assert np.isinf(decisions.losses[1]).all()  # not those of steps that were undone
     assert states.steps[1] == 2 * NT  # and time goes on
     assert states.minibatches[1] == 2 * (NT + NC)
 

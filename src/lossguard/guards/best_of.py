@@ -189,8 +189,10 @@ class SideBySide:
         x, decision = jax.tree.map(
             lambda *leaves: jnp.stack(leaves)[inner.leader], *zip(ends, decisions, strict=True)
         )
+        stays = fine[inner.leader]
         decision = decision._replace(
-            winner=jnp.where(fine[inner.leader], inner.leader, NEITHER),
+            losses=jnp.where(stays, decision.losses, jnp.inf),
+            winner=jnp.where(stays, inner.leader, NEITHER),
             gradients=sum(one.gradients for one in decisions),
             forwards=sum(one.forwards for one in decisions),
             learned_updates=sum(one.learned_updates for one in decisions),

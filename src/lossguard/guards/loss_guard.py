@@ -88,7 +88,7 @@ def loss_guard(
         )
         decision = Decision(
             used_learned=jnp.full(now.nt, keep_y),
-            losses=jnp.where(keep_y, losses[0], losses[1]),
+            losses=jnp.where(keep_y, losses[0], jnp.where(finite_z, losses[1], jnp.inf)),
             winner=jnp.where(keep_y, LEARNED, jnp.where(finite_z, FALLBACK, NEITHER)),
             gradients=jnp.int32(2 * now.nt),
             learned_loss=checks[0],

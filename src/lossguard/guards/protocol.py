@@ -44,7 +44,7 @@ class Decision(NamedTuple):
     """Whether each step of the lane that ``losses`` are of was the learned optimizer's."""
     losses: Float[Array, " nt"]
     """Training loss before each step. Of which lane, the guard says: of the leader before the
-    cycle, or, with hindsight, of the branch that was kept; or taken back, if ``winner`` is -1."""
+    cycle, or, with hindsight, of the branch that was kept. Infinite where all steps were undone."""
     winner: Int[Array, ""]
     """The lane that ``params`` are of after the cycle: 0 learned, 1 fallback, 2 the fallback by
     itself, -1 where x stayed or went back; with ``best_of`` the number of the guard. Of

@@ -183,7 +183,7 @@ class BestOf(Guard):
         self._lead(lanes[best])
         return Decision(
             used_learned=[True] * self.nt,
-            losses=seen[str(best)].losses,
+            losses=seen[str(best)].losses if best in fine else [math.inf] * self.nt,
             winner=best if best in fine else NEITHER,
             gradients=self.nt * len(seen),
             forwards=self.nc * len(seen),

@@ -30,7 +30,8 @@ class Decision(NamedTuple):
 
     Attributes:
         used_learned: nt flags: whether each step of the lane that ``losses`` are of was learned.
-        losses: nt training losses, each before its step. Of which lane, the guard says.
+        losses: nt training losses, each before its step. Of which lane, the guard says. Infinite
+            where all of these steps were undone.
         winner: the lane that the model has after the cycle: 0 learned, 1 fallback, 2 the fallback
             by itself, -1 where x stayed or went back (never with ``Recommended`` and ``Hedged``);
             with ``BestOf`` the optimizer's number.

@@ -110,7 +110,7 @@ class LossGuard(Guard):
             loser.forget()
         return Decision(
             used_learned=[keep_y] * nt,
-            losses=y.losses if keep_y else z.losses,
+            losses=y.losses if keep_y else z.losses if finite_z else [math.inf] * nt,
             learned_loss=check_y,
             fallback_loss=check_z,
             winner=LEARNED if keep_y else FALLBACK if finite_z else NEITHER,

@@ -9,14 +9,17 @@ class Lane:
     """An optimizer, and where it is."""
 
     def __init__(self, w: np.ndarray, optimizer):
-        self.w, self.optimizer = w, optimizer
+        self.w, self.optimizer, self.is_new = w, optimizer, False
 
     def run(self, objective, numbers: range) -> list[float]:
         """A step on each of these minibatches, and the loss before each."""
         losses = []
         for i in numbers:
             losses.append(objective.loss(self.w, i))
-            self.w = self.optimizer.step(self.w, objective.gradient(self.w, i))
+            proposed = self.optimizer.step(self.w, objective.gradient(self.w, i))
+            part = len(losses) / len(numbers) if self.is_new else 1
+            self.w = self.w + part * (proposed - self.w)
+        self.is_new = False
         return losses
 
     def is_finite(self, losses: list[float]) -> bool:
@@ -151,6 +154,7 @@ class Relay:
     def have_z_at_x(self) -> None:
         self.z.w = self.y.w
         self.z.optimizer.forget()
+        self.z.is_new = True
 
     def go_to(self, s: Lane, loss: float) -> None:
         self.events.add("back to s")

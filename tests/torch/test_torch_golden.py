@@ -90,19 +90,22 @@ class SGDOf(NamedTuple):
 
 
 class Scheduled(SGD):
-    """It counts the steps of the run, as a schedule of optax does."""
+    """It counts the steps of the run, as a schedule of optax does; its rate is a factor."""
 
     def __init__(self, params, rates):
-        super().__init__(params)
+        super().__init__(params, lr=1.0)
         self.rates, self.param_groups[0]["clock"] = rates, 0
 
     def step(self, closure=None):
         (group,) = self.param_groups
-        group["lr"] = float(self.rates[group["clock"]])
+        factor = group["lr"]
+        group["lr"] = factor * float(self.rates[group["clock"]])
         group["clock"] += 1
-        return super().step(closure)
+        super().step(closure)
+        group["lr"] = factor
 
 
+LOST = 1e15
 STEPS, ONES = np.arange(len(X)), np.ones(len(X))
 adam = AdamOf
 
@@ -224,7 +227,11 @@ def assert_same(in_torch, in_jax):
         for field in ("gradients", "forwards", "learned_updates"):
             assert getattr(decision, field) == int(getattr(expected, field)), field
         for field in ("losses", "learned_loss", "fallback_loss"):
-            ours, theirs = getattr(decision, field), getattr(expected, field)
+            # Beyond LOST the run of a lane that diverges is decided by rounding.
+            ours, theirs = (
+                np.nan_to_num(np.clip(getattr(one, field), None, LOST), nan=-1.0)
+                for one in (decision, expected)
+            )
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, err_msg=field)
         for p, q in zip(params, kept, strict=True):
             np.testing.assert_allclose(p, np.asarray(q), rtol=1e-6, atol=1e-9)

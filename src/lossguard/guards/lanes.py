@@ -64,8 +64,9 @@ def propose(
     i: Int[Array, ""],
     loss: Float[Array, ""],
     gradient: Params,
+    part: Float[Array, ""] | None = None,
 ) -> Lane:
-    """One optimizer step, from the loss and its gradient on minibatch number i.
+    """One optimizer step, or a part of it, from the loss and its gradient on minibatch number i.
 
     Optimizers that want more than the gradient find it under optax's names: ``value``, ``grad``,
     ``value_fn(params)`` and ``grad_fn(params, _)``, all on this minibatch.
@@ -79,19 +80,29 @@ def propose(
         value_fn=lambda params: objective(params, i),
         grad_fn=lambda params, _: evaluate(objective, params, i)[1],
     )
+    if part is not None:
+        updates = jax.tree.map(lambda u: u * part.astype(u.dtype), updates)
     return Lane(optax.apply_updates(lane.params, updates), typed_as(lane.state, state))
 
 
 def train(
-    optimizers: Sequence[Optimizer], lanes: Sequence[Lane], now: Cycle
+    optimizers: Sequence[Optimizer],
+    lanes: Sequence[Lane],
+    now: Cycle,
+    warms_up: Bool[Array, ""] | None = None,
 ) -> tuple[tuple[Lane, ...], Float[Array, "lanes nt"]]:
-    """nt steps of every lane on the minibatches of a cycle, and the losses before each step."""
+    """nt steps of every lane on the minibatches of a cycle, and the losses before each step.
+
+    In a warm-up step t, from 1 on, is t / nt of what the optimizer proposes.
+    """
 
     def step(lanes: tuple[Lane, ...], t: Any) -> tuple[tuple[Lane, ...], Array]:
         after, losses = [], []
+        grown = (t + 1).astype(float) / now.nt
+        part = None if warms_up is None else jnp.where(warms_up, grown, 1.0)
         for optimizer, lane in zip(optimizers, lanes, strict=True):
             loss, gradient = evaluate(now.objective, lane.params, now.i + t)
-            after.append(propose(optimizer, lane, now.objective, now.i + t, loss, gradient))
+            after.append(propose(optimizer, lane, now.objective, now.i + t, loss, gradient, part))
             losses.append(jnp.asarray(loss, float))
         return tuple(after), jnp.stack(losses)
 
@@ -100,7 +111,11 @@ def train(
 
 
 def run_if(
-    runs: Bool[Array, ""], optimizer: Optimizer, lane: Lane, now: Cycle
+    runs: Bool[Array, ""],
+    optimizer: Optimizer,
+    lane: Lane,
+    now: Cycle,
+    warms_up: Bool[Array, ""] | None = None,
 ) -> tuple[Lane, Float[Array, " nt"]]:
     """nt steps of a lane, and its losses.
 
@@ -109,7 +124,7 @@ def run_if(
     """
 
     def run(lane: Lane) -> tuple[Lane, Array]:
-        (after,), (losses,) = train([optimizer], [lane], now)
+        (after,), (losses,) = train([optimizer], [lane], now, warms_up)
         fine = is_sound(after.params, lambda: lane.params)
         params = select(fine, after.params, lane.params)
         state = renew_if_unsound(optimizer, params, after.state)

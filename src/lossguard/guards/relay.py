@@ -31,6 +31,8 @@ class RelayState(NamedTuple):
     z: Lane
     s: Lane
     """While x is on its path z stands for it, and s is where it was."""
+    z_warms_up: Bool[Array, ""]
+    """Whether z has taken no step since its memory was made new."""
     on_own: Bool[Array, ""]
     """Whether x is on the path of s."""
     learned_leads: Bool[Array, ""]
@@ -67,6 +69,7 @@ class Relay:
             y=y,
             z=z,
             s=z,
+            z_warms_up=jnp.array(False),
             on_own=jnp.array(True),
             learned_leads=jnp.array(False),
             progress=progresses.unknown(),
@@ -87,7 +90,7 @@ class Relay:
         now = now._replace(objective=sound(now.objective))
         y, trial = self._begin_trial(state, now)
         tried = trial.length > 0
-        z, of_z = run_if(~leads, self.fallback, state.z, now)
+        z, of_z = run_if(~leads, self.fallback, state.z, now, state.z_warms_up)
         y, of_y = run_if(leads | tried, self.learned, y, now)
         s, of_s = run_if(s_runs, self.fallback, state.s, now)
         losses = jnp.where(leads, of_y, of_z)
@@ -95,6 +98,7 @@ class Relay:
             y=_in_time(y, leads | tried, nt),
             z=_in_time(z, ~leads, nt),
             s=s,
+            z_warms_up=state.z_warms_up & leads,
             progress=progresses.add(state.progress, finite_mean(losses), nt),
             trial_cost=advance(state.trial_cost, jnp.where(tried, nt, 0)),
         )
@@ -153,6 +157,7 @@ class Relay:
 
         Where its last loss isn't finite, x is no point to go on from. What z remembers is of where
         it was: Adam's moments, of gradients there, would hold it back at x for thousands of steps.
+        So they are made new. Then its first steps would be too long: its first cycle is a warm-up.
         """
         loss, recent, level = state.progress.lasting, state.progress.recent, state.level
         young = state.progress.earlier_age == 0
@@ -167,6 +172,7 @@ class Relay:
         progress = select(ends, progresses.begin(jnp.where(from_x, recent, level)), state.progress)
         return state._replace(
             z=z,
+            z_warms_up=state.z_warms_up | from_x,
             learned_leads=~ends,
             level=jnp.where(better, loss, level),
             progress=progress,
@@ -199,6 +205,7 @@ def go_back(state: RelayState, back: Bool[Array, ""], loss: Float[Array, ""]) ->
     """x goes on from s, at its loss, on the fallback's own path; or the state as it is."""
     there = state._replace(
         z=state.s,
+        z_warms_up=jnp.array(False),
         on_own=jnp.array(True),
         learned_leads=jnp.array(False),
         progress=progresses.begin(loss),

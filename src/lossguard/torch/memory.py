@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.rates import SETTINGS, beside_state, options_of, same, set_back
+from lossguard.torch.rates import (
+    SETTINGS,
+    beside_state,
+    copied_rate,
+    options_of,
+    same,
+    set_back,
+    set_rate,
+)
 from lossguard.torch.tensors import finite, leaves, local
 
 T = TypeVar("T")
@@ -58,12 +66,19 @@ class Inner:
         self._fresh = self.memory().copy()
 
     @contextmanager
-    def stepping(self) -> Iterator[None]:
+    def stepping(self, part: float = 1.0) -> Iterator[None]:
+        """While it is stepped, by a guard alone: its rates are a part of what they are."""
+        groups = [g for g in self.optimizer.param_groups if part != 1 and g.get("lr") is not None]
+        rates = [copied_rate(group) for group in groups]
+        for group, rate in zip(groups, rates, strict=True):  # which may share a tensor
+            set_rate(group, rate * part)
         self.steps = True
         try:
             yield
         finally:
             self.steps = False
+            for group, rate in zip(groups, rates, strict=True):
+                set_rate(group, rate)
 
     def fresh(self) -> Memory:
         """As when the guard was built, by when some optimizers have made all that they remember."""

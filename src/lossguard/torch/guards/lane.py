@@ -34,6 +34,8 @@ class Lane:
         self.losses: list[Tensor] = []
         self.checks: list[Tensor] = []
         self.begun = self.stepped = False
+        self.warm_up = 0
+        """The steps at the start of its next cycle over which its rates rise to the whole."""
         self._parked: Memory | None = None
         if inner.holder is None:
             inner.holder = self
@@ -189,7 +191,8 @@ class Lane:
         """A step of its optimizer by the gradients that are there."""
         trained = [p.requires_grad for p in self.weights.params]
         try:
-            with torch.no_grad(), self.inner.stepping():
+            part = (len(self.losses) + 1) / self.warm_up if self.warm_up else 1.0
+            with torch.no_grad(), self.inner.stepping(part):
                 self.optimizer.step(**({"loss": loss} if self.inner.takes_loss else {}))
         finally:
             for p, before in zip(self.weights.params, trained, strict=True):

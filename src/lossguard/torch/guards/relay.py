@@ -101,6 +101,8 @@ class Relay:
                 )
             elif lost or breaks(of_y, losses):
                 state = state._replace(trial=NONE)
+        if z is not None:
+            self.z.warm_up = 0
         if led:
             state = self._keep_or_hand_over(state, losses)
         self.state = state
@@ -118,6 +120,7 @@ class Relay:
     def go_back(self, loss: float) -> None:
         """x goes back to s, at its loss."""
         self.z.become(self.s)
+        self.z.warm_up = 0
         self.state = State(progress=Progress.begun(loss), trial_cost=self.state.trial_cost)
 
     def _keep_or_hand_over(self, state: State, of_y: Sequence[float]) -> State:
@@ -125,18 +128,23 @@ class Relay:
 
         Where its last loss isn't finite, x is no point to go on from. What z remembers is of where
         it was: Adam's moments, of gradients there, would hold it back at x for thousands of steps.
+        So they are made new. Then its first steps would be too long: its first cycle is a warm-up.
         """
         progress, level, here = state.progress, state.level, math.isfinite(of_y[-1])
         now = progress.lasting
         risen = not any_finite(of_y) or now > level + rules.RISE * abs(level)
         if risen or (here and progress.rate < rules.STALL):
             if not risen:
-                self.z.start_afresh_at(self.y.point)
+                self._have_z_at_x()
             # z's path goes on from where y has come to: from there it is fast or slow again.
             began = Progress.begun(level if risen else progress.recent)
             return state._replace(learned_leads=False, progress=began)
         gain = rules.YOUNG_GAIN if progress.earlier_age == 0 else rules.GAIN
         if here and now < level - gain * abs(level):
-            self.z.start_afresh_at(self.y.point)
+            self._have_z_at_x()
             return state._replace(level=now)
         return state
+
+    def _have_z_at_x(self) -> None:
+        self.z.start_afresh_at(self.y.point)
+        self.z.warm_up = self.nt

@@ -17,6 +17,7 @@ from models import (
     quadratic,
     run,
     spiral,
+    squares,
     step_by,
     twins,
     two,
@@ -26,6 +27,7 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 from lossguard.torch import BestOf, Hedged, LossGuard, Recommended
+from lossguard.torch.guards.decision import FALLBACK
 from lossguard.torch.guards.lane import Lane
 from lossguard.torch.guards.losses import Progress
 from tests.campaigns import torch_guards
@@ -281,6 +283,37 @@ def test_a_hand_over_from_where_the_model_is_is_no_jump():
 
 
 @pytest.mark.filterwarnings("ignore:lane y")
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1, dtype=torch.float64)])
+def test_a_fallback_that_takes_over_warms_up(rate):
+    """Its t-th step of ten is at t / 10 of its rate, which a checkpoint within them tells."""
+
+    def build():
+        weight = torch.tensor([4.0], dtype=torch.float64, requires_grad=True)
+        bold, careful = SGD([weight], lr=0.01), SGD([weight], lr=rate)
+        return weight, bold, Recommended(bold, careful, model=None), squares(weight)
+
+    def factor(weight, guard, closure):
+        before = weight.item()
+        guard.step(closure)
+        return weight.item() / before
+
+    weight, bold, guard, closure = build()
+    guard.step(closure)
+    bold.param_groups[0]["lr"] = 0.3  # it wins its first trial
+    while guard.last_decision is None or guard.last_decision.winner != FALLBACK:
+        guard.step(closure)
+        if guard.steps == 20:
+            bold.param_groups[0]["lr"] = 0.0  # it stalls
+    factors = [factor(weight, guard, closure) for _ in range(4)]
+    saved = guard.state_dict()
+    weight, _, guard, closure = build()
+    guard.load_state_dict(saved)
+    factors += [factor(weight, guard, closure) for _ in range(8)]
+    parts = [*np.arange(1, 11) / 10, 1, 1]
+    np.testing.assert_allclose(factors, 1 - 2 * 0.1 * np.array(parts), rtol=1e-6)
+    assert float(guard.state_dict()["param_groups"][0]["lr"]) == pytest.approx(0.1)
+
+
 def test_a_return_after_an_error_is_a_jump():
     weight, closure = quadratic()
     guard = two_rates(LossGuard, weight, 0.1, 0.1, nt=2)

@@ -268,6 +268,8 @@ def _agreed(ran: Sequence[Lane], group: distributed.ProcessGroup | None) -> dict
 class GuardOfTwo(Guard):
     """A relay at x, of learned lane y and fallback lane z, beside s, the fallback's own run."""
 
+    remembered = ("_relay.state", "_relay.z.warm_up")
+
     def __init__(
         self,
         learned: Optimizer,

@@ -59,7 +59,7 @@ class Hedged(GuardOfTwo):
     (0, 20.0)
     """
 
-    remembered = ("_relay.state", "_relay.z.warm_up", "_regret", "_away", "_behind")
+    remembered = (*GuardOfTwo.remembered, "_regret", "_away", "_behind")
 
     _regret, _away, _behind = 0.0, 0, 0
 

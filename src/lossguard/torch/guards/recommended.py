@@ -58,7 +58,7 @@ class Recommended(GuardOfTwo):
     (0, 20.0)
     """
 
-    remembered = ("_relay.state", "_relay.z.warm_up", "_own_steps", "_progress", "_against")
+    remembered = (*GuardOfTwo.remembered, "_own_steps", "_progress", "_against")
 
     _own_steps = 0
     _progress = Progress.begun(math.nan)

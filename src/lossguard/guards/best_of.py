@@ -12,24 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 from ..rules import HEAD_START
 from ..validation import check_decay, check_kind, check_nc, check_part
 from . import trial as trials
-from .cycle import (
-    LONGEST,
-    Cycle,
-    as_arrays,
-    check_objective,
-    check_state,
-    own_buffers,
-)
+from .cycle import LONGEST, Cycle, as_arrays, check_objective, check_state, own_buffers
 from .lanes import losses_at
 from .protocol import NEITHER, Decision, Guard, GuardState, Objective, Params, advance, following
-from .soundness import (
-    advance_schedules,
-    check_schedules,
-    is_sound,
-    renew,
-    select,
-    sound,
-)
+from .soundness import advance_schedules, check_schedules, is_sound, renew, select, sound
 from .stacked import stacked
 from .trial import Trial
 

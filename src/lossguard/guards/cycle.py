@@ -9,16 +9,7 @@ import numpy as np
 from jaxtyping import Array, Int, PyTree
 
 from ..validation import check_count, check_function, check_kind
-from .protocol import (
-    Decision,
-    Guard,
-    GuardState,
-    Objective,
-    Params,
-    advance,
-    check_loss,
-    following,
-)
+from .protocol import Decision, Guard, GuardState, Objective, Params, advance, check_loss, following
 from .soundness import plain
 from .stacked import check_stacked
 

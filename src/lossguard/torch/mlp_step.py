@@ -164,11 +164,7 @@ def _signals(
 
 
 def _scales(
-    weights: dict[str, Tensor],
-    units: list[Tensor],
-    signals: Tensor,
-    sizes: Tensor,
-    t: int,
+    weights: dict[str, Tensor], units: list[Tensor], signals: Tensor, sizes: Tensor, t: int
 ) -> Tensor:
     """The scales of steps, [N]; the scheduler's units take a step."""
     into, back, bias, output = (

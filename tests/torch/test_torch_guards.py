@@ -282,7 +282,6 @@ def test_a_hand_over_from_where_the_model_is_is_no_jump():
     assert decision.winner == 1 and not decision.jumped  # y has stalled, and z goes on from there
 
 
-@pytest.mark.filterwarnings("ignore:lane y")
 @pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1, dtype=torch.float64)])
 def test_a_fallback_that_takes_over_warms_up(rate):
     """Its t-th step of ten is at t / 10 of its rate, which a checkpoint within them tells."""
@@ -314,6 +313,7 @@ def test_a_fallback_that_takes_over_warms_up(rate):
     assert float(guard.state_dict()["param_groups"][0]["lr"]) == pytest.approx(0.1)
 
 
+@pytest.mark.filterwarnings("ignore:lane y")
 def test_a_return_after_an_error_is_a_jump():
     weight, closure = quadratic()
     guard = two_rates(LossGuard, weight, 0.1, 0.1, nt=2)

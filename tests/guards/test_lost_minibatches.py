@@ -115,7 +115,7 @@ def test_x_goes_back_to_s_where_only_s_has_a_finite_loss() -> None:
         return jnp.where(jnp.abs(v) > 1e3, jnp.nan, loss)
 
     learned = optax.stateless(lambda _, w: (jnp.where(w[0] < 1, 0.05, 0.0), 0 * w[1]))
-    fallback = optax.stateless(lambda g, w: (jnp.float32(0.001), -0.1 * g[1]))
+    fallback = optax.stateless(lambda g, w: (jnp.float32(0.001), -0.12 * g[1]))
     guard = lossguard.recommended(learned, fallback)
     _, state, decisions = told(guard, objective, (jnp.float32(0.0), jnp.float32(0.001)), 60)
     broke = np.flatnonzero(np.isnan(decisions.losses).any(axis=1))[0]

@@ -289,14 +289,15 @@ def test_a_fallback_that_takes_over_warms_up(rate):
     def build():
         weight = torch.tensor([4.0], dtype=torch.float64, requires_grad=True)
         bold, careful = SGD([weight], lr=0.01), SGD([weight], lr=rate)
-        return weight, bold, Recommended(bold, careful, model=None), squares(weight)
+        guard = Recommended(bold, careful, model=None)
+        return weight, bold, careful, guard, squares(weight)
 
     def factor(weight, guard, closure):
         before = weight.item()
         guard.step(closure)
         return weight.item() / before
 
-    weight, bold, guard, closure = build()
+    weight, bold, careful, guard, closure = build()
     guard.step(closure)
     bold.param_groups[0]["lr"] = 0.3  # it wins its first trial
     while guard.last_decision is None or guard.last_decision.winner != FALLBACK:
@@ -304,13 +305,14 @@ def test_a_fallback_that_takes_over_warms_up(rate):
         if guard.steps == 20:
             bold.param_groups[0]["lr"] = 0.0  # it stalls
     factors = [factor(weight, guard, closure) for _ in range(4)]
+    assert careful.param_groups[0]["lr"] == 0.1  # between steps
     saved = guard.state_dict()
-    weight, _, guard, closure = build()
+    weight, _, careful, guard, closure = build()
     guard.load_state_dict(saved)
     factors += [factor(weight, guard, closure) for _ in range(8)]
     parts = [*np.arange(1, 11) / 10, 1, 1]
     np.testing.assert_allclose(factors, 1 - 2 * 0.1 * np.array(parts), rtol=1e-6)
-    assert float(guard.state_dict()["param_groups"][0]["lr"]) == pytest.approx(0.1)
+    assert careful.param_groups[0]["lr"] == 0.1
 
 
 @pytest.mark.filterwarnings("ignore:lane y")

@@ -22,7 +22,7 @@ from lossguard.torch.rates import (
     options_of,
     same,
     set_back,
-    set_rate,
+    set_rates,
 )
 from lossguard.torch.tensors import finite, leaves, local
 
@@ -68,17 +68,15 @@ class Inner:
     @contextmanager
     def stepping(self, part: float = 1.0) -> Iterator[None]:
         """While it is stepped, by a guard alone: its rates are a part of what they are."""
-        groups = [g for g in self.optimizer.param_groups if part != 1 and g.get("lr") is not None]
-        rates = [copied_rate(group) for group in groups]
-        for group, rate in zip(groups, rates, strict=True):  # which may share a tensor
-            set_rate(group, rate * part)
+        groups = [g for g in self.optimizer.param_groups if g.get("lr") is not None]
+        rates = [] if part == 1 else [copied_rate(group) for group in groups]
         self.steps = True
         try:
+            set_rates(groups, [rate * part for rate in rates])
             yield
         finally:
             self.steps = False
-            for group, rate in zip(groups, rates, strict=True):
-                set_rate(group, rate)
+            set_rates(groups, rates)
 
     def fresh(self) -> Memory:
         """As when the guard was built, by when some optimizers have made all that they remember."""

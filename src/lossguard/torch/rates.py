@@ -186,6 +186,12 @@ def copied_rate(group: Group) -> float | Tensor:
     return group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
 
 
+def set_rates(groups: Sequence[Group], rates: Sequence[float | Tensor]) -> None:
+    """Set the rate of each group, where one is given; groups may share a tensor."""
+    for group, rate in zip(groups, rates, strict=False):
+        set_rate(group, rate)
+
+
 def set_rate(group: Group, rate: float | Tensor) -> None:
     """Set the rate, which may be a tensor that must stay the same one."""
     if isinstance(group["lr"], Tensor):

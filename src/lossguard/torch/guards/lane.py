@@ -106,6 +106,7 @@ class Lane:
         """Be where another lane of the same optimizer is, and remember what it does."""
         self.start_at(other.point)
         self.remember(other.memory().copy())
+        self.warm_up = other.warm_up
 
     def memory(self) -> Memory:
         """What it remembers, itself."""

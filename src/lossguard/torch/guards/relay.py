@@ -82,6 +82,8 @@ class Relay:
         for lane, one in ((self.z, z), (self.y, y)):
             if one is not None and not one.finite:
                 lane.go_back()
+        if z is not None:
+            self.z.warm_up = 0
         losses, of_y = seen["y" if led else "z"].told, [] if y is None or led else y.told
         progress = state.progress.after(finite_mean(losses), self.nt)
         state = state._replace(progress=progress)
@@ -101,8 +103,6 @@ class Relay:
                 )
             elif lost or breaks(of_y, losses):
                 state = state._replace(trial=NONE)
-        if z is not None:
-            self.z.warm_up = 0
         if led:
             state = self._keep_or_hand_over(state, losses)
         self.state = state
@@ -120,7 +120,6 @@ class Relay:
     def go_back(self, loss: float) -> None:
         """x goes back to s, at its loss."""
         self.z.become(self.s)
-        self.z.warm_up = 0
         self.state = State(progress=Progress.begun(loss), trial_cost=self.state.trial_cost)
 
     def _keep_or_hand_over(self, state: State, of_y: Sequence[float]) -> State:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lossguard.torch.rates import Group, copied_rate, set_rate
+from lossguard.torch.rates import Group, copied_rate, set_rates
 from lossguard.torch.tensors import Number, zero_unsound
 
 JUDGED = 16
@@ -110,8 +110,7 @@ class CarefulSteps:
         scale, self._groups = rewind.scale, optimizer.param_groups
         if scale != 1:
             self._rates = [copied_rate(group) for group in self._groups]
-            for group, rate in zip(self._groups, self._rates, strict=True):  # may share a tensor
-                set_rate(group, rate * scale)
+            set_rates(self._groups, [rate * scale for rate in self._rates])
         return args, kwargs
 
     def _look(self, optimizer: Optimizer) -> None:
@@ -132,8 +131,7 @@ class CarefulSteps:
                 group["lr"] = rate
 
     def _restore(self) -> None:
-        for group, rate in zip(self._groups, self._rates, strict=False):
-            set_rate(group, rate)
+        set_rates(self._groups, self._rates)
         self._groups, self._rates = [], []
 
 

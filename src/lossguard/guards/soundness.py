@@ -12,6 +12,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .protocol import Guard, Objective, Params, advance, wide
 from .stacked import stacked
 
+select = optax.tree.where
+"""``select(condition, yes, no)``: one tree or the other, leaf by leaf."""
+
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """Whether every floating-point number in a pytree is finite."""
@@ -136,11 +139,6 @@ def renew_if_unsound(
     """The state, or a renewed one if it is no longer finite."""
     sound = is_sound(state, partial(optimizer.init, params))
     return jax.lax.cond(sound, lambda: state, partial(renew, optimizer, params, state))
-
-
-def select(condition: Bool[Array, ""], yes: PyTree, no: PyTree) -> PyTree:
-    """``yes`` where the condition holds, else ``no``, leaf by leaf."""
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
 def _is_float(leaf: Array) -> bool:

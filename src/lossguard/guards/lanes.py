@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .cycle import Cycle
 from .protocol import Guard, Objective, Params
-from .soundness import all_finite, evaluate, is_sound, renew_if_unsound, select, typed_as
+from .soundness import evaluate, is_sound, renew_if_unsound, select, typed_as
 
 Optimizer = optax.GradientTransformationExtraArgs
 
@@ -140,8 +140,3 @@ def losses_at(points: Sequence[Params], now: Cycle) -> Float[Array, "nt points"]
         return jnp.stack([jnp.asarray(now.objective(w, now.i + t), float) for w in points])
 
     return jax.lax.map(at, jnp.arange(now.nt, dtype=jnp.int32))
-
-
-def is_fine(lane: Lane, losses: Float[Array, "..."], before: Params) -> Bool[Array, ""]:
-    """Whether a lane that ran has finite losses, and parameters where those before are."""
-    return is_sound(lane.params, lambda: before) & all_finite(losses)

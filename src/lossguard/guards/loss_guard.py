@@ -11,9 +11,9 @@ from jaxtyping import Array, Bool, PyTree
 
 from ..validation import check_choice, check_count
 from .cycle import Cycle, guard_of
-from .lanes import Lane, Optimizer, is_fine, losses_at, train, with_extra_args
+from .lanes import Lane, Optimizer, losses_at, train, with_extra_args
 from .protocol import FALLBACK, LEARNED, NEITHER, Decision, Guard, Params
-from .soundness import renew, renew_if_unsound, select
+from .soundness import is_sound, renew, renew_if_unsound, select
 
 Loser = Literal["keep", "reset"]
 
@@ -78,7 +78,8 @@ def loss_guard(
         fresh = now._replace(i=now.i + now.nt, nt=nc)
         checks = losses_at((y.params, z.params), fresh).mean(axis=0)
 
-        finite_y, finite_z = is_fine(y, checks[0], x), is_fine(z, checks[1], x)
+        finite_y = is_sound(y.params, lambda: x) & jnp.isfinite(checks[0])
+        finite_z = is_sound(z.params, lambda: x) & jnp.isfinite(checks[1])
         keep_y = finite_y & ((checks[0] < checks[1]) | ~finite_z)  # line 16
         x = select(keep_y, y.params, select(finite_z, z.params, x))  # lines 17, 19
 

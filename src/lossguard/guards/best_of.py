@@ -141,7 +141,7 @@ class SideBySide:
             records=unknown,
             weights=jnp.zeros_like(unknown),
             lowest=unknown,
-            against=each(trials.unbounded(), len(self.members)),
+            against=jax.tree.map(lambda leaf: jnp.full(unknown.shape, leaf), trials.unbounded()),
             spent=jnp.zeros(len(self.members), jnp.int32),
             leader=jnp.int32(0),
             checked=jnp.int32(0),
@@ -266,12 +266,12 @@ class SideBySide:
         was_as_good = 2 * lowest < records + records[inner.leader]
         again = ~fine | (compared & won & was_as_good & (numbers != best))
         restarts = again | (compared & (won | over)) | (best != inner.leader)
-        choose, fresh = jax.vmap(select), each(trials.unbounded(), len(d))
+        against = jax.vmap(select)(compared, tried, inner.against)
         after = inner._replace(
             records=jnp.where(again, records[best], records),
             weights=jnp.where(again, weights[best], weights),
             lowest=jnp.where(again, records[best], lowest),
-            against=choose(restarts, fresh, choose(compared, tried, inner.against)),
+            against=jax.vmap(select, (0, None, 0))(restarts, trials.unbounded(), against),
             leader=best,
         )
         return after, fine, again
@@ -282,11 +282,6 @@ def means(losses: Float[Array, "members minibatches"]) -> Float[Array, " members
     known = jnp.isfinite(losses).any(axis=0)
     own = jax.vmap(trials.finite_mean)(losses)
     return jnp.where(known, losses, own[:, None]).mean(axis=1)
-
-
-def each(trial: Trial, members: int) -> Trial:
-    """The same for each member."""
-    return jax.tree.map(lambda leaf: jnp.full(members, leaf), trial)
 
 
 def head_start(

@@ -71,7 +71,7 @@ def cycle(
     relay: Relay, x: Params, inner: HedgedState, now: Cycle
 ) -> tuple[Params, HedgedState, Decision]:
     """The relay, beside s while x is off its path."""
-    was, led_by_s, runs = inner.relay, inner.regret > 0, ~inner.relay.on_own
+    was, led_by_s, runs = inner.relay, inner.regret > 0, inner.relay.winner != OWN
     edited = was._replace(s=was.s._replace(params=x))
     start = select(led_by_s, edited, lead_from(was, x))
     state, decision, of_s = relay.step(start, runs, now)
@@ -91,7 +91,7 @@ def cycle(
     decision = decision._replace(
         used_learned=decision.used_learned & ~leads,
         losses=jnp.where(leads, of_s, decision.losses),
-        winner=jnp.where(leads | back, OWN, decision.winner).astype(jnp.int32),
+        winner=jnp.where(leads, OWN, state.winner),
     )
     after = HedgedState(state, *(jnp.where(back, 0, one) for one in (regret, away, behind)))
     return select(after.regret > 0, state.s.params, leader(state)), after, decision

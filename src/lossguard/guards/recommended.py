@@ -83,7 +83,7 @@ def cycle(
     relay: Relay, x: Params, inner: RecommendedState, now: Cycle
 ) -> tuple[Params, RecommendedState, Decision]:
     """The relay, and s if it is due."""
-    on_own = inner.relay.on_own
+    on_own = inner.relay.winner == OWN
     runs = ~on_own & is_due(inner, now.k, relay.share)
     state, decision, of_s = relay.step(lead_from(inner.relay, x), runs, now)
 
@@ -93,16 +93,14 @@ def cycle(
     loss = finite_mean(jnp.where(runs, of_s, decision.losses))
     progress = progresses.add(inner.progress, loss, now.nt, memory=0)
     progress = select(runs | on_own, progress, inner.progress)
-    back = runs & won
-    state = go_back(state, back, progress.recent)
-    winner = jnp.where(back, OWN, decision.winner).astype(jnp.int32)
+    state = go_back(state, runs & won, progress.recent)
     after = RecommendedState(
         relay=state,
         own_steps=advance(inner.own_steps, jnp.where(on_own | runs, now.nt, 0)),
         progress=progress,
         against=select(runs & (won | lost), trials.unbounded(), against),
     )
-    return leader(state), after, decision._replace(winner=winner)
+    return leader(state), after, decision._replace(winner=state.winner)
 
 
 def is_due(inner: RecommendedState, k: Int[Array, ""], share: float) -> Bool[Array, ""]:

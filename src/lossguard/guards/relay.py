@@ -33,9 +33,8 @@ class RelayState(NamedTuple):
     """While x is on its path z stands for it, and s is where it was."""
     z_warms_up: Bool[Array, ""]
     """Whether z has taken no step since its memory was made new."""
-    on_own: Bool[Array, ""]
-    """Whether x is on the path of s."""
-    learned_leads: Bool[Array, ""]
+    winner: Int[Array, ""]
+    """That of ``Decision``: 0 while y leads; while z does, 2 if x is on the path of s, else 1."""
     progress: Progress
     """Of the leader."""
     level: Float[Array, ""]
@@ -70,8 +69,7 @@ class Relay:
             z=z,
             s=z,
             z_warms_up=jnp.array(False),
-            on_own=jnp.array(True),
-            learned_leads=jnp.array(False),
+            winner=jnp.int32(OWN),
             progress=progresses.unknown(),
             level=jnp.zeros(()),
             trial=trials.none(),
@@ -86,7 +84,7 @@ class Relay:
         Returns:
             The state, the decision, and the losses of s (NaN if it didn't run).
         """
-        nt, leads = now.nt, state.learned_leads
+        nt, leads = now.nt, state.winner == LEARNED
         now = now._replace(objective=sound(now.objective))
         y, trial = self._begin_trial(state, now)
         tried = trial.length > 0
@@ -107,7 +105,7 @@ class Relay:
         decision = Decision(
             used_learned=jnp.full(nt, leads),
             losses=losses,
-            winner=jnp.where(after.learned_leads, LEARNED, jnp.where(after.on_own, OWN, FALLBACK)),
+            winner=after.winner,
             gradients=nt * (1 + tried.astype(jnp.int32) + s_runs.astype(jnp.int32)),
             learned_loss=jnp.where(tried, finite_mean(of_y), jnp.nan),
             fallback_loss=jnp.where(tried, finite_mean(losses), jnp.nan),
@@ -122,7 +120,7 @@ class Relay:
             -(-rules.TRIAL_STEPS // now.nt), jnp.round(rules.PART * self.share * k / now.nt)
         )
         due = (cost + length * now.nt <= self.share * k + jnp.sqrt(k)) | (now.k == 0)
-        begins = due & ~state.learned_leads & (state.trial.length == 0)
+        begins = due & (state.winner != LEARNED) & (state.trial.length == 0)
 
         def begin() -> tuple[Lane, Trial]:
             fresh = Lane(state.z.params, renew(self.learned, state.z.params, state.y.state))
@@ -144,9 +142,8 @@ class Relay:
         won, over = tried & won, won | lost | trials.breaks(of_y, of_z) | ~tried
         began = progresses.begin(finite_mean(of_y), k // rules.YOUTH)
         return state._replace(
-            s=select(won & state.on_own, state.z, state.s),
-            on_own=state.on_own & ~won,
-            learned_leads=won,
+            s=select(won & (state.winner == OWN), state.z, state.s),
+            winner=jnp.where(won, LEARNED, state.winner),
             level=jnp.where(won, state.progress.lasting, state.level),
             progress=select(won, began, state.progress),
             trial=select(over, trials.none(), trial),
@@ -173,7 +170,7 @@ class Relay:
         return state._replace(
             z=z,
             z_warms_up=state.z_warms_up | from_x,
-            learned_leads=~ends,
+            winner=jnp.where(ends, FALLBACK, LEARNED),
             level=jnp.where(better, loss, level),
             progress=progress,
         )
@@ -189,12 +186,12 @@ def _in_time(lane: Lane, ran: Bool[Array, ""], nt: int) -> Lane:
 
 def leader(state: RelayState) -> Params:
     """x."""
-    return select(state.learned_leads, state.y.params, state.z.params)
+    return select(state.winner == LEARNED, state.y.params, state.z.params)
 
 
 def lead_from(state: RelayState, x: Params) -> RelayState:
     """The same with x put in the leader's place."""
-    y, z, leads = state.y, state.z, state.learned_leads
+    y, z, leads = state.y, state.z, state.winner == LEARNED
     return state._replace(
         y=y._replace(params=select(leads, x, y.params)),
         z=z._replace(params=select(leads, z.params, x)),
@@ -206,8 +203,7 @@ def go_back(state: RelayState, back: Bool[Array, ""], loss: Float[Array, ""]) ->
     there = state._replace(
         z=state.s,
         z_warms_up=jnp.array(False),
-        on_own=jnp.array(True),
-        learned_leads=jnp.array(False),
+        winner=jnp.int32(OWN),
         progress=progresses.begin(loss),
         trial=trials.none(),
     )

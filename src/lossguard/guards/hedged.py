@@ -58,13 +58,11 @@ def hedged(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) ->
     share = check_part("share", share)
     learned, fallback = with_extra_args("learned", learned), with_extra_args("fallback", fallback)
     relay = Relay(learned, fallback, share)
-    return guard_of(partial(begin, relay), partial(cycle, relay), nt=nt)
 
+    def begin(params: Params) -> HedgedState:
+        return HedgedState(relay.begin(params), jnp.zeros(()), jnp.int32(0), jnp.int32(0))
 
-def begin(relay: Relay, params: Params) -> HedgedState:
-    """x is on the fallback's own path."""
-    none, regret = jnp.int32(0), jnp.zeros(())
-    return HedgedState(relay.begin(params), regret, none, none)
+    return guard_of(begin, partial(cycle, relay), nt=nt)
 
 
 def cycle(

@@ -70,13 +70,12 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
     share = check_part("share", share)
     learned, fallback = with_extra_args("learned", learned), with_extra_args("fallback", fallback)
     relay = Relay(learned, fallback, share)
-    return guard_of(partial(begin, relay), partial(cycle, relay), nt=nt)
 
+    def begin(params: Params) -> RecommendedState:
+        unknown, against = progresses.unknown(), trials.unbounded()
+        return RecommendedState(relay.begin(params), jnp.int32(0), unknown, against)
 
-def begin(relay: Relay, params: Params) -> RecommendedState:
-    """x is on the fallback's own path."""
-    unknown, against = progresses.unknown(), trials.unbounded()
-    return RecommendedState(relay.begin(params), jnp.int32(0), unknown, against)
+    return guard_of(begin, partial(cycle, relay), nt=nt)
 
 
 def cycle(

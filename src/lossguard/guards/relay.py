@@ -59,7 +59,7 @@ class Relay:
     share: float
 
     def begin(self, params: Params) -> RelayState:
-        """z leads, and there is no trial."""
+        """z leads, on the path of s, and there is no trial."""
         y = Lane(params, self.learned.init(params))
         z = Lane(params, self.fallback.init(params))
         check_schedules("learned", y.state)

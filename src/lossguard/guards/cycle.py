@@ -39,10 +39,9 @@ def guard_of(
     A cycle takes nt optimizer steps, and nt + nc minibatches.
 
     Raises:
-        ValueError: if nt is not an integer from 1 to ``LONGEST``, or nc not one from 0 on.
+        ValueError: if nt is not an integer from 1 to ``LONGEST``.
     """
     nt = check_count("nt", nt, most=LONGEST)
-    nc = check_count("nc", nc, least=0, most=LONGEST)
 
     def init(params: Params) -> GuardState:
         params = as_arrays(params)

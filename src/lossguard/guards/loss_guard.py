@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
 from ..validation import check_choice, check_count
-from .cycle import Cycle, guard_of
+from .cycle import LONGEST, Cycle, guard_of
 from .lanes import Lane, Optimizer, losses_at, train, with_extra_args
 from .protocol import FALLBACK, LEARNED, NEITHER, Decision, Guard, Params
 from .soundness import is_sound, renew, renew_if_unsound, select
@@ -62,7 +62,7 @@ def loss_guard(
     >>> bool(decision.used_learned.all()), round(float(decision.price()), 1)
     (True, 26.7)
     """
-    nc = check_count("nc", nc)
+    nc = check_count("nc", nc, most=LONGEST)
     check_choice("loser", loser, get_args(Loser))
     optimizers = with_extra_args("learned", learned), with_extra_args("fallback", fallback)
 

@@ -85,8 +85,7 @@ def advance(
 ) -> Int[Array, "..."]:
     """Counts after ``by`` more, one more where it is true; they stay at the largest number."""
     dtype = jnp.result_type(count)
-    by = jnp.asarray(by).astype(dtype)
-    most = min(MOST, jnp.iinfo(dtype).max) if jnp.issubdtype(dtype, jnp.integer) else MOST
+    by, most = jnp.asarray(by).astype(dtype), min(MOST, jnp.iinfo(dtype).max)
     return jnp.where(count > most - by, most, count + by).astype(dtype)
 
 

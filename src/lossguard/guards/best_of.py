@@ -151,7 +151,6 @@ class SideBySide:
     def step(self, state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
         """A cycle of those that are due."""
         check_state(state, self.init)
-        check_objective(objective, state.params, state.minibatches)
         objective, inner, i = sound(objective), state.inner, state.minibatches
         runs, after = self.are_due(inner, state.steps), []
         for j, (guard, at) in enumerate(zip(self.members, inner.members, strict=True)):

@@ -27,14 +27,9 @@ class Progress(NamedTuple):
     later: Float[Array, ""]
 
 
-def unknown() -> Progress:
-    """Of a run that has no loss yet."""
-    return begin(jnp.array(jnp.nan, float))
-
-
-def begin(loss: Float[Array, ""], age: Int[Array, ""] | int = 0) -> Progress:
-    """A run that begins at a loss, as if at an age."""
-    age = jnp.asarray(age, jnp.int32)
+def begin(loss: Float[Array, ""] | float = jnp.nan, age: Int[Array, ""] | int = 0) -> Progress:
+    """A run that begins at a loss, if one is known, as if at an age."""
+    loss, age = jnp.asarray(loss, float), jnp.asarray(age, jnp.int32)
     return Progress(age, loss, loss, jnp.int32(0), loss, age, loss)
 
 
@@ -70,11 +65,8 @@ def rate(progress: Progress) -> Float[Array, ""]:
     known, fell = progress.earlier_age > 0, progress.recent < progress.earlier
     positive = (progress.recent > 0) & (progress.earlier > 0)
     drop = jnp.log(jnp.where(positive, progress.earlier / progress.recent, 1))
-    age, earlier_age = (
-        progress.age.astype(float),
-        jnp.maximum(progress.earlier_age, 1).astype(float),
-    )
-    times = jnp.where(known, age / earlier_age, 2)
+    age, since = (n.astype(float) for n in (progress.age, jnp.maximum(progress.earlier_age, 1)))
+    times = jnp.where(known, age / since, 2)
     a = jnp.where(positive, drop / jnp.log(times), fell.astype(float))
     return jnp.where(known, a, 1)
 

@@ -72,8 +72,8 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
     relay = Relay(learned, fallback, share)
 
     def begin(params: Params) -> RecommendedState:
-        unknown, against = progresses.unknown(), trials.unbounded()
-        return RecommendedState(relay.begin(params), jnp.int32(0), unknown, against)
+        own = progresses.begin()
+        return RecommendedState(relay.begin(params), jnp.int32(0), own, trials.unbounded())
 
     return guard_of(begin, partial(cycle, relay), nt=nt)
 

@@ -70,7 +70,7 @@ class Relay:
             s=z,
             z_warms_up=jnp.array(False),
             winner=jnp.int32(OWN),
-            progress=progresses.unknown(),
+            progress=progresses.begin(),
             level=jnp.zeros(()),
             trial=trials.none(),
             trial_cost=jnp.int32(0),

@@ -73,9 +73,7 @@ def add(trial: Trial, challenger: Float[Array, " nt"], leader: Float[Array, " nt
     counts = jnp.arange(nt, dtype=jnp.int32) >= jnp.where(trial.cycles == 0, nt // 2, 0)
     d = jnp.where(counts, challenger - leader, 0)
     middle = trial.cycles == trial.length // 2
-    before = (jnp.where(middle, 0, n) for n in (trial.pairs, trial.total, trial.size))
-    first = leader[0]
-    pairs, total, size = before
+    pairs, total, size = (jnp.where(middle, 0, n) for n in (trial.pairs, trial.total, trial.size))
     most = jnp.maximum(size, jnp.abs(d).max())
     unit = jnp.where(jnp.isfinite(most) & (most > 0), most, 1)
     return Trial(
@@ -84,7 +82,7 @@ def add(trial: Trial, challenger: Float[Array, " nt"], leader: Float[Array, " nt
         pairs + counts.sum(dtype=jnp.int32),
         total + d.sum(),
         unit * jnp.sqrt((size / unit) ** 2 + ((d / unit) ** 2).sum()),
-        jnp.where(jnp.isnan(trial.bound), first - jnp.abs(first) / 10, trial.bound),
+        jnp.where(jnp.isnan(trial.bound), leader[0] - jnp.abs(leader[0]) / 10, trial.bound),
     )
 
 

@@ -37,9 +37,6 @@ def guard_of(
     """The guard that keeps what ``begin`` makes beside x, of which ``cycle`` makes the next.
 
     A cycle takes nt optimizer steps, and nt + nc minibatches.
-
-    Raises:
-        ValueError: if nt is not an integer from 1 to ``LONGEST``.
     """
     nt = check_count("nt", nt, most=LONGEST)
 
@@ -61,14 +58,10 @@ def guard_of(
 
 
 def as_arrays(params: Params) -> Params:
-    """The leaves as arrays whose types a loop can carry.
-
-    Raises:
-        ValueError: if there is no leaf, or one is not floating-point.
-    """
+    """The leaves as arrays whose types a loop can carry; refuse none, and what is no float."""
     if not jax.tree.leaves(params):
         raise ValueError(f"params must hold at least one array, got {params!r}")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    for path, leaf in jax.tree.leaves_with_path(params):
         is_number = isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int | complex)
         dtype = jnp.result_type(leaf) if is_number else repr(leaf)
         if not (is_number and jnp.issubdtype(dtype, jnp.floating)):
@@ -100,9 +93,8 @@ def check_state(state: Any, init: Callable[[Params], GuardState]) -> None:
 
 def kinds(tree: PyTree) -> list[str]:
     """The place, type and shape of each leaf. What is static may differ: each init may make it."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    told = [(jax.tree_util.keystr(at), jnp.result_type(x), [*jnp.shape(x)]) for at, x in leaves]
-    return [f"{place} {dtype}{shape}".lstrip() for place, dtype, shape in told]
+    leaves = [(jax.tree_util.keystr(at), leaf) for at, leaf in jax.tree.leaves_with_path(tree)]
+    return [f"{at} {jnp.result_type(x)}{[*jnp.shape(x)]}".lstrip() for at, x in leaves]
 
 
 def check_objective(

@@ -89,9 +89,8 @@ def cycle(
     added = trials.add(inner.against, of_s, decision.losses)
     against = select(runs, added, inner.against)
     won, lost = trials.outcome(against, of_s, decision.losses)
-    loss = finite_mean(jnp.where(runs, of_s, decision.losses))
+    loss = finite_mean(jnp.where(on_own, decision.losses, of_s))  # NaN where s stands still
     progress = progresses.add(inner.progress, loss, now.nt, memory=0)
-    progress = select(runs | on_own, progress, inner.progress)
     state = go_back(state, runs & won, progress.recent)
     after = RecommendedState(
         relay=state,

@@ -156,7 +156,8 @@ class Relay:
         it was: Adam's moments, of gradients there, would hold it back at x for thousands of steps.
         So they are made new. Then its first steps would be too long: its first cycle is a warm-up.
         """
-        loss, recent, level = state.progress.lasting, state.progress.recent, state.level
+        x, z, level = state.y.params, state.z, state.level
+        loss, recent = state.progress.lasting, state.progress.recent
         young = state.progress.earlier_age == 0
         finite = jnp.isfinite(of_y)
         risen = ~finite.any() | (loss > level + rules.RISE * jnp.abs(level))
@@ -164,7 +165,7 @@ class Relay:
         gain = jnp.where(young, rules.YOUNG_GAIN, rules.GAIN)
         better = ~ends & finite[-1] & (loss < level - gain * jnp.abs(level))
         from_x = better | (ends & ~risen)
-        z = jax.lax.cond(from_x, self._fresh_at, lambda _, z: z, state.y.params, state.z)
+        z = jax.lax.cond(from_x, lambda: Lane(x, renew(self.fallback, x, z.state)), lambda: z)
         # z's path goes on from where y has come to: from there it is fast or slow again.
         progress = select(ends, progresses.begin(jnp.where(from_x, recent, level)), state.progress)
         return state._replace(
@@ -174,9 +175,6 @@ class Relay:
             level=jnp.where(better, loss, level),
             progress=progress,
         )
-
-    def _fresh_at(self, x: Params, z: Lane) -> Lane:
-        return Lane(x, renew(self.fallback, x, z.state))
 
 
 def _in_time(lane: Lane, ran: Bool[Array, ""], nt: int) -> Lane:

@@ -221,13 +221,9 @@ class SideBySide:
             return at, decision, losses_at([at.params], held_out)[:, 0]
 
         def idle(at: GuardState) -> tuple[GuardState, Decision, Array]:
-            def nothing(one: jax.ShapeDtypeStruct) -> Array:
-                unknown = jnp.nan if jnp.issubdtype(one.dtype, jnp.floating) else 0
-                return jnp.full(one.shape, unknown, one.dtype)
-
-            _, decision, d = jax.tree.map(nothing, jax.eval_shape(step, at))
+            _, decision, d = jax.tree.map(jnp.zeros_like, jax.eval_shape(step, at))
             at = at._replace(inner=advance_schedules(at.inner, len(decision.losses)))
-            return at, decision, d
+            return at, decision, jnp.full_like(d, jnp.nan)
 
         return step(at) if runs is True else jax.lax.cond(runs, step, idle, at)
 

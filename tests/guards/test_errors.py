@@ -189,9 +189,11 @@ WRONG = {
     },
     ".update needs ": {
         "guarded(...)|value_fn, which was not given": lambda: guarded_update(None),
-        "guarded(...)|params, which was not given": lambda: guarded_update(total, params=None),
     },
-    " must hold at least one array, got ": {"params|{}": lambda: loss_guard(SGD, SGD).init({})},
+    " must hold at least one array, got ": {
+        "params|{}": lambda: loss_guard(SGD, SGD).init({}),
+        "params|None": lambda: guarded_update(total, params=None),
+    },
     " must be floating-point arrays, but its leaf ": {
         "params|['n'] is int32": lambda: ALONE.init({"w": ONES, "n": jnp.arange(3)}),
         "params|itself is int32": lambda: loss_guard(SGD, SGD).init(3),

@@ -59,9 +59,8 @@ def guarded(learned: Any, fallback: Any) -> optax.GradientTransformationExtraArg
         value_fn: Any = None,
         **extra_args: Any,
     ) -> tuple[PyTree, GuardedState]:
-        if params is None or value_fn is None:
-            missing = "params" if params is None else "value_fn"
-            raise ValueError(f"guarded(...).update needs {missing}, which was not given")
+        if value_fn is None:
+            raise ValueError("guarded(...).update needs value_fn, which was not given")
         start: Params = as_arrays(params)
         extra_args["value_fn"] = value_fn
         to_y, learned_state = learned.update(updates, state.learned, start, **extra_args)
@@ -73,8 +72,7 @@ def guarded(learned: Any, fallback: Any) -> optax.GradientTransformationExtraArg
         finite_y = is_sound(y, lambda: start) & jnp.isfinite(value_y)
         finite_z = is_sound(z, lambda: start) & jnp.isfinite(value_z)
         use_y = finite_y & ((value_y < value_z) | ~finite_z)
-        stay = optax.tree.zeros_like(to_z)
-        chosen = select(use_y, to_y, select(finite_z, to_z, stay))
+        chosen = select(use_y, to_y, select(finite_z, to_z, optax.tree.zeros_like(to_z)))
         x = optax.apply_updates(start, chosen)
         learned_state = renew_if_unsound(learned, x, learned_state)
         fallback_state = renew_if_unsound(fallback, x, fallback_state)

@@ -36,20 +36,20 @@ def test_in_a_trial_they_cancel(lost) -> None:
 
     def played(y, z):
         trial = trials.begin(jnp.int32(1), jnp.float32(jnp.inf))
-        return trials.add(trial, y, z), trials.outcome(trials.add(trial, y, z), y, z)
+        return trials.play(trial, y, z)
 
     at = jnp.arange(10) == 7
-    both, _ = played(jnp.where(at, lost, y), jnp.where(at, jnp.nan, z))
-    level, _ = played(jnp.where(at, z, y), z)
+    both, *_ = played(jnp.where(at, lost, y), jnp.where(at, jnp.nan, z))
+    level, *_ = played(jnp.where(at, z, y), z)
     assert both.total == level.total and both.size == level.size
     for of_y, of_z in ((jnp.where(at, lost, y), z), (z - 1, jnp.where(at, lost, z))):
-        trial, (won, _) = played(of_y, of_z)
+        trial, won, _ = played(of_y, of_z)
         mean, error = trials.difference(trial)
         np.testing.assert_allclose(jnp.abs(mean), error, rtol=1e-3)
         assert not won
-    won, _ = played(y, jnp.full(10, lost))[1]
+    _, won, _ = played(y, jnp.full(10, lost))
     assert won
-    _, lost_it = played(jnp.full(10, lost), z)[1]
+    _, _, lost_it = played(jnp.full(10, lost), z)
     assert lost_it
 
 

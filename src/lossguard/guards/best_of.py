@@ -256,8 +256,7 @@ class SideBySide:
 
         compared = counts & fine & ~leads & fine[inner.leader]
         leading = jnp.broadcast_to(losses[inner.leader], losses.shape)
-        tried = jax.vmap(trials.add)(inner.against, leading, losses)
-        won, over = jax.vmap(trials.outcome)(tried, leading, losses)
+        tried, won, over = jax.vmap(trials.play)(inner.against, leading, losses)
         was_as_good = 2 * lowest < records + records[inner.leader]
         again = ~fine | (compared & won & was_as_good & (numbers != best))
         restarts = again | (compared & (won | over)) | (best != inner.leader)

@@ -86,9 +86,8 @@ def cycle(
     runs = ~on_own & is_due(inner, now.k, relay.share)
     state, decision, of_s = relay.step(lead_from(inner.relay, x), runs, now)
 
-    added = trials.add(inner.against, of_s, decision.losses)
-    against = select(runs, added, inner.against)
-    won, lost = trials.outcome(against, of_s, decision.losses)
+    tried, won, lost = trials.play(inner.against, of_s, decision.losses)
+    against = select(won | lost, trials.unbounded(), tried)
     loss = finite_mean(jnp.where(on_own, decision.losses, of_s))  # NaN where s stands still
     progress = progresses.add(inner.progress, loss, now.nt, memory=0)
     state = go_back(state, runs & won, progress.recent)
@@ -96,7 +95,7 @@ def cycle(
         relay=state,
         own_steps=advance(inner.own_steps, jnp.where(on_own | runs, now.nt, 0)),
         progress=progress,
-        against=select(runs & (won | lost), trials.unbounded(), against),
+        against=select(runs, against, inner.against),
     )
     return leader(state), after, decision._replace(winner=state.winner)
 

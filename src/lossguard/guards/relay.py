@@ -100,7 +100,7 @@ class Relay:
             progress=progresses.add(state.progress, finite_mean(losses), nt),
             trial_cost=advance(state.trial_cost, jnp.where(tried, nt, 0)),
         )
-        ended = self._end_trial(after, trials.add(trial, of_y, losses), of_y, losses, now.k)
+        ended = self._end_trial(after, trial, of_y, losses, now.k)
         after = select(leads, self._keep_or_hand_over(after, of_y), ended)
         decision = Decision(
             used_learned=jnp.full(nt, leads),
@@ -137,7 +137,7 @@ class Relay:
         k: Int[Array, ""],
     ) -> RelayState:
         """After a cycle of a trial, if there is one: y takes over, it goes on, or it is over."""
-        won, lost = trials.outcome(trial, of_y, of_z)
+        trial, won, lost = trials.play(trial, of_y, of_z)
         tried = trial.length > 0
         won, over = tried & won, won | lost | trials.breaks(of_y, of_z) | ~tried
         began = progresses.begin(finite_mean(of_y), k // rules.YOUTH)

@@ -86,16 +86,17 @@ def add(trial: Trial, challenger: Float[Array, " nt"], leader: Float[Array, " nt
     )
 
 
-def outcome(
+def play(
     trial: Trial, challenger: Float[Array, " nt"], leader: Float[Array, " nt"]
-) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
-    """Whether the challenger has won, and whether it has lost; neither: the trial goes on.
+) -> tuple[Trial, Bool[Array, ""], Bool[Array, ""]]:
+    """The trial after a cycle, and whether the challenger has won, or has lost; else it goes on.
 
     With m and e the mean of the differences and its standard error: it has lost if m > 3 e at any
     time; it has won at the end if its last losses are below the bound, and m < -3 e; or if they
     are, and below the leader's one by one, which have risen to ten times that: differences that
     grow with each step of a leader that diverges have a large e.
     """
+    trial = add(trial, challenger, leader)
     mean, error = difference(trial)
     half = len(leader) // 2
     last, against = bounded(challenger[half:]), bounded(leader[half:])
@@ -103,7 +104,7 @@ def outcome(
     better = (mean < -MARGIN * error) | (risen & (last < against).all())
     over = trial.cycles >= trial.length
     won = over & better & (finite_mean(challenger[half:]) < trial.bound)
-    return won, ~won & (over | ~(mean <= MARGIN * error))
+    return trial, won, ~won & (over | ~(mean <= MARGIN * error))
 
 
 def difference(trial: Trial) -> tuple[Float[Array, ""], Float[Array, ""]]:

@@ -188,8 +188,8 @@ class SideBySide:
         )
         inner = inner._replace(members=members, checked=following(inner.checked, self.nc))
         minibatches = jnp.stack([at.minibatches for at in states])
-        begins = (ran & (minibatches < i)).any()  # at minibatch 0 again, for all of them
-        i = jnp.where(begins, 0, jnp.where(ran, minibatches, 0).max())
+        begins = (minibatches < i).any()  # at minibatch 0 again, for all of them
+        i = jnp.where(begins, 0, minibatches.max())
         return GuardState(x, advance(state.steps, nt), i, inner), decision
 
     def are_due(self, inner: BestOfState, k: Int[Array, ""]) -> Sequence[Bool[Array, ""] | bool]:

@@ -48,10 +48,9 @@ class RelayState(NamedTuple):
 
 @dataclass(frozen=True)
 class Relay:
-    """The rules, of which ``recommended`` tells; trials are those of ``trial.py``.
+    """The rules, which ``docs/guards.md`` tells.
 
-    When y first takes over, s stays where z was. When it runs, and when x goes back to it, is the
-    affair of the guard. ``docs/guards.md`` tells the rest.
+    When s runs, and when x goes back to it, is the affair of the guard.
     """
 
     learned: Optimizer
@@ -79,11 +78,7 @@ class Relay:
     def step(
         self, state: RelayState, s_runs: Bool[Array, ""], now: Cycle
     ) -> tuple[RelayState, Decision, Float[Array, " nt"]]:
-        """One cycle. A gradient that isn't finite is one of 0.
-
-        Returns:
-            The state, the decision, and the losses of s (NaN if it didn't run).
-        """
+        """The state after a cycle, the decision, and the losses of s (NaN if it didn't run)."""
         nt, leads = now.nt, state.winner == LEARNED
         now = now._replace(objective=sound(now.objective))
         y, trial = self._begin_trial(state, now)

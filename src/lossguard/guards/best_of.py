@@ -17,7 +17,6 @@ from .lanes import losses_at
 from .protocol import NEITHER, Decision, Guard, GuardState, Objective, Params, advance, following
 from .soundness import advance_schedules, check_schedules, is_sound, renew, select, sound
 from .stacked import stacked
-from .trial import Trial
 
 
 class BestOfState(NamedTuple):
@@ -30,7 +29,7 @@ class BestOfState(NamedTuple):
     """W of each."""
     lowest: Float[Array, " members"]
     """The lowest D of each, since it began."""
-    against: Trial
+    against: trials.Trial
     """The leader on trial against each; leaves have an axis of members."""
     spent: Int[Array, " members"]
     """Steps of each beside the leader, from the end of the head start on."""

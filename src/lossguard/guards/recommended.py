@@ -12,11 +12,9 @@ from . import progress as progresses
 from . import trial as trials
 from .cycle import Cycle, guard_of
 from .lanes import with_extra_args
-from .progress import Progress
 from .protocol import OWN, Decision, Guard, Params, advance
 from .relay import Relay, RelayState, go_back, lead_from, leader
 from .soundness import select
-from .trial import Trial, finite_mean
 
 
 class RecommendedState(NamedTuple):
@@ -25,9 +23,9 @@ class RecommendedState(NamedTuple):
     relay: RelayState
     own_steps: Int[Array, ""]
     """Steps of the fallback by itself."""
-    progress: Progress
+    progress: progresses.Progress
     """Of the fallback by itself; not smoothed, as s may run seldom."""
-    against: Trial
+    against: trials.Trial
     """A trial of s against x, in the cycles in which both run."""
     GOES_ON = ("own_steps",)
 
@@ -88,7 +86,7 @@ def cycle(
 
     tried, won, lost = trials.play(inner.against, of_s, decision.losses)
     against = select(won | lost, trials.unbounded(), tried)
-    loss = finite_mean(jnp.where(on_own, decision.losses, of_s))  # NaN where s stands still
+    loss = trials.finite_mean(jnp.where(on_own, decision.losses, of_s))  # NaN where s stands still
     progress = progresses.add(inner.progress, loss, now.nt, memory=0)
     state = go_back(state, runs & won, progress.recent)
     after = RecommendedState(

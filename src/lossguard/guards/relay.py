@@ -18,10 +18,8 @@ from . import progress as progresses
 from . import trial as trials
 from .cycle import Cycle
 from .lanes import Lane, Optimizer, run_if
-from .progress import Progress
 from .protocol import FALLBACK, LEARNED, OWN, Decision, Params, advance
 from .soundness import advance_schedules, check_schedules, renew, select, sound
-from .trial import Trial, finite_mean
 
 
 class RelayState(NamedTuple):
@@ -35,11 +33,11 @@ class RelayState(NamedTuple):
     """Whether z has taken no step since its memory was made new."""
     winner: Int[Array, ""]
     """That of ``Decision``: 0 while y leads; while z does, 2 if x is on the path of s, else 1."""
-    progress: Progress
+    progress: progresses.Progress
     """Of the leader."""
     level: Float[Array, ""]
     """The smoothed loss at the snapshot."""
-    trial: Trial
+    trial: trials.Trial
     """Of y against z."""
     trial_cost: Int[Array, ""]
     """Steps that trials are charged."""
@@ -92,7 +90,7 @@ class Relay:
             z=_in_time(z, ~leads, nt),
             s=s,
             z_warms_up=state.z_warms_up & leads,
-            progress=progresses.add(state.progress, finite_mean(losses), nt),
+            progress=progresses.add(state.progress, trials.finite_mean(losses), nt),
             trial_cost=advance(state.trial_cost, jnp.where(tried, nt, 0)),
         )
         ended = self._end_trial(after, trial, of_y, losses, now.k)
@@ -102,13 +100,13 @@ class Relay:
             losses=losses,
             winner=after.winner,
             gradients=nt * (1 + tried.astype(jnp.int32) + s_runs.astype(jnp.int32)),
-            learned_loss=jnp.where(tried, finite_mean(of_y), jnp.nan),
-            fallback_loss=jnp.where(tried, finite_mean(losses), jnp.nan),
+            learned_loss=jnp.where(tried, trials.finite_mean(of_y), jnp.nan),
+            fallback_loss=jnp.where(tried, trials.finite_mean(losses), jnp.nan),
             learned_updates=nt * (leads | tried).astype(jnp.int32),
         )
         return after, decision, of_s
 
-    def _begin_trial(self, state: RelayState, now: Cycle) -> tuple[Lane, Trial]:
+    def _begin_trial(self, state: RelayState, now: Cycle) -> tuple[Lane, trials.Trial]:
         """y at x with a fresh state, if a trial is due; and the trial."""
         k, cost = (count.astype(float) for count in (now.k, state.trial_cost))
         length = jnp.maximum(
@@ -117,7 +115,7 @@ class Relay:
         due = (cost + length * now.nt <= self.share * k + jnp.sqrt(k)) | (now.k == 0)
         begins = due & (state.winner != LEARNED) & (state.trial.length == 0)
 
-        def begin() -> tuple[Lane, Trial]:
+        def begin() -> tuple[Lane, trials.Trial]:
             fresh = Lane(state.z.params, renew(self.learned, state.z.params, state.y.state))
             return fresh, trials.begin(length.astype(jnp.int32), state.progress.recent)
 
@@ -126,7 +124,7 @@ class Relay:
     def _end_trial(
         self,
         state: RelayState,
-        trial: Trial,
+        trial: trials.Trial,
         of_y: Float[Array, " nt"],
         of_z: Float[Array, " nt"],
         k: Int[Array, ""],
@@ -135,7 +133,7 @@ class Relay:
         trial, won, lost = trials.play(trial, of_y, of_z)
         tried = trial.length > 0
         won, over = tried & won, won | lost | trials.breaks(of_y, of_z) | ~tried
-        began = progresses.begin(finite_mean(of_y), k // rules.YOUTH)
+        began = progresses.begin(trials.finite_mean(of_y), k // rules.YOUTH)
         return state._replace(
             s=select(won & (state.winner == OWN), state.z, state.s),
             winner=jnp.where(won, LEARNED, state.winner),

@@ -91,9 +91,10 @@ class Relay:
             s=s,
             z_warms_up=state.z_warms_up & leads,
             progress=progresses.add(state.progress, trials.finite_mean(losses), nt),
+            trial=trial,
             trial_cost=advance(state.trial_cost, jnp.where(tried, nt, 0)),
         )
-        ended = self._end_trial(after, trial, of_y, losses, now.k)
+        ended = self._end_trial(after, of_y, losses, now)
         after = select(leads, self._keep_or_hand_over(after, of_y), ended)
         decision = Decision(
             used_learned=jnp.full(nt, leads),
@@ -122,18 +123,13 @@ class Relay:
         return jax.lax.cond(begins, begin, lambda: (state.y, state.trial))
 
     def _end_trial(
-        self,
-        state: RelayState,
-        trial: trials.Trial,
-        of_y: Float[Array, " nt"],
-        of_z: Float[Array, " nt"],
-        k: Int[Array, ""],
+        self, state: RelayState, of_y: Float[Array, " nt"], of_z: Float[Array, " nt"], now: Cycle
     ) -> RelayState:
         """After a cycle of a trial, if there is one: y takes over, it goes on, or it is over."""
-        trial, won, lost = trials.play(trial, of_y, of_z)
+        trial, won, lost = trials.play(state.trial, of_y, of_z)
         tried = trial.length > 0
         won, over = tried & won, won | lost | trials.breaks(of_y, of_z) | ~tried
-        began = progresses.begin(trials.finite_mean(of_y), k // rules.YOUTH)
+        began = progresses.begin(trials.finite_mean(of_y), now.k // rules.YOUTH)
         return state._replace(
             s=select(won & (state.winner == OWN), state.z, state.s),
             winner=jnp.where(won, LEARNED, state.winner),

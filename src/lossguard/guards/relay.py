@@ -85,9 +85,9 @@ class Relay:
         y, of_y = run_if(leads | tried, self.learned, y, now)
         s, of_s = run_if(s_runs, self.fallback, state.s, now)
         losses = jnp.where(leads, of_y, of_z)
-        after = state._replace(
-            y=_in_time(y, leads | tried, nt),
-            z=_in_time(z, ~leads, nt),
+        after = state._replace(  # schedules follow the steps of the run, in cycles of others too
+            y=advance_schedules(y, jnp.where(leads | tried, 0, nt)),
+            z=advance_schedules(z, jnp.where(leads, nt, 0)),
             s=s,
             z_warms_up=state.z_warms_up & leads,
             progress=progresses.add(state.progress, trials.finite_mean(losses), nt),
@@ -164,11 +164,6 @@ class Relay:
             level=jnp.where(better, loss, level),
             progress=progress,
         )
-
-
-def _in_time(lane: Lane, ran: Bool[Array, ""], nt: int) -> Lane:
-    """The lane after a cycle; schedules follow the steps of the run, in cycles of others too."""
-    return lane._replace(state=select(ran, lane.state, advance_schedules(lane.state, nt)))
 
 
 def leader(state: RelayState) -> Params:

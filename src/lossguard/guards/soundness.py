@@ -91,7 +91,7 @@ def keep_schedules(state: PyTree, advanced: PyTree) -> PyTree:
     return jax.tree.map(keep, state, advanced, is_leaf=lambda part: bool(_go_on(part)))
 
 
-def advance_schedules(state: PyTree, steps: int) -> PyTree:
+def advance_schedules(state: PyTree, steps: Int[Array, ""] | int) -> PyTree:
     """``state`` with the step counts of its schedules ``steps`` later: it was idle meanwhile."""
 
     def later(part: PyTree) -> PyTree:

@@ -18,8 +18,6 @@ from lossguard.validation import check_count
 if TYPE_CHECKING:
     from lossguard.torch.guards.lane import Lane
 
-Hooks = Mapping[int, Callable[..., object]]
-
 
 class Face(arguments.Uncopied, Optimizer):
     """An optimizer that has lanes, but doesn't run them: all but ``step`` and ``lanes``.
@@ -71,16 +69,10 @@ class Face(arguments.Uncopied, Optimizer):
         """That of the last cycle."""
         return self.history[-1] if self.history else None
 
-    def _call(self, hooks: Hooks) -> None:
-        """Hooks of ``step``, which PyTorch calls there alone."""
-        for hook in [*hooks.values()]:
-            hook(self, (self,), {})
-
-    def _tell(self, hooks: Hooks) -> None:
-        """Hand on the decision if a cycle is over, and call hooks."""
+    def _tell(self) -> None:
+        """Hand on the decision if a cycle is over."""
         if self.phase == 0 and self.callback is not None:
             self.callback(self.history[-1])
-        self._call(hooks)
 
     def eval(self) -> None:
         """Have the model be what an optimizer with ``train()`` and ``eval()`` evaluates."""

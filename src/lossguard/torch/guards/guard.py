@@ -12,7 +12,7 @@ from lossguard.torch import arguments
 from lossguard.torch.arguments import Closure, scalar
 from lossguard.torch.guards import saving
 from lossguard.torch.guards.decision import Decision, Seen
-from lossguard.torch.guards.face import Face, Hooks
+from lossguard.torch.guards.face import Face
 from lossguard.torch.guards.lane import Lane
 from lossguard.torch.guards.relay import Relay
 from lossguard.torch.guards.weights import Beside
@@ -84,7 +84,7 @@ class Guard(Face):
                 each lane that runs, the live one last, after gradients were cleared.
         """
         closure = arguments.checked(closure)
-        with closing(self._loop({})) as lanes:
+        with closing(self._loop()) as lanes:
             *_, value = [self._run(lane, closure) for lane in lanes]
         return value.detach().clone() if isinstance(value, Tensor) else value
 
@@ -99,17 +99,16 @@ class Guard(Face):
                 clip(model.parameters())
                 lane.step(loss)
 
-        A loop that is left before the last lane has stepped doesn't count; ten in a row warn.
+        A loop that is left before the last lane has stepped doesn't count; ten in a row warn. Hooks
+        that are registered for steps of the guard are called by ``step`` alone.
 
         Raises:
             ValueError: if there are gradients before it, or the body steps but by ``lane.step``.
         """
-        guard = self.itself
-        guard._call(guard._optimizer_step_pre_hooks)
-        yield from guard._loop(guard._optimizer_step_post_hooks)
+        return self.itself._loop()
 
-    def _loop(self, hooks: Hooks) -> Generator[Lane, None, None]:
-        """``lanes``; the hooks are called once the minibatch counts."""
+    def _loop(self) -> Generator[Lane, None, None]:
+        """``lanes``, of the guard itself."""
         with held():
             draws, beside = self._open()
             order = self._order
@@ -133,9 +132,9 @@ class Guard(Face):
                     raise
                 self._leader.leave(keep=True)  # a loop that was left after the last step
                 self._close()
-                self._tell(hooks)
+                self._tell()
                 raise  # so that a signal that came is not raised where a generator is closed
-        self._tell(hooks)
+        self._tell()
 
     def _open(self) -> tuple[list[Tensor], Beside]:
         """Before a minibatch: random state, and gradients, that each lane starts from."""

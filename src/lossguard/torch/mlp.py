@@ -117,41 +117,23 @@ class MLPOptimizer(Optimizer):
         """Load what ``state_dict`` returned: the memory stays in float32.
 
         Raises:
-            ValueError: if it is another optimizer's, or one's of other parameters.
+            ValueError: if it is another optimizer's.
         """
-        memory: list[tuple[Tensor, dict[str, Tensor]]] = []
+        if any("clock" not in group for group in state_dict["param_groups"]):
+            raise ValueError("state must be one of MLPOptimizer, got another optimizer's")
+        given: list[dict[str, Any]] = []
         hook = self.register_load_state_dict_pre_hook(  # after all others, which may change it
-            lambda _, given: memory.extend(self._found(given))
+            lambda _, state: given.append(state)
         )
         try:
             super().load_state_dict(state_dict)  # which casts it to the dtype of the parameters
         finally:
             hook.remove()
-        for p, found in memory:
-            self.state[p] = {k: v.to(p.device, copy=True) for k, v in found.items()}
-
-    def _found(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """What a state has of each parameter that it has a memory of."""
-        groups, memory = state_dict["param_groups"], []
-        given = [index for group in groups for index in group["params"]]
+        keys = [key for group in given[0]["param_groups"] for key in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        if any("clock" not in group for group in groups):
-            raise ValueError("state must be one of MLPOptimizer, got another optimizer's")
-        for index, p in zip(given, params, strict=False):  # torch refuses other numbers of them
-            if found := state_dict["state"].get(index):
-                self.check_memory(p, found)
-                memory.append((p, found))
-        return memory
-
-    def check_memory(self, p: Tensor, found: dict[str, Any]) -> None:
-        """Refuse a memory of a parameter that isn't of this optimizer."""
-        needed = {name: [*shape] for name, shape in sorted(shapes(p).items())}
-        got = {name: [*getattr(one, "shape", ())] for name, one in sorted(found.items())}
-        if needed != got:
-            raise ValueError(
-                f"state must be one of MLPOptimizer, which remembers {needed} of a parameter of "
-                f"shape {list(p.shape)}, got {got}"
-            )
+        for key, p in zip(keys, params, strict=True):
+            if found := given[0]["state"].get(key):
+                self.state[p] = {name: t.to(p.device, copy=True) for name, t in found.items()}
 
     def _memory(self, p: Tensor) -> dict[str, Tensor]:
         """What is remembered of a parameter: zeros on its device at first."""

@@ -254,9 +254,6 @@ def _unpack_state(lane: "Lane", state: list[Saved], others: dict[Any, Any]) -> d
         ]
     )
     kept = others | {p: made for p, made in zip(params, of_params, strict=True) if made}
-    if check := getattr(lane.optimizer, "check_memory", None):  # of a learned optimizer
-        for p, made in kept.items():
-            check(p, made)
     for p in params:
         for key, made in (kept.get(p) or {}).items():
             moves = on_device or (p.dim() == 0 and key != "step")  # what has no dimension

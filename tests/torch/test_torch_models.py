@@ -151,26 +151,6 @@ def test_a_buffer_that_is_the_input_belongs_to_the_user():
     assert_same_state(model.state_dict(), alone.state_dict())
 
 
-def test_a_buffer_that_modules_share_stays_theirs_where_a_forward_pass_assigns_it():
-    class Shares(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(2, 1)
-            self.register_buffer("a", torch.zeros(2))
-            self.register_buffer("b", self.a)
-
-        def forward(self, x):
-            self.a = self.b = x.mean(0)
-            return self.layer(x)
-
-    model = Shares()
-    pair = [SGD(model.parameters(), lr=rate) for rate in (0.1, 0.01)]
-    guard = guard_of(Recommended, pair, model)
-    for x, _ in minibatches(12):
-        guard.step(lambda x=x: backward(model(x).square().mean()))
-    assert model.a is model.b
-
-
 class Tied(nn.Module):
     """Its two layers share a weight."""
 

@@ -40,7 +40,6 @@ def test_no_class_is_over_200_lines() -> None:
 
 PRIVATE = {
     "_values": "test_a_sparse_gradient_that_is_not_finite_moves_nothing",
-    "_buffers": "test_a_buffer_that_is_the_input_belongs_to_the_user",
     "_opt_called": "test_a_scheduler_on_a_guard_in_a_loop_over_lanes_does_not_warn",
     "_version": "test_what_a_step_writes_to_in_a_group_goes_back",
     "_optimizer_step_pre_hooks": "test_where_it_has_ended_steps_are_as_they_were",

@@ -156,14 +156,10 @@ def own_buffers(model: nn.Module, known: dict[str, Tensor]) -> dict[str, Tensor]
     user's, the model gets a copy of it.
     """
     found = buffers_of(model)
-    others = {b: b.detach().clone() for name, b in found.items() if known.get(name) is not b}
-    if others:
-        for module in model.modules():  # several may have the same one
-            for key, buffer in module._buffers.items():
-                if buffer is not None and buffer in others:
-                    module._buffers[key] = others[buffer]
-        found = {name: others.get(buffer, buffer) for name, buffer in found.items()}
-        known.update(found)
+    for name in [name for name, buffer in found.items() if known.get(name) is not buffer]:
+        owner, _, key = name.rpartition(".")
+        found[name] = known[name] = found[name].detach().clone()
+        setattr(model.get_submodule(owner), key, known[name])
     return found
 
 

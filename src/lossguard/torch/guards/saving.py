@@ -11,6 +11,7 @@ So it is what torch.distributed.checkpoint saves under the names of parameters, 
 import copy
 from collections.abc import Callable, Iterator
 from functools import reduce
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,8 +106,11 @@ def _copied(value: Any) -> Any:
 
 
 def _kind(guard: "Face") -> Saved:
-    """What two guards must have in common."""
-    optimizers = [type(inner.optimizer).__name__ for inner in guard._inners.values()]
+    """What two guards must have in common; of each optimizer how many parameters a group has."""
+    optimizers = [
+        [type(one).__name__, *(len(group["params"]) for group in one.param_groups)]
+        for one in (inner.optimizer for inner in guard._inners.values())
+    ]
     lanes = {"lanes": list(guard._lanes), "optimizers": optimizers}
     return {"kind": type(guard).__name__, **lanes, "nt": guard.nt, "nc": guard.nc}
 
@@ -126,7 +130,7 @@ def _filled(like: Any, numbers: Iterator[Any]) -> Any:
 
 
 def _checked(guard: "Face", state_dict: Saved, groups: list[Saved], ours: Saved) -> list[Saved]:
-    kind, params = _kind(guard), guard._weights.params
+    kind = _kind(guard)
     got: Any = {name: ours.get(name) for name in kind}
     if got != kind:
         if not ours:
@@ -135,13 +139,7 @@ def _checked(guard: "Face", state_dict: Saved, groups: list[Saved], ours: Saved)
                 "before the guard is built)"
             )
         raise ValueError(f"state_dict must be of a guard with {kind}, got {got}")
-    keys = [key for group in groups for key in group["params"]]
-    if len(keys) != len(params) or len(groups) != len(guard.param_groups):
-        raise ValueError(
-            f"state_dict must be of {len(params)} parameters in {len(guard.param_groups)} "
-            f"groups, got one of {len(keys)} in {len(groups)}"
-        )
-    return [state_dict["state"].get(key, {}) for key in keys]
+    return [state_dict["state"].get(key, {}) for group in groups for key in group["params"]]
 
 
 def _pack(lane: "Lane", state: list[Saved], *, within: bool) -> Saved:
@@ -178,14 +176,12 @@ def _unpack(lane: "Lane", state: list[Saved], rest: Saved, rank: int) -> Callabl
         for name, there in (("value", True), ("before", rest["before"]))
     ]
     kept = {} if rest["blank"] else _unpack_state(lane, state, rest["others"])
-    memory = Memory(kept, _of_groups(lane.optimizer, rest["options"]))
-    settings = _of_groups(lane.optimizer, rest["settings"])
-    copied = set(rest["copies"])
+    memory, settings, copied = Memory(kept, rest["options"]), rest["settings"], set(rest["copies"])
 
     def load_lane() -> None:
         lane.values, lane.before, lane.losses = values, before, losses
         lane.inner.copies = copied
-        for group, entries in zip(lane.optimizer.param_groups, settings, strict=True):
+        for group, entries in zip(lane.optimizer.param_groups, settings, strict=False):
             group.update({k: v for k, v in entries.items() if k in SETTINGS})
         lane.remember(memory)
 
@@ -207,16 +203,11 @@ def _values(
         check_rank(p, value, rank, "state_dict")
         saved.append(local(value))
     saved += buffers
-    if len(saved) != len(live):
-        raise ValueError(
-            f"state_dict must be of the same model, with {len(live) - len(params)} buffers, got "
-            f"{len(buffers)}"
-        )
-    for ours, value in zip(live, saved, strict=True):
-        if value.shape != ours.shape:
+    shapes = ([list(tensor.shape) for tensor in tensors] for tensors in (live, saved))
+    for ours, theirs in zip_longest(*shapes):
+        if ours != theirs:
             raise ValueError(
-                "state_dict must be of the same model, with a tensor of shape "
-                f"{list(ours.shape)}, got {list(value.shape)}"
+                f"state_dict must be of the same model, with a tensor of shape {ours}, got {theirs}"
             )
     return [s.detach().to(o.device, o.dtype, copy=True) for o, s in zip(live, saved, strict=True)]
 
@@ -263,10 +254,3 @@ def _unpack_state(lane: "Lane", state: list[Saved], others: dict[Any, Any]) -> d
     if not kept:
         raise ValueError(f"state_dict must hold {name}* of parameters, got none")
     return kept
-
-
-def _of_groups(optimizer: Optimizer, options: list[Saved]) -> list[Saved]:
-    count = len(optimizer.param_groups)
-    if len(options) != count:
-        raise ValueError(f"state_dict must have entries of {count} groups, got {len(options)}")
-    return [dict(entries) for entries in options]

@@ -4,8 +4,7 @@ import inspect
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -283,16 +282,6 @@ def warn_if_left(left: int) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
-
-
-@contextmanager
-def told_if_damaged(name: str) -> Iterator[None]:
-    """Refuse with a sentence what lacks something, or holds something of another kind."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        told = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{name} must be whole, got a damaged one ({told})") from error
 
 
 def lost_loss(guard: Any, lane: "Lane", error: Exception) -> Tensor:

@@ -215,7 +215,7 @@ class Guard(Face):
         """Go on from the state of a guard that was built in the same way.
 
         Raises:
-            ValueError: if it wasn't, or the state is damaged. This one is as it was before, then.
+            ValueError: if it wasn't. This one is as it was before, then.
         """
         with held():
             saving.load(self.itself, state_dict)

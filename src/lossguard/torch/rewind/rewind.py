@@ -18,7 +18,6 @@ from lossguard.torch.arguments import (
     check_made,
     number,
     scalar,
-    told_if_damaged,
 )
 from lossguard.torch.process import held, modes_kept
 from lossguard.torch.ranks import mean_of_ranks
@@ -193,15 +192,14 @@ class Rewind(Uncopied):
         """Go on as the one whose ``state_dict`` this is, to the last bit on one device.
 
         Raises:
-            ValueError: if it is damaged, or of another model or options; nothing is loaded then.
+            ValueError: if it is of another model or options; nothing is loaded then.
         """
-        with told_if_damaged("state"):
-            if (theirs := state.get("options")) != self._options:
-                raise ValueError(f"state must be of a Rewind with {self._options}, got {theirs}")
-            trusted, candidate = self._live.unpack(state)
-            told: list[Number] = list(map(float, state["unread"]))
-            unread = [(told[k], told[k + 1]) for k in range(0, len(told), 2)]
-            self._rule.load(state["rule"])  # whole or not at all
+        if (theirs := state.get("options")) != self._options:
+            raise ValueError(f"state must be of a Rewind with {self._options}, got {theirs}")
+        trusted, candidate = self._live.unpack(state)
+        told: list[Number] = list(map(float, state["unread"]))
+        unread = [(told[k], told[k + 1]) for k in range(0, len(told), 2)]
+        self._rule.load(state["rule"])  # whole or not at all
         self._trusted, self._candidate, self._unread = trusted, candidate, unread
         self._last = None if self._rule.can_always_return else self._live.save()
 

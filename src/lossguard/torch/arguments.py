@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lossguard.torch.ranks import several
@@ -89,11 +88,6 @@ def check_made(params: Iterable[Tensor]) -> None:
         raise ValueError(
             "model must be sharded by fully_shard, if it is, got FullyShardedDataParallel, whose "
             "parameters are parts of flat ones"
-        )
-    if any(p.is_meta or is_lazy(p) for p in params):
-        raise ValueError(
-            "parameters and buffers must hold numbers, got some on the meta device (call "
-            "to_empty() and initialize them first) or of a lazy module (call it once first)"
         )
 
 
@@ -182,7 +176,6 @@ def check_model(model: Any, params: Sequence[Tensor]) -> None:
             raise ValueError("model must be the sharded module if parameters are sharded, got None")
         return
     check_kind("model", model, nn.Module, "nn.ModuleList([encoder, head])")
-    check_made(model.buffers())
     if missing := len({*map(id, params)} - {*map(id, model.parameters())}):
         raise ValueError(
             "model must hold all parameters of the optimizers, as its buffers go with them, got "

@@ -134,7 +134,7 @@ class Rewind(Uncopied):
         process_group: "distributed.ProcessGroup | None" = None,
     ) -> None:
         check_kind("model", model, nn.Module, "nn.Linear(2, 1)")
-        check_made([*model.parameters(), *model.buffers()])
+        check_made(model.parameters())
         optimizers = all_innermost(optimizer)
         check_functions(audit=audit, callback=callback)
         self._rule = Rule(window, rho, factor, rise, every)

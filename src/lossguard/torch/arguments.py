@@ -235,10 +235,6 @@ def scalar(loss: Any, rule: str = "closure must return the loss, one number") ->
 
 def number(loss: Any, rule: str) -> Number:
     """A loss as it is known on the host; as a tensor where one would have to wait for it."""
-    if isinstance(loss, float):
-        return loss
-    if type(loss) is Tensor and loss.is_cpu and loss.dim() == 0 and not loss.is_complex():
-        return loss.item()
     value = scalar(loss, rule)
     return value.item() if value.is_cpu else value
 

@@ -102,7 +102,7 @@ class Rewind(Uncopied):
 
     Raises:
         ValueError: if an argument is of another kind or out of range, the optimizer has no rate or
-            trains parameters that the model hasn't, or the model, but for masks, isn't finite.
+            trains parameters that the model hasn't, or that aren't finite.
 
     >>> model = nn.Linear(2, 1)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -59,9 +59,7 @@ class Live:
         self.place = _place_of(offload, sharded=sharded)
         self._finite: dict[str, bool] = {}
         """Of each buffer whether it was when it was first seen: masks of attention aren't."""
-        frozen = (param for param in self.names if not param.requires_grad)
-        masks = {p for p in frozen if not (are_finite([p]) or local(p).isnan().any())}
-        self._numbers = [param for param in self.names if param not in masks]
+        self._numbers = [p for p in self.names if p.requires_grad or are_finite([p])]
         """Parameters that aren't such."""
 
     def trained(self) -> dict[Tensor, Optimizer]:

@@ -173,8 +173,7 @@ class BestOf(Guard):
             again |= self._ruined(fine, leader) - {best}
         like = self.records[best]
         for k in again:
-            lanes[k].start_at(x)
-            lanes[k].forget()
+            lanes[k].start_afresh_at(x)
             self.records[k] = Record(like.mean, like.weight, lowest=like.mean)
         if best != leader:
             self.records = [record._replace(against=UNBOUNDED) for record in self.records]

@@ -84,8 +84,7 @@ class Hedged(GuardOfTwo):
         """Add up how x has done against s; whether s leads."""
         broken = breaks(s.told, losses)
         if broken or not s.finite:  # not finite any more: it begins again at x
-            self._relay.s.start_at(self._relay.leader.point)
-            self._relay.s.forget()
+            self._relay.s.start_afresh_at(self._relay.leader.point)
         rows = zip(bounded(losses), bounded(s.told), map(math.isfinite, s.told), strict=True)
         d = sum(x - f for x, f, finite in rows if finite)
         self._regret = 0.0 if broken else DECAY * self._regret + d

@@ -369,21 +369,19 @@ def test_calls_within_a_minibatch_are_refused():
         call()
 
 
-@pytest.mark.parametrize("wrong", ["names", "kind"])
-def test_memory_that_can_not_be_saved_is_refused(wrong):
+def test_memory_that_can_not_be_saved_is_refused():
     """Keys would be strings after loading, and the memory lost."""
 
     class Odd(SGD):
         def step(self):
             for p in self.param_groups[0]["params"]:
                 p.sub_(0.1 * p.grad)
-                self.state[p] = {0: p.grad.clone()} if wrong == "names" else p.grad.clone()
+                self.state[p] = {0: p.grad.clone()}
 
     weight, closure = quadratic()
     guard = Recommended(SGD([weight], lr=0.1), Odd([weight], lr=0.1), model=None, nt=1)
     guard.step(closure)
-    told = "memory of a parameter must have strings" if wrong == "names" else "an optimizer's state"
-    with pytest.raises(ValueError, match=f"^{told}"):
+    with pytest.raises(ValueError, match=r"^memory of a parameter must have strings"):
         guard.state_dict()
 
 

@@ -158,15 +158,6 @@ class Inner:
                 yield {k: local(e) for k, e in entries.items() if isinstance(e, Tensor)}, value
 
 
-def entries_of(param: Tensor, found: Any) -> dict[Any, Any]:
-    if not isinstance(found, dict):
-        raise ValueError(
-            "an optimizer's state must be a dictionary for each parameter, got a "
-            f"{type(found).__name__} for one of shape {list(param.shape)}"
-        )
-    return found
-
-
 def refuse_copies(optimizer: Optimizer, moved: list[Tensor], params: Iterable[Tensor]) -> None:
     """Refuse copies of parameters that have moved, where they would undo what is set back."""
     live = {local(p).data_ptr() for p in params}

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lossguard.torch.arguments import scalar
-from lossguard.torch.memory import Memory, entries_of
+from lossguard.torch.memory import Memory
 from lossguard.torch.ranks import check_rank, sharded_as, this_rank
 from lossguard.torch.rates import SETTINGS
 from lossguard.torch.tensors import clones, leaves, local, read, transfer
@@ -147,7 +147,7 @@ def _pack(lane: "Lane", state: list[Saved], *, within: bool) -> Saved:
     for k, (p, entries) in enumerate(zip(params, state, strict=True)):
         for name, values in copies.items():
             entries[f"{lane.name}.{name}"] = sharded_as(p, values[k].clone())
-        for key, value in entries_of(p, kept.pop(p, {})).items():
+        for key, value in kept.pop(p, {}).items():
             if not isinstance(key, str):
                 raise ValueError(
                     f"memory of a parameter must have strings as names to be saved, got {key!r}"

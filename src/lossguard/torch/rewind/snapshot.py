@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lossguard.torch.arguments import innermost
-from lossguard.torch.memory import entries_of, refuse_copies
+from lossguard.torch.memory import refuse_copies
 from lossguard.torch.ranks import check_rank, mean_of_ranks, this_rank
 from lossguard.torch.rates import options_of, set_back
 from lossguard.torch.tensors import (
@@ -139,7 +139,7 @@ class Live:
         remembered = {
             self.names[param]: one.state[param]
             for param, one in self.trained().items()
-            if entries_of(param, one.state.get(param, {}))
+            if one.state.get(param)
         }
         others = {str(k): _of_no_parameter(one) for k, one in enumerate(self.optimizers)}
         for name, buffer in buffers_of(self.model).items():

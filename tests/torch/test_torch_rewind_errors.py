@@ -2,7 +2,6 @@
 
 import copy
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,10 +67,6 @@ def without_a_rate(model, optimizer):
     Rewind(model, optimizer)
 
 
-STEPS_OF_ANOTHER = (
-    "schedulers must each have state_dict and load_state_dict, and be of this optimizer if of any, "
-    "got a "
-)
 FLAT = (
     "model must be sharded by fully_shard, if it is, got FullyShardedDataParallel, whose "
     "parameters are parts of flat ones"
@@ -104,12 +99,8 @@ WRONG = [
         lambda m, o: [Rewind(m, o), guard_of(m, o)],
     ),
     (
-        f"{STEPS_OF_ANOTHER}StepLR",
+        "schedulers must be of this optimizer, if of any, got one of another, a StepLR",
         lambda m, o: Rewind(m, o, schedulers=[lr_scheduler.StepLR(model_and_sgd()[1], 5)]),
-    ),
-    (
-        f"{STEPS_OF_ANOTHER}SimpleNamespace",
-        lambda m, o: Rewind(m, o, schedulers=[SimpleNamespace(state_dict=dict)]),
     ),
     (
         "optimizers must train different parameters, got two that train weight",
@@ -149,9 +140,7 @@ def test_what_holds_no_numbers_is_refused_by_pytorch(build):
 @pytest.mark.parametrize(
     ("option", "value", "rule"),
     [
-        ("offload", None, "be True, False or a folder, got None"),
         ("offload", "nowhere", "be a folder that is there, got 'nowhere'"),
-        ("schedulers", 3, "be a Sequence such as [scheduler], got 3"),
         ("audit", 3, "be None or a function, got 3"),
         ("window", 100, "be a multiple of 8, got 100"),
         ("every", 10, "divide window / 4 = 64, got 10"),

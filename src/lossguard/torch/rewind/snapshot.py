@@ -27,7 +27,6 @@ from lossguard.torch.tensors import (
     own_buffers,
     stacked,
 )
-from lossguard.validation import check_kind
 
 Saved = dict[str, Any]
 """``model``, parameters and buffers by name; ``optimizer``, the memory of each parameter by name;
@@ -220,12 +219,6 @@ class Live:
             ):
                 if len(ours) != len(its):
                     raise ValueError(f"state must have {len(ours)} {what}, got {len(its)}")
-            for one, groups in zip(self.optimizers, whole["groups"], strict=True):
-                if len(groups) > len(one.param_groups):
-                    raise ValueError(
-                        f"state must have at most {len(one.param_groups)} parameter groups of an "
-                        f"optimizer, got {len(groups)}"
-                    )
             memory = whole["optimizer"] if state["begun"][k] else {}
             place = self.save()
             all(map(bool, self.are_finite()))  # waits for copies, which would come later than these
@@ -239,22 +232,18 @@ def _check_rates(optimizers: Sequence[Optimizer]) -> None:
         raise ValueError("optimizer must have a rate, lr, in each of its groups, got one without")
 
 
-def _check_schedulers(schedulers: Any, optimizers: Sequence[Optimizer]) -> None:
-    check_kind("schedulers", schedulers, Sequence, "[scheduler]")
+def _check_schedulers(schedulers: Sequence[Any], optimizers: Sequence[Optimizer]) -> None:
     for one in schedulers:
-        saves = [callable(getattr(one, f"{how}state_dict", None)) for how in ("", "load_")]
-        if not all(saves) or _optimizer_of(one) not in (None, *optimizers):
+        if _optimizer_of(one) not in (None, *optimizers):
             raise ValueError(
-                "schedulers must each have state_dict and load_state_dict, and be of this "
-                f"optimizer if of any, got a {type(one).__name__}"
+                "schedulers must be of this optimizer, if of any, got one of another, a "
+                f"{type(one).__name__}"
             )
 
 
-def _place_of(offload: Any, *, sharded: bool) -> Place:
+def _place_of(offload: Offload, *, sharded: bool) -> Place:
     if isinstance(offload, bool):
         return torch.device("cpu") if offload else None
-    if not isinstance(offload, str | os.PathLike):
-        raise ValueError(f"offload must be True, False or a folder, got {offload!r}")
     if sharded:
         raise ValueError(f"offload must be True or False for shards, got {offload!r}")
     if not Path(offload).is_dir():

@@ -1,7 +1,6 @@
 """What a closure may do, and what is refused."""
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -204,13 +203,6 @@ def test_errors_of_arguments():
     one.add_param_group({"params": [v]})
     with pytest.raises(ValueError, match=r"^parameters must be in .* got SGD with 2 instead of 1$"):
         guard.step(lambda: None)
-
-
-def test_a_guard_without_a_model_is_told_of_as_one():
-    given: Any = [SGD([torch.ones(1, requires_grad=True)]) for _ in range(2)]
-    for kind in (Recommended, Hedged):
-        with pytest.raises(TypeError, match=r"^guard.__init__\(\) missing 1 .* argument: 'model'$"):
-            kind(*given)
 
 
 @pytest.mark.parametrize("kind", TWO)

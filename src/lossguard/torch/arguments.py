@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lossguard.torch.ranks import several
 from lossguard.torch.rates import beside_state, options_of
-from lossguard.torch.tensors import Number, leaves, local, read
+from lossguard.torch.tensors import Number, leaves, local, stacked
 from lossguard.validation import check_kind, told
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ def number(loss: Any, rule: str) -> Number:
 
 def compare(losses: Sequence[Tensor]) -> None:
     """Warn if lanes that were at one point had different losses on the first minibatch there."""
-    numbers = read(losses)
+    numbers = stacked(losses).tolist()
     low, high = min(numbers, default=0.0), max(numbers, default=0.0)
     if high - low > SAME * max(abs(low), abs(high)):
         warnings.warn(

@@ -119,11 +119,6 @@ def _on_any_rank(flag: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     return flag
 
 
-def read(scalars: Sequence[Tensor]) -> list[float]:
-    """Real numbers, all at once, as each read waits for the device."""
-    return stacked(scalars).tolist() if scalars else []
-
-
 def local(tensor: Tensor) -> Tensor:
     if not is_sharded(tensor):
         return tensor
@@ -164,7 +159,8 @@ def own_buffers(model: nn.Module, known: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def stacked(scalars: Sequence[Number]) -> Tensor:
-    """One tensor of them, of no dtype that is narrower than those of the tensors."""
+    """One tensor of them, of no dtype that is narrower than those of the tensors: to be read at
+    once, as each read waits for the device."""
     tensors = [one for one in scalars if isinstance(one, Tensor)]
     if not tensors:
         return torch.tensor(scalars, dtype=torch.float64, device="cpu")

@@ -288,5 +288,3 @@ class GuardOfTwo(Guard):
         )
         z, y, s = self._lanes.values()
         self._relay = Relay(z, y, s, self.nt, share)
-
-    __init__.__qualname__ = "guard.__init__"  # in errors of Python, where users know no GuardOfTwo

@@ -20,7 +20,7 @@ from lossguard.torch.guards.guard import Guard
 from lossguard.torch.guards.lane import Lane
 from lossguard.torch.guards.weights import Copy
 from lossguard.torch.memory import Memory
-from lossguard.torch.tensors import clones, read
+from lossguard.torch.tensors import clones, stacked
 from lossguard.validation import check_choice, check_count, check_fraction, check_function
 
 Loser = Literal["keep", "reset"]
@@ -287,4 +287,4 @@ def _distance(a: Copy, b: Copy) -> float:
     """The Euclidean norm of a - b: each tensor's in its own precision, at least single."""
     sizes = [(p - q).abs() for p, q in zip(a, b, strict=True)]  # of complex numbers too
     widened = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in sizes]
-    return math.hypot(*read([t.norm() for t in widened]))
+    return math.hypot(*stacked([t.norm() for t in widened]).tolist())

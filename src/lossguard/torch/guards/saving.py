@@ -22,7 +22,7 @@ from lossguard.torch.arguments import scalar
 from lossguard.torch.memory import Memory
 from lossguard.torch.ranks import check_rank, sharded_as, this_rank
 from lossguard.torch.rates import SETTINGS
-from lossguard.torch.tensors import clones, leaves, local, read, transfer
+from lossguard.torch.tensors import clones, leaves, local, stacked, transfer
 from lossguard.validation import check_kind
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def _pack(lane: "Lane", state: list[Saved], *, within: bool) -> Saved:
         "options": lane.memory().options,
         "copies": sorted(lane.inner.copies),
         "settings": lane.inner.memory().options,
-        "losses": read(lane.losses),
+        "losses": stacked(lane.losses).tolist(),
     }
 
 

@@ -6,19 +6,15 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lossguard.torch.ranks import several
 from lossguard.torch.rates import beside_state, options_of
 from lossguard.torch.tensors import Number, leaves, local, stacked
 from lossguard.validation import check_kind, told
-
-if TYPE_CHECKING:
-    from lossguard.torch.guards.lane import Lane
 
 Closure = Callable[[], Any]
 
@@ -271,21 +267,3 @@ def warn_if_left(left: int) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
-
-
-def lost_loss(guard: Any, lane: "Lane", error: Exception) -> Tensor:
-    """NaN for the loss of a lane that raises because its numbers aren't finite, with a warning.
-
-    Such an error would come again in every cycle. Any other is passed on, and so are the fallback's
-    and, of several ranks, all: the others would not know of it.
-    """
-    trusted = lane.inner is guard._inners.get("fallback")
-    if trusted or several(guard.process_group) or not lane.weights.have_diverged():
-        raise error
-    warnings.warn(
-        f"{lane} has numbers that aren't finite and raised {type(error).__name__}: such "
-        "minibatches count as lost for it",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return scalar(torch.nan)

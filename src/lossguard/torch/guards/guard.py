@@ -1,5 +1,6 @@
 """What the guards have in common: how they take lanes through minibatches."""
 
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
@@ -17,7 +18,7 @@ from lossguard.torch.guards.lane import Lane
 from lossguard.torch.guards.relay import Relay
 from lossguard.torch.guards.weights import Beside
 from lossguard.torch.process import held, modes_kept
-from lossguard.torch.ranks import mean_of_ranks
+from lossguard.torch.ranks import mean_of_ranks, several
 from lossguard.torch.tensors import stacked
 from lossguard.validation import check_part
 
@@ -161,7 +162,7 @@ class Guard(Face):
             with torch.enable_grad():
                 value = closure()
         except Exception as error:
-            return lane.note(arguments.lost_loss(self, lane, error))
+            return lane.note(lost_loss(self, lane, error))
         lane.step(value)
         return value
 
@@ -243,8 +244,26 @@ def _checked(guard: Guard, lane: Lane, check: Callable[[int], Tensor], k: int) -
     try:
         value = check(k)
     except Exception as error:
-        value = arguments.lost_loss(guard, lane, error)
+        value = lost_loss(guard, lane, error)
     return scalar(value, "check must return one number")
+
+
+def lost_loss(guard: Guard, lane: Lane, error: Exception) -> Tensor:
+    """NaN for the loss of a lane that raises because its numbers aren't finite, with a warning.
+
+    Such an error would come again in every cycle. Any other is passed on, and so are the fallback's
+    and, of several ranks, all: the others would not know of it.
+    """
+    trusted = lane.inner is guard._inners.get("fallback")
+    if trusted or several(guard.process_group) or not lane.weights.have_diverged():
+        raise error
+    warnings.warn(
+        f"{lane} has numbers that aren't finite and raised {type(error).__name__}: such "
+        "minibatches count as lost for it",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return scalar(torch.nan)
 
 
 def _agreed(ran: Sequence[Lane], group: distributed.ProcessGroup | None) -> dict[str, Seen]:

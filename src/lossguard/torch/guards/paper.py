@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from lossguard.torch.arguments import Closure, lost_loss, scalar
+from lossguard.torch.arguments import Closure, scalar
 from lossguard.torch.guards.decision import FALLBACK, LEARNED, NEITHER, Decision, Seen, mean
-from lossguard.torch.guards.guard import Guard
+from lossguard.torch.guards.guard import Guard, lost_loss
 from lossguard.torch.guards.lane import Lane
 from lossguard.torch.guards.weights import Copy
 from lossguard.torch.memory import Memory

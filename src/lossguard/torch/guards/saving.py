@@ -23,7 +23,6 @@ from lossguard.torch.memory import Memory
 from lossguard.torch.ranks import check_rank, sharded_as, this_rank
 from lossguard.torch.rates import SETTINGS
 from lossguard.torch.tensors import clones, leaves, local, stacked, transfer
-from lossguard.validation import check_kind
 
 if TYPE_CHECKING:
     from lossguard.torch.guards.face import Face
@@ -65,7 +64,6 @@ def save(guard: "Face") -> Saved:
 def load(guard: "Face", state_dict: Saved) -> None:
     """Go on from a saved state, of which nothing is loaded if it is refused."""
     guard.check_between("load_state_dict")
-    check_kind("state_dict", state_dict, dict, "torch.load(path)")
     state_dict = dict(state_dict)
     for hook in guard._optimizer_load_state_dict_pre_hooks.values():
         state_dict = hook(guard, state_dict) or state_dict

@@ -138,7 +138,8 @@ class Rewind(Uncopied):
         optimizers = all_innermost(optimizer)
         check_functions(audit=audit, callback=callback)
         self._rule = Rule(window, rho, factor, rise, every)
-        self._options = {"window": self._rule.window, "every": self._rule.every}
+        counts = {"optimizers": len(optimizers), "schedulers": len(schedulers)}
+        self._options = {"window": self._rule.window, "every": self._rule.every, **counts}
         self._live = Live(model, optimizers, schedulers, offload)
         self._group, self._audit, self._callback = process_group, audit, callback
         self._unread: list[tuple[Number, Number]] = []

@@ -213,12 +213,6 @@ class Live:
         for k, which in enumerate(("trusted", "candidate")):
             whole = {part: state[which][part] for part in PARTS}
             _check_model(whole["model"], self.tensors(), kept, state["rank"])
-            for what, ours, its in (
-                ("optimizers", self.optimizers, whole["groups"]),
-                ("schedulers", self.also, whole["also"]),
-            ):
-                if len(ours) != len(its):
-                    raise ValueError(f"state must have {len(ours)} {what}, got {len(its)}")
             memory = whole["optimizer"] if state["begun"][k] else {}
             place = self.save()
             all(map(bool, self.are_finite()))  # waits for copies, which would come later than these

@@ -146,7 +146,7 @@ def test_errors_of_arguments():
     kept, plain = "all that it remembers in its state", "a torch.optim.Optimizer and no guard"
     range_for = "parameters must have more range than float16 for {}, where a gradient that ove"
     cases = [
-        (Recommended, (one, one), {}, "fallback, learned must be different optimiz"),
+        (Recommended, (one, one), {}, "learned must have parameter groups of its"),
         (Recommended, (shared, one), {}, "learned must have parameter groups of its"),
         (Recommended, (around, one), {}, f"learned must keep {kept}, got SGD around Adam"),
         (Recommended, (SGD([v]), one), {}, "learned must have the parameters of fal"),

@@ -38,8 +38,6 @@ def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
     """The parameters of all optimizers, in the first one's order."""
     seen: dict[int, str] = {}
     first: list[Tensor] = []
-    if len({*map(id, optimizers.values())}) < len(optimizers):
-        raise ValueError(f"{', '.join(optimizers)} must be different optimizers, got one twice")
     for name, one in optimizers.items():
         if not isinstance(one, Optimizer) or hasattr(one, "lanes"):
             raise ValueError(

@@ -103,6 +103,23 @@ def test_in_every_run_it_is_finite_and_throws_away_no_more_than_it_may():
     assert numbers[:, 3].max() > WINDOW  # and more thrown away than one window
 
 
+def test_a_step_whose_memory_is_not_finite_is_skipped():
+    """A square overflows; Adam would then stand still, at finite parameters."""
+    guard = lossguard.rewind(optax.adam(0.1), window=WINDOW)
+
+    def step(carry, i):
+        params, state = carry
+        gradient = jnp.where(i == 30, 1e25, 2 * params)
+        updates, state = guard.update(gradient, state, params, value=1 / (i + 1))
+        params = optax.apply_updates(params, updates)
+        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((params, state.inner))]
+        return (params, state), jnp.array(finite).all()
+
+    start = jnp.ones(2)
+    (_, state), finite = jax.lax.scan(step, (start, guard.init(start)), jnp.arange(60))
+    assert finite.all() and (state.skipped, state.returns) == (1, 0)
+
+
 def false_alarms(steps: int, window: int = 256) -> float:
     """A bound on the probability of any alarm in so many steps of i.i.d. losses.
 

@@ -164,7 +164,7 @@ def test_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_torch_guides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the top down in one namespace, on the CPU."""
+    """From the top down in one namespace, on the CPU; each guard is of new optimizers."""
     torch = pytest.importorskip("torch")
     monkeypatch.chdir(tmp_path)  # a block saves there
     names: dict[str, Any] = {
@@ -177,5 +177,7 @@ def test_torch_guides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         exec(block, names)
     assert names["rewind"].calls == 0 and len(names["optimizers"]) == 2
     for block in blocks("docs/torch.md"):
+        for name in ("learned", "fallback"):
+            names[name] = torch.optim.SGD(names["model"].parameters(), lr=0.01)
         exec(block.replace('"cuda"', '"cpu"').replace("float16", "bfloat16"), names)
         assert isinstance(names["guard"], torch.optim.Optimizer)

@@ -59,10 +59,13 @@ def test_gradients_from_before_are_refused(kind):
 
 
 @pytest.mark.parametrize("kind", TWO)
-@pytest.mark.parametrize("where", ["in the closure", "prefetched"])
+@pytest.mark.parametrize("where", ["in the closure", "prefetched", "by schedule-free ones"])
 def test_a_minibatch_drawn_in_the_closure_is_told_at_once(kind, where):
-    model, stream = mlp(), iter(minibatches(60))
-    guard = two(kind, model)
+    model, stream, make = mlp(), iter(minibatches(60)), None
+    if where == "by schedule-free ones":
+        package = pytest.importorskip("schedulefree")
+        make = lambda ps: package.SGDScheduleFree(ps, lr=0.1)  # noqa: E731
+    guard = two(kind, model, make, make)
     held = [next(stream)]
 
     def closure():

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from copy import deepcopy
 
 import pytest
 import torch
@@ -121,12 +122,13 @@ def test_nothing_waits_for_the_garbage_collector(kind):
     gc.disable()
     try:
         run(guard, model, minibatches(12))
-        assert guard.state_dict()
         assert gc.collect() == 0
         (lane, *_) = (lane for lane in guard._lanes.values() if not lane.live)
-        seen = weakref.ref(lane.values[0])
-        guard.load_state_dict(guard.state_dict())
-        assert seen() is None and gc.collect() == 0
+        state, seen = guard.state_dict(), [weakref.ref(lane.values[0])]
+        seen += [weakref.ref(t) for entries in state["state"].values() for t in entries.values()]
+        guard.load_state_dict(state)
+        del state
+        assert len(seen) > 8 and not any(ref() is not None for ref in seen)
     finally:
         gc.enable()
         gc.unfreeze()
@@ -222,17 +224,48 @@ def test_an_optimizer_that_needs_a_closure_is_refused():
 
 
 def test_a_running_job_can_be_put_under_a_guard():
-    """What its optimizer remembers stays, and is what the guard resets it to."""
-    model = mlp()
-    fallback = AdamW(model.parameters(), lr=0.01)
-    for batch in minibatches(5):
-        step_by(fallback, loss_fn(model, batch))
-    fallback.zero_grad()
-    guard = Recommended(SGD(model.parameters(), lr=1e-9), fallback, model=model)
-    run(guard, model, minibatches(20))
+    """What its optimizer remembers goes on; whoever begins afresh later remembers none of it."""
+    model, batches = mlp(), minibatches(40)
+    old = AdamW(model.parameters(), lr=0.01, eps=1e-6)
+    for batch in batches[:5]:
+        step_by(old, loss_fn(model, batch))
+    old.zero_grad()
+    old.param_groups[0] |= {"lr": 0.005, "initial_lr": 0.01}
+    alone = deepcopy(model)
+    twin = AdamW(alone.parameters())
+    twin.load_state_dict(deepcopy(old.state_dict()))
+
+    def build():
+        learned, fallback = SGD(model.parameters(), lr=2e-9), AdamW(model.parameters(), lr=0.01)
+        return Recommended(learned, fallback, model=model)
+
+    with pytest.raises(
+        ValueError, match=r"^fallback must be new when .*, got AdamW that has stepp"
+    ):
+        Recommended(SGD(model.parameters(), lr=2e-9), old, model=model)
+    guard = build()
+    guard.load_state_dict(old.state_dict())
+    learned, fallback = (guard._inners[name].optimizer for name in ("learned", "fallback"))
+    assert learned.param_groups[0]["lr"] == 1e-9  # in proportion
+    (group,) = guard.param_groups
+    assert (group["lr"], group["initial_lr"], group["eps"]) == (0.005, 0.01, 1e-6)
+    for batch in batches[5:]:
+        run(guard, model, [batch])
+        step_by(twin, loss_fn(alone, batch))
     assert guard.last_decision.winner == 2
-    steps = {state["step"].item() for state in fallback.state.values()}
-    assert steps == {25.0}
+    assert all(map(torch.equal, model.parameters(), alone.parameters()))
+    with pytest.raises(
+        ValueError, match=r"^state_dict must be of a guard .* before the first step"
+    ):
+        guard.load_state_dict(old.state_dict())
+    saved = guard.state_dict()
+    ends = []
+    for one in (guard, build()):
+        one.load_state_dict(deepcopy(saved))
+        one._lanes["z"].forget()
+        run(one, model, minibatches(5))
+        ends.append([p.clone() for p in model.parameters()])
+    assert all(map(torch.equal, *ends)) and fallback.state[model[0].weight]["step"] == 5
 
 
 @pytest.mark.parametrize("kind", KINDS)

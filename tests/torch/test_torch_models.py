@@ -489,7 +489,9 @@ def test_a_schedule_free_optimizer_of_a_running_job_takes_its_other_iterate_alon
     for batch in minibatches(20):
         step_by(fallback, loss_fn(model, batch))
     fallback.zero_grad()
-    guard = Recommended(SGD(model.parameters(), lr=0.1), fallback, model=model, nt=2)
+    new = package.SGDScheduleFree(model.parameters(), lr=0.1)
+    guard = Recommended(SGD(model.parameters(), lr=0.1), new, model=model, nt=2)
+    guard.load_state_dict(fallback.state_dict())
     run(guard, model, minibatches(4))
     guard._lanes["z"].start_at([tensor + 1 for tensor in guard._leader.point])
     weight = next(model.parameters())

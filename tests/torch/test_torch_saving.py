@@ -31,6 +31,21 @@ from lossguard.torch import BestOf, Hedged, LossGuard, Recommended, ResidualGuar
 from lossguard.torch.guards import saving
 
 
+def with_rest(state, change):
+    """A copy in which what is in one piece is another."""
+    first, *others = state["param_groups"]
+    groups = [first | {key: change(first[key]) for key in first.keys() & {"guard"}}, *others]
+    return copy.deepcopy({**state, "param_groups": groups})
+
+
+def opened(state):
+    return with_rest(state, lambda rest: saving.unfolded(rest, torch.zeros(())))
+
+
+def closed(state):
+    return with_rest(state, saving.folded)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("done", [0, 1, 4, 9, 33])
 def test_resumes_bit_by_bit_at_any_point_of_a_cycle(kind, done):
@@ -129,8 +144,10 @@ def test_what_is_no_state_of_its_own_is_refused_whole(kind):
     broken = {f"{guard._leader.name}.{name}": copy.deepcopy(before) for name in ("value", "before")}
     for name, state in broken.items():
         del state["state"][3][name]
-    missing = copy.deepcopy(before)
+    missing = opened(before)
     missing["param_groups"][0]["guard"]["numbers"] = ["something else"]
+    flat = {**before, "param_groups": SGD(model.parameters()).state_dict()["param_groups"]}
+    flat["state"] = {key: {} for key in range(4)}  # as PyTorch flattens and unflattens it
     others = [
         (two(kind, nn.Linear(2, 2), nt=3), r"of a guard with .*'SGD', 4\].* got .*'SGD', 2\]"),
         (two(kind, wide, nt=3), "of the same model, with a tensor of shape"),
@@ -138,15 +155,16 @@ def test_what_is_no_state_of_its_own_is_refused_whole(kind):
         (two(foreign, mlp(), nt=3), f"of a guard with {{'kind': '{kind.__name__}'"),
         (two(kind, mlp(), nt=4), "of a guard with .*'nt': 3.* got .*'nt': 4"),
         (two(kind, mlp(), AdamW, nt=3), "of a guard with .*'Adam'.* got .*'AdamW'"),
-        (SGD(model.parameters()), "of a .* before the guard is"),
+        (SGD(model.parameters()), "of a .* before the first step"),
     ]
     refusals = [
         *((one.state_dict(), f"state_dict must be {what}") for one, what in others),
         *(
-            (one, rf"state_dict must hold {k} of .*\(save between two c")
+            (one, rf"state_dict must hold {k} of each parameter, got one without$")
             for k, one in broken.items()
         ),
-        (missing, "state_dict must have the numbers of"),
+        (closed(missing), "state_dict must have the numbers of"),
+        (flat, r"state_dict must hold what .* without flatten_optimizer_state_dict\)$"),
     ]
     for state, message in refusals:
         with pytest.raises(ValueError, match=f"^{message}"):
@@ -161,7 +179,11 @@ def test_a_damaged_state_is_loaded_whole_or_not_at_all(kind):
     run(guard, model, minibatches(4))
     before = guard.state_dict()
     run(guard, model, minibatches(4))
-    assert refusals_of_damaged(guard, before) > 80
+    open_one = SimpleNamespace(
+        state_dict=lambda: opened(guard.state_dict()),
+        load_state_dict=lambda state: guard.load_state_dict(closed(state)),
+    )
+    assert refusals_of_damaged(open_one, opened(before)) > 80
 
 
 def test_lengths_of_a_cycle_are_plain_numbers():
@@ -197,23 +219,26 @@ def by_names(model, guard):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("norm", [(), (nn.BatchNorm1d(16),)])
 def test_a_distributed_checkpoint_needs_no_ranks(kind, norm, tmp_path):
-    """Between two cycles; what is saved within one is refused."""
+    """Between two cycles and within one, by one file and by the state of one rank alone."""
     model, batches = mlp(*copy.deepcopy(norm)), minibatches(30)
-    guard, twin = two(kind, model, nt=4), copy.deepcopy(model)
-    run(guard, model, batches[:12])
-    checkpoint.save(by_names(model, guard), checkpoint_id=tmp_path / "between", no_dist=True)
-    run(guard, model, batches[12:14])
-    checkpoint.save(by_names(model, guard), checkpoint_id=tmp_path / "within", no_dist=True)
+    guard, twin, whole = two(kind, model, nt=4), copy.deepcopy(model), []
+    full = names.StateDictOptions(full_state_dict=True)
+    for done, next_ones in ((12, batches[:12]), (14, batches[12:14])):
+        run(guard, model, next_ones)
+        checkpoint.save(by_names(model, guard), checkpoint_id=tmp_path / f"{done}", no_dist=True)
+        whole.append(names.get_optimizer_state_dict(model, guard, options=full))
     run(guard, model, batches[14:])
-    other = two(kind, twin, nt=4)
-    within, between = by_names(twin, other), by_names(twin, other)
-    checkpoint.load(within, checkpoint_id=tmp_path / "within", no_dist=True)
-    with pytest.raises(ValueError, match=r"^state_dict must hold .\.before of each parameter"):
-        names.set_optimizer_state_dict(twin, other, within["guard"])
-    checkpoint.load(between, checkpoint_id=tmp_path / "between", no_dist=True)
-    names.set_optimizer_state_dict(twin, other, between["guard"])
-    run(other, twin, batches[12:])
-    assert_same_state(other.state_dict(), guard.state_dict())
+    for done, of_one in zip((12, 14), whole, strict=True):
+        other = two(kind, twin, nt=4)
+        state = by_names(twin, other)
+        checkpoint.load(state, checkpoint_id=tmp_path / f"{done}", no_dist=True)
+        names.set_optimizer_state_dict(twin, other, state["guard"])
+        run(other, twin, batches[done:])
+        assert_same_state(other.state_dict(), guard.state_dict())
+        another = two(kind, twin, nt=4)
+        names.set_optimizer_state_dict(twin, another, of_one, options=full)
+        run(another, twin, batches[done:])
+        assert_same_state(another.state_dict(), guard.state_dict())
 
 
 def test_steps_that_a_fresh_guard_takes_to_be_saved_draw_nothing():

@@ -2,12 +2,24 @@
 
 import pytest
 import torch
-from models import backward, closure_for, minibatches, mlp, quadratic, run, spiral, two
+from models import (
+    KINDS,
+    backward,
+    closure_for,
+    guard_of,
+    loss_fn,
+    minibatches,
+    mlp,
+    quadratic,
+    run,
+    spiral,
+    two,
+)
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
 
-from lossguard.torch import BestOf, Hedged, Recommended
+from lossguard.torch import BestOf, Hedged, Recommended, ResidualGuard
 
 
 def test_one_schedule_drives_both_in_proportion():
@@ -69,6 +81,44 @@ def test_each_may_have_a_schedule_of_its_own(first):
     guard.param_groups[0]["lr"] = 0.1
     with pytest.raises(ValueError, match=r"^rates must be set in the guard's groups or in its opt"):
         guard.step(closure_for(guard, model, spiral()))
+
+
+class Shrinking(SGD):
+    """Sets a rate of its own in each step."""
+
+    def step(self, closure=None):
+        super().step()
+        self.param_groups[0]["lr"] *= 0.9
+
+
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("of", ["first", "last"])
+def test_a_scheduler_of_an_optimizer_is_stepped_between_minibatches(kind, of, late):
+    """In a body or closure it would step once for each lane."""
+    model, batch = mlp(), spiral()
+    optimizers = [Shrinking(model.parameters(), lr=0.1) for _ in range(2)]
+    guard = guard_of(kind, optimizers, model)
+    scheduler = StepLR(optimizers[-1 if of == "last" else 0], 1, 0.5)
+
+    def step(*schedulers):
+        if late and kind is not ResidualGuard:
+            for lane in guard.lanes():
+                lane.step(backward(loss_fn(model, batch)))
+                [one.step() for one in schedulers]
+        else:
+
+            def closure():
+                [one.step() for one in schedulers]
+                return backward(loss_fn(model, batch))
+
+            guard.step(closure)
+
+    for _ in range(3):
+        step()
+        scheduler.step()
+    with pytest.raises(ValueError, match=r"^rates must be set between minibatches, got another"):
+        step(scheduler)
 
 
 def test_other_options_are_handed_on_to_who_has_them():

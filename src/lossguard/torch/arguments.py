@@ -20,6 +20,8 @@ Closure = Callable[[], Any]
 
 LEFT = 10
 """Minibatches in a row that may be left early, as by errors that are handled, without a warning."""
+MADE_BY_STEPS = "step", "momentum_buffer", "exp_avg"
+"""Of what optimizers remember, that which is 0 or missing in all that we know until they step."""
 SAME = 1e-4
 """The part of a loss by which rounding may change it."""
 
@@ -46,6 +48,7 @@ def check_optimizers(optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
         check_wrapped(name, one)
         _check_step(name, one)
         _check_watched(name, one)
+        _check_new(name, one)
         for group in one.param_groups:
             if group.get("maximize"):
                 raise ValueError(f"{name} must minimize the loss, got one with maximize=True")
@@ -112,6 +115,18 @@ def _check_step(name: str, optimizer: Optimizer) -> None:
                 f"{name} must have step(), step(closure=None) or step(loss), as a guard evaluates "
                 f"once a step, got {type(optimizer).__name__} with step({one})"
             )
+
+
+def _check_new(name: str, optimizer: Optimizer) -> None:
+    """Refuse one that has stepped: a lane that begins afresh would remember these steps."""
+    entries = [found for found in optimizer.state.values() if isinstance(found, dict)]
+    made = [found.get(key) for found in entries for key in MADE_BY_STEPS]
+    if any(local(torch.as_tensor(one)).to_dense().any() for one in made if one is not None):
+        raise ValueError(
+            f"{name} must be new when the guard is built, got {type(optimizer).__name__} that has "
+            "stepped (build the guard with a new one, then guard.load_state_dict(its state_dict()) "
+            "to go on from there)"
+        )
 
 
 def _check_watched(name: str, optimizer: Optimizer) -> None:

@@ -19,6 +19,11 @@ SETTINGS = PARAMS | {
 """Its entries that are set from outside. All others count as what the optimizer remembers: a step
 may change them, as it does counters, and estimates of the rate."""
 
+RATES_INSIDE = (
+    "rates must be set between minibatches, got another one in a body or closure (take "
+    "scheduler.step() out of it)"
+)
+
 
 class Rates:
     """Carries what is set in the guard's parameter groups over to its optimizers.
@@ -64,14 +69,6 @@ class Rates:
             }
             for group, seen, then in zip(self.groups, self.seen, self._written, strict=True)
         ]
-
-    def check(self) -> None:
-        """Refuse what was set while lanes run, of which each may be at another rate then."""
-        if any(self.changes()):
-            raise ValueError(
-                "rates must be set between minibatches, got another one in a body or closure (take "
-                "scheduler.step() out of it)"
-            )
 
     def apply(self) -> None:
         """Carry over what has been set since the last time; refuse rates that were set twice."""

@@ -12,7 +12,7 @@ from lossguard.torch.guards.decision import Decision
 from lossguard.torch.guards.weights import Weights
 from lossguard.torch.memory import Inner
 from lossguard.torch.process import Randomness
-from lossguard.torch.rates import Rates, group_copy
+from lossguard.torch.rates import RATES_INSIDE, Rates, group_copy
 from lossguard.validation import check_count
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class Face(arguments.Uncopied, Optimizer):
         """All that run on the minibatch that is under way."""
         self._shared: list[tuple[Tensor, int]] = []
         """What no lane has, and how often it had been written to when the run began."""
+        self._alike = True
+        """Whether the next minibatch is the first, on which all lanes are at one point."""
         self._left = 0
         """Minibatches in a row that were left before the last lane had stepped."""
         arguments.refuse_steps_beside(self)
@@ -83,6 +85,12 @@ class Face(arguments.Uncopied, Optimizer):
     def itself(self) -> Any:
         """The guard, also beneath what Lightning makes of it: that has a copy of its attributes."""
         return vars(self).get("_optimizer", self)
+
+    def _check_rates(self) -> None:
+        if any(self._rates.changes()):
+            raise ValueError(RATES_INSIDE)
+        for inner in self._inners.values():
+            inner.check_rates()
 
     def check_between(self, call: str) -> None:
         if self._order:

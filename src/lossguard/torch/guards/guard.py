@@ -54,11 +54,6 @@ class Guard(Face):
             name: Lane(name, self._inners[of], self._weights, forgives=self.forgives)
             for name, of in lanes.items()
         }
-        if not self.forgives and any(p.dtype == torch.float16 for p in self._weights.params):
-            raise ValueError(
-                f"parameters must have more range than float16 for {type(self).__name__}, where a "
-                "gradient that overflows is not left out, got some of float16"
-            )
         self._leader = self._weights.holder = next(iter(self._lanes.values()))
 
     def _begin(self) -> list[Lane]:
@@ -121,7 +116,7 @@ class Guard(Face):
                     yield lane
                     if not lane.stepped:
                         raise ValueError("the body of guard.lanes() must call lane.step(loss)")
-                    self._rates.check()
+                    self._check_rates()
                     lane.leave(keep=True)
                 self._close()
             except BaseException as error:
@@ -145,12 +140,14 @@ class Guard(Face):
         optimizers = [inner.optimizer for inner in self._inners.values()]
         arguments.check_loop(optimizers, self._weights.params)
         self._rates.apply()
+        for inner in self._inners.values():
+            inner.note_rates()
         beside = self._weights.gradients_beside()
         if self.phase == 0:
             for lane in self._lanes.values():
                 lane.begin()
             self._others = self._begin()
-            self._shared = [] if self.steps else self._weights.note_shared()
+            self._shared = self._weights.note_shared() if self._alike else []
         self._order = [*self._others, self._leader]
         for lane in self._order:
             lane.begun = lane.stepped = False
@@ -188,8 +185,9 @@ class Guard(Face):
         first = self.phase < min(2, self.nt)
         for lane in [one for one in self._order if not one.inner.noted]:
             lane.inner.note_copies(lane.memory(), self._leader.before, lane.point, first=first)
-        if self.phase == 1 and self.steps == 0:
-            arguments.compare([lane.losses[0] for lane in self._order if not lane.inner.switches])
+        if self._alike:
+            self._alike = False
+            arguments.compare([lane.losses[0] for lane in self._order])
             arguments.warn_if_written(self._shared)
         if self.phase == self.nt:
             self.history.append(self._decide())

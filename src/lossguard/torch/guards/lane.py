@@ -177,6 +177,7 @@ class Lane:
             raise ValueError(f"lane.step must be called once for each lane, got again for {self}")
         value = scalar(loss)
         self.check_gradients(value)
+        self.inner.check_rates()
         self.begun = True  # if the optimizer raises, nobody knows how far it came
         if self.forgives:
             self.weights.mend(self._buffers, zero_unsound(self.weights.params))

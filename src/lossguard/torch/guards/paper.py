@@ -29,6 +29,15 @@ LANES = {"z": "fallback", "y": "learned"}
 """With the optimizer of each; the first is live."""
 
 
+def refuse_half(guard: Guard) -> None:
+    """Refuse what needs a scaler, which would leave out gradients that overflow."""
+    if any(p.dtype == torch.float16 for p in guard._weights.params):
+        raise ValueError(
+            f"parameters must have more range than float16 for {type(guard).__name__}, where a "
+            "gradient that overflows is not left out, got some of float16"
+        )
+
+
 class LossGuard(Guard):
     """LGL2O: keep whichever of two optimizers is better on fresh minibatches after nt steps.
 
@@ -88,6 +97,7 @@ class LossGuard(Guard):
         self.loser = loser
         optimizers, nc = {"fallback": fallback, "learned": learned}, check_count("nc", nc)
         super().__init__(optimizers, LANES, model, nt, check, nc, process_group, callback)
+        refuse_half(self)
 
     def _begin(self) -> list[Lane]:
         (other,) = (lane for lane in self._lanes.values() if not lane.live)
@@ -175,6 +185,7 @@ class ResidualGuard(Guard):
         self.alpha, self.theta = check_fraction("alpha", alpha), check_fraction("theta", theta)
         optimizers = {"fallback": fallback, "learned": learned}
         super().__init__(optimizers, LANES, model, nt, callback=callback)
+        refuse_half(self)
         if any(hasattr(p, "to_local") for p in self._weights.params):
             raise ValueError("parameters must be whole tensors, got sharded ones")
         if any(inner.switches for inner in self._inners.values()):
@@ -253,6 +264,7 @@ class ResidualGuard(Guard):
         with torch.enable_grad():
             loss = closure()
         self._leader.check_gradients(scalar(loss))
+        self._check_rates()
         if isinstance(loss, Tensor):  # which the other evaluation may overwrite
             loss = loss.detach().clone()
         live = self._weights.live()

@@ -1,14 +1,15 @@
 """A guard's ``state_dict``, in the layout of any optimizer's.
 
     state           by parameter, for each lane: LANE.value, of the leader the model's,
-                    LANE.memory.KEY, and within a cycle LANE.before, of those that may go back:
+                    LANE.before, where it was when the cycle began, and LANE.memory.KEY:
                     plain tensors, or DTensors under fully_shard
-    param_groups    the guard's; the first has all else under ``guard``
+    param_groups    the guard's; the first has all else under ``guard``, as bytes of torch.save
 
 So it is what torch.distributed.checkpoint saves under the names of parameters, and reshards.
 """
 
 import copy
+import io
 from collections.abc import Callable, Iterator
 from functools import reduce
 from itertools import zip_longest
@@ -21,8 +22,9 @@ from torch.optim import Optimizer
 from lossguard.torch.arguments import scalar
 from lossguard.torch.memory import Memory
 from lossguard.torch.ranks import check_rank, sharded_as, this_rank
-from lossguard.torch.rates import SETTINGS
+from lossguard.torch.rates import PARAMS, SETTINGS, set_rate
 from lossguard.torch.tensors import clones, leaves, local, stacked, transfer
+from lossguard.validation import check_kind
 
 if TYPE_CHECKING:
     from lossguard.torch.guards.face import Face
@@ -41,7 +43,7 @@ def save(guard: "Face") -> Saved:
     params, group = guard._weights.params, guard.param_groups[0]
     draws = guard._randomness.state()
     state: list[Saved] = [{} for _ in params]
-    group["guard"] = {
+    rest = {
         **_kind(guard),
         "rank": this_rank(),
         "leader": guard._leader.name,
@@ -51,6 +53,7 @@ def save(guard: "Face") -> Saved:
             name: _pack(lane, state, within=guard.phase > 0) for name, lane in guard._lanes.items()
         },
     }
+    group["guard"] = folded(rest)
     guard._randomness.set(draws)  # of which steps that some lanes take to be saved may draw
     try:
         guard.state.update(zip(params, state, strict=True))
@@ -58,17 +61,27 @@ def save(guard: "Face") -> Saved:
     finally:
         del group["guard"]
         guard.state.update({p: {} for p in params})
-    return {**saved, "param_groups": _copied(saved["param_groups"])}
+    return copy.deepcopy(saved, {id(saved["state"]): saved["state"]})
 
 
 def load(guard: "Face", state_dict: Saved) -> None:
     """Go on from a saved state, of which nothing is loaded if it is refused."""
     guard.check_between("load_state_dict")
+    check_kind("state_dict", state_dict, dict, "torch.load(path)")
     state_dict = dict(state_dict)
     for hook in guard._optimizer_load_state_dict_pre_hooks.values():
         state_dict = hook(guard, state_dict) or state_dict
-    groups = _copied(state_dict.get("param_groups", []))
-    ours = groups[0].pop("guard", {}) if groups else {}
+    groups = copy.deepcopy(state_dict.get("param_groups", []))
+    ours = unfolded(groups[0].pop("guard", b""), guard._weights.params[0]) if groups else {}
+    entries = state_dict.get("state", {}).values()
+    if not ours and entries and not any(entries):
+        raise ValueError(
+            "state_dict must hold what is known of each parameter, got nothing of any (get and set "
+            "it without flatten_optimizer_state_dict)"
+        )
+    if groups and not ours and guard._alike and guard.phase == 0:
+        _take_over(guard, state_dict)
+        return
     state = _checked(guard, state_dict, groups, ours)
     loads = [
         _unpack(lane, state, ours["rest"][name], ours["rank"])
@@ -82,6 +95,7 @@ def load(guard: "Face", state_dict: Saved) -> None:
     numbers = _filled(numbers, iter(ours["numbers"]))
 
     # From here on nothing may fail.
+    guard._alike = False
     for (owner, name), number in zip(places, numbers, strict=True):
         setattr(owner, name, number)
     for load_lane in loads:
@@ -94,10 +108,41 @@ def load(guard: "Face", state_dict: Saved) -> None:
     guard._rates.note()
 
 
-def _copied(value: Any) -> Any:
-    """A copy of nested containers; ``copy.deepcopy`` can't copy every sparse tensor."""
-    found = [one for one in leaves(value) if isinstance(one, Tensor)]
-    return copy.deepcopy(value, {id(one): one.detach().clone() for one in found})
+def _take_over(guard: "Face", state_dict: Saved) -> None:
+    """Have the live lane go on from an optimizer's own state, with all rates in proportion."""
+    guard._rates.apply()
+    optimizer, rates = guard._leader.optimizer, []
+    optimizer.load_state_dict(state_dict)
+    guard._alike = False
+    groups = zip(guard.param_groups, optimizer.param_groups, guard._rates.given, strict=False)
+    for group, theirs, given in groups:
+        settings = {key: theirs[key] for key in theirs.keys() & (SETTINGS - PARAMS)}
+        rates.append(settings.pop("lr", None))
+        group.update(settings)
+        if given is not None:
+            set_rate(theirs, given)
+    guard._rates.note()
+    for group, rate in zip(guard.param_groups, rates, strict=True):
+        if rate is not None:
+            group["lr"] = float(rate)
+    guard._rates.apply()
+
+
+def folded(rest: Saved) -> bytes:
+    """In one piece: what goes through lists in a state takes those of one length for granted."""
+    file = io.BytesIO()
+    torch.save(rest, file)
+    return file.getvalue()
+
+
+def unfolded(rest: bytes, p: Tensor) -> Saved:
+    """What was on the host stays there, the rest comes to the device of the parameters."""
+
+    def place(storage: Any, where: str) -> Any:
+        to = torch.serialization.default_restore_location
+        return storage if where == "cpu" else to(storage, str(p.device))
+
+    return torch.load(io.BytesIO(rest), place, weights_only=True) if rest else {}
 
 
 def _kind(guard: "Face") -> Saved:
@@ -130,21 +175,24 @@ def _checked(guard: "Face", state_dict: Saved, groups: list[Saved], ours: Saved)
     if got != kind:
         if not ours:
             got = (
-                f"one with the keys {list(state_dict)} (an optimizer's own goes into the fallback, "
-                "before the guard is built)"
+                f"one with the keys {list(state_dict)} (an optimizer's own is taken over before "
+                "the first step)"
             )
         raise ValueError(f"state_dict must be of a guard with {kind}, got {got}")
     return [state_dict["state"].get(key, {}) for group in groups for key in group["params"]]
 
 
 def _pack(lane: "Lane", state: list[Saved], *, within: bool) -> Saved:
-    """Of a lane, what is of parameters into ``state``; the rest is returned."""
+    """Of a lane, what is of parameters into ``state``; the rest is returned.
+
+    States of all times have the same tensors, so that any can be loaded in place of a new one.
+    """
     params, before = lane.weights.params, lane.before if within else []
-    copies = {"value": lane.point, "before": before} if before else {"value": lane.point}
+    copies = {"value": clones(lane.point), "before": clones(before or lane.point)}
     kept = Memory(_made(lane), []).copy().state
     for k, (p, entries) in enumerate(zip(params, state, strict=True)):
         for name, values in copies.items():
-            entries[f"{lane.name}.{name}"] = sharded_as(p, values[k].clone())
+            entries[f"{lane.name}.{name}"] = sharded_as(p, values[k])
         for key, value in kept.pop(p, {}).items():
             if not isinstance(key, str):
                 raise ValueError(
@@ -190,10 +238,7 @@ def _values(
     live, params, name, saved = lane.weights.live(), lane.weights.params, f"{lane.name}.{which}", []
     for p, entries, ours in zip(params, state, live, strict=False):
         if name not in entries and p.requires_grad:
-            raise ValueError(
-                f"state_dict must hold {name} of each parameter, got one without (save between two "
-                "cycles for torch.distributed.checkpoint)"
-            )
+            raise ValueError(f"state_dict must hold {name} of each parameter, got one without")
         value = entries.get(name, ours)  # torch.distributed.checkpoint leaves frozen ones out
         check_rank(p, value, rank, "state_dict")
         saved.append(local(value))

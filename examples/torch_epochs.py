@@ -56,7 +56,7 @@ def optimizer_of(
         return loss
 
     held = check if method == "best of, held out" else None
-    return BestOf([fallback, learned], check=held, model=model)
+    return BestOf([fallback, learned], check=held, share=None, model=model)
 
 
 def train(method: str, seed: int, *, calls: int, careful: float, bold: float) -> list[Row]:

@@ -167,10 +167,11 @@ def in_pytorch(name, optimizers, checked=False, **options):
     def build(params):
         ours, kind = [one.in_torch(params) for one in optimizers], name.title().replace("_", "")
         given = [ours] if name == "best_of" else ours
+        default = {"share": None} if name == "best_of" else {}  # as in JAX
         check = {"check": lambda j: -loss_of(params, j + 7)} if checked else {}
         if kind == "LossGuard":
             check = {"check": lambda k: loss_of(params, k // 5 * 15 + 10 + k % 5)}  # as in JAX
-        return getattr(guards, kind)(*given, model=None, nt=NT, **options, **check)
+        return getattr(guards, kind)(*given, model=None, nt=NT, **default | options, **check)
 
     return build
 

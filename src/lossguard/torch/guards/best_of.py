@@ -58,19 +58,20 @@ class BestOf(Guard):
         W[j] <- decay W[j] + 1;   D[j] <- D[j] + (d - D[j]) / W[j]
         model <- w[j] of the lowest D[j]
 
-    Without ``share`` all run in every cycle. Then, without ``check``, the cycles' mean losses that
-    are reported never sum up to more than those of any optimizer that isn't ruined, if all stay
-    finite. They are reported with hindsight: d is known before the leader is chosen. With ``share``
-    all run in the first 100 steps; after 50 of them D begins anew: a bad start is forgotten by
-    then. After the 100 the leader runs, and each of the others in that share of the cycles, so that
-    several cost little more than one. Who didn't run can't take over.
+    All run in the first 100 steps; after 50 of them D begins anew: a bad start is forgotten by
+    then. After the 100 the leader runs, and each of the others in a ``share`` of the cycles, so
+    that several cost little more than one. Who didn't run can't take over.
+
+    With ``share=None`` all run in every cycle. Then, without ``check``, the cycles' mean losses
+    that are reported never sum up to more than those of any optimizer that isn't ruined, if all
+    stay finite. They are reported with hindsight: d is known before the leader is chosen.
 
     Args:
         optimizers: of the same parameters. The first is followed where all are level, and its
             groups are the guard's. Or a function of a rate that makes one.
         rates: for each optimizer that this function is to make.
         model, nt, process_group, callback: as in ``Recommended``.
-        share: of the cycles, for each optimizer that doesn't lead. None: all run in each.
+        share: of the cycles, for each optimizer that doesn't lead; None: all run in each.
         check: where data repeat, training losses are lower for whoever overfits. Then d is the mean
             of ``check(k)``, the loss at w[j] after the cycle on held-out minibatch number k, over
             nc minibatches 0, 1, 2, ...
@@ -109,7 +110,7 @@ class BestOf(Guard):
         rates: Sequence[float] = (),
         model: nn.Module | None,
         nt: int = 10,
-        share: float | None = None,
+        share: float | None = 0.05,
         check: Callable[[int], Tensor] | None = None,
         nc: int | None = None,
         decay: float = 0.9,

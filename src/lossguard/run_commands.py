@@ -24,6 +24,7 @@ Recipes = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar
 LEGEND = """\
 SGDnm is SGD without momentum, the fallback; L2O the paper's learned optimizer alone; LGL2O the
 guard of the paper, and Recommended ours. A price of 1 is a gradient, or three forward passes.
+LGL2O chooses after each cycle whose losses it reports, so its line is lower than what it returns.
 This is a good case: docs/costs.md has twenty."""
 """What the names in the demo mean."""
 

@@ -26,7 +26,11 @@ from .claims import judge_claims
 from .figures import BANDS, SMOOTHED_FROM, draw_run, summary
 from .price import at_equal_price
 
-CAPTION = "Training loss, mean over seeds and over the last tenth of the steps up to a mark"
+CAPTION = (
+    "Training loss, mean over seeds and over the last tenth of the price up to a mark, in "
+    "gradients. LGL2O, Hedged and best_of report, with hindsight, the losses of the run that "
+    "turned out ahead"
+)
 
 
 def report(folders: Sequence[Path], file: Path) -> Path:
@@ -120,7 +124,7 @@ def _section(folder: Path, record: Record) -> dict[str, Any]:
         "name": name,
         "title": f"{titled}, {steps:,} steps, {seeds}",
         "image": _encoded(draw_run(record)),
-        "tables": [(CAPTION, summary(record, "steps")), *scores],
+        "tables": [(CAPTION, summary(record)), *scores],
         "worth": worth,
     }
 

@@ -1,4 +1,4 @@
-"""The guard for where optimizer steps are scarce: never above the fallback after as many steps."""
+"""The guard for where optimizer steps are scarce: a promise on sums of the losses it reports."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ class HedgedState(NamedTuple):
 
 
 def hedged(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) -> Guard:
-    """In every run the training losses that it reports never sum up to more than the fallback's.
+    """Report training losses, with hindsight, that never sum up to more than the fallback's.
 
     x is run as in ``recommended``. Beside it runs s, the fallback by itself, on every minibatch:
 

@@ -1,4 +1,4 @@
-"""The guard for where optimizer steps are scarce: never above the fallback after as many steps."""
+"""The guard for where optimizer steps are scarce: a promise on sums of the losses it reports."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from lossguard.torch.guards.lane import Lane
 
 
 class Hedged(GuardOfTwo):
-    """In every run the training losses that it reports never sum up to more than the fallback's.
+    """Report training losses, with hindsight, that never sum up to more than the fallback's.
 
     x is run as in ``Recommended``. Beside it runs s, the fallback by itself, on every minibatch:
 

@@ -98,6 +98,8 @@ def guarded(rng: random.Random, kind: type) -> str:
         options |= {"nc": rng.choice((1, 2)), "loser": rng.choice(("keep", "reset"))}
     elif kind in (Recommended, Hedged):
         options |= {"share": rng.choice((0.0, 0.05, 0.3))}
+    elif kind is BestOf:
+        options |= {"share": None}  # the promise is of this
     bad = rng.random() < 0.2
     learned = lambda ps: hostile(rng, ps, 0.9)  # noqa: E731
     fallback = lambda ps: hostile(rng, ps, 1.0) if bad else Adam(ps, lr=0.01)  # noqa: E731

@@ -295,26 +295,31 @@ def counted(name: str):
 @pytest.mark.parametrize("guard", ["recommended", "hedged", "keep", "unguarded"])
 def test_an_optimizer_begins_anew_only_where_its_run_does(guard) -> None:
     """So that an ``init`` may be dear, such as one that decomposes matrices."""
-    begun: list[int] = []
+    begun: list[str] = []
 
-    def init(params):
-        jax.debug.callback(lambda: begun.append(1))
-        return {"scale": jnp.ones(())}
+    def optimizer(name, rate):
+        def init(params):
+            jax.debug.callback(lambda: begun.append(name))
+            return {"scale": jnp.ones(())}
 
-    def update(gradients, state, params=None):
-        return jax.tree.map(jnp.zeros_like, gradients), state  # it never wins
+        def update(gradients, state, params=None):
+            return optax.tree.scale(-rate, gradients), state
 
-    made = GUARDS[guard](optax.GradientTransformation(init, update), optax.sgd(0.01))
+        return optax.GradientTransformation(init, update)
+
+    # The learned one never wins.
+    made = GUARDS[guard](optimizer("learned", 0.0), optimizer("fallback", 0.01))
     state, tried = made.init(start()), 0
     step = jax.jit(lambda state: made.step(state, squares))
     for _ in range(60):
         state, decision = step(state)
         tried += int(decision.learned_updates > 0)
     jax.effects_barrier()
+    assert begun.count("fallback") == (guard != "unguarded")
     if guard in RELAYS:
-        assert 1 < len(begun) <= tried < 30
+        assert 1 < begun.count("learned") <= tried < 30
     else:
-        assert len(begun) == 1
+        assert begun.count("learned") == 1
 
 
 SPENT = {

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -75,8 +76,10 @@ def cycle(
     state, decision, of_s = relay.step(start, runs, now)
     x, finite = leader(state), jnp.isfinite(of_s)
     broken = runs & breaks(of_s, decision.losses)
-    renewed = Lane(x, renew(relay.fallback, x, state.s.state))
-    state = state._replace(s=select(broken, renewed, state.s))
+    s = jax.lax.cond(
+        broken, lambda: Lane(x, renew(relay.fallback, x, state.s.state)), lambda: state.s
+    )
+    state = state._replace(s=s)
 
     d = jnp.where(finite, bounded(decision.losses) - bounded(of_s), 0).sum()
     regret = jnp.where(runs & ~broken, DECAY * inner.regret + d, 0)

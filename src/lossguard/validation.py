@@ -33,6 +33,8 @@ def check_count(name: str, value: int, least: int = 1, most: int = MOST) -> int:
 
 def check_nc(nc: int | None, check: Any, most: int = MOST) -> int:
     """Require minibatches of a check, two if ``nc`` is None; none where there is no check."""
+    if not (check is None or callable(check)):
+        raise ValueError(f"check must be None or a function, got {check!r}")
     if check is None and nc is not None:
         raise ValueError(f"nc must go with check=, whose minibatches it counts, got {nc!r}")
     if check is None:

@@ -78,7 +78,6 @@ WRONG = {
     },
     " must be a sequence of at least one guard, got ": {
         "guards|none": lambda: best_of([]),
-        "guards|one without brackets": lambda: best_of(ALONE),
     },
     " must take minibatches 0, 1, 2, ... without end, got stacked ones": {
         "check|": lambda: best_of([ALONE], check=stacked(total, ONES, 0))
@@ -143,9 +142,7 @@ WRONG = {
             lambda: ALONE.step(ONES, total)
         ),
         "each of guards|Guard such as unguarded(optimizer), got a Grad": lambda: best_of([SGD]),
-        "each of guards|Guard such as unguarded(optimizer), got <func": lambda: best_of(
-            [optax.sgd]
-        ),
+        "each of guards|Guard such as unguarded(optimizer), got <func": lambda: best_of(ALONE),
         "guards|Iterable such as [unguarded(optax.sgd(0.1))], got None": lambda: best_of(None),
         "state|RewindState such as optimizer.init(params), got (": (
             lambda: rewind(SGD).update(ONES, SGD.init(ONES), ONES, value=1.0)
@@ -170,7 +167,7 @@ WRONG = {
     " must go with check=, whose minibatches it counts, got ": {
         "nc|3": lambda: best_of([ALONE], nc=3)
     },
-    " must be an objective(params, i), got ": {"check|3": lambda: best_of([ALONE], check=3)},
+    " must be None or a function, got ": {"check|3": lambda: best_of([ALONE], check=3)},
     " must be a function ": {
         "objective|objective(params, i), got 'f'": lambda: step("f"),
         "objective|objective(params, i), got None": (

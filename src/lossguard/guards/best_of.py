@@ -57,22 +57,21 @@ def best_of(
         D[j] <- D[j] + (d[j] - D[j]) / W[j]        their mean, of which each cycle forgets a part
         x <- x[j] of the lowest D[j]
 
-    Without ``share`` all run in every cycle. Then for any guards and at any time
+    With ``share=None`` all run in every cycle. Then for any guards and at any time
 
         sum_c decay^(C-c) d[followed in c](c)  <=  min_j sum_c decay^(C-c) d[j](c)
 
     over the guards that were not ruined, if all stay finite ("be the leader": Kalai and Vempala,
     2005): with hindsight, d being known before the leader is chosen. With ``share`` only who runs
-    can be it. Who isn't finite, or is ruined, begins again at x, with its schedules and the record
-    of who is followed. It is ruined if on three cycles the leader was better by three standard
-    errors, and its lowest D is nearer to the leader's than to its own of now.
+    can be it. Who isn't finite, or is ruined (``docs/guards.md``), begins again at x, with its
+    schedules and the record of who is followed.
 
     Args:
-        guards: guards of the same nt. The first is followed where all are level.
-        share: the part of the cycles in which each guard runs that doesn't lead, after 100 steps in
-            which all do. 50 steps after the start D begins anew: a bad start is forgotten by then.
-            None: all run in each cycle. Schedules follow the steps of the run, also where a guard
-            doesn't run.
+        guards: guards of the same nt. The first is followed where all are level. Give optimizers
+            each by itself: guards over one fallback would each run it.
+        share: of the cycles, for each guard that doesn't lead, after 100 steps in which all run; 50
+            steps after the start D begins anew: a bad start is forgotten by then. None: all run in
+            each cycle. Schedules follow the steps of the run, also of who doesn't run.
         check: where data repeat, training losses are lower for whoever overfits. Then d[j] is the
             mean of this objective of x[j] over nc minibatches of its own, 0, 1, 2, ...
         nc: check minibatches a cycle, with a ``check``; None for two.
@@ -84,10 +83,8 @@ def best_of(
     check nc forward passes of each that runs.
 
     Raises:
-        ValueError: if there are no guards, or something else is one of them, share is not at least
-            0 and below 1, nc not an integer of at least 1 or given without a check, or decay not
-            above 0 and below 1; in ``init``, if with ``share`` a schedule is inside
-            ``optax.MultiSteps``; in the first step, if the guards' nt differ.
+        ValueError: if an argument isn't one of the above; in ``init``, if with ``share`` a schedule
+            is inside ``optax.MultiSteps``; in the first step, if the guards' nt differ.
 
     >>> import optax
     >>> from lossguard import recommended, unguarded
@@ -96,21 +93,24 @@ def best_of(
     >>> int(decision.winner), int(decision.gradients)
     (1, 20)
     """
-    check_kind("guards", guards, Iterable, "[unguarded(optax.sgd(0.1))]")
-    members = () if isinstance(guards, Guard) else tuple(guards)
-    if not members:
-        got = "one without brackets" if isinstance(guards, Guard) else "none"
-        raise ValueError(f"guards must be a sequence of at least one guard, got {got}")
-    if not (check is None or callable(check)):
-        raise ValueError(f"check must be an objective(params, i), got {check!r}")
+    members = members_of(guards)
     if isinstance(check, stacked):
         raise ValueError("check must take minibatches 0, 1, 2, ... without end, got stacked ones")
-    for one in members:
-        check_kind("each of guards", one, Guard, "unguarded(optimizer)")
     share = None if share is None else check_part("share", share)
     nc, decay = check_nc(nc, check, most=LONGEST), check_decay(decay)
     rules = SideBySide(members, share, check, nc, decay)
     return Guard(rules.init, rules.step)
+
+
+def members_of(guards: Iterable[Guard]) -> tuple[Guard, ...]:
+    """Refuse what are no guards, or none; a single one is a tuple of functions."""
+    check_kind("guards", guards, Iterable, "[unguarded(optax.sgd(0.1))]")
+    members = tuple(guards)
+    if not members:
+        raise ValueError("guards must be a sequence of at least one guard, got none")
+    for one in members:
+        check_kind("each of guards", one, Guard, "unguarded(optimizer)")
+    return members
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Letters: x the kept iterate, y the learned branch, z the fallback branch, nt opt
 cycle, nc check minibatches, i the number of a minibatch.
 """
 
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
@@ -69,37 +70,43 @@ def loss_guard(
     def begin(params: Params) -> LossGuardState:
         return LossGuardState(*(one.init(params) for one in optimizers))
 
-    def algorithm_2(
-        x: Params, inner: LossGuardState, now: Cycle
-    ) -> tuple[Params, LossGuardState, Decision]:
-        """Lines 10 to 19. Line 21 is where ``guard_of`` goes on to the next minibatches."""
-        branches = Lane(x, inner.learned), Lane(x, inner.fallback)  # lines 10, 11
-        (y, z), losses = train(optimizers, branches, now)  # lines 12 to 15
-        fresh = now._replace(i=now.i + now.nt, nt=nc)
-        checks = losses_at((y.params, z.params), fresh).mean(axis=0)
+    return guard_of(begin, partial(algorithm_2, optimizers, nc, loser), nt=nt, nc=nc)
 
-        finite_y = is_sound(y.params, lambda: x) & jnp.isfinite(checks[0])
-        finite_z = is_sound(z.params, lambda: x) & jnp.isfinite(checks[1])
-        keep_y = finite_y & ((checks[0] < checks[1]) | ~finite_z)  # line 16
-        x = select(keep_y, y.params, select(finite_z, z.params, x))  # lines 17, 19
 
-        inner = LossGuardState(
-            after(optimizers[0], loser, x, y.state, keep_y),
-            after(optimizers[1], loser, x, z.state, ~keep_y),
-        )
-        decision = Decision(
-            used_learned=jnp.full(now.nt, keep_y),
-            losses=jnp.where(keep_y, losses[0], jnp.where(finite_z, losses[1], jnp.inf)),
-            winner=jnp.where(keep_y, LEARNED, jnp.where(finite_z, FALLBACK, NEITHER)),
-            gradients=jnp.int32(2 * now.nt),
-            learned_loss=checks[0],
-            fallback_loss=checks[1],
-            forwards=jnp.int32(2 * nc),
-            learned_updates=jnp.int32(now.nt),
-        )
-        return x, inner, decision
+def algorithm_2(
+    optimizers: tuple[Optimizer, Optimizer],
+    nc: int,
+    loser: Loser,
+    x: Params,
+    inner: LossGuardState,
+    now: Cycle,
+) -> tuple[Params, LossGuardState, Decision]:
+    """Lines 10 to 19. Line 21 is where ``guard_of`` goes on to the next minibatches."""
+    branches = Lane(x, inner.learned), Lane(x, inner.fallback)  # lines 10, 11
+    (y, z), losses = train(optimizers, branches, now)  # lines 12 to 15
+    fresh = now._replace(i=now.i + now.nt, nt=nc)
+    checks = losses_at((y.params, z.params), fresh).mean(axis=0)
 
-    return guard_of(begin, algorithm_2, nt=nt, nc=nc)
+    finite_y = is_sound(y.params, lambda: x) & jnp.isfinite(checks[0])
+    finite_z = is_sound(z.params, lambda: x) & jnp.isfinite(checks[1])
+    keep_y = finite_y & ((checks[0] < checks[1]) | ~finite_z)  # line 16
+    x = select(keep_y, y.params, select(finite_z, z.params, x))  # lines 17, 19
+
+    inner = LossGuardState(
+        after(optimizers[0], loser, x, y.state, keep_y),
+        after(optimizers[1], loser, x, z.state, ~keep_y),
+    )
+    decision = Decision(
+        used_learned=jnp.full(now.nt, keep_y),
+        losses=jnp.where(keep_y, losses[0], jnp.where(finite_z, losses[1], jnp.inf)),
+        winner=jnp.where(keep_y, LEARNED, jnp.where(finite_z, FALLBACK, NEITHER)),
+        gradients=jnp.int32(2 * now.nt),
+        learned_loss=checks[0],
+        fallback_loss=checks[1],
+        forwards=jnp.int32(2 * nc),
+        learned_updates=jnp.int32(now.nt),
+    )
+    return x, inner, decision
 
 
 def after(

@@ -45,7 +45,7 @@ class Guard(Face):
         callback: Callable[[Decision], object] | None = None,
     ) -> None:
         """The first optimizer's groups are the guard's. The first lane is live."""
-        arguments.check_functions(check=check, callback=callback)
+        arguments.check_functions(callback=callback)
         super().__init__(optimizers, model, nt)
         self.check, self.nc = check, nc
         self.checked = 0

@@ -244,6 +244,15 @@ def test_a_running_job_can_be_put_under_a_guard():
     ):
         Recommended(SGD(model.parameters(), lr=2e-9), old, model=model)
     guard = build()
+    of_sgd = SGD(alone.parameters(), lr=0.0, momentum=0.9)
+    for _ in range(2):  # without a memory, and with one
+        with pytest.raises(
+            ValueError, match=r"^state_dict must be of a AdamW, which goes on with "
+        ):
+            guard.load_state_dict(of_sgd.state_dict())
+        optimizer = guard._inners["fallback"].optimizer
+        assert optimizer.param_groups[0]["betas"] == (0.9, 0.999) and not optimizer.state
+        step_by(of_sgd, loss_fn(alone, batches[0]))
     guard.load_state_dict(old.state_dict())
     learned, fallback = (guard._inners[name].optimizer for name in ("learned", "fallback"))
     assert learned.param_groups[0]["lr"] == 1e-9  # in proportion

@@ -112,7 +112,18 @@ def _take_over(guard: "Face", state_dict: Saved) -> None:
     """Have the live lane go on from an optimizer's own state, with all rates in proportion."""
     guard._rates.apply()
     optimizer, rates = guard._leader.optimizer, []
-    optimizer.load_state_dict(state_dict)
+    old = {"state": optimizer.state, "param_groups": optimizer.param_groups}
+    try:
+        optimizer.load_state_dict(state_dict)
+        pairs = zip(old["param_groups"], optimizer.param_groups, strict=True)
+        if lacking := [key for was, group in pairs for key in was.keys() - group.keys()]:
+            raise KeyError(lacking[0])
+    except (AttributeError, KeyError, TypeError) as error:
+        vars(optimizer).update(old)
+        raise ValueError(
+            f"state_dict must be of a {type(optimizer).__name__}, which goes on with it, or of a "
+            f"{type(guard).__name__}, got one of something else ({error!r})"
+        ) from error
     guard._alike = False
     groups = zip(guard.param_groups, optimizer.param_groups, guard._rates.given, strict=False)
     for group, theirs, given in groups:

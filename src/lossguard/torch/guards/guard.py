@@ -211,7 +211,8 @@ class Guard(Face):
             return saving.save(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the state of a guard that was built in the same way.
+        """Go on from the state of a guard that was built in the same way; before the first step,
+        from that of an optimizer alone. Load a schedule into a scheduler of the guard.
 
         Raises:
             ValueError: if it wasn't. This one is as it was before, then.

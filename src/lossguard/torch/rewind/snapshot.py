@@ -4,7 +4,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +107,11 @@ class Live:
 
     def has_lost(self, since: Saved, group: Any) -> bool:
         """Whether on any rank a memory isn't finite that was so in a snapshot, or wasn't there."""
-        lost = False
-        for (name, key), value in self.memory().items():
+        found, lost = self.memory(), False
+        sound = stacked([are_finite([value]) for value in found.values()]).tolist()
+        for name, key in compress(found, [not one for one in sound]):
             before = since["optimizer"].get(name, {}).get(key)
-            lost |= not finite(value) and (before is None or finite(before))
+            lost |= before is None or finite(before)
         return mean_of_ranks(torch.tensor(float(lost), device="cpu"), group).item() > 0
 
     def numbers(self, unread: Sequence[tuple[Number, Number]], *, memory: bool = False) -> Tensor:

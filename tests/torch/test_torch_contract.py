@@ -277,6 +277,46 @@ def test_a_running_job_can_be_put_under_a_guard():
     assert all(map(torch.equal, *ends)) and fallback.state[model[0].weight]["step"] == 5
 
 
+@pytest.mark.parametrize("job", [0.005, torch.tensor(0.005)], ids=["number", "tensor"])
+@pytest.mark.parametrize("ours", [0.01, torch.tensor(0.01)], ids=["number", "tensor"])
+def test_a_job_is_taken_over_at_its_rate(job, ours):
+    """Whatever kind of number the rates are; the guard's own tensor stays the rate."""
+    weight, closure = quadratic()
+    given, learned = copy_of(ours), SGD([weight], lr=1.0)
+    fallback = SGD([weight], lr=given)
+    guard = Recommended(learned, fallback, model=None)
+    guard.load_state_dict(SGD([weight], lr=copy_of(job)).state_dict())
+    guard.step(closure)
+    rates = [one.param_groups[0]["lr"] for one in (guard, fallback, learned)]
+    assert [float(rate) for rate in rates] == pytest.approx([0.005, 0.005, 0.5])
+    assert rates[1] is given or not isinstance(ours, torch.Tensor)
+
+
+def copy_of(rate):
+    return rate.clone() if isinstance(rate, torch.Tensor) else rate
+
+
+def test_a_job_that_cannot_be_taken_over_leaves_the_guard_as_it_was():
+    """Where its rates are out of proportion to one group for them, or it maximizes."""
+    model = mlp()
+    first, *others = model.parameters()
+    fallback = SGD([{"params": [first]}, {"params": others}], lr=0.1)
+    guard = Recommended(SGD(model.parameters(), lr=1.0), fallback, model=model)
+    before = guard.state_dict()
+    job = SGD([{"params": [first], "lr": 0.1}, {"params": others, "lr": 0.3}], lr=0.1)
+    with pytest.raises(ValueError, match=r"^rates of the guard's groups must change in proportion"):
+        guard.load_state_dict(job.state_dict())
+    job.param_groups[1]["maximize"] = True
+    with pytest.raises(
+        ValueError, match=r"^state_dict must be of a run that minimizes, got maximi"
+    ):
+        guard.load_state_dict(job.state_dict())
+    assert_same_state(guard.state_dict(), before)
+    guard.load_state_dict(before)  # as Accelerate does when it prepares an optimizer
+    job.param_groups[1] |= {"maximize": False, "lr": 0.1}
+    guard.load_state_dict(job.state_dict())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_optimizer_may_make_its_memory_when_it_is_built(kind):
     """A guard that has it begin again sets it to that."""

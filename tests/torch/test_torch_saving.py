@@ -133,6 +133,33 @@ def test_loading_keeps_the_dtype_of_states():
     )
 
 
+def test_options_of_any_kind_are_those_that_an_optimizer_was_built_with():
+    """Numbers of NumPy, and objects that can't be loaded safely."""
+
+    class Odd(SGD):
+        def __init__(self, params):
+            super().__init__(params, lr=0.1, weight_decay=np.float64(0.1))
+            self.param_groups[0] |= {"norm": Norm(), "scales": [np.float32(0.5)]}
+
+        def step(self, closure=None):
+            self.param_groups[0]["scales"] = [self.param_groups[0]["norm"].half * 0.9]
+            super().step()
+
+    class Norm:
+        half = 0.5
+
+    model, batches = mlp(), minibatches(30)
+    guard, twin = two(Hedged, model, Odd, Odd, nt=2), copy.deepcopy(model)
+    run(guard, model, batches[:13])
+    other = two(Hedged, twin, Odd, Odd, nt=2)
+    other.load_state_dict(guard.state_dict())
+    for one, net in ((guard, model), (other, twin)):
+        run(one, net, batches[13:])
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+    (group,) = guard._inners["learned"].optimizer.param_groups
+    assert isinstance(group["norm"], Norm) and group["scales"] == [0.45]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_no_state_of_its_own_is_refused_whole(kind):
     model = mlp()

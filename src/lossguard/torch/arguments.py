@@ -20,7 +20,7 @@ Closure = Callable[[], Any]
 
 LEFT = 10
 """Minibatches in a row that may be left early, as by errors that are handled, without a warning."""
-MADE_BY_STEPS = "step", "momentum_buffer", "exp_avg"
+MADE_BY_STEPS = "step", "momentum_buffer", "exp_avg", "exp_avg_sq", "z"
 """Of what optimizers remember, that which is 0 or missing in all that we know until they step."""
 SAME = 1e-4
 """The part of a loss by which rounding may change it."""
@@ -120,8 +120,9 @@ def _check_step(name: str, optimizer: Optimizer) -> None:
 def _check_new(name: str, optimizer: Optimizer) -> None:
     """Refuse one that has stepped: a lane that begins afresh would remember these steps."""
     entries = [found for found in optimizer.state.values() if isinstance(found, dict)]
-    made = [found.get(key) for found in entries for key in MADE_BY_STEPS]
-    if any(local(torch.as_tensor(one)).to_dense().any() for one in made if one is not None):
+    made = leaves([[found.get(key) for key in MADE_BY_STEPS] for found in entries])
+    numbers = [torch.as_tensor(one) for one in made if isinstance(one, int | float | Tensor)]
+    if any(local(one).to_dense().any() for one in numbers):
         raise ValueError(
             f"{name} must be new when the guard is built, got {type(optimizer).__name__} that has "
             "stepped (build the guard with a new one, then guard.load_state_dict(its state_dict()) "

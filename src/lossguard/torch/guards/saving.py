@@ -15,6 +15,7 @@ from functools import reduce
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 from lossguard.torch.arguments import scalar
 from lossguard.torch.memory import Memory
 from lossguard.torch.ranks import check_rank, sharded_as, this_rank
-from lossguard.torch.rates import PARAMS, SETTINGS, set_rate
+from lossguard.torch.rates import PARAMS, SETTINGS
 from lossguard.torch.tensors import clones, leaves, local, stacked, transfer
 from lossguard.validation import check_kind
 
@@ -95,7 +96,7 @@ def load(guard: "Face", state_dict: Saved) -> None:
     numbers = _filled(numbers, iter(ours["numbers"]))
 
     # From here on nothing may fail.
-    guard._alike = False
+    guard._alike = numbers[:2] == [0, 0]  # as a trainer loads what it has just saved
     for (owner, name), number in zip(places, numbers, strict=True):
         setattr(owner, name, number)
     for load_lane in loads:
@@ -111,31 +112,41 @@ def load(guard: "Face", state_dict: Saved) -> None:
 def _take_over(guard: "Face", state_dict: Saved) -> None:
     """Have the live lane go on from an optimizer's own state, with all rates in proportion."""
     guard._rates.apply()
-    optimizer, rates = guard._leader.optimizer, []
+    optimizer, ours = guard._leader.optimizer, [dict(group) for group in guard.param_groups]
     old = {"state": optimizer.state, "param_groups": optimizer.param_groups}
     try:
         optimizer.load_state_dict(state_dict)
-        pairs = zip(old["param_groups"], optimizer.param_groups, strict=True)
-        if lacking := [key for was, group in pairs for key in was.keys() - group.keys()]:
-            raise KeyError(lacking[0])
-    except (AttributeError, KeyError, TypeError) as error:
+        for was, theirs in zip(old["param_groups"], optimizer.param_groups, strict=True):
+            if lacking := was.keys() - theirs.keys():
+                raise KeyError(min(lacking))
+            if theirs.get("maximize"):
+                raise ValueError("state_dict must be of a run that minimizes, got maximize=True")
+        _take_settings(guard, optimizer, old["param_groups"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         vars(optimizer).update(old)
+        for group, was in zip(guard.param_groups, ours, strict=True):
+            group.update(was)
+        guard._rates.restore()
+        if isinstance(error, ValueError):
+            raise
         raise ValueError(
             f"state_dict must be of a {type(optimizer).__name__}, which goes on with it, or of a "
             f"{type(guard).__name__}, got one of something else ({error!r})"
         ) from error
     guard._alike = False
-    groups = zip(guard.param_groups, optimizer.param_groups, guard._rates.given, strict=False)
-    for group, theirs, given in groups:
+
+
+def _take_settings(guard: "Face", optimizer: Optimizer, before: list[Saved]) -> None:
+    """Set in the guard's groups what was loaded into the optimizer's; its rates change with all."""
+    rates = []
+    for group, theirs, was in zip(guard.param_groups, optimizer.param_groups, before, strict=True):
         settings = {key: theirs[key] for key in theirs.keys() & (SETTINGS - PARAMS)}
         rates.append(settings.pop("lr", None))
         group.update(settings)
-        if given is not None:
-            set_rate(theirs, given)
+        theirs.update({"lr": was["lr"]} if "lr" in was else {})
     guard._rates.note()
     for group, rate in zip(guard.param_groups, rates, strict=True):
-        if rate is not None:
-            group["lr"] = float(rate)
+        group.update({} if rate is None else {"lr": float(rate)})
     guard._rates.apply()
 
 
@@ -144,6 +155,20 @@ def folded(rest: Saved) -> bytes:
     file = io.BytesIO()
     torch.save(rest, file)
     return file.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    """What loads safely; options of other kinds are as the optimizer was built with them."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items() if _is_plain(one)}
+    if type(value) in (list, tuple):
+        return type(value)(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _is_plain(value: Any) -> bool:
+    kinds = bool | int | float | complex | str | bytes | None | np.generic | Tensor
+    return all(isinstance(leaf, kinds) for leaf in leaves(value))
 
 
 def unfolded(rest: bytes, p: Tensor) -> Saved:
@@ -215,9 +240,9 @@ def _pack(lane: "Lane", state: list[Saved], *, within: bool) -> Saved:
         "buffers": {name: values[len(params) :] for name, values in copies.items()},
         "blank": all(made == {} for made in lane.memory().state.values()),
         "others": kept,
-        "options": lane.memory().options,
+        "options": list(map(_plain, lane.memory().options)),
         "copies": sorted(lane.inner.copies),
-        "settings": lane.inner.memory().options,
+        "settings": list(map(_plain, lane.inner.memory().options)),
         "losses": stacked(lane.losses).tolist(),
     }
 
@@ -230,7 +255,9 @@ def _unpack(lane: "Lane", state: list[Saved], rest: Saved, rank: int) -> Callabl
         for name, there in (("value", True), ("before", rest["before"]))
     ]
     kept = {} if rest["blank"] else _unpack_state(lane, state, rest["others"])
-    memory, settings, copied = Memory(kept, rest["options"]), rest["settings"], set(rest["copies"])
+    pairs = zip(lane.memory().options, rest["options"], strict=True)
+    options = [{k: v for k, v in now.items() if not _is_plain(v)} | then for now, then in pairs]
+    memory, settings, copied = Memory(kept, options), rest["settings"], set(rest["copies"])
 
     def load_lane() -> None:
         lane.values, lane.before, lane.losses = values, before, losses

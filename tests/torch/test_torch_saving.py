@@ -173,6 +173,10 @@ def test_what_is_no_state_of_its_own_is_refused_whole(kind):
         del state["state"][3][name]
     missing = opened(before)
     missing["param_groups"][0]["guard"]["numbers"] = ["something else"]
+    forgotten = copy.deepcopy(before)
+    for entries in forgotten["state"].values():
+        for key in [key for key in entries if ".memory." in key]:
+            del entries[key]
     flat = {**before, "param_groups": SGD(model.parameters()).state_dict()["param_groups"]}
     flat["state"] = {key: {} for key in range(4)}  # as PyTorch flattens and unflattens it
     others = [
@@ -191,6 +195,7 @@ def test_what_is_no_state_of_its_own_is_refused_whole(kind):
             for k, one in broken.items()
         ),
         (closed(missing), "state_dict must have the numbers of"),
+        (forgotten, r"state_dict must hold .\.memory\.\* of parameters, got none$"),
         (flat, r"state_dict must hold what .* without flatten_optimizer_state_dict\)$"),
     ]
     for state, message in refusals:

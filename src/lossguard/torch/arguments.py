@@ -20,7 +20,7 @@ Closure = Callable[[], Any]
 
 LEFT = 10
 """Minibatches in a row that may be left early, as by errors that are handled, without a warning."""
-MADE_BY_STEPS = "step", "momentum_buffer", "exp_avg", "exp_avg_sq", "z"
+MADE_BY_STEPS = "step", "momentum_buffer", "momenta", "exp_avg", "exp_avg_sq", "z"
 """Of what optimizers remember, that which is 0 or missing in all that we know until they step."""
 SAME = 1e-4
 """The part of a loss by which rounding may change it."""

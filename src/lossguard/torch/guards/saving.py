@@ -329,4 +329,6 @@ def _unpack_state(lane: "Lane", state: list[Saved], others: dict[Any, Any]) -> d
             for t in leaves(made):
                 if isinstance(t, Tensor) and t.device != p.device and (t.dim() or moves):
                     t.data = t.to(p.device)
+    if not kept:
+        raise ValueError(f"state_dict must hold {name}* of parameters, got none")
     return kept

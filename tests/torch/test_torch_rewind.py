@@ -262,7 +262,7 @@ def test_an_error_within_one_of_two_optimizers_leaves_the_rates_of_both():
 
     with pytest.raises(KeyboardInterrupt):
         optimizers[0].step(closure)
-    assert optimizers[0].state_dict()["param_groups"][0]["lr"] == 1.0
+    assert optimizers[0].param_groups[0]["lr"] == 1.0  # at once
     optimizers[1].step()
     assert [one.param_groups[0]["lr"] for one in optimizers] == [1.0, 0.5]
     another = Rewind(model, optimizers[1])

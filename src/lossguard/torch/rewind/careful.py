@@ -93,7 +93,11 @@ class CarefulSteps:
         closure: Any = kwargs.get("closure", given[0] if given else None)
 
         def sound() -> Any:
-            loss = closure()
+            try:
+                loss = closure()
+            except BaseException:
+                self._restore()  # there may be no other step, but a checkpoint
+                raise
             self._look(optimizer)
             return loss
 
@@ -121,7 +125,7 @@ class CarefulSteps:
         self._restore()
 
     def _saved(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        """The rates of between steps, in a state that is saved within one, or after its error."""
+        """The rates of between steps, in a state that is saved within one that may be over."""
         if optimizer.param_groups is self._groups:
             for group, rate in zip(state["param_groups"], self._rates, strict=False):
                 group["lr"] = rate

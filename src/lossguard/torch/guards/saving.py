@@ -80,7 +80,7 @@ def load(guard: "Face", state_dict: Saved) -> None:
             "state_dict must hold what is known of each parameter, got nothing of any (get and set "
             "it without flatten_optimizer_state_dict)"
         )
-    if groups and not ours and guard._alike and guard.phase == 0:
+    if groups and not ours and guard._alike:
         _take_over(guard, state_dict)
         return
     state = _checked(guard, state_dict, groups, ours)

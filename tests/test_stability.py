@@ -116,8 +116,8 @@ def test_runs_have_as_many_gradients_and_survive_what_they_can() -> None:
     plain, watched = (run.record(task, name, nan, 0.03, 5) for name in ("AdamW", "Rewind"))
     assert math.isnan(plain["curve"][-1][1]) and report.final(plain) == plain["start"]
     assert report.final(watched) < 0.7 * watched["start"]
-    hedged = run.record(task, "Hedged", CLEAN, 0.03, 5)
-    assert hedged["curve"][-1][0] >= 120 > hedged["minibatches"]
+    guarded = run.record(task, "BestOf", CLEAN, 0.03, 5)
+    assert guarded["curve"][-1][0] >= 120 > guarded["minibatches"]
 
 
 def test_an_error_is_a_part_of_the_record(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ import statistics
 import tempfile
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
-from lossguard.torch import BestOf, Hedged, Recommended, Rewind
+from lossguard.torch import BestOf, Recommended, Rewind
 
 Gradient = Callable[[], Tensor]
 """Evaluates the minibatch's gradients into the model; returns its loss."""
@@ -258,10 +257,10 @@ def _guarded(guard: Any, scheduled: Scheduled) -> Method:
     return Method(scheduled(guard), guard.step, lambda: sum(d.jumped for d in guard.history))
 
 
-def over_careful(guard: Any, model: nn.Module, r: float, scheduled: Scheduled) -> Method:
+def recommended(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
     """Rates r over r / 10."""
     bold, careful = (AdamW(model.parameters(), rate) for rate in (r, r / 10))
-    return _guarded(guard(bold, careful, model=model), scheduled)
+    return _guarded(Recommended(bold, careful, model=model), scheduled)
 
 
 def best_of(model: nn.Module, r: float, scheduled: Scheduled) -> Method:
@@ -284,10 +283,9 @@ METHODS: dict[str, Callable[[nn.Module, float, Scheduled], Method]] = {
     "restart by hand": restart,
     "Rewind": rewind,
     "clipping + Rewind": clipped_rewind,
-    "Recommended": partial(over_careful, Recommended),
+    "Recommended": recommended,
     "BestOf": best_of,
-    "Hedged": partial(over_careful, Hedged),
 }
 TUNED = ("AdamW", "schedule-free")
 """Methods with a good rate of their own; AdamW's is that of all others."""
-OURS = ("Rewind", "clipping + Rewind", "Recommended", "BestOf", "Hedged")
+OURS = ("Rewind", "clipping + Rewind", "Recommended", "BestOf")

@@ -20,7 +20,7 @@ from rewinding import hostile_run
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
-from lossguard.torch import BestOf, Hedged, LossGuard, Recommended, ResidualGuard, Rewind
+from lossguard.torch import BestOf, LossGuard, Recommended, Rewind
 
 MANY, STEPS, PAUSE = 8, 60, 10**6
 WAYS = ("leaps", "nan", "ascends", "breaks", "freezes", "rebinds", "drops", "rates", "raises")
@@ -96,7 +96,7 @@ def guarded(rng: random.Random, kind: type) -> str:
     twin, options = copy.deepcopy(model), {"nt": rng.choice((1, 2, 3, 5))}
     if kind is LossGuard:
         options |= {"nc": rng.choice((1, 2)), "loser": rng.choice(("keep", "reset"))}
-    elif kind in (Recommended, Hedged):
+    elif kind is Recommended:
         options |= {"share": rng.choice((0.0, 0.05, 0.3))}
     elif kind is BestOf:
         options |= {"share": None}  # the promise is of this
@@ -140,20 +140,19 @@ def guarded(rng: random.Random, kind: type) -> str:
         assert_clean(model)
         if guard.phase == 0:
             before = points(model)
-            if kind is not ResidualGuard or not bad:
-                assert all(t.isfinite().all() for t in before), "a model that isn't finite"
-    if kind in (Recommended, Hedged) and not raised:
+            assert all(t.isfinite().all() for t in before), "a model that isn't finite"
+    if kind is Recommended and not raised:
         price, k = sum(d.gradients for d in guard.history), guard.steps
         nt, share = options["nt"], options["share"]
-        most = (2 + share if kind is Hedged else 1 + share + min(1, 5 * share)) * k
+        most = (1 + share + min(1, 5 * share)) * k
         first = nt * -(-10 // nt)
         assert price <= most + math.sqrt(k) + 2 * first + nt, "a price above its bound"
-    if kind in (Hedged, BestOf) and not raised and not bad and type(model[1]) is nn.Tanh:
+    if kind is BestOf and not raised and not bad and type(model[1]) is nn.Tanh:
         alone = Adam(twin.parameters(), lr=0.01)
         own = [step_by(alone, loss_fn(twin, batch)).item() for batch in batches]
         reported = [loss for decision in guard.history for loss in decision.losses]
         back = [options["nt"] * k for k, one in enumerate(guard.history) if one.winner < 0]
-        last = min([len(reported), *(again + back if kind is BestOf else [])])
+        last = min([len(reported), *again, *back])
         for end in range(options["nt"], last + 1, options["nt"]):
             assert sum(reported[:end]) <= sum(own[:end]) * (1 + 1e-5), "losses above the fallback's"
     return f"{kind.__name__}{' that raised' * bool(raised)}"

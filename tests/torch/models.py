@@ -12,12 +12,10 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam
 
-from lossguard.torch import BestOf, Hedged, LossGuard, Recommended, ResidualGuard
+from lossguard.torch import BestOf, LossGuard, Recommended
 from lossguard.torch.guards import saving
 
-TWO = [Recommended, Hedged, LossGuard, BestOf]
-"""Guards of a learned optimizer and a fallback."""
-KINDS = [*TWO, ResidualGuard]
+KINDS = [Recommended, LossGuard, BestOf]
 
 
 def spiral(n=16):

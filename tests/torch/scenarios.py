@@ -13,10 +13,10 @@ from torch.distributed.checkpoint import state_dict as names
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam
 
-from lossguard.torch import BestOf, Hedged, LossGuard, Recommended, ResidualGuard
+from lossguard.torch import BestOf, LossGuard, Recommended
 
 NT, BATCH, COUNT = 3, 24, 60
-KINDS = {kind.__name__: kind for kind in (BestOf, Hedged, LossGuard, Recommended)}
+KINDS = {kind.__name__: kind for kind in (BestOf, LossGuard, Recommended)}
 
 
 def build(kind, model, **options):
@@ -24,8 +24,6 @@ def build(kind, model, **options):
     bold, careful = Adam(params, lr=0.05), SGD(params, lr=0.2, momentum=0.9)
     if kind == "BestOf":
         return BestOf([careful, bold], model=model, nt=NT, decay=0.5, **options)
-    if kind == "ResidualGuard":
-        return ResidualGuard(bold, careful, model=model, nt=NT)
     more = {"check": check_of(model), "nc": 2} if kind == "LossGuard" else {"share": 0.3}
     return KINDS[kind](bold, careful, model=model, nt=NT, **more | options)
 
@@ -217,7 +215,6 @@ def two(rank):
         ask(f"fsdp {kind}", fsdp, kind)
         folder = os.environ["CHECKPOINTS"]
         ask(f"dcp {kind}", saved_and_loaded, kind, sharded, f"{folder}/{kind}")
-    ask("ddp ResidualGuard", ddp, "ResidualGuard")
     ask("unequal", ddp, "LossGuard", [16, 8])
     ask("dcp whole", saved_and_loaded, "Recommended", whole, f"{folder}/whole")
     for scenario in (ddp_nan, ddp_raises, fsdp_needs_the_model, fsdp_foreign):

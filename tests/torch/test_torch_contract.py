@@ -8,7 +8,6 @@ import pytest
 import torch
 from models import (
     KINDS,
-    TWO,
     assert_is_algorithm2,
     assert_same_state,
     backward,
@@ -143,7 +142,7 @@ def test_the_guard_goes_with_its_last_reference_or_the_collector():
     assert seen() is None
 
 
-@pytest.mark.parametrize("kind", TWO)
+@pytest.mark.parametrize("kind", KINDS)
 def test_bodies_of_a_loop_do_what_closures_do(kind):
     models = twins(nn.BatchNorm1d(16), nn.Dropout(0.2))
     guards = [two(kind, model, nt=3) for model in models]

@@ -2,7 +2,6 @@
 
 from copy import deepcopy
 from functools import partial
-from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from models import KINDS, assert_same_state, backward, minibatches, mlp, run, sq
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam
 
-from lossguard.torch import BestOf, Recommended, ResidualGuard, Rewind
+from lossguard.torch import BestOf, Recommended, Rewind
 from lossguard.torch.memory import Inner, Memory
 
 
@@ -82,30 +81,6 @@ def test_slow_weights_and_starts_go_with_their_lane(kind, bias):
     winners = [decision.winner for decision in guard.history]
     over = next(10 * k for k in range(1, 40) if winners[k - 1] == 0 and winners[k] != 0)
     assert max(losses[over : over + 50]) < 2 * max(losses[over - 10 : over])
-
-
-@pytest.mark.parametrize("kind", [Averaged, Slow])
-@pytest.mark.parametrize("bold", [0.0, 0.2])
-def test_under_the_residual_guard_they_go_with_x(kind, bold):
-    """A fallback of which every step is kept goes as it does alone; and from learned steps on."""
-    ends = []
-    for guarded in (False, True):
-        w = torch.nn.Parameter(torch.tensor([4.0, -1.0]))
-        alone, learned = kind([w], lr=0.01), SGD([w], lr=bold)
-        guard = ResidualGuard(learned, alone, model=None, nt=1, alpha=0.9 if bold else 1e-6)
-        losses, used = [], []
-        for _ in range(20):
-            guard.zero_grad()
-            losses.append(w.square().sum().item())
-            if guarded:
-                guard.step(lambda w=w: backward(w.square().sum()))
-                used += guard.last_decision.used_learned
-            else:
-                step_by(alone, w.square().sum())
-        ends.append(w.detach())
-    assert all(later < 1.3 * before for before, later in pairwise(losses))
-    assert any(used) == (bold > 0)
-    assert torch.equal(*ends) == (bold == 0)
 
 
 @pytest.mark.parametrize("kind", [Averaged, Slow, Master])
@@ -180,27 +155,6 @@ class Elsewhere(SGD):
                 master.sub_(p.grad, alpha=self.param_groups[0]["lr"])
                 p.copy_(master)
         return None
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("side", ["learned", "fallback"])
-def test_copies_of_the_parameters_that_lanes_would_share_are_refused(kind, side):
-    model = mlp()
-    guard = two(kind, model, **{side: lambda ps: Elsewhere(ps, lr=0.1)}, nt=2)
-    with pytest.raises(ValueError, match=IN_MASTERS):
-        run(guard, model, minibatches(2))
-
-
-def test_copies_of_the_parameters_are_seen_after_a_step_that_moves_nothing():
-    """As the first one of a warm-up."""
-    weight = torch.tensor([4.0, 2.0], requires_grad=True)
-    optimizers = Elsewhere([weight], lr=0.0), SGD([weight], lr=0.0)
-    guard = Recommended(*optimizers, model=None)
-    guard.step(squares(weight))
-    for one in optimizers:
-        one.param_groups[0]["lr"] = 0.1
-    with pytest.raises(ValueError, match=IN_MASTERS):
-        guard.step(squares(weight))
 
 
 def test_copies_that_would_undo_a_rewind_are_refused():

@@ -303,29 +303,6 @@ def test_accelerate_with_accumulated_gradients(accelerate):
     assert optimizer.param_groups[0]["lr"] == 0.1
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "rule"),
-    [
-        ("gradient_accumulation_steps", 4, "1 for Accelerate, got 4: it would leave out the "
-        "guard's calls in between (accumulate in the body, before lane.step)"),
-        ("mixed_precision", "fp16", "'no' or 'bf16' for Accelerate, got 'fp16': it would scale the "
-        "gradients of all lanes alike (use torch.autocast, and a GradScaler for each lane)"),
-    ],
-)  # fmt: skip
-def test_a_guard_refuses_what_accelerate_would_do_to_it(accelerate, option, value, rule):
-    """Of 4 minibatches Accelerate hands on the last call; its scaler steps where there is one."""
-    model = nn.Linear(4, 2)
-
-    def guard():
-        return Recommended(*(torch.optim.SGD(model.parameters()) for _ in range(2)), model=model)
-
-    before = guard()
-    accelerate.Accelerator(cpu=True, **{option: value})
-    for refused in (guard, lambda: before.step(lambda: model(torch.ones(4)).sum())):
-        with refuses(f"{option} must be {rule}", "$"):
-            refused()
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_gradient_scaler_skips_by_itself(dtype):
     """It skips a step that overflows; the loss alone says nothing of it."""

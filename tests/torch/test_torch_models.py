@@ -8,7 +8,6 @@ import pytest
 import torch
 from models import (
     KINDS,
-    TWO,
     WRITTEN,
     Differences,
     Writing,
@@ -36,7 +35,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD, Adam
 from torch.utils.checkpoint import checkpoint
 
-from lossguard.torch import BestOf, Hedged, LossGuard, Recommended, ResidualGuard
+from lossguard.torch import BestOf, LossGuard, Recommended
 
 
 def learned(params):
@@ -52,11 +51,9 @@ def fallback(params):
     [
         (BestOf, {}),
         (BestOf, {"nt": 1, "check": lambda k: torch.tensor(1.0)}),
-        (ResidualGuard, {"nt": 1}),
     ],
 )
 def test_gradients_of_what_another_optimizer_steps_are_those_of_the_live_lane(kind, options):
-    """Of ``ResidualGuard`` they are those at x."""
     model, x = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)), torch.ones(4, 2)
     beside = SGD(model[0].parameters(), lr=0.1)
     optimizers = [SGD(model[2].parameters(), lr=lr) for lr in (0.1, 0.01)]
@@ -91,14 +88,16 @@ def test_they_are_what_they_were_if_a_check_raises():
 def test_a_counter_that_a_step_writes_to_is_each_lanes_own(counter):
     """The fallback by itself takes the steps that it would alone."""
     w, v = (nn.Parameter(torch.tensor([4.0])) for _ in range(2))
-    guard = Hedged(SGD([w], lr=0.05), Writing([w], lr=0.01, counter=counter), model=None)
-    alone = Writing([v], lr=0.01)
+    learned, fallback = SGD([w], lr=0.05), Writing([w], lr=0.01, counter=counter)
+    guard, alone = Recommended(learned, fallback, model=None, share=0.5), Writing([v], lr=0.01)
     for _ in range(60):
         guard.step(squares(w))
-        step_by(alone, v.square().sum())
     own = guard._lanes["s"]
+    steps = own.memory().options[0]["k"][0]
+    for _ in range(int(steps)):
+        step_by(alone, v.square().sum())
     assert guard.last_decision.winner == 0  # it runs beside another lane of its optimizer
-    assert own.memory().options[0]["k"][0] == 60 and own.point[0] == v
+    assert 10 < steps < 60 and own.point[0] == v
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
@@ -229,7 +228,7 @@ def test_models(name):
 
 
 @pytest.mark.parametrize("name", ["flat", "frozen", "recurrent"])
-@pytest.mark.parametrize("kind", TWO)
+@pytest.mark.parametrize("kind", KINDS)
 def test_they_resume(kind, name):
     options = {} if kind is LossGuard else {"share": 0.5}
 
@@ -280,7 +279,7 @@ def test_autocast_uses_the_weights_of_the_branch(outside):
     torch.testing.assert_close(model.state_dict(), expected[-1][0], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [Recommended, Hedged, BestOf])
+@pytest.mark.parametrize("kind", [Recommended, BestOf])
 def test_every_lane_may_have_a_scaler(kind):
     """Scaling by a power of two changes nothing; a step that overflows is one of gradients of 0."""
     models = twins()
@@ -319,7 +318,7 @@ def test_a_scaler_outside_the_lanes_is_refused():
         scaler.step(guard)
 
 
-@pytest.mark.parametrize("kind", TWO)
+@pytest.mark.parametrize("kind", KINDS)
 def test_buffers_that_a_forward_pass_makes_must_be_there_before(kind):
     class Masked(nn.Module):
         def __init__(self):
@@ -343,7 +342,7 @@ def test_a_buffer_of_one_number_for_many_is_left_alone():
     run(two(Recommended, model, nt=2), model, minibatches(8))
 
 
-@pytest.mark.parametrize("kind", TWO)
+@pytest.mark.parametrize("kind", KINDS)
 def test_between_minibatches_there_are_as_many_copies_of_buffers_as_of_parameters(kind):
     model = mlp(nn.BatchNorm1d(16))
     guard = two(kind, model)
@@ -396,7 +395,7 @@ def test_to_evaluate_changes_nothing_of_the_run():
         torch.manual_seed(0)
         model = mlp()
         makers = (lambda ps: Adam(ps, 0.05)), (lambda ps: package.AdamWScheduleFree(ps, 0.001))
-        guard = two(Hedged, model, *makers, nt=2, share=0.5)
+        guard = two(Recommended, model, *makers, nt=2, share=0.5)
         for batch in minibatches(1) * 300:
             guard.step(closure_for(guard, model, batch))
             if looks:
@@ -414,7 +413,7 @@ def test_to_evaluate_changes_nothing_of_the_run():
 OTHERS = ["SOAP", "Lion", "Prodigy", "Adan", "Shampoo", "AdEMAMix"]
 
 
-@pytest.mark.parametrize("kind", TWO)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("package", "name", "settings", "done"),
     [
@@ -468,10 +467,9 @@ def test_a_frozen_parameter_may_be_a_mask(kind):
         two(kind, model)
 
 
-@pytest.mark.parametrize("kind", [Recommended, Hedged])
-def test_gradients_may_be_conjugates(kind):
+def test_gradients_may_be_conjugates():
     weight = torch.ones(3, dtype=torch.complex64, requires_grad=True)
-    guard = kind(SGD([weight], lr=0.02), SGD([weight], lr=0.01), model=None, nt=2)
+    guard = Recommended(SGD([weight], lr=0.02), SGD([weight], lr=0.01), model=None, nt=2)
 
     def closure():
         product = (weight.conj() * torch.tensor([1 + 2j, 3j, 4])).sum()

@@ -27,7 +27,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint import state_dict as names
 from torch.optim import SGD, AdamW
 
-from lossguard.torch import BestOf, Hedged, LossGuard, Recommended, ResidualGuard
+from lossguard.torch import BestOf, LossGuard, Recommended
 from lossguard.torch.guards import saving
 
 
@@ -50,7 +50,7 @@ def closed(state):
 @pytest.mark.parametrize("done", [0, 1, 4, 9, 33])
 def test_resumes_bit_by_bit_at_any_point_of_a_cycle(kind, done):
     model = mlp(nn.BatchNorm1d(16), nn.Dropout(0.2))
-    options = {} if kind in (LossGuard, ResidualGuard) else {"share": 0.5}
+    options = {} if kind is LossGuard else {"share": 0.5}
     history = assert_resumes(lambda m: two(kind, m, nt=4, **options), model, minibatches(), done)
     assert len(history) >= 10
 
@@ -149,9 +149,9 @@ def test_options_of_any_kind_are_those_that_an_optimizer_was_built_with():
         half = 0.5
 
     model, batches = mlp(), minibatches(30)
-    guard, twin = two(Hedged, model, Odd, Odd, nt=2), copy.deepcopy(model)
+    guard, twin = two(Recommended, model, Odd, Odd, nt=2), copy.deepcopy(model)
     run(guard, model, batches[:13])
-    other = two(Hedged, twin, Odd, Odd, nt=2)
+    other = two(Recommended, twin, Odd, Odd, nt=2)
     other.load_state_dict(guard.state_dict())
     for one, net in ((guard, model), (other, twin)):
         run(one, net, batches[13:])
@@ -167,7 +167,7 @@ def test_what_is_no_state_of_its_own_is_refused_whole(kind):
     run(guard, model, minibatches(4))
     before = guard.state_dict()
     wide = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
-    foreign = LossGuard if kind is not LossGuard else Hedged
+    foreign = LossGuard if kind is not LossGuard else Recommended
     broken = {f"{guard._leader.name}.{name}": copy.deepcopy(before) for name in ("value", "before")}
     for name, state in broken.items():
         del state["state"][3][name]

@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
 
-from lossguard.torch import BestOf, Hedged, Recommended, ResidualGuard
+from lossguard.torch import BestOf, Recommended
 
 
 def test_one_schedule_drives_both_in_proportion():
@@ -102,7 +102,7 @@ def test_a_scheduler_of_an_optimizer_is_stepped_between_minibatches(kind, of, la
     scheduler = StepLR(optimizers[-1 if of == "last" else 0], 1, 0.5)
 
     def step(*schedulers):
-        if late and kind is not ResidualGuard:
+        if late:
             for lane in guard.lanes():
                 lane.step(backward(loss_fn(model, batch)))
                 [one.step() for one in schedulers]
@@ -241,7 +241,7 @@ def test_a_group_at_rate_0_stays_there():
         return SGD([{"params": [v], "lr": 0.0}, {"params": [w], "lr": rate}])
 
     one, other = optimizer(0.2), optimizer(0.1)
-    guard = Hedged(one, other, model=None)
+    guard = Recommended(one, other, model=None)
     schedule = torch.optim.lr_scheduler.ExponentialLR(guard, 0.5)
     for _ in range(3):
         for lane in guard.lanes():

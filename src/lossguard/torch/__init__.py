@@ -10,9 +10,7 @@ with lossguard.extras.needed("lossguard.torch"):
 
 from lossguard.torch.guards.best_of import BestOf as BestOf
 from lossguard.torch.guards.decision import Decision as Decision
-from lossguard.torch.guards.hedged import Hedged as Hedged
-from lossguard.torch.guards.paper import LossGuard as LossGuard
-from lossguard.torch.guards.paper import ResidualGuard as ResidualGuard
+from lossguard.torch.guards.loss_guard import LossGuard as LossGuard
 from lossguard.torch.guards.recommended import Recommended as Recommended
 from lossguard.torch.mlp import MLPOptimizer as MLPOptimizer
 from lossguard.torch.rewind.rewind import Rewind as Rewind

@@ -1,7 +1,6 @@
 """What a guard accepts, and the sentences with which it refuses the rest, or warns of it."""
 
 import inspect
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,8 +17,6 @@ from lossguard.validation import check_kind, told
 
 Closure = Callable[[], Any]
 
-LEFT = 10
-"""Minibatches in a row that may be left early, as by errors that are handled, without a warning."""
 MADE_BY_STEPS = "step", "momentum_buffer", "momenta", "exp_avg", "exp_avg_sq", "z"
 """Of what optimizers remember, that which is 0 or missing in all that we know until they step."""
 SAME = 1e-4
@@ -78,9 +75,6 @@ def check_rates(rates: Sequence[Any], made: Sequence[Any]) -> None:
 
 
 def check_made(params: Iterable[Tensor]) -> None:
-    params = list(params)
-    if any(hasattr(p, "ds_id") for p in params):
-        raise ValueError("parameters must be PyTorch's own, got some that DeepSpeed has taken over")
     if any(getattr(p, "_fsdp_flattened", False) for p in params):
         raise ValueError(
             "model must be sharded by fully_shard, if it is, got FullyShardedDataParallel, whose "
@@ -193,23 +187,6 @@ def check_model(model: Any, params: Sequence[Tensor]) -> None:
         )
 
 
-def check_accelerate() -> None:
-    accelerate = sys.modules.get("accelerate.state")
-    if accelerate is None:
-        return
-    steps = accelerate.GradientState().num_steps
-    if steps > 1:
-        raise ValueError(
-            f"gradient_accumulation_steps must be 1 for Accelerate, got {steps}: it would "
-            "leave out the guard's calls in between (accumulate in the body, before lane.step)"
-        )
-    if accelerate.is_initialized() and accelerate.AcceleratorState().mixed_precision == "fp16":
-        raise ValueError(
-            "mixed_precision must be 'no' or 'bf16' for Accelerate, got 'fp16': it would scale the "
-            "gradients of all lanes alike (use torch.autocast, and a GradScaler for each lane)"
-        )
-
-
 def check_loop(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> None:
     for one in optimizers:
         count = sum(len(group["params"]) for group in one.param_groups)
@@ -218,7 +195,6 @@ def check_loop(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> Non
                 "parameters must be in the optimizers when the guard is built, got "
                 f"{type(one).__name__} with {count} instead of {len(params)}"
             )
-    check_accelerate()
     if any(p.grad is not None for p in params):
         raise ValueError(
             "gradients must be computed inside the closure, got some before the step (call "
@@ -267,17 +243,6 @@ def warn_if_written(shared: Iterable[tuple[Tensor, int]]) -> None:
         warnings.warn(
             f"closure changed parameters that no optimizer has, such as one of shape {written[0]}: "
             "all lanes share them (give them to all optimizers, with requires_grad_(False))",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-
-def warn_if_left(left: int) -> None:
-    """Warn once of a loop that is always left too early: it can't tell ``break`` from an error."""
-    if left == LEFT:
-        warnings.warn(
-            f"the last {left} minibatches were left before their last lane had stepped, by break "
-            "or an error: none of them counts (let loops over guard.lanes() come to their end)",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -125,8 +125,8 @@ class Inner:
     ) -> None:
         """Note which entries hold the parameters, after steps from ``start`` to ``point``.
 
-        Refuse copies that the optimizer holds elsewhere, as all lanes would share them. If the
-        parameters haven't moved, as at a rate of 0, or are single numbers, nothing is known yet.
+        If the parameters haven't moved, as at a rate of 0, or are single numbers, nothing is known
+        yet.
         After the ``first`` step momentum is the gradient, which may be the start itself, as that of
         half the squared norm is: what is like the start is told from the second one on.
         """
@@ -134,7 +134,6 @@ class Inner:
         moved = [v for _, u, v in steps if v.numel() > 1 and not torch.equal(u, v)]
         if not moved:
             return
-        refuse_copies(self.optimizer, moved, self.params)
         alike: dict[str, list[bool]] = {}
         for entries, (before, value) in self._entries(memory, list(zip(start, point, strict=True))):
             for key, entry in entries.items():

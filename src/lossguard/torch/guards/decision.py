@@ -33,7 +33,7 @@ class Decision(NamedTuple):
         losses: nt training losses, each before its step. Of which lane, the guard says. Infinite
             where all of these steps were undone.
         winner: the lane that the model has after the cycle: 0 learned, 1 fallback, 2 the fallback
-            by itself, -1 where x stayed or went back (never with ``Recommended`` and ``Hedged``);
+            by itself, -1 where x stayed or went back (never with ``Recommended``);
             with ``BestOf`` the optimizer's number.
         gradients: gradients evaluated, in all lanes.
         learned_updates: steps of learned optimizers, kept or not.

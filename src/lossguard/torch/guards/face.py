@@ -43,7 +43,6 @@ class Face(arguments.Uncopied, Optimizer):
     ) -> None:
         params = arguments.check_optimizers(optimizers)
         arguments.check_model(model, params)
-        arguments.check_accelerate()
         self.nt = check_count("nt", nt)
         self.phase, self.steps = 0, 0
         self.history: deque[Decision] = deque(maxlen=1000)
@@ -62,8 +61,6 @@ class Face(arguments.Uncopied, Optimizer):
         """What no lane has, and how often it had been written to when the run began."""
         self._alike = True
         """Whether the next minibatch is the first, on which all lanes are at one point."""
-        self._left = 0
-        """Minibatches in a row that were left before the last lane had stepped."""
         arguments.refuse_steps_beside(self)
 
     @property

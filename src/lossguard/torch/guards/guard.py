@@ -17,7 +17,7 @@ from lossguard.torch.guards.face import Face
 from lossguard.torch.guards.lane import Lane
 from lossguard.torch.guards.relay import Relay
 from lossguard.torch.guards.weights import Beside
-from lossguard.torch.process import held, modes_kept
+from lossguard.torch.process import modes_kept
 from lossguard.torch.ranks import mean_of_ranks, several
 from lossguard.torch.tensors import stacked
 from lossguard.validation import check_part
@@ -95,8 +95,8 @@ class Guard(Face):
                 clip(model.parameters())
                 lane.step(loss)
 
-        A loop that is left before the last lane has stepped doesn't count; ten in a row warn. Hooks
-        that are registered for steps of the guard are called by ``step`` alone.
+        A loop that is left before the last lane has stepped doesn't count. Hooks that are
+        registered for steps of the guard are called by ``step`` alone.
 
         Raises:
             ValueError: if there are gradients before it, or the body steps but by ``lane.step``.
@@ -105,38 +105,40 @@ class Guard(Face):
 
     def _loop(self) -> Generator[Lane, None, None]:
         """``lanes``, of the guard itself."""
-        with held():
-            draws, beside = self._open()
-            order = self._order
-            try:
-                for lane in order:
-                    self._randomness.set(draws)
-                    self._weights.reset_gradients(beside)
-                    lane.enter()
-                    yield lane
-                    if not lane.stepped:
-                        raise ValueError("the body of guard.lanes() must call lane.step(loss)")
-                    self._check_rates()
-                    lane.leave(keep=True)
-                self._close()
-            except BaseException as error:
-                if self._order is not order:  # closed late, while another loop is under way
-                    raise
-                if not (isinstance(error, GeneratorExit) and self._leader.stepped):
-                    self._undo(draws)
-                    self._weights.reset_gradients(beside)
-                    raise
-                self._leader.leave(keep=True)  # a loop that was left after the last step
-                self._close()
-                self._tell()
-                raise  # so that a signal that came is not raised where a generator is closed
+        draws, beside = self._open()
+        order = self._order
+        try:
+            for lane in order:
+                self._randomness.set(draws)
+                self._weights.reset_gradients(beside)
+                lane.enter()
+                yield lane
+                if self._order is not order:
+                    raise ValueError("load_state_dict must be called between minibatches")
+                if not lane.stepped:
+                    raise ValueError("the body of guard.lanes() must call lane.step(loss)")
+                self._check_rates()
+                lane.leave(keep=True)
+        except BaseException as error:
+            if self._order is not order:  # closed late, while another loop is under way
+                raise
+            if not (isinstance(error, GeneratorExit) and self._leader.stepped):
+                self._undo(draws)
+                self._weights.reset_gradients(beside)
+                raise
+            self._leader.leave(keep=True)  # a loop that was left after the last step
+        try:
+            self._close()
+        except BaseException:
+            self._undo(draws)
+            self._weights.reset_gradients(beside)
+            raise
         self._tell()
 
     def _open(self) -> tuple[list[Tensor], Beside]:
         """Before a minibatch: random state, and gradients, that each lane starts from."""
         draws = self._randomness.state()
         self._undo(draws)  # a loop that was left, whose generator lives on
-        arguments.warn_if_left(self._left)
         optimizers = [inner.optimizer for inner in self._inners.values()]
         arguments.check_loop(optimizers, self._weights.params)
         self._rates.apply()
@@ -167,7 +169,6 @@ class Guard(Face):
         """After an error the minibatch doesn't count; if a step was begun, nor does the cycle."""
         if not self._order:
             return
-        self._left += 1
         order, self._order = self._order, []
         inside = self._weights.holder
         inside.leave(keep=inside.stepped)
@@ -180,7 +181,7 @@ class Guard(Face):
 
     def _close(self) -> None:
         """After a minibatch, on which all lanes have stepped."""
-        self.phase, self._left = self.phase + 1, 0
+        self.phase += 1
         self._opt_called = True  # or schedulers on it warn that nobody calls ``step``
         first = self.phase < min(2, self.nt)
         for lane in [one for one in self._order if not one.inner.noted]:
@@ -207,8 +208,7 @@ class Guard(Face):
 
         Loading it goes on bit by bit, but for the global random state, which is the program's.
         """
-        with held():
-            return saving.save(self)
+        return saving.save(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the state of a guard that was built in the same way; before the first step,
@@ -217,8 +217,7 @@ class Guard(Face):
         Raises:
             ValueError: if it wasn't. This one is as it was before, then.
         """
-        with held():
-            saving.load(self.itself, state_dict)
+        saving.load(self.itself, state_dict)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

@@ -67,8 +67,8 @@ class Lane:
                 transfer(other.values, live)
             elif keep:
                 other.values = clones(live)
+            weights.holder = self  # first: an error in the copying then costs this lane nothing
             transfer(live, self.values)
-            weights.holder = self
 
     def begin(self) -> None:
         """Start a cycle."""

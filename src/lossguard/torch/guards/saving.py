@@ -67,7 +67,6 @@ def save(guard: "Face") -> Saved:
 
 def load(guard: "Face", state_dict: Saved) -> None:
     """Go on from a saved state, of which nothing is loaded if it is refused."""
-    guard.check_between("load_state_dict")
     check_kind("state_dict", state_dict, dict, "torch.load(path)")
     state_dict = dict(state_dict)
     for hook in guard._optimizer_load_state_dict_pre_hooks.values():
@@ -96,6 +95,7 @@ def load(guard: "Face", state_dict: Saved) -> None:
     numbers = _filled(numbers, iter(ours["numbers"]))
 
     # From here on nothing may fail.
+    guard._order = []  # of a minibatch that was interrupted
     guard._alike = numbers[:2] == [0, 0]  # as a trainer loads what it has just saved
     for (owner, name), number in zip(places, numbers, strict=True):
         setattr(owner, name, number)

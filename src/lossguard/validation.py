@@ -99,7 +99,7 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
 def check_kind(name: str, value: Any, kind: type, example: str) -> None:
     """Refuse what is not of a kind, such as a function that makes one and was not called."""
     if not isinstance(value, kind):
-        raise ValueError(f"{name} must be a {kind.__name__} such as {example}, got {told(value)}")
+        raise ValueError(f"{name} must be {named(kind)} such as {example}, got {told(value)}")
 
 
 def check_function(name: str, value: Any, example: str) -> None:
@@ -118,7 +118,19 @@ def told(value: Any) -> str:
     text, shape = repr(value), getattr(value, "shape", None)
     if len(text) <= 80 and "\n" not in text:
         return text
-    return f"a {type(value).__name__}" + (f" of shape {list(shape)}" if shape else "")
+    return named(type(value)) + (f" of shape {list(shape)}" if shape else "")
+
+
+def named(kind: type) -> str:
+    """A type with its article, as it is spoken.
+
+    >>> class SGD: ...
+    >>> named(SGD), named(dict), named(int)
+    ('an SGD', 'a dict', 'an int')
+    """
+    name = kind.__name__
+    vowels = "AEFHILMNORSX" if name[:2].isupper() else "AEIOUaeiou"
+    return f"{'an' if name[0] in vowels else 'a'} {name}"
 
 
 def freeze_lists(owner: Any) -> None:

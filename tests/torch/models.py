@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam
 
-from lossguard.torch import BestOf, LossGuard, Recommended
-from lossguard.torch.guards import saving
+from lossguard.torch import BestOf, LossGuard, Recommended, saving
 
 KINDS = [Recommended, LossGuard, BestOf]
 

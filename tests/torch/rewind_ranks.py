@@ -14,8 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from lossguard.torch import Rewind
+from lossguard.torch.distributed import mean_of_ranks
 from lossguard.torch.integrations import trainer_rewind
-from lossguard.torch.ranks import mean_of_ranks
 
 WINDOW, EVERY, STEPS = 64, 8, 180
 

@@ -173,6 +173,13 @@ def test_errors_of_arguments():
         (LossGuard, pair, {"check": max, "nc": 0}, "nc must be an integer of at least 1"),
         (LossGuard, pair, {"check": max, "loser": "x"}, "loser must be one of keep, res"),
         (LossGuard, halves, {"check": max}, range_for.format("LossGuard")),
+        (
+            BestOf,
+            (SGD,),
+            {"rates": (0.1,)},
+            "optimizers must be a function of a rate, got the cl",
+        ),
+        (BestOf, ([one],), {"model": ...}, "model must be given, as its buffers go with"),
         (BestOf, ([],), {}, "optimizers must be a list of at least one, got []"),
         (BestOf, (one,), {}, "optimizers must be a list of at least one, got"),
         (BestOf, (None,), {}, "optimizers must be a list of at least one, got None"),

@@ -162,7 +162,7 @@ def test_accumulation_and_clipping_in_a_body():
     model, twin = twins()
     guard = two(Recommended, model, fallback=lambda ps: SGD(ps, lr=0.5), nt=10)
     alone = SGD(twin.parameters(), lr=0.5)
-    guard._relay.share = 0.0
+    guard.share = 0.0
     for x, labels in minibatches(30):
         halves = [(x[:8], labels[:8]), (x[8:], labels[8:])]
         for lane in guard.lanes():
@@ -246,7 +246,7 @@ def test_a_running_job_can_be_put_under_a_guard():
     of_sgd = SGD(alone.parameters(), lr=0.0, momentum=0.9)
     for _ in range(2):  # without a memory, and with one
         with pytest.raises(
-            ValueError, match=r"^state_dict must be of a AdamW, which goes on with "
+            ValueError, match=r"^state_dict must be of an AdamW, which goes on with"
         ):
             guard.load_state_dict(of_sgd.state_dict())
         optimizer = guard._inners["fallback"].optimizer

@@ -26,9 +26,8 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 from lossguard.torch import BestOf, LossGuard, Recommended
-from lossguard.torch.guards.decision import FALLBACK
+from lossguard.torch.guards.decision import FALLBACK, Progress
 from lossguard.torch.guards.lane import Lane
-from lossguard.torch.guards.losses import Progress
 from tests.campaigns import torch_guards
 from tests.campaigns.torch_guards import Hostile
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import SGD
 
 from lossguard.torch import BestOf, Recommended
-from lossguard.torch.guards.losses import Trial
+from lossguard.torch.guards.decision import Trial
 
 
 class Rule(torch.optim.Optimizer):

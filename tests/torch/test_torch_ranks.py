@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import distributed
 
-from lossguard.torch.ranks import mean_of_ranks
+from lossguard.torch.distributed import mean_of_ranks
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ WRONG = [
         lambda m, o: Rewind("model", o),
     ),
     (
-        "optimizer must be a Optimizer such as torch.optim.AdamW(model.parameters()), got None",
+        "optimizer must be an Optimizer such as torch.optim.AdamW(model.parameters()), got None",
         lambda m, o: Rewind(m, None),
     ),
     (

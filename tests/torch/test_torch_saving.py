@@ -27,8 +27,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint import state_dict as names
 from torch.optim import SGD, AdamW
 
-from lossguard.torch import BestOf, LossGuard, Recommended
-from lossguard.torch.guards import saving
+from lossguard.torch import BestOf, LossGuard, Recommended, saving
 
 
 def with_rest(state, change):
@@ -81,7 +80,7 @@ def test_what_is_loaded_goes_to_the_device_of_its_parameter(monkeypatch, shape):
         weights=SimpleNamespace(params=[p]),
     )
     saved = {"z.memory.step": torch.ones(()), "z.memory.exp_avg": torch.ones(shape)}
-    loaded = saving._unpack_state(lane, [saved], {})[p]
+    loaded = saving._memory(lane, [saved], {})[p]
     ((tensor, device),) = moved
     assert tensor is loaded["exp_avg"] and device == p.device
 

@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lossguard.torch import LossGuard
-from lossguard.torch.memory import Inner, Memory
 from lossguard.torch.process import Randomness
+from lossguard.torch.state import Inner, Memory
 from lossguard.torch.tensors import are_finite, finite, stacked, zero_unsound
 
 

@@ -174,17 +174,24 @@ def refuse_steps_beside(guard: Any) -> None:
         weakref.finalize(guard, hook.remove)
 
 
-def check_model(model: Any, params: Sequence[Tensor]) -> None:
+def check_model(model: Any, params: Sequence[Tensor]) -> nn.Module | None:
+    """The module whose buffers go with the lanes, if there is one."""
+    if model is ...:
+        raise ValueError(
+            "model must be given, as its buffers go with the parameters (model=net; model=None if "
+            "the parameters are in no module)"
+        )
     if model is None:
         if any(hasattr(p, "to_local") for p in params):
             raise ValueError("model must be the sharded module if parameters are sharded, got None")
-        return
+        return None
     check_kind("model", model, nn.Module, "nn.ModuleList([encoder, head])")
     if missing := len({*map(id, params)} - {*map(id, model.parameters())}):
         raise ValueError(
             "model must hold all parameters of the optimizers, as its buffers go with them, got "
             f"{missing} beside it (nn.ModuleList([encoder, head]) holds those of two)"
         )
+    return model
 
 
 def check_loop(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> None:

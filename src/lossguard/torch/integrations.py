@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lossguard.torch.ranks import mean_of_ranks
+from lossguard.torch.distributed import mean_of_ranks
 from lossguard.torch.rewind.rewind import Rewind
 from lossguard.torch.tensors import stacked
 

@@ -88,13 +88,6 @@ class Rates:
         if any(changes):
             self.note()
 
-    def restore(self) -> None:
-        """Give the optimizers the rates that they had, whatever is in the guard's groups."""
-        for group, rate in zip(self._theirs(), self.given, strict=True):
-            if rate is not None:
-                set_rate(group, rate)
-        self.note()
-
     def _scale(self) -> None:
         factors: dict[int, float] = {}
         for k, (group, base) in enumerate(zip(self.groups, self.bases, strict=False)):

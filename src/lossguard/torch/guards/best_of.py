@@ -6,15 +6,22 @@ from itertools import compress
 from numbers import Real
 from typing import NamedTuple
 
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 from torch.optim import Optimizer
 
 from lossguard.rules import HEAD_START
 from lossguard.torch.arguments import check_rates
-from lossguard.torch.guards.decision import NEITHER, Decision, Seen, any_finite, mean
-from lossguard.torch.guards.guard import Guard
+from lossguard.torch.guards.cycle import Guard, Module
+from lossguard.torch.guards.decision import (
+    NEITHER,
+    UNBOUNDED,
+    Decision,
+    Seen,
+    Trial,
+    any_finite,
+    mean,
+)
 from lossguard.torch.guards.lane import Lane
-from lossguard.torch.guards.losses import UNBOUNDED, Trial
 from lossguard.validation import check_decay, check_nc, check_part, told
 
 
@@ -108,7 +115,7 @@ class BestOf(Guard):
         optimizers: Sequence[Optimizer] | Callable[[float], Optimizer],
         *,
         rates: Sequence[float] = (),
-        model: nn.Module | None,
+        model: Module = ...,
         nt: int = 10,
         share: float | None = 0.05,
         check: Callable[[int], Tensor] | None = None,
@@ -120,6 +127,12 @@ class BestOf(Guard):
         if not isinstance(rates, Iterable):
             raise ValueError(f"rates must be a sequence of numbers, got {rates!r}")
         rates = [float(rate) if isinstance(rate, Real) else rate for rate in rates]
+        if isinstance(optimizers, type):
+            name = optimizers.__name__
+            raise ValueError(
+                f"optimizers must be a function of a rate, got the class {name} (write "
+                f"BestOf(lambda rate: {name}(model.parameters(), lr=rate), rates=...))"
+            )
         if callable(optimizers) and not rates:
             raise ValueError("rates must go with a function of a rate, got none (give rates=(...))")
         if rates and not callable(optimizers):

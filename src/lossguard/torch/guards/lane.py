@@ -1,41 +1,134 @@
-"""A lane: an optimizer's run. Guards run several, and compare their losses."""
+"""A lane: an optimizer's run. Guards run several in one model, and compare their losses."""
 
+from itertools import compress
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lossguard.torch.arguments import scalar
-from lossguard.torch.guards.weights import Copy, Weights
-from lossguard.torch.memory import Inner, Memory
-from lossguard.torch.tensors import clones, finite, transfer, zero_unsound
+from lossguard.torch.state import Inner, Memory
+from lossguard.torch.tensors import (
+    Number,
+    clones,
+    finite,
+    local,
+    own_buffers,
+    transfer,
+    zero_unsound,
+)
 
 Mode = Literal["train", "eval"]
 """Of an optimizer whose iterates to train and to evaluate are two."""
+Copy = list[Tensor]
+"""Parameters first, then buffers; of a sharded parameter this rank's shard alone."""
+Beside = list[tuple[Tensor, Tensor | None]]
+
+
+class Weights:
+    """The live tensors: what the model is, and what the lane is that is in it.
+
+    Another lane is copied into them while it runs, and out again. So a compiled model, a CUDA graph
+    and whoever else holds the tensors see each lane.
+
+    Attributes:
+        params: the optimizers' parameters.
+        model: for its buffers, if any.
+        holder: the lane that is in the model.
+        jumped: whether the model was given another lane's values, or earlier ones.
+    """
+
+    def __init__(self, params: list[Tensor], model: nn.Module | None) -> None:
+        self.params, self.model = params, model
+        self.holder: Any = None
+        self.jumped = False
+        self._buffers = {} if model is None else dict(model.named_buffers())
+        ours = set(params)
+        self._others = [] if model is None else [p for p in model.parameters() if p not in ours]
+        live = self.live()
+        self._checked = [True] * len(live) if finite(live) else [finite(one) for one in live]
+        """Of each tensor whether it was finite; masks may be infinite."""
+        if any(p.requires_grad and not ok for p, ok in zip(params, self._checked, strict=False)):
+            raise ValueError("parameters must be finite, got some that aren't and are trained")
+
+    def live(self) -> Copy:
+        return [*(local(p.detach()) for p in self.params), *self.buffers()]
+
+    def buffers(self) -> Copy:
+        """The buffers themselves, except those of which one number stands for several."""
+        buffers = {} if self.model is None else own_buffers(self.model, self._buffers)
+        return [local(buffer.detach()) for buffer in buffers.values()]
+
+    def write(self, values: Copy) -> None:
+        """Be at other values. Gathered parameters, which an evaluation leaves, are dropped."""
+        for module in () if self.model is None else self.model.modules():
+            reshard: Any = getattr(module, "reshard", None)
+            if reshard is not None and hasattr(module, "unshard"):
+                reshard()
+        transfer(self.live(), values)
+
+    def are_finite(self, values: Copy) -> bool:
+        """Whether values are, but for masks."""
+        return finite(list(compress(values, self._checked)))
+
+    def have_diverged(self) -> bool:
+        """Whether the live parameters that are trained, or their gradients, aren't finite."""
+        return not finite([(p.detach(), p.grad) for p in self.params if p.requires_grad])
+
+    def mend(self, buffers: Copy, broken: Number) -> None:
+        """Take the buffers back to a copy if a minibatch is broken.
+
+        Inputs that aren't finite have made statistics of BatchNorm so, in the forward pass.
+        """
+        if broken is not False:
+            for buffer, before in zip(self.buffers(), buffers, strict=False):
+                if buffer.shape == before.shape and buffer.layout is torch.strided:
+                    flag = torch.as_tensor(broken, dtype=torch.bool, device=buffer.device)
+                    torch.where(flag, before, buffer, out=buffer)
+
+    def gradients_beside(self) -> Beside:
+        """Those of parameters that other optimizers step, and no lane."""
+        grads = [(p, p.grad) for p in self._others if p.requires_grad]
+        return [(p, None if grad is None else grad.clone()) for p, grad in grads]
+
+    def reset_gradients(self, beside: Beside) -> None:
+        """Forget the lanes' gradients, and set others to what they were, or lanes would add up."""
+        for p in self.params:
+            p.grad = None
+        for p, grad in beside:
+            p.grad = None if grad is None else grad.clone()
+
+    def versions(self) -> list[tuple[Tensor, int]]:
+        """The parameters that nobody steps, and how often they were written to."""
+        return [(p, p._version) for p in self._others if not p.requires_grad]
 
 
 class Lane:
     """Where an optimizer is, and what it remembers.
 
-    One lane of a guard is *live*: it is in the model, whose own tensors are where it is. Each gets
-    into it while it runs. Several may share an optimizer, each with a memory of its own. One that
-    forgives takes a gradient with a number that isn't finite for 0.
+    The lane that leads is *live*: it is in the model, whose own tensors are where it is. Each gets
+    into it while it runs. Several may share an optimizer, each with a memory of its own.
+
+    Attributes:
+        values: where it is while another one is in the model.
+        before: of the leader and who else may have to go back, where it was when the cycle began.
+        losses, checks: of this cycle.
+        begun, stepped: whether its step of this minibatch has begun, and is over.
+        warm_up: the steps at the start of its next cycle over which its rates rise to the whole.
     """
 
     def __init__(self, name: str, inner: Inner, weights: Weights, *, forgives: bool) -> None:
+        """``forgives``: it takes a gradient with a number that isn't finite for 0."""
         self.name, self.inner, self.weights, self.forgives = name, inner, weights, forgives
         self.values: Copy = clones(weights.live())
-        """Where it is while another one is in the model."""
         self.before: Copy = []
-        """Of the leader and who else may have to go back, where it was when the cycle began."""
         self._buffers: Copy = []
         """Those of the model when it got into it."""
         self.losses: list[Tensor] = []
         self.checks: list[Tensor] = []
         self.begun = self.stepped = False
         self.warm_up = 0
-        """The steps at the start of its next cycle over which its rates rise to the whole."""
         self._parked: Memory | None = None
         if inner.holder is None:
             inner.holder = self
@@ -59,16 +152,14 @@ class Lane:
 
     def go_live(self, *, keep: bool = True) -> None:
         """Get into the model; keep where the lane has come to that was there, or forget it."""
-        weights, other = self.weights, self.weights.holder
+        other = self.weights.holder
         if other is not self:
-            weights.reshard()
-            live = weights.live()
             if keep and other.values:
-                transfer(other.values, live)
+                transfer(other.values, self.weights.live())
             elif keep:
-                other.values = clones(live)
-            weights.holder = self  # first: an error in the copying then costs this lane nothing
-            transfer(live, self.values)
+                other.values = clones(self.weights.live())
+            self.weights.holder = self  # first: an error in the copying then costs no lane anything
+            self.weights.write(self.values)
 
     def begin(self) -> None:
         """Start a cycle."""
@@ -90,7 +181,7 @@ class Lane:
 
     def start_at(self, point: Copy) -> None:
         """Be at another point; the memory stays."""
-        self.inner.move_copies(self.memory(), point, self.point)
+        self.inner.move_copies(self.memory(), point)
         if self.live:
             self.weights.write(point)
             self.weights.jumped = True
@@ -107,6 +198,11 @@ class Lane:
         self.start_at(other.point)
         self.remember(other.memory().copy())
         self.warm_up = other.warm_up
+
+    def go_on(self, values: Copy, before: Copy, losses: list[Tensor], memory: Memory) -> None:
+        """Go on from a saved cycle."""
+        self.values, self.before, self.losses = values, before, losses
+        self.remember(memory)
 
     def memory(self) -> Memory:
         """What it remembers, itself."""
@@ -143,7 +239,7 @@ class Lane:
     def enter(self, mode: Mode = "train") -> None:
         """Get into the model, with the memory in the optimizer."""
         torch.clear_autocast_cache()  # autocast would go on with casts of other weights
-        self.weights.clear_gradients()
+        self.weights.reset_gradients([])
         self.go_live()
         self._buffers = clones(self.weights.buffers())
         if self._parked is not None:
@@ -159,7 +255,7 @@ class Lane:
 
     def leave(self, *, keep: bool) -> None:
         """End a minibatch; keep what it has made of the buffers, or undo that."""
-        self.weights.clear_gradients()
+        self.weights.reset_gradients([])
         if self._buffers and not keep:
             transfer(self.weights.buffers(), self._buffers)
         self._buffers = []
@@ -176,20 +272,16 @@ class Lane:
         if self.stepped:
             raise ValueError(f"lane.step must be called once for each lane, got again for {self}")
         value = scalar(loss)
-        self.check_gradients(value)
+        if all(p.grad is None for p in self.weights.params) and finite(value):
+            raise ValueError("backward must be called in each body or closure, got no gradients")
         self.inner.check_rates()
         self.begun = True  # if the optimizer raises, nobody knows how far it came
         if self.forgives:
             self.weights.mend(self._buffers, zero_unsound(self.weights.params))
-        self.update(loss)
+        self.take_step(loss)
         self.note(value)
 
-    def check_gradients(self, loss: Tensor) -> None:
-        """Refuse a body without a backward pass, which it may leave out for lost losses alone."""
-        if all(p.grad is None for p in self.weights.params) and finite(loss):
-            raise ValueError("backward must be called in each body or closure, got no gradients")
-
-    def update(self, loss: Any) -> None:
+    def take_step(self, loss: Any) -> None:
         """A step of its optimizer by the gradients that are there."""
         trained = [p.requires_grad for p in self.weights.params]
         try:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 from torch.optim import Optimizer
 
+from lossguard.torch.guards.cycle import Guard, Module
 from lossguard.torch.guards.decision import FALLBACK, LEARNED, NEITHER, Decision, Seen, mean
-from lossguard.torch.guards.guard import Guard
 from lossguard.torch.guards.lane import Lane
 from lossguard.validation import check_choice, check_count, check_function
 
@@ -66,7 +66,7 @@ class LossGuard(Guard):
         learned: Optimizer,
         fallback: Optimizer,
         *,
-        model: nn.Module | None,
+        model: Module = ...,
         check: Callable[[int], Tensor],
         nt: int = 10,
         nc: int = 10,

@@ -19,8 +19,8 @@ from lossguard.torch.arguments import (
     number,
     scalar,
 )
+from lossguard.torch.distributed import mean_of_ranks
 from lossguard.torch.process import held, modes_kept
-from lossguard.torch.ranks import mean_of_ranks
 from lossguard.torch.rewind.careful import CarefulSteps
 from lossguard.torch.rewind.rule import Rule
 from lossguard.torch.rewind.snapshot import Live, Offload, Saved

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lossguard.torch.arguments import innermost
-from lossguard.torch.memory import refuse_copies
-from lossguard.torch.ranks import check_rank, mean_of_ranks, this_rank
+from lossguard.torch.distributed import check_rank, mean_of_ranks, this_rank
 from lossguard.torch.rates import options_of, set_back
+from lossguard.torch.state import refuse_copies
 from lossguard.torch.tensors import (
     PLAIN,
     Number,

@@ -7,9 +7,9 @@ groups   entries of its parameter groups that are no ``SETTINGS``, as schedule-f
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +27,6 @@ from lossguard.torch.rates import (
     written,
 )
 from lossguard.torch.tensors import finite, leaves, local
-
-T = TypeVar("T")
 
 
 class Memory(NamedTuple):
@@ -50,8 +48,7 @@ class Inner:
         params: its parameters, in the guard's order.
         takes_loss: whether its step takes the loss, as that of some learned optimizers does.
         switches: whether it trains at another iterate than the one that it evaluates.
-        copies: names of entries of its state that hold the parameters, of now or of earlier.
-        noted: whether these are known, as they are once steps have moved the parameters.
+        copies: names of entries of its state that hold the parameters, such as master weights.
         holder: the lane whose memory it has; another lane of it keeps its own meanwhile.
         steps: whether it is stepped by its lane right now.
     """
@@ -62,7 +59,8 @@ class Inner:
         self.switches = callable(getattr(optimizer, "train", None))
         # What schedule-free optimizers train at begins as a copy: seen in their first step alone.
         self.copies: set[str] = {"z"} if self.switches else set()
-        self.noted = False
+        self.looked = False
+        """Whether it was seen which entries are copies."""
         self.holder: Any = None
         self.steps = False
         self._fresh = self.memory().copy()
@@ -120,57 +118,36 @@ class Inner:
         ]
         return finite([*memory.state.values(), made])
 
-    def note_copies(
-        self, memory: Memory, start: list[Tensor], point: list[Tensor], *, first: bool
-    ) -> None:
-        """Note which entries hold the parameters, after steps from ``start`` to ``point``.
+    def find_copies(self, memory: Memory, start: list[Tensor], point: list[Tensor]) -> None:
+        """Note which entries hold the parameters, after a step from ``start`` to ``point``.
 
-        If the parameters haven't moved, as at a rate of 0, or are single numbers, nothing is known
-        yet.
-        After the ``first`` step momentum is the gradient, which may be the start itself, as that of
-        half the squared norm is: what is like the start is told from the second one on.
+        If the parameters haven't moved, as at a rate of 0, nothing is known yet.
         """
-        steps = zip(self.params, start, point, strict=False)
-        moved = [v for _, u, v in steps if v.numel() > 1 and not torch.equal(u, v)]
-        if not moved:
+        steps = list(zip(self.params, start, point, strict=False))
+        if all(torch.equal(before, now) for _, before, now in steps):
             return
+        self.looked = True
         alike: dict[str, list[bool]] = {}
-        for entries, (before, value) in self._entries(memory, list(zip(start, point, strict=True))):
-            for key, entry in entries.items():
-                whole = entry.numel() == value.numel() > 1 and entry.layout is torch.strided
-                if whole and before.any():  # else every fresh entry is alike
-                    held = entry.reshape(value.shape).to(value)  # slow weights are where it began
-                    slow = not first and torch.equal(held, before)
-                    alike.setdefault(key, []).append(slow or torch.equal(held, value))
+        for p, before, now in steps:
+            for key, entry in self._tensors(memory, p):
+                fits = entry.shape == now.shape and entry.layout is torch.strided
+                if fits and now.numel() > 1 and before.any():
+                    alike.setdefault(key, []).append(torch.equal(entry.to(now), now))
         self.copies |= {key for key, flags in alike.items() if all(flags)}
-        self.noted = not first
 
-    def move_copies(
-        self, memory: Memory, point: list[Tensor], start: list[Tensor] | None = None
-    ) -> None:
-        """Have these be the parameters at a point. Numbers that aren't those at the ``start``, if
-        it is known, go as far as it is from there, which leaves what the optimizer computes from
-        their distance; but not what it trains at, if it evaluates elsewhere."""
-        moves = zip(point, point if start is None else start, strict=False)
-        for entries, (value, was) in self._entries(memory, list(moves)) if self.copies else ():
-            for key in self.copies & entries.keys():
-                entry = entries[key]
-                if entry.numel() != value.numel():
-                    continue
-                here = value.reshape(entry.shape).to(entry)
-                if start is not None and not self.switches:
-                    was = was.reshape(entry.shape)
-                    there = entry + (here - was.to(entry))
-                    is_master = entry.to(was) == was  # in their dtype, which may be narrower
-                    here = torch.where(there.isfinite() & ~is_master, there, here)
-                entry.copy_(here)
+    def move_copies(self, memory: Memory, point: list[Tensor]) -> None:
+        """Have these be the parameters at a point."""
+        for p, value in zip(self.params, point, strict=False) if self.copies else ():
+            for key, entry in self._tensors(memory, p):
+                if key in self.copies and entry.shape == value.shape:
+                    entry.copy_(value)
 
-    def _entries(self, memory: Memory, point: Sequence[T]) -> Iterator[tuple[dict[str, Tensor], T]]:
-        """The tensors that are remembered of each parameter, with what is given of it."""
-        for p, value in zip(self.params, point, strict=False):
-            entries = memory.state.get(p)
-            if isinstance(entries, dict):
-                yield {k: local(e) for k, e in entries.items() if isinstance(e, Tensor)}, value
+    def _tensors(self, memory: Memory, p: Tensor) -> list[tuple[str, Tensor]]:
+        """What is remembered of a parameter, as far as it is tensors."""
+        entries = memory.state.get(p)
+        if not isinstance(entries, dict):
+            return []
+        return [(key, local(one)) for key, one in entries.items() if isinstance(one, Tensor)]
 
 
 def refuse_copies(optimizer: Optimizer, moved: list[Tensor], params: Iterable[Tensor]) -> None:

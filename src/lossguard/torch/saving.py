@@ -21,38 +21,38 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lossguard.torch.arguments import scalar
-from lossguard.torch.memory import Memory
-from lossguard.torch.ranks import check_rank, sharded_as, this_rank
+from lossguard.torch.distributed import check_rank, sharded_as, this_rank
 from lossguard.torch.rates import PARAMS, SETTINGS
+from lossguard.torch.state import Memory
 from lossguard.torch.tensors import clones, leaves, local, stacked, transfer
-from lossguard.validation import check_kind
+from lossguard.validation import check_kind, named
 
 if TYPE_CHECKING:
-    from lossguard.torch.guards.face import Face
-    from lossguard.torch.guards.lane import Lane
-    from lossguard.torch.guards.weights import Copy
+    from lossguard.torch.guards.cycle import Guard
+    from lossguard.torch.guards.lane import Copy, Lane
 
 Saved = dict[str, Any]
 NUMBERS = ("phase", "steps", "checked", "_rates.bases", "_rates.given")
 """What every guard remembers, beside that of its rules."""
+PLAIN = bool | int | float | complex | str | bytes | None | np.generic | Tensor
+"""What ``torch.load`` takes from anybody, and NumPy's numbers, which are made so."""
 
 
-def save(guard: "Face") -> Saved:
+def save(guard: "Guard") -> Saved:
     """A copy of all that the rest of the run depends on."""
     guard.check_between("state_dict")
     guard._rates.apply()  # what is set, but not carried over, would be lost
     params, group = guard._weights.params, guard.param_groups[0]
     draws = guard._randomness.state()
     state: list[Saved] = [{} for _ in params]
+    lanes = {name: _pack(lane, state, guard.phase > 0) for name, lane in guard._lanes.items()}
     rest = {
-        **_kind(guard),
+        "kind": _kind(guard),
         "rank": this_rank(),
         "leader": guard._leader.name,
         "running": [lane.name for lane in guard._others],
         "numbers": list(leaves([getattr(*place) for place in _places(guard)])),
-        "rest": {
-            name: _pack(lane, state, within=guard.phase > 0) for name, lane in guard._lanes.items()
-        },
+        "lanes": lanes,
     }
     group["guard"] = folded(rest)
     guard._randomness.set(draws)  # of which steps that some lanes take to be saved may draw
@@ -65,89 +65,85 @@ def save(guard: "Face") -> Saved:
     return copy.deepcopy(saved, {id(saved["state"]): saved["state"]})
 
 
-def load(guard: "Face", state_dict: Saved) -> None:
+def load(guard: "Guard", state_dict: Saved) -> None:
     """Go on from a saved state, of which nothing is loaded if it is refused."""
     check_kind("state_dict", state_dict, dict, "torch.load(path)")
     state_dict = dict(state_dict)
     for hook in guard._optimizer_load_state_dict_pre_hooks.values():
         state_dict = hook(guard, state_dict) or state_dict
     groups = copy.deepcopy(state_dict.get("param_groups", []))
-    ours = unfolded(groups[0].pop("guard", b""), guard._weights.params[0]) if groups else {}
+    rest = unfolded(groups[0].pop("guard", b""), guard._weights.params[0]) if groups else {}
     entries = state_dict.get("state", {}).values()
-    if not ours and entries and not any(entries):
+    if not rest and entries and not any(entries):
         raise ValueError(
             "state_dict must hold what is known of each parameter, got nothing of any (get and set "
             "it without flatten_optimizer_state_dict)"
         )
-    if groups and not ours and guard._alike:
+    if groups and not rest and guard._alike:
         _take_over(guard, state_dict)
         return
-    state = _checked(guard, state_dict, groups, ours)
+    if rest.get("kind") != _kind(guard):
+        got = rest.get("kind") or (
+            f"one with the keys {list(state_dict)} (an optimizer's own is taken over before the "
+            "first step)"
+        )
+        raise ValueError(f"state_dict must be of a guard with {_kind(guard)}, got {got}")
+    state = [state_dict["state"].get(key, {}) for group in groups for key in group["params"]]
+    lanes, places = guard._lanes, _places(guard)
     loads = [
-        _unpack(lane, state, ours["rest"][name], ours["rank"])
-        for name, lane in guard._lanes.items()
+        _unpack(lane, state, rest["lanes"][name], rest["rank"]) for name, lane in lanes.items()
     ]
-    leader, *running = (guard._lanes[n] for n in (ours["leader"], *ours["running"]))
-    places, count = _places(guard), len(ours["numbers"])
+    leader, *running = (lanes[name] for name in (rest["leader"], *rest["running"]))
     numbers = [getattr(*place) for place in places]
-    if count != len(list(leaves(numbers))):
-        raise ValueError(f"state_dict must have the numbers of a {ours['kind']}, got {count}")
-    numbers = _filled(numbers, iter(ours["numbers"]))
+    if len(rest["numbers"]) != len(list(leaves(numbers))):
+        raise ValueError(
+            f"state_dict must have the numbers of a {type(guard).__name__}, got "
+            f"{len(rest['numbers'])}"
+        )
+    numbers = _filled(numbers, iter(rest["numbers"]))
 
     # From here on nothing may fail.
-    guard._order = []  # of a minibatch that was interrupted
-    guard._alike = numbers[:2] == [0, 0]  # as a trainer loads what it has just saved
     for (owner, name), number in zip(places, numbers, strict=True):
         setattr(owner, name, number)
     for load_lane in loads:
         load_lane()
-    guard._leader = guard._weights.holder = leader
+    guard._weights.holder = leader
     guard._weights.write(leader.values)
-    guard._others = running
+    guard.go_on(leader, running)
     for group, entries in zip(guard.param_groups, groups, strict=True):
         group.update({k: v for k, v in entries.items() if k != "params"})
     guard._rates.note()
 
 
-def _take_over(guard: "Face", state_dict: Saved) -> None:
+def _take_over(guard: "Guard", state_dict: Saved) -> None:
     """Have the live lane go on from an optimizer's own state, with all rates in proportion."""
-    guard._rates.apply()
-    optimizer, ours = guard._leader.optimizer, [dict(group) for group in guard.param_groups]
-    old = {"state": optimizer.state, "param_groups": optimizer.param_groups}
+    before, optimizer = save(guard), guard._leader.optimizer
+    groups, rates = optimizer.param_groups, []
     try:
         optimizer.load_state_dict(state_dict)
-        for was, theirs in zip(old["param_groups"], optimizer.param_groups, strict=True):
-            if lacking := was.keys() - theirs.keys():
+        for ours, was, now in zip(guard.param_groups, groups, optimizer.param_groups, strict=True):
+            if lacking := was.keys() - now.keys():
                 raise KeyError(min(lacking))
-            if theirs.get("maximize"):
+            if now.get("maximize"):
                 raise ValueError("state_dict must be of a run that minimizes, got maximize=True")
-        _take_settings(guard, optimizer, old["param_groups"])
+            settings = {key: now[key] for key in now.keys() & (SETTINGS - PARAMS)}
+            rates.append(settings.pop("lr", None))
+            ours.update(settings)
+            now.update({"lr": was["lr"]} if "lr" in was else {})
+        guard._rates.note()
+        for ours, rate in zip(guard.param_groups, rates, strict=True):
+            ours.update({} if rate is None else {"lr": float(rate)})
+        guard._rates.apply()
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        vars(optimizer).update(old)
-        for group, was in zip(guard.param_groups, ours, strict=True):
-            group.update(was)
-        guard._rates.restore()
+        vars(optimizer)["param_groups"] = groups
+        load(guard, before)
         if isinstance(error, ValueError):
             raise
         raise ValueError(
-            f"state_dict must be of a {type(optimizer).__name__}, which goes on with it, or of a "
-            f"{type(guard).__name__}, got one of something else ({error!r})"
+            f"state_dict must be of {named(type(optimizer))}, which goes on with it, or of "
+            f"{named(type(guard))}, got one of something else ({error!r})"
         ) from error
     guard._alike = False
-
-
-def _take_settings(guard: "Face", optimizer: Optimizer, before: list[Saved]) -> None:
-    """Set in the guard's groups what was loaded into the optimizer's; its rates change with all."""
-    rates = []
-    for group, theirs, was in zip(guard.param_groups, optimizer.param_groups, before, strict=True):
-        settings = {key: theirs[key] for key in theirs.keys() & (SETTINGS - PARAMS)}
-        rates.append(settings.pop("lr", None))
-        group.update(settings)
-        theirs.update({"lr": was["lr"]} if "lr" in was else {})
-    guard._rates.note()
-    for group, rate in zip(guard.param_groups, rates, strict=True):
-        group.update({} if rate is None else {"lr": float(rate)})
-    guard._rates.apply()
 
 
 def folded(rest: Saved) -> bytes:
@@ -155,20 +151,6 @@ def folded(rest: Saved) -> bytes:
     file = io.BytesIO()
     torch.save(rest, file)
     return file.getvalue()
-
-
-def _plain(value: Any) -> Any:
-    """What loads safely; options of other kinds are as the optimizer was built with them."""
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items() if _is_plain(one)}
-    if type(value) in (list, tuple):
-        return type(value)(map(_plain, value))
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _is_plain(value: Any) -> bool:
-    kinds = bool | int | float | complex | str | bytes | None | np.generic | Tensor
-    return all(isinstance(leaf, kinds) for leaf in leaves(value))
 
 
 def unfolded(rest: bytes, p: Tensor) -> Saved:
@@ -181,7 +163,7 @@ def unfolded(rest: bytes, p: Tensor) -> Saved:
     return torch.load(io.BytesIO(rest), place, weights_only=True) if rest else {}
 
 
-def _kind(guard: "Face") -> Saved:
+def _kind(guard: "Guard") -> Saved:
     """What two guards must have in common; of each optimizer how many parameters a group has."""
     optimizers = [
         [type(one).__name__, *(len(group["params"]) for group in one.param_groups)]
@@ -191,7 +173,7 @@ def _kind(guard: "Face") -> Saved:
     return {"kind": type(guard).__name__, **lanes, "nt": guard.nt, "nc": guard.nc}
 
 
-def _places(guard: "Face") -> list[tuple[Any, str]]:
+def _places(guard: "Guard") -> list[tuple[Any, str]]:
     """Who has each number, or list or named tuple of them, and by which name."""
     paths = [name.split(".") for name in (*NUMBERS, *guard.remembered)]
     return [(reduce(getattr, owners, guard), last) for *owners, last in paths]
@@ -205,20 +187,20 @@ def _filled(like: Any, numbers: Iterator[Any]) -> Any:
     return type(like)(*items) if isinstance(like, tuple) else items
 
 
-def _checked(guard: "Face", state_dict: Saved, groups: list[Saved], ours: Saved) -> list[Saved]:
-    kind = _kind(guard)
-    got: Any = {name: ours.get(name) for name in kind}
-    if got != kind:
-        if not ours:
-            got = (
-                f"one with the keys {list(state_dict)} (an optimizer's own is taken over before "
-                "the first step)"
-            )
-        raise ValueError(f"state_dict must be of a guard with {kind}, got {got}")
-    return [state_dict["state"].get(key, {}) for group in groups for key in group["params"]]
+def _plain(value: Any) -> Any:
+    """What loads safely; options of other kinds are as the optimizer was built with them."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items() if _is_plain(one)}
+    if type(value) in (list, tuple):
+        return type(value)(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
-def _pack(lane: "Lane", state: list[Saved], *, within: bool) -> Saved:
+def _is_plain(value: Any) -> bool:
+    return all(isinstance(leaf, PLAIN) for leaf in leaves(value))
+
+
+def _pack(lane: "Lane", state: list[Saved], within: bool) -> Saved:
     """Of a lane, what is of parameters into ``state``; the rest is returned.
 
     States of all times have the same tensors, so that any can be loaded in place of a new one.
@@ -250,21 +232,20 @@ def _pack(lane: "Lane", state: list[Saved], *, within: bool) -> Saved:
 def _unpack(lane: "Lane", state: list[Saved], rest: Saved, rank: int) -> Callable[[], None]:
     """What has the lane be what is saved of it, and can't fail."""
     losses = [scalar(float(loss)) for loss in rest["losses"]]
-    values, before = [
-        _values(lane, name, state, rest["buffers"].get(name, []), rank) if there else []
-        for name, there in (("value", True), ("before", rest["before"]))
-    ]
-    kept = {} if rest["blank"] else _unpack_state(lane, state, rest["others"])
+    values = _values(lane, "value", state, rest["buffers"].get("value", []), rank)
+    before = rest["before"] and _values(
+        lane, "before", state, rest["buffers"].get("before", []), rank
+    )
+    kept = {} if rest["blank"] else _memory(lane, state, rest["others"])
     pairs = zip(lane.memory().options, rest["options"], strict=True)
     options = [{k: v for k, v in now.items() if not _is_plain(v)} | then for now, then in pairs]
     memory, settings, copied = Memory(kept, options), rest["settings"], set(rest["copies"])
 
     def load_lane() -> None:
-        lane.values, lane.before, lane.losses = values, before, losses
         lane.inner.copies = copied
         for group, entries in zip(lane.optimizer.param_groups, settings, strict=False):
             group.update({k: v for k, v in entries.items() if k in SETTINGS})
-        lane.remember(memory)
+        lane.go_on(values, before or [], losses, memory)
 
     return load_lane
 
@@ -303,32 +284,33 @@ def _made(lane: "Lane") -> dict[Any, Any]:
         for p in weights.params:
             p.grad = torch.zeros_like(p) if p.requires_grad else None
         lane.switch("train")
-        lane.update(0.0)
+        lane.take_step(0.0)
     finally:
         made = lane.inner.exchange(previous)
-        weights.clear_gradients()
+        weights.reset_gradients([])
         transfer(weights.live(), values)
     return made.state
 
 
-def _unpack_state(lane: "Lane", state: list[Saved], others: dict[Any, Any]) -> dict[Any, Any]:
+def _memory(lane: "Lane", state: list[Saved], others: dict[Any, Any]) -> dict[Any, Any]:
     """Counts stay on the host, where optimizers without ``capturable`` have them."""
-    groups, params = lane.optimizer.param_groups, lane.weights.params
+    groups, name = lane.optimizer.param_groups, f"{lane.name}.memory."
     on_device = any(group.get("capturable") or group.get("fused") for group in groups)
-    name = f"{lane.name}.memory."
     of_params = copy.deepcopy(  # at once: what parameters share is shared in the copy
         [
             {key.removeprefix(name): value for key, value in saved.items() if key.startswith(name)}
             for saved in state
         ]
     )
-    kept = others | {p: made for p, made in zip(params, of_params, strict=True) if made}
-    for p in params:
-        for key, made in (kept.get(p) or {}).items():
+    kept = others | {
+        p: made for p, made in zip(lane.weights.params, of_params, strict=True) if made
+    }
+    if not kept:
+        raise ValueError(f"state_dict must hold {name}* of parameters, got none")
+    for p, entries in kept.items():
+        for key, made in entries.items() if isinstance(p, Tensor) else ():
             moves = on_device or (p.dim() == 0 and key != "step")  # what has no dimension
             for t in leaves(made):
                 if isinstance(t, Tensor) and t.device != p.device and (t.dim() or moves):
                     t.data = t.to(p.device)
-    if not kept:
-        raise ValueError(f"state_dict must hold {name}* of parameters, got none")
     return kept

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import KINDS, assert_same_state, backward, minibatches, mlp, run, squares, step_by, two
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD, Adam
+from torch.optim import SGD
 
 from lossguard.torch import BestOf, Recommended, Rewind
 
@@ -30,55 +30,6 @@ class Eager(Master):
         super().__init__(params, lr=lr)
         for p in self.param_groups[0]["params"]:
             self.state[p]["master"] = p.detach().float().clone()
-
-
-class Slow(SGD):
-    """SGD with lookahead: its slow weights begin where the parameters began."""
-
-    def step(self, closure=None):
-        before = [p.detach().clone() for p in self.param_groups[0]["params"]]
-        loss = super().step(closure)
-        with torch.no_grad():
-            for p, start in zip(self.param_groups[0]["params"], before, strict=True):
-                slow = self.state[p].setdefault("slow", start.flatten())
-                self.state[p]["t"] = self.state[p].get("t", 0) + 1
-                if self.state[p]["t"] % 3 == 0:
-                    slow.lerp_(p.flatten(), 0.5)
-                    p.copy_(slow.reshape(p.shape))
-        return loss
-
-
-class Averaged(SGD):
-    """Dual averaging: steps are from where it began, by the sum of all gradients."""
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for p in self.param_groups[0]["params"]:
-            start = self.state[p].setdefault("start", p.detach().clone())
-            total = self.state[p].setdefault("sum", torch.zeros_like(p))
-            p.copy_(start - self.param_groups[0]["lr"] * total.add_(p.grad))
-
-
-@pytest.mark.parametrize("kind", [Slow, Averaged])
-@pytest.mark.parametrize("bias", [False, True])
-def test_slow_weights_and_starts_go_with_their_lane(kind, bias):
-    """Else the model is thrown back, or away, at the next of their steps."""
-    generator = torch.Generator().manual_seed(0)
-    model, truth = torch.nn.Linear(20, 1, bias=bias), 3 * torch.randn(20, 1, generator=generator)
-    for p in model.parameters():
-        torch.nn.init.constant_(p, 0.1)
-    learned, fallback = Adam(model.parameters(), lr=0.2), kind(model.parameters(), lr=0.01)
-    guard, losses = Recommended(learned, fallback, model=model), []
-    for _ in range(400):
-        x = torch.randn(32, 20, generator=generator)
-        y = x @ truth + torch.randn(32, 1, generator=generator)
-        for lane in guard.lanes():
-            loss = backward((model(x) - y).square().mean())
-            lane.step(loss)
-        losses.append(loss.item())
-    winners = [decision.winner for decision in guard.history]
-    over = next(10 * k for k in range(1, 40) if winners[k - 1] == 0 and winners[k] != 0)
-    assert max(losses[over : over + 50]) < 2 * max(losses[over - 10 : over])
 
 
 def test_they_are_saved():
@@ -169,19 +120,6 @@ def test_copies_that_would_undo_a_rewind_are_refused():
     with pytest.raises(ValueError, match=IN_MASTERS):
         train(masters=True)
     train(masters=False)
-
-
-def test_a_memory_that_is_sparse_holds_no_copy():
-    torch.manual_seed(0)
-    model = torch.nn.Embedding(6, 2, sparse=True)
-    twin, rates = deepcopy(model), (1e-9, 0.1)
-    guard = BestOf([SGD(model.parameters(), lr=lr, momentum=0.9) for lr in rates], model=model)
-    alone = SGD(twin.parameters(), lr=0.1, momentum=0.9)
-    for k in range(40):
-        for lane in guard.lanes():
-            lane.step(backward((model(torch.arange(k % 5 + 1)) - 1).square().mean()))
-        step_by(alone, (twin(torch.arange(k % 5 + 1)) - 1).square().mean())
-    assert guard.last_decision.winner == 1 and torch.equal(model.weight, twin.weight)
 
 
 @pytest.mark.parametrize("kind", KINDS)

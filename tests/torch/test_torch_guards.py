@@ -67,22 +67,6 @@ def test_promises_hold_against_hostile_optimizers(seed, tmp_path):
         torch_guards.attempt(seed, tmp_path)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_where_both_optimizers_break_the_model_stays_finite(kind):
-    model = mlp()
-
-    def breaks(params):
-        made = Hostile(params, lr=0.1)
-        made.turn, made.by = 8, math.inf
-        return made
-
-    guard = two(kind, model, breaks, breaks, nt=4)
-    for batch in minibatches(64):
-        guard.step(closure_for(guard, model, batch))
-        if guard.phase == 0:
-            assert all(p.isfinite().all() for p in model.parameters())
-
-
 def scripted(guard, losses, ruined=""):
     """A cycle in which lanes report the losses that are given by their names; one breaks."""
     for _ in range(guard.nt):
@@ -93,15 +77,6 @@ def scripted(guard, losses, ruined=""):
             if lane.name == ruined:
                 guard.param_groups[0]["params"][0].data.fill_(math.nan)
     return guard.last_decision
-
-
-@pytest.mark.filterwarnings("ignore:closure gave different losses")
-def test_the_fallbacks_own_run_takes_a_broken_cycle_back():
-    weight, _ = quadratic(0.0)
-    guard = two_rates(Recommended, weight, 1.0, 0.01, share=0.5)
-    scripted(guard, {"y": 1.0, "z": 2.0})
-    ran = [scripted(guard, {"y": 1.0 / k, "s": 9.0}, ruined="s").gradients for k in range(2, 8)]
-    assert 20 in ran and guard._lanes["s"].point[0].item() == pytest.approx(-0.1)
 
 
 def test_a_decision_says_where_the_model_jumps():
@@ -122,25 +97,6 @@ def test_a_decision_says_where_the_model_jumps():
             moved = any(not torch.equal(p, q) for p, q in rows)
             assert guard.last_decision.jumped == moved
     assert {d.jumped for d in guard.history} == {True, False}
-
-
-def test_callbacks_get_every_decision_and_may_save():
-    model, got = mlp(), []
-    guard = two(Recommended, model, nt=2, callback=lambda d: got.append((d, guard.state_dict())))
-    run(guard, model, minibatches(6))
-    assert len(got) == 3
-    assert all(d is told for (d, _), told in zip(got, guard.history, strict=True))
-    guard.load_state_dict(got[1][1])
-    assert guard.steps == 4
-
-    def fails(decision):
-        raise KeyError
-
-    guard.callback = fails
-    run(guard, model, minibatches(1))
-    with pytest.raises(KeyError):
-        run(guard, model, minibatches(1))
-    assert guard.steps == 6 and guard.phase == 0
 
 
 def test_best_of_checks_on_held_out_minibatches_by_their_numbers(monkeypatch):
@@ -185,17 +141,6 @@ def test_checks_draw_alike_for_all_and_leave_no_trace():
     first, second = guard.records
     assert first[:3] == second[:3] and first.weight > 3  # mean, weight, lowest
     assert model[1].num_batches_tracked == 8
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_held_out_losses_decide_alone(sign):
-    """Where they are the better for whoever stands still, that one is followed."""
-    model = mlp()
-    optimizers = [SGD(model.parameters(), lr=rate) for rate in (0.3, 0.0)]
-    check = lambda k: sign * loss_fn(model, spiral())  # noqa: E731
-    guard = BestOf(optimizers, model=model, nt=2, check=check)
-    run(guard, model, minibatches(1) * 20)
-    assert guard.last_decision.winner == (0 if sign == 1 else 1)
 
 
 def test_a_memory_that_is_not_finite_is_forgotten():
@@ -370,15 +315,6 @@ def test_memory_that_can_not_be_saved_is_refused():
     guard.step(closure)
     with pytest.raises(ValueError, match=r"^memory of a parameter must have strings"):
         guard.state_dict()
-
-
-def test_numpys_rates_are_plain_numbers_in_a_state(tmp_path):
-    weight, closure = quadratic()
-    rates = list(np.geomspace(1e-3, 1e-1, 3))
-    guard = BestOf(lambda rate: SGD([weight], lr=rate), rates=rates, model=None)
-    guard.step(closure)
-    torch.save(guard.state_dict(), tmp_path / "guard.pt")
-    guard.load_state_dict(torch.load(tmp_path / "guard.pt", weights_only=True))
 
 
 def test_a_scheduler_on_a_guard_in_a_loop_over_lanes_does_not_warn():

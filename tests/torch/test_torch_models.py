@@ -71,19 +71,6 @@ def test_gradients_of_what_another_optimizer_steps_are_those_of_the_live_lane(ki
         beside.step()
 
 
-def test_they_are_what_they_were_if_a_check_raises():
-    model, x = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), torch.ones(4, 2)
-    optimizers = [SGD(model[1].parameters(), lr=lr) for lr in (0.1, 0.01)]
-
-    def check(k):
-        raise ArithmeticError
-
-    guard = BestOf(optimizers, model=model, nt=1, check=check)
-    with pytest.raises(ArithmeticError):
-        guard.step(lambda: backward(model(x).square().mean()))
-    assert all(p.grad is None for p in model[0].parameters())
-
-
 @pytest.mark.parametrize("counter", WRITTEN)
 def test_a_counter_that_a_step_writes_to_is_each_lanes_own(counter):
     """The fallback by itself takes the steps that it would alone."""
@@ -98,18 +85,6 @@ def test_a_counter_that_a_step_writes_to_is_each_lanes_own(counter):
         step_by(alone, v.square().sum())
     assert guard.last_decision.winner == 0  # it runs beside another lane of its optimizer
     assert 10 < steps < 60 and own.point[0] == v
-
-
-@pytest.mark.filterwarnings("ignore:Sparse CSR")
-def test_a_buffer_that_is_sparse_and_compressed_is_saved():
-    models, guards = [mlp(), mlp()], []
-    for model in models:
-        model.register_buffer("graph", torch.eye(3).to_sparse_csr())
-        guards.append(two(Recommended, model, nt=2))
-    run(guards[0], models[0], minibatches(5))
-    guards[1].load_state_dict(guards[0].state_dict())
-    losses = [run(*one, minibatches(12)[5:]) for one in zip(guards, models, strict=True)]
-    assert_same_state(*losses)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
@@ -186,15 +161,6 @@ class Checkpointed(nn.Module):
         return self.second(checkpoint(self.first, x, use_reentrant=False))
 
 
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gru, self.head = nn.GRU(1, 8), nn.Linear(8, 2)
-
-    def forward(self, x):
-        return self.head(self.gru(x.T[..., None])[0][-1])
-
-
 class Flat(nn.Module):
     """Its parameters are views of one storage, as cuDNN's are; so they are copied in and out."""
 
@@ -215,8 +181,8 @@ def frozen():
 
 
 MODELS = {
-    "tied": Tied, "idle": Idle, "checkpointed": Checkpointed, "recurrent": Recurrent,
-    "frozen": frozen, "flat": Flat, "norm": lambda: mlp(nn.BatchNorm1d(16), nn.Dropout(0.2)),
+    "tied": Tied, "idle": Idle, "checkpointed": Checkpointed, "frozen": frozen, "flat": Flat,
+    "norm": lambda: mlp(nn.BatchNorm1d(16), nn.Dropout(0.2)),
 }  # fmt: skip
 
 
@@ -225,17 +191,6 @@ def test_models(name):
     assert_is_algorithm2(
         MODELS[name](), learned, fallback, [spiral() for _ in range(30)], nt=3, nc=2
     )
-
-
-@pytest.mark.parametrize("name", ["flat", "frozen", "recurrent"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_they_resume(kind, name):
-    options = {} if kind is LossGuard else {"share": 0.5}
-
-    def build(model):
-        return two(kind, model, learned, fallback, nt=4, **options)
-
-    assert_resumes(build, MODELS[name](), minibatches(), 22)
 
 
 def test_compiled_models_are_compiled_once_per_mode():
@@ -342,28 +297,6 @@ def test_a_buffer_of_one_number_for_many_is_left_alone():
     run(two(Recommended, model, nt=2), model, minibatches(8))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_between_minibatches_there_are_as_many_copies_of_buffers_as_of_parameters(kind):
-    model = mlp(nn.BatchNorm1d(16))
-    guard = two(kind, model)
-    run(guard, model, minibatches(5))
-    copies = [lane.values + lane.before + lane._buffers for lane in guard._lanes.values()]
-    kept = sum(len(one) for one in copies)
-    assert kept % len(model.state_dict()) == 0 and 2 <= kept // len(model.state_dict()) <= 5
-
-
-def test_a_decision_that_raises_after_checks_tells_its_own_error(monkeypatch):
-    model = mlp(nn.BatchNorm1d(16))
-    guard, batches = two(LossGuard, model, nt=2), minibatches(12)
-
-    def raises(*_):
-        raise RuntimeError("a rank is lost")
-
-    monkeypatch.setattr(guard, "_settle", raises)
-    with pytest.raises(RuntimeError, match="a rank is lost"):
-        run(guard, model, batches)
-
-
 @pytest.mark.parametrize("name", ["SGDScheduleFree", "AdamWScheduleFree", "RAdamScheduleFree"])
 def test_schedule_free_goes_on_by_itself(name):
     """It is in its training mode within calls; ``eval`` has the model be what it evaluates."""
@@ -465,32 +398,3 @@ def test_a_frozen_parameter_may_be_a_mask(kind):
     model.mask.requires_grad_(True)
     with pytest.raises(ValueError, match="parameters must be finite, got some that aren't and are"):
         two(kind, model)
-
-
-def test_gradients_may_be_conjugates():
-    weight = torch.ones(3, dtype=torch.complex64, requires_grad=True)
-    guard = Recommended(SGD([weight], lr=0.02), SGD([weight], lr=0.01), model=None, nt=2)
-
-    def closure():
-        product = (weight.conj() * torch.tensor([1 + 2j, 3j, 4])).sum()
-        return backward((product - 3).abs().square())
-
-    losses = [guard.step(closure).item() for _ in range(20)]
-    assert losses[-1] < losses[0] / 2
-
-
-def test_a_schedule_free_optimizer_of_a_running_job_takes_its_other_iterate_along():
-    package = pytest.importorskip("schedulefree")
-    model = mlp()
-    fallback = package.SGDScheduleFree(model.parameters(), lr=0.1)
-    fallback.train()
-    for batch in minibatches(20):
-        step_by(fallback, loss_fn(model, batch))
-    fallback.zero_grad()
-    new = package.SGDScheduleFree(model.parameters(), lr=0.1)
-    guard = Recommended(SGD(model.parameters(), lr=0.1), new, model=model, nt=2)
-    guard.load_state_dict(fallback.state_dict())
-    run(guard, model, minibatches(4))
-    guard._lanes["z"].start_at([tensor + 1 for tensor in guard._leader.point])
-    weight = next(model.parameters())
-    assert torch.equal(guard._lanes["z"].memory().state[weight]["z"], weight)

@@ -6,12 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import squares
 from torch.optim import SGD
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lossguard.torch import LossGuard
 from lossguard.torch.process import Randomness
 from lossguard.torch.state import Inner, Memory
 from lossguard.torch.tensors import are_finite, finite, stacked, zero_unsound
@@ -152,35 +150,6 @@ def test_a_copy_of_a_memory_shares_within_what_was_shared_within_and_nothing_els
     assert [*copied.state] == [p] and next(iter(copied.state)) is p
     assert entries["step"] is entries["all"][0] is options["a"] is not step
     assert entries["all"][1] == (step, 2) and list(options) == ["b", "a"]
-
-
-class SharedStep(torch.optim.Optimizer):
-    """Whose parameters have one counter."""
-
-    def __init__(self, params):
-        super().__init__(params, {"lr": 0.1})
-        step = torch.zeros(())
-        for p in self.param_groups[0]["params"]:
-            self.state[p]["step"] = step
-
-    def step(self, closure=None):
-        for p in self.param_groups[0]["params"]:
-            self.state[p]["step"] += 1
-            p.sub_(p.grad / self.state[p]["step"], alpha=0.1)
-
-
-def test_a_state_that_parameters_share_is_shared_after_loading():
-    ends = []
-    for resume in (False, True):
-        pair = [torch.tensor([4.0], requires_grad=True) for _ in range(2)]
-        check = lambda k, pair=pair: sum(p.square().sum() for p in pair)  # noqa: E731
-        guard = LossGuard(SharedStep(pair), SGD(pair, lr=0.0), model=None, check=check, nt=2)
-        for call in range(6):
-            if resume and call == 3:
-                guard.load_state_dict(guard.state_dict())
-            guard.step(squares(*pair))
-        ends.append([p.item() for p in pair])
-    assert ends[0] == ends[1] and guard.last_decision.winner == 0
 
 
 class Counts(SGD):

@@ -19,11 +19,6 @@ SETTINGS = PARAMS | {
 """Its entries that are set from outside. All others count as what the optimizer remembers: a step
 may change them, as it does counters, and estimates of the rate."""
 
-RATES_INSIDE = (
-    "rates must be set between minibatches, got another one in a body or closure (take "
-    "scheduler.step() out of it)"
-)
-
 
 class Rates:
     """Carries what is set in the guard's parameter groups over to its optimizers.
@@ -69,6 +64,22 @@ class Rates:
             }
             for group, seen, then in zip(self.groups, self.seen, self._written, strict=True)
         ]
+
+    def mark(self) -> None:
+        """Rates that differ from now on have been set while lanes run."""
+        self._marks = self._now()
+
+    def check(self) -> None:
+        """Refuse such rates, as each lane may be at another one then."""
+        if self._now() != self._marks:
+            raise ValueError(
+                "rates must be set between minibatches, got another one in a body or closure (take "
+                "scheduler.step() out of it)"
+            )
+
+    def _now(self) -> list[Any]:
+        rates = [group.get("lr") for group in (*self.groups, *self._theirs())]
+        return [written(rate) if isinstance(rate, Tensor) else rate for rate in rates]
 
     def apply(self) -> None:
         """Carry over what has been set since the last time; refuse rates that were set twice."""

@@ -62,7 +62,8 @@ def save(guard: "Guard") -> Saved:
     finally:
         del group["guard"]
         guard.state.update({p: {} for p in params})
-    return copy.deepcopy(saved, {id(saved["state"]): saved["state"]})
+    saved["param_groups"] = copy.deepcopy([_plain(one) for one in saved["param_groups"]])
+    return saved
 
 
 def load(guard: "Guard", state_dict: Saved) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lossguard.torch.rates import (
-    RATES_INSIDE,
     SETTINGS,
     beside_state,
     copied_rate,
@@ -24,7 +23,6 @@ from lossguard.torch.rates import (
     same,
     set_back,
     set_rates,
-    written,
 )
 from lossguard.torch.tensors import finite, leaves, local
 
@@ -77,20 +75,6 @@ class Inner:
         finally:
             self.steps = False
             set_rates(groups, rates)
-            self.note_rates()  # some optimizers set their own
-
-    def note_rates(self) -> None:
-        """Rates that differ from now on have been set from outside."""
-        self._rates = self._marks()
-
-    def check_rates(self) -> None:
-        """Refuse rates that were set while lanes run, of which each may be at another one then."""
-        if self._marks() != self._rates:
-            raise ValueError(RATES_INSIDE)
-
-    def _marks(self) -> list[Any]:
-        rates = [group.get("lr") for group in self.optimizer.param_groups]
-        return [written(rate) if isinstance(rate, Tensor) else rate for rate in rates]
 
     def fresh(self) -> Memory:
         """As when the guard was built, by when some optimizers have made all that they remember."""

@@ -21,7 +21,7 @@ from lossguard.torch.distributed import mean_of_ranks, several
 from lossguard.torch.guards.decision import Decision, Seen
 from lossguard.torch.guards.lane import Beside, Lane, Weights
 from lossguard.torch.process import Randomness, modes_kept
-from lossguard.torch.rates import RATES_INSIDE, Rates, group_copy
+from lossguard.torch.rates import Rates, group_copy
 from lossguard.torch.state import Inner
 from lossguard.torch.tensors import stacked
 from lossguard.validation import check_count
@@ -73,7 +73,7 @@ class Guard(arguments.Uncopied, Optimizer):
         self._weights = Weights(params, module)
         self._inners = {name: Inner(one, params) for name, one in optimizers.items()}
         self._lanes = {
-            name: Lane(name, self._inners[of], self._weights, forgives=self.forgives)
+            name: Lane(name, self._inners[of], self._weights, self._rates, forgives=self.forgives)
             for name, of in lanes.items()
         }
         self._leader = self._weights.holder = next(iter(self._lanes.values()))
@@ -203,7 +203,7 @@ class Guard(arguments.Uncopied, Optimizer):
                     raise ValueError("load_state_dict must be called between minibatches")
                 if not lane.stepped:
                     raise ValueError("the body of guard.lanes() must call lane.step(loss)")
-                _check_rates(self)
+                self._rates.check()
                 lane.leave(keep=True)
         except BaseException as error:
             if self._order is not order:  # closed late, while another loop is under way
@@ -228,8 +228,7 @@ def _open(guard: Guard) -> list[Lane]:
     optimizers = [inner.optimizer for inner in guard._inners.values()]
     arguments.check_loop(optimizers, guard._weights.params)
     guard._rates.apply()
-    for inner in guard._inners.values():
-        inner.note_rates()
+    guard._rates.mark()
     guard._start = guard._randomness.state(), guard._weights.gradients_beside()
     if guard.phase == 0:
         for lane in guard._lanes.values():
@@ -247,13 +246,6 @@ def _restore(guard: Guard) -> None:
     draws, beside = guard._start
     guard._randomness.set(draws)
     guard._weights.reset_gradients(beside)
-
-
-def _check_rates(guard: Guard) -> None:
-    if any(guard._rates.changes()):
-        raise ValueError(RATES_INSIDE)
-    for inner in guard._inners.values():
-        inner.check_rates()
 
 
 def _undo(guard: Guard) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lossguard.torch.arguments import scalar
+from lossguard.torch.rates import Rates
 from lossguard.torch.state import Inner, Memory
 from lossguard.torch.tensors import (
     Number,
@@ -118,9 +119,12 @@ class Lane:
         warm_up: the steps at the start of its next cycle over which its rates rise to the whole.
     """
 
-    def __init__(self, name: str, inner: Inner, weights: Weights, *, forgives: bool) -> None:
+    def __init__(
+        self, name: str, inner: Inner, weights: Weights, rates: Rates, *, forgives: bool
+    ) -> None:
         """``forgives``: it takes a gradient with a number that isn't finite for 0."""
         self.name, self.inner, self.weights, self.forgives = name, inner, weights, forgives
+        self._rates = rates
         self.values: Copy = clones(weights.live())
         self.before: Copy = []
         self._buffers: Copy = []
@@ -274,7 +278,7 @@ class Lane:
         value = scalar(loss)
         if all(p.grad is None for p in self.weights.params) and finite(value):
             raise ValueError("backward must be called in each body or closure, got no gradients")
-        self.inner.check_rates()
+        self._rates.check()
         self.begun = True  # if the optimizer raises, nobody knows how far it came
         if self.forgives:
             self.weights.mend(self._buffers, zero_unsound(self.weights.params))
@@ -289,6 +293,7 @@ class Lane:
             with torch.no_grad(), self.inner.stepping(part):
                 self.optimizer.step(**({"loss": loss} if self.inner.takes_loss else {}))
         finally:
+            self._rates.mark()  # some optimizers set their own
             for p, before in zip(self.weights.params, trained, strict=True):
                 p.requires_grad_(before)  # whatever the optimizer has done
 

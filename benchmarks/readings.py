@@ -24,7 +24,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from lossguard.drawing import png
+from lossguard.cli.terminal import console, table
 from lossguard.experiments import recipes
 from lossguard.experiments.claims import CLAIMS, K, judge, tracks
 from lossguard.experiments.evidence import labelled, of_curves
@@ -40,10 +40,10 @@ from lossguard.experiments.experiment import (
     sgd_fallback,
 )
 from lossguard.experiments.sweep import sweep
-from lossguard.files import write_whole
 from lossguard.guards.residual_guard import TrackingSequence, ema
-from lossguard.records import Record, read_runs
-from lossguard.terminal import console, table
+from lossguard.runs.drawing import png
+from lossguard.runs.files import write_whole
+from lossguard.runs.records import Record, read_runs
 
 POLICIES: Sequence[Policy] = get_args(Policy)
 """Of the LSTM's memory: kept by a branch that lost, fresh after a loss, or fresh in every cycle."""

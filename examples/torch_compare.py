@@ -10,7 +10,7 @@ import polars as pl
 import torch
 from matplotlib.figure import Figure
 
-from lossguard.drawing import save
+from lossguard.runs.drawing import save
 
 Row = dict[str, Any]
 

@@ -103,7 +103,8 @@ def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 @pytest.fixture
 def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_modules: None) -> Callable[..., None]:
     """Runs ``lossguard``, which is on the path, with arguments in an empty folder."""
-    from lossguard import cli, run_commands  # the hook must precede these too
+    from lossguard.cli import main as cli  # the hook must precede these too
+    from lossguard.cli import run_commands
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_commands, "which", lambda name: name)

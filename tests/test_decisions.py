@@ -204,8 +204,8 @@ def test_to_plot_needs_no_rich(monkeypatch) -> None:
     from lossguard.torch import Decision as Plain
 
     decision = Plain([True] * 2, [2.0, 1.0], winner=0, gradients=2, learned_updates=2)
-    for name in [name for name in sys.modules if name.startswith("lossguard.drawing")]:
+    for name in [name for name in sys.modules if name.startswith("lossguard.runs.drawing")]:
         monkeypatch.delitem(sys.modules, name)
-    for name in ("lossguard.terminal", "rich", "rich.console"):
+    for name in ("lossguard.cli.terminal", "rich", "rich.console"):
         monkeypatch.setitem(sys.modules, name, None)
     assert plot_decisions([decision] * 3).axes

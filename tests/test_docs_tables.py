@@ -11,10 +11,10 @@ import polars as pl
 import pytest
 
 from benchmarks.readings import POLICIES, RULES, counts, judge_readings
-from lossguard.experiments import price, tasks
+from lossguard.experiments import benchmark_tasks, price
+from lossguard.experiments.benchmark_tasks import FILE, envelope, interquartile_mean
 from lossguard.experiments.claims import Verdict, judge_claims
-from lossguard.experiments.tasks import FILE, envelope, interquartile_mean
-from lossguard.records import CURVES, EVALUATIONS, read_parquet, read_runs
+from lossguard.runs.records import CURVES, EVALUATIONS, read_parquet, read_runs
 from lossguard.tasks.published import PUBLISHED
 
 ROOT = Path(__file__).parents[1]
@@ -189,14 +189,14 @@ def test_how_late_the_guard_follows_is_as_in_the_records() -> None:
 def test_speedups_are_those_of_the_records() -> None:
     text = (ROOT / "docs" / "tasks.md").read_text()
     every = {name: ROOT / "results" / name for name in PUBLISHED}
-    _, numbers = tasks.table(every)
+    _, numbers = benchmark_tasks.table(every)
 
     def speedups(task: str, method: str, by: str, mark: int) -> np.ndarray:
         if method != "Adam":
             rows = numbers.filter(task=task, method=method, by=by, mark=mark)
             return rows["speedup"].to_numpy()
-        kind, rate = tasks.TRIED[task][0]
-        curves = tasks.curves_of(read_parquet(every[task] / CURVES), f"{kind} {rate:g}")
+        kind, rate = benchmark_tasks.TRIED[task][0]
+        curves = benchmark_tasks.curves_of(read_parquet(every[task] / CURVES), f"{kind} {rate:g}")
         losses = curves.at(mark, "steps")
         assert losses is not None
         return np.asarray(envelope(task).steps_to(losses)) / mark
@@ -257,7 +257,7 @@ def test_slowdowns_over_adam_are_those_of_the_records() -> None:
     """The highest of all prices from 1,000 on, as in the table of costs."""
 
     def curve(table: pl.DataFrame, method: str) -> price.Curve:
-        one = tasks.curves_of(table, method)
+        one = benchmark_tasks.curves_of(table, method)
         grid = np.geomspace(100, one.price[:, -1].min(), 1_000)
         losses = [np.interp(grid, *seed) for seed in zip(one.price, one.loss, strict=True)]
         return price.Curve(grid, np.mean(losses, axis=0))
@@ -265,7 +265,7 @@ def test_slowdowns_over_adam_are_those_of_the_records() -> None:
     _, *rows = table("slowdowns over Adam", (ROOT / "docs" / "tasks.md").read_text())
     for k, name in enumerate(PUBLISHED, 1):
         curves = read_parquet(ROOT / "results" / name / CURVES)
-        kind, rate = tasks.TRIED[name][0]
+        kind, rate = benchmark_tasks.TRIED[name][0]
         adam = curve(curves, f"{kind} {rate:g}")
         for method, *cells in rows:
             one = curve(curves, method)
@@ -285,7 +285,7 @@ def test_what_updates_cost_is_counted_as_the_text_says() -> None:
         each = []
         for name, table in tables.items():
             paid = pl.col("gradients") + update * pl.col("learned_updates")
-            curves = tasks.curves_of(table.with_columns(gradients=paid), "MLP")
+            curves = benchmark_tasks.curves_of(table.with_columns(gradients=paid), "MLP")
             losses = curves.at(mark, "price")
             assert losses is not None
             each.append(envelope(name).steps_to(losses) / mark)
@@ -293,8 +293,8 @@ def test_what_updates_cost_is_counted_as_the_text_says() -> None:
 
     found = [speed(mark, update) for mark in (2_000, 10_000) for update in (high, low)]
     assert speeds == [round(one, 2) for one in found]
-    _, numbers = tasks.table({name: ROOT / "results" / name for name in PUBLISHED})
-    tuned = numbers.filter(method=tasks.TUNED, by="steps").group_by("task", "mark")
+    _, numbers = benchmark_tasks.table({name: ROOT / "results" / name for name in PUBLISHED})
+    tuned = numbers.filter(method=benchmark_tasks.TUNED, by="steps").group_by("task", "mark")
     for task, mark, loss in tuned.agg(pl.col("loss").mean()).iter_rows():
         over = loss / envelope(task).at(mark)
         late = {5_000: 1.16, 10_000: 4.23} if "_Mnist_128x128x128" in task else {}

@@ -187,7 +187,7 @@ def test_experiments(environment: Environment) -> None:
 def test_ray(environment: Environment) -> None:
     """What the command needs for a cluster is there."""
     assert "torch" not in environment.packages
-    environment.runs("import ray, lossguard.experiments.sweep, lossguard.cli")
+    environment.runs("import ray, lossguard.experiments.sweep, lossguard.cli.main")
 
 
 @of("all")

@@ -7,16 +7,17 @@ import pytest
 from PIL import Image
 
 from benchmarks.readings import READINGS
-from lossguard import pretrained_names, pretrained_path, records
-from lossguard.experiments import price, report, tasks
+from lossguard import pretrained_names, pretrained_path
+from lossguard.experiments import benchmark_tasks, price, report
 from lossguard.learned.weights_file import noting_weights, read_weights
-from lossguard.records import read_json
+from lossguard.runs import records
+from lossguard.runs.records import read_json
 
 RESULTS = Path(__file__).parents[1] / "results"
 if not RESULTS.is_dir():
     pytest.skip("there are no records here", allow_module_level=True)
 NESTED = {
-    "long": tasks.RECIPES,
+    "long": benchmark_tasks.RECIPES,
     "million": price.RECIPES,
     "price": price.RECIPES,
     "readings": {f"reading-{name}": recipe for name, recipe in READINGS.items()},

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from lossguard import records, run_folder
-from lossguard.curves import COUNTERS
+from lossguard.runs import folder as run_folder
+from lossguard.runs import records
+from lossguard.runs.curves import COUNTERS
 
 TINY = str(Path(__file__).parent / "experiments" / "tiny.py")
 RUN = ("run", f"{TINY}:recipe", "--out", "out")

@@ -9,7 +9,7 @@ def main() -> None:
     """What ``cli`` does; a package that isn't installed is named in one sentence."""
     try:
         with needed("the command lossguard"):
-            from .cli import main
+            from .cli.main import main
 
             main()
     except KeyboardInterrupt:  # while modules load

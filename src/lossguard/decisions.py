@@ -132,7 +132,7 @@ def plot_decisions(
     with needed("lossguard.plot_decisions"):
         from matplotlib.figure import Figure
 
-        from .drawing import log_losses
+        from .runs.drawing import log_losses
     if isinstance(decisions, Iterator):
         decisions = list(decisions)
     figure, table, losses = Figure(layout="constrained"), None, _losses(decisions)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from lossguard.checkpoints import Checkpoints
 from lossguard.learned.weights_file import pretrained_names, pretrained_path
+from lossguard.runs.checkpoints import Checkpoints
 
 from .killed import content, go
 

@@ -20,8 +20,8 @@ from unittest import mock
 import jax
 import tiny
 
-from lossguard import cli
-from lossguard.metatrain.recipes import RECIPES
+from lossguard.cli import main as cli
+from lossguard.metatrain.trainings import RECIPES
 
 from .killed import META, content, go
 

@@ -21,11 +21,11 @@ import polars as pl
 import tiny
 from test_loop import TINY as META
 
-from lossguard import checksums, records
 from lossguard.experiments import run as running
 from lossguard.experiments.sweep import sweep
 from lossguard.learned.weights_file import read_weights
 from lossguard.metatrain import loop
+from lossguard.runs import checksums, records
 
 KINDS = ("run", "sweep", "metatrain")
 ACCESSES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir")

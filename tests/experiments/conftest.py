@@ -10,9 +10,9 @@ from jax.experimental.compilation_cache import compilation_cache
 from pages import SPEND, VERDICTS, curves_of, write_meta, write_run
 from tiny_run import open_folder
 
-from lossguard import records
 from lossguard.experiments import report as reporting
 from lossguard.experiments.report import report
+from lossguard.runs import records
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -14,9 +14,10 @@ import tiny
 from pages import curves_of, write_meta, write_run
 from tiny_run import leave, open_folder
 
-from lossguard import records, run_folder
-from lossguard.config import as_config
-from lossguard.metatrain.recipes import cifar10_conv_plain
+from lossguard.metatrain.trainings import cifar10_conv_plain
+from lossguard.runs import folder as run_folder
+from lossguard.runs import records
+from lossguard.runs.config import as_config
 
 NAMES = (
     "Adam\x1b]0;owned\x07\x1b[2J",

@@ -12,13 +12,13 @@ import pytest
 from tiny_run import leave
 
 from benchmarks.readings import READINGS
-from lossguard import records
-from lossguard.config import as_config
-from lossguard.curves import COUNTERS
 from lossguard.experiments.claims import CLAIMS, Verdict, judge_claims
 from lossguard.experiments.evidence import MARKS, gather
 from lossguard.experiments.price import RECIPES
 from lossguard.experiments.recipes import PAPERS, SETS
+from lossguard.runs import records
+from lossguard.runs.config import as_config
+from lossguard.runs.curves import COUNTERS
 
 Curve = float | Mapping[int, float]
 """A loss, or the losses from some steps on."""

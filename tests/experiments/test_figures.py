@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from pages import STEPS, curves_of
 from tiny_run import leave
 
-from lossguard import drawing, records
 from lossguard.experiments import Experiment, figures
 from lossguard.experiments.experiment import paper_methods
+from lossguard.runs import drawing, records
 
 
 def naive_windows(steps: list[int], losses: np.ndarray) -> dict[int, float]:

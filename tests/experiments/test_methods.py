@@ -11,8 +11,8 @@ import pytest
 
 import lossguard
 from lossguard import paper_decay
+from lossguard.experiments import benchmark_tasks, price, recipes
 from lossguard.experiments import experiment as experiments
-from lossguard.experiments import price, recipes, tasks
 from lossguard.experiments.experiment import Experiment, Methods, named_task, paper_methods
 from lossguard.tasks import MLP
 
@@ -123,13 +123,17 @@ def test_those_compared_at_equal_price(over, fallback, monkeypatch) -> None:
 
 def test_those_of_the_published_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = {"lstm-mnist-mlp": LEARNED, "mlp-small": optax.sgd(9.0)}
-    for module in (experiments, tasks):
+    for module in (experiments, benchmark_tasks):
         monkeypatch.setattr(module, "pretrained", weights.__getitem__)
-    monkeypatch.setattr(tasks, "unguarded", lambda *optimizers, **given: (optimizers, given))
+    monkeypatch.setattr(
+        benchmark_tasks, "unguarded", lambda *optimizers, **given: (optimizers, given)
+    )
     monkeypatch.setattr(experiments, "best_of", lambda *guards, **given: (guards, given))
-    monkeypatch.setattr(tasks, "rewind", lambda learned: optax.chain(learned, optax.scale(2.0)))
-    monkeypatch.setattr(tasks, "watched", lambda made: made)
-    made = tasks.task_methods(replace(E, name="ImageMLP_FashionMnist8_Relu32"))
+    monkeypatch.setattr(
+        benchmark_tasks, "rewind", lambda learned: optax.chain(learned, optax.scale(2.0))
+    )
+    monkeypatch.setattr(benchmark_tasks, "watched", lambda made: made)
+    made = benchmark_tasks.task_methods(replace(E, name="ImageMLP_FashionMnist8_Relu32"))
     adam = {rate: optax.adam(rate) for rate in (0.01, 0.03, 0.25)}
     check(made, "Adam 0.01", TRUSTED, adam[0.01])
     check(made, "Adam 0.03", TRUSTED, adam[0.03])

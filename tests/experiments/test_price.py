@@ -7,9 +7,9 @@ import polars as pl
 import pytest
 from tiny_run import SECONDS, leave
 
-from lossguard import run_folder
 from lossguard.experiments import price
-from lossguard.records import EVALUATIONS, MANIFEST, read_json, write_parquet
+from lossguard.runs import folder as run_folder
+from lossguard.runs.records import EVALUATIONS, MANIFEST, read_json, write_parquet
 
 
 def evaluations(**factors: float) -> pl.DataFrame:

@@ -22,9 +22,9 @@ from benchmarks.readings import (
     judge_readings,
     main,
 )
-from lossguard.config import as_config
-from lossguard.curves import COUNTERS
-from lossguard.records import Record
+from lossguard.runs.config import as_config
+from lossguard.runs.curves import COUNTERS
+from lossguard.runs.records import Record
 
 Losses = dict[str, float | dict[int, float]]
 """By method: a loss, or the losses from some steps on."""

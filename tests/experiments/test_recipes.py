@@ -14,13 +14,13 @@ import jax
 import numpy as np
 import pytest
 
-from lossguard import records
 from lossguard.experiments import RECIPES, Experiment
 from lossguard.experiments import experiment as experiments
 from lossguard.experiments.recipes import PAPERS, SETS
 from lossguard.experiments.run import check, run
 from lossguard.guards.protocol import Decision, Guard
 from lossguard.learned.weights_file import pretrained_names
+from lossguard.runs import records
 from lossguard.tasks import MLP, ConvNet, Dataset, load_dataset, parquet
 
 GENERATED = ("spirals", "circles", "moons")

@@ -9,12 +9,12 @@ import polars as pl
 import pytest
 from pages import VERDICTS, curves_of, write_meta, write_run
 
-from lossguard import records
-from lossguard.drawing import png
 from lossguard.experiments import figures
 from lossguard.experiments import report as reporting
 from lossguard.experiments.report import report
 from lossguard.metatrain import figure
+from lossguard.runs import records
+from lossguard.runs.drawing import png
 
 
 def test_a_part_of_no_known_commit_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,12 +18,14 @@ import tiny
 from tiny_run import same_curves
 
 import lossguard
-from lossguard import curves, records, rollout, run_folder
-from lossguard.config import as_config
-from lossguard.curves import COUNTERS
+from lossguard import rollout
 from lossguard.experiments import run as running
 from lossguard.experiments.experiment import Experiment, paper_methods
 from lossguard.experiments.run import run
+from lossguard.runs import curves, records
+from lossguard.runs import folder as run_folder
+from lossguard.runs.config import as_config
+from lossguard.runs.curves import COUNTERS
 from lossguard.tasks.dataset import Split
 from lossguard.tasks.models import MLP
 from lossguard.tasks.task import TaskObjective

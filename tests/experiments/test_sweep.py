@@ -11,13 +11,14 @@ import pytest
 import tiny
 from tiny_run import open_folder, same_curves
 
-from lossguard import Task, records
+from lossguard import Task
 from lossguard.experiments import Experiment, recipes
 from lossguard.experiments import run as running
 from lossguard.experiments import sweep as sweeping
 from lossguard.experiments.run import run
 from lossguard.experiments.sweep import Outcome, sweep
-from lossguard.locks import locked
+from lossguard.runs import records
+from lossguard.runs.locks import locked
 
 MODULE = Path(tiny.__file__)
 FIRST = dataclasses.replace(tiny.recipe(), seeds=1, methods=("Signs",))
@@ -156,7 +157,7 @@ import os, signal, sys
 
 sys.path.insert(0, {folder!r})
 import tiny
-from lossguard import checkpoints
+from lossguard.runs import checkpoints
 from lossguard.experiments import run
 
 def recipe():
@@ -178,7 +179,7 @@ def test_a_killed_sweep_goes_on_from_the_last_checkpoint_that_is_whole(
 ) -> None:
     """Killed at the end of the second method; the newer of its two checkpoints is then damaged."""
     (tmp_path / "dying.py").write_text(DYING.format(folder=str(MODULE.parent)))
-    program = [sys.executable, "-c", "from lossguard.cli import main; main()", "sweep"]
+    program = [sys.executable, "-c", "from lossguard.cli.main import main; main()", "sweep"]
     arguments = (f"{tmp_path / 'dying.py'}:recipe", "--out", str(tmp_path / "runs"))
     killed = subprocess.run([*program, *arguments], capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from tiny_training import mean_loss, same, stopping
 
-from lossguard import load_weights, records, run_folder, save_weights
-from lossguard.drawing import save
+from lossguard import load_weights, save_weights
 from lossguard.learned.mlp import mlp_optimizer
 from lossguard.metatrain import figure, loop
 from lossguard.metatrain.evolution import VALIDATION_ROLLOUTS, MLPTraining, like_momentum
 from lossguard.metatrain.family import Member, reference
 from lossguard.metatrain.loop import metatrain
+from lossguard.runs import folder as run_folder
+from lossguard.runs import records
+from lossguard.runs.drawing import save
 from lossguard.tasks import MLP
 
 HELD_OUT = Member("moons", MLP(()), batch_size=16)

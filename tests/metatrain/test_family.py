@@ -16,7 +16,7 @@ from lossguard.metatrain.family import (
     reference,
     relative,
 )
-from lossguard.metatrain.recipes import mlp_small, mlp_small_longer
+from lossguard.metatrain.trainings import mlp_small, mlp_small_longer
 from lossguard.tasks import MLP, Task, moons
 from lossguard.tasks.goals import CLASSIFICATION
 from lossguard.tasks.models import ReluMLP

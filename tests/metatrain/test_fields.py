@@ -13,15 +13,16 @@ import pytest
 from tiny_run import open_folder
 from tiny_training import TINY, same
 
-from lossguard import init_lstm_weights, load_weights, lstm_optimizer, records
-from lossguard.config import as_config
+from lossguard import init_lstm_weights, load_weights, lstm_optimizer
 from lossguard.learned.weights_file import pretrained_names
 from lossguard.metatrain import bptt, loop
 from lossguard.metatrain.bptt import LSTMTraining
 from lossguard.metatrain.evolution import MLPTraining
 from lossguard.metatrain.family import Member
 from lossguard.metatrain.loop import metatrain
-from lossguard.metatrain.recipes import RECIPES
+from lossguard.metatrain.trainings import RECIPES
+from lossguard.runs import records
+from lossguard.runs.config import as_config
 from lossguard.tasks import MLP
 from lossguard.tasks.models import ReluMLP
 

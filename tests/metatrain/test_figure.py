@@ -6,9 +6,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from lossguard.drawing import save
 from lossguard.metatrain import figure
-from lossguard.records import Record
+from lossguard.runs.drawing import save
+from lossguard.runs.records import Record
 
 
 @pytest.mark.parametrize("steps", [8, 60, 100, 300])

@@ -15,12 +15,13 @@ import optax
 import pytest
 from tiny_training import TINY, mean_loss, same
 
-from lossguard import init_lstm_weights, load_weights, lstm_optimizer, records
+from lossguard import init_lstm_weights, load_weights, lstm_optimizer
 from lossguard.learned.lstm import LSTMWeights
 from lossguard.metatrain import bptt, loop
 from lossguard.metatrain.bptt import LSTMTraining
 from lossguard.metatrain.loop import metatrain
-from lossguard.metatrain.recipes import RECIPES
+from lossguard.metatrain.trainings import RECIPES
+from lossguard.runs import records
 from lossguard.tasks import MLP, Task
 
 

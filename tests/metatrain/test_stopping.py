@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from tiny_training import TINY, same, stopping
 
-from lossguard import load_weights, records, run_folder
+from lossguard import load_weights
 from lossguard.metatrain import loop
 from lossguard.metatrain.bptt import Backpropagation
 from lossguard.metatrain.loop import metatrain
+from lossguard.runs import folder as run_folder
+from lossguard.runs import records
 from lossguard.tasks import Dataset
 
 VALIDATE = Backpropagation.validate

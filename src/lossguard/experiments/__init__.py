@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping
 
-from . import price, tasks
+from . import benchmark_tasks, price
 from .experiment import Experiment as Experiment
 from .recipes import PAPERS
 
 RECIPES: Mapping[str, Callable[[], Experiment]] = {
     **PAPERS,
     **price.RECIPES,
-    **tasks.RECIPES,
+    **benchmark_tasks.RECIPES,
 }
 """All that ``lossguard run`` knows by name."""

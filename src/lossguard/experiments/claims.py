@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import polars as pl
 
-from ..records import Record
+from ..runs.records import Record
 from .evidence import MARKS, Evidence, Measured, NotRunError, gather
 from .recipes import PAPERS
 

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
-from ..curves import mark_loss, with_bins
-from ..records import EVALUATIONS, Record, of_seeds, read_parquet
-from ..terminal import tell
+from ..cli.terminal import tell
+from ..runs.curves import mark_loss, with_bins
+from ..runs.records import EVALUATIONS, Record, of_seeds, read_parquet
 from .recipes import PAPERS
 
 MARKS = (30, *(a * 10**n for n in range(2, 7) for a in (1, 3)))

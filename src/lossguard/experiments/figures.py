@@ -9,9 +9,9 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..curves import COUNTERS, PRICE, mark_loss, over_seeds, step_mean
-from ..drawing import log_losses, titled
-from ..records import Record
+from ..runs.curves import COUNTERS, PRICE, mark_loss, over_seeds, step_mean
+from ..runs.drawing import log_losses, titled
+from ..runs.records import Record
 
 SMOOTHED_FROM = 300
 """Step from which the paper's figures are smoothed (caption of figure 3)."""

@@ -15,11 +15,11 @@ import polars as pl
 from rich.box import SIMPLE
 from rich.console import Group
 
-from .. import terminal
-from ..curves import PRICE, divided
+from ..cli import terminal
 from ..guards.hedged import hedged
 from ..learned.pretrained import pretrained
-from ..records import EVALUATIONS, read_parquet, read_run
+from ..runs.curves import PRICE, divided
+from ..runs.records import EVALUATIONS, read_parquet, read_run
 from .experiment import (
     Experiment,
     Methods,

@@ -16,12 +16,12 @@ import jinja2
 import polars as pl
 from matplotlib.figure import Figure
 
-from ..curves import last_step
-from ..drawing import png
-from ..files import write_whole
+from ..cli.terminal import shown
 from ..metatrain import figure as meta
-from ..records import EVALUATIONS, Record, read_parquet, read_runs
-from ..terminal import shown
+from ..runs.curves import last_step
+from ..runs.drawing import png
+from ..runs.files import write_whole
+from ..runs.records import EVALUATIONS, Record, read_parquet, read_runs
 from .claims import judge_claims
 from .figures import BANDS, SMOOTHED_FROM, draw_run, summary
 from .price import at_equal_price

@@ -11,13 +11,14 @@ import numpy as np
 import polars as pl
 from jaxtyping import PRNGKeyArray, PyTree
 
-from .. import curves, records, run_folder
-from ..checkpoints import Checkpoints
-from ..config import as_config
 from ..guards.protocol import Decision, Guard, GuardState
 from ..learned.weights_file import noting_weights
-from ..progress import Progress, stopping_at_interrupt
 from ..rollout import rollout
+from ..runs import curves, records
+from ..runs import folder as run_folder
+from ..runs.checkpoints import Checkpoints
+from ..runs.config import as_config
+from ..runs.progress_bar import Progress, stopping_at_interrupt
 from ..tasks.task import Task
 from ..validation import check_choice, check_count, check_positive, check_seed
 from .experiment import Experiment, Policy
@@ -45,8 +46,8 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False) -> Path:
     the same curves to the bit; of one that is finished nothing is written again.
 
     Raises:
-        ValueError: as ``hold_folder`` and ``start`` of ``run_folder``, or if the experiment names a
-            method or data set that does not exist or has a number out of range.
+        ValueError: as ``hold_folder`` and ``start`` of ``runs/folder.py``, or if the experiment
+            names a method or data set that does not exist or has a number out of range.
     """
     check(experiment)
     with stopping_at_interrupt() as stopped:

@@ -12,10 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ..config import as_config
-from ..locks import FolderInUseError
-from ..records import FAILED, write_json
-from ..run_folder import check_folder, is_finished
+from ..runs.config import as_config
+from ..runs.folder import check_folder, is_finished
+from ..runs.locks import FolderInUseError
+from ..runs.records import FAILED, write_json
 from .experiment import Experiment
 from .run import check, run
 

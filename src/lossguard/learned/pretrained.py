@@ -12,8 +12,8 @@ import numpy as np
 import optax
 from safetensors.numpy import save
 
-from .. import checksums
-from ..files import write_whole
+from ..runs import checksums
+from ..runs.files import write_whole
 from ..validation import check_kind, check_network
 from .lstm import LSTMWeights, init_lstm_weights, lstm_optimizer
 from .mlp import MLPWeights, init_mlp_weights, mlp_optimizer

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from .. import checksums
+from ..runs import checksums
 from ..validation import check_choice, check_kind, check_lstm, check_network
 from .mlp_features import (
     FACTORED_DECAYS,

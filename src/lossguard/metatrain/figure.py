@@ -5,8 +5,8 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..drawing import log_losses, titled
-from ..records import Record, of_seeds
+from ..runs.drawing import log_losses, titled
+from ..runs.records import Record, of_seeds
 
 
 def draw(record: Record) -> Figure:

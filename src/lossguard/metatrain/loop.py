@@ -15,14 +15,15 @@ import polars as pl
 import tyro
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from .. import records, run_folder
-from ..checkpoints import Checkpoints
-from ..config import as_config
+from ..cli.terminal import shown
 from ..learned.pretrained import load_weights
 from ..learned.weights_file import noting_weights
-from ..progress import Progress, stopping_at_interrupt
+from ..runs import folder as run_folder
+from ..runs import records
+from ..runs.checkpoints import Checkpoints
+from ..runs.config import as_config
+from ..runs.progress_bar import Progress, stopping_at_interrupt
 from ..tasks.task import Task
-from ..terminal import shown
 from ..validation import (
     check_count,
     check_network,
@@ -174,7 +175,7 @@ def metatrain(config: MetaTraining, folder: Path, *, resume: bool = False) -> Pa
     nothing is written again.
 
     Raises:
-        ValueError: as ``hold_folder`` and ``start`` of ``run_folder``, or if the config names a
+        ValueError: as ``hold_folder`` and ``start`` of ``runs/folder.py``, or if the config names a
             data set that does not exist or has a number out of range, or if every validation
             diverged.
     """

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Float32, Int32, Shaped
 
-from .. import checksums
+from ..runs import checksums
 from ..validation import MOST
 
 _float32 = partial(jnp.asarray, dtype=jnp.float32)

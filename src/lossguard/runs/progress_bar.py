@@ -13,7 +13,7 @@ from typing import Self
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from .terminal import PlainConsole, shown
+from ..cli.terminal import PlainConsole, shown
 
 QUIET_SECONDS = 30.0
 STOPPING = b"\nstopping once what is under way is saved; Ctrl-C again loses it\n"

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from tiny_run import RUN, TINY, open_folder
 
-from lossguard import run_folder
 from lossguard.learned import weights_file
+from lossguard.runs import folder as run_folder
 
 
 @pytest.mark.parametrize(

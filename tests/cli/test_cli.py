@@ -14,10 +14,12 @@ from rich.console import Console
 from tiny_run import RUN, TINY, leave, open_folder
 
 import lossguard
-from lossguard import cli, records, run_commands, terminal
+from lossguard.cli import main as cli
+from lossguard.cli import run_commands, terminal
 from lossguard.experiments import price
 from lossguard.experiments.recipes import fig05
 from lossguard.metatrain import loop
+from lossguard.runs import records
 
 
 def test_list(main, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,8 +6,8 @@ import sys
 import pytest
 from rich.table import Table
 
-from lossguard.progress import Progress
-from lossguard.terminal import PlainConsole, console, shown
+from lossguard.cli.terminal import PlainConsole, console, shown
+from lossguard.runs.progress_bar import Progress
 
 NAME = "Adam\x1b]0;owned\x07\x1b[2J\x9b31m\r\x00\u202e"
 ESCAPED = r"Adam\x1b]0;owned\x07\x1b[2J\x9b31m\r\x00\u202e"

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 from tiny_run import CONFIG, SECONDS, TABLE, open_folder
 
-from lossguard import records, run_folder
-from lossguard.locks import locked
+from lossguard.runs import folder as run_folder
+from lossguard.runs import records
+from lossguard.runs.locks import locked
 
 
 @pytest.mark.parametrize("changed", [{"the data": "2"}, {"the data": "2", "the file a": "2"}])

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import polars as pl
 
-from .guards.protocol import Decision
+from ..guards.protocol import Decision
 
 COUNTERS = ("gradients", "forwards", "learned_updates")
 """What is counted from the start of a run."""

@@ -13,7 +13,8 @@ import polars as pl
 import pytest
 from tiny_run import CONFIG, SECONDS, TABLE, leave, open_folder
 
-from lossguard import records, run_folder
+from lossguard.runs import folder as run_folder
+from lossguard.runs import records
 
 
 def test_round_trip(finished: Path) -> None:

@@ -23,11 +23,11 @@ from pathlib import Path
 
 import tyro
 
-from . import __version__
+from .. import __version__
+from ..validation import check_choice
 from .read_commands import claims, list_all, plot, report
 from .run_commands import benchmark, demo, metatrain, run, sweep
 from .terminal import tell
-from .validation import check_choice
 
 WITH_RECIPES: Mapping[str, Callable[[Sequence[str]], None]] = {
     one.__name__: one for one in (demo, run, sweep, metatrain)

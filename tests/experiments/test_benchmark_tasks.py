@@ -14,8 +14,8 @@ import pytest
 from scipy import stats
 
 import lossguard
-from lossguard.experiments import tasks
-from lossguard.experiments.tasks import FILE, Envelope, envelope, interquartile_mean
+from lossguard.experiments import benchmark_tasks
+from lossguard.experiments.benchmark_tasks import FILE, Envelope, envelope, interquartile_mean
 from lossguard.tasks import published
 from lossguard.tasks.dataset import Dataset, make_dataset
 
@@ -48,11 +48,11 @@ def test_speedups_at_equal_steps_and_price() -> None:
     table = curves(
         **{"Adam 0.1": (1_000, 1), "Adam 1": (4_000, 1), "Fast": (500, 1), "Dear": (500, 2)}
     )
-    rows = tasks.rows("a", table, HALVED)
+    rows = benchmark_tasks.rows("a", table, HALVED)
     found = {(method, by, mark): speedup for _, method, by, mark, *_, speedup in rows}
     for mark in (500, 1_000):
-        assert found[tasks.TUNED, "steps", mark] == pytest.approx(1, rel=1e-3)
-        assert found[tasks.TUNED, "price", mark] == pytest.approx(1, rel=1e-3)
+        assert found[benchmark_tasks.TUNED, "steps", mark] == pytest.approx(1, rel=1e-3)
+        assert found[benchmark_tasks.TUNED, "price", mark] == pytest.approx(1, rel=1e-3)
         assert found["Fast", "price", mark] == pytest.approx(2, rel=1e-3)
         assert found["Dear", "steps", mark] == pytest.approx(2, rel=1e-3)
         assert found["Dear", "price", mark] == pytest.approx(1, rel=1e-3)
@@ -64,7 +64,7 @@ def test_a_loss_that_is_not_finite_has_no_speedup(bad: float) -> None:
     table = curves(Bad=(500, 1)).with_columns(
         loss=pl.when(pl.col("step").is_between(700, 800)).then(bad).otherwise("loss")
     )
-    rows = tasks.rows("a", table, HALVED)
+    rows = benchmark_tasks.rows("a", table, HALVED)
     found = {mark: (loss, speedup) for _, _, by, mark, _, loss, speedup in rows if by == "steps"}
     assert found[500][1] > 1 and found[1_000] == (np.inf, 0)
 
@@ -72,7 +72,9 @@ def test_a_loss_that_is_not_finite_has_no_speedup(bad: float) -> None:
 def test_smoothing_is_the_recursion_of_each_seed() -> None:
     losses = np.random.default_rng(0).uniform(size=(2, 50))
     table = curves(500, Any=(500, 1)).sort("seed", "step").with_columns(loss=losses.ravel())
-    smoothed = tasks.curves_of(table.sort("seed", "loss"), "Any").loss  # steps in any order
+    smoothed = benchmark_tasks.curves_of(
+        table.sort("seed", "loss"), "Any"
+    ).loss  # steps in any order
     for row, made in zip(losses, smoothed, strict=True):
         y = row[0]
         for loss, value in zip(row, made, strict=True):
@@ -153,7 +155,7 @@ def test_watched_losses_are_of_minibatches_that_are_not_trained_on() -> None:
     def objective(params: jax.Array, i: jax.Array) -> jax.Array:
         return params * 0 + i
 
-    guard = tasks.watched(lossguard.unguarded(optax.sgd(1.0), nt=4), batches=3)
+    guard = benchmark_tasks.watched(lossguard.unguarded(optax.sgd(1.0), nt=4), batches=3)
     state = guard.init(jnp.zeros(()))
     for cycle in range(3):
         state, decision = guard.step(state, objective)
@@ -164,14 +166,14 @@ def test_watched_losses_are_of_minibatches_that_are_not_trained_on() -> None:
 
 def test_watched_losses_are_before_the_cycle_and_training_is_not_changed() -> None:
     inner = lossguard.unguarded(optax.sgd(0.1), nt=2)
-    plain, state = (guard.init(jnp.ones(3)) for guard in (inner, tasks.watched(inner)))
+    plain, state = (guard.init(jnp.ones(3)) for guard in (inner, benchmark_tasks.watched(inner)))
 
     def objective(params: jax.Array, i: jax.Array) -> jax.Array:
         return jnp.sum(params**2)
 
     for _ in range(2):
         expected = float(objective(state.params, 0))
-        state, decision = tasks.watched(inner).step(state, objective)
+        state, decision = benchmark_tasks.watched(inner).step(state, objective)
         plain, own = inner.step(plain, objective)
         np.testing.assert_allclose(decision.losses, expected, rtol=1e-6)
         np.testing.assert_allclose(state.params, plain.params)
@@ -179,12 +181,14 @@ def test_watched_losses_are_before_the_cycle_and_training_is_not_changed() -> No
 
 
 def test_recipes_are_the_published_tasks() -> None:
-    assert tasks.RECIPES.keys() == tasks.TRIED.keys() == published.PUBLISHED.keys()
-    for name, recipe in tasks.RECIPES.items():
+    assert (
+        benchmark_tasks.RECIPES.keys() == benchmark_tasks.TRIED.keys() == published.PUBLISHED.keys()
+    )
+    for name, recipe in benchmark_tasks.RECIPES.items():
         e = recipe()
         assert e.names()[-4:] == ("MLP", "MLP, rewind", "MLP, best of", "MLP, guarded")
         assert e.name == name
-        assert f"Adam {e.adam_rate:g}" in e.names() and e.steps == tasks.MARKS[-1]
+        assert f"Adam {e.adam_rate:g}" in e.names() and e.steps == benchmark_tasks.MARKS[-1]
 
 
 @pytest.mark.parametrize(
@@ -196,7 +200,7 @@ def test_recipes_are_the_published_tasks() -> None:
     ],
 )
 def test_a_published_task_is_as_it_was_published(changes, reason) -> None:
-    experiment = tasks.RECIPES["ImageMLP_FashionMnist8_Relu32"]()
+    experiment = benchmark_tasks.RECIPES["ImageMLP_FashionMnist8_Relu32"]()
     with pytest.raises(ValueError, match=f"^{reason}"):
         experiment.make_task(replace(experiment, **changes))
     with pytest.raises(ValueError, match=r"^name of a published task must be one of "):
@@ -204,7 +208,7 @@ def test_a_published_task_is_as_it_was_published(changes, reason) -> None:
 
 
 def test_the_exponential_decay_loses_three_orders_of_magnitude_in_100_000_steps() -> None:
-    rate = tasks.exponential(0.1)
+    rate = benchmark_tasks.exponential(0.1)
     for step in (0, 1_000, 100_000):
         assert float(rate(step)) == pytest.approx(0.1 * np.exp(-7e-5 * step), rel=1e-4)
 
@@ -212,8 +216,8 @@ def test_the_exponential_decay_loses_three_orders_of_magnitude_in_100_000_steps(
 def test_the_root_decay_peaks_at_step_1_000() -> None:
     steps = np.array([1, 10, 1_000, 9_000])
     expected = 0.1 * np.array([0.001, 0.01, 1, 1 / 3])
-    np.testing.assert_allclose(tasks.root(0.1)(steps), expected, rtol=1e-6)
-    assert float(tasks.root(0.1)(0)) == pytest.approx(1e-4)
+    np.testing.assert_allclose(benchmark_tasks.root(0.1)(steps), expected, rtol=1e-6)
+    assert float(benchmark_tasks.root(0.1)(0)) == pytest.approx(1e-4)
 
 
 def small(name: str, *, scaling: str) -> Dataset:
@@ -226,24 +230,26 @@ def test_the_command(main, tmp_path, monkeypatch, capsys) -> None:
     """On made-up images; a second time nothing is run again."""
     name = "ImageMLP_FashionMnist8_Relu32"
     monkeypatch.setattr(published, "load_dataset", small)
-    monkeypatch.setattr(tasks, "MARKS", (10, 40))
-    monkeypatch.setattr(tasks, "LEARNED", {"LSTM": "lstm-mnist-mlp"})
+    monkeypatch.setattr(benchmark_tasks, "MARKS", (10, 40))
+    monkeypatch.setattr(benchmark_tasks, "LEARNED", {"LSTM": "lstm-mnist-mlp"})
     known = Envelope(np.array([0.0, 100]), np.array([3.0, 1.0]))
-    monkeypatch.setattr(tasks, "envelope", lambda task: known)
-    monkeypatch.setitem(tasks.TRIED, name, (("Adam", 0.01),))
+    monkeypatch.setattr(benchmark_tasks, "envelope", lambda task: known)
+    monkeypatch.setitem(benchmark_tasks.TRIED, name, (("Adam", 0.01),))
     command = ("benchmark", "tasks", name, "--steps", "40", "--seeds", "2", "--out", tmp_path)
     main(*command)
     out = capsys.readouterr().out
-    assert all(label in out for label in (tasks.ENVELOPE, tasks.TUNED, "LSTM, guarded"))
+    assert all(
+        label in out for label in (benchmark_tasks.ENVELOPE, benchmark_tasks.TUNED, "LSTM, guarded")
+    )
     numbers = pl.read_csv(tmp_path / "tasks.csv")
-    assert {*numbers["method"]} == {tasks.TUNED, "LSTM", "LSTM, guarded"}
+    assert {*numbers["method"]} == {benchmark_tasks.TUNED, "LSTM", "LSTM, guarded"}
     recorded = pl.read_parquet(tmp_path / name / "curves.parquet")
     losses = recorded.filter(method="LSTM", seed=1)["loss"].to_numpy()[::10]
     row = numbers.filter(method="LSTM", seed=1, by="steps", mark=10)
     assert row["loss"].item() == pytest.approx(0.95 * losses[0] + 0.05 * losses[1], rel=1e-6)
 
     monkeypatch.setattr(published, "load_dataset", None)
-    monkeypatch.setattr(tasks, "MARKS", (500,))
+    monkeypatch.setattr(benchmark_tasks, "MARKS", (500,))
     main(*command)
     assert "Too short: there are numbers from step 500 on." in capsys.readouterr().out
     (tmp_path / "tasks.csv").unlink()

@@ -15,10 +15,10 @@ from jaxtyping import Array, PRNGKeyArray
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from lossguard import checkpoints as checkpointing
-from lossguard import checksums
-from lossguard.checkpoints import Checkpoints
-from lossguard.progress import STOPPING, stopping_at_interrupt
+from lossguard.runs import checkpoints as checkpointing
+from lossguard.runs import checksums
+from lossguard.runs.checkpoints import Checkpoints
+from lossguard.runs.progress_bar import STOPPING, stopping_at_interrupt
 
 
 class State(NamedTuple):

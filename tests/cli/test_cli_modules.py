@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lossguard.command_line import find_recipe
+from lossguard.cli.command_line import find_recipe
 
 
 @pytest.mark.parametrize(

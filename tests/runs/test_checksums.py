@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lossguard import checksums
+from lossguard.runs import checksums
 
 ARRAYS = {"x": np.arange(6.0).reshape(2, 3), "names": np.array(["a", "b"], object)}
 

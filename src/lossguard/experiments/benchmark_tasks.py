@@ -25,13 +25,13 @@ import polars as pl
 from rich.console import Group
 from rich.table import Table
 
-from .. import terminal
-from ..curves import PRICE
+from ..cli import terminal
 from ..guards.protocol import Decision, Guard, GuardState, Objective, following
 from ..guards.unguarded import unguarded
 from ..learned.pretrained import pretrained
-from ..records import read_json, read_run
 from ..rewinding.rewind import rewind
+from ..runs.curves import PRICE
+from ..runs.records import read_json, read_run
 from ..tasks.published import PUBLISHED, published_task
 from ..tasks.task import Task
 from ..validation import check_choice

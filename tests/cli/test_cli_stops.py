@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from tiny_run import RUN
 
-from lossguard import cli, records
+from lossguard.cli import main as cli
 from lossguard.experiments import run, sweep
 from lossguard.metatrain import loop
+from lossguard.runs import records
 
 
 @pytest.mark.parametrize("begun", [True, False])

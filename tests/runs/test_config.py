@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lossguard.config import as_config
 from lossguard.experiments.experiment import Experiment
 from lossguard.metatrain.bptt import LSTMTraining
+from lossguard.runs.config import as_config
 from lossguard.tasks import MLP, ConvNet, Task, moons
 
 

@@ -14,11 +14,11 @@ from typing import Annotated, Any
 
 import tyro
 
+from ..runs.files import write_whole
+from ..validation import check_choice
 from .command_line import Sweep, Where, find_recipe, override
-from .files import write_whole
 from .read_commands import show
 from .terminal import console, shown, tell
-from .validation import check_choice
 
 Recipes = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RECIPE...]")]
 LEGEND = """\
@@ -31,13 +31,13 @@ This is a good case: docs/costs.md has twenty."""
 
 def demo(arguments: Sequence[str]) -> None:
     """The paper's methods and ours on Circles: a table and a figure."""
-    from .experiments.recipes import demo as recipe
+    from ..experiments.recipes import demo as recipe
 
     out = Path(tempfile.gettempdir(), f"lossguard-demo-{secrets.token_hex(4)}")
     where, experiment = _changed(recipe(), Where(out), arguments, "demo")
     print(LEGEND)
     _run(where, experiment)
-    from .experiments.price import at_equal_price
+    from ..experiments.price import at_equal_price
 
     told = at_equal_price(experiment.names()[0], where.out)
     more = f"{program()} report {shlex.quote(str(where.out))}"
@@ -46,7 +46,7 @@ def demo(arguments: Sequence[str]) -> None:
 
 def run(arguments: Sequence[str]) -> None:
     """One experiment of the paper, or of the user's own module."""
-    from .experiments import RECIPES, Experiment
+    from ..experiments import RECIPES, Experiment
 
     given = next(iter(arguments), "")
     name, recipe = find_recipe(given, RECIPES, "run", Experiment)
@@ -55,8 +55,8 @@ def run(arguments: Sequence[str]) -> None:
 
 def sweep(arguments: Sequence[str]) -> None:
     """Experiments one after another, or over a cluster: the options apply to each."""
-    from .experiments import RECIPES, Experiment
-    from .experiments.recipes import SETS
+    from ..experiments import RECIPES, Experiment
+    from ..experiments.recipes import SETS
 
     known = {**SETS, **RECIPES}
     names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
@@ -112,9 +112,9 @@ def benchmark(
         steps: Optimizer steps of each method, instead of the recipes'.
         seeds: Seeds, likewise.
     """
-    from .experiments import price, tasks
+    from ..experiments import benchmark_tasks, price
 
-    modules = {"price": price, "tasks": tasks}
+    modules = {"price": price, "tasks": benchmark_tasks}
     check_choice("benchmark", kind, modules)
     known, out = modules[kind].RECIPES, out or Path("runs") / kind
     for name in recipes:
@@ -132,8 +132,8 @@ def benchmark(
 
 def metatrain(arguments: Sequence[str]) -> None:
     """Meta-train a learned optimizer."""
-    from .metatrain import loop
-    from .metatrain.recipes import RECIPES
+    from ..metatrain import loop
+    from ..metatrain.trainings import RECIPES
 
     given = next(iter(arguments), "")
     name, recipe = find_recipe(given, RECIPES, "metatrain", loop.MetaTraining)
@@ -146,7 +146,7 @@ def metatrain(arguments: Sequence[str]) -> None:
 
 
 def _run(where: Where, experiment: Any) -> None:
-    from .experiments.run import run
+    from ..experiments.run import run
 
     with _resumable(where):
         run(experiment, where.out, resume=where.resume)
@@ -155,7 +155,7 @@ def _run(where: Where, experiment: Any) -> None:
 
 def _sweep(experiments: Mapping[str, Any], where: Sweep) -> None:
     """Run what isn't complete, and show what is; exit status 1 if one fails."""
-    from .experiments.sweep import sweep
+    from ..experiments.sweep import sweep
 
     failed = 0
     with _resumable():
@@ -180,7 +180,7 @@ def _resumable(where: Where | None = None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        from .records import CONFIG
+        from ..runs.records import CONFIG
 
         if where and not (where.out / CONFIG).exists():
             raise KeyboardInterrupt from None

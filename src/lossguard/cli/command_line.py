@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from .validation import nearest
+from ..validation import nearest
 
 FREE = ("title", "steps", "seeds", "seed", "methods", "vectorize", "nc", "adam_rate", "meta_steps")
 """Options with which a run is still of the figure of its recipe."""
@@ -64,9 +64,9 @@ def find_recipe(name: str, recipes: Mapping[str, Any], command: str, kind: type)
     if name.endswith(".py"):
         raise ValueError(f"{command} needs a function of {name}: name it, as in {name}:my_recipe")
     if name not in recipes:
-        from .experiments import RECIPES
-        from .experiments.recipes import ELSEWHERE
-        from .metatrain.recipes import RECIPES as META
+        from ..experiments import RECIPES
+        from ..experiments.recipes import ELSEWHERE
+        from ..metatrain.trainings import RECIPES as META
 
         runs = {n: f"run {n}" for n in RECIPES} | {n: f"metatrain {n}" for n in META}
         if other := {**runs, **ELSEWHERE}.get(name):

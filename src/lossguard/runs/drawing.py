@@ -28,7 +28,7 @@ def log_losses(axes: Axes) -> None:
 
 def png(figure: Figure) -> bytes:
     """The figure as a PNG; its description is what its axes are over."""
-    from .terminal import shown  # by Rich, which nobody needs to plot decisions
+    from ..cli.terminal import shown  # by Rich, which nobody needs to plot decisions
 
     for text in figure.findobj(Text):  # Matplotlib warns of letters that no font has, unescaped
         if (told := shown(text.get_text())) != text.get_text():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lossguard.files import PARTS, write_whole
+from lossguard.runs.files import PARTS, write_whole
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def locked(folder: Path) -> Iterator[None]:
     >>> with tempfile.TemporaryDirectory() as folder, locked(Path(folder)), locked(Path(folder)):
     ...     pass
     Traceback (most recent call last):
-    lossguard.locks.FolderInUseError: folder must be used by one run at a time, but ... is in use...
+    lossguard.runs.locks.FolderInUseError: folder must be used by one run at a time, ...
     """
     file = _lock(folder / LOCK)
     try:

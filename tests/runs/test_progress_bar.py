@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lossguard.progress import STOPPING, STOPS, stopping_at_interrupt
+from lossguard.runs.progress_bar import STOPPING, STOPS, stopping_at_interrupt
 
 
 def test_ctrl_c_is_heard_from_the_first_handler_on(monkeypatch, capfd) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from lossguard import records
-from lossguard.curves import COUNTERS, divided, join, mark_loss, thin, totals
 from lossguard.guards.protocol import Decision
+from lossguard.runs import records
+from lossguard.runs.curves import COUNTERS, divided, join, mark_loss, thin, totals
 
 MEANS = ("loss", "used_learned", "learned_loss", "fallback_loss")
 

@@ -9,7 +9,7 @@
 
 A folder may be put together from several runs, whose methods then differ in seeds and length; its
 manifest has ``runs``, each with its methods, seeds, steps, command, commit and device. While a run
-is under way its folder holds more (``run_folder``).
+is under way its folder holds more (``runs/folder.py``).
 
 Nothing that looks whole is half written: each file is written beside its name and then renamed.
 """

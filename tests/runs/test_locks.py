@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from lossguard.locks import LOCK, FolderInUseError, locked
+from lossguard.runs.locks import LOCK, FolderInUseError, locked
 
 HOLDER = """
 import sys
 from pathlib import Path
-from lossguard.locks import locked
+from lossguard.runs.locks import locked
 
 with locked(Path(sys.argv[1])):
     print("held", flush=True)

@@ -12,9 +12,9 @@ from jaxtyping import PyTree
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from ..cli.terminal import tell
 from . import checksums
 from .files import write_whole
-from .terminal import tell
 
 SUFFIX = ".safetensors"
 KEPT = 2

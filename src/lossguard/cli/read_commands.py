@@ -32,7 +32,7 @@ def plot(folders: Folders, over: Over = "price") -> None:
 def claims(folders: Folders) -> None:
     """Judge the paper's claims by these runs."""
     records = _records(folders)
-    from .experiments.claims import judge_claims
+    from ..experiments.claims import judge_claims
 
     columns = ("claim", "figure", "the paper says", "measured", "seeds", "to step", "verdict")
     rows, rest = [], []
@@ -53,24 +53,24 @@ def report(folders: Folders, out: Out = Path("report.html")) -> None:
     Args:
         out: The page.
     """
-    from .experiments.report import report
+    from ..experiments.report import report
 
     print(shown(f"report: {report(folders, out)}"))
 
 
 def list_all() -> None:
     """List recipes, data sets and learned optimizers: what there is to name."""
-    from .experiments import price, tasks
-    from .experiments.recipes import PAPERS, SETS
-    from .learned.weights_file import pretrained_names
-    from .metatrain.recipes import RECIPES as META
-    from .tasks.datasets import DATASETS
+    from ..experiments import benchmark_tasks, price
+    from ..experiments.recipes import PAPERS, SETS
+    from ..learned.weights_file import pretrained_names
+    from ..metatrain.trainings import RECIPES as META
+    from ..tasks.datasets import DATASETS
 
     for title, entries in {
         "experiments (lossguard run)": {n: f().title for n, f in PAPERS.items()},
         "sets of experiments (lossguard sweep)": {n: ", ".join(of) for n, of in SETS.items()},
         "lossguard benchmark price": {n: f().title for n, f in price.RECIPES.items()},
-        "lossguard benchmark tasks": {n: f().title for n, f in tasks.RECIPES.items()},
+        "lossguard benchmark tasks": {n: f().title for n, f in benchmark_tasks.RECIPES.items()},
         "meta-training (lossguard metatrain)": {n: _first_line(f) for n, f in META.items()},
         "data sets (--dataset)": {n: _first_line(f) for n, f in DATASETS.items()},
         "learned optimizers (--learned)": dict.fromkeys(pretrained_names(), ""),
@@ -95,10 +95,10 @@ def _is_shown(folder: Path, over: Over, record: Any) -> bool:
 
 def show(folder: Path, over: Over = "price", record: Any = None) -> None:
     """A finished run's figure and its table, over the same axis."""
-    from .drawing import save
-    from .experiments import figures
-    from .metatrain import figure
-    from .records import read_run
+    from ..experiments import figures
+    from ..metatrain import figure
+    from ..runs.drawing import save
+    from ..runs.records import read_run
 
     record = record or read_run(folder)
     drawn = figure.draw(record) if record.is_meta else figures.draw_run(record, over)
@@ -111,7 +111,7 @@ def show(folder: Path, over: Over = "price", record: Any = None) -> None:
 
 def _records(folders: Sequence[Path]) -> dict[Path, Any]:
     """Of the finished runs in these folders; what is left out is told on stderr."""
-    from .records import read_runs
+    from ..runs.records import read_runs
 
     found, others = read_runs(folders)
     for reason in others:

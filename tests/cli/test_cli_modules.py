@@ -55,6 +55,37 @@ def test_arguments_that_there_are_not_are_told_with_their_line(
     refused(("run", f"{path}:recipe"), "misspelt.py:recipe: ", reason, f"({path}, line 3)\n")
 
 
+@pytest.mark.parametrize("place", ["file", "recipe", "methods"])
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("raise KeyError('rate')", "KeyError: 'rate'"),
+        ("raise OSError('no disk')", "no disk"),
+        ("deeper()", "RecursionError: maximum recursion depth exceeded"),
+        ("import sys; sys.exit()", "a recipe must return, but its file calls sys.exit"),
+    ],
+)
+def test_what_a_file_raises_is_a_sentence_with_its_line(
+    refused, tmp_path: Path, place: str, code: str, reason: str
+) -> None:
+    path = tmp_path / "raising.py"
+    raising = {name: code if name == place else "pass" for name in ("file", "recipe", "methods")}
+    path.write_text(
+        "from lossguard.experiments import Experiment\n"
+        "def deeper(): deeper()\n"
+        f"{raising['file']}\n"
+        f"def methods(experiment): {raising['methods']}\n"
+        "def recipe():\n"
+        f"    {raising['recipe']}\n"
+        "    return Experiment('mine', dataset='moons', methods=('a',), make_methods=methods)\n"
+    )
+    line = {"file": 3, "recipe": 6, "methods": 4}[place]
+    line = 2 if "deeper" in code else line
+    refused(
+        ("run", f"{path}:recipe", "--out", str(tmp_path / "run")), reason, f"{path}, line {line})"
+    )
+
+
 @pytest.mark.usefixtures("own_modules")
 def test_two_recipes_of_a_file_share_what_is_in_it(tmp_path: Path) -> None:
     path = tmp_path / "both.py"
@@ -87,9 +118,3 @@ def test_recipes_of_a_sweep_are_of_one_folder(refused, tmp_path) -> None:
     both = "a/my_a.py:a", "b/my_b.py:b"
     refused(("sweep", *both), f"files of one folder, got {tmp_path}/a and {tmp_path}/b\n")
     assert not (tmp_path / "runs").exists()
-
-
-def test_bug_in_a_users_module_shows_its_traceback(main, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("def recipe():\n    return {}['x']\n")
-    with pytest.raises(KeyError):
-        main("run", "mine.py:recipe")

@@ -49,9 +49,12 @@ def main() -> None:
         _drop_output()
         if name in WITH_RECIPES or name == "benchmark":  # which may not have done all
             sys.exit(1)
-    except (ValueError, OSError) as error:
+    except (Exception, SystemExit) as error:
+        place = _place(error, arguments)
+        if not place and not isinstance(error, ValueError | OSError):
+            raise  # a fault of ours, or the end that was asked for
         with contextlib.suppress(OSError):
-            tell(f"lossguard: {_sentence(error)}{_place(error, arguments)}")
+            tell(f"lossguard: {_sentence(error)}{place}")
         try:
             _flush()
         except OSError:
@@ -88,14 +91,17 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: Exception | SystemExit) -> str:
     """What went wrong, on one line."""
+    if isinstance(error, SystemExit):
+        return "a recipe must return, but its file calls sys.exit"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename}" if error.filename else "")
-    return " ".join(str(error).split())
+    told = " ".join(str(error).split())
+    return told if isinstance(error, ValueError) else f"{type(error).__name__}: {told}"
 
 
-def _place(error: Exception, arguments: Sequence[str]) -> str:
+def _place(error: Exception | SystemExit, arguments: Sequence[str]) -> str:
     """The line of the user's own module that raised it, or called what did, if one did."""
     try:
         own = {Path(given.rpartition(":")[0]).resolve() for given in arguments if ".py:" in given}

@@ -42,7 +42,7 @@ def train(count: int, folder: Path, *, seeds: bool) -> list[str]:
         )
         for rank in range(count)
     ]
-    said = [process.communicate(timeout=240) for process in running]
+    said = [process.communicate(timeout=1800) for process in running]
     assert not any(process.returncode for process in running), said
     return [re.sub(r"\[Gloo\].*\n", "", out) for out, _ in said]
 

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import tarfile
-import time
 import zipfile
 from email.parser import Parser
 from importlib import metadata
@@ -102,9 +101,7 @@ def test_base(environment: Environment) -> None:
         "assert pydoc.render_doc(lossguard) and lossguard.__version__\n"
         "assert [getattr(lossguard, name) for name in dir(lossguard)]"
     )
-    began = time.perf_counter()
-    environment.runs("import lossguard")
-    assert time.perf_counter() - began < 1
+    environment.runs("import sys, lossguard; assert 'numpy' not in sys.modules")  # quick to import
     environment.runs(
         "from lossguard.learned.weights_file import path_of, read_weights\n"
         "assert read_weights(path_of('lstm-mnist-mlp')).layers == 2"

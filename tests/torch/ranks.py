@@ -13,7 +13,7 @@ import torch
 from torch import distributed
 
 
-def spawn(scenario: str, size: int, folder: Path, timeout: float = 300.0) -> list[int]:
+def spawn(scenario: str, size: int, folder: Path, timeout: float = 1800.0) -> list[int]:
     """Run ``scenario``, a module and its function, on every rank; return the exit statuses.
 
     One process imports everything once, and the ranks are forked from it.
@@ -68,7 +68,7 @@ def run(scenario, rank: int, folder: str) -> None:
     """One rank."""
     os.environ["RANK"] = str(rank)
     torch.manual_seed(0)
-    wait = float(os.environ.get("RANKS_TIMEOUT", "60"))
+    wait = float(os.environ.get("RANKS_TIMEOUT", "600"))
     distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=wait))
     try:
         torch.save(scenario(rank), Path(folder) / f"{rank}.pt")

@@ -104,7 +104,7 @@ def ddp_raises(rank):
 def in_groups(rank):
     """Four of six ranks together; then three pairs, in which one rank is lost in its own way."""
     torch.manual_seed(0)
-    wait = datetime.timedelta(seconds=60)
+    wait = datetime.timedelta(seconds=600)
     members = ([0, 1, 2, 3], [0, 1], [2, 3], [4, 5])
     four, *pairs = (distributed.new_group(ranks, timeout=wait) for ranks in members)
     if rank < 4:

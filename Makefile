@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
-.PHONY: demo test docs bench campaigns foreign clean
+.PHONY: demo test docs bench campaigns foreign rehearsal clean
 
 demo: $(VENV)/installed
 	$(BIN)/lossguard demo
@@ -39,6 +39,14 @@ foreign: $(VENV)/tested $(CLONES)
 
 $(CLONES):
 	git clone --quiet --depth 1 https://github.com/$(@:build/foreign/%=%) $@
+
+# What a release would install, with PYTHON: make rehearsal PYTHON=python3.13
+rehearsal:
+	rm -rf build/rehearsal
+	$(PYTHON) -m venv build/rehearsal
+	build/rehearsal/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	build/rehearsal/bin/python -m pip install --quiet --group build
+	build/rehearsal/bin/python tests/rehearsal.py
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 to 3.13 is needed: make demo PYTHON=python3.12")'

@@ -166,9 +166,9 @@ def test_of_a_group_what_was_given_may_be_infinite(made, is_finite):
     inner = Inner(Counts([p], 0.0), [p])
     group = inner.optimizer.param_groups[0]
     group["lr"], group["number"] = math.inf, made  # a rate is no memory
-    assert inner.is_finite(inner.memory()) == is_finite
+    assert inner.is_finite(inner.memory("")) == is_finite
     group["made"] = math.inf
-    assert not inner.is_finite(inner.memory())
+    assert not inner.is_finite(inner.memory(""))
 
 
 def test_of_a_group_lanes_share_the_settings_alone():

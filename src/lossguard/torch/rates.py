@@ -81,6 +81,11 @@ class Rates:
         rates = [group.get("lr") for group in (*self.groups, *self._theirs())]
         return [written(rate) if isinstance(rate, Tensor) else rate for rate in rates]
 
+    def go_on(self, bases: list[float | None], given: list[float | None]) -> None:
+        """Go on from saved rates, with what is in the groups now."""
+        self.bases, self.given = bases, given
+        self.note()
+
     def apply(self) -> None:
         """Carry over what has been set since the last time; refuse rates that were set twice."""
         if all(group.get("initial_lr") == 0 for group in self.groups):

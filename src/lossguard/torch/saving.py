@@ -11,7 +11,6 @@ So it is what torch.distributed.checkpoint saves under the names of parameters, 
 import copy
 import io
 from collections.abc import Callable, Iterator
-from functools import reduce
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
     from lossguard.torch.guards.lane import Copy, Lane
 
 Saved = dict[str, Any]
-NUMBERS = ("phase", "steps", "checked", "_rates.bases", "_rates.given")
-"""What every guard remembers, beside that of its rules."""
 PLAIN = bool | int | float | complex | str | bytes | None | np.generic | Tensor
 """What ``torch.load`` takes from anybody, and NumPy's numbers, which are made so."""
 
@@ -51,7 +48,8 @@ def save(guard: "Guard") -> Saved:
         "rank": this_rank(),
         "leader": guard._leader.name,
         "running": [lane.name for lane in guard._others],
-        "numbers": list(leaves([getattr(*place) for place in _places(guard)])),
+        "numbers": list(leaves(_numbers(guard))),
+        "rates": {"bases": guard._rates.bases, "given": guard._rates.given},
         "lanes": lanes,
     }
     group["guard"] = folded(rest)
@@ -90,30 +88,26 @@ def load(guard: "Guard", state_dict: Saved) -> None:
         )
         raise ValueError(f"state_dict must be of a guard with {_kind(guard)}, got {got}")
     state = [state_dict["state"].get(key, {}) for group in groups for key in group["params"]]
-    lanes, places = guard._lanes, _places(guard)
+    lanes, numbers = guard._lanes, _numbers(guard)
     loads = [
         _unpack(lane, state, rest["lanes"][name], rest["rank"]) for name, lane in lanes.items()
     ]
     leader, *running = (lanes[name] for name in (rest["leader"], *rest["running"]))
-    numbers = [getattr(*place) for place in places]
     if len(rest["numbers"]) != len(list(leaves(numbers))):
         raise ValueError(
             f"state_dict must have the numbers of a {type(guard).__name__}, got "
             f"{len(rest['numbers'])}"
         )
     numbers = _filled(numbers, iter(rest["numbers"]))
+    bases, given = rest["rates"]["bases"], rest["rates"]["given"]
 
     # From here on nothing may fail.
-    for (owner, name), number in zip(places, numbers, strict=True):
-        setattr(owner, name, number)
     for load_lane in loads:
         load_lane()
-    guard._weights.holder = leader
-    guard._weights.write(leader.values)
-    guard.go_on(leader, running)
+    guard.go_on(numbers, leader, running)
     for group, entries in zip(guard.param_groups, groups, strict=True):
         group.update({k: v for k, v in entries.items() if k != "params"})
-    guard._rates.note()
+    guard._rates.go_on(bases, given)
 
 
 def _take_over(guard: "Guard", state_dict: Saved) -> None:
@@ -174,10 +168,8 @@ def _kind(guard: "Guard") -> Saved:
     return {"kind": type(guard).__name__, **lanes, "nt": guard.nt, "nc": guard.nc}
 
 
-def _places(guard: "Guard") -> list[tuple[Any, str]]:
-    """Who has each number, or list or named tuple of them, and by which name."""
-    paths = [name.split(".") for name in (*NUMBERS, *guard.remembered)]
-    return [(reduce(getattr, owners, guard), last) for *owners, last in paths]
+def _numbers(guard: "Guard") -> list[Any]:
+    return [getattr(guard, name) for name in guard.remembered]
 
 
 def _filled(like: Any, numbers: Iterator[Any]) -> Any:
@@ -225,8 +217,9 @@ def _pack(lane: "Lane", state: list[Saved], within: bool) -> Saved:
         "others": kept,
         "options": list(map(_plain, lane.memory().options)),
         "copies": sorted(lane.inner.copies),
-        "settings": list(map(_plain, lane.inner.memory().options)),
+        "settings": list(map(_plain, lane.inner.memory(lane.inner.holder).options)),
         "losses": stacked(lane.losses).tolist(),
+        "warm_up": lane.warm_up,
     }
 
 
@@ -240,13 +233,12 @@ def _unpack(lane: "Lane", state: list[Saved], rest: Saved, rank: int) -> Callabl
     kept = {} if rest["blank"] else _memory(lane, state, rest["others"])
     pairs = zip(lane.memory().options, rest["options"], strict=True)
     options = [{k: v for k, v in now.items() if not _is_plain(v)} | then for now, then in pairs]
-    memory, settings, copied = Memory(kept, options), rest["settings"], set(rest["copies"])
+    memory, settings = Memory(kept, options), rest["settings"]
+    copied, warm_up = set(rest["copies"]), int(rest["warm_up"])
 
     def load_lane() -> None:
-        lane.inner.copies = copied
-        for group, entries in zip(lane.optimizer.param_groups, settings, strict=False):
-            group.update({k: v for k, v in entries.items() if k in SETTINGS})
-        lane.go_on(values, before or [], losses, memory)
+        lane.inner.go_on(settings, copied)
+        lane.go_on(values, before or [], losses, memory, warm_up)
 
     return load_lane
 
@@ -277,9 +269,9 @@ def _made(lane: "Lane") -> dict[Any, Any]:
 
     torch.distributed.checkpoint loads only what is there on both sides.
     """
-    if state := lane.memory().state or lane.inner.memory().state:
+    if state := lane.memory().state or lane.inner.memory(lane.inner.holder).state:
         return state
-    weights, previous = lane.weights, lane.inner.memory()
+    weights, previous = lane.weights, lane.inner.memory(lane.inner.holder)
     values = clones(weights.live())
     try:
         for p in weights.params:

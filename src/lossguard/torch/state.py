@@ -47,7 +47,7 @@ class Inner:
         takes_loss: whether its step takes the loss, as that of some learned optimizers does.
         switches: whether it trains at another iterate than the one that it evaluates.
         copies: names of entries of its state that hold the parameters, such as master weights.
-        holder: the lane whose memory it has; another lane of it keeps its own meanwhile.
+        holder: the name of the lane whose memory it has.
         steps: whether it is stepped by its lane right now.
     """
 
@@ -59,9 +59,11 @@ class Inner:
         self.copies: set[str] = {"z"} if self.switches else set()
         self.looked = False
         """Whether it was seen which entries are copies."""
-        self.holder: Any = None
+        self.holder = ""
         self.steps = False
-        self._fresh = self.memory().copy()
+        self._parked: dict[str, Memory] = {}
+        """Those of its other lanes, by name."""
+        self._fresh = self.memory("").copy()
 
     @contextmanager
     def stepping(self, part: float = 1.0) -> Iterator[None]:
@@ -76,18 +78,47 @@ class Inner:
             self.steps = False
             set_rates(groups, rates)
 
-    def fresh(self) -> Memory:
-        """As when the guard was built, by when some optimizers have made all that they remember."""
-        return self._fresh.copy()
+    def fresh(self, old: Memory | None = None) -> Memory:
+        """As when the guard was built, by when some optimizers have made all that they remember.
 
-    def memory(self) -> Memory:
-        """The memory itself."""
+        The clock of a learned optimizer is an ``old`` one's: it goes on from where it is.
+        """
+        memory = self._fresh.copy()
+        for options, was in zip(memory.options, old.options if old else (), strict=False):
+            if "clock" in options:
+                options["clock"] = was["clock"]
+        return memory
+
+    def add(self, lane: str) -> None:
+        """Have another lane, which remembers nothing; the first one is in the optimizer."""
+        if self.holder:
+            self._parked[lane] = self.fresh()
+        else:
+            self.holder = lane
+
+    def hold(self, lane: str) -> None:
+        """Have a lane's memory in the optimizer."""
+        if lane in self._parked:
+            self._parked[self.holder] = self.exchange(self._parked.pop(lane))
+            self.holder = lane
+
+    def remember(self, lane: str, memory: Memory) -> None:
+        """Have a lane remember this."""
+        if lane in self._parked:
+            self._parked[lane] = memory
+        else:
+            self.exchange(memory)
+
+    def memory(self, lane: str) -> Memory:
+        """A lane's memory itself."""
+        if lane in self._parked:
+            return self._parked[lane]
         options = list(map(options_of, self.optimizer.param_groups))
         return Memory(dict(self.optimizer.state), options)
 
     def exchange(self, memory: Memory) -> Memory:
         """Put ``memory`` itself in place and return what was there; the schedule stays."""
-        state, previous = self.optimizer.state, self.memory()
+        state, previous = self.optimizer.state, self.memory(self.holder)
         state.clear()
         state.update(memory.state)
         set_back(self.optimizer.param_groups, memory.options)
@@ -125,6 +156,12 @@ class Inner:
             for key, entry in self._tensors(memory, p):
                 if key in self.copies and entry.shape == value.shape:
                     entry.copy_(value)
+
+    def go_on(self, settings: list[dict[str, Any]], copies: set[str]) -> None:
+        """Go on from a saved cycle: from settings of its groups, and with known copies."""
+        self.copies = copies
+        for group, saved in zip(self.optimizer.param_groups, settings, strict=False):
+            group.update({key: value for key, value in saved.items() if key in SETTINGS})
 
     def _tensors(self, memory: Memory, p: Tensor) -> list[tuple[str, Tensor]]:
         """What is remembered of a parameter, as far as it is tensors."""

@@ -108,7 +108,7 @@ class BestOf(Guard):
     (1, 20)
     """
 
-    remembered = ("records", "_spent")
+    remembered = (*Guard.remembered, "records", "_spent")
 
     def __init__(
         self,

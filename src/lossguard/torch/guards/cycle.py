@@ -42,8 +42,8 @@ class Guard(arguments.Uncopied, Optimizer):
 
     forgives = True
     """Whether a gradient with a number that isn't finite counts as 0."""
-    remembered: tuple[str, ...] = ()
-    """What the rules of a guard know, by the names of its attributes."""
+    remembered: tuple[str, ...] = ("phase", "steps", "checked")
+    """What is saved of it, by the names of its attributes: numbers, tuples and lists of them."""
     _opt_called: bool
 
     def __init__(
@@ -169,9 +169,12 @@ class Guard(arguments.Uncopied, Optimizer):
                 "loop that was left: delete its guard.lanes())"
             )
 
-    def go_on(self, leader: Lane, others: list[Lane]) -> None:
-        """Go on from a state in which these lanes run, with the leader in the model."""
+    def go_on(self, numbers: list[Any], leader: Lane, others: list[Lane]) -> None:
+        """Go on from what was ``remembered``, with these lanes, of which one is in the model."""
+        for name, number in zip(self.remembered, numbers, strict=True):
+            setattr(self, name, number)
         self._leader, self._others = leader, others
+        self._weights.hold(leader)
         self._order = []  # of a minibatch that was interrupted
         self._alike = self.phase == self.steps == 0  # as a trainer loads what it has just saved
 
@@ -186,9 +189,7 @@ class Guard(arguments.Uncopied, Optimizer):
     def _lead(self, lane: Lane) -> None:
         """Have another lane in the model from now on."""
         if lane is not self._leader:
-            params = lane.values[: len(self._weights.params)]
-            self._weights.jumped |= not all(map(torch.equal, params, self._weights.live()))
-            lane.go_live()
+            lane.take_lead()
             self._leader = lane
 
     def _loop(self) -> Generator[Lane, None, None]:
@@ -237,7 +238,7 @@ def _open(guard: Guard) -> list[Lane]:
         guard._shared = guard._weights.versions() if guard._alike else []
     guard._order = [*guard._others, guard._leader]
     for lane in guard._order:
-        lane.begun = lane.stepped = False
+        lane.prepare()
     return guard._order
 
 
@@ -275,8 +276,7 @@ def _close(guard: Guard) -> None:
         if guard.check is not None:
             _measure(guard, guard.check)
         decision = guard._settle(_seen(guard))
-        guard.history.append(decision._replace(jumped=guard._weights.jumped))
-        guard._weights.jumped = False
+        guard.history.append(decision._replace(jumped=guard._weights.has_jumped()))
         guard.phase, guard.steps = 0, guard.steps + guard.nt
     guard._order = []
 
@@ -286,7 +286,6 @@ def _measure(guard: Guard, check: Callable[[int], Tensor]) -> None:
     draws = guard._randomness.state()
     for lane in guard._order:
         guard._randomness.set(draws)
-        lane.checks = []
         lane.enter("eval")
         try:
             with torch.no_grad(), modes_kept(guard._weights.model):

@@ -37,13 +37,12 @@ class Weights:
         params: the optimizers' parameters.
         model: for its buffers, if any.
         holder: the lane that is in the model.
-        jumped: whether the model was given another lane's values, or earlier ones.
     """
 
     def __init__(self, params: list[Tensor], model: nn.Module | None) -> None:
         self.params, self.model = params, model
         self.holder: Any = None
-        self.jumped = False
+        self._jumped = False
         self._buffers = {} if model is None else dict(model.named_buffers())
         ours = set(params)
         self._others = [] if model is None else [p for p in model.parameters() if p not in ours]
@@ -61,6 +60,11 @@ class Weights:
         buffers = {} if self.model is None else own_buffers(self.model, self._buffers)
         return [local(buffer.detach()) for buffer in buffers.values()]
 
+    def hold(self, lane: Any) -> None:
+        """Have a lane in the model, where it is."""
+        self.holder = lane  # first: an error in the copying then costs no lane anything
+        self.write(lane.values)
+
     def write(self, values: Copy) -> None:
         """Be at other values. Gathered parameters, which an evaluation leaves, are dropped."""
         for module in () if self.model is None else self.model.modules():
@@ -68,6 +72,15 @@ class Weights:
             if reshard is not None and hasattr(module, "unshard"):
                 reshard()
         transfer(self.live(), values)
+
+    def note_jump(self, values: Copy) -> None:
+        """Note whether values where the model is to be from now on are elsewhere."""
+        self._jumped |= not all(map(torch.equal, values[: len(self.params)], self.live()))
+
+    def has_jumped(self) -> bool:
+        """Whether it did so since it was asked."""
+        jumped, self._jumped = self._jumped, False
+        return jumped
 
     def are_finite(self, values: Copy) -> bool:
         """Whether values are, but for masks."""
@@ -133,11 +146,7 @@ class Lane:
         self.checks: list[Tensor] = []
         self.begun = self.stepped = False
         self.warm_up = 0
-        self._parked: Memory | None = None
-        if inner.holder is None:
-            inner.holder = self
-        else:
-            self._parked = inner.fresh()
+        inner.add(name)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -162,17 +171,25 @@ class Lane:
                 transfer(other.values, self.weights.live())
             elif keep:
                 other.values = clones(self.weights.live())
-            self.weights.holder = self  # first: an error in the copying then costs no lane anything
-            self.weights.write(self.values)
+            self.weights.hold(self)
+
+    def take_lead(self) -> None:
+        """Be in the model from now on."""
+        self.weights.note_jump(self.values)
+        self.go_live()
 
     def begin(self) -> None:
         """Start a cycle."""
-        self.losses, self.before = [], []
+        self.losses, self.checks, self.before = [], [], []
         if self.live:
             self.values = []
             if self.inner.switches:
                 self.enter()  # after ``eval``
             self.keep()
+
+    def prepare(self) -> None:
+        """Before a minibatch on which it runs."""
+        self.begun = self.stepped = False
 
     def keep(self) -> None:
         """Note where it is when a cycle begins, to go back there."""
@@ -187,15 +204,20 @@ class Lane:
         """Be at another point; the memory stays."""
         self.inner.move_copies(self.memory(), point)
         if self.live:
+            self.weights.note_jump(point)
             self.weights.write(point)
-            self.weights.jumped = True
         else:
             transfer(self.values, point)
 
-    def start_afresh_at(self, point: Copy) -> None:
+    def start_afresh_at(self, point: Copy, *, warm_up: int = 0) -> None:
         """Be at another point, and remember nothing."""
         self.start_at(point)
         self.forget()
+        self.warm_up = warm_up
+
+    def end_warm_up(self) -> None:
+        """Go on at the whole rates."""
+        self.warm_up = 0
 
     def become(self, other: "Lane") -> None:
         """Be where another lane of the same optimizer is, and remember what it does."""
@@ -203,37 +225,28 @@ class Lane:
         self.remember(other.memory().copy())
         self.warm_up = other.warm_up
 
-    def go_on(self, values: Copy, before: Copy, losses: list[Tensor], memory: Memory) -> None:
+    def go_on(
+        self, values: Copy, before: Copy, losses: list[Tensor], memory: Memory, warm_up: int
+    ) -> None:
         """Go on from a saved cycle."""
-        self.values, self.before, self.losses = values, before, losses
+        self.values, self.before, self.losses, self.warm_up = values, before, losses, warm_up
         self.remember(memory)
 
     def memory(self) -> Memory:
         """What it remembers, itself."""
-        return self.inner.memory() if self._parked is None else self._parked
+        return self.inner.memory(self.name)
 
     def remember(self, memory: Memory) -> None:
         """Remember this instead."""
-        if self._parked is None:
-            self.inner.exchange(memory)
-        else:
-            self._parked = memory
+        self.inner.remember(self.name, memory)
 
     def forget(self) -> None:
-        """Remember what its optimizer did when the guard was built, mostly nothing; not the clock
-        of a learned optimizer, which goes on from where it is."""
-        memory = self.inner.fresh()
-        for options, now in zip(memory.options, self.memory().options, strict=True):
-            if "clock" in options:
-                options["clock"] = now["clock"]
-        self.remember(memory)
+        """Remember what its optimizer did when the guard was built, mostly nothing."""
+        self.remember(self.inner.fresh(self.memory()))
         self.inner.move_copies(self.memory(), self.point)
 
     def wind(self, clock: int, *, on: bool = False) -> None:
-        """Set the clock of a learned optimizer, the steps of the run, if it has one.
-
-        Or put it on by so much.
-        """
+        """Set the clock of a learned optimizer, the steps of the run; or put it on by so much."""
         memory = self.memory()
         for options in memory.options:
             if "clock" in options:
@@ -246,9 +259,7 @@ class Lane:
         self.weights.reset_gradients([])
         self.go_live()
         self._buffers = clones(self.weights.buffers())
-        if self._parked is not None:
-            self.inner.holder._parked = self.inner.exchange(self._parked)
-            self.inner.holder, self._parked = self, None
+        self.inner.hold(self.name)
         self.switch(mode)
 
     def switch(self, mode: Mode) -> None:

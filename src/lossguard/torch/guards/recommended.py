@@ -97,7 +97,7 @@ class Recommended(Guard):
     (0, 20.0)
     """
 
-    remembered = ("known", "_z.warm_up", "_own_steps", "_own_progress", "_own_trial")
+    remembered = (*Guard.remembered, "known", "_own_steps", "_own_progress", "_own_trial")
 
     def __init__(
         self,
@@ -180,7 +180,7 @@ class Recommended(Guard):
             if lane.name in seen and not seen[lane.name].finite:
                 lane.go_back()
         if "z" in seen:
-            self._z.warm_up = 0
+            self._z.end_warm_up()
         losses = seen["y" if led else "z"].told
         of_y = seen["y"].told if "y" in seen and not led else []
         known = known._replace(progress=known.progress.after(finite_mean(losses), self.nt))
@@ -232,8 +232,7 @@ class Recommended(Guard):
         gain = rules.YOUNG_GAIN if progress.earlier_age == 0 else rules.GAIN
         advances = here and now < level - gain * abs(level)
         if not risen and (hands_over or advances):
-            self._z.start_afresh_at(self._y.point)
-            self._z.warm_up = self.nt
+            self._z.start_afresh_at(self._y.point, warm_up=self.nt)
         if hands_over:
             # z's path goes on from where y has come to: from there it is fast or slow again.
             began = Progress.begun(level if risen else progress.recent)

@@ -217,3 +217,7 @@ def test_what_no_lane_can_take_over_is_refused(kind):
     model[0].weight._fsdp_flattened = True  # as FullyShardedDataParallel marks parameters
     with refuses("model must be sharded by fully_shard, if it is, got Ful"):
         two(kind, model)
+    model = mlp()
+    model[0].weight.data = torch.empty(0)  # as DeepSpeed leaves what it has partitioned
+    with refuses("parameters must have numbers, got an empty one, as Deep"):
+        two(kind, model)

@@ -33,25 +33,6 @@ def test_mnist_learns(example, capsys):
     assert guarded < alone / 2
 
 
-def test_mnist_from_a_folder(example, tmp_path, monkeypatch):
-    import io
-
-    from PIL import Image
-
-    def png(level):
-        file = io.BytesIO()
-        Image.new("L", (28, 28), level).save(file, "PNG")
-        return {"bytes": file.getvalue(), "path": None}
-
-    (tmp_path / "mnist").mkdir()
-    table = pl.DataFrame({"image": [png(0), png(255)], "label": [3, 7]})
-    table.write_parquet(tmp_path / "mnist" / "test.parquet")
-    monkeypatch.setenv("LOSSGUARD_DATA", str(tmp_path))
-    pixels, labels = example("torch_data").images()
-    assert pixels.shape == (2, 1, 28, 28) and labels.tolist() == [3, 7]
-    assert pixels[0].max() == 0 and pixels[1].min() == 1
-
-
 def test_characters(example, capsys):
     by_method = example("torch_characters").main(calls=160).group_by("method", maintain_order=True)
     highest = dict(by_method.agg(pl.col("loss").max()).iter_rows())

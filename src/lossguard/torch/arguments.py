@@ -75,6 +75,11 @@ def check_rates(rates: Sequence[Any], made: Sequence[Any]) -> None:
 
 
 def check_made(params: Iterable[Tensor]) -> None:
+    params = list(params)
+    if any(p.numel() == 0 for p in params):
+        raise ValueError(
+            "parameters must have numbers, got an empty one, as DeepSpeed's partitioning leaves it"
+        )
     if any(getattr(p, "_fsdp_flattened", False) for p in params):
         raise ValueError(
             "model must be sharded by fully_shard, if it is, got FullyShardedDataParallel, whose "

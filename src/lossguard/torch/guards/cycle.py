@@ -189,7 +189,8 @@ class Guard(arguments.Uncopied, Optimizer):
     def _lead(self, lane: Lane) -> None:
         """Have another lane in the model from now on."""
         if lane is not self._leader:
-            lane.take_lead()
+            self._weights.note_jump(lane.values)
+            lane.go_live()
             self._leader = lane
 
     def _loop(self) -> Generator[Lane, None, None]:

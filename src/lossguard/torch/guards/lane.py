@@ -173,11 +173,6 @@ class Lane:
                 other.values = clones(self.weights.live())
             self.weights.hold(self)
 
-    def take_lead(self) -> None:
-        """Be in the model from now on."""
-        self.weights.note_jump(self.values)
-        self.go_live()
-
     def begin(self) -> None:
         """Start a cycle."""
         self.losses, self.checks, self.before = [], [], []

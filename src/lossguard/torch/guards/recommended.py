@@ -137,8 +137,6 @@ class Recommended(Guard):
             self._y.start_afresh_at(self._z.point)
             self._y.wind(k)
         self.known = known
-        leader = self._y if known.learned_leads else self._z
-        leader.keep()
         now = known.progress.recent
         more = min(1.0, rules.MORE * self.share)
         soon = self._own_progress.expected_at(more * k) < now - rules.BELOW * abs(now)

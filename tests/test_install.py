@@ -173,7 +173,7 @@ def test_torch(environment: Environment) -> None:
 def test_experiments(environment: Environment) -> None:
     """The wheel's demo runs."""
     assert "torch" not in environment.packages
-    short = ("--steps", "20", "--seeds", "1", "--methods", "SGDnm", "--out", "here")
+    short = ("--steps", "20", "--seeds", "1", "--methods", "SGD alone", "--out", "here")
     done = environment.python("-m", "lossguard", "demo", *short)
     assert done.returncode == 0, done.stderr
     assert "figure: here/figure.png" in done.stdout

@@ -22,24 +22,25 @@ from .terminal import console, shown, tell
 
 Recipes = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RECIPE...]")]
 LEGEND = """\
-SGDnm is SGD without momentum, the fallback; L2O the paper's learned optimizer alone; LGL2O the
-guard of the paper, and Recommended ours. A price of 1 is a gradient, or three forward passes.
-LGL2O chooses after each cycle whose losses it reports, so its line is lower than what it returns.
-This is a good case: docs/costs.md has twenty."""
-"""What the names in the demo mean."""
+A learned optimizer trains a network that it was not made for, beside SGD: it is far ahead, and
+then fails. The guard follows it while it is ahead, and goes back to where it was good. Lines are
+means of the seeds, bands reach from the least to the largest. A price of 1 is a gradient, or three
+forward passes. This is one case: docs/costs.md has twenty. JAX compiles for some seconds first.
+"""
+"""What the demo shows."""
 
 
 def demo(arguments: Sequence[str]) -> None:
-    """The paper's methods and ours on Circles: a table and a figure."""
+    """A learned optimizer that fails alone, and guarded: a table and a figure."""
     from ..experiments.recipes import demo as recipe
 
     out = Path(tempfile.gettempdir(), f"lossguard-demo-{secrets.token_hex(4)}")
     where, experiment = _changed(recipe(), Where(out), arguments, "demo")
-    print(LEGEND)
+    print(LEGEND, end="")
     _run(where, experiment)
     from ..experiments.price import at_equal_price
 
-    told = at_equal_price(experiment.names()[0], where.out)
+    told = at_equal_price(experiment.names()[-1], where.out)
     more = f"{program()} report {shlex.quote(str(where.out))}"
     print(shown(f"{told}\nNext: a loop as in the README; or all of this on a page: {more}"))
 

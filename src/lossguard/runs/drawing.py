@@ -35,7 +35,7 @@ def png(figure: Figure) -> bytes:
             text.set_text(told)
     drawn = io.BytesIO()
     about = {"Description": ", ".join(filter(None, (axes.get_xlabel() for axes in figure.axes)))}
-    with mpl.rc_context({"axes.formatter.min_exponent": 4}):  # 0.001 to 1000 are plain numbers
+    with mpl.rc_context({"axes.formatter.min_exponent": 0}):  # all ticks as powers of ten
         figure.savefig(drawn, format="png", dpi=150, metadata=about)
     return drawn.getvalue()
 

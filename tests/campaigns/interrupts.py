@@ -127,7 +127,8 @@ def interrupted(
         stop, came = Stop(at, everywhere), False
         sys.settrace(stop)
         try:
-            call()
+            with torch.enable_grad():  # which PyTorch's own contexts leave off
+                call()
         except KeyboardInterrupt:
             came = True
         finally:

@@ -9,6 +9,7 @@ from models import (
     KINDS,
     assert_same_state,
     backward,
+    check_of,
     closure_for,
     loss_fn,
     minibatches,
@@ -21,7 +22,7 @@ from models import (
 from torch import nn
 from torch.optim import SGD
 
-from lossguard.torch import BestOf, Recommended
+from lossguard.torch import BestOf, LossGuard, Recommended
 from tests.campaigns.interrupts import interrupted
 
 
@@ -211,3 +212,25 @@ def test_after_ctrl_c_the_model_is_finite_and_a_checkpoint_loads(kind):
         return range(1, total, total // 20)
 
     assert all(interrupted([model, guard], model, call, places))
+
+
+def test_a_checkpoint_loads_after_checks_that_were_interrupted():
+    """It is of the middle of a cycle, in which losses of checks are none."""
+    model, stops = mlp(), [False]
+    plain = check_of(model)
+
+    def check(k):
+        if stops[0] and k == 1:
+            raise KeyboardInterrupt
+        return plain(k)
+
+    guard, batches = two(LossGuard, model, nt=2, check=check, nc=2), minibatches(2)
+    run(guard, model, batches[:1])
+    state = guard.state_dict()
+    stops[0] = True
+    with pytest.raises(KeyboardInterrupt):
+        run(guard, model, batches[1:])
+    stops[0] = False
+    guard.load_state_dict(state)
+    run(guard, model, batches[1:])
+    assert len(guard.history) == 1

@@ -225,6 +225,7 @@ class Lane:
     ) -> None:
         """Go on from a saved cycle."""
         self.values, self.before, self.losses, self.warm_up = values, before, losses, warm_up
+        self.checks = []  # of a cycle that was interrupted
         self.remember(memory)
 
     def memory(self) -> Memory:

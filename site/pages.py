@@ -1,10 +1,12 @@
 """The pages of the site, in ``build/docs``: those of docs/ with what they show of other folders.
 
+Where a tag is built they say how a release is installed, else what works in a checkout.
 ``python site/pages.py README.md URL TAG`` makes a file one for an index, which shows it without the
 repository at that address.
 """
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -26,7 +28,8 @@ def gather() -> None:
         shutil.copy(file, copy)
     (PAGES / "results.md").write_text("\n\n".join(results()))
     for page in PAGES.glob("*.md"):
-        text = released(page.read_text().replace("](../results/", "](results/"))
+        text = page.read_text().replace("](../results/", "](results/")
+        text = released(text) if os.environ.get("GITHUB_REF_TYPE") == "tag" else text
         if page.stem.startswith("gallery"):
             page.with_suffix(".ipynb").write_text(notebook(text))
             title, rest = text.split("\n", 1)

@@ -75,7 +75,9 @@ def test_a_gallery_is_a_notebook_too(site: Path, name: str) -> None:
     assert len(code) >= 4 and f'href="../{name}.ipynb"' in (site / name / "index.html").read_text()
 
 
-def test_it_says_how_a_release_is_installed(site: Path, tmp_path: Path) -> None:
+def test_it_says_how_a_release_is_installed(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As does the README of a release, whose links lead to the repository."""
     readme, address = tmp_path / "README.md", "https://example.org/lossguard"
     shutil.copy(ROOT / "README.md", readme)
@@ -89,6 +91,9 @@ def test_it_says_how_a_release_is_installed(site: Path, tmp_path: Path) -> None:
         if link.startswith(address):
             assert link.startswith(f"{address}/{kind}/v1/{place}")
             assert (ROOT / link.partition("/v1/")[2].partition("#")[0]).exists(), link
+    assert "pip install '.[torch]'" in (site.parent / "docs" / "index.md").read_text()
+    monkeypatch.setenv("GITHUB_REF_TYPE", "tag")
+    subprocess.run([sys.executable, "site/pages.py"], check=True, cwd=site.parents[1])
     pages = [readme, *(site.parent / "docs").glob("*.md")]
     told = {page.stem: page.read_text() for page in pages}
     assert [

@@ -70,7 +70,7 @@ def test_figures_of_the_paper_are_over_steps(folder: Path) -> None:
 
 def test_a_page_shows_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its figures and claims, which take long and have tests of their own."""
-    monkeypatch.setattr(report, "_encoded", lambda figure: "")
+    monkeypatch.setattr(report, "_image", lambda folder, draw: "")
     monkeypatch.setattr(report, "judge_claims", lambda records: [])
     for name in ("draw_run", "summary"):
         monkeypatch.setattr(report, name, lambda *_: pl.DataFrame())

@@ -11,7 +11,7 @@ from pages import VERDICTS, curves_of, write_meta, write_run
 
 from lossguard.experiments import figures
 from lossguard.experiments import report as reporting
-from lossguard.experiments.report import report
+from lossguard.experiments.report import PNG, report
 from lossguard.metatrain import figure
 from lossguard.runs import records
 from lossguard.runs.drawing import png
@@ -151,3 +151,15 @@ def test_command(page, main, tmp_path, capsys) -> None:
 def test_a_page_is_not_a_folder(tmp_path, refused) -> None:
     told = f"lossguard: out must be a file, but {tmp_path} is a folder\n"
     refused(("report", "half", "-o", tmp_path), told)
+
+
+def test_a_figure_that_a_run_left_is_not_drawn_again(tmp_path, monkeypatch) -> None:
+    """What else has its name is not shown."""
+    monkeypatch.setattr(reporting, "judge_claims", lambda records: [])
+    folder = write_run(tmp_path / "run", curves_of(["SGDnm"], np.arange(1, 11)))
+    drawn = png(figures.draw_run(records.read_run(folder)))
+    for left, shown in ((PNG + b"as it was", PNG + b"as it was"), (b"<svg/>", drawn)):
+        (folder / "figure.png").write_bytes(left)
+        page = report([folder], tmp_path / "page.html").read_text()
+        (image,) = re.findall(r'<img src="data:image/png;base64,(.*?)"', page)
+        assert base64.b64decode(image) == shown

@@ -7,7 +7,7 @@ in ``report.html`` and ``report.css``.
 import base64
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from .claims import judge_claims
 from .figures import BANDS, SMOOTHED_FROM, draw_run, summary
 from .price import at_equal_price
 
+PNG = b"\x89PNG\r\n\x1a\n"
+"""How a PNG file begins."""
 CAPTION = (
     "Training loss, mean over seeds and over the last tenth of the price up to a mark, in "
     "gradients. LGL2O, Hedged and best_of report, with hindsight, the losses of the run that "
@@ -110,7 +112,7 @@ def _section(folder: Path, record: Record) -> dict[str, Any]:
         return about | {
             "name": f"Meta-training of {name}",
             "title": f"{number}Meta-training of {name}, {curves['meta_step'].max():,} meta-steps",
-            "image": _encoded(meta.draw(record)),
+            "image": _image(folder, lambda: meta.draw(record)),
             "tables": [],
             "worth": "",
         }
@@ -123,14 +125,17 @@ def _section(folder: Path, record: Record) -> dict[str, Any]:
     return about | {
         "name": name,
         "title": f"{titled}, {steps:,} steps, {seeds}",
-        "image": _encoded(draw_run(record)),
+        "image": _image(folder, lambda: draw_run(record)),
         "tables": [(CAPTION, summary(record)), *scores],
         "worth": worth,
     }
 
 
-def _encoded(figure: Figure) -> str:
-    return base64.b64encode(png(figure)).decode()
+def _image(folder: Path, draw: Callable[[], Figure]) -> str:
+    """The figure that the run left; drawn if it left none, or something else."""
+    file = folder / "figure.png"
+    left = b"" if file.is_symlink() or not file.is_file() else file.read_bytes()
+    return base64.b64encode(left if left.startswith(PNG) else png(draw())).decode()
 
 
 def _evaluations(folder: Path) -> tuple[list[tuple[str, pl.DataFrame]], str]:

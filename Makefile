@@ -19,7 +19,8 @@ test: $(VENV)/tested
 
 docs: $(VENV)/documented
 	$(BIN)/python site/pages.py
-	$(BIN)/zensical build --strict --clean
+	$(BIN)/zensical build --strict --clean > build/docs.log 2>&1 || { cat build/docs.log; exit 1; }
+	@! grep '^griffe: ' build/docs.log  # what docstrings lack
 	@echo 'The site is in build/site: $(BIN)/python -m http.server --directory build/site'
 
 bench: $(VENV)/tested

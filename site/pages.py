@@ -55,7 +55,11 @@ def results() -> Iterator[str]:
     yield "The folder `results` of the repository holds the numbers behind these pages."
     for readme in sorted(ROOT.glob("results/*/README.md")):
         name, text = readme.parent.name, readme.read_text().removeprefix("# ")
-        yield f"## {text.strip()}"
+        about = text.removeprefix(name).strip()
+        first = " ".join(about.split("\n\n")[0].split())
+        title = re.split(r"(?<=[a-zP])[.,:;]\s", first)[0].rstrip(".")
+        yield f"## {title} (`{name}`)"
+        yield about
         yield f"![{name}](results/{name}/figure.png)"
 
 

@@ -34,6 +34,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
             [sys.executable, *program], cwd=folder, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stdout + done.stderr
+        assert "griffe: " not in done.stdout + done.stderr
     return folder / "build" / "site"
 
 

@@ -232,7 +232,7 @@ def test_unwritable_place_is_named(tmp_path: Path, weights: LSTMWeights, place: 
         (MLP, {"scale": 1.0}, "numbers of MLPWeights must be none, got scale$"),
         (MLP_OF_1, {}, "layers must be an integer of at least 1, got 0$"),
         (MIXED, {}, r"weights must have mlp\.1\.weight of shape \[4, 4\], "),
-        (None, {}, "weights must be a LSTMWeights such as .*, got None$"),
+        (None, {}, "weights must be an LSTMWeights such as .*, got None$"),
     ],
 )
 def test_what_would_not_load_is_not_saved(tmp_path, weights, arguments, reason) -> None:

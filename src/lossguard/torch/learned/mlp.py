@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lossguard.learned.mlp_features import LEAKS, TIMES
+from lossguard.learned.mlp_features import AGES, LEAKS, TIMES
 from lossguard.learned.weights_file import ARCHITECTURES, path_of, read_weights
-from lossguard.torch.mlp_step import DECAYS, move, shapes
+from lossguard.torch.learned.stacks import move, new_memory
 from lossguard.validation import check_kind, check_positive
 
 SHAPES = ARCHITECTURES["mlp"].shapes
@@ -73,9 +73,14 @@ class MLPOptimizer(Optimizer):
                 raise ValueError(f"weights must have {name} of shape {shape}, got {given}")
         tensors = {name: torch.as_tensor(tensor, device="cpu") for name, tensor in weights.items()}
         self.weights = {k: t.detach().to(torch.float32, copy=True) for k, t in tensors.items()}
-        for name, numbers in (("times", TIMES), ("leaks", LEAKS)):
+        for name, numbers in (("times", TIMES), ("ages", AGES), ("leaks", LEAKS)):
             self.weights[name] = torch.tensor(numbers, dtype=torch.float32, device="cpu")
-        self._rests = [torch.exp(10 * self.weights[name].clamp(max=0)).tolist() for name in DECAYS]
+        for name, decays in (
+            ("momentum_rests", "momentum_decays"),
+            ("second_moment_rests", "second_moment_decay"),
+            ("factored_rests", "factored_decays"),
+        ):  # 1 - decay
+            self.weights[name] = torch.exp(10 * self.weights[decays].clamp(max=0))
         self._on: dict[torch.device, dict[str, Tensor]] = {}
         """The weights on each device that has parameters."""
         super().__init__(params, {"lr": _plain(lr), "clock": 0})
@@ -103,7 +108,7 @@ class MLPOptimizer(Optimizer):
         return cls(params, {name: torch.from_numpy(one) for name, one in file.tensors.items()})
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = {"weights": self.weights, "_rests": self._rests, "layers": self.layers, "_on": {}}
+        ours = {"weights": self.weights, "layers": self.layers, "_on": {}}
         return {**super().__getstate__(), **ours}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -138,8 +143,7 @@ class MLPOptimizer(Optimizer):
     def _memory(self, p: Tensor) -> dict[str, Tensor]:
         """What is remembered of a parameter: zeros on its device at first."""
         if not (state := self.state[p]):
-            for name, shape in shapes(p).items():
-                state[name] = torch.zeros(shape, dtype=torch.float32, device=p.device)
+            state.update(new_memory(p))
         return state
 
     @torch.no_grad()
@@ -175,7 +179,7 @@ class MLPOptimizer(Optimizer):
                 available = torch.amp.is_autocast_available(device.type)
                 with torch.autocast(device.type, enabled=False) if available else nullcontext():
                     lr, t = group["lr"], group["clock"]
-                    move(params, states, self._on[device], self._rests, self.layers, lr, t)
+                    move(params, states, self._on[device], self.layers, lr, t)
             group["clock"] += 1
         return loss
 

@@ -134,6 +134,9 @@ WRONG = {
         "optimizer|0.1": lambda: unguarded(0.1),
         "optimizer|'adam'": lambda: rewind("adam"),
     },
+    " must be an ": {
+        "guards|Iterable such as [unguarded(optax.sgd(0.1))], got None": lambda: best_of(None),
+    },
     " must be a ": {
         "sequence|TrackingSequence such as ema(0.9), got <function ema at": (
             lambda: residual_guard(SGD, SGD, sequence=ema)
@@ -143,7 +146,6 @@ WRONG = {
         ),
         "each of guards|Guard such as unguarded(optimizer), got a Grad": lambda: best_of([SGD]),
         "each of guards|Guard such as unguarded(optimizer), got <func": lambda: best_of(ALONE),
-        "guards|Iterable such as [unguarded(optax.sgd(0.1))], got None": lambda: best_of(None),
         "state|RewindState such as optimizer.init(params), got (": (
             lambda: rewind(SGD).update(ONES, SGD.init(ONES), ONES, value=1.0)
         ),

@@ -299,5 +299,5 @@ def test_in_a_guard_its_clock_is_that_of_the_run(mlp_weights: MLPWeights) -> Non
 @pytest.mark.parametrize("make", [mlp_optimizer, lstm_optimizer])
 def test_names_and_files_are_no_weights(make) -> None:
     for wrong in ("mlp-small", load_weights(pretrained_path("mlp-small"))):
-        with pytest.raises(ValueError, match=r"^weights must be a (MLP|LSTM)Weights such as load"):
+        with pytest.raises(ValueError, match=r"^weights must be an (MLP|LSTM)Weights such as load"):
             make(wrong)

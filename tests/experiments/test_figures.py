@@ -299,7 +299,9 @@ def test_plot_leaves_one_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert {*folder.iterdir()} - before == {file} == {folder / "figure.png"}
     assert file.read_bytes().startswith(b"\x89PNG")
     labels = set(re.findall(r"\\mathdefault{(.*?)}\$", " ".join(found)))
-    assert {"10^{-1}", "10^{2}"} <= labels and all(text.startswith("10^{") for text in labels)
+    assert {"10^{-1}", "10^{0}", "10^{1}", "10^{2}"} <= labels and all(
+        text.startswith("10^{") for text in labels
+    )
 
 
 def test_drawing_leaves_the_users_backend(folder: Path) -> None:

@@ -62,7 +62,7 @@ def test_equals_the_one_in_jax(tmp_path, hidden, layers):
 
 
 def test_what_is_shipped_trains_as_in_jax():
-    """The losses of a regression: later than step 40 roundings have grown to 1e-3 of them."""
+    """The losses of a regression over 100 steps; roundings grow."""
     jax = pytest.importorskip("jax")
     optax = pytest.importorskip("optax")
     import lossguard
@@ -86,7 +86,7 @@ def test_what_is_shipped_trains_as_in_jax():
         return loss, optax.apply_updates(params, updates), state
 
     state, losses, expected = reference.init(theirs), [], []
-    for _ in range(40):
+    for _ in range(100):
         optimizer.zero_grad()
         loss = ((x @ params[0]).tanh() @ params[1] - t).square().mean()
         loss.backward()
@@ -94,7 +94,8 @@ def test_what_is_shipped_trains_as_in_jax():
         losses.append(loss.item())
         loss, theirs, state = step(theirs, state)
         expected.append(float(loss))
-    assert losses == pytest.approx(expected, rel=1e-5) and losses[-1] < 0.8 * losses[0]
+    assert losses[:40] == pytest.approx(expected[:40], rel=1e-5)
+    assert losses == pytest.approx(expected, rel=1e-3) and losses[-1] < 0.8 * losses[0]
 
 
 def steps_of(shapes) -> list[torch.Tensor]:

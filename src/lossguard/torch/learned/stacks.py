@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lossguard.learned.mlp_features import SCALE, UNITS, factored_axes, size_features
-from lossguard.torch.learned.update import Memory, Sums, advance, remember, scales
+from lossguard.torch.learned.update import Block, Memory, Sums, advance, blocks_of, remember, scales
 
 STACKED = 65_536
 """Coordinates that are copied into one stack: beyond it copies cost more than calls."""
@@ -50,8 +50,7 @@ class Stack(NamedTuple):
     """Into the parameters (p) and the memory, each with its axes in order."""
     copies: dict[str, Tensor]
     """The same stacked, where one tensor isn't its own stack."""
-    g: Tensor
-    p: Tensor
+    blocks: list[Block]
     memory: Memory
 
 
@@ -67,7 +66,7 @@ def move(
     device = params[0].device
     time = torch.full((), t, dtype=torch.float32, device=device)
     stacks = [_stack(of, params, states) for of in _stacks(params)]
-    sums = [remember(weights, stack.g, stack.p, stack.memory) for stack in stacks]
+    sums = [remember(weights, stack.blocks, stack.memory) for stack in stacks]
     order = [k for stack in stacks for k in stack.of]
     units = torch.stack([states[k]["units"] for k in order])
     sizes = torch.stack([_sizes(weights, params[k]) for k in order])
@@ -76,7 +75,7 @@ def move(
     torch._foreach_copy_([states[k]["units"] for k in order], list(units))  # pyright: ignore
     steps = (of_all * SCALE * lr).split([len(stack.of) for stack in stacks])
     for stack, some in zip(stacks, steps, strict=True):
-        advance(weights, layers, stack.g, stack.p, stack.memory, some, time)
+        advance(weights, layers, stack.blocks, stack.memory, some, time)
         for name, copy in stack.copies.items():
             torch._foreach_copy_(stack.views[name], list(copy))  # pyright: ignore
 
@@ -98,7 +97,7 @@ def _stack(of: list[int], params: list[Tensor], states: list[dict[str, Tensor]])
     g = _stacked([p.grad.permute(order) for p in some if p.grad is not None])
     p, *parts = (_matrices(one, axes) for one in whole.values())
     memory = Memory(*parts, *[None] * (len(Memory._fields) - len(parts)))
-    return Stack(of, views, copies, _matrices(g, axes), p, memory)
+    return Stack(of, views, copies, blocks_of(_matrices(g, axes), p, memory), memory)
 
 
 def _stacks(params: list[Tensor]) -> list[list[int]]:

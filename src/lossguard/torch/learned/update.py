@@ -56,13 +56,21 @@ class Sums(NamedTuple):
     """Of v, [K, 1]."""
 
 
-def remember(weights: dict[str, Tensor], g: Tensor, p: Tensor, memory: Memory) -> Sums:
+def blocks_of(g: Tensor, p: Tensor, memory: Memory) -> list[Block]:
+    """Of as many rows as ``BLOCK`` holds, at least one."""
+    whole = Block(g, p, memory.momenta, memory.second_moment, memory.rows)
+    rows = max(1, BLOCK // (g.shape[0] * g.shape[1] * g.shape[3]))
+    parts = (one.split(rows, dim=-2) for one in whole)
+    return [Block(*part) for part in zip(*parts, strict=True)]
+
+
+def remember(weights: dict[str, Tensor], blocks: list[Block], memory: Memory) -> Sums:
     """Bring the running means up to date, in place."""
     columns = memory.columns
-    totals = [_remember(weights, block) for block in _blocks(g, p, memory)]
+    totals = [_remember(weights, block) for block in blocks]
     products, squares, level, of_columns = map(_added, zip(*totals, strict=True))
     if columns is not None:
-        means = of_columns[:, None] / g.shape[2]
+        means = of_columns[:, None] / memory.rows.shape[3]
         _average(columns, means + 1e-30, weights["factored_rests"])
     return Sums(products, squares, level)
 
@@ -88,16 +96,14 @@ def scales(
 def advance(
     weights: dict[str, Tensor],
     layers: int,
-    g: Tensor,
-    p: Tensor,
+    blocks: list[Block],
     memory: Memory,
     steps: Tensor,
     t: Tensor,
 ) -> None:
     """Move p in place by the network's direction and magnitude, times ``steps``, [K]."""
-    n = g[0].numel()
+    n = memory.second_moment[0].numel()
     rows, columns = memory.rows, memory.columns
-    blocks = _blocks(g, p, memory)
     mean_row = None if columns is None else rows.mean(3, keepdim=True)
     alone = _seen(blocks[0], columns, mean_row) if len(blocks) == 1 else None
     squares = _added(
@@ -126,14 +132,6 @@ def advance(
         moved = magnitude.mul_(SCALE).exp_().mul_(direction).mul_(steps[:, None])
         block.p.sub_(moved.view(block.p.shape))
         start = end
-
-
-def _blocks(g: Tensor, p: Tensor, memory: Memory) -> list[Block]:
-    """Of as many rows as ``BLOCK`` holds, at least one."""
-    whole = Block(g, p, memory.momenta, memory.second_moment, memory.rows)
-    rows = max(1, BLOCK // (g.shape[0] * g.shape[1] * g.shape[3]))
-    parts = (one.split(rows, dim=-2) for one in whole)
-    return [Block(*part) for part in zip(*parts, strict=True)]
 
 
 def _average(old: Tensor, new: Tensor, rest: Tensor) -> None:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from ..cli.terminal import shown
 from ..metatrain import figure as meta
 from ..runs.curves import last_step
-from ..runs.drawing import png
+from ..runs.drawing import FIGURE, png
 from ..runs.files import write_whole
 from ..runs.records import EVALUATIONS, Record, read_parquet, read_runs
 from .claims import judge_claims
@@ -133,7 +133,7 @@ def _section(folder: Path, record: Record) -> dict[str, Any]:
 
 def _image(folder: Path, draw: Callable[[], Figure]) -> str:
     """The figure that the run left; drawn if it left none, or something else."""
-    file = folder / "figure.png"
+    file = folder / FIGURE
     left = b"" if file.is_symlink() or not file.is_file() else file.read_bytes()
     return base64.b64encode(left if left.startswith(PNG) else png(draw())).decode()
 

@@ -11,6 +11,9 @@ from matplotlib.text import Text
 
 from .files import write_whole
 
+FIGURE = "figure.png"
+"""What ``save`` leaves in a folder."""
+
 
 def titled(title: str, note: str | None) -> str:
     """A title, with what a figure must say of its data, if anything."""
@@ -46,6 +49,6 @@ def save(figure: Figure, folder: Path) -> Path:
     Raises:
         OSError: if it can't be written; an old one is left.
     """
-    file = folder / "figure.png"
+    file = folder / FIGURE
     write_whole(file, png(figure), "a figure")
     return file

@@ -7,7 +7,7 @@ groups   entries of its parameter groups that are no ``SETTINGS``, as schedule-f
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,14 +17,13 @@ from torch.optim import Optimizer
 
 from lossguard.torch.rates import (
     SETTINGS,
-    beside_state,
     copied_rate,
     options_of,
     same,
     set_back,
     set_rates,
 )
-from lossguard.torch.tensors import finite, leaves, local
+from lossguard.torch.tensors import finite, local
 
 
 class Memory(NamedTuple):
@@ -169,19 +168,3 @@ class Inner:
         if not isinstance(entries, dict):
             return []
         return [(key, local(one)) for key, one in entries.items() if isinstance(one, Tensor)]
-
-
-def refuse_copies(optimizer: Optimizer, moved: list[Tensor], params: Iterable[Tensor]) -> None:
-    """Refuse copies of parameters that have moved, where they would undo what is set back."""
-    live = {local(p).data_ptr() for p in params}
-    for name, held in beside_state(optimizer).items():
-        tensors = [local(leaf).detach() for leaf in leaves(held) if isinstance(leaf, Tensor)]
-        copies = [t for t in tensors if t.layout is torch.strided and t.data_ptr() not in live]
-        if all(
-            any(t.shape == value.shape and torch.equal(t.to(value), value) for t in copies)
-            for value in moved
-        ):
-            raise ValueError(
-                "copies of the parameters must be in an optimizer's state, which goes where they "
-                f"go, got {type(optimizer).__name__} with some in {name}"
-            )

@@ -3,7 +3,7 @@
 import copy
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain, compress
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ from torch.optim import Optimizer
 
 from lossguard.torch.arguments import innermost
 from lossguard.torch.distributed import check_rank, mean_of_ranks, this_rank
-from lossguard.torch.rates import options_of, set_back
-from lossguard.torch.state import refuse_copies
+from lossguard.torch.rates import beside_state, options_of, set_back
 from lossguard.torch.tensors import (
     PLAIN,
     Number,
@@ -23,6 +22,7 @@ from lossguard.torch.tensors import (
     buffers_of,
     finite,
     is_sharded,
+    leaves,
     local,
     own_buffers,
     stacked,
@@ -130,7 +130,7 @@ class Live:
             if now.numel() > 1 and not torch.equal(now, then.to(now.device)):
                 moved.setdefault(one, []).append(now)
         for one, values in moved.items():
-            refuse_copies(one, values, self.names)
+            _refuse_copies(one, values, self.names)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -220,6 +220,22 @@ class Live:
             snapshots.append(copied({**whole, "optimizer": memory}, place))
         trusted, candidate = snapshots
         return trusted, candidate
+
+
+def _refuse_copies(optimizer: Optimizer, moved: list[Tensor], params: Iterable[Tensor]) -> None:
+    """Refuse copies of parameters that have moved, where they would undo what is set back."""
+    live = {local(p).data_ptr() for p in params}
+    for name, held in beside_state(optimizer).items():
+        tensors = [local(leaf).detach() for leaf in leaves(held) if isinstance(leaf, Tensor)]
+        copies = [t for t in tensors if t.layout is torch.strided and t.data_ptr() not in live]
+        if all(
+            any(t.shape == value.shape and torch.equal(t.to(value), value) for t in copies)
+            for value in moved
+        ):
+            raise ValueError(
+                "copies of the parameters must be in an optimizer's state, which goes where they "
+                f"go, got {type(optimizer).__name__} with some in {name}"
+            )
 
 
 def _check_rates(optimizers: Sequence[Optimizer]) -> None:

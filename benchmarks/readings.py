@@ -56,36 +56,61 @@ RULES: Mapping[str, TrackingSequence] = {
 """Of GL2O's mu: what the paper's 0.9 is, and whether it follows accepted steps alone."""
 IMAGES, POINTS = ("unit", "symmetric", "standardized"), ("none", "standardized")
 """Scalings. Points as they are lie within about [-1, 1]."""
+SHAPES = (*POINTS, "two_spirals")
+"""Of Spirals: the last one is another data set, as it is."""
+LEARNED: Mapping[str, str] = {"": "lstm-mnist-mlp", "paper": "lstm-mnist-mlp-paper"}
+"""Learned optimizers of figures 2 to 9, by what ends the name of a reading; the second one is
+meta-trained by the paper's text, with nothing added."""
 READ: Mapping[str, tuple[Callable[[], Experiment], Sequence[str], int, float]] = {
     "fig03": (recipes.fig03, IMAGES, 100_000, 0.001),
     "fig04": (recipes.fig04, POINTS, 100_000, 0.01),
-    "fig05": (recipes.fig05, POINTS, 100_000, 0.01),
+    "fig05": (recipes.fig05, SHAPES, 100_000, 0.01),
     "fig06": (recipes.fig06, IMAGES, 1_000, 0.01),
     "fig07": (recipes.fig07, IMAGES, 1_000, 0.001),
     "fig08": (recipes.fig08, IMAGES, 1_000, 0.001),
+    "fig09": (recipes.fig09, SHAPES, 120_000, 0.01),
+    "fig12": (recipes.fig12, ("symmetric",), 100_000, 0.001),
+    "fig13": (recipes.fig13, ("symmetric",), 100_000, 0.01),
+    "fig14": (recipes.fig14, ("none",), 100_000, 0.01),
+    "fig15": (recipes.fig15, ("none",), 100_000, 0.01),
+    "fig16": (recipes.fig16, ("symmetric",), 100_000, 0.001),
 }
 """Figures that are run in several scalings, these, their steps, and Adam's rate in appendix E."""
 
 
-def reading(figure: str, scaling: str) -> Experiment:
-    """A figure of ``READ`` in one scaling, its methods in every policy and by every rule."""
+def reading(figure: str, inputs: str, learned: str) -> Experiment:
+    """A figure of ``READ`` with one sort of inputs, its methods in every policy and by every rule.
+
+    ``learned`` is a key of ``LEARNED``, "" in figures of the other learned optimizer.
+    """
     recipe, _, steps, rate = READ[figure]
     e = recipe()
+    shape = {"dataset": inputs, "scaling": "none"} if inputs == SHAPES[-1] else {"scaling": inputs}
     return replace(
         e,
-        name=f"reading-{figure}-{scaling}",
+        name="-".join(filter(None, ("reading", figure, inputs, learned))),
         figure="",
         steps=steps,
         adam_rate=rate,
         methods=(),
-        make_methods=reading_methods,
-        title=f"{e.title}: readings, inputs {scaling}",
-        scaling=scaling,
+        make_methods=fallback_readings if figure == "fig09" else reading_methods,
+        title=f"{e.title}: readings, inputs {inputs}",
+        learned=LEARNED[learned] if learned else e.learned,
+        **shape,
     )
 
 
+def first_reading(dataset: str, inputs: str, learned: str) -> Experiment:
+    """Figure 2's first steps on a data set, with one sort of inputs."""
+    e = recipes.fig02(dataset)
+    name = "-".join(filter(None, ("reading", "fig02", dataset, inputs, learned)))
+    scaling, learned = ("none" if inputs == SHAPES[-1] else inputs), LEARNED[learned]
+    dataset = inputs if inputs == SHAPES[-1] else dataset
+    return replace(e, name=name, figure="", dataset=dataset, scaling=scaling, learned=learned)
+
+
 def reading_methods(e: Experiment) -> Methods:
-    """The paper's methods; LGL2O by policies, GL2O by rules."""
+    """The paper's methods; LGL2O by policies and check minibatches, GL2O by rules."""
     sgd = sgd_fallback(e)
     return {
         "SGDnm": alone(e, sgd),
@@ -93,13 +118,34 @@ def reading_methods(e: Experiment) -> Methods:
         "L2O": learned_alone(e),
         **{f"GL2O, {name}": rival(e, sequence) for name, sequence in RULES.items()},
         **{f"LGL2O, {policy}": guarded(replace(e, loser=policy), sgd) for policy in POLICIES},
+        **{
+            f"LGL2O, {policy} (nc 100)": guarded(replace(e, loser=policy, nc=100), sgd)
+            for policy in POLICIES
+        },
+    }
+
+
+def fallback_readings(e: Experiment) -> Methods:
+    """Figure 9's methods by policies."""
+    return {
+        f"{name}, {policy}": method
+        for policy in POLICIES
+        for name, method in recipes.fallback_methods(replace(e, loser=policy)).items()
     }
 
 
 READINGS: Mapping[str, Callable[[], Experiment]] = {
-    f"{figure}-{scaling}": partial(reading, figure, scaling)
-    for figure, (_, scalings, _, _) in READ.items()
-    for scaling in scalings
+    "-".join(filter(None, (figure, inputs, learned))): partial(reading, figure, inputs, learned)
+    for figure, (_, sorts, _, _) in READ.items()
+    for inputs in sorts
+    for learned in (LEARNED if figure <= "fig09" else [""])
+} | {
+    "-".join(filter(None, ("fig02", dataset, inputs, learned))): partial(
+        first_reading, dataset, inputs, learned
+    )
+    for dataset in recipes.FIRST
+    for inputs in {"moons": POINTS, "circles": POINTS, "spirals": SHAPES}.get(dataset, IMAGES)
+    for learned in LEARNED
 }
 """By the folders of their records."""
 
@@ -123,6 +169,8 @@ OWN = {
     "weight, every step": "GL2O (every step)",
 }
 """GL2O by its rule in the figures' own runs."""
+SETTINGS = ("dataset", "learned")
+"""What is not judged here unless it is the figure's."""
 COLORS = {"reproduced": "#4a90c4", "not reproduced": "#e8a078", "not run": "#eeeeee"}
 """Of verdicts."""
 
@@ -148,7 +196,7 @@ def judge_readings(records: Mapping[Path, Record]) -> pl.DataFrame:
                 rows += [
                     (f"{kind}, {scaling}", about, one.id, judge(one, evidence).verdict)
                     for one in JUDGED
-                    if one.id in names.split() and (READ[one.figures[0]][1] is scalings)
+                    if one.id in names.split() and READ[one.figures[0]][1][0] in scalings
                 ]
     return pl.DataFrame(rows, ["inputs", "about", "claim", "verdict"], orient="row")
 
@@ -163,10 +211,12 @@ def _as_the_figures(
     for record in records.values():
         config = record.config
         own = config["name"].removeprefix("reading-") not in READINGS
-        name = config.get("figure") if own else config["name"].split("-")[1]
+        name = str(config.get("figure") if own else config["name"].split("-")[1])
         if name not in READ or config.get("scaling") != scaling:
             continue
         recipe = recipes.PAPERS[name]()
+        if any(config.get(s, getattr(recipe, s)) != getattr(recipe, s) for s in SETTINGS):
+            continue
         labels = {"SGDnm": "SGDnm", "L2O": "L2O", "Adam 0.01": "Adam 0.01"}
         if not own:
             adam = "Adam 0.01" if name == "fig05" else "Adam"  # as claims call it
@@ -223,9 +273,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folders", type=Path, nargs="+", help="of records, and of such folders")
     parser.add_argument("--run", nargs="+", default=[], choices=READINGS, metavar="NAME")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0, help="the first one")
+    parser.add_argument("--steps", type=int, help="in place of the reading's")
+    parser.add_argument("--methods", nargs="+", default=[], help="in place of all")
     parser.add_argument("--out", type=Path, default=Path("readings.png"), help="the map")
     asked = parser.parse_args(arguments)
-    experiments = {name: replace(READINGS[name](), seeds=asked.seeds) for name in asked.run}
+    given = {"seeds": asked.seeds, "seed": asked.seed, "methods": tuple(asked.methods)}
+    given |= {"steps": asked.steps} if asked.steps else {}
+    experiments = {name: replace(READINGS[name](), **given) for name in asked.run}
     for outcome in sweep(experiments, asked.folders[0]):
         print(f"{outcome.name}: {outcome.state} {outcome.reason}")
     records, others = read_runs(asked.folders)

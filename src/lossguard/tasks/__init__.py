@@ -12,6 +12,7 @@ from .datasets import mnist as mnist
 from .datasets import moons as moons
 from .datasets import spirals as spirals
 from .datasets import tiny_imagenet50_32px as tiny_imagenet50_32px
+from .datasets import two_spirals as two_spirals
 from .goals import CLASSIFICATION as CLASSIFICATION
 from .goals import RECONSTRUCTION as RECONSTRUCTION
 from .goals import Goal as Goal

@@ -8,9 +8,9 @@ from typing import Any
 from ..validation import check_choice
 from .dataset import Dataset
 from .images import cifar10, digits, fashion_mnist, mnist, tiny_imagenet50_32px
-from .points import circles, moons, spirals
+from .points import circles, moons, spirals, two_spirals
 
-POINTS = spirals, circles, moons
+POINTS = spirals, two_spirals, circles, moons
 IMAGES = digits, mnist, fashion_mnist, cifar10, tiny_imagenet50_32px
 DATASETS: Mapping[str, Callable[..., Dataset]] = MappingProxyType(
     {loader.__name__: loader for loader in POINTS + IMAGES}

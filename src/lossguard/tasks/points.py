@@ -56,6 +56,36 @@ def spirals(
     return _points("spirals", arms(samples), arms(test_samples), scaling)
 
 
+def two_spirals(
+    *,
+    samples: int = 10_000,
+    test_samples: int = 2_000,
+    noise: float = 0.5,
+    seed: int = 0,
+    scaling: str = "none",
+) -> Dataset:
+    """Two interleaved spirals as a much copied function has them, within about [-14, 14]^2.
+
+    With u uniform on [0, 1], e uniform on [0, 1] in two dimensions, c the class, and the angle of
+    13 pi / 3, which is 780 degrees::
+
+        a = 13 pi sqrt(u) / 3,  x = (1 - 2 c) (a (-cos a, sin a) + noise e)
+
+    An arm's turns are 2 pi apart. Arguments and errors are those of
+    ``spirals``, except ``noise``: the most that is added to a coordinate.
+    """
+    _check_points(samples, test_samples, noise, seed, scaling)
+    rng = np.random.default_rng(seed)
+
+    def arms(count: int) -> tuple[np.ndarray, np.ndarray]:
+        label = np.arange(count) % 2
+        angle = 13 * np.pi / 3 * np.sqrt(rng.uniform(size=count))
+        arm = angle[:, None] * np.stack([-np.cos(angle), np.sin(angle)], axis=1)
+        return (1 - 2 * label[:, None]) * (arm + noise * rng.uniform(size=(count, 2))), label
+
+    return _points("two_spirals", arms(samples), arms(test_samples), scaling)
+
+
 def circles(
     *,
     samples: int = 10_000,

@@ -1,5 +1,6 @@
 """Bad input is one sentence that names the argument, its value and what is allowed."""
 
+import math
 import re
 
 import jax
@@ -200,6 +201,15 @@ WRONG = {
         "params|[1] is complex64": lambda: residual_guard(SGD, SGD).init((ONES, 1j * ONES)),
         "params|['f'] is 'relu'": lambda: loss_guard(SGD, SGD).init({"w": ONES, "f": "relu"}),
     },
+    " must be of 16 bits at least, in which JAX can compute, but its leaf ": {
+        "params|itself is float8_e4m3fn": lambda: ALONE.init(ONES.astype(jnp.float8_e4m3fn)),
+        "params|[1] is float8_e5m2": lambda: rewind(SGD).init([ONES, jnp.ones(2, jnp.float8_e5m2)]),
+    },
+    " must not be NaN at the start, but its leaf ": {
+        "params|['b'] is": lambda: recommended(SGD, SGD).init({"a": ONES, "b": jnp.nan * ONES}),
+        "params|itself is": lambda: rewind(SGD).init(np.array([0.0, np.nan])),
+        "params|[0] is": lambda: best_of([ALONE]).init([math.nan, 1.0]),
+    },
     " must return a scalar floating-point loss, got ": {
         "loss|(": lambda: stacked(lambda w, x: (jnp.sum(w), w), ONES, 0)(ONES, 0),
         "loss|1.0": lambda: stacked(lambda w, x: 1.0, ONES, 0)(ONES, 0),
@@ -324,3 +334,13 @@ def test_numpys_numbers_are_numbers(make) -> None:
             lambda leaf: leaf.dtype, before
         )
     assert step._cache_size() == 1
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("make", [lambda: recommended(SGD, SGD), lambda: rewind(SGD)])
+def test_a_start_that_is_traced_or_a_mask_is_let_in(make) -> None:
+    made = make()
+    ruined, masked = jnp.nan * ONES, jnp.array([0.0, -jnp.inf])
+    assert jax.tree.leaves(jax.jit(made.init)(ruined))
+    assert jax.tree.leaves(jax.vmap(made.init)(jnp.stack([ruined, ONES])))
+    assert jax.tree.leaves(made.init({"mask": masked, "w": ONES}))

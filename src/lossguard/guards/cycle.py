@@ -15,6 +15,8 @@ from .stacked import check_stacked
 
 LONGEST = 10**6
 """Minibatches of a cycle, at most: their losses are kept, and counted several times in 32 bits."""
+LEAST_BITS = 16
+"""Of a parameter: JAX refuses to add numbers of 8 bits to wider ones."""
 
 
 class Cycle(NamedTuple):
@@ -58,17 +60,28 @@ def guard_of(
 
 
 def as_arrays(params: Params) -> Params:
-    """The leaves as arrays whose types a loop can carry; refuse none, and what is no float."""
+    """The leaves as arrays whose types a loop can carry; refuse none, and what is no float.
+
+    A start that is NaN stays NaN whatever is done, so it is refused, unless it is traced. Infinite
+    ones are let in: masks are.
+    """
     if not jax.tree.leaves(params):
         raise ValueError(f"params must hold at least one array, got {params!r}")
     for path, leaf in jax.tree.leaves_with_path(params):
+        name = jax.tree_util.keystr(path) or "itself"
         is_number = isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int | complex)
         dtype = jnp.result_type(leaf) if is_number else repr(leaf)
         if not (is_number and jnp.issubdtype(dtype, jnp.floating)):
-            name = jax.tree_util.keystr(path) or "itself"
             raise ValueError(
                 f"params must be floating-point arrays, but its leaf {name} is {dtype}"
             )
+        if jnp.finfo(dtype).bits < LEAST_BITS:
+            raise ValueError(
+                f"params must be of {LEAST_BITS} bits at least, in which JAX can compute, but its "
+                f"leaf {name} is {dtype}"
+            )
+        if not isinstance(leaf, jax.core.Tracer) and jnp.isnan(leaf).any():
+            raise ValueError(f"params must not be NaN at the start, but its leaf {name} is")
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), params)
 
 

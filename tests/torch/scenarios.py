@@ -70,7 +70,7 @@ def ddp_nan(rank):
     clean = check_of(model)
 
     def check(k):
-        cycle, learned = k // 2, guard._weights.holder.name == "y"
+        cycle, learned = k // 2, guard._live.holder.name == "y"
         poisoned = rank == 1 and (cycle == 2 or (cycle == 1 and learned))
         return clean(k) * math.nan if poisoned else clean(k)
 

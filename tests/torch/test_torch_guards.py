@@ -85,7 +85,7 @@ def test_a_decision_says_where_the_model_jumps():
     check, at = check_of(model), {}
 
     def noting(k):
-        at[guard._weights.holder.name] = [p.detach().clone() for p in model.parameters()]
+        at[guard._live.holder.name] = [p.detach().clone() for p in model.parameters()]
         return check(k)
 
     guard = two(LossGuard, model, nt=2, check=noting)
@@ -102,9 +102,9 @@ def test_a_decision_says_where_the_model_jumps():
 def test_best_of_checks_on_held_out_minibatches_by_their_numbers(monkeypatch):
     model, numbers, checks, enter = mlp(), [], [], Lane.enter
 
-    def entered(lane, mode="train"):
+    def entered(lane, mode="train", **options):
         checks.append(mode == "eval")
-        enter(lane, mode)
+        enter(lane, mode, **options)
 
     monkeypatch.setattr(Lane, "enter", entered)
 

@@ -80,7 +80,7 @@ def test_a_counter_that_a_step_writes_to_is_each_lanes_own(counter):
     for _ in range(60):
         guard.step(squares(w))
     own = guard._lanes["s"]
-    steps = own.memory().options[0]["k"][0]
+    steps = own.memory.now.options[0]["k"][0]
     for _ in range(int(steps)):
         step_by(alone, v.square().sum())
     assert guard.last_decision.winner == 0  # it runs beside another lane of its optimizer
@@ -335,7 +335,6 @@ def test_to_evaluate_changes_nothing_of_the_run():
                 guard.eval()
         runs.append(guard.history)
         guard.eval()
-        assert guard._leader.inner.holder == guard._leader.name
     history, other = runs
     assert len({d.winner for d in history}) == 3
     assert [d.winner for d in history] == [d.winner for d in other]
@@ -380,7 +379,7 @@ def test_a_group_entry_that_the_first_step_makes_is_memory():
         model = mlp()
         guard = two(LossGuard, model, lambda ps: Counting(ps, lr=5.0), nt=2, loser=loser)
         run(guard, model, minibatches(4))
-        group = [*guard._inners.values()][1].optimizer.param_groups[0]
+        (group,) = guard._lanes["y"].memory.now.options
         assert {key: value for key, value in group.items() if key == "t"} == expected
 
 

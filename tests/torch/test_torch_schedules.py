@@ -27,7 +27,7 @@ def test_one_schedule_drives_both_in_proportion(number):
     """Tensors as rates are changed in place."""
     model = mlp()
     guard = two(Recommended, model, nt=2)
-    fallback, learned = (inner.optimizer for inner in guard._inners.values())
+    fallback, learned = (one for one in guard._optimizers.values())
     scheduler = LambdaLR(guard, lambda t: number(min(1, t / 4)))  # a warm-up from 0
     seen = []
     for batch in minibatches(6):
@@ -115,7 +115,7 @@ def test_other_options_are_handed_on_to_who_has_them():
     OneCycleLR(guard, max_lr=0.3, total_steps=10)  # of momentum too, which Adam hasn't
     guard.param_groups[0]["weight_decay"] = 0.5
     guard.step(closure_for(guard, model, spiral()))
-    fallback, learned = (inner.optimizer.param_groups[0] for inner in guard._inners.values())
+    fallback, learned = (one.param_groups[0] for one in guard._optimizers.values())
     assert learned["weight_decay"] == fallback["weight_decay"] == 0.5
     assert fallback["momentum"] == 0.95 and "momentum" not in learned
     assert fallback["lr"] == pytest.approx(0.3 / 25)
@@ -148,7 +148,7 @@ def test_a_rate_that_was_0_and_groups_out_of_proportion_are_refused():
     guard = two(Recommended, model, fallback=split)
     guard.param_groups[0]["lr"], guard.param_groups[1]["lr"] = 0.01, 0.02
     guard.step(closure_for(guard, model, spiral()))  # both a tenth
-    assert [*guard._inners.values()][1].optimizer.param_groups[0]["lr"] == pytest.approx(0.005)
+    assert guard._optimizers["learned"].param_groups[0]["lr"] == pytest.approx(0.005)
     guard.param_groups[0]["lr"] = 0.1
     with pytest.raises(ValueError, match=r"^rates of the guard's groups must change in proportion"):
         guard.step(closure_for(guard, model, spiral()))
@@ -162,7 +162,7 @@ def test_a_rate_that_is_not_finite_reaches_nobody(rate):
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(ValueError, match=r"^rates must be finite, got (nan|inf)$"):
         guard.step(closure_for(guard, model, spiral()))
-    optimizers = [inner.optimizer for inner in guard._inners.values()]
+    optimizers = list(guard._optimizers.values())
     assert [one.param_groups[0]["lr"] for one in optimizers] == [0.3, 0.05]
     assert all(map(torch.equal, before, model.parameters()))
     guard.param_groups[0]["lr"] = 0.15
@@ -200,11 +200,11 @@ def test_a_schedule_is_resumed():
     guard.param_groups[0]["lr"] = 0.1  # as a scheduler does after the step
     other.load_state_dict(guard.state_dict())
     assert other.param_groups[0]["lr"] == 0.1
-    assert [*other._inners.values()][1].optimizer.param_groups[0]["lr"] == pytest.approx(0.05 / 3)
+    assert other._optimizers["learned"].param_groups[0]["lr"] == pytest.approx(0.05 / 3)
     for one, its_model in ((guard, model), (other, twin)):
         one.param_groups[0]["lr"] = 0.03
         one.step(closure_for(one, its_model, spiral()))
-        assert [*one._inners.values()][1].optimizer.param_groups[0]["lr"] == pytest.approx(0.005)
+        assert one._optimizers["learned"].param_groups[0]["lr"] == pytest.approx(0.005)
 
 
 def test_a_schedule_drives_an_optimizer_that_was_loaded_later_and_skips_empty_groups():

@@ -44,8 +44,6 @@ PRIVATE = {
     "_version": "test_what_a_step_writes_to_in_a_group_goes_back",
     "_optimizer_step_pre_hooks": "test_where_it_has_ended_steps_are_as_they_were",
     "_optimizer_step_post_hooks": "test_a_scheduler_in_a_hook_goes_on_from_its_own_rates",
-    "_optimizer_load_state_dict_pre_hooks": "test_hooks_are_called",
-    "_optimizer_load_state_dict_post_hooks": "test_hooks_are_called",
     "_amp_foreach_non_finite_check_and_unscale_": "test_one_bad_number_makes_all_gradients_0",
     "_foreach_copy_": "test_models",
     "_fsdp_flattened": "test_what_it_refuses",

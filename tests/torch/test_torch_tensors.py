@@ -10,8 +10,8 @@ from torch.optim import SGD
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lossguard.torch.guards.memory import Memory, OwnMemory
 from lossguard.torch.process import Randomness
-from lossguard.torch.state import Inner, Memory
 from lossguard.torch.tensors import are_finite, finite, stacked, zero_unsound
 
 
@@ -163,22 +163,26 @@ class Counts(SGD):
 @pytest.mark.parametrize(("made", "is_finite"), [(1.0, True), (math.nan, False)])
 def test_of_a_group_what_was_given_may_be_infinite(made, is_finite):
     p = torch.ones(2, requires_grad=True)
-    inner = Inner(Counts([p], 0.0), [p])
-    group = inner.optimizer.param_groups[0]
+    optimizer = Counts([p], 0.0)
+    memory = OwnMemory(optimizer, [p], [p], first=True)
+    group = optimizer.param_groups[0]
     group["lr"], group["number"] = math.inf, made  # a rate is no memory
-    assert inner.is_finite(inner.memory("")) == is_finite
+    assert memory.is_finite() == is_finite
     group["made"] = math.inf
-    assert not inner.is_finite(inner.memory(""))
+    assert not memory.is_finite()
 
 
 def test_of_a_group_lanes_share_the_settings_alone():
     p = torch.ones(2, requires_grad=True)
-    inner = Inner(Counts([p], 0.0), [p])
-    group = inner.optimizer.param_groups[0]
+    optimizer = Counts([p], 0.0)
+    one, other = (OwnMemory(optimizer, [p], [p], first=first) for first in (True, False))
+    group = optimizer.param_groups[0]
     group |= {"lr": 0.2, "initial_lr": 0.3, "number": 5.0, "made": 1}
-    kept = inner.exchange(inner.fresh())
+    one.go_out()
+    other.go_in()
     assert (group["lr"], group["initial_lr"], group["number"]) == (0.2, 0.3, 0.0)
     assert "made" not in group
     group["lr"] = 0.4
-    inner.exchange(kept)
+    other.go_out()
+    one.go_in()
     assert (group["lr"], group["number"], group["made"]) == (0.4, 5.0, 1)

@@ -167,15 +167,15 @@ def refuse_steps_beside(guard: Any) -> None:
 
     def refuse(optimizer: Any, *_: Any) -> None:
         guard = itself()
-        if guard and guard._order and not any(one.steps for one in guard._inners.values()):
+        if guard and guard._order and not guard._rates.stepping:
             raise ValueError(
                 "lane.step(loss) must make every step while the guard runs, got "
                 f"{type(optimizer).__name__}.step() in the body or closure (take it out)"
             )
 
     refuse.guard = itself  # pyright: ignore[reportFunctionMemberAccess]
-    for inner in guard._inners.values():
-        hook = innermost(inner.optimizer).register_step_pre_hook(refuse)
+    for optimizer in guard._optimizers.values():
+        hook = innermost(optimizer).register_step_pre_hook(refuse)
         weakref.finalize(guard, hook.remove)
 
 
@@ -199,7 +199,7 @@ def check_model(model: Any, params: Sequence[Tensor]) -> nn.Module | None:
     return model
 
 
-def check_loop(optimizers: Sequence[Optimizer], params: Sequence[Tensor]) -> None:
+def check_loop(optimizers: Iterable[Optimizer], params: Sequence[Tensor]) -> None:
     for one in optimizers:
         count = sum(len(group["params"]) for group in one.param_groups)
         if count != len(params):
@@ -250,8 +250,9 @@ def compare(losses: Sequence[Tensor]) -> None:
         )
 
 
-def warn_if_written(shared: Iterable[tuple[Tensor, int]]) -> None:
-    if written := [list(p.shape) for p, before in shared if p._version != before]:
+def warn_if_written(params: Iterable[Tensor], versions: Iterable[int]) -> None:
+    pairs = zip(params, versions, strict=True)
+    if written := [list(p.shape) for p, before in pairs if p._version != before]:
         warnings.warn(
             f"closure changed parameters that no optimizer has, such as one of shape {written[0]}: "
             "all lanes share them (give them to all optimizers, with requires_grad_(False))",

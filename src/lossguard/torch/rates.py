@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ class Rates:
         """Their rates when the guard was built; the first optimizer's were those of ``groups``."""
         self.given = list(self.bases)
         """The rates that they have, unless somebody else has set them."""
+        self.stepping = False
+        """Whether a lane takes a step."""
         self.note()
 
     def _theirs(self) -> list[Group]:
@@ -77,13 +80,38 @@ class Rates:
                 "scheduler.step() out of it)"
             )
 
+    @contextmanager
+    def scaled(self, optimizer: Optimizer, part: float) -> Iterator[None]:
+        """While a lane steps: the rates of its optimizer are a part of what they are."""
+        groups = [group for group in optimizer.param_groups if group.get("lr") is not None]
+        rates = [copied_rate(group) for group in groups] if part < 1 else []
+        self.stepping = True
+        try:
+            set_rates(groups, [rate * part for rate in rates])
+            yield
+        finally:
+            self.stepping = False
+            set_rates(groups, rates)
+            self.mark()  # some optimizers set their own
+
     def _now(self) -> list[Any]:
         rates = [group.get("lr") for group in (*self.groups, *self._theirs())]
         return [written(rate) if isinstance(rate, Tensor) else rate for rate in rates]
 
-    def go_on(self, bases: list[float | None], given: list[float | None]) -> None:
-        """Go on from saved rates, with what is in the groups now."""
-        self.bases, self.given = bases, given
+    def saved(self) -> list[tuple[float | None, float | None, Group]]:
+        """What a checkpoint has of each group of theirs: both rates, and the settings."""
+        settings = [
+            {key: value for key, value in group.items() if key in SETTINGS - PARAMS}
+            for group in self._theirs()
+        ]
+        return list(zip(self.bases, self.given, settings, strict=True))
+
+    def go_on(self, saved: list[tuple[float | None, float | None, Group]]) -> None:
+        """Go on from saved rates, with what is in the guard's groups now."""
+        self.bases = [base for base, _, _ in saved]
+        self.given = [rate for _, rate, _ in saved]
+        for group, (_, _, settings) in zip(self._theirs(), saved, strict=True):
+            group.update(settings)
         self.note()
 
     def apply(self) -> None:
@@ -103,6 +131,7 @@ class Rates:
             self._scale()
         if any(changes):
             self.note()
+        self.mark()
 
     def _scale(self) -> None:
         factors: dict[int, float] = {}

@@ -213,7 +213,7 @@ class BestOf(Guard):
             self.records = [record._replace(weight=0.0) for record in self.records]
         for k, lane in enumerate(self._lanes.values()):
             if k not in ran:
-                lane.wind(self.nt, on=True)
+                lane.memory.wind(self.nt, on=True)
             elif k != leader and after >= HEAD_START:
                 self._spent[k] += self.nt
 

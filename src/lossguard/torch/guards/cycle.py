@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from lossguard.torch import arguments, saving
+from lossguard.torch import arguments
 from lossguard.torch.arguments import Closure, scalar
 from lossguard.torch.distributed import mean_of_ranks, several
+from lossguard.torch.guards import saving
 from lossguard.torch.guards.decision import Decision, Seen
-from lossguard.torch.guards.lane import Beside, Lane, Weights
+from lossguard.torch.guards.lane import Lane, Live
 from lossguard.torch.process import Randomness, modes_kept
-from lossguard.torch.rates import Rates, group_copy
-from lossguard.torch.state import Inner
-from lossguard.torch.tensors import stacked
-from lossguard.validation import check_count
+from lossguard.torch.rates import PARAMS, SETTINGS, Rates, group_copy
+from lossguard.torch.tensors import leaves, stacked
+from lossguard.validation import check_count, named
 
 Module = nn.Module | None | EllipsisType
 """What a guard takes as ``model``; it refuses ``...``, which stands where none is given."""
@@ -68,25 +68,30 @@ class Guard(arguments.Uncopied, Optimizer):
         first = next(iter(optimizers.values()))
         super().__init__([group_copy(group) for group in first.param_groups], dict(first.defaults))
         self.state.update({p: {} for p in params})  # else checkpointing would step to make some
+        self._optimizers = dict(optimizers)
         self._rates = Rates(self.param_groups, list(optimizers.values()))
         self._randomness = Randomness(params)
-        self._weights = Weights(params, module)
-        self._inners = {name: Inner(one, params) for name, one in optimizers.items()}
-        self._lanes = {
-            name: Lane(name, self._inners[of], self._weights, self._rates, forgives=self.forgives)
-            for name, of in lanes.items()
-        }
-        self._leader = self._weights.holder = next(iter(self._lanes.values()))
+        self._live = Live(params, module)
+        self._lanes: dict[str, Lane] = {}
+        for name, of in lanes.items():
+            own = all(lane.optimizer is not optimizers[of] for lane in self._lanes.values())
+            self._lanes[name] = Lane(
+                name, optimizers[of], self._live, self._rates, first=own, forgives=self.forgives
+            )
+        self._leader = self._live.holder = next(iter(self._lanes.values()))
         self._others: list[Lane] = []
         """Those that run beside the leader in this cycle."""
         self._order: list[Lane] = []
         """All that run on the minibatch that is under way."""
-        self._start: tuple[list[Tensor], Beside] = [], []
-        """Random state, and other optimizers' gradients, with which each of them starts."""
+        ours = set(params)
+        self._beside = [p for p in module.parameters() if p not in ours] if module else []
+        """Parameters of the model that no lane has."""
+        self._start: tuple[list[Tensor], list[Tensor | None]] = [], []
+        """Random state, and the gradients of those, with which each lane starts."""
         self._alike = True
         """Whether the next minibatch is the first, on which all lanes are at one point."""
-        self._shared: list[tuple[Tensor, int]] = []
-        """What no lane has, and how often it had been written to then."""
+        self._versions: list[int] = []
+        """How often each that no lane has had been written to before it."""
         arguments.refuse_steps_beside(self)
 
     @property
@@ -140,7 +145,7 @@ class Guard(arguments.Uncopied, Optimizer):
 
         Loading it goes on bit by bit, but for the global random state, which is the program's.
         """
-        return saving.save(self)
+        return _save(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the state of a guard that was built in the same way; before the first step,
@@ -149,13 +154,11 @@ class Guard(arguments.Uncopied, Optimizer):
         Raises:
             ValueError: if it wasn't. This one is as it was before, then.
         """
-        saving.load(self.itself, state_dict)
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+        _load(self.itself, state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused, except when the guard is built."""
-        if hasattr(self, "_weights"):
+        if hasattr(self, "_live"):
             raise ValueError(
                 "parameters must be in the optimizers when the guard is built, got others later: "
                 "build another guard"
@@ -169,15 +172,6 @@ class Guard(arguments.Uncopied, Optimizer):
                 "loop that was left: delete its guard.lanes())"
             )
 
-    def go_on(self, numbers: list[Any], leader: Lane, others: list[Lane]) -> None:
-        """Go on from what was ``remembered``, with these lanes, of which one is in the model."""
-        for name, number in zip(self.remembered, numbers, strict=True):
-            setattr(self, name, number)
-        self._leader, self._others = leader, others
-        self._weights.hold(leader)
-        self._order = []  # of a minibatch that was interrupted
-        self._alike = self.phase == self.steps == 0  # as a trainer loads what it has just saved
-
     def _begin(self) -> list[Lane]:
         """The lanes that run in the cycle beside the live one, where they start from."""
         return []
@@ -189,8 +183,8 @@ class Guard(arguments.Uncopied, Optimizer):
     def _lead(self, lane: Lane) -> None:
         """Have another lane in the model from now on."""
         if lane is not self._leader:
-            self._weights.note_jump(lane.values)
-            lane.go_live()
+            self._live.note_jump(lane.point)
+            lane.enter()
             self._leader = lane
 
     def _loop(self) -> Generator[Lane, None, None]:
@@ -227,16 +221,16 @@ def _open(guard: Guard) -> list[Lane]:
     """Begin a minibatch; the lanes that run on it."""
     if guard._order:  # a loop that was left, whose generator lives on
         _undo(guard)
-    optimizers = [inner.optimizer for inner in guard._inners.values()]
-    arguments.check_loop(optimizers, guard._weights.params)
+    arguments.check_loop(guard._optimizers.values(), guard._live.params)
     guard._rates.apply()
-    guard._rates.mark()
-    guard._start = guard._randomness.state(), guard._weights.gradients_beside()
+    grads = [None if p.grad is None else p.grad.clone() for p in guard._beside]
+    guard._start = guard._randomness.state(), grads
     if guard.phase == 0:
         for lane in guard._lanes.values():
             lane.begin()
         guard._others = guard._begin()
-        guard._shared = guard._weights.versions() if guard._alike else []
+    if guard._alike:
+        guard._versions = [p._version for p in guard._beside]
     guard._order = [*guard._others, guard._leader]
     for lane in guard._order:
         lane.prepare()
@@ -244,22 +238,23 @@ def _open(guard: Guard) -> list[Lane]:
 
 
 def _restore(guard: Guard) -> None:
-    """Random state and gradients, as each lane starts with them."""
-    draws, beside = guard._start
+    """Random state, and gradients that are no lane's, as each lane starts with them."""
+    draws, grads = guard._start
     guard._randomness.set(draws)
-    guard._weights.reset_gradients(beside)
+    for p, grad in zip(guard._beside, grads, strict=True):
+        p.grad = None if grad is None else grad.clone()
 
 
 def _undo(guard: Guard) -> None:
     """After an error the minibatch doesn't count; if a step was begun, nor does the cycle."""
     order, guard._order = guard._order, []
-    inside = guard._weights.holder
+    inside = guard._live.holder
     inside.leave(keep=inside.stepped)
-    guard._leader.go_live(keep=inside.stepped)
+    guard._leader.enter(keep=inside.stepped)
     _restore(guard)
     if guard.phase == guard.nt or any(lane.begun or lane.stepped for lane in order):
         guard.phase = 0
-        if not guard._weights.are_finite(guard._weights.live()):
+        if not guard._live.are_finite(guard._live.tensors()):
             guard._leader.go_back()
 
 
@@ -267,17 +262,15 @@ def _close(guard: Guard) -> None:
     """After a minibatch, on which all lanes have stepped."""
     guard.phase += 1
     guard._opt_called = True  # or schedulers on it warn that nobody calls ``step``
-    for lane in [one for one in guard._order if not one.inner.looked]:
-        lane.inner.find_copies(lane.memory(), guard._leader.before, lane.point)
     if guard._alike:
         guard._alike = False
         arguments.compare([lane.losses[0] for lane in guard._order])
-        arguments.warn_if_written(guard._shared)
+        arguments.warn_if_written(guard._beside, guard._versions)
     if guard.phase == guard.nt:
         if guard.check is not None:
             _measure(guard, guard.check)
         decision = guard._settle(_seen(guard))
-        guard.history.append(decision._replace(jumped=guard._weights.has_jumped()))
+        guard.history.append(decision._replace(jumped=guard._live.has_jumped()))
         guard.phase, guard.steps = 0, guard.steps + guard.nt
     guard._order = []
 
@@ -289,7 +282,7 @@ def _measure(guard: Guard, check: Callable[[int], Tensor]) -> None:
         guard._randomness.set(draws)
         lane.enter("eval")
         try:
-            with torch.no_grad(), modes_kept(guard._weights.model):
+            with torch.no_grad(), modes_kept(guard._live.model):
                 for k in range(guard.checked, guard.checked + guard.nc):
                     try:
                         value = check(k)
@@ -318,8 +311,8 @@ def _lost_loss(guard: Guard, lane: Lane, error: Exception) -> Tensor:
     Such an error would come again in every cycle. Any other is passed on, and so are the fallback's
     and, of several ranks, all: the others would not know of it.
     """
-    trusted = lane.inner is guard._inners.get("fallback")
-    if trusted or several(guard.process_group) or not lane.weights.have_diverged():
+    trusted = lane.optimizer is guard._optimizers.get("fallback")
+    if trusted or several(guard.process_group) or not guard._live.have_diverged():
         raise error
     warnings.warn(
         f"{lane} has numbers that aren't finite and raised {type(error).__name__}: such "
@@ -335,7 +328,7 @@ def _seen(guard: Guard) -> dict[str, Seen]:
     ran = [guard._leader, *guard._others]
     losses = stacked([loss for lane in ran for loss in (*lane.losses, *lane.checks)])
     rows = [
-        [*told, not lane.weights.are_finite(lane.point), not lane.inner.is_finite(lane.memory())]
+        [*told, not guard._live.are_finite(lane.point), not lane.memory.is_finite()]
         for lane, told in zip(ran, losses.reshape(len(ran), -1).tolist(), strict=True)
     ]
     agreed = mean_of_ranks(
@@ -348,3 +341,89 @@ def _seen(guard: Guard) -> dict[str, Seen]:
         if lost > 0:
             lane.forget()
     return seen
+
+
+def _save(guard: Guard) -> dict[str, Any]:
+    guard.check_between("state_dict")
+    guard._rates.apply()  # what is set, but not carried over, would be lost
+    draws = guard._randomness.state()
+    kept = {name: lane.kept(within=guard.phase > 0) for name, lane in guard._lanes.items()}
+    guard._randomness.set(draws)  # of which steps that some lanes take to be saved may draw
+    rest = {
+        "kind": _kind(guard),
+        "leader": guard._leader.name,
+        "running": [lane.name for lane in guard._others],
+        "numbers": list(leaves([getattr(guard, name) for name in guard.remembered])),
+        "rates": guard._rates.saved(),
+    }
+    return saving.packed(guard, guard._live.params, kept, rest)
+
+
+def _load(guard: Guard, state_dict: dict[str, Any]) -> None:
+    params, lanes = guard._live.params, guard._lanes
+    state, groups, rest = saving.opened(state_dict, params[0])
+    if groups and not rest and guard._alike:
+        _take_over(guard, state_dict)
+        return
+    if rest.get("kind") != _kind(guard):
+        got = rest.get("kind") or (
+            f"one with the keys {list(state_dict)} (an optimizer's own is taken over before the "
+            "first step)"
+        )
+        raise ValueError(f"state_dict must be of a guard with {_kind(guard)}, got {got}")
+    kept = {name: saving.unpacked(lane, params, state, rest) for name, lane in lanes.items()}
+    leader, *others = (lanes[name] for name in (rest["leader"], *rest["running"]))
+    before = [getattr(guard, name) for name in guard.remembered]
+    numbers = saving.filled(before, rest["numbers"], type(guard).__name__)
+    pairs = zip(guard._rates.saved(), rest["rates"], strict=True)
+    rates = [(base, given, settings) for _, (base, given, settings) in pairs]
+    for name, one in kept.items():  # from here on nothing may fail
+        lanes[name].go_on(one)
+    for group, entries in zip(guard.param_groups, groups, strict=True):
+        group.update({key: value for key, value in entries.items() if key != "params"})
+    guard._rates.go_on(rates)
+    for name, number in zip(guard.remembered, numbers, strict=True):
+        setattr(guard, name, number)
+    guard._leader, guard._others, guard._order = leader, others, []
+    leader.hold()
+    guard._alike = guard.phase == guard.steps == 0  # as a trainer loads what it has just saved
+
+
+def _kind(guard: Guard) -> dict[str, Any]:
+    """What two guards must have in common to load from each other."""
+    optimizers = [
+        [type(one).__name__, *(len(group["params"]) for group in one.param_groups)]
+        for one in guard._optimizers.values()
+    ]
+    lanes = {"lanes": list(guard._lanes), "optimizers": optimizers}
+    return {"kind": type(guard).__name__, **lanes, "nt": guard.nt, "nc": guard.nc}
+
+
+def _take_over(guard: Guard, state_dict: dict[str, Any]) -> None:
+    """Have the live lane go on from an optimizer's own state, with all rates in proportion."""
+    entries = state_dict["state"].values()
+    if entries and not any(entries):
+        raise ValueError(
+            "state_dict must hold what is known of each parameter, got nothing of any (get and set "
+            "it without flatten_optimizer_state_dict)"
+        )
+    optimizer = guard._leader.optimizer
+    groups = [dict(group) for group in optimizer.param_groups]
+    for was, now in zip(groups, state_dict["param_groups"], strict=False):
+        if now.get("maximize"):
+            raise ValueError("state_dict must be of a run that minimizes, got maximize=True")
+        if lacking := was.keys() - now.keys():
+            raise ValueError(
+                f"state_dict must be of {named(type(optimizer))}, which goes on with it, or of "
+                f"{named(type(guard))}, got one without {min(lacking)}"
+            )
+    optimizer.load_state_dict(state_dict)
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    for was, now, ours in zip(groups, optimizer.param_groups, guard.param_groups, strict=True):
+        ours.update({key: now[key] for key in now.keys() & SETTINGS - PARAMS - {"lr"}})
+        now.update({"lr": was["lr"]} if "lr" in was else {})
+    guard._rates.note()
+    for ours, rate in zip(guard.param_groups, rates, strict=True):
+        ours.update({} if rate is None else {"lr": float(rate)})
+    guard._rates.apply()
+    guard._alike = False

@@ -1,5 +1,6 @@
 """A lane: an optimizer's run. Guards run several in one model, and compare their losses."""
 
+import inspect
 from itertools import compress
 from typing import Any, Literal
 
@@ -8,27 +9,25 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lossguard.torch.arguments import scalar
+from lossguard.torch.guards.memory import Copy, Kept, Memory, OwnMemory
 from lossguard.torch.rates import Rates
-from lossguard.torch.state import Inner, Memory
 from lossguard.torch.tensors import (
     Number,
     clones,
     finite,
     local,
     own_buffers,
+    stacked,
     transfer,
     zero_unsound,
 )
 
 Mode = Literal["train", "eval"]
 """Of an optimizer whose iterates to train and to evaluate are two."""
-Copy = list[Tensor]
-"""Parameters first, then buffers; of a sharded parameter this rank's shard alone."""
-Beside = list[tuple[Tensor, Tensor | None]]
 
 
-class Weights:
-    """The live tensors: what the model is, and what the lane is that is in it.
+class Live:
+    """The live tensors: what the model is, and where the lane is that is in it.
 
     Another lane is copied into them while it runs, and out again. So a compiled model, a CUDA graph
     and whoever else holds the tensors see each lane.
@@ -44,15 +43,12 @@ class Weights:
         self.holder: Any = None
         self._jumped = False
         self._buffers = {} if model is None else dict(model.named_buffers())
-        ours = set(params)
-        self._others = [] if model is None else [p for p in model.parameters() if p not in ours]
-        live = self.live()
-        self._checked = [True] * len(live) if finite(live) else [finite(one) for one in live]
+        self._checked = [finite(one) for one in self.tensors()]
         """Of each tensor whether it was finite; masks may be infinite."""
         if any(p.requires_grad and not ok for p, ok in zip(params, self._checked, strict=False)):
             raise ValueError("parameters must be finite, got some that aren't and are trained")
 
-    def live(self) -> Copy:
+    def tensors(self) -> Copy:
         return [*(local(p.detach()) for p in self.params), *self.buffers()]
 
     def buffers(self) -> Copy:
@@ -60,22 +56,17 @@ class Weights:
         buffers = {} if self.model is None else own_buffers(self.model, self._buffers)
         return [local(buffer.detach()) for buffer in buffers.values()]
 
-    def hold(self, lane: Any) -> None:
-        """Have a lane in the model, where it is."""
-        self.holder = lane  # first: an error in the copying then costs no lane anything
-        self.write(lane.values)
-
     def write(self, values: Copy) -> None:
         """Be at other values. Gathered parameters, which an evaluation leaves, are dropped."""
         for module in () if self.model is None else self.model.modules():
             reshard: Any = getattr(module, "reshard", None)
             if reshard is not None and hasattr(module, "unshard"):
                 reshard()
-        transfer(self.live(), values)
+        transfer(self.tensors(), values)
 
     def note_jump(self, values: Copy) -> None:
         """Note whether values where the model is to be from now on are elsewhere."""
-        self._jumped |= not all(map(torch.equal, values[: len(self.params)], self.live()))
+        self._jumped |= not all(map(torch.equal, values[: len(self.params)], self.tensors()))
 
     def has_jumped(self) -> bool:
         """Whether it did so since it was asked."""
@@ -101,21 +92,9 @@ class Weights:
                     flag = torch.as_tensor(broken, dtype=torch.bool, device=buffer.device)
                     torch.where(flag, before, buffer, out=buffer)
 
-    def gradients_beside(self) -> Beside:
-        """Those of parameters that other optimizers step, and no lane."""
-        grads = [(p, p.grad) for p in self._others if p.requires_grad]
-        return [(p, None if grad is None else grad.clone()) for p, grad in grads]
-
-    def reset_gradients(self, beside: Beside) -> None:
-        """Forget the lanes' gradients, and set others to what they were, or lanes would add up."""
+    def forget_gradients(self) -> None:
         for p in self.params:
             p.grad = None
-        for p, grad in beside:
-            p.grad = None if grad is None else grad.clone()
-
-    def versions(self) -> list[tuple[Tensor, int]]:
-        """The parameters that nobody steps, and how often they were written to."""
-        return [(p, p._version) for p in self._others if not p.requires_grad]
 
 
 class Lane:
@@ -133,12 +112,23 @@ class Lane:
     """
 
     def __init__(
-        self, name: str, inner: Inner, weights: Weights, rates: Rates, *, forgives: bool
+        self,
+        name: str,
+        optimizer: Optimizer,
+        live: Live,
+        rates: Rates,
+        *,
+        first: bool,
+        forgives: bool,
     ) -> None:
         """``forgives``: it takes a gradient with a number that isn't finite for 0."""
-        self.name, self.inner, self.weights, self.forgives = name, inner, weights, forgives
-        self._rates = rates
-        self.values: Copy = clones(weights.live())
+        self.name, self.optimizer = name, optimizer
+        self._live, self._rates, self._forgives = live, rates, forgives
+        self._takes_loss = "loss" in inspect.signature(optimizer.step).parameters
+        self._switches = callable(getattr(optimizer, "train", None))
+        """Whether its optimizer trains at another iterate than the one that it evaluates."""
+        self.memory = OwnMemory(optimizer, live.params, live.tensors(), first=first)
+        self.values: Copy = clones(live.tensors())
         self.before: Copy = []
         self._buffers: Copy = []
         """Those of the model when it got into it."""
@@ -146,45 +136,30 @@ class Lane:
         self.checks: list[Tensor] = []
         self.begun = self.stepped = False
         self.warm_up = 0
-        inner.add(name)
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """Its optimizer, for a body that unscales gradients."""
-        return self.inner.optimizer
 
     @property
     def live(self) -> bool:
         """Whether it is in the model."""
-        return self.weights.holder is self
+        return self._live.holder is self
 
     @property
     def point(self) -> Copy:
         """Where it is: the tensors themselves."""
-        return self.weights.live() if self.live else self.values
+        return self._live.tensors() if self.live else self.values
 
-    def go_live(self, *, keep: bool = True) -> None:
-        """Get into the model; keep where the lane has come to that was there, or forget it."""
-        other = self.weights.holder
-        if other is not self:
-            if keep and other.values:
-                transfer(other.values, self.weights.live())
-            elif keep:
-                other.values = clones(self.weights.live())
-            self.weights.hold(self)
+    def forget(self) -> None:
+        """Remember what its optimizer did when the guard was built, mostly nothing."""
+        self.memory.forget(self.point)
 
     def begin(self) -> None:
         """Start a cycle."""
+        if self.losses:  # in its last cycle it has run
+            self.warm_up = 0
         self.losses, self.checks, self.before = [], [], []
         if self.live:
             self.values = []
-            if self.inner.switches:
-                self.enter()  # after ``eval``
+            self.enter()  # after ``eval``
             self.keep()
-
-    def prepare(self) -> None:
-        """Before a minibatch on which it runs."""
-        self.begun = self.stepped = False
 
     def keep(self) -> None:
         """Note where it is when a cycle begins, to go back there."""
@@ -196,11 +171,11 @@ class Lane:
             self.start_at(self.before)
 
     def start_at(self, point: Copy) -> None:
-        """Be at another point; the memory stays."""
-        self.inner.move_copies(self.memory(), point)
+        """Be at another point; the memory stays, and copies of the parameters in it go along."""
+        self.memory.go_along(self.point, point)
         if self.live:
-            self.weights.note_jump(point)
-            self.weights.write(point)
+            self._live.note_jump(point)
+            self._live.write(point)
         else:
             transfer(self.values, point)
 
@@ -210,66 +185,81 @@ class Lane:
         self.forget()
         self.warm_up = warm_up
 
-    def end_warm_up(self) -> None:
-        """Go on at the whole rates."""
-        self.warm_up = 0
-
     def become(self, other: "Lane") -> None:
         """Be where another lane of the same optimizer is, and remember what it does."""
         self.start_at(other.point)
-        self.remember(other.memory().copy())
+        self.memory.become(other.memory.now.copy())
         self.warm_up = other.warm_up
 
-    def go_on(
-        self, values: Copy, before: Copy, losses: list[Tensor], memory: Memory, warm_up: int
-    ) -> None:
-        """Go on from a saved cycle."""
-        self.values, self.before, self.losses, self.warm_up = values, before, losses, warm_up
+    def kept(self, *, within: bool) -> Kept:
+        """All that it is, uncopied; ``within`` a cycle."""
+        memory = self.memory.now
+        blank = all(entries == {} for entries in memory.state.values())
+        if blank:  # as torch.distributed.checkpoint loads only what is there on both sides
+            state = memory.state or Memory.of(self.optimizer).state or self._first_state()
+            memory = memory._replace(state=state)
+        before = self.before if within else []
+        losses = stacked(self.losses).tolist()
+        return Kept(self.point, before, memory, blank, losses, self.warm_up)
+
+    def go_on(self, kept: Kept) -> None:
+        """Be what was kept of it, beside the model; ``hold`` has it in there."""
+        self.values, self.before, self.warm_up = kept.values, kept.before, kept.warm_up
+        self.memory.be_aside(kept.memory._replace(state={}) if kept.blank else kept.memory)
+        self.losses = [scalar(loss) for loss in kept.losses]
         self.checks = []  # of a cycle that was interrupted
-        self.remember(memory)
 
-    def memory(self) -> Memory:
-        """What it remembers, itself."""
-        return self.inner.memory(self.name)
+    def _first_state(self) -> dict[Any, Any]:
+        """What its optimizer remembers after a first step, of which no trace is left."""
+        live, memory, values = self._live, Memory.of(self.optimizer), clones(self._live.tensors())
+        try:
+            for p in live.params:
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
+            if self._switches:
+                self.optimizer.train()  # pyright: ignore
+            self._take_step(0.0)
+            return Memory.of(self.optimizer).state
+        finally:
+            memory.put_into(self.optimizer)
+            live.forget_gradients()
+            transfer(live.tensors(), values)
 
-    def remember(self, memory: Memory) -> None:
-        """Remember this instead."""
-        self.inner.remember(self.name, memory)
+    def hold(self) -> None:
+        """Have the model be where the lane is, and its optimizer remember what it does."""
+        self._live.holder = self  # first: an error in the copying then costs no lane anything
+        self._live.write(self.values)
+        self.memory.go_in()
 
-    def forget(self) -> None:
-        """Remember what its optimizer did when the guard was built, mostly nothing."""
-        self.remember(self.inner.fresh(self.memory()))
-        self.inner.move_copies(self.memory(), self.point)
+    def step_aside(self, *, keep: bool) -> None:
+        """For another lane to get into the model; ``keep`` where this one has come to."""
+        self.memory.go_out()
+        if keep and self.values:
+            transfer(self.values, self._live.tensors())
+        elif keep:
+            self.values = clones(self._live.tensors())
 
-    def wind(self, clock: int, *, on: bool = False) -> None:
-        """Set the clock of a learned optimizer, the steps of the run; or put it on by so much."""
-        memory = self.memory()
-        for options in memory.options:
-            if "clock" in options:
-                options["clock"] = clock + (options["clock"] if on else 0)
-        self.remember(memory)
-
-    def enter(self, mode: Mode = "train") -> None:
-        """Get into the model, with the memory in the optimizer."""
+    def enter(self, mode: Mode = "train", *, keep: bool = True) -> None:
+        """Get into the model; ``keep`` where the lane has come to that was there, or forget it."""
         torch.clear_autocast_cache()  # autocast would go on with casts of other weights
-        self.weights.reset_gradients([])
-        self.go_live()
-        self._buffers = clones(self.weights.buffers())
-        self.inner.hold(self.name)
-        self.switch(mode)
-
-    def switch(self, mode: Mode) -> None:
-        """Have its optimizer train or evaluate, if these are two iterates."""
-        if self.inner.switches:
-            with torch.no_grad(), self.inner.stepping():
+        self._live.forget_gradients()
+        if not self.live:
+            self._live.holder.step_aside(keep=keep)
+            self.hold()
+        self._buffers = clones(self._live.buffers())
+        if self._switches:
+            with torch.no_grad():
                 getattr(self.optimizer, mode)()
 
     def leave(self, *, keep: bool) -> None:
         """End a minibatch; keep what it has made of the buffers, or undo that."""
-        self.weights.reset_gradients([])
+        self._live.forget_gradients()
         if self._buffers and not keep:
-            transfer(self.weights.buffers(), self._buffers)
+            transfer(self._live.buffers(), self._buffers)
         self._buffers = []
+
+    def prepare(self) -> None:
+        """Before a minibatch on which it runs."""
+        self.begun = self.stepped = False
 
     def step(self, loss: Any) -> None:
         """One optimizer step by the gradients that ``backward`` has left; once in a loop's body.
@@ -283,26 +273,20 @@ class Lane:
         if self.stepped:
             raise ValueError(f"lane.step must be called once for each lane, got again for {self}")
         value = scalar(loss)
-        if all(p.grad is None for p in self.weights.params) and finite(value):
+        if all(p.grad is None for p in self._live.params) and finite(value):
             raise ValueError("backward must be called in each body or closure, got no gradients")
         self._rates.check()
         self.begun = True  # if the optimizer raises, nobody knows how far it came
-        if self.forgives:
-            self.weights.mend(self._buffers, zero_unsound(self.weights.params))
-        self.take_step(loss)
+        if self._forgives:
+            self._live.mend(self._buffers, zero_unsound(self._live.params))
+        self._take_step(loss)
         self.note(value)
 
-    def take_step(self, loss: Any) -> None:
+    def _take_step(self, loss: Any) -> None:
         """A step of its optimizer by the gradients that are there."""
-        trained = [p.requires_grad for p in self.weights.params]
-        try:
-            part = (len(self.losses) + 1) / self.warm_up if self.warm_up else 1.0
-            with torch.no_grad(), self.inner.stepping(part):
-                self.optimizer.step(**({"loss": loss} if self.inner.takes_loss else {}))
-        finally:
-            self._rates.mark()  # some optimizers set their own
-            for p, before in zip(self.weights.params, trained, strict=True):
-                p.requires_grad_(before)  # whatever the optimizer has done
+        part = (len(self.losses) + 1) / self.warm_up if self.warm_up else 1.0
+        with self._rates.scaled(self.optimizer, part), torch.no_grad():
+            self.optimizer.step(**({"loss": loss} if self._takes_loss else {}))
 
     def note(self, loss: Tensor) -> Tensor:
         """Note the loss of a minibatch, which is over for the lane."""

@@ -80,7 +80,7 @@ class LossGuard(Guard):
         optimizers, nc = {"fallback": fallback, "learned": learned}, check_count("nc", nc)
         lanes = {"z": "fallback", "y": "learned"}
         super().__init__(optimizers, lanes, model, nt, check, nc, process_group, callback)
-        if any(p.dtype == torch.float16 for p in self._weights.params):
+        if any(p.dtype == torch.float16 for p in self._live.params):
             raise ValueError(
                 "parameters must have more range than float16 for LossGuard, where a gradient that "
                 "overflows is not left out, got some of float16"

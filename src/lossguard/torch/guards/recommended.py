@@ -135,7 +135,7 @@ class Recommended(Guard):
                 known = known._replace(trial=Trial(length, known.progress.recent))
         if known.trial != NONE and known.trial.cycles == 0:
             self._y.start_afresh_at(self._z.point)
-            self._y.wind(k)
+            self._y.memory.wind(k)
         self.known = known
         now = known.progress.recent
         more = min(1.0, rules.MORE * self.share)
@@ -177,8 +177,6 @@ class Recommended(Guard):
         for lane in (self._z, self._y):
             if lane.name in seen and not seen[lane.name].finite:
                 lane.go_back()
-        if "z" in seen:
-            self._z.end_warm_up()
         losses = seen["y" if led else "z"].told
         of_y = seen["y"].told if "y" in seen and not led else []
         known = known._replace(progress=known.progress.after(finite_mean(losses), self.nt))

@@ -2,10 +2,16 @@
 
 import ast
 import re
+import sys
 from functools import cache
 from pathlib import Path
+from types import FrameType
+
+import pytest
+from models import minibatches, mlp, run, two
 
 import lossguard.torch
+from lossguard.torch import BestOf, Recommended
 
 FOLDER = Path(lossguard.torch.__file__).parent
 FILES = {
@@ -36,6 +42,28 @@ def test_no_class_is_over_200_lines() -> None:
         if isinstance(node, ast.ClassDef) and node.end_lineno is not None
     }
     assert max(sizes.values()) <= 200, sizes
+
+
+@pytest.mark.parametrize("kind", [BestOf, Recommended])
+def test_a_later_cycle_crosses_at_most_10_files_and_80_functions(kind: type) -> None:
+    """What somebody has to read who follows it; the first cycle, with its checks, has more."""
+    model = mlp()
+    guard = two(kind, model)
+    run(guard, model, minibatches(300))
+    crossed = set()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        code = frame.f_code
+        if event == "call" and FOLDER in Path(code.co_filename).parents and "<" not in code.co_name:
+            crossed.add((code.co_filename, code.co_firstlineno))
+
+    sys.setprofile(note)
+    try:
+        run(guard, model, minibatches(10))
+    finally:
+        sys.setprofile(None)
+    assert len({file for file, _ in crossed}) <= 10
+    assert 20 < len(crossed) <= 80
 
 
 PRIVATE = {

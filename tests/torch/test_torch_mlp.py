@@ -292,6 +292,28 @@ def test_schedulers_act_on_the_step():
         torch.testing.assert_close(scheduled.detach() - before, step / 2**k)
 
 
+def test_each_group_moves_as_it_would_alone_with_its_rate():
+    """Though tensors of one shape are stacked within a group; with a rate of 0 it stands still."""
+    generator = torch.Generator().manual_seed(3)
+    starts, gradients = (torch.randn(3, 6, 4, generator=generator) for _ in range(2))
+    rates = (1.0, 0.1, 0.0)
+
+    def moved(which):
+        params = [nn.Parameter(starts[k].clone()) for k in which]
+        groups = [{"params": [p], "lr": rates[k]} for p, k in zip(params, which, strict=True)]
+        optimizer = MLPOptimizer(groups, weights_of())
+        for _ in range(5):
+            for p, k in zip(params, which, strict=True):
+                p.grad = gradients[k].clone()
+            optimizer.step()
+        return [p.detach() for p in params]
+
+    together = moved([0, 1, 2])
+    for k in range(3):
+        assert torch.equal(together[k], moved([k])[0])
+    assert not torch.equal(together[1], starts[1]) and torch.equal(together[2], starts[2])
+
+
 def test_states_go_through_distributed_checkpoints_and_hooks():
     from torch.distributed.checkpoint import state_dict as dcp
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int, PyTree
 
 from ..validation import check_count, check_function, check_kind
@@ -80,7 +81,7 @@ def as_arrays(params: Params) -> Params:
                 f"params must be of {LEAST_BITS} bits at least, in which JAX can compute, but its "
                 f"leaf {name} is {dtype}"
             )
-        if not isinstance(leaf, jax.core.Tracer) and jnp.isnan(leaf).any():
+        if not isinstance(leaf, Tracer) and jnp.isnan(jnp.asarray(leaf)).any():
             raise ValueError(f"params must not be NaN at the start, but its leaf {name} is")
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), params)
 

@@ -152,7 +152,7 @@ class Guard(arguments.Uncopied, Optimizer):
         from that of an optimizer alone. Load a schedule into a scheduler of the guard.
 
         Raises:
-            ValueError: if it wasn't. This one is as it was before, then.
+            ValueError: if it wasn't; parameters and memory are as they were before, then.
         """
         _load(self.itself, state_dict)
 

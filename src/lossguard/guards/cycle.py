@@ -81,7 +81,11 @@ def as_arrays(params: Params) -> Params:
                 f"params must be of {LEAST_BITS} bits at least, in which JAX can compute, but its "
                 f"leaf {name} is {dtype}"
             )
-        if not isinstance(leaf, Tracer) and jnp.isnan(jnp.asarray(leaf)).any():
+        if isinstance(leaf, Tracer):
+            continue
+        with jax.ensure_compile_time_eval():  # of a constant within a transformation
+            is_nan = bool(jnp.isnan(jnp.asarray(leaf)).any())
+        if is_nan:
             raise ValueError(f"params must not be NaN at the start, but its leaf {name} is")
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), params)
 

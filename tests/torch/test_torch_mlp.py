@@ -62,7 +62,7 @@ def test_equals_the_one_in_jax(tmp_path, hidden, layers):
 
 
 def test_what_is_shipped_trains_as_in_jax():
-    """The losses of a regression over 100 steps; roundings grow."""
+    """The losses of a regression over 60 steps; roundings grow, tenfold in 25 of them."""
     jax = pytest.importorskip("jax")
     optax = pytest.importorskip("optax")
     import lossguard
@@ -86,7 +86,7 @@ def test_what_is_shipped_trains_as_in_jax():
         return loss, optax.apply_updates(params, updates), state
 
     state, losses, expected = reference.init(theirs), [], []
-    for _ in range(100):
+    for _ in range(60):
         optimizer.zero_grad()
         loss = ((x @ params[0]).tanh() @ params[1] - t).square().mean()
         loss.backward()
@@ -95,7 +95,7 @@ def test_what_is_shipped_trains_as_in_jax():
         loss, theirs, state = step(theirs, state)
         expected.append(float(loss))
     assert losses[:40] == pytest.approx(expected[:40], rel=1e-5)
-    assert losses == pytest.approx(expected, rel=1e-3) and losses[-1] < 0.8 * losses[0]
+    assert losses == pytest.approx(expected, rel=2e-4) and losses[-1] < 0.8 * losses[0]
 
 
 def steps_of(shapes) -> list[torch.Tensor]:

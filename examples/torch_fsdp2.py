@@ -41,11 +41,11 @@ def train(steps: int, folder: Path, cuda: bool) -> None:
             fully_shard(layer)
     fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    rewind = Rewind(model, optimizer, window=64)
+    rewind = Rewind(model, optimizer)
 
     def state() -> dict:
         weights, memory = get_state_dict(model, optimizer)
-        return {"model": weights, "optimizer": memory, "rewind": rewind.state_dict()}
+        return {"model": weights, "optimizer": memory, "rewind": rewind.state_dict(snapshots=False)}
 
     if folder.exists():
         saved = state()

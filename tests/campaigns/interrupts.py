@@ -68,7 +68,7 @@ def attempt(seed: int, folder: Path) -> Counter[str]:
     optimizer, done = None, rng.randrange(1, 30)
     if kind is Rewind:
         optimizer = Adam(model.parameters(), lr=0.05)
-        guard: Any = Rewind(model, optimizer, window=64, every=1)
+        guard: Any = Rewind(model, optimizer, every=1)
         done += 40
         learn(guard, model, optimizer, batches[:done])
         with torch.no_grad():

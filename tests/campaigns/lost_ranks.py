@@ -90,7 +90,7 @@ def scenario(rank: int) -> list[torch.Tensor]:
 
     if plan["kind"] == "Rewind":
         optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-        rewind = Rewind(model, optimizer, window=64, every=1)
+        rewind = Rewind(model, optimizer, every=1)
     else:
         guard = build(plan["kind"], model)
     for batch in shards(rank, distributed.get_world_size()):

@@ -8,9 +8,7 @@ from torch import nn
 
 from lossguard.torch import Rewind
 
-FALLS = list(np.linspace(3, 1, 128))
-HIGH = [9.0] * 16
-WINDOW = 64
+NOISE = np.random.default_rng(0).standard_normal(4000)
 
 
 def one_weight(optimizer=torch.optim.SGD, **settings):
@@ -19,37 +17,58 @@ def one_weight(optimizer=torch.optim.SGD, **settings):
     return model, optimizer(model.parameters(), **{"lr": 1.0} | settings)
 
 
-def watched(*optimizer, every=4, **settings):
+def watched(*optimizer, every=4, options=None, **settings):
     """A ``Rewind`` of one weight, the model and its optimizer."""
     model, optimizer = one_weight(*optimizer, **settings)
-    return Rewind(model, optimizer, window=WINDOW, every=every), model, optimizer
+    return Rewind(model, optimizer, every=every, **(options or {})), model, optimizer
 
 
-def drive(rewind, model, optimizer, losses, gradient=1.0, after=lambda: None):
+def calm(count, level=1.0, first=0):
+    """Losses around a level."""
+    return [level + 0.1 * noise for noise in NOISE[first : first + count]]
+
+
+def drive(rewind, model, optimizer, losses, gradient=1.0):
+    """Steps that each move the weight by -1, at the full rate."""
     for loss in losses:
         model.weight.grad = torch.full_like(model.weight, gradient)
         optimizer.step()
-        after()
         rewind.observe(loss)
+
+
+def hurt(rewind, model, optimizer, steps, since=160, height=1.0, **given):
+    """Steps whose losses are higher while the weight is beyond where it was at step ``since``."""
+    for k in range(steps):
+        worse = height * (model.weight.item() <= -since)
+        drive(rewind, model, optimizer, calm(1, 1.0 + worse, first=300 + k), **given)
 
 
 def network(seed=0):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 3))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.03)
     return model, optimizer
 
 
+def minibatch(i):
+    rng = torch.Generator().manual_seed(i)
+    x = torch.randn(32, 8, generator=rng)
+    return x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+
+
+FAULT = range(200, 232)
+"""Steps that go up."""
+
+
 def train(model, optimizer, rewind, first, last, fault=()):
+    loss = torch.zeros(())
     for i in range(first, last):
-        rng = torch.Generator().manual_seed(i)
-        x = torch.randn(32, 8, generator=rng).to(next(model.parameters()).device)
-        t = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+        x, t = (one.to(next(model.parameters()).device) for one in minibatch(i))
         loss = nn.functional.cross_entropy(model(x), t)
         optimizer.zero_grad()
-        (loss * (-300 if i in fault else 1)).backward()
+        (loss * (-1 if i in fault else 1)).backward()
         optimizer.step()
-        rewind.observe(loss * (20 if i in fault else 1))
+        rewind.observe(loss)
     return loss.item()
 
 
@@ -70,36 +89,37 @@ class Hostile(torch.optim.Optimizer):
             param += self.param_groups[0]["lr"] * next(self.steps)
 
 
-def hostile_run(seed, every, checks, steps=1200, rho=0.05):
-    """The largest excess over the budget, and how often the model wasn't finite after a read.
+def hostile_run(seed, every, steps=1200, rho=0.05):
+    """The largest excess over the budget, how often the model wasn't finite after a read, and the
+    ``Rewind``.
 
-    Steps that were undone are counted in a buffer of the model, which goes back with it.
+    Steps that led to where the run is are counted in a buffer of the model, which goes back with
+    it.
     """
     rng = np.random.default_rng(seed)
     kind = ("broken", "saw", "rare", "all")[seed % 4]
     moves = rng.standard_normal(steps)
-    values = rng.standard_normal(steps)
+    values = 0.1 * rng.standard_normal(steps)
     if kind in ("broken", "all"):
         at = rng.random(steps) < (1.0 if kind == "all" else 0.1)
         moves[at] = rng.choice([np.nan, np.inf, -np.inf], at.sum())
     if kind == "saw":
-        values += 100 * (np.arange(steps) % 60 >= 40)
+        values += 100 * (np.arange(steps) % 120 >= 60)
     if kind == "rare":
         values[rng.random(steps) < 0.3] = np.nan
         moves[rng.random(steps) < 0.01] = np.nan
     model, _ = one_weight()
     model.register_buffer("taken", torch.zeros((), dtype=torch.float64))
     optimizer = Hostile(model.parameters(), moves)
-    rewind = Rewind(model, optimizer, window=WINDOW, every=every, rho=rho)
-    excess, infinite, taken = -math.inf, 0, 0
-    for value in values:
+    rewind = Rewind(model, optimizer, every=every, rho=rho)
+    excess, infinite = -math.inf, 0
+    for k, value in enumerate(values):
         optimizer.step()
-        alone = rewind._last is not None and not bool(model.weight.isfinite())
-        taken += not alone  # or it is taken back by itself
-        model.taken += not alone
+        model.taken += 1
         rewind.observe(value)
-        assert taken - model.taken == rewind.thrown
-        excess = max(excess, rewind.thrown - rho * rewind.calls - WINDOW)
+        if not rewind._run.on_trial:
+            assert k + 1 - model.taken == rewind.discarded
+        spent = rewind.discarded - rewind._run.response.broken
+        excess = max(excess, spent - rho * rewind.calls - 256)
         infinite += not rewind._unread and not bool(model.weight.isfinite().all())
-    checks.append((rewind.returns, rewind.skipped, rewind.thrown))
-    return excess, infinite
+    return excess, infinite, rewind

@@ -5,11 +5,10 @@ from functools import partial
 
 import pytest
 import torch
-from models import KINDS, assert_same_state, backward, minibatches, mlp, run, squares, step_by, two
-from torch.nn.functional import cross_entropy
+from models import KINDS, assert_same_state, backward, minibatches, mlp, run, squares, two
 from torch.optim import SGD
 
-from lossguard.torch import BestOf, Recommended, Rewind
+from lossguard.torch import BestOf, Recommended
 
 
 class Master(SGD):
@@ -99,23 +98,6 @@ class Elsewhere(SGD):
                 master.sub_(p.grad, alpha=self.param_groups[0]["lr"])
                 p.copy_(master)
         return None
-
-
-def test_copies_that_would_undo_a_rewind_are_refused():
-    """Before there is a snapshot to go back to but the start; what stays where it began is none."""
-
-    def train(*, masters):
-        model = mlp()
-        optimizer = Elsewhere(model.parameters(), lr=0.1)
-        optimizer.masters = optimizer.masters if masters else []
-        rewind = Rewind(model, optimizer, window=64)
-        for x, labels in minibatches(40):
-            step_by(optimizer, cross_entropy(model(x), labels))
-            rewind.observe(1.0)
-
-    with pytest.raises(ValueError, match=IN_MASTERS):
-        train(masters=True)
-    train(masters=False)
 
 
 @pytest.mark.parametrize("kind", KINDS)

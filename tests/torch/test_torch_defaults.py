@@ -29,7 +29,7 @@ def double():
 def test_guards_run_and_resume_elsewhere(kind):
     model, batches = mlp(), minibatches(24)
     optimizer = SGD(model.parameters(), lr=torch.tensor(0.1))
-    rewind = Rewind(model, optimizer, window=64, every=4) if kind is Rewind else None
+    rewind = Rewind(model, optimizer, every=4) if kind is Rewind else None
     guard = None if rewind else two(kind, model, lambda ps: SGD(ps, lr=0.2), nt=4)
     torch.set_default_device("meta")  # what is made there has no numbers
     for k, batch in enumerate(batches):

@@ -133,4 +133,4 @@ def test_fsdp2_by_torchrun(tmp_path):
         of_ranks += re.findall(r"step (\d+): loss ([\d.]+), returns (\d)", done.stdout)
     assert [int(step) for step, *_ in of_ranks] == [100, 200, 300, 400, 500]
     assert [int(returns) for *_, returns in of_ranks] == [0, 1, 1, 1, 1]
-    assert float(of_ranks[-1][1]) < 0.5 * float(of_ranks[1][1])
+    assert float(of_ranks[-1][1]) < 0.8  # without the spike 0.50, with it and no Rewind 1.23

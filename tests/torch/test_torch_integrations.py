@@ -12,8 +12,9 @@ from lossguard.torch import Recommended, Rewind
 from lossguard.torch.integrations import lightning_rewind, trainer_rewind
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-OPTIONS = {"window": 64, "every": 4}
-FAULT = range(90, 110)
+OPTIONS = {"every": 4}
+FAULT = range(90, 150)
+"""Steps whose losses are high, though the model is not worse."""
 
 
 def data(rows=4096):
@@ -165,7 +166,8 @@ def test_trainers(tmp_path, trainer, accumulate):
         steps = made.train().global_step
     rewind = callback.rewind
     assert rewind.calls == steps == 150
-    assert rewind.events[0].kind == "return" and 90 < rewind.events[0].call <= 104
+    kinds = [event.kind for event in rewind.events if event.kind != "skipped"]
+    assert kinds[:2] == ["trial", "forward"] and rewind.scale == 1
 
 
 def test_the_trainer_resumes(tmp_path, monkeypatch):
@@ -213,7 +215,7 @@ def test_the_trainer_evaluates_and_saves_nothing_that_is_not_read(tmp_path):
 def test_losses_of_several_devices_are_added_up(tmp_path):
     """As nn.DataParallel has them, which the Trainer takes if it sees several GPUs."""
     pytest.importorskip("transformers")
-    model, told = nn.Linear(2, 1), [torch.ones(2), torch.ones(2, device="meta")]
+    model, told = nn.Linear(2, 1), [torch.ones(2), torch.ones(2).double()]
     trainer = SimpleNamespace(
         compute_loss=lambda model: told.pop(), train=None, add_callback=lambda one: None
     )
@@ -299,7 +301,7 @@ def test_accelerate_with_accumulated_gradients(accelerate):
             optimizer.zero_grad()
         if accelerator.sync_gradients:
             rewind.observe(loss)
-    assert rewind.calls == 256 and rewind.returns >= 1
+    assert rewind.calls == 256 and rewind.events
     assert optimizer.param_groups[0]["lr"] == 0.1
 
 
@@ -321,7 +323,7 @@ def test_a_gradient_scaler_skips_by_itself(dtype):
         scaler.update()
         rewind.observe(loss * (30 if i in FAULT else 1))
         assert all(p.isfinite().all() for p in model.parameters())
-    assert rewind.returns >= 1 and scaler.get_scale() == 2.0**9
+    assert rewind.events and scaler.get_scale() == 2.0**9
 
 
 @pytest.mark.parametrize("of_step", [False, True])
@@ -340,7 +342,7 @@ def test_what_is_compiled(of_step):
         (loss + net.phase.abs().square().sum()).backward()
         step()
         rewind.observe(loss * (30 if i in FAULT else 1))
-    assert rewind.returns >= 1 and rewind.calls == 150
+    assert rewind.events and rewind.calls == 150
 
 
 def test_a_trainer_that_was_interrupted_trains_again(tmp_path):
@@ -402,4 +404,4 @@ def test_a_scheduler_may_be_on_what_accelerate_has_made_of_the_optimizer(acceler
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     prepared = accelerate.Accelerator(cpu=True).prepare(optimizer)
     schedule = torch.optim.lr_scheduler.StepLR(prepared, 5)
-    assert not Rewind(model, prepared, schedulers=[schedule]).events
+    assert not Rewind(model, prepared, also=[schedule]).events

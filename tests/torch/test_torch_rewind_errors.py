@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 from models import refuses
-from rewinding import WINDOW
 from torch import distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.optim import SGD, lr_scheduler
 
 from lossguard.torch import Recommended, Rewind
+from lossguard.validation import told
 
 HADNT = "optimizer must train parameters that the model has when Rewind is built, got one of shape"
 OF_TWO = "(nn.ModuleList([model, loss]) has those of two)"
@@ -42,10 +42,10 @@ def guard_of(model, optimizer):
 
 def later():
     model, optimizer = model_and_sgd()
-    rewind = Rewind(model, optimizer, window=WINDOW, every=16)
+    rewind = Rewind(model, optimizer, every=16)
     model.more = nn.Linear(1, 1, bias=False)
     optimizer.add_param_group({"params": model.more.parameters()})
-    for _ in range(WINDOW):
+    for _ in range(64):
         optimizer.step()
         rewind.observe(1.0)
 
@@ -99,18 +99,18 @@ WRONG = [
         lambda m, o: [Rewind(m, o), guard_of(m, o)],
     ),
     (
-        "schedulers must be of this optimizer, if of any, got one of another, a StepLR",
-        lambda m, o: Rewind(m, o, schedulers=[lr_scheduler.StepLR(model_and_sgd()[1], 5)]),
+        "also must be of this optimizer, if of any, got one of another, a StepLR",
+        lambda m, o: Rewind(m, o, also=[lr_scheduler.StepLR(model_and_sgd()[1], 5)]),
+    ),
+    (
+        "also must be objects with a state_dict, got float",
+        lambda m, o: Rewind(m, o, also=[1.0]),
     ),
     (
         "optimizers must train different parameters, got two that train weight",
         lambda m, o: Rewind(m, [o, torch.optim.Adam(m.parameters())]),
     ),
     ("optimizers must each be given once, got one twice", lambda m, o: Rewind(m, [o, o])),
-    (
-        "offload must be True or False for shards, got 'folder'",  # as DTensors have it
-        lambda m, o: Rewind(*model_and_sgd(to_local=None), offload="folder"),
-    ),
     (FLAT, lambda m, o: flattened()),
     (
         "model must be finite, got one that isn't",
@@ -140,10 +140,10 @@ def test_what_holds_no_numbers_is_refused_by_pytorch(build):
 @pytest.mark.parametrize(
     ("option", "value", "rule"),
     [
-        ("offload", "nowhere", "be a folder that is there, got 'nowhere'"),
+        ("offload", "folder", "be True or False, got 'folder'"),
         ("audit", 3, "be None or a function, got 3"),
-        ("window", 100, "be a multiple of 8, got 100"),
-        ("every", 10, "divide window / 4 = 64, got 10"),
+        ("action", "tell", 'be "rewind" or "log", got \'tell\''),
+        ("every", 65, "be at most 64, got 65"),
         ("rho", 1.0, "be at least 0 and below 1, got 1.0"),
     ],
 )
@@ -152,26 +152,32 @@ def test_options_that_it_refuses(option, value, rule):
         Rewind(*model_and_sgd(), **{option: value})
 
 
-@pytest.mark.parametrize("loss", [torch.ones(3), torch.tensor(1 + 1j)])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        torch.ones(3),
+        torch.tensor(1 + 1j),
+        torch.ones((), device="meta"),
+        torch.ones(1).to_sparse(),
+        10**400,
+    ],
+)
 def test_losses_that_it_refuses(loss):
-    with refuses(f"loss must be one number, got {loss!r}", "$"):
+    with refuses(f"loss must be one number, got {told(loss)}", "$"):
         Rewind(*model_and_sgd()).observe(loss)
 
 
-OPTIONS = {"window": 256, "every": 16, "optimizers": 1, "schedulers": 0}
+OPTIONS = {"optimizers": 1, "also": 0, "offload": False}
 OURS = f"state must be of a Rewind with {OPTIONS}, got"
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda s: s.clear(), f"{OURS} None"),
+        (lambda s: s.clear(), "state must be of version 2, got None"),
+        (lambda s: s["options"].update(also=1), f"{OURS} {OPTIONS | {'also': 1}}"),
         (
-            lambda s: s["options"].update(schedulers=1),
-            f"{OURS} {OPTIONS | {'schedulers': 1}}",
-        ),
-        (
-            lambda s: s["trusted"]["model"].update(weight=torch.ones(9)),
+            lambda s: s["store"]["snapshots"][0][-1]["model"].update(weight=torch.ones(9)),
             "state must be of this model, with weight of shape (1, 2), got shape (9,)",
         ),
     ],

@@ -21,6 +21,8 @@ def test_two_ranks_decide_the_same_and_resume(tmp_path, monkeypatch):
     for kind in ("replicated", "sharded"):
         numbers, events, weights = one[kind]
         assert numbers == other[kind][0] and events == other[kind][1]
-        assert numbers[0] == 1 and numbers[2] == 1 and len(events) == 1
+        assert numbers[0] == 1 and numbers[2] >= 1
+        assert [event[0] for event in events if event[0] != "skipped"] == ["trial", "return"]
+        assert events[0][0] == "skipped"
         for mine, its in zip(weights, other[kind][2], strict=True):
             assert torch.equal(mine, its) and mine.isfinite().all()

@@ -67,13 +67,15 @@ def test_a_later_cycle_crosses_at_most_10_files_and_80_functions(kind: type) -> 
 
 
 PRIVATE = {
-    "_values": "test_a_sparse_gradient_that_is_not_finite_moves_nothing",
+    "_values": "test_sparse_and_missing_gradients",
     "_opt_called": "test_a_scheduler_on_a_guard_in_a_loop_over_lanes_does_not_warn",
-    "_version": "test_what_a_step_writes_to_in_a_group_goes_back",
-    "_optimizer_step_pre_hooks": "test_where_it_has_ended_steps_are_as_they_were",
+    "_version": "test_what_is_not_trained_is_not_copied",
+    "_optimizer_step_pre_hooks": "test_another_one_of_the_same_optimizer_closes_it",
     "_optimizer_step_post_hooks": "test_a_scheduler_in_a_hook_goes_on_from_its_own_rates",
     "_amp_foreach_non_finite_check_and_unscale_": "test_one_bad_number_makes_all_gradients_0",
     "_foreach_copy_": "test_models",
+    "_foreach_mul_": "test_gradients_are_clipped_as_pytorch_does_it",
+    "_foreach_norm": "test_gradients_that_are_not_finite_or_out_of_line_become_0",
     "_fsdp_flattened": "test_what_it_refuses",
 }
 """Of PyTorch, with the test that would notice a change."""

@@ -133,7 +133,7 @@ def _check_watched(name: str, optimizer: Optimizer) -> None:
     """Refuse one whose ``Rewind`` would set the model back under a guard."""
     for hook in innermost(optimizer)._optimizer_step_pre_hooks.values():
         owner: Any = getattr(hook, "__self__", None)
-        if getattr(owner, "closed", True) is False and owner._rewind() is not None:
+        if getattr(owner, "in_use", False):
             raise ValueError(f"{name} must be watched by no Rewind, got one that is (close it)")
 
 
@@ -223,12 +223,16 @@ def checked(closure: Any) -> Closure:
 
 def scalar(loss: Any, rule: str = "closure must return the loss, one number") -> Tensor:
     """A loss as a tensor without dimensions, which stays if the loss is overwritten."""
-    is_tensor = isinstance(loss, Tensor) and not loss.is_complex()
-    if not (loss.numel() == 1 if is_tensor else isinstance(loss, Real)):
-        raise ValueError(f"{rule}, got {told(loss)}")
     if isinstance(loss, Tensor):
-        return local(loss).detach().clone().reshape(())
-    return torch.tensor(float(loss), dtype=torch.float64, device="cpu")
+        plain = loss.layout is torch.strided and not (loss.is_complex() or loss.is_meta)
+        if plain and loss.numel() == 1:
+            return local(loss).detach().clone().reshape(())
+    elif isinstance(loss, Real):
+        try:
+            return torch.tensor(float(loss), dtype=torch.float64, device="cpu")
+        except OverflowError:
+            pass
+    raise ValueError(f"{rule}, got {told(loss)}")
 
 
 def number(loss: Any, rule: str) -> Number:

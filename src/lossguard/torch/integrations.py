@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from lossguard.torch import Rewind
 from lossguard.torch.distributed import mean_of_ranks
-from lossguard.torch.rewind.rewind import Rewind
 from lossguard.torch.tensors import stacked
 
 
@@ -22,7 +22,8 @@ def lightning_rewind(**options: Any) -> Any:
     It observes the loss that ``training_step`` returns, after each step of the module's optimizer;
     of several minibatches whose gradients are accumulated, the last one's; none where it returns
     None. Its state is in Lightning's checkpoints. It reads the losses before a validation and when
-    an epoch ends, before they are saved there.
+    an epoch ends, before they are saved there. The loggers get its numbers, ``rewind/scale`` and
+    others.
 
     Args:
         options: of ``Rewind``, which is its attribute ``rewind`` once training has begun.
@@ -62,6 +63,9 @@ def lightning_rewind(**options: Any) -> Any:
                 self._steps = trainer.global_step
                 if outputs:
                     self.rewind.observe(outputs["loss"])
+                if trainer.global_step % trainer.log_every_n_steps == 0:
+                    for logger in trainer.loggers:
+                        logger.log_metrics(_named(self.rewind), step=trainer.global_step)
 
         def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
             if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -87,9 +91,9 @@ def trainer_rewind(trainer: Any, **options: Any) -> Any:
 
     It adds a ``TrainerCallback``, which it returns. Callbacks aren't told the loss, so it hears
     what the trainer's ``compute_loss`` returns, label smoothing and one of your own included: the
-    sum of those between two steps. It reads them before the model is evaluated or saved. Its state
-    is in the Trainer's checkpoints, as ``rewind-RANK.pt``; with more processes than there were it
-    begins anew.
+    sum of those between two steps. It reads them before the model is evaluated or saved. What the
+    trainer logs has its numbers, ``rewind/scale`` and others. Its state is in the Trainer's
+    checkpoints, as ``rewind-RANK.pt``; with more processes than there were it begins anew.
 
     Args:
         trainer: not to be given a ``compute_loss`` or ``train`` of your own afterwards.
@@ -104,12 +108,17 @@ def trainer_rewind(trainer: Any, **options: Any) -> Any:
     inspect.signature(Rewind).bind(None, None, **options)  # refused now, not when training begins
     losses: list[torch.Tensor] = []
     compute, train, resumed = trainer.compute_loss, trainer.train, ""
+    log = getattr(trainer, "log", None)
 
     def noting(resume_from_checkpoint: str | bool | None = None, *others: Any, **more: Any) -> Any:
         nonlocal resumed
         given = resume_from_checkpoint
         resumed = "" if given is None or isinstance(given, bool) else given
         return train(given, *others, **more)
+
+    def logging(logs: dict[str, Any], *others: Any, **more: Any) -> Any:
+        numbers = _named(callback.rewind) if hasattr(callback, "rewind") else {}
+        return log(logs | numbers, *others, **more) if log else None
 
     def heard(model: Any, *inputs: Any, **more: Any) -> Any:
         result = compute(model, *inputs, **more)
@@ -163,9 +172,13 @@ def trainer_rewind(trainer: Any, **options: Any) -> Any:
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.rewind.close()
 
-    trainer.compute_loss, trainer.train = heard, noting
+    trainer.compute_loss, trainer.train, trainer.log = heard, noting, logging
     trainer.add_callback(callback := TrainerRewind())
     return callback
+
+
+def _named(rewind: Rewind) -> dict[str, float]:
+    return {f"rewind/{name}": value for name, value in rewind.logged().items()}
 
 
 def _file(args: Any, state: Any, folder: str = "") -> Path:

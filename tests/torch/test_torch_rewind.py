@@ -199,12 +199,35 @@ def test_the_rate_is_whole_after_so_many_quiet_steps_whatever_happened():
 
 def test_budgets():
     response = Response(0.1)
-    assert response.may_return(256) and not response.may_return(257) and response.may_try()
-    response.failed(64)
-    assert not response.may_try() and not response.may_return(193)
+    assert response.may_return(256) and not response.may_return(257)
+    assert response.longest_trial == 64
+    response.failed(8)
+    assert response.longest_trial == 56
+    response.failed(56)
+    assert response.longest_trial == 0 and not response.may_return(193)
     response.pass_by(6400)
-    assert response.may_try() and response.may_return(256 + 639 - 64)
+    assert response.longest_trial == 64 and response.may_return(256 + 639 - 64)
     assert not response.may_return(256 + 640 - 64)
+
+
+def test_a_large_rise_is_undone_after_a_trial_that_came_to_nothing():
+    """What is left of the budget is enough for a short trial."""
+    rewind, model, optimizer = watched()
+    drive(rewind, model, optimizer, calm(130))
+    rewind._run.response.failed(8)
+    hurt(rewind, model, optimizer, 1)
+    while rewind.returns == 0:
+        hurt(rewind, model, optimizer, 1)
+        assert rewind.calls < 300
+    assert kinds_of(rewind)[-2:] == ["trial", "return"]
+
+
+@pytest.mark.parametrize("every", [3, 16])
+def test_a_trial_ends_at_its_looks_however_often_losses_are_read(every):
+    rewind, model, optimizer = watched(every=every)
+    drive(rewind, model, optimizer, [*calm(130), *calm(130, 3.0)])
+    assert kinds_of(rewind)[:2] == ["trial", "forward"]
+    assert rewind._run.response.fruitless % 8 == 0
 
 
 def test_where_a_return_is_too_dear_it_tells_and_goes_on():

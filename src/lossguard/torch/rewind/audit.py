@@ -28,8 +28,8 @@ def is_better(
     group: Any,
 ) -> bool:
     """Whether a snapshot has lower losses than a suspect, by three standard errors of the mean of
-    the differences on the same minibatches; it decides after 8 or 16. The model is at one of the two
-    afterwards.
+    the differences on the same minibatches; it decides after 8 or 16. Afterwards the model is
+    at one of the two.
 
     Of two that are equally good, with normal differences, that is so in 1.3 % of all cases.
     """

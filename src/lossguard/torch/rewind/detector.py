@@ -170,6 +170,11 @@ class Detector:
         return self._highest.onset
 
     @property
+    def risen(self) -> int:
+        """Losses from that one on."""
+        return self.heard - self.onset + 1
+
+    @property
     def deviation(self) -> float:
         """Of a loss, or of its means times the root of their number if that is more."""
         return self._scales[0].deviation

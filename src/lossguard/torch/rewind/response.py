@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from lossguard.torch.rewind.trial import LONGEST
+from lossguard.torch.rewind.trial import LONGEST, LOOK
 from lossguard.validation import check_part
 
 WINDOW = 256
@@ -61,14 +61,13 @@ class Response:
 
     def may_return(self, thrown: int) -> bool:
         """Whether a return is affordable that throws so many steps away."""
-        spent = self.discarded + self.fruitless + max(thrown, 0)
-        return spent <= WINDOW + math.floor(self.rho * (1 - 1e-9) * self.calls)
+        return max(thrown, 0) <= self._left
 
-    def may_try(self) -> bool:
-        """Whether it is, if it has to be taken back."""
-        return self.fruitless + LONGEST <= TRIALS + math.floor(
-            PART * self.calls
-        ) and self.may_return(LONGEST)
+    @property
+    def longest_trial(self) -> int:
+        """Steps that a trial may take that has to be taken back: a short one shows a large rise."""
+        left = TRIALS + math.floor(PART * self.calls) - self.fruitless
+        return min(LONGEST, left, self._left) // LOOK * LOOK
 
     def stayed(self, thrown: int) -> None:
         """A return stays."""
@@ -83,6 +82,11 @@ class Response:
     def failed(self, steps: int) -> None:
         """A trial of so many steps came to nothing."""
         self.fruitless += steps
+
+    @property
+    def _left(self) -> int:
+        budget = WINDOW + math.floor(self.rho * (1 - 1e-9) * self.calls)
+        return budget - self.discarded - self.fruitless
 
     @property
     def _unforgiven(self) -> int:

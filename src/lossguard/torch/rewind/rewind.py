@@ -36,8 +36,6 @@ from lossguard.validation import check_count, check_kind
 LOG = logging.getLogger("lossguard.torch.rewind")
 VERSION = 2
 """Of its state."""
-JUDGED = 8
-"""Steps of a trial between two reads."""
 
 
 class History(NamedTuple):
@@ -187,9 +185,9 @@ class Rewind(Uncopied):
 
     def observe(self, loss: Any) -> None:
         """Tell it the loss, one number, of a step that was just taken, from before the step."""
-        seen = self._steps.take()
-        self._unread.append([number(loss, "loss must be one number"), *seen])
-        if len(self._unread) >= (min(JUDGED, self._every) if self._run.on_trial else self._every):
+        self._unread.append([number(loss, "loss must be one number"), *self._steps.take()])
+        now = self._run.on_trial
+        if len(self._unread) >= min(self._every, now.trial.until_look if now else self._every):
             self.read()
 
     def read(self) -> None:

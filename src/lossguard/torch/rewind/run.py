@@ -192,29 +192,29 @@ class Run:
 
     def _good(self) -> int:
         """The last step before what raises the losses now."""
-        if self.detector.score <= 0:
-            return self._step
-        return self._step - (self.detector.heard - self.detector.onset) - 1 - MARGIN
+        rising = self.detector.score > 0
+        return self._step - (self.detector.risen + MARGIN if rising else 0)
 
     def _suspect(self) -> None:
         snapshot = self.store.before(self._good()) if self._acts else None
         thrown = self._step - snapshot.step if snapshot else 0
-        affordable = self.response.may_return(thrown) and (self._audit or self.response.may_try())
-        if snapshot is None or not affordable:
+        longest = self.response.longest_trial
+        may_try = self._audit or longest > 0
+        if snapshot is None or not may_try or not self.response.may_return(thrown):
             self.detector.learn(list(self._recent)[-COMPARED[0] :], confirmed=False)
             self._tell("unanswered", "loss", self.response.calls)
             return
         suspect = Snapshot(self._step, self.response.calls, 0, self._live.copy())
-        risen = self.detector.heard - self.detector.onset + 1
-        trial = Trial(list(self._recent)[-max(COMPARED[0], risen) :], self.detector.deviation)
-        self.on_trial = now = _OnTrial(trial, suspect, snapshot, self.response.means)
+        before = list(self._recent)[-max(COMPARED[0], self.detector.risen) :]
+        trial, means = Trial(before, self.detector.deviation, longest), self.response.means
+        self.on_trial = _OnTrial(trial, suspect, snapshot, means)
         if self._audit is None:
-            self._go_back(snapshot, now.means)
-            self._tell("trial", "loss", snapshot.call, means=now.means)
-        else:
-            better = is_better(self._audit, self._live, suspect, snapshot, self._group)
-            self._go_back(snapshot, now.means)
-            self._end_trial(stays=better, cause="audit", losses=[])
+            self._go_back(snapshot, means)
+            self._tell("trial", "loss", snapshot.call, means=means)
+            return
+        better = is_better(self._audit, self._live, suspect, snapshot, self._group)
+        self._go_back(snapshot, means)
+        self._end_trial(stays=better, cause="audit", losses=[])
 
     def _go_back(self, snapshot: Snapshot, means: Sequence[str]) -> None:
         self._live.set_back(snapshot.content, forget="memory" in means)

@@ -27,8 +27,9 @@ class Trial:
     True
     """
 
-    def __init__(self, before: Sequence[float], deviation: float) -> None:
-        self.before, self.deviation = list(before), deviation
+    def __init__(self, before: Sequence[float], deviation: float, longest: int = LONGEST) -> None:
+        """``longest``: losses after which it is over, if that has to be sooner."""
+        self.before, self.deviation, self.longest = list(before), deviation, longest
         self.since: list[float] = []
 
     def hear(self, loss: float) -> bool | None:
@@ -41,7 +42,14 @@ class Trial:
         least = LOST + (LATE - LOST) * heard / LONGEST
         if score < least:
             return False
-        return True if score > EARLY or heard == LONGEST else None
+        if score > EARLY or heard == LONGEST:
+            return True
+        return False if heard >= self.longest else None
+
+    @property
+    def until_look(self) -> int:
+        """Losses until the next look."""
+        return LOOK - len(self.since) % LOOK
 
     def numbers(self) -> dict[str, Any]:
         return {**vars(self), "since": [*self.since]}

@@ -159,7 +159,7 @@ def guarded(rng: random.Random, kind: type) -> str:
 def rewound(rng: random.Random) -> str:
     """A run of ``Rewind``, with hostile steps and losses."""
     every, rho = rng.choice((1, 4, 16)), rng.choice((0.0, 0.1, 0.5))
-    excess, infinite = hostile_run(rng.randrange(2**31), every, [], steps=600, rho=rho)
+    excess, infinite, _ = hostile_run(rng.randrange(2**31), every, steps=600, rho=rho)
     assert infinite == 0, "a model that isn't finite"
     assert excess <= 0, "more discarded than the budget"
     return "Rewind"

@@ -46,8 +46,8 @@ class Response:
 
     @property
     def means(self) -> tuple[str, ...]:
-        """What a return takes now: more, if it is one of several in a row."""
-        return ("rate", "memory", "clipping")[: self._unforgiven + 1]
+        """What a return takes now beside the rate: more, if it is one of several in a row."""
+        return ("memory", "clipping")[: self._unforgiven]
 
     @property
     def clips(self) -> bool:

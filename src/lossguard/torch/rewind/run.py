@@ -234,11 +234,8 @@ class Run:
         suspect, snapshot = now.suspect, now.snapshot
         if stays:
             thrown = suspect.step - snapshot.step
-            self.store.forget_after(snapshot)
             self.response.stayed(thrown)
-            self.detector.learn(losses, confirmed=True)
-            self._recent.clear()
-            self._tell("return", cause, snapshot.call, thrown, now.means)
+            self._stay(snapshot, cause, thrown, now.means, losses)
         else:
             taken = self._step - snapshot.step
             self._go_back(suspect, ())
@@ -260,11 +257,15 @@ class Run:
     def _return_broken(self, snapshot: Snapshot) -> None:
         thrown, means = self._step - snapshot.step, self.response.means
         self._go_back(snapshot, means)
-        self.store.forget_after(snapshot)
         self.response.broke(thrown)
-        self.detector.learn([], confirmed=True)
+        self._stay(snapshot, "model", thrown, means, [])
+
+    def _stay(self, at: Snapshot, cause: Any, thrown: int, means: Any, losses: Any) -> None:
+        """What was after a snapshot is forgotten, but for ``losses`` since the return."""
+        self.store.forget_after(at)
+        self.detector.learn(losses, confirmed=True)
         self._recent.clear()
-        self._tell("return", "model", snapshot.call, thrown, means)
+        self._tell("return", cause, at.call, thrown, means)
 
     def _save(self, *, lost: bool) -> None:
         """A copy; but where the optimizer's memory is no longer finite the run goes back, once."""
@@ -279,6 +280,5 @@ class Run:
     def _tell(
         self, kind: Any, cause: Any, since: int, thrown: int = 0, means: Sequence[str] = ()
     ) -> None:
-        more = tuple(one for one in means if one != "rate")
-        numbers = self.response.calls, since, thrown, self.scale, more, self.skipped
+        numbers = self.response.calls, since, thrown, self.scale, tuple(means), self.skipped
         self.events.append(RewindEvent(kind, cause, *numbers))

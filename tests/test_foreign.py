@@ -215,3 +215,99 @@ def test_evosax(name: str) -> None:
     jax.tree.map(close, state.params, strategy.get_mean(own))
     assert objective(state.params, 0) < objective(PARAMS, 0)
     assert_follows_the_better(learned)
+
+
+def batches(steps: int) -> tuple[jax.Array, jax.Array]:
+    """Minibatches of 20, one for each step."""
+    rows = np.arange(20 * steps).reshape(steps, 20) % len(X)
+    return jnp.asarray(X[rows]), jnp.asarray(T[rows])
+
+
+def test_flax_nnx_with_batch_norm_and_dropout() -> None:
+    """As the page has it: statistics and generators are `extra`; alone it is NNX's own loop."""
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.second = nnx.Linear(3, 8, rngs=rngs), nnx.Linear(8, 2, rngs=rngs)
+            self.norm, self.dropout = nnx.BatchNorm(8, rngs=rngs), nnx.Dropout(0.2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.second(self.dropout(nnx.relu(self.norm(self.first(x)))))
+
+    def loss(params, rest, minibatch):
+        model = nnx.merge(graphdef, params, rest, copy=True)
+        inputs, targets = minibatch
+        return jnp.mean((model(inputs) - targets) ** 2), nnx.state(model, nnx.Not(nnx.Param))
+
+    graphdef, params, rest = nnx.split(Net(nnx.Rngs(0)), nnx.Param, ...)
+    guard = lossguard.unguarded(optax.sgd(0.1), nt=5)
+    state, _ = lossguard.rollout(guard, guard.init(params, rest), loss, batches(STEPS))
+
+    model = Net(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    for minibatch in zip(*batches(STEPS), strict=True):
+        misfit = lambda model, b=minibatch: jnp.mean((model(b[0]) - b[1]) ** 2)  # noqa: E731
+        optimizer.update(model, nnx.grad(misfit)(model))
+    _, params, rest = nnx.split(model, nnx.Param, ...)
+    close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+    jax.tree.map(close, nnx.to_pure_dict(state.params), nnx.to_pure_dict(params))
+    mean = state.extra["norm"]["mean"][...]
+    close(mean, rest["norm"]["mean"][...])
+    assert jnp.abs(mean).max() > 0.01
+
+    guard = lossguard.recommended(optax.sgd(0.1), optax.sgd(0.02), nt=5)
+    state, decisions = lossguard.rollout(
+        guard, guard.init(*nnx.split(Net(nnx.Rngs(0)), nnx.Param, ...)[1:]), loss, batches(100)
+    )
+    assert decisions.losses[-1].mean() < decisions.losses[0, 0]
+    assert jnp.isfinite(nnx.merge(graphdef, state.params, state.extra)(jnp.asarray(X))).all()
+
+
+def test_flax_linen_with_batch_norm() -> None:
+    nn = pytest.importorskip("flax.linen")
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.BatchNorm(use_running_average=False)(nn.Dense(8)(x))
+            return nn.Dense(2)(nn.relu(x))
+
+    def loss(params, batch_stats, minibatch):
+        inputs, targets = minibatch
+        variables = {"params": params, "batch_stats": batch_stats}
+        outputs, new = Net().apply(variables, inputs, mutable=["batch_stats"])
+        return jnp.mean((outputs - targets) ** 2), new["batch_stats"]
+
+    variables = Net().init(jax.random.key(0), jnp.asarray(X))
+    guard = lossguard.best_of(
+        [lossguard.unguarded(optax.adam(rate), nt=5) for rate in (0.01, 0.1)], share=0.1
+    )
+    state = guard.init(variables["params"], variables["batch_stats"])
+    state, decisions = lossguard.rollout(guard, state, loss, batches(100))
+    assert decisions.losses[-1].mean() < 0.5 * decisions.losses[0, 0]
+    mean = state.extra["BatchNorm_0"]["mean"]
+    hidden = X @ state.params["Dense_0"]["kernel"] + state.params["Dense_0"]["bias"]
+    np.testing.assert_allclose(mean, hidden.mean(axis=0), atol=0.3)
+
+
+def test_orbax_keeps_a_state_with_keys(tmp_path: Path) -> None:
+    checkpoint = pytest.importorskip("orbax.checkpoint")
+
+    def loss(params, key, minibatch):
+        return objective(params, 0) + 0 * minibatch, jax.random.split(key)[0]
+
+    guard = lossguard.recommended(optax.adam(0.01), optax.sgd(0.01), nt=2)
+    state, _ = guard.step(guard.init(PARAMS, jax.random.key(0)), loss, jnp.arange(2.0))
+    with checkpoint.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "state", state)
+        saver.wait_until_finished()
+        kept = saver.restore(tmp_path / "state", guard.init(PARAMS, jax.random.key(1)))
+    key_data = partial(
+        jax.tree.map,
+        lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x,
+    )
+    for one, other in zip(
+        jax.tree.leaves(key_data(kept)), jax.tree.leaves(key_data(state)), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)

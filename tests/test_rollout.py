@@ -144,16 +144,15 @@ def test_buffers_of_the_state_are_donated_and_no_others() -> None:
         lossguard.rollout(GUARD, state, objective, cycles=1)
 
 
-def test_an_objective_may_hold_what_the_state_does() -> None:
-    """As ``stacked`` holds the number of the first minibatch; and the state may hold it twice."""
+def test_a_loss_may_hold_what_the_state_does() -> None:
+    """And the state may hold it twice: nothing is donated that is still needed."""
     guard = lossguard.unguarded(optax.sgd(0.1), nt=2)
     state = guard.init(jnp.zeros(4))
     state = state._replace(steps=state.minibatches)
-    batches = jnp.ones((6, 4))
-    loss = lambda w, batch: jnp.sum((w - batch) ** 2)  # noqa: E731
-    objective = lossguard.stacked(loss, batches, start=state.minibatches)
-    state, _ = lossguard.rollout(guard, state, objective, cycles=3)
-    assert objective.start == 0 and state.minibatches == 6
+    loss = jax.tree_util.Partial(lambda first, w, batch: jnp.sum((w - batch) ** 2) + first)
+    loss = jax.tree_util.Partial(loss, state.minibatches)
+    state, _ = lossguard.rollout(guard, state, loss, jnp.ones((6, 4)))
+    assert loss.args[0] == 0 and state.minibatches == 6
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -200,7 +199,9 @@ def test_an_objective_that_has_no_hash_is_refused() -> None:
             return jnp.sum((params - self.shift) ** 2)
 
     guard = lossguard.unguarded(optax.sgd(0.1))
-    with pytest.raises(ValueError, match=r"^objective must be hashable, or a pytree .*Objective: "):
+    with pytest.raises(
+        ValueError, match=r"^loss and minibatches must be hashable, or pyt.*Objective: "
+    ):
         lossguard.rollout(guard, guard.init(jnp.ones(2)), Objective(1.0), cycles=1)
 
 
@@ -209,11 +210,11 @@ def test_a_guard_that_has_no_hash_is_refused() -> None:
     class Step:
         of: lossguard.Guard
 
-        def __call__(self, state: Any, objective: Any) -> Any:
-            return self.of.step(state, objective)
+        def __call__(self, *args: Any) -> Any:
+            return self.of.step(*args)
 
     plain = lossguard.unguarded(optax.sgd(0.1))
-    guard = lossguard.Guard(plain.init, Step(plain))
+    guard = lossguard.Guard(plain.init, Step(plain), plain.per_cycle)
     with pytest.raises(ValueError, match=r"^guard must be of hashable functions, got .*'Step'$"):
         lossguard.rollout(guard, guard.init(jnp.ones(2)), lambda w, i: jnp.sum(w**2), cycles=1)
 

@@ -12,7 +12,6 @@ from .guards.recommended import recommended as recommended
 from .guards.residual_guard import TrackingSequence as TrackingSequence
 from .guards.residual_guard import ema as ema
 from .guards.residual_guard import residual_guard as residual_guard
-from .guards.stacked import stacked as stacked
 from .guards.unguarded import unguarded as unguarded
 from .learned.lstm import LSTMWeights as LSTMWeights
 from .learned.lstm import init_lstm_weights as init_lstm_weights

@@ -11,7 +11,8 @@ from problems import decay, objective_of
 from runs import play
 
 import lossguard
-from lossguard.guards.soundness import renew
+from lossguard.guards.best_of import begin_again
+from lossguard.guards.losses import Point
 
 NT, NC, CYCLES = 3, 2, 60
 DECAY = 0.7
@@ -145,7 +146,7 @@ def test_turns_before_there_was_a_share_are_not_counted() -> None:
     assert state.inner.spent.tolist() == [0, 0]
     shared = lossguard.best_of(guards, share=0.1)
     state, _ = lossguard.rollout(shared, shared.init(jnp.float32(1)), lambda w, i: w**2, cycles=60)
-    again = renew(shared, jnp.float32(3), state)
+    again = begin_again(shared, Point(jnp.float32(3), None), state)
     assert again.params == 3 and again.inner.spent.tolist() == state.inner.spent.tolist() != [0, 0]
 
 

@@ -21,7 +21,6 @@ from lossguard import (
     residual_guard,
     rewind,
     rollout,
-    stacked,
     unguarded,
 )
 
@@ -39,9 +38,9 @@ def total(w, i):
     return jnp.sum(w)
 
 
-def step(objective, guard=loss_guard):
+def step(loss, guard=loss_guard, minibatches=None, extra=None):
     made = guard(SGD, SGD)
-    return made.step(made.init(ONES), objective)
+    return made.step(made.init(ONES, extra), loss, minibatches)
 
 
 def guarded_update(value_fn, params=ONES):
@@ -79,9 +78,6 @@ WRONG = {
     },
     " must be a sequence of at least one guard, got ": {
         "guards|none": lambda: best_of([]),
-    },
-    " must take minibatches 0, 1, 2, ... without end, got stacked ones": {
-        "check|": lambda: best_of([ALONE], check=stacked(total, ONES, 0))
     },
     " must have the same nt, got ": {
         "guards|[2, 3]": lambda: step(
@@ -172,20 +168,33 @@ WRONG = {
     },
     " must be None or a function, got ": {"check|3": lambda: best_of([ALONE], check=3)},
     " must be a function ": {
-        "objective|objective(params, i), got 'f'": lambda: step("f"),
-        "objective|objective(params, i), got None": (
-            lambda: step(None, lambda *_: best_of([ALONE]))
+        "loss|loss(params, minibatch), got 'f'": lambda: step("f"),
+        "loss|loss(params, minibatch), got None": (lambda: step(None, lambda *_: best_of([ALONE]))),
+        "loss|loss(params, extra, minibatch), got 'mse'": lambda: step("mse", extra=ONES),
+    },
+    " must be arrays whose first axis are the 20 of a cycle, got ": {
+        "minibatches|['19']": lambda: step(total, minibatches=jnp.ones((19, 3))),
+        "minibatches|['20', '21']": lambda: step(
+            total, minibatches=(jnp.ones((20, 2)), np.ones(21))
         ),
-        "loss|loss(params, batch), got 'mse'": lambda: stacked("mse", ONES, 0),
+        "minibatches|['20', 'none']": lambda: step(total, minibatches=(jnp.ones(20), 1.0)),
+        "minibatches|no arrays": lambda: step(total, minibatches={}),
+        "minibatches|['40']": lambda: step(total, minibatches=jnp.arange(40)),
     },
-    " must be an integer, got ": {
-        "start|Array(0.5": lambda: stacked(total, ONES, 0.5),
-        "start|Array([0]": lambda: step(stacked(total, jnp.ones((20, 2)), jnp.array([0]))),
+    " must be arrays whose first axis are the 10 of a cycle, got ": {
+        "minibatches|['20']": lambda: step(total, lambda *_: best_of([ALONE]), jnp.arange(20)),
     },
-    " must be arrays that share the length of axis 0, got ": {
-        "batches|['3', '4']": lambda: stacked(total, (jnp.ones((3, 2)), jnp.ones(4)), 0),
-        "batches|['3', 'none']": lambda: stacked(total, (jnp.ones(3), jnp.array(1.0)), 0),
-        "batches|no arrays": lambda: stacked(total, {}, 0),
+    " must be arrays, but its leaf ": {
+        "extra|['f'] is 'relu'": lambda: ALONE.init(ONES, {"f": "relu"}),
+        "extra|itself is 'relu'": lambda: best_of([ALONE]).init(ONES, "relu"),
+    },
+    " must return extra in the structure and shapes that it got, ": {
+        "loss|(2,), got (3,)": lambda: step(
+            lambda w, extra, i: (jnp.sum(w), jnp.ones(3)), extra=ONES
+        ),
+        "loss|(2,), got {'a': (2,)}": lambda: step(
+            lambda w, extra, i: (jnp.sum(w), {"a": extra}), extra=ONES
+        ),
     },
     ".update needs ": {
         "guarded(...)|value_fn, which was not given": lambda: guarded_update(None),
@@ -210,27 +219,26 @@ WRONG = {
         "params|itself is": lambda: rewind(SGD).init(np.array([0.0, np.nan])),
         "params|[0] is": lambda: best_of([ALONE]).init([math.nan, 1.0]),
     },
-    " must return a scalar floating-point loss, got ": {
-        "loss|(": lambda: stacked(lambda w, x: (jnp.sum(w), w), ONES, 0)(ONES, 0),
-        "loss|1.0": lambda: stacked(lambda w, x: 1.0, ONES, 0)(ONES, 0),
-        "value_fn|[": lambda: guarded_update(lambda w: w**2),
-        "value_fn|(": lambda: guarded_update(lambda w: (jnp.sum(w), w)),
+    " must return a floating-point scalar": {
+        "value_fn|, got float32[2]": lambda: guarded_update(lambda w: w**2),
         **{
-            f"objective|ShapeDtypeStruct(shape=({n},)": lambda g=g, n=n: step(
-                lambda w, i: jnp.ones(n), g
-            )
+            f"loss|, got float32[{n}]": lambda g=g, n=n: step(lambda w, i: jnp.ones(n), g)
             for n, g in enumerate((loss_guard, recommended, hedged), start=2)
         },
-        "objective|(ShapeDtypeStruct(shape=()": lambda: step(
-            lambda w, i: (jnp.sum(w), w), lambda *_: best_of([ALONE])
+        "loss|, got int32[]": lambda: step(lambda w, i: jnp.argmax(w)),
+        "loss|, got None": lambda: step(lambda w, i: None),
+        "loss| first, got float32[2]": lambda: step(lambda w, i: (w, jnp.sum(w))),
+        "check|, got float32[2]": lambda: step(
+            total, lambda *_: best_of([ALONE], check=lambda w, i: w)
         ),
-        "check|(ShapeDtypeStruct": lambda: step(
-            total, lambda *_: best_of([ALONE], check=lambda w, i: (jnp.sum(w), w))
-        ),
-        "objective|ShapeDtypeStruct(shape=(), dtype=int32": lambda: step(
-            lambda w, i: jnp.argmax(w)
-        ),
-        "objective|(ShapeDtypeStruct": lambda: step(lambda w, i: (jnp.sum(w), w)),
+    },
+    " must return a scalar, or (scalar, aux), got ": {
+        "loss|a tuple of 3": lambda: step(lambda w, i: (jnp.sum(w), w, w)),
+        "loss|a tuple of 0": lambda: step(lambda w, i: (), lambda *_: best_of([ALONE])),
+    },
+    " must return (scalar, extra), or (scalar, extra, aux), got ": {
+        "loss|float32[]": lambda: step(lambda w, extra, i: jnp.sum(w), extra=ONES),
+        "loss|a tuple of 4": lambda: step(lambda w, extra, i: (jnp.sum(w),) * 4, extra=ONES),
     },
 }
 CALLS = {

@@ -68,7 +68,7 @@ def test_hedged_keeps_its_promise_over_a_cycle_that_is_lost(nt, numbers) -> None
     reported, state, _ = told(hedged, objective, start, 120 // nt)
     alone, _, _ = told(lossguard.unguarded(STAYS, nt=nt), objective, start, 120 // nt)
     assert (reported <= alone + 1e-3).all() and reported[40 // nt] < alone[40 // nt]
-    assert state.inner.relay.s.params == 0
+    assert state.inner.relay.s.at.params == 0
 
 
 def test_what_is_lost_pays_for_no_later_loss() -> None:

@@ -7,15 +7,9 @@ import optax
 import pytest
 
 import lossguard
-from lossguard.guards.soundness import (
-    advance_schedules,
-    all_finite,
-    evaluate,
-    is_sound,
-    keep_schedules,
-    renew_if_unsound,
-    sound,
-)
+from lossguard.guards.clocks import advance_schedules, keep_schedules, renew_if_unsound
+from lossguard.guards.losses import Point, evaluate, sound
+from lossguard.guards.soundness import all_finite, is_sound
 
 NAN, INF = np.nan, np.inf
 pytestmark = pytest.mark.usefixtures("eager")
@@ -143,7 +137,7 @@ def test_an_unsound_state_begins_anew_at_the_parameters_but_for_its_schedule(bad
 
 
 def test_an_objective_may_return_a_python_number() -> None:
-    value, gradient = evaluate(sound(lambda w, i: 1.5), jnp.ones(2), jnp.int32(0))
+    (value, *_), gradient = evaluate(sound(lambda w, i: 1.5), Point(jnp.ones(2), None), 0)
     assert value == 1.5 and not gradient.any()
 
 
@@ -165,7 +159,7 @@ def test_a_derivative_by_what_an_objective_closes_over_goes_through_guards() -> 
     def after(make, h, batches):
         loss = lambda w, x: jnp.sum((w - x) ** 2) + h * jnp.sum(w**2)  # noqa: E731
         guard = make(optax.sgd(0.05), optax.sgd(0.01))
-        state, _ = guard.step(guard.init(jnp.zeros(2)), lossguard.stacked(loss, batches, start=0))
+        state, _ = guard.step(guard.init(jnp.zeros(2)), loss, batches)
         return jnp.sum(state.params**2)
 
     for make in (lossguard.recommended, lossguard.hedged):

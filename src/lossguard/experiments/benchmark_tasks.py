@@ -26,7 +26,8 @@ from rich.console import Group
 from rich.table import Table
 
 from ..cli import terminal
-from ..guards.protocol import Decision, Guard, GuardState, Objective, following
+from ..guards.cycle import of_cycle
+from ..guards.protocol import Decision, Guard, GuardState, Loss, following
 from ..guards.unguarded import unguarded
 from ..learned.pretrained import pretrained
 from ..rewinding.rewind import rewind
@@ -122,14 +123,19 @@ def watched(guard: Guard, batches: int = 5) -> Guard:
     training. It stands in each of ``decision.losses``, and what it costs is not counted.
     """
 
-    def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
-        own = state.minibatches + jnp.arange(batches)
-        loss = jax.vmap(objective, (None, 0))(state.params, own).mean()
-        state = state._replace(minibatches=following(state.minibatches, batches))
-        after, decision = guard.step(state, objective)
-        return after, decision._replace(losses=jnp.full_like(decision.losses, loss))
+    per_cycle = batches + guard.per_cycle
 
-    return Guard(guard.init, step)
+    def step(state: GuardState, loss: Loss, minibatches: Any = None) -> tuple[GuardState, Decision]:
+        given = of_cycle(state, minibatches, per_cycle)
+        own = jax.tree.map(lambda leaf: leaf[:batches], given)
+        rest = jax.tree.map(lambda leaf: leaf[batches:], given)
+        before = jax.vmap(loss, (None, 0))(state.params, own).mean()
+        after, decision = guard.step(state, loss, rest)
+        number = following(state.minibatches, per_cycle)
+        losses = jnp.full_like(decision.losses, before)
+        return after._replace(minibatches=number), decision._replace(losses=losses)
+
+    return Guard(guard.init, step, per_cycle)
 
 
 def task_of(experiment: Experiment) -> Task:

@@ -8,11 +8,11 @@ import optax
 import tyro
 
 from ..guards.best_of import best_of
+from ..guards.clocks import renew
 from ..guards.loss_guard import loss_guard
-from ..guards.protocol import Decision, Guard, GuardState, Objective
+from ..guards.protocol import Decision, Guard, GuardState, Loss
 from ..guards.recommended import recommended
 from ..guards.residual_guard import TrackingSequence, ema, residual_guard
-from ..guards.soundness import renew
 from ..guards.unguarded import unguarded
 from ..learned.pretrained import pretrained
 from ..schedules import paper_decay
@@ -69,12 +69,12 @@ def guarded(e: "Experiment", fallback: optax.GradientTransformation) -> Method:
 def forgetful(guard: Guard, learned: optax.GradientTransformation) -> Guard:
     """LGL2O whose learned optimizer begins every cycle without memory."""
 
-    def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
+    def step(state: GuardState, loss: Loss, minibatches: Any = None) -> tuple[GuardState, Decision]:
         fresh = renew(learned, state.params, state.inner.learned)
         inner = state.inner._replace(learned=fresh)
-        return guard.step(state._replace(inner=inner), objective)
+        return guard.step(state._replace(inner=inner), loss, minibatches)
 
-    return Guard(guard.init, step)
+    return Guard(guard.init, step, guard.per_cycle)
 
 
 def rival(e: "Experiment", sequence: TrackingSequence) -> Method:

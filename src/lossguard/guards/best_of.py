@@ -1,22 +1,23 @@
 """Guards side by side, of which the best is followed: a guard of guards."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..rules import HEAD_START
 from ..validation import check_decay, check_kind, check_nc, check_part
 from . import trial as trials
-from .cycle import LONGEST, Cycle, as_arrays, check_objective, check_state, own_buffers
+from .clocks import advance_schedules, check_schedules, keep_schedules, typed_as
+from .cycle import LONGEST, as_arrays, check_state, numbers_of, of_cycle, own_buffers
 from .lanes import losses_at
-from .protocol import NEITHER, Decision, Guard, GuardState, Objective, Params, advance, following
-from .soundness import advance_schedules, check_schedules, is_sound, renew, select, sound
-from .stacked import stacked
+from .losses import Point, check_loss, sound
+from .protocol import NEITHER, Decision, Guard, GuardState, Loss, Params, advance, following
+from .soundness import is_sound, select
 
 
 class BestOfState(NamedTuple):
@@ -44,7 +45,7 @@ def best_of(
     guards: Sequence[Guard],
     *,
     share: float | None = None,
-    check: Objective | None = None,
+    check: Loss | None = None,
     nc: int | None = None,
     decay: float = 0.9,
 ) -> Guard:
@@ -73,7 +74,8 @@ def best_of(
             steps after the start D begins anew: a bad start is forgotten by then. None: all run in
             each cycle. Schedules follow the steps of the run, also of who doesn't run.
         check: where data repeat, training losses are lower for whoever overfits. Then d[j] is the
-            mean of this objective of x[j] over nc minibatches of its own, 0, 1, 2, ...
+            mean of this loss of x[j] over nc minibatches of its own, whose numbers it is given: 0,
+            1, 2, ...; with model state it takes that, too, and what it returns of it isn't kept.
         nc: check minibatches a cycle, with a ``check``; None for two.
         decay: D remembers about 1 / (1 - decay) cycles.
 
@@ -94,12 +96,10 @@ def best_of(
     (1, 20)
     """
     members = members_of(guards)
-    if isinstance(check, stacked):
-        raise ValueError("check must take minibatches 0, 1, 2, ... without end, got stacked ones")
     share = None if share is None else check_part("share", share)
     nc, decay = check_nc(nc, check, most=LONGEST), check_decay(decay)
     rules = SideBySide(members, share, check, nc, decay)
-    return Guard(rules.init, rules.step)
+    return Guard(rules.init, rules.step, max(guard.per_cycle for guard in members))
 
 
 def members_of(guards: Iterable[Guard]) -> tuple[Guard, ...]:
@@ -124,15 +124,15 @@ class SideBySide:
 
     members: tuple[Guard, ...]
     share: float | None
-    check: Objective | None
+    check: Loss | None
     nc: int
     decay: float
 
-    def init(self, params: Params) -> GuardState:
+    def init(self, params: Params, extra: PyTree = None) -> GuardState:
         """All are at the parameters, and nothing is known of them."""
-        params = as_arrays(params)
+        params, extra = as_arrays(params), numbers_of(extra)
         unknown = jnp.full(len(self.members), jnp.nan, float)
-        members = tuple(guard.init(params) for guard in self.members)
+        members = tuple(begun(guard, Point(params, extra)) for guard in self.members)
         if self.share is not None:
             check_schedules("each of guards", members)
         inner = BestOfState(
@@ -145,17 +145,24 @@ class SideBySide:
             leader=jnp.int32(0),
             checked=jnp.int32(0),
         )
-        return own_buffers(GuardState(params, jnp.int32(0), jnp.int32(0), inner))
+        return own_buffers(GuardState(params, jnp.int32(0), jnp.int32(0), inner, extra))
 
-    def step(self, state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
+    def step(
+        self, state: GuardState, loss: Loss, minibatches: Any = None
+    ) -> tuple[GuardState, Decision]:
         """A cycle of those that are due."""
         check_state(state, self.init)
-        objective, inner, i = sound(objective), state.inner, state.minibatches
+        per_cycle = max(guard.per_cycle for guard in self.members)
+        minibatches = of_cycle(state, minibatches, per_cycle)
+        inner, x = state.inner, Point(state.params, state.extra)
         runs, after = self.are_due(inner, state.steps), []
         for j, (guard, at) in enumerate(zip(self.members, inner.members, strict=True)):
-            edited = select(inner.leader == j, state.params, at.params)  # x may have been edited
-            at = at._replace(params=edited, minibatches=i)
-            after.append(self.step_if(runs[j], guard, at, objective, inner.checked))
+            # x may have been edited
+            edited = select(inner.leader == j, x, Point(at.params, at.extra))
+            at = at._replace(**edited._asdict(), minibatches=state.minibatches)
+            own = jax.tree.map(lambda leaf, n=guard.per_cycle: leaf[:n], minibatches)
+            step = partial(guard.step, loss=sound(loss), minibatches=own)
+            after.append(self.step_if(runs[j], step, at, inner.checked))
         states, decisions, rows = zip(*after, strict=True)
         lengths = {len(decision.losses) for decision in decisions}
         if len(lengths) > 1:
@@ -164,12 +171,13 @@ class SideBySide:
 
         losses, d = jnp.stack([decision.losses for decision in decisions]), means(jnp.stack(rows))
         ran = jnp.array(runs)
-        finite = jnp.stack([is_sound(at.params, lambda: state.params) for at in states])
+        points = [Point(at.params, at.extra) for at in states]
+        finite = jnp.stack([is_sound(point, lambda: x) for point in points])
         beside = ran & (jnp.arange(len(d), dtype=jnp.int32) != inner.leader)
         inner, fine, again = self.settle(inner, losses, d, ran, finite)
         if self.share is not None:
             inner = head_start(inner, beside, state.steps, nt)
-        ends = [select(ok, at.params, state.params) for ok, at in zip(fine, states, strict=True)]
+        ends = [select(ok, point, x) for ok, point in zip(fine, points, strict=True)]
         x, decision = jax.tree.map(
             lambda *leaves: jnp.stack(leaves)[inner.leader], *zip(ends, decisions, strict=True)
         )
@@ -182,14 +190,12 @@ class SideBySide:
             learned_updates=sum(one.learned_updates for one in decisions),
         )
         members = tuple(
-            jax.lax.cond(begins, partial(renew, guard, x), lambda at: at, at)
+            jax.lax.cond(begins, partial(begin_again, guard, x), lambda at: at, at)
             for begins, guard, at in zip(again, self.members, states, strict=True)
         )
         inner = inner._replace(members=members, checked=following(inner.checked, self.nc))
-        minibatches = jnp.stack([at.minibatches for at in states])
-        begins = (minibatches < i).any()  # at minibatch 0 again, for all of them
-        i = jnp.where(begins, 0, minibatches.max())
-        return GuardState(x, advance(state.steps, nt), i, inner), decision
+        steps, number = advance(state.steps, nt), following(state.minibatches, per_cycle)
+        return GuardState(x.params, steps, number, inner, x.extra), decision
 
     def are_due(self, inner: BestOfState, k: Int[Array, ""]) -> Sequence[Bool[Array, ""] | bool]:
         """Which guards run in the cycle after k steps."""
@@ -202,29 +208,31 @@ class SideBySide:
     def step_if(
         self,
         runs: Bool[Array, ""] | bool,
-        guard: Guard,
+        step: Callable[[GuardState], tuple[GuardState, Decision]],
         at: GuardState,
-        objective: Objective,
         checked: Int[Array, ""],
     ) -> tuple[GuardState, Decision, Float[Array, " minibatches"]]:
         """A cycle of a guard, and losses that d is the mean of; where it doesn't run nothing is
         spent, and nothing known."""
 
-        def step(at: GuardState) -> tuple[GuardState, Decision, Array]:
-            at, decision = guard.step(at, objective)
+        def run(at: GuardState) -> tuple[GuardState, Decision, Array]:
+            at, decision = step(at)
             if self.check is None:
                 return at, decision, decision.losses
-            check_objective(self.check, at.params, checked, name="check")
-            held_out = Cycle(self.check, checked, at.steps, self.nc)
+            point, numbers = (
+                Point(at.params, at.extra),
+                checked + jnp.arange(self.nc, dtype=jnp.int32),
+            )
+            check_loss(self.check, point, checked, name="check")
             decision = decision._replace(forwards=decision.forwards + self.nc)
-            return at, decision, losses_at([at.params], held_out)[:, 0]
+            return at, decision, losses_at([point], self.check, numbers, name="check")[:, 0]
 
         def idle(at: GuardState) -> tuple[GuardState, Decision, Array]:
-            _, decision, d = jax.tree.map(jnp.zeros_like, jax.eval_shape(step, at))
+            _, decision, d = jax.tree.map(jnp.zeros_like, jax.eval_shape(run, at))
             at = at._replace(inner=advance_schedules(at.inner, len(decision.losses)))
             return at, decision, jnp.full_like(d, jnp.nan)
 
-        return step(at) if runs is True else jax.lax.cond(runs, step, idle, at)
+        return run(at) if runs is True else jax.lax.cond(runs, run, idle, at)
 
     def settle(
         self,
@@ -268,6 +276,16 @@ class SideBySide:
             leader=best,
         )
         return after, fine, again
+
+
+def begun(guard: Guard, x: Point) -> GuardState:
+    """A guard at a point. One without model state needs no argument for it."""
+    return guard.init(x.params) if x.extra is None else guard.init(*x)
+
+
+def begin_again(guard: Guard, x: Point, at: GuardState) -> GuardState:
+    """A guard at a point, with the schedules and counts that it had."""
+    return typed_as(at, keep_schedules(begun(guard, x), at))
 
 
 def means(losses: Float[Array, "members minibatches"]) -> Float[Array, " members"]:

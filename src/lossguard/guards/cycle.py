@@ -9,10 +9,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Int, PyTree
 
-from ..validation import check_count, check_function, check_kind
-from .protocol import Decision, Guard, GuardState, Objective, Params, advance, check_loss, following
-from .soundness import plain
-from .stacked import check_stacked
+from ..validation import check_count, check_kind
+from .losses import Point, check_loss
+from .protocol import Decision, Guard, GuardState, Loss, Params, advance, following
 
 LONGEST = 10**6
 """Minibatches of a cycle, at most: their losses are kept, and counted several times in 32 bits."""
@@ -21,18 +20,23 @@ LEAST_BITS = 16
 
 
 class Cycle(NamedTuple):
-    """The minibatches of a cycle, i .. i+nt-1, and the objective that they are of."""
+    """What the lanes are run on in a cycle."""
 
-    objective: Objective
-    i: Int[Array, ""]
+    loss: Loss
+    training: Any
+    """nt minibatches: leaves have them on their first axis."""
+    fresh: Any
+    """nc minibatches of a check, likewise."""
     k: Int[Array, ""]
     """Optimizer steps before it."""
     nt: int
+    told: PyTree
+    """The shapes of what the loss reports beside itself."""
 
 
 def guard_of(
-    begin: Callable[[Params], PyTree],
-    cycle: Callable[[Params, Any, Cycle], tuple[Params, PyTree, Decision]],
+    begin: Callable[[Point], PyTree],
+    cycle: Callable[[Point, Any, Cycle], tuple[Point, PyTree, Decision]],
     *,
     nt: int,
     nc: int = 0,
@@ -42,22 +46,43 @@ def guard_of(
     A cycle takes nt optimizer steps, and nt + nc minibatches.
     """
     nt = check_count("nt", nt, most=LONGEST)
+    per_cycle = nt + nc
 
-    def init(params: Params) -> GuardState:
-        params = as_arrays(params)
-        return own_buffers(GuardState(params, jnp.int32(0), jnp.int32(0), begin(params)))
+    def init(params: Params, extra: PyTree = None) -> GuardState:
+        x = Point(as_arrays(params), numbers_of(extra))
+        zero = jnp.int32(0)
+        return own_buffers(GuardState(x.params, zero, zero, begin(x), x.extra))
 
-    def step(state: GuardState, objective: Objective) -> tuple[GuardState, Decision]:
+    def step(state: GuardState, loss: Loss, minibatches: Any = None) -> tuple[GuardState, Decision]:
         check_state(state, init)
-        given = plain(objective)  # the same for all members of best_of: JAX traces it once
-        check_stacked(given, nt + nc)
-        i, k = state.minibatches, state.steps
-        check_objective(given, state.params, i)
-        x, after, decision = cycle(state.params, state.inner, Cycle(objective, i, k, nt))
+        minibatches = of_cycle(state, minibatches, per_cycle)
+        x = Point(state.params, state.extra)
+        first = jax.tree.map(lambda leaf: leaf[0], minibatches)
+        told = check_loss(loss, x, first)
+        training = jax.tree.map(lambda leaf: leaf[:nt], minibatches)
+        fresh = jax.tree.map(lambda leaf: leaf[nt:], minibatches)
+        x, inner, decision = cycle(
+            x, state.inner, Cycle(loss, training, fresh, state.steps, nt, told)
+        )
         decision = jax.tree.map(jnp.asarray, decision)
-        return GuardState(x, advance(k, nt), following(i, nt + nc), after), decision
+        steps, number = advance(state.steps, nt), following(state.minibatches, per_cycle)
+        return GuardState(x.params, steps, number, inner, x.extra), decision
 
-    return Guard(init, step)
+    return Guard(init, step, per_cycle)
+
+
+def of_cycle(state: GuardState, minibatches: Any, per_cycle: int) -> Any:
+    """The minibatches of a cycle: those given, or their numbers."""
+    if minibatches is None:
+        return state.minibatches + jnp.arange(per_cycle, dtype=jnp.int32)
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(minibatches)}
+    if lengths != {(per_cycle,)}:
+        found = sorted(str(*length) or "none" for length in lengths) or "no arrays"
+        raise ValueError(
+            f"minibatches must be arrays whose first axis are the {per_cycle} of a cycle, got "
+            f"{found}"
+        )
+    return jax.tree.map(jnp.asarray, minibatches)
 
 
 def as_arrays(params: Params) -> Params:
@@ -90,6 +115,17 @@ def as_arrays(params: Params) -> Params:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), params)
 
 
+def numbers_of(extra: PyTree) -> PyTree:
+    """Model state, if it is one: arrays of any type, random keys too."""
+    for path, leaf in jax.tree.leaves_with_path(extra):
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
+            raise ValueError(
+                f"extra must be arrays, but its leaf {jax.tree_util.keystr(path) or 'itself'} is "
+                f"{leaf!r}"
+            )
+    return extra
+
+
 @jax.jit
 def own_buffers(tree: PyTree) -> PyTree:
     """Each leaf in a buffer of its own, which may be donated, on the devices of those put anywhere.
@@ -99,10 +135,10 @@ def own_buffers(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.result_type(leaf)), tree)
 
 
-def check_state(state: Any, init: Callable[[Params], GuardState]) -> None:
+def check_state(state: Any, init: Callable[..., GuardState]) -> None:
     """Refuse what is no state, is another guard's, or has parameters of other shapes or types."""
     check_kind("state", state, GuardState, "guard.init(params)")
-    if kinds(state.inner) != kinds(jax.eval_shape(init, state.params).inner):
+    if kinds(state.inner) != kinds(jax.eval_shape(init, state.params, state.extra).inner):
         raise ValueError(
             "state must be of this guard's own init(params), with its optimizers and the shapes "
             f"and types of those params, got another one, with {kinds(state.params)} now"
@@ -113,11 +149,3 @@ def kinds(tree: PyTree) -> list[str]:
     """The place, type and shape of each leaf. What is static may differ: each init may make it."""
     leaves = [(jax.tree_util.keystr(at), leaf) for at, leaf in jax.tree.leaves_with_path(tree)]
     return [f"{at} {jnp.result_type(x)}{[*jnp.shape(x)]}".lstrip() for at, x in leaves]
-
-
-def check_objective(
-    objective: Objective, params: Params, i: Int[Array, ""], *, name: str = "objective"
-) -> None:
-    """Refuse what is no function, or doesn't return one floating-point number."""
-    check_function(name, objective, f"{name}(params, i)")
-    check_loss(name, jax.eval_shape(objective, params, i))

@@ -6,10 +6,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, PyTree
 
+from .clocks import renew_if_unsound
 from .cycle import as_arrays
 from .lanes import with_extra_args
-from .protocol import Params, check_loss
-from .soundness import is_sound, renew_if_unsound, select
+from .losses import Point, forward
+from .protocol import Params
+from .soundness import is_sound, select
 
 
 class GuardedState(NamedTuple):
@@ -66,8 +68,10 @@ def guarded(learned: Any, fallback: Any) -> optax.GradientTransformationExtraArg
         to_y, learned_state = learned.update(updates, state.learned, start, **extra_args)
         to_z, fallback_state = fallback.update(updates, state.fallback, start, **extra_args)
         y, z = optax.apply_updates(start, to_y), optax.apply_updates(start, to_z)
-        value_y, value_z = value_fn(y), value_fn(z)
-        check_loss("value_fn", value_y)
+        value_y, value_z = (
+            forward(lambda params, _: value_fn(params), Point(to, None), None, name="value_fn").loss
+            for to in (y, z)
+        )
 
         finite_y = is_sound(y, lambda: start) & jnp.isfinite(value_y)
         finite_z = is_sound(z, lambda: start) & jnp.isfinite(value_z)

@@ -9,11 +9,13 @@ from jaxtyping import Array, Float, Int
 
 from ..rules import DECAY, PATIENCE, STRETCH
 from ..validation import check_part
+from .clocks import renew
 from .cycle import Cycle, guard_of
 from .lanes import Lane, with_extra_args
-from .protocol import OWN, Decision, Guard, Params, advance
+from .losses import Point
+from .protocol import OWN, Decision, Guard, advance
 from .relay import Relay, RelayState, go_back, lead_from, leader
-from .soundness import renew, select
+from .soundness import select
 from .trial import bounded, breaks, finite_mean
 
 
@@ -60,24 +62,24 @@ def hedged(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) ->
     learned, fallback = with_extra_args("learned", learned), with_extra_args("fallback", fallback)
     relay = Relay(learned, fallback, share)
 
-    def begin(params: Params) -> HedgedState:
-        return HedgedState(relay.begin(params), jnp.zeros(()), jnp.int32(0), jnp.int32(0))
+    def begin(x: Point) -> HedgedState:
+        return HedgedState(relay.begin(x), jnp.zeros(()), jnp.int32(0), jnp.int32(0))
 
     return guard_of(begin, partial(cycle, relay), nt=nt)
 
 
 def cycle(
-    relay: Relay, x: Params, inner: HedgedState, now: Cycle
-) -> tuple[Params, HedgedState, Decision]:
+    relay: Relay, x: Point, inner: HedgedState, now: Cycle
+) -> tuple[Point, HedgedState, Decision]:
     """The relay, beside s while x is off its path."""
     was, led_by_s, runs = inner.relay, inner.regret > 0, inner.relay.winner != OWN
-    edited = was._replace(s=was.s._replace(params=x))
+    edited = was._replace(s=was.s._replace(at=x))
     start = select(led_by_s, edited, lead_from(was, x))
-    state, decision, of_s = relay.step(start, runs, now)
+    state, decision, (of_s, aux_s) = relay.step(start, runs, now)
     x, finite = leader(state), jnp.isfinite(of_s)
     broken = runs & breaks(of_s, decision.losses)
     s = jax.lax.cond(
-        broken, lambda: Lane(x, renew(relay.fallback, x, state.s.state)), lambda: state.s
+        broken, lambda: Lane(x, renew(relay.fallback, x.params, state.s.state)), lambda: state.s
     )
     state = state._replace(s=s)
 
@@ -93,6 +95,7 @@ def cycle(
         used_learned=decision.used_learned & ~leads,
         losses=jnp.where(leads, of_s, decision.losses),
         winner=jnp.where(leads, OWN, state.winner),
+        aux=select(leads, aux_s, decision.aux),
     )
     after = HedgedState(state, *(jnp.where(back, 0, one) for one in (regret, away, behind)))
-    return select(after.regret > 0, state.s.params, leader(state)), after, decision
+    return select(after.regret > 0, state.s.at, leader(state)), after, decision

@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
+from .clocks import renew_if_unsound, typed_as
 from .cycle import Cycle
-from .protocol import Guard, Objective, Params
-from .soundness import evaluate, is_sound, renew_if_unsound, select, typed_as
+from .losses import Forward, Point, evaluate, forward
+from .protocol import Guard, Loss, Params
+from .soundness import is_sound, select
 
 Optimizer = optax.GradientTransformationExtraArgs
 
@@ -53,36 +55,45 @@ def with_extra_args(name: str, optimizer: Any) -> optax.GradientTransformationEx
 class Lane(NamedTuple):
     """Where an optimizer is, and what it remembers."""
 
-    params: Params
+    at: Point
     state: PyTree
+
+
+class Report(NamedTuple):
+    """What a lane's loss was before each step of a cycle, and what it told beside."""
+
+    losses: Float[Array, " nt"]
+    aux: PyTree
 
 
 def propose(
     optimizer: Optimizer,
     lane: Lane,
-    objective: Objective,
-    i: Int[Array, ""],
-    loss: Float[Array, ""],
+    loss: Loss,
+    minibatch: Any,
+    seen: Forward,
     gradient: Params,
     part: Float[Array, ""] | None = None,
 ) -> Lane:
-    """One optimizer step, or a part of it, from the loss and its gradient on minibatch number i.
+    """One optimizer step, or a part of it, from what ``evaluate`` gives at the lane's point.
 
     Optimizers that want more than the gradient find it under optax's names: ``value``, ``grad``,
     ``value_fn(params)`` and ``grad_fn(params, _)``, all on this minibatch.
     """
+    params, extra = lane.at
     updates, state = optimizer.update(
         gradient,
         lane.state,
-        lane.params,
-        value=loss,
+        params,
+        value=seen.loss,
         grad=gradient,
-        value_fn=lambda params: objective(params, i),
-        grad_fn=lambda params, _: evaluate(objective, params, i)[1],
+        value_fn=lambda params: forward(loss, Point(params, extra), minibatch).loss,
+        grad_fn=lambda params, _: evaluate(loss, Point(params, extra), minibatch)[1],
     )
     if part is not None:
         updates = jax.tree.map(lambda u: u * part.astype(u.dtype), updates)
-    return Lane(optax.apply_updates(lane.params, updates), typed_as(lane.state, state))
+    to = Point(optax.apply_updates(params, updates), seen.extra)
+    return Lane(to, typed_as(lane.state, state))
 
 
 def train(
@@ -90,24 +101,25 @@ def train(
     lanes: Sequence[Lane],
     now: Cycle,
     warms_up: Bool[Array, ""] | None = None,
-) -> tuple[tuple[Lane, ...], Float[Array, "lanes nt"]]:
-    """nt steps of every lane on the minibatches of a cycle, and the losses before each step.
+) -> tuple[tuple[Lane, ...], tuple[Report, ...]]:
+    """nt steps of every lane on the training minibatches of a cycle, and their reports.
 
     In a warm-up step t, from 1 on, is t / nt of what the optimizer proposes.
     """
 
-    def step(lanes: tuple[Lane, ...], t: Any) -> tuple[tuple[Lane, ...], Array]:
-        after, losses = [], []
+    def step(lanes: tuple[Lane, ...], of_step: Any) -> tuple[tuple[Lane, ...], Any]:
+        t, minibatch = of_step
+        after, reports = [], []
         grown = (t + 1).astype(float) / now.nt
         part = None if warms_up is None else jnp.where(warms_up, grown, 1.0)
         for optimizer, lane in zip(optimizers, lanes, strict=True):
-            loss, gradient = evaluate(now.objective, lane.params, now.i + t)
-            after.append(propose(optimizer, lane, now.objective, now.i + t, loss, gradient, part))
-            losses.append(jnp.asarray(loss, float))
-        return tuple(after), jnp.stack(losses)
+            seen, gradient = evaluate(now.loss, lane.at, minibatch)
+            after.append(propose(optimizer, lane, now.loss, minibatch, seen, gradient, part))
+            reports.append(Report(jnp.asarray(seen.loss, float), seen.aux))
+        return tuple(after), tuple(reports)
 
-    lanes, losses = jax.lax.scan(step, tuple(lanes), jnp.arange(now.nt, dtype=jnp.int32))
-    return lanes, losses.T
+    steps = jnp.arange(now.nt, dtype=jnp.int32), now.training
+    return jax.lax.scan(step, tuple(lanes), steps)
 
 
 def run_if(
@@ -116,27 +128,41 @@ def run_if(
     lane: Lane,
     now: Cycle,
     warms_up: Bool[Array, ""] | None = None,
-) -> tuple[Lane, Float[Array, " nt"]]:
-    """nt steps of a lane, and its losses.
+) -> tuple[Lane, Report]:
+    """nt steps of a lane, and its report.
 
     If its parameters end up not finite they stay where they were, and all its losses are infinite.
-    Where it doesn't run nothing is computed, and they are NaN.
+    Where it doesn't run nothing is computed, its losses are NaN, and what it tells is 0.
     """
 
-    def run(lane: Lane) -> tuple[Lane, Array]:
-        (after,), (losses,) = train([optimizer], [lane], now, warms_up)
-        fine = is_sound(after.params, lambda: lane.params)
-        params = select(fine, after.params, lane.params)
-        state = renew_if_unsound(optimizer, params, after.state)
-        return Lane(params, state), jnp.where(fine, losses, jnp.inf)
+    def run(lane: Lane) -> tuple[Lane, Report]:
+        (after,), (report,) = train([optimizer], [lane], now, warms_up)
+        fine = is_sound(after.at, lambda: lane.at)
+        at = select(fine, after.at, lane.at)
+        state = renew_if_unsound(optimizer, at.params, after.state)
+        return Lane(at, state), report._replace(losses=jnp.where(fine, report.losses, jnp.inf))
 
-    return jax.lax.cond(runs, run, lambda lane: (lane, jnp.full(now.nt, jnp.nan, float)), lane)
+    def rest(lane: Lane) -> tuple[Lane, Report]:
+        aux = jax.tree.map(lambda one: jnp.zeros((now.nt, *one.shape), one.dtype), now.told)
+        return lane, Report(jnp.full(now.nt, jnp.nan, float), aux)
+
+    return jax.lax.cond(runs, run, rest, lane)
 
 
-def losses_at(points: Sequence[Params], now: Cycle) -> Float[Array, "nt points"]:
-    """The loss of each point on each minibatch of a cycle: forward passes only."""
+def losses_at(
+    points: Sequence[Point], loss: Loss, minibatches: Any, *, name: str = "loss"
+) -> Float[Array, "minibatches points"]:
+    """The loss of each point on each minibatch: forward passes only.
 
-    def at(t: Any) -> Array:
-        return jnp.stack([jnp.asarray(now.objective(w, now.i + t), float) for w in points])
+    Model state goes on from one minibatch to the next, as a random key must, and isn't kept.
+    """
 
-    return jax.lax.map(at, jnp.arange(now.nt, dtype=jnp.int32))
+    def at(extras: tuple[PyTree, ...], minibatch: Any) -> tuple[tuple[PyTree, ...], Array]:
+        passes = [
+            forward(loss, Point(point.params, extra), minibatch, name=name)
+            for point, extra in zip(points, extras, strict=True)
+        ]
+        losses = jnp.stack([jnp.asarray(seen.loss, float) for seen in passes])
+        return tuple(seen.extra for seen in passes), losses
+
+    return jax.lax.scan(at, tuple(point.extra for point in points), minibatches)[1]

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
 from ..validation import check_choice, check_count
+from .clocks import renew, renew_if_unsound
 from .cycle import LONGEST, Cycle, guard_of
 from .lanes import Lane, Optimizer, losses_at, train, with_extra_args
+from .losses import Point
 from .protocol import FALLBACK, LEARNED, NEITHER, Decision, Guard, Params
-from .soundness import is_sound, renew, renew_if_unsound, select
+from .soundness import is_sound, select
 
 Loser = Literal["keep", "reset"]
 
@@ -53,7 +55,7 @@ def loss_guard(
 
     Raises:
         ValueError: if nt or nc is not an integer of at least 1, or loser neither of the two; in a
-            step, if the objective is ``stacked`` and holds fewer than nt + nc minibatches.
+            step, if there aren't nt + nc minibatches.
 
     Source: the paper's Algorithm 2; with nt = nc = 1 and a deterministic objective, Algorithm 1.
 
@@ -67,8 +69,8 @@ def loss_guard(
     check_choice("loser", loser, get_args(Loser))
     optimizers = with_extra_args("learned", learned), with_extra_args("fallback", fallback)
 
-    def begin(params: Params) -> LossGuardState:
-        return LossGuardState(*(one.init(params) for one in optimizers))
+    def begin(x: Point) -> LossGuardState:
+        return LossGuardState(*(one.init(x.params) for one in optimizers))
 
     return guard_of(begin, partial(algorithm_2, optimizers, nc, loser), nt=nt, nc=nc)
 
@@ -77,42 +79,41 @@ def algorithm_2(
     optimizers: tuple[Optimizer, Optimizer],
     nc: int,
     loser: Loser,
-    x: Params,
+    x: Point,
     inner: LossGuardState,
     now: Cycle,
-) -> tuple[Params, LossGuardState, Decision]:
+) -> tuple[Point, LossGuardState, Decision]:
     """Lines 10 to 19. Line 21 is where ``guard_of`` goes on to the next minibatches."""
     branches = Lane(x, inner.learned), Lane(x, inner.fallback)  # lines 10, 11
-    (y, z), losses = train(optimizers, branches, now)  # lines 12 to 15
-    fresh = now._replace(i=now.i + now.nt, nt=nc)
-    checks = losses_at((y.params, z.params), fresh).mean(axis=0)
-
-    finite_y = is_sound(y.params, lambda: x) & jnp.isfinite(checks[0])
-    finite_z = is_sound(z.params, lambda: x) & jnp.isfinite(checks[1])
-    keep_y = finite_y & ((checks[0] < checks[1]) | ~finite_z)  # line 16
-    x = select(keep_y, y.params, select(finite_z, z.params, x))  # lines 17, 19
+    (y, z), (of_y, of_z) = train(optimizers, branches, now)  # lines 12 to 15
+    checks = losses_at((y.at, z.at), now.loss, now.fresh).mean(axis=0)
+    sound = jnp.stack([is_sound(branch.at, lambda: x) for branch in (y, z)])
+    f_y, f_z = jnp.where(sound & jnp.isfinite(checks), checks, jnp.inf)
+    keep_y, finite_z = f_y < f_z, jnp.isfinite(f_z)  # line 16
+    x = select(keep_y, y.at, select(finite_z, z.at, x))  # lines 17, 19
 
     inner = LossGuardState(
-        after(optimizers[0], loser, x, y.state, keep_y),
-        after(optimizers[1], loser, x, z.state, ~keep_y),
+        after(optimizers[0], loser, x.params, y.state, keep_y),
+        after(optimizers[1], loser, x.params, z.state, ~keep_y),
     )
     decision = Decision(
         used_learned=jnp.full(now.nt, keep_y),
-        losses=jnp.where(keep_y, losses[0], jnp.where(finite_z, losses[1], jnp.inf)),
+        losses=jnp.where(keep_y, of_y.losses, jnp.where(finite_z, of_z.losses, jnp.inf)),
         winner=jnp.where(keep_y, LEARNED, jnp.where(finite_z, FALLBACK, NEITHER)),
         gradients=jnp.int32(2 * now.nt),
         learned_loss=checks[0],
         fallback_loss=checks[1],
         forwards=jnp.int32(2 * nc),
         learned_updates=jnp.int32(now.nt),
+        aux=select(keep_y, of_y.aux, of_z.aux),
     )
     return x, inner, decision
 
 
 def after(
-    optimizer: Optimizer, loser: Loser, x: Params, state: PyTree, won: Bool[Array, ""]
+    optimizer: Optimizer, loser: Loser, params: Params, state: PyTree, won: Bool[Array, ""]
 ) -> PyTree:
-    """The state with which an optimizer goes on from x. Its schedules go on in any case."""
+    """The state with which an optimizer goes on. Its schedules go on in any case."""
     if loser == "reset":
-        state = select(won, state, renew(optimizer, x, state))
-    return renew_if_unsound(optimizer, x, state)
+        state = select(won, state, renew(optimizer, params, state))
+    return renew_if_unsound(optimizer, params, state)

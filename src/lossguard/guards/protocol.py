@@ -12,8 +12,9 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, Shaped
 from ..validation import MOST
 
 Params = PyTree[Shaped[ArrayLike, "..."]]
-Objective = Callable[[Any, Any], Array]
-"""``objective(params, i)``: the scalar loss on minibatch number i, which may be ignored."""
+Loss = Callable[..., Any]
+"""``loss(params, minibatch)``, or with model state ``loss(params, extra, minibatch)``; see
+``Guard``."""
 
 
 LEARNED, FALLBACK, OWN, NEITHER = map(np.int32, (0, 1, 2, -1))
@@ -33,6 +34,9 @@ class GuardState(NamedTuple):
     """The number of the next minibatch (int32; near 2^31 - 1 it begins at 0 again)."""
     inner: PyTree
     """What the guard itself keeps: optimizer states and the like."""
+    extra: PyTree = None
+    """The model state that belongs to ``params``, such as BatchNorm's statistics; None: there is
+    none."""
     GOES_ON = ("steps", "minibatches")
     """Fields that go on where the guard begins again; parts of ``inner`` name theirs likewise."""
 
@@ -60,6 +64,9 @@ class Decision(NamedTuple):
     """Forward passes spent beside the gradients."""
     learned_updates: Int[Array, ""] | np.int32 = np.int32(0)
     """Updates computed by learned optimizers, kept or not."""
+    aux: PyTree = None
+    """What the loss reports beside itself, if anything: leaves have an axis of nt, as ``losses``,
+    and are of the same lane."""
 
     def price(self, u: float = 0.0) -> Array | np.ndarray:
         """Gradients + forward passes / 3 + learned updates times u: what was spent, in gradients.
@@ -71,13 +78,25 @@ class Decision(NamedTuple):
 
 
 class Guard(NamedTuple):
-    """``init(params) -> state`` and ``step(state, objective) -> (state, decision)``, both pure.
+    """``init(params, extra=None) -> state``, ``step(state, loss, minibatches) -> state, decision``.
 
-    One step is one cycle; jit, vmap and scan work on it.
+    Both are pure, and one step is one cycle; jit, vmap and scan work on it.
+
+    - ``minibatches``: a pytree of arrays whose first axis are the minibatches of the cycle, in
+      their order. None: they are their numbers, from ``state.minibatches`` on, for a loss that
+      draws its data by number, or needs none.
+    - ``loss(params, minibatch)``: a scalar, or a tuple of the scalar and what to report of it,
+      which is then in ``decision.aux``.
+    - ``extra``: what a forward pass changes and the optimizer doesn't: BatchNorm's statistics, a
+      hidden state, a random key; any pytree of arrays. With it the loss is ``loss(params, extra,
+      minibatch)``, and returns ``(scalar, extra)`` or ``(scalar, extra, aux)``. Each lane has its
+      own, ``state.extra`` is that of ``state.params``.
     """
 
-    init: Callable[[Params], GuardState]
-    step: Callable[[GuardState, Objective], tuple[GuardState, Decision]]
+    init: Callable[..., GuardState]
+    step: Callable[..., tuple[GuardState, Decision]]
+    per_cycle: int
+    """Minibatches that a cycle takes."""
 
 
 def advance(
@@ -98,10 +117,3 @@ def wide(*dtypes: Any) -> jnp.dtype:
     """The widest of these, float32 at least; under strict promotion too."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(jnp.float32, *dtypes)
-
-
-def check_loss(name: str, loss: Any) -> None:
-    """Refuse what is not one floating-point number, or the shape of one, in one sentence."""
-    shape, dtype = getattr(loss, "shape", None), getattr(loss, "dtype", None)
-    if shape != () or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"{name} must return a scalar floating-point loss, got {loss}")

@@ -12,7 +12,8 @@ from . import progress as progresses
 from . import trial as trials
 from .cycle import Cycle, guard_of
 from .lanes import with_extra_args
-from .protocol import OWN, Decision, Guard, Params, advance
+from .losses import Point
+from .protocol import OWN, Decision, Guard, advance
 from .relay import Relay, RelayState, go_back, lead_from, leader
 from .soundness import select
 
@@ -57,7 +58,7 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
 
     Raises:
         ValueError: if nt is not an integer of at least 1, or share not at least 0 and below 1; in a
-            step, if the objective is ``stacked`` and holds fewer than nt minibatches.
+            step, if there aren't nt minibatches.
 
     >>> import optax
     >>> guard = recommended(optax.sgd(0.4), optax.sgd(0.1))
@@ -69,20 +70,20 @@ def recommended(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.0
     learned, fallback = with_extra_args("learned", learned), with_extra_args("fallback", fallback)
     relay = Relay(learned, fallback, share)
 
-    def begin(params: Params) -> RecommendedState:
+    def begin(x: Point) -> RecommendedState:
         own = progresses.begin()
-        return RecommendedState(relay.begin(params), jnp.int32(0), own, trials.unbounded())
+        return RecommendedState(relay.begin(x), jnp.int32(0), own, trials.unbounded())
 
     return guard_of(begin, partial(cycle, relay), nt=nt)
 
 
 def cycle(
-    relay: Relay, x: Params, inner: RecommendedState, now: Cycle
-) -> tuple[Params, RecommendedState, Decision]:
+    relay: Relay, x: Point, inner: RecommendedState, now: Cycle
+) -> tuple[Point, RecommendedState, Decision]:
     """The relay, and s if it is due."""
     on_own = inner.relay.winner == OWN
     runs = ~on_own & is_due(inner, now.k, relay.share)
-    state, decision, of_s = relay.step(lead_from(inner.relay, x), runs, now)
+    state, decision, (of_s, _) = relay.step(lead_from(inner.relay, x), runs, now)
 
     tried, won, lost = trials.play(inner.against, of_s, decision.losses)
     against = select(won | lost, trials.unbounded(), tried)

@@ -16,10 +16,12 @@ from jaxtyping import Array, Bool, Float, Int
 from .. import rules
 from . import progress as progresses
 from . import trial as trials
+from .clocks import advance_schedules, check_schedules, renew
 from .cycle import Cycle
-from .lanes import Lane, Optimizer, run_if
-from .protocol import FALLBACK, LEARNED, OWN, Decision, Params, advance
-from .soundness import advance_schedules, check_schedules, renew, select, sound
+from .lanes import Lane, Optimizer, Report, run_if
+from .losses import Point, sound
+from .protocol import FALLBACK, LEARNED, OWN, Decision, advance
+from .soundness import select
 
 
 class RelayState(NamedTuple):
@@ -55,10 +57,10 @@ class Relay:
     fallback: Optimizer
     share: float
 
-    def begin(self, params: Params) -> RelayState:
+    def begin(self, x: Point) -> RelayState:
         """z leads, on the path of s, and there is no trial."""
-        y = Lane(params, self.learned.init(params))
-        z = Lane(params, self.fallback.init(params))
+        y = Lane(x, self.learned.init(x.params))
+        z = Lane(x, self.fallback.init(x.params))
         check_schedules("learned", y.state)
         check_schedules("fallback", z.state)
         return RelayState(
@@ -75,16 +77,17 @@ class Relay:
 
     def step(
         self, state: RelayState, s_runs: Bool[Array, ""], now: Cycle
-    ) -> tuple[RelayState, Decision, Float[Array, " nt"]]:
-        """The state after a cycle, the decision, and the losses of s (NaN if it didn't run)."""
+    ) -> tuple[RelayState, Decision, Report]:
+        """The state after a cycle, the decision, and the report of s (NaN if it didn't run)."""
         nt, leads = now.nt, state.winner == LEARNED
-        now = now._replace(objective=sound(now.objective))
+        now = now._replace(loss=sound(now.loss))
         y, trial = self._begin_trial(state, now)
         tried = trial.length > 0
-        z, of_z = run_if(~leads, self.fallback, state.z, now, state.z_warms_up)
-        y, of_y = run_if(leads | tried, self.learned, y, now)
-        s, of_s = run_if(s_runs, self.fallback, state.s, now)
-        losses = jnp.where(leads, of_y, of_z)
+        z, report_z = run_if(~leads, self.fallback, state.z, now, state.z_warms_up)
+        y, report_y = run_if(leads | tried, self.learned, y, now)
+        s, report_s = run_if(s_runs, self.fallback, state.s, now)
+        of_y = report_y.losses
+        losses, aux = select(leads, report_y, report_z)
         after = state._replace(  # schedules follow the steps of the run, in cycles of others too
             y=advance_schedules(y, jnp.where(leads | tried, 0, nt)),
             z=advance_schedules(z, jnp.where(leads, nt, 0)),
@@ -104,8 +107,9 @@ class Relay:
             learned_loss=jnp.where(tried, trials.finite_mean(of_y), jnp.nan),
             fallback_loss=jnp.where(tried, trials.finite_mean(losses), jnp.nan),
             learned_updates=nt * (leads | tried).astype(jnp.int32),
+            aux=aux,
         )
-        return after, decision, of_s
+        return after, decision, report_s
 
     def _begin_trial(self, state: RelayState, now: Cycle) -> tuple[Lane, trials.Trial]:
         """y at x with a fresh state, if a trial is due; and the trial."""
@@ -117,7 +121,8 @@ class Relay:
         begins = due & (state.winner != LEARNED) & (state.trial.length == 0)
 
         def begin() -> tuple[Lane, trials.Trial]:
-            fresh = Lane(state.z.params, renew(self.learned, state.z.params, state.y.state))
+            x = state.z.at
+            fresh = Lane(x, renew(self.learned, x.params, state.y.state))
             return fresh, trials.begin(length.astype(jnp.int32), state.progress.recent)
 
         return jax.lax.cond(begins, begin, lambda: (state.y, state.trial))
@@ -145,7 +150,7 @@ class Relay:
         it was: Adam's moments, of gradients there, would hold it back at x for thousands of steps.
         So they are made new. Then its first steps would be too long: its first cycle is a warm-up.
         """
-        x, z, level = state.y.params, state.z, state.level
+        x, z, level = state.y.at, state.z, state.level
         loss, recent = state.progress.lasting, state.progress.recent
         young = state.progress.earlier_age == 0
         finite = jnp.isfinite(of_y)
@@ -154,7 +159,9 @@ class Relay:
         gain = jnp.where(young, rules.YOUNG_GAIN, rules.GAIN)
         better = ~ends & finite[-1] & (loss < level - gain * jnp.abs(level))
         from_x = better | (ends & ~risen)
-        z = jax.lax.cond(from_x, lambda: Lane(x, renew(self.fallback, x, z.state)), lambda: z)
+        z = jax.lax.cond(
+            from_x, lambda: Lane(x, renew(self.fallback, x.params, z.state)), lambda: z
+        )
         # z's path goes on from where y has come to: from there it is fast or slow again.
         progress = select(ends, progresses.begin(jnp.where(from_x, recent, level)), state.progress)
         return state._replace(
@@ -166,17 +173,16 @@ class Relay:
         )
 
 
-def leader(state: RelayState) -> Params:
+def leader(state: RelayState) -> Point:
     """x."""
-    return select(state.winner == LEARNED, state.y.params, state.z.params)
+    return select(state.winner == LEARNED, state.y.at, state.z.at)
 
 
-def lead_from(state: RelayState, x: Params) -> RelayState:
+def lead_from(state: RelayState, x: Point) -> RelayState:
     """The same with x put in the leader's place."""
     y, z, leads = state.y, state.z, state.winner == LEARNED
     return state._replace(
-        y=y._replace(params=select(leads, x, y.params)),
-        z=z._replace(params=select(leads, z.params, x)),
+        y=y._replace(at=select(leads, x, y.at)), z=z._replace(at=select(leads, z.at, x))
     )
 
 

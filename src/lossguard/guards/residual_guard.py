@@ -12,13 +12,15 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, PyTree
 
 from ..validation import check_choice, check_fraction, check_kind
+from .clocks import renew_if_unsound
 from .cycle import Cycle, guard_of
 from .lanes import Lane, Optimizer, propose, with_extra_args
-from .protocol import FALLBACK, LEARNED, NEITHER, Decision, Guard, Objective, Params
-from .soundness import evaluate, is_sound, renew_if_unsound, select
+from .losses import Forward, Point, evaluate
+from .protocol import FALLBACK, LEARNED, NEITHER, Decision, Guard, Loss
+from .soundness import is_sound, select
 
 Residual = Literal["step", "gradient"]
 
@@ -131,42 +133,43 @@ class SafeL2O:
     sequence: TrackingSequence
     residual: Residual
 
-    def begin(self, params: Params) -> ResidualGuardState:
+    def begin(self, x: Point) -> ResidualGuardState:
         """Nothing is known of mu."""
         memory = self.sequence.init(jnp.array(jnp.nan, float))
-        return ResidualGuardState(self.learned.init(params), self.fallback.init(params), memory)
+        return ResidualGuardState(self.learned.init(x.params), self.fallback.init(x.params), memory)
 
     def cycle(
-        self, x: Params, inner: ResidualGuardState, now: Cycle
-    ) -> tuple[Params, ResidualGuardState, Decision]:
+        self, x: Point, inner: ResidualGuardState, now: Cycle
+    ) -> tuple[Point, ResidualGuardState, Decision]:
         """nt steps."""
-        numbers = now.i + jnp.arange(now.nt, dtype=jnp.int32)
-        step = partial(self.step, now.objective)
-        (x, inner), (ok, losses, finite_z) = jax.lax.scan(step, (x, inner), numbers)
+        step = partial(self.step, now.loss)
+        (x, inner), (ok, seen, finite_z) = jax.lax.scan(step, (x, inner), now.training)
         decision = Decision(
             used_learned=ok,
-            losses=losses.astype(float),
+            losses=seen.loss.astype(float),
             winner=jnp.where(ok[-1], LEARNED, jnp.where(finite_z[-1], FALLBACK, NEITHER)),
             gradients=jnp.int32(2 * now.nt),
             learned_updates=jnp.int32(now.nt),
+            aux=seen.aux,
         )
         return x, inner, decision
 
     def step(
-        self, objective: Objective, carry: tuple[Params, ResidualGuardState], i: Int[Array, ""]
-    ) -> tuple[tuple[Params, ResidualGuardState], tuple[Array, ...]]:
-        """One step; and whether y is kept, the loss at x, and whether z is finite."""
+        self, loss: Loss, carry: tuple[Point, ResidualGuardState], minibatch: Any
+    ) -> tuple[tuple[Point, ResidualGuardState], tuple[Array, Forward, Array]]:
+        """One step; and whether y is kept, what was seen at x, and whether z is finite."""
         x, inner = carry
-        loss, gradient = evaluate(objective, x, i)
+        seen, gradient = evaluate(loss, x, minibatch)
         at = Lane(x, inner.learned), Lane(x, inner.fallback)
-        y, learned_state = propose(self.learned, at[0], objective, i, loss, gradient)
-        z, fallback_state = propose(self.fallback, at[1], objective, i, loss, gradient)
+        y, learned_state = propose(self.learned, at[0], loss, minibatch, seen, gradient)
+        z, fallback_state = propose(self.fallback, at[1], loss, minibatch, seen, gradient)
 
-        loss_y, gradient_y = evaluate(objective, y, i)
+        seen_y, gradient_y = evaluate(loss, y, minibatch)
         if self.residual == "step":
             at_y = Lane(y, inner.fallback)
-            after_y, _ = propose(self.fallback, at_y, objective, i, loss_y, gradient_y)
-            s_x, s_y = optax.tree.sub(x, z), optax.tree.sub(y, after_y)
+            after_y, _ = propose(self.fallback, at_y, loss, minibatch, seen_y, gradient_y)
+            s_x = optax.tree.sub(x.params, z.params)
+            s_y = optax.tree.sub(y.params, after_y.params)
         else:
             s_x, s_y = gradient, gradient_y
         own, r = (optax.tree.norm(optax.tree.cast(s, float)) for s in (s_x, s_y))
@@ -182,8 +185,8 @@ class SafeL2O:
         passed = self.sequence.reject(memory, own)
         x = select(ok, y, select(finite_z, z, x))
         inner = ResidualGuardState(
-            renew_if_unsound(self.learned, x, learned_state),
-            renew_if_unsound(self.fallback, x, fallback_state),
+            renew_if_unsound(self.learned, x.params, learned_state),
+            renew_if_unsound(self.fallback, x.params, fallback_state),
             select(ok, self.sequence.update(memory, r), select(jnp.isfinite(own), passed, memory)),
         )
-        return (x, inner), (ok, loss, finite_z)
+        return (x, inner), (ok, seen, finite_z)

@@ -7,7 +7,8 @@ from jaxtyping import PyTree
 
 from .cycle import Cycle, guard_of
 from .lanes import Lane, train, with_extra_args
-from .protocol import FALLBACK, LEARNED, Decision, Guard, Params
+from .losses import Point
+from .protocol import FALLBACK, LEARNED, Decision, Guard
 
 
 def unguarded(optimizer: Any, *, nt: int = 10, trusted: bool = False) -> Guard:
@@ -33,15 +34,19 @@ def unguarded(optimizer: Any, *, nt: int = 10, trusted: bool = False) -> Guard:
     """
     optimizer = with_extra_args("optimizer", optimizer)
 
-    def cycle(x: Params, state: PyTree, now: Cycle) -> tuple[Params, PyTree, Decision]:
-        (lane,), losses = train([optimizer], [Lane(x, state)], now)
+    def begin(x: Point) -> PyTree:
+        return optimizer.init(x.params)
+
+    def cycle(x: Point, state: PyTree, now: Cycle) -> tuple[Point, PyTree, Decision]:
+        (lane,), (report,) = train([optimizer], [Lane(x, state)], now)
         decision = Decision(
             used_learned=jnp.full(now.nt, not trusted),
-            losses=losses[0],
+            losses=report.losses,
             winner=jnp.int32(FALLBACK if trusted else LEARNED),
             gradients=jnp.int32(now.nt),
             learned_updates=jnp.int32(0 if trusted else now.nt),
+            aux=report.aux,
         )
-        return lane.params, lane.state, decision
+        return lane.at, lane.state, decision
 
-    return guard_of(optimizer.init, cycle, nt=nt)
+    return guard_of(begin, cycle, nt=nt)

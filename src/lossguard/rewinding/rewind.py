@@ -14,10 +14,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from ..guards.clocks import keep_schedules, typed_as
 from ..guards.cycle import as_arrays, kinds, own_buffers
 from ..guards.lanes import with_extra_args
 from ..guards.protocol import Params, advance, wide
-from ..guards.soundness import all_finite, is_sound, keep_schedules, select, typed_as
+from ..guards.soundness import all_finite, is_sound, select
 from ..rules import DEEPEST, IN_A_ROW, SOON
 from ..validation import check_count, check_fraction, check_kind, check_part, told
 from . import alarm as alarms

@@ -211,10 +211,11 @@ def hedged(objective, learned, fallback, *, nt: int, share: float, cycles: int):
             s.w, regret, away, behind = x.leader.w, 0.0, away + 1, 0
             s.optimizer.forget()
         elif runs:
-            regret = 0.7 * regret + sum(losses) - sum(of_s)
-            leads = regret > 0
-            away, behind = away + 1, behind + 1 if leads else 0
-            if leads and behind >= max(3, away / 10):
+            worse_by = sum(losses) - sum(of_s)
+            regret = 0.7 * regret + worse_by
+            leads = worse_by > 0 or regret > 0
+            away, behind = away + 1, behind + 1 if regret > 0 else 0
+            if behind >= max(3, away / 10):
                 x.go_to(s, np.mean(of_s))
                 own = True
         elif "won" in x.events:

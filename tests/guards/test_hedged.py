@@ -20,8 +20,8 @@ FALLBACKS = {
 
 
 def above_the_fallback(name: str, fallback: str):
-    """Sums of reported losses less the fallback's own [hostile, seeds, cycles], and those, and who
-    was followed."""
+    """Of each cycle the sum of reported losses less that of the fallback's own [hostile, seeds,
+    cycles], and the size of the latter, and who was followed."""
     if name == "valleys":
         start, rate = jnp.array([3.0, -2.0, 0.7]), 0.1
     else:
@@ -48,8 +48,8 @@ def above_the_fallback(name: str, fallback: str):
     decisions = over_hostile(one, keys)
     alone = np.asarray(jax.jit(jax.vmap(by_itself))(keys), np.float64)
     reported = np.asarray(decisions.losses, np.float64)
-    above = (reported - alone).sum(axis=-1).cumsum(axis=-1)
-    return above, np.abs(alone).sum(axis=-1).cumsum(axis=-1), decisions
+    above = (reported - alone).sum(axis=-1)
+    return above, np.abs(alone).sum(axis=-1), decisions
 
 
 CASES = [
@@ -61,8 +61,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "fallback", "double"), CASES)
-def test_the_sum_of_its_losses_is_not_above_the_fallbacks(name, fallback, double) -> None:
-    """At the end of every cycle, in every run."""
+def test_in_no_cycle_are_its_losses_above_the_fallbacks(name, fallback, double) -> None:
+    """In every run. What s does by itself is computed twice, so each may round otherwise."""
     with jax.enable_x64(double):
         above, scale, decisions = above_the_fallback(name, fallback)
     assert (above <= (1e-12 if double else 1e-5) * scale).all()
@@ -126,17 +126,16 @@ def test_x_goes_on_where_s_diverges() -> None:
     assert (decisions.winner == 0).all() and decisions.losses[-1, -1] < 1e-15
 
 
-@pytest.mark.parametrize("decay", [0.7, 1.2])
-def test_where_x_is_trapped_s_is_returned(decay, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a regret that grows by itself it isn't: the bound is one that can be broken."""
-    monkeypatch.setattr("lossguard.guards.hedged.DECAY", decay)
+def test_where_x_is_trapped_s_is_returned() -> None:
+    """At once, though the losses that x has saved until then would pay for many cycles."""
     start, fallback = jnp.float32(-0.01), optax.sgd(0.1)
     guard = lossguard.hedged(optimizers.constant(0.1), fallback, nt=10)
     _, decisions = play(guard, trap, start, 200)
     _, alone = play(lossguard.unguarded(fallback, nt=10), trap, start, 200)
-    above = np.asarray(decisions.losses - alone.losses, np.float64).sum(axis=1).cumsum()
-    assert above.min() < -100  # x was ahead
-    assert (above.max() > 1) == (decay > 1)
+    above = np.asarray(decisions.losses - alone.losses, np.float64).sum(axis=1)
+    saved = -above.cumsum()
+    assert above.max() <= 1e-5 and saved.max() > 100
+    assert (decisions.winner[saved > 100] == 2).any()
 
 
 @pytest.mark.parametrize("name", ["recommended", "hedged"])

@@ -1,11 +1,11 @@
-"""The guard for where optimizer steps are scarce: a promise on sums of the losses it reports."""
+"""The guard for where optimizer steps are scarce: a promise on the losses of every cycle."""
 
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ..rules import DECAY, PATIENCE, STRETCH
 from ..validation import check_part
@@ -28,22 +28,25 @@ class HedgedState(NamedTuple):
     away: Int[Array, ""]
     """Cycles since x left the path of s."""
     behind: Int[Array, ""]
-    """Cycles in a row in which s led."""
+    """Cycles in a row in which R was positive."""
+    s_leads: Bool[Array, ""]
+    """Whether the parameters that were returned are those of s."""
 
 
 def hedged(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) -> Guard:
-    """Report training losses, with hindsight, that never sum up to more than the fallback's.
+    """Report training losses, with hindsight, that are in no cycle above the fallback's.
 
     x is run as in ``recommended``. Beside it runs s, the fallback by itself, on every minibatch:
 
-        R <- 0.7 R + sum_t [F(x, i+t) - F(s, i+t)]    over the nt steps of a cycle
-        params <- s   if R > 0   else x
+        d <- sum_t [F(x, i+t) - F(s, i+t)]    over the nt steps of a cycle
+        R <- 0.7 R + d
+        params <- s   if d > 0 or R > 0   else x
 
-    x goes on while s leads, and goes back to s if that lasts for a tenth of the cycles since x left
-    the path of s, three at least. While x is on that path, x is s, and s costs nothing.
+    x goes on meanwhile, and goes back to s if R stays positive for a tenth of the cycles since x
+    left the path of s, three at least. While x is on that path, x is s, and s costs nothing.
 
-    ``decision.losses`` are those of the lane that leads after the cycle, with hindsight. For these,
-    at the end of every cycle and in every run,
+    ``decision.losses`` are those of the lane that is returned after the cycle, with hindsight. For
+    these, in every cycle of every run,
 
         sum losses  <=  sum losses of the fallback alone
 
@@ -63,7 +66,8 @@ def hedged(learned: Any, fallback: Any, *, nt: int = 10, share: float = 0.05) ->
     relay = Relay(learned, fallback, share)
 
     def begin(x: Point) -> HedgedState:
-        return HedgedState(relay.begin(x), jnp.zeros(()), jnp.int32(0), jnp.int32(0))
+        zero = jnp.int32(0)
+        return HedgedState(relay.begin(x), jnp.zeros(()), zero, zero, jnp.array(False))
 
     return guard_of(begin, partial(cycle, relay), nt=nt)
 
@@ -72,9 +76,9 @@ def cycle(
     relay: Relay, x: Point, inner: HedgedState, now: Cycle
 ) -> tuple[Point, HedgedState, Decision]:
     """The relay, beside s while x is off its path."""
-    was, led_by_s, runs = inner.relay, inner.regret > 0, inner.relay.winner != OWN
+    was, runs = inner.relay, inner.relay.winner != OWN
     edited = was._replace(s=was.s._replace(at=x))
-    start = select(led_by_s, edited, lead_from(was, x))
+    start = select(inner.s_leads, edited, lead_from(was, x))
     state, decision, (of_s, aux_s) = relay.step(start, runs, now)
     x, finite = leader(state), jnp.isfinite(of_s)
     broken = runs & breaks(of_s, decision.losses)
@@ -83,19 +87,21 @@ def cycle(
     )
     state = state._replace(s=s)
 
+    compared = runs & ~broken
     d = jnp.where(finite, bounded(decision.losses) - bounded(of_s), 0).sum()
-    regret = jnp.where(runs & ~broken, DECAY * inner.regret + d, 0)
-    leads = regret > 0
+    regret = jnp.where(compared, DECAY * inner.regret + d, 0)
+    s_leads = compared & ((d > 0) | (regret > 0))
     away = jnp.where(runs, advance(inner.away, 1), 0)
-    behind = jnp.where(leads, inner.behind + 1, 0)
+    behind = jnp.where(regret > 0, inner.behind + 1, 0)
     patience = jnp.maximum(STRETCH, PATIENCE * away.astype(float))
     back = finite.any() & (behind.astype(float) >= patience)
     state = go_back(state, back, finite_mean(of_s))
     decision = decision._replace(
-        used_learned=decision.used_learned & ~leads,
-        losses=jnp.where(leads, of_s, decision.losses),
-        winner=jnp.where(leads, OWN, state.winner),
-        aux=select(leads, aux_s, decision.aux),
+        used_learned=decision.used_learned & ~s_leads,
+        losses=jnp.where(s_leads, of_s, decision.losses),
+        winner=jnp.where(s_leads, OWN, state.winner),
+        aux=select(s_leads, aux_s, decision.aux),
     )
-    after = HedgedState(state, *(jnp.where(back, 0, one) for one in (regret, away, behind)))
-    return select(after.regret > 0, state.s.at, leader(state)), after, decision
+    regret, away, behind = (jnp.where(back, 0, one) for one in (regret, away, behind))
+    after = HedgedState(state, regret, away, behind, s_leads & ~back)
+    return select(after.s_leads, state.s.at, leader(state)), after, decision

@@ -186,7 +186,7 @@ def test_a_fallback_that_diverges_is_left_in_the_first_trial(name) -> None:
     first = expected[0]
     assert "won" in first["events"] and first["losses"][-1] > 10 * first["losses"][0]
     late = [cycle["winner"] for cycle in expected[10:]]  # s begins again at x, and may be ahead
-    assert 0 in late and late[-1] == 0 or name == "hedged"
+    assert (0 in late and late[-1] == 0) or name == "hedged"
 
 
 @pytest.mark.usefixtures("x64")

@@ -5,6 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import polars as pl
 import pytest
@@ -36,7 +37,7 @@ def in_chunks(decisions: Decision, sizes: list[int]) -> list[pl.DataFrame]:
     chunks, first = [], 0
     seeds, cycles, nt = decisions.losses.shape
     for size in sizes:
-        part = Decision(*(leaf[:, first : first + size] for leaf in decisions))
+        part = jax.tree.map(lambda leaf, at=first, n=size: leaf[:, at : at + n], decisions)
         spent = totals(chunks[-1]) if chunks else None
         chunks.append(thin(part, np.full(seeds, nt * first), spent))
         first += size

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
-.PHONY: demo test docs bench campaigns foreign rehearsal clean
+.PHONY: demo test weekly docs bench campaigns foreign rehearsal clean
 
 demo: $(VENV)/installed
 	$(BIN)/lossguard demo
@@ -15,7 +15,11 @@ test: $(VENV)/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/pytest --numprocesses 2 --dist worksteal
+	$(BIN)/pytest --numprocesses 2 --dist worksteal -m "not weekly"
+
+# What the tests leave out: the galleries' figures, a cluster of two workers, evolution strategies.
+weekly: $(VENV)/tested
+	$(BIN)/pytest -m weekly
 
 docs: $(VENV)/documented
 	$(BIN)/python site/pages.py

@@ -195,6 +195,7 @@ def evolution(*args: Any) -> optax.GradientTransformationExtraArgs:
     return names["evolution"](*args)
 
 
+@pytest.mark.weekly
 @pytest.mark.parametrize("name", ["LearnedES", "DiscoveredES", "CMAAnchoredLES"])
 def test_evosax(name: str) -> None:
     """Alone it is the strategy's own loop, and it learns."""

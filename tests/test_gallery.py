@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from test_docs import blocks
 
+pytestmark = pytest.mark.weekly
 GALLERY = Path(__file__).parents[1] / "docs" / "gallery"
 
 

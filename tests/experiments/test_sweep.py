@@ -212,6 +212,7 @@ def wrong():
 """
 
 
+@pytest.mark.weekly
 @pytest.mark.filterwarnings("default", "ignore:os.fork")  # Ray starts its own by it
 def test_two_workers_of_a_cluster_leave_the_same_records(
     main, tmp_path, monkeypatch, capsys

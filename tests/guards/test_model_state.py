@@ -1,5 +1,7 @@
 """What a forward pass changes belongs to a lane, and what a loss reports is of the same lane."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,7 @@ def square(params, extra, i):
 START = {"at": jnp.full(2, jnp.inf), "count": 0, "key": jax.random.key(0)}
 
 
+@cache
 def run(name: str):
     guard = made(name)
 

@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 
 import lossguard
-from lossguard import decision_table, plot_decisions, scalars
+from lossguard import decision_table, plot_decisions, plot_rewind, scalars
 from lossguard.decisions import LANES
 from lossguard.guards.protocol import Decision
 
@@ -104,13 +104,12 @@ def test_scalars_leave_out_what_does_not_apply() -> None:
 
 
 def test_a_figure_shows_what_the_table_says() -> None:
-    figure = plot_decisions(cycles(4, [1, -1, 2, 2]), returns=[5, 7], start=2)
+    figure = plot_decisions(cycles(4, [1, -1, 2, 2]), start=2)
     loss, leader, price = figure.axes
     assert [text.get_text() for text in leader.get_yticklabels()] == ["neither", *LANES[1:]]
-    (each, mean, *back) = loss.lines
+    each, mean = loss.lines
     assert each.get_xdata()[0] == 2 and len(each.get_xdata()) == 12
     assert mean.get_xdata().tolist() == [5, 8, 11, 14] and loss.get_yscale() == "log"
-    assert [line.get_xdata()[0] for line in back] == [5, 7]
     shown = [text.get_text() for text in price.get_legend().get_texts()]
     assert shown == ["learned", "fallback", "forward passes"]
     top = max(path.vertices[:, 1].max() for c in price.collections for path in c.get_paths())
@@ -118,31 +117,39 @@ def test_a_figure_shows_what_the_table_says() -> None:
 
 
 def test_losses_below_0_are_drawn_whole() -> None:
-    scales = [plot_decisions(losses).axes[0].get_yscale() for losses in ([2, 0.5, 0], [2, -0.5])]
-    assert scales == ["log", "linear"]
+    (decision,) = cycles(1)
+    for losses, scale in (([2, 0.5, 0], "log"), ([2, 0.5, -0.5], "linear")):
+        figure = plot_decisions(decision._replace(losses=np.array(losses)))
+        assert figure.axes[0].get_yscale() == scale
 
 
-def test_a_run_without_decisions_shows_its_losses() -> None:
+def test_a_run_of_rewind_shows_what_it_saw_and_did() -> None:
     torch = pytest.importorskip("torch")
     from lossguard.torch import Rewind
 
     w = torch.nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(w.parameters(), lr=0.1)
-    rewind, losses = Rewind(w, optimizer, every=1), []
-    for k in range(200):
-        loss = w.weight.square().sum() + 1
-        loss.backward()
+    optimizer = torch.optim.SGD(w.parameters(), lr=0.0)
+    rewind, draws = Rewind(w, optimizer), np.random.default_rng(0)
+    for k in range(1000):
+        w(torch.ones(1)).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if k == 150:
-            torch.nn.init.constant_(w.weight, float("nan"))
-        rewind.observe(loss)
-        losses.append(loss)
-    returns = [event.call for event in rewind.events if event.kind == "return"]
-    (axes,) = plot_decisions(losses, returns=returns).axes
-    drawn, back = axes.lines
-    assert drawn.get_ydata().tolist() == [loss.item() for loss in losses]
-    assert drawn.get_xdata()[0] == 0 and back.get_xdata()[0] == returns[0] == 151
+        rewind.observe(1 + 0.1 * draws.normal() + (300 <= k < 340 or k > 600))
+    (*_, back, last) = [event for event in rewind.events if event.kind != "trial"]
+    loss, score, scale = plot_rewind(rewind).axes
+    losses, *lines = loss.lines
+    calls = [read.call for read in rewind.history]
+    assert losses.get_xdata().tolist() == calls
+    assert [line.get_xdata()[0] for line in lines] == [back.call, last.call]
+    assert [line.get_label() for line in lines] == ["went back", "forward again"]
+    for axes, names in ((score, ("score", "threshold")), (scale, ("scale",))):
+        for line, name in zip(axes.lines, names, strict=True):
+            assert line.get_ydata().tolist() == [getattr(read, name) for read in rewind.history]
+    shaded = sum(patch.get_width() for patch in loss.patches)
+    trials = [event for event in rewind.events if event.kind == "trial"]
+    assert shaded == sum(
+        end.call - start.call for start, end in zip(trials, (back, last), strict=True)
+    )
 
 
 def refused(reason: str, function, given, **options) -> None:
@@ -160,10 +167,11 @@ def test_refusals() -> None:
     refused("decisions must be a Decision, or a list .*, got str$", plot_decisions, ["1.0"])
     for wrong, kind in ((None, "NoneType"), (3, "int"), ((1, 2), "int")):
         refused(f"decisions must be a Decision, or .*, got {kind}$", decision_table, wrong)
-    refused("start must be an integer of at least 0, got -3$", plot_decisions, [1.0, 2.0], start=-3)
+    refused("start must be an integer of at least 0, got -3$", plot_decisions, cycles(1), start=-3)
     refused("start must be an integer of at least 0, got -1$", decision_table, cycles(1), start=-1)
     refused(r"decisions must have the same nt, got \[2, 3\]$", decision_table, [*cycles(1), other])
     refused("decision must be of one cycle, got 2$", scalars, cycles(2))
+    refused("rewind must be a Rewind, got list$", plot_rewind, [1.0])
     named = r"names must have one for each winner, 0 to 2, got \('a"
     refused(named, plot_decisions, cycles(1, [2]), names=["a", "b"])
 

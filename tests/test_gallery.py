@@ -12,7 +12,7 @@ pytestmark = pytest.mark.weekly
 GALLERY = Path(__file__).parents[1] / "docs" / "gallery"
 
 
-PAGES = {"docs/gallery.md": ("helps", "", "", ""), "docs/gallery_torch.md": ("", "", "", "")}
+PAGES = {"docs/gallery.md": ("helps", "", "", ""), "docs/gallery_torch.md": ("", "", "", "", "")}
 """What is kept after each block under this name: the tables of the two runs."""
 
 
@@ -56,7 +56,7 @@ def gray(path: Path) -> np.ndarray:
 
 
 def test_rewind_ends_the_spike(names) -> None:
-    *_, trial, back = names["events"]
+    *_, trial, back = names["rewind"].events
     assert (trial.kind, trial.call) == ("trial", 432)
     assert (back.kind, back.call, back.thrown) == ("return", 440, 48)
     unguarded, guarded = names["unguarded"], names["guarded"]

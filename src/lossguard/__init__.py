@@ -17,7 +17,14 @@ IN_TORCH = ("BestOf", "Hedged", "LossGuard", "Recommended", "ResidualGuard", "Re
 """Guards that are missed here."""
 PARTS = ("experiments", "metatrain", "tasks", "torch")
 """Packages in this one."""
-WITHOUT_JAX = ("decision_table", "plot_decisions", "pretrained_names", "pretrained_path", "scalars")
+WITHOUT_JAX = (
+    "decision_table",
+    "plot_decisions",
+    "plot_rewind",
+    "pretrained_names",
+    "pretrained_path",
+    "scalars",
+)
 """Public names that need none."""
 _load, _names, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __version__ = metadata.version(__name__)

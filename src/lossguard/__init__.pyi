@@ -1,5 +1,6 @@
 from .decisions import decision_table as decision_table
 from .decisions import plot_decisions as plot_decisions
+from .decisions import plot_rewind as plot_rewind
 from .decisions import scalars as scalars
 from .guards.best_of import best_of as best_of
 from .guards.guarded import guarded as guarded

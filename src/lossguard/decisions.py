@@ -1,11 +1,10 @@
-"""What a guard decided, as a table, as numbers for a logger, and as a figure.
+"""What a guard decided, as a table, as numbers for a logger and as a figure, and ``Rewind`` too.
 
-Takes the decisions of both frameworks, and imports neither.
+Takes what both frameworks have, and imports neither.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -100,18 +99,13 @@ def scalars(decision: Any) -> dict[str, float]:
     }
 
 
-def plot_decisions(
-    decisions: Any, *, names: Sequence[str] = LANES, returns: Iterable[int] = (), start: int = 0
-) -> "Figure":
+def plot_decisions(decisions: Any, *, names: Sequence[str] = LANES, start: int = 0) -> "Figure":
     """One figure: the loss, whose parameters the guard returned, and what each step cost.
 
     Args:
-        decisions: as for ``decision_table``. Or the losses of a run that has none, as with
-            ``Rewind``, a number for each step: then the figure has nothing but these.
+        decisions: as for ``decision_table``.
         names: of the lanes, from ``winner`` 0 on. With ``best_of`` give those of its members: else
             they get the names of other guards' lanes.
-        returns: steps at which a run was set back, drawn as lines, such as
-            ``[e.call for e in rewind.events if e.kind == "return"]``.
         start: optimizer steps before the first decision.
 
     Returns:
@@ -125,8 +119,6 @@ def plot_decisions(
     >>> lost = Decision([False] * 2, [3.0, 1.0], winner=1, gradients=5, learned_updates=2)
     >>> [axes.get_ylabel() for axes in plot_decisions([lost, lost]).axes]
     ['Training loss', 'Returned', 'Price of a step']
-    >>> [axes.get_ylabel() for axes in plot_decisions([3.0, 9.0, 2.0], returns=[2]).axes]
-    ['Training loss']
     """
     check_count("start", start, least=0)
     with needed("lossguard.plot_decisions"):
@@ -135,41 +127,121 @@ def plot_decisions(
         from .runs.drawing import log_losses
     if isinstance(decisions, Iterator):
         decisions = list(decisions)
-    figure, table, losses = Figure(layout="constrained"), None, _losses(decisions)
-    if losses is not None:
-        last = loss = figure.subplots()
-    else:
-        table, losses = decision_table(decisions, start=start), _stacked(decisions)["losses"]
-        if (most := table["winner"].max()) >= len(names):
-            told = f"0 to {most}, got {tuple(names)!r}"
-            raise ValueError(f"names must have one for each winner, {told}")
-        loss, leader, last = figure.subplots(
-            3, sharex=True, gridspec_kw={"height_ratios": [4, 1.4, 1.6]}
-        )
-        edges = np.append(start, table["step"])
-        _draw_winners(leader, edges, table["winner"], names)
-        _draw_prices(last, edges, table, losses.shape[1])
-    figure.set_size_inches(7, 5.5 if table else 3)
+    table = decision_table(decisions, start=start)
+    losses = _stacked(decisions)["losses"]
+    if (most := table["winner"].max()) >= len(names):
+        told = f"0 to {most}, got {tuple(names)!r}"
+        raise ValueError(f"names must have one for each winner, {told}")
+    figure = Figure(figsize=(7, 5.5), layout="constrained")
+    loss, leader, price = figure.subplots(
+        3, sharex=True, gridspec_kw={"height_ratios": [4, 1.4, 1.6]}
+    )
     each = start + np.arange(losses.size)
     loss.plot(each, losses.ravel(), color="0.75", lw=0.6, label="before each step")
-    if table:
-        loss.plot(table["step"], table["loss"], color="black", lw=1.4, label="mean of a cycle")
+    loss.plot(table["step"], table["loss"], color="black", lw=1.4, label="mean of a cycle")
     log_losses(loss)
-    for k, step in enumerate(returns):
-        loss.axvline(step, color="C3", ls="--", lw=1, label="" if k else "set back")
     loss.set(ylabel="Training loss")
     loss.legend(frameon=False, loc="upper right")
-    last.set(xlabel="Optimizer step", xlim=(start, start + losses.size))
+    edges = np.append(start, table["step"])
+    _draw_winners(leader, edges, table["winner"], names)
+    _draw_prices(price, edges, table, losses.shape[1])
+    price.set(xlabel="Optimizer step", xlim=(start, start + losses.size))
     return figure
 
 
-def _losses(given: Any) -> np.ndarray | None:
-    """The losses of a run, if it has no decisions."""
-    listed = isinstance(given, Iterable) and not hasattr(given, "losses")
-    numbers = list(given) if listed else []
-    plain = [one.item() if getattr(one, "ndim", None) == 0 else one for one in numbers]
-    whole = bool(plain) and all(isinstance(one, Real) for one in plain)
-    return np.array(plain, float) if whole else None
+def plot_rewind(rewind: Any) -> "Figure":
+    """One figure of a run with ``lossguard.torch.Rewind``: losses, what it saw, and what it did.
+
+    Above, the mean loss of each read with a line where a return stayed, came to nothing, or where
+    it suspected and did not go back; trials are shaded. Then the detector's score, which is
+    suspicious above the threshold, and what rates were multiplied by.
+
+    Args:
+        rewind: with at least one read, which ``rewind.read()`` makes.
+
+    Returns:
+        A figure of Matplotlib: ``plot_rewind(rewind).savefig("rewind.png")``.
+
+    Raises:
+        ModuleNotFoundError: without Matplotlib.
+        ValueError: if it isn't a ``Rewind``, or has read nothing.
+
+    >>> import torch
+    >>> from lossguard.torch import Rewind
+    >>> model = torch.nn.Linear(1, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> rewind = Rewind(model, optimizer)
+    >>> for minibatch in range(3):
+    ...     loss = model(torch.ones(1)).square().mean()
+    ...     loss.backward()
+    ...     optimizer.step()
+    ...     rewind.observe(loss)
+    >>> rewind.read()
+    >>> [axes.get_ylabel() for axes in plot_rewind(rewind).axes]
+    ['Training loss', 'Score', 'Rate times']
+    """
+    with needed("lossguard.plot_rewind"):
+        from matplotlib.figure import Figure
+
+        from .runs.drawing import log_losses
+    if not all(hasattr(rewind, name) for name in ("history", "events", "logged")):
+        raise ValueError(f"rewind must be a Rewind, got {type(rewind).__name__}")
+    if not rewind.history:
+        raise ValueError("rewind must have read losses, got none: rewind.read()")
+    calls, losses, scores, thresholds, scales, on_trial = map(
+        np.array, zip(*rewind.history, strict=True)
+    )
+    figure = Figure(figsize=(7, 5.5), layout="constrained")
+    loss, score, scale = figure.subplots(
+        3, sharex=True, gridspec_kw={"height_ratios": [4, 1.4, 1.2]}
+    )
+    loss.plot(calls, losses, color="black", lw=1, label="mean of a read")
+    log_losses(loss)
+    _draw_events(loss, rewind.events)
+    score.plot(calls, scores, color="C0", lw=1, label="score")
+    score.plot(calls, thresholds, color="C3", lw=1, ls="--", label="threshold")
+    scale.plot(calls, scales, color="C0", lw=1.4, drawstyle="steps-post")
+    for axes in (loss, score, scale):
+        _shade(axes, calls, on_trial.astype(bool))
+    loss.set(ylabel="Training loss")
+    score.set(ylabel="Score", ylim=(0, None))
+    scale.set(ylabel="Rate times", ylim=(0, 1.05), xlabel="Optimizer step", xlim=(0, calls[-1]))
+    loss.legend(frameon=False, loc="upper right")
+    score.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, ncols=2)
+    return figure
+
+
+RETURNS = {
+    "return": ("C3", "--", "went back"),
+    "forward": ("C0", "-.", "forward again"),
+    "unanswered": ("C1", ":", "suspected, not gone back"),
+}
+"""How events of these kinds are drawn, and what they are called."""
+
+
+def _draw_events(axes: "Axes", events: Any) -> None:
+    """A line for each suspicion, where it ended, and a mark for skipped steps."""
+    named = set[str]()
+    for event in events:
+        if event.kind in RETURNS:
+            color, style, name = RETURNS[event.kind]
+            label = "" if name in named else name
+            axes.axvline(event.call, color=color, ls=style, lw=1, label=label)
+            named.add(name)
+    skips = [event.call for event in events if event.kind == "skipped"]
+    if skips:
+        on_the_edge = axes.get_xaxis_transform()
+        above = [0.02] * len(skips)
+        axes.plot(skips, above, "k|", transform=on_the_edge, label="steps left out")
+
+
+def _shade(axes: "Axes", calls: np.ndarray, on_trial: np.ndarray) -> None:
+    """Behind what was read within a trial."""
+    before = np.append(0, calls[:-1])
+    started = np.append(False, on_trial[:-1])
+    for first, last, trial in zip(before, calls, started, strict=True):
+        if trial:
+            axes.axvspan(first, last, color="C1", alpha=0.25, lw=0)
 
 
 def _draw_winners(
